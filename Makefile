@@ -1,0 +1,58 @@
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean
+.DELETE_ON_ERROR:
+SHELL := bash
+
+# A python3.11 on the path can be a stub of a version manager, so it has to run.
+ifndef PYTHON
+PYTHON := $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
+endif
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --quiet --quiet --disable-pip-version-check
+INSTALLED := $(VENV)/.installed
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## */  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+
+# torch comes last and with its dependencies, since those differ between its CPU and CUDA builds.
+# The installed torch is left alone if it is the right version. To choose a build, set pip's own
+# PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL.
+$(INSTALLED): requirements.lock requirements-torch.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info[:2] < (3, 14) or sys.exit("Python 3.11 to 3.13 is needed, not " + sys.version.split()[0] + ": run make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --no-deps --require-hashes -r requirements.lock
+	$(PIP) install -r requirements-torch.lock
+	$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: $(INSTALLED)  ## STL against DCR on the embedded model and corpus: a table and a page
+# ---- the main job: the lead edits these lines ----
+	$(RUN) train.py -m method=stl,dcr hydra.sweep.dir=outputs/demo hydra.sweep.subdir='$${method}'
+	$(RUN) eval.py run=outputs/demo/stl
+	$(RUN) eval.py run=outputs/demo/dcr
+	$(RUN) eval.py model=smollm2_135m
+	$(RUN) -m dcr.report outputs/demo/*
+# ---- end of the main job ----
+
+# Offline once installed; two workers, and each test file stays on one so that its fixtures are built once.
+test: export HF_HUB_OFFLINE := 1
+test: export WANDB_MODE := offline
+test: $(INSTALLED)  ## the test suite, offline
+	$(RUN) -m pytest -n 2 --dist loadfile
+
+# pyright would ask PyPI for a newer version of itself; the locked one is meant.
+lint: export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+lint: $(INSTALLED)  ## ruff, pyright and the import layers
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/pyright
+	$(VENV)/bin/lint-imports
+
+bench: $(INSTALLED)  ## speed and memory against the usual alternatives
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(RUN) "$$script"; done
+
+clean:  ## remove the environment, caches and the demo's results; other results in outputs/ stay
+	rm -rf $(VENV) build dist *.egg-info outputs/demo
+	rm -rf .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
