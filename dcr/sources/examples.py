@@ -1,0 +1,125 @@
+"""The record that every source yields, and seeded draws, splits and comparisons of such records."""
+
+import hashlib
+import json
+import random
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from dcr.config import ConfigError, Kind
+
+FORM_GAP = 0.3  # difference in the share of questions from which on two classes differ in form
+QUESTION_END = re.compile(r"[?\uff1f\u061f][\s\"'”’»)\]]*\Z")  # also full-width and Arabic
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt, with the answer that came with it where there is one."""
+
+    id: str
+    prompt: str
+    kind: Kind
+    source: str
+    response: str | None = None
+    category: str | None = None
+    group: str | None = None  # rows that share a template: kept on one side of any split
+    split: str | None = None
+
+
+def draw(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
+    """Exactly `count` examples without replacement, the same for the same rows and seed.
+
+    The first n of a larger draw are the smaller draw of n, so that a sweep over counts adds rows
+    and never swaps them. Raises ConfigError if there are too few.
+    """
+    if not 0 <= count <= len(examples):
+        names = ", ".join(sorted({f"{e.source} ({e.kind.value})" for e in examples})) or "no source"
+        raise ConfigError(
+            f"{count} rows asked for, {len(examples)} available from {names}; "
+            "lower the count or add a source"
+        )
+    shuffled = list(examples)
+    random.Random(f"draw:{seed}").shuffle(shuffled)  # seeded by the string, not by its hash
+    return shuffled[:count]
+
+
+def drop_duplicates(examples: Iterable[Example]) -> tuple[list[Example], list[Example]]:
+    """(kept, dropped): the first example of each prompt up to case, punctuation and spacing."""
+    seen: set[str] = set()
+    kept: list[Example] = []
+    dropped: list[Example] = []
+    for example in examples:
+        key = normalised(example.prompt)
+        (dropped if key in seen else kept).append(example)
+        seen.add(key)
+    return kept, dropped
+
+
+def split_by_group(
+    examples: Iterable[Example], holdout: float, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """(train, held out), with about a `holdout` share of the groups held out.
+
+    A group's side depends on its name and the seed alone, so safe and unsafe prompts of one
+    template, split in separate calls, land on the same side. A row without a group is its own.
+    Raises ConfigError if `holdout` is outside [0, 1).
+    """
+    if not 0 <= holdout < 1:
+        raise ConfigError(f"data.group_holdout={holdout}: give a share in [0, 1)")
+    train: list[Example] = []
+    heldout: list[Example] = []
+    for example in examples:
+        group = example.id if example.group is None else example.group
+        digest = hashlib.sha256(f"{seed}:{group}".encode()).digest()
+        position = int.from_bytes(digest[:8], "big") / 2**64
+        (heldout if position < holdout else train).append(example)
+    return train, heldout
+
+
+def fingerprint(examples: Iterable[Example]) -> str:
+    """SHA-256 over ids, prompts and responses, in order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        # JSON, so that no text can imitate the border between two fields.
+        digest.update(json.dumps([example.id, example.prompt, example.response]).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def ends_as_question(prompt: str) -> bool:
+    """Whether the prompt ends in a question mark, closing quotes and spaces aside."""
+    return QUESTION_END.search(prompt) is not None
+
+
+def question_share(examples: Sequence[Example]) -> float:
+    """Share of prompts that end as questions; 0 for no examples."""
+    return sum(ends_as_question(e.prompt) for e in examples) / max(len(examples), 1)
+
+
+def form_gap(seemingly_toxic: Sequence[Example], toxic: Sequence[Example]) -> str | None:
+    """A one-line warning if grammar alone tells the two classes apart, else None."""
+    if not seemingly_toxic or not toxic:
+        return None
+    benign, harmful = question_share(seemingly_toxic), question_share(toxic)
+    if abs(benign - harmful) <= FORM_GAP:
+        return None
+    if benign > harmful:
+        cure = "data.toxic.source=xstest_unsafe or harmfulqa brings toxic questions"
+    else:
+        cure = "data.toxic.source=stl_safety brings toxic imperatives"
+    return (
+        f"{benign:.0%} of the seemingly toxic prompts but {harmful:.0%} of the toxic ones are "
+        f"questions: stage one can learn this form instead of intent; {cure}"
+    )
+
+
+def normalised(text: str) -> str:
+    """Lower case, compatibility forms, no punctuation or invisible characters, single spaces.
+
+    The same rule as `dcr.contamination.normalise`, which this layer cannot import; a test holds
+    the two together.
+    """
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    kept = (c for c in folded if c.isspace() or unicodedata.category(c)[0] not in "PC")
+    return " ".join("".join(kept).split()) or " ".join(folded.split())

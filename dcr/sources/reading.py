@@ -1,0 +1,191 @@
+"""One source by name or path -> list[Example]: from a folder, the hub, the package or a file."""
+
+import difflib
+import logging
+import os
+from contextlib import closing
+from importlib import resources
+from typing import IO
+
+from dcr.config import ConfigError, DataError, Kind
+from dcr.sources import jsonl
+from dcr.sources.examples import Example
+from dcr.sources.jsonl import Row
+from dcr.sources.table import SOURCES, Hub, Source
+
+log = logging.getLogger(__name__)
+
+
+def read(
+    name: str, *, root: str | None = None, kind: Kind | None = None, pairs: bool = False
+) -> list[Example]:
+    """All rows of a source, in its own order.
+
+    Args:
+        name: a key of `SOURCES`, or the path of a JSONL file (ends in `.jsonl` or holds a path
+            separator).
+        root: local folder with the named sources' files; the hub if None. The demo corpus and the
+            user's files do not depend on it.
+        kind: what the prompts are taken for. Required for a file; must agree with a named source.
+        pairs: only rows with a response. In a user's file, a row without one is an error.
+
+    Rows of a named source whose prompt or response is empty are dropped; that, and a row count
+    other than the expected one, is logged as a warning.
+
+    Raises:
+        ConfigError: unknown name, `root` not a folder, kind missing or contradicted.
+        DataError: a file or hub data set that cannot be read, or a malformed row.
+    """
+    if name.endswith(".jsonl") or "/" in name or os.sep in name:
+        if kind is None:
+            raise ConfigError(f"{name}: say what its prompts are: toxic, seemingly_toxic or normal")
+        return read_jsonl(name, kind, pairs=pairs)
+    source = _source(name)
+    if kind is not None and kind is not source.kind:
+        raise ConfigError(
+            f"{name} holds {source.kind.value} prompts, not {kind.value}; "
+            "choose another source, or name a .jsonl file of your own"
+        )
+    rows, expected = _rows(name, source, root)
+    examples = _examples(name, source, rows, expected)
+    found = [example for example in examples if example.response is not None or not pairs]
+    if not found:
+        raise DataError(f"{name}: no row has a response; choose a source of pairs")
+    return found
+
+
+def read_jsonl(path: str, kind: Kind, *, pairs: bool = False) -> list[Example]:
+    """The user's own file: one object a line with `prompt`, and if wanted `response`, `id`,
+    `category` and `group`; other keys are ignored.
+
+    Ids default to `<file name>-<line>` and must be unique. Raises DataError with file, line and
+    field at the first fault.
+    """
+    stem = os.path.splitext(os.path.basename(path))[0]
+    examples: list[Example] = []
+    lines: dict[str, int] = {}
+    with closing(_opened(path)) as stream:
+        for line, row in jsonl.rows(stream, path):
+            where = f"{path}:{line}"
+            identity = jsonl.identifier(row, f"{stem}-{line}", where)
+            _claim(identity, line, lines, where)
+            examples.append(
+                Example(
+                    id=identity,
+                    prompt=jsonl.prompt(row, where),
+                    kind=kind,
+                    source=path,
+                    response=jsonl.response(row, where, required=pairs),
+                    category=jsonl.text(row, "category", where),
+                    group=jsonl.text(row, "group", where),
+                )
+            )
+    return examples
+
+
+def _source(name: str) -> Source:
+    if name in SOURCES:
+        return SOURCES[name]
+    near = difflib.get_close_matches(name, SOURCES, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(SOURCES)};"
+    raise ConfigError(f"no data source is called {name!r}; {hint} A file's path ends in .jsonl")
+
+
+# --- raw rows: (where, row) with `where` as an error names it ---
+
+Located = tuple[str, Row]
+
+
+def _rows(name: str, source: Source, root: str | None) -> tuple[list[Located], int | None]:
+    """All rows of a named source, and how many should be left after its `keep`."""
+    if source.demo is not None:
+        with (resources.files("dcr") / "demo" / source.demo).open("rb") as stream:
+            return _file_rows(stream, f"demo/{source.demo}"), None
+    if root is None:
+        assert source.hub is not None  # as every source outside the package has
+        return _hub_rows(name, source.hub), source.hub.rows
+    if not os.path.isdir(root):
+        raise ConfigError(f"data.root={root}: not a folder; name the one with the data files")
+    if source.file is None:
+        raise DataError(
+            f"{name}: only on the hub ({source.hub}), not in data.root={root}; leave data.root "
+            "out, or choose another source such as data.toxic.source=harmfulqa"
+        )
+    path = os.path.join(root, source.file)
+    with closing(_opened(path, f"; leave data.root out to read {source.hub} instead")) as stream:
+        return _file_rows(stream, path), source.rows
+
+
+def _opened(path: str, cure: str = "; check the path") -> IO[bytes]:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}{cure}") from None
+
+
+def _file_rows(stream: IO[bytes], path: str) -> list[Located]:
+    return [(f"{path}:{line}", row) for line, row in jsonl.rows(stream, path)]
+
+
+def _hub_rows(name: str, hub: Hub) -> list[Located]:
+    import datasets  # takes a second, and only hub reading needs it
+
+    try:
+        table = datasets.load_dataset(
+            hub.id, hub.config, split=hub.split, revision=hub.revision, **hub.options
+        )
+    # Network, hub, cache and parser each raise their own family; all mean the same to the user.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"{name}: cannot read {hub} through datasets ({type(error).__name__}: {reason}); "
+            "data.root=<folder> reads it offline"
+        ) from error
+    try:
+        return [(f"{name}:{number}", hub.fields(row)) for number, row in enumerate(table, 1)]
+    except KeyError as error:
+        columns = ", ".join(table.column_names)
+        raise DataError(
+            f"{name}: {hub} has no column {error} (columns: {columns}); "
+            "data.root=<folder> reads it offline"
+        ) from None
+
+
+# --- rows to examples ---
+
+
+def _examples(
+    name: str, source: Source, rows: list[Located], expected: int | None
+) -> list[Example]:
+    groups = source.groups([row for _, row in rows])
+    chosen = [(i, *located) for i, located in enumerate(rows) if source.keep(located[1])]
+    if expected is not None and len(chosen) != expected:
+        log.warning("%s: %d rows, expected %d", name, len(chosen), expected)
+    examples: list[Example] = []
+    seen: dict[str, int] = {}
+    for i, where, row in chosen:
+        prompt = jsonl.text(row, "prompt", where)
+        response = None if source.prompts_only else jsonl.text(row, "response", where)
+        category = jsonl.text(row, "category", where)
+        identity = jsonl.identifier(row, f"{name}-{i}", where)
+        _claim(identity, i + 1, seen, where)
+        if prompt is None:
+            jsonl.prompt(row, where)  # raises: a row without a prompt is not an empty one
+        elif not any(text is not None and jsonl.is_blank(text) for text in (prompt, response)):
+            examples.append(
+                Example(
+                    identity, prompt, source.kind, name, response, category, groups[i], source.split
+                )
+            )
+    if dropped := len(chosen) - len(examples):
+        log.warning("%s: %d rows with an empty prompt or response dropped", name, dropped)
+    return examples
+
+
+def _claim(identity: str, number: int, taken: dict[str, int], where: str) -> None:
+    if identity in taken:
+        raise DataError(
+            f"{where}: id: {identity!r} stands on row {taken[identity]} too; "
+            "give each row its own id or leave ids out"
+        )
+    taken[identity] = number
