@@ -1,0 +1,334 @@
+"""The two losses of stage one: Circle loss over prompt features and chunked next-token NLL."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# Optima (O_p, O_n) of the pair weights, by name, as functions of the margin.
+OPTIMA: dict[str, Callable[[float], tuple[float, float]]] = {
+    "paper": lambda margin: (1 - margin, margin),
+    "sun2020": lambda margin: (1 + margin, -margin),
+}
+AGGREGATES = ("anchor", "batch_pool")
+REDUCTIONS = ("batch", "valid")
+
+
+def circle_loss(
+    features: Float[Tensor, "batch width"],
+    labels: Int[Tensor, "batch"],
+    margin: float,
+    scale: float,
+    *,
+    weights: str = "paper",
+    detach: bool = True,
+    aggregate: str = "anchor",
+    reduction: str = "batch",
+) -> Float[Tensor, ""]:
+    """Circle loss on cosines, Eq. 5 and appendix A.8, in at least fp32 whatever the input.
+
+    `weights="paper"` uses [target - s]+ as A.8 writes it; `"sun2020"` uses [1 + margin - s]+ and
+    [s + margin]+, as the Circle loss paper and its reference implementations do. `detach` keeps
+    gradients out of these weights. `aggregate="anchor"` is one softplus per anchor; `"batch_pool"`
+    is a single one over all pairs i < j. `reduction` divides by the batch (Eq. 5) or by the
+    `valid` anchors, those with a positive and a negative; it changes nothing under `batch_pool`.
+
+    An anchor without positives or without negatives contributes 0 and a zero gradient. A row of
+    norm zero has cosine 0 with every row and a finite gradient.
+
+    Raises ValueError for an unknown name, a margin outside (0, 1), a scale that is not a positive
+    number, or labels that do not match the batch.
+    """
+    _check_choice("weights", weights, tuple(OPTIMA))
+    _check_choice("aggregate", aggregate, AGGREGATES)
+    _check_choice("reduction", reduction, REDUCTIONS)
+    _check_margin(margin)
+    if not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"scale={scale}: must be a positive number")
+    _check_batch(features, labels)
+    positive_optimum, negative_optimum = OPTIMA[weights](margin)
+    with torch.autocast(features.device.type, enabled=False):
+        cosines = _cosine_matrix(features)
+        fixed = cosines.detach() if detach else cosines
+        positive_weights = torch.relu(positive_optimum - fixed)
+        negative_weights = torch.relu(fixed - negative_optimum)
+        losses, valid = _softplus_of_pairs(
+            -scale * positive_weights * (cosines - (1 - margin)),
+            scale * negative_weights * (cosines - margin),
+            labels,
+            aggregate,
+        )
+        return _reduce(losses, valid, reduction)
+
+
+def circle_floor(
+    labels: Int[Tensor, "batch"], aggregate: str = "anchor", reduction: str = "batch"
+) -> Float[Tensor, ""]:
+    """Circle loss, with `paper` weights, of a batch in which every pair meets its margin.
+
+    Such a pair has exponent 0, so an anchor keeps log(1 + |P| |N|): the least value that the loss
+    of this batch can take. With `sun2020` weights the loss can fall below it.
+    """
+    _check_choice("aggregate", aggregate, AGGREGATES)
+    _check_choice("reduction", reduction, REDUCTIONS)
+    exponents = torch.zeros(len(labels), len(labels), device=labels.device)
+    losses, valid = _softplus_of_pairs(exponents, exponents, labels, aggregate)
+    return _reduce(losses, valid, reduction)
+
+
+@dataclass(frozen=True)
+class PairStatistics:
+    """Sums over the pairs i < j of one batch, to be added up over batches before dividing."""
+
+    within_sum: Float[Tensor, ""]  # of cosines between prompts of one class
+    within_count: Int[Tensor, ""]
+    across_sum: Float[Tensor, ""]  # of cosines between prompts of different classes
+    across_count: Int[Tensor, ""]
+    violating_count: Int[Tensor, ""]
+    pair_count: Int[Tensor, ""]
+
+
+@torch.no_grad()
+def pair_statistics(
+    features: Float[Tensor, "batch width"], labels: Int[Tensor, "batch"], margin: float
+) -> PairStatistics:
+    """Cosines within and across classes, and how many pairs miss the margin (Eq. 5).
+
+    A pair violates when it is within a class and its cosine is below 1 - margin, or across classes
+    and above margin. Raises ValueError as `circle_loss` does.
+    """
+    _check_margin(margin)
+    _check_batch(features, labels)
+    with torch.autocast(features.device.type, enabled=False):
+        cosines = _cosine_matrix(features)
+    within, across = (mask.triu(1) for mask in _pair_masks(labels))
+    violating = (within & (cosines < 1 - margin)) | (across & (cosines > margin))
+    return PairStatistics(
+        within_sum=cosines[within].sum(),
+        within_count=within.sum(),
+        across_sum=cosines[across].sum(),
+        across_count=across.sum(),
+        violating_count=violating.sum(),
+        pair_count=within.sum() + across.sum(),
+    )
+
+
+def token_nll(
+    hidden: Float[Tensor, "tokens width"],
+    head_weight: Float[Tensor, "vocabulary width"],
+    targets: Int[Tensor, "tokens"],
+    *,
+    bias: Float[Tensor, "vocabulary"] | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk: int = 256,
+) -> tuple[Float[Tensor, ""], Float[Tensor, "tokens"]]:
+    """Sum of the next-token NLL in nats, differentiable, and the NLL of each token, detached.
+
+    Logits are softcap * tanh(logit_scale * (hidden @ head_weight.T + bias) / softcap), multiplied
+    in the head's dtype (autocast's, if on) and normalised in at least fp32. At most `chunk` rows
+    of them exist at a time. With a frozen head the gradient is found during the forward pass, two
+    head products in all and no logits kept; a trainable head recomputes each chunk's logits.
+
+    Pass labelled positions only: every target must be a valid row of the head, which is not
+    checked here, since that would wait for the device. Raises ValueError if tokens and targets
+    differ in number, or if chunk or softcap is not positive.
+    """
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"targets {tuple(targets.shape)} do not match {len(hidden)} tokens")
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk}: must be at least 1")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap={softcap}: must be positive; None is off")
+    trainable = head_weight.requires_grad or (bias is not None and bias.requires_grad)
+    dtype = _product_dtype(head_weight)
+    # Cast the head once here; autocast would cast it anew for every chunk.
+    head = _Head(
+        head_weight.to(dtype), None if bias is None else bias.to(dtype), softcap, logit_scale
+    )
+    with torch.autocast(hidden.device.type, enabled=False):
+        if not torch.is_grad_enabled() or not (trainable or hidden.requires_grad):
+            per_token, _ = _nll_and_gradient(hidden, head, targets, chunk, with_gradient=False)
+            return per_token.sum(), per_token
+        if trainable:
+            per_token = _recomputed_nll(hidden, head, targets, chunk)
+            return per_token.sum(), per_token.detach()
+        return _FrozenHeadNLL.apply(hidden, head, targets, chunk)
+
+
+@dataclass(frozen=True)
+class _Head:
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    scale: float
+
+
+class _FrozenHeadNLL(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: _Head, targets: Tensor, chunk: int
+    ) -> tuple[Tensor, Tensor]:
+        per_token, gradient = _nll_and_gradient(hidden, head, targets, chunk, with_gradient=True)
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(per_token)
+        return per_token.sum(), per_token
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator's stub
+        ctx: Any, *outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outputs[0], None, None, None
+
+
+def _nll_and_gradient(
+    hidden: Tensor, head: _Head, targets: Tensor, chunk: int, *, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """NLL per token and, if asked, d(sum)/d(hidden) = (softmax - onehot) @ W. Not for autograd."""
+    rows = min(chunk, len(hidden))
+    # Fresh logits for every chunk would cost more in page faults on CPU than the softmax does.
+    product = head.weight.new_empty(rows, len(head.weight))
+    wide_dtype = torch.promote_types(product.dtype, torch.float32)
+    wide = product if product.dtype == wide_dtype else torch.empty_like(product, dtype=wide_dtype)
+    per_token = wide.new_empty(len(hidden))
+    gradient = torch.empty_like(hidden) if with_gradient else None
+    for start in range(0, len(hidden), chunk):
+        part = slice(start, start + chunk)
+        inputs, target = hidden[part].to(product.dtype), targets[part].long()[:, None]
+        logits, raw = wide[: len(inputs)], product[: len(inputs)]
+        torch.mm(inputs, head.weight.t(), out=raw)
+        if head.bias is not None:
+            raw.add_(head.bias)
+        if logits is not raw:
+            logits.copy_(raw)
+        slope = _scale_and_cap_(logits, head, with_slope=with_gradient)
+        logits.sub_(logits.amax(1, keepdim=True))
+        target_logit = logits.gather(1, target)
+        normaliser = logits.exp_().sum(1, keepdim=True)
+        nll = normaliser.log() - target_logit
+        per_token[part] = nll[:, 0]
+        if gradient is not None:
+            residual = logits.div_(normaliser).scatter_(1, target, torch.expm1(-nll))
+            if slope is not None:
+                residual.mul_(slope)
+            raw.copy_(residual)  # back to the head's dtype; no cost where both are one buffer
+            gradient[part] = (raw @ head.weight).mul_(head.scale)
+    return per_token, gradient
+
+
+def _scale_and_cap_(logits: Tensor, head: _Head, *, with_slope: bool) -> Tensor | None:
+    """Scale and cap in place; the slope of the cap at each logit, if asked and if there is one."""
+    if head.scale != 1:
+        logits.mul_(head.scale)
+    if head.softcap is None:
+        return None
+    logits.div_(head.softcap).tanh_()
+    slope = logits.square().neg_().add_(1) if with_slope else None
+    logits.mul_(head.softcap)
+    return slope
+
+
+def _recomputed_nll(hidden: Tensor, head: _Head, targets: Tensor, chunk: int) -> Tensor:
+    def nll(inputs: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
+        logits = F.linear(inputs.to(weight.dtype), weight, bias)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * head.scale
+        if head.softcap is not None:
+            logits = head.softcap * torch.tanh(logits / head.softcap)
+        return F.cross_entropy(logits, target.long(), reduction="none")
+
+    parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    # Nothing here draws random numbers, so there is no generator state to restore.
+    recompute = partial(checkpoint, nll, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat(
+        [recompute(inputs, head.weight, head.bias, target) for inputs, target in parts]
+    )
+
+
+def _product_dtype(weight: Tensor) -> torch.dtype:
+    kind = weight.device.type
+    # Autocast leaves float64 alone.
+    if weight.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return weight.dtype
+
+
+def _cosine_matrix(features: Tensor) -> Float[Tensor, "batch batch"]:
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    # Dividing by the largest entry first keeps squares from overflowing or vanishing. It leaves
+    # the direction and so the gradient unchanged, hence a constant.
+    largest = features.detach().abs().amax(1, keepdim=True)
+    features = features / largest.masked_fill(largest == 0, 1)
+    norms = torch.linalg.vector_norm(features, dim=1, keepdim=True)
+    directions = features / norms.masked_fill(norms == 0, 1)
+    return directions @ directions.T
+
+
+def _pair_masks(
+    labels: Tensor,
+) -> tuple[Bool[Tensor, "batch batch"], Bool[Tensor, "batch batch"]]:
+    """Which ordered pairs share a label, a row with itself excepted, and which do not."""
+    same = labels[:, None] == labels[None, :]
+    itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    return same & ~itself, ~same
+
+
+def _softplus_of_pairs(
+    positive_exponents: Float[Tensor, "batch batch"],
+    negative_exponents: Float[Tensor, "batch batch"],
+    labels: Int[Tensor, "batch"],
+    aggregate: str,
+) -> tuple[Float[Tensor, "losses"], Bool[Tensor, "losses"]]:
+    """log(1 + sum exp(positive) * sum exp(negative)) per anchor, or one for the batch.
+
+    Second comes which of them have a pair of either kind; the others are 0.
+    """
+    positive, negative = _pair_masks(labels)
+    if aggregate == "batch_pool":
+        positive, negative = positive.triu(1).view(1, -1), negative.triu(1).view(1, -1)
+        positive_exponents = positive_exponents.reshape(1, -1)
+        negative_exponents = negative_exponents.reshape(1, -1)
+    valid = positive.any(1) & negative.any(1)
+    losses = F.softplus(
+        _masked_logsumexp(positive_exponents, positive)
+        + _masked_logsumexp(negative_exponents, negative)
+    )
+    return losses * valid, valid
+
+
+def _masked_logsumexp(exponents: Tensor, mask: Tensor) -> Tensor:
+    # Finite: a row of -inf alone has NaN gradients. A quarter, so that the sum of two is finite.
+    absent = torch.finfo(exponents.dtype).min / 4
+    return exponents.masked_fill(~mask, absent).logsumexp(1)
+
+
+def _reduce(losses: Tensor, valid: Tensor, reduction: str) -> Float[Tensor, ""]:
+    if reduction == "valid":
+        return losses.sum() / valid.sum().clamp(min=1)
+    return losses.sum() / max(len(losses), 1)
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: must be one of {', '.join(choices)}")
+
+
+def _check_margin(margin: float) -> None:
+    if not 0 < margin < 1:
+        raise ValueError(f"margin={margin}: must lie between 0 and 1")
+
+
+def _check_batch(features: Tensor, labels: Tensor) -> None:
+    if features.dim() != 2 or labels.shape != features.shape[:1]:
+        raise ValueError(
+            f"features {tuple(features.shape)} and labels {tuple(labels.shape)}: "
+            "must be batch x width and batch"
+        )

@@ -1,0 +1,631 @@
+"""Circle loss against loops, golden values and a library; token NLL against full logits."""
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pytorch_metric_learning.losses import CircleLoss
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.testing import assert_close
+
+from dcr.losses import circle_floor, circle_loss, pair_statistics, token_nll
+
+GOLDEN_FEATURES = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0], [-1.0, 2.0]])
+GOLDEN_LABELS = torch.tensor([0, 0, 1, 1])
+GOLDEN_ROWS = {
+    "paper": [1.118333, 3.442291, 3.411413, 1.122556],
+    "sun2020": [1.093750, 7.374870, 6.180736, 0.806868],
+}
+GOLDEN_MEAN = {"paper": 2.273648, "sun2020": 3.864055}
+BOTH_WEIGHTS = pytest.mark.parametrize("weights", ["paper", "sun2020"])
+SWITCHES = pytest.mark.parametrize(
+    ("weights", "aggregate", "reduction"),
+    list(itertools.product(["paper", "sun2020"], ["anchor", "batch_pool"], ["batch", "valid"])),
+)
+
+
+def random_batch(
+    size: int = 9, width: int = 5, classes: int = 2, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(size, width, generator=generator, dtype=torch.float64) + 0.5
+    return features, torch.randint(classes, (size,), generator=generator)
+
+
+def cosine(a: list[float], b: list[float]) -> float:
+    inner = sum(x * y for x, y in zip(a, b, strict=True))
+    return inner / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+
+
+def anchor_losses(
+    rows: list[list[float]], classes: list[int], margin: float, scale: float, weights: str
+) -> list[float | None]:
+    """Eq. 5 term by term; None for an anchor without a positive or without a negative."""
+    losses: list[float | None] = []
+    for i in range(len(rows)):
+        others = [j for j in range(len(rows)) if j != i]
+        losses.append(one_softplus([(i, j) for j in others], rows, classes, margin, scale, weights))
+    return losses
+
+
+def one_softplus(
+    pairs: list[tuple[int, int]],
+    rows: list[list[float]],
+    classes: list[int],
+    margin: float,
+    scale: float,
+    weights: str,
+) -> float | None:
+    positives, negatives = [], []
+    for i, j in pairs:
+        s = cosine(rows[i], rows[j])
+        if classes[i] == classes[j]:
+            optimum = 1 - margin if weights == "paper" else 1 + margin
+            positives.append(math.exp(-scale * max(optimum - s, 0) * (s - (1 - margin))))
+        else:
+            optimum = margin if weights == "paper" else -margin
+            negatives.append(math.exp(scale * max(s - optimum, 0) * (s - margin)))
+    if not positives or not negatives:
+        return None
+    return math.log(1 + sum(positives) * sum(negatives))
+
+
+def circle_by_loops(
+    features: Tensor,
+    labels: Tensor,
+    margin: float,
+    scale: float,
+    weights: str,
+    aggregate: str,
+    reduction: str,
+) -> float:
+    rows, classes = features.tolist(), labels.tolist()
+    if aggregate == "batch_pool":
+        pairs = list(itertools.combinations(range(len(rows)), 2))
+        return one_softplus(pairs, rows, classes, margin, scale, weights) or 0.0
+    losses = anchor_losses(rows, classes, margin, scale, weights)
+    present = [loss for loss in losses if loss is not None]
+    if reduction == "valid":
+        return sum(present) / len(present) if present else 0.0
+    return sum(present) / len(losses)
+
+
+@BOTH_WEIGHTS
+def test_golden_values(weights: str) -> None:
+    loss = circle_loss(GOLDEN_FEATURES, GOLDEN_LABELS, 0.25, 16.0, weights=weights)
+    assert_close(loss, torch.tensor(GOLDEN_MEAN[weights]), atol=2e-6, rtol=0)
+    rows = anchor_losses(
+        GOLDEN_FEATURES.tolist(), GOLDEN_LABELS.tolist(), margin=0.25, scale=16, weights=weights
+    )
+    # the loops that the other tests trust give the same rows
+    assert rows == pytest.approx(GOLDEN_ROWS[weights], abs=2e-6)
+
+
+@SWITCHES
+@pytest.mark.parametrize(("classes", "margin", "scale"), [(2, 0.25, 16.0), (4, 0.4, 5.0)])
+def test_equals_loops_over_pairs(
+    weights: str, aggregate: str, reduction: str, classes: int, margin: float, scale: float
+) -> None:
+    for seed in range(5):
+        features, labels = random_batch(classes=classes, seed=seed)
+        labels[0] = 99  # an anchor without positives
+        loss = circle_loss(
+            features, labels, margin, scale,
+            weights=weights, aggregate=aggregate, reduction=reduction,
+        )  # fmt: skip
+        expected = circle_by_loops(features, labels, margin, scale, weights, aggregate, reduction)
+        assert loss.item() == pytest.approx(expected, rel=1e-10)
+
+
+def test_reductions_differ_by_the_share_of_valid_anchors() -> None:
+    features, labels = random_batch(size=6)
+    labels = torch.tensor([0, 0, 1, 1, 2, 3])
+    by_batch = circle_loss(features, labels, 0.25, 16.0)
+    by_valid = circle_loss(features, labels, 0.25, 16.0, reduction="valid")
+    assert_close(by_batch, by_valid * 4 / 6)
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_sun2020_equals_pytorch_metric_learning(classes: int) -> None:
+    features, labels = random_batch(size=16, classes=classes)
+    features = features.float()
+    ours, theirs = features.clone().requires_grad_(), features.clone().requires_grad_()
+    # the library averages over its non-zero losses
+    loss = circle_loss(ours, labels, 0.4, 80.0, weights="sun2020", reduction="valid")
+    expected = CircleLoss(m=0.4, gamma=80)(theirs, labels)
+    loss.backward()
+    expected.backward()
+    assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4)
+
+
+def gradient(features: Tensor, labels: Tensor, **switches: Any) -> Tensor:
+    leaf = features.clone().requires_grad_()
+    circle_loss(leaf, labels, 0.25, 16.0, **switches).backward()
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+@SWITCHES
+def test_undetached_gradient_equals_finite_differences(
+    weights: str, aggregate: str, reduction: str
+) -> None:
+    features, labels = random_batch(size=6, width=3)
+
+    def loss(leaf: Tensor) -> Tensor:
+        return circle_loss(
+            leaf, labels, 0.25, 4.0,
+            weights=weights, detach=False, aggregate=aggregate, reduction=reduction,
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(loss, features.requires_grad_())
+
+
+def test_paper_weights_detaching_halves_the_gradient() -> None:
+    features, labels = random_batch()
+    detached = gradient(features, labels)
+    assert detached.abs().max() > 0.01
+    assert_close(gradient(features, labels, detach=False), 2 * detached)
+
+
+def test_sun2020_detaching_is_not_a_factor_of_two() -> None:
+    features, labels = random_batch()
+    detached = gradient(features, labels, weights="sun2020")
+    whole = gradient(features, labels, weights="sun2020", detach=False)
+    assert (whole - 2 * detached).abs().max() > 0.01 * whole.abs().max()
+
+
+def two_clusters(first: int, second: int) -> tuple[Tensor, Tensor]:
+    """Two orthogonal directions of varying length: every pair meets any margin."""
+    labels = torch.tensor([0] * first + [1] * second)
+    lengths = torch.arange(1, first + second + 1, dtype=torch.float32)
+    return F.one_hot(labels, 4) * lengths[:, None], labels
+
+
+def test_floor_of_a_balanced_batch_of_32() -> None:
+    features, labels = two_clusters(16, 16)
+    assert circle_floor(labels).item() == pytest.approx(math.log(1 + 15 * 16), rel=1e-6)
+    assert circle_floor(labels).item() == pytest.approx(5.485, abs=5e-4)
+    assert_close(circle_loss(features, labels, 0.25, 16.0), circle_floor(labels))
+    assert_close(gradient(features, labels), torch.zeros_like(features))
+
+
+@pytest.mark.parametrize("reduction", ["batch", "valid"])
+def test_floor_of_an_unbalanced_batch(reduction: str) -> None:
+    features, labels = two_clusters(5, 2)
+    labels = torch.cat([labels, torch.tensor([7])])  # alone in its class, so never an anchor
+    features = torch.cat([features, torch.tensor([[0.0, 0.0, 3.0, 0.0]])])
+    total = 5 * math.log(1 + 4 * 3) + 2 * math.log(1 + 1 * 6)
+    expected = total / (8 if reduction == "batch" else 7)
+    assert circle_floor(labels, reduction=reduction).item() == pytest.approx(expected, rel=1e-6)
+    loss = circle_loss(features, labels, 0.25, 16.0, reduction=reduction)
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_floor_of_a_pooled_batch() -> None:
+    features, labels = two_clusters(3, 4)
+    expected = math.log(1 + (3 + 6) * 12)
+    assert circle_floor(labels, "batch_pool").item() == pytest.approx(expected, rel=1e-6)
+    loss = circle_loss(features, labels, 0.25, 16.0, aggregate="batch_pool")
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_floor_is_the_least_value_under_paper_weights() -> None:
+    for seed in range(20):
+        features, labels = random_batch(seed=seed)
+        assert circle_loss(features, labels, 0.25, 16.0) >= circle_floor(labels) - 1e-6
+
+
+def test_equal_features_closed_form() -> None:
+    labels = torch.tensor([0, 0, 0, 1, 1])
+    features = torch.tensor([1.0, -2.0, 3.0]).repeat(5, 1)
+    violation = math.exp(16 * (1 - 0.25) ** 2)
+    expected = (3 * math.log(1 + 2 * 2 * violation) + 2 * math.log(1 + 1 * 3 * violation)) / 5
+    loss = circle_loss(features, labels, 0.25, 16.0)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+@BOTH_WEIGHTS
+@pytest.mark.parametrize("aggregate", ["anchor", "batch_pool"])
+def test_invariant_to_scaling_and_permutation(weights: str, aggregate: str) -> None:
+    features, labels = random_batch()
+    features = features.float()
+    plain = circle_loss(features, labels, 0.25, 16.0, weights=weights, aggregate=aggregate)
+    # the ends would overflow or vanish if squared in fp32
+    factors = torch.tensor([1e-25, 1e-3, 0.5, 1.0, 2.0, 7.0, 1e3, 1e25, 3.0])
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(1))
+    changed = (features * factors[:, None])[order], labels[order]
+    loss = circle_loss(*changed, 0.25, 16.0, weights=weights, aggregate=aggregate)
+    assert_close(loss, plain, rtol=1e-5, atol=1e-5)
+
+
+@SWITCHES
+@pytest.mark.parametrize(
+    "labels",
+    [[0, 0, 0, 0], [0, 1, 2, 3], [5], []],
+    ids=["one class", "no pairs", "one row", "none"],
+)
+def test_no_pairs_to_compare_gives_zero_and_a_zero_gradient(
+    weights: str, aggregate: str, reduction: str, labels: list[int]
+) -> None:
+    features = torch.randn(len(labels), 3, requires_grad=True)
+    loss = circle_loss(
+        features, torch.tensor(labels, dtype=torch.int64), 0.25, 16.0,
+        weights=weights, detach=False, aggregate=aggregate, reduction=reduction,
+    )  # fmt: skip
+    loss.backward()
+    assert loss.item() == 0
+    assert features.grad is not None
+    assert torch.equal(features.grad, torch.zeros_like(features))
+    assert circle_floor(torch.tensor(labels, dtype=torch.int64), aggregate, reduction).item() == 0
+
+
+@BOTH_WEIGHTS
+@pytest.mark.parametrize("detach", [True, False])
+def test_rows_of_norm_zero_have_cosine_zero_and_a_modest_gradient(
+    weights: str, detach: bool
+) -> None:
+    features, labels = random_batch()
+    features[2] = 0
+    replaced = torch.cat([features, torch.zeros(len(features), 1)], dim=1)
+    replaced[2, -1] = 1  # orthogonal to every other row
+    loss = circle_loss(features, labels, 0.25, 16.0, weights=weights)
+    assert_close(loss, circle_loss(replaced, labels, 0.25, 16.0, weights=weights))
+    slopes = gradient(features, labels, weights=weights, detach=detach)
+    assert slopes.abs().max() < 1e3
+
+
+def test_nan_features_are_not_hidden() -> None:
+    features = torch.full((4, 2), math.nan)
+    assert circle_loss(features, GOLDEN_LABELS, 0.25, 16.0).isnan()
+    assert circle_loss(features, torch.zeros(4, dtype=torch.int64), 0.25, 16.0).isnan()
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e6])
+def test_large_scales_stay_finite(scale: float) -> None:
+    features, labels = random_batch()
+    leaf = features.float().requires_grad_()
+    loss = circle_loss(leaf, labels, 0.25, scale)
+    loss.backward()
+    assert leaf.grad is not None
+    assert loss.isfinite()
+    assert leaf.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_features_are_compared_in_fp32(dtype: torch.dtype) -> None:
+    features, labels = random_batch()
+    low = features.to(dtype)
+    loss = circle_loss(low, labels, 0.25, 16.0)
+    assert loss.dtype == torch.float32
+    assert_close(loss, circle_loss(low.float(), labels, 0.25, 16.0), rtol=0, atol=0)
+
+
+def test_autocast_changes_nothing() -> None:
+    features, labels = random_batch()
+    features = features.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = circle_loss(features, labels, 0.25, 16.0)
+        pairs = pair_statistics(features, labels, 0.25)
+    assert under.dtype == torch.float32
+    assert_close(under, circle_loss(features, labels, 0.25, 16.0), rtol=0, atol=0)
+    outside = pair_statistics(features, labels, 0.25)
+    assert_close(pairs.within_sum, outside.within_sum, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"weights": "papre"}, "weights"),
+        ({"aggregate": "mean"}, "aggregate"),
+        ({"reduction": "sum"}, "reduction"),
+        ({"margin": 0.0}, "margin"),
+        ({"margin": 1.0}, "margin"),
+        ({"margin": math.nan}, "margin"),
+        ({"scale": 0.0}, "scale"),
+        ({"scale": -1.0}, "scale"),
+        ({"scale": math.nan}, "scale"),
+        ({"scale": math.inf}, "scale"),
+    ],
+)
+def test_bad_arguments_are_named(change: dict[str, Any], named: str) -> None:
+    arguments: dict[str, Any] = {"margin": 0.25, "scale": 16.0} | change
+    with pytest.raises(ValueError, match=named):
+        circle_loss(GOLDEN_FEATURES, GOLDEN_LABELS, **arguments)
+
+
+def test_bad_arguments_of_the_companions_are_named() -> None:
+    with pytest.raises(ValueError, match="aggregate"):
+        circle_floor(GOLDEN_LABELS, "mean")
+    with pytest.raises(ValueError, match="reduction"):
+        circle_floor(GOLDEN_LABELS, reduction="sum")
+    with pytest.raises(ValueError, match="margin"):
+        pair_statistics(GOLDEN_FEATURES, GOLDEN_LABELS, 1.5)
+
+
+# Where shapes are checked at run time the mismatch is a TypeError before our own ValueError.
+@pytest.mark.parametrize(
+    ("features", "labels"),
+    [
+        (GOLDEN_FEATURES, GOLDEN_LABELS[:3]),
+        (GOLDEN_FEATURES, GOLDEN_LABELS[:, None]),
+        (GOLDEN_FEATURES[None], GOLDEN_LABELS),
+    ],
+    ids=["fewer labels", "two-dimensional labels", "three-dimensional features"],
+)
+def test_shapes_that_do_not_match_are_refused(features: Tensor, labels: Tensor) -> None:
+    with pytest.raises((ValueError, TypeError)):
+        circle_loss(features, labels, 0.25, 16.0)
+    with pytest.raises((ValueError, TypeError)):
+        pair_statistics(features, labels, 0.25)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_pair_statistics_equal_loops(seed: int) -> None:
+    features, labels = random_batch(size=12, classes=3, seed=seed)
+    rows, classes = features.tolist(), labels.tolist()
+    pairs = list(itertools.combinations(range(12), 2))
+    within = [cosine(rows[i], rows[j]) for i, j in pairs if classes[i] == classes[j]]
+    across = [cosine(rows[i], rows[j]) for i, j in pairs if classes[i] != classes[j]]
+    found = pair_statistics(features.requires_grad_(), labels, 0.25)
+    assert found.within_sum.item() == pytest.approx(sum(within))
+    assert found.across_sum.item() == pytest.approx(sum(across))
+    assert not found.within_sum.requires_grad
+    assert (found.within_count, found.across_count) == (len(within), len(across))
+    assert found.pair_count == len(pairs)
+    violating = sum(s < 0.75 for s in within) + sum(s > 0.25 for s in across)
+    assert 0 < violating < len(pairs)
+    assert found.violating_count == violating
+
+
+def test_pair_statistics_of_one_row_are_zero() -> None:
+    found = pair_statistics(torch.ones(1, 3), torch.tensor([0]), 0.25)
+    assert (found.within_sum, found.across_sum, found.violating_count) == (0, 0, 0)
+    assert found.pair_count == 0
+
+
+TOKENS, WIDTH, VOCABULARY = 11, 6, 17
+HEADS = pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"softcap": 3.0},
+        {"logit_scale": 0.125},
+        {"softcap": 2.0, "logit_scale": 1.5},
+    ],
+    ids=["plain", "softcap", "scale", "both"],
+)
+
+
+def random_head(
+    dtype: torch.dtype = torch.float64, tokens: int = TOKENS
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(tokens, WIDTH, generator=generator, dtype=torch.float64)
+    weight = torch.randn(VOCABULARY, WIDTH, generator=generator, dtype=torch.float64)
+    bias = torch.randn(VOCABULARY, generator=generator, dtype=torch.float64)
+    targets = torch.randint(VOCABULARY, (tokens,), generator=generator)
+    return hidden.to(dtype), weight.to(dtype), bias.to(dtype), targets
+
+
+def nll_from_all_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    logits = logit_scale * F.linear(hidden, weight, bias)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+def leaves(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.clone().requires_grad_() for tensor in tensors]
+
+
+@HEADS
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("chunk", [1, 4, 11, 256])
+def test_frozen_head_equals_all_logits(
+    shape: dict[str, float], with_bias: bool, chunk: int
+) -> None:
+    hidden, weight, bias, targets = random_head()
+    head_bias = bias if with_bias else None
+    ours, theirs = leaves(hidden, hidden)
+    total, per_token = token_nll(ours, weight, targets, bias=head_bias, chunk=chunk, **shape)
+    expected = nll_from_all_logits(theirs, weight, targets, head_bias, **shape)
+    assert_close(per_token, expected.detach())
+    assert_close(total, expected.sum())
+    assert not per_token.requires_grad
+    (total / 7).backward()
+    (expected.sum() / 7).backward()
+    assert_close(ours.grad, theirs.grad)
+
+
+@HEADS
+@pytest.mark.parametrize("chunk", [4, 11, 256])
+def test_trainable_head_equals_all_logits(shape: dict[str, float], chunk: int) -> None:
+    hidden, weight, bias, targets = random_head()
+    ours, theirs = leaves(hidden, weight, bias), leaves(hidden, weight, bias)
+    total, per_token = token_nll(ours[0], ours[1], targets, bias=ours[2], chunk=chunk, **shape)
+    expected = nll_from_all_logits(theirs[0], theirs[1], targets, theirs[2], **shape)
+    assert_close(per_token, expected.detach())
+    assert not per_token.requires_grad
+    (total / 7).backward()
+    (expected.sum() / 7).backward()
+    for mine, other in zip(ours, theirs, strict=True):
+        assert_close(mine.grad, other.grad)
+
+
+def test_trainable_bias_alone_gets_its_gradient() -> None:
+    hidden, weight, bias, targets = random_head()
+    ours, theirs = leaves(bias, bias)
+    token_nll(hidden, weight, targets, bias=ours, chunk=4)[0].backward()
+    nll_from_all_logits(hidden, weight, targets, theirs).sum().backward()
+    assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trainable", [False, True])
+def test_low_precision_is_as_close_as_its_rounding(dtype: torch.dtype, trainable: bool) -> None:
+    hidden, weight, bias, targets = random_head(dtype)
+    ours = hidden.clone().requires_grad_()
+    head = weight.clone().requires_grad_(trainable)
+    total, per_token = token_nll(ours, head, targets, bias=bias, chunk=4)
+    assert total.dtype == per_token.dtype == torch.float32
+    exact = hidden.double().requires_grad_()
+    expected = nll_from_all_logits(exact, weight.double(), targets, bias.double())
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    assert_close(per_token, expected.float().detach(), rtol=tolerance, atol=tolerance)
+    total.backward()
+    expected.sum().backward()
+    assert ours.grad is not None
+    assert exact.grad is not None
+    assert ours.grad.dtype == dtype
+    assert_close(ours.grad.double(), exact.grad, rtol=tolerance, atol=tolerance)
+
+
+def test_states_and_head_of_different_precision() -> None:
+    hidden, weight, _, targets = random_head(torch.float32)
+    ours = hidden.clone().requires_grad_()
+    low = weight.bfloat16()
+    total, _ = token_nll(ours, low, targets, chunk=4)
+    total.backward()
+    assert ours.grad is not None
+    assert ours.grad.dtype == torch.float32
+    expected = nll_from_all_logits(hidden, low.float(), targets).sum()
+    assert_close(total, expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_autocast_multiplies_in_its_own_precision(trainable: bool) -> None:
+    hidden, weight, _, targets = random_head(torch.float32)
+    ours = hidden.clone().requires_grad_()
+    head = weight.clone().requires_grad_(trainable)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total, per_token = token_nll(ours, head, targets, chunk=4)
+    low = token_nll(hidden.bfloat16(), weight.bfloat16(), targets, chunk=4)[1]
+    assert_close(per_token, low, rtol=1e-6, atol=1e-6)
+    assert (per_token - token_nll(hidden, weight, targets)[1]).abs().max() > 1e-3
+    total.backward()
+    assert ours.grad is not None
+    assert ours.grad.dtype == torch.float32
+    if trainable:
+        assert head.grad is not None
+        assert head.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_logits_far_apart_give_exact_losses(trainable: bool) -> None:
+    hidden = torch.tensor([[1.0], [1.0]], requires_grad=True)
+    weight = torch.tensor([[0.0], [1e4]], requires_grad=trainable)
+    total, per_token = token_nll(hidden, weight, torch.tensor([0, 1]))
+    assert per_token.tolist() == [1e4, 0.0]
+    total.backward()
+    assert hidden.grad is not None
+    assert hidden.grad.tolist() == [[1e4], [0.0]]
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_no_tokens_give_zero_and_a_zero_gradient(trainable: bool) -> None:
+    hidden, weight, bias, targets = random_head(tokens=0)
+    ours = hidden.requires_grad_()
+    head = weight.clone().requires_grad_(trainable)
+    total, per_token = token_nll(ours, head, targets, bias=bias)
+    total.backward()
+    assert total.item() == 0
+    assert per_token.shape == (0,)
+    assert ours.grad is not None
+    assert ours.grad.shape == (0, WIDTH)
+    if trainable:
+        assert head.grad is not None
+        assert torch.equal(head.grad, torch.zeros_like(head))
+
+
+class LargestResult(TorchFunctionMode):
+    """The number of elements of the largest tensor that any call returned, and head products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+        self.products = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.elements = max(self.elements, result.numel())
+        self.products += func in (torch.mm, torch.matmul, Tensor.matmul, F.linear)
+        return result
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_no_more_than_a_chunk_of_logits_exists(trainable: bool) -> None:
+    hidden, weight, bias, targets = random_head(tokens=40)
+    head = weight.clone().requires_grad_(trainable)
+    kept: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with LargestResult() as seen, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        ours = hidden.requires_grad_()
+        total, _ = token_nll(ours, head, targets, bias=bias, chunk=5)
+        total.backward()
+    largest_input = max(hidden.numel(), weight.numel())
+    assert seen.elements <= max(5 * VOCABULARY, largest_input)
+    assert max(kept) <= largest_input
+
+
+def test_frozen_head_multiplies_twice_and_without_gradients_once() -> None:
+    hidden, weight, _, targets = random_head()
+    with LargestResult() as forward:
+        token_nll(hidden.requires_grad_(), weight, targets, chunk=256)
+    assert forward.products == 2
+    for states, grad in ((hidden.detach(), True), (hidden, False)):
+        with LargestResult() as once, torch.set_grad_enabled(grad):
+            total, per_token = token_nll(states, weight, targets, chunk=256)
+        assert once.products == 1
+        assert not total.requires_grad
+        assert_close(per_token, nll_from_all_logits(states, weight, targets).detach())
+
+
+def test_without_gradients_a_trainable_head_needs_no_graph() -> None:
+    hidden, weight, _, targets = random_head()
+    with torch.no_grad():
+        total, _ = token_nll(hidden, weight.requires_grad_(), targets)
+    assert not total.requires_grad
+    assert_close(total, nll_from_all_logits(hidden, weight, targets).sum().detach())
+
+
+def test_second_derivatives_are_refused_rather_than_wrong() -> None:
+    hidden, weight, _, targets = random_head()
+    total, _ = token_nll(hidden.requires_grad_(), weight, targets)
+    (first,) = torch.autograd.grad(total.square(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def test_gradient_can_be_taken_twice() -> None:
+    hidden, weight, _, targets = random_head()
+    total, _ = token_nll(hidden.requires_grad_(), weight, targets)
+    (first,) = torch.autograd.grad(total, hidden, retain_graph=True)
+    (again,) = torch.autograd.grad(total * 3, hidden)
+    assert_close(again, 3 * first)
+
+
+def test_bad_arguments_of_token_nll_are_named() -> None:
+    hidden, weight, _, targets = random_head()
+    with pytest.raises(ValueError, match="chunk"):
+        token_nll(hidden, weight, targets, chunk=0)
+    with pytest.raises(ValueError, match="softcap"):
+        token_nll(hidden, weight, targets, softcap=0.0)
+    with pytest.raises((ValueError, TypeError)):
+        token_nll(hidden, weight, targets[:-1])

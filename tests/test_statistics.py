@@ -1,0 +1,244 @@
+"""Intervals and tests against closed forms, scikit-learn, SciPy and brute force."""
+
+import itertools
+import math
+import time
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn.metrics import cohen_kappa_score, roc_auc_score
+
+from dcr.statistics import (
+    Interval,
+    auroc,
+    auroc_interval,
+    cohen_kappa,
+    mcnemar,
+    mean_and_spread,
+    paired_difference,
+    wilson,
+)
+
+
+def random_scores(count: int, shift: float, seed: int, decimals: int | None = None) -> list[float]:
+    scores = np.random.default_rng(seed).normal(shift, 1, count)
+    return (scores if decimals is None else scores.round(decimals)).tolist()
+
+
+def random_verdicts(count: int, share: float, seed: int) -> list[bool]:
+    return (np.random.default_rng(seed).random(count) < share).tolist()
+
+
+@pytest.mark.parametrize("confidence", [0.9, 0.95])
+@pytest.mark.parametrize(("successes", "total"), [(0, 10), (10, 10), (1, 3), (233, 250), (1, 1)])
+def test_wilson_equals_its_closed_form(successes: int, total: int, confidence: float) -> None:
+    z = stats.norm.ppf((1 + confidence) / 2)
+    rate = successes / total
+    centre = (rate + z * z / (2 * total)) / (1 + z * z / total)
+    half = (
+        z / (1 + z * z / total)
+        * math.sqrt(rate * (1 - rate) / total + z * z / (4 * total * total))
+    )  # fmt: skip
+    found = wilson(successes, total, confidence)
+    assert found.estimate == rate
+    assert found.low == pytest.approx(centre - half, abs=1e-12)
+    assert found.high == pytest.approx(centre + half, abs=1e-12)
+    assert 0 <= found.low <= found.estimate <= found.high <= 1
+
+
+def test_wilson_at_the_size_of_xstest_is_about_three_points() -> None:
+    found = wilson(233, 250)
+    assert found.low == pytest.approx(0.932 - 0.038, abs=2e-3)
+    assert found.high == pytest.approx(0.932 + 0.025, abs=2e-3)
+
+
+def test_wilson_of_nothing_knows_nothing() -> None:
+    found = wilson(0, 0)
+    assert math.isnan(found.estimate)
+    assert (found.low, found.high) == (0, 1)
+
+
+@pytest.mark.parametrize(("successes", "total"), [(3, 2), (-1, 4), (0, -1)])
+def test_wilson_refuses_impossible_counts(successes: int, total: int) -> None:
+    with pytest.raises(ValueError, match="successes"):
+        wilson(successes, total)
+
+
+def auroc_by_pairs(positive: list[float], negative: list[float]) -> float:
+    wins = [(p > n) + (p == n) / 2 for p, n in itertools.product(positive, negative)]
+    return sum(wins) / len(wins)
+
+
+@pytest.mark.parametrize("decimals", [None, 1, 0], ids=["no ties", "some ties", "many ties"])
+@pytest.mark.parametrize("seed", range(3))
+def test_auroc_equals_counting_and_scikit_learn(decimals: int | None, seed: int) -> None:
+    positive = random_scores(23, 0.7, seed, decimals)
+    negative = random_scores(31, 0.0, seed + 100, decimals)
+    found = auroc(positive, negative)
+    assert found == pytest.approx(auroc_by_pairs(positive, negative))
+    assert found == pytest.approx(roc_auc_score([1] * 23 + [0] * 31, positive + negative))
+
+
+@pytest.mark.parametrize(
+    ("positive", "negative", "expected"),
+    [([2.0], [1.0], 1), ([1.0], [2.0], 0), ([1.0, 1.0], [1.0], 0.5), ([-math.inf], [0.0], 0)],
+)
+def test_auroc_of_plain_cases(
+    positive: list[float], negative: list[float], expected: float
+) -> None:
+    assert auroc(positive, negative) == expected
+
+
+@pytest.mark.parametrize(("positive", "negative"), [([], [1.0]), ([1.0], []), ([], [])])
+def test_auroc_of_an_empty_class_is_nan(positive: list[float], negative: list[float]) -> None:
+    assert math.isnan(auroc(positive, negative))
+    found = auroc_interval(positive, negative, seed=0)
+    assert math.isnan(found.estimate)
+    assert (found.low, found.high) == (0, 1)
+
+
+def test_auroc_refuses_nan_scores() -> None:
+    with pytest.raises(ValueError, match="NaN"):
+        auroc([math.nan], [1.0])
+    with pytest.raises(ValueError, match="NaN"):
+        auroc_interval([0.5], [1.0, math.nan], seed=0)
+
+
+@pytest.mark.parametrize("decimals", [None, 0], ids=["no ties", "many ties"])
+def test_auroc_interval_equals_a_bootstrap_by_loops(decimals: int | None) -> None:
+    positive = np.array(random_scores(40, 0.7, 0, decimals))
+    negative = np.array(random_scores(25, 0.0, 1, decimals))
+    generator = np.random.default_rng(9)
+    drawn = []
+    for _ in range(4000):
+        first = generator.choice(positive, len(positive))[:, None]
+        second = generator.choice(negative, len(negative))[None]
+        drawn.append(((first > second) + (first == second) / 2).mean())
+    low, high = np.quantile(drawn, [0.05, 0.95])
+    found = auroc_interval(
+        positive.tolist(), negative.tolist(), confidence=0.9, resamples=4000, seed=0
+    )
+    assert found.estimate == pytest.approx(auroc(positive.tolist(), negative.tolist()))
+    # about four standard errors of a percentile of 4,000 draws
+    assert found.low == pytest.approx(low, abs=0.012)
+    assert found.high == pytest.approx(high, abs=0.012)
+
+
+def test_auroc_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    truth = stats.norm.cdf(1 / math.sqrt(2))
+    covered = 0
+    for seed in range(200):
+        found = auroc_interval(
+            random_scores(60, 1.0, seed), random_scores(60, 0.0, seed + 1000),
+            resamples=300, seed=seed,
+        )  # fmt: skip
+        covered += found.low <= truth <= found.high
+    assert 178 <= covered <= 199  # 190 expected of a perfect one, standard deviation 3
+
+
+def test_auroc_interval_is_quick() -> None:
+    positive, negative = random_scores(450, 1.0, 0), random_scores(450, 0.0, 1)
+    start = time.process_time()
+    auroc_interval(positive, negative, seed=0)
+    assert time.process_time() - start < 2  # 0.1 s when nothing else runs
+
+
+def test_bootstraps_follow_their_seed() -> None:
+    a, b = random_scores(30, 1.0, 0), random_scores(30, 0.0, 1)
+    for bootstrap in (auroc_interval, paired_difference):
+        assert bootstrap(a, b, seed=5) == bootstrap(a, b, seed=5)
+        assert bootstrap(a, b, seed=5) != bootstrap(a, b, seed=6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_mcnemar_equals_the_binomial_tail(seed: int) -> None:
+    a, b = random_verdicts(60, 0.8, seed), random_verdicts(60, 0.6, seed + 10)
+    only_a = sum(x and not y for x, y in zip(a, b, strict=True))
+    only_b = sum(y and not x for x, y in zip(a, b, strict=True))
+    differing = only_a + only_b
+    tail = sum(math.comb(differing, k) for k in range(min(only_a, only_b) + 1)) / 2**differing
+    assert mcnemar(a, b) == pytest.approx(min(1.0, 2 * tail))
+    assert mcnemar(b, a) == pytest.approx(mcnemar(a, b))
+
+
+def test_mcnemar_plain_cases() -> None:
+    assert mcnemar([True] * 6, [False] * 6) == pytest.approx(2 / 2**6)
+    assert mcnemar([True, False], [True, False]) == 1
+    assert mcnemar([], []) == 1
+    assert mcnemar([True, False], [False, True]) == 1
+
+
+def test_paired_difference_equals_a_bootstrap_by_loops() -> None:
+    a, b = random_verdicts(50, 0.8, 0), random_verdicts(50, 0.6, 1)
+    differences = np.array(a, dtype=float) - np.array(b, dtype=float)
+    generator = np.random.default_rng(3)
+    drawn = [generator.choice(differences, 50).mean() for _ in range(4000)]
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    found = paired_difference(a, b, resamples=4000, seed=0)
+    assert found.estimate == pytest.approx(differences.mean())
+    # means move in steps of 1/50
+    assert found.low == pytest.approx(low, abs=0.021)
+    assert found.high == pytest.approx(high, abs=0.021)
+
+
+def test_paired_difference_uses_the_pairing() -> None:
+    a = random_scores(40, 0.0, 0)
+    shifted = [value + 1 for value in a]
+    found = paired_difference(shifted, a, seed=0)
+    # prompt by prompt the methods differ by exactly 1, however much prompts differ
+    assert (found.estimate, found.low, found.high) == pytest.approx((1, 1, 1))
+
+
+def test_paired_difference_approaches_the_normal_interval() -> None:
+    a, b = random_scores(2000, 0.3, 0), random_scores(2000, 0.0, 1)
+    differences = np.subtract(a, b)
+    half = 1.96 * differences.std(ddof=1) / math.sqrt(2000)
+    found = paired_difference(a, b, resamples=4000, seed=0)
+    assert found.low == pytest.approx(differences.mean() - half, abs=0.1 * half)
+    assert found.high == pytest.approx(differences.mean() + half, abs=0.1 * half)
+
+
+def test_paired_difference_of_nothing_knows_nothing() -> None:
+    found = paired_difference([], [], seed=0)
+    assert math.isnan(found.estimate)
+    assert (found.low, found.high) == (-math.inf, math.inf)
+
+
+def test_pairs_need_equal_lengths() -> None:
+    with pytest.raises(ValueError, match="1 and 2"):
+        mcnemar([True], [True, False])
+    with pytest.raises(ValueError, match="1 and 2"):
+        cohen_kappa([True], [True, False])
+    with pytest.raises(ValueError, match="1 and 2"):
+        paired_difference([1.0], [1.0, 0.0], seed=0)
+
+
+def test_mean_and_spread() -> None:
+    assert mean_and_spread([1.0, 2.0, 4.0]) == pytest.approx((7 / 3, math.sqrt(7 / 3)))
+    mean, spread = mean_and_spread([3.0])
+    assert mean == 3
+    assert math.isnan(spread)
+    assert all(math.isnan(value) for value in mean_and_spread([]))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_cohen_kappa_equals_scikit_learn(seed: int) -> None:
+    a, noise = random_verdicts(80, 0.3, seed), random_verdicts(80, 0.2, seed + 10)
+    b = [x != flip for x, flip in zip(a, noise, strict=True)]
+    assert cohen_kappa(a, b) == pytest.approx(cohen_kappa_score(a, b), abs=1e-6)
+
+
+def test_cohen_kappa_plain_cases() -> None:
+    assert cohen_kappa([True, False], [True, False]) == pytest.approx(1)
+    assert cohen_kappa([True, False], [False, True]) == pytest.approx(-1)
+    assert math.isnan(cohen_kappa([True, True], [True, True]))
+    assert math.isnan(cohen_kappa([], []))
+
+
+def test_intervals_are_read_only() -> None:
+    with pytest.raises(AttributeError):
+        wilson(1, 2).estimate = 0.3  # pyright: ignore[reportAttributeAccessIssue]
+    assert wilson(1, 2) == Interval(
+        *[getattr(wilson(1, 2), k) for k in ("estimate", "low", "high")]
+    )
