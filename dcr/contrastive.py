@@ -1,0 +1,195 @@
+"""Stage one: Circle loss on the hidden state of an intermediate block (Section 6, A.8)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from dcr import activations, likelihood, losses, models, schedules
+from dcr.config import ContrastiveConfig, NLLSource
+from dcr.data import PairBatch, PromptBatch
+from dcr.models import Policy
+from dcr.prompts import IGNORED
+from dcr.resuming import ResumableModule
+from dcr.separability import kmeans_accuracy
+
+
+class KMeansAccuracy(Metric):
+    """Accuracy of two clusters matched to the labels (A.9), over all features of an epoch."""
+
+    full_state_update = False
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.seed = seed
+        self.features: list[Tensor]
+        self.labels: list[Tensor]
+        self.add_state("features", default=[], dist_reduce_fx="cat")
+        self.add_state("labels", default=[], dist_reduce_fx="cat")
+
+    def update(self, features: Tensor, labels: Tensor) -> None:
+        self.features.append(features.detach().float())
+        self.labels.append(labels)
+
+    def compute(self) -> Tensor:
+        features, labels = dim_zero_cat(self.features), dim_zero_cat(self.labels)
+        return torch.tensor(kmeans_accuracy(features.cpu(), labels.cpu(), seed=self.seed))
+
+
+class PairMetrics(torch.nn.ModuleDict):
+    """Epoch means of stage one, exact over uneven batches and ranks: sums and counts as state."""
+
+    def __init__(self, margin: float, suffix: str = "") -> None:
+        names = ("circle", "above_floor", "within_cosine", "across_cosine", "violating_share")
+        super().__init__({name: MeanMetric(nan_strategy="disable") for name in names})
+        self.margin, self.suffix = margin, suffix
+
+    def add(self, features: Tensor, labels: Tensor, circle: Tensor, floor: Tensor) -> None:
+        pairs = losses.pair_statistics(features, labels, self.margin)
+        batch = len(labels)
+        summed = {  # over what, and of how many
+            "circle": (circle * batch, batch),
+            "above_floor": ((circle - floor) * batch, batch),
+            "within_cosine": (pairs.within_sum, pairs.within_count),
+            "across_cosine": (pairs.across_sum, pairs.across_count),
+            "violating_share": (pairs.violating_count, pairs.pair_count),
+        }
+        for name, (total, count) in summed.items():
+            weight = torch.as_tensor(count, device=features.device)
+            self[name].update(total.detach() / weight.clamp(min=1), weight=weight)
+
+    def log_to(self, module: LightningModule) -> None:
+        for name, metric in self.items():
+            module.log(f"contrastive/{name}{self.suffix}", metric, on_step=False, on_epoch=True)
+
+
+class ContrastiveModule(ResumableModule):
+    """Trains blocks 1 to `block`; all above, final norm and head stay bit-identical.
+
+    The policy's weights are changed in place.
+    """
+
+    def __init__(
+        self, policy: Policy, config: ContrastiveConfig, block: int, total_steps: int
+    ) -> None:
+        super().__init__()
+        self.config, self.block, self.total_steps = config, block, total_steps
+        self.model = policy.model
+        if config.adapter.value == "full":
+            models.freeze_beyond(self.model, block, config.train_embeddings)
+        # in a tuple: a registered trunk would repeat its parameters in every state dict
+        self._trunk = (models.trunk(self.model, block),)
+        without = config.nll.weight == 0
+        self.forward_losses = LOSSES[NLLSource.none if without else config.nll.source]
+        self.train_metrics = PairMetrics(config.margin)
+        self.heldout_metrics = PairMetrics(config.margin, "/heldout")
+        self.heldout_kmeans = KMeansAccuracy()
+        self.token_nll = MeanMetric(nan_strategy="disable")
+        self.keep_metrics_in_checkpoints()
+
+    def training_step(self, batch: PromptBatch, _: int) -> Tensor:
+        features, nll = self.forward_losses(self, batch)
+        circle, floor = self.circle(features, batch.labels)
+        self.train_metrics.add(features, batch.labels, circle, floor)
+        self.train_metrics.log_to(self)
+        self.log_dict({"contrastive/step_circle": circle, "contrastive/step_nll": nll})
+        self.token_nll.update(nll.detach(), weight=self.nll_tokens(batch))
+        self.log("contrastive/nll", self.token_nll, on_step=False, on_epoch=True)
+        return self.checked(circle + self.config.nll.weight * nll, batch.names)
+
+    def validation_step(self, batch: PromptBatch, _: int) -> None:
+        features = self.features(batch)
+        circle, floor = self.circle(features, batch.labels)
+        self.heldout_metrics.add(features, batch.labels, circle, floor)
+        self.heldout_metrics.log_to(self)
+        self.heldout_kmeans.update(features, batch.labels)
+        self.log("contrastive/kmeans_accuracy/heldout", self.heldout_kmeans, on_step=False)
+
+    def features(self, batch: PromptBatch) -> Tensor:
+        """Pooled outputs of the block [batch, width], by a forward pass that ends there."""
+        (trunk,) = self._trunk
+        output = trunk(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+        return activations.pooled(output.last_hidden_state, batch.spans)
+
+    def features_and_hidden(self, batch: PromptBatch) -> tuple[Tensor, Tensor]:
+        """Pooled outputs of the block, and the final-normed hidden states, in one full pass."""
+        with activations.captured(self.model, self.block) as taken:
+            hidden = self.hidden(batch.ids, batch.mask)
+        return activations.pooled(taken[0], batch.spans), hidden
+
+    def hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Final-normed hidden states [batch, length, width]; no logits."""
+        backbone = models.backbone(self.model)
+        return backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+    def mean_nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Token mean of the next-token NLL where a target stands (ambiguity 7)."""
+        where = targets != IGNORED
+        total, _ = likelihood.head_nll(self.model, hidden[where], targets[where])
+        return total / where.sum()
+
+    def circle(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Eq. 5 and its floor, the value at which no pair violates its margin."""
+        config = self.config
+        circle = losses.circle_loss(
+            features,
+            labels,
+            config.margin,
+            config.scale,
+            weights=config.circle.weights.value,
+            detach=config.circle.detach_alpha,
+            aggregate=config.circle.aggregate.value,
+            reduction=config.circle.reduction.value,
+        )
+        floor = losses.circle_floor(
+            labels,
+            aggregate=config.circle.aggregate.value,
+            reduction=config.circle.reduction.value,
+        )
+        return circle, floor
+
+    def nll_tokens(self, batch: PromptBatch) -> Tensor:
+        """How many tokens the batch's NLL is a mean over."""
+        source: PromptBatch | PairBatch = batch.general or batch
+        return (source.targets != IGNORED).sum()
+
+    def configure_optimizers(self) -> Any:
+        optim = self.config.optim
+        optimizer = torch.optim.AdamW(
+            [p for p in self.parameters() if p.requires_grad],
+            lr=optim.lr,
+            betas=(optim.beta1, optim.beta2),
+            weight_decay=optim.weight_decay,
+        )
+        schedule = schedules.factor(self.config.schedule, self.total_steps, warmup=0)
+        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
+
+
+def _circle_alone(module: ContrastiveModule, batch: PromptBatch) -> tuple[Tensor, Tensor]:
+    features = module.features(batch)
+    return features, features.new_zeros(())
+
+
+def _nll_of_prompts(module: ContrastiveModule, batch: PromptBatch) -> tuple[Tensor, Tensor]:
+    features, hidden = module.features_and_hidden(batch)
+    return features, module.mean_nll(hidden, batch.targets)
+
+
+def _nll_of_general_pairs(module: ContrastiveModule, batch: PromptBatch) -> tuple[Tensor, Tensor]:
+    assert batch.general is not None
+    features = module.features(batch)
+    hidden = module.hidden(batch.general.ids, batch.general.mask)
+    return features, module.mean_nll(hidden, batch.general.targets)
+
+
+LOSSES: dict[NLLSource, Callable[[ContrastiveModule, PromptBatch], tuple[Tensor, Tensor]]] = {
+    NLLSource.none: _circle_alone,
+    NLLSource.prompt_tokens: _nll_of_prompts,
+    NLLSource.user_tokens: _nll_of_prompts,
+    NLLSource.general: _nll_of_general_pairs,
+}

@@ -1,0 +1,22 @@
+"""How well two classes of prompts come apart in feature space (A.9)."""
+
+import torch
+from jaxtyping import Float, Int
+from sklearn.cluster import KMeans
+from torch import Tensor
+
+
+def kmeans_accuracy(
+    features: Float[Tensor, "prompts width"], labels: Int[Tensor, "prompts"], seed: int = 0
+) -> float:
+    """Share of prompts in the cluster matched to their class, k-means with k=2 on raw features.
+
+    With two classes the Hungarian matching is the better of the two assignments, so the value is
+    at least 0.5; NaN without prompts.
+    """
+    if len(labels) < 2:
+        return float("nan")
+    points = torch.nan_to_num(features.double()).numpy()
+    clusters = KMeans(n_clusters=2, n_init=10, random_state=seed).fit_predict(points)
+    agreement = float((torch.from_numpy(clusters) == labels).double().mean())
+    return max(agreement, 1 - agreement)

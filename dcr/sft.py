@@ -1,0 +1,109 @@
+"""Stage two: LoRA fine-tuning on instructions plus refusals (STL, Section 7.1)."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from dcr import likelihood, models, schedules
+from dcr.config import LossNorm, SFTConfig
+from dcr.data import PairBatch
+from dcr.models import Policy
+from dcr.prompts import IGNORED
+from dcr.resuming import ResumableModule
+
+ROWS = ("general", "refusal")
+
+
+class SFTModule(ResumableModule):
+    """One batch is one optimiser step: its micro-batches share one per-token normaliser.
+
+    Optimisation is manual because Lightning scales every micro-batch alike, while Eq. 1 summed
+    over a batch weighs every response token alike.
+    """
+
+    automatic_optimization = False
+
+    def __init__(self, policy: Policy, config: SFTConfig, total_steps: int) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.config, self.total_steps = config, total_steps
+        self.model = policy.model
+        if config.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.enable_input_require_grads()
+        self.train_nll = torch.nn.ModuleDict({row: MeanMetric() for row in ROWS})
+        self.heldout_nll = torch.nn.ModuleDict({row: MeanMetric() for row in ROWS})
+        self.keep_metrics_in_checkpoints()
+
+    def training_step(self, batch: list[PairBatch], _: int) -> None:
+        weights = self.weights(batch)
+        losses = []
+        for index, (micro, weight) in enumerate(zip(batch, weights, strict=True)):
+            with self.gradients_exchanged(last=index == len(batch) - 1):
+                total, per_token = self.nll(micro)
+                losses.append(self.checked(total * weight, micro.names))
+                self.manual_backward(losses[-1] * self.trainer.world_size)
+            self.count(self.train_nll, micro, per_token)
+        self.optimise()
+        self.log("sft/step_nll", torch.stack(losses).detach().sum(), reduce_fx="sum")
+        self.log_nll(self.train_nll, "")
+
+    def validation_step(self, batch: PairBatch, _: int) -> None:
+        self.count(self.heldout_nll, batch, self.nll(batch)[1])
+        self.log_nll(self.heldout_nll, "/heldout")
+
+    def nll(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        """Sum over the labelled tokens, and each of them without gradient; no other logits."""
+        backbone = models.backbone(self.model)
+        hidden = backbone(
+            input_ids=batch.ids, attention_mask=batch.mask, use_cache=False
+        ).last_hidden_state
+        where = batch.targets != IGNORED
+        return likelihood.head_nll(self.model, hidden[where], batch.targets[where])
+
+    def weights(self, batch: list[PairBatch]) -> list[Tensor]:
+        """What each micro-batch's summed NLL is multiplied by, equal for every token of a step."""
+        tokens = torch.stack([(micro.targets != IGNORED).sum() for micro in batch])
+        if self.config.loss_norm is LossNorm.micro_batch:
+            return list(1.0 / (tokens * len(batch) * self.trainer.world_size))
+        everywhere = self.trainer.strategy.reduce(tokens.sum().float(), reduce_op="sum")
+        return [1.0 / torch.as_tensor(everywhere)] * len(batch)
+
+    def gradients_exchanged(self, last: bool) -> AbstractContextManager[Any]:
+        """Ranks exchange gradients once a step, with the last micro-batch."""
+        wrapped = self.trainer.strategy.model
+        if last or not hasattr(wrapped, "no_sync"):
+            return nullcontext()
+        return wrapped.no_sync()  # pyright: ignore
+
+    def optimise(self) -> None:
+        optimizer: Any = self.optimizers()
+        self.check_gradients()
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler: Any = self.lr_schedulers()
+        scheduler.step()
+
+    def count(self, metrics: torch.nn.ModuleDict, batch: PairBatch, per_token: Tensor) -> None:
+        """Add every labelled token's NLL to the mean of its kind of row."""
+        of_refusal = batch.refusal[torch.nonzero(batch.targets != IGNORED)[:, 0]]
+        for row, chosen in zip(ROWS, (~of_refusal, of_refusal), strict=True):
+            metrics[row].update(per_token[chosen])  # pyright: ignore[reportCallIssue]
+
+    def log_nll(self, metrics: torch.nn.ModuleDict, suffix: str) -> None:
+        for row, metric in metrics.items():
+            self.log(f"sft/nll/{row}{suffix}", metric, on_step=False, on_epoch=True)  # pyright: ignore
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(
+            [p for p in self.parameters() if p.requires_grad],
+            lr=self.config.lr,
+            weight_decay=self.config.weight_decay,
+        )
+        warmup = round(self.config.warmup * self.total_steps)
+        schedule = schedules.factor(self.config.schedule, self.total_steps, warmup)
+        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+        return {"optimizer": optimizer, "lr_scheduler": rate}

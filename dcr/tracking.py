@@ -1,0 +1,103 @@
+"""What is watched while a stage trains: the local log of every value, and adapter snapshots."""
+
+import math
+import time
+from argparse import Namespace
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from dcr import models, runs
+from dcr.models import Policy
+from dcr.runs import Run
+
+
+class RunLogger(Logger):
+    """Appends every logged value to the run's `metrics.csv`, one row a value.
+
+    Long rows, not wide ones, so that new keys and resumed runs never rewrite what is there.
+    """
+
+    def __init__(self, run: Run, stage: str) -> None:
+        super().__init__()
+        self.run, self.stage = run, stage
+
+    @property
+    def name(self) -> str:
+        return "run"
+
+    @property
+    def version(self) -> str:
+        return self.stage
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        epoch = metrics.get("epoch", 0)
+        rows = [
+            (self.stage, int(step or 0), epoch, key, float(value))
+            for key, value in metrics.items()
+            if key != "epoch"
+        ]
+        runs.append_metrics(self.run, rows)
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *_: Any, **__: Any) -> None:
+        """Nothing: the whole configuration stands in `config.yaml`."""
+
+
+def snapshot_steps(total: int, count: int) -> list[int]:
+    """`count` steps up to the last, each at least one apart and denser early (quadratic)."""
+    if count < 1:
+        return []
+    wanted = {max(1, math.ceil(total * ((i + 1) / count) ** 1.5)) for i in range(count)}
+    return sorted(wanted | {total})
+
+
+class Snapshots(Callback):
+    """Saves the adapter at chosen steps of SFT; `eval.py snapshots=true` scores them afterwards."""
+
+    def __init__(self, run: Run, policy: Policy, base: str, steps: list[int]) -> None:
+        self.run, self.policy, self.base, self.steps = run, policy, base, set(steps)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step in self.steps and trainer.is_global_zero:
+            models.save_adapter(self.policy, self.run.snapshots / f"step-{step:06d}", self.base)
+
+
+class StepClock(Callback):
+    """Writes down what a stage cost: seconds, tokens, peak memory, into `<stage>.cost.json`.
+
+    Seconds count the steps of this process only and the tokens are those it saw, so the rate of a
+    resumed stage is a rate of its last part.
+    """
+
+    def __init__(self, run: Run, stage: str) -> None:
+        self.run, self.stage = run, stage
+        self.seconds, self.tokens, self.steps, self.began = 0.0, 0, 0, 0.0
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.began = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.seconds += time.perf_counter() - self.began
+        self.tokens += sum(int(part.mask.sum()) for part in (batch if isinstance(batch, list) else [batch]))
+        self.steps += 1
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and self.steps:
+            cost = {
+                "steps": self.steps,
+                "seconds": round(self.seconds, 1),
+                "tokens": self.tokens,
+                "tokens_per_second": round(self.tokens / self.seconds, 1),
+                "peak_memory_gib": round(runs.peak_memory_gib(), 2),
+            }
+            runs.write_json(self.run.folder / f"{self.stage}.cost.json", cost)
