@@ -1,0 +1,118 @@
+"""A run's result for use elsewhere.
+
+python -m dcr.export run=<folder> out=<folder> [stage=sft|contrastive] [dtype=bfloat16|float32]
+    merged safetensors weights, tokenizer and model card; transformers loads them by themselves
+python -m dcr.export run=<folder> relink=true
+    after a run folder has moved: its adapters name their base weights where they lie now
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from dcr import models, prompts, runs
+from dcr.config import ConfigError, ModelConfig, Precision
+from dcr.export.card import model_card
+from dcr.models import Policy
+from dcr.prompts import ChatFormat
+from dcr.runs import Run
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+STAGES = ("sft", "contrastive")
+
+
+def export(run: Run, out: Path, stage: str = "sft", dtype: str = "bfloat16") -> Path:
+    """Weights of a stage, merged in fp32 and cast at the end, with tokenizer and card, in `out`.
+
+    Raises ConfigError when `out` holds anything, the stage is not done, or its base is gone or
+    not the one it was trained on.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"out={out}: is not empty; name a new folder")
+    made_with = run.config()
+    if not run.done(stage):
+        raise ConfigError(f"run={run.folder}: stage {stage} is not done there; train it first")
+    policy = _merged(run.stage(stage))
+    chat = prompts.chat_format(policy.tokenizer, _model_config(made_with))
+    _speak_as_trained(chat)
+    _stop_as_evaluated(policy, chat)
+    policy.model.to(DTYPES[dtype])
+    with models.replaced_folder(out) as staging:
+        policy.model.save_pretrained(staging)
+        policy.tokenizer.save_pretrained(staging)
+        card = model_card(run, stage, made_with)
+        (staging / "README.md").write_text(card, encoding="utf-8")
+    return out
+
+
+def _merged(folder: Path) -> Policy:
+    if not (folder / "adapter_config.json").is_file():
+        return models.open_folder(str(folder), Precision.fp32)
+    adapted = models.open_adapter(folder, Precision.fp32)
+    return Policy(adapted.model.merge_and_unload(), adapted.tokenizer, adapted.name)
+
+
+def _model_config(made_with: Mapping[str, Any]) -> ModelConfig:
+    """As much of the run's model node as decides how the model is spoken to."""
+    node = made_with["model"]
+    return ModelConfig(
+        name=node["name"], system_prompt=node.get("system_prompt"), template=node.get("template")
+    )
+
+
+def _speak_as_trained(chat: ChatFormat) -> None:
+    """Give the tokenizer the run's template, and its system turn where none is given."""
+    tokenizer = chat.tokenizer
+    tokenizer.chat_template = chat.template
+    if _templated(tokenizer, "x") != chat.text("x"):
+        system = json.dumps(chat.system_prompt, ensure_ascii=False)  # a Jinja string as well
+        turn = f"{{'role': 'system', 'content': {system}}}"
+        tokenizer.chat_template = (
+            "{% if messages[0]['role'] != 'system' %}"
+            f"{{% set messages = [{turn}] + messages %}}{{% endif %}}{chat.template}"
+        )
+    assert _templated(tokenizer, "x") == chat.text("x"), "the export speaks otherwise than the run"
+
+
+def _templated(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Any:
+    turns = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+
+def _stop_as_evaluated(policy: Policy, chat: ChatFormat) -> None:
+    """Every end token in the generation config; a base's own lists only its end of text."""
+    tokenizer = policy.tokenizer
+    settings = policy.model.generation_config or GenerationConfig()
+    named = settings.eos_token_id
+    base = [named] if isinstance(named, int) else list(named or [])
+    settings.eos_token_id = list(dict.fromkeys([*chat.stop, *base]))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(chat.stop[0])
+    settings.pad_token_id = tokenizer.pad_token_id
+    policy.model.generation_config = settings
+
+
+# --- adapters after a move ----------------------------------------------------------------------
+
+
+def relink(run: Run) -> dict[Path, str]:
+    """Make every adapter of a run name its base where that lies now, as peft itself opens it.
+
+    Returns the base of each adapter folder. Raises ConfigError when there is no adapter, a base is
+    gone, or it is not the one the adapter was trained on; no file is then changed.
+    """
+    folders = [run.stage("sft"), *sorted(run.snapshots.glob("step-*"))]
+    folders = [folder for folder in folders if (folder / "adapter_config.json").is_file()]
+    if not folders:
+        raise ConfigError(f"run={run.folder}: holds no adapter; train stage=sft first")
+    bases = {folder: models.adapter_base(folder) for folder in folders}
+    for folder, base in bases.items():
+        file = folder / "adapter_config.json"
+        named = json.loads(file.read_text())
+        place = str(Path(base).resolve()) if Path(base).is_dir() else base
+        runs.write_json(file, named | {"base_model_name_or_path": place})
+    return bases

@@ -1,0 +1,226 @@
+"""The columns of a report: which evaluations stand side by side, in which order, by which name."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dcr import runs
+from dcr.report.records import Evaluation, RunRecord, printable
+
+METHODS = ("base", "stl", "dcr")  # left to right
+NAMED_KEYS = 3  # settings that tell two columns apart, as many as a header holds
+# What does not decide a run's weights, or stands in the label by itself.
+UNTOLD = ("seed", "method", "preset_name", "tracking", "eval", "gen", "output")
+
+
+@dataclass(frozen=True)
+class Style:
+    """Which colour (0 is neutral) and which marker a run has in every figure."""
+
+    colour: int
+    marker: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One column: an evaluation of a run's weights, with its name in short lines."""
+
+    run: RunRecord
+    evaluation: Evaluation
+    label: tuple[str, ...]
+    style: Style
+
+    @property
+    def name(self) -> str:
+        return " ".join(self.label)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Entries that differ by nothing but their seed."""
+
+    label: tuple[str, ...]
+    places: tuple[int, ...]  # among the entries
+    style: Style
+
+
+def about(run: RunRecord, evaluation: Evaluation, key: str) -> str:
+    """method, model, preset, seed or data, from the evaluation or else from the run's config."""
+    if key == "method" and evaluation.weights == "base":
+        return "base"
+    if key in evaluation.about:
+        return evaluation.about[key]
+    node = {"preset": "preset_name", "model": "model", "data": "data"}.get(key, key)
+    value = run.config.get(node, "")
+    return printable(str(value.get("label", "") if isinstance(value, Mapping) else value))
+
+
+def shown(records: Sequence[RunRecord]) -> list[tuple[RunRecord, Evaluation]]:
+    """What the table holds: base and final weights; stage one where there is nothing after it.
+
+    The base model is shown once, however many folders hold the same evaluation of it.
+    """
+    chosen, seen = [], set()
+    for run in records:
+        final = {evaluation.weights for evaluation in run.evaluations}
+        for evaluation in run.evaluations:
+            stage_one = evaluation.weights == "contrastive" and not final & {"sft", "snapshot"}
+            if evaluation.weights not in ("base", "sft") and not stage_one:
+                continue
+            if evaluation.weights == "base":
+                identity = runs.fingerprint(
+                    [about(run, evaluation, "model"), evaluation.settings, evaluation.sets]
+                )
+                if identity in seen:
+                    continue
+                seen.add(identity)
+            chosen.append((run, evaluation))
+    return sorted(chosen, key=lambda pair: _order(*pair))
+
+
+def _order(run: RunRecord, evaluation: Evaluation) -> tuple[Any, ...]:
+    method = about(run, evaluation, "method")
+    rank = METHODS.index(method) if method in METHODS else len(METHODS)
+    preset, seed = about(run, evaluation, "preset"), about(run, evaluation, "seed")
+    return (
+        about(run, evaluation, "model"),
+        rank,
+        method,
+        (preset != "paper", preset),
+        variant(run, evaluation),
+        (len(seed), seed),
+        str(evaluation.folder),
+    )
+
+
+def variant(run: RunRecord, evaluation: Evaluation) -> str:
+    """Names everything that decides the weights except the seed."""
+    told = [about(run, evaluation, key) for key in ("method", "model", "preset", "data")]
+    if told[0] == "base":
+        return runs.fingerprint(told[:2])
+    config = {k: v for k, v in runs.binding(run.config).items() if k not in UNTOLD}
+    return runs.fingerprint([told, config])
+
+
+def settings_without_seed(evaluation: Evaluation) -> dict[str, Any]:
+    return {key: value for key, value in evaluation.settings.items() if key != "seed"}
+
+
+def entries(records: Sequence[RunRecord]) -> list[Entry]:
+    """The columns, in order, each with a name that no other has."""
+    pairs = shown(records)
+    styles = run_styles(records)
+    labels = _labels(pairs)
+    return [
+        Entry(
+            run, evaluation, label, styles[variant(run, evaluation), about(run, evaluation, "seed")]
+        )
+        for (run, evaluation), label in zip(pairs, labels, strict=True)
+    ]
+
+
+def run_styles(records: Sequence[RunRecord]) -> dict[tuple[str, str], Style]:
+    """A style for every (variant, seed): colours by variant, markers by seed, base neutral."""
+    everything = sorted(
+        ((run, evaluation) for run in records for evaluation in run.evaluations),
+        key=lambda pair: _order(*pair),
+    )
+    found = {
+        (variant(run, evaluation), about(run, evaluation, "seed")): about(run, evaluation, "method")
+        for run, evaluation in everything
+    }
+    variants = list(dict.fromkeys(key for (key, _), method in found.items() if method != "base"))
+    seeds = sorted({seed for _, seed in found}, key=lambda seed: (len(seed), seed))
+    return {
+        (key, seed): Style(0, 0)
+        if method == "base"
+        else Style(1 + variants.index(key), seeds.index(seed))
+        for (key, seed), method in found.items()
+    }
+
+
+def _labels(pairs: Sequence[tuple[RunRecord, Evaluation]]) -> list[tuple[str, ...]]:
+    several_models = len({about(run, evaluation, "model") for run, evaluation in pairs}) > 1
+    plain = [_label(run, evaluation, several_models) for run, evaluation in pairs]
+    labels = []
+    for place, label in enumerate(plain):
+        alike = [pairs[other] for other in range(len(plain)) if plain[other] == label]
+        if len(alike) > 1:
+            label += _distinction(pairs[place], alike)
+        labels.append(label)
+    return [
+        (*label, f"{run.folder.name}/{evaluation.folder.name}")
+        if labels.count(label) > 1
+        else label
+        for label, (run, evaluation) in zip(labels, pairs, strict=True)
+    ]
+
+
+def _label(run: RunRecord, evaluation: Evaluation, with_model: bool) -> tuple[str, ...]:
+    method, preset = about(run, evaluation, "method"), about(run, evaluation, "preset")
+    model = (about(run, evaluation, "model"),) if with_model else ()
+    if method == "base":
+        return ("base model", *model)
+    label = (method.upper() if method in METHODS else method,)
+    if preset not in ("", "-", "paper"):
+        label += (preset,)
+    if evaluation.weights == "contrastive":
+        label += ("stage one only",)
+    seed = about(run, evaluation, "seed")
+    return label + ((f"seed {seed}",) if seed else ()) + model
+
+
+def _distinction(
+    own: tuple[RunRecord, Evaluation], alike: Sequence[tuple[RunRecord, Evaluation]]
+) -> tuple[str, ...]:
+    """`key=value` for the settings in which one of several columns of one name differs."""
+    leaves = [_leaves(*pair) for pair in alike]
+    mine = _leaves(*own)
+    keys = [
+        key
+        for key in sorted(set().union(*leaves))
+        if len({str(leaf.get(key)) for leaf in leaves}) > 1
+    ]
+    told = tuple(printable(f"{key}={mine.get(key)}") for key in keys[:NAMED_KEYS])
+    more = len(keys) - NAMED_KEYS
+    return (*told, f"and {more} more") if more > 0 else told
+
+
+def _leaves(run: RunRecord, evaluation: Evaluation) -> dict[str, Any]:
+    config = {k: v for k, v in runs.binding(run.config).items() if k not in UNTOLD}
+    return flattened(config) | flattened({"eval": evaluation.settings})
+
+
+def flattened(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"dcr": {"epochs": 3}}` as `{"dcr.epochs": 3}`."""
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            flat |= flattened(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def seed_groups(columns: Sequence[Entry]) -> list[Group]:
+    """Columns that differ only by seed, where there are two or more."""
+    found: dict[str, list[int]] = {}
+    for place, entry in enumerate(columns):
+        if about(entry.run, entry.evaluation, "method") == "base":
+            continue
+        key = runs.fingerprint(
+            [
+                variant(entry.run, entry.evaluation),
+                entry.evaluation.weights,
+                settings_without_seed(entry.evaluation),
+            ]
+        )
+        found.setdefault(key, []).append(place)
+    return [_group(columns, places) for places in found.values() if len(places) > 1]
+
+
+def _group(columns: Sequence[Entry], places: list[int]) -> Group:
+    first = columns[places[0]]
+    kept = tuple(part for part in first.label if not part.startswith("seed "))
+    seeds = {about(columns[place].run, columns[place].evaluation, "seed") for place in places}
+    return Group((*kept, f"{len(seeds)} seeds"), tuple(places), first.style)

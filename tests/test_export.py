@@ -1,0 +1,392 @@
+"""Exports, moved runs and the chat, on a run folder made by hand around a random model."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from dcr import chat, export, models, prompts
+from dcr.config import ConfigError, LoraConfig, ModelConfig, Precision
+from dcr.export import card
+from dcr.export.__main__ import main
+from dcr.models import Policy
+from dcr.runs import Run
+
+# peft asks transformers for a name that the latter has renamed
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+IDS = torch.tensor([[5, 60, 100, 7, 201, 33]])
+SYSTEM = 'Say "no" kindly.\nIn 中文 🙂'
+CONFIG: dict[str, Any] = {
+    "method": "dcr",
+    "preset_name": "paper",
+    "seed": 3,
+    "model": {"name": "someone/base", "label": "base", "system_prompt": SYSTEM, "template": None},
+    "data": {
+        "seemingly_toxic": {"source": ["xstest_safe"]},
+        "toxic": {"source": ["/home/me/mine.jsonl"]},
+        "safety": {"source": ["stl_safety"]},
+        "normal": {"source": ["alpaca"]},
+    },
+    "dcr": {"layer": 1, "margin": 0.25, "optim": {"lr": 1e-4}},
+    "sft": {"precision": "fp32", "lora": {"targets": ["all-linear"]}},
+}
+ROWS = {
+    "rows": {
+        "seemingly_toxic": {"count": 250, "fingerprint": "aaaa", "ids": []},
+        "normal": {"count": 20000, "fingerprint": "bbbb", "ids": []},
+    },
+    "in_distribution": ["xstest_safe"],
+}
+LOAD_ELSEWHERE = """
+import sys, torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM
+merged, adapter, ids, out = sys.argv[1:]
+ids = torch.tensor([list(map(int, ids.split(",")))])
+found = {}
+with torch.inference_mode():
+    found["merged"] = AutoModelForCausalLM.from_pretrained(merged)(ids).logits
+    found["adapter"] = AutoPeftModelForCausalLM.from_pretrained(adapter).eval()(ids).logits
+assert not [name for name in sys.modules if name.split(".")[0] == "dcr"]
+torch.save(found, out)
+"""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A finished run and what its model says in memory."""
+
+    run: Run
+    logits: Tensor
+    stage_one: Tensor
+
+
+def _logits(model: Any) -> Tensor:
+    with torch.inference_mode():
+        return model.eval()(IDS).logits
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    run = Run(tmp_path_factory.mktemp("made") / "run")
+    run.folder.mkdir()
+    shape = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=260,
+        tie_word_embeddings=False,
+        max_position_embeddings=400,
+        initializer_range=0.3,  # so that adapters and stages differ visibly
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
+    policy = Policy(model, models.byte_tokenizer(), "made")
+    models.save_full(policy, run.stage("contrastive"))
+    stage_one = _logits(model)
+    adapted = Policy(_adapted(model), policy.tokenizer, "made")
+    models.save_adapter(adapted, run.stage("sft"), run.stage("contrastive"))
+    run.config_file.write_text(yaml.safe_dump(CONFIG, allow_unicode=True))
+    run.rows_file.write_text(json.dumps(ROWS))
+    return Made(run, _logits(adapted.model), stage_one)
+
+
+def _adapted(model: Any) -> Any:
+    adapted = models.add_lora(model, LoraConfig(rank=4, targets=["all-linear"]), seed=2)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:  # zero at first, which would leave the base as it is
+            torch.nn.init.normal_(weight, std=0.3)
+    return adapted
+
+
+@pytest.fixture
+def moved(made: Made, tmp_path: Path) -> Run:
+    """A copy elsewhere, while the place it was trained in is named in its files."""
+    shutil.copytree(made.run.folder, tmp_path / "elsewhere" / "moved")
+    return Run(tmp_path / "elsewhere" / "moved")
+
+
+# --- elsewhere ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def elsewhere(made: Made, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    """Logits in a fresh process that has no code of ours, of a run that was moved."""
+    place = tmp_path_factory.mktemp("elsewhere")
+    run = Run(place / "run")
+    shutil.copytree(made.run.folder, run.folder)
+    hidden = made.run.folder.with_name("hidden")
+    made.run.folder.rename(hidden)  # nothing may lean on where it was trained
+    try:
+        main([f"run={run.folder}", "relink=true"])
+        main([f"run={run.folder}", f"out={place / 'merged'}", "dtype=float32"])
+        numbers = ",".join(map(str, IDS[0].tolist()))
+        arguments = [place / "merged", run.stage("sft"), numbers, place / "logits.pt"]
+        subprocess.run(
+            [sys.executable, "-c", LOAD_ELSEWHERE, *map(str, arguments)],
+            check=True,
+            cwd=place,
+            env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+        )
+    finally:
+        hidden.rename(made.run.folder)
+    return torch.load(place / "logits.pt")
+
+
+@pytest.mark.parametrize("kind", ["merged", "adapter"])
+def test_logits_elsewhere_are_those_in_memory(
+    made: Made, elsewhere: dict[str, Tensor], kind: str
+) -> None:
+    assert (made.logits - made.stage_one).abs().max() > 0.1  # the adapter matters
+    torch.testing.assert_close(elsewhere[kind], made.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_peft_does_not_find_the_base_of_a_moved_run_by_itself(moved: Run, made: Made) -> None:
+    named = json.loads((moved.stage("sft") / "adapter_config.json").read_text())
+    assert named["base_model_name_or_path"] == str(made.run.stage("contrastive").resolve())
+    found = export.relink(moved)
+    named = json.loads((moved.stage("sft") / "adapter_config.json").read_text())
+    assert named["base_model_name_or_path"] == str(moved.stage("contrastive").resolve())
+    assert list(found) == [moved.stage("sft")]
+
+
+def test_another_base_is_refused(moved: Run) -> None:
+    before = (moved.stage("sft") / "adapter_config.json").read_bytes()
+    model = models.open_folder(str(moved.stage("contrastive")), Precision.fp32)
+    next(model.model.parameters()).data.add_(1e-3)
+    models.save_full(model, moved.stage("contrastive"))
+    with pytest.raises(ConfigError, match="not the base this adapter was trained on"):
+        export.relink(moved)
+    with pytest.raises(ConfigError, match="not the base this adapter was trained on"):
+        export.export(moved, moved.folder / "out")
+    assert (moved.stage("sft") / "adapter_config.json").read_bytes() == before
+    assert not (moved.folder / "out").exists()
+
+
+# --- what an export holds -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exported(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export.export(made.run, tmp_path_factory.mktemp("exported") / "out")
+
+
+def test_weights_are_merged_and_cast_at_the_end(made: Made, exported: Path) -> None:
+    with safe_open(exported / "model.safetensors", "pt") as file:
+        names = list(file.keys())
+        assert {file.get_tensor(name).dtype for name in names} == {torch.bfloat16}
+        merged = file.get_tensor("model.layers.1.mlp.up_proj.weight")
+    assert not [name for name in names if "lora" in name]
+    adapter = {}
+    with safe_open(made.run.stage("sft") / "adapter_model.safetensors", "pt") as file:
+        for side in "AB":
+            key = f"base_model.model.model.layers.1.mlp.up_proj.lora_{side}.weight"
+            adapter[side] = file.get_tensor(key)
+    with safe_open(made.run.stage("contrastive") / "model.safetensors", "pt") as file:
+        base = file.get_tensor("model.layers.1.mlp.up_proj.weight")
+    by_hand = base + 32 / 4 * adapter["B"] @ adapter["A"]  # alpha / rank
+    assert torch.equal(merged, by_hand.to(torch.bfloat16))
+
+
+def test_template_speaks_as_the_run_did(exported: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    turns = [{"role": "user", "content": "Hello?"}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert text == (
+        f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\nHello?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    named = [{"role": "system", "content": "Mine."}, *turns]
+    assert SYSTEM not in tokenizer.apply_chat_template(named, tokenize=False)
+
+
+def test_a_base_without_template_gets_that_of_the_run(made: Made, moved: Run) -> None:
+    models.byte_tokenizer(None).save_pretrained(moved.stage("sft"))
+    (moved.stage("sft") / "chat_template.jinja").unlink(missing_ok=True)
+    told = CONFIG | {"model": CONFIG["model"] | {"template": "plain", "system_prompt": None}}
+    moved.config_file.write_text(yaml.safe_dump(told))
+    out = export.export(moved, moved.folder / "out")
+    assert AutoTokenizer.from_pretrained(out).chat_template == prompts.PLAIN
+
+
+def test_every_end_token_stops_generation(exported: Path) -> None:
+    stops = json.loads((exported / "generation_config.json").read_text())["eos_token_id"]
+    vocabulary = models.byte_tokenizer().get_vocab()
+    assert set(stops) == {vocabulary["<|im_end|>"], vocabulary["<|endoftext|>"]}
+
+
+def test_stage_one_can_be_exported_alone(made: Made, tmp_path: Path) -> None:
+    out = export.export(made.run, tmp_path / "one", stage="contrastive", dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(out)
+    torch.testing.assert_close(_logits(model), made.stage_one)
+    assert "no safety fine-tuning" in (out / "README.md").read_text().replace("\n", " ")
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+
+def test_nothing_is_overwritten(made: Made, exported: Path) -> None:
+    before = {file: file.stat().st_mtime_ns for file in exported.iterdir()}
+    with pytest.raises(ConfigError, match="is not empty"):
+        export.export(made.run, exported)
+    assert {file: file.stat().st_mtime_ns for file in exported.iterdir()} == before
+
+
+def test_an_adapter_on_the_tiny_model_is_refused(moved: Run) -> None:
+    origin = {"base": "tiny", "fingerprint": None}
+    (moved.stage("sft") / models.ORIGIN_FILE).write_text(json.dumps(origin))
+    with pytest.raises(ConfigError, match="only made in memory"):
+        export.export(moved, moved.folder / "out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run=x", "uot=y"], "uot=y: no such setting"),
+        (["run=x"], "give run=<folder> and out=<folder>"),
+        (["run=x", "out=y", "stage=base"], "stage=base: give sft or contrastive"),
+        (["run=x", "out=y", "dtype=int8"], "dtype=int8: give bfloat16 or float32"),
+        (["run=x", "relink=yes"], "relink=yes: give true or false"),
+        (["run=/nowhere", "out=y"], "no config.yaml there"),
+        (["run=/nowhere", "relink=true"], "holds no adapter"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        main(arguments)
+
+
+def test_a_mistake_is_one_line_and_exit_2(tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "dcr.export", "run=/nowhere", f"out={tmp_path / 'out'}"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: run=/nowhere: no config.yaml there; name a run folder\n"
+    assert not (tmp_path / "out").exists()
+
+
+# --- the card -----------------------------------------------------------------------------------
+
+
+def test_card_names_data_licences_and_scores(made: Made, moved: Run) -> None:
+    folder = moved.folder / "eval" / "sft-1"
+    folder.mkdir(parents=True)
+    counts = {"kind": "toxic", "n": 100, "refused": {"paper": 80}}
+    scores = {"weights": "sft", "sets": {"i_cona": counts, "empty": {"n": 0}}}
+    (folder / "metrics.json").write_text(json.dumps(scores))
+    text = card.model_card(moved, "sft", CONFIG)
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["base_model"] == "someone/base"
+    assert "dcr" in front["tags"]
+    assert "| seemingly_toxic | xstest_safe | CC-BY-4.0 |" in text
+    assert "| toxic | mine.jsonl | a file of the user's |" in text
+    assert "| normal | 20000 | `bbbb` |" in text
+    assert "| `dcr.optim.lr` | 0.0001 |" in text
+    assert "| i_cona | toxic | 100 | 80% (71% to 87%) |" in text  # Wilson, from a table
+    assert "/home/me" not in text
+
+
+def test_card_of_another_stage_leaves_scores_out(moved: Run) -> None:
+    folder = moved.folder / "eval" / "snapshot-1"
+    folder.mkdir(parents=True)
+    counts = {"kind": "toxic", "n": 100, "refused": {"paper": 80}}
+    scores = {"weights": "snapshot", "sets": {"i_cona": counts}}
+    (folder / "metrics.json").write_text(json.dumps(scores))
+    assert "Not evaluated" in card.model_card(moved, "sft", CONFIG)
+
+
+def test_card_keeps_local_folders_to_itself(moved: Run) -> None:
+    told = CONFIG | {"model": CONFIG["model"] | {"name": "/home/me/secret/llama", "label": ""}}
+    text = card.model_card(moved, "sft", told)
+    assert "/home/me" not in text
+    assert "base_model" not in yaml.safe_load(text.split("---")[1])
+
+
+# --- the chat -----------------------------------------------------------------------------------
+
+
+def _talk(run: Run, capsys: pytest.CaptureFixture[str], *lines: str, **given: str) -> str:
+    typed = iter(lines)
+
+    def read(_: str) -> str:
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    capsys.readouterr()
+    arguments = {"run": str(run.folder), "max_new_tokens": "5"} | given
+    chat.main([f"{key}={value}" for key, value in arguments.items()], read)
+    return capsys.readouterr().out
+
+
+def test_chat_answers_forgets_and_ends(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    once = _talk(made.run, capsys, "Hello", "/quit", "unheard")
+    assert once.count("refusal mass") == 1
+    again = _talk(made.run, capsys, "Hello", "/reset", "Hello")
+    assert again == once + once
+    assert "\x1b" not in again  # not a terminal
+
+
+def test_chat_keeps_the_dialogue_and_neutralises(made: Made) -> None:
+    policy, config = chat.open_stage(made.run, "sft")
+    format_ = prompts.chat_format(policy.tokenizer, config)
+    dialogue = chat.Dialogue(policy, format_, 5)
+    answer, mass = dialogue.ask("One <|im_end|>")
+    dialogue.turns.append({"role": "user", "content": "Two"})
+    text = policy.tokenizer.decode(dialogue.prompt_ids())
+    assert text == (
+        f"<|im_start|>system\n{SYSTEM}<|im_end|>\n"
+        "<|im_start|>user\nOne <\u200b|im_end|><|im_end|>\n"
+        f"<|im_start|>assistant\n{dialogue.turns[1]['content']}<|im_end|>\n"
+        "<|im_start|>user\nTwo<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert format_.neutralised(answer) == dialogue.turns[1]["content"]
+    assert 0 <= mass <= 1
+
+
+def test_refusal_mass_is_that_of_a_plain_pass(made: Made) -> None:
+    policy, config = chat.open_stage(made.run, "sft")
+    dialogue = chat.Dialogue(policy, prompts.chat_format(policy.tokenizer, config), 3)
+    _, mass = dialogue.ask("Hello")
+    ids = policy.tokenizer(dialogue.chat.text("Hello"), add_special_tokens=False)["input_ids"]
+    with torch.inference_mode():
+        chances = policy.model(torch.tensor([ids])).logits[0, -1].softmax(-1)
+    letters = {policy.tokenizer.get_vocab()[letter] for letter in "NIAMSU"}  # how openings begin
+    assert mass == pytest.approx(float(chances[sorted(letters)].sum()), abs=1e-5)
+
+
+def test_a_long_dialogue_loses_its_beginning(made: Made) -> None:
+    policy, config = chat.open_stage(made.run, "contrastive")
+    config = ModelConfig(name=config.name)
+    dialogue = chat.Dialogue(policy, prompts.chat_format(policy.tokenizer, config), 5)
+    for word in ("a", "b", "c"):
+        dialogue.ask(word * 120)
+    assert [t["content"][0] for t in dialogue.turns if t["role"] == "user"] == ["b", "c"]
+    before = list(dialogue.turns)
+    with pytest.raises(ConfigError, match="shorten it"):
+        dialogue.ask("d" * 500)
+    assert dialogue.turns == before
+
+
+def test_chat_of_a_missing_stage_is_refused(moved: Run) -> None:
+    shutil.rmtree(moved.stage("sft"))
+    with pytest.raises(ConfigError, match="stage sft is not done"):
+        chat.open_stage(moved, "sft")
+    assert chat.open_stage(moved, "")[0].name == str(moved.stage("contrastive"))

@@ -1,0 +1,272 @@
+"""plan=true against published parameter counts, the paper's step counts and measured tensors."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from dcr import cli, config, data, models, plan, refusal
+from dcr.config import ConfigError, LoraConfig, Precision, Stage, TrainConfig
+from dcr.plan import cost, rows, shape, text
+
+# peft asks transformers for a name that the latter has renamed
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+CONF = Path(__file__).parents[1] / "conf"
+PUBLISHED = {
+    "smollm2_135m": 134_515_008,
+    "qwen2_5_1_5b": 1_543_714_304,
+    "qwen2_5_7b": 7_615_616_512,
+    "llama3_8b": 8_030_261_248,
+}
+
+
+def settings(*overrides: str) -> TrainConfig:
+    cli.prepare()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = compose("train", [*overrides, "trainer.accelerator=cpu", "trainer.threads=1"])
+    return config.resolve(composed, TrainConfig)
+
+
+def stage(told: TrainConfig, which: Stage) -> text.StagePlan:
+    drawn, _ = rows.expected(told)
+    return text.stage_plan(told, which, shape.stage_shape(told, which), drawn)
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model as a folder: what `model.name=<folder>` opens."""
+    folder = tmp_path_factory.mktemp("base")
+    model = AutoModelForCausalLM.from_config(_architecture(), dtype=torch.float32)
+    model.save_pretrained(folder)
+    models.byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def _architecture(width: int = 32, vocabulary: int = 260) -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=vocabulary,
+        tie_word_embeddings=False,
+    )
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a plan loaded weights")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", refuse)
+    monkeypatch.setattr(models, "open_policy", refuse)
+
+
+# --- parameters ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parts_add_up_to_the_published_count(name: str) -> None:
+    told = settings(f"model={name}")
+    for which in (Stage.contrastive, Stage.sft):
+        parts = shape.stage_shape(told, which).parts
+        assert sum(n for part, n in parts.items() if part != "LoRA") == PUBLISHED[name]
+
+
+def test_parts_of_qwen_by_hand() -> None:
+    made = shape.stage_shape(settings("model=qwen2_5_1_5b"), Stage.contrastive)
+    width, kv, inner = 1536, 256, 8960
+    block = 2 * width * width + 2 * width * kv + width + 2 * kv + 3 * width * inner + 2 * width
+    assert made.parts == {
+        "embeddings": 151936 * width,
+        "blocks 1 to 13": 13 * block,
+        "blocks 14 to 28": 15 * block,
+        "final norm": width,
+        "head": 0,
+    }
+    # tied embeddings are part of the frozen tail (ambiguity 4)
+    assert made.tied
+    assert {part for part, n in made.trained.items() if n} == {"blocks 1 to 13"}
+
+
+def test_lora_parameters_are_rank_times_rows_and_columns() -> None:
+    made = shape.stage_shape(settings("model=qwen2_5_7b"), Stage.sft)
+    # q: 3584 to 3584, v: 3584 to 512, rank 8, 28 blocks
+    assert made.parts["LoRA"] == 28 * 8 * ((3584 + 3584) + (3584 + 512))
+    assert sum(made.trained.values()) == made.parts["LoRA"]
+
+
+def test_lora_in_stage_one_stays_below_the_block(local: Path) -> None:
+    told = settings(f"model.name={local}", "dcr.adapter=lora", "dcr.layer=1")
+    four_blocks = shape.stage_shape(told, Stage.sft).parts["LoRA"]
+    assert shape.stage_shape(told, Stage.contrastive).parts["LoRA"] * 4 == four_blocks
+
+
+@pytest.mark.parametrize(
+    ("name", "without", "with_them"),
+    [("qwen2_5_1_5b", 13, 16), ("qwen2_5_7b", 67, 73), ("llama3_8b", 71, 78)],
+)
+def test_fp32_states_of_stage_one(name: str, without: int, with_them: int) -> None:
+    """Gigabytes as the specification has them, Section 1, ambiguity 11."""
+    for train, expected in ((False, without), (True, with_them)):
+        told = settings(f"model={name}", "dcr.precision=fp32", f"dcr.train_embeddings={train}")
+        made = shape.stage_shape(told, Stage.contrastive)
+        nothing = rows.Load(0, 0, 0, 0, 0, 0, 0)
+        found = cost.memory(told, Stage.contrastive, made, nothing)
+        states = found["weights"] + found["gradients"] + found["Adam states"]
+        assert states / 1e9 == pytest.approx(expected, abs=0.7)
+
+
+def test_layer_beyond_the_depth_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"dcr.layer=29: the model has blocks 1 to 28"):
+        plan.describe(settings("model=qwen2_5_1_5b", "dcr.layer=29"))
+
+
+# --- rows and steps -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "steps"), [("1_5b", 72), ("7b", 48)])
+def test_contrastive_steps_of_the_paper(name: str, steps: int, no_weights: None) -> None:
+    told = settings(f"model=qwen2_5_{name}", "data=paper")
+    assert stage(told, Stage.contrastive).steps == steps  # 24 an epoch, Section 1
+
+
+def test_sft_steps_of_the_paper(no_weights: None) -> None:
+    sft = stage(settings("model=qwen2_5_7b", "data=paper"), Stage.sft)
+    assert (sft.steps_per_epoch, sft.steps, sft.warmup) == (165, 660, 20)  # Section 2
+
+
+def test_rows_and_steps_are_those_of_training(local: Path, no_weights: None) -> None:
+    told = settings(f"model.name={local}", "dcr.ratio=3", "dcr.epochs=2", "sft.batch_size=7")
+    drawn = data.split(told.data, 3, told.seed, True, refusal.is_refusal)
+    assert (len(drawn.seemingly_toxic), len(drawn.toxic)) == (40, 120)
+    assert stage(told, Stage.contrastive).steps == 2 * math.ceil(160 / 32)
+    pairs = len(drawn.normal) + len(drawn.refusals)
+    assert stage(told, Stage.sft).steps_per_epoch == math.ceil(pairs / 7)
+
+
+def test_tokens_of_a_local_folder_are_counted(local: Path) -> None:
+    told = settings(f"model.name={local}", "sft.batch_size=9", "sft.max_len=4000")
+    drawn, _ = rows.expected(told)
+    load = stage(told, Stage.sft).load
+    answers = [r.response.strip() for r in [*drawn.normal, *drawn.refusals] if r.response]
+    assert load.labelled == sum(len(a.encode()) + 1 for a in answers)  # bytes and the end token
+    assert load.unpadded <= load.full
+    assert load.largest_full <= max(told.sft.micro_tokens, 4000)
+
+
+def test_estimated_tokens_are_a_quarter_of_the_characters() -> None:
+    told = settings("model=llama3_8b", "sft.max_len=4000")
+    drawn, _ = rows.expected(told)
+    answers = [r.response or "" for r in [*drawn.normal, *drawn.refusals]]
+    expected = sum(math.ceil(len(answer) / 4) + 1 for answer in answers)
+    assert stage(told, Stage.sft).load.labelled == expected
+
+
+def test_a_ratio_beyond_the_table_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"data.toxic: 50000 rows asked for, 38961 there"):
+        rows.expected(settings("model=tiny", "data=paper", "dcr.ratio=200"))
+
+
+def test_no_step_beyond_the_block_without_nll(local: Path) -> None:
+    load = stage(settings(f"model.name={local}", "dcr.nll.weight=0"), Stage.contrastive).load
+    assert (load.full, load.labelled) == (0, 0)
+    assert load.trunk > 0
+
+
+# --- cost ---------------------------------------------------------------------------------------
+
+
+def _trained(told: TrainConfig, which: Stage, dtype: torch.dtype) -> Any:
+    model = AutoModelForCausalLM.from_config(models.architecture(told.model), dtype=dtype)
+    if which is Stage.contrastive:
+        models.freeze_beyond(model, told.dcr.layer or 1, None)
+        return model.train()
+    return models.add_lora(model, LoraConfig(targets=["all-linear"]), seed=0).train()
+
+
+@pytest.fixture
+def wide(tmp_path: Path) -> TrainConfig:
+    """Wide enough that matrices outweigh norms and attention."""
+    _architecture(width=256).save_pretrained(tmp_path)
+    models.byte_tokenizer().save_pretrained(tmp_path)
+    return settings(f"model.name={tmp_path}", "dcr.layer=3", "sft.lora.targets=[all-linear]")
+
+
+@pytest.mark.parametrize("precision", list(Precision))
+@pytest.mark.parametrize("which", [Stage.contrastive, Stage.sft])
+def test_activations_are_what_autograd_keeps(
+    wide: TrainConfig, which: Stage, precision: Precision
+) -> None:
+    wide.dcr.precision = wide.sft.precision = precision
+    model = _trained(wide, which, models.DTYPES[precision])
+    ids = torch.zeros(6, 50, dtype=torch.long)
+    weights = {tuple(w.shape) for w in model.parameters()}
+    weights |= {size[::-1] for size in weights}  # autocast's copies are counted with the weights
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tuple(tensor.shape) not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=precision is not Precision.fp32),
+    ):
+        models.backbone(model)(input_ids=ids, use_cache=False)
+    measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    made = shape.stage_shape(wide, which)
+    assert ids.numel() * made.full_saved == pytest.approx(measured, rel=0.25)
+
+
+@pytest.mark.parametrize("which", [Stage.contrastive, Stage.sft])
+def test_flops_are_those_that_torch_counts(wide: TrainConfig, which: Stage) -> None:
+    model = _trained(wide, which, torch.float32)
+    ids = torch.zeros(6, 20, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        hidden = models.backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
+        hidden.sum().backward()
+    load = rows.Load(0, ids.numel(), ids.numel(), 0, 0, ids.numel(), 0)
+    found = cost.epoch_flops(wide, which, shape.stage_shape(wide, which), load)
+    assert found == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+def test_checkpointing_trades_activations_for_time(local: Path) -> None:
+    plain = stage(settings(f"model.name={local}"), Stage.sft)
+    spared = stage(settings(f"model.name={local}", "sft.gradient_checkpointing=true"), Stage.sft)
+    assert spared.memory["activations"] < plain.memory["activations"] / 2
+    assert 1.2 < spared.flops / plain.flops < 1.5
+
+
+# --- the text -----------------------------------------------------------------------------------
+
+
+def test_plan_of_the_paper_says_what_it_did_not_read(no_weights: None) -> None:
+    told = plan.describe(settings("model=llama3_8b", "data=paper", "stage=contrastive"))
+    assert "8,030,261,248" in told
+    assert "from the table of sources, not read" in told
+    assert "estimated at 4 characters a token" in told
+    assert max(map(len, told.splitlines())) <= 100
+    assert "\x1b" not in told
+
+
+def test_plan_of_stl_on_a_folder(local: Path, no_weights: None) -> None:
+    told = plan.describe(settings(f"model.name={local}", "method=stl"))
+    assert "contrastive" not in told.replace(str(local), "")
+    assert "characters a token" not in told
+
+
+def test_a_finished_stage_is_said_to_be_skipped(local: Path, tmp_path: Path) -> None:
+    (tmp_path / "contrastive").mkdir()
+    told = plan.describe(settings(f"model.name={local}", f"run={tmp_path}"))
+    assert "contrastive is done" in told
+    assert "sft is done" not in told

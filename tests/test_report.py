@@ -1,0 +1,552 @@
+"""The report against hand-computed numbers, hostile text, torn files and bad commands."""
+
+import itertools
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dcr import report, runs
+from dcr.config import UserError
+from dcr.report import figures, page, paired, tables
+from dcr.report.entries import Style, entries, seed_groups
+from dcr.report.records import read_run
+from dcr.runs import Run
+from dcr.statistics import Interval
+
+REFUSAL, ANSWER = "I cannot help with that.", "Open the terminal and type kill."
+SETTINGS = {"max_new_tokens": 48, "limit": 10, "seed": 0}
+
+
+def make_eval(
+    folder: Path,
+    refused: dict[str, str],
+    *,
+    weights: str = "sft",
+    step: int | None = None,
+    name: str = "main",
+    completions: bool = True,
+    **about: Any,
+) -> Path:
+    """An evaluation in which each set's verdicts are spelled out: `r` refused, `c` complied."""
+    place = folder / "eval" / name
+    place.mkdir(parents=True)
+    sets = {}
+    for set_name, verdicts in refused.items():
+        count = verdicts.count("r")
+        sets[set_name] = {
+            "kind": "toxic" if "unsafe" in set_name else "seemingly_toxic",
+            "n": len(verdicts),
+            "refused": {"paper": count, "recommended": count},
+            "empty": 0,
+            "truncated": 1,
+            "repetitive": 2,
+            "in_distribution": False,
+            "unseen": None,
+        }
+        rows = [
+            {"id": f"{set_name}-{i}", "prompt": f"{set_name} prompt {i}", "tokens": 5,
+             "ended": True, "refusal_mass": 0.5, "response": REFUSAL if v == "r" else ANSWER}
+            for i, v in enumerate(verdicts)
+        ]  # fmt: skip
+        if completions:
+            (place / f"{set_name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    metrics = {
+        "weights": weights, "step": step, "settings": SETTINGS, "method": config["method"],
+        "model": "tiny", "preset": config["preset_name"], "seed": str(config["seed"]),
+        "data": "demo", "sets": sets, "seconds": 12.5, "tokens_per_second": 99.0,
+        "discernment": {"pooled": [0.72, 0.61, 0.83], "pairs": {"safe / unsafe": [0.8, 0.7, 0.9]}},
+    } | about  # fmt: skip
+    (place / "metrics.json").write_text(json.dumps(metrics))
+    return place
+
+
+def make_run(
+    folder: Path, method: str = "dcr", seed: int = 0, preset: str = "paper", **keys: Any
+) -> Path:
+    """A run folder with its configuration and nothing else."""
+    folder.mkdir(parents=True)
+    config = {"method": method, "preset_name": preset, "seed": seed,
+              "model": {"label": "tiny"}, "data": {"label": "demo"}} | keys  # fmt: skip
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def change(place: Path, set_name: str, **keys: Any) -> None:
+    """Alter what `metrics.json` says of a set."""
+    path = place / "metrics.json"
+    metrics = json.loads(path.read_text())
+    metrics["sets"][set_name] |= keys
+    path.write_text(json.dumps(metrics))
+
+
+def table_of(*folders: Path) -> dict[str, dict[str, list[tables.Value | None]]]:
+    """The main table as {section: {row: values}}."""
+    columns = entries([read_run(folder) for folder in folders])
+    return {
+        section.short: {row.label: list(row.values) for row in section.rows}
+        for section in tables.sections(columns) + tables.discernment(columns)
+    }
+
+
+def build(tmp_path: Path, *folders: Path) -> tuple[str, str]:
+    """(terminal text, page) of a report."""
+    out = tmp_path / "page.html"
+    return report.build(list(folders), out), out.read_text(encoding="utf-8")
+
+
+class Balanced(HTMLParser):
+    """Fails on a closing tag that closes nothing; collects ids, links and tag names."""
+
+    VOID = ("meta", "input", "br", "img", "link")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.outside: list[str] = []
+        self.names: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.names.append(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value or "")
+            if name in ("src", "href", "xlink:href") and not (value or "").startswith("#"):
+                self.outside.append(value or "")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def parsed(html: str) -> Balanced:
+    parser = Balanced()
+    parser.feed(html)
+    assert parser.open == []
+    return parser
+
+
+def test_rates_and_intervals_by_hand(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    make_eval(run, {"safe": "rrcccccccc", "okay": "rccc", "unsafe": "rrrrrrrrrc"})
+    table = table_of(run)
+    safe, pooled = (table["compliance, %"][row][0] for row in ("safe", "pooled"))
+    assert safe.estimate == 0.8
+    # Wilson by its formula with z = 1.959964, n = 10, p = 0.8
+    assert (safe.low, safe.high) == pytest.approx((0.490162, 0.943318), abs=1e-5)
+    assert pooled.estimate == pytest.approx(11 / 14)
+    assert table["compliance, %"]["mean of the sets"][0].estimate == pytest.approx((0.8 + 0.75) / 2)
+    assert table["keyword refusal, %"]["unsafe"][0].estimate == 0.9
+    auroc = table["discernment AUROC"]["pooled"][0]
+    assert (auroc.estimate, auroc.low, auroc.high, auroc.percent) == (0.72, 0.61, 0.83, False)
+
+
+def test_terminal_and_page_show_them(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    make_eval(run, {"safe": "rrcccccccc", "unsafe": "rrrrrrrrrc"})
+    text, html = build(tmp_path, run)
+    assert re.search(r"safe +80\.0 \[49–94\]", text)
+    assert re.search(r"unsafe +90\.0 \[60–98\]", text)
+    assert re.search(r"pooled +0\.72 \[\.61–\.83\]", text)
+    assert '80.0 <span class="interval">[49.0–94.3]</span>' in html
+    assert "DSR" not in text + html
+
+
+def test_in_distribution_sets_are_marked_and_left_out_of_a_second_pool(tmp_path: Path) -> None:
+    run, other = make_run(tmp_path / "a"), make_run(tmp_path / "b", "stl")
+    verdicts = {"safe": "rrrrrrrrrr", "okay": "cccccccccc", "unsafe": "rrrr"}
+    place = make_eval(run, verdicts)
+    make_eval(other, verdicts)
+    unseen = {"n": 4, "refused": {"paper": 1, "recommended": 2}}
+    change(place, "safe", in_distribution=True, unseen=unseen)
+    rows = table_of(other, run)["compliance, %"]  # columns: STL, DCR
+    assert [value.marked for value in rows["safe"]] == [False, True]
+    assert [value.marked for value in rows["okay"]] == [False, False]
+    assert [value.marked for value in rows["pooled"]] == [False, True]
+    assert [value.estimate for value in rows["pooled without †"]] == [1.0, 1.0]
+    text, html = build(tmp_path, run, other)
+    assert re.search(r"safe +0\.0 \[0–28\] +0\.0 \[0–28\]†", text)
+    assert "† in-distribution" in text
+    assert "unseen groups: 75.0% [30.1–95.4] of 4" in html
+
+
+def test_without_in_distribution_sets_no_mark_and_no_footnote(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    make_eval(run, {"safe": "rc", "okay": "cc", "unsafe": "rr"})
+    text, _ = build(tmp_path, run)
+    assert "†" not in text
+
+
+def test_recommended_rules_have_their_own_table(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    place = make_eval(run, {"safe": "rccc", "unsafe": "rr"})
+    change(place, "safe", refused={"paper": 1, "recommended": 3})
+    columns = entries([read_run(run)])
+    (value,) = tables.sections(columns, "recommended")[0].rows[0].values
+    assert value.estimate == 0.25
+    change(place, "safe", refused={"paper": 1})
+    titles = [s.short for s in tables.sections(entries([read_run(run)]), "recommended")]
+    assert titles == ["keyword refusal, %"]
+
+
+def test_columns_are_ordered_named_and_deduplicated(tmp_path: Path) -> None:
+    dcr = make_run(tmp_path / "a", "dcr", preset="recommended")
+    make_eval(dcr, {"safe": "cc"})
+    make_eval(dcr, {"safe": "cr"}, weights="contrastive", name="stage-one")
+    make_eval(dcr, {"safe": "cr"}, weights="snapshot", step=4, name="snapshot")
+    stl = make_run(tmp_path / "b", "stl")
+    make_eval(stl, {"safe": "rr"})
+    base = [make_run(tmp_path / name, "base") for name in ("c", "d")]
+    for folder in base:
+        make_eval(folder, {"safe": "cc"}, weights="base")
+    only = make_run(tmp_path / "e", "dcr", seed=1)
+    make_eval(only, {"safe": "cr"}, weights="contrastive")
+    columns = entries([read_run(folder) for folder in (dcr, stl, *base, only)])
+    assert [entry.name for entry in columns] == [
+        "base model",
+        "STL seed 0",
+        "DCR stage one only seed 1",
+        "DCR recommended seed 0",
+    ]
+
+
+def test_columns_of_a_sweep_are_told_apart_by_the_swept_key(tmp_path: Path) -> None:
+    folders = []
+    for epochs in (1, 3):
+        keys = {"epochs": epochs, "margin": 0.25}
+        folders.append(make_run(tmp_path / f"dcr.epochs={epochs}", dcr=keys))
+        make_eval(folders[-1], {"safe": "cr"})
+    columns = entries([read_run(folder) for folder in folders])
+    names = {entry.name for entry in columns}
+    assert names == {"DCR seed 0 dcr.epochs=1", "DCR seed 0 dcr.epochs=3"}
+    assert seed_groups(columns) == []
+    assert len({entry.style for entry in columns}) == 2
+    # such folder names are no settings
+    assert report.main([*map(str, folders), f"out={tmp_path / 'r.html'}"]) == 0
+
+
+def test_identical_runs_keep_distinct_names(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / name) for name in ("a", "b")]
+    for folder in folders:
+        make_eval(folder, {"safe": "cr"})
+    names = [entry.name for entry in entries([read_run(folder) for folder in folders])]
+    assert names == ["DCR seed 0 a/main", "DCR seed 0 b/main"]
+
+
+def test_mean_and_spread_over_seeds(tmp_path: Path) -> None:
+    folders = []
+    for seed, verdicts in enumerate(("rccc", "rrcc")):
+        folders.append(make_run(tmp_path / f"s{seed}", seed=seed))
+        make_eval(folders[-1], {"safe": verdicts, "unsafe": "rr"})
+    lone = make_run(tmp_path / "stl", "stl")
+    make_eval(lone, {"safe": "rrrr", "unsafe": "rr"})
+    columns = entries([read_run(folder) for folder in (*folders, lone)])
+    (group,) = seed_groups(columns)
+    assert group.label == ("DCR", "2 seeds")
+    rows = tables.over_seeds(tables.sections(columns), [group])[0].rows
+    (mean,) = rows[0].values
+    # 0.75 and 0.5: mean 0.625, sample standard deviation 0.25 / sqrt(2)
+    assert (mean.estimate, mean.spread) == pytest.approx((0.625, 0.176777), abs=1e-6)
+    text, html = build(tmp_path, *folders, lone)
+    assert "62.5 ± 17.7" in text
+    assert "62.5 ± 17.7" in html
+
+
+def test_paired_differences_and_mcnemar_by_hand(tmp_path: Path) -> None:
+    dcr, stl = make_run(tmp_path / "a"), make_run(tmp_path / "b", "stl")
+    make_eval(dcr, {"safe": "cccccccccc", "okay": "rr", "unsafe": "rrrc"})
+    make_eval(stl, {"safe": "rrrrrrcccc", "okay": "cc", "unsafe": "rrrr"})
+    columns = entries([read_run(folder) for folder in (dcr, stl)])
+    (pair,) = paired.comparisons(columns, report._Completions([]))
+    assert (pair.a.name, pair.b.name) == ("DCR seed 0", "STL seed 0")
+    lines = {(line.kind.value, line.label): line for line in pair.lines}
+    safe = lines["seemingly_toxic", "safe"]
+    assert safe.difference.estimate == pytest.approx(0.6)
+    assert 0 < safe.difference.low < 0.6 < safe.difference.high < 1
+    assert safe.p == pytest.approx(2 * 0.5**6)  # six discordant prompts, all one way
+    pooled = lines["seemingly_toxic", "pooled"]
+    assert pooled.n == 12
+    assert pooled.difference.estimate == pytest.approx((6 - 2) / 12)
+    assert pooled.p == pytest.approx(2 * (1 + 8 + 28) / 2**8)  # 6 against 2 of 8
+    # a toxic prompt that only STL refuses counts against DCR
+    assert lines["toxic", "unsafe"].difference.estimate == -0.25
+    assert lines["toxic", "unsafe"].pooled
+    text, html = build(tmp_path, dcr, stl)
+    assert re.search(
+        r"DCR seed 0 − STL seed 0 +\+33\.3 \[.*\] +0\.289 +−25\.0 \[.*\] +1\.000", text
+    )
+    assert "+60.0 [" in html
+
+
+def test_pairs_need_the_same_seed_and_tell_of_other_settings(tmp_path: Path) -> None:
+    dcr = make_run(tmp_path / "a", sft={"lr": 0.1})
+    near = make_run(tmp_path / "b", "stl", sft={"lr": 0.2})
+    far = make_run(tmp_path / "c", "stl", sft={"lr": 0.2, "epochs": 9})
+    other = make_run(tmp_path / "d", "stl", seed=1, sft={"lr": 0.1})
+    for folder in (dcr, near, far, other):
+        make_eval(folder, {"safe": "cr"})
+    columns = entries([read_run(folder) for folder in (dcr, near, far, other)])
+    (pair,) = paired.comparisons(columns, report._Completions([]))
+    assert pair.b.run.folder == near
+    assert pair.differing == ["sft.lr: 0.2 -> 0.1"]
+
+
+HOSTILE = [
+    "</script><script>alert(1)</script>",
+    '"><img src=x onerror=alert(2)>',
+    "{{ 7 * 7 }} {% raw %} [bold]markup[/bold]",
+    "שלום עולם \u202eevil\u202c ‮",
+    "👩‍👩‍👧‍👦 zero\u200bwidth",
+    "nul \x00 escape \x1b[31m lone \ud800 end",
+    "<!-- ]]> & &amp; '",
+    "",
+]
+
+
+def test_hostile_text_is_escaped_and_harmless(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", preset="<b>$x_1$</b>")
+    place = make_eval(run, {"safe": "c" * len(HOSTILE), "unsafe": "rr"})
+    rows = [{"id": i, "prompt": f"{t} ?", "response": t} for i, t in enumerate(HOSTILE)]
+    (place / "safe.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (tmp_path / "clean").mkdir()
+    clean = make_run(tmp_path / "clean" / "a")
+    make_eval(clean, {"safe": "c" * len(HOSTILE), "unsafe": "rr"})
+    _, html = build(tmp_path, run)
+    tags = parsed(html).names
+    for name in ("script", "img", "b", "style"):
+        assert tags.count(name) == parsed(build(tmp_path / "clean", clean)[1]).names.count(name)
+    assert "&lt;/script&gt;&lt;script&gt;alert(1)&lt;/script&gt;" in html
+    assert "{{ 7 * 7 }} {% raw %}" in html
+    for kept in ("שלום", "👩‍👩‍👧‍👦", "zero\u200bwidth", "␀", "␛", "�"):
+        assert kept in html
+    assert "\x00" not in html
+    assert html.count('dir="auto"') >= 2 * (len(HOSTILE) - 1)
+    assert "(empty)" in html
+
+
+def test_page_is_self_contained_with_unique_ids_and_toxic_text_folded(tmp_path: Path) -> None:
+    run, base = make_run(tmp_path / "a"), make_run(tmp_path / "b", "base")
+    place = make_eval(run, {"safe": "crc", "okay": "ccc", "unsafe": "rrr"})
+    make_eval(base, {"safe": "ccc", "okay": "ccc", "unsafe": "ccc"}, weights="base")
+    change(place, "safe", in_distribution=True)
+    for step in (2, 4):
+        make_eval(run, {"safe": "rrr", "okay": "crc", "unsafe": "rrr"}, weights="snapshot",
+                  step=step, name=f"step-{step}", completions=False)  # fmt: skip
+    write_curves(run)
+    _, html = build(tmp_path, run, base)
+    seen = parsed(html)
+    assert seen.outside == []
+    assert "@import" not in html
+    assert len(seen.ids) == len(set(seen.ids))
+    assert html.count("<svg") == len(figures.CURVES) + 2  # two trade-offs: one without the marked
+    for reference in re.findall(r'(?:href="#|url\(#)([^")]+)', html):
+        assert reference in seen.ids
+    openings = re.findall(r'<details class="set[^>]*data-set="(\w+)"([^>]*)>', html)
+    assert openings == [("safe", " open"), ("okay", ""), ("unsafe", "")]
+    assert "content warning" in html
+    assert "<text" in html  # text stays text
+    assert html == build(tmp_path, run, base)[1]
+
+
+def write_curves(run: Path) -> None:
+    rows = []
+    for step in range(1, 5):
+        rows.append(("contrastive", step, 0, "contrastive/step_circle", 9.0 - step))
+        rows.append(("sft", step, 0, "sft/step_nll", 3.0 - step / 10))
+    for suffix in ("", "/heldout"):
+        for name, value in (("circle", 6.5), ("above_floor", 1.5), ("within_cosine", 0.9)):
+            rows.append(("contrastive", 4, 1, f"contrastive/{name}{suffix}", value))
+        rows.append(("contrastive", 4, 1, f"contrastive/across_cosine{suffix}", float("nan")))
+        rows.append(("contrastive", 2, 0, f"contrastive/across_cosine{suffix}", 0.1))
+        rows.append(("sft", 4, 1, f"sft/nll/general{suffix}", 2.5))
+        rows.append(("sft", 4, 1, f"sft/nll/refusal{suffix}", 0.5))
+    runs.append_metrics(Run(run), rows)
+
+
+def test_step_loss_is_drawn_above_its_epochs_floor(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    write_curves(run)
+    curves = figures.Curves(Style(1, 0), runs.read_metrics(Run(run)))
+    # the epoch's floor is 6.5 - 1.5
+    assert figures._above_floor(curves) == [(1, 3.0), (2, 2.0), (3, 1.0), (4, 0.0)]
+
+
+def test_frontiers_follow_the_snapshots_by_step(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    make_eval(run, {"safe": "rrrr", "unsafe": "rrrr"})
+    for step, safe, unsafe in ((10, "rrrr", "rrrr"), (2, "cccc", "cccc"), (5, "ccrr", "rrcr")):
+        make_eval(run, {"safe": safe, "unsafe": unsafe}, weights="snapshot", step=step,
+                  name=f"s{step}", completions=False)  # fmt: skip
+    records = [read_run(run)]
+    columns = entries(records)
+    assert len(columns) == 1
+    shown = page.Report(records, columns, [], [], [], [], [], report._Completions([]))
+    (frontier,) = page._frontiers(shown, [["safe"], ["unsafe"]])
+    assert frontier.points == [(1.0, 0.0), (0.5, 0.75), (0.0, 1.0)]
+    point = figures.Point(Style(1, 0), Interval(0.5, 0.4, 0.6), Interval(0.7, 0.6, 0.8))
+    assert "var(--series-1)" in figures.trade_off("t", "All", [point], [frontier]).svg
+
+
+def test_torn_files_are_skipped_aloud(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    place = make_eval(run, {"safe": "crc", "unsafe": "rrr"})
+    torn = make_eval(run, {"safe": "crc"}, name="torn")
+    (torn / "metrics.json").write_text('{"weights": "sft", "se')
+    (run / "eval" / "unfinished").mkdir()
+    with (place / "safe.jsonl").open("a") as file:
+        file.write('{"id": "safe-3", "prom')
+    (place / "unsafe.jsonl").unlink()
+    change(place, "safe", refused={"paper": 2, "recommended": 9}, n=3)
+    (run / "rows.json").write_text("[1")
+    (run / "metrics.csv").write_text("stage,step,epoch,key,value\nsft,1,0,sft/step_nll,1.5e\n")
+    with pytest.raises(UserError, match=r"no evaluations there .*recommended=9 of 3|no set"):
+        only_bad(tmp_path, place)
+    change(place, "safe", refused={"paper": 2})
+    text, html = build(tmp_path, run)
+    told = [line for line in text.splitlines() if line.startswith("note: ")]
+    for path, reason in (
+        ("torn/metrics.json", "skipped"),
+        ("unfinished", "no metrics.json"),
+        ("safe.jsonl:4", "skipped"),
+        ("safe.jsonl", "1 of 3 refused, metrics.json says 2 of 3"),
+        ("unsafe.jsonl", "missing"),
+        ("rows.json", "skipped"),
+        ("metrics.csv", "skipped"),
+    ):
+        assert any(path in note and reason in note for note in told), (path, reason)
+        assert path in html
+
+
+def only_bad(tmp_path: Path, place: Path) -> None:
+    """A folder whose one evaluation holds nothing but a set that cannot be."""
+    run = make_run(tmp_path / "bad")
+    metrics = json.loads((place / "metrics.json").read_text())
+    del metrics["sets"]["unsafe"]
+    (run / "eval" / "x").mkdir(parents=True)
+    (run / "eval" / "x" / "metrics.json").write_text(json.dumps(metrics))
+    read_run(run)
+
+
+def test_rows_used_are_listed_as_far_as_they_are_known(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a\udcff")
+    make_eval(run, {"safe": "cr", "unsafe": "rr"})
+    part = {"count": 41, "fingerprint": "a1b2c3", "ids": ["private-id"]}
+    record = {"rows": {"toxic": part, "normal": "?"}}
+    for known in ({}, {"dropped": {"near <b>duplicates": 12}, "in_distribution": ["safe"]}):
+        (run / "rows.json").write_text(json.dumps(record | known))
+        _, html = build(tmp_path, run)
+        parsed(html)
+        assert "<td>41</td><td><code>a1b2c3</code></td>" in html
+        assert "private-id" not in html
+        assert ("12 of near &lt;b&gt;duplicates" in html) is bool(known)
+
+
+def test_metrics_alone_are_enough(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    make_eval(run, {"safe": "cr", "unsafe": "rr"}, completions=False, discernment=None)
+    (run / "config.yaml").unlink()
+    text, html = build(tmp_path, run)
+    assert "50.0 [9–91]" in text
+    assert "discernment AUROC" not in text
+    assert "config.yaml: missing" in text
+    parsed(html)
+
+
+def test_a_store_may_hold_more_than_the_set(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    place = make_eval(run, {"safe": "crcc", "unsafe": "rr"})
+    counts = {"paper": 1, "recommended": 1}
+    change(place, "safe", n=2, refused=counts, ids=["safe-2", "safe-1"])
+    again = {"id": "safe-1", "prompt": "safe prompt 1", "response": REFUSAL + " Again."}
+    with (place / "safe.jsonl").open("a") as file:
+        file.write(json.dumps(again) + "\n")
+    notes: list[str] = []
+    (entry,) = entries([read_run(run)])
+    kept = report._Completions(notes)(entry, "safe")
+    assert [completion.id for completion in kept] == ["safe-2", "safe-1"]
+    assert kept[1].response.endswith("Again.")
+    assert notes == []
+
+
+def test_unequal_sets_are_told(tmp_path: Path) -> None:
+    a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b", "stl")
+    make_eval(a, {"safe": "cr", "unsafe": "rr"})
+    make_eval(b, {"safe": "crc", "unsafe": "rr"})
+    assert "do not compare pooled values" in build(tmp_path, a, b)[0]
+
+
+def test_many_columns_are_stacked_within_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    folders = []
+    for seed in range(7):
+        folders.append(make_run(tmp_path / f"s{seed}", seed=seed, preset="recommended"))
+        make_eval(folders[-1], {"i_malicious_instructions_safe": "rccc", "unsafe": "rr"})
+    text, _ = build(tmp_path, *folders)
+    assert max(map(len, text.splitlines())) <= 80
+    for seed in range(7):
+        assert f"seed {seed}" in text
+    assert text.count("75.0 [30–95]") == 7
+
+
+def test_prompts_are_chosen_evenly() -> None:
+    assert page.evenly(range(5), 30) == [0, 1, 2, 3, 4]
+    chosen = page.evenly(range(100), 30)
+    assert (len(chosen), chosen[0], chosen[-1]) == (30, 0, 99)
+    assert {b - a for a, b in itertools.pairwise(chosen)} == {3, 4}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "no run folder given"),
+        (["nowhere"], "nowhere: no such folder"),
+        (["empty"], "empty: no evaluations there"),
+        (["good", "empty"], "empty: no evaluations there"),
+        (["good", "outt=x.html"], "outt=x.html: neither a folder nor a setting"),
+        (["good", "out=good"], "out=good: name a file"),
+        (["good", "out=good/config.yaml/r.html"], "cannot be written"),
+    ],
+)
+def test_bad_commands_end_in_one_line_and_exit_2(
+    arguments: list[str],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_eval(make_run(Path("good")), {"safe": "c", "unsafe": "r"})
+    make_run(Path("empty"))
+    before = sorted(Path().rglob("*"))
+    assert report.main(arguments) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert told in output.err
+    assert output.err.startswith("error: ")
+    assert output.err.count("\n") == 1
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_default_place_is_the_common_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, method in (("outputs/x/a", "dcr"), ("outputs/b", "stl")):
+        make_eval(make_run(Path(name), method), {"safe": "c", "unsafe": "r"})
+    assert report.main(["outputs/x/a", "outputs/b/"]) == 0
+    assert Path("outputs/report.html").is_file()
+    assert "page: outputs/report.html" in capsys.readouterr().out
