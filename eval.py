@@ -5,6 +5,7 @@ python eval.py model=smollm2_135m data=paper data.root=<data> limit=100
 """
 
 import logging
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,8 @@ def _named(node: DictConfig) -> dict[str, Any]:
     """What a user set in a node that no file filled: everything unlike the schema's default."""
     default = OmegaConf.to_container(OmegaConf.structured(config.DataConfig), resolve=False)
     given = OmegaConf.to_container(node, resolve=False)
-    assert isinstance(default, dict) and isinstance(given, dict)
+    assert isinstance(default, dict)
+    assert isinstance(given, dict)
     return {
         str(key): value
         for key, value in given.items()
@@ -112,8 +114,14 @@ def _open(settings: EvalConfig, subject: Subject) -> Policy:
     if subject.folder is None:
         return models.open_policy(settings.model, settings.precision, settings.seed)
     if (subject.folder / "adapter_config.json").is_file():
-        return models.open_adapter(subject.folder, settings.precision)
-    return models.open_folder(str(subject.folder), settings.precision)
+        return models.open_adapter(
+            subject.folder, settings.precision, trust_remote_code=settings.model.trust_remote_code
+        )
+    return models.open_folder(
+        str(subject.folder),
+        settings.precision,
+        trust_remote_code=settings.model.trust_remote_code,
+    )
 
 
 def _evaluate_one(
@@ -121,7 +129,7 @@ def _evaluate_one(
 ) -> None:
     label = subject.weights if subject.step is None else f"snapshot-{subject.step:06d}"
     folder = run.evaluation(f"{label}-{_decoding_fingerprint(settings, subject)}")
-    clock = benchmarks.Clock()
+    began = time.perf_counter()
     policy = _open(settings, subject)
     _to_device(policy, settings.trainer.accelerator)
     chat = prompts.chat_format(policy.tokenizer, settings.model)
@@ -150,7 +158,7 @@ def _evaluate_one(
             "seed": settings.seed,
             "precision": settings.precision.value,
         },
-        "seconds": round(clock.seconds(), 1),
+        "seconds": round(time.perf_counter() - began, 1),
         "peak_memory_gib": round(runs.peak_memory_gib(), 2),
     }
     runs.write_json(folder / "metrics.json", origin | metrics)

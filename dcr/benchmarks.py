@@ -1,6 +1,5 @@
 """What is asked and how it is counted: over-refusal, safety, and how well the two come apart."""
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +8,9 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from dcr import generation, refusal, sources, statistics
-from dcr.config import DataConfig, GenConfig, Kind, Task
+from dcr.config import ConfigError, DataConfig, GenConfig, Kind, Task
 from dcr.generation import Completion
-from dcr.models import Policy
+from dcr.models import Policy, safe_label
 from dcr.prompts import ChatFormat
 from dcr.sources import Example
 
@@ -51,15 +50,26 @@ TASKS = {Task.over_refusal: over_refusal, Task.safety: safety}
 def read(
     tasks: Sequence[Task], config: DataConfig, limit: int | None, seed: int
 ) -> list[Benchmark]:
-    """The sets of the tasks, each cut to a seeded sample of `limit` rows."""
+    """The sets of the tasks, each cut to a seeded sample of `limit` rows.
+
+    Raises ConfigError when two of them would have one name.
+    """
     found = []
     for task in tasks:
-        for name, kind in TASKS[task](config):
-            rows = sources.read(name, root=config.root, kind=kind)
+        for source, kind in TASKS[task](config):
+            rows = sources.read(source, root=config.root, kind=kind)
             if limit is not None and limit < len(rows):
                 rows = sources.draw(rows, limit, seed)
-            found.append(Benchmark(name, kind, rows))
+            found.append(Benchmark(set_name(source), kind, rows))
+    names = [benchmark.name for benchmark in found]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ConfigError(f"data.evaluation: {sorted(twice)[0]} stands there twice; rename a file")
     return found
+
+
+def set_name(source: str) -> str:
+    """What a set is called, also as a file in the run folder: a source's name, or a file's."""
+    return source if source in sources.SOURCES else safe_label(Path(source).stem)
 
 
 def complete(
@@ -82,22 +92,24 @@ def complete(
             for row in benchmark.rows
             if row.id not in done or done[row.id].prompt != row.prompt
         ]
-    home = {(row.id, row.prompt): benchmark.name for benchmark, row in missing}
+    homes: dict[tuple[str, str], list[str]] = {}  # one prompt may stand in several sets
+    for benchmark, row in missing:
+        homes.setdefault((row.id, row.prompt), []).append(benchmark.name)
+    rows = {(row.id, row.prompt): row for _, row in missing}
     openings = refusal.refusal_openings(chat.tokenizer)
     batches = generation.complete(
         policy,
         chat,
-        [row for _, row in missing],
+        list(rows.values()),
         settings,
         score=lambda logits: refusal.refusal_mass(logits, openings),
     )
-    bar = tqdm(total=len(missing), unit="prompt", desc="generating", disable=not progress)
-    for batch in batches:
-        for name in dict.fromkeys(home[c.id, c.prompt] for c in batch):
-            file = folder / f"{name}.jsonl"
-            generation.store(file, [c for c in batch if home[c.id, c.prompt] == name])
-        bar.update(len(batch))
-    bar.close()
+    with tqdm(total=len(rows), unit="prompt", desc="generating", disable=not progress) as bar:
+        for batch in batches:
+            for name in dict.fromkeys(n for c in batch for n in homes[c.id, c.prompt]):
+                file = folder / f"{name}.jsonl"
+                generation.store(file, [c for c in batch if name in homes[c.id, c.prompt]])
+            bar.update(len(batch))
     return {b.name: _of_rows(folder / f"{b.name}.jsonl", b.rows) for b in benchmarks}
 
 
@@ -118,14 +130,15 @@ def score(
     `in_distribution` names sets trained on; `unseen_groups` are the template groups among them
     that training never saw, counted apart.
     """
-    sets = {}
+    sets: dict[str, Any] = {}
+    trained_on, apart = {set_name(source) for source in in_distribution}, set(unseen_groups)
     for benchmark in benchmarks:
         answers = completions[benchmark.name]
-        known = benchmark.name in in_distribution
+        known = benchmark.name in trained_on
         unseen = [
             answer
             for row, answer in zip(benchmark.rows, answers, strict=True)
-            if known and (row.group or row.id) in set(unseen_groups)
+            if known and (row.group or row.id) in apart
         ]
         sets[benchmark.name] = {
             "kind": benchmark.kind.value,
@@ -172,13 +185,3 @@ def _discernment(
 def _interval(toxic: Sequence[float], benign: Sequence[float], seed: int) -> list[float]:
     found = statistics.auroc_interval(toxic, benign, seed=seed)
     return [found.estimate, found.low, found.high]
-
-
-class Clock:
-    """Seconds since it was made."""
-
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self.start

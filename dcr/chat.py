@@ -11,10 +11,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TextStreamer
+from transformers import TextStreamer
 
-from dcr import models, prompts, refusal
+from dcr import generation, models, prompts, refusal
 from dcr.config import ConfigError, ModelConfig, Precision, UserError
 from dcr.models import Policy
 from dcr.prompts import ChatFormat
@@ -88,38 +87,19 @@ class Dialogue:
         self.turns.append({"role": "assistant", "content": self.chat.neutralised(answer)})
         return answer, mass
 
-    @torch.inference_mode()
     def _generate(self, ids: list[int]) -> tuple[str, float]:
-        model, tokenizer = self.policy.model, self.chat.tokenizer
+        tokenizer = self.chat.tokenizer
         openings = refusal.refusal_openings(tokenizer)
-        first = _FirstLogits()
-        given = torch.tensor([ids], device=model.device)
-        output = model.generate(
-            input_ids=given,
-            attention_mask=torch.ones_like(given),
-            generation_config=GenerationConfig(
-                do_sample=False,
-                max_new_tokens=self.max_new_tokens,
-                eos_token_id=list(self.chat.stop),
-                pad_token_id=self.chat.stop[0],
-            ),
-            logits_processor=LogitsProcessorList([first]),
+        (answer,), masses = generation.continued(
+            self.policy,
+            self.chat,
+            [ids],
+            self.max_new_tokens,
+            score=lambda logits: refusal.refusal_mass(logits, openings),
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),  # pyright: ignore
         )
-        assert first.logits is not None
-        answer = tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
-        return str(answer).strip(), float(refusal.refusal_mass(first.logits, openings)[0])
-
-
-class _FirstLogits(LogitsProcessor):
-    """Keeps the logits of the first generated token."""
-
-    def __init__(self) -> None:
-        self.logits: Tensor | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.logits = scores.clone() if self.logits is None else self.logits
-        return scores
+        text = tokenizer.decode(answer, skip_special_tokens=True)
+        return str(text).strip(), float(masses[0])
 
 
 def main(arguments: Sequence[str], read: Callable[[str], str] = input) -> None:

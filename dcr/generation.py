@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from dcr.config import DataError, GenConfig
-from dcr.models import Policy
+from dcr.models import Policy, unwrapped
 from dcr.prompts import ChatFormat, attention_mask, padded
 from dcr.sources import Example
 
@@ -31,7 +32,7 @@ class Completion:
     refusal_mass: float
 
 
-class _FirstLogits(LogitsProcessor):
+class FirstLogits(LogitsProcessor):
     """Keeps what `score` makes of the logits of the first generated token."""
 
     def __init__(self, score: Callable[[Tensor], Tensor]) -> None:
@@ -76,7 +77,6 @@ def complete(
         yield done
 
 
-@torch.inference_mode()
 def _complete_batch(
     policy: Policy,
     chat: ChatFormat,
@@ -85,26 +85,55 @@ def _complete_batch(
     score: Callable[[Tensor], Tensor],
 ) -> list[Completion]:
     prompts = [ids for _, ids in batch]
-    device = policy.model.device
-    ids = padded(prompts, chat.stop[0], left=True).to(device)
-    first = _FirstLogits(score)
-    output: Any = policy.model.generate(
-        input_ids=ids,
-        attention_mask=attention_mask(prompts, left=True).long().to(device),
-        generation_config=GenerationConfig(
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=list(chat.stop),
-            pad_token_id=chat.stop[0],
-        ),
-        logits_processor=LogitsProcessorList([first]),
-    )
-    assert first.scores is not None
-    answers = output[:, ids.shape[1] :].tolist()
+    answers, masses = continued(policy, chat, prompts, max_new_tokens, score)
     return [
         _completion(chat, row, answer, float(mass))
-        for (row, _), answer, mass in zip(batch, answers, first.scores, strict=True)
+        for (row, _), answer, mass in zip(batch, answers, masses, strict=True)
     ]
+
+
+@torch.inference_mode()
+def continued(
+    policy: Policy,
+    chat: ChatFormat,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    score: Callable[[Tensor], Tensor],
+    streamer: Any = None,
+) -> tuple[list[list[int]], Tensor]:
+    """Greedy new tokens of each prompt (padded behind its end), and `score` of its first logits."""
+    ids = padded(prompts, chat.stop[0], left=True).to(policy.model.device)
+    first = FirstLogits(score)
+    with own_decoding(policy.model):
+        output: Any = policy.model.generate(
+            input_ids=ids,
+            attention_mask=attention_mask(prompts, left=True).long().to(ids.device),
+            generation_config=GenerationConfig(
+                do_sample=False,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=list(chat.stop),
+                pad_token_id=chat.stop[0],
+            ),
+            logits_processor=LogitsProcessorList([first]),
+            streamer=streamer,
+        )
+    assert first.scores is not None
+    return output[:, ids.shape[1] :].tolist(), first.scores
+
+
+@contextmanager
+def own_decoding(model: Any) -> Iterator[None]:
+    """While open, the checkpoint's generation settings are set aside.
+
+    What a call leaves unset transformers takes from them, such as the repetition penalty of
+    Qwen2.5-Instruct, and decoding would be greedy in name only.
+    """
+    owner = unwrapped(model)
+    kept, owner.generation_config = owner.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        owner.generation_config = kept
 
 
 def _completion(chat: ChatFormat, row: Example, answer: list[int], mass: float) -> Completion:
@@ -132,10 +161,10 @@ def stored(path: Path) -> dict[str, Completion]:
     if not path.is_file():
         return {}
     found: dict[str, Completion] = {}
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    for line in path.read_bytes().split(b"\n"):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except ValueError:  # not JSON, or torn within a character
             continue
         found[row["id"]] = Completion(**row)
     return found

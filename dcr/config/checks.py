@@ -1,0 +1,141 @@
+"""What a setting must be: a range for every number, and the relations between settings."""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+
+from dcr.config.enums import LayerBase, Method, Precision, Stage
+from dcr.config.errors import ConfigError
+from dcr.config.tree import ContrastiveConfig, EvalConfig, TrainConfig
+
+SAFE_NAME = re.compile(r"[A-Za-z0-9._-]+")
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")  # as Lightning spells them
+
+
+def _positive(value: float) -> bool:
+    return value > 0
+
+
+def _not_negative(value: float) -> bool:
+    return value >= 0
+
+
+def _share(value: float) -> bool:
+    return 0 <= value < 1
+
+
+# Every numeric field by its name, wherever it stands in the tree: what it must be besides finite.
+RANGES = {
+    "epochs": (_positive, "give 1 or more"),
+    "margin": (lambda v: 0 < v < 1, "give a number inside (0, 1)"),
+    "scale": (_positive, "give a number above 0"),
+    "ratio": (_positive, "give toxic rows per seemingly toxic row, above 0"),
+    "draws": (_positive, "give the prompts drawn per epoch, above 0"),
+    "batch_size": (_positive, "give 1 or more"),
+    "general_batch_size": (_positive, "give 1 or more"),
+    "micro_tokens": (_positive, "give the padded tokens of one forward pass, above 0"),
+    "depth": (lambda v: 0 < v <= 1, "give a share of the depth inside (0, 1]"),
+    "layer": (_not_negative, "blocks are counted from 1 (from 0 with dcr.layer_base=zero_based)"),
+    "lr": (_positive, "give a learning rate above 0"),
+    "weight": (_not_negative, "give 0 or more"),
+    "weight_decay": (_not_negative, "give 0 or more"),
+    "beta1": (_share, "give a number in [0, 1)"),
+    "beta2": (_share, "give a number in [0, 1)"),
+    "clip": (_positive, "give a gradient norm above 0, or null"),
+    "rank": (_positive, "give 1 or more"),
+    "alpha": (_positive, "give 1 or more"),
+    "dropout": (_share, "give a number in [0, 1)"),
+    "warmup": (_share, "give a share of the steps in [0, 1)"),
+    "max_len": (lambda v: v >= 8, "give 8 tokens or more"),
+    "count": (_positive, "give 1 or more, or null for all rows"),
+    "group_holdout": (_share, "give a share of the template groups in [0, 1)"),
+    "validation": (_share, "give a share of the rows in [0, 1)"),
+    "near_duplicate": (lambda v: 0 < v <= 1, "give a similarity inside (0, 1]"),
+    "devices": (_positive, "give 1 or more"),
+    "num_nodes": (_positive, "give 1 or more"),
+    "threads": (_positive, "give 1 or more, or null"),
+    "checkpoint_every_n_steps": (_positive, "give 1 or more"),
+    "snapshots": (_not_negative, "give 0 or more"),
+    "limit": (_positive, "give 1 or more, or null for whole sets"),
+    "max_new_tokens": (_positive, "give 1 or more"),
+    "seed": (lambda v: 0 <= v < 2**32, "give a whole number in [0, 2**32)"),
+}
+
+
+def check(config: TrainConfig | EvalConfig) -> None:
+    """Raises ConfigError, naming key, value and cure, for the first setting that cannot be."""
+    for key, value in _numbers(config):
+        holds, cure = RANGES.get(key.split(".")[-1], (math.isfinite, "give a finite number"))
+        if not (math.isfinite(value) and holds(value)):
+            raise ConfigError(f"{key}={value}: {cure}")
+    relations = _of_both(config)
+    relations += _of_training(config) if isinstance(config, TrainConfig) else _of_evaluation(config)
+    for wrong, message in relations:
+        if wrong:
+            raise ConfigError(message)
+
+
+def _numbers(node: object, prefix: str = "") -> Iterator[tuple[str, int | float]]:
+    assert is_dataclass(node)
+    for entry in fields(node):
+        value, key = getattr(node, entry.name), prefix + entry.name
+        if is_dataclass(value):
+            yield from _numbers(value, f"{key}.")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield key, value
+
+
+def _of_both(config: TrainConfig | EvalConfig) -> list[tuple[bool, str]]:
+    accelerator, project = config.trainer.accelerator, config.wandb.project
+    return [
+        (
+            accelerator not in ACCELERATORS,
+            f"trainer.accelerator={accelerator}: choose one of {', '.join(ACCELERATORS)}",
+        ),
+        (
+            not SAFE_NAME.fullmatch(project),
+            f"wandb.project={project}: use letters, digits, '.', '_' and '-' only",
+        ),
+    ]
+
+
+def _of_training(config: TrainConfig) -> list[tuple[bool, str]]:
+    return [
+        (
+            config.method is Method.stl and config.stage is Stage.contrastive,
+            "stage=contrastive method=stl: STL has no contrastive stage; use method=dcr",
+        ),
+        (
+            config.dcr.batch_size < 2,
+            f"dcr.batch_size={config.dcr.batch_size}: a batch must hold both classes; "
+            "give 2 or more",
+        ),
+        (
+            config.dcr.precision is Precision.bf16 and config.dcr.optim.lr < 1e-6,
+            f"dcr.optim.lr={config.dcr.optim.lr}: too small to move bf16 weights; "
+            "use dcr.precision=mixed",
+        ),
+        *(
+            (not node.lora.targets, f"{name}.lora.targets=[]: name modules, or [all-linear]")
+            for name, node in (("dcr", config.dcr), ("sft", config.sft))
+        ),
+    ]
+
+
+def _of_evaluation(config: EvalConfig) -> list[tuple[bool, str]]:
+    return [(not config.tasks, "tasks=[]: nothing to evaluate; name at least one task")]
+
+
+def block_of(config: ContrastiveConfig, depth: int) -> int:
+    """The 1-based block ℓ whose output stage one reads (Section 7.1), for a model `depth` deep.
+
+    Raises ConfigError when the model has no such block.
+    """
+    if config.layer is None:
+        return max(1, round(depth * config.depth))
+    block = config.layer + (config.layer_base is LayerBase.zero_based)
+    if not 1 <= block <= depth:
+        first, last = (0, depth - 1) if config.layer_base is LayerBase.zero_based else (1, depth)
+        raise ConfigError(f"dcr.layer={config.layer}: the model has blocks {first} to {last}")
+    return block

@@ -1,0 +1,110 @@
+"""The choices a user has, by their spelling on the command line."""
+
+from enum import Enum
+
+
+class Kind(Enum):
+    """What a prompt is."""
+
+    toxic = "toxic"
+    seemingly_toxic = "seemingly_toxic"
+    normal = "normal"
+
+
+class Method(Enum):
+    dcr = "dcr"
+    stl = "stl"
+
+
+class Stage(Enum):
+    all = "all"
+    contrastive = "contrastive"
+    sft = "sft"
+
+
+class Task(Enum):
+    over_refusal = "over_refusal"
+    safety = "safety"
+
+
+class Weights(Enum):
+    paper = "paper"
+    sun2020 = "sun2020"
+
+
+class Aggregate(Enum):
+    anchor = "anchor"
+    batch_pool = "batch_pool"
+
+
+class Reduction(Enum):
+    batch = "batch"
+    valid = "valid"
+
+
+class Pooling(Enum):
+    last = "last"
+    mean = "mean"
+    last_user_token = "last_user_token"
+
+
+class Template(Enum):
+    chat = "chat"
+    raw = "raw"
+
+
+class LayerBase(Enum):
+    one_based = "one_based"
+    zero_based = "zero_based"
+
+
+class NLLSource(Enum):
+    prompt_tokens = "prompt_tokens"
+    user_tokens = "user_tokens"
+    general = "general"
+    none = "none"
+
+
+class Sampler(Enum):
+    balanced = "balanced"
+    stratified = "stratified"
+    proportional = "proportional"
+
+
+class Schedule(Enum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class Precision(Enum):
+    mixed = "mixed"  # fp32 weights and optimiser states, bf16 autocast
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+class Adapter(Enum):
+    full = "full"
+    lora = "lora"
+
+
+class Terminator(Enum):
+    auto = "auto"
+    chat_end = "chat_end"
+    base_eos = "base_eos"
+
+
+class LossNorm(Enum):
+    batch_tokens = "batch_tokens"
+    micro_batch = "micro_batch"
+
+
+class KeywordRules(Enum):
+    paper = "paper"
+    recommended = "recommended"
+
+
+class WandbMode(Enum):
+    offline = "offline"
+    online = "online"
+    disabled = "disabled"

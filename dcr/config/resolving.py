@@ -1,0 +1,78 @@
+"""From what Hydra composed to plain dataclasses, once."""
+
+import re
+from collections.abc import Collection
+from pathlib import PurePath
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dcr.config.checks import check
+from dcr.config.errors import ConfigError
+from dcr.config.tree import DataConfig, EvalConfig, ModelConfig, SourceConfig, TrainConfig
+from dcr.config.wording import one_line
+
+Node = TypeVar("Node", TrainConfig, EvalConfig)
+# Say which weights a name means, and so travel with it to another model.
+WITH_ANY_NAME = ("name", "revision", "trust_remote_code")
+
+
+def resolve(composed: DictConfig, schema: type[Node]) -> Node:
+    """The composed configuration as dataclasses to read only, checked as far as it can be alone.
+
+    Raises ConfigError for an unknown key, a wrong type, a value outside its range and settings
+    that contradict each other.
+    """
+    node = OmegaConf.create(OmegaConf.to_container(composed, resolve=False))
+    assert isinstance(node, DictConfig)
+    try:
+        leave_numbers_of_another_model(node)
+        merged = OmegaConf.merge(OmegaConf.structured(schema), node)
+        OmegaConf.resolve(merged)
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(one_line(error, schema)) from error
+    assert isinstance(config, schema)
+    if isinstance(config, TrainConfig):
+        for name, source in _sources(config.data):
+            source.source = source_names(source.source, f"data.{name}.source")
+    check(config)
+    return config
+
+
+def source_names(value: object, key: str) -> list[str]:
+    """`name` and `[name, name]` alike as a list of names; ConfigError for anything else."""
+    names = [value] if isinstance(value, str) else value
+    if isinstance(names, (list, ListConfig)) and names and all(isinstance(n, str) for n in names):
+        return [str(name) for name in names]
+    raise ConfigError(f"{key}={value}: give a source's name, a JSONL path, or a list of them")
+
+
+def _sources(data: DataConfig) -> list[tuple[str, SourceConfig]]:
+    return [
+        (kind, getattr(data, kind)) for kind in ("seemingly_toxic", "toxic", "safety", "normal")
+    ]
+
+
+def label_of(name: str) -> str:
+    """A model's name as part of a folder's: letters, digits, '.', '_' and '-'."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", PurePath(name).name or name).strip("-.") or "model"
+
+
+def names_another_model(model: DictConfig) -> bool:
+    """Whether `model.name` is another model's than the one the other numbers were set for."""
+    return model.get("numbers_for") not in (None, model.get("name"))
+
+
+def leave_numbers_of_another_model(config: DictConfig, keep: Collection[str] = ()) -> None:
+    """Put defaults in `config.model` where a file set them for another model than the one named.
+
+    `keep` names the fields that the user set for this one. Changes `config`; once is enough.
+    """
+    model = config.model
+    if not names_another_model(model):
+        return
+    kept: dict[str, Any] = {key: model[key] for key in (*WITH_ANY_NAME, *keep) if key in model}
+    label = kept.get("label") or label_of(str(kept["name"]))
+    config.model = OmegaConf.structured(ModelConfig(**{**kept, "label": label}))

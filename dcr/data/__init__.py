@@ -1,0 +1,41 @@
+"""Which rows each stage sees, in which order, as which tensors.
+
+`splits` draws disjoint rows, `sampling` orders them, `batches` pads them, and `module` is the
+LightningDataModule that both stages share.
+"""
+
+from dcr.data.batches import PairBatch, PromptBatch, micro_batches, pair_batch, prompt_batch
+from dcr.data.module import SafetyData
+from dcr.data.sampling import (
+    DRAWS,
+    SEEMINGLY_TOXIC,
+    TOXIC,
+    EpochBatches,
+    balanced_draws,
+    generator,
+    proportional_draws,
+    stratified_draws,
+)
+from dcr.data.splits import HELD_OUT_PAIRS, Splits, row_record, split, warn_of_forms
+
+__all__ = [
+    "DRAWS",
+    "HELD_OUT_PAIRS",
+    "SEEMINGLY_TOXIC",
+    "TOXIC",
+    "EpochBatches",
+    "PairBatch",
+    "PromptBatch",
+    "SafetyData",
+    "Splits",
+    "balanced_draws",
+    "generator",
+    "micro_batches",
+    "pair_batch",
+    "prompt_batch",
+    "proportional_draws",
+    "row_record",
+    "split",
+    "stratified_draws",
+    "warn_of_forms",
+]

@@ -1,0 +1,208 @@
+"""The rows of a run: read, cleaned of what is evaluated on, and drawn into disjoint parts."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from dcr import contamination, sources
+from dcr.config import ConfigError, DataConfig, Kind
+from dcr.sources import Example
+
+CONTRASTIVE_NODES = ("seemingly_toxic", "toxic")
+HELD_OUT_PAIRS = 64  # prompts a class that stage one is watched on; more would only cost time
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The rows of a run: disjoint, drawn by seed, with what was dropped and why."""
+
+    seemingly_toxic: list[Example] = field(default_factory=list)
+    toxic: list[Example] = field(default_factory=list)
+    seemingly_toxic_heldout: list[Example] = field(default_factory=list)
+    toxic_heldout: list[Example] = field(default_factory=list)
+    normal: list[Example] = field(default_factory=list)
+    refusals: list[Example] = field(default_factory=list)
+    normal_heldout: list[Example] = field(default_factory=list)
+    refusals_heldout: list[Example] = field(default_factory=list)
+    dropped: dict[str, int] = field(default_factory=dict)
+    in_distribution: list[str] = field(default_factory=list)
+    unseen_groups: list[str] = field(default_factory=list)
+
+    def parts(self) -> dict[str, list[Example]]:
+        """Every list of rows by its name."""
+        about = ("dropped", "in_distribution", "unseen_groups")
+        return {name: rows for name, rows in vars(self).items() if name not in about}
+
+
+def split(
+    config: DataConfig,
+    ratio: float | None,
+    seed: int,
+    contrastive: bool,
+    refuses: Callable[[str], bool],
+) -> Splits:
+    """Read every source and draw the rows of both stages (Section 7.1).
+
+    The safety pairs of SFT are drawn first and the toxic prompts of stage one from the rest, so
+    the two are disjoint and a ratio sweep leaves SFT untouched. Rows too near an evaluation
+    prompt are dropped and counted, save those of a source that is itself evaluated on, which
+    make that set in-distribution.
+
+    `ratio` is toxic rows per seemingly toxic one, None for every toxic row left. Without
+    `contrastive` the lists of stage one stay empty. `refuses` judges a response.
+    Raises ConfigError when a source holds fewer rows than asked for.
+    """
+    sift = _Sift(config)
+    normal = _with_response(sift.clean("normal", Kind.normal), "data.normal")
+    pairs = sift.clean("safety", Kind.toxic)
+    if config.safety.refusals_only:
+        pairs = [row for row in pairs if row.response and refuses(row.response)]
+    pairs = _with_response(pairs, "data.safety")
+    refusals, refusals_left = _draw(pairs, config.safety.count, seed, "data.safety.count")
+    general, general_left = _draw(normal, config.normal.count, seed, "data.normal.count")
+    refusals_left = refusals_left[: round(config.validation * len(refusals))]
+    general_left = general_left[: round(config.validation * len(general))]
+    rows = Splits(
+        normal=general,
+        refusals=refusals,
+        normal_heldout=general_left,
+        refusals_heldout=refusals_left,
+        in_distribution=sift.in_distribution(contrastive),
+    )
+    if contrastive:
+        rows = _with_stage_one(rows, config, ratio, seed, sift)
+    return replace(rows, dropped=dict(sift.dropped))
+
+
+def _with_stage_one(
+    rows: Splits, config: DataConfig, ratio: float | None, seed: int, sift: "_Sift"
+) -> Splits:
+    safe = sift.clean("seemingly_toxic", Kind.seemingly_toxic)
+    taken = {contamination.normalise(r.prompt) for r in [*rows.refusals, *rows.refusals_heldout]}
+    toxic = sift.clean("toxic", Kind.toxic)
+    toxic = [row for row in toxic if contamination.normalise(row.prompt) not in taken]
+    unseen: tuple[list[Example], list[Example]] = ([], [])
+    if config.group_holdout > 0:
+        safe, safe_unseen = sources.split_by_group(safe, config.group_holdout, seed)
+        toxic, toxic_unseen = sources.split_by_group(toxic, config.group_holdout, seed)
+        unseen = (_shuffled(safe_unseen, seed), _shuffled(toxic_unseen, seed))
+    safe, safe_left = _draw(safe, config.seemingly_toxic.count, seed, "data.seemingly_toxic.count")
+    asked = None if ratio is None else round(ratio * len(safe))
+    toxic, toxic_left = _draw(toxic, asked, seed, f"dcr.ratio={ratio}")
+    for name, drawn in (("seemingly toxic", safe), ("toxic", toxic)):
+        if not drawn:
+            raise ConfigError(f"data: no {name} row is left for stage one; name another source")
+    return replace(
+        rows,
+        seemingly_toxic=safe,
+        toxic=toxic,
+        seemingly_toxic_heldout=(unseen[0] or safe_left)[:HELD_OUT_PAIRS],
+        toxic_heldout=(unseen[1] or toxic_left)[:HELD_OUT_PAIRS],
+        unseen_groups=sorted({row.group or row.id for part in unseen for row in part}),
+    )
+
+
+class _Sift:
+    """Reads and cleans the sources of one run, counting what it drops."""
+
+    def __init__(self, config: DataConfig) -> None:
+        self.config = config
+        self.dropped: Counter[str] = Counter()
+        asked = (
+            (Kind.seemingly_toxic, config.evaluation.over_refusal),
+            (Kind.toxic, config.evaluation.safety),
+        )
+        self.evaluated = {
+            name: [row.prompt for row in sources.read(name, root=config.root, kind=kind)]
+            for kind, names in asked
+            for name in names
+        }
+
+    def clean(self, node: str, kind: Kind) -> list[Example]:
+        """The rows of a node's sources, apart from evaluation prompts and each other."""
+        rows: list[Example] = []
+        for name in getattr(self.config, node).source:
+            read = sources.read(name, root=self.config.root, kind=kind)
+            rows += self._apart_from_evaluation(node, name, read)
+        rows, repeated = sources.drop_duplicates(rows)
+        if repeated:
+            self.dropped[f"{node}: repeats another row"] += len(repeated)
+        return rows
+
+    def _apart_from_evaluation(self, node: str, name: str, rows: list[Example]) -> list[Example]:
+        exempt = {name}
+        if node in CONTRASTIVE_NODES:
+            exempt |= self._used(CONTRASTIVE_NODES) | self._cut_from_the_same_file(name)
+        against = {s: prompts for s, prompts in self.evaluated.items() if s not in exempt}
+        if not self.config.drop_contaminated or not against:
+            return rows
+        found = contamination.overlaps(
+            [row.prompt for row in rows], against, near=self.config.near_duplicate
+        )
+        for overlap in found:
+            if overlap is not None:
+                how = "is" if overlap.exact else "is close to"
+                self.dropped[f"{node}: {how} a prompt of {overlap.set}"] += 1
+        return [row for row, overlap in zip(rows, found, strict=True) if overlap is None]
+
+    def _cut_from_the_same_file(self, name: str) -> set[str]:
+        """XSTest's safe and unsafe prompts are contrasts, near each other by design.
+
+        To drop one for the other's sake would take the very rows that are meant to be learnt.
+        """
+        files = {
+            n: sources.SOURCES[n].file for n in [name, *self.evaluated] if n in sources.SOURCES
+        }
+        file = files.get(name)
+        return {n for n, other in files.items() if file is not None and other == file}
+
+    def _used(self, nodes: Sequence[str]) -> set[str]:
+        return {name for node in nodes for name in getattr(self.config, node).source}
+
+    def in_distribution(self, contrastive: bool) -> list[str]:
+        """Evaluation sets that a run is trained on."""
+        nodes = ("safety", "normal", *(CONTRASTIVE_NODES if contrastive else ()))
+        return sorted(self._used(nodes) & set(self.evaluated))
+
+
+def _with_response(rows: list[Example], key: str) -> list[Example]:
+    answered = [row for row in rows if row.response]
+    if rows and not answered:
+        raise ConfigError(f"{key}.source: its rows have no response; name a source of pairs")
+    return answered
+
+
+def _draw(
+    rows: list[Example], count: int | None, seed: int, key: str
+) -> tuple[list[Example], list[Example]]:
+    """`count` rows (all for None) and those left, both in drawn order."""
+    if count is not None and count > len(rows):
+        raise ConfigError(f"{key} asks for {count} rows: only {len(rows)} are left; ask for fewer")
+    drawn = _shuffled(rows, seed)
+    return drawn[:count], drawn[count:] if count is not None else []
+
+
+def _shuffled(rows: list[Example], seed: int) -> list[Example]:
+    return sources.draw(rows, len(rows), seed)
+
+
+def warn_of_forms(rows: Splits) -> str | None:
+    """One line when the two classes differ plainly in grammatical form, else None."""
+    return sources.form_gap(rows.seemingly_toxic, rows.toxic)
+
+
+def row_record(rows: Splits) -> Mapping[str, object]:
+    """Ids and fingerprint of every list of rows, for the run folder."""
+    return {
+        "rows": {
+            name: {
+                "count": len(part),
+                "fingerprint": sources.fingerprint(part),
+                "ids": [row.id for row in part],
+            }
+            for name, part in rows.parts().items()
+        },
+        "dropped": rows.dropped,
+        "in_distribution": rows.in_distribution,
+        "unseen_groups": rows.unseen_groups,
+    }

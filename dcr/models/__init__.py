@@ -1,0 +1,69 @@
+"""Causal language models: opened by name, understood by structure, saved as Hugging Face folders.
+
+`opening` makes a model and its tokenizer out of a name, `structure` finds, cuts, freezes and adapts
+its parts, `saving` writes results and opens them again wherever their run folder went.
+"""
+
+from dcr.models.opening import (
+    DTYPES,
+    Facts,
+    Policy,
+    architecture,
+    byte_tokenizer,
+    cache_folder,
+    embedded_folder,
+    facts,
+    open_policy,
+    open_tokenizer,
+    safe_label,
+)
+from dcr.models.saving import (
+    ORIGIN_FILE,
+    adapter_base,
+    open_adapter,
+    open_folder,
+    replaced_folder,
+    save_adapter,
+    save_full,
+    weights_fingerprint,
+)
+from dcr.models.structure import (
+    add_lora,
+    backbone,
+    decoder_blocks,
+    final_norm,
+    freeze_beyond,
+    head,
+    trunk,
+    unwrapped,
+)
+
+__all__ = [
+    "DTYPES",
+    "ORIGIN_FILE",
+    "Facts",
+    "Policy",
+    "adapter_base",
+    "add_lora",
+    "architecture",
+    "backbone",
+    "byte_tokenizer",
+    "cache_folder",
+    "decoder_blocks",
+    "embedded_folder",
+    "facts",
+    "final_norm",
+    "freeze_beyond",
+    "head",
+    "open_adapter",
+    "open_folder",
+    "open_policy",
+    "open_tokenizer",
+    "replaced_folder",
+    "safe_label",
+    "save_adapter",
+    "save_full",
+    "trunk",
+    "unwrapped",
+    "weights_fingerprint",
+]

@@ -1,0 +1,152 @@
+"""The parts of a model, found by structure and not by family: blocks, norm, head, and what trains.
+
+Blocks are counted from 1: layer ℓ is the output of the ℓ-th block.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from dcr.config import ConfigError, LoraConfig
+
+ALL_LINEAR = "all-linear"  # PEFT's word for every projection but the head
+
+
+def unwrapped(model: Any) -> PreTrainedModel:
+    """The transformers model inside a PEFT one, adapters still in place."""
+    inside: Any = model.base_model.model if isinstance(model, PeftModel) else model
+    return inside
+
+
+def decoder_blocks(model: Any) -> nn.ModuleList:
+    """The one ModuleList with `num_hidden_layers` entries.
+
+    Raises ConfigError when there is none or more than one.
+    """
+    return _blocks_and_parent(unwrapped(model))[0]
+
+
+def _blocks_and_parent(model: PreTrainedModel) -> tuple[nn.ModuleList, nn.Module, str]:
+    depth = model.config.get_text_config().num_hidden_layers
+    found = [
+        (child, parent, name)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) == depth
+    ]
+    # as many experts as blocks, say: what lies inside a block is no list of blocks
+    inside = {
+        id(module) for blocks, _, _ in found for block in blocks for module in block.modules()
+    }
+    found = [entry for entry in found if id(entry[0]) not in inside]
+    if len(found) != 1:
+        kind = type(model).__name__
+        raise ConfigError(f"model.name: {kind} has {len(found)} lists of {depth} blocks, not one")
+    return found[0]
+
+
+def backbone(model: Any) -> nn.Module:
+    """The module that owns the blocks: embeddings in, final-normed hidden states out."""
+    return _blocks_and_parent(unwrapped(model))[1]
+
+
+def final_norm(model: Any) -> tuple[str, nn.Module] | None:
+    """The norm after the last block with its name in the backbone, None where there is none."""
+    norms = [
+        (name, child)
+        for name, child in backbone(model).named_children()
+        if "norm" in type(child).__name__.lower() and "embed" not in name
+    ]
+    return norms[-1] if norms else None
+
+
+def trunk(model: Any, block: int) -> nn.Module:
+    """The backbone cut after the `block`-th block (1-based), sharing its parameters.
+
+    Called like the backbone; `last_hidden_state` is then HF's `hidden_states[block]`: no later
+    block and no final norm runs.
+    """
+    blocks, parent, name = _blocks_and_parent(unwrapped(model))
+    cut = copy.copy(parent)
+    cut._modules = dict(parent._modules)
+    cut._modules[name] = blocks[:block]
+    norm = final_norm(model)
+    if norm is not None:
+        cut._modules[norm[0]] = nn.Identity()
+    config: Any = copy.deepcopy(parent.config)
+    config.get_text_config().num_hidden_layers = block
+    cut.config = config
+    return cut
+
+
+def head(model: Any) -> nn.Linear:
+    """The output projection from hidden states to logits."""
+    layer = unwrapped(model).get_output_embeddings()
+    assert layer is not None, "a causal language model has output embeddings"
+    return layer  # pyright: ignore[reportReturnType]
+
+
+def freeze_beyond(model: PreTrainedModel, block: int, train_embeddings: bool | None) -> None:
+    """Leave only blocks 1 to `block` trainable (Section 6), and the input embeddings as told.
+
+    `train_embeddings=None` trains them when untied and freezes them when tied, since the tied
+    matrix is the head and the head is part of the frozen tail.
+    """
+    model.requires_grad_(False)
+    decoder_blocks(model)[:block].requires_grad_(True)
+    embeddings = model.get_input_embeddings()
+    tied = head(model).weight is embeddings.weight
+    if (not tied) if train_embeddings is None else train_embeddings:
+        embeddings.requires_grad_(True)
+
+
+def add_lora(model: Any, config: LoraConfig, seed: int, blocks: int | None = None) -> PeftModel:
+    """The model with fresh LoRA weights in fp32 on `config.targets`, in `blocks` only if given.
+
+    The weights follow from `seed` alone, and the global generators stay as they were. Raises
+    ConfigError for a target that matches no projection of a block.
+    """
+    inside = decoder_blocks(model)
+    projections = _projections(inside)
+    every = config.targets == [ALL_LINEAR]
+    unknown = [t for t in config.targets if not any(f".{p}".endswith(f".{t}") for p in projections)]
+    names = sorted({path.rpartition(".")[2] for path in projections})
+    if unknown and not every:
+        raise ConfigError(
+            f"lora.targets: {', '.join(unknown)} match nothing in the model's blocks; choose from "
+            f"{', '.join(names)}, or {ALL_LINEAR}"
+        )
+    # PEFT restricts to blocks only what it is given by name
+    spelled_out = names if blocks else ALL_LINEAR
+    settings = PeftLoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=spelled_out if every else list(config.targets),
+        layers_to_transform=list(range(blocks)) if blocks else None,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in inside.modules()),
+        task_type="CAUSAL_LM",
+    )
+    commit = getattr(unwrapped(model).config, "_commit_hash", None)  # of a base from the hub
+    with seeded(seed):
+        return get_peft_model(model, settings, revision=commit)  # pyright: ignore[reportReturnType]
+
+
+def _projections(blocks: nn.ModuleList) -> list[str]:
+    return [n for n, module in blocks.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Weights made inside, on the CPU, follow from `seed`; the generator is then set back."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield

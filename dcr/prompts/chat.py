@@ -1,0 +1,168 @@
+"""One model's way of being spoken to: prompts and pairs as token ids."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dcr.config import ConfigError, ModelConfig, Pooling, Template, Terminator
+from dcr.prompts.endings import chosen_end, stop_tokens
+from dcr.prompts.rows import IGNORED, PromptRow
+from dcr.prompts.templates import chosen_template
+
+ZERO_WIDTH_SPACE = "\u200b"
+PLACEHOLDER = "0x5f3759df"  # a turn that no template holds
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How this model is spoken to: template, system turn, terminator and stop set."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: str
+    system_prompt: str | None
+    terminator: int
+    stop: tuple[int, ...]
+
+    def text(self, prompt: str) -> str:
+        """The templated prompt up to where the assistant begins to speak."""
+        return self._render(self._turns(prompt), generate=True)
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        return self._encode(self.text(prompt))
+
+    def pair(
+        self, prompt: str, response: str, max_len: int, train_on_prompt: bool = False
+    ) -> tuple[list[int], list[int]]:
+        """Ids and next-token targets of one training pair, at most `max_len` tokens.
+
+        A response that does not fit loses its end and with it the terminator, so that the model
+        never learns to stop in mid-sentence. An empty list of ids means that not even one
+        response token fits behind the prompt.
+        """
+        lead = self.text(prompt)
+        start = self._encode(lead)
+        answer = self._encode(self._response_text(lead, prompt, response))
+        ids = [*start, *answer, self.terminator][:max_len]
+        if len(ids) <= len(start):
+            return [], []
+        first = 0 if train_on_prompt else len(start) - 1
+        return ids, [IGNORED] * first + ids[first + 1 :] + [IGNORED]
+
+    def feature_row(
+        self, id: str, prompt: str, label: int, template: Template, pooling: Pooling, user_nll: bool
+    ) -> PromptRow:
+        """One prompt of stage one (Section 1 of the specification, ambiguities 1, 2 and 6)."""
+        raw = template is Template.raw
+        text = self.neutralised(prompt) if raw else self.text(prompt)
+        ids = self._encode(text, add_special_tokens=raw)
+        first, last = self._user_span(text, prompt, raw)
+        spans = {
+            Pooling.last: (len(ids) - 1, len(ids)),
+            Pooling.last_user_token: (last, last + 1),
+            # position 0 is an attention sink with a huge norm
+            Pooling.mean: (min(1, len(ids) - 1), len(ids)),
+        }
+        targets = [*ids[1:], IGNORED]
+        if user_nll:
+            targets = [t if first - 1 <= i < last else IGNORED for i, t in enumerate(targets)]
+        return PromptRow(id, ids, label, spans[pooling], targets)
+
+    def _user_span(self, text: str, prompt: str, raw: bool) -> tuple[int, int]:
+        """First and last token of the user's words."""
+        words = self.neutralised(prompt).strip()
+        # The template may hold the same words, as "user": look from where it puts a turn's content.
+        lead = 0 if raw else self._render(self._turns(PLACEHOLDER), generate=True).find(PLACEHOLDER)
+        begin = text.find(words, max(lead, 0))
+        end = begin + len(words)
+        offsets: Any = self.tokenizer(text, add_special_tokens=raw, return_offsets_mapping=True)
+        places = list(enumerate(offsets["offset_mapping"]))
+        inside = [i for i, (a, b) in places if b > begin and a < end and b > a]
+        return (inside[0], inside[-1]) if begin >= 0 and inside else (0, len(places) - 1)
+
+    def _turns(self, prompt: str) -> list[dict[str, str]]:
+        system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
+        return [*system, {"role": "user", "content": self.neutralised(prompt)}]
+
+    def _render(self, turns: Sequence[dict[str, str]], generate: bool) -> str:
+        text = self.tokenizer.apply_chat_template(
+            list(turns),
+            chat_template=self.template,
+            tokenize=False,
+            add_generation_prompt=generate,
+        )
+        assert isinstance(text, str)
+        return text
+
+    def _response_text(self, lead: str, prompt: str, response: str) -> str:
+        """The response with the leading space that some templates put before it."""
+        words = self.neutralised(response).strip()
+        turns = [*self._turns(prompt), {"role": "assistant", "content": words}]
+        whole = self._render(turns, generate=False)
+        behind = whole[len(lead) :] if whole.startswith(lead) else words
+        found = behind.find(words)
+        return behind[: found + len(words)] if found >= 0 else words
+
+    def _encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        ids = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+        return list(ids)  # pyright: ignore[reportArgumentType]
+
+    def neutralised(self, text: str) -> str:
+        """User text in which a chat control token is only its letters.
+
+        A zero-width space after the first letter keeps the text readable and stops the tokenizer
+        from seeing a control token.
+        """
+        for token in self._control_tokens():
+            text = text.replace(token, token[0] + ZERO_WIDTH_SPACE + token[1:])
+        return text
+
+    def _control_tokens(self) -> list[str]:
+        added = self.tokenizer.added_tokens_decoder.values()
+        tokens = {t.content for t in added if t.special} | set(self.tokenizer.all_special_tokens)
+        return sorted((t for t in tokens if len(t) > 1), key=len, reverse=True)
+
+
+def chat_format(
+    tokenizer: PreTrainedTokenizerBase,
+    config: ModelConfig,
+    terminator: Terminator = Terminator.auto,
+    output_rows: Tensor | None = None,
+    base_stop: Sequence[int] = (),
+) -> ChatFormat:
+    """The format for a tokenizer: its own template, the one the config names, or a plain one.
+
+    `output_rows` ([vocabulary, width], the head's weight) lets `auto` tell whether the chat-end
+    token was ever trained; `base_stop` are end tokens named by the generation config.
+    Raises ConfigError for a template that is neither known nor a file, or fails to render.
+    """
+    template = chosen_template(tokenizer, config.template)
+    probe = ChatFormat(tokenizer, template, config.system_prompt, 0, ())
+    try:
+        chat_end = _chat_end(probe)
+    except TemplateError as error:
+        raise ConfigError(
+            f"model.template={config.template}: its chat template fails ({error}); mend it, name "
+            "another, or drop model.system_prompt where it takes none"
+        ) from error
+    stop = stop_tokens(tokenizer, chat_end, base_stop)
+    if not stop:
+        raise ConfigError(f"model.name={config.name}: its tokenizer has no end-of-text token")
+    end = chosen_end(tokenizer, terminator, chat_end, stop, output_rows)
+    return ChatFormat(tokenizer, template, config.system_prompt, end, stop)
+
+
+def _chat_end(probe: ChatFormat) -> int | None:
+    """The special token that the template puts after what the assistant said."""
+    lead = probe.text("x")
+    whole = probe._render([*probe._turns("x"), {"role": "assistant", "content": "y"}], False)
+    if not whole.startswith(lead):
+        return None
+    behind = whole[len(lead) :].split("y", 1)[-1]
+    special = set(probe.tokenizer.all_special_ids) | {
+        index for index, token in probe.tokenizer.added_tokens_decoder.items() if token.special
+    }
+    return next((i for i in probe._encode(behind) if i in special), None)

@@ -1,0 +1,356 @@
+"""Counts against counting by hand, discernment against scikit-learn, and what is generated when."""
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+from dcr import benchmarks, generation, models, prompts, refusal
+from dcr.benchmarks import Benchmark
+from dcr.config import (
+    ConfigError,
+    DataConfig,
+    EvaluationSets,
+    GenConfig,
+    Kind,
+    ModelConfig,
+    Precision,
+    Task,
+)
+from dcr.generation import Completion
+from dcr.models import Policy
+from dcr.sources import Example
+
+REFUSED = "I'm sorry, but I can't help with that."
+ANSWERED = "Pull the weeds after rain, when the soil is soft."
+CIRCLES = "go on and on and " * 12
+
+
+def rows(name: str, count: int, kind: Kind, groups: int | None = None) -> list[Example]:
+    return [
+        Example(
+            f"{name}-{i}",
+            f"{name} prompt {i}",
+            kind,
+            name,
+            group=f"g{i % groups}" if groups else None,
+        )
+        for i in range(count)
+    ]
+
+
+def answered(row: Example, response: str, mass: float = 0.5, ended: bool = True) -> Completion:
+    return Completion(row.id, row.prompt, response, len(response), ended, mass)
+
+
+def scored(
+    sets: Sequence[Benchmark],
+    answers: Sequence[Sequence[str]],
+    in_distribution: Sequence[str] = (),
+    unseen: Sequence[str] = (),
+) -> dict[str, Any]:
+    made = {
+        b.name: [answered(r, text) for r, text in zip(b.rows, texts, strict=True)]
+        for b, texts in zip(sets, answers, strict=True)
+    }
+    return benchmarks.score(sets, made, in_distribution, unseen, seed=0)
+
+
+# --- counts -------------------------------------------------------------------------------------
+
+
+def test_counts_are_those_of_a_person() -> None:
+    harmful = Benchmark("harmful", Kind.toxic, rows("t", 6, Kind.toxic))
+    soft = "As an AI, I can't advise on that; still, here is what I know: first, weigh the flour."
+    texts = [REFUSED, ANSWERED, "", CIRCLES, REFUSED, soft]
+    ended = [True, True, True, False, False, True]
+    made = [
+        answered(row, text, ended=end)
+        for row, text, end in zip(harmful.rows, texts, ended, strict=True)
+    ]
+    found = benchmarks.score([harmful], {"harmful": made}, [], [], seed=0)
+    assert found["discernment"] is None  # there is nothing to tell apart from
+    assert found["sets"]["harmful"] == {
+        "kind": "toxic",
+        "n": 6,
+        "ids": [f"t-{i}" for i in range(6)],
+        "refused": {
+            rules: 2 + refusal.is_refusal(soft, rules) for rules in ("paper", "recommended")
+        },
+        "empty": 1,
+        "truncated": 2,
+        "repetitive": 1,
+        "in_distribution": False,
+        "unseen": None,
+    }
+    json.dumps(found)
+
+
+def test_the_rules_are_counted_apart() -> None:
+    soft = (
+        "I'm sorry for any confusion, but here are three ways to remove weeds: pull them after "
+        "rain, pour boiling water on them, or mulch the soil."
+    )
+    verdicts = [refusal.is_refusal(soft, rules) for rules in ("paper", "recommended")]
+    assert verdicts == [True, False]  # else this test could not tell them apart
+    safe = Benchmark("s", Kind.seemingly_toxic, rows("s", 3, Kind.seemingly_toxic))
+    found = scored([safe], [[soft, REFUSED, soft]])
+    assert found["sets"]["s"]["refused"] == {"paper": 3, "recommended": 1}
+
+
+def test_groups_that_training_never_saw_are_counted_apart() -> None:
+    safe = Benchmark("s", Kind.seemingly_toxic, rows("s", 12, Kind.seemingly_toxic, groups=4))
+    other = Benchmark("o", Kind.toxic, rows("o", 4, Kind.toxic, groups=4))
+    texts = [REFUSED if i in (1, 5, 2, 3) else ANSWERED for i in range(12)]
+    found = scored([safe, other], [texts, [REFUSED] * 4], ["s"], ["g1", "g3", "absent"])
+    # g1 holds rows 1, 5, 9 and g3 rows 3, 7, 11: of those 1, 5 and 3 were refused
+    assert found["sets"]["s"]["unseen"] == {"n": 6, "refused": {"paper": 3, "recommended": 3}}
+    assert found["sets"]["s"]["in_distribution"] is True
+    assert found["sets"]["s"]["refused"] == {"paper": 4, "recommended": 4}
+    # a set that was not trained on has no such part, though its groups bear the same names
+    assert found["sets"]["o"]["unseen"] is None
+    assert found["sets"]["o"]["in_distribution"] is False
+
+
+def test_a_row_without_a_group_is_its_own() -> None:
+    safe = Benchmark("s", Kind.seemingly_toxic, rows("s", 3, Kind.seemingly_toxic))
+    found = scored([safe], [[REFUSED, ANSWERED, REFUSED]], ["s"], ["s-0", "s-1"])
+    assert found["sets"]["s"]["unseen"] == {"n": 2, "refused": {"paper": 1, "recommended": 1}}
+
+
+@pytest.mark.parametrize("text", ["", REFUSED, "   "])
+def test_sets_of_one_verdict_or_none_are_counted(text: str) -> None:
+    sets = [
+        Benchmark("t", Kind.toxic, rows("t", 3, Kind.toxic)),
+        Benchmark("s", Kind.seemingly_toxic, rows("s", 2, Kind.seemingly_toxic)),
+        Benchmark("nothing", Kind.toxic, []),
+    ]
+    found = scored(sets, [[text] * 3, [text] * 2, []])
+    refused = 3 if text == REFUSED else 0
+    assert found["sets"]["t"]["refused"] == {"paper": refused, "recommended": refused}
+    assert found["sets"]["nothing"]["n"] == 0
+    assert found["discernment"]["pooled"][0] == 0.5  # every mass is the same
+
+
+def test_going_in_circles() -> None:
+    assert benchmarks.is_repetitive(CIRCLES)
+    assert not benchmarks.is_repetitive(ANSWERED)
+    assert not benchmarks.is_repetitive("no no no no no")  # too short to say
+    assert not benchmarks.is_repetitive("")
+    words = [str(i) for i in range(20)]  # 17 4-grams
+    text = " ".join(words + words[:19])  # and 19 more, of which 16 repeat
+    grams = [tuple((words + words[:19])[i : i + 4]) for i in range(36)]
+    share = 1 - len(set(grams)) / 36
+    assert share < 0.5
+    assert not benchmarks.is_repetitive(text)
+    assert benchmarks.is_repetitive(" ".join(words * 3))
+
+
+# --- discernment --------------------------------------------------------------------------------
+
+
+def test_discernment_is_the_area_under_the_curve() -> None:
+    chance = random.Random(0)
+    sets = [
+        Benchmark("xstest_safe", Kind.seemingly_toxic, rows("a", 30, Kind.seemingly_toxic)),
+        Benchmark("xstest_unsafe", Kind.toxic, rows("b", 25, Kind.toxic)),
+        Benchmark("orbench_hard", Kind.seemingly_toxic, rows("c", 20, Kind.seemingly_toxic)),
+        Benchmark("i_cona", Kind.toxic, rows("d", 15, Kind.toxic)),
+    ]
+    made = {
+        b.name: [
+            # ties among them, as with masses of exactly 0
+            answered(row, "x", round(chance.random() + 0.3 * (b.kind is Kind.toxic), 1))
+            for row in b.rows
+        ]
+        for b in sets
+    }
+
+    def truth(toxic: Sequence[str], benign: Sequence[str]) -> float:
+        masses = [
+            [c.refusal_mass for name in names for c in made[name]] for names in (toxic, benign)
+        ]
+        labels = [1] * len(masses[0]) + [0] * len(masses[1])
+        return float(roc_auc_score(labels, masses[0] + masses[1]))
+
+    found = benchmarks.score(sets, made, [], [], seed=0)["discernment"]
+    pooled, low, high = found["pooled"]
+    assert pooled == pytest.approx(
+        truth(["xstest_unsafe", "i_cona"], ["xstest_safe", "orbench_hard"]), abs=1e-12
+    )
+    assert 0.5 < low < pooled < high < 1
+    assert found["pairs"].keys() == {"xstest_safe / xstest_unsafe"}  # the others lack a half
+    assert found["pairs"]["xstest_safe / xstest_unsafe"][0] == pytest.approx(
+        truth(["xstest_unsafe"], ["xstest_safe"]), abs=1e-12
+    )
+
+
+# --- what is asked ------------------------------------------------------------------------------
+
+
+def written(folder: Path, name: str, count: int) -> str:
+    file = folder / f"{name}.jsonl"
+    file.parent.mkdir(exist_ok=True, parents=True)
+    file.write_text("".join(json.dumps({"prompt": f"{name} {i}?"}) + "\n" for i in range(count)))
+    return str(file)
+
+
+def test_sets_are_read_by_task_and_sampled_by_seed(tmp_path: Path) -> None:
+    config = DataConfig(label="made")
+    config.evaluation = EvaluationSets(
+        [written(tmp_path, "safe", 30)], [written(tmp_path, "bad", 5)]
+    )
+    both = [Task.over_refusal, Task.safety]
+    found = benchmarks.read(both, config, None, seed=0)
+    assert [(b.name, b.kind, len(b.rows)) for b in found] == [
+        ("safe", Kind.seemingly_toxic, 30),
+        ("bad", Kind.toxic, 5),
+    ]
+    drawn = [benchmarks.read(both, config, 10, seed)[0].rows for seed in (0, 0, 1)]
+    assert [len(sample) for sample in drawn] == [10] * 3
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert benchmarks.read([Task.safety], config, 10, seed=0)[0].rows == found[1].rows
+
+
+def test_a_users_file_stays_in_the_run_folder(tmp_path: Path) -> None:
+    """Its set is called after the file, since its path would lead out of the folder."""
+    path = written(tmp_path / "my data", "odd näme", 3)
+    config = DataConfig(label="made", evaluation=EvaluationSets([path], []))
+    (benchmark,) = benchmarks.read([Task.over_refusal], config, None, seed=0)
+    assert benchmark.name == "odd-n-me"
+    found = scored([benchmark], [[REFUSED] * 3], in_distribution=[path])
+    assert found["sets"]["odd-n-me"]["in_distribution"] is True
+    assert benchmarks.set_name("xstest_safe") == "xstest_safe"
+
+
+def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
+    paths = [written(tmp_path / place, "mine", 3) for place in ("a", "b")]
+    config = DataConfig(label="made", evaluation=EvaluationSets(paths, []))
+    with pytest.raises(ConfigError, match="mine stands there twice"):
+        benchmarks.read([Task.over_refusal], config, None, seed=0)
+
+
+# --- generating ---------------------------------------------------------------------------------
+
+Asked = list[str]
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
+    """Prompts that a stand-in for the model was asked, in order."""
+    prompts_asked: Asked = []
+
+    def answer(
+        policy: Policy, chat: Any, batch: Sequence[tuple[Example, list[int]]], *_: Any
+    ) -> list[Completion]:
+        prompts_asked.extend(row.prompt for row, _ in batch)
+        return [answered(row, f"to {row.prompt}") for row, _ in batch]
+
+    monkeypatch.setattr(generation, "_complete_batch", answer)
+    return prompts_asked
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    shape = {
+        "model_type": "llama",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 260,
+    }
+    return models.open_policy(ModelConfig(name="tiny", architecture=shape), Precision.fp32)
+
+
+Complete = Callable[[Sequence[Benchmark], Path], dict[str, list[Completion]]]
+
+
+@pytest.fixture
+def complete(policy: Policy) -> Complete:
+    chat = prompts.chat_format(policy.tokenizer, ModelConfig(name="tiny"))
+    settings = GenConfig(max_new_tokens=3, batch_size=4)
+
+    def run(sets: Sequence[Benchmark], folder: Path) -> dict[str, list[Completion]]:
+        return benchmarks.complete(sets, policy, chat, settings, folder, progress=False)
+
+    return run
+
+
+def test_a_rerun_asks_nothing_again(tmp_path: Path, asked: Asked, complete: Complete) -> None:
+    sets = [
+        Benchmark("a", Kind.toxic, rows("a", 7, Kind.toxic)),
+        Benchmark("b", Kind.seemingly_toxic, rows("b", 6, Kind.seemingly_toxic)),
+    ]
+    first = complete(sets, tmp_path)
+    assert sorted(asked) == sorted(r.prompt for b in sets for r in b.rows)
+    for benchmark in sets:  # in the order of the rows, whatever order they were generated in
+        found = [(c.id, c.response) for c in first[benchmark.name]]
+        assert found == [(r.id, f"to {r.prompt}") for r in benchmark.rows]
+    asked.clear()
+    assert complete(sets, tmp_path) == first
+    assert asked == []
+
+
+def test_a_killed_run_asks_only_what_is_missing(
+    tmp_path: Path, asked: Asked, complete: Complete, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark = Benchmark("a", Kind.toxic, rows("a", 10, Kind.toxic))
+    kept = generation.store
+
+    def killed(path: Path, completions: Sequence[Completion]) -> None:
+        kept(path, completions)
+        if len(asked) == 8:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(generation, "store", killed)
+    with pytest.raises(KeyboardInterrupt):
+        complete([benchmark], tmp_path)
+    monkeypatch.setattr(generation, "store", kept)
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(file.read_bytes()[:-20])  # and the last line is torn
+    done = complete([benchmark], tmp_path)
+    assert len(asked) == 8 + 2 + 1
+    assert [c.id for c in done["a"]] == [r.id for r in benchmark.rows]
+
+
+def test_a_row_whose_prompt_changed_is_asked_again(
+    tmp_path: Path, asked: Asked, complete: Complete
+) -> None:
+    old = [Example("x", "old", Kind.toxic, "a"), Example("y", "same", Kind.toxic, "a")]
+    new = [Example("x", "new", Kind.toxic, "a"), old[1]]
+    complete([Benchmark("a", Kind.toxic, old)], tmp_path)
+    asked.clear()
+    done = complete([Benchmark("a", Kind.toxic, new)], tmp_path)
+    assert asked == ["new"]
+    assert [c.prompt for c in done["a"]] == ["new", "same"]
+
+
+def test_sets_that_share_ids_do_not_mix(tmp_path: Path, asked: Asked, complete: Complete) -> None:
+    shared = Example("1", "in both", Kind.toxic, "x")
+    one = Benchmark("one", Kind.toxic, [shared, Example("2", "of one", Kind.toxic, "x")])
+    two = Benchmark("two", Kind.toxic, [Example("2", "of two", Kind.toxic, "y"), shared])
+    done = complete([one, two], tmp_path)
+    assert [c.prompt for c in done["one"]] == ["in both", "of one"]
+    assert [c.prompt for c in done["two"]] == ["of two", "in both"]
+    assert sorted(asked) == ["in both", "of one", "of two"]  # what both hold is asked once
+    asked.clear()
+    complete([one, two], tmp_path)
+    assert asked == []
+
+
+def test_refusal_mass_is_read_off_the_model(policy: Policy, tmp_path: Path, complete: Any) -> None:
+    benchmark = Benchmark("a", Kind.toxic, rows("a", 3, Kind.toxic))
+    done = complete([benchmark], tmp_path)
+    chat = prompts.chat_format(policy.tokenizer, ModelConfig(name="tiny"))
+    openings = refusal.refusal_openings(policy.tokenizer)
+    for row, completion in zip(benchmark.rows, done["a"], strict=True):
+        with torch.inference_mode():
+            logits = policy.model(input_ids=torch.tensor([chat.prompt_ids(row.prompt)])).logits
+        truth = sum(logits[0, -1].softmax(0)[i].item() for i in set(openings))
+        assert completion.refusal_mass == pytest.approx(truth, rel=1e-4)

@@ -1,0 +1,590 @@
+"""Splits over made-up files, orders of rows against counting, and tensors against loops."""
+
+import dataclasses
+import json
+import random
+from collections import Counter
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scipy import stats
+
+from dcr import data, models, prompts, refusal, sources
+from dcr.config import (
+    ConfigError,
+    ContrastiveConfig,
+    DataConfig,
+    DataError,
+    EvaluationSets,
+    LoraConfig,
+    ModelConfig,
+    NLLConfig,
+    NLLSource,
+    Precision,
+    SafetyPairsConfig,
+    Sampler,
+    SFTConfig,
+    SourceConfig,
+    Stage,
+)
+from dcr.data import EpochBatches, SafetyData, Splits
+from dcr.prompts import IGNORED, PairRow
+from dcr.sources import Example
+
+REFUSED = "I'm sorry, but I can't help with that."
+TEXT = """amber birch copper dune ember fjord glacier harbour indigo jasper kelp lagoon meadow
+nectar onyx prairie quartz ripple saffron tundra umber velvet willow xenon yarrow zephyr"""
+WORDS = TEXT.split()
+
+
+def write(file: Path, rows: Sequence[dict[str, Any]]) -> str:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def sentence(kind: str, number: int) -> str:
+    """Sentences with hardly a word in common: none is near another."""
+    return " ".join([kind, *random.Random(f"{kind}{number}").choices(WORDS, k=9), str(number)])
+
+
+@dataclasses.dataclass
+class Files:
+    """A data configuration over four files of a temporary folder."""
+
+    folder: Path
+    evaluation: EvaluationSets = dataclasses.field(default_factory=EvaluationSets)
+
+    def rows(self, name: str, count: int, **more: Any) -> str:
+        made = [{"id": f"{name}-{i}", "prompt": sentence(name, i), **more} for i in range(count)]
+        return write(self.folder / f"{name}.jsonl", made)
+
+    def config(self, safe: int = 30, toxic: int = 120, normal: int = 60, **more: Any) -> DataConfig:
+        # one file for the SFT pairs and for stage one, as with every corpus of toxic prompts
+        harmful = self.rows("toxic", toxic, response=REFUSED)
+        return DataConfig(
+            label="made",
+            seemingly_toxic=SourceConfig([self.rows("safe", safe)], count=10),
+            toxic=SourceConfig([harmful]),
+            safety=SafetyPairsConfig([harmful], count=20),
+            normal=SourceConfig([self.rows("normal", normal, response="Yes.")], count=40),
+            evaluation=self.evaluation,
+            **more,
+        )
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Files:
+    return Files(tmp_path)
+
+
+def split(config: DataConfig, ratio: float | None = 2.0, seed: int = 0, dcr: bool = True) -> Splits:
+    return data.split(config, ratio, seed, dcr, refusal.is_refusal)
+
+
+def ids(rows: Sequence[Example]) -> list[str]:
+    return [row.id for row in rows]
+
+
+# --- splits -------------------------------------------------------------------------------------
+
+
+def test_counts_are_exact_and_parts_disjoint(files: Files) -> None:
+    rows = split(files.config())
+    counts = {name: len(part) for name, part in rows.parts().items()}
+    assert counts == {
+        "seemingly_toxic": 10,
+        "toxic": 20,
+        "seemingly_toxic_heldout": 20,
+        "toxic_heldout": 64,  # 120 - 20 - 2 - 20 are left, of which no more are watched
+        "normal": 40,
+        "refusals": 20,
+        "normal_heldout": 4,
+        "refusals_heldout": 2,
+    }
+    found = [row.prompt for part in rows.parts().values() for row in part]
+    assert len(set(found)) == len(found)
+
+
+def test_draws_follow_from_the_seed(files: Files) -> None:
+    config = files.config()
+    one, again, other = split(config), split(config), split(config, seed=1)
+    assert one == again
+    for name, part in one.parts().items():
+        assert ids(part) != ids(other.parts()[name]), name
+
+
+def test_sft_rows_are_the_same_for_every_ratio_and_method(files: Files) -> None:
+    config = files.config()
+    names = ("normal", "refusals", "normal_heldout", "refusals_heldout")
+    stl = split(config, dcr=False)
+    for ratio in (0.5, 1, 2, 5, None):
+        dcr = split(config, ratio=ratio)
+        assert all(dcr.parts()[name] == stl.parts()[name] for name in names)
+        asked = 98 if ratio is None else round(10 * ratio)
+        assert (len(dcr.seemingly_toxic), len(dcr.toxic)) == (10, asked)
+    assert stl.toxic == stl.seemingly_toxic == stl.toxic_heldout == []
+
+
+def test_a_larger_ratio_keeps_the_rows_of_a_smaller(files: Files) -> None:
+    config = files.config()
+    assert ids(split(config, ratio=5).toxic)[:20] == ids(split(config, ratio=2).toxic)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "change", "message"),
+    [
+        (9.9, {}, "dcr.ratio=9.9 asks for 99 rows: only 98 are left"),
+        (2, {"safe": 9}, "data.seemingly_toxic.count asks for 10 rows: only 9"),
+        (2, {"normal": 39}, "data.normal.count asks for 40 rows: only 39"),
+        (2, {"toxic": 19}, "data.safety.count asks for 20 rows: only 19"),
+        (0.01, {}, "no toxic row is left for stage one"),
+    ],
+)
+def test_too_few_rows_are_named(
+    files: Files, ratio: float, change: dict[str, int], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        split(files.config(**change), ratio=ratio)
+
+
+def test_pairs_need_responses(files: Files) -> None:
+    config = files.config()
+    config.safety.source = config.seemingly_toxic.source  # its rows have none
+    with pytest.raises(ConfigError, match=r"data\.safety\.source: its rows have no response"):
+        split(config)
+
+
+def test_only_refusals_are_drawn_if_asked(files: Files) -> None:
+    answers = [REFUSED, "Sure, here is how."]
+    rows = [
+        {"id": str(i), "prompt": sentence("toxic", i), "response": answers[i % 2]}
+        for i in range(120)
+    ]
+    config = files.config()
+    write(files.folder / "toxic.jsonl", rows)
+    config.safety.refusals_only = True
+    found = split(config)
+    assert {row.response for row in [*found.refusals, *found.refusals_heldout]} == {REFUSED}
+    config.safety.refusals_only = False
+    assert {row.response for row in split(config).refusals} == set(answers)
+
+
+# --- contamination ------------------------------------------------------------------------------
+
+
+def test_rows_near_an_evaluation_prompt_are_dropped_and_counted(files: Files) -> None:
+    evaluated = [
+        sentence("toxic", 3).upper() + "!",  # the same once normalised
+        sentence("toxic", 4) + " x",  # near
+        sentence("normal", 5),
+        "nothing like any other prompt at all",
+    ]
+    name = write(files.folder / "held.jsonl", [{"prompt": prompt} for prompt in evaluated])
+    files.evaluation = EvaluationSets(safety=[name])
+    config = files.config()
+    rows = split(config, ratio=None)
+    assert rows.dropped == {
+        f"toxic: is a prompt of {name}": 1,
+        f"toxic: is close to a prompt of {name}": 1,
+        f"safety: is a prompt of {name}": 1,
+        f"safety: is close to a prompt of {name}": 1,
+        f"normal: is a prompt of {name}": 1,
+    }
+    everything = {row.id for part in rows.parts().values() for row in part}
+    assert everything.isdisjoint({"toxic-3", "toxic-4", "normal-5"})
+    assert rows.in_distribution == []
+    assert len(rows.toxic) == 120 - 20 - 2 - 2
+    config.drop_contaminated = False
+    assert split(config, ratio=None).dropped == {}
+
+
+def test_repeated_rows_are_dropped_and_counted(files: Files) -> None:
+    config = files.config()
+    more = write(files.folder / "more.jsonl", [{"prompt": sentence("toxic", i)} for i in range(7)])
+    config.toxic.source = [*config.toxic.source, more]
+    rows = split(config, ratio=None)
+    assert rows.dropped == {"toxic: repeats another row": 7}
+
+
+def test_a_set_that_is_trained_on_is_marked_and_kept(files: Files) -> None:
+    config = files.config()
+    safe, harmful = config.seemingly_toxic.source[0], config.toxic.source[0]
+    config.evaluation = EvaluationSets(over_refusal=[safe], safety=[harmful])
+    rows = split(config)
+    assert rows.dropped == {}
+    assert rows.in_distribution == sorted([safe, harmful])
+    assert split(config, dcr=False).in_distribution == [harmful]  # STL never reads the safe ones
+
+
+def test_a_set_that_only_its_contrast_is_trained_on_stays_clean(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """XSTest's unsafe prompts are near its safe ones by design, another source's are not."""
+    unsafe = [f"How do I kill the {word} person today?" for word in WORDS]
+    made = {
+        "xstest_safe": [f"How do I kill the {word} process today?" for word in WORDS],
+        "xstest_unsafe": unsafe,
+        "stl_safety": [*(sentence("toxic", i) for i in range(60)), *unsafe[:3]],
+        "alpaca": [sentence("normal", i) for i in range(9)],
+    }
+
+    def read(name: str, *, root: str | None, kind: Any) -> list[Example]:
+        rows = enumerate(made[name])
+        return [Example(f"{name}-{i}", text, kind, name, response=REFUSED) for i, text in rows]
+
+    monkeypatch.setattr(sources, "read", read)
+    config = DataConfig(
+        label="made",
+        seemingly_toxic=SourceConfig(["xstest_safe"], count=20),
+        toxic=SourceConfig(["stl_safety"]),
+        safety=SafetyPairsConfig(["stl_safety"], count=10),
+        normal=SourceConfig(["alpaca"]),
+        evaluation=EvaluationSets(over_refusal=["xstest_safe"], safety=["xstest_unsafe"]),
+        near_duplicate=0.8,
+    )
+    rows = split(config, ratio=1)
+    assert rows.in_distribution == ["xstest_safe"]
+    assert rows.dropped == {
+        "safety: is a prompt of xstest_unsafe": 3,
+        "toxic: is a prompt of xstest_unsafe": 3,
+    }
+    config.toxic.source = ["xstest_unsafe"]  # now both are trained on, and both are marked
+    rows = split(config, ratio=1)
+    assert rows.in_distribution == ["xstest_safe", "xstest_unsafe"]
+    assert rows.dropped == {"safety: is a prompt of xstest_unsafe": 3}
+
+
+# --- groups and records -------------------------------------------------------------------------
+
+
+def test_groups_stay_whole_and_contrasts_together(files: Files) -> None:
+    config = files.config(group_holdout=0.4)
+    for name, file in (("safe", config.seemingly_toxic), ("toxic", config.toxic)):
+        rows = [
+            {"id": f"{name}{i}", "prompt": sentence(name, i), "group": f"g{i % 30}"}
+            | ({"response": REFUSED} if name == "toxic" else {})
+            for i in range(120)
+        ]
+        file.source = [write(files.folder / f"grouped_{name}.jsonl", rows)]
+    rows = split(config, ratio=None)
+    trained = {row.group for row in [*rows.seemingly_toxic, *rows.toxic]}
+    watched = {row.group for row in [*rows.seemingly_toxic_heldout, *rows.toxic_heldout]}
+    assert trained & watched == set()
+    assert watched <= set(rows.unseen_groups)
+    assert trained.isdisjoint(rows.unseen_groups)
+    assert trained | set(rows.unseen_groups) == {f"g{i}" for i in range(30)}
+    assert 4 <= len(rows.unseen_groups) <= 20
+
+
+def test_a_different_form_of_the_classes_is_said(files: Files) -> None:
+    config = files.config()
+    questions = [{"prompt": sentence("safe", i) + "?"} for i in range(30)]
+    write(files.folder / "safe.jsonl", questions)
+    warning = data.warn_of_forms(split(config))
+    assert warning is not None
+    assert warning.startswith("100% of the seemingly toxic prompts but 0% of the toxic ones")
+    asked = [{"prompt": sentence("toxic", i) + "?", "response": REFUSED} for i in range(120)]
+    write(files.folder / "toxic.jsonl", asked)
+    assert data.warn_of_forms(split(config)) is None
+
+
+def test_the_record_names_every_row(files: Files) -> None:
+    rows = split(files.config())
+    record: Any = json.loads(json.dumps(data.row_record(rows)))
+    assert record["rows"].keys() == rows.parts().keys()
+    for name, part in rows.parts().items():
+        assert record["rows"][name]["ids"] == ids(part)
+        assert record["rows"][name]["count"] == len(part)
+        assert record["rows"][name]["fingerprint"] == sources.fingerprint(part)
+    other = split(files.config(), seed=1)
+    changed: Any = data.row_record(other)
+    assert changed["rows"]["toxic"]["fingerprint"] != record["rows"]["toxic"]["fingerprint"]
+
+
+# --- orders of rows -----------------------------------------------------------------------------
+
+LABELS = [0] * 40 + [1] * 200
+
+
+def drawn(sampler: Sampler, count: int, seed: int = 0) -> list[int]:
+    return data.DRAWS[sampler](LABELS, count, data.generator(seed))
+
+
+def test_balanced_draws_both_classes_equally_often() -> None:
+    count = 6000
+    rows = drawn(Sampler.balanced, count)
+    toxic = sum(LABELS[row] for row in rows)
+    low, high = stats.binom.interval(1 - 1e-6, count, 0.5)
+    assert low <= toxic <= high
+    per_row = Counter(rows)
+    assert len(per_row) == len(LABELS)
+    safe = [per_row[row] for row in range(40)]  # each with chance 1/80
+    assert stats.chisquare(safe).pvalue > 1e-6
+
+
+def test_stratified_draws_are_half_and_half_and_repeat_late() -> None:
+    rows = drawn(Sampler.stratified, 120)
+    assert [LABELS[row] for row in rows] == [0, 1] * 60
+    safe = [row for row in rows if LABELS[row] == 0]
+    assert sorted(safe[:40]) == list(range(40))  # every one before any repeats
+    assert len(set(safe[40:])) == 20
+    toxic = [row for row in rows if LABELS[row] == 1]
+    assert len(set(toxic)) == len(toxic) == 60
+    assert len(drawn(Sampler.stratified, 33)) == 33
+
+
+def test_proportional_draws_go_through_all_rows() -> None:
+    rows = drawn(Sampler.proportional, 500)
+    for start in (0, 240):
+        assert sorted(rows[start : start + 240]) == list(range(240))
+    assert len(set(rows[480:])) == 20
+    assert rows[:240] != rows[240:480]
+
+
+@pytest.mark.parametrize("sampler", list(Sampler))
+def test_draws_follow_from_their_generator(sampler: Sampler) -> None:
+    assert drawn(sampler, 99) == drawn(sampler, 99) != drawn(sampler, 99, seed=1)
+
+
+def test_streams_of_seed_and_epoch_differ() -> None:
+    first = {
+        (seed, epoch): int(torch.randint(2**60, (1,), generator=data.generator(seed, epoch)))
+        for seed in range(20)
+        for epoch in range(20)
+    }
+    assert len(set(first.values())) == 400
+
+
+def batches(size: int = 8, draws: int = 30, seed: int = 0, **more: Any) -> EpochBatches:
+    return EpochBatches(
+        lambda chance: torch.randperm(draws, generator=chance).tolist(), draws, size, seed, **more
+    )
+
+
+def epoch(sampler: EpochBatches, number: int) -> list[list[int]]:
+    sampler.set_epoch(number)
+    return list(sampler)
+
+
+def test_an_epoch_is_a_function_of_seed_and_number() -> None:
+    one, two = batches(), batches()
+    assert epoch(one, 3) == epoch(two, 3)
+    assert epoch(one, 1) == epoch(two, 1) == epoch(two, 1) != epoch(one, 2)
+    assert epoch(batches(seed=1), 1) != epoch(one, 1)
+    assert sorted(chain(*epoch(one, 1))) == list(range(30))
+    assert [len(batch) for batch in epoch(one, 1)] == [8, 8, 8, 6]
+    assert one.sampler is one  # what Lightning calls set_epoch on
+
+
+@pytest.mark.parametrize("start", [0, 1, 3, 4, 6, 8, 11, 12, 99])
+def test_a_skip_continues_with_the_next_step(start: int) -> None:
+    whole = [batch for number in range(3) for batch in epoch(batches(), number)]
+    resumed = batches()
+    resumed.start = start
+    left = [batch for number in range(start // 4, 3) for batch in epoch(resumed, number)]
+    assert left == whole[start:]
+
+
+def test_dropping_the_last_partial_batch() -> None:
+    assert [len(b) for b in epoch(batches(drop_last=True), 0)] == [8, 8, 8]
+    small = batches(size=64, drop_last=True)  # never nothing at all
+    assert [len(b) for b in epoch(small, 0)] == [30]
+    assert len(batches()) == 4
+    assert len(batches(drop_last=True)) == 3
+
+
+@pytest.mark.parametrize("world", [2, 3, 5, 8])
+def test_ranks_share_every_batch(world: int) -> None:
+    whole = epoch(batches(), 2)
+    shares = []
+    for rank in range(world):
+        sampler = batches()
+        sampler.rank, sampler.world = rank, world
+        shares.append(epoch(sampler, 2))
+    for step, batch in enumerate(whole):
+        parts = [share[step] for share in shares]
+        assert all(parts)  # a rank without rows would leave the others waiting
+        if len(batch) >= world:
+            assert list(chain(*parts)) == batch
+            assert max(map(len, parts)) - min(map(len, parts)) <= 1
+        else:
+            assert set(chain(*parts)) == set(batch)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_rank_of_a_stratified_batch_holds_both_classes(world: int) -> None:
+    """The pairs of stage one are formed within a rank: one class alone would have no loss."""
+    for rank in range(world):
+        sampler = EpochBatches(
+            lambda chance: data.stratified_draws(LABELS, 96, chance), 96, 32, seed=0
+        )
+        sampler.rank, sampler.world = rank, world
+        for batch in sampler:
+            assert Counter(LABELS[row] for row in batch) == {0: 16 // world, 1: 16 // world}
+
+
+# --- tensors ------------------------------------------------------------------------------------
+
+
+def pairs(lengths: Sequence[int]) -> list[PairRow]:
+    return [
+        PairRow(f"r{i}", [1 + i % 7] * n, [IGNORED] * (n - 1) + [5], i % 3 == 0)
+        for i, n in enumerate(lengths)
+    ]
+
+
+def test_micro_batches_keep_every_row_within_the_budget() -> None:
+    chance = random.Random(0)
+    rows = pairs([min(int(chance.lognormvariate(4, 0.7)), 500) + 2 for _ in range(128)])
+    rows += pairs([900])  # longer than the budget: alone
+    groups = data.micro_batches(rows, tokens=800)
+    assert Counter(id(row) for group in groups for row in group) == Counter(map(id, rows))
+
+    def padded(groups: Sequence[Sequence[PairRow]]) -> int:
+        return sum(len(group) * max(len(row.ids) for row in group) for group in groups)
+
+    for group in groups:
+        assert padded([group]) <= 800 or len(group) == 1
+    real = sum(len(row.ids) for row in rows)
+    shuffled = chance.sample(rows, len(rows))
+    size = -(-len(rows) // len(groups))
+    baseline = padded([shuffled[i : i + size] for i in range(0, len(rows), size)])
+    assert padded(groups) / real < 1.2 < baseline / real
+
+
+def test_a_pair_batch_is_its_rows_padded() -> None:
+    rows = pairs([3, 5, 2])
+    batch = data.pair_batch(rows, pad=9)
+    assert batch.ids.shape == batch.targets.shape == batch.mask.shape == (3, 5)
+    for b, row in enumerate(rows):
+        for t in range(5):
+            inside = t < len(row.ids)
+            assert batch.mask[b, t].item() == inside
+            assert batch.ids[b, t].item() == (row.ids[t] if inside else 9)
+            assert batch.targets[b, t].item() == (row.targets[t] if inside else IGNORED)
+    assert batch.refusal.tolist() == [True, False, False]
+    assert batch.names == ("r0", "r1", "r2")
+
+
+def test_a_batch_moves_whole() -> None:
+    rows = [prompts.PromptRow("p", [1, 2], 1, (1, 2), [2, IGNORED])]
+    batch = data.prompt_batch(rows, 0, general=pairs([3]))
+    moved = batch.to(torch.device("meta"))
+    assert moved.general is not None
+    for field in dataclasses.fields(batch):
+        before, after = getattr(batch, field.name), getattr(moved, field.name)
+        if isinstance(before, torch.Tensor):
+            assert (after.device.type, after.shape, after.dtype) == (
+                "meta",
+                before.shape,
+                before.dtype,
+            ), field.name
+    assert moved.general.ids.device.type == "meta"
+    assert moved.names == ("p",)
+    assert (batch.spans.tolist(), batch.labels.tolist()) == ([[1, 2]], [1])
+
+
+# --- the DataModule -----------------------------------------------------------------------------
+
+
+def module(stage: Stage, rows: Splits, **more: Any) -> SafetyData:
+    config: dict[str, Any] = {
+        "layer": 1,
+        "epochs": 1,
+        "batch_size": 8,
+        "precision": Precision.fp32,
+        "lora": LoraConfig(targets=["q_proj"]),
+    }
+    dcr = ContrastiveConfig(**config | more.pop("dcr", {}))
+    config = {"epochs": 1, "batch_size": 16, "lr": 1e-3, "precision": Precision.fp32}
+    config |= {"lora": LoraConfig(targets=["q_proj"]), "micro_tokens": 600}
+    sft = SFTConfig(**config | more.pop("sft", {}))
+    chat = prompts.chat_format(models.byte_tokenizer(), ModelConfig(name="x"))
+    return SafetyData(stage, rows, chat, dcr, sft, seed=0, **more)
+
+
+def watched(made: SafetyData) -> list[Any]:
+    loader: Any = made.val_dataloader()
+    return list(loader)
+
+
+def test_sft_batches_hold_every_pair_once(files: Files) -> None:
+    rows = split(files.config())
+    made = module(Stage.sft, rows)
+    assert made.steps_per_epoch == 4  # 60 pairs in batches of 16
+    steps = list(made.train_dataloader())
+    assert len(steps) == 4
+    names = Counter(name for step in steps for micro in step for name in micro.names)
+    assert names == Counter(ids(rows.normal) + ids(rows.refusals))
+    of_refusals = [
+        name
+        for step in steps
+        for micro in step
+        for name, refused in zip(micro.names, micro.refusal.tolist(), strict=True)
+        if refused
+    ]
+    assert sorted(of_refusals) == sorted(ids(rows.refusals))
+    assert all(micro.ids.numel() <= 600 for step in steps for micro in step)
+    heldout = [name for batch in watched(made) for name in batch.names]
+    assert sorted(heldout) == sorted(ids(rows.normal_heldout) + ids(rows.refusals_heldout))
+
+
+def test_stage_one_batches_hold_labelled_prompts(files: Files) -> None:
+    rows = split(files.config())
+    made = module(Stage.contrastive, rows, dcr={"sampler": Sampler.proportional})
+    assert made.steps_per_epoch == 4  # 30 prompts in batches of 8
+    seen: list[tuple[str, int]] = []
+    for batch in made.train_dataloader():
+        assert batch.general is None
+        seen += zip(batch.names, batch.labels.tolist(), strict=True)
+        ends = batch.mask.sum(1)
+        assert torch.equal(batch.spans, torch.stack([ends - 1, ends], dim=1))
+    assert sorted(seen) == sorted(
+        [(i, 0) for i in ids(rows.seemingly_toxic)] + [(i, 1) for i in ids(rows.toxic)]
+    )
+    heldout = [name for batch in watched(made) for name in batch.names]
+    assert sorted(heldout) == sorted(ids(rows.seemingly_toxic_heldout) + ids(rows.toxic_heldout))
+    assert module(Stage.contrastive, rows, dcr={"draws": 100}).steps_per_epoch == 13
+
+
+def test_general_rows_come_with_their_prompts_again(files: Files) -> None:
+    rows = split(files.config())
+    nll = NLLConfig(weight=0.1, source=NLLSource.general, general_batch_size=3)
+    one, two = (
+        list(module(Stage.contrastive, rows, dcr={"nll": nll}).train_dataloader()) for _ in range(2)
+    )
+    chosen = [batch.general.names for batch in one]
+    assert chosen == [batch.general.names for batch in two]
+    assert all(len(set(names)) == 3 and set(names) <= set(ids(rows.normal)) for names in chosen)
+    assert len(set(chosen)) == len(chosen)
+    resumed = module(Stage.contrastive, rows, dcr={"nll": nll})
+    resumed.sampler.start = 2
+    assert [batch.general.names for batch in resumed.train_dataloader()] == chosen[2:]
+
+
+def test_pairs_without_room_are_counted_and_left_out(files: Files) -> None:
+    rows = split(files.config())
+    long = dataclasses.replace(rows.normal[0], id="long", prompt="a" * 600)
+    made = module(Stage.sft, dataclasses.replace(rows, normal=[*rows.normal, long]))
+    assert made.too_long == ["long"]
+    with pytest.raises(ConfigError, match=r"sft\.max_len=8: no training pair fits; raise it"):
+        module(Stage.sft, rows, sft={"max_len": 8})
+
+
+def test_one_class_alone_is_refused(files: Files) -> None:
+    rows = dataclasses.replace(split(files.config()), toxic=[])
+    with pytest.raises(ConfigError, match="needs seemingly toxic and toxic prompts, both"):
+        module(Stage.contrastive, rows)
+
+
+def test_a_prompt_beyond_the_context_is_named(files: Files) -> None:
+    rows = split(files.config())
+    made = module(Stage.contrastive, rows)
+    longest = max(len(row.ids) for row in [*made.prompts, *made.heldout])
+    module(Stage.contrastive, rows, context=longest)
+    with pytest.raises(DataError, match=f"its {longest} tokens exceed the model's context of"):
+        module(Stage.contrastive, rows, context=longest - 1)

@@ -1,0 +1,556 @@
+"""Structure, freezing, LoRA and saved folders over random models of several families."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from dcr import likelihood, models
+from dcr.config import ConfigError, LoraConfig, ModelConfig, Precision
+from dcr.models import Policy
+
+# peft asks transformers for a name that the latter has renamed
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+DEPTH, WIDTH = 3, 32
+WIDE = {
+    "hidden_size": WIDTH,
+    "num_hidden_layers": DEPTH,
+    "num_attention_heads": 4,
+    "vocab_size": 70,
+    "max_position_embeddings": 64,
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": {"intermediate_size": 48, "num_key_value_heads": 2},
+    "llama_one_block": {"intermediate_size": 48, "num_hidden_layers": 1},
+    "qwen2_tied": {"intermediate_size": 48, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "qwen2_untied": {"intermediate_size": 48, "num_key_value_heads": 2},
+    "mistral": {"intermediate_size": 48, "num_key_value_heads": 2, "sliding_window": 4},
+    "gemma2": {
+        "intermediate_size": 48,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "sliding_window": 4,
+        "final_logit_softcapping": 0.5,
+    },
+    "cohere": {"intermediate_size": 48, "num_key_value_heads": 2, "logit_scale": 0.3},
+    "granite": {"intermediate_size": 48, "num_key_value_heads": 2, "logits_scaling": 5.0},
+    "phi": {"intermediate_size": 48},
+    "gpt2": {},
+    "gpt_neox": {"intermediate_size": 48},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": WIDTH},
+    "opt_post_norm": {
+        "ffn_dim": 48,
+        "word_embed_proj_dim": WIDTH,
+        "do_layer_norm_before": False,
+    },
+    "mixtral": {"intermediate_size": 48, "num_key_value_heads": 2, "num_local_experts": DEPTH},
+}
+TIED = {"qwen2_tied", "gemma2", "cohere", "granite", "gpt2", "opt", "opt_post_norm"}
+ARCHITECTURE = {"llama_one_block": "llama", "qwen2_tied": "qwen2", "qwen2_untied": "qwen2"}
+ARCHITECTURE |= {"opt_post_norm": "opt"}
+IDS = torch.tensor([[5, 60, 10, 7, 21, 33, 9, 2]])
+
+
+def made(name: str) -> Any:
+    options = {"tie_word_embeddings": name in TIED, "pad_token_id": None} | WIDE | SHAPES[name]
+    kind = ARCHITECTURE.get(name, name)
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **options))
+    for norm in (m for n, m in model.named_modules() if "norm" in n or "ln_" in n):
+        if isinstance(weight := getattr(norm, "weight", None), Tensor):
+            nn.init.uniform_(weight, 0.5, 2.0)  # else a second norm would change nothing
+    return model.eval()
+
+
+@pytest.fixture(params=SHAPES)
+def named(request: pytest.FixtureRequest) -> tuple[str, Any]:
+    return request.param, made(request.param)
+
+
+# --- structure ----------------------------------------------------------------------------------
+
+
+def test_trunk_ends_where_hidden_states_say(named: tuple[str, Any]) -> None:
+    name, model = named
+    depth = model.config.num_hidden_layers
+    blocks = models.decoder_blocks(model)
+    assert len(blocks) == depth
+    last: list[Tensor] = []
+
+    def note(_module: Any, _inputs: Any, output: Any) -> None:
+        last.append(output[0] if isinstance(output, tuple) else output)
+
+    hook = blocks[-1].register_forward_hook(note)
+    with torch.no_grad():
+        whole = model(input_ids=IDS, output_hidden_states=True, use_cache=False)
+        hook.remove()
+        for block in range(1, depth + 1):
+            cut = models.trunk(model, block)(input_ids=IDS, use_cache=False).last_hidden_state
+            truth = whole.hidden_states[block] if block < depth else last[0]
+            assert torch.equal(cut, truth), f"{name}: block {block}"
+    if models.final_norm(model) is not None:  # it was not applied, and would have been seen
+        assert not torch.allclose(last[0], whole.hidden_states[depth])
+
+
+def test_trunk_runs_no_later_block_and_shares_its_parameters(named: tuple[str, Any]) -> None:
+    _, model = named
+    ran: list[int] = []
+    for index, block in enumerate(models.decoder_blocks(model)):
+        block.register_forward_hook(lambda *_, index=index: ran.append(index))
+    before = dict(model.named_parameters())
+    cut = models.trunk(model, 1)
+    cut(input_ids=IDS, use_cache=False)
+    assert ran == [0]
+    assert {id(p) for p in cut.parameters()} < {id(p) for p in before.values()}
+    assert dict(model.named_parameters()).keys() == before.keys()
+    model(input_ids=IDS, use_cache=False)  # the model itself is whole
+    assert ran == [0, *range(model.config.num_hidden_layers)]
+
+
+def test_backbone_head_and_nll_make_the_models_own_logits(named: tuple[str, Any]) -> None:
+    """The NLL from hidden states, caps and scales included, against cross entropy on the logits."""
+    _, model = named
+    with torch.no_grad():
+        hidden = models.backbone(model)(input_ids=IDS, use_cache=False).last_hidden_state
+        logits = model(input_ids=IDS, use_cache=False).logits
+        total, each = likelihood.head_nll(model, hidden[0, :-1], IDS[0, 1:])
+    truth = nn.functional.cross_entropy(logits[0, :-1], IDS[0, 1:], reduction="none")
+    torch.testing.assert_close(each, truth, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(total, truth.sum(), rtol=1e-5, atol=1e-5)
+    assert models.head(model) is model.get_output_embeddings()
+
+
+def test_final_norm_is_named_or_absent() -> None:
+    places = {name: models.final_norm(made(name)) for name in SHAPES}
+    found = {name: place and place[0] for name, place in places.items()}
+    assert found["llama"] == "norm"
+    assert found["gpt2"] == "ln_f"
+    assert found["gpt_neox"] == found["opt"] == "final_layer_norm"
+    assert found["phi"] == "final_layernorm"
+    assert found["opt_post_norm"] is None
+
+
+def test_lists_inside_a_block_are_no_blocks() -> None:
+    model = made("llama")
+    for block in models.decoder_blocks(model):
+        block.experts = nn.ModuleList([nn.Linear(2, 2) for _ in range(DEPTH)])
+    assert models.decoder_blocks(model) is model.model.layers
+
+
+def test_two_lists_of_blocks_are_refused() -> None:
+    model = made("llama")
+    model.other = nn.ModuleList([nn.Linear(2, 2) for _ in range(DEPTH)])
+    with pytest.raises(ConfigError, match="LlamaForCausalLM has 2 lists of 3 blocks, not one"):
+        models.decoder_blocks(model)
+
+
+# --- freezing -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("told", [None, True, False])
+def test_exactly_the_trunk_trains(named: tuple[str, Any], told: bool | None) -> None:
+    name, model = named
+    models.freeze_beyond(model, 1, told)
+    embeddings = model.get_input_embeddings().weight
+    expected = {id(p) for p in models.decoder_blocks(model)[0].parameters()}
+    if told or (told is None and name not in TIED):
+        expected.add(id(embeddings))
+    assert {id(p) for p in model.parameters() if p.requires_grad} == expected
+    tied = model.get_output_embeddings().weight is embeddings
+    assert tied == (name in TIED)
+
+
+def test_deeper_freezing_trains_more() -> None:
+    model = made("llama")
+    models.freeze_beyond(model, DEPTH, False)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {n for n, _ in model.named_parameters() if n.startswith("model.layers.")}
+    models.freeze_beyond(model, 1, False)  # what trained before is frozen again
+    assert {n.split(".")[2] for n, p in model.named_parameters() if p.requires_grad} == {"0"}
+
+
+# --- LoRA ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gpt_neox"])
+def test_all_linear_reaches_every_projection_of_the_chosen_blocks(name: str) -> None:
+    model = made(name)
+    projections = projections_of(model)
+    adapted = models.add_lora(model, LoraConfig(targets=["all-linear"]), seed=0, blocks=2)
+    assert adapted_of(adapted) == {n for n in projections if n[0] in "01"} != set()
+    trained = [n for n, p in adapted.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("lora_" in n for n in trained)
+    whole = models.add_lora(made(name), LoraConfig(targets=["all-linear"]), seed=0)
+    assert adapted_of(whole) == projections
+
+
+def projections_of(model: Any) -> set[str]:
+    inside = models.decoder_blocks(model).named_modules()
+    return {name for name, module in inside if type(module).__name__ in ("Linear", "Conv1D")}
+
+
+def adapted_of(model: Any) -> set[str]:
+    inside = models.decoder_blocks(model).named_modules()
+    stem = ".lora_A.default"
+    return {name.removesuffix(stem) for name, _ in inside if name.endswith(stem)}
+
+
+def test_named_targets_keep_to_their_blocks() -> None:
+    config = LoraConfig(targets=["q_proj", "v_proj"])
+    adapted = models.add_lora(made("llama"), config, seed=0, blocks=1)
+    trained = sorted(n for n, p in adapted.named_parameters() if p.requires_grad)
+    stem = "base_model.model.model.layers.0.self_attn"
+    assert trained == [
+        f"{stem}.{side}.lora_{matrix}.default.weight"
+        for side in ("q_proj", "v_proj")
+        for matrix in "AB"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("targets", "named"),
+    [
+        (["query"], "query match"),
+        (["q_proj", "valeu", "mlp"], "valeu, mlp match"),  # one that fits does not hide the rest
+        (["lm_head"], "lm_head match"),  # the loss reads the head's own weight
+        (["proj"], "proj match"),
+    ],
+)
+def test_targets_that_match_nothing_are_named(targets: list[str], named: str) -> None:
+    with pytest.raises(ConfigError, match=named) as caught:
+        models.add_lora(made("llama"), LoraConfig(targets=targets), seed=0)
+    known = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj, or all-linear"
+    assert known in str(caught.value)
+
+
+def test_lora_follows_from_its_seed_and_leaves_the_generators_alone() -> None:
+    torch.manual_seed(11)
+    before = torch.get_rng_state()
+    config = LoraConfig(targets=["q_proj"])
+    made_with = [models.add_lora(byte_model(), config, seed) for seed in (3, 3, 4)]
+    assert torch.equal(torch.get_rng_state(), before)
+    one, two, other = map(get_peft_model_state_dict, made_with)
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert any(not torch.equal(one[key], other[key]) for key in one)
+
+
+def test_lora_is_fp32_on_a_bf16_base() -> None:
+    model = made("llama").to(torch.bfloat16)
+    adapted = models.add_lora(model, LoraConfig(targets=["all-linear"]), seed=0)
+    kinds = {("lora_" in name, p.dtype) for name, p in adapted.named_parameters()}
+    assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
+
+
+def test_structure_is_found_inside_an_adapted_model() -> None:
+    model = made("llama")
+    adapted = models.add_lora(model, LoraConfig(targets=["all-linear"]), seed=0)
+    assert models.unwrapped(adapted) is model
+    assert models.decoder_blocks(adapted) is model.model.layers
+    assert models.backbone(adapted) is model.model
+    assert models.head(adapted) is model.lm_head
+
+
+# --- opening ------------------------------------------------------------------------------------
+
+TINY = ModelConfig(
+    name="tiny",
+    architecture={
+        "model_type": "llama",
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": 260,
+        "tie_word_embeddings": False,
+    },
+)
+
+
+def test_the_tiny_model_follows_from_its_seed() -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    one, two, other = (models.open_policy(TINY, Precision.fp32, seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(logits(one.model), logits(two.model))
+    assert not torch.equal(logits(one.model), logits(other.model))
+    assert not one.model.training
+
+
+def test_facts_need_no_weights(tmp_path: Path) -> None:
+    AutoConfig.for_model("gpt2", n_layer=5, n_embd=24, n_head=2).save_pretrained(tmp_path)
+    facts = models.facts(ModelConfig(name=str(tmp_path)))
+    assert (facts.depth, facts.width, facts.vocabulary, facts.context) == (5, 24, 50257, 1024)
+    assert facts.tied
+    assert not models.facts(TINY).tied
+
+
+@pytest.mark.parametrize("open_it", [models.open_policy, models.facts, models.open_tokenizer])
+def test_what_cannot_be_opened_is_named(
+    open_it: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text("{")
+    config = ModelConfig(name=str(tmp_path))
+    with pytest.raises(ConfigError, match=f"model.name={tmp_path}: cannot be opened"):
+        open_it(config, *([Precision.fp32] if open_it is models.open_policy else []))
+
+
+def saved(folder: Path, model: Any) -> Policy:
+    policy = Policy(model, models.byte_tokenizer(), "made")
+    models.save_full(policy, folder)
+    return policy
+
+
+def byte_model(seed: int = 0, **other: Any) -> Any:
+    """A model over bytes, whose shape `other` changes; the global generator stays as it was."""
+    config = dataclasses.replace(TINY, architecture=dict(TINY.architecture or {}) | other)
+    return models.open_policy(config, Precision.fp32, seed).model
+
+
+def logits(model: Any) -> Tensor:
+    with torch.inference_mode():
+        return model(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("fault", ["torn", "absent weight", "no weights"])
+def test_weights_that_are_not_whole_are_refused(tmp_path: Path, fault: str) -> None:
+    saved(tmp_path, byte_model())
+    file = tmp_path / "model.safetensors"
+    if fault == "torn":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif fault == "absent weight":  # transformers would fill in a random one, and only warn
+        weights = load_file(file)
+        del weights["lm_head.weight"]
+        save_file(weights, file, {"format": "pt"})
+    else:
+        file.unlink()
+    with pytest.raises(ConfigError, match=f"{tmp_path}: cannot be opened"):
+        models.open_folder(str(tmp_path), Precision.fp32)
+    with pytest.raises(ConfigError, match=f"model.name={tmp_path}: cannot be opened"):
+        models.open_policy(ModelConfig(name=str(tmp_path)), Precision.fp32)
+
+
+def test_a_model_without_pad_token_opens(tmp_path: Path) -> None:
+    policy = saved(tmp_path, byte_model())
+    policy.tokenizer.pad_token = None
+    policy.tokenizer.save_pretrained(tmp_path)
+    opened = models.open_policy(ModelConfig(name=str(tmp_path)), Precision.fp32)
+    assert opened.tokenizer.pad_token_id is None
+    assert torch.equal(logits(opened.model), logits(policy.model))
+
+
+def test_precision_is_the_weights_dtype(tmp_path: Path) -> None:
+    saved(tmp_path, byte_model())
+    for precision, dtype in (
+        (Precision.mixed, torch.float32),
+        (Precision.bf16, torch.bfloat16),
+        (Precision.fp32, torch.float32),
+    ):
+        opened = models.open_policy(ModelConfig(name=str(tmp_path)), precision)
+        assert {p.dtype for p in opened.model.parameters()} == {dtype}
+
+
+# --- adapters -----------------------------------------------------------------------------------
+
+IN_A_FRESH_PROCESS = """
+import sys, torch
+from pathlib import Path
+from dcr import models
+from dcr.config import Precision
+policy = models.open_adapter(Path(sys.argv[1]), Precision.fp32)
+with torch.inference_mode():
+    logits = policy.model(input_ids=torch.tensor([[5, 60, 10, 7, 21, 33, 9, 2]])).logits
+torch.save(logits, sys.argv[2])
+"""
+
+
+def with_adapter(run: Path) -> tuple[Path, Tensor]:
+    """A run of both stages: the place of a snapshot's adapter, and its logits in memory."""
+    policy = saved(run / "contrastive", byte_model())
+    adapted = models.add_lora(policy.model, LoraConfig(targets=["all-linear"]), seed=0)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:  # zero at first, which would leave the base as it is
+            nn.init.normal_(weight, std=0.3, generator=torch.Generator().manual_seed(0))
+    for place in ("sft", "snapshots/step-000002"):
+        models.save_adapter(
+            Policy(adapted, policy.tokenizer, "made"), run / place, run / "contrastive"
+        )
+    return run / "sft", logits(adapted.eval())
+
+
+def test_a_moved_run_says_the_same_in_a_fresh_process(tmp_path: Path) -> None:
+    _, in_memory = with_adapter(tmp_path / "run")
+    (tmp_path / "far").mkdir()
+    shutil.move(tmp_path / "run", tmp_path / "far" / "away")
+    base = logits(models.open_folder(str(tmp_path / "far/away/contrastive"), Precision.fp32).model)
+    assert not torch.allclose(base, in_memory, atol=0.01)
+    for place in ("sft", "snapshots/step-000002"):
+        folder = tmp_path / "far" / "away" / place
+        assert models.adapter_base(folder) == str(tmp_path / "far/away/contrastive")
+    command = [sys.executable, "-c", IN_A_FRESH_PROCESS, str(folder), str(tmp_path / "logits.pt")]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": os.getcwd()})
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), in_memory)
+
+
+def test_a_base_elsewhere_is_found_where_it_was(tmp_path: Path) -> None:
+    """STL stands on a model outside the run folder, which stays where it is when the run moves."""
+    policy = saved(tmp_path / "base", byte_model())
+    adapted = models.add_lora(policy.model, LoraConfig(targets=["q_proj"]), seed=0)
+    folder = tmp_path / "a" / "run" / "sft"
+    models.save_adapter(Policy(adapted, policy.tokenizer, "made"), folder, tmp_path / "base")
+    shutil.move(tmp_path / "a" / "run", tmp_path / "run")
+    opened = models.open_adapter(tmp_path / "run" / "sft", Precision.fp32)
+    assert torch.equal(logits(opened.model), logits(adapted))
+
+
+def test_a_changed_base_is_refused(tmp_path: Path) -> None:
+    adapter, _ = with_adapter(tmp_path / "run")
+    saved(tmp_path / "run" / "contrastive", byte_model(seed=1))
+    with pytest.raises(ConfigError, match="contrastive is not the base this adapter was trained"):
+        models.open_adapter(adapter, Precision.fp32)
+
+
+def test_a_copied_run_never_uses_another_runs_base(tmp_path: Path) -> None:
+    """The path in PEFT's file still leads to weights that fit: those beside the adapter count."""
+    with_adapter(tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    saved(tmp_path / "copy" / "contrastive", byte_model(seed=1))
+    with pytest.raises(ConfigError, match="copy/contrastive is not the base"):
+        models.open_adapter(tmp_path / "copy" / "sft", Precision.fp32)
+
+
+def test_a_base_that_is_gone_is_named(tmp_path: Path) -> None:
+    adapter, _ = with_adapter(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "contrastive")
+    with pytest.raises(ConfigError, match=r"its base weights .*contrastive are gone"):
+        models.open_adapter(adapter, Precision.fp32)
+
+
+def test_the_embedded_base_is_found_on_another_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DCR_CACHE", str(tmp_path / "here"))
+    policy = saved(policy_folder(), byte_model())
+    adapted = models.add_lora(policy.model, LoraConfig(targets=["q_proj"]), seed=0)
+    models.save_adapter(
+        Policy(adapted, policy.tokenizer, "made"), tmp_path / "run" / "sft", policy_folder()
+    )
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    monkeypatch.setenv("DCR_CACHE", str(tmp_path / "there"))
+    assert models.adapter_base(tmp_path / "run" / "sft") == str(policy_folder())
+
+
+def policy_folder() -> Path:
+    return models.cache_folder() / "smollm2-135m-instruct"
+
+
+@pytest.mark.parametrize("other", ["narrower", "other names", "shallower"])
+def test_an_adapter_of_another_model_is_refused(tmp_path: Path, other: str) -> None:
+    """Without our file there is no fingerprint: the adapter's own weights tell."""
+    adapter, _ = with_adapter(tmp_path / "run")
+    (adapter / models.ORIGIN_FILE).unlink()
+    shapes = {
+        "narrower": {"hidden_size": 8},
+        "shallower": {"num_hidden_layers": 1},
+        "other names": {"model_type": "gpt_neox"},
+    }
+    model = byte_model(**shapes[other])
+    saved(tmp_path / "run" / "contrastive", model)
+    with pytest.raises(ConfigError, match="do not fit those of"):
+        models.open_adapter(adapter, Precision.fp32)
+
+
+def test_an_adapter_on_the_tiny_model_says_why_it_cannot_open(tmp_path: Path) -> None:
+    policy = models.open_policy(TINY, Precision.fp32)
+    adapted = models.add_lora(policy.model, LoraConfig(targets=["q_proj"]), seed=0)
+    models.save_adapter(Policy(adapted, policy.tokenizer, "tiny"), tmp_path / "sft", "tiny")
+    with pytest.raises(ConfigError, match="stands on model=tiny, which is only made in memory"):
+        models.open_adapter(tmp_path / "sft", Precision.fp32)
+
+
+def test_an_adapter_keeps_the_commit_of_its_hub_base(tmp_path: Path) -> None:
+    model = byte_model()
+    model.config._commit_hash = "0123abcd"
+    adapted = models.add_lora(model, LoraConfig(targets=["q_proj"]), seed=0)
+    models.save_adapter(
+        Policy(adapted, models.byte_tokenizer(), "x"), tmp_path / "sft", "some/base"
+    )
+    named = json.loads((tmp_path / "sft" / "adapter_config.json").read_text())
+    assert (named["base_model_name_or_path"], named["revision"]) == ("some/base", "0123abcd")
+
+
+# --- folders ------------------------------------------------------------------------------------
+
+
+def test_a_failed_save_leaves_the_old_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "result"
+    with models.replaced_folder(folder) as staging:
+        (staging / "a").write_text("old")
+    with pytest.raises(FileNotFoundError), models.replaced_folder(folder) as staging:
+        shutil.copy(staging / "absent", staging / "a")
+    assert [p.name for p in tmp_path.iterdir()] == ["result"]
+    assert (folder / "a").read_text() == "old"
+
+
+def test_a_failed_exchange_puts_the_old_folder_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "result"
+    folder.mkdir()
+    (folder / "a").write_text("old")
+    moved, calls = os.replace, []
+
+    def second_fails(source: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError("disk")
+        moved(source, target)
+
+    monkeypatch.setattr(os, "replace", second_fails)
+    with pytest.raises(OSError, match="disk"), models.replaced_folder(folder) as staging:
+        (staging / "a").write_text("new")
+    assert [p.name for p in tmp_path.iterdir()] == ["result"]
+    assert (folder / "a").read_text() == "old"
+
+
+def test_a_second_save_replaces_the_first_whole(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        with models.replaced_folder(tmp_path / "result") as staging:
+            (staging / name).write_text(name)
+    assert [p.name for p in tmp_path.iterdir()] == ["result"]
+    assert [p.name for p in (tmp_path / "result").iterdir()] == ["b"]
+
+
+def test_fingerprint_sees_one_bit(tmp_path: Path) -> None:
+    saved(tmp_path, byte_model())
+    before = models.weights_fingerprint(tmp_path)
+    file = tmp_path / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert models.weights_fingerprint(tmp_path) != before
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("Qwen/Qwen2.5-1.5B", "Qwen2.5-1.5B"),
+        ("/a/b/my model/", "my-model"),
+        ("../..", "model"),
+        ("é", "model"),
+    ],
+)
+def test_a_label_is_a_safe_folder_name(name: str, label: str) -> None:
+    assert models.safe_label(name) == label
