@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo experiment test lint bench clean
 .DELETE_ON_ERROR:
 SHELL := bash
 
@@ -26,14 +26,28 @@ $(INSTALLED): requirements.lock requirements-torch.lock pyproject.toml
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 
+# Sweep jobs and evaluations find what is done, so an interrupted demo goes on where it was.
+DEMO := outputs/demo
 demo: $(INSTALLED)  ## STL against DCR on the embedded model and corpus: a table and a page
-# ---- the main job: the lead edits these lines ----
-	$(RUN) train.py -m method=stl,dcr hydra.sweep.dir=outputs/demo hydra.sweep.subdir='$${method}'
-	$(RUN) eval.py run=outputs/demo/stl
-	$(RUN) eval.py run=outputs/demo/dcr
-	$(RUN) eval.py model=smollm2_135m
-	$(RUN) -m dcr.report outputs/demo/*
-# ---- end of the main job ----
+	$(RUN) train.py -m method=stl,dcr hydra.sweep.dir=$(DEMO) 'hydra.sweep.subdir=$${method}'
+	$(RUN) eval.py -m run=$(DEMO)/stl,$(DEMO)/dcr gen.max_new_tokens=48
+	$(RUN) eval.py model=smollm2_135m output=$(DEMO)/base gen.max_new_tokens=48
+	$(RUN) -m dcr.report $(DEMO)/base $(DEMO)/stl $(DEMO)/dcr out=$(DEMO)/report.html
+
+# The experiment of docs/results.md: make experiment DATA=<data>. Hours on two cores; resumable.
+EXPERIMENT := outputs/experiment
+SOURCES := data=paper data.root=$(DATA) data.normal.count=800 data.safety.count=300 data.safety.refusals_only=true
+SHORT := sft.epochs=1 sft.max_len=192 sft.lora.dropout=0 tracking.snapshots=4 dcr.nll.general_batch_size=2
+SCORING := limit=100 gen.max_new_tokens=48
+RUNS := stl-s0 stl-s1 dcr-s0 dcr-s1 recommended-s0 recommended-s1
+experiment: $(INSTALLED)  ## STL, DCR and DCR with matched contrasts on the real sets, two seeds
+	@test -d "$(DATA)" || { echo 'error: DATA=$(DATA): no such folder; give make experiment DATA=<data>, see docs/data.md'; exit 2; }
+	$(RUN) train.py -m $(SOURCES) $(SHORT) data.toxic.source=stl_safety method=stl,dcr seed=0,1 hydra.sweep.dir=$(EXPERIMENT) 'hydra.sweep.subdir=$${method}-s$${seed}'
+	$(RUN) train.py -m $(SOURCES) $(SHORT) preset=recommended seed=0,1 hydra.sweep.dir=$(EXPERIMENT) 'hydra.sweep.subdir=recommended-s$${seed}'
+	$(RUN) eval.py $(SOURCES) $(SCORING) model=smollm2_135m output=$(EXPERIMENT)/base
+	for run in $(RUNS); do $(RUN) eval.py run=$(EXPERIMENT)/$$run $(SCORING) || exit 1; done
+	for run in $(RUNS); do $(RUN) eval.py run=$(EXPERIMENT)/$$run snapshots=true limit=40 gen.max_new_tokens=48 || exit 1; done
+	$(RUN) -m dcr.report $(EXPERIMENT)/base $(addprefix $(EXPERIMENT)/,$(RUNS)) out=$(EXPERIMENT)/report.html
 
 # Offline once installed; two workers, and each test file stays on one so that its fixtures are built once.
 test: export HF_HUB_OFFLINE := 1

@@ -1,0 +1,223 @@
+"""Time and memory of both stages against a plain transformers training loop on the same rows.
+
+    python benchmarks/training.py [model=smollm2_135m] [steps=6] [threads=2]
+
+Every variant runs in a process of its own (so that peak memory is its own), one after another, on
+the embedded corpus: the same rows in the same steps, the same precision, the same optimiser. The
+plain loops are what one writes by hand: micro-batches of four rows as they come, padded to their
+longest, `model(..., labels=labels).loss`; for stage one, one full forward with
+`output_hidden_states=True`. Step times are summed without the first step. Only the ratios of one
+run of this script mean anything.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from dcr import cli, config, data, likelihood, losses, models, prompts, refusal
+from dcr.config import NLLSource, Stage, TrainConfig
+from dcr.contrastive import ContrastiveModule
+from dcr.models import Policy
+from dcr.sft import SFTModule
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+MICRO_ROWS = 4  # the paper's micro-batch
+VARIANTS = {
+    "sft, plain loop": "plain_sft",
+    "sft, dcr": "ours_sft",
+    "stage one with NLL, plain loop": "plain_contrastive",
+    "stage one with NLL, dcr": "ours_contrastive",
+    "stage one without NLL, dcr": "ours_circle_alone",
+}
+
+
+def settings(model: str) -> TrainConfig:
+    cli.prepare()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return config.resolve(compose("train", [f"model={model}"]), TrainConfig)
+
+
+@contextmanager
+def opened(cfg: TrainConfig, stage: Stage) -> Iterator[tuple[Policy, data.SafetyData]]:
+    """A fresh policy in training mode and the rows of a stage."""
+    precision = (cfg.dcr if stage is Stage.contrastive else cfg.sft).precision
+    policy = models.open_policy(cfg.model, precision, cfg.seed)
+    chat = prompts.chat_format(policy.tokenizer, cfg.model)
+    if stage is Stage.sft:
+        adapted = models.add_lora(policy.model, cfg.sft.lora, cfg.seed)
+        policy = Policy(adapted, policy.tokenizer, policy.name)
+    rows = data.split(cfg.data, cfg.dcr.ratio, cfg.seed, True, refusal.is_refusal)
+    policy.model.train()
+    yield policy, data.SafetyData(stage, rows, chat, cfg.dcr, cfg.sft, cfg.seed)
+
+
+def plain_sft(cfg: TrainConfig, steps: int) -> dict[str, float]:
+    with opened(cfg, Stage.sft) as (policy, rows):
+        model, chosen = policy.model, _row_lists(rows, steps)
+        optimizer = _adamw(model, cfg.sft.lr)
+
+        def step(index: int) -> int:
+            batch = [rows.pairs[i] for i in chosen[index]]
+            groups = [batch[i : i + MICRO_ROWS] for i in range(0, len(batch), MICRO_ROWS)]
+            for group in groups:
+                micro = data.pair_batch(group, rows.pad)
+                # transformers shifts labels itself: position t holds the label of token t
+                labels = torch.full_like(micro.targets, prompts.IGNORED)
+                labels[:, 1:] = micro.targets[:, :-1]
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = model(micro.ids, attention_mask=micro.mask, labels=labels).loss
+                (loss / len(groups)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return sum(len(row.ids) for row in batch)
+
+        return _timed(step, steps)
+
+
+def ours_sft(cfg: TrainConfig, steps: int) -> dict[str, float]:
+    with opened(cfg, Stage.sft) as (policy, rows):
+        chosen = _row_lists(rows, steps)
+        module = SFTModule(policy, cfg.sft, total_steps=steps)
+        optimizer = _adamw(policy.model, cfg.sft.lr)
+
+        def step(index: int) -> int:
+            batch = [rows.pairs[i] for i in chosen[index]]
+            groups = data.micro_batches(batch, cfg.sft.micro_tokens)
+            micros = [data.pair_batch(group, rows.pad) for group in groups]
+            tokens = sum(int((micro.targets != prompts.IGNORED).sum()) for micro in micros)
+            for micro in micros:
+                with torch.autocast("cpu", torch.bfloat16):
+                    total, _ = module.nll(micro)
+                (total / tokens).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return sum(len(row.ids) for row in batch)
+
+        return _timed(step, steps)
+
+
+def plain_contrastive(cfg: TrainConfig, steps: int) -> dict[str, float]:
+    with opened(cfg, Stage.contrastive) as (policy, rows):
+        model, chosen = policy.model, _row_lists(rows, steps)
+        block = config.block_of(cfg.dcr, models.facts(cfg.model).depth)
+        models.freeze_beyond(model, block, cfg.dcr.train_embeddings)
+        optimizer = _adamw(model, cfg.dcr.optim.lr)
+
+        def step(index: int) -> int:
+            batch = data.prompt_batch([rows.prompts[i] for i in chosen[index]], rows.pad)
+            labels = torch.where(batch.mask, batch.ids, prompts.IGNORED)
+            with torch.autocast("cpu", torch.bfloat16):
+                output: Any = model(
+                    batch.ids,
+                    attention_mask=batch.mask,
+                    labels=labels,
+                    output_hidden_states=True,
+                )
+            last = batch.mask.sum(1) - 1
+            features = output.hidden_states[block][torch.arange(len(last)), last]
+            circle = losses.circle_loss(features, batch.labels, cfg.dcr.margin, cfg.dcr.scale)
+            (circle + cfg.dcr.nll.weight * output.loss).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return int(batch.mask.sum())
+
+        return _timed(step, steps)
+
+
+def ours_contrastive(cfg: TrainConfig, steps: int) -> dict[str, float]:
+    with opened(cfg, Stage.contrastive) as (policy, rows):
+        chosen = _row_lists(rows, steps)
+        block = config.block_of(cfg.dcr, models.facts(cfg.model).depth)
+        module = ContrastiveModule(policy, cfg.dcr, block, total_steps=steps)
+        optimizer = _adamw(policy.model, cfg.dcr.optim.lr)
+
+        def step(index: int) -> int:
+            batch = data.prompt_batch([rows.prompts[i] for i in chosen[index]], rows.pad)
+            with torch.autocast("cpu", torch.bfloat16):
+                features, nll = module.forward_losses(module, batch)
+                circle, _ = module.circle(features, batch.labels)
+            (circle + cfg.dcr.nll.weight * nll).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return int(batch.mask.sum())
+
+        return _timed(step, steps)
+
+
+def ours_circle_alone(cfg: TrainConfig, steps: int) -> dict[str, float]:
+    cfg.dcr.nll.weight, cfg.dcr.nll.source = 0.0, NLLSource.none
+    return ours_contrastive(cfg, steps)
+
+
+def head_values() -> None:
+    """The head's NLL equals transformers' own on one batch, or the comparison means nothing."""
+    policy = models.open_policy(settings("tiny").model, config.Precision.fp32)
+    ids = torch.randint(4, 250, (2, 12))
+    hidden = models.backbone(policy.model)(input_ids=ids).last_hidden_state
+    total, _ = likelihood.head_nll(policy.model, hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(total / 22, policy.model(ids, labels=ids).loss)
+
+
+def _row_lists(rows: data.SafetyData, steps: int) -> list[list[int]]:
+    found: list[list[int]] = []
+    for epoch in range(steps):
+        rows.sampler.set_epoch(epoch)
+        found += list(rows.sampler)
+    return found[: steps + 1]
+
+
+def _adamw(model: Any, lr: float) -> torch.optim.AdamW:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+
+
+def _timed(step: Callable[[int], int], steps: int) -> dict[str, float]:
+    step(0)
+    began, tokens = time.perf_counter(), 0
+    for index in range(1, steps + 1):
+        tokens += step(index)
+    seconds = time.perf_counter() - began
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {"seconds": seconds, "tokens_per_second": tokens / seconds, "peak_gib": memory}
+
+
+def main() -> None:
+    options = {"model": "smollm2_135m", "steps": "6", "threads": "2", "variant": ""}
+    options |= dict(argument.split("=", 1) for argument in sys.argv[1:])
+    if options["variant"]:
+        torch.set_num_threads(int(options["threads"]))
+        measured = globals()[options["variant"]](settings(options["model"]), int(options["steps"]))
+        print(json.dumps(measured))
+        return
+    head_values()
+    table = Table("variant", "seconds", "tokens/s", "peak GiB", "time against the plain loop")
+    plain = 1.0
+    for name, variant in VARIANTS.items():
+        command = [sys.executable, __file__, *sys.argv[1:], f"variant={variant}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        got = json.loads(done.stdout.splitlines()[-1])
+        plain = got["seconds"] if variant.startswith("plain") else plain
+        table.add_row(
+            name,
+            f"{got['seconds']:.1f}",
+            f"{got['tokens_per_second']:.0f}",
+            f"{got['peak_gib']:.2f}",
+            f"{got['seconds'] / plain:.2f}",
+        )
+    print(OmegaConf.to_yaml(options).strip())
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    main()
