@@ -1,20 +1,23 @@
-"""What both Hydra entry points share: run-folder names, and errors in one line with an exit code."""
+"""What both Hydra entry points share: names of run folders, and errors in one line with a code."""
 
-import difflib
+import argparse
+import errno
 import functools
 import hashlib
 import logging
 import os
-import re
 import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -22,24 +25,27 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
-from dcr import runs
-from dcr.config import EvalConfig, TrainConfig, UserError
-from dcr.models import safe_label
+from dcr import config, runs
+from dcr.config import ConfigError, EvalConfig, TrainConfig, UserError
+
+SCHEMAS = {"train": TrainConfig, "eval": EvalConfig}
+# What the machine rather than the program is to blame for: worth a line, not a traceback.
+DISK_FAULTS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG),
+    *(errno.EEXIST, errno.ENOTDIR),
+}
+NO_RAM = "can't allocate memory"  # torch's words when the CPU has too little
+SIGNALLED = 128  # exit codes above it say which signal ended the process
 
 
 def prepare() -> None:
     """Register schemas and resolvers, and let Hydra raise instead of printing several lines."""
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    store = ConfigStore.instance()
-    store.store(name="train_schema", node=TrainConfig)
-    store.store(name="eval_schema", node=EvalConfig)
+    for name, schema in SCHEMAS.items():
+        ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
-    if {"-m", "--multirun"} & set(sys.argv):
-        # the group that makes a sweep one dashboard: the same command gives the same group
-        named = hashlib.sha256(" ".join(sys.argv[1:]).encode()).hexdigest()[:8]
-        os.environ.setdefault("DCR_SWEEP", f"sweep-{named}")
     _quieten()
 
 
@@ -65,49 +71,105 @@ def _run_folder(parent: str = "", *, _root_: DictConfig) -> str:
     plain = OmegaConf.to_container(_root_, resolve=False)
     assert isinstance(plain, dict)
     settings = runs.binding({str(k): v for k, v in plain.items() if k != "hydra"})
-    label = safe_label(str(_root_.model.get("label") or _root_.model.name))
+    model = _root_.model
+    given = "label" in _fields_of_model(_overrides(_root_.hydra))
+    of_another = config.names_another_model(model) and not given
+    label = config.label_of(str((not of_another and model.get("label")) or model.name))
     name = f"{label}-{getattr(_root_.method, 'name', _root_.method)}-{runs.fingerprint(settings)}"
     return f"{parent}/{name}" if parent else name
+
+
+def _overrides(hydra: Any) -> list[str]:
+    """What the command, or this job of a sweep, sets: as written, interpolations and all."""
+    written = OmegaConf.to_container(hydra.overrides.task, resolve=False)
+    assert isinstance(written, list)
+    return [str(override) for override in written]
+
+
+def _fields_of_model(overrides: Sequence[str]) -> list[str]:
+    """The fields of `model` that a command sets, one by one rather than by a file."""
+    keys = [override.lstrip("+~").split("=")[0] for override in overrides]
+    return [key.split(".")[1] for key in keys if key.startswith("model.")]
 
 
 @dataclass(frozen=True)
 class Outcome:
     """How one job of a command ended."""
 
-    overrides: str
+    overrides: list[str]
     folder: Path
     seconds: float
     error: Exception | None
 
 
-OUTCOMES: list[Outcome] = []  # of this process's jobs, in order: a sweep reports them at its end
+# Of this process's jobs, in order. Before the first has begun, any fault is the command's; at the
+# end, a sweep reports them.
+BEGUN: list[list[str]] = []
+OUTCOMES: list[Outcome] = []
 
 
 def job(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
     """Wrap a Hydra task: note how it ended, and leave no trace of a job that wrote nothing.
 
     A user's error is kept for `run` to print in one line; in a sweep any error is, so that the
-    jobs behind it still run. Launchers that start other processes see the error itself.
+    jobs behind it still run. A signal ends the whole sweep. Launchers that start other processes
+    see the error itself.
     """
 
     @functools.wraps(function)
     def noted(composed: DictConfig) -> None:
         began, error = time.perf_counter(), None
+        overrides = _overrides(HydraConfig.get())
+        BEGUN.append(overrides)
         kept = Exception if _sweeps_here() else UserError
         try:
-            function(composed)
+            with faults_in_words():
+                config.leave_numbers_of_another_model(composed, _fields_of_model(overrides))
+                function(composed)
         except kept as caught:
-            if not isinstance(caught, UserError):
-                traceback.print_exception(caught)
             if _sweeps_elsewhere():
                 raise
+            if not isinstance(caught, UserError):
+                traceback.print_exception(caught)
+            elif caught.exit_code > SIGNALLED:
+                _fail(str(caught), caught.exit_code)
             error = caught
         finally:
             forget_empty(output_folder())
-        overrides = " ".join(HydraConfig.get().overrides.task)
-        OUTCOMES.append(Outcome(overrides, output_folder(), time.perf_counter() - began, error))
+        spent = time.perf_counter() - began
+        OUTCOMES.append(Outcome(overrides, output_folder(), spent, error))
 
     return noted
+
+
+@contextmanager
+def faults_in_words() -> Iterator[None]:
+    """Turn what the configuration, the disk or the memory is to blame for into a UserError."""
+    try:
+        yield
+    except OmegaConfBaseException as error:
+        raise ConfigError(config.one_line(error, *_schemas())) from error
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or NO_RAM in str(error):
+            raise OutOfMemory from error
+        raise
+    except OSError as error:
+        if error.errno not in DISK_FAULTS:
+            raise
+        place = error.filename or (HydraConfig.initialized() and output_folder()) or "disk"
+        raise UserError(f"{place}: {error.strerror}; free or choose another place") from error
+
+
+class OutOfMemory(UserError):
+    """The device is too small for these settings."""
+
+    exit_code = 1
+
+    def __init__(self) -> None:
+        super().__init__(
+            "out of memory: lower dcr.batch_size, sft.micro_tokens or gen.batch_size, set "
+            "sft.gradient_checkpointing=true, or use dcr.adapter=lora; plan=true estimates the need"
+        )
 
 
 def _launcher() -> str:
@@ -125,12 +187,28 @@ def _sweeps_elsewhere() -> bool:
 def run(main: Callable[[], Any]) -> None:
     """Call a Hydra main; a user's error becomes one line on stderr and exit code 2."""
     prepare()
+    BEGUN.clear()
+    OUTCOMES.clear()
+    sweep = {"-m", "--multirun"} & set(sys.argv)
+    if sweep:
+        # the group that makes a sweep one dashboard: the same command gives the same group
+        named = hashlib.sha256(" ".join(sys.argv[1:]).encode()).hexdigest()[:8]
+        os.environ.setdefault("DCR_SWEEP", f"sweep-{named}")
     try:
-        main()
+        with faults_in_words():
+            _check_command_line()
+            main()
     except UserError as error:
         _fail(str(error), error.exit_code)
-    except (HydraException, OmegaConfBaseException) as error:
-        _fail(_one_line(error), 2)
+    except (HydraException, ValueError) as error:
+        if BEGUN:
+            raise
+        _fail(config.one_line(error, *_schemas()), ConfigError.exit_code)
+    except KeyboardInterrupt:
+        _fail("stopped; the same command goes on", SIGNALLED + 2)
+    finally:
+        if sweep:
+            _forget_sweep()
     failed = [outcome for outcome in OUTCOMES if outcome.error is not None]
     if len(OUTCOMES) > 1:
         _print_sweep(OUTCOMES)
@@ -139,49 +217,53 @@ def run(main: Callable[[], Any]) -> None:
         _fail(str(failed[0].error), getattr(failed[0].error, "exit_code", 1))
 
 
+def _forget_sweep() -> None:
+    """Remove Hydra's record of a sweep (each run has its own), and its folder if no job wrote."""
+    key = "hydra.sweep.dir="
+    named = [argument.removeprefix(key) for argument in sys.argv if argument.startswith(key)]
+    folder = Path(named[-1].strip("'\"") if named else "multirun")
+    (folder / "multirun.yaml").unlink(missing_ok=True)
+    forget_empty(folder)
+
+
+def _check_command_line() -> None:
+    """Refuse what Hydra's parser would refuse in several lines."""
+    parser = get_args_parser()
+    parser.exit_on_error = False  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        _, unknown = parser.parse_known_args()
+    except argparse.ArgumentError as error:
+        raise ConfigError(str(error)) from error
+    for argument in unknown:
+        cure = "settings are written key=value" if argument[0] == "-" else "options come first"
+        raise ConfigError(f"{argument}: {cure}, as in -m dcr.epochs=1,2")
+
+
+def _schemas() -> list[type]:
+    """What the command can be told: the schema of its own script, where that is known."""
+    named = SCHEMAS.get(Path(sys.argv[0]).stem)
+    return [named] if named else list(SCHEMAS.values())
+
+
 def _print_sweep(outcomes: list[Outcome]) -> None:
-    table = Table("job", "folder", "minutes", "outcome")
+    """A row for each job, told apart by the overrides that differ, and a line for each error."""
+    shared = set.intersection(*(set(outcome.overrides) for outcome in outcomes))
+    table = Table("job", "minutes", "outcome", Column("folder", overflow="fold"))
+    errors: list[str] = []
     for outcome in outcomes:
-        ended = "done" if outcome.error is None else " ".join(str(outcome.error).split())
-        minutes = f"{outcome.seconds / 60:.1f}"
-        table.add_row(outcome.overrides, str(outcome.folder), minutes, ended)
+        job = " ".join(o for o in outcome.overrides if o not in shared)
+        ended = "done" if outcome.error is None else "failed"
+        table.add_row(job, f"{outcome.seconds / 60:.1f}", ended, os.path.relpath(outcome.folder))
+        if outcome.error is not None:
+            what = " ".join(str(outcome.error).split()) or type(outcome.error).__name__
+            errors.append(f"{job}: {what}")
     Console(stderr=True).print(table)
+    print(*errors, sep="\n", file=sys.stderr)
 
 
 def _fail(message: str, code: int) -> None:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
-
-
-def _one_line(error: Exception) -> str:
-    """Hydra's several lines as one that names the key and the nearest name that exists."""
-    text = str(error)
-    unknown = re.search(r"Key '([^']+)' (?:is )?not in '?(\w+)", text)
-    path = re.search(r"full_key: (\S+)", text)
-    if unknown and path:
-        key = path.group(1)
-        near = difflib.get_close_matches(key, _keys(TrainConfig()) + _keys(EvalConfig()), n=1)
-        return f"{key}: no such setting" + (f"; did you mean {near[0]}?" if near else "")
-    override = re.search(r"Could not override '([^']+)'", text)
-    if override and "not in" in text:
-        key = override.group(1)
-        near = difflib.get_close_matches(key, _keys(TrainConfig()) + _keys(EvalConfig()), n=1)
-        return f"{key}: no such setting" + (f"; did you mean {near[0]}?" if near else "")
-    if path:
-        reason = text.splitlines()[0]
-        return f"{path.group(1)}: {reason}"
-    return re.sub(r"\s+", " ", text.split("To append to your config")[0])
-
-
-def _keys(node: object, prefix: str = "") -> list[str]:
-    assert is_dataclass(node)
-    found = []
-    for entry in fields(node):
-        value = getattr(node, entry.name)
-        found.append(prefix + entry.name)
-        if is_dataclass(value):
-            found += _keys(value, f"{prefix}{entry.name}.")
-    return found
 
 
 def output_folder() -> Path:
@@ -190,10 +272,14 @@ def output_folder() -> Path:
 
 
 def forget_empty(folder: Path) -> None:
-    """Remove the folder Hydra made if nothing was written, so that a bad command leaves no trace."""
-    for place in (folder, *folder.parents[:1]):
-        if place.is_dir() and place != Path.cwd() and not any(place.iterdir()):
+    """Remove the folder Hydra made, and its parents, if nothing was written there."""
+    for place in (whole := folder.absolute(), *whole.parents):
+        if not place.is_dir() or place.is_symlink() or place in (here := Path.cwd(), *here.parents):
+            return
+        try:
             place.rmdir()
+        except OSError:  # not empty, or not ours to remove
+            return
 
 
 def plain(config: object) -> dict[str, Any]:

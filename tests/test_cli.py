@@ -1,0 +1,373 @@
+"""The command line: one line for every bad input, nothing written, and sweeps that go on."""
+
+import errno
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from tiny_run import CONF, overrides
+
+from dcr import cli, models, runs
+from dcr.config import UserError
+from dcr.resuming import Interrupted
+from dcr.runs import Run
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """What follows `error: ` on the only line of stderr that is not a log line."""
+        lines = [line for line in self.err.splitlines() if not line.startswith("[")]
+        assert len(lines) == 1, self.err
+        assert lines[0].startswith("error: "), self.err
+        return lines[0].removeprefix("error: ")
+
+
+Command = Callable[..., Ended]
+
+
+@pytest.fixture
+def command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Command]:
+    """`command("train", "model=tiny")`: the script from its last line on, in an empty folder."""
+
+    def call(script: str, *arguments: str) -> Ended:
+        file = ROOT / f"{script}.py"
+        monkeypatch.setattr(sys, "argv", [str(file), *arguments])
+        GlobalHydra.instance().clear()
+        capsys.readouterr()
+        code = 0
+        try:
+            runpy.run_path(str(file), run_name="__main__")
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        said = capsys.readouterr()
+        return Ended(code, said.out, said.err)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DCR_CACHE", str(tmp_path / "cache"))
+    for name in ("DCR_SWEEP", "HYDRA_FULL_ERROR"):  # set by the command, gone with the test
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    yield call
+    GlobalHydra.instance().clear()
+    HydraConfig.instance().cfg = None
+
+
+# Arguments after `train.py model=tiny`, and what the line must say: key, value, cure.
+BAD_SETTINGS = {
+    "dcr.epoch=3": "dcr.epoch: no such setting; did you mean dcr.epochs?",
+    "epochs=3": "epochs: no such setting; did you mean dcr.epochs or model.epochs or sft.epochs?",
+    "gen.max_new_tokens=3": "gen.max_new_tokens: no such setting; --cfg job lists what there is",
+    "+foo=1": "foo: no such setting; --cfg job lists what there is",
+    "++dcr.epoch=1": "dcr.epoch: no such setting; did you mean dcr.epochs?",
+    "+dcr.epochs=1": "+dcr.epochs: exists already; leave out the +",
+    "~dcr.margin": "~dcr.margin: a setting cannot be taken away; give it a value",
+    "model=qwen3": "model=qwen3: choose one of llama3_8b, qwen2_5_1_5b, qwen2_5_7b, smollm2_135m, "
+    "tiny; any other: model.name=<folder or hub id>",
+    "sweep=seeds": "sweep=seeds: choose one of epochs, layer_margin, methods, ratio",
+    "dcr.margin=abc": "dcr.margin=abc: give a number",
+    "dcr.margin=": "dcr.margin=: give a number",
+    "dcr.epochs=1.5": "dcr.epochs=1.5: give a whole number",
+    "dcr.epochs=null": "dcr.epochs=null: it needs a value",
+    "sft.train_on_prompt=maybe": "sft.train_on_prompt=maybe: give true or false",
+    "wandb.tags=a": "wandb.tags=a: give a list, as in key=[a,b]",
+    "dcr=3": "dcr=3: it is a group of settings; set one of those inside",
+    "dcr.margin=${margin}": "${margin}: there is no such setting to take a value from",
+    "method=foo": "method=foo: choose one of dcr, stl",
+    "stage=contrastve": "stage=contrastve: choose one of all, contrastive, sft",
+    "dcr.sampler=x": "dcr.sampler=x: choose one of balanced, stratified, proportional",
+    "trainer.accelerator=npu": "trainer.accelerator=npu: choose one of auto, cpu, gpu, ",
+    "dcr.epochs=0": "dcr.epochs=0: give 1 or more",
+    "dcr.optim.lr=-0.1": "dcr.optim.lr=-0.1: give a learning rate above 0",
+    "dcr.margin=nan": "dcr.margin=nan: give a number inside (0, 1)",
+    "dcr.scale=0": "dcr.scale=0.0: give a number above 0",
+    "dcr.layer=3": "dcr.layer=3: the model has blocks 1 to 2",
+    "dcr.layer=0": "dcr.layer=0: the model has blocks 1 to 2",
+    "dcr.layer=-1": "dcr.layer=-1: blocks are counted from 1",
+    "dcr.ratio=0": "dcr.ratio=0.0: give toxic rows per seemingly toxic row, above 0",
+    "dcr.ratio=50": "dcr.ratio=50.0 asks for 2000 rows: only ",
+    "dcr.batch_size=1": "dcr.batch_size=1: a batch must hold both classes; give 2 or more",
+    "sft.lora.targets=[]": "sft.lora.targets=[]: name modules, or [all-linear]",
+    "seed=-1": "seed=-1: give a whole number in [0, 2**32)",
+    "wandb.project=a/b": "wandb.project=a/b: use letters, digits, '.', '_' and '-' only",
+    "data.normal.count=100000": "data.normal.count asks for 100000 rows: only ",
+    "data.toxic.source=[]": "data.toxic.source=[]: give a source's name, a JSONL path, or a list",
+    "data.toxic.source=demo_toxc": "no data source is called 'demo_toxc'; did you mean demo_toxic",
+    "data.toxic.source=no/such.jsonl": "no/such.jsonl: No such file or directory; check the path",
+    "data.toxic.source=alpaca": "alpaca holds normal prompts, not toxic; choose another source",
+    "model.name=../../etc/x": "model.name=../../etc/x: cannot be opened",
+    "stage=sft": "holds no contrastive/ to start from; run stage=contrastive or stage=all",
+    "dcr.margin=1,2": "dcr.margin=1,2: several values; add -m to try each, or write key=[a,b]",
+    "dcr.margin": "dcr.margin: cannot be read; settings are written key=value",
+    "dcr.margin=[1": "dcr.margin=[1: cannot be read; settings are written key=value",
+    "=3": "model=, data=, preset= and sweep= take the name of a file in conf/",
+    "preset=null": "model=, data=, preset= and sweep= take the name of a file in conf/",
+    "--model": "--model: settings are written key=value",
+    "--config-name": "argument --config-name/-cn: expected one argument",
+}
+
+
+@pytest.mark.parametrize(("argument", "says"), BAD_SETTINGS.items(), ids=BAD_SETTINGS)
+def test_bad_setting_is_one_line_and_leaves_nothing(
+    command: Command, tmp_path: Path, argument: str, says: str
+) -> None:
+    named = [] if argument.startswith("model=") else ["model=tiny"]
+    ended = command("train", *named, argument)
+    assert ended.code == 2
+    assert says in ended.error
+    assert ended.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["stage=contrastive", "method=stl"], "STL has no contrastive stage; use method=dcr"),
+        (["data=paper", "data.root=nowhere"], "data.root=nowhere: not a folder"),
+        (["dcr.precision=bf16", "dcr.optim.lr=1e-7"], "dcr.optim.lr=1e-07: too small to move bf16"),
+        (["dcr.layer=2", "dcr.layer_base=zero_based"], "dcr.layer=2: the model has blocks 0 to 1"),
+        (["seed=-1", "run=some/where/deep"], "seed=-1: "),
+        (["-m", "dcr.margin=0.1,abc"], "dcr.margin=abc: give a number"),
+        (["-m", "dcr.margin=2"], "dcr.margin=2.0: give a number inside (0, 1)"),
+        (["dcr.scale=2", "-m", "dcr.margin=0.1"], "dcr.margin=0.1: options come first, as in -m"),
+    ],
+)
+def test_bad_combination_is_one_line_and_leaves_nothing(
+    command: Command, tmp_path: Path, arguments: list[str], says: str
+) -> None:
+    ended = command("train", *arguments, "model=tiny")
+    assert ended.code == 2
+    assert says in ended.error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "nothing to evaluate: give run=<folder> or model=<name>"),
+        (["run=not/there"], "run=not/there: no config.yaml there; name a run folder"),
+        (["model=qwen3"], "model=qwen3: choose one of"),
+        (["model=tiny", "tasks=[]"], "tasks=[]: nothing to evaluate; name at least one task"),
+        (["model=tiny", "tasks=[foo]"], "tasks=[foo]: choose one of over_refusal, safety"),
+        (["model=tiny", "limit=0"], "limit=0: give 1 or more, or null for whole sets"),
+        (["model=tiny", "wandb.project=a/b"], "wandb.project=a/b: use letters"),
+        (["model=tiny", "dcr.margin=0.3"], "dcr.margin: no such setting"),
+        (["model=tiny", "keyword.rules=strict"], "keyword.rules=strict: choose one of paper, "),
+    ],
+)
+def test_bad_evaluation_is_one_line_and_leaves_nothing(
+    command: Command, tmp_path: Path, arguments: list[str], says: str
+) -> None:
+    ended = command("eval", *arguments)
+    assert ended.code == 2
+    assert says in ended.error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", ": "),
+        (b'{"prompt": "hi"}\n{"promt": "hi"}\n', "bad.jsonl:2: prompt: "),
+        (b'{"prompt": 3}\n', "bad.jsonl:1: prompt: "),
+        (b'{"prompt": "hi"\n', "bad.jsonl:1: "),
+        (b'{"prompt": "\xff"}\n', "bad.jsonl:1: "),
+    ],
+    ids=["empty", "no prompt", "wrong type", "half a row", "not UTF-8"],
+)
+def test_malformed_rows_name_file_and_line(
+    command: Command, tmp_path: Path, content: bytes, says: str
+) -> None:
+    file = tmp_path / "bad.jsonl"
+    file.write_bytes(content)
+    ended = command("train", "model=tiny", f"data.toxic.source={file}")
+    assert ended.code == 2
+    assert f"{tmp_path}/bad.jsonl" in ended.error
+    assert says in ended.error
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_unusable_run_folder_is_named(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert f"{tmp_path}/file" in command("train", "model=tiny", f"run={tmp_path}/file").error
+    below = command("train", "model=tiny", f"run={tmp_path}/file/run")
+    assert (below.code, f"{tmp_path}/file" in below.error) == (2, True)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_folders_that_hold_something_survive_a_bad_command(
+    command: Command, tmp_path: Path
+) -> None:
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/notes.txt").write_text("mine")
+    command("train", "model=tiny", "seed=-1", "run=results/deep/run")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "results", tmp_path / "results/notes.txt"]
+
+
+# --- the real command line, imports and all ---
+
+
+def test_a_process_of_its_own_says_the_same(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, ROOT / "train.py", "dcr.epoch=3"], cwd=tmp_path, capture_output=True
+    )
+    says = b"error: dcr.epoch: no such setting; did you mean dcr.epochs?\n"
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, b"", says)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- run folders ---
+
+
+def finished(folder: Path, settings: list[str], command: Command) -> Run:
+    """A run folder of these settings with empty results, so that training has nothing to do."""
+    shown = command("train", *settings, f"run={folder}", "--cfg", "job", "--resolve")
+    run = Run(folder)
+    composed = yaml.safe_load(shown.out)
+    composed["data"] |= {
+        name: composed["data"][name] | {"source": [composed["data"][name]["source"]]}
+        for name in ("seemingly_toxic", "toxic", "safety", "normal")
+    }
+    runs.write_text(run.config_file, yaml.safe_dump(composed))
+    for stage in ("contrastive", "sft"):
+        run.stage(stage).mkdir()
+    return run
+
+
+def test_another_configuration_is_refused_with_the_differences_unless_forced(
+    command: Command, tmp_path: Path
+) -> None:
+    settings = overrides(tmp_path / "rows")
+    run = finished(tmp_path / "run", settings, command)
+    again = command("train", *settings, f"run={run.folder}")
+    assert again.code == 0
+    assert again.out.endswith(f"\n{run.folder}\n")
+
+    before = run.config_file.read_bytes()
+    changed = [*settings, f"run={run.folder}", "dcr.margin=0.3", "sft.lr=1e-5"]
+    ended = command("train", *changed)
+    assert ended.code == 2
+    for part in ("dcr.margin: 0.25 -> 0.3", "sft.lr: 0.001 -> 1e-05", "force=true", "run="):
+        assert part in ended.error
+    assert run.config_file.read_bytes() == before
+
+    assert command("train", *changed, "force=true").code == 0
+    assert run.config()["dcr"]["margin"] == 0.3
+
+
+def folder_of(*arguments: str) -> str:
+    """The run folder that a command would use."""
+    cli.prepare()
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        composed = compose("train", ["model=tiny", *arguments], return_hydra_config=True)
+    return composed.hydra.run.dir
+
+
+def test_run_folder_follows_from_what_binds() -> None:
+    mine = folder_of()
+    assert mine.startswith("outputs/tiny-dcr-")
+    same = ["stage=sft", "plan=true", "force=true", "trainer.threads=1", "wandb.project=x"]
+    assert {folder_of(argument) for argument in ["data=demo", *same]} == {mine}
+    other = ["seed=1", "dcr.margin=0.3", "sft.lr=2e-4", "data.normal.count=3", "method=stl"]
+    names = {folder_of(argument) for argument in other}
+    assert len(names | {mine}) == len(other) + 1
+    assert folder_of("run=my/own") == "my/own"
+
+
+def test_run_folder_is_called_after_the_model_that_is_named() -> None:
+    assert "/Qwen2-0.5B-dcr-" in folder_of("model.name=Qwen/Qwen2-0.5B")
+    named = folder_of("model.name=/some/folder/", "model.label=../mine")
+    assert named.startswith("outputs/mine-dcr-")
+    assert "/folder-dcr-" in folder_of("model.name=/some/folder/")
+
+
+# --- sweeps ---
+
+
+def test_a_sweep_goes_on_after_a_bad_job_and_sums_up(command: Command, tmp_path: Path) -> None:
+    quick = ["dcr.epochs=1", "sft.epochs=1", "data.normal.count=8", "dcr.draws=8"]
+    settings = overrides(tmp_path / "rows", *quick)
+    ended = command("train", "-m", *settings, "dcr.ratio=50,1")
+    assert ended.code == 1
+    folders = [path for path in (tmp_path / "multirun").iterdir() if path.is_dir()]
+    assert len(folders) == 1  # the bad job left nothing
+    assert Run(folders[0]).done("sft")
+    assert Run(folders[0]).config()["dcr"]["ratio"] == 1.0
+    assert re.search(r"dcr\.ratio=50 *│ 0\.0 *│ failed", ended.err)
+    assert re.search(r"dcr\.ratio=1 *│ 0\.\d *│ done", ended.err)
+    assert ended.err.endswith(
+        "dcr.ratio=50: dcr.ratio=50.0 asks for 600 rows: only 36 are left; ask for fewer\n"
+    )
+    assert "Traceback" not in ended.err
+    assert "Error executing job" not in ended.err
+
+
+def test_a_signal_ends_the_whole_sweep(
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    jobs: list[object] = []
+
+    def stopped(settings: object) -> None:
+        jobs.append(settings)
+        raise Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr(models, "facts", stopped)
+    ended = command("train", "-m", "model=tiny", "dcr.margin=0.1,0.2")
+    assert ended.code == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM" in ended.error
+    assert len(jobs) == 1
+
+
+def test_a_defect_keeps_its_traceback_and_the_sweep_goes_on(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs: list[object] = []
+
+    def broken(settings: object) -> None:
+        jobs.append(settings)
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr(models, "facts", broken)
+    ended = command("train", "-m", "model=tiny", "dcr.margin=0.1,0.2")
+    assert (ended.code, len(jobs)) == (1, 2)
+    assert ended.err.count("ZeroDivisionError: a defect") == 2
+    with pytest.raises(ZeroDivisionError):
+        command("train", "model=tiny")
+
+
+def test_faults_of_disk_and_memory_are_one_line(tmp_path: Path) -> None:
+    faults = {
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/full/file"): "/full/file: No space left",
+        torch.OutOfMemoryError("CUDA out of memory"): "out of memory: lower dcr.batch_size",
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"): "out of memory: lower",
+        MemoryError(): "out of memory: lower",
+    }
+    for fault, says in faults.items():
+        with pytest.raises(UserError, match=says), cli.faults_in_words():
+            raise fault
+    for bug in (FileNotFoundError(errno.ENOENT, "no", "x"), RuntimeError("shape"), KeyError("x")):
+        with pytest.raises(type(bug)), cli.faults_in_words():
+            raise bug

@@ -1,0 +1,343 @@
+"""Every shipped YAML, the paper's numbers and commands, and what becomes of random settings."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dcr import cli, config, models
+from dcr.config import (
+    ConfigError,
+    ContrastiveConfig,
+    EvalConfig,
+    LayerBase,
+    LoraConfig,
+    Method,
+    ModelConfig,
+    NLLSource,
+    Precision,
+    Stage,
+    TrainConfig,
+    UserError,
+)
+
+CONF = Path(__file__).parent.parent / "conf"
+FILES = sorted(CONF.rglob("*.yaml"))
+
+
+def composed(script: str, *overrides: str, hydra: bool = False) -> DictConfig:
+    """What Hydra makes of a command line."""
+    cli.prepare()
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return compose(script, list(overrides), return_hydra_config=hydra)
+
+
+def train_config(*overrides: str) -> TrainConfig:
+    return config.resolve(composed("train", *overrides), TrainConfig)
+
+
+def block(found: TrainConfig) -> int:
+    """ℓ of a command, with the depth from the model's facts and no weight read."""
+    return config.block_of(found.dcr, models.facts(found.model).depth)
+
+
+# --- every file ---
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONF)))
+def test_every_file_composes_and_resolves(path: Path) -> None:
+    assert len(FILES) >= 15
+    if path.parent == CONF:
+        script, choice = path.stem, ["model=tiny"]
+    else:
+        script, choice = "train", [f"{path.parent.relative_to(CONF)}={path.stem}"]
+    schema = {"train": TrainConfig, "eval": EvalConfig}[script]
+    if schema is EvalConfig:
+        choice.append("data=demo")
+    found = config.resolve(composed(script, *choice), schema)
+    assert isinstance(found, schema)
+    if isinstance(found, TrainConfig):
+        assert 1 <= block(found) <= models.facts(found.model).depth
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("model/*.yaml")), ids=lambda path: path.stem)
+def test_every_number_of_a_model_file_arrives(path: Path) -> None:
+    arrived = cli.plain(train_config(f"model={path.stem}").model)
+    for key, written in yaml.safe_load(path.read_text()).items():
+        value = arrived[key]
+        assert value == (float(written) if isinstance(value, float) else written), key
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("sweep/*.yaml")), ids=lambda path: path.stem)
+def test_a_sweep_file_sets_parameters_of_the_sweep_alone(path: Path) -> None:
+    content = yaml.safe_load(path.read_text())
+    assert set(content) == {"hydra"}
+    assert set(content["hydra"]) == {"sweeper"}
+    assert set(content["hydra"]["sweeper"]) == {"params"}
+    plain = OmegaConf.to_container(composed("train", f"sweep={path.stem}"))
+    assert plain == OmegaConf.to_container(composed("train"))
+    for key, values in content["hydra"]["sweeper"]["params"].items():
+        for value in str(values).split(","):
+            train_config(f"{key}={value}")
+
+
+# --- the paper's commands and numbers ---
+
+COMMANDS = {
+    "model=llama3_8b stage=contrastive": 15,
+    "model=qwen2_5_1_5b": 13,
+    "model=qwen2_5_7b": 13,
+    "": 14,
+    "dcr.epochs=5": 14,  # other values in conf/sweep, each of which is resolved above
+    "dcr.layer=17 dcr.margin=0.4": 17,
+    "dcr.ratio=5": 14,
+}
+
+
+@pytest.mark.parametrize(("command", "layer"), COMMANDS.items(), ids=COMMANDS)
+def test_the_papers_commands_compose_and_validate(command: str, layer: int) -> None:
+    assert block(train_config(*command.split())) == layer
+
+
+def test_any_model_with_the_papers_data(tiny_folder: Path, tmp_path: Path) -> None:
+    named = [f"model.name={tiny_folder}", "data=paper", f"data.root={tmp_path}"]
+    found = train_config(*named, "data.toxic.source=stl_safety")
+    assert (block(found), found.data.toxic.source) == (1, ["stl_safety"])  # 14/30 of two blocks
+
+
+@pytest.mark.parametrize(
+    ("model", "layer", "epochs", "sft_epochs"),
+    [("qwen2_5_1_5b", 13, 3, 3), ("qwen2_5_7b", 13, 2, 4), ("llama3_8b", 15, 3, 4)],
+)
+def test_the_papers_numbers(model: str, layer: int, epochs: int, sft_epochs: int) -> None:
+    found = train_config(f"model={model}", "data=paper")
+    dcr, sft = found.dcr, found.sft
+    assert (dcr.layer, dcr.epochs, sft.epochs) == (layer, epochs, sft_epochs)
+    assert (dcr.margin, dcr.scale, dcr.ratio, dcr.batch_size) == (0.25, 16.0, 2.0, 32)
+    assert (dcr.nll.weight, dcr.nll.source) == (0.001, NLLSource.prompt_tokens)
+    assert (dcr.optim.lr, sft.lr, sft.batch_size, sft.warmup) == (1e-4, 1e-4, 128, 0.03)
+    lora = LoraConfig(rank=8, alpha=32, dropout=0.05, targets=["q_proj", "v_proj"])
+    assert sft.lora == lora
+    assert found.data.seemingly_toxic.count == 250
+    assert (found.data.normal.count, found.data.safety.count) == (20000, 1000)
+    assert found.preset_name == "paper"
+
+
+# --- how nodes hang together ---
+
+
+def test_stage_numbers_follow_the_model_until_told_otherwise() -> None:
+    assert train_config("model.layer=7", "model.epochs=4").dcr.layer == 7
+    found = train_config("model=llama3_8b", "dcr.layer=9", "dcr.epochs=1", "sft.lr=1e-5")
+    assert (found.dcr.layer, found.dcr.epochs, found.sft.lr) == (9, 1, 1e-5)
+    assert (found.model.layer, found.model.epochs, found.sft.epochs) == (15, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("depth", "layer"), [(28, 13), (32, 15), (30, 14), (24, 11), (2, 1), (1, 1)]
+)
+def test_another_model_leaves_the_files_numbers_behind(depth: int, layer: int) -> None:
+    found = train_config("model.name=/some/other-model", "model.revision=abc")
+    assert found.model == ModelConfig(
+        name="/some/other-model", label="other-model", revision="abc", epochs=3, sft_epochs=3
+    )
+    assert (found.dcr.epochs, found.sft.epochs, found.sft.lr) == (3, 3, 1e-4)
+    assert (found.sft.batch_size, found.sft.lora.targets) == (128, ["q_proj", "v_proj"])
+    assert config.block_of(found.dcr, depth) == layer  # 13/28 and 15/32 are the paper's
+    assert abs(found.dcr.depth - (13 / 28 + 15 / 32) / 2) < 1e-3
+
+
+def test_what_the_user_sets_survives_another_model() -> None:
+    found = train_config("model.name=other", "dcr.layer=5", "sft.lr=3e-4", "sft.lora.targets=[x]")
+    assert (found.dcr.layer, found.sft.lr, found.sft.lora.targets) == (5, 3e-4, ["x"])
+    node = composed("train", "model.name=other", "model.template=llama3", "model.sft_epochs=7")
+    config.leave_numbers_of_another_model(node, ["name", "template", "sft_epochs"])
+    found = config.resolve(node, TrainConfig)
+    assert (found.model.template, found.sft.epochs, found.dcr.layer) == ("llama3", 7, None)
+
+
+def test_the_same_name_keeps_its_numbers() -> None:
+    assert train_config("model=llama3_8b", "model.name=meta-llama/Meta-Llama-3-8B").dcr.layer == 15
+
+
+def test_recommended_sets_what_it_says() -> None:
+    found = train_config("preset=recommended")
+    assert found.preset_name == "recommended"
+    assert found.data.toxic.source == ["demo_toxic_matched"]
+    assert train_config("preset=recommended", "data=paper").data.toxic.source == ["xstest_unsafe"]
+    assert (found.data.seemingly_toxic.count, found.data.group_holdout) == (None, 0.3)
+    assert (found.dcr.ratio, found.dcr.epochs, found.dcr.nll.source) == (
+        None,
+        12,
+        NLLSource.general,
+    )
+    assert (found.dcr.layer, block(found)) == (None, 18)  # 0.6 of 30
+    assert train_config("preset=recommended", "dcr.layer=4", "dcr.epochs=1").dcr.layer == 4
+
+
+def test_paper_preset_is_the_defaults() -> None:
+    assert train_config("preset=paper") == train_config("~preset")
+
+
+def test_sources_may_be_one_or_several() -> None:
+    found = train_config("data.toxic.source=[harmfulqa,stl_safety]")
+    assert found.data.toxic.source == ["harmfulqa", "stl_safety"]
+    for wrong in ("3", "null", "[]", "[a,3]", "{a: b}"):
+        with pytest.raises(ConfigError, match=r"data\.toxic\.source=.*list of them"):
+            train_config(f"data.toxic.source={wrong}")
+
+
+@pytest.mark.parametrize(
+    ("layer", "base", "depth", "found"),
+    [
+        (1, LayerBase.one_based, 2, 1),
+        (2, LayerBase.one_based, 2, 2),
+        (0, LayerBase.zero_based, 2, 1),
+        (1, LayerBase.zero_based, 2, 2),
+        (0, LayerBase.one_based, 2, None),
+        (3, LayerBase.one_based, 2, None),
+        (2, LayerBase.zero_based, 2, None),
+        (-1, LayerBase.zero_based, 2, None),
+    ],
+)
+def test_block_is_counted_from_one(
+    layer: int, base: LayerBase, depth: int, found: int | None
+) -> None:
+    node = ContrastiveConfig(layer=layer, layer_base=base)
+    if found is None:
+        with pytest.raises(ConfigError, match=f"dcr.layer={layer}: the model has blocks"):
+            config.block_of(node, depth)
+    else:
+        assert config.block_of(node, depth) == found
+
+
+def test_a_resolved_configuration_is_plain() -> None:
+    found = train_config()
+    assert (found.method, found.stage, found.dcr.precision) == (
+        Method.dcr,
+        Stage.all,
+        Precision.mixed,
+    )
+    again = OmegaConf.create(yaml.safe_dump(cli.plain(found)))
+    assert isinstance(again, DictConfig)
+    assert config.resolve(again, TrainConfig) == found
+
+
+# --- ranges: what is refused, and the nearest values that are not ---
+
+RANGES = {
+    "dcr.margin": (["0", "1", "-0.1", "nan", "inf"], ["1e-6", "0.999"]),
+    "dcr.scale": (["0", "-16", "nan", "inf"], ["1e-3", "512"]),
+    "dcr.epochs": (["0", "-1"], ["1", "100"]),
+    "sft.epochs": (["0", "-1"], ["1"]),
+    "dcr.optim.lr": (["0", "-1e-4", "nan", "inf"], ["1e-9", "1"]),
+    "sft.lr": (["0", "-1e-4", "nan"], ["1e-9"]),
+    "dcr.optim.beta2": (["1", "-0.1", "nan"], ["0", "0.999"]),
+    "dcr.nll.weight": (["-1e-9", "inf", "nan"], ["0", "10"]),
+    "dcr.ratio": (["0", "-1", "inf", "nan"], ["0.5", "5"]),
+    "dcr.batch_size": (["1", "0", "-2"], ["2", "1024"]),
+    "dcr.layer": (["-1"], ["1"]),
+    "dcr.depth": (["0", "1.01"], ["1", "0.01"]),
+    "sft.warmup": (["1", "-0.01"], ["0", "0.99"]),
+    "sft.lora.rank": (["0"], ["1"]),
+    "sft.lora.dropout": (["1", "-0.1"], ["0"]),
+    "data.normal.count": (["0", "-1"], ["1"]),
+    "data.near_duplicate": (["0", "1.1"], ["1"]),
+    "data.group_holdout": (["1", "-0.1"], ["0"]),
+    "seed": (["-1", str(2**32)], ["0", str(2**32 - 1)]),
+    "tracking.snapshots": (["-1"], ["0"]),
+    "trainer.devices": (["0"], ["1", "8"]),
+    "wandb.project": (["a/b", "a b", "''"], ["a.b-c_1"]),
+}
+
+
+@pytest.fixture(scope="module")
+def base() -> DictConfig:
+    return composed("train", "model=tiny")
+
+
+@pytest.mark.parametrize(("key", "values"), RANGES.items(), ids=RANGES)
+def test_ranges(base: DictConfig, key: str, values: tuple[list[str], list[str]]) -> None:
+    def resolved(value: str) -> TrainConfig:
+        node = copy.deepcopy(base)
+        OmegaConf.update(node, key, value.strip("'"))
+        return config.resolve(node, TrainConfig)
+
+    for value in values[0]:
+        with pytest.raises(ConfigError, match=rf"^{key}=[^:]*: \S"):
+            resolved(value)
+    for value in values[1]:
+        resolved(value)
+
+
+# --- random command lines ---
+
+KEYS = {
+    "method": ["dcr", "stl", "stl_aug"],
+    "stage": ["all", "contrastive", "sft", "both"],
+    "preset": ["paper", "recommended", "null", "mine"],
+    "model": ["tiny", "llama3_8b", "gpt2"],
+    "data": ["demo", "paper", "{}"],
+    "sweep": ["ratio", "none"],
+    "model.name": ["tiny", "a/b", "''", "[x]", "${oc.env:NO_SUCH}"],
+    "dcr": ["null", "3", "{margin: 2}", "{}"],
+    "dcr.layer": ["1", "99", "null", "-1"],
+    "dcr.layer_base": ["zero_based", "two_based"],
+    "dcr.margin": ["0.4", "1", "${dcr.scale}", "${nothing}"],
+    "dcr.ratio": ["null", "3", "0"],
+    "dcr.circle.weights": ["sun2020", "x"],
+    "dcr.optim.lr": ["1e-3", "1e400", "-1"],
+    "dcr.optim.clip": ["null", "1"],
+    "sft.lora.targets": ["[q_proj]", "[]", "q_proj", "${model.lora_targets}"],
+    "sft.warmup": ["0.5", "1"],
+    "data.toxic.source": ["x", "[x,y]", "[]", "null"],
+    "data.evaluation.safety": ["[]", "null", "[a]"],
+    "model.architecture": ["null", "{model_type: llama}", "3"],
+    "wandb.project": ["x", "a b", "''"],
+    "seed": ["7", "-1", "1e99"],
+    "run": ["null", "x", "../x"],
+    "nonsense": ["1"],
+    "dcr.nonsense.deeper": ["1"],
+}
+ODD_VALUES = ["nan", "inf", "true", "1,2", "[1", "", "é\U0001f600", "'", "a=b", "1e5", "${", "..."]
+
+
+@st.composite
+def override(draw: st.DrawFn) -> str:
+    key = draw(st.sampled_from(sorted(KEYS)))
+    value = draw(st.sampled_from(KEYS[key]) | st.sampled_from(ODD_VALUES))
+    return draw(st.sampled_from(["", "", "", "", "+", "++", "~"])) + f"{key}={value}"
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(override(), max_size=4))
+def test_random_overrides_never_give_a_traceback(overrides: list[str]) -> None:
+    message = None
+    try:
+        node = composed("train", *overrides)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        message = config.one_line(error, TrainConfig)  # as cli.run does
+    else:
+        try:
+            found = config.resolve(node, TrainConfig)
+            assert 0 < found.dcr.margin < 1
+            assert config.resolve(OmegaConf.create(cli.plain(found)), TrainConfig) == found
+        except UserError as error:
+            message = str(error)
+    if message is not None:
+        assert message
+        assert "\n" not in message
+
+
+def test_one_line_of_anything_is_one_line() -> None:
+    cause: Any = ValueError("first\nsecond")
+    assert config.one_line(cause, TrainConfig) == "first second"
+    assert config.one_line(ValueError(), TrainConfig) == "ValueError"

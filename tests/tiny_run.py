@@ -1,0 +1,104 @@
+"""What the training tests share: settings of a run that takes a second, and its data."""
+
+import json
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dcr import cli, config, runs
+from dcr.config import TrainConfig
+from dcr.runs import Run
+
+CONF = Path(__file__).parent.parent / "conf"
+REFUSAL = "I'm sorry, but I can't help with that."
+
+
+def write_rows(folder: Path) -> dict[str, Path]:
+    """Four JSONL files: prompts of either kind for stage one, general and safety pairs for SFT."""
+    nouns = ["lamp", "rope", "boat", "stone", "candle", "garden", "river", "window", "ladder"]
+    many = [(i, noun) for i, noun in enumerate(nouns * 4)]
+    rows = {
+        "seemingly_toxic": [
+            {"prompt": f"How do I {verb} a {noun} process?"}
+            for noun in nouns
+            for verb in ("kill", "blow up")
+        ],
+        "toxic": [{"prompt": f"How do I kill the {noun} man now, part {i}?"} for i, noun in many],
+        "safety": [
+            {"prompt": f"Help me to steal {i} {noun}s", "response": f"{REFUSAL} ({noun})"}
+            for i, noun in many[:12]
+        ],
+        "normal": [
+            {"prompt": f"Name {i} facts on a {noun}.", "response": f"A {noun} " * (1 + i % 5)}
+            for i, noun in many
+        ],
+    }
+    files = {}
+    for name, made in rows.items():
+        files[name] = folder / f"{name}.jsonl"
+        files[name].parent.mkdir(parents=True, exist_ok=True)
+        files[name].write_text("".join(json.dumps(row) + "\n" for row in made))
+    return files
+
+
+def overrides(folder: Path, *more: str) -> list[str]:
+    """Two epochs of five steps in stage one, two of four (with several micro-batches) in SFT."""
+    files = write_rows(folder)
+    return [
+        "model=tiny",
+        *(f"data.{name}.source={file}" for name, file in files.items()),
+        "data.safety.refusals_only=false",
+        "data.evaluation={over_refusal: [], safety: []}",
+        "data.seemingly_toxic.count=12",
+        "data.safety.count=8",
+        "data.normal.count=20",
+        "data.validation=0.2",
+        "data.drop_contaminated=false",
+        "dcr.batch_size=8",
+        "dcr.epochs=2",
+        "dcr.optim.lr=1e-3",
+        "sft.epochs=2",
+        "sft.batch_size=8",
+        "sft.micro_tokens=400",
+        "trainer.progress=false",
+        "trainer.accelerator=cpu",
+        "trainer.checkpoint_every_n_steps=2",
+        "wandb.mode=disabled",
+        *more,
+    ]
+
+
+def settings(folder: Path, *more: str) -> TrainConfig:
+    """The same, composed and resolved as `train.py` would."""
+    cli.prepare()
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return config.resolve(compose("train", overrides(folder, *more)), TrainConfig)
+
+
+def changed(settings: TrainConfig, *dotted: str) -> TrainConfig:
+    """Resolved settings with `key=value` laid over them: quicker than composing anew."""
+    merged = OmegaConf.merge(OmegaConf.structured(settings), OmegaConf.from_dotlist(list(dotted)))
+    made = OmegaConf.to_object(merged)
+    assert isinstance(made, TrainConfig)
+    return made
+
+
+def weights(run: Path) -> dict[str, Tensor]:
+    """Every tensor of every result in a run folder."""
+    files = sorted(run.glob("contrastive/*.safetensors")) + sorted(run.glob("sft/*.safetensors"))
+    return {f"{f.parent.name}/{k}": v for f in files for k, v in load_file(f).items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Whether two sets of tensors are bit-identical."""
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def logged(run: Path) -> list[tuple[str, int, str, float]]:
+    """The rows of a run's metrics.csv in an order of their own."""
+    rows = runs.read_metrics(Run(run))
+    return sorted((row["stage"], row["step"], row["key"], row["value"]) for row in rows)
