@@ -4,26 +4,42 @@ python train.py model=llama3_8b stage=contrastive
 python train.py -m dcr.epochs=1,2,3,5
 """
 
+import functools
 import logging
 import os
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import hydra
 import torch
-from lightning import Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
-from lightning.pytorch.loggers import WandbLogger
+from lightning import Callback, Trainer
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from dcr import cli, config, data, models, plan, prompts, refusal, resuming, runs, tracking
-from dcr.config import Adapter, ConfigError, Method, Precision, Stage, TrainConfig, WandbMode
+from dcr.config import (
+    Adapter,
+    ConfigError,
+    Method,
+    NLLSource,
+    Precision,
+    Stage,
+    TrainConfig,
+    WandbMode,
+)
 from dcr.contrastive import ContrastiveModule
 from dcr.data import SafetyData, Splits
 from dcr.models import Policy
-from dcr.runs import Run
+from dcr.runs import Lease, Run
 from dcr.sft import SFTModule
+
+if TYPE_CHECKING:
+    import wandb
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +55,16 @@ LIGHTNING_PRECISION = {
     Precision.bf16: "bf16-mixed",
     Precision.fp32: "32-true",
 }
+STEP_LOSS = {Stage.contrastive: "contrastive/step_circle", Stage.sft: "sft/step_nll"}
+WANDB_TIMEOUT = 20  # seconds that training waits for a server before it logs offline
+QUIET = (
+    "in eval mode at the start of training",  # metrics and dropped blocks; ours is checked
+    "dataloader is not resumable",  # its batches are a function of the step, so it is
+    "does not have many workers",
+    "smaller than the logging interval",
+    "is_gradient_checkpointing",
+    "LeafSpec",
+)
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
@@ -51,10 +77,23 @@ def main(composed: DictConfig) -> None:
         train(settings, Run(cli.output_folder()))
 
 
+@dataclass(frozen=True)
+class Job:
+    """What the stages of one command share."""
+
+    settings: TrainConfig
+    run: Run
+    rows: Splits
+    block: int
+    lease: Lease | None  # None in processes that help another one with its run folder
+    loggers: list[Logger]
+
+
 def train(settings: TrainConfig, run: Run) -> None:
     """Run the stages of a method in a run folder, going on from whatever is done there.
 
-    Raises UserError for anything a user can mend, before weights are loaded where it can be known.
+    Raises UserError for anything a user can mend, before weights are loaded where it can be known,
+    TrainingError when training had to stop and Interrupted after a signal.
     """
     block = config.block_of(settings.dcr, models.facts(settings.model).depth)
     stages = STAGES[settings.method, settings.stage]
@@ -65,29 +104,45 @@ def train(settings: TrainConfig, run: Run) -> None:
         contrastive=settings.method is Method.dcr,
         refuses=refusal.is_refusal,
     )
-    _check_input(settings, run, stages)
+    _check_input(settings, run, stages, rows)
     if settings.trainer.threads:
         torch.set_num_threads(settings.trainer.threads)
-    with runs.locked(run):
-        runs.claim(run, cli.plain(settings), settings.force)
-        runs.write_json(run.rows_file, data.row_record(rows))
-        _say_rows(settings, rows)
-        with _wandb(settings, run) as loggers:
-            for stage in stages:
-                if run.done(stage.value):
-                    log.info("%s: done in %s, skipped", stage.value, run.stage(stage.value))
-                    continue
-                TRAIN[stage](settings, run, rows, block, loggers)
-    print(f"{run.folder}")
+    with _quiet(), _claimed(settings, run, rows) as lease, _wandb(settings, run) as loggers:
+        job = Job(settings, run, rows, block, lease, loggers)
+        for stage in stages:
+            if run.done(stage.value):
+                log.info("%s: done in %s, skipped", stage.value, run.stage(stage.value))
+                _forget_checkpoints(run, stage)  # left by a kill right after the result was saved
+            else:
+                TRAIN[stage](job)
+    if rank_zero_only.rank == 0:
+        print(run.folder)
 
 
-def _check_input(settings: TrainConfig, run: Run, stages: tuple[Stage, ...]) -> None:
+def _check_input(settings: TrainConfig, run: Run, stages: tuple[Stage, ...], rows: Splits) -> None:
     missing = Stage.contrastive not in stages and not run.done("contrastive")
     if settings.method is Method.dcr and missing:
         raise ConfigError(
             f"stage=sft: {run.folder} holds no contrastive/ to start from; run stage=contrastive "
             "or stage=all with the same settings first"
         )
+    anchor = settings.dcr.nll
+    anchored = anchor.source is NLLSource.general and anchor.weight > 0
+    if Stage.contrastive in stages and anchored and not rows.normal:
+        raise ConfigError("dcr.nll.source=general: data.normal.source has no rows; name another")
+
+
+@contextmanager
+def _claimed(settings: TrainConfig, run: Run, rows: Splits) -> Iterator[Lease | None]:
+    """The run folder as this command's own: locked, and made with these settings and rows."""
+    if rank_zero_only.rank != 0:  # the first process of the job holds the folder for all
+        yield None
+        return
+    with runs.locked(run) as lease:
+        runs.claim(run, cli.plain(settings), settings.force)
+        runs.claim_rows(run, data.row_record(rows), settings.force)
+        _say_rows(settings, rows)
+        yield lease
 
 
 def _say_rows(settings: TrainConfig, rows: Splits) -> None:
@@ -100,37 +155,40 @@ def _say_rows(settings: TrainConfig, rows: Splits) -> None:
         log.warning(warning)
 
 
-def train_contrastive(
-    settings: TrainConfig, run: Run, rows: Splits, block: int, loggers: list[Any]
-) -> None:
+def train_contrastive(job: Job) -> None:
     """Stage one: from the base model to `contrastive/`."""
+    settings, run = job.settings, job.run
     policy = models.open_policy(settings.model, settings.dcr.precision, settings.seed)
+    _claim_base(job, Stage.contrastive, policy)
     if settings.dcr.adapter is Adapter.lora:
-        adapted = models.add_lora(policy.model, settings.dcr.lora, settings.seed, blocks=block)
+        adapted = models.add_lora(policy.model, settings.dcr.lora, settings.seed, blocks=job.block)
         policy = Policy(adapted, policy.tokenizer, policy.name)
     chat = prompts.chat_format(policy.tokenizer, settings.model)
-    batches = SafetyData(Stage.contrastive, rows, chat, settings.dcr, settings.sft, settings.seed)
+    batches = SafetyData(
+        Stage.contrastive, job.rows, chat, settings.dcr, settings.sft, settings.seed
+    )
     total = batches.steps_per_epoch * settings.dcr.epochs
-    module = ContrastiveModule(policy, settings.dcr, block, total)
-    _fit(settings, run, Stage.contrastive, module, batches, settings.dcr.epochs, loggers, [])
-    if settings.dcr.adapter is Adapter.lora:
-        policy = Policy(policy.model.merge_and_unload(), policy.tokenizer, policy.name)
-    models.save_full(policy, run.stage("contrastive"))
-    _forget_checkpoints(run, Stage.contrastive)
+    module = ContrastiveModule(policy, settings.dcr, job.block, total)
+    with _fitted(job, Stage.contrastive, module, batches, total) as writes:
+        if settings.dcr.adapter is Adapter.lora:
+            policy = Policy(policy.model.merge_and_unload(), policy.tokenizer, policy.name)
+        if writes:
+            models.save_full(policy, run.stage("contrastive"))
 
 
-def train_sft(
-    settings: TrainConfig, run: Run, rows: Splits, block: int, loggers: list[Any]
-) -> None:
+def train_sft(job: Job) -> None:
     """Stage two: from the base model (STL) or `contrastive/` (DCR) to the adapter in `sft/`."""
-    policy, base = _sft_start(settings, run)
+    settings, run = job.settings, job.run
+    policy = _sft_start(settings, run)
+    _claim_base(job, Stage.sft, policy)
     output_rows = models.head(policy.model).weight.detach()
     chat = prompts.chat_format(
         policy.tokenizer, settings.model, settings.sft.terminator, output_rows
     )
+    base = policy.name
     adapted = models.add_lora(policy.model, settings.sft.lora, settings.seed)
     policy = Policy(adapted, policy.tokenizer, policy.name)
-    batches = SafetyData(Stage.sft, rows, chat, settings.dcr, settings.sft, settings.seed)
+    batches = SafetyData(Stage.sft, job.rows, chat, settings.dcr, settings.sft, settings.seed)
     if batches.too_long:
         log.warning(
             "%d pairs have no room for a response within sft.max_len=%d and were left out",
@@ -141,68 +199,109 @@ def train_sft(
     module = SFTModule(policy, settings.sft, total)
     steps = tracking.snapshot_steps(total, settings.tracking.snapshots)
     snapshots = tracking.Snapshots(run, policy, base, steps)
-    _fit(settings, run, Stage.sft, module, batches, settings.sft.epochs, loggers, [snapshots])
-    models.save_adapter(policy, run.stage("sft"), base)
-    _forget_checkpoints(run, Stage.sft)
+    with _fitted(job, Stage.sft, module, batches, total, snapshots) as writes:
+        if writes:
+            models.save_adapter(policy, run.stage("sft"), base)
 
 
 TRAIN = {Stage.contrastive: train_contrastive, Stage.sft: train_sft}
 
 
-def _sft_start(settings: TrainConfig, run: Run) -> tuple[Policy, str]:
+def _sft_start(settings: TrainConfig, run: Run) -> Policy:
     if settings.method is Method.stl:
-        policy = models.open_policy(settings.model, settings.sft.precision, settings.seed)
-        return policy, policy.name
-    folder = str(run.stage("contrastive"))
-    return models.open_folder(folder, settings.sft.precision), folder
+        return models.open_policy(settings.model, settings.sft.precision, settings.seed)
+    return models.open_folder(str(run.stage("contrastive")), settings.sft.precision)
 
 
-def _fit(
-    settings: TrainConfig,
-    run: Run,
+def _claim_base(job: Job, stage: Stage, policy: Policy) -> None:
+    if job.lease is None:
+        return
+    name, commit = Path(policy.name), getattr(policy.model.config, "_commit_hash", None)
+    weights = models.weights_fingerprint(name) if name.is_dir() else f"{policy.name}@{commit}"
+    runs.claim_base(job.run, stage.value, weights, job.settings.force)
+
+
+@contextmanager
+def _fitted(
+    job: Job,
     stage: Stage,
     module: resuming.ResumableModule,
     batches: SafetyData,
-    epochs: int,
-    loggers: list[Any],
-    callbacks: list[Any],
-) -> None:
-    folder = run.checkpoints(stage.value)
+    total: int,
+    *callbacks: Callback,
+) -> Iterator[bool]:
+    """Train to the end. Inside, the result may be written, by the process that is told True."""
+    folder = job.run.checkpoints(stage.value)
     checkpoint = resuming.newest_checkpoint(folder)
     step = resuming.step_of(checkpoint)
     if checkpoint:
-        log.info("%s: going on after step %d", stage.value, step)
-    runs.forget_metrics_beyond(run, stage.value, step)
-    options = settings.trainer
-    precision = (settings.dcr if stage is Stage.contrastive else settings.sft).precision
-    bar = [TQDMProgressBar(leave=True)] if options.progress else []
-    clock = tracking.StepClock(run, stage.value)
-    trainer = Trainer(
+        log.info("%s: going on after step %d of %d", stage.value, step, total)
+    if job.lease:
+        runs.forget_metrics_beyond(job.run, stage.value, step)
+    trainer = _trainer(
+        job, stage, total // batches.steps_per_epoch, [*callbacks, *_watch(job, stage, total)]
+    )
+    with resuming.memory_errors_explained():
+        trainer.fit(module, datamodule=batches, ckpt_path=checkpoint, weights_only=True)
+    if job.lease:
+        job.lease.check()
+    yield trainer.is_global_zero
+    if trainer.is_global_zero:
+        _forget_checkpoints(job.run, stage)
+    trainer.strategy.barrier()  # no process opens a result that another is still writing
+
+
+def _watch(job: Job, stage: Stage, total: int) -> list[Callback]:
+    """The callbacks of both stages; checkpoints come last, when a step's other traces are there."""
+    options = job.settings.trainer
+    bar = tracking.Progress(stage.value, total, STEP_LOSS[stage])
+    return [
+        *([bar] if options.progress else []),
+        tracking.StepClock(job.run, stage.value),
+        resuming.StepSeed(job.settings.seed),
+        *([tracking.Holding(job.lease)] if job.lease else []),
+        resuming.Checkpoints(job.run.checkpoints(stage.value), options.checkpoint_every_n_steps),
+    ]
+
+
+def _trainer(job: Job, stage: Stage, epochs: int, callbacks: list[Callback]) -> Trainer:
+    settings, options = job.settings, job.settings.trainer
+    contrastive = stage is Stage.contrastive
+    precision = settings.dcr.precision if contrastive else settings.sft.precision
+    return Trainer(
         accelerator=options.accelerator,
         devices=options.devices,
         num_nodes=options.num_nodes,
         strategy=options.strategy,
         precision=LIGHTNING_PRECISION[precision],  # pyright: ignore[reportArgumentType]
         max_epochs=epochs,
-        logger=[tracking.RunLogger(run, stage.value), *loggers],
-        callbacks=[
-            *callbacks,
-            *bar,
-            clock,
-            resuming.StepSeed(settings.seed),
-            resuming.Checkpoints(folder, options.checkpoint_every_n_steps),
-        ],
+        logger=[tracking.RunLogger(job.run, stage.value), *job.loggers],
+        callbacks=callbacks,
         plugins=[resuming.VerifiedCheckpointIO()],
         enable_checkpointing=False,
-        enable_progress_bar=options.progress,
+        enable_progress_bar=False,
         enable_model_summary=False,
         log_every_n_steps=1,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
-        gradient_clip_val=settings.dcr.optim.clip if stage is Stage.contrastive else None,
-        default_root_dir=str(run.folder),
+        gradient_clip_val=settings.dcr.optim.clip if contrastive else None,
+        default_root_dir=str(job.run.folder),
     )
-    trainer.fit(module, datamodule=batches, ckpt_path=checkpoint, weights_only=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Lightning without what no user of ours can act on."""
+    chatter = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    before = chatter.level
+    chatter.setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        for text in QUIET:
+            warnings.filterwarnings("ignore", message=f".*{text}.*")
+        try:
+            yield
+        finally:
+            chatter.setLevel(before)
 
 
 def _forget_checkpoints(run: Run, stage: Stage) -> None:
@@ -211,32 +310,50 @@ def _forget_checkpoints(run: Run, stage: Stage) -> None:
 
 
 @contextmanager
-def _wandb(settings: TrainConfig, run: Run):
+def _wandb(settings: TrainConfig, run: Run) -> Iterator[list[Logger]]:
     """One W&B run for the job, closed whatever happens; an empty list when it is off."""
-    if settings.wandb.mode is WandbMode.disabled:
+    if settings.wandb.mode is WandbMode.disabled or rank_zero_only.rank != 0:
         yield []
         return
+    os.environ["WANDB_SILENT"] = "true"  # before the import, which reads it
     import wandb
 
-    os.environ["WANDB_SILENT"] = "true"
-    logger = WandbLogger(
-        name=run.folder.name,
-        id=run_id(run),
-        save_dir=str(run.folder),
-        project=settings.wandb.project,
-        entity=settings.wandb.entity,
-        group=settings.wandb.group or os.environ.get("DCR_SWEEP"),
-        job_type=settings.stage.value,
-        tags=[settings.method.value, settings.model.label, *settings.wandb.tags],
-        config=cli.plain(settings),
-        mode=settings.wandb.mode.value,
-        resume="allow",
-        log_model=False,
-    )
     try:
-        yield [logger]
+        started = _wandb_run(settings, run)
+        started.define_metric("*", step_metric="trainer/global_step")
+        yield [WandbLogger(experiment=started)]
     finally:
         wandb.finish()
+
+
+def _wandb_run(settings: TrainConfig, run: Run) -> "wandb.Run":
+    """The W&B run of this folder. Offline, with one warning, where it cannot be reached."""
+    import wandb
+
+    options = settings.wandb
+    start = functools.partial(
+        wandb.init,
+        name=run.folder.name,
+        id=run_id(run),
+        dir=str(run.folder),
+        project=options.project,
+        entity=options.entity,
+        group=options.group or os.environ.get("DCR_SWEEP"),
+        job_type=settings.stage.value,
+        tags=[settings.method.value, settings.model.label, *options.tags],
+        config=cli.plain(settings),
+        resume="allow",
+        settings=wandb.Settings(console="off", init_timeout=WANDB_TIMEOUT),
+    )
+    if options.mode is WandbMode.online:
+        try:
+            if wandb.login(prompt=False, verify=False):
+                return start(mode="online")
+            reason = "no key: export WANDB_API_KEY or run `wandb login`"
+        except wandb.Error as error:
+            reason = str(error).splitlines()[0]
+        log.warning("wandb.mode=online: logging offline instead (%s)", reason)
+    return start(mode="offline")
 
 
 def run_id(run: Run) -> str:

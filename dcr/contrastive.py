@@ -10,7 +10,7 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from dcr import activations, likelihood, losses, models, schedules
-from dcr.config import ContrastiveConfig, NLLSource
+from dcr.config import Adapter, ContrastiveConfig, NLLSource
 from dcr.data import PairBatch, PromptBatch
 from dcr.models import Policy
 from dcr.prompts import IGNORED
@@ -40,12 +40,17 @@ class KMeansAccuracy(Metric):
         return torch.tensor(kmeans_accuracy(features.cpu(), labels.cpu(), seed=self.seed))
 
 
+def _mean() -> MeanMetric:
+    # not "disable", with which torchmetrics 1.9 takes every weight for 1
+    return MeanMetric(nan_strategy="error")
+
+
 class PairMetrics(torch.nn.ModuleDict):
     """Epoch means of stage one, exact over uneven batches and ranks: sums and counts as state."""
 
     def __init__(self, margin: float, suffix: str = "") -> None:
         names = ("circle", "above_floor", "within_cosine", "across_cosine", "violating_share")
-        super().__init__({name: MeanMetric(nan_strategy="disable") for name in names})
+        super().__init__({name: _mean() for name in names})
         self.margin, self.suffix = margin, suffix
 
     def add(self, features: Tensor, labels: Tensor, circle: Tensor, floor: Tensor) -> None:
@@ -79,31 +84,35 @@ class ContrastiveModule(ResumableModule):
         super().__init__()
         self.config, self.block, self.total_steps = config, block, total_steps
         self.model = policy.model
-        if config.adapter.value == "full":
+        if config.adapter is Adapter.full:
             models.freeze_beyond(self.model, block, config.train_embeddings)
         # in a tuple: a registered trunk would repeat its parameters in every state dict
         self._trunk = (models.trunk(self.model, block),)
-        without = config.nll.weight == 0
-        self.forward_losses = LOSSES[NLLSource.none if without else config.nll.source]
+        source = NLLSource.none if config.nll.weight == 0 else config.nll.source
+        self.forward_losses, self.anchored = LOSSES[source], source is not NLLSource.none
         self.train_metrics = PairMetrics(config.margin)
         self.heldout_metrics = PairMetrics(config.margin, "/heldout")
         self.heldout_kmeans = KMeansAccuracy()
-        self.token_nll = MeanMetric(nan_strategy="disable")
+        self.token_nll = _mean()
         self.keep_metrics_in_checkpoints()
 
     def training_step(self, batch: PromptBatch, _: int) -> Tensor:
         features, nll = self.forward_losses(self, batch)
         circle, floor = self.circle(features, batch.labels)
+        loss = self.checked(circle + self.config.nll.weight * nll, batch.names)
+        self.log("contrastive/step_circle", circle)
         self.train_metrics.add(features, batch.labels, circle, floor)
         self.train_metrics.log_to(self)
-        self.log_dict({"contrastive/step_circle": circle, "contrastive/step_nll": nll})
-        self.token_nll.update(nll.detach(), weight=self.nll_tokens(batch))
-        self.log("contrastive/nll", self.token_nll, on_step=False, on_epoch=True)
-        return self.checked(circle + self.config.nll.weight * nll, batch.names)
+        if self.anchored:
+            self.log("contrastive/step_nll", nll)
+            self.token_nll.update(nll.detach(), weight=self.nll_tokens(batch))
+            self.log("contrastive/nll", self.token_nll, on_step=False, on_epoch=True)
+        return loss
 
     def validation_step(self, batch: PromptBatch, _: int) -> None:
         features = self.features(batch)
         circle, floor = self.circle(features, batch.labels)
+        self.checked(circle, batch.names)
         self.heldout_metrics.add(features, batch.labels, circle, floor)
         self.heldout_metrics.log_to(self)
         self.heldout_kmeans.update(features, batch.labels)

@@ -10,7 +10,9 @@ import logging
 import os
 import signal
 import tempfile
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from dcr.config import UserError
 log = logging.getLogger(__name__)
 
 KEPT = 2  # the newest checkpoint and one to fall back on
+TORN = ".writing-"  # how the name of a file begins until it is whole
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
@@ -43,6 +46,22 @@ class Interrupted(UserError):
         self.exit_code = 128 + number
 
 
+@contextmanager
+def memory_errors_explained() -> Iterator[None]:
+    """Running out of memory becomes a TrainingError that names what to turn down."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        text = str(error) or type(error).__name__
+        if isinstance(error, RuntimeError) and "memory" not in text.lower():
+            raise
+        raise TrainingError(
+            f"out of memory ({text.splitlines()[0][:120]}): lower sft.micro_tokens, sft.max_len or "
+            "dcr.batch_size, or set sft.gradient_checkpointing=true or dcr.adapter=lora; the last "
+            "checkpoint is kept"
+        ) from error
+
+
 class ResumableModule(LightningModule):
     """A module whose checkpoints hold trainable tensors and metric states alone."""
 
@@ -50,6 +69,7 @@ class ResumableModule(LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
+        self.rows: tuple[str, ...] = ()  # ids of the rows in the current step
         self.strict_loading = False  # frozen weights are absent; on_load_checkpoint checks the rest
 
     def keep_metrics_in_checkpoints(self) -> None:
@@ -62,33 +82,51 @@ class ResumableModule(LightningModule):
         # from_pretrained returns evaluation mode and Lightning would keep it
         self.model.train()
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        parts = batch if isinstance(batch, list) else [batch]
+        self.rows = tuple(name for part in parts for name in part.names)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        kept = self._kept_names()
-        state = checkpoint["state_dict"]
+        trainable = self._trainable_names()
+        with ExitStack() as stack:
+            for _, metric in self._metrics():
+                stack.enter_context(metric.sync_context())  # the sums of all ranks, not of one
+            state = self.state_dict()
+        for name in trainable:
+            if not torch.isfinite(state[name]).all():
+                raise TrainingError(f"{name} is not finite {self._where()}: no checkpoint written")
+        kept = trainable | self._metric_names(state)
         checkpoint["state_dict"] = {name: state[name] for name in state if name in kept}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        missing = self._trainable_names() - checkpoint["state_dict"].keys()
-        if missing:
+        state = checkpoint["state_dict"]
+        if missing := self._trainable_names() - state.keys():
             raise TrainingError(f"checkpoint lacks trainable weights: {sorted(missing)[:3]}")
+        if self.global_rank > 0:  # rank 0 goes on with the sums of all
+            for name in self._metric_names(state):
+                del state[name]
 
     def _trainable_names(self) -> set[str]:
         return {name for name, weight in self.named_parameters() if weight.requires_grad}
 
-    def _kept_names(self) -> set[str]:
-        metrics = [n for n, module in self.named_modules() if isinstance(module, Metric)]
-        of_metrics = {
-            name
-            for name in self.state_dict()
-            if any(name.startswith(f"{metric}.") for metric in metrics)
-        }
-        return self._trainable_names() | of_metrics
+    def _metrics(self) -> list[tuple[str, Metric]]:
+        return [(name, m) for name, m in self.named_modules() if isinstance(m, Metric)]
+
+    def _metric_names(self, state: Mapping[str, Any]) -> set[str]:
+        prefixes = tuple(f"{name}." for name, _ in self._metrics())
+        return {name for name in state if name.startswith(prefixes)}
+
+    def _where(self, rows: tuple[str, ...] = ()) -> str:
+        named = rows or self.rows
+        more = f" and {len(named) - 8} more" if len(named) > 8 else ""
+        return f"at step {self.global_step}, rows {', '.join(named[:8])}{more}"
 
     def checked(self, loss: Tensor, rows: tuple[str, ...]) -> Tensor:
         """The loss itself. Raises TrainingError with step and rows if it is not finite."""
         if not torch.isfinite(loss):
             raise TrainingError(
-                f"loss is {float(loss)} at step {self.global_step}, rows {', '.join(rows[:8])}"
+                f"loss is {loss.item()} {self._where(rows)}: lower the learning rate, or look at "
+                "these rows; the last checkpoint is kept"
             )
         return loss
 
@@ -97,7 +135,8 @@ class ResumableModule(LightningModule):
         grads = [p.grad for p in self.parameters() if p.grad is not None]
         if grads and not torch.isfinite(torch.nn.utils.get_total_norm(grads)):
             raise TrainingError(
-                f"gradient is not finite at step {self.global_step}: lower the learning rate"
+                f"gradient is not finite {self._where()}: lower the learning rate, or look at "
+                "these rows; the last checkpoint is kept"
             )
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -126,9 +165,9 @@ class VerifiedCheckpointIO(CheckpointIO):
         target = Path(path)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=".writing-", dir=target.parent)
+            handle, name = tempfile.mkstemp(prefix=TORN, dir=target.parent)
         except OSError as error:
-            raise TrainingError(f"{target}: cannot be written ({error.strerror})") from error
+            raise _cannot_write(target, error) from error
         try:
             with os.fdopen(handle, "wb") as file:
                 torch.save(checkpoint, file)
@@ -137,8 +176,8 @@ class VerifiedCheckpointIO(CheckpointIO):
             # the sum first: a checkpoint without one does not count as written
             _checksum_file(target).write_text(_sha256(Path(name)))
             os.replace(name, target)
-        except OSError as error:
-            raise TrainingError(f"{target}: cannot be written ({error.strerror})") from error
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            raise _cannot_write(target, error) from error
         finally:
             Path(name).unlink(missing_ok=True)
 
@@ -150,6 +189,11 @@ class VerifiedCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: str | Path) -> None:
         Path(path).unlink(missing_ok=True)
         _checksum_file(Path(path)).unlink(missing_ok=True)
+
+
+def _cannot_write(path: Path, error: Exception) -> TrainingError:
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
+    return TrainingError(f"{path}: cannot be written ({reason}); earlier checkpoints are intact")
 
 
 def _checksum_file(checkpoint: Path) -> Path:
@@ -172,7 +216,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     A damaged one is passed over with a warning. Raises TrainingError when all are damaged: the
     stage would silently start again.
     """
-    found = sorted(folder.glob("step-*.ckpt"), reverse=True)
+    found = _files(folder)[::-1]
     for checkpoint in found:
         if _is_whole(checkpoint):
             return checkpoint
@@ -183,16 +227,31 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 class Checkpoints(Callback):
-    """Writes a checkpoint every `every` optimiser steps, and before it gives in to a signal."""
+    """Writes a checkpoint every `every` optimiser steps and at epoch ends, and obeys signals.
+
+    The step that ends an epoch gets its checkpoint only once validation is over and the epoch's
+    means are logged, which is when the next epoch starts: Lightning would do neither on resuming.
+    A signal stops training after the step, or the validation, that it falls into.
+    """
 
     def __init__(self, folder: Path, every: int) -> None:
         self.folder, self.every = folder, every
+        self.written = 0  # the newest step that has a checkpoint
         self.received: int | None = None
+        self.stopping = False  # agreed upon by all ranks
         self.handlers: Mapping[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # set here, after Lightning has set its own
-        self.handlers = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        self.written = trainer.global_step
+        if threading.current_thread() is threading.main_thread():
+            # set here, after Lightning has set its own
+            self.handlers = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        if trainer.is_global_zero:
+            for torn in self.folder.glob(f"{TORN}*"):
+                torn.unlink()
+        if trainer.is_last_batch:
+            # Resumed where an epoch starts: the loop over batches would take itself for finished.
+            trainer.fit_loop.epoch_loop.restarting = False
 
     def _receive(self, number: int, _frame: Any) -> None:
         if self.received is not None:  # asked twice: stop without waiting for the step's end
@@ -202,20 +261,42 @@ class Checkpoints(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step = trainer.global_step
-        if step % self.every == 0 or self.received is not None:
-            trainer.save_checkpoint(self.folder / f"step-{step:06d}.ckpt")
+        if not trainer.is_last_batch:
+            self._save(trainer, due=trainer.global_step % self.every == 0)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._stop()  # no earlier: only now is the step before in the log
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer, due=True)
+        self._stop()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer, due=False)  # unless a signal came, the result itself is next
+        self._stop()
+        self._restore()
+
+    def _save(self, trainer: Trainer, due: bool) -> None:
+        # a signal may have reached some ranks only, and all must write together
+        asked = self.received is not None
+        self.stopping = trainer.strategy.reduce_boolean_decision(asked, all=False)
+        if (due or self.stopping) and trainer.global_step > self.written:
+            self.written = trainer.global_step
+            trainer.save_checkpoint(_file(self.folder, self.written), weights_only=False)
             self._prune(trainer)
-        if self.received is not None:
-            raise Interrupted(self.received)
+
+    def _stop(self) -> None:
+        if self.stopping:
+            raise Interrupted(self.received or signal.SIGTERM)
 
     def _prune(self, trainer: Trainer) -> None:
         if trainer.is_global_zero:
-            for old in sorted(self.folder.glob("step-*.ckpt"))[:-KEPT]:
+            # a damaged one from before the restart may be newer and does not count
+            found = [file for file in _files(self.folder) if step_of(file) <= self.written]
+            for old in found[:-KEPT]:
                 trainer.strategy.remove_checkpoint(old)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restore()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -226,6 +307,14 @@ class Checkpoints(Callback):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.handlers = {}
+
+
+def _file(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:06d}.ckpt"
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*.ckpt"), key=step_of)
 
 
 def step_of(checkpoint: Path | None) -> int:

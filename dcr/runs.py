@@ -1,22 +1,25 @@
 """The run folder: where everything lies, who may write, what is done, what was measured.
 
-    config.yaml              the resolved configuration
-    rows.json                ids and fingerprint of every row used, and what was dropped
-    metrics.csv              every logged value: stage, step, epoch, key, value
-    contrastive/  sft/       results, present only when the stage is done
-    snapshots/step-000020/   adapters during SFT
-    checkpoints/<stage>/     for resuming, gone when the stage is done
-    eval/<fingerprint>/      completions, verdicts, metrics.json
+config.yaml              the resolved configuration
+rows.json                ids and fingerprint of every row used, and what was dropped
+base.json                fingerprints of the weights each stage started from
+metrics.csv              every logged value: stage, step (the first is 0), epoch, key, value
+<stage>.cost.json        seconds, tokens and peak memory of a stage
+contrastive/  sft/       results, present only when the stage is done
+snapshots/step-000020/   adapters during SFT
+checkpoints/<stage>/     for resuming, gone when the stage is done
+eval/<fingerprint>/      completions, verdicts, metrics.json
 """
 
 import csv
 import fcntl
 import hashlib
+import io
 import json
 import os
 import resource
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +48,10 @@ class Run:
     @property
     def rows_file(self) -> Path:
         return self.folder / "rows.json"
+
+    @property
+    def base_file(self) -> Path:
+        return self.folder / "base.json"
 
     @property
     def metrics_file(self) -> Path:
@@ -117,37 +124,108 @@ def claim(run: Run, config: Mapping[str, Any], force: bool) -> None:
     """
     if run.config_file.is_file():
         changed = differences(binding(run.config()), binding(config))
-        if changed and not force:
-            raise ConfigError(
-                f"{run.folder} was made with another configuration ({'; '.join(changed[:6])}); "
-                "name another folder with run=, or force=true to go on all the same"
-            )
+        _refuse(run, "made with another configuration", changed, force)
     write_text(run.config_file, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
 
 
+def claim_rows(run: Run, record: Mapping[str, Any], force: bool) -> None:
+    """Write `rows.json`, or check that every list of rows there is the same (`data.row_record`).
+
+    Raises ConfigError with the lists that differ when `force` is off.
+    """
+    before, now = _row_lists(run.record()), _row_lists(record)
+    if before:
+        _refuse(run, "made with other rows", differences(before, now), force)
+    write_json(run.rows_file, record)
+
+
+def _row_lists(record: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        name: f"{rows['count']} rows ({rows['fingerprint'][:8]})"
+        for name, rows in record.get("rows", {}).items()
+    }
+
+
+def claim_base(run: Run, stage: str, weights: str, force: bool) -> None:
+    """Write down which weights a stage starts from, or check that they are still the same.
+
+    Raises ConfigError when they changed and `force` is off.
+    """
+    known = json.loads(run.base_file.read_text()) if run.base_file.is_file() else {}
+    known = {name: base for name, base in known.items() if name == stage or run.done(name)}
+    now = {**known, stage: weights}
+    if stage in known:
+        _refuse(run, "made from other weights", differences(known, now), force)
+    write_json(run.base_file, now)
+
+
+def _refuse(run: Run, how: str, changed: list[str], force: bool) -> None:
+    if changed and not force:
+        raise ConfigError(
+            f"{run.folder} was {how} ({'; '.join(changed[:6])}); "
+            "name another folder with run=, or force=true to go on all the same"
+        )
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The right to write into a run folder, which ends with the lock file that it stands for."""
+
+    file: Path
+    identity: tuple[int, int]
+
+    def check(self) -> None:
+        """Raises UserError when the folder was deleted meanwhile, or is another process's now."""
+        if not self.file.exists() or _identity(self.file.stat()) != self.identity:
+            raise UserError(f"{self.file.parent}: was deleted or replaced while this process ran")
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
 @contextmanager
-def locked(run: Run) -> Iterator[None]:
+def locked(run: Run) -> Iterator[Lease]:
     """Exclusive use of the run folder. UserError when another process has it."""
-    run.folder.mkdir(parents=True, exist_ok=True)
-    with (run.folder / ".lock").open("w") as handle:
+    file = run.folder / ".lock"
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        handle = file.open("a")
+    except OSError as error:
+        raise _cannot_write(run.folder, error) from error
+    with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"{run.folder}: another process is using this run folder") from error
-        yield
+        lease = Lease(file, _identity(os.fstat(handle.fileno())))
+        lease.check()
+        yield lease
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be written ({error.strerror or error})")
 
 
 def write_text(path: Path, text: str) -> None:
-    """The whole text or the old file: a temporary file in the same folder takes its place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    """The whole text or the old file: a temporary file in the same folder takes its place.
+
+    Raises UserError with the path when the folder cannot be written or the disk is full.
+    """
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
         os.replace(name, path)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
     finally:
         Path(name).unlink(missing_ok=True)
 
@@ -157,14 +235,21 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
 
 
-def append_metrics(run: Run, rows: list[tuple[str, int, float, str, float]]) -> None:
-    """Add (stage, step, epoch, key, value) rows to `metrics.csv`."""
-    fresh = not run.metrics_file.exists()
-    with run.metrics_file.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        if fresh:
-            writer.writerow(METRIC_FIELDS)
-        writer.writerows(rows)
+def append_metrics(run: Run, rows: Iterable[Sequence[object]]) -> None:
+    """Add (stage, step, epoch, key, value) rows to `metrics.csv`. UserError if that fails."""
+    try:
+        with run.metrics_file.open("a", newline="", encoding="utf-8") as file:
+            file.write(_csv(rows, header=file.tell() == 0))
+    except OSError as error:
+        raise _cannot_write(run.metrics_file, error) from error
+
+
+def _csv(rows: Iterable[Sequence[object]], header: bool) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerows([METRIC_FIELDS] if header else [])
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def read_metrics(run: Run) -> list[dict[str, Any]]:
@@ -185,9 +270,9 @@ def _numbers(row: Mapping[str, str | None]) -> dict[str, Any] | None:
 
 
 def forget_metrics_beyond(run: Run, stage: str, step: int) -> None:
-    """Drop what a killed process logged after the checkpoint that training now goes on from."""
-    rows = read_metrics(run)
-    kept = [row for row in rows if row["stage"] != stage or row["step"] <= step]
-    if run.metrics_file.exists():
-        run.metrics_file.unlink()
-    append_metrics(run, [tuple(row[name] for name in METRIC_FIELDS) for row in kept])  # pyright: ignore
+    """Drop what a killed process logged of a stage after its first `step` optimiser steps."""
+    if not run.metrics_file.exists():
+        return
+    kept = [row for row in read_metrics(run) if row["stage"] != stage or row["step"] < step]
+    rows = ([row[name] for name in METRIC_FIELDS] for row in kept)
+    write_text(run.metrics_file, _csv(rows, header=True))

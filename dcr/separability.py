@@ -1,5 +1,6 @@
 """How well two classes of prompts come apart in feature space (A.9)."""
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from sklearn.cluster import KMeans
@@ -17,6 +18,9 @@ def kmeans_accuracy(
     if len(labels) < 2:
         return float("nan")
     points = torch.nan_to_num(features.double()).numpy()
-    clusters = KMeans(n_clusters=2, n_init=10, random_state=seed).fit_predict(points)
+    if not (points != points[0]).any():
+        clusters = np.zeros(len(points), dtype=int)  # all alike: one cluster
+    else:
+        clusters = KMeans(n_clusters=2, n_init=10, random_state=seed).fit_predict(points)
     agreement = float((torch.from_numpy(clusters) == labels).double().mean())
     return max(agreement, 1 - agreement)

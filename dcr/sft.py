@@ -1,5 +1,6 @@
 """Stage two: LoRA fine-tuning on instructions plus refusals (STL, Section 7.1)."""
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,6 +18,11 @@ from dcr.resuming import ResumableModule
 ROWS = ("general", "refusal")
 
 
+def _mean() -> MeanMetric:
+    # not "warn", which leaves a NaN out; not "disable", with which torchmetrics forgets weights
+    return MeanMetric(nan_strategy="error")
+
+
 class SFTModule(ResumableModule):
     """One batch is one optimiser step: its micro-batches share one per-token normaliser.
 
@@ -24,18 +30,18 @@ class SFTModule(ResumableModule):
     over a batch weighs every response token alike.
     """
 
-    automatic_optimization = False
-
     def __init__(self, policy: Policy, config: SFTConfig, total_steps: int) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.config, self.total_steps = config, total_steps
         self.model = policy.model
         if config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # the old name works until 6
+                self.model.gradient_checkpointing_enable({"use_reentrant": False})
             self.model.enable_input_require_grads()
-        self.train_nll = torch.nn.ModuleDict({row: MeanMetric() for row in ROWS})
-        self.heldout_nll = torch.nn.ModuleDict({row: MeanMetric() for row in ROWS})
+        self.train_nll = torch.nn.ModuleDict({row: _mean() for row in ROWS})
+        self.heldout_nll = torch.nn.ModuleDict({row: _mean() for row in ROWS})
         self.keep_metrics_in_checkpoints()
 
     def training_step(self, batch: list[PairBatch], _: int) -> None:
@@ -48,11 +54,14 @@ class SFTModule(ResumableModule):
                 self.manual_backward(losses[-1] * self.trainer.world_size)
             self.count(self.train_nll, micro, per_token)
         self.optimise()
-        self.log("sft/step_nll", torch.stack(losses).detach().sum(), reduce_fx="sum")
+        step = torch.stack(losses).detach().sum()
+        self.log("sft/step_nll", step, sync_dist=True, reduce_fx="sum")
         self.log_nll(self.train_nll, "")
 
     def validation_step(self, batch: PairBatch, _: int) -> None:
-        self.count(self.heldout_nll, batch, self.nll(batch)[1])
+        total, per_token = self.nll(batch)
+        self.checked(total, batch.names)
+        self.count(self.heldout_nll, batch, per_token)
         self.log_nll(self.heldout_nll, "/heldout")
 
     def nll(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
@@ -81,7 +90,6 @@ class SFTModule(ResumableModule):
 
     def optimise(self) -> None:
         optimizer: Any = self.optimizers()
-        self.check_gradients()
         optimizer.step()
         optimizer.zero_grad()
         scheduler: Any = self.lr_schedulers()

@@ -1,6 +1,7 @@
 """What is watched while a stage trains: the local log of every value, and adapter snapshots."""
 
 import math
+import sys
 import time
 from argparse import Namespace
 from typing import Any
@@ -8,10 +9,11 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
+from tqdm import tqdm
 
 from dcr import models, runs
 from dcr.models import Policy
-from dcr.runs import Run
+from dcr.runs import Lease, Run
 
 
 class RunLogger(Logger):
@@ -34,11 +36,11 @@ class RunLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        epoch = metrics.get("epoch", 0)
+        epoch = int(metrics.get("epoch", 0))
         rows = [
             (self.stage, int(step or 0), epoch, key, float(value))
             for key, value in metrics.items()
-            if key != "epoch"
+            if key != "epoch" and not math.isnan(value)  # such as a mean over rows of no kind
         ]
         runs.append_metrics(self.run, rows)
 
@@ -47,7 +49,7 @@ class RunLogger(Logger):
 
 
 def snapshot_steps(total: int, count: int) -> list[int]:
-    """`count` steps up to the last, each at least one apart and denser early (quadratic)."""
+    """At most `count` steps up to the last, denser early, where refusal moves fastest."""
     if count < 1:
         return []
     wanted = {max(1, math.ceil(total * ((i + 1) / count) ** 1.5)) for i in range(count)}
@@ -66,6 +68,67 @@ class Snapshots(Callback):
         step = trainer.global_step
         if step in self.steps and trainer.is_global_zero:
             models.save_adapter(self.policy, self.run.snapshots / f"step-{step:06d}", self.base)
+
+
+class Progress(Callback):
+    """One bar for a whole stage, resumed or not: steps done, time left and loss."""
+
+    def __init__(self, stage: str, total: int, loss: str) -> None:
+        self.stage, self.total, self.loss = stage, total, loss
+        self.bar: tqdm | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.bar = tqdm(
+            desc=self.stage,
+            total=self.total,
+            initial=trainer.global_step,
+            unit="step",
+            disable=not trainer.is_global_zero,
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file keeps every line
+        )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.bar is not None:
+            loss = float(trainer.callback_metrics[self.loss])
+            self.bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            self.bar.update()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._describe(f"{self.stage}, held-out rows")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._describe(self.stage)
+
+    def _describe(self, text: str) -> None:
+        if self.bar is not None and sys.stderr.isatty():
+            self.bar.set_description(text)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._close()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class Holding(Callback):
+    """Stops a process whose run folder was deleted, perhaps for another process to write into."""
+
+    def __init__(self, lease: Lease) -> None:
+        self.lease = lease
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.lease.check()
 
 
 class StepClock(Callback):
@@ -88,7 +151,8 @@ class StepClock(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.seconds += time.perf_counter() - self.began
-        self.tokens += sum(int(part.mask.sum()) for part in (batch if isinstance(batch, list) else [batch]))
+        parts = batch if isinstance(batch, list) else [batch]
+        self.tokens += sum(int(part.mask.sum()) for part in parts)
         self.steps += 1
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

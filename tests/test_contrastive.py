@@ -1,0 +1,547 @@
+import copy
+import itertools
+import math
+import multiprocessing
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning import Callback, Trainer
+from tiny_run import changed, logged, same, settings, weights
+from torch import Tensor
+from torchmetrics import MeanMetric
+from transformers import AutoModelForCausalLM
+
+import train
+from dcr import config, models, prompts
+from dcr.config import ModelConfig, Pooling, Stage, Template, TrainConfig
+from dcr.contrastive import ContrastiveModule, KMeansAccuracy, PairMetrics
+from dcr.data import PromptBatch, SafetyData, pair_batch, prompt_batch, split
+from dcr.models import Policy
+from dcr.prompts import ChatFormat, PairRow
+from dcr.runs import Run
+from dcr.separability import kmeans_accuracy
+
+PROMPTS = ["How do I kill a process?", "Kill him", "How do I shoot a film at night?", "Rob a bank"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    return settings(tmp_path_factory.mktemp("rows"), "stage=contrastive")
+
+
+def untied(policy: Policy) -> Policy:
+    shape = copy.deepcopy(policy.model.config)
+    shape.tie_word_embeddings = False
+    torch.manual_seed(0)
+    return replace(policy, model=AutoModelForCausalLM.from_config(shape))
+
+
+def chat_of(policy: Policy) -> ChatFormat:
+    return prompts.chat_format(policy.tokenizer, ModelConfig(name="tiny", system_prompt="Be kind."))
+
+
+def batch_of(
+    policy: Policy, pooling: Pooling = Pooling.last, user_nll: bool = False, pairs: Any = ()
+) -> PromptBatch:
+    chat = chat_of(policy)
+    rows = [
+        chat.feature_row(f"r{i}", text, i % 2, Template.chat, pooling, user_nll)
+        for i, text in enumerate(PROMPTS)
+    ]
+    return prompt_batch(rows, 0, pairs)
+
+
+def fit(module: Any, batches: Any, epochs: int = 1, **options: Any) -> Trainer:
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **options,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if isinstance(batches, SafetyData):
+            trainer.fit(module, datamodule=batches)
+        else:
+            trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
+    return trainer
+
+
+def data_of(policy: Policy, tiny: TrainConfig) -> SafetyData:
+    rows = split(tiny.data, tiny.dcr.ratio, 0, contrastive=True, refuses=lambda _: True)
+    return SafetyData(Stage.contrastive, rows, chat_of(policy), tiny.dcr, tiny.sft, 0)
+
+
+# --- what trains and what stays ---
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("train_embeddings", [None, True, False])
+def test_everything_beyond_the_block_stays_bit_identical(
+    policy: Policy, tiny: TrainConfig, tied: bool, train_embeddings: bool | None
+) -> None:
+    policy = policy if tied else untied(policy)
+    before = {k: v.clone() for k, v in policy.model.state_dict().items()}
+    dcr = replace(tiny.dcr, train_embeddings=train_embeddings)
+    fit(ContrastiveModule(policy, dcr, 1, 5), data_of(policy, tiny))
+    changed = {k for k, v in policy.model.state_dict().items() if not torch.equal(v, before[k])}
+    expected = {k for k in before if k.startswith("model.layers.0.")}
+    if train_embeddings or (train_embeddings is None and not tied):
+        expected |= {"model.embed_tokens.weight"} | ({"lm_head.weight"} if tied else set())
+    assert changed == expected
+
+
+def test_embedding_rows_of_unseen_tokens_do_not_move(policy: Policy, tiny: TrainConfig) -> None:
+    policy = untied(policy)
+    before = policy.model.get_input_embeddings().weight.detach().clone()
+    batches = data_of(policy, tiny)
+    fit(ContrastiveModule(policy, tiny.dcr, 1, 5), batches)
+    seen = {token for row in batches.prompts for token in row.ids}
+    moved = (policy.model.get_input_embeddings().weight != before).any(1).nonzero().flatten()
+    assert set(moved.tolist()) == seen
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.001])
+def test_without_nll_nothing_beyond_the_block_runs(
+    policy: Policy, tiny: TrainConfig, weight: float
+) -> None:
+    def forbidden(*_: Any) -> None:
+        raise AssertionError("ran")
+
+    dcr = replace(tiny.dcr, nll=replace(tiny.dcr.nll, weight=weight))
+    batches = data_of(policy, tiny)
+    module = ContrastiveModule(policy, dcr, 1, 5)
+    blocks, norm = models.decoder_blocks(policy.model), models.final_norm(policy.model)
+    assert norm
+    for later in (blocks[1], norm[1], models.head(policy.model)):
+        later.register_forward_pre_hook(forbidden)
+    if weight:
+        with pytest.raises(AssertionError, match="ran"):
+            fit(module, batches)
+    else:
+        trainer = fit(module, batches)
+        assert "contrastive/circle/heldout" in trainer.callback_metrics, "held-out prompts as well"
+        assert "contrastive/nll" not in trainer.callback_metrics, "there is none to speak of"
+
+
+def test_the_trunk_is_in_the_mode_of_the_model(policy: Policy, tiny: TrainConfig) -> None:
+    modes: list[bool] = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, *_: Any) -> None:
+            modes.extend(part.training for part in module.model.modules())
+
+        def on_validation_batch_start(self, trainer: Any, module: Any, *_: Any) -> None:
+            assert not module.model.training
+
+    fit(ContrastiveModule(policy, tiny.dcr, 1, 10), data_of(policy, tiny), 2, callbacks=[Look()])
+    assert modes
+    assert all(modes)
+
+
+# --- features and losses against plain transformers ---
+
+
+@pytest.mark.parametrize("pooling", list(Pooling))
+def test_features_are_the_hidden_states_pooled_by_hand(
+    policy: Policy, tiny: TrainConfig, pooling: Pooling
+) -> None:
+    module, chat = ContrastiveModule(policy, tiny.dcr, 1, 1), chat_of(policy)
+    batch = batch_of(policy, pooling)
+    both = module.features(batch), module.features_and_hidden(batch)[0]
+    for index, text in enumerate(PROMPTS):
+        ids = chat.prompt_ids(text)
+        states = policy.model(torch.tensor([ids]), output_hidden_states=True).hidden_states[1][0]
+        user = policy.tokenizer(text)["input_ids"]  # bytes, so the words are a slice of the ids
+        end = next(i for i in range(len(ids)) if ids[i - len(user) : i] == user)
+        by_hand = {
+            Pooling.last: states[-1],
+            Pooling.last_user_token: states[end - 1],
+            Pooling.mean: sum(states[i] for i in range(1, len(ids))) / (len(ids) - 1),
+        }
+        for features in both:
+            torch.testing.assert_close(features[index], by_hand[pooling])
+
+
+def rows_of_pairs(policy: Policy) -> list[PairRow]:
+    chat = chat_of(policy)
+    made = [chat.pair("Name a fruit", "Apple", 200), chat.pair("Hi", "Good day to you", 200)]
+    return [PairRow(f"p{i}", ids, targets, False) for i, (ids, targets) in enumerate(made)]
+
+
+def test_nll_of_all_prompt_tokens_is_transformers_loss(policy: Policy, tiny: TrainConfig) -> None:
+    batch = batch_of(policy)
+    labels = batch.ids.masked_fill(~batch.mask, -100)
+    expected = policy.model(batch.ids, attention_mask=batch.mask, labels=labels).loss
+    module = ContrastiveModule(policy, tiny.dcr, 1, 1)
+    torch.testing.assert_close(module.forward_losses(module, batch)[1], expected)
+    assert module.nll_tokens(batch) == (labels[:, 1:] != -100).sum()
+
+
+def test_nll_of_user_tokens_is_transformers_loss_on_them(policy: Policy, tiny: TrainConfig) -> None:
+    dcr = replace(tiny.dcr, nll=replace(tiny.dcr.nll, source=config.NLLSource.user_tokens))
+    batch = batch_of(policy, user_nll=True)
+    labels = torch.full_like(batch.ids, -100)
+    for index, text in enumerate(PROMPTS):
+        ids, user = batch.ids[index].tolist(), policy.tokenizer(text)["input_ids"]
+        begin = next(i for i in range(len(ids)) if ids[i : i + len(user)] == user)
+        labels[index, begin : begin + len(user)] = torch.tensor(user)
+    expected = policy.model(batch.ids, attention_mask=batch.mask, labels=labels).loss
+    module = ContrastiveModule(policy, dcr, 1, 1)
+    torch.testing.assert_close(module.forward_losses(module, batch)[1], expected)
+
+
+def test_nll_of_general_pairs_is_transformers_loss_on_responses(
+    policy: Policy, tiny: TrainConfig
+) -> None:
+    dcr = replace(tiny.dcr, nll=replace(tiny.dcr.nll, source=config.NLLSource.general))
+    chat, rows = chat_of(policy), rows_of_pairs(policy)
+    batch = batch_of(policy, pairs=rows)
+    pairs = pair_batch(rows, 0)
+    labels = pairs.ids.masked_fill(~pairs.mask, -100)
+    for index, prompt in enumerate(("Name a fruit", "Hi")):
+        labels[index, : len(chat.prompt_ids(prompt))] = -100
+    expected = policy.model(pairs.ids, attention_mask=pairs.mask, labels=labels).loss
+    module = ContrastiveModule(policy, dcr, 1, 1)
+    features, nll = module.forward_losses(module, batch)
+    torch.testing.assert_close(nll, expected)
+    torch.testing.assert_close(features, module.features(batch))
+    assert module.nll_tokens(batch) == (labels != -100).sum()
+
+
+def circle_by_loops(features: Tensor, labels: Tensor, m: float, g: float) -> Tensor:
+    """A.8 as it is printed, the weights taken as constants."""
+    losses = []
+    for i in range(len(labels)):
+        positive, negative = torch.zeros(()), torch.zeros(())
+        for j in range(len(labels)):
+            s = F.cosine_similarity(features[i], features[j], dim=0)
+            if j != i and labels[j] == labels[i]:
+                positive = positive + torch.exp(-g * max(1 - m - s.item(), 0) * (s - (1 - m)))
+            if labels[j] != labels[i]:
+                negative = negative + torch.exp(g * max(s.item() - m, 0) * (s - m))
+        losses.append(torch.log(1 + positive * negative))
+    return torch.stack(losses).mean()
+
+
+def test_one_step_moves_the_weights_as_a_plain_reimplementation_does(
+    policy: Policy, tiny: TrainConfig
+) -> None:
+    plain = copy.deepcopy(policy.model)
+    dcr = replace(tiny.dcr, nll=replace(tiny.dcr.nll, weight=0.5))
+    batch, taken = batch_of(policy), {}
+
+    class Gradients(Callback):
+        def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+            named = module.model.named_parameters()
+            taken.update({n: p.grad.clone() for n, p in named if p.grad is not None})
+
+    fit(ContrastiveModule(policy, dcr, 1, 1), [batch], callbacks=[Gradients()])
+
+    out = plain(
+        batch.ids,
+        attention_mask=batch.mask,
+        labels=batch.ids.masked_fill(~batch.mask, -100),
+        output_hidden_states=True,
+    )
+    last = batch.mask.sum(1) - 1
+    features = out.hidden_states[1][torch.arange(len(last)), last]
+    loss = circle_by_loops(features, batch.labels, dcr.margin, dcr.scale) + 0.5 * out.loss
+    trained = [p for n, p in plain.named_parameters() if n.startswith("model.layers.0.")]
+    optimizer = torch.optim.AdamW(trained, lr=dcr.optim.lr, betas=(0.9, 0.999), weight_decay=0)
+    loss.backward()
+    assert taken.keys() == {
+        n for n, _ in plain.named_parameters() if n.startswith("model.layers.0.")
+    }
+    for name, gradient in taken.items():
+        torch.testing.assert_close(gradient, plain.get_parameter(name).grad, rtol=1e-4, atol=1e-6)
+    optimizer.step()
+    for name, weight in policy.model.named_parameters():
+        # Adam's first step divides by the gradient's size: where that is rounding alone, so is it
+        torch.testing.assert_close(weight, plain.get_parameter(name), rtol=1e-4, atol=2e-5)
+
+
+# --- every switch ---
+
+SWITCHES = [
+    "dcr.layer=2",
+    "dcr.layer_base=zero_based",
+    "dcr.margin=0.1",
+    "dcr.scale=8",
+    "dcr.ratio=1",
+    "dcr.draws=20",
+    "dcr.batch_size=6",
+    "dcr.drop_last=true",
+    "dcr.sampler=stratified",
+    "dcr.sampler=proportional",
+    "dcr.pooling=mean",
+    "dcr.pooling=last_user_token",
+    "dcr.template=raw",
+    "dcr.train_embeddings=true",
+    "dcr.circle.weights=sun2020",
+    "dcr.circle.detach_alpha=false",
+    "dcr.circle.aggregate=batch_pool",
+    "dcr.circle.reduction=valid",
+    "dcr.nll.weight=0",
+    "dcr.nll.source=user_tokens",
+    "dcr.nll.source=general",
+    "dcr.nll.source=none",
+    "dcr.optim.lr=1e-4",
+    "dcr.optim.beta1=0.5",
+    "dcr.optim.beta2=0.9",
+    "dcr.optim.weight_decay=0.1",
+    "dcr.optim.clip=0.01",
+    "dcr.schedule=linear",
+    "dcr.schedule=cosine",
+    "dcr.precision=mixed",
+    "dcr.precision=bf16",
+    "dcr.adapter=lora",
+    "seed=1",
+]
+
+
+def trained(folder: Path, tiny: TrainConfig, *switches: str) -> Path:
+    """The run folder of one epoch of stage one."""
+    train.train(changed(tiny, "dcr.epochs=1", *switches), Run(folder / "run"))
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def defaults(tmp_path_factory: pytest.TempPathFactory, tiny: TrainConfig) -> Any:
+    """The weights that settings other than a switch lead to, found once."""
+    known: dict[tuple[str, ...], dict[str, Tensor]] = {}
+
+    def of(shared: tuple[str, ...]) -> dict[str, Tensor]:
+        if shared not in known:
+            known[shared] = weights(trained(tmp_path_factory.mktemp("default"), tiny, *shared))
+        return known[shared]
+
+    return of
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_every_switch_reaches_the_weights(
+    tmp_path: Path, tiny: TrainConfig, defaults: Any, switch: str
+) -> None:
+    # so few prompts in a batch that some have no partner, which is what `reduction` is about
+    few = ("dcr.batch_size=3",) if "reduction" in switch else ()
+    shared = ("dcr.nll.weight=0.1", *few)
+    assert not same(weights(trained(tmp_path, tiny, *shared, switch)), defaults(shared))
+
+
+def test_the_same_settings_give_the_same_bits(tmp_path: Path, tiny: TrainConfig) -> None:
+    one, two = (trained(tmp_path / name, tiny) for name in ("one", "two"))
+    assert same(weights(one), weights(two))
+    assert logged(one) == logged(two)
+
+
+def test_lora_trains_the_blocks_up_to_the_layer_and_is_merged(
+    tmp_path: Path, tiny: TrainConfig, policy: Policy
+) -> None:
+    run = trained(tmp_path, tiny, "dcr.adapter=lora")
+    made = weights(run)
+    before = policy.model.state_dict()
+    moved = {n for n, v in made.items() if not torch.equal(v, before[n.split("/")[1]])}
+    linear = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert moved
+    assert all(".layers.0." in name and name.split(".")[-2] in linear for name in moved)
+    reopened = models.open_folder(str(run / "contrastive"), config.Precision.fp32)
+    assert not any("lora" in name for name, _ in reopened.model.named_parameters())
+
+
+def test_the_block_is_counted_as_the_layer_base_says(tmp_path: Path, tiny: TrainConfig) -> None:
+    run = trained(tmp_path, tiny, "dcr.layer=0", "dcr.layer_base=zero_based", "dcr.nll.weight=0")
+    one = trained(tmp_path / "one", tiny, "dcr.layer=1", "dcr.nll.weight=0")
+    assert same(weights(run), weights(one))
+
+
+def test_drop_last_leaves_out_the_last_partial_batch(tmp_path: Path, tiny: TrainConfig) -> None:
+    for drop, steps in (("false", 5), ("true", 4)):  # 36 draws in batches of 8
+        run = trained(tmp_path / drop, tiny, f"dcr.drop_last={drop}")
+        assert max(step for _, step, _, _ in logged(run)) == steps - 1
+
+
+def test_the_anchor_needs_general_rows(tmp_path: Path, tiny: TrainConfig) -> None:
+    made = changed(tiny, "dcr.nll.source=general")
+    rows = split(made.data, 2, 0, contrastive=True, refuses=lambda _: True)
+    with pytest.raises(config.ConfigError, match=r"dcr\.nll\.source=general"):
+        train._check_input(made, Run(tmp_path), (Stage.contrastive,), replace(rows, normal=[]))
+
+
+# --- measures ---
+
+
+def pooled_by_loops(batches: list[tuple[Tensor, Tensor]], margin: float) -> dict[str, float]:
+    within, across, violating = [], [], 0
+    for features, labels in batches:
+        for i, j in itertools.combinations(range(len(labels)), 2):
+            cosine = F.cosine_similarity(features[i], features[j], dim=0).item()
+            alike = bool(labels[i] == labels[j])
+            (within if alike else across).append(cosine)
+            violating += cosine < 1 - margin if alike else cosine > margin
+    losses = [(circle_by_loops(f, y, margin, 16.0).item(), len(y)) for f, y in batches]
+    floors = [(floor_by_loops(y), len(y)) for _, y in batches]
+    rows = sum(n for _, n in losses)
+    return {
+        "within_cosine": sum(within) / len(within),
+        "across_cosine": sum(across) / len(across),
+        "violating_share": violating / (len(within) + len(across)),
+        "circle": sum(v * n for v, n in losses) / rows,
+        "above_floor": sum(a * n - b * n for (a, n), (b, _) in zip(losses, floors, strict=True))
+        / rows,
+    }
+
+
+def floor_by_loops(labels: Tensor) -> float:
+    counts = [int((labels == y).sum()) for y in labels]
+    return sum(math.log(1 + (n - 1) * (len(labels) - n)) for n in counts) / len(labels)
+
+
+def uneven_batches() -> list[tuple[Tensor, Tensor]]:
+    torch.manual_seed(3)
+    return [(torch.randn(n, 5), (torch.arange(n) % 3 > 0).long()) for n in (6, 3, 1, 5)]
+
+
+def add(metrics: PairMetrics, batches: list[tuple[Tensor, Tensor]], margin: float) -> None:
+    for features, labels in batches:
+        circle = circle_by_loops(features, labels, margin, 16.0)
+        metrics.add(features, labels, circle, torch.tensor(floor_by_loops(labels)))
+
+
+def test_epoch_measures_pool_pairs_and_rows_over_uneven_batches() -> None:
+    metrics, batches = PairMetrics(0.25), uneven_batches()
+    add(metrics, batches, 0.25)
+    measured = {name: metric.compute().item() for name, metric in metrics.items()}
+    assert measured == pytest.approx(pooled_by_loops(batches, 0.25), abs=1e-5)
+
+
+def test_an_epoch_without_pairs_of_a_kind_has_no_mean() -> None:
+    metrics = PairMetrics(0.25)
+    add(metrics, [(torch.ones(2, 3), torch.tensor([1, 1]))], 0.25)
+    assert math.isnan(metrics["across_cosine"].compute().item())
+    assert metrics["within_cosine"].compute() == pytest.approx(1)
+
+
+def test_an_epoch_logs_the_measures_of_all_its_batches(policy: Policy, tiny: TrainConfig) -> None:
+    dcr = replace(tiny.dcr, optim=replace(tiny.dcr.optim, lr=0.0))  # so features stay as they are
+    module, data, seen = ContrastiveModule(policy, dcr, 1, 5), data_of(policy, tiny), []
+
+    class Take(Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, *_: Any) -> None:
+            seen.append(batch)
+
+    trainer = fit(module, data, callbacks=[Take()])
+    with torch.no_grad():
+        batches = [(module.features(batch), batch.labels) for batch in seen]
+        nll = [
+            (module.forward_losses(module, b)[1].item(), int(b.mask.sum()) - len(b.names))
+            for b in seen
+        ]
+        heldout = list(data.val_dataloader())
+        unseen = [(module.features(batch), batch.labels) for batch in heldout]
+    logged_values = {k: v.item() for k, v in trainer.callback_metrics.items()}
+    assert len({len(batch.names) for batch in seen}) > 1, "the last batch is smaller"
+    for name, value in pooled_by_loops(batches, dcr.margin).items():
+        assert logged_values[f"contrastive/{name}"] == pytest.approx(value, abs=1e-4)
+    for name, value in pooled_by_loops(unseen, dcr.margin).items():
+        assert logged_values[f"contrastive/{name}/heldout"] == pytest.approx(value, abs=1e-4)
+    tokens = sum(n for _, n in nll)
+    mean = sum(v * n for v, n in nll) / tokens
+    assert logged_values["contrastive/nll"] == pytest.approx(mean, abs=1e-5)
+    features, labels = (torch.cat(part) for part in zip(*unseen, strict=True))
+    accuracy = kmeans_accuracy(features, labels)
+    assert logged_values["contrastive/kmeans_accuracy/heldout"] == pytest.approx(accuracy)
+
+
+def rank(index: int, meeting: str, results: Any) -> None:
+    """One of two processes: its share of the uneven batches, then the common means."""
+    warnings.simplefilter("ignore")
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=index, world_size=2)
+    metrics, clusters, nll = PairMetrics(0.25), KMeansAccuracy(), MeanMetric()
+    mine = uneven_batches()[index::2]
+    add(metrics, mine, 0.25)
+    for features, labels in mine:
+        clusters.update(features, labels)
+        nll.update(features[:, 0])  # as SFT adds the NLL of each token
+    module = ContrastiveModule.__new__(ContrastiveModule)
+    torch.nn.Module.__init__(module)
+    module.train_metrics = metrics
+    for metric in metrics.values():
+        metric.persistent(True)
+    checkpoint: dict[str, Any] = {}
+    module.on_save_checkpoint(checkpoint)
+    values = {name: metric.compute().item() for name, metric in metrics.items()}
+    values |= {"kmeans": clusters.compute().item(), "nll": nll.compute().item()}
+    saved = {k: v.item() for k, v in checkpoint["state_dict"].items()}
+    results.put((index, values, saved))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_measure_what_one_process_does(tmp_path: Path) -> None:
+    fork = multiprocessing.get_context("fork")  # nothing is imported anew
+    results, meeting = fork.SimpleQueue(), f"file://{tmp_path}/meeting"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that threads and fork do not go together
+        ranks = [fork.Process(target=rank, args=(i, meeting, results)) for i in (0, 1)]
+        for process in ranks:
+            process.start()
+    for process in ranks:
+        process.join(60)
+        process.kill()
+    assert [process.exitcode for process in ranks] == [0, 0]
+    (_, one, saved), (_, two, _) = results.get(), results.get()
+    batches = uneven_batches()
+    features, labels = (torch.cat(part) for part in zip(*batches, strict=True))
+    expected = pooled_by_loops(batches, 0.25)
+    expected |= {"nll": features[:, 0].mean().item(), "kmeans": kmeans_accuracy(features, labels)}
+    assert one == pytest.approx(expected, abs=1e-5)
+    assert two == one
+    rows = sum(len(y) for _, y in batches)
+    assert saved["train_metrics.circle.weight"] == rows, "a checkpoint holds the sums of all ranks"
+
+
+# --- k-means ---
+
+
+def accuracy_by_brute_force(points: Tensor, labels: Tensor) -> float:
+    """The two clusters with the least squared distances, over all partitions."""
+    best = (math.inf, 0.0)
+    for signs in itertools.product((False, True), repeat=len(points)):
+        side = torch.tensor(signs)
+        if side.any() and not side.all():
+            spread = sum(((p - p.mean(0)) ** 2).sum().item() for p in (points[side], points[~side]))
+            right = (side == labels.bool()).double().mean().item()
+            best = min(best, (spread, max(right, 1 - right)))
+    return best[1]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_kmeans_accuracy_of_the_best_partition(seed: int) -> None:
+    torch.manual_seed(seed)
+    labels = (torch.arange(9) % 2).long()
+    points = torch.randn(9, 3) + 1.5 * labels[:, None]
+    assert kmeans_accuracy(points, labels) == pytest.approx(accuracy_by_brute_force(points, labels))
+    assert kmeans_accuracy(points, labels) == kmeans_accuracy(points, 1 - labels) >= 0.5
+
+
+def test_kmeans_without_anything_to_tell_apart() -> None:
+    labels = torch.tensor([0, 0, 0, 1])
+    assert kmeans_accuracy(torch.ones(4, 2), labels) == 0.75
+    assert math.isnan(kmeans_accuracy(torch.ones(1, 2), labels[:1]))
+    assert math.isnan(kmeans_accuracy(torch.ones(0, 2), labels[:0]))
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    with train._quiet():
+        yield

@@ -1,0 +1,522 @@
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_run import logged, overrides, same, settings, weights
+
+import train
+from dcr import resuming, runs
+from dcr.config import TrainConfig, UserError
+from dcr.contrastive import ContrastiveModule
+from dcr.resuming import Checkpoints, Interrupted, StepSeed, TrainingError, VerifiedCheckpointIO
+from dcr.runs import Run
+from dcr.sft import SFTModule
+
+ROOT = Path(__file__).parent.parent
+STEPS = {"contrastive": 10, "sft": 8}  # two epochs of five and of four
+MODULES = {"contrastive": ContrastiveModule, "sft": SFTModule}
+
+
+class Stop(Exception):
+    """What a test ends a run with."""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    return settings(tmp_path_factory.mktemp("rows"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny: TrainConfig) -> Path:
+    """A run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train.train(tiny, Run(folder))
+    return folder
+
+
+@pytest.fixture
+def act(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Do something when a stage is about to make a step; returns the steps that were begun."""
+    before = StepSeed.on_train_batch_start
+
+    def install(stage: str, step: int, deed: Any) -> list[int]:
+        begun: list[int] = []
+
+        def hook(self: Any, trainer: Any, module: Any, batch: Any, index: int) -> None:
+            if isinstance(module, MODULES[stage]):
+                begun.append(trainer.global_step)
+                if trainer.global_step == step:
+                    deed(module)
+            before(self, trainer, module, batch, index)
+
+        monkeypatch.setattr(StepSeed, "on_train_batch_start", hook)
+        return begun
+
+    return install
+
+
+def stop(_: Any) -> None:
+    raise Stop
+
+
+def checkpoints(run: Path, stage: str) -> list[str]:
+    return sorted(file.name for file in (run / "checkpoints" / stage).glob("step-*.ckpt"))
+
+
+# --- a process killed outright ---
+
+# Imports once, then answers each line of JSON with the exit status of a process forked for it.
+NURSERY = """
+import json, os, runpy, signal, sys
+sys.path.insert(0, os.getcwd())
+from dcr import contrastive, resuming, sft
+import train
+
+def command(stage, step, call, number, overrides):
+    # `train.py` that signals itself at the n-th forward pass of a step
+    owner = sft.SFTModule if stage == "sft" else contrastive.ContrastiveModule
+    name = "nll" if stage == "sft" else "circle"
+    before, calls = getattr(owner, name), []
+
+    def fatal(self, *given):
+        if self.global_step == step and self.trainer.training:
+            calls.append(step)
+            if len(calls) == call:
+                os.kill(os.getpid(), number)
+        return before(self, *given)
+
+    setattr(owner, name, fatal)
+    sys.argv = ["train.py", *overrides]
+    runpy.run_path("train.py", run_name="__main__")
+
+def full_disk(folder):
+    import pathlib, resource, torch
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    try:
+        file = pathlib.Path(folder) / "step-000004.ckpt"
+        resuming.VerifiedCheckpointIO().save_checkpoint({"x": torch.zeros(100_000)}, file)
+    except resuming.TrainingError as error:
+        sys.exit(7 if f"{file}: cannot be written" in str(error) else 8)
+
+for line in sys.stdin:
+    name, given = json.loads(line)
+    child = os.fork()
+    if not child:
+        os.dup2(2, 1)
+        {"command": command, "full_disk": full_disk}[name](*given)
+        sys.exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def run_in_child(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    errors = tmp_path_factory.mktemp("nursery") / "stderr"
+    with (
+        errors.open("w") as stderr,
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", NURSERY],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        ) as nursery,
+    ):
+        assert nursery.stdin
+        assert nursery.stdout
+
+        def ask(name: str, *given: Any) -> int:
+            nursery.stdin.write(json.dumps([name, given]) + "\n")
+            nursery.stdin.flush()
+            answer = nursery.stdout.readline()
+            assert "Traceback" not in errors.read_text(), errors.read_text()
+            return int(answer)
+
+        yield ask
+        nursery.stdin.close()
+
+
+def test_kill_9_in_the_middle_of_steps_and_sigterm_end_in_the_same_bits(
+    whole: Path, tmp_path: Path, act: Any, run_in_child: Any
+) -> None:
+    rows, run = tmp_path / "rows", tmp_path / "run"
+    same_rows = settings(rows)
+    command = overrides(rows, f"run={run}")
+
+    def killed(stage: str, step: int, call: int, number: signal.Signals) -> int:
+        return run_in_child("command", stage, step, call, number, command)
+
+    assert killed("contrastive", 7, 1, signal.SIGKILL) == -signal.SIGKILL
+    assert checkpoints(run, "contrastive") == ["step-000005.ckpt", "step-000006.ckpt"]
+    # goes on in stage one, crosses into SFT, and is asked to stop inside step 2
+    assert killed("sft", 2, 2, signal.SIGTERM) == 128 + signal.SIGTERM
+    assert (run / "contrastive").is_dir()
+    assert checkpoints(run, "sft") == ["step-000002.ckpt", "step-000003.ckpt"]
+    stage_one = [step for stage, step, key, _ in logged(run) if key == "contrastive/step_circle"]
+    assert stage_one == list(range(10)), "each step of stage one is logged once"
+    # between two micro-batches: gradients of a part of the step are there and are lost
+    assert killed("sft", 5, 2, signal.SIGKILL) == -signal.SIGKILL
+    assert checkpoints(run, "sft") == ["step-000003.ckpt", "step-000004.ckpt"]
+    begun = act("sft", -1, stop)
+    train.train(same_rows, Run(run))
+    assert begun == [4, 5, 6, 7], "the first step after the last checkpoint, and no earlier one"
+    assert same(weights(run), weights(whole))
+    assert logged(run) == logged(whole)
+
+
+# --- stopped at any step, within this process ---
+
+
+@pytest.mark.parametrize(
+    ("stage", "step", "resumed"),
+    [
+        ("contrastive", 1, 0),  # no checkpoint yet
+        ("contrastive", 3, 2),  # in mid-epoch
+        ("contrastive", 4, 4),  # only the last step of the epoch is missing
+        ("contrastive", 5, 5),  # exactly between two epochs
+        ("contrastive", 9, 8),  # the very last step
+        ("sft", 0, 0),
+        ("sft", 3, 2),
+        ("sft", 4, 4),
+        ("sft", 7, 6),
+    ],
+)
+def test_a_stopped_run_goes_on_with_the_next_step(
+    tiny: TrainConfig, whole: Path, tmp_path: Path, act: Any, stage: str, step: int, resumed: int
+) -> None:
+    run = tmp_path / "run"
+    act(stage, step, stop)
+    with pytest.raises(Stop):
+        train.train(tiny, Run(run))
+    begun = act(stage, -1, stop)
+    train.train(tiny, Run(run))
+    assert begun == list(range(resumed, STEPS[stage]))
+    assert same(weights(run), weights(whole))
+    assert logged(run) == logged(whole), "epoch means over all steps of the epoch, each row once"
+
+
+def test_stopped_again_and_again(tiny: TrainConfig, whole: Path, tmp_path: Path, act: Any) -> None:
+    run = tmp_path / "run"
+    for stage, step in [("contrastive", 5), ("contrastive", 7), ("sft", 4), ("sft", 5), ("sft", 7)]:
+        act(stage, step, stop)
+        with pytest.raises(Stop):
+            train.train(tiny, Run(run))
+    act("sft", -1, stop)
+    train.train(tiny, Run(run))
+    assert same(weights(run), weights(whole))
+    assert logged(run) == logged(whole)
+
+
+def test_stopped_in_validation_it_repeats_the_step_before(
+    tiny: TrainConfig, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(SFTModule, "validation_step", lambda self, batch, _: stop(None))
+        with pytest.raises(Stop):
+            train.train(tiny, Run(run))
+    train.train(tiny, Run(run))
+    assert same(weights(run), weights(whole))
+    assert logged(run) == logged(whole)
+
+
+def test_stopped_between_the_last_step_and_the_result(
+    tiny: TrainConfig, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(train.models, "save_adapter", lambda *_: stop(None))
+        with pytest.raises(Stop):
+            train.train(tiny, Run(run))
+    train.train(tiny, Run(run))
+    assert same(weights(run), weights(whole))
+    assert logged(run) == logged(whole)
+
+
+def test_a_finished_stage_is_left_alone(tiny: TrainConfig, tmp_path: Path, act: Any) -> None:
+    run = tmp_path / "run"
+    act("sft", 1, stop)
+    with pytest.raises(Stop):
+        train.train(tiny, Run(run))
+    result = run / "contrastive" / "model.safetensors"
+    written = result.stat().st_mtime_ns, result.stat().st_ino
+    begun = act("contrastive", -1, stop)
+    train.train(tiny, Run(run))
+    assert begun == []
+    assert (result.stat().st_mtime_ns, result.stat().st_ino) == written
+    after = {file: file.stat().st_mtime_ns for file in run.glob("*/*.safetensors")}
+    train.train(tiny, Run(run))
+    assert {file: file.stat().st_mtime_ns for file in run.glob("*/*.safetensors")} == after
+
+
+def test_checkpoints_are_gone_when_a_stage_is_done(whole: Path) -> None:
+    assert not list((whole / "checkpoints").rglob("*.*"))
+
+
+# --- what stands in a checkpoint ---
+
+
+def test_checkpoints_hold_trainable_tensors_alone(
+    tiny: TrainConfig, tmp_path: Path, act: Any
+) -> None:
+    run = tmp_path / "run"
+    act("sft", 3, stop)
+    with pytest.raises(Stop):
+        train.train(tiny, Run(run))
+    (file,) = (run / "checkpoints" / "sft").glob("*.ckpt")
+    # weights_only refuses anything that is not a tensor or a plain value
+    state = torch.load(file, weights_only=True)["state_dict"]
+    tensors = {name for name in state if name.startswith("model.")}
+    assert tensors
+    assert all(".lora_A." in name or ".lora_B." in name for name in tensors)
+    assert file.stat().st_size < (run / "contrastive" / "model.safetensors").stat().st_size * 3
+
+
+def test_a_checkpoint_without_a_trainable_weight_is_refused(policy: Any) -> None:
+    module = resuming.ResumableModule()
+    module.model = policy.model
+    with pytest.raises(TrainingError, match="lacks trainable weights"):
+        module.on_load_checkpoint({"state_dict": {}})
+
+
+# --- damaged files ---
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def lose_its_sum(file: Path) -> None:
+    file.with_suffix(".sha256").unlink()
+
+
+def stopped(tiny: TrainConfig, run: Path, act: Any, step: int = 5) -> list[Path]:
+    """A run folder with two checkpoints of stage one, oldest first."""
+    act("contrastive", step, stop)
+    with pytest.raises(Stop):
+        train.train(tiny, Run(run))
+    return sorted((run / "checkpoints" / "contrastive").glob("*.ckpt"))
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, lose_its_sum])
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
+    tiny: TrainConfig, whole: Path, tmp_path: Path, act: Any, caplog: Any, damage: Any
+) -> None:
+    run = tmp_path / "run"
+    older, newer = stopped(tiny, run, act)
+    damage(newer)
+    begun = act("contrastive", -1, stop)
+    with caplog.at_level(logging.WARNING):
+        train.train(tiny, Run(run))
+    assert [r.message for r in caplog.records if newer.name in r.message and "damaged" in r.message]
+    assert begun[0] == resuming.step_of(older) == 4
+    assert same(weights(run), weights(whole))
+    assert logged(run) == logged(whole)
+
+
+def test_training_never_silently_starts_again(tiny: TrainConfig, tmp_path: Path, act: Any) -> None:
+    run = tmp_path / "run"
+    for file in stopped(tiny, run, act):
+        truncate(file)
+    begun = act("contrastive", -1, stop)
+    with pytest.raises(TrainingError, match=f"{run}.*every checkpoint is damaged"):
+        train.train(tiny, Run(run))
+    assert begun == []
+
+
+def test_the_rest_of_a_killed_write_is_swept_away(
+    tiny: TrainConfig, tmp_path: Path, act: Any
+) -> None:
+    run = tmp_path / "run"
+    stopped(tiny, run, act)
+    torn = run / "checkpoints" / "contrastive" / ".writing-abc"
+    torn.write_bytes(b"half")
+    act("contrastive", 6, stop)
+    with pytest.raises(Stop):
+        train.train(tiny, Run(run))
+    assert not torn.exists()
+
+
+def failing(error: Exception) -> Any:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "error"),
+    [
+        (os, "replace", OSError(30, "Read-only file system")),
+        (torch, "save", OSError(28, "No space left on device")),
+        # what torch makes of a full disk
+        (torch, "save", RuntimeError("[enforce fail at inline_container.cc] . unexpected pos")),
+        (resuming.tempfile, "mkstemp", PermissionError(13, "Permission denied")),
+    ],
+)
+def test_a_failed_write_names_the_path_and_keeps_the_old_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, error: Exception
+) -> None:
+    writer, old, new = VerifiedCheckpointIO(), tmp_path / "step-000002.ckpt", "step-000004.ckpt"
+    writer.save_checkpoint({"x": torch.ones(3)}, old)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, failing(error))
+        with pytest.raises(TrainingError, match=f"{tmp_path / new}: cannot be written"):
+            writer.save_checkpoint({"x": torch.zeros(3)}, tmp_path / new)
+    assert not list(tmp_path.glob(".writing-*"))
+    assert resuming.newest_checkpoint(tmp_path) == old
+    assert torch.equal(writer.load_checkpoint(old)["x"], torch.ones(3))
+
+
+def test_a_disk_that_is_really_full(tmp_path: Path, run_in_child: Any) -> None:
+    assert run_in_child("full_disk", str(tmp_path)) == 7
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_the_newest_checkpoints_are_kept(tiny: TrainConfig, tmp_path: Path, act: Any) -> None:
+    stopped(tiny, tmp_path / "run", act, step=9)
+    files = sorted(f.name for f in (tmp_path / "run/checkpoints/contrastive").iterdir())
+    assert files == [f"step-00000{n}.{kind}" for n in (6, 8) for kind in ("ckpt", "sha256")]
+
+
+# --- signals ---
+
+
+@pytest.mark.parametrize(
+    ("stage", "step", "number"),
+    [
+        ("contrastive", 2, signal.SIGINT),
+        ("contrastive", 4, signal.SIGTERM),  # the last step of an epoch
+        ("sft", 0, signal.SIGUSR2),
+        ("sft", 7, signal.SIGTERM),  # the very last step
+    ],
+)
+def test_a_signal_ends_in_a_checkpoint_of_the_step_it_fell_into(
+    tiny: TrainConfig, whole: Path, tmp_path: Path, act: Any, stage: str, step: int, number: Any
+) -> None:
+    run, handler = tmp_path / "run", signal.getsignal(number)
+    act(stage, step, lambda _: os.kill(os.getpid(), number))
+    with pytest.raises(Interrupted, match=f"stopped by {number.name}") as caught:
+        train.train(tiny, Run(run))
+    assert caught.value.exit_code == 128 + number
+    assert signal.getsignal(number) == handler
+    assert not (run / stage).exists()
+    assert checkpoints(run, stage)[-1] == f"step-{step + 1:06d}.ckpt"
+    begun = act(stage, -1, stop)
+    train.train(tiny, Run(run))
+    assert begun == list(range(step + 1, STEPS[stage]))
+    assert same(weights(run), weights(whole))
+    assert logged(run) == logged(whole)
+
+
+def test_a_second_signal_stops_at_once() -> None:
+    callback = Checkpoints(Path("unused"), every=1)
+    callback._receive(signal.SIGTERM, None)
+    with pytest.raises(KeyboardInterrupt):
+        callback._receive(signal.SIGTERM, None)
+
+
+# --- numbers that are not finite ---
+
+
+def poison(module: Any) -> None:
+    weight = next(p for p in module.parameters() if p.requires_grad)
+    weight.data.view(-1)[0] = float("nan")
+
+
+@pytest.mark.parametrize("stage", ["contrastive", "sft"])
+def test_a_loss_that_is_not_finite_stops_with_step_and_rows(
+    tiny: TrainConfig, tmp_path: Path, act: Any, stage: str
+) -> None:
+    run = tmp_path / "run"
+    act(stage, 3, poison)
+    row = "(seemingly_)?toxic-" if stage == "contrastive" else "(normal|safety)-"
+    with pytest.raises(TrainingError, match=rf"loss is nan at step 3, rows {row}\d+"):
+        train.train(tiny, Run(run))
+    assert checkpoints(run, stage) == ["step-000002.ckpt"]
+    state = torch.load(run / "checkpoints" / stage / "step-000002.ckpt", weights_only=True)
+    assert all(w.isfinite().all() for w in state["state_dict"].values())
+
+
+def test_bad_weights_never_reach_a_checkpoint(
+    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = Checkpoints.on_train_batch_end
+
+    def poisoned(self: Any, trainer: Any, module: Any, *rest: Any) -> None:
+        if trainer.global_step == 4:
+            poison(module)
+        saved(self, trainer, module, *rest)
+
+    monkeypatch.setattr(Checkpoints, "on_train_batch_end", poisoned)
+    with pytest.raises(TrainingError, match=r"not finite at step 4.*no checkpoint written"):
+        train.train(tiny, Run(tmp_path / "run"))
+    assert checkpoints(tmp_path / "run", "contrastive") == ["step-000002.ckpt"]
+
+
+@pytest.mark.parametrize("stage", ["contrastive", "sft"])
+def test_a_gradient_that_is_not_finite_reaches_no_weight(
+    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    module, before = MODULES[stage], MODULES[stage].on_before_optimizer_step
+
+    def spoilt(self: Any, optimizer: Any) -> None:
+        if self.global_step == 1:
+            next(p for p in self.parameters() if p.requires_grad).grad.view(-1)[0] = float("inf")
+        before(self, optimizer)
+
+    monkeypatch.setattr(module, "on_before_optimizer_step", spoilt)
+    with pytest.raises(TrainingError, match=r"gradient is not finite at step 1, rows \w+-\d+"):
+        train.train(tiny, Run(tmp_path / "run"))
+
+
+# --- memory, and other processes in the folder ---
+
+
+def test_running_out_of_memory_names_the_settings_to_lower() -> None:
+    error = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes")
+    with (
+        pytest.raises(TrainingError, match=r"out of memory .*sft\.micro_tokens"),
+        resuming.memory_errors_explained(),
+    ):
+        raise error
+    with pytest.raises(RuntimeError, match="shapes"), resuming.memory_errors_explained():
+        raise RuntimeError("shapes differ")
+
+
+def test_two_runs_in_one_folder(tiny: TrainConfig, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    with runs.locked(run), pytest.raises(UserError, match="another process is using"):
+        train.train(tiny, run)
+
+
+def test_a_process_whose_folder_was_deleted_writes_nothing_into_a_new_one(
+    tiny: TrainConfig, tmp_path: Path, act: Any
+) -> None:
+    run = tmp_path / "run"
+
+    def replaced(_: Any) -> None:
+        run.rename(tmp_path / "old")
+        with runs.locked(Run(run)):
+            pass
+
+    act("contrastive", 3, replaced)
+    with pytest.raises(UserError, match="deleted or replaced"):
+        train.train(tiny, Run(run))
+    assert [file.name for file in run.rglob("*")] == [".lock"]
