@@ -29,7 +29,7 @@ $(INSTALLED): requirements.lock requirements-torch.lock pyproject.toml
 # Sweep jobs and evaluations find what is done, so an interrupted demo goes on where it was.
 DEMO := outputs/demo
 demo: $(INSTALLED)  ## STL against DCR on the embedded model and corpus: a table and a page
-	$(RUN) train.py -m method=stl,dcr hydra.sweep.dir=$(DEMO) 'hydra.sweep.subdir=$${method}'
+	$(RUN) train.py -m method=stl,dcr hydra.sweep.dir=$(DEMO) 'hydra.sweep.subdir=$${choice:method}'
 	$(RUN) eval.py -m run=$(DEMO)/stl,$(DEMO)/dcr gen.max_new_tokens=48
 	$(RUN) eval.py model=smollm2_135m output=$(DEMO)/base gen.max_new_tokens=48
 	$(RUN) -m dcr.report $(DEMO)/base $(DEMO)/stl $(DEMO)/dcr out=$(DEMO)/report.html
@@ -42,8 +42,8 @@ SCORING := limit=100 gen.max_new_tokens=48
 RUNS := stl-s0 stl-s1 dcr-s0 dcr-s1 recommended-s0 recommended-s1
 experiment: $(INSTALLED)  ## STL, DCR and DCR with matched contrasts on the real sets, two seeds
 	@test -d "$(DATA)" || { echo 'error: DATA=$(DATA): no such folder; give make experiment DATA=<data>, see docs/data.md'; exit 2; }
-	$(RUN) train.py -m $(SOURCES) $(SHORT) data.toxic.source=stl_safety method=stl,dcr seed=0,1 hydra.sweep.dir=$(EXPERIMENT) 'hydra.sweep.subdir=$${method}-s$${seed}'
-	$(RUN) train.py -m $(SOURCES) $(SHORT) preset=recommended seed=0,1 hydra.sweep.dir=$(EXPERIMENT) 'hydra.sweep.subdir=recommended-s$${seed}'
+	$(RUN) train.py -m $(SOURCES) $(SHORT) data.toxic.source=stl_safety method=stl,dcr seed=0,1 hydra.sweep.dir=$(EXPERIMENT) 'hydra.sweep.subdir=$${choice:method}-s$${choice:seed}'
+	$(RUN) train.py -m $(SOURCES) $(SHORT) preset=recommended seed=0,1 hydra.sweep.dir=$(EXPERIMENT) 'hydra.sweep.subdir=recommended-s$${choice:seed}'
 	$(RUN) eval.py $(SOURCES) $(SCORING) model=smollm2_135m output=$(EXPERIMENT)/base
 	for run in $(RUNS); do $(RUN) eval.py run=$(EXPERIMENT)/$$run $(SCORING) || exit 1; done
 	for run in $(RUNS); do $(RUN) eval.py run=$(EXPERIMENT)/$$run snapshots=true limit=40 gen.max_new_tokens=48 || exit 1; done

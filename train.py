@@ -7,7 +7,6 @@ python train.py -m dcr.epochs=1,2,3,5
 import functools
 import logging
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from dcr.config import (
 from dcr.contrastive import ContrastiveModule
 from dcr.data import SafetyData, Splits
 from dcr.models import Policy
+from dcr.prompts import ChatFormat
 from dcr.runs import Lease, Run
 from dcr.sft import SFTModule
 
@@ -57,14 +57,6 @@ LIGHTNING_PRECISION = {
 }
 STEP_LOSS = {Stage.contrastive: "contrastive/step_circle", Stage.sft: "sft/step_nll"}
 WANDB_TIMEOUT = 20  # seconds that training waits for a server before it logs offline
-QUIET = (
-    "in eval mode at the start of training",  # metrics and dropped blocks; ours is checked
-    "dataloader is not resumable",  # its batches are a function of the step, so it is
-    "does not have many workers",
-    "smaller than the logging interval",
-    "is_gradient_checkpointing",
-    "LeafSpec",
-)
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
@@ -107,7 +99,7 @@ def train(settings: TrainConfig, run: Run) -> None:
     _check_input(settings, run, stages, rows)
     if settings.trainer.threads:
         torch.set_num_threads(settings.trainer.threads)
-    with _quiet(), _claimed(settings, run, rows) as lease, _wandb(settings, run) as loggers:
+    with tracking.quiet(), _claimed(settings, run, rows) as lease, _wandb(settings, run) as loggers:
         job = Job(settings, run, rows, block, lease, loggers)
         for stage in stages:
             if run.done(stage.value):
@@ -115,8 +107,13 @@ def train(settings: TrainConfig, run: Run) -> None:
                 _forget_checkpoints(run, stage)  # left by a kill right after the result was saved
             else:
                 TRAIN[stage](job)
-    if rank_zero_only.rank == 0:
+    if _leads():
         print(run.folder)
+
+
+def _leads() -> bool:
+    """Whether this process is the first of the job's, the one that writes."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def _check_input(settings: TrainConfig, run: Run, stages: tuple[Stage, ...], rows: Splits) -> None:
@@ -135,7 +132,7 @@ def _check_input(settings: TrainConfig, run: Run, stages: tuple[Stage, ...], row
 @contextmanager
 def _claimed(settings: TrainConfig, run: Run, rows: Splits) -> Iterator[Lease | None]:
     """The run folder as this command's own: locked, and made with these settings and rows."""
-    if rank_zero_only.rank != 0:  # the first process of the job holds the folder for all
+    if not _leads():  # the process that does holds the folder for all
         yield None
         return
     with runs.locked(run) as lease:
@@ -164,9 +161,7 @@ def train_contrastive(job: Job) -> None:
         adapted = models.add_lora(policy.model, settings.dcr.lora, settings.seed, blocks=job.block)
         policy = Policy(adapted, policy.tokenizer, policy.name)
     chat = prompts.chat_format(policy.tokenizer, settings.model)
-    batches = SafetyData(
-        Stage.contrastive, job.rows, chat, settings.dcr, settings.sft, settings.seed
-    )
+    batches = _batches(job, Stage.contrastive, chat)
     total = batches.steps_per_epoch * settings.dcr.epochs
     module = ContrastiveModule(policy, settings.dcr, job.block, total)
     with _fitted(job, Stage.contrastive, module, batches, total) as writes:
@@ -188,7 +183,7 @@ def train_sft(job: Job) -> None:
     base = policy.name
     adapted = models.add_lora(policy.model, settings.sft.lora, settings.seed)
     policy = Policy(adapted, policy.tokenizer, policy.name)
-    batches = SafetyData(Stage.sft, job.rows, chat, settings.dcr, settings.sft, settings.seed)
+    batches = _batches(job, Stage.sft, chat)
     if batches.too_long:
         log.warning(
             "%d pairs have no room for a response within sft.max_len=%d and were left out",
@@ -204,13 +199,25 @@ def train_sft(job: Job) -> None:
             models.save_adapter(policy, run.stage("sft"), base)
 
 
+def _batches(job: Job, stage: Stage, chat: ChatFormat) -> SafetyData:
+    settings = job.settings
+    context = models.facts(settings.model).context
+    return SafetyData(
+        stage, job.rows, chat, settings.dcr, settings.sft, settings.seed, context=context
+    )
+
+
 TRAIN = {Stage.contrastive: train_contrastive, Stage.sft: train_sft}
 
 
 def _sft_start(settings: TrainConfig, run: Run) -> Policy:
     if settings.method is Method.stl:
         return models.open_policy(settings.model, settings.sft.precision, settings.seed)
-    return models.open_folder(str(run.stage("contrastive")), settings.sft.precision)
+    return models.open_folder(
+        str(run.stage("contrastive")),
+        settings.sft.precision,
+        trust_remote_code=settings.model.trust_remote_code,
+    )
 
 
 def _claim_base(job: Job, stage: Stage, policy: Policy) -> None:
@@ -289,21 +296,6 @@ def _trainer(job: Job, stage: Stage, epochs: int, callbacks: list[Callback]) -> 
     )
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Lightning without what no user of ours can act on."""
-    chatter = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    before = chatter.level
-    chatter.setLevel(logging.WARNING)
-    with warnings.catch_warnings():
-        for text in QUIET:
-            warnings.filterwarnings("ignore", message=f".*{text}.*")
-        try:
-            yield
-        finally:
-            chatter.setLevel(before)
-
-
 def _forget_checkpoints(run: Run, stage: Stage) -> None:
     for file in run.checkpoints(stage.value).glob("*"):
         file.unlink()
@@ -312,7 +304,7 @@ def _forget_checkpoints(run: Run, stage: Stage) -> None:
 @contextmanager
 def _wandb(settings: TrainConfig, run: Run) -> Iterator[list[Logger]]:
     """One W&B run for the job, closed whatever happens; an empty list when it is off."""
-    if settings.wandb.mode is WandbMode.disabled or rank_zero_only.rank != 0:
+    if settings.wandb.mode is WandbMode.disabled or not _leads():
         yield []
         return
     os.environ["WANDB_SILENT"] = "true"  # before the import, which reads it
@@ -352,6 +344,7 @@ def _wandb_run(settings: TrainConfig, run: Run) -> "wandb.Run":
             reason = "no key: export WANDB_API_KEY or run `wandb login`"
         except wandb.Error as error:
             reason = str(error).splitlines()[0]
+            wandb.teardown()  # whose service would take the run for started
         log.warning("wandb.mode=online: logging offline instead (%s)", reason)
     return start(mode="offline")
 

@@ -46,6 +46,7 @@ def prepare() -> None:
     for name, schema in SCHEMAS.items():
         ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
+    OmegaConf.register_new_resolver("choice", _choice, replace=True)
     _quieten()
 
 
@@ -61,6 +62,12 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", message=".*already been called.*", module="lightning")
+
+
+def _choice(key: str, *, _root_: DictConfig) -> str:
+    """A setting as part of a folder's name: `${choice:method}` is stl, `${method}` Method.stl."""
+    value = OmegaConf.select(_root_, key)
+    return str(getattr(value, "name", value))
 
 
 def _run_folder(parent: str = "", *, _root_: DictConfig) -> str:

@@ -65,9 +65,11 @@ class PairMetrics(torch.nn.ModuleDict):
         }
         for name, (total, count) in summed.items():
             weight = torch.as_tensor(count, device=features.device)
-            self[name].update(total.detach() / weight.clamp(min=1), weight=weight)
+            mean: Any = self[name]
+            mean.update(total.detach() / weight.clamp(min=1), weight=weight)
 
     def log_to(self, module: LightningModule) -> None:
+        metric: Any
         for name, metric in self.items():
             module.log(f"contrastive/{name}{self.suffix}", metric, on_step=False, on_epoch=True)
 

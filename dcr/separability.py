@@ -1,5 +1,7 @@
 """How well two classes of prompts come apart in feature space (A.9)."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +23,7 @@ def kmeans_accuracy(
     if not (points != points[0]).any():
         clusters = np.zeros(len(points), dtype=int)  # all alike: one cluster
     else:
-        clusters = KMeans(n_clusters=2, n_init=10, random_state=seed).fit_predict(points)
+        starts: Any = 10  # its type says str
+        clusters = KMeans(n_clusters=2, n_init=starts, random_state=seed).fit_predict(points)
     agreement = float((torch.from_numpy(clusters) == labels).double().mean())
     return max(agreement, 1 - agreement)

@@ -1,9 +1,13 @@
 """What is watched while a stage trains: the local log of every value, and adapter snapshots."""
 
+import logging
 import math
 import sys
 import time
+import warnings
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
@@ -14,6 +18,30 @@ from tqdm import tqdm
 from dcr import models, runs
 from dcr.models import Policy
 from dcr.runs import Lease, Run
+
+QUIET = (
+    "in eval mode at the start of training",  # metrics and dropped blocks; ours is checked
+    "dataloader is not resumable",  # its batches are a function of the step, so it is
+    "does not have many workers",
+    "smaller than the logging interval",
+    "is_gradient_checkpointing",
+    "LeafSpec",
+)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Lightning without what no user of ours can act on."""
+    chatter = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    before = chatter.level
+    chatter.setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        for text in QUIET:
+            warnings.filterwarnings("ignore", message=f".*{text}.*")
+        try:
+            yield
+        finally:
+            chatter.setLevel(before)
 
 
 class RunLogger(Logger):

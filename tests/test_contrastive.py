@@ -18,7 +18,7 @@ from torchmetrics import MeanMetric
 from transformers import AutoModelForCausalLM
 
 import train
-from dcr import config, models, prompts
+from dcr import config, models, prompts, tracking
 from dcr.config import ModelConfig, Pooling, Stage, Template, TrainConfig
 from dcr.contrastive import ContrastiveModule, KMeansAccuracy, PairMetrics
 from dcr.data import PromptBatch, SafetyData, pair_batch, prompt_batch, split
@@ -418,18 +418,22 @@ def add(metrics: PairMetrics, batches: list[tuple[Tensor, Tensor]], margin: floa
         metrics.add(features, labels, circle, torch.tensor(floor_by_loops(labels)))
 
 
+def value(metric: Any) -> float:
+    return metric.compute().item()
+
+
 def test_epoch_measures_pool_pairs_and_rows_over_uneven_batches() -> None:
     metrics, batches = PairMetrics(0.25), uneven_batches()
     add(metrics, batches, 0.25)
-    measured = {name: metric.compute().item() for name, metric in metrics.items()}
+    measured = {name: value(metric) for name, metric in metrics.items()}
     assert measured == pytest.approx(pooled_by_loops(batches, 0.25), abs=1e-5)
 
 
 def test_an_epoch_without_pairs_of_a_kind_has_no_mean() -> None:
     metrics = PairMetrics(0.25)
     add(metrics, [(torch.ones(2, 3), torch.tensor([1, 1]))], 0.25)
-    assert math.isnan(metrics["across_cosine"].compute().item())
-    assert metrics["within_cosine"].compute() == pytest.approx(1)
+    assert math.isnan(value(metrics["across_cosine"]))
+    assert value(metrics["within_cosine"]) == pytest.approx(1)
 
 
 def test_an_epoch_logs_the_measures_of_all_its_batches(policy: Policy, tiny: TrainConfig) -> None:
@@ -476,11 +480,10 @@ def rank(index: int, meeting: str, results: Any) -> None:
     module = ContrastiveModule.__new__(ContrastiveModule)
     torch.nn.Module.__init__(module)
     module.train_metrics = metrics
-    for metric in metrics.values():
-        metric.persistent(True)
+    ContrastiveModule.keep_metrics_in_checkpoints(module)
     checkpoint: dict[str, Any] = {}
     module.on_save_checkpoint(checkpoint)
-    values = {name: metric.compute().item() for name, metric in metrics.items()}
+    values = {name: value(metric) for name, metric in metrics.items()}
     values |= {"kmeans": clusters.compute().item(), "nll": nll.compute().item()}
     saved = {k: v.item() for k, v in checkpoint["state_dict"].items()}
     results.put((index, values, saved))
@@ -543,5 +546,5 @@ def test_kmeans_without_anything_to_tell_apart() -> None:
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    with train._quiet():
+    with tracking.quiet():
         yield

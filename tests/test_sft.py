@@ -13,7 +13,7 @@ from tiny_run import changed, same, settings, weights
 from torch import Tensor
 
 import train
-from dcr import likelihood, models, prompts, schedules
+from dcr import likelihood, models, prompts, schedules, tracking
 from dcr.config import LossNorm, Method, ModelConfig, Schedule, SFTConfig, Stage, TrainConfig
 from dcr.data import PairBatch, SafetyData, micro_batches, pair_batch, split
 from dcr.models import Policy
@@ -38,7 +38,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    with train._quiet():
+    with tracking.quiet():
         yield
 
 
@@ -164,7 +164,7 @@ def test_gradient_checkpointing_changes_no_gradient(policy: Policy, tiny: TrainC
     plain = gradients_of_one_step(policy, config, step)
     blocks = models.decoder_blocks(other.model)
     runs: list[bool] = []
-    blocks[0].mlp.register_forward_hook(lambda *_: runs.append(True))
+    blocks[0].get_submodule("mlp").register_forward_pre_hook(lambda *_: runs.append(True))
     saving = gradients_of_one_step(other, replace(config, gradient_checkpointing=True), step)
     assert len(runs) == 2 * len(step), "each block runs again in the backward pass"
     for name, gradient in plain.items():
@@ -324,7 +324,7 @@ def test_general_and_refusal_rows_are_measured_apart(policy: Policy, tiny: Train
     measured = {name: value.item() for name, value in trainer.callback_metrics.items()}
     for rows, suffix in ((data.pairs, ""), (data.heldout, "/heldout")):
         for kind, refusal in (("general", False), ("refusal", True)):
-            chosen = [row for row in rows if row.refusal is refusal]
+            chosen = [row for row in rows if isinstance(row, PairRow) and row.refusal is refusal]
             assert chosen
             with torch.no_grad():
                 mean = torch.cat([nll_by_row(policy.model, row) for row in chosen]).mean()
@@ -374,6 +374,6 @@ def test_every_switch_reaches_the_weights(
 def default(tmp_path_factory: pytest.TempPathFactory, tiny: TrainConfig) -> dict[str, Tensor]:
     folder = tmp_path_factory.mktemp("default")
     assert tiny.method is Method.stl
-    with train._quiet():
+    with tracking.quiet():
         train.train(tiny, Run(folder / "run"))
     return weights(folder / "run")

@@ -92,12 +92,15 @@ def _with_stage_one(
     for name, drawn in (("seemingly toxic", safe), ("toxic", toxic)):
         if not drawn:
             raise ConfigError(f"data: no {name} row is left for stage one; name another source")
+    heldout = [(unseen[0] or safe_left)[:HELD_OUT_PAIRS], (unseen[1] or toxic_left)[:HELD_OUT_PAIRS]]
+    if not all(heldout):  # the paper trains on all of XSTest: one class alone has no pairs to watch
+        heldout = [[], []]
     return replace(
         rows,
         seemingly_toxic=safe,
         toxic=toxic,
-        seemingly_toxic_heldout=(unseen[0] or safe_left)[:HELD_OUT_PAIRS],
-        toxic_heldout=(unseen[1] or toxic_left)[:HELD_OUT_PAIRS],
+        seemingly_toxic_heldout=heldout[0],
+        toxic_heldout=heldout[1],
         unseen_groups=sorted({row.group or row.id for part in unseen for row in part}),
     )
 

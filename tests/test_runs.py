@@ -1,0 +1,256 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dcr import runs
+from dcr.config import ConfigError, UserError
+from dcr.runs import Run
+
+CONFIG = {"seed": 0, "stage": "all", "dcr": {"margin": 0.25, "nll": {"weight": 0.001}}}
+
+
+def record(count: int, fingerprint: str) -> dict[str, Any]:
+    rows = {"count": count, "fingerprint": fingerprint * 8, "ids": ["a"] * count}
+    return {"rows": {"toxic": rows}, "dropped": {}}
+
+
+# --- what a folder was made with ---
+
+
+def test_a_claim_writes_plain_yaml_that_reads_back(tmp_path: Path) -> None:
+    run = Run(tmp_path / "new" / "run")
+    runs.claim(run, CONFIG, force=False)
+    assert run.config() == CONFIG == yaml.safe_load(run.config_file.read_text())
+    runs.claim(run, CONFIG, force=False)
+
+
+def test_another_configuration_is_refused_with_the_differences(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    runs.claim(run, CONFIG, force=False)
+    other = {**CONFIG, "seed": 1, "dcr": {"margin": 0.25, "nll": {"weight": 0.1}}}
+    with pytest.raises(ConfigError) as refused:
+        runs.claim(run, other, force=False)
+    for part in (str(tmp_path), "dcr.nll.weight: 0.001 -> 0.1", "seed: 0 -> 1", "force=true"):
+        assert part in str(refused.value)
+    assert "margin" not in str(refused.value)
+    assert run.config() == CONFIG, "nothing was written"
+    runs.claim(run, other, force=True)
+    assert run.config() == other
+
+
+@pytest.mark.parametrize("key", runs.FREE_KEYS)
+def test_settings_that_decide_no_weight_may_differ(tmp_path: Path, key: str) -> None:
+    run = Run(tmp_path)
+    runs.claim(run, CONFIG, force=False)
+    runs.claim(run, {**CONFIG, key: "other"}, force=False)
+
+
+def test_differences_name_every_leaf() -> None:
+    old = {"a": 1, "b": {"c": [1], "d": None}, "gone": True, "t": {"x": 1}}
+    new = {"a": 1, "b": {"c": [1, 2], "d": 0}, "came": 2, "t": 3}
+    assert runs.differences(old, new) == [
+        "b.c: [1] -> [1, 2]",
+        "b.d: None -> 0",
+        "came: None -> 2",
+        "gone: True -> None",
+        "t: {'x': 1} -> 3",
+    ]
+
+
+def test_other_rows_are_refused(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    runs.claim_rows(run, record(2, "a"), force=False)
+    runs.claim_rows(run, record(2, "a"), force=False)
+    for other in (record(3, "a"), record(2, "b")):
+        with pytest.raises(ConfigError, match=r"other rows \(toxic: 2 rows"):
+            runs.claim_rows(run, other, force=False)
+    assert run.record() == record(2, "a")
+    runs.claim_rows(run, record(2, "b"), force=True)
+    assert run.record() == record(2, "b")
+
+
+def test_other_base_weights_are_refused(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    runs.claim_base(run, "contrastive", "one", force=False)
+    with pytest.raises(ConfigError, match=r"other weights \(contrastive: one -> two\)"):
+        runs.claim_base(run, "contrastive", "two", force=False)
+    run.stage("contrastive").mkdir()
+    runs.claim_base(run, "sft", "stage one", force=False)
+    assert json.loads(run.base_file.read_text()) == {"contrastive": "one", "sft": "stage one"}
+    with pytest.raises(ConfigError, match="sft: stage one -> other"):
+        runs.claim_base(run, "sft", "other", force=False)
+    run.stage("contrastive").rmdir()  # stage one is made anew, and with it what SFT starts from
+    runs.claim_base(run, "contrastive", "one", force=False)
+    assert json.loads(run.base_file.read_text()) == {"contrastive": "one"}
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no config\.yaml there"):
+        Run(tmp_path).config()
+    assert Run(tmp_path).record() == {}
+    assert not Run(tmp_path).done("sft")
+
+
+def test_a_fingerprint_follows_values_not_their_order() -> None:
+    assert runs.fingerprint({"a": 1, "b": "é"}) == runs.fingerprint({"b": "é", "a": 1})
+    assert runs.fingerprint({"a": 1}) != runs.fingerprint({"a": 2})
+    assert len(runs.fingerprint([])) == 12
+
+
+# --- who may write ---
+
+
+def test_a_second_user_of_a_folder_is_refused(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    script = (
+        "import fcntl, sys; file = open(sys.argv[1], 'a');"
+        "fcntl.flock(file, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"
+    )
+    run.folder.mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(run.folder / ".lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdin
+        assert other.stdout
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=f"{run.folder}: another process"), runs.locked(run):
+            pass
+        other.stdin.close()
+        other.wait(30)
+    with runs.locked(run), pytest.raises(UserError, match="another process"), runs.locked(run):
+        pass
+    with runs.locked(run):  # and it is free again
+        pass
+
+
+def test_a_lease_ends_with_its_folder(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    with runs.locked(run) as lease:
+        lease.check()
+        run.folder.rename(tmp_path / "old")
+        with pytest.raises(UserError, match="deleted or replaced"):
+            lease.check()
+        with runs.locked(run) as newer:  # another one's by now
+            newer.check()
+            with pytest.raises(UserError, match="deleted or replaced"):
+                lease.check()
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with (
+            pytest.raises(UserError, match=f"{folder}: cannot be written"),
+            runs.locked(Run(folder)),
+        ):
+            pass
+
+
+def failing(error: OSError) -> Any:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(os, "replace"), (os, "fsync"), (runs.tempfile, "mkstemp")]
+)
+def test_a_failed_write_names_the_path_and_keeps_the_old_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
+) -> None:
+    file = tmp_path / "rows.json"
+    runs.write_text(file, "old")
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, failing(OSError(28, "No space left on device")))
+        with pytest.raises(UserError, match=f"{file}: cannot be written .No space left"):
+            runs.write_text(file, "new")
+    assert file.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
+
+
+def test_text_is_written_as_it_is(tmp_path: Path) -> None:
+    runs.write_json(tmp_path / "deep" / "x.json", {"text": "ü\r\n…"})
+    assert json.loads((tmp_path / "deep" / "x.json").read_bytes()) == {"text": "ü\r\n…"}
+    assert "ü" in (tmp_path / "deep" / "x.json").read_text()
+    assert (tmp_path / "deep" / "x.json").stat().st_mode & 0o777 == 0o644
+
+
+# --- metrics ---
+
+ROWS = [
+    ("contrastive", 0, 0, "contrastive/circle", 1.5),
+    ("contrastive", 1, 0, "contrastive/circle", 1.25),
+    ("sft", 0, 0, 'odd, "key"', 1e-30),
+    ("sft", 1, 0, "sft/step_nll", 2.0),
+    ("sft", 2, 1, "sft/step_nll", 1.0),
+]
+
+
+def read(run: Run) -> list[tuple[Any, ...]]:
+    return [tuple(row[name] for name in runs.METRIC_FIELDS) for row in runs.read_metrics(run)]
+
+
+def test_metrics_read_back_as_written(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    assert runs.read_metrics(run) == []
+    runs.append_metrics(run, ROWS[:2])
+    runs.append_metrics(run, ROWS[2:])
+    assert read(run) == ROWS
+    assert run.metrics_file.read_text().count("stage,step") == 1
+
+
+@pytest.mark.parametrize(
+    "torn", ["sft,3,1,sft/step", "sft,3,1,sft/step_nll,", "sft", "sft,x,1,a,1"]
+)
+def test_a_line_torn_by_a_kill_is_left_out(tmp_path: Path, torn: str) -> None:
+    run = Run(tmp_path)
+    runs.append_metrics(run, ROWS)
+    with run.metrics_file.open("a") as file:
+        file.write(torn)
+    assert read(run) == ROWS
+    runs.forget_metrics_beyond(run, "sft", 3)
+    runs.append_metrics(run, [("sft", 3, 1, "sft/step_nll", 0.5)])
+    assert read(run) == [*ROWS, ("sft", 3, 1, "sft/step_nll", 0.5)]
+
+
+def test_what_came_after_the_checkpoint_is_forgotten(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    runs.forget_metrics_beyond(run, "sft", 1)
+    assert not run.metrics_file.exists()
+    runs.append_metrics(run, ROWS)
+    runs.forget_metrics_beyond(run, "sft", 1)  # one step was made: step 0
+    assert read(run) == ROWS[:3]
+
+
+def test_forgetting_never_loses_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(tmp_path)
+    runs.append_metrics(run, ROWS)
+    monkeypatch.setattr(os, "replace", failing(OSError(28, "No space left on device")))
+    with pytest.raises(UserError):
+        runs.forget_metrics_beyond(run, "sft", 0)
+    assert read(run) == ROWS
+
+
+def test_a_log_that_cannot_be_written_names_the_file(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.metrics_file.mkdir()
+    with pytest.raises(UserError, match=r"metrics\.csv: cannot be written"):
+        runs.append_metrics(run, ROWS)
+
+
+def test_peak_memory_is_that_of_this_process() -> None:
+    if runs.torch.cuda.is_available():
+        pytest.skip("counts the GPU's memory here")
+    status = Path("/proc/self/status").read_text()
+    peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+    assert runs.peak_memory_gib() == pytest.approx(peak / 2**20, rel=0.05)

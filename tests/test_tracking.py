@@ -1,0 +1,297 @@
+import csv
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
+from tiny_run import changed, same, settings, weights
+from wandb.proto import wandb_internal_pb2
+
+import train
+from dcr import models, runs, tracking
+from dcr.config import TrainConfig
+from dcr.resuming import StepSeed
+from dcr.runs import Run
+from dcr.sft import SFTModule
+from dcr.tracking import RunLogger, snapshot_steps
+
+ROOT = Path(__file__).parent.parent
+KEY = "0123456789abcdef0123456789abcdefdeadbeef"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    return settings(tmp_path_factory.mktemp("rows"))
+
+
+class Stop(Exception):
+    """What a test ends a run with."""
+
+
+# --- the local log ---
+
+
+def test_every_value_is_a_row(tmp_path: Path) -> None:
+    logger = RunLogger(Run(tmp_path), "sft")
+    logger.log_metrics({"epoch": 0, "sft/step_nll": 2.5}, step=0)
+    logger.log_metrics({"epoch": 1.0, "a": 1.0, "b": 3}, step=7)
+    logger.log_metrics({"nothing": float("nan")}, step=8)
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.reader(file))
+    assert rows == [
+        ["stage", "step", "epoch", "key", "value"],
+        ["sft", "0", "0", "sft/step_nll", "2.5"],
+        ["sft", "7", "1", "a", "1.0"],
+        ["sft", "7", "1", "b", "3.0"],
+    ]
+
+
+def test_each_step_and_each_epoch_is_logged_once(tiny: TrainConfig, tmp_path: Path) -> None:
+    train.train(tiny, Run(tmp_path / "run"))
+    rows = runs.read_metrics(Run(tmp_path / "run"))
+    assert len({(row["step"], row["key"]) for row in rows}) == len(rows)
+    steps = {key: [r["step"] for r in rows if r["key"] == key] for key in {r["key"] for r in rows}}
+    assert steps["contrastive/step_circle"] == list(range(10))
+    assert steps["sft/step_nll"] == list(range(8))
+    for name in ("circle", "above_floor", "within_cosine", "across_cosine", "violating_share"):
+        assert steps[f"contrastive/{name}"] == steps[f"contrastive/{name}/heldout"] == [4, 9]
+    assert steps["contrastive/kmeans_accuracy/heldout"] == steps["contrastive/nll"] == [4, 9]
+    for kind in ("general", "refusal"):
+        assert steps[f"sft/nll/{kind}"] == steps[f"sft/nll/{kind}/heldout"] == [3, 7]
+
+
+# --- snapshots ---
+
+
+@pytest.mark.parametrize(
+    ("total", "count", "steps"),
+    [
+        (100, 0, []),
+        (100, 1, [100]),
+        (100, 4, [13, 36, 65, 100]),  # 100 (i / 4) ** 1.5, rounded up
+        (3, 10, [1, 2, 3]),
+        (1, 2, [1]),
+    ],
+)
+def test_snapshot_steps_by_hand(total: int, count: int, steps: list[int]) -> None:
+    assert snapshot_steps(total, count) == steps
+
+
+def test_snapshots_are_adapters_of_their_step(
+    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: dict[int, dict[str, torch.Tensor]] = {}
+    before = StepSeed.on_train_batch_start
+
+    def look(self: Any, trainer: Any, module: Any, *rest: Any) -> None:
+        if isinstance(module, SFTModule):
+            named = module.model.named_parameters()
+            taken[trainer.global_step] = {
+                n.replace(".default", ""): p.detach().clone() for n, p in named if "lora" in n
+            }
+        before(self, trainer, module, *rest)
+
+    monkeypatch.setattr(StepSeed, "on_train_batch_start", look)
+    run = Run(tmp_path / "run")
+    train.train(changed(tiny, "tracking.snapshots=3"), run)
+    names = [folder.name for folder in sorted(run.snapshots.iterdir())]
+    assert names == ["step-000002", "step-000005", "step-000008"]
+    for step in (2, 5):  # weights before step n, counted from 0, are those after n steps
+        saved = load_file(run.snapshots / f"step-{step:06d}" / "adapter_model.safetensors")
+        assert same(saved, taken[step])
+    last = load_file(run.snapshots / "step-000008" / "adapter_model.safetensors")
+    assert same(last, load_file(run.stage("sft") / "adapter_model.safetensors"))
+    with tracking.quiet():
+        opened = AutoPeftModelForCausalLM.from_pretrained(run.snapshots / "step-000005")
+    assert opened.peft_config["default"].base_model_name_or_path == str(run.stage("contrastive"))
+    assert models.adapter_base(run.snapshots / "step-000005") == str(run.stage("contrastive"))
+
+
+def test_snapshots_change_no_weight(tiny: TrainConfig, tmp_path: Path) -> None:
+    for count in (0, 3):
+        few = changed(tiny, "method=stl", f"tracking.snapshots={count}")
+        train.train(few, Run(tmp_path / str(count)))
+    assert same(weights(tmp_path / "0"), weights(tmp_path / "3"))
+
+
+# --- cost and progress ---
+
+
+def test_the_cost_of_a_stage_counts_steps_and_tokens(tiny: TrainConfig, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    train.train(changed(tiny, "method=stl", "sft.epochs=1"), run)
+    cost = json.loads((run.folder / "sft.cost.json").read_text())
+    drawn = train.data.split(tiny.data, None, 0, contrastive=False, refuses=lambda _: True)
+    policy = models.open_policy(tiny.model, tiny.sft.precision)
+    chat = train.prompts.chat_format(policy.tokenizer, tiny.model)
+    pairs = [chat.pair(r.prompt, r.response or "", 512) for r in drawn.normal + drawn.refusals]
+    assert cost["steps"] == 4
+    assert cost["tokens"] == sum(len(ids) for ids, _ in pairs)
+    assert cost["seconds"] > 0
+    assert cost["peak_memory_gib"] > 0.1
+
+
+def test_the_bar_of_a_resumed_stage_goes_on(
+    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    before = StepSeed.on_train_batch_start
+
+    def stop(self: Any, trainer: Any, *rest: Any) -> None:
+        if trainer.global_step == 5:
+            raise Stop
+        before(self, trainer, *rest)
+
+    shown = changed(tiny, "method=stl", "trainer.progress=true")
+    with monkeypatch.context() as patch:
+        patch.setattr(StepSeed, "on_train_batch_start", stop)
+        with pytest.raises(Stop):
+            train.train(shown, Run(tmp_path / "run"))
+    capfd.readouterr()
+    train.train(shown, Run(tmp_path / "run"))
+    printed = capfd.readouterr()
+    lines = printed.err.replace("\r", "\n").split("\n")
+    assert re.search(r"sft: +50%.* 4/8 ", "\n".join(lines)), "it begins where training goes on"
+    assert re.search(r"sft: 100%.* 8/8 .*loss \d", lines[-2] or lines[-1])
+    assert printed.out.split() == [str(tmp_path / "run")]
+
+
+def test_nothing_of_lightning_reaches_the_terminal(
+    tiny: TrainConfig, tmp_path: Path, capfd: Any
+) -> None:
+    train.train(changed(tiny, "trainer.progress=false"), Run(tmp_path / "run"))
+    printed = capfd.readouterr()
+    assert printed.err == ""
+
+
+# --- W&B, read back from the files of offline runs ---
+
+SWEEP = """
+import logging, os, sys
+sys.path[:0] = [os.getcwd(), os.path.join(os.getcwd(), "tests")]
+from pathlib import Path
+import tiny_run, train
+from dcr.runs import Run
+
+logging.basicConfig(level=logging.WARNING, format="[%(levelname)s] %(message)s")
+folder = Path(sys.argv[1])
+made = tiny_run.settings(folder / "rows", "wandb.mode=offline", "wandb.project=ours",
+                         "wandb.tags=[mine]")
+for epochs in (1, 2):  # a sweep: two jobs in one process
+    train.train(tiny_run.changed(made, f"dcr.epochs={epochs}"), Run(folder / f"job{epochs}"))
+online = tiny_run.changed(made, "method=stl", "wandb.mode=online")
+train.WANDB_TIMEOUT = 2
+train.train(online, Run(folder / "unreachable"))
+del os.environ["WANDB_API_KEY"]
+import wandb
+wandb.teardown()  # which remembers the key
+train.train(online, Run(folder / "keyless"))
+"""
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("wandb")
+    (folder / "home").mkdir()
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("WANDB_")
+    }
+    environment |= {
+        "HOME": str(folder / "home"),
+        "WANDB_API_KEY": KEY,
+        "WANDB_BASE_URL": "http://127.0.0.1:9",
+        "DCR_SWEEP": "sweep-1234",
+        "PYTHONWARNINGS": "ignore",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", SWEEP, str(folder)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder, done.stderr
+
+
+def records(run: Path) -> list[Any]:
+    """The records of a run's offline file: LevelDB's log format, each a protocol buffer."""
+    (file,) = run.glob("wandb/offline-run-*/run-*.wandb")
+    content, block = file.read_bytes(), 2**15
+    protocol: Any = wandb_internal_pb2
+    found, parts, place = [], b"", 7  # behind the file's own header
+    while place + 7 <= len(content):
+        if block - place % block < 7:  # a header never spans two blocks
+            place += block - place % block
+            continue
+        _, length, kind = struct.unpack("<IHB", content[place : place + 7])
+        parts += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            found.append(protocol.Record.FromString(parts))
+            parts = b""
+    return found
+
+
+@pytest.mark.timeout(300)  # two jobs and two failing connections, in a process of their own
+def test_a_sweep_job_is_one_wandb_run_with_all_that_was_logged(sweep: tuple[Path, str]) -> None:
+    folder, _ = sweep
+    ids = set()
+    for epochs in (1, 2):
+        run = folder / f"job{epochs}"
+        read = records(run)
+        (started,) = [record.run for record in read if record.HasField("run")]
+        ids.add(started.run_id)
+        assert started.run_id == (run / "wandb_id").read_text()
+        assert started.project == "ours"
+        assert started.run_group == "sweep-1234"
+        assert started.job_type == "all"
+        assert set(started.tags) == {"dcr", "tiny", "mine"}
+        config = {item.key: json.loads(item.value_json) for item in started.config.update}
+        assert config["dcr"]["epochs"] == epochs
+        assert {k: v for k, v in config.items() if k != "_wandb"} == Run(run).config()
+        expected = [(row["key"], row["step"], row["value"]) for row in runs.read_metrics(Run(run))]
+        assert len(expected) == {1: 38, 2: 60}[epochs]
+        assert values_of(read) == sorted(expected), "every value, and no other"
+        assert read[-1].HasField("exit"), "closed"
+    assert len(ids) == 2
+
+
+def values_of(read: list[Any]) -> list[tuple[str, int, float]]:
+    values = []
+    for record in read:
+        if record.HasField("history"):
+            item = {
+                "/".join(entry.nested_key) or entry.key: json.loads(entry.value_json)
+                for entry in record.history.item
+            }
+            step = item.pop("trainer/global_step")
+            values += [(k, step, v) for k, v in item.items() if "/" in k]
+    return sorted(values)
+
+
+def test_no_key_stands_in_any_file(sweep: tuple[Path, str]) -> None:
+    folder, printed = sweep
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    assert len(files) > 20
+    assert [str(file) for file in files if KEY.encode() in file.read_bytes()] == []
+    assert KEY not in printed
+
+
+def test_without_key_or_server_training_goes_on_with_one_warning(sweep: tuple[Path, str]) -> None:
+    folder, printed = sweep
+    for name in ("unreachable", "keyless"):
+        assert (folder / name / "sft").is_dir()
+        assert list((folder / name).glob("wandb/offline-run-*/run-*.wandb"))
+    warnings = [line for line in printed.splitlines() if "logging offline instead" in line]
+    assert len(warnings) == 2
+    assert "no key" in warnings[1]
+    assert printed.splitlines() == warnings

@@ -1,0 +1,218 @@
+import json
+import logging
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tiny_run import changed, same, settings, weights, write_rows
+
+import train
+from dcr import cli, data, models
+from dcr.config import ConfigError, Precision, TrainConfig, UserError
+from dcr.resuming import TrainingError
+from dcr.runs import Run
+from dcr.sft import SFTModule
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    return settings(tmp_path_factory.mktemp("rows"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny: TrainConfig) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train.train(tiny, Run(folder))
+    return folder
+
+
+# --- what a run folder holds ---
+
+
+def test_the_folder_holds_what_made_it(tiny: TrainConfig, whole: Path) -> None:
+    assert yaml.safe_load((whole / "config.yaml").read_text()) == cli.plain(tiny)
+    record = json.loads((whole / "rows.json").read_text())["rows"]
+    rows = data.split(tiny.data, 2.0, 0, contrastive=True, refuses=lambda _: True)
+    assert {name: part["ids"] for name, part in record.items()} == {
+        name: [row.id for row in part] for name, part in rows.parts().items()
+    }
+    assert record["toxic"]["count"] == 24
+    assert {"contrastive", "sft", "metrics.csv", "contrastive.cost.json", "sft.cost.json"} <= {
+        path.name for path in whole.iterdir()
+    }
+
+
+def test_the_stages_of_a_method(tiny: TrainConfig, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train.train(changed(tiny, "stage=contrastive"), Run(run))
+    assert not (run / "sft").exists()
+    train.train(changed(tiny, "stage=sft"), Run(run))
+    assert same(weights(run), weights(whole)), "two commands end where one does"
+
+
+def test_the_adapter_stands_on_the_weights_of_stage_one(whole: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    whole.rename(moved)
+    try:
+        policy = models.open_adapter(moved / "sft", Precision.fp32)
+        base = models.open_folder(str(moved / "contrastive"), Precision.fp32)
+    finally:
+        moved.rename(whole)
+    ids = torch.tensor([[1, 80, 90, 100]])
+    adapter = weights(whole)
+    expected = base.model
+    for name, layer in expected.named_modules():
+        key = f"sft/base_model.model.{name}.lora_A.weight"
+        if key in adapter:  # alpha / rank = 32 / 8
+            b = adapter[key.replace("lora_A", "lora_B")]
+            layer.weight.data += 4 * b @ adapter[key]
+    torch.testing.assert_close(policy.model(ids).logits, expected(ids).logits)
+
+
+# --- refusals, before anything is written ---
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("stage=sft", "holds no contrastive/ to start from"),
+        ("dcr.layer=3", "the model has blocks 1 to 2"),
+        ("dcr.ratio=30", "dcr.ratio"),
+    ],
+)
+def test_a_command_that_cannot_be_writes_nothing(
+    tiny: TrainConfig, tmp_path: Path, setting: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train.train(changed(tiny, setting), Run(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_configuration_in_a_finished_folder(tiny: TrainConfig, whole: Path) -> None:
+    with pytest.raises(ConfigError, match=r"dcr\.margin: 0\.25 -> 0\.3"):
+        train.train(changed(tiny, "dcr.margin=0.3"), Run(whole))
+
+
+def test_other_rows_in_the_same_files(tmp_path: Path) -> None:
+    made = settings(tmp_path / "rows", "method=stl")
+    train.train(made, Run(tmp_path / "run"))
+    files = write_rows(tmp_path / "rows")
+    text = files["normal"].read_text()
+    files["normal"].write_text(text.replace("A lamp A lamp", "An oven", 1))
+    with pytest.raises(ConfigError, match=r"made with other rows \(normal"):
+        train.train(made, Run(tmp_path / "run"))
+    train.train(replace(made, force=True), Run(tmp_path / "run"))
+
+
+def test_other_weights_under_the_same_name(
+    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "base"
+    policy = models.open_policy(tiny.model, Precision.fp32)
+    models.save_full(policy, base)
+    made = replace(tiny, model=replace(tiny.model, name=str(base), architecture=None))
+    made = changed(made, "method=stl")
+
+    class Stop(Exception):
+        pass
+
+    def stop(*_: Any) -> None:
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SFTModule, "training_step", stop)
+        with pytest.raises(Stop):
+            train.train(made, Run(tmp_path / "run"))
+    policy.model.get_input_embeddings().weight.data[5] += 1
+    models.save_full(policy, base)
+    with pytest.raises(ConfigError, match="made from other weights"):
+        train.train(made, Run(tmp_path / "run"))
+
+
+# --- faults ---
+
+
+def test_out_of_memory_is_one_line_and_the_folder_stays_usable(
+    tiny: TrainConfig, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def starved(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nmore")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SFTModule, "nll", starved)
+        with pytest.raises(TrainingError, match=r"20 GiB\.\): lower sft\.micro_tokens") as caught:
+            train.train(tiny, Run(tmp_path / "run"))
+    assert caught.value.exit_code == 1
+    train.train(tiny, Run(tmp_path / "run"))
+    assert same(weights(tmp_path / "run"), weights(whole))
+
+
+def test_a_result_that_cannot_be_written_loses_nothing(
+    tiny: TrainConfig, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise UserError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.models, "save_full", full)
+        with pytest.raises(UserError, match="disk full"):
+            train.train(tiny, Run(tmp_path / "run"))
+    assert list((tmp_path / "run/checkpoints/contrastive").glob("*.ckpt"))
+    train.train(tiny, Run(tmp_path / "run"))
+    assert same(weights(tmp_path / "run"), weights(whole))
+
+
+def test_pairs_that_do_not_fit_are_counted(
+    tiny: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = data.split(tiny.data, None, 0, contrastive=False, refuses=lambda _: True)
+    every = [row.prompt for name in ("normal", "refusals") for row in rows.parts()[name]]
+    unseen = [row.prompt for row in rows.normal_heldout + rows.refusals_heldout]
+    around = len("_user\n") + len("_\n_assistant\n")  # bytes, and one for each control token
+    longest = sorted(len(prompt) + around for prompt in every)[-5]
+    left_out = sum(len(prompt) + around >= longest for prompt in every + unseen)
+    with caplog.at_level(logging.WARNING):
+        few = changed(tiny, "method=stl", "sft.epochs=1", f"sft.max_len={longest}")
+        train.train(few, Run(tmp_path / "run"))
+    (message,) = [r.message for r in caplog.records if "were left out" in r.message]
+    assert message.startswith(f"{left_out} pairs have no room")
+
+
+def test_the_wandb_id_moves_with_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    first = train.run_id(Run(tmp_path / "one"))
+    assert first != train.run_id(Run(tmp_path / "two"))
+    (tmp_path / "one").rename(tmp_path / "three")
+    assert train.run_id(Run(tmp_path / "three")) == first
+
+
+# --- two processes ---
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
+    script = tmp_path / "job.py"
+    tests = Path(__file__).parent
+    script.write_text(
+        f"import sys; sys.path[:0] = [{str(tests.parent)!r}, {str(tests)!r}]\n"
+        "from pathlib import Path\n"
+        "import tiny_run, train\n"
+        "from dcr.runs import Run\n"
+        "if __name__ == '__main__':\n"
+        "    folder = Path(sys.argv[1])\n"
+        f"    made = tiny_run.settings(Path({str(tmp_path)!r}) / 'rows', *sys.argv[2:])\n"
+        "    train.train(made, Run(folder))\n"
+    )
+    shared = ["method=stl", "sft.lora.dropout=0"]
+    for name, more in (("one", []), ("two", ["trainer.devices=2", "trainer.strategy=ddp"])):
+        command = [sys.executable, str(script), str(tmp_path / name), *shared, *more]
+        subprocess.run(command, check=True, timeout=110, capture_output=True)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-6)
