@@ -187,7 +187,7 @@ class TrainerConfig:
 
 @dataclass
 class TrackingConfig:
-    """Adapter snapshots during SFT, scored afterwards: a number of them, evenly spaced."""
+    """Adapter snapshots during SFT, scored afterwards: a number of them, denser early."""
 
     snapshots: int = 0
 

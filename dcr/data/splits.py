@@ -92,7 +92,10 @@ def _with_stage_one(
     for name, drawn in (("seemingly toxic", safe), ("toxic", toxic)):
         if not drawn:
             raise ConfigError(f"data: no {name} row is left for stage one; name another source")
-    heldout = [(unseen[0] or safe_left)[:HELD_OUT_PAIRS], (unseen[1] or toxic_left)[:HELD_OUT_PAIRS]]
+    heldout = [
+        (unseen[0] or safe_left)[:HELD_OUT_PAIRS],
+        (unseen[1] or toxic_left)[:HELD_OUT_PAIRS],
+    ]
     if not all(heldout):  # the paper trains on all of XSTest: one class alone has no pairs to watch
         heldout = [[], []]
     return replace(

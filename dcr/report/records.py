@@ -129,10 +129,14 @@ def _mapping(path: Path, parse: Any, notes: list[str], needed: bool = True) -> d
 
 def _metrics(run: Run, notes: list[str]) -> list[dict[str, Any]]:
     try:
-        return runs.read_metrics(run)
+        rows = runs.read_metrics(run)
+        text = run.metrics_file.read_text("utf-8") if run.metrics_file.exists() else ""
     except (OSError, ValueError, csv.Error) as error:
         notes.append(f"{run.metrics_file}: skipped, unreadable ({_reason(error)}); no curves")
         return []
+    if torn := max(0, len(text.splitlines()) - 1 - len(rows)):  # less the header
+        notes.append(f"{run.metrics_file}: {torn} torn line(s) skipped")
+    return rows
 
 
 def _evaluation(path: Path, notes: list[str]) -> Evaluation:
