@@ -41,6 +41,11 @@ def main(composed: DictConfig) -> None:
 def _run_of(composed: DictConfig) -> Run:
     """The folder to evaluate: the user's run, or one for a model without a run."""
     if composed.run is not None:
+        if not OmegaConf.is_missing(composed.model, "name"):
+            raise ConfigError(
+                f"run={composed.run} model={composed.model.name}: a run brings its own model; "
+                "give one of the two"
+            )
         run = Run(Path(str(composed.run)))
         run.config()  # names a folder without a run before anything else does
         return run

@@ -87,6 +87,7 @@ def train(settings: TrainConfig, run: Run) -> None:
     Raises UserError for anything a user can mend, before weights are loaded where it can be known,
     TrainingError when training had to stop and Interrupted after a signal.
     """
+    _check_devices(settings)
     block = config.block_of(settings.dcr, models.facts(settings.model).depth)
     stages = STAGES[settings.method, settings.stage]
     rows = data.split(
@@ -114,6 +115,21 @@ def train(settings: TrainConfig, run: Run) -> None:
 def _leads() -> bool:
     """Whether this process is the first of the job's, the one that writes."""
     return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def _check_devices(settings: TrainConfig) -> None:
+    options, found = settings.trainer, torch.cuda.device_count()
+    wants_gpu = options.accelerator in ("gpu", "cuda")
+    if wants_gpu and found < options.devices:
+        raise ConfigError(
+            f"trainer.accelerator={options.accelerator} trainer.devices={options.devices}: this "
+            f"machine has {found} GPUs; lower trainer.devices or use trainer.accelerator=cpu"
+        )
+    if options.devices * options.num_nodes > 1 and cli.is_sweep():
+        raise ConfigError(
+            f"trainer.devices={options.devices} in a sweep: its processes would run the whole "
+            "sweep again; use one device a job, or run the jobs one by one"
+        )
 
 
 def _check_input(settings: TrainConfig, run: Run, stages: tuple[Stage, ...], rows: Splits) -> None:

@@ -278,6 +278,11 @@ def output_folder() -> Path:
     return Path(HydraConfig.get().runtime.output_dir)
 
 
+def is_sweep() -> bool:
+    """Whether this is one job of a `-m` command."""
+    return HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
+
+
 def forget_empty(folder: Path) -> None:
     """Remove the folder Hydra made, and its parents, if nothing was written there."""
     for place in (whole := folder.absolute(), *whole.parents):

@@ -119,6 +119,7 @@ def test_base_model_needs_no_run(tmp_path: Path) -> None:
     [
         ((), "nothing to evaluate"),
         (("run=/nowhere/at/all",), "no config.yaml"),
+        (("run=/nowhere/at/all", "model=tiny"), "give one of the two"),
     ],
 )
 def test_nothing_to_evaluate_is_said(overrides: tuple[str, ...], words: str) -> None:

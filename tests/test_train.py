@@ -216,3 +216,11 @@ def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-6)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has the device that must be missing")
+def test_a_device_that_is_not_there_is_said_before_a_model_loads(tmp_path: Path) -> None:
+    wanted = settings(tmp_path / "rows", "trainer.accelerator=gpu")
+    with pytest.raises(ConfigError, match=r"trainer.accelerator=gpu.* has 0 GPUs; lower"):
+        train.train(wanted, Run(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
