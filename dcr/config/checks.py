@@ -5,9 +5,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 
-from dcr.config.enums import LayerBase, Method, Precision, Stage
+from dcr.config.enums import LayerBase, Method, Precision, Stage, Task
 from dcr.config.errors import ConfigError
-from dcr.config.tree import ContrastiveConfig, EvalConfig, TrainConfig
+from dcr.config.evaluation import EvalConfig
+from dcr.config.tree import ContrastiveConfig, TrainConfig
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9._-]+")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")  # as Lightning spells them
@@ -25,7 +26,7 @@ def _share(value: float) -> bool:
     return 0 <= value < 1
 
 
-# Every numeric field by its name, wherever it stands in the tree: what it must be besides finite.
+# Every numeric field by its path, or by its name wherever it stands: what it is besides finite.
 RANGES = {
     "epochs": (_positive, "give 1 or more"),
     "margin": (lambda v: 0 < v < 1, "give a number inside (0, 1)"),
@@ -59,6 +60,22 @@ RANGES = {
     "snapshots": (_not_negative, "give 0 or more"),
     "limit": (_positive, "give 1 or more, or null for whole sets"),
     "max_new_tokens": (_positive, "give 1 or more"),
+    "concurrency": (_positive, "give the requests under way at once, 1 or more"),
+    "timeout": (_positive, "give seconds above 0"),
+    "retries": (_not_negative, "give 0 or more"),
+    "input_price": (_not_negative, "give USD per million tokens, or null"),
+    "output_price": (_not_negative, "give USD per million tokens, or null"),
+    "strength": (math.isfinite, "give a finite number; 0 leaves the model as it is"),
+    "self_cd": (_not_negative, "give a weight of 0 or more, or null"),
+    "anchors": (_positive, "give prompts of each kind, 1 or more"),
+    "threshold": (lambda v: -1 <= v <= 1, "give a cosine in [-1, 1], or null to calibrate it"),
+    "ablation_kl": (_positive, "give a divergence above 0"),
+    "addition_kl": (_positive, "give a divergence above 0"),
+    "train": (_positive, "give prompts of each kind, 1 or more"),
+    "steering.surgical.validation": (_positive, "give prompts of each kind, 1 or more"),
+    "prune_layers": (lambda v: 0 < v <= 1, "give a share of the depth inside (0, 1]"),
+    "repeat": (_positive, "give 1 or more"),
+    "shots": (_not_negative, "give 0 or more examples"),
     "seed": (lambda v: 0 <= v < 2**32, "give a whole number in [0, 2**32)"),
 }
 
@@ -66,7 +83,8 @@ RANGES = {
 def check(config: TrainConfig | EvalConfig) -> None:
     """Raises ConfigError, naming key, value and cure, for the first setting that cannot be."""
     for key, value in _numbers(config):
-        holds, cure = RANGES.get(key.split(".")[-1], (math.isfinite, "give a finite number"))
+        known = RANGES.get(key) or RANGES.get(key.split(".")[-1])
+        holds, cure = known or (math.isfinite, "give a finite number")
         if not (math.isfinite(value) and holds(value)):
             raise ConfigError(f"{key}={value}: {cure}")
     relations = _of_both(config)
@@ -124,7 +142,33 @@ def _of_training(config: TrainConfig) -> list[tuple[bool, str]]:
 
 
 def _of_evaluation(config: EvalConfig) -> list[tuple[bool, str]]:
-    return [(not config.tasks, "tasks=[]: nothing to evaluate; name at least one task")]
+    at_endpoint = config.endpoint is not None
+    return [
+        (not config.tasks, "tasks=[]: nothing to evaluate; name at least one task"),
+        (not config.judge, "judge=[]: name at least one judge, such as keyword"),
+        (
+            at_endpoint and config.endpoint_model is None,
+            f"endpoint={config.endpoint}: say which model there, with endpoint_model=<name>",
+        ),
+        (
+            not at_endpoint and config.endpoint_model is not None,
+            f"endpoint_model={config.endpoint_model}: say where, with endpoint=http://…/v1",
+        ),
+        (
+            at_endpoint and Task.ability in config.tasks,
+            "tasks=[ability]: the harness needs the model itself, which an endpoint does not give; "
+            "leave ability out, or name the model with model=",
+        ),
+        (
+            at_endpoint and config.snapshots,
+            "snapshots=true: an endpoint has none; name a run with run=",
+        ),
+        (
+            Task.quality in config.tasks and config.quality.reference is None,
+            "tasks=[quality]: needs answers to compare with; name the STL run of the same model, "
+            "quality.reference=<run folder>",
+        ),
+    ]
 
 
 def block_of(config: ContrastiveConfig, depth: int) -> int:

@@ -14,6 +14,7 @@ class Kind(Enum):
 class Method(Enum):
     dcr = "dcr"
     stl = "stl"
+    stl_aug = "stl_aug"
 
 
 class Stage(Enum):
@@ -25,6 +26,18 @@ class Stage(Enum):
 class Task(Enum):
     over_refusal = "over_refusal"
     safety = "safety"
+    ability = "ability"
+    quality = "quality"
+
+
+class Judge(Enum):
+    """Who says whether a response refuses, answers or does harm."""
+
+    keyword = "keyword"
+    llm = "llm"
+    llama_guard = "llama_guard"
+    wildguard = "wildguard"
+    moderation = "moderation"
 
 
 class Weights(Enum):
@@ -108,3 +121,24 @@ class WandbMode(Enum):
     offline = "offline"
     online = "online"
     disabled = "disabled"
+
+
+class Steering(Enum):
+    """Activation edits that an STL model is evaluated under."""
+
+    none = "none"
+    scans = "scans"
+    surgical = "surgical"
+    ablation = "ablation"
+
+
+class ScansLayers(Enum):
+    absolute = "absolute"  # blocks 11 to 20, as released for models of 32
+    middle_third = "middle_third"
+
+
+class ScansEnd(Enum):
+    """Where the instruction part of a SCANS query ends."""
+
+    user_end = "user_end"
+    prompt_last = "prompt_last"

@@ -1,7 +1,7 @@
 """From what Hydra composed to plain dataclasses, once."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import PurePath
 from typing import Any, TypeVar
 
@@ -10,7 +10,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dcr.config.checks import check
 from dcr.config.errors import ConfigError
-from dcr.config.tree import DataConfig, EvalConfig, ModelConfig, SourceConfig, TrainConfig
+from dcr.config.evaluation import EvalConfig
+from dcr.config.tree import DataConfig, ModelConfig, SourceConfig, TrainConfig
 from dcr.config.wording import one_line
 
 Node = TypeVar("Node", TrainConfig, EvalConfig)
@@ -39,6 +40,14 @@ def resolve(composed: DictConfig, schema: type[Node]) -> Node:
             source.source = source_names(source.source, f"data.{name}.source")
     check(config)
     return config
+
+
+def model_of(made_with: Mapping[str, Any]) -> ModelConfig:
+    """The model node of a run's own `config.yaml`."""
+    merged = OmegaConf.merge(OmegaConf.structured(ModelConfig), dict(made_with["model"]))
+    model = OmegaConf.to_object(merged)
+    assert isinstance(model, ModelConfig)
+    return model
 
 
 def source_names(value: object, key: str) -> list[str]:

@@ -12,7 +12,6 @@ from omegaconf import II, MISSING
 from dcr.config.enums import (
     Adapter,
     Aggregate,
-    KeywordRules,
     LayerBase,
     LossNorm,
     Method,
@@ -23,7 +22,6 @@ from dcr.config.enums import (
     Sampler,
     Schedule,
     Stage,
-    Task,
     Template,
     Terminator,
     WandbMode,
@@ -53,6 +51,9 @@ class ModelConfig:
     contrastive_precision: Precision = Precision.mixed
     sft_precision: Precision = Precision.bf16
     lora_targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+    scans_alpha: float = 1.0
+    surgical_add: float = 0.1  # of the harmful direction
+    surgical_ablate: float = 0.5  # of the false-refusal direction
     system_prompt: str | None = None
     template: str | None = None
     architecture: dict[str, Any] | None = None
@@ -72,6 +73,23 @@ class SafetyPairsConfig(SourceConfig):
 
 
 @dataclass
+class ExtractionSources:
+    """Prompts that steering vectors are computed from; none may stand in an evaluation set."""
+
+    harmful: list[str] = field(default_factory=list)
+    seemingly_toxic: list[str] = field(default_factory=list)
+    harmless: list[str] = field(default_factory=list)
+
+
+@dataclass
+class AugmentConfig:
+    """STL-aug: compliant answers to seemingly toxic prompts, added to the rows of SFT."""
+
+    responses: str | None = None  # a JSONL file with prompt and response
+    repeat: int = 1
+
+
+@dataclass
 class EvaluationSets:
     over_refusal: list[str] = field(default_factory=list)
     safety: list[str] = field(default_factory=list)
@@ -88,6 +106,7 @@ class DataConfig:
     safety: SafetyPairsConfig = field(default_factory=SafetyPairsConfig)
     normal: SourceConfig = field(default_factory=SourceConfig)
     evaluation: EvaluationSets = field(default_factory=EvaluationSets)
+    extraction: ExtractionSources = field(default_factory=ExtractionSources)
     # Share of template groups (pairs of safe and unsafe contrasts) that training never sees.
     group_holdout: float = 0.0
     validation: float = 0.1
@@ -202,17 +221,6 @@ class WandbConfig:
 
 
 @dataclass
-class GenConfig:
-    max_new_tokens: int = 256
-    batch_size: int = 32
-
-
-@dataclass
-class KeywordConfig:
-    rules: KeywordRules = KeywordRules.paper
-
-
-@dataclass
 class TrainConfig:
     """Everything `train.py` can be told."""
 
@@ -227,25 +235,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     dcr: ContrastiveConfig = field(default_factory=ContrastiveConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
+    stl_aug: AugmentConfig = field(default_factory=AugmentConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    wandb: WandbConfig = field(default_factory=WandbConfig)
-
-
-@dataclass
-class EvalConfig:
-    """Everything `eval.py` can be told."""
-
-    run: str | None = None
-    snapshots: bool = False  # score every adapter snapshot of the run, for the frontier
-    tasks: list[Task] = field(default_factory=lambda: [Task.over_refusal, Task.safety])
-    limit: int | None = None
-    seed: int = 0
-    output: str = "outputs/base"
-    precision: Precision = Precision.bf16
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    gen: GenConfig = field(default_factory=GenConfig)
-    keyword: KeywordConfig = field(default_factory=KeywordConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
