@@ -1,0 +1,99 @@
+"""What the body of a successful answer says: a reply, a moderation, or why it is neither.
+
+Servers differ in what they leave out, so that only what is used is required, and bodies are read
+as plain JSON rather than as the client's own types.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from dcr.endpoints.messages import Failure, Moderation, Reply
+
+JSON = Any  # whatever json.loads returns
+
+
+def reply(body: JSON) -> Reply | Failure:
+    """A chat completion, of its first choice.
+
+    Failure("invalid") without choices or text, for a refusal in the server's own field, and
+    where a content filter cut the answer off. Text may be empty: some models answer nothing.
+    """
+    choice = _first(_field(body, "choices"))
+    message = _field(choice, "message")
+    if not isinstance(message, Mapping):
+        said = _field(_field(body, "error"), "message") or _field(body, "error")
+        return Failure("invalid", f"no choices in the answer{f': {said}' if said else ''}")
+    finish = str(_field(choice, "finish_reason") or "")
+    if finish == "content_filter":
+        return Failure("invalid", "stopped by the server's content filter")
+    if message.get("refusal"):
+        return Failure("invalid", f"the model refused: {message['refusal']}")
+    text = _text(message.get("content"))
+    if text is None:
+        return Failure("invalid", f"no text in the answer (finish reason: {finish or 'none'})")
+    usage = _field(body, "usage")
+    return Reply(
+        text=text,
+        finish=finish,
+        top=_top(choice),
+        prompt_tokens=_count(_field(usage, "prompt_tokens")),
+        completion_tokens=_count(_field(usage, "completion_tokens")),
+    )
+
+
+def moderation(body: JSON) -> Moderation | Failure:
+    """The verdict on the one text sent; Failure("invalid") where the body holds none."""
+    result = _first(_field(body, "results"))
+    flagged = _field(result, "flagged")
+    if not isinstance(flagged, bool):
+        return Failure("invalid", "no result with `flagged` in the answer")
+    categories = _field(result, "categories")
+    named = categories if isinstance(categories, Mapping) else {}
+    return Moderation(
+        flagged=flagged,
+        categories=tuple(str(name) for name, holds in named.items() if holds is True),
+        model=str(_field(body, "model") or ""),
+    )
+
+
+def _field(value: JSON, name: str) -> JSON:
+    return value.get(name) if isinstance(value, Mapping) else None
+
+
+def _first(value: JSON) -> JSON:
+    return value[0] if isinstance(value, list) and value else None
+
+
+def _count(value: JSON) -> int:
+    return value if isinstance(value, int) and value >= 0 else 0
+
+
+def _text(content: JSON) -> str | None:
+    """The text of a message, which some servers send in parts."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        parts = [_field(part, "text") for part in content]
+        texts = [part for part in parts if isinstance(part, str)]
+        return "".join(texts) if texts else None
+    return None
+
+
+def _top(choice: JSON) -> tuple[Mapping[str, float], ...] | None:
+    """Log-probabilities per generated token, None where the server gave none."""
+    content = _field(_field(choice, "logprobs"), "content")
+    if not isinstance(content, list):
+        return None
+    return tuple(_alternatives(token) for token in content)
+
+
+def _alternatives(token: JSON) -> dict[str, float]:
+    """Of two tokens that read alike, such as halves of a character, the likelier one."""
+    listed = _field(token, "top_logprobs")
+    found: dict[str, float] = {}
+    for other in listed if isinstance(listed, list) and listed else [token]:
+        text, logprob = _field(other, "token"), _field(other, "logprob")
+        if isinstance(text, str) and isinstance(logprob, (int, float)) and not math.isnan(logprob):
+            found[text] = max(float(logprob), found.get(text, -math.inf))
+    return found

@@ -1,0 +1,167 @@
+"""A server's address, key, parameters and prices: checked early, and kept out of every text."""
+
+import json
+import os
+import re
+from urllib.parse import SplitResult, urlsplit
+
+from dcr.config import ConfigError, ServerConfig
+from dcr.endpoints.messages import EndpointError
+
+OPENAI = "https://api.openai.com/v1"
+OPENAI_KEY = "OPENAI_API_KEY"
+NO_KEY = "none"  # sent where the variable is unset: local servers want a header, not a key
+LONGEST_TEXT = 240  # characters of a server's own words that are passed on
+OURS = {"model", "messages", "input", "stream", "stream_options"}  # never left to the user
+SECRET = {"api_key", "key", "authorization", "headers", "extra_headers"}
+# The node `endpoint` is spread over EvalConfig's top level; every other node holds its settings.
+SPELLINGS = {
+    "endpoint": {
+        "url": "endpoint",
+        "model": "endpoint_model",
+        "key": "endpoint_key",
+        "parameters": "endpoint_parameters",
+    }
+}
+# What looks like a secret even when it is not the key of this server.
+SECRETS = (
+    (re.compile(r"(?i)\b(authorization|x-api-key|api-key)(['\"]?\s*[:=]\s*).*"), r"\1\2[removed]"),
+    (re.compile(r"(?i)\bbearer\s+\S+"), "Bearer [removed]"),
+    (re.compile(r"\bsk-[\w*.-]{3,}"), "[removed]"),
+    (re.compile(r"://[^/\s@]+@"), "://[removed]@"),
+)
+
+
+def setting(node: str, field: str) -> str:
+    """The override that names `field` of the server configured at `node`."""
+    return SPELLINGS.get(node, {}).get(field, f"{node}.{field}")
+
+
+def address(server: ServerConfig) -> str:
+    """Where requests go, without a slash at the end."""
+    return (server.url or OPENAI).rstrip("/")
+
+
+def variable(server: ServerConfig) -> str | None:
+    """The environment variable that holds the key: OpenAI's own goes to no other server unasked."""
+    if server.key is not None:
+        return server.key
+    return OPENAI_KEY if server.url is None else None
+
+
+def value_of_key(server: ServerConfig) -> str:
+    """The key itself, empty where there is none."""
+    named = variable(server)
+    return os.environ.get(named, "").strip() if named else ""
+
+
+def key_of(server: ServerConfig) -> str:
+    """What is sent as the key: the variable's value, or a placeholder."""
+    return value_of_key(server) or NO_KEY
+
+
+def sent_parameters(server: ServerConfig) -> dict[str, object]:
+    """The parameters of each request: null leaves one out, as overrides cannot remove a default."""
+    return {name: value for name, value in server.parameters.items() if value is not None}
+
+
+def check(server: ServerConfig, node: str) -> None:
+    """What can be known of a server before anything is sent or loaded.
+
+    Raises ConfigError where a setting cannot be, and EndpointError where OpenAI's own server is
+    meant and the variable with its key is unset. Neither quotes a key, nor what may be one.
+    """
+    _check_key(server, node)
+    if server.url is not None:
+        _check_url(server.url, node)
+    if not server.model.strip():
+        raise ConfigError(f"{setting(node, 'model')}: empty; name a model of {address(server)}")
+    _check_parameters(server, node)
+
+
+def _check_parameters(server: ServerConfig, node: str) -> None:
+    parameters = setting(node, "parameters")
+    for name, value in server.parameters.items():
+        if name.lower() in SECRET:
+            raise ConfigError(
+                f"{parameters}.{name}: not a parameter of a request; keys go into the environment "
+                f"variable that {setting(node, 'key')} names"
+            )
+        if name in OURS:
+            cure = f"say it with {setting(node, 'model')}" if name == "model" else "leave it out"
+            raise ConfigError(f"{parameters}.{name}: set by the program; {cure}")
+        try:
+            json.dumps(value, allow_nan=False)
+        except ValueError:
+            raise ConfigError(
+                f"{parameters}.{name}={value}: JSON has no such number; give a finite one"
+            ) from None
+
+
+def _check_key(server: ServerConfig, node: str) -> None:
+    key = setting(node, "key")
+    named = variable(server)
+    if named is None:
+        return
+    if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", named):
+        raise ConfigError(
+            f"{key}: not a name in capitals, digits and '_'; give the name of the environment "
+            "variable that holds the key, such as OPENAI_API_KEY, never the key itself"
+        )
+    value = value_of_key(server)
+    if not value and server.url is None:
+        raise EndpointError(
+            f"{key}={named}: this environment variable is unset; export it, or name a server "
+            f"that needs no key with {setting(node, 'url')}=http://…/v1"
+        )
+    if not re.fullmatch(r"[!-~]*", value):
+        raise EndpointError(
+            f"{key}={named}: this environment variable holds blanks or characters outside "
+            "ASCII, which no key has; export the key alone"
+        )
+
+
+def _check_url(url: str, node: str) -> None:
+    name = setting(node, "url")
+    parts = _split(url)
+    if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
+        shown = "" if "@" in url or "?" in url else f"={url}"
+        raise ConfigError(f"{name}{shown}: not an address; give http://host:port/v1 or https://…")
+    if "@" in parts.netloc:
+        raise ConfigError(
+            f"{name}: holds a user or password; leave them out, and put a key into the environment "
+            f"variable that {setting(node, 'key')} names"
+        )
+    if parts.query or parts.fragment:
+        raise ConfigError(f"{name}: ends in a query; give the address up to the path, as in …/v1")
+
+
+def _split(url: str) -> SplitResult | None:
+    """The parts of an address, None where it is none: blanks, or a port that is no number."""
+    if re.search(r"[\s\x00-\x1f\x7f]", url):
+        return None
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        return None
+    return parts
+
+
+def redacted(text: object, server: ServerConfig) -> str:
+    """`text` as one short line without keys: this server's, and whatever else looks like one."""
+    line = " ".join(str(text).split())
+    key = value_of_key(server)
+    if key:
+        line = line.replace(key, "[removed]")
+    for pattern, replacement in SECRETS:
+        line = pattern.sub(replacement, line)
+    return line if len(line) <= LONGEST_TEXT else f"{line[:LONGEST_TEXT]}…"
+
+
+def spend(server: ServerConfig, prompt_tokens: int, completion_tokens: int) -> float | None:
+    """USD for these tokens, or None while a price is missing."""
+    if server.input_price is None or server.output_price is None:
+        return None
+    cost = prompt_tokens * server.input_price + completion_tokens * server.output_price
+    return cost / 1_000_000

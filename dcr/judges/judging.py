@@ -1,0 +1,242 @@
+"""The judges by name, and how each response comes to its verdict: stored, or asked for once."""
+
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from dcr import endpoints, models, runs
+from dcr.config import EvalConfig, GuardConfig, Judge, Kind, ServerConfig
+from dcr.generation import Completion
+from dcr.judges import guards, llm, moderation
+from dcr.judges.verdicts import Verdict, answer_fingerprint, store, stored, usage
+
+CHARACTERS_PER_TOKEN = 4  # of English prose, for the estimate of what a judge will cost
+IDENTITY_FILE = "judge.json"  # what the verdicts beside it depend on
+COMPLETION_LIMITS = ("max_tokens", "max_completion_tokens")  # newer models know the second alone
+
+# Compliance can be judged of any prompt; harm is looked for where the prompt asks for it.
+KINDS: dict[Judge, tuple[Kind, ...]] = {
+    Judge.keyword: tuple(Kind),
+    Judge.llm: tuple(Kind),
+    Judge.wildguard: tuple(Kind),
+    Judge.llama_guard: (Kind.toxic,),
+    Judge.moderation: (Kind.toxic,),
+}
+
+Home = tuple[str, str]  # a set, and an answer's id in it
+
+
+@dataclass(frozen=True)
+class Judging:
+    """What one judge needs, depends on and does."""
+
+    node: Callable[[EvalConfig], ServerConfig | GuardConfig]
+    check: Callable[[EvalConfig], None]
+    identity: Callable[[EvalConfig], Mapping[str, object]]  # what a verdict depends on
+    verdicts: Callable[[EvalConfig, Sequence[Completion]], Iterator[list[Verdict]]]
+    # Characters to be sent, for the estimate; None for a model that runs here.
+    characters: Callable[[EvalConfig, Sequence[Completion]], int] | None
+
+
+def _guard_identity(node: GuardConfig) -> Mapping[str, object]:
+    folder = Path(node.model)
+    return {
+        "model": node.model,
+        "revision": node.revision,
+        "weights": models.weights_fingerprint(folder) if folder.is_dir() else None,
+        "precision": node.precision.value,
+        "max_new_tokens": node.max_new_tokens,
+    }
+
+
+def _check_wildguard(settings: EvalConfig) -> None:
+    guards.wording(settings.wildguard)
+    guards.check(settings.wildguard, "wildguard")
+
+
+JUDGES: dict[Judge, Judging] = {
+    Judge.llm: Judging(
+        node=lambda settings: settings.llm,
+        check=llm.check,
+        identity=llm.identity,
+        verdicts=llm.verdicts,
+        characters=llm.characters,
+    ),
+    Judge.moderation: Judging(
+        node=lambda settings: settings.moderation,
+        check=moderation.check,
+        identity=moderation.identity,
+        verdicts=moderation.verdicts,
+        characters=moderation.characters,
+    ),
+    Judge.llama_guard: Judging(
+        node=lambda settings: settings.llama_guard,
+        check=lambda settings: guards.check(settings.llama_guard, "llama_guard"),
+        identity=lambda settings: _guard_identity(settings.llama_guard),
+        verdicts=lambda settings, answers: guards.llama_guard(
+            settings.llama_guard, answers, settings.trainer.accelerator
+        ),
+        characters=None,
+    ),
+    Judge.wildguard: Judging(
+        node=lambda settings: settings.wildguard,
+        check=_check_wildguard,
+        identity=lambda settings: {
+            **_guard_identity(settings.wildguard),
+            "wording": guards.wording(settings.wildguard),
+        },
+        verdicts=lambda settings, answers: guards.wildguard(
+            settings.wildguard, answers, settings.trainer.accelerator
+        ),
+        characters=None,
+    ),
+}
+
+
+def check(names: Sequence[Judge], settings: EvalConfig) -> None:
+    """Raises a UserError for whatever can be known wrong before a model is loaded."""
+    for name in names:
+        if name in JUDGES:  # keywords need nothing
+            JUDGES[name].check(settings)
+
+
+def model_of(name: Judge, settings: EvalConfig) -> str:
+    """The model that judges, as the user named it."""
+    return JUDGES[name].node(settings).model
+
+
+def server_of(name: Judge, settings: EvalConfig) -> ServerConfig | None:
+    """The server that judges; None for a model that runs here."""
+    node = JUDGES[name].node(settings)
+    return node if isinstance(node, ServerConfig) else None
+
+
+def judge(
+    name: Judge,
+    settings: EvalConfig,
+    answers: Mapping[str, Sequence[Completion]],
+    folder: Path,
+    progress: bool = True,
+) -> dict[str, list[Verdict]]:
+    """A verdict for each answer of each set, asked for only where `folder` holds none.
+
+    Each verdict is stored as it arrives, so that a run killed at any point and started again asks
+    only for what was under way. A response that stands in several sets is asked about once; one
+    that brought no answer is asked about again next time. Raises EndpointError when no further
+    request can succeed, and UserError when nothing can be written; all verdicts before are kept.
+    """
+    identity = JUDGES[name].identity(settings)
+    place = folder / "verdicts" / f"{name.value}-{runs.fingerprint(identity)}"
+    runs.write_json(place / IDENTITY_FILE, identity)
+    homes = _homes(answers)
+    held, known = _settled(place)
+    by_content = {answer_fingerprint(a): a for rows in answers.values() for a in rows}
+    waiting = [answer for of, answer in by_content.items() if of not in known]
+    _keep(place, homes, [v for of, v in known.items() if of in homes], held)
+    _announce(name, settings, waiting, len(homes))
+    came: list[Verdict] = []
+    try:
+        with (
+            closing(_asked(name, settings, waiting)) as batches,
+            tqdm(total=len(waiting), unit="response", desc=name.value, disable=not progress) as bar,
+        ):
+            for batch in batches:
+                _keep(place, homes, batch, frozenset())
+                came += batch
+                bar.update(len(batch))
+    finally:
+        _account(name, settings, came)
+    said = known | {verdict.of: verdict for verdict in came}
+    return {
+        set_name: [replace(said[answer_fingerprint(a)], id=a.id) for a in rows]
+        for set_name, rows in answers.items()
+    }
+
+
+def _homes(answers: Mapping[str, Sequence[Completion]]) -> dict[str, list[Home]]:
+    """Where each verdict belongs: one response may stand in several sets, or twice in one."""
+    found: dict[str, list[Home]] = {}
+    for set_name, rows in answers.items():
+        for answer in rows:
+            found.setdefault(answer_fingerprint(answer), []).append((set_name, answer.id))
+    return {of: list(dict.fromkeys(homes)) for of, homes in found.items()}
+
+
+def _settled(place: Path) -> tuple[set[tuple[str, Home]], dict[str, Verdict]]:
+    """Which verdicts stand in which file already, and all of them by what they are about."""
+    held: set[tuple[str, Home]] = set()
+    known: dict[str, Verdict] = {}
+    for file in sorted(place.glob("*.jsonl")):
+        for verdict in stored(file):
+            if verdict.settled:
+                held.add((verdict.of, (file.stem, verdict.id)))
+                known[verdict.of] = verdict
+    return held, known
+
+
+def _keep(
+    place: Path,
+    homes: Mapping[str, Sequence[Home]],
+    verdicts: Sequence[Verdict],
+    held: Set[tuple[str, Home]],
+) -> None:
+    """Append each verdict to the file of every set it belongs to, unless that one holds it."""
+    by_set: dict[str, list[Verdict]] = {}
+    for verdict in verdicts:
+        for home in homes[verdict.of]:
+            if (verdict.of, home) not in held:
+                by_set.setdefault(home[0], []).append(replace(verdict, id=home[1]))
+    for set_name, rows in by_set.items():
+        store(place / f"{set_name}.jsonl", rows)
+
+
+def _asked(
+    name: Judge, settings: EvalConfig, answers: Sequence[Completion]
+) -> Generator[list[Verdict], None, None]:
+    """The judge's verdicts as they come; closing this cancels what still waits."""
+    if answers:
+        yield from JUDGES[name].verdicts(settings, answers)
+
+
+def _announce(name: Judge, settings: EvalConfig, waiting: Sequence[Completion], total: int) -> None:
+    """Say what is about to be asked and what it may cost."""
+    characters, server = JUDGES[name].characters, server_of(name, settings)
+    if not waiting:
+        print(f"{name.value}: {total:,} verdicts, all stored")
+        return
+    line = f"{name.value}: {total - len(waiting):,} verdicts stored, {len(waiting):,} to ask"
+    if characters is None or server is None:
+        print(f"{line} of {model_of(name, settings)}")
+        return
+    prompt = characters(settings, waiting) // CHARACTERS_PER_TOKEN
+    limits = [n for key in COMPLETION_LIMITS if isinstance(n := server.parameters.get(key), int)]
+    completion = len(waiting) * max(limits, default=0)
+    print(
+        f"{line} of {server.model}: about {prompt:,} tokens in"
+        f"{f' and at most {completion:,} out' if completion else ''}"
+        f"{_usd(endpoints.spend(server, prompt, completion))}"
+    )
+
+
+def _account(name: Judge, settings: EvalConfig, came: Sequence[Verdict]) -> None:
+    """Say what came and what it took."""
+    if not came:
+        return
+    server = server_of(name, settings)
+    took = usage(came, server)
+    failed = Counter(verdict.status for verdict in came)
+    print(
+        f"{name.value}: {failed['ok']:,} verdicts, {failed['invalid']:,} invalid, "
+        f"{failed['error']:,} without an answer"
+        f"{' (run again to ask for them)' if failed['error'] else ''}; "
+        f"{took['requests']:,} requests, {took['prompt_tokens']:,} tokens in, "
+        f"{took['completion_tokens']:,} out{_usd(took['usd'])}"
+    )
+
+
+def _usd(amount: float | None) -> str:
+    return "" if amount is None else f", {amount:.4f} USD"

@@ -1,0 +1,282 @@
+"""Which of two answers is better: one token of an annotator with its log-probabilities.
+
+As in AlpacaEval 2's weighted annotators (Dubois et al. 2024): the answers are shown as `m` and
+`M` in random order, and the preference is the probability of one letter among the two. Stored rows
+have AlpacaEval's keys, so that its own tools read them.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from dcr import endpoints, runs
+from dcr.config import AnnotatorConfig, ConfigError, DataError, EvalConfig, UserError, label_of
+from dcr.endpoints import EndpointError, Failure, Message, Reply
+from dcr.judges.judging import CHARACTERS_PER_TOKEN
+
+PROMPT = Path(__file__).with_suffix(".txt")
+PLACES = ("instruction", "output_1", "output_2")
+TURN = re.compile(r"<\|im_start\|>(system|user|assistant)\n(.*?)<\|im_end\|>", re.DOTALL)
+FIRST, SECOND = "m", "M"  # how the answers are called, in the order shown
+AROUND = " \t\r\nĠĊ▁"  # white space around a letter, also as byte-level and SentencePiece spell it
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one instruction: the reference's and the model's."""
+
+    id: str
+    instruction: str
+    reference: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """One comparison; `output_1` is by the reference, `output_2` by the model, as in AlpacaEval.
+
+    `preference` runs from 1 (the reference's answer is better) to 2 (the model's); None unless
+    `status` is ok. `of` is the fingerprint of the instruction and both answers in the order shown.
+    """
+
+    id: str
+    of: str
+    status: str  # ok; error: nothing came back; invalid: neither letter among the likeliest tokens
+    instruction: str
+    output_1: str
+    output_2: str
+    generator_1: str
+    generator_2: str
+    annotator: str
+    preference: float | None = None
+    is_switched: bool = False  # the model's answer was shown first
+    asked: bool = True  # False: equal answers, a tie without a request
+    raw: str = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+def turns(settings: AnnotatorConfig) -> list[Message]:
+    """The annotator's prompt as chat messages, from its file, which is in AlpacaEval's format.
+
+    Turns stand between `<|im_start|>role` and `<|im_end|>`; a file without them is one user turn.
+    Raises ConfigError when the file cannot be read or lacks a placeholder.
+    """
+    file = Path(settings.prompt) if settings.prompt else PROMPT
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        why = "not UTF-8" if isinstance(error, ValueError) else error.strerror
+        raise ConfigError(f"annotator.prompt={file}: {why}; name a readable text file") from error
+    if lacking := [f"{{{place}}}" for place in PLACES if f"{{{place}}}" not in text]:
+        raise ConfigError(f"annotator.prompt={file}: lacks {', '.join(lacking)}; add it")
+    found = [{"role": role, "content": body.strip()} for role, body in TURN.findall(text)]
+    if found and TURN.sub("", text).strip():
+        raise ConfigError(
+            f"annotator.prompt={file}: has text outside <|im_start|>role … <|im_end|>; "
+            "move it into a turn, or leave these marks out"
+        )
+    return [*found] or [{"role": "user", "content": text.strip()}]
+
+
+def check(settings: AnnotatorConfig) -> None:
+    """Raises ConfigError for settings under which no comparison can come out."""
+    turns(settings)
+    asked = settings.parameters
+    if asked.get("logprobs") is not True:
+        raise ConfigError(
+            f"annotator.parameters.logprobs={asked.get('logprobs')}: preferences are read off "
+            "log-probabilities; give true"
+        )
+    top = asked.get("top_logprobs")
+    if not isinstance(top, int) or isinstance(top, bool) or top < 2:
+        raise ConfigError(
+            f"annotator.parameters.top_logprobs={top}: both letters must fit in; "
+            "give 2 or more (AlpacaEval: 5)"
+        )
+
+
+def store(settings: AnnotatorConfig, folder: Path) -> Path:
+    """The file that keeps what this annotator, with this prompt and these parameters, has said."""
+    identity = [settings.url, settings.model, settings.parameters, turns(settings)]
+    return folder / f"{label_of(settings.model)}-{runs.fingerprint(identity)}.jsonl"
+
+
+def annotate(
+    pairs: Sequence[Pair],
+    settings: EvalConfig,
+    folder: Path,
+    generators: tuple[str, str],
+    progress: bool = True,
+) -> list[Annotation]:
+    """One annotation a pair, in order. `generators` names who wrote the reference and the answer.
+
+    Whatever is answered is stored before the next is waited for and never asked again; errors
+    are. Equal answers are a tie without a request, so a model against itself ties everywhere.
+    Raises EndpointError when every request would fail alike, UserError when nothing can be
+    written.
+    """
+    file = store(settings.annotator, folder)
+    known = {of: row for of, row in stored(file).items() if row.status != "error"}
+    drafts = [_draft(pair, generators, settings) for pair in pairs]
+    missing = {d.of: d for d in drafts if d.asked and d.of not in known}
+    print(f"annotator: {len(drafts):,} comparisons, {len(missing):,} to ask", flush=True)
+    with tqdm(
+        total=len(missing), unit="pair", desc="comparing answers", disable=not progress
+    ) as bar:
+        for row in _asked(list(missing.values()), settings):
+            _append(file, row)
+            known[row.of] = row
+            bar.update()
+    return [_carried(known[d.of], d) if d.asked else d for d in drafts]
+
+
+def stored(file: Path) -> dict[str, Annotation]:
+    """What a file holds by `of`, the latest of each; a line torn by a kill is left out.
+
+    Raises DataError for a line that is whole but no annotation.
+    """
+    found: dict[str, Annotation] = {}
+    lines = file.read_bytes().split(b"\n") if file.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:  # not JSON, or torn within a character
+            continue
+        try:
+            annotation = Annotation(**row)
+        except TypeError as error:
+            raise DataError(
+                f"{file}:{number}: line: not an annotation ({error}); remove the line"
+            ) from None
+        found[annotation.of] = annotation
+    return found
+
+
+def preference(top: Mapping[str, float], switched: bool) -> float | None:
+    """From 1 to 2 for `output_2`: 2 - p(m) / (p(m) + p(M)), or 1 + that where it was shown first.
+
+    `top` has log-probabilities by token; one letter in several spellings counts as one, a letter
+    that is not there has probability 0. None where neither is.
+    """
+    first, second = (
+        np.logaddexp.reduce([p for token, p in top.items() if token.strip(AROUND) == letter])
+        for letter in (FIRST, SECOND)
+    )
+    either = np.logaddexp(first, second)
+    if not math.isfinite(either):
+        return None
+    share = float(np.exp(first - either))
+    return 1 + share if switched else 2 - share
+
+
+def is_switched(id: str, seed: int) -> bool:
+    """Whether the model's answer is shown first: a coin that falls alike whenever it is tossed."""
+    return hashlib.sha256(f"order:{seed}:{id}".encode()).digest()[0] % 2 == 1
+
+
+def _draft(pair: Pair, generators: tuple[str, str], settings: EvalConfig) -> Annotation:
+    """The annotation before its answer; a tie already where the answers are equal."""
+    switched, equal = is_switched(pair.id, settings.seed), pair.reference == pair.answer
+    shown = (pair.answer, pair.reference) if switched else (pair.reference, pair.answer)
+    return Annotation(
+        id=pair.id,
+        of=runs.fingerprint([pair.instruction, *shown]),
+        status="ok",
+        instruction=pair.instruction,
+        output_1=pair.reference,
+        output_2=pair.answer,
+        generator_1=generators[0],
+        generator_2=generators[1],
+        annotator=settings.annotator.model,
+        preference=1.5 if equal else None,
+        is_switched=switched,
+        asked=not equal,
+    )
+
+
+def _asked(drafts: Sequence[Annotation], settings: EvalConfig) -> Iterator[Annotation]:
+    """The drafts with their answers, in order of arrival, once it is said what they may cost."""
+    if not drafts:
+        return
+    server, template = settings.annotator, turns(settings.annotator)
+    conversations = [_conversation(template, draft) for draft in drafts]
+    characters = sum(len(turn["content"]) for asked in conversations for turn in asked)
+    tokens = characters // CHARACTERS_PER_TOKEN
+    usd = endpoints.spend(server, tokens, len(drafts))
+    price = "" if usd is None else f", {usd:.4f} USD"
+    print(f"annotator: about {tokens:,} tokens to {server.model}{price}", flush=True)
+    answers = endpoints.chats(server, settings.http, conversations, node="annotator")
+    with closing(cast("Generator[tuple[int, Reply | Failure]]", answers)):
+        for index, answer in answers:
+            yield _answered(drafts[index], answer, server)
+
+
+def _conversation(template: Sequence[Message], draft: Annotation) -> list[Message]:
+    shown = (draft.output_1, draft.output_2)
+    first, second = reversed(shown) if draft.is_switched else shown
+    texts = {"instruction": draft.instruction, "output_1": first, "output_2": second}
+    # In one pass: a placeholder that an answer quotes stays as it is.
+    pattern = re.compile(r"\{(" + "|".join(PLACES) + r")\}")
+    return [
+        {"role": turn["role"], "content": pattern.sub(lambda m: texts[m[1]], turn["content"])}
+        for turn in template
+    ]
+
+
+def _answered(draft: Annotation, answer: Reply | Failure, server: AnnotatorConfig) -> Annotation:
+    if isinstance(answer, Failure):
+        return replace(draft, status=answer.status, raw=answer.reason)
+    if answer.text and len(answer.top[0] if answer.top else ()) < 2:
+        raise EndpointError(
+            f"annotator.model={server.model}: answers without the log-probabilities of several "
+            "tokens, which preferences are read off; name a model and server that give them"
+        )
+    found = preference(answer.top[0], draft.is_switched) if answer.top else None
+    return replace(
+        draft,
+        status="invalid" if found is None else "ok",
+        preference=found,
+        raw=answer.text,
+        prompt_tokens=answer.prompt_tokens,
+        completion_tokens=answer.completion_tokens,
+    )
+
+
+def _carried(row: Annotation, draft: Annotation) -> Annotation:
+    """A stored annotation under the draft's names, which may also hold the sides the other way."""
+    kept = row.preference
+    if kept is not None and row.is_switched is not draft.is_switched:
+        kept = 3 - kept
+    return replace(
+        draft,
+        status=row.status,
+        preference=kept,
+        raw=row.raw,
+        prompt_tokens=row.prompt_tokens,
+        completion_tokens=row.completion_tokens,
+    )
+
+
+def _append(file: Path, row: Annotation) -> None:
+    """One more line, flushed. UserError with the path when it cannot be written."""
+    line = json.dumps(asdict(row), ensure_ascii=False) + "\n"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a+b") as lines:
+            if lines.tell() > 0:
+                lines.seek(-1, 2)
+                line = line if lines.read(1) == b"\n" else "\n" + line  # torn by a kill
+            lines.write(line.encode("utf-8", "replace"))  # servers can send half surrogates
+            lines.flush()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written ({error.strerror or error})") from error

@@ -1,0 +1,625 @@
+"""The door to OpenAI-compatible servers, against servers that misbehave and one that is real."""
+
+import io
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dcr import endpoints
+from dcr.config import ConfigError, HTTPConfig, LLMJudgeConfig, ServerConfig, UserError
+from dcr.endpoints import (
+    EndpointError,
+    Failure,
+    Moderation,
+    Reply,
+    attempts,
+    rejections,
+    servers,
+)
+from tests.servers.faults import FAULTS, Proxy, always, each, faulty, in_turn
+from tests.servers.logprobs import logprobs
+from tests.servers.loopback import Answer, as_json
+from tests.servers.scripted import completion, last_user, moderated, rejected, scripted
+from tests.servers.served import served
+
+ROOT = Path(__file__).parent.parent
+KEY = "4f9a2c7d1e-test"  # like no other key, so that only its value can give it away
+
+
+@pytest.fixture(autouse=True)
+def _short_waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A key that must show up nowhere, waits of milliseconds, and no thread left behind."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(attempts, "FIRST_WAIT", 0.002)
+    yield
+    until = time.monotonic() + 2
+    while _threads() and time.monotonic() < until:
+        time.sleep(0.01)  # the client's own worker thread ends a moment after its event loop
+    assert not _threads()
+
+
+def _threads() -> list[str]:
+    names = ("dcr.endpoints", "loopback", "process_request", "AnyIO")
+    return [t.name for t in threading.enumerate() if any(name in t.name for name in names)]
+
+
+def server(url: str | None, **settings: Any) -> ServerConfig:
+    named: dict[str, Any] = {"key": "OPENAI_API_KEY"}
+    return ServerConfig(url=url, model="m", **named | settings)
+
+
+def chat(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def ask(
+    to: ServerConfig, texts: list[str], node: str = "llm", **http: Any
+) -> dict[int, Reply | Failure]:
+    """Every answer by index; one that comes twice, or not at all, fails here."""
+    settings = HTTPConfig(**{"concurrency": 4, "timeout": 5.0, "retries": 3, **http})
+    found = list(endpoints.chats(to, settings, [chat(text) for text in texts], node=node))
+    assert Counter(index for index, _ in found) == Counter(range(len(texts)))
+    return dict(found)
+
+
+def echo(body: dict[str, Any]) -> str:
+    return f"echo of {last_user(body)}"
+
+
+def test_replies_come_with_text_tokens_and_log_probabilities() -> None:
+    top = [{"m": -0.25, "M": -1.5}]
+    with scripted(lambda body: completion(echo(body), top=top, tokens=(11, 1))) as made:
+        to = server(made.url, parameters={"logprobs": True, "top_logprobs": 2, "odd": {"a": [1]}})
+        found = ask(to, ["one", "two"])
+    for index, text in enumerate(["one", "two"]):
+        assert found[index] == Reply(f"echo of {text}", "stop", tuple(top), 11, 1)
+    for body in made.bodies:
+        assert body == {
+            "model": "m",
+            "messages": body["messages"],
+            "logprobs": True,
+            "top_logprobs": 2,
+            "odd": {"a": [1]},
+        }
+    assert {request.headers["authorization"] for request in made.requests} == {f"Bearer {KEY}"}
+    assert {request.path for request in made.requests} == {"/v1/chat/completions"}
+
+
+def test_a_parameter_of_null_is_left_out() -> None:
+    with scripted(echo) as made:
+        ask(server(made.url, parameters={"max_tokens": None, "temperature": 0}), ["one"])
+    assert made.bodies[0].keys() == {"model", "messages", "temperature"}
+
+
+def test_answers_may_lack_usage_and_come_in_parts() -> None:
+    parts = {"choices": [{"message": {"content": [{"type": "text", "text": "a"}, {"text": "b"}]}}]}
+    with scripted(lambda body: parts) as made:
+        assert ask(server(made.url), ["one"]) == {0: Reply("ab", "", None, 0, 0)}
+
+
+def test_moderations_name_the_categories_that_hold() -> None:
+    def verdict(body: dict[str, Any]) -> Any:
+        text = last_user(body)
+        return {"results": []} if text == "none" else moderated(violence=text == "bad", hate=False)
+
+    with scripted(verdict) as made:
+        texts = ["bad", "good", "none"]
+        found = dict(
+            endpoints.moderations(server(made.url), HTTPConfig(), texts, node="moderation")
+        )
+    assert found[0] == Moderation(True, ("violence",), "scripted-moderation")
+    assert found[1] == Moderation(False, (), "scripted-moderation")
+    assert isinstance(found[2], Failure)
+    assert found[2].status == "invalid"
+    assert sorted(body["input"] for body in made.bodies) == sorted(texts)
+
+
+PASSING = ["rate_limited", "server_error", "unavailable", "dropped", "half_body", "hang"]
+MALFORMED = ["garbage", "html", "half_json", "empty"]
+
+
+@pytest.mark.parametrize("fault", [*PASSING, *MALFORMED])
+def test_a_passing_fault_loses_no_answer_and_repeats_none(fault: str) -> None:
+    texts = [f"question {i}" for i in range(12)]
+    with scripted(echo) as made, faulty(made.url, each(fault)) as proxy:
+        found = ask(server(proxy.url), texts, timeout=0.4 if fault == "hang" else 5.0)
+    assert {i: a.text for i, a in found.items() if isinstance(a, Reply)} == {
+        i: f"echo of {text}" for i, text in enumerate(texts)
+    }
+    _assert_counts(proxy, injected=12, forwarded=12)
+
+
+def test_every_fault_in_one_run_loses_no_answer_and_repeats_none() -> None:
+    kinds = [kind for kind in (*PASSING, *MALFORMED) if kind != "hang"]
+    script = [kind for pair in zip(kinds * 3, [None] * 27, strict=True) for kind in pair]
+    texts = [f"question {i}" for i in range(40)]
+    with scripted(echo) as made, faulty(made.url, in_turn(*script)) as proxy:
+        found = ask(server(proxy.url), texts, retries=27)
+    assert all(isinstance(answer, Reply) for answer in found.values())
+    _assert_counts(proxy, injected=27, forwarded=40)
+
+
+def _assert_counts(proxy: Proxy, injected: int, forwarded: int) -> None:
+    assert proxy.injected.total() == injected
+    assert proxy.forwarded.total() == proxy.delivered.total() == forwarded
+    assert set(proxy.forwarded.values()) <= {1}  # no paid call twice
+
+
+@pytest.mark.parametrize("fault", [*PASSING, *MALFORMED])
+def test_a_lasting_fault_ends_as_a_failure_after_the_retries(fault: str) -> None:
+    with scripted(echo) as made, faulty(made.url, always(fault)) as proxy:
+        found = ask(server(proxy.url), ["one", "two"], retries=2, timeout=0.3)
+    for answer in found.values():
+        assert isinstance(answer, Failure)
+        assert answer.status == ("invalid" if fault in MALFORMED else "error")
+        assert answer.reason
+    assert set(proxy.injected.values()) == {3}
+    assert not made.requests
+
+
+@pytest.mark.parametrize(
+    ("fault", "word"),
+    [
+        ("no_choices", "no choices"),
+        ("no_content", "no text"),
+        ("filtered", "content filter"),
+        ("filtered_prompt", "content filter"),
+    ],
+)
+def test_an_answer_without_a_reply_is_invalid_and_not_asked_again(fault: str, word: str) -> None:
+    with scripted(echo) as made, faulty(made.url, each(fault)) as proxy:
+        found = ask(server(proxy.url), ["one"])
+    answer = found[0]
+    assert isinstance(answer, Failure)
+    assert answer.status == "invalid"
+    assert word in answer.reason
+    _assert_counts(proxy, injected=1, forwarded=0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "word"),
+    [
+        (completion(None, refusal="I will not"), "invalid", "refused: I will not"),
+        (rejected(400, "flagged", code="content_policy_violation"), "invalid", "filter"),
+        (rejected(400, "This model's maximum context length is 8"), "invalid", "context"),
+        (rejected(400, "too long", code="context_length_exceeded"), "invalid", "too long"),
+        (rejected(400, "bad text", param="messages[0].content"), "invalid", "bad text"),
+        (rejected(400, "something else"), "error", "HTTP 400: something else"),
+        (as_json({"error": {"message": "behind the gateway"}}), "invalid", "behind the gateway"),
+        (as_json(["no", "object"]), "invalid", "no choices"),
+    ],
+)
+def test_a_rejected_row_is_told_apart(answer: Any, status: str, word: str) -> None:
+    with scripted(lambda body: answer) as made:
+        found = ask(server(made.url, parameters={"max_tokens": 4}), ["one"])[0]
+    assert isinstance(found, Failure)
+    assert found.status == status
+    assert word in found.reason
+    assert len(made.requests) == 1
+
+
+def test_text_that_cannot_be_sent_is_a_row_alone() -> None:
+    with scripted(echo) as made:
+        found = ask(server(made.url), ["half \ud83d", "whole \U0001f600"])
+    assert isinstance(found[0], Failure)
+    assert found[0].status == "invalid"
+    assert found[1] == Reply("echo of whole \U0001f600", "stop", None, 7, 3)
+
+
+@pytest.mark.parametrize(
+    ("answer", "named"),
+    [
+        (FAULTS["unsupported"], "llm.parameters.max_tokens"),
+        (rejected(400, "bad", param="temperature"), "llm.parameters.temperature"),
+        (rejected(400, "no such thing as top_p here"), "llm.parameters.top_p"),
+        (
+            as_json({"detail": [{"loc": ["body", "top_p"], "msg": "extra"}]}, 422),
+            "llm.parameters.top_p",
+        ),
+        (as_json({"detail": "Unexpected keys: {'top_p'}"}, 422), "llm.parameters.top_p"),
+        (
+            rejected(400, "no system", param="messages[0].role", code="unsupported_value"),
+            "llm.model=m",
+        ),
+        (FAULTS["no_quota"], "llm.key=OPENAI_API_KEY"),
+        (rejected(402, "Insufficient Balance"), "llm.key=OPENAI_API_KEY"),
+        (FAULTS["no_key"], "llm.key=OPENAI_API_KEY"),
+        (rejected(403, "not for you"), "llm.model=m"),
+        (FAULTS["no_model"], "llm.model=m"),
+        (Answer(b"<html>404</html>", 404, kind="text/html"), "llm.url=http://127.0.0.1"),
+    ],
+)
+def test_what_every_request_would_meet_stops_at_once(answer: Answer, named: str) -> None:
+    parameters = {"max_tokens": 4, "temperature": 0, "top_p": 1.0}
+    with scripted(lambda body: answer) as made, pytest.raises(EndpointError) as caught:
+        ask(server(made.url, parameters=parameters), [f"q{i}" for i in range(50)])
+    message = str(caught.value)
+    assert named in message
+    assert "\n" not in message
+    assert len(made.requests) <= 4  # those under way when the first answer came
+    assert isinstance(caught.value, UserError)
+    assert _unchained(caught.value)
+
+
+def _unchained(error: BaseException) -> bool:
+    """Nothing of the client's, which holds the request with its key, hangs on the exception."""
+    return error.__cause__ is None and error.__context__ is None
+
+
+def test_the_endpoint_node_has_its_own_spelling() -> None:
+    with scripted(lambda body: FAULTS["no_model"]) as made, pytest.raises(EndpointError) as caught:
+        ask(server(made.url), ["one"], node="endpoint")
+    assert str(caught.value).startswith("endpoint_model=m:")
+
+
+def test_answers_under_way_are_handed_over_before_the_stop() -> None:
+    """Quota ends while three paid answers are on their way and one request waits for a retry."""
+    first = threading.Barrier(4)
+
+    def reply(body: dict[str, Any]) -> Any:
+        text = last_user(body)
+        if text != "later":
+            first.wait(5)
+        if text == "broke":
+            return FAULTS["no_quota"]
+        if text == "limited":
+            return rejected(429, "slow down")
+        time.sleep(0.2)
+        return echo(body)
+
+    texts = ["paid", "broke", "limited", "paid too", "later"]
+    taken: list[int] = []
+    with scripted(reply) as made:
+        settings = HTTPConfig(concurrency=4, timeout=5, retries=50)
+        answers = endpoints.chats(server(made.url), settings, [chat(t) for t in texts], node="llm")
+
+        def take() -> None:
+            taken.extend(index for index, _ in answers)
+
+        with pytest.raises(EndpointError, match="no quota left"):
+            first_wait(take)
+    assert sorted(taken) == [0, 3]
+    assert "later" not in [last_user(body) for body in made.bodies]
+
+
+def first_wait(take: Any) -> None:
+    """Run `take` with retries that would come much too late."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attempts, "FIRST_WAIT", 30.0)
+        started = time.monotonic()
+        try:
+            take()
+        finally:
+            assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_no_more_requests_at_once_than_allowed(concurrency: int) -> None:
+    lock, under_way, most = threading.Lock(), 0, 0
+
+    def reply(body: dict[str, Any]) -> str:
+        nonlocal under_way, most
+        with lock:
+            under_way += 1
+            most = max(most, under_way)
+        time.sleep(0.02)
+        with lock:
+            under_way -= 1
+        return "done"
+
+    with scripted(reply) as made:
+        ask(server(made.url), [f"q{i}" for i in range(12)], concurrency=concurrency)
+    assert most == concurrency
+
+
+def test_answers_not_taken_hold_new_requests_back() -> None:
+    """Killed while it stores one answer, a caller loses those under way and no more."""
+    with scripted(echo) as made:
+        settings = HTTPConfig(concurrency=3, timeout=5)
+        answers = endpoints.chats(
+            server(made.url), settings, [chat(f"q{i}") for i in range(20)], node="llm"
+        )
+        for taken in range(3):
+            next(answers)
+            assert settled(made.requests, 3 + taken) == 3 + taken
+        answers.close()  # type: ignore[attr-defined]
+
+
+def settled(requests: list[Any], expected: int) -> int:
+    """How many requests there are a while after the one expected last has come."""
+    until = time.monotonic() + 10
+    while len(requests) < expected and time.monotonic() < until:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    return len(requests)
+
+
+def test_closing_early_ends_what_waits_and_what_hangs() -> None:
+    def reply(body: dict[str, Any]) -> Any:
+        return FAULTS["hang"] if last_user(body) == "hang" else echo(body)
+
+    with scripted(reply) as made:
+        settings = HTTPConfig(concurrency=2, timeout=60)
+        texts = ["hang", *(f"q{i}" for i in range(50))]
+        answers = endpoints.chats(server(made.url), settings, [chat(t) for t in texts], node="llm")
+        next(answers)
+        started = time.monotonic()
+        answers.close()  # type: ignore[attr-defined]
+        assert time.monotonic() - started < 10  # the server would answer after 30 s
+        assert "dcr.endpoints" not in [thread.name for thread in threading.enumerate()]
+        asked = len(made.requests)
+        time.sleep(0.1)
+        assert len(made.requests) == asked <= 4
+
+
+@pytest.mark.parametrize("as_date", [False, True])
+def test_retry_after_is_waited_for(as_date: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rejections, "datetime", _Clock)
+    date = format_datetime(_Clock.now(UTC) + timedelta(seconds=1), usegmt=True)
+    times: list[float] = []
+
+    def reply(body: dict[str, Any]) -> Any:
+        times.append(time.monotonic())
+        limited = as_json({"error": {"message": "slow"}}, 429, Retry_After=date if as_date else "1")
+        return limited if len(times) == 1 else "done"
+
+    with scripted(reply) as made:
+        assert ask(server(made.url), ["one"])[0] == Reply("done", "stop", None, 7, 3)
+    assert 1.0 <= times[1] - times[0] < 10
+
+
+class _Clock(datetime):
+    """A clock that stands still, on a whole second as in headers."""
+
+    @classmethod
+    def now(cls, tz: Any = None) -> datetime:
+        return datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, None),
+        ({"retry-after": "soon"}, None),
+        ({"retry-after": "-3"}, None),
+        ({"retry-after": "nan"}, None),
+        ({"retry-after": "0.25"}, 0.25),
+        ({"retry-after": "90"}, 90.0),
+        ({"retry-after-ms": "1500", "retry-after": "9"}, 1.5),
+        ({"retry-after": "Thu, 01 Jan 1970 00:00:00 GMT"}, 0.0),
+    ],
+)
+def test_retry_after_is_read(headers: dict[str, str], seconds: float | None) -> None:
+    assert rejections.wait_asked_for(headers) == seconds
+
+
+def test_waits_grow_and_end_at_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempts, "FIRST_WAIT", 1.0)
+
+    class State:
+        outcome = None
+        attempt_number = 1
+
+    def waited(attempt: int, asked: float | None) -> float:
+        from concurrent.futures import Future
+
+        state: Any = State()
+        state.attempt_number = attempt
+        state.outcome = Future()
+        state.outcome.set_result(rejections.Again(Failure("error", ""), asked))
+        return attempts._seconds(state)
+
+    for attempt, least in ((1, 1), (2, 2), (3, 4), (4, 8)):
+        waits = {waited(attempt, None) for _ in range(20)}
+        assert least <= min(waits) <= max(waits) <= least + 1
+        assert len(waits) > 1  # jitter
+    assert waited(30, None) <= 61
+    assert 60 <= waited(1, 3600.0) <= 61
+
+
+def test_a_server_that_is_not_there_ends_in_errors_soon() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    found = ask(server(url), [f"q{i}" for i in range(200)], retries=1)
+    reasons = [answer.reason for answer in found.values() if isinstance(answer, Failure)]
+    assert len(reasons) == 200
+    assert {a.status for a in found.values() if isinstance(a, Failure)} == {"error"}
+    assert 8 <= sum("connection failed" in reason for reason in reasons) <= 12
+    assert sum("not asked" in reason for reason in reasons) >= 188
+
+
+def test_an_outage_in_the_middle_costs_only_its_own_rows() -> None:
+    """Six rows fail through all retries; with the bound at eight in a row the run goes on."""
+
+    def reply(body: dict[str, Any]) -> Any:
+        number = int(last_user(body))
+        return FAULTS["server_error"] if 10 <= number < 16 else "done"
+
+    with scripted(reply) as made:
+        found = ask(server(made.url), [str(i) for i in range(30)], retries=1)
+    assert {i for i, a in found.items() if isinstance(a, Failure)} == set(range(10, 16))
+
+
+def test_no_key_is_seen_anywhere(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.INFO)
+    said = f"no key {KEY}{KEY}; try sk-abc***wxyz; Bearer other-zyxw; Authorization: Basic dnd4eQ=="
+
+    def reply(body: dict[str, Any]) -> Any:
+        text = last_user(body)
+        return rejected(int(text), said) if text.isdigit() else Answer(said.encode())
+
+    with scripted(reply) as made:
+        found = ask(server(made.url), ["400", "500", "text"], retries=1)
+        with pytest.raises(EndpointError) as caught:
+            ask(server(made.url), ["401"])
+    texts = [answer.reason for answer in found.values() if isinstance(answer, Failure)]
+    assert len(texts) == 3
+    assert all("[removed]" in text for text in (*texts, str(caught.value)))
+    assert _unchained(caught.value)
+    whole = "\n".join([*texts, repr(caught.value), caplog.text, *capfd.readouterr()])
+    assert KEY not in whole
+    assert not [secret for secret in ("wxyz", "zyxw", "dnd4eQ") if secret in whole]
+
+
+def test_openais_key_goes_to_no_other_server_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with scripted(lambda body: rejected(401, "no key")) as made:
+        to = ServerConfig(url=made.url, model="m")
+        assert servers.key_of(to) == servers.NO_KEY
+        with pytest.raises(EndpointError, match=r"^llm\.key=null: .* wants a key"):
+            list(endpoints.chats(to, HTTPConfig(retries=0), [chat("one")], node="llm"))
+    assert servers.key_of(ServerConfig(model="m")) == KEY  # OpenAI's own
+
+
+@pytest.mark.parametrize("key", [KEY, "openai_api_key", "1KEY", "MY-KEY", "", "A\nB"])
+def test_a_key_in_the_place_of_its_variable_is_refused_unseen(key: str) -> None:
+    with pytest.raises(ConfigError, match=r"^llm\.key: not a name") as caught:
+        endpoints.check(server("http://127.0.0.1:1/v1", key=key), "llm")
+    assert key == "" or key not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("ftp://host/v1", True),
+        ("localhost:8000/v1", True),
+        ("http://", True),
+        ("http://host:port/v1", True),
+        ("http://ho st/v1", True),
+        ("https://user:hunter2@host/v1", False),
+        ("https://hunter2@host/v1", False),
+        ("https://host/v1?api-key=hunter2", False),
+        ("https://host/v1#hunter2", False),
+        ("nohost?hunter2", False),
+    ],
+)
+def test_an_address_that_cannot_be_is_refused(url: str, shown: bool) -> None:
+    with pytest.raises(ConfigError, match=r"^llm\.url") as caught:
+        endpoints.check(server(url), "llm")
+    assert (url in str(caught.value)) == shown
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_key_is_needed_for_openai_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    endpoints.check(LLMJudgeConfig(), "llm")
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with pytest.raises(EndpointError, match=r"llm\.key=OPENAI_API_KEY: .* is unset; export it"):
+        endpoints.check(LLMJudgeConfig(), "llm")
+    with scripted(echo) as made:
+        endpoints.check(server(made.url), "llm")
+        assert isinstance(ask(server(made.url), ["one"])[0], Reply)
+    assert made.requests[0].headers["authorization"] == "Bearer none"
+
+
+def test_the_end_of_the_line_is_no_part_of_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTHER_KEY", f"{KEY}\n")
+    with scripted(echo) as made:
+        ask(server(made.url, key="OTHER_KEY"), ["one"])
+    assert made.requests[0].headers["authorization"] == f"Bearer {KEY}"
+    monkeypatch.setenv("OTHER_KEY", "two words")
+    with pytest.raises(EndpointError, match="OTHER_KEY: this environment") as caught:
+        endpoints.check(server(None, key="OTHER_KEY"), "llm")
+    assert "two words" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("model", "x"), ("stream", True), ("api_key", KEY), ("temperature", float("nan"))],
+)
+def test_parameters_that_cannot_be_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"^llm\.parameters\.{name}") as caught:
+        endpoints.check(server("http://h/v1", parameters={name: value}), "llm")
+    assert KEY not in str(caught.value)
+
+
+def test_a_model_needs_a_name() -> None:
+    with pytest.raises(ConfigError, match=r"^llm\.model: empty"):
+        endpoints.check(ServerConfig(url="http://h/v1", model=" "), "llm")
+
+
+def test_nothing_is_asked_for_no_rows() -> None:
+    assert ask(server("http://127.0.0.1:1/v1"), []) == {}
+
+
+def test_spend_needs_both_prices() -> None:
+    assert endpoints.spend(server(None, input_price=2.5), 10, 10) is None
+    priced = server(None, input_price=2.5, output_price=10.0)
+    assert endpoints.spend(priced, 1_000_000, 100_000) == pytest.approx(3.5)
+    assert endpoints.spend(priced, 0, 0) == 0.0
+
+
+def test_log_probabilities_are_those_of_the_model(tiny_folder: Path) -> None:
+    """Each token's alternatives against a pass over prompt and answer without a cache."""
+    texts, tokens, top = ["ab", "a longer question?"], 6, 12
+    parameters = {"temperature": 0, "max_tokens": tokens, "logprobs": True, "top_logprobs": top}
+    with logprobs(tiny_folder) as url:
+        found = ask(server(url, parameters=parameters), texts)
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiny_folder)
+    for index, text in enumerate(texts):
+        answer = found[index]
+        assert isinstance(answer, Reply)
+        assert answer.top is not None
+        prompt = tokenizer.apply_chat_template(
+            chat(text), add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        ids = list(prompt)
+        for said in answer.top:
+            with torch.no_grad():
+                truth = model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)
+            best = truth.topk(top)
+            expected: dict[str, float] = {}
+            for token, value in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+                expected.setdefault(tokenizer.decode([token]), value)
+            assert said == pytest.approx(expected, abs=1e-5)
+            ids.append(int(truth.argmax()))
+        assert (answer.prompt_tokens, answer.completion_tokens) == (len(prompt), len(answer.top))
+
+
+def test_the_model_server_refuses_a_parameter_as_openai_does(tiny_folder: Path) -> None:
+    with logprobs(tiny_folder) as url:
+        for name, value in (("top_k", 3), ("temperature", 0.7)):
+            with pytest.raises(EndpointError, match=rf"^llm\.parameters\.{name}: http://127"):
+                ask(server(url, parameters={name: value}), ["one"])
+
+
+@pytest.mark.slow
+def test_the_model_server_runs_as_a_process(tiny_folder: Path) -> None:
+    command = [sys.executable, "-m", "tests.servers.logprobs", str(tiny_folder), "--port", "0"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert isinstance(process.stdout, io.TextIOBase)
+            url = process.stdout.readline().strip()
+            assert isinstance(ask(server(url, parameters={"max_tokens": 2}), ["one"])[0], Reply)
+        finally:
+            os.kill(process.pid, signal.SIGTERM)
+    assert process.returncode == 0
+
+
+@pytest.mark.slow
+def test_transformers_serve_answers(tiny_folder: Path) -> None:
+    with served(tiny_folder) as url:
+        to = ServerConfig(url=url, model=str(tiny_folder), parameters={"max_tokens": 4})
+        found = ask(to, ["one", "two"], concurrency=2, timeout=60.0)
+    for reply in found.values():
+        assert isinstance(reply, Reply)
+        assert reply.prompt_tokens > 0
+        assert reply.completion_tokens <= 4
