@@ -1,19 +1,38 @@
-"""Batched greedy completions against transformers one prompt at a time, and their storage."""
+"""Batched greedy completions against one prompt at a time; the same of a server; their storage."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dcr import generation, models, prompts
-from dcr.config import DataError, GenConfig, Kind, LoraConfig, ModelConfig, Precision
-from dcr.generation import Completion
+from dcr import endpoints, generation, models, prompts
+from dcr.config import (
+    DataError,
+    GenConfig,
+    HTTPConfig,
+    Kind,
+    LoraConfig,
+    ModelConfig,
+    Precision,
+    ServerConfig,
+)
+from dcr.endpoints import Failure, Reply
+from dcr.generation import Completion, local, memory, rolling, whole
 from dcr.models import Policy
 from dcr.prompts import ChatFormat
 from dcr.sources import Example
+from tests.servers.scripted import completion, last_user, rejected, scripted
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
@@ -25,23 +44,50 @@ PROMPTS = [
     "a",
     "What is the best way to smoke a brisket in a small backyard?",
     "Tell me more, please.",
+    "Name three rivers.",
+    "Where may I shoot pictures of the old bridge at night?",
+    "z",
+    "Explain it to a child!",
+    "How many legs has an ant?",
 ]
 ROWS = [Example(f"p{i}", text, Kind.normal, "made") for i, text in enumerate(PROMPTS)]
-NEW = 12
+NEW = 24
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 260,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.6,  # so that what is generated depends on the prompt
+}
+GPT2 = {
+    "model_type": "gpt2",
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "vocab_size": 260,
+    "n_positions": 256,
+    "initializer_range": 0.6,
+}
+FAMILIES = {
+    "llama": LLAMA,
+    "qwen2": LLAMA | {"model_type": "qwen2"},
+    "gpt2": GPT2,  # positions are learned: one too many is an error
+    "mistral": LLAMA | {"model_type": "mistral", "sliding_window": 64},
+}
 
 
-def policy_of(seed: int = 0, context: int = 256) -> Policy:
-    shape = {
-        "model_type": "llama",
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "vocab_size": 260,
-        "max_position_embeddings": context,
-        "initializer_range": 0.6,  # so that what is generated depends on the prompt
-    }
-    return models.open_policy(ModelConfig(name="tiny", architecture=shape), Precision.fp32, seed)
+def policy_of(seed: int = 0, **changes: Any) -> Policy:
+    shape = FAMILIES[changes.pop("family", "llama")] | changes
+    made = models.open_policy(ModelConfig(name="tiny", architecture=shape), Precision.fp32, seed)
+    head = models.head(made.model)
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    with torch.no_grad():  # end tokens are likelier, so that answers differ in length
+        head.weight[list(chat_of(made).stop)] *= 1.5
+    return made
 
 
 def chat_of(policy: Policy) -> ChatFormat:
@@ -52,10 +98,14 @@ def first_token(logits: Tensor) -> Tensor:
     return logits.argmax(1).float()
 
 
-def run(policy: Policy, batch: int, new: int = NEW, rows: Any = ROWS) -> dict[str, Completion]:
+def run(
+    policy: Policy, batch: int | None, new: int = NEW, rows: Sequence[Example] = ROWS
+) -> dict[str, Completion]:
     settings = GenConfig(max_new_tokens=new, batch_size=batch)
     batches = generation.complete(policy, chat_of(policy), rows, settings, first_token)
-    return {c.id: c for done in batches for c in done}
+    found = [c for done in batches for c in done]
+    assert len(found) == len(rows)
+    return {c.id: c for c in found}
 
 
 def by_hand(policy: Policy, prompt: str, new: int = NEW) -> list[int]:
@@ -76,40 +126,86 @@ def policy() -> Policy:
     return policy_of()
 
 
+@pytest.fixture(scope="module")
+def truth(policy: Policy) -> dict[str, list[int]]:
+    found = {row.id: by_hand(policy, row.prompt) for row in ROWS}
+    assert len({len(answer) for answer in found.values()}) >= 5  # rows come and go
+    assert len({tuple(answer) for answer in found.values()}) >= 8  # and what was asked matters
+    return found
+
+
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
     """The token ids of every completion, as generated."""
     found: dict[str, list[int]] = {}
-    kept = generation._completion
+    kept = rolling.completion
 
     def note(chat: ChatFormat, row: Example, answer: list[int], mass: float) -> Completion:
         found[row.id] = answer
         return kept(chat, row, answer, mass)
 
-    monkeypatch.setattr(generation, "_completion", note)
+    monkeypatch.setattr(rolling, "completion", note)
+    monkeypatch.setattr(whole, "completion", note)
     return found
 
 
-@pytest.mark.parametrize("batch", [1, 3, 7])
+@pytest.fixture(params=["rolling", "whole"])
+def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "whole":
+        monkeypatch.setattr(rolling, "is_possible", lambda _: False)
+    return request.param
+
+
+@pytest.fixture
+def passes(policy: Policy) -> Iterator[list[int]]:
+    """How many rows each forward pass of the model had."""
+    rows: list[int] = []
+    hook = policy.model.register_forward_hook(lambda _, __, output: rows.append(len(output.logits)))
+    yield rows
+    hook.remove()
+
+
+# --- what is said -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 3, 5, 12])
 def test_batches_say_what_each_prompt_alone_says(
-    policy: Policy, decoded: dict[str, list[int]], batch: int
+    policy: Policy,
+    truth: dict[str, list[int]],
+    decoded: dict[str, list[int]],
+    decoder: str,
+    batch: int,
 ) -> None:
     done = run(policy, batch)
     chat = chat_of(policy)
-    answers = {row.id: by_hand(policy, row.prompt) for row in ROWS}
-    assert len({tuple(answer) for answer in answers.values()}) >= 4  # they differ
     for row in ROWS:
-        truth = answers[row.id]
-        assert decoded[row.id][: len(truth)] == truth, row.prompt
-        ended = truth[-1] in chat.stop
-        words = truth[:-1] if ended else truth
+        expected = truth[row.id]
+        assert decoded[row.id][: len(expected)] == expected, row.prompt
+        ended = expected[-1] in chat.stop
+        words = expected[:-1] if ended else expected
         completion = done[row.id]
         assert completion.response == chat.tokenizer.decode(words, skip_special_tokens=True).strip()  # type: ignore[union-attr]
         assert (completion.tokens, completion.ended) == (len(words), ended)
-        assert completion.refusal_mass == truth[0]  # read off the first token's logits
+        assert completion.refusal_mass == expected[0]  # read off the first token's logits
 
 
-def test_transformers_own_generate_agrees(policy: Policy, decoded: dict[str, list[int]]) -> None:
+@pytest.mark.parametrize("share", [0.01, 0.5, 1.0])
+def test_rows_that_have_ended_disturb_no_other(
+    policy: Policy,
+    truth: dict[str, list[int]],
+    decoded: dict[str, list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    share: float,
+) -> None:
+    monkeypatch.setattr(rolling, "ENDED_SHARE", share)
+    for batch in (2, 4, 7):
+        run(policy, batch)
+        assert decoded == truth
+
+
+def test_transformers_own_generate_agrees(
+    policy: Policy, decoded: dict[str, list[int]], decoder: str
+) -> None:
     run(policy, 4)
     chat = chat_of(policy)
     for row in ROWS:
@@ -122,26 +218,62 @@ def test_transformers_own_generate_agrees(policy: Policy, decoded: dict[str, lis
             eos_token_id=list(chat.stop),
             pad_token_id=chat.stop[0],
         )
-        truth = output[0, ids.shape[1] :].tolist()
-        assert decoded[row.id][: len(truth)] == truth
+        expected = output[0, ids.shape[1] :].tolist()
+        assert decoded[row.id][: len(expected)] == expected
+
+
+@pytest.mark.parametrize(("family", "rolls"), [("qwen2", True), ("gpt2", True), ("mistral", False)])
+def test_other_families_say_what_each_prompt_alone_says(
+    family: str, rolls: bool, decoded: dict[str, list[int]]
+) -> None:
+    """Learned positions, biases, and a sliding window, whose cache rows cannot leave."""
+    policy = policy_of(family=family)
+    assert rolling.is_possible(policy.model) is rolls
+    run(policy, 5)
+    for row in ROWS:
+        expected = by_hand(policy, row.prompt)
+        assert decoded[row.id][: len(expected)] == expected
+
+
+def test_a_row_that_ended_at_the_context_waits_within_it(
+    monkeypatch: pytest.MonkeyPatch, decoded: dict[str, list[int]]
+) -> None:
+    """It is carried along until others end too, and must not take a position beyond the last."""
+    length = len(chat_of(policy_of()).prompt_ids(PROMPTS[5]))
+    small = policy_of(family="gpt2", n_positions=length + 3)
+    rows = [ROWS[5], ROWS[0]]
+    monkeypatch.setattr(rolling, "ENDED_SHARE", 1.0)
+    chat = chat_of(small)
+    with torch.no_grad():
+        models.head(small.model).weight[list(chat.stop)] = 0  # nobody ends on its own
+    entered = rolling.answers(
+        small, chat, [(r, chat.prompt_ids(r.prompt)) for r in rows], 2, 3, first_token
+    )
+    assert [c.tokens for done in entered for c in done] == [3, 3]
+    batch = rolling._read(small, chat, [(r, chat.prompt_ids(r.prompt)) for r in rows], first_token)
+    rolling._heard(batch, chat.stop, 3)
+    batch.rows[0].ended = True
+    for _ in range(8):  # the longer one has ended: eight more steps would leave the context
+        batch = rolling._stepped(small, batch)
+        rolling._heard(batch, chat.stop, 9)
+    assert batch.rows[1].answer == by_hand(small, PROMPTS[0], 9)
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_every_end_token_ends(policy: Policy, which: int) -> None:
+def test_every_end_token_ends(policy: Policy, decoder: str, which: int) -> None:
     """A model that says nothing but an end token, whichever it is."""
     chat = chat_of(policy)
     silent = policy_of()
+    head = models.head(silent.model)
+    head.bias = torch.nn.Parameter(torch.zeros(260))
     with torch.no_grad():
-        head = models.head(silent.model)
-        head.weight = torch.nn.Parameter(head.weight.detach().clone())
-        head.bias = torch.nn.Parameter(torch.zeros(260))
         head.bias[chat.stop[which]] = 1e4
     done = run(silent, 3)
     assert {(c.response, c.tokens, c.ended) for c in done.values()} == {("", 0, True)}
     assert len(chat.stop) == 2
 
 
-def test_longest_prompts_come_first(policy: Policy) -> None:
+def test_longest_prompts_come_first(policy: Policy, decoder: str) -> None:
     settings = GenConfig(max_new_tokens=1, batch_size=2)
     order = [
         len(chat_of(policy).prompt_ids(completion.prompt))
@@ -151,8 +283,40 @@ def test_longest_prompts_come_first(policy: Policy) -> None:
     assert order == sorted(order, reverse=True)
 
 
+def test_a_place_is_taken_again_as_soon_as_its_row_ends(
+    policy: Policy, truth: dict[str, list[int]], passes: list[int]
+) -> None:
+    """Forward passes against a count by hand: two places, taken by the next prompt when free."""
+    run(policy, 2)
+    chat = chat_of(policy)
+    waiting = sorted(ROWS, key=lambda row: (-len(chat.prompt_ids(row.prompt)), row.id))
+    left, expected = [], []
+    while waiting or left:
+        entering = waiting[: 2 - len(left)]
+        waiting = waiting[len(entering) :]
+        if entering:
+            expected.append(len(entering))
+            left += [len(truth[row.id]) - 1 for row in entering]
+        while left and 0 not in left:
+            expected.append(len(left))
+            left = [tokens - 1 for tokens in left]
+        left = [tokens for tokens in left if tokens]
+    assert passes == expected
+    assert sum(passes) == sum(map(len, truth.values()))  # no row is decoded for nothing
+
+
+def test_a_completion_is_given_away_as_soon_as_it_ends(
+    policy: Policy, truth: dict[str, list[int]], passes: list[int]
+) -> None:
+    settings = GenConfig(max_new_tokens=NEW, batch_size=len(ROWS))
+    first = next(generation.complete(policy, chat_of(policy), ROWS, settings, first_token))
+    shortest = min(map(len, truth.values()))
+    assert {c.id for c in first} == {i for i, a in truth.items() if len(a) == shortest}
+    assert len(passes) == shortest
+
+
 def test_a_checkpoints_own_settings_do_not_bend_decoding(
-    policy: Policy, decoded: dict[str, list[int]]
+    policy: Policy, decoded: dict[str, list[int]], decoder: str
 ) -> None:
     """Qwen2.5-Instruct ships a repetition penalty, which transformers would apply unasked."""
     run(policy, 3)
@@ -165,7 +329,9 @@ def test_a_checkpoints_own_settings_do_not_bend_decoding(
     assert bent.model.generation_config.repetition_penalty == 3.0  # and they are kept
 
 
-def test_an_adapted_model_generates_with_its_adapter(decoded: dict[str, list[int]]) -> None:
+def test_an_adapted_model_generates_with_its_adapter(
+    truth: dict[str, list[int]], decoded: dict[str, list[int]], decoder: str
+) -> None:
     made = policy_of()
     adapted = models.add_lora(made.model, LoraConfig(targets=["all-linear"], dropout=0.5), seed=0)
     for name, weight in adapted.named_parameters():
@@ -173,53 +339,301 @@ def test_an_adapted_model_generates_with_its_adapter(decoded: dict[str, list[int
             torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(0))
     bent = Policy(adapted.eval(), made.tokenizer, "tiny")
     bent.model.generation_config.repetition_penalty = 3.0
+    assert rolling.is_possible(bent.model) is (decoder == "rolling")
     run(bent, 3)
     for row in ROWS:
-        truth = by_hand(bent, row.prompt)
-        assert decoded[row.id][: len(truth)] == truth
-
-
-def test_out_of_memory_halves_the_batch_and_loses_nothing(
-    policy: Policy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    expected = run(policy, 8)
-    sizes: list[int] = []
-    kept = generation._complete_batch
-
-    def small(*args: Any) -> list[Completion]:
-        sizes.append(len(args[2]))
-        if len(args[2]) > 2:
-            raise torch.OutOfMemoryError("too much")
-        return kept(*args)
-
-    monkeypatch.setattr(generation, "_complete_batch", small)
-    assert run(policy, 8) == expected
-    assert sizes == [7, 4, 2, 2, 2, 1]
-    assert "gen.batch_size is now 2" in caplog.text
-
-
-def test_out_of_memory_on_one_prompt_is_raised(
-    policy: Policy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def never(*_: Any) -> list[Completion]:
-        raise torch.OutOfMemoryError("too much")
-
-    monkeypatch.setattr(generation, "_complete_batch", never)
-    with pytest.raises(torch.OutOfMemoryError):
-        run(policy, 8)
+        expected = by_hand(bent, row.prompt)
+        assert decoded[row.id][: len(expected)] == expected
+    assert decoded != truth
 
 
 def test_a_prompt_beyond_the_context_is_named_before_anything_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    small = policy_of(context=64)
+    small = policy_of(max_position_embeddings=64)
     length = len(chat_of(small).prompt_ids(PROMPTS[0]))
     fits = 64 - length
     assert run(small, 1, fits, ROWS[:1])["p0"].id == "p0"
-    monkeypatch.setattr(generation, "_complete_batch", None)
+    monkeypatch.setattr(local, "_decoded", None)
     message = rf"made: p0: its {length} tokens and {fits + 1} new ones exceed the model's context"
     with pytest.raises(DataError, match=message):
         run(small, 1, fits + 1, ROWS[:1])
+
+
+def test_no_prompts_are_no_completions(policy: Policy) -> None:
+    assert run(policy, None, rows=[]) == {}
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+CPU_WORDS = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"
+SHORTAGES = [torch.OutOfMemoryError("too much"), MemoryError(), RuntimeError(CPU_WORDS)]
+
+
+@pytest.mark.parametrize("shortage", SHORTAGES, ids=lambda e: type(e).__name__)
+def test_out_of_memory_halves_the_batch_and_loses_nothing(
+    policy: Policy,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    decoder: str,
+    shortage: Exception,
+) -> None:
+    expected = run(policy, 8)
+    sizes: list[int] = []
+    kept = local._decoded
+
+    def short(policy: Policy, chat: ChatFormat, waiting: Any, size: int, *rest: Any) -> Any:
+        """Some answers come, then memory ends, as long as more than two are under way."""
+        sizes.append(size)
+        for number, done in enumerate(kept(policy, chat, waiting, size, *rest)):
+            if size > 2 and number == 1:
+                raise shortage
+            yield done
+
+    monkeypatch.setattr(local, "_decoded", short)
+    assert run(policy, 8) == expected
+    assert sizes[0] == 8
+    assert sizes[-1] in (1, 2)
+    assert all(after <= before // 2 for before, after in pairwise(sizes))
+    assert f"gen.batch_size is now {sizes[-1]}" in caplog.text
+
+
+def test_fewer_prompts_than_places_are_halved_from_their_own_number(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = rolling._read
+    entered: list[int] = []
+
+    def short(policy: Policy, chat: ChatFormat, entering: Any, score: Any) -> Any:
+        entered.append(len(entering))
+        if len(entering) > 1:
+            raise torch.OutOfMemoryError("too much")
+        return kept(policy, chat, entering, score)
+
+    monkeypatch.setattr(rolling, "_read", short)
+    run(policy, 500, rows=ROWS[:7])
+    assert entered == [7, 3, *[1] * 7]
+
+
+def test_one_prompt_in_two_sets_is_answered_twice_even_when_memory_runs_out(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, calls = rolling._stepped, [0]
+
+    def short(policy: Policy, batch: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 6:
+            raise torch.OutOfMemoryError("too much")
+        return kept(policy, batch)
+
+    monkeypatch.setattr(rolling, "_stepped", short)
+    settings = GenConfig(max_new_tokens=NEW, batch_size=4)
+    rows = [*ROWS, ROWS[0], Example("p1", "the same id", Kind.normal, "other")]
+    batches = generation.complete(policy, chat_of(policy), rows, settings, first_token)
+    asked = sorted((c.id, c.prompt) for done in batches for c in done)
+    assert asked == sorted((row.id, row.prompt) for row in rows)
+    assert calls[0] > 6
+
+
+@pytest.mark.parametrize(
+    ("batch", "error"), [(1, torch.OutOfMemoryError("too much")), (8, RuntimeError("a bug"))]
+)
+def test_one_prompt_too_many_and_other_errors_are_raised(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, batch: int, error: Exception
+) -> None:
+    def never(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(rolling, "_read", never)
+    with pytest.raises(type(error), match=str(error)):
+        run(policy, batch)
+
+
+def test_torchs_own_shortage_of_memory_is_known() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**52, dtype=torch.uint8)
+    assert memory.is_out_of_memory(caught.value)
+    assert not memory.is_out_of_memory(RuntimeError("size mismatch"))
+
+
+def test_a_prompts_memory_is_what_a_hand_counts_and_its_cache_holds(policy: Policy) -> None:
+    chat = chat_of(policy)
+    ids = chat.prompt_ids(PROMPTS[1])
+    batch = rolling._read(policy, chat, [(ROWS[1], ids)], first_token)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in rolling._layers(batch.cache))
+    # two blocks of two heads with 8 channels, keys and values, four bytes each
+    assert held == 2 * 2 * 2 * 8 * 4 * len(ids)
+    counted = generation.prompt_bytes(policy.model.config, 4, len(ids), 10)
+    cache = 2 * 2 * 2 * 8 * 4 * (len(ids) + 10)
+    logits = 3 * 260 * 4
+    block = len(ids) * (2 * 32 + 3 * 32 + 3 * 48) * 4
+    assert counted == cache + logits + block
+
+
+@pytest.mark.parametrize(
+    ("device", "free", "expected"),
+    [
+        ("cpu", 10, 8),  # four fifths of it
+        ("cpu", 1, 1),  # never none
+        ("cpu", 10**6, 64),
+        ("cuda", 100, 80),
+        ("cuda", 10**6, 512),
+    ],
+)
+def test_as_many_prompts_as_free_memory_holds(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, device: str, free: int, expected: int
+) -> None:
+    config = policy.model.config
+    each = generation.prompt_bytes(config, 2, 40, 20)
+    monkeypatch.setattr(memory, "free_bytes", lambda _: free * each)
+    model = SimpleNamespace(config=config, dtype=torch.bfloat16, device=torch.device(device))
+    monkeypatch.setattr(memory, "unwrapped", lambda model: model)
+    assert generation.batch_size(model, 40, 20) == expected
+
+
+def test_without_a_batch_size_the_measured_one_is_used(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, passes: list[int]
+) -> None:
+    longest = max(len(chat_of(policy).prompt_ids(text)) for text in PROMPTS)
+    each = generation.prompt_bytes(policy.model.config, 4, longest, NEW)
+    monkeypatch.setattr(memory, "free_bytes", lambda _: int(6.5 * each))
+    run(policy, None)
+    assert max(passes) == 5
+    passes.clear()
+    run(policy, 7)  # a user's own number stands
+    assert max(passes) == 7
+
+
+def test_what_torch_holds_in_reserve_on_a_gpu_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (100, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 70)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 50)
+    assert memory.free_bytes(torch.device("cuda")) == 120
+
+
+def test_a_control_groups_limit_bounds_what_is_free(tmp_path: Path) -> None:
+    """The job's own group and every group above it count, the tightest decides."""
+    own = tmp_path / "own"
+    own.write_text("1:name=old:/elsewhere\n0::/slice/job\n")
+    root = tmp_path / "root"
+
+    def group(path: str, limit: str, used: int, files: int) -> None:
+        folder = root / path
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 1\ninactive_file {files}\n")
+
+    assert memory._cgroup_bytes(root, own) == 2**62  # no such folders
+    group("slice/job", "max", 10, 0)
+    assert memory._cgroup_bytes(root, own) == 2**62
+    group("slice", "1000", 400, 50)
+    assert memory._cgroup_bytes(root, own) == 650
+    group("slice/job", "500", 10, 0)
+    assert memory._cgroup_bytes(root, own) == 490
+    assert 0 < memory.free_bytes(torch.device("cpu")) < 2**50
+
+
+# --- a server -----------------------------------------------------------------------------------
+
+SERVER = ServerConfig(model="there", key="DCR_TEST_KEY")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What a stand-in for the server was asked; it answers in reverse order."""
+    calls: list[Any] = []
+
+    def chats(server: Any, http: Any, conversations: Any, node: str) -> Iterator[Any]:
+        calls.append((server, conversations, node))
+        for index in reversed(range(len(conversations))):
+            text = conversations[index][-1]["content"]
+            yield index, ANSWERS.get(text) or Reply(f" to {text}\n", "stop", None, 5, 3)
+
+    monkeypatch.setattr(endpoints, "chats", chats)
+    return calls
+
+
+ANSWERS = {
+    PROMPTS[0]: Failure("error", "no answer after 6 retries (503)"),
+    PROMPTS[1]: Failure("invalid", "stopped by a content filter"),
+    PROMPTS[2]: Reply("and so on", "length", None, 5, NEW),
+}
+
+
+def test_a_servers_answers_are_completions_without_a_mass(
+    asked: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = GenConfig(max_new_tokens=NEW)
+    batches = generation.complete_remote(SERVER, HTTPConfig(), ROWS, settings, "Be brief.")
+    done = {c.id: c for batch in batches for c in batch}
+    assert done["p2"] == Completion("p2", PROMPTS[2], "and so on", NEW, False, None)
+    assert done["p3"] == Completion("p3", PROMPTS[3], f"to {PROMPTS[3]}", 3, True, None)
+    assert set(done) == {row.id for row in ROWS[2:]}  # the others are asked again another time
+    ((server, conversations, node),) = asked
+    assert node == "endpoint"
+    assert server.parameters == {"temperature": 0, "max_tokens": NEW}
+    assert conversations[4] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": PROMPTS[4]},
+    ]
+    assert "2 of 12 prompts without an answer (error: 1, invalid: 1; the first: " in caplog.text
+    assert len(caplog.text.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        ({"temperature": 0.5}, {"temperature": 0.5, "max_tokens": NEW}),
+        ({"max_completion_tokens": 9}, {"temperature": 0, "max_completion_tokens": 9}),
+        ({"seed": 1}, {"temperature": 0, "max_tokens": NEW, "seed": 1}),
+    ],
+)
+def test_a_users_parameters_come_before_ours(
+    asked: list[Any], given: dict[str, Any], sent: dict[str, Any]
+) -> None:
+    server = ServerConfig(model="there", parameters=given)
+    settings = GenConfig(max_new_tokens=NEW)
+    list(generation.complete_remote(server, HTTPConfig(), ROWS[5:6], settings))
+    ((server_asked, conversations, _),) = asked
+    assert server_asked.parameters == sent
+    assert server.parameters == given  # the config itself stays as it was
+    assert conversations == [[{"role": "user", "content": PROMPTS[5]}]]
+
+
+def test_a_real_server_is_asked_every_prompt_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One prompt always meets an overloaded server, one a content filter."""
+    monkeypatch.setenv("DCR_TEST_KEY", "none")
+    faults = {"a": rejected(503, "overloaded"), "z": completion("", finish="content_filter")}
+
+    def echo(body: Any) -> Any:
+        text = last_user(body)
+        return faults.get(text) or completion(f"You said {text}", tokens=(4, 7))
+
+    with scripted(echo) as made:
+        server = ServerConfig(url=made.url, model="there", key="DCR_TEST_KEY")
+        http = HTTPConfig(concurrency=3, timeout=5, retries=0)
+        batches = generation.complete_remote(server, http, ROWS, GenConfig(max_new_tokens=NEW))
+        done = {c.id: c for batch in batches for c in batch}
+    assert done == {
+        r.id: Completion(r.id, r.prompt, f"You said {r.prompt}", 7, True, None)
+        for r in ROWS
+        if r.prompt not in faults
+    }
+    assert sorted(last_user(body) for body in made.bodies) == sorted(PROMPTS)
+    sent = {(b["model"], b["temperature"], b["max_tokens"]) for b in made.bodies}
+    assert sent == {("there", 0, NEW)}
+
+
+def test_who_stops_early_asks_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DCR_TEST_KEY", "none")
+    with scripted(last_user) as made:
+        server = ServerConfig(url=made.url, model="there", key="DCR_TEST_KEY")
+        http = HTTPConfig(concurrency=2, timeout=5, retries=0)
+        batches = generation.complete_remote(server, http, ROWS, GenConfig(max_new_tokens=NEW))
+        next(batches)
+        batches.close()  # pyright: ignore[reportAttributeAccessIssue]
+        assert len(made.bodies) < len(ROWS)
 
 
 # --- the store ----------------------------------------------------------------------------------
@@ -233,12 +647,12 @@ def completions(count: int) -> list[Completion]:
 
 def test_what_is_stored_is_read_back(tmp_path: Path) -> None:
     file = tmp_path / "new" / "folder" / "set.jsonl"
-    made = completions(5)
+    made = [*completions(5), Completion("remote", "p", "r", 1, True, None)]
     assert generation.stored(file) == {}
     generation.store(file, made[:2])
     generation.store(file, made[2:])
     assert list(generation.stored(file).values()) == made
-    assert file.read_bytes().count(b"\n") == 5
+    assert file.read_bytes().count(b"\n") == 6
     assert all(json.loads(line) for line in file.read_bytes().split(b"\n") if line)
 
 
@@ -249,10 +663,10 @@ def test_any_torn_end_is_left_out_and_written_on_behind(tmp_path: Path) -> None:
     generation.store(file, made[:2])
     first = file.stat().st_size
     generation.store(file, made[2:3])
-    whole = file.read_bytes()
-    for size in range(first, len(whole) + 1):
-        file.write_bytes(whole[:size])
-        kept = made[:3] if size >= len(whole) - 1 else made[:2]  # the newline alone may lack
+    whole_file = file.read_bytes()
+    for size in range(first, len(whole_file) + 1):
+        file.write_bytes(whole_file[:size])
+        kept = made[:3] if size >= len(whole_file) - 1 else made[:2]  # the newline alone may lack
         assert list(generation.stored(file).values()) == kept, size
         generation.store(file, made[3:])
         assert list(generation.stored(file).values()) == [*kept, made[3]], size
@@ -265,3 +679,40 @@ def test_the_later_of_two_answers_counts(tmp_path: Path) -> None:
     generation.store(file, [old])
     generation.store(file, [new])
     assert generation.stored(file) == {"i": new}
+
+
+def resume(file: Path, pause: float = 0.0) -> None:
+    """Has every prompt answered that the file does not hold, as an evaluation does."""
+    policy = policy_of()
+    done = generation.stored(file)
+    rows = [row for row in ROWS if row.id not in done]
+    settings = GenConfig(max_new_tokens=NEW, batch_size=3)
+    for batch in generation.complete(policy, chat_of(policy), rows, settings, first_token):
+        generation.store(file, batch)
+        time.sleep(pause)
+
+
+def lines(file: Path) -> list[bytes]:
+    return file.read_bytes().split(b"\n")[:-1] if file.is_file() else []
+
+
+def test_a_killed_run_goes_on_without_losing_or_repeating_a_completion(tmp_path: Path) -> None:
+    uninterrupted, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
+    resume(uninterrupted)
+    script = "import sys, test_generation as t, pathlib; t.resume(pathlib.Path(sys.argv[1]), 0.3)"
+    folder = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": f"{folder.parent}{os.pathsep}{folder}"}
+    process = subprocess.Popen([sys.executable, "-c", script, str(killed)], env=environment)
+    try:
+        while len(lines(killed)) < 4 and process.poll() is None:
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    before = lines(killed)
+    assert 4 <= len(before) < len(ROWS)
+    resume(killed)
+    found = [Completion(**json.loads(line)) for line in lines(killed)]
+    assert lines(killed)[: len(before)] == before
+    assert sorted(c.id for c in found) == sorted(row.id for row in ROWS)  # none twice
+    assert {c.id: c for c in found} == generation.stored(uninterrupted)

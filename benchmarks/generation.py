@@ -1,0 +1,223 @@
+"""Time of greedy completions against what one writes by hand and transformers' own batching.
+
+    python benchmarks/generation.py [model=smollm2_135m] [prompts=64] [new=48] [batch=16]
+                                    [precision=fp32] [threads=2] [device=auto]
+
+Every variant runs in a process of its own, one after another, on the same prompts of the embedded
+corpus, shuffled once: batches of `batch` in that order with `model.generate`; the same, sorted by
+length; transformers' continuous batching (`model.generate_batch`, on a CPU with pages for `batch`
+prompts); and `dcr.generation`, with the same `batch` and with as many at once as it chooses.
+Loading is not timed. `other texts` counts prompts whose answer differs from the first variant's:
+in bf16 two tokens with nearly one logit may swap wherever a batch has another shape. Only the
+ratios of one run of this script mean anything.
+"""
+
+import json
+import math
+import random
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+from transformers import ContinuousBatchingConfig, GenerationConfig
+
+from dcr import cli, config, generation, models, prompts, refusal, sources
+from dcr.config import GenConfig, Kind, Precision, TrainConfig
+from dcr.models import Policy
+from dcr.prompts import ChatFormat
+from dcr.sources import Example
+
+PAGE = 64  # tokens a page of the paged cache
+CONF = Path(__file__).resolve().parent.parent / "conf"
+VARIANTS = {
+    "generate, batches as they come": "batches_as_they_come",
+    "generate, batches sorted by length": "sorted_batches",
+    "transformers' continuous batching": "continuous_batching",
+    "dcr, the same batch": "ours",
+    "dcr, its own choice": "ours_measured",
+}
+OPTIONS = {
+    "model": "smollm2_135m",
+    "prompts": "64",
+    "new": "48",
+    "batch": "16",
+    "precision": "fp32",
+    "threads": "2",
+    "device": "auto",
+    "variant": "",
+}
+Answers = dict[str, list[int] | str]  # token ids, or the text where ids are not given away
+
+
+def opened(options: dict[str, str]) -> tuple[Policy, ChatFormat, list[Example]]:
+    """The model where it is to run, and the prompts in one shuffled order."""
+    cli.prepare()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = config.resolve(compose("train", [f"model={options['model']}"]), TrainConfig)
+    policy = models.open_policy(cfg.model, Precision(options["precision"]))
+    if options["device"] == "cuda" or (options["device"] == "auto" and torch.cuda.is_available()):
+        policy.model.to("cuda")
+    names = {f"demo_{kind.value}{part}": kind for kind in Kind for part in ("_heldout", "")}
+    rows = [row for name, kind in names.items() for row in sources.read(name, kind=kind)]
+    random.Random(0).shuffle(rows)
+    return policy, prompts.chat_format(policy.tokenizer, cfg.model), rows[: int(options["prompts"])]
+
+
+def settings_of(chat: ChatFormat, new: int) -> GenerationConfig:
+    return GenerationConfig(
+        do_sample=False,
+        max_new_tokens=new,
+        eos_token_id=list(chat.stop),
+        pad_token_id=chat.stop[0],
+    )
+
+
+def batches_as_they_come(
+    policy: Policy, chat: ChatFormat, rows: Sequence[Example], new: int, batch: int
+) -> Answers:
+    """What one writes by hand: tokenizer padding on the left, then `generate`."""
+    tokenizer: Any = policy.tokenizer
+    tokenizer.padding_side = "left"
+    found: Answers = {}
+    for start in range(0, len(rows), batch):
+        group = rows[start : start + batch]
+        texts = [chat.text(row.prompt) for row in group]
+        inputs = tokenizer(texts, padding=True, add_special_tokens=False, return_tensors="pt")
+        ids = inputs["input_ids"].to(policy.model.device)
+        output = policy.model.generate(
+            input_ids=ids,
+            attention_mask=inputs["attention_mask"].to(ids.device),
+            generation_config=settings_of(chat, new),
+        )
+        answers = output[:, ids.shape[1] :].tolist()
+        found |= {row.id: answer for row, answer in zip(group, answers, strict=True)}
+    return found
+
+
+def sorted_batches(
+    policy: Policy, chat: ChatFormat, rows: Sequence[Example], new: int, batch: int
+) -> Answers:
+    longest_first = sorted(rows, key=lambda row: -len(chat.prompt_ids(row.prompt)))
+    return batches_as_they_come(policy, chat, longest_first, new, batch)
+
+
+def continuous_batching(
+    policy: Policy, chat: ChatFormat, rows: Sequence[Example], new: int, batch: int
+) -> Answers:
+    """Raises RuntimeError with the reason where the device or the model is refused."""
+    encoded = [chat.prompt_ids(row.prompt) for row in rows]
+    tokens = max(map(len, encoded)) + new
+    # left alone it takes most of the machine's memory, which on a CPU is everybody's
+    pages = ContinuousBatchingConfig(
+        num_blocks=batch * math.ceil(tokens / PAGE),
+        page_size=PAGE,
+        max_requests_per_batch=batch,
+        max_batch_tokens=max(tokens, 512),
+    )
+    on_gpu = policy.model.device.type == "cuda"
+    done = policy.model.generate_batch(
+        inputs=encoded,
+        generation_config=settings_of(chat, new),
+        continuous_batching_config=None if on_gpu else pages,
+    )
+    answers = list(done.values())
+    failed = [answer.error for answer in answers if answer.error is not None]
+    if failed or len(answers) < len(rows):
+        raise RuntimeError(failed[0] if failed else "its generation thread ended early")
+    return {row.id: answer.generated_tokens for row, answer in zip(rows, answers, strict=True)}
+
+
+def ours(
+    policy: Policy, chat: ChatFormat, rows: Sequence[Example], new: int, batch: int | None
+) -> Answers:
+    openings = refusal.refusal_openings(chat.tokenizer)
+    batches = generation.complete(
+        policy,
+        chat,
+        rows,
+        GenConfig(max_new_tokens=new, batch_size=batch),
+        score=lambda logits: refusal.refusal_mass(logits, openings),
+    )
+    return {done.id: done.response for found in batches for done in found}
+
+
+def ours_measured(
+    policy: Policy, chat: ChatFormat, rows: Sequence[Example], new: int, batch: int
+) -> Answers:
+    return ours(policy, chat, rows, new, None)
+
+
+def timed(variant: Callable[..., Answers], options: dict[str, str]) -> dict[str, Any]:
+    """One variant after a warm-up of two prompts: seconds, peak memory and every text."""
+    policy, chat, rows = opened(options)
+    new, batch = int(options["new"]), int(options["batch"])
+    try:
+        variant(policy, chat, rows[:2], 2, batch)
+        began = time.perf_counter()
+        answers = variant(policy, chat, rows, new, batch)
+        seconds = time.perf_counter() - began
+    except (RuntimeError, ValueError, ImportError, AttributeError) as error:
+        return {"refused": (str(error).strip().splitlines() or [type(error).__name__])[0]}
+    texts = {name: _text(chat, answer) for name, answer in answers.items()}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if policy.model.device.type == "cuda":
+        peak = torch.cuda.max_memory_reserved()
+    return {"seconds": seconds, "peak_gib": peak / 2**30, "texts": texts}
+
+
+def _text(chat: ChatFormat, answer: list[int] | str) -> str:
+    if isinstance(answer, str):
+        return answer
+    end = next((i for i, token in enumerate(answer) if token in chat.stop), len(answer))
+    return str(chat.tokenizer.decode(answer[:end], skip_special_tokens=True)).strip()
+
+
+def _measured(options: dict[str, str], variant: str) -> dict[str, Any]:
+    """What a variant measures in a process of its own."""
+    given = [f"{key}={value}" for key, value in (options | {"variant": variant}).items()]
+    command = [sys.executable, __file__, *given]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{variant} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    options = OPTIONS | dict(argument.split("=", 1) for argument in sys.argv[1:])
+    if options["variant"]:
+        torch.set_num_threads(int(options["threads"]))
+        print(json.dumps(timed(globals()[options["variant"]], options)))
+        return
+    columns = ("variant", "seconds", "prompts/s", "peak GiB", "time against the first")
+    table = Table(*columns, "other texts")
+    first: dict[str, Any] = {}
+    for name, variant in VARIANTS.items():
+        got = _measured(options, variant)
+        if "refused" in got:
+            table.add_row(name, f"not on this device: {got['refused']}", *[""] * 4)
+            continue
+        first = first or got
+        other = sum(got["texts"][row] != text for row, text in first["texts"].items())
+        table.add_row(
+            name,
+            f"{got['seconds']:.1f}",
+            f"{len(got['texts']) / got['seconds']:.2f}",
+            f"{got['peak_gib']:.2f}",
+            f"{got['seconds'] / first['seconds']:.2f}",
+            f"{other} of {len(first['texts'])}",
+        )
+    print(OmegaConf.to_yaml(options).strip())
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main()
