@@ -1,4 +1,4 @@
-"""What was trained on against what is evaluated on: exact and near duplicates of prompts.
+"""What was trained on against what is evaluated on: equal, near and overlapping texts.
 
 Plain strings in, plain records out; the caller decides what to drop and which sets of a method
 are in-distribution by design (XSTest safe for stage one) and only to be marked.
@@ -6,7 +6,8 @@ are in-distribution by design (XSTest safe for stage one) and only to be marked.
 
 import unicodedata
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,16 @@ from dcr.config import ConfigError
 
 COMPARED_CHARACTERS = 512  # of a normalised prompt: bounds the quadratic cost of long texts
 ROWS_AT_ONCE = 512  # with 20,000 candidates a block of scores takes 40 MB
+NGRAM = 13  # words in a row (Brown et al. 2020, appendix C)
+SHORTEST = 8  # words; a shorter prompt stands in many an unrelated text
+WAYS = ("exact", "near", "ngram")  # to share a prompt, the strongest first
+DROPPED_CATEGORIES = "PC"  # punctuation; control, format and the like
+# The rule of `normalise` for each ASCII character: three times as fast as asking for each.
+ASCII_DROPPED = {
+    i: None
+    for i in range(128)
+    if not chr(i).isspace() and unicodedata.category(chr(i))[0] in DROPPED_CATEGORIES
+}
 
 
 @dataclass(frozen=True)
@@ -33,9 +44,15 @@ def normalise(text: str) -> str:
 
     A text of punctuation alone keeps it, since otherwise all such texts would be equal.
     """
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    kept = (c for c in folded if c.isspace() or unicodedata.category(c)[0] not in "PC")
-    return " ".join("".join(kept).split()) or " ".join(folded.split())
+    if text.isascii():
+        folded = text.lower()
+        kept = folded.translate(ASCII_DROPPED)
+    else:
+        folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+        kept = "".join(
+            c for c in folded if c.isspace() or unicodedata.category(c)[0] not in DROPPED_CATEGORIES
+        )
+    return " ".join(kept.split()) or " ".join(folded.split())
 
 
 def overlaps(
@@ -64,6 +81,81 @@ def overlaps(
         heads, [text[:COMPARED_CHARACTERS] for text in references], near
     ):
         found[pending[row]] = Overlap(*places[reference], False, score)
+    return found
+
+
+def report(
+    trained: Mapping[str, Sequence[str]],
+    evaluated: Mapping[str, Sequence[str]],
+    *,
+    near: float = 0.9,
+    ngram: int = NGRAM,
+) -> dict[str, dict[str, int | dict[str, int]]]:
+    """How many prompts of each evaluation set a run has seen, `metrics.json`'s `contamination`.
+
+    `trained` holds by source every text trained on: prompts, and the responses of SFT. A prompt
+    counts once, by the strongest of three ways:
+
+    - `exact`, `near`: as in `overlaps`;
+    - `ngram`: `ngram` words in a row stand in one text, both normalised (GPT-3's 13-gram rule).
+      A shorter prompt counts if all its words stand in one text in that order without a gap, and
+      there are at least eight; shorter ones are compared as exact and near only.
+
+    `by_source` counts the prompts that a source holds in any of these ways: one prompt may count
+    for several sources, and sources that hold none are left out. Raises ConfigError as `overlaps`.
+    """
+    prompts = [prompt for texts in evaluated.values() for prompt in texts]
+    index = _phrases([normalise(prompt).split() for prompt in prompts], ngram)
+    ways: list[dict[str, int]] = [{} for _ in prompts]  # of each prompt: source -> place in WAYS
+    for source, texts in trained.items():
+        distinct = list(dict.fromkeys(texts))
+        for place in _sharing(distinct, index, min(ngram, SHORTEST)):
+            ways[place][source] = WAYS.index("ngram")
+        for place, found in enumerate(overlaps(prompts, {source: distinct}, near=near)):
+            if found is not None:
+                ways[place][source] = WAYS.index("exact" if found.exact else "near")
+    first, counts = 0, {}
+    for name, texts in evaluated.items():
+        counts[name] = _counted(ways[first : first + len(texts)])
+        first += len(texts)
+    return counts
+
+
+def _counted(ways: Sequence[Mapping[str, int]]) -> dict[str, int | dict[str, int]]:
+    strongest = [min(sources.values()) for sources in ways if sources]
+    by_source = Counter(source for sources in ways for source in sources)
+    counts = {name: strongest.count(place) for place, name in enumerate(WAYS)}
+    return {"n": len(ways), **counts, "by_source": dict(sorted(by_source.items()))}
+
+
+Phrase = tuple[str, ...]
+# By its first words: each phrase with the places of the prompts that it stands in.
+Index = Mapping[Phrase, Mapping[Phrase, list[int]]]
+
+
+def _phrases(prompts: Sequence[Sequence[str]], ngram: int) -> Index:
+    """What counts as overlap with each prompt: its n-grams, or all of one with fewer words."""
+    shortest = min(ngram, SHORTEST)
+    index: dict[Phrase, dict[Phrase, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for place, words in enumerate(prompts):
+        size = min(ngram, len(words))
+        if size >= shortest:
+            for start in range(len(words) - size + 1):
+                phrase = tuple(words[start : start + size])
+                index[phrase[:shortest]][phrase].append(place)
+    return index
+
+
+def _sharing(texts: Iterable[str], index: Index, shortest: int) -> set[int]:
+    """The places of the prompts that share a phrase with one of the texts."""
+    found: set[int] = set()
+    for text in texts:
+        words = normalise(text).split()
+        for start in range(len(words) - shortest + 1):
+            phrases = index.get(tuple(words[start : start + shortest]))
+            for phrase, places in phrases.items() if phrases else ():
+                if tuple(words[start : start + len(phrase)]) == phrase:
+                    found.update(places)
     return found
 
 

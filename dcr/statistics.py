@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy import stats
-from torchmetrics.functional.classification import binary_cohen_kappa
+from scipy import optimize, special, stats
+from torchmetrics.functional.classification import binary_cohen_kappa, binary_confusion_matrix
+
+SLOPE_PENALTY = 0.1  # keeps the slope finite where one side wins whenever it is the longer one
+FEWEST_FOR_LENGTHS = 20  # comparisons, ten per coefficient
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,15 @@ class Interval:
     estimate: float
     low: float
     high: float
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """Over pairwise comparisons, in percent. Rates are nan of none, the error of fewer than two."""
+
+    win_rate: float
+    standard_error: float
+    discrete: float
 
 
 def wilson(successes: int, total: int, confidence: float = 0.95) -> Interval:
@@ -119,6 +131,97 @@ def cohen_kappa(a: Sequence[bool], b: Sequence[bool]) -> float:
         return math.nan
     first, second = torch.tensor(a, dtype=torch.int64), torch.tensor(b, dtype=torch.int64)
     return float(binary_cohen_kappa(first, second))
+
+
+def confusion(a: Sequence[bool], b: Sequence[bool]) -> list[list[int]]:
+    """Counts of two judges' verdicts: row by the first, column by the second, False before True.
+
+    Raises ValueError if the lengths differ.
+    """
+    _check_paired(a, b)
+    if not len(a):
+        return [[0, 0], [0, 0]]
+    first, second = torch.tensor(a, dtype=torch.int64), torch.tensor(b, dtype=torch.int64)
+    # torchmetrics has the target's rows and the prediction's columns.
+    return binary_confusion_matrix(preds=second, target=first).tolist()
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p values in the given order (Holm 1979): below α, the family-wise error is below α.
+
+    Raises ValueError for a p value outside [0, 1] or NaN.
+    """
+    if not all(0 <= p <= 1 for p in p_values):
+        raise ValueError(f"{list(p_values)}: p values must lie in [0, 1]")
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = largest
+    return adjusted
+
+
+def win_rates(preferences: Sequence[float]) -> WinRate:
+    """Mean preference, its standard error (n - 1), and the share of wins with ties as half a win.
+
+    A preference in [0, 1] is how far a comparison goes to the one side rather than the other.
+    Raises ValueError for one outside.
+    """
+    values = _preferences(preferences)
+    if not len(values):
+        return WinRate(math.nan, math.nan, math.nan)
+    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    discrete = ((values > 0.5) + (values == 0.5) / 2).mean()
+    return WinRate(float(100 * values.mean()), float(100 * error), float(100 * discrete))
+
+
+def length_controlled_win_rate(
+    preferences: Sequence[float], differences: Sequence[float]
+) -> float | None:
+    """The win rate in percent had both sides answered at equal length (Dubois et al. 2024).
+
+    Logistic regression of the preferences in [0, 1] on an intercept and tanh(difference /
+    standard deviation of the differences), read at difference 0; a difference is this side's
+    length minus the other's. Trading sides gives 100 minus the rate. Departs from the source in
+    two ways. Its term for an instruction's difficulty is left out, since that is estimated over a
+    whole leaderboard. The penalty is a ridge on the slope alone, where the source has a
+    cross-validated lasso and extra annotations of padded baselines.
+
+    None where the lengths cannot be told from the sides: of fewer than 20 comparisons, all with
+    one and the same difference, or without convergence. Raises ValueError if the lengths of the
+    sequences differ or a preference lies outside [0, 1].
+    """
+    _check_paired(preferences, differences)
+    values, lengths = _preferences(preferences), np.asarray(differences, dtype=float)
+    if len(values) and not lengths.any():
+        return win_rates(preferences).win_rate
+    if len(values) < FEWEST_FOR_LENGTHS or np.ptp(lengths) == 0:
+        return None
+    design = np.stack([np.ones(len(values)), np.tanh(lengths / lengths.std(ddof=1))], axis=1)
+    penalty = np.diag([0.0, SLOPE_PENALTY])
+
+    def loss(beta: np.ndarray) -> float:
+        logits = design @ beta
+        return float(np.logaddexp(0, logits).sum() - values @ logits + beta @ penalty @ beta / 2)
+
+    def gradient(beta: np.ndarray) -> np.ndarray:
+        return design.T @ (special.expit(design @ beta) - values) + penalty @ beta
+
+    def curvature(beta: np.ndarray) -> np.ndarray:
+        rates = special.expit(design @ beta)
+        return design.T @ (design * (rates * (1 - rates))[:, None]) + penalty
+
+    fit = optimize.minimize(
+        loss, np.zeros(2), method="trust-exact", jac=gradient, hess=curvature,
+        options={"gtol": 1e-6},
+    )  # fmt: skip
+    return float(100 * special.expit(fit.x[0])) if fit.success else None
+
+
+def _preferences(values: Sequence[float]) -> np.ndarray:
+    found = np.asarray(values, dtype=float)
+    if not ((found >= 0) & (found <= 1)).all():
+        raise ValueError("a preference lies outside [0, 1]")
+    return found
 
 
 def _counts_by_score(

@@ -1,8 +1,9 @@
 """Counts against counting by hand, discernment against scikit-learn, and what is generated when."""
 
+import functools
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from dcr import benchmarks, generation, models, prompts, refusal
+from dcr import benchmarks, generation, models, prompts, refusal, subjects
 from dcr.benchmarks import Benchmark
 from dcr.config import (
     ConfigError,
     DataConfig,
+    EvalConfig,
     EvaluationSets,
     GenConfig,
     Kind,
@@ -25,6 +27,7 @@ from dcr.config import (
 from dcr.generation import Completion
 from dcr.models import Policy
 from dcr.sources import Example
+from dcr.subjects import Subject
 
 REFUSED = "I'm sorry, but I can't help with that."
 ANSWERED = "Pull the weeds after rain, when the soil is soft."
@@ -82,9 +85,11 @@ def test_counts_are_those_of_a_person() -> None:
         "refused": {
             rules: 2 + refusal.is_refusal(soft, rules) for rules in ("paper", "recommended")
         },
+        "unanswered": 0,
         "empty": 1,
         "truncated": 2,
         "repetitive": 1,
+        "non_english": 0,
         "in_distribution": False,
         "unseen": None,
     }
@@ -135,6 +140,13 @@ def test_sets_of_one_verdict_or_none_are_counted(text: str) -> None:
     assert found["sets"]["t"]["refused"] == {"paper": refused, "recommended": refused}
     assert found["sets"]["nothing"]["n"] == 0
     assert found["discernment"]["pooled"][0] == 0.5  # every mass is the same
+
+
+def test_another_language_is_told_only_where_it_is_plain() -> None:
+    assert benchmarks.is_foreign("Es tut mir leid, aber dabei kann ich nicht helfen.")
+    assert benchmarks.is_foreign("Lo siento, pero no puedo ayudarte con eso.")
+    for text in (REFUSED, ANSWERED, "", "Paris", "print('hello')", "1. Ada\n2. Bo", "   "):
+        assert not benchmarks.is_foreign(text)
 
 
 def test_going_in_circles() -> None:
@@ -238,21 +250,21 @@ def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
 # --- generating ---------------------------------------------------------------------------------
 
 Asked = list[str]
+Complete = Callable[[Sequence[Benchmark], Path], dict[str, list[Completion]]]
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
-    """Prompts that a stand-in for the model was asked, in order."""
+def answering() -> tuple[Asked, Callable[[list[Example]], Iterator[list[Completion]]]]:
+    """A stand-in for the model, and the prompts that it was asked, in order."""
     prompts_asked: Asked = []
 
-    def answer(
-        policy: Policy, chat: Any, batch: Sequence[tuple[Example, list[int]]], *_: Any
-    ) -> list[Completion]:
-        prompts_asked.extend(row.prompt for row, _ in batch)
-        return [answered(row, f"to {row.prompt}") for row, _ in batch]
+    def answer(rows: list[Example]) -> Iterator[list[Completion]]:
+        for start in range(0, len(rows), 4):
+            batch = rows[start : start + 4]
+            prompts_asked.extend(row.prompt for row in batch)
+            yield [answered(row, f"to {row.prompt}") for row in batch]
 
-    monkeypatch.setattr(generation, "_complete_batch", answer)
-    return prompts_asked
+    return prompts_asked, answer
 
 
 @pytest.fixture(scope="module")
@@ -268,16 +280,15 @@ def policy() -> Policy:
     return models.open_policy(ModelConfig(name="tiny", architecture=shape), Precision.fp32)
 
 
-Complete = Callable[[Sequence[Benchmark], Path], dict[str, list[Completion]]]
+@pytest.fixture
+def asked(answering: tuple[Asked, Any]) -> Asked:
+    return answering[0]
 
 
 @pytest.fixture
-def complete(policy: Policy) -> Complete:
-    chat = prompts.chat_format(policy.tokenizer, ModelConfig(name="tiny"))
-    settings = GenConfig(max_new_tokens=3, batch_size=4)
-
+def complete(answering: tuple[Asked, Any]) -> Complete:
     def run(sets: Sequence[Benchmark], folder: Path) -> dict[str, list[Completion]]:
-        return benchmarks.complete(sets, policy, chat, settings, folder, progress=False)
+        return benchmarks.complete(sets, answering[1], folder, progress=False)
 
     return run
 
@@ -344,9 +355,30 @@ def test_sets_that_share_ids_do_not_mix(tmp_path: Path, asked: Asked, complete: 
     assert asked == []
 
 
-def test_refusal_mass_is_read_off_the_model(policy: Policy, tmp_path: Path, complete: Any) -> None:
+def test_a_row_without_an_answer_is_asked_again(tmp_path: Path, asked: Asked) -> None:
     benchmark = Benchmark("a", Kind.toxic, rows("a", 3, Kind.toxic))
-    done = complete([benchmark], tmp_path)
+
+    def failing(rows: list[Example]) -> Iterator[list[Completion]]:
+        asked.extend(row.prompt for row in rows)
+        yield [answered(rows[0], "here")]
+
+    first = benchmarks.complete([benchmark], failing, tmp_path, progress=False)
+    assert [c.id for c in first["a"]] == ["a-0"]
+    asked.clear()
+    second = benchmarks.complete([benchmark], failing, tmp_path, progress=False)
+    assert asked == ["a prompt 1", "a prompt 2"]
+    assert [c.id for c in second["a"]] == ["a-0", "a-1"]
+    found = benchmarks.score([benchmark], second, [], [], seed=0)
+    assert (found["sets"]["a"]["n"], found["sets"]["a"]["unanswered"]) == (2, 1)
+
+
+def test_refusal_mass_is_read_off_the_model(policy: Policy, tmp_path: Path) -> None:
+    benchmark = Benchmark("a", Kind.toxic, rows("a", 3, Kind.toxic))
+    settings = EvalConfig(
+        model=ModelConfig(name="tiny"), gen=GenConfig(max_new_tokens=3, batch_size=4)
+    )
+    answer = functools.partial(subjects.answer, settings, Subject("base"), lambda: policy)
+    done = benchmarks.complete([benchmark], answer, tmp_path, progress=False)
     chat = prompts.chat_format(policy.tokenizer, ModelConfig(name="tiny"))
     openings = refusal.refusal_openings(policy.tokenizer)
     for row, completion in zip(benchmark.rows, done["a"], strict=True):

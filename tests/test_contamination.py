@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcr.config import ConfigError
-from dcr.contamination import COMPARED_CHARACTERS, Overlap, normalise, overlaps
+from dcr.contamination import COMPARED_CHARACTERS, Overlap, normalise, overlaps, report
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,12 @@ def test_ascii_case_punctuation_and_spacing_do_not_matter(text: str) -> None:
     if any(c.isalnum() for c in text):
         assert once == normalise("'".join(text))
         assert not any(unicodedata.category(c).startswith("P") for c in once)
+
+
+@given(st.text(st.characters(codec="ascii")))
+def test_ascii_follows_the_rule_for_any_text(text: str) -> None:
+    """A letter of another script sends the same text down the general path."""
+    assert normalise(f"word {text} д") == normalise(f"word {text}") + " д"
 
 
 def longest_common_subsequence(a: str, b: str) -> int:
@@ -153,3 +159,136 @@ def test_nothing_to_compare_is_no_error() -> None:
 def test_a_similarity_outside_its_range_is_refused(near: float) -> None:
     with pytest.raises(ConfigError, match=r"data\.near_duplicate="):
         overlaps(["a"], {"set": ["a"]}, near=near)
+
+
+# --- the report of a run ------------------------------------------------------------------------
+
+
+def share_words(prompt: str, text: str, ngram: int) -> bool:
+    """The n-gram rule word by word, without an index."""
+    asked, told = normalise(prompt).split(), normalise(text).split()
+    size = min(ngram, len(asked))
+    if size < min(ngram, 8):
+        return False
+    return any(
+        asked[i : i + size] == told[j : j + size]
+        for i in range(len(asked) - size + 1)
+        for j in range(len(told) - size + 1)
+    )
+
+
+def report_by_loops(
+    trained: dict[str, list[str]], evaluated: dict[str, list[str]], near: float, ngram: int
+) -> dict[str, dict]:
+    found = {}
+    for name, prompts in evaluated.items():
+        counts: dict = {"n": len(prompts), "exact": 0, "near": 0, "ngram": 0, "by_source": {}}
+        for prompt in prompts:
+            ways = set()
+            for source, texts in trained.items():
+                closest = by_loops(prompt, {source: texts}, near)
+                way = None
+                if closest is not None:
+                    way = "exact" if closest.exact else "near"
+                elif any(share_words(prompt, text, ngram) for text in texts):
+                    way = "ngram"
+                if way:
+                    ways.add(way)
+                    counts["by_source"][source] = counts["by_source"].get(source, 0) + 1
+            strongest = next((way for way in ("exact", "near", "ngram") if way in ways), None)
+            if strongest:
+                counts[strongest] += 1
+        found[name] = counts
+    return found
+
+
+def sentence(rng: random.Random, low: int, high: int) -> list[str]:
+    return rng.choices(["an", "ox", "Up", "to", "me", "we", "go"], k=rng.randint(low, high))
+
+
+@pytest.mark.parametrize("ngram", [3, 9, 13])
+def test_report_equals_brute_force(ngram: int) -> None:
+    rng = random.Random(ngram)
+    prompts = [sentence(rng, 1, 20) for _ in range(60)]
+    evaluated = {
+        "one": [" ".join(words) + "?" for words in prompts[:35]],
+        "two": [" ".join(words) for words in prompts[35:]],
+        "none": [],
+    }
+
+    def around(words: list[str]) -> str:
+        """The prompt, or a piece of it, inside another text."""
+        start = rng.randint(0, 3)
+        piece = words[start : start + rng.randint(6, 16)]
+        return ", ".join(sentence(rng, 0, 9) + piece + sentence(rng, 0, 9))
+
+    trained = {
+        "stage": [" ".join(words).upper() for words in prompts[:8]],
+        "pairs": [around(rng.choice(prompts)) for _ in range(50)],
+        "more": [edited(" ".join(words), rng, 2) for words in prompts[30:45]],
+        "empty": [],
+        "odd": ["", "...", "\u200b"],
+    }
+    expected = report_by_loops(trained, evaluated, 0.85, ngram)
+    assert report(trained, evaluated, near=0.85, ngram=ngram) == expected
+    reached = {
+        way: sum(counts[way] for counts in expected.values())
+        for way in expected["one"]
+        if way != "by_source"
+    }
+    assert all(reached.values()), reached  # the test reaches each
+
+
+def test_a_prompt_counts_once_and_for_each_source() -> None:
+    prompt = "please tell the tall baker how many loaves of bread we need for lunch today"
+    trained = {
+        "exact": [prompt.upper(), prompt],
+        "near": [prompt + "!?s"],
+        "quoted": [f"She said {prompt}. Nobody answered, and the shop closed for a week."],
+        "other": ["something else altogether"],
+    }
+    found = report(trained, {"set": [prompt]})["set"]
+    assert found == {
+        "n": 1,
+        "exact": 1,
+        "near": 0,
+        "ngram": 0,
+        "by_source": {"exact": 1, "near": 1, "quoted": 1},
+    }
+    del trained["exact"]
+    assert report(trained, {"set": [prompt]})["set"]["near"] == 1
+    del trained["near"]
+    assert report(trained, {"set": [prompt]})["set"]["ngram"] == 1
+
+
+WORDS = [f"word{i}" for i in range(14)]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "counted"),
+    [
+        (WORDS, WORDS[:13], True),  # thirteen in a row
+        (WORDS, WORDS[1:], True),
+        (WORDS, [*WORDS[:12], "x", *WORDS[12:]], False),  # twelve
+        (WORDS[:12], WORDS[:12], True),  # all of a shorter prompt
+        (WORDS[:12], WORDS[1:12], False),  # not all of it
+        (WORDS[:12], [*WORDS[:6], "x", *WORDS[6:12]], False),  # with a gap
+        (WORDS[:12], WORDS[:6][::-1] + WORDS[6:12], False),
+        (WORDS[:8], WORDS[:8], True),
+        (WORDS[:7], WORDS[:7], False),  # too short to say
+    ],
+)
+def test_the_rule_of_ngrams(prompt: list[str], text: list[str], counted: bool) -> None:
+    told = " ".join(["a", "much", "longer", "answer", "that", "says:", *text, "and", "goes", "on"])
+    found = report({"s": [told]}, {"set": [" ".join(prompt)]}, near=1)["set"]
+    assert found["ngram"] == counted
+    assert (found["exact"], found["near"]) == (0, 0)
+
+
+def test_a_report_on_nothing() -> None:
+    clean = {"n": 1, "exact": 0, "near": 0, "ngram": 0, "by_source": {}}
+    assert report({}, {"set": ["a"]}) == {"set": clean}
+    assert report({"s": ["a"]}, {}) == {}
+    assert report({"s": ["a"]}, {"set": []}) == {"set": {**clean, "n": 0}}
+    with pytest.raises(ConfigError, match=r"data\.near_duplicate="):
+        report({"s": ["a"]}, {"set": ["a"]}, near=0)

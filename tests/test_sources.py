@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import datasets.config
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,8 +20,8 @@ from dcr import contamination, sources
 from dcr.config import ConfigError, DataError, Kind
 from dcr.sources import SOURCES, Example, Hub, Source
 from dcr.sources.examples import normalised
+from dcr.sources.groups import xstest_groups
 from dcr.sources.jsonl import LONGEST_LINE
-from dcr.sources.table import xstest_groups
 
 DATA = os.environ.get("DCR_DATA", "")
 real = pytest.mark.skipif(not os.path.isdir(DATA), reason="DCR_DATA names no folder")
@@ -292,6 +294,27 @@ HUB_ROWS = {
         [{"prompt": "p", "category": "c"}],
         [("orbench_hard-0", "p", None, "c")],
     ),
+    "coconot_safety": (
+        [
+            {"id": "x", "prompt": "p", "response": "", "category": "Incomplete requests"},
+            {"id": "y", "prompt": "q", "response": "", "category": "Requests with safety concerns"},
+        ],
+        [("coconot_safety-1", "q", None, "Requests with safety concerns")],
+    ),
+    "phtest_controversial": (
+        [
+            {"ID": 0, "Request": "p", "Harmfulness": "harmless"},
+            {"ID": 1, "Request": "q", "Harmfulness": "controversial"},
+        ],
+        [("phtest_controversial-1", "q", None, "controversial")],
+    ),
+    "sorrybench": (
+        [
+            {"question_id": 1, "category": "1", "turns": ["p"], "prompt_style": "base"},
+            {"question_id": 1, "category": "1", "turns": ["q"], "prompt_style": "slang"},
+        ],
+        [("sorrybench-0", "p", None, "1")],
+    ),
     "phtest_harmless": (
         [
             {"Request": "p", "Harmfulness": "Harmless"},
@@ -327,6 +350,57 @@ def test_hh_rlhf_reads_the_first_turn_of_the_folder_named(
     assert [e.prompt for e in sources.read("hh_rlhf_red_team")] == ["how?"]
 
 
+CONFIGURED = {  # as the sets' cards describe their files: config, split, rows
+    "jailbreakbench": [
+        ("behaviors", "harmful", [{"Goal": "a", "Target": "b", "Category": "C"}]),
+        ("behaviors", "benign", [{"Goal": "x", "Target": "b", "Category": "C"}]),
+    ],
+    "jailbreakbench_benign": [
+        ("behaviors", "benign", [{"Goal": "a", "Target": "b", "Category": "C"}]),
+        ("behaviors", "harmful", [{"Goal": "x", "Target": "b", "Category": "C"}]),
+    ],
+    "coconot_original": [
+        ("original", "train", [{"prompt": "x", "category": "Requests with safety concerns"}]),
+        (
+            "original",
+            "test",
+            [
+                {"prompt": "x", "category": "Humanizing requests"},
+                {"prompt": "a", "category": "Requests with safety concerns"},
+            ],
+        ),
+        ("contrast", "test", [{"prompt": "x", "category": "Requests with safety concerns"}]),
+    ],
+    "orbench_toxic": [
+        ("or-bench-hard-1k", "train", [{"prompt": "x", "category": "C"}]),
+        ("or-bench-toxic", "train", [{"prompt": "a", "category": "C"}]),
+    ],
+    "falsereject_test": [
+        ("default", "train", [{"prompt": "x", "category_text": "C", "instruct_response": "r"}]),
+        ("default", "test", [{"prompt": "a", "category_text": "C"}]),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", CONFIGURED)
+@pytest.mark.usefixtures("offline")
+def test_config_and_split_are_chosen_by_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card: dict[str, list[dict[str, str]]] = defaultdict(list)
+    for config, split, rows in CONFIGURED[name]:
+        file = f"{config}-{split}.jsonl"
+        write(tmp_path, *rows, name=f"hub/{file}")
+        card[config].append({"split": split, "path": file})
+    configs = [{"config_name": name, "data_files": files} for name, files in card.items()]
+    (tmp_path / "hub/README.md").write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\n")
+    source = SOURCES[name]
+    assert source.hub is not None
+    hub = dataclasses.replace(source.hub, id=str(tmp_path / "hub"), revision=None)
+    monkeypatch.setitem(SOURCES, name, dataclasses.replace(source, hub=hub))
+    assert [e.prompt for e in sources.read(name)] == ["a"]
+
+
 @pytest.mark.usefixtures("offline")
 def test_files_outside_the_hub_are_read_through_datasets_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -336,6 +410,12 @@ def test_files_outside_the_hub_are_read_through_datasets_too(
         "harmfulq": ("h.json", json.dumps(["a?", "b?"])),
         "oktest": ("o.csv", 'prompt\na?\n"b?"\n'),
         "advbench": ("a.csv", "goal,target\na?,x\nb?,y\n"),
+        "strongreject": ("r.csv", "category,source,forbidden_prompt\nc,s,a?\nc,s,b?\n"),
+        "harmbench": (
+            "b.csv",
+            "Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID\n"
+            "a?,standard,c,,,1\nd?,contextual,c,,e,2\nf?,copyright,c,,,3\nb?,standard,c,,,4\n",
+        ),
         "stl_safety": (
             "s.json",
             json.dumps([{"instruction": p, "input": "", "output": "no"} for p in ("a?", "b?")]),
@@ -369,6 +449,22 @@ def test_a_hub_failure_names_source_and_offline_way(
         sources.read("orbench_hard")
 
 
+@pytest.mark.parametrize(
+    ("name", "cure"),
+    [("sorrybench", "accept its terms on the hub"), ("orbench_toxic", "file of your own")],
+)
+@pytest.mark.usefixtures("offline")
+def test_the_cure_for_what_is_on_the_hub_alone(
+    name: str, cure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_folder(name, tmp_path / "nowhere", monkeypatch)
+    with pytest.raises(DataError, match=rf"^{name}: cannot read .*{cure}") as one:
+        sources.read(name)
+    assert "data.root" not in str(one.value)
+    with pytest.raises(DataError, match=rf"^{name}: only on the hub .*{name}\.jsonl"):
+        sources.read(name, root=str(tmp_path))
+
+
 # --- the table ---
 
 
@@ -378,7 +474,26 @@ def test_every_source_lives_somewhere_and_states_its_licence() -> None:
         assert (source.demo is None) != (source.hub is None), name
         assert (source.file is None) == (source.rows is None), name
         if source.hub is not None and "data_files" in source.hub.options:
-            assert source.hub.options["data_files"].startswith("https://"), name
+            url = source.hub.options["data_files"]
+            assert re.fullmatch(r"https://[^/]+/[^/]+/[^/]+/[0-9a-f]{40}/.+", url), name
+        if source.hub is not None and source.hub.revision is not None:
+            assert re.fullmatch("[0-9a-f]{40}", source.hub.revision), name
+
+
+def test_parts_belong_to_a_source_of_their_kind() -> None:
+    parts = {name: source.part_of for name, source in SOURCES.items() if source.part_of}
+    assert parts == {"coconot_safety": "coconot_contrast"}
+    for name, whole in parts.items():
+        assert SOURCES[name].kind is SOURCES[whole].kind
+        assert SOURCES[name].file == SOURCES[whole].file
+
+
+@real
+def test_real_parts_share_rows_and_ids_with_the_whole() -> None:
+    part, whole = (sources.read(f"coconot_{n}", root=DATA) for n in ("safety", "contrast"))
+    named = {e.id: e.prompt for e in whole}
+    assert all(named[e.id] == e.prompt for e in part)
+    assert [e.category for e in whole].count(part[0].category) == len(part) == 149
 
 
 @pytest.mark.parametrize("name", [n for n, source in SOURCES.items() if source.demo])
@@ -441,6 +556,42 @@ def test_real_form_confound_is_seen_and_its_cure_works() -> None:
     assert "100% of the seemingly toxic prompts but 0%" in warning
     assert sources.form_gap(safe, sources.read("xstest_unsafe", root=DATA)) is None
     assert sources.form_gap(safe, sources.read("harmfulqa", root=DATA)) is None
+
+
+# --- rows read again by the ids that a run recorded ---
+
+
+def test_recorded_rows_are_found_again_in_their_order(tmp_path: Path) -> None:
+    one = write(
+        tmp_path, *({"id": f"a{i}", "prompt": f"one {i}"} for i in range(5)), name="1.jsonl"
+    )
+    two = write(
+        tmp_path, *({"id": f"b{i}", "prompt": f"two {i}"} for i in range(5)), name="2.jsonl"
+    )
+    both = [e for path in (one, two) for e in sources.read(path, kind=Kind.toxic)]
+    drawn = sources.draw(both, 7, 3)
+    ids, recorded = [e.id for e in drawn], sources.fingerprint(drawn)
+    assert sources.read_rows([one, two], ids, Kind.toxic, expected=recorded) == drawn
+    assert sources.read_rows([two, one], [], Kind.toxic) == []
+    with pytest.raises(DataError, match=r"2\.jsonl: no row is called 'a\d' any more \(\d of 7"):
+        sources.read_rows([two], ids, Kind.toxic)
+    write(tmp_path, *({"id": f"b{i}", "prompt": f"too {i}"} for i in range(5)), name="2.jsonl")
+    with pytest.raises(DataError, match="not the texts that the run was trained on; set data"):
+        sources.read_rows([one, two], ids, Kind.toxic, expected=recorded)
+
+
+def test_an_id_of_two_files_stands_for_one_after_the_other(tmp_path: Path) -> None:
+    paths = [write(tmp_path, {"id": 1, "prompt": p}, name=f"{p}.jsonl") for p in ("x", "y")]
+    assert [e.prompt for e in sources.read_rows(paths, ["1", "1"], Kind.toxic)] == ["x", "y"]
+    assert [e.prompt for e in sources.read_rows(paths, ["1"], Kind.toxic)] == ["x"]
+
+
+@real
+def test_real_rows_are_found_again() -> None:
+    drawn = sources.draw(sources.read("stl_safety", root=DATA), 1000, 0)
+    ids, recorded = [e.id for e in drawn], sources.fingerprint(drawn)
+    names = ["harmfulqa", "stl_safety"]
+    assert sources.read_rows(names, ids, Kind.toxic, root=DATA, expected=recorded) == drawn
 
 
 # --- transcripts, groups, forms ---

@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 from scipy import stats
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
 
 from dcr.statistics import (
@@ -14,10 +15,14 @@ from dcr.statistics import (
     auroc,
     auroc_interval,
     cohen_kappa,
+    confusion,
+    holm,
+    length_controlled_win_rate,
     mcnemar,
     mean_and_spread,
     paired_difference,
     wilson,
+    win_rates,
 )
 
 
@@ -234,6 +239,129 @@ def test_cohen_kappa_plain_cases() -> None:
     assert cohen_kappa([True, False], [False, True]) == pytest.approx(-1)
     assert math.isnan(cohen_kappa([True, True], [True, True]))
     assert math.isnan(cohen_kappa([], []))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_confusion_equals_counting(seed: int) -> None:
+    a, b = random_verdicts(60, 0.3, seed), random_verdicts(60, 0.6, seed + 10)
+    pairs = list(zip(a, b, strict=True))
+    assert confusion(a, b) == [
+        [pairs.count((False, False)), pairs.count((False, True))],
+        [pairs.count((True, False)), pairs.count((True, True))],
+    ]
+    assert confusion([], []) == [[0, 0], [0, 0]]
+    with pytest.raises(ValueError, match="1 and 2"):
+        confusion([True], [True, False])
+
+
+def holm_by_closed_testing(p_values: list[float]) -> list[float]:
+    """The largest Bonferroni p of all intersections of hypotheses that a hypothesis is part of."""
+    places = range(len(p_values))
+    subsets = [s for k in places for s in itertools.combinations(places, k + 1)]
+    return [
+        max(min(1.0, len(s) * min(p_values[i] for i in s)) for s in subsets if place in s)
+        for place in places
+    ]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_holm_equals_closed_testing(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    p_values = (generator.random(7) ** 3).round(2).tolist()  # rounded: some are tied
+    assert holm(p_values) == pytest.approx(holm_by_closed_testing(p_values), abs=1e-12)
+
+
+def test_holm_by_hand() -> None:
+    # 4 x 0.005, 3 x 0.01, 2 x 0.03, then 1 x 0.04, which may not fall below the one before it
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.7, 0.6]) == [1.0, 1.0]
+    assert holm([0.2]) == [0.2]
+    assert holm([]) == []
+
+
+@pytest.mark.parametrize("wrong", [[-0.1], [0.5, 1.1], [math.nan]])
+def test_holm_refuses_what_is_no_p_value(wrong: list[float]) -> None:
+    with pytest.raises(ValueError, match="p values"):
+        holm(wrong)
+
+
+def test_win_rates_by_hand() -> None:
+    found = win_rates([1.0, 0.5, 0.25, 0.75])
+    assert found.win_rate == 62.5
+    # deviations 3/8, -1/8, -3/8, 1/8: their squares sum to 20/64
+    assert found.standard_error == pytest.approx(100 * math.sqrt(20 / 64 / 3 / 4))
+    assert found.discrete == pytest.approx(100 * 2.5 / 4)
+
+
+def test_win_rates_of_too_few() -> None:
+    assert all(math.isnan(x) for x in vars(win_rates([])).values())
+    one = win_rates([0.75])
+    assert (one.win_rate, one.discrete) == (75, 100)
+    assert math.isnan(one.standard_error)
+
+
+@pytest.mark.parametrize("wrong", [1.5, -0.1, math.nan])
+def test_win_rates_refuse_what_is_no_preference(wrong: float) -> None:
+    with pytest.raises(ValueError, match="outside"):
+        win_rates([0.5, wrong])
+
+
+def random_comparisons(
+    count: int, quality: float, verbosity: float, seed: int
+) -> tuple[list[float], list[float]]:
+    """Preferences that follow the model of length control, with noise, and length differences."""
+    generator = np.random.default_rng(seed)
+    lengths = generator.normal(150, 400, count)
+    logits = quality + verbosity * np.tanh(lengths / lengths.std(ddof=1))
+    wins = generator.random(count) < 1 / (1 + np.exp(-logits))
+    return np.where(wins, 0.97, 0.03).tolist(), lengths.tolist()
+
+
+@pytest.mark.parametrize(("count", "seed"), [(20, 0), (100, 1), (805, 2)])
+def test_length_control_equals_scikit_learn_on_weighted_rows(count: int, seed: int) -> None:
+    preferences, lengths = random_comparisons(count, 0.4, 1.1, seed)
+    feature = np.tanh(np.array(lengths) / np.std(lengths, ddof=1))[:, None]
+    peer = LogisticRegression(C=10, tol=1e-10, max_iter=1000).fit(
+        np.concatenate([feature, feature]),
+        np.repeat([1, 0], count),
+        sample_weight=np.concatenate([preferences, 1 - np.array(preferences)]),
+    )
+    found = length_controlled_win_rate(preferences, lengths)
+    assert found is not None
+    assert found == pytest.approx(100 * peer.predict_proba([[0.0]])[0, 1], abs=1e-3)
+    assert abs(found - win_rates(preferences).win_rate) > 1  # length did matter
+
+
+def test_length_control_finds_the_quality_behind_the_lengths() -> None:
+    preferences, lengths = random_comparisons(20_000, quality=-0.5, verbosity=3.0, seed=3)
+    true = 0.03 + 0.94 / (1 + math.exp(0.5))
+    assert length_controlled_win_rate(preferences, lengths) == pytest.approx(100 * true, abs=1.5)
+    assert win_rates(preferences).win_rate > 50 > 100 * true
+
+
+def test_length_control_is_antisymmetric() -> None:
+    preferences, lengths = random_comparisons(60, 0.7, 0.5, seed=4)
+    there = length_controlled_win_rate(preferences, lengths)
+    back = length_controlled_win_rate([1 - p for p in preferences], [-x for x in lengths])
+    assert there is not None
+    assert back is not None
+    assert there + back == pytest.approx(100, abs=1e-6)
+
+
+def test_length_control_where_lengths_tell_nothing() -> None:
+    preferences, lengths = random_comparisons(40, 0.3, 0.0, seed=5)
+    plain = win_rates(preferences).win_rate
+    assert length_controlled_win_rate(preferences, [0.0] * 40) == plain
+    assert length_controlled_win_rate([0.5] * 40, lengths) == pytest.approx(50, abs=1e-6)
+    assert length_controlled_win_rate(preferences, [12.0] * 40) is None  # longer by 12 each time
+    assert length_controlled_win_rate(preferences[:19], lengths[:19]) is None
+    assert length_controlled_win_rate([], []) is None
+
+
+def test_length_control_where_the_longer_answer_always_wins() -> None:
+    lengths = [float(x) for x in range(-30, 31) if x]
+    found = length_controlled_win_rate([float(x > 0) for x in lengths], lengths)
+    assert found == pytest.approx(50, abs=1e-6)
 
 
 def test_intervals_are_read_only() -> None:

@@ -16,7 +16,14 @@ from dcr.data.sampling import (
     proportional_draws,
     stratified_draws,
 )
-from dcr.data.splits import HELD_OUT_PAIRS, Splits, row_record, split, warn_of_forms
+from dcr.data.splits import (
+    HELD_OUT_PAIRS,
+    Splits,
+    row_record,
+    split,
+    trained_texts,
+    warn_of_forms,
+)
 
 __all__ = [
     "DRAWS",
@@ -37,5 +44,6 @@ __all__ = [
     "row_record",
     "split",
     "stratified_draws",
+    "trained_texts",
     "warn_of_forms",
 ]

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from dcr import contamination, sources
 from dcr.config import ConfigError, DataConfig, Kind
@@ -167,8 +168,9 @@ class _Sift:
 
     def in_distribution(self, contrastive: bool) -> list[str]:
         """Evaluation sets that a run is trained on."""
-        nodes = ("safety", "normal", *(CONTRASTIVE_NODES if contrastive else ()))
-        return sorted(self._used(nodes) & set(self.evaluated))
+        used = self._used(("safety", "normal", *(CONTRASTIVE_NODES if contrastive else ())))
+        wholes = {name: s.part_of for name, s in sources.SOURCES.items()}
+        return sorted(n for n in self.evaluated if n in used or wholes.get(n) in used)
 
 
 def _with_response(rows: list[Example], key: str) -> list[Example]:
@@ -212,3 +214,33 @@ def row_record(rows: Splits) -> Mapping[str, object]:
         "in_distribution": rows.in_distribution,
         "unseen_groups": rows.unseen_groups,
     }
+
+
+# Lists of rows in `rows.json`: the config node and kind they came from, whether answers are learnt.
+LEARNT = {
+    "seemingly_toxic": ("seemingly_toxic", Kind.seemingly_toxic, False),
+    "toxic": ("toxic", Kind.toxic, False),
+    "normal": ("normal", Kind.normal, True),
+    "refusals": ("safety", Kind.toxic, True),
+}
+
+
+def trained_texts(data: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, list[str]]:
+    """All that a run was trained on, by source: prompts, and the responses of stage two.
+
+    `data` is the node of the run's `config.yaml` and `record` its `rows.json`. Raises DataError
+    where a source has changed since.
+    """
+    texts: dict[str, list[str]] = {}
+    for part, (node, kind, answers) in LEARNT.items():
+        rows = record.get("rows", {}).get(part)
+        if not rows or not rows["ids"]:
+            continue
+        for row in sources.read_rows(
+            data[node]["source"], rows["ids"], kind, root=data["root"], expected=rows["fingerprint"]
+        ):
+            found = texts.setdefault(row.source, [])
+            found.append(row.prompt)
+            if answers and row.response:
+                found.append(row.response)
+    return texts

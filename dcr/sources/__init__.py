@@ -1,7 +1,7 @@
-"""Where prompts come from: named sources, the user's JSONL files, and what is done with their rows.
+"""Where prompts come from: named sources, the user's files, and what is done with their rows.
 
-`table` says what each named source is, `reading` reads one, `jsonl` validates rows of files, and
-`examples` draws, splits and compares what was read.
+`table` says what each named source is, `fields` and `groups` how its raw rows become ours,
+`reading` reads one, `jsonl` validates rows of files, and `examples` draws, splits and compares.
 """
 
 from dcr.sources.examples import (
@@ -14,8 +14,9 @@ from dcr.sources.examples import (
     question_share,
     split_by_group,
 )
-from dcr.sources.reading import read, read_jsonl
-from dcr.sources.table import SOURCES, Hub, Source, first_turn
+from dcr.sources.fields import first_turn
+from dcr.sources.reading import read, read_jsonl, read_rows
+from dcr.sources.table import SOURCES, Hub, Source
 
 __all__ = [
     "SOURCES",
@@ -31,5 +32,6 @@ __all__ = [
     "question_share",
     "read",
     "read_jsonl",
+    "read_rows",
     "split_by_group",
 ]

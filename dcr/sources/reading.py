@@ -3,13 +3,15 @@
 import difflib
 import logging
 import os
+from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import closing
 from importlib import resources
 from typing import IO
 
 from dcr.config import ConfigError, DataError, Kind
 from dcr.sources import jsonl
-from dcr.sources.examples import Example
+from dcr.sources.examples import Example, fingerprint
 from dcr.sources.jsonl import Row
 from dcr.sources.table import SOURCES, Hub, Source
 
@@ -83,6 +85,39 @@ def read_jsonl(path: str, kind: Kind, *, pairs: bool = False) -> list[Example]:
     return examples
 
 
+def read_rows(
+    names: Sequence[str],
+    ids: Sequence[str],
+    kind: Kind,
+    *,
+    root: str | None = None,
+    expected: str | None = None,
+) -> list[Example]:
+    """The rows that a run recorded by their ids, in that order, read again from its sources.
+
+    An id that several of `names` hold stands for the first of those rows not taken yet.
+    `expected` is the fingerprint that the run recorded. Raises DataError if an id is gone or the
+    texts are no longer those, and whatever `read` raises.
+    """
+    found: defaultdict[str, list[Example]] = defaultdict(list)
+    for name in names:
+        for example in read(name, root=root, kind=kind):
+            found[example.id].append(example)
+    where = ", ".join(names)
+    if missing := [identity for identity in ids if identity not in found]:
+        raise DataError(
+            f"{where}: no row is called {missing[0]!r} any more ({len(missing)} of {len(ids)} "
+            "gone); set data.root to the files that the run was trained on"
+        )
+    rows = [found[i].pop(0) if len(found[i]) > 1 else found[i][0] for i in ids]
+    if expected is not None and fingerprint(rows) != expected:
+        raise DataError(
+            f"{where}: not the texts that the run was trained on; "
+            "set data.root to the files used then"
+        )
+    return rows
+
+
 def _source(name: str) -> Source:
     if name in SOURCES:
         return SOURCES[name]
@@ -103,13 +138,13 @@ def _rows(name: str, source: Source, root: str | None) -> tuple[list[Located], i
             return _file_rows(stream, f"demo/{source.demo}"), None
     if root is None:
         assert source.hub is not None  # as every source outside the package has
-        return _hub_rows(name, source.hub), source.hub.rows
+        return _hub_rows(name, source.hub, _cure(source)), source.hub.rows
     if not os.path.isdir(root):
         raise ConfigError(f"data.root={root}: not a folder; name the one with the data files")
     if source.file is None:
         raise DataError(
             f"{name}: only on the hub ({source.hub}), not in data.root={root}; leave data.root "
-            "out, or choose another source such as data.toxic.source=harmfulqa"
+            f"out, name a file {name}.jsonl made from it (docs/data.md), or choose another source"
         )
     path = os.path.join(root, source.file)
     with closing(_opened(path, f"; leave data.root out to read {source.hub} instead")) as stream:
@@ -127,7 +162,16 @@ def _file_rows(stream: IO[bytes], path: str) -> list[Located]:
     return [(f"{path}:{line}", row) for line, row in jsonl.rows(stream, path)]
 
 
-def _hub_rows(name: str, hub: Hub) -> list[Located]:
+def _cure(source: Source) -> str:
+    """What a user can do when a hub set cannot be read."""
+    if source.hub is not None and source.hub.gated:
+        return "accept its terms on the hub, then log in with `hf auth login`"
+    if source.file is None:
+        return "a .jsonl file of your own can stand in its place"
+    return "data.root=<folder> reads it offline"
+
+
+def _hub_rows(name: str, hub: Hub, cure: str) -> list[Located]:
     import datasets  # takes a second, and only hub reading needs it
 
     try:
@@ -138,16 +182,14 @@ def _hub_rows(name: str, hub: Hub) -> list[Located]:
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(
-            f"{name}: cannot read {hub} through datasets ({type(error).__name__}: {reason}); "
-            "data.root=<folder> reads it offline"
+            f"{name}: cannot read {hub} through datasets ({type(error).__name__}: {reason}); {cure}"
         ) from error
     try:
         return [(f"{name}:{number}", hub.fields(row)) for number, row in enumerate(table, 1)]
     except KeyError as error:
         columns = ", ".join(table.column_names)
         raise DataError(
-            f"{name}: {hub} has no column {error} (columns: {columns}); "
-            "data.root=<folder> reads it offline"
+            f"{name}: {hub} has no column {error} (columns: {columns}); {cure}"
         ) from None
 
 

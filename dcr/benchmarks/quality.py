@@ -1,0 +1,142 @@
+"""AlpacaEval: how often a model's answers are preferred to a reference's, the STL run's."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dcr import endpoints, runs, statistics
+from dcr.config import ConfigError, EvalConfig
+from dcr.generation import Completion
+from dcr.judges import pairwise
+from dcr.judges.pairwise import Annotation, Pair
+from dcr.runs import Run
+
+
+def check(settings: EvalConfig) -> None:
+    """Raises ConfigError or EndpointError for what would fail after the answers are written.
+
+    The annotator's prompt and parameters, its key, and the folder of the reference run.
+    """
+    pairwise.check(settings.annotator)
+    reference = settings.quality.reference
+    if reference is None or not Run(Path(reference)).config_file.is_file():
+        raise ConfigError(
+            f"quality.reference={reference}: no config.yaml there; "
+            "name the run folder of the STL run of the same model"
+        )
+    endpoints.check(settings.annotator, "annotator")
+
+
+def quality(
+    answers: Sequence[Completion],
+    reference: Sequence[Completion],
+    settings: EvalConfig,
+    folder: Path,
+    labels: tuple[str, str],
+    progress: bool = True,
+) -> dict[str, Any]:
+    """The `quality` block of `metrics.json`: win rates of `answers` over `reference`, in percent.
+
+    Answers meet by id and prompt; `missing` counts the prompts that one side alone has. `labels`
+    names the model and the reference. Annotations lie in `folder`/quality, one line each, beside
+    `annotations.json`, `model_outputs.json` and `reference_outputs.json` in AlpacaEval's format.
+    `error` and `invalid` annotations count in no rate; `identical` answers are ties within `n`.
+    Without a scored comparison the rates are None.
+
+    Raises ConfigError when no prompt has two answers, and what `pairwise.annotate` raises.
+    """
+    pairs, missing = _paired(answers, reference)
+    if not pairs:
+        raise ConfigError(
+            f"quality.reference={settings.quality.reference}: answers none of the {len(answers)} "
+            f"prompts of {settings.quality.source}; evaluate both runs on the same source"
+        )
+    home, (model, other) = folder / "quality", labels
+    runs.write_json(home / "model_outputs.json", _outputs(answers, model, settings))
+    runs.write_json(home / "reference_outputs.json", _outputs(reference, other, settings))
+    rows = pairwise.annotate(pairs, settings, home, (other, model), progress)
+    runs.write_json(home / "annotations.json", [_published(row, settings) for row in rows])
+    return {
+        **_rates([row for row in rows if row.status == "ok"]),
+        **{status: sum(row.status == status for row in rows) for status in ("invalid", "error")},
+        "identical": sum(not row.asked for row in rows),
+        "missing": missing,
+        "annotator": settings.annotator.model,
+        "reference": other,
+        "usage": _usage(rows, settings),
+    }
+
+
+def _paired(
+    answers: Sequence[Completion], reference: Sequence[Completion]
+) -> tuple[list[Pair], int]:
+    """Both answers to each prompt that has two, and how many prompts have one."""
+    others = {(c.id, c.prompt): c.response for c in reference}
+    own = {(c.id, c.prompt): c.response for c in answers}
+    pairs = [Pair(*key, others[key], response) for key, response in own.items() if key in others]
+    return pairs, len(own.keys() ^ others.keys())
+
+
+def _rates(scored: Sequence[Annotation]) -> dict[str, Any]:
+    """Rates over the comparisons that came out; lengths in characters, as AlpacaEval has them."""
+    preferences = [row.preference - 1 for row in scored if row.preference is not None]
+    own, others = ([len(getattr(row, f"output_{i}")) for row in scored] for i in (2, 1))
+    differences = [a - b for a, b in zip(own, others, strict=True)]
+    found = statistics.win_rates(preferences)
+    return {
+        "win_rate": _number(found.win_rate),
+        "standard_error": _number(found.standard_error),
+        "length_controlled": statistics.length_controlled_win_rate(preferences, differences),
+        "discrete": _number(found.discrete),
+        "n": len(scored),
+        "mean_length": float(np.mean(own)) if scored else None,
+        "reference_length": float(np.mean(others)) if scored else None,
+    }
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _usage(rows: Sequence[Annotation], settings: EvalConfig) -> dict[str, Any]:
+    """What these annotations took, in this run or an earlier one; one request counts once."""
+    once = {row.of: row for row in rows if row.asked}.values()
+    prompt = sum(row.prompt_tokens for row in once)
+    completion = sum(row.completion_tokens for row in once)
+    return {
+        "requests": len(once),
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "usd": endpoints.spend(settings.annotator, prompt, completion),
+    }
+
+
+def _outputs(
+    answers: Sequence[Completion], generator: str, settings: EvalConfig
+) -> list[dict[str, str]]:
+    """Answers as AlpacaEval's `--model_outputs` and `--reference_outputs` read them."""
+    return [
+        {
+            "dataset": settings.quality.source,
+            "instruction": answer.prompt,
+            "output": answer.response,
+            "generator": generator,
+        }
+        for answer in answers
+    ]
+
+
+ALPACA_EVAL_KEYS = (
+    *("instruction", "output_1", "generator_1", "output_2", "generator_2"),
+    *("annotator", "preference"),
+)
+
+
+def _published(row: Annotation, settings: EvalConfig) -> dict[str, Any]:
+    return {
+        "dataset": settings.quality.source,
+        **{key: getattr(row, key) for key in ALPACA_EVAL_KEYS},
+    }

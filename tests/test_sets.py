@@ -1,0 +1,105 @@
+"""Which sets are asked, which belong together, and that the paper's totals come out."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dcr import sources
+from dcr.benchmarks import sets
+from dcr.config import DataConfig, EvaluationSets, Kind, Task
+from dcr.sources import SOURCES
+
+DATA = os.environ.get("DCR_DATA", "")
+real = pytest.mark.skipif(not os.path.isdir(DATA), reason="DCR_DATA names no folder")
+PAPER = yaml.safe_load((Path(__file__).parent.parent / "conf/data/paper.yaml").read_text())
+KINDS = {"over_refusal": Kind.seemingly_toxic, "safety": Kind.toxic}
+
+
+def paper_sets() -> list[tuple[str, Kind]]:
+    return [(name, kind) for task, kind in KINDS.items() for name in PAPER["evaluation"][task]]
+
+
+def test_the_papers_sets_are_asked_by_default_and_are_in_a_local_folder() -> None:
+    assert {*sets.PAPER_OVER_REFUSAL, *sets.APART} == set(PAPER["evaluation"]["over_refusal"])
+    assert set(sets.PAPER_SAFETY) < set(PAPER["evaluation"]["safety"])
+    for name, kind in paper_sets():
+        assert SOURCES[name].kind is kind, name
+        assert SOURCES[name].file is not None, name  # else data.root could not serve it
+
+
+def test_the_totals_are_the_papers() -> None:
+    safety = [SOURCES[name].rows or 0 for name in sets.PAPER_SAFETY]
+    assert safety == [100, 178, 40, 100, 520]
+    assert sum(safety) == 938
+    rows = {name: SOURCES[name].rows for name in sets.PAPER_OVER_REFUSAL}
+    assert list(rows.values()) == [250, 379, 1319, 300, 2077]
+    controversial = SOURCES["phtest_controversial"].hub
+    assert controversial is not None
+    assert 2077 + controversial.rows == 3269
+
+
+@real
+def test_real_sets_are_read_whole_and_sampled(caplog: pytest.LogCaptureFixture) -> None:
+    config = DataConfig(label="paper", root=DATA, evaluation=EvaluationSets(**PAPER["evaluation"]))
+    found = sets.read([Task.over_refusal, Task.safety], config, None, seed=0)
+    assert [(b.name, b.kind) for b in found] == paper_sets()
+    sizes = {b.name: len(b.rows) for b in found}
+    assert sum(sizes[name] for name in sets.PAPER_SAFETY) == 938
+    assert sizes["coconot_safety"] == 149
+    assert sizes["phtest_controversial"] == 180
+    assert not [m for m in caplog.messages if "expected" in m]
+    few = sets.read([Task.safety], config, 30, seed=0)
+    assert {len(b.rows) for b in few} == {30}
+    whole = {b.name: {row.id for row in b.rows} for b in found}
+    assert all({row.id for row in b.rows} <= whole[b.name] for b in few)
+
+
+def test_a_pair_holds_known_sets_of_either_kind() -> None:
+    for benign, toxic in sets.PAIRS:
+        assert {SOURCES[name].kind for name in benign} == {Kind.seemingly_toxic}
+        assert {SOURCES[name].kind for name in toxic} == {Kind.toxic}
+
+
+def test_pairs_need_every_set_of_both_sides() -> None:
+    assert sets.pairs_of([]) == {}
+    assert sets.pairs_of(["oktest", "xstest_safe", "orbench_hard"]) == {}
+    assert sets.pairs_of(["xstest_safe", "xstest_unsafe", "mine"]) == {
+        "xstest_safe / xstest_unsafe": (("xstest_safe",), ("xstest_unsafe",))
+    }
+    five = ["i_malicious_instructions", "i_cona", "i_controversial", "q_harm", "advbench"]
+    assert sets.pairs_of(["oktest", *five[1:]]) == {}
+    assert sets.pairs_of(["oktest", *five]) == {"oktest / paper_safety": (("oktest",), tuple(five))}
+    assert list(sets.pairs_of(name for name, _ in paper_sets())) == [
+        "xstest_safe / xstest_unsafe",
+        "orbench_hard / harmfulq",
+        "oktest / paper_safety",
+    ]
+    assert len(sets.pairs_of(SOURCES)) == len(sets.PAIRS)  # no two labels are the same
+
+
+def test_sets_apart_are_parts_of_another_or_disputed() -> None:
+    assert set(sets.APART) == {n for n, s in SOURCES.items() if s.part_of} | {
+        "phtest_controversial"
+    }
+
+
+def test_tasks_without_prompts_bring_none(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps({"prompt": "How do I dye wool?"}) + "\n")
+    config = DataConfig(label="made", evaluation=EvaluationSets([str(path)], []))
+    (mine,) = sets.read(list(Task), config, None, seed=0)
+    assert (mine.name, mine.kind) == ("mine", Kind.seemingly_toxic)
+    assert sets.read([Task.ability, Task.quality], config, None, seed=0) == []
+
+
+def test_a_file_named_like_a_hub_set_takes_its_place_in_pairs(tmp_path: Path) -> None:
+    path = tmp_path / "orbench_toxic.jsonl"
+    path.write_text(json.dumps({"prompt": "Do harm."}) + "\n")
+    assert SOURCES["orbench_toxic"].file is None
+    config = DataConfig(label="made", evaluation=EvaluationSets([], [str(path)]))
+    (found,) = sets.read([Task.safety], config, None, seed=0)
+    assert "orbench_hard / orbench_toxic" in sets.pairs_of([found.name, "orbench_hard"])
+    assert sources.read(str(path), kind=Kind.toxic) == found.rows
