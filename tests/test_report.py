@@ -12,7 +12,9 @@ import yaml
 
 from dcr import report, runs
 from dcr.config import UserError
-from dcr.report import figures, page, paired, tables
+from dcr.report import figures, measured, page, paired, tables
+from dcr.report.cells import Value
+from dcr.report.completions import Completions
 from dcr.report.entries import Style, entries, seed_groups
 from dcr.report.records import read_run
 from dcr.runs import Run
@@ -85,7 +87,7 @@ def change(place: Path, set_name: str, **keys: Any) -> None:
     path.write_text(json.dumps(metrics))
 
 
-def table_of(*folders: Path) -> dict[str, dict[str, list[tables.Value | None]]]:
+def table_of(*folders: Path) -> dict[str, dict[str, list[Value | None]]]:
     """The main table as {section: {row: values}}."""
     columns = entries([read_run(folder) for folder in folders])
     return {
@@ -103,7 +105,7 @@ def build(tmp_path: Path, *folders: Path) -> tuple[str, str]:
 class Balanced(HTMLParser):
     """Fails on a closing tag that closes nothing; collects ids, links and tag names."""
 
-    VOID = ("meta", "input", "br", "img", "link")
+    VOID = ("meta", "input", "br", "wbr", "img", "link")
 
     def __init__(self) -> None:
         super().__init__()
@@ -269,7 +271,7 @@ def test_paired_differences_and_mcnemar_by_hand(tmp_path: Path) -> None:
     make_eval(dcr, {"safe": "cccccccccc", "okay": "rr", "unsafe": "rrrc"})
     make_eval(stl, {"safe": "rrrrrrcccc", "okay": "cc", "unsafe": "rrrr"})
     columns = entries([read_run(folder) for folder in (dcr, stl)])
-    (pair,) = paired.comparisons(columns, report._Completions([]))
+    (pair,) = paired.comparisons(columns, Completions([]))
     assert (pair.a.name, pair.b.name) == ("DCR seed 0", "STL seed 0")
     lines = {(line.kind.value, line.label): line for line in pair.lines}
     safe = lines["seemingly_toxic", "safe"]
@@ -285,7 +287,9 @@ def test_paired_differences_and_mcnemar_by_hand(tmp_path: Path) -> None:
     assert lines["toxic", "unsafe"].pooled
     text, html = build(tmp_path, dcr, stl)
     assert re.search(
-        r"DCR seed 0 − STL seed 0 +\+33\.3 \[.*\] +0\.289 +−25\.0 \[.*\] +1\.000", text
+        r"DCR seed 0 − STL seed 0 +compliance +\+33\.3 \[.*\] +0\.289 +0\.867\n"
+        r" +refusal +−25\.0 \[.*\] +1\.000 +1\.000",
+        text,
     )
     assert "+60.0 [" in html
 
@@ -298,7 +302,7 @@ def test_pairs_need_the_same_seed_and_tell_of_other_settings(tmp_path: Path) -> 
     for folder in (dcr, near, far, other):
         make_eval(folder, {"safe": "cr"})
     columns = entries([read_run(folder) for folder in (dcr, near, far, other)])
-    (pair,) = paired.comparisons(columns, report._Completions([]))
+    (pair,) = paired.comparisons(columns, Completions([]))
     assert pair.b.run.folder == near
     assert pair.differing == ["sft.lr: 0.2 -> 0.1"]
 
@@ -392,7 +396,8 @@ def test_frontiers_follow_the_snapshots_by_step(tmp_path: Path) -> None:
     records = [read_run(run)]
     columns = entries(records)
     assert len(columns) == 1
-    shown = page.Report(records, columns, [], [], [], [], [], report._Completions([]))
+    grids = measured.grids(columns)
+    shown = page.Report(records, columns, grids, [], [], [], [], Completions([]))
     (frontier,) = page._frontiers(shown, [["safe"], ["unsafe"]])
     assert frontier.points == [(1.0, 0.0), (0.5, 0.75), (0.0, 1.0)]
     point = figures.Point(Style(1, 0), Interval(0.5, 0.4, 0.6), Interval(0.7, 0.6, 0.8))
@@ -474,7 +479,7 @@ def test_a_store_may_hold_more_than_the_set(tmp_path: Path) -> None:
         file.write(json.dumps(again) + "\n")
     notes: list[str] = []
     (entry,) = entries([read_run(run)])
-    kept = report._Completions(notes)(entry, "safe")
+    kept = Completions(notes)(entry, "safe")
     assert [completion.id for completion in kept] == ["safe-2", "safe-1"]
     assert kept[1].response.endswith("Again.")
     assert notes == []

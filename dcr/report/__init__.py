@@ -1,6 +1,9 @@
 """From run folders to one table in the terminal and one self-contained HTML page.
 
-python -m dcr.report <run folders> [out=<file.html>]
+python -m dcr.report <run folders> [--table NAME ...] [out=<file.html>]
+
+Each `--table` writes one of the paper's tables, ours beside the paper's numbers, as Markdown, CSV,
+LaTeX and HTML into the page's folder.
 """
 
 import os
@@ -11,58 +14,57 @@ from pathlib import Path
 
 from dcr import runs
 from dcr.config import UserError
-from dcr.report import page, terminal
+from dcr.report import markup, page, terminal
+from dcr.report.completions import Completions
 from dcr.report.entries import Entry, about, entries, seed_groups
+from dcr.report.measured import grids
 from dcr.report.paired import comparisons
-from dcr.report.records import Completion, RunRecord, read_completions, read_run
-from dcr.report.tables import discernment, over_seeds, sections
+from dcr.report.paper import TABLES
+from dcr.report.records import RunRecord, read_run
+from dcr.report.tables import over_seeds
 
-USAGE = "usage: python -m dcr.report <run folders> [out=<file.html>]"
+USAGE = "usage: python -m dcr.report <run folders> [--table NAME ...] [out=<file.html>]"
 WIDTH = 100  # where no terminal tells its own
 
 
-def build(folders: list[Path], out: Path) -> str:
-    """Write the page to `out`, whole or not at all, and return the terminal's table.
+def build(folders: list[Path], out: Path, wanted: Sequence[str] = ()) -> str:
+    """Write the page to `out` and the wanted tables beside it, each file whole or not at all.
 
-    Raises UserError for a folder without a readable evaluation, or where `out` cannot be written.
+    Returns the terminal's table. Raises UserError for a folder without a readable evaluation, or
+    where a file cannot be written.
     """
     records = [read_run(folder) for folder in _distinct(folders)]
     if not records:
         raise UserError(USAGE)
     columns = entries(records)
     notes: list[str] = []
-    completions = _Completions(notes)
-    table, groups = sections(columns) + discernment(columns), seed_groups(columns)
-    seeds = over_seeds(table, groups)
+    completions = Completions(notes)
+    measured, groups = grids(columns), seed_groups(columns)
+    seeds = over_seeds(measured.rates, groups)
     pairs = comparisons(columns, completions)
-    report = page.Report(records, columns, table, groups, seeds, pairs, notes, completions)
+    papers = [TABLES[name](columns, groups) for name in dict.fromkeys(wanted)]
+    report = page.Report(
+        records, columns, measured, groups, seeds, pairs, notes, completions, papers
+    )
     for entry in columns:  # read first, so that the page can tell what was skipped
         for name in entry.evaluation.sets:
             completions(entry, name)
     notes[:0] = [note for record in records for note in record.notes] + _uneven(columns)
-    # folder names may hold bytes that are no text
-    html = page.render(report).encode("utf-8", "replace").decode()
-    try:
-        runs.write_text(out, html)
-    except OSError as error:
-        raise UserError(f"out={out}: cannot be written ({error.strerror or error})") from error
+    _write(out, page.render(report))
+    for table in papers:
+        for ending, text_of in markup.WRITERS.items():
+            _write(out.parent / f"{table.name}.{ending}", text_of(table))
     width = shutil.get_terminal_size((WIDTH, 24)).columns
     title = _title(records, columns)
-    return terminal.render(title, columns, table, groups, seeds, pairs, notes, width)
+    return terminal.render(title, columns, measured.all, groups, seeds, pairs, notes, width)
 
 
-class _Completions:
-    """Reads and judges each file of completions once."""
-
-    def __init__(self, notes: list[str]) -> None:
-        self.notes = notes
-        self.read: dict[tuple[Path, str], list[Completion]] = {}
-
-    def __call__(self, entry: Entry, name: str) -> list[Completion]:
-        key = entry.evaluation.folder, name
-        if key not in self.read:
-            self.read[key] = read_completions(entry.evaluation, name, self.notes)
-        return self.read[key]
+def _write(path: Path, text: str) -> None:
+    try:
+        # folder names may hold bytes that are no text
+        runs.write_text(path, text.encode("utf-8", "replace").decode())
+    except OSError as error:
+        raise UserError(f"out={path}: cannot be written ({error.strerror or error})") from error
 
 
 def _distinct(folders: Sequence[Path]) -> list[Path]:
@@ -93,25 +95,28 @@ def _title(records: Sequence[RunRecord], columns: Sequence[Entry]) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command: print the table and the page's place; 2 and one line for a user's error."""
+    """The command: print the table and the files' places; 2 and one line for a user's error."""
     try:
         if {"-h", "--help"} & set(arguments):
-            print(USAGE)
+            print(f"{USAGE}\ntables: {', '.join(TABLES)}")
             return 0
-        folders, out = _parsed(arguments)
-        table = build(folders, out)
+        folders, out, wanted = _parsed(arguments)
+        table = build(folders, out, wanted)
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # pyright: ignore
     print(f"{table}\n\npage: {out}")
+    for name in wanted:
+        print(f"{name}: {out.parent / name}.{{{','.join(markup.WRITERS)}}}")
     return 0
 
 
-def _parsed(arguments: Sequence[str]) -> tuple[list[Path], Path]:
+def _parsed(arguments: Sequence[str]) -> tuple[list[Path], Path, list[str]]:
+    given, wanted = _tables(arguments)
     folders, out = [], None
-    for argument in arguments:
+    for argument in given:
         key, equals, value = argument.partition("=")
         if equals and key == "out":
             out = Path(value)
@@ -123,5 +128,25 @@ def _parsed(arguments: Sequence[str]) -> tuple[list[Path], Path]:
         raise UserError(f"no run folder given; {USAGE}")
     if out is not None and (out.is_dir() or not out.name):
         raise UserError(f"out={out}: name a file, such as out=report.html")
+    if out is not None and out.name in {
+        f"{name}.{end}" for name in wanted for end in markup.WRITERS
+    }:
+        raise UserError(f"out={out}: --table writes a file of this name; name another")
     parent = os.path.commonpath([folder.resolve().parent for folder in folders])
-    return folders, out or Path(os.path.relpath(parent)) / "report.html"
+    return folders, out or Path(os.path.relpath(parent)) / "report.html", wanted
+
+
+def _tables(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Everything but the tables asked for, and their names, each once."""
+    others, wanted = [], []
+    left = iter(arguments)
+    for argument in left:
+        flag, equals, name = argument.partition("=")
+        if flag != "--table":
+            others.append(argument)
+            continue
+        name = name if equals else next(left, "")
+        if name not in TABLES:
+            raise UserError(f"--table {name}: no such table; choose from {', '.join(TABLES)}")
+        wanted.append(name)
+    return others, list(dict.fromkeys(wanted))

@@ -5,9 +5,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from dcr import runs
-from dcr.report.records import Evaluation, RunRecord, printable
+from dcr.report.printing import printable
+from dcr.report.records import Evaluation, RunRecord
 
-METHODS = ("base", "stl", "dcr")  # left to right
+METHODS = {  # left to right, and what a table calls them
+    "base": "base model",
+    "stl": "STL",
+    "stl_aug": "STL-aug",
+    "surgical": "Surgical",
+    "scans": "SCANS",
+    "dcr": "DCR",
+}
+STEERED = ("surgical", "scans", "ablation")  # may also stand in an evaluation's settings
+UNTRAINED = ("base", "endpoint")  # weights that no run of ours made
 NAMED_KEYS = 3  # settings that tell two columns apart, as many as a header holds
 # What does not decide a run's weights, or stands in the label by itself.
 UNTOLD = ("seed", "method", "preset_name", "tracking", "eval", "gen", "output")
@@ -46,8 +56,8 @@ class Group:
 
 def about(run: RunRecord, evaluation: Evaluation, key: str) -> str:
     """method, model, preset, seed or data, from the evaluation or else from the run's config."""
-    if key == "method" and evaluation.weights == "base":
-        return "base"
+    if key == "method" and evaluation.weights in UNTRAINED:
+        return evaluation.weights
     if key in evaluation.about:
         return evaluation.about[key]
     node = {"preset": "preset_name", "model": "model", "data": "data"}.get(key, key)
@@ -65,7 +75,7 @@ def shown(records: Sequence[RunRecord]) -> list[tuple[RunRecord, Evaluation]]:
         final = {evaluation.weights for evaluation in run.evaluations}
         for evaluation in run.evaluations:
             stage_one = evaluation.weights == "contrastive" and not final & {"sft", "snapshot"}
-            if evaluation.weights not in ("base", "sft") and not stage_one:
+            if evaluation.weights not in ("base", "sft", "endpoint") and not stage_one:
                 continue
             if evaluation.weights == "base":
                 identity = runs.fingerprint(
@@ -78,15 +88,33 @@ def shown(records: Sequence[RunRecord]) -> list[tuple[RunRecord, Evaluation]]:
     return sorted(chosen, key=lambda pair: _order(*pair))
 
 
+def steering(evaluation: Evaluation) -> str:
+    """The activation edit that an evaluation was made under; empty where there was none."""
+    told = _edit(evaluation)
+    return next((name for name in STEERED if name in told), "")
+
+
+def _edit(evaluation: Evaluation) -> list[str]:
+    return [str(v) for v in flattened({"": evaluation.settings.get("steering")}).values()]
+
+
+def method_of(run: RunRecord, evaluation: Evaluation) -> str:
+    """The method as the paper counts them, in which steering an STL run is one of its own."""
+    method, edit = about(run, evaluation, "method"), steering(evaluation)
+    return edit if method == "stl" and edit in METHODS else method
+
+
 def _order(run: RunRecord, evaluation: Evaluation) -> tuple[Any, ...]:
-    method = about(run, evaluation, "method")
-    rank = METHODS.index(method) if method in METHODS else len(METHODS)
+    method = method_of(run, evaluation)
+    rank = list(METHODS).index(method) if method in METHODS else len(METHODS)
     preset, seed = about(run, evaluation, "preset"), about(run, evaluation, "seed")
     return (
+        evaluation.weights == "endpoint",
         about(run, evaluation, "model"),
         rank,
         method,
         (preset != "paper", preset),
+        [(len(part), part) for part in _edit(evaluation)],  # strengths in ascending order
         variant(run, evaluation),
         (len(seed), seed),
         str(evaluation.folder),
@@ -94,10 +122,12 @@ def _order(run: RunRecord, evaluation: Evaluation) -> tuple[Any, ...]:
 
 
 def variant(run: RunRecord, evaluation: Evaluation) -> str:
-    """Names everything that decides the weights except the seed."""
+    """Names everything that decides the weights, and an edit of activations, but not the seed."""
     told = [about(run, evaluation, key) for key in ("method", "model", "preset", "data")]
-    if told[0] == "base":
+    if told[0] in UNTRAINED:
         return runs.fingerprint(told[:2])
+    if steering(evaluation):
+        told.append(runs.fingerprint(evaluation.settings["steering"]))
     config = {k: v for k, v in runs.binding(run.config).items() if k not in UNTOLD}
     return runs.fingerprint([told, config])
 
@@ -158,10 +188,15 @@ def _labels(pairs: Sequence[tuple[RunRecord, Evaluation]]) -> list[tuple[str, ..
 
 def _label(run: RunRecord, evaluation: Evaluation, with_model: bool) -> tuple[str, ...]:
     method, preset = about(run, evaluation, "method"), about(run, evaluation, "preset")
-    model = (about(run, evaluation, "model"),) if with_model else ()
+    model = (about(run, evaluation, "model"),)
+    if method == "endpoint":
+        return ("endpoint", *model)
+    model = model if with_model else ()
     if method == "base":
-        return ("base model", *model)
-    label = (method.upper() if method in METHODS else method,)
+        return (METHODS[method], *model)
+    label = (METHODS.get(method, method),)
+    if (edit := steering(evaluation)) and edit != method:
+        label += (f"+ {edit}",)
     if preset not in ("", "-", "paper"):
         label += (preset,)
     if evaluation.weights == "contrastive":
@@ -206,7 +241,7 @@ def seed_groups(columns: Sequence[Entry]) -> list[Group]:
     """Columns that differ only by seed, where there are two or more."""
     found: dict[str, list[int]] = {}
     for place, entry in enumerate(columns):
-        if about(entry.run, entry.evaluation, "method") == "base":
+        if about(entry.run, entry.evaluation, "method") in UNTRAINED:
             continue
         key = runs.fingerprint(
             [

@@ -12,7 +12,9 @@ from markupsafe import Markup
 import dcr
 from dcr import runs
 from dcr.config import Kind
-from dcr.report import figures
+from dcr.report import figures, judged, markup
+from dcr.report.cells import CONTAMINATED, IN_DISTRIBUTION, Section, any_marked, text_of
+from dcr.report.completions import Completion
 from dcr.report.entries import (
     Entry,
     Group,
@@ -21,21 +23,16 @@ from dcr.report.entries import (
     flattened,
     run_styles,
     settings_without_seed,
+    steering,
     variant,
 )
 from dcr.report.figures import Curves, Frontier, Panel, Point
+from dcr.report.measured import Grids
 from dcr.report.paired import Comparison, p_value, points
-from dcr.report.records import Completion, Evaluation, RunRecord, printable
-from dcr.report.tables import (
-    IN_DISTRIBUTION,
-    Section,
-    marked_sets,
-    of_sets,
-    rate,
-    sections,
-    set_names,
-    text_of,
-)
+from dcr.report.paper import PaperTable
+from dcr.report.printing import printable
+from dcr.report.records import Evaluation, RunRecord
+from dcr.report.tables import keyword, marked_sets, of_sets, pooled, sections, set_names, together
 
 PROMPTS_A_SET = 30
 
@@ -46,12 +43,13 @@ class Report:
 
     records: Sequence[RunRecord]
     columns: Sequence[Entry]
-    table: Sequence[Section]
+    grids: Grids
     groups: Sequence[Group]
     seeds: Sequence[Section]
     pairs: Sequence[Comparison]
     notes: Sequence[str]
     completions: Callable[[Entry, str], list[Completion]]
+    paper: Sequence[PaperTable] = ()
 
 
 @dataclass(frozen=True)
@@ -82,19 +80,24 @@ def render(report: Report) -> str:
         "colour": figures.colour_class,
         "verdict": _verdict,
         "dagger": IN_DISTRIBUTION,
+        "double_dagger": CONTAMINATED,
         "drawing": lambda panel: Markup(panel.svg),  # our own, its texts escaped
+        "paper_table": lambda table: Markup(markup.html_table(table)),  # its texts escaped
     }
     kinds = {kind: set_names(report.columns, kind) for kind in (Kind.seemingly_toxic, Kind.toxic)}
     return environment.get_template("report.html").render(
         version=dcr.__version__,
         columns=report.columns,
-        table=report.table,
+        grids=report.grids,
         recommended=sections(report.columns, "recommended"),
         groups=report.groups,
         seeds=report.seeds,
         pairs=report.pairs,
         notes=report.notes,
         marked=marked_sets(report.columns),
+        contaminated=any_marked(report.grids.all, CONTAMINATED),
+        confusions=judged.confusions(report.columns),
+        paper=report.paper,
         models=_distinct(report, "model"),
         data=_distinct(report, "data"),
         curves=_curves(report),
@@ -103,8 +106,6 @@ def render(report: Report) -> str:
         trade_offs=_trade_offs(report),
         has_frontier=any(e.weights == "snapshot" for r in report.records for e in r.evaluations),
         samples=[(kind.value, n, _sample(report, n)) for kind in kinds for n in kinds[kind]],
-        quality=[(name, [e.evaluation.sets.get(name) for e in report.columns])
-                 for names in kinds.values() for name in names],
         settings=_settings(report),
         rows=[(r.folder.name, *_rows(r)) for r in report.records if r.rows.get("rows")],
         configs=[(record.folder.name, _yaml(record)) for record in report.records if record.config],
@@ -123,7 +124,8 @@ def _verdict(completion: Completion) -> str:
 def _style_of(record: RunRecord, styles: dict[tuple[str, str], Style]) -> Style:
     """The style of a run's trained weights; neutral for the base model."""
     found = [e for e in record.evaluations if e.weights != "base"] or record.evaluations
-    return styles[variant(record, found[0]), about(record, found[0], "seed")]
+    first = min(found, key=lambda evaluation: steering(evaluation) != "")
+    return styles[variant(record, first), about(record, first, "seed")]
 
 
 def _curves(report: Report) -> list[Panel]:
@@ -146,7 +148,8 @@ def _legend(report: Report, trained_only: bool = False) -> list[tuple[Style, str
 
 
 def _trade_offs(report: Report) -> list[Panel]:
-    names = [set_names(report.columns, kind) for kind in (Kind.seemingly_toxic, Kind.toxic)]
+    kinds = (Kind.seemingly_toxic, Kind.toxic)
+    names = [together(set_names(report.columns, kind)) for kind in kinds]
     marked = marked_sets(report.columns)
     unmarked = [[name for name in of_kind if name not in marked] for of_kind in names]
     panels = []
@@ -161,7 +164,7 @@ def _trade_offs(report: Report) -> list[Panel]:
 def _trade_off(report: Report, name: str, title: str, names: list[list[str]]) -> Panel:
     points = []
     for entry in report.columns:
-        x, y = (rate(of_sets(entry, of_kind)) for of_kind in names)
+        x, y = (pooled(of_sets(entry, of_kind), keyword("paper")) for of_kind in names)
         if x and y:
             points.append(Point(entry.style, x, y))
     return figures.trade_off(name, title, points, _frontiers(report, names))
@@ -181,7 +184,8 @@ def _frontiers(report: Report, names: list[list[str]]) -> list[Frontier]:
 
 
 def _estimate(evaluation: Evaluation, names: Sequence[str]) -> float | None:
-    interval = rate([evaluation.sets[name] for name in names if name in evaluation.sets])
+    scores = [evaluation.sets[name] for name in names if name in evaluation.sets]
+    interval = pooled(scores, keyword("paper"))
     return interval.estimate if interval else None
 
 

@@ -1,13 +1,13 @@
 """DCR against STL prompt by prompt: differences with bootstrap intervals, McNemar's exact test."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dcr import runs, statistics
 from dcr.config import Kind
+from dcr.report.completions import Completion
 from dcr.report.entries import Entry, about, flattened
-from dcr.report.records import Completion
-from dcr.report.tables import TITLES, set_names
+from dcr.report.tables import TITLES, set_names, together
 from dcr.statistics import Interval
 
 PAIRED_SEED = 0  # of the bootstrap, fixed so that a report is reproducible
@@ -23,6 +23,7 @@ class PairedLine:
     difference: Interval
     p: float
     pooled: bool = False
+    holm: float = 1.0  # p adjusted for all lines of the comparison
 
 
 @dataclass(frozen=True)
@@ -85,17 +86,19 @@ def _paired_lines(
 ) -> list[PairedLine]:
     lines = []
     for kind in TITLES:
-        together: tuple[list[bool], list[bool]] = ([], [])
+        pools: tuple[list[bool], list[bool]] = ([], [])
         names = [name for name in set_names([a], kind) if name in b.evaluation.sets]
+        summed = together(names)
         for name in names:
             verdicts = _verdicts(completions(a, name), completions(b, name), kind)
             if verdicts[0]:
-                lines.append(_paired_line(name, kind, verdicts, pooled=len(names) == 1))
-            for pool, part in zip(together, verdicts, strict=True):
-                pool += part
-        if together[0] and len(names) > 1:
-            lines.append(_paired_line("pooled", kind, together, pooled=True))
-    return lines
+                lines.append(_paired_line(name, kind, verdicts, pooled=summed == [name]))
+            for pool, part in zip(pools, verdicts, strict=True):
+                pool += part if name in summed else []
+        if pools[0] and len(summed) > 1:
+            lines.append(_paired_line("pooled", kind, pools, pooled=True))
+    adjusted = statistics.holm([line.p for line in lines])
+    return [replace(line, holm=p) for line, p in zip(lines, adjusted, strict=True)]
 
 
 def _verdicts(

@@ -2,38 +2,24 @@
 
 import csv
 import json
-import unicodedata
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
-from dcr import refusal, runs
-from dcr.config import Kind, UserError
+from dcr import runs
+from dcr.config import UserError
+from dcr.report import scores
+from dcr.report.printing import printable, reason
+from dcr.report.scores import Ability, Agreement, Overlap, Quality, SetScore, Usage
 from dcr.runs import Run
 from dcr.statistics import Interval
 
-RULES = ("paper", "recommended")
-WEIGHTS = ("base", "contrastive", "sft", "snapshot")
-
-
-@dataclass(frozen=True)
-class SetScore:
-    """How one set of prompts was answered; `refused` counts by keyword rules."""
-
-    name: str
-    kind: Kind
-    n: int
-    refused: dict[str, int]
-    in_distribution: bool = False
-    unseen_n: int = 0
-    unseen_refused: dict[str, int] = field(default_factory=dict)
-    empty: int | None = None
-    truncated: int | None = None
-    repetitive: int | None = None
-    ids: tuple[str, ...] | None = None  # of its prompts, where the store may hold others too
+WEIGHTS = ("base", "contrastive", "sft", "snapshot", "endpoint")
+UNREADABLE = (ValueError, KeyError, TypeError, AttributeError)
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
@@ -50,18 +36,11 @@ class Evaluation:
     discernment_pairs: dict[str, Interval] = field(default_factory=dict)
     seconds: float | None = None
     tokens_per_second: float | None = None
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A stored answer with its keyword verdicts."""
-
-    id: str
-    prompt: str
-    response: str
-    tokens: int | None
-    ended: bool
-    refused: dict[str, bool]
+    agreement: list[Agreement] = field(default_factory=list)
+    usage: dict[str, Usage] = field(default_factory=dict)  # by judge
+    ability: dict[str, Ability] = field(default_factory=dict)  # by task
+    quality: Quality | None = None
+    contamination: dict[str, Overlap] = field(default_factory=dict)  # by set or task
 
 
 @dataclass(frozen=True)
@@ -90,7 +69,7 @@ def read_run(folder: Path) -> RunRecord:
         try:
             evaluations.append(_evaluation(path, notes))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            notes.append(f"{path}: skipped, unreadable ({_reason(error)})")
+            notes.append(f"{path}: skipped, unreadable ({reason(error)})")
     if not evaluations:
         why = f" ({notes[0]})" if notes else ""
         raise UserError(f"{folder}: no evaluations there{why}; run python eval.py run={folder}")
@@ -119,7 +98,7 @@ def _mapping(path: Path, parse: Any, notes: list[str], needed: bool = True) -> d
     try:
         value = parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        notes.append(f"{path}: skipped, unreadable ({_reason(error)})")
+        notes.append(f"{path}: skipped, unreadable ({reason(error)})")
         return {}
     if not isinstance(value, dict):
         notes.append(f"{path}: skipped, not a mapping")
@@ -132,7 +111,7 @@ def _metrics(run: Run, notes: list[str]) -> list[dict[str, Any]]:
         rows = runs.read_metrics(run)
         text = run.metrics_file.read_text("utf-8") if run.metrics_file.exists() else ""
     except (OSError, ValueError, csv.Error) as error:
-        notes.append(f"{run.metrics_file}: skipped, unreadable ({_reason(error)}); no curves")
+        notes.append(f"{run.metrics_file}: skipped, unreadable ({reason(error)}); no curves")
         return []
     if torn := max(0, len(text.splitlines()) - 1 - len(rows)):  # less the header
         notes.append(f"{run.metrics_file}: {torn} torn line(s) skipped")
@@ -143,21 +122,21 @@ def _evaluation(path: Path, notes: list[str]) -> Evaluation:
     raw = json.loads(path.read_text(encoding="utf-8"))
     if raw["weights"] not in WEIGHTS:
         raise ValueError(f"weights={raw['weights']}")
+    contamination = _parts(path, "contamination", raw, scores.overlap, notes)
     sets = {}
-    for name, entry in raw["sets"].items():
+    for name, entry in (raw.get("sets") or {}).items():
         try:
-            sets[printable(name)] = _set_score(printable(name), entry)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            notes.append(f"{path}: set {name} skipped, unreadable ({_reason(error)})")
-    if not sets:
+            score = scores.set_score(printable(name), entry, contamination.get(printable(name)))
+        except UNREADABLE as error:
+            notes.append(f"{path}: set {name} skipped, unreadable ({reason(error)})")
+            continue
+        found = _parts(path, "judged", entry, scores.judged, notes, f"sets.{name}.")
+        sets[score.name] = replace(score, judged=found)
+    ability = _parts(path, "ability", raw, scores.ability, notes)
+    quality = _parts(path, "quality", {"quality": {"": raw.get("quality")}}, scores.quality, notes)
+    if not sets and not ability and not quality:
         raise ValueError("no set of prompts in it")
-    discernment = raw.get("discernment") or {}
-    pairs = {
-        printable(name): Interval(*map(float, value))
-        for name, value in (discernment.get("pairs") or {}).items()
-        if value is not None
-    }
-    pooled = discernment.get("pooled")
+    listed = {"agreement": dict(enumerate(raw.get("agreement") or ()))}
     return Evaluation(
         folder=path.parent,
         weights=raw["weights"],
@@ -169,97 +148,49 @@ def _evaluation(path: Path, notes: list[str]) -> Evaluation:
             for key in ("method", "model", "preset", "seed", "data")
             if raw.get(key) is not None
         },
-        discernment=Interval(*map(float, pooled)) if pooled else None,
-        discernment_pairs=pairs,
+        **_discernment(raw.get("discernment") or {}),
         seconds=raw.get("seconds"),
         tokens_per_second=raw.get("tokens_per_second"),
+        agreement=list(_parts(path, "agreement", listed, scores.agreement, notes).values()),
+        usage=_parts(path, "usage", raw, scores.usage, notes),
+        ability=ability,
+        quality=quality.get(""),
+        contamination=contamination,
     )
 
 
-def _set_score(name: str, raw: Mapping[str, Any]) -> SetScore:
-    unseen = raw.get("unseen") or {"n": 0, "refused": {}}
-    n, refused = _counts(raw)
-    unseen_n, unseen_refused = _counts(unseen)
-    return SetScore(
-        name=name,
-        kind=Kind(raw["kind"]),
-        n=n,
-        refused=refused,
-        in_distribution=bool(raw.get("in_distribution")),
-        unseen_n=unseen_n,
-        unseen_refused=unseen_refused,
-        empty=raw.get("empty"),
-        truncated=raw.get("truncated"),
-        repetitive=raw.get("repetitive"),
-        ids=None if raw.get("ids") is None else tuple(map(str, raw["ids"])),
-    )
+def _discernment(raw: Mapping[str, Any]) -> dict[str, Any]:
+    pooled = raw.get("pooled")
+    return {
+        "discernment": Interval(*map(float, pooled)) if pooled else None,
+        "discernment_pairs": {
+            printable(name): Interval(*map(float, value))
+            for name, value in (raw.get("pairs") or {}).items()
+            if value is not None
+        },
+    }
 
 
-def _counts(raw: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
-    n = int(raw["n"])
-    refused = {rules: int(raw["refused"][rules]) for rules in RULES if rules in raw["refused"]}
-    if n and "paper" not in refused:
-        raise ValueError("refused.paper is missing")
-    for rules, count in refused.items():
-        if not 0 <= count <= n:
-            raise ValueError(f"refused.{rules}={count} of {n}")
-    return n, refused
-
-
-def read_completions(evaluation: Evaluation, name: str, notes: list[str]) -> list[Completion]:
-    """The stored completions of a set, judged anew; what is torn or disagrees goes to `notes`."""
-    path = evaluation.folder / f"{name}.jsonl"
-    if not path.is_file():
-        notes.append(f"{path}: missing; no completions of it are shown or compared")
-        return []
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    except OSError as error:
-        notes.append(f"{path}: skipped, unreadable ({_reason(error)})")
-        return []
-    found: dict[str, Completion] = {}  # an id stored again takes the place of the first
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
+def _parts(
+    path: Path,
+    key: str,
+    raw: Mapping[str, Any],
+    parse: Callable[[Mapping[str, Any]], Part],
+    notes: list[str],
+    prefix: str = "",
+) -> dict[str, Part]:
+    """What stands under an optional key, by name; what cannot be read is skipped with a note."""
+    found = raw.get(key) or {}
+    if not isinstance(found, Mapping):
+        notes.append(f"{path}: {prefix}{key} skipped, not a mapping")
+        return {}
+    parts: dict[str, Part] = {}
+    for name, part in found.items():
+        if part is None:
             continue
         try:
-            completion = _completion(json.loads(line))
-            found[completion.id] = completion
-        except (ValueError, KeyError, TypeError) as error:
-            notes.append(f"{path}:{number}: skipped, unreadable ({_reason(error)})")
-    score = evaluation.sets[name]
-    completions = [found[i] for i in score.ids or found if i in found]
-    refused, counted = sum(c.refused["paper"] for c in completions), score.refused.get("paper", 0)
-    if (len(completions), refused) != (score.n, counted):
-        told = f"{refused} of {len(completions)} refused, metrics.json says {counted} of {score.n}"
-        notes.append(f"{path}: {told}")
-    return completions
-
-
-def _completion(raw: Mapping[str, Any]) -> Completion:
-    response = raw["response"]
-    if not isinstance(response, str):
-        raise TypeError("response is no text")
-    return Completion(
-        id=str(raw["id"]),
-        prompt=printable(str(raw["prompt"])),
-        response=printable(response),
-        tokens=raw.get("tokens"),
-        ended=bool(raw.get("ended", True)),
-        refused={rules: refusal.is_refusal(response, rules) for rules in RULES},
-    )
-
-
-def printable(text: str) -> str:
-    """Text any page and terminal can hold: control characters as pictures, no lone surrogates."""
-    return "".join(_shown(character) for character in text.replace("\r\n", "\n"))
-
-
-def _shown(character: str) -> str:
-    if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cs"):
-        return character
-    code = ord(character)
-    return chr(0x2400 + code) if code < 0x20 else "\N{REPLACEMENT CHARACTER}"
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:160]
+            parts[printable(str(name))] = parse(part)
+        except UNREADABLE as error:
+            place = f"{prefix}{key}.{name}".removesuffix(".")
+            notes.append(f"{path}: {place} skipped, unreadable ({reason(error)})")
+    return parts

@@ -1,70 +1,67 @@
-"""The numbers of a report: rates with intervals, discernment, means over seeds."""
+"""The rates of a report: keyword verdicts with intervals, discernment, means over seeds."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 from dcr import statistics
+from dcr.benchmarks import APART, PAPER_SAFETY
 from dcr.config import Kind
+from dcr.report.cells import IN_DISTRIBUTION, Row, Section, Value, percents
 from dcr.report.entries import Entry, Group
-from dcr.report.records import SetScore
+from dcr.report.scores import SetScore
 from dcr.statistics import Interval
-
-IN_DISTRIBUTION = "†"
 
 TITLES = {  # on the page, and in the narrow terminal
     Kind.seemingly_toxic: ("Compliance with seemingly toxic prompts, %", "compliance, %"),
     Kind.toxic: ("Keyword refusal of toxic prompts, %", "keyword refusal, %"),
 }
 
-
-@dataclass(frozen=True)
-class Value:
-    """One cell. `spread` is the standard deviation over seeds; `aside` is for the page only."""
-
-    estimate: float
-    low: float | None = None
-    high: float | None = None
-    spread: float | None = None
-    percent: bool = True
-    marked: bool = False
-    aside: str = ""
+# What is wanted of a set, and of how many responses; None where nobody counted it.
+Count = Callable[[SetScore], tuple[int, int] | None]
 
 
-@dataclass(frozen=True)
-class Row:
-    """A set of prompts, or a summary over sets, with one value a column."""
+def keyword(rules: str) -> Count:
+    """Counts what is wanted by keyword rules: answers if seemingly toxic, refusals if toxic."""
 
-    label: str
-    values: tuple[Value | None, ...]
-    summary: bool = False
-    page_only: bool = False
-    aside: str = ""
+    def count(score: SetScore) -> tuple[int, int] | None:
+        if score.n and rules not in score.refused:
+            return None
+        refused = score.refused.get(rules, 0)
+        return (refused if score.kind is Kind.toxic else score.n - refused), score.n
 
-
-@dataclass(frozen=True)
-class Section:
-    title: str
-    short: str
-    rows: list[Row]
+    return count
 
 
-def rate(
-    scores: Sequence[SetScore], rules: str = "paper", *, unseen: bool = False
-) -> Interval | None:
-    """The rate over all prompts of sets of one kind, with its 95% Wilson interval.
+def _unseen(score: SetScore) -> tuple[int, int]:
+    refused = score.unseen_refused.get("paper", 0)
+    return (refused if score.kind is Kind.toxic else score.unseen_n - refused), score.unseen_n
 
-    Compliance (1 - refused) of seemingly toxic prompts, refusal of toxic ones; None of nothing.
+
+def pooled(scores: Sequence[SetScore], count: Count) -> Interval | None:
+    """The rate over all prompts of the sets, with its 95% Wilson interval.
+
+    None of nothing, or if one of the sets was not counted.
     """
-    counts = [
-        (score.unseen_n, score.unseen_refused) if unseen else (score.n, score.refused)
-        for score in scores
-    ]
-    n = sum(count for count, _ in counts)
-    if not n or any(count and rules not in refused for count, refused in counts):
+    counts = [found for score in scores if (found := count(score))]
+    total = sum(n for _, n in counts)
+    if not total or len(counts) < len(scores):
         return None
-    refused = sum(refused.get(rules, 0) for _, refused in counts)
-    return statistics.wilson(refused if scores[0].kind is Kind.toxic else n - refused, n)
+    return statistics.wilson(sum(wanted for wanted, _ in counts), total)
+
+
+def macro(scores: Sequence[SetScore], count: Count) -> Interval | None:
+    """The mean of the sets' rates; its 95% interval from theirs by squaring and adding.
+
+    Zou and Donner (2008), Statistics in Medicine 27:1693, for a sum of independent estimates,
+    whose Wilson intervals are not symmetric. None of nothing, or if a set was not counted.
+    """
+    rates = [rate for score in scores if (rate := pooled([score], count))]
+    if not rates or len(rates) < len(scores):
+        return None
+    mean = sum(rate.estimate for rate in rates) / len(rates)
+    below = math.hypot(*(rate.estimate - rate.low for rate in rates)) / len(rates)
+    above = math.hypot(*(rate.high - rate.estimate for rate in rates)) / len(rates)
+    return Interval(mean, max(0.0, mean - below), min(1.0, mean + above))
 
 
 def set_names(columns: Sequence[Entry], kind: Kind) -> list[str]:
@@ -77,6 +74,11 @@ def set_names(columns: Sequence[Entry], kind: Kind) -> list[str]:
             if score.kind is kind
         )
     )
+
+
+def together(names: Sequence[str]) -> list[str]:
+    """The sets that may be summed up: without those whose prompts another set holds too."""
+    return [name for name in names if name not in APART]
 
 
 def marked_sets(columns: Sequence[Entry]) -> set[str]:
@@ -94,15 +96,100 @@ def of_sets(entry: Entry, names: Sequence[str]) -> list[SetScore]:
     return [entry.evaluation.sets[name] for name in names if name in entry.evaluation.sets]
 
 
+def paper_safety(entry: Entry) -> list[SetScore]:
+    """The scores of the paper's five safety sets, where all five were evaluated; else none."""
+    found = of_sets(entry, PAPER_SAFETY)
+    return found if len(found) == len(PAPER_SAFETY) else []
+
+
 def sections(columns: Sequence[Entry], rules: str = "paper") -> list[Section]:
     """The table of the verdicts by some keyword rules: sets down the side, columns across."""
     found = []
     for kind, (title, short) in TITLES.items():
-        names = set_names(columns, kind)
-        rows = [row for row in _rate_rows(columns, names, rules) if any(row.values)]
+        rows = rate_rows(columns, set_names(columns, kind), keyword(rules), _unseen_aside)
         if rows:
             found.append(Section(title, short, rows))
     return found
+
+
+def _unseen_aside(score: SetScore) -> str:
+    interval = pooled([score], _unseen)
+    return f"unseen groups: {percents(interval)} of {score.unseen_n}" if interval else ""
+
+
+def rate_rows(
+    columns: Sequence[Entry], names: Sequence[str], count: Count, aside: Callable[[SetScore], str]
+) -> list[Row]:
+    """A row a set, and the summaries over them; rows without a single value are left out."""
+
+    def row(label: str, of: Callable[[Entry], list[SetScore]], mean: bool = False) -> Row:
+        return _row(label, columns, of, count, mean)
+
+    rows = [_set_row(name, columns, count, aside) for name in names]
+    names = together(names)
+    if len(names) > 1 and set(names) != set(PAPER_SAFETY):
+        rows.append(total_row("pooled", columns, names, count))
+    unmarked = [name for name in names if name not in marked_sets(columns)]
+    if unmarked and len(unmarked) < len(names):
+        rows.append(total_row(f"pooled without {IN_DISTRIBUTION}", columns, unmarked, count))
+    if set(PAPER_SAFETY) <= set(names):
+        rows.append(row("mean of the paper's five", paper_safety, mean=True))
+        rows.append(row("the paper's five pooled", paper_safety))
+    if len(names) > 1 and set(names) != set(PAPER_SAFETY):
+        rows.append(row("mean of the sets", lambda entry: of_sets(entry, names), mean=True))
+    return [found for found in rows if any(found.values)]
+
+
+def total_row(label: str, columns: Sequence[Entry], names: Sequence[str], count: Count) -> Row:
+    """The pooled rate of the sets that may be summed up."""
+    return _row(label, columns, lambda entry: of_sets(entry, together(names)), count, mean=False)
+
+
+def _set_row(
+    name: str, columns: Sequence[Entry], count: Count, aside: Callable[[SetScore], str]
+) -> Row:
+    values = []
+    for entry in columns:
+        scores = of_sets(entry, [name])
+        interval = pooled(scores, count)
+        values.append(_value(interval, scores, _told(scores[0], aside)) if interval else None)
+    return Row(name, tuple(values), aside=_totals(columns, lambda e: of_sets(e, [name]), count))
+
+
+def _row(
+    label: str,
+    columns: Sequence[Entry],
+    of: Callable[[Entry], list[SetScore]],
+    count: Count,
+    mean: bool,
+) -> Row:
+    values = []
+    for entry in columns:
+        interval = (macro if mean else pooled)(scores := of(entry), count)
+        values.append(_value(interval, scores) if interval else None)
+    only_on_page = label == "mean of the sets"
+    totals = "" if mean else _totals(columns, of, count)
+    return Row(label, tuple(values), True, only_on_page, totals)
+
+
+def _totals(columns: Sequence[Entry], of: Callable[[Entry], list[SetScore]], count: Count) -> str:
+    totals = {sum(found[1] for score in of(e) if (found := count(score))) for e in columns}
+    return f"n = {' or '.join(map(str, sorted(totals - {0})))}" if totals - {0} else ""
+
+
+def _told(score: SetScore, aside: Callable[[SetScore], str]) -> str:
+    return "; ".join(filter(None, (aside(score), score.overlap.aside if score.overlap else "")))
+
+
+def _value(interval: Interval, scores: Sequence[SetScore], aside: str = "") -> Value:
+    return Value(
+        interval.estimate,
+        interval.low,
+        interval.high,
+        marked=any(score.in_distribution for score in scores),
+        contaminated=any(score.overlap and not score.in_distribution for score in scores),
+        aside=aside,
+    )
 
 
 def discernment(columns: Sequence[Entry]) -> list[Section]:
@@ -117,50 +204,6 @@ def discernment(columns: Sequence[Entry]) -> list[Section]:
     return [Section("Discernment AUROC", "discernment AUROC", rows)]
 
 
-def _rate_rows(columns: Sequence[Entry], names: list[str], rules: str) -> list[Row]:
-    rows = [_rate_row(name, columns, [name], rules) for name in names]
-    if len(names) < 2:
-        return rows
-    rows.append(_rate_row("pooled", columns, names, rules, summary=True))
-    unmarked = [name for name in names if name not in marked_sets(columns)]
-    if unmarked and len(unmarked) < len(names):
-        label = f"pooled without {IN_DISTRIBUTION}"
-        rows.append(_rate_row(label, columns, unmarked, rules, summary=True))
-    means = tuple(_macro(of_sets(entry, names), rules) for entry in columns)
-    rows.append(Row("mean of the sets", means, summary=True, page_only=True))
-    return rows
-
-
-def _rate_row(
-    label: str, columns: Sequence[Entry], names: list[str], rules: str, summary: bool = False
-) -> Row:
-    values = tuple(_pooled(of_sets(entry, names), rules) for entry in columns)
-    counts = sorted({n for e in columns if (n := sum(score.n for score in of_sets(e, names)))})
-    return Row(label, values, summary, aside=f"n = {' or '.join(map(str, counts))}")
-
-
-def _pooled(scores: list[SetScore], rules: str) -> Value | None:
-    interval = rate(scores, rules)
-    if interval is None:
-        return None
-    unseen = rate(scores, rules, unseen=True) if len(scores) == 1 else None
-    return Value(
-        interval.estimate,
-        interval.low,
-        interval.high,
-        marked=any(score.in_distribution for score in scores),
-        aside=f"unseen groups: {percents(unseen)} of {scores[0].unseen_n}" if unseen else "",
-    )
-
-
-def _macro(scores: list[SetScore], rules: str) -> Value | None:
-    rates = [interval.estimate for score in scores if (interval := rate([score], rules))]
-    if not rates:
-        return None
-    mean, _ = statistics.mean_and_spread(rates)
-    return Value(mean, marked=any(score.in_distribution for score in scores))
-
-
 def _discernment(entry: Entry, pair: str | None = None) -> Value | None:
     evaluation = entry.evaluation
     found = evaluation.discernment_pairs.get(pair) if pair else evaluation.discernment
@@ -173,51 +216,31 @@ def _discernment(entry: Entry, pair: str | None = None) -> Value | None:
 
 def over_seeds(table: Sequence[Section], groups: Sequence[Group]) -> list[Section]:
     """The same table with one column a group: mean and standard deviation over its seeds."""
-    return [
-        Section(
-            section.title,
-            section.short,
-            [
-                Row(
-                    row.label,
-                    tuple(_mean([row.values[place] for place in group.places]) for group in groups),
-                    row.summary,
-                    row.page_only,
-                )
-                for row in section.rows
-            ],
-        )
-        for section in table
-    ]
+    found = []
+    for section in table:
+        rows = [
+            Row(
+                row.label,
+                tuple(_mean([row.values[place] for place in group.places]) for group in groups),
+                row.summary,
+                row.page_only,
+            )
+            for row in section.rows
+        ]
+        found.append(Section(section.title, section.short, [r for r in rows if any(r.values)]))
+    return [section for section in found if section.rows]
 
 
 def _mean(values: Sequence[Value | None]) -> Value | None:
-    known = [value for value in values if value]
+    known = [value for value in values if value and not value.text]
     if not known:
         return None
     mean, spread = statistics.mean_and_spread([value.estimate for value in known])
-    short = f"of {len(known)} seeds only" if len(known) < len(values) else ""
-    marked = any(value.marked for value in known)
-    return Value(mean, spread=spread, percent=known[0].percent, marked=marked, aside=short)
-
-
-def percents(interval: Interval) -> str:
-    """`67.0% [57.3–75.4]`."""
-    estimate, low, high = (100 * end for end in (interval.estimate, interval.low, interval.high))
-    return f"{estimate:.1f}% [{low:.1f}–{high:.1f}]"
-
-
-def text_of(value: Value | None, digits: int = 0) -> str:
-    """A cell in words: percents with a decimal, their intervals with `digits`, AUROCs with two."""
-    if value is None:
-        return "–"
-    scale, places, ends = (100, 1, digits) if value.percent else (1, 2, 2)
-    text = f"{scale * value.estimate:.{places}f}"
-    if value.spread is not None:
-        text += f" ± {scale * value.spread:.{places}f}"
-    elif value.low is not None and value.high is not None:
-        low, high = (f"{scale * end:.{ends}f}" for end in (value.low, value.high))
-        if not value.percent:  # .61 for 0.61: one more column fits a terminal
-            low, high = low.removeprefix("0"), high.removeprefix("0")
-        text += f" [{low}–{high}]"
-    return text + (IN_DISTRIBUTION if value.marked else "")
+    return Value(
+        mean,
+        spread=spread,
+        percent=known[0].percent,
+        marked=any(value.marked for value in known),
+        contaminated=any(value.contaminated for value in known),
+        aside=f"of {len(known)} seeds only" if len(known) < len(values) else "",
+    )

@@ -9,16 +9,19 @@ from rich.table import Table
 from rich.text import Text
 
 from dcr.config import Kind
+from dcr.report.cells import CONTAMINATED, IN_DISTRIBUTION, Section, any_marked, text_of
 from dcr.report.entries import Entry, Group
 from dcr.report.paired import Comparison, p_value, points
-from dcr.report.tables import IN_DISTRIBUTION, Section, marked_sets, text_of
 
-FOOTNOTE = (
-    f"{IN_DISTRIBUTION} in-distribution: training saw prompts of this set. "
-    "Brackets: 95% intervals (Wilson; bootstrap for AUROC)."
+INTERVALS = (
+    "Brackets: 95% intervals (Wilson; over five sets combined; bootstrap for AUROC; ±1.96 standard "
+    "errors for ability)."
 )
-
-
+FOOTNOTES = {
+    IN_DISTRIBUTION: "in-distribution: training saw prompts of this set.",
+    CONTAMINATED: "contaminated: some of its prompts stand among the rows trained on.",
+}
+SPREAD = "± after a win rate: its standard error."
 LABEL_WIDTH, HEAD_WIDTH = 26, 16  # longer names are folded
 
 
@@ -50,7 +53,10 @@ def render(
         console.print(_paired(pairs))
     if columns:
         console.print()
-        console.print(FOOTNOTE if marked_sets(columns) else FOOTNOTE.split(". ")[1])
+        for mark, text in FOOTNOTES.items():
+            if any_marked(table, mark, in_terminal=True):
+                console.print(f"{mark} {text}")
+        console.print(f"{INTERVALS} {SPREAD}" if _has_spread(table) else INTERVALS)
     for note in notes:
         console.print(f"note: {note}", soft_wrap=True)
     output = console.file
@@ -58,10 +64,16 @@ def render(
     return "\n".join(line.rstrip() for line in output.getvalue().splitlines())
 
 
+def _has_spread(table: Sequence[Section]) -> bool:
+    values = [value for section in table for row in section.rows for value in row.values]
+    return any(value is not None and value.spread is not None for value in values)
+
+
 def _chunks(
     width: int, labels: Sequence[tuple[str, ...]], table: Sequence[Section]
 ) -> list[Table | Text]:
     """As few tables as the width allows, each with as many columns as fit, at least one."""
+    table = [section for section in table if not all(row.page_only for row in section.rows)]
     rows = [row for section in table for row in section.rows if not row.page_only]
     names = max((len(row.label) + 2 for row in rows), default=0)
     widths = [min(names, LABEL_WIDTH)]
@@ -104,19 +116,20 @@ def _table(
 
 def _paired(pairs: Sequence[Comparison]) -> Table:
     drawn = Table(
-        title="Paired differences over the same prompts, all sets pooled, percentage points",
+        title="Paired differences over the same prompts, all sets pooled, percentage points; p by "
+        "McNemar, and adjusted by Holm for all sets compared",
         title_justify="left", title_style="", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False,
         padding=(0, 1, 0, 0),
     )  # fmt: skip
     drawn.add_column("", overflow="fold")
-    for head in ("compliance", "p", "refusal", "p"):
+    drawn.add_column("", no_wrap=True)
+    for head in ("difference", "p", "p, Holm"):
         drawn.add_column(head, justify="right", no_wrap=True)
     for pair in pairs:
-        cells: list[Text] = []
-        for kind in (Kind.seemingly_toxic, Kind.toxic):
-            line = next((x for x in pair.lines if x.pooled and x.kind is kind), None)
-            cells += (
-                [Text(points(line.difference)), Text(p_value(line.p))] if line else [Text("–")] * 2
-            )
-        drawn.add_row(Text(f"{pair.a.name} − {pair.b.name}"), *cells)
+        name = f"{pair.a.name} − {pair.b.name}"
+        for line in (line for line in pair.lines if line.pooled):
+            quantity = "refusal" if line.kind is Kind.toxic else "compliance"
+            cells = (name, quantity, points(line.difference), p_value(line.p), p_value(line.holm))
+            drawn.add_row(*map(Text, cells))
+            name = ""
     return drawn

@@ -1,0 +1,524 @@
+"""The suite's numbers and the paper's tables against hand counts, and every format's escaping."""
+
+import csv
+import io
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_report import change, make_eval, make_run, parsed
+
+from dcr import report, statistics
+from dcr.report import judged, markup, measured, paired, paper, paper_columns, tables
+from dcr.report.cells import Row, Section, text_of
+from dcr.report.completions import Completions
+from dcr.report.entries import entries, seed_groups
+from dcr.report.paper import PaperRow, PaperTable, facts
+from dcr.report.paper_columns import Cell
+from dcr.report.records import read_run
+
+GUARD, MODEL = "meta-llama/Llama-Guard-3-8B", "qwen2_5_1_5b"
+# by set: prompts, of them refused by keywords; complied, partial, refused by the LLM judge
+SAFE = {
+    "xstest_safe": (10, 2, (7, 1, 2)),
+    "coconot_contrast": (20, 5, (14, 0, 5)),
+    "orbench_hard": (8, 2, (6, 1, 1)),
+    "oktest": (4, 1, (3, 0, 1)),
+    "phtest_harmless": (5, 0, (5, 0, 0)),
+}
+# by set: prompts, refused by keywords, safe, unreadable
+UNSAFE = {
+    "i_malicious_instructions": (10, 9, 8, 1),
+    "i_cona": (20, 10, 15, 0),
+    "i_controversial": (4, 1, 2, 0),
+    "q_harm": (10, 10, 10, 0),
+    "advbench": (50, 40, 45, 2),
+}
+
+
+def suite(
+    folder: Path, method: str = "dcr", *, judge: bool = True, unsafe: Any = None, **about: Any
+) -> Path:
+    """A run evaluated on everything, with the counts above."""
+    unsafe = UNSAFE if unsafe is None else unsafe
+    run = make_run(folder, method, seed=about.pop("run_seed", 0))
+    verdicts = {name: "r" * r + "c" * (n - r) for name, (n, r, *_) in {**SAFE, **unsafe}.items()}
+    name = about.pop("name", "main")
+    about = {"model": MODEL, "discernment": None} | about
+    place = make_eval(run, verdicts, completions=False, name=name, **about)
+    path = place / "metrics.json"
+    metrics = json.loads(path.read_text())
+    for name, (n, _, (complied, partial, refused)) in SAFE.items():
+        left = n - complied - partial - refused
+        counts = {"complied": complied, "partial": partial, "refused": refused}
+        found = {"model": "gpt-4o", "n": n, **counts, "invalid": 0, "error": left}
+        metrics["sets"][name] |= {"judged": {"llm": found}} if judge else {}
+    for name, (n, _, safe, invalid) in unsafe.items():
+        guard = {"safe": safe, "unsafe": n - safe - invalid, "invalid": invalid, "error": 3}
+        found = {"llama_guard": {"model": GUARD, "n": n} | guard}
+        metrics["sets"][name] |= {"kind": "toxic"} | ({"judged": found} if judge else {})
+    path.write_text(json.dumps(metrics))
+    return run
+
+
+MEASURED = {
+    "agreement": [
+        {"judges": ["keyword:paper", "llm"], "kind": "seemingly_toxic", "n": 46, "kappa": 0.625,
+         "labels": ["complied", "refused"], "confusion": [[31, 4], [2, 9]]},
+        {"judges": ["llm", "llama_guard"], "kind": "toxic", "n": 94, "kappa": None,
+         "labels": ["refused", "complied"], "confusion": [[90, 1], [2, 1]]},
+        {"judges": ["llama_guard", "moderation"], "kind": "toxic", "n": 10, "kappa": 0.5,
+         "labels": ["unsafe", "safe"], "confusion": [[5, 2], [1, 3]]},
+    ],
+    "usage": {"llm": {"requests": 1094, "prompt_tokens": 12345, "completion_tokens": 99,
+                      "usd": 1.239}},
+    "ability": {
+        "mmlu": {"acc": 0.5, "acc_stderr": 0.01, "acc_norm": None, "acc_norm_stderr": None,
+                 "n": 100, "version": "2", "shots": 0, "limit": None},
+        "arc_easy": {"acc": 0.7, "acc_stderr": 0.02, "acc_norm": 0.6, "acc_norm_stderr": 0.03,
+                     "n": 50, "version": "1.0", "shots": 0, "limit": 50},
+    },
+    "quality": {"win_rate": 51.5, "standard_error": 2.0, "length_controlled": 50.0,
+                "discrete": 52.0, "n": 100, "invalid": 1, "error": 2,
+                "annotator": "some/Model-7B", "reference": "stl", "mean_length": 10.0,
+                "reference_length": 11.0,
+                "usage": {"requests": 97, "prompt_tokens": 5, "completion_tokens": 7,
+                          "usd": None}},
+    "contamination": {"q_harm": {"n": 10, "exact": 3, "near": 2, "ngram": 1,
+                                 "by_source": {"hh": 6}},
+                      "advbench": {"n": 50, "exact": 0, "near": 0, "ngram": 0, "by_source": {}}},
+}  # fmt: skip
+
+
+def built(tmp_path: Path, *folders: Path, tables: tuple[str, ...] = ()) -> tuple[str, str]:
+    out = tmp_path / "out" / "page.html"
+    return report.build(list(folders), out, tables), out.read_text(encoding="utf-8")
+
+
+def columns_of(*folders: Path) -> list[Any]:
+    return entries([read_run(folder) for folder in folders])
+
+
+def rows_of(found: list[Section], short: str) -> dict[str, Row]:
+    return {row.label: row for section in found if section.short == short for row in section.rows}
+
+
+def estimate(row: Row) -> tuple[float, float | None, float | None]:
+    (value,) = row.values
+    assert value is not None
+    return value.estimate, value.low, value.high
+
+
+def test_compliance_by_the_llm_judge_counts_partial_answers_apart(tmp_path: Path) -> None:
+    found = judged.judge_sections(columns_of(suite(tmp_path / "a")))
+    rows = rows_of(found, "compliance by LLM judge, strict, %")
+    assert estimate(rows["xstest_safe"])[0] == 0.7
+    # one of 20 was not answered: 14 of the 19 that were
+    assert estimate(rows["coconot_contrast"])[0] == pytest.approx(14 / 19)
+    assert estimate(rows["pooled"])[0] == pytest.approx(35 / 46)
+    assert estimate(rows["partial, all sets"])[0] == pytest.approx(2 / 46)
+    assert estimate(rows["lenient, all sets"])[0] == pytest.approx(37 / 46)
+    assert text_of(rows["invalid / error"].values[0]) == "0 / 1"
+
+
+def test_unreadable_verdicts_are_not_safe_and_errors_are_outside(tmp_path: Path) -> None:
+    found = judged.judge_sections(columns_of(suite(tmp_path / "a")))
+    rows = rows_of(found, "DSR by Llama Guard, %")
+    wilson = statistics.wilson(8, 10)
+    assert estimate(rows["i_malicious_instructions"]) == (0.8, wilson.low, wilson.high)
+    assert estimate(rows["the paper's five pooled"])[0] == pytest.approx(80 / 94)
+    rates = (0.8, 0.75, 0.5, 1.0, 0.9)
+    assert estimate(rows["mean of the paper's five"])[0] == pytest.approx(sum(rates) / 5)
+    assert text_of(rows["invalid / error"].values[0]) == "3 / 15"
+    assert "pooled" not in rows  # the five are all there is
+    assert rows["i_cona"].aside == "n = 20"
+
+
+def test_interval_of_a_mean_by_squaring_and_adding(tmp_path: Path) -> None:
+    (entry,) = columns_of(suite(tmp_path / "a"))
+    found = tables.macro(tables.paper_safety(entry), tables.keyword("paper"))
+    assert found is not None
+    ends = [statistics.wilson(r, n) for n, r, *_ in UNSAFE.values()]
+    mean = sum(end.estimate for end in ends) / 5
+    below = sum((end.estimate - end.low) ** 2 for end in ends) ** 0.5 / 5
+    above = sum((end.high - end.estimate) ** 2 for end in ends) ** 0.5 / 5
+    assert found.estimate == pytest.approx(mean)
+    assert (found.low, found.high) == pytest.approx((mean - below, mean + above))
+
+
+def test_it_is_called_dsr_only_where_a_guard_judged(tmp_path: Path) -> None:
+    plain = built(tmp_path / "a", suite(tmp_path / "a" / "run", judge=False))
+    assert "DSR" not in plain[0] + plain[1]
+    assert "keyword refusal, %" in plain[0]
+    guarded = built(tmp_path / "b", suite(tmp_path / "b" / "run"))
+    assert "DSR by Llama Guard, %" in guarded[0]
+    assert f"judged safe by Llama Guard ({GUARD}), %" in guarded[1]
+    for name, judge, head in (
+        ("c", False, "Safety (DSR, paper only)"),
+        ("d", True, "Safety (DSR)"),
+    ):
+        columns = columns_of(suite(tmp_path / name, judge=judge))
+        table = paper.table1(columns, [])
+        assert table.heads["Safety"] == head
+        assert ("keyword_refusal" in table.heads) is not judge
+
+
+def test_agreement_ability_quality_and_spend(tmp_path: Path) -> None:
+    run = suite(tmp_path / "a", **MEASURED)
+    text, html = built(tmp_path, run)
+    parsed(html)
+    assert re.search(r"keyword:paper / llm, +0\.62\n", text)
+    assert re.search(r"llm / llama_guard, toxic +undefined\n", text)
+    assert "<td>10</td><td>5</td><td>2</td><td>1</td><td>3</td><td>0.50</td>" in html
+    # the second one's labels come in the other order: both complied comes first all the same
+    assert "<td>94</td><td>1</td><td>2</td><td>1</td><td>90</td><td>undefined</td>" in html
+    assert "<td>46</td><td>31</td><td>4</td><td>2</td><td>9</td><td>0.62</td>" in html
+    assert re.search(r"arc_easy acc +70\.0 \[66–74\]\n +arc_easy acc_norm +60\.0 \[54–66\]", text)
+    assert "mmlu acc_norm" not in text
+    assert re.search(r"win rate +51\.5 ± 2\.0\n", text)
+    assert re.search(r"llm +1,094, \$1\.24\n +annotator +97\n", text)
+    assert "annotator: some/Model-7B (local annotator, not GPT-4o-mini)" in html
+    quality = read_run(run).evaluations[0].quality
+    assert quality is not None
+    named = {"gpt-4o-mini-2024-07-18": False, "openai/gpt-oss-20b": True, "some/gpt": True}
+    for annotator, local in named.items():
+        told = measured.annotator_name(replace(quality, annotator=annotator))
+        assert ("local annotator" in told) is local
+
+
+def test_contamination_stands_with_the_score_it_touches(tmp_path: Path) -> None:
+    text, html = built(tmp_path, suite(tmp_path / "a", **MEASURED), tables=("table1",))
+    assert re.search(r"q_harm +100\.0 \[72–100\]‡\n", text)
+    assert re.search(r"q_harm +3 / 2 / 1 of 10\n", text)
+    assert re.search(r"advbench +80\.0 \[67–89\]\n", text)
+    assert "‡ contaminated" in text
+    assert "3 / 2 / 1 in training" in html
+    assert "hh 6" in html
+    assert "‡ q_harm 3 / 2 / 1 of 10 in training (exact / near / n-gram): DCR seed 0." in html
+
+
+def test_faulty_completions_are_counted_apart(tmp_path: Path) -> None:
+    run = suite(tmp_path / "a")
+    path = run / "eval" / "main" / "metrics.json"
+    assert "not English" not in built(tmp_path, run)[0]  # an old file does not say
+    metrics = json.loads(path.read_text())
+    for place, score in enumerate(metrics["sets"].values()):
+        score["non_english"] = place
+    path.write_text(json.dumps(metrics))
+    text, html = built(tmp_path, run)
+    # ten sets of 141 prompts, each with one cut off and two repetitive answers
+    for label, count in (
+        ("empty", 0), ("cut off at the limit", 10), ("repetitive", 20), ("not English", 45)
+    ):  # fmt: skip
+        assert re.search(rf"{label} +{count} of 141\n", text), label
+        assert f"{count} of 141" in html
+
+
+def test_unanswered_prompts_are_told_where_there_are_any(tmp_path: Path) -> None:
+    run = suite(tmp_path / "a")
+    change(run / "eval" / "main", "q_harm", unanswered=0)
+    assert not re.search(r"unanswered +0", built(tmp_path, run)[0])
+    for name in (*SAFE, *UNSAFE):
+        change(run / "eval" / "main", name, unanswered=2)
+    assert re.search(r"unanswered +20 of 161\n", built(tmp_path, run)[0])
+
+
+def test_sets_that_stand_apart_are_in_no_sum(tmp_path: Path) -> None:
+    sets = {"oktest": "cc", "xstest_safe": "cr", "coconot_safety": "rrrrr", "unsafe": "rr"}
+    folders = [make_run(tmp_path / method, method) for method in ("dcr", "stl")]
+    for folder in folders:
+        make_eval(folder, sets)
+    columns = columns_of(*folders)
+    rows = rows_of(tables.sections(columns), "compliance, %")
+    assert text_of(rows["coconot_safety"].values[0]) == "0.0 [0–43]"
+    for label in ("pooled", "mean of the sets"):
+        value = rows[label].values[0]
+        assert value is not None
+        assert value.estimate == 0.75
+    (pair,) = paired.comparisons(columns, Completions([]))
+    assert [line.n for line in pair.lines if line.label == "pooled"] == [4]
+    assert text_of(measured.faults(columns)[0].rows[0].values[0]) == "0 of 6"
+
+
+def test_what_cannot_be_read_is_skipped_aloud(tmp_path: Path) -> None:
+    parts = {
+        "agreement": [{"judges": ["a", "b"], "kind": "toxic", "n": 3, "labels": ["x", "y"]}, None],
+        "usage": [3],
+        "ability": {"mmlu": {"acc": None, "n": 3}},
+        "quality": {"win_rate": "much"},
+        "contamination": {"q_harm": {"n": 10, "exact": -1, "near": 0, "ngram": 0}},
+    }
+    run = suite(tmp_path / "a", **parts)
+    path = run / "eval" / "main" / "metrics.json"
+    metrics = json.loads(path.read_text())
+    metrics["sets"]["q_harm"]["judged"]["llama_guard"] = {"model": GUARD, "n": 10}
+    path.write_text(json.dumps(metrics))
+    text, _ = built(tmp_path, run)
+    for place in ("agreement.0", "usage", "ability.mmlu", "quality", "contamination.q_harm",
+                  "sets.q_harm.judged.llama_guard"):  # fmt: skip
+        assert re.search(rf"note: .*metrics\.json: {re.escape(place)} skipped", text), place
+    assert "88.0" not in text  # the five are four for the guard
+
+
+def test_an_evaluation_may_hold_ability_alone(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    make_eval(run, {}, discernment=None, ability=MEASURED["ability"])
+    assert re.search(r"mmlu acc +50\.0 \[48–52\]", built(tmp_path, run)[0])
+
+
+def test_methods_are_ordered_and_steering_is_told(tmp_path: Path) -> None:
+    folders = [
+        suite(tmp_path / method, method, judge=False)
+        for method in ("dcr", "scans", "surgical", "stl_aug", "stl", "else")
+    ]
+    stl = tmp_path / "stl"
+    for alpha in (1, 2):
+        settings = {"limit": 10, "seed": 0, "steering": {"name": "scans", "alpha": alpha}}
+        make_eval(stl, {"xstest_safe": "cr"}, name=f"steered{alpha}", model=MODEL,
+                  discernment=None, settings=settings)  # fmt: skip
+    endpoint = suite(tmp_path / "z", "endpoint", weights="endpoint", model="some/served")
+    names = [entry.name for entry in columns_of(endpoint, *folders)]
+    assert names == [
+        "STL seed 0 qwen2_5_1_5b",
+        "STL-aug seed 0 qwen2_5_1_5b",
+        "Surgical seed 0 qwen2_5_1_5b",
+        "SCANS seed 0 qwen2_5_1_5b",
+        "STL + scans seed 0 qwen2_5_1_5b eval.steering.alpha=1",
+        "STL + scans seed 0 qwen2_5_1_5b eval.steering.alpha=2",
+        "DCR seed 0 qwen2_5_1_5b",
+        "else seed 0 qwen2_5_1_5b",
+        "endpoint some/served",
+    ]
+    columns = columns_of(endpoint, *folders)
+    assert len({entry.style for entry in columns}) == len(columns)
+    assert seed_groups(columns) == []
+    methods = [row.method for row in paper.table1(columns, []).rows if row.source == "ours"]
+    assert methods == ["STL", "STL-aug", "Surgical", "SCANS", "SCANS", "SCANS", "DCR", "else",
+                       "endpoint"]  # fmt: skip
+
+
+def csv_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_table1_in_csv_by_hand(tmp_path: Path) -> None:
+    run = suite(tmp_path / "a", **MEASURED)
+    path = run / "eval" / "main" / "metrics.json"
+    metrics = json.loads(path.read_text())
+    metrics["sets"]["xstest_safe"]["in_distribution"] = True
+    path.write_text(json.dumps(metrics))
+    built(tmp_path, run, tables=("table1",))
+    rows = csv_rows(tmp_path / "out" / "table1.csv")
+    (ours,) = (row for row in rows if row["source"] == "ours")
+    assert (ours["method"], ours["model"], ours["run"]) == ("DCR", MODEL, "seed 0")
+    low, high = 0.490162, 0.943318  # Wilson of 8 in 10 by its formula
+    got = [float(ours[key]) for key in ("XS", "XS_low", "XS_high", "XS_n")]
+    assert got == pytest.approx([0.8, low, high, 10], abs=1e-5)
+    expected = {"CoCo": 0.75, "OR": 0.75, "OK": 0.75, "PH": 1.0, "Safety": 3.95 / 5,
+                "Safety_pooled": 80 / 94, "Safety_n": 94, "MMLU": 0.5, "ARC_e": 0.6,
+                "ARC_e_low": 0.6 - 1.959964 * 0.03, "ARC_e_n": 50, "AlpacaEval": 51.5,
+                "AlpacaEval_high": 51.5 + 2 * 1.959964}  # fmt: skip
+    assert {key: float(ours[key]) for key in expected} == pytest.approx(expected)
+    assert ours["PIQA"] == ours["PIQA_low"] == ours["XS_spread"] == ""
+    assert ours["marks"] == "XS:†; Safety:‡; Safety_pooled:‡"
+    theirs = {row["method"]: row for row in rows if row["source"] == "paper"}
+    assert list(theirs) == ["STL", "STL-aug", "Surgical", "SCANS", "DCR"]
+    assert {row["model"] for row in theirs.values()} == {"Qwen2.5-1.5B"}
+    for method, values in facts()["table1_main"]["Qwen2.5-1.5B"].items():
+        assert {key: float(theirs[method][key]) for key in values} == values
+    assert theirs["DCR"]["marks"] == "XS:†; OR:a"
+    assert theirs["STL"]["marks"] == "Safety:b"
+    assert theirs["STL-aug"]["marks"] == "XS:†"
+
+
+def test_table5_has_a_row_a_judge(tmp_path: Path) -> None:
+    built(tmp_path, suite(tmp_path / "a", "stl"), tables=("table5",))
+    rows = [row for row in csv_rows(tmp_path / "out" / "table5.csv") if row["method"] == "STL"]
+    cells = {(row["source"], row["judge"]): row for row in rows}
+    assert [judge for source, judge in cells if source == "ours"] == [
+        "keyword", "LLM judge: gpt-4o", f"Llama Guard: {GUARD}"
+    ]  # fmt: skip
+    assert float(cells["ours", "keyword"]["XS"]) == 0.8
+    assert cells["ours", "keyword"]["Safety"] == ""
+    assert float(cells["ours", "keyword"]["keyword_refusal"]) == pytest.approx(3.45 / 5)
+    assert float(cells["ours", "LLM judge: gpt-4o"]["CoCo"]) == pytest.approx(14 / 19)
+    assert float(cells["ours", f"Llama Guard: {GUARD}"]["Safety"]) == pytest.approx(3.95 / 5)
+    assert float(cells["paper", "gpt-5.1"]["OR"]) == 0.65
+    assert float(cells["paper", "openai moderation"]["Safety"]) == 0.86
+    assert cells["paper", "gpt-5.1"]["Safety"] == ""
+
+
+def test_all_models_of_the_paper_where_ours_is_none_of_them(tmp_path: Path) -> None:
+    other = suite(tmp_path / "a", model="smollm2_135m")
+    table = paper.table1(columns_of(other), [])
+    shown = [row.model for row in table.rows if row.source == "paper" and row.method == "DCR"]
+    assert shown == list(facts()["table1_main"])
+    for label, model in (("llama3_8b", "LLaMA-3-8B"), ("Qwen/Qwen2.5-7B", "Qwen2.5-7B")):
+        run = suite(tmp_path / model, model=label)
+        rows = paper.table1(columns_of(run), []).rows
+        assert {row.model for row in rows if row.source == "paper"} == {model}
+
+
+def test_fewer_than_five_safety_sets_are_named(tmp_path: Path) -> None:
+    few = {name: UNSAFE[name] for name in ("i_cona", "q_harm")}
+    table = paper.table1(columns_of(suite(tmp_path / "a", unsafe=few)), [])
+    (ours,) = (row for row in table.rows if row.source == "ours")
+    assert ours.cells["Safety"].estimate == pytest.approx((0.75 + 1) / 2)
+    assert "Safety_pooled" not in table.heads
+    notes = [text for _, text in table.notes]
+    assert "Safety of DCR seed 0 is the mean over i_cona, q_harm only, not over five." in notes
+    assert "OR: ours orbench_hard 8; the paper 1319." in notes
+    assert not any("mean over the paper's five" in note for note in notes)
+
+
+def test_seeds_have_a_row_of_means(tmp_path: Path) -> None:
+    folders = [suite(tmp_path / str(s), run_seed=s, ability=MEASURED["ability"]) for s in (0, 1)]
+    path = folders[1] / "eval" / "main" / "metrics.json"
+    metrics = json.loads(path.read_text())
+    metrics["sets"]["xstest_safe"]["refused"]["paper"] = 4
+    path.write_text(json.dumps(metrics))
+    columns = columns_of(*folders)
+    rows = paper.table1(columns, seed_groups(columns)).rows
+    (mean,) = (row for row in rows if row.run == "2 seeds")
+    assert mean.cells["XS"].estimate == pytest.approx(0.7)  # 0.8 and 0.6
+    assert mean.cells["XS"].spread == pytest.approx(0.2 / 2**0.5)
+    assert mean.cells["XS"].text() == "0.70 ± 0.14"
+
+
+def test_every_inconsistency_named_exists_and_its_cells_too() -> None:
+    places = [told["where"] for told in facts()["inconsistencies"]]
+    for name, errata in paper.ERRATA.items():
+        assert set(errata) <= set(places)
+        for where, cells in errata.items():
+            for model, method, column in cells:
+                value = facts()["table1_main"][model][method][column]
+                text = next(t["what"] for t in facts()["inconsistencies"] if t["where"] == where)
+                assert f"{value:.2f}" in text, name
+    assert set(facts()["columns"]) <= set(paper_columns.COLUMNS)
+
+
+HOSTILE = r"""<script>alert(1)</script> | & $x_1$ # 50% {a}\b ~ ^ * ` " [1] 😀 κ ﬁ é"""
+MINUS = Cell(0.5, 0.25, 0.75, 4, marks="†a")
+
+
+def hostile_table() -> PaperTable:
+    rows = [
+        PaperRow(f"[{HOSTILE}", "ours", f"=1+1\n{HOSTILE}", HOSTILE, {"XS": MINUS}, "*judge"),
+        PaperRow("STL", "paper", "=cmd()", "", {"PH": Cell(1.0)}),
+    ]
+    notes = [("a", HOSTILE), ("", HOSTILE)]
+    return PaperTable("table1", HOSTILE, {"XS": "XS", "PH": f"a {HOSTILE}"}, rows, notes)
+
+
+def test_csv_is_parseable_and_holds_no_formula() -> None:
+    header, first, second = csv.reader(io.StringIO(markup.csv_text(hostile_table())))
+    assert len(header) == len(first) == len(second) == 5 + 2 * 5 + 1
+    row = dict(zip(header, first, strict=True))
+    assert row["model"] == f"'=1+1\n{HOSTILE}"
+    assert [row[f"XS{part}"] for part in ("", "_low", "_high", "_spread", "_n")] == [
+        "0.5", "0.25", "0.75", "", "4"
+    ]  # fmt: skip
+    assert dict(zip(header, second, strict=True))["model"] == "'=cmd()"
+
+
+def test_markdown_keeps_its_columns() -> None:
+    lines = [line for line in markup.markdown(hostile_table()).splitlines() if line[:1] == "|"]
+    assert len(lines) == 4
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {6}
+    assert "<script>" not in "".join(lines)
+    assert "| 0.50 [0.25–0.75]†<sup>a</sup> |" in lines[2]
+
+
+def test_latex_is_balanced_and_escaped(tmp_path: Path) -> None:
+    run = suite(tmp_path / "a", **MEASURED)
+    for table in (hostile_table(), paper.table1(columns_of(run), []),
+                  paper.table5(columns_of(run), [])):  # fmt: skip
+        text = markup.latex(table)
+        depth = 0
+        for brace in re.findall(r"(?<!\\)[{}]", text):
+            depth += 1 if brace == "{" else -1
+            assert depth >= 0
+        assert depth == 0
+        assert text.count(r"\begin{") == text.count(r"\end{")
+        # outside of commands nothing special is left bare, and all of it fits T1 fonts
+        body = text.partition(r"\begin{document}")[2].replace(r"$\kappa$", "")
+        assert not re.search(r"(?<!\\)[#$%_~^]", body)
+        assert all(ord(character) < 0x180 for character in text)
+        assert not re.search(r"\\\\\s*[\[*]", body)  # would be arguments of the line's end
+        rows = [line for line in body.splitlines() if line.endswith(r"\\")]
+        separators = {len(re.findall(r"(?<!\\)&", line)) for line in rows}
+        assert separators == {1 + table.judged + len(table.heads)}
+    assert r"\usepackage{booktabs}" in text
+    hostile = markup.latex(hostile_table())
+    for escaped in (r"\{a\}\textbackslash{}b", r"50\%", r"\$x\_1\$", "{[}U+1F600{]}", "fi é"):
+        assert escaped in hostile
+    assert r"0.50\textdagger{}\textsuperscript{a}" in hostile
+
+
+class Words(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        del attrs
+        self.tags.append(tag)
+
+
+def test_html_is_escaped_alone_and_in_the_page(tmp_path: Path) -> None:
+    words = Words()
+    words.feed(markup.html_page(hostile_table()))
+    assert "script" not in words.tags
+    assert words.tags.count("tr") == 3
+    run = suite(tmp_path / "a", model="<img src=x onerror=alert(1)>", **MEASURED)
+    _, html = built(tmp_path, run, tables=("table1", "table5"))
+    assert "img" not in parsed(html).names
+    assert '<h2 id="table5">' in html
+    alone = (tmp_path / "out" / "table5.html").read_text(encoding="utf-8")
+    assert "&lt;img src=x" in alone
+    assert "<img" not in alone
+
+
+def test_tables_are_written_beside_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    suite(Path("run"))
+    told = ["run", "--table", "table1", "--table=table5", "--table", "table1"]
+    assert report.main([*told, "out=there/report.html"]) == 0
+    names = [
+        f"{name}.{end}" for name in ("table1", "table5") for end in ("md", "csv", "tex", "html")
+    ]
+    assert sorted(path.name for path in Path("there").iterdir()) == sorted(["report.html", *names])
+    assert "table5: there/table5.{md,csv,tex,html}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--table", "table9"], "--table table9: no such table; choose from table1, table5"),
+        (["--table="], "--table : no such table; choose from"),
+        (["--table"], "--table : no such table; choose from"),
+        (["--table", "table1", "out=table1.html"], "out=table1.html: --table writes a file"),
+    ],
+)
+def test_bad_tables_end_in_one_line_and_exit_2(
+    arguments: list[str],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    suite(Path("run"))
+    before = sorted(Path().rglob("*"))
+    assert report.main(["run", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
+    assert sorted(Path().rglob("*")) == before
