@@ -4,14 +4,11 @@ python train.py model=llama3_8b stage=contrastive
 python train.py -m dcr.epochs=1,2,3,5
 """
 
-import functools
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import hydra
 import torch
@@ -20,7 +17,19 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
-from dcr import cli, config, data, models, plan, prompts, refusal, resuming, runs, tracking
+from dcr import (
+    cli,
+    config,
+    dashboard,
+    data,
+    models,
+    plan,
+    prompts,
+    refusal,
+    resuming,
+    runs,
+    tracking,
+)
 from dcr.config import (
     Adapter,
     ConfigError,
@@ -29,7 +38,6 @@ from dcr.config import (
     Precision,
     Stage,
     TrainConfig,
-    WandbMode,
 )
 from dcr.contrastive import ContrastiveModule
 from dcr.data import SafetyData, Splits
@@ -37,9 +45,6 @@ from dcr.models import Policy
 from dcr.prompts import ChatFormat
 from dcr.runs import Lease, Run
 from dcr.sft import SFTModule
-
-if TYPE_CHECKING:
-    import wandb
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +61,6 @@ LIGHTNING_PRECISION = {
     Precision.fp32: "32-true",
 }
 STEP_LOSS = {Stage.contrastive: "contrastive/step_circle", Stage.sft: "sft/step_nll"}
-WANDB_TIMEOUT = 20  # seconds that training waits for a server before it logs offline
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
@@ -319,58 +323,18 @@ def _forget_checkpoints(run: Run, stage: Stage) -> None:
 
 @contextmanager
 def _wandb(settings: TrainConfig, run: Run) -> Iterator[list[Logger]]:
-    """One W&B run for the job, closed whatever happens; an empty list when it is off."""
-    if settings.wandb.mode is WandbMode.disabled or not _leads():
+    """Lightning's logger of the job's W&B run; none where W&B is off or another process leads."""
+    if not _leads():
         yield []
         return
-    os.environ["WANDB_SILENT"] = "true"  # before the import, which reads it
-    import wandb
-
-    try:
-        started = _wandb_run(settings, run)
+    tags = [settings.method.value, settings.model.label]
+    made_with = cli.plain(settings)
+    with dashboard.opened(settings.wandb, run, settings.stage.value, tags, made_with) as started:
+        if started is None:
+            yield []
+            return
         started.define_metric("*", step_metric="trainer/global_step")
         yield [WandbLogger(experiment=started)]
-    finally:
-        wandb.finish()
-
-
-def _wandb_run(settings: TrainConfig, run: Run) -> "wandb.Run":
-    """The W&B run of this folder. Offline, with one warning, where it cannot be reached."""
-    import wandb
-
-    options = settings.wandb
-    start = functools.partial(
-        wandb.init,
-        name=run.folder.name,
-        id=run_id(run),
-        dir=str(run.folder),
-        project=options.project,
-        entity=options.entity,
-        group=options.group or os.environ.get("DCR_SWEEP"),
-        job_type=settings.stage.value,
-        tags=[settings.method.value, settings.model.label, *options.tags],
-        config=cli.plain(settings),
-        resume="allow",
-        settings=wandb.Settings(console="off", init_timeout=WANDB_TIMEOUT),
-    )
-    if options.mode is WandbMode.online:
-        try:
-            if wandb.login(prompt=False, verify=False):
-                return start(mode="online")
-            reason = "no key: export WANDB_API_KEY or run `wandb login`"
-        except wandb.Error as error:
-            reason = str(error).splitlines()[0]
-            wandb.teardown()  # whose service would take the run for started
-        log.warning("wandb.mode=online: logging offline instead (%s)", reason)
-    return start(mode="offline")
-
-
-def run_id(run: Run) -> str:
-    """The W&B id of a run folder: kept in it, so that moving the folder keeps the run."""
-    file = run.folder / "wandb_id"
-    if not file.is_file():
-        runs.write_text(file, runs.fingerprint([str(run.folder.resolve())]))
-    return file.read_text().strip()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 import eval as eval_entry
 import train as train_entry
-from dcr import cli, config, models, refusal, report, runs
+from dcr import cli, config, models, refusal, report, runs, subjects
 from dcr.config import ConfigError, EvalConfig
 from dcr.runs import Run
 from tests import tiny_run
@@ -67,7 +67,7 @@ def test_second_evaluation_generates_nothing(trained: Run, monkeypatch: pytest.M
     def fail(*_: object) -> None:
         raise AssertionError("a stored completion was generated again")
 
-    monkeypatch.setattr("dcr.generation._complete_batch", fail)
+    monkeypatch.setattr("dcr.generation.local._decoded", fail)
     eval_entry.evaluate(settings, run)
 
 
@@ -133,6 +133,6 @@ def test_run_without_a_stage_is_said(tmp_path: Path) -> None:
     runs.write_text(run.config_file, json.dumps(made))
     settings, _ = resolved(f"run={tmp_path}")
     with pytest.raises(ConfigError, match="no stage is done"):
-        eval_entry._subjects(settings, run)
+        subjects.subjects(settings, run)
     with pytest.raises(ConfigError, match="no snapshots"):
-        eval_entry._subjects(replace(settings, snapshots=True), run)
+        subjects.subjects(replace(settings, snapshots=True), run)

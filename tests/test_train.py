@@ -186,10 +186,10 @@ def test_pairs_that_do_not_fit_are_counted(
 def test_the_wandb_id_moves_with_the_folder(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
-    first = train.run_id(Run(tmp_path / "one"))
-    assert first != train.run_id(Run(tmp_path / "two"))
+    first = dashboard.run_id(Run(tmp_path / "one"))
+    assert first != dashboard.run_id(Run(tmp_path / "two"))
     (tmp_path / "one").rename(tmp_path / "three")
-    assert train.run_id(Run(tmp_path / "three")) == first
+    assert dashboard.run_id(Run(tmp_path / "three")) == first
 
 
 # --- two processes ---

@@ -1,0 +1,117 @@
+"""What is evaluated: the weights of a run, a model by name, or whatever answers at an endpoint."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dcr import generation, models, prompts, refusal, runs
+from dcr.config import ConfigError, EvalConfig, ServerConfig
+from dcr.generation import Completion
+from dcr.models import Policy
+from dcr.runs import Run
+from dcr.sources import Example
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Which weights (base, contrastive, sft, snapshot, endpoint), where they lie, at which step."""
+
+    weights: str
+    folder: Path | None = None
+    step: int | None = None
+
+
+def subjects(settings: EvalConfig, run: Run) -> list[Subject]:
+    """All that a command evaluates. ConfigError where a run has nothing to evaluate yet."""
+    if settings.endpoint is not None:
+        return [Subject("endpoint")]
+    if settings.run is None:
+        return [Subject("base")]
+    if settings.snapshots:
+        found = sorted(run.snapshots.glob("step-*"))
+        if not found:
+            raise ConfigError(
+                f"run={run.folder}: holds no snapshots; train with tracking.snapshots=<number>"
+            )
+        return [Subject("snapshot", f, int(f.name.removeprefix("step-"))) for f in found]
+    return [final(run)]
+
+
+def final(run: Run) -> Subject:
+    """The last stage that a run has finished. ConfigError if there is none."""
+    for stage in ("sft", "contrastive"):
+        if run.done(stage):
+            return Subject(stage, run.stage(stage))
+    raise ConfigError(f"run={run.folder}: no stage is done there; train it first")
+
+
+def answers_folder(settings: EvalConfig, run: Run, subject: Subject) -> Path:
+    """Where the completions lie: named by all that they depend on besides the prompt."""
+    label = subject.weights if subject.step is None else f"snapshot-{subject.step:06d}"
+    return run.evaluation(f"{label}-{runs.fingerprint(_identity(settings, subject))}")
+
+
+def _identity(settings: EvalConfig, subject: Subject) -> dict[str, object]:
+    model = settings.model
+    if subject.weights == "endpoint":
+        server = server_of(settings)
+        return {
+            "endpoint": [server.url, server.model, server.parameters],
+            "system": model.system_prompt,
+            "max_new_tokens": settings.gen.max_new_tokens,
+        }
+    weights = models.weights_fingerprint(subject.folder) if subject.folder else None
+    return {
+        "weights": weights or [model.name, model.revision],
+        "chat": [model.system_prompt, model.template],
+        "max_new_tokens": settings.gen.max_new_tokens,
+        "precision": settings.precision.value,
+    }
+
+
+def server_of(settings: EvalConfig) -> ServerConfig:
+    """The server that `endpoint=` names, as every other server is described."""
+    return ServerConfig(
+        url=settings.endpoint,
+        model=str(settings.endpoint_model),
+        key=settings.endpoint_key,
+        parameters=settings.endpoint_parameters,
+    )
+
+
+def opened(settings: EvalConfig, subject: Subject) -> Policy:
+    """The weights in memory, on the device they run on."""
+    trusted = settings.model.trust_remote_code
+    if subject.folder is None:
+        policy = models.open_policy(settings.model, settings.precision, settings.seed)
+    elif (subject.folder / "adapter_config.json").is_file():
+        policy = models.open_adapter(subject.folder, settings.precision, trust_remote_code=trusted)
+    else:
+        policy = models.open_folder(
+            str(subject.folder), settings.precision, trust_remote_code=trusted
+        )
+    wanted = settings.trainer.accelerator in ("auto", "gpu", "cuda")
+    if wanted and torch.cuda.is_available():
+        policy.model.to("cuda")
+    return policy
+
+
+def answer(
+    settings: EvalConfig, subject: Subject, policy: Callable[[], Policy], rows: list[Example]
+) -> Iterator[list[Completion]]:
+    """Completions of the rows; the weights are opened only where there are rows to answer."""
+    if subject.weights == "endpoint":
+        return generation.complete_remote(
+            server_of(settings), settings.http, rows, settings.gen, settings.model.system_prompt
+        )
+    chat = prompts.chat_format(policy().tokenizer, settings.model)
+    openings = refusal.refusal_openings(chat.tokenizer)
+    return generation.complete(
+        policy(),
+        chat,
+        rows,
+        settings.gen,
+        score=lambda logits: refusal.refusal_mass(logits, openings),
+    )
