@@ -170,7 +170,7 @@ def _evaluate_one(
     answers = _answers(settings, subject, sets, folder, policy)
     found: dict[str, Any] = {}
     if Task.ability in settings.tasks:
-        found["ability"] = ability.ability(
+        found["ability"] = _kept(folder, {}).get("ability", {}) | ability.ability(
             policy(),
             settings.ability,
             settings.data.root,
