@@ -54,6 +54,8 @@ STAGES = {
     (Method.dcr, Stage.sft): (Stage.sft,),
     (Method.stl, Stage.all): (Stage.sft,),
     (Method.stl, Stage.sft): (Stage.sft,),
+    (Method.stl_aug, Stage.all): (Stage.sft,),
+    (Method.stl_aug, Stage.sft): (Stage.sft,),
 }
 LIGHTNING_PRECISION = {
     Precision.mixed: "bf16-mixed",
@@ -83,6 +85,7 @@ class Job:
     block: int
     lease: Lease | None  # None in processes that help another one with its run folder
     loggers: list[Logger]
+    watched: tracking.Watched | None = None
 
 
 def train(settings: TrainConfig, run: Run) -> None:
@@ -101,11 +104,12 @@ def train(settings: TrainConfig, run: Run) -> None:
         contrastive=settings.method is Method.dcr,
         refuses=refusal.is_refusal,
     )
+    watched = tracking.watched(settings.tracking, settings.data, settings.seed)
     _check_input(settings, run, stages, rows)
     if settings.trainer.threads:
         torch.set_num_threads(settings.trainer.threads)
     with tracking.quiet(), _claimed(settings, run, rows) as lease, _wandb(settings, run) as loggers:
-        job = Job(settings, run, rows, block, lease, loggers)
+        job = Job(settings, run, rows, block, lease, loggers, watched)
         for stage in stages:
             if run.done(stage.value):
                 log.info("%s: done in %s, skipped", stage.value, run.stage(stage.value))
@@ -184,7 +188,8 @@ def train_contrastive(job: Job) -> None:
     batches = _batches(job, Stage.contrastive, chat)
     total = batches.steps_per_epoch * settings.dcr.epochs
     module = ContrastiveModule(policy, settings.dcr, job.block, total)
-    with _fitted(job, Stage.contrastive, module, batches, total) as writes:
+    seen = _measuring(job, Stage.contrastive, policy, chat, total)
+    with _fitted(job, Stage.contrastive, module, batches, total, *seen) as writes:
         if settings.dcr.adapter is Adapter.lora:
             policy = Policy(policy.model.merge_and_unload(), policy.tokenizer, policy.name)
         if writes:
@@ -214,9 +219,19 @@ def train_sft(job: Job) -> None:
     module = SFTModule(policy, settings.sft, total)
     steps = tracking.snapshot_steps(total, settings.tracking.snapshots)
     snapshots = tracking.Snapshots(run, policy, base, steps)
-    with _fitted(job, Stage.sft, module, batches, total, snapshots) as writes:
+    seen = _measuring(job, Stage.sft, policy, chat, total)
+    with _fitted(job, Stage.sft, module, batches, total, snapshots, *seen) as writes:
         if writes:
             models.save_adapter(policy, run.stage("sft"), base)
+
+
+def _measuring(
+    job: Job, stage: Stage, policy: Policy, chat: ChatFormat, total: int
+) -> list[Callback]:
+    if job.watched is None:
+        return []
+    steps = tracking.watched_steps(total, job.settings.tracking.every_n_steps)
+    return [tracking.Watch(stage.value, policy, chat, job.watched, steps)]
 
 
 def _batches(job: Job, stage: Stage, chat: ChatFormat) -> SafetyData:

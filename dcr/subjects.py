@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 
-from dcr import generation, models, prompts, refusal, runs
+from dcr import generation, models, prompts, refusal, runs, steering
 from dcr.config import ConfigError, EvalConfig, ServerConfig
 from dcr.generation import Completion
 from dcr.models import Policy
 from dcr.runs import Run
 from dcr.sources import Example
+from dcr.steering import Steered
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,17 @@ def _identity(settings: EvalConfig, subject: Subject) -> dict[str, object]:
             "max_new_tokens": settings.gen.max_new_tokens,
         }
     weights = models.weights_fingerprint(subject.folder) if subject.folder else None
-    return {
+    identity: dict[str, object] = {
         "weights": weights or [model.name, model.revision],
         "chat": [model.system_prompt, model.template],
         "max_new_tokens": settings.gen.max_new_tokens,
         "precision": settings.precision.value,
     }
+    if edits := steering.identity(settings.data, settings.steering, settings.seed):
+        identity["steering"] = edits
+    if settings.gen.self_cd is not None:
+        identity["self_cd"] = settings.gen.self_cd
+    return identity
 
 
 def server_of(settings: EvalConfig) -> ServerConfig:
@@ -96,6 +102,14 @@ def opened(settings: EvalConfig, subject: Subject) -> Policy:
     if wanted and torch.cuda.is_available():
         policy.model.to("cuda")
     return policy
+
+
+def steered(settings: EvalConfig, policy: Policy, folder: Path) -> Steered:
+    """The activation edits that `steering=` asks for, from vectors kept in `folder`."""
+    chat = prompts.chat_format(policy.tokenizer, settings.model)
+    return steering.steer(
+        policy, chat, settings.data, settings.steering, settings.seed, folder=folder
+    )
 
 
 def answer(

@@ -23,7 +23,8 @@ typechecked = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a f
 # in every module that handles tensors.
 CHECKED = (
     *("activations", "contamination", "contrastive", "data", "generation", "likelihood", "losses"),
-    *("models", "prompts", "refusal", "schedules", "separability", "sft", "statistics", "tracking"),
+    *("models", "ntk", "prompts", "refusal", "schedules", "separability", "sft", "statistics"),
+    *("steering", "tracking"),
 )
 hook = install_import_hook([f"dcr.{name}" for name in CHECKED], f"{__name__}.typechecked")
 

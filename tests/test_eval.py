@@ -79,7 +79,7 @@ def test_snapshots_are_scored_each_with_its_step(trained: Run) -> None:
     steps = [m["step"] for m in metrics_of(run) if m["weights"] == "snapshot"]
     saved = [int(f.name.removeprefix("step-")) for f in sorted(run.snapshots.iterdir())]
     assert steps == saved
-    assert len(saved) == 2
+    assert len(saved) == 3  # the two asked for, and step 0
 
 
 def test_moved_run_is_evaluated_on_its_own_stage_one(trained: Run, tmp_path: Path) -> None:

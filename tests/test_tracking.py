@@ -75,10 +75,10 @@ def test_each_step_and_each_epoch_is_logged_once(tiny: TrainConfig, tmp_path: Pa
     ("total", "count", "steps"),
     [
         (100, 0, []),
-        (100, 1, [100]),
-        (100, 4, [13, 36, 65, 100]),  # 100 (i / 4) ** 1.5, rounded up
-        (3, 10, [1, 2, 3]),
-        (1, 2, [1]),
+        (100, 1, [0, 100]),
+        (100, 4, [0, 13, 36, 65, 100]),  # 100 (i / 4) ** 1.5, rounded up
+        (3, 10, [0, 1, 2, 3]),
+        (1, 2, [0, 1]),
     ],
 )
 def test_snapshot_steps_by_hand(total: int, count: int, steps: list[int]) -> None:
@@ -103,8 +103,8 @@ def test_snapshots_are_adapters_of_their_step(
     run = Run(tmp_path / "run")
     train.train(changed(tiny, "tracking.snapshots=3"), run)
     names = [folder.name for folder in sorted(run.snapshots.iterdir())]
-    assert names == ["step-000002", "step-000005", "step-000008"]
-    for step in (2, 5):  # weights before step n, counted from 0, are those after n steps
+    assert names == ["step-000000", "step-000002", "step-000005", "step-000008"]
+    for step in (0, 2, 5):  # weights before step n, counted from 0, are those after n steps
         saved = load_file(run.snapshots / f"step-{step:06d}" / "adapter_model.safetensors")
         assert same(saved, taken[step])
     last = load_file(run.snapshots / "step-000008" / "adapter_model.safetensors")

@@ -75,6 +75,10 @@ RANGES = {
     "steering.surgical.validation": (_positive, "give prompts of each kind, 1 or more"),
     "prune_layers": (lambda v: 0 < v <= 1, "give a share of the depth inside (0, 1]"),
     "repeat": (_positive, "give 1 or more"),
+    "prompts": (_positive, "give prompts of each kind, 1 or more"),
+    "top_k": (_positive, "give tokens of each prompt, 1 or more"),
+    "budget_gib": (_positive, "give GiB above 0"),
+    "every_n_steps": (_positive, "give 1 or more, or null"),
     "shots": (_not_negative, "give 0 or more examples"),
     "seed": (lambda v: 0 <= v < 2**32, "give a whole number in [0, 2**32)"),
 }

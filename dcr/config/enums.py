@@ -28,6 +28,9 @@ class Task(Enum):
     safety = "safety"
     ability = "ability"
     quality = "quality"
+    refusal_probability = "refusal_probability"
+    kernel = "kernel"
+    separability = "separability"
 
 
 class Judge(Enum):
@@ -142,3 +145,30 @@ class ScansEnd(Enum):
 
     user_end = "user_end"
     prompt_last = "prompt_last"
+
+
+class Quantity(Enum):
+    """What can be watched while a stage trains."""
+
+    refusal_probability = "refusal_probability"
+    kernel = "kernel"
+
+
+class Phrases(Enum):
+    """Refusals whose probability is summed: the paper's 31 (A.5), or with plain and curly forms."""
+
+    paper = "paper"
+    extended = "extended"
+
+
+class Normalise(Enum):
+    """What a kernel's norms are divided by (A.6)."""
+
+    observer = "observer"
+    symmetric = "symmetric"
+    none = "none"
+
+
+class KernelMethod(Enum):
+    exact = "exact"
+    finite_difference = "finite_difference"

@@ -8,13 +8,21 @@ from omegaconf import II, MISSING
 from dcr.config.enums import (
     Judge,
     KeywordRules,
+    Pooling,
     Precision,
     ScansEnd,
     ScansLayers,
     Steering,
     Task,
 )
-from dcr.config.tree import DataConfig, ModelConfig, TrainerConfig, WandbConfig
+from dcr.config.tree import (
+    DataConfig,
+    KernelConfig,
+    ModelConfig,
+    RefusalProbabilityConfig,
+    TrainerConfig,
+    WandbConfig,
+)
 
 
 @dataclass
@@ -170,6 +178,15 @@ class SteeringConfig:
 
 
 @dataclass
+class SeparabilityConfig:
+    """How well two classes come apart, block by block (A.9)."""
+
+    pooling: Pooling = Pooling.last
+    standardise: bool = False
+    prompts: int | None = None  # of each kind; null: all
+
+
+@dataclass
 class EvalConfig:
     """Everything `eval.py` can be told."""
 
@@ -198,5 +215,8 @@ class EvalConfig:
     ability: AbilityConfig = field(default_factory=AbilityConfig)
     quality: QualityConfig = field(default_factory=QualityConfig)
     annotator: AnnotatorConfig = field(default_factory=AnnotatorConfig)
+    refusal_prob: RefusalProbabilityConfig = field(default_factory=RefusalProbabilityConfig)
+    entk: KernelConfig = field(default_factory=KernelConfig)
+    sep: SeparabilityConfig = field(default_factory=SeparabilityConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)

@@ -12,12 +12,16 @@ from omegaconf import II, MISSING
 from dcr.config.enums import (
     Adapter,
     Aggregate,
+    KernelMethod,
     LayerBase,
     LossNorm,
     Method,
     NLLSource,
+    Normalise,
+    Phrases,
     Pooling,
     Precision,
+    Quantity,
     Reduction,
     Sampler,
     Schedule,
@@ -82,6 +86,15 @@ class ExtractionSources:
 
 
 @dataclass
+class AnalysisSources:
+    """Prompts that refusal probability, kernel and separability are measured on."""
+
+    seemingly_toxic: list[str] = field(default_factory=list)
+    toxic: list[str] = field(default_factory=list)
+    normal: list[str] = field(default_factory=list)
+
+
+@dataclass
 class AugmentConfig:
     """STL-aug: compliant answers to seemingly toxic prompts, added to the rows of SFT."""
 
@@ -107,6 +120,7 @@ class DataConfig:
     normal: SourceConfig = field(default_factory=SourceConfig)
     evaluation: EvaluationSets = field(default_factory=EvaluationSets)
     extraction: ExtractionSources = field(default_factory=ExtractionSources)
+    analysis: AnalysisSources = field(default_factory=AnalysisSources)
     # Share of template groups (pairs of safe and unsafe contrasts) that training never sees.
     group_holdout: float = 0.0
     validation: float = 0.1
@@ -205,10 +219,39 @@ class TrainerConfig:
 
 
 @dataclass
-class TrackingConfig:
-    """Adapter snapshots during SFT, scored afterwards: a number of them, denser early."""
+class RefusalProbabilityConfig:
+    phrases: Phrases = Phrases.paper
+    prompts: int | None = 300  # of each kind; null: all
 
+
+@dataclass
+class KernelConfig:
+    """The empirical NTK at the first answer token (A.6)."""
+
+    top_k: int = 10
+    params: list[str] = field(default_factory=lambda: ["tail:2"])  # tail:N, trunk:ℓ, all
+    head: bool = True
+    normalise: Normalise = Normalise.observer
+    method: KernelMethod = KernelMethod.exact
+    prompts: int = 25  # of each kind
+    self_pairs: bool = False
+    budget_gib: float = 4.0  # for the factors of gradients that are held at once
+
+
+@dataclass
+class TrackingConfig:
+    """What is measured while a stage trains, and adapter snapshots to be scored afterwards.
+
+    Steps: 0, the last, and at least 20 between, denser early, unless `every_n_steps` is given.
+    """
+
+    quantities: list[Quantity] = field(default_factory=list)
+    every_n_steps: int | None = None
     snapshots: int = 0
+    refusal_prob: RefusalProbabilityConfig = field(
+        default_factory=lambda: RefusalProbabilityConfig(prompts=25)
+    )
+    entk: KernelConfig = field(default_factory=lambda: KernelConfig(prompts=5))
 
 
 @dataclass

@@ -1,15 +1,15 @@
 """The rows of a run: read, cleaned of what is evaluated on, and drawn into disjoint parts."""
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dcr import contamination, sources
-from dcr.config import ConfigError, DataConfig, Kind
+from dcr.config import AugmentConfig, ConfigError, DataConfig, Kind
+from dcr.data import augmentation
+from dcr.data.sifting import Sift
 from dcr.sources import Example
 
-CONTRASTIVE_NODES = ("seemingly_toxic", "toxic")
 HELD_OUT_PAIRS = 64  # prompts a class that stage one is watched on; more would only cost time
 
 
@@ -25,13 +25,15 @@ class Splits:
     refusals: list[Example] = field(default_factory=list)
     normal_heldout: list[Example] = field(default_factory=list)
     refusals_heldout: list[Example] = field(default_factory=list)
+    augmented: list[Example] = field(default_factory=list)  # STL-aug's, as often as they are learnt
     dropped: dict[str, int] = field(default_factory=dict)
     in_distribution: list[str] = field(default_factory=list)
     unseen_groups: list[str] = field(default_factory=list)
 
     def parts(self) -> dict[str, list[Example]]:
-        """Every list of rows by its name."""
+        """Every list of rows by its name; that of STL-aug only where there is one."""
         about = ("dropped", "in_distribution", "unseen_groups")
+        about = about if self.augmented else (*about, "augmented")
         return {name: rows for name, rows in vars(self).items() if name not in about}
 
 
@@ -40,7 +42,8 @@ def split(
     ratio: float | None,
     seed: int,
     contrastive: bool,
-    refuses: Callable[[str], bool],
+    refuses: Callable[..., bool],
+    augment: AugmentConfig | None = None,
 ) -> Splits:
     """Read every source and draw the rows of both stages (Section 7.1).
 
@@ -50,10 +53,13 @@ def split(
     make that set in-distribution.
 
     `ratio` is toxic rows per seemingly toxic one, None for every toxic row left. Without
-    `contrastive` the lists of stage one stay empty. `refuses` judges a response.
-    Raises ConfigError when a source holds fewer rows than asked for.
+    `contrastive` the lists of stage one stay empty. `refuses` judges a response, by the paper's
+    keyword rules or by those that its second argument names. `augment` adds the rows of STL-aug
+    and leaves every other list as it is.
+    Raises ConfigError when a source holds fewer rows than asked for, and DataError for an answer
+    of STL-aug's file that refuses.
     """
-    sift = _Sift(config)
+    sift = Sift(config)
     normal = _with_response(sift.clean("normal", Kind.normal), "data.normal")
     pairs = sift.clean("safety", Kind.toxic)
     if config.safety.refusals_only:
@@ -72,11 +78,13 @@ def split(
     )
     if contrastive:
         rows = _with_stage_one(rows, config, ratio, seed, sift)
+    if augment is not None:
+        rows = _with_answers(rows, config, augment, seed, sift, refuses)
     return replace(rows, dropped=dict(sift.dropped))
 
 
 def _with_stage_one(
-    rows: Splits, config: DataConfig, ratio: float | None, seed: int, sift: "_Sift"
+    rows: Splits, config: DataConfig, ratio: float | None, seed: int, sift: Sift
 ) -> Splits:
     safe = sift.clean("seemingly_toxic", Kind.seemingly_toxic)
     taken = {contamination.normalise(r.prompt) for r in [*rows.refusals, *rows.refusals_heldout]}
@@ -109,68 +117,45 @@ def _with_stage_one(
     )
 
 
-class _Sift:
-    """Reads and cleans the sources of one run, counting what it drops."""
+def _with_answers(
+    rows: Splits,
+    config: DataConfig,
+    augment: AugmentConfig,
+    seed: int,
+    sift: Sift,
+    refuses: Callable[..., bool],
+) -> Splits:
+    """STL-aug: answers to seemingly toxic prompts, `augment.repeat` times.
 
-    def __init__(self, config: DataConfig) -> None:
-        self.config = config
-        self.dropped: Counter[str] = Counter()
-        asked = (
-            (Kind.seemingly_toxic, config.evaluation.over_refusal),
-            (Kind.toxic, config.evaluation.safety),
+    They come from the file, all of them, or with the very prompts that stage one would draw.
+    Evaluation sets that hold such a prompt become in-distribution.
+    """
+    named = augment.responses
+    if named is None:
+        found = sift.clean("seemingly_toxic", Kind.seemingly_toxic)
+    else:
+        read = augmentation.read_answers(named, config.root, refuses)
+        found = sift.answers(read, named)
+    found, unseen = sources.split_by_group(found, config.group_holdout, seed)
+    if named is None:
+        count = config.seemingly_toxic.count
+        found, _ = _draw(found, count, seed, "data.seemingly_toxic.count")
+        found = augmentation.answered(found, config, refuses)
+    pairs = (rows.normal, rows.refusals, rows.normal_heldout, rows.refusals_heldout)
+    left = augmentation.apart_from(found, [row for part in pairs for row in part])
+    if len(left) < len(found):
+        sift.dropped["augmented: is a prompt of SFT already"] += len(found) - len(left)
+    if not left:
+        raise ConfigError(
+            f"stl_aug.responses={named}: every row is a prompt of SFT or of an evaluation set; "
+            "give others, or name the set that they answer in data.seemingly_toxic.source"
         )
-        self.evaluated = {
-            name: [row.prompt for row in sources.read(name, root=config.root, kind=kind)]
-            for kind, names in asked
-            for name in names
-        }
-
-    def clean(self, node: str, kind: Kind) -> list[Example]:
-        """The rows of a node's sources, apart from evaluation prompts and each other."""
-        rows: list[Example] = []
-        for name in getattr(self.config, node).source:
-            read = sources.read(name, root=self.config.root, kind=kind)
-            rows += self._apart_from_evaluation(node, name, read)
-        rows, repeated = sources.drop_duplicates(rows)
-        if repeated:
-            self.dropped[f"{node}: repeats another row"] += len(repeated)
-        return rows
-
-    def _apart_from_evaluation(self, node: str, name: str, rows: list[Example]) -> list[Example]:
-        exempt = {name}
-        if node in CONTRASTIVE_NODES:
-            exempt |= self._used(CONTRASTIVE_NODES) | self._cut_from_the_same_file(name)
-        against = {s: prompts for s, prompts in self.evaluated.items() if s not in exempt}
-        if not self.config.drop_contaminated or not against:
-            return rows
-        found = contamination.overlaps(
-            [row.prompt for row in rows], against, near=self.config.near_duplicate
-        )
-        for overlap in found:
-            if overlap is not None:
-                how = "is" if overlap.exact else "is close to"
-                self.dropped[f"{node}: {how} a prompt of {overlap.set}"] += 1
-        return [row for row, overlap in zip(rows, found, strict=True) if overlap is None]
-
-    def _cut_from_the_same_file(self, name: str) -> set[str]:
-        """XSTest's safe and unsafe prompts are contrasts, near each other by design.
-
-        To drop one for the other's sake would take the very rows that are meant to be learnt.
-        """
-        files = {
-            n: sources.SOURCES[n].file for n in [name, *self.evaluated] if n in sources.SOURCES
-        }
-        file = files.get(name)
-        return {n for n, other in files.items() if file is not None and other == file}
-
-    def _used(self, nodes: Sequence[str]) -> set[str]:
-        return {name for node in nodes for name in getattr(self.config, node).source}
-
-    def in_distribution(self, contrastive: bool) -> list[str]:
-        """Evaluation sets that a run is trained on."""
-        used = self._used(("safety", "normal", *(CONTRASTIVE_NODES if contrastive else ())))
-        wholes = {name: s.part_of for name, s in sources.SOURCES.items()}
-        return sorted(n for n in self.evaluated if n in used or wholes.get(n) in used)
+    return replace(
+        rows,
+        augmented=left * augment.repeat,
+        in_distribution=sorted({*rows.in_distribution, *sift.holding(left)}),
+        unseen_groups=sorted({row.group or row.id for row in unseen}),
+    )
 
 
 def _with_response(rows: list[Example], key: str) -> list[Example]:
@@ -201,15 +186,18 @@ def warn_of_forms(rows: Splits) -> str | None:
 
 def row_record(rows: Splits) -> Mapping[str, object]:
     """Ids and fingerprint of every list of rows, for the run folder."""
+    recorded: dict[str, dict[str, object]] = {
+        name: {
+            "count": len(part),
+            "fingerprint": sources.fingerprint(part),
+            "ids": [row.id for row in part],
+        }
+        for name, part in rows.parts().items()
+    }
+    if rows.augmented:  # theirs is no node of `data`
+        recorded["augmented"]["sources"] = sorted({row.source for row in rows.augmented})
     return {
-        "rows": {
-            name: {
-                "count": len(part),
-                "fingerprint": sources.fingerprint(part),
-                "ids": [row.id for row in part],
-            }
-            for name, part in rows.parts().items()
-        },
+        "rows": recorded,
         "dropped": rows.dropped,
         "in_distribution": rows.in_distribution,
         "unseen_groups": rows.unseen_groups,
@@ -222,6 +210,7 @@ LEARNT = {
     "toxic": ("toxic", Kind.toxic, False),
     "normal": ("normal", Kind.normal, True),
     "refusals": ("safety", Kind.toxic, True),
+    "augmented": (None, Kind.seemingly_toxic, True),
 }
 
 
@@ -236,8 +225,9 @@ def trained_texts(data: Mapping[str, Any], record: Mapping[str, Any]) -> dict[st
         rows = record.get("rows", {}).get(part)
         if not rows or not rows["ids"]:
             continue
+        names = rows["sources"] if node is None else data[node]["source"]
         for row in sources.read_rows(
-            data[node]["source"], rows["ids"], kind, root=data["root"], expected=rows["fingerprint"]
+            names, rows["ids"], kind, root=data["root"], expected=rows["fingerprint"]
         ):
             found = texts.setdefault(row.source, [])
             found.append(row.prompt)

@@ -101,8 +101,9 @@ def batches(
     others = emphasised(policy, chat, encoded)
     for start in range(0, len(encoded), size):
         batch = encoded[start : start + size]
-        prompts = ([ids for _, ids in rows[start : start + size]] for rows in (encoded, others))
-        answers, masses = _continued(policy, chat, *prompts, max_new_tokens, score, weight)
+        plain = [ids for _, ids in batch]
+        other = [ids for _, ids in others[start : start + size]]
+        answers, masses = _continued(policy, chat, plain, other, max_new_tokens, score, weight)
         yield [
             completion(chat, row, answer, mass)
             for (row, _), answer, mass in zip(batch, answers, masses, strict=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from dcr import activations
 from dcr.config import DataError, GenConfig
 from dcr.generation import contrastive_decoding, rolling, whole
 from dcr.generation.completions import Completion, Encoded
@@ -79,7 +80,9 @@ def _decoded(
     if settings.self_cd:
         weight = settings.self_cd
         return contrastive_decoding.batches(policy, chat, waiting, size, new, score, weight)
-    decode = rolling.answers if rolling.is_possible(policy.model) else whole.batches
+    # an edit with a factor for each row needs rows that keep their places
+    fixed = activations.per_row(policy.model) or not rolling.is_possible(policy.model)
+    decode = whole.batches if fixed else rolling.answers
     return decode(policy, chat, waiting, size, new, score)
 
 

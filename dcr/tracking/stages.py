@@ -1,4 +1,4 @@
-"""What is watched while a stage trains: the local log of every value, and adapter snapshots."""
+"""What both stages leave behind while they train: every logged value, snapshots, cost, a bar."""
 
 import logging
 import math
@@ -77,11 +77,11 @@ class RunLogger(Logger):
 
 
 def snapshot_steps(total: int, count: int) -> list[int]:
-    """At most `count` steps up to the last, denser early, where refusal moves fastest."""
+    """Step 0 and at most `count` up to the last, denser early, where refusal moves fastest."""
     if count < 1:
         return []
     wanted = {max(1, math.ceil(total * ((i + 1) / count) ** 1.5)) for i in range(count)}
-    return sorted(wanted | {total})
+    return sorted(wanted | {0, total})
 
 
 class Snapshots(Callback):
@@ -90,9 +90,15 @@ class Snapshots(Callback):
     def __init__(self, run: Run, policy: Policy, base: str, steps: list[int]) -> None:
         self.run, self.policy, self.base, self.steps = run, policy, base, set(steps)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
         step = trainer.global_step
         if step in self.steps and trainer.is_global_zero:
             models.save_adapter(self.policy, self.run.snapshots / f"step-{step:06d}", self.base)

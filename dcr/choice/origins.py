@@ -1,0 +1,212 @@
+"""Pairs of sources to train a probe on, pairs of another origin to test it on, and their rows."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from dcr import benchmarks, sources
+from dcr.config import ConfigError, DataConfig, DataError, Kind, source_names
+from dcr.sources import SOURCES, Example
+
+LIMIT = 200  # prompts of each class of a pair
+FEWEST = 10  # fewer say nothing
+
+# What a user might train on instead; the first two have the paper's seemingly toxic source.
+ALTERNATIVES = (
+    "xstest_safe:stl_safety",
+    "xstest_safe:xstest_unsafe",
+    "orbench_hard:harmfulqa",
+)
+DEMO_ALTERNATIVES = (
+    "demo_seemingly_toxic:demo_toxic",
+    "demo_seemingly_toxic:demo_toxic_matched",
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Sources of seemingly toxic prompts, and of toxic ones."""
+
+    seemingly_toxic: tuple[str, ...]
+    toxic: tuple[str, ...]
+
+    @property
+    def sides(self) -> tuple[tuple[Kind, tuple[str, ...]], tuple[Kind, tuple[str, ...]]]:
+        """In the order of the labels 0 and 1."""
+        return (Kind.seemingly_toxic, self.seemingly_toxic), (Kind.toxic, self.toxic)
+
+    @property
+    def names(self) -> set[str]:
+        return {*self.seemingly_toxic, *self.toxic}
+
+    def __str__(self) -> str:
+        return " / ".join("+".join(side) for side in (self.seemingly_toxic, self.toxic))
+
+
+Sides = dict[tuple[Kind, tuple[str, ...]], list[Example]]
+
+
+@dataclass(frozen=True)
+class Material:
+    """Candidates with the configured pair first, test sets by label, and the rows of all sides."""
+
+    candidates: list[Pair]
+    tests: dict[str, Pair]
+    rows: Sides
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def used(self) -> Sides:
+        """The rows of candidates and test sets, each side once."""
+        pairs = [*self.candidates, *self.tests.values()]
+        return {side: self.rows[side] for pair in pairs for side in pair.sides}
+
+    def tests_of(self, pair: Pair) -> dict[str, Pair]:
+        """The test sets of another origin than the pair."""
+        return {k: test for k, test in self.tests.items() if not _related(test.names, pair.names)}
+
+
+def parsed(key: str, value: str) -> list[Pair]:
+    """`safe:toxic,safe:toxic+toxic` as pairs; ConfigError for anything else."""
+    pairs = []
+    for item in value.strip("[]").split(","):
+        halves = item.strip().split(":")
+        sides = [tuple(name for name in half.split("+") if name) for half in halves]
+        if len(sides) != 2 or not all(sides):
+            raise ConfigError(
+                f"{key}={value}: give <seemingly toxic>:<toxic>, several with commas between, "
+                "several sources of one side as a+b"
+            )
+        pairs.append(Pair(*sides))
+    return pairs
+
+
+def configured(data: DataConfig) -> Pair:
+    """The sources of stage one as the settings have them."""
+    sides = [
+        tuple(source_names(node.source, f"data.{key}.source"))
+        for key, node in (("seemingly_toxic", data.seemingly_toxic), ("toxic", data.toxic))
+    ]
+    return Pair(*sides)
+
+
+def gathered(
+    data: DataConfig,
+    seed: int,
+    limit: int = LIMIT,
+    pairs: str | None = None,
+    tests: str | None = None,
+) -> Material:
+    """All rows that are compared, at most `limit` of a side, drawn by seed.
+
+    `pairs` are further candidates (None: the usual alternatives that can be read, "none": no
+    other), `tests` the sets to test on (None: the pairs of `dcr.benchmarks` that can be read).
+    Raises ConfigError and DataError where a source that the settings or the user name cannot be
+    read, holds too few rows, or no test set is of another origin.
+    """
+    if limit < FEWEST:
+        raise ConfigError(f"limit={limit}: give {FEWEST} prompts of each class or more")
+    first, notes, rows = configured(data), [], {}
+    _read(first, data, limit, seed, rows)
+    candidates = [first]
+    for pair in _alternatives(data, first) if pairs is None else _named("pairs", pairs):
+        if pair not in candidates and _readable(pair, data, limit, seed, rows, notes, pairs):
+            candidates.append(pair)
+    material = Material(candidates, {}, rows, notes)
+    offered = _usual_tests(data) if tests is None else {str(p): p for p in _named("tests", tests)}
+    for label, test in offered.items():
+        if all(_related(test.names, pair.names) for pair in candidates):
+            notes.append(f"{label}: not tested on, of the same origin as what is trained on")
+        elif _readable(test, data, limit, seed, rows, notes, tests):
+            material.tests[label] = test
+            if all(map(_embedded, {*first.names, *test.names})):
+                notes.append(
+                    f"{label}: held out of the corpus trained on, so hardly another origin"
+                )
+    for pair in list(candidates):
+        if material.tests_of(pair):
+            continue
+        if pair == first or pairs is not None:
+            raise ConfigError(
+                f"tests: no set of another origin than {pair} can be read; name one with "
+                "tests=<seemingly toxic>:<toxic>, or set data.root"
+            )
+        candidates.remove(pair)
+        notes.append(f"{pair}: left out, no test set is of another origin")
+    return material
+
+
+def _named(key: str, value: str) -> list[Pair]:
+    return [] if value == "none" else parsed(key, value)
+
+
+def _alternatives(data: DataConfig, first: Pair) -> list[Pair]:
+    """The embedded corpus alone where nothing else is in use: the hub may be out of reach."""
+    in_use = data.root is not None or any(n in SOURCES and not _embedded(n) for n in first.names)
+    return parsed("pairs", ",".join(ALTERNATIVES if in_use else DEMO_ALTERNATIVES))
+
+
+def _usual_tests(data: DataConfig) -> dict[str, Pair]:
+    """The benchmarks' pairs: those in the package and, in `data.root` or configured, others."""
+    evaluated = {*data.evaluation.over_refusal, *data.evaluation.safety}
+    there = [
+        name
+        for name, source in SOURCES.items()
+        if _embedded(name)
+        or (data.root is None and name in evaluated)
+        or (data.root and source.file and os.path.isfile(os.path.join(data.root, source.file)))
+    ]
+    return {label: Pair(*sides) for label, sides in benchmarks.pairs_of(there).items()}
+
+
+def _readable(
+    pair: Pair,
+    data: DataConfig,
+    limit: int,
+    seed: int,
+    rows: Sides,
+    notes: list[str],
+    asked: str | None,
+) -> bool:
+    """Read a pair; one that nobody asked for may be missing, with a note."""
+    try:
+        _read(pair, data, limit, seed, rows)
+    except DataError as error:
+        if asked is not None:
+            raise
+        notes.append(f"{pair}: left out ({error})")
+        return False
+    return True
+
+
+def _read(pair: Pair, data: DataConfig, limit: int, seed: int, rows: Sides) -> None:
+    for kind, names in pair.sides:
+        if (kind, names) in rows:
+            continue
+        read = [row for name in names for row in sources.read(name, root=data.root, kind=kind)]
+        distinct, _ = sources.drop_duplicates(read)
+        if len(distinct) < FEWEST:
+            raise DataError(
+                f"{'+'.join(names)}: {len(distinct)} distinct prompts, {FEWEST} are needed; "
+                "name another source"
+            )
+        rows[kind, names] = sources.draw(distinct, min(limit, len(distinct)), seed)
+
+
+def _embedded(name: str) -> bool:
+    return name in SOURCES and SOURCES[name].demo is not None
+
+
+def _related(one: set[str], other: set[str]) -> bool:
+    """Whether prompts of both come from one collection."""
+    return bool(_collections(one) & _collections(other))
+
+
+def _collections(names: Sequence[str] | set[str]) -> set[str]:
+    found = set(names)
+    for name in names:
+        source = SOURCES.get(name)
+        if source is not None:
+            hub = source.hub.id if source.hub and "/" in source.hub.id else None
+            found |= {part for part in (source.part_of, source.file, hub) if part}
+    return found

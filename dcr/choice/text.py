@@ -1,0 +1,157 @@
+"""The choice as a person reads it: a table of layers, a table of pairs, and the reasons."""
+
+import io
+import math
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from dcr.choice.choosing import Choice
+from dcr.choice.ranking import PairTransfer, on_common
+from dcr.statistics import Interval
+
+COLUMNS = 100
+CHANCE = 0.5
+WEAK = 0.65  # a mean transfer below it is hardly better than guessing
+
+
+def describe(choice: Choice) -> str:
+    """Tables and conclusions, 100 columns wide."""
+    out = io.StringIO()
+    console = Console(file=out, width=COLUMNS, color_system=None, highlight=False, markup=False)
+    console.print(f"Layer and sources for stage one on {choice.model}: AUROC of a linear probe,")
+    console.print("toxic against seemingly toxic. within: cross-validated on the training sources;")
+    console.print("transfer: the mean over test sets of another origin. 0.5 is guessing.\n")
+    console.print(_layer_table(choice), _pair_table(choice))
+    for line in (_of_layer(choice), *_of_sources(choice), _selected_on(choice), *choice.notes):
+        console.print(f"- {line}")
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+
+def _table(title: str, heads: list[str], names: int = 1) -> Table:
+    table = Table(
+        title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    for place, head in enumerate(heads):
+        table.add_column(head, justify="left" if place < names else "right", overflow="fold")
+    return table
+
+
+def _layer_table(choice: Choice) -> Table:
+    pair = choice.pairs[0]
+    tests = list(pair.best.tests)
+    table = _table(f"Layers, {pair.pair}", ["dcr.layer", "within", "transfer", "95%", *tests])
+    for layer in pair.layers:
+        marks = [
+            *(["best"] if layer.layer == choice.layer else []),
+            *(["configured"] if layer.layer == choice.configured else []),
+        ]
+        table.add_row(
+            " ".join([str(layer.layer + choice.offset), *marks]),
+            _number(layer.within),
+            _number(layer.transfer),
+            _ends(layer.transfer),
+            *(_number(layer.tests[name]) for name in tests),
+        )
+    return table
+
+
+def _pair_table(choice: Choice) -> Table:
+    heads = ["seemingly toxic / toxic", "rows", "questions", "dcr.layer", "within", "transfer"]
+    table = _table("Pairs of sources, at the best layer of each", [*heads, "on common sets"])
+    for pair in choice.by_transfer():
+        best, shared = pair.best, on_common(pair, choice.common)
+        table.add_row(
+            str(pair.pair) + (" (configured)" if pair is choice.pairs[0] else ""),
+            " / ".join(map(str, pair.rows)),
+            " / ".join(f"{share:.0%}" for share in pair.questions),
+            str(best.layer + choice.offset),
+            _number(best.within),
+            _number(best.transfer),
+            f"{_number(shared)} {_ends(shared)}" if shared else "-",
+        )
+    return table
+
+
+def _of_layer(choice: Choice) -> str:
+    pair = choice.pairs[0]
+    best, level = pair.best, [layer + choice.offset for layer in pair.level]
+    others = f"; as good within its interval: {_ranges(level)}" if len(level) > 1 else ""
+    now = next((one for one in pair.layers if one.layer == choice.configured), None)
+    told = f", against {_number(now.transfer)} at the configured layer" if now else ""
+    if choice.layer == choice.configured:
+        told = ", the configured layer"
+    return (
+        f"dcr.layer={best.layer + choice.offset}: the probe fitted there to {pair.pair} transfers "
+        f"best, {_number(best.transfer)} {_ends(best.transfer)}{told}{others}"
+    )
+
+
+def _of_sources(choice: Choice) -> list[str]:
+    lines = [_of_best_pair(choice)] if len(choice.pairs) > 1 else []
+    lines += [f"{pair.pair}: {pair.form_gap}" for pair in choice.pairs if pair.form_gap]
+    best = choice.pairs[0].best
+    if best.transfer.estimate < WEAK and best.within.estimate > best.transfer.estimate:
+        lines.append(
+            f"{choice.pairs[0].pair}: told apart within ({_number(best.within)}) but hardly "
+            "elsewhere at any layer: what separates these sources may well not be intent"
+        )
+    return lines
+
+
+def _of_best_pair(choice: Choice) -> str:
+    names = choice.common
+    if not names:
+        return "no test set is common to all pairs, so they are not ranked: compare within tests"
+    first, *others = choice.by_transfer()
+    top = on_common(first, names)
+    assert top is not None
+    if top.low <= CHANCE:
+        return (
+            f"no pair transfers better than guessing on the sets common to all: the best is "
+            f"{first.pair}, {_number(top)} {_ends(top)}"
+        )
+    level = [str(p.pair) for p in others if _estimate(p, names) >= top.low]
+    also = f"; not told apart from it: {', '.join(level)}" if level else ""
+    return (
+        f"data.seemingly_toxic.source={_override(first.pair.seemingly_toxic)} "
+        f"data.toxic.source={_override(first.pair.toxic)} transfers best on the sets common to "
+        f"all pairs ({', '.join(names)}), {_number(top)} {_ends(top)}{also}"
+    )
+
+
+def _selected_on(choice: Choice) -> str:
+    tests = ", ".join(dict.fromkeys(name for pair in choice.pairs for name in pair.best.tests))
+    return (
+        f"the labels of {tests} were looked at: a score on these sets is no longer blind to the "
+        "choice, and the best of many layers looks better than it is"
+    )
+
+
+def _estimate(pair: PairTransfer, names: list[str]) -> float:
+    found = on_common(pair, names)
+    return math.nan if found is None else found.estimate
+
+
+def _override(names: tuple[str, ...]) -> str:
+    return names[0] if len(names) == 1 else f"[{','.join(names)}]"
+
+
+def _ranges(layers: list[int]) -> str:
+    """[3, 4, 5, 9] as "3-5, 9"."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def _number(interval: Interval) -> str:
+    return "-" if math.isnan(interval.estimate) else f"{interval.estimate:.2f}"
+
+
+def _ends(interval: Interval) -> str:
+    return f"[{interval.low:.2f}, {interval.high:.2f}]"

@@ -1,0 +1,203 @@
+"""Which parameters a kernel is over, and which module each of them works in."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils.peft_types import PeftType
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from dcr import models
+from dcr.config import ConfigError
+
+
+class Kind(Enum):
+    """How a module's parameters enter its output."""
+
+    linear = "linear"
+    embedding = "embedding"
+    norm = "norm"  # an elementwise gain, with or without a bias
+    head = "head"  # a linear module read at the last position alone
+
+
+# By what runs, not by class: a subclass with a forward of its own computes something else.
+FORWARDS: dict[object, Kind] = {
+    nn.Linear.forward: Kind.linear,
+    Conv1D.forward: Kind.linear,
+    nn.Embedding.forward: Kind.embedding,
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A module of the subset, all of whose own parameters are in it.
+
+    `block` is the block it lies in (from 1), 0 before the blocks, depth + 1 behind them.
+    """
+
+    name: str
+    module: Any
+    kind: Kind
+    block: int
+
+
+def parts(model: Any, params: str, head: bool) -> list[Part]:
+    """The modules of a subset, in the order of their blocks.
+
+    `params`: `tail:N`, the last N blocks, the final norm and the head; `trunk:ℓ`, the first ℓ
+    blocks alone, without the embeddings; `all`. `head=False` leaves the head's matrix (and bias)
+    out, and where it is tied the embeddings with it, since the two are one parameter. Adapter
+    weights are never in. Raises ConfigError for a subset that the model does not have, and for a
+    module or adapter whose gradients this package does not know.
+    """
+    _check_adapters(model)
+    inner = models.unwrapped(model)
+    wanted = _wanted(model, params, head)
+    blocks = models.decoder_blocks(model)
+    places = {id(m): i for i, block in enumerate(blocks, 1) for m in block.modules()}
+    behind = [models.final_norm(model), ("head", output_layer(model))]
+    places |= {id(entry[1]): len(blocks) + 1 for entry in behind if entry}
+    found = []
+    for name, module in inner.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if _in_adapter(name) or not any(id(p) in wanted for p in own.values()):
+            continue
+        kind = _kind(name, module, own, output_layer(model))
+        found.append(Part(name, module, kind, places.get(id(module), 0)))
+    _check_covered(found, wanted)
+    return sorted(found, key=lambda part: part.block)
+
+
+def tied(chosen: list[Part]) -> bool:
+    """Whether one matrix of the subset is both input embedding and head."""
+    heads = [part.module.weight for part in chosen if part.kind is Kind.head]
+    return any(p.module.weight is h for h in heads for p in chosen if p.kind is Kind.embedding)
+
+
+def parameters(model: Any, params: str, head: bool) -> list[nn.Parameter]:
+    """Every parameter of a subset once, whatever its module computes; see `parts`."""
+    _check_adapters(model)
+    wanted = _wanted(model, params, head)
+    return [p for p in models.unwrapped(model).parameters() if id(p) in wanted]
+
+
+def output_layer(model: Any) -> nn.Linear:
+    """The head itself, without the adapter around it."""
+    layer: Any = models.head(model)
+    return getattr(layer, "base_layer", layer)
+
+
+@contextmanager
+def still(model: Any) -> Iterator[None]:
+    """Evaluation mode, and no parameter that asks for a gradient; both are set back on leaving."""
+    inner: Any = model
+    modes = {module: module.training for module in inner.modules()}
+    asked = {parameter: parameter.requires_grad for parameter in inner.parameters()}
+    device = next(inner.parameters()).device.type
+    try:
+        inner.eval().requires_grad_(False)
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(device, enabled=False),
+        ):
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter, asks in asked.items():
+            parameter.requires_grad_(asks)
+
+
+@contextmanager
+def untied(model: Any) -> Iterator[None]:
+    """While open, a tied head is a parameter of its own, with a copy of the same values."""
+    layer = output_layer(model)
+    weight = layer.weight
+    try:
+        layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        yield
+    finally:
+        layer.weight = weight
+
+
+def _wanted(model: Any, params: str, head: bool) -> dict[int, str]:
+    """The ids of the subset's parameters, with their names."""
+    inner, blocks = models.unwrapped(model), models.decoder_blocks(model)
+    layer = output_layer(model)
+    match = re.fullmatch(r"(tail|trunk):(\d+)", params)
+    if params != "all" and match is None:
+        raise ConfigError(f"params={params}: choose tail:N, trunk:ℓ or all")
+    count = int(match[2]) if match else len(blocks)
+    if not 1 <= count <= len(blocks):
+        raise ConfigError(f"params={params}: the model has blocks 1 to {len(blocks)}")
+    norm = models.final_norm(model)
+    norms = [norm[1]] if norm else []
+    roots: dict[str, list[nn.Module]] = {
+        "tail": [*blocks[len(blocks) - count :], *norms, layer],
+        "trunk": list(blocks[:count]),
+        "all": [inner],
+    }
+    chosen = {id(p) for root in roots[match[1] if match else "all"] for p in root.parameters()}
+    dropped = set() if head else {id(p) for p in layer.parameters()}
+    every = inner.named_parameters()
+    return {
+        id(p): name
+        for name, p in every
+        if id(p) in chosen and id(p) not in dropped and not _in_adapter(name)
+    }
+
+
+def _kind(name: str, module: nn.Module, own: dict[str, nn.Parameter], head: nn.Module) -> Kind:
+    kind = FORWARDS.get(type(module).forward)
+    if kind is Kind.linear:
+        return Kind.head if module is head else kind
+    if kind is None and isinstance(module, nn.Embedding) and hasattr(module, "embed_scale"):
+        return Kind.embedding  # Gemma's; that a scale is all it adds is checked on what it returns
+    if kind is None and set(own) <= {"weight", "bias"} and all(p.dim() == 1 for p in own.values()):
+        return Kind.norm  # that it is one is checked on what it returns
+    if kind is None:
+        raise ConfigError(
+            f"params: the gradients of {name} ({type(module).__name__}) are not known to the exact "
+            "kernel; choose a subset without it, or method=finite_difference"
+        )
+    return kind
+
+
+def _check_covered(chosen: list[Part], wanted: dict[int, str]) -> None:
+    """Every parameter in one module, or in the head and the one embedding that it is tied to."""
+    users: dict[int, list[Kind]] = {key: [] for key in wanted}
+    for part in chosen:
+        for name, parameter in part.module.named_parameters(recurse=False):
+            if id(parameter) not in users:
+                raise ConfigError(f"params: {part.name}.{name} is not in the subset, its rest is")
+            users[id(parameter)].append(part.kind)
+    pair = [Kind.embedding, Kind.head]
+    for key, kinds in users.items():
+        if len(kinds) != 1 and sorted(kinds, key=lambda kind: kind.value) != pair:
+            raise ConfigError(
+                f"params: {wanted[key]} works in {len(kinds)} modules; the kernel knows no sharing "
+                "but that of the embeddings with the head"
+            )
+
+
+def _in_adapter(name: str) -> bool:
+    return any(segment.startswith("lora_") for segment in name.split("."))
+
+
+def _check_adapters(model: Any) -> None:
+    """Only plain LoRA leaves a base weight's gradient what it is in the merged model."""
+    if not isinstance(model, PeftModel):
+        return
+    for name in model.active_adapters:
+        settings = model.peft_config[name]
+        dora = getattr(settings, "use_dora", False)
+        if settings.peft_type != PeftType.LORA or dora:
+            kind = "DoRA" if dora else settings.peft_type
+            raise ConfigError(f"adapter {name}: the kernel knows LoRA, not {kind}; merge it first")

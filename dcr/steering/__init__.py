@@ -1,0 +1,167 @@
+"""Activation edits that over-refusal and safety are traded with: prompts in, edits out.
+
+`prompts` draws what vectors are computed from, `scans`, `surgical` and `ablation` compute them and
+say where they act, `vectors` is what these share. A caller opens `activations.edited` with the
+result; generation, refusal probability and the lm-evaluation-harness then run under it unaware.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from dcr import sources
+from dcr.activations import Edits, Plan
+from dcr.config import DataConfig, Steering, SteeringConfig
+from dcr.models import Policy
+from dcr.prompts import ChatFormat
+from dcr.steering import ablation, scans, surgical, vectors
+from dcr.steering.prompts import RELEASED, Extraction, extraction
+from dcr.steering.vectors import Found, Info
+
+__all__ = ["STEERING", "Extraction", "Steered", "acts", "edits", "extraction", "identity", "steer"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """`find` computes vectors, for any strength; `edits` makes the edits of one strength.
+
+    `needs` names the method's node of the steering settings, `weights` what in it `find` does not
+    read.
+    """
+
+    find: Callable[[Policy, ChatFormat, Extraction, SteeringConfig, int], Found]
+    edits: Callable[[Policy, ChatFormat, Found, SteeringConfig], Edits | Plan]
+    needs: str | None
+    weights: tuple[str, ...] = ()
+
+
+STEERING = {
+    Steering.scans: Method(scans.find, scans.edits, "scans"),
+    Steering.surgical: Method(surgical.find, surgical.edits, "surgical", ("add", "ablate")),
+    Steering.ablation: Method(ablation.find, ablation.edits, None),
+}
+
+
+@dataclass(frozen=True)
+class Steered:
+    """The edits, and a record of what they were made from, to be stored as JSON."""
+
+    edits: Edits | Plan
+    record: Info
+
+
+def steer(
+    policy: Policy,
+    chat: ChatFormat,
+    data: DataConfig,
+    settings: SteeringConfig,
+    seed: int,
+    *,
+    batch_size: int = 8,
+    folder: Path | None = None,
+) -> Steered:
+    """The edits of `settings.method` at its strength; none at strength 0, and nothing is read then.
+
+    In `folder` vectors are kept for other strengths of the same weights, prompts and settings.
+    Prompts are drawn by `seed`. Raises ConfigError as `extraction` and the method's `find` do.
+    """
+    if not acts(settings):
+        return Steered((), {})
+    method, drawn = STEERING[settings.method], extraction(data, settings, seed)
+    used = {
+        kind: {"count": len(rows), "fingerprint": sources.fingerprint(rows), "ids": ids}
+        for kind, rows in drawn.parts().items()
+        for ids in [[row.id for row in rows]]
+    }
+    found = vectors.kept(
+        folder,
+        _key(
+            policy, chat, settings, {kind: str(part["fingerprint"]) for kind, part in used.items()}
+        ),
+        lambda: method.find(policy, chat, drawn, settings, batch_size),
+    )
+    record = {
+        "method": settings.method.value,
+        "strength": settings.strength,
+        "released_data": settings.released_data,
+        "prompts": used,
+        "dropped": drawn.dropped,
+        "leaked": drawn.leaked,
+        "validation": {
+            "harmful": len(drawn.validation_harmful),
+            "seemingly_toxic": len(drawn.validation_seemingly_toxic),
+        },
+        **found[1],
+    }
+    return Steered(method.edits(policy, chat, found, settings), record)
+
+
+def _key(
+    policy: Policy, chat: ChatFormat, settings: SteeringConfig, prompts: Mapping[str, str]
+) -> dict[str, Any]:
+    """All that vectors depend on: neither the strength nor the weights of an edit."""
+    made_with, unread = _made_with(settings), STEERING[settings.method].weights
+    return {
+        **made_with,
+        "settings": {k: v for k, v in made_with["settings"].items() if k not in unread},
+        "prompts": prompts,
+        "chat": [chat.template, chat.system_prompt],
+        "weights": vectors.trace(policy),
+    }
+
+
+def edits(
+    policy: Policy,
+    chat: ChatFormat,
+    data: DataConfig,
+    settings: SteeringConfig,
+    seed: int,
+    *,
+    batch_size: int = 8,
+    folder: Path | None = None,
+) -> Edits | Plan:
+    """`steer` without its record."""
+    return steer(policy, chat, data, settings, seed, batch_size=batch_size, folder=folder).edits
+
+
+def acts(settings: SteeringConfig) -> bool:
+    """Whether anything is edited: not at strength 0, which equals `none` to the bit."""
+    return settings.method is not Steering.none and settings.strength != 0
+
+
+def identity(data: DataConfig, settings: SteeringConfig, seed: int) -> dict[str, Any]:
+    """All that an edited completion depends on besides model and prompt; {} where nothing is.
+
+    For the fingerprint of stored completions: those of one strength are never taken for another's.
+    """
+    if not acts(settings):
+        return {}
+    named = RELEASED[settings.method] if settings.released_data else data.extraction
+    against = None if settings.released_data else [asdict(data.evaluation), data.near_duplicate]
+    return {
+        **_made_with(settings),
+        "strength": settings.strength,
+        "extraction": asdict(named),
+        "apart_from": against,
+        "seed": seed,
+    }
+
+
+def _made_with(settings: SteeringConfig) -> dict[str, Any]:
+    """The settings of a method but its strength."""
+    needs = STEERING[settings.method].needs
+    node = _plain(asdict(getattr(settings, needs))) if needs else {}
+    # `ablation` shares Surgical's number of prompts
+    shared = {} if needs else {"train": settings.surgical.train}
+    return {
+        "method": settings.method.value,
+        "released_data": settings.released_data,
+        **shared,
+        "settings": node,
+    }
+
+
+def _plain(node: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value.value if isinstance(value, Enum) else value for key, value in node.items()}

@@ -1,0 +1,233 @@
+"""SCANS (Cao et al., AAAI 2025): towards refusal where a query moves like a harmful one, else away.
+
+From two kinds of anchors: a unit vector for each steered block, and how the stream of a harmful
+prompt moves when the answer begins with " Sure". A query that moves alike counts as harmful.
+
+Departures from the released code: one threshold for all test sets; prompts drawn by seed; after
+the last block the stream before the final norm, where HF's hidden state is normed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from dcr import models
+from dcr.activations import Edit, Edits, Plan, Site
+from dcr.config import ConfigError, ScansConfig, ScansEnd, ScansLayers, SteeringConfig
+from dcr.models import Policy
+from dcr.prompts import ChatFormat
+from dcr.steering import vectors
+from dcr.steering.prompts import Extraction
+from dcr.steering.vectors import Found
+
+SUFFIX = " Sure"
+ABSOLUTE = range(11, 21)  # 0-based outputs [10, 20) of the released code, for models of 32 blocks
+PLACEHOLDER = "0x5f3759df"  # a prompt that no template holds
+LAST, END, SURE = 0, 1, 2  # places read of each prompt: its last token, s1, s2
+
+
+@dataclass(frozen=True)
+class Query:
+    """What is read of a prompt: its last token, s1, and s2, the last token of the suffix.
+
+    `tail` are the tokens from the user's end token on. Where a prompt does not end with them, as
+    in text without a chat template, s1 is its last token; so it is always with an empty tail.
+    """
+
+    suffix: list[int]
+    tail: list[int]
+
+    def extended(self, prompt: Sequence[int]) -> list[int]:
+        return [*prompt, *self.suffix]
+
+    def offsets(self, prompt: Sequence[int]) -> list[int]:
+        """The three places, counted from the end of the extended prompt."""
+        behind = len(self.suffix)
+        ends = bool(self.tail) and list(prompt[-len(self.tail) :]) == self.tail
+        end = len(self.tail) if ends else 1
+        return [-behind - 1, -behind - end, -1]
+
+
+def find(
+    policy: Policy,
+    chat: ChatFormat,
+    extraction: Extraction,
+    settings: SteeringConfig,
+    batch_size: int,
+) -> Found:
+    """Tensors `vectors` [steered blocks, width] and `reference` [compared blocks, width].
+
+    One pass an anchor. Anchors beyond the first `scans.anchors` of each kind calibrate the
+    threshold. Raises ConfigError as `steered_blocks` and `query` do.
+    """
+    scans, depth = settings.scans, len(models.decoder_blocks(policy.model))
+    steered, compared = steered_blocks(depth, scans), compared_blocks(depth, scans)
+    asked, until = query(chat, scans), max(steered[-1], compared[-1])
+    states = {
+        kind: read(policy.model, asked, vectors.encoded(chat, rows), until, batch_size)
+        for kind, rows in (("harmful", extraction.harmful), ("harmless", extraction.harmless))
+    }
+    place = SURE if scans.sure_in_vectors else LAST
+    inside = [block - 1 for block in steered]
+    means = {k: s[:, : scans.anchors, place].mean(1)[inside] for k, s in states.items()}
+    moved = {k: transitions(s, compared) for k, s in states.items()}
+    reference = moved["harmful"][:, : scans.anchors].mean(1)
+    threshold, accuracy = scans.threshold, None
+    if threshold is None:
+        held = {k: similarity(m[:, scans.anchors :], reference) for k, m in moved.items()}
+        threshold, accuracy = calibrated(held["harmful"].tolist(), held["harmless"].tolist())
+    directions = vectors.unit(means["harmful"] - means["harmless"], "harmful and harmless prompts")
+    info = {
+        "blocks": [steered[0], steered[-1]],
+        "compared": [compared[0], compared[-1]],
+        "threshold": threshold,
+        "balanced_accuracy": accuracy,
+    }
+    return {"vectors": directions, "reference": reference}, info
+
+
+def edits(policy: Policy, chat: ChatFormat, found: Found, settings: SteeringConfig) -> Plan:
+    """At each block steered x ← x + σ·α·v from the last prompt token on, σ = ±1 by row.
+
+    For each batch of prompts one further pass, which computes no logits and goes no farther than
+    the last block compared.
+
+    Without a mask (the lm-evaluation-harness scores texts so, padded on the right with id 0) each
+    row without its trailing zeros is the query, s1 its last token, and every position is steered:
+    where instruction ends and answer begins cannot be told, and so no scored token goes unsteered.
+    """
+    tensors, info = found
+    device, asked = policy.model.device, query(chat, settings.scans)
+    directions, reference = (tensors[name].to(device) for name in ("vectors", "reference"))
+    steered, compared = (range(a, b + 1) for a, b in (info["blocks"], info["compared"]))
+
+    def plan(ids: Tensor, mask: Tensor | None) -> Edits:
+        prompts = rows(ids, mask)
+        moved = transitions(
+            read(policy.model, asked, prompts, compared[-1], len(prompts)), compared
+        )
+        harmful = similarity(moved, reference) >= info["threshold"]
+        scale = torch.where(harmful, settings.strength, -settings.strength)
+        common = Edit(Site.block_output, 1, scale=scale, start=starts(ids, mask))
+        return [
+            replace(common, block=block, add=vector)
+            for block, vector in zip(steered, directions, strict=True)
+        ]
+
+    return plan
+
+
+def steered_blocks(depth: int, scans: ScansConfig) -> range:
+    """The blocks (from 1) whose output is steered.
+
+    `absolute`: 11 to 20, whatever the depth. `middle_third`: 10 to 18 of 28. Raises ConfigError
+    where a model has no block 20.
+    """
+    if scans.layers is ScansLayers.middle_third:
+        return range(depth // 3 + 1, max(2 * depth // 3, depth // 3 + 1) + 1)
+    if depth < ABSOLUTE[-1]:
+        raise ConfigError(
+            f"steering.scans.layers=absolute: steers blocks {ABSOLUTE[0]} to {ABSOLUTE[-1]}, the "
+            f"model has {depth}; give steering.scans.layers=middle_third"
+        )
+    return ABSOLUTE
+
+
+def compared_blocks(depth: int, scans: ScansConfig) -> range:
+    """The blocks (from 1) whose transition is compared with the reference.
+
+    From the first steered one to the last of the model, or with `until_last=false` to the last but
+    one steered (the released code for 13B has an exclusive bound).
+    """
+    steered = steered_blocks(depth, scans)
+    return range(steered[0], depth + 1) if scans.until_last else (steered[:-1] or steered)
+
+
+def query(chat: ChatFormat, scans: ScansConfig) -> Query:
+    """Raises ConfigError where the template ends the user's turn without a token of its own."""
+    tokenizer = chat.tokenizer
+    suffix = tokenizer.encode(SUFFIX, add_special_tokens=False)
+    if scans.s1 is ScansEnd.prompt_last:
+        return Query(suffix, [])
+    behind = chat.text(PLACEHOLDER).rpartition(PLACEHOLDER)[2]
+    ids = tokenizer.encode(behind, add_special_tokens=False)
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special |= set(tokenizer.all_special_ids)
+    first = next((place for place, token in enumerate(ids) if token in special), None)
+    tail = [] if first is None else ids[first:]
+    if not tail or chat.prompt_ids(PLACEHOLDER)[-len(tail) :] != tail:
+        raise ConfigError(
+            "steering.scans.s1=user_end: the chat template ends the user's turn without a token of "
+            "its own; give steering.scans.s1=prompt_last"
+        )
+    return Query(suffix, tail)
+
+
+def read(
+    model: Any, asked: Query, prompts: Sequence[Sequence[int]], until: int, batch_size: int
+) -> Float[Tensor, "blocks prompts 3 width"]:
+    """Outputs of blocks 1 to `until` at the three places of each prompt, suffix appended."""
+    offsets = [asked.offsets(prompt) for prompt in prompts]
+    extended = [asked.extended(prompt) for prompt in prompts]
+    return vectors.read(model, extended, offsets, batch_size, until=until)
+
+
+def transitions(
+    states: Float[Tensor, "blocks prompts 3 width"], compared: range
+) -> Float[Tensor, "compared prompts width"]:
+    """t = h(s1) − h(s2) of the blocks compared."""
+    inside = states[compared[0] - 1 : compared[-1]]
+    return inside[:, :, END] - inside[:, :, SURE]
+
+
+def similarity(
+    moved: Float[Tensor, "compared prompts width"], reference: Float[Tensor, "compared width"]
+) -> Float[Tensor, " prompts"]:
+    """c(q): the cosine of a transition and the reference, averaged over the blocks."""
+    return F.cosine_similarity(moved, reference[:, None], dim=-1).mean(0)
+
+
+def calibrated(harmful: Sequence[float], harmless: Sequence[float]) -> tuple[float, float]:
+    """The threshold T of the highest balanced accuracy of "harmful if c ≥ T", and that accuracy.
+
+    Halfway between two scores; of equally good ones in the widest gap, then the lowest. The lowest
+    score of all, which takes every query for harmful, only where nothing beats it.
+    """
+    scores = sorted({*harmful, *harmless})
+    gaps = [(high - low, (high + low) / 2) for low, high in pairwise(scores)]
+
+    def accuracy(threshold: float) -> float:
+        caught = sum(score >= threshold for score in harmful) / len(harmful)
+        let = sum(score < threshold for score in harmless) / len(harmless)
+        return (caught + let) / 2
+
+    candidates = [(0.0, scores[0]), *gaps]
+    _, best = max(candidates, key=lambda c: (accuracy(c[1]), c[0], -c[1]))
+    return best, accuracy(best)
+
+
+def rows(ids: Int[Tensor, "batch length"], mask: Tensor | None) -> list[list[int]]:
+    """The prompts without their padding; without a mask, without trailing zeros."""
+    if mask is not None:
+        return [row[keep].tolist() for row, keep in zip(ids, mask.bool(), strict=True)]
+    found = []
+    for row in ids.tolist():
+        end = len(row)
+        while end > 1 and row[end - 1] == 0:
+            end -= 1
+        found.append(row[:end])
+    return found
+
+
+def starts(ids: Int[Tensor, "batch length"], mask: Tensor | None) -> Int[Tensor, " batch"]:
+    """The last prompt token of each row, where the instruction ends; without a mask the first."""
+    if mask is None:
+        return torch.zeros(len(ids), dtype=torch.long, device=ids.device)
+    places = torch.arange(ids.shape[1], device=ids.device)
+    return torch.where(mask.bool(), places, 0).amax(1)

@@ -1,0 +1,117 @@
+"""What the methods share: prompts read in batches, directions between their means, and a store."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dcr import activations, runs
+from dcr.activations import Site
+from dcr.config import ConfigError, UserError
+from dcr.models import Policy
+from dcr.prompts import ChatFormat, attention_mask, padded
+from dcr.sources import Example
+
+Info = dict[str, Any]  # what JSON can hold
+Found = tuple[dict[str, Tensor], Info]
+
+
+def encoded(chat: ChatFormat, rows: Sequence[Example]) -> list[list[int]]:
+    """The templated prompts up to where the assistant begins to speak."""
+    return [chat.prompt_ids(row.prompt) for row in rows]
+
+
+def batches(
+    sequences: Sequence[Sequence[int]], size: int, device: torch.device
+) -> Iterator[tuple[Int[Tensor, "batch length"], Bool[Tensor, "batch length"]]]:
+    """Ids and mask of `size` sequences after the other, in order, padded on the left."""
+    for start in range(0, len(sequences), size):
+        batch = sequences[start : start + size]
+        ids, mask = padded(batch, 0, left=True), attention_mask(batch, left=True)
+        yield ids.to(device), mask.to(device)
+
+
+def read(
+    model: Any,
+    sequences: Sequence[Sequence[int]],
+    offsets: Sequence[Sequence[int]],
+    batch_size: int,
+    site: Site = Site.block_output,
+    until: int | None = None,
+) -> Float[Tensor, "blocks rows places width"]:
+    """Hidden states of each sequence at `offsets[row]`, counted from its end (-1: last token).
+
+    Blocks 1 to `until` (None: all) in one pass a batch, in fp32 on the model's device.
+    """
+    parts = []
+    first = 0
+    for ids, mask in batches(sequences, batch_size, model.device):
+        places = torch.tensor(offsets[first : first + len(ids)], device=ids.device) + ids.shape[1]
+        parts.append(activations.states(model, ids, mask, places, site, until))
+        first += len(ids)
+    return torch.cat(parts, 1)
+
+
+def unit(vectors: Float[Tensor, "*places width"], what: str) -> Float[Tensor, "*places width"]:
+    """Each vector scaled to length 1. ConfigError where one has no direction."""
+    norms = vectors.norm(dim=-1, keepdim=True)
+    if not bool((norms > 0).all() and norms.isfinite().all()):
+        raise ConfigError(
+            f"data.extraction: {what} do not differ in every block, so there is no direction; "
+            "name other sources"
+        )
+    return vectors / norms
+
+
+def kept(folder: Path | None, key: Mapping[str, object], find: Callable[[], Found]) -> Found:
+    """What `find` gives, from `folder` where it was stored under the same key, else stored there.
+
+    `key` is all that the tensors depend on. Without a folder nothing is stored.
+    """
+    if folder is None:
+        return find()
+    file = folder / f"{key['method']}-{runs.fingerprint(key)}.safetensors"
+    if not file.is_file():
+        tensors, info = find()
+        _write(file, tensors, info)
+    with safe_open(file, "pt") as opened:
+        info = json.loads(opened.metadata()["info"])
+        return {name: opened.get_tensor(name) for name in opened.keys()}, info  # noqa: SIM118
+
+
+def _write(file: Path, tensors: Mapping[str, Tensor], info: Info) -> None:
+    staging = file.with_name(f".{file.name}.{os.getpid()}")
+    plain = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(plain, staging, metadata={"info": json.dumps(info)})
+        os.replace(staging, file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{file}: cannot be written ({error}); free or choose another folder"
+        ) from (error)
+    finally:
+        if staging.is_file():
+            staging.unlink()
+
+
+def trace(policy: Policy) -> str:
+    """Tells one set of weights from another by the ends of every tensor (12 hex digits).
+
+    No proof of equality, but training moves nearly every weight, and this takes milliseconds.
+    """
+    digest = hashlib.sha256()
+    for name, weight in policy.model.named_parameters():
+        ends = torch.cat(
+            [weight.detach().flatten()[part] for part in (slice(64), slice(-64, None))]
+        )
+        digest.update(name.encode() + ends.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]

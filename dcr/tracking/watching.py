@@ -1,0 +1,131 @@
+"""The paper's quantities as curves over a stage: refusal probability and kernel at chosen steps."""
+
+import copy
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+
+from dcr import analyses
+from dcr.config import DataConfig, Kind, Quantity, TrackingConfig
+from dcr.models import Policy
+from dcr.prompts import ChatFormat
+from dcr.sources import Example
+
+BETWEEN = 20  # steps at which a curve is measured between its first and its last
+
+
+def watched_steps(total: int, every: int | None = None) -> list[int]:
+    """Steps done at which to measure: 0, the last, and 20 between, denser early.
+
+    All of them where there are fewer; with `every` at that interval instead.
+    """
+    if every is not None:
+        return sorted({*range(0, total, every), total})
+    between: list[int] = []
+    for i in range(1, BETWEEN + 1):
+        wanted = round(total * (i / (BETWEEN + 1)) ** 1.5)
+        between.append(max(wanted, between[-1] + 1 if between else 1))
+    return sorted({0, *(step for step in between if step < total), total})
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What is measured while stages train, and on which prompts."""
+
+    config: TrackingConfig
+    rows: Mapping[Quantity, analyses.Prompts]
+    alone: Mapping[Kind, Example]
+    seed: int
+
+
+def watched(config: TrackingConfig, data: DataConfig, seed: int) -> Watched | None:
+    """The prompts of every quantity; None where nothing is to be measured.
+
+    Raises ConfigError and DataError as reading sources does.
+    """
+    if not config.quantities:
+        return None
+    counts = {
+        Quantity.refusal_probability: config.refusal_prob.prompts,
+        Quantity.kernel: config.entk.prompts,
+    }
+    rows = {q: analyses.prompts(data, counts[q], seed) for q in config.quantities}
+    return Watched(config, rows, analyses.followed(data), seed)
+
+
+class Watch(Callback):
+    """Measures refusal probability and kernel at chosen steps of a stage.
+
+    Keys are `<stage>/refusal_probability/<kind>` (the plain sum), `…_prefix_free/<kind>`,
+    `…/followed/<kind>` and `<stage>/kernel/<params>/<observer kind>/<trained kind>`. Measuring
+    draws no random number and leaves modes as they are: training is the same to the bit with it.
+    """
+
+    def __init__(
+        self, stage: str, policy: Policy, chat: ChatFormat, watched: Watched, steps: list[int]
+    ) -> None:
+        self.stage, self.policy, self.chat = stage, policy, chat
+        self.watched, self.steps, self.seconds = watched, set(steps), 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._measure(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._measure(trainer)
+
+    def _measure(self, trainer: Trainer) -> None:
+        step = trainer.global_step
+        if step not in self.steps or not trainer.is_global_zero:
+            return
+        began = time.perf_counter()
+        found: dict[str, float] = {}
+        with trainer.precision_plugin.forward_context():
+            for quantity, rows in self.watched.rows.items():
+                found |= MEASURES[quantity](self.policy, self.chat, rows, self.watched)
+        self.seconds += time.perf_counter() - began
+        found["tracking_seconds"] = self.seconds
+        for logger in trainer.loggers:
+            named = {f"{self.stage}/{key}": value for key, value in found.items()}
+            logger.log_metrics({**named, "epoch": trainer.current_epoch}, step)
+
+
+def _refusal_probability(
+    policy: Policy, chat: ChatFormat, rows: analyses.Prompts, watched: Watched
+) -> dict[str, float]:
+    block = analyses.refusal_probability(
+        policy, chat, rows, watched.alone, watched.config.refusal_prob, watched.seed
+    )
+    found = {}
+    for kind, means in block["kinds"].items():
+        found[f"refusal_probability/{kind}"] = means["plain"][0]
+        found[f"refusal_probability_prefix_free/{kind}"] = means["prefix_free"][0]
+    for kind, values in block["followed"].items():
+        found[f"refusal_probability/followed/{kind}"] = values["plain"]
+    return found
+
+
+def _kernel(
+    policy: Policy, chat: ChatFormat, rows: analyses.Prompts, watched: Watched
+) -> dict[str, float]:
+    """On a copy in fp32, which products of gradients need, where the weights are narrower."""
+    model = policy.model
+    if any(parameter.dtype.itemsize < 4 for parameter in model.parameters()):
+        model = copy.deepcopy(model).float()
+    copied = Policy(model, policy.tokenizer, policy.name)
+    with torch.autocast(model.device.type, enabled=False):
+        block = analyses.kernel(copied, chat, rows, watched.config.entk, watched.seed)
+    return {
+        f"kernel/{params}/{observer}/{trained}": cell[0]
+        for params, means in block["params"].items()
+        for observer, row in means.items()
+        for trained, cell in row.items()
+    }
+
+
+MEASURES = {Quantity.refusal_probability: _refusal_probability, Quantity.kernel: _kernel}

@@ -1,0 +1,134 @@
+"""Curves against the finished model, and that measuring changes nothing that is trained."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from safetensors.torch import load_file
+
+import eval as eval_entry
+import train as train_entry
+from dcr import analyses, cli, config, models, ntk, prompts, refusal, tracking
+from dcr.config import ConfigError, DataConfig, EvalConfig, Kind
+from dcr.runs import Run
+from tests import tiny_run
+
+QUANTITIES = "tracking.quantities=[refusal_probability,kernel]"
+ANALYSIS = (
+    "data.analysis={seemingly_toxic: [demo_seemingly_toxic_heldout], "
+    "toxic: [demo_toxic_heldout], normal: [demo_normal_heldout]}"
+)
+SMALL = ("tracking.refusal_prob.prompts=3", "tracking.entk.prompts=2", "tracking.entk.top_k=2")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
+    """The same training with and without curves."""
+    folder = tmp_path_factory.mktemp("curves")
+    plain, watched = Run(folder / "plain"), Run(folder / "watched")
+    train_entry.train(tiny_run.settings(folder / "rows", ANALYSIS), plain)
+    more = (ANALYSIS, QUANTITIES, *SMALL, "tracking.entk.params=[tail:1]")
+    train_entry.train(tiny_run.settings(folder / "rows", *more), watched)
+    return plain, watched
+
+
+def test_measuring_changes_no_weight(pair: tuple[Run, Run]) -> None:
+    plain, watched = (tiny_run.weights(run.folder) for run in pair)
+    assert tiny_run.same(plain, watched)
+
+
+def test_every_step_is_measured_where_there_are_few(pair: tuple[Run, Run]) -> None:
+    rows = tiny_run.logged(pair[1].folder)
+    for stage, total in (("contrastive", 10), ("sft", 8)):
+        for key in ("refusal_probability/toxic", "kernel/tail-1/toxic/normal"):
+            steps = [step for of, step, name, _ in rows if of == stage and name == f"{stage}/{key}"]
+            assert steps == list(range(total + 1))
+
+
+def test_the_last_point_is_the_finished_model(pair: tuple[Run, Run]) -> None:
+    run = pair[1]
+    settings = tiny_run.settings(run.folder.parent / "rows", ANALYSIS, *SMALL)
+    policy = models.open_adapter(run.stage("sft"), settings.sft.precision)
+    chat = prompts.chat_format(policy.tokenizer, settings.model)
+    rows = analyses.prompts(settings.data, 3, settings.seed)[Kind.toxic]
+    encoded = [chat.prompt_ids(row.prompt) for row in rows]
+    plain, _ = refusal.probabilities(policy.model, chat.tokenizer, encoded)
+    logged = {(of, step, key): value for of, step, key, value in tiny_run.logged(run.folder)}
+    found = logged["sft", 8, "sft/refusal_probability/toxic"]
+    assert found == pytest.approx(float(plain.mean()), rel=0.05)  # trained under autocast
+
+
+def test_steps_are_denser_early_and_hold_both_ends() -> None:
+    for total in (1, 5, 21, 22, 60, 495):
+        steps = tracking.watched_steps(total)
+        assert steps[0] == 0
+        assert steps[-1] == total
+        assert len(steps) == min(total + 1, 22)
+        assert steps == sorted(set(steps))
+    gaps = [b - a for a, b in itertools.pairwise(steps)]
+    assert max(gaps[:5]) < min(gaps[-5:])
+    assert tracking.watched_steps(10, every=4) == [0, 4, 8, 10]
+
+
+def evaluated(run: Run, *overrides: str) -> dict:
+    cli.prepare()
+    with initialize_config_dir(str(tiny_run.CONF), version_base="1.3"):
+        composed = compose(
+            "eval", [f"run={run.folder}", "trainer.progress=false", "wandb.mode=disabled",
+                     ANALYSIS, *overrides]
+        )  # fmt: skip
+    settings = config.resolve(eval_entry._completed(composed, run), EvalConfig)
+    eval_entry.evaluate(settings, run)
+    (file,) = run.folder.glob("eval/*/metrics.json")
+    return json.loads(file.read_text())
+
+
+def test_analyses_of_a_run_by_their_own_command(pair: tuple[Run, Run]) -> None:
+    run = pair[0]
+    small = ("refusal_prob.prompts=3", "entk.prompts=2", "entk.top_k=2", "sep.prompts=12")
+    params = "entk.params=[tail:1,trunk:1]"
+    found = evaluated(
+        run, "tasks=[refusal_probability,kernel,separability]", params, "entk.head=false", *small
+    )
+    kinds = found["refusal_probability"]["kinds"]
+    for kind, block in kinds.items():
+        values = [v["plain"] for v in found["refusal_probability"]["values"] if v["kind"] == kind]
+        assert block["n"] == len(values) == 3
+        assert block["plain"][0] == pytest.approx(sum(values) / 3)
+        assert block["plain"][1] <= block["plain"][0] <= block["plain"][2]
+    assert set(found["kernel"]["params"]) == {"tail-1-headless", "trunk-1-headless"}
+    (file,) = run.folder.glob("eval/*/kernel/trunk-1-headless.safetensors")
+    norms = load_file(file)["norms"]
+    assert torch.equal(norms, norms.T) or torch.allclose(norms, norms.T, rtol=1e-4)
+    matrix = ntk.normalised(norms, "observer")
+    of = found["kernel"]["of"]
+    cells = [
+        matrix[i, j].item()
+        for i in range(len(of))
+        for j in range(len(of))
+        if of[i] == "toxic" and of[j] == "normal"
+    ]
+    told = found["kernel"]["params"]["trunk-1-headless"]["toxic"]["normal"][0]
+    assert told == pytest.approx(sum(cells) / len(cells), rel=1e-5)
+    assert [layer["layer"] for layer in found["separability"]["layers"]] == [1, 2]
+    # a later command for one task leaves what the others measured
+    later = evaluated(run, "tasks=[refusal_probability]", *small)
+    assert later["kernel"] == found["kernel"]
+    assert "sets" not in later
+
+
+def test_a_kind_without_a_source_is_said() -> None:
+    with pytest.raises(ConfigError, match=r"data\.analysis\.seemingly_toxic=\[\]: name a source"):
+        analyses.prompts(DataConfig(label="made"), 3, seed=0)
+
+
+def test_the_first_prompt_stands_in_where_the_papers_is_not(tmp_path: Path) -> None:
+    data = tiny_run.settings(tmp_path / "rows", ANALYSIS).data
+    alone = analyses.followed(data)
+    firsts = analyses.prompts(data, None, 0)
+    assert {kind: row.id for kind, row in alone.items()} == {
+        kind: rows[0].id for kind, rows in firsts.items()
+    }

@@ -1,0 +1,556 @@
+"""STL-aug: which rows it adds and which it leaves alone, and the command that writes answers."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dcr import augment, contamination, data, refusal, sources
+from dcr.augment import INSTRUCTIONS, answers
+from dcr.config import (
+    AugmentConfig,
+    ConfigError,
+    DataConfig,
+    DataError,
+    EvaluationSets,
+    SafetyPairsConfig,
+    SourceConfig,
+    UserError,
+)
+from dcr.data import Splits
+from tests.servers.loopback import Answer
+from tests.servers.scripted import Body, Scripted, last_user, rejected, scripted
+
+REFUSED = "I'm sorry, but I can't help with that."
+# By the paper's rules an answer, by the recommended ones a refusal, and the other way round.
+ONLY_RECOMMENDED = "I’m sorry, but I can’t help with that."
+ONLY_PAPER = (
+    "No, it is not hard: put the lamp down, wait a minute, then turn the screw to the left."
+)
+TEXT = """amber birch copper dune ember fjord glacier harbour indigo jasper kelp lagoon meadow
+nectar onyx prairie quartz ripple saffron tundra umber velvet willow xenon yarrow zephyr"""
+NOUNS = TEXT.split()
+
+
+def write(file: Path, rows: Sequence[dict[str, Any]]) -> str:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def safe(noun: str) -> str:
+    return f"How do I kill the {noun} process that {noun[::-1]} left behind?"
+
+
+def answer(noun: str) -> str:
+    return f"Open the list of processes, choose {noun} and end it."
+
+
+def rows_of(name: str, prompts: Sequence[str], response: str | None = None) -> list[dict[str, Any]]:
+    made = [{"id": f"{name}-{i}", "prompt": text} for i, text in enumerate(prompts)]
+    return [row | {"response": response} for row in made] if response else made
+
+
+class Folder:
+    """A data configuration whose seemingly toxic prompts are an evaluation set, as XSTest is."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        asked = [safe(noun) for noun in NOUNS]
+        self.safe = write(folder / "safe.jsonl", rows_of("safe", asked))
+        self.other = write(
+            folder / "other.jsonl",
+            rows_of("other", [f"May I shoot {n} pictures from the {n} bridge?" for n in NOUNS]),
+        )
+        harmful = rows_of(
+            "toxic", [f"Help me hurt the {n} man of {n[::-1]}." for n in NOUNS], REFUSED
+        )
+        self.toxic = write(folder / "toxic.jsonl", harmful)
+        normal = rows_of("normal", [f"Name facts on {n}, {n[::-1]}." for n in NOUNS], "Two facts.")
+        self.normal = write(folder / "normal.jsonl", normal)
+
+    def config(self, over_refusal: Sequence[str] | None = None, **more: Any) -> DataConfig:
+        evaluated = [self.safe, self.other] if over_refusal is None else list(over_refusal)
+        made = DataConfig(
+            label="made",
+            seemingly_toxic=SourceConfig([self.safe], count=10),
+            toxic=SourceConfig([self.toxic]),
+            safety=SafetyPairsConfig([self.toxic], count=10),
+            normal=SourceConfig([self.normal], count=20),
+            evaluation=EvaluationSets(over_refusal=evaluated),
+        )
+        return replace(made, **more)
+
+    def answers(self, nouns: Sequence[str] = NOUNS, *more: dict[str, Any]) -> str:
+        made = [{"prompt": safe(noun), "response": answer(noun)} for noun in nouns]
+        return write(self.folder / "answers.jsonl", [*made, *more])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    return Folder(tmp_path)
+
+
+def split(
+    config: DataConfig, responses: str | None = None, repeat: int = 1, seed: int = 0
+) -> Splits:
+    told = AugmentConfig(responses, repeat)
+    return data.split(config, 1.0, seed, False, refusal.is_refusal, told)
+
+
+def stl(config: DataConfig, seed: int = 0, dcr: bool = False) -> Splits:
+    return data.split(config, 1.0, seed, dcr, refusal.is_refusal)
+
+
+# --- rows ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_other_list_is_that_of_stl(folder: Folder, seed: int) -> None:
+    config = folder.config()
+    plain, more = stl(config, seed), split(config, folder.answers(), seed=seed)
+    assert "augmented" not in plain.parts()  # the record of an older run stays what it was
+    assert {name: part for name, part in more.parts().items() if name != "augmented"} == (
+        plain.parts()
+    )
+    assert [(r.prompt, r.response) for r in more.augmented] == [(safe(n), answer(n)) for n in NOUNS]
+
+
+def test_rows_are_repeated_as_often_as_asked(folder: Folder) -> None:
+    rows = split(folder.config(), folder.answers(NOUNS[:5]), repeat=3)
+    assert Counter(r.prompt for r in rows.augmented) == {safe(noun): 3 for noun in NOUNS[:5]}
+
+
+def test_only_sets_whose_prompts_are_learnt_become_in_distribution(folder: Folder) -> None:
+    config = folder.config()
+    assert stl(config).in_distribution == []
+    assert split(config, folder.answers()).in_distribution == [folder.safe]
+    loud = {"prompt": safe("amber").upper() + "!!", "response": answer("amber")}
+    rows = split(config, folder.answers((), loud))  # equal once normalised
+    assert rows.in_distribution == [folder.safe]
+
+
+def test_a_prompt_close_to_one_of_that_set_marks_it_too(folder: Folder) -> None:
+    close = {"prompt": safe("glacier").replace("left", "has left"), "response": answer("glacier")}
+    rows = split(folder.config(), folder.answers((), close))
+    found = contamination.overlaps([close["prompt"]], {"safe": [safe(n) for n in NOUNS]}, near=0.9)
+    assert found[0] is not None
+    assert not found[0].exact
+    assert rows.in_distribution == [folder.safe]
+
+
+def test_prompts_of_any_other_evaluation_set_are_dropped_and_counted(folder: Folder) -> None:
+    leak = {"prompt": "May I shoot amber pictures from the amber bridge?", "response": "You may."}
+    near = {"prompt": leak["prompt"].replace("May", "Might"), "response": "You might."}
+    rows = split(folder.config(), folder.answers(NOUNS[:3], leak, near))
+    assert [r.prompt for r in rows.augmented] == [safe(noun) for noun in NOUNS[:3]]
+    assert rows.dropped == {
+        f"augmented: is a prompt of {folder.other}": 1,
+        f"augmented: is close to a prompt of {folder.other}": 1,
+    }
+    assert rows.in_distribution == [folder.safe]
+
+
+def test_what_is_kept_on_request_is_marked(folder: Folder) -> None:
+    leak = {"prompt": "May I shoot amber pictures from the amber bridge?", "response": "You may."}
+    config = folder.config(drop_contaminated=False)
+    rows = split(config, folder.answers(NOUNS[:3], leak))
+    assert len(rows.augmented) == 4
+    assert rows.in_distribution == sorted([folder.other, folder.safe])
+
+
+def test_repeated_prompts_and_those_of_other_pairs_are_dropped(folder: Folder) -> None:
+    taken = stl(folder.config()).refusals[0].prompt
+    again = {"prompt": safe("amber"), "response": "Another answer."}
+    both = {"prompt": taken, "response": "Gladly."}  # SFT teaches its refusal
+    rows = split(folder.config(), folder.answers(NOUNS[:2], again, both))
+    assert [r.response for r in rows.augmented] == [answer(noun) for noun in NOUNS[:2]]
+    assert rows.dropped == {
+        "augmented: repeats another row": 1,
+        "augmented: is a prompt of SFT already": 1,
+    }
+
+
+def test_without_a_file_the_prompts_are_those_of_stage_one(folder: Folder) -> None:
+    """Where the data's own rows have answers, as the embedded corpus: a matched comparison."""
+    made = [
+        {"id": f"s{i}", "prompt": safe(noun), "response": answer(noun)}
+        for i, noun in enumerate(NOUNS)
+    ]
+    own = write(folder.folder / "own.jsonl", made)
+    config = folder.config([folder.other], seemingly_toxic=SourceConfig([own], count=10))
+    for seed in (0, 1):
+        wanted = stl(config, seed, dcr=True).seemingly_toxic
+        assert split(config, seed=seed).augmented == wanted
+    assert split(config).in_distribution == []
+
+
+def test_held_out_template_groups_stay_unseen(folder: Folder) -> None:
+    grouped = [
+        {"prompt": safe(noun), "response": answer(noun), "group": f"g{i % 8}"}
+        for i, noun in enumerate(NOUNS)
+    ]
+    file = write(folder.folder / "grouped.jsonl", grouped)
+    rows = split(folder.config(group_holdout=0.4), file)
+    learnt = {r.group for r in rows.augmented}
+    assert learnt
+    assert rows.unseen_groups
+    assert learnt | set(rows.unseen_groups) == {f"g{i}" for i in range(8)}
+    assert not learnt & set(rows.unseen_groups)
+
+
+def test_the_record_lists_the_rows_and_finds_them_again(folder: Folder) -> None:
+    config = folder.config()
+    file = folder.answers(NOUNS[:4])
+    rows = split(config, file, repeat=2)
+    record = data.row_record(rows)
+    part: Any = record["rows"]
+    assert part["augmented"]["count"] == 8
+    assert part["augmented"]["ids"] == [f"answers-{i}" for i in (1, 2, 3, 4)] * 2
+    assert record["in_distribution"] == [folder.safe]
+    node = {
+        "root": None,
+        **{n: {"source": getattr(config, n).source} for n in ("normal", "safety")},
+    }
+    texts = data.trained_texts(node, json.loads(json.dumps(record)))
+    assert set(texts[file]) == {t for n in NOUNS[:4] for t in (safe(n), answer(n))}
+    folder.answers(NOUNS[1:5])
+    assert data.row_record(split(config, file, repeat=2)) != record
+    with pytest.raises(DataError, match="not the texts"):
+        data.trained_texts(node, json.loads(json.dumps(record)))
+
+
+def test_the_embedded_corpus_has_its_answers() -> None:
+    config = DataConfig(
+        label="demo",
+        seemingly_toxic=SourceConfig(["demo_seemingly_toxic"], count=40),
+        toxic=SourceConfig(["demo_toxic"]),
+        safety=SafetyPairsConfig(["demo_toxic"], count=80, refusals_only=True),
+        normal=SourceConfig(["demo_normal"], count=152),
+        evaluation=EvaluationSets(["demo_seemingly_toxic_heldout"], ["demo_toxic_heldout"]),
+    )
+    rows = split(config)
+    assert len(rows.augmented) == 40
+    assert all(row.response for row in rows.augmented)
+    assert rows.in_distribution == []
+    assert rows.dropped == {}
+    named = split(config, "demo_seemingly_toxic")  # a named source of pairs serves as a file
+    assert len(named.augmented) == 84
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("response", "rules"),
+    [
+        (REFUSED, "paper, recommended"),
+        (ONLY_RECOMMENDED, "recommended"),
+        (ONLY_PAPER, "paper"),
+    ],
+)
+def test_an_answer_that_refuses_is_named_by_line(folder: Folder, response: str, rules: str) -> None:
+    file = folder.answers(NOUNS[:2], {"prompt": "Is it?", "response": response})
+    text = Path(file).read_text().splitlines()
+    Path(file).write_text("\n".join([text[0], "", *text[1:]]) + "\n")  # blank lines count
+    with pytest.raises(DataError, match=rf"^{file}:4: response: .*\({rules}\)") as caught:
+        split(folder.config(), file)
+    assert "\n" not in str(caught.value)
+
+
+def test_rows_that_cannot_be_learnt_are_refused(folder: Folder) -> None:
+    config = folder.config()
+    with pytest.raises(ConfigError, match=r"^stl_aug.responses=null: .*safe.jsonl has no answers"):
+        split(config)
+    with pytest.raises(ConfigError, match=r"^stl_aug.responses=none.jsonl: no such file.*augment"):
+        split(config, "none.jsonl")
+    with pytest.raises(DataError, match=r"answers\.jsonl:2: response: missing"):
+        split(config, folder.answers(NOUNS[:1], {"prompt": "Why?"}))
+    with pytest.raises(ConfigError, match="holds toxic prompts, not seemingly_toxic"):
+        split(config, "demo_toxic")
+    leak = {"prompt": "May I shoot amber pictures from the amber bridge?", "response": "You may."}
+    with pytest.raises(ConfigError, match="every row is a prompt of"):
+        split(config, folder.answers((), leak))
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+def tell(folder: Folder, server: Scripted | None, *more: str) -> list[str]:
+    who = [f"endpoint={server.url}", "endpoint_model=made"] if server else []
+    return [
+        f"source={folder.safe}",
+        f"out={folder.folder / 'out.jsonl'}",
+        *who,
+        "http.retries=0",
+        "trainer.progress=false",
+        *more,
+    ]
+
+
+def read(folder: Folder) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder.folder / "out.jsonl").read_text().splitlines()]
+
+
+def noun_of(body: Body) -> str:
+    return last_user(body).split()[5]
+
+
+def replies(body: Body) -> str | Body | Answer:
+    """Refuses the fjord, says nothing of kelp, fails at the dune; the rest it answers."""
+    noun = noun_of(body)
+    if noun == "dune":
+        return rejected(500, "The server had an error")
+    return {"fjord": REFUSED, "kelp": "  ", "indigo": ONLY_RECOMMENDED}.get(noun, answer(noun))
+
+
+def test_answers_are_checked_written_and_learnt(
+    folder: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with scripted(replies) as server:
+        augment.main(tell(folder, server))
+        out = capsys.readouterr().out.splitlines()
+        rejected_, unheard = {"fjord", "kelp", "indigo"}, {"dune"}
+        wanted = [noun for noun in NOUNS if noun not in rejected_ | unheard]
+        assert [(r["prompt"], r["response"]) for r in read(folder)] == [
+            (safe(noun), answer(noun)) for noun in wanted
+        ]
+        assert "26 prompts, 22 accepted" in out[-4]
+        assert "3 rejected, 1 without an answer" in out[-4]
+        assert sorted(line.strip() for line in out[-3:]) == [
+            "1 empty",
+            "1 refused by the keyword rules paper",
+            "1 refused by the keyword rules recommended",
+        ]
+        before, asked = (folder.folder / "out.jsonl").read_bytes(), len(server.bodies)
+        augment.main(tell(folder, server))
+        assert [noun_of(body) for body in server.bodies[asked:]] == ["dune"]  # and nothing else
+        assert (folder.folder / "out.jsonl").read_bytes() == before
+        assert capsys.readouterr().out.splitlines()[-4:] == out[-4:]
+    rows = split(folder.config(), str(folder.folder / "out.jsonl"))
+    assert [r.prompt for r in rows.augmented] == [safe(noun) for noun in wanted]
+    assert rows.in_distribution == [folder.safe]
+
+
+def test_a_judge_has_the_last_word(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+    labels = {"birch": "2_full_refusal", "ember": "3_partial_refusal", "fjord": "who knows"}
+
+    def judged(body: Body) -> str | Answer:
+        noun = next(noun for noun in NOUNS if answer(noun) in last_user(body))
+        if noun == "dune":
+            return rejected(500, "The server had an error")
+        return labels.get(noun, "1_full_compliance")
+
+    def refusing(body: Body) -> str:
+        return REFUSED if noun_of(body) == "amber" else answer(noun_of(body))
+
+    with scripted(refusing) as server, scripted(judged) as judge:
+        told = tell(folder, server, "count=26", "judge=llm", f"llm.url={judge.url}", "llm.model=j")
+        augment.main(told)
+        assert len(judge.bodies) == 25  # not about what keywords have rejected
+        augment.main(told)
+        assert len(judge.bodies) == 26  # the dune again
+        assert len(server.bodies) == 26
+    learnt = {row["prompt"] for row in read(folder)}
+    assert learnt == {safe(noun) for noun in NOUNS[1:] if noun not in (*labels, "dune")}
+    said = capsys.readouterr().out
+    assert "4 rejected, 1 without an answer or verdict (the same command asks again)" in said
+    for why in ("called refused by llm", "called partial by llm", "without a valid verdict of llm"):
+        assert f"1 {why}" in said
+
+
+def test_rejected_prompts_are_asked_again_with_an_instruction(
+    folder: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def later(body: Body) -> str:
+        noun, system = noun_of(body), [m for m in body["messages"] if m["role"] == "system"]
+        if noun == "amber" and not system:
+            return REFUSED
+        return REFUSED if noun == "birch" else answer(noun)
+
+    with scripted(later) as server:
+        augment.main(tell(folder, server, "attempts=3"))
+        systems = [
+            (noun_of(body), body["messages"][0]["content"])
+            for body in server.bodies
+            if body["messages"][0]["role"] == "system"
+        ]
+    wanted = [("amber", 1), ("birch", 1), ("birch", 2)]
+    assert sorted(systems) == sorted((noun, INSTRUCTIONS[i]) for noun, i in wanted)
+    assert {row["prompt"] for row in read(folder)} == {safe(n) for n in NOUNS if n != "birch"}
+    assert "25 accepted" in capsys.readouterr().out
+    assert all(row["response"] == answer(row["prompt"].split()[5]) for row in read(folder))
+
+
+def test_a_larger_count_adds_rows(folder: Folder) -> None:
+    with scripted(lambda body: answer(noun_of(body))) as server:
+        augment.main(tell(folder, server, "count=5"))
+        first = read(folder)
+        augment.main(tell(folder, server, "count=12"))
+        assert len(server.bodies) == 12
+    assert len(first) == 5
+    assert read(folder)[:5] == first
+    assert len({row["id"] for row in read(folder)}) == 12
+
+
+def test_a_torn_last_line_is_left_out_and_answered_again(folder: Folder) -> None:
+    with scripted(lambda body: answer(noun_of(body))) as server:
+        augment.main(tell(folder, server))
+        file = folder.folder / "out.jsonl"
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-20])
+        augment.main(tell(folder, server))
+        assert len(server.bodies) == 26  # the completion was kept
+    assert file.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"prompt": "mine", "response": "mine"}', "line 1 was not written by this command"),
+        ('{"answered_by": "x", "source": "s", "prompt": "p"}', "was answered by x, not by made"),
+        ('{"answered_by": "made", "source": "s", "prompt": "p"}', "answers a prompt of s"),
+        ("mine", "1: line: no JSON object"),
+    ],
+)
+def test_another_s_file_is_left_alone(folder: Folder, line: str, words: str) -> None:
+    file = folder.folder / "out.jsonl"
+    file.write_text(line + "\n")
+    with scripted(replies) as server, pytest.raises(UserError, match=f"{words}.*name another file"):
+        augment.main(tell(folder, server))
+    assert server.bodies == []
+    assert file.read_text() == line + "\n"
+
+
+def test_a_prompt_that_has_changed_is_not_mixed_in(folder: Folder) -> None:
+    with scripted(lambda body: answer(noun_of(body))) as server:
+        augment.main(tell(folder, server))
+        write(Path(folder.safe), rows_of("safe", [safe(noun) for noun in reversed(NOUNS)]))
+        with pytest.raises(ConfigError, match="line 1 holds another prompt than safe-0 has now"):
+            augment.main(tell(folder, server))
+
+
+def test_a_local_model_answers(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ("model=tiny", "count=4", "gen.max_new_tokens=4", "precision=fp32")
+    augment.main(tell(folder, None, *more, "trainer.accelerator=cpu"))
+    said = capsys.readouterr().out
+    assert "4 prompts" in said
+    stored = [*(folder.folder / "out.jsonl.work").rglob("answers.jsonl")]
+    assert len(stored) == 1
+    rows = [json.loads(line) for line in stored[0].read_text().splitlines()]
+    # random weights hardly ever end an answer within four tokens, and half an answer is none
+    cut = sum(not row["ended"] for row in rows)
+    assert cut
+    assert f"{cut} cut off at gen.max_new_tokens" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["out=a.jsonl"], "^source: nothing given"),
+        (["source=demo_seemingly_toxic"], "^out: nothing given"),
+        (["out=a.json"], r"^out=a\.json: .*end in \.jsonl"),
+        (["count=0"], "^count=0: give 1 or more"),
+        (["attempts=x"], "^attempts=x: give 1 or more"),
+        (["model=tiny", "attempts=4"], "^attempts=4: give 1 to 3"),
+        (["model"], "^model: cannot be read"),
+        ([], "^who answers"),
+        (["model=tiny", "endpoint=http://127.0.0.1:1/v1"], "^who answers"),
+        (["run=outputs/x"], "^run=outputs/x: .*dcr.export"),
+        (["endpoint=http://127.0.0.1:1/v1"], "say which model there"),
+        (["model=tiny", "sorce=x"], "^sorce: no such setting; did you mean source"),
+        (["model=tiny", "judge=moderation"], "^judge=moderation: does not say"),
+        (["model=tiny", "judge=nobody"], "judge.*nobody"),
+        (["model=tiny", "judge=llm", "llm.url=nowhere"], "^llm.url=nowhere: not an address"),
+        (["model=tiny", "steering=scans"], "^steering=scans: not done here"),
+        (["model=tiny", "source=demo_toxic"], "holds toxic prompts, not seemingly_toxic"),
+        (["model=tiny", "source=demo_seemingly_toxic", "count=999"], "999 rows asked for, 84"),
+        (["model=tiny", "source=no.jsonl"], "^no.jsonl: No such file"),
+        (["model=nothing_such"], "^model=nothing_such: choose one of"),
+    ],
+)
+def test_bad_settings_are_one_line_and_nothing_is_written(
+    folder: Folder, arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.folder)
+    before = sorted(folder.folder.iterdir())
+    given = {a.partition("=")[0] for a in arguments}
+    if not words.startswith(("^source", "^out: ")):
+        defaults = [f"source={folder.safe}", "out=b.jsonl"]
+        arguments = arguments + [d for d in defaults if d.partition("=")[0] not in given]
+    with pytest.raises(UserError, match=words) as caught:
+        augment.main(arguments)
+    assert "\n" not in str(caught.value)
+    assert sorted(folder.folder.iterdir()) == before
+
+
+def test_a_disk_that_is_full_or_read_only_is_named(folder: Folder) -> None:
+    (folder.folder / "out.jsonl").mkdir()
+    with scripted(replies) as server, pytest.raises(ConfigError, match=r"^out=.*out\.jsonl: Is a"):
+        augment.main(tell(folder, server))
+    assert server.bodies == []
+
+
+def test_held_is_empty_without_a_file(tmp_path: Path) -> None:
+    assert answers.held(tmp_path / "no.jsonl", "made", []) == set()
+
+
+def test_killed_and_given_again_nothing_is_asked_twice(folder: Folder) -> None:
+    slow = threading.Event()
+
+    def patient(body: Body) -> str:
+        if not slow.is_set():
+            time.sleep(0.05)
+        return answer(noun_of(body))
+
+    with scripted(patient) as server:
+        told = tell(folder, server, "http.concurrency=2")
+        command = [sys.executable, "-m", "dcr.augment", *told]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        until = time.monotonic() + 100
+        while len(server.bodies) < 6 and time.monotonic() < until and process.poll() is None:
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert 6 <= len(server.bodies) < 26
+        assert not (folder.folder / "out.jsonl").exists()  # written as a whole
+        slow.set()
+        augment.main(told)
+    counts = Counter(noun_of(body) for body in server.bodies)
+    assert set(counts) == set(NOUNS)
+    # only what was under way, or had just arrived, at the kill
+    assert sum(counts.values()) <= len(NOUNS) + 3
+    assert [row["prompt"] for row in read(folder)] == [safe(noun) for noun in NOUNS]
+
+
+# --- the real set -------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif("DCR_DATA" not in os.environ, reason="DCR_DATA names no folder of data sets")
+def test_xstest_is_marked_and_its_contrasts_are_not(folder: Folder) -> None:
+    root = os.environ["DCR_DATA"]
+    prompts = sources.read("xstest_safe", root=root)
+    file = write(
+        folder.folder / "answers.jsonl",
+        [{"id": row.id, "prompt": row.prompt, "response": "Like this."} for row in prompts],
+    )
+    config = folder.config(
+        root=root,
+        seemingly_toxic=SourceConfig(["xstest_safe"], count=250),
+        evaluation=EvaluationSets(["xstest_safe", "oktest", "orbench_hard"], ["xstest_unsafe"]),
+    )
+    rows = split(config, file)
+    assert rows.in_distribution == ["xstest_safe"]
+    assert len(rows.augmented) + sum(rows.dropped.values()) == 250
+    assert len(rows.augmented) >= 240
+    with pytest.raises(ConfigError, match=r"xstest_safe has no answers to learn.*dcr.augment"):
+        split(config)

@@ -1,0 +1,514 @@
+"""The kernel against explicit Jacobians by autograd, in float64, on models of three families."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from dcr import models, ntk
+from dcr.config import ConfigError, LoraConfig
+from dcr.models import Policy
+from dcr.ntk import Settings, products
+
+# transformers' own, once PEFT asks it: nothing here is checkpointed
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+VOCABULARY = 40
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+GPT2: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 16,
+    "n_layer": 3,
+    "n_head": 2,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+}
+FAMILIES: dict[str, Any] = {
+    "qwen2 tied": Qwen2Config(**SHAPE, tie_word_embeddings=True),
+    "qwen2 untied": Qwen2Config(**SHAPE, tie_word_embeddings=False),
+    "llama biased": LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True),
+    "qwen3": Qwen3Config(**SHAPE, head_dim=8, tie_word_embeddings=True),
+    "gemma2": Gemma2Config(**SHAPE, head_dim=8, sliding_window=4),
+    "gpt2": GPT2Config(**GPT2),
+    "gpt2 untied": GPT2Config(**GPT2, tie_word_embeddings=False),
+}
+SUBSETS = [
+    ("all", True),
+    ("all", False),
+    ("tail:1", True),
+    ("tail:2", False),
+    ("trunk:2", True),
+]
+PROMPTS = [[5, 9, 5, 30, 2], [7, 7], [3, 12, 9, 21, 5, 8, 39, 12], [11, 5, 2, 4], [9, 30, 2]]
+
+
+def made(family: str, dtype: torch.dtype = torch.float64, noise: float = 0.2) -> Any:
+    """A random model whose gains and biases are not at the ones and zeros they start from."""
+    config = FAMILIES[family]
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+        for parameter in model.parameters():
+            with torch.no_grad():
+                parameter.add_(noise * torch.randn(parameter.shape, dtype=dtype))
+    return model
+
+
+def own_parameters(model: Any, params: str, head: bool) -> list[nn.Parameter]:
+    """The subset written out: blocks by attribute, no look at how the package finds them."""
+    gpt = hasattr(model, "transformer")
+    blocks = model.transformer.h if gpt else model.model.layers
+    norm = model.transformer.ln_f if gpt else model.model.norm
+    word, _, count = params.partition(":")
+    roots = {
+        "tail": [*blocks[len(blocks) - int(count or 0) :], norm, model.lm_head],
+        "trunk": blocks[: int(count or 0)],
+        "all": [model],
+    }[word]
+    chosen = {id(p): p for root in roots for p in root.parameters()}
+    if not head:
+        chosen.pop(id(model.lm_head.weight), None)
+    return list(chosen.values())
+
+
+def jacobian_blocks(
+    model: Any, sequences: Sequence[Sequence[int]], tokens: Tensor, params: list[nn.Parameter]
+) -> Tensor:
+    """K by whole gradients, one prompt and one logit after another, nothing padded."""
+    return sum_of(jacobian_grams(model, sequences, tokens), params)
+
+
+def jacobian_grams(
+    model: Any, sequences: Sequence[Sequence[int]], tokens: Tensor
+) -> dict[nn.Parameter, Tensor]:
+    """The part of each parameter in K."""
+    every = list(model.parameters())
+    rows: list[list[Tensor]] = [[] for _ in every]
+    for sequence, chosen in zip(sequences, tokens.tolist(), strict=True):
+        logits = model(torch.tensor([sequence])).logits[0, -1]
+        for token in chosen:
+            grads = torch.autograd.grad(
+                logits[token], every, retain_graph=True, materialize_grads=True
+            )
+            for kept, grad in zip(rows, grads, strict=True):
+                kept.append(grad.flatten())
+    jacobians = [torch.stack(kept) for kept in rows]
+    return {
+        p: (j @ j.T).view(*tokens.shape, *tokens.shape)
+        for p, j in zip(every, jacobians, strict=True)
+    }
+
+
+def sum_of(grams: dict[nn.Parameter, Tensor], params: list[nn.Parameter]) -> Tensor:
+    return torch.stack([grams[p] for p in params]).sum(0)
+
+
+def error(found: Tensor, truth: Tensor) -> float:
+    return float((found - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_kernel_is_that_of_explicit_jacobians(family: str) -> None:
+    model = made(family)
+    grams: dict[nn.Parameter, Tensor] = {}
+    # gemma2: its eager attention gives NaN for wholly masked rows in float64
+    size = 1 if family == "gemma2" else 2
+    for params, head in SUBSETS:
+        settings = Settings(top_k=3, params=params, head=head, batch_size=size)
+        found = ntk.measure(model, PROMPTS, settings)
+        grams = grams or jacobian_grams(model, PROMPTS, found.tokens)
+        truth = sum_of(grams, own_parameters(model, params, head))
+        assert error(found.blocks, truth) < 1e-6, (params, head)
+        norms = [[truth[i, :, j].norm() for j in range(5)] for i in range(5)]
+        torch.testing.assert_close(found.norms, torch.tensor(norms), rtol=1e-6, atol=0)
+
+
+def test_every_pair_of_blocks_is_symmetric_and_the_whole_positive_semidefinite() -> None:
+    found = ntk.measure(made("qwen2 tied"), PROMPTS, Settings(top_k=4, params="all"))
+    blocks, flat = found.blocks, found.blocks.flatten(2).flatten(0, 1)
+    torch.testing.assert_close(blocks, blocks.permute(2, 3, 0, 1))
+    values = torch.linalg.eigvalsh(flat)
+    assert values.min() > -1e-9 * values.max()
+    assert values.max() > 0
+
+
+def test_the_tokens_are_the_most_likely_and_come_with_their_log_probabilities() -> None:
+    model = made("llama biased")
+    found = ntk.measure(model, PROMPTS, Settings(top_k=4), ids=list("abcde"))
+    for prompt, tokens, log_p in zip(PROMPTS, found.tokens, found.log_probabilities, strict=True):
+        logits = model(torch.tensor([prompt])).logits[0, -1]
+        assert tokens.tolist() == logits.argsort(descending=True)[:4].tolist()
+        torch.testing.assert_close(log_p, logits.log_softmax(0)[tokens])
+    assert found.ids == tuple("abcde")
+
+
+@pytest.mark.parametrize("family", ["qwen2 tied", "gpt2", "gemma2"])
+def test_padding_batches_and_budget_change_nothing(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # gemma2: eager attention gives NaN for wholly masked rows in float64
+    near = 1e-4 if family == "gemma2" else 1e-6
+    model = made(family, torch.float32 if family == "gemma2" else torch.float64)
+    settings = Settings(top_k=3, params="all", batch_size=5)
+    truth = ntk.measure(model, PROMPTS, settings).blocks
+    for size in (1, 2):
+        other = dataclasses.replace(settings, batch_size=size)
+        assert error(ntk.measure(model, PROMPTS, other).blocks, truth) < near
+    assert error(ntk.measure(model, PROMPTS, settings, left=True).blocks, truth) < near
+    sweeps: list[int] = []
+    collect = ntk.exact.collect  # pyright: ignore
+
+    def counted(model: Any, chosen: Any, *rest: Any) -> Any:
+        sweeps.append(len(chosen))
+        return collect(model, chosen, *rest)
+
+    monkeypatch.setattr("dcr.ntk.exact.collect", counted)
+    small = dataclasses.replace(settings, budget_gib=1e-4)
+    split = ntk.measure(model, PROMPTS, small).blocks
+    assert len(sweeps) > 1
+    assert error(split, truth) < near
+    with pytest.raises(ConfigError, match=r"budget_gib=1e-06: .* alone needs"):
+        ntk.measure(model, PROMPTS, dataclasses.replace(settings, budget_gib=1e-6))
+
+
+@pytest.mark.parametrize("family", ["qwen2 untied", "gpt2"])
+def test_both_forms_of_the_inner_product_agree(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, found = made(family), []
+    for formed in (False, True):
+        monkeypatch.setattr(
+            products,
+            "formed_is_cheaper",
+            lambda tiles, formed=formed: formed and tiles[0].inputs.is_floating_point(),
+        )
+        monkeypatch.setattr(products, "SCRATCH", 2**14)  # several pieces of each gradient
+        found.append(ntk.measure(model, PROMPTS, Settings(top_k=3, params="all")).blocks)
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
+def test_sums_of_a_half_precision_model_are_in_single_precision() -> None:
+    settings = Settings(top_k=3, params="all")
+    model = made("qwen2 tied", noise=0.05)
+    truth = ntk.measure(model, PROMPTS, settings)
+    found = ntk.measure(model.bfloat16(), PROMPTS, settings, tokens=truth.tokens)
+    assert found.norms.dtype == found.log_probabilities.dtype == torch.float32
+    assert error(found.norms.double(), truth.norms) < 0.03
+
+
+def test_logits_that_are_not_numbers_are_refused() -> None:
+    with pytest.raises(ConfigError, match="logits are not finite"):
+        ntk.measure(made("gemma2"), PROMPTS, Settings())
+
+
+def test_the_cheaper_form_is_chosen_by_its_count() -> None:
+    def tile(length: int, inner: int) -> Any:
+        return products.Tile(torch.zeros(4, length, inner), torch.zeros(4, 10, length, 32))
+
+    assert not products.formed_is_cheaper([tile(1, 64)])
+    assert products.formed_is_cheaper([tile(400, 64)] * 20)
+
+
+def test_a_tied_matrix_can_count_as_the_head_alone() -> None:
+    """As if the model had a head of its own, with the same values."""
+    model = made("qwen2 tied")
+    settings = Settings(top_k=3, params="tail:1", tied="head")
+    found = ntk.measure(model, PROMPTS, settings)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    untied = made("qwen2 untied")
+    untied.load_state_dict(model.state_dict())
+    truth = jacobian_blocks(untied, PROMPTS, found.tokens, own_parameters(untied, "tail:1", True))
+    assert error(found.blocks, truth) < 1e-6
+    whole = ntk.measure(model, PROMPTS, dataclasses.replace(settings, tied="whole"))
+    assert error(whole.blocks, truth) > 1e-3
+
+
+def test_a_pad_token_that_stands_in_a_prompt_has_the_gradient_that_torch_gives_it() -> None:
+    config = Qwen2Config(**{**SHAPE, "pad_token_id": 5}, tie_word_embeddings=True)
+    model = AutoModelForCausalLM.from_config(config).double().eval()
+    found = ntk.measure(model, PROMPTS, Settings(top_k=3, params="all"))
+    truth = jacobian_blocks(model, PROMPTS, found.tokens, own_parameters(model, "all", True))
+    assert error(found.blocks, truth) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("family", "params", "epsilon"),
+    # Qwen's norms compute in fp32 whatever the weights are in: rounding noise below 1e-4
+    [("gpt2", "all", 1e-5), ("qwen2 untied", "tail:2", 2e-4), ("qwen2 tied", "tail:1", 2e-4)],
+)
+def test_finite_differences_agree_and_leave_the_weights_bit_for_bit(
+    family: str, params: str, epsilon: float
+) -> None:
+    model = made(family, noise=0.03)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    settings = Settings(top_k=2, params=params, method="finite_difference", epsilon=epsilon)
+    found = ntk.measure(model, PROMPTS[:3], settings)
+    exact = ntk.measure(model, PROMPTS[:3], dataclasses.replace(settings, method="exact"))
+    assert torch.equal(found.tokens, exact.tokens)
+    assert error(found.blocks, exact.blocks) < 1e-4
+    assert error(found.norms, exact.norms) < 1e-4
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_weights_are_restored_after_an_exception_and_half_precision_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = made("qwen2 tied", torch.float32)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    settings = Settings(top_k=2, method="finite_difference")
+    passes: list[int] = []
+    forward = ntk.finite.last_logits  # pyright: ignore
+
+    def failing(*given: Any) -> Tensor:
+        passes.append(1)
+        if len(passes) == 4:
+            raise KeyboardInterrupt
+        return forward(*given)
+
+    monkeypatch.setattr("dcr.ntk.finite.last_logits", failing)
+    with pytest.raises(KeyboardInterrupt):
+        ntk.measure(model, PROMPTS, settings)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(ConfigError, match="needs fp32 at least"):
+        ntk.measure(model.bfloat16(), PROMPTS, settings)
+
+
+@pytest.mark.parametrize("family", ["qwen2 tied", "gpt2"])
+def test_with_an_adapter_the_kernel_is_that_of_the_merged_model(family: str) -> None:
+    config = LoraConfig(rank=2, alpha=4, dropout=0.5, targets=["all-linear"])
+    adapted: Any = models.add_lora(made(family), config, seed=0).double()
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    adapted.train()
+    found = [
+        ntk.measure(adapted, PROMPTS, Settings(top_k=3, params=params))
+        for params in ("all", "tail:1", "trunk:2")
+    ]
+    plain = made(family)
+    merged = adapted.merge_and_unload()
+    for params, got in zip(("all", "tail:1", "trunk:2"), found, strict=True):
+        truth = ntk.measure(merged, PROMPTS, Settings(top_k=3, params=params))
+        torch.testing.assert_close(got.blocks, truth.blocks, rtol=1e-6, atol=1e-6)
+        base = ntk.measure(plain, PROMPTS, Settings(top_k=3, params=params))
+        assert error(base.blocks, truth.blocks) > 1e-2  # the adapter did something
+
+
+def test_modes_flags_and_gradients_are_left_as_they_were() -> None:
+    model = made("gpt2").train()
+    model.transformer.h[0].eval()
+    for index, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(index % 2 == 0)
+    modes = [module.training for module in model.modules()]
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    for method in ("exact", "finite_difference"):
+        with torch.inference_mode():  # as a caller may be
+            ntk.measure(model, PROMPTS[:2], Settings(top_k=2, method=method))
+        assert [module.training for module in model.modules()] == modes
+        assert [parameter.requires_grad for parameter in model.parameters()] == flags
+        assert all(parameter.grad is None for parameter in model.parameters())
+        assert not any(module._forward_hooks for module in model.modules())
+        assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_given_tokens_take_the_place_of_the_top_k() -> None:
+    model = made("qwen2 untied")
+    tokens = torch.tensor([[1, 2], [3, 1], [39, 0], [8, 4], [5, 6]])
+    found = ntk.measure(model, PROMPTS, Settings(), tokens=tokens)
+    truth = jacobian_blocks(model, PROMPTS, tokens, own_parameters(model, "tail:2", True))
+    assert torch.equal(found.tokens, tokens)
+    assert found.settings.top_k == 2
+    assert error(found.blocks, truth) < 1e-6
+
+
+def test_a_module_with_unknown_gradients_is_named() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    class Squared(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(width).double())
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            return hidden * self.weight**2
+
+    model = made("qwen2 untied")
+    layer = model.model.layers[2]
+    layer.mlp.up_proj = Scaled(16, 24, bias=False).double()
+    with pytest.raises(ConfigError, match=r"layers\.2\.mlp\.up_proj \(Scaled\) are not known"):
+        ntk.measure(model, PROMPTS, Settings())
+    ntk.measure(model, PROMPTS, Settings(params="trunk:2"))  # not in this one
+    # what the exact scheme does not know, the paper's still does
+    ntk.measure(model, PROMPTS[:1], Settings(top_k=1, method="finite_difference"))
+    model = made("qwen2 untied")
+    model.model.layers[2].input_layernorm = Squared(16)
+    with torch.no_grad():
+        model.model.layers[2].input_layernorm.weight.mul_(1.5)
+    with pytest.raises(ConfigError, match=r"layers\.2\.input_layernorm \(Squared\) is no"):
+        ntk.measure(model, PROMPTS, Settings())
+    model = made("qwen2 untied")
+    model.model.layers[0].mlp.up_proj.weight = model.model.layers[1].mlp.up_proj.weight
+    with pytest.raises(ConfigError, match=r"up_proj\.weight works in 2 modules"):
+        ntk.measure(model, PROMPTS, Settings(params="all"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"params": "tail:4"}, r"params=tail:4: the model has blocks 1 to 3"),
+        ({"params": "trunk:0"}, r"params=trunk:0: the model has blocks 1 to 3"),
+        ({"params": "adapter"}, r"params=adapter: choose tail:N, trunk:ℓ or all"),
+        ({"top_k": 41}, r"top_k=41: choose 1 to 40"),
+        ({"method": "jvp"}, r"method=jvp: choose exact or finite_difference"),
+        ({"tied": "no"}, r"tied=no: choose whole or head"),
+        ({"batch_size": 0}, r"batch_size=0"),
+    ],
+)
+def test_settings_that_cannot_be(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ntk.measure(made("qwen2 tied"), PROMPTS, Settings(**changes))
+
+
+def test_the_outside_entrance_renders_the_chat_template_where_there_is_one(policy: Policy) -> None:
+    words = ["Kill the process", "Bake a loaf"]
+    norms = ntk.kernel(policy.model, policy.tokenizer, words, top_k=3, params="all")
+    text = [f"<|im_start|>user\n{w}<|im_end|>\n<|im_start|>assistant\n" for w in words]
+    rows = [policy.tokenizer.encode(t, add_special_tokens=False) for t in text]
+    settings = Settings(top_k=3, params="all")
+    torch.testing.assert_close(norms, ntk.measure(policy.model, rows, settings).norms)
+    bare = ntk.kernel(policy.model, models.byte_tokenizer(None), words, top_k=3, params="all")
+    rows = [policy.tokenizer.encode(w) for w in words]
+    torch.testing.assert_close(bare, ntk.measure(policy.model, rows, settings).norms)
+    assert norms.shape == (2, 2)
+
+
+@pytest.mark.parametrize("family", ["qwen2 tied", "gpt2", "gemma2"])
+def test_autograd_keeps_less_than_is_said_in_advance(family: str) -> None:
+    model = made(family, torch.float32)
+    prompts = [list(range(2, 34))] * 8
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        ntk.measure(model, prompts, Settings(top_k=1, params="trunk:1"))
+    saved = sum(size for place, size in kept.items() if place not in weights)
+    graph = ntk.memory.graph_bytes(model, 8, 32)  # pyright: ignore
+    assert saved < graph < 20 * saved
+
+
+def test_a_1_5b_matrix_fits_one_gpu_by_what_is_said_in_advance() -> None:
+    config = Qwen2Config(
+        vocab_size=151_936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
+        num_attention_heads=12, num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    weights = sum(p.nbytes for p in model.parameters())
+    for params in ("tail:2", "trunk:14", "all"):
+        needed = ntk.memory_needed(model, [80] * 75, Settings(params=params))
+        assert needed + weights < 40e9
+    larger = [ntk.memory_needed(model, [n] * 75, Settings(params="tail:2")) for n in (20, 40, 80)]
+    assert larger == sorted(larger)
+
+
+def test_normalisers() -> None:
+    norms = torch.tensor([[4.0, 1.0], [1.0, 0.25]])
+    assert ntk.normalised(norms, "observer").tolist() == [[1.0, 0.25], [4.0, 1.0]]
+    assert ntk.normalised(norms, "symmetric").tolist() == [[1.0, 1.0], [1.0, 1.0]]
+    assert ntk.normalised(norms, "none").tolist() == norms.tolist()
+    with pytest.raises(ValueError, match="choose one of observer, symmetric, none"):
+        ntk.normalised(norms, "trained")
+    measured = ntk.measure(made("llama biased"), PROMPTS, Settings(top_k=3)).norms
+    assert ntk.normalised(measured, "symmetric").max() <= 1 + 1e-12
+
+
+def test_means_by_kind_are_those_of_loops() -> None:
+    matrix = torch.arange(25.0).view(5, 5)
+    kinds = ["toxic", "normal", "toxic", "normal", "toxic"]
+    for self_pairs in (False, True):
+        means = ntk.mean_by_kind(matrix, kinds, self_pairs, seed=0)
+        assert list(means) == ["toxic", "normal"]
+        for seen in means:
+            for trained in means[seen]:
+                pairs = [
+                    matrix[i, j].item()
+                    for i in range(5)
+                    for j in range(5)
+                    if (kinds[i], kinds[j]) == (seen, trained) and (self_pairs or i != j)
+                ]
+                found = means[seen][trained]
+                assert found.estimate == pytest.approx(np.mean(pairs))
+                assert found.low <= found.estimate <= found.high
+    alone = ntk.mean_by_kind(matrix[:1, :1], ["toxic"], seed=0)["toxic"]["toxic"]
+    assert math.isnan(alone.estimate)
+    with pytest.raises(ValueError, match="4 kinds for 5 prompts"):
+        ntk.mean_by_kind(matrix, kinds[:4], seed=0)
+
+
+def test_the_bootstrap_draws_prompts_and_leaves_out_pairs_of_one() -> None:
+    """Against a loop that draws prompts; a self-pair would show, as the diagonal is huge."""
+    generator = np.random.default_rng(5)
+    values = generator.random((8, 8))
+    matrix = torch.tensor(values + 1e6 * np.eye(8))
+    drawn = []
+    for _ in range(4000):
+        chosen = generator.integers(0, 8, 8)
+        pairs = [values[i, j] for i in chosen for j in chosen if i != j]
+        drawn.append(np.mean(pairs))
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    found = ntk.mean_by_kind(matrix, ["toxic"] * 8, seed=1, resamples=4000)["toxic"]["toxic"]
+    width = high - low
+    assert found.low == pytest.approx(low, abs=0.1 * width)
+    assert found.high == pytest.approx(high, abs=0.1 * width)
+
+
+def test_the_change_of_log_probabilities_is_that_of_one_step() -> None:
+    """Eq. 2 and 3 over the whole vocabulary, against a real SGD step on the first prompt."""
+    model = made("gpt2")
+    tokens = torch.arange(VOCABULARY).repeat(3, 1)
+    settings = Settings(params="all")
+    found = ntk.measure(model, PROMPTS[:3], settings, tokens=tokens)
+    target, rate = 7, 1e-7
+    residual = found.log_probabilities[0].exp() - nn.functional.one_hot(
+        torch.tensor(target), VOCABULARY
+    )
+    told = ntk.log_probability_change(
+        found.blocks[:, :, 0], found.log_probabilities, residual, rate
+    )
+    loss = -model(torch.tensor(PROMPTS[:1])).logits[0, -1].log_softmax(0)[target]
+    loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= rate * parameter.grad
+    after = ntk.measure(model, PROMPTS[:3], Settings(params="tail:1"), tokens=tokens)
+    change = after.log_probabilities - found.log_probabilities
+    assert error(told, change) < 1e-2

@@ -1,0 +1,481 @@
+"""Refusal probabilities against one pass per phrase, a closed form and hand counts."""
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.testing import assert_close
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from dcr import activations, prompts, refusal
+from dcr.config import ModelConfig
+from dcr.models import Policy, byte_tokenizer
+from dcr.refusal import passes
+from dcr.refusal.continuations import continuations, ending
+from dcr.refusal.tries import trie
+
+# of PEFT, whose versions still ask for it
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 260,
+    "initializer_range": 0.3,  # far from uniform
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+}
+# "a" begins three others, "ab" two; "q" is a leaf of the root.
+SHORT = ("ab", "a", "abc", "xy", "abd", "q")
+PROMPTS = ("How do I bake bread?", "Hi", "Name three rivers that flow north, please")
+
+
+def model_of(kind: str, attention: str = "sdpa", **changes: Any) -> PreTrainedModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        made = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(kind, **(SHAPE | changes)), attn_implementation=attention
+        )
+    return made.eval()
+
+
+def chat_ids(tokenizer: Any, prompt: str) -> list[int]:
+    turns = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+@torch.no_grad()
+def log_p_by_passes(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> float:
+    """One pass over the prompt and the answer, without cache, padding or mask."""
+    log_p = model(torch.tensor([[*prompt, *answer]]), use_cache=False).logits[0].log_softmax(-1)
+    return sum(log_p[len(prompt) - 1 + t, token].item() for t, token in enumerate(answer))
+
+
+def by_passes(
+    model: Any, encoded: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+) -> tuple[list[float], list[float]]:
+    plain, free = [], []
+    for ids in encoded:
+        each = [math.exp(log_p_by_passes(model, ids, answer)) for answer in answers]
+        plain.append(sum(each))
+        begun = [any(a != b and a[: len(b)] == b for b in answers) for a in answers]
+        free.append(sum(p for p, longer in zip(each, begun, strict=True) if not longer))
+    return plain, free
+
+
+def check(model: Any, tokenizer: Any = None, rtol: float = 1e-5) -> None:
+    tokenizer = tokenizer or byte_tokenizer()
+    encoded = [chat_ids(tokenizer, prompt) for prompt in PROMPTS]
+    answers = [tokenizer.encode(phrase, add_special_tokens=False) for phrase in SHORT]
+    for free, expected in enumerate(by_passes(model, encoded, answers)):
+        got = refusal.refusal_probability(
+            model, tokenizer, PROMPTS, phrases=SHORT, prefix_free=bool(free)
+        )
+        assert_close(got, torch.tensor(expected), rtol=rtol, atol=1e-9)
+
+
+# --- against one pass per phrase ---
+
+
+@pytest.mark.parametrize(
+    ("kind", "attention"),
+    [
+        *[(kind, how) for kind in ("qwen2", "llama", "gpt2") for how in ("sdpa", "eager")],
+        ("gemma2", "eager"),  # soft caps
+    ],
+)
+def test_equals_a_pass_per_phrase(kind: str, attention: str) -> None:
+    check(model_of(kind, attention))
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
+def test_each_of_the_papers_phrases(kind: str) -> None:
+    tokenizer, model = byte_tokenizer(), model_of(kind)
+    encoded = [tuple(chat_ids(tokenizer, prompt)) for prompt in PROMPTS[:2]]
+    answers = continuations(tokenizer, ending(tokenizer, encoded[0]), refusal.REFUSAL_PHRASES)
+    assert [len(answer) for answer in answers] == list(map(len, refusal.REFUSAL_PHRASES))
+    tree = trie(answers)
+    with torch.inference_mode():
+        edges = passes.by_tree(model, tree, passes.prefill(model, encoded))
+    for row, ids in enumerate(encoded):
+        for path, answer in zip(tree.paths, answers, strict=True):
+            expected = log_p_by_passes(model, ids, answer)
+            assert edges[row, list(path)].sum().item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_without_phrases_the_papers_are_meant() -> None:
+    tokenizer, model = byte_tokenizer(), model_of("qwen2", initializer_range=0.6)
+    answers = [tokenizer.encode(y, add_special_tokens=False) for y in refusal.REFUSAL_PHRASES]
+    plain, free = by_passes(model, [chat_ids(tokenizer, PROMPTS[0])], answers)
+    got = refusal.refusal_probability(model, tokenizer, PROMPTS[:1])
+    assert_close(got, torch.tensor(plain), rtol=1e-4, atol=0)
+    got = refusal.refusal_probability(model, tokenizer, PROMPTS[:1], prefix_free=True)
+    assert_close(got, torch.tensor(free), rtol=1e-4, atol=0)
+
+
+def test_float64_stays_float64() -> None:
+    tokenizer, model = byte_tokenizer(), model_of("llama")
+    single = refusal.refusal_probability(model, tokenizer, PROMPTS, phrases=SHORT)
+    double = refusal.refusal_probability(model.double(), tokenizer, PROMPTS, phrases=SHORT)
+    assert double.dtype == torch.float64
+    assert_close(single.double(), double, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_bf16_and_autocast_are_near(attention: str) -> None:
+    tokenizer, model = byte_tokenizer(), model_of("llama", attention, initializer_range=0.05)
+    expected = refusal.refusal_probability(model, tokenizer, PROMPTS, phrases=SHORT)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = refusal.refusal_probability(model, tokenizer, PROMPTS, phrases=SHORT)
+    half = refusal.refusal_probability(model.bfloat16(), tokenizer, PROMPTS, phrases=SHORT)
+    assert mixed.dtype == half.dtype == torch.float32
+    assert_close(mixed, expected, rtol=0.05, atol=0)
+    assert_close(half, expected, rtol=0.05, atol=0)
+
+
+# --- batches ---
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, None])
+def test_batches_change_nothing_and_keep_the_order(size: int | None) -> None:
+    tokenizer, model = byte_tokenizer(), model_of("llama")
+    alone = [
+        refusal.refusal_probability(model, tokenizer, [prompt], phrases=SHORT) for prompt in PROMPTS
+    ]
+    together = refusal.refusal_probability(
+        model, tokenizer, PROMPTS, phrases=SHORT, batch_size=size
+    )
+    assert_close(together, torch.cat(alone), rtol=1e-5, atol=0)
+    assert not together.is_inference()
+    assert refusal.refusal_probability(model, tokenizer, [], phrases=SHORT).shape == (0,)
+
+
+def test_two_passes_and_no_token_too_many() -> None:
+    tokenizer, model = byte_tokenizer(), model_of("llama")
+    fed: list[int] = []
+    head: list[int] = []
+    inner: Any = model
+    inner.model.register_forward_pre_hook(
+        lambda _m, _a, kwargs: fed.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    inner.lm_head.register_forward_pre_hook(lambda _m, args: head.append(args[0].shape[1]))
+    refusal.refusal_probability(model, tokenizer, PROMPTS, phrases=SHORT)
+    longest = max(len(chat_ids(tokenizer, prompt)) for prompt in PROMPTS)
+    assert fed == [longest, 3]  # "a", "ab" and "x" have edges below them
+    assert head == [1, 3]
+    fed.clear()
+    refusal.refusal_probability(model, tokenizer, PROMPTS, phrases=("a", "b"))
+    assert fed == [longest]
+
+
+# --- closed form ---
+
+
+def unigram(p: dict[str, float]) -> tuple[Any, PreTrainedTokenizerFast]:
+    """A model that gives each letter one probability whatever came before."""
+    tokenizer, model = byte_tokenizer(), model_of("llama", tie_word_embeddings=False)
+    rest = (1 - sum(p.values())) / (260 - len(p))
+    inner: Any = model
+    with torch.no_grad():
+        inner.model.embed_tokens.weight.fill_(1)  # what the norm makes of it is 1 everywhere
+        for block in inner.model.layers:
+            block.self_attn.o_proj.weight.zero_()
+            block.mlp.down_proj.weight.zero_()
+        inner.lm_head.weight.zero_()
+        inner.lm_head.weight[:, 0] = math.log(rest) if rest else -1e4
+        for letter, value in p.items():
+            token = tokenizer.encode(letter, add_special_tokens=False)
+            inner.lm_head.weight[token, 0] = math.log(value)
+    return model, tokenizer
+
+
+def test_products_of_a_unigram_model() -> None:
+    model, tokenizer = unigram({"a": 0.5, "b": 0.25, "c": 0.125})
+
+    def of(*phrases: str, free: bool = False) -> float:
+        got = refusal.refusal_probability(
+            model, tokenizer, ["x"], phrases=phrases, prefix_free=free
+        )
+        return got.item()
+
+    assert of("ab") == pytest.approx(1 / 8, rel=1e-5)
+    assert of("a", "ab", "abc", "cb") == pytest.approx(1 / 2 + 1 / 8 + 1 / 64 + 1 / 32, rel=1e-5)
+    assert of("a", "ab", "abc", "cb", free=True) == pytest.approx(1 / 2 + 1 / 32, rel=1e-5)
+    assert of("ab", "a", "ab", "b") == pytest.approx(1 / 2 + 1 / 8 + 1 / 4, rel=1e-5)  # a set
+
+
+def test_only_the_plain_sum_exceeds_one() -> None:
+    model, tokenizer = unigram({"a": 0.9, "b": 0.1})
+    phrases = ["a", "aa", "aaa", "b"]
+    plain, free = refusal.probabilities(
+        model, tokenizer, [chat_ids(tokenizer, "x"), chat_ids(tokenizer, "y z")], phrases
+    )
+    assert plain.tolist() == pytest.approx([0.9 + 0.81 + 0.729 + 0.1] * 2, rel=1e-5)
+    assert free.tolist() == pytest.approx([1.0] * 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["paper", "extended"])
+def test_prefix_free_never_exceeds_one(name: str) -> None:
+    tokenizer = byte_tokenizer()
+    letters = {"I": 0.5, "N": 0.1, "o": 0.1, ",": 0.05, " ": 0.1, "’": 0.05}
+    model, _ = unigram({k: v for k, v in letters.items() if len(k.encode()) == 1})
+    encoded = [chat_ids(tokenizer, prompt) for prompt in PROMPTS]
+    plain, free = refusal.probabilities(model, tokenizer, encoded, refusal.PHRASES[name])
+    assert (free > 0).all()
+    assert (free <= 1).all()
+    assert (free <= plain).all()
+
+
+# --- phrases ---
+
+
+def test_trie_by_hand() -> None:
+    tree = trie([(1, 2), (1,), (3,), (1, 2, 4), (1, 5, 4)])
+    assert tree.tokens == (1, 2, 5)
+    assert tree.parents == (0, 1, 1)
+    assert tree.depths == (1, 2, 2)
+    assert tree.sources == (0, 0, 1, 1, 2, 3)
+    assert tree.labels == (1, 3, 2, 5, 4, 4)
+    assert tree.paths == ((0, 2), (0,), (1,), (0, 2, 4), (0, 3, 5))
+    assert tree.kept == (1, 2)
+    assert tree.children == {0: [1], 1: [2, 3], 2: [], 3: []}
+    assert tree.sight().tolist() == [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
+
+
+def test_the_papers_set_has_three_phrases_that_others_begin() -> None:
+    tokenizer = byte_tokenizer()
+    end = ending(tokenizer, chat_ids(tokenizer, "x"))
+    tree = trie(continuations(tokenizer, end, refusal.REFUSAL_PHRASES))
+    dropped = {refusal.REFUSAL_PHRASES[i] for i in range(31) if i not in tree.kept}
+    assert dropped == {
+        "I cannot fulfill your request",
+        "I cannot fulfill this request",
+        "I'm not able to provide you with",
+    }
+
+
+def test_extended_set_covers_what_the_paper_misses() -> None:
+    extended = refusal.EXTENDED_PHRASES
+    assert set(refusal.REFUSAL_PHRASES) < set(extended)
+    assert len(extended) == len(set(extended))
+    for text in ("I'm sorry, but I can't help.", "I’m sorry, but I can’t.", "Sorry, no", "I can’t"):
+        assert text.startswith(tuple(extended)), text
+    assert not "I’m sorry, but I can’t".startswith(refusal.REFUSAL_PHRASES)
+
+
+# --- tokenizers ---
+
+
+def word_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
+    """Byte-level BPE whose words hold the space before them."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore
+    trainer = trainers.BpeTrainer(
+        vocab_size=258,
+        special_tokens=["<s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([" a a a ab xy"] * 9, trainer)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore
+            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_bare_prompts_take_a_space(bos: bool) -> None:
+    tokenizer, model = word_tokenizer(bos), model_of("gpt2")
+    assert len(tokenizer.tokenize(" a")) == 1  # the space is part of the word
+    bare = ["So it ends.", "And then"]
+    encoded = [tokenizer.encode(prompt) for prompt in bare]
+    assert (encoded[0][0] == 0) is bos
+    answers = [tokenizer.encode(" " + y, add_special_tokens=False) for y in SHORT]
+    plain, free = by_passes(model, encoded, answers)
+    got = refusal.refusal_probability(model, tokenizer, bare, phrases=SHORT)
+    assert_close(got, torch.tensor(plain), rtol=1e-5, atol=0)
+    for result, expected in zip(
+        refusal.probabilities(model, tokenizer, encoded, SHORT), (plain, free), strict=True
+    ):
+        assert_close(result, torch.tensor(expected), rtol=1e-5, atol=0)
+
+
+def test_prompts_of_different_endings_in_one_call() -> None:
+    tokenizer, model = word_tokenizer(), model_of("llama")
+    bare = ["So it ends.", "A header:\n", "And then"]
+    leads = [" ", "", " "]
+    got = refusal.refusal_probability(model, tokenizer, bare, phrases=SHORT)
+    for prompt, lead, value in zip(bare, leads, got.tolist(), strict=True):
+        answers = [tokenizer.encode(lead + y, add_special_tokens=False) for y in SHORT]
+        plain, _ = by_passes(model, [tokenizer.encode(prompt)], answers)
+        assert value == pytest.approx(plain[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("start", ["first", "always"])
+def test_sentencepiece_spaces(start: Any) -> None:
+    pieces = [(piece, -5.0) for piece in ["<s>", "▁", *"abcdqxy.\n", "▁a", "▁ab", "ab"]]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=start)  # pyright: ignore
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme=start)  # pyright: ignore
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+    model = model_of("llama")
+    encoded = [fast.encode("ab xy."), fast.encode("ab\n")]
+    for ids, words in zip(encoded, (["▁ab", "▁a"], ["ab", "a"]), strict=True):
+        found = continuations(fast, ending(fast, ids), ["ab", "a"])
+        assert [fast.convert_ids_to_tokens(y[0]) for y in found] == words
+        assert continuations(fast, ending(fast, [0, *ids]), ["ab", "a"]) == found
+    by_text = refusal.refusal_probability(model, fast, ["ab xy.", "ab\n"], phrases=["ab", "a"])
+    by_ids, _ = refusal.probabilities(model, fast, encoded, ["ab", "a"])
+    assert_close(by_text, by_ids)
+
+
+def test_ids_of_the_chat_format_equal_the_text(policy: Policy) -> None:
+    settings = ModelConfig(name="tiny", label="tiny", layer=1)
+    chat = prompts.chat_format(policy.tokenizer, settings)
+    by_text = refusal.refusal_probability(policy.model, policy.tokenizer, PROMPTS)
+    by_ids, _ = refusal.probabilities(
+        policy.model, policy.tokenizer, [chat.prompt_ids(prompt) for prompt in PROMPTS]
+    )
+    assert torch.equal(by_text, by_ids)
+
+
+# --- models ---
+
+
+def test_walking_the_trie_gives_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer, model = byte_tokenizer(), model_of("llama")
+    encoded = [chat_ids(tokenizer, prompt) for prompt in PROMPTS]
+    fast = refusal.probabilities(model, tokenizer, encoded, SHORT)
+    assert not caplog.records
+    monkeypatch.setattr(passes, "MASKABLE", set())
+    with caplog.at_level(logging.WARNING, "dcr.refusal.probability"):
+        walked = refusal.probabilities(model, tokenizer, encoded, SHORT, batch_size=1)
+    assert len(caplog.records) == 1
+    assert "takes no tree mask (its attention is sdpa)" in caplog.text
+    for one, other in zip(fast, walked, strict=True):
+        assert_close(one, other, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "reason"),
+    [
+        ("mistral", {"sliding_window": 20}, "do not fit its attention window"),
+        ("gemma2", {"sliding_window": 20}, "do not fit its attention window"),
+        ("bloom", {}, "its positions cannot be set"),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, "not all of its layers"),
+    ],
+)
+def test_models_without_tree_masks_fall_back_loudly(
+    kind: str, changes: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = model_of(kind, "eager", **changes)
+    check(model)
+    assert sum(reason in record.getMessage() for record in caplog.records) == 2  # one per call
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma2"])
+def test_wide_windows_take_the_tree(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    check(model_of(kind, "eager", sliding_window=400))
+    assert not caplog.records
+
+
+def test_adapters_count_and_modes_stay() -> None:
+    tokenizer = byte_tokenizer()
+    base = model_of("llama")
+    without = refusal.refusal_probability(base, tokenizer, PROMPTS, phrases=SHORT)
+    lora = LoraConfig(
+        r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False, lora_dropout=0.5
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        adapted = get_peft_model(base, lora)
+    adapted.train()
+    inner: Any = adapted
+    inner.base_model.model.model.norm.eval()  # a mixed state, as PEFT leaves it
+    modes = [module.training for module in adapted.modules()]
+    got = refusal.refusal_probability(adapted, tokenizer, PROMPTS, phrases=SHORT)
+    assert modes == [module.training for module in adapted.modules()]
+    assert all(parameter.grad is None for parameter in adapted.parameters())
+    check(adapted.eval())
+    merged: Any = adapted.merge_and_unload()  # pyright: ignore[reportCallIssue]
+    assert_close(
+        got,
+        refusal.refusal_probability(merged, tokenizer, PROMPTS, phrases=SHORT),
+        rtol=1e-4,
+        atol=0,
+    )
+    assert (got / without - 1).abs().max() > 0.01
+
+
+def test_edits_of_activations_hold() -> None:
+    model = model_of("llama")
+    tokenizer = byte_tokenizer()
+    plain = refusal.refusal_probability(model, tokenizer, PROMPTS, phrases=SHORT)
+    edit = activations.Edit(activations.Site.block_output, 1, add=torch.linspace(-2, 2, 32))
+    with activations.edited(model, [edit]):
+        check(model)
+        edited = refusal.refusal_probability(model, tokenizer, PROMPTS, phrases=SHORT)
+    assert (edited / plain - 1).abs().max() > 0.01
+
+
+def test_a_plan_by_prompt_edits_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each prompt steered by its own length, only from its last position on."""
+    tokenizer, model = byte_tokenizer(), model_of("llama")
+
+    def plan(ids: torch.Tensor, mask: torch.Tensor | None) -> list[activations.Edit]:
+        assert mask is not None
+        last = torch.full((len(ids),), ids.shape[1] - 1)
+        vector = torch.linspace(-2, 2, 32)
+        scale = mask.sum(1) / 50
+        site = activations.Site.block_output
+        return [activations.Edit(site, 1, add=vector, scale=scale, start=last)]
+
+    with activations.edited(model, plan):
+        fast = refusal.refusal_probability(model, tokenizer, PROMPTS, phrases=SHORT)
+        monkeypatch.setattr(passes, "MASKABLE", set())
+        walked = refusal.refusal_probability(model, tokenizer, PROMPTS, phrases=SHORT, batch_size=1)
+    assert_close(fast, walked, rtol=1e-5, atol=0)
+
+
+# --- errors ---
+
+
+@pytest.mark.parametrize(
+    ("given", "phrases", "match"),
+    [
+        (["x"], [], "at least one"),
+        (["x"], ["No.", " "], "none that is empty"),
+        (["x"], "No.", "list of strings"),
+        ("x", ["No."], "list of strings"),
+        (["x", ""], ["No."], r"prompts\[1\] has no tokens"),
+        (["Answer: "], ["ab"], "tokens change when 'ab' follows"),
+    ],
+)
+def test_errors_name_the_cure(given: Any, phrases: Any, match: str) -> None:
+    with pytest.raises(refusal.PhraseError, match=match):
+        refusal.refusal_probability(model_of("llama"), word_tokenizer(), given, phrases=phrases)
+
+
+def test_batches_hold_a_prompt() -> None:
+    with pytest.raises(refusal.PhraseError, match="batch_size=0"):
+        refusal.refusal_probability(model_of("llama"), word_tokenizer(), ["x"], batch_size=0)

@@ -1,0 +1,330 @@
+"""Self-CD against a hand-made model, plain loops and transformers' classifier-free guidance."""
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from dcr import generation, models, prompts
+from dcr.config import ConfigError, DataError, GenConfig, Kind, ModelConfig, Precision
+from dcr.generation import (
+    Completion,
+    contrastive_decoding,
+    local,
+    own_decoding,
+    rolling,
+    whole,
+)
+from dcr.generation.contrastive_decoding import EMPHASIS, contrasted, stressed
+from dcr.models import Policy
+from dcr.prompts import CHATML, ChatFormat
+from dcr.sources import Example
+
+WORDS = ["Hi", "How do I kill a Python process?", "Write a poem.", "Größe 你好 🙂", "a", "Why not?"]
+ROWS = [Example(f"p{i}", text, Kind.normal, "made") for i, text in enumerate(WORDS)]
+NEW = 16
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 260,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.6,  # so that what is generated depends on the prompt
+}
+FAMILIES = {
+    "llama": SHAPE | {"model_type": "llama"},
+    "mistral": SHAPE | {"model_type": "mistral", "sliding_window": 64},  # rows cannot be moved
+    "gpt2": {
+        **{"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 260},
+        **{"n_positions": 512, "initializer_range": 0.6},
+    },
+}
+
+
+def policy_of(family: str = "llama", **changes: Any) -> Policy:
+    shape = FAMILIES[family] | changes
+    made = models.open_policy(ModelConfig(name="tiny", architecture=shape), Precision.fp32, 0)
+    head = models.head(made.model)
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    with torch.no_grad():  # end tokens are likelier, so that answers differ in length
+        head.weight[list(chat_of(made).stop)] *= 1.5
+    return made
+
+
+def chat_of(policy: Policy, system: str | None = None) -> ChatFormat:
+    return prompts.chat_format(policy.tokenizer, ModelConfig(name="tiny", system_prompt=system))
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    return policy_of()
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
+    """The token ids of every completion, as generated: texts may hide a difference."""
+    found: dict[str, list[int]] = {}
+    for module in (contrastive_decoding, rolling, whole):
+        original = module.completion
+
+        def noting(
+            chat: ChatFormat, row: Example, answer: list[int], mass: float, to: Any = original
+        ) -> Completion:
+            made = to(chat, row, answer, mass)
+            found[row.id] = list(answer[: made.tokens])
+            return made
+
+        monkeypatch.setattr(module, "completion", noting)
+    return found
+
+
+def top(logits: Tensor) -> Tensor:
+    return logits.max(1).values
+
+
+def run(policy: Policy, chat: ChatFormat, weight: float | None, batch: int | None, new: int = NEW):
+    settings = GenConfig(max_new_tokens=new, batch_size=batch, self_cd=weight)
+    made = [c for b in generation.complete(policy, chat, ROWS, settings, top) for c in b]
+    assert len(made) == len(ROWS)
+    return {c.id: c for c in made}
+
+
+def by_hand(
+    policy: Policy, chat: ChatFormat, prompt: str, weight: float
+) -> tuple[list[int], float]:
+    """Both contexts anew for each token, no cache or padding; and the best of the first logits."""
+    system = f"{chat.system_prompt}\n\n{EMPHASIS}" if chat.system_prompt else EMPHASIS
+    both = (chat.prompt_ids(prompt), chat_of(policy, system).prompt_ids(prompt))
+    answer: list[int] = []
+    first = math.nan
+    while len(answer) < NEW:
+        with torch.inference_mode():
+            plain, safe = (
+                policy.model(input_ids=torch.tensor([ids + answer])).logits[0, -1] for ids in both
+            )
+        wanted = (1 + weight) * plain - weight * safe
+        first = float(wanted.max()) if not answer else first
+        token = int(wanted.argmax())
+        if token in chat.stop:
+            break
+        answer.append(token)
+    return answer, first
+
+
+# --- the formula --------------------------------------------------------------------------------
+
+
+def test_closed_form_of_two_distributions() -> None:
+    """From p = (0.5, 0.3, 0.2) and q = (0.8, 0.1, 0.1): p (p/q)^w, normalised."""
+    plain, safe = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[0.8, 0.1, 0.1]])
+    for weight in (0.0, 0.5, 1.5):
+        ratio = [p * (p / q) ** weight for p, q in ((0.5, 0.8), (0.3, 0.1), (0.2, 0.1))]
+        wanted = torch.tensor([[value / sum(ratio) for value in ratio]])
+        # logits are known up to a constant only, and it must not matter
+        found = contrasted(plain.log() + 3.0, safe.log() - 7.0, weight).softmax(1)
+        torch.testing.assert_close(found, wanted)
+
+
+def test_the_paper_s_ratio_is_the_weight_plus_one() -> None:
+    """OverKill: y_with - a (y_with - y_without), a = 2.5 as released."""
+    chance = torch.Generator().manual_seed(0)
+    without, with_safety = (torch.randn(4, 9, generator=chance) for _ in range(2))
+    theirs = with_safety - 2.5 * (with_safety - without)
+    torch.testing.assert_close(contrasted(without, with_safety, 1.5), theirs)
+
+
+class HandMade(PreTrainedModel):
+    """Says `s` at once, all the more where it has read the emphasis; else `a`; then ends.
+
+    Plain: s 2.0, a 1.5. With the emphasis: s 3.0, a 0.5. So the contrast turns where
+    2 + w (2 - 3) < 1.5 + w (1.5 - 0.5), at w = 0.25.
+    """
+
+    LONG = 200  # tokens: no plain prompt has as many
+
+    def __init__(self, tokenizer: Any, end: int) -> None:
+        shape = PretrainedConfig()
+        shape._attn_implementation = "eager"
+        super().__init__(shape)
+        self.s, self.a = (
+            tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in "sa"
+        )
+        self.end = end
+        self.place = torch.nn.Parameter(torch.zeros(1))  # where the model is
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        past_key_values: Any,
+        use_cache: bool,
+        logits_to_keep: int,
+    ) -> Any:
+        logits = torch.full((len(input_ids), 1, 260), -50.0)
+        for row, mask in enumerate(attention_mask):
+            if past_key_values is not None:
+                logits[row, 0, self.end] = 0.0
+            else:
+                emphasised = int(mask.sum()) > self.LONG
+                logits[row, 0, self.s] = 3.0 if emphasised else 2.0
+                logits[row, 0, self.a] = 0.5 if emphasised else 1.5
+        return SimpleNamespace(logits=logits, past_key_values=DynamicCache())
+
+
+@pytest.mark.parametrize(("weight", "said"), [(0.2, "s"), (0.3, "a"), (1.5, "a")])
+def test_a_hand_made_model_turns_where_it_should(policy: Policy, weight: float, said: str) -> None:
+    chat = chat_of(policy)
+    made = HandMade(policy.tokenizer, chat.stop[0])
+    lengths = [len(c.prompt_ids(r.prompt)) for c in (chat, stressed(chat)) for r in ROWS]
+    assert sum(n <= made.LONG for n in lengths) == len(ROWS)
+    hand = replace(policy, model=made)
+    encoded = [(row, chat.prompt_ids(row.prompt)) for row in ROWS]
+    found = contrastive_decoding.batches(hand, chat, encoded, 4, NEW, top, weight)
+    for answer in (c for batch in found for c in batch):
+        assert (answer.response, answer.tokens, answer.ended) == (said, 1, True)
+        wanted = max(2 - weight, 1.5 + weight)
+        assert answer.refusal_mass == pytest.approx(wanted)  # of the contrasted logits
+
+
+# --- decoding -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("batch", [1, 4])
+def test_tokens_are_those_of_two_plain_loops(
+    family: str, batch: int, decoded: dict[str, list[int]]
+) -> None:
+    made = policy_of(family)
+    chat = chat_of(made)
+    answers = run(made, chat, 1.5, batch)
+    for row in ROWS:
+        tokens, first = by_hand(made, chat, row.prompt, 1.5)
+        assert decoded[row.id] == tokens, row.id
+        mass = answers[row.id].refusal_mass
+        assert mass == pytest.approx(first, abs=1e-3)
+    assert len({len(tokens) for tokens in decoded.values()}) > 1
+
+
+def test_the_contrast_is_one(policy: Policy) -> None:
+    """Else all the tests above could hold for plain decoding."""
+    chat = chat_of(policy)
+    plain, contrast = run(policy, chat, None, 4), run(policy, chat, 1.5, 4)
+    assert sum(plain[i].response != contrast[i].response for i in plain) >= 4
+
+
+def test_guidance_of_transformers_gives_the_same(
+    policy: Policy, decoded: dict[str, list[int]]
+) -> None:
+    """Classifier-free guidance with the scale 1 + weight, and the emphasis as negative prompt."""
+    chat = chat_of(policy, "Be brief.")
+    run(policy, chat, 0.8, 3)
+    model: Any = policy.model
+    for row in ROWS:
+        ids = torch.tensor([chat.prompt_ids(row.prompt)])
+        negative = torch.tensor([stressed(chat).prompt_ids(row.prompt)])
+        with own_decoding(model):
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                negative_prompt_ids=negative,
+                negative_prompt_attention_mask=torch.ones_like(negative),
+                generation_config=GenerationConfig(
+                    do_sample=False,
+                    guidance_scale=1.8,
+                    max_new_tokens=NEW,
+                    eos_token_id=list(chat.stop),
+                    pad_token_id=chat.stop[0],
+                ),
+            )
+        said = output[0, ids.shape[1] :].tolist()
+        wanted = [t for t in said if t not in chat.stop]
+        assert decoded[row.id] == wanted, row.id
+
+
+def test_weight_zero_is_plain_greedy_to_the_token(
+    policy: Policy, decoded: dict[str, list[int]]
+) -> None:
+    chat = chat_of(policy)
+    plain = run(policy, chat, None, 4)
+    tokens = dict(decoded)
+    assert run(policy, chat, 0.0, 4) == plain
+    assert decoded == tokens
+    encoded = [(row, chat.prompt_ids(row.prompt)) for row in ROWS]
+    decoded.clear()
+    # not only by going another way: the contrast itself leaves the model as it is
+    list(contrastive_decoding.batches(policy, chat, encoded, 4, NEW, top, 0.0))
+    assert decoded == tokens
+
+
+def test_an_answer_may_be_one_token_long(policy: Policy) -> None:
+    assert all(c.tokens <= 1 for c in run(policy, chat_of(policy), 1.5, 4, new=1).values())
+
+
+# --- limits and refusals ------------------------------------------------------------------------
+
+
+def test_the_longer_prompt_must_fit_the_context() -> None:
+    chat = chat_of(policy_of())
+    longest = max(len(stressed(chat).prompt_ids(text)) for text in WORDS)
+    exact = policy_of(max_position_embeddings=longest + NEW)
+    assert run(exact, chat_of(exact), 1.5, 4)
+    short = policy_of(max_position_embeddings=longest + NEW - 1)
+    assert run(short, chat_of(short), None, 4)
+    with pytest.raises(DataError, match="exceed the model's context"):
+        run(short, chat_of(short), 1.5, 4)
+
+
+def test_half_as_many_rows_where_two_caches_are_kept(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    original = contrastive_decoding.batches
+    monkeypatch.setattr(local, "batch_size", lambda *_: 5)
+
+    def noting(*arguments: Any) -> Any:
+        seen.append(arguments[3])
+        return original(*arguments)
+
+    monkeypatch.setattr(contrastive_decoding, "batches", noting)
+    run(policy, chat_of(policy), 1.5, None)
+    assert seen == [2]
+
+
+NO_SYSTEM = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [(NO_SYSTEM, "leaves the system prompt out"), (REFUSES + CHATML, "takes no system prompt")],
+)
+def test_a_template_without_system_prompt_is_refused(
+    policy: Policy, template: str, words: str
+) -> None:
+    chat = replace(chat_of(policy), template=template)
+    with pytest.raises(ConfigError, match=f"^gen.self_cd: .*{words}.*leave gen.self_cd out"):
+        run(policy, chat, 1.5, 4)
+
+
+def test_a_model_without_a_key_value_cache_is_refused() -> None:
+    shape = {
+        **{"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 260},
+        **{"state_size": 4},
+    }
+    made = models.open_policy(ModelConfig(name="tiny", architecture=shape), Precision.fp32, 0)
+    with pytest.raises(ConfigError, match=r"^gen.self_cd: .* takes no position_ids"):
+        run(made, chat_of(made), 1.5, 4)
+
+
+def test_the_emphasis_stands_behind_the_model_s_own_system_prompt(policy: Policy) -> None:
+    text = stressed(chat_of(policy, "You are Tiny.")).text("Hi")
+    assert text.index("You are Tiny.\n\n" + EMPHASIS) < text.index("Hi")

@@ -1,0 +1,615 @@
+"""Steering against loops over single prompts, and on a model in which a direction was planted."""
+
+import itertools
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dcr import activations, contamination, models, prompts, steering
+from dcr.activations import Site
+from dcr.config import (
+    ConfigError,
+    DataConfig,
+    EvaluationSets,
+    ExtractionSources,
+    Kind,
+    ModelConfig,
+    Precision,
+    ScansConfig,
+    ScansEnd,
+    ScansLayers,
+    Steering,
+    SteeringConfig,
+    SurgicalConfig,
+    UserError,
+)
+from dcr.models import Policy
+from dcr.prompts import ChatFormat
+from dcr.sources import Example
+from dcr.steering import scans, vectors
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+SURE = list(b" Sure")
+
+
+def chat_of(policy: Policy, template: str | None = None) -> ChatFormat:
+    return prompts.chat_format(policy.tokenizer, ModelConfig(name="tiny", template=template))
+
+
+def rows(kind: Kind, texts: Sequence[str]) -> list[Example]:
+    return [Example(f"{kind.value}-{i}", text, kind, "test") for i, text in enumerate(texts)]
+
+
+def settings(method: Steering = Steering.scans, strength: float = 1.0, **given: Any) -> Any:
+    chosen = {"layers": ScansLayers.middle_third, "anchors": 4} | given
+    return SteeringConfig(
+        method=method,
+        strength=strength,
+        scans=ScansConfig(**chosen),
+        surgical=SurgicalConfig(train=4, validation=2, add=0.1, ablate=0.5),
+    )
+
+
+HARMFUL = ["Ruin the lake!", "How to wreck a bridge?", "Break it", "Spoil the soup for all", "Rob"]
+HARMLESS = ["Bake bread", "Where is Oslo?", "Sing a song about rain", "Add two and two", "Wave"]
+DRAWN = steering.Extraction(rows(Kind.toxic, HARMFUL), [], rows(Kind.normal, HARMLESS))
+
+
+@pytest.fixture
+def deep() -> Policy:
+    """Six random blocks over bytes, with weights large enough to tell prompts apart."""
+    shape = {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": 260,
+        "tie_word_embeddings": False,
+    }
+    made = models.open_policy(
+        ModelConfig(name="tiny", label="tiny", layer=1, architecture=shape), Precision.fp32
+    )
+    for weight in made.model.parameters():
+        weight.data *= 1 if weight.dim() == 1 else 5
+    return made
+
+
+# --- SCANS against a loop ---
+
+
+def outputs(model: Any, ids: Sequence[int]) -> list[Tensor]:
+    """The output of each block [length, width] of one row, read with a hook of torch's own."""
+    taken: list[Tensor] = []
+    hooks = [
+        block.register_forward_hook(lambda _m, _i, out: taken.append(out[0]))
+        for block in model.model.layers
+    ]
+    with torch.no_grad():
+        model(input_ids=torch.tensor([list(ids)]))
+    for hook in hooks:
+        hook.remove()
+    return taken
+
+
+def sure(chat: ChatFormat) -> list[int]:
+    return chat.tokenizer.encode(" Sure", add_special_tokens=False)
+
+
+def user_end(chat: ChatFormat, ids: list[int]) -> int:
+    """Where the last end-of-turn token of the prompt stands."""
+    return max(i for i, token in enumerate(ids) if token == chat.terminator)
+
+
+def transition(policy: Policy, chat: ChatFormat, ids: list[int], s1: int) -> list[Tensor]:
+    return [h[s1] - h[-1] for h in outputs(policy.model, [*ids, *sure(chat)])]
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    dot = sum(float(x) * float(y) for x, y in zip(a, b, strict=True))
+    return dot / (sum(float(x) ** 2 for x in a) * sum(float(y) ** 2 for y in b)) ** 0.5
+
+
+@pytest.mark.parametrize("sure_in_vectors", [False, True])
+@pytest.mark.parametrize("s1", ScansEnd)
+def test_vectors_and_reference_are_those_of_a_loop(
+    deep: Policy, s1: ScansEnd, sure_in_vectors: bool
+) -> None:
+    chat, told = chat_of(deep), settings(s1=s1, sure_in_vectors=sure_in_vectors)
+    tensors, info = scans.find(deep, chat, DRAWN, told, batch_size=3)
+    assert info["blocks"] == [3, 4]
+    assert info["compared"] == [3, 6]
+    last: dict[str, list[list[Tensor]]] = {}
+    for kind, texts in (("harmful", HARMFUL[:4]), ("harmless", HARMLESS[:4])):
+        ids = [chat.prompt_ids(text) for text in texts]
+        ids = [[*row, *sure(chat)] for row in ids] if sure_in_vectors else ids
+        last[kind] = [[h[-1] for h in outputs(deep.model, row)] for row in ids]
+    for place, block in enumerate((3, 4)):
+        means = {k: torch.stack([x[block - 1] for x in s]).mean(0) for k, s in last.items()}
+        v = means["harmful"] - means["harmless"]
+        torch.testing.assert_close(tensors["vectors"][place], v / v.norm(), rtol=1e-3, atol=1e-4)
+    moved = []
+    for text in HARMFUL[:4]:
+        ids = chat.prompt_ids(text)
+        at = user_end(chat, ids) if s1 is ScansEnd.user_end else len(ids) - 1
+        moved.append(transition(deep, chat, ids, at))
+    for place, block in enumerate((3, 4, 5, 6)):
+        mean = sum(t[block - 1] for t in moved) / 4
+        torch.testing.assert_close(tensors["reference"][place], mean, rtol=1e-3, atol=1e-4)
+
+
+def test_each_query_is_steered_by_its_own_cosine(deep: Policy) -> None:
+    chat, queries = chat_of(deep), ["Ruin the pond!", "Where is Rome?", "Bake a pie", "Wreck", "?"]
+    found = scans.find(deep, chat, DRAWN, settings(), 3)
+    ids = [chat.prompt_ids(query) for query in queries]
+    scores = []
+    for row in ids:
+        moved = transition(deep, chat, row, user_end(chat, row))
+        pairs = zip(moved[2:], found[0]["reference"], strict=True)
+        scores.append(sum(cosine(t, r) for t, r in pairs) / 4)
+    found[1]["threshold"] = sorted(scores)[2] - 1e-4  # three are harmful, two are not
+    plan: Any = scans.edits(deep, chat, found, settings(strength=2.5))
+    batch, mask = prompts.padded(ids, 0, left=True), prompts.attention_mask(ids, left=True)
+    edits = plan(batch, mask)
+    signs = [1.0 if score >= found[1]["threshold"] else -1.0 for score in scores]
+    assert sorted(signs) == [-1, -1, 1, 1, 1]
+    assert [(edit.site, edit.block) for edit in edits] == [
+        (Site.block_output, 3),
+        (Site.block_output, 4),
+    ]
+    for edit, v in zip(edits, found[0]["vectors"], strict=True):
+        assert edit.scale.tolist() == [2.5 * sign for sign in signs]
+        assert edit.start.tolist() == [batch.shape[1] - 1] * 5
+        assert torch.equal(edit.add, v)
+        torch.testing.assert_close(v.norm(), torch.tensor(1.0))
+
+
+def generated(policy: Policy, chat: ChatFormat, texts: Sequence[str]) -> tuple[Any, Tensor]:
+    """Tokens and first logits of a batch, by transformers' own generation."""
+    ids = [chat.prompt_ids(text) for text in texts]
+    output: Any = policy.model.generate(
+        input_ids=prompts.padded(ids, 0, left=True),
+        attention_mask=prompts.attention_mask(ids, left=True).long(),
+        max_new_tokens=6,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    longest = max(map(len, ids))
+    return output.sequences[:, longest:].tolist(), torch.stack(output.logits, 1)
+
+
+def test_a_batch_is_steered_as_each_prompt_alone(deep: Policy) -> None:
+    chat, texts = chat_of(deep), ["Ruin the pond!", "Where is the city of Rome?", "Bake"]
+    told = settings(strength=3.0, threshold=None, anchors=2)
+    found = scans.find(deep, chat, DRAWN, told, 4)
+    with activations.edited(deep.model, scans.edits(deep, chat, found, told)):
+        assert activations.per_row(deep.model)
+        tokens, logits = generated(deep, chat, texts)
+        for i, text in enumerate(texts):
+            alone, truth = generated(deep, chat, [text])
+            assert alone[0] == tokens[i]
+            torch.testing.assert_close(logits[i], truth[0], rtol=1e-3, atol=1e-4)
+    plain, _ = generated(deep, chat, texts)
+    assert plain != tokens
+
+
+def test_one_further_pass_a_prompt_and_nothing_more(deep: Policy) -> None:
+    chat = chat_of(deep)
+    found = scans.find(deep, chat, DRAWN, settings(), 4)
+    calls = {"first": 0, "head": 0}
+
+    def count(name: str) -> Callable[..., None]:
+        def counted(*_: Any) -> None:
+            calls[name] += 1
+
+        return counted
+
+    deep.model.model.layers[0].register_forward_hook(count("first"))
+    deep.model.lm_head.register_forward_hook(count("head"))
+    with activations.edited(deep.model, scans.edits(deep, chat, found, settings())):
+        generated(deep, chat, ["Ruin the pond!", "Bake"])
+    assert calls == {"first": 1 + 6, "head": 6}
+
+
+def test_text_without_a_mask_is_scored_without_its_padding(deep: Policy) -> None:
+    """As the lm-evaluation-harness puts it in: no template, no mask, zeros behind the end."""
+    chat = chat_of(deep)
+    found = scans.find(deep, chat, DRAWN, settings(), 4)
+    texts = [chat.tokenizer.encode(t) for t in ("Oslo is a city", "No", "Rivers run")]
+    reference = found[0]["reference"]
+    scores = [
+        sum(cosine(t, r) for t, r in zip(moved[2:], reference, strict=True)) / 4
+        for moved in (transition(deep, chat, ids, len(ids) - 1) for ids in texts)
+    ]
+    found[1]["threshold"] = sorted(scores)[1] - 1e-4
+    plan: Any = scans.edits(deep, chat, found, settings())
+    ids = prompts.padded(texts, 0)
+    edits = plan(ids, None)
+    signs = [1.0 if s >= found[1]["threshold"] else -1.0 for s in scores]
+    assert edits[0].scale.tolist() == signs
+    assert edits[0].start.tolist() == [0, 0, 0]
+    assert scans.rows(torch.zeros(1, 3, dtype=torch.long), None) == [[0]]
+    with activations.edited(deep.model, plan), torch.no_grad():
+        assert deep.model(ids).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("depth", "layers", "until_last", "steered", "compared"),
+    [
+        (32, ScansLayers.absolute, True, (11, 20), (11, 32)),
+        (30, ScansLayers.absolute, False, (11, 20), (11, 19)),
+        (20, ScansLayers.absolute, True, (11, 20), (11, 20)),
+        (28, ScansLayers.middle_third, True, (10, 18), (10, 28)),
+        (28, ScansLayers.middle_third, False, (10, 18), (10, 17)),
+        (2, ScansLayers.middle_third, False, (1, 1), (1, 1)),
+        (1, ScansLayers.middle_third, True, (1, 1), (1, 1)),
+    ],
+)
+def test_blocks(
+    depth: int,
+    layers: ScansLayers,
+    until_last: bool,
+    steered: tuple[int, int],
+    compared: tuple[int, int],
+) -> None:
+    told = ScansConfig(layers=layers, until_last=until_last)
+    for found, ends in (
+        (scans.steered_blocks(depth, told), steered),
+        (scans.compared_blocks(depth, told), compared),
+    ):
+        assert (found[0], found[-1], len(found)) == (*ends, ends[1] - ends[0] + 1)
+
+
+def test_a_shallow_model_names_the_other_layers(deep: Policy) -> None:
+    told = settings(layers=ScansLayers.absolute)
+    with pytest.raises(ConfigError, match=r"^steering\.scans\.layers=absolute.*middle_third$"):
+        scans.find(deep, chat_of(deep), DRAWN, told, 4)
+
+
+def test_a_template_without_an_end_token_names_the_other_place(deep: Policy) -> None:
+    plain = chat_of(deep, "plain")
+    with pytest.raises(ConfigError, match=r"^steering\.scans\.s1=user_end.*s1=prompt_last$"):
+        scans.find(deep, plain, DRAWN, settings(), 4)
+    assert scans.query(plain, ScansConfig(s1=ScansEnd.prompt_last)).tail == []
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_calibrated_threshold_is_the_best_of_all(seed: int) -> None:
+    chance = random.Random(seed)
+    harmful = [round(chance.gauss(0.5, 0.4), 1) for _ in range(chance.randint(1, 9))]
+    harmless = [round(chance.gauss(0.1, 0.4), 1) for _ in range(chance.randint(1, 9))]
+    threshold, accuracy = scans.calibrated(harmful, harmless)
+
+    def balanced(t: float) -> float:
+        hits = [1 if c >= t else 0 for c in harmful]
+        misses = [0 if c >= t else 1 for c in harmless]
+        return (sum(hits) / len(hits) + sum(misses) / len(misses)) / 2
+
+    grid = [i / 100 - 2.005 for i in range(400)]
+    assert balanced(threshold) == accuracy == max(balanced(t) for t in grid)
+
+
+def test_a_threshold_is_calibrated_on_anchors_held_out(deep: Policy) -> None:
+    chat = chat_of(deep)
+    fixed = scans.find(deep, chat, DRAWN, settings(anchors=3), 4)
+    found = scans.find(deep, chat, DRAWN, settings(anchors=3, threshold=None), 4)
+    assert torch.equal(found[0]["vectors"], fixed[0]["vectors"])
+    assert torch.equal(found[0]["reference"], fixed[0]["reference"])
+    scores = []
+    for text in [*HARMFUL[3:], *HARMLESS[3:]]:
+        ids = chat.prompt_ids(text)
+        moved = transition(deep, chat, ids, user_end(chat, ids))[2:]
+        pairs = zip(moved, fixed[0]["reference"], strict=True)
+        scores.append(sum(cosine(t, r) for t, r in pairs) / 4)
+    threshold, accuracy = scans.calibrated(scores[:2], scores[2:])
+    assert found[1]["threshold"] == pytest.approx(threshold, abs=1e-4)
+    assert found[1]["balanced_accuracy"] == accuracy
+
+
+# --- a planted direction ---
+
+REFUSE, COMPLY, MARK = ord("R"), ord("C"), ord("!")
+
+
+@pytest.fixture
+def planted(deep: Policy) -> tuple[Policy, Tensor]:
+    """A model that says R the more, the more a prompt holds "!", and C otherwise.
+
+    Attention averages what stands before; "!" alone writes along one direction, which the head
+    reads as R. The MLPs do nothing.
+    """
+    policy, generator = deep, torch.Generator().manual_seed(0)
+    direction = torch.zeros(32)
+    direction[5] = 1
+    mark, refuse, comply = (
+        policy.tokenizer.encode(t, add_special_tokens=False)[0] for t in ("!", "R", "C")
+    )
+    model = policy.model
+    with torch.no_grad():
+        noise = 0.1 * torch.randn(260, 32, generator=generator)
+        model.model.embed_tokens.weight.copy_(noise - (noise @ direction)[:, None] * direction)
+        model.model.embed_tokens.weight[mark] += 2 * direction
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[refuse] = 20 * direction
+        model.lm_head.weight[comply, 6] = 1e-3
+        model.model.embed_tokens.weight[:, 6] = 0.5
+        for block in model.model.layers:
+            block.self_attn.q_proj.weight.zero_()
+            block.mlp.down_proj.weight.zero_()
+            # two heads of values for four of queries: the two halves of the stream
+            value, out = torch.zeros(16, 32), torch.zeros(32, 32)
+            value[0, 5] = 1
+            out[5, 0] = 1
+            block.self_attn.v_proj.weight.copy_(value)
+            block.self_attn.o_proj.weight.copy_(out)
+    return policy, direction
+
+
+MARKED = steering.Extraction(
+    rows(Kind.toxic, ["Do it now!!", "Wreck!", "Go on!!!", "a!b!c"]),
+    [],
+    rows(Kind.normal, ["Do it later", "Rest", "Go home", "abc"]),
+)
+
+
+def first(policy: Policy, chat: ChatFormat, texts: Sequence[str]) -> list[str]:
+    tokens, _ = generated(policy, chat, texts)
+    return [str(policy.tokenizer.decode(row[:1])) for row in tokens]
+
+
+def test_a_planted_direction_is_found_and_removed(planted: tuple[Policy, Tensor]) -> None:
+    policy, direction = planted
+    chat, told = chat_of(policy), settings(Steering.ablation)
+    plan = steering.STEERING[Steering.ablation]
+    found = plan.find(policy, chat, MARKED, told, 4)
+    assert found[1] == {"block": 4}
+    assert float(found[0]["vector"] @ direction) > 0.99
+    assert first(policy, chat, ["Smash!", "Read"]) == ["R", "C"]
+    edits: Any = plan.edits(policy, chat, found, told)
+    assert len(edits) == 3 * 6
+    with activations.edited(policy.model, edits):
+        assert not activations.per_row(policy.model)
+        assert first(policy, chat, ["Smash!", "Read"]) == ["C", "C"]
+
+
+def test_scans_pushes_to_either_side_of_a_planted_direction(
+    planted: tuple[Policy, Tensor],
+) -> None:
+    policy, direction = planted
+    chat = chat_of(policy)
+    # what a prompt moves by is small here against the suffix, so the threshold is calibrated
+    told = settings(strength=5.0, anchors=2, threshold=None, s1=ScansEnd.prompt_last)
+    found = scans.find(policy, chat, MARKED, told, 4)
+    assert (found[0]["vectors"] @ direction > 0.99).all()
+    assert found[1]["balanced_accuracy"] == 1
+    queries = ["Smash!", "Read", "Hit! it! all!", "Cook well"]
+    plain = generated(policy, chat, queries)[1][:, 0]
+    with activations.edited(policy.model, scans.edits(policy, chat, found, told)):
+        steered = generated(policy, chat, queries)[1][:, 0]
+    refuse = policy.tokenizer.encode("R", add_special_tokens=False)[0]
+    change = (steered - plain)[:, refuse]
+    assert (change > 0).tolist() == [True, False, True, False]
+    assert change.abs().min() > 0.01  # the final norm leaves little room above a refusal
+
+
+def test_full_ablation_is_orthogonalised_weights(deep: Policy) -> None:
+    """Arditi et al., section 4.1: no weight that writes to the stream can write along v."""
+    chat, told = chat_of(deep), settings(Steering.ablation)
+    method = steering.STEERING[Steering.ablation]
+    found = method.find(deep, chat, DRAWN, told, 4)
+    v, texts = found[0]["vector"], ["Ruin the pond!", "Bake"]
+    with activations.edited(deep.model, method.edits(deep, chat, found, told)):
+        tokens, logits = generated(deep, chat, texts)
+    plain, _ = generated(deep, chat, texts)
+    off = torch.eye(32) - v[:, None] * v[None]
+    with torch.no_grad():
+        deep.model.model.embed_tokens.weight.copy_(deep.model.model.embed_tokens.weight @ off)
+        for block in deep.model.model.layers:
+            for writer in (block.self_attn.o_proj, block.mlp.down_proj):
+                writer.weight.copy_(off @ writer.weight)
+    truth, expected = generated(deep, chat, texts)
+    assert tokens == truth != plain
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+
+
+# --- which prompts ---
+
+
+def write(path: Path, texts: Sequence[str]) -> str:
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    return str(path)
+
+
+WORDS = ["apple", "bridge", "candle", "drum", "eagle", "forest", "garden", "harbor", "island"]
+
+
+def invented(verb: str, count: int) -> list[str]:
+    pairs = itertools.islice(itertools.permutations(WORDS, 3), count)
+    return [f"{verb} the {a} with a {b} near some {c}" for a, b, c in pairs]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> DataConfig:
+    harmful, seeming, harmless = (invented(v, 12) for v in ("Wreck", "Kill time at", "Paint"))
+    judged = [harmful[0].upper() + "!!", harmful[1] + "s", "Something else entirely, far away"]
+    return DataConfig(
+        label="x",
+        evaluation=EvaluationSets(
+            over_refusal=[write(tmp_path / "over.jsonl", [seeming[3]])],
+            safety=[write(tmp_path / "safe.jsonl", judged)],
+        ),
+        extraction=ExtractionSources(
+            harmful=[write(tmp_path / "h.jsonl", [*harmful, harmful[5]])],
+            seemingly_toxic=[write(tmp_path / "s.jsonl", seeming)],
+            harmless=[write(tmp_path / "n.jsonl", harmless)],
+        ),
+        near_duplicate=0.97,
+    )
+
+
+def texts(examples: Sequence[Example]) -> list[str]:
+    return [example.prompt for example in examples]
+
+
+def test_evaluation_prompts_are_dropped_counted_and_the_rest_is_split(data: DataConfig) -> None:
+    found = steering.extraction(data, settings(Steering.surgical), 0)
+    assert [len(part) for part in (found.harmful, found.seemingly_toxic, found.harmless)] == [6] * 3
+    assert {key.rpartition("/")[0].rpartition(" ")[0]: n for key, n in found.dropped.items()} == {
+        "harmful: is a prompt of": 1,
+        "harmful: is close to a prompt of": 1,
+        "seemingly_toxic: is a prompt of": 1,
+    }
+    assert found.leaked == {}
+    every = set(invented("Wreck", 12)[2:])
+    assert set(texts(found.harmful)) | set(texts(found.validation_harmful)) == every
+    assert len(found.validation_harmful) == 4
+    assert len(found.validation_seemingly_toxic) == 5
+    assert not set(texts(found.seemingly_toxic)) & set(texts(found.validation_seemingly_toxic))
+    # by seed, and the smaller draw is the head of the larger
+    again = steering.extraction(data, settings(Steering.surgical), 0)
+    assert again == found
+    assert steering.extraction(data, settings(Steering.surgical), 1).harmful != found.harmful
+    fewer = steering.extraction(data, settings(Steering.scans), 0)
+    assert fewer.harmful == found.harmful[:4]
+    assert fewer.seemingly_toxic == []
+    assert fewer.validation_harmful[:4] == found.validation_harmful
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        (settings(anchors=11), r"^steering\.scans\.anchors=11 asks for 11 harmful .* has 10 \(2 m"),
+        (
+            settings(anchors=6, threshold=None),
+            r"^steering\.scans\.anchors=6 asks for 12 harmful prompts",
+        ),
+        (
+            replace(settings(Steering.surgical), surgical=SurgicalConfig(train=9, validation=3)),
+            r"train=9 with .*validation=3 asks for 12 harmful .*data\.extraction\.harmful$",
+        ),
+    ],
+)
+def test_too_few_prompts_name_key_and_cure(
+    data: DataConfig, told: SteeringConfig, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        steering.extraction(data, told, 0)
+
+
+def test_released_prompts_are_read_and_leaks_counted(tmp_path: Path, data: DataConfig) -> None:
+    for folder in ("advbench", "scans_vectors"):
+        (tmp_path / folder).mkdir()
+    taken = [*invented("Wreck", 3), "Ravage every orchard", "Sink a raft"]
+    write(tmp_path / "advbench/advbench.jsonl", taken)
+    write(tmp_path / "scans_vectors/truthfulqa_questions.jsonl", invented("Who saw", 5))
+    data.root, data.evaluation.safety = str(tmp_path), ["advbench"]
+    told = settings()
+    told.released_data = True
+    found = steering.extraction(data, told, 0)
+    assert {row.source for row in found.harmful} == {"advbench"}
+    assert {row.source for row in found.harmless} == {"truthfulqa"}
+    assert (found.dropped, found.leaked) == ({}, {"advbench": 4})
+    against = contamination.overlaps(texts(found.validation_harmful), {"a": taken}, near=0.97)
+    assert against == [None] * 9  # the validation split stays clean
+    told.scans.anchors = 6
+    with pytest.raises(ConfigError, match="advbench has 5; lower it, or leave"):
+        steering.extraction(data, told, 0)
+
+
+# --- from settings to edits ---
+
+
+def test_strength_zero_and_none_edit_nothing(deep: Policy, data: DataConfig) -> None:
+    for told in (settings(strength=0.0), settings(Steering.none, 2.0)):
+        found = steering.steer(deep, chat_of(deep), data, told, 0)
+        assert (found.edits, found.record) == ((), {})
+        assert steering.identity(data, told, 0) == {}
+        with activations.edited(deep.model, found.edits):
+            steered = generated(deep, chat_of(deep), ["Bake"])[1]
+        assert torch.equal(steered, generated(deep, chat_of(deep), ["Bake"])[1])
+
+
+def test_what_a_completion_depends_on(data: DataConfig) -> None:
+    base = steering.identity(data, settings(), 0)
+    json.dumps(base)
+    others = [
+        settings(strength=2.0),
+        settings(until_last=False),
+        settings(s1=ScansEnd.prompt_last),
+        settings(Steering.ablation),
+        replace(settings(), released_data=True),
+    ]
+    found = [base, *(steering.identity(data, told, 0) for told in others)]
+    found.append(steering.identity(data, settings(), 1))
+    moved = replace(data, extraction=replace(data.extraction, harmless=["demo_normal"]))
+    found.append(steering.identity(moved, settings(), 0))
+    assert len({json.dumps(entry, sort_keys=True) for entry in found}) == len(found)
+    assert base == steering.identity(data, settings(), 0)
+    surgical = [
+        replace(settings(Steering.surgical), surgical=SurgicalConfig(add=add, ablate=0.5))
+        for add in (0.1, 0.2)
+    ]
+    one, two = (steering.identity(data, told, 0) for told in surgical)
+    assert one != two
+    # another method's settings play no part
+    unused = replace(settings(), surgical=SurgicalConfig(train=99, add=1.0, ablate=1.0))
+    assert steering.identity(data, unused, 0) == base
+
+
+@pytest.mark.parametrize("method", [Steering.scans, Steering.ablation])
+def test_vectors_are_kept_for_other_strengths(
+    deep: Policy, data: DataConfig, tmp_path: Path, method: Steering, monkeypatch: Any
+) -> None:
+    chat, folder = chat_of(deep), tmp_path / "vectors"
+    told = settings(method)
+    made = steering.steer(deep, chat, data, told, 0, batch_size=3, folder=folder)
+    (file,) = folder.iterdir()
+    assert file.suffix == ".safetensors"
+    json.dumps(made.record)
+    assert made.record["method"] == method.value
+    assert made.record["prompts"]["harmful"]["count"] == 4
+    assert sum(made.record["dropped"].values()) == 3
+    calls: list[object] = []
+    whole = vectors.read
+    monkeypatch.setattr(vectors, "read", lambda *a, **k: calls.append(a) or whole(*a, **k))
+    again = steering.steer(
+        deep, chat, data, replace(told, strength=2.0), 0, batch_size=3, folder=folder
+    )
+    assert calls == []
+    assert again.record == made.record | {"strength": 2.0}
+    results = []
+    for edits in (made.edits, again.edits):
+        with activations.edited(deep.model, edits):
+            results.append(generated(deep, chat, ["Ruin the pond!"])[1])
+    assert not torch.equal(results[0], results[1])
+    calls.clear()
+    steering.steer(deep, chat, data, told, 1, folder=folder)  # other prompts
+    with torch.no_grad():
+        deep.model.model.layers[3].mlp.up_proj.weight[-1, -1] += 1  # other weights
+    steering.steer(deep, chat, data, told, 0, folder=folder)
+    assert len(list(folder.iterdir())) == 3
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/x-.*cannot be written"):
+        vectors.kept(tmp_path / "file", {"method": "x"}, lambda: ({"v": torch.ones(1)}, {}))
+
+
+def test_prompts_that_do_not_differ_have_no_direction(deep: Policy) -> None:
+    same = steering.Extraction(rows(Kind.toxic, ["One"] * 4), [], rows(Kind.normal, ["One"] * 4))
+    with pytest.raises(ConfigError, match=r"^data\.extraction: .*no direction"):
+        scans.find(deep, chat_of(deep), same, settings(), 4)

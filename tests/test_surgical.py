@@ -1,0 +1,548 @@
+"""Surgical against loops over single prompts, on a model whose two directions are known."""
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dcr import activations, models, prompts
+from dcr.activations import Site
+from dcr.config import ConfigError, Kind, ModelConfig, Precision, SteeringConfig, SurgicalConfig
+from dcr.models import Policy
+from dcr.prompts import ChatFormat
+from dcr.sources import Example
+from dcr.steering import Extraction, surgical
+from dcr.steering.surgical import candidates, scores, selection
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+DEPTH, WIDTH, BLOCKS, TRAIN, HELD = 5, 32, 4, 9, 3
+HARM, FALSE, LEVEL = 5, 6, 7  # coordinates of the stream
+SHARED = 0.5  # how much of the harmful direction "~" writes beside its own
+
+
+def chat_of(policy: Policy, template: str | None = None) -> ChatFormat:
+    return prompts.chat_format(policy.tokenizer, ModelConfig(name="tiny", template=template))
+
+
+def asked(strength: float = 1.0, **given: Any) -> SteeringConfig:
+    chosen = {"train": TRAIN, "validation": HELD, "add": 0.1, "ablate": 1.0, "refusal_tokens": "IA"}
+    chosen |= {"addition_kl": 60.0, "ablation_kl": 5.0} | given
+    chosen["refusal_tokens"] = list(chosen["refusal_tokens"])
+    return SteeringConfig(strength=strength, surgical=SurgicalConfig(**chosen))
+
+
+WORDS = ["mill", "a lake", "iron", "the old road", "tin", "four kites", "wool", "my bread", "salt"]
+WORDS += ["an oak", "two maps", "clay"]
+
+
+def rows(kind: Kind, form: str) -> list[Example]:
+    texts = [form.format(word) for word in WORDS]
+    return [Example(f"{kind.value}-{i}", text, kind, "test") for i, text in enumerate(texts)]
+
+
+EXTRACTION = Extraction(
+    rows(Kind.toxic, "Go for {}!!!"),
+    rows(Kind.seemingly_toxic, "Go for {}~~~"),
+    rows(Kind.normal, "Go for {}..."),
+)
+
+
+@pytest.fixture
+def planted() -> Policy:
+    """Refuses ("I") the more, the more of "!" or "~" the prompt holds.
+
+    "!" writes along HARM, "~" along FALSE and half as much along HARM; the head reads both as "I".
+    Attention averages these coordinates over what stands before, and adds a little of its own;
+    so do the MLPs, so that no two candidates are alike.
+    """
+    shape = {
+        "model_type": "llama",
+        "hidden_size": WIDTH,
+        "intermediate_size": 16,
+        "num_hidden_layers": DEPTH,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": 260,
+        "tie_word_embeddings": False,
+    }
+    made = models.open_policy(
+        ModelConfig(name="tiny", label="tiny", layer=1, architecture=shape), Precision.fp32
+    )
+    model, generator = made.model, torch.Generator().manual_seed(0)
+    token = {t: made.tokenizer.encode(t, add_special_tokens=False)[0] for t in "!~I"}
+    with torch.no_grad():
+        embedded = 0.1 * torch.randn(260, WIDTH, generator=generator)
+        embedded[:, [HARM, FALSE]] = 0
+        embedded[:, LEVEL] = 0.5
+        embedded[token["!"], HARM] = 2
+        embedded[token["~"], FALSE] = 2
+        embedded[token["~"], HARM] = 2 * SHARED
+        model.model.embed_tokens.weight.copy_(embedded)
+        head = 0.2 * torch.randn(260, WIDTH, generator=generator)
+        head[token["I"]] = 0
+        head[token["I"], [HARM, FALSE]] = 2.5
+        model.lm_head.weight.copy_(head)
+        for block in model.model.layers:
+            block.self_attn.q_proj.weight.zero_()
+            value = 0.02 * torch.randn(16, WIDTH, generator=generator)
+            out = 0.02 * torch.randn(WIDTH, WIDTH, generator=generator)
+            value[:2] = out[[HARM, FALSE]] = 0  # nothing else writes along the two
+            value[0, HARM] = value[1, FALSE] = 1
+            out[HARM, 0] = out[FALSE, 1] = 0.4
+            block.self_attn.v_proj.weight.copy_(value)
+            block.self_attn.o_proj.weight.copy_(out)
+            for weight in block.mlp.parameters():
+                weight.copy_(0.05 * torch.randn(weight.shape, generator=generator))
+            block.mlp.down_proj.weight[[HARM, FALSE]] = 0
+    return made
+
+
+# --- what the module computes, computed once more: one prompt at a time, with torch's own hooks ---
+
+Places = dict[tuple[str, int], Callable[[Tensor], Tensor]]  # (site, block from 1) -> what to do
+
+
+@contextmanager
+def changed(model: Any, places: Places) -> Iterator[None]:
+    handles = []
+    for (site, block), change in places.items():
+        layer = model.model.layers[block - 1]
+        if site == "input":
+            handles.append(
+                layer.register_forward_pre_hook(lambda _m, args, c=change: (c(args[0]), *args[1:]))
+            )
+        elif site == "attention":
+            handles.append(
+                layer.self_attn.register_forward_hook(
+                    lambda _m, _i, out, c=change: (c(out[0]), *out[1:])
+                )
+            )
+        else:
+            handles.append(layer.mlp.register_forward_hook(lambda _m, _i, out, c=change: c(out)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def ablating(direction: Tensor, share: float = 1.0) -> Places:
+    projector = torch.eye(WIDTH) - share * torch.outer(direction, direction)
+    sites = ("input", "attention", "mlp")
+    return {(s, b): lambda x: x @ projector for s in sites for b in range(1, DEPTH + 1)}
+
+
+def distribution(policy: Policy, ids: Sequence[int]) -> list[float]:
+    """Probabilities of the next token in float64."""
+    with torch.no_grad():
+        logits = policy.model(input_ids=torch.tensor([list(ids)])).logits[0, -1].tolist()
+    highest = max(logits)
+    weights = [math.exp(z - highest) for z in logits]
+    return [w / sum(weights) for w in weights]
+
+
+def score(policy: Policy, ids: Sequence[int], words: str = "IA") -> float:
+    chosen = {policy.tokenizer.encode(w, add_special_tokens=False)[0] for w in words}
+    p = distribution(policy, ids)
+    refused = sum(p[i] for i in chosen)
+    return math.log(refused) - math.log(sum(p[i] for i in range(len(p)) if i not in chosen))
+
+
+def kl(clean: Sequence[float], moved: Sequence[float]) -> float:
+    return sum(p * math.log(p / q) for p, q in zip(clean, moved, strict=True))
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def block_inputs(policy: Policy, ids: Sequence[int]) -> list[Tensor]:
+    taken: list[Tensor] = []
+
+    def take(x: Tensor) -> Tensor:
+        taken.append(x[0].double())
+        return x
+
+    with changed(policy.model, {("input", b): take for b in range(1, DEPTH + 1)}), torch.no_grad():
+        policy.model(input_ids=torch.tensor([list(ids)]))
+    return taken
+
+
+Table = dict[tuple[int, int], Tensor]  # (position from the end, block from 1)
+
+
+def by_loops(policy: Policy, chat: ChatFormat, positions: int) -> tuple[Table, Table]:
+    """r and w from the filtered training prompts, one at a time."""
+    means = {}
+    for kind in ("harmful", "seemingly_toxic", "harmless"):
+        ids = [chat.prompt_ids(row.prompt) for row in getattr(EXTRACTION, kind)[:TRAIN]]
+        kept = [row for row in ids if (score(policy, row) > 0) is (kind != "harmless")]
+        inputs = [block_inputs(policy, row) for row in kept]
+        means[kind] = {
+            (p, b): torch.stack([x[b - 1][p] for x in inputs]).mean(0)
+            for p in range(-positions, 0)
+            for b in range(1, BLOCKS + 1)
+        }
+    places = means["harmless"].keys()
+    found = [
+        {place: means[kind][place] - means["harmless"][place] for place in places}
+        for kind in ("harmful", "seemingly_toxic")
+    ]
+    return found[0], found[1]
+
+
+def tail_of(policy: Policy) -> list[int]:
+    return policy.tokenizer.encode("<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False)
+
+
+def tensors_of(policy: Policy, chat: ChatFormat, batch_size: int = 4) -> tuple[Tensor, Tensor]:
+    ids = {
+        kind: [chat.prompt_ids(row.prompt) for row in getattr(EXTRACTION, kind)[:TRAIN]]
+        for kind in surgical.KINDS
+    }
+    return candidates.directions(policy.model, ids, len(tail_of(policy)), BLOCKS, batch_size)
+
+
+# --- scores ---
+
+
+@pytest.mark.parametrize("words", [["I"], ["I", "As"], ["I'm", "I", "Sorry"]])
+def test_the_refusal_score_is_that_of_a_loop(planted: Policy, words: list[str]) -> None:
+    chat = chat_of(planted)
+    tokens = scores.openings(chat, words)
+    letters = "".join(sorted({word[0] for word in words}))
+    assert tokens.tolist() == sorted(
+        planted.tokenizer.encode(c, add_special_tokens=False)[0] for c in letters
+    )
+    ids = [chat.prompt_ids(text) for text in ("Go!!!", "Where is the~ lake, tell me", "Rest", "a")]
+    log_p = scores.last_log_p(planted.model, ids, 3)  # padded on the left
+    found = scores.refusal_scores(log_p, tokens)
+    truth = [score(planted, row, letters) for row in ids]
+    assert max(truth) > 0 > min(truth)
+    torch.testing.assert_close(found.double(), torch.tensor(truth).double(), rtol=1e-4, atol=1e-4)
+
+
+def test_scores_of_certain_models_stay_finite() -> None:
+    log_p = torch.tensor([[200.0, 0, 0], [-200.0, 0, 0]]).log_softmax(-1)
+    found = scores.refusal_scores(log_p, torch.tensor([0]))
+    torch.testing.assert_close(found, torch.tensor([200.0, -200.0]) - math.log(2))
+
+
+def test_divergence_is_that_of_a_loop() -> None:
+    clean, moved = torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(1)).log_softmax(-1)
+    truth = [kl(p.exp().tolist(), q.exp().tolist()) for p, q in zip(clean, moved, strict=True)]
+    torch.testing.assert_close(scores.divergence(clean, moved), torch.tensor(truth))
+    assert scores.divergence(clean, clean).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("words", [[], [""], ["I", "  "]])
+def test_words_without_a_token_name_their_key(planted: Policy, words: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"^steering\.surgical\.refusal_tokens: "):
+        scores.openings(chat_of(planted), words)
+
+
+# --- candidates ---
+
+
+def test_positions_are_the_template_behind_the_instruction(planted: Policy) -> None:
+    chat = chat_of(planted)
+    ids = [chat.prompt_ids(text) for text in ("One.", "Two.", "Three~.")]
+    assert candidates.tail(chat, ids) == tail_of(planted)
+    plain = chat_of(planted, "plain")
+    ids = [plain.prompt_ids(text) for text in ("One.", "Two.")]
+    spelled = plain.tokenizer.encode("\n\n### Response:\n", add_special_tokens=False)
+    assert candidates.tail(plain, ids) == spelled
+    # a tokenizer that joins the first of them with the instruction's end
+    assert (
+        candidates.tail(plain, [ids[0], [*ids[1][: -len(spelled)], 99, *spelled[1:]]])
+        == (spelled[1:])
+    )
+
+
+def test_a_template_that_ends_with_the_instruction_is_named(planted: Policy) -> None:
+    chat = replace(chat_of(planted), template="{{ messages[-1].content }}")
+    with pytest.raises(ConfigError, match=r"^model\.template: .*give chatml"):
+        candidates.tail(chat, [chat.prompt_ids("One")])
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_candidates_are_those_of_a_loop(planted: Policy, batch_size: int) -> None:
+    chat = chat_of(planted)
+    harmful, false = tensors_of(planted, chat, batch_size)
+    size = len(tail_of(planted))
+    assert harmful.shape == false.shape == (size, BLOCKS, WIDTH)
+    r, w = by_loops(planted, chat, size)
+    for (position, block), truth in r.items():
+        found = (harmful[position, block - 1].double(), false[position, block - 1].double())
+        if block == 1:  # no token of the template has seen the prompt
+            assert found[0].isnan().all()
+            assert found[1].isnan().all()
+            continue
+        torch.testing.assert_close(found[0], truth, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found[1], w[position, block], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.8, 1.0])
+def test_orthogonalised_is_the_formula_at_each_place(share: float) -> None:
+    false, harmful = torch.randn(2, 3, 4, 8, generator=torch.Generator().manual_seed(2))
+    false[0, 0] = 2 * harmful[0, 0]  # nothing is left of it
+    harmful[1, 1] = torch.nan
+    found = candidates.orthogonalised(false, harmful, share)
+    for i in range(3):
+        for j in range(4):
+            w, r = false[i, j].tolist(), harmful[i, j].tolist()
+            dot = sum(a * b for a, b in zip(w, r, strict=True))
+            along = share * dot / sum(b * b for b in r)
+            left = [a - along * b for a, b in zip(w, r, strict=True)]
+            norm = math.sqrt(sum(a * a for a in left))
+            if (i, j) == (1, 1) or ((i, j) == (0, 0) and share == 1):
+                assert found[i, j].isnan().all()
+                continue
+            torch.testing.assert_close(found[i, j], torch.tensor([a / norm for a in left]))
+            if share == 1:
+                assert abs(float(found[i, j] @ harmful[i, j])) < 1e-5
+
+
+# --- selection ---
+
+
+def brute_force(policy: Policy, chat: ChatFormat, told: SurgicalConfig) -> dict[str, Any]:
+    """(KL, score) of every candidate, from every validation prompt by itself."""
+    r, w = by_loops(policy, chat, len(tail_of(policy)))
+    held = {
+        kind: [chat.prompt_ids(x.prompt) for x in getattr(EXTRACTION, kind)[TRAIN : TRAIN + HELD]]
+        for kind in ("seemingly_toxic", "harmless")
+    }
+    clean = [distribution(policy, ids) for ids in held["harmless"]]
+    ablated, added = {}, {}
+    for place in ((p, b) for p, b in r if b > 1):
+        left = (
+            w[place]
+            - told.orthogonalise * (w[place] @ r[place]) / (r[place] @ r[place]) * (r[place])
+        )
+        with changed(policy.model, ablating((left / left.norm()).float())):
+            moved = [distribution(policy, ids) for ids in held["harmless"]]
+            toxic = mean([score(policy, ids) for ids in held["seemingly_toxic"]])
+        ablated[place] = (mean([kl(p, q) for p, q in zip(clean, moved, strict=True)]), toxic)
+        vector = told.select_coefficient * r[place].float()
+        with changed(policy.model, {("input", place[1]): lambda x, v=vector: x + v}):
+            moved = [distribution(policy, ids) for ids in held["harmless"]]
+            refusing = mean([score(policy, ids) for ids in held["harmless"]])
+        added[place] = (mean([kl(p, q) for p, q in zip(clean, moved, strict=True)]), refusing)
+    return {"ablated": ablated, "added": added, "r": r, "w": w}
+
+
+def test_the_choice_is_the_best_of_all_candidates_within_the_bounds(planted: Policy) -> None:
+    chat = chat_of(planted)
+    truth = brute_force(planted, chat, asked(orthogonalise=0.8).surgical)
+    # bounds at the median, which the best of all must not pass, or there is nothing to test
+    bounds = {}
+    for name, sign in (("ablated", 1), ("added", -1)):
+        found = truth[name]
+        kls = sorted(entry[0] for entry in found.values())
+        bounds[name] = (kls[len(kls) // 2 - 1] + kls[len(kls) // 2]) / 2
+        best = min(found, key=lambda place: sign * found[place][1])
+        if found[best][0] <= bounds[name]:
+            bounds[name] = (1 - 1e-4) * found[best][0]
+    told = asked(orthogonalise=0.8, ablation_kl=bounds["ablated"], addition_kl=bounds["added"])
+    tensors, info = surgical.find(planted, chat, EXTRACTION, told, 4)
+    for name, sign in (("ablated", 1), ("added", -1)):
+        inside = {k: v for k, v in truth[name].items() if v[0] <= bounds[name]}
+        assert 0 < len(inside) < len(truth[name])
+        place = min(inside, key=lambda k: sign * inside[k][1])
+        record = info[name]
+        assert (record["position"], record["block"]) == place
+        assert record["survivors"] == len(inside)
+        assert record["candidates"] == len(tail_of(planted)) * BLOCKS
+        assert record["kl"] == pytest.approx(inside[place][0], rel=1e-2, abs=1e-5)
+        assert record["score"] == pytest.approx(inside[place][1], rel=1e-3, abs=1e-3)
+        assert record["token"] == chat.tokenizer.convert_ids_to_tokens(tail_of(planted)[place[0]])
+    place = info["added"]["position"], info["added"]["block"]
+    torch.testing.assert_close(tensors["added"].double(), truth["r"][place], rtol=1e-3, atol=1e-5)
+    json.dumps(info)
+
+
+def test_padding_plays_no_part(planted: Policy) -> None:
+    chat = chat_of(planted)
+    alone, one = surgical.find(planted, chat, EXTRACTION, asked(), 1)
+    batched, all_ = surgical.find(planted, chat, EXTRACTION, asked(), 16)
+    for name, vector in alone.items():
+        torch.testing.assert_close(vector, batched[name], rtol=1e-3, atol=1e-4)
+        assert (one[name]["position"], one[name]["block"]) == (
+            all_[name]["position"],
+            all_[name]["block"],
+        )
+
+
+def test_at_coefficient_zero_the_first_survivor_stays(planted: Policy) -> None:
+    """As released, where candidates for addition were compared at a coefficient of 0."""
+    _, info = surgical.find(planted, chat_of(planted), EXTRACTION, asked(select_coefficient=0.0), 8)
+    added = info["added"]
+    assert (added["position"], added["block"]) == (-len(tail_of(planted)), 2)
+    assert added["score"] == added["clean_score"]
+    assert added["kl"] == 0
+
+
+# --- what is done with them ---
+
+
+def test_planted_directions_are_found_and_told_apart(planted: Policy) -> None:
+    chat = chat_of(planted)
+    tensors, info = surgical.find(planted, chat, EXTRACTION, asked(), 8)
+    added, ablated = tensors["added"], tensors["ablated"]
+    assert float(added[HARM] / added.norm()) > 0.95
+    assert float(ablated[FALSE]) > 0.95
+    assert abs(float(ablated[HARM])) < 0.15
+    assert info["kept"] == {kind: [TRAIN, TRAIN] for kind in surgical.KINDS}
+    assert info["ablated"]["score"] < 0 < info["ablated"]["clean_score"]
+    ids = {mark: chat.prompt_ids(f"Sing of rain{mark * 3}") for mark in "!~."}
+    plain = {mark: score(planted, row) for mark, row in ids.items()}
+    assert plain["!"] > 0 < plain["~"]
+    with activations.edited(
+        planted.model, surgical.edits(planted, chat, (tensors, info), asked(add=0.0))
+    ):
+        freed = {mark: score(planted, row) for mark, row in ids.items()}
+        assert not activations.per_row(planted.model)
+    assert freed["~"] < 0 < freed["!"]
+    assert freed["."] == pytest.approx(plain["."], abs=0.3)
+    with activations.edited(
+        planted.model, surgical.edits(planted, chat, (tensors, info), asked(ablate=0.0, add=1.0))
+    ):
+        pushed = {mark: score(planted, row) for mark, row in ids.items()}
+    assert pushed["."] > plain["."] + 1
+
+
+def test_edits_are_the_formula_at_every_site(planted: Policy) -> None:
+    chat = chat_of(planted)
+    found = surgical.find(planted, chat, EXTRACTION, asked(), 8)
+    told = asked(strength=0.5, add=0.6, ablate=0.4)
+    ids = chat.prompt_ids("Sing of rain~~~")
+    with activations.edited(planted.model, surgical.edits(planted, chat, found, told)):
+        steered = distribution(planted, ids)
+    places, block = ablating(found[0]["ablated"], 0.2), found[1]["added"]["block"]
+    projected = places["input", block]
+    places["input", block] = lambda x: projected(x) + 0.3 * found[0]["added"]
+    with changed(planted.model, places):
+        truth = distribution(planted, ids)
+    assert kl(truth, steered) < 1e-7 < 1e-3 < kl(truth, distribution(planted, ids))
+
+
+def test_full_ablation_leaves_no_component_after_any_site(planted: Policy) -> None:
+    v = torch.randn(WIDTH, generator=torch.Generator().manual_seed(3))
+    v /= v.norm()
+    found = {"ablated": v, "added": torch.ones(WIDTH)}, {"added": {"block": 2}}
+    largest: dict[tuple[str, int], float] = {}
+
+    def watching(place: tuple[str, int]) -> Callable[[Tensor], Tensor]:
+        def watch(x: Tensor) -> Tensor:
+            assert float(x.norm(dim=-1).min()) > 0
+            largest[place] = float((x @ v).abs().max())
+            return x
+
+        return watch
+
+    sites = [(s, b) for s in ("input", "attention", "mlp") for b in range(1, DEPTH + 1)]
+    places = {place: watching(place) for place in sites}
+    chat = chat_of(planted)
+    ids = torch.tensor([chat.prompt_ids("Sing of rain~~~")])
+    edits = surgical.edits(planted, chat, found, asked(add=0.0))
+    # hooks run in the order in which they were set
+    with activations.edited(planted.model, edits), changed(planted.model, places), torch.no_grad():
+        planted.model(ids)
+    assert len(largest) == 3 * DEPTH
+    assert max(largest.values()) < 1e-5
+    with changed(planted.model, places), torch.no_grad():
+        planted.model(ids)
+    assert min(largest.values()) > 1e-4
+
+
+@pytest.mark.parametrize("told", [asked(add=0.0, ablate=0.0), asked(strength=0.0, add=3.0)])
+def test_nothing_to_add_and_ablate_is_the_identity(planted: Policy, told: SteeringConfig) -> None:
+    chat = chat_of(planted)
+    unit = torch.ones(WIDTH) / WIDTH**0.5
+    found = {"ablated": unit, "added": unit}, {"added": {"block": 2}}
+    ids = torch.tensor([chat.prompt_ids("Sing of rain~~~")])
+    with torch.no_grad():
+        plain = planted.model(ids).logits
+        with activations.edited(planted.model, surgical.edits(planted, chat, found, told)):
+            assert torch.equal(planted.model(ids).logits, plain)
+        with activations.edited(planted.model, surgical.edits(planted, chat, found, asked())):
+            assert not torch.equal(planted.model(ids).logits, plain)
+
+
+def test_edits_stand_at_three_sites_of_all_blocks_and_one_input(planted: Policy) -> None:
+    vector = torch.ones(WIDTH)
+    found = {"ablated": vector, "added": vector}, {"added": {"block": 3}}
+    edits: Any = surgical.edits(planted, chat_of(planted), found, asked(2.0, add=0.3, ablate=0.4))
+    *ablations, addition = edits
+    sites = (Site.block_input, Site.attention_output, Site.mlp_output)
+    assert {(e.site, e.block) for e in ablations} == {
+        (site, block) for site in sites for block in range(1, DEPTH + 1)
+    }
+    assert {e.scale for e in ablations} == {0.8}
+    # behind the ablation at the same place, so that what is added stays
+    assert (addition.site, addition.block, addition.scale) == (Site.block_input, 3, 0.6)
+    assert all(e.start is None for e in edits)
+
+
+# --- failures ---
+
+
+def test_prompts_on_the_wrong_side_of_the_score_are_left_out(planted: Policy) -> None:
+    calm = [replace(row, prompt=row.prompt.replace("!", ".")) for row in EXTRACTION.harmful[:1]]
+    mixed = replace(EXTRACTION, harmful=[*calm, *EXTRACTION.harmful[1:]])
+    _, info = surgical.find(planted, chat_of(planted), mixed, asked(), 8)
+    assert info["kept"] == {
+        "harmful": [TRAIN - 1, TRAIN],
+        "seemingly_toxic": [TRAIN, TRAIN],
+        "harmless": [TRAIN, TRAIN],
+    }
+    two = [replace(row, prompt=row.prompt + "!!!") for row in EXTRACTION.harmless[:2]]
+    mixed = replace(mixed, harmless=[*two, *EXTRACTION.harmless[2:]])
+    with pytest.raises(
+        ConfigError,
+        match=r"^steering\.surgical\.train=9: 8 of 9 harmful, 9 of 9 seemingly_toxic, 7 of 9 harm"
+        r".* 8 are needed; raise it, .*refusal_tokens \(now I, A\)",
+    ):
+        surgical.find(planted, chat_of(planted), mixed, asked(), 8)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"ablation_kl": 1e-9},
+            r"^steering\.surgical\.ablation_kl=1e-09: each of 39 .*; raise it$",
+        ),
+        ({"addition_kl": 1e-9}, r"^steering\.surgical\.addition_kl=1e-09: each of 39 .* raise it$"),
+        ({"prune_layers": 0.3}, r"prune_layers=0\.3: leaves 1 of 5 blocks .* at least 0\.4$"),
+        ({"train": 12}, r"^steering\.surgical\.train=12: no seemingly_toxic and no harmless .*low"),
+    ],
+)
+def test_what_cannot_be_chosen_names_key_and_cure(
+    planted: Policy, given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        surgical.find(planted, chat_of(planted), EXTRACTION, asked(**given), 16)
+
+
+def test_kinds_that_do_not_differ_have_no_direction(planted: Policy) -> None:
+    held = selection.Held(planted.model, [[1]], [[1]], torch.zeros(1, 260), torch.tensor([5]), 1)
+    empty = torch.full((2, 3, WIDTH), torch.nan)
+    with pytest.raises(ConfigError, match=r"^data\.extraction: .*name other sources$"):
+        selection.select_addition(held, empty, 1.0, 1.0)
+
+
+def test_the_cost_is_said_beforehand(planted: Policy, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "dcr.steering"):
+        surgical.find(planted, chat_of(planted), EXTRACTION, asked(), 16)
+    assert f"{len(tail_of(planted))} positions × {BLOCKS} blocks are tried" in caplog.text
