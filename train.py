@@ -103,6 +103,7 @@ def train(settings: TrainConfig, run: Run) -> None:
         settings.seed,
         contrastive=settings.method is Method.dcr,
         refuses=refusal.is_refusal,
+        augment=settings.stl_aug if settings.method is Method.stl_aug else None,
     )
     watched = tracking.watched(settings.tracking, settings.data, settings.seed)
     _check_input(settings, run, stages, rows)
@@ -197,7 +198,7 @@ def train_contrastive(job: Job) -> None:
 
 
 def train_sft(job: Job) -> None:
-    """Stage two: from the base model (STL) or `contrastive/` (DCR) to the adapter in `sft/`."""
+    """Stage two: from the base model (STL, STL-aug) or `contrastive/` (DCR) to `sft/`."""
     settings, run = job.settings, job.run
     policy = _sft_start(settings, run)
     _claim_base(job, Stage.sft, policy)
@@ -246,7 +247,7 @@ TRAIN = {Stage.contrastive: train_contrastive, Stage.sft: train_sft}
 
 
 def _sft_start(settings: TrainConfig, run: Run) -> Policy:
-    if settings.method is Method.stl:
+    if settings.method is not Method.dcr:
         return models.open_policy(settings.model, settings.sft.precision, settings.seed)
     return models.open_folder(
         str(run.stage("contrastive")),

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from dcr import augment, contamination, data, refusal, sources
+import train
+from dcr import augment, contamination, data, plan, refusal, runs, sources
 from dcr.augment import INSTRUCTIONS, answers
 from dcr.config import (
     AugmentConfig,
@@ -28,6 +29,8 @@ from dcr.config import (
     UserError,
 )
 from dcr.data import Splits
+from dcr.runs import Run
+from tests import tiny_run
 from tests.servers.loopback import Answer
 from tests.servers.scripted import Body, Scripted, last_user, rejected, scripted
 
@@ -554,3 +557,50 @@ def test_xstest_is_marked_and_its_contrasts_are_not(folder: Folder) -> None:
     assert len(rows.augmented) >= 240
     with pytest.raises(ConfigError, match=r"xstest_safe has no answers to learn.*dcr.augment"):
         split(config)
+
+
+# --- training -----------------------------------------------------------------------------------
+
+
+def test_stl_aug_trains_on_the_rows_of_stl_and_the_answers(tmp_path: Path) -> None:
+    """From the base model, one stage, every answer learnt once an epoch; else as STL."""
+    nouns = NOUNS[:8]
+    file = write(
+        tmp_path / "answers.jsonl",
+        [{"id": noun, "prompt": safe(noun), "response": answer(noun)} for noun in nouns],
+    )
+    more = ("sft.epochs=1", f"stl_aug.responses={file}", "stl_aug.repeat=2")
+    told = tiny_run.settings(tmp_path / "data", "method=stl_aug", *more)
+    plain = tiny_run.changed(told, "method=stl", "stl_aug.responses=null")
+    for settings, name in ((told, "stl_aug"), (plain, "stl")):
+        train.train(settings, Run(tmp_path / name))
+    records: list[Any] = [Run(tmp_path / name).record()["rows"] for name in ("stl_aug", "stl")]
+    assert records[0].pop("augmented")["ids"] == nouns * 2
+    assert records[0] == records[1]
+    steps = [
+        {row["step"] for row in runs.read_metrics(Run(tmp_path / name))}
+        for name in ("stl_aug", "stl")
+    ]
+    assert (len(steps[0]), len(steps[1])) == (6, 4)  # 20 + 8 + 16 and 20 + 8 pairs in steps of 8
+    assert not (tmp_path / "stl_aug" / "contrastive").exists()
+    one, other = (tiny_run.weights(tmp_path / name) for name in ("stl_aug", "stl"))
+    assert one.keys() == other.keys()
+    assert not tiny_run.same(one, other)
+    write(Path(file), [{"id": n, "prompt": safe(n), "response": "Yes."} for n in nouns])
+    with pytest.raises(ConfigError, match=r"made with other rows .*augmented: 16 rows"):
+        train.train(told, Run(tmp_path / "stl_aug"))
+
+
+def test_stl_aug_has_one_stage(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^stage=contrastive method=stl_aug: "):
+        tiny_run.settings(tmp_path, "method=stl_aug", "stage=contrastive")
+
+
+def test_a_plan_counts_the_answers(tmp_path: Path) -> None:
+    file = write(
+        tmp_path / "answers.jsonl",
+        [{"prompt": safe(noun), "response": answer(noun)} for noun in NOUNS],
+    )
+    told = tiny_run.settings(tmp_path, "method=stl_aug", f"stl_aug.responses={file}")
+    drawn, _ = plan.rows.expected(told)
+    assert len(drawn.augmented) == len(NOUNS)

@@ -57,6 +57,8 @@ def test_every_file_composes_and_resolves(path: Path) -> None:
     assert len(FILES) >= 15
     if path.parent == CONF:
         script, choice = path.stem, ["model=tiny"]
+    elif path.parent.name == "steering":
+        script, choice = "eval", ["model=tiny", f"steering={path.stem}"]
     else:
         script, choice = "train", [f"{path.parent.relative_to(CONF)}={path.stem}"]
     schema = {"train": TrainConfig, "eval": EvalConfig}[script]
@@ -64,6 +66,9 @@ def test_every_file_composes_and_resolves(path: Path) -> None:
         choice.append("data=demo")
     found = config.resolve(composed(script, *choice), schema)
     assert isinstance(found, schema)
+    if path.parent.name == "steering":
+        assert isinstance(found, EvalConfig)
+        assert found.steering.method.value == path.stem
     if isinstance(found, TrainConfig):
         assert 1 <= block(found) <= models.facts(found.model).depth
 

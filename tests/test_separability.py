@@ -155,14 +155,17 @@ def test_probe_auroc_is_that_of_plain_scikit_learn() -> None:
 
 def test_templates_alone_do_not_look_like_separability() -> None:
     """Every prompt of a template lies at the template's own place, and labels go by template."""
-    chance = torch.Generator().manual_seed(0)
-    places = 3 * torch.randn(24, 30, generator=chance)
     template = torch.arange(96) // 4
-    points = places[template] + 0.1 * torch.randn(96, 30, generator=chance)
-    labels = template % 2
-    assert probe_auroc(points, labels, alone(96), 0).estimate > 0.9
-    grouped = probe_auroc(points, labels, [f"t{i}" for i in template.tolist()], 0).estimate
-    assert abs(grouped - 0.5) < 0.2
+    labels, names = template % 2, [f"t{i}" for i in template.tolist()]
+    found = []
+    for seed in range(8):
+        chance = torch.Generator().manual_seed(seed)
+        points = 3 * torch.randn(24, 30, generator=chance)[template]
+        points += 0.1 * torch.randn(96, 30, generator=chance)
+        split_alone = probe_auroc(points, labels, alone(96), 0, resamples=10).estimate
+        assert split_alone > 0.9
+        found.append(probe_auroc(points, labels, names, 0, resamples=10).estimate)
+    assert sum(found) / 8 < 0.6
 
 
 def test_unbalanced_folds_do_not_shift_scores() -> None:

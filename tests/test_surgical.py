@@ -25,11 +25,19 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:Futu
 
 DEPTH, WIDTH, BLOCKS, TRAIN, HELD = 5, 32, 4, 9, 3
 HARM, FALSE, LEVEL = 5, 6, 7  # coordinates of the stream
-SHARED = 0.5  # how much of the harmful direction "~" writes beside its own
+SHARED = 0.1  # how much of the harmful direction "~" writes beside its own
 
 
-def chat_of(policy: Policy, template: str | None = None) -> ChatFormat:
+TEMPLATE = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}{{ '\nA\n' }}"
+
+
+def formatted(policy: Policy, template: str | None) -> ChatFormat:
     return prompts.chat_format(policy.tokenizer, ModelConfig(name="tiny", template=template))
+
+
+def chat_of(policy: Policy) -> ChatFormat:
+    """Spoken to by a template with few tokens behind the instruction: fewer candidates."""
+    return replace(formatted(policy, None), template=TEMPLATE)
 
 
 def asked(strength: float = 1.0, **given: Any) -> SteeringConfig:
@@ -55,11 +63,11 @@ EXTRACTION = Extraction(
 )
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def planted() -> Policy:
     """Refuses ("I") the more, the more of "!" or "~" the prompt holds.
 
-    "!" writes along HARM, "~" along FALSE and half as much along HARM; the head reads both as "I".
+    "!" writes along HARM, "~" along FALSE and a little along HARM; the head reads both as "I".
     Attention averages these coordinates over what stands before, and adds a little of its own;
     so do the MLPs, so that no two candidates are alike.
     """
@@ -80,16 +88,16 @@ def planted() -> Policy:
     model, generator = made.model, torch.Generator().manual_seed(0)
     token = {t: made.tokenizer.encode(t, add_special_tokens=False)[0] for t in "!~I"}
     with torch.no_grad():
-        embedded = 0.1 * torch.randn(260, WIDTH, generator=generator)
+        embedded = 0.05 * torch.randn(260, WIDTH, generator=generator)
         embedded[:, [HARM, FALSE]] = 0
-        embedded[:, LEVEL] = 0.5
+        embedded[:, LEVEL] = 2  # keeps the norms from undoing an ablation
         embedded[token["!"], HARM] = 2
         embedded[token["~"], FALSE] = 2
         embedded[token["~"], HARM] = 2 * SHARED
         model.model.embed_tokens.weight.copy_(embedded)
         head = 0.2 * torch.randn(260, WIDTH, generator=generator)
         head[token["I"]] = 0
-        head[token["I"], [HARM, FALSE]] = 2.5
+        head[token["I"], [HARM, FALSE]] = 3
         model.lm_head.weight.copy_(head)
         for block in model.model.layers:
             block.self_attn.q_proj.weight.zero_()
@@ -201,7 +209,7 @@ def by_loops(policy: Policy, chat: ChatFormat, positions: int) -> tuple[Table, T
 
 
 def tail_of(policy: Policy) -> list[int]:
-    return policy.tokenizer.encode("<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False)
+    return policy.tokenizer.encode("<|im_end|>\nA\n", add_special_tokens=False)
 
 
 def tensors_of(policy: Policy, chat: ChatFormat, batch_size: int = 4) -> tuple[Tensor, Tensor]:
@@ -210,6 +218,11 @@ def tensors_of(policy: Policy, chat: ChatFormat, batch_size: int = 4) -> tuple[T
         for kind in surgical.KINDS
     }
     return candidates.directions(policy.model, ids, len(tail_of(policy)), BLOCKS, batch_size)
+
+
+@pytest.fixture(scope="module")
+def found(planted: Policy) -> Any:
+    return surgical.find(planted, chat_of(planted), EXTRACTION, asked(), 8)
 
 
 # --- scores ---
@@ -254,18 +267,17 @@ def test_words_without_a_token_name_their_key(planted: Policy, words: list[str])
 
 
 def test_positions_are_the_template_behind_the_instruction(planted: Policy) -> None:
-    chat = chat_of(planted)
-    ids = [chat.prompt_ids(text) for text in ("One.", "Two.", "Three~.")]
-    assert candidates.tail(chat, ids) == tail_of(planted)
-    plain = chat_of(planted, "plain")
-    ids = [plain.prompt_ids(text) for text in ("One.", "Two.")]
-    spelled = plain.tokenizer.encode("\n\n### Response:\n", add_special_tokens=False)
-    assert candidates.tail(plain, ids) == spelled
+    for name, behind in (
+        ("plain", "\n\n### Response:\n"),
+        ("chatml", "<|im_end|>\n<|im_start|>assistant\n"),
+    ):
+        chat = formatted(planted, name)
+        ids = [chat.prompt_ids(text) for text in ("One.", "Two.", "Three~.")]
+        spelled = chat.tokenizer.encode(behind, add_special_tokens=False)
+        assert candidates.tail(chat, ids) == spelled
     # a tokenizer that joins the first of them with the instruction's end
-    assert (
-        candidates.tail(plain, [ids[0], [*ids[1][: -len(spelled)], 99, *spelled[1:]]])
-        == (spelled[1:])
-    )
+    joined = [*ids[1][: -len(spelled)], 99, *spelled[1:]]
+    assert candidates.tail(chat, [ids[0], joined]) == spelled[1:]
 
 
 def test_a_template_that_ends_with_the_instruction_is_named(planted: Policy) -> None:
@@ -352,7 +364,7 @@ def test_the_choice_is_the_best_of_all_candidates_within_the_bounds(planted: Pol
         bounds[name] = (kls[len(kls) // 2 - 1] + kls[len(kls) // 2]) / 2
         best = min(found, key=lambda place: sign * found[place][1])
         if found[best][0] <= bounds[name]:
-            bounds[name] = (1 - 1e-4) * found[best][0]
+            bounds[name] = 0.99 * found[best][0]
     told = asked(orthogonalise=0.8, ablation_kl=bounds["ablated"], addition_kl=bounds["added"])
     tensors, info = surgical.find(planted, chat, EXTRACTION, told, 4)
     for name, sign in (("ablated", 1), ("added", -1)):
@@ -371,15 +383,14 @@ def test_the_choice_is_the_best_of_all_candidates_within_the_bounds(planted: Pol
     json.dumps(info)
 
 
-def test_padding_plays_no_part(planted: Policy) -> None:
-    chat = chat_of(planted)
-    alone, one = surgical.find(planted, chat, EXTRACTION, asked(), 1)
-    batched, all_ = surgical.find(planted, chat, EXTRACTION, asked(), 16)
+def test_padding_plays_no_part(planted: Policy, found: Any) -> None:
+    alone, one = surgical.find(planted, chat_of(planted), EXTRACTION, asked(), 1)
+    batched, many = found
     for name, vector in alone.items():
         torch.testing.assert_close(vector, batched[name], rtol=1e-3, atol=1e-4)
         assert (one[name]["position"], one[name]["block"]) == (
-            all_[name]["position"],
-            all_[name]["block"],
+            many[name]["position"],
+            many[name]["block"],
         )
 
 
@@ -395,13 +406,12 @@ def test_at_coefficient_zero_the_first_survivor_stays(planted: Policy) -> None:
 # --- what is done with them ---
 
 
-def test_planted_directions_are_found_and_told_apart(planted: Policy) -> None:
-    chat = chat_of(planted)
-    tensors, info = surgical.find(planted, chat, EXTRACTION, asked(), 8)
+def test_planted_directions_are_found_and_told_apart(planted: Policy, found: Any) -> None:
+    chat, (tensors, info) = chat_of(planted), found
     added, ablated = tensors["added"], tensors["ablated"]
     assert float(added[HARM] / added.norm()) > 0.95
-    assert float(ablated[FALSE]) > 0.95
-    assert abs(float(ablated[HARM])) < 0.15
+    assert float(ablated[FALSE]) > 0.9
+    assert abs(float(ablated[HARM])) < 0.05
     assert info["kept"] == {kind: [TRAIN, TRAIN] for kind in surgical.KINDS}
     assert info["ablated"]["score"] < 0 < info["ablated"]["clean_score"]
     ids = {mark: chat.prompt_ids(f"Sing of rain{mark * 3}") for mark in "!~."}
@@ -413,7 +423,7 @@ def test_planted_directions_are_found_and_told_apart(planted: Policy) -> None:
         freed = {mark: score(planted, row) for mark, row in ids.items()}
         assert not activations.per_row(planted.model)
     assert freed["~"] < 0 < freed["!"]
-    assert freed["."] == pytest.approx(plain["."], abs=0.3)
+    assert freed["."] == pytest.approx(plain["."], abs=1)
     with activations.edited(
         planted.model, surgical.edits(planted, chat, (tensors, info), asked(ablate=0.0, add=1.0))
     ):
@@ -421,9 +431,8 @@ def test_planted_directions_are_found_and_told_apart(planted: Policy) -> None:
     assert pushed["."] > plain["."] + 1
 
 
-def test_edits_are_the_formula_at_every_site(planted: Policy) -> None:
+def test_edits_are_the_formula_at_every_site(planted: Policy, found: Any) -> None:
     chat = chat_of(planted)
-    found = surgical.find(planted, chat, EXTRACTION, asked(), 8)
     told = asked(strength=0.5, add=0.6, ablate=0.4)
     ids = chat.prompt_ids("Sing of rain~~~")
     with activations.edited(planted.model, surgical.edits(planted, chat, found, told)):
@@ -433,7 +442,7 @@ def test_edits_are_the_formula_at_every_site(planted: Policy) -> None:
     places["input", block] = lambda x: projected(x) + 0.3 * found[0]["added"]
     with changed(planted.model, places):
         truth = distribution(planted, ids)
-    assert kl(truth, steered) < 1e-7 < 1e-3 < kl(truth, distribution(planted, ids))
+    assert kl(truth, steered) < 1e-7 < 1e-4 < kl(truth, distribution(planted, ids))
 
 
 def test_full_ablation_leaves_no_component_after_any_site(planted: Policy) -> None:
@@ -521,9 +530,9 @@ def test_prompts_on_the_wrong_side_of_the_score_are_left_out(planted: Policy) ->
     [
         (
             {"ablation_kl": 1e-9},
-            r"^steering\.surgical\.ablation_kl=1e-09: each of 39 .*; raise it$",
+            r"^steering\.surgical\.ablation_kl=1e-09: each of 12 .*; raise it$",
         ),
-        ({"addition_kl": 1e-9}, r"^steering\.surgical\.addition_kl=1e-09: each of 39 .* raise it$"),
+        ({"addition_kl": 1e-9}, r"^steering\.surgical\.addition_kl=1e-09: each of 12 .* raise it$"),
         ({"prune_layers": 0.3}, r"prune_layers=0\.3: leaves 1 of 5 blocks .* at least 0\.4$"),
         ({"train": 12}, r"^steering\.surgical\.train=12: no seemingly_toxic and no harmless .*low"),
     ],
@@ -540,6 +549,9 @@ def test_kinds_that_do_not_differ_have_no_direction(planted: Policy) -> None:
     empty = torch.full((2, 3, WIDTH), torch.nan)
     with pytest.raises(ConfigError, match=r"^data\.extraction: .*name other sources$"):
         selection.select_addition(held, empty, 1.0, 1.0)
+    held = replace(held, clean=torch.full((1, 260), torch.nan))
+    with pytest.raises(ConfigError, match=r"^precision: .* under each ablation; .*=fp32$"):
+        selection.select_ablation(held, torch.eye(WIDTH)[:1, None], 1.0)
 
 
 def test_the_cost_is_said_beforehand(planted: Policy, caplog: pytest.LogCaptureFixture) -> None:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 
-from dcr.config.enums import LayerBase, Method, Precision, Stage, Task
+from dcr.config.enums import LayerBase, Method, Precision, Stage, Steering, Task
 from dcr.config.errors import ConfigError
 from dcr.config.evaluation import EvalConfig
 from dcr.config.tree import ContrastiveConfig, TrainConfig
@@ -125,8 +125,9 @@ def _of_both(config: TrainConfig | EvalConfig) -> list[tuple[bool, str]]:
 def _of_training(config: TrainConfig) -> list[tuple[bool, str]]:
     return [
         (
-            config.method is Method.stl and config.stage is Stage.contrastive,
-            "stage=contrastive method=stl: STL has no contrastive stage; use method=dcr",
+            config.method is not Method.dcr and config.stage is Stage.contrastive,
+            f"stage=contrastive method={config.method.value}: it has no contrastive stage; use "
+            "method=dcr",
         ),
         (
             config.dcr.batch_size < 2,
@@ -166,6 +167,21 @@ def _of_evaluation(config: EvalConfig) -> list[tuple[bool, str]]:
         (
             at_endpoint and config.snapshots,
             "snapshots=true: an endpoint has none; name a run with run=",
+        ),
+        (
+            at_endpoint and config.gen.self_cd is not None,
+            f"gen.self_cd={config.gen.self_cd}: an endpoint shows no logits to contrast; leave it "
+            "out, or name the model with model=",
+        ),
+        (
+            at_endpoint and config.steering.method is not Steering.none,
+            f"steering={config.steering.method.value}: an endpoint's activations cannot be edited; "
+            "leave it out, or name the model with model=",
+        ),
+        (
+            config.gen.self_cd is not None and config.steering.method is not Steering.none,
+            f"gen.self_cd={config.gen.self_cd} steering={config.steering.method.value}: two "
+            "methods at once; give one",
         ),
         (
             Task.quality in config.tasks and config.quality.reference is None,

@@ -28,8 +28,8 @@ from dcr.config.tree import (
 @dataclass
 class GenConfig:
     max_new_tokens: int = 256
-    # Self-CD (OverKill, ACL 2024): weight of what a system prompt that stresses safety adds to each
-    # next-token distribution, taken away again; null decodes plainly.
+    # Self-CD (OverKill, ACL 2024): how much of what a system prompt that stresses safety adds to
+    # the logits is taken away; the released code's weight is 1.5. Null decodes plainly.
     self_cd: float | None = None
     batch_size: int | None = None  # null: as many prompts as the free memory holds
 

@@ -55,6 +55,7 @@ class SafetyData(LightningDataModule):
         else:
             self.pairs = self._pairs(chat, rows.normal, refusal=False)
             self.pairs += self._pairs(chat, rows.refusals, refusal=True)
+            self.pairs += self._pairs(chat, rows.augmented, refusal=False)
             self._refuse_none(self.pairs)
             self.heldout = self._pairs(chat, rows.normal_heldout, refusal=False)
             self.heldout += self._pairs(chat, rows.refusals_heldout, refusal=True)

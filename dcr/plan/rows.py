@@ -55,8 +55,9 @@ def expected(settings: TrainConfig) -> tuple[Splits, list[str]]:
             "rows: from the table of sources, not read (a plan leaves the hub alone): none "
             "dropped, each of its source's mean length, so padding is understated"
         ]
+    augment = settings.stl_aug if settings.method is Method.stl_aug else None
     rows = data.split(
-        settings.data, settings.dcr.ratio, settings.seed, contrastive, refusal.is_refusal
+        settings.data, settings.dcr.ratio, settings.seed, contrastive, refusal.is_refusal, augment
     )
     notes = [f"dropped {count} rows of {reason}" for reason, count in rows.dropped.items()]
     warning = data.warn_of_forms(rows) if contrastive else None

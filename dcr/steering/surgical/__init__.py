@@ -11,7 +11,8 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 
-import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from dcr import models
 from dcr.activations import Edit, Edits, Site
@@ -23,6 +24,7 @@ from dcr.steering.prompts import Extraction
 from dcr.steering.surgical.candidates import Tokens, directions, orthogonalised, tail
 from dcr.steering.surgical.scores import last_log_p, openings, refusal_scores
 from dcr.steering.surgical.selection import (
+    Choice,
     Held,
     everywhere,
     select_ablation,
@@ -68,13 +70,7 @@ def find(
         "surgical: %d positions × %d blocks are tried, for either vector on %d prompts or fewer",
         *(len(behind), blocks, sum(map(len, held.values()))),
     )
-    pure = orthogonalised(false, harmful, told.orthogonalise)
-    ablated = select_ablation(bench, pure, told.ablation_kl)
-    added = select_addition(bench, harmful, told.addition_kl, told.select_coefficient)
-    tensors = {
-        "ablated": pure[ablated.place, ablated.block - 1],
-        "added": harmful[added.place, added.block - 1],
-    }
+    tensors, ablated, added = _chosen(bench, harmful, false, told)
     names = [str(chat.tokenizer.convert_ids_to_tokens(token)) for token in behind]
     before = {kind: refusal_scores(rows, refusals).mean().item() for kind, rows in clean.items()}
     return tensors, {
@@ -82,6 +78,22 @@ def find(
         "ablated": ablated.record(names) | {"clean_score": before["seemingly_toxic"]},
         "added": added.record(names) | {"clean_score": before["harmless"]},
     }
+
+
+def _chosen(
+    bench: Held,
+    harmful: Float[Tensor, "positions blocks width"],
+    false: Float[Tensor, "positions blocks width"],
+    told: SurgicalConfig,
+) -> tuple[dict[str, Tensor], Choice, Choice]:
+    pure = orthogonalised(false, harmful, told.orthogonalise)
+    ablated = select_ablation(bench, pure, told.ablation_kl)
+    added = select_addition(bench, harmful, told.addition_kl, told.select_coefficient)
+    tensors = {
+        "ablated": pure[ablated.place, ablated.block - 1],
+        "added": harmful[added.place, added.block - 1],
+    }
+    return tensors, ablated, added
 
 
 def edits(policy: Policy, _chat: ChatFormat, found: Found, settings: SteeringConfig) -> Edits:
@@ -135,9 +147,9 @@ def _split(
 
 
 def _filtered(
-    model: torch.nn.Module,
+    model: nn.Module,
     train: Mapping[str, Sequence[Tokens]],
-    refusals: torch.Tensor,
+    refusals: Int[Tensor, " refusals"],
     told: SurgicalConfig,
     batch_size: int,
 ) -> dict[str, list[Tokens]]:

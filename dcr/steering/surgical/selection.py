@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dcr import models
-from dcr.activations import Edit, Edits, Site, edited
+from dcr.activations import Edit, Site, edited
 from dcr.config import ConfigError
 from dcr.steering.ablation import SITES
 from dcr.steering.surgical.candidates import Tokens
@@ -76,11 +76,12 @@ def select_ablation(
 
     def ablation(direction: Tensor, _block: int) -> tuple[float, float]:
         edits = everywhere(depth, direction, 1.0)
-        harmless = _under(held, edits, held.harmless)
-        kl = divergence(held.clean, harmless).mean().item()
-        if not kl <= bound:  # one pass is saved
-            return kl, nan
-        toxic = _under(held, edits, held.seemingly_toxic)
+        with edited(held.model, edits):
+            harmless = last_log_p(held.model, held.harmless, held.batch_size)
+            kl = divergence(held.clean, harmless).mean().item()
+            if not kl <= bound:  # one pass is saved
+                return kl, nan
+            toxic = last_log_p(held.model, held.seemingly_toxic, held.batch_size)
         return kl, refusal_scores(toxic, held.refusals).mean().item()
 
     return _select("ablation", candidates, ablation, bound, 1)
@@ -100,18 +101,12 @@ def select_addition(
 
     def addition(direction: Tensor, block: int) -> tuple[float, float]:
         edit = Edit(Site.block_input, block, add=direction, scale=coefficient)
-        moved = _under(held, [edit], held.harmless)
+        with edited(held.model, [edit]):
+            moved = last_log_p(held.model, held.harmless, held.batch_size)
         kl = divergence(held.clean, moved).mean().item()
         return kl, refusal_scores(moved, held.refusals).mean().item()
 
     return _select("addition", candidates, addition, bound, -1)
-
-
-def _under(
-    held: Held, edits: Edits, prompts: Sequence[Tokens]
-) -> Float[Tensor, "prompts vocabulary"]:
-    with edited(held.model, edits):
-        return last_log_p(held.model, prompts, held.batch_size)
 
 
 def _select(
@@ -139,12 +134,14 @@ def _select(
 
 
 def _nothing_left(name: str, tried: Sequence[float], bound: float) -> str:
-    measured = [kl for kl in tried if not isnan(kl)]
-    if not measured:
+    if not tried:
         return (
             "data.extraction: harmful, seemingly toxic and harmless prompts leave no direction to "
             f"choose for {name}; name other sources"
         )
+    measured = [kl for kl in tried if not isnan(kl)]
+    if not measured:
+        return f"precision: the model's logits are NaN under each {name}; give precision=fp32"
     return (
         f"steering.surgical.{name}_kl={bound}: each of {len(tried)} candidates moves the answers "
         f"to harmless prompts farther, the nearest by {min(measured):.3g} nats; raise it"
