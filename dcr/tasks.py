@@ -44,6 +44,8 @@ MEASURED_KEYS = ("ability", "refusal_probability", "kernel", "separability")
 
 def sets(settings: EvalConfig) -> list[Benchmark]:
     """The prompts of every task that has a model answer prompts."""
+    if settings.steering.validation:
+        return _validation(settings)
     found = benchmarks.read(settings.tasks, settings.data, settings.limit, settings.seed)
     if Task.quality in settings.tasks:
         source = settings.quality.source
@@ -53,6 +55,18 @@ def sets(settings: EvalConfig) -> list[Benchmark]:
             )
         )
     return found
+
+
+def _validation(settings: EvalConfig) -> list[Benchmark]:
+    """The prompts that extraction leaves, the same first ones for every method of steering."""
+    left = steering.extraction(settings.data, settings.steering, settings.seed)
+    return [
+        Benchmark(f"validation_{name}", kind, rows[: settings.limit])
+        for name, kind, rows in (
+            ("seemingly_toxic", Kind.seemingly_toxic, left.validation_seemingly_toxic),
+            ("harmful", Kind.toxic, left.validation_harmful),
+        )
+    ]
 
 
 def check(settings: EvalConfig) -> None:
@@ -284,6 +298,8 @@ def _decoded_otherwise(settings: EvalConfig) -> dict[str, Any]:
             "strength": settings.steering.strength,
             "released_data": settings.steering.released_data,
         }
+    if settings.steering.validation:
+        told["validation"] = True
     if settings.gen.self_cd is not None:
         told["self_cd"] = settings.gen.self_cd
     return told

@@ -163,7 +163,7 @@ class SurgicalConfig:
     ablation_kl: float = 0.2
     addition_kl: float = 2.0
     prune_layers: float = 0.8  # candidates lie below this share of the depth
-    refusal_tokens: list[str] = field(default_factory=lambda: ["I", "As"])
+    refusal_tokens: list[str] = II("model.refusal_tokens")
 
 
 @dataclass
@@ -173,6 +173,8 @@ class SteeringConfig:
     method: Steering = Steering.none
     strength: float = 1.0
     released_data: bool = False  # the prompts of the released code, evaluation prompts among them
+    # Ask the prompts that extraction leaves of data.extraction, to choose a strength on.
+    validation: bool = False
     scans: ScansConfig = field(default_factory=ScansConfig)
     surgical: SurgicalConfig = field(default_factory=SurgicalConfig)
 

@@ -58,6 +58,7 @@ class ModelConfig:
     scans_alpha: float = 1.0
     surgical_add: float = 0.1  # of the harmful direction
     surgical_ablate: float = 0.5  # of the false-refusal direction
+    refusal_tokens: list[str] = field(default_factory=lambda: ["I", "As"])
     system_prompt: str | None = None
     template: str | None = None
     architecture: dict[str, Any] | None = None

@@ -36,21 +36,23 @@ def decoder_blocks(model: Any) -> nn.ModuleList:
 
 def _blocks_and_parent(model: PreTrainedModel) -> tuple[nn.ModuleList, nn.Module, str]:
     depth = model.config.get_text_config().num_hidden_layers
-    found = [
-        (child, parent, name)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, nn.ModuleList) and len(child) == depth
-    ]
-    # as many experts as blocks, say: what lies inside a block is no list of blocks
-    inside = {
-        id(module) for blocks, _, _ in found for block in blocks for module in block.modules()
-    }
-    found = [entry for entry in found if id(entry[0]) not in inside]
+    found = list({id(entry[0]): entry for entry in _lists(model, depth)}.values())
     if len(found) != 1:
         kind = type(model).__name__
         raise ConfigError(f"model.name: {kind} has {len(found)} lists of {depth} blocks, not one")
     return found[0]
+
+
+def _lists(parent: nn.Module, length: int) -> Iterator[tuple[nn.ModuleList, nn.Module, str]]:
+    """Lists of so many modules with their owners.
+
+    What lies inside one is not looked at: as many experts as blocks, say, are no list of blocks.
+    """
+    for name, child in parent.named_children():
+        if isinstance(child, nn.ModuleList) and len(child) == length:
+            yield child, parent, name
+        else:
+            yield from _lists(child, length)
 
 
 def backbone(model: Any) -> nn.Module:
