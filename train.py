@@ -4,6 +4,7 @@ python train.py model=llama3_8b stage=contrastive
 python train.py -m dcr.epochs=1,2,3,5
 """
 
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,7 +96,7 @@ def train(settings: TrainConfig, run: Run) -> None:
     TrainingError when training had to stop and Interrupted after a signal.
     """
     _check_devices(settings)
-    block = config.block_of(settings.dcr, models.facts(settings.model).depth)
+    config.block_of(settings.dcr, models.facts(settings.model).depth)
     stages = STAGES[settings.method, settings.stage]
     rows = data.split(
         settings.data,
@@ -110,7 +111,7 @@ def train(settings: TrainConfig, run: Run) -> None:
     if settings.trainer.threads:
         torch.set_num_threads(settings.trainer.threads)
     with tracking.quiet(), _claimed(settings, run, rows) as lease, _wandb(settings, run) as loggers:
-        job = Job(settings, run, rows, block, lease, loggers, watched)
+        job = Job(settings, run, rows, _block(settings, run), lease, loggers, watched)
         for stage in stages:
             if run.done(stage.value):
                 log.info("%s: done in %s, skipped", stage.value, run.stage(stage.value))
@@ -119,6 +120,20 @@ def train(settings: TrainConfig, run: Run) -> None:
                 TRAIN[stage](job)
     if _leads():
         print(run.folder)
+
+
+def _block(settings: TrainConfig, run: Run) -> int:
+    """The block that stage one reads; with `auto` measured once and kept in the run folder."""
+    if settings.dcr.layer != config.AUTO_LAYER or settings.method is not Method.dcr:
+        return config.block_of(settings.dcr, models.facts(settings.model).depth)
+    if run.layer_file.is_file():
+        return json.loads(run.layer_file.read_text())["block"]
+    from dcr import choice
+
+    block = choice.best_layer(settings)
+    if _leads():
+        runs.write_json(run.layer_file, {"block": block})
+    return block
 
 
 def _leads() -> bool:

@@ -2,6 +2,7 @@
 
 config.yaml              the resolved configuration
 rows.json                ids and fingerprint of every row used, and what was dropped
+layer.json               the block that dcr.layer=auto chose
 base.json                fingerprints of the weights each stage started from
 metrics.csv              every logged value: stage, step (the first is 0), epoch, key, value
 <stage>.cost.json        seconds, tokens and peak memory of a stage
@@ -52,6 +53,11 @@ class Run:
     @property
     def base_file(self) -> Path:
         return self.folder / "base.json"
+
+    @property
+    def layer_file(self) -> Path:
+        """Which block `dcr.layer=auto` chose."""
+        return self.folder / "layer.json"
 
     @property
     def metrics_file(self) -> Path:

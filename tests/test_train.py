@@ -12,7 +12,7 @@ import yaml
 from tiny_run import changed, same, settings, weights, write_rows
 
 import train
-from dcr import cli, data, models
+from dcr import choice, cli, dashboard, data, models
 from dcr.config import ConfigError, Precision, TrainConfig, UserError
 from dcr.resuming import TrainingError
 from dcr.runs import Run
@@ -206,7 +206,7 @@ def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
         "from dcr.runs import Run\n"
         "if __name__ == '__main__':\n"
         "    folder = Path(sys.argv[1])\n"
-        f"    made = tiny_run.settings(Path({str(tmp_path)!r}) / 'rows', *sys.argv[2:])\n"
+        f"    made = settings(Path({str(tmp_path)!r}) / 'rows', *sys.argv[2:])\n"
         "    train.train(made, Run(folder))\n"
     )
     shared = ["method=stl", "sft.lora.dropout=0"]
@@ -224,3 +224,24 @@ def test_a_device_that_is_not_there_is_said_before_a_model_loads(tmp_path: Path)
     with pytest.raises(ConfigError, match=r"trainer.accelerator=gpu.* has 0 GPUs; lower"):
         train.train(wanted, Run(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_auto_measures_the_layer_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[str] = []
+
+    def best(settings: TrainConfig) -> int:
+        measured.append(settings.model.label)
+        return 2
+
+    monkeypatch.setattr(choice, "best_layer", best)
+    made = settings(tmp_path / "rows", "dcr.layer=auto", "stage=contrastive")
+    named = settings(tmp_path / "rows", "dcr.layer=2", "stage=contrastive")
+    auto, given = Run(tmp_path / "auto"), Run(tmp_path / "given")
+    train.train(made, auto)
+    train.train(made, auto)
+    assert measured == ["tiny"]
+    assert json.loads(auto.layer_file.read_text()) == {"block": 2}
+    train.train(named, given)
+    assert same(weights(auto.folder), weights(given.folder))
+    with pytest.raises(ConfigError, match=r"dcr\.layer=deep: give a block's number, auto"):
+        settings(tmp_path / "rows", "dcr.layer=deep")

@@ -64,6 +64,7 @@ from dcr.config.resolving import (
     source_names,
 )
 from dcr.config.tree import (
+    AUTO_LAYER,
     EMBEDDED_MODEL,
     TINY_MODEL,
     AnalysisSources,
@@ -90,6 +91,7 @@ from dcr.config.tree import (
 from dcr.config.wording import one_line
 
 __all__ = [
+    "AUTO_LAYER",
     "EMBEDDED_MODEL",
     "SAFE_NAME",
     "TINY_MODEL",

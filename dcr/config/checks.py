@@ -8,7 +8,7 @@ from dataclasses import fields, is_dataclass
 from dcr.config.enums import LayerBase, Method, Precision, Stage, Steering, Task
 from dcr.config.errors import ConfigError
 from dcr.config.evaluation import EvalConfig
-from dcr.config.tree import ContrastiveConfig, TrainConfig
+from dcr.config.tree import AUTO_LAYER, ContrastiveConfig, TrainConfig
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9._-]+")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")  # as Lightning spells them
@@ -130,6 +130,10 @@ def _of_training(config: TrainConfig) -> list[tuple[bool, str]]:
             "method=dcr",
         ),
         (
+            not _is_layer(config.dcr.layer),
+            f"dcr.layer={config.dcr.layer}: give a block's number, auto, or null for dcr.depth",
+        ),
+        (
             config.dcr.batch_size < 2,
             f"dcr.batch_size={config.dcr.batch_size}: a batch must hold both classes; "
             "give 2 or more",
@@ -144,6 +148,12 @@ def _of_training(config: TrainConfig) -> list[tuple[bool, str]]:
             for name, node in (("dcr", config.dcr), ("sft", config.sft))
         ),
     ]
+
+
+def _is_layer(value: object) -> bool:
+    if isinstance(value, bool):
+        return False
+    return value is None or value == AUTO_LAYER or isinstance(value, int)
 
 
 def _of_evaluation(config: EvalConfig) -> list[tuple[bool, str]]:
@@ -194,9 +204,10 @@ def _of_evaluation(config: EvalConfig) -> list[tuple[bool, str]]:
 def block_of(config: ContrastiveConfig, depth: int) -> int:
     """The 1-based block ℓ whose output stage one reads (Section 7.1), for a model `depth` deep.
 
-    Raises ConfigError when the model has no such block.
+    With `auto`, which only training measures, the one at the relative depth stands in. Raises
+    ConfigError when the model has no such block.
     """
-    if config.layer is None:
+    if config.layer in (None, AUTO_LAYER):
         return max(1, round(depth * config.depth))
     block = config.layer + (config.layer_base is LayerBase.zero_based)
     if not 1 <= block <= depth:

