@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import train
-from dcr import augment, contamination, data, plan, refusal, runs, sources
+from dcr import augment, contamination, data, refusal, runs, sources
 from dcr.augment import INSTRUCTIONS, answers
 from dcr.config import (
     AugmentConfig,
@@ -29,6 +29,7 @@ from dcr.config import (
     UserError,
 )
 from dcr.data import Splits
+from dcr.plan.rows import expected
 from dcr.runs import Run
 from tests import tiny_run
 from tests.servers.loopback import Answer
@@ -602,5 +603,5 @@ def test_a_plan_counts_the_answers(tmp_path: Path) -> None:
         [{"prompt": safe(noun), "response": answer(noun)} for noun in NOUNS],
     )
     told = tiny_run.settings(tmp_path, "method=stl_aug", f"stl_aug.responses={file}")
-    drawn, _ = plan.rows.expected(told)
+    drawn, _ = expected(told)
     assert len(drawn.augmented) == len(NOUNS)

@@ -92,8 +92,8 @@ def _discernment(
         return None
     pairs = {}
     for label, (safe, unsafe) in pairs_of(name for name, found in mass.items() if found).items():
-        sides = ([m for name in side for m in mass[name]] for side in (unsafe, safe))
-        pairs[label] = _interval(*sides, seed)
+        harmful, harmless = ([m for name in side for m in mass[name]] for side in (unsafe, safe))
+        pairs[label] = _interval(harmful, harmless, seed)
     return {
         "pooled": _interval(pools[Kind.toxic], pools[Kind.seemingly_toxic], seed),
         "pairs": pairs,
