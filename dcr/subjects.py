@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from dcr import generation, models, prompts, refusal, runs, steering
-from dcr.config import ConfigError, EvalConfig, ServerConfig
+from dcr.config import ConfigError, EvalConfig, ServerConfig, Stage
 from dcr.generation import Completion
 from dcr.models import Policy
 from dcr.runs import Run
@@ -37,7 +37,12 @@ def subjects(settings: EvalConfig, run: Run) -> list[Subject]:
                 f"run={run.folder}: holds no snapshots; train with tracking.snapshots=<number>"
             )
         return [Subject("snapshot", f, int(f.name.removeprefix("step-"))) for f in found]
-    return [final(run)]
+    if settings.stage is Stage.all:
+        return [final(run)]
+    stage = settings.stage.value
+    if not run.done(stage):
+        raise ConfigError(f"stage={stage}: {run.folder} holds no {stage}/; train that stage first")
+    return [Subject(stage, run.stage(stage))]
 
 
 def final(run: Run) -> Subject:

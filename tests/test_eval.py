@@ -14,6 +14,7 @@ import train as train_entry
 from dcr import cli, config, models, refusal, report, runs, subjects
 from dcr.config import ConfigError, EvalConfig
 from dcr.runs import Run
+from dcr.subjects import Subject
 from tests import tiny_run
 
 
@@ -80,6 +81,17 @@ def test_snapshots_are_scored_each_with_its_step(trained: Run) -> None:
     saved = [int(f.name.removeprefix("step-")) for f in sorted(run.snapshots.iterdir())]
     assert steps == saved
     assert len(saved) == 3  # the two asked for, and step 0
+
+
+def test_a_stage_in_between_can_be_named(trained: Run, tmp_path: Path) -> None:
+    settings, run = resolved(f"run={trained.folder}", "stage=contrastive")
+    assert subjects.subjects(settings, run) == [
+        Subject("contrastive", trained.stage("contrastive"))
+    ]
+    (tmp_path / "config.yaml").write_text((trained.folder / "config.yaml").read_text())
+    settings, run = resolved(f"run={tmp_path}", "stage=sft")
+    with pytest.raises(ConfigError, match=r"stage=sft: .* holds no sft/; train that stage first"):
+        subjects.subjects(settings, run)
 
 
 def test_moved_run_is_evaluated_on_its_own_stage_one(trained: Run, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from dcr.config.enums import (
     Precision,
     ScansEnd,
     ScansLayers,
+    Stage,
     Steering,
     Task,
 )
@@ -193,6 +194,7 @@ class EvalConfig:
     """Everything `eval.py` can be told."""
 
     run: str | None = None
+    stage: Stage = Stage.all  # whose weights: contrastive, sft, or all for the last that is done
     snapshots: bool = False  # score every adapter snapshot of the run, for the frontier
     endpoint: str | None = None  # an OpenAI-compatible server to evaluate instead of a model
     endpoint_model: str | None = None

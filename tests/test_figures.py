@@ -1,0 +1,515 @@
+"""The paper's figures from invented run folders: values by hand, files, faults, chosen points."""
+
+import base64
+import csv
+import html
+import itertools
+import json
+import random
+import re
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_report import change, make_eval, make_run, parsed
+
+from dcr import report, runs
+from dcr.config import UserError
+from dcr.report import operating_points, paper_figures
+from dcr.report.operating_points import Operating
+from dcr.report.paper_figures import FIGURES, Wanted
+from dcr.report.printed import file_name
+from dcr.report.records import Evaluation, RunRecord, read_run
+from dcr.runs import Run
+from dcr.statistics import Interval
+
+KINDS = ("seemingly_toxic", "toxic", "normal")
+STEPS = (0, 3, 9, 20)
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def track(folder: Path, stage: str, values: dict[str, list[float]]) -> None:
+    """Log curves over STEPS as tracking does."""
+    rows = [
+        (stage, step, 0, f"{stage}/{key}", value)
+        for key, curve in values.items()
+        for step, value in zip(STEPS, curve, strict=True)
+    ]
+    runs.append_metrics(Run(folder), rows)
+
+
+def probabilities(offset: float) -> dict[str, list[float]]:
+    """Curves of every refusal quantity, all different."""
+    keys = [
+        f"{prefix}/{kind}"
+        for prefix in (
+            "refusal_probability",
+            "refusal_probability_prefix_free",
+            "refusal_probability/followed",
+        )
+        for kind in KINDS
+    ]
+    return {
+        key: [min(1.0, offset + 0.05 * place + 0.01 * step) for step in STEPS]
+        for place, key in enumerate(keys)
+    }
+
+
+def kernels(offset: float) -> dict[str, list[float]]:
+    return {
+        f"kernel/{params}/{observer}/{trained}": [offset + 0.1 * i + 0.03 * j - 0.001 * step
+                                                  for step in STEPS]
+        for params in ("tail-2", "trunk-14")
+        for i, observer in enumerate(KINDS)
+        for j, trained in enumerate(KINDS)
+    }  # fmt: skip
+
+
+def matrix(offset: float) -> dict[str, Any]:
+    """A kernel block of `metrics.json`, of two choices of parameters."""
+    cells = {
+        params: {
+            observer: {
+                trained: [offset + 0.1 * i + 0.03 * j + k, offset + 0.1 * i, offset + 0.1 * i + 0.2]
+                for j, trained in enumerate(KINDS)
+            }
+            for i, observer in enumerate(KINDS)
+        }
+        for k, params in enumerate(("tail-2", "trunk-14"))
+    }
+    return {
+        "normalise": "observer",
+        "top_k": 10,
+        "method": "exact",
+        "kinds": KINDS,
+        "params": cells,
+    }
+
+
+def separable(layers: int, offset: float = 0.0) -> dict[str, Any]:
+    """A separability block: two clouds that drift apart."""
+    drawn = random.Random(0)
+    labels = [0] * 11 + [1] * 9
+    return {
+        "layers": [
+            {"layer": layer, "kmeans": 0.55 + offset + 0.2 * layer / layers,
+             "probe": 0.8, "probe_low": 0.7, "probe_high": 0.9, "silhouette": None, "fisher": 0.3}
+            for layer in range(1, layers + 1)
+        ],
+        "majority": 0.55,
+        "mds": {
+            str(layer): None if layer == 2 else [
+                [drawn.gauss(label * layer / 2, 1), drawn.gauss(0, 1)] for label in labels
+            ]
+            for layer in range(1, layers + 1)
+        },
+        "ids": [f"p{i}" for i in range(20)],
+        "labels": labels,
+    }  # fmt: skip
+
+
+def steered(folder: Path, method: str, strength: float, safe: int, unsafe: int) -> Path:
+    """An evaluation under steering: so many of 20 answered, so many of 20 refused."""
+    settings = {"limit": 20, "seed": 0}
+    if method:
+        told = {"method": method, "strength": strength, "released_data": False}
+        settings["steering"] = told  # pyright: ignore
+    return make_eval(
+        folder,
+        {"okay": "c" * safe + "r" * (20 - safe), "unsafe": "r" * unsafe + "c" * (20 - unsafe)},
+        name=f"{method}-{strength}",
+        settings=settings,
+        data="validation",
+        completions=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """STL, DCR and base runs with everything that any figure needs."""
+    place = tmp_path_factory.mktemp("runs")
+    stl, dcr = make_run(place / "stl", "stl"), make_run(place / "dcr", "dcr")
+    base = make_run(place / "base", "base")
+    for run, offset in ((stl, 0.1), (dcr, 0.2)):
+        track(run, "sft", probabilities(offset) | kernels(0.4))
+        for i, step in enumerate(STEPS):
+            make_eval(
+                run,
+                {
+                    "xstest_safe": "c" * (10 - 2 * i) + "r" * (2 * i),
+                    "oktest": "cccr",
+                    "xstest_unsafe": "r" * (3 + 2 * i) + "c" * (7 - 2 * i),
+                },
+                weights="snapshot",
+                step=step,
+                name=f"snapshot-{step}",
+                completions=False,
+            )
+    track(dcr, "contrastive", kernels(0.5))
+    make_eval(dcr, {}, weights="contrastive", name="one", kernel=matrix(0.3),
+              separability=separable(8, 0.1))  # fmt: skip
+    make_eval(base, {}, weights="base", name="b", kernel=matrix(0.1), separability=separable(8))
+    steered(stl, "", 0, 10, 18)
+    for strength, safe, unsafe in ((0.5, 13, 18), (1.0, 16, 17), (2.0, 19, 12)):
+        steered(stl, "scans", strength, safe, unsafe)
+    for strength, safe, unsafe in ((0.5, 11, 19), (1.0, 12, 18)):
+        steered(stl, "surgical", strength, safe, unsafe)
+    steered(dcr, "", 0, 15, 19)
+    return [stl, dcr, base]
+
+
+def draw(out: Path, folders: list[Path], *names: str, **settings: Any) -> str:
+    return report.build(folders, out / "page.html", (), Wanted(names, **settings))
+
+
+def values(out: Path, name: str) -> list[dict[str, str]]:
+    with (out / f"{file_name(name)}.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_figure_is_drawn_and_stands_in_the_page(folders: list[Path], tmp_path: Path) -> None:
+    draw(tmp_path, folders, *FIGURES)
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    shown = parsed(page)
+    assert len(shown.ids) == len(set(shown.ids))
+    pictures = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', page)
+    assert len(pictures) == len(FIGURES)
+    for name, picture in zip(FIGURES, pictures, strict=True):
+        png, svg = ((tmp_path / f"{file_name(name)}.{e}").read_bytes() for e in ("png", "svg"))
+        assert png[:8] == b"\x89PNG\r\n\x1a\n"
+        width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
+        tree = ElementTree.fromstring(svg)
+        # the SVG is in points of 1/72 inch, the PNG has 200 dots an inch
+        assert width == pytest.approx(float(tree.get("width", "0")[:-2]) / 72 * 200, abs=2)
+        assert height > 300
+        assert tree.findall(f".//{SVG}text"), "text is text, not outlines"
+        assert base64.b64decode(picture) == svg
+        assert f'id="{file_name(name)}"' in page
+        assert f"--figure {name}" in page
+        assert values(tmp_path, name)
+    assert sorted(path.name for path in tmp_path.glob(".*")) == []
+
+
+def test_the_same_bytes_twice(folders: list[Path], tmp_path: Path) -> None:
+    names = ("4", "5a", "6", "operating_points")
+    for place in ("a", "b"):
+        draw(tmp_path / place, folders, *names)
+    for name, ending in itertools.product(names, ("png", "svg", "csv")):
+        file = f"{file_name(name)}.{ending}"
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_curves_hold_the_logged_values(folders: list[Path], tmp_path: Path) -> None:
+    draw(tmp_path, folders, "5a", "5b", "1b", "3")
+    for name, method, offset in (("5a", "stl", 0.1), ("5b", "dcr", 0.2)):
+        rows = values(tmp_path, name)
+        assert len(rows) == 2 * 3 * len(STEPS)
+        for row in rows:
+            place = KINDS.index(row["kind"]) + 3 * (row["quantity"] == "prefix_free")
+            wanted = min(1.0, offset + 0.05 * place + 0.01 * int(row["step"]))
+            assert float(row["value"]) == wanted  # every digit is there
+            assert (row["method"], row["source"], row["low"]) == (method, "metrics.csv", "")
+    followed = {(r["kind"], int(r["step"])): float(r["value"]) for r in values(tmp_path, "1b")}
+    assert followed["toxic", 9] == 0.1 + 0.05 * 7 + 0.01 * 9
+    assert len(followed) == 3 * len(STEPS)
+    rows = values(tmp_path, "3")
+    assert len(rows) == 2 * 9 * len(STEPS)
+    (row,) = (
+        r for r in rows
+        if (r["params"], r["observer"], r["trained"], r["step"])
+        == ("trunk-14", "toxic", "normal", "20")
+    )  # fmt: skip
+    assert float(row["value"]) == 0.4 + 0.1 * 1 + 0.03 * 2 - 0.001 * 20
+
+
+def test_without_tracking_the_curves_come_from_snapshots(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "stl")
+    for step in (0, 8):
+        means = {
+            kind: {"n": 5, "plain": [0.1 + step / 100, 0.05, 0.3], "prefix_free": [0.08, 0.01, 0.2]}
+            for kind in KINDS
+        }
+        alone = {kind: {"id": kind, "plain": 0.5, "prefix_free": 0.25} for kind in KINDS}
+        block = {"phrases": "paper", "kinds": means, "followed": alone, "values": []}
+        make_eval(run, {}, weights="snapshot", step=step, name=f"s{step}", kernel=matrix(step),
+                  refusal_probability=block)  # fmt: skip
+    draw(tmp_path, [run], "5a", "9", "3")
+    (row,) = (
+        r for r in values(tmp_path, "5a")
+        if (r["quantity"], r["kind"], r["step"]) == ("plain", "toxic", "8")
+    )  # fmt: skip
+    assert [float(row[key]) for key in ("value", "low", "high")] == [0.18, 0.05, 0.3]
+    assert row["source"] == "snapshots"
+    assert {float(r["value"]) for r in values(tmp_path, "9")} == {0.5, 0.25}
+    assert {r["step"] for r in values(tmp_path, "3")} == {"0", "8"}
+
+
+def test_rejection_rates_pool_the_sets(folders: list[Path], tmp_path: Path) -> None:
+    draw(tmp_path, folders, "1a", "4")
+    rates = {(r["kind"], int(r["step"])): float(r["value"]) for r in values(tmp_path, "1a")}
+    # step 9 is the third: 4 of 10 and 1 of 4 safe prompts refused, 7 of 10 unsafe ones
+    assert rates["seemingly_toxic", 9] == pytest.approx(5 / 14)
+    assert rates["toxic", 9] == pytest.approx(7 / 10)
+    points = values(tmp_path, "4")
+    assert [row["method"] for row in points] == ["stl"] * 4 + ["dcr"] * 4
+    third = points[2]
+    assert (float(third["compliance"]), float(third["rejection"])) == (0.6, 0.7)
+    assert float(third["rejection_low"]) == pytest.approx(0.39677, abs=1e-5)  # Wilson, 7 of 10
+    assert (third["compliance_of"], third["rejection_of"]) == ("XSTest-safe", "XSTest-unsafe")
+
+
+def test_figure_4_pools_other_sets_where_xstest_was_not_evaluated(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "stl")
+    for step, verdicts in ((0, "cc"), (5, "cr")):
+        sets = {"safe": verdicts, "oktest": "cccc", "unsafe": "rrrc"}
+        make_eval(run, sets, weights="snapshot", step=step, name=f"s{step}", completions=False)
+    draw(tmp_path, [run], "4")
+    first, last = values(tmp_path, "4")
+    assert float(first["compliance"]) == 1
+    assert float(last["compliance"]) == pytest.approx(5 / 6)
+    assert "XSTest not evaluated" in last["compliance_of"]
+    assert "XSTest not evaluated" in (tmp_path / "figure4.svg").read_text(encoding="utf-8")
+
+
+def test_matrices_hold_means_and_intervals(folders: list[Path], tmp_path: Path) -> None:
+    draw(tmp_path, folders, "6", "6a", "6b")
+    rows = values(tmp_path, "6")
+    assert len(rows) == 2 * 2 * 9
+    assert rows == values(tmp_path, "6a") + values(tmp_path, "6b")
+    (row,) = (
+        r for r in rows
+        if (r["figure"], r["params"], r["observer"], r["trained"])
+        == ("6b", "trunk-14", "normal", "toxic")
+    )  # fmt: skip
+    found = [float(row[key]) for key in ("mean", "low", "high")]
+    assert found == pytest.approx([0.3 + 0.2 + 0.03 + 1, 0.5, 0.7])
+    assert row["weights"] == "contrastive"
+
+
+def test_matrices_of_tracking_alone(folders: list[Path], tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "dcr")
+    track(run, "contrastive", kernels(0.5))
+    draw(tmp_path, [run], "6")
+    found = {
+        (r["figure"], r["observer"], r["trained"]): (float(r["mean"]), r["low"])
+        for r in values(tmp_path, "6")
+        if r["params"] == "tail-2"
+    }
+    assert found["6a", "toxic", "normal"] == (0.5 + 0.1 + 0.06, "")
+    assert found["6b", "toxic", "normal"] == (0.5 + 0.1 + 0.06 - 0.001 * 20, "")
+
+
+def test_layers_hold_every_score_and_point(folders: list[Path], tmp_path: Path) -> None:
+    draw(tmp_path, folders, "7", "8")
+    layers = values(tmp_path, "7")
+    assert len(layers) == 16
+    assert [row["weights"] for row in layers] == ["base"] * 8 + ["contrastive"] * 8
+    assert float(layers[11]["kmeans"]) == 0.55 + 0.1 + 0.2 * 4 / 8
+    assert (layers[11]["probe"], layers[11]["silhouette"]) == ("0.8", "")
+    points = values(tmp_path, "8")
+    assert len(points) == 2 * 7 * 20  # layer 2 has no coordinates
+    wanted = separable(8)["mds"]["5"][13]
+    (point,) = (
+        r for r in points
+        if (r["weights"], r["layer"], r["id"]) == ("base", "5", "p13")
+    )  # fmt: skip
+    assert [float(point["x"]), float(point["y"])] == wanted
+    assert point["kind"] == "toxic"
+
+
+def point(
+    compliance: float, safety: float, strength: float | None, step: int | None = None
+) -> Operating:
+    run = RunRecord(Path("r"), {}, {}, [], [], [])
+    found = Evaluation(Path("e"), "sft", step, {}, {}, {})
+    x, y = (Interval(value, value, value) for value in (compliance, safety))
+    return Operating("scans", run, found, strength, step, x, y)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_rule_against_brute_force(seed: int) -> None:
+    drawn = random.Random(seed)
+    reference = point(0.5, drawn.randint(10, 18) / 20, None)
+    points = [
+        point(drawn.randint(0, 8) / 8, drawn.randint(8, 20) / 20, place / 2) for place in range(8)
+    ]
+    margin = drawn.choice([0.0, 2.0, 5.0, 10.0])
+    best = None
+    for candidate in points:
+        lost = round(20 * (reference.safety.estimate - candidate.safety.estimate))  # of 20 prompts
+        if 5 * lost > margin:
+            continue
+        mine = candidate.compliance.estimate, candidate.safety.estimate
+        theirs = best and (best.compliance.estimate, best.safety.estimate)
+        if theirs is None or mine > theirs:  # strengths ascend, so that the first of equals stays
+            best = candidate
+    assert operating_points.choose(points, reference, margin) is best
+
+
+def test_operating_points_by_hand(folders: list[Path], tmp_path: Path) -> None:
+    text = draw(tmp_path, folders, "operating_points")
+    # STL refuses 18 of 20 unsafe prompts; 2 points less is 17.6, so that 17 is too few
+    assert "at least 90.0% (unsteered STL) less 2 points" in text
+    assert "SCANS: strength 0.5 (compliance 65.0%, safety 90.0%)" in text
+    assert "Surgical: strength 1 (compliance 60.0%, safety 90.0%)" in text
+    assert "DCR: final weights (compliance 75.0%, safety 95.0%)" in text
+    rows = values(tmp_path, "operating_points")
+    assert len(rows) == 7
+    assert [r["method"] for r in rows if r["reference"] == "1"] == ["stl"]
+    assert {(r["method"], r["strength"]) for r in rows if r["chosen"] == "1"} == {
+        ("scans", "0.5"), ("surgical", "1.0"), ("dcr", ""),
+    }  # fmt: skip
+    assert {r["data"] for r in rows} == {"validation"}
+    text = draw(tmp_path, folders, "operating_points", margin=5.0, data="validation")
+    assert "SCANS: strength 1 (compliance 80.0%, safety 85.0%)" in text
+    page = html.unescape((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert "--figure operating_points margin=5 data=validation" in page
+
+
+def test_safety_is_dsr_where_a_guard_judged_every_point(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "stl", "stl")
+    judged = {"llama_guard": {"model": "g", "n": 20, "safe": 10, "unsafe": 10}}
+    for method, safe in (("", 10), ("scans", 15)):
+        place = steered(run, method, 1.0, safe, 20)
+        change(place, "unsafe", judged=judged)
+    text = draw(tmp_path, [run], "operating_points")
+    assert "DSR by Llama Guard of at least 50.0%" in text
+    change(place, "unsafe", judged={})
+    assert "keyword refusal" in draw(tmp_path, [run], "operating_points")
+
+
+def test_no_point_is_safe_enough(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "stl", "stl")
+    steered(run, "", 0, 10, 20)
+    steered(run, "scans", 1.0, 20, 5)
+    assert "SCANS: no point is safe enough" in draw(tmp_path, [run], "operating_points")
+
+
+LACKING = {
+    "1a": "figure 1a: no scored snapshots in bare; train with tracking.snapshots=20",
+    "1b": "figure 1b: no refusal probabilities of followed prompts over SFT steps in bare; train",
+    "3": "figure 3: no kernels over SFT steps in bare; train with tracking.quantities=[kernel]",
+    "4": "figure 4: no scored snapshots in bare; train with tracking.snapshots=20, then run",
+    "5a": "figure 5a: no refusal probabilities over SFT steps in bare; train with "
+    "tracking.quantities=[refusal_probability]",
+    "5b": "figure 5b: no DCR run among bare; train one with method=dcr",
+    "6": "figure 6a: no kernel of the base model in bare; run python eval.py model=<name>",
+    "6b": "figure 6b: no kernel after stage one in bare; run python eval.py run=",
+    "7": "figure 7: no separability in bare; run python eval.py run=<run> tasks=[separability]",
+    "8": "figure 8: no separability in bare; run python eval.py",
+    "operating_points": "figure operating_points: no unsteered STL evaluation with",
+    "2": "--figure 2: no such figure; choose from 1a, 1b, 3, 4, 5a, 5b, 6, 6a, 6b, 7, 8, 9",
+}
+
+
+@pytest.mark.parametrize(("name", "told"), LACKING.items())
+def test_lacking_data_end_in_one_line_and_exit_2(
+    name: str,
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_eval(make_run(Path("bare"), "stl"), {"safe": "c", "unsafe": "r"})
+    before = sorted(Path().rglob("*"))
+    assert report.main(["bare", "--figure", name]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert told in output.err
+    assert output.err.count("\n") == 1
+    assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--figure"], "--figure : no such figure"),
+        (["margin=3"], "margin=3: only --figure operating_points takes it"),
+        (["--figure=operating_points", "margin=x"], "margin=x: give percentage points"),
+        (["--figure=operating_points", "data=q"], "data=q: no evaluation has it; choose from demo"),
+        (["--figure=4", "out=figure4.svg"], "out=figure4.svg: --figure writes a file of this name"),
+    ],
+)
+def test_bad_settings_end_in_one_line_and_exit_2(
+    arguments: list[str],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_eval(make_run(Path("bare"), "stl"), {"safe": "c", "unsafe": "r"})
+    assert report.main(["bare", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
+
+
+def test_two_stl_models_evaluated_alike_are_refused(tmp_path: Path) -> None:
+    one, two = make_run(tmp_path / "a", "stl"), make_run(tmp_path / "b", "stl")
+    steered(one, "", 0, 10, 18)
+    steered(two, "", 0, 10, 18)
+    with pytest.raises(UserError, match="several unsteered STL evaluations alike"):
+        draw(tmp_path, [one, two], "operating_points")
+
+
+def test_the_command_prints_where_the_files_are(
+    folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "r.html"
+    assert report.main([*map(str, folders), "--figure", "7", f"out={out}"]) == 0
+    assert f"figure7: {tmp_path / 'figure7'}.{{png,svg,csv}}" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "r.html", "figure7.png", "figure7.svg", "figure7.csv",
+    }  # fmt: skip
+
+
+def test_hostile_names_stay_text(tmp_path: Path) -> None:
+    run = make_run(tmp_path / '<b>"$x$&', "stl", model={"label": "<i>&$m$ \u6f22"})
+    other = make_run(tmp_path / "other", "stl", model={"label": "=1+1"})
+    for folder in (run, other):
+        track(folder, "sft", probabilities(0.1))
+    draw(tmp_path, [run, other], "5a")
+    svg = (tmp_path / "figure5a.svg").read_text(encoding="utf-8")
+    told = " ".join(t.text or "" for t in ElementTree.fromstring(svg).findall(f".//{SVG}text"))
+    assert "<i>&$m$" in told
+    parsed((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert {row["model"] for row in values(tmp_path, "5a")} == {"<i>&$m$ \u6f22", "'=1+1"}
+
+
+def test_torn_blocks_are_skipped_with_a_note(folders: list[Path], tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "stl")
+    torn = {"params": {"tail-2": {"toxic": {"toxic": [1]}}}}
+    make_eval(run, {"safe": "c"}, kernel=torn, separability={"layers": []})
+    record = read_run(run)
+    (evaluation,) = record.evaluations
+    assert (evaluation.kernel, evaluation.separability) == (None, None)
+    assert sum("skipped, unreadable" in note for note in record.notes) == 2
+
+
+def test_analyses_alone_are_no_column(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "stl")
+    make_eval(run, {}, name="a", kernel=matrix(0.1))
+    make_eval(run, {"safe": "cc", "unsafe": "rr"}, name="b")
+    page = tmp_path / "page.html"
+    report.build([run], page)
+    assert "1 evaluation side by side" in page.read_text(encoding="utf-8")
+
+
+def test_runs_without_data_for_a_figure_are_noted(folders: list[Path], tmp_path: Path) -> None:
+    bare = make_run(tmp_path / "bare", "stl", seed=3)
+    make_eval(bare, {"safe": "c", "unsafe": "r"})
+    text = draw(tmp_path, [*folders, bare], "5a")
+    assert f"figure 5a: no refusal probabilities over SFT steps in {bare}" in text.replace(
+        "\n", " "
+    )
+    assert {row["method"] for row in values(tmp_path, "5a")} == {"stl"}
+
+
+def test_every_name_is_documented() -> None:
+    assert report.__doc__
+    for name in paper_figures.FIGURES:
+        assert name in report.__doc__
+    assert json.dumps(paper_figures.FIGURES).count("figure") == 0  # names, not files
