@@ -114,6 +114,11 @@ def test_analyses_of_a_run_by_their_own_command(pair: tuple[Run, Run]) -> None:
     told = found["kernel"]["params"]["trunk-1-headless"]["toxic"]["normal"][0]
     assert told == pytest.approx(sum(cells) / len(cells), rel=1e-5)
     assert [layer["layer"] for layer in found["separability"]["layers"]] == [1, 2]
+    # other parameters of the same prompts stand beside these
+    more = evaluated(run, "tasks=[kernel]", "entk.params=[tail:1]", *small)
+    assert set(more["kernel"]["params"]) == {"tail-1", "tail-1-headless", "trunk-1-headless"}
+    assert more["kernel"]["params"].items() >= found["kernel"]["params"].items()
+    found = more
     # a later command for one task leaves what the others measured
     later = evaluated(run, "tasks=[refusal_probability]", *small)
     assert later["kernel"] == found["kernel"]
