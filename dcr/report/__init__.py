@@ -1,41 +1,52 @@
 """From run folders to one table in the terminal and one self-contained HTML page.
 
-python -m dcr.report <run folders> [--table NAME ...] [out=<file.html>]
+python -m dcr.report <run folders> [--table NAME ...] [--figure NAME ...] [out=<file.html>]
 
 Each `--table` writes one of the paper's tables, ours beside the paper's numbers, as Markdown, CSV,
-LaTeX and HTML into the page's folder.
+LaTeX and HTML into the page's folder; each `--figure` one of its figures as PNG, SVG and CSV, which
+stands in the page as well. Figures: 1a, 1b, 3, 4, 5a, 5b, 6 (both of 6a and 6b), 7, 8, 9 and
+operating_points, which takes margin=<points> and data=<label>.
 """
 
 import os
+import shlex
 import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from dcr import runs
 from dcr.config import UserError
-from dcr.report import markup, page, terminal
+from dcr.report import markup, page, printed, terminal
+from dcr.report.arguments import USAGE, parsed
 from dcr.report.completions import Completions
 from dcr.report.entries import Entry, about, entries, seed_groups
 from dcr.report.measured import grids
 from dcr.report.paired import comparisons
 from dcr.report.paper import TABLES
+from dcr.report.paper_figures import FIGURES, Wanted, figures_of
+from dcr.report.printing import printable
 from dcr.report.records import RunRecord, read_run
 from dcr.report.tables import over_seeds
 
-USAGE = "usage: python -m dcr.report <run folders> [--table NAME ...] [out=<file.html>]"
 WIDTH = 100  # where no terminal tells its own
 
 
-def build(folders: list[Path], out: Path, wanted: Sequence[str] = ()) -> str:
-    """Write the page to `out` and the wanted tables beside it, each file whole or not at all.
+def build(
+    folders: list[Path], out: Path, wanted: Sequence[str] = (), drawn: Wanted | None = None
+) -> str:
+    """Write the page to `out`, and the wanted tables and figures beside it, each whole or not.
 
     Returns the terminal's table. Raises UserError for a folder without a readable evaluation, or
-    where a file cannot be written.
+    with figures without logged values either, for a figure whose data are not there, or where a
+    file cannot be written.
     """
-    records = [read_run(folder) for folder in _distinct(folders)]
+    drawn = drawn or Wanted()
+    records = [read_run(folder, bool(drawn.names)) for folder in _distinct(folders)]
     if not records:
         raise UserError(USAGE)
+    made = [(figure, printed.files(figure)) for figure in figures_of(records, drawn)]
     columns = entries(records)
     notes: list[str] = []
     completions = Completions(notes)
@@ -43,20 +54,36 @@ def build(folders: list[Path], out: Path, wanted: Sequence[str] = ()) -> str:
     seeds = over_seeds(measured.rates, groups)
     pairs = comparisons(columns, completions)
     papers = [TABLES[name](columns, groups) for name in dict.fromkeys(wanted)]
+    shown = [
+        page.Shown(figure, files["svg"], _command(folders, name, drawn))
+        for name, (figure, files) in zip(drawn.names, made, strict=True)
+    ]
     report = page.Report(
-        records, columns, measured, groups, seeds, pairs, notes, completions, papers
+        records, columns, measured, groups, seeds, pairs, notes, completions, papers, shown
     )
     for entry in columns:  # read first, so that the page can tell what was skipped
         for name in entry.evaluation.sets:
             completions(entry, name)
     notes[:0] = [note for record in records for note in record.notes] + _uneven(columns)
+    notes += [note for figure, _ in made for note in figure.notes]
     _write(out, page.render(report))
     for table in papers:
         for ending, text_of in markup.WRITERS.items():
             _write(out.parent / f"{table.name}.{ending}", text_of(table))
+    for figure, files in made:
+        for ending, data in files.items():
+            _write_bytes(out.parent / f"{figure.name}.{ending}", data)
     width = shutil.get_terminal_size((WIDTH, 24)).columns
     title = _title(records, columns)
-    return terminal.render(title, columns, measured.all, groups, seeds, pairs, notes, width)
+    text = terminal.render(title, columns, measured.all, groups, seeds, pairs, notes, width)
+    told = [line for figure, _ in made if figure.told for line in ("", *figure.told)]
+    return "\n".join([text, *told])
+
+
+def _command(folders: Sequence[Path], name: str, drawn: Wanted) -> str:
+    """The command that draws one figure again."""
+    told = shlex.join(map(str, folders))
+    return printable(f"python -m dcr.report {told} --figure {name}{drawn.settings(name)}")
 
 
 def _write(path: Path, text: str) -> None:
@@ -65,6 +92,23 @@ def _write(path: Path, text: str) -> None:
         runs.write_text(path, text.encode("utf-8", "replace").decode())
     except OSError as error:
         raise UserError(f"out={path}: cannot be written ({error.strerror or error})") from error
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    """All of it or the old file, as `runs.write_text` does with text."""
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        finally:
+            Path(name).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def _distinct(folders: Sequence[Path]) -> list[Path]:
@@ -86,7 +130,7 @@ def _uneven(columns: Sequence[Entry]) -> list[str]:
 
 def _title(records: Sequence[RunRecord], columns: Sequence[Entry]) -> str:
     if not columns:
-        return f"{len(records)} runs with snapshots only: see the page"
+        return f"{len(records)} runs without a final evaluation of answers: see the page"
     told = [
         ", ".join(dict.fromkeys(filter(None, (about(e.run, e.evaluation, key) for e in columns))))
         for key in ("model", "data")
@@ -98,55 +142,17 @@ def main(arguments: Sequence[str]) -> int:
     """The command: print the table and the files' places; 2 and one line for a user's error."""
     try:
         if {"-h", "--help"} & set(arguments):
-            print(f"{USAGE}\ntables: {', '.join(TABLES)}")
+            print(f"{USAGE}\ntables: {', '.join(TABLES)}\nfigures: {', '.join(FIGURES)}")
             return 0
-        folders, out, wanted = _parsed(arguments)
-        table = build(folders, out, wanted)
+        command = parsed(arguments)
+        table = build(command.folders, command.out, command.tables, command.figures)
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # pyright: ignore
-    print(f"{table}\n\npage: {out}")
-    for name in wanted:
-        print(f"{name}: {out.parent / name}.{{{','.join(markup.WRITERS)}}}")
+    print(f"{table}\n\npage: {command.out}")
+    for name, files in command.files.items():
+        endings = ",".join(file.suffix.removeprefix(".") for file in files)
+        print(f"{name}: {command.out.parent / name}.{{{endings}}}")
     return 0
-
-
-def _parsed(arguments: Sequence[str]) -> tuple[list[Path], Path, list[str]]:
-    given, wanted = _tables(arguments)
-    folders, out = [], None
-    for argument in given:
-        key, equals, value = argument.partition("=")
-        if equals and key == "out":
-            out = Path(value)
-        elif equals and not Path(argument).exists():  # a sweep's folders may hold an equals sign
-            raise UserError(f"{argument}: neither a folder nor a setting; {USAGE}")
-        else:
-            folders.append(Path(argument))
-    if not folders:
-        raise UserError(f"no run folder given; {USAGE}")
-    if out is not None and (out.is_dir() or not out.name):
-        raise UserError(f"out={out}: name a file, such as out=report.html")
-    if out is not None and out.name in {
-        f"{name}.{end}" for name in wanted for end in markup.WRITERS
-    }:
-        raise UserError(f"out={out}: --table writes a file of this name; name another")
-    parent = os.path.commonpath([folder.resolve().parent for folder in folders])
-    return folders, out or Path(os.path.relpath(parent)) / "report.html", wanted
-
-
-def _tables(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Everything but the tables asked for, and their names, each once."""
-    others, wanted = [], []
-    left = iter(arguments)
-    for argument in left:
-        flag, equals, name = argument.partition("=")
-        if flag != "--table":
-            others.append(argument)
-            continue
-        name = name if equals else next(left, "")
-        if name not in TABLES:
-            raise UserError(f"--table {name}: no such table; choose from {', '.join(TABLES)}")
-        wanted.append(name)
-    return others, list(dict.fromkeys(wanted))

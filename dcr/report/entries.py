@@ -72,8 +72,9 @@ def shown(records: Sequence[RunRecord]) -> list[tuple[RunRecord, Evaluation]]:
     """
     chosen, seen = [], set()
     for run in records:
-        final = {evaluation.weights for evaluation in run.evaluations}
-        for evaluation in run.evaluations:
+        scored = [evaluation for evaluation in run.evaluations if evaluation.scored]
+        final = {evaluation.weights for evaluation in scored}
+        for evaluation in scored:
             stage_one = evaluation.weights == "contrastive" and not final & {"sft", "snapshot"}
             if evaluation.weights not in ("base", "sft", "endpoint") and not stage_one:
                 continue
@@ -152,7 +153,7 @@ def entries(records: Sequence[RunRecord]) -> list[Entry]:
 def run_styles(records: Sequence[RunRecord]) -> dict[tuple[str, str], Style]:
     """A style for every (variant, seed): colours by variant, markers by seed, base neutral."""
     everything = sorted(
-        ((run, evaluation) for run in records for evaluation in run.evaluations),
+        ((run, evaluation) for run in records for evaluation in evaluations_of(run)),
         key=lambda pair: _order(*pair),
     )
     found = {
@@ -167,6 +168,11 @@ def run_styles(records: Sequence[RunRecord]) -> dict[tuple[str, str], Style]:
         else Style(1 + variants.index(key), seeds.index(seed))
         for (key, seed), method in found.items()
     }
+
+
+def evaluations_of(run: RunRecord) -> list[Evaluation]:
+    """A run's evaluations; where it has none, an empty one that stands for its weights."""
+    return run.evaluations or [Evaluation(run.folder, "sft", None, {}, {}, {})]
 
 
 def _labels(pairs: Sequence[tuple[RunRecord, Evaluation]]) -> list[tuple[str, ...]]:

@@ -1,7 +1,7 @@
 """What judges other than the keyword rules say: compliance, defence success, agreement, cost."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from dcr.config import Judge, Kind
@@ -37,12 +37,12 @@ class Confusion:
 
 def judges(columns: Sequence[Entry]) -> list[tuple[str, str]]:
     """Every (judge, model) that judged a set of any column, in the order of NAMES."""
-    found = {
-        (judge, judged.model)
-        for entry in columns
-        for score in entry.evaluation.sets.values()
-        for judge, judged in score.judged.items()
-    }
+    return judges_of(score for entry in columns for score in entry.evaluation.sets.values())
+
+
+def judges_of(scores: Iterable[SetScore]) -> list[tuple[str, str]]:
+    """Every (judge, model) that judged one of these sets, in the order of NAMES."""
+    found = {(judge, judged.model) for score in scores for judge, judged in score.judged.items()}
     places = {judge: place for place, judge in enumerate(NAMES)}
     return sorted(found, key=lambda pair: (places.get(pair[0], len(NAMES)), *pair))
 

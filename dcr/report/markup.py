@@ -97,11 +97,11 @@ def csv_text(table: PaperTable) -> str:
             found = (getattr(cell, part) for part in ("estimate", *parts)) if cell else [None] * 5
             cells += ["" if value is None else value for value in found]
         words = [row.method, row.source, row.model, row.run, row.judge]
-        writer.writerow([*map(_plain_cell, words), *cells, _marks(row)])
+        writer.writerow([*map(plain_cell, words), *cells, _marks(row)])
     return buffer.getvalue()
 
 
-def _plain_cell(text: str) -> str:
+def plain_cell(text: str) -> str:
     """Text that no spreadsheet takes for a formula."""
     return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t") else text
 

@@ -1,5 +1,6 @@
 """The report as one self-contained HTML page."""
 
+import base64
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from dcr.report.entries import (
     Group,
     Style,
     about,
+    evaluations_of,
     flattened,
     run_styles,
     settings_without_seed,
@@ -30,11 +32,26 @@ from dcr.report.figures import Curves, Frontier, Panel, Point
 from dcr.report.measured import Grids
 from dcr.report.paired import Comparison, p_value, points
 from dcr.report.paper import PaperTable
+from dcr.report.printed import Printed
 from dcr.report.printing import printable
 from dcr.report.records import Evaluation, RunRecord
 from dcr.report.tables import keyword, marked_sets, of_sets, pooled, sections, set_names, together
 
 PROMPTS_A_SET = 30
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A printed figure as the page shows it, with the command that drew it."""
+
+    figure: Printed
+    svg: bytes
+    command: str
+
+    @property
+    def source(self) -> str:
+        """As a picture of its own, whose names cannot clash with the page's."""
+        return f"data:image/svg+xml;base64,{base64.b64encode(self.svg).decode()}"
 
 
 @dataclass(frozen=True)
@@ -50,6 +67,7 @@ class Report:
     notes: Sequence[str]
     completions: Callable[[Entry, str], list[Completion]]
     paper: Sequence[PaperTable] = ()
+    drawn: Sequence[Shown] = ()
 
 
 @dataclass(frozen=True)
@@ -98,6 +116,7 @@ def render(report: Report) -> str:
         contaminated=any_marked(report.grids.all, CONTAMINATED),
         confusions=judged.confusions(report.columns),
         paper=report.paper,
+        drawn=report.drawn,
         models=_distinct(report, "model"),
         data=_distinct(report, "data"),
         curves=_curves(report),
@@ -113,7 +132,7 @@ def render(report: Report) -> str:
 
 
 def _distinct(report: Report, key: str) -> list[str]:
-    values = [about(r, evaluation, key) for r in report.records for evaluation in r.evaluations]
+    values = [about(r, e, key) for r in report.records for e in evaluations_of(r)]
     return [value for value in dict.fromkeys(values) if value]
 
 
@@ -123,7 +142,8 @@ def _verdict(completion: Completion) -> str:
 
 def _style_of(record: RunRecord, styles: dict[tuple[str, str], Style]) -> Style:
     """The style of a run's trained weights; neutral for the base model."""
-    found = [e for e in record.evaluations if e.weights != "base"] or record.evaluations
+    evaluations = evaluations_of(record)
+    found = [e for e in evaluations if e.weights != "base"] or evaluations
     first = min(found, key=lambda evaluation: steering(evaluation) != "")
     return styles[variant(record, first), about(record, first, "seed")]
 

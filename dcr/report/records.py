@@ -11,7 +11,8 @@ import yaml
 
 from dcr import runs
 from dcr.config import UserError
-from dcr.report import scores
+from dcr.report import measurements, scores
+from dcr.report.measurements import Kernel, Probability, Separability
 from dcr.report.printing import printable, reason
 from dcr.report.scores import Ability, Agreement, Overlap, Quality, SetScore, Usage
 from dcr.runs import Run
@@ -41,6 +42,14 @@ class Evaluation:
     ability: dict[str, Ability] = field(default_factory=dict)  # by task
     quality: Quality | None = None
     contamination: dict[str, Overlap] = field(default_factory=dict)  # by set or task
+    refusal_probability: Probability | None = None
+    kernel: Kernel | None = None
+    separability: Separability | None = None
+
+    @property
+    def scored(self) -> bool:
+        """Whether it has anything for a table, and not the paper's analyses alone."""
+        return bool(self.sets or self.ability or self.quality)
 
 
 @dataclass(frozen=True)
@@ -55,10 +64,11 @@ class RunRecord:
     notes: list[str]  # what was skipped, and why
 
 
-def read_run(folder: Path) -> RunRecord:
+def read_run(folder: Path, curves_suffice: bool = False) -> RunRecord:
     """Everything readable in a run folder, with a note on everything that is not.
 
-    Raises UserError if not one evaluation can be read.
+    Raises UserError if not one evaluation can be read; with `curves_suffice`, if nothing was logged
+    either.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name run folders")
@@ -70,7 +80,8 @@ def read_run(folder: Path) -> RunRecord:
             evaluations.append(_evaluation(path, notes))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             notes.append(f"{path}: skipped, unreadable ({reason(error)})")
-    if not evaluations:
+    metrics = _metrics(run, notes)
+    if not evaluations and not (curves_suffice and metrics):
         why = f" ({notes[0]})" if notes else ""
         raise UserError(f"{folder}: no evaluations there{why}; run python eval.py run={folder}")
     for place in sorted(folder.glob("eval/*/")):
@@ -80,7 +91,7 @@ def read_run(folder: Path) -> RunRecord:
         folder,
         _mapping(run.config_file, yaml.safe_load, notes),
         _mapping(run.rows_file, json.loads, notes, needed=_trained(folder)),
-        _metrics(run, notes),
+        metrics,
         evaluations,
         notes,
     )
@@ -133,8 +144,11 @@ def _evaluation(path: Path, notes: list[str]) -> Evaluation:
         found = _parts(path, "judged", entry, scores.judged, notes, f"sets.{name}.")
         sets[score.name] = replace(score, judged=found)
     ability = _parts(path, "ability", raw, scores.ability, notes)
-    quality = _parts(path, "quality", {"quality": {"": raw.get("quality")}}, scores.quality, notes)
-    if not sets and not ability and not quality:
+    quality = _only(path, "quality", raw, scores.quality, notes)
+    probability = _only(path, "refusal_probability", raw, measurements.probability, notes)
+    kernel = _only(path, "kernel", raw, measurements.kernel, notes)
+    separability = _only(path, "separability", raw, measurements.separability, notes)
+    if not any((sets, ability, quality, probability, kernel, separability)):
         raise ValueError("no set of prompts in it")
     listed = {"agreement": dict(enumerate(raw.get("agreement") or ()))}
     return Evaluation(
@@ -154,9 +168,23 @@ def _evaluation(path: Path, notes: list[str]) -> Evaluation:
         agreement=list(_parts(path, "agreement", listed, scores.agreement, notes).values()),
         usage=_parts(path, "usage", raw, scores.usage, notes),
         ability=ability,
-        quality=quality.get(""),
+        quality=quality,
         contamination=contamination,
+        refusal_probability=probability,
+        kernel=kernel,
+        separability=separability,
     )
+
+
+def _only(
+    path: Path,
+    key: str,
+    raw: Mapping[str, Any],
+    parse: Callable[[Mapping[str, Any]], Part],
+    notes: list[str],
+) -> Part | None:
+    """What stands under an optional key of its own."""
+    return _parts(path, key, {key: {"": raw.get(key)}}, parse, notes).get("")
 
 
 def _discernment(raw: Mapping[str, Any]) -> dict[str, Any]:
