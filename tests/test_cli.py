@@ -145,7 +145,10 @@ def test_bad_setting_is_one_line_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["stage=contrastive", "method=stl"], "method=stl: it has no contrastive stage; use method=dcr"),
+        (
+            ["stage=contrastive", "method=stl"],
+            "method=stl: it has no contrastive stage; use method=dcr",
+        ),
         (["data=paper", "data.root=nowhere"], "data.root=nowhere: not a folder"),
         (["dcr.precision=bf16", "dcr.optim.lr=1e-7"], "dcr.optim.lr=1e-07: too small to move bf16"),
         (["dcr.layer=2", "dcr.layer_base=zero_based"], "dcr.layer=2: the model has blocks 0 to 1"),
