@@ -1,6 +1,8 @@
 """What every test shares: one thread, no network, checked array shapes, and a tiny model."""
 
+import logging
 import os
+from collections.abc import Iterator
 
 os.environ |= {
     "OMP_NUM_THREADS": "1",
@@ -61,3 +63,18 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made.model.save_pretrained(folder)
     made.tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def root_logger_left_alone() -> Iterator[None]:
+    """Takes away what a command that ran in this process, as Hydra's do, logged through.
+
+    Its handler writes to a stream that ends with the test, and the next test's log would fail.
+    """
+    root = logging.getLogger()
+    before, level = list(root.handlers), root.level
+    yield
+    for handler in root.handlers[:]:
+        if type(handler) is logging.StreamHandler and handler not in before:
+            root.removeHandler(handler)
+    root.setLevel(level)
