@@ -130,7 +130,11 @@ def scored(metrics: Mapping[str, Any]) -> dict[str, float]:
     if metrics.get("discernment"):
         found["eval/discernment"] = metrics["discernment"]["pooled"][0]
     for task, result in metrics.get("ability", {}).items():
-        found |= {f"eval/{task}/{key}": result[key] for key in ("acc", "acc_norm") if result[key]}
+        found |= {
+            f"eval/{task}/{key}": result[key]
+            for key in ("acc", "acc_norm")
+            if result[key] is not None
+        }
     if (metrics.get("quality") or {}).get("win_rate") is not None:
         found["eval/alpaca_eval/win_rate"] = metrics["quality"]["win_rate"] / 100
     return found

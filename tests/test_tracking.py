@@ -2,7 +2,6 @@ import csv
 import json
 import os
 import re
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from tiny_run import changed, same, settings, weights
-from wandb.proto import wandb_internal_pb2
+from wandb_files import records
 
 import train
 from dcr import models, runs, tracking
@@ -220,25 +219,6 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     )
     assert done.returncode == 0, done.stderr
     return folder, done.stderr
-
-
-def records(run: Path) -> list[Any]:
-    """The records of a run's offline file: LevelDB's log format, each a protocol buffer."""
-    (file,) = run.glob("wandb/offline-run-*/run-*.wandb")
-    content, block = file.read_bytes(), 2**15
-    protocol: Any = wandb_internal_pb2
-    found, parts, place = [], b"", 7  # behind the file's own header
-    while place + 7 <= len(content):
-        if block - place % block < 7:  # a header never spans two blocks
-            place += block - place % block
-            continue
-        _, length, kind = struct.unpack("<IHB", content[place : place + 7])
-        parts += content[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            found.append(protocol.Record.FromString(parts))
-            parts = b""
-    return found
 
 
 @pytest.mark.timeout(300)  # two jobs and two failing connections, in a process of their own
