@@ -296,11 +296,7 @@ def _decoded_otherwise(settings: EvalConfig) -> dict[str, Any]:
     """Settings that are told only where they change something, so that old and new records meet."""
     told: dict[str, Any] = {}
     if steering.acts(settings.steering):
-        told["steering"] = {
-            "method": settings.steering.method.value,
-            "strength": settings.steering.strength,
-            "released_data": settings.steering.released_data,
-        }
+        told["steering"] = steering.told(settings.steering)
     if settings.steering.validation:
         told["validation"] = True
     if settings.gen.self_cd is not None:

@@ -613,3 +613,14 @@ def test_prompts_that_do_not_differ_have_no_direction(deep: Policy) -> None:
     same = steering.Extraction(rows(Kind.toxic, ["One"] * 4), [], rows(Kind.normal, ["One"] * 4))
     with pytest.raises(ConfigError, match=r"^data\.extraction: .*no direction"):
         scans.find(deep, chat_of(deep), same, settings(), 4)
+
+
+def test_evaluations_that_differ_in_any_setting_are_told_apart() -> None:
+    plain = SteeringConfig(method=Steering.surgical)
+    other = replace(plain, surgical=replace(plain.surgical, add=0.5))
+    assert steering.told(plain) != steering.told(other)
+    assert steering.told(other)["add"] == 0.5
+    assert steering.told(plain) == steering.told(SteeringConfig(method=Steering.surgical))
+    scans = SteeringConfig(method=Steering.scans, strength=2.0)
+    assert steering.told(scans) != steering.told(replace(scans, strength=3.0))
+    assert steering.told(scans)["layers"] == "absolute"

@@ -20,7 +20,17 @@ from dcr.steering import ablation, scans, surgical, vectors
 from dcr.steering.prompts import RELEASED, Extraction, extraction
 from dcr.steering.vectors import Found, Info
 
-__all__ = ["STEERING", "Extraction", "Steered", "acts", "edits", "extraction", "identity", "steer"]
+__all__ = [
+    "STEERING",
+    "Extraction",
+    "Steered",
+    "acts",
+    "edits",
+    "extraction",
+    "identity",
+    "steer",
+    "told",
+]
 
 
 @dataclass(frozen=True)
@@ -147,6 +157,13 @@ def identity(data: DataConfig, settings: SteeringConfig, seed: int) -> dict[str,
         "apart_from": against,
         "seed": seed,
     }
+
+
+def told(settings: SteeringConfig) -> dict[str, Any]:
+    """What tells evaluations under edits apart: method, strength, and the method's settings."""
+    made_with = _made_with(settings)
+    own = made_with.pop("settings")
+    return made_with | {"strength": settings.strength} | own
 
 
 def _made_with(settings: SteeringConfig) -> dict[str, Any]:
