@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dcr import runs
+from dcr import models, runs
 from dcr.benchmarks.tasks import results, rows
 from dcr.config import AbilityConfig, ConfigError
 from dcr.models import Policy, safe_label
@@ -89,7 +89,7 @@ def ability(
         file = folder / "ability" / f"{safe_label(name)}-{runs.fingerprint(made_with)}.json"
         if not file.exists():
             log.info("ability: %s", name)
-            with _evaluating(policy.model), _harness_seeds(), _quiet(progress):
+            with models.evaluating(policy.model), _harness_seeds(), _quiet(progress):
                 model = model or _wrapped(policy, settings.batch_size)
                 whole = _run(model, _loaded(name, root, name), settings, seed)
                 cut = {t: _truncated(model, asked) for t, asked in whole["samples"].items()}
@@ -223,18 +223,6 @@ def _run(model: Any, loaded: Any, settings: AbilityConfig, seed: int) -> dict[st
         task.set_fewshot_seed(seed)
     whole: Any = evaluate(lm=model, task_dict=loaded, limit=settings.limit)
     return whole
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode; afterwards every module in its own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager

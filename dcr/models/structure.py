@@ -26,6 +26,18 @@ def unwrapped(model: Any) -> PreTrainedModel:
     return inside
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model without dropout; afterwards each of its modules is in its own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def decoder_blocks(model: Any) -> nn.ModuleList:
     """The one ModuleList with `num_hidden_layers` entries.
 

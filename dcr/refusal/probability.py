@@ -6,7 +6,6 @@ token trie of S.
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from dcr import models
 from dcr.models import unwrapped
 from dcr.refusal import passes
 from dcr.refusal.continuations import (
@@ -123,7 +123,7 @@ def _scored(
     plain, free = torch.zeros(2, len(encoded), dtype=wide)
     groups = _groups(tokenizer, ends, phrases)
     edges = _scheme(model, encoded, [tree for tree, _ in groups])
-    with _evaluating(model):
+    with models.evaluating(model):
         for tree, members in groups:
             for batch in _batches(model, tree, encoded, members, batch_size):
                 read = passes.prefill(model, [encoded[place] for place in batch])
@@ -196,15 +196,3 @@ def _batch_size(model: Any, tree: Trie, longest: int) -> int:
         free = int(GPU_SHARE * torch.cuda.mem_get_info(owner.device)[0])
     each = owner.dtype.itemsize * (tokens * per_token + logits)
     return max(1, min(MOST_PROMPTS, (free - 4 * logits) // each))
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """The model without dropout; each of its modules is then put back into its own mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
