@@ -28,6 +28,10 @@ def _run_of(composed: DictConfig) -> Run:
     """The folder to evaluate: the user's run, or one for a model or endpoint without a run."""
     if composed.endpoint is not None:
         _refuse_two_subjects(composed)
+        if composed.endpoint_model is None:
+            raise ConfigError(
+                f"endpoint={composed.endpoint}: say which model there, with endpoint_model=<name>"
+            )
     if composed.run is not None:
         if not OmegaConf.is_missing(composed.model, "name"):
             raise ConfigError(

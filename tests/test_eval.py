@@ -132,6 +132,8 @@ def test_base_model_needs_no_run(tmp_path: Path) -> None:
         ((), "nothing to evaluate"),
         (("run=/nowhere/at/all",), "no config.yaml"),
         (("run=/nowhere/at/all", "model=tiny"), "give one of the two"),
+        (("endpoint=http://127.0.0.1:9/v1",), "say which model there, with endpoint_model="),
+        (("endpoint=http://127.0.0.1:9/v1", "model=tiny"), "two things to evaluate; give one"),
     ],
 )
 def test_nothing_to_evaluate_is_said(overrides: tuple[str, ...], words: str) -> None:
