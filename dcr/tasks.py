@@ -103,6 +103,7 @@ def measure(
     metrics = origin | _kept(folder, origin["settings"]) | found
     metrics["seconds"] = round(time.perf_counter() - began, 1)
     metrics["peak_memory_gib"] = round(runs.peak_memory_gib(), 2)
+    _set_aside(folder, origin["settings"])
     runs.write_json(folder / "metrics.json", metrics)
     print(f"{subject.weights}: {folder}")
     return metrics, answers
@@ -302,6 +303,19 @@ def _decoded_otherwise(settings: EvalConfig) -> dict[str, Any]:
     if settings.gen.self_cd is not None:
         told["self_cd"] = settings.gen.self_cd
     return told
+
+
+def _set_aside(folder: Path, settings: dict[str, Any]) -> None:
+    """Renames metrics of the same answers under other settings, such as another limit."""
+    file = folder / "metrics.json"
+    if not file.is_file():
+        return
+    before = json.loads(file.read_text())["settings"]
+    if before != settings:
+        aside = folder / f"metrics-{runs.fingerprint(before)}.json"
+        file.replace(aside)
+        changed = "; ".join(runs.differences(before, settings))
+        log.warning("%s: metrics of other settings (%s) are now in %s", folder, changed, aside.name)
 
 
 def _kept(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:

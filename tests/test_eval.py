@@ -72,6 +72,18 @@ def test_second_evaluation_generates_nothing(trained: Run, monkeypatch: pytest.M
     eval_entry.evaluate(settings, run)
 
 
+def test_metrics_of_another_limit_are_set_aside(trained: Run, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    shutil.copytree(trained.folder, run.folder, ignore=shutil.ignore_patterns("eval"))
+    for limit in (4, 3, 3):
+        settings, _ = resolved(f"run={run.folder}", "tasks=[over_refusal]", f"limit={limit}")
+        eval_entry.evaluate(settings, run)
+    (now,) = metrics_of(run)
+    (before,) = (json.loads(f.read_text()) for f in run.folder.glob("eval/*/metrics-*.json"))
+    assert [now["settings"]["limit"], before["settings"]["limit"]] == [3, 4]
+    assert [next(iter(m["sets"].values()))["n"] for m in (now, before)] == [3, 4]
+
+
 def test_snapshots_are_scored_each_with_its_step(trained: Run) -> None:
     settings, run = resolved(
         f"run={trained.folder}", "tasks=[over_refusal]", "limit=2", "snapshots=true"
