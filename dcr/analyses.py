@@ -6,7 +6,7 @@ model, `tracking` the first two while one trains.
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,11 @@ def prompts(data: DataConfig, count: int | None, seed: int) -> dict[Kind, list[E
 
     Raises ConfigError where a kind has no source.
     """
+    return drawn(every(data), count, seed)
+
+
+def every(data: DataConfig) -> dict[Kind, list[Example]]:
+    """All rows of each kind of `data.analysis`, each prompt once. ConfigError as `prompts`."""
     found = {}
     for kind in (Kind.seemingly_toxic, Kind.toxic, Kind.normal):
         names = getattr(data.analysis, kind.value)
@@ -53,18 +58,54 @@ def prompts(data: DataConfig, count: int | None, seed: int) -> dict[Kind, list[E
                 "file that does, such as data=demo"
             )
         rows = [row for n in names for row in sources.read(n, root=data.root, kind=kind)]
-        rows, _ = sources.drop_duplicates(rows)
-        found[kind] = rows if count is None else sources.draw(rows, min(count, len(rows)), seed)
+        found[kind], _ = sources.drop_duplicates(rows)
     return found
 
 
-def followed(data: DataConfig) -> dict[Kind, Example]:
+def drawn(rows: Prompts, count: int | None, seed: int) -> dict[Kind, list[Example]]:
+    """Up to `count` of each kind; None: all."""
+    return {
+        kind: list(of) if count is None else sources.draw(of, min(count, len(of)), seed)
+        for kind, of in rows.items()
+    }
+
+
+def followed(rows: Prompts) -> dict[Kind, Example]:
     """One prompt of each kind to follow alone: the paper's, or the first where it is not there."""
     found = {}
-    for kind, rows in prompts(data, None, 0).items():
-        same = (r for r in rows if _hash(r.prompt) == FOLLOWED[kind])
-        found[kind] = next(same, rows[0])
+    for kind, of in rows.items():
+        same = (row for row in of if _hash(row.prompt) == FOLLOWED[kind])
+        found[kind] = next(same, of[0])
     return found
+
+
+def refused_pairs(
+    data: DataConfig, seed: int, refuses: Callable[[str], bool], observers: Prompts
+) -> list[Example]:
+    """Every pair of `data.safety` whose response refuses, in an order drawn by seed.
+
+    None of them is an observer's prompt. Raises ConfigError where no pair is left.
+    """
+    seen = {contamination.normalise(row.prompt) for part in observers.values() for row in part}
+    rows = [
+        row
+        for name in data.safety.source
+        for row in sources.read(name, root=data.root, kind=Kind.toxic, pairs=True)
+    ]
+    rows, _ = sources.drop_duplicates(rows)
+    left = [
+        row
+        for row in rows
+        if row.response
+        and refuses(row.response)
+        and contamination.normalise(row.prompt) not in seen
+    ]
+    if not left:
+        raise ConfigError(
+            f"data.safety.source={data.safety.source}: no pair whose response refuses; name "
+            "another source"
+        )
+    return sources.draw(left, len(left), seed)
 
 
 def _hash(prompt: str) -> str:

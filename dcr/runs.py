@@ -8,6 +8,7 @@ metrics.csv              every logged value: stage, step (the first is 0), epoch
 <stage>.cost.json        seconds, tokens and peak memory of a stage
 contrastive/  sft/       results, present only when the stage is done
 snapshots/step-000020/   adapters during SFT
+tracking/<stage>/step-…/ what tracking.quantities measured there, prompt by prompt
 checkpoints/<stage>/     for resuming, gone when the stage is done
 eval/<fingerprint>/      completions, verdicts, metrics.json
 """
@@ -66,6 +67,10 @@ class Run:
     @property
     def snapshots(self) -> Path:
         return self.folder / "snapshots"
+
+    def tracked(self, stage: str) -> Path:
+        """Where a stage's tracking keeps what it measured: a folder a step, `step-000020`."""
+        return self.folder / "tracking" / stage
 
     def stage(self, name: str) -> Path:
         """The result folder of a stage."""

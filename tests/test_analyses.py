@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,6 +61,52 @@ def test_the_last_point_is_the_finished_model(pair: tuple[Run, Run]) -> None:
     logged = {(of, step, key): value for of, step, key, value in tiny_run.logged(run.folder)}
     found = logged["sft", 8, "sft/refusal_probability/toxic"]
     assert found == pytest.approx(float(plain.mean()), rel=0.05)  # trained under autocast
+
+
+def test_the_values_of_every_prompt_are_kept_beside_the_means(pair: tuple[Run, Run]) -> None:
+    run = pair[1]
+    logged = {(of, step, key): value for of, step, key, value in tiny_run.logged(run.folder)}
+    for stage, total in (("contrastive", 10), ("sft", 8)):
+        places = sorted(run.tracked(stage).glob("step-*"))
+        assert [int(place.name.removeprefix("step-")) for place in places] == [*range(total + 1)]
+        kept = json.loads((places[3] / "metrics.json").read_text())
+        values = [v["plain"] for v in kept["refusal_probability"]["values"] if v["kind"] == "toxic"]
+        mean = logged[stage, 3, f"{stage}/refusal_probability/toxic"]
+        assert sum(values) / len(values) == pytest.approx(mean)
+        norms = load_file(places[3] / "kernel" / "tail-1.safetensors")["norms"]
+        whole = ntk.normalised(norms)
+        kinds = kept["kernel"]["of"]
+        seen, trained = ([i for i, k in enumerate(kinds) if k == of] for of in ("toxic", "normal"))
+        cell = logged[stage, 3, f"{stage}/kernel/tail-1/toxic/normal"]
+        assert float(whole[seen][:, trained].mean()) == pytest.approx(cell)
+
+
+def test_what_was_measured_beyond_a_checkpoint_is_forgotten(tmp_path: Path) -> None:
+    for step in (0, 4, 5, 9):
+        (tmp_path / f"step-{step:06d}").mkdir()
+    watch = object.__new__(tracking.Watch)
+    watch.folder = tmp_path
+    watch._forget_beyond(4)
+    assert sorted(place.name for place in tmp_path.iterdir()) == ["step-000000", "step-000004"]
+
+
+def test_the_clock_of_a_stage_stops_while_it_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = analyses.refusal_probability
+
+    def slowly(*given: Any) -> Any:
+        time.sleep(0.5)
+        return measure(*given)
+
+    monkeypatch.setattr(analyses, "refusal_probability", slowly)
+    watched = ("method=stl", "tracking.quantities=[refusal_probability]", *SMALL)
+    run = Run(tmp_path / "run")
+    train_entry.train(tiny_run.settings(tmp_path / "rows", ANALYSIS, *watched), run)
+    logged = tiny_run.logged(run.folder)
+    spent = max(value for *_, key, value in logged if key == "sft/tracking_seconds")
+    assert spent > 0.5 * 9
+    assert json.loads((run.folder / "sft.cost.json").read_text())["seconds"] < 0.5 * 8
 
 
 def test_steps_are_denser_early_and_hold_both_ends() -> None:
@@ -132,7 +180,7 @@ def test_a_kind_without_a_source_is_said() -> None:
 
 def test_the_first_prompt_stands_in_where_the_papers_is_not(tmp_path: Path) -> None:
     data = tiny_run.settings(tmp_path / "rows", ANALYSIS).data
-    alone = analyses.followed(data)
+    alone = analyses.followed(analyses.every(data))
     firsts = analyses.prompts(data, None, 0)
     assert {kind: row.id for kind, row in alone.items()} == {
         kind: rows[0].id for kind, rows in firsts.items()

@@ -223,6 +223,93 @@ def test_curves_hold_the_logged_values(folders: list[Path], tmp_path: Path) -> N
     assert float(row["value"]) == 0.4 + 0.1 * 1 + 0.03 * 2 - 0.001 * 20
 
 
+def keep(folder: Path, stage: str, step: int, block: dict[str, Any]) -> Path:
+    """What tracking keeps at a step beside metrics.csv."""
+    place = folder / "tracking" / stage / f"step-{step:06d}"
+    place.mkdir(parents=True)
+    (place / "metrics.json").write_text(json.dumps(block))
+    return place / "metrics.json"
+
+
+def probability_block(offset: float) -> dict[str, Any]:
+    """Of each kind a mean with an interval around it, and one prompt that is followed."""
+    ends = [offset, offset - 0.03, offset + 0.04]
+    kinds = {kind: {"n": 5, "plain": ends, "prefix_free": ends} for kind in KINDS}
+    alone = {kind: {"id": kind, "plain": 0.5, "prefix_free": 0.25} for kind in KINDS}
+    return {"phrases": "paper", "kinds": kinds, "followed": alone, "values": []}
+
+
+def test_tracked_curves_have_intervals_where_they_were_kept(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "stl")
+    track(run, "sft", probabilities(0.1) | kernels(0.4))
+    for step in STEPS[1:]:
+        block = {"refusal_probability": probability_block(0.5 + step / 100), "kernel": matrix(step)}
+        keep(run, "sft", step, block)
+    draw(tmp_path, [run], "5a", "3", "1b")
+    found = {
+        (r["kind"], int(r["step"])): tuple(r[key] for key in ("value", "low", "high", "source"))
+        for r in values(tmp_path, "5a")
+        if r["quantity"] == "plain"
+    }
+    assert len(found) == 3 * len(STEPS)
+    assert found["toxic", 0] == (str(0.1 + 0.05), "", "", "tracking")
+    value, low, high, _ = found["toxic", 9]
+    assert (float(value), float(low), float(high)) == pytest.approx((0.59, 0.56, 0.63))
+    rows = values(tmp_path, "3")
+    assert len(rows) == 2 * 9 * len(STEPS)
+    (row,) = (
+        r for r in rows
+        if (r["params"], r["observer"], r["trained"], r["step"])
+        == ("trunk-14", "toxic", "normal", "20")
+    )  # fmt: skip
+    wanted = (20 + 0.1 + 0.03 * 2 + 1, 20 + 0.1, 20 + 0.1 + 0.2)
+    assert tuple(float(row[key]) for key in ("value", "low", "high")) == pytest.approx(wanted)
+    followed = values(tmp_path, "1b")  # single prompts, which have no interval over prompts
+    assert {r["low"] for r in followed} == {""}
+    assert {r["value"] for r in followed if r["step"] == "9"} == {"0.5", "0.25"}
+
+
+def test_torn_tracking_leaves_the_logged_curve(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "stl")
+    track(run, "sft", probabilities(0.1))
+    for step in STEPS:
+        path = keep(run, "sft", step, {"refusal_probability": probability_block(0.5)})
+        path.write_text(path.read_text()[: 20 + step])
+    text = draw(tmp_path, [run], "5a")
+    assert text.count("metrics.json: skipped, unreadable") == len(STEPS)
+    rows = values(tmp_path, "5a")
+    assert {(r["source"], r["low"]) for r in rows} == {("metrics.csv", "")}
+    assert len(rows) == 2 * 3 * len(STEPS)
+
+
+def test_kept_kernels_are_drawn_without_a_log_and_without_pairs(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "stl")
+    for step in (0, 4):
+        block = matrix(0.3)
+        block["params"]["tail-2"]["toxic"]["toxic"] = [None, None, None]  # a single toxic prompt
+        keep(run, "sft", step, {"kernel": block})
+    draw(tmp_path, [run], "3")
+    rows = values(tmp_path, "3")
+    assert len(rows) == 2 * (9 + 8)
+    assert {r["source"] for r in rows} == {"tracking"}
+
+
+def test_matrices_of_tracking_have_intervals_where_they_were_kept(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "dcr")
+    track(run, "contrastive", kernels(0.5))
+    keep(run, "contrastive", 20, {"kernel": matrix(0.3)})
+    draw(tmp_path, [run], "6")
+    found = {
+        (r["figure"], r["observer"], r["trained"]): (r["mean"], r["low"], r["high"])
+        for r in values(tmp_path, "6")
+        if r["params"] == "tail-2"
+    }
+    assert found["6a", "toxic", "normal"][1:] == ("", "")
+    assert tuple(map(float, found["6b", "toxic", "normal"])) == pytest.approx(
+        (0.3 + 0.1 + 0.06, 0.4, 0.6)
+    )
+
+
 def test_without_tracking_the_curves_come_from_snapshots(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", "stl")
     for step in (0, 8):

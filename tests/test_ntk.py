@@ -317,6 +317,22 @@ def test_with_an_adapter_the_kernel_is_that_of_the_merged_model(family: str) -> 
         assert error(base.blocks, truth.blocks) > 1e-2  # the adapter did something
 
 
+@pytest.mark.parametrize("family", ["qwen2 tied", "gpt2"])
+def test_an_adapters_own_kernel_is_that_of_explicit_jacobians(family: str) -> None:
+    config = LoraConfig(rank=2, alpha=4, dropout=0.5, targets=["all-linear"])
+    adapted: Any = models.add_lora(made(family), config, seed=0).double()
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    found = ntk.measure(adapted, PROMPTS, Settings(top_k=3, params="adapter"))
+    adapted.eval().requires_grad_(True)
+    own = [p for name, p in adapted.named_parameters() if "lora_" in name]
+    truth = jacobian_blocks(adapted, PROMPTS, found.tokens, own)
+    assert error(found.blocks, truth) < 1e-9
+    near = Settings(top_k=3, params="adapter", method="finite_difference", epsilon=1e-5)
+    assert error(ntk.measure(adapted, PROMPTS, near).blocks, truth) < 5e-4
+
+
 def test_modes_flags_and_gradients_are_left_as_they_were() -> None:
     model = made("gpt2").train()
     model.transformer.h[0].eval()
@@ -382,7 +398,8 @@ def test_a_module_with_unknown_gradients_is_named() -> None:
     [
         ({"params": "tail:4"}, r"params=tail:4: the model has blocks 1 to 3"),
         ({"params": "trunk:0"}, r"params=trunk:0: the model has blocks 1 to 3"),
-        ({"params": "adapter"}, r"params=adapter: choose tail:N, trunk:ℓ or all"),
+        ({"params": "head"}, r"params=head: choose tail:N, trunk:ℓ, all or adapter"),
+        ({"params": "adapter"}, r"params=adapter: the model has no LoRA adapter"),
         ({"top_k": 41}, r"top_k=41: choose 1 to 40"),
         ({"method": "jvp"}, r"method=jvp: choose exact or finite_difference"),
         ({"tied": "no"}, r"tied=no: choose whole or head"),

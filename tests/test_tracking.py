@@ -15,7 +15,7 @@ from tiny_run import changed, same, settings, weights
 from wandb_files import records
 
 import train
-from dcr import models, runs, tracking
+from dcr import data, models, prompts, runs, tracking
 from dcr.config import TrainConfig
 from dcr.resuming import StepSeed
 from dcr.runs import Run
@@ -128,9 +128,9 @@ def test_the_cost_of_a_stage_counts_steps_and_tokens(tiny: TrainConfig, tmp_path
     run = Run(tmp_path / "run")
     train.train(changed(tiny, "method=stl", "sft.epochs=1"), run)
     cost = json.loads((run.folder / "sft.cost.json").read_text())
-    drawn = train.data.split(tiny.data, None, 0, contrastive=False, refuses=lambda _: True)
+    drawn = data.split(tiny.data, None, 0, contrastive=False, refuses=lambda _: True)
     policy = models.open_policy(tiny.model, tiny.sft.precision)
-    chat = train.prompts.chat_format(policy.tokenizer, tiny.model)
+    chat = prompts.chat_format(policy.tokenizer, tiny.model)
     pairs = [chat.pair(r.prompt, r.response or "", 512) for r in drawn.normal + drawn.refusals]
     assert cost["steps"] == 4
     assert cost["tokens"] == sum(len(ids) for ids, _ in pairs)

@@ -5,7 +5,7 @@ scripts nothing else travels. `tree` and `evaluation` hold settings and defaults
 choices, `checks` ranges and relations, `wording` what a user reads when a setting cannot be.
 """
 
-from dcr.config.checks import SAFE_NAME, block_of
+from dcr.config.checks import SAFE_NAME, block_of, parameters
 from dcr.config.enums import (
     Adapter,
     Aggregate,
@@ -168,6 +168,7 @@ __all__ = [
     "model_of",
     "names_another_model",
     "one_line",
+    "parameters",
     "resolve",
     "source_names",
 ]

@@ -10,6 +10,14 @@ from dcr.config.errors import ConfigError
 from dcr.config.evaluation import EvalConfig
 from dcr.config.tree import AUTO_LAYER, ContrastiveConfig, TrainConfig
 
+PARAMETERS = re.compile(r"(tail|trunk):([0-9]+)|all|adapter")
+ON_WEIGHTS = (
+    Task.ability,
+    Task.refusal_probability,
+    Task.kernel,
+    Task.separability,
+    Task.claims,
+)
 SAFE_NAME = re.compile(r"[A-Za-z0-9._-]+")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")  # as Lightning spells them
 
@@ -78,6 +86,8 @@ RANGES = {
     "prompts": (_positive, "give prompts of each kind, 1 or more"),
     "top_k": (_positive, "give tokens of each prompt, 1 or more"),
     "budget_gib": (_positive, "give GiB above 0"),
+    "pairs": (_positive, "give pairs to take a step on, 1 or more"),
+    "drop": (_positive, "give nats above 0"),
     "every_n_steps": (_positive, "give 1 or more, or null"),
     "shots": (_not_negative, "give 0 or more examples"),
     "seed": (lambda v: 0 <= v < 2**32, "give a whole number in [0, 2**32)"),
@@ -169,10 +179,13 @@ def _of_evaluation(config: EvalConfig) -> list[tuple[bool, str]]:
             not at_endpoint and config.endpoint_model is not None,
             f"endpoint_model={config.endpoint_model}: say where, with endpoint=http://…/v1",
         ),
-        (
-            at_endpoint and Task.ability in config.tasks,
-            "tasks=[ability]: the harness needs the model itself, which an endpoint does not give; "
-            "leave ability out, or name the model with model=",
+        *(
+            (
+                at_endpoint and task in config.tasks,
+                f"tasks=[{task.value}]: needs the model itself, which an endpoint does not give; "
+                f"leave {task.value} out, or name the model with model=",
+            )
+            for task in ON_WEIGHTS
         ),
         (
             at_endpoint and config.snapshots,
@@ -214,3 +227,15 @@ def block_of(config: ContrastiveConfig, depth: int) -> int:
         first, last = (0, depth - 1) if config.layer_base is LayerBase.zero_based else (1, depth)
         raise ConfigError(f"dcr.layer={config.layer}: the model has blocks {first} to {last}")
     return block
+
+
+def parameters(key: str, names: list[str], depth: int) -> None:
+    """Raises ConfigError unless each names parameters of a model `depth` deep (A.6)."""
+    if not names:
+        raise ConfigError(f"{key}=[]: name parameters, such as tail:2 or trunk:{depth // 2}")
+    for name in names:
+        match = PARAMETERS.fullmatch(name)
+        if match is None:
+            raise ConfigError(f"{key}=[{name}]: choose tail:N, trunk:ℓ, all or adapter")
+        if match[2] and not 1 <= int(match[2]) <= depth:
+            raise ConfigError(f"{key}=[{name}]: the model has blocks 1 to {depth}")

@@ -31,6 +31,7 @@ class Task(Enum):
     refusal_probability = "refusal_probability"
     kernel = "kernel"
     separability = "separability"
+    claims = "claims"
 
 
 class Judge(Enum):

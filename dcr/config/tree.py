@@ -231,7 +231,8 @@ class KernelConfig:
     """The empirical NTK at the first answer token (A.6)."""
 
     top_k: int = 10
-    params: list[str] = field(default_factory=lambda: ["tail:2"])  # tail:N, trunk:ℓ, all
+    # tail:N, trunk:ℓ, all or adapter
+    params: list[str] = field(default_factory=lambda: ["tail:2"])
     head: bool = True
     normalise: Normalise = Normalise.observer
     method: KernelMethod = KernelMethod.exact

@@ -26,6 +26,7 @@ class Kind(Enum):
     head = "head"  # a linear module read at the last position alone
 
 
+ADAPTER = "adapter"
 # By what runs, not by class: a subclass with a forward of its own computes something else.
 FORWARDS: dict[object, Kind] = {
     nn.Linear.forward: Kind.linear,
@@ -51,10 +52,11 @@ def parts(model: Any, params: str, head: bool) -> list[Part]:
     """The modules of a subset, in the order of their blocks.
 
     `params`: `tail:N`, the last N blocks, the final norm and the head; `trunk:ℓ`, the first ℓ
-    blocks alone, without the embeddings; `all`. `head=False` leaves the head's matrix (and bias)
-    out, and where it is tied the embeddings with it, since the two are one parameter. Adapter
-    weights are never in. Raises ConfigError for a subset that the model does not have, and for a
-    module or adapter whose gradients this package does not know.
+    blocks alone, without the embeddings; `all`, every base weight; `adapter`, the matrices of the
+    active LoRA adapters, which are in no other subset. `head=False` leaves the head's matrix (and
+    bias) out, and where it is tied the embeddings with it, since the two are one parameter. Raises
+    ConfigError for a subset that the model does not have, and for a module or adapter whose
+    gradients this package does not know.
     """
     _check_adapters(model)
     inner = models.unwrapped(model)
@@ -66,7 +68,7 @@ def parts(model: Any, params: str, head: bool) -> list[Part]:
     found = []
     for name, module in inner.named_modules():
         own = dict(module.named_parameters(recurse=False))
-        if _in_adapter(name) or not any(id(p) in wanted for p in own.values()):
+        if not any(id(p) in wanted for p in own.values()):
             continue
         kind = _kind(name, module, own, output_layer(model))
         found.append(Part(name, module, kind, places.get(id(module), 0)))
@@ -131,9 +133,11 @@ def _wanted(model: Any, params: str, head: bool) -> dict[int, str]:
     """The ids of the subset's parameters, with their names."""
     inner, blocks = models.unwrapped(model), models.decoder_blocks(model)
     layer = output_layer(model)
+    if params == ADAPTER:
+        return _of_adapters(model)
     match = re.fullmatch(r"(tail|trunk):(\d+)", params)
     if params != "all" and match is None:
-        raise ConfigError(f"params={params}: choose tail:N, trunk:ℓ or all")
+        raise ConfigError(f"params={params}: choose tail:N, trunk:ℓ, all or adapter")
     count = int(match[2]) if match else len(blocks)
     if not 1 <= count <= len(blocks):
         raise ConfigError(f"params={params}: the model has blocks 1 to {len(blocks)}")
@@ -152,6 +156,21 @@ def _wanted(model: Any, params: str, head: bool) -> dict[int, str]:
         for name, p in every
         if id(p) in chosen and id(p) not in dropped and not _in_adapter(name)
     }
+
+
+def _of_adapters(model: Any) -> dict[int, str]:
+    active = set(getattr(model, "active_adapters", ())) if isinstance(model, PeftModel) else set()
+    found = {
+        id(p): name
+        for name, p in models.unwrapped(model).named_parameters()
+        if _in_adapter(name) and active & set(name.split("."))
+    }
+    if not found:
+        raise ConfigError(
+            "params=adapter: the model has no LoRA adapter; measure the weights of a run's SFT, "
+            "or choose tail:N, trunk:ℓ or all"
+        )
+    return found
 
 
 def _kind(name: str, module: nn.Module, own: dict[str, nn.Parameter], head: nn.Module) -> Kind:

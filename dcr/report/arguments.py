@@ -7,31 +7,34 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dcr.config import UserError
-from dcr.report import markup
+from dcr.report import claims_shown, markup
 from dcr.report.paper import TABLES
 from dcr.report.paper_figures import FIGURES, OPERATING, Wanted
 from dcr.report.printed import ENDINGS, file_name
 
 USAGE = (
     "usage: python -m dcr.report <run folders> [--table NAME ...] [--figure NAME ...] "
-    "[out=<file.html>] [margin=<points>] [data=<label>]"
+    "[--claims] [out=<file.html>] [margin=<points>] [data=<label>]"
 )
 SETTINGS = ("out", "margin", "data")
+CLAIMS = "--claims"
 
 
 @dataclass(frozen=True)
 class Command:
-    """Folders to read, the page to write, and the tables and figures beside it."""
+    """Folders to read, the page to write, and the tables, figures and claims beside it."""
 
     folders: list[Path]
     out: Path
     tables: tuple[str, ...]
     figures: Wanted
+    claims: bool = False
 
     @property
     def files(self) -> dict[str, list[Path]]:
         """The files beside the page, by table or figure."""
-        return {
+        claims = {"claims": [self.out.parent / claims_shown.FILE]} if self.claims else {}
+        return claims | {
             name: [self.out.parent / f"{name}.{ending}" for ending in endings]
             for names, endings in (
                 (self.tables, markup.WRITERS),
@@ -48,6 +51,8 @@ def parsed(arguments: Sequence[str]) -> Command:
     folders, settings = [], {}
     for argument in left:
         key, equals, value = argument.partition("=")
+        if argument == CLAIMS:
+            continue
         if equals and key in SETTINGS:
             settings[key] = value
         elif equals and not Path(argument).exists():  # a sweep's folders may hold an equals sign
@@ -61,8 +66,9 @@ def parsed(arguments: Sequence[str]) -> Command:
         raise UserError(f"out={out}: name a file, such as out=report.html")
     parent = os.path.commonpath([folder.resolve().parent for folder in folders])
     out = out or Path(os.path.relpath(parent)) / "report.html"
-    command = Command(folders, out, tables, _wanted(names, settings))
+    command = Command(folders, out, tables, _wanted(names, settings), CLAIMS in left)
     flags = {**dict.fromkeys(tables, "--table"), **{file_name(n): "--figure" for n in names}}
+    flags["claims"] = CLAIMS
     for name, files in command.files.items():
         if out in files:
             raise UserError(f"out={out}: {flags[name]} writes a file of this name; name another")

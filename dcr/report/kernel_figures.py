@@ -25,9 +25,9 @@ from dcr.report.trajectories import (
     folders,
     found_in,
     kernels,
-    logged,
     names,
     of_method,
+    tracked_kernels,
 )
 from dcr.statistics import Interval
 
@@ -183,13 +183,14 @@ def _evaluated(figure: str, records: Sequence[RunRecord], weights: str) -> list[
 def _tracked(
     figure: str, weights: str, run: RunRecord, stage: str, step: int | None
 ) -> list[Matrix]:
-    """The matrices that tracking logged at a step of a stage; at the last one with None."""
+    """The matrices that tracking found at a step of a stage; at the last one with None."""
     by_params: dict[str, dict[str, dict[str, Interval]]] = {}
-    for (params, observer, trained), curve in logged(run, stage, "kernel", 3).items():
+    for (params, observer, trained), curve in tracked_kernels(run, stage).items():
         reading = curve[-1] if step is None else curve[0]
         if step is None or reading.step == step:
             row = by_params.setdefault(params, {}).setdefault(observer, {})
-            row[trained] = Interval(reading.value, math.nan, math.nan)
+            ends = (math.nan if end is None else end for end in (reading.low, reading.high))
+            row[trained] = Interval(reading.value, *ends)
     return [
         Matrix(figure, weights, run, params, "", cells, f"{TRACKED} ({stage})")
         for params, cells in by_params.items()
@@ -227,7 +228,7 @@ def _matrices(figure: str, parts: Sequence[list[Matrix]]) -> Printed:
         f"figure{figure}",
         f"Figure {figure}: the kernel between kinds of prompts {what}",
         f"Mean normalised ‖K(x′,x)‖ {what}: rows are observers x′, columns trained prompts x; "
-        "below each mean its 95% bootstrap interval over prompts where the weights were evaluated.",
+        "below each mean its 95% bootstrap interval over prompts where one was kept.",
         MATRIX_HEADER,
         rows,
         lambda: _draw_matrices(parts),

@@ -13,7 +13,7 @@ from markupsafe import Markup
 import dcr
 from dcr import runs
 from dcr.config import Kind
-from dcr.report import figures, judged, markup
+from dcr.report import claims_shown, figures, judged, markup
 from dcr.report.cells import CONTAMINATED, IN_DISTRIBUTION, Section, any_marked, text_of
 from dcr.report.completions import Completion
 from dcr.report.entries import (
@@ -29,6 +29,7 @@ from dcr.report.entries import (
     variant,
 )
 from dcr.report.figures import Curves, Frontier, Panel, Point
+from dcr.report.finding import Finding
 from dcr.report.measured import Grids
 from dcr.report.paired import Comparison, p_value, points
 from dcr.report.paper import PaperTable
@@ -68,6 +69,7 @@ class Report:
     completions: Callable[[Entry, str], list[Completion]]
     paper: Sequence[PaperTable] = ()
     drawn: Sequence[Shown] = ()
+    claims: Sequence[Finding] = ()
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,8 @@ def render(report: Report) -> str:
         confusions=judged.confusions(report.columns),
         paper=report.paper,
         drawn=report.drawn,
+        claims=claims_shown.by_claim(report.claims),
+        claims_rule=claims_shown.RULE,
         models=_distinct(report, "model"),
         data=_distinct(report, "data"),
         curves=_curves(report),

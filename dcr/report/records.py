@@ -2,25 +2,25 @@
 
 import csv
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
 from dcr import runs
 from dcr.config import UserError
 from dcr.report import measurements, scores
-from dcr.report.measurements import Kernel, Probability, Separability
+from dcr.report.blocks import UNREADABLE, only, parts
+from dcr.report.measurements import Kernel, OneStep, Probability, Separability
 from dcr.report.printing import printable, reason
 from dcr.report.scores import Ability, Agreement, Overlap, Quality, SetScore, Usage
+from dcr.report.tracked import Tracked, read_tracked
 from dcr.runs import Run
 from dcr.statistics import Interval
 
 WEIGHTS = ("base", "contrastive", "sft", "snapshot", "endpoint")
-UNREADABLE = (ValueError, KeyError, TypeError, AttributeError)
-Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Evaluation:
     refusal_probability: Probability | None = None
     kernel: Kernel | None = None
     separability: Separability | None = None
+    one_step: OneStep | None = None  # its block `claims`
 
     @property
     def scored(self) -> bool:
@@ -62,13 +63,14 @@ class RunRecord:
     metrics: list[dict[str, Any]]
     evaluations: list[Evaluation]
     notes: list[str]  # what was skipped, and why
+    tracked: list[Tracked] = field(default_factory=list)  # by stage and step
 
 
 def read_run(folder: Path, curves_suffice: bool = False) -> RunRecord:
     """Everything readable in a run folder, with a note on everything that is not.
 
     Raises UserError if not one evaluation can be read; with `curves_suffice`, if nothing was logged
-    either.
+    or tracked either.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name run folders")
@@ -80,8 +82,8 @@ def read_run(folder: Path, curves_suffice: bool = False) -> RunRecord:
             evaluations.append(_evaluation(path, notes))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             notes.append(f"{path}: skipped, unreadable ({reason(error)})")
-    metrics = _metrics(run, notes)
-    if not evaluations and not (curves_suffice and metrics):
+    metrics, tracked = _metrics(run, notes), read_tracked(run, notes)
+    if not evaluations and not (curves_suffice and (metrics or tracked)):
         why = f" ({notes[0]})" if notes else ""
         raise UserError(f"{folder}: no evaluations there{why}; run python eval.py run={folder}")
     for place in sorted(folder.glob("eval/*/")):
@@ -94,6 +96,7 @@ def read_run(folder: Path, curves_suffice: bool = False) -> RunRecord:
         metrics,
         evaluations,
         notes,
+        tracked,
     )
 
 
@@ -133,7 +136,7 @@ def _evaluation(path: Path, notes: list[str]) -> Evaluation:
     raw = json.loads(path.read_text(encoding="utf-8"))
     if raw["weights"] not in WEIGHTS:
         raise ValueError(f"weights={raw['weights']}")
-    contamination = _parts(path, "contamination", raw, scores.overlap, notes)
+    contamination = parts(path, "contamination", raw, scores.overlap, notes)
     sets = {}
     for name, entry in (raw.get("sets") or {}).items():
         try:
@@ -141,14 +144,15 @@ def _evaluation(path: Path, notes: list[str]) -> Evaluation:
         except UNREADABLE as error:
             notes.append(f"{path}: set {name} skipped, unreadable ({reason(error)})")
             continue
-        found = _parts(path, "judged", entry, scores.judged, notes, f"sets.{name}.")
+        found = parts(path, "judged", entry, scores.judged, notes, f"sets.{name}.")
         sets[score.name] = replace(score, judged=found)
-    ability = _parts(path, "ability", raw, scores.ability, notes)
-    quality = _only(path, "quality", raw, scores.quality, notes)
-    probability = _only(path, "refusal_probability", raw, measurements.probability, notes)
-    kernel = _only(path, "kernel", raw, measurements.kernel, notes)
-    separability = _only(path, "separability", raw, measurements.separability, notes)
-    if not any((sets, ability, quality, probability, kernel, separability)):
+    ability = parts(path, "ability", raw, scores.ability, notes)
+    quality = only(path, "quality", raw, scores.quality, notes)
+    probability = only(path, "refusal_probability", raw, measurements.probability, notes)
+    kernel = only(path, "kernel", raw, measurements.kernel, notes)
+    separability = only(path, "separability", raw, measurements.separability, notes)
+    one_step = only(path, "claims", raw, measurements.one_step, notes)
+    if not any((sets, ability, quality, probability, kernel, separability, one_step)):
         raise ValueError("no set of prompts in it")
     listed = {"agreement": dict(enumerate(raw.get("agreement") or ()))}
     return Evaluation(
@@ -165,26 +169,16 @@ def _evaluation(path: Path, notes: list[str]) -> Evaluation:
         **_discernment(raw.get("discernment") or {}),
         seconds=raw.get("seconds"),
         tokens_per_second=raw.get("tokens_per_second"),
-        agreement=list(_parts(path, "agreement", listed, scores.agreement, notes).values()),
-        usage=_parts(path, "usage", raw, scores.usage, notes),
+        agreement=list(parts(path, "agreement", listed, scores.agreement, notes).values()),
+        usage=parts(path, "usage", raw, scores.usage, notes),
         ability=ability,
         quality=quality,
         contamination=contamination,
         refusal_probability=probability,
         kernel=kernel,
         separability=separability,
+        one_step=one_step,
     )
-
-
-def _only(
-    path: Path,
-    key: str,
-    raw: Mapping[str, Any],
-    parse: Callable[[Mapping[str, Any]], Part],
-    notes: list[str],
-) -> Part | None:
-    """What stands under an optional key of its own."""
-    return _parts(path, key, {key: {"": raw.get(key)}}, parse, notes).get("")
 
 
 def _discernment(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -197,28 +191,3 @@ def _discernment(raw: Mapping[str, Any]) -> dict[str, Any]:
             if value is not None
         },
     }
-
-
-def _parts(
-    path: Path,
-    key: str,
-    raw: Mapping[str, Any],
-    parse: Callable[[Mapping[str, Any]], Part],
-    notes: list[str],
-    prefix: str = "",
-) -> dict[str, Part]:
-    """What stands under an optional key, by name; what cannot be read is skipped with a note."""
-    found = raw.get(key) or {}
-    if not isinstance(found, Mapping):
-        notes.append(f"{path}: {prefix}{key} skipped, not a mapping")
-        return {}
-    parts: dict[str, Part] = {}
-    for name, part in found.items():
-        if part is None:
-            continue
-        try:
-            parts[printable(str(name))] = parse(part)
-        except UNREADABLE as error:
-            place = f"{prefix}{key}.{name}".removesuffix(".")
-            notes.append(f"{path}: {place} skipped, unreadable ({reason(error)})")
-    return parts

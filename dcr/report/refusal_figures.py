@@ -1,5 +1,6 @@
 """Figures 1, 5 and 9: refusals and their probability over the steps of SFT."""
 
+import math
 from collections.abc import Callable, Sequence
 
 from matplotlib.axes import Axes
@@ -142,7 +143,7 @@ def _mean_probability(figure: str, chosen: Sequence[RunRecord], title: str) -> P
         f"Mean refusal probability by kind: {title}",
         "Mean refusal probability (plain sum over the refusal phrases) of seemingly toxic, toxic "
         "and normal prompts against the step of SFT; bands are 95% bootstrap intervals over "
-        "prompts where snapshots were scored. The prefix-free probability is in the CSV.",
+        "prompts where they were kept. The prefix-free probability is in the CSV.",
         found,
         notes,
         "mean refusal probability",
@@ -187,13 +188,15 @@ def _curves(
 
 
 def draw_curve(axes: Axes, kind: str, curve: Sequence[Reading]) -> None:
-    """A kind's line with markers, and a band where every reading has an interval."""
+    """A kind's line with markers, and a band between readings that have an interval."""
     colour, marker, dashes = printed.kind_style(kind)
     steps = [reading.step for reading in curve]
     axes.plot(steps, [r.value for r in curve], color=colour, marker=marker, linestyle=dashes)
-    ends = [(r.low, r.high) for r in curve if r.low is not None and r.high is not None]
-    if len(ends) == len(curve):
-        lows, highs = zip(*ends, strict=True)
+    lows, highs = (
+        [math.nan if end is None else end for end in ends]
+        for ends in ([r.low for r in curve], [r.high for r in curve])
+    )
+    if not all(map(math.isnan, lows)):
         axes.fill_between(steps, lows, highs, color=colour, alpha=0.15, linewidth=0)
 
 

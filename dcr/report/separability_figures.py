@@ -15,12 +15,11 @@ from dcr.report.figures import INK, MARKERS, PALETTE
 from dcr.report.measurements import LAYER_SCORES, Separability
 from dcr.report.printed import Printed
 from dcr.report.records import Evaluation, RunRecord
-from dcr.report.trajectories import config_of, folders, names
+from dcr.report.trajectories import STAGES, config_of, folders, name_of_weights, names
 
 ACROSS = 6  # panels of Figure 8 side by side
 DRAWN_AS_VECTORS = 4000  # points; more are one picture inside the SVG, its text still text
 CLASSES = ("seemingly_toxic", "toxic")  # by label
-STAGES = {"base": "base model", "contrastive": "after stage one", "sft": "after SFT"}
 CURE = (
     "run python eval.py run=<run> tasks=[separability] (stage=contrastive for those between "
     "the stages), or model=<name> for the base model"
@@ -40,7 +39,7 @@ class Measured:
 def _measured(figure: str, records: Sequence[RunRecord]) -> list[Measured]:
     called = names(records)
     found = [
-        Measured(_name(name, run, evaluation), run, evaluation, evaluation.separability)
+        Measured(name_of_weights(name, run, evaluation), run, evaluation, evaluation.separability)
         for stage in STAGES
         for name, run in zip(called, records, strict=True)
         for evaluation in run.evaluations
@@ -50,14 +49,6 @@ def _measured(figure: str, records: Sequence[RunRecord]) -> list[Measured]:
     if not distinct:
         raise UserError(f"figure {figure}: no separability in {folders(records)}; {CURE}")
     return list(distinct.values())
-
-
-def _name(run_name: str, run: RunRecord, evaluation: Evaluation) -> str:
-    stage = STAGES[evaluation.weights]
-    if evaluation.weights == "base":
-        model = evaluation.about.get("model") or config_of(run, "model")
-        return f"{stage}, {model}" if model else stage
-    return f"{run_name}, {stage}"
 
 
 def figure7(records: Sequence[RunRecord]) -> Printed:

@@ -1,25 +1,33 @@
-"""Quantities over the steps of SFT, from tracking (metrics.csv) or else from scored snapshots."""
+"""Quantities over the steps of SFT, from tracking or else from scored snapshots.
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+Tracking logs means to metrics.csv, and keeps intervals in a folder a step, which older runs lack.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from dcr import runs
 from dcr.config import UserError
 from dcr.report.entries import METHODS, steering
-from dcr.report.measurements import QUANTITIES
+from dcr.report.measurements import QUANTITIES, Kernel, Probability
 from dcr.report.printing import printable
 from dcr.report.records import Evaluation, RunRecord
 from dcr.report.scores import SetScore
+from dcr.report.tracked import Tracked
 from dcr.statistics import Interval
 
 PREFIXES = {"plain": "refusal_probability", "prefix_free": "refusal_probability_prefix_free"}
-TRACKED, SCORED = "metrics.csv", "snapshots"
+TRACKED, KEPT, SCORED = "metrics.csv", "tracking", "snapshots"
+STAGES = {"base": "base model", "contrastive": "after stage one", "sft": "after SFT"}
 Key = tuple[str, ...]
+Block = TypeVar("Block", Probability, Kernel)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A value after some steps; the interval is None where tracking logged the value alone."""
+    """A value after some steps; the interval is None where only the value was kept."""
 
     step: int
     value: float
@@ -59,6 +67,15 @@ def _name(run: RunRecord, with_model: bool) -> str:
     parts += [preset] if preset not in ("", "-", "paper") else []
     parts += [f"seed {seed}"] if seed else []
     return ", ".join([*parts, *([config_of(run, "model")] if with_model else [])])
+
+
+def name_of_weights(run_name: str, run: RunRecord, evaluation: Evaluation) -> str:
+    """Which weights were evaluated: of a run after a stage or step of SFT, or the base model."""
+    if evaluation.weights == "base":
+        model = evaluation.about.get("model") or config_of(run, "model")
+        return ", ".join(filter(None, (STAGES["base"], model)))
+    stage = STAGES.get(evaluation.weights, evaluation.weights)
+    return f"{run_name}, {stage if evaluation.step is None else f'SFT step {evaluation.step}'}"
 
 
 def of_method(records: Sequence[RunRecord], method: str) -> list[RunRecord]:
@@ -116,55 +133,106 @@ def logged(run: RunRecord, stage: str, prefix: str, parts: int) -> dict[Key, lis
 
 def kind_probabilities(run: RunRecord) -> Trajectory | None:
     """Mean refusal probabilities by (quantity, kind)."""
-    tracked = {
+    curves = {
         (quantity, *kind): curve
         for quantity, prefix in PREFIXES.items()
         for kind, curve in logged(run, "sft", prefix, 1).items()
     }
-    if tracked:
-        return Trajectory(run, tracked, TRACKED)
-    curves: dict[Key, list[Reading]] = {}
-    for scored in snapshots(run, lambda e: e.refusal_probability):
-        assert scored.refusal_probability
-        for quantity in QUANTITIES:
-            for kind, mean in scored.refusal_probability.kinds[quantity].items():
-                _append(curves, (quantity, kind), scored, mean)
-    return Trajectory(run, curves, SCORED) if curves else None
+    return _trajectory(run, curves, _probability, _by_kind)
 
 
 def followed_probabilities(run: RunRecord) -> Trajectory | None:
-    """Refusal probabilities of the followed prompts by (quantity, kind)."""
-    tracked = logged(run, "sft", f"{PREFIXES['plain']}/followed", 1)
-    if tracked:
-        return Trajectory(run, {("plain", *k): curve for k, curve in tracked.items()}, TRACKED)
-    curves: dict[Key, list[Reading]] = {}
-    for scored in snapshots(run, lambda e: e.refusal_probability):
-        assert scored.refusal_probability
-        for quantity in QUANTITIES:
-            for kind, value in scored.refusal_probability.followed[quantity].items():
-                reading = Reading(scored.step or 0, value)
-                curves.setdefault((quantity, kind), []).append(reading)
-    return Trajectory(run, curves, SCORED) if curves else None
+    """Refusal probabilities of the followed prompts by (quantity, kind), single values each."""
+    curves = logged(run, "sft", f"{PREFIXES['plain']}/followed", 1)
+    plain = {("plain", *kind): curve for kind, curve in curves.items()}
+    return _trajectory(run, plain, _probability, _by_followed)
 
 
 def kernels(run: RunRecord) -> Trajectory | None:
     """Mean normalised norms by (params, observer, trained)."""
-    tracked = logged(run, "sft", "kernel", 3)
-    if tracked:
-        return Trajectory(run, tracked, TRACKED)
-    curves: dict[Key, list[Reading]] = {}
-    for scored in snapshots(run, lambda e: e.kernel):
-        assert scored.kernel
-        for params, matrix in scored.kernel.params.items():
-            for observer, row in matrix.items():
-                for trained, mean in row.items():
-                    _append(curves, (params, observer, trained), scored, mean)
-    return Trajectory(run, curves, SCORED) if curves else None
+    return _trajectory(run, logged(run, "sft", "kernel", 3), _kernel, _by_pair)
 
 
-def _append(curves: dict[Key, list[Reading]], key: Key, scored: Evaluation, mean: Interval) -> None:
-    reading = Reading(scored.step or 0, mean.estimate, mean.low, mean.high)
-    curves.setdefault(key, []).append(reading)
+def tracked_kernels(run: RunRecord, stage: str) -> dict[Key, list[Reading]]:
+    """What tracking found of the kernel during a stage, by (params, observer, trained)."""
+    return _joined(logged(run, stage, "kernel", 3), _kept(run, stage, _kernel, _by_pair))
+
+
+def _trajectory(
+    run: RunRecord,
+    curves: Mapping[Key, list[Reading]],
+    block: Callable[[Tracked | Evaluation], Block | None],
+    read: Callable[[int, Block], Iterator[tuple[Key, Reading]]],
+) -> Trajectory | None:
+    """Curves that were logged, with what tracking kept; of neither, those of snapshots."""
+    kept = _kept(run, "sft", block, read)
+    if curves or kept:
+        return Trajectory(run, _joined(curves, kept), KEPT if kept else TRACKED)
+    scored = [
+        reading
+        for e in snapshots(run, block)
+        if (found := block(e))
+        for reading in read(e.step or 0, found)
+    ]
+    return Trajectory(run, _joined({}, scored), SCORED) if scored else None
+
+
+def _kept(
+    run: RunRecord,
+    stage: str,
+    block: Callable[[Tracked | Evaluation], Block | None],
+    read: Callable[[int, Block], Iterator[tuple[Key, Reading]]],
+) -> list[tuple[Key, Reading]]:
+    return [
+        reading
+        for tracked in run.tracked
+        if tracked.stage == stage and (found := block(tracked))
+        for reading in read(tracked.step, found)
+    ]
+
+
+def _joined(
+    curves: Mapping[Key, list[Reading]], kept: Iterable[tuple[Key, Reading]]
+) -> dict[Key, list[Reading]]:
+    """Curves by step, where what was kept of a step stands in place of its bare value."""
+    by_step = {key: {reading.step: reading for reading in curve} for key, curve in curves.items()}
+    for key, reading in kept:
+        by_step.setdefault(key, {})[reading.step] = reading
+    return {key: [curve[step] for step in sorted(curve)] for key, curve in by_step.items()}
+
+
+def _probability(found: Tracked | Evaluation) -> Probability | None:
+    return found.refusal_probability
+
+
+def _kernel(found: Tracked | Evaluation) -> Kernel | None:
+    return found.kernel
+
+
+def _by_kind(step: int, found: Probability) -> Iterator[tuple[Key, Reading]]:
+    for quantity in QUANTITIES:
+        for kind, mean in found.kinds[quantity].items():
+            yield from _reading((quantity, kind), step, mean)
+
+
+def _by_followed(step: int, found: Probability) -> Iterator[tuple[Key, Reading]]:
+    for quantity in QUANTITIES:
+        for kind, value in found.followed[quantity].items():
+            yield (quantity, kind), Reading(step, value)
+
+
+def _by_pair(step: int, found: Kernel) -> Iterator[tuple[Key, Reading]]:
+    for params, matrix in found.params.items():
+        for observer, row in matrix.items():
+            for trained, mean in row.items():
+                yield from _reading((params, observer, trained), step, mean)
+
+
+def _reading(key: Key, step: int, mean: Interval) -> Iterator[tuple[Key, Reading]]:
+    """Nothing where there is no mean, as of a kind without a pair; ends that are not finite go."""
+    if math.isfinite(mean.estimate):
+        ends = (mean.low, mean.high)
+        yield key, Reading(step, mean.estimate, *(ends if all(map(math.isfinite, ends)) else ()))
 
 
 def shared_sets(evaluations: Sequence[Evaluation]) -> dict[str, SetScore]:

@@ -1,15 +1,17 @@
 """The paper's quantities as curves over a stage: refusal probability and kernel at chosen steps."""
 
 import copy
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from dcr import analyses
+from dcr import analyses, runs
 from dcr.config import DataConfig, Kind, Quantity, TrackingConfig
 from dcr.models import Policy
 from dcr.prompts import ChatFormat
@@ -53,26 +55,42 @@ def watched(config: TrackingConfig, data: DataConfig, seed: int) -> Watched | No
         Quantity.refusal_probability: config.refusal_prob.prompts,
         Quantity.kernel: config.entk.prompts,
     }
-    rows = {q: analyses.prompts(data, counts[q], seed) for q in config.quantities}
-    return Watched(config, rows, analyses.followed(data), seed)
+    every = analyses.every(data)
+    rows = {q: analyses.drawn(every, counts[q], seed) for q in config.quantities}
+    return Watched(config, rows, analyses.followed(every), seed)
 
 
 class Watch(Callback):
     """Measures refusal probability and kernel at chosen steps of a stage.
 
     Keys are `<stage>/refusal_probability/<kind>` (the plain sum), `…_prefix_free/<kind>`,
-    `…/followed/<kind>` and `<stage>/kernel/<params>/<observer kind>/<trained kind>`. Measuring
+    `…/followed/<kind>` and `<stage>/kernel/<params>/<observer kind>/<trained kind>`. The values of
+    every prompt and whole kernels go to `folder`/step-…, for intervals over prompts. Measuring
     draws no random number and leaves modes as they are: training is the same to the bit with it.
     """
 
     def __init__(
-        self, stage: str, policy: Policy, chat: ChatFormat, watched: Watched, steps: list[int]
+        self,
+        stage: str,
+        policy: Policy,
+        chat: ChatFormat,
+        watched: Watched,
+        steps: list[int],
+        folder: Path,
     ) -> None:
-        self.stage, self.policy, self.chat = stage, policy, chat
+        self.stage, self.policy, self.chat, self.folder = stage, policy, chat, folder
         self.watched, self.steps, self.seconds = watched, set(steps), 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self._forget_beyond(trainer.global_step)
         self._measure(trainer)
+
+    def _forget_beyond(self, step: int) -> None:
+        """What an earlier process measured at steps that are now trained again."""
+        for place in self.folder.glob("step-*"):
+            if int(place.name.removeprefix("step-")) > step:
+                shutil.rmtree(place)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -85,9 +103,14 @@ class Watch(Callback):
             return
         began = time.perf_counter()
         found: dict[str, float] = {}
+        blocks: dict[str, Any] = {}
+        place = self.folder / f"step-{step:06d}"
         with trainer.precision_plugin.forward_context():
             for quantity, rows in self.watched.rows.items():
-                found |= MEASURES[quantity](self.policy, self.chat, rows, self.watched)
+                measure, values_of = MEASURES[quantity]
+                blocks[quantity.value] = measure(self.policy, self.chat, rows, self.watched, place)
+                found |= values_of(blocks[quantity.value])
+        runs.write_json(place / "metrics.json", blocks)
         self.seconds += time.perf_counter() - began
         found["tracking_seconds"] = self.seconds
         for logger in trainer.loggers:
@@ -96,11 +119,14 @@ class Watch(Callback):
 
 
 def _refusal_probability(
-    policy: Policy, chat: ChatFormat, rows: analyses.Prompts, watched: Watched
-) -> dict[str, float]:
-    block = analyses.refusal_probability(
+    policy: Policy, chat: ChatFormat, rows: analyses.Prompts, watched: Watched, _: Path
+) -> dict[str, Any]:
+    return analyses.refusal_probability(
         policy, chat, rows, watched.alone, watched.config.refusal_prob, watched.seed
     )
+
+
+def _probabilities(block: Mapping[str, Any]) -> dict[str, float]:
     found = {}
     for kind, means in block["kinds"].items():
         found[f"refusal_probability/{kind}"] = means["plain"][0]
@@ -111,15 +137,18 @@ def _refusal_probability(
 
 
 def _kernel(
-    policy: Policy, chat: ChatFormat, rows: analyses.Prompts, watched: Watched
-) -> dict[str, float]:
+    policy: Policy, chat: ChatFormat, rows: analyses.Prompts, watched: Watched, place: Path
+) -> dict[str, Any]:
     """On a copy in fp32, which products of gradients need, where the weights are narrower."""
     model = policy.model
     if any(parameter.dtype.itemsize < 4 for parameter in model.parameters()):
         model = copy.deepcopy(model).float()
     copied = Policy(model, policy.tokenizer, policy.name)
     with torch.autocast(model.device.type, enabled=False):
-        block = analyses.kernel(copied, chat, rows, watched.config.entk, watched.seed)
+        return analyses.kernel(copied, chat, rows, watched.config.entk, watched.seed, place)
+
+
+def _norms(block: Mapping[str, Any]) -> dict[str, float]:
     return {
         f"kernel/{params}/{observer}/{trained}": cell[0]
         for params, means in block["params"].items()
@@ -128,4 +157,7 @@ def _kernel(
     }
 
 
-MEASURES = {Quantity.refusal_probability: _refusal_probability, Quantity.kernel: _kernel}
+MEASURES = {
+    Quantity.refusal_probability: (_refusal_probability, _probabilities),
+    Quantity.kernel: (_kernel, _norms),
+}

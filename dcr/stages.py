@@ -1,0 +1,205 @@
+"""The two stages of a run folder, each from the weights it starts from to its result."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning import Callback, Trainer
+from lightning.pytorch.loggers import Logger
+
+from dcr import models, prompts, resuming, runs, tracking
+from dcr.config import Adapter, Method, Precision, Stage, TrainConfig
+from dcr.contrastive import ContrastiveModule
+from dcr.data import SafetyData, Splits
+from dcr.models import Policy
+from dcr.prompts import ChatFormat
+from dcr.runs import Lease, Run
+from dcr.sft import SFTModule
+
+log = logging.getLogger(__name__)
+
+LIGHTNING_PRECISION = {
+    Precision.mixed: "bf16-mixed",
+    Precision.bf16: "bf16-mixed",
+    Precision.fp32: "32-true",
+}
+STEP_LOSS = {Stage.contrastive: "contrastive/step_circle", Stage.sft: "sft/step_nll"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the stages of one command share."""
+
+    settings: TrainConfig
+    run: Run
+    rows: Splits
+    block: int
+    lease: Lease | None  # None in processes that help another one with its run folder
+    loggers: list[Logger]
+    watched: tracking.Watched | None = None
+
+
+def train_contrastive(job: Job) -> None:
+    """Stage one: from the base model to `contrastive/`."""
+    settings, run = job.settings, job.run
+    policy = models.open_policy(settings.model, settings.dcr.precision, settings.seed)
+    _claim_base(job, Stage.contrastive, policy)
+    if settings.dcr.adapter is Adapter.lora:
+        adapted = models.add_lora(policy.model, settings.dcr.lora, settings.seed, blocks=job.block)
+        policy = Policy(adapted, policy.tokenizer, policy.name)
+    chat = prompts.chat_format(policy.tokenizer, settings.model)
+    batches = _batches(job, Stage.contrastive, chat)
+    total = batches.steps_per_epoch * settings.dcr.epochs
+    module = ContrastiveModule(policy, settings.dcr, job.block, total)
+    seen = _measuring(job, Stage.contrastive, policy, chat, total)
+    with _fitted(job, Stage.contrastive, module, batches, total, *seen) as writes:
+        if settings.dcr.adapter is Adapter.lora:
+            policy = Policy(policy.model.merge_and_unload(), policy.tokenizer, policy.name)
+        if writes:
+            models.save_full(policy, run.stage("contrastive"))
+
+
+def train_sft(job: Job) -> None:
+    """Stage two: from the base model (STL, STL-aug) or `contrastive/` (DCR) to `sft/`."""
+    settings, run = job.settings, job.run
+    policy = _sft_start(settings, run)
+    _claim_base(job, Stage.sft, policy)
+    output_rows = models.head(policy.model).weight.detach()
+    chat = prompts.chat_format(
+        policy.tokenizer, settings.model, settings.sft.terminator, output_rows
+    )
+    base = policy.name
+    adapted = models.add_lora(policy.model, settings.sft.lora, settings.seed)
+    policy = Policy(adapted, policy.tokenizer, policy.name)
+    batches = _batches(job, Stage.sft, chat)
+    if batches.too_long:
+        log.warning(
+            "%d pairs have no room for a response within sft.max_len=%d and were left out",
+            len(batches.too_long),
+            settings.sft.max_len,
+        )
+    total = batches.steps_per_epoch * settings.sft.epochs
+    module = SFTModule(policy, settings.sft, total)
+    steps = tracking.snapshot_steps(total, settings.tracking.snapshots)
+    snapshots = tracking.Snapshots(run, policy, base, steps)
+    seen = _measuring(job, Stage.sft, policy, chat, total)
+    with _fitted(job, Stage.sft, module, batches, total, snapshots, *seen) as writes:
+        if writes:
+            models.save_adapter(policy, run.stage("sft"), base)
+
+
+def _measuring(
+    job: Job, stage: Stage, policy: Policy, chat: ChatFormat, total: int
+) -> list[Callback]:
+    if job.watched is None:
+        return []
+    steps = tracking.watched_steps(total, job.settings.tracking.every_n_steps)
+    place = job.run.tracked(stage.value)
+    return [tracking.Watch(stage.value, policy, chat, job.watched, steps, place)]
+
+
+def _batches(job: Job, stage: Stage, chat: ChatFormat) -> SafetyData:
+    settings = job.settings
+    context = models.facts(settings.model).context
+    return SafetyData(
+        stage, job.rows, chat, settings.dcr, settings.sft, settings.seed, context=context
+    )
+
+
+def _sft_start(settings: TrainConfig, run: Run) -> Policy:
+    if settings.method is not Method.dcr:
+        return models.open_policy(settings.model, settings.sft.precision, settings.seed)
+    return models.open_folder(
+        str(run.stage("contrastive")),
+        settings.sft.precision,
+        trust_remote_code=settings.model.trust_remote_code,
+    )
+
+
+def _claim_base(job: Job, stage: Stage, policy: Policy) -> None:
+    if job.lease is None:
+        return
+    name, commit = Path(policy.name), getattr(policy.model.config, "_commit_hash", None)
+    weights = models.weights_fingerprint(name) if name.is_dir() else f"{policy.name}@{commit}"
+    runs.claim_base(job.run, stage.value, weights, job.settings.force)
+
+
+@contextmanager
+def _fitted(
+    job: Job,
+    stage: Stage,
+    module: resuming.ResumableModule,
+    batches: SafetyData,
+    total: int,
+    *callbacks: Callback,
+) -> Iterator[bool]:
+    """Train to the end. Inside, the result may be written, by the process that is told True."""
+    folder = job.run.checkpoints(stage.value)
+    checkpoint = resuming.newest_checkpoint(folder)
+    step = resuming.step_of(checkpoint)
+    if checkpoint:
+        log.info("%s: going on after step %d of %d", stage.value, step, total)
+    if job.lease:
+        runs.forget_metrics_beyond(job.run, stage.value, step)
+    followed = [*_first(job, stage), *callbacks, *_last(job, stage, total)]
+    trainer = _trainer(job, stage, total // batches.steps_per_epoch, followed)
+    with resuming.memory_errors_explained():
+        trainer.fit(module, datamodule=batches, ckpt_path=checkpoint, weights_only=True)
+    if job.lease:
+        job.lease.check()
+    yield trainer.is_global_zero
+    if trainer.is_global_zero:
+        forget_checkpoints(job.run, stage)
+    trainer.strategy.barrier()  # no process opens a result that another is still writing
+
+
+def _first(job: Job, stage: Stage) -> list[Callback]:
+    """The clock stops at the end of a step before anything is measured or saved there."""
+    return [tracking.StepClock(job.run, stage.value)]
+
+
+def _last(job: Job, stage: Stage, total: int) -> list[Callback]:
+    """Checkpoints come last, when a step's other traces are there."""
+    options = job.settings.trainer
+    bar = tracking.Progress(stage.value, total, STEP_LOSS[stage])
+    return [
+        *([bar] if options.progress else []),
+        resuming.StepSeed(job.settings.seed),
+        *([tracking.Holding(job.lease)] if job.lease else []),
+        resuming.Checkpoints(job.run.checkpoints(stage.value), options.checkpoint_every_n_steps),
+    ]
+
+
+def _trainer(job: Job, stage: Stage, epochs: int, callbacks: list[Callback]) -> Trainer:
+    settings, options = job.settings, job.settings.trainer
+    contrastive = stage is Stage.contrastive
+    precision = settings.dcr.precision if contrastive else settings.sft.precision
+    return Trainer(
+        accelerator=options.accelerator,
+        devices=options.devices,
+        num_nodes=options.num_nodes,
+        strategy=options.strategy,
+        precision=LIGHTNING_PRECISION[precision],  # pyright: ignore[reportArgumentType]
+        max_epochs=epochs,
+        logger=[tracking.RunLogger(job.run, stage.value), *job.loggers],
+        callbacks=callbacks,
+        plugins=[resuming.VerifiedCheckpointIO()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        gradient_clip_val=settings.dcr.optim.clip if contrastive else None,
+        default_root_dir=str(job.run.folder),
+    )
+
+
+def forget_checkpoints(run: Run, stage: Stage) -> None:
+    for file in run.checkpoints(stage.value).glob("*"):
+        file.unlink()
+
+
+TRAIN = {Stage.contrastive: train_contrastive, Stage.sft: train_sft}

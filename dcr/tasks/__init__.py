@@ -1,0 +1,119 @@
+"""What is measured of one subject: answers, verdicts, ability, quality and the paper's analyses.
+
+`scoring` counts answers, `weights` measures the weights themselves, `records` keeps `metrics.json`.
+"""
+
+import functools
+import time
+from contextlib import ExitStack
+from typing import Any
+
+from dcr import activations, benchmarks, config, endpoints, judges, models, runs, steering, subjects
+from dcr.benchmarks import Benchmark, ability, quality
+from dcr.config import ConfigError, EvalConfig, Kind, Task
+from dcr.models import Policy
+from dcr.runs import Run
+from dcr.subjects import Subject
+from dcr.tasks import records, scoring
+from dcr.tasks.scoring import Answers
+from dcr.tasks.weights import MEASURED, TRUNK
+
+__all__ = ["check", "measure", "sets"]
+
+
+def sets(settings: EvalConfig) -> list[Benchmark]:
+    """The prompts of every task that has a model answer prompts."""
+    if settings.steering.validation:
+        return _validation(settings)
+    found = benchmarks.read(settings.tasks, settings.data, settings.limit, settings.seed)
+    if Task.quality in settings.tasks:
+        source = settings.quality.source
+        found.append(
+            benchmarks.read_set(
+                source, Kind.normal, settings.data.root, settings.limit, settings.seed
+            )
+        )
+    return found
+
+
+def _validation(settings: EvalConfig) -> list[Benchmark]:
+    """The prompts that extraction leaves, the same first ones for every method of steering."""
+    left = steering.extraction(settings.data, settings.steering, settings.seed)
+    return [
+        Benchmark(f"validation_{name}", kind, rows[: settings.limit])
+        for name, kind, rows in (
+            ("seemingly_toxic", Kind.seemingly_toxic, left.validation_seemingly_toxic),
+            ("harmful", Kind.toxic, left.validation_harmful),
+        )
+    ]
+
+
+def check(settings: EvalConfig) -> None:
+    """Raises a UserError for all that can be known wrong before a model is loaded."""
+    judges.check(settings.judge, settings)
+    if settings.endpoint is not None:
+        endpoints.check(subjects.server_of(settings), "endpoint")
+    if Task.ability in settings.tasks:
+        ability.check(settings.ability, settings.data.root)
+    if Task.quality in settings.tasks:
+        quality.check(settings)
+    if {Task.kernel, Task.claims} & set(settings.tasks):
+        _check_parameters(settings)
+
+
+def _check_parameters(settings: EvalConfig) -> None:
+    depth = models.facts(settings.model).depth
+    if Task.kernel in settings.tasks:
+        config.parameters("entk.params", settings.entk.params, depth)
+    if Task.claims in settings.tasks:
+        layer = settings.claims.layer
+        if layer is not None and not 1 <= layer <= depth:
+            raise ConfigError(f"claims.layer={layer}: the model has blocks 1 to {depth}")
+        named = [f"trunk:{depth}" if p == TRUNK else p for p in settings.claims.params]
+        config.parameters("claims.params", named, depth)
+
+
+def measure(
+    settings: EvalConfig, run: Run, subject: Subject, asked: list[Benchmark]
+) -> tuple[dict[str, Any], Answers]:
+    """What `metrics.json` of one subject now says, and its answers to the prompts of `asked`."""
+    folder = subjects.answers_folder(settings, run, subject)
+    began = time.perf_counter()
+    found: dict[str, Any] = {}
+    with ExitStack() as stack:
+        policy = _opener(settings, run, subject, stack, found)
+        answers = scoring.answers(settings, subject, asked, folder, policy)
+        for task, measured in MEASURED.items():
+            if task in settings.tasks:
+                found[task.value] = measured(settings, run, policy, folder)
+        policy.cache_clear()  # before a guard of eight billion parameters needs the room
+    if Task.quality in settings.tasks:
+        found["quality"] = scoring.win_rate(settings, run, asked, answers, folder)
+    judged = [b for b in asked if b.kind is not Kind.normal]
+    if judged:
+        found |= scoring.scores(settings, run, judged, answers, folder)
+    origin = records.origin(settings, run, subject)
+    metrics = origin | records.kept(folder, origin["settings"]) | found
+    metrics["seconds"] = round(time.perf_counter() - began, 1)
+    metrics["peak_memory_gib"] = round(runs.peak_memory_gib(), 2)
+    records.set_aside(folder, origin["settings"])
+    runs.write_json(folder / "metrics.json", metrics)
+    print(f"{subject.weights}: {folder}")
+    return metrics, answers
+
+
+def _opener(
+    settings: EvalConfig, run: Run, subject: Subject, stack: ExitStack, found: dict[str, Any]
+) -> Any:
+    """Opens the weights, under the edits asked for, when they are first needed; then remembers."""
+
+    @functools.cache
+    def opened() -> Policy:
+        policy = subjects.opened(settings, subject)
+        if steering.acts(settings.steering):
+            steered = subjects.steered(settings, policy, run.folder / "steering")
+            stack.enter_context(activations.edited(policy.model, steered.edits))
+            found["steering"] = steered.record
+        return policy
+
+    return opened
