@@ -31,18 +31,28 @@ def subjects(settings: EvalConfig, run: Run) -> list[Subject]:
     if settings.run is None:
         return [Subject("base")]
     if settings.snapshots:
-        found = sorted(run.snapshots.glob("step-*"))
-        if not found:
-            raise ConfigError(
-                f"run={run.folder}: holds no snapshots; train with tracking.snapshots=<number>"
-            )
-        return [Subject("snapshot", f, int(f.name.removeprefix("step-"))) for f in found]
+        return _snapshots(settings, run)
     if settings.stage is Stage.all:
         return [final(run)]
     stage = settings.stage.value
     if not run.done(stage):
         raise ConfigError(f"stage={stage}: {run.folder} holds no {stage}/; train that stage first")
     return [Subject(stage, run.stage(stage))]
+
+
+def _snapshots(settings: EvalConfig, run: Run) -> list[Subject]:
+    found = {int(f.name.removeprefix("step-")): f for f in sorted(run.snapshots.glob("step-*"))}
+    if not found:
+        raise ConfigError(
+            f"run={run.folder}: holds no snapshots; train with tracking.snapshots=<number>"
+        )
+    wanted = found if settings.steps is None else dict.fromkeys(settings.steps)
+    if missing := [step for step in wanted if step not in found]:
+        raise ConfigError(
+            f"steps={settings.steps}: {run.folder} holds no snapshot of step {missing[0]}; choose "
+            f"from {', '.join(map(str, found))}"
+        )
+    return [Subject("snapshot", found[step], step) for step in wanted]
 
 
 def final(run: Run) -> Subject:

@@ -95,6 +95,17 @@ def test_snapshots_are_scored_each_with_its_step(trained: Run) -> None:
     assert len(saved) == 3  # the two asked for, and step 0
 
 
+def test_some_snapshots_can_be_named(trained: Run) -> None:
+    saved = [int(f.name.removeprefix("step-")) for f in sorted(trained.snapshots.iterdir())]
+    asked = f"steps=[{saved[-1]},{saved[0]}]"
+    settings, run = resolved(f"run={trained.folder}", "snapshots=true", asked)
+    assert [s.step for s in subjects.subjects(settings, run)] == [saved[-1], saved[0]]
+    settings, run = resolved(f"run={trained.folder}", "snapshots=true", "steps=[999]")
+    choices = ", ".join(map(str, saved))
+    with pytest.raises(ConfigError, match=rf"no snapshot of step 999; choose from {choices}$"):
+        subjects.subjects(settings, run)
+
+
 def test_a_stage_in_between_can_be_named(trained: Run, tmp_path: Path) -> None:
     settings, run = resolved(f"run={trained.folder}", "stage=contrastive")
     assert subjects.subjects(settings, run) == [
@@ -144,6 +155,8 @@ def test_base_model_needs_no_run(tmp_path: Path) -> None:
         ((), "nothing to evaluate"),
         (("run=/nowhere/at/all",), "no config.yaml"),
         (("run=/nowhere/at/all", "model=tiny"), "give one of the two"),
+        (("model=tiny", "steps=[3]"), r"steps=\[3\]: picks among snapshots; add snapshots=true"),
+        (("model=tiny", "snapshots=true", "steps=[]"), r"steps=\[\]: name at least one step"),
         (("endpoint=http://127.0.0.1:9/v1",), "say which model there, with endpoint_model="),
         (("endpoint=http://127.0.0.1:9/v1", "model=tiny"), "two things to evaluate; give one"),
     ],

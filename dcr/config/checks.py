@@ -192,6 +192,11 @@ def _of_evaluation(config: EvalConfig) -> list[tuple[bool, str]]:
             "snapshots=true: an endpoint has none; name a run with run=",
         ),
         (
+            config.steps is not None and not config.snapshots,
+            f"steps={config.steps}: picks among snapshots; add snapshots=true",
+        ),
+        (config.steps == [], "steps=[]: name at least one step, or leave it out for all"),
+        (
             at_endpoint and config.gen.self_cd is not None,
             f"gen.self_cd={config.gen.self_cd}: an endpoint shows no logits to contrast; leave it "
             "out, or name the model with model=",

@@ -212,6 +212,7 @@ class EvalConfig:
     run: str | None = None
     stage: Stage = Stage.all  # whose weights: contrastive, sft, or all for the last that is done
     snapshots: bool = False  # score every adapter snapshot of the run, for the frontier
+    steps: list[int] | None = None  # of which snapshots; null: all
     endpoint: str | None = None  # an OpenAI-compatible server to evaluate instead of a model
     endpoint_model: str | None = None
     endpoint_key: str | None = None  # the environment variable that holds the key, if one is needed

@@ -83,7 +83,9 @@ def _without(
 
 def _absent(claim: str, lack: str, command: str, records: Sequence[RunRecord]) -> Finding:
     dcr = [run for run in records if config_of(run, "method") == "dcr"]
-    command = command.format(run=folders((dcr or list(records))[:1]))
+    # stage one is what a run of another method lacks
+    able = dcr if "stage=contrastive" in command else dcr or list(records)
+    command = command.format(run=folders(able[:1]) or "<dcr run>")
     return Finding(claim, ABSENT, f"{lack}; run {command}", command)
 
 
