@@ -1,6 +1,8 @@
 """plan=true against published parameter counts, the paper's step counts and measured tensors."""
 
+import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from dcr import cli, config, data, models, plan, refusal
-from dcr.config import ConfigError, LoraConfig, Precision, Stage, TrainConfig
+from dcr.config import ConfigError, LoraConfig, Method, Precision, Stage, TrainConfig
 from dcr.plan import cost, rows, shape, text
 
 # peft asks transformers for a name that the latter has renamed
@@ -257,6 +259,19 @@ def test_plan_of_the_paper_says_what_it_did_not_read(no_weights: None) -> None:
     assert "estimated at 4 characters a token" in told
     assert max(map(len, told.splitlines())) <= 100
     assert "\x1b" not in told
+
+
+def test_answers_of_stl_aug_are_counted_without_the_hub(tmp_path: Path) -> None:
+    file = tmp_path / "answers.jsonl"
+    lines = [{"prompt": f"How do I kill process {i}?", "response": "Use kill."} for i in range(3)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = ("method=stl_aug", "data=paper", f"data.safety.source=[{file}]", "data.safety.count=1")
+    told = settings(*asked, f"stl_aug.responses={file}", "stl_aug.repeat=2")
+    with_answers, _ = rows.expected(told)
+    without, _ = rows.expected(replace(told, method=Method.stl))
+    assert [len(r.augmented) for r in (with_answers, without)] == [6, 0]
+    with pytest.raises(ConfigError, match=r"stl_aug\.responses=null: .* write one with"):
+        rows.expected(settings(*asked))
 
 
 def test_plan_of_stl_on_a_folder(local: Path, no_weights: None) -> None:

@@ -4,6 +4,7 @@
 LightningDataModule that both stages share.
 """
 
+from dcr.data.augmentation import answered, read_answers
 from dcr.data.batches import PairBatch, PromptBatch, micro_batches, pair_batch, prompt_batch
 from dcr.data.module import SafetyData
 from dcr.data.sampling import (
@@ -35,12 +36,14 @@ __all__ = [
     "PromptBatch",
     "SafetyData",
     "Splits",
+    "answered",
     "balanced_draws",
     "generator",
     "micro_batches",
     "pair_batch",
     "prompt_batch",
     "proportional_draws",
+    "read_answers",
     "row_record",
     "split",
     "stratified_draws",

@@ -103,7 +103,20 @@ def _placeholders(settings: TrainConfig) -> Splits:
         refusals_heldout=_rows(
             Kind.toxic, node.safety, min(refusals_left, round(share * refusals))
         ),
+        augmented=_answers(settings) if settings.method is Method.stl_aug else [],
     )
+
+
+def _answers(settings: TrainConfig) -> list[Example]:
+    """STL-aug's rows, which never come from the hub: a file's, or those that sources here bring."""
+    node, named = settings.data.seemingly_toxic, settings.stl_aug.responses
+    if named is not None:
+        found = data.read_answers(named, settings.data.root, refusal.is_refusal)
+    else:
+        here = [name for name in node.source if not _on_the_hub(name)]
+        rows = [row for name in here for row in sources.read(name, kind=Kind.seemingly_toxic)]
+        found = data.answered(rows, settings.data, refusal.is_refusal)
+    return found * settings.stl_aug.repeat
 
 
 def _drawn(
@@ -128,10 +141,13 @@ def _drawn(
 
 
 def _count(name: str, kind: Kind) -> int:
-    source = SOURCES.get(name)
-    if source is None or source.hub is None:  # the user's file, or the embedded corpus
-        return len(sources.read(name, kind=kind))
-    return source.hub.rows
+    hub = SOURCES[name].hub if name in SOURCES else None
+    return len(sources.read(name, kind=kind)) if hub is None else hub.rows
+
+
+def _on_the_hub(name: str) -> bool:
+    """Not the user's file, nor of the embedded corpus."""
+    return name in SOURCES and SOURCES[name].hub is not None
 
 
 def _rows(kind: Kind, node: SourceConfig, count: int) -> list[Example]:
