@@ -93,8 +93,8 @@ def _named(node: DictConfig) -> dict[str, Any]:
 def evaluate(settings: EvalConfig, run: Run) -> None:
     """Answer what is unanswered, judge what is unjudged, count, and write `metrics.json`."""
     found = subjects.subjects(settings, run)
-    sets = tasks.sets(settings)
     tasks.check(settings)
+    prompts = tasks.read(settings)
     if settings.trainer.threads:
         torch.set_num_threads(settings.trainer.threads)
     with runs.locked(run):
@@ -106,7 +106,7 @@ def evaluate(settings: EvalConfig, run: Run) -> None:
         tags = [run.config()["method"], settings.model.label]
         with dashboard.opened(settings.wandb, run, "eval", tags, None) as shown:
             for subject in found:
-                metrics, answers = tasks.measure(settings, run, subject, sets)
+                metrics, answers = tasks.measure(settings, run, subject, prompts)
                 dashboard.show(shown, metrics, answers)
 
 

@@ -79,33 +79,30 @@ def followed(rows: Prompts) -> dict[Kind, Example]:
     return found
 
 
-def refused_pairs(
-    data: DataConfig, seed: int, refuses: Callable[[str], bool], observers: Prompts
-) -> list[Example]:
+def refused_pairs(data: DataConfig, seed: int, refuses: Callable[[str], bool]) -> list[Example]:
     """Every pair of `data.safety` whose response refuses, in an order drawn by seed.
 
-    None of them is an observer's prompt. Raises ConfigError where no pair is left.
+    Raises ConfigError where there is none.
     """
-    seen = {contamination.normalise(row.prompt) for part in observers.values() for row in part}
     rows = [
         row
         for name in data.safety.source
         for row in sources.read(name, root=data.root, kind=Kind.toxic, pairs=True)
     ]
     rows, _ = sources.drop_duplicates(rows)
-    left = [
-        row
-        for row in rows
-        if row.response
-        and refuses(row.response)
-        and contamination.normalise(row.prompt) not in seen
-    ]
-    if not left:
+    found = [row for row in rows if row.response and refuses(row.response)]
+    if not found:
         raise ConfigError(
             f"data.safety.source={data.safety.source}: no pair whose response refuses; name "
             "another source"
         )
-    return sources.draw(left, len(left), seed)
+    return sources.draw(found, len(found), seed)
+
+
+def apart(pairs: Sequence[Example], observers: Prompts) -> list[Example]:
+    """The pairs whose prompts are no observer's."""
+    seen = {contamination.normalise(row.prompt) for part in observers.values() for row in part}
+    return [pair for pair in pairs if contamination.normalise(pair.prompt) not in seen]
 
 
 def _hash(prompt: str) -> str:

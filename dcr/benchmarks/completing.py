@@ -28,7 +28,8 @@ def complete(
     for benchmark, row in _missing(benchmarks, folder):
         homes.setdefault(row.prompt, []).append((benchmark.name, row.id))
         rows.setdefault(row.prompt, row)
-    with tqdm(total=len(rows), unit="prompt", desc="generating", disable=not progress) as bar:
+    hidden = not (progress and rows)
+    with tqdm(total=len(rows), unit="prompt", desc="generating", disable=hidden) as bar:
         for batch in answer(list(rows.values())) if rows else ():
             by_set: dict[str, list[Completion]] = {}
             for completion in batch:

@@ -76,6 +76,8 @@ def subjects(
 
 def alike(chat: ChatFormat, pairs: Sequence[Example]) -> list[Example]:
     """The pairs, in their order, that `subjects` keeps. ConfigError as `first_token`."""
+    if not pairs:
+        return []
     begins, target = _begins(chat, pairs)
     return [row for row, token in zip(pairs, begins, strict=True) if token == target]
 

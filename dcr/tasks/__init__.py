@@ -1,6 +1,7 @@
 """What is measured of one subject: answers, verdicts, ability, quality and the paper's analyses.
 
-`scoring` counts answers, `weights` measures the weights themselves, `records` keeps `metrics.json`.
+`reading` reads all prompts, `scoring` counts answers, `weights` measures the weights themselves,
+`records` keeps `metrics.json`.
 """
 
 import functools
@@ -8,44 +9,18 @@ import time
 from contextlib import ExitStack
 from typing import Any
 
-from dcr import activations, benchmarks, config, endpoints, judges, models, runs, steering, subjects
-from dcr.benchmarks import Benchmark, ability, quality
+from dcr import activations, config, endpoints, judges, models, runs, steering, subjects
+from dcr.benchmarks import ability, quality
 from dcr.config import ConfigError, EvalConfig, Kind, Task
 from dcr.models import Policy
 from dcr.runs import Run
 from dcr.subjects import Subject
 from dcr.tasks import records, scoring
+from dcr.tasks.reading import Prompts, read
 from dcr.tasks.scoring import Answers
-from dcr.tasks.weights import MEASURED, TRUNK
+from dcr.tasks.weights import MEASURED, TRUNK, Work
 
-__all__ = ["check", "measure", "sets"]
-
-
-def sets(settings: EvalConfig) -> list[Benchmark]:
-    """The prompts of every task that has a model answer prompts."""
-    if settings.steering.validation:
-        return _validation(settings)
-    found = benchmarks.read(settings.tasks, settings.data, settings.limit, settings.seed)
-    if Task.quality in settings.tasks:
-        source = settings.quality.source
-        found.append(
-            benchmarks.read_set(
-                source, Kind.normal, settings.data.root, settings.limit, settings.seed
-            )
-        )
-    return found
-
-
-def _validation(settings: EvalConfig) -> list[Benchmark]:
-    """The prompts that extraction leaves, the same first ones for every method of steering."""
-    left = steering.extraction(settings.data, settings.steering, settings.seed)
-    return [
-        Benchmark(f"validation_{name}", kind, rows[: settings.limit])
-        for name, kind, rows in (
-            ("seemingly_toxic", Kind.seemingly_toxic, left.validation_seemingly_toxic),
-            ("harmful", Kind.toxic, left.validation_harmful),
-        )
-    ]
+__all__ = ["Prompts", "check", "measure", "read"]
 
 
 def check(settings: EvalConfig) -> None:
@@ -74,18 +49,20 @@ def _check_parameters(settings: EvalConfig) -> None:
 
 
 def measure(
-    settings: EvalConfig, run: Run, subject: Subject, asked: list[Benchmark]
+    settings: EvalConfig, run: Run, subject: Subject, prompts: Prompts
 ) -> tuple[dict[str, Any], Answers]:
-    """What `metrics.json` of one subject now says, and its answers to the prompts of `asked`."""
+    """What `metrics.json` of one subject now says, and its answers to the sets of prompts."""
+    asked = prompts.sets
     folder = subjects.answers_folder(settings, run, subject)
     began = time.perf_counter()
     found: dict[str, Any] = {}
     with ExitStack() as stack:
         policy = _opener(settings, run, subject, stack, found)
         answers = scoring.answers(settings, subject, asked, folder, policy)
+        work = Work(settings, run, policy, folder, prompts)
         for task, measured in MEASURED.items():
             if task in settings.tasks:
-                found[task.value] = measured(settings, run, policy, folder)
+                found[task.value] = measured(work)
         policy.cache_clear()  # before a guard of eight billion parameters needs the room
     if Task.quality in settings.tasks:
         found["quality"] = scoring.win_rate(settings, run, asked, answers, folder)

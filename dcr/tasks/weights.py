@@ -2,66 +2,86 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dcr import analyses, claims, config, models, prompts, refusal
+from dcr import analyses, claims, config, models
 from dcr.benchmarks import ability
-from dcr.config import ContrastiveConfig, EvalConfig, LayerBase, Task
+from dcr.config import ContrastiveConfig, EvalConfig, Kind, LayerBase, Task
 from dcr.models import Policy
+from dcr.prompts import ChatFormat, chat_format
 from dcr.runs import Run
+from dcr.sources import Example
 from dcr.tasks import records
+from dcr.tasks.reading import Prompts
 
-Opened = Callable[[], Policy]
 TRUNK = "trunk"  # among claims.params: the blocks up to the layer whose states are read
 
 
-def _ability(settings: EvalConfig, run: Run, policy: Opened, folder: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Work:
+    """One subject to measure: `policy` opens it when it is first needed."""
+
+    settings: EvalConfig
+    run: Run
+    policy: Callable[[], Policy]
+    folder: Path
+    prompts: Prompts
+
+    def drawn(self, count: int | None) -> dict[Kind, list[Example]]:
+        """So many prompts of each kind of `data.analysis`; None: all."""
+        return analyses.drawn(self.prompts.kinds, count, self.settings.seed)
+
+    def chat(self) -> ChatFormat:
+        return chat_format(self.policy().tokenizer, self.settings.model)
+
+    def widened(self) -> Policy:
+        """In fp32, which products of gradients need."""
+        self.policy().model.float()
+        return self.policy()
+
+
+def _ability(work: Work) -> dict[str, Any]:
     """What the harness says of the tasks asked, beside what it said of others before."""
-    return records.kept(folder, {}).get("ability", {}) | ability.ability(
-        policy(),
-        settings.ability,
-        settings.data.root,
-        folder,
-        settings.seed,
-        settings.trainer.progress,
+    return records.kept(work.folder, {}).get("ability", {}) | ability.ability(
+        work.policy(),
+        work.settings.ability,
+        work.settings.data.root,
+        work.folder,
+        work.settings.seed,
+        work.settings.trainer.progress,
     )
 
 
-def _refusal_probability(
-    settings: EvalConfig, run: Run, policy: Opened, folder: Path
-) -> dict[str, Any]:
-    every = analyses.every(settings.data)
-    rows = analyses.drawn(every, settings.refusal_prob.prompts, settings.seed)
-    chat = prompts.chat_format(policy().tokenizer, settings.model)
+def _refusal_probability(work: Work) -> dict[str, Any]:
+    options = work.settings.refusal_prob
+    alone = analyses.followed(work.prompts.kinds)
     return analyses.refusal_probability(
-        policy(), chat, rows, analyses.followed(every), settings.refusal_prob, settings.seed
+        work.policy(), work.chat(), work.drawn(options.prompts), alone, options, work.settings.seed
     )
 
 
-def _kernel(settings: EvalConfig, run: Run, policy: Opened, folder: Path) -> dict[str, Any]:
-    rows = analyses.prompts(settings.data, settings.entk.prompts, settings.seed)
-    chat = prompts.chat_format(policy().tokenizer, settings.model)
-    policy().model.float()  # products of gradients need it
-    block = analyses.kernel(policy(), chat, rows, settings.entk, settings.seed, folder)
-    before = records.kept(folder, {}).get("kernel", {})
+def _kernel(work: Work) -> dict[str, Any]:
+    options, policy = work.settings.entk, work.widened()
+    rows = work.drawn(options.prompts)
+    block = analyses.kernel(policy, work.chat(), rows, options, work.settings.seed, work.folder)
+    before = records.kept(work.folder, {}).get("kernel", {})
     alike = all(before.get(key) == value for key, value in block.items() if key != "params")
     return block | {"params": before["params"] | block["params"]} if alike else block
 
 
-def _separability(settings: EvalConfig, run: Run, policy: Opened, folder: Path) -> dict[str, Any]:
-    rows = analyses.prompts(settings.data, settings.sep.prompts, settings.seed)
-    chat = prompts.chat_format(policy().tokenizer, settings.model)
-    return analyses.separate(policy(), chat, rows, settings.sep, settings.seed)
+def _separability(work: Work) -> dict[str, Any]:
+    options = work.settings.sep
+    rows = work.drawn(options.prompts)
+    return analyses.separate(work.policy(), work.chat(), rows, options, work.settings.seed)
 
 
-def _claims(settings: EvalConfig, run: Run, policy: Opened, folder: Path) -> dict[str, Any]:
-    options, chat = settings.claims, prompts.chat_format(policy().tokenizer, settings.model)
-    layer = _layer(settings, run)
-    rows = analyses.prompts(settings.data, options.prompts, settings.seed)
-    pairs = analyses.refused_pairs(settings.data, settings.seed, refusal.is_refusal, rows)
-    trained = claims.alike(chat, pairs)[: options.pairs]
-    policy().model.float()
+def _claims(work: Work) -> dict[str, Any]:
+    options, chat = work.settings.claims, work.chat()
+    layer = _layer(work.settings, work.run)
+    rows = work.drawn(options.prompts)
+    pairs = claims.alike(chat, analyses.apart(work.prompts.refused, rows))
     chosen = claims.Settings(
         top_k=options.top_k,
         params=tuple(f"trunk:{layer}" if p == TRUNK else p for p in options.params),
@@ -69,7 +89,8 @@ def _claims(settings: EvalConfig, run: Run, policy: Opened, folder: Path) -> dic
         budget_gib=options.budget_gib,
         layer=layer,
     )
-    return claims.measure(policy(), chat, rows, trained, chosen, settings.seed, folder)
+    trained, seed = pairs[: options.pairs], work.settings.seed
+    return claims.measure(work.widened(), chat, rows, trained, chosen, seed, work.folder)
 
 
 def _layer(settings: EvalConfig, run: Run) -> int:
