@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 import eval as eval_entry
 import train as train_entry
 from dcr import analyses, cli, config, models, ntk, prompts, refusal, tracking
-from dcr.config import ConfigError, DataConfig, EvalConfig, Kind
+from dcr.config import ConfigError, DataConfig, EvalConfig, Kind, UserError
 from dcr.runs import Run
 from tests import tiny_run
 
@@ -171,6 +172,53 @@ def test_analyses_of_a_run_by_their_own_command(pair: tuple[Run, Run]) -> None:
     later = evaluated(run, "tasks=[refusal_probability]", *small)
     assert later["kernel"] == found["kernel"]
     assert "sets" not in later
+
+
+def test_claims_of_a_run_by_their_own_command(pair: tuple[Run, Run]) -> None:
+    run = pair[1]
+    small = ("claims.pairs=2", "claims.prompts=2", "claims.top_k=2", "claims.params=[tail:1,trunk]")
+    found = evaluated(run, "tasks=[claims]", "data.safety.source=demo_toxic", *small)["claims"]
+    layer = run.config()["dcr"]["layer"]
+    assert found["layer"] == layer
+    assert set(found["params"]) == {"tail-1", f"trunk-{layer}"}
+    assert len(found["trained"]) == 2
+    assert not found["left_out"]  # all begin with one token
+    assert set(found["trained"]).isdisjoint(found["ids"])
+    (file,) = run.folder.glob("eval/*/claims.safetensors")
+    assert load_file(file)["changes"].shape == (2 * 3 + 2, 3, 2)
+
+
+def test_a_fault_in_one_task_costs_no_earlier_one(
+    pair: tuple[Run, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*given: Any) -> Any:
+        raise RuntimeError("out of luck")
+
+    run = Run(tmp_path / "run")
+    shutil.copytree(pair[0].folder, run.folder, ignore=shutil.ignore_patterns("eval"))
+    monkeypatch.setattr(analyses, "kernel", fails)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        evaluated(run, "tasks=[refusal_probability,kernel]", "refusal_prob.prompts=2")
+    (file,) = run.folder.glob("eval/*/metrics.json")
+    kept = json.loads(file.read_text())
+    assert kept["refusal_probability"]["kinds"]["toxic"]["n"] == 2
+    assert "kernel" not in kept
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.safety.source=nowhere", "no data source is called 'nowhere'"),
+        ("data.safety.source=demo_normal", "demo_normal holds normal prompts, not toxic"),
+        ("data.analysis.toxic=[]", r"data\.analysis\.toxic=\[\]: name a source"),
+    ],
+)
+def test_rows_are_refused_before_a_model_is_opened(
+    pair: tuple[Run, Run], override: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(models, "open_policy")
+    with pytest.raises(UserError, match=words):
+        evaluated(pair[0], "tasks=[claims]", override)
 
 
 def test_a_kind_without_a_source_is_said() -> None:

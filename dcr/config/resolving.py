@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from pathlib import PurePath
 from typing import Any, TypeVar
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dcr.config.checks import check
@@ -35,9 +35,11 @@ def resolve(composed: DictConfig, schema: type[Node]) -> Node:
     except OmegaConfBaseException as error:
         raise ConfigError(one_line(error, schema)) from error
     assert isinstance(config, schema)
-    if isinstance(config, TrainConfig):
-        for name, source in _sources(config.data):
+    for name, source in _sources(config.data):
+        # only training needs every one of them
+        if isinstance(config, TrainConfig) or source.source != MISSING:
             source.source = source_names(source.source, f"data.{name}.source")
+    if isinstance(config, TrainConfig):
         config.dcr.layer = _layer(config.dcr.layer)
     check(config)
     return config

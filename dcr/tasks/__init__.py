@@ -6,7 +6,9 @@
 
 import functools
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from dcr import activations, config, endpoints, judges, models, runs, steering, subjects
@@ -51,32 +53,48 @@ def _check_parameters(settings: EvalConfig) -> None:
 def measure(
     settings: EvalConfig, run: Run, subject: Subject, prompts: Prompts
 ) -> tuple[dict[str, Any], Answers]:
-    """What `metrics.json` of one subject now says, and its answers to the sets of prompts."""
-    asked = prompts.sets
+    """What `metrics.json` of one subject now says, and its answers to the sets of prompts.
+
+    It is written after each task: a fault in a later one must not cost the hours of an earlier one.
+    """
     folder = subjects.answers_folder(settings, run, subject)
     began = time.perf_counter()
     found: dict[str, Any] = {}
     with ExitStack() as stack:
         policy = _opener(settings, run, subject, stack, found)
-        answers = scoring.answers(settings, subject, asked, folder, policy)
+        answers = scoring.answers(settings, subject, prompts.sets, folder, policy)
         work = Work(settings, run, policy, folder, prompts)
         for task, measured in MEASURED.items():
             if task in settings.tasks:
                 found[task.value] = measured(work)
+                _write(settings, run, subject, folder, found, began)
         policy.cache_clear()  # before a guard of eight billion parameters needs the room
     if Task.quality in settings.tasks:
-        found["quality"] = scoring.win_rate(settings, run, asked, answers, folder)
-    judged = [b for b in asked if b.kind is not Kind.normal]
+        found["quality"] = scoring.win_rate(settings, run, prompts.sets, answers, folder)
+    judged = [b for b in prompts.sets if b.kind is not Kind.normal]
     if judged:
         found |= scoring.scores(settings, run, judged, answers, folder)
+    metrics = _write(settings, run, subject, folder, found, began)
+    print(f"{subject.weights}: {folder}")
+    return metrics, answers
+
+
+def _write(
+    settings: EvalConfig,
+    run: Run,
+    subject: Subject,
+    folder: Path,
+    found: Mapping[str, Any],
+    began: float,
+) -> dict[str, Any]:
+    """`metrics.json`, of what was found so far and of what earlier commands found."""
     origin = records.origin(settings, run, subject)
-    metrics = origin | records.kept(folder, origin["settings"]) | found
+    metrics = origin | records.kept(folder, origin["settings"]) | dict(found)
     metrics["seconds"] = round(time.perf_counter() - began, 1)
     metrics["peak_memory_gib"] = round(runs.peak_memory_gib(), 2)
     records.set_aside(folder, origin["settings"])
     runs.write_json(folder / "metrics.json", metrics)
-    print(f"{subject.weights}: {folder}")
-    return metrics, answers
+    return metrics
 
 
 def _opener(
