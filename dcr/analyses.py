@@ -39,16 +39,11 @@ FOLLOWED = {
 RESAMPLES = 2000
 
 
-def prompts(data: DataConfig, count: int | None, seed: int) -> dict[Kind, list[Example]]:
-    """Up to `count` rows of each kind of `data.analysis`, drawn by seed.
+def every(data: DataConfig) -> dict[Kind, list[Example]]:
+    """All rows of each kind of `data.analysis`, each prompt once.
 
     Raises ConfigError where a kind has no source.
     """
-    return drawn(every(data), count, seed)
-
-
-def every(data: DataConfig) -> dict[Kind, list[Example]]:
-    """All rows of each kind of `data.analysis`, each prompt once. ConfigError as `prompts`."""
     found = {}
     for kind in (Kind.seemingly_toxic, Kind.toxic, Kind.normal):
         names = getattr(data.analysis, kind.value)
@@ -63,7 +58,7 @@ def every(data: DataConfig) -> dict[Kind, list[Example]]:
 
 
 def drawn(rows: Prompts, count: int | None, seed: int) -> dict[Kind, list[Example]]:
-    """Up to `count` of each kind; None: all."""
+    """Up to `count` of each kind, drawn by seed; None: all."""
     return {
         kind: list(of) if count is None else sources.draw(of, min(count, len(of)), seed)
         for kind, of in rows.items()
