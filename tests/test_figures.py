@@ -3,6 +3,7 @@
 import base64
 import csv
 import html
+import io
 import itertools
 import json
 import random
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.image import imread
 from test_report import change, make_eval, make_run, parsed
 
 from dcr import report, runs
@@ -168,6 +170,12 @@ def values(out: Path, name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def blank_edges(png: bytes) -> bool:
+    """Whether nothing reaches the outermost pixels: what does has been cut."""
+    pixels = imread(io.BytesIO(png))[..., :3]
+    return all((edge == 1).all() for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]))
+
+
 def test_every_figure_is_drawn_and_stands_in_the_page(folders: list[Path], tmp_path: Path) -> None:
     draw(tmp_path, folders, *FIGURES)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
@@ -183,6 +191,7 @@ def test_every_figure_is_drawn_and_stands_in_the_page(folders: list[Path], tmp_p
         # the SVG is in points of 1/72 inch, the PNG has 200 dots an inch
         assert width == pytest.approx(float(tree.get("width", "0")[:-2]) / 72 * 200, abs=2)
         assert height > 300
+        assert blank_edges(png), f"figure {name} is cut at an edge"
         assert tree.findall(f".//{SVG}text"), "text is text, not outlines"
         assert base64.b64decode(picture) == svg
         assert f'id="{file_name(name)}"' in page
@@ -372,6 +381,15 @@ def test_matrices_hold_means_and_intervals(folders: list[Path], tmp_path: Path) 
     found = [float(row[key]) for key in ("mean", "low", "high")]
     assert found == pytest.approx([0.3 + 0.2 + 0.03 + 1, 0.5, 0.7])
     assert row["weights"] == "contrastive"
+
+
+def test_a_column_of_matrices_is_not_cut(tmp_path: Path) -> None:
+    block = matrix(0.1)
+    block["params"]["tail-2-headless"] = block["params"]["tail-2"]
+    run = make_run(tmp_path / "base", "base")
+    make_eval(run, {}, weights="base", name="b", kernel=block)
+    draw(tmp_path, [run], "6a")
+    assert blank_edges((tmp_path / "figure6a.png").read_bytes())
 
 
 def test_matrices_of_tracking_alone(folders: list[Path], tmp_path: Path) -> None:

@@ -241,6 +241,7 @@ def _draw_matrices(parts: Sequence[list[Matrix]]) -> Figure:
     by_choice = [[m for part in parts for m in part if m.params == params] for params in choices]
     across = max(len(row) for row in by_choice)
     figure, axes = printed.panels(across * len(choices), 3.0, 2.75, across)
+    figure.set_layout_engine("compressed")  # "constrained" cuts labels off beside square panels
     several = any(len({m.run.folder for m in part}) > 1 for part in parts)
     for start, row in zip(range(0, len(axes), across), by_choice, strict=True):
         for place in axes[start + len(row) : start + across]:
