@@ -12,13 +12,14 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from matplotlib.image import imread
 from test_report import change, make_eval, make_run, parsed
 
 from dcr import report, runs
 from dcr.config import UserError
-from dcr.report import operating_points, paper_figures
+from dcr.report import operating_figure, operating_points, paper_figures
 from dcr.report.operating_points import Operating
 from dcr.report.paper_figures import FIGURES, Wanted
 from dcr.report.printed import file_name
@@ -111,16 +112,18 @@ def separable(layers: int, offset: float = 0.0) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def steered(folder: Path, method: str, strength: float, safe: int, unsafe: int) -> Path:
+def steered(
+    folder: Path, method: str, strength: float, safe: int, unsafe: int, **other: float
+) -> Path:
     """An evaluation under steering: so many of 20 answered, so many of 20 refused."""
     settings = {"limit": 20, "seed": 0}
     if method:
-        told = {"method": method, "strength": strength, "released_data": False}
+        told = {"method": method, "strength": strength, "released_data": False, **other}
         settings["steering"] = told  # pyright: ignore
     return make_eval(
         folder,
         {"okay": "c" * safe + "r" * (20 - safe), "unsafe": "r" * unsafe + "c" * (20 - unsafe)},
-        name=f"{method}-{strength}",
+        name="-".join(map(str, (method, strength, *other.values()))),
         settings=settings,
         data="validation",
         completions=False,
@@ -470,6 +473,18 @@ def test_operating_points_by_hand(folders: list[Path], tmp_path: Path) -> None:
     assert "SCANS: strength 1 (compliance 80.0%, safety 85.0%)" in text
     page = html.unescape((tmp_path / "page.html").read_text(encoding="utf-8"))
     assert "--figure operating_points margin=5 data=validation" in page
+
+
+def test_a_curve_joins_points_that_differ_by_strength_alone(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "stl", "stl")
+    steered(run, "", 0, 10, 18)
+    for add in (0.1, 1.0):
+        for strength in (0.5, 1.0):
+            steered(run, "surgical", strength, round(10 + 5 * strength), round(18 - add), add=add)
+    figure = operating_figure.operating_points([read_run(run)], 2, None).draw()
+    xs = [np.asarray(line.get_xdata()) for line in figure.axes[0].lines]
+    curves = [list(x) for x in xs if len(x) == 3]  # from the unsteered point on
+    assert curves == [pytest.approx([50, 60, 75])] * 2
 
 
 def test_safety_is_dsr_where_a_guard_judged_every_point(tmp_path: Path) -> None:

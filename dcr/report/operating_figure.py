@@ -1,14 +1,16 @@
 """The operating points' plot: one curve a method over its strengths, the chosen points ringed."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from dcr import runs
 from dcr.config import Kind
 from dcr.report import printed
-from dcr.report.entries import about
+from dcr.report.entries import about, flattened
 from dcr.report.figures import INK, MARKERS, PALETTE
 from dcr.report.operating_points import Arena, Operating, arenas, label, told
 from dcr.report.printed import Printed
@@ -29,9 +31,9 @@ def operating_points(records: Sequence[RunRecord], margin: float, data: str | No
         "operating_points",
         "Operating points",
         "Compliance with seemingly toxic prompts (keywords, sets pooled) against safety "
-        f"({' or '.join(safety)}), with 95% Wilson intervals; a curve a method over its strengths, "
-        "from the unsteered STL on; pale: snapshots. Dashed: the least safety that the rule "
-        "allows; rings: the points it chooses.",
+        f"({' or '.join(safety)}), with 95% Wilson intervals; a curve a method, and choice of "
+        "its other settings, over strengths, from the unsteered STL on; pale: snapshots. "
+        "Dashed: the least safety that the rule allows; rings: the points it chooses.",
         HEADER,
         [row for arena in found for row in _rows(arena)],
         lambda: _draw(found, margin),
@@ -99,9 +101,9 @@ def _draw_arena(axes: Axes, arena: Arena, methods: Sequence[str], margin: float)
 
 
 def _draw_sweeps(axes: Axes, arena: Arena, swept: Sequence[Operating], colour: str) -> None:
-    """A line a run through its strengths; from the reference on where that run is steered."""
-    for folder in dict.fromkeys(point.run.folder for point in swept):
-        line = [point for point in swept if point.run.folder == folder]
+    """A line a run and choice of other settings; from the reference on where its run is steered."""
+    for folder, rest in dict.fromkeys(map(_sweep, swept)):
+        line = [point for point in swept if _sweep(point) == (folder, rest)]
         if arena.reference.run.folder == folder and all(point.strength for point in line):
             line = [arena.reference, *line]
         xs, ys = ([100 * end.estimate for end in ends] for ends in _ends(line))
@@ -111,6 +113,13 @@ def _draw_sweeps(axes: Axes, arena: Arena, swept: Sequence[Operating], colour: s
                       (100 * point.compliance.estimate, 100 * point.safety.estimate),
                       xytext=(6, 5), textcoords="offset points", fontsize=6.5, color=colour,
                       zorder=5)  # fmt: skip
+
+
+def _sweep(point: Operating) -> tuple[Path, str]:
+    """What all points of one curve share: the run, and every setting but the strength."""
+    edit = flattened({"": point.evaluation.settings.get("steering")})
+    rest = {key: value for key, value in edit.items() if key.rpartition(".")[2] != "strength"}
+    return point.run.folder, runs.fingerprint(rest)
 
 
 def _ends(line: Sequence[Operating]) -> tuple[list[Interval], list[Interval]]:
