@@ -475,6 +475,22 @@ def test_operating_points_by_hand(folders: list[Path], tmp_path: Path) -> None:
     assert "--figure operating_points margin=5 data=validation" in page
 
 
+def test_presets_and_validation_prompts_are_told_apart(tmp_path: Path) -> None:
+    runs_made = [
+        make_run(tmp_path / name, method, preset=preset)
+        for name, method, preset in (
+            ("stl", "stl", "paper"), ("dcr", "dcr", "paper"), ("rec", "dcr", "recommended")
+        )
+    ]  # fmt: skip
+    for run in runs_made:
+        make_eval(run, {"okay": "ccrr", "unsafe": "rrrc"}, settings={"validation": True},
+                  completions=False)  # fmt: skip
+    told = draw(tmp_path, runs_made, "operating_points")
+    assert "seed 0, validation prompts: per method" in told
+    assert "  DCR: final weights" in told
+    assert "  DCR + recommended: final weights" in told
+
+
 def test_a_curve_joins_points_that_differ_by_strength_alone(tmp_path: Path) -> None:
     run = make_run(tmp_path / "stl", "stl")
     steered(run, "", 0, 10, 18)

@@ -121,7 +121,9 @@ def _arena(pairs: Sequence[tuple[RunRecord, Evaluation]], margin: float) -> Aren
     chosen = {m: choose([p for p in points if p.method == m], reference, margin) for m in methods}
     keys = ("model", "data", "seed")
     model, data, seed = (about(*stl[0], key) for key in keys)
-    title = ", ".join(filter(None, (model, f"{data} data", f"seed {seed}" if seed else "")))
+    asked = "validation prompts" if stl[0][1].settings.get("validation") else ""
+    named = (model, f"{data} data", f"seed {seed}" if seed else "", asked)
+    title = ", ".join(filter(None, named))
     return Arena(title, told, sets, reference, tuple(points), chosen)
 
 
@@ -130,12 +132,16 @@ def _is_reference(run: RunRecord, found: Evaluation) -> bool:
 
 
 def _method(run: RunRecord, found: Evaluation) -> str:
-    """How it was trained, or what was done to STL in evaluation; both where another was edited."""
+    """How it was trained, or what was done to STL in evaluation; both where another was edited.
+
+    A preset other than the paper's is a method of its own.
+    """
     edit = steering(found) or ("self_cd" if "self_cd" in found.settings else "")
-    trained = about(run, found, "method")
-    if not edit:
-        return trained
-    return edit if trained == "stl" else f"{trained} + {edit}"
+    trained, preset = about(run, found, "method"), about(run, found, "preset")
+    if trained == "stl":
+        return edit or trained
+    told = [trained, edit, preset if preset not in ("", "-", "paper") else ""]
+    return " + ".join(filter(None, told))
 
 
 def _sets(evaluations: Sequence[Evaluation]) -> dict[Kind, tuple[str, ...]] | None:
