@@ -26,29 +26,12 @@ from dcr.config import ConfigError, Kind, LoraConfig, ModelConfig
 from dcr.models import Policy
 from dcr.prompts import ChatFormat
 from dcr.sources import Example
+from tests.shapes import GPT2, SHAPE, VOCABULARY
 
 # transformers' own, once PEFT asks it: nothing here is checkpointed
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
-VOCABULARY, TARGET = 40, 17
-SHAPE: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-    "pad_token_id": None,
-}
-GPT2: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "n_embd": 16,
-    "n_layer": 3,
-    "n_head": 2,
-    "eos_token_id": 1,
-}
+TARGET = 17
 FAMILIES: dict[str, Any] = {
     "tied": Qwen2Config(**SHAPE, tie_word_embeddings=True),
     "untied": Qwen2Config(**SHAPE, tie_word_embeddings=False),
