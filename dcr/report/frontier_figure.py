@@ -106,7 +106,7 @@ def _draw_frontiers(frontiers: Sequence[Frontier], told: dict[str, str]) -> Figu
         handles.append(
             Line2D([], [], color=colour, marker=marker, markersize=5, linewidth=0.9, label=name)
         )
-    axes.set(xlim=(-3, 103), ylim=(-3, 106))
+    axes.set(xlim=(-3, 108), ylim=(-3, 106))
     axes.set_xlabel(_folded(f"compliance with {told['x']}, %"))
     axes.set_ylabel(_folded(f"rejection of {told['y']}, %"))
     printed.key(figure, handles, columns=2)
