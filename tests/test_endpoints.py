@@ -33,7 +33,7 @@ from dcr.endpoints import (
 )
 from tests.servers.faults import FAULTS, Proxy, always, each, faulty, in_turn
 from tests.servers.logprobs import logprobs
-from tests.servers.loopback import Answer, as_json
+from tests.servers.loopback import Answer, Request, answering, as_json
 from tests.servers.scripted import completion, last_user, moderated, rejected, scripted
 from tests.servers.served import served
 
@@ -79,6 +79,23 @@ def ask(
 
 def echo(body: dict[str, Any]) -> str:
     return f"echo of {last_user(body)}"
+
+
+def test_a_request_that_breaks_off_reaches_no_server() -> None:
+    seen: list[bytes] = []
+
+    def respond(request: Request) -> Answer:
+        seen.append(request.content)
+        return as_json({})
+
+    with answering(respond) as url:
+        port = int(url.removesuffix("/v1").rpartition(":")[2])
+        for body in (b"", b"{", b"{}"):
+            with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+                client.sendall(b"POST /v1 HTTP/1.1\r\nContent-Length: 2\r\n\r\n" + body)
+                client.shutdown(socket.SHUT_WR)
+                client.recv(1)  # until the server has answered or hung up
+    assert seen == [b"{}"]
 
 
 def test_replies_come_with_text_tokens_and_log_probabilities() -> None:

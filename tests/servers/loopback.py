@@ -62,7 +62,11 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         length = int(self.headers.get("Content-Length") or 0)
         headers = {name.lower(): value for name, value in self.headers.items()}
-        answer = self.server.respond(Request(self.path, headers, self.rfile.read(length)))
+        content = self.rfile.read(length)
+        if len(content) < length:  # the client was killed while it sent: that is no request
+            self.close_connection = True
+            return
+        answer = self.server.respond(Request(self.path, headers, content))
         self.server.closing.wait(answer.delay)
         if answer.cut == -1:
             return
