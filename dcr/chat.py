@@ -81,7 +81,7 @@ class Dialogue:
         try:
             ids = self.prompt_ids()
             answer, mass = self._generate(ids)
-        except BaseException:
+        except BaseException:  # Ctrl-C as well: a caller may go on with the dialogue
             self.turns.pop()
             raise
         self.turns.append({"role": "assistant", "content": self.chat.neutralised(answer)})

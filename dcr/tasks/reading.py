@@ -24,7 +24,7 @@ class Prompts:
 
 
 def read(settings: EvalConfig) -> Prompts:
-    """Raises a UserError for whatever is wrong with the data."""
+    """What the tasks ask and measure with; UserError for whatever is wrong with the data."""
     tasks, data = set(settings.tasks), settings.data
     return Prompts(
         _sets(settings),
