@@ -178,7 +178,9 @@ def test_bad_combination_is_one_line_and_leaves_nothing(
         (["model=tiny", "limit=0"], "limit=0: give 1 or more, or null for whole sets"),
         (["model=tiny", "wandb.project=a/b"], "wandb.project=a/b: use letters"),
         (["model=tiny", "dcr.margin=0.3"], "dcr.margin: no such setting"),
-        (["model=tiny", "keyword.rules=strict"], "keyword.rules=strict: choose one of paper, "),
+        (["model=tiny", "precision=fp8"], "precision=fp8: choose one of mixed, bf16, fp32"),
+        (["model=tiny", "keyword.rules=paper"], "keyword.rules: no such setting"),
+        (["model=tiny", "trainer.devices=2"], "trainer.devices: no such setting"),
     ],
 )
 def test_bad_evaluation_is_one_line_and_leaves_nothing(

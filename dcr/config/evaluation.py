@@ -7,7 +7,6 @@ from omegaconf import II, MISSING
 
 from dcr.config.enums import (
     Judge,
-    KeywordRules,
     Pooling,
     Precision,
     ScansEnd,
@@ -21,7 +20,6 @@ from dcr.config.tree import (
     KernelConfig,
     ModelConfig,
     RefusalProbabilityConfig,
-    TrainerConfig,
     WandbConfig,
 )
 
@@ -36,8 +34,12 @@ class GenConfig:
 
 
 @dataclass
-class KeywordConfig:
-    rules: KeywordRules = KeywordRules.paper
+class DeviceConfig:
+    """Where a model is evaluated: in one process, on one device."""
+
+    accelerator: str = "auto"
+    threads: int | None = None
+    progress: bool = True
 
 
 @dataclass
@@ -227,7 +229,6 @@ class EvalConfig:
     data: DataConfig = field(default_factory=DataConfig)
     gen: GenConfig = field(default_factory=GenConfig)
     steering: SteeringConfig = field(default_factory=SteeringConfig)
-    keyword: KeywordConfig = field(default_factory=KeywordConfig)
     http: HTTPConfig = field(default_factory=HTTPConfig)
     llm: LLMJudgeConfig = field(default_factory=LLMJudgeConfig)
     llama_guard: LlamaGuardConfig = field(default_factory=LlamaGuardConfig)
@@ -240,5 +241,5 @@ class EvalConfig:
     entk: KernelConfig = field(default_factory=KernelConfig)
     sep: SeparabilityConfig = field(default_factory=SeparabilityConfig)
     claims: ClaimsConfig = field(default_factory=ClaimsConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    trainer: DeviceConfig = field(default_factory=DeviceConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
