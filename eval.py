@@ -15,6 +15,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from dcr import cli, config, dashboard, runs, subjects, tasks
 from dcr.config import ConfigError, EvalConfig
 from dcr.runs import Run
+from dcr.text import label_of
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="eval")
@@ -66,7 +67,7 @@ def _completed(composed: DictConfig, run: Run) -> DictConfig:
         merged.model = made_with["model"]
     if composed.endpoint is not None and composed.endpoint_model is not None:
         named = str(composed.endpoint_model)
-        merged.model.name, merged.model.label = named, config.label_of(named)
+        merged.model.name, merged.model.label = named, label_of(named)
     if OmegaConf.is_missing(composed.data, "label"):
         base = made_with.get("data") or OmegaConf.load(_demo_data())
         merged.data = OmegaConf.merge(base, _named(composed.data))

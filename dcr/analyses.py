@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dcr import contamination, ntk, refusal, separability, sources
+from dcr import ntk, refusal, separability, sources
 from dcr.config import (
     ConfigError,
     DataConfig,
@@ -27,6 +27,7 @@ from dcr.config import (
 from dcr.models import Policy
 from dcr.prompts import ChatFormat
 from dcr.sources import Example
+from dcr.text import normalise
 
 Prompts = Mapping[Kind, Sequence[Example]]
 # The prompts that Figures 1(b) and 9 of the paper follow stand in XSTest and Alpaca, whose rows are
@@ -96,12 +97,12 @@ def refused_pairs(data: DataConfig, seed: int, refuses: Callable[[str], bool]) -
 
 def apart(pairs: Sequence[Example], observers: Prompts) -> list[Example]:
     """The pairs whose prompts are no observer's."""
-    seen = {contamination.normalise(row.prompt) for part in observers.values() for row in part}
-    return [pair for pair in pairs if contamination.normalise(pair.prompt) not in seen]
+    seen = {normalise(row.prompt) for part in observers.values() for row in part}
+    return [pair for pair in pairs if normalise(pair.prompt) not in seen]
 
 
 def _hash(prompt: str) -> str:
-    return hashlib.sha256(contamination.normalise(prompt).encode()).hexdigest()[:16]
+    return hashlib.sha256(normalise(prompt).encode()).hexdigest()[:16]
 
 
 def refusal_probability(

@@ -18,6 +18,7 @@ from dcr.config import ConfigError, ModelConfig, Precision, UserError
 from dcr.models import Policy
 from dcr.prompts import ChatFormat
 from dcr.runs import Run
+from dcr.text import single_line
 
 STAGES = ("sft", "contrastive", "base")
 DIM, UNDIMMED = "\x1b[2m", "\x1b[0m"
@@ -189,7 +190,7 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {single_line(error)}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print()

@@ -29,6 +29,7 @@ from rich.table import Column, Table
 
 from dcr import config, runs
 from dcr.config import ConfigError, EvalConfig, TrainConfig, UserError
+from dcr.text import label_of, single_line
 
 SCHEMAS = {"train": TrainConfig, "eval": EvalConfig}
 # What the machine rather than the program is to blame for: worth a line, not a traceback.
@@ -81,7 +82,7 @@ def _run_folder(parent: str = "", *, _root_: DictConfig) -> str:
     model = _root_.model
     given = "label" in _fields_of_model(_overrides(_root_.hydra))
     of_another = config.names_another_model(model) and not given
-    label = config.label_of(str((not of_another and model.get("label")) or model.name))
+    label = label_of(str((not of_another and model.get("label")) or model.name))
     name = f"{label}-{getattr(_root_.method, 'name', _root_.method)}-{runs.fingerprint(settings)}"
     return f"{parent}/{name}" if parent else name
 
@@ -258,18 +259,18 @@ def _print_sweep(outcomes: list[Outcome]) -> None:
     table = Table("job", "minutes", "outcome", Column("folder", overflow="fold"))
     errors: list[str] = []
     for outcome in outcomes:
-        job = " ".join(o for o in outcome.overrides if o not in shared)
+        job = single_line(" ".join(o for o in outcome.overrides if o not in shared))
         ended = "done" if outcome.error is None else "failed"
         table.add_row(job, f"{outcome.seconds / 60:.1f}", ended, os.path.relpath(outcome.folder))
         if outcome.error is not None:
-            what = " ".join(str(outcome.error).split()) or type(outcome.error).__name__
+            what = single_line(outcome.error) or type(outcome.error).__name__
             errors.append(f"{job}: {what}")
     Console(stderr=True).print(table)
     print(*errors, sep="\n", file=sys.stderr)
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {single_line(message)}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -4,7 +4,6 @@ Plain strings in, plain records out; the caller decides what to drop and which s
 are in-distribution by design (XSTest safe for stage one) and only to be marked.
 """
 
-import unicodedata
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,19 +13,13 @@ import numpy as np
 from rapidfuzz import fuzz, process
 
 from dcr.config import ConfigError
+from dcr.text import normalise
 
 COMPARED_CHARACTERS = 512  # of a normalised prompt: bounds the quadratic cost of long texts
 ROWS_AT_ONCE = 512  # with 20,000 candidates a block of scores takes 40 MB
 NGRAM = 13  # words in a row (Brown et al. 2020, appendix C)
 SHORTEST = 8  # words; a shorter prompt stands in many an unrelated text
 WAYS = ("exact", "near", "ngram")  # to share a prompt, the strongest first
-DROPPED_CATEGORIES = "PC"  # punctuation; control, format and the like
-# The rule of `normalise` for each ASCII character: three times as fast as asking for each.
-ASCII_DROPPED = {
-    i: None
-    for i in range(128)
-    if not chr(i).isspace() and unicodedata.category(chr(i))[0] in DROPPED_CATEGORIES
-}
 
 
 @dataclass(frozen=True)
@@ -37,22 +30,6 @@ class Overlap:
     index: int  # its place in that set
     exact: bool  # equal once normalised
     similarity: float  # in [0, 1]; 1 when exact
-
-
-def normalise(text: str) -> str:
-    """Lower case, compatibility forms, no punctuation or invisible characters, single spaces.
-
-    A text of punctuation alone keeps it, since otherwise all such texts would be equal.
-    """
-    if text.isascii():
-        folded = text.lower()
-        kept = folded.translate(ASCII_DROPPED)
-    else:
-        folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-        kept = "".join(
-            c for c in folded if c.isspace() or unicodedata.category(c)[0] not in DROPPED_CATEGORIES
-        )
-    return " ".join(kept.split()) or " ".join(folded.split())
 
 
 def overlaps(

@@ -12,6 +12,7 @@ import yaml
 import dcr
 from dcr import contamination, data, refusal, sources
 from dcr.config import DataConfig, EvaluationSets, SafetyPairsConfig, SourceConfig
+from dcr.text import normalise
 
 FOLDER = Path(dcr.__file__).parent / "demo"
 KINDS = ("toxic", "seemingly_toxic", "normal")
@@ -53,7 +54,7 @@ def test_files_hold_nothing_else() -> None:
 def test_ids_and_prompts_are_unique_across_files() -> None:
     ids = Counter(row["id"] for row in EVERY_ROW)
     assert ids.most_common(1)[0][1] == 1
-    prompts = Counter(contamination.normalise(row["prompt"]) for row in EVERY_ROW)
+    prompts = Counter(normalise(row["prompt"]) for row in EVERY_ROW)
     assert prompts.most_common(1)[0][1] == 1
 
 
@@ -84,7 +85,7 @@ def test_no_held_out_prompt_opens_as_a_training_prompt(kind: str) -> None:
 
     def openings(split: str) -> dict[str, str]:
         return {
-            " ".join(contamination.normalise(row["prompt"]).split()[:2]): row["prompt"]
+            " ".join(normalise(row["prompt"]).split()[:2]): row["prompt"]
             for row in CORPUS[kind, split]
         }
 

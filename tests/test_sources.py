@@ -16,10 +16,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcr import contamination, sources
+from dcr import sources
 from dcr.config import ConfigError, DataError, Kind
 from dcr.sources import SOURCES, Example, Hub, Source
-from dcr.sources.examples import normalised
 from dcr.sources.groups import xstest_groups
 from dcr.sources.jsonl import LONGEST_LINE
 
@@ -742,12 +741,6 @@ def test_duplicates_are_dropped_after_normalising() -> None:
     kept, dropped = sources.drop_duplicates([*rows, example("7", "?")])
     assert [e.id for e in kept] == ["0", "5", "6", "7"]
     assert [e.id for e in dropped] == ["1", "2", "3", "4"]
-
-
-@given(st.text())
-def test_one_rule_of_normalising_serves_both_modules(text: str) -> None:
-    once = normalised(text)
-    assert once == contamination.normalise(text)
 
 
 def test_groups_stay_together_across_calls_and_shares_are_met() -> None:

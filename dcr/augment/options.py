@@ -10,6 +10,7 @@ from hydra.errors import HydraException
 from dcr import cli, config, endpoints, judges, subjects
 from dcr.augment import checking
 from dcr.config import ConfigError, EvalConfig, Steering
+from dcr.text import label_of
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -86,7 +87,7 @@ def _settings(overrides: Sequence[str]) -> EvalConfig:
         raise ConfigError("who answers? give either model=<name> or endpoint=<url>")
     if composed.endpoint is not None:
         name = str(composed.endpoint_model or "unnamed")  # which the checks then refuse
-        composed.model.name, composed.model.label = name, config.label_of(name)
+        composed.model.name, composed.model.label = name, label_of(name)
     return config.resolve(composed, EvalConfig)
 
 

@@ -14,6 +14,7 @@ from dcr.choice.choosing import choose
 from dcr.choice.origins import LIMIT
 from dcr.choice.text import describe
 from dcr.config import ConfigError, TrainConfig, UserError
+from dcr.text import label_of, single_line
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 USAGE = (
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
             choice = choose(settings, limit=options.limit, pairs=options.pairs, tests=options.tests)
             runs.write_json(out, choice.record())
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {single_line(error)}", file=sys.stderr)
         return error.exit_code
     print(f"{describe(choice)}\n\n{out}")
     return 0
@@ -85,8 +86,8 @@ def _settings(overrides: list[str]) -> TrainConfig:
 
 
 def _out(options: Options, settings: TrainConfig) -> Path:
-    label = f"{settings.model.label or config.label_of(settings.model.name)}-{settings.data.label}"
-    out = Path(options.out or f"outputs/choice/{config.label_of(label)}.json")
+    label = f"{settings.model.label or label_of(settings.model.name)}-{settings.data.label}"
+    out = Path(options.out or f"outputs/choice/{label_of(label)}.json")
     if out.is_dir() or out.suffix != ".json":
         raise UserError(f"out={out}: name a .json file")
     return out

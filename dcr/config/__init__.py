@@ -56,7 +56,6 @@ from dcr.config.evaluation import (
     WildGuardConfig,
 )
 from dcr.config.resolving import (
-    label_of,
     leave_numbers_of_another_model,
     model_of,
     names_another_model,
@@ -163,7 +162,6 @@ __all__ = [
     "Weights",
     "WildGuardConfig",
     "block_of",
-    "label_of",
     "leave_numbers_of_another_model",
     "model_of",
     "names_another_model",

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Collection, Mapping
-from pathlib import PurePath
 from typing import Any, TypeVar
 
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
@@ -13,6 +12,7 @@ from dcr.config.errors import ConfigError
 from dcr.config.evaluation import EvalConfig
 from dcr.config.tree import DataConfig, ModelConfig, SourceConfig, TrainConfig
 from dcr.config.wording import one_line
+from dcr.text import label_of
 
 Node = TypeVar("Node", TrainConfig, EvalConfig)
 # Say which weights a name means, and so travel with it to another model.
@@ -70,11 +70,6 @@ def _sources(data: DataConfig) -> list[tuple[str, SourceConfig]]:
     return [
         (kind, getattr(data, kind)) for kind in ("seemingly_toxic", "toxic", "safety", "normal")
     ]
-
-
-def label_of(name: str) -> str:
-    """A model's name as part of a folder's: letters, digits, '.', '_' and '-'."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", PurePath(name).name or name).strip("-.") or "model"
 
 
 def names_another_model(model: DictConfig) -> bool:

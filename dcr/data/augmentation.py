@@ -3,9 +3,10 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dcr import contamination, sources
+from dcr import sources
 from dcr.config import ConfigError, DataConfig, DataError, KeywordRules, Kind
 from dcr.sources import SOURCES, Example, jsonl
+from dcr.text import normalise
 
 Refuses = Callable[..., bool]  # of a response, or of a response and the name of keyword rules
 
@@ -52,8 +53,8 @@ def answered(rows: Sequence[Example], data: DataConfig, refuses: Refuses) -> lis
 
 def apart_from(rows: Sequence[Example], pairs: Sequence[Example]) -> list[Example]:
     """The rows whose prompts no other pair of SFT answers, in its own way."""
-    taken = {contamination.normalise(row.prompt) for row in pairs}
-    return [row for row in rows if contamination.normalise(row.prompt) not in taken]
+    taken = {normalise(row.prompt) for row in pairs}
+    return [row for row in rows if normalise(row.prompt) not in taken]
 
 
 def rules_that_call_it_refusal(row: Example, refuses: Refuses) -> list[str]:

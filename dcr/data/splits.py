@@ -4,11 +4,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dcr import contamination, sources
+from dcr import sources
 from dcr.config import AugmentConfig, ConfigError, DataConfig, Kind
 from dcr.data import augmentation
 from dcr.data.sifting import Sift
 from dcr.sources import Example
+from dcr.text import normalise
 
 HELD_OUT_PAIRS = 64  # prompts a class that stage one is watched on; more would only cost time
 
@@ -87,9 +88,9 @@ def _with_stage_one(
     rows: Splits, config: DataConfig, ratio: float | None, seed: int, sift: Sift
 ) -> Splits:
     safe = sift.clean("seemingly_toxic", Kind.seemingly_toxic)
-    taken = {contamination.normalise(r.prompt) for r in [*rows.refusals, *rows.refusals_heldout]}
+    taken = {normalise(r.prompt) for r in [*rows.refusals, *rows.refusals_heldout]}
     toxic = sift.clean("toxic", Kind.toxic)
-    toxic = [row for row in toxic if contamination.normalise(row.prompt) not in taken]
+    toxic = [row for row in toxic if normalise(row.prompt) not in taken]
     unseen: tuple[list[Example], list[Example]] = ([], [])
     if config.group_holdout > 0:
         safe, safe_unseen = sources.split_by_group(safe, config.group_holdout, seed)

@@ -9,6 +9,7 @@ from typing import Any
 from dcr.config import ConfigError, UserError
 from dcr.export import DTYPES, STAGES, export, relink
 from dcr.runs import Run
+from dcr.text import single_line
 
 
 @dataclass(frozen=True)
@@ -56,5 +57,5 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {single_line(error)}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -19,9 +19,10 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from dcr import endpoints, runs
-from dcr.config import AnnotatorConfig, ConfigError, DataError, EvalConfig, UserError, label_of
+from dcr.config import AnnotatorConfig, ConfigError, DataError, EvalConfig, UserError
 from dcr.endpoints import EndpointError, Failure, Message, Reply
 from dcr.judges.judging import CHARACTERS_PER_TOKEN
+from dcr.text import label_of
 
 PROMPT = Path(__file__).with_suffix(".txt")
 PLACES = ("instruction", "output_1", "output_2")

@@ -33,6 +33,7 @@ from dcr.report.printed import Printed
 from dcr.report.printing import printable
 from dcr.report.records import RunRecord, read_run
 from dcr.report.tables import over_seeds
+from dcr.text import single_line
 
 WIDTH = 100  # where no terminal tells its own
 
@@ -168,7 +169,7 @@ def main(arguments: Sequence[str]) -> int:
         command = parsed(arguments)
         table = build(command.folders, command.out, command.tables, command.figures, command.claims)
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {single_line(error)}", file=sys.stderr)
         return error.exit_code
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # pyright: ignore

@@ -4,11 +4,11 @@ import hashlib
 import json
 import random
 import re
-import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dcr.config import ConfigError, Kind
+from dcr.text import normalise
 
 FORM_GAP = 0.3  # difference in the share of questions from which on two classes differ in form
 QUESTION_END = re.compile(r"[?\uff1f\u061f][\s\"'”’»)\]]*\Z")  # also full-width and Arabic
@@ -51,7 +51,7 @@ def drop_duplicates(examples: Iterable[Example]) -> tuple[list[Example], list[Ex
     kept: list[Example] = []
     dropped: list[Example] = []
     for example in examples:
-        key = normalised(example.prompt)
+        key = normalise(example.prompt)
         (dropped if key in seen else kept).append(example)
         seen.add(key)
     return kept, dropped
@@ -112,14 +112,3 @@ def form_gap(seemingly_toxic: Sequence[Example], toxic: Sequence[Example]) -> st
         f"{benign:.0%} of the seemingly toxic prompts but {harmful:.0%} of the toxic ones are "
         f"questions: stage one can learn this form instead of intent; {cure}"
     )
-
-
-def normalised(text: str) -> str:
-    """Lower case, compatibility forms, no punctuation or invisible characters, single spaces.
-
-    The same rule as `dcr.contamination.normalise`, which this layer cannot import; a test holds
-    the two together.
-    """
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    kept = (c for c in folded if c.isspace() or unicodedata.category(c)[0] not in "PC")
-    return " ".join("".join(kept).split()) or " ".join(folded.split())

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from dcr.sources.examples import normalised
 from dcr.sources.jsonl import Row
+from dcr.text import normalise
 
 # Safe types whose contrasts carry another name.
 XSTEST_FAMILIES = {"real_group_nons_discr": "discr", "privacy_fictional": "privacy"}
@@ -40,7 +40,7 @@ def xstest_groups(rows: Sequence[Row]) -> list[str | None]:
         if focus:
             link.add(f"focus:{focus}")
         if family in ("discr", "nons_group_real_discr"):
-            link.add("end:" + " ".join(normalised(str(row.get("prompt"))).split()[-2:]))
+            link.add("end:" + " ".join(normalise(str(row.get("prompt"))).split()[-2:]))
         links.append(link)
     return [f"xstest-{component}" for component in _components(links)]
 

@@ -18,6 +18,7 @@ from dcr.config import (
     SteeringConfig,
 )
 from dcr.sources import Example
+from dcr.text import normalise
 
 KINDS = {
     "harmful": Kind.toxic,
@@ -118,9 +119,9 @@ def extraction(data: DataConfig, settings: SteeringConfig, seed: int) -> Extract
             for kind, rows in clean.items()
         }
     used = [row for rows in taken.values() for row in rows]
-    prompts = {contamination.normalise(row.prompt) for row in used}
+    prompts = {normalise(row.prompt) for row in used}
     left = {
-        kind: [row for row in reversed(rows) if contamination.normalise(row.prompt) not in prompts]
+        kind: [row for row in reversed(rows) if normalise(row.prompt) not in prompts]
         for kind, rows in clean.items()
     }
     found = contamination.overlaps([r.prompt for r in used], evaluated, near=data.near_duplicate)
