@@ -12,7 +12,7 @@ import hydra
 import torch
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from dcr import cli, config, dashboard, runs, subjects, tasks
+from dcr import cli, config, dashboard, runs, storage, subjects, tasks
 from dcr.config import ConfigError, EvalConfig
 from dcr.runs import Run
 from dcr.text import label_of
@@ -98,7 +98,7 @@ def evaluate(settings: EvalConfig, run: Run) -> None:
     prompts = tasks.read(settings)
     if settings.trainer.threads:
         torch.set_num_threads(settings.trainer.threads)
-    with runs.locked(run):
+    with storage.locked(run.folder):
         if settings.run is None:
             method = "endpoint" if settings.endpoint else "base"
             made = {"method": method, "seed": settings.seed, "preset_name": "-"}

@@ -15,11 +15,12 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
-from dcr import cli, config, dashboard, data, models, plan, refusal, runs, stages, tracking
+from dcr import cli, config, dashboard, data, models, plan, refusal, runs, stages, storage, tracking
 from dcr.config import ConfigError, Method, NLLSource, Quantity, Stage, TrainConfig
 from dcr.data import Splits
-from dcr.runs import Lease, Run
+from dcr.runs import Run
 from dcr.stages import Job
+from dcr.storage import Lease
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ def _block(settings: TrainConfig, run: Run) -> int:
 
     block = choice.best_layer(settings)
     if _leads():
-        runs.write_json(run.layer_file, {"block": block})
+        storage.write_json(run.layer_file, {"block": block})
     return block
 
 
@@ -134,7 +135,7 @@ def _claimed(settings: TrainConfig, run: Run, rows: Splits) -> Iterator[Lease | 
     if not _leads():  # the process that does holds the folder for all
         yield None
         return
-    with runs.locked(run) as lease:
+    with storage.locked(run.folder) as lease:
         runs.claim(run, cli.plain(settings), settings.force)
         runs.claim_rows(run, data.row_record(rows), settings.force)
         _say_rows(settings, rows)

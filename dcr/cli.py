@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Column, Table
 
-from dcr import config, runs
+from dcr import config, runs, storage
 from dcr.config import ConfigError, EvalConfig, TrainConfig, UserError
 from dcr.text import label_of, single_line
 
@@ -83,7 +83,8 @@ def _run_folder(parent: str = "", *, _root_: DictConfig) -> str:
     given = "label" in _fields_of_model(_overrides(_root_.hydra))
     of_another = config.names_another_model(model) and not given
     label = label_of(str((not of_another and model.get("label")) or model.name))
-    name = f"{label}-{getattr(_root_.method, 'name', _root_.method)}-{runs.fingerprint(settings)}"
+    method = getattr(_root_.method, "name", _root_.method)
+    name = f"{label}-{method}-{storage.fingerprint(settings)}"
     return f"{parent}/{name}" if parent else name
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from dcr import benchmarks, refusal, runs
+from dcr import benchmarks, refusal, storage
 from dcr.config import Kind, WandbConfig, WandbMode
 from dcr.generation import Completion
 from dcr.runs import Run
@@ -78,7 +78,7 @@ def run_id(run: Run) -> str:
     """The W&B id of a run folder: kept in it, so that moving the folder keeps the run."""
     file = run.folder / "wandb_id"
     if not file.is_file():
-        runs.write_text(file, runs.fingerprint([str(run.folder.resolve())]))
+        storage.write_text(file, storage.fingerprint([str(run.folder.resolve())]))
     return file.read_text().strip()
 
 

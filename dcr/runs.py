@@ -14,15 +14,10 @@ eval/<fingerprint>/      completions, verdicts, metrics.json
 """
 
 import csv
-import fcntl
-import hashlib
 import io
 import json
-import os
 import resource
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +25,8 @@ from typing import Any
 import torch
 import yaml
 
-from dcr.config import ConfigError, UserError
+from dcr import storage
+from dcr.config import ConfigError
 
 # What may differ between two commands that go on with one run.
 FREE_KEYS = ("stage", "plan", "force", "run", "trainer", "wandb")
@@ -104,27 +100,9 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def fingerprint(settings: object) -> str:
-    """Twelve hex digits that name a configuration or anything else JSON can hold."""
-    text = json.dumps(settings, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
 def binding(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a configuration that decides a run's weights."""
     return {key: value for key, value in config.items() if key not in FREE_KEYS}
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """`key: old -> new` for every leaf in which two configurations differ."""
-    found: list[str] = []
-    for key in sorted(old.keys() | new.keys()):
-        before, after, name = old.get(key), new.get(key), f"{prefix}{key}"
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            found += differences(before, after, f"{name}.")
-        elif before != after:
-            found.append(f"{name}: {before} -> {after}")
-    return found
 
 
 def claim(run: Run, config: Mapping[str, Any], force: bool) -> None:
@@ -134,9 +112,11 @@ def claim(run: Run, config: Mapping[str, Any], force: bool) -> None:
     `force` is off.
     """
     if run.config_file.is_file():
-        changed = differences(binding(run.config()), binding(config))
+        changed = storage.differences(binding(run.config()), binding(config))
         _refuse(run, "made with another configuration", changed, force)
-    write_text(run.config_file, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+    storage.write_text(
+        run.config_file, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+    )
 
 
 def claim_rows(run: Run, record: Mapping[str, Any], force: bool) -> None:
@@ -146,8 +126,8 @@ def claim_rows(run: Run, record: Mapping[str, Any], force: bool) -> None:
     """
     before, now = _row_lists(run.record()), _row_lists(record)
     if before:
-        _refuse(run, "made with other rows", differences(before, now), force)
-    write_json(run.rows_file, record)
+        _refuse(run, "made with other rows", storage.differences(before, now), force)
+    storage.write_json(run.rows_file, record)
 
 
 def _row_lists(record: Mapping[str, Any]) -> dict[str, str]:
@@ -166,8 +146,8 @@ def claim_base(run: Run, stage: str, weights: str, force: bool) -> None:
     known = {name: base for name, base in known.items() if name == stage or run.done(name)}
     now = {**known, stage: weights}
     if stage in known:
-        _refuse(run, "made from other weights", differences(known, now), force)
-    write_json(run.base_file, now)
+        _refuse(run, "made from other weights", storage.differences(known, now), force)
+    storage.write_json(run.base_file, now)
 
 
 def _refuse(run: Run, how: str, changed: list[str], force: bool) -> None:
@@ -178,81 +158,11 @@ def _refuse(run: Run, how: str, changed: list[str], force: bool) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Lease:
-    """The right to write into a run folder, which ends with the lock file that it stands for."""
-
-    file: Path
-    identity: tuple[int, int]
-
-    def check(self) -> None:
-        """Raises UserError when the folder was deleted meanwhile, or is another process's now."""
-        if not self.file.exists() or _identity(self.file.stat()) != self.identity:
-            raise UserError(f"{self.file.parent}: was deleted or replaced while this process ran")
-
-
-def _identity(status: os.stat_result) -> tuple[int, int]:
-    return status.st_dev, status.st_ino
-
-
-@contextmanager
-def locked(run: Run) -> Iterator[Lease]:
-    """Exclusive use of the run folder. UserError when another process has it."""
-    file = run.folder / ".lock"
-    try:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        handle = file.open("a")
-    except OSError as error:
-        raise _cannot_write(run.folder, error) from error
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"{run.folder}: another process is using this run folder") from error
-        lease = Lease(file, _identity(os.fstat(handle.fileno())))
-        lease.check()
-        yield lease
-
-
-def _cannot_write(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot be written ({error.strerror or error})")
-
-
-def write_text(path: Path, text: str) -> None:
-    """The whole text or the old file: a temporary file in the same folder takes its place.
-
-    Raises UserError with the path when the folder cannot be written or the disk is full.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: object) -> None:
-    """Atomic, readable, with non-ASCII text as it is."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
-
-
 def append_metrics(run: Run, rows: Iterable[Sequence[object]]) -> None:
     """Add (stage, step, epoch, key, value) rows to `metrics.csv`. UserError if that fails."""
-    try:
-        with run.metrics_file.open("a", newline="", encoding="utf-8") as file:
-            file.write(_csv(rows, header=file.tell() == 0))
-    except OSError as error:
-        raise _cannot_write(run.metrics_file, error) from error
+    file = run.metrics_file
+    header = not file.exists() or file.stat().st_size == 0
+    storage.append(file, _csv(rows, header).encode())
 
 
 def _csv(rows: Iterable[Sequence[object]], header: bool) -> str:
@@ -286,4 +196,4 @@ def forget_metrics_beyond(run: Run, stage: str, step: int) -> None:
         return
     kept = [row for row in read_metrics(run) if row["stage"] != stage or row["step"] < step]
     rows = ([row[name] for name in METRIC_FIELDS] for row in kept)
-    write_text(run.metrics_file, _csv(rows, header=True))
+    storage.write_text(run.metrics_file, _csv(rows, header=True))

@@ -15,8 +15,9 @@ from dcr.contrastive import ContrastiveModule
 from dcr.data import SafetyData, Splits
 from dcr.models import Policy
 from dcr.prompts import ChatFormat
-from dcr.runs import Lease, Run
+from dcr.runs import Run
 from dcr.sft import SFTModule
+from dcr.storage import Lease
 
 log = logging.getLogger(__name__)
 

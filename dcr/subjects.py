@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from dcr import generation, models, prompts, refusal, runs, steering
+from dcr import generation, models, prompts, refusal, steering, storage
 from dcr.config import ConfigError, EvalConfig, ServerConfig, Stage
 from dcr.generation import Completion
 from dcr.models import Policy
@@ -66,7 +66,7 @@ def final(run: Run) -> Subject:
 def answers_folder(settings: EvalConfig, run: Run, subject: Subject) -> Path:
     """Where the completions lie: named by all that they depend on besides the prompt."""
     label = subject.weights if subject.step is None else f"snapshot-{subject.step:06d}"
-    return run.evaluation(f"{label}-{runs.fingerprint(_identity(settings, subject))}")
+    return run.evaluation(f"{label}-{storage.fingerprint(_identity(settings, subject))}")
 
 
 def _identity(settings: EvalConfig, subject: Subject) -> dict[str, object]:

@@ -19,7 +19,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from tiny_run import CONF, overrides
 
-from dcr import cli, models, runs
+from dcr import cli, models, storage
 from dcr.config import UserError
 from dcr.resuming import Interrupted
 from dcr.runs import Run
@@ -256,7 +256,7 @@ def finished(folder: Path, settings: list[str], command: Command) -> Run:
         name: composed["data"][name] | {"source": [composed["data"][name]["source"]]}
         for name in ("seemingly_toxic", "toxic", "safety", "normal")
     }
-    runs.write_text(run.config_file, yaml.safe_dump(composed))
+    storage.write_text(run.config_file, yaml.safe_dump(composed))
     for stage in ("contrastive", "sft"):
         run.stage(stage).mkdir()
     return run

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 import eval as eval_entry
 import train as train_entry
-from dcr import cli, config, models, refusal, report, runs, subjects
+from dcr import cli, config, models, refusal, report, runs, storage, subjects
 from dcr.config import ConfigError, EvalConfig
 from dcr.runs import Run
 from dcr.subjects import Subject
@@ -169,7 +169,7 @@ def test_nothing_to_evaluate_is_said(overrides: tuple[str, ...], words: str) -> 
 def test_run_without_a_stage_is_said(tmp_path: Path) -> None:
     run = Run(tmp_path)
     made = cli.plain(tiny_run.settings(tmp_path / "rows"))
-    runs.write_text(run.config_file, json.dumps(made))
+    storage.write_text(run.config_file, json.dumps(made))
     settings, _ = resolved(f"run={tmp_path}")
     with pytest.raises(ConfigError, match="no stage is done"):
         subjects.subjects(settings, run)

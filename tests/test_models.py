@@ -491,48 +491,6 @@ def test_an_adapter_keeps_the_commit_of_its_hub_base(tmp_path: Path) -> None:
     assert (named["base_model_name_or_path"], named["revision"]) == ("some/base", "0123abcd")
 
 
-# --- folders ------------------------------------------------------------------------------------
-
-
-def test_a_failed_save_leaves_the_old_folder(tmp_path: Path) -> None:
-    folder = tmp_path / "result"
-    with models.replaced_folder(folder) as staging:
-        (staging / "a").write_text("old")
-    with pytest.raises(FileNotFoundError), models.replaced_folder(folder) as staging:
-        shutil.copy(staging / "absent", staging / "a")
-    assert [p.name for p in tmp_path.iterdir()] == ["result"]
-    assert (folder / "a").read_text() == "old"
-
-
-def test_a_failed_exchange_puts_the_old_folder_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "result"
-    folder.mkdir()
-    (folder / "a").write_text("old")
-    moved, calls = os.replace, []
-
-    def second_fails(source: Path, target: Path) -> None:
-        calls.append(target)
-        if len(calls) == 2:
-            raise OSError("disk")
-        moved(source, target)
-
-    monkeypatch.setattr(os, "replace", second_fails)
-    with pytest.raises(OSError, match="disk"), models.replaced_folder(folder) as staging:
-        (staging / "a").write_text("new")
-    assert [p.name for p in tmp_path.iterdir()] == ["result"]
-    assert (folder / "a").read_text() == "old"
-
-
-def test_a_second_save_replaces_the_first_whole(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        with models.replaced_folder(tmp_path / "result") as staging:
-            (staging / name).write_text(name)
-    assert [p.name for p in tmp_path.iterdir()] == ["result"]
-    assert [p.name for p in (tmp_path / "result").iterdir()] == ["b"]
-
-
 def test_fingerprint_sees_one_bit(tmp_path: Path) -> None:
     saved(tmp_path, byte_model())
     before = models.weights_fingerprint(tmp_path)

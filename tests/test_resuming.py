@@ -13,7 +13,7 @@ import torch
 from tiny_run import logged, overrides, same, settings, weights
 
 import train
-from dcr import resuming, runs
+from dcr import resuming, storage
 from dcr.config import TrainConfig, UserError
 from dcr.contrastive import ContrastiveModule
 from dcr.resuming import Checkpoints, Interrupted, StepSeed, TrainingError, VerifiedCheckpointIO
@@ -504,7 +504,7 @@ def test_running_out_of_memory_names_the_settings_to_lower() -> None:
 
 def test_two_runs_in_one_folder(tiny: TrainConfig, tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
-    with runs.locked(run), pytest.raises(UserError, match="another process is using"):
+    with storage.locked(run.folder), pytest.raises(UserError, match="another process is using"):
         train.train(tiny, run)
 
 
@@ -515,10 +515,10 @@ def test_a_process_whose_folder_was_deleted_writes_nothing_into_a_new_one(
 
     def replaced(_: Any) -> None:
         run.rename(tmp_path / "old")
-        with runs.locked(Run(run)):
-            pass
+        with storage.locked(run):
+            (run / "theirs").touch()
 
     act("contrastive", 3, replaced)
     with pytest.raises(UserError, match="deleted or replaced"):
         train.train(tiny, Run(run))
-    assert [file.name for file in run.rglob("*")] == [".lock"]
+    assert {file.name for file in run.rglob("*")} == {".lock", "theirs"}

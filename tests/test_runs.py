@@ -1,14 +1,12 @@
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from dcr import runs
+from dcr import runs, storage
 from dcr.config import ConfigError, UserError
 from dcr.runs import Run
 
@@ -54,7 +52,7 @@ def test_settings_that_decide_no_weight_may_differ(tmp_path: Path, key: str) -> 
 def test_differences_name_every_leaf() -> None:
     old = {"a": 1, "b": {"c": [1], "d": None}, "gone": True, "t": {"x": 1}}
     new = {"a": 1, "b": {"c": [1, 2], "d": 0}, "came": 2, "t": 3}
-    assert runs.differences(old, new) == [
+    assert storage.differences(old, new) == [
         "b.c: [1] -> [1, 2]",
         "b.d: None -> 0",
         "came: None -> 2",
@@ -95,94 +93,6 @@ def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
         Run(tmp_path).config()
     assert Run(tmp_path).record() == {}
     assert not Run(tmp_path).done("sft")
-
-
-def test_a_fingerprint_follows_values_not_their_order() -> None:
-    assert runs.fingerprint({"a": 1, "b": "é"}) == runs.fingerprint({"b": "é", "a": 1})
-    assert runs.fingerprint({"a": 1}) != runs.fingerprint({"a": 2})
-    assert len(runs.fingerprint([])) == 12
-
-
-# --- who may write ---
-
-
-def test_a_second_user_of_a_folder_is_refused(tmp_path: Path) -> None:
-    run = Run(tmp_path / "run")
-    script = (
-        "import fcntl, sys; file = open(sys.argv[1], 'a');"
-        "fcntl.flock(file, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"
-    )
-    run.folder.mkdir()
-    with subprocess.Popen(
-        [sys.executable, "-c", script, str(run.folder / ".lock")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as other:
-        assert other.stdin
-        assert other.stdout
-        assert other.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match=f"{run.folder}: another process"), runs.locked(run):
-            pass
-        other.stdin.close()
-        other.wait(30)
-    with runs.locked(run), pytest.raises(UserError, match="another process"), runs.locked(run):
-        pass
-    with runs.locked(run):  # and it is free again
-        pass
-
-
-def test_a_lease_ends_with_its_folder(tmp_path: Path) -> None:
-    run = Run(tmp_path / "run")
-    with runs.locked(run) as lease:
-        lease.check()
-        run.folder.rename(tmp_path / "old")
-        with pytest.raises(UserError, match="deleted or replaced"):
-            lease.check()
-        with runs.locked(run) as newer:  # another one's by now
-            newer.check()
-            with pytest.raises(UserError, match="deleted or replaced"):
-                lease.check()
-
-
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
-        with (
-            pytest.raises(UserError, match=f"{folder}: cannot be written"),
-            runs.locked(Run(folder)),
-        ):
-            pass
-
-
-def failing(error: OSError) -> Any:
-    def fail(*_: Any, **__: Any) -> None:
-        raise error
-
-    return fail
-
-
-@pytest.mark.parametrize(
-    ("owner", "name"), [(os, "replace"), (os, "fsync"), (runs.tempfile, "mkstemp")]
-)
-def test_a_failed_write_names_the_path_and_keeps_the_old_text(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
-) -> None:
-    file = tmp_path / "rows.json"
-    runs.write_text(file, "old")
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, failing(OSError(28, "No space left on device")))
-        with pytest.raises(UserError, match=f"{file}: cannot be written .No space left"):
-            runs.write_text(file, "new")
-    assert file.read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
-
-
-def test_text_is_written_as_it_is(tmp_path: Path) -> None:
-    runs.write_json(tmp_path / "deep" / "x.json", {"text": "ü\r\n…"})
-    assert json.loads((tmp_path / "deep" / "x.json").read_bytes()) == {"text": "ü\r\n…"}
-    assert "ü" in (tmp_path / "deep" / "x.json").read_text()
-    assert (tmp_path / "deep" / "x.json").stat().st_mode & 0o777 == 0o644
 
 
 # --- metrics ---
@@ -230,6 +140,13 @@ def test_what_came_after_the_checkpoint_is_forgotten(tmp_path: Path) -> None:
     runs.append_metrics(run, ROWS)
     runs.forget_metrics_beyond(run, "sft", 1)  # one step was made: step 0
     assert read(run) == ROWS[:3]
+
+
+def failing(error: OSError) -> Any:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    return fail
 
 
 def test_forgetting_never_loses_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dcr import benchmarks, runs, sources, subjects
+from dcr import benchmarks, sources, storage, subjects
 from dcr.augment import answers, checking, options
 from dcr.augment.options import Options
 from dcr.benchmarks import Benchmark
@@ -84,7 +84,7 @@ def augment(told: Options, settings: EvalConfig) -> Outcome:
     policy = functools.cache(functools.partial(subjects.opened, settings, subject))
     outcome = Outcome(len(rows), accepted=sum(row.id in held for row in rows))
     left = [row for row in rows if row.id not in held]
-    with runs.locked(work):
+    with storage.locked(work.folder):
         for instruction in INSTRUCTIONS[: told.attempts]:
             if not left:
                 break

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dcr import runs
+from dcr import storage
 from dcr.config import ConfigError, DataError
 from dcr.generation import Completion
 from dcr.sources import Example
@@ -50,7 +50,7 @@ def add(path: Path, author: str, rows: Sequence[Example], answers: Sequence[Comp
     for row in rows:
         if row.id in by_id:
             lines.append(json.dumps(_line(row, by_id[row.id], author), ensure_ascii=False))
-    runs.write_text(path, "".join(f"{line}\n" for line in lines))
+    storage.write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def _line(row: Example, answer: Completion, author: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dcr import models, runs
+from dcr import models, storage
 from dcr.benchmarks.tasks import results, rows
 from dcr.config import AbilityConfig, ConfigError
 from dcr.models import Policy, safe_label
@@ -86,7 +86,7 @@ def ability(
     model = None
     for name in settings.tasks:
         made_with = _made_with(name, settings, root, seed)
-        file = folder / "ability" / f"{safe_label(name)}-{runs.fingerprint(made_with)}.json"
+        file = folder / "ability" / f"{safe_label(name)}-{storage.fingerprint(made_with)}.json"
         if not file.exists():
             log.info("ability: %s", name)
             with models.evaluating(policy.model), _harness_seeds(), _quiet(progress):
@@ -94,8 +94,8 @@ def ability(
                 whole = _run(model, _loaded(name, root, name), settings, seed)
                 cut = {t: _truncated(model, asked) for t, asked in whole["samples"].items()}
             found = results.scores(name, whole, cut, settings.limit)
-            runs.write_text(file.with_suffix(".jsonl"), results.lines(whole["samples"]))
-            runs.write_json(file, {"made_with": made_with, "scores": found})
+            storage.write_text(file.with_suffix(".jsonl"), results.lines(whole["samples"]))
+            storage.write_json(file, {"made_with": made_with, "scores": found})
         scores |= json.loads(file.read_text(encoding="utf-8"))["scores"]
     for name, found in scores.items():
         if found["truncated"]:

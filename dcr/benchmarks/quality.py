@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dcr import endpoints, runs, statistics
+from dcr import endpoints, statistics, storage
 from dcr.config import ConfigError, EvalConfig
 from dcr.generation import Completion
 from dcr.judges import pairwise
@@ -55,10 +55,10 @@ def quality(
             f"prompts of {settings.quality.source}; evaluate both runs on the same source"
         )
     home, (model, other) = folder / "quality", labels
-    runs.write_json(home / "model_outputs.json", _outputs(answers, model, settings))
-    runs.write_json(home / "reference_outputs.json", _outputs(reference, other, settings))
+    storage.write_json(home / "model_outputs.json", _outputs(answers, model, settings))
+    storage.write_json(home / "reference_outputs.json", _outputs(reference, other, settings))
     rows = pairwise.annotate(pairs, settings, home, (other, model), progress)
-    runs.write_json(home / "annotations.json", [_published(row, settings) for row in rows])
+    storage.write_json(home / "annotations.json", [_published(row, settings) for row in rows])
     return {
         **_rates([row for row in rows if row.status == "ok"]),
         **{status: sum(row.status == status for row in rows) for status in ("invalid", "error")},

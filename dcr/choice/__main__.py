@@ -9,7 +9,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
-from dcr import cli, config, runs
+from dcr import cli, config, storage
 from dcr.choice.choosing import choose
 from dcr.choice.origins import LIMIT
 from dcr.choice.text import describe
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
             settings = _settings(overrides)
             out = _out(options, settings)
             choice = choose(settings, limit=options.limit, pairs=options.pairs, tests=options.tests)
-            runs.write_json(out, choice.record())
+            storage.write_json(out, choice.record())
     except UserError as error:
         print(f"error: {single_line(error)}", file=sys.stderr)
         return error.exit_code

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from dcr import models, prompts, runs
+from dcr import models, prompts, storage
 from dcr.config import ConfigError, ModelConfig, Precision
 from dcr.export.card import model_card
 from dcr.models import Policy
@@ -41,7 +41,7 @@ def export(run: Run, out: Path, stage: str = "sft", dtype: str = "bfloat16") -> 
     _speak_as_trained(chat)
     _stop_as_evaluated(policy, chat)
     policy.model.to(DTYPES[dtype])
-    with models.replaced_folder(out) as staging:
+    with storage.replaced_folder(out) as staging:
         policy.model.save_pretrained(staging)
         policy.tokenizer.save_pretrained(staging)
         card = model_card(run, stage, made_with)
@@ -114,5 +114,5 @@ def relink(run: Run) -> dict[Path, str]:
         file = folder / "adapter_config.json"
         named = json.loads(file.read_text())
         place = str(Path(base).resolve()) if Path(base).is_dir() else base
-        runs.write_json(file, named | {"base_model_name_or_path": place})
+        storage.write_json(file, named | {"base_model_name_or_path": place})
     return bases

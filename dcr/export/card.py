@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from dcr import runs, statistics
+from dcr import statistics, storage
 from dcr.config import EMBEDDED_MODEL
 from dcr.runs import Run
 from dcr.sources import SOURCES
@@ -104,7 +104,7 @@ def _data_section(run: Run, stage: str, made_with: Mapping[str, Any]) -> str:
     marks = {name: part["fingerprint"] for name, part in drawn.items()}
     lines = ["## Data", ""]
     if drawn:
-        lines += [f"Fingerprint of all rows: `{runs.fingerprint(marks)}`", ""]
+        lines += [f"Fingerprint of all rows: `{storage.fingerprint(marks)}`", ""]
         lines += ["| list | rows | fingerprint |", "| --- | ---: | --- |"]
         lines += [f"| {n} | {p['count']} | `{p['fingerprint']}` |" for n, p in drawn.items()]
         lines += [""]

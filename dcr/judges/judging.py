@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from dcr import endpoints, models, runs
+from dcr import endpoints, models, storage
 from dcr.config import EvalConfig, GuardConfig, Judge, Kind, ServerConfig
 from dcr.generation import Completion
 from dcr.judges import guards, llm, moderation
@@ -130,8 +130,8 @@ def judge(
     request can succeed, and UserError when nothing can be written; all verdicts before are kept.
     """
     identity = JUDGES[name].identity(settings)
-    place = folder / "verdicts" / f"{name.value}-{runs.fingerprint(identity)}"
-    runs.write_json(place / IDENTITY_FILE, identity)
+    place = folder / "verdicts" / f"{name.value}-{storage.fingerprint(identity)}"
+    storage.write_json(place / IDENTITY_FILE, identity)
     homes = _homes(answers)
     held, known = _settled(place)
     by_content = {answer_fingerprint(a): a for rows in answers.values() for a in rows}

@@ -18,7 +18,7 @@ from typing import cast
 import numpy as np
 from tqdm.auto import tqdm
 
-from dcr import endpoints, runs
+from dcr import endpoints, storage
 from dcr.config import AnnotatorConfig, ConfigError, DataError, EvalConfig, UserError
 from dcr.endpoints import EndpointError, Failure, Message, Reply
 from dcr.judges.judging import CHARACTERS_PER_TOKEN
@@ -109,7 +109,7 @@ def check(settings: AnnotatorConfig) -> None:
 def store(settings: AnnotatorConfig, folder: Path) -> Path:
     """The file that keeps what this annotator, with this prompt and these parameters, has said."""
     identity = [settings.url, settings.model, settings.parameters, turns(settings)]
-    return folder / f"{label_of(settings.model)}-{runs.fingerprint(identity)}.jsonl"
+    return folder / f"{label_of(settings.model)}-{storage.fingerprint(identity)}.jsonl"
 
 
 def annotate(
@@ -191,7 +191,7 @@ def _draft(pair: Pair, generators: tuple[str, str], settings: EvalConfig) -> Ann
     shown = (pair.answer, pair.reference) if switched else (pair.reference, pair.answer)
     return Annotation(
         id=pair.id,
-        of=runs.fingerprint([pair.instruction, *shown]),
+        of=storage.fingerprint([pair.instruction, *shown]),
         status="ok",
         instruction=pair.instruction,
         output_1=pair.reference,

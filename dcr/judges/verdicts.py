@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dcr import endpoints, runs
+from dcr import endpoints, storage
 from dcr.config import DataError, Judge, ServerConfig, UserError
 from dcr.generation import Completion
 
@@ -46,7 +46,7 @@ class Verdict:
 
 def answer_fingerprint(answer: Completion) -> str:
     """Names what a verdict is about: the prompt and the response, whatever their id."""
-    return runs.fingerprint([answer.prompt, answer.response])
+    return storage.fingerprint([answer.prompt, answer.response])
 
 
 def stored(path: Path) -> list[Verdict]:

@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from dcr.config import EMBEDDED_MODEL, TINY_MODEL, ConfigError, ModelConfig, Precision
-from dcr.models.files import replaced_folder
 from dcr.models.structure import seeded
+from dcr.storage import replaced_folder
 
 DTYPES = {
     Precision.mixed: torch.float32,

@@ -10,8 +10,9 @@ from safetensors import safe_open
 from transformers import AutoTokenizer
 
 from dcr.config import EMBEDDED_MODEL, TINY_MODEL, ConfigError, Precision
-from dcr.models.files import replaced_folder, weights_fingerprint
+from dcr.models.files import weights_fingerprint
 from dcr.models.opening import DTYPES, Policy, embedded_folder, refused_as, whole_model
+from dcr.storage import replaced_folder
 
 ORIGIN_FILE = "dcr.json"  # beside an adapter: which weights it stands on, with their fingerprint
 

@@ -10,15 +10,13 @@ operating_points, which takes margin=<points> and data=<label>. `--claims` measu
 claims and tells each in a sentence, in the terminal, in the page and in claims.csv beside it.
 """
 
-import os
 import shlex
 import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from dcr import runs
+from dcr import storage
 from dcr.config import UserError
 from dcr.report import claims_shown, claims_told, markup, page, printed, terminal
 from dcr.report.arguments import USAGE, parsed
@@ -76,7 +74,7 @@ def build(
             completions(entry, name)
     notes[:0] = [note for record in records for note in record.notes] + _uneven(columns)
     notes += [note for figure, _ in made for note in figure.notes]
-    _write(out, page.render(report))
+    storage.write_text(out, page.render(report))
     _write_beside(out.parent, papers, made, found)
     width = shutil.get_terminal_size((WIDTH, 24)).columns
     title = _title(records, columns)
@@ -94,43 +92,18 @@ def _write_beside(
     """Tables, figures and claims, into the page's folder."""
     for table in papers:
         for ending, text_of in markup.WRITERS.items():
-            _write(place / f"{table.name}.{ending}", text_of(table))
+            storage.write_text(place / f"{table.name}.{ending}", text_of(table))
     for figure, files in made:
         for ending, data in files.items():
-            _write_bytes(place / f"{figure.name}.{ending}", data)
+            storage.write_bytes(place / f"{figure.name}.{ending}", data)
     if found:
-        _write(place / claims_shown.FILE, claims_shown.csv_text(found))
+        storage.write_text(place / claims_shown.FILE, claims_shown.csv_text(found))
 
 
 def _command(folders: Sequence[Path], name: str, drawn: Wanted) -> str:
     """The command that draws one figure again."""
     told = shlex.join(map(str, folders))
     return printable(f"python -m dcr.report {told} --figure {name}{drawn.settings(name)}")
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        # folder names may hold bytes that are no text
-        runs.write_text(path, text.encode("utf-8", "replace").decode())
-    except OSError as error:
-        raise UserError(f"out={path}: cannot be written ({error.strerror or error})") from error
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    """All of it or the old file, as `runs.write_text` does with text."""
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, path)
-        finally:
-            Path(name).unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def _distinct(folders: Sequence[Path]) -> list[Path]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dcr import runs
+from dcr import runs, storage
 from dcr.report.printing import printable
 from dcr.report.records import Evaluation, RunRecord
 
@@ -79,7 +79,7 @@ def shown(records: Sequence[RunRecord]) -> list[tuple[RunRecord, Evaluation]]:
             if evaluation.weights not in ("base", "sft", "endpoint") and not stage_one:
                 continue
             if evaluation.weights == "base":
-                identity = runs.fingerprint(
+                identity = storage.fingerprint(
                     [about(run, evaluation, "model"), evaluation.settings, evaluation.sets]
                 )
                 if identity in seen:
@@ -126,11 +126,11 @@ def variant(run: RunRecord, evaluation: Evaluation) -> str:
     """Names everything that decides the weights, and an edit of activations, but not the seed."""
     told = [about(run, evaluation, key) for key in ("method", "model", "preset", "data")]
     if told[0] in UNTRAINED:
-        return runs.fingerprint(told[:2])
+        return storage.fingerprint(told[:2])
     if steering(evaluation):
-        told.append(runs.fingerprint(evaluation.settings["steering"]))
+        told.append(storage.fingerprint(evaluation.settings["steering"]))
     config = {k: v for k, v in runs.binding(run.config).items() if k not in UNTOLD}
-    return runs.fingerprint([told, config])
+    return storage.fingerprint([told, config])
 
 
 def settings_without_seed(evaluation: Evaluation) -> dict[str, Any]:
@@ -249,7 +249,7 @@ def seed_groups(columns: Sequence[Entry]) -> list[Group]:
     for place, entry in enumerate(columns):
         if about(entry.run, entry.evaluation, "method") in UNTRAINED:
             continue
-        key = runs.fingerprint(
+        key = storage.fingerprint(
             [
                 variant(entry.run, entry.evaluation),
                 entry.evaluation.weights,

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from dcr import runs
+from dcr import storage
 from dcr.config import Kind
 from dcr.report import printed
 from dcr.report.entries import about, flattened
@@ -119,7 +119,7 @@ def _sweep(point: Operating) -> tuple[Path, str]:
     """What all points of one curve share: the run, and every setting but the strength."""
     edit = flattened({"": point.evaluation.settings.get("steering")})
     rest = {key: value for key, value in edit.items() if key.rpartition(".")[2] != "strength"}
-    return point.run.folder, runs.fingerprint(rest)
+    return point.run.folder, storage.fingerprint(rest)
 
 
 def _ends(line: Sequence[Operating]) -> tuple[list[Interval], list[Interval]]:

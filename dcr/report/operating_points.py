@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dcr import runs
+from dcr import storage
 from dcr.config import Kind, UserError
 from dcr.report.entries import METHODS, STEERED, about, steering
 from dcr.report.judged import NAMES, defended, judges_of, verdicts_of
@@ -96,7 +96,7 @@ def arenas(records: Sequence[RunRecord], margin: float, data: str | None) -> lis
 def _alike(run: RunRecord, found: Evaluation) -> str:
     settings = {k: v for k, v in found.settings.items() if k not in ("steering", "self_cd")}
     told = [about(run, found, key) for key in ("model", "data", "seed")]
-    return runs.fingerprint([told, settings])
+    return storage.fingerprint([told, settings])
 
 
 def _arena(pairs: Sequence[tuple[RunRecord, Evaluation]], margin: float) -> Arena | None:

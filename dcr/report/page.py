@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 import dcr
-from dcr import runs
+from dcr import storage
 from dcr.config import Kind
 from dcr.report import claims_shown, figures, judged, markup
 from dcr.report.cells import CONTAMINATED, IN_DISTRIBUTION, Section, any_marked, text_of
@@ -201,7 +201,7 @@ def _frontiers(report: Report, names: list[list[str]]) -> list[Frontier]:
         for e in sorted(record.evaluations, key=lambda e: e.step or 0):
             x, y = (_estimate(e, of_kind) for of_kind in names)
             if e.weights == "snapshot" and x is not None and y is not None:
-                key = place, runs.fingerprint(settings_without_seed(e))
+                key = place, storage.fingerprint(settings_without_seed(e))
                 style = styles[variant(record, e), about(record, e, "seed")]
                 found.setdefault(key, (style, []))[1].append((x, y))
     return [Frontier(style, points) for style, points in found.values()]

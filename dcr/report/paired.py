@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from dcr import runs, statistics
+from dcr import statistics, storage
 from dcr.config import Kind
 from dcr.report.completions import Completion
 from dcr.report.entries import Entry, about, flattened
@@ -78,7 +78,7 @@ def differing_settings(a: Entry, b: Entry) -> list[str]:
         data = found if isinstance(found := config.get("data"), dict) else {}
         parts = {"sft": config.get("sft"), "data.safety": data.get("safety")}
         configs.append(flattened(parts | {"data.normal": data.get("normal")}))
-    return runs.differences(configs[1], configs[0])
+    return storage.differences(configs[1], configs[0])
 
 
 def _paired_lines(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from dcr import runs
+from dcr import storage
 from dcr.config import UserError
 from dcr.report.entries import METHODS, steering
 from dcr.report.measurements import QUANTITIES, Kernel, Probability
@@ -111,7 +111,7 @@ def snapshots(run: RunRecord, has: Callable[[Evaluation], object]) -> list[Evalu
     for found in run.evaluations:
         otherwise = steering(found) or "self_cd" in found.settings
         if found.weights == "snapshot" and found.step is not None and not otherwise and has(found):
-            setting = runs.fingerprint([found.settings, found.about.get("data")])
+            setting = storage.fingerprint([found.settings, found.about.get("data")])
             by_setting.setdefault(setting, {})[found.step] = found
     most = max(by_setting.values(), key=len, default={})
     return [most[step] for step in sorted(most)]

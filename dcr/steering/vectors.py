@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dcr import activations, runs
+from dcr import activations, storage
 from dcr.activations import Site
 from dcr.config import ConfigError, UserError
 from dcr.models import Policy
@@ -78,7 +78,7 @@ def kept(folder: Path | None, key: Mapping[str, object], find: Callable[[], Foun
     """
     if folder is None:
         return find()
-    file = folder / f"{key['method']}-{runs.fingerprint(key)}.safetensors"
+    file = folder / f"{key['method']}-{storage.fingerprint(key)}.safetensors"
     if not file.is_file():
         tensors, info = find()
         _write(file, tensors, info)

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from dcr import activations, config, endpoints, judges, models, runs, steering, subjects
+from dcr import activations, config, endpoints, judges, models, runs, steering, storage, subjects
 from dcr.benchmarks import ability, quality
 from dcr.config import ConfigError, EvalConfig, Kind, Task
 from dcr.models import Policy
@@ -93,7 +93,7 @@ def _write(
     metrics["seconds"] = round(time.perf_counter() - began, 1)
     metrics["peak_memory_gib"] = round(runs.peak_memory_gib(), 2)
     records.set_aside(folder, origin["settings"])
-    runs.write_json(folder / "metrics.json", metrics)
+    storage.write_json(folder / "metrics.json", metrics)
     return metrics
 
 

@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from dcr import runs, steering
+from dcr import steering, storage
 from dcr.config import EvalConfig, Task
 from dcr.runs import Run
 from dcr.subjects import Subject
@@ -64,9 +64,9 @@ def set_aside(folder: Path, settings: dict[str, Any]) -> None:
         return
     before = json.loads(file.read_text())["settings"]
     if before != settings:
-        aside = folder / f"metrics-{runs.fingerprint(before)}.json"
+        aside = folder / f"metrics-{storage.fingerprint(before)}.json"
         file.replace(aside)
-        changed = "; ".join(runs.differences(before, settings))
+        changed = "; ".join(storage.differences(before, settings))
         log.warning("%s: metrics of other settings (%s) are now in %s", folder, changed, aside.name)
 
 

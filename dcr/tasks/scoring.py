@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dcr import benchmarks, config, contamination, data, judges, runs, subjects
+from dcr import benchmarks, config, contamination, data, judges, storage, subjects
 from dcr.benchmarks import Benchmark, quality
 from dcr.config import DataError, EvalConfig, Judge
 from dcr.generation import Completion
@@ -87,7 +87,7 @@ def win_rate(
     else:
         policy = functools.cache(functools.partial(subjects.opened, beside, subject))
         rows = [b for b in asked if b.name == name]
-        with runs.locked(reference):
+        with storage.locked(reference.folder):
             place = subjects.answers_folder(beside, reference, subject)
             others = answers(beside, subject, rows, place, policy)
     labels = (_label(run), _label(reference))

@@ -15,9 +15,10 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
-from dcr import models, runs
+from dcr import models, runs, storage
 from dcr.models import Policy
-from dcr.runs import Lease, Run
+from dcr.runs import Run
+from dcr.storage import Lease
 
 QUIET = (
     "in eval mode at the start of training",  # metrics and dropped blocks; ours is checked
@@ -198,4 +199,4 @@ class StepClock(Callback):
                 "tokens_per_second": round(self.tokens / self.seconds, 1),
                 "peak_memory_gib": round(runs.peak_memory_gib(), 2),
             }
-            runs.write_json(self.run.folder / f"{self.stage}.cost.json", cost)
+            storage.write_json(self.run.folder / f"{self.stage}.cost.json", cost)

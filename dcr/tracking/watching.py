@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from dcr import analyses, runs
+from dcr import analyses, storage
 from dcr.config import DataConfig, Kind, Quantity, TrackingConfig
 from dcr.models import Policy
 from dcr.prompts import ChatFormat
@@ -110,7 +110,7 @@ class Watch(Callback):
                 measure, values_of = MEASURES[quantity]
                 blocks[quantity.value] = measure(self.policy, self.chat, rows, self.watched, place)
                 found |= values_of(blocks[quantity.value])
-        runs.write_json(place / "metrics.json", blocks)
+        storage.write_json(place / "metrics.json", blocks)
         self.seconds += time.perf_counter() - began
         found["tracking_seconds"] = self.seconds
         for logger in trainer.loggers:

@@ -1,0 +1,399 @@
+"""State on disk: written whole or not at all, checked when read, locked while in use.
+
+Whatever a command keeps goes through here, so that a kill, a full disk or a damaged file has the
+same end everywhere: the old content stays, or one line names the file and the cure.
+"""
+
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+
+from dcr.config import DataError, UserError
+
+T = TypeVar("T")
+
+STAGING = ".writing-"  # how the name of a file or folder begins until it is whole
+ASIDE = ".old"  # how the name of a folder ends while another takes its place
+CHECKSUMS = "checksums.json"
+CURE = "restore the file, or delete it and run the command that wrote it again"
+
+
+# --- names --------------------------------------------------------------------------------------
+
+
+def fingerprint(settings: object) -> str:
+    """Twelve hex digits that name a configuration or anything else JSON can hold."""
+    text = json.dumps(settings, sort_keys=True, ensure_ascii=False, default=str)
+    # half a surrogate pair, as a server can send, is no UTF-8
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """`key: old -> new` for every leaf in which two configurations differ."""
+    changed: list[str] = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after, name = old.get(key), new.get(key), f"{prefix}{key}"
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            changed += differences(before, after, f"{name}.")
+        elif before != after:
+            changed.append(f"{name}: {before} -> {after}")
+    return changed
+
+
+# --- writing ------------------------------------------------------------------------------------
+
+
+def cannot_write(path: Path, error: Exception) -> UserError:
+    """What a user reads when a disk is full or a folder read-only."""
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:160]
+    return UserError(f"{path}: cannot be written ({reason}); free space or name another folder")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise cannot_write(path, error) from error
+
+
+@contextmanager
+def replaced_file(path: Path) -> Iterator[BinaryIO]:
+    """A file open for writing that takes the place of `path` on success and vanishes on failure.
+
+    Raises UserError with the path when the folder cannot be written or the disk is full.
+    """
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _forget_torn(path.parent, path.name)
+        handle, name = tempfile.mkstemp(prefix=f"{STAGING}{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                _hold(handle)
+                yield file
+                file.flush()
+                os.fsync(handle)
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        finally:
+            Path(name).unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """All of it or the old file; UserError with the path when it cannot be written."""
+    with replaced_file(path) as file:
+        file.write(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """UTF-8, line ends as they are; a file name's bytes that are no text become `?`."""
+    write_bytes(path, text.encode("utf-8", "replace"))
+
+
+def write_json(path: Path, value: object) -> None:
+    """Atomic, readable, with non-ASCII text as it is."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """A staging folder beside `folder` that takes its place on success and vanishes on failure.
+
+    Raises UserError with the path when it cannot be written or the disk is full.
+    """
+    with _writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _forget_torn(folder.parent, folder.name)
+        staging = Path(tempfile.mkdtemp(prefix=f"{STAGING}{folder.name}.", dir=folder.parent))
+        held = os.open(staging, os.O_RDONLY)
+        try:
+            _hold(held)
+            yield staging
+            for file in staging.rglob("*"):
+                if file.is_file():
+                    with file.open("rb") as handle:
+                        os.fsync(handle.fileno())
+            staging.chmod(0o755)
+            _exchange(staging, folder)
+        finally:
+            os.close(held)
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _exchange(staging: Path, folder: Path) -> None:
+    """Put `staging` where `folder` is; what was there is gone only once that has worked."""
+    if not folder.exists():
+        os.replace(staging, folder)
+        return
+    aside = staging.with_name(f"{staging.name}{ASIDE}")
+    os.replace(folder, aside)
+    try:
+        os.replace(staging, folder)
+    except OSError:
+        os.replace(aside, folder)
+        raise
+    shutil.rmtree(aside)
+
+
+def append(path: Path, data: bytes) -> None:
+    """Add whole lines to a file, all or none; a line that a kill tore gets its end first.
+
+    Raises UserError with the path when it cannot be written.
+    """
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            if size:
+                file.seek(-1, os.SEEK_END)
+                data = data if file.read(1) == b"\n" else b"\n" + data
+            left = memoryview(data)
+            try:
+                while left:
+                    left = left[os.write(file.fileno(), left) :]
+            except OSError:
+                file.truncate(size)
+                raise
+
+
+def append_lines(path: Path, rows: Iterable[object]) -> None:
+    """Add records, such as dataclasses or mappings, as one JSON line each; all or none."""
+    plain = (asdict(r) if is_dataclass(r) and not isinstance(r, type) else r for r in rows)
+    text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in plain)
+    if text:
+        append(path, text.encode("utf-8", "replace"))  # servers can send half surrogates
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+def read_text(path: Path, cure: str = CURE) -> str:
+    """The UTF-8 text of a file. DataError with its name and the cure when it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); {cure}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: byte {error.start + 1} is not UTF-8; {cure}") from None
+
+
+def read_json(path: Path, schema: type[T], cure: str = CURE) -> T:
+    """A JSON file as `schema`: a dataclass, a pydantic model or a type such as `dict[str, str]`.
+
+    Raises DataError "file: what is wrong; cure" when it is absent, no JSON, or lacks or mistypes
+    something that the schema names. Keys that the schema does not name are let be.
+    """
+    text = read_text(path, cure)
+    try:
+        return _adapter(schema).validate_json(text, strict=True)
+    except ValidationError as error:
+        raise DataError(f"{path}: {_first_fault(error)}; {cure}") from None
+
+
+def read_yaml(path: Path, schema: type[T], cure: str = CURE) -> T:
+    """A YAML file as `schema`, with the errors of `read_json`."""
+    text = read_text(path, cure)
+    try:
+        return _adapter(schema).validate_python(yaml.safe_load(text))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        named = isinstance(error, ValidationError)
+        why = _first_fault(error) if named else f"not YAML ({' '.join(str(error).split())[:120]})"
+        raise DataError(f"{path}: {why}; {cure}") from None
+
+
+def read_lines(path: Path, schema: type[T], cure: str = "remove the line") -> list[T]:
+    """The records of a file of JSON lines, none if it is absent; a line torn by a kill is left out.
+
+    A torn line is one that breaks off. Raises DataError "file:line: what is wrong; cure" for any
+    other line that is not of the schema.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); {CURE}") from error
+    records: list[T] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            records.append(_adapter(schema).validate_json(line, strict=True))
+        except ValidationError as error:
+            if not _breaks_off(line):
+                why = _first_fault(error)
+                raise DataError(f"{path}:{number}: line: {why}; {cure}") from None
+    return records
+
+
+def _breaks_off(line: bytes) -> bool:
+    """Whether more bytes could have made JSON of a line: what a kill leaves of it."""
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if error.reason != "unexpected end of data":
+            return False
+        text = line[: error.start].decode("utf-8")
+    try:
+        _adapter(object).validate_json(text)
+    except ValidationError as error:
+        return "EOF while parsing" in error.errors(include_url=False)[0]["msg"]
+    return False
+
+
+@functools.cache
+def _adapter(schema: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(schema)
+
+
+def _first_fault(error: Exception) -> str:
+    assert isinstance(error, ValidationError)
+    first = error.errors(include_url=False)[0]
+    if first["type"] == "json_invalid":
+        return f"not JSON ({first['ctx']['error'] if 'ctx' in first else first['msg']})"
+    place = ".".join(map(str, first["loc"]))
+    what = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing":
+        return f"{place}: missing"
+    shown = repr(first["input"])
+    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+    return f"{place}: {shown}: {what}" if place else f"{shown}: {what}"
+
+
+# --- checksums of a result folder ---------------------------------------------------------------
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, in hex; read once as long as the file stays as it is."""
+    return running_sha256([path])[-1]
+
+
+def running_sha256(files: Sequence[Path], named: bool = False) -> list[str]:
+    """SHA-256 of all files up to each one, in hex; with `named` each file's name goes first.
+
+    Files that have not changed since the last call are not read again.
+    """
+    states = tuple((str(file), *_state(file)) for file in files)
+    return list(_running_sha256(states, named))
+
+
+def _state(file: Path) -> tuple[int, int, int, int]:
+    status = file.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=64)
+def _running_sha256(states: tuple[tuple[str, int, int, int, int], ...], named: bool) -> list[str]:
+    digest, sums = hashlib.sha256(), []
+    for name, *_ in states:
+        if named:
+            digest.update(Path(name).name.encode())
+        with open(name, "rb") as handle:
+            while piece := handle.read(1 << 22):
+                digest.update(piece)
+        sums.append(digest.hexdigest())
+    return sums
+
+
+# --- locks and what kills leave behind ----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The right to write into a folder, which ends with the lock file that it stands for."""
+
+    file: Path
+    identity: tuple[int, int]
+
+    def check(self) -> None:
+        """Raises UserError when the folder was deleted meanwhile, or is another process's now."""
+        if not self.holds():
+            raise UserError(f"{self.file.parent}: was deleted or replaced while this process ran")
+
+    def holds(self) -> bool:
+        return self.file.exists() and _identity(self.file.stat()) == self.identity
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[Lease]:
+    """Exclusive use of a run folder, cleared of what a killed process left half-written.
+
+    A folder in which nothing but the lock came to be is removed again. Raises UserError when
+    another process has it or it cannot be written.
+    """
+    file = folder / ".lock"
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = file.open("a")
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{folder}: another process is using this run folder") from error
+        lease = Lease(file, _identity(os.fstat(handle.fileno())))
+        lease.check()
+        for place in {torn.parent for torn in folder.rglob(f"{STAGING}*")}:
+            _forget_torn(place, "")
+        try:
+            yield lease
+        finally:
+            if lease.holds() and os.listdir(folder) == [file.name]:
+                file.unlink()
+                folder.rmdir()
+
+
+def _hold(handle: int) -> None:
+    """Mark a half-written file or folder as in use, until its process ends."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return  # a file system without locks; there nothing torn is removed
+
+
+def _forget_torn(folder: Path, name: str) -> None:
+    """Remove what a kill left of writing `name`; a folder set aside comes back to its place."""
+    if not folder.is_dir():
+        return
+    begins = f"{STAGING}{name}." if name else STAGING
+    for torn in sorted(folder.iterdir()):
+        if not torn.name.startswith(begins) or not _abandoned(torn):
+            continue
+        target = folder / torn.name.removeprefix(STAGING).rsplit(".", 2)[0]
+        if torn.name.endswith(ASIDE) and not target.exists():
+            os.replace(torn, target)
+        elif torn.is_dir():
+            shutil.rmtree(torn, ignore_errors=True)
+        else:
+            torn.unlink(missing_ok=True)
+
+
+def _abandoned(torn: Path) -> bool:
+    """Whether no living process is writing there."""
+    try:
+        handle = os.open(torn, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return True
