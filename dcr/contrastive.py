@@ -4,18 +4,42 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning import LightningModule
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.utilities import dim_zero_cat
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 from dcr import activations, likelihood, losses, models, schedules
 from dcr.config import Adapter, ContrastiveConfig, NLLSource
-from dcr.data import PairBatch, PromptBatch
+from dcr.data import NO_CLASS, PairBatch, PromptBatch
 from dcr.models import Policy
 from dcr.prompts import IGNORED
 from dcr.resuming import ResumableModule
 from dcr.separability import kmeans_accuracy
+
+
+def ranks() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def of_all_ranks(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of the global batch in order, without those of no class; gradient to ours alone.
+
+    Every rank then finds the loss of all pairs, and each its own features' gradient of it.
+    """
+    if ranks() == 1:
+        return features, labels
+    everything, labels = (torch.cat(gather_all_tensors(part)) for part in (features, labels))
+    return everything[labels != NO_CLASS], labels[labels != NO_CLASS]
+
+
+def summed_over_ranks(value: Tensor) -> Tensor:
+    """Without gradient."""
+    value = value.detach()
+    return torch.stack(gather_all_tensors(value)).sum(0) if ranks() > 1 else value
 
 
 class KMeansAccuracy(Metric):
@@ -100,16 +124,18 @@ class ContrastiveModule(ResumableModule):
 
     def training_step(self, batch: PromptBatch, _: int) -> Tensor:
         features, nll = self.forward_losses(self, batch)
-        circle, floor = self.circle(features, batch.labels)
+        features, labels = of_all_ranks(features, batch.labels)
+        circle, floor = self.circle(features, labels)
         loss = self.checked(circle + self.config.nll.weight * nll, batch.names)
         self.log("contrastive/step_circle", circle)
-        self.train_metrics.add(features, batch.labels, circle, floor)
+        self.train_metrics.add(features, labels, circle, floor)
         self.train_metrics.log_to(self)
         if self.anchored:
+            nll = summed_over_ranks(nll)
             self.log("contrastive/step_nll", nll)
-            self.token_nll.update(nll.detach(), weight=self.nll_tokens(batch))
+            self.token_nll.update(nll, weight=summed_over_ranks(self.nll_tokens(batch)))
             self.log("contrastive/nll", self.token_nll, on_step=False, on_epoch=True)
-        return loss
+        return loss * ranks()  # whose gradients are averaged: of one loss, over the global batch
 
     def validation_step(self, batch: PromptBatch, _: int) -> None:
         features = self.features(batch)
@@ -138,10 +164,13 @@ class ContrastiveModule(ResumableModule):
         return backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
 
     def mean_nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Token mean of the next-token NLL where a target stands (ambiguity 7)."""
+        """Token mean of the next-token NLL where a target stands (ambiguity 7).
+
+        Of several ranks each has its part of the mean over the tokens of all.
+        """
         where = targets != IGNORED
         total, _ = likelihood.head_nll(self.model, hidden[where], targets[where])
-        return total / where.sum()
+        return total / summed_over_ranks(where.sum())
 
     def circle(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Eq. 5 and its floor, the value at which no pair violates its margin."""

@@ -143,6 +143,13 @@ class ResumableModule(LightningModule):
         self.check_gradients()
 
 
+def bit_sums(module: torch.nn.Module) -> list[int]:
+    """A number for each trainable weight that changes with any of its bits."""
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    weights = (p.detach() for p in module.parameters() if p.requires_grad)
+    return [int(w.view(whole[w.element_size()]).sum(dtype=torch.int64)) for w in weights]
+
+
 class StepSeed(Callback):
     """Makes chance inside a step (LoRA dropout) a function of seed, step and rank."""
 

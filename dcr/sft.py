@@ -77,7 +77,7 @@ class SFTModule(ResumableModule):
         """What each micro-batch's summed NLL is multiplied by, equal for every token of a step."""
         tokens = torch.stack([(micro.targets != IGNORED).sum() for micro in batch])
         if self.config.loss_norm is LossNorm.micro_batch:
-            return list(1.0 / (tokens * len(batch) * self.trainer.world_size))
+            return list(1.0 / (tokens.clamp(min=1) * len(batch) * self.trainer.world_size))
         everywhere = self.trainer.strategy.reduce(tokens.sum().float(), reduce_op="sum")
         return [1.0 / torch.as_tensor(everywhere)] * len(batch)
 

@@ -146,10 +146,17 @@ def _fitted(
         runs.forget_metrics_beyond(job.run, stage.value, step)
     followed = [*_first(job, stage), *callbacks, *_last(job, stage, total)]
     trainer = _trainer(job, stage, total // batches.steps_per_epoch, followed)
+    start = resuming.bit_sums(module)
     with resuming.memory_errors_explained():
         trainer.fit(module, datamodule=batches, ckpt_path=checkpoint, weights_only=True)
     if job.lease:
         job.lease.check()
+    if resuming.bit_sums(module) == start:
+        raise resuming.TrainingError(
+            f"{stage.value}: no weight moved in {total} steps: the learning rate is too small for "
+            "the weights' precision, or every gradient was zero (all pairs beyond the margin, and "
+            "no NLL term)"
+        )
     yield trainer.is_global_zero
     if trainer.is_global_zero:
         forget_checkpoints(job.run, stage)

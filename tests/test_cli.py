@@ -109,7 +109,9 @@ BAD_SETTINGS = {
     "dcr.layer=-1": "dcr.layer=-1: blocks are counted from 1",
     "dcr.ratio=0": "dcr.ratio=0.0: give toxic rows per seemingly toxic row, above 0",
     "dcr.ratio=50": "dcr.ratio=50.0 asks for 2000 rows: only ",
-    "dcr.batch_size=1": "dcr.batch_size=1: a batch must hold both classes; give 2 or more",
+    "dcr.batch_size=2": "dcr.batch_size=2: a prompt needs one of its own class and one of the "
+    "other beside it; give 3 or more",
+    "dcr.batch_size=1": "dcr.batch_size=1: a prompt needs one of its own class",
     "sft.lora.targets=[]": "sft.lora.targets=[]: name modules, or [all-linear]",
     "seed=-1": "seed=-1: give a whole number in [0, 2**32)",
     "wandb.project=a/b": "wandb.project=a/b: use letters, digits, '.', '_' and '-' only",

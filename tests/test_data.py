@@ -4,8 +4,8 @@ import dataclasses
 import json
 import random
 from collections import Counter
-from collections.abc import Sequence
-from itertools import chain
+from collections.abc import Iterator, Sequence
+from itertools import chain, compress
 from pathlib import Path
 from typing import Any
 
@@ -399,32 +399,10 @@ def test_dropping_the_last_partial_batch() -> None:
 
 @pytest.mark.parametrize("world", [2, 3, 5, 8])
 def test_ranks_share_every_batch(world: int) -> None:
-    whole = epoch(batches(), 2)
-    shares = []
-    for rank in range(world):
-        sampler = batches()
-        sampler.rank, sampler.world = rank, world
-        shares.append(epoch(sampler, 2))
-    for step, batch in enumerate(whole):
-        parts = [share[step] for share in shares]
-        assert all(parts)  # a rank without rows would leave the others waiting
-        if len(batch) >= world:
-            assert list(chain(*parts)) == batch
-            assert max(map(len, parts)) - min(map(len, parts)) <= 1
-        else:
-            assert set(chain(*parts)) == set(batch)
-
-
-@pytest.mark.parametrize("world", [2, 4])
-def test_every_rank_of_a_stratified_batch_holds_both_classes(world: int) -> None:
-    """The pairs of stage one are formed within a rank: one class alone would have no loss."""
-    for rank in range(world):
-        sampler = EpochBatches(
-            lambda chance: data.stratified_draws(LABELS, 96, chance), 96, 32, seed=0
-        )
-        sampler.rank, sampler.world = rank, world
-        for batch in sampler:
-            assert Counter(LABELS[row] for row in batch) == {0: 16 // world, 1: 16 // world}
+    for batch in epoch(batches(), 2):  # the last one of six
+        parts = [data.share(batch, rank, world) for rank in range(world)]
+        assert list(chain(*parts)) == batch
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 # --- tensors ------------------------------------------------------------------------------------
@@ -564,6 +542,33 @@ def test_general_rows_come_with_their_prompts_again(files: Files) -> None:
     resumed = module(Stage.contrastive, rows, dcr={"nll": nll})
     resumed.sampler.start = 2
     assert [batch.general.names for batch in resumed.train_dataloader()] == chosen[2:]
+
+
+@pytest.mark.parametrize("stage", [Stage.contrastive, Stage.sft])
+def test_the_batches_of_ranks_are_the_global_batch_once(files: Files, stage: Stage) -> None:
+    rows = split(files.config())
+    options = {"nll": NLLConfig(weight=0.1, source=NLLSource.general, general_batch_size=2)}
+    world, steps = 3, []
+    for rank in range(world):
+        made = module(stage, rows, dcr=options | {"draws": 26}, sft={"batch_size": 29})
+        made.rank, made.world = rank, world
+        steps.append(list(made.train_dataloader()))
+    alone = module(stage, rows, dcr=options | {"draws": 26}, sft={"batch_size": 29})
+    for whole, *parts in zip(alone.train_dataloader(), *steps, strict=True):
+        # in the last batch are two rows for three ranks
+        assert sorted(learnt(whole)) == sorted(chain(*map(learnt, parts)))
+
+
+def learnt(batch: Any) -> Iterator[str]:
+    """Ids of the rows that a loss looks at."""
+    if isinstance(batch, list):
+        yield from chain(*map(learnt, batch))
+    elif isinstance(batch, data.PairBatch):
+        yield from compress(batch.names, (batch.targets != IGNORED).any(1).tolist())
+    else:
+        assert (batch.targets[batch.labels == data.NO_CLASS] == IGNORED).all()
+        yield from compress(batch.names, (batch.labels != data.NO_CLASS).tolist())
+        yield from learnt(batch.general)
 
 
 def test_pairs_without_room_are_counted_and_left_out(files: Files) -> None:

@@ -1,7 +1,5 @@
 import json
 import logging
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -190,32 +188,6 @@ def test_the_wandb_id_moves_with_the_folder(tmp_path: Path) -> None:
     assert first != dashboard.run_id(Run(tmp_path / "two"))
     (tmp_path / "one").rename(tmp_path / "three")
     assert dashboard.run_id(Run(tmp_path / "three")) == first
-
-
-# --- two processes ---
-
-
-@pytest.mark.slow
-def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
-    script = tmp_path / "job.py"
-    tests = Path(__file__).parent
-    script.write_text(
-        f"import sys; sys.path[:0] = [{str(tests.parent)!r}, {str(tests)!r}]\n"
-        "from pathlib import Path\n"
-        "import tiny_run, train\n"
-        "from dcr.runs import Run\n"
-        "if __name__ == '__main__':\n"
-        "    folder = Path(sys.argv[1])\n"
-        f"    made = settings(Path({str(tmp_path)!r}) / 'rows', *sys.argv[2:])\n"
-        "    train.train(made, Run(folder))\n"
-    )
-    shared = ["method=stl", "sft.lora.dropout=0"]
-    for name, more in (("one", []), ("two", ["trainer.devices=2", "trainer.strategy=ddp"])):
-        command = [sys.executable, str(script), str(tmp_path / name), *shared, *more]
-        subprocess.run(command, check=True, timeout=110, capture_output=True)
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    for name, weight in one.items():
-        torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-6)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has the device that must be missing")

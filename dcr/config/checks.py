@@ -144,9 +144,9 @@ def _of_training(config: TrainConfig) -> list[tuple[bool, str]]:
             f"dcr.layer={config.dcr.layer}: give a block's number, auto, or null for dcr.depth",
         ),
         (
-            config.dcr.batch_size < 2,
-            f"dcr.batch_size={config.dcr.batch_size}: a batch must hold both classes; "
-            "give 2 or more",
+            config.dcr.batch_size < 3,
+            f"dcr.batch_size={config.dcr.batch_size}: a prompt needs one of its own class and one "
+            "of the other beside it; give 3 or more",
         ),
         (
             config.dcr.precision is Precision.bf16 and config.dcr.optim.lr < 1e-6,

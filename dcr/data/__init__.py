@@ -9,12 +9,14 @@ from dcr.data.batches import PairBatch, PromptBatch, micro_batches, pair_batch, 
 from dcr.data.module import SafetyData
 from dcr.data.sampling import (
     DRAWS,
+    NO_CLASS,
     SEEMINGLY_TOXIC,
     TOXIC,
     EpochBatches,
     balanced_draws,
     generator,
     proportional_draws,
+    share,
     stratified_draws,
 )
 from dcr.data.splits import (
@@ -29,6 +31,7 @@ from dcr.data.splits import (
 __all__ = [
     "DRAWS",
     "HELD_OUT_PAIRS",
+    "NO_CLASS",
     "SEEMINGLY_TOXIC",
     "TOXIC",
     "EpochBatches",
@@ -45,6 +48,7 @@ __all__ = [
     "proportional_draws",
     "read_answers",
     "row_record",
+    "share",
     "split",
     "stratified_draws",
     "trained_texts",

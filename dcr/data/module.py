@@ -1,5 +1,6 @@
 """The LightningDataModule of both stages: tokenised rows, ordered and padded."""
 
+from dataclasses import replace
 from typing import Any
 
 from lightning import LightningDataModule
@@ -8,9 +9,17 @@ from torch.utils.data import DataLoader
 
 from dcr.config import ConfigError, ContrastiveConfig, DataError, NLLSource, SFTConfig, Stage
 from dcr.data.batches import PairBatch, PromptBatch, micro_batches, pair_batch, prompt_batch
-from dcr.data.sampling import DRAWS, SEEMINGLY_TOXIC, TOXIC, EpochBatches, generator
+from dcr.data.sampling import (
+    DRAWS,
+    NO_CLASS,
+    SEEMINGLY_TOXIC,
+    TOXIC,
+    EpochBatches,
+    generator,
+    share,
+)
 from dcr.data.splits import Splits
-from dcr.prompts import ChatFormat, PairRow, PromptRow
+from dcr.prompts import IGNORED, ChatFormat, PairRow, PromptRow
 from dcr.sources import Example
 
 HELD_OUT_BATCH = 16
@@ -19,8 +28,10 @@ HELD_OUT_BATCH = 16
 class SafetyData(LightningDataModule):
     """Batches of one stage, for either LightningModule.
 
-    Stage one yields PromptBatch, SFT a list of PairBatch (the micro-batches of one step). Call
-    with the chat format of the model that is trained, and with its `context` in tokens if known;
+    Stage one yields PromptBatch, SFT a list of PairBatch (the micro-batches of one step): of every
+    global batch the share of this rank, or one row that no loss looks at where it has none, since
+    a rank without a batch would not join in the exchange of gradients. Call with the chat format
+    of the model that is trained, and with its `context` in tokens if known;
     tokenising happens once, in the main process, so that a bad row is named before training
     starts.
 
@@ -42,6 +53,7 @@ class SafetyData(LightningDataModule):
         self.stage, self.seed, self.dcr, self.sft, self.context = stage, seed, dcr, sft, context
         pad: Any = chat.tokenizer.pad_token_id
         self.pad: int = chat.stop[0] if pad is None else pad
+        self.rank, self.world = 0, 1
         self.too_long: list[str] = []  # ids of pairs without room for a response
         self.general: list[PairRow] = []  # what the NLL of stage one looks at with source=general
         if stage is Stage.contrastive:
@@ -122,8 +134,7 @@ class SafetyData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         if self.trainer is not None:
-            self.sampler.rank = self.trainer.global_rank
-            self.sampler.world = self.trainer.world_size
+            self.rank, self.world = self.trainer.global_rank, self.trainer.world_size
             self.sampler.start = self.trainer.global_step
         one = self.stage is Stage.contrastive
         return DataLoader(
@@ -143,10 +154,18 @@ class SafetyData(LightningDataModule):
         )
 
     def _collate_pairs(self, rows: list[PairRow]) -> list[PairBatch]:
-        return [pair_batch(g, self.pad) for g in micro_batches(rows, self.sft.micro_tokens)]
+        mine = self._pairs_of_rank(rows)
+        return [pair_batch(g, self.pad) for g in micro_batches(mine, self.sft.micro_tokens)]
+
+    def _pairs_of_rank(self, rows: list[PairRow]) -> list[PairRow]:
+        unlearnt = [replace(row, targets=[IGNORED] * len(row.ids)) for row in rows[:1]]
+        return list(share(rows, self.rank, self.world)) or unlearnt
 
     def _collate_prompts(self, rows: list[PromptRow]) -> PromptBatch:
-        # the anchor's rows follow from the prompts drawn, so a resumed run repeats them
+        # the anchor's rows follow from the prompts drawn, so that a resumed run repeats them
         chance = generator(self.seed, *(len(row.ids) for row in rows))
         chosen = randperm(len(self.general), generator=chance)[: self.dcr.nll.general_batch_size]
-        return prompt_batch(rows, self.pad, [self.general[i] for i in chosen.tolist()])
+        general = self._pairs_of_rank([self.general[i] for i in chosen.tolist()])
+        unlearnt = replace(rows[0], label=NO_CLASS, nll=[IGNORED] * len(rows[0].ids))
+        mine = share(rows, self.rank, self.world) or [unlearnt]
+        return prompt_batch(mine, self.pad, general)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch.utils.data import Sampler
@@ -9,6 +10,9 @@ from torch.utils.data import Sampler
 from dcr.config import Sampler as SamplerName
 
 TOXIC, SEEMINGLY_TOXIC = 1, 0  # class labels of stage one (Section 6)
+NO_CLASS = -1  # of a row that only keeps a rank in step with the others: no loss looks at it
+
+Row = TypeVar("Row")
 
 
 def generator(*seeds: int) -> torch.Generator:
@@ -53,11 +57,11 @@ DRAWS = {
 
 
 class EpochBatches(Sampler[list[int]]):
-    """Batches of row indices as a pure function of (seed, epoch, rank, world).
+    """Batches of row indices as a pure function of (seed, epoch), the same on every rank.
 
-    A batch holds `batch_size` rows over all ranks; each rank yields its share. `start` optimiser
-    steps are passed over, which is how a resumed run continues with the next one. Lightning
-    announces epochs through the attribute `sampler`.
+    A batch holds the `batch_size` rows of all ranks, of which each takes its `share`. `start`
+    optimiser steps are passed over, which is how a resumed run continues with the next one.
+    Lightning announces epochs through the attribute `sampler`.
     """
 
     def __init__(
@@ -70,7 +74,7 @@ class EpochBatches(Sampler[list[int]]):
     ) -> None:
         self.order, self.draws, self.batch_size, self.seed = order, draws, batch_size, seed
         self.drop_last = drop_last
-        self.rank, self.world, self.start, self.epoch = 0, 1, 0, 0
+        self.start, self.epoch = 0, 0
         self.sampler = self
 
     def set_epoch(self, epoch: int) -> None:
@@ -84,8 +88,11 @@ class EpochBatches(Sampler[list[int]]):
         rows = self.order(generator(self.seed, self.epoch))
         passed = min(max(self.start - self.epoch * len(self), 0), len(self))
         for index in range(passed, len(self)):
-            batch = rows[index * self.batch_size : (index + 1) * self.batch_size]
-            # consecutive rows, because every other row of a stratified batch is of one class
-            first, last = (len(batch) * r // self.world for r in (self.rank, self.rank + 1))
-            # a rank without rows would not join the gradient exchange: give it the first one
-            yield batch[first:last] or batch[:1]
+            yield rows[index * self.batch_size : (index + 1) * self.batch_size]
+
+
+def share(rows: Sequence[Row], rank: int, world: int) -> Sequence[Row]:
+    """A rank's part of a batch: disjoint, in order, and as large as any other's up to one row."""
+    # consecutive rows, because every other row of a stratified batch is of one class
+    first, last = (len(rows) * place // world for place in (rank, rank + 1))
+    return rows[first:last]

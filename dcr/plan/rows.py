@@ -178,7 +178,7 @@ def batches_of(settings: TrainConfig, stage: Stage, rows: Splits) -> SafetyData:
     else:
         chat, rows = _counting_format(settings.model), _shortened(rows)
     batches = SafetyData(stage, rows, chat, settings.dcr, settings.sft, settings.seed)
-    batches.sampler.world = settings.trainer.devices * settings.trainer.num_nodes
+    batches.world = settings.trainer.devices * settings.trainer.num_nodes
     return batches
 
 
