@@ -18,7 +18,7 @@ from matplotlib.image import imread
 from test_report import change, make_eval, make_run, parsed
 
 from dcr import report, runs
-from dcr.config import UserError
+from dcr.config import DataError, UserError
 from dcr.report import operating_figure, operating_points, paper_figures
 from dcr.report.operating_points import Operating
 from dcr.report.paper_figures import FIGURES, Wanted
@@ -281,14 +281,13 @@ def test_tracked_curves_have_intervals_where_they_were_kept(tmp_path: Path) -> N
     assert {r["value"] for r in followed if r["step"] == "9"} == {"0.5", "0.25"}
 
 
-def test_torn_tracking_leaves_the_logged_curve(tmp_path: Path) -> None:
+def test_unfinished_tracking_leaves_the_logged_curve(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", "stl")
     track(run, "sft", probabilities(0.1))
     for step in STEPS:
-        path = keep(run, "sft", step, {"refusal_probability": probability_block(0.5)})
-        path.write_text(path.read_text()[: 20 + step])
+        keep(run, "sft", step, {"refusal_probability": probability_block(0.5)}).unlink()
     text = draw(tmp_path, [run], "5a")
-    assert text.count("metrics.json: skipped, unreadable") == len(STEPS)
+    assert text.count("skipped, no metrics.json; measuring did not finish") == len(STEPS)
     rows = values(tmp_path, "5a")
     assert {(r["source"], r["low"]) for r in rows} == {("metrics.csv", "")}
     assert len(rows) == 2 * 3 * len(STEPS)
@@ -615,14 +614,18 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     assert {row["model"] for row in values(tmp_path, "5a")} == {"<i>&$m$ \u6f22", "'=1+1"}
 
 
-def test_torn_blocks_are_skipped_with_a_note(folders: list[Path], tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", "stl")
-    torn = {"params": {"tail-2": {"toxic": {"toxic": [1]}}}}
-    make_eval(run, {"safe": "c"}, kernel=torn, separability={"layers": []})
-    record = read_run(run)
-    (evaluation,) = record.evaluations
-    assert (evaluation.kernel, evaluation.separability) == (None, None)
-    assert sum("skipped, unreadable" in note for note in record.notes) == 2
+@pytest.mark.parametrize(
+    ("block", "torn"),
+    [
+        ("kernel", {"params": {"tail-2": {"toxic": {"toxic": [1]}}}}),
+        ("separability", {"layers": []}),
+    ],
+)
+def test_torn_blocks_are_named(block: str, torn: dict[str, Any], tmp_path: Path) -> None:
+    about: dict[str, Any] = {block: torn}
+    place = make_eval(make_run(tmp_path / "run", "stl"), {"safe": "c"}, **about)
+    with pytest.raises(DataError, match=re.escape(f"{place}/metrics.json: {block}: damaged")):
+        read_run(tmp_path / "run")
 
 
 def test_analyses_alone_are_no_column(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from test_report import change, make_eval, make_run, parsed
 
 from dcr import report, statistics
+from dcr.config import DataError
 from dcr.report import judged, markup, measured, paired, paper, paper_columns, tables
 from dcr.report.cells import Row, Section, text_of
 from dcr.report.completions import Completions
@@ -244,24 +245,31 @@ def test_sets_that_stand_apart_are_in_no_sum(tmp_path: Path) -> None:
     assert text_of(measured.faults(columns)[0].rows[0].values[0]) == "0 of 6"
 
 
-def test_what_cannot_be_read_is_skipped_aloud(tmp_path: Path) -> None:
-    parts = {
-        "agreement": [{"judges": ["a", "b"], "kind": "toxic", "n": 3, "labels": ["x", "y"]}, None],
-        "usage": [3],
-        "ability": {"mmlu": {"acc": None, "n": 3}},
-        "quality": {"win_rate": "much"},
-        "contamination": {"q_harm": {"n": 10, "exact": -1, "near": 0, "ngram": 0}},
-    }
-    run = suite(tmp_path / "a", **parts)
+DAMAGED = {
+    "agreement.0": {"agreement": [{"judges": ["a", "b"], "kind": "toxic", "n": 3, "labels": "xy"}]},
+    "usage.llm": {"usage": {"llm": {"requests": "x"}}},
+    "usage": {"usage": [3]},
+    "ability.mmlu": {"ability": {"mmlu": {"acc": None, "n": 3}}},
+    "quality": {"quality": {"win_rate": "much"}},
+    "contamination.q_harm": {
+        "contamination": {"q_harm": {"n": 10, "exact": -1, "near": 0, "ngram": 0}}
+    },
+    "sets.q_harm.judged.llama_guard": {},
+}
+
+
+@pytest.mark.parametrize("place", DAMAGED)
+def test_a_damaged_part_is_named_and_nothing_written(place: str, tmp_path: Path) -> None:
+    run = suite(tmp_path / "a", **DAMAGED[place])
     path = run / "eval" / "main" / "metrics.json"
-    metrics = json.loads(path.read_text())
-    metrics["sets"]["q_harm"]["judged"]["llama_guard"] = {"model": GUARD, "n": 10}
-    path.write_text(json.dumps(metrics))
-    text, _ = built(tmp_path, run)
-    for place in ("agreement.0", "usage", "ability.mmlu", "quality", "contamination.q_harm",
-                  "sets.q_harm.judged.llama_guard"):  # fmt: skip
-        assert re.search(rf"note: .*metrics\.json: {re.escape(place)} skipped", text), place
-    assert "88.0" not in text  # the five are four for the guard
+    if place.startswith("sets"):
+        metrics = json.loads(path.read_text())
+        metrics["sets"]["q_harm"]["judged"]["llama_guard"] = {"model": GUARD, "n": 10}
+        path.write_text(json.dumps(metrics))
+    told = path if place == "usage" else f"{path}: {place}"
+    with pytest.raises(DataError, match=rf"^{re.escape(str(told))}: damaged \("):
+        built(tmp_path, run)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_evaluation_may_hold_ability_alone(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from dcr import report, runs
-from dcr.config import UserError
-from dcr.report import figures, measured, page, paired, tables
+from dcr.benchmarks import PAPER_SAFETY
+from dcr.report import figures, measured, page, paired, paper, tables
 from dcr.report.cells import Value
 from dcr.report.completions import Completions
 from dcr.report.entries import Style, entries, seed_groups
@@ -92,7 +92,7 @@ def table_of(*folders: Path) -> dict[str, dict[str, list[Value | None]]]:
     columns = entries([read_run(folder) for folder in folders])
     return {
         section.short: {row.label: list(row.values) for row in section.rows}
-        for section in tables.sections(columns) + tables.discernment(columns)
+        for section in tables.sections(columns) + tables.discernment(columns, Completions([]))
     }
 
 
@@ -396,7 +396,7 @@ def test_frontiers_follow_the_snapshots_by_step(tmp_path: Path) -> None:
     records = [read_run(run)]
     columns = entries(records)
     assert len(columns) == 1
-    grids = measured.grids(columns)
+    grids = measured.grids(columns, Completions([]))
     shown = page.Report(records, columns, grids, [], [], [], [], Completions([]))
     (frontier,) = page._frontiers(shown, [["safe"], ["unsafe"]])
     assert frontier.points == [(1.0, 0.0), (0.5, 0.75), (0.0, 1.0)]
@@ -404,44 +404,28 @@ def test_frontiers_follow_the_snapshots_by_step(tmp_path: Path) -> None:
     assert "var(--series-1)" in figures.trade_off("t", "All", [point], [frontier]).svg
 
 
-def test_torn_files_are_skipped_aloud(tmp_path: Path) -> None:
+def test_unfinished_files_are_skipped_aloud(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a")
     place = make_eval(run, {"safe": "crc", "unsafe": "rrr"})
-    torn = make_eval(run, {"safe": "crc"}, name="torn")
-    (torn / "metrics.json").write_text('{"weights": "sft", "se')
+    make_eval(run, {}, name="nothing", discernment=None)
     (run / "eval" / "unfinished").mkdir()
     with (place / "safe.jsonl").open("a") as file:
         file.write('{"id": "safe-3", "prom')
     (place / "unsafe.jsonl").unlink()
-    change(place, "safe", refused={"paper": 2, "recommended": 9}, n=3)
-    (run / "rows.json").write_text("[1")
+    change(place, "safe", refused={"paper": 2}, n=3)
     (run / "metrics.csv").write_text("stage,step,epoch,key,value\nsft,1,0,sft/step_nll,1.5e\n")
-    with pytest.raises(UserError, match=r"no evaluations there .*recommended=9 of 3|no set"):
-        only_bad(tmp_path, place)
-    change(place, "safe", refused={"paper": 2})
     text, html = build(tmp_path, run)
     told = [line for line in text.splitlines() if line.startswith("note: ")]
     for path, reason in (
-        ("torn/metrics.json", "skipped"),
+        ("nothing/metrics.json", "skipped"),
         ("unfinished", "no metrics.json"),
-        ("safe.jsonl:4", "skipped"),
+        ("safe.jsonl:4", "cut off"),
         ("safe.jsonl", "1 of 3 refused, metrics.json says 2 of 3"),
         ("unsafe.jsonl", "missing"),
-        ("rows.json", "skipped"),
         ("metrics.csv", "skipped"),
     ):
         assert any(path in note and reason in note for note in told), (path, reason)
         assert path in html
-
-
-def only_bad(tmp_path: Path, place: Path) -> None:
-    """A folder whose one evaluation holds nothing but a set that cannot be."""
-    run = make_run(tmp_path / "bad")
-    metrics = json.loads((place / "metrics.json").read_text())
-    del metrics["sets"]["unsafe"]
-    (run / "eval" / "x").mkdir(parents=True)
-    (run / "eval" / "x" / "metrics.json").write_text(json.dumps(metrics))
-    read_run(run)
 
 
 def test_rows_used_are_listed_as_far_as_they_are_known(tmp_path: Path) -> None:
@@ -505,6 +489,170 @@ def test_many_columns_are_stacked_within_the_terminal(
     for seed in range(7):
         assert f"seed {seed}" in text
     assert text.count("75.0 [30–95]") == 7
+
+
+def test_pooled_auroc_without_marked_sets_is_recomputed_from_the_completions(
+    tmp_path: Path,
+) -> None:
+    run = make_run(tmp_path / "a")
+    masses = {"safe": [0.9, 0.8], "okay": [0.1, 0.3], "coconot_safety": [1.0],
+              "unsafe": [0.2, 0.7], "other_unsafe": [0.6]}  # fmt: skip
+    place = make_eval(run, {name: "c" * len(found) for name, found in masses.items()})
+    for name, found in masses.items():
+        rows = [{"id": f"{name}-{i}", "prompt": "?", "response": ANSWER, "refusal_mass": mass}
+                for i, mass in enumerate(found)]  # fmt: skip
+        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert list(table_of(run)["discernment AUROC"]) == ["pooled", "safe / unsafe"]
+    change(place, "safe", in_distribution=True)
+    rows = table_of(run)["discernment AUROC"]
+    (pooled,), (without,), (pair,) = rows.values()
+    # of 3 toxic and 2 other prompts 0.2 > 0.1, 0.7 and 0.6 are above both; one set is in no pool
+    assert list(rows)[1] == "pooled without †"
+    assert without.estimate == pytest.approx(5 / 6)
+    assert None not in (without.low, without.high)
+    assert [value.marks for value in (pooled, without, pair)] == ["†", "", "†"]
+    text, _ = build(tmp_path, run)
+    assert re.search(r"pooled without † +0\.83", text)
+    (place / "okay.jsonl").unlink()
+    assert "pooled without †" not in table_of(run)["discernment AUROC"]
+
+
+def test_a_mark_of_a_set_reaches_every_pair_that_holds_it(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    sets = {"oktest": "cc", **dict.fromkeys(PAPER_SAFETY, "rr"), "coconot_safety": "cr"}
+    pairs = {"oktest / paper_safety": [0.8, 0.7, 0.9]}
+    place = make_eval(run, sets, discernment={"pooled": [0.72, 0.61, 0.83], "pairs": pairs})
+    for name in PAPER_SAFETY:
+        change(place, name, kind="toxic")
+    change(place, "coconot_safety", in_distribution=True)
+    rows = table_of(run)["discernment AUROC"]
+    assert [value.marks for (value,) in rows.values()] == ["", ""]  # it stands apart
+    change(place, "q_harm", in_distribution=True)
+    rows = table_of(run)["discernment AUROC"]
+    assert rows["oktest / paper_safety"][0].marks == "†"
+
+
+def test_prompts_that_steering_saw_are_marked_in_every_table(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", "stl")
+    settings = SETTINGS | {"steering": {"method": "scans", "strength": 1.0, "released_data": True}}
+    place = make_eval(run, {"xstest_safe": "rrcc", "unsafe": "rrrr"}, settings=settings,
+                      discernment={"pooled": [0.7, 0.6, 0.8], "pairs": {}})  # fmt: skip
+    change(place, "xstest_safe", seen_by_steering=3, judged={"llm": {
+        "model": "m", "complied": 2, "partial": 0, "refused": 2}})  # fmt: skip
+    columns = entries([read_run(run)])
+    sections = measured.grids(columns, Completions([])).all
+    marks = {(s.short, row.label): row.values[0].marks for s in sections for row in s.rows}
+    for short in ("compliance, %", "compliance by LLM judge, strict, %"):
+        assert marks[short, "xstest_safe"] == "‡"
+    assert marks["discernment AUROC", "pooled"] == "‡"
+    assert marks["keyword refusal, %", "unsafe"] == ""
+    (ours,) = (row for row in paper.table1(columns, []).rows if row.source == "ours")
+    assert ours.cells["XS"].marks == "‡"
+    text, html = build(tmp_path, run)
+    assert "‡ contaminated: some of its prompts" in text
+    assert "3 of 4 seen by steering" in html
+    assert "‡ xstest_safe 3 of 4 seen by steering" in " ".join(
+        note for _, note in paper.table1(columns, []).notes
+    )
+
+
+def test_partial_refusals_stand_beside_full_ones(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    place = make_eval(run, {"safe": "rrcccccccc", "unsafe": "rrrrrrrrrc"})
+    old = tables.sections(entries([read_run(run)]), "recommended")
+    assert [row.label for section in old for row in section.rows] == ["safe", "unsafe"]
+    change(
+        place,
+        "safe",
+        refused={"paper": 2, "recommended": 2},
+        partial={"paper": 0, "recommended": 3},
+    )
+    change(
+        place,
+        "unsafe",
+        refused={"paper": 9, "recommended": 7},
+        partial={"paper": 0, "recommended": 1},
+    )
+    columns = entries([read_run(run)])
+    rows = {
+        (section.short, row.label): row.values[0]
+        for section in tables.sections(columns, "recommended")
+        for row in section.rows
+    }
+    # ten prompts: two refused, three in part, so that five were answered
+    assert rows["compliance, %", "safe"].estimate == 0.5
+    assert rows["compliance, %", "partial, all sets"].estimate == 0.3
+    assert rows["compliance, %", "refused, all sets"].estimate == 0.2
+    assert rows["keyword refusal, %", "unsafe"].estimate == 0.7
+    assert rows["keyword refusal, %", "partial, all sets"].estimate == 0.1
+    assert rows["keyword refusal, %", "complied, all sets"].estimate == 0.2
+    plain = {row.label for section in tables.sections(columns) for row in section.rows}
+    assert plain == {"safe", "unsafe"}  # the paper's rules know no third outcome
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "told"),
+    [
+        ("eval/main/metrics.json", '{"weights": "sft", "se', "eval/main/metrics.json: "),
+        ("eval/main/metrics.json", "[1]", "eval/main/metrics.json: "),
+        ("eval/main/metrics.json", '{"weights": "sft", "sets": {"safe": 3}}', "sets.safe"),
+        ("eval/main/metrics.json", "[" * 100_000, "eval/main/metrics.json: "),
+        ("eval/main/safe.jsonl", '{"id": 1, "prompt": "", "response": ""}\n3\n', "safe.jsonl:2: "),
+        ("eval/main/safe.jsonl", '{"id": 1, "prompt": "?"}\n', "safe.jsonl:1: "),
+        ("eval/main/safe.jsonl", "{" * 100_000 + "\n", "safe.jsonl:1: "),
+        ("config.yaml", "method: [dcr", "config.yaml: "),
+        ("config.yaml", "a: &a [*a]", "config.yaml: "),
+        ("config.yaml", "1: 2\nb: 3\ndata: {1: 2, b: 3}", "config.yaml: "),
+        ("rows.json", "[1", "rows.json: "),
+        ("tracking/sft/step-000001/metrics.json", "[1]", "step-000001/metrics.json: "),
+        ("tracking/sft/step-x/metrics.json", "{}", "step-x"),
+    ],
+)  # fmt: skip
+def test_damaged_files_end_in_one_line_and_exit_2(
+    file: str,
+    text: str,
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_eval(make_run(Path("run")), {"safe": "c", "unsafe": "r"})
+    (Path("run") / file).parent.mkdir(parents=True, exist_ok=True)
+    (Path("run") / file).write_text(text)
+    before = sorted(Path().rglob("*"))
+    assert report.main(["run", "out=page.html"]) == 2
+    output = capsys.readouterr()
+    assert told in output.err
+    assert (output.out, output.err.count("\n")) == ("", 1)
+    assert len(output.err) < 400
+    assert sorted(Path().rglob("*")) == before
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[f"good/{LONG}"], ["a\0b"], ["good", f"out={LONG}.html"], ["good", "out=a\0b.html"],
+     ["good", f"out={LONG}/{LONG}/r.html"], [f"{LONG}=1"], ["good", "a\0=b"],
+     ["good", "out=" + "y/" * 3000 + "r.html"], ["good", "out=\udcff\0"]],
+)  # fmt: skip
+def test_impossible_paths_end_in_one_line_and_exit_2(
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_eval(make_run(Path("good")), {"safe": "c", "unsafe": "r"})
+    before = sorted(Path().rglob("*"))
+    assert report.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert "\0" not in error
+    assert sorted(Path().rglob("*")) == before
 
 
 def test_prompts_are_chosen_evenly() -> None:

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from test_report import make_eval, make_run, parsed
 
 from dcr import ntk, report
+from dcr.config import DataError
 from dcr.report import claims
 from dcr.report.claims import FAILS, HOLDS, OPEN
 from dcr.report.finding import ABSENT, CLAIMS, number
@@ -69,7 +71,7 @@ def kernel(
 
 def evaluated(run: Path, weights: str, matrix: np.ndarray, **keys: Any) -> Path:
     """An evaluation that has a kernel and nothing else."""
-    place = make_eval(run, {}, weights=weights, name=keys.pop("name", weights), ability={"x": {}})
+    place = make_eval(run, {}, weights=weights, name=keys.pop("name", weights))
     change(place, kernel=kernel(place, matrix, **keys))
     return place
 
@@ -463,7 +465,7 @@ def test_what_others_have_is_noted_as_lacking(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", ["torn", "absent", "others", "infinite"])
-def test_a_faulty_matrix_is_noted(tmp_path: Path, fault: str) -> None:
+def test_a_faulty_matrix_is_named(tmp_path: Path, fault: str) -> None:
     run, base = make_run(tmp_path / "dcr", "dcr"), make_run(tmp_path / "base", "base")
     evaluated(base, "base", cells(BEFORE))
     path = evaluated(run, "contrastive", cells(AFTER)) / "kernel" / "tail-2.safetensors"
@@ -476,9 +478,13 @@ def test_a_faulty_matrix_is_noted(tmp_path: Path, fault: str) -> None:
         save_file({"norms": norms}, path, {"ids": "\n".join(IDS[::-1])})
     else:
         save_file({"norms": norms - torch.eye(len(IDS))}, path, {"ids": "\n".join(IDS)})
+    if fault != "absent":
+        with pytest.raises(DataError, match=rf"^{re.escape(str(path))}: damaged \("):
+            told(tmp_path, run, base)
+        return
     text, rows, _ = told(tmp_path, run, base)
     assert of(rows, "within_rises")[0]["verdict"] == ABSENT
-    assert text.count(f"{path}: skipped, unreadable") == 1
+    assert text.count(f"{path}: missing") == 1
     assert of(rows, "base_asymmetry")[0]["verdict"] != ABSENT
 
 
@@ -507,24 +513,16 @@ def test_of_several_base_models_the_first_is_taken(tmp_path: Path) -> None:
     assert f"{bases[1] / 'eval/base'} would do as well" in text
 
 
-def test_torn_tracking_is_noted_and_the_rest_told(tmp_path: Path) -> None:
+def test_unfinished_tracking_is_noted_and_the_rest_told(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a", "stl")
     for step in STEPS:
         kept_step(run, "sft", step, rising)
-    torn = run / "tracking/sft/step-000005/metrics.json"
-    torn.write_text(torn.read_text()[:100])
-    (run / "tracking/sft/step-000020").mkdir()
-    (run / "tracking/sft/step-x").mkdir()
-    (run / "tracking/sft/step-x/metrics.json").write_text("{}")
-    listed = kept_step(run, "sft", 30, rising) / "metrics.json"
-    listed.write_text("[1]")
+    (run / "tracking/sft/step-000005/metrics.json").unlink()
     text, rows, _ = told(tmp_path, run)
     (row,) = of(rows, "joint_movement")
     assert "at 4 steps of SFT" in row["sentence"]
     assert interval(row) == pytest.approx((1, 1, 1))
-    for path in (torn, run / "tracking/sft/step-x/metrics.json", listed):
-        assert f"{path}: skipped, unreadable" in text
-    assert "step-000020: skipped, no metrics.json" in text.replace("\n", " ")
+    assert "step-000005: skipped, no metrics.json" in text.replace("\n", " ")
 
 
 def test_the_page_has_a_section_and_hostile_names_stay_text(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def build(
     columns = entries(records)
     notes: list[str] = []
     completions = Completions(notes)
-    measured, groups = grids(columns), seed_groups(columns)
+    measured, groups = grids(columns, completions), seed_groups(columns)
     seeds = over_seeds(measured.rates, groups)
     pairs = comparisons(columns, completions)
     papers = [TABLES[name](columns, groups) for name in dict.fromkeys(wanted)]

@@ -11,6 +11,7 @@ from dcr.report import claims_shown, markup
 from dcr.report.paper import TABLES
 from dcr.report.paper_figures import FIGURES, OPERATING, Wanted
 from dcr.report.printed import ENDINGS, file_name
+from dcr.report.printing import printable
 
 USAGE = (
     "usage: python -m dcr.report <run folders> [--table NAME ...] [--figure NAME ...] "
@@ -46,6 +47,8 @@ class Command:
 
 def parsed(arguments: Sequence[str]) -> Command:
     """The command. UserError for what it cannot be, with the choices there are."""
+    for argument in arguments:
+        _check_path(argument)
     left, tables = _named(arguments, "--table", TABLES)
     left, names = _named(left, "--figure", FIGURES)
     folders, settings = [], {}
@@ -73,6 +76,19 @@ def parsed(arguments: Sequence[str]) -> Command:
         if out in files:
             raise UserError(f"out={out}: {flags[name]} writes a file of this name; name another")
     return command
+
+
+def _check_path(argument: str) -> None:
+    """Raises UserError for what no path can be."""
+    try:
+        for part in (argument, argument.partition("=")[2]):
+            os.lstat(part or ".")
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return
+    except (OSError, ValueError) as error:
+        named = printable(f"{argument[:60]}…" if len(argument) > 60 else argument)
+        told = getattr(error, "strerror", None) or error
+        raise UserError(f"{named}: cannot be a path ({told})") from error
 
 
 def _named(

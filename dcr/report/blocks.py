@@ -1,24 +1,36 @@
-"""The optional parts of a `metrics.json`: each is read, or skipped with a note that says why."""
+"""Damaged files of a run folder: one line with the file, and what mends it."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dcr.config import DataError
 from dcr.report.printing import printable, reason
 
-UNREADABLE = (ValueError, KeyError, TypeError, AttributeError)
+UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
 Part = TypeVar("Part")
 
 
+def damaged(
+    path: Path | str, error: Exception, cure: str = "delete it, or evaluate again"
+) -> DataError:
+    """What a file that cannot be read ends in."""
+    return DataError(f"{printable(str(path))}: damaged ({reason(error)}); {cure}")
+
+
 def only(
-    path: Path,
-    key: str,
-    raw: Mapping[str, Any],
-    parse: Callable[[Mapping[str, Any]], Part],
-    notes: list[str],
+    path: Path, key: str, raw: Mapping[str, Any], parse: Callable[[Mapping[str, Any]], Part]
 ) -> Part | None:
     """What stands under an optional key of its own."""
-    return parts(path, key, {key: {"": raw.get(key)}}, parse, notes).get("")
+    return parts(path, key, {key: {"": raw.get(key)}}, parse).get("")
 
 
 def parts(
@@ -26,14 +38,10 @@ def parts(
     key: str,
     raw: Mapping[str, Any],
     parse: Callable[[Mapping[str, Any]], Part],
-    notes: list[str],
     prefix: str = "",
 ) -> dict[str, Part]:
-    """What stands under an optional key, by name; what cannot be read is skipped with a note."""
+    """What stands under an optional key, by name. DataError, naming the part that is damaged."""
     found = raw.get(key) or {}
-    if not isinstance(found, Mapping):
-        notes.append(f"{path}: {prefix}{key} skipped, not a mapping")
-        return {}
     read: dict[str, Part] = {}
     for name, part in found.items():
         if part is None:
@@ -41,6 +49,6 @@ def parts(
         try:
             read[printable(str(name))] = parse(part)
         except UNREADABLE as error:
-            place = f"{prefix}{key}.{name}".removesuffix(".")
-            notes.append(f"{path}: {place} skipped, unreadable ({reason(error)})")
+            place = f"{path}: {prefix}{key}.{name}".removesuffix(".")
+            raise damaged(place, error) from error
     return read

@@ -8,9 +8,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dcr import ntk
+from dcr.report.blocks import UNREADABLE, damaged
 from dcr.report.entries import about, steering
 from dcr.report.measurements import Kernel, Probability
-from dcr.report.printing import printable, reason
+from dcr.report.printing import printable
 from dcr.report.records import Evaluation, RunRecord
 from dcr.report.trajectories import KEPT, SCORED, config_of, snapshots
 
@@ -165,7 +166,7 @@ def _paired(after: Measured, bases: Sequence[Measured], notes: list[str]) -> lis
 
 
 def normalised(measured: Measured, params: str, notes: list[str]) -> np.ndarray | None:
-    """The whole matrix as its evaluation normalised it; None, with a note, if it is unreadable."""
+    """The whole matrix as its evaluation normalised it; None, with a note, if it is missing."""
     path = measured.folder / "kernel" / f"{params}.safetensors"
     try:
         with safe_open(path, "pt") as file:
@@ -176,9 +177,10 @@ def normalised(measured: Measured, params: str, notes: list[str]) -> np.ndarray 
         matrix = ntk.normalised(norms, measured.kernel.normalise).numpy()
         if not np.isfinite(matrix).all():
             raise ValueError("it has values that are not finite")
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        note = f"{printable(str(path))}: skipped, unreadable ({reason(error)})"
-        if note not in notes:
-            notes.append(note)
+    except FileNotFoundError:
+        note = f"{printable(str(path))}: missing; no claim is measured on it"
+        notes += [note] if note not in notes else []
         return None
+    except (*UNREADABLE, SafetensorError) as error:
+        raise damaged(path, error) from error
     return matrix

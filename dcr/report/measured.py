@@ -39,10 +39,10 @@ class Grids:
         return [*self.keyword, *self.judged, *self.general, *counted]
 
 
-def grids(columns: Sequence[Entry]) -> Grids:
+def grids(columns: Sequence[Entry], completions: tables.Answers) -> Grids:
     """All tables of these columns; what nobody measured is empty."""
     return Grids(
-        keyword=tables.sections(columns) + tables.discernment(columns),
+        keyword=tables.sections(columns) + tables.discernment(columns, completions),
         judged=judged.judge_sections(columns),
         general=ability(columns) + quality(columns),
         agreement=judged.agreement(columns),

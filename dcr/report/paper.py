@@ -198,7 +198,8 @@ def _mark_notes(rows: Sequence[PaperRow]) -> list[tuple[str, str]]:
     marks = {mark for row in rows for cell in row.cells.values() for mark in cell.marks}
     texts = {
         IN_DISTRIBUTION: "in-distribution: training saw prompts of this set.",
-        CONTAMINATED: "some prompts of this set stand among the rows trained on.",
+        CONTAMINATED: "some prompts of this set stand among the rows trained on, or steering was "
+        "made from them.",
     }
     return [(mark, text) for mark, text in texts.items() if mark in marks]
 

@@ -157,7 +157,7 @@ def _total(scores: Sequence[SetScore], count: Count) -> int:
 
 def _marks(scores: Sequence[SetScore]) -> str:
     known = IN_DISTRIBUTION if any(score.in_distribution for score in scores) else ""
-    found = any(score.overlap and not score.in_distribution for score in scores)
+    found = any(score.contaminated for score in scores)
     return known + (CONTAMINATED if found else "")
 
 
@@ -213,11 +213,13 @@ def _of_overlaps(columns: Sequence[Entry]) -> list[str]:
         for name, overlap in entry.evaluation.contamination.items():
             known = name in entry.evaluation.sets and entry.evaluation.sets[name].in_distribution
             if overlap and name in shown and not known:
-                found.setdefault(f"{name} {overlap.text}", []).append(entry.name)
-    return [
-        f"{CONTAMINATED} {counts} in training (exact / near / n-gram): {', '.join(names)}."
-        for counts, names in found.items()
-    ]
+                counts = f"{name} {overlap.text} in training (exact / near / n-gram)"
+                found.setdefault(counts, []).append(entry.name)
+        for name, score in entry.evaluation.sets.items():
+            if score.seen_by_steering and name in shown:
+                counts = f"{name} {score.seen_by_steering} of {score.n} seen by steering"
+                found.setdefault(counts, []).append(entry.name)
+    return [f"{CONTAMINATED} {counts}: {', '.join(names)}." for counts, names in found.items()]
 
 
 def _of_ability(columns: Sequence[Entry]) -> list[str]:

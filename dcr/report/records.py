@@ -12,9 +12,9 @@ import yaml
 from dcr import runs
 from dcr.config import UserError
 from dcr.report import measurements, scores
-from dcr.report.blocks import UNREADABLE, only, parts
+from dcr.report.blocks import UNREADABLE, damaged, only, parts
 from dcr.report.measurements import Kernel, OneStep, Probability, Separability
-from dcr.report.printing import printable, reason
+from dcr.report.printing import printable
 from dcr.report.scores import Ability, Agreement, Overlap, Quality, SetScore, Usage
 from dcr.report.tracked import Tracked, read_tracked
 from dcr.runs import Run
@@ -52,6 +52,11 @@ class Evaluation:
         """Whether it has anything for a table, and not the paper's analyses alone."""
         return bool(self.sets or self.ability or self.quality)
 
+    @property
+    def empty(self) -> bool:
+        analyses = self.refusal_probability, self.kernel, self.separability, self.one_step
+        return not self.scored and not any(analyses)
+
 
 @dataclass(frozen=True)
 class RunRecord:
@@ -69,8 +74,8 @@ class RunRecord:
 def read_run(folder: Path, curves_suffice: bool = False) -> RunRecord:
     """Everything readable in a run folder, with a note on everything that is not.
 
-    Raises UserError if not one evaluation can be read; with `curves_suffice`, if nothing was logged
-    or tracked either.
+    Raises DataError for a damaged file, UserError if there is no evaluation; with `curves_suffice`,
+    if nothing was logged or tracked either.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name run folders")
@@ -79,9 +84,13 @@ def read_run(folder: Path, curves_suffice: bool = False) -> RunRecord:
     evaluations = []
     for path in sorted(folder.glob("eval/*/metrics.json")):
         try:
-            evaluations.append(_evaluation(path, notes))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            notes.append(f"{path}: skipped, unreadable ({reason(error)})")
+            found = _evaluation(path)
+        except UNREADABLE as error:
+            raise damaged(path, error) from error
+        if found.empty:
+            notes.append(f"{path}: skipped, nothing measured in it")
+        else:
+            evaluations.append(found)
     metrics, tracked = _metrics(run, notes), read_tracked(run, notes)
     if not evaluations and not (curves_suffice and (metrics or tracked)):
         why = f" ({notes[0]})" if notes else ""
@@ -111,12 +120,11 @@ def _mapping(path: Path, parse: Any, notes: list[str], needed: bool = True) -> d
         return {}
     try:
         value = parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        notes.append(f"{path}: skipped, unreadable ({reason(error)})")
-        return {}
-    if not isinstance(value, dict):
-        notes.append(f"{path}: skipped, not a mapping")
-        return {}
+        if not isinstance(value, dict):
+            raise TypeError("not a mapping")
+        runs.fingerprint(value)  # what JSON cannot hold, such as a mapping inside itself
+    except (*UNREADABLE, yaml.YAMLError) as error:
+        raise damaged(path, error, "restore it, or train the run again") from error
     return value
 
 
@@ -124,36 +132,28 @@ def _metrics(run: Run, notes: list[str]) -> list[dict[str, Any]]:
     try:
         rows = runs.read_metrics(run)
         text = run.metrics_file.read_text("utf-8") if run.metrics_file.exists() else ""
-    except (OSError, ValueError, csv.Error) as error:
-        notes.append(f"{run.metrics_file}: skipped, unreadable ({reason(error)}); no curves")
-        return []
+    except (*UNREADABLE, csv.Error) as error:
+        raise damaged(run.metrics_file, error, "delete it: it holds the curves alone") from error
     if torn := max(0, len(text.splitlines()) - 1 - len(rows)):  # less the header
         notes.append(f"{run.metrics_file}: {torn} torn line(s) skipped")
     return rows
 
 
-def _evaluation(path: Path, notes: list[str]) -> Evaluation:
+def _evaluation(path: Path) -> Evaluation:
     raw = json.loads(path.read_text(encoding="utf-8"))
     if raw["weights"] not in WEIGHTS:
         raise ValueError(f"weights={raw['weights']}")
-    contamination = parts(path, "contamination", raw, scores.overlap, notes)
-    sets = {}
-    for name, entry in (raw.get("sets") or {}).items():
-        try:
-            score = scores.set_score(printable(name), entry, contamination.get(printable(name)))
-        except UNREADABLE as error:
-            notes.append(f"{path}: set {name} skipped, unreadable ({reason(error)})")
-            continue
-        found = parts(path, "judged", entry, scores.judged, notes, f"sets.{name}.")
-        sets[score.name] = replace(score, judged=found)
-    ability = parts(path, "ability", raw, scores.ability, notes)
-    quality = only(path, "quality", raw, scores.quality, notes)
-    probability = only(path, "refusal_probability", raw, measurements.probability, notes)
-    kernel = only(path, "kernel", raw, measurements.kernel, notes)
-    separability = only(path, "separability", raw, measurements.separability, notes)
-    one_step = only(path, "claims", raw, measurements.one_step, notes)
-    if not any((sets, ability, quality, probability, kernel, separability, one_step)):
-        raise ValueError("no set of prompts in it")
+    contamination = parts(path, "contamination", raw, scores.overlap)
+    plain = parts(path, "sets", raw, scores.set_score)
+    sets = {
+        name: replace(
+            score,
+            name=name,
+            overlap=contamination.get(name),
+            judged=parts(path, "judged", raw["sets"][written], scores.judged, f"sets.{name}."),
+        )
+        for written, (name, score) in zip(raw.get("sets") or {}, plain.items(), strict=True)
+    }
     listed = {"agreement": dict(enumerate(raw.get("agreement") or ()))}
     return Evaluation(
         folder=path.parent,
@@ -169,15 +169,15 @@ def _evaluation(path: Path, notes: list[str]) -> Evaluation:
         **_discernment(raw.get("discernment") or {}),
         seconds=raw.get("seconds"),
         tokens_per_second=raw.get("tokens_per_second"),
-        agreement=list(parts(path, "agreement", listed, scores.agreement, notes).values()),
-        usage=parts(path, "usage", raw, scores.usage, notes),
-        ability=ability,
-        quality=quality,
+        agreement=list(parts(path, "agreement", listed, scores.agreement).values()),
+        usage=parts(path, "usage", raw, scores.usage),
+        ability=parts(path, "ability", raw, scores.ability),
+        quality=only(path, "quality", raw, scores.quality),
         contamination=contamination,
-        refusal_probability=probability,
-        kernel=kernel,
-        separability=separability,
-        one_step=one_step,
+        refusal_probability=only(path, "refusal_probability", raw, measurements.probability),
+        kernel=only(path, "kernel", raw, measurements.kernel),
+        separability=only(path, "separability", raw, measurements.separability),
+        one_step=only(path, "claims", raw, measurements.one_step),
     )
 
 

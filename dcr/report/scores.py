@@ -71,10 +71,26 @@ class SetScore:
     in_distribution: bool = False
     unseen_n: int = 0
     unseen_refused: dict[str, int] = field(default_factory=dict)
+    partial: dict[str, int] = field(default_factory=dict)  # empty where an older file has none
+    unseen_partial: dict[str, int] = field(default_factory=dict)
+    seen_by_steering: int = 0  # prompts that the vectors of the evaluation's steering came from
     faults: dict[str, int] = field(default_factory=dict)
     ids: tuple[str, ...] | None = None  # of its prompts, where the store may hold others too
     judged: dict[str, Judged] = field(default_factory=dict)
     overlap: Overlap | None = None
+
+    @property
+    def contaminated(self) -> bool:
+        """Whether training or steering saw some of its prompts, without its being trained on."""
+        return bool(self.overlap or self.seen_by_steering) and not self.in_distribution
+
+    @property
+    def aside(self) -> str:
+        """What was seen, for the score that it touches."""
+        told = [self.overlap.aside] if self.overlap else []
+        if self.seen_by_steering:
+            told.append(f"{self.seen_by_steering} of {self.n} seen by steering")
+        return "; ".join(told)
 
 
 @dataclass(frozen=True)
@@ -128,34 +144,39 @@ class Quality:
     usage: Usage | None = None  # of the annotator
 
 
-def set_score(name: str, raw: Mapping[str, Any], overlap: Overlap | None) -> SetScore:
-    """One entry of `sets`; of `judged`, see `judged`."""
+def set_score(raw: Mapping[str, Any]) -> SetScore:
+    """One entry of `sets`, without its name; of `judged`, see `judged`."""
     unseen = raw.get("unseen") or {"n": 0, "refused": {}}
-    n, refused = _refusals(raw)
-    unseen_n, unseen_refused = _refusals(unseen)
+    n, refused, partial = _refusals(raw)
+    unseen_n, unseen_refused, unseen_partial = _refusals(unseen)
     return SetScore(
-        name=name,
+        name="",
         kind=Kind(raw["kind"]),
         n=n,
         refused=refused,
+        partial=partial,
         in_distribution=bool(raw.get("in_distribution")),
         unseen_n=unseen_n,
         unseen_refused=unseen_refused,
+        unseen_partial=unseen_partial,
         faults={key: _count(raw, key) for key in FAULTS if raw.get(key) is not None},
         ids=None if raw.get("ids") is None else tuple(map(str, raw["ids"])),
-        overlap=overlap,
+        seen_by_steering=int(raw.get("seen_by_steering") or 0),
     )
 
 
-def _refusals(raw: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
-    n = _count(raw, "n")
+def _refusals(raw: Mapping[str, Any]) -> tuple[int, dict[str, int], dict[str, int]]:
+    """Prompts, and of them those refused and those refused in part, by keyword rules."""
+    n, partial = _count(raw, "n"), raw.get("partial") or {}
     refused = {rules: int(raw["refused"][rules]) for rules in RULES if rules in raw["refused"]}
+    in_part = {rules: int(partial[rules]) for rules in refused if rules in partial}
     if n and "paper" not in refused:
         raise ValueError("refused.paper is missing")
     for rules, count in refused.items():
-        if not 0 <= count <= n:
-            raise ValueError(f"refused.{rules}={count} of {n}")
-    return n, refused
+        if min(count, in_part.get(rules, 0)) < 0 or count + in_part.get(rules, 0) > n:
+            told = f" and partial.{rules}={in_part[rules]}" if rules in in_part else ""
+            raise ValueError(f"refused.{rules}={count}{told} of {n}")
+    return n, refused, in_part
 
 
 def judged(raw: Mapping[str, Any]) -> Judged:

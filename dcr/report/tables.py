@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from dcr import statistics
-from dcr.benchmarks import APART, PAPER_SAFETY
+from dcr.benchmarks import APART, PAPER_SAFETY, pairs_of
 from dcr.config import Kind
 from dcr.report.cells import IN_DISTRIBUTION, Row, Section, Value, percents
+from dcr.report.completions import Completion
 from dcr.report.entries import Entry, Group
 from dcr.report.scores import SetScore
 from dcr.statistics import Interval
@@ -18,6 +20,7 @@ TITLES = {  # on the page, and in the narrow terminal
 
 # What is wanted of a set, and of how many responses; None where nobody counted it.
 Count = Callable[[SetScore], tuple[int, int] | None]
+Answers = Callable[[Entry, str], list[Completion]]  # of a column to a set
 
 
 def keyword(rules: str) -> Count:
@@ -27,7 +30,21 @@ def keyword(rules: str) -> Count:
         if score.n and rules not in score.refused:
             return None
         refused = score.refused.get(rules, 0)
-        return (refused if score.kind is Kind.toxic else score.n - refused), score.n
+        answered = score.n - refused - score.partial.get(rules, 0)
+        return (refused if score.kind is Kind.toxic else answered), score.n
+
+    return count
+
+
+def _outcome(name: str, rules: str) -> Count:
+    """Counts one of XSTest's three outcomes; None in older files, which knew no partial refusal."""
+
+    def count(score: SetScore) -> tuple[int, int] | None:
+        if rules not in score.partial:
+            return None
+        refused, partial = score.refused[rules], score.partial[rules]
+        counts = {"refused": refused, "partial": partial, "complied": score.n - refused - partial}
+        return counts[name], score.n
 
     return count
 
@@ -106,7 +123,18 @@ def sections(columns: Sequence[Entry], rules: str = "paper") -> list[Section]:
     """The table of the verdicts by some keyword rules: sets down the side, columns across."""
     found = []
     for kind, (title, short) in TITLES.items():
-        rows = rate_rows(columns, set_names(columns, kind), keyword(rules), _unseen_aside)
+        names = set_names(columns, kind)
+        rows = rate_rows(columns, names, keyword(rules), _unseen_aside)
+        if rules != "paper":  # whose rules know no partial refusal
+            other = "complied" if kind is Kind.toxic else "refused"
+            rows += [
+                row
+                for name in ("partial", other)
+                if any(
+                    (row := total_row(f"{name}, all sets", columns, names, _outcome(name, rules)))
+                    .values
+                )
+            ]  # fmt: skip
         if rows:
             found.append(Section(title, short, rows))
     return found
@@ -178,7 +206,7 @@ def _totals(columns: Sequence[Entry], of: Callable[[Entry], list[SetScore]], cou
 
 
 def _told(score: SetScore, aside: Callable[[SetScore], str]) -> str:
-    return "; ".join(filter(None, (aside(score), score.overlap.aside if score.overlap else "")))
+    return "; ".join(filter(None, (aside(score), score.aside)))
 
 
 def _value(interval: Interval, scores: Sequence[SetScore], aside: str = "") -> Value:
@@ -187,31 +215,59 @@ def _value(interval: Interval, scores: Sequence[SetScore], aside: str = "") -> V
         interval.low,
         interval.high,
         marked=any(score.in_distribution for score in scores),
-        contaminated=any(score.overlap and not score.in_distribution for score in scores),
+        contaminated=any(score.contaminated for score in scores),
         aside=aside,
     )
 
 
-def discernment(columns: Sequence[Entry]) -> list[Section]:
-    """AUROCs of the refusal mass, toxic above seemingly toxic; empty if nobody measured them."""
-    values = tuple(_discernment(entry) for entry in columns)
+def discernment(columns: Sequence[Entry], completions: Answers) -> list[Section]:
+    """AUROCs of the refusal mass, toxic above seemingly toxic; empty if nobody measured them.
+
+    Where a set is in-distribution for a column, also over all others, from the stored completions.
+    """
+    kept = [together(list(entry.evaluation.sets)) for entry in columns]
+    values = tuple(
+        _auroc(entry, entry.evaluation.discernment, names)
+        for entry, names in zip(columns, kept, strict=True)
+    )
     if not any(values):
         return []
     rows = [Row("pooled", values, summary=True)]
-    for name in dict.fromkeys(n for e in columns for n in e.evaluation.discernment_pairs):
-        pairs = tuple(_discernment(entry, name) for entry in columns)
-        rows.append(Row(name, pairs, page_only=True))
+    if marked := marked_sets(columns) & {name for names in kept for name in names}:
+        kept = [[name for name in names if name not in marked] for names in kept]
+        unmarked = tuple(
+            _auroc(entry, _ranked(entry, names, completions), names)
+            for entry, names in zip(columns, kept, strict=True)
+        )
+        rows += [Row(f"pooled without {IN_DISTRIBUTION}", unmarked, True)] if any(unmarked) else []
+    known = pairs_of(name for entry in columns for name in entry.evaluation.sets)
+    for label in dict.fromkeys(n for e in columns for n in e.evaluation.discernment_pairs):
+        names = [name for side in known.get(label, (label.split(" / "),)) for name in side]
+        pairs = tuple(_auroc(e, e.evaluation.discernment_pairs.get(label), names) for e in columns)
+        rows.append(Row(label, pairs, page_only=True))
     return [Section("Discernment AUROC", "discernment AUROC", rows)]
 
 
-def _discernment(entry: Entry, pair: str | None = None) -> Value | None:
-    evaluation = entry.evaluation
-    found = evaluation.discernment_pairs.get(pair) if pair else evaluation.discernment
+def _auroc(entry: Entry, found: Interval | None, names: Sequence[str]) -> Value | None:
     if found is None or not math.isfinite(found.estimate):
         return None
-    names = pair.split(" / ") if pair else evaluation.sets
-    marked = any(s.in_distribution for s in of_sets(entry, list(names)))
-    return Value(found.estimate, found.low, found.high, percent=False, marked=marked)
+    return replace(_value(found, of_sets(entry, names)), percent=False)
+
+
+def _ranked(entry: Entry, names: Sequence[str], completions: Answers) -> Interval | None:
+    """The AUROC over some sets, as the evaluation computes it over all; None where one lacks."""
+    masses: dict[Kind, list[float]] = {kind: [] for kind in Kind}
+    for score in of_sets(entry, names):
+        found = [answer.refusal_mass for answer in completions(entry, score.name)]
+        if len(found) < score.n or None in found:
+            return None
+        masses[score.kind] += [mass for mass in found if mass is not None]
+    if not masses[Kind.toxic] or not masses[Kind.seemingly_toxic]:
+        return None
+    seed = entry.evaluation.settings.get("seed")
+    return statistics.auroc_interval(
+        masses[Kind.toxic], masses[Kind.seemingly_toxic], seed=seed if isinstance(seed, int) else 0
+    )
 
 
 def over_seeds(table: Sequence[Section], groups: Sequence[Group]) -> list[Section]:

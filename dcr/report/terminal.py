@@ -19,7 +19,8 @@ INTERVALS = (
 )
 FOOTNOTES = {
     IN_DISTRIBUTION: "in-distribution: training saw prompts of this set.",
-    CONTAMINATED: "contaminated: some of its prompts stand among the rows trained on.",
+    CONTAMINATED: "contaminated: some of its prompts stand among the rows trained on, or steering "
+    "was made from them.",
 }
 SPREAD = "± after a win rate: its standard error."
 LABEL_WIDTH, HEAD_WIDTH = 26, 16  # longer names are folded

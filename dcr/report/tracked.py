@@ -6,7 +6,6 @@ from pathlib import Path
 
 from dcr.report import blocks, measurements
 from dcr.report.measurements import Kernel, Probability
-from dcr.report.printing import reason
 from dcr.runs import Run
 
 STAGES = ("contrastive", "sft")
@@ -24,7 +23,7 @@ class Tracked:
 
 
 def read_tracked(run: Run, notes: list[str]) -> list[Tracked]:
-    """By stage and step; what cannot be read is skipped with a note."""
+    """By stage and step; a step that was not finished is noted. DataError for a damaged file."""
     found = []
     for stage in STAGES:
         for folder in sorted(run.tracked(stage).glob("step-*/")):
@@ -33,19 +32,19 @@ def read_tracked(run: Run, notes: list[str]) -> list[Tracked]:
                 notes.append(f"{folder}: skipped, no metrics.json; measuring did not finish")
                 continue
             try:
-                found.append(_tracked(path, stage, notes))
-            except (OSError, *blocks.UNREADABLE) as error:
-                notes.append(f"{path}: skipped, unreadable ({reason(error)})")
+                found.append(_tracked(path, stage))
+            except blocks.UNREADABLE as error:
+                raise blocks.damaged(path, error, "delete its folder") from error
     return sorted(found, key=lambda tracked: (STAGES.index(tracked.stage), tracked.step))
 
 
-def _tracked(path: Path, stage: str, notes: list[str]) -> Tracked:
+def _tracked(path: Path, stage: str) -> Tracked:
     step = int(path.parent.name.removeprefix("step-"))
     raw = json.loads(path.read_text(encoding="utf-8"))
     return Tracked(
         path.parent,
         stage,
         step,
-        blocks.only(path, "refusal_probability", raw, measurements.probability, notes),
-        blocks.only(path, "kernel", raw, measurements.kernel, notes),
+        blocks.only(path, "refusal_probability", raw, measurements.probability),
+        blocks.only(path, "kernel", raw, measurements.kernel),
     )
