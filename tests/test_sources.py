@@ -470,7 +470,7 @@ def test_the_cure_for_what_is_on_the_hub_alone(
 def test_every_source_lives_somewhere_and_states_its_licence() -> None:
     for name, source in SOURCES.items():
         assert source.licence, name
-        assert (source.demo is None) != (source.hub is None), name
+        assert (source.embedded is None) != (source.hub is None), name
         assert (source.file is None) == (source.rows is None), name
         if source.hub is not None and "data_files" in source.hub.options:
             url = source.hub.options["data_files"]
@@ -495,7 +495,7 @@ def test_real_parts_share_rows_and_ids_with_the_whole() -> None:
     assert [e.category for e in whole].count(part[0].category) == len(part) == 149
 
 
-@pytest.mark.parametrize("name", [n for n, source in SOURCES.items() if source.demo])
+@pytest.mark.parametrize("name", [n for n, source in SOURCES.items() if source.embedded])
 def test_the_demo_corpus_is_read_from_the_package(name: str) -> None:
     found = sources.read(name)
     assert len(found) >= 80

@@ -194,7 +194,7 @@ def _read(pair: Pair, data: DataConfig, limit: int, seed: int, rows: Sides) -> N
 
 
 def _embedded(name: str) -> bool:
-    return name in SOURCES and SOURCES[name].demo is not None
+    return name in SOURCES and SOURCES[name].embedded is not None
 
 
 def _related(one: set[str], other: set[str]) -> bool:

@@ -70,7 +70,7 @@ def _need_the_hub(settings: TrainConfig) -> bool:
     read += [node.seemingly_toxic, node.toxic] if settings.method is Method.dcr else []
     names = [name for part in read for name in part.source]
     names += [*node.evaluation.over_refusal, *node.evaluation.safety]
-    return any(name in SOURCES and SOURCES[name].demo is None for name in names)
+    return any(name in SOURCES and SOURCES[name].embedded is None for name in names)
 
 
 # --- rows that were not read --------------------------------------------------------------------

@@ -26,8 +26,8 @@ def read(
     Args:
         name: a key of `SOURCES`, or the path of a JSONL file (ends in `.jsonl` or holds a path
             separator).
-        root: local folder with the named sources' files; the hub if None. The demo corpus and the
-            user's files do not depend on it.
+        root: local folder with the named sources' files; the hub if None. The embedded corpora and
+            the user's files do not depend on it.
         kind: what the prompts are taken for. Required for a file; must agree with a named source.
         pairs: only rows with a response. In a user's file, a row without one is an error.
 
@@ -133,9 +133,9 @@ Located = tuple[str, Row]
 
 def _rows(name: str, source: Source, root: str | None) -> tuple[list[Located], int | None]:
     """All rows of a named source, and how many should be left after its `keep`."""
-    if source.demo is not None:
-        with (resources.files("dcr") / "demo" / source.demo).open("rb") as stream:
-            return _file_rows(stream, f"demo/{source.demo}"), None
+    if source.embedded is not None:
+        with (resources.files("dcr") / source.embedded).open("rb") as stream:
+            return _file_rows(stream, source.embedded), None
     if root is None:
         assert source.hub is not None  # as every source outside the package has
         return _hub_rows(name, source.hub, _cure(source)), source.hub.rows

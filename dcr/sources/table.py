@@ -37,7 +37,7 @@ class Source:
     rows: int | None = None  # expected of the file after `keep`
     keep: Keep = every
     groups: Callable[[Sequence[Row]], list[str | None]] = ungrouped  # sees rows before `keep`
-    demo: str | None = None  # file of the embedded corpus
+    embedded: str | None = None  # file of this package
     split: str | None = None
     prompts_only: bool = False  # what stands under `response` is not for training
     part_of: str | None = None  # the source that holds all of this one's prompts
@@ -122,19 +122,23 @@ def _surgical_orbench(split: str, rows: int) -> Source:
     return _surgical(Kind.seemingly_toxic, f"or_bench_hard_{split}", rows, file, rows)
 
 
-def _demo(kind: Kind, split: str, keep: Keep = every) -> Source:
-    file = f"{kind.value}.{split}.jsonl"
-    return Source(kind, "as this project", keep=keep, groups=by_pair, demo=file, split=split)
+def _ours(folder: str, kind: Kind, split: str, keep: Keep = every) -> Source:
+    file = f"{folder}/{kind.value}.{split}.jsonl"
+    return Source(kind, "as this project", keep=keep, groups=by_pair, embedded=file, split=split)
 
 
 SOURCES: dict[str, Source] = {
-    "demo_seemingly_toxic": _demo(Kind.seemingly_toxic, "train"),
-    "demo_toxic": _demo(Kind.toxic, "train"),
-    "demo_toxic_matched": _demo(Kind.toxic, "train", keep=fields.is_paired),
-    "demo_normal": _demo(Kind.normal, "train"),
-    "demo_seemingly_toxic_heldout": _demo(Kind.seemingly_toxic, "heldout"),
-    "demo_toxic_heldout": _demo(Kind.toxic, "heldout"),
-    "demo_normal_heldout": _demo(Kind.normal, "heldout"),
+    "demo_seemingly_toxic": _ours("demo", Kind.seemingly_toxic, "train"),
+    "demo_toxic": _ours("demo", Kind.toxic, "train"),
+    "demo_toxic_matched": _ours("demo", Kind.toxic, "train", keep=fields.is_paired),
+    "demo_normal": _ours("demo", Kind.normal, "train"),
+    "demo_seemingly_toxic_heldout": _ours("demo", Kind.seemingly_toxic, "heldout"),
+    "demo_toxic_heldout": _ours("demo", Kind.toxic, "heldout"),
+    "demo_normal_heldout": _ours("demo", Kind.normal, "heldout"),
+    "contrasts_seemingly_toxic": _ours("contrasts", Kind.seemingly_toxic, "train"),
+    "contrasts_toxic": _ours("contrasts", Kind.toxic, "train"),
+    "contrasts_seemingly_toxic_heldout": _ours("contrasts", Kind.seemingly_toxic, "heldout"),
+    "contrasts_toxic_heldout": _ours("contrasts", Kind.toxic, "heldout"),
     # Seemingly toxic.
     "xstest_safe": _xstest(Kind.seemingly_toxic, "safe", 250),
     "coconot_contrast": Source(
