@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo experiment test lint bench clean
+.PHONY: help demo experiment test campaign lint bench clean
 .DELETE_ON_ERROR:
 SHELL := bash
 
@@ -54,6 +54,9 @@ test: export HF_HUB_OFFLINE := 1
 test: export WANDB_MODE := offline
 test: $(INSTALLED)  ## the test suite, offline
 	$(RUN) -m pytest -n 2 --dist loadfile
+
+campaign: $(INSTALLED)  ## hostile settings, damaged files, bad data, kills: a quarter of an hour
+	$(RUN) tests/campaign --seed 0
 
 # pyright would ask PyPI for a newer version of itself; the locked one is meant.
 lint: export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from dcr import runs
+from dcr import runs, storage
 from dcr.config import UserError
 from dcr.report import measurements, scores
 from dcr.report.blocks import UNREADABLE, damaged, only, parts
@@ -122,7 +122,7 @@ def _mapping(path: Path, parse: Any, notes: list[str], needed: bool = True) -> d
         value = parse(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise TypeError("not a mapping")
-        runs.fingerprint(value)  # what JSON cannot hold, such as a mapping inside itself
+        storage.fingerprint(value)  # what JSON cannot hold, such as a mapping inside itself
     except (*UNREADABLE, yaml.YAMLError) as error:
         raise damaged(path, error, "restore it, or train the run again") from error
     return value

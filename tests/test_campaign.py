@@ -1,0 +1,18 @@
+"""The campaign runs, and knows a fault when it sees one; its counts are for `make campaign`."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_short_campaign_finds_nothing() -> None:
+    ended = subprocess.run(
+        [sys.executable, ROOT / "tests/campaign", "--cases", "5"], capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stdout
