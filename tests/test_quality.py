@@ -423,7 +423,7 @@ def test_a_foreign_line_in_the_store_is_named(
     file = pairwise.store(settings.annotator, tmp_path / "quality")
     file.parent.mkdir()
     file.write_text('{"id": "q-0"}\n')
-    with pytest.raises(DataError, match=r"\.jsonl:1: line: not an annotation"):
+    with pytest.raises(DataError, match=r"\.jsonl:1: line: of: missing; remove the line"):
         rated(answers(["a"]), answers(["b"]), settings, tmp_path)
 
 
@@ -433,7 +433,7 @@ def test_where_nothing_can_be_written_the_path_is_named(
     install(longer_wins)
     (tmp_path / "quality").write_text("a file where the folder should be")
     pair = Pair("q-0", "Say it.", "short", "longer")
-    with pytest.raises(UserError, match=r"quality.*cannot be written"):
+    with pytest.raises(UserError, match=r"quality/.*\.jsonl: cannot be (read|written)"):
         pairwise.annotate([pair], settings, tmp_path / "quality", LABELS, progress=False)
 
 

@@ -1,10 +1,10 @@
 """What a model answered, and the files that keep it: one JSON object a line, only appended."""
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
+from dcr import storage
 from dcr.prompts import ChatFormat
 from dcr.sources import Example
 
@@ -36,32 +36,13 @@ def completion(chat: ChatFormat, row: Example, answer: Sequence[int], mass: floa
 
 
 def stored(path: Path) -> dict[str, Completion]:
-    """Completions already in a file, by id; a last line torn by a kill is left out."""
-    if not path.is_file():
-        return {}
-    found: dict[str, Completion] = {}
-    for line in path.read_bytes().split(b"\n"):
-        try:
-            row = json.loads(line)
-        except ValueError:  # not JSON, or torn within a character
-            continue
-        found[row["id"]] = Completion(**row)
-    return found
+    """Completions already in a file, by id; a line torn by a kill is left out.
+
+    Raises DataError, naming the line, for another that is no completion.
+    """
+    return {row.id: row for row in storage.read_lines(path, Completion)}
 
 
 def store(path: Path, completions: Sequence[Completion]) -> None:
     """Append completions, one JSON line each, flushed before returning."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torn = path.is_file() and path.stat().st_size > 0 and not _ends_in_newline(path)
-    with path.open("a", encoding="utf-8") as file:
-        if torn:
-            file.write("\n")
-        for done in completions:
-            file.write(json.dumps(asdict(done), ensure_ascii=False) + "\n")
-        file.flush()
-
-
-def _ends_in_newline(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(-1, 2)
-        return file.read(1) == b"\n"
+    storage.append_lines(path, completions)

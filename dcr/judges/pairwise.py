@@ -6,12 +6,11 @@ have AlpacaEval's keys, so that its own tools read them.
 """
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -19,7 +18,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from dcr import endpoints, storage
-from dcr.config import AnnotatorConfig, ConfigError, DataError, EvalConfig, UserError
+from dcr.config import AnnotatorConfig, ConfigError, EvalConfig
 from dcr.endpoints import EndpointError, Failure, Message, Reply
 from dcr.judges.judging import CHARACTERS_PER_TOKEN
 from dcr.text import label_of
@@ -135,7 +134,7 @@ def annotate(
         total=len(missing), unit="pair", desc="comparing answers", disable=not progress
     ) as bar:
         for row in _asked(list(missing.values()), settings):
-            _append(file, row)
+            storage.append_lines(file, [row])
             known[row.of] = row
             bar.update()
     return [_carried(known[d.of], d) if d.asked else d for d in drafts]
@@ -144,23 +143,9 @@ def annotate(
 def stored(file: Path) -> dict[str, Annotation]:
     """What a file holds by `of`, the latest of each; a line torn by a kill is left out.
 
-    Raises DataError for a line that is whole but no annotation.
+    Raises DataError, naming the line, for another that is no annotation.
     """
-    found: dict[str, Annotation] = {}
-    lines = file.read_bytes().split(b"\n") if file.is_file() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except ValueError:  # not JSON, or torn within a character
-            continue
-        try:
-            annotation = Annotation(**row)
-        except TypeError as error:
-            raise DataError(
-                f"{file}:{number}: line: not an annotation ({error}); remove the line"
-            ) from None
-        found[annotation.of] = annotation
-    return found
+    return {row.of: row for row in storage.read_lines(file, Annotation)}
 
 
 def preference(top: Mapping[str, float], switched: bool) -> float | None:
@@ -266,18 +251,3 @@ def _carried(row: Annotation, draft: Annotation) -> Annotation:
         prompt_tokens=row.prompt_tokens,
         completion_tokens=row.completion_tokens,
     )
-
-
-def _append(file: Path, row: Annotation) -> None:
-    """One more line, flushed. UserError with the path when it cannot be written."""
-    line = json.dumps(asdict(row), ensure_ascii=False) + "\n"
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a+b") as lines:
-            if lines.tell() > 0:
-                lines.seek(-1, 2)
-                line = line if lines.read(1) == b"\n" else "\n" + line  # torn by a kill
-            lines.write(line.encode("utf-8", "replace"))  # servers can send half surrogates
-            lines.flush()
-    except OSError as error:
-        raise UserError(f"{file}: cannot be written ({error.strerror or error})") from error

@@ -1,13 +1,12 @@
 """What a judge says of one response, and where it is kept: never judged twice."""
 
-import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dcr import endpoints, storage
-from dcr.config import DataError, Judge, ServerConfig, UserError
+from dcr.config import Judge, ServerConfig
 from dcr.generation import Completion
 
 COMPLIANCE = ("complied", "partial", "refused")
@@ -52,22 +51,9 @@ def answer_fingerprint(answer: Completion) -> str:
 def stored(path: Path) -> list[Verdict]:
     """Verdicts in a file in the order they came; a line torn by a kill is left out.
 
-    Raises DataError for a line that is whole but no verdict.
+    Raises DataError, naming the line, for another that is no verdict.
     """
-    found: list[Verdict] = []
-    lines = path.read_bytes().split(b"\n") if path.is_file() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except ValueError:  # not JSON, or torn within a character
-            continue
-        try:
-            found.append(Verdict(**row))
-        except TypeError as error:
-            raise DataError(
-                f"{path}:{number}: line: not a verdict ({error}); remove the line"
-            ) from None
-    return found
+    return storage.read_lines(path, Verdict)
 
 
 def store(path: Path, verdicts: Iterable[Verdict]) -> None:
@@ -75,18 +61,7 @@ def store(path: Path, verdicts: Iterable[Verdict]) -> None:
 
     Raises UserError with the path when it cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab+") as file:
-            if file.seek(0, 2):
-                file.seek(-1, 2)
-                if file.read(1) != b"\n":  # torn by a kill
-                    file.write(b"\n")
-            for verdict in verdicts:
-                line = json.dumps(asdict(verdict), ensure_ascii=False) + "\n"
-                file.write(line.encode("utf-8", "replace"))  # servers can send half surrogates
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+    storage.append_lines(path, verdicts)
 
 
 def counts(verdicts: Sequence[Verdict], model: str, judge: Judge) -> dict[str, Any]:

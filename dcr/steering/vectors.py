@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,12 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from dcr import activations, storage
 from dcr.activations import Site
-from dcr.config import ConfigError, UserError
+from dcr.config import ConfigError, DataError
 from dcr.models import Policy
 from dcr.prompts import ChatFormat, attention_mask, padded
 from dcr.sources import Example
@@ -82,25 +81,35 @@ def kept(folder: Path | None, key: Mapping[str, object], find: Callable[[], Foun
     if not file.is_file():
         tensors, info = find()
         _write(file, tensors, info)
-    with safe_open(file, "pt") as opened:
-        info = json.loads(opened.metadata()["info"])
-        return {name: opened.get_tensor(name) for name in opened.keys()}, info  # noqa: SIM118
+    try:
+        with safe_open(file, "pt") as opened:
+            told = opened.metadata()
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        info = json.loads(told["info"])
+        if told["sha256"] != _sum(tensors, info):
+            raise ValueError("another checksum")
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+        raise DataError(
+            f"{file}: damaged; delete it, and the same command computes it again"
+        ) from error
+    return tensors, info
+
+
+def _sum(tensors: Mapping[str, Tensor], info: Info) -> str:
+    """SHA-256 of what a file of vectors holds."""
+    digest = hashlib.sha256(json.dumps(info, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(
+            name.encode() + tensors[name].contiguous().view(torch.uint8).numpy().tobytes()
+        )
+    return digest.hexdigest()
 
 
 def _write(file: Path, tensors: Mapping[str, Tensor], info: Info) -> None:
-    staging = file.with_name(f".{file.name}.{os.getpid()}")
     plain = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(plain, staging, metadata={"info": json.dumps(info)})
-        os.replace(staging, file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{file}: cannot be written ({error}); free or choose another folder"
-        ) from (error)
-    finally:
-        if staging.is_file():
-            staging.unlink()
+    told = json.dumps(info)
+    sha256 = _sum(plain, json.loads(told))
+    storage.write_bytes(file, save(plain, metadata={"info": told, "sha256": sha256}))
 
 
 def trace(policy: Policy) -> str:
