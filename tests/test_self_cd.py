@@ -325,6 +325,25 @@ def test_a_model_without_a_key_value_cache_is_refused() -> None:
         run(made, chat_of(made), 1.5, 4)
 
 
+DEFAULT = (
+    "{% if messages[0].role != 'system' %}"
+    "<|im_start|>system\nYou are Nobody.<|im_end|>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "own"),
+    [(DEFAULT + CHATML, "You are Nobody.\n\n"), (CHATML, ""), (prompts.PLAIN, "")],
+)
+def test_the_emphasis_stands_behind_the_template_s_own_system_prompt(
+    policy: Policy, template: str, own: str
+) -> None:
+    """Otherwise what is contrasted would be the model's default away, not the emphasis added."""
+    chat = replace(chat_of(policy), template=template)
+    named = replace(chat, system_prompt=own + EMPHASIS)
+    assert stressed(chat).text("Hi") == named.text("Hi")
+
+
 def test_the_emphasis_stands_behind_the_model_s_own_system_prompt(policy: Policy) -> None:
     text = stressed(chat_of(policy, "You are Tiny.")).text("Hi")
     assert text.index("You are Tiny.\n\n" + EMPHASIS) < text.index("Hi")

@@ -225,14 +225,19 @@ def test_one_further_pass_a_prompt_and_nothing_more(deep: Policy) -> None:
 
 
 def test_text_without_a_mask_is_scored_without_its_padding(deep: Policy) -> None:
-    """As the lm-evaluation-harness puts it in: no template, no mask, zeros behind the end."""
+    """As the lm-evaluation-harness puts it in: no template, no mask, zeros behind the end.
+
+    It is compared as the reference was taken, as a user's words in the template.
+    """
     chat = chat_of(deep)
     found = scans.find(deep, chat, DRAWN, settings(), 4)
-    texts = [chat.tokenizer.encode(t) for t in ("Oslo is a city", "No", "Rivers run")]
+    words = ("Oslo is a city", "No", "Rivers run")
+    texts = [chat.tokenizer.encode(t) for t in words]
+    templated = [chat.prompt_ids(t) for t in words]
     reference = found[0]["reference"]
     scores = [
         sum(cosine(t, r) for t, r in zip(moved[2:], reference, strict=True)) / 4
-        for moved in (transition(deep, chat, ids, len(ids) - 1) for ids in texts)
+        for moved in (transition(deep, chat, ids, user_end(chat, ids)) for ids in templated)
     ]
     found[1]["threshold"] = sorted(scores)[1] - 1e-4
     plan: Any = scans.edits(deep, chat, found, settings())
@@ -601,6 +606,27 @@ def test_vectors_are_kept_for_other_strengths(
         deep.model.model.layers[3].mlp.up_proj.weight[-1, -1] += 1  # other weights
     steering.steer(deep, chat, data, told, 0, folder=folder)
     assert len(list(folder.iterdir())) == 3
+
+
+@pytest.mark.parametrize("damage", ["short", "flipped", "text", "nan"])
+def test_damaged_vectors_are_named(tmp_path: Path, damage: str) -> None:
+    made = {"v": torch.arange(64.0)}
+    key = {"method": "x"}
+    kept, info = vectors.kept(tmp_path, key, lambda: (made, {"block": 1}))
+    assert torch.equal(kept["v"], made["v"])
+    assert info == {"block": 1}
+    (file,) = tmp_path.iterdir()
+    content = file.read_bytes()
+    file.write_bytes(
+        {
+            "short": content[:-9],
+            "flipped": content[:-9] + bytes([content[-9] ^ 1]) + content[-8:],
+            "text": b"not a tensor",
+            "nan": content[:-4] + b"\xff\xff\xff\xff",
+        }[damage]
+    )
+    with pytest.raises(UserError, match=rf"{file.name}: .*delete it"):
+        vectors.kept(tmp_path, key, lambda: (made, {}))
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ Here the model as it is evaluated comes first: y' + weight (y' - y), the same fo
 so that 0 is the model itself and their a = 2.5 is 1.5. On log-probabilities instead of logits the
 distribution would be the same, since the two differ by one constant a position.
 
-The emphasis is in our own words, and stands behind the model's own system prompt if it has one.
+The emphasis is in our own words, and stands behind the system prompt that the model has anyhow: the
+user's, or the one that its template writes by itself.
 """
 
 import inspect
@@ -46,18 +47,29 @@ def stressed(chat: ChatFormat) -> ChatFormat:
 
     Raises ConfigError for a template that refuses a system prompt or leaves it out.
     """
-    own = f"{chat.system_prompt}\n\n" if chat.system_prompt else ""
-    other = replace(chat, system_prompt=own + EMPHASIS)
+    other = replace(chat, system_prompt=EMPHASIS)
     cure = "Self-CD has nothing to contrast; leave gen.self_cd out, or name another model.template"
     try:
         shown = EMPHASIS in other.text("x")
+        own = chat.system_prompt or _default_system(chat)
     except TemplateError as error:
         raise ConfigError(
             f"gen.self_cd: the chat template takes no system prompt ({error}): {cure}"
         ) from error
     if not shown:
         raise ConfigError(f"gen.self_cd: the chat template leaves the system prompt out: {cure}")
-    return other
+    return replace(chat, system_prompt=f"{own}\n\n{EMPHASIS}") if own else other
+
+
+def _default_system(chat: ChatFormat) -> str:
+    """The system prompt that a template writes by itself where none is given, else "".
+
+    What stands in a dialogue without a system turn where one with it has that turn's words.
+    """
+    plain = chat.text("x")
+    before, _, behind = replace(chat, system_prompt=EMPHASIS).text("x").partition(EMPHASIS)
+    whole = plain.startswith(before) and plain.endswith(behind)
+    return plain[len(before) : len(plain) - len(behind)].strip() if whole else ""
 
 
 def emphasised(policy: Policy, chat: ChatFormat, encoded: Sequence[Encoded]) -> list[Encoded]:

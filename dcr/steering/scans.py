@@ -99,8 +99,9 @@ def edits(policy: Policy, chat: ChatFormat, found: Found, settings: SteeringConf
     the last block compared.
 
     Without a mask (the lm-evaluation-harness scores texts so, padded on the right with id 0) each
-    row without its trailing zeros is the query, s1 its last token, and every position is steered:
-    where instruction ends and answer begins cannot be told, and so no scored token goes unsteered.
+    row's text without its trailing zeros is the query, and is compared inside the chat template,
+    as the reference was taken: bare text moves otherwise. Every position is then steered: where
+    instruction ends and answer begins cannot be told, and so no scored token goes unsteered.
     """
     tensors, info = found
     device, asked = policy.model.device, query(chat, settings.scans)
@@ -109,6 +110,9 @@ def edits(policy: Policy, chat: ChatFormat, found: Found, settings: SteeringConf
 
     def plan(ids: Tensor, mask: Tensor | None) -> Edits:
         prompts = rows(ids, mask)
+        if mask is None:
+            texts = chat.tokenizer.batch_decode(prompts, skip_special_tokens=True)
+            prompts = [chat.prompt_ids(text) for text in texts]
         moved = transitions(
             read(policy.model, asked, prompts, compared[-1], len(prompts)), compared
         )
