@@ -5,6 +5,8 @@ python eval.py model=smollm2_135m data=paper data.root=<data> limit=100
 python eval.py endpoint=http://127.0.0.1:8000/v1 endpoint_model=<name> tasks=[over_refusal]
 """
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +69,9 @@ def _completed(composed: DictConfig, run: Run) -> DictConfig:
         merged.model = made_with["model"]
     if composed.endpoint is not None and composed.endpoint_model is not None:
         named = str(composed.endpoint_model)
-        merged.model.name, merged.model.label = named, label_of(named)
+        merged.model.name, merged.model.label = named, ""
+    if not merged.model.label:
+        merged.model.label = label_of(str(merged.model.name))
     if OmegaConf.is_missing(composed.data, "label"):
         base = made_with.get("data") or OmegaConf.load(_demo_data())
         merged.data = OmegaConf.merge(base, _named(composed.data))
@@ -98,17 +102,44 @@ def evaluate(settings: EvalConfig, run: Run) -> None:
     prompts = tasks.read(settings)
     if settings.trainer.threads:
         torch.set_num_threads(settings.trainer.threads)
-    with storage.locked(run.folder):
+    with storage.locked(run.folder), _claimed(settings, run), ExitStack() as stack:
+        shown = None
+        for subject in found:
+            metrics, answers = tasks.measure(settings, run, subject, prompts)
+            if shown is None:  # not before there is something to show
+                tags = [run.config()["method"], settings.model.label]
+                opening = dashboard.opened(settings.wandb, run, "eval", tags, None)
+                shown = stack.enter_context(opening)
+            dashboard.show(shown, run, metrics, answers)
+
+
+@contextmanager
+def _claimed(settings: EvalConfig, run: Run) -> Iterator[None]:
+    """The folder with a `config.yaml` of what is evaluated; a run's own stays as it is.
+
+    Where a command ends before it has kept anything, the folder is as it was before.
+    """
+    before = run.config_file.read_bytes() if run.config_file.is_file() else None
+    kept = _kept(run)
+    try:
         if settings.run is None:
             method = "endpoint" if settings.endpoint else "base"
             made = {"method": method, "seed": settings.seed, "preset_name": "-"}
             whole = made | {"model": cli.plain(settings.model), "data": cli.plain(settings.data)}
             runs.claim(run, whole, force=True)
-        tags = [run.config()["method"], settings.model.label]
-        with dashboard.opened(settings.wandb, run, "eval", tags, None) as shown:
-            for subject in found:
-                metrics, answers = tasks.measure(settings, run, subject, prompts)
-                dashboard.show(shown, metrics, answers)
+        yield
+    except BaseException:
+        if settings.run is None and _kept(run) == kept:
+            if before is None:
+                run.config_file.unlink(missing_ok=True)
+            else:
+                run.config_file.write_bytes(before)
+        raise
+
+
+def _kept(run: Run) -> set[Path]:
+    """Answers, verdicts and vectors: what a later command need not make again."""
+    return {file for name in ("eval", "steering") for file in (run.folder / name).rglob("*.*")}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from dcr import benchmarks, refusal, storage
-from dcr.config import Kind, WandbConfig, WandbMode
+from dcr.config import EvalConfig, Kind, WandbConfig, WandbMode
 from dcr.generation import Completion
 from dcr.runs import Run
 
@@ -84,22 +84,26 @@ def run_id(run: Run) -> str:
 
 def show(
     started: "wandb.Run | None",
+    run: Run,
     metrics: Mapping[str, Any],
     answers: Mapping[str, Sequence[Completion]],
 ) -> None:
     """Write an evaluation's scores into the run's summary, and its answers as tables.
 
-    Snapshots are logged against their SFT step instead, one point each.
+    Snapshots are logged against their SFT step instead, one point each. Keys begin with `eval/`
+    for the run's last weights as `eval.py` takes them by default, with `eval/<variant>/` for all
+    else, so that no evaluation overwrites another's.
     """
     if started is None:
         return
     import wandb
 
-    scores = scored(metrics)
-    if metrics["step"] is not None:
+    snapshot, told = metrics["step"] is not None, variant(metrics, run)
+    prefix = f"{'snapshot' if snapshot else 'eval'}/{f'{told}/' if told else ''}"
+    scores = {f"{prefix}{key}": value for key, value in scored(metrics).items()}
+    if snapshot:
         started.define_metric("snapshot/*", step_metric="snapshot/step")
-        found = {key.replace("eval/", "snapshot/", 1): value for key, value in scores.items()}
-        started.log({"snapshot/step": metrics["step"], **found})
+        started.log({"snapshot/step": metrics["step"], **scores})
         return
     started.summary.update(scores)
     for name, rows in answers.items():
@@ -107,36 +111,63 @@ def show(
         for row in rows[:SHOWN]:
             refused = refusal.is_refusal(row.response)
             table.add_data(row.id, row.prompt, row.response, row.refusal_mass, refused)
-        started.log({f"eval/completions/{name}": table})
+        started.log({f"{prefix}completions/{name}": table})
+
+
+def variant(metrics: Mapping[str, Any], run: Run) -> str:
+    """What sets an evaluation apart from the plain one of a run's last weights; "" for that one.
+
+    An earlier stage, an edit (with four digits of its settings), and each setting of decoding and
+    choice of rows that is not the default: `contrastive_limit-100`, `scans-1-3f2a`.
+    """
+    told = dict(metrics["settings"])
+    edit = told.pop("steering", None)
+    plain = EvalConfig()
+    defaults = {
+        "max_new_tokens": plain.gen.max_new_tokens,
+        "limit": plain.limit,
+        "seed": plain.seed,
+        "precision": plain.precision.value,
+    }
+    earlier = metrics["weights"] == "contrastive" and run.done("sft")
+    return "_".join(
+        [
+            *(["contrastive"] if earlier else []),
+            *(
+                [f"{edit['method']}-{edit['strength']:g}-{storage.fingerprint(edit)[:4]}"]
+                if edit
+                else []
+            ),
+            *(f"{key}-{value}" for key, value in told.items() if value != defaults.get(key)),
+        ]
+    )
 
 
 def scored(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a `metrics.json` under the house's keys, `eval/<set>/<quantity>`.
+    """The numbers of a `metrics.json` under the house's keys, `<set>/<quantity>`.
 
-    Rates are in [0, 1]. `eval/over_refusal/…` and `eval/safety/…` pool the sets of a kind, without
-    those shown apart.
+    Rates are in [0, 1]. `over_refusal/…` and `safety/…` pool the sets of a kind, without those
+    shown apart.
     """
     found: dict[str, float] = {}
     pools: dict[tuple[str, str], list[tuple[int, int]]] = {}
     for name, counts in metrics.get("sets", {}).items():
         for quantity, hits, n in _rates(counts):
             if n:
-                found[f"eval/{name}/{quantity}"] = hits / n
+                found[f"{name}/{quantity}"] = hits / n
                 if counts["kind"] in TASK_OF_KIND and name not in benchmarks.APART:
                     pools.setdefault((counts["kind"], quantity), []).append((hits, n))
     for (kind, quantity), parts in pools.items():
         hits, n = (sum(part) for part in zip(*parts, strict=True))
-        found[f"eval/{TASK_OF_KIND[kind]}/{quantity}"] = hits / n
+        found[f"{TASK_OF_KIND[kind]}/{quantity}"] = hits / n
     if metrics.get("discernment"):
-        found["eval/discernment"] = metrics["discernment"]["pooled"][0]
+        found["discernment"] = metrics["discernment"]["pooled"][0]
     for task, result in metrics.get("ability", {}).items():
         found |= {
-            f"eval/{task}/{key}": result[key]
-            for key in ("acc", "acc_norm")
-            if result[key] is not None
+            f"{task}/{key}": result[key] for key in ("acc", "acc_norm") if result[key] is not None
         }
     if (metrics.get("quality") or {}).get("win_rate") is not None:
-        found["eval/alpaca_eval/win_rate"] = metrics["quality"]["win_rate"] / 100
+        found["alpaca_eval/win_rate"] = metrics["quality"]["win_rate"] / 100
     return found
 
 

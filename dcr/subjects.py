@@ -1,5 +1,6 @@
 """What is evaluated: the weights of a run, a model by name, or whatever answers at an endpoint."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,15 @@ from pathlib import Path
 import torch
 
 from dcr import generation, models, prompts, refusal, steering, storage
-from dcr.config import ConfigError, EvalConfig, ServerConfig, Stage
+from dcr.config import (
+    EMBEDDED_MODEL,
+    TINY_MODEL,
+    ConfigError,
+    EvalConfig,
+    ModelConfig,
+    ServerConfig,
+    Stage,
+)
 from dcr.generation import Completion
 from dcr.models import Policy
 from dcr.runs import Run
@@ -29,7 +38,7 @@ def subjects(settings: EvalConfig, run: Run) -> list[Subject]:
     if settings.endpoint is not None:
         return [Subject("endpoint")]
     if settings.run is None:
-        return [Subject("base")]
+        return [base(settings.model)]
     if settings.snapshots:
         return _snapshots(settings, run)
     if settings.stage is Stage.all:
@@ -38,6 +47,12 @@ def subjects(settings: EvalConfig, run: Run) -> list[Subject]:
     if not run.done(stage):
         raise ConfigError(f"stage={stage}: {run.folder} holds no {stage}/; train that stage first")
     return [Subject(stage, run.stage(stage))]
+
+
+def base(model: ModelConfig) -> Subject:
+    """A model by name, with its folder where the name is one's."""
+    local = model.name not in (TINY_MODEL, EMBEDDED_MODEL) and Path(model.name).is_dir()
+    return Subject("base", Path(model.name) if local else None)
 
 
 def _snapshots(settings: EvalConfig, run: Run) -> list[Subject]:
@@ -78,10 +93,17 @@ def _identity(settings: EvalConfig, subject: Subject) -> dict[str, object]:
             "system": model.system_prompt,
             "max_new_tokens": settings.gen.max_new_tokens,
         }
-    weights = models.weights_fingerprint(subject.folder) if subject.folder else None
+    if subject.folder is None:
+        weights: object = [model.name, model.revision]
+    elif subject.weights == "base":
+        weights = _content(subject.folder)
+    else:
+        weights = models.weights_fingerprint(subject.folder)
+    file = Path(model.template) if model.template else None
+    template = file.read_text(encoding="utf-8") if file and file.is_file() else model.template
     identity: dict[str, object] = {
-        "weights": weights or [model.name, model.revision],
-        "chat": [model.system_prompt, model.template],
+        "weights": weights,
+        "chat": [model.system_prompt, template],
         "max_new_tokens": settings.gen.max_new_tokens,
         "precision": settings.precision.value,
     }
@@ -90,6 +112,26 @@ def _identity(settings: EvalConfig, subject: Subject) -> dict[str, object]:
     if settings.gen.self_cd is not None:
         identity["self_cd"] = settings.gen.self_cd
     return identity
+
+
+def _content(folder: Path) -> list[str]:
+    """What a folder of a user's own says of its model: weights, settings, tokenizer, template.
+
+    With the base of an adapter, which must be the one it was trained on as a run's must.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".json", ".jinja", ".model", ".txt") and file.is_file():
+            digest.update(file.name.encode() + file.read_bytes())
+    found = [models.weights_fingerprint(folder), digest.hexdigest()[:16]]
+    if _is_adapter(folder):
+        beneath = Path(models.adapter_base(folder))
+        found += _content(beneath) if beneath.is_dir() else [str(beneath)]
+    return found
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
 
 
 def server_of(settings: EvalConfig) -> ServerConfig:
@@ -105,10 +147,10 @@ def server_of(settings: EvalConfig) -> ServerConfig:
 def opened(settings: EvalConfig, subject: Subject) -> Policy:
     """The weights in memory, on the device they run on."""
     trusted = settings.model.trust_remote_code
-    if subject.folder is None:
-        policy = models.open_policy(settings.model, settings.precision, settings.seed)
-    elif (subject.folder / "adapter_config.json").is_file():
+    if subject.folder is not None and _is_adapter(subject.folder):
         policy = models.open_adapter(subject.folder, settings.precision, trust_remote_code=trusted)
+    elif subject.folder is None or subject.weights == "base":
+        policy = models.open_policy(settings.model, settings.precision, settings.seed)
     else:
         policy = models.open_folder(
             str(subject.folder), settings.precision, trust_remote_code=trusted

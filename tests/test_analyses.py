@@ -174,6 +174,18 @@ def test_analyses_of_a_run_by_their_own_command(pair: tuple[Run, Run]) -> None:
     assert "sets" not in later
 
 
+def test_prompts_that_were_trained_on_are_counted(pair: tuple[Run, Run], tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    shutil.copytree(pair[0].folder, run.folder, ignore=shutil.ignore_patterns("eval"))
+    learnt = run.config()["data"]["normal"]["source"][0]
+    tasks = "tasks=[refusal_probability,separability]"
+    found = evaluated(run, tasks, "refusal_prob.prompts=null", f"data.analysis.normal=[{learnt}]")
+    count = run.record()["rows"]["normal"]["count"]
+    for task in ("refusal_probability", "separability"):
+        assert found[task]["trained_on"] == {"seemingly_toxic": 0, "toxic": 0, "normal": count}
+    assert found["refusal_probability"]["kinds"]["normal"]["n"] > count
+
+
 def test_claims_of_a_run_by_their_own_command(pair: tuple[Run, Run]) -> None:
     run = pair[1]
     small = ("claims.pairs=2", "claims.prompts=2", "claims.top_k=2", "claims.params=[tail:1,trunk]")

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from wandb_files import records
@@ -54,7 +55,9 @@ def test_scores_and_answers_go_to_the_run_s_own_w_and_b_run(tmp_path: Path) -> N
     assert started.run_id == dashboard.run_id(run)
     assert started.job_type == "eval"
     (file,) = run.folder.glob("eval/*/metrics.json")
-    expected = dashboard.scored(json.loads(file.read_text()))
+    variant = "max_new_tokens-4_limit-4"
+    scores = dashboard.scored(json.loads(file.read_text()))
+    expected = {f"eval/{variant}/{key}": value for key, value in scores.items()}
     summary = {
         "/".join(item.nested_key) or item.key: json.loads(item.value_json)
         for record in read
@@ -62,15 +65,78 @@ def test_scores_and_answers_go_to_the_run_s_own_w_and_b_run(tmp_path: Path) -> N
         for item in record.summary.update
     }
     assert {key: summary[key] for key in expected} == expected
-    assert {"eval/over_refusal/compliance", "eval/safety/keyword_refusal"} <= expected.keys()
+    assert {"over_refusal/compliance", "safety/keyword_refusal"} <= scores.keys()
+    assert not {f"eval/{key}" for key in scores} & summary.keys()
     tables = {key: value for key, value in summary.items() if key.endswith("/nrows")}
-    assert tables == {f"eval/completions/{name}/nrows": 4 for name in ("seemingly_toxic", "toxic")}
+    names = [f"eval/{variant}/completions/{name}" for name in ("seemingly_toxic", "toxic")]
+    assert tables == {f"{name}/nrows": 4 for name in names}
+
+
+class Summary:
+    """Stands in for W&B's run: what its summary holds and what was logged."""
+
+    def __init__(self) -> None:
+        self.summary: dict[str, Any] = {}
+        self.logged: list[dict[str, Any]] = []
+
+    def define_metric(self, *_: object, **__: object) -> None:
+        pass
+
+    def log(self, values: dict[str, Any]) -> None:
+        self.logged.append(values)
+
+
+def metrics(weights: str = "sft", refused: int = 1, **told: Any) -> dict[str, Any]:
+    plain = {"max_new_tokens": 256, "limit": None, "seed": 0, "precision": "bf16"}
+    counts = {"kind": "seemingly_toxic", "n": 10, "refused": {"paper": refused}}
+    step = told.pop("step", None)
+    return {"weights": weights, "step": step, "settings": plain | told, "sets": {"a": counts}}
+
+
+def test_no_evaluation_overwrites_another_s_scores(tmp_path: Path) -> None:
+    run, shown = Run(tmp_path), Summary()
+    run.stage("sft").mkdir()
+    edit = {"method": "surgical", "strength": 1.0, "released_data": False, "train": 8}
+    others = [
+        metrics("contrastive"),
+        metrics(steering=edit),
+        metrics(steering=edit | {"strength": 2.0}),
+        metrics(steering=edit | {"train": 9}),
+        metrics(steering=edit, validation=True),
+        metrics(self_cd=1.5),
+        metrics(limit=100),
+        metrics(max_new_tokens=64),
+        metrics(seed=1),
+        metrics(precision="fp32"),
+    ]
+    every = [metrics(), *others]
+    for refused, made in enumerate(every):
+        made["sets"]["a"]["refused"]["paper"] = refused
+        dashboard.show(cast(Any, shown), run, made, {})
+    key = "over_refusal/compliance"
+    kept = {name: value for name, value in shown.summary.items() if name.endswith(key)}
+    assert sorted(kept.values()) == [round(i / 10, 1) for i in range(11)]
+    assert kept[f"eval/{key}"] == 1.0
+    assert kept[f"eval/contrastive/{key}"] == 0.9
+    # snapshots stand at their steps, each variant under its own key
+    for step, made in ((2, metrics("snapshot", step=2)), (4, metrics("snapshot", step=4, limit=5))):
+        dashboard.show(cast(Any, shown), run, made, {})
+        assert shown.logged[-1]["snapshot/step"] == step
+    assert f"snapshot/{key}" in shown.logged[-2]
+    assert f"snapshot/limit-5/{key}" in shown.logged[-1]
+
+
+def test_the_last_stage_that_is_done_has_the_plain_keys(tmp_path: Path) -> None:
+    run, shown = Run(tmp_path), Summary()
+    for weights in ("contrastive", "base", "endpoint", "sft"):
+        dashboard.show(cast(Any, shown), run, metrics(weights), {})
+    assert all(name.count("/") == 2 for name in shown.summary)
 
 
 def test_rates_are_those_of_the_counts() -> None:
     judged = {"llm": {"complied": 3, "partial": 1, "refused": 1, "invalid": 2, "error": 1}}
     guarded = {"llama_guard": {"safe": 6, "unsafe": 2, "invalid": 2, "error": 4}}
-    metrics = {
+    found = {
         "sets": {
             "a": {
                 "kind": "seemingly_toxic", "n": 8, "refused": {"paper": 2}, "judged": judged,
@@ -83,17 +149,17 @@ def test_rates_are_those_of_the_counts() -> None:
         "ability": {"piqa": {"acc": 0.6, "acc_norm": None}},
         "quality": {"win_rate": 52.0},
     }  # fmt: skip
-    assert dashboard.scored(metrics) == {
-        "eval/a/compliance": 6 / 8,
-        "eval/a/compliance_llm": 3 / 5,
-        "eval/coconot_safety/compliance": 0.0,
-        "eval/b/keyword_refusal": 0.5,
-        "eval/b/defence_llama_guard": 6 / 10,
-        "eval/over_refusal/compliance": 6 / 8,  # without the set shown apart
-        "eval/over_refusal/compliance_llm": 3 / 5,
-        "eval/safety/keyword_refusal": 0.5,
-        "eval/safety/defence_llama_guard": 6 / 10,
-        "eval/discernment": 0.7,
-        "eval/piqa/acc": 0.6,
-        "eval/alpaca_eval/win_rate": 0.52,
+    assert dashboard.scored(found) == {
+        "a/compliance": 6 / 8,
+        "a/compliance_llm": 3 / 5,
+        "coconot_safety/compliance": 0.0,
+        "b/keyword_refusal": 0.5,
+        "b/defence_llama_guard": 6 / 10,
+        "over_refusal/compliance": 6 / 8,  # without the set shown apart
+        "over_refusal/compliance_llm": 3 / 5,
+        "safety/keyword_refusal": 0.5,
+        "safety/defence_llama_guard": 6 / 10,
+        "discernment": 0.7,
+        "piqa/acc": 0.6,
+        "alpaca_eval/win_rate": 0.52,
     }

@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -11,11 +13,22 @@ from omegaconf import DictConfig
 
 import eval as eval_entry
 import train as train_entry
-from dcr import cli, config, models, refusal, report, runs, storage, subjects
-from dcr.config import ConfigError, EvalConfig
+from dcr import cli, config, generation, models, refusal, report, runs, storage, subjects
+from dcr.config import (
+    ConfigError,
+    DataError,
+    EvalConfig,
+    ExtractionSources,
+    Precision,
+    Steering,
+    UserError,
+)
+from dcr.judges import pairwise
 from dcr.runs import Run
+from dcr.steering import prompts as steering_prompts
 from dcr.subjects import Subject
 from tests import tiny_run
+from tests.servers.scripted import Body, completion, last_user, rejected, scripted
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -39,6 +52,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
     )
     run = Run(folder / "dcr")
     train_entry.train(settings, run)
+    return run
+
+
+@pytest.fixture
+def fresh(trained: Run, tmp_path: Path) -> Run:
+    """The trained run without an evaluation, to be changed at will."""
+    run = Run(tmp_path / "fresh")
+    shutil.copytree(trained.folder, run.folder, ignore=shutil.ignore_patterns("eval"))
     return run
 
 
@@ -157,6 +178,14 @@ def test_base_model_needs_no_run(tmp_path: Path) -> None:
         (("run=/nowhere/at/all", "model=tiny"), "give one of the two"),
         (("model=tiny", "steps=[3]"), r"steps=\[3\]: picks among snapshots; add snapshots=true"),
         (("model=tiny", "snapshots=true", "steps=[]"), r"steps=\[\]: name at least one step"),
+        *(
+            (("model=tiny", "gen.self_cd=1", f"tasks=[{task}]"), rf"self_cd=1.0 tasks=\[{task}\]")
+            for task in ("ability", "refusal_probability", "kernel", "separability", "claims")
+        ),
+        (
+            ("model=tiny", "steering=ablation", "steering.validation=true", "tasks=[quality]"),
+            r"steering\.validation=true tasks=\[quality\]: asks other prompts",
+        ),
         (("endpoint=http://127.0.0.1:9/v1",), "say which model there, with endpoint_model="),
         (("endpoint=http://127.0.0.1:9/v1", "model=tiny"), "two things to evaluate; give one"),
     ],
@@ -175,3 +204,218 @@ def test_run_without_a_stage_is_said(tmp_path: Path) -> None:
         subjects.subjects(settings, run)
     with pytest.raises(ConfigError, match="no snapshots"):
         subjects.subjects(replace(settings, snapshots=True), run)
+
+
+# --- whose answers, and under what --------------------------------------------------------------
+
+
+STEERED = ("steering=scans", "steering.scans.layers=middle_third", "steering.scans.anchors=6")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ("gen.self_cd=1.5",),
+        (*STEERED, "steering.strength=30"),
+    ],
+    ids=["self_cd", "steering"],
+)
+def test_the_reference_of_alpaca_eval_answers_plainly(
+    fresh: Run, changed: Sequence[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The STL run itself under an edit, against what it says without."""
+    compared: list[pairwise.Pair] = []
+
+    def annotate(pairs: Sequence[pairwise.Pair], *_: object) -> list[pairwise.Annotation]:
+        compared.extend(pairs)
+        return []
+
+    monkeypatch.setattr(pairwise, "annotate", annotate)
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    asked = tiny_run.write_rows(fresh.folder / "rows")["normal"]
+    common = (f"run={fresh.folder}", "tasks=[quality]", f"quality.source={asked}", "limit=4")
+    common = (*common, f"quality.reference={fresh.folder}", "data=demo")
+    settings, run = resolved(*common, *changed)
+    eval_entry.evaluate(settings, run)
+    plain, _ = resolved(*common)
+    (subject,) = subjects.subjects(plain, run)
+    own = generation.stored(subjects.answers_folder(settings, run, subject) / f"{asked.stem}.jsonl")
+    other = generation.stored(subjects.answers_folder(plain, run, subject) / f"{asked.stem}.jsonl")
+    assert len(own) == len(other) == len(compared) == 4
+    for pair in compared:
+        assert (pair.reference, pair.answer) == (other[pair.id].response, own[pair.id].response)
+    policy = subjects.opened(plain, subject)
+    rows = [row for b in eval_entry.tasks.read(plain).sets for row in b.rows]
+    batches = subjects.answer(plain, subject, lambda: policy, rows)
+    assert {c.id: c for batch in batches for c in batch} == other
+
+
+def test_the_record_of_an_edit_outlives_a_command_that_opens_nothing(
+    fresh: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, run = resolved(
+        *(f"run={fresh.folder}", "data=demo", "tasks=[over_refusal]", "limit=2"),
+        *STEERED,
+    )
+    eval_entry.evaluate(settings, run)
+    (before,) = metrics_of(run)
+    assert before["steering"]["prompts"]["harmful"]["count"] == 6
+    (file,) = run.folder.glob("eval/*/metrics.json")
+    file.unlink()  # as where a kill came between the last answer and the counts
+    monkeypatch.delattr(subjects, "opened")
+    for _ in range(2):
+        eval_entry.evaluate(settings, run)
+        (after,) = metrics_of(run)
+        assert after["steering"] == before["steering"]
+
+
+def test_sets_that_hold_prompts_of_the_released_code_say_so(
+    fresh: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = ExtractionSources(harmful=["demo_toxic_heldout"], harmless=["demo_normal"])
+    monkeypatch.setitem(steering_prompts.RELEASED, Steering.scans, named)
+    common = (f"run={fresh.folder}", "data=demo", "data.near_duplicate=1", *STEERED)
+    common = (*common, "tasks=[over_refusal,safety]", "limit=12")
+    seen = {}
+    for released in ("true", "false"):
+        settings, run = resolved(*common, f"steering.released_data={released}")
+        eval_entry.evaluate(settings, run)
+        (found,) = (
+            m
+            for m in metrics_of(run)
+            if m["steering"]["released_data"] is settings.steering.released_data
+        )
+        used = set(found["steering"]["prompts"]["harmful"]["ids"])
+        for name, counts in found["sets"].items():
+            seen[name, released] = counts["seen_by_steering"]
+            if counts["kind"] == "toxic" and released == "true":
+                assert counts["seen_by_steering"] == len(used & set(counts["ids"])) > 0
+    assert sorted(seen.values())[:-1] == [0, 0, 0]
+
+
+def in_folder(folder: Path, *overrides: str) -> tuple[EvalConfig, Run]:
+    output = folder.parent / "output"
+    common = (f"model.name={folder}", f"output={output}", "limit=2", "precision=fp32")
+    return resolved(*common, "tasks=[over_refusal]", *overrides)
+
+
+def answers_of(settings: EvalConfig, run: Run) -> Path:
+    (subject,) = subjects.subjects(settings, run)
+    return subjects.answers_folder(settings, run, subject)
+
+
+def test_a_folder_is_known_by_what_it_holds(tiny_folder: Path, tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "model", tmp_path / "moved" / "model"
+    for place in (folder, elsewhere):
+        shutil.copytree(tiny_folder, place)
+    before = answers_of(*in_folder(folder))
+    assert answers_of(*in_folder(folder)) == before
+    assert answers_of(*in_folder(elsewhere)).name == before.name
+    policy = models.open_folder(str(folder), Precision.fp32)
+    policy.model.model.layers[0].mlp.up_proj.weight.data += 1
+    policy.model.save_pretrained(folder)
+    after = answers_of(*in_folder(folder))
+    assert after != before
+    (folder / "chat_template.jinja").write_text("{{ messages[-1].content }}")
+    assert answers_of(*in_folder(folder)) not in (before, after)
+
+
+def test_a_template_is_known_by_what_it_says(tiny_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mine.jinja"
+    file.write_text("{{ messages[-1].content }}")
+    settings = f"model.template={file}"
+    before = answers_of(*in_folder(tiny_folder, settings))
+    file.write_text("Q: {{ messages[-1].content }}")
+    assert answers_of(*in_folder(tiny_folder, settings)) != before
+    moved = tmp_path / "moved.jinja"
+    file.rename(moved)
+    assert answers_of(*in_folder(tiny_folder, f"model.template={moved}")) != before
+
+
+def test_an_adapter_by_its_folder_stands_on_its_own_base(fresh: Run) -> None:
+    settings, run = in_folder(fresh.stage("sft"), "data=demo")
+    eval_entry.evaluate(settings, run)
+    base = models.open_folder(str(fresh.stage("contrastive")), Precision.fp32)
+    base.model.model.layers[0].mlp.up_proj.weight.data += 1
+    base.model.save_pretrained(fresh.stage("contrastive"))
+    settings, run = in_folder(fresh.stage("sft"), "data=demo")
+    with pytest.raises(UserError, match="contrastive"):
+        eval_entry.evaluate(settings, run)
+
+
+# --- what fails leaves nothing ------------------------------------------------------------------
+
+
+def test_a_model_that_cannot_be_opened_leaves_nothing(tiny_folder: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_folder, broken)
+    file = broken / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    settings, run = in_folder(broken, "data=demo")
+    with pytest.raises(ConfigError, match="cannot be opened"):
+        eval_entry.evaluate(settings, run)
+    assert not run.folder.exists()
+    # and a folder that holds another model's answers stays as it is
+    good = (f"output={run.folder}", "data=demo", "tasks=[over_refusal]", "limit=1")
+    eval_entry.evaluate(*resolved("model=tiny", *good))
+    before = {f: f.read_bytes() for f in run.folder.rglob("*") if f.is_file()}
+    with pytest.raises(ConfigError, match="cannot be opened"):
+        eval_entry.evaluate(settings, run)
+    assert {f: f.read_bytes() for f in run.folder.rglob("*") if f.is_file()} == before
+
+
+def served(url: str, output: Path, *overrides: str) -> tuple[EvalConfig, Run]:
+    return resolved(
+        *(f"endpoint={url}", "endpoint_model=there", f"output={output}", "http.retries=0"),
+        *("data=demo", "tasks=[over_refusal,safety]", "limit=3", *overrides),
+    )
+
+
+def test_an_endpoint_that_answers_nothing_is_a_failure(tmp_path: Path) -> None:
+    with scripted(lambda _: rejected(500, "out of order")) as server:
+        settings, run = served(server.url, tmp_path / "output")
+        with pytest.raises(UserError, match="none of 6 prompts was answered") as failure:
+            eval_entry.evaluate(settings, run)
+    assert failure.value.exit_code == 1
+    assert not run.folder.exists()
+
+
+def test_prompts_without_an_answer_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    failing: list[str] = []
+
+    def sometimes(body: Body) -> Any:
+        if not failing or last_user(body) in failing:
+            failing.append(last_user(body))
+            return rejected(500, "out of order")
+        return completion("Certainly.")
+
+    with scripted(sometimes) as server:
+        settings, run = served(server.url, tmp_path / "output", "http.concurrency=1")
+        eval_entry.evaluate(settings, run)
+    (found,) = metrics_of(run)
+    counts = found["sets"].values()
+    assert sorted(c["unanswered"] for c in counts) == [0, 1]
+    assert "1 of 3 prompts without an answer" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[]",
+        "7",
+        '{"id": "a"}',
+        '{"id": 1, "prompt": "p", "response": "r", "tokens": 1, "ended": true, "refusal_mass": 0}',
+        '{"id": "a", "prompt": "p", "response": null, "tokens": 1, "ended": true, '
+        '"refusal_mass": 0}',
+        '{"id": "a", "prompt": "p", "response": "r", "tokens": 1, "ended": true, '
+        '"refusal_mass": "x"}',
+    ],
+)
+def test_a_stored_answer_that_is_none_is_named_by_its_line(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "set.jsonl"
+    generation.store(file, [generation.Completion("b", "p", "r", 1, True, None)])
+    file.write_text(file.read_text() + line + "\n")
+    with pytest.raises(DataError, match=r"set\.jsonl:2: .*remove the line"):
+        generation.stored(file)

@@ -80,7 +80,9 @@ def augment(told: Options, settings: EvalConfig) -> Outcome:
     work = Run(Path(f"{told.out}.work"))
     author = options.author(settings)
     held = answers.held(told.out, author, rows)
-    subject = Subject("endpoint" if settings.endpoint is not None else "base")
+    subject = (
+        Subject("endpoint") if settings.endpoint is not None else subjects.base(settings.model)
+    )
     policy = functools.cache(functools.partial(subjects.opened, settings, subject))
     outcome = Outcome(len(rows), accepted=sum(row.id in held for row in rows))
     left = [row for row in rows if row.id not in held]

@@ -206,6 +206,19 @@ def _of_evaluation(config: EvalConfig) -> list[tuple[bool, str]]:
             f"steering={config.steering.method.value}: an endpoint's activations cannot be edited; "
             "leave it out, or name the model with model=",
         ),
+        *(
+            (
+                config.gen.self_cd is not None and task in config.tasks,
+                f"gen.self_cd={config.gen.self_cd} tasks=[{task.value}]: Self-CD is a way to "
+                f"decode answers, and {task.value} decodes none; leave one of the two out",
+            )
+            for task in ON_WEIGHTS
+        ),
+        (
+            config.steering.validation and Task.quality in config.tasks,
+            "steering.validation=true tasks=[quality]: asks other prompts than quality compares; "
+            "leave one of the two out",
+        ),
         (
             config.gen.self_cd is not None and config.steering.method is not Steering.none,
             f"gen.self_cd={config.gen.self_cd} steering={config.steering.method.value}: two "

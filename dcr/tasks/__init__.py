@@ -5,6 +5,7 @@
 """
 
 import functools
+import json
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -61,8 +62,9 @@ def measure(
     began = time.perf_counter()
     found: dict[str, Any] = {}
     with ExitStack() as stack:
-        policy = _opener(settings, run, subject, stack, found)
+        policy = _opener(settings, run, subject, stack, folder)
         answers = scoring.answers(settings, subject, prompts.sets, folder, policy)
+        scoring.check_answered(prompts.sets, answers)
         work = Work(settings, run, policy, folder, prompts)
         for task, measured in MEASURED.items():
             if task in settings.tasks:
@@ -90,6 +92,8 @@ def _write(
     """`metrics.json`, of what was found so far and of what earlier commands found."""
     origin = records.origin(settings, run, subject)
     metrics = origin | records.kept(folder, origin["settings"]) | dict(found)
+    if (edits := folder / "steering.json").is_file():
+        metrics["steering"] = json.loads(edits.read_text(encoding="utf-8"))
     metrics["seconds"] = round(time.perf_counter() - began, 1)
     metrics["peak_memory_gib"] = round(runs.peak_memory_gib(), 2)
     records.set_aside(folder, origin["settings"])
@@ -98,7 +102,7 @@ def _write(
 
 
 def _opener(
-    settings: EvalConfig, run: Run, subject: Subject, stack: ExitStack, found: dict[str, Any]
+    settings: EvalConfig, run: Run, subject: Subject, stack: ExitStack, folder: Path
 ) -> Any:
     """Opens the weights, under the edits asked for, when they are first needed; then remembers."""
 
@@ -108,7 +112,8 @@ def _opener(
         if steering.acts(settings.steering):
             steered = subjects.steered(settings, policy, run.folder / "steering")
             stack.enter_context(activations.edited(policy.model, steered.edits))
-            found["steering"] = steered.record
+            # at once: another command will find all answers here and open nothing
+            storage.write_json(folder / "steering.json", steered.record)
         return policy
 
     return opened

@@ -5,8 +5,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from dcr import steering, storage
-from dcr.config import EvalConfig, Task
+from dcr import data, steering, storage
+from dcr.config import DataError, EvalConfig, Task
 from dcr.runs import Run
 from dcr.subjects import Subject
 
@@ -57,6 +57,18 @@ def _decoded_otherwise(settings: EvalConfig) -> dict[str, Any]:
     return told
 
 
+def trained_texts(run: Run) -> dict[str, list[str]]:
+    """All that a run was trained on, by source; empty, with a warning, where a source has changed.
+
+    Empty as well for what was not trained here.
+    """
+    try:
+        return data.trained_texts(run.config()["data"], run.record())
+    except DataError as error:
+        log.warning("what was trained on is not known: %s", error)
+        return {}
+
+
 def set_aside(folder: Path, settings: dict[str, Any]) -> None:
     """Renames metrics of the same answers under other settings, such as another limit."""
     file = folder / "metrics.json"
@@ -76,7 +88,7 @@ def kept(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if not file.is_file():
         return {}
     before = json.loads(file.read_text())
-    found = {task.value: before[task.value] for task in ALONE if task.value in before}
+    found = {key: before[key] for key in (*(t.value for t in ALONE), "steering") if key in before}
     if before["settings"] == settings:
         found |= {key: before[key] for key in SCORES if key in before}
     return found

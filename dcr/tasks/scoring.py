@@ -4,18 +4,20 @@ import functools
 import itertools
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dcr import benchmarks, config, contamination, data, judges, storage, subjects
+from dcr import benchmarks, config, contamination, judges, steering, storage, subjects
 from dcr.benchmarks import Benchmark, quality
-from dcr.config import DataError, EvalConfig, Judge
+from dcr.config import EvalConfig, Judge, SteeringConfig, UserError
 from dcr.generation import Completion
 from dcr.judges import Verdict
 from dcr.models import Policy
 from dcr.runs import Run
 from dcr.subjects import Subject
+from dcr.tasks import records
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +35,26 @@ def answers(
     """The subject's completions of every set, kept in `folder`; only what is missing is asked."""
     ask = functools.partial(subjects.answer, settings, subject, policy)
     return benchmarks.complete(asked, ask, folder, settings.trainer.progress)
+
+
+class Unanswered(UserError):
+    """Not one prompt brought an answer."""
+
+    exit_code = 1
+
+
+def check_answered(asked: list[Benchmark], given: Answers) -> None:
+    """Say which sets lack answers, as where a server failed; Unanswered where all of them do."""
+    lacking = {b.name: (len(b.rows) - len(given[b.name]), len(b.rows)) for b in asked}
+    missing, total = (sum(counts[i] for counts in lacking.values()) for i in (0, 1))
+    if total and missing == total:
+        raise Unanswered(
+            f"none of {total} prompts was answered, so there is nothing to count; see to the "
+            "reason above, and give the same command again"
+        )
+    for name, (without, of) in lacking.items():
+        if without:
+            log.warning("%s: %d of %d prompts without an answer", name, without, of)
 
 
 def scores(
@@ -62,6 +84,9 @@ def scores(
         for set_name, rows in by_set.items():
             counted = judges.counts(rows, judges.model_of(name, settings), name)
             metrics["sets"][set_name].setdefault("judged", {})[name.value] = counted
+    if steering.acts(settings.steering):
+        for set_name, seen in _seen_by_steering(settings, sets).items():
+            metrics["sets"][set_name]["seen_by_steering"] = seen
     return metrics | {
         "agreement": _agreement(sets, given, verdicts),
         "usage": {
@@ -74,21 +99,47 @@ def scores(
     }
 
 
+def _seen_by_steering(settings: EvalConfig, sets: list[Benchmark]) -> dict[str, int]:
+    """How many prompts of each set vectors were computed from: of the released prompts alone."""
+    if not settings.steering.released_data:
+        return {b.name: 0 for b in sets}
+    used = steering.extraction(settings.data, settings.steering, settings.seed).parts()
+    known = {"steering": [row.prompt for rows in used.values() for row in rows]}
+    near = settings.data.near_duplicate
+    return {
+        b.name: sum(
+            overlap is not None
+            for overlap in contamination.overlaps([r.prompt for r in b.rows], known, near=near)
+        )
+        for b in sets
+    }
+
+
 def win_rate(
     settings: EvalConfig, run: Run, asked: list[Benchmark], given: Answers, folder: Path
 ) -> dict[str, Any]:
-    """Against the answers of the reference run, which are written there if missing."""
+    """Against the plain answers of the reference run, which are written there if missing.
+
+    Plain: without the edits and the decoding that the subject is evaluated under.
+    """
     name = benchmarks.set_name(settings.quality.source)
     reference = Run(Path(str(settings.quality.reference)))
-    beside = replace(settings, model=config.model_of(reference.config()), run=str(reference.folder))
+    beside = replace(
+        settings,
+        model=config.model_of(reference.config()),
+        run=str(reference.folder),
+        steering=SteeringConfig(),
+        gen=replace(settings.gen, self_cd=None),
+    )
     subject = subjects.final(reference)
-    if subjects.answers_folder(beside, reference, subject).resolve() == folder.resolve():
+    place = subjects.answers_folder(beside, reference, subject)
+    if place.resolve() == folder.resolve():
         others = given
     else:
         policy = functools.cache(functools.partial(subjects.opened, beside, subject))
         rows = [b for b in asked if b.name == name]
-        with storage.locked(reference.folder):
-            place = subjects.answers_folder(beside, reference, subject)
+        mine = reference.folder.resolve() == run.folder.resolve()  # locked already
+        with nullcontext() if mine else storage.locked(reference.folder):
             others = answers(beside, subject, rows, place, policy)
     labels = (_label(run), _label(reference))
     return quality.quality(
@@ -98,16 +149,11 @@ def win_rate(
 
 def _contamination(run: Run, sets: list[Benchmark]) -> dict[str, Any]:
     """How many prompts of each set stand in what the run was trained on, exactly or nearly."""
-    record, made_with = run.record(), run.config()
-    try:
-        trained = data.trained_texts(made_with["data"], record)
-    except DataError as error:
-        log.warning("contamination not checked: %s", error)
-        return {}
+    trained = records.trained_texts(run)
     if not trained:
         return {}
     asked = {b.name: [row.prompt for row in b.rows] for b in sets}
-    return contamination.report(trained, asked, near=made_with["data"]["near_duplicate"])
+    return contamination.report(trained, asked, near=run.config()["data"]["near_duplicate"])
 
 
 def _label(run: Run) -> str:

@@ -1,12 +1,12 @@
 """What is measured on the weights of a subject themselves: ability and the paper's analyses."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dcr import analyses, claims, config, models
+from dcr import analyses, claims, config, contamination, models
 from dcr.benchmarks import ability
 from dcr.config import ContrastiveConfig, EvalConfig, Kind, LayerBase, Task
 from dcr.models import Policy
@@ -33,6 +33,15 @@ class Work:
         """So many prompts of each kind of `data.analysis`; None: all."""
         return analyses.drawn(self.prompts.kinds, count, self.settings.seed)
 
+    def trained_on(self, rows: Mapping[Kind, list[Example]]) -> dict[str, int]:
+        """How many of the prompts of each kind the run has learnt from, in whichever stage."""
+        texts = records.trained_texts(self.run).values()
+        learnt = {contamination.normalise(text) for part in texts for text in part}
+        return {
+            kind.value: sum(contamination.normalise(row.prompt) in learnt for row in part)
+            for kind, part in rows.items()
+        }
+
     def chat(self) -> ChatFormat:
         return chat_format(self.policy().tokenizer, self.settings.model)
 
@@ -56,10 +65,10 @@ def _ability(work: Work) -> dict[str, Any]:
 
 def _refusal_probability(work: Work) -> dict[str, Any]:
     options = work.settings.refusal_prob
-    alone = analyses.followed(work.prompts.kinds)
+    alone, rows = analyses.followed(work.prompts.kinds), work.drawn(options.prompts)
     return analyses.refusal_probability(
-        work.policy(), work.chat(), work.drawn(options.prompts), alone, options, work.settings.seed
-    )
+        work.policy(), work.chat(), rows, alone, options, work.settings.seed
+    ) | {"trained_on": work.trained_on(rows)}
 
 
 def _kernel(work: Work) -> dict[str, Any]:
@@ -68,13 +77,15 @@ def _kernel(work: Work) -> dict[str, Any]:
     block = analyses.kernel(policy, work.chat(), rows, options, work.settings.seed, work.folder)
     before = records.kept(work.folder, {}).get("kernel", {})
     alike = all(before.get(key) == value for key, value in block.items() if key != "params")
-    return block | {"params": before["params"] | block["params"]} if alike else block
+    params = before["params"] | block["params"] if alike else block["params"]
+    return block | {"params": params, "trained_on": work.trained_on(rows)}
 
 
 def _separability(work: Work) -> dict[str, Any]:
     options = work.settings.sep
     rows = work.drawn(options.prompts)
-    return analyses.separate(work.policy(), work.chat(), rows, options, work.settings.seed)
+    measured = analyses.separate(work.policy(), work.chat(), rows, options, work.settings.seed)
+    return measured | {"trained_on": work.trained_on(rows)}
 
 
 def _claims(work: Work) -> dict[str, Any]:
@@ -90,7 +101,8 @@ def _claims(work: Work) -> dict[str, Any]:
         layer=layer,
     )
     trained, seed = pairs[: options.pairs], work.settings.seed
-    return claims.measure(work.widened(), chat, rows, trained, chosen, seed, work.folder)
+    measured = claims.measure(work.widened(), chat, rows, trained, chosen, seed, work.folder)
+    return measured | {"trained_on": work.trained_on(rows)}
 
 
 def _layer(settings: EvalConfig, run: Run) -> int:
