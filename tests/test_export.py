@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from dcr import chat, export, models, prompts
-from dcr.config import ConfigError, LoraConfig, ModelConfig, Precision
+from dcr.config import ConfigError, DataError, LoraConfig, ModelConfig, Precision
 from dcr.export import card
 from dcr.export.__main__ import main
 from dcr.models import Policy
@@ -290,10 +290,11 @@ def test_card_names_data_licences_and_scores(made: Made, moved: Run) -> None:
     counts = {"kind": "toxic", "n": 100, "refused": {"paper": 80}}
     scores = {"weights": "sft", "sets": {"i_cona": counts, "empty": {"n": 0}}}
     (folder / "metrics.json").write_text(json.dumps(scores))
-    text = card.model_card(moved, "sft", CONFIG)
+    text = card.model_card(moved, "sft", CONFIG, dtype="bfloat16", depth=2)
     front = yaml.safe_load(text.split("---")[1])
     assert front["base_model"] == "someone/base"
-    assert "dcr" in front["tags"]
+    assert front["tags"] == ["over-refusal", "safety", "dcr"]
+    assert "The weights are in bfloat16" in text
     assert "| seemingly_toxic | xstest_safe | CC-BY-4.0 |" in text
     assert "| toxic | mine.jsonl | a file of the user's |" in text
     assert "| normal | 20000 | `bbbb` |" in text
@@ -308,12 +309,67 @@ def test_card_of_another_stage_leaves_scores_out(moved: Run) -> None:
     counts = {"kind": "toxic", "n": 100, "refused": {"paper": 80}}
     scores = {"weights": "snapshot", "sets": {"i_cona": counts}}
     (folder / "metrics.json").write_text(json.dumps(scores))
-    assert "Not evaluated" in card.model_card(moved, "sft", CONFIG)
+    assert "Not evaluated" in card_of(moved)
+
+
+@pytest.mark.parametrize(
+    "edit", [{"steering": {"method": "scans"}}, {"self_cd": 0.5}, {"validation": True}], ids=str
+)
+def test_card_leaves_out_what_is_not_the_exported_model_s(moved: Run, edit: dict[str, Any]) -> None:
+    for name, settings, refused in (("plain", {"limit": 100}, 80), ("edited", edit, 10)):
+        folder = moved.folder / "eval" / name
+        folder.mkdir(parents=True)
+        counts = {"kind": "toxic", "n": 100, "refused": {"paper": refused}}
+        scores = {"weights": "sft", "settings": settings, "sets": {"i_cona": counts}}
+        (folder / "metrics.json").write_text(json.dumps(scores))
+    text = card_of(moved)
+    assert "80% (71% to 87%)" in text
+    assert "| 10%" not in text
+    assert "1 evaluation under an edit or on validation prompts is left out" in text
+    (moved.folder / "eval" / "plain" / "metrics.json").unlink()
+    assert "Not evaluated as it is exported; 1 evaluation" in card_of(moved)
+
+
+@pytest.mark.parametrize(
+    ("given", "block"),
+    [
+        ({"layer": None, "depth": 0.5}, 12),  # of 24
+        ({"layer": 14}, 14),
+        ({"layer": 13, "layer_base": "zero_based"}, 14),
+        ({"layer": "auto", "depth": 0.5}, 18),  # what layer.json says
+    ],
+    ids=str,
+)
+def test_card_names_the_block(moved: Run, given: dict[str, Any], block: int) -> None:
+    moved.layer_file.write_text(json.dumps({"block": 18}))
+    text = card.model_card(
+        moved, "sft", CONFIG | {"dcr": CONFIG["dcr"] | given}, dtype="float32", depth=24
+    )
+    assert f"| `dcr.layer` | block {block} of 24, counted from 1 |" in text
+
+
+def test_card_of_augmented_data(moved: Run) -> None:
+    text = card_of(moved, CONFIG | {"method": "stl_aug"})
+    assert "Safety fine-tuning with augmented data" in text
+    assert yaml.safe_load(text.split("---")[1])["tags"][-1] == "stl_aug"
+
+
+@pytest.mark.parametrize("text", ['{"weights": "s', "[1]", '{"weights": "sft", "sets": {"a": 3}}'])
+def test_card_from_damaged_scores_names_the_file(moved: Run, text: str) -> None:
+    file = moved.folder / "eval" / "sft-1" / "metrics.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    with pytest.raises(DataError, match=f"^{file}: damaged"):
+        card_of(moved)
+
+
+def card_of(run: Run, made_with: dict[str, Any] = CONFIG) -> str:
+    return card.model_card(run, "sft", made_with, dtype="bfloat16", depth=2)
 
 
 def test_card_keeps_local_folders_to_itself(moved: Run) -> None:
     told = CONFIG | {"model": CONFIG["model"] | {"name": "/home/me/secret/llama", "label": ""}}
-    text = card.model_card(moved, "sft", told)
+    text = card_of(moved, told)
     assert "/home/me" not in text
     assert "base_model" not in yaml.safe_load(text.split("---")[1])
 

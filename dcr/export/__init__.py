@@ -44,7 +44,8 @@ def export(run: Run, out: Path, stage: str = "sft", dtype: str = "bfloat16") -> 
     with storage.replaced_folder(out) as staging:
         policy.model.save_pretrained(staging)
         policy.tokenizer.save_pretrained(staging)
-        card = model_card(run, stage, made_with)
+        depth = policy.model.config.num_hidden_layers
+        card = model_card(run, stage, made_with, dtype=dtype, depth=depth)
         (staging / "README.md").write_text(card, encoding="utf-8")
     return out
 

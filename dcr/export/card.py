@@ -1,14 +1,21 @@
 """README.md of an export: what the model is, made from what, how it scored."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from dcr import statistics, storage
-from dcr.config import EMBEDDED_MODEL
+from dcr.config import (
+    AUTO_LAYER,
+    EMBEDDED_MODEL,
+    ContrastiveConfig,
+    DataError,
+    LayerBase,
+    block_of,
+)
 from dcr.runs import Run
 from dcr.sources import SOURCES
 
@@ -29,7 +36,14 @@ METHODS = {
         "Safety fine-tuning (STL): a LoRA adapter was trained on instructions and refusals, and "
         "merged into the base model."
     ),
+    ("stl_aug", "sft"): (
+        "Safety fine-tuning with augmented data (STL-aug): a LoRA adapter was trained on "
+        "instructions, refusals and answers to seemingly toxic prompts, and merged into the base "
+        "model."
+    ),
 }
+# Settings of an evaluation that was not of the exported model, or not on the test sets.
+EDITS = ("steering", "self_cd", "validation")
 SETTINGS = {  # what a reader must know to judge a result, by stage
     "contrastive": (
         "dcr.layer", "dcr.epochs", "dcr.margin", "dcr.scale", "dcr.ratio", "dcr.batch_size",
@@ -49,8 +63,14 @@ an answer is worth. Nothing was measured in languages other than those of the da
 """
 
 
-def model_card(run: Run, stage: str, made_with: Mapping[str, Any]) -> str:
-    """README.md of the export: what it is, made from what, how it scored. Markdown."""
+def model_card(
+    run: Run, stage: str, made_with: Mapping[str, Any], *, dtype: str, depth: int
+) -> str:
+    """README.md of the export: what it is, made from what, how it scored. Markdown.
+
+    `dtype` is that of the exported weights, `depth` the model's number of blocks. Raises DataError
+    for an evaluation that cannot be read.
+    """
     name, method = made_with["model"]["name"], made_with["method"]
     front = {"base_model": HUB_NAMES.get(name, name)}
     if Path(name).is_absolute() or Path(name).is_dir():
@@ -61,14 +81,15 @@ def model_card(run: Run, stage: str, made_with: Mapping[str, Any]) -> str:
         "pipeline_tag": "text-generation",
         "license": "other",
         "license_name": "base-model-and-data",
-        "tags": ["over-refusal", "safety", "dcr", method],
+        "tags": list(dict.fromkeys(["over-refusal", "safety", "dcr", method])),
     }
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {made_with['model'].get('label') or name}, {method}, stage {stage}",
         f"Made from {HUB_NAMES.get(name, name)}. {METHODS[method, stage]}",
         _spoken_to(made_with["model"]),
-        _settings_section(stage, made_with),
+        f"The weights are in {dtype}; they were merged in float32.",
+        _settings_section(run, stage, made_with, depth),
         _data_section(run, stage, made_with),
         _scores_section(run, stage),
         USE,
@@ -82,12 +103,25 @@ def _spoken_to(model: Mapping[str, Any]) -> str:
     return f"{text} Trained with the system prompt: {system}" if system else text
 
 
-def _settings_section(stage: str, made_with: Mapping[str, Any]) -> str:
+def _settings_section(run: Run, stage: str, made_with: Mapping[str, Any], depth: int) -> str:
     stages = ["contrastive"] if made_with["method"] == "dcr" else []
     stages += ["sft"] if stage == "sft" else []
     keys = ["preset_name", "seed", *(key for name in stages for key in SETTINGS[name])]
-    lines = [f"| `{key}` | {_leaf(made_with, key)} |" for key in keys]
+    values = {key: _leaf(made_with, key) for key in keys}
+    if "dcr.layer" in values:
+        block = _block(run, made_with["dcr"], depth)
+        values["dcr.layer"] = f"block {block} of {depth}, counted from 1"
+    lines = [f"| `{key}` | {value} |" for key, value in values.items()]
     return "\n".join(["## Settings", "", "| setting | value |", "| --- | --- |", *lines])
+
+
+def _block(run: Run, made: Mapping[str, Any], depth: int) -> int:
+    """The block ℓ that stage one read."""
+    if made.get("layer") == AUTO_LAYER and run.layer_file.is_file():
+        return int(json.loads(run.layer_file.read_text())["block"])
+    named = {key: made[key] for key in ("layer", "depth") if key in made}
+    base = LayerBase(made.get("layer_base", LayerBase.one_based.value))
+    return block_of(ContrastiveConfig(**named, layer_base=base), depth)
 
 
 def _leaf(node: Any, path: str) -> str:
@@ -125,29 +159,53 @@ def _data_section(run: Run, stage: str, made_with: Mapping[str, Any]) -> str:
 
 
 def _scores_section(run: Run, stage: str) -> str:
-    """Refusals in the stage's evaluations, with 95% Wilson intervals; empty without any."""
+    """Refusals in the stage's evaluations as it is exported, with 95% Wilson intervals."""
     lines: list[str] = []
+    others = 0
+    known = set(run.record().get("in_distribution", []))
     for file in sorted(run.folder.glob("eval/*/metrics.json")):
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if found.get("weights", stage) != stage:
-            continue
-        known = set(run.record().get("in_distribution", []))
-        for name, counts in found.get("sets", {}).items():
-            total, refused = counts.get("n", 0), counts.get("refused", {}).get("paper")
-            if not total or refused is None:
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            if found.get("weights", stage) != stage:
                 continue
-            rate = statistics.wilson(refused, total)
-            trained_on = counts.get("in_distribution", name in known)
-            lines.append(
-                f"| {name}{' (trained on)' if trained_on else ''} | {counts.get('kind', '')} | "
-                f"{total} | {rate.estimate:.0%} ({rate.low:.0%} to {rate.high:.0%}) |"
-            )
+            if any(key in found.get("settings", {}) for key in EDITS):
+                others += 1
+                continue
+            lines += [
+                line
+                for name, counts in found.get("sets", {}).items()
+                if (line := _score(name, counts, known))
+            ]
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{file}: damaged ({type(error).__name__}); delete it, or evaluate again"
+            ) from error
+    left_out = (
+        f"{others} evaluation{'s' if others > 1 else ''} under an edit or on validation prompts "
+        f"{'are' if others > 1 else 'is'} left out."
+        if others
+        else ""
+    )
     if not lines:
-        return "## Scores\n\nNot evaluated."
+        told = f"Not evaluated as it is exported; {left_out}" if others else "Not evaluated."
+        return f"## Scores\n\n{told}"
     head = [
         "## Scores",
         "",
         "| set | prompts | n | refused (keywords) |",
         "| --- | --- | ---: | --- |",
     ]
-    return "\n".join([*head, *dict.fromkeys(lines)])
+    return "\n".join([*head, *dict.fromkeys(lines), *(["", left_out] if others else [])])
+
+
+def _score(name: str, counts: Mapping[str, Any], known: Collection[str]) -> str:
+    """A row of the table; empty where nothing was counted."""
+    total, refused = counts.get("n", 0), counts.get("refused", {}).get("paper")
+    if not total or refused is None:
+        return ""
+    rate = statistics.wilson(refused, total)
+    trained_on = " (trained on)" if counts.get("in_distribution", name in known) else ""
+    return (
+        f"| {name}{trained_on} | {counts.get('kind', '')} | {total} | "
+        f"{rate.estimate:.0%} ({rate.low:.0%} to {rate.high:.0%}) |"
+    )
