@@ -161,7 +161,7 @@ def measure(model, tokenizer, length):
 def main(arguments=None):
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", help="a Hugging Face folder or name; default: SmolLM2-135M")
-    parser.add_argument("--tiny", action="store_true", help="two random layers, one epoch")
+    parser.add_argument("--tiny", action="store_true", help="two random layers, few rows")
     options = parser.parse_args(arguments)
     torch.manual_seed(SEED)
     chance = random.Random(SEED)
@@ -175,11 +175,11 @@ def main(arguments=None):
     else:
         base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     base.eval()
-    length, epochs = (4, (1, 1)) if options.tiny else (48, (3, 2))
-    kept = chance.sample(rows("seemingly_toxic.train"), 40)
-    toxic = rows("toxic.train")
-    safety = chance.sample([row for row in toxic if row["response"]], 80)
-    pairs = [*chance.sample(rows("normal.train"), 152), *safety]
+    length, epochs = (2, (1, 1)) if options.tiny else (48, (3, 2))
+    few, refusals, normal = (8, 8, 8) if options.tiny else (40, 80, 152)
+    kept, toxic = chance.sample(rows("seemingly_toxic.train"), few), rows("toxic.train")
+    safety = chance.sample([row for row in toxic if row["response"]], refusals)
+    pairs = [*chance.sample(rows("normal.train"), normal), *safety]
     rest = [row for row in toxic if row not in safety]  # the stages share no prompt
     contrasts = chance.sample(rest, 2 * len(kept))
     stl, dcr = copy.deepcopy(base), copy.deepcopy(base)

@@ -70,7 +70,10 @@ def chain(place: Path) -> dict[str, Any]:
     return {
         "plan": [line for line in plan.splitlines() if not re.match(r" *(time on|.*TFLOP)", line)],
         "config": yaml.safe_load(Path("run/config.yaml").read_text()),
-        "rows": json.loads(Path("run/rows.json").read_text()),
+        "rows": {
+            name: [part["count"], part["fingerprint"][:12]]
+            for name, part in json.loads(Path("run/rows.json").read_text())["rows"].items()
+        },
         "logged": last_logged(Path("run/metrics.csv")),
         "weights": {
             f"{file.parent.name}/{name}": [float(one.norm()), float(one.flatten()[0])]
@@ -96,7 +99,7 @@ def numbers(tree: Any, prefix: str = "") -> dict[str, float]:
     if isinstance(tree, (int, float)):
         return {prefix: tree}
     pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
-    left_out = ("seconds", "peak_memory_gib", "values", "version")
+    left_out = ("seconds", "peak_memory_gib", "values", "version", "mds", "labels", "contamination")
     return {
         path: number
         for key, held in pairs
@@ -152,7 +155,7 @@ def main(arguments: Sequence[str]) -> None:
         now = json.loads(json.dumps(chain(Path(place).resolve())))
         os.chdir(ROOT)
     GOLDEN.write_text(json.dumps(now, indent=0, ensure_ascii=False) + "\n")
-    print(*differences(before, now), sep="\n")
+    print(*(line[:200] for line in differences(before, now)), sep="\n")
 
 
 if __name__ == "__main__":
