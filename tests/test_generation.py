@@ -28,7 +28,7 @@ from dcr.config import (
     ServerConfig,
 )
 from dcr.endpoints import Failure, Reply
-from dcr.generation import Completion, local, memory, rolling, whole
+from dcr.generation import Completion, local
 from dcr.models import Policy
 from dcr.prompts import ChatFormat
 from dcr.sources import Example
@@ -138,22 +138,14 @@ def truth(policy: Policy) -> dict[str, list[int]]:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
     """The token ids of every completion, as generated."""
     found: dict[str, list[int]] = {}
-    kept = rolling.completion
+    kept = local.completion
 
     def note(chat: ChatFormat, row: Example, answer: list[int], mass: float) -> Completion:
         found[row.id] = answer
         return kept(chat, row, answer, mass)
 
-    monkeypatch.setattr(rolling, "completion", note)
-    monkeypatch.setattr(whole, "completion", note)
+    monkeypatch.setattr(local, "completion", note)
     return found
-
-
-@pytest.fixture(params=["rolling", "whole"])
-def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "whole":
-        monkeypatch.setattr(rolling, "is_possible", lambda _: False)
-    return request.param
 
 
 @pytest.fixture
@@ -173,7 +165,6 @@ def test_batches_say_what_each_prompt_alone_says(
     policy: Policy,
     truth: dict[str, list[int]],
     decoded: dict[str, list[int]],
-    decoder: str,
     batch: int,
 ) -> None:
     done = run(policy, batch)
@@ -189,23 +180,7 @@ def test_batches_say_what_each_prompt_alone_says(
         assert completion.refusal_mass == expected[0]  # read off the first token's logits
 
 
-@pytest.mark.parametrize("share", [0.01, 0.5, 1.0])
-def test_rows_that_have_ended_disturb_no_other(
-    policy: Policy,
-    truth: dict[str, list[int]],
-    decoded: dict[str, list[int]],
-    monkeypatch: pytest.MonkeyPatch,
-    share: float,
-) -> None:
-    monkeypatch.setattr(rolling, "ENDED_SHARE", share)
-    for batch in (2, 4, 7):
-        run(policy, batch)
-        assert decoded == truth
-
-
-def test_transformers_own_generate_agrees(
-    policy: Policy, decoded: dict[str, list[int]], decoder: str
-) -> None:
+def test_transformers_own_generate_agrees(policy: Policy, decoded: dict[str, list[int]]) -> None:
     run(policy, 4)
     chat = chat_of(policy)
     for row in ROWS:
@@ -222,45 +197,20 @@ def test_transformers_own_generate_agrees(
         assert decoded[row.id][: len(expected)] == expected
 
 
-@pytest.mark.parametrize(("family", "rolls"), [("qwen2", True), ("gpt2", True), ("mistral", False)])
+@pytest.mark.parametrize("family", ["qwen2", "gpt2", "mistral"])
 def test_other_families_say_what_each_prompt_alone_says(
-    family: str, rolls: bool, decoded: dict[str, list[int]]
+    family: str, decoded: dict[str, list[int]]
 ) -> None:
-    """Learned positions, biases, and a sliding window, whose cache rows cannot leave."""
+    """Biases, learned positions, and a sliding window."""
     policy = policy_of(family=family)
-    assert rolling.is_possible(policy.model) is rolls
     run(policy, 5)
     for row in ROWS:
         expected = by_hand(policy, row.prompt)
         assert decoded[row.id][: len(expected)] == expected
 
 
-def test_a_row_that_ended_at_the_context_waits_within_it(
-    monkeypatch: pytest.MonkeyPatch, decoded: dict[str, list[int]]
-) -> None:
-    """It is carried along until others end too, and must not take a position beyond the last."""
-    length = len(chat_of(policy_of()).prompt_ids(PROMPTS[5]))
-    small = policy_of(family="gpt2", n_positions=length + 3)
-    rows = [ROWS[5], ROWS[0]]
-    monkeypatch.setattr(rolling, "ENDED_SHARE", 1.0)
-    chat = chat_of(small)
-    with torch.no_grad():
-        models.head(small.model).weight[list(chat.stop)] = 0  # nobody ends on its own
-    entered = rolling.answers(
-        small, chat, [(r, chat.prompt_ids(r.prompt)) for r in rows], 2, 3, first_token
-    )
-    assert [c.tokens for done in entered for c in done] == [3, 3]
-    batch = rolling._read(small, chat, [(r, chat.prompt_ids(r.prompt)) for r in rows], first_token)
-    rolling._heard(batch, chat.stop, 3)
-    batch.rows[0].ended = True
-    for _ in range(8):  # the longer one has ended: eight more steps would leave the context
-        batch = rolling._stepped(small, batch)
-        rolling._heard(batch, chat.stop, 9)
-    assert batch.rows[1].answer == by_hand(small, PROMPTS[0], 9)
-
-
 @pytest.mark.parametrize("which", [0, 1])
-def test_every_end_token_ends(policy: Policy, decoder: str, which: int) -> None:
+def test_every_end_token_ends(policy: Policy, which: int) -> None:
     """A model that says nothing but an end token, whichever it is."""
     chat = chat_of(policy)
     silent = policy_of()
@@ -273,7 +223,7 @@ def test_every_end_token_ends(policy: Policy, decoder: str, which: int) -> None:
     assert len(chat.stop) == 2
 
 
-def test_longest_prompts_come_first(policy: Policy, decoder: str) -> None:
+def test_longest_prompts_come_first(policy: Policy) -> None:
     settings = GenConfig(max_new_tokens=1, batch_size=2)
     order = [
         len(chat_of(policy).prompt_ids(completion.prompt))
@@ -283,40 +233,8 @@ def test_longest_prompts_come_first(policy: Policy, decoder: str) -> None:
     assert order == sorted(order, reverse=True)
 
 
-def test_a_place_is_taken_again_as_soon_as_its_row_ends(
-    policy: Policy, truth: dict[str, list[int]], passes: list[int]
-) -> None:
-    """Forward passes against a count by hand: two places, taken by the next prompt when free."""
-    run(policy, 2)
-    chat = chat_of(policy)
-    waiting = sorted(ROWS, key=lambda row: (-len(chat.prompt_ids(row.prompt)), row.id))
-    left, expected = [], []
-    while waiting or left:
-        entering = waiting[: 2 - len(left)]
-        waiting = waiting[len(entering) :]
-        if entering:
-            expected.append(len(entering))
-            left += [len(truth[row.id]) - 1 for row in entering]
-        while left and 0 not in left:
-            expected.append(len(left))
-            left = [tokens - 1 for tokens in left]
-        left = [tokens for tokens in left if tokens]
-    assert passes == expected
-    assert sum(passes) == sum(map(len, truth.values()))  # no row is decoded for nothing
-
-
-def test_a_completion_is_given_away_as_soon_as_it_ends(
-    policy: Policy, truth: dict[str, list[int]], passes: list[int]
-) -> None:
-    settings = GenConfig(max_new_tokens=NEW, batch_size=len(ROWS))
-    first = next(generation.complete(policy, chat_of(policy), ROWS, settings, first_token))
-    shortest = min(map(len, truth.values()))
-    assert {c.id for c in first} == {i for i, a in truth.items() if len(a) == shortest}
-    assert len(passes) == shortest
-
-
 def test_a_checkpoints_own_settings_do_not_bend_decoding(
-    policy: Policy, decoded: dict[str, list[int]], decoder: str
+    policy: Policy, decoded: dict[str, list[int]]
 ) -> None:
     """Qwen2.5-Instruct ships a repetition penalty, which transformers would apply unasked."""
     run(policy, 3)
@@ -330,7 +248,7 @@ def test_a_checkpoints_own_settings_do_not_bend_decoding(
 
 
 def test_an_adapted_model_generates_with_its_adapter(
-    truth: dict[str, list[int]], decoded: dict[str, list[int]], decoder: str
+    truth: dict[str, list[int]], decoded: dict[str, list[int]]
 ) -> None:
     made = policy_of()
     adapted = models.add_lora(made.model, LoraConfig(targets=["all-linear"], dropout=0.5), seed=0)
@@ -339,7 +257,6 @@ def test_an_adapted_model_generates_with_its_adapter(
             torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(0))
     bent = Policy(adapted.eval(), made.tokenizer, "tiny")
     bent.model.generation_config.repetition_penalty = 3.0
-    assert rolling.is_possible(bent.model) is (decoder == "rolling")
     run(bent, 3)
     for row in ROWS:
         expected = by_hand(bent, row.prompt)
@@ -375,7 +292,6 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(
     policy: Policy,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-    decoder: str,
     shortage: Exception,
 ) -> None:
     expected = run(policy, 8)
@@ -401,16 +317,16 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(
 def test_fewer_prompts_than_places_are_halved_from_their_own_number(
     policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = rolling._read
+    kept = local.continued
     entered: list[int] = []
 
-    def short(policy: Policy, chat: ChatFormat, entering: Any, score: Any) -> Any:
+    def short(policy: Policy, chat: ChatFormat, entering: Any, *rest: Any) -> Any:
         entered.append(len(entering))
         if len(entering) > 1:
             raise torch.OutOfMemoryError("too much")
-        return kept(policy, chat, entering, score)
+        return kept(policy, chat, entering, *rest)
 
-    monkeypatch.setattr(rolling, "_read", short)
+    monkeypatch.setattr(local, "continued", short)
     run(policy, 500, rows=ROWS[:7])
     assert entered == [7, 3, *[1] * 7]
 
@@ -418,21 +334,21 @@ def test_fewer_prompts_than_places_are_halved_from_their_own_number(
 def test_one_prompt_in_two_sets_is_answered_twice_even_when_memory_runs_out(
     policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept, calls = rolling._stepped, [0]
+    kept, calls = local.continued, [0]
 
-    def short(policy: Policy, batch: Any) -> Any:
+    def short(*given: Any) -> Any:
         calls[0] += 1
-        if calls[0] == 6:
+        if calls[0] == 3:
             raise torch.OutOfMemoryError("too much")
-        return kept(policy, batch)
+        return kept(*given)
 
-    monkeypatch.setattr(rolling, "_stepped", short)
+    monkeypatch.setattr(local, "continued", short)
     settings = GenConfig(max_new_tokens=NEW, batch_size=4)
     rows = [*ROWS, ROWS[0], Example("p1", "the same id", Kind.normal, "other")]
     batches = generation.complete(policy, chat_of(policy), rows, settings, first_token)
     asked = sorted((c.id, c.prompt) for done in batches for c in done)
     assert asked == sorted((row.id, row.prompt) for row in rows)
-    assert calls[0] > 6
+    assert calls[0] > 4
 
 
 @pytest.mark.parametrize(
@@ -444,7 +360,7 @@ def test_one_prompt_too_many_and_other_errors_are_raised(
     def never(*_: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(rolling, "_read", never)
+    monkeypatch.setattr(local, "continued", never)
     with pytest.raises(type(error), match=str(error)):
         run(policy, batch)
 
@@ -452,22 +368,23 @@ def test_one_prompt_too_many_and_other_errors_are_raised(
 def test_torchs_own_shortage_of_memory_is_known() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**52, dtype=torch.uint8)
-    assert memory.is_out_of_memory(caught.value)
-    assert not memory.is_out_of_memory(RuntimeError("size mismatch"))
+    assert local.is_out_of_memory(caught.value)
+    assert not local.is_out_of_memory(RuntimeError("size mismatch"))
 
 
 def test_a_prompts_memory_is_what_a_hand_counts_and_its_cache_holds(policy: Policy) -> None:
     chat = chat_of(policy)
     ids = chat.prompt_ids(PROMPTS[1])
-    batch = rolling._read(policy, chat, [(ROWS[1], ids)], first_token)
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in rolling._layers(batch.cache))
+    with torch.inference_mode():
+        cache = policy.model(input_ids=torch.tensor([ids]), use_cache=True).past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     # two blocks of two heads with 8 channels, keys and values, four bytes each
     assert held == 2 * 2 * 2 * 8 * 4 * len(ids)
     counted = generation.prompt_bytes(policy.model.config, 4, len(ids), 10)
-    cache = 2 * 2 * 2 * 8 * 4 * (len(ids) + 10)
+    kept = 2 * 2 * 2 * 8 * 4 * (len(ids) + 10)
     logits = 3 * 260 * 4
     block = len(ids) * (2 * 32 + 3 * 32 + 3 * 48) * 4
-    assert counted == cache + logits + block
+    assert counted == kept + logits + block
 
 
 @pytest.mark.parametrize(
@@ -485,9 +402,9 @@ def test_as_many_prompts_as_free_memory_holds(
 ) -> None:
     config = policy.model.config
     each = generation.prompt_bytes(config, 2, 40, 20)
-    monkeypatch.setattr(memory, "free_bytes", lambda _: free * each)
+    monkeypatch.setattr(local, "free_bytes", lambda _: free * each)
     model = SimpleNamespace(config=config, dtype=torch.bfloat16, device=torch.device(device))
-    monkeypatch.setattr(memory, "unwrapped", lambda model: model)
+    monkeypatch.setattr(local, "unwrapped", lambda model: model)
     assert generation.batch_size(model, 40, 20) == expected
 
 
@@ -496,7 +413,7 @@ def test_without_a_batch_size_the_measured_one_is_used(
 ) -> None:
     longest = max(len(chat_of(policy).prompt_ids(text)) for text in PROMPTS)
     each = generation.prompt_bytes(policy.model.config, 4, longest, NEW)
-    monkeypatch.setattr(memory, "free_bytes", lambda _: int(6.5 * each))
+    monkeypatch.setattr(local, "free_bytes", lambda _: int(6.5 * each))
     run(policy, None)
     assert max(passes) == 5
     passes.clear()
@@ -508,7 +425,7 @@ def test_what_torch_holds_in_reserve_on_a_gpu_is_free(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (100, 1000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 70)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 50)
-    assert memory.free_bytes(torch.device("cuda")) == 120
+    assert local.free_bytes(torch.device("cuda")) == 120
 
 
 def test_a_control_groups_limit_bounds_what_is_free(tmp_path: Path) -> None:
@@ -524,14 +441,14 @@ def test_a_control_groups_limit_bounds_what_is_free(tmp_path: Path) -> None:
         (folder / "memory.current").write_text(f"{used}\n")
         (folder / "memory.stat").write_text(f"anon 1\ninactive_file {files}\n")
 
-    assert memory._cgroup_bytes(root, own) == 2**62  # no such folders
+    assert local._cgroup_bytes(root, own) == 2**62  # no such folders
     group("slice/job", "max", 10, 0)
-    assert memory._cgroup_bytes(root, own) == 2**62
+    assert local._cgroup_bytes(root, own) == 2**62
     group("slice", "1000", 400, 50)
-    assert memory._cgroup_bytes(root, own) == 650
+    assert local._cgroup_bytes(root, own) == 650
     group("slice/job", "500", 10, 0)
-    assert memory._cgroup_bytes(root, own) == 490
-    assert 0 < memory.free_bytes(torch.device("cpu")) < 2**50
+    assert local._cgroup_bytes(root, own) == 490
+    assert 0 < local.free_bytes(torch.device("cpu")) < 2**50
 
 
 # --- a server -----------------------------------------------------------------------------------

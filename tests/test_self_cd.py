@@ -13,15 +13,8 @@ from transformers.cache_utils import DynamicCache
 
 from dcr import generation, models, prompts
 from dcr.config import ConfigError, DataError, GenConfig, Kind, ModelConfig, Precision
-from dcr.generation import (
-    Completion,
-    contrastive_decoding,
-    local,
-    own_decoding,
-    rolling,
-    whole,
-)
-from dcr.generation.contrastive_decoding import EMPHASIS, contrasted, stressed
+from dcr.generation import Completion, local, own_decoding, self_cd
+from dcr.generation.self_cd import EMPHASIS, contrasted, stressed
 from dcr.models import Policy
 from dcr.prompts import CHATML, ChatFormat
 from dcr.sources import Example
@@ -72,7 +65,7 @@ def policy() -> Policy:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
     """The token ids of every completion, as generated: texts may hide a difference."""
     found: dict[str, list[int]] = {}
-    for module in (contrastive_decoding, rolling, whole):
+    for module in (self_cd, local):
         original = module.completion
 
         def noting(
@@ -188,7 +181,7 @@ def test_a_hand_made_model_turns_where_it_should(policy: Policy, weight: float, 
     assert sum(n <= made.LONG for n in lengths) == len(ROWS)
     hand = replace(policy, model=made)
     encoded = [(row, chat.prompt_ids(row.prompt)) for row in ROWS]
-    found = contrastive_decoding.batches(hand, chat, encoded, 4, NEW, top, weight)
+    found = self_cd.batches(hand, chat, encoded, 4, NEW, top, weight)
     for answer in (c for batch in found for c in batch):
         assert (answer.response, answer.tokens, answer.ended) == (said, 1, True)
         wanted = max(2 - weight, 1.5 + weight)
@@ -261,7 +254,7 @@ def test_weight_zero_is_plain_greedy_to_the_token(
     encoded = [(row, chat.prompt_ids(row.prompt)) for row in ROWS]
     decoded.clear()
     # not only by going another way: the contrast itself leaves the model as it is
-    list(contrastive_decoding.batches(policy, chat, encoded, 4, NEW, top, 0.0))
+    list(self_cd.batches(policy, chat, encoded, 4, NEW, top, 0.0))
     assert decoded == tokens
 
 
@@ -287,14 +280,14 @@ def test_half_as_many_rows_where_two_caches_are_kept(
     policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    original = contrastive_decoding.batches
+    original = self_cd.batches
     monkeypatch.setattr(local, "batch_size", lambda *_: 5)
 
     def noting(*arguments: Any) -> Any:
         seen.append(arguments[3])
         return original(*arguments)
 
-    monkeypatch.setattr(contrastive_decoding, "batches", noting)
+    monkeypatch.setattr(self_cd, "batches", noting)
     run(policy, chat_of(policy), 1.5, None)
     assert seen == [2]
 

@@ -1,15 +1,20 @@
 """Greedy completions, of a model here or behind a server, stored as they come.
 
-`local` has a model's prompts answered, as many at once as `memory` says: with `rolling`, where the
-next prompt takes the place of one that has ended, or with `whole`, transformers' own `generate`.
-`remote` asks an OpenAI-compatible server. `completions` is what they all give, and its files.
+`local` has a model's prompts answered, as many at once as memory holds, with `self_cd` against what
+a system prompt that stresses safety would add; `remote` asks an OpenAI-compatible server.
+`completions` is what they all give, and its files.
 """
 
 from dcr.generation.completions import Completion, store, stored
-from dcr.generation.local import complete
-from dcr.generation.memory import batch_size, prompt_bytes
+from dcr.generation.local import (
+    FirstLogits,
+    batch_size,
+    complete,
+    continued,
+    own_decoding,
+    prompt_bytes,
+)
 from dcr.generation.remote import complete_remote
-from dcr.generation.whole import FirstLogits, continued, own_decoding
 
 __all__ = [
     "Completion",

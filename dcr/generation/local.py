@@ -1,22 +1,32 @@
-"""Prompts answered by a model here: longest first, as many at once as fit, halved where not."""
+"""Prompts answered by a model here: longest first, as many at once as fit, halved where not.
+
+A batch is decoded as a whole by transformers' `generate`, until its longest answer ends.
+"""
 
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from dcr import activations
 from dcr.config import DataError, GenConfig
-from dcr.generation import contrastive_decoding, rolling, whole
-from dcr.generation.completions import Completion, Encoded
-from dcr.generation.memory import batch_size, is_out_of_memory
-from dcr.models import Policy
-from dcr.prompts import ChatFormat
+from dcr.generation import self_cd
+from dcr.generation.completions import Completion, Encoded, completion
+from dcr.models import Policy, unwrapped
+from dcr.prompts import ChatFormat, attention_mask, padded
 from dcr.sources import Example
 
 log = logging.getLogger(__name__)
+
+SHARE = 0.8  # of the free memory: the rest is for fragments and for what is not counted below
+MOST = {"cuda": 512, "cpu": 64}  # more at once takes longer to answer and decodes no faster
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 def complete(
@@ -40,7 +50,7 @@ def complete(
     waiting.sort(key=lambda pair: (-len(pair[1]), pair[0].id))
     if not waiting:
         return
-    read = contrastive_decoding.emphasised(policy, chat, waiting) if settings.self_cd else waiting
+    read = self_cd.emphasised(policy, chat, waiting) if settings.self_cd else waiting
     _check_context(policy, read, settings.max_new_tokens)
     longest = max(len(ids) for _, ids in read)
     size = settings.batch_size or _fitting(policy, longest, settings)
@@ -76,14 +86,19 @@ def _decoded(
     settings: GenConfig,
     score: Callable[[Tensor], Tensor],
 ) -> Iterator[list[Completion]]:
+    """The answers to `size` prompts after the other, in order."""
     new = settings.max_new_tokens
     if settings.self_cd:
-        weight = settings.self_cd
-        return contrastive_decoding.batches(policy, chat, waiting, size, new, score, weight)
-    # an edit with a factor for each row needs rows that keep their places
-    fixed = activations.per_row(policy.model) or not rolling.is_possible(policy.model)
-    decode = whole.batches if fixed else rolling.answers
-    return decode(policy, chat, waiting, size, new, score)
+        yield from self_cd.batches(policy, chat, waiting, size, new, score, settings.self_cd)
+        return
+    for start in range(0, len(waiting), size):
+        batch = waiting[start : start + size]
+        prompts = [ids for _, ids in batch]
+        answers, masses = continued(policy, chat, prompts, new, score)
+        yield [
+            completion(chat, row, answer, mass)
+            for (row, _), answer, mass in zip(batch, answers, masses.tolist(), strict=True)
+        ]
 
 
 def _without(encoded: Sequence[Encoded], done: Counter[tuple[str, str]]) -> list[Encoded]:
@@ -106,3 +121,131 @@ def _check_context(policy: Policy, encoded: Sequence[Encoded], new_tokens: int) 
                 f"{row.source}: {row.id}: its {len(ids)} tokens and {new_tokens} new ones exceed "
                 f"the model's context of {context}; shorten it or lower gen.max_new_tokens"
             )
+
+
+# --- one batch ------------------------------------------------------------------------------------
+
+
+class FirstLogits(LogitsProcessor):
+    """Keeps what `score` makes of the logits of the first generated token."""
+
+    def __init__(self, score: Callable[[Tensor], Tensor]) -> None:
+        self.score = score
+        self.scores: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.scores is None:
+            self.scores = self.score(scores)
+        return scores
+
+
+@torch.inference_mode()
+def continued(
+    policy: Policy,
+    chat: ChatFormat,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    score: Callable[[Tensor], Tensor],
+    streamer: Any = None,
+) -> tuple[list[list[int]], Tensor]:
+    """Greedy new tokens of each prompt (padded behind its end), and `score` of its first logits."""
+    ids = padded(prompts, chat.stop[0], left=True).to(policy.model.device)
+    first = FirstLogits(score)
+    with own_decoding(policy.model):
+        output: Any = policy.model.generate(
+            input_ids=ids,
+            attention_mask=attention_mask(prompts, left=True).long().to(ids.device),
+            generation_config=GenerationConfig(
+                do_sample=False,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=list(chat.stop),
+                pad_token_id=chat.stop[0],
+            ),
+            logits_processor=LogitsProcessorList([first]),
+            streamer=streamer,
+        )
+    assert first.scores is not None
+    return output[:, ids.shape[1] :].tolist(), first.scores
+
+
+@contextmanager
+def own_decoding(model: Any) -> Iterator[None]:
+    """While open, the checkpoint's generation settings are set aside.
+
+    What a call leaves unset transformers takes from them, such as the repetition penalty of
+    Qwen2.5-Instruct, and decoding would be greedy in name only.
+    """
+    owner = unwrapped(model)
+    kept, owner.generation_config = owner.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        owner.generation_config = kept
+
+
+# --- how many prompts fit -------------------------------------------------------------------------
+
+
+def batch_size(model: Any, prompt_tokens: int, new_tokens: int) -> int:
+    """Prompts of at most `prompt_tokens` that can be decoded at once where the model lies."""
+    owner = unwrapped(model)
+    each = prompt_bytes(owner.config, owner.dtype.itemsize, prompt_tokens, new_tokens)
+    fitting = int(SHARE * free_bytes(owner.device)) // each
+    return max(1, min(MOST.get(owner.device.type, MOST["cpu"]), fitting))
+
+
+def prompt_bytes(config: Any, itemsize: int, prompt_tokens: int, new_tokens: int) -> int:
+    """What one prompt occupies: its keys and values, its logits, and its widest block's input.
+
+    Keys and values of every block stay for all of its tokens. Logits are counted three times: as
+    the head gives them, in fp32, and as the probabilities read off them. While the prompt is read,
+    a block holds its residual stream twice, its projections, and three times its inner width.
+    """
+    text = config.get_text_config(decoder=True)
+    heads = text.num_attention_heads
+    head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    kept = getattr(text, "num_key_value_heads", None) or heads
+    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    cache = 2 * text.num_hidden_layers * kept * head_width * (prompt_tokens + new_tokens)
+    block = prompt_tokens * (2 * text.hidden_size + 3 * heads * head_width + 3 * inner)
+    return itemsize * (cache + block) + 3 * 4 * text.vocab_size
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be taken: on a GPU, what torch itself holds in reserve included."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(psutil.virtual_memory().available, _cgroup_bytes(CGROUPS))
+
+
+def _cgroup_bytes(root: Path, own: Path = Path("/proc/self/cgroup")) -> int:
+    """What the limits of this process's control groups leave, as in a container or a Slurm job.
+
+    Beyond such a limit the kernel kills, and no error can be caught. The machine's free memory
+    says nothing of it. Unlimited where there are no control groups (version 2).
+    """
+    lines = own.read_text().splitlines() if own.is_file() else []
+    path = next((line.removeprefix("0::") for line in lines if line.startswith("0::")), "/")
+    group = root / path.strip("/")
+    left = [_left_in(g) for g in (group, *group.parents) if g.is_relative_to(root)]
+    return min(left, default=2**62)
+
+
+def _left_in(group: Path) -> int:
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        used = int((group / "memory.current").read_text())
+        counted = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except OSError:  # the root has no limit, and other systems have no such files
+        return 2**62
+    # file pages not in use are given back before anything is killed
+    return 2**62 if limit == "max" else int(limit) - used + int(counted.get("inactive_file", 0))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a smaller batch might do: torch has no error type of its own for the CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    words = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
