@@ -6,6 +6,8 @@ python train.py -m dcr.epochs=1,2,3,5
 
 import json
 import logging
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,6 +26,10 @@ from dcr.storage import Lease
 
 log = logging.getLogger(__name__)
 
+# By which a process finds its place among the nodes: torchrun's, Slurm's, MPI's, LSF's, by hand.
+LAUNCHED = {
+    *("TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "LSB_JOBID", "NODE_RANK"),
+}
 STAGES = {
     (Method.dcr, Stage.all): (Stage.contrastive, Stage.sft),
     (Method.dcr, Stage.contrastive): (Stage.contrastive,),
@@ -52,10 +58,14 @@ def train(settings: TrainConfig, run: Run) -> None:
     TrainingError when training had to stop and Interrupted after a signal.
     """
     _check_devices(settings)
-    depth = models.facts(settings.model).depth
-    config.block_of(settings.dcr, depth)
+    facts, kernel = models.facts(settings.model), settings.tracking.entk
+    config.block_of(settings.dcr, facts.depth)
     if Quantity.kernel in settings.tracking.quantities:
-        config.parameters("tracking.entk.params", settings.tracking.entk.params, depth)
+        config.parameters("tracking.entk.params", kernel.params, facts.depth)
+        if kernel.top_k > facts.vocabulary:
+            raise ConfigError(
+                f"tracking.entk.top_k={kernel.top_k}: the model has {facts.vocabulary} tokens"
+            )
     wanted = STAGES[settings.method, settings.stage]
     rows = data.split(
         settings.data,
@@ -67,6 +77,7 @@ def train(settings: TrainConfig, run: Run) -> None:
     )
     watched = tracking.watched(settings.tracking, settings.data, settings.seed)
     _check_input(settings, run, wanted, rows)
+    stages.check(settings, rows, [stage for stage in wanted if not run.done(stage.value)])
     if settings.trainer.threads:
         torch.set_num_threads(settings.trainer.threads)
     with tracking.quiet(), _claimed(settings, run, rows) as lease, _wandb(settings, run) as loggers:
@@ -103,11 +114,21 @@ def _leads() -> bool:
 
 def _check_devices(settings: TrainConfig) -> None:
     options, found = settings.trainer, torch.cuda.device_count()
-    wants_gpu = options.accelerator in ("gpu", "cuda")
-    if wants_gpu and found < options.devices:
+    named = f"trainer.accelerator={options.accelerator} trainer.devices={options.devices}"
+    if options.accelerator in ("gpu", "cuda") or (options.accelerator == "auto" and found):
+        if found < options.devices:
+            raise ConfigError(
+                f"{named}: this machine has {found} GPUs; lower trainer.devices or use "
+                "trainer.accelerator=cpu"
+            )
+    elif options.devices > (cores := os.cpu_count() or 1):
+        raise ConfigError(f"{named}: this machine has {cores} cores; lower trainer.devices")
+    if options.accelerator == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(f"{named}: this machine has none; use trainer.accelerator=cpu")
+    if options.num_nodes > 1 and not LAUNCHED & os.environ.keys():
         raise ConfigError(
-            f"trainer.accelerator={options.accelerator} trainer.devices={options.devices}: this "
-            f"machine has {found} GPUs; lower trainer.devices or use trainer.accelerator=cpu"
+            f"trainer.num_nodes={options.num_nodes}: no launcher says which node this is, and the "
+            "others would be waited for; start it with torchrun or srun on each node"
         )
     if options.devices * options.num_nodes > 1 and cli.is_sweep():
         raise ConfigError(
@@ -135,11 +156,27 @@ def _claimed(settings: TrainConfig, run: Run, rows: Splits) -> Iterator[Lease | 
     if not _leads():  # the process that does holds the folder for all
         yield None
         return
+    before = set(os.listdir(run.folder)) if run.folder.is_dir() else set()
     with storage.locked(run.folder) as lease:
-        runs.claim(run, cli.plain(settings), settings.force)
-        runs.claim_rows(run, data.row_record(rows), settings.force)
-        _say_rows(settings, rows)
-        yield lease
+        try:
+            runs.claim(run, cli.plain(settings), settings.force)
+            runs.claim_rows(run, data.row_record(rows), settings.force)
+            _say_rows(settings, rows)
+            yield lease
+        except BaseException:
+            _take_back(run, before)
+            raise
+
+
+def _take_back(run: Run, before: set[str]) -> None:
+    """A command that failed before its first step leaves the folder as it found it."""
+    made = set(os.listdir(run.folder)) - before
+    if not made <= runs.BEFORE_TRAINING:
+        return
+    for place in map(run.folder.joinpath, made):
+        shutil.rmtree(place) if place.is_dir() else place.unlink()
+    if not before:
+        run.folder.rmdir()
 
 
 def _say_rows(settings: TrainConfig, rows: Splits) -> None:
@@ -158,7 +195,7 @@ def _wandb(settings: TrainConfig, run: Run) -> Iterator[list[Logger]]:
     if not _leads():
         yield []
         return
-    tags = [settings.method.value, settings.model.label]
+    tags = [settings.method.value, settings.model.label[: config.TAG] or "model"]
     made_with = cli.plain(settings)
     with dashboard.opened(settings.wandb, run, settings.stage.value, tags, made_with) as started:
         if started is None:

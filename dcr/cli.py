@@ -163,7 +163,8 @@ def faults_in_words() -> Iterator[None]:
             raise OutOfMemory from error
         raise
     except OSError as error:
-        if error.errno not in DISK_FAULTS:
+        # before a job has begun, Hydra makes its folder; what it says itself has no number
+        if error.errno is None or (BEGUN and error.errno not in DISK_FAULTS):
             raise
         place = error.filename or (HydraConfig.initialized() and output_folder()) or "disk"
         raise UserError(f"{place}: {error.strerror}; free or choose another place") from error

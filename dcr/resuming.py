@@ -8,6 +8,8 @@ one bit for bit. A checkpoint is a file with its SHA-256 beside it; both appear 
 import hashlib
 import logging
 import os
+import re
+import shutil
 import signal
 import tempfile
 import threading
@@ -38,19 +40,21 @@ class TrainingError(UserError):
 
 
 class Interrupted(UserError):
-    """A signal asked training to stop; a checkpoint was written first."""
+    """A signal asked training to stop, once a checkpoint is written, or at once when it repeats."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, how: str = "after a checkpoint") -> None:
         name = signal.Signals(number).name
-        super().__init__(f"stopped by {name} after a checkpoint; the same command goes on from it")
+        super().__init__(f"stopped by {name} {how}; the same command goes on from the last one")
         self.exit_code = 128 + number
 
 
 @contextmanager
-def memory_errors_explained() -> Iterator[None]:
+def faults_explained() -> Iterator[None]:
     """Running out of memory becomes a TrainingError that names what to turn down."""
     try:
         yield
+    except SystemExit as error:  # how Lightning ends after a Ctrl-C between its own steps
+        raise KeyboardInterrupt from error
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
         text = str(error) or type(error).__name__
         if isinstance(error, RuntimeError) and "memory" not in text.lower():
@@ -170,6 +174,9 @@ class VerifiedCheckpointIO(CheckpointIO):
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
         target = Path(path)
+        for place in (target, _checksum_file(target)):
+            if place.is_dir():  # whatever it is, no checkpoint
+                shutil.rmtree(place)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(prefix=TORN, dir=target.parent)
@@ -194,8 +201,11 @@ class VerifiedCheckpointIO(CheckpointIO):
         return torch.load(path, map_location=map_location or "cpu", weights_only=True)
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        Path(path).unlink(missing_ok=True)
-        _checksum_file(Path(path)).unlink(missing_ok=True)
+        for place in (Path(path), _checksum_file(Path(path))):
+            if place.is_dir():
+                shutil.rmtree(place, ignore_errors=True)
+            else:
+                place.unlink(missing_ok=True)
 
 
 def _cannot_write(path: Path, error: Exception) -> TrainingError:
@@ -213,23 +223,48 @@ def _sha256(path: Path) -> str:
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    sums = _checksum_file(checkpoint)
-    return sums.exists() and sums.read_text().strip() == _sha256(checkpoint)
+    try:
+        return _checksum_file(checkpoint).read_bytes().strip() == _sha256(checkpoint).encode()
+    except OSError:  # not there, a folder, not to be read
+        return False
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a stage that is whole, None where none was written.
+def _fits(checkpoint: Path, module: torch.nn.Module) -> bool:
+    """Whether a whole file is a checkpoint of this stage: its weights, their moments, its step."""
+    weights = {n: p.shape for n, p in module.named_parameters() if p.requires_grad}
+    try:  # on the meta device, where names and shapes alone are read
+        held = torch.load(checkpoint, map_location="meta", weights_only=True, mmap=True)
+        (optimizer,) = held["optimizer_states"]
+        moments = [moment["exp_avg"].shape for _, moment in sorted(optimizer["state"].items())]
+        return (
+            held["global_step"] == step_of(checkpoint)
+            and held.keys() >= {"epoch", "loops", "lr_schedulers", "callbacks"}
+            and {n: held["state_dict"][n].shape for n in weights} == weights
+            and moments == list(weights.values())
+        )
+    # torch.load alone raises half a dozen kinds for a file that it did not write
+    except Exception:
+        return False
 
-    A damaged one is passed over with a warning. Raises TrainingError when all are damaged: the
-    stage would silently start again.
+
+def newest_checkpoint(folder: Path, module: torch.nn.Module) -> Path | None:
+    """The newest checkpoint of a stage that can be gone on from, None where none was written.
+
+    A damaged one, or another model's, is passed over with a warning. Raises UserError when there
+    is no other: the stage would silently start again.
     """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: a file where checkpoints belong; delete it to start the stage")
     found = _files(folder)[::-1]
     for checkpoint in found:
-        if _is_whole(checkpoint):
+        if not _is_whole(checkpoint):
+            log.warning("%s is damaged (its checksum differs): using the one before it", checkpoint)
+        elif not _fits(checkpoint, module):
+            log.warning("%s is damaged (not of this model): using the one before it", checkpoint)
+        else:
             return checkpoint
-        log.warning("%s is damaged (its checksum differs): using the one before it", checkpoint)
     if found:
-        raise TrainingError(f"{folder}: every checkpoint is damaged; delete the folder to restart")
+        raise UserError(f"{folder}: every checkpoint is damaged; delete the folder to restart")
     return None
 
 
@@ -262,7 +297,7 @@ class Checkpoints(Callback):
 
     def _receive(self, number: int, _frame: Any) -> None:
         if self.received is not None:  # asked twice: stop without waiting for the step's end
-            raise KeyboardInterrupt
+            raise Interrupted(number, "a second time, without another checkpoint")
         self.received = number
 
     def on_train_batch_end(
@@ -321,7 +356,8 @@ def _file(folder: Path, step: int) -> Path:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*.ckpt"), key=step_of)
+    named = (file for file in folder.glob("step-*.ckpt") if re.fullmatch(r"step-\d+", file.stem))
+    return sorted(named, key=step_of)
 
 
 def step_of(checkpoint: Path | None) -> int:

@@ -16,6 +16,8 @@ eval/<fingerprint>/      completions, verdicts, metrics.json
 import csv
 import io
 import json
+import logging
+import math
 import resource
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,10 +28,22 @@ import torch
 import yaml
 
 from dcr import storage
-from dcr.config import ConfigError
+from dcr.config import ConfigError, DataError
+
+log = logging.getLogger(__name__)
 
 # What may differ between two commands that go on with one run.
 FREE_KEYS = ("stage", "plan", "force", "run", "trainer", "wandb")
+# What a command writes before its first step.
+BEFORE_TRAINING = {
+    ".lock",
+    "config.yaml",
+    "rows.json",
+    "base.json",
+    "layer.json",
+    "wandb_id",
+    "wandb",
+}
 METRIC_FIELDS = ("stage", "step", "epoch", "key", "value")
 
 
@@ -174,26 +188,37 @@ def _csv(rows: Iterable[Sequence[object]], header: bool) -> str:
 
 
 def read_metrics(run: Run) -> list[dict[str, Any]]:
-    """The rows of `metrics.csv` with numbers as numbers; a line torn by a kill is left out."""
+    """The rows of `metrics.csv` with numbers as numbers; a last line without its end is left out.
+
+    Such a line was torn by a kill, and a number cut in half still looks like one. Raises DataError
+    "file:line: what is wrong" for any other row that training did not write.
+    """
     if not run.metrics_file.exists():
         return []
-    with run.metrics_file.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    return [whole for row in rows if (whole := _numbers(row)) is not None]
+    header, *lines = storage.read_text(run.metrics_file).split("\n")[:-1] or [""]
+    if lines and header.rstrip("\r").split(",") != list(METRIC_FIELDS):
+        raise DataError(f"{run.metrics_file}:1: header: not {','.join(METRIC_FIELDS)}; restore it")
+    return [_metric(line, f"{run.metrics_file}:{i}") for i, line in enumerate(lines, start=2)]
 
 
-def _numbers(row: Mapping[str, str | None]) -> dict[str, Any] | None:
+def _metric(line: str, where: str) -> dict[str, Any]:
     try:
-        step, epoch, value = (float(row[name] or "") for name in ("step", "epoch", "value"))
-    except (KeyError, ValueError):
-        return None
-    return {**row, "step": int(step), "epoch": epoch, "value": value}
+        ((stage, step, epoch, key, value),) = csv.reader([line])
+        row = {"stage": stage, "step": int(step), "epoch": int(float(epoch)), "key": key}
+        row["value"] = float(value)
+        if not math.isfinite(row["value"]):
+            raise ValueError("its value is not finite")
+    except (ValueError, OverflowError, csv.Error) as error:
+        raise DataError(f"{where}: row: {str(error)[:80]}; remove the line") from None
+    return row
 
 
 def forget_metrics_beyond(run: Run, stage: str, step: int) -> None:
     """Drop what a killed process logged of a stage after its first `step` optimiser steps."""
     if not run.metrics_file.exists():
         return
+    if not storage.read_text(run.metrics_file).endswith("\n"):
+        log.warning("%s: its last line broke off with a kill and is dropped", run.metrics_file)
     kept = [row for row in read_metrics(run) if row["stage"] != stage or row["step"] < step]
     rows = ([row[name] for name in METRIC_FIELDS] for row in kept)
     storage.write_text(run.metrics_file, _csv(rows, header=True))

@@ -1,7 +1,8 @@
 """The two stages of a run folder, each from the weights it starts from to its result."""
 
 import logging
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,8 @@ from pathlib import Path
 from lightning import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 
-from dcr import models, prompts, resuming, runs, tracking
-from dcr.config import Adapter, Method, Precision, Stage, TrainConfig
+from dcr import data, models, prompts, resuming, runs, tracking
+from dcr.config import Adapter, Method, Precision, Stage, TrainConfig, block_of
 from dcr.contrastive import ContrastiveModule
 from dcr.data import SafetyData, Splits
 from dcr.models import Policy
@@ -40,6 +41,28 @@ class Job:
     lease: Lease | None  # None in processes that help another one with its run folder
     loggers: list[Logger]
     watched: tracking.Watched | None = None
+
+
+def check(settings: TrainConfig, rows: Splits, wanted: Sequence[Stage]) -> None:
+    """What would stop a stage half-way, found before any of them trains.
+
+    Raises ConfigError for LoRA targets that match nothing, for a model or a template that cannot
+    be, and where no training pair fits, and DataError for a prompt longer than the context.
+    """
+    facts = models.facts(settings.model)
+    chat = prompts.chat_format(models.open_tokenizer(settings.model), settings.model)
+    for stage in wanted:
+        first = stage is Stage.contrastive
+        lora = settings.dcr.lora if first else settings.sft.lora
+        if not first or settings.dcr.adapter is Adapter.lora:
+            block = block_of(settings.dcr, facts.depth) if first else None
+            with tracking.quiet():
+                models.add_lora(models.skeleton(settings.model), lora, settings.seed, blocks=block)
+        if first:
+            dcr, sft = settings.dcr, settings.sft
+            SafetyData(stage, rows, chat, dcr, sft, settings.seed, context=facts.context)
+        else:
+            data.check_lengths(chat, rows, settings.sft, facts.context)
 
 
 def train_contrastive(job: Job) -> None:
@@ -138,7 +161,7 @@ def _fitted(
 ) -> Iterator[bool]:
     """Train to the end. Inside, the result may be written, by the process that is told True."""
     folder = job.run.checkpoints(stage.value)
-    checkpoint = resuming.newest_checkpoint(folder)
+    checkpoint = resuming.newest_checkpoint(folder, module)
     step = resuming.step_of(checkpoint)
     if checkpoint:
         log.info("%s: going on after step %d of %d", stage.value, step, total)
@@ -147,7 +170,7 @@ def _fitted(
     followed = [*_first(job, stage), *callbacks, *_last(job, stage, total)]
     trainer = _trainer(job, stage, total // batches.steps_per_epoch, followed)
     start = resuming.bit_sums(module)
-    with resuming.memory_errors_explained():
+    with resuming.faults_explained():
         trainer.fit(module, datamodule=batches, ckpt_path=checkpoint, weights_only=True)
     if job.lease:
         job.lease.check()
@@ -206,8 +229,7 @@ def _trainer(job: Job, stage: Stage, epochs: int, callbacks: list[Callback]) -> 
 
 
 def forget_checkpoints(run: Run, stage: Stage) -> None:
-    for file in run.checkpoints(stage.value).glob("*"):
-        file.unlink()
+    shutil.rmtree(run.checkpoints(stage.value), ignore_errors=True)
 
 
 TRAIN = {Stage.contrastive: train_contrastive, Stage.sft: train_sft}

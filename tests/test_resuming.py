@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import logged, overrides, same, settings, weights
+from tiny_run import changed, logged, overrides, same, settings, weights
 
 import train
 from dcr import resuming, storage
@@ -314,7 +314,66 @@ def stopped(tiny: TrainConfig, run: Path, act: Any, step: int = 5) -> list[Path]
     return sorted((run / "checkpoints" / "contrastive").glob("*.ckpt"))
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit, lose_its_sum])
+def a_sum_that_is_no_text(file: Path) -> None:
+    file.with_suffix(".sha256").write_bytes(b"\xff\xfe")
+
+
+def a_sum_that_is_a_folder(file: Path) -> None:
+    lose_its_sum(file)
+    file.with_suffix(".sha256").mkdir()
+
+
+def a_folder_in_its_place(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+    (file / "x").touch()
+
+
+def saved_again(change: Any) -> Any:
+    """A checkpoint whose sum is right and whose content is not."""
+
+    def damage(file: Path) -> None:
+        content = torch.load(file, weights_only=True)
+        change(content)
+        VerifiedCheckpointIO().save_checkpoint(content, file)
+
+    return damage
+
+
+def another_shape(content: Any) -> None:
+    name = next(name for name in content["state_dict"] if name.startswith("model."))
+    content["state_dict"][name] = torch.ones(3, 3)
+
+
+def another_optimiser(content: Any) -> None:
+    content["optimizer_states"][0]["state"][0]["exp_avg"] = torch.ones(3, 3)
+
+
+def no_list(content: Any) -> None:
+    content["optimizer_states"] = 3
+
+
+def other_keys(content: Any) -> None:
+    del content["loops"]
+
+
+def another_step(content: Any) -> None:
+    content["global_step"] = 3
+
+
+def no_checkpoint_at_all(file: Path) -> None:
+    file.write_bytes(b"PK not a checkpoint")
+    file.with_suffix(".sha256").write_text(resuming._sha256(file))
+
+
+SAVED = (another_shape, another_optimiser, no_list, other_keys, another_step)
+DAMAGES = [
+    *(truncate, flip_a_bit, lose_its_sum, a_sum_that_is_no_text, a_sum_that_is_a_folder),
+    *(a_folder_in_its_place, no_checkpoint_at_all, *map(saved_again, SAVED)),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
     tiny: TrainConfig, whole: Path, tmp_path: Path, act: Any, caplog: Any, damage: Any
 ) -> None:
@@ -335,9 +394,25 @@ def test_training_never_silently_starts_again(tiny: TrainConfig, tmp_path: Path,
     for file in stopped(tiny, run, act):
         truncate(file)
     begun = act("contrastive", -1, stop)
-    with pytest.raises(TrainingError, match=f"{run}.*every checkpoint is damaged"):
+    with pytest.raises(UserError, match=f"{run}.*every checkpoint is damaged") as caught:
         train.train(tiny, Run(run))
     assert begun == []
+    assert caught.value.exit_code == 2
+
+
+def test_what_no_run_wrote_is_no_checkpoint(tiny: TrainConfig, tmp_path: Path, act: Any) -> None:
+    run = tmp_path / "run"
+    older, newer = stopped(tiny, run, act)
+    for name in ("step-.ckpt", "step-abc.ckpt", "step-1e9.ckpt", "step--00003.ckpt"):
+        newer.rename(newer.with_name(name)) if newer.exists() else newer.with_name(name).touch()
+    begun = act("contrastive", -1, stop)
+    train.train(changed(tiny, "stage=contrastive"), Run(run))
+    assert begun[0] == resuming.step_of(older)
+    assert not list((run / "checkpoints").rglob("*.*"))
+    (run / "checkpoints" / "sft").parent.mkdir(exist_ok=True)
+    (run / "checkpoints" / "sft").touch()
+    with pytest.raises(UserError, match=r"checkpoints/sft: a file where checkpoints belong"):
+        train.train(tiny, Run(run))
 
 
 def test_the_rest_of_a_killed_write_is_swept_away(
@@ -380,7 +455,8 @@ def test_a_failed_write_names_the_path_and_keeps_the_old_checkpoint(
         with pytest.raises(TrainingError, match=f"{tmp_path / new}: cannot be written"):
             writer.save_checkpoint({"x": torch.zeros(3)}, tmp_path / new)
     assert not list(tmp_path.glob(".writing-*"))
-    assert resuming.newest_checkpoint(tmp_path) == old
+    assert [file.name for file in tmp_path.iterdir()] != [new]
+    assert resuming._is_whole(old)
     assert torch.equal(writer.load_checkpoint(old)["x"], torch.ones(3))
 
 
@@ -425,11 +501,34 @@ def test_a_signal_ends_in_a_checkpoint_of_the_step_it_fell_into(
     assert logged(run) == logged(whole)
 
 
-def test_a_second_signal_stops_at_once() -> None:
-    callback = Checkpoints(Path("unused"), every=1)
-    callback._receive(signal.SIGTERM, None)
-    with pytest.raises(KeyboardInterrupt):
-        callback._receive(signal.SIGTERM, None)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_stops_at_once_and_says_so(
+    tiny: TrainConfig, whole: Path, tmp_path: Path, act: Any, number: signal.Signals
+) -> None:
+    run = tmp_path / "run"
+
+    def twice(_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
+
+    act("contrastive", 3, twice)
+    with pytest.raises(Interrupted, match=f"stopped by {number.name} a second time") as caught:
+        train.train(tiny, Run(run))
+    assert caught.value.exit_code == 128 + number
+    assert checkpoints(run, "contrastive") == ["step-000002.ckpt"], "not waited for"
+    act("contrastive", -1, stop)
+    train.train(tiny, Run(run))
+    assert same(weights(run), weights(whole))
+
+
+def test_a_ctrl_c_before_the_first_step_is_one(tiny: TrainConfig, tmp_path: Path) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resuming.ResumableModule, "on_fit_start", interrupted)
+        with pytest.raises(KeyboardInterrupt):  # which Lightning makes a silent exit(1)
+            train.train(tiny, Run(tmp_path / "run"))
 
 
 # --- numbers that are not finite ---
@@ -495,10 +594,10 @@ def test_running_out_of_memory_names_the_settings_to_lower() -> None:
     error = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes")
     with (
         pytest.raises(TrainingError, match=r"out of memory .*sft\.micro_tokens"),
-        resuming.memory_errors_explained(),
+        resuming.faults_explained(),
     ):
         raise error
-    with pytest.raises(RuntimeError, match="shapes"), resuming.memory_errors_explained():
+    with pytest.raises(RuntimeError, match="shapes"), resuming.faults_explained():
         raise RuntimeError("shapes differ")
 
 

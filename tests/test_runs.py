@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from dcr import runs, storage
-from dcr.config import ConfigError, UserError
+from dcr.config import ConfigError, DataError, UserError
 from dcr.runs import Run
 
 CONFIG = {"seed": 0, "stage": "all", "dcr": {"margin": 0.25, "nll": {"weight": 0.001}}}
@@ -120,17 +120,42 @@ def test_metrics_read_back_as_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "torn", ["sft,3,1,sft/step", "sft,3,1,sft/step_nll,", "sft", "sft,x,1,a,1"]
+    "torn",
+    [
+        *("sft,3,1,sft/step", "sft,3,1,sft/step_nll,", "sft", "sft,x,1,a,1"),
+        "sft,3,1,sft/step_nll,1.2",  # of 1.25
+    ],
 )
-def test_a_line_torn_by_a_kill_is_left_out(tmp_path: Path, torn: str) -> None:
+def test_a_line_torn_by_a_kill_is_left_out_and_said(
+    tmp_path: Path, torn: str, caplog: pytest.LogCaptureFixture
+) -> None:
     run = Run(tmp_path)
     runs.append_metrics(run, ROWS)
     with run.metrics_file.open("a") as file:
         file.write(torn)
     assert read(run) == ROWS
     runs.forget_metrics_beyond(run, "sft", 3)
+    assert "metrics.csv: its last line broke off" in caplog.text
     runs.append_metrics(run, [("sft", 3, 1, "sft/step_nll", 0.5)])
     assert read(run) == [*ROWS, ("sft", 3, 1, "sft/step_nll", 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        *(("sft,3,1,a,inf", "not finite"), ("sft,3,1,a,nan", "not finite")),
+        *(("sft,inf,1,a,1", "inf"), ("sft,3,inf,a,1", "inf"), ("sft,3,1,a", "not enough")),
+        *(("sft,3,1,a,1,2", "too many"), ("sft,3,1," + "a" * 200_000 + ",1", "field larger")),
+        *(("", ""), ("sft,x,1,a,1", "'x'")),
+    ],
+)
+def test_a_row_that_training_did_not_write_is_named(tmp_path: Path, line: str, says: str) -> None:
+    run = Run(tmp_path)
+    runs.append_metrics(run, ROWS)
+    with run.metrics_file.open("a") as file:
+        file.write(f"{line}\r\n")
+    with pytest.raises(DataError, match=rf"metrics\.csv:7: row: .*{says}.*; remove the line"):
+        runs.read_metrics(run)
 
 
 def test_what_came_after_the_checkpoint_is_forgotten(tmp_path: Path) -> None:
@@ -138,8 +163,10 @@ def test_what_came_after_the_checkpoint_is_forgotten(tmp_path: Path) -> None:
     runs.forget_metrics_beyond(run, "sft", 1)
     assert not run.metrics_file.exists()
     runs.append_metrics(run, ROWS)
+    text = run.metrics_file.read_text()
     runs.forget_metrics_beyond(run, "sft", 1)  # one step was made: step 0
     assert read(run) == ROWS[:3]
+    assert text.startswith(run.metrics_file.read_text()), "the rows that stay, to the byte"
 
 
 def failing(error: OSError) -> Any:

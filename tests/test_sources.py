@@ -152,8 +152,12 @@ def test_an_id_that_another_row_has_by_default_is_taken(tmp_path: Path) -> None:
 def test_a_file_needs_to_exist_and_to_have_a_kind(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none\.jsonl: No such file"):
         sources.read(str(tmp_path / "none.jsonl"), kind=Kind.toxic)
-    with pytest.raises(DataError, match="directory"):
-        sources.read(str(tmp_path), kind=Kind.toxic)
+    os.mkfifo(tmp_path / "pipe")  # to open it would wait for a writer
+    for other in (tmp_path, tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(DataError, match="a folder, pipe or device, not a file; check the path"):
+            sources.read(str(other), kind=Kind.toxic)
+    with pytest.raises(DataError, match="null byte; check the path"):
+        sources.read("a/\0.jsonl", kind=Kind.toxic)
     path = write(tmp_path, {"prompt": "a"})
     with pytest.raises(ConfigError, match="say what its prompts are"):
         sources.read(path)
@@ -165,7 +169,7 @@ def test_a_file_needs_to_exist_and_to_have_a_kind(tmp_path: Path) -> None:
 def test_an_unknown_name_is_answered_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"'xstest_saf'; did you mean xstest_safe"):
         sources.read("xstest_saf")
-    with pytest.raises(ConfigError, match=r"known: .*stl_safety"):
+    with pytest.raises(ConfigError, match=r"^.{80,250}$"):  # not the names of all sources
         sources.read("zzzzzz")
 
 

@@ -78,6 +78,7 @@ def test_each_step_and_each_epoch_is_logged_once(tiny: TrainConfig, tmp_path: Pa
         (100, 4, [0, 13, 36, 65, 100]),  # 100 (i / 4) ** 1.5, rounded up
         (3, 10, [0, 1, 2, 3]),
         (1, 2, [0, 1]),
+        (50, 10**9, list(range(51))),
     ],
 )
 def test_snapshot_steps_by_hand(total: int, count: int, steps: list[int]) -> None:

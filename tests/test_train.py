@@ -10,8 +10,8 @@ import yaml
 from tiny_run import changed, same, settings, weights, write_rows
 
 import train
-from dcr import choice, cli, dashboard, data, models
-from dcr.config import ConfigError, Precision, TrainConfig, UserError
+from dcr import choice, cli, dashboard, data, models, stages
+from dcr.config import ConfigError, Precision, Stage, TrainConfig, UserError
 from dcr.resuming import TrainingError
 from dcr.runs import Run
 from dcr.sft import SFTModule
@@ -81,14 +81,52 @@ def test_the_adapter_stands_on_the_weights_of_stage_one(whole: Path, tmp_path: P
         ("stage=sft", "holds no contrastive/ to start from"),
         ("dcr.layer=3", "the model has blocks 1 to 2"),
         ("dcr.ratio=30", "dcr.ratio"),
+        # of stage two, before stage one trains
+        ("sft.lora.targets=[nope]", r"sft\.lora\.targets=\[nope\]: nope match nothing"),
+        ("sft.max_len=8", r"sft\.max_len=8: no training pair fits"),
+        ("sft.max_len=4096", r"sft\.max_len=4096: the model's context is 2048 tokens"),
+        ("dcr.adapter=lora dcr.lora.targets=[lm_head]", r"dcr\.lora\.targets=\[lm_head\]: lm_head"),
+        (
+            "model.architecture.max_position_embeddings=60 sft.max_len=60",
+            "exceed the model",
+        ),
+        (
+            "tracking.quantities=[kernel] tracking.entk.top_k=261",
+            r"tracking\.entk\.top_k=261: the model has 260 tokens",
+        ),
     ],
 )
 def test_a_command_that_cannot_be_writes_nothing(
-    tiny: TrainConfig, tmp_path: Path, setting: str, message: str
+    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, message: str
 ) -> None:
-    with pytest.raises(ConfigError, match=message):
-        train.train(changed(tiny, setting), Run(tmp_path / "run"))
+    def forbidden(*_: Any) -> None:
+        raise AssertionError("a stage began")
+
+    monkeypatch.setattr(stages, "train_contrastive", forbidden)
+    monkeypatch.setitem(stages.TRAIN, Stage.contrastive, forbidden)
+    with pytest.raises(UserError, match=message) as caught:
+        train.train(changed(tiny, *setting.split()), Run(tmp_path / "run"))
+    assert caught.value.exit_code == 2
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("folder", ["new", "of another's"])
+def test_a_model_that_cannot_be_opened_leaves_the_folder_as_it_was(
+    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    run = tmp_path / "run"
+    if folder != "new":
+        run.mkdir()
+        (run / "notes.txt").write_text("mine")
+
+    def unreadable(*_: Any) -> None:
+        raise ConfigError("cannot be opened")
+
+    monkeypatch.setattr(models, "open_policy", unreadable)
+    with pytest.raises(ConfigError, match="cannot be opened"):
+        train.train(changed(tiny, "wandb.mode=offline"), Run(run))
+    kept = [file.name for file in run.rglob("*")] if run.exists() else None
+    assert kept == (None if folder == "new" else ["notes.txt"])
 
 
 def test_another_configuration_in_a_finished_folder(tiny: TrainConfig, whole: Path) -> None:
@@ -123,7 +161,7 @@ def test_other_weights_under_the_same_name(
         raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(SFTModule, "training_step", stop)
+        patch.setattr(SFTModule, "validation_step", stop)  # when an epoch was trained
         with pytest.raises(Stop):
             train.train(made, Run(tmp_path / "run"))
     policy.model.get_input_embeddings().weight.data[5] += 1

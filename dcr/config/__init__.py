@@ -5,7 +5,7 @@ scripts nothing else travels. `tree` and `evaluation` hold settings and defaults
 choices, `checks` ranges and relations, `wording` what a user reads when a setting cannot be.
 """
 
-from dcr.config.checks import SAFE_NAME, block_of, parameters
+from dcr.config.checks import SAFE_NAME, TAG, block_of, parameters
 from dcr.config.enums import (
     Adapter,
     Aggregate,
@@ -93,6 +93,7 @@ __all__ = [
     "AUTO_LAYER",
     "EMBEDDED_MODEL",
     "SAFE_NAME",
+    "TAG",
     "TINY_MODEL",
     "AbilityConfig",
     "Adapter",

@@ -19,7 +19,10 @@ ON_WEIGHTS = (
     Task.claims,
 )
 SAFE_NAME = re.compile(r"[A-Za-z0-9._-]+")
-ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")  # as Lightning spells them
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")  # as Lightning spells them
+STRATEGIES = ("auto", "ddp")  # that hold every weight on every device, as freezing and saving need
+THREADS = 1024  # torch starts as many as it is told, until it crashes
+TAG, PROJECT = 64, 128  # characters that W&B takes
 
 
 def _positive(value: float) -> bool:
@@ -39,14 +42,14 @@ RANGES = {
     "epochs": (_positive, "give 1 or more"),
     "margin": (lambda v: 0 < v < 1, "give a number inside (0, 1)"),
     "scale": (_positive, "give a number above 0"),
-    "ratio": (_positive, "give toxic rows per seemingly toxic row, above 0"),
+    "ratio": (lambda v: 0 < v <= 1e6, "give toxic rows per seemingly toxic row, above 0"),
     "draws": (_positive, "give the prompts drawn per epoch, above 0"),
     "batch_size": (_positive, "give 1 or more"),
     "general_batch_size": (_positive, "give 1 or more"),
     "micro_tokens": (_positive, "give the padded tokens of one forward pass, above 0"),
     "depth": (lambda v: 0 < v <= 1, "give a share of the depth inside (0, 1]"),
     "layer": (_not_negative, "blocks are counted from 1 (from 0 with dcr.layer_base=zero_based)"),
-    "lr": (_positive, "give a learning rate above 0"),
+    "lr": (lambda v: 0 < v <= 1, "give a learning rate above 0, at most 1"),
     "weight": (_not_negative, "give 0 or more"),
     "weight_decay": (_not_negative, "give 0 or more"),
     "beta1": (_share, "give a number in [0, 1)"),
@@ -63,7 +66,7 @@ RANGES = {
     "near_duplicate": (lambda v: 0 < v <= 1, "give a similarity inside (0, 1]"),
     "devices": (_positive, "give 1 or more"),
     "num_nodes": (_positive, "give 1 or more"),
-    "threads": (_positive, "give 1 or more, or null"),
+    "threads": (lambda v: 0 < v <= THREADS, f"give 1 to {THREADS}, or null"),
     "checkpoint_every_n_steps": (_positive, "give 1 or more"),
     "snapshots": (_not_negative, "give 0 or more"),
     "limit": (_positive, "give 1 or more, or null for whole sets"),
@@ -126,8 +129,13 @@ def _of_both(config: TrainConfig | EvalConfig) -> list[tuple[bool, str]]:
             f"trainer.accelerator={accelerator}: choose one of {', '.join(ACCELERATORS)}",
         ),
         (
-            not SAFE_NAME.fullmatch(project),
-            f"wandb.project={project}: use letters, digits, '.', '_' and '-' only",
+            not SAFE_NAME.fullmatch(project) or len(project) > PROJECT,
+            f"wandb.project={project}: use letters, digits, '.', '_' and '-' only, "
+            f"{PROJECT} at most",
+        ),
+        *(
+            (not 1 <= len(tag) <= TAG, f"wandb.tags=[{tag!r:.60}]: give 1 to {TAG} characters each")
+            for tag in config.wandb.tags
         ),
     ]
 
@@ -152,6 +160,10 @@ def _of_training(config: TrainConfig) -> list[tuple[bool, str]]:
             config.dcr.precision is Precision.bf16 and config.dcr.optim.lr < 1e-6,
             f"dcr.optim.lr={config.dcr.optim.lr}: too small to move bf16 weights; "
             "use dcr.precision=mixed",
+        ),
+        (
+            config.trainer.strategy not in STRATEGIES,
+            f"trainer.strategy={config.trainer.strategy}: choose one of {', '.join(STRATEGIES)}",
         ),
         *(
             (not node.lora.targets, f"{name}.lora.targets=[]: name modules, or [all-linear]")

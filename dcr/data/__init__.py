@@ -6,7 +6,7 @@ LightningDataModule that both stages share.
 
 from dcr.data.augmentation import answered, read_answers
 from dcr.data.batches import PairBatch, PromptBatch, micro_batches, pair_batch, prompt_batch
-from dcr.data.module import SafetyData
+from dcr.data.module import SafetyData, check_lengths
 from dcr.data.sampling import (
     DRAWS,
     NO_CLASS,
@@ -41,6 +41,7 @@ __all__ = [
     "Splits",
     "answered",
     "balanced_draws",
+    "check_lengths",
     "generator",
     "micro_batches",
     "pair_batch",

@@ -25,6 +25,18 @@ from dcr.sources import Example
 HELD_OUT_BATCH = 16
 
 
+def check_lengths(chat: ChatFormat, rows: Splits, config: SFTConfig, context: int) -> None:
+    """Raises ConfigError where the model cannot read `sft.max_len` tokens or no pair fits."""
+    if config.max_len > context:
+        raise ConfigError(
+            f"sft.max_len={config.max_len}: the model's context is {context} tokens; lower it"
+        )
+    pairs = (*rows.normal, *rows.refusals, *rows.augmented)
+    fits = (chat.pair(row.prompt, row.response or "", config.max_len)[0] for row in pairs)
+    if not any(fits):
+        raise ConfigError(f"sft.max_len={config.max_len}: no training pair fits; raise it")
+
+
 class SafetyData(LightningDataModule):
     """Batches of one stage, for either LightningModule.
 

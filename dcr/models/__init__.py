@@ -16,6 +16,7 @@ from dcr.models.opening import (
     open_policy,
     open_tokenizer,
     safe_label,
+    skeleton,
 )
 from dcr.models.saving import (
     ORIGIN_FILE,
@@ -63,6 +64,7 @@ __all__ = [
     "safe_label",
     "save_adapter",
     "save_full",
+    "skeleton",
     "trunk",
     "unwrapped",
     "weights_fingerprint",

@@ -107,6 +107,14 @@ def open_policy(config: ModelConfig, precision: Precision, seed: int = 0) -> Pol
         return Policy(model, AutoTokenizer.from_pretrained(source, **options), source)
 
 
+def skeleton(config: ModelConfig) -> Any:
+    """The real architecture with parameters that have shapes and no values."""
+    with torch.device("meta"), refused_as(f"model.name={config.name}"):
+        return AutoModelForCausalLM.from_config(
+            architecture(config), trust_remote_code=config.trust_remote_code
+        )
+
+
 def open_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer alone, for planning and data work before any weight is read."""
     if config.name == TINY_MODEL:

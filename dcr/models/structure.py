@@ -135,7 +135,8 @@ def add_lora(model: Any, config: LoraConfig, seed: int, blocks: int | None = Non
     names = sorted({path.rpartition(".")[2] for path in projections})
     if unknown and not every:
         raise ConfigError(
-            f"lora.targets: {', '.join(unknown)} match nothing in the model's blocks; choose from "
+            f"{'dcr' if blocks else 'sft'}.lora.targets=[{','.join(config.targets)}]: "
+            f"{', '.join(unknown)} match nothing in the model's blocks; choose from "
             f"{', '.join(names)}, or {ALL_LINEAR}"
         )
     # PEFT restricts to blocks only what it is given by name

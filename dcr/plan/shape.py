@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from dcr import models
-from dcr.config import Adapter, ModelConfig, Precision, Stage, TrainConfig, block_of
+from dcr.config import Adapter, Precision, Stage, TrainConfig, block_of
 
 # Bytes a block keeps per token and unit of (rows + columns) of its matrices: where a gradient
 # passes, and more where the matrix itself is trained, and where it carries LoRA. Measured with
@@ -43,14 +42,6 @@ class Shape:
         return sum(self.parts.values())
 
 
-def skeleton(config: ModelConfig) -> Any:
-    """The real architecture with parameters that have shapes and no values."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            models.architecture(config), trust_remote_code=config.trust_remote_code
-        )
-
-
 def stage_shape(settings: TrainConfig, stage: Stage) -> Shape:
     """The model prepared as the stage prepares it.
 
@@ -58,7 +49,7 @@ def stage_shape(settings: TrainConfig, stage: Stage) -> Shape:
     """
     first = stage is Stage.contrastive
     node = settings.dcr if first else settings.sft
-    model = skeleton(settings.model)
+    model = models.skeleton(settings.model)
     blocks, head = models.decoder_blocks(model), models.head(model).weight
     block = block_of(settings.dcr, len(blocks))
     tied = head is model.get_input_embeddings().weight

@@ -3,6 +3,7 @@
 import difflib
 import logging
 import os
+import stat
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import closing
@@ -121,9 +122,11 @@ def read_rows(
 def _source(name: str) -> Source:
     if name in SOURCES:
         return SOURCES[name]
-    near = difflib.get_close_matches(name, SOURCES, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(SOURCES)};"
-    raise ConfigError(f"no data source is called {name!r}; {hint} A file's path ends in .jsonl")
+    near = difflib.get_close_matches(name, SOURCES, n=3, cutoff=0)
+    raise ConfigError(
+        f"no data source is called {name[:80]!r}; did you mean {' or '.join(near)}? docs/data.md "
+        "lists all; a file's path ends in .jsonl"
+    )
 
 
 # --- raw rows: (where, row) with `where` as an error names it ---
@@ -153,9 +156,12 @@ def _rows(name: str, source: Source, root: str | None) -> tuple[list[Located], i
 
 def _opened(path: str, cure: str = "; check the path") -> IO[bytes]:
     try:
+        # sources are read more than once, and opening a pipe would wait for its writer
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise DataError(f"{path}: a folder, pipe or device, not a file{cure}")
         return open(path, "rb")
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}{cure}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}{cure}") from None
 
 
 def _file_rows(stream: IO[bytes], path: str) -> list[Located]:

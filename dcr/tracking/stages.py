@@ -69,7 +69,7 @@ class RunLogger(Logger):
         rows = [
             (self.stage, int(step or 0), epoch, key, float(value))
             for key, value in metrics.items()
-            if key != "epoch" and not math.isnan(value)  # such as a mean over rows of no kind
+            if key != "epoch" and math.isfinite(value)  # unlike a mean over rows of no kind
         ]
         runs.append_metrics(self.run, rows)
 
@@ -81,6 +81,7 @@ def snapshot_steps(total: int, count: int) -> list[int]:
     """Step 0 and at most `count` up to the last, denser early, where refusal moves fastest."""
     if count < 1:
         return []
+    count = min(count, 2 * total)  # so many are every step
     wanted = {max(1, math.ceil(total * ((i + 1) / count) ** 1.5)) for i in range(count)}
     return sorted(wanted | {0, total})
 
