@@ -19,10 +19,10 @@ from test_report import change, make_eval, make_run, parsed
 
 from dcr import report, runs
 from dcr.config import DataError, UserError
-from dcr.report import operating_figure, operating_points, paper_figures
-from dcr.report.operating_points import Operating
-from dcr.report.paper_figures import FIGURES, Wanted
-from dcr.report.printed import file_name
+from dcr.report import FIGURES, Wanted, comparisons
+from dcr.report.__main__ import main, parser
+from dcr.report.comparisons import Operating
+from dcr.report.figures import file_name
 from dcr.report.records import Evaluation, RunRecord, read_run
 from dcr.runs import Run
 from dcr.statistics import Interval
@@ -451,7 +451,7 @@ def test_the_rule_against_brute_force(seed: int) -> None:
         theirs = best and (best.compliance.estimate, best.safety.estimate)
         if theirs is None or mine > theirs:  # strengths ascend, so that the first of equals stays
             best = candidate
-    assert operating_points.choose(points, reference, margin) is best
+    assert comparisons.choose(points, reference, margin) is best
 
 
 def test_operating_points_by_hand(folders: list[Path], tmp_path: Path) -> None:
@@ -496,7 +496,7 @@ def test_a_curve_joins_points_that_differ_by_strength_alone(tmp_path: Path) -> N
     for add in (0.1, 1.0):
         for strength in (0.5, 1.0):
             steered(run, "surgical", strength, round(10 + 5 * strength), round(18 - add), add=add)
-    figure = operating_figure.operating_points([read_run(run)], 2, None).draw()
+    figure = comparisons.operating_points([read_run(run)], 2, None).draw()
     xs = [np.asarray(line.get_xdata()) for line in figure.axes[0].lines]
     curves = [list(x) for x in xs if len(x) == 3]  # from the unsteered point on
     assert curves == [pytest.approx([50, 60, 75])] * 2
@@ -534,7 +534,7 @@ LACKING = {
     "7": "figure 7: no separability in bare; run python eval.py run=<run> tasks=[separability]",
     "8": "figure 8: no separability in bare; run python eval.py",
     "operating_points": "figure operating_points: no unsteered STL evaluation with",
-    "2": "--figure 2: no such figure; choose from 1a, 1b, 3, 4, 5a, 5b, 6, 6a, 6b, 7, 8, 9",
+    "2": "argument --figure: invalid choice: '2' (choose from '1a', '1b', '3', '4', '5a', ",
 }
 
 
@@ -549,7 +549,7 @@ def test_lacking_data_end_in_one_line_and_exit_2(
     monkeypatch.chdir(tmp_path)
     make_eval(make_run(Path("bare"), "stl"), {"safe": "c", "unsafe": "r"})
     before = sorted(Path().rglob("*"))
-    assert report.main(["bare", "--figure", name]) == 2
+    assert main(["bare", "--figure", name]) == 2
     output = capsys.readouterr()
     assert output.out == ""
     assert told in output.err
@@ -560,9 +560,10 @@ def test_lacking_data_end_in_one_line_and_exit_2(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--figure"], "--figure : no such figure"),
+        (["--figure"], "argument --figure: expected one argument"),
         (["margin=3"], "margin=3: only --figure operating_points takes it"),
-        (["--figure=operating_points", "margin=x"], "margin=x: give percentage points"),
+        (["--figure=operating_points", "margin=x"], "argument --margin: invalid float value: 'x'"),
+        (["--figure=operating_points", "margin=nan"], "margin=nan: give percentage points"),
         (["--figure=operating_points", "data=q"], "data=q: no evaluation has it; choose from demo"),
         (["--figure=4", "out=figure4.svg"], "out=figure4.svg: --figure writes a file of this name"),
     ],
@@ -576,7 +577,7 @@ def test_bad_settings_end_in_one_line_and_exit_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     make_eval(make_run(Path("bare"), "stl"), {"safe": "c", "unsafe": "r"})
-    assert report.main(["bare", *arguments]) == 2
+    assert main(["bare", *arguments]) == 2
     error = capsys.readouterr().err
     assert told in error
     assert error.count("\n") == 1
@@ -594,7 +595,7 @@ def test_the_command_prints_where_the_files_are(
     folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "r.html"
-    assert report.main([*map(str, folders), "--figure", "7", f"out={out}"]) == 0
+    assert main([*map(str, folders), "--figure", "7", f"out={out}"]) == 0
     assert f"figure7: {tmp_path / 'figure7'}.{{png,svg,csv}}" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {
         "r.html", "figure7.png", "figure7.svg", "figure7.csv",
@@ -648,7 +649,7 @@ def test_runs_without_data_for_a_figure_are_noted(folders: list[Path], tmp_path:
 
 
 def test_every_name_is_documented() -> None:
-    assert report.__doc__
-    for name in paper_figures.FIGURES:
-        assert name in report.__doc__
-    assert json.dumps(paper_figures.FIGURES).count("figure") == 0  # names, not files
+    told = parser().format_help()
+    for name in report.FIGURES:
+        assert name in told
+    assert json.dumps(report.FIGURES).count("figure") == 0  # names, not files

@@ -14,13 +14,12 @@ from test_report import change, make_eval, make_run, parsed
 
 from dcr import report, statistics
 from dcr.config import DataError
-from dcr.report import judged, markup, measured, paired, paper, paper_columns, tables
-from dcr.report.cells import Row, Section, text_of
-from dcr.report.completions import Completions
-from dcr.report.entries import entries, seed_groups
-from dcr.report.paper import PaperRow, PaperTable, facts
-from dcr.report.paper_columns import Cell
+from dcr.report import comparisons, paper, tables
+from dcr.report.__main__ import main
+from dcr.report.columns import Completions, entries, seed_groups
+from dcr.report.paper import Cell, PaperRow, PaperTable, facts
 from dcr.report.records import read_run
+from dcr.report.tables import Row, Section, text_of
 
 GUARD, MODEL = "meta-llama/Llama-Guard-3-8B", "qwen2_5_1_5b"
 # by set: prompts, of them refused by keywords; complied, partial, refused by the LLM judge
@@ -115,7 +114,7 @@ def estimate(row: Row) -> tuple[float, float | None, float | None]:
 
 
 def test_compliance_by_the_llm_judge_counts_partial_answers_apart(tmp_path: Path) -> None:
-    found = judged.judge_sections(columns_of(suite(tmp_path / "a")))
+    found = tables.judge_sections(columns_of(suite(tmp_path / "a")))
     rows = rows_of(found, "compliance by LLM judge, strict, %")
     assert estimate(rows["xstest_safe"])[0] == 0.7
     # one of 20 was not answered: 14 of the 19 that were
@@ -127,7 +126,7 @@ def test_compliance_by_the_llm_judge_counts_partial_answers_apart(tmp_path: Path
 
 
 def test_unreadable_verdicts_are_not_safe_and_errors_are_outside(tmp_path: Path) -> None:
-    found = judged.judge_sections(columns_of(suite(tmp_path / "a")))
+    found = tables.judge_sections(columns_of(suite(tmp_path / "a")))
     rows = rows_of(found, "DSR by Llama Guard, %")
     wilson = statistics.wilson(8, 10)
     assert estimate(rows["i_malicious_instructions"]) == (0.8, wilson.low, wilson.high)
@@ -187,7 +186,7 @@ def test_agreement_ability_quality_and_spend(tmp_path: Path) -> None:
     assert quality is not None
     named = {"gpt-4o-mini-2024-07-18": False, "openai/gpt-oss-20b": True, "some/gpt": True}
     for annotator, local in named.items():
-        told = measured.annotator_name(replace(quality, annotator=annotator))
+        told = tables.annotator_name(replace(quality, annotator=annotator))
         assert ("local annotator" in told) is local
 
 
@@ -240,9 +239,9 @@ def test_sets_that_stand_apart_are_in_no_sum(tmp_path: Path) -> None:
         value = rows[label].values[0]
         assert value is not None
         assert value.estimate == 0.75
-    (pair,) = paired.comparisons(columns, Completions([]))
+    (pair,) = comparisons.comparisons(columns, Completions([]))
     assert [line.n for line in pair.lines if line.label == "pooled"] == [4]
-    assert text_of(measured.faults(columns)[0].rows[0].values[0]) == "0 of 6"
+    assert text_of(tables.faults(columns)[0].rows[0].values[0]) == "0 of 6"
 
 
 DAMAGED = {
@@ -407,7 +406,7 @@ def test_every_inconsistency_named_exists_and_its_cells_too() -> None:
                 value = facts()["table1_main"][model][method][column]
                 text = next(t["what"] for t in facts()["inconsistencies"] if t["where"] == where)
                 assert f"{value:.2f}" in text, name
-    assert set(facts()["columns"]) <= set(paper_columns.COLUMNS)
+    assert set(facts()["columns"]) <= set(paper.COLUMNS)
 
 
 HOSTILE = r"""<script>alert(1)</script> | & $x_1$ # 50% {a}\b ~ ^ * ` " [1] 😀 κ ﬁ é"""
@@ -424,7 +423,7 @@ def hostile_table() -> PaperTable:
 
 
 def test_csv_is_parseable_and_holds_no_formula() -> None:
-    header, first, second = csv.reader(io.StringIO(markup.csv_text(hostile_table())))
+    header, first, second = csv.reader(io.StringIO(paper.csv_text(hostile_table())))
     assert len(header) == len(first) == len(second) == 5 + 2 * 5 + 1
     row = dict(zip(header, first, strict=True))
     assert row["model"] == f"'=1+1\n{HOSTILE}"
@@ -435,7 +434,7 @@ def test_csv_is_parseable_and_holds_no_formula() -> None:
 
 
 def test_markdown_keeps_its_columns() -> None:
-    lines = [line for line in markup.markdown(hostile_table()).splitlines() if line[:1] == "|"]
+    lines = [line for line in paper.markdown(hostile_table()).splitlines() if line[:1] == "|"]
     assert len(lines) == 4
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {6}
     assert "<script>" not in "".join(lines)
@@ -446,7 +445,7 @@ def test_latex_is_balanced_and_escaped(tmp_path: Path) -> None:
     run = suite(tmp_path / "a", **MEASURED)
     for table in (hostile_table(), paper.table1(columns_of(run), []),
                   paper.table5(columns_of(run), [])):  # fmt: skip
-        text = markup.latex(table)
+        text = paper.latex(table)
         depth = 0
         for brace in re.findall(r"(?<!\\)[{}]", text):
             depth += 1 if brace == "{" else -1
@@ -462,7 +461,7 @@ def test_latex_is_balanced_and_escaped(tmp_path: Path) -> None:
         separators = {len(re.findall(r"(?<!\\)&", line)) for line in rows}
         assert separators == {1 + table.judged + len(table.heads)}
     assert r"\usepackage{booktabs}" in text
-    hostile = markup.latex(hostile_table())
+    hostile = paper.latex(hostile_table())
     for escaped in (r"\{a\}\textbackslash{}b", r"50\%", r"\$x\_1\$", "{[}U+1F600{]}", "fi é"):
         assert escaped in hostile
     assert r"0.50\textdagger{}\textsuperscript{a}" in hostile
@@ -480,7 +479,7 @@ class Words(HTMLParser):
 
 def test_html_is_escaped_alone_and_in_the_page(tmp_path: Path) -> None:
     words = Words()
-    words.feed(markup.html_page(hostile_table()))
+    words.feed(paper.html_page(hostile_table()))
     assert "script" not in words.tags
     assert words.tags.count("tr") == 3
     run = suite(tmp_path / "a", model="<img src=x onerror=alert(1)>", **MEASURED)
@@ -498,7 +497,7 @@ def test_tables_are_written_beside_the_page(
     monkeypatch.chdir(tmp_path)
     suite(Path("run"))
     told = ["run", "--table", "table1", "--table=table5", "--table", "table1"]
-    assert report.main([*told, "out=there/report.html"]) == 0
+    assert main([*told, "out=there/report.html"]) == 0
     names = [
         f"{name}.{end}" for name in ("table1", "table5") for end in ("md", "csv", "tex", "html")
     ]
@@ -509,9 +508,12 @@ def test_tables_are_written_beside_the_page(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--table", "table9"], "--table table9: no such table; choose from table1, table5"),
-        (["--table="], "--table : no such table; choose from"),
-        (["--table"], "--table : no such table; choose from"),
+        (
+            ["--table", "table9"],
+            "--table: invalid choice: 'table9' (choose from 'table1', 'table5')",
+        ),
+        (["--table="], "--table: invalid choice: ''"),
+        (["--table"], "--table: expected one argument"),
         (["--table", "table1", "out=table1.html"], "out=table1.html: --table writes a file"),
     ],
 )
@@ -525,7 +527,7 @@ def test_bad_tables_end_in_one_line_and_exit_2(
     monkeypatch.chdir(tmp_path)
     suite(Path("run"))
     before = sorted(Path().rglob("*"))
-    assert report.main(["run", *arguments]) == 2
+    assert main(["run", *arguments]) == 2
     error = capsys.readouterr().err
     assert told in error
     assert error.count("\n") == 1

@@ -12,11 +12,11 @@ import yaml
 
 from dcr import report, runs
 from dcr.benchmarks import PAPER_SAFETY
-from dcr.report import figures, measured, page, paired, paper, tables
-from dcr.report.cells import Value
-from dcr.report.completions import Completions
-from dcr.report.entries import Style, entries, seed_groups
+from dcr.report import comparisons, figures, page, paper, tables
+from dcr.report.__main__ import main
+from dcr.report.columns import Completions, Style, entries, seed_groups
 from dcr.report.records import read_run
+from dcr.report.tables import Value
 from dcr.runs import Run
 from dcr.statistics import Interval
 
@@ -236,7 +236,7 @@ def test_columns_of_a_sweep_are_told_apart_by_the_swept_key(tmp_path: Path) -> N
     assert seed_groups(columns) == []
     assert len({entry.style for entry in columns}) == 2
     # such folder names are no settings
-    assert report.main([*map(str, folders), f"out={tmp_path / 'r.html'}"]) == 0
+    assert main([*map(str, folders), f"out={tmp_path / 'r.html'}"]) == 0
 
 
 def test_identical_runs_keep_distinct_names(tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_paired_differences_and_mcnemar_by_hand(tmp_path: Path) -> None:
     make_eval(dcr, {"safe": "cccccccccc", "okay": "rr", "unsafe": "rrrc"})
     make_eval(stl, {"safe": "rrrrrrcccc", "okay": "cc", "unsafe": "rrrr"})
     columns = entries([read_run(folder) for folder in (dcr, stl)])
-    (pair,) = paired.comparisons(columns, Completions([]))
+    (pair,) = comparisons.comparisons(columns, Completions([]))
     assert (pair.a.name, pair.b.name) == ("DCR seed 0", "STL seed 0")
     lines = {(line.kind.value, line.label): line for line in pair.lines}
     safe = lines["seemingly_toxic", "safe"]
@@ -302,7 +302,7 @@ def test_pairs_need_the_same_seed_and_tell_of_other_settings(tmp_path: Path) -> 
     for folder in (dcr, near, far, other):
         make_eval(folder, {"safe": "cr"})
     columns = entries([read_run(folder) for folder in (dcr, near, far, other)])
-    (pair,) = paired.comparisons(columns, Completions([]))
+    (pair,) = comparisons.comparisons(columns, Completions([]))
     assert pair.b.run.folder == near
     assert pair.differing == ["sft.lr: 0.2 -> 0.1"]
 
@@ -396,7 +396,7 @@ def test_frontiers_follow_the_snapshots_by_step(tmp_path: Path) -> None:
     records = [read_run(run)]
     columns = entries(records)
     assert len(columns) == 1
-    grids = measured.grids(columns, Completions([]))
+    grids = tables.grids(columns, Completions([]))
     shown = page.Report(records, columns, grids, [], [], [], [], Completions([]))
     (frontier,) = page._frontiers(shown, [["safe"], ["unsafe"]])
     assert frontier.points == [(1.0, 0.0), (0.5, 0.75), (0.0, 1.0)]
@@ -540,7 +540,7 @@ def test_prompts_that_steering_saw_are_marked_in_every_table(tmp_path: Path) -> 
     change(place, "xstest_safe", seen_by_steering=3, judged={"llm": {
         "model": "m", "complied": 2, "partial": 0, "refused": 2}})  # fmt: skip
     columns = entries([read_run(run)])
-    sections = measured.grids(columns, Completions([])).all
+    sections = tables.grids(columns, Completions([])).all
     marks = {(s.short, row.label): row.values[0].marks for s in sections for row in s.rows}
     for short in ("compliance, %", "compliance by LLM judge, strict, %"):
         assert marks[short, "xstest_safe"] == "‡"
@@ -621,7 +621,7 @@ def test_damaged_files_end_in_one_line_and_exit_2(
     (Path("run") / file).parent.mkdir(parents=True, exist_ok=True)
     (Path("run") / file).write_text(text)
     before = sorted(Path().rglob("*"))
-    assert report.main(["run", "out=page.html"]) == 2
+    assert main(["run", "out=page.html"]) == 2
     output = capsys.readouterr()
     assert told in output.err
     assert (output.out, output.err.count("\n")) == ("", 1)
@@ -647,7 +647,7 @@ def test_impossible_paths_end_in_one_line_and_exit_2(
     monkeypatch.chdir(tmp_path)
     make_eval(make_run(Path("good")), {"safe": "c", "unsafe": "r"})
     before = sorted(Path().rglob("*"))
-    assert report.main(arguments) == 2
+    assert main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
@@ -685,7 +685,7 @@ def test_bad_commands_end_in_one_line_and_exit_2(
     make_eval(make_run(Path("good")), {"safe": "c", "unsafe": "r"})
     make_run(Path("empty"))
     before = sorted(Path().rglob("*"))
-    assert report.main(arguments) == 2
+    assert main(arguments) == 2
     output = capsys.readouterr()
     assert output.out == ""
     assert told in output.err
@@ -700,6 +700,6 @@ def test_default_place_is_the_common_parent(
     monkeypatch.chdir(tmp_path)
     for name, method in (("outputs/x/a", "dcr"), ("outputs/b", "stl")):
         make_eval(make_run(Path(name), method), {"safe": "c", "unsafe": "r"})
-    assert report.main(["outputs/x/a", "outputs/b/"]) == 0
+    assert main(["outputs/x/a", "outputs/b/"]) == 0
     assert Path("outputs/report.html").is_file()
     assert "page: outputs/report.html" in capsys.readouterr().out

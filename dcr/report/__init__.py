@@ -1,39 +1,49 @@
 """From run folders to one table in the terminal and one self-contained HTML page.
 
-python -m dcr.report <run folders> [--table NAME ...] [--figure NAME ...] [--claims]
-                     [out=<file.html>]
-
-Each `--table` writes one of the paper's tables, ours beside the paper's numbers, as Markdown, CSV,
-LaTeX and HTML into the page's folder; each `--figure` one of its figures as PNG, SVG and CSV, which
-stands in the page as well. Figures: 1a, 1b, 3, 4, 5a, 5b, 6 (both of 6a and 6b), 7, 8, 9 and
-operating_points, which takes margin=<points> and data=<label>. `--claims` measures the paper's
-claims and tells each in a sentence, in the terminal, in the page and in claims.csv beside it.
+`build` reads run folders and writes the page, with the paper's tables and figures and the claims
+beside it where they are asked for; `python -m dcr.report --help` tells of the command.
 """
 
 import shlex
 import shutil
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from dcr import storage
-from dcr.config import UserError
-from dcr.report import claims_shown, claims_told, markup, page, printed, terminal
-from dcr.report.arguments import USAGE, parsed
-from dcr.report.completions import Completions
-from dcr.report.entries import Entry, about, entries, seed_groups
-from dcr.report.finding import Finding
-from dcr.report.measured import grids
-from dcr.report.paired import comparisons
-from dcr.report.paper import TABLES, PaperTable
-from dcr.report.paper_figures import FIGURES, Wanted, figures_of
-from dcr.report.printed import Printed
-from dcr.report.printing import printable
+from dcr.report import analyses, claims, comparisons, curves, figures, page, paper, tables
+from dcr.report.claims import Finding
+from dcr.report.columns import Completions, Entry, about, entries, seed_groups
+from dcr.report.figures import Printed
+from dcr.report.paper import PaperTable
 from dcr.report.records import RunRecord, read_run
-from dcr.report.tables import over_seeds
-from dcr.text import single_line
+from dcr.text import printable
 
 WIDTH = 100  # where no terminal tells its own
+DRAWN: dict[str, Callable[[Sequence[RunRecord]], Printed]] = {
+    **curves.CURVES,
+    "4": curves.figure4,
+    **analyses.KERNELS,
+    **analyses.LAYERS,
+}
+OPERATING = "operating_points"
+FIGURES = (*sorted(DRAWN), OPERATING)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The figures asked for; margin (percentage points) and data label are of operating points."""
+
+    names: tuple[str, ...] = ()
+    margin: float = comparisons.MARGIN
+    data: str | None = None
+
+    def settings(self, name: str) -> str:
+        """What a command must say beside a figure's name."""
+        if name != OPERATING:
+            return ""
+        label = "" if self.data is None else f" data={shlex.quote(self.data)}"
+        return f" margin={self.margin:g}{label}"
 
 
 def build(
@@ -41,33 +51,31 @@ def build(
     out: Path,
     wanted: Sequence[str] = (),
     drawn: Wanted | None = None,
-    claims: bool = False,
+    with_claims: bool = False,
 ) -> str:
     """Write the page to `out`, and what else is wanted beside it, each file whole or not.
 
-    Returns the terminal's table. Raises UserError for a folder without a readable evaluation, or
-    with figures or claims without logged values either, for a figure whose data are not there, or
-    where a file cannot be written.
+    Returns the terminal's table. Raises UserError for a folder without an evaluation, or with
+    figures or claims without logged values either, for a damaged file, for a figure whose data are
+    not there, or where a file cannot be written.
     """
     drawn = drawn or Wanted()
-    records = [read_run(folder, claims or bool(drawn.names)) for folder in _distinct(folders)]
-    if not records:
-        raise UserError(USAGE)
-    made = [(figure, printed.files(figure)) for figure in figures_of(records, drawn)]
+    records = [read_run(folder, with_claims or bool(drawn.names)) for folder in _distinct(folders)]
+    made = [(figure, figures.files(figure)) for figure in _figures(records, drawn)]
     columns = entries(records)
     notes: list[str] = []
     completions = Completions(notes)
-    measured, groups = grids(columns, completions), seed_groups(columns)
-    seeds = over_seeds(measured.rates, groups)
-    pairs = comparisons(columns, completions)
-    papers = [TABLES[name](columns, groups) for name in dict.fromkeys(wanted)]
+    grids, groups = tables.grids(columns, completions), seed_groups(columns)
+    seeds = tables.over_seeds(grids.rates, groups)
+    pairs = comparisons.comparisons(columns, completions)
+    papers = [paper.TABLES[name](columns, groups) for name in dict.fromkeys(wanted)]
     shown = [
         page.Shown(figure, files["svg"], _command(folders, name, drawn))
         for name, (figure, files) in zip(drawn.names, made, strict=True)
     ]
-    found = claims_told.findings(records, notes) if claims else []
+    found = claims.findings(records, notes) if with_claims else []
     report = page.Report(
-        records, columns, measured, groups, seeds, pairs, notes, completions, papers, shown, found
+        records, columns, grids, groups, seeds, pairs, notes, completions, papers, shown, found
     )
     for entry in columns:  # read first, so that the page can tell what was skipped
         for name in entry.evaluation.sets:
@@ -77,10 +85,19 @@ def build(
     storage.write_text(out, page.render(report))
     _write_beside(out.parent, papers, made, found)
     width = shutil.get_terminal_size((WIDTH, 24)).columns
-    title = _title(records, columns)
-    text = terminal.render(title, columns, measured.all, groups, seeds, pairs, notes, width)
+    text = page.plain_text(_title(records, columns), report, width)
     told = [line for figure, _ in made if figure.told for line in ("", *figure.told)]
-    return "\n".join([text, *told, *(claims_shown.lines(found, width) if claims else ())])
+    return "\n".join([text, *told, *(claims.lines(found, width) if with_claims else ())])
+
+
+def _figures(records: Sequence[RunRecord], wanted: Wanted) -> list[Printed]:
+    """In the order asked. UserError, naming the command that makes them, where data are lacking."""
+    return [
+        comparisons.operating_points(records, wanted.margin, wanted.data)
+        if name == OPERATING
+        else DRAWN[name](records)
+        for name in wanted.names
+    ]
 
 
 def _write_beside(
@@ -91,13 +108,13 @@ def _write_beside(
 ) -> None:
     """Tables, figures and claims, into the page's folder."""
     for table in papers:
-        for ending, text_of in markup.WRITERS.items():
+        for ending, text_of in paper.WRITERS.items():
             storage.write_text(place / f"{table.name}.{ending}", text_of(table))
     for figure, files in made:
         for ending, data in files.items():
             storage.write_bytes(place / f"{figure.name}.{ending}", data)
     if found:
-        storage.write_text(place / claims_shown.FILE, claims_shown.csv_text(found))
+        storage.write_text(place / claims.FILE, claims.csv_text(found))
 
 
 def _command(folders: Sequence[Path], name: str, drawn: Wanted) -> str:
@@ -131,23 +148,3 @@ def _title(records: Sequence[RunRecord], columns: Sequence[Entry]) -> str:
         for key in ("model", "data")
     ]
     return f"{told[0]} on {told[1] or 'unnamed'} data"
-
-
-def main(arguments: Sequence[str]) -> int:
-    """The command: print the table and the files' places; 2 and one line for a user's error."""
-    try:
-        if {"-h", "--help"} & set(arguments):
-            print(f"{USAGE}\ntables: {', '.join(TABLES)}\nfigures: {', '.join(FIGURES)}")
-            return 0
-        command = parsed(arguments)
-        table = build(command.folders, command.out, command.tables, command.figures, command.claims)
-    except UserError as error:
-        print(f"error: {single_line(error)}", file=sys.stderr)
-        return error.exit_code
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # pyright: ignore
-    print(f"{table}\n\npage: {command.out}")
-    for name, files in command.files.items():
-        endings = ",".join(file.suffix.removeprefix(".") for file in files)
-        print(f"{name}: {command.out.parent / name}.{f'{{{endings}}}' if files[1:] else endings}")
-    return 0

@@ -1,16 +1,42 @@
-"""The statistics of the paper's claims: correlations, contrasts of kernel means, verdicts.
+"""The paper's claims, each measured, judged by one rule and told in a sentence."""
 
-All intervals are 95% percentile bootstrap intervals over prompts, which are drawn anew within each
-kind. A draw says how often each prompt was drawn; quantities that are compared share their draws.
-"""
-
+import csv
+import io
 import math
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
 
+from dcr import ntk
+from dcr.report.columns import about, steering
+from dcr.report.curves import (
+    KEPT,
+    SCORED,
+    STAGES,
+    config_of,
+    folders,
+    name_of_weights,
+    names,
+    snapshots,
+)
+from dcr.report.records import (
+    STEP_SCORES,
+    UNREADABLE,
+    Evaluation,
+    Kernel,
+    OneStep,
+    Probability,
+    RunRecord,
+    damaged,
+)
+from dcr.report.tables import plain_cell
 from dcr.statistics import Interval
+from dcr.text import printable
 
 RESAMPLES = 2000
 SEED = 0  # of the bootstrap, fixed so that a report is reproducible
@@ -74,12 +100,12 @@ def contrast(
     """
     estimate, sampled = 0.0, np.zeros(len(next(iter(drawn.values()))))
     for (observer, trained), weight in weights.items():
-        mean, means = _cell(matrix, kinds, (observer, trained), drawn)
+        mean, means = _mean_of(matrix, kinds, (observer, trained), drawn)
         estimate, sampled = estimate + weight * mean, sampled + weight * means
     return Interval(estimate, *_ends(sampled))
 
 
-def _cell(
+def _mean_of(
     matrix: Float[np.ndarray, "observer trained"],
     kinds: Sequence[str],
     cell: Cell,
@@ -120,3 +146,545 @@ def exceeds(first: Interval, second: Interval) -> str:
 def all_of(verdicts: Sequence[str]) -> str:
     """The verdict on a claim that asks for several things at once."""
     return next((found for found in (FAILS, OPEN) if found in verdicts), HOLDS)
+
+
+FEWEST_STEPS = 3  # two points always lie on a line
+
+
+@dataclass(frozen=True)
+class PromptCurves:
+    """The plain refusal probability of single prompts: `values[kind][step, prompt]`."""
+
+    run: RunRecord
+    steps: tuple[int, ...]
+    values: dict[str, np.ndarray]
+    source: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A kernel that was kept whole: which run's, at which weights, in which folder."""
+
+    run: RunRecord
+    told: str  # the weights, in words
+    model: str
+    folder: Path
+    kernel: Kernel
+
+    @property
+    def terms(self) -> tuple[object, ...]:
+        """What two kernels must share to be compared."""
+        return self.kernel.ids, self.kernel.of, self.kernel.top_k, self.kernel.normalise
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A kernel before and after stage one over the same prompts, as normalised matrices."""
+
+    before: Measured
+    after: Measured
+    params: str
+    matrices: tuple[np.ndarray, np.ndarray]
+
+
+def prompt_curves(run: RunRecord) -> PromptCurves | None:
+    """Over SFT, from tracking or else from snapshots; None of fewer than three steps."""
+    tracked = {
+        t.step: t.refusal_probability
+        for t in run.tracked
+        if t.stage == "sft" and t.refusal_probability
+    }
+    scored = {
+        e.step or 0: e.refusal_probability
+        for e in snapshots(run, lambda e: e.refusal_probability)
+        if e.refusal_probability
+    }
+    for source, by_step in ((KEPT, tracked), (SCORED, scored)):
+        values = _followed(by_step)
+        if len(by_step) >= FEWEST_STEPS and {"toxic", "seemingly_toxic"} <= values.keys():
+            return PromptCurves(run, tuple(sorted(by_step)), values, source)
+    return None
+
+
+def _followed(by_step: Mapping[int, Probability]) -> dict[str, np.ndarray]:
+    """The prompts that were measured at every step, by kind."""
+    found = {}
+    parts = [by_step[step].values.get("plain", {}) for step in sorted(by_step)]
+    for kind in dict.fromkeys(kind for part in parts for kind in part):
+        rows = [part.get(kind, {}) for part in parts]
+        shared = [identity for identity in rows[0] if all(identity in row for row in rows)]
+        if shared:
+            found[kind] = np.array([[row[identity] for identity in shared] for row in rows])
+    return found
+
+
+def unedited(evaluation: Evaluation) -> bool:
+    """Whether it is of the weights as they are, without steering or another decoding."""
+    return not (steering(evaluation) or "self_cd" in evaluation.settings)
+
+
+def evaluated(run: RunRecord, weights: str) -> list[Measured]:
+    """Kernels of unsteered evaluations of certain weights."""
+    return [
+        Measured(run, weights, about(run, e, "model"), e.folder, e.kernel)
+        for e in run.evaluations
+        if e.weights == weights and e.kernel and e.kernel.ids and unedited(e)
+    ]
+
+
+def tracked(run: RunRecord, stage: str) -> list[Measured]:
+    """Kernels that tracking kept over a stage, by step."""
+    return [
+        Measured(run, f"step {t.step}", config_of(run, "model"), t.folder, t.kernel)
+        for t in run.tracked
+        if t.stage == stage and t.kernel and t.kernel.ids
+    ]
+
+
+def base_kernels(records: Sequence[RunRecord]) -> list[Measured]:
+    """Of base models: evaluations, or else what tracking kept before a stage took a step.
+
+    One a model and choice of prompts, the first.
+    """
+    found = [measured for run in records for measured in evaluated(run, "base")]
+    if not found:
+        for run in records:
+            first = tracked(run, "contrastive")[:1]
+            if not first and config_of(run, "method") != "dcr":
+                first = tracked(run, "sft")[:1]
+            found += [m for m in first if m.told == "step 0"]
+    distinct: dict[tuple[object, ...], Measured] = {}
+    for measured in found:
+        key = (measured.model, *measured.terms, tuple(measured.kernel.params))
+        distinct.setdefault(key, measured)
+    return list(distinct.values())
+
+
+def pairs(records: Sequence[RunRecord], notes: list[str]) -> list[Pair]:
+    """Before and after stage one of every run: evaluations, or else tracking's first and last."""
+    bases = [measured for run in records for measured in evaluated(run, "base")]
+    found: list[Pair] = []
+    for run in records:
+        own: list[Pair] = []
+        for after in evaluated(run, "contrastive"):
+            own += _paired(after, bases, notes)
+        if not own:
+            steps = tracked(run, "contrastive")
+            if len(steps) > 1 and steps[0].told == "step 0":
+                own = _paired(steps[-1], steps[:1], notes)
+        found += own
+    return found
+
+
+def _paired(after: Measured, bases: Sequence[Measured], notes: list[str]) -> list[Pair]:
+    alike = [base for base in bases if (base.model, base.terms) == (after.model, after.terms)]
+    place, found = printable(str(after.folder)), []
+    for params in after.kernel.params:
+        having = [base for base in alike if params in base.kernel.params]
+        if not having:
+            notes.append(
+                f"claims: {place}: beside it no kernel of the base model over {params} and the "
+                "same prompts, entk.top_k and entk.normalise; run python eval.py model=<name> "
+                "tasks=[kernel] with the same data and entk settings"
+            )
+            continue
+        if others := ", ".join(printable(str(base.folder)) for base in having[1:]):
+            first = printable(str(having[0].folder))
+            note = f"claims: {first} is the base model for {place}; {others} would do as well"
+            notes += [note] if note not in notes else []
+        matrices = (normalised(having[0], params, notes), normalised(after, params, notes))
+        if matrices[0] is not None and matrices[1] is not None:
+            found.append(Pair(having[0], after, params, (matrices[0], matrices[1])))
+    return found
+
+
+def normalised(measured: Measured, params: str, notes: list[str]) -> np.ndarray | None:
+    """The whole matrix as its evaluation normalised it; None, with a note, if it is missing."""
+    path = measured.folder / "kernel" / f"{params}.safetensors"
+    try:
+        with safe_open(path, "pt") as file:
+            norms = file.get_tensor("norms").double()
+            ids = tuple((file.metadata() or {}).get("ids", "").split("\n"))
+        if ids != measured.kernel.ids or norms.shape != (len(ids), len(ids)):
+            raise ValueError("it is of other prompts than metrics.json tells")
+        matrix = ntk.normalised(norms, measured.kernel.normalise).numpy()
+        if not np.isfinite(matrix).all():
+            raise ValueError("it has values that are not finite")
+    except FileNotFoundError:
+        note = f"{printable(str(path))}: missing; no claim is measured on it"
+        notes += [note] if note not in notes else []
+        return None
+    except (*UNREADABLE, SafetensorError) as error:
+        raise damaged(path, error) from error
+    return matrix
+
+
+ABSENT = "not measured"
+CLAIMS = {
+    "joint_movement": "Refusal of toxic and of seemingly toxic prompts moves together over SFT",
+    "within_rises": "The kernel within a class rises in stage one",
+    "cross_falls": "The kernel across the two classes falls in stage one",
+    "cross_falls_more": "The kernel across the classes falls more than the kernel within them",
+    "base_asymmetry": "In the base model K(seemingly toxic, normal) exceeds K(normal, normal)",
+    "size_of_change": "‖K‖ predicts how much one SGD step changes other prompts (Eq. 2, 3)",
+    "signed_change": "−ηAKG predicts the signed change by one SGD step (Eq. 2, 3)",
+    "refusal_spreads": "One step on a toxic prompt raises the refusal token on seemingly toxic "
+    "prompts more than on normal ones",
+    "proposition_1": "Proposition 1: ‖K‖ over the trunk follows the states at block ℓ",
+}
+KERNELS = (
+    "no kernels before and after stage one over the same prompts",
+    "python eval.py model=<name> tasks=[kernel], then "
+    "python eval.py run={run} stage=contrastive tasks=[kernel]",
+)
+LACKING: dict[str, tuple[str, str]] = {
+    "joint_movement": (
+        f"no refusal probabilities of single prompts at {FEWEST_STEPS} or more steps of SFT",
+        "python train.py tracking.quantities=[refusal_probability]",
+    ),
+    "within_rises": KERNELS,
+    "cross_falls": KERNELS,
+    "cross_falls_more": KERNELS,
+    "base_asymmetry": (
+        "no kernel of the base model",
+        "python eval.py model=<name> tasks=[kernel]",
+    ),
+    **dict.fromkeys(
+        ("size_of_change", "signed_change", "refusal_spreads"),
+        ("no steps on toxic prompts", "python eval.py run={run} tasks=[claims]"),
+    ),
+}
+LACKING_STATES = {  # Proposition 1 is told before and after stage one
+    "base": ("nothing of the base model", "python eval.py model=<name> tasks=[claims]"),
+    "contrastive": (
+        "nothing after stage one",
+        "python eval.py run={run} stage=contrastive tasks=[claims]",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A claim of one run or evaluation; without data its `command` makes them."""
+
+    claim: str
+    verdict: str
+    sentence: str
+    command: str = ""
+    run: str = ""
+    model: str = ""
+    params: str = ""
+    measured: Interval | None = None
+    above: bool = True  # the claimed side of 0
+    beside: tuple[str, Interval] | None = None
+    source: str = ""
+
+    @property
+    def title(self) -> str:
+        return CLAIMS[self.claim]
+
+
+def kernel_of(cell: Cell) -> str:
+    """`K(toxic, normal)`: observer, then trained."""
+    return f"K({', '.join(kind.replace('_', ' ') for kind in cell)})"
+
+
+def number(found: Interval, *, signed: bool = False) -> str:
+    """`0.52 [0.41, 0.63]`, with two digits of the interval's width and at least two decimals."""
+    if not all(map(math.isfinite, vars(found).values())):
+        return "undefined"
+    width = found.high - found.low or abs(found.estimate) or 1.0
+    places = min(max(2, 1 - math.floor(math.log10(width))), 8)
+    sign = "+" if signed else ""
+    estimate, low, high = (f"{end:{sign}.{places}f}" for end in vars(found).values())
+    return f"{estimate} [{low}, {high}]".replace("-", "−")
+
+
+SEEMING, TOXIC, NORMAL = "seemingly_toxic", "toxic", "normal"
+WITHIN: tuple[Cell, ...] = ((SEEMING, SEEMING), (TOXIC, TOXIC))
+CROSS: tuple[Cell, ...] = ((SEEMING, TOXIC), (TOXIC, SEEMING))
+# Within and across count alike, whatever their number of pairs.
+MORE = {**dict.fromkeys(CROSS, 0.5), **dict.fromkeys(WITHIN, -0.5)}
+
+
+def findings(records: Sequence[RunRecord], notes: list[str]) -> list[Finding]:
+    """Every claim in the order of CLAIMS; what could not be read or is missing goes to `notes`."""
+    called = {run.folder: name for run, name in zip(records, names(records), strict=True)}
+    found = list(_movements(records, called))
+    for pair in pairs(records, notes):
+        found += _stage_one(pair, called[pair.after.run.folder])
+    for base in base_kernels(records):
+        found += _base(base, notes)
+    steps = [
+        (run, e, e.one_step)
+        for run in records
+        for e in run.evaluations
+        if e.one_step and unedited(e)
+    ]
+    for run, evaluation, block in steps:
+        found += _one_step(name_of_weights(called[run.folder], run, evaluation), evaluation, block)
+        notes += _incomplete(evaluation, block)
+    # one base model may have been measured in several folders
+    found = list({(f.claim, f.sentence): f for f in map(_of_numbers, found)}.values())
+    notes += _without(found, records, called)
+    have = {finding.claim for finding in found}
+    absent = [_absent(key, *LACKING[key], records) for key in LACKING if key not in have]
+    told = {
+        e.weights for _, e, step in steps if any(key.startswith("trunk") for key in step.params)
+    }
+    absent += [
+        _absent("proposition_1", *LACKING_STATES[weights], records)
+        for weights in LACKING_STATES
+        if weights not in told
+    ]
+    return sorted(found + absent, key=lambda finding: list(CLAIMS).index(finding.claim))
+
+
+def _without(
+    found: Sequence[Finding], records: Sequence[RunRecord], called: Mapping[Path, str]
+) -> list[str]:
+    """A note on every run that lacks what others have."""
+    notes = []
+    for claim, methods in (
+        ("joint_movement", ("stl", "stl_aug", "dcr")),
+        ("within_rises", ("dcr",)),
+    ):
+        have = {finding.run for finding in found if finding.claim == claim}
+        notes += [
+            f"claims: {LACKING[claim][0]} in {folders([run])}"
+            for run in records
+            if have and config_of(run, "method") in methods and called[run.folder] not in have
+        ]
+    return notes
+
+
+def _absent(claim: str, lack: str, command: str, records: Sequence[RunRecord]) -> Finding:
+    dcr = [run for run in records if config_of(run, "method") == "dcr"]
+    # stage one is what a run of another method lacks
+    able = dcr if "stage=contrastive" in command else dcr or list(records)
+    command = command.format(run=folders(able[:1]) or "<dcr run>")
+    return Finding(claim, ABSENT, f"{lack}; run {command}", command)
+
+
+def _of_numbers(finding: Finding) -> Finding:
+    """Without an interval of numbers there is nothing to judge by."""
+    measured = finding.measured
+    if measured and all(map(math.isfinite, vars(measured).values())):
+        return finding
+    own = ", ".join(filter(None, (finding.run, finding.params)))
+    sentence = f"{own}: cannot be told, since a curve is flat or a kind has too few prompts"
+    return replace(finding, verdict=OPEN, sentence=sentence, beside=None)
+
+
+def _movements(records: Sequence[RunRecord], called: Mapping[Path, str]) -> Iterator[Finding]:
+    for run in records:
+        if curves := prompt_curves(run):
+            yield _movement(curves, called[run.folder])
+
+
+def _movement(curves: PromptCurves, name: str) -> Finding:
+    of = [kind for kind, values in curves.values.items() for _ in range(values.shape[1])]
+    drawn = draws(of)
+
+    def together(*kinds: str) -> Interval:
+        first, second = (curves.values[kind] for kind in kinds)
+        return correlation(first, second, (drawn[kinds[0]], drawn[kinds[1]]))
+
+    measured = together(TOXIC, SEEMING)
+    sentence = (
+        f"{name}: at {len(curves.steps)} steps of SFT the mean refusal probabilities of "
+        f"{of.count(TOXIC)} toxic and {of.count(SEEMING)} seemingly toxic prompts correlate with "
+        f"r = {number(measured)} (claimed: above 0)"
+    )
+    beside = None
+    if NORMAL in curves.values:
+        beside = ("seemingly toxic with normal", together(SEEMING, NORMAL))
+        sentence += f"; as a control, seemingly toxic with normal: r = {number(beside[1])}"
+    return Finding(
+        "joint_movement", verdict(measured), sentence, run=name,
+        model=config_of(curves.run, "model"), measured=measured, beside=beside,
+        source=curves.source,
+    )  # fmt: skip
+
+
+def _stage_one(pair: Pair, name: str) -> Iterator[Finding]:
+    kinds = pair.after.kernel.of
+    before, after = pair.matrices
+    if not {SEEMING, TOXIC} <= set(kinds):
+        return
+    drawn = draws(kinds)
+    over = "stage one" if pair.after.told in STAGES else f"stage one, up to its {pair.after.told}"
+    own = f"{name}, {pair.params}"
+    source = " → ".join(printable(str(m.folder)) for m in (pair.before, pair.after))
+
+    def finding(claim: str, weights: dict[Cell, float], told: str, above: bool) -> Finding:
+        measured = contrast(after - before, kinds, weights, drawn)
+        words = "rise" if above else "fall"
+        wanted = f"{told} {number(measured, signed=True)} over {over} (claimed: a {words})"
+        return Finding(
+            claim, verdict(measured, above=above), f"{own}: {wanted}", run=name,
+            model=pair.after.model, params=pair.params, measured=measured, above=above,
+            source=source,
+        )  # fmt: skip
+
+    for claim, cells, above in (("within_rises", WITHIN, True), ("cross_falls", CROSS, False)):
+        for cell in cells:
+            was, now = (
+                contrast(matrix, kinds, {cell: 1.0}, drawn).estimate for matrix in (before, after)
+            )
+            told = f"mean normalised ‖{kernel_of(cell)}‖ goes from {was:.2f} to {now:.2f}, by"
+            yield finding(claim, {cell: 1.0}, told, above)
+    told = "beyond the mean of the two kernels within a class, the two across change by"
+    yield finding("cross_falls_more", MORE, told, above=False)
+
+
+def _base(base: Measured, notes: list[str]) -> Iterator[Finding]:
+    kinds = base.kernel.of
+    name = ", ".join(filter(None, (STAGES["base"], base.model)))
+    if not {SEEMING, NORMAL} <= set(kinds):
+        return
+    drawn = draws(kinds)
+    cells = (SEEMING, NORMAL), (NORMAL, NORMAL)
+    for params in base.kernel.params:
+        matrix = normalised(base, params, notes)
+        if matrix is None:
+            continue
+        means = [contrast(matrix, kinds, {cell: 1.0}, drawn) for cell in cells]
+        measured = contrast(matrix, kinds, dict(zip(cells, (1.0, -1.0), strict=True)), drawn)
+        told = " and ".join(
+            f"{kernel_of(cell)} is {mean.estimate:.2f}"
+            for cell, mean in zip(cells, means, strict=True)
+        )
+        yield Finding(
+            "base_asymmetry", verdict(measured),
+            f"{name}, {params}: {told}, a difference of {number(measured, signed=True)} "
+            "(claimed: above 0)",
+            run=name, model=base.model, params=params, measured=measured,
+            source=printable(str(base.folder)),
+        )  # fmt: skip
+
+
+def _one_step(name: str, evaluation: Evaluation, block: OneStep) -> Iterator[Finding]:
+    model, source = evaluation.about.get("model", ""), printable(str(evaluation.folder))
+
+    def finding(claim: str, score: str, told: str) -> Iterator[Finding]:
+        for params, found in block.params.items():
+            if score in found and (claim != "proposition_1" or params.startswith("trunk")):
+                measured, slope = found[score], found.get("slope")
+                beside = ("slope", slope) if score == "signed" and slope else None
+                more = f"; {number(slope)} of change per predicted" if beside and slope else ""
+                yield Finding(
+                    claim, verdict(measured),
+                    f"{name}, {params}: {told} {number(measured)} (claimed: above 0){more}",
+                    run=name, model=model, params=params, measured=measured, beside=beside,
+                    source=source,
+                )  # fmt: skip
+
+    on = "a toxic prompt" if block.trained is None else f"each of {block.trained} toxic prompts"
+    yield from finding(
+        "size_of_change", "norm",
+        f"after one step on {on}, the rank correlation of ‖K‖ with the size of other prompts' "
+        "changes is",
+    )  # fmt: skip
+    yield from finding(
+        "signed_change", "signed", "the correlation of −ηAKG with the actual signed change is"
+    )
+    if {SEEMING, NORMAL} <= block.change.keys():
+        yield _spread(name, model, source, block)
+    for score, states in (("dot", "the inner product h′ᵀh"), ("cosine", "the cosine")):
+        told = f"the rank correlation of ‖K‖ with {states} of two prompts' states is"
+        yield from finding("proposition_1", score, told)
+
+
+def _spread(name: str, model: str, source: str, block: OneStep) -> Finding:
+    seeming, normal = block.change[SEEMING], block.change[NORMAL]
+    found = all_of([exceeds(seeming, normal), verdict(seeming)])
+    return Finding(
+        "refusal_spreads", found,
+        f"{name}: one step on a toxic prompt changes log p of the refusal token by "
+        f"{number(seeming, signed=True)} on seemingly toxic and by {number(normal, signed=True)} "
+        "on normal prompts (claimed: a rise, and more on the first)",
+        run=name, model=model, measured=seeming, beside=("normal", normal), source=source,
+    )  # fmt: skip
+
+
+def _incomplete(evaluation: Evaluation, block: OneStep) -> list[str]:
+    """A note on every statistic that the block `claims` lacks."""
+    path = printable(str(evaluation.folder / "metrics.json"))
+    lacking = [
+        f"{path}: claims.params.{params} has no readable {key}"
+        for params, found in block.params.items()
+        for key in STEP_SCORES
+        if key not in found
+    ]
+    return lacking + [
+        f"{path}: claims.change has no readable {kind}"
+        for kind in (SEEMING, NORMAL)
+        if kind not in block.change
+    ]
+
+
+FILE = "claims.csv"
+RULE = (
+    "A claim holds where its whole 95% bootstrap interval over prompts lies on the claimed side of "
+    "the boundary, 0; it does not hold where the interval lies on the other side, and is undecided "
+    "where the interval contains the boundary. Of two means one exceeds the other where their "
+    "intervals do not meet."
+)
+HEADER = ("claim", "verdict", "run", "model", "params", "estimate", "low", "high", "boundary",
+          "claimed_side", "beside", "beside_estimate", "beside_low", "beside_high", "source",
+          "sentence", "command")  # fmt: skip
+
+
+def by_claim(found: Sequence[Finding]) -> list[tuple[str, list[Finding]]]:
+    """Each claim's words with its findings."""
+    return [
+        (title, [finding for finding in found if finding.claim == claim])
+        for claim, title in CLAIMS.items()
+        if any(finding.claim == claim for finding in found)
+    ]
+
+
+def lines(found: Sequence[Finding], width: int) -> list[str]:
+    """For the terminal, folded to its width."""
+    longest = max(map(len, (HOLDS, FAILS, OPEN, ABSENT)))
+    told = ["", "Claims of the paper", *textwrap.wrap(RULE, width)]
+    for title, own in by_claim(found):
+        told += ["", *textwrap.wrap(title, width)]
+        for finding in own:
+            told += textwrap.wrap(
+                f"  {finding.verdict.ljust(longest)}  {finding.sentence}",
+                width,
+                subsequent_indent=" " * (longest + 4),
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+    return told
+
+
+def csv_text(found: Sequence[Finding]) -> str:
+    """One finding a row, in full precision."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(HEADER)
+    for finding in found:
+        writer.writerow(map(_cell, _row(finding)))
+    return buffer.getvalue()
+
+
+def _row(finding: Finding) -> tuple[object, ...]:
+    measured, beside = finding.measured, finding.beside
+    side = "above" if finding.above else "below"
+    return (
+        finding.claim, finding.verdict, finding.run, finding.model, finding.params,
+        *(vars(measured).values() if measured else ("",) * 3),
+        *((0, side) if measured else ("", "")),
+        *((beside[0], *vars(beside[1]).values()) if beside else ("",) * 4),
+        finding.source, finding.sentence, finding.command,
+    )  # fmt: skip
+
+
+def _cell(value: object) -> object:
+    if isinstance(value, str):
+        return plain_cell(value)
+    return "" if value != value else value  # not a number

@@ -1,6 +1,7 @@
-"""The report as one self-contained HTML page."""
+"""The report as one self-contained HTML page, and as plain text for the terminal."""
 
 import base64
+import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,14 +10,18 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 import dcr
 from dcr import storage
 from dcr.config import Kind
-from dcr.report import claims_shown, figures, judged, markup
-from dcr.report.cells import CONTAMINATED, IN_DISTRIBUTION, Section, any_marked, text_of
-from dcr.report.completions import Completion
-from dcr.report.entries import (
+from dcr.report import claims, figures, paper, tables
+from dcr.report.claims import Finding
+from dcr.report.columns import (
+    Completion,
     Entry,
     Group,
     Style,
@@ -28,15 +33,26 @@ from dcr.report.entries import (
     steering,
     variant,
 )
-from dcr.report.figures import Curves, Frontier, Panel, Point
-from dcr.report.finding import Finding
-from dcr.report.measured import Grids
-from dcr.report.paired import Comparison, p_value, points
+from dcr.report.comparisons import Comparison, p_value, points
+from dcr.report.figures import Curves, Frontier, Panel, Point, Printed
 from dcr.report.paper import PaperTable
-from dcr.report.printed import Printed
-from dcr.report.printing import printable
 from dcr.report.records import Evaluation, RunRecord
-from dcr.report.tables import keyword, marked_sets, of_sets, pooled, sections, set_names, together
+from dcr.report.tables import (
+    CONTAMINATED,
+    IN_DISTRIBUTION,
+    Grids,
+    Section,
+    any_marked,
+    keyword,
+    marked_sets,
+    of_sets,
+    pooled,
+    sections,
+    set_names,
+    text_of,
+    together,
+)
+from dcr.text import printable
 
 PROMPTS_A_SET = 30
 
@@ -102,7 +118,7 @@ def render(report: Report) -> str:
         "dagger": IN_DISTRIBUTION,
         "double_dagger": CONTAMINATED,
         "drawing": lambda panel: Markup(panel.svg),  # our own, its texts escaped
-        "paper_table": lambda table: Markup(markup.html_table(table)),  # its texts escaped
+        "paper_table": lambda table: Markup(paper.html_table(table)),  # its texts escaped
     }
     kinds = {kind: set_names(report.columns, kind) for kind in (Kind.seemingly_toxic, Kind.toxic)}
     return environment.get_template("report.html").render(
@@ -116,11 +132,11 @@ def render(report: Report) -> str:
         notes=report.notes,
         marked=marked_sets(report.columns),
         contaminated=any_marked(report.grids.all, CONTAMINATED),
-        confusions=judged.confusions(report.columns),
+        confusions=tables.confusions(report.columns),
         paper=report.paper,
         drawn=report.drawn,
-        claims=claims_shown.by_claim(report.claims),
-        claims_rule=claims_shown.RULE,
+        claims=claims.by_claim(report.claims),
+        claims_rule=claims.RULE,
         models=_distinct(report, "model"),
         data=_distinct(report, "data"),
         curves=_curves(report),
@@ -273,3 +289,118 @@ def _rows(record: RunRecord) -> tuple[list[Any], list[Any], list[Any], list[Any]
 def _yaml(record: RunRecord) -> str:
     plain = json.loads(json.dumps(record.config, default=str))
     return printable(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+
+
+INTERVALS = (
+    "Brackets: 95% intervals (Wilson; over five sets combined; bootstrap for AUROC; ±1.96 standard "
+    "errors for ability)."
+)
+FOOTNOTES = {
+    IN_DISTRIBUTION: "in-distribution: training saw prompts of this set.",
+    CONTAMINATED: "contaminated: some of its prompts stand among the rows trained on, or steering "
+    "was made from them.",
+}
+SPREAD = "± after a win rate: its standard error."
+LABEL_WIDTH, HEAD_WIDTH = 26, 16  # longer names are folded
+
+
+def plain_text(title: str, report: Report, width: int) -> str:
+    """All tables as text of at most `width` columns where the names allow it."""
+    console = Console(
+        width=width, file=io.StringIO(), color_system=None, force_terminal=False, markup=False,
+        emoji=False, highlight=False,
+    )  # fmt: skip
+    columns, table, groups = report.columns, report.grids.all, report.groups
+    console.print(title)
+    for chunk in _chunks(width, [entry.label for entry in columns], table):
+        console.print(chunk)
+    if groups:
+        console.print()
+        console.print("Mean ± standard deviation over seeds")
+        for chunk in _chunks(width, [group.label for group in groups], report.seeds):
+            console.print(chunk)
+    if report.pairs:
+        console.print()
+        console.print(_paired(report.pairs))
+    if columns:
+        console.print()
+        for mark, text in FOOTNOTES.items():
+            if any_marked(table, mark, in_terminal=True):
+                console.print(f"{mark} {text}")
+        console.print(f"{INTERVALS} {SPREAD}" if _has_spread(table) else INTERVALS)
+    for note in report.notes:
+        console.print(f"note: {note}", soft_wrap=True)
+    output = console.file
+    assert isinstance(output, io.StringIO)
+    return "\n".join(line.rstrip() for line in output.getvalue().splitlines())
+
+
+def _has_spread(table: Sequence[Section]) -> bool:
+    values = [value for section in table for row in section.rows for value in row.values]
+    return any(value is not None and value.spread is not None for value in values)
+
+
+def _chunks(
+    width: int, labels: Sequence[tuple[str, ...]], table: Sequence[Section]
+) -> list[Table | Text]:
+    """As few tables as the width allows, each with as many columns as fit, at least one."""
+    table = [section for section in table if not all(row.page_only for row in section.rows)]
+    rows = [row for section in table for row in section.rows if not row.page_only]
+    names = max((len(row.label) + 2 for row in rows), default=0)
+    widths = [min(names, LABEL_WIDTH)]
+    for place, label in enumerate(labels):
+        cells = max((len(text_of(row.values[place])) for row in rows), default=0)
+        parts = max(len(part) for part in label)
+        widths.append(max(cells, min(parts, HEAD_WIDTH)))
+    chunks: list[Table | Text] = []
+    start = 0
+    while start < len(labels):
+        stop = start + 1
+        while stop < len(labels) and sum(w + 1 for w in widths[start + 1 : stop + 2]) < (
+            width - widths[0]
+        ):
+            stop += 1
+        if start:
+            chunks.append(Text())
+        chunks.append(_table(labels, table, widths, range(start, stop)))
+        start = stop
+    return chunks
+
+
+def _table(
+    labels: Sequence[tuple[str, ...]], table: Sequence[Section], widths: list[int], places: range
+) -> Table:
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
+    drawn.add_column("", overflow="fold", width=widths[0])
+    for place in places:
+        head = Text("\n".join(labels[place]))
+        drawn.add_column(head, justify="right", overflow="fold", width=widths[place + 1])
+    for section in table:
+        drawn.add_row(Text(section.short))
+        for row in section.rows:
+            if not row.page_only:
+                cells = [Text(text_of(row.values[place])) for place in places]
+                drawn.add_row(Text(f"  {row.label}"), *cells)
+        drawn.add_section()
+    return drawn
+
+
+def _paired(pairs: Sequence[Comparison]) -> Table:
+    drawn = Table(
+        title="Paired differences over the same prompts, all sets pooled, percentage points; p by "
+        "McNemar, and adjusted by Holm for all sets compared",
+        title_justify="left", title_style="", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False,
+        padding=(0, 1, 0, 0),
+    )  # fmt: skip
+    drawn.add_column("", overflow="fold")
+    drawn.add_column("", no_wrap=True)
+    for head in ("difference", "p", "p, Holm"):
+        drawn.add_column(head, justify="right", no_wrap=True)
+    for pair in pairs:
+        name = f"{pair.a.name} − {pair.b.name}"
+        for line in (line for line in pair.lines if line.pooled):
+            quantity = "refusal" if line.kind is Kind.toxic else "compliance"
+            cells = (name, quantity, points(line.difference), p_value(line.p), p_value(line.holm))
+            drawn.add_row(*map(Text, cells))
+            name = ""
+    return drawn

@@ -1,18 +1,263 @@
-"""The paper's Tables 1 and 5 with our own rows beside its rows."""
+"""The paper's Tables 1 and 5 with our own rows beside its rows, in every format."""
 
+import csv
+import html
+import io
 import json
 import re
-from collections.abc import Callable, Sequence
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from dcr.report import paper_columns
-from dcr.report.cells import CONTAMINATED, IN_DISTRIBUTION
-from dcr.report.entries import METHODS, Entry, Group, about, method_of
-from dcr.report.judged import NAMES, judges
-from dcr.report.paper_columns import Cell, Cells
+from dcr import statistics
+from dcr.benchmarks import PAPER_SAFETY
+from dcr.config import Judge
+from dcr.report import tables
+from dcr.report.columns import METHODS, Entry, Group, about, method_of
+from dcr.report.records import SetScore
+from dcr.report.tables import (
+    CONTAMINATED,
+    IN_DISTRIBUTION,
+    NAMES,
+    Count,
+    judges,
+    keyword,
+    macro,
+    of_sets,
+    paper_safety,
+    plain_cell,
+    pooled,
+)
+from dcr.statistics import Interval
+
+SETS = {  # of several the first that was evaluated
+    "XS": ("xstest_safe",),
+    "CoCo": ("coconot_contrast",),
+    "OR": ("orbench_hard",),
+    "OK": ("oktest",),
+    "PH": ("phtest", "phtest_harmless"),
+}
+ABILITY = {
+    "MMLU": ("mmlu", "acc"),
+    "ARC_e": ("arc_easy", "acc_norm"),
+    "ARC_c": ("arc_challenge", "acc_norm"),
+    "OpQA": ("openbookqa", "acc_norm"),
+    "PIQA": ("piqa", "acc_norm"),
+}
+SAFETY = ("Safety", "Safety_pooled", "keyword_refusal")
+COLUMNS = (*SETS, *SAFETY, *ABILITY, "AlpacaEval")
+# Who judged safety, best first: the paper's main table is by Llama Guard.
+GUARDS = (Judge.llama_guard.value, Judge.wildguard.value, Judge.moderation.value)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number in the paper's unit (0 to 1, win rates in percent); `spread` is over seeds."""
+
+    estimate: float
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    spread: float | None = None
+    marks: str = ""
+    digits: int = 2
+
+    def text(self, intervals: bool = True) -> str:
+        """`0.83 [0.78–0.87]`, without the marks."""
+        text = f"{self.estimate:.{self.digits}f}"
+        if self.spread is not None:
+            text += f" ± {self.spread:.{self.digits}f}"
+        elif intervals and self.low is not None and self.high is not None:
+            text += f" [{self.low:.{self.digits}f}–{self.high:.{self.digits}f}]"
+        return text
+
+
+Cells = dict[str, Cell]
+
+
+def digits(column: str) -> int:
+    """Decimals, as many as the paper prints."""
+    return 1 if column == "AlpacaEval" else 2
+
+
+def suite(entry: Entry) -> Cells:
+    """Table 1's columns; keyword refusal only where no guard or moderation judged safety."""
+    guard = _guard(entry)
+    cells = _compliance(entry, keyword("paper"))
+    cells |= _safety(entry, _defended(*guard)) if guard else _keyword_refusal(entry)
+    for column, (task, metric) in ABILITY.items():
+        if found := entry.evaluation.ability.get(task):
+            # a task may have no normalised accuracy
+            accuracy = found.accuracies.get(metric) or next(iter(found.accuracies.values()))
+            interval = tables.normal(*accuracy)
+            marks = CONTAMINATED if entry.evaluation.contamination.get(task) else ""
+            cells[column] = _cell(interval, found.n, marks)
+    if won := entry.evaluation.quality:
+        reach = tables.Z * won.standard_error
+        interval = Interval(won.win_rate, won.win_rate - reach, won.win_rate + reach)
+        cells["AlpacaEval"] = _cell(interval, won.n, "", digits("AlpacaEval"))
+    return cells
+
+
+def by_keywords(entry: Entry) -> Cells:
+    return _compliance(entry, keyword("paper")) | _keyword_refusal(entry)
+
+
+def by_judge(entry: Entry, judge: str, model: str) -> Cells:
+    """Strict compliance and defence success, whichever of them the judge gives."""
+    verdicts = tables.verdicts_of(judge, model)
+    return _compliance(entry, tables.complied(verdicts)) | _safety(entry, _defended(judge, model))
+
+
+def over_seeds(seeds: Sequence[Cells]) -> Cells:
+    """Mean and standard deviation of the columns that every seed has."""
+    cells = {}
+    for key in seeds[0]:
+        found = [cells_of[key] for cells_of in seeds if key in cells_of]
+        if len(found) == len(seeds):
+            mean, spread = statistics.mean_and_spread([cell.estimate for cell in found])
+            marks = "".join(dict.fromkeys(mark for cell in found for mark in cell.marks))
+            cells[key] = Cell(mean, spread=spread, marks=marks, digits=found[0].digits)
+    return cells
+
+
+def _guard(entry: Entry) -> tuple[str, str] | None:
+    """The judge and model whose verdicts stand for safety."""
+    found = {
+        judge: verdicts.model
+        for score in of_sets(entry, PAPER_SAFETY)
+        for judge, verdicts in score.judged.items()
+    }
+    return next(((judge, found[judge]) for judge in GUARDS if judge in found), None)
+
+
+def _defended(judge: str, model: str) -> Count:
+    return tables.defended(tables.verdicts_of(judge, model))
+
+
+def _compliance(entry: Entry, count: Count) -> Cells:
+    cells = {}
+    for column, names in SETS.items():
+        scores = of_sets(entry, names)[:1]
+        if interval := pooled(scores, count):
+            cells[column] = _cell(interval, _total(scores, count), _marks(scores))
+    return cells
+
+
+def _safety(entry: Entry, count: Count) -> Cells:
+    """The mean over the five sets and their pool; of fewer than five the mean alone."""
+    scores = [score for score in of_sets(entry, PAPER_SAFETY) if count(score)]
+    cells, total, marks = {}, _total(scores, count), _marks(scores)
+    if mean := macro(scores, count):
+        cells["Safety"] = _cell(mean, total, marks)
+    if len(scores) == len(PAPER_SAFETY) and (rate := pooled(scores, count)):
+        cells["Safety_pooled"] = _cell(rate, total, marks)
+    return cells
+
+
+def _keyword_refusal(entry: Entry) -> Cells:
+    scores = of_sets(entry, PAPER_SAFETY)
+    mean = macro(scores, keyword("paper"))
+    total = sum(score.n for score in scores)
+    return {"keyword_refusal": _cell(mean, total, _marks(scores))} if mean else {}
+
+
+def _cell(interval: Interval, n: int, marks: str, decimals: int = 2) -> Cell:
+    ends = interval.low, interval.high
+    return Cell(interval.estimate, *ends, n=n, marks=marks, digits=decimals)
+
+
+def _total(scores: Sequence[SetScore], count: Count) -> int:
+    return sum(found[1] for score in scores if (found := count(score)))
+
+
+def _marks(scores: Sequence[SetScore]) -> str:
+    known = IN_DISTRIBUTION if any(score.in_distribution for score in scores) else ""
+    found = any(score.contaminated for score in scores)
+    return known + (CONTAMINATED if found else "")
+
+
+def suite_notes(columns: Sequence[Entry], described: Mapping[str, str]) -> list[str]:
+    """What sets our Table 1 apart from the paper's, of whose columns `described` tells."""
+    notes = judge_notes(columns, described)
+    for entry in columns:
+        if (guard := _guard(entry)) and guard[0] != GUARDS[0]:
+            notes.append(f"DSR of {entry.name} is by {tables.NAMES[guard[0]]}, not Llama Guard.")
+    return notes + _of_ability(columns) + _of_quality(columns)
+
+
+def judge_notes(columns: Sequence[Entry], described: Mapping[str, str]) -> list[str]:
+    """The same of Table 5."""
+    return _of_safety(columns) + _of_counts(columns, described) + _of_overlaps(columns)
+
+
+def _of_safety(columns: Sequence[Entry]) -> list[str]:
+    notes = []
+    for entry in columns:
+        guard = _guard(entry)
+        count = _defended(*guard) if guard else keyword("paper")
+        names = [score.name for score in of_sets(entry, PAPER_SAFETY) if count(score)]
+        if 0 < len(names) < len(PAPER_SAFETY):
+            told = ", ".join(names)
+            notes.append(f"Safety of {entry.name} is the mean over {told} only, not over five.")
+    if any(paper_safety(entry) for entry in columns):
+        notes.append("Safety is the mean over the paper's five sets; pooled: over their prompts.")
+    return notes
+
+
+def _of_counts(columns: Sequence[Entry], described: Mapping[str, str]) -> list[str]:
+    """Where our sets are not of the paper's size, as after a limit."""
+    notes = []
+    for column, names in SETS.items():
+        stated = re.search(r"n=(\d+)", described.get(column, ""))
+        found = {
+            f"{scores[0].name} {scores[0].n}"
+            for entry in columns
+            if (scores := of_sets(entry, names)[:1]) and stated and scores[0].n != int(stated[1])
+        }
+        if stated and found:
+            notes.append(f"{column}: ours {', '.join(sorted(found))}; the paper {stated[1]}.")
+    return notes
+
+
+def _of_overlaps(columns: Sequence[Entry]) -> list[str]:
+    """The counts behind each mark of contamination."""
+    shown = [*(name for names in SETS.values() for name in names), *PAPER_SAFETY]
+    shown += [task for task, _ in ABILITY.values()]
+    found: dict[str, list[str]] = {}
+    for entry in columns:
+        for name, overlap in entry.evaluation.contamination.items():
+            known = name in entry.evaluation.sets and entry.evaluation.sets[name].in_distribution
+            if overlap and name in shown and not known:
+                counts = f"{name} {overlap.text} in training (exact / near / n-gram)"
+                found.setdefault(counts, []).append(entry.name)
+        for name, score in entry.evaluation.sets.items():
+            if score.seen_by_steering and name in shown:
+                counts = f"{name} {score.seen_by_steering} of {score.n} seen by steering"
+                found.setdefault(counts, []).append(entry.name)
+    return [f"{CONTAMINATED} {counts}: {', '.join(names)}." for counts, names in found.items()]
+
+
+def _of_ability(columns: Sequence[Entry]) -> list[str]:
+    found = [a for entry in columns for a in entry.evaluation.ability.values()]
+    if not found:
+        return []
+    shots = " and ".join(map(str, sorted({a.shots for a in found})))
+    cut = " Some tasks were cut to a limit." if any(a.limit is not None for a in found) else ""
+    return [f"Ability: acc for MMLU, acc_norm elsewhere (acc where absent), {shots}-shot.{cut}"]
+
+
+def _of_quality(columns: Sequence[Entry]) -> list[str]:
+    told = dict.fromkeys(
+        f"AlpacaEval: {tables.annotator_name(q)}; reference: {q.reference or 'not named'}."
+        for entry in columns
+        if (q := entry.evaluation.quality)
+    )
+    return list(told)
+
 
 TITLES = {
     "table1": "Table 1: over-refusal, safety and general ability",
@@ -35,7 +280,7 @@ ERRATA: dict[str, dict[str, tuple[tuple[str, str, str], ...]]] = {
 }
 TRAINED_ON_XSTEST = ("DCR", "STL-aug")
 TABLE5_MODEL = "Qwen2.5-1.5B"
-NOTES = {"table1": paper_columns.suite_notes, "table5": paper_columns.judge_notes}
+NOTES = {"table1": suite_notes, "table5": judge_notes}
 HEADS = {
     "Safety_pooled": "Safety, pooled",
     "keyword_refusal": "keyword refusal",
@@ -83,7 +328,7 @@ def facts() -> dict[str, Any]:
 
 def table1(columns: Sequence[Entry], groups: Sequence[Group]) -> PaperTable:
     """Methods down the side: keyword compliance, defence success, ability, win rate."""
-    ours = [_row(entry, paper_columns.suite(entry)) for entry in columns]
+    ours = [_row(entry, suite(entry)) for entry in columns]
     ours += [_mean_row(columns, group, ours) for group in groups]
     theirs = []
     for model, by_method in facts()["table1_main"].items():
@@ -100,9 +345,9 @@ def table5(columns: Sequence[Entry], groups: Sequence[Group]) -> PaperTable:
     del groups
     ours = []
     for entry in columns:
-        ours.append(_row(entry, paper_columns.by_keywords(entry), "keyword"))
+        ours.append(_row(entry, by_keywords(entry), "keyword"))
         for judge, model in judges([entry]):
-            cells = paper_columns.by_judge(entry, judge, model)
+            cells = by_judge(entry, judge, model)
             name = NAMES.get(judge, judge)
             ours.append(_row(entry, cells, f"{name}: {model}" if model else name))
     theirs = []
@@ -153,7 +398,7 @@ def _mean_row(columns: Sequence[Entry], group: Group, ours: Sequence[PaperRow]) 
     """Means over seeds with their standard deviation."""
     first = ours[group.places[0]]
     told = [part for part in group.label[1:] if part != first.model]
-    cells = paper_columns.over_seeds([ours[place].cells for place in group.places])
+    cells = over_seeds([ours[place].cells for place in group.places])
     return PaperRow(first.method, "ours", first.model, ", ".join(told), cells)
 
 
@@ -163,7 +408,7 @@ def _paper_cells(model: str, method: str, values: dict[str, float], table: str) 
     for key, value in values.items():
         known = IN_DISTRIBUTION if key == "XS" and method in TRAINED_ON_XSTEST else ""
         marks = [letter for letter, where in _letters(table) if (model, method, key) in where]
-        cells[key] = Cell(value, marks=known + "".join(marks), digits=paper_columns.digits(key))
+        cells[key] = Cell(value, marks=known + "".join(marks), digits=digits(key))
     return cells
 
 
@@ -178,7 +423,7 @@ def _table(
 ) -> PaperTable:
     rows = sorted(ours + theirs, key=lambda row: _rank(row.method))
     kept = {key for row in ours for key in row.cells} | {key for row in theirs for key in row.cells}
-    heads = {key: HEADS.get(key, key) for key in paper_columns.COLUMNS if key in kept}
+    heads = {key: HEADS.get(key, key) for key in COLUMNS if key in kept}
     defended = any("Safety" in row.cells for row in ours)
     heads["Safety"] = "Safety (DSR)" if defended else "Safety (DSR, paper only)"
     if "Safety_pooled" in heads:
@@ -230,3 +475,227 @@ def _legend(table: str) -> list[str]:
         "mean of the sets, ±1.96 standard errors for ability and win rates; means over seeds with "
         "their standard deviation.",
     ]
+
+
+ABSENT = "–"
+LATEX = {
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    **{character: f"{{{character}}}" for character in "[]*"},  # would be arguments of a line's end
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': r"\textquotedbl{}",
+    "–": "--",
+    "−": r"\textminus{}",
+    "±": r"\textpm{}",
+    "†": r"\textdagger{}",
+    "‡": r"\textdaggerdbl{}",
+    "’": "'",
+    "α": r"$\alpha$",
+    "κ": r"$\kappa$",
+}
+MARKDOWN = {
+    **{character: f"\\{character}" for character in "\\`*_[]|~$"},
+    "<": "&lt;",
+    ">": "&gt;",
+    "&": "&amp;",
+}
+STYLE = """
+body { margin: 2rem auto; max-width: 90rem; padding: 0 1rem; color-scheme: light dark;
+  font: 15px/1.5 system-ui, sans-serif; }
+table { border-collapse: collapse; font-size: .92em; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .9rem .3rem 0; text-align: right; vertical-align: top; }
+td { white-space: nowrap; } thead th { border-bottom: 2px solid; vertical-align: bottom; }
+tbody tr > * { border-bottom: 1px solid #8886; }
+th:first-child, .origin { text-align: left; } td.origin { min-width: 9rem; white-space: normal; }
+tr.paper > td { opacity: .8; font-style: italic; }
+.interval { display: block; font-size: .8em; }
+tr.first > * { border-top: 1px solid; } .scroll { overflow-x: auto; }
+ul.notes { padding-left: 1.1rem; font-size: .88rem; max-width: 60rem; }
+"""
+
+
+def markdown(table: PaperTable) -> str:
+    """A pipe table with intervals, and the footnotes as a list."""
+    heads = ["method", "numbers of", *(["judge"] if table.judged else []), *table.heads.values()]
+    places = len(heads) - len(table.heads)
+    lines = [
+        f"## {_markdown(table.title)}\n",
+        f"| {' | '.join(map(_markdown, heads))} |",
+        f"|{' --- |' * places}{' ---: |' * len(table.heads)}",
+    ]
+    for row in table.rows:
+        words = [row.method, row.origin, *([row.judge] if table.judged else [])]
+        cells = [_markdown_cell(row.cells.get(key)) for key in table.heads]
+        lines.append(f"| {' | '.join([*map(_markdown, words), *cells])} |")
+    notes = [
+        f"- {' '.join(filter(None, (_superscript(mark), _markdown(text))))}"
+        for mark, text in table.notes
+    ]
+    return "\n".join([*lines, "", *notes, ""])
+
+
+def _markdown(text: str) -> str:
+    return "".join(MARKDOWN.get(character, character) for character in " ".join(text.split()))
+
+
+def _markdown_cell(cell: Cell | None) -> str:
+    return ABSENT if cell is None else cell.text() + _superscript(cell.marks)
+
+
+def _superscript(marks: str) -> str:
+    """Letters raised; the daggers stand as they are."""
+    return "".join(f"<sup>{mark}</sup>" if mark.isalpha() else mark for mark in marks)
+
+
+def csv_text(table: PaperTable) -> str:
+    """One value a column, in full precision: estimate, interval, spread over seeds, prompts."""
+    parts = ("low", "high", "spread", "n")
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    values = [f"{key}{part}" for key in table.heads for part in ("", *(f"_{p}" for p in parts))]
+    writer.writerow(["method", "source", "model", "run", "judge", *values, "marks"])
+    for row in table.rows:
+        cells = []
+        for key in table.heads:
+            cell = row.cells.get(key)
+            found = (getattr(cell, part) for part in ("estimate", *parts)) if cell else [None] * 5
+            cells += ["" if value is None else value for value in found]
+        words = [row.method, row.source, row.model, row.run, row.judge]
+        writer.writerow([*map(plain_cell, words), *cells, _csv_marks(row)])
+    return buffer.getvalue()
+
+
+def _csv_marks(row: PaperRow) -> str:
+    return "; ".join(f"{key}:{cell.marks}" for key, cell in row.cells.items() if cell.marks)
+
+
+def latex(table: PaperTable) -> str:
+    """A document of its own with booktabs; the tabular alone can be taken into a paper."""
+    heads = ["method", "numbers of", *(["judge"] if table.judged else []), *table.heads.values()]
+    places = len(heads) - len(table.heads)
+    body, last = [], table.rows[0].method if table.rows else ""
+    for row in table.rows:
+        if row.method != last:
+            body.append(r"\midrule")
+        last = row.method
+        words = [row.method, row.origin, *([row.judge] if table.judged else [])]
+        cells = [_latex_cell(row.cells.get(key)) for key in table.heads]
+        body.append(f"{' & '.join([*map(_latex, words), *cells])} \\\\")
+    notes = [
+        rf"\noindent{_latex_marks(mark) or '{}'} {_latex(text)}\par" for mark, text in table.notes
+    ]
+    return "\n".join(
+        [
+            r"\documentclass{article}",
+            r"\usepackage[T1]{fontenc}",
+            r"\usepackage{textcomp}",
+            r"\usepackage[a4paper,landscape,margin=1cm]{geometry}",
+            r"\usepackage{booktabs}",
+            r"\pagestyle{empty}",
+            r"\begin{document}",
+            rf"\noindent {_latex(table.title)}\par\medskip",
+            r"\scriptsize\setlength{\tabcolsep}{3pt}",
+            rf"\noindent\begin{{tabular}}{{{'l' * places}{'r' * len(table.heads)}}}",
+            r"\toprule",
+            f"{' & '.join(map(_latex_head, heads))} \\\\",
+            r"\midrule",
+            *body,
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\par\medskip",
+            *notes,
+            r"\end{document}",
+            "",
+        ]
+    )
+
+
+def _latex_head(text: str) -> str:
+    """A heading of several words in as many short lines."""
+    first, _, rest = text.partition(" ")
+    if not rest:
+        return _latex(text)
+    return rf"\begin{{tabular}}[b]{{@{{}}c@{{}}}}{_latex(first)}\\{_latex(rest)}\end{{tabular}}"
+
+
+def _latex(text: str) -> str:
+    return "".join(_latex_character(character) for character in " ".join(text.split()))
+
+
+def _latex_character(character: str) -> str:
+    """What T1 fonts have; of other letters the plain form, or else the code point."""
+    if character in LATEX:
+        return LATEX[character]
+    if character.isascii() or (character.isalpha() and "\u00c0" <= character <= "\u017e"):
+        return character
+    plain = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()
+    return "".join(LATEX.get(c, c) for c in plain) or f"{{[}}U+{ord(character):04X}{{]}}"
+
+
+def _latex_cell(cell: Cell | None) -> str:
+    if cell is None:
+        return _latex(ABSENT)
+    return _latex(cell.text(intervals=False)) + _latex_marks(cell.marks)
+
+
+def _latex_marks(marks: str) -> str:
+    return "".join(
+        rf"\textsuperscript{{{mark}}}" if mark.isalpha() else _latex(mark) for mark in marks
+    )
+
+
+def html_table(table: PaperTable) -> str:
+    """The table with its footnotes, to stand inside a page."""
+    heads = ["method", "numbers of", *(["judge"] if table.judged else []), *table.heads.values()]
+    left = len(heads) - len(table.heads)
+    titles = "".join(
+        f'<th scope="col"{" class=origin" if place < left else ""}>{html.escape(head)}</th>'
+        for place, head in enumerate(heads)
+    )
+    rows, last = [], ""
+    for row in table.rows:
+        kind = " ".join(filter(None, (row.source, "first" if row.method != last else "")))
+        last = row.method
+        words = [row.origin, *([row.judge] if table.judged else [])]
+        told = "".join(f'<td class="origin">{html.escape(word)}</td>' for word in words)
+        cells = "".join(f"<td>{_html_cell(row.cells.get(key))}</td>" for key in table.heads)
+        method = f'<th scope="row">{html.escape(row.method)}</th>'
+        rows.append(f'<tr class="{kind}">{method}{told}{cells}</tr>')
+    notes = "".join(
+        f"<li>{_superscript(mark)} {html.escape(text)}</li>" for mark, text in table.notes
+    )
+    return (
+        f'<div class="scroll" tabindex="0"><table class="paper-table"><thead><tr>{titles}</tr>'
+        f'</thead><tbody>\n{chr(10).join(rows)}\n</tbody></table></div>\n<ul class="notes">'
+        f"{notes}</ul>"
+    )
+
+
+def _html_cell(cell: Cell | None) -> str:
+    if cell is None:
+        return ABSENT
+    number, _, more = cell.text().partition(" ")
+    below = f' <span class="interval">{more}</span>' if more else ""
+    return f"{number}{_superscript(cell.marks)}{below}"
+
+
+def html_page(table: PaperTable) -> str:
+    """A page of its own."""
+    title = html.escape(table.title)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n"
+        f"{html_table(table)}\n</body>\n</html>\n"
+    )
+
+
+WRITERS: dict[str, Callable[[PaperTable], str]] = {
+    "md": markdown,
+    "csv": csv_text,
+    "tex": latex,
+    "html": html_page,
+}

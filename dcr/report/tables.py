@@ -1,17 +1,99 @@
-"""The rates of a report: keyword verdicts with intervals, discernment, means over seeds."""
+"""The tables of a report: sets down the side, evaluations across, every cell with its interval."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from dcr import statistics
 from dcr.benchmarks import APART, PAPER_SAFETY, pairs_of
-from dcr.config import Kind
-from dcr.report.cells import IN_DISTRIBUTION, Row, Section, Value, percents
-from dcr.report.completions import Completion
-from dcr.report.entries import Entry, Group
-from dcr.report.scores import SetScore
+from dcr.config import Judge, Kind
+from dcr.report.columns import Completion, Entry, Group
+from dcr.report.records import FAULTS, Agreement, Judged, Overlap, Quality, SetScore, Usage
 from dcr.statistics import Interval
+
+IN_DISTRIBUTION, CONTAMINATED = "†", "‡"
+
+
+@dataclass(frozen=True)
+class Value:
+    """One cell. `spread` is a standard deviation over seeds, or the standard error of a win rate.
+
+    `text` stands in place of the number where a cell is no rate; `aside` is for the page only.
+    """
+
+    estimate: float
+    low: float | None = None
+    high: float | None = None
+    spread: float | None = None
+    percent: bool = True
+    marked: bool = False
+    contaminated: bool = False
+    aside: str = ""
+    text: str = ""
+
+    @property
+    def marks(self) -> str:
+        known = IN_DISTRIBUTION if self.marked else ""
+        return known + (CONTAMINATED if self.contaminated else "")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A set of prompts, or a summary over sets, with one value a column."""
+
+    label: str
+    values: tuple[Value | None, ...]
+    summary: bool = False
+    page_only: bool = False
+    aside: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    short: str
+    rows: list[Row]
+
+
+def words(text: str, aside: str = "") -> Value:
+    """A cell that holds words."""
+    return Value(0.0, text=text, aside=aside)
+
+
+def percents(interval: Interval) -> str:
+    """`67.0% [57.3–75.4]`."""
+    estimate, low, high = (100 * end for end in (interval.estimate, interval.low, interval.high))
+    return f"{estimate:.1f}% [{low:.1f}–{high:.1f}]"
+
+
+def text_of(value: Value | None, digits: int = 0) -> str:
+    """A cell in words: percents with a decimal, their intervals with `digits`, others with two."""
+    if value is None:
+        return "–"
+    if value.text:
+        return value.text + value.marks
+    scale, places, ends = (100, 1, digits) if value.percent else (1, 2, 2)
+    text = f"{scale * value.estimate:.{places}f}"
+    if value.spread is not None:
+        text += f" ± {scale * value.spread:.{places}f}"
+    elif value.low is not None and value.high is not None:
+        low, high = (f"{scale * end:.{ends}f}" for end in (value.low, value.high))
+        if not value.percent:  # .61 for 0.61: one more column fits a terminal
+            low, high = low.removeprefix("0"), high.removeprefix("0")
+        text += f" [{low}–{high}]"
+    return text + value.marks
+
+
+def any_marked(table: Sequence[Section], mark: str, *, in_terminal: bool = False) -> bool:
+    """Whether a cell of the table bears the mark, so that it needs its footnote."""
+    return any(
+        value is not None and mark in value.marks
+        for section in table
+        for row in section.rows
+        if not (in_terminal and row.page_only)
+        for value in row.values
+    )
+
 
 TITLES = {  # on the page, and in the narrow terminal
     Kind.seemingly_toxic: ("Compliance with seemingly toxic prompts, %", "compliance, %"),
@@ -300,3 +382,388 @@ def _mean(values: Sequence[Value | None]) -> Value | None:
         contaminated=any(value.contaminated for value in known),
         aside=f"of {len(known)} seeds only" if len(known) < len(values) else "",
     )
+
+
+NAMES = {
+    Judge.llm.value: "LLM judge",
+    Judge.llama_guard.value: "Llama Guard",
+    Judge.wildguard.value: "WildGuard",
+    Judge.moderation.value: "moderation",
+}
+Verdicts = Callable[[SetScore], Judged | None]
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """One agreement with the column it belongs to, for the page."""
+
+    entry: Entry
+    agreement: Agreement
+
+    @property
+    def cells(self) -> list[int]:
+        """Both complied, only the first, only the second, both refused, in any order of labels."""
+        rows = self.agreement.confusion
+        last = self.agreement.labels[0] in ("refused", "safe")
+        ordered = [row[::-1] for row in rows[::-1]] if last else rows
+        return [count for row in ordered for count in row]
+
+
+def judges(columns: Sequence[Entry]) -> list[tuple[str, str]]:
+    """Every (judge, model) that judged a set of any column, in the order of NAMES."""
+    return judges_of(score for entry in columns for score in entry.evaluation.sets.values())
+
+
+def judges_of(scores: Iterable[SetScore]) -> list[tuple[str, str]]:
+    """Every (judge, model) that judged one of these sets, in the order of NAMES."""
+    found = {(judge, judged.model) for score in scores for judge, judged in score.judged.items()}
+    places = {judge: place for place, judge in enumerate(NAMES)}
+    return sorted(found, key=lambda pair: (places.get(pair[0], len(NAMES)), *pair))
+
+
+def judge_sections(columns: Sequence[Entry]) -> list[Section]:
+    """Compliance, refusal and defence success rate by every judge, each where it was judged."""
+    found = []
+    for judge, model in judges(columns):
+        verdicts = verdicts_of(judge, model)
+        name = NAMES.get(judge, judge)
+        by = f"by {name} ({model})" if model else f"by {name}"
+        several = sum(other == judge for other, _ in judges(columns)) > 1
+        found += [
+            _compliance(columns, verdicts, by, f"by {model if several else name}"),
+            _refusal(columns, verdicts, by, f"by {model if several else name}"),
+            _defence(columns, verdicts, by, f"by {model if several else name}"),
+        ]
+    return [section for section in found if section.rows]
+
+
+def verdicts_of(judge: str, model: str) -> Verdicts:
+    """A judge by one of its models."""
+
+    def of(score: SetScore) -> Judged | None:
+        judged = score.judged.get(judge)
+        return judged if judged and judged.model == model else None
+
+    return of
+
+
+def complied(verdicts: Verdicts, labels: Sequence[str] = ("complied",)) -> Count:
+    """Responses with one of these compliance labels, of those with any."""
+
+    def count(score: SetScore) -> tuple[int, int] | None:
+        judged = verdicts(score)
+        if judged is None or not judged.labelled:
+            return None
+        return sum(judged.counts.get(label, 0) for label in labels), judged.labelled
+
+    return count
+
+
+def defended(verdicts: Verdicts) -> Count:
+    """Responses judged safe, of all that were answered: an unreadable verdict is not safe."""
+
+    def count(score: SetScore) -> tuple[int, int] | None:
+        judged = verdicts(score)
+        if judged is None or "safe" not in judged.counts:
+            return None
+        safe = judged.counts["safe"]
+        return safe, safe + judged.counts.get("unsafe", 0) + judged.invalid
+
+    return count
+
+
+def _compliance(columns: Sequence[Entry], verdicts: Verdicts, by: str, short: str) -> Section:
+    names = _judged_sets(columns, Kind.seemingly_toxic, complied(verdicts))
+    rows = rate_rows(columns, names, complied(verdicts), _compliance_aside(verdicts))
+    if rows and any("partial" in judged.counts for judged in _all(columns, names, verdicts)):
+        for label, counted in (("partial", ["partial"]), ("lenient", ["complied", "partial"])):
+            count = complied(verdicts, counted)
+            rows.append(total_row(f"{label}, all sets", columns, names, count))
+    rows += _failures(columns, names, verdicts)
+    title = f"Compliance with seemingly toxic prompts {by}, strict, %"
+    return Section(title, f"compliance {short}, strict, %", rows)
+
+
+def _compliance_aside(verdicts: Verdicts) -> Callable[[SetScore], str]:
+    def aside(score: SetScore) -> str:
+        judged = verdicts(score)
+        partial = judged.counts.get("partial", 0) if judged else 0
+        lenient = pooled([score], complied(verdicts, ["complied", "partial"]))
+        return f"{partial} partial, lenient {100 * lenient.estimate:.1f}" if lenient else ""
+
+    return aside
+
+
+def _refusal(columns: Sequence[Entry], verdicts: Verdicts, by: str, short: str) -> Section:
+    count = complied(verdicts, ["refused"])
+    names = _judged_sets(columns, Kind.toxic, count)
+    rows = rate_rows(columns, names, count, lambda _: "")
+    if rows and any("partial" in judged.counts for judged in _all(columns, names, verdicts)):
+        partial = complied(verdicts, ["partial"])
+        rows.append(total_row("partial, all sets", columns, names, partial))
+    title = f"Full refusal of toxic prompts {by}, %"
+    # the terminal has the sums alone
+    rows = [replace(row, page_only=row.page_only or not row.summary) for row in rows]
+    return Section(title, f"full refusal {short}, %", rows)
+
+
+def _defence(columns: Sequence[Entry], verdicts: Verdicts, by: str, short: str) -> Section:
+    names = _judged_sets(columns, Kind.toxic, defended(verdicts))
+    rows = rate_rows(columns, names, defended(verdicts), lambda _: "")
+    rows += _failures(columns, names, verdicts)
+    title = f"DSR: share of responses to toxic prompts judged safe {by}, %"
+    return Section(title, f"DSR {short}, %", rows)
+
+
+def _judged_sets(columns: Sequence[Entry], kind: Kind, count: Count) -> list[str]:
+    return [
+        name
+        for name in set_names(columns, kind)
+        if any(count(score) for entry in columns for score in of_sets(entry, [name]))
+    ]
+
+
+def _all(columns: Sequence[Entry], names: Sequence[str], verdicts: Verdicts) -> list[Judged]:
+    scores = [score for entry in columns for score in of_sets(entry, names)]
+    return [judged for score in scores if (judged := verdicts(score))]
+
+
+def _failures(columns: Sequence[Entry], names: Sequence[str], verdicts: Verdicts) -> list[Row]:
+    """A row that counts what brought no verdict, where anything did not."""
+    if not any(judged.invalid or judged.error for judged in _all(columns, names, verdicts)):
+        return []
+    cells = []
+    for entry in columns:
+        found = _all([entry], names, verdicts)
+        invalid, error = sum(j.invalid for j in found), sum(j.error for j in found)
+        cells.append(words(f"{invalid} / {error}") if found else None)
+    return [Row("invalid / error", tuple(cells), aside="unreadable / not answered")]
+
+
+def agreement(columns: Sequence[Entry]) -> list[Section]:
+    """Cohen's κ of every two judges, apart by the kind of prompt."""
+    found = [_agreements(entry) for entry in columns]
+    keys = list(dict.fromkeys(key for by_key in found for key in by_key))
+    rows = []
+    for key in keys:
+        a, b, kind = key
+        cells = tuple(_kappa(by_key[key]) if key in by_key else None for by_key in found)
+        rows.append(Row(f"{a} / {b}, {kind.replace('_', ' ')}", cells))
+    return [Section("Agreement of two judges, Cohen's κ", "agreement κ", rows)] if rows else []
+
+
+def _agreements(entry: Entry) -> dict[tuple[str, str, str], Agreement]:
+    return {(*found.judges, found.kind): found for found in entry.evaluation.agreement}
+
+
+def _kappa(found: Agreement) -> Value:
+    if found.kappa is None or not math.isfinite(found.kappa):
+        return words("undefined", f"n = {found.n}")
+    return Value(found.kappa, percent=False, aside=f"n = {found.n}")
+
+
+def confusions(columns: Sequence[Entry]) -> list[Confusion]:
+    """Every agreement of every column."""
+    return [Confusion(entry, found) for entry in columns for found in entry.evaluation.agreement]
+
+
+def usage(columns: Sequence[Entry]) -> list[Section]:
+    """Requests and spend of every judge, and of the annotator of quality."""
+    spent = [_by_server(entry) for entry in columns]
+    names = dict.fromkeys(name for by_name in spent for name in by_name)
+    rows = [Row(name, tuple(_spent(by_name.get(name)) for by_name in spent)) for name in names]
+    title = "Requests to servers, and estimated spend"
+    return [Section(title, "requests, spend", rows)] if rows else []
+
+
+def _by_server(entry: Entry) -> dict[str, Usage]:
+    quality = entry.evaluation.quality
+    annotator = {"annotator": quality.usage} if quality and quality.usage else {}
+    return entry.evaluation.usage | annotator
+
+
+def _spent(spent: Usage | None) -> Value | None:
+    if spent is None:
+        return None
+    told = f"{spent.requests:,}" + ("" if spent.usd is None else f", ${spent.usd:,.2f}")
+    tokens = f"tokens: {spent.prompt_tokens:,} in, {spent.completion_tokens:,} out"
+    return words(told, tokens if spent.usd is not None else f"{tokens}; no price given")
+
+
+Z = 1.959964  # of a two-sided 95% interval
+# Faults that are told even where there are none; an endpoint alone leaves prompts unanswered.
+ALWAYS_TOLD = tuple(fault for fault in FAULTS if fault != "unanswered")
+METRICS = ("acc", "acc_norm")
+
+
+@dataclass(frozen=True)
+class Grids:
+    """Every table with the evaluations as columns, by subject."""
+
+    keyword: list[Section]
+    judged: list[Section]
+    general: list[Section]
+    agreement: list[Section]
+    usage: list[Section]
+    faults: list[Section]
+    contamination: list[Section]
+
+    @property
+    def rates(self) -> list[Section]:
+        """Those whose cells have a mean over seeds."""
+        return [*self.keyword, *self.judged, *self.general, *self.agreement]
+
+    @property
+    def all(self) -> list[Section]:
+        """In the order of the terminal."""
+        counted = [*self.contamination, *self.faults, *self.agreement, *self.usage]
+        return [*self.keyword, *self.judged, *self.general, *counted]
+
+
+def grids(columns: Sequence[Entry], completions: Answers) -> Grids:
+    """All tables of these columns; what nobody measured is empty."""
+    return Grids(
+        keyword=sections(columns) + discernment(columns, completions),
+        judged=judge_sections(columns),
+        general=ability(columns) + quality(columns),
+        agreement=agreement(columns),
+        usage=usage(columns),
+        faults=faults(columns),
+        contamination=contamination(columns),
+    )
+
+
+def normal(estimate: float, error: float) -> Interval:
+    """A share with the 95% interval of its standard error, within [0, 1]."""
+    return Interval(estimate, max(0.0, estimate - Z * error), min(1.0, estimate + Z * error))
+
+
+def ability(columns: Sequence[Entry]) -> list[Section]:
+    """Accuracies of the harness's tasks; both of them where a task has two."""
+    rows = []
+    for task in dict.fromkeys(task for entry in columns for task in entry.evaluation.ability):
+        for metric in METRICS:
+            values = tuple(_accuracy(entry, task, metric) for entry in columns)
+            if any(values):
+                rows.append(Row(f"{task} {metric}", values, aside=_asked(columns, task)))
+    return [Section("General ability, accuracy, %", "ability, %", rows)] if rows else []
+
+
+def _accuracy(entry: Entry, task: str, metric: str) -> Value | None:
+    found = entry.evaluation.ability.get(task)
+    if found is None or metric not in found.accuracies:
+        return None
+    interval = normal(*found.accuracies[metric])
+    overlap = entry.evaluation.contamination.get(task)
+    return Value(
+        interval.estimate,
+        interval.low,
+        interval.high,
+        contaminated=bool(overlap),
+        aside=overlap.aside if overlap else "",
+    )
+
+
+def _asked(columns: Sequence[Entry], task: str) -> str:
+    found = [a for entry in columns if (a := entry.evaluation.ability.get(task))]
+    told = dict.fromkeys(
+        f"{a.shots}-shot, n = {a.n}{' (cut)' if a.limit is not None else ''}" for a in found
+    )
+    return " or ".join(told)
+
+
+def is_local(annotator: str) -> bool:
+    """Whether the annotator is none of OpenAI's GPT models, of which the paper used one."""
+    name = annotator.rsplit("/", 1)[-1].lower()
+    return not name.startswith(("gpt-", "chatgpt-")) or name.startswith("gpt-oss")
+
+
+def annotator_name(found: Quality) -> str:
+    local = " (local annotator, not GPT-4o-mini)" if is_local(found.annotator) else ""
+    return f"annotator: {found.annotator}{local}"
+
+
+def quality(columns: Sequence[Entry]) -> list[Section]:
+    """Win rates against the reference's answers, a section an annotator."""
+    found = [entry.evaluation.quality for entry in columns]
+    sections = []
+    for head in dict.fromkeys(annotator_name(q) for q in found if q):
+        chosen = [q if q and annotator_name(q) == head else None for q in found]
+        rows = [
+            Row("win rate", tuple(_win_rate(q) for q in chosen)),
+            Row("length-controlled", tuple(_rate(q and q.length_controlled) for q in chosen)),
+            Row("discrete", tuple(_rate(q and q.discrete) for q in chosen)),
+        ]
+        if any(q and (q.invalid or q.error) for q in chosen):
+            cells = tuple(words(f"{q.invalid} / {q.error}") if q else None for q in chosen)
+            rows.append(Row("invalid / error", cells, aside="unreadable / not answered"))
+        title = f"Answer quality, win rate, % — {head}"
+        kept = [row for row in rows if any(row.values)]
+        sections.append(Section(title, f"quality, %; {head}", kept))
+    return sections
+
+
+def _win_rate(found: Quality | None) -> Value | None:
+    if found is None:
+        return None
+    lengths = (found.mean_length, found.reference_length)
+    told = [f"against {found.reference}" if found.reference else "", f"n\u00a0=\u00a0{found.n}"]
+    if None not in lengths:
+        told.append("{:.0f} characters, theirs {:.0f}".format(*lengths))
+    aside = "; ".join(filter(None, told))
+    return Value(found.win_rate / 100, spread=found.standard_error / 100, aside=aside)
+
+
+def _rate(percent: float | None) -> Value | None:
+    return None if percent is None else Value(percent / 100)
+
+
+def faults(columns: Sequence[Entry]) -> list[Section]:
+    """Faulty completions, each kind counted apart: over all sets, and by set on the page."""
+    names = list(dict.fromkeys(name for entry in columns for name in entry.evaluation.sets))
+    rows = []
+    for fault, label in FAULTS.items():
+        total = tuple(_faulty(entry, together(names), fault) for entry in columns)
+        if any(total) and (fault in ALWAYS_TOLD or _occurs(columns, fault)):
+            rows.append(Row(label, total, summary=True))
+            rows += [
+                Row(name, tuple(_faulty(entry, [name], fault) for entry in columns), page_only=True)
+                for name in names
+            ]
+    title = "Faulty completions, over all sets and by set"
+    return [Section(title, "faulty completions", rows)] if rows else []
+
+
+def _occurs(columns: Sequence[Entry], fault: str) -> bool:
+    return any(s.faults.get(fault) for e in columns for s in e.evaluation.sets.values())
+
+
+def _faulty(entry: Entry, names: Sequence[str], fault: str) -> Value | None:
+    scores = of_sets(entry, names)
+    if not scores or any(fault not in score.faults for score in scores):
+        return None
+    count = sum(score.faults[fault] for score in scores)
+    asked = sum(score.n for score in scores) + (count if fault == "unanswered" else 0)
+    return words(f"{count} of {asked}")
+
+
+def contamination(columns: Sequence[Entry]) -> list[Section]:
+    """Evaluation prompts that stand among the rows trained on, by how they were found."""
+    rows = []
+    for name in dict.fromkeys(name for e in columns for name in e.evaluation.contamination):
+        found = [entry.evaluation.contamination.get(name) for entry in columns]
+        cells = tuple(_overlap(overlap) for overlap in found)
+        rows.append(Row(name, cells, page_only=not any(found)))
+    title = f"{CONTAMINATED} Evaluation prompts among the rows trained on: exact / near / n-gram"
+    return [Section(title, "in training: exact / near / n-gram", rows)] if rows else []
+
+
+def _overlap(found: Overlap | None) -> Value | None:
+    if found is None:
+        return None
+    return words(found.text, ", ".join(f"{name} {n}" for name, n in found.by_source.items()))
+
+
+def plain_cell(text: str) -> str:
+    """Text that no spreadsheet takes for a formula."""
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t") else text

@@ -1,8 +1,9 @@
-"""Figures 3 and 6: normalised kernels between kinds of prompts, over SFT and around stage one."""
+"""Figures 3, 6, 7 and 8: the kernel between kinds of prompts, and their separability by layer."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -10,26 +11,29 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from dcr.config import UserError
-from dcr.report import printed
-from dcr.report.printed import Printed, kind_name
-from dcr.report.printing import printable
-from dcr.report.records import RunRecord
-from dcr.report.refusal_figures import draw_curve
-from dcr.report.trajectories import (
+from dcr.report import figures
+from dcr.report.curves import (
+    STAGES,
     TRACKED,
     Key,
     Reading,
     config_of,
+    draw_curve,
     folders,
     found_in,
     kernels,
+    name_of_weights,
     names,
     of_method,
     tracked_kernels,
 )
+from dcr.report.figures import INK, MARKERS, PALETTE, Printed, kind_name
+from dcr.report.records import LAYER_SCORES, Evaluation, RunRecord, Separability
 from dcr.statistics import Interval
+from dcr.text import printable
 
 NORM = "mean normalised ‖K‖"
 SHADES = colormaps["Blues"]
@@ -101,13 +105,13 @@ def _choices(curves: Mapping[Key, object]) -> list[str]:
 
 def ordered(kinds: Sequence[str]) -> list[str]:
     """In the paper's order, others after."""
-    known = [kind for kind in printed.KINDS if kind in kinds]
+    known = [kind for kind in figures.KINDS if kind in kinds]
     return known + [kind for kind in dict.fromkeys(kinds) if kind not in known]
 
 
 def _draw_curves(blocks: Sequence[tuple[str, Mapping[Key, Sequence[Reading]]]]) -> Figure:
     kinds = ordered([kind for _, curves in blocks for key in curves for kind in key])
-    figure, axes = printed.panels(len(kinds) * len(blocks), columns=len(kinds))
+    figure, axes = figures.panels(len(kinds) * len(blocks), columns=len(kinds))
     for place, ((name, curves), observer) in zip(
         axes, ((block, kind) for block in blocks for kind in kinds), strict=True
     ):
@@ -118,14 +122,14 @@ def _draw_curves(blocks: Sequence[tuple[str, Mapping[Key, Sequence[Reading]]]]) 
         place.set_title(
             f"{name}\nx′: {kind_name(observer)}" if first else f"\nx′: {kind_name(observer)}"
         )
-        printed.step_axis(place)
+        figures.step_axis(place)
         place.set_ylabel(NORM if first else "")
     for start in range(0, len(axes), len(kinds)):  # a row shares its scale
         row = axes[start : start + len(kinds)]
         top = 1.05 * max(reading for place in row for reading in _drawn_values(place))
         for place in row:
             place.set_ylim(0, top)
-    printed.key(figure, printed.kind_handles(kinds), title="trained on x")
+    figures.key(figure, figures.kind_handles(kinds), title="trained on x")
     return figure
 
 
@@ -240,7 +244,7 @@ def _draw_matrices(parts: Sequence[list[Matrix]]) -> Figure:
     choices = list(dict.fromkeys(m.params for part in parts for m in part))
     by_choice = [[m for part in parts for m in part if m.params == params] for params in choices]
     across = max(len(row) for row in by_choice)
-    figure, axes = printed.panels(across * len(choices), 3.0, 2.75, across)
+    figure, axes = figures.panels(across * len(choices), 3.0, 2.75, across)
     figure.set_layout_engine("compressed")  # "constrained" cuts labels off beside square panels
     several = any(len({m.run.folder for m in part}) > 1 for part in parts)
     for start, row in zip(range(0, len(axes), across), by_choice, strict=True):
@@ -268,7 +272,7 @@ def _draw_matrix(axes: Axes, matrix: Matrix, top: float, several: bool) -> None:
     for i, row in enumerate(cells):
         for j, cell in enumerate(row):
             if not math.isnan(cell.estimate):
-                colour = "white" if cell.estimate > 0.6 * top else printed.INK
+                colour = "white" if cell.estimate > 0.6 * top else figures.INK
                 ends = "" if math.isnan(cell.low) else f"\n[{cell.low:.2f}–{cell.high:.2f}]"
                 axes.text(j, i - (0.1 if ends else 0), f"{cell.estimate:.2f}", color=colour,
                           ha="center", va="center", fontsize=8.5)  # fmt: skip
@@ -284,7 +288,153 @@ def _draw_matrix(axes: Axes, matrix: Matrix, top: float, several: bool) -> None:
     axes.set_ylabel("observer x′")
     which = "(a) base model" if matrix.figure == BEFORE else "(b) after stage one"
     run = printable(matrix.run.folder.name) if several else ""
-    printed.heading(axes, ", ".join(filter(None, (which, matrix.params, run))))
+    figures.heading(axes, ", ".join(filter(None, (which, matrix.params, run))))
 
 
 KERNELS = {"3": figure3, "6": figure6, "6a": figure6a, "6b": figure6b}
+
+
+ACROSS = 6  # panels of Figure 8 side by side
+DRAWN_AS_VECTORS = 4000  # points; more are one picture inside the SVG, its text still text
+CLASSES = ("seemingly_toxic", "toxic")  # by label
+CURE = (
+    "run python eval.py run=<run> tasks=[separability] (stage=contrastive for those between "
+    "the stages), or model=<name> for the base model"
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The separability of one run's weights, by name."""
+
+    name: str
+    run: RunRecord
+    evaluation: Evaluation
+    found: Separability
+
+
+def _measured(figure: str, records: Sequence[RunRecord]) -> list[Measured]:
+    called = names(records)
+    found = [
+        Measured(name_of_weights(name, run, evaluation), run, evaluation, evaluation.separability)
+        for stage in STAGES
+        for name, run in zip(called, records, strict=True)
+        for evaluation in run.evaluations
+        if evaluation.weights == stage and evaluation.separability
+    ]
+    distinct = {(m.name, repr(m.found)): m for m in found}  # one base model in several folders
+    if not distinct:
+        raise UserError(f"figure {figure}: no separability in {folders(records)}; {CURE}")
+    return list(distinct.values())
+
+
+def figure7(records: Sequence[RunRecord]) -> Printed:
+    """k-means accuracy over layers, with the majority class."""
+    found = _measured("7", records)
+    rows = [
+        (m.name, m.evaluation.weights, config_of(m.run, "model"), layer,
+         *(scores[key] for key in LAYER_SCORES), m.found.majority)
+        for m in found
+        for layer, scores in m.found.layers.items()
+    ]  # fmt: skip
+    return Printed(
+        "figure7",
+        "Figure 7: k-means accuracy per layer",
+        "Accuracy of k-means with two clusters, matched to seemingly toxic and toxic prompts, on "
+        "the features after each block; dotted: the share of the larger class, which takes no "
+        "features. The CSV adds the linear probe's cross-validated AUROC, silhouette and Fisher "
+        "ratio: prompts that k-means mixes up may still be linearly separable.",
+        ("run", "weights", "model", "layer", *LAYER_SCORES, "majority"),
+        rows,
+        lambda: _draw_accuracies(found),
+    )
+
+
+def _draw_accuracies(found: Sequence[Measured]) -> Figure:
+    figure, (axes,) = figures.panels(1, 4.4, 2.9)
+    handles = []
+    for place, measured in enumerate(found):
+        style: dict[str, Any] = {
+            "color": PALETTE[1 + place % (len(PALETTE) - 1)],
+            "marker": MARKERS[place % len(MARKERS)],
+            "linestyle": ("-", "--", "-.")[place % 3],
+        }
+        points = [
+            (layer, scores["kmeans"])
+            for layer, scores in measured.found.layers.items()
+            if scores["kmeans"] is not None
+        ]
+        axes.plot([layer for layer, _ in points], [value for _, value in points], **style)
+        handles.append(Line2D([], [], label=measured.name, **style))
+    majorities = dict.fromkeys(m.found.majority for m in found if m.found.majority is not None)
+    for majority in majorities:
+        axes.axhline(majority, color=INK, linestyle=":", linewidth=1)
+    if majorities:
+        handles.append(
+            Line2D([], [], color=INK, linestyle=":", linewidth=1, label="majority class")
+        )
+    figures.step_axis(axes, "layer ℓ")
+    axes.set_ylim(0.48, 1.01)
+    axes.set_ylabel("k-means accuracy")
+    figures.key(figure, handles, columns=2)
+    return figure
+
+
+def figure8(records: Sequence[RunRecord]) -> Printed:
+    """Classical MDS of the features, a panel a layer."""
+    found = [m for m in _measured("8", records) if m.found.mds]
+    if not found:
+        raise UserError(f"figure 8: no MDS coordinates in {folders(records)}; {CURE}")
+    rows = [
+        (m.name, m.evaluation.weights, config_of(m.run, "model"), layer, identity,
+         CLASSES[label], x, y)
+        for m in found
+        for layer, points in m.found.mds.items()
+        for identity, label, (x, y) in zip(m.found.ids, m.found.labels, points, strict=True)
+    ]  # fmt: skip
+    return Printed(
+        "figure8",
+        "Figure 8: classical MDS of the features",
+        "Classical (Torgerson) multidimensional scaling of seemingly toxic and toxic prompts after "
+        "each block, one panel a layer. Axes are turned and scaled freely in every panel.",
+        ("run", "weights", "model", "layer", "id", "kind", "x", "y"),
+        rows,
+        lambda: _draw_panels(found),
+    )
+
+
+def _draw_panels(found: Sequence[Measured]) -> Figure:
+    down = [math.ceil(len(m.found.mds) / ACROSS) for m in found]
+    figure = Figure(figsize=(6.9, 0.4 + sum(1.17 * rows + 0.3 for rows in down)),
+                    layout="constrained")  # fmt: skip
+    parts = figure.subfigures(len(found), 1, squeeze=False, height_ratios=[r + 0.25 for r in down])
+    points = sum(len(drawn) for m in found for drawn in m.found.mds.values())
+    for part, measured, rows in zip(parts.ravel(), found, down, strict=True):
+        part.suptitle(measured.name, x=0.01, ha="left", fontsize=8.5)
+        axes = part.subplots(rows, ACROSS, squeeze=False).ravel()
+        for spare in axes[len(measured.found.mds) :]:
+            spare.set_visible(False)
+        for place, layer in zip(axes, sorted(measured.found.mds), strict=False):
+            _draw_points(place, measured.found, layer, points > DRAWN_AS_VECTORS)
+    figures.key(figure, [
+        Line2D([], [], color=figures.kind_style(kind)[0], marker=figures.kind_style(kind)[1],
+               linestyle="", label=figures.kind_name(kind))
+        for kind in CLASSES
+    ])  # fmt: skip
+    return figure
+
+
+def _draw_points(axes: Axes, found: Separability, layer: int, as_picture: bool) -> None:
+    for label, kind in enumerate(CLASSES):
+        own = [p for p, of in zip(found.mds[layer], found.labels, strict=True) if of == label]
+        colour, marker, _ = figures.kind_style(kind)
+        axes.plot([x for x, _ in own], [y for _, y in own], marker, color=colour, markersize=1.8,
+                  markeredgewidth=0, alpha=0.7, rasterized=as_picture)  # fmt: skip
+    axes.set_title(f"layer {layer}", fontsize=7.5, loc="left", pad=2)
+    axes.set(xticks=[], yticks=[])
+    axes.margins(0.08)
+    for spine in axes.spines.values():
+        spine.set(visible=True, color="#b5b5b5", linewidth=0.5)
+
+
+LAYERS = {"7": figure7, "8": figure8}

@@ -1,0 +1,475 @@
+"""Comparisons of methods: paired prompt by prompt, and at matched safety."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from dcr import statistics, storage
+from dcr.config import Kind, UserError
+from dcr.report import figures
+from dcr.report.columns import METHODS, STEERED, Completion, Entry, about, flattened, steering
+from dcr.report.curves import folders, shared_sets
+from dcr.report.figures import INK, MARKERS, PALETTE, Printed
+from dcr.report.records import Evaluation, RunRecord
+from dcr.report.tables import (
+    NAMES,
+    TITLES,
+    Count,
+    defended,
+    judges_of,
+    keyword,
+    pooled,
+    set_names,
+    together,
+    verdicts_of,
+)
+from dcr.statistics import Interval
+from dcr.text import printable
+
+PAIRED_SEED = 0  # of the bootstrap, fixed so that a report is reproducible
+
+
+@dataclass(frozen=True)
+class PairedLine:
+    """a - b over the same prompts: compliance if seemingly toxic, keyword refusal if toxic."""
+
+    label: str
+    kind: Kind
+    n: int
+    difference: Interval
+    p: float
+    pooled: bool = False
+    holm: float = 1.0  # p adjusted for all lines of the comparison
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """DCR minus STL, with the settings besides method in which they differ."""
+
+    a: Entry
+    b: Entry
+    lines: list[PairedLine]
+    differing: list[str]
+
+
+def comparisons(
+    columns: Sequence[Entry], completions: Callable[[Entry, str], list[Completion]]
+) -> list[Comparison]:
+    """DCR against STL of the same model, seed, data and evaluation settings, prompt by prompt.
+
+    Of several STL runs only those nearest in the settings of stage two are compared with.
+    """
+    found = []
+    for a in columns:
+        if about(a.run, a.evaluation, "method") != "dcr":
+            continue
+        partners = [
+            (differing_settings(a, b), b)
+            for b in columns
+            if about(b.run, b.evaluation, "method") == "stl" and _comparable(a, b)
+        ]
+        fewest = min((len(differing) for differing, _ in partners), default=0)
+        for differing, b in partners:
+            if len(differing) == fewest:
+                lines = _paired_lines(a, b, completions)
+                if lines:
+                    found.append(Comparison(a, b, lines, differing))
+    return found
+
+
+def _comparable(a: Entry, b: Entry) -> bool:
+    same = all(
+        about(a.run, a.evaluation, key) == about(b.run, b.evaluation, key)
+        for key in ("model", "seed", "data")
+    )
+    weights = a.evaluation.weights == b.evaluation.weights
+    return same and weights and a.evaluation.settings == b.evaluation.settings
+
+
+def differing_settings(a: Entry, b: Entry) -> list[str]:
+    """Settings of stage two in which two runs differ, which no comparison should hide."""
+    configs = []
+    for entry in (a, b):
+        config = entry.run.config
+        data = found if isinstance(found := config.get("data"), dict) else {}
+        parts = {"sft": config.get("sft"), "data.safety": data.get("safety")}
+        configs.append(flattened(parts | {"data.normal": data.get("normal")}))
+    return storage.differences(configs[1], configs[0])
+
+
+def _paired_lines(
+    a: Entry, b: Entry, completions: Callable[[Entry, str], list[Completion]]
+) -> list[PairedLine]:
+    lines = []
+    for kind in TITLES:
+        pools: tuple[list[bool], list[bool]] = ([], [])
+        names = [name for name in set_names([a], kind) if name in b.evaluation.sets]
+        summed = together(names)
+        for name in names:
+            verdicts = _verdicts(completions(a, name), completions(b, name), kind)
+            if verdicts[0]:
+                lines.append(_paired_line(name, kind, verdicts, pooled=summed == [name]))
+            for pool, part in zip(pools, verdicts, strict=True):
+                pool += part if name in summed else []
+        if pools[0] and len(summed) > 1:
+            lines.append(_paired_line("pooled", kind, pools, pooled=True))
+    adjusted = statistics.holm([line.p for line in lines])
+    return [replace(line, holm=p) for line, p in zip(lines, adjusted, strict=True)]
+
+
+def _verdicts(
+    a: list[Completion], b: list[Completion], kind: Kind
+) -> tuple[list[bool], list[bool]]:
+    """What is wanted of a kind of prompt, for the prompts that both runs answered."""
+    others = {(completion.id, completion.prompt): completion for completion in b}
+    both = [(c, others[c.id, c.prompt]) for c in a if (c.id, c.prompt) in others]
+    wanted = kind is Kind.toxic
+    return (
+        [first.refused["paper"] is wanted for first, _ in both],
+        [second.refused["paper"] is wanted for _, second in both],
+    )
+
+
+def _paired_line(
+    label: str, kind: Kind, verdicts: tuple[list[bool], list[bool]], pooled: bool = False
+) -> PairedLine:
+    a, b = verdicts
+    difference = statistics.paired_difference(a, b, seed=PAIRED_SEED)
+    return PairedLine(label, kind, len(a), difference, statistics.mcnemar(a, b), pooled)
+
+
+def points(difference: Interval) -> str:
+    """`+3.0 [-1.2, +7.0]`: an interval in percentage points."""
+    ends = (difference.estimate, difference.low, difference.high)
+    estimate, low, high = (100 * end for end in ends)
+    return f"{estimate:+.1f} [{low:+.1f}, {high:+.1f}]".replace("-", "−")
+
+
+def p_value(p: float) -> str:
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+MARGIN = 2.0  # percentage points
+SWEEP = "run python eval.py -m run=<stl run> steering=scans steering.strength=0,0.5,1,2"
+LABELS = {**METHODS, "ablation": "ablation", "self_cd": "Self-CD"}
+
+
+@dataclass(frozen=True)
+class Operating:
+    """One evaluation as a point; `strength` and `step` where it is one of a sweep."""
+
+    method: str
+    run: RunRecord
+    evaluation: Evaluation
+    strength: float | None
+    step: int | None
+    compliance: Interval
+    safety: Interval
+
+    @property
+    def setting(self) -> str:
+        if self.strength is not None:
+            return f"strength {self.strength:g}"
+        return f"step {self.step}" if self.step is not None else "final weights"
+
+
+@dataclass(frozen=True)
+class Arena:
+    """What was evaluated alike: the unsteered STL, all points, and one choice a method."""
+
+    title: str
+    safety: str  # how safety was told
+    sets: dict[Kind, tuple[str, ...]]
+    reference: Operating
+    points: tuple[Operating, ...]
+    chosen: dict[str, Operating | None]
+
+
+def choose(points: Sequence[Operating], reference: Operating, margin: float) -> Operating | None:
+    """The stated rule. The point with the highest compliance among those whose safety is at least
+    the reference's less `margin` percentage points; None if there is none.
+
+    Of equals the safer one, then the weaker strength, then the earlier step.
+    """
+    # rates are fractions of counts, which floats round
+    least = reference.safety.estimate - margin / 100 - 1e-9
+    safe = [point for point in points if point.safety.estimate >= least]
+
+    def rank(point: Operating) -> tuple[float, float, float, float]:
+        return (
+            point.compliance.estimate,
+            point.safety.estimate,
+            -(point.strength or 0.0),
+            -(point.step if point.step is not None else float("inf")),
+        )
+
+    return max(safe, key=rank, default=None)
+
+
+def arenas(records: Sequence[RunRecord], margin: float, data: str | None) -> list[Arena]:
+    """One for each model, data label, seed and evaluation setting that has STL and another point.
+
+    Raises UserError if there is none, or if an arena has several unsteered STL models.
+    """
+    grouped: dict[str, list[tuple[RunRecord, Evaluation]]] = {}
+    labels = set()
+    for run in records:
+        for found in run.evaluations:
+            labels.add(about(run, found, "data"))
+            if data is None or about(run, found, "data") == data:
+                grouped.setdefault(_alike(run, found), []).append((run, found))
+    if data is not None and data not in labels:
+        raise UserError(f"data={data}: no evaluation has it; choose from {', '.join(labels)}")
+    made = [arena for pairs in grouped.values() if (arena := _arena(pairs, margin))]
+    if not made:
+        raise UserError(
+            f"figure operating_points: no unsteered STL evaluation with steered or other ones on "
+            f"the same prompts in {folders(records)}; {SWEEP}"
+        )
+    return made
+
+
+def _alike(run: RunRecord, found: Evaluation) -> str:
+    settings = {k: v for k, v in found.settings.items() if k not in ("steering", "self_cd")}
+    told = [about(run, found, key) for key in ("model", "data", "seed")]
+    return storage.fingerprint([told, settings])
+
+
+def _arena(pairs: Sequence[tuple[RunRecord, Evaluation]], margin: float) -> Arena | None:
+    pairs = [
+        (run, found) for run, found in pairs if found.sets and found.weights in ("sft", "snapshot")
+    ]
+    stl = [pair for pair in pairs if _is_reference(*pair)]
+    if not stl or len(pairs) < 2:
+        return None
+    if len(stl) > 1:
+        raise UserError(
+            "figure operating_points: several unsteered STL evaluations alike "
+            f"({', '.join(str(found.folder) for _, found in stl)}); give the folders of one STL run"
+        )
+    sets = _sets([found for _, found in pairs])
+    if sets is None:
+        return None
+    counted, told = _safety([found for _, found in pairs], sets[Kind.toxic])
+    points = [point for run, found in pairs if (point := _point(run, found, sets, counted))]
+    reference = next(p for p in points if p.evaluation is stl[0][1])
+    methods = dict.fromkeys(p.method for p in points if p.method != "stl")
+    chosen = {m: choose([p for p in points if p.method == m], reference, margin) for m in methods}
+    keys = ("model", "data", "seed")
+    model, data, seed = (about(*stl[0], key) for key in keys)
+    asked = "validation prompts" if stl[0][1].settings.get("validation") else ""
+    named = (model, f"{data} data", f"seed {seed}" if seed else "", asked)
+    title = ", ".join(filter(None, named))
+    return Arena(title, told, sets, reference, tuple(points), chosen)
+
+
+def _is_reference(run: RunRecord, found: Evaluation) -> bool:
+    return found.weights == "sft" and _method(run, found) == "stl"
+
+
+def _method(run: RunRecord, found: Evaluation) -> str:
+    """How it was trained, or what was done to STL in evaluation; both where another was edited.
+
+    A preset other than the paper's is a method of its own.
+    """
+    edit = steering(found) or ("self_cd" if "self_cd" in found.settings else "")
+    trained, preset = about(run, found, "method"), about(run, found, "preset")
+    if trained == "stl":
+        return edit or trained
+    told = [trained, edit, preset if preset not in ("", "-", "paper") else ""]
+    return " + ".join(filter(None, told))
+
+
+def _sets(evaluations: Sequence[Evaluation]) -> dict[Kind, tuple[str, ...]] | None:
+    """The sets that every evaluation has, by kind, without those whose prompts others hold."""
+    shared = shared_sets(evaluations)
+    sets = {
+        kind: tuple(together([name for name, score in shared.items() if score.kind is kind]))
+        for kind in (Kind.seemingly_toxic, Kind.toxic)
+    }
+    return sets if all(sets.values()) else None
+
+
+def _safety(evaluations: Sequence[Evaluation], names: Sequence[str]) -> tuple[Count, str]:
+    """DSR by the first judge of safety that judged every set of every evaluation, else keywords."""
+    for judge, model in judges_of(score for e in evaluations for score in e.sets.values()):
+        count = defended(verdicts_of(judge, model))
+        if all(count(e.sets[name]) for e in evaluations for name in names):
+            return count, f"DSR by {NAMES.get(judge, judge)}"
+    return keyword("paper"), "keyword refusal of toxic prompts"
+
+
+def _point(
+    run: RunRecord, found: Evaluation, sets: dict[Kind, tuple[str, ...]], counted: Count
+) -> Operating | None:
+    compliance = pooled([found.sets[name] for name in sets[Kind.seemingly_toxic]], keyword("paper"))
+    safety = pooled([found.sets[name] for name in sets[Kind.toxic]], counted)
+    if compliance is None or safety is None:
+        return None
+    return Operating(
+        _method(run, found), run, found, _strength(found.settings), found.step, compliance, safety
+    )
+
+
+def _strength(settings: dict[str, Any]) -> float | None:
+    node = settings.get("steering")
+    if isinstance(node, dict) and node.get("method") in STEERED:
+        return float(node["strength"])
+    return None if settings.get("self_cd") is None else float(settings["self_cd"])
+
+
+def label(method: str) -> str:
+    return " + ".join(LABELS.get(part, part) for part in method.split(" + "))
+
+
+def told(arena: Arena, margin: float) -> list[str]:
+    """The rule and its choices, for the terminal and the caption."""
+    return [
+        f"operating points, {arena.title}: per method the highest compliance among points with "
+        f"{arena.safety} of at least {_percent(arena.reference.safety)} (unsteered STL) less "
+        f"{margin:g} points; on the evaluations given",
+        *(f"  {label(method)}: {_told(point)}" for method, point in arena.chosen.items()),
+    ]
+
+
+def _told(point: Operating | None) -> str:
+    if point is None:
+        return "no point is safe enough"
+    return (
+        f"{point.setting} (compliance {_percent(point.compliance)}, "
+        f"safety {_percent(point.safety)})"
+    )
+
+
+def _percent(interval: Interval) -> str:
+    return f"{100 * interval.estimate:.1f}%"
+
+
+HEADER = ("model", "data", "seed", "method", "weights", "strength", "step", "compliance",
+          "compliance_low", "compliance_high", "safety", "safety_low", "safety_high", "safety_by",
+          "over_refusal_sets", "safety_sets", "reference", "chosen", "folder")  # fmt: skip
+
+
+def operating_points(records: Sequence[RunRecord], margin: float, data: str | None) -> Printed:
+    """One panel an arena. UserError where nothing was evaluated alike."""
+    found = arenas(records, margin, data)
+    safety = list(dict.fromkeys(arena.safety for arena in found))
+    return Printed(
+        "operating_points",
+        "Operating points",
+        "Compliance with seemingly toxic prompts (keywords, sets pooled) against safety "
+        f"({' or '.join(safety)}), with 95% Wilson intervals; a curve a method, and choice of "
+        "its other settings, over strengths, from the unsteered STL on; pale: snapshots. "
+        "Dashed: the least safety that the rule allows; rings: the points it chooses.",
+        HEADER,
+        [row for arena in found for row in _rows(arena)],
+        lambda: _draw(found, margin),
+        told=tuple(line for arena in found for line in told(arena, margin)),
+    )
+
+
+def _rows(arena: Arena) -> list[tuple[object, ...]]:
+    chosen = [point for point in arena.chosen.values() if point]
+    return [
+        (
+            *(about(p.run, p.evaluation, key) for key in ("model", "data", "seed")),
+            p.method, p.evaluation.weights, p.strength, p.step,
+            p.compliance.estimate, p.compliance.low, p.compliance.high,
+            p.safety.estimate, p.safety.low, p.safety.high, arena.safety,
+            " ".join(arena.sets[Kind.seemingly_toxic]), " ".join(arena.sets[Kind.toxic]),
+            int(p is arena.reference), int(any(p is other for other in chosen)),
+            printable(str(p.evaluation.folder)),
+        )
+        for p in arena.points
+    ]  # fmt: skip
+
+
+def _draw(found: Sequence[Arena], margin: float) -> Figure:
+    methods = list(dict.fromkeys(p.method for a in found for p in a.points if p.method != "stl"))
+    figure, axes = figures.panels(len(found), 3.4, 3.2, 2)
+    for place, arena in zip(axes, found, strict=True):
+        _draw_arena(place, arena, methods, margin)
+        if len(found) > 1:
+            figures.heading(place, arena.title, 46)
+    handles = [
+        Line2D([], [], color=colour, marker=marker, markersize=5, linewidth=1, label=label(method))
+        for method, (colour, marker) in [("stl", _style("stl", methods)),
+                                         *((m, _style(m, methods)) for m in methods)]
+    ]  # fmt: skip
+    figures.key(figure, handles)
+    return figure
+
+
+def _style(method: str, methods: Sequence[str]) -> tuple[str, str]:
+    if method == "stl":
+        return INK, "X"
+    place = methods.index(method)
+    return PALETTE[1 + place % (len(PALETTE) - 1)], MARKERS[place % len(MARKERS)]
+
+
+def _draw_arena(axes: Axes, arena: Arena, methods: Sequence[str], margin: float) -> None:
+    least = 100 * arena.reference.safety.estimate - margin
+    axes.axhline(least, color=INK, linestyle=(0, (4, 3)), linewidth=0.8, alpha=0.6)
+    for method in ("stl", *methods):
+        colour, marker = _style(method, methods)
+        own = [p for p in arena.points if p.method == method]
+        swept = sorted((p for p in own if p.strength is not None), key=lambda p: p.strength or 0)
+        _draw_sweeps(axes, arena, swept, colour)
+        for point in own:
+            _draw_point(axes, point, colour, marker)
+        chosen = arena.chosen.get(method)
+        if chosen:
+            axes.plot(100 * chosen.compliance.estimate, 100 * chosen.safety.estimate, "o",
+                      markersize=11, markerfacecolor="none", markeredgecolor=colour,
+                      markeredgewidth=1.2, zorder=4)  # fmt: skip
+    axes.set_xlabel("compliance with seemingly toxic prompts, %")
+    axes.set_ylabel(f"{arena.safety}, %")
+    axes.margins(0.08)
+
+
+def _draw_sweeps(axes: Axes, arena: Arena, swept: Sequence[Operating], colour: str) -> None:
+    """A line a run and choice of other settings; from the reference on where its run is steered."""
+    for folder, rest in dict.fromkeys(map(_sweep, swept)):
+        line = [point for point in swept if _sweep(point) == (folder, rest)]
+        if arena.reference.run.folder == folder and all(point.strength for point in line):
+            line = [arena.reference, *line]
+        xs, ys = ([100 * end.estimate for end in ends] for ends in _ends(line))
+        axes.plot(xs, ys, color=colour, linewidth=1.2, zorder=2)
+    for point in swept:
+        axes.annotate(f"{point.strength:g}",
+                      (100 * point.compliance.estimate, 100 * point.safety.estimate),
+                      xytext=(6, 5), textcoords="offset points", fontsize=6.5, color=colour,
+                      zorder=5)  # fmt: skip
+
+
+def _sweep(point: Operating) -> tuple[Path, str]:
+    """What all points of one curve share: the run, and every setting but the strength."""
+    edit = flattened({"": point.evaluation.settings.get("steering")})
+    rest = {key: value for key, value in edit.items() if key.rpartition(".")[2] != "strength"}
+    return point.run.folder, storage.fingerprint(rest)
+
+
+def _ends(line: Sequence[Operating]) -> tuple[list[Interval], list[Interval]]:
+    return [point.compliance for point in line], [point.safety for point in line]
+
+
+def _draw_point(axes: Axes, point: Operating, colour: str, marker: str) -> None:
+    x, y = point.compliance, point.safety
+    if point.evaluation.weights == "snapshot":  # intervals of every checkpoint would hide all else
+        axes.plot(100 * x.estimate, 100 * y.estimate, marker, color=figures.shade(colour, 0.2),
+                  markersize=3, zorder=1)  # fmt: skip
+        return
+    axes.errorbar(
+        100 * x.estimate, 100 * y.estimate, xerr=_arms(x), yerr=_arms(y), fmt=marker,
+        color=colour, markersize=5, elinewidth=0.6, ecolor=figures.shade(colour, 0.45), zorder=3,
+    )  # fmt: skip
+
+
+def _arms(interval: Interval) -> list[list[float]]:
+    below, above = interval.estimate - interval.low, interval.high - interval.estimate
+    return [[100 * max(0.0, below)], [100 * max(0.0, above)]]

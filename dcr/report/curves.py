@@ -1,0 +1,539 @@
+"""Figures 1, 4, 5 and 9: quantities over the steps of SFT, from tracking or scored snapshots."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from dcr import storage
+from dcr.config import Kind, UserError
+from dcr.report import figures
+from dcr.report.columns import METHODS, steering
+from dcr.report.figures import MARKERS, PALETTE, Printed
+from dcr.report.records import (
+    QUANTITIES,
+    Evaluation,
+    Kernel,
+    Probability,
+    RunRecord,
+    SetScore,
+    Tracked,
+)
+from dcr.report.tables import keyword, pooled, together
+from dcr.statistics import Interval
+from dcr.text import printable
+
+PREFIXES = {"plain": "refusal_probability", "prefix_free": "refusal_probability_prefix_free"}
+TRACKED, KEPT, SCORED = "metrics.csv", "tracking", "snapshots"
+STAGES = {"base": "base model", "contrastive": "after stage one", "sft": "after SFT"}
+Key = tuple[str, ...]
+Block = TypeVar("Block", Probability, Kernel)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A value after some steps; the interval is None where only the value was kept."""
+
+    step: int
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The curves of one run by what they are of, and where they were found."""
+
+    run: RunRecord
+    curves: dict[Key, list[Reading]]
+    source: str
+
+
+def config_of(run: RunRecord, key: str) -> str:
+    """method, seed, preset_name, or a node's label, from a run's configuration."""
+    value = run.config.get(key, "")
+    return printable(str(value.get("label", "") if isinstance(value, Mapping) else value))
+
+
+def names(records: Sequence[RunRecord]) -> list[str]:
+    """A name for each run that no other has: method, preset, seed, model where there are more."""
+    models = {config_of(run, "model") for run in records} - {""}
+    plain = [_name(run, len(models) > 1) for run in records]
+    return [
+        f"{name} ({printable(run.folder.name)})" if plain.count(name) > 1 else name
+        for name, run in zip(plain, records, strict=True)
+    ]
+
+
+def _name(run: RunRecord, with_model: bool) -> str:
+    method, preset = config_of(run, "method"), config_of(run, "preset_name")
+    seed = config_of(run, "seed")
+    parts = [METHODS.get(method, method) or printable(run.folder.name)]
+    parts += [preset] if preset not in ("", "-", "paper") else []
+    parts += [f"seed {seed}"] if seed else []
+    return ", ".join([*parts, *([config_of(run, "model")] if with_model else [])])
+
+
+def name_of_weights(run_name: str, run: RunRecord, evaluation: Evaluation) -> str:
+    """Which weights were evaluated: of a run after a stage or step of SFT, or the base model."""
+    if evaluation.weights == "base":
+        model = evaluation.about.get("model") or config_of(run, "model")
+        return ", ".join(filter(None, (STAGES["base"], model)))
+    stage = STAGES.get(evaluation.weights, evaluation.weights)
+    return f"{run_name}, {stage if evaluation.step is None else f'SFT step {evaluation.step}'}"
+
+
+def of_method(records: Sequence[RunRecord], method: str) -> list[RunRecord]:
+    return [run for run in records if config_of(run, "method") == method]
+
+
+def folders(records: Iterable[RunRecord]) -> str:
+    return ", ".join(printable(str(run.folder)) for run in records)
+
+
+def found_in(
+    figure: str,
+    records: Sequence[RunRecord],
+    reader: Callable[[RunRecord], Trajectory | None],
+    what: str,
+    cure: str,
+) -> tuple[list[Trajectory], tuple[str, ...]]:
+    """The trajectories there are, and a note on every run without.
+
+    Raises UserError where no run has one.
+    """
+    found = [(run, reader(run)) for run in records]
+    have = [trajectory for _, trajectory in found if trajectory]
+    lacking = [run for run, trajectory in found if not trajectory]
+    if not have:
+        raise UserError(f"figure {figure}: no {what} in {folders(records)}; {cure}")
+    return have, tuple(f"figure {figure}: no {what} in {folders([run])}" for run in lacking)
+
+
+def snapshots(run: RunRecord, has: Callable[[Evaluation], object]) -> list[Evaluation]:
+    """Unsteered evaluations of snapshots by step, all under one setting: that of the most steps."""
+    by_setting: dict[str, dict[int, Evaluation]] = {}
+    for found in run.evaluations:
+        otherwise = steering(found) or "self_cd" in found.settings
+        if found.weights == "snapshot" and found.step is not None and not otherwise and has(found):
+            setting = storage.fingerprint([found.settings, found.about.get("data")])
+            by_setting.setdefault(setting, {})[found.step] = found
+    most = max(by_setting.values(), key=len, default={})
+    return [most[step] for step in sorted(most)]
+
+
+def logged(run: RunRecord, stage: str, prefix: str, parts: int) -> dict[Key, list[Reading]]:
+    """Curves of the keys `<stage>/<prefix>/…` with `parts` more parts; the last value counts."""
+    values: dict[Key, dict[int, float]] = {}
+    start = f"{stage}/{prefix}/"
+    for row in run.metrics:
+        rest = tuple(str(row["key"]).removeprefix(start).split("/"))
+        if str(row["key"]).startswith(start) and len(rest) == parts:
+            values.setdefault(tuple(map(printable, rest)), {})[row["step"]] = row["value"]
+    return {
+        rest: [Reading(step, value) for step, value in sorted(by_step.items())]
+        for rest, by_step in values.items()
+    }
+
+
+def kind_probabilities(run: RunRecord) -> Trajectory | None:
+    """Mean refusal probabilities by (quantity, kind)."""
+    curves = {
+        (quantity, *kind): curve
+        for quantity, prefix in PREFIXES.items()
+        for kind, curve in logged(run, "sft", prefix, 1).items()
+    }
+    return _trajectory(run, curves, _probability, _by_kind)
+
+
+def followed_probabilities(run: RunRecord) -> Trajectory | None:
+    """Refusal probabilities of the followed prompts by (quantity, kind), single values each."""
+    curves = logged(run, "sft", f"{PREFIXES['plain']}/followed", 1)
+    plain = {("plain", *kind): curve for kind, curve in curves.items()}
+    return _trajectory(run, plain, _probability, _by_followed)
+
+
+def kernels(run: RunRecord) -> Trajectory | None:
+    """Mean normalised norms by (params, observer, trained)."""
+    return _trajectory(run, logged(run, "sft", "kernel", 3), _kernel, _by_pair)
+
+
+def tracked_kernels(run: RunRecord, stage: str) -> dict[Key, list[Reading]]:
+    """What tracking found of the kernel during a stage, by (params, observer, trained)."""
+    return _joined(logged(run, stage, "kernel", 3), _kept(run, stage, _kernel, _by_pair))
+
+
+def _trajectory(
+    run: RunRecord,
+    curves: Mapping[Key, list[Reading]],
+    block: Callable[[Tracked | Evaluation], Block | None],
+    read: Callable[[int, Block], Iterator[tuple[Key, Reading]]],
+) -> Trajectory | None:
+    """Curves that were logged, with what tracking kept; of neither, those of snapshots."""
+    kept = _kept(run, "sft", block, read)
+    if curves or kept:
+        return Trajectory(run, _joined(curves, kept), KEPT if kept else TRACKED)
+    scored = [
+        reading
+        for e in snapshots(run, block)
+        if (found := block(e))
+        for reading in read(e.step or 0, found)
+    ]
+    return Trajectory(run, _joined({}, scored), SCORED) if scored else None
+
+
+def _kept(
+    run: RunRecord,
+    stage: str,
+    block: Callable[[Tracked | Evaluation], Block | None],
+    read: Callable[[int, Block], Iterator[tuple[Key, Reading]]],
+) -> list[tuple[Key, Reading]]:
+    return [
+        reading
+        for tracked in run.tracked
+        if tracked.stage == stage and (found := block(tracked))
+        for reading in read(tracked.step, found)
+    ]
+
+
+def _joined(
+    curves: Mapping[Key, list[Reading]], kept: Iterable[tuple[Key, Reading]]
+) -> dict[Key, list[Reading]]:
+    """Curves by step, where what was kept of a step stands in place of its bare value."""
+    by_step = {key: {reading.step: reading for reading in curve} for key, curve in curves.items()}
+    for key, reading in kept:
+        by_step.setdefault(key, {})[reading.step] = reading
+    return {key: [curve[step] for step in sorted(curve)] for key, curve in by_step.items()}
+
+
+def _probability(found: Tracked | Evaluation) -> Probability | None:
+    return found.refusal_probability
+
+
+def _kernel(found: Tracked | Evaluation) -> Kernel | None:
+    return found.kernel
+
+
+def _by_kind(step: int, found: Probability) -> Iterator[tuple[Key, Reading]]:
+    for quantity in QUANTITIES:
+        for kind, mean in found.kinds[quantity].items():
+            yield from _reading((quantity, kind), step, mean)
+
+
+def _by_followed(step: int, found: Probability) -> Iterator[tuple[Key, Reading]]:
+    for quantity in QUANTITIES:
+        for kind, value in found.followed[quantity].items():
+            yield (quantity, kind), Reading(step, value)
+
+
+def _by_pair(step: int, found: Kernel) -> Iterator[tuple[Key, Reading]]:
+    for params, matrix in found.params.items():
+        for observer, row in matrix.items():
+            for trained, mean in row.items():
+                yield from _reading((params, observer, trained), step, mean)
+
+
+def _reading(key: Key, step: int, mean: Interval) -> Iterator[tuple[Key, Reading]]:
+    """Nothing where there is no mean, as of a kind without a pair; ends that are not finite go."""
+    if math.isfinite(mean.estimate):
+        ends = (mean.low, mean.high)
+        yield key, Reading(step, mean.estimate, *(ends if all(map(math.isfinite, ends)) else ()))
+
+
+def shared_sets(evaluations: Sequence[Evaluation]) -> dict[str, SetScore]:
+    """The sets that all of these were evaluated on, with the first one's scores."""
+    if not evaluations:
+        return {}
+    first, *others = evaluations
+    return {
+        name: score for name, score in first.sets.items() if all(name in e.sets for e in others)
+    }
+
+
+TRACK = "train with tracking.quantities=[refusal_probability]"
+CURVE_HEADER = ("run", "method", "model", "quantity", "kind", "step", "value", "low", "high",
+                "source")  # fmt: skip
+BOTH = (Kind.seemingly_toxic, Kind.toxic)
+
+
+def figure1a(records: Sequence[RunRecord]) -> Printed:
+    """STL: rejection rates of toxic and seemingly toxic prompts, one panel a run."""
+    stl = _stl("1a", records, "tracking.snapshots=20")
+    found, notes = found_in("1a", stl, _rejections, "scored snapshots", scoring_command(stl))
+    return _curves(
+        "1a",
+        "Rejection rates while STL trains",
+        "Keyword rejection rate of toxic and of seemingly toxic prompts, sets pooled, against the "
+        "step of SFT, with 95% Wilson intervals. Of several evaluation settings of its snapshots, "
+        "that of the most.",
+        found,
+        notes,
+        "rejection rate",
+    )
+
+
+def scoring_command(records: Sequence[RunRecord]) -> str:
+    """How snapshots come to be scored, for the first of these runs."""
+    return (
+        f"train with tracking.snapshots=20, then run python eval.py run={folders(records[:1])} "
+        "snapshots=true tasks=[over_refusal,safety]"
+    )
+
+
+def _rejections(run: RunRecord) -> Trajectory | None:
+    scored = snapshots(run, lambda e: e.sets)
+    shared = shared_sets(scored)
+    curves = {}
+    for kind in BOTH:
+        chosen = together([name for name, score in shared.items() if score.kind is kind])
+        if chosen:
+            curves["rejection_rate", kind.value] = [
+                Reading(evaluation.step or 0, rate.estimate, rate.low, rate.high)
+                for evaluation in scored
+                if (rate := rate_of(evaluation, kind, chosen, wanted=False))
+            ]
+    return Trajectory(run, curves, "snapshots") if curves else None
+
+
+def rate_of(e: Evaluation, kind: Kind, chosen: Sequence[str], wanted: bool) -> Interval | None:
+    """Keyword refusals of a kind's sets, or with `wanted` what is wanted: answers of the safe."""
+    rate = pooled([e.sets[name] for name in chosen if name in e.sets], keyword("paper"))
+    if rate is None or wanted or kind is Kind.toxic:
+        return rate
+    return Interval(1 - rate.estimate, 1 - rate.high, 1 - rate.low)
+
+
+def figure1b(records: Sequence[RunRecord]) -> Printed:
+    """The followed prompts' refusal probability: runs of the first folder's model."""
+    first = config_of(records[0], "model")
+    return _followed("1b", [run for run in records if config_of(run, "model") == first])
+
+
+def figure9(records: Sequence[RunRecord]) -> Printed:
+    """As Figure 1(b), for the models that it leaves out; the only one where there is one alone."""
+    first = config_of(records[0], "model")
+    others = [run for run in records if config_of(run, "model") != first]
+    return _followed("9", others or records)
+
+
+def _followed(figure: str, records: Sequence[RunRecord]) -> Printed:
+    chosen = of_method(records, "stl") or records
+    what = "refusal probabilities of followed prompts over SFT steps"
+    found, notes = found_in(figure, chosen, followed_probabilities, what, TRACK)
+    return _curves(
+        figure,
+        "Refusal probability of three prompts during SFT",
+        "Refusal probability (plain sum over the refusal phrases) of one seemingly toxic, one "
+        "toxic and one normal prompt against the step of SFT. STL where it was given, else every "
+        "run.",
+        found,
+        notes,
+        "refusal probability",
+    )
+
+
+def figure5a(records: Sequence[RunRecord]) -> Printed:
+    """Mean refusal probability by kind while STL trains."""
+    stl = _stl("5a", records, "tracking.quantities=[refusal_probability]")
+    return _mean_probability("5a", stl, "SFT without stage one")
+
+
+def figure5b(records: Sequence[RunRecord]) -> Printed:
+    """Mean refusal probability by kind while SFT follows stage one."""
+    chosen = of_method(records, "dcr")
+    if not chosen:
+        raise UserError(
+            f"figure 5b: no DCR run among {folders(records)}; train one with method=dcr "
+            "tracking.quantities=[refusal_probability]"
+        )
+    return _mean_probability("5b", chosen, "SFT after stage one")
+
+
+def _stl(figure: str, records: Sequence[RunRecord], needed: str) -> list[RunRecord]:
+    chosen = of_method(records, "stl")
+    if not chosen:
+        raise UserError(
+            f"figure {figure}: no STL run among {folders(records)}; train one with method=stl "
+            f"{needed}"
+        )
+    return chosen
+
+
+def _mean_probability(figure: str, chosen: Sequence[RunRecord], title: str) -> Printed:
+    what = "refusal probabilities over SFT steps"
+    found, notes = found_in(figure, chosen, kind_probabilities, what, TRACK)
+    return _curves(
+        figure,
+        f"Mean refusal probability by kind: {title}",
+        "Mean refusal probability (plain sum over the refusal phrases) of seemingly toxic, toxic "
+        "and normal prompts against the step of SFT; bands are 95% bootstrap intervals over "
+        "prompts where they were kept. The prefix-free probability is in the CSV.",
+        found,
+        notes,
+        "mean refusal probability",
+    )
+
+
+def _curves(
+    figure: str,
+    title: str,
+    caption: str,
+    found: Sequence[Trajectory],
+    notes: tuple[str, ...],
+    axis: str,
+) -> Printed:
+    called = names([trajectory.run for trajectory in found])
+    rows = [
+        (name, config_of(t.run, "method"), config_of(t.run, "model"), *key, r.step, r.value,
+         r.low, r.high, t.source)
+        for name, t in zip(called, found, strict=True)
+        for key, curve in t.curves.items()
+        for r in curve
+    ]  # fmt: skip
+
+    def draw() -> Figure:
+        drawn, axes = figures.panels(len(found))
+        for place, name, trajectory in zip(axes, called, found, strict=True):
+            for (quantity, kind), curve in trajectory.curves.items():
+                if quantity != "prefix_free":
+                    draw_curve(place, kind, curve)
+            figures.heading(place, name)
+            figures.step_axis(place)
+            figures.share_axis(place)
+            place.set_ylabel(axis)
+        present = {kind for t in found for _, kind in t.curves}
+        figures.key(drawn, figures.kind_handles([k for k in figures.KINDS if k in present]))
+        return drawn
+
+    return Printed(
+        f"figure{figure}", f"Figure {figure}: {title}", caption, CURVE_HEADER, rows, draw,
+        notes=notes,
+    )  # fmt: skip
+
+
+def draw_curve(axes: Axes, kind: str, curve: Sequence[Reading]) -> None:
+    """A kind's line with markers, and a band between readings that have an interval."""
+    colour, marker, dashes = figures.kind_style(kind)
+    steps = [reading.step for reading in curve]
+    axes.plot(steps, [r.value for r in curve], color=colour, marker=marker, linestyle=dashes)
+    lows, highs = (
+        [math.nan if end is None else end for end in ends]
+        for ends in ([r.low for r in curve], [r.high for r in curve])
+    )
+    if not all(map(math.isnan, lows)):
+        axes.fill_between(steps, lows, highs, color=colour, alpha=0.15, linewidth=0)
+
+
+CURVES: dict[str, Callable[[Sequence[RunRecord]], Printed]] = {
+    "1a": figure1a,
+    "1b": figure1b,
+    "5a": figure5a,
+    "5b": figure5b,
+    "9": figure9,
+}
+
+
+XSTEST = {Kind.seemingly_toxic: ["xstest_safe"], Kind.toxic: ["xstest_unsafe"]}
+HEADER = ("run", "method", "model", "step", "compliance", "compliance_low", "compliance_high",
+          "rejection", "rejection_low", "rejection_high", "compliance_of",
+          "rejection_of")  # fmt: skip
+
+
+def figure4(records: Sequence[RunRecord]) -> Printed:
+    """The frontier over checkpoints: compliance against rejection, light to dark."""
+    chosen = [r for r in records if config_of(r, "method") in ("stl", "dcr")] or list(records)
+    found = [(run, snapshots(run, lambda e: e.sets)) for run in chosen]
+    have = [(run, scored) for run, scored in found if scored]
+    if not have:
+        raise UserError(
+            f"figure 4: no scored snapshots in {folders(chosen)}; {scoring_command(chosen)}"
+        )
+    sets, told = _frontier_sets([e for _, scored in have for e in scored])
+    if not all(sets.values()):
+        raise UserError(
+            f"figure 4: the snapshots of {folders(r for r, _ in have)} share no sets of both "
+            f"kinds; {scoring_command(chosen)}"
+        )
+    called = names([run for run, _ in have])
+    frontiers = [
+        (name, run, [(e.step or 0, *_pair(e, sets)) for e in scored])
+        for name, (run, scored) in zip(called, have, strict=True)
+    ]
+    rows = [
+        (name, config_of(run, "method"), config_of(run, "model"), step,
+         x.estimate, x.low, x.high, y.estimate, y.low, y.high, told["x"], told["y"])
+        for name, run, points in frontiers
+        for step, x, y in points
+    ]  # fmt: skip
+    return Printed(
+        "figure4",
+        "Figure 4: the frontier over checkpoints",
+        f"Compliance with {told['x']} against the keyword rejection rate of {told['y']}: one point "
+        "a checkpoint, from light (early) to dark (late); the numbers are the first and the last "
+        "step. Top right is best. Of several evaluation settings, that of the most snapshots.",
+        HEADER,
+        rows,
+        lambda: _draw_frontiers([(n, points) for n, _, points in frontiers], told),
+        notes=tuple(
+            f"figure 4: no scored snapshots in {folders([r])}" for r, scored in found if not scored
+        ),
+    )
+
+
+def _frontier_sets(scored: Sequence[Evaluation]) -> tuple[dict[Kind, list[str]], dict[str, str]]:
+    """XSTest where every snapshot was evaluated on it, else all that they share, and its name."""
+    shared = shared_sets(scored)
+    if all(name in shared for chosen in XSTEST.values() for name in chosen):
+        return XSTEST, {"x": "XSTest-safe", "y": "XSTest-unsafe"}
+    sets = {
+        kind: together([name for name, score in shared.items() if score.kind is kind])
+        for kind in BOTH
+    }
+    of = {kind: "one set" if len(chosen) == 1 else "sets pooled" for kind, chosen in sets.items()}
+    return sets, {
+        "x": f"seemingly toxic prompts ({of[Kind.seemingly_toxic]}, XSTest not evaluated)",
+        "y": f"toxic prompts ({of[Kind.toxic]}, XSTest not evaluated)",
+    }
+
+
+def _pair(e: Evaluation, sets: dict[Kind, list[str]]) -> tuple[Interval, Interval]:
+    x, y = (rate_of(e, kind, sets[kind], wanted=True) for kind in BOTH)
+    nothing = Interval(float("nan"), float("nan"), float("nan"))
+    return x or nothing, y or nothing
+
+
+Frontier = tuple[str, Sequence[tuple[int, Interval, Interval]]]
+
+
+def _draw_frontiers(frontiers: Sequence[Frontier], told: dict[str, str]) -> Figure:
+    figure, (axes,) = figures.panels(1, 3.8, 3.5)
+    handles = []
+    for place, (name, points) in enumerate(frontiers):
+        colour = PALETTE[1 + place % (len(PALETTE) - 1)]
+        marker = MARKERS[place % len(MARKERS)]
+        xs, ys = [100 * x.estimate for _, x, _ in points], [100 * y.estimate for *_, y in points]
+        axes.plot(xs, ys, color=figures.shade(colour, 0.25), linewidth=0.9, zorder=2)
+        last = max(1, len(points) - 1)
+        for i, (x, y) in enumerate(zip(xs, ys, strict=True)):
+            axes.plot(x, y, marker, color=figures.shade(colour, i / last), markersize=5,
+                      markeredgecolor=colour, markeredgewidth=0.4, zorder=3)  # fmt: skip
+        for i in sorted({0, len(points) - 1}):
+            up = 5 if i else 5 - 10 * (place % 2)  # frontiers often begin in one point
+            axes.annotate(f"{points[i][0]}", (xs[i], ys[i]), xytext=(5, up), fontsize=7,
+                          textcoords="offset points", color=colour, zorder=5)  # fmt: skip
+        handles.append(
+            Line2D([], [], color=colour, marker=marker, markersize=5, linewidth=0.9, label=name)
+        )
+    axes.set(xlim=(-3, 108), ylim=(-3, 106))
+    axes.set_xlabel(_folded(f"compliance with {told['x']}, %"))
+    axes.set_ylabel(_folded(f"rejection of {told['y']}, %"))
+    figures.key(figure, handles, columns=2)
+    return figure
+
+
+def _folded(text: str) -> str:
+    return text.replace(" (", "\n(")
