@@ -1,0 +1,107 @@
+"""The documents name what there is: files, modules, settings, commands."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from dcr import cli, config
+from dcr.config import EvalConfig, TrainConfig
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = ("dcr", "docs", "tests", "conf", "examples", "benchmarks")
+# `dcr/losses.py`, `docs/data.md`, `tests/campaign`, `conf/model/`
+PATHS = re.compile(rf"(?<![\w/<>$-])((?:{'|'.join(FOLDERS)})/[\w./-]*\w/?|train\.py|eval\.py)")
+LINKS = re.compile(r"\]\(([^)#:\s]+)\)")
+MODULES = re.compile(r"(?:python -m |`)(dcr(?:\.[a-z_]+)+)")
+COMMANDS = re.compile(r"python (train|eval)\.py ([^\n`]*)")
+SCHEMAS = {"train": TrainConfig, "eval": EvalConfig}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_file_and_module_named_is_there(document: Path) -> None:
+    text = document.read_text()
+    named = {ROOT / path for path in PATHS.findall(text)}
+    linked = {document.parent / path for path in LINKS.findall(text)}
+    missing = [str(path.relative_to(ROOT)) for path in named | linked if not path.exists()]
+    assert not missing
+    dotted = MODULES.findall(text)  # a module, what is in one, or a setting of stage one
+    assert not [d for d in dotted if not is_there(d) and not exists(d, TrainConfig)]
+
+
+def is_there(dotted: str) -> bool:
+    """Whether a module of this name can be imported, or a module that has this attribute."""
+    try:
+        if importlib.util.find_spec(dotted) is not None:
+            return True
+    except ModuleNotFoundError:
+        pass
+    module, _, attribute = dotted.rpartition(".")
+    try:
+        return hasattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError:
+        return False
+
+
+def written() -> list[tuple[str, str, str]]:
+    """Every setting of a documented command: the document, the script and `key=value`."""
+    found = []
+    for document in DOCUMENTS:
+        for script, rest in COMMANDS.findall(document.read_text()):
+            for argument in re.split(r"\s+", rest.partition("#")[0].split("|")[0]):
+                if "=" in argument and "…" not in argument:
+                    found.append((document.name, script, argument.rstrip(",;:)")))
+    return list(dict.fromkeys(found))
+
+
+def test_every_setting_of_a_documented_command_exists() -> None:
+    """As composed by Hydra: a key that was renamed stops the command, not only the reader."""
+    cli.prepare()
+    wrong = []
+    for document, script, argument in written():
+        key = argument.partition("=")[0].lstrip("+")
+        if key.startswith(("hydra.", '"', "'")) or key in ("model", "data", "preset", "sweep"):
+            continue
+        if key == "steering" and script == "eval":
+            continue
+        if not exists(key, SCHEMAS[script]):
+            wrong.append(f"{document}: {script}.py {argument}")
+    assert not wrong
+
+
+def exists(key: str, schema: type) -> bool:
+    """Whether a dotted key is one of a typed tree's; below a free mapping any name is."""
+    node: object = schema
+    for part in key.split("."):
+        fields = getattr(node, "__dataclass_fields__", None)
+        if fields is None:
+            return "dict" in str(node)
+        if part not in fields:
+            return False
+        kind = fields[part].type
+        node = kind if not isinstance(kind, str) else getattr(config, kind, kind)
+    return True
+
+
+def test_a_key_that_there_is_not_would_be_found() -> None:
+    assert exists("dcr.optim.lr", TrainConfig)
+    assert exists("llm.parameters.top_p", EvalConfig)
+    assert not exists("dcr.optim.rate", TrainConfig)
+    assert not exists("dcr.margin", EvalConfig)
+    assert not is_there("dcr.nothing")
+    assert {"dcr/losses.py", "train.py"} <= set(PATHS.findall("`dcr/losses.py` and train.py"))
+
+
+@pytest.mark.parametrize("script", SCHEMAS)
+def test_the_groups_of_documented_commands_are_files(script: str) -> None:
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        for document, of, argument in written():
+            key, _, value = argument.partition("=")
+            if of != script or key not in ("model", "data", "preset", "sweep", "steering"):
+                continue
+            for one in value.split(","):
+                if not one.startswith(("<", "[")):
+                    assert compose(script, [f"{key}={one}"]), document
