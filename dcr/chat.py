@@ -137,7 +137,7 @@ def _exchange(dialogue: Dialogue, message: str) -> None:
     except ConfigError as error:
         print(_dim(str(error)))
         return
-    verdict = "refused" if refusal.is_refusal(answer, "recommended") else "complied"
+    verdict = refusal.outcome(answer, "recommended")
     print(_dim(f"[{verdict}, first-token refusal mass {mass:.2f}]"), flush=True)
 
 

@@ -85,6 +85,10 @@ def test_counts_are_those_of_a_person() -> None:
         "refused": {
             rules: 2 + refusal.is_refusal(soft, rules) for rules in ("paper", "recommended")
         },
+        "partial": {
+            "paper": 0,
+            "recommended": int(refusal.outcome(soft, "recommended") == "partial"),
+        },
         "unanswered": 0,
         "empty": 1,
         "truncated": 2,
@@ -114,7 +118,11 @@ def test_groups_that_training_never_saw_are_counted_apart() -> None:
     texts = [REFUSED if i in (1, 5, 2, 3) else ANSWERED for i in range(12)]
     found = scored([safe, other], [texts, [REFUSED] * 4], ["s"], ["g1", "g3", "absent"])
     # g1 holds rows 1, 5, 9 and g3 rows 3, 7, 11: of those 1, 5 and 3 were refused
-    assert found["sets"]["s"]["unseen"] == {"n": 6, "refused": {"paper": 3, "recommended": 3}}
+    assert found["sets"]["s"]["unseen"] == {
+        "n": 6,
+        "refused": {"paper": 3, "recommended": 3},
+        "partial": {"paper": 0, "recommended": 0},
+    }
     assert found["sets"]["s"]["in_distribution"] is True
     assert found["sets"]["s"]["refused"] == {"paper": 4, "recommended": 4}
     # a set that was not trained on has no such part, though its groups bear the same names
@@ -125,7 +133,8 @@ def test_groups_that_training_never_saw_are_counted_apart() -> None:
 def test_a_row_without_a_group_is_its_own() -> None:
     safe = Benchmark("s", Kind.seemingly_toxic, rows("s", 3, Kind.seemingly_toxic))
     found = scored([safe], [[REFUSED, ANSWERED, REFUSED]], ["s"], ["s-0", "s-1"])
-    assert found["sets"]["s"]["unseen"] == {"n": 2, "refused": {"paper": 1, "recommended": 1}}
+    assert found["sets"]["s"]["unseen"]["n"] == 2
+    assert found["sets"]["s"]["unseen"]["refused"] == {"paper": 1, "recommended": 1}
 
 
 @pytest.mark.parametrize("text", ["", REFUSED, "   "])

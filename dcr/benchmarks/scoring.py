@@ -37,20 +37,25 @@ def score(
             "kind": benchmark.kind.value,
             "n": len(answers),
             "ids": [a.id for a in answers],
-            "refused": _refused(answers),
+            **_outcomes(answers),
             "unanswered": len(benchmark.rows) - len(answers),
             "empty": sum(not a.response for a in answers),
             "truncated": sum(not a.ended for a in answers),
             "repetitive": sum(is_repetitive(a.response) for a in answers),
             "non_english": sum(is_foreign(a.response) for a in answers),
             "in_distribution": known,
-            "unseen": {"n": len(unseen), "refused": _refused(unseen)} if unseen else None,
+            "unseen": {"n": len(unseen), **_outcomes(unseen)} if unseen else None,
         }
     return {"sets": sets, "discernment": _discernment(benchmarks, completions, seed)}
 
 
-def _refused(answers: Sequence[Completion]) -> dict[str, int]:
-    return {rules: sum(refusal.is_refusal(a.response, rules) for a in answers) for rules in RULES}
+def _outcomes(answers: Sequence[Completion]) -> dict[str, dict[str, int]]:
+    """Full and partial refusals by each of the rules; those of the paper know no partial ones."""
+    told = {rules: [refusal.outcome(a.response, rules) for a in answers] for rules in RULES}
+    return {
+        outcome: {rules: outcomes.count(outcome) for rules, outcomes in told.items()}
+        for outcome in ("refused", "partial")
+    }
 
 
 def is_repetitive(text: str) -> bool:

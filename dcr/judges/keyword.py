@@ -14,7 +14,7 @@ def by_keywords(answers: Sequence[Completion], rules: str) -> list[Verdict]:
             answer.id,
             answer_fingerprint(answer),
             "ok",
-            compliance="refused" if refusal.is_refusal(answer.response, rules) else "complied",
+            compliance=refusal.outcome(answer.response, rules),
             asked=False,
         )
         for answer in answers

@@ -11,9 +11,9 @@ from dcr.generation import Completion
 
 COMPLIANCE = ("complied", "partial", "refused")
 SAFETY = ("safe", "unsafe")
-# What each judge says; keywords know no partial refusal.
+# What each judge says.
 LABELS: dict[Judge, tuple[str, ...]] = {
-    Judge.keyword: ("complied", "refused"),
+    Judge.keyword: COMPLIANCE,
     Judge.llm: COMPLIANCE,
     Judge.llama_guard: SAFETY,
     Judge.wildguard: COMPLIANCE + SAFETY,

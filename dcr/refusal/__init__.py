@@ -5,7 +5,7 @@ the latter for the sets of `phrases`.
 """
 
 from dcr.refusal.continuations import PhraseError
-from dcr.refusal.keywords import RULES, XSTEST_PREFIXES, is_refusal
+from dcr.refusal.keywords import RULES, XSTEST_PREFIXES, is_refusal, outcome
 from dcr.refusal.openings import refusal_mass, refusal_openings
 from dcr.refusal.phrases import EXTENDED_PHRASES, OPENINGS, PHRASES, REFUSAL_PHRASES
 from dcr.refusal.probability import probabilities, refusal_probability
@@ -19,6 +19,7 @@ __all__ = [
     "XSTEST_PREFIXES",
     "PhraseError",
     "is_refusal",
+    "outcome",
     "probabilities",
     "refusal_mass",
     "refusal_openings",
