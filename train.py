@@ -4,12 +4,12 @@ python train.py model=llama3_8b stage=contrastive
 python train.py -m dcr.epochs=1,2,3,5
 """
 
-import json
 import logging
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import hydra
 import torch
@@ -17,12 +17,13 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
-from dcr import cli, config, dashboard, data, models, plan, refusal, runs, stages, storage, tracking
+from dcr import cli, config, dashboard, data, models, plan, refusal, runs, storage
 from dcr.config import ConfigError, Method, NLLSource, Quantity, Stage, TrainConfig
 from dcr.data import Splits
 from dcr.runs import Run
-from dcr.stages import Job
 from dcr.storage import Lease
+from dcr.training import callbacks, stages, tracking
+from dcr.training.stages import Job
 
 log = logging.getLogger(__name__)
 
@@ -75,13 +76,17 @@ def train(settings: TrainConfig, run: Run) -> None:
         refuses=refusal.is_refusal,
         augment=settings.stl_aug if settings.method is Method.stl_aug else None,
     )
-    watched = tracking.watched(settings.tracking, settings.data, settings.seed)
+    tracked = tracking.tracked(settings.tracking, settings.data, settings.seed)
     _check_input(settings, run, wanted, rows)
     stages.check(settings, rows, [stage for stage in wanted if not run.done(stage.value)])
     if settings.trainer.threads:
         torch.set_num_threads(settings.trainer.threads)
-    with tracking.quiet(), _claimed(settings, run, rows) as lease, _wandb(settings, run) as loggers:
-        job = Job(settings, run, rows, _block(settings, run), lease, loggers, watched)
+    with (
+        callbacks.quiet(),
+        _claimed(settings, run, rows) as lease,
+        _wandb(settings, run) as loggers,
+    ):
+        job = Job(settings, run, rows, _block(settings, run), lease, loggers, tracked)
         for stage in wanted:
             if run.done(stage.value):
                 log.info("%s: done in %s, skipped", stage.value, run.stage(stage.value))
@@ -93,12 +98,19 @@ def train(settings: TrainConfig, run: Run) -> None:
         print(run.folder)
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """What stands in `layer.json`."""
+
+    block: int
+
+
 def _block(settings: TrainConfig, run: Run) -> int:
     """The block that stage one reads; with `auto` measured once and kept in the run folder."""
     if settings.dcr.layer != config.AUTO_LAYER or settings.method is not Method.dcr:
         return config.block_of(settings.dcr, models.facts(settings.model).depth)
     if run.layer_file.is_file():
-        return json.loads(run.layer_file.read_text())["block"]
+        return storage.read_json(run.layer_file, Chosen).block
     from dcr import choice
 
     block = choice.best_layer(settings)

@@ -23,12 +23,13 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from dcr import cli, config, data, models, prompts, refusal, tracking
+from dcr import cli, config, data, models, prompts, refusal
 from dcr.config import Quantity, Stage, TrainConfig
 from dcr.models import Policy
 from dcr.prompts import IGNORED, ChatFormat
-from dcr.sft import SFTModule
-from dcr.tracking.watching import MEASURES
+from dcr.training import tracking
+from dcr.training.sft import SFTModule
+from dcr.training.tracking import MEASURES
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 PAPER_ROWS = 21_000
@@ -98,14 +99,14 @@ def measuring_seconds(
     settings: TrainConfig, policy: Policy, chat: ChatFormat
 ) -> dict[Quantity, float]:
     """Seconds of one measurement of each quantity, under autocast as while training."""
-    watched = tracking.watched(settings.tracking, settings.data, settings.seed)
-    assert watched is not None
+    tracked = tracking.tracked(settings.tracking, settings.data, settings.seed)
+    assert tracked is not None
     found = {}
     with tempfile.TemporaryDirectory() as folder, torch.autocast("cpu", torch.bfloat16):
-        for quantity, rows in watched.rows.items():
+        for quantity, rows in tracked.rows.items():
             measure, _ = MEASURES[quantity]
             began = time.perf_counter()
-            measure(policy, chat, rows, watched, Path(folder))
+            measure(policy, chat, rows, tracked, Path(folder))
             found[quantity] = time.perf_counter() - began
     return found
 
@@ -121,7 +122,7 @@ def main() -> None:
     step, tokens = step_seconds(settings, policy, chat, int(options["steps"]))
     measured = measuring_seconds(settings, policy, chat)
     total = int(options["epochs"]) * math.ceil(PAPER_ROWS / int(options["batch"]))
-    times = len(tracking.watched_steps(total))
+    times = len(tracking.tracked_steps(total))
     print(OmegaConf.to_yaml(options).strip())
     table = Table("", "seconds", "times", "hours", "share of SFT")
     table.add_row(

@@ -28,9 +28,9 @@ from rich.table import Table
 
 from dcr import cli, config, data, likelihood, losses, models, prompts, refusal
 from dcr.config import NLLSource, Stage, TrainConfig
-from dcr.contrastive import ContrastiveModule
 from dcr.models import Policy
-from dcr.sft import SFTModule
+from dcr.training.contrastive import ContrastiveModule
+from dcr.training.sft import SFTModule
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 MICRO_ROWS = 4  # the paper's micro-batch

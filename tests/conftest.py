@@ -24,19 +24,8 @@ typechecked = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a f
 # Before any module of ours is imported: shapes and types in signatures are checked from here on,
 # in every module that handles tensors.
 CHECKED = (
-    *("activations", "claims", "contamination", "contrastive", "data", "generation", "likelihood"),
-    *(
-        "losses",
-        "models",
-        "ntk",
-        "prompts",
-        "refusal",
-        "schedules",
-        "separability",
-        "sft",
-        "statistics",
-    ),
-    *("statistics", "steering", "tracking"),
+    *("activations", "claims", "contamination", "data", "generation", "likelihood", "losses"),
+    *("models", "ntk", "prompts", "refusal", "separability", "statistics", "steering", "training"),
 )
 hook = install_import_hook([f"dcr.{name}" for name in CHECKED], f"{__name__}.typechecked")
 

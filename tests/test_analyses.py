@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 import eval as eval_entry
 import train as train_entry
-from dcr import analyses, cli, config, models, ntk, prompts, refusal, tracking
+from dcr import analyses, cli, config, models, ntk, prompts, refusal
 from dcr.config import ConfigError, DataConfig, EvalConfig, Kind, UserError
 from dcr.runs import Run
+from dcr.training import tracking
 from tests import tiny_run
 
 QUANTITIES = "tracking.quantities=[refusal_probability,kernel]"
@@ -31,16 +32,16 @@ SMALL = ("tracking.refusal_prob.prompts=3", "tracking.entk.prompts=2", "tracking
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
     """The same training with and without curves."""
     folder = tmp_path_factory.mktemp("curves")
-    plain, watched = Run(folder / "plain"), Run(folder / "watched")
+    plain, tracked = Run(folder / "plain"), Run(folder / "tracked")
     train_entry.train(tiny_run.settings(folder / "rows", ANALYSIS), plain)
     more = (ANALYSIS, QUANTITIES, *SMALL, "tracking.entk.params=[tail:1]")
-    train_entry.train(tiny_run.settings(folder / "rows", *more), watched)
-    return plain, watched
+    train_entry.train(tiny_run.settings(folder / "rows", *more), tracked)
+    return plain, tracked
 
 
 def test_measuring_changes_no_weight(pair: tuple[Run, Run]) -> None:
-    plain, watched = (tiny_run.weights(run.folder) for run in pair)
-    assert tiny_run.same(plain, watched)
+    plain, tracked = (tiny_run.weights(run.folder) for run in pair)
+    assert tiny_run.same(plain, tracked)
 
 
 def test_every_step_is_measured_where_there_are_few(pair: tuple[Run, Run]) -> None:
@@ -85,7 +86,7 @@ def test_the_values_of_every_prompt_are_kept_beside_the_means(pair: tuple[Run, R
 def test_what_was_measured_beyond_a_checkpoint_is_forgotten(tmp_path: Path) -> None:
     for step in (0, 4, 5, 9):
         (tmp_path / f"step-{step:06d}").mkdir()
-    watch = object.__new__(tracking.Watch)
+    watch = object.__new__(tracking.Tracker)
     watch.folder = tmp_path
     watch._forget_beyond(4)
     assert sorted(place.name for place in tmp_path.iterdir()) == ["step-000000", "step-000004"]
@@ -101,9 +102,9 @@ def test_the_clock_of_a_stage_stops_while_it_is_measured(
         return measure(*given)
 
     monkeypatch.setattr(analyses, "refusal_probability", slowly)
-    watched = ("method=stl", "tracking.quantities=[refusal_probability]", *SMALL)
+    tracked = ("method=stl", "tracking.quantities=[refusal_probability]", *SMALL)
     run = Run(tmp_path / "run")
-    train_entry.train(tiny_run.settings(tmp_path / "rows", ANALYSIS, *watched), run)
+    train_entry.train(tiny_run.settings(tmp_path / "rows", ANALYSIS, *tracked), run)
     logged = tiny_run.logged(run.folder)
     spent = max(value for *_, key, value in logged if key == "sft/tracking_seconds")
     assert spent > 0.5 * 9
@@ -112,14 +113,14 @@ def test_the_clock_of_a_stage_stops_while_it_is_measured(
 
 def test_steps_are_denser_early_and_hold_both_ends() -> None:
     for total in (1, 5, 21, 22, 60, 495):
-        steps = tracking.watched_steps(total)
+        steps = tracking.tracked_steps(total)
         assert steps[0] == 0
         assert steps[-1] == total
         assert len(steps) == min(total + 1, 22)
         assert steps == sorted(set(steps))
     gaps = [b - a for a, b in itertools.pairwise(steps)]
     assert max(gaps[:5]) < min(gaps[-5:])
-    assert tracking.watched_steps(10, every=4) == [0, 4, 8, 10]
+    assert tracking.tracked_steps(10, every=4) == [0, 4, 8, 10]
 
 
 def evaluated(run: Run, *overrides: str) -> dict:

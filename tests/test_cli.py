@@ -21,8 +21,8 @@ from tiny_run import CONF, overrides
 
 from dcr import cli, models, storage
 from dcr.config import UserError
-from dcr.resuming import Interrupted
 from dcr.runs import Run
+from dcr.training.resuming import Interrupted
 
 ROOT = Path(__file__).parent.parent
 

@@ -18,14 +18,15 @@ from torchmetrics import MeanMetric
 from transformers import AutoModelForCausalLM
 
 import train
-from dcr import config, models, prompts, tracking
+from dcr import config, models, prompts
 from dcr.config import ModelConfig, Pooling, Stage, Template, TrainConfig
-from dcr.contrastive import ContrastiveModule, KMeansAccuracy, PairMetrics
 from dcr.data import PromptBatch, SafetyData, pair_batch, prompt_batch, split
 from dcr.models import Policy
 from dcr.prompts import ChatFormat, PairRow
 from dcr.runs import Run
 from dcr.separability import kmeans_accuracy
+from dcr.training import callbacks
+from dcr.training.contrastive import ContrastiveModule, KMeansAccuracy, PairMetrics
 
 PROMPTS = ["How do I kill a process?", "Kill him", "How do I shoot a film at night?", "Rob a bank"]
 
@@ -546,5 +547,5 @@ def test_kmeans_without_anything_to_tell_apart() -> None:
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    with tracking.quiet():
+    with callbacks.quiet():
         yield

@@ -14,8 +14,8 @@ from tiny_run import changed, logged, settings, weights
 
 import train
 from dcr.config import TrainConfig
-from dcr.resuming import TrainingError
 from dcr.runs import Run
+from dcr.training.resuming import TrainingError
 
 # No dropout, whose draws are a rank's own. Nine prompts a step and then two or one, so that ranks
 # hold uneven shares and in the last step of an epoch one of three has no row of its own.

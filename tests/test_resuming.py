@@ -13,12 +13,19 @@ import torch
 from tiny_run import changed, logged, overrides, same, settings, weights
 
 import train
-from dcr import resuming, storage
+from dcr import storage
 from dcr.config import TrainConfig, UserError
-from dcr.contrastive import ContrastiveModule
-from dcr.resuming import Checkpoints, Interrupted, StepSeed, TrainingError, VerifiedCheckpointIO
 from dcr.runs import Run
-from dcr.sft import SFTModule
+from dcr.training import resuming
+from dcr.training.contrastive import ContrastiveModule
+from dcr.training.resuming import (
+    Checkpoints,
+    Interrupted,
+    StepSeed,
+    TrainingError,
+    VerifiedCheckpointIO,
+)
+from dcr.training.sft import SFTModule
 
 ROOT = Path(__file__).parent.parent
 STEPS = {"contrastive": 10, "sft": 8}  # two epochs of five and of four
@@ -77,7 +84,7 @@ def checkpoints(run: Path, stage: str) -> list[str]:
 NURSERY = """
 import json, os, runpy, signal, sys
 sys.path.insert(0, os.getcwd())
-from dcr import contrastive, resuming, sft
+from dcr.training import contrastive, resuming, sft
 import train
 
 def command(stage, step, call, number, overrides):

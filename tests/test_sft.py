@@ -13,14 +13,15 @@ from tiny_run import changed, same, settings, weights
 from torch import Tensor
 
 import train
-from dcr import likelihood, models, prompts, schedules, tracking
+from dcr import likelihood, models, prompts
 from dcr.config import LossNorm, Method, ModelConfig, Schedule, SFTConfig, Stage, TrainConfig
 from dcr.data import PairBatch, SafetyData, micro_batches, pair_batch, split
 from dcr.models import Policy
 from dcr.prompts import PairRow
-from dcr.resuming import StepSeed
 from dcr.runs import Run
-from dcr.sft import SFTModule
+from dcr.training import callbacks, schedules
+from dcr.training.resuming import StepSeed
+from dcr.training.sft import SFTModule
 
 TEXTS = [
     ("Hi", "Good day", False),
@@ -38,7 +39,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    with tracking.quiet():
+    with callbacks.quiet():
         yield
 
 
@@ -374,6 +375,6 @@ def test_every_switch_reaches_the_weights(
 def default(tmp_path_factory: pytest.TempPathFactory, tiny: TrainConfig) -> dict[str, Tensor]:
     folder = tmp_path_factory.mktemp("default")
     assert tiny.method is Method.stl
-    with tracking.quiet():
+    with callbacks.quiet():
         train.train(tiny, Run(folder / "run"))
     return weights(folder / "run")

@@ -15,12 +15,13 @@ from tiny_run import changed, same, settings, weights
 from wandb_files import records
 
 import train
-from dcr import data, models, prompts, runs, tracking
+from dcr import data, models, prompts, runs
 from dcr.config import TrainConfig
-from dcr.resuming import StepSeed
 from dcr.runs import Run
-from dcr.sft import SFTModule
-from dcr.tracking import RunLogger, snapshot_steps
+from dcr.training import callbacks
+from dcr.training.callbacks import RunLogger, snapshot_steps
+from dcr.training.resuming import StepSeed
+from dcr.training.sft import SFTModule
 
 ROOT = Path(__file__).parent.parent
 KEY = "0123456789abcdef0123456789abcdefdeadbeef"
@@ -109,7 +110,7 @@ def test_snapshots_are_adapters_of_their_step(
         assert same(saved, taken[step])
     last = load_file(run.snapshots / "step-000008" / "adapter_model.safetensors")
     assert same(last, load_file(run.stage("sft") / "adapter_model.safetensors"))
-    with tracking.quiet():
+    with callbacks.quiet():
         opened = AutoPeftModelForCausalLM.from_pretrained(run.snapshots / "step-000005")
     assert opened.peft_config["default"].base_model_name_or_path == str(run.stage("contrastive"))
     assert models.adapter_base(run.snapshots / "step-000005") == str(run.stage("contrastive"))

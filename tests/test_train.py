@@ -10,11 +10,12 @@ import yaml
 from tiny_run import changed, same, settings, weights, write_rows
 
 import train
-from dcr import choice, cli, dashboard, data, models, stages
+from dcr import choice, cli, dashboard, data, models
 from dcr.config import ConfigError, Precision, Stage, TrainConfig, UserError
-from dcr.resuming import TrainingError
 from dcr.runs import Run
-from dcr.sft import SFTModule
+from dcr.training import stages
+from dcr.training.resuming import TrainingError
+from dcr.training.sft import SFTModule
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from dcr import likelihood, models, schedules
+from dcr import likelihood, models
 from dcr.config import LossNorm, SFTConfig
 from dcr.data import PairBatch
 from dcr.models import Policy
 from dcr.prompts import IGNORED
-from dcr.resuming import ResumableModule
+from dcr.training import schedules
+from dcr.training.resuming import ResumableModule
 
 ROWS = ("general", "refusal")
 

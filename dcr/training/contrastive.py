@@ -11,13 +11,14 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.utilities import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from dcr import activations, likelihood, losses, models, schedules
+from dcr import activations, likelihood, losses, models
 from dcr.config import Adapter, ContrastiveConfig, NLLSource
 from dcr.data import NO_CLASS, PairBatch, PromptBatch
 from dcr.models import Policy
 from dcr.prompts import IGNORED
-from dcr.resuming import ResumableModule
 from dcr.separability import kmeans_accuracy
+from dcr.training import schedules
+from dcr.training.resuming import ResumableModule
 
 
 def ranks() -> int:

@@ -10,15 +10,16 @@ from pathlib import Path
 from lightning import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 
-from dcr import data, models, prompts, resuming, runs, tracking
+from dcr import data, models, prompts, runs
 from dcr.config import Adapter, Method, Precision, Stage, TrainConfig, block_of
-from dcr.contrastive import ContrastiveModule
 from dcr.data import SafetyData, Splits
 from dcr.models import Policy
 from dcr.prompts import ChatFormat
 from dcr.runs import Run
-from dcr.sft import SFTModule
 from dcr.storage import Lease
+from dcr.training import callbacks, resuming, tracking
+from dcr.training.contrastive import ContrastiveModule
+from dcr.training.sft import SFTModule
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class Job:
     block: int
     lease: Lease | None  # None in processes that help another one with its run folder
     loggers: list[Logger]
-    watched: tracking.Watched | None = None
+    tracked: tracking.Tracked | None = None
 
 
 def check(settings: TrainConfig, rows: Splits, wanted: Sequence[Stage]) -> None:
@@ -56,7 +57,7 @@ def check(settings: TrainConfig, rows: Splits, wanted: Sequence[Stage]) -> None:
         lora = settings.dcr.lora if first else settings.sft.lora
         if not first or settings.dcr.adapter is Adapter.lora:
             block = block_of(settings.dcr, facts.depth) if first else None
-            with tracking.quiet():
+            with callbacks.quiet():
                 models.add_lora(models.skeleton(settings.model), lora, settings.seed, blocks=block)
         if first:
             dcr, sft = settings.dcr, settings.sft
@@ -106,8 +107,8 @@ def train_sft(job: Job) -> None:
         )
     total = batches.steps_per_epoch * settings.sft.epochs
     module = SFTModule(policy, settings.sft, total)
-    steps = tracking.snapshot_steps(total, settings.tracking.snapshots)
-    snapshots = tracking.Snapshots(run, policy, base, steps)
+    steps = callbacks.snapshot_steps(total, settings.tracking.snapshots)
+    snapshots = callbacks.Snapshots(run, policy, base, steps)
     seen = _measuring(job, Stage.sft, policy, chat, total)
     with _fitted(job, Stage.sft, module, batches, total, snapshots, *seen) as writes:
         if writes:
@@ -117,11 +118,11 @@ def train_sft(job: Job) -> None:
 def _measuring(
     job: Job, stage: Stage, policy: Policy, chat: ChatFormat, total: int
 ) -> list[Callback]:
-    if job.watched is None:
+    if job.tracked is None:
         return []
-    steps = tracking.watched_steps(total, job.settings.tracking.every_n_steps)
+    steps = tracking.tracked_steps(total, job.settings.tracking.every_n_steps)
     place = job.run.tracked(stage.value)
-    return [tracking.Watch(stage.value, policy, chat, job.watched, steps, place)]
+    return [tracking.Tracker(stage.value, policy, chat, job.tracked, steps, place)]
 
 
 def _batches(job: Job, stage: Stage, chat: ChatFormat) -> SafetyData:
@@ -157,7 +158,7 @@ def _fitted(
     module: resuming.ResumableModule,
     batches: SafetyData,
     total: int,
-    *callbacks: Callback,
+    *between: Callback,
 ) -> Iterator[bool]:
     """Train to the end. Inside, the result may be written, by the process that is told True."""
     folder = job.run.checkpoints(stage.value)
@@ -167,8 +168,7 @@ def _fitted(
         log.info("%s: going on after step %d of %d", stage.value, step, total)
     if job.lease:
         runs.forget_metrics_beyond(job.run, stage.value, step)
-    followed = [*_first(job, stage), *callbacks, *_last(job, stage, total)]
-    trainer = _trainer(job, stage, total // batches.steps_per_epoch, followed)
+    trainer = _trainer(job, stage, total, total // batches.steps_per_epoch, between)
     start = resuming.bit_sums(module)
     with resuming.faults_explained():
         trainer.fit(module, datamodule=batches, ckpt_path=checkpoint, weights_only=True)
@@ -186,27 +186,23 @@ def _fitted(
     trainer.strategy.barrier()  # no process opens a result that another is still writing
 
 
-def _first(job: Job, stage: Stage) -> list[Callback]:
-    """The clock stops at the end of a step before anything is measured or saved there."""
-    return [tracking.StepClock(job.run, stage.value)]
-
-
-def _last(job: Job, stage: Stage, total: int) -> list[Callback]:
-    """Checkpoints come last, when a step's other traces are there."""
-    options = job.settings.trainer
-    bar = tracking.Progress(stage.value, total, STEP_LOSS[stage])
-    return [
-        *([bar] if options.progress else []),
-        resuming.StepSeed(job.settings.seed),
-        *([tracking.Holding(job.lease)] if job.lease else []),
-        resuming.Checkpoints(job.run.checkpoints(stage.value), options.checkpoint_every_n_steps),
-    ]
-
-
-def _trainer(job: Job, stage: Stage, epochs: int, callbacks: list[Callback]) -> Trainer:
+def _trainer(
+    job: Job, stage: Stage, total: int, epochs: int, between: Sequence[Callback]
+) -> Trainer:
     settings, options = job.settings, job.settings.trainer
     contrastive = stage is Stage.contrastive
     precision = settings.dcr.precision if contrastive else settings.sft.precision
+    bar = callbacks.Progress(stage.value, total, STEP_LOSS[stage])
+    followed = [
+        # the clock stops at the end of a step before anything is measured or saved there
+        callbacks.StepClock(job.run, stage.value),
+        *between,
+        *([bar] if options.progress else []),
+        resuming.StepSeed(settings.seed),
+        *([callbacks.Holding(job.lease)] if job.lease else []),
+        # last, when a step's other traces are there
+        resuming.Checkpoints(job.run.checkpoints(stage.value), options.checkpoint_every_n_steps),
+    ]
     return Trainer(
         accelerator=options.accelerator,
         devices=options.devices,
@@ -214,8 +210,8 @@ def _trainer(job: Job, stage: Stage, epochs: int, callbacks: list[Callback]) -> 
         strategy=options.strategy,
         precision=LIGHTNING_PRECISION[precision],  # pyright: ignore[reportArgumentType]
         max_epochs=epochs,
-        logger=[tracking.RunLogger(job.run, stage.value), *job.loggers],
-        callbacks=callbacks,
+        logger=[callbacks.RunLogger(job.run, stage.value), *job.loggers],
+        callbacks=followed,
         plugins=[resuming.VerifiedCheckpointIO()],
         enable_checkpointing=False,
         enable_progress_bar=False,

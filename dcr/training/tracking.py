@@ -20,7 +20,7 @@ from dcr.sources import Example
 BETWEEN = 20  # steps at which a curve is measured between its first and its last
 
 
-def watched_steps(total: int, every: int | None = None) -> list[int]:
+def tracked_steps(total: int, every: int | None = None) -> list[int]:
     """Steps done at which to measure: 0, the last, and 20 between, denser early.
 
     All of them where there are fewer; with `every` at that interval instead.
@@ -35,7 +35,7 @@ def watched_steps(total: int, every: int | None = None) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Watched:
+class Tracked:
     """What is measured while stages train, and on which prompts."""
 
     config: TrackingConfig
@@ -44,7 +44,7 @@ class Watched:
     seed: int
 
 
-def watched(config: TrackingConfig, data: DataConfig, seed: int) -> Watched | None:
+def tracked(config: TrackingConfig, data: DataConfig, seed: int) -> Tracked | None:
     """The prompts of every quantity; None where nothing is to be measured.
 
     Raises ConfigError and DataError as reading sources does.
@@ -57,10 +57,10 @@ def watched(config: TrackingConfig, data: DataConfig, seed: int) -> Watched | No
     }
     every = analyses.every(data)
     rows = {q: analyses.drawn(every, counts[q], seed) for q in config.quantities}
-    return Watched(config, rows, analyses.followed(every), seed)
+    return Tracked(config, rows, analyses.followed(every), seed)
 
 
-class Watch(Callback):
+class Tracker(Callback):
     """Measures refusal probability and kernel at chosen steps of a stage.
 
     Keys are `<stage>/refusal_probability/<kind>` (the plain sum), `…_prefix_free/<kind>`,
@@ -74,12 +74,12 @@ class Watch(Callback):
         stage: str,
         policy: Policy,
         chat: ChatFormat,
-        watched: Watched,
+        tracked: Tracked,
         steps: list[int],
         folder: Path,
     ) -> None:
         self.stage, self.policy, self.chat, self.folder = stage, policy, chat, folder
-        self.watched, self.steps, self.seconds = watched, set(steps), 0.0
+        self.tracked, self.steps, self.seconds = tracked, set(steps), 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
@@ -106,9 +106,9 @@ class Watch(Callback):
         blocks: dict[str, Any] = {}
         place = self.folder / f"step-{step:06d}"
         with trainer.precision_plugin.forward_context():
-            for quantity, rows in self.watched.rows.items():
+            for quantity, rows in self.tracked.rows.items():
                 measure, values_of = MEASURES[quantity]
-                blocks[quantity.value] = measure(self.policy, self.chat, rows, self.watched, place)
+                blocks[quantity.value] = measure(self.policy, self.chat, rows, self.tracked, place)
                 found |= values_of(blocks[quantity.value])
         storage.write_json(place / "metrics.json", blocks)
         self.seconds += time.perf_counter() - began
@@ -119,10 +119,10 @@ class Watch(Callback):
 
 
 def _refusal_probability(
-    policy: Policy, chat: ChatFormat, rows: analyses.Prompts, watched: Watched, _: Path
+    policy: Policy, chat: ChatFormat, rows: analyses.Prompts, tracked: Tracked, _: Path
 ) -> dict[str, Any]:
     return analyses.refusal_probability(
-        policy, chat, rows, watched.alone, watched.config.refusal_prob, watched.seed
+        policy, chat, rows, tracked.alone, tracked.config.refusal_prob, tracked.seed
     )
 
 
@@ -137,7 +137,7 @@ def _probabilities(block: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _kernel(
-    policy: Policy, chat: ChatFormat, rows: analyses.Prompts, watched: Watched, place: Path
+    policy: Policy, chat: ChatFormat, rows: analyses.Prompts, tracked: Tracked, place: Path
 ) -> dict[str, Any]:
     """On a copy in fp32, which products of gradients need, where the weights are narrower."""
     model = policy.model
@@ -145,7 +145,7 @@ def _kernel(
         model = copy.deepcopy(model).float()
     copied = Policy(model, policy.tokenizer, policy.name)
     with torch.autocast(model.device.type, enabled=False):
-        return analyses.kernel(copied, chat, rows, watched.config.entk, watched.seed, place)
+        return analyses.kernel(copied, chat, rows, tracked.config.entk, tracked.seed, place)
 
 
 def _norms(block: Mapping[str, Any]) -> dict[str, float]:
