@@ -9,7 +9,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import hydra
 import torch
@@ -98,19 +97,12 @@ def train(settings: TrainConfig, run: Run) -> None:
         print(run.folder)
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """What stands in `layer.json`."""
-
-    block: int
-
-
 def _block(settings: TrainConfig, run: Run) -> int:
     """The block that stage one reads; with `auto` measured once and kept in the run folder."""
     if settings.dcr.layer != config.AUTO_LAYER or settings.method is not Method.dcr:
         return config.block_of(settings.dcr, models.facts(settings.model).depth)
-    if run.layer_file.is_file():
-        return storage.read_json(run.layer_file, Chosen).block
+    if (known := run.block()) is not None:
+        return known
     from dcr import choice
 
     block = choice.best_layer(settings)

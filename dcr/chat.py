@@ -180,10 +180,7 @@ def open_stage(run: Run, stage: str) -> tuple[Policy, ModelConfig]:
     stage = stage or done or "sft"
     if not run.done(stage):
         raise ConfigError(f"run={run.folder}: stage {stage} is not done there; train it first")
-    folder = run.stage(stage)
-    if (folder / "adapter_config.json").is_file():
-        return models.open_adapter(folder, precision), config
-    return models.open_folder(str(folder), precision), config
+    return models.open_result(run.stage(stage), precision, config.trust_remote_code), config
 
 
 if __name__ == "__main__":

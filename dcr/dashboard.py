@@ -3,12 +3,13 @@
 import functools
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from dcr import benchmarks, refusal, storage
-from dcr.config import EvalConfig, Kind, WandbConfig, WandbMode
+from dcr.config import DataError, EvalConfig, Kind, WandbConfig, WandbMode
 from dcr.generation import Completion
 from dcr.runs import Run
 
@@ -77,9 +78,13 @@ def _started(
 def run_id(run: Run) -> str:
     """The W&B id of a run folder: kept in it, so that moving the folder keeps the run."""
     file = run.folder / "wandb_id"
-    if not file.is_file():
+    if not file.exists():
         storage.write_text(file, storage.fingerprint([str(run.folder.resolve())]))
-    return file.read_text().strip()
+    cure = "delete the file, and the next command starts another W&B run"
+    name = storage.read_text(file, cure).strip()
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", name):
+        raise DataError(f"{file}: {name[:60]!r} is no id; {cure}")
+    return name
 
 
 def show(

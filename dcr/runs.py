@@ -15,19 +15,20 @@ eval/<fingerprint>/      completions, verdicts, metrics.json
 
 import csv
 import io
-import json
 import logging
 import math
 import resource
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import torch
 import yaml
+from pydantic import ConfigDict
+from typing_extensions import TypedDict
 
-from dcr import storage
+from dcr import config, storage
 from dcr.config import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,44 @@ BEFORE_TRAINING = {
     "wandb",
 }
 METRIC_FIELDS = ("stage", "step", "epoch", "key", "value")
+
+
+RESTORE = "restore it from a copy of the run, or train into another folder"
+
+
+class MadeWith(TypedDict):
+    """What every run's `config.yaml` says; a trained one's says the rest of `TrainConfig` too."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+
+    method: str
+    seed: int
+    preset_name: str
+    model: dict[str, Any]
+    data: dict[str, Any]
+
+
+class RowList(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+
+    count: int
+    fingerprint: str
+    ids: list[str]
+
+
+class RowRecord(TypedDict):
+    """`rows.json`, see `data.row_record`."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+
+    rows: dict[str, RowList]
+    dropped: NotRequired[dict[str, int]]
+    in_distribution: NotRequired[list[str]]
+    unseen_groups: NotRequired[list[str]]
+
+
+class Layer(TypedDict):
+    block: int
 
 
 @dataclass(frozen=True)
@@ -97,14 +136,24 @@ class Run:
         return self.folder / "eval" / fingerprint
 
     def config(self) -> dict[str, Any]:
-        """The resolved configuration this run was made with. ConfigError if there is none."""
-        if not self.config_file.is_file():
+        """The resolved configuration this run was made with. UserError where there is none."""
+        if not self.config_file.exists():
             raise ConfigError(f"run={self.folder}: no config.yaml there; name a run folder")
-        return yaml.safe_load(self.config_file.read_text())
+        made_with = storage.read_yaml(self.config_file, MadeWith, RESTORE)
+        config.check_made_with(made_with, f"{self.config_file}: ", f"; {RESTORE}")
+        return dict(made_with)
 
     def record(self) -> dict[str, Any]:
         """What `rows.json` says, empty before training has drawn its rows."""
-        return json.loads(self.rows_file.read_text()) if self.rows_file.is_file() else {}
+        if not self.rows_file.exists():
+            return {}
+        return dict(storage.read_json(self.rows_file, RowRecord, RESTORE))
+
+    def block(self) -> int | None:
+        """The block that `dcr.layer=auto` chose for stage one, None where it has not."""
+        if not self.layer_file.exists():
+            return None
+        return storage.read_json(self.layer_file, Layer, RESTORE)["block"]
 
 
 def peak_memory_gib() -> float:
@@ -114,22 +163,22 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def binding(config: Mapping[str, Any]) -> dict[str, Any]:
+def binding(made_with: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a configuration that decides a run's weights."""
-    return {key: value for key, value in config.items() if key not in FREE_KEYS}
+    return {key: value for key, value in made_with.items() if key not in FREE_KEYS}
 
 
-def claim(run: Run, config: Mapping[str, Any], force: bool) -> None:
+def claim(run: Run, made_with: Mapping[str, Any], force: bool) -> None:
     """Write the configuration, or check that the one there is the same.
 
     Raises ConfigError with the differences when the folder belongs to another configuration and
     `force` is off.
     """
-    if run.config_file.is_file():
-        changed = storage.differences(binding(run.config()), binding(config))
+    if run.config_file.exists():
+        changed = storage.differences(binding(run.config()), binding(made_with))
         _refuse(run, "made with another configuration", changed, force)
     storage.write_text(
-        run.config_file, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+        run.config_file, yaml.safe_dump(dict(made_with), sort_keys=False, allow_unicode=True)
     )
 
 
@@ -156,7 +205,9 @@ def claim_base(run: Run, stage: str, weights: str, force: bool) -> None:
 
     Raises ConfigError when they changed and `force` is off.
     """
-    known = json.loads(run.base_file.read_text()) if run.base_file.is_file() else {}
+    known: dict[str, str] = {}
+    if run.base_file.exists():
+        known = storage.read_json(run.base_file, dict[str, str], RESTORE)
     known = {name: base for name, base in known.items() if name == stage or run.done(name)}
     now = {**known, stage: weights}
     if stage in known:

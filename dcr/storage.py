@@ -8,9 +8,11 @@ import fcntl
 import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
@@ -24,10 +26,12 @@ from safetensors import SafetensorError
 from dcr.config import DataError, UserError
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 STAGING = ".writing-"  # how the name of a file or folder begins until it is whole
 ASIDE = ".old"  # how the name of a folder ends while another takes its place
 CHECKSUMS = "checksums.json"
+SUMS: dict[object, list[str]] = {}  # of files that this process has read, by their state
 CURE = "restore the file, or delete it and run the command that wrote it again"
 
 
@@ -180,12 +184,21 @@ def append_lines(path: Path, rows: Iterable[object]) -> None:
 # --- reading ------------------------------------------------------------------------------------
 
 
+@contextmanager
+def _reading(path: Path, cure: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        place = error.filename or path
+        raise DataError(f"{place}: cannot be read ({error.strerror or error}); {cure}") from error
+
+
 def read_text(path: Path, cure: str = CURE) -> str:
     """The UTF-8 text of a file. DataError with its name and the cure when it cannot be read."""
+    with _reading(path, cure):
+        data = path.read_bytes()
     try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}); {cure}") from error
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: byte {error.start + 1} is not UTF-8; {cure}") from None
 
@@ -220,12 +233,10 @@ def read_lines(path: Path, schema: type[T], cure: str = "remove the line") -> li
     A torn line is one that breaks off. Raises DataError "file:line: what is wrong; cure" for any
     other line that is not of the schema.
     """
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
+    if not path.exists():
         return []
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}); {CURE}") from error
+    with _reading(path, CURE):
+        lines = path.read_bytes().split(b"\n")
     records: list[T] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -276,6 +287,63 @@ def _first_fault(error: Exception) -> str:
 # --- checksums of a result folder ---------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Checksums:
+    """`checksums.json` of a folder: SHA-256 of every file in it.
+
+    That of a weight file also covers those before it, with their names: the last one is what
+    `models.weights_fingerprint` shortens, so that weights are read once for both.
+    """
+
+    weights: dict[str, str]
+    files: dict[str, str]
+
+
+def write_checksums(folder: Path) -> None:
+    """Put `checksums.json` beside what now lies in a folder."""
+    write_json(folder / CHECKSUMS, asdict(_checksums(folder)))
+
+
+def _checksums(folder: Path) -> Checksums:
+    weights = sorted(folder.glob("*.safetensors"))
+    sums = running_sha256(weights, named=True)
+    others = (f for f in sorted(folder.iterdir()) if f.is_file() and f.name != CHECKSUMS)
+    return Checksums(
+        dict(zip([file.name for file in weights], sums, strict=True)),
+        {file.name: sha256(file) for file in others if file not in weights},
+    )
+
+
+def check_checksums(folder: Path, expected: bool = True) -> None:
+    """Raises DataError with the file that is not as `write_checksums` found it.
+
+    A folder without sums, as results had none once, passes; with one warning where they are
+    `expected`.
+    """
+    cure = f"restore it from a copy, or delete {folder} and run the command that made it again"
+    file = folder / CHECKSUMS
+    if not file.exists():
+        if expected:
+            _warn_of_no_checksums(folder)
+        return
+    known = read_json(file, Checksums, cure)
+    with _reading(folder, cure):
+        now = _checksums(folder)
+    for before, found in ((known.files, now.files), (known.weights, now.weights)):
+        for name, value in before.items():
+            if name not in found:
+                raise DataError(f"{folder / name}: missing; {cure}")
+            if found[name] != value:
+                raise DataError(f"{folder / name}: damaged, its checksum differs; {cure}")
+    if more := sorted(now.weights.keys() - known.weights.keys()):
+        raise DataError(f"{folder / more[0]}: no part of this result; remove the file")
+
+
+@functools.cache
+def _warn_of_no_checksums(folder: Path) -> None:
+    log.warning("%s: no checksums, as in older results: damage to its files goes unseen", folder)
+
+
 def sha256(path: Path) -> str:
     """Of a file's content, in hex; read once as long as the file stays as it is."""
     return running_sha256([path])[-1]
@@ -286,26 +354,27 @@ def running_sha256(files: Sequence[Path], named: bool = False) -> list[str]:
 
     Files that have not changed since the last call are not read again.
     """
-    states = tuple((str(file), *_state(file)) for file in files)
-    return list(_running_sha256(states, named))
+    states = tuple((file.name, *_state(file)) for file in files)
+    if (states, named) in SUMS:
+        return SUMS[states, named]
+    # A file's clock ticks too coarsely to show a second change right after the first.
+    settled = all(time.time_ns() - changed > 10**8 for *_, changed in states)
+    digest, sums = hashlib.sha256(), []
+    for file in files:
+        if named:
+            digest.update(file.name.encode())
+        with file.open("rb") as handle:
+            while piece := handle.read(1 << 22):
+                digest.update(piece)
+        sums.append(digest.hexdigest())
+    if settled:
+        SUMS[states, named] = sums
+    return sums
 
 
 def _state(file: Path) -> tuple[int, int, int, int]:
     status = file.stat()
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-@functools.lru_cache(maxsize=64)
-def _running_sha256(states: tuple[tuple[str, int, int, int, int], ...], named: bool) -> list[str]:
-    digest, sums = hashlib.sha256(), []
-    for name, *_ in states:
-        if named:
-            digest.update(Path(name).name.encode())
-        with open(name, "rb") as handle:
-            while piece := handle.read(1 << 22):
-                digest.update(piece)
-        sums.append(digest.hexdigest())
-    return sums
 
 
 # --- locks and what kills leave behind ----------------------------------------------------------

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from dcr import chat, export, models, prompts
+from dcr import chat, export, models, prompts, storage
 from dcr.config import ConfigError, DataError, LoraConfig, ModelConfig, Precision
 from dcr.export import card
 from dcr.export.__main__ import main
@@ -219,6 +219,7 @@ def test_template_speaks_as_the_run_did(exported: Path) -> None:
 def test_a_base_without_template_gets_that_of_the_run(made: Made, moved: Run) -> None:
     models.byte_tokenizer(None).save_pretrained(moved.stage("sft"))
     (moved.stage("sft") / "chat_template.jinja").unlink(missing_ok=True)
+    storage.write_checksums(moved.stage("sft"))
     told = CONFIG | {"model": CONFIG["model"] | {"template": "plain", "system_prompt": None}}
     moved.config_file.write_text(yaml.safe_dump(told))
     out = export.export(moved, moved.folder / "out")
@@ -251,6 +252,7 @@ def test_nothing_is_overwritten(made: Made, exported: Path) -> None:
 def test_an_adapter_on_the_tiny_model_is_refused(moved: Run) -> None:
     origin = {"base": "tiny", "fingerprint": None}
     (moved.stage("sft") / models.ORIGIN_FILE).write_text(json.dumps(origin))
+    storage.write_checksums(moved.stage("sft"))
     with pytest.raises(ConfigError, match="only made in memory"):
         export.export(moved, moved.folder / "out")
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dcr import likelihood, models
+from dcr import likelihood, models, storage
 from dcr.config import ConfigError, LoraConfig, ModelConfig, Precision
 from dcr.models import Policy
 
@@ -327,6 +327,7 @@ def logits(model: Any) -> Tensor:
 @pytest.mark.parametrize("fault", ["torn", "absent weight", "no weights"])
 def test_weights_that_are_not_whole_are_refused(tmp_path: Path, fault: str) -> None:
     saved(tmp_path, byte_model())
+    (tmp_path / storage.CHECKSUMS).unlink()  # as in a folder that others made
     file = tmp_path / "model.safetensors"
     if fault == "torn":
         file.write_bytes(file.read_bytes()[:-100])
@@ -458,9 +459,10 @@ def policy_folder() -> Path:
 
 @pytest.mark.parametrize("other", ["narrower", "other names", "shallower"])
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path, other: str) -> None:
-    """Without our file there is no fingerprint: the adapter's own weights tell."""
+    """Without our files there is no fingerprint: the adapter's own weights tell."""
     adapter, _ = with_adapter(tmp_path / "run")
-    (adapter / models.ORIGIN_FILE).unlink()
+    for file in (models.ORIGIN_FILE, storage.CHECKSUMS):
+        (adapter / file).unlink()
     shapes = {
         "narrower": {"hidden_size": 8},
         "shallower": {"num_hidden_layers": 1},

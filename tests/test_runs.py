@@ -10,7 +10,15 @@ from dcr import runs, storage
 from dcr.config import ConfigError, DataError, UserError
 from dcr.runs import Run
 
-CONFIG = {"seed": 0, "stage": "all", "dcr": {"margin": 0.25, "nll": {"weight": 0.001}}}
+CONFIG = {
+    "method": "dcr",
+    "seed": 0,
+    "preset_name": "paper",
+    "stage": "all",
+    "model": {"name": "tiny"},
+    "data": {"label": "demo"},
+    "dcr": {"margin": 0.25, "nll": {"weight": 0.001}},
+}
 
 
 def record(count: int, fingerprint: str) -> dict[str, Any]:

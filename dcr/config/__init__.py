@@ -56,6 +56,7 @@ from dcr.config.evaluation import (
     WildGuardConfig,
 )
 from dcr.config.resolving import (
+    check_made_with,
     leave_numbers_of_another_model,
     model_of,
     names_another_model,
@@ -163,6 +164,7 @@ __all__ = [
     "Weights",
     "WildGuardConfig",
     "block_of",
+    "check_made_with",
     "leave_numbers_of_another_model",
     "model_of",
     "names_another_model",

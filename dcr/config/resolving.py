@@ -8,15 +8,30 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dcr.config.checks import check
-from dcr.config.errors import ConfigError
+from dcr.config.errors import ConfigError, DataError
 from dcr.config.evaluation import EvalConfig
-from dcr.config.tree import DataConfig, ModelConfig, SourceConfig, TrainConfig
+from dcr.config.tree import (
+    ContrastiveConfig,
+    DataConfig,
+    ModelConfig,
+    SFTConfig,
+    SourceConfig,
+    TrainConfig,
+)
 from dcr.config.wording import one_line
 from dcr.text import label_of
 
 Node = TypeVar("Node", TrainConfig, EvalConfig)
 # Say which weights a name means, and so travel with it to another model.
 WITH_ANY_NAME = ("name", "revision", "trust_remote_code")
+
+# What later commands read of a run's `config.yaml`, and of its nodes if not all.
+READ_AGAIN: dict[str, tuple[type, tuple[str, ...]]] = {
+    "model": (ModelConfig, ()),
+    "data": (DataConfig, ()),
+    "dcr": (ContrastiveConfig, ("layer", "depth", "layer_base")),
+    "sft": (SFTConfig, ("precision",)),
+}
 
 
 def resolve(composed: DictConfig, schema: type[Node]) -> Node:
@@ -56,6 +71,21 @@ def model_of(made_with: Mapping[str, Any]) -> ModelConfig:
     model = OmegaConf.to_object(merged)
     assert isinstance(model, ModelConfig)
     return model
+
+
+def check_made_with(made_with: Mapping[str, Any], before: str, after: str) -> None:
+    """Raises DataError where what is read again of a run's `config.yaml` is none of our settings.
+
+    `before` and `after` stand around what is wrong: the file, the cure.
+    """
+    for name, (schema, keys) in READ_AGAIN.items():
+        try:
+            node = made_with.get(name, {})
+            if keys:  # a run of another version may have been trained with others, since gone
+                node = {key: node[key] for key in keys if key in node}
+            OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(schema), node))
+        except (OmegaConfBaseException, ValueError, TypeError) as error:
+            raise DataError(f"{before}{name}: {one_line(error)}{after}") from error
 
 
 def source_names(value: object, key: str) -> list[str]:

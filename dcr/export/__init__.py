@@ -7,11 +7,13 @@ python -m dcr.export run=<folder> relink=true
 """
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dcr import models, prompts, storage
@@ -36,7 +38,10 @@ def export(run: Run, out: Path, stage: str = "sft", dtype: str = "bfloat16") -> 
     made_with = run.config()
     if not run.done(stage):
         raise ConfigError(f"run={run.folder}: stage {stage} is not done there; train it first")
-    policy = _merged(run.stage(stage))
+    trusted = bool(made_with["model"].get("trust_remote_code"))
+    policy = models.open_result(run.stage(stage), Precision.fp32, trusted)
+    if isinstance(policy.model, PeftModel):
+        policy = Policy(policy.model.merge_and_unload(), policy.tokenizer, policy.name)
     chat = prompts.chat_format(policy.tokenizer, _model_config(made_with))
     _speak_as_trained(chat)
     _stop_as_evaluated(policy, chat)
@@ -48,13 +53,6 @@ def export(run: Run, out: Path, stage: str = "sft", dtype: str = "bfloat16") -> 
         card = model_card(run, stage, made_with, dtype=dtype, depth=depth)
         (staging / "README.md").write_text(card, encoding="utf-8")
     return out
-
-
-def _merged(folder: Path) -> Policy:
-    if not (folder / "adapter_config.json").is_file():
-        return models.open_folder(str(folder), Precision.fp32)
-    adapted = models.open_adapter(folder, Precision.fp32)
-    return Policy(adapted.model.merge_and_unload(), adapted.tokenizer, adapted.name)
 
 
 def _model_config(made_with: Mapping[str, Any]) -> ModelConfig:
@@ -112,8 +110,11 @@ def relink(run: Run) -> dict[Path, str]:
         raise ConfigError(f"run={run.folder}: holds no adapter; train stage=sft first")
     bases = {folder: models.adapter_base(folder) for folder in folders}
     for folder, base in bases.items():
-        file = folder / "adapter_config.json"
-        named = json.loads(file.read_text())
         place = str(Path(base).resolve()) if Path(base).is_dir() else base
-        storage.write_json(file, named | {"base_model_name_or_path": place})
+        with storage.replaced_folder(folder) as staging:
+            shutil.copytree(folder, staging, dirs_exist_ok=True)
+            file = staging / "adapter_config.json"
+            named = storage.read_json(file, dict[str, Any])
+            storage.write_json(file, named | {"base_model_name_or_path": place})
+            storage.write_checksums(staging)
     return bases

@@ -1,80 +1,122 @@
 """Results as Hugging Face and PEFT folders, opened again wherever their run folder went."""
 
-import json
+import hashlib
 import os
 import warnings
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
-from dcr.config import EMBEDDED_MODEL, TINY_MODEL, ConfigError, Precision
-from dcr.models.files import weights_fingerprint
+from dcr import storage
+from dcr.config import EMBEDDED_MODEL, TINY_MODEL, ConfigError, DataError, Precision
 from dcr.models.opening import DTYPES, Policy, embedded_folder, refused_as, whole_model
 from dcr.storage import replaced_folder
 
 ORIGIN_FILE = "dcr.json"  # beside an adapter: which weights it stands on, with their fingerprint
 
 
+@dataclass(frozen=True)
+class AdapterSettings:
+    """As much of PEFT's `adapter_config.json` as is read here."""
+
+    base_model_name_or_path: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """`dcr.json`: the weights an adapter stands on, relative to it where they lie in a folder."""
+
+    base: str
+    fingerprint: str | None
+
+
 def save_full(policy: Policy, folder: Path) -> None:
-    """Weights and tokenizer as a plain Hugging Face folder, whole or not at all."""
+    """Weights and tokenizer as a plain Hugging Face folder with checksums, whole or not at all."""
     with replaced_folder(folder) as staging:
         policy.model.save_pretrained(staging)
         policy.tokenizer.save_pretrained(staging)
+        storage.write_checksums(staging)
 
 
 def save_adapter(policy: Policy, folder: Path, base: Path | str) -> None:
-    """A PEFT adapter folder that names the weights it was trained on.
+    """A PEFT adapter folder with checksums that names the weights it was trained on.
 
     `adapter_config.json` holds the absolute path (what `peft` opens), `dcr.json` the relative
     one with a fingerprint (what survives a move of the run folder).
     """
     local = Path(base).is_dir()
     name = str(Path(base).resolve()) if local else str(base)
-    origin = {
-        "base": os.path.relpath(name, folder.resolve()) if local else name,
-        "fingerprint": weights_fingerprint(Path(base)) if local else None,
-    }
+    origin = Origin(
+        base=os.path.relpath(name, folder.resolve()) if local else name,
+        fingerprint=weights_fingerprint(Path(base)) if local else None,
+    )
     with replaced_folder(folder) as staging:
         for settings in policy.model.peft_config.values():
             settings.base_model_name_or_path = name
         # no embedding was resized; to find that out PEFT would ask the hub for the base
         policy.model.save_pretrained(staging, save_embedding_layers=False)
         policy.tokenizer.save_pretrained(staging)
-        (staging / ORIGIN_FILE).write_text(json.dumps(origin, indent=1) + "\n")
+        storage.write_json(staging / ORIGIN_FILE, asdict(origin))
+        storage.write_checksums(staging)
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """SHA-256 over the safetensors files of a folder, in name order (16 hex digits)."""
+    sums = storage.running_sha256(sorted(folder.glob("*.safetensors")), named=True)
+    return (sums[-1] if sums else hashlib.sha256().hexdigest())[:16]
 
 
 def adapter_base(folder: Path) -> str:
     """The weights that an adapter folder stands on, found again after its run folder moved.
 
-    Raises ConfigError when they are gone or are not those it was trained on.
+    Raises UserError when the folder is damaged, or they are gone, are damaged or are not those it
+    was trained on.
     """
-    named = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    storage.check_checksums(folder)
+    named = storage.read_json(folder / "adapter_config.json", AdapterSettings)
     if not (folder / ORIGIN_FILE).exists():
-        return named
-    origin = json.loads((folder / ORIGIN_FILE).read_text())
-    if origin["fingerprint"] is None:
-        return origin["base"]
-    base = next((p for p in (folder / origin["base"], Path(named)) if p.is_dir()), None)
-    if base is None and Path(named).name == EMBEDDED_MODEL:
+        return named.base_model_name_or_path
+    origin = storage.read_json(folder / ORIGIN_FILE, Origin)
+    if origin.fingerprint is None:
+        return origin.base
+    place = Path(named.base_model_name_or_path)
+    base = next((p for p in (folder / origin.base, place) if p.is_dir()), None)
+    if base is None and place.name == EMBEDDED_MODEL:
         base = embedded_folder()  # each machine converts its own
     if base is None:
-        raise ConfigError(f"{folder}: its base weights {named} are gone; restore them")
-    if weights_fingerprint(base) != origin["fingerprint"]:
+        raise ConfigError(f"{folder}: its base weights {place} are gone; restore them")
+    storage.check_checksums(base.resolve(), expected=False)
+    if weights_fingerprint(base) != origin.fingerprint:
         raise ConfigError(
             f"{folder}: {base.resolve()} is not the base this adapter was trained on; restore that"
         )
     return str(base.resolve())
 
 
+def open_result(folder: Path, precision: Precision, trust_remote_code: bool = False) -> Policy:
+    """The result of a stage, whether whole weights or an adapter on its base, to evaluate.
+
+    Raises UserError as `open_folder` and `open_adapter` do.
+    """
+    if any((folder / name).exists() for name in (ORIGIN_FILE, "adapter_config.json")):
+        return open_adapter(folder, precision, trust_remote_code)
+    return open_folder(str(folder), precision, trust_remote_code)
+
+
 def open_folder(folder: str, precision: Precision, trust_remote_code: bool = False) -> Policy:
     """A full Hugging Face folder, such as a run's `contrastive/`, in evaluation mode.
 
-    Raises ConfigError when it cannot be read or its weights are not whole.
+    Raises UserError when it cannot be read, is damaged, or its weights are not whole and finite.
     """
+    storage.check_checksums(Path(folder))
     with refused_as(folder):
         model = whole_model(folder, DTYPES[precision], trust_remote_code=trust_remote_code)
+        check_finite(model, folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     return Policy(model, tokenizer, folder)
 
@@ -82,7 +124,8 @@ def open_folder(folder: str, precision: Precision, trust_remote_code: bool = Fal
 def open_adapter(folder: Path, precision: Precision, trust_remote_code: bool = False) -> Policy:
     """The adapter in `folder` on its base weights, in evaluation mode.
 
-    Raises ConfigError when the base is gone, was changed, or is none that the adapter fits.
+    Raises UserError when either is damaged, or the base is gone, was changed, or is none that the
+    adapter fits.
     """
     base = adapter_base(folder)
     if base == TINY_MODEL:
@@ -90,13 +133,27 @@ def open_adapter(folder: Path, precision: Precision, trust_remote_code: bool = F
             f"{folder}: stands on model=tiny, which is only made in memory; "
             "train with method=dcr or on a model in a folder"
         )
-    revision = json.loads((folder / "adapter_config.json").read_text()).get("revision")
+    revision = storage.read_json(folder / "adapter_config.json", AdapterSettings).revision
     with refused_as(str(folder)):
         model = whole_model(
             base, DTYPES[precision], revision=revision, trust_remote_code=trust_remote_code
         )
+        check_finite(model, base)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    return Policy(_adapted(model, folder, base).eval(), tokenizer, str(folder))
+        adapted = _adapted(model, folder, base).eval()
+        check_finite(adapted, str(folder))
+    return Policy(adapted, tokenizer, str(folder))
+
+
+def check_finite(model: Any, source: str) -> None:
+    """Raises DataError where a weight is NaN or infinite: every number from it would be wrong."""
+    for name, weight in model.named_parameters():
+        # the sum is the cheaper test, but overflows where numbers are large
+        if not weight.detach().sum().isfinite() and not weight.detach().isfinite().all():
+            raise DataError(
+                f"{source}: weight {name} is not finite: damaged, or training diverged; restore "
+                "the folder from a copy, or train again with a lower learning rate"
+            )
 
 
 def _adapted(model: object, folder: Path, base: str) -> PeftModel:

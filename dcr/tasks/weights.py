@@ -1,6 +1,5 @@
 """What is measured on the weights of a subject themselves: ability and the paper's analyses."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,8 +108,8 @@ def _layer(settings: EvalConfig, run: Run) -> int:
     """The block that the run's stage one reads, or would read."""
     if settings.claims.layer is not None:
         return settings.claims.layer
-    if run.layer_file.is_file():
-        return json.loads(run.layer_file.read_text())["block"]
+    if (known := run.block()) is not None:
+        return known
     made = run.config().get("dcr", {"layer": settings.model.layer})
     named = {key: made[key] for key in ("layer", "depth") if key in made}
     base = LayerBase(made.get("layer_base", LayerBase.one_based.value))
