@@ -124,14 +124,10 @@ def _content(folder: Path) -> list[str]:
         if file.suffix in (".json", ".jinja", ".model", ".txt") and file.is_file():
             digest.update(file.name.encode() + file.read_bytes())
     found = [models.weights_fingerprint(folder), digest.hexdigest()[:16]]
-    if _is_adapter(folder):
+    if models.is_adapter(folder):
         beneath = Path(models.adapter_base(folder))
         found += _content(beneath) if beneath.is_dir() else [str(beneath)]
     return found
-
-
-def _is_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").is_file()
 
 
 def server_of(settings: EvalConfig) -> ServerConfig:
@@ -147,7 +143,7 @@ def server_of(settings: EvalConfig) -> ServerConfig:
 def opened(settings: EvalConfig, subject: Subject) -> Policy:
     """The weights in memory, on the device they run on."""
     trusted = settings.model.trust_remote_code
-    if subject.folder is not None and _is_adapter(subject.folder):
+    if subject.folder is not None and models.is_adapter(subject.folder):
         policy = models.open_adapter(subject.folder, settings.precision, trust_remote_code=trusted)
     elif subject.folder is None or subject.weights == "base":
         policy = models.open_policy(settings.model, settings.precision, settings.seed)

@@ -21,6 +21,7 @@ from dcr.models.opening import (
 from dcr.models.saving import (
     ORIGIN_FILE,
     adapter_base,
+    is_adapter,
     open_adapter,
     open_folder,
     open_result,
@@ -58,6 +59,7 @@ __all__ = [
     "final_norm",
     "freeze_beyond",
     "head",
+    "is_adapter",
     "open_adapter",
     "open_folder",
     "open_policy",

@@ -98,12 +98,17 @@ def adapter_base(folder: Path) -> str:
     return str(base.resolve())
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter and not whole weights, be its files damaged or not."""
+    return any((folder / name).exists() for name in (ORIGIN_FILE, "adapter_config.json"))
+
+
 def open_result(folder: Path, precision: Precision, trust_remote_code: bool = False) -> Policy:
     """The result of a stage, whether whole weights or an adapter on its base, to evaluate.
 
     Raises UserError as `open_folder` and `open_adapter` do.
     """
-    if any((folder / name).exists() for name in (ORIGIN_FILE, "adapter_config.json")):
+    if is_adapter(folder):
         return open_adapter(folder, precision, trust_remote_code)
     return open_folder(str(folder), precision, trust_remote_code)
 
