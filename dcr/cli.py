@@ -29,7 +29,7 @@ from rich.table import Column, Table
 
 from dcr import config, runs, storage
 from dcr.config import ConfigError, EvalConfig, TrainConfig, UserError
-from dcr.text import label_of, single_line
+from dcr.text import label_of, printable, redact, single_line
 
 SCHEMAS = {"train": TrainConfig, "eval": EvalConfig}
 # What the machine rather than the program is to blame for: worth a line, not a traceback.
@@ -49,6 +49,14 @@ def prepare() -> None:
     OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
     OmegaConf.register_new_resolver("choice", _choice, replace=True)
     _quieten()
+    logging.setLogRecordFactory(SafeRecord)
+
+
+class SafeRecord(logging.LogRecord):
+    """A log record, also of Hydra's and other libraries', without secrets and control codes."""
+
+    def getMessage(self) -> str:
+        return printable(redact(super().getMessage()))
 
 
 def _quieten() -> None:

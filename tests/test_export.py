@@ -443,6 +443,20 @@ def test_a_long_dialogue_loses_its_beginning(made: Made) -> None:
     assert dialogue.turns == before
 
 
+@pytest.mark.parametrize("stage", ["sft", "contrastive", "base"])
+@pytest.mark.parametrize("trusted", [True, False])
+def test_chat_trusts_code_as_the_run_did(
+    moved: Run, stage: str, trusted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = CONFIG | {"model": CONFIG["model"] | {"trust_remote_code": trusted}}
+    moved.config_file.write_text(yaml.safe_dump(told))
+    asked: list[bool] = []
+    monkeypatch.setattr(models, "open_policy", lambda c, *_: asked.append(c.trust_remote_code))
+    monkeypatch.setattr(models, "open_result", lambda *told: asked.append(told[2]))
+    chat.open_stage(moved, stage)
+    assert asked == [trusted]
+
+
 def test_chat_of_a_missing_stage_is_refused(moved: Run) -> None:
     shutil.rmtree(moved.stage("sft"))
     with pytest.raises(ConfigError, match="stage sft is not done"):

@@ -479,9 +479,35 @@ def test_faults_are_counted_apart_and_only_the_unanswered_are_asked_again(
 def test_a_server_that_hangs_has_given_no_answer(serve: Serve, tmp_path: Path) -> None:
     node = settings(serve(lambda body: replace(FAULTS["hang"], delay=5.0)).url)
     node.http.timeout = 0.3
-    (found,) = judges.judge(Judge.llm, node, {"one": [answer("a")]}, tmp_path, False)["one"]
+    with pytest.raises(EndpointError, match=r"no whole answer within 0\.3 s"):
+        judges.judge(Judge.llm, node, {"one": [answer("a")]}, tmp_path, False)
+    (found,) = judges.stored(next(tmp_path.rglob("one.jsonl")))
     assert (found.status, found.compliance) == ("error", None)
     assert judges.usage([found], node.llm)["requests"] == 0
+
+
+@pytest.mark.parametrize("name", [Judge.llm, Judge.moderation])
+def test_a_judge_that_answers_nothing_is_no_judge(
+    serve: Serve, tmp_path: Path, name: Judge
+) -> None:
+    """Its errors are kept; with one verdict, of now or earlier, the rest may be asked again."""
+    broken = threading.Event()
+    broken.set()
+
+    def reply(body: Body) -> Body | Answer:
+        if broken.is_set():
+            return FAULTS["server_error"]
+        return by_response(body) if name is Judge.llm else moderated(violence=True)
+
+    node, rows = settings(serve(reply).url), [answer("a"), answer("b")]
+    with pytest.raises(EndpointError, match=rf"^{name.value}: none of 2 .*HTTP 500.* same command"):
+        judges.judge(name, node, {"one": rows}, tmp_path, False)
+    assert [row["status"] for row in lines(tmp_path)] == ["error"] * 2
+    broken.clear()
+    judges.judge(name, node, {"one": rows[:1]}, tmp_path, False)
+    broken.set()
+    found = judges.judge(name, node, {"one": rows}, tmp_path, False)["one"]
+    assert [v.status for v in found] == ["ok", "error"]
 
 
 def test_a_parameter_that_is_refused_stops_with_its_name_and_marks_no_row(

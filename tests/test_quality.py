@@ -253,12 +253,20 @@ def test_failures_and_strange_answers_are_counted_apart(
     assert [row["preference"] is None for row in published] == [True] * 4 + [False] * 4
 
 
-def test_when_nothing_comes_back_there_are_no_rates(
+def test_an_annotator_that_answers_nothing_is_none(
     settings: EvalConfig, tmp_path: Path, install: Callable[..., Annotator]
 ) -> None:
     install(lambda *_: Failure("error", "HTTP 500"))
+    with pytest.raises(EndpointError, match=r"^annotator: none of 3 .*HTTP 500.* same command"):
+        rated(answers(["a"] * 3), answers(["b"] * 3), settings, tmp_path)
+
+
+def test_when_nothing_is_to_be_read_there_are_no_rates(
+    settings: EvalConfig, tmp_path: Path, install: Callable[..., Annotator]
+) -> None:
+    install(lambda *_: Failure("invalid", "no choices"))
     found = rated(answers(["a"] * 3), answers(["b"] * 3), settings, tmp_path)
-    assert (found["n"], found["error"]) == (0, 3)
+    assert (found["n"], found["invalid"]) == (0, 3)
     rates = ("win_rate", "standard_error", "discrete", "length_controlled", "mean_length")
     assert [found[name] for name in rates] == [None] * 5
     json.dumps(found, allow_nan=False)

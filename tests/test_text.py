@@ -56,6 +56,7 @@ SECRET = "Zq7-hunter2"
         f"http://user:p@ss{SECRET}@host/v1",
         f"http://user:pa/ss{SECRET}@host/v1",
         f"endpoint=user:{SECRET}@host:8000/v1",
+        f"http:/user:{SECRET}@host/v1",  # as a path writes it
         f"http://host/v1?key={SECRET}",
         f"http://host/v1?anything={SECRET}&other=1",
         f"http://host/v1#{SECRET}",

@@ -24,6 +24,7 @@ from dcr.augment import answers, checking, options
 from dcr.augment.options import Options
 from dcr.benchmarks import Benchmark
 from dcr.config import EvalConfig, Kind
+from dcr.endpoints import EndpointError
 from dcr.generation import Completion
 from dcr.models import Policy
 from dcr.runs import Run
@@ -65,7 +66,12 @@ class Outcome:
 def main(arguments: Sequence[str]) -> None:
     """Raises UserError for whatever a user can mend."""
     told, settings = options.read(arguments)
-    print(augment(told, settings).described(told))
+    outcome = augment(told, settings)
+    print(outcome.described(told))
+    if outcome.asked and outcome.unanswered == outcome.asked:
+        raise EndpointError(
+            f"source={told.source}: no prompt was answered; the same command asks again"
+        )
 
 
 def augment(told: Options, settings: EvalConfig) -> Outcome:

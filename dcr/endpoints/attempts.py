@@ -25,14 +25,13 @@ from tenacity import (
 
 from dcr.config import HTTPConfig, ServerConfig
 from dcr.endpoints.messages import Failure, Moderation, Reply
-from dcr.endpoints.rejections import Again, Rejection, judged, rejection
+from dcr.endpoints.rejections import LONGEST_WAIT, Again, Rejection, judged, rejection
 from dcr.endpoints.servers import address, key_of, redacted
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
 FIRST_WAIT = 1.0  # seconds before the first retry, doubled before each further one
-LONGEST_WAIT = 60.0  # seconds, whatever the server asks for
 
 Answer = TypeVar("Answer", Reply, Moderation)
 
@@ -54,12 +53,17 @@ class Session:
 @contextmanager
 def session(server: ServerConfig) -> Iterator[Session]:
     """A client of `server` on a running loop; leaving ends what is under way, and the thread."""
-    from openai import AsyncOpenAI  # takes a second
+    from openai import AsyncOpenAI, DefaultAsyncHttpxClient  # takes a second
 
     for name in ("httpx", "httpx2"):  # a line per request would hide everything else
         logging.getLogger(name).setLevel(logging.WARNING)
     client = AsyncOpenAI(
-        api_key=key_of(server), base_url=address(server), max_retries=0, timeout=None
+        api_key=key_of(server),
+        base_url=address(server),
+        max_retries=0,
+        timeout=None,
+        # A redirect may turn a POST into a GET, and sends prompts where the user did not.
+        http_client=DefaultAsyncHttpxClient(follow_redirects=False),
     )
     opened: Future[Session] = Future()
     thread = threading.Thread(
@@ -126,7 +130,7 @@ def _seconds(state: RetryCallState) -> float:
     if asked is None:
         growing = wait_exponential(multiplier=FIRST_WAIT, max=LONGEST_WAIT)
         return growing(state) + wait_random(0, FIRST_WAIT)(state)
-    return min(asked, LONGEST_WAIT) + wait_random(0, FIRST_WAIT / 10)(state)
+    return asked + wait_random(0, FIRST_WAIT / 10)(state)
 
 
 async def _attempt(

@@ -21,6 +21,7 @@ FILTER_WORDS = re.compile(r"content[ _-]?(filter|management policy|policy)|\bfla
 TOO_LONG = re.compile(r"context[ _-]?(length|window)|maximum context|too many tokens", re.I)
 UNSUPPORTED = {"unsupported_parameter", "unsupported_value", "unknown_parameter"}
 NO_QUOTA = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
+LONGEST_WAIT = 60.0  # seconds, whatever the server asks for
 CONTENT = {"messages", "input"}  # the row itself, by its place in a request
 
 
@@ -42,6 +43,7 @@ class Rejection:
     message: str
     named: tuple[str, ...]  # parameters that the body names by their place in the request
     wait: float | None  # seconds the server asks to wait
+    target: str  # of a redirect
 
 
 def rejection(status: int, body: Any, headers: Mapping[str, str]) -> Rejection:
@@ -59,6 +61,7 @@ def rejection(status: int, body: Any, headers: Mapping[str, str]) -> Rejection:
         message=str(fields.get("message") or detail or error or "no reason given"),
         named=tuple(str(place[-1]) for place in places if isinstance(place, list) and place),
         wait=wait_asked_for(headers),
+        target=headers.get("location", ""),
     )
 
 
@@ -91,8 +94,14 @@ def _key(server: ServerConfig, node: str) -> str:
 
 
 def _raise_where_hopeless(rejected: Rejection, said: str, server: ServerConfig, node: str) -> None:
-    """EndpointError for a key, model, address or parameter that the server does not take."""
+    """EndpointError for a redirect, or a key, model, address or parameter that is not taken."""
     where = address(server)
+    if 300 <= rejected.status < 400:
+        target = redacted(rejected.target, server) or "nowhere"
+        raise EndpointError(
+            f"{setting(node, 'url')}={where}: redirects to {target} (HTTP "
+            f"{rejected.status}), which is not followed; give the address that answers itself"
+        )
     key, model = _key(server, node), setting(node, "model")
     if rejected.status == 401 and variable(server) is None:
         raise EndpointError(
@@ -159,16 +168,20 @@ def _blamed(rejected: Rejection, sent: Iterable[str]) -> str | None:
 
 
 def wait_asked_for(headers: Mapping[str, str]) -> float | None:
-    """Seconds from `retry-after-ms` or `retry-after` (seconds, or a date); None without either."""
-    milliseconds = headers.get("retry-after-ms", "").strip()
-    if re.fullmatch(r"\d+(\.\d*)?", milliseconds):
-        return float(milliseconds) / 1000
-    asked = headers.get("retry-after", "").strip()
-    if re.fullmatch(r"\d+(\.\d*)?", asked):
-        return float(asked)
+    """Seconds from `retry-after-ms` or `retry-after` (seconds, or a date), LONGEST_WAIT at most.
+
+    None without either, and for what is neither a time nor one to come.
+    """
+    for name, in_a_second in (("retry-after-ms", 1000), ("retry-after", 1)):
+        try:
+            seconds = float(headers.get(name, "")) / in_a_second
+        except ValueError:
+            continue
+        if seconds >= 0:  # neither negative nor NaN
+            return min(seconds, LONGEST_WAIT)
     try:
-        date = parsedate_to_datetime(asked)
-    except ValueError:
+        date = parsedate_to_datetime(headers.get("retry-after", ""))
+    except (ValueError, OverflowError):
         return None
     date = date if date.tzinfo else date.replace(tzinfo=UTC)
-    return max(0.0, (date - datetime.now(UTC)).total_seconds())
+    return min(max(0.0, (date - datetime.now(UTC)).total_seconds()), LONGEST_WAIT)

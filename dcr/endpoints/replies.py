@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dcr.endpoints.messages import Failure, Moderation, Reply
+from dcr.text import encodable
 
 JSON = Any  # whatever json.loads returns
 
@@ -27,9 +28,9 @@ def reply(body: JSON) -> Reply | Failure:
     finish = str(_field(choice, "finish_reason") or "")
     if finish == "content_filter":
         return Failure("invalid", "stopped by the server's content filter")
-    if message.get("refusal"):
-        return Failure("invalid", f"the model refused: {message['refusal']}")
-    text = _text(message.get("content"))
+    if refusal := _field(message, "refusal"):
+        return Failure("invalid", f"the model refused: {refusal}")
+    text = _text(_field(message, "content"))
     if text is None:
         return Failure("invalid", f"no text in the answer (finish reason: {finish or 'none'})")
     usage = _field(body, "usage")
@@ -52,13 +53,15 @@ def moderation(body: JSON) -> Moderation | Failure:
     named = categories if isinstance(categories, Mapping) else {}
     return Moderation(
         flagged=flagged,
-        categories=tuple(str(name) for name, holds in named.items() if holds is True),
+        categories=tuple(encodable(str(name)) for name, holds in named.items() if holds is True),
         model=str(_field(body, "model") or ""),
     )
 
 
 def _field(value: JSON, name: str) -> JSON:
-    return value.get(name) if isinstance(value, Mapping) else None
+    """A member of an object; text without half characters, which no file could hold."""
+    member = value.get(name) if isinstance(value, Mapping) else None
+    return encodable(member) if isinstance(member, str) else member
 
 
 def _first(value: JSON) -> JSON:

@@ -7,6 +7,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from dcr.config import ConfigError, ServerConfig
 from dcr.endpoints.messages import EndpointError
+from dcr.text import single_line
 
 OPENAI = "https://api.openai.com/v1"
 OPENAI_KEY = "OPENAI_API_KEY"
@@ -23,13 +24,6 @@ SPELLINGS = {
         "parameters": "endpoint_parameters",
     }
 }
-# What looks like a secret even when it is not the key of this server.
-SECRETS = (
-    (re.compile(r"(?i)\b(authorization|x-api-key|api-key)(['\"]?\s*[:=]\s*).*"), r"\1\2[removed]"),
-    (re.compile(r"(?i)\bbearer\s+\S+"), "Bearer [removed]"),
-    (re.compile(r"\bsk-[\w*.-]{3,}"), "[removed]"),
-    (re.compile(r"://[^/\s@]+@"), "://[removed]@"),
-)
 
 
 def setting(node: str, field: str) -> str:
@@ -150,13 +144,7 @@ def _split(url: str) -> SplitResult | None:
 
 def redacted(text: object, server: ServerConfig) -> str:
     """`text` as one short line without keys: this server's, and whatever else looks like one."""
-    line = " ".join(str(text).split())
-    key = value_of_key(server)
-    if key:
-        line = line.replace(key, "[removed]")
-    for pattern, replacement in SECRETS:
-        line = pattern.sub(replacement, line)
-    return line if len(line) <= LONGEST_TEXT else f"{line[:LONGEST_TEXT]}…"
+    return single_line(text, value_of_key(server), longest=LONGEST_TEXT)
 
 
 def spend(server: ServerConfig, prompt_tokens: int, completion_tokens: int) -> float | None:

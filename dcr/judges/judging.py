@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from dcr import endpoints, models, storage
 from dcr.config import EvalConfig, GuardConfig, Judge, Kind, ServerConfig
+from dcr.endpoints import EndpointError
 from dcr.generation import Completion
 from dcr.judges import guards, llm, moderation
 from dcr.judges.verdicts import Verdict, answer_fingerprint, store, stored, usage
@@ -127,7 +128,8 @@ def judge(
     Each verdict is stored as it arrives, so that a run killed at any point and started again asks
     only for what was under way. A response that stands in several sets is asked about once; one
     that brought no answer is asked about again next time. Raises EndpointError when no further
-    request can succeed, and UserError when nothing can be written; all verdicts before are kept.
+    request can succeed or none has, and UserError when nothing can be written; all verdicts before
+    are kept.
     """
     identity = JUDGES[name].identity(settings)
     place = folder / "verdicts" / f"{name.value}-{storage.fingerprint(identity)}"
@@ -151,6 +153,12 @@ def judge(
     finally:
         _account(name, settings, came)
     said = known | {verdict.of: verdict for verdict in came}
+    asked = [said[of] for of in homes if said[of].asked]
+    if asked and not any(verdict.settled for verdict in asked):
+        raise EndpointError(
+            f"{name.value}: none of {len(asked):,} responses has a verdict (the first: "
+            f"{asked[0].raw}); the answers are kept, and the same command asks again"
+        )
     return {
         set_name: [replace(said[answer_fingerprint(a)], id=a.id) for a in rows]
         for set_name, rows in answers.items()

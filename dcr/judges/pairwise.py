@@ -122,8 +122,8 @@ def annotate(
 
     Whatever is answered is stored before the next is waited for and never asked again; errors
     are. Equal answers are a tie without a request, so a model against itself ties everywhere.
-    Raises EndpointError when every request would fail alike, UserError when nothing can be
-    written.
+    Raises EndpointError when every request would fail alike or has failed, UserError when nothing
+    can be written.
     """
     file = store(settings.annotator, folder)
     known = {of: row for of, row in stored(file).items() if row.status != "error"}
@@ -137,7 +137,14 @@ def annotate(
             storage.append_lines(file, [row])
             known[row.of] = row
             bar.update()
-    return [_carried(known[d.of], d) if d.asked else d for d in drafts]
+    rows = [_carried(known[d.of], d) if d.asked else d for d in drafts]
+    asked = [row for row in rows if row.asked]
+    if asked and all(row.status == "error" for row in asked):
+        raise EndpointError(
+            f"annotator: none of {len(asked):,} comparisons was answered (the first: "
+            f"{asked[0].raw}); the answers are kept, and the same command asks again"
+        )
+    return rows
 
 
 def stored(file: Path) -> dict[str, Annotation]:
