@@ -31,10 +31,10 @@ SECRETS = tuple(
         r"()\bsk-[\w*.-]{3,}",
         r"()\b(?:hf|gsk|ghp|gho|github_pat|glpat|nvapi|xai|AIza)[_-]?\w{16,}",
         # user and password, also where the password holds an @ or a slash, and without a scheme
-        r"(\w:/{1,2})(?:[^\s/?#\"'<>@]*:[^\s\"'<>]*|[^\s/?#\"'<>]*)@",
+        r"(:/{1,2})(?:[^\s/?#\"'<>@]*:[^\s\"'<>]*|[^\s/?#\"'<>]*)@",
         r"()(?<![\w/.:+-])[\w.+-]+\\?:[^\s/@\"'<>]+(?=@[\w-])",
         # whatever an address says behind its path
-        r"(\w:/{1,2}[^\s?#\"'<>]*[?#])[^\s\"'<>]+",
+        r"(:/{1,2}[^\s?#\"'<>]*[?#])[^\s\"'<>]+",
         r"(?i)([?&;](?:\w*key|sig|signature|auth|code|session)=)[^\s&\"'<>]+",
         rf"(?i)\b({NAMES}(?:=|['\"]\s*[:=]\s*)['\"]?)[^\s&,;\"'<>}}]+",
     )

@@ -57,6 +57,8 @@ SECRET = "Zq7-hunter2"
         f"http://user:pa/ss{SECRET}@host/v1",
         f"endpoint=user:{SECRET}@host:8000/v1",
         f"http:/user:{SECRET}@host/v1",  # as a path writes it
+        f"http\\://user\\:{SECRET}@host/v1",  # as Hydra escapes it
+        f"user\\:{SECRET}@host",
         f"http://host/v1?key={SECRET}",
         f"http://host/v1?anything={SECRET}&other=1",
         f"http://host/v1#{SECRET}",
