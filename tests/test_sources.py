@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from dcr import sources
 from dcr.config import ConfigError, DataError, Kind
 from dcr.sources import SOURCES, Example, Hub, Source
-from dcr.sources.groups import xstest_groups
+from dcr.sources.fields import xstest_groups
 from dcr.sources.jsonl import LONGEST_LINE
 
 DATA = os.environ.get("DCR_DATA", "")

@@ -1,27 +1,32 @@
 """Which rows each stage sees, in which order, as which tensors.
 
-`splits` draws disjoint rows, `sampling` orders them, `batches` pads them, and `module` is the
-LightningDataModule that both stages share.
+`splits` cleans sources and draws disjoint rows, `batches` orders and pads them, and `module` is
+the LightningDataModule that both stages share.
 """
 
-from dcr.data.augmentation import answered, read_answers
-from dcr.data.batches import PairBatch, PromptBatch, micro_batches, pair_batch, prompt_batch
-from dcr.data.module import SafetyData, check_lengths
-from dcr.data.sampling import (
+from dcr.data.batches import (
     DRAWS,
     NO_CLASS,
     SEEMINGLY_TOXIC,
     TOXIC,
     EpochBatches,
+    PairBatch,
+    PromptBatch,
     balanced_draws,
     generator,
+    micro_batches,
+    pair_batch,
+    prompt_batch,
     proportional_draws,
     share,
     stratified_draws,
 )
+from dcr.data.module import SafetyData, check_lengths
 from dcr.data.splits import (
     HELD_OUT_PAIRS,
     Splits,
+    answered,
+    read_answers,
     row_record,
     split,
     trained_texts,

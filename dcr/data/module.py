@@ -8,14 +8,18 @@ from torch import randperm
 from torch.utils.data import DataLoader
 
 from dcr.config import ConfigError, ContrastiveConfig, DataError, NLLSource, SFTConfig, Stage
-from dcr.data.batches import PairBatch, PromptBatch, micro_batches, pair_batch, prompt_batch
-from dcr.data.sampling import (
+from dcr.data.batches import (
     DRAWS,
     NO_CLASS,
     SEEMINGLY_TOXIC,
     TOXIC,
     EpochBatches,
+    PairBatch,
+    PromptBatch,
     generator,
+    micro_batches,
+    pair_batch,
+    prompt_batch,
     share,
 )
 from dcr.data.splits import Splits

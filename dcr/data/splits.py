@@ -1,17 +1,20 @@
 """The rows of a run: read, cleaned of what is evaluated on, and drawn into disjoint parts."""
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from dcr import sources
-from dcr.config import AugmentConfig, ConfigError, DataConfig, Kind
-from dcr.data import augmentation
-from dcr.data.sifting import Sift
-from dcr.sources import Example
+from dcr import contamination, sources
+from dcr.config import AugmentConfig, ConfigError, DataConfig, DataError, KeywordRules, Kind
+from dcr.sources import SOURCES, Example, jsonl
 from dcr.text import normalise
 
+CONTRASTIVE_NODES = ("seemingly_toxic", "toxic")
 HELD_OUT_PAIRS = 64  # prompts a class that stage one is watched on; more would only cost time
+
+Refuses = Callable[..., bool]  # of a response, or of a response and the name of keyword rules
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,105 @@ class Splits:
         return {name: rows for name, rows in vars(self).items() if name not in about}
 
 
+class Cleaning:
+    """Reads and cleans the sources of one run, counting what it drops."""
+
+    def __init__(self, config: DataConfig) -> None:
+        self.config = config
+        self.dropped: Counter[str] = Counter()
+        asked = (
+            (Kind.seemingly_toxic, config.evaluation.over_refusal),
+            (Kind.toxic, config.evaluation.safety),
+        )
+        self.evaluated = {
+            name: [row.prompt for row in sources.read(name, root=config.root, kind=kind)]
+            for kind, names in asked
+            for name in names
+        }
+
+    def clean(self, node: str, kind: Kind) -> list[Example]:
+        """The rows of a node's sources, apart from evaluation prompts and each other."""
+        rows: list[Example] = []
+        for name in getattr(self.config, node).source:
+            read = sources.read(name, root=self.config.root, kind=kind)
+            exempt = {name}
+            if node in CONTRASTIVE_NODES:
+                exempt |= self._used(CONTRASTIVE_NODES) | self._cut_from_the_same_file(name)
+            rows += self._apart_from_evaluation(node, read, exempt)
+        return self._once(node, rows)
+
+    def answers(self, rows: list[Example], name: str) -> list[Example]:
+        """STL-aug's rows, apart from prompts of sets other than those that it answers by design."""
+        exempt = {name}
+        for source in self.config.seemingly_toxic.source:
+            exempt |= {source} | self._cut_from_the_same_file(source)
+        return self._once("augmented", self._apart_from_evaluation("augmented", rows, exempt))
+
+    def holding(self, rows: list[Example]) -> list[str]:
+        """The evaluation sets that hold a prompt of STL-aug's rows.
+
+        Of the sets that these answer by design a prompt close to one counts as well.
+        """
+        prompts, own = [row.prompt for row in rows], self._used(("seemingly_toxic",))
+        return [
+            name
+            for name, asked in self.evaluated.items()
+            if any(
+                found is not None and (found.exact or name in own)
+                for found in contamination.overlaps(
+                    prompts, {name: asked}, near=self.config.near_duplicate
+                )
+            )
+        ]
+
+    def _once(self, node: str, rows: list[Example]) -> list[Example]:
+        kept, repeated = sources.drop_duplicates(rows)
+        if repeated:
+            self.dropped[f"{node}: repeats another row"] += len(repeated)
+        return kept
+
+    def _apart_from_evaluation(
+        self, node: str, rows: list[Example], exempt: set[str]
+    ) -> list[Example]:
+        against = {s: prompts for s, prompts in self.evaluated.items() if s not in exempt}
+        if not self.config.drop_contaminated or not against:
+            return rows
+        found = contamination.overlaps(
+            [row.prompt for row in rows], against, near=self.config.near_duplicate
+        )
+        for overlap in found:
+            if overlap is not None:
+                how = "is" if overlap.exact else "is close to"
+                self.dropped[f"{node}: {how} a prompt of {overlap.set}"] += 1
+        return [row for row, overlap in zip(rows, found, strict=True) if overlap is None]
+
+    def _cut_from_the_same_file(self, name: str) -> set[str]:
+        """XSTest's safe and unsafe prompts are contrasts, near each other by design.
+
+        To drop one for the other's sake would take the very rows that are meant to be learnt.
+        """
+        files = {
+            n: sources.SOURCES[n].file for n in [name, *self.evaluated] if n in sources.SOURCES
+        }
+        file = files.get(name)
+        return {n for n, other in files.items() if file is not None and other == file}
+
+    def _used(self, nodes: Sequence[str]) -> set[str]:
+        return {name for node in nodes for name in getattr(self.config, node).source}
+
+    def in_distribution(self, contrastive: bool) -> list[str]:
+        """Evaluation sets that a run is trained on."""
+        used = self._used(("safety", "normal", *(CONTRASTIVE_NODES if contrastive else ())))
+        wholes = {name: s.part_of for name, s in sources.SOURCES.items()}
+        return sorted(n for n in self.evaluated if n in used or wholes.get(n) in used)
+
+
 def split(
     config: DataConfig,
     ratio: float | None,
     seed: int,
     contrastive: bool,
-    refuses: Callable[..., bool],
+    refuses: Refuses,
     augment: AugmentConfig | None = None,
 ) -> Splits:
     """Read every source and draw the rows of both stages (Section 7.1).
@@ -60,9 +156,9 @@ def split(
     Raises ConfigError when a source holds fewer rows than asked for, and DataError for an answer
     of STL-aug's file that refuses.
     """
-    sift = Sift(config)
-    normal = _with_response(sift.clean("normal", Kind.normal), "data.normal")
-    pairs = sift.clean("safety", Kind.toxic)
+    cleaning = Cleaning(config)
+    normal = _with_response(cleaning.clean("normal", Kind.normal), "data.normal")
+    pairs = cleaning.clean("safety", Kind.toxic)
     if config.safety.refusals_only:
         pairs = [row for row in pairs if row.response and refuses(row.response)]
     pairs = _with_response(pairs, "data.safety")
@@ -75,21 +171,21 @@ def split(
         refusals=refusals,
         normal_heldout=general_left,
         refusals_heldout=refusals_left,
-        in_distribution=sift.in_distribution(contrastive),
+        in_distribution=cleaning.in_distribution(contrastive),
     )
     if contrastive:
-        rows = _with_stage_one(rows, config, ratio, seed, sift)
+        rows = _with_stage_one(rows, config, ratio, seed, cleaning)
     if augment is not None:
-        rows = _with_answers(rows, config, augment, seed, sift, refuses)
-    return replace(rows, dropped=dict(sift.dropped))
+        rows = _with_answers(rows, config, augment, seed, cleaning, refuses)
+    return replace(rows, dropped=dict(cleaning.dropped))
 
 
 def _with_stage_one(
-    rows: Splits, config: DataConfig, ratio: float | None, seed: int, sift: Sift
+    rows: Splits, config: DataConfig, ratio: float | None, seed: int, cleaning: Cleaning
 ) -> Splits:
-    safe = sift.clean("seemingly_toxic", Kind.seemingly_toxic)
+    safe = cleaning.clean("seemingly_toxic", Kind.seemingly_toxic)
     taken = {normalise(r.prompt) for r in [*rows.refusals, *rows.refusals_heldout]}
-    toxic = sift.clean("toxic", Kind.toxic)
+    toxic = cleaning.clean("toxic", Kind.toxic)
     toxic = [row for row in toxic if normalise(row.prompt) not in taken]
     unseen: tuple[list[Example], list[Example]] = ([], [])
     if config.group_holdout > 0:
@@ -123,8 +219,8 @@ def _with_answers(
     config: DataConfig,
     augment: AugmentConfig,
     seed: int,
-    sift: Sift,
-    refuses: Callable[..., bool],
+    cleaning: Cleaning,
+    refuses: Refuses,
 ) -> Splits:
     """STL-aug: answers to seemingly toxic prompts, `augment.repeat` times.
 
@@ -133,19 +229,19 @@ def _with_answers(
     """
     named = augment.responses
     if named is None:
-        found = sift.clean("seemingly_toxic", Kind.seemingly_toxic)
+        found = cleaning.clean("seemingly_toxic", Kind.seemingly_toxic)
     else:
-        read = augmentation.read_answers(named, config.root, refuses)
-        found = sift.answers(read, named)
+        read = read_answers(named, config.root, refuses)
+        found = cleaning.answers(read, named)
     found, unseen = sources.split_by_group(found, config.group_holdout, seed)
     if named is None:
         count = config.seemingly_toxic.count
         found, _ = _draw(found, count, seed, "data.seemingly_toxic.count")
-        found = augmentation.answered(found, config, refuses)
+        found = answered(found, config, refuses)
     pairs = (rows.normal, rows.refusals, rows.normal_heldout, rows.refusals_heldout)
-    left = augmentation.apart_from(found, [row for part in pairs for row in part])
+    left = apart_from(found, [row for part in pairs for row in part])
     if len(left) < len(found):
-        sift.dropped["augmented: is a prompt of SFT already"] += len(found) - len(left)
+        cleaning.dropped["augmented: is a prompt of SFT already"] += len(found) - len(left)
     if not left:
         raise ConfigError(
             f"stl_aug.responses={named}: every row is a prompt of SFT or of an evaluation set; "
@@ -154,7 +250,7 @@ def _with_answers(
     return replace(
         rows,
         augmented=left * augment.repeat,
-        in_distribution=sorted({*rows.in_distribution, *sift.holding(left)}),
+        in_distribution=sorted({*rows.in_distribution, *cleaning.holding(left)}),
         unseen_groups=sorted({row.group or row.id for row in unseen}),
     )
 
@@ -235,3 +331,62 @@ def trained_texts(data: Mapping[str, Any], record: Mapping[str, Any]) -> dict[st
             if answers and row.response:
                 found.append(row.response)
     return texts
+
+
+# --- STL-aug's rows: compliant answers to seemingly toxic prompts ---
+
+
+def read_answers(name: str, root: str | None, refuses: Refuses) -> list[Example]:
+    """The rows of `stl_aug.responses`: a JSONL file, or a named source of pairs.
+
+    Raises ConfigError where there is no such file, and DataError for whatever is wrong in it, an
+    answer that refuses among it.
+    """
+    if name not in SOURCES and name.endswith(".jsonl") and not Path(name).exists():
+        raise ConfigError(
+            f"stl_aug.responses={name}: no such file; write it with `python -m dcr.augment "
+            f"out={name} …`, or name your own"
+        )
+    rows = sources.read(name, root=root, kind=Kind.seemingly_toxic, pairs=True)
+    for place, row in enumerate(rows):
+        rules = rules_that_call_it_refusal(row, refuses)
+        if rules:
+            where = name if name in SOURCES else f"{name}:{_line(name, place)}"
+            raise DataError(
+                f"{where}: response: of {row.id}: a refusal by the keyword filter "
+                f"({', '.join(rules)}); STL-aug learns compliant answers, so remove the row or "
+                "answer it"
+            )
+    return rows
+
+
+def answered(rows: Sequence[Example], data: DataConfig, refuses: Refuses) -> list[Example]:
+    """Those of the prompts that came with a compliant answer of their own.
+
+    Raises ConfigError if there is none.
+    """
+    found = [row for row in rows if row.response and not rules_that_call_it_refusal(row, refuses)]
+    if not found:
+        names = ", ".join(data.seemingly_toxic.source)
+        raise ConfigError(
+            f"stl_aug.responses=null: {names} has no answers to learn; give your own file with "
+            "stl_aug.responses=<file.jsonl>, or write one with `python -m dcr.augment "
+            f"source={data.seemingly_toxic.source[0]} out=<file.jsonl> model=<name>`"
+        )
+    return found
+
+
+def apart_from(rows: Sequence[Example], pairs: Sequence[Example]) -> list[Example]:
+    """The rows whose prompts no other pair of SFT answers, in its own way."""
+    taken = {normalise(row.prompt) for row in pairs}
+    return [row for row in rows if normalise(row.prompt) not in taken]
+
+
+def rules_that_call_it_refusal(row: Example, refuses: Refuses) -> list[str]:
+    return [rules.value for rules in KeywordRules if refuses(row.response, rules.value)]
+
+
+def _line(path: str, place: int) -> int:
+    """The line of a file's row, counted from 1; rows are counted from 0."""
+    with open(path, "rb") as stream:
+        return [number for number, _ in jsonl.rows(stream, path)][place]

@@ -1,7 +1,7 @@
 """Where prompts come from: named sources, the user's files, and what is done with their rows.
 
-`table` says what each named source is, `fields` and `groups` how its raw rows become ours,
-`reading` reads one, `jsonl` validates rows of files, and `examples` draws, splits and compares.
+`table` says what each named source is, `fields` how its raw rows become ours, `reading` reads one,
+`jsonl` validates rows of files, and `examples` draws, splits and compares.
 """
 
 from dcr.sources.examples import (

@@ -6,8 +6,7 @@ from typing import Any
 
 from dcr.config import Kind
 from dcr.sources import fields
-from dcr.sources.fields import Fields, Keep, every, has
-from dcr.sources.groups import by_pair, ungrouped, xstest_groups
+from dcr.sources.fields import Fields, Keep, by_pair, every, has, ungrouped, xstest_groups
 from dcr.sources.jsonl import Row
 
 
