@@ -14,8 +14,9 @@ import hydra
 import torch
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from dcr import cli, config, dashboard, runs, storage, subjects, tasks
+from dcr import cli, config, dashboard, runs, storage
 from dcr.config import ConfigError, EvalConfig
+from dcr.evaluation import metrics, sets, subjects
 from dcr.runs import Run
 from dcr.text import label_of
 
@@ -98,19 +99,19 @@ def _named(node: DictConfig) -> dict[str, Any]:
 def evaluate(settings: EvalConfig, run: Run) -> None:
     """Answer what is unanswered, judge what is unjudged, count, and write `metrics.json`."""
     found = subjects.subjects(settings, run)
-    tasks.check(settings)
-    prompts = tasks.read(settings)
+    metrics.check(settings)
+    prompts = sets.read(settings)
     if settings.trainer.threads:
         torch.set_num_threads(settings.trainer.threads)
     with storage.locked(run.folder), _claimed(settings, run), ExitStack() as stack:
         shown = None
         for subject in found:
-            metrics, answers = tasks.measure(settings, run, subject, prompts)
+            measured, answers = metrics.measure(settings, run, subject, prompts)
             if shown is None:  # not before there is something to show
                 tags = [run.config()["method"], settings.model.label]
                 opening = dashboard.opened(settings.wandb, run, "eval", tags, None)
                 shown = stack.enter_context(opening)
-            dashboard.show(shown, run, metrics, answers)
+            dashboard.show(shown, run, measured, answers)
 
 
 @contextmanager

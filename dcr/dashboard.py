@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from dcr import benchmarks, refusal, storage
+from dcr import refusal, storage
 from dcr.config import DataError, EvalConfig, Kind, WandbConfig, WandbMode
+from dcr.evaluation import sets
 from dcr.generation import Completion
 from dcr.runs import Run
 
@@ -160,7 +161,7 @@ def scored(metrics: Mapping[str, Any]) -> dict[str, float]:
         for quantity, hits, n in _rates(counts):
             if n:
                 found[f"{name}/{quantity}"] = hits / n
-                if counts["kind"] in TASK_OF_KIND and name not in benchmarks.APART:
+                if counts["kind"] in TASK_OF_KIND and name not in sets.APART:
                     pools.setdefault((counts["kind"], quantity), []).append((hits, n))
     for (kind, quantity), parts in pools.items():
         hits, n = (sum(part) for part in zip(*parts, strict=True))

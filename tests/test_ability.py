@@ -19,10 +19,10 @@ from datasets import Dataset, DatasetDict
 from lm_eval.tasks import TaskManager
 
 from dcr import models
-from dcr.benchmarks import ability as module
-from dcr.benchmarks.ability import TASK_FILES, ability, check
-from dcr.benchmarks.tasks import rows
 from dcr.config import AbilityConfig, ConfigError, DataError, LoraConfig
+from dcr.evaluation import ability as module
+from dcr.evaluation import questions
+from dcr.evaluation.ability import TASK_FILES, ability, check
 from dcr.models import Policy
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -78,7 +78,7 @@ def write(path: Path, made: list[dict[str, Any]]) -> None:
 def whole_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Invented rows for all five tasks, examples included: read only."""
     root = tmp_path_factory.mktemp("ability")
-    for name, made in rows.SETS.items():
+    for name, made in questions.SETS.items():
         if made.by_subject:
             continue
         choices = 2 if name == "piqa" else 4
@@ -86,7 +86,7 @@ def whole_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write(root / made.shown, invented(5, choices, made.shown_split, f"{name} shown"))
     # A question that also stands among the examples: the harness does not show it to itself.
     twice = {**invented(1, 2, "train", "piqa asked")[0], "id": "another"}
-    piqa = root / rows.SETS["piqa"].shown
+    piqa = root / questions.SETS["piqa"].shown
     piqa.write_text(piqa.read_text() + json.dumps(twice) + "\n")
     mmlu = []
     for subject in SUBJECTS:
@@ -128,8 +128,8 @@ def as_on_the_hub(name: str, row: dict[str, Any]) -> dict[str, Any]:
 
 def hub_of(root: Path, *names: str) -> dict[tuple[str, str | None], DatasetDict]:
     found: dict[tuple[str, str | None], dict[str, list[Any]]] = {}
-    for name in names or rows.SETS:
-        made = rows.SETS[name]
+    for name in names or questions.SETS:
+        made = questions.SETS[name]
         for file in dict.fromkeys((root / made.asked, root / made.shown)):
             for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
                 row = json.loads(line)
@@ -187,7 +187,7 @@ def both(name: str, root: Path) -> tuple[Any, Any]:
     return module._loaded(name, str(root), name), module._loaded(name, None, name)
 
 
-@pytest.mark.parametrize("name", rows.SETS)
+@pytest.mark.parametrize("name", questions.SETS)
 def test_prompts_options_and_targets_are_the_harness_s_own(
     name: str, whole_root: Path, whole_hub: Any, serve: Any
 ) -> None:
@@ -210,7 +210,7 @@ def test_an_example_that_is_the_question_itself_is_not_shown(whole_root: Path) -
 
 
 @pytest.mark.skipif("DCR_DATA" not in os.environ, reason="DCR_DATA names no folder of real rows")
-@pytest.mark.parametrize("name", rows.SETS)
+@pytest.mark.parametrize("name", questions.SETS)
 def test_prompts_of_the_real_rows_are_the_harness_s_own(name: str, serve: Any) -> None:
     real = Path(os.environ["DCR_DATA"])
     serve(hub_of(real, name))
@@ -220,7 +220,7 @@ def test_prompts_of_the_real_rows_are_the_harness_s_own(name: str, serve: Any) -
     assert ours == requests(hub, 0, limit)
     if name == "mmlu":
         assert requests(local, 5, limit=1) == requests(hub, 5, limit=1)
-    assert sum(len(targets) for _, targets in ours.values()) == rows.SETS[name].asked_rows
+    assert sum(len(targets) for _, targets in ours.values()) == questions.SETS[name].asked_rows
 
 
 def test_scores_are_the_harness_s_own(
@@ -486,7 +486,7 @@ def test_a_missing_file_and_a_missing_subject(root: Path) -> None:
 def test_malformed_rows_are_named_by_line_and_field(
     name: str, changed: dict[str, Any], field: str, root: Path
 ) -> None:
-    file = root / rows.SETS[name].asked
+    file = root / questions.SETS[name].asked
     lines = file.read_text().splitlines()
     lines[2] = json.dumps({**json.loads(lines[0]), **changed})
     file.write_text("\n".join(lines))
@@ -506,7 +506,7 @@ def test_tasks_that_cannot_run_here(extra: dict[str, Any], message: str, whole_r
     manager = TaskManager(include_path=TASK_FILES, include_defaults=False, metadata=where)
     config = {
         "task": "strange",
-        "custom_dataset": rows.splits,
+        "custom_dataset": questions.splits,
         "dataset_kwargs": {"name": "arc_easy", "root": str(whole_root)},
         "output_type": "multiple_choice",
         "test_split": "test",
@@ -521,4 +521,4 @@ def test_tasks_that_cannot_run_here(extra: dict[str, Any], message: str, whole_r
 
 
 def test_every_task_file_is_known_and_every_known_set_has_a_file() -> None:
-    assert {file.stem for file in TASK_FILES.glob("*.yaml")} == set(rows.SETS)
+    assert {file.stem for file in TASK_FILES.glob("*.yaml")} == set(questions.SETS)

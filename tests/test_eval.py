@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 import eval as eval_entry
 import train as train_entry
-from dcr import cli, config, generation, models, refusal, report, runs, storage, subjects
+from dcr import cli, config, generation, models, refusal, report, runs, storage
 from dcr.config import (
     ConfigError,
     DataError,
@@ -23,10 +23,11 @@ from dcr.config import (
     Steering,
     UserError,
 )
+from dcr.evaluation import sets, subjects
+from dcr.evaluation.subjects import Subject
 from dcr.judges import pairwise
 from dcr.runs import Run
 from dcr.steering import prompts as steering_prompts
-from dcr.subjects import Subject
 from tests import tiny_run
 from tests.servers.scripted import Body, completion, last_user, rejected, scripted
 
@@ -247,7 +248,7 @@ def test_the_reference_of_alpaca_eval_answers_plainly(
     for pair in compared:
         assert (pair.reference, pair.answer) == (other[pair.id].response, own[pair.id].response)
     policy = subjects.opened(plain, subject)
-    rows = [row for b in eval_entry.tasks.read(plain).sets for row in b.rows]
+    rows = [row for b in sets.read(plain).sets for row in b.rows]
     batches = subjects.answer(plain, subject, lambda: policy, rows)
     assert {c.id: c for batch in batches for c in batch} == other
 

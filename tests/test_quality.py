@@ -17,7 +17,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dcr import endpoints
-from dcr.benchmarks import quality
 from dcr.config import (
     AnnotatorConfig,
     ConfigError,
@@ -28,6 +27,7 @@ from dcr.config import (
     UserError,
 )
 from dcr.endpoints import EndpointError, Failure, Message, Reply
+from dcr.evaluation import quality
 from dcr.generation import Completion
 from dcr.judges import pairwise
 from dcr.judges.pairwise import Pair
@@ -119,7 +119,7 @@ def rated(
     settings: EvalConfig,
     folder: Path,
 ) -> dict[str, Any]:
-    return quality.quality(own, reference, settings, folder, LABELS, progress=False)
+    return quality.compared(own, reference, settings, folder, LABELS, progress=False)
 
 
 # --- one comparison ---

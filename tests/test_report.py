@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from dcr import report, runs
-from dcr.benchmarks import PAPER_SAFETY
+from dcr.evaluation.sets import PAPER_SAFETY
 from dcr.report import comparisons, figures, page, paper, tables
 from dcr.report.__main__ import main
 from dcr.report.columns import Completions, Style, entries, seed_groups

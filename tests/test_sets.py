@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from dcr import sources
-from dcr.benchmarks import sets
 from dcr.config import DataConfig, EvaluationSets, Kind, Task
+from dcr.evaluation import sets
 from dcr.sources import SOURCES
 
 DATA = os.environ.get("DCR_DATA", "")
@@ -44,14 +44,14 @@ def test_the_totals_are_the_papers() -> None:
 @real
 def test_real_sets_are_read_whole_and_sampled(caplog: pytest.LogCaptureFixture) -> None:
     config = DataConfig(label="paper", root=DATA, evaluation=EvaluationSets(**PAPER["evaluation"]))
-    found = sets.read([Task.over_refusal, Task.safety], config, None, seed=0)
+    found = sets.of_tasks([Task.over_refusal, Task.safety], config, None, seed=0)
     assert [(b.name, b.kind) for b in found] == paper_sets()
     sizes = {b.name: len(b.rows) for b in found}
     assert sum(sizes[name] for name in sets.PAPER_SAFETY) == 938
     assert sizes["coconot_safety"] == 149
     assert sizes["phtest_controversial"] == 180
     assert not [m for m in caplog.messages if "expected" in m]
-    few = sets.read([Task.safety], config, 30, seed=0)
+    few = sets.of_tasks([Task.safety], config, 30, seed=0)
     assert {len(b.rows) for b in few} == {30}
     whole = {b.name: {row.id for row in b.rows} for b in found}
     assert all({row.id for row in b.rows} <= whole[b.name] for b in few)
@@ -90,9 +90,9 @@ def test_tasks_without_prompts_bring_none(tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_text(json.dumps({"prompt": "How do I dye wool?"}) + "\n")
     config = DataConfig(label="made", evaluation=EvaluationSets([str(path)], []))
-    (mine,) = sets.read(list(Task), config, None, seed=0)
+    (mine,) = sets.of_tasks(list(Task), config, None, seed=0)
     assert (mine.name, mine.kind) == ("mine", Kind.seemingly_toxic)
-    assert sets.read([Task.ability, Task.quality], config, None, seed=0) == []
+    assert sets.of_tasks([Task.ability, Task.quality], config, None, seed=0) == []
 
 
 def test_a_file_named_like_a_hub_set_takes_its_place_in_pairs(tmp_path: Path) -> None:
@@ -100,6 +100,6 @@ def test_a_file_named_like_a_hub_set_takes_its_place_in_pairs(tmp_path: Path) ->
     path.write_text(json.dumps({"prompt": "Do harm."}) + "\n")
     assert SOURCES["orbench_toxic"].file is None
     config = DataConfig(label="made", evaluation=EvaluationSets([], [str(path)]))
-    (found,) = sets.read([Task.safety], config, None, seed=0)
+    (found,) = sets.of_tasks([Task.safety], config, None, seed=0)
     assert "orbench_hard / orbench_toxic" in sets.pairs_of([found.name, "orbench_hard"])
     assert sources.read(str(path), kind=Kind.toxic) == found.rows

@@ -19,17 +19,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dcr import benchmarks, sources, storage, subjects
+from dcr import sources, storage
 from dcr.augment import answers, checking, options
 from dcr.augment.options import Options
-from dcr.benchmarks import Benchmark
 from dcr.config import EvalConfig, Kind
 from dcr.endpoints import EndpointError
+from dcr.evaluation import answers as stored_answers
+from dcr.evaluation import subjects
+from dcr.evaluation.sets import PromptSet
+from dcr.evaluation.subjects import Subject
 from dcr.generation import Completion
 from dcr.models import Policy
 from dcr.runs import Run
 from dcr.sources import Example
-from dcr.subjects import Subject
 
 __all__ = ["INSTRUCTIONS", "Outcome", "augment", "main", "options"]
 
@@ -128,6 +130,6 @@ def _answered(
 ) -> list[Completion]:
     """The rows' completions, asked for only where the folder does not hold them."""
     folder = subjects.answers_folder(settings, work, subject)
-    prompts = Benchmark(checking.SET, Kind.seemingly_toxic, list(rows))
+    prompts = PromptSet(checking.SET, Kind.seemingly_toxic, list(rows))
     ask = functools.partial(subjects.answer, settings, subject, policy)
-    return benchmarks.complete([prompts], ask, folder, settings.trainer.progress)[checking.SET]
+    return stored_answers.complete([prompts], ask, folder, settings.trainer.progress)[checking.SET]

@@ -7,9 +7,10 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
-from dcr import cli, config, endpoints, judges, subjects
+from dcr import cli, config, endpoints, judges
 from dcr.augment import checking
 from dcr.config import ConfigError, EvalConfig, Steering
+from dcr.evaluation import subjects
 from dcr.text import label_of
 
 CONF = Path(__file__).parents[2] / "conf"

@@ -4,8 +4,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from dcr import benchmarks, sources
+from dcr import sources
 from dcr.config import ConfigError, DataConfig, DataError, Kind, source_names
+from dcr.evaluation import sets
 from dcr.sources import SOURCES, Example
 
 LIMIT = 200  # prompts of each class of a pair
@@ -100,7 +101,7 @@ def gathered(
     """All rows that are compared, at most `limit` of a side, drawn by seed.
 
     `pairs` are further candidates (None: the usual alternatives that can be read, "none": no
-    other), `tests` the sets to test on (None: the pairs of `dcr.benchmarks` that can be read).
+    other), `tests` the sets to test on (None: the pairs of `dcr.evaluation.sets` that can be read).
     Raises ConfigError and DataError where a source that the settings or the user name cannot be
     read, holds too few rows, or no test set is of another origin.
     """
@@ -156,7 +157,7 @@ def _usual_tests(data: DataConfig) -> dict[str, Pair]:
         or (data.root is None and name in evaluated)
         or (data.root and source.file and os.path.isfile(os.path.join(data.root, source.file)))
     ]
-    return {label: Pair(*sides) for label, sides in benchmarks.pairs_of(there).items()}
+    return {label: Pair(*sides) for label, sides in sets.pairs_of(there).items()}
 
 
 def _readable(

@@ -13,8 +13,8 @@ from importlib.resources import files
 from typing import Any
 
 from dcr import statistics
-from dcr.benchmarks import PAPER_SAFETY
 from dcr.config import Judge
+from dcr.evaluation.sets import PAPER_SAFETY
 from dcr.report import tables
 from dcr.report.columns import METHODS, Entry, Group, about, method_of
 from dcr.report.records import SetScore

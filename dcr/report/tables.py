@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from dcr import statistics
-from dcr.benchmarks import APART, PAPER_SAFETY, pairs_of
 from dcr.config import Judge, Kind
+from dcr.evaluation.sets import APART, PAPER_SAFETY, pairs_of
 from dcr.report.columns import Completion, Entry, Group
 from dcr.report.records import FAULTS, Agreement, Judged, Overlap, Quality, SetScore, Usage
 from dcr.statistics import Interval

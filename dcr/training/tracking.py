@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from dcr import analyses, storage
+from dcr import storage
 from dcr.config import DataConfig, Kind, Quantity, TrackingConfig
+from dcr.evaluation import weights
 from dcr.models import Policy
 from dcr.prompts import ChatFormat
 from dcr.sources import Example
@@ -39,7 +40,7 @@ class Tracked:
     """What is measured while stages train, and on which prompts."""
 
     config: TrackingConfig
-    rows: Mapping[Quantity, analyses.Prompts]
+    rows: Mapping[Quantity, weights.ByKind]
     alone: Mapping[Kind, Example]
     seed: int
 
@@ -55,9 +56,9 @@ def tracked(config: TrackingConfig, data: DataConfig, seed: int) -> Tracked | No
         Quantity.refusal_probability: config.refusal_prob.prompts,
         Quantity.kernel: config.entk.prompts,
     }
-    every = analyses.every(data)
-    rows = {q: analyses.drawn(every, counts[q], seed) for q in config.quantities}
-    return Tracked(config, rows, analyses.followed(every), seed)
+    every = weights.every(data)
+    rows = {q: weights.drawn(every, counts[q], seed) for q in config.quantities}
+    return Tracked(config, rows, weights.followed(every), seed)
 
 
 class Tracker(Callback):
@@ -119,9 +120,9 @@ class Tracker(Callback):
 
 
 def _refusal_probability(
-    policy: Policy, chat: ChatFormat, rows: analyses.Prompts, tracked: Tracked, _: Path
+    policy: Policy, chat: ChatFormat, rows: weights.ByKind, tracked: Tracked, _: Path
 ) -> dict[str, Any]:
-    return analyses.refusal_probability(
+    return weights.refusal_probability(
         policy, chat, rows, tracked.alone, tracked.config.refusal_prob, tracked.seed
     )
 
@@ -137,7 +138,7 @@ def _probabilities(block: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _kernel(
-    policy: Policy, chat: ChatFormat, rows: analyses.Prompts, tracked: Tracked, place: Path
+    policy: Policy, chat: ChatFormat, rows: weights.ByKind, tracked: Tracked, place: Path
 ) -> dict[str, Any]:
     """On a copy in fp32, which products of gradients need, where the weights are narrower."""
     model = policy.model
@@ -145,7 +146,7 @@ def _kernel(
         model = copy.deepcopy(model).float()
     copied = Policy(model, policy.tokenizer, policy.name)
     with torch.autocast(model.device.type, enabled=False):
-        return analyses.kernel(copied, chat, rows, tracked.config.entk, tracked.seed, place)
+        return weights.kernel(copied, chat, rows, tracked.config.entk, tracked.seed, place)
 
 
 def _norms(block: Mapping[str, Any]) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 Prompts, requests, scores and standard errors are the harness's own: no chat template, no cache.
 Where `data.root` is given, MMLU, ARC, OpenBookQA and PIQA come from it by the task files in
-`tasks/`, which put the same questions; every other task is read from the hub.
+`harness/`, which put the same questions; every other task is read from the hub.
 """
 
 import copy
@@ -12,7 +12,7 @@ import importlib.metadata
 import json
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -22,13 +22,13 @@ import torch
 from tqdm import tqdm
 
 from dcr import models, storage
-from dcr.benchmarks.tasks import results, rows
 from dcr.config import AbilityConfig, ConfigError
+from dcr.evaluation import questions
 from dcr.models import Policy, safe_label
 
 log = logging.getLogger(__name__)
 
-TASK_FILES = Path(__file__).parent / "tasks"
+TASK_FILES = Path(__file__).parent / "harness"
 
 
 def check(settings: AbilityConfig, root: str | None) -> None:
@@ -45,7 +45,7 @@ def check(settings: AbilityConfig, root: str | None) -> None:
     if root is not None and not Path(root).is_dir():
         raise ConfigError(f"data.root={root}: not a folder; name the one with the data files")
     for name in settings.tasks:
-        if name not in rows.SETS and name not in _harness().task_index:
+        if name not in questions.SETS and name not in _harness().task_index:
             raise ConfigError(f"ability.tasks={name}: {_hint(name)}")
     for name in settings.tasks:
         with _quiet(progress=False):
@@ -54,7 +54,7 @@ def check(settings: AbilityConfig, root: str | None) -> None:
         for task in tasks:
             _check_task(name, task, settings.shots)
         if _is_local(name, root):
-            rows.compare(name, sum(len(task.eval_docs) for task in tasks))
+            questions.compare(name, sum(len(task.eval_docs) for task in tasks))
 
 
 def ability(
@@ -93,8 +93,8 @@ def ability(
                 model = model or _wrapped(policy, settings.batch_size)
                 whole = _run(model, _loaded(name, root, name), settings, seed)
                 cut = {t: _truncated(model, asked) for t, asked in whole["samples"].items()}
-            found = results.scores(name, whole, cut, settings.limit)
-            storage.write_text(file.with_suffix(".jsonl"), results.lines(whole["samples"]))
+            found = _scores(name, whole, cut, settings.limit)
+            storage.write_text(file.with_suffix(".jsonl"), _lines(whole["samples"]))
             storage.write_json(file, {"made_with": made_with, "scores": found})
         scores |= json.loads(file.read_text(encoding="utf-8"))["scores"]
     for name, found in scores.items():
@@ -110,7 +110,7 @@ def ability(
 
 
 def _is_local(name: str, root: str | None) -> bool:
-    return root is not None and name in rows.SETS
+    return root is not None and name in questions.SETS
 
 
 @cache  # thousands of files, the same ones for as long as the process lives
@@ -133,7 +133,8 @@ def _loaded(name: str, root: str | None, asked_as: str) -> Any:
         return _harness().load([name])
     except (ImportError, OSError, ValueError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        cure = "give data.root=<folder with its rows>" if asked_as in rows.SETS else "leave it out"
+        local = asked_as in questions.SETS
+        cure = "give data.root=<folder with its rows>" if local else "leave it out"
         raise ConfigError(
             f"ability.tasks={asked_as}: cannot be loaded ({reason[:160]}); install what it "
             f"needs, let this machine reach the hub, or {cure}"
@@ -184,13 +185,13 @@ def _check_task(name: str, task: Any, shots: int) -> None:
 
 
 def _also(name: str) -> str:
-    shown = rows.SETS[name].shown if name in rows.SETS else None
+    shown = questions.SETS[name].shown if name in questions.SETS else None
     return f", or put the examples into data.root as {shown}" if shown else ""
 
 
 def _made_with(name: str, settings: AbilityConfig, root: str | None, seed: int) -> dict[str, Any]:
     """Everything but the weights that a score depends on."""
-    local = rows.files(name, root) if root is not None and _is_local(name, root) else []
+    local = questions.files(name, root) if root is not None and _is_local(name, root) else []
     return {
         "task": name,
         "shots": settings.shots,
@@ -281,3 +282,73 @@ def _truncated(model: Any, samples: list[dict[str, Any]]) -> int:
         )
         for sample in samples
     )
+
+
+# --- what comes out -------------------------------------------------------------------------------
+
+
+def _scores(
+    name: str, results: Mapping[str, Any], cut: Mapping[str, int], limit: int | None
+) -> dict[str, Any]:
+    """Our record of a task or group; of each task where the name has no score of its own."""
+    tasks = list(results["n-samples"])
+    if not _metrics(results["results"].get(name, {})):
+        return {task: _score(task, [task], results, cut, limit) for task in tasks}
+    found = _score(name, tasks, results, cut, limit)
+    if tasks != [name]:
+        found["subjects"] = {
+            task.split("::")[-1].removeprefix(f"{name}_"): {
+                key: value
+                for key, value in _score(task, [task], results, cut, limit).items()
+                if key not in ("shots", "limit", "version") and value is not None
+            }
+            for task in tasks
+        }
+    return {name: found}
+
+
+def _score(
+    name: str,
+    tasks: Sequence[str],
+    results: Mapping[str, Any],
+    cut: Mapping[str, int],
+    limit: int | None,
+) -> dict[str, Any]:
+    metrics = _metrics(results["results"][name])
+    main = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
+    found: dict[str, Any] = {key: metrics.pop(key, None) for key in main}
+    if metrics:
+        found["metrics"] = metrics
+    return found | {
+        "n": sum(results["n-samples"][task]["effective"] for task in tasks),
+        "version": str(results["versions"][name]),
+        "shots": max(results["n-shot"][task] for task in tasks),
+        "limit": limit,
+        "truncated": sum(cut[task] for task in tasks),
+    }
+
+
+def _metrics(scores: Mapping[str, Any]) -> dict[str, float | None]:
+    """`metric` or `metric,filter` -> value, from the harness's `metric,filter`; N/A is None."""
+    return {
+        key.removesuffix(",none"): None if isinstance(value, str) else float(value)
+        for key, value in scores.items()
+        if "," in key
+    }
+
+
+def _lines(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Each question's place in its task, target, the model's answers and scores, one a line."""
+    found = (
+        {
+            "task": task,
+            "row": sample["doc_id"],
+            "filter": sample["filter"],
+            "target": sample["target"],
+            "responses": sample["filtered_resps"],
+            **{metric: sample[metric] for metric in sample["metrics"]},
+        }
+        for task, rows_of_task in samples.items()
+        for sample in rows_of_task
+    )
+    return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in found)

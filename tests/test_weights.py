@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 import eval as eval_entry
 import train as train_entry
-from dcr import analyses, cli, config, models, ntk, prompts, refusal
+from dcr import cli, config, models, ntk, prompts, refusal
 from dcr.config import ConfigError, DataConfig, EvalConfig, Kind, UserError
+from dcr.evaluation import weights
 from dcr.runs import Run
 from dcr.training import tracking
 from tests import tiny_run
@@ -57,7 +58,7 @@ def test_the_last_point_is_the_finished_model(pair: tuple[Run, Run]) -> None:
     settings = tiny_run.settings(run.folder.parent / "rows", ANALYSIS, *SMALL)
     policy = models.open_adapter(run.stage("sft"), settings.sft.precision)
     chat = prompts.chat_format(policy.tokenizer, settings.model)
-    rows = analyses.drawn(analyses.every(settings.data), 3, settings.seed)[Kind.toxic]
+    rows = weights.drawn(weights.every(settings.data), 3, settings.seed)[Kind.toxic]
     encoded = [chat.prompt_ids(row.prompt) for row in rows]
     plain, _ = refusal.probabilities(policy.model, chat.tokenizer, encoded)
     logged = {(of, step, key): value for of, step, key, value in tiny_run.logged(run.folder)}
@@ -95,13 +96,13 @@ def test_what_was_measured_beyond_a_checkpoint_is_forgotten(tmp_path: Path) -> N
 def test_the_clock_of_a_stage_stops_while_it_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure = analyses.refusal_probability
+    measure = weights.refusal_probability
 
     def slowly(*given: Any) -> Any:
         time.sleep(0.5)
         return measure(*given)
 
-    monkeypatch.setattr(analyses, "refusal_probability", slowly)
+    monkeypatch.setattr(weights, "refusal_probability", slowly)
     tracked = ("method=stl", "tracking.quantities=[refusal_probability]", *SMALL)
     run = Run(tmp_path / "run")
     train_entry.train(tiny_run.settings(tmp_path / "rows", ANALYSIS, *tracked), run)
@@ -209,7 +210,7 @@ def test_a_fault_in_one_task_costs_no_earlier_one(
 
     run = Run(tmp_path / "run")
     shutil.copytree(pair[0].folder, run.folder, ignore=shutil.ignore_patterns("eval"))
-    monkeypatch.setattr(analyses, "kernel", fails)
+    monkeypatch.setattr(weights, "kernel", fails)
     with pytest.raises(RuntimeError, match="out of luck"):
         evaluated(run, "tasks=[refusal_probability,kernel]", "refusal_prob.prompts=2")
     (file,) = run.folder.glob("eval/*/metrics.json")
@@ -236,13 +237,13 @@ def test_rows_are_refused_before_a_model_is_opened(
 
 def test_a_kind_without_a_source_is_said() -> None:
     with pytest.raises(ConfigError, match=r"data\.analysis\.seemingly_toxic=\[\]: name a source"):
-        analyses.every(DataConfig(label="made"))
+        weights.every(DataConfig(label="made"))
 
 
 def test_the_first_prompt_stands_in_where_the_papers_is_not(tmp_path: Path) -> None:
     data = tiny_run.settings(tmp_path / "rows", ANALYSIS).data
-    every = analyses.every(data)
-    alone = analyses.followed(every)
+    every = weights.every(data)
+    alone = weights.followed(every)
     assert {kind: row.id for kind, row in alone.items()} == {
         kind: rows[0].id for kind, rows in every.items()
     }

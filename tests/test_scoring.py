@@ -11,8 +11,7 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from dcr import benchmarks, generation, models, prompts, refusal, subjects
-from dcr.benchmarks import Benchmark
+from dcr import generation, models, prompts, refusal
 from dcr.config import (
     ConfigError,
     DataConfig,
@@ -24,10 +23,12 @@ from dcr.config import (
     Precision,
     Task,
 )
+from dcr.evaluation import answers, scoring, sets, subjects
+from dcr.evaluation.sets import PromptSet
+from dcr.evaluation.subjects import Subject
 from dcr.generation import Completion
 from dcr.models import Policy
 from dcr.sources import Example
-from dcr.subjects import Subject
 
 REFUSED = "I'm sorry, but I can't help with that."
 ANSWERED = "Pull the weeds after rain, when the soil is soft."
@@ -52,7 +53,7 @@ def answered(row: Example, response: str, mass: float = 0.5, ended: bool = True)
 
 
 def scored(
-    sets: Sequence[Benchmark],
+    sets: Sequence[PromptSet],
     answers: Sequence[Sequence[str]],
     in_distribution: Sequence[str] = (),
     unseen: Sequence[str] = (),
@@ -61,14 +62,14 @@ def scored(
         b.name: [answered(r, text) for r, text in zip(b.rows, texts, strict=True)]
         for b, texts in zip(sets, answers, strict=True)
     }
-    return benchmarks.score(sets, made, in_distribution, unseen, seed=0)
+    return scoring.score(sets, made, in_distribution, unseen, seed=0)
 
 
 # --- counts -------------------------------------------------------------------------------------
 
 
 def test_counts_are_those_of_a_person() -> None:
-    harmful = Benchmark("harmful", Kind.toxic, rows("t", 6, Kind.toxic))
+    harmful = PromptSet("harmful", Kind.toxic, rows("t", 6, Kind.toxic))
     soft = "As an AI, I can't advise on that; still, here is what I know: first, weigh the flour."
     texts = [REFUSED, ANSWERED, "", CIRCLES, REFUSED, soft]
     ended = [True, True, True, False, False, True]
@@ -76,7 +77,7 @@ def test_counts_are_those_of_a_person() -> None:
         answered(row, text, ended=end)
         for row, text, end in zip(harmful.rows, texts, ended, strict=True)
     ]
-    found = benchmarks.score([harmful], {"harmful": made}, [], [], seed=0)
+    found = scoring.score([harmful], {"harmful": made}, [], [], seed=0)
     assert found["discernment"] is None  # there is nothing to tell apart from
     assert found["sets"]["harmful"] == {
         "kind": "toxic",
@@ -107,14 +108,14 @@ def test_the_rules_are_counted_apart() -> None:
     )
     verdicts = [refusal.is_refusal(soft, rules) for rules in ("paper", "recommended")]
     assert verdicts == [True, False]  # else this test could not tell them apart
-    safe = Benchmark("s", Kind.seemingly_toxic, rows("s", 3, Kind.seemingly_toxic))
+    safe = PromptSet("s", Kind.seemingly_toxic, rows("s", 3, Kind.seemingly_toxic))
     found = scored([safe], [[soft, REFUSED, soft]])
     assert found["sets"]["s"]["refused"] == {"paper": 3, "recommended": 1}
 
 
 def test_groups_that_training_never_saw_are_counted_apart() -> None:
-    safe = Benchmark("s", Kind.seemingly_toxic, rows("s", 12, Kind.seemingly_toxic, groups=4))
-    other = Benchmark("o", Kind.toxic, rows("o", 4, Kind.toxic, groups=4))
+    safe = PromptSet("s", Kind.seemingly_toxic, rows("s", 12, Kind.seemingly_toxic, groups=4))
+    other = PromptSet("o", Kind.toxic, rows("o", 4, Kind.toxic, groups=4))
     texts = [REFUSED if i in (1, 5, 2, 3) else ANSWERED for i in range(12)]
     found = scored([safe, other], [texts, [REFUSED] * 4], ["s"], ["g1", "g3", "absent"])
     # g1 holds rows 1, 5, 9 and g3 rows 3, 7, 11: of those 1, 5 and 3 were refused
@@ -131,7 +132,7 @@ def test_groups_that_training_never_saw_are_counted_apart() -> None:
 
 
 def test_a_row_without_a_group_is_its_own() -> None:
-    safe = Benchmark("s", Kind.seemingly_toxic, rows("s", 3, Kind.seemingly_toxic))
+    safe = PromptSet("s", Kind.seemingly_toxic, rows("s", 3, Kind.seemingly_toxic))
     found = scored([safe], [[REFUSED, ANSWERED, REFUSED]], ["s"], ["s-0", "s-1"])
     assert found["sets"]["s"]["unseen"]["n"] == 2
     assert found["sets"]["s"]["unseen"]["refused"] == {"paper": 1, "recommended": 1}
@@ -140,9 +141,9 @@ def test_a_row_without_a_group_is_its_own() -> None:
 @pytest.mark.parametrize("text", ["", REFUSED, "   "])
 def test_sets_of_one_verdict_or_none_are_counted(text: str) -> None:
     sets = [
-        Benchmark("t", Kind.toxic, rows("t", 3, Kind.toxic)),
-        Benchmark("s", Kind.seemingly_toxic, rows("s", 2, Kind.seemingly_toxic)),
-        Benchmark("nothing", Kind.toxic, []),
+        PromptSet("t", Kind.toxic, rows("t", 3, Kind.toxic)),
+        PromptSet("s", Kind.seemingly_toxic, rows("s", 2, Kind.seemingly_toxic)),
+        PromptSet("nothing", Kind.toxic, []),
     ]
     found = scored(sets, [[text] * 3, [text] * 2, []])
     refused = 3 if text == REFUSED else 0
@@ -152,24 +153,24 @@ def test_sets_of_one_verdict_or_none_are_counted(text: str) -> None:
 
 
 def test_another_language_is_told_only_where_it_is_plain() -> None:
-    assert benchmarks.is_foreign("Es tut mir leid, aber dabei kann ich nicht helfen.")
-    assert benchmarks.is_foreign("Lo siento, pero no puedo ayudarte con eso.")
+    assert scoring.is_foreign("Es tut mir leid, aber dabei kann ich nicht helfen.")
+    assert scoring.is_foreign("Lo siento, pero no puedo ayudarte con eso.")
     for text in (REFUSED, ANSWERED, "", "Paris", "print('hello')", "1. Ada\n2. Bo", "   "):
-        assert not benchmarks.is_foreign(text)
+        assert not scoring.is_foreign(text)
 
 
 def test_going_in_circles() -> None:
-    assert benchmarks.is_repetitive(CIRCLES)
-    assert not benchmarks.is_repetitive(ANSWERED)
-    assert not benchmarks.is_repetitive("no no no no no")  # too short to say
-    assert not benchmarks.is_repetitive("")
+    assert scoring.is_repetitive(CIRCLES)
+    assert not scoring.is_repetitive(ANSWERED)
+    assert not scoring.is_repetitive("no no no no no")  # too short to say
+    assert not scoring.is_repetitive("")
     words = [str(i) for i in range(20)]  # 17 4-grams
     text = " ".join(words + words[:19])  # and 19 more, of which 16 repeat
     grams = [tuple((words + words[:19])[i : i + 4]) for i in range(36)]
     share = 1 - len(set(grams)) / 36
     assert share < 0.5
-    assert not benchmarks.is_repetitive(text)
-    assert benchmarks.is_repetitive(" ".join(words * 3))
+    assert not scoring.is_repetitive(text)
+    assert scoring.is_repetitive(" ".join(words * 3))
 
 
 # --- discernment --------------------------------------------------------------------------------
@@ -178,10 +179,10 @@ def test_going_in_circles() -> None:
 def test_discernment_is_the_area_under_the_curve() -> None:
     chance = random.Random(0)
     sets = [
-        Benchmark("xstest_safe", Kind.seemingly_toxic, rows("a", 30, Kind.seemingly_toxic)),
-        Benchmark("xstest_unsafe", Kind.toxic, rows("b", 25, Kind.toxic)),
-        Benchmark("orbench_hard", Kind.seemingly_toxic, rows("c", 20, Kind.seemingly_toxic)),
-        Benchmark("i_cona", Kind.toxic, rows("d", 15, Kind.toxic)),
+        PromptSet("xstest_safe", Kind.seemingly_toxic, rows("a", 30, Kind.seemingly_toxic)),
+        PromptSet("xstest_unsafe", Kind.toxic, rows("b", 25, Kind.toxic)),
+        PromptSet("orbench_hard", Kind.seemingly_toxic, rows("c", 20, Kind.seemingly_toxic)),
+        PromptSet("i_cona", Kind.toxic, rows("d", 15, Kind.toxic)),
     ]
     made = {
         b.name: [
@@ -199,7 +200,7 @@ def test_discernment_is_the_area_under_the_curve() -> None:
         labels = [1] * len(masses[0]) + [0] * len(masses[1])
         return float(roc_auc_score(labels, masses[0] + masses[1]))
 
-    found = benchmarks.score(sets, made, [], [], seed=0)["discernment"]
+    found = scoring.score(sets, made, [], [], seed=0)["discernment"]
     pooled, low, high = found["pooled"]
     assert pooled == pytest.approx(
         truth(["xstest_unsafe", "i_cona"], ["xstest_safe", "orbench_hard"]), abs=1e-12
@@ -227,39 +228,39 @@ def test_sets_are_read_by_task_and_sampled_by_seed(tmp_path: Path) -> None:
         [written(tmp_path, "safe", 30)], [written(tmp_path, "bad", 5)]
     )
     both = [Task.over_refusal, Task.safety]
-    found = benchmarks.read(both, config, None, seed=0)
+    found = sets.of_tasks(both, config, None, seed=0)
     assert [(b.name, b.kind, len(b.rows)) for b in found] == [
         ("safe", Kind.seemingly_toxic, 30),
         ("bad", Kind.toxic, 5),
     ]
-    drawn = [benchmarks.read(both, config, 10, seed)[0].rows for seed in (0, 0, 1)]
+    drawn = [sets.of_tasks(both, config, 10, seed)[0].rows for seed in (0, 0, 1)]
     assert [len(sample) for sample in drawn] == [10] * 3
     assert drawn[0] == drawn[1] != drawn[2]
-    assert benchmarks.read([Task.safety], config, 10, seed=0)[0].rows == found[1].rows
+    assert sets.of_tasks([Task.safety], config, 10, seed=0)[0].rows == found[1].rows
 
 
 def test_a_users_file_stays_in_the_run_folder(tmp_path: Path) -> None:
     """Its set is called after the file, since its path would lead out of the folder."""
     path = written(tmp_path / "my data", "odd näme", 3)
     config = DataConfig(label="made", evaluation=EvaluationSets([path], []))
-    (benchmark,) = benchmarks.read([Task.over_refusal], config, None, seed=0)
+    (benchmark,) = sets.of_tasks([Task.over_refusal], config, None, seed=0)
     assert benchmark.name == "odd-n-me"
     found = scored([benchmark], [[REFUSED] * 3], in_distribution=[path])
     assert found["sets"]["odd-n-me"]["in_distribution"] is True
-    assert benchmarks.set_name("xstest_safe") == "xstest_safe"
+    assert sets.set_name("xstest_safe") == "xstest_safe"
 
 
 def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
     paths = [written(tmp_path / place, "mine", 3) for place in ("a", "b")]
     config = DataConfig(label="made", evaluation=EvaluationSets(paths, []))
     with pytest.raises(ConfigError, match="mine stands there twice"):
-        benchmarks.read([Task.over_refusal], config, None, seed=0)
+        sets.of_tasks([Task.over_refusal], config, None, seed=0)
 
 
 # --- generating ---------------------------------------------------------------------------------
 
 Asked = list[str]
-Complete = Callable[[Sequence[Benchmark], Path], dict[str, list[Completion]]]
+Complete = Callable[[Sequence[PromptSet], Path], dict[str, list[Completion]]]
 
 
 @pytest.fixture
@@ -296,16 +297,16 @@ def asked(answering: tuple[Asked, Any]) -> Asked:
 
 @pytest.fixture
 def complete(answering: tuple[Asked, Any]) -> Complete:
-    def run(sets: Sequence[Benchmark], folder: Path) -> dict[str, list[Completion]]:
-        return benchmarks.complete(sets, answering[1], folder, progress=False)
+    def run(sets: Sequence[PromptSet], folder: Path) -> dict[str, list[Completion]]:
+        return answers.complete(sets, answering[1], folder, progress=False)
 
     return run
 
 
 def test_a_rerun_asks_nothing_again(tmp_path: Path, asked: Asked, complete: Complete) -> None:
     sets = [
-        Benchmark("a", Kind.toxic, rows("a", 7, Kind.toxic)),
-        Benchmark("b", Kind.seemingly_toxic, rows("b", 6, Kind.seemingly_toxic)),
+        PromptSet("a", Kind.toxic, rows("a", 7, Kind.toxic)),
+        PromptSet("b", Kind.seemingly_toxic, rows("b", 6, Kind.seemingly_toxic)),
     ]
     first = complete(sets, tmp_path)
     assert sorted(asked) == sorted(r.prompt for b in sets for r in b.rows)
@@ -320,7 +321,7 @@ def test_a_rerun_asks_nothing_again(tmp_path: Path, asked: Asked, complete: Comp
 def test_a_killed_run_asks_only_what_is_missing(
     tmp_path: Path, asked: Asked, complete: Complete, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    benchmark = Benchmark("a", Kind.toxic, rows("a", 10, Kind.toxic))
+    benchmark = PromptSet("a", Kind.toxic, rows("a", 10, Kind.toxic))
     kept = generation.store
 
     def killed(path: Path, completions: Sequence[Completion]) -> None:
@@ -344,17 +345,17 @@ def test_a_row_whose_prompt_changed_is_asked_again(
 ) -> None:
     old = [Example("x", "old", Kind.toxic, "a"), Example("y", "same", Kind.toxic, "a")]
     new = [Example("x", "new", Kind.toxic, "a"), old[1]]
-    complete([Benchmark("a", Kind.toxic, old)], tmp_path)
+    complete([PromptSet("a", Kind.toxic, old)], tmp_path)
     asked.clear()
-    done = complete([Benchmark("a", Kind.toxic, new)], tmp_path)
+    done = complete([PromptSet("a", Kind.toxic, new)], tmp_path)
     assert asked == ["new"]
     assert [c.prompt for c in done["a"]] == ["new", "same"]
 
 
 def test_sets_that_share_ids_do_not_mix(tmp_path: Path, asked: Asked, complete: Complete) -> None:
     shared = Example("1", "in both", Kind.toxic, "x")
-    one = Benchmark("one", Kind.toxic, [shared, Example("2", "of one", Kind.toxic, "x")])
-    two = Benchmark("two", Kind.toxic, [Example("2", "of two", Kind.toxic, "y"), shared])
+    one = PromptSet("one", Kind.toxic, [shared, Example("2", "of one", Kind.toxic, "x")])
+    two = PromptSet("two", Kind.toxic, [Example("2", "of two", Kind.toxic, "y"), shared])
     done = complete([one, two], tmp_path)
     assert [c.prompt for c in done["one"]] == ["in both", "of one"]
     assert [c.prompt for c in done["two"]] == ["of two", "in both"]
@@ -365,29 +366,29 @@ def test_sets_that_share_ids_do_not_mix(tmp_path: Path, asked: Asked, complete: 
 
 
 def test_a_row_without_an_answer_is_asked_again(tmp_path: Path, asked: Asked) -> None:
-    benchmark = Benchmark("a", Kind.toxic, rows("a", 3, Kind.toxic))
+    benchmark = PromptSet("a", Kind.toxic, rows("a", 3, Kind.toxic))
 
     def failing(rows: list[Example]) -> Iterator[list[Completion]]:
         asked.extend(row.prompt for row in rows)
         yield [answered(rows[0], "here")]
 
-    first = benchmarks.complete([benchmark], failing, tmp_path, progress=False)
+    first = answers.complete([benchmark], failing, tmp_path, progress=False)
     assert [c.id for c in first["a"]] == ["a-0"]
     asked.clear()
-    second = benchmarks.complete([benchmark], failing, tmp_path, progress=False)
+    second = answers.complete([benchmark], failing, tmp_path, progress=False)
     assert asked == ["a prompt 1", "a prompt 2"]
     assert [c.id for c in second["a"]] == ["a-0", "a-1"]
-    found = benchmarks.score([benchmark], second, [], [], seed=0)
+    found = scoring.score([benchmark], second, [], [], seed=0)
     assert (found["sets"]["a"]["n"], found["sets"]["a"]["unanswered"]) == (2, 1)
 
 
 def test_refusal_mass_is_read_off_the_model(policy: Policy, tmp_path: Path) -> None:
-    benchmark = Benchmark("a", Kind.toxic, rows("a", 3, Kind.toxic))
+    benchmark = PromptSet("a", Kind.toxic, rows("a", 3, Kind.toxic))
     settings = EvalConfig(
         model=ModelConfig(name="tiny"), gen=GenConfig(max_new_tokens=3, batch_size=4)
     )
     answer = functools.partial(subjects.answer, settings, Subject("base"), lambda: policy)
-    done = benchmarks.complete([benchmark], answer, tmp_path, progress=False)
+    done = answers.complete([benchmark], answer, tmp_path, progress=False)
     chat = prompts.chat_format(policy.tokenizer, ModelConfig(name="tiny"))
     openings = refusal.refusal_openings(policy.tokenizer)
     for row, completion in zip(benchmark.rows, done["a"], strict=True):

@@ -1,29 +1,37 @@
-"""What is measured of one subject: answers, verdicts, ability, quality and the paper's analyses.
-
-`reading` reads all prompts, `scoring` counts answers, `weights` measures the weights themselves,
-`records` keeps `metrics.json`.
-"""
+"""All that is measured of one subject, and what `metrics.json` keeps of it."""
 
 import functools
 import json
+import logging
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from dcr import activations, config, endpoints, judges, models, runs, steering, storage, subjects
-from dcr.benchmarks import ability, quality
+from dcr import activations, config, endpoints, judges, models, runs, steering, storage
 from dcr.config import ConfigError, EvalConfig, Kind, Task
+from dcr.evaluation import ability, answers, quality, scoring, subjects
+from dcr.evaluation.answers import Answers
+from dcr.evaluation.sets import Prompts
+from dcr.evaluation.subjects import Subject
+from dcr.evaluation.weights import MEASURED, TRUNK, Work
 from dcr.models import Policy
 from dcr.runs import Run
-from dcr.subjects import Subject
-from dcr.tasks import records, scoring
-from dcr.tasks.reading import Prompts, read
-from dcr.tasks.scoring import Answers
-from dcr.tasks.weights import MEASURED, TRUNK, Work
 
-__all__ = ["Prompts", "check", "measure", "read"]
+log = logging.getLogger(__name__)
+
+# What the prompts of over-refusal and safety are counted into.
+SCORES = ("sets", "discernment", "agreement", "usage", "contamination")
+# What does not depend on which prompts another command asks.
+ALONE = (
+    Task.ability,
+    Task.refusal_probability,
+    Task.kernel,
+    Task.separability,
+    Task.claims,
+    Task.quality,
+)
 
 
 def check(settings: EvalConfig) -> None:
@@ -63,22 +71,23 @@ def measure(
     found: dict[str, Any] = {}
     with ExitStack() as stack:
         policy = _opener(settings, run, subject, stack, folder)
-        answers = scoring.answers(settings, subject, prompts.sets, folder, policy)
-        scoring.check_answered(prompts.sets, answers)
-        work = Work(settings, run, policy, folder, prompts)
+        given = answers.of_subject(settings, subject, prompts.sets, folder, policy)
+        answers.check_answered(prompts.sets, given)
+        before = _kept(folder, {})
+        work = Work(settings, run, policy, folder, prompts.kinds, prompts.refused, before)
         for task, measured in MEASURED.items():
             if task in settings.tasks:
                 found[task.value] = measured(work)
                 _write(settings, run, subject, folder, found, began)
         policy.cache_clear()  # before a guard of eight billion parameters needs the room
     if Task.quality in settings.tasks:
-        found["quality"] = scoring.win_rate(settings, run, prompts.sets, answers, folder)
+        found["quality"] = quality.win_rate(settings, run, prompts.sets, given, folder)
     judged = [b for b in prompts.sets if b.kind is not Kind.normal]
     if judged:
-        found |= scoring.scores(settings, run, judged, answers, folder)
+        found |= scoring.scores(settings, run, judged, given, folder)
     metrics = _write(settings, run, subject, folder, found, began)
     print(f"{subject.weights}: {folder}")
-    return metrics, answers
+    return metrics, given
 
 
 def _write(
@@ -90,13 +99,13 @@ def _write(
     began: float,
 ) -> dict[str, Any]:
     """`metrics.json`, of what was found so far and of what earlier commands found."""
-    origin = records.origin(settings, run, subject)
-    metrics = origin | records.kept(folder, origin["settings"]) | dict(found)
+    origin = _origin(settings, run, subject)
+    metrics = origin | _kept(folder, origin["settings"]) | dict(found)
     if (edits := folder / "steering.json").is_file():
         metrics["steering"] = json.loads(edits.read_text(encoding="utf-8"))
     metrics["seconds"] = round(time.perf_counter() - began, 1)
     metrics["peak_memory_gib"] = round(runs.peak_memory_gib(), 2)
-    records.set_aside(folder, origin["settings"])
+    _set_aside(folder, origin["settings"])
     storage.write_json(folder / "metrics.json", metrics)
     return metrics
 
@@ -117,3 +126,63 @@ def _opener(
         return policy
 
     return opened
+
+
+# --- what stays of earlier commands ---------------------------------------------------------------
+
+
+def _origin(settings: EvalConfig, run: Run, subject: Subject) -> dict[str, Any]:
+    made_with = run.config()
+    return {
+        "weights": subject.weights,
+        "step": subject.step,
+        "method": made_with["method"],
+        "model": made_with["model"]["label"],
+        "preset": made_with["preset_name"],
+        "seed": made_with["seed"],
+        "data": settings.data.label,
+        "settings": {
+            "max_new_tokens": settings.gen.max_new_tokens,
+            "limit": settings.limit,
+            "seed": settings.seed,
+            "precision": settings.precision.value,
+            **_decoded_otherwise(settings),
+        },
+    }
+
+
+def _decoded_otherwise(settings: EvalConfig) -> dict[str, Any]:
+    """Settings that are told only where they change something, so that old and new records meet."""
+    told: dict[str, Any] = {}
+    if steering.acts(settings.steering):
+        told["steering"] = steering.told(settings.steering)
+    if settings.steering.validation:
+        told["validation"] = True
+    if settings.gen.self_cd is not None:
+        told["self_cd"] = settings.gen.self_cd
+    return told
+
+
+def _set_aside(folder: Path, settings: dict[str, Any]) -> None:
+    """Renames metrics of the same answers under other settings, such as another limit."""
+    file = folder / "metrics.json"
+    if not file.is_file():
+        return
+    before = json.loads(file.read_text())["settings"]
+    if before != settings:
+        aside = folder / f"metrics-{storage.fingerprint(before)}.json"
+        file.replace(aside)
+        changed = "; ".join(storage.differences(before, settings))
+        log.warning("%s: metrics of other settings (%s) are now in %s", folder, changed, aside.name)
+
+
+def _kept(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier command measured of the same answers, and this one did not ask for."""
+    file = folder / "metrics.json"
+    if not file.is_file():
+        return {}
+    before = json.loads(file.read_text())
+    found = {key: before[key] for key in (*(t.value for t in ALONE), "steering") if key in before}
+    if before["settings"] == settings:
+        found |= {key: before[key] for key in SCORES if key in before}
+    return found

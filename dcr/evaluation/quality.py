@@ -1,14 +1,20 @@
 """AlpacaEval: how often a model's answers are preferred to a reference's, the STL run's."""
 
+import functools
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dcr import endpoints, statistics, storage
-from dcr.config import ConfigError, EvalConfig
+from dcr import config, endpoints, statistics, storage
+from dcr.config import ConfigError, EvalConfig, SteeringConfig
+from dcr.evaluation import answers, subjects
+from dcr.evaluation.answers import Answers
+from dcr.evaluation.sets import PromptSet, set_name
 from dcr.generation import Completion
 from dcr.judges import pairwise
 from dcr.judges.pairwise import Annotation, Pair
@@ -30,15 +36,50 @@ def check(settings: EvalConfig) -> None:
     endpoints.check(settings.annotator, "annotator")
 
 
-def quality(
-    answers: Sequence[Completion],
+def win_rate(
+    settings: EvalConfig, run: Run, asked: Sequence[PromptSet], given: Answers, folder: Path
+) -> dict[str, Any]:
+    """Against the plain answers of the reference run, which are written there if missing.
+
+    Plain: without the edits and the decoding that the subject is evaluated under.
+    """
+    name = set_name(settings.quality.source)
+    reference = Run(Path(str(settings.quality.reference)))
+    beside = replace(
+        settings,
+        model=config.model_of(reference.config()),
+        run=str(reference.folder),
+        steering=SteeringConfig(),
+        gen=replace(settings.gen, self_cd=None),
+    )
+    subject = subjects.final(reference)
+    place = subjects.answers_folder(beside, reference, subject)
+    if place.resolve() == folder.resolve():
+        others = given
+    else:
+        policy = functools.cache(functools.partial(subjects.opened, beside, subject))
+        rows = [b for b in asked if b.name == name]
+        mine = reference.folder.resolve() == run.folder.resolve()  # locked already
+        with nullcontext() if mine else storage.locked(reference.folder):
+            others = answers.of_subject(beside, subject, rows, place, policy)
+    labels = (_label(run), _label(reference))
+    return compared(given[name], others[name], settings, folder, labels, settings.trainer.progress)
+
+
+def _label(run: Run) -> str:
+    made_with = run.config()
+    return f"{made_with['model']['label']}-{made_with['method']}-seed{made_with['seed']}"
+
+
+def compared(
+    given: Sequence[Completion],
     reference: Sequence[Completion],
     settings: EvalConfig,
     folder: Path,
     labels: tuple[str, str],
     progress: bool = True,
 ) -> dict[str, Any]:
-    """The `quality` block of `metrics.json`: win rates of `answers` over `reference`, in percent.
+    """The `quality` block of `metrics.json`: win rates of `given` over `reference`, in percent.
 
     Answers meet by id and prompt; `missing` counts the prompts that one side alone has. `labels`
     names the model and the reference. Annotations lie in `folder`/quality, one line each, beside
@@ -48,14 +89,14 @@ def quality(
 
     Raises ConfigError when no prompt has two answers, and what `pairwise.annotate` raises.
     """
-    pairs, missing = _paired(answers, reference)
+    pairs, missing = _paired(given, reference)
     if not pairs:
         raise ConfigError(
-            f"quality.reference={settings.quality.reference}: answers none of the {len(answers)} "
+            f"quality.reference={settings.quality.reference}: answers none of the {len(given)} "
             f"prompts of {settings.quality.source}; evaluate both runs on the same source"
         )
     home, (model, other) = folder / "quality", labels
-    storage.write_json(home / "model_outputs.json", _outputs(answers, model, settings))
+    storage.write_json(home / "model_outputs.json", _outputs(given, model, settings))
     storage.write_json(home / "reference_outputs.json", _outputs(reference, other, settings))
     rows = pairwise.annotate(pairs, settings, home, (other, model), progress)
     storage.write_json(home / "annotations.json", [_published(row, settings) for row in rows])
@@ -70,12 +111,10 @@ def quality(
     }
 
 
-def _paired(
-    answers: Sequence[Completion], reference: Sequence[Completion]
-) -> tuple[list[Pair], int]:
+def _paired(given: Sequence[Completion], reference: Sequence[Completion]) -> tuple[list[Pair], int]:
     """Both answers to each prompt that has two, and how many prompts have one."""
     others = {(c.id, c.prompt): c.response for c in reference}
-    own = {(c.id, c.prompt): c.response for c in answers}
+    own = {(c.id, c.prompt): c.response for c in given}
     pairs = [Pair(*key, others[key], response) for key, response in own.items() if key in others]
     return pairs, len(own.keys() ^ others.keys())
 
@@ -115,7 +154,7 @@ def _usage(rows: Sequence[Annotation], settings: EvalConfig) -> dict[str, Any]:
 
 
 def _outputs(
-    answers: Sequence[Completion], generator: str, settings: EvalConfig
+    given: Sequence[Completion], generator: str, settings: EvalConfig
 ) -> list[dict[str, str]]:
     """Answers as AlpacaEval's `--model_outputs` and `--reference_outputs` read them."""
     return [
@@ -125,7 +164,7 @@ def _outputs(
             "output": answer.response,
             "generator": generator,
         }
-        for answer in answers
+        for answer in given
     ]
 
 

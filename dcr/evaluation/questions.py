@@ -1,4 +1,9 @@
-"""Multiple-choice rows of a local folder, checked line by line, as data sets for the harness."""
+"""Multiple-choice rows of a local folder, checked line by line, as data sets for the harness.
+
+The task files in `harness/` name the reader here. They give the prompts, choices, targets and
+metrics of the harness's own tasks of the same names, and serve its command line as well:
+`lm_eval --include_path dcr/evaluation/harness --metadata '{"root": "<data>"}' --tasks arc_easy …`
+"""
 
 import logging
 from collections.abc import Iterator

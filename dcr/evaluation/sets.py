@@ -1,11 +1,12 @@
 """The prompts of each task: named sets, a user's files, and which of them belong together."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dcr import sources
-from dcr.config import ConfigError, DataConfig, Kind, Task
+from dcr import refusal, sources, steering
+from dcr.config import ConfigError, DataConfig, EvalConfig, Kind, Task
+from dcr.evaluation import weights
 from dcr.models import safe_label
 from dcr.sources import Example
 
@@ -50,7 +51,7 @@ SIDES: dict[tuple[str, ...], str] = {
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class PromptSet:
     """A named set of prompts of one kind."""
 
     name: str
@@ -71,9 +72,9 @@ def safety(config: DataConfig) -> list[tuple[str, Kind]]:
 TASKS = {Task.over_refusal: over_refusal, Task.safety: safety}
 
 
-def read(
+def of_tasks(
     tasks: Sequence[Task], config: DataConfig, limit: int | None, seed: int
-) -> list[Benchmark]:
+) -> list[PromptSet]:
     """The sets of the tasks, each cut to a seeded sample of `limit` rows.
 
     Tasks without prompts of either kind (ability, quality) bring none. Raises ConfigError when two
@@ -91,12 +92,12 @@ def read(
     return found
 
 
-def read_set(source: str, kind: Kind, root: str | None, limit: int | None, seed: int) -> Benchmark:
+def read_set(source: str, kind: Kind, root: str | None, limit: int | None, seed: int) -> PromptSet:
     """One set, cut to a seeded sample of `limit` rows."""
     rows = sources.read(source, root=root, kind=kind)
     if limit is not None and limit < len(rows):
         rows = sources.draw(rows, limit, seed)
-    return Benchmark(set_name(source), kind, rows)
+    return PromptSet(set_name(source), kind, rows)
 
 
 def pairs_of(names: Iterable[str]) -> dict[str, Pair]:
@@ -112,3 +113,58 @@ def pairs_of(names: Iterable[str]) -> dict[str, Pair]:
 def set_name(source: str) -> str:
     """What a set is called, also as a file in the run folder: a source's name, or a file's."""
     return source if source in sources.SOURCES else safe_label(Path(source).stem)
+
+
+# --- all that a command asks ----------------------------------------------------------------------
+
+
+ON_KINDS = {Task.refusal_probability, Task.kernel, Task.separability, Task.claims}
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The sets that a model answers, all rows of the analyses by kind, and pairs that refuse.
+
+    The latter two are empty where no task needs them.
+    """
+
+    sets: list[PromptSet]
+    kinds: Mapping[Kind, list[Example]]
+    refused: list[Example]
+
+
+def read(settings: EvalConfig) -> Prompts:
+    """What the tasks ask and measure with; UserError for whatever is wrong with the data."""
+    tasks, data = set(settings.tasks), settings.data
+    return Prompts(
+        _sets(settings),
+        weights.every(data) if tasks & ON_KINDS else {},
+        weights.refused_pairs(data, settings.seed, refusal.is_refusal)
+        if Task.claims in tasks
+        else [],
+    )
+
+
+def _sets(settings: EvalConfig) -> list[PromptSet]:
+    """The prompts of every task that has a model answer prompts."""
+    if settings.steering.validation:
+        return _validation(settings)
+    found = of_tasks(settings.tasks, settings.data, settings.limit, settings.seed)
+    if Task.quality in settings.tasks:
+        source = settings.quality.source
+        found.append(
+            read_set(source, Kind.normal, settings.data.root, settings.limit, settings.seed)
+        )
+    return found
+
+
+def _validation(settings: EvalConfig) -> list[PromptSet]:
+    """The prompts that extraction leaves, the same first ones for every method of steering."""
+    left = steering.extraction(settings.data, settings.steering, settings.seed)
+    return [
+        PromptSet(f"validation_{name}", kind, rows[: settings.limit])
+        for name, kind, rows in (
+            ("seemingly_toxic", Kind.seemingly_toxic, left.validation_seemingly_toxic),
+            ("harmful", Kind.toxic, left.validation_harmful),
+        )
+    ]

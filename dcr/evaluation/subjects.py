@@ -1,17 +1,19 @@
 """What is evaluated: the weights of a run, a model by name, or whatever answers at an endpoint."""
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from dcr import generation, models, prompts, refusal, steering, storage
+from dcr import data, generation, models, prompts, refusal, steering, storage
 from dcr.config import (
     EMBEDDED_MODEL,
     TINY_MODEL,
     ConfigError,
+    DataError,
     EvalConfig,
     ModelConfig,
     ServerConfig,
@@ -22,6 +24,8 @@ from dcr.models import Policy
 from dcr.runs import Run
 from dcr.sources import Example
 from dcr.steering import Steered
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -182,3 +186,15 @@ def answer(
         settings.gen,
         score=lambda logits: refusal.refusal_mass(logits, openings),
     )
+
+
+def trained_texts(run: Run) -> dict[str, list[str]]:
+    """All that a run was trained on, by source; empty, with a warning, where a source has changed.
+
+    Empty as well for what was not trained here.
+    """
+    try:
+        return data.trained_texts(run.config()["data"], run.record())
+    except DataError as error:
+        log.warning("what was trained on is not known: %s", error)
+        return {}

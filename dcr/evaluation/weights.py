@@ -1,12 +1,14 @@
-"""The paper's measurements on one model: refusal probability, empirical NTK, separability.
+"""What is measured on the weights themselves: ability, and the paper's analyses.
 
-Each takes prompts by kind and gives a block of `metrics.json`; evaluation calls them on a finished
-model, `tracking` the first two while one trains.
+Refusal probability, empirical NTK and separability take prompts by kind and give a block of
+`metrics.json`; evaluation calls them on a finished model, `tracking` the first two while one
+trains. `MEASURED` is the table of tasks.
 """
 
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +17,27 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dcr import ntk, refusal, separability, sources
+from dcr import claims, config, models, ntk, refusal, separability, sources
 from dcr.config import (
     ConfigError,
+    ContrastiveConfig,
     DataConfig,
+    EvalConfig,
     KernelConfig,
     Kind,
+    LayerBase,
     RefusalProbabilityConfig,
     SeparabilityConfig,
+    Task,
 )
+from dcr.evaluation import ability, subjects
 from dcr.models import Policy
-from dcr.prompts import ChatFormat
+from dcr.prompts import ChatFormat, chat_format
+from dcr.runs import Run
 from dcr.sources import Example
 from dcr.text import normalise
 
-Prompts = Mapping[Kind, Sequence[Example]]
+ByKind = Mapping[Kind, Sequence[Example]]
 # The prompts that Figures 1(b) and 9 of the paper follow stand in XSTest and Alpaca, whose rows are
 # not ours to print: hashes of the normalised prompts find them there.
 FOLLOWED = {
@@ -58,7 +66,7 @@ def every(data: DataConfig) -> dict[Kind, list[Example]]:
     return found
 
 
-def drawn(rows: Prompts, count: int | None, seed: int) -> dict[Kind, list[Example]]:
+def drawn(rows: ByKind, count: int | None, seed: int) -> dict[Kind, list[Example]]:
     """Up to `count` of each kind, drawn by seed; None: all."""
     return {
         kind: list(of) if count is None else sources.draw(of, min(count, len(of)), seed)
@@ -66,7 +74,7 @@ def drawn(rows: Prompts, count: int | None, seed: int) -> dict[Kind, list[Exampl
     }
 
 
-def followed(rows: Prompts) -> dict[Kind, Example]:
+def followed(rows: ByKind) -> dict[Kind, Example]:
     """One prompt of each kind to follow alone: the paper's, or the first where it is not there."""
     found = {}
     for kind, of in rows.items():
@@ -95,7 +103,7 @@ def refused_pairs(data: DataConfig, seed: int, refuses: Callable[[str], bool]) -
     return sources.draw(found, len(found), seed)
 
 
-def apart(pairs: Sequence[Example], observers: Prompts) -> list[Example]:
+def apart(pairs: Sequence[Example], observers: ByKind) -> list[Example]:
     """The pairs whose prompts are no observer's."""
     seen = {normalise(row.prompt) for part in observers.values() for row in part}
     return [pair for pair in pairs if normalise(pair.prompt) not in seen]
@@ -108,7 +116,7 @@ def _hash(prompt: str) -> str:
 def refusal_probability(
     policy: Policy,
     chat: ChatFormat,
-    rows: Prompts,
+    rows: ByKind,
     alone: Mapping[Kind, Example],
     settings: RefusalProbabilityConfig,
     seed: int,
@@ -158,7 +166,7 @@ def _mean(values: Sequence[float], seed: int) -> list[float]:
 def kernel(
     policy: Policy,
     chat: ChatFormat,
-    rows: Prompts,
+    rows: ByKind,
     settings: KernelConfig,
     seed: int,
     folder: Path | None = None,
@@ -226,7 +234,7 @@ def _keep(path: Path, found: ntk.Kernel) -> None:
 
 
 def separate(
-    policy: Policy, chat: ChatFormat, rows: Prompts, settings: SeparabilityConfig, seed: int
+    policy: Policy, chat: ChatFormat, rows: ByKind, settings: SeparabilityConfig, seed: int
 ) -> dict[str, Any]:
     """A.9: how well seemingly toxic and toxic prompts come apart after every block."""
     return separability.analyse(
@@ -238,3 +246,120 @@ def separate(
         pooling=settings.pooling,
         standardise=settings.standardise,
     )
+
+
+# --- task by task ---------------------------------------------------------------------------------
+
+
+TRUNK = "trunk"  # among claims.params: the blocks up to the layer whose states are read
+
+
+@dataclass(frozen=True)
+class Work:
+    """One subject to measure: `policy` opens it when it is first needed."""
+
+    settings: EvalConfig
+    run: Run
+    policy: Callable[[], Policy]
+    folder: Path
+    kinds: ByKind
+    refused: Sequence[Example]
+    before: Mapping[str, Any]  # what `metrics.json` holds of an earlier command
+
+    def drawn(self, count: int | None) -> dict[Kind, list[Example]]:
+        """So many prompts of each kind of `data.analysis`; None: all."""
+        return drawn(self.kinds, count, self.settings.seed)
+
+    def trained_on(self, rows: Mapping[Kind, list[Example]]) -> dict[str, int]:
+        """How many of the prompts of each kind the run has learnt from, in whichever stage."""
+        texts = subjects.trained_texts(self.run).values()
+        learnt = {normalise(text) for part in texts for text in part}
+        return {
+            kind.value: sum(normalise(row.prompt) in learnt for row in part)
+            for kind, part in rows.items()
+        }
+
+    def chat(self) -> ChatFormat:
+        return chat_format(self.policy().tokenizer, self.settings.model)
+
+    def widened(self) -> Policy:
+        """In fp32, which products of gradients need."""
+        self.policy().model.float()
+        return self.policy()
+
+
+def _ability(work: Work) -> dict[str, Any]:
+    """What the harness says of the tasks asked, beside what it said of others before."""
+    return work.before.get("ability", {}) | ability.ability(
+        work.policy(),
+        work.settings.ability,
+        work.settings.data.root,
+        work.folder,
+        work.settings.seed,
+        work.settings.trainer.progress,
+    )
+
+
+def _refusal_probability(work: Work) -> dict[str, Any]:
+    options = work.settings.refusal_prob
+    alone, rows = followed(work.kinds), work.drawn(options.prompts)
+    return refusal_probability(
+        work.policy(), work.chat(), rows, alone, options, work.settings.seed
+    ) | {"trained_on": work.trained_on(rows)}
+
+
+def _kernel(work: Work) -> dict[str, Any]:
+    options, policy = work.settings.entk, work.widened()
+    rows = work.drawn(options.prompts)
+    block = kernel(policy, work.chat(), rows, options, work.settings.seed, work.folder)
+    before = work.before.get("kernel", {})
+    alike = all(before.get(key) == value for key, value in block.items() if key != "params")
+    params = before["params"] | block["params"] if alike else block["params"]
+    return block | {"params": params, "trained_on": work.trained_on(rows)}
+
+
+def _separability(work: Work) -> dict[str, Any]:
+    options = work.settings.sep
+    rows = work.drawn(options.prompts)
+    measured = separate(work.policy(), work.chat(), rows, options, work.settings.seed)
+    return measured | {"trained_on": work.trained_on(rows)}
+
+
+def _claims(work: Work) -> dict[str, Any]:
+    options, chat = work.settings.claims, work.chat()
+    layer = _layer(work.settings, work.run)
+    rows = work.drawn(options.prompts)
+    pairs = claims.alike(chat, apart(work.refused, rows))
+    chosen = claims.Settings(
+        top_k=options.top_k,
+        params=tuple(f"trunk:{layer}" if p == TRUNK else p for p in options.params),
+        drop=options.drop,
+        budget_gib=options.budget_gib,
+        layer=layer,
+    )
+    trained, seed = pairs[: options.pairs], work.settings.seed
+    measured = claims.measure(work.widened(), chat, rows, trained, chosen, seed, work.folder)
+    return measured | {"trained_on": work.trained_on(rows)}
+
+
+def _layer(settings: EvalConfig, run: Run) -> int:
+    """The block that the run's stage one reads, or would read."""
+    if settings.claims.layer is not None:
+        return settings.claims.layer
+    if (known := run.block()) is not None:
+        return known
+    made = run.config().get("dcr", {"layer": settings.model.layer})
+    named = {key: made[key] for key in ("layer", "depth") if key in made}
+    base = LayerBase(made.get("layer_base", LayerBase.one_based.value))
+    depth = models.facts(settings.model).depth
+    return config.block_of(ContrastiveConfig(**named, layer_base=base), depth)
+
+
+# What is measured on the weights themselves; kernels last, since they widen them to fp32.
+MEASURED = {
+    Task.ability: _ability,
+    Task.refusal_probability: _refusal_probability,
+    Task.separability: _separability,
+    Task.kernel: _kernel,
+    Task.claims: _claims,
+}

@@ -1,5 +1,7 @@
 """Answers to every prompt of every set: what is stored is kept, what is missing is asked for."""
 
+import functools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -7,16 +9,23 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from dcr import generation
-from dcr.benchmarks.sets import Benchmark
+from dcr.config import EvalConfig, UserError
+from dcr.evaluation import subjects
+from dcr.evaluation.sets import PromptSet
+from dcr.evaluation.subjects import Subject
 from dcr.generation import Completion
+from dcr.models import Policy
 from dcr.sources import Example
 
+log = logging.getLogger(__name__)
+
+Answers = dict[str, list[Completion]]
 # Rows in, batches of completions out, in any order; called only where something is missing.
 Answerer = Callable[[list[Example]], Iterator[list[Completion]]]
 
 
 def complete(
-    benchmarks: Sequence[Benchmark], answer: Answerer, folder: Path, progress: bool = True
+    benchmarks: Sequence[PromptSet], answer: Answerer, folder: Path, progress: bool = True
 ) -> dict[str, list[Completion]]:
     """Every completion that `folder` does not hold yet, stored as it comes; then all there are.
 
@@ -41,8 +50,8 @@ def complete(
     return {b.name: _of_rows(folder / f"{b.name}.jsonl", b.rows) for b in benchmarks}
 
 
-def _missing(benchmarks: Sequence[Benchmark], folder: Path) -> list[tuple[Benchmark, Example]]:
-    found: list[tuple[Benchmark, Example]] = []
+def _missing(benchmarks: Sequence[PromptSet], folder: Path) -> list[tuple[PromptSet, Example]]:
+    found: list[tuple[PromptSet, Example]] = []
     for benchmark in benchmarks:
         done = generation.stored(folder / f"{benchmark.name}.jsonl")
         found += [
@@ -56,3 +65,35 @@ def _missing(benchmarks: Sequence[Benchmark], folder: Path) -> list[tuple[Benchm
 def _of_rows(file: Path, rows: Sequence[Example]) -> list[Completion]:
     done = generation.stored(file)
     return [done[row.id] for row in rows if row.id in done and done[row.id].prompt == row.prompt]
+
+
+def of_subject(
+    settings: EvalConfig,
+    subject: Subject,
+    asked: list[PromptSet],
+    folder: Path,
+    policy: Callable[[], Policy],
+) -> Answers:
+    """The subject's completions of every set, kept in `folder`; only what is missing is asked."""
+    ask = functools.partial(subjects.answer, settings, subject, policy)
+    return complete(asked, ask, folder, settings.trainer.progress)
+
+
+class Unanswered(UserError):
+    """Not one prompt brought an answer."""
+
+    exit_code = 1
+
+
+def check_answered(asked: list[PromptSet], given: Answers) -> None:
+    """Say which sets lack answers, as where a server failed; Unanswered where all of them do."""
+    lacking = {b.name: (len(b.rows) - len(given[b.name]), len(b.rows)) for b in asked}
+    missing, total = (sum(counts[i] for counts in lacking.values()) for i in (0, 1))
+    if total and missing == total:
+        raise Unanswered(
+            f"none of {total} prompts was answered, so there is nothing to count; see to the "
+            "reason above, and give the same command again"
+        )
+    for name, (without, of) in lacking.items():
+        if without:
+            log.warning("%s: %d of %d prompts without an answer", name, without, of)
