@@ -30,7 +30,7 @@ from dcr import cli, config, models, prompts, refusal, sources
 from dcr.config import Kind, Precision, TrainConfig
 from dcr.models import Policy
 from dcr.prompts import ChatFormat
-from dcr.refusal.continuations import continuations, ending
+from dcr.refusal.phrases import continuations, ending
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 TOLERANCE = {"fp32": 1e-3}  # relative; half the digits of bf16 are gone by themselves

@@ -20,8 +20,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config
 
 from dcr import claims, models, ntk, prompts
 from dcr.claims import bootstrap, measuring, stepping
-from dcr.claims.pairs import Subjects
-from dcr.claims.summary import agreement
+from dcr.claims.measuring import Subjects, agreement
 from dcr.config import ConfigError, Kind, LoraConfig, ModelConfig
 from dcr.models import Policy
 from dcr.prompts import ChatFormat

@@ -20,9 +20,9 @@ from transformers import (
 from dcr import activations, prompts, refusal
 from dcr.config import ModelConfig
 from dcr.models import Policy, byte_tokenizer
-from dcr.refusal import passes
-from dcr.refusal.continuations import continuations, ending
-from dcr.refusal.tries import trie
+from dcr.refusal import probability
+from dcr.refusal.phrases import continuations, ending
+from dcr.refusal.probability import trie
 
 # of PEFT, whose versions still ask for it
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -112,7 +112,7 @@ def test_each_of_the_papers_phrases(kind: str) -> None:
     assert [len(answer) for answer in answers] == list(map(len, refusal.REFUSAL_PHRASES))
     tree = trie(answers)
     with torch.inference_mode():
-        edges = passes.by_tree(model, tree, passes.prefill(model, encoded))
+        edges = probability.by_tree(model, tree, probability.prefill(model, encoded))
     for row, ids in enumerate(encoded):
         for path, answer in zip(tree.paths, answers, strict=True):
             expected = log_p_by_passes(model, ids, answer)
@@ -367,7 +367,7 @@ def test_walking_the_trie_gives_the_same(
     encoded = [chat_ids(tokenizer, prompt) for prompt in PROMPTS]
     fast = refusal.probabilities(model, tokenizer, encoded, SHORT)
     assert not caplog.records
-    monkeypatch.setattr(passes, "MASKABLE", set())
+    monkeypatch.setattr(probability, "MASKABLE", set())
     with caplog.at_level(logging.WARNING, "dcr.refusal.probability"):
         walked = refusal.probabilities(model, tokenizer, encoded, SHORT, batch_size=1)
     assert len(caplog.records) == 1
@@ -452,7 +452,7 @@ def test_a_plan_by_prompt_edits_the_same_rows(monkeypatch: pytest.MonkeyPatch) -
 
     with activations.edited(model, plan):
         fast = refusal.refusal_probability(model, tokenizer, PROMPTS, phrases=SHORT)
-        monkeypatch.setattr(passes, "MASKABLE", set())
+        monkeypatch.setattr(probability, "MASKABLE", set())
         walked = refusal.refusal_probability(model, tokenizer, PROMPTS, phrases=SHORT, batch_size=1)
     assert_close(fast, walked, rtol=1e-5, atol=0)
 

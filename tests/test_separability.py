@@ -20,8 +20,8 @@ from dcr import prompts, separability
 from dcr.config import DataError, Kind, ModelConfig, Pooling, Template
 from dcr.models import Policy
 from dcr.prompts import ChatFormat, PromptRow
-from dcr.separability import classical_mds, fisher_ratio, kmeans_accuracy, probes
-from dcr.separability.probes import folds, linear_probe, probe_auroc, transfer_auroc
+from dcr.separability import classical_mds, fisher_ratio, kmeans_accuracy, measures
+from dcr.separability.measures import folds, linear_probe, probe_auroc, transfer_auroc
 from dcr.sources import Example
 
 NOUNS = ("lamp", "rope", "boat", "stone", "candle", "garden", "river", "window", "ladder", "a")
@@ -145,7 +145,9 @@ def test_probe_auroc_is_that_of_plain_scikit_learn() -> None:
     scores = np.zeros(90)
     for train, test in folds(labels, groups, 4):
         scaler = StandardScaler().fit(points[train].double().numpy())
-        model = LogisticRegression(C=probes.INVERSE_PENALTY, class_weight="balanced", max_iter=1000)
+        model = LogisticRegression(
+            C=measures.INVERSE_PENALTY, class_weight="balanced", max_iter=1000
+        )
         model.fit(scaler.transform(points[train].double().numpy()), labels[train].numpy())
         scores[test] = model.decision_function(scaler.transform(points[test].double().numpy()))
     found = probe_auroc(points, labels, groups, 4)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from dcr import models
-from dcr.activations.sites import Site, hook
+from dcr.activations.reading import Site, hook
 from dcr.config import ConfigError
 
 

@@ -1,20 +1,101 @@
-"""Hidden states taken out of a forward pass.
+"""Where a block can be read and edited, and hidden states taken out of a forward pass.
 
-HF's `hidden_states[ℓ]` is the output of block ℓ for every ℓ below the depth; after the last block
-HF applies the final norm and this module does not.
+Places are found by structure, not by family. HF's `hidden_states[ℓ]` is the output of block ℓ for
+every ℓ below the depth; after the last block HF applies the final norm and this module does not.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from enum import Enum
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from dcr import models
-from dcr.activations.sites import Site, hook
+from dcr.config import ConfigError
+
+
+class Site(Enum):
+    """A tensor [batch, length, width] of a block.
+
+    The outputs of attention and MLP are what these modules return, before anything is added to
+    them, and before the norm that some families put behind them (Gemma 2, OLMo 2). In parallel
+    blocks (GPT-NeoX, Phi) both are added to the block's input at once. The input of block ℓ + 1 is
+    the output of block ℓ.
+    """
+
+    block_input = "block_input"
+    block_output = "block_output"
+    attention_output = "attention_output"
+    mlp_output = "mlp_output"
+
+
+# What transformers calls the two parts of a block.
+PARTS = {
+    Site.attention_output: ("self_attn", "attn", "attention", "self_attention", "linear_attn"),
+    Site.mlp_output: ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe"),
+}
+
+Change = Callable[[Tensor], Tensor | None]
+
+
+def hook(model: Any, site: Site, block: int, change: Change) -> RemovableHandle:
+    """From now on `change` sees each tensor at the site, and what it returns takes its place.
+
+    None leaves the tensor. `block` counts from 1. Raises ConfigError where a block has no such
+    part.
+    """
+    module: nn.Module = models.decoder_blocks(model)[block - 1]
+    if site is Site.block_input:
+        return module.register_forward_pre_hook(_on_input(change), with_kwargs=True)
+    if site in PARTS:
+        module = _part(model, module, site)
+    return module.register_forward_hook(_on_output(change))
+
+
+def _on_input(change: Change) -> Callable[..., Any]:
+    def before(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = args[0] if args else kwargs["hidden_states"]
+        new = change(given)
+        if new is None:
+            return None
+        if args:
+            return (new, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": new}
+
+    return before
+
+
+def _on_output(change: Change) -> Callable[..., Any]:
+    def after(_module: Any, _inputs: Any, output: Any) -> Any:
+        whole = isinstance(output, tuple)
+        new = change(output[0] if whole else output)
+        if new is None:
+            return None
+        return (new, *output[1:]) if whole else new
+
+    return after
+
+
+def _part(model: Any, block: nn.Module, site: Site) -> nn.Module:
+    found = [child for name, child in block.named_children() if name in PARTS[site]]
+    kind = type(models.unwrapped(model)).__name__
+    if len(found) != 1:
+        raise ConfigError(
+            f"model.name: a block of {kind} has {len(found)} parts named "
+            f"{' or '.join(PARTS[site])}, not one; steering at its {site.value} is not possible"
+        )
+    # Bloom and MPT: the part's output is the sum already, and to edit it would edit both
+    if "residual" in inspect.signature(found[0].forward).parameters:
+        raise ConfigError(
+            f"model.name: {kind} adds the residual stream inside its {type(found[0]).__name__}; "
+            f"steering at its {site.value} is not possible"
+        )
+    return found[0]
 
 
 @contextmanager

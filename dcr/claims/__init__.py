@@ -2,12 +2,11 @@
 
 Eq. 2 and 3: what one SGD step on one (toxic prompt, refusal) pair does to every other prompt,
 against the kernel; Proposition 1: the inner product of two prompts' states against the trunk's
-kernel. `pairs` reads the prompts, `stepping` takes the steps, `bootstrap` has the statistics, and
-`measuring` puts them together. Neither claim is taken as proven: the bound in A.7 does not follow
-from its steps, and of a kernel only that over all parameters is the one of the step.
+kernel. `stepping` takes the steps, `bootstrap` has the statistics, `measuring` the rest.
+Neither claim is taken as proven: the bound in A.7 does not follow from its steps, and of a kernel
+only that over all parameters is the one of the step.
 """
 
-from dcr.claims.measuring import Settings, measure
-from dcr.claims.pairs import alike, first_token
+from dcr.claims.measuring import Settings, alike, first_token, measure
 
 __all__ = ["Settings", "alike", "first_token", "measure"]

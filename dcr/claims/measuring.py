@@ -1,24 +1,250 @@
-"""Both claims on one model, as a block of `metrics.json`."""
+"""Both claims on one model, as a block of `metrics.json`.
 
+The prompts that observe and those that are stepped on, what is measured between them, and the
+correlations of kernels with changes and with states that are read off.
+"""
+
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dcr import models, ntk
-from dcr.claims import stepping
-from dcr.claims.pairs import Subjects, subjects
+from dcr.claims import bootstrap, stepping
 from dcr.claims.stepping import Before, Steps
-from dcr.claims.summary import Found, summary
 from dcr.config import ConfigError, Kind
 from dcr.models import Policy
 from dcr.prompts import ChatFormat
 from dcr.sources import Example
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """Observers first, by kind, then the trained prompts; `of` has the observers' kinds alone.
+
+    `target` is the token that every trained prompt is answered with, `left_out` the ids of pairs
+    that begin with another one.
+    """
+
+    sequences: tuple[tuple[int, ...], ...]
+    ids: tuple[str, ...]
+    of: tuple[str, ...]
+    target: int
+    left_out: tuple[str, ...]
+
+    @property
+    def observers(self) -> int:
+        return len(self.of)
+
+    @property
+    def trained(self) -> range:
+        """Where the trained prompts stand."""
+        return range(self.observers, len(self.ids))
+
+    def others(self) -> Bool[np.ndarray, "observers trained"]:
+        """Whether the observer is another prompt than the trained one, whatever the two ids."""
+        return self._differ()[: self.observers, self.observers :]
+
+    def couples(self) -> Bool[np.ndarray, "observers observers"]:
+        """Every pair of two different observers once."""
+        return np.triu(self._differ()[: self.observers, : self.observers], k=1)
+
+    def _differ(self) -> Bool[np.ndarray, "prompts prompts"]:
+        number = {sequence: i for i, sequence in enumerate(self.sequences)}
+        places = np.array([number[sequence] for sequence in self.sequences])
+        return places[:, None] != places
+
+
+def subjects(
+    chat: ChatFormat, rows: Mapping[Kind, Sequence[Example]], trained: Sequence[Example]
+) -> Subjects:
+    """All prompts in the model's chat template.
+
+    Steps are compared by what they do to the log-probability of one token, so of the pairs only
+    those stay whose response begins with the token that most of them begin with (of equally many,
+    the first). Raises ConfigError where there is no observer, no pair or no response.
+    """
+    flat = [(kind.value, row) for kind, part in rows.items() for row in part]
+    if not flat or not trained:
+        missing = "trained pair" if flat else "prompt to observe"
+        raise ConfigError(f"claims: there is no {missing}; give at least one")
+    begins, target = _begins(chat, trained)
+    kept = [row for row, token in zip(trained, begins, strict=True) if token == target]
+    every = [*(row for _, row in flat), *kept]
+    return Subjects(
+        sequences=tuple(tuple(chat.prompt_ids(row.prompt)) for row in every),
+        ids=tuple(row.id for row in every),
+        of=tuple(kind for kind, _ in flat),
+        target=target,
+        left_out=tuple(r.id for r, token in zip(trained, begins, strict=True) if token != target),
+    )
+
+
+def alike(chat: ChatFormat, pairs: Sequence[Example]) -> list[Example]:
+    """The pairs, in their order, that `subjects` keeps. ConfigError as `first_token`."""
+    if not pairs:
+        return []
+    begins, target = _begins(chat, pairs)
+    return [row for row, token in zip(pairs, begins, strict=True) if token == target]
+
+
+def _begins(chat: ChatFormat, pairs: Sequence[Example]) -> tuple[list[int], int]:
+    """First tokens, and the most common of them (of equally many, the first)."""
+    begins = [first_token(chat, row) for row in pairs]
+    return begins, Counter(begins).most_common(1)[0][0]
+
+
+def first_token(chat: ChatFormat, row: Example) -> int:
+    """The token that the row's response begins with behind its prompt.
+
+    Raises ConfigError where the row has no response.
+    """
+    if not (row.response or "").strip():
+        raise ConfigError(
+            f"claims: {row.source}: {row.id} has no response; give pairs of a prompt and a refusal"
+        )
+    room = len(chat.prompt_ids(row.prompt)) + 1
+    ids, _ = chat.pair(row.prompt, row.response or "", room)
+    return ids[-1]
+
+
+@dataclass(frozen=True)
+class Found:
+    """All that the statistics are of; prompts stand as in Subjects, kernels by their label."""
+
+    before: Before
+    steps: Steps
+    norms: Mapping[str, Float[Tensor, "prompts prompts"]]
+    predicted: Mapping[str, Float[Tensor, "prompts rank trained"]]
+    dots: Float[Tensor, "prompts prompts"]
+    cosines: Float[Tensor, "prompts prompts"]
+
+
+def summary(chosen: Subjects, found: Found, seed: int) -> dict[str, Any]:
+    """The numbers that `measure` documents."""
+    n, others = chosen.observers, chosen.others()
+    generator = np.random.default_rng(seed)
+    # one draw for all numbers: two kernels are compared over the same prompts
+    observers = bootstrap.drawn(chosen.of, generator)
+    trained = bootstrap.drawn(["trained"] * len(chosen.trained), generator)
+    actual, plain = _by_pair(found.steps.changes[:n]), _by_pair(found.steps.plain[:n])
+    off = np.linalg.norm((plain - actual)[others])
+    params = {}
+    for label, norms in found.norms.items():
+        predicted = _by_pair(found.predicted[label][:n])
+        params[label] = agreement(
+            norms[:n, n:].numpy(), predicted, actual, others, observers, trained
+        ) | {"states": _proposition(norms[:n, :n].numpy(), chosen, found, observers)}
+    return {
+        "rates": found.steps.rates.tolist(),
+        "falls": _taught(chosen, found)[n:].diagonal().tolist(),
+        "nonlinearity": _finite(float(off / (np.linalg.norm(actual[others]) or math.nan))),
+        "covered": float(found.before.log_probabilities[:n].exp().sum(1).mean()),
+        "change": _change(chosen, found, observers, trained),
+        "params": params,
+    }
+
+
+def agreement(
+    norms: Float[np.ndarray, "observers trained"],
+    predicted: Float[np.ndarray, "observers trained rank"],
+    actual: Float[np.ndarray, "observers trained rank"],
+    others: Bool[np.ndarray, "observers trained"],
+    observers: Int[np.ndarray, "draws observers"],
+    trained: Int[np.ndarray, "draws trained"],
+) -> dict[str, dict[str, list[float | None]]]:
+    """How far a kernel tells the changes, over the pairs in `others`; draws as bootstrap gives."""
+    size = np.linalg.norm(actual, axis=2)
+    over = partial(bootstrap.over_pairs, left=observers, right=trained, allowed=others)
+    given, got = predicted[others], actual[others]
+    return {
+        "norm": {
+            "within": _told(_within(norms, size, others, observers, trained)),
+            "pooled": _told(over(partial(bootstrap.spearman, norms[others], size[others]))),
+        },
+        "prediction": {
+            "pearson": _told(over(partial(bootstrap.pearson, given, got))),
+            "slope": _told(over(partial(bootstrap.slope, given, got))),
+        },
+    }
+
+
+def _within(
+    norms: Float[np.ndarray, "observers trained"],
+    size: Float[np.ndarray, "observers trained"],
+    others: Bool[np.ndarray, "observers trained"],
+    observers: Int[np.ndarray, "draws observers"],
+    trained: Int[np.ndarray, "draws trained"],
+) -> Float[np.ndarray, "draws"]:
+    """The rank correlation over the observers of each trained prompt, then the mean of those."""
+    own = []
+    for place, kept in enumerate(others.T):
+        statistic = partial(bootstrap.spearman, norms[kept, place], size[kept, place])
+        once = np.ones((len(observers), 1), dtype=np.int64)
+        own.append(bootstrap.over_pairs(statistic, observers, once, kept[:, None]))
+    every = np.stack(own, 1)
+    weights = trained * np.isfinite(every)
+    total = weights.sum(1)
+    sums = (weights * np.nan_to_num(every)).sum(1)
+    return np.divide(sums, total, out=np.full(len(total), math.nan), where=total > 0)
+
+
+def _proposition(
+    norms: Float[np.ndarray, "observers observers"],
+    chosen: Subjects,
+    found: Found,
+    observers: Int[np.ndarray, "draws observers"],
+) -> dict[str, list[float | None]]:
+    n, couples = chosen.observers, chosen.couples()
+    over = partial(bootstrap.over_pairs, left=observers, right=observers, allowed=couples)
+    return {
+        name: _told(over(partial(bootstrap.spearman, norms[couples], of[:n, :n].numpy()[couples])))
+        for name, of in (("dot", found.dots), ("cosine", found.cosines))
+    }
+
+
+def _change(
+    chosen: Subjects,
+    found: Found,
+    observers: Int[np.ndarray, "draws observers"],
+    trained: Int[np.ndarray, "draws trained"],
+) -> dict[str, list[float | None]]:
+    taught, others = _taught(chosen, found)[: chosen.observers], chosen.others()
+    told = {}
+    for kind in dict.fromkeys(chosen.of):
+        allowed = others & np.array([[of == kind] for of in chosen.of])
+        mean = partial(bootstrap.mean, taught[allowed])
+        told[kind] = _told(bootstrap.over_pairs(mean, observers, trained, allowed))
+    return told
+
+
+def _taught(chosen: Subjects, found: Found) -> Float[np.ndarray, "prompts trained"]:
+    """Changes of log p(target), which is one of the tokens of every prompt."""
+    aimed = (found.before.tokens == chosen.target).double()
+    return torch.einsum("prt,pr->pt", found.steps.changes, aimed).numpy()
+
+
+def _by_pair(
+    values: Float[Tensor, "prompts rank trained"],
+) -> Float[np.ndarray, "prompts trained rank"]:
+    return values.permute(0, 2, 1).numpy()
+
+
+def _told(values: Float[np.ndarray, "draws"]) -> list[float | None]:
+    return [_finite(value) for value in vars(bootstrap.interval(values)).values()]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 @dataclass(frozen=True)

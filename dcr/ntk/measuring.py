@@ -1,10 +1,12 @@
-"""The kernel of a model between prompts, from one set of settings."""
+"""The kernel of a model between prompts: measured, what it takes, and what is read off it."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -12,10 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from dcr import models
 from dcr.config import ConfigError
-from dcr.ntk import memory, subset
+from dcr.ntk import subset
 from dcr.ntk.capture import batches, by_length
-from dcr.ntk.exact import Found, exact
-from dcr.ntk.finite import finite_differences
+from dcr.ntk.schemes import SCRATCH, Found, exact, finite_differences
+from dcr.ntk.subset import FORWARDS, Kind, Part, output_layer, tied
+from dcr.statistics import Interval
 
 METHODS = ("exact", "finite_difference")
 TIED = ("whole", "head")
@@ -128,11 +131,11 @@ def memory_needed(model: Any, lengths: Sequence[int], settings: Settings) -> int
         padded = _padded_lengths(lengths, settings.batch_size)
         if settings.method == "finite_difference":
             moved = subset.parameters(model, settings.params, settings.head)
-            graph = memory.graph_bytes(model, settings.batch_size, max(lengths))
+            graph = graph_bytes(model, settings.batch_size, max(lengths))
             return graph + 3 * sum(p.nbytes for p in moved)
         chosen = subset.parts(model, settings.params, settings.head)
         sweeps = _sweeps(model, chosen, padded, settings)
-        size = memory.needed(model, chosen, sweeps, padded, settings.batch_size, settings.top_k)
+        size = needed(model, chosen, sweeps, padded, settings.batch_size, settings.top_k)
         copied = subset.output_layer(model).weight.nbytes if settings.tied == "head" else 0
         return size + copied
 
@@ -170,8 +173,8 @@ def _sweeps(
     model: Any, chosen: list[subset.Part], padded: list[int], settings: Settings
 ) -> list[list[subset.Part]]:
     itemsize = next(model.parameters()).dtype.itemsize
-    budget = settings.budget_gib * memory.GIB
-    return memory.groups(chosen, padded, settings.top_k, itemsize, budget)
+    budget = settings.budget_gib * GIB
+    return groups(chosen, padded, settings.top_k, itemsize, budget)
 
 
 def _padded_lengths(lengths: Sequence[int], size: int) -> list[int]:
@@ -206,3 +209,218 @@ def _check(
         raise ConfigError(f"ids: {len(ids)} for {len(sequences)} prompts; give one each")
     if tokens is not None and len(tokens) != len(sequences):
         raise ConfigError(f"tokens: {len(tokens)} rows for {len(sequences)} prompts; give one each")
+
+
+GIB = 2**30
+
+
+def groups(
+    chosen: Sequence[Part], lengths: Sequence[int], top_k: int, itemsize: int, budget: float
+) -> list[list[Part]]:
+    """Modules whose A and δ for all prompts fit `budget` bytes together: one sweep for each.
+
+    Raises ConfigError where one module alone does not fit.
+    """
+    found: list[list[Part]] = [[]]
+    used = 0
+    for part in _in_order(chosen):
+        size = held_bytes(part, lengths, top_k, itemsize)
+        if size > budget:
+            raise ConfigError(
+                f"budget_gib={budget / GIB:.3g}: {part.name} alone needs {size / GIB:.3g} for "
+                f"{len(lengths)} prompts; raise it, or take fewer prompts or a smaller top_k"
+            )
+        if used + size > budget:
+            found.append([])
+            used = 0
+        found[-1].append(part)
+        used += size
+    return found
+
+
+def held_bytes(part: Part, lengths: Sequence[int], top_k: int, itemsize: int) -> int:
+    """A and δ of one module for all prompts, at full length: an upper bound."""
+    given, wide = _features(part)
+    positions = sum(lengths) * itemsize
+    match part.kind:
+        case Kind.head:
+            return len(lengths) * given * itemsize
+        case Kind.norm:
+            return 2 * len(lengths) * top_k * wide * itemsize
+        case Kind.embedding:
+            return sum(lengths) * 8 + positions * top_k * wide
+    return positions * (given + top_k * wide)
+
+
+def needed(
+    model: Any,
+    chosen: Sequence[Part],
+    sweeps: Sequence[Sequence[Part]],
+    lengths: Sequence[int],
+    rows: int,
+    top_k: int,
+) -> int:
+    """Bytes beside the model itself: an upper estimate, `lengths` padded and ascending."""
+    itemsize = next(model.parameters()).dtype.itemsize
+    wide = max((_features(part)[1] for part in chosen if part.kind is not Kind.head), default=0)
+    last = lengths[-rows:]
+    # δ of one batch as they come, stacked and masked; those of norms are then summed at once
+    batch = sum(3 * sum(last) * top_k * _features(p)[1] for p in chosen if p.kind is Kind.norm)
+    batch = batch * itemsize + max(
+        sum(3 * held_bytes(p, last, top_k, itemsize) for p in sweep) for sweep in sweeps
+    )
+    held = max(sum(held_bytes(p, lengths, top_k, itemsize) for p in sweep) for sweep in sweeps)
+    linear = [math.prod(_features(part)) for part in chosen if part.kind is Kind.linear]
+    formed = len(lengths) * top_k * max(linear, default=0) * max(itemsize, 4)
+    pair = 3 * sum(last) * top_k * wide * max(itemsize, 4)
+    gram = 4 * (len(lengths) * top_k) ** 2 * max(itemsize, 4)
+    graph = graph_bytes(model, len(last), last[-1])
+    return held + graph + gram + max(batch, pair + 3 * min(SCRATCH, formed))
+
+
+def graph_bytes(model: Any, rows: int, length: int) -> int:
+    """What autograd keeps of one forward pass: twice what goes in and out of every projection.
+
+    Attention probabilities are counted as if kept, as they are without a fused kernel; of the
+    head, logits and their softmax in fp32.
+    """
+    config = models.unwrapped(model).config.get_text_config()
+    blocks = models.decoder_blocks(model)
+    features = sum(
+        sum(parameter.shape)
+        for module in blocks.modules()
+        if FORWARDS.get(type(module).forward) is Kind.linear
+        for name, parameter in module.named_parameters(recurse=False)
+        if name == "weight"
+    )
+    itemsize = next(model.parameters()).dtype.itemsize
+    attention = 3 * len(blocks) * config.num_attention_heads * rows * length**2
+    logits = 4 * rows * max(output_layer(model).weight.shape) * max(itemsize, 4)
+    return itemsize * (2 * rows * length * features + attention) + logits
+
+
+def _features(part: Part) -> tuple[int, int]:
+    """What a module reads and gives per position."""
+    shape = [int(size) for size in next(part.module.parameters(False)).shape]
+    if part.kind is Kind.norm:
+        return shape[0], shape[0]
+    out_first = isinstance(part.module, torch.nn.Linear)
+    return (shape[1], shape[0]) if out_first else (shape[0], shape[1])
+
+
+def _in_order(chosen: Sequence[Part]) -> list[Part]:
+    """A tied head right behind its embeddings: their cross terms need both in one sweep."""
+    if not tied(list(chosen)):
+        return list(chosen)
+    head = next(part for part in chosen if part.kind is Kind.head)
+    pair = [p for p in chosen if p.kind is Kind.embedding and p.module.weight is head.module.weight]
+    rest = [part for part in chosen if part not in (*pair, head)]
+    return [*pair, head, *rest]
+
+
+def _observer(norms: Tensor) -> Tensor:
+    return norms / norms.diagonal()[:, None]
+
+
+def _symmetric(norms: Tensor) -> Tensor:
+    own = norms.diagonal()
+    return norms / (own[:, None] * own).sqrt()
+
+
+def _none(norms: Tensor) -> Tensor:
+    return norms
+
+
+NORMALISERS = {"observer": _observer, "symmetric": _symmetric, "none": _none}
+
+
+def normalised(
+    norms: Float[Tensor, "observer trained"], how: str = "observer"
+) -> Float[Tensor, "observer trained"]:
+    """Norms divided by those of K(x',x').
+
+    `observer` is the paper's ‖K(x',x)‖ / ‖K(x',x')‖, not bounded by 1, and all its asymmetry comes
+    from the divisor; `symmetric` is ‖K(x',x)‖ / √(‖K(x',x')‖‖K(x,x)‖), in [0, 1]; `none` leaves
+    them. Raises ValueError for another name.
+    """
+    if how not in NORMALISERS:
+        raise ValueError(f"how={how!r}: choose one of {', '.join(NORMALISERS)}")
+    return NORMALISERS[how](norms)
+
+
+def mean_by_kind(
+    matrix: Float[Tensor, "observer trained"],
+    kinds: Sequence[str],
+    self_pairs: bool = False,
+    *,
+    seed: int,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+) -> Mapping[str, Mapping[str, Interval]]:
+    """Mean over pairs of prompts by kind, `[observer kind][trained kind]`, as in Figure 6.
+
+    With percentile bootstrap intervals over prompts: those of each kind are drawn anew, and a
+    prompt drawn twice brings its whole row and column twice. A prompt's pair with itself counts
+    only with `self_pairs`, also where it is drawn twice. The mean is linear, so that of a
+    difference of two kernels over the same prompts is a paired comparison. Kinds stand in the
+    order in which they appear; nan within unbounded ends where a kind has no pair.
+
+    Raises ValueError where `kinds` is not one per prompt.
+    """
+    if len(kinds) != len(matrix):
+        raise ValueError(f"{len(kinds)} kinds for {len(matrix)} prompts: give one each")
+    values = matrix.double().numpy()
+    generator = np.random.default_rng(seed)
+    order = list(dict.fromkeys(kinds))
+    places = {kind: [i for i, other in enumerate(kinds) if other == kind] for kind in order}
+    # one draw for all cells: the same prompts observe and are trained on
+    drawn = {
+        kind: generator.multinomial(len(own), [1 / len(own)] * len(own), size=resamples)
+        for kind, own in places.items()
+    }
+    means: dict[str, dict[str, Interval]] = {kind: {} for kind in order}
+    for seen in order:
+        for trained in order:
+            cell = values[np.ix_(places[seen], places[trained])]
+            allowed = np.ones_like(cell)
+            if seen == trained and not self_pairs:
+                np.fill_diagonal(allowed, 0)
+            means[seen][trained] = _mean(cell, allowed, drawn[seen], drawn[trained], confidence)
+    return means
+
+
+def log_probability_change(
+    blocks: Float[Tensor, "observer rank rank"],
+    log_probabilities: Float[Tensor, "observer rank"],
+    residual: Float[Tensor, "rank"],
+    rate: float,
+) -> Float[Tensor, "observer rank"]:
+    """Eq. 2 and 3: what one SGD step does to log-probabilities, -ηAKG to first order.
+
+    `blocks` are K(x',x) of one trained prompt x, `Kernel.blocks[:, :, j]`; `residual` is G, the
+    loss's gradient by the logits of x at its tokens, for a cross-entropy probability minus one-hot
+    target. A is the softmax's Jacobian at x', I - 1πᵀ. Exact to first order only where the tokens
+    are the whole vocabulary: others' part in G and in Aπ is left out.
+    """
+    logits = -rate * blocks @ residual
+    mean = (log_probabilities.exp() * logits).sum(1, keepdim=True)
+    return logits - mean
+
+
+def _mean(
+    cell: np.ndarray,
+    allowed: np.ndarray,
+    rows: np.ndarray,
+    columns: np.ndarray,
+    confidence: float,
+) -> Interval:
+    if not allowed.any():
+        return Interval(math.nan, -math.inf, math.inf)
+    kept = np.where(allowed, cell, 0.0)
+    totals = np.einsum("ri,ij,rj->r", rows, kept, columns, optimize=True)
+    counts = np.einsum("ri,ij,rj->r", rows, allowed, columns, optimize=True)
+    # a draw of one prompt alone has no pair of two
+    drawn = totals[counts > 0] / counts[counts > 0]
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(drawn, [tail, 1 - tail]) if len(drawn) else (-math.inf, math.inf)
+    return Interval(float(kept.sum() / allowed.sum()), float(low), float(high))

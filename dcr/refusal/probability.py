@@ -1,22 +1,31 @@
 """The refusal probability P(x) = Σ_{y∈S} Π_t p(y_t | x, y_<t) (A.5), exact.
 
-All phrases of S behind all prompts of a batch cost two passes: one over the prompts, one over the
-token trie of S.
+All phrases of S behind all prompts of a batch cost two passes. The prompts are read once, into a
+key-value cache. All inner nodes of the token trie of S then run as one sequence: a node's position
+is the prompt's length plus its depth, and a 4-D mask lets it see the prompt and its ancestors.
+Where a model cannot take such a mask, the trie is walked one token at a time, as in generation,
+with a copy of the cache for each branch.
 """
 
+import copy
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dcr import models
+from dcr.config import ConfigError
 from dcr.models import unwrapped
-from dcr.refusal import passes
-from dcr.refusal.continuations import (
+from dcr.prompts import attention_mask, padded
+from dcr.refusal.phrases import (
+    REFUSAL_PHRASES,
     Ending,
     PhraseError,
     Tokens,
@@ -24,8 +33,218 @@ from dcr.refusal.continuations import (
     continuations,
     ending,
 )
-from dcr.refusal.phrases import REFUSAL_PHRASES
-from dcr.refusal.tries import Trie, trie
+
+
+@dataclass(frozen=True)
+class Trie:
+    """The trie of a set of token sequences: its inner nodes and its edges.
+
+    Node 0 is the root, which is the prompt's last position. Nodes 1, 2, ... are the other inner
+    nodes, parents first. A leaf is no node: nothing is read from it. Edges are sorted by the node
+    they leave.
+
+    Attributes:
+        tokens: of each node but the root, as `parents` and `depths` (1 below the root) are.
+        sources: of each edge, the node it leaves; `labels`: the token it leads to.
+        paths: of each sequence, its edges.
+        kept: the sequences that no other sequence begins.
+    """
+
+    tokens: tuple[int, ...]
+    parents: tuple[int, ...]
+    depths: tuple[int, ...]
+    sources: tuple[int, ...]
+    labels: tuple[int, ...]
+    paths: tuple[tuple[int, ...], ...]
+    kept: tuple[int, ...]
+
+    @cached_property
+    def children(self) -> dict[int, list[int]]:
+        """Of each node, the inner nodes below it."""
+        found: dict[int, list[int]] = {node: [] for node in range(len(self.tokens) + 1)}
+        for place, parent in enumerate(self.parents):
+            found[parent].append(place + 1)
+        return found
+
+    def edges(self, node: int) -> list[int]:
+        """The tokens of the edges that leave a node."""
+        pairs = zip(self.sources, self.labels, strict=True)
+        return [label for source, label in pairs if source == node]
+
+    def sight(self) -> Bool[Tensor, "nodes nodes"]:
+        """Which node (row, without the root) sees which: itself and its ancestors."""
+        seen = torch.eye(len(self.tokens), dtype=torch.bool)
+        for place, parent in enumerate(self.parents):
+            if parent:
+                seen[place] |= seen[parent - 1]
+        return seen
+
+
+def trie(sequences: Sequence[Tokens]) -> Trie:
+    """The trie of distinct, non-empty token sequences."""
+    beginnings = {y[:i] for y in sequences for i in range(1, len(y) + 1)}
+    inner = sorted({y[:i] for y in sequences for i in range(1, len(y))})
+    node = {(): 0} | {begun: place + 1 for place, begun in enumerate(inner)}
+    ends = sorted(beginnings, key=lambda begun: (node[begun[:-1]], begun[-1]))
+    edge = {begun: place for place, begun in enumerate(ends)}
+    whole = set(sequences)
+    return Trie(
+        tokens=tuple(begun[-1] for begun in inner),
+        parents=tuple(node[begun[:-1]] for begun in inner),
+        depths=tuple(len(begun) for begun in inner),
+        sources=tuple(node[begun[:-1]] for begun in ends),
+        labels=tuple(begun[-1] for begun in ends),
+        paths=tuple(tuple(edge[y[:i]] for i in range(1, len(y) + 1)) for y in sequences),
+        kept=tuple(
+            place
+            for place, y in enumerate(sequences)
+            if not any(y[:i] in whole for i in range(1, len(y)))
+        ),
+    )
+
+
+MASKABLE = {"sdpa", "eager"}  # attention that adds whatever mask it is given
+WINDOWED = {"sliding_attention", "chunked_attention"}
+WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
+CACHES = ("past_key_values", "cache_params")
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """Prompts as the model has read them: their cache and the logits at their last positions."""
+
+    cache: Any
+    mask: Int[Tensor, "batch length"]
+    logits: Float[Tensor, "batch 1 vocabulary"]
+
+
+def obstacle(model: Any, tokens: int) -> str | None:
+    """Why a model cannot take a tree mask over `tokens` positions; None where it can."""
+    text = _text(model)
+    if recurrent(model):
+        return "not all of its layers are attention over all keys"
+    if text._attn_implementation not in MASKABLE:
+        return f"its attention is {text._attn_implementation}"
+    if "position_ids" not in _parameters(model) or getattr(text, "alibi", False):
+        return "its positions cannot be set"
+    kinds = getattr(text, "layer_types", None)
+    windows = [getattr(text, name, None) for name in WINDOWS]
+    windowed = kinds is None or bool(WINDOWED & set(kinds))
+    if windowed and any(isinstance(window, int) and tokens >= window for window in windows):
+        return f"{tokens} tokens do not fit its attention window"
+    return None
+
+
+def recurrent(model: Any) -> bool:
+    """Whether some layer keeps a state instead of keys, into which padding would blend."""
+    kinds = set(getattr(_text(model), "layer_types", None) or ())
+    stateful = getattr(unwrapped(model), "_is_stateful", False)
+    return (
+        stateful or bool(kinds - WINDOWED - {"full_attention"}) or _cache_name(model) != CACHES[0]
+    )
+
+
+def prefill(model: Any, prompts: Sequence[Tokens]) -> Prefilled:
+    """Reads prompts, padded on the left, in one pass with logits for their last positions alone."""
+    device = unwrapped(model).device
+    mask = attention_mask(prompts, left=True).long().to(device)
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    last = {"logits_to_keep": 1} if "logits_to_keep" in _parameters(model) else {}
+    output = _pass(model, padded(prompts, 0, left=True).to(device), mask, places, None, last)
+    return Prefilled(output[_cache_name(model)], mask, output.logits[:, -1:])
+
+
+def by_tree(model: Any, tree: Trie, prompts: Prefilled) -> Float[Tensor, "batch edges"]:
+    """Log-probability of every edge: one pass over all inner nodes. The cache is used up."""
+    outer = len(tree.edges(0))
+    sources = [source - 1 for source in tree.sources[outer:]]
+    found = [edge_log_p(prompts.logits, [0] * outer, tree.labels[:outer])]
+    if sources:
+        rows, device = len(prompts.mask), prompts.mask.device
+        ids = torch.tensor(tree.tokens, device=device).expand(rows, -1)
+        depths = torch.tensor(tree.depths, device=device)
+        places = prompts.mask.sum(1, keepdim=True) + depths - 1
+        mask = _tree_mask(tree, prompts.mask, prompts.cache.layers[0].keys.dtype)
+        logits = _pass(model, ids, mask, places, prompts.cache, {}).logits
+        found.append(edge_log_p(logits, sources, tree.labels[outer:]))
+    return torch.cat(found, 1)
+
+
+def by_walk(model: Any, tree: Trie, prompts: Prefilled) -> Float[Tensor, "batch edges"]:
+    """The same, one node after another, for models that cannot take a tree mask."""
+    found: dict[int, Tensor] = {}
+
+    def visit(node: int, logits: Tensor, cache: Any) -> None:
+        labels = tree.edges(node)
+        found[node] = edge_log_p(logits, [0] * len(labels), labels)
+        below = tree.children[node]
+        for child in below:
+            own = cache if child == below[-1] else copy.deepcopy(cache)
+            ids = prompts.mask.new_full((len(prompts.mask), 1), tree.tokens[child - 1])
+            mask = torch.cat([prompts.mask, ids.new_ones(len(ids), tree.depths[child - 1])], 1)
+            output = _pass(model, ids, mask, mask.sum(1, keepdim=True) - 1, own, {})
+            visit(child, output.logits, output[_cache_name(model)])
+
+    visit(0, prompts.logits, prompts.cache)
+    return torch.cat([found[node] for node in sorted(found)], 1)
+
+
+def edge_log_p(
+    logits: Float[Tensor, "batch nodes vocabulary"], nodes: Sequence[int], labels: Sequence[int]
+) -> Float[Tensor, "batch edges"]:
+    """Log-softmax (in fp32) of the logits of `nodes` at `labels`, and of no other entry."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    # prompt by prompt: a whole batch in fp32 would be another copy of all logits
+    total = torch.stack([row.to(wide).logsumexp(-1) for row in logits])
+    return logits[:, list(nodes), list(labels)].to(wide) - total[:, list(nodes)]
+
+
+def _tree_mask(
+    tree: Trie, prompts: Int[Tensor, "batch length"], dtype: torch.dtype
+) -> Float[Tensor, "batch 1 nodes seen"]:
+    """0 where a node may look, the type's least number elsewhere: eager attention adds it."""
+    sight = tree.sight().to(prompts.device)
+    batch, length, nodes = *prompts.shape, len(sight)
+    seen = torch.cat(
+        [prompts.bool()[:, None].expand(-1, nodes, length), sight.expand(batch, -1, -1)], 2
+    )
+    hidden = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return hidden.masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+
+
+def _pass(
+    model: Any, ids: Tensor, mask: Tensor, places: Tensor, cache: Any, options: dict[str, int]
+) -> Any:
+    placed = {"position_ids": places} if "position_ids" in _parameters(model) else {}
+    kept = {} if cache is None else {_cache_name(model): cache}
+    return model(
+        input_ids=ids,
+        attention_mask=mask,
+        use_cache=True,
+        return_dict=True,
+        **placed,
+        **kept,
+        **options,
+    )
+
+
+def _text(model: Any) -> Any:
+    return unwrapped(model).config.get_text_config(decoder=True)
+
+
+def _parameters(model: Any) -> set[str]:
+    return set(inspect.signature(unwrapped(model).forward).parameters)
+
+
+def _cache_name(model: Any) -> str:
+    name = next((name for name in CACHES if name in _parameters(model)), None)
+    if name is None:
+        kind = type(unwrapped(model)).__name__
+        raise ConfigError(
+            f"model.name: {kind} keeps no cache to continue a prompt from; drop refusal_probability"
+        )
+    return name
+
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +345,7 @@ def _scored(
     with models.evaluating(model):
         for tree, members in groups:
             for batch in _batches(model, tree, encoded, members, batch_size):
-                read = passes.prefill(model, [encoded[place] for place in batch])
+                read = prefill(model, [encoded[place] for place in batch])
                 log_p = edges(model, tree, read)
                 each = torch.stack([log_p[:, list(path)].sum(1) for path in tree.paths], 1).exp()
                 plain[batch] = each.sum(1).to("cpu", wide)
@@ -136,19 +355,19 @@ def _scored(
 
 def _scheme(
     model: Any, encoded: Sequence[Tokens], tries: Sequence[Trie]
-) -> Callable[[Any, Trie, passes.Prefilled], Tensor]:
+) -> Callable[[Any, Trie, Prefilled], Tensor]:
     """How edges are read from this model: by a tree mask where it takes one over all tokens."""
     nodes = max((len(tree.tokens) for tree in tries), default=0)
-    reason = passes.obstacle(model, max(map(len, encoded), default=0) + nodes)
+    reason = obstacle(model, max(map(len, encoded), default=0) + nodes)
     if reason is None:
-        return passes.by_tree
+        return by_tree
     log.warning(
         "refusal probability: %s takes no tree mask (%s); its phrases are read token by token "
         "instead, which is several times slower",
         type(unwrapped(model)).__name__,
         reason,
     )
-    return passes.by_walk
+    return by_walk
 
 
 def _groups(
@@ -166,7 +385,7 @@ def _batches(
     model: Any, tree: Trie, encoded: Sequence[Tokens], members: list[int], size: int | None
 ) -> Iterator[list[int]]:
     """Prompts of nearly one length: of exactly one where a model has no way of leaving out pads."""
-    alone = passes.recurrent(model)
+    alone = recurrent(model)
     longest_first = sorted(members, key=lambda place: -len(encoded[place]))
     while longest_first:
         longest = len(encoded[longest_first[0]])

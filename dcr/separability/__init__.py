@@ -1,14 +1,25 @@
 """How well two classes of prompts come apart, layer by layer (A.9).
 
-`features` reads every block in one pass, `clusters` measures without labels, `probes` with a linear
-classifier on groups it has not seen, `scaling` draws, and `layerwise` puts them together.
+`layerwise` reads every block in one pass and applies the `measures` to it.
 """
 
-from dcr.separability.clusters import fisher_ratio, kmeans_accuracy, silhouette
-from dcr.separability.features import encoded, features
-from dcr.separability.layerwise import LayerScores, analyse, group_names, layerwise
-from dcr.separability.probes import linear_probe, probe_auroc, transfer_auroc
-from dcr.separability.scaling import classical_mds
+from dcr.separability.layerwise import (
+    LayerScores,
+    analyse,
+    encoded,
+    features,
+    group_names,
+    layerwise,
+)
+from dcr.separability.measures import (
+    classical_mds,
+    fisher_ratio,
+    kmeans_accuracy,
+    linear_probe,
+    probe_auroc,
+    silhouette,
+    transfer_auroc,
+)
 
 __all__ = [
     "LayerScores",

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dcr.config import ConfigError
 from dcr.prompts import ChatFormat
-from dcr.refusal.continuations import PhraseError, checked, continuations, ending
-from dcr.refusal.passes import prefill
+from dcr.refusal.phrases import PhraseError, checked, continuations, ending
+from dcr.refusal.probability import prefill
 
 
 def openings(chat: ChatFormat, words: Sequence[str]) -> Int[Tensor, " refusals"]:
