@@ -150,7 +150,7 @@ def kappas(rows: Sequence[Row], outcomes: Sequence[str]) -> dict[str, tuple[floa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("data", type=Path, help="folder that holds xstest_completions")
     parser.add_argument("--write", action="store_true", help=f"write {WEIGHTS.relative_to(ROOT)}")
     options = parser.parse_args()

@@ -340,9 +340,8 @@ def features(response: str) -> dict[str, float]:
     }
     found |= {f"{a} * {b}": found[a] * found[b] for a, b in PRODUCTS}
     words = set(re.findall(r"[a-z']+", " ".join(sentences)))
-    found |= dict.fromkeys(
-        (f"word {word}" for word in words), WORDS / max(FEW_WORDS, len(words)) ** 0.5
-    )
+    each = WORDS / max(FEW_WORDS, len(words)) ** 0.5
+    found |= {f"word {word}": each for word in words}
     return {name: float(value) for name, value in found.items() if value}
 
 
