@@ -27,7 +27,7 @@ from dcr.endpoints import (
     Failure,
     Moderation,
     Reply,
-    attempts,
+    calls,
     rejections,
     servers,
 )
@@ -45,7 +45,7 @@ KEY = "4f9a2c7d1e-test"  # like no other key, so that only its value can give it
 def _short_waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A key that must show up nowhere, waits of milliseconds, and no thread left behind."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(attempts, "FIRST_WAIT", 0.002)
+    monkeypatch.setattr(calls, "FIRST_WAIT", 0.002)
     yield
     until = time.monotonic() + 2
     while _threads() and time.monotonic() < until:
@@ -348,7 +348,7 @@ def test_answers_under_way_are_handed_over_before_the_stop() -> None:
 def first_wait(take: Any) -> None:
     """Run `take` with retries that would come much too late."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attempts, "FIRST_WAIT", 30.0)
+        patch.setattr(calls, "FIRST_WAIT", 30.0)
         started = time.monotonic()
         try:
             take()
@@ -465,27 +465,14 @@ def test_retry_after_is_read(headers: dict[str, str], seconds: float | None) -> 
 
 
 def test_waits_grow_and_end_at_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attempts, "FIRST_WAIT", 1.0)
+    monkeypatch.setattr(calls, "FIRST_WAIT", 1.0)
 
-    class State:
-        outcome = None
-        attempt_number = 1
-
-    def waited(attempt: int, asked: float | None) -> float:
-        from concurrent.futures import Future
-
-        state: Any = State()
-        state.attempt_number = attempt
-        state.outcome = Future()
-        state.outcome.set_result(rejections.Again(Failure("error", ""), asked))
-        return attempts._seconds(state)
-
-    for attempt, least in ((1, 1), (2, 2), (3, 4), (4, 8)):
-        waits = {waited(attempt, None) for _ in range(20)}
+    for retry, least in ((0, 1), (1, 2), (2, 4), (3, 8)):
+        waits = {calls.seconds_before(retry, None) for _ in range(20)}
         assert least <= min(waits) <= max(waits) <= least + 1
         assert len(waits) > 1  # jitter
-    assert waited(30, None) <= 61
-    assert 60 <= waited(1, 60.0) <= 61
+    assert calls.seconds_before(5000, None) <= 61
+    assert 60 <= calls.seconds_before(0, 60.0) <= 61
 
 
 def test_a_server_that_is_not_there_ends_in_errors_soon() -> None:

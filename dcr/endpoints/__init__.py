@@ -4,7 +4,7 @@
 """
 
 from dcr.endpoints.calls import chats, moderations
-from dcr.endpoints.messages import EndpointError, Failure, Message, Moderation, Reply
+from dcr.endpoints.replies import EndpointError, Failure, Message, Moderation, Reply
 from dcr.endpoints.servers import check, spend
 
 __all__ = [

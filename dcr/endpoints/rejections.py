@@ -12,7 +12,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 from dcr.config import ServerConfig
-from dcr.endpoints.messages import EndpointError, Failure
+from dcr.endpoints.replies import EndpointError, Failure
 from dcr.endpoints.servers import address, redacted, sent_parameters, setting, variable
 
 PASSING = {408, 409, 429}  # and everything from 500: over when asked again

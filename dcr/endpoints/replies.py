@@ -1,4 +1,4 @@
-"""What the body of a successful answer says: a reply, a moderation, or why it is neither.
+"""What goes to an OpenAI-compatible server and what comes back: read from the bodies of answers.
 
 Servers differ in what they leave out, so that only what is used is required, and bodies are read
 as plain JSON rather than as the client's own types.
@@ -6,12 +6,50 @@ as plain JSON rather than as the client's own types.
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from dcr.endpoints.messages import Failure, Moderation, Reply
+from dcr.config import UserError
 from dcr.text import encodable
 
 JSON = Any  # whatever json.loads returns
+Message = Mapping[str, str]  # role and content
+
+
+class EndpointError(UserError):
+    """Every further request would fail the same way: no key, no such model, a parameter refused."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A chat completion. `top` has, per generated token, log-probabilities by token text."""
+
+    text: str
+    finish: str
+    top: tuple[Mapping[str, float], ...] | None
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Moderation:
+    """What a moderation model says of a text."""
+
+    flagged: bool
+    categories: tuple[str, ...]
+    model: str
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One request that brought nothing usable.
+
+    `error`: no answer after all retries. `invalid`: an answer that is not what was asked for
+    (not JSON, no choices, stopped by a content filter).
+    """
+
+    status: str
+    reason: str  # one line without secrets
 
 
 def reply(body: JSON) -> Reply | Failure:

@@ -6,7 +6,7 @@ import re
 from urllib.parse import SplitResult, urlsplit
 
 from dcr.config import ConfigError, ServerConfig
-from dcr.endpoints.messages import EndpointError
+from dcr.endpoints.replies import EndpointError
 from dcr.text import single_line
 
 OPENAI = "https://api.openai.com/v1"
