@@ -19,7 +19,6 @@ from dcr.models import Policy
 from dcr.prompts import ChatFormat
 from dcr.sources import Example
 from dcr.steering import Extraction, surgical
-from dcr.steering.surgical import candidates, scores, selection
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
@@ -217,7 +216,7 @@ def tensors_of(policy: Policy, chat: ChatFormat, batch_size: int = 4) -> tuple[T
         kind: [chat.prompt_ids(row.prompt) for row in getattr(EXTRACTION, kind)[:TRAIN]]
         for kind in surgical.KINDS
     }
-    return candidates.directions(policy.model, ids, len(tail_of(policy)), BLOCKS, batch_size)
+    return surgical.directions(policy.model, ids, len(tail_of(policy)), BLOCKS, batch_size)
 
 
 @pytest.fixture(scope="module")
@@ -231,14 +230,14 @@ def found(planted: Policy) -> Any:
 @pytest.mark.parametrize("words", [["I"], ["I", "As"], ["I'm", "I", "Sorry"]])
 def test_the_refusal_score_is_that_of_a_loop(planted: Policy, words: list[str]) -> None:
     chat = chat_of(planted)
-    tokens = scores.openings(chat, words)
+    tokens = surgical.openings(chat, words)
     letters = "".join(sorted({word[0] for word in words}))
     assert tokens.tolist() == sorted(
         planted.tokenizer.encode(c, add_special_tokens=False)[0] for c in letters
     )
     ids = [chat.prompt_ids(text) for text in ("Go!!!", "Where is the~ lake, tell me", "Rest", "a")]
-    log_p = scores.last_log_p(planted.model, ids, 3)  # padded on the left
-    found = scores.refusal_scores(log_p, tokens)
+    log_p = surgical.last_log_p(planted.model, ids, 3)  # padded on the left
+    found = surgical.refusal_scores(log_p, tokens)
     truth = [score(planted, row, letters) for row in ids]
     assert max(truth) > 0 > min(truth)
     torch.testing.assert_close(found.double(), torch.tensor(truth).double(), rtol=1e-4, atol=1e-4)
@@ -246,21 +245,21 @@ def test_the_refusal_score_is_that_of_a_loop(planted: Policy, words: list[str]) 
 
 def test_scores_of_certain_models_stay_finite() -> None:
     log_p = torch.tensor([[200.0, 0, 0], [-200.0, 0, 0]]).log_softmax(-1)
-    found = scores.refusal_scores(log_p, torch.tensor([0]))
+    found = surgical.refusal_scores(log_p, torch.tensor([0]))
     torch.testing.assert_close(found, torch.tensor([200.0, -200.0]) - math.log(2))
 
 
 def test_divergence_is_that_of_a_loop() -> None:
     clean, moved = torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(1)).log_softmax(-1)
     truth = [kl(p.exp().tolist(), q.exp().tolist()) for p, q in zip(clean, moved, strict=True)]
-    torch.testing.assert_close(scores.divergence(clean, moved), torch.tensor(truth))
-    assert scores.divergence(clean, clean).tolist() == [0, 0, 0]
+    torch.testing.assert_close(surgical.divergence(clean, moved), torch.tensor(truth))
+    assert surgical.divergence(clean, clean).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("words", [[], [""], ["I", "  "]])
 def test_words_without_a_token_name_their_key(planted: Policy, words: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"^steering\.surgical\.refusal_tokens: "):
-        scores.openings(chat_of(planted), words)
+        surgical.openings(chat_of(planted), words)
 
 
 # --- candidates ---
@@ -274,16 +273,16 @@ def test_positions_are_the_template_behind_the_instruction(planted: Policy) -> N
         chat = formatted(planted, name)
         ids = [chat.prompt_ids(text) for text in ("One.", "Two.", "Three~.")]
         spelled = chat.tokenizer.encode(behind, add_special_tokens=False)
-        assert candidates.tail(chat, ids) == spelled
+        assert surgical.tail(chat, ids) == spelled
     # a tokenizer that joins the first of them with the instruction's end
     joined = [*ids[1][: -len(spelled)], 99, *spelled[1:]]
-    assert candidates.tail(chat, [ids[0], joined]) == spelled[1:]
+    assert surgical.tail(chat, [ids[0], joined]) == spelled[1:]
 
 
 def test_a_template_that_ends_with_the_instruction_is_named(planted: Policy) -> None:
     chat = replace(chat_of(planted), template="{{ messages[-1].content }}")
     with pytest.raises(ConfigError, match=r"^model\.template: .*give chatml"):
-        candidates.tail(chat, [chat.prompt_ids("One")])
+        surgical.tail(chat, [chat.prompt_ids("One")])
 
 
 @pytest.mark.parametrize("batch_size", [1, 5])
@@ -308,7 +307,7 @@ def test_orthogonalised_is_the_formula_at_each_place(share: float) -> None:
     false, harmful = torch.randn(2, 3, 4, 8, generator=torch.Generator().manual_seed(2))
     false[0, 0] = 2 * harmful[0, 0]  # nothing is left of it
     harmful[1, 1] = torch.nan
-    found = candidates.orthogonalised(false, harmful, share)
+    found = surgical.orthogonalised(false, harmful, share)
     for i in range(3):
         for j in range(4):
             w, r = false[i, j].tolist(), harmful[i, j].tolist()
@@ -545,13 +544,15 @@ def test_what_cannot_be_chosen_names_key_and_cure(
 
 
 def test_kinds_that_do_not_differ_have_no_direction(planted: Policy) -> None:
-    held = selection.Held(planted.model, [[1]], [[1]], torch.zeros(1, 260), torch.tensor([5]), 1)
+    held = surgical.Validation(
+        planted.model, [[1]], [[1]], torch.zeros(1, 260), torch.tensor([5]), 1
+    )
     empty = torch.full((2, 3, WIDTH), torch.nan)
     with pytest.raises(ConfigError, match=r"^data\.extraction: .*name other sources$"):
-        selection.select_addition(held, empty, 1.0, 1.0)
+        surgical.select_addition(held, empty, 1.0, 1.0)
     held = replace(held, clean=torch.full((1, 260), torch.nan))
     with pytest.raises(ConfigError, match=r"^precision: .* under each ablation; .*=fp32$"):
-        selection.select_ablation(held, torch.eye(WIDTH)[:1, None], 1.0)
+        surgical.select_ablation(held, torch.eye(WIDTH)[:1, None], 1.0)
 
 
 def test_the_cost_is_said_beforehand(planted: Policy, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,7 +1,7 @@
 """Activation edits that over-refusal and safety are traded with: prompts in, edits out.
 
-`prompts` draws what vectors are computed from, `scans`, `surgical` and `ablation` compute them and
-say where they act, `vectors` is what these share. A caller opens `activations.edited` with the
+`prompts` draws what vectors are computed from, `scans` and `surgical` compute them and say where
+they act, `vectors` is what these share. A caller opens `activations.edited` with the
 result; generation, refusal probability and the lm-evaluation-harness then run under it unaware.
 """
 
@@ -16,7 +16,7 @@ from dcr.activations import Edits, Plan
 from dcr.config import DataConfig, Steering, SteeringConfig
 from dcr.models import Policy
 from dcr.prompts import ChatFormat
-from dcr.steering import ablation, scans, surgical, vectors
+from dcr.steering import scans, surgical, vectors
 from dcr.steering.prompts import RELEASED, Extraction, extraction
 from dcr.steering.vectors import Found, Info
 
@@ -34,7 +34,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Method:
+class SteeringMethod:
     """`find` computes vectors, for any strength; `edits` makes the edits of one strength.
 
     `needs` names the method's node of the steering settings, `weights` what in it `find` does not
@@ -48,9 +48,9 @@ class Method:
 
 
 STEERING = {
-    Steering.scans: Method(scans.find, scans.edits, "scans"),
-    Steering.surgical: Method(surgical.find, surgical.edits, "surgical", ("add", "ablate")),
-    Steering.ablation: Method(ablation.find, ablation.edits, None),
+    Steering.scans: SteeringMethod(scans.find, scans.edits, "scans"),
+    Steering.surgical: SteeringMethod(surgical.find, surgical.edits, "surgical", ("add", "ablate")),
+    Steering.ablation: SteeringMethod(surgical.find_ablation, surgical.ablation_edits, None),
 }
 
 

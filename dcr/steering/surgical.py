@@ -1,0 +1,460 @@
+"""Directions taken out of the stream: Surgical, and plain ablation to compare with.
+
+Surgical (Wang et al., ICLR 2025): the false-refusal direction is taken out, the harmful one put in.
+Directions come from every block and template position (`directions`), each is tried on validation
+prompts (`select_ablation`, `select_addition`) by how strongly the model is about to refuse
+(`refusal_scores`). Departures from the released code: scores and divergences are computed from
+log-probabilities without its 1e-8 and 1e-6, and the share of a direction that is ablated is a
+setting for both.
+
+Plain ablation of the refusal direction (Arditi et al., NeurIPS 2024): the difference of means of
+harmful and harmless prompts at their last token. Where the authors select layer and position on a
+validation set, one layer stands here for all models.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from dcr import models
+from dcr.activations import Edit, Edits, Site, edited
+from dcr.config import ConfigError, SteeringConfig, SurgicalConfig
+from dcr.models import Policy
+from dcr.prompts import ChatFormat
+from dcr.refusal.phrases import PhraseError, checked, continuations, ending
+from dcr.refusal.probability import prefill
+from dcr.steering import vectors
+from dcr.steering.prompts import Extraction
+from dcr.steering.vectors import Found
+
+log = logging.getLogger(__name__)
+
+Tokens = list[int]
+
+KINDS = ("harmful", "seemingly_toxic", "harmless")
+FEWEST = 8  # prompts of a kind: with fewer, the mean says more about them than about the kind
+PLACEHOLDER = "0x5f3759df"  # an instruction that no template holds
+# A vector that is shorter than this share of those it is a difference of is their rounding.
+ROUNDING = 1e-6
+# Of the depth; the layers that the authors select lie between 0.3 and 0.65 of it, by model.
+RELATIVE_DEPTH = 0.6
+SITES = (Site.block_input, Site.attention_output, Site.mlp_output)
+
+# From a candidate and its block to (KL on harmless prompts, mean refusal score).
+Trial = Callable[[Tensor, int], tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Validation prompts; `clean` is what the unedited model says to the harmless ones."""
+
+    model: Any
+    harmless: Sequence[Tokens]
+    seemingly_toxic: Sequence[Tokens]
+    clean: Float[Tensor, "prompts vocabulary"]
+    refusals: Int[Tensor, " refusals"]
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Selected:
+    """A candidate: at `place` among the positions and the input of `block` (from 1)."""
+
+    place: int
+    block: int
+    score: float
+    kl: float
+    candidates: int
+    survivors: int
+
+    def record(self, names: Sequence[str]) -> dict[str, Any]:
+        """For a record of the run; `position` counts from the prompt's end (-1: last token)."""
+        return {
+            "block": self.block,
+            "position": self.place - len(names),
+            "token": names[self.place],
+            "score": self.score,
+            "kl": self.kl,
+            "candidates": self.candidates,
+            "survivors": self.survivors,
+        }
+
+
+def find(
+    policy: Policy,
+    chat: ChatFormat,
+    extraction: Extraction,
+    settings: SteeringConfig,
+    batch_size: int,
+) -> Found:
+    """Tensors `ablated` (w', of length 1) and `added` (r, as it was measured), both [width].
+
+    Of each kind the first `train` prompts give the means and the next `validation` choose among
+    candidates: (template tokens behind the instruction) × ⌊`prune_layers`·depth⌋ for either
+    vector. Two passes over the former, and for each candidate up to three over the latter.
+
+    Raises ConfigError where fewer than FEWEST training prompts of a kind pass the filter, no
+    candidate survives, the template has no token behind the instruction, or the words for refusals
+    cannot follow it.
+    """
+    options, model = settings.surgical, policy.model
+    blocks = _blocks(len(models.decoder_blocks(model)), options.prune_layers)
+    refusals = openings(chat, options.refusal_tokens).to(model.device)
+    train, held = _split(chat, extraction, options)
+    behind = tail(chat, [ids for part in (train, held) for rows in part.values() for ids in rows])
+    kept = _filtered(model, train, refusals, options, batch_size)
+    harmful, false = directions(model, kept, len(behind), blocks, batch_size)
+    clean = {kind: last_log_p(model, rows, batch_size) for kind, rows in held.items()}
+    bench = Validation(
+        model, held["harmless"], held["seemingly_toxic"], clean["harmless"], refusals, batch_size
+    )
+    log.info(
+        "surgical: %d positions × %d blocks are tried, for either vector on %d prompts or fewer",
+        *(len(behind), blocks, sum(map(len, held.values()))),
+    )
+    tensors, ablated, added = _chosen(bench, harmful, false, options)
+    names = [str(chat.tokenizer.convert_ids_to_tokens(token)) for token in behind]
+    before = {kind: refusal_scores(rows, refusals).mean().item() for kind, rows in clean.items()}
+    return tensors, {
+        "kept": {kind: [len(kept[kind]), len(train[kind])] for kind in KINDS},
+        "ablated": ablated.record(names) | {"clean_score": before["seemingly_toxic"]},
+        "added": added.record(names) | {"clean_score": before["harmless"]},
+    }
+
+
+def _chosen(
+    bench: Validation,
+    harmful: Float[Tensor, "positions blocks width"],
+    false: Float[Tensor, "positions blocks width"],
+    options: SurgicalConfig,
+) -> tuple[dict[str, Tensor], Selected, Selected]:
+    pure = orthogonalised(false, harmful, options.orthogonalise)
+    ablated = select_ablation(bench, pure, options.ablation_kl)
+    added = select_addition(bench, harmful, options.addition_kl, options.select_coefficient)
+    tensors = {
+        "ablated": pure[ablated.place, ablated.block - 1],
+        "added": harmful[added.place, added.block - 1],
+    }
+    return tensors, ablated, added
+
+
+def edits(policy: Policy, _chat: ChatFormat, found: Found, settings: SteeringConfig) -> Edits:
+    """x ← x − s·b·(x·w')w' at three sites of every block, then x ← x + s·a·r at r's block input.
+
+    s is the strength, a `add`, b `ablate`; at all positions, of prompt and answer. With s·b < 1
+    removal compounds over sites and depth, and what is left is not a share of 1 − s·b.
+    """
+    tensors, info = found
+    options, depth = settings.surgical, len(models.decoder_blocks(policy.model))
+    added = Edit(
+        Site.block_input,
+        info["added"]["block"],
+        add=tensors["added"],
+        scale=settings.strength * options.add,
+    )
+    return [*everywhere(depth, tensors["ablated"], settings.strength * options.ablate), added]
+
+
+def _blocks(depth: int, share: float) -> int:
+    """How many blocks, from the first, candidates are taken from: ⌊share·depth⌋."""
+    blocks = int(share * depth + 1e-9)  # 0.29 · 100 is 28.999…
+    if blocks < 2:  # before the first block no token has seen another
+        raise ConfigError(
+            f"steering.surgical.prune_layers={share}: leaves {blocks} of {depth} blocks to take "
+            f"vectors from; give at least {math.ceil(200 / depth) / 100}"
+            if depth > 1
+            else f"model.name: a model of {depth} block has no input that saw a whole prompt; "
+            "Surgical needs 2 blocks or more"
+        )
+    return blocks
+
+
+def _split(
+    chat: ChatFormat, extraction: Extraction, options: SurgicalConfig
+) -> tuple[dict[str, list[Tokens]], dict[str, list[Tokens]]]:
+    """Training and validation prompts of each kind, each by length: so little is padding."""
+    train, held = {}, {}
+    for kind in KINDS:
+        rows = vectors.encoded(
+            chat, getattr(extraction, kind)[: options.train + options.validation]
+        )
+        train[kind] = sorted(rows[: options.train], key=len)
+        if kind != "harmful":  # no choice is made on these
+            held[kind] = sorted(rows[options.train :], key=len)
+    empty = [kind for kind, rows in held.items() if not rows]
+    if empty:
+        raise ConfigError(
+            f"steering.surgical.train={options.train}: no {' and no '.join(empty)} prompt is left "
+            "to choose vectors on; lower it"
+        )
+    return train, held
+
+
+def _filtered(
+    model: nn.Module,
+    train: Mapping[str, Sequence[Tokens]],
+    refusals: Int[Tensor, " refusals"],
+    options: SurgicalConfig,
+    batch_size: int,
+) -> dict[str, list[Tokens]]:
+    """Prompts that the model is about to refuse, and harmless ones that it is not."""
+    kept: dict[str, list[Tokens]] = {}
+    for kind, rows in train.items():
+        sign = -1 if kind == "harmless" else 1
+        scores = sign * refusal_scores(last_log_p(model, rows, batch_size), refusals)
+        kept[kind] = [ids for ids, score in zip(rows, scores.tolist(), strict=True) if score > 0]
+    if min(map(len, kept.values())) < FEWEST:
+        counts = ", ".join(f"{len(kept[kind])} of {len(train[kind])} {kind}" for kind in KINDS)
+        raise ConfigError(
+            f"steering.surgical.train={options.train}: {counts} prompts are left where the model "
+            f"refuses the first two kinds and answers the third, of each {FEWEST} are needed; "
+            "raise it, give the words that this model's refusals begin with in "
+            f"steering.surgical.refusal_tokens (now {', '.join(options.refusal_tokens)}), or take "
+            "a model that refuses more"
+        )
+    return kept
+
+
+# --- directions that are tried --------------------------------------------------------------------
+
+
+def tail(chat: ChatFormat, sequences: Sequence[Tokens]) -> Tokens:
+    """The template's tokens behind the instruction, the assistant's header with them.
+
+    Only those that every one of `sequences` ends with: some tokenizers join the end of an
+    instruction with the beginning of what follows. Raises ConfigError where there is none.
+    """
+    text = chat.text(PLACEHOLDER).rpartition(PLACEHOLDER)[2]
+    behind = chat.tokenizer.encode(text, add_special_tokens=False)
+    shared = len(behind)
+    while any(ids[len(ids) - shared :] != behind[len(behind) - shared :] for ids in sequences):
+        shared -= 1
+    if shared == 0:
+        raise ConfigError(
+            "model.template: no token of the chat template stands behind the instruction, where "
+            "Surgical takes its vectors; give chatml, llama3 or a .jinja file with one"
+        )
+    return behind[len(behind) - shared :]
+
+
+def directions(
+    model: Any, kept: Mapping[str, Sequence[Tokens]], positions: int, blocks: int, batch_size: int
+) -> tuple[Float[Tensor, "positions blocks width"], Float[Tensor, "positions blocks width"]]:
+    """r = harmful − harmless and w = seemingly toxic − harmless, of the inputs of blocks.
+
+    At the last `positions` tokens of each prompt and the first `blocks` blocks, in fp32 on the CPU
+    (means in fp64). NaN where the kinds do not differ, as at the first block's input.
+    """
+    means = {}
+    for kind, rows in kept.items():
+        offsets = [list(range(-positions, 0))] * len(rows)
+        states = vectors.read(model, rows, offsets, batch_size, Site.block_input, blocks)
+        means[kind] = states.cpu().mean(1, dtype=torch.float64).transpose(0, 1)
+    found = []
+    for kind in ("harmful", "seemingly_toxic"):
+        difference = means[kind] - means["harmless"]
+        found.append(_or_nan(difference, means["harmless"]).float())
+    return found[0], found[1]
+
+
+def orthogonalised(
+    false: Float[Tensor, "positions blocks width"],
+    harmful: Float[Tensor, "positions blocks width"],
+    share: float,
+) -> Float[Tensor, "positions blocks width"]:
+    """w' = w − λ(w·r / r·r)r of each place, then scaled to length 1; NaN where nothing is left."""
+    w, r = false.double(), harmful.double()
+    along = (w * r).sum(-1, keepdim=True) / (r * r).sum(-1, keepdim=True)
+    left = _or_nan(w - share * along * r, w)
+    return (left / left.norm(dim=-1, keepdim=True)).float()
+
+
+def _or_nan(
+    difference: Float[Tensor, "*places width"], of: Float[Tensor, "*places width"]
+) -> Float[Tensor, "*places width"]:
+    length = difference.norm(dim=-1, keepdim=True)
+    real = length > ROUNDING * of.norm(dim=-1, keepdim=True)
+    return torch.where(real, difference, torch.nan)
+
+
+# --- how strongly a model is about to refuse ------------------------------------------------------
+
+
+def openings(chat: ChatFormat, words: Sequence[str]) -> Int[Tensor, " refusals"]:
+    """The distinct first tokens of `words` where the assistant begins to speak, ascending.
+
+    A word that the tokenizer splits counts by its first part. Raises ConfigError for no word or an
+    empty one, and where the template's own tokens change once a word follows.
+    """
+    end = ending(chat.tokenizer, chat.prompt_ids("x"))
+    try:
+        found = continuations(chat.tokenizer, end, checked(words))
+    except PhraseError as error:
+        raise ConfigError(f"steering.surgical.refusal_tokens: {error}") from error
+    return torch.tensor(sorted({ids[0] for ids in found}))
+
+
+def last_log_p(
+    model: Any, sequences: Sequence[Sequence[int]], batch_size: int
+) -> Float[Tensor, "prompts vocabulary"]:
+    """Log-probabilities (in fp32 or wider) of the token that follows each sequence."""
+    parts = []
+    with torch.no_grad():
+        for start in range(0, len(sequences), batch_size):
+            batch = [tuple(ids) for ids in sequences[start : start + batch_size]]
+            logits = prefill(model, batch).logits[:, -1]
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            parts.append(logits.to(wide).log_softmax(-1))
+    return torch.cat(parts)
+
+
+def refusal_scores(
+    log_p: Float[Tensor, "prompts vocabulary"], refusals: Int[Tensor, " refusals"]
+) -> Float[Tensor, " prompts"]:
+    """log p_R − log(1 − p_R), p_R the probability of all refusal tokens.
+
+    Both are sums of exponentials, so neither underflows and nothing is subtracted from 1.
+    """
+    chosen = torch.zeros(log_p.shape[-1], dtype=torch.bool, device=log_p.device)
+    chosen[refusals] = True
+    return log_p[:, chosen].logsumexp(-1) - log_p[:, ~chosen].logsumexp(-1)
+
+
+def divergence(
+    clean: Float[Tensor, "prompts vocabulary"], edited: Float[Tensor, "prompts vocabulary"]
+) -> Float[Tensor, " prompts"]:
+    """KL(clean ‖ edited) in nats of log-probabilities."""
+    return (clean.exp() * (clean - edited)).sum(-1)
+
+
+# --- the best that leaves harmless prompts alone --------------------------------------------------
+
+
+def everywhere(depth: int, direction: Float[Tensor, " width"], share: float) -> list[Edit]:
+    """x ← x − share·(x·w)w at block inputs, attention and MLP outputs of all blocks."""
+    return [
+        Edit(site, block, ablate=direction, scale=share)
+        for block in range(1, depth + 1)
+        for site in SITES
+    ]
+
+
+def select_ablation(
+    held: Validation, candidates: Float[Tensor, "positions blocks width"], bound: float
+) -> Selected:
+    """The lowest mean refusal score on seemingly toxic prompts, under full ablation.
+
+    Of candidates whose ablation moves the answer to harmless prompts by no more than `bound`.
+    """
+    depth = len(models.decoder_blocks(held.model))
+
+    def ablation(direction: Tensor, _block: int) -> tuple[float, float]:
+        edits = everywhere(depth, direction, 1.0)
+        with edited(held.model, edits):
+            harmless = last_log_p(held.model, held.harmless, held.batch_size)
+            kl = divergence(held.clean, harmless).mean().item()
+            if not kl <= bound:  # one pass is saved
+                return kl, math.nan
+            toxic = last_log_p(held.model, held.seemingly_toxic, held.batch_size)
+        return kl, refusal_scores(toxic, held.refusals).mean().item()
+
+    return _select("ablation", candidates, ablation, bound, 1)
+
+
+def select_addition(
+    held: Validation,
+    candidates: Float[Tensor, "positions blocks width"],
+    bound: float,
+    coefficient: float,
+) -> Selected:
+    """The highest mean refusal score on harmless prompts, with coefficient·r at r's block input.
+
+    Of candidates whose addition moves the answer to these prompts by no more than `bound`. At
+    coefficient 0, as released, all are equal and the first stays.
+    """
+
+    def addition(direction: Tensor, block: int) -> tuple[float, float]:
+        edit = Edit(Site.block_input, block, add=direction, scale=coefficient)
+        with edited(held.model, [edit]):
+            moved = last_log_p(held.model, held.harmless, held.batch_size)
+        kl = divergence(held.clean, moved).mean().item()
+        return kl, refusal_scores(moved, held.refusals).mean().item()
+
+    return _select("addition", candidates, addition, bound, -1)
+
+
+def _select(
+    name: str,
+    candidates: Float[Tensor, "positions blocks width"],
+    trial: Trial,
+    bound: float,
+    sign: int,
+) -> Selected:
+    """The survivor with the lowest sign·score; of equal ones that of the first position and block.
+
+    Raises ConfigError where none survives.
+    """
+    real = (~candidates.isnan().any(-1)).nonzero().tolist()
+    tried = []
+    # no bar where nobody watches
+    for place, index in tqdm(real, unit="candidate", desc=f"surgical {name}", disable=None):
+        kl, score = trial(candidates[place, index], index + 1)
+        tried.append((place, index + 1, kl, score))
+    alive = [entry for entry in tried if entry[2] <= bound and not math.isnan(entry[3])]
+    if not alive:
+        raise ConfigError(_nothing_left(name, [entry[2] for entry in tried], bound))
+    place, block, kl, score = min(alive, key=lambda entry: sign * entry[3])
+    return Selected(place, block, score, kl, candidates[..., 0].numel(), len(alive))
+
+
+def _nothing_left(name: str, tried: Sequence[float], bound: float) -> str:
+    if not tried:
+        return (
+            "data.extraction: harmful, seemingly toxic and harmless prompts leave no direction to "
+            f"choose for {name}; name other sources"
+        )
+    measured = [kl for kl in tried if not math.isnan(kl)]
+    if not measured:
+        return f"precision: the model's logits are NaN under each {name}; give precision=fp32"
+    return (
+        f"steering.surgical.{name}_kl={bound}: each of {len(tried)} candidates moves the answers "
+        f"to harmless prompts farther, the nearest by {min(measured):.3g} nats; raise it"
+    )
+
+
+# --- plain ablation -------------------------------------------------------------------------------
+
+
+def find_ablation(
+    policy: Policy,
+    chat: ChatFormat,
+    extraction: Extraction,
+    _settings: SteeringConfig,
+    batch_size: int,
+) -> Found:
+    """The tensor `vector` [width], of length 1."""
+    depth = len(models.decoder_blocks(policy.model))
+    block = max(1, round(RELATIVE_DEPTH * depth))
+    means = []
+    for rows in (extraction.harmful, extraction.harmless):
+        prompts = vectors.encoded(chat, rows)
+        last = [[-1]] * len(prompts)
+        states = vectors.read(policy.model, prompts, last, batch_size, Site.block_input, block)
+        means.append(states[-1, :, 0].mean(0))
+    vector = vectors.unit(means[0] - means[1], "harmful and harmless prompts")
+    return {"vector": vector}, {"block": block}
+
+
+def ablation_edits(
+    policy: Policy, _chat: ChatFormat, found: Found, settings: SteeringConfig
+) -> Edits:
+    """At three sites of every block, x ← x − strength·(x·v)v at all positions."""
+    depth = len(models.decoder_blocks(policy.model))
+    return everywhere(depth, found[0]["vector"], settings.strength)
