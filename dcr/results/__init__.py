@@ -1,0 +1,11 @@
+"""What was measured: `metrics.json` written and read as typed records, runs as a data frame.
+
+import dcr.results
+table = dcr.results.load(["outputs/a", "outputs/b"])
+table[table.quantity == "refused"].pivot_table("value", ["run", "judge"], "set")
+"""
+
+from dcr.results.frame import COLUMNS, load
+from dcr.results.schema import VERSION, Metrics, Tracked, read, read_tracked, write
+
+__all__ = ["COLUMNS", "VERSION", "Metrics", "Tracked", "load", "read", "read_tracked", "write"]

@@ -1,0 +1,188 @@
+"""Results as one tidy data frame: a row for each number with what it is of."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from dcr import statistics
+from dcr.config import UserError
+from dcr.results.schema import Ability, Estimate, Metrics, Quality, SetCounts, read
+
+COLUMNS = (
+    "run", "weights", "step", "method", "model", "preset", "seed", "data", "edit", "set", "kind",
+    "judge", "quantity", "value", "low", "high", "n", "in_distribution", "file",
+)  # fmt: skip
+FAULTS = ("unanswered", "empty", "truncated", "repetitive", "non_english")
+NORMAL = 1.959963984540054  # standard errors to either side of a 95% interval
+COMPLIANCE = ("complied", "partial", "refused")
+
+Row = dict[str, Any]
+
+
+def load(folders: Iterable[str | Path] | str | Path) -> pd.DataFrame:
+    """Every number of every evaluation in run folders, a row each, with the columns `COLUMNS`.
+
+    `value` lies within `low` and `high`, a 95% interval, NaN where none is known; `n` is what it
+    was measured on. Rates, win rates too, are in [0, 1]. `quantity` is what was measured of `set`
+    (or of a task, a choice of a kernel's parameters, a block) by `judge`: `refused`, `partial`,
+    `complied`, `safe`, `unsafe`, `discernment`, `acc`, `win_rate`, `kappa` and so on, the paper's
+    analyses under `refusal_probability`, `kernel/…`, `separability/…` and `claims/…`. `edit` tells
+    steering and decoding, "" for none. `in_distribution` marks sets that the run was trained on.
+
+    Raises DataError for a damaged file, UserError for a folder without an evaluation.
+    """
+    places = [folders] if isinstance(folders, (str, Path)) else folders
+    rows: list[Row] = []
+    for folder in map(Path, places):
+        files = sorted(folder.glob("eval/*/metrics.json"))
+        if not files:
+            raise UserError(f"{folder}: no evaluations there; run python eval.py run={folder}")
+        for file in files:
+            rows += rows_of(read(file), str(folder), str(file))
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def rows_of(metrics: Metrics, run: str = "", file: str = "") -> list[Row]:
+    """The rows of one evaluation."""
+    about = {key: getattr(metrics, key) for key in COLUMNS[1:8]}
+    about |= {"run": run, "edit": edit(metrics.settings), "file": file}
+    empty = {"set": "", "kind": "", "judge": "", "low": math.nan, "high": math.nan, "n": None}
+    return [empty | {"in_distribution": False} | about | row for row in _all(metrics)]
+
+
+def edit(settings: Mapping[str, Any]) -> str:
+    """Steering and decoding of an evaluation in one line, "" where the model answered as it is."""
+    told = dict(settings.get("steering") or {})
+    parts = [str(told.pop("method"))] if "method" in told else []
+    parts += [f"{key}={value}" for key, value in told.items()]
+    if settings.get("validation"):
+        parts.append("validation")
+    if settings.get("self_cd") is not None:
+        parts.append(f"self_cd={settings['self_cd']}")
+    return " ".join(parts)
+
+
+def _all(metrics: Metrics) -> Iterator[Row]:
+    for name, counts in metrics.sets.items():
+        for row in _set(counts):
+            known = counts.in_distribution and not row["quantity"].endswith("/unseen")
+            yield {"set": name, "kind": counts.kind.value, "in_distribution": known} | row
+    if found := metrics.discernment:
+        named = {"pooled": found.pooled, **found.pairs}
+        yield from (_estimate("discernment", of, set=name) for name, of in named.items() if of)
+    for name, overlap in metrics.contamination.items():
+        for way in ("exact", "near", "ngram"):
+            yield _rate(f"contamination/{way}", getattr(overlap, way), overlap.n, set=name)
+    for agreement in metrics.agreement:
+        yield {
+            "quantity": "kappa",
+            "judge": " and ".join(agreement.judges),
+            "kind": agreement.kind,
+            "value": _value(agreement.kappa),
+            "n": agreement.n,
+        }
+    for judge, usage in metrics.usage.items():
+        for key in ("requests", "prompt_tokens", "completion_tokens", "usd"):
+            yield {"quantity": f"usage/{key}", "judge": judge, "value": _value(getattr(usage, key))}
+    for task, ability in metrics.ability.items():
+        yield from _ability(task, ability)
+    if metrics.quality:
+        yield from _quality(metrics.quality)
+    yield from _analyses(metrics)
+    for key in ("seconds", "tokens_per_second", "peak_memory_gib"):
+        if (value := getattr(metrics, key)) is not None:
+            yield {"quantity": key, "value": value}
+
+
+def _set(counts: SetCounts) -> Iterator[Row]:
+    for part, suffix in ((counts, ""), (counts.unseen, "/unseen")):
+        if part is None:
+            continue
+        for outcome in ("refused", "partial"):
+            for rules, count in getattr(part, outcome).items():
+                yield _rate(outcome + suffix, count, part.n, judge=f"keyword:{rules}")
+    for fault in FAULTS:
+        if (count := getattr(counts, fault)) is not None:
+            asked = counts.n + (counts.unanswered or 0) if fault == "unanswered" else counts.n
+            yield _rate(fault, count, asked)
+    if counts.seen_by_steering:
+        yield _rate("seen_by_steering", counts.seen_by_steering, counts.n)
+    for judge, judged in counts.judged.items():
+        given = judged.counts
+        for label, count in given.items():
+            alike = COMPLIANCE if label in COMPLIANCE else ("safe", "unsafe")
+            of = sum(given.get(other, 0) for other in alike)
+            yield _rate(label, count, of, judge=judge)
+
+
+def _ability(task: str, ability: Ability) -> Iterator[Row]:
+    for metric in ("acc", "acc_norm"):
+        value, error = getattr(ability, metric), getattr(ability, f"{metric}_stderr")
+        if value is not None:
+            around = math.nan if error is None else NORMAL * error
+            yield {
+                "quantity": metric, "set": task, "value": value, "low": value - around,
+                "high": value + around, "n": ability.n,
+            }  # fmt: skip
+    for metric, value in ability.metrics.items():
+        yield {"quantity": metric, "set": task, "value": _value(value), "n": ability.n}
+
+
+def _quality(quality: Quality) -> Iterator[Row]:
+    for key in ("win_rate", "length_controlled", "discrete"):
+        value = getattr(quality, key)
+        if value is None:
+            continue
+        row = {"quantity": key, "judge": quality.annotator, "value": value / 100, "n": quality.n}
+        if key == "win_rate" and quality.standard_error is not None:
+            around = NORMAL * quality.standard_error / 100
+            row |= {"low": value / 100 - around, "high": value / 100 + around}
+        yield row
+
+
+def _analyses(metrics: Metrics) -> Iterator[Row]:
+    if found := metrics.refusal_probability:
+        for kind, means in found.kinds.items():
+            yield _estimate("refusal_probability", means.plain, kind=kind, n=means.n)
+            yield _estimate(
+                "refusal_probability/prefix_free", means.prefix_free, kind=kind, n=means.n
+            )
+    for params, matrix in (metrics.kernel.params if metrics.kernel else {}).items():
+        for observer, cells in matrix.items():
+            for trained, cell in cells.items():
+                yield _estimate(f"kernel/{observer}/{trained}", cell, set=params, kind=observer)
+    if found := metrics.separability:
+        for layer in found.layers:
+            about = {"set": f"block {layer.layer}", "n": len(found.labels)}
+            for key in ("kmeans", "silhouette", "fisher"):
+                value = _value(getattr(layer, key))
+                yield {"quantity": f"separability/{key}", "value": value, **about}
+            probe = layer.probe, layer.probe_low, layer.probe_high
+            yield _estimate("separability/probe", probe, **about)
+    if found := metrics.claims:
+        for params, parts in found.params.items():
+            for block in ("norm", "prediction", "states"):
+                for key, cell in dict(getattr(parts, block)).items():
+                    if cell is not None:
+                        yield _estimate(f"claims/{block}/{key}", cell, set=params)
+        for kind, cell in found.change.items():
+            if cell is not None:
+                yield _estimate("claims/change", cell, kind=kind)
+
+
+def _rate(quantity: str, count: int, n: int, **about: Any) -> Row:
+    found = statistics.wilson(count, n)
+    value = {"value": found.estimate, "low": found.low, "high": found.high}
+    return {"quantity": quantity, "n": n, **about, **value}
+
+
+def _estimate(quantity: str, found: Estimate | Sequence[float | None], **about: Any) -> Row:
+    value, low, high = map(_value, found)
+    return {"quantity": quantity, **about, "value": value, "low": low, "high": high}
+
+
+def _value(value: float | None) -> float:
+    return math.nan if value is None else float(value)

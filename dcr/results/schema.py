@@ -1,0 +1,340 @@
+"""`metrics.json`: what an evaluation measured, a record for each of its blocks.
+
+Blocks are there where their task was asked. Keys that no record names are kept as they are, and
+what files of an earlier version lack has a default.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from dcr import storage
+from dcr.config import Kind
+
+CURE = "restore it, or delete it and evaluate again: stored answers are kept"
+VERSION = 1  # files without a version are as those of version 1
+
+Count = Annotated[int, Field(ge=0)]
+
+
+def _number(value: Any) -> Any:
+    """Neither NaN nor infinity is a number that JSON knows: both are null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Number = Annotated[float | None, BeforeValidator(_number)]
+Estimate = tuple[Number, Number, Number]  # with the ends of its 95% interval
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+
+
+class Refusals(Record):
+    """Prompts answered, and of them those refused in full and in part, by keyword rules."""
+
+    n: Count
+    refused: dict[str, Count] = {}
+    partial: dict[str, Count] = {}
+
+    @model_validator(mode="after")
+    def _add_up(self) -> "Refusals":
+        if self.n and "paper" not in self.refused:
+            raise ValueError("refused.paper is missing")
+        for rules, count in self.refused.items():
+            if count + self.partial.get(rules, 0) > self.n:
+                raise ValueError(f"more refusals by {rules} than {self.n} answers")
+        return self
+
+
+class Judged(Record):
+    """One judge's verdicts on a set; a label that this judge does not give is None."""
+
+    model: str = ""
+    n: Count | None = None
+    complied: Count | None = None
+    partial: Count | None = None
+    refused: Count | None = None
+    safe: Count | None = None
+    unsafe: Count | None = None
+    invalid: Count = 0  # answered, but no verdict
+    error: Count = 0  # nothing came back: outside of every rate
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "Judged":
+        if not self.counts:
+            raise ValueError("no verdicts")
+        return self
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """By label that this judge gives."""
+        labels = ("complied", "partial", "refused", "safe", "unsafe")
+        found = {label: getattr(self, label) for label in labels}
+        return {label: count for label, count in found.items() if count is not None}
+
+
+class SetCounts(Refusals):
+    """How one set of prompts was answered."""
+
+    kind: Kind
+    ids: list[str] | None = None  # of its prompts, where the store may hold others too
+    unanswered: Count | None = None
+    empty: Count | None = None
+    truncated: Count | None = None
+    repetitive: Count | None = None
+    non_english: Count | None = None
+    in_distribution: bool = False  # a source that the run was trained on
+    unseen: Refusals | None = None  # of a set trained on: template groups that were not
+    seen_by_steering: Count = 0  # prompts that the vectors of the steering came from
+    judged: dict[str, Judged] = {}
+
+
+class Discernment(Record):
+    """AUROC of the refusal mass, toxic against seemingly toxic prompts."""
+
+    pooled: Estimate | None = None
+    pairs: dict[str, Estimate | None] = {}
+
+
+class Agreement(Record):
+    """Two judges on the same responses; rows of the confusion are the first one's labels."""
+
+    judges: tuple[str, str]
+    kind: str
+    n: Count
+    kappa: Number = None
+    labels: tuple[str, str]
+    confusion: tuple[tuple[Count, Count], tuple[Count, Count]]
+
+
+class Usage(Record):
+    """What a judge has cost; without a price, `usd` is None."""
+
+    requests: Count
+    prompt_tokens: Count
+    completion_tokens: Count
+    usd: Number = None
+
+
+class Overlap(Record):
+    """How many prompts of a set stand, in which way, among the rows trained on."""
+
+    n: Count
+    exact: Count
+    near: Count
+    ngram: Count
+    by_source: dict[str, Count] = {}
+
+
+class Ability(Record):
+    """A task of the lm-evaluation-harness."""
+
+    acc: Number = None
+    acc_stderr: Number = None
+    acc_norm: Number = None
+    acc_norm_stderr: Number = None
+    n: Count
+    version: str = ""
+    shots: Count = 0
+    limit: Count | float | None = None
+    truncated: Count = 0
+    metrics: dict[str, Number] = {}
+    subjects: dict[str, dict[str, Any]] = {}
+
+
+class Quality(Record):
+    """Win rates in percent over the reference's answers, ties counting half."""
+
+    win_rate: Number = None
+    standard_error: Number = None
+    length_controlled: Number = None
+    discrete: Number = None
+    n: Count
+    invalid: Count = 0
+    error: Count = 0
+    identical: Count = 0
+    missing: Count = 0
+    annotator: str
+    reference: str = ""
+    mean_length: Number = None
+    reference_length: Number = None
+    usage: Usage | None = None
+
+
+class KindProbability(Record):
+    n: Count | None = None
+    plain: Estimate
+    prefix_free: Estimate
+
+
+class PromptProbability(Record):
+    id: str = ""
+    kind: str = ""
+    plain: Number
+    prefix_free: Number
+
+
+class RefusalProbability(Record):
+    """A.5: means by kind, one followed prompt of each, and every prompt's own."""
+
+    phrases: str = ""
+    kinds: dict[str, KindProbability]
+    followed: dict[str, PromptProbability] = {}
+    values: list[PromptProbability] = []
+
+
+class Kernel(Record):
+    """A.6: mean norms, `params[choice][observer][trained]`; `ids`, `of` are the matrices' rows."""
+
+    top_k: Count | None = None
+    method: str = ""
+    normalise: str = ""
+    kinds: list[str] = []
+    ids: list[str] = []
+    of: list[str] = []
+    params: dict[str, dict[str, dict[str, Estimate]]]
+
+    @model_validator(mode="after")
+    def _one_kind_each(self) -> "Kernel":
+        if len(self.ids) != len(self.of):
+            raise ValueError(f"{len(self.ids)} ids and {len(self.of)} kinds of prompts")
+        return self
+
+
+class LayerSeparability(Record):
+    layer: Count
+    kmeans: Number = None
+    probe: Number = None
+    probe_low: Number = None
+    probe_high: Number = None
+    silhouette: Number = None
+    fisher: Number = None
+
+
+class Separability(Record):
+    """A.9: scores of every block, and plane coordinates of the prompts; labels are 1 for toxic."""
+
+    layers: list[LayerSeparability]
+    majority: Number = None
+    mds: dict[str, list[tuple[float, float]] | None] = {}
+    labels: list[int]
+    ids: list[str] | None = None
+
+    @model_validator(mode="after")
+    def _one_place_each(self) -> "Separability":
+        points = [part for part in (*self.mds.values(), self.ids) if part is not None]
+        if any(len(part) != len(self.labels) for part in points):
+            raise ValueError(f"coordinates or ids of other than {len(self.labels)} prompts")
+        return self
+
+
+class StepNorm(Record):
+    within: Estimate | None = None
+    pooled: Estimate | None = None
+
+
+class StepPrediction(Record):
+    pearson: Estimate | None = None
+    slope: Estimate | None = None
+
+
+class StepStates(Record):
+    dot: Estimate | None = None
+    cosine: Estimate | None = None
+
+
+class OneStepParams(Record):
+    norm: StepNorm = StepNorm()
+    prediction: StepPrediction = StepPrediction()
+    states: StepStates = StepStates()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_earlier_files(cls, raw: Any) -> Any:
+        """They held each statistic beside the others."""
+        if not isinstance(raw, dict):
+            return raw
+        found = {key: dict(of) if isinstance(of, dict) else of for key, of in raw.items()}
+        for block, key, before in (
+            ("norm", "within", "norm"),
+            ("prediction", "pearson", "signed"),
+            ("prediction", "slope", "slope"),
+            ("states", "dot", "dot"),
+            ("states", "cosine", "cosine"),
+        ):
+            if not isinstance(found.get(before, {}), dict):
+                value = found.pop(before)
+                found.setdefault(block, {})[key] = value
+        # what comes out of here is no JSON any more, where a list may stand for a tuple
+        for block in ("norm", "prediction", "states"):
+            for key, value in (found.get(block) or {}).items():
+                found[block][key] = tuple(value) if isinstance(value, list) else value
+        return found
+
+
+class OneStep(Record):
+    """What one SGD step on a toxic pair does, against the kernel (Eq. 2, 3; Proposition 1)."""
+
+    trained: list[str] | int | None = None  # the pairs, in earlier files their number
+    params: dict[str, OneStepParams]
+    change: dict[str, Estimate | None] = {}
+
+
+class Tracked(Record):
+    """`tracking/<stage>/step-…/metrics.json`: what was measured after so many steps of training."""
+
+    refusal_probability: RefusalProbability | None = None
+    kernel: Kernel | None = None
+
+
+class Metrics(Tracked):
+    """One `metrics.json`: which weights, under which settings, with what result."""
+
+    version: Annotated[int, Field(ge=1, le=VERSION)] = VERSION
+    weights: Literal["base", "contrastive", "sft", "snapshot", "endpoint"]
+    step: Count | None = None
+    method: str | None = None
+    model: str | None = None
+    preset: str | None = None
+    seed: int | str | None = None
+    data: str | None = None
+    settings: dict[str, Any] = {}
+    steering: dict[str, Any] | None = None  # what the edits were made from
+    sets: dict[str, SetCounts] = {}
+    discernment: Discernment | None = None
+    agreement: list[Agreement] = []
+    usage: dict[str, Usage] = {}  # by judge
+    contamination: dict[str, Overlap] = {}  # by set
+    ability: dict[str, Ability] = {}  # by task
+    quality: Quality | None = None
+    separability: Separability | None = None
+    claims: OneStep | None = None
+    seconds: Number = None
+    tokens_per_second: Number = None
+    peak_memory_gib: Number = None
+
+
+def read(file: Path) -> Metrics:
+    """An evaluation's `metrics.json`. DataError "file: what is wrong: cure" where it is damaged."""
+    return storage.read_json(file, Metrics, CURE)
+
+
+def read_tracked(file: Path) -> Tracked:
+    """A `metrics.json` that training left at one of its steps, with the errors of `read`."""
+    return storage.read_json(file, Tracked, "delete its folder")
+
+
+def write(file: Path, found: Mapping[str, Any]) -> Metrics:
+    """Check and write an evaluation's blocks with the version, and give them as they are read.
+
+    Raises ValueError where a block is none of the schema, UserError where it cannot be written.
+    """
+    told = {"version": VERSION, **found}
+    metrics = Metrics.model_validate_json(json.dumps(told, default=str), strict=True)
+    storage.write_json(file, told)
+    return metrics
