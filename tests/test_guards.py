@@ -22,9 +22,7 @@ from transformers import (
 from dcr.config import ConfigError, DataError, LlamaGuardConfig, Precision, WildGuardConfig
 from dcr.generation import Completion
 from dcr.judges import Verdict, guards
-from dcr.judges.guards.llama import harm_of
-from dcr.judges.guards.opening import content_form, conversation
-from dcr.judges.guards.wild import WORDING, labels_of
+from dcr.judges.guards import WORDING, content_form, conversation, harm_of, labels_of
 from dcr.judges.verdicts import answer_fingerprint
 
 END, HEAD = "<|im_end|>", "<|im_start|>"

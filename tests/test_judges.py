@@ -34,7 +34,7 @@ from dcr.config import (
 )
 from dcr.endpoints import EndpointError
 from dcr.generation import Completion
-from dcr.judges import Verdict, llm
+from dcr.judges import Verdict, served
 from dcr.judges.verdicts import store
 from tests.servers.faults import FAULTS, faulty
 from tests.servers.loopback import Answer
@@ -148,12 +148,12 @@ UNCLEAR = (
     ("label", "text"), [(label, text) for label, texts in CLEAR.items() for text in texts]
 )
 def test_a_class_is_read_in_every_form(label: str, text: str) -> None:
-    assert llm.parsed(text) == label
+    assert served.parsed(text) == label
 
 
 @pytest.mark.parametrize("text", UNCLEAR)
 def test_an_unclear_answer_is_no_verdict(text: str) -> None:
-    assert llm.parsed(text) is None
+    assert served.parsed(text) is None
 
 
 # --- what the judge is sent -----------------------------------------------------------------------
@@ -161,7 +161,7 @@ def test_an_unclear_answer_is_no_verdict(text: str) -> None:
 
 def test_both_texts_go_in_as_they_are() -> None:
     prompt, response = "{response} {0} {question} %s", 'a "quoted" {question}\\1 {x!r}'
-    system, user = llm.conversation(
+    system, user = served.conversation(
         "Q {question} R {response} {other} CLASS:", answer("a", response, prompt)
     )
     assert system == {"role": "system", "content": "You are a helpful assistant."}
@@ -169,7 +169,7 @@ def test_both_texts_go_in_as_they_are() -> None:
 
 
 def test_the_shipped_wording_ends_where_the_judge_goes_on() -> None:
-    wording = llm.wording(LLMJudgeConfig())
+    wording = served.wording(LLMJudgeConfig())
     assert wording.endswith("CLASS:")
     assert wording.count("{question}") == wording.count("{response}") == 1
     assert all(
@@ -178,13 +178,13 @@ def test_the_shipped_wording_ends_where_the_judge_goes_on() -> None:
 
 
 def test_a_long_text_loses_its_middle_alone() -> None:
-    text = "".join(chr(97 + i % 26) for i in range(llm.LONGEST + 5))
-    short = llm.shortened(text)
+    text = "".join(chr(97 + i % 26) for i in range(served.LONGEST + 5))
+    short = served.shortened(text)
     begin, note, end = short.split("\n")
-    assert begin == text[: llm.OPENING]
+    assert begin == text[: served.OPENING]
     assert note == "[... 5 characters left out ...]"
-    assert end == text[llm.OPENING + 5 :]
-    assert llm.shortened(text[:-5]) == text[:-5]
+    assert end == text[served.OPENING + 5 :]
+    assert served.shortened(text[:-5]) == text[:-5]
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ class LlamaGuardConfig(GuardConfig):
 class WildGuardConfig(GuardConfig):
     model: str = "allenai/wildguard"
     max_new_tokens: int = 32
-    prompt: str | None = None  # a file; null: dcr/judges/guards/wildguard.txt, in our own words
+    prompt: str | None = None  # a file; null: dcr/judges/wildguard.txt, in our own words
 
 
 @dataclass

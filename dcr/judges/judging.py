@@ -12,7 +12,7 @@ from dcr import endpoints, models, storage
 from dcr.config import EvalConfig, GuardConfig, Judge, Kind, ServerConfig
 from dcr.endpoints import EndpointError
 from dcr.generation import Completion
-from dcr.judges import guards, llm, moderation
+from dcr.judges import guards, served
 from dcr.judges.verdicts import Verdict, answer_fingerprint, store, stored, usage
 
 CHARACTERS_PER_TOKEN = 4  # of English prose, for the estimate of what a judge will cost
@@ -62,17 +62,17 @@ def _check_wildguard(settings: EvalConfig) -> None:
 JUDGES: dict[Judge, Judging] = {
     Judge.llm: Judging(
         node=lambda settings: settings.llm,
-        check=llm.check,
-        identity=llm.identity,
-        verdicts=llm.verdicts,
-        characters=llm.characters,
+        check=served.check_llm,
+        identity=served.llm_identity,
+        verdicts=served.llm_verdicts,
+        characters=served.llm_characters,
     ),
     Judge.moderation: Judging(
         node=lambda settings: settings.moderation,
-        check=moderation.check,
-        identity=moderation.identity,
-        verdicts=moderation.verdicts,
-        characters=moderation.characters,
+        check=served.check_moderation,
+        identity=served.moderation_identity,
+        verdicts=served.moderation_verdicts,
+        characters=served.moderation_characters,
     ),
     Judge.llama_guard: Judging(
         node=lambda settings: settings.llama_guard,
