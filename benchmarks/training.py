@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dcr import cli, config, data, likelihood, losses, models, prompts, refusal
-from dcr.config import NLLSource, Stage, TrainConfig
+from dcr.config import Stage, TrainConfig
 from dcr.models import Policy
 from dcr.training.contrastive import ContrastiveModule
 from dcr.training.sft import SFTModule
@@ -157,7 +157,7 @@ def ours_contrastive(cfg: TrainConfig, steps: int) -> dict[str, float]:
 
 
 def ours_circle_alone(cfg: TrainConfig, steps: int) -> dict[str, float]:
-    cfg.dcr.nll.weight, cfg.dcr.nll.source = 0.0, NLLSource.none
+    cfg.dcr.nll.weight = 0.0
     return ours_contrastive(cfg, steps)
 
 

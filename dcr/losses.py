@@ -1,7 +1,7 @@
 """The two losses of stage one: Circle loss over prompt features and chunked next-token NLL."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,8 +17,6 @@ OPTIMA: dict[str, Callable[[float], tuple[float, float]]] = {
     "paper": lambda margin: (1 - margin, margin),
     "sun2020": lambda margin: (1 + margin, -margin),
 }
-AGGREGATES = ("anchor", "batch_pool")
-REDUCTIONS = ("batch", "valid")
 
 
 def circle_loss(
@@ -28,17 +26,12 @@ def circle_loss(
     scale: float,
     *,
     weights: str = "paper",
-    detach: bool = True,
-    aggregate: str = "anchor",
-    reduction: str = "batch",
 ) -> Float[Tensor, ""]:
     """Circle loss on cosines, Eq. 5 and appendix A.8, in at least fp32 whatever the input.
 
     `weights="paper"` uses [target - s]+ as A.8 writes it; `"sun2020"` uses [1 + margin - s]+ and
-    [s + margin]+, as the Circle loss paper and its reference implementations do. `detach` keeps
-    gradients out of these weights. `aggregate="anchor"` is one softplus per anchor; `"batch_pool"`
-    is a single one over all pairs i < j. `reduction` divides by the batch (Eq. 5) or by the
-    `valid` anchors, those with a positive and a negative; it changes nothing under `batch_pool`.
+    [s + margin]+, as the Circle loss paper and its reference implementations do. No gradient passes
+    through these weights, as in the references; under `paper` it would be exactly twice as large.
 
     An anchor without positives or without negatives contributes 0 and a zero gradient. A row of
     norm zero has cosine 0 with every row and a finite gradient.
@@ -46,9 +39,8 @@ def circle_loss(
     Raises ValueError for an unknown name, a margin outside (0, 1), a scale that is not a positive
     number, or labels that do not match the batch.
     """
-    _check_choice("weights", weights, tuple(OPTIMA))
-    _check_choice("aggregate", aggregate, AGGREGATES)
-    _check_choice("reduction", reduction, REDUCTIONS)
+    if weights not in OPTIMA:
+        raise ValueError(f"weights={weights!r}: must be one of {', '.join(OPTIMA)}")
     _check_margin(margin)
     if not (scale > 0 and math.isfinite(scale)):
         raise ValueError(f"scale={scale}: must be a positive number")
@@ -56,31 +48,24 @@ def circle_loss(
     positive_optimum, negative_optimum = OPTIMA[weights](margin)
     with torch.autocast(features.device.type, enabled=False):
         cosines = _cosine_matrix(features)
-        fixed = cosines.detach() if detach else cosines
+        fixed = cosines.detach()
         positive_weights = torch.relu(positive_optimum - fixed)
         negative_weights = torch.relu(fixed - negative_optimum)
-        losses, valid = _softplus_of_pairs(
+        return _mean_over_anchors(
             -scale * positive_weights * (cosines - (1 - margin)),
             scale * negative_weights * (cosines - margin),
             labels,
-            aggregate,
         )
-        return _reduce(losses, valid, reduction)
 
 
-def circle_floor(
-    labels: Int[Tensor, "batch"], aggregate: str = "anchor", reduction: str = "batch"
-) -> Float[Tensor, ""]:
+def circle_floor(labels: Int[Tensor, "batch"]) -> Float[Tensor, ""]:
     """Circle loss, with `paper` weights, of a batch in which every pair meets its margin.
 
     Such a pair has exponent 0, so an anchor keeps log(1 + |P| |N|): the least value that the loss
     of this batch can take. With `sun2020` weights the loss can fall below it.
     """
-    _check_choice("aggregate", aggregate, AGGREGATES)
-    _check_choice("reduction", reduction, REDUCTIONS)
     exponents = torch.zeros(len(labels), len(labels), device=labels.device)
-    losses, valid = _softplus_of_pairs(exponents, exponents, labels, aggregate)
-    return _reduce(losses, valid, reduction)
+    return _mean_over_anchors(exponents, exponents, labels)
 
 
 @dataclass(frozen=True)
@@ -281,44 +266,26 @@ def _pair_masks(
     return same & ~itself, ~same
 
 
-def _softplus_of_pairs(
+def _mean_over_anchors(
     positive_exponents: Float[Tensor, "batch batch"],
     negative_exponents: Float[Tensor, "batch batch"],
     labels: Int[Tensor, "batch"],
-    aggregate: str,
-) -> tuple[Float[Tensor, "losses"], Bool[Tensor, "losses"]]:
-    """log(1 + sum exp(positive) * sum exp(negative)) per anchor, or one for the batch.
-
-    Second comes which of them have a pair of either kind; the others are 0.
-    """
+) -> Float[Tensor, ""]:
+    """Eq. 5: the mean of log(1 + sum exp(positive) * sum exp(negative)) over the batch."""
     positive, negative = _pair_masks(labels)
-    if aggregate == "batch_pool":
-        positive, negative = positive.triu(1).view(1, -1), negative.triu(1).view(1, -1)
-        positive_exponents = positive_exponents.reshape(1, -1)
-        negative_exponents = negative_exponents.reshape(1, -1)
-    valid = positive.any(1) & negative.any(1)
     losses = F.softplus(
         _masked_logsumexp(positive_exponents, positive)
         + _masked_logsumexp(negative_exponents, negative)
     )
-    return losses * valid, valid
+    # an anchor without a pair of either kind has none
+    losses = losses * (positive.any(1) & negative.any(1))
+    return losses.sum() / max(len(losses), 1)
 
 
 def _masked_logsumexp(exponents: Tensor, mask: Tensor) -> Tensor:
     # Finite: a row of -inf alone has NaN gradients. A quarter, so that the sum of two is finite.
     absent = torch.finfo(exponents.dtype).min / 4
     return exponents.masked_fill(~mask, absent).logsumexp(1)
-
-
-def _reduce(losses: Tensor, valid: Tensor, reduction: str) -> Float[Tensor, ""]:
-    if reduction == "valid":
-        return losses.sum() / valid.sum().clamp(min=1)
-    return losses.sum() / max(len(losses), 1)
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r}: must be one of {', '.join(choices)}")
 
 
 def _check_margin(margin: float) -> None:

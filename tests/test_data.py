@@ -389,14 +389,6 @@ def test_a_skip_continues_with_the_next_step(start: int) -> None:
     assert left == whole[start:]
 
 
-def test_dropping_the_last_partial_batch() -> None:
-    assert [len(b) for b in epoch(batches(drop_last=True), 0)] == [8, 8, 8]
-    small = batches(size=64, drop_last=True)  # never nothing at all
-    assert [len(b) for b in epoch(small, 0)] == [30]
-    assert len(batches()) == 4
-    assert len(batches(drop_last=True)) == 3
-
-
 @pytest.mark.parametrize("world", [2, 3, 5, 8])
 def test_ranks_share_every_batch(world: int) -> None:
     for batch in epoch(batches(), 2):  # the last one of six

@@ -67,10 +67,10 @@ def together(made: TrainConfig, folder: Path, world: int = 2) -> None:
     [
         (2, "dcr.nll.weight=0"),
         (2, "dcr.nll.weight=0 dcr.batch_size=3"),  # no rank holds a pair of each kind
-        (2, "dcr.nll.weight=0.5 dcr.circle.reduction=valid"),
+        (2, "dcr.nll.weight=0.5"),
         (2, "dcr.nll.weight=0.5 dcr.nll.source=general dcr.nll.general_batch_size=3"),
         (2, "dcr.nll.weight=0.5 dcr.adapter=lora"),
-        (2, "dcr.nll.weight=0 dcr.adapter=lora dcr.circle.reduction=valid"),
+        (2, "dcr.nll.weight=0 dcr.adapter=lora"),
         (3, "dcr.nll.weight=0.5 dcr.optim.clip=0.1"),
         (3, "method=stl stage=all sft.batch_size=13"),
     ],

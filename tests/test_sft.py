@@ -14,7 +14,7 @@ from torch import Tensor
 
 import train
 from dcr import likelihood, models, prompts
-from dcr.config import LossNorm, Method, ModelConfig, Schedule, SFTConfig, Stage, TrainConfig
+from dcr.config import Method, ModelConfig, Schedule, SFTConfig, Stage, TrainConfig
 from dcr.data import PairBatch, SafetyData, micro_batches, pair_batch, split
 from dcr.models import Policy
 from dcr.prompts import PairRow
@@ -134,26 +134,6 @@ def test_micro_batches_add_up_to_the_token_mean_of_the_whole_batch(
     assert all(".lora_" in name for name in taken)
     for name, gradient in expected.items():
         torch.testing.assert_close(taken[name], gradient, rtol=1e-4, atol=1e-7)
-
-
-def test_micro_batch_normalisation_weighs_every_micro_batch_alike(
-    policy: Policy, tiny: TrainConfig
-) -> None:
-    config = without_dropout(tiny.sft, loss_norm=LossNorm.micro_batch)
-    policy = adapted(policy, config)
-    spread(policy)
-    rows, plain = rows_of(policy), copy.deepcopy(policy.model)
-    groups = micro_batches(rows, 150)
-    taken = gradients_of_one_step(policy, config, [pair_batch(group, 0) for group in groups])
-    means = [torch.cat([nll_by_row(plain, row) for row in group]).mean() for group in groups]
-    torch.stack(means).mean().backward()
-    for name, gradient in taken.items():
-        expected = plain.get_parameter(name).grad
-        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-7)
-    whole = gradients_of_one_step(policy, replace(config, loss_norm=LossNorm.batch_tokens), [
-        pair_batch(group, 0) for group in groups
-    ])  # fmt: skip
-    assert not same(taken, whole)
 
 
 def test_gradient_checkpointing_changes_no_gradient(policy: Policy, tiny: TrainConfig) -> None:
@@ -355,7 +335,6 @@ def test_the_loss_of_a_step_is_its_token_mean(policy: Policy, tiny: TrainConfig)
         "sft.max_len=50",
         "sft.train_on_prompt=true",
         "sft.terminator=base_eos",
-        "sft.loss_norm=micro_batch",
         "sft.precision=bf16",
         "sft.lora.rank=4",
         "sft.lora.alpha=16",

@@ -49,16 +49,6 @@ class Weights(Enum):
     sun2020 = "sun2020"
 
 
-class Aggregate(Enum):
-    anchor = "anchor"
-    batch_pool = "batch_pool"
-
-
-class Reduction(Enum):
-    batch = "batch"
-    valid = "valid"
-
-
 class Pooling(Enum):
     last = "last"
     mean = "mean"
@@ -79,7 +69,6 @@ class NLLSource(Enum):
     prompt_tokens = "prompt_tokens"
     user_tokens = "user_tokens"
     general = "general"
-    none = "none"
 
 
 class Sampler(Enum):
@@ -109,11 +98,6 @@ class Terminator(Enum):
     auto = "auto"
     chat_end = "chat_end"
     base_eos = "base_eos"
-
-
-class LossNorm(Enum):
-    batch_tokens = "batch_tokens"
-    micro_batch = "micro_batch"
 
 
 class KeywordRules(Enum):

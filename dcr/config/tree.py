@@ -11,10 +11,8 @@ from omegaconf import II, MISSING
 
 from dcr.config.enums import (
     Adapter,
-    Aggregate,
     KernelMethod,
     LayerBase,
-    LossNorm,
     Method,
     NLLSource,
     Normalise,
@@ -22,7 +20,6 @@ from dcr.config.enums import (
     Pooling,
     Precision,
     Quantity,
-    Reduction,
     Sampler,
     Schedule,
     Stage,
@@ -142,9 +139,6 @@ class OptimConfig:
 @dataclass
 class CircleConfig:
     weights: Weights = Weights.paper
-    detach_alpha: bool = True
-    aggregate: Aggregate = Aggregate.anchor
-    reduction: Reduction = Reduction.batch
 
 
 @dataclass
@@ -175,7 +169,6 @@ class ContrastiveConfig:
     ratio: float | None = 2.0  # null: every toxic row that is left
     draws: int | None = None
     batch_size: int = 32
-    drop_last: bool = False
     sampler: Sampler = Sampler.balanced
     pooling: Pooling = Pooling.last
     template: Template = Template.chat
@@ -203,7 +196,6 @@ class SFTConfig:
     max_len: int = 512
     train_on_prompt: bool = False
     terminator: Terminator = Terminator.auto
-    loss_norm: LossNorm = LossNorm.batch_tokens
     precision: Precision = II("model.sft_precision")
     gradient_checkpointing: bool = False
     lora: LoraConfig = field(default_factory=LoraConfig)

@@ -74,10 +74,8 @@ class EpochBatches(Sampler[list[int]]):
         draws: int,
         batch_size: int,
         seed: int,
-        drop_last: bool = False,
     ) -> None:
         self.order, self.draws, self.batch_size, self.seed = order, draws, batch_size, seed
-        self.drop_last = drop_last
         self.start, self.epoch = 0, 0
         self.sampler = self
 
@@ -85,8 +83,7 @@ class EpochBatches(Sampler[list[int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        rounded = math.floor if self.drop_last else math.ceil
-        return max(1, rounded(self.draws / self.batch_size))
+        return math.ceil(self.draws / self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
         rows = self.order(generator(self.seed, self.epoch))

@@ -133,7 +133,6 @@ class SafetyData(LightningDataModule):
                 draws,
                 self.dcr.batch_size,
                 self.seed,
-                self.dcr.drop_last,
             )
         count = len(self.pairs)
         return EpochBatches(

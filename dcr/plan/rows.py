@@ -211,7 +211,7 @@ def _anchored(settings: TrainConfig) -> bool:
 def load(settings: TrainConfig, batches: SafetyData) -> Load:
     """Tokens of rank 0's first epoch, counted on the batches that training would see."""
     nll = settings.dcr.nll
-    short = _anchored(settings) or nll.weight == 0 or nll.source.value == "none"
+    short = _anchored(settings) or nll.weight == 0
     trunk: list[PromptBatch | PairBatch] = []
     full: list[PromptBatch | PairBatch] = []
     for batch in batches.train_dataloader():

@@ -115,8 +115,8 @@ class ContrastiveModule(ResumableModule):
             models.freeze_beyond(self.model, block, config.train_embeddings)
         # in a tuple: a registered trunk would repeat its parameters in every state dict
         self._trunk = (models.trunk(self.model, block),)
-        source = NLLSource.none if config.nll.weight == 0 else config.nll.source
-        self.forward_losses, self.anchored = LOSSES[source], source is not NLLSource.none
+        self.anchored = config.nll.weight > 0
+        self.forward_losses = LOSSES[config.nll.source] if self.anchored else _circle_alone
         self.train_metrics = PairMetrics(config.margin)
         self.heldout_metrics = PairMetrics(config.margin, "/heldout")
         self.heldout_kmeans = KMeansAccuracy()
@@ -182,16 +182,8 @@ class ContrastiveModule(ResumableModule):
             config.margin,
             config.scale,
             weights=config.circle.weights.value,
-            detach=config.circle.detach_alpha,
-            aggregate=config.circle.aggregate.value,
-            reduction=config.circle.reduction.value,
         )
-        floor = losses.circle_floor(
-            labels,
-            aggregate=config.circle.aggregate.value,
-            reduction=config.circle.reduction.value,
-        )
-        return circle, floor
+        return circle, losses.circle_floor(labels)
 
     def nll_tokens(self, batch: PromptBatch) -> Tensor:
         """How many tokens the batch's NLL is a mean over."""
@@ -229,7 +221,6 @@ def _nll_of_general_pairs(module: ContrastiveModule, batch: PromptBatch) -> tupl
 
 
 LOSSES: dict[NLLSource, Callable[[ContrastiveModule, PromptBatch], tuple[Tensor, Tensor]]] = {
-    NLLSource.none: _circle_alone,
     NLLSource.prompt_tokens: _nll_of_prompts,
     NLLSource.user_tokens: _nll_of_prompts,
     NLLSource.general: _nll_of_general_pairs,

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from dcr import likelihood, models
-from dcr.config import LossNorm, SFTConfig
+from dcr.config import SFTConfig
 from dcr.data import PairBatch
 from dcr.models import Policy
 from dcr.prompts import IGNORED
@@ -46,9 +46,8 @@ class SFTModule(ResumableModule):
         self.keep_metrics_in_checkpoints()
 
     def training_step(self, batch: list[PairBatch], _: int) -> None:
-        weights = self.weights(batch)
-        losses = []
-        for index, (micro, weight) in enumerate(zip(batch, weights, strict=True)):
+        weight, losses = self.weight(batch), []
+        for index, micro in enumerate(batch):
             with self.gradients_exchanged(last=index == len(batch) - 1):
                 total, per_token = self.nll(micro)
                 losses.append(self.checked(total * weight, micro.names))
@@ -74,13 +73,11 @@ class SFTModule(ResumableModule):
         where = batch.targets != IGNORED
         return likelihood.head_nll(self.model, hidden[where], batch.targets[where])
 
-    def weights(self, batch: list[PairBatch]) -> list[Tensor]:
-        """What each micro-batch's summed NLL is multiplied by, equal for every token of a step."""
+    def weight(self, batch: list[PairBatch]) -> Tensor:
+        """What every token's NLL is multiplied by in a step: one over the tokens of all ranks."""
         tokens = torch.stack([(micro.targets != IGNORED).sum() for micro in batch])
-        if self.config.loss_norm is LossNorm.micro_batch:
-            return list(1.0 / (tokens.clamp(min=1) * len(batch) * self.trainer.world_size))
         everywhere = self.trainer.strategy.reduce(tokens.sum().float(), reduce_op="sum")
-        return [1.0 / torch.as_tensor(everywhere)] * len(batch)
+        return 1.0 / torch.as_tensor(everywhere)
 
     def gradients_exchanged(self, last: bool) -> AbstractContextManager[Any]:
         """Ranks exchange gradients once a step, with the last micro-batch."""
