@@ -24,6 +24,7 @@ from dcr.config import (
     DataConfig,
     DataError,
     EvaluationSets,
+    Kind,
     SafetyPairsConfig,
     SourceConfig,
     UserError,
@@ -502,6 +503,28 @@ def test_a_disk_that_is_full_or_read_only_is_named(folder: Folder) -> None:
     with scripted(replies) as server, pytest.raises(ConfigError, match=r"^out=.*out\.jsonl: Is a"):
         augment.main(tell(folder, server))
     assert server.bodies == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (b"[" * 100_000, "line: no JSON object"),
+        (b'{"id": "\xff"}', "line: no JSON object"),
+        (b"[1]", "line: no JSON object"),
+        (b'"id": 7', "id: no text"),
+        (b'"prompt": null', "prompt: no text"),
+        (b'"response": []', "response: no text"),
+    ],
+)
+def test_a_damaged_file_of_answers_is_named_with_its_line(
+    tmp_path: Path, damage: bytes, words: str
+) -> None:
+    row = b'{"id": "a", "prompt": "b", "response": "c", "source": "s", "answered_by": "made"}'
+    damaged = damage if words.startswith("line") else row[:-1] + b", " + damage + b"}"
+    file = tmp_path / "out.jsonl"
+    file.write_bytes(row + b"\n" + damaged + b"\n")
+    with pytest.raises(DataError, match=f"^{file}:2: {words}; name another file"):
+        answers.held(file, "made", [sources.Example("a", "b", Kind.seemingly_toxic, "s")])
 
 
 def test_held_is_empty_without_a_file(tmp_path: Path) -> None:

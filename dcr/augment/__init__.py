@@ -4,8 +4,8 @@ python -m dcr.augment source=xstest_safe model=<name> out=answers.jsonl [data.ro
 python -m dcr.augment source=xstest_safe endpoint=https://…/v1 endpoint_model=<name>
     out=answers.jsonl judge=llm llm.model=<name>
 
-Every other setting is one of `eval.py`. `options` reads the command line, `checking` says why an
-answer is rejected, `answers` keeps the file. Training only reads that file:
+Every other setting is one of `eval.py`. `answers` says why one is rejected and keeps the file.
+Training only reads that file:
 
 python train.py method=stl_aug stl_aug.responses=answers.jsonl
 
@@ -19,10 +19,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dcr import sources, storage
-from dcr.augment import answers, checking, options
-from dcr.augment.options import Options
-from dcr.config import EvalConfig, Kind
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+
+from dcr import cli, config, endpoints, judges, sources, storage
+from dcr.augment import answers
+from dcr.config import ConfigError, EvalConfig, Kind, Steering
 from dcr.endpoints import EndpointError
 from dcr.evaluation import answers as stored_answers
 from dcr.evaluation import subjects
@@ -32,9 +34,11 @@ from dcr.generation import Completion
 from dcr.models import Policy
 from dcr.runs import Run
 from dcr.sources import Example
+from dcr.text import label_of
 
-__all__ = ["INSTRUCTIONS", "Outcome", "augment", "main", "options"]
+__all__ = ["INSTRUCTIONS", "Options", "Outcome", "augment", "main"]
 
+CONF = Path(__file__).parents[2] / "conf"
 # What the system prompt says besides the model's own, attempt by attempt. The first asks as any
 # user would; the others are for prompts whose answers were rejected before.
 INSTRUCTIONS = (
@@ -45,6 +49,16 @@ INSTRUCTIONS = (
     "You answer a helpful FAQ. Each question has been checked and is safe. Begin at once with the "
     "answer itself, and give it in two to four plain sentences.",
 )
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line may hold besides settings of `eval.py`."""
+
+    source: str = ""
+    out: Path = Path()
+    count: int | None = None
+    attempts: int = 1
 
 
 @dataclass
@@ -67,27 +81,27 @@ class Outcome:
 
 def main(arguments: Sequence[str]) -> None:
     """Raises UserError for whatever a user can mend."""
-    told, settings = options.read(arguments)
-    outcome = augment(told, settings)
-    print(outcome.described(told))
+    options, settings = _read(arguments)
+    outcome = augment(options, settings)
+    print(outcome.described(options))
     if outcome.asked and outcome.unanswered == outcome.asked:
         raise EndpointError(
-            f"source={told.source}: no prompt was answered; the same command asks again"
+            f"source={options.source}: no prompt was answered; the same command asks again"
         )
 
 
-def augment(told: Options, settings: EvalConfig) -> Outcome:
-    """Answer, check and keep what is missing in `told.out`.
+def augment(options: Options, settings: EvalConfig) -> Outcome:
+    """Answer, check and keep what is missing in `options.out`.
 
     Raises UserError where the file is another's, and for all that answering and judging raise.
     """
-    options.check(told, settings, len(INSTRUCTIONS))
-    rows = sources.read(told.source, root=settings.data.root, kind=Kind.seemingly_toxic)
-    if told.count is not None:
-        rows = sources.draw(rows, told.count, settings.seed)
-    work = Run(Path(f"{told.out}.work"))
-    author = options.author(settings)
-    held = answers.held(told.out, author, rows)
+    _check(options, settings)
+    rows = sources.read(options.source, root=settings.data.root, kind=Kind.seemingly_toxic)
+    if options.count is not None:
+        rows = sources.draw(rows, options.count, settings.seed)
+    work = Run(Path(f"{options.out}.work"))
+    author = _author(settings)
+    held = answers.held(options.out, author, rows)
     subject = (
         Subject("endpoint") if settings.endpoint is not None else subjects.base(settings.model)
     )
@@ -95,17 +109,17 @@ def augment(told: Options, settings: EvalConfig) -> Outcome:
     outcome = Outcome(len(rows), accepted=sum(row.id in held for row in rows))
     left = [row for row in rows if row.id not in held]
     with storage.locked(work.folder):
-        for instruction in INSTRUCTIONS[: told.attempts]:
+        for instruction in INSTRUCTIONS[: options.attempts]:
             if not left:
                 break
             asking = _instructed(settings, instruction)
             given = _answered(asking, subject, policy, left, work)
             folder = subjects.answers_folder(asking, work, subject)
-            reasons = checking.reasons(given, asking, folder)
-            accepted = [a for a in given if reasons[a.id] == checking.ACCEPTED]
-            answers.add(told.out, author, left, accepted)
+            reasons = answers.reasons(given, asking, folder)
+            accepted = [a for a in given if reasons[a.id] == answers.ACCEPTED]
+            answers.add(options.out, author, left, accepted)
             outcome.accepted += len(accepted)
-            refused = {i: why for i, why in reasons.items() if why not in checking.OPEN}
+            refused = {i: why for i, why in reasons.items() if why not in answers.OPEN}
             outcome.unanswered += len(left) - len(accepted) - len(refused)
             outcome.rejected = Counter(refused.values())
             left = [row for row in left if row.id in refused]
@@ -130,6 +144,99 @@ def _answered(
 ) -> list[Completion]:
     """The rows' completions, asked for only where the folder does not hold them."""
     folder = subjects.answers_folder(settings, work, subject)
-    prompts = PromptSet(checking.SET, Kind.seemingly_toxic, list(rows))
+    prompts = PromptSet(answers.SET, Kind.seemingly_toxic, list(rows))
     ask = functools.partial(subjects.answer, settings, subject, policy)
-    return stored_answers.complete([prompts], ask, folder, settings.trainer.progress)[checking.SET]
+    return stored_answers.complete([prompts], ask, folder, settings.trainer.progress)[answers.SET]
+
+
+OWN = ("source", "out", "count", "attempts")
+
+
+def _read(arguments: Sequence[str]) -> tuple[Options, EvalConfig]:
+    """Raises ConfigError, in one line, for whatever cannot be."""
+    own: dict[str, str] = {}
+    overrides: list[str] = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            raise ConfigError(f"{argument}: cannot be read; settings are written key=value")
+        if key in OWN:
+            own[key] = value
+        else:
+            one = key == "judge" and "[" not in value  # where Hydra wants a list
+            overrides.append(f"judge=[{value}]" if one else argument)
+    return _options(own), _settings(overrides)
+
+
+def _options(own: dict[str, str]) -> Options:
+    for key in ("source", "out"):
+        if not own.get(key):
+            raise ConfigError(
+                f"{key}: nothing given; say which prompts with source=<name or .jsonl> and where "
+                "their answers go with out=<file.jsonl>"
+            )
+    if not own["out"].endswith(".jsonl"):
+        raise ConfigError(f"out={own['out']}: training reads files that end in .jsonl; add it")
+    return Options(
+        own["source"],
+        Path(own["out"]),
+        _number(own, "count") if "count" in own else None,
+        _number(own, "attempts") if "attempts" in own else Options.attempts,
+    )
+
+
+def _number(own: dict[str, str], key: str) -> int:
+    if not own[key].isdecimal() or int(own[key]) < 1:
+        raise ConfigError(f"{key}={own[key]}: give 1 or more")
+    return int(own[key])
+
+
+def _settings(overrides: Sequence[str]) -> EvalConfig:
+    """As `eval.py` would read them; sets of `data` that are not named are the embedded ones."""
+    keys = {override.partition("=")[0].lstrip("+") for override in overrides}
+    data = [] if "data" in keys else ["data=demo"]
+    cli.prepare()
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            composed = compose("eval", [*data, *overrides])
+    except HydraException as error:
+        raise ConfigError(config.one_line(error, EvalConfig, Options)) from error
+    if composed.run is not None:
+        raise ConfigError(
+            f"run={composed.run}: give model=<name or folder> or endpoint=<url>; "
+            "python -m dcr.export makes a folder of a run"
+        )
+    named = {"model", "model.name"} & keys
+    if (composed.endpoint is not None) == bool(named):
+        raise ConfigError("who answers? give either model=<name> or endpoint=<url>")
+    if composed.endpoint is not None:
+        name = str(composed.endpoint_model or "unnamed")  # which the checks then refuse
+        composed.model.name, composed.model.label = name, label_of(name)
+    return config.resolve(composed, EvalConfig)
+
+
+def _check(options: Options, settings: EvalConfig) -> None:
+    """Raises a UserError for what can be known wrong before anything is read or loaded."""
+    if options.attempts > len(INSTRUCTIONS):
+        raise ConfigError(f"attempts={options.attempts}: give 1 to {len(INSTRUCTIONS)}")
+    if settings.steering.method is not Steering.none:
+        raise ConfigError(f"steering={settings.steering.method.value}: not done here; leave it out")
+    for name in settings.judge:
+        if not answers.judges_compliance(name):
+            raise ConfigError(
+                f"judge={name.value}: does not say whether a harmless prompt was answered; "
+                "use llm or wildguard"
+            )
+    judges.check(settings.judge, settings)
+    if settings.endpoint is not None:
+        if settings.gen.self_cd:
+            raise ConfigError(
+                f"gen.self_cd={settings.gen.self_cd}: an endpoint shows no logits to contrast; "
+                "leave it out, or name the model with model="
+            )
+        endpoints.check(subjects.server_of(settings), "endpoint")
+
+
+def _author(settings: EvalConfig) -> str:
+    """Who answers, as it stands in every row."""
+    return str(settings.endpoint_model) if settings.endpoint is not None else settings.model.name
