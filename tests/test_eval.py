@@ -422,3 +422,15 @@ def test_a_stored_answer_that_is_none_is_named_by_its_line(tmp_path: Path, line:
     file.write_text(file.read_text() + line + "\n")
     with pytest.raises(DataError, match=r"set\.jsonl:2: .*remove the line"):
         generation.stored(file)
+
+
+def test_damaged_metrics_are_named_before_a_model_answers(fresh: Run) -> None:
+    settings, run = resolved(f"run={fresh.folder}", "tasks=[over_refusal]", "limit=1")
+    file = answers_of(settings, run) / "metrics.json"
+    eval_entry.evaluate(settings, run)
+    whole = file.read_text()
+    for damaged in (whole[:-20], "[]", whole.replace('"weights": "sft"', '"weights": 3')):
+        file.write_text(damaged)
+        with pytest.raises(DataError, match=r"metrics\.json: .*delete it"):
+            eval_entry.evaluate(settings, run)
+        assert file.read_text() == damaged

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
 from dcr import models, storage
 from dcr.config import AbilityConfig, ConfigError
@@ -29,6 +30,13 @@ from dcr.models import Policy, safe_label
 log = logging.getLogger(__name__)
 
 TASK_FILES = Path(__file__).parent / "harness"
+
+
+class Stored(TypedDict):
+    """A task's scores as they are kept, with what they depend on."""
+
+    made_with: dict[str, Any]
+    scores: dict[str, dict[str, Any]]
 
 
 def check(settings: AbilityConfig, root: str | None) -> None:
@@ -96,7 +104,7 @@ def ability(
             found = _scores(name, whole, cut, settings.limit)
             storage.write_text(file.with_suffix(".jsonl"), _lines(whole["samples"]))
             storage.write_json(file, {"made_with": made_with, "scores": found})
-        scores |= json.loads(file.read_text(encoding="utf-8"))["scores"]
+        scores |= storage.read_json(file, Stored)["scores"]
     for name, found in scores.items():
         if found["truncated"]:
             log.warning(

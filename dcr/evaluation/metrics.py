@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from dcr import activations, config, endpoints, judges, models, runs, steering, storage
+from dcr import activations, config, endpoints, judges, models, results, runs, steering, storage
 from dcr.config import ConfigError, EvalConfig, Kind, Task
 from dcr.evaluation import ability, answers, quality, scoring, subjects
 from dcr.evaluation.answers import Answers
@@ -102,11 +102,11 @@ def _write(
     origin = _origin(settings, run, subject)
     metrics = origin | _kept(folder, origin["settings"]) | dict(found)
     if (edits := folder / "steering.json").is_file():
-        metrics["steering"] = json.loads(edits.read_text(encoding="utf-8"))
+        metrics["steering"] = storage.read_json(edits, dict[str, Any])
     metrics["seconds"] = round(time.perf_counter() - began, 1)
     metrics["peak_memory_gib"] = round(runs.peak_memory_gib(), 2)
     _set_aside(folder, origin["settings"])
-    storage.write_json(folder / "metrics.json", metrics)
+    results.write(folder / "metrics.json", metrics)
     return metrics
 
 
@@ -165,24 +165,27 @@ def _decoded_otherwise(settings: EvalConfig) -> dict[str, Any]:
 
 def _set_aside(folder: Path, settings: dict[str, Any]) -> None:
     """Renames metrics of the same answers under other settings, such as another limit."""
-    file = folder / "metrics.json"
-    if not file.is_file():
-        return
-    before = json.loads(file.read_text())["settings"]
-    if before != settings:
-        aside = folder / f"metrics-{storage.fingerprint(before)}.json"
-        file.replace(aside)
-        changed = "; ".join(storage.differences(before, settings))
+    made = _before(folder).get("settings", settings)
+    if made != settings:
+        aside = folder / f"metrics-{storage.fingerprint(made)}.json"
+        (folder / "metrics.json").replace(aside)
+        changed = "; ".join(storage.differences(made, settings))
         log.warning("%s: metrics of other settings (%s) are now in %s", folder, changed, aside.name)
 
 
 def _kept(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """What an earlier command measured of the same answers, and this one did not ask for."""
+    before = _before(folder)
+    found = {key: before[key] for key in (*(t.value for t in ALONE), "steering") if key in before}
+    if before.get("settings") == settings:
+        found |= {key: before[key] for key in SCORES if key in before}
+    return found
+
+
+def _before(folder: Path) -> dict[str, Any]:
+    """`metrics.json` as it stands there, if it does. DataError where it is damaged."""
     file = folder / "metrics.json"
     if not file.is_file():
         return {}
-    before = json.loads(file.read_text())
-    found = {key: before[key] for key in (*(t.value for t in ALONE), "steering") if key in before}
-    if before["settings"] == settings:
-        found |= {key: before[key] for key in SCORES if key in before}
-    return found
+    results.read(file)
+    return json.loads(file.read_text(encoding="utf-8"))
