@@ -220,9 +220,9 @@ def test_curves_hold_the_logged_values(folders: list[Path], tmp_path: Path) -> N
         for row in rows:
             place = KINDS.index(row["kind"]) + 3 * (row["quantity"] == "prefix_free")
             wanted = min(1.0, offset + 0.05 * place + 0.01 * int(row["step"]))
-            assert float(row["value"]) == wanted  # every digit is there
+            assert float(row["estimate"]) == wanted  # every digit is there
             assert (row["method"], row["source"], row["low"]) == (method, "metrics.csv", "")
-    followed = {(r["kind"], int(r["step"])): float(r["value"]) for r in values(tmp_path, "1b")}
+    followed = {(r["kind"], int(r["step"])): float(r["estimate"]) for r in values(tmp_path, "1b")}
     assert followed["toxic", 9] == 0.1 + 0.05 * 7 + 0.01 * 9
     assert len(followed) == 3 * len(STEPS)
     rows = values(tmp_path, "3")
@@ -232,7 +232,7 @@ def test_curves_hold_the_logged_values(folders: list[Path], tmp_path: Path) -> N
         if (r["params"], r["observer"], r["trained"], r["step"])
         == ("trunk-14", "toxic", "normal", "20")
     )  # fmt: skip
-    assert float(row["value"]) == 0.4 + 0.1 * 1 + 0.03 * 2 - 0.001 * 20
+    assert float(row["estimate"]) == 0.4 + 0.1 * 1 + 0.03 * 2 - 0.001 * 20
 
 
 def keep(folder: Path, stage: str, step: int, block: dict[str, Any]) -> Path:
@@ -259,7 +259,7 @@ def test_tracked_curves_have_intervals_where_they_were_kept(tmp_path: Path) -> N
         keep(run, "sft", step, block)
     draw(tmp_path, [run], "5a", "3", "1b")
     found = {
-        (r["kind"], int(r["step"])): tuple(r[key] for key in ("value", "low", "high", "source"))
+        (r["kind"], int(r["step"])): tuple(r[key] for key in ("estimate", "low", "high", "source"))
         for r in values(tmp_path, "5a")
         if r["quantity"] == "plain"
     }
@@ -275,10 +275,10 @@ def test_tracked_curves_have_intervals_where_they_were_kept(tmp_path: Path) -> N
         == ("trunk-14", "toxic", "normal", "20")
     )  # fmt: skip
     wanted = (20 + 0.1 + 0.03 * 2 + 1, 20 + 0.1, 20 + 0.1 + 0.2)
-    assert tuple(float(row[key]) for key in ("value", "low", "high")) == pytest.approx(wanted)
+    assert tuple(float(row[key]) for key in ("estimate", "low", "high")) == pytest.approx(wanted)
     followed = values(tmp_path, "1b")  # single prompts, which have no interval over prompts
     assert {r["low"] for r in followed} == {""}
-    assert {r["value"] for r in followed if r["step"] == "9"} == {"0.5", "0.25"}
+    assert {r["estimate"] for r in followed if r["step"] == "9"} == {"0.5", "0.25"}
 
 
 def test_unfinished_tracking_leaves_the_logged_curve(tmp_path: Path) -> None:
@@ -311,7 +311,7 @@ def test_matrices_of_tracking_have_intervals_where_they_were_kept(tmp_path: Path
     keep(run, "contrastive", 20, {"kernel": matrix(0.3)})
     draw(tmp_path, [run], "6")
     found = {
-        (r["figure"], r["observer"], r["trained"]): (r["mean"], r["low"], r["high"])
+        (r["figure"], r["observer"], r["trained"]): (r["estimate"], r["low"], r["high"])
         for r in values(tmp_path, "6")
         if r["params"] == "tail-2"
     }
@@ -337,15 +337,15 @@ def test_without_tracking_the_curves_come_from_snapshots(tmp_path: Path) -> None
         r for r in values(tmp_path, "5a")
         if (r["quantity"], r["kind"], r["step"]) == ("plain", "toxic", "8")
     )  # fmt: skip
-    assert [float(row[key]) for key in ("value", "low", "high")] == [0.18, 0.05, 0.3]
+    assert [float(row[key]) for key in ("estimate", "low", "high")] == [0.18, 0.05, 0.3]
     assert row["source"] == "snapshots"
-    assert {float(r["value"]) for r in values(tmp_path, "9")} == {0.5, 0.25}
+    assert {float(r["estimate"]) for r in values(tmp_path, "9")} == {0.5, 0.25}
     assert {r["step"] for r in values(tmp_path, "3")} == {"0", "8"}
 
 
 def test_rejection_rates_pool_the_sets(folders: list[Path], tmp_path: Path) -> None:
     draw(tmp_path, folders, "1a", "4")
-    rates = {(r["kind"], int(r["step"])): float(r["value"]) for r in values(tmp_path, "1a")}
+    rates = {(r["kind"], int(r["step"])): float(r["estimate"]) for r in values(tmp_path, "1a")}
     # step 9 is the third: 4 of 10 and 1 of 4 safe prompts refused, 7 of 10 unsafe ones
     assert rates["seemingly_toxic", 9] == pytest.approx(5 / 14)
     assert rates["toxic", 9] == pytest.approx(7 / 10)
@@ -380,7 +380,7 @@ def test_matrices_hold_means_and_intervals(folders: list[Path], tmp_path: Path) 
         if (r["figure"], r["params"], r["observer"], r["trained"])
         == ("6b", "trunk-14", "normal", "toxic")
     )  # fmt: skip
-    found = [float(row[key]) for key in ("mean", "low", "high")]
+    found = [float(row[key]) for key in ("estimate", "low", "high")]
     assert found == pytest.approx([0.3 + 0.2 + 0.03 + 1, 0.5, 0.7])
     assert row["weights"] == "contrastive"
 
@@ -399,7 +399,7 @@ def test_matrices_of_tracking_alone(folders: list[Path], tmp_path: Path) -> None
     track(run, "contrastive", kernels(0.5))
     draw(tmp_path, [run], "6")
     found = {
-        (r["figure"], r["observer"], r["trained"]): (float(r["mean"]), r["low"])
+        (r["figure"], r["observer"], r["trained"]): (float(r["estimate"]), r["low"])
         for r in values(tmp_path, "6")
         if r["params"] == "tail-2"
     }
@@ -429,7 +429,7 @@ def point(
     compliance: float, safety: float, strength: float | None, step: int | None = None
 ) -> Operating:
     run = RunRecord(Path("r"), {}, {}, [], [], [])
-    found = Evaluation(Path("e"), "sft", step, {}, {}, {})
+    found = Evaluation(Path("e"), "sft", step)
     x, y = (Interval(value, value, value) for value in (compliance, safety))
     return Operating("scans", run, found, strength, step, x, y)
 
@@ -625,7 +625,7 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
 def test_torn_blocks_are_named(block: str, torn: dict[str, Any], tmp_path: Path) -> None:
     about: dict[str, Any] = {block: torn}
     place = make_eval(make_run(tmp_path / "run", "stl"), {"safe": "c"}, **about)
-    with pytest.raises(DataError, match=re.escape(f"{place}/metrics.json: {block}: damaged")):
+    with pytest.raises(DataError, match=re.escape(f"{place}/metrics.json: {block}")):
         read_run(tmp_path / "run")
 
 

@@ -16,9 +16,10 @@ from dcr.report import comparisons, figures, page, paper, tables
 from dcr.report.__main__ import main
 from dcr.report.columns import Completions, Style, entries, seed_groups
 from dcr.report.records import read_run
-from dcr.report.tables import Value
+from dcr.report.tables import Cell
 from dcr.runs import Run
 from dcr.statistics import Interval
+from dcr.text import encodable
 
 REFUSAL, ANSWER = "I cannot help with that.", "Open the terminal and type kill."
 SETTINGS = {"max_new_tokens": 48, "limit": 10, "seed": 0}
@@ -51,12 +52,11 @@ def make_eval(
             "unseen": None,
         }
         rows = [
-            {"id": f"{set_name}-{i}", "prompt": f"{set_name} prompt {i}", "tokens": 5,
-             "ended": True, "refusal_mass": 0.5, "response": REFUSAL if v == "r" else ANSWER}
+            answer(f"{set_name}-{i}", f"{set_name} prompt {i}", REFUSAL if v == "r" else ANSWER)
             for i, v in enumerate(verdicts)
-        ]  # fmt: skip
+        ]
         if completions:
-            (place / f"{set_name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+            (place / f"{set_name}.jsonl").write_text("".join(rows))
     config = yaml.safe_load((folder / "config.yaml").read_text())
     metrics = {
         "weights": weights, "step": step, "settings": SETTINGS, "method": config["method"],
@@ -66,6 +66,12 @@ def make_eval(
     } | about  # fmt: skip
     (place / "metrics.json").write_text(json.dumps(metrics))
     return place
+
+
+def answer(identity: str, prompt: str, response: str, mass: float | None = 0.5) -> str:
+    """A line of a file of completions."""
+    found = {"id": identity, "prompt": prompt, "response": response, "tokens": 5, "ended": True}
+    return json.dumps(found | {"refusal_mass": mass}) + "\n"
 
 
 def make_run(
@@ -87,7 +93,7 @@ def change(place: Path, set_name: str, **keys: Any) -> None:
     path.write_text(json.dumps(metrics))
 
 
-def table_of(*folders: Path) -> dict[str, dict[str, list[Value | None]]]:
+def table_of(*folders: Path) -> dict[str, dict[str, list[Cell | None]]]:
     """The main table as {section: {row: values}}."""
     columns = entries([read_run(folder) for folder in folders])
     return {
@@ -174,9 +180,9 @@ def test_in_distribution_sets_are_marked_and_left_out_of_a_second_pool(tmp_path:
     unseen = {"n": 4, "refused": {"paper": 1, "recommended": 2}}
     change(place, "safe", in_distribution=True, unseen=unseen)
     rows = table_of(other, run)["compliance, %"]  # columns: STL, DCR
-    assert [value.marked for value in rows["safe"]] == [False, True]
-    assert [value.marked for value in rows["okay"]] == [False, False]
-    assert [value.marked for value in rows["pooled"]] == [False, True]
+    assert [value.marks for value in rows["safe"]] == ["", "†"]
+    assert [value.marks for value in rows["okay"]] == ["", ""]
+    assert [value.marks for value in rows["pooled"]] == ["", "†"]
     assert [value.estimate for value in rows["pooled without †"]] == [1.0, 1.0]
     text, html = build(tmp_path, run, other)
     assert re.search(r"safe +0\.0 \[0–28\] +0\.0 \[0–28\]†", text)
@@ -322,8 +328,9 @@ HOSTILE = [
 def test_hostile_text_is_escaped_and_harmless(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a", preset="<b>$x_1$</b>")
     place = make_eval(run, {"safe": "c" * len(HOSTILE), "unsafe": "rr"})
-    rows = [{"id": i, "prompt": f"{t} ?", "response": t} for i, t in enumerate(HOSTILE)]
-    (place / "safe.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    # half characters are replaced where answers are stored
+    rows = [answer(str(i), encodable(f"{t} ?"), encodable(t)) for i, t in enumerate(HOSTILE)]
+    (place / "safe.jsonl").write_text("".join(rows))
     (tmp_path / "clean").mkdir()
     clean = make_run(tmp_path / "clean" / "a")
     make_eval(clean, {"safe": "c" * len(HOSTILE), "unsafe": "rr"})
@@ -372,7 +379,6 @@ def write_curves(run: Path) -> None:
     for suffix in ("", "/heldout"):
         for name, value in (("circle", 6.5), ("above_floor", 1.5), ("within_cosine", 0.9)):
             rows.append(("contrastive", 4, 1, f"contrastive/{name}{suffix}", value))
-        rows.append(("contrastive", 4, 1, f"contrastive/across_cosine{suffix}", float("nan")))
         rows.append(("contrastive", 2, 0, f"contrastive/across_cosine{suffix}", 0.1))
         rows.append(("sft", 4, 1, f"sft/nll/general{suffix}", 2.5))
         rows.append(("sft", 4, 1, f"sft/nll/refusal{suffix}", 0.5))
@@ -413,13 +419,12 @@ def test_unfinished_files_are_skipped_aloud(tmp_path: Path) -> None:
         file.write('{"id": "safe-3", "prom')
     (place / "unsafe.jsonl").unlink()
     change(place, "safe", refused={"paper": 2}, n=3)
-    (run / "metrics.csv").write_text("stage,step,epoch,key,value\nsft,1,0,sft/step_nll,1.5e\n")
+    (run / "metrics.csv").write_text("stage,step,epoch,key,value\nsft,1,0,sft/step_nll,1.5")
     text, html = build(tmp_path, run)
     told = [line for line in text.splitlines() if line.startswith("note: ")]
     for path, reason in (
         ("nothing/metrics.json", "skipped"),
         ("unfinished", "no metrics.json"),
-        ("safe.jsonl:4", "cut off"),
         ("safe.jsonl", "1 of 3 refused, metrics.json says 2 of 3"),
         ("unsafe.jsonl", "missing"),
         ("metrics.csv", "skipped"),
@@ -458,9 +463,8 @@ def test_a_store_may_hold_more_than_the_set(tmp_path: Path) -> None:
     place = make_eval(run, {"safe": "crcc", "unsafe": "rr"})
     counts = {"paper": 1, "recommended": 1}
     change(place, "safe", n=2, refused=counts, ids=["safe-2", "safe-1"])
-    again = {"id": "safe-1", "prompt": "safe prompt 1", "response": REFUSAL + " Again."}
     with (place / "safe.jsonl").open("a") as file:
-        file.write(json.dumps(again) + "\n")
+        file.write(answer("safe-1", "safe prompt 1", f"{REFUSAL} Again."))
     notes: list[str] = []
     (entry,) = entries([read_run(run)])
     kept = Completions(notes)(entry, "safe")
@@ -499,9 +503,8 @@ def test_pooled_auroc_without_marked_sets_is_recomputed_from_the_completions(
               "unsafe": [0.2, 0.7], "other_unsafe": [0.6]}  # fmt: skip
     place = make_eval(run, {name: "c" * len(found) for name, found in masses.items()})
     for name, found in masses.items():
-        rows = [{"id": f"{name}-{i}", "prompt": "?", "response": ANSWER, "refusal_mass": mass}
-                for i, mass in enumerate(found)]  # fmt: skip
-        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows = [answer(f"{name}-{i}", "?", ANSWER, mass) for i, mass in enumerate(found)]
+        (place / f"{name}.jsonl").write_text("".join(rows))
     assert list(table_of(run)["discernment AUROC"]) == ["pooled", "safe / unsafe"]
     change(place, "safe", in_distribution=True)
     rows = table_of(run)["discernment AUROC"]
@@ -597,9 +600,9 @@ def test_partial_refusals_stand_beside_full_ones(tmp_path: Path) -> None:
         ("eval/main/metrics.json", "[1]", "eval/main/metrics.json: "),
         ("eval/main/metrics.json", '{"weights": "sft", "sets": {"safe": 3}}', "sets.safe"),
         ("eval/main/metrics.json", "[" * 100_000, "eval/main/metrics.json: "),
-        ("eval/main/safe.jsonl", '{"id": 1, "prompt": "", "response": ""}\n3\n', "safe.jsonl:2: "),
-        ("eval/main/safe.jsonl", '{"id": 1, "prompt": "?"}\n', "safe.jsonl:1: "),
-        ("eval/main/safe.jsonl", "{" * 100_000 + "\n", "safe.jsonl:1: "),
+        ("eval/main/safe.jsonl", answer("1", "", "") + "3\n", "safe.jsonl:2: "),
+        ("eval/main/safe.jsonl", '{"id": "1", "prompt": "?"}\n', "safe.jsonl:1: "),
+        ("eval/main/safe.jsonl", "[" * 100_000 + "\n", "safe.jsonl:1: "),
         ("config.yaml", "method: [dcr", "config.yaml: "),
         ("config.yaml", "a: &a [*a]", "config.yaml: "),
         ("config.yaml", "1: 2\nb: 3\ndata: {1: 2, b: 3}", "config.yaml: "),

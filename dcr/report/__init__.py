@@ -12,15 +12,15 @@ from pathlib import Path
 
 from dcr import storage
 from dcr.report import analyses, claims, comparisons, curves, figures, page, paper, tables
-from dcr.report.claims import Finding
+from dcr.report.claims import ClaimRow
 from dcr.report.columns import Completions, Entry, about, entries, seed_groups
-from dcr.report.figures import Printed
+from dcr.report.figures import Drawing
 from dcr.report.paper import PaperTable
 from dcr.report.records import RunRecord, read_run
 from dcr.text import printable
 
 WIDTH = 100  # where no terminal tells its own
-DRAWN: dict[str, Callable[[Sequence[RunRecord]], Printed]] = {
+DRAWN: dict[str, Callable[[Sequence[RunRecord]], Drawing]] = {
     **curves.CURVES,
     "4": curves.figure4,
     **analyses.KERNELS,
@@ -73,7 +73,7 @@ def build(
         page.Shown(figure, files["svg"], _command(folders, name, drawn))
         for name, (figure, files) in zip(drawn.names, made, strict=True)
     ]
-    found = claims.findings(records, notes) if with_claims else []
+    found = claims.claim_rows(records, notes) if with_claims else []
     report = page.Report(
         records, columns, grids, groups, seeds, pairs, notes, completions, papers, shown, found
     )
@@ -90,7 +90,7 @@ def build(
     return "\n".join([text, *told, *(claims.lines(found, width) if with_claims else ())])
 
 
-def _figures(records: Sequence[RunRecord], wanted: Wanted) -> list[Printed]:
+def _figures(records: Sequence[RunRecord], wanted: Wanted) -> list[Drawing]:
     """In the order asked. UserError, naming the command that makes them, where data are lacking."""
     return [
         comparisons.operating_points(records, wanted.margin, wanted.data)
@@ -103,8 +103,8 @@ def _figures(records: Sequence[RunRecord], wanted: Wanted) -> list[Printed]:
 def _write_beside(
     place: Path,
     papers: Sequence[PaperTable],
-    made: Sequence[tuple[Printed, dict[str, bytes]]],
-    found: Sequence[Finding],
+    made: Sequence[tuple[Drawing, dict[str, bytes]]],
+    found: Sequence[ClaimRow],
 ) -> None:
     """Tables, figures and claims, into the page's folder."""
     for table in papers:

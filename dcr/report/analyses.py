@@ -30,15 +30,16 @@ from dcr.report.curves import (
     of_method,
     tracked_kernels,
 )
-from dcr.report.figures import INK, MARKERS, PALETTE, Printed, kind_name
-from dcr.report.records import LAYER_SCORES, Evaluation, RunRecord, Separability
+from dcr.report.figures import INK, MARKERS, PALETTE, Drawing, kind_name
+from dcr.report.records import Evaluation, RunRecord, interval
+from dcr.results.schema import Separability
 from dcr.statistics import Interval
 from dcr.text import printable
 
 NORM = "mean normalised ‖K‖"
 SHADES = colormaps["Blues"]
 MATRIX_HEADER = ("figure", "weights", "model", "run", "params", "normalise", "observer", "trained",
-                 "mean", "low", "high", "source")  # fmt: skip
+                 "estimate", "low", "high", "source")  # fmt: skip
 BEFORE, AFTER = "6a", "6b"
 CURES = {
     BEFORE: "run python eval.py model=<name> tasks=[kernel]",
@@ -65,7 +66,7 @@ class Matrix:
         return config_of(self.run, "model")
 
 
-def figure3(records: Sequence[RunRecord]) -> Printed:
+def figure3(records: Sequence[RunRecord]) -> Drawing:
     """All nine pairs of kinds over SFT: a row of panels a run and choice of parameters."""
     chosen = of_method(records, "stl") or records
     found, notes = found_in(
@@ -85,13 +86,14 @@ def figure3(records: Sequence[RunRecord]) -> Printed:
         for name, t in zip(called, found, strict=True)
         for params in _choices(t.curves)
     ]  # fmt: skip
-    return Printed(
+    return Drawing(
         "figure3",
         "Figure 3: the kernel between kinds of prompts during SFT",
         "Mean normalised ‖K(x′,x)‖ for all nine pairs of kinds against the step of SFT: a panel "
         "for each kind of observer x′, a line for each kind of trained prompt x, a row for each "
         "choice of parameters. STL where it was given, else every run.",
-        ("run", "method", "model", "params", "observer", "trained", "step", "value", "low", "high",
+        ("run", "method", "model", "params", "observer", "trained", "step", "estimate", "low",
+         "high",
          "source"),
         rows,
         lambda: _draw_curves(blocks),
@@ -137,17 +139,17 @@ def _drawn_values(axes: Axes) -> list[float]:
     return [float(value) for line in axes.lines for value in np.asarray(line.get_ydata())] or [1.0]
 
 
-def figure6a(records: Sequence[RunRecord]) -> Printed:
+def figure6a(records: Sequence[RunRecord]) -> Drawing:
     """The 3×3 matrix of the base model."""
     return _matrices("6a", [_before(records)])
 
 
-def figure6b(records: Sequence[RunRecord]) -> Printed:
+def figure6b(records: Sequence[RunRecord]) -> Drawing:
     """The 3×3 matrix after stage one."""
     return _matrices("6b", [_after(records)])
 
 
-def figure6(records: Sequence[RunRecord]) -> Printed:
+def figure6(records: Sequence[RunRecord]) -> Drawing:
     """Both on one scale."""
     return _matrices("6", [_before(records), _after(records)])
 
@@ -175,7 +177,8 @@ def _after(records: Sequence[RunRecord]) -> list[Matrix]:
 
 def _evaluated(figure: str, records: Sequence[RunRecord], weights: str) -> list[Matrix]:
     return [
-        Matrix(figure, weights, run, params, found.kernel.normalise, cells,
+        Matrix(figure, weights, run, params, found.kernel.normalise,
+               {o: {t: interval(cell) for t, cell in row.items()} for o, row in cells.items()},
                printable(str(found.folder)))
         for run in records
         for found in run.evaluations
@@ -217,7 +220,7 @@ def _distinct(figure: str, found: list[Matrix], records: Sequence[RunRecord]) ->
     return kept
 
 
-def _matrices(figure: str, parts: Sequence[list[Matrix]]) -> Printed:
+def _matrices(figure: str, parts: Sequence[list[Matrix]]) -> Drawing:
     matrices = [matrix for part in parts for matrix in part]
     rows = [
         (m.figure, m.weights, m.model, printable(str(m.run.folder)), m.params, m.normalise,
@@ -228,7 +231,7 @@ def _matrices(figure: str, parts: Sequence[list[Matrix]]) -> Printed:
     ]  # fmt: skip
     told = {"6a": "before stage one (the base model)", "6b": "after stage one"}
     what = told.get(figure, "before (a) and after (b) stage one")
-    return Printed(
+    return Drawing(
         f"figure{figure}",
         f"Figure {figure}: the kernel between kinds of prompts {what}",
         f"Mean normalised ‖K(x′,x)‖ {what}: rows are observers x′, columns trained prompts x; "
@@ -296,6 +299,7 @@ KERNELS = {"3": figure3, "6": figure6, "6a": figure6a, "6b": figure6b}
 
 ACROSS = 6  # panels of Figure 8 side by side
 DRAWN_AS_VECTORS = 4000  # points; more are one picture inside the SVG, its text still text
+LAYER_SCORES = ("kmeans", "probe", "probe_low", "probe_high", "silhouette", "fisher")
 CLASSES = ("seemingly_toxic", "toxic")  # by label
 CURE = (
     "run python eval.py run=<run> tasks=[separability] (stage=contrastive for those between "
@@ -304,7 +308,7 @@ CURE = (
 
 
 @dataclass(frozen=True)
-class Measured:
+class LayerScores:
     """The separability of one run's weights, by name."""
 
     name: str
@@ -312,11 +316,18 @@ class Measured:
     evaluation: Evaluation
     found: Separability
 
+    @property
+    def points(self) -> dict[int, list[tuple[float, float]]]:
+        """Plane coordinates by layer, where there are any."""
+        return {int(layer): points for layer, points in self.found.mds.items() if points}
 
-def _measured(figure: str, records: Sequence[RunRecord]) -> list[Measured]:
+
+def _layer_scores(figure: str, records: Sequence[RunRecord]) -> list[LayerScores]:
     called = names(records)
     found = [
-        Measured(name_of_weights(name, run, evaluation), run, evaluation, evaluation.separability)
+        LayerScores(
+            name_of_weights(name, run, evaluation), run, evaluation, evaluation.separability
+        )
         for stage in STAGES
         for name, run in zip(called, records, strict=True)
         for evaluation in run.evaluations
@@ -328,16 +339,16 @@ def _measured(figure: str, records: Sequence[RunRecord]) -> list[Measured]:
     return list(distinct.values())
 
 
-def figure7(records: Sequence[RunRecord]) -> Printed:
+def figure7(records: Sequence[RunRecord]) -> Drawing:
     """k-means accuracy over layers, with the majority class."""
-    found = _measured("7", records)
+    found = _layer_scores("7", records)
     rows = [
-        (m.name, m.evaluation.weights, config_of(m.run, "model"), layer,
-         *(scores[key] for key in LAYER_SCORES), m.found.majority)
+        (m.name, m.evaluation.weights, config_of(m.run, "model"), scores.layer,
+         *(getattr(scores, key) for key in LAYER_SCORES), m.found.majority)
         for m in found
-        for layer, scores in m.found.layers.items()
+        for scores in m.found.layers
     ]  # fmt: skip
-    return Printed(
+    return Drawing(
         "figure7",
         "Figure 7: k-means accuracy per layer",
         "Accuracy of k-means with two clusters, matched to seemingly toxic and toxic prompts, on "
@@ -350,7 +361,7 @@ def figure7(records: Sequence[RunRecord]) -> Printed:
     )
 
 
-def _draw_accuracies(found: Sequence[Measured]) -> Figure:
+def _draw_accuracies(found: Sequence[LayerScores]) -> Figure:
     figure, (axes,) = figures.panels(1, 4.4, 2.9)
     handles = []
     for place, measured in enumerate(found):
@@ -360,9 +371,9 @@ def _draw_accuracies(found: Sequence[Measured]) -> Figure:
             "linestyle": ("-", "--", "-.")[place % 3],
         }
         points = [
-            (layer, scores["kmeans"])
-            for layer, scores in measured.found.layers.items()
-            if scores["kmeans"] is not None
+            (scores.layer, scores.kmeans)
+            for scores in measured.found.layers
+            if scores.kmeans is not None
         ]
         axes.plot([layer for layer, _ in points], [value for _, value in points], **style)
         handles.append(Line2D([], [], label=measured.name, **style))
@@ -380,19 +391,21 @@ def _draw_accuracies(found: Sequence[Measured]) -> Figure:
     return figure
 
 
-def figure8(records: Sequence[RunRecord]) -> Printed:
+def figure8(records: Sequence[RunRecord]) -> Drawing:
     """Classical MDS of the features, a panel a layer."""
-    found = [m for m in _measured("8", records) if m.found.mds]
+    found = [m for m in _layer_scores("8", records) if m.points]
     if not found:
         raise UserError(f"figure 8: no MDS coordinates in {folders(records)}; {CURE}")
     rows = [
         (m.name, m.evaluation.weights, config_of(m.run, "model"), layer, identity,
          CLASSES[label], x, y)
         for m in found
-        for layer, points in m.found.mds.items()
-        for identity, label, (x, y) in zip(m.found.ids, m.found.labels, points, strict=True)
+        for layer, points in m.points.items()
+        for identity, label, (x, y) in zip(
+            m.found.ids or range(len(points)), m.found.labels, points, strict=True
+        )
     ]  # fmt: skip
-    return Printed(
+    return Drawing(
         "figure8",
         "Figure 8: classical MDS of the features",
         "Classical (Torgerson) multidimensional scaling of seemingly toxic and toxic prompts after "
@@ -403,19 +416,19 @@ def figure8(records: Sequence[RunRecord]) -> Printed:
     )
 
 
-def _draw_panels(found: Sequence[Measured]) -> Figure:
-    down = [math.ceil(len(m.found.mds) / ACROSS) for m in found]
+def _draw_panels(found: Sequence[LayerScores]) -> Figure:
+    down = [math.ceil(len(m.points) / ACROSS) for m in found]
     figure = Figure(figsize=(6.9, 0.4 + sum(1.17 * rows + 0.3 for rows in down)),
                     layout="constrained")  # fmt: skip
     parts = figure.subfigures(len(found), 1, squeeze=False, height_ratios=[r + 0.25 for r in down])
-    points = sum(len(drawn) for m in found for drawn in m.found.mds.values())
+    points = sum(len(drawn) for m in found for drawn in m.points.values())
     for part, measured, rows in zip(parts.ravel(), found, down, strict=True):
         part.suptitle(measured.name, x=0.01, ha="left", fontsize=8.5)
         axes = part.subplots(rows, ACROSS, squeeze=False).ravel()
-        for spare in axes[len(measured.found.mds) :]:
+        for spare in axes[len(measured.points) :]:
             spare.set_visible(False)
-        for place, layer in zip(axes, sorted(measured.found.mds), strict=False):
-            _draw_points(place, measured.found, layer, points > DRAWN_AS_VECTORS)
+        for place, layer in zip(axes, sorted(measured.points), strict=False):
+            _draw_points(place, measured, layer, points > DRAWN_AS_VECTORS)
     figures.key(figure, [
         Line2D([], [], color=figures.kind_style(kind)[0], marker=figures.kind_style(kind)[1],
                linestyle="", label=figures.kind_name(kind))
@@ -424,9 +437,13 @@ def _draw_panels(found: Sequence[Measured]) -> Figure:
     return figure
 
 
-def _draw_points(axes: Axes, found: Separability, layer: int, as_picture: bool) -> None:
+def _draw_points(axes: Axes, measured: LayerScores, layer: int, as_picture: bool) -> None:
     for label, kind in enumerate(CLASSES):
-        own = [p for p, of in zip(found.mds[layer], found.labels, strict=True) if of == label]
+        own = [
+            p
+            for p, of in zip(measured.points[layer], measured.found.labels, strict=True)
+            if of == label
+        ]
         colour, marker, _ = figures.kind_style(kind)
         axes.plot([x for x, _ in own], [y for _, y in own], marker, color=colour, markersize=1.8,
                   markeredgewidth=0, alpha=0.7, rasterized=as_picture)  # fmt: skip

@@ -1,7 +1,5 @@
 """The paper's claims, each measured, judged by one rule and told in a sentence."""
 
-import csv
-import io
 import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +11,8 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 
 from dcr import ntk
+from dcr.config import DataError
+from dcr.report import tables
 from dcr.report.columns import about, steering
 from dcr.report.curves import (
     KEPT,
@@ -24,25 +24,16 @@ from dcr.report.curves import (
     names,
     snapshots,
 )
-from dcr.report.records import (
-    STEP_SCORES,
-    UNREADABLE,
-    Evaluation,
-    Kernel,
-    OneStep,
-    Probability,
-    RunRecord,
-    damaged,
-)
-from dcr.report.tables import plain_cell
+from dcr.report.records import Evaluation, RunRecord, interval
+from dcr.results.schema import Estimate, Kernel, OneStep, RefusalProbability
 from dcr.statistics import Interval
-from dcr.text import printable
+from dcr.text import printable, single_line
 
 RESAMPLES = 2000
 SEED = 0  # of the bootstrap, fixed so that a report is reproducible
 FLAT = 1e-12  # of its own size: a curve that moves less than that is rounding, not a movement
 HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
-Cell = tuple[str, str]  # observer kind, trained kind
+KindPair = tuple[str, str]  # observer kind, trained kind
 
 Draws = Int[np.ndarray, "resamples prompts"]
 Curves = Float[np.ndarray, "steps prompts"]
@@ -88,7 +79,7 @@ def _normed(values: Float[np.ndarray, "rows steps"]) -> Float[np.ndarray, "rows 
 def contrast(
     matrix: Float[np.ndarray, "observer trained"],
     kinds: Sequence[str],
-    weights: Mapping[Cell, float],
+    weights: Mapping[KindPair, float],
     drawn: Mapping[str, Draws],
 ) -> Interval:
     """A weighted sum of means by kind, a prompt's pair with itself left out.
@@ -108,7 +99,7 @@ def contrast(
 def _mean_of(
     matrix: Float[np.ndarray, "observer trained"],
     kinds: Sequence[str],
-    cell: Cell,
+    cell: KindPair,
     drawn: Mapping[str, Draws],
 ) -> tuple[float, Float[np.ndarray, "resamples"]]:
     rows, columns = ([i for i, kind in enumerate(kinds) if kind == wanted] for wanted in cell)
@@ -162,7 +153,7 @@ class PromptCurves:
 
 
 @dataclass(frozen=True)
-class Measured:
+class KeptKernel:
     """A kernel that was kept whole: which run's, at which weights, in which folder."""
 
     run: RunRecord
@@ -174,15 +165,16 @@ class Measured:
     @property
     def terms(self) -> tuple[object, ...]:
         """What two kernels must share to be compared."""
-        return self.kernel.ids, self.kernel.of, self.kernel.top_k, self.kernel.normalise
+        kernel = self.kernel
+        return tuple(kernel.ids), tuple(kernel.of), kernel.top_k, kernel.normalise
 
 
 @dataclass(frozen=True)
 class Pair:
     """A kernel before and after stage one over the same prompts, as normalised matrices."""
 
-    before: Measured
-    after: Measured
+    before: KeptKernel
+    after: KeptKernel
     params: str
     matrices: tuple[np.ndarray, np.ndarray]
 
@@ -206,16 +198,21 @@ def prompt_curves(run: RunRecord) -> PromptCurves | None:
     return None
 
 
-def _followed(by_step: Mapping[int, Probability]) -> dict[str, np.ndarray]:
-    """The prompts that were measured at every step, by kind."""
-    found = {}
-    parts = [by_step[step].values.get("plain", {}) for step in sorted(by_step)]
-    for kind in dict.fromkeys(kind for part in parts for kind in part):
-        rows = [part.get(kind, {}) for part in parts]
-        shared = [identity for identity in rows[0] if all(identity in row for row in rows)]
-        if shared:
-            found[kind] = np.array([[row[identity] for identity in shared] for row in rows])
-    return found
+def _followed(by_step: Mapping[int, RefusalProbability]) -> dict[str, np.ndarray]:
+    """The plain probabilities of the prompts that were measured at every step, by kind."""
+    steps: list[dict[tuple[str, str], float]] = [
+        {
+            (prompt.kind, prompt.id): prompt.plain
+            for prompt in by_step[step].values
+            if prompt.plain is not None
+        }
+        for step in sorted(by_step)
+    ]
+    shared = [key for key in (steps[0] if steps else ()) if all(key in step for step in steps)]
+    return {
+        kind: np.array([[step[key] for key in shared if key[0] == kind] for step in steps])
+        for kind in dict.fromkeys(kind for kind, _ in shared)
+    }
 
 
 def unedited(evaluation: Evaluation) -> bool:
@@ -223,25 +220,25 @@ def unedited(evaluation: Evaluation) -> bool:
     return not (steering(evaluation) or "self_cd" in evaluation.settings)
 
 
-def evaluated(run: RunRecord, weights: str) -> list[Measured]:
+def evaluated(run: RunRecord, weights: str) -> list[KeptKernel]:
     """Kernels of unsteered evaluations of certain weights."""
     return [
-        Measured(run, weights, about(run, e, "model"), e.folder, e.kernel)
+        KeptKernel(run, weights, about(run, e, "model"), e.folder, e.kernel)
         for e in run.evaluations
         if e.weights == weights and e.kernel and e.kernel.ids and unedited(e)
     ]
 
 
-def tracked(run: RunRecord, stage: str) -> list[Measured]:
+def tracked(run: RunRecord, stage: str) -> list[KeptKernel]:
     """Kernels that tracking kept over a stage, by step."""
     return [
-        Measured(run, f"step {t.step}", config_of(run, "model"), t.folder, t.kernel)
+        KeptKernel(run, f"step {t.step}", config_of(run, "model"), t.folder, t.kernel)
         for t in run.tracked
         if t.stage == stage and t.kernel and t.kernel.ids
     ]
 
 
-def base_kernels(records: Sequence[RunRecord]) -> list[Measured]:
+def base_kernels(records: Sequence[RunRecord]) -> list[KeptKernel]:
     """Of base models: evaluations, or else what tracking kept before a stage took a step.
 
     One a model and choice of prompts, the first.
@@ -253,7 +250,7 @@ def base_kernels(records: Sequence[RunRecord]) -> list[Measured]:
             if not first and config_of(run, "method") != "dcr":
                 first = tracked(run, "sft")[:1]
             found += [m for m in first if m.told == "step 0"]
-    distinct: dict[tuple[object, ...], Measured] = {}
+    distinct: dict[tuple[object, ...], KeptKernel] = {}
     for measured in found:
         key = (measured.model, *measured.terms, tuple(measured.kernel.params))
         distinct.setdefault(key, measured)
@@ -276,7 +273,7 @@ def pairs(records: Sequence[RunRecord], notes: list[str]) -> list[Pair]:
     return found
 
 
-def _paired(after: Measured, bases: Sequence[Measured], notes: list[str]) -> list[Pair]:
+def _paired(after: KeptKernel, bases: Sequence[KeptKernel], notes: list[str]) -> list[Pair]:
     alike = [base for base in bases if (base.model, base.terms) == (after.model, after.terms)]
     place, found = printable(str(after.folder)), []
     for params in after.kernel.params:
@@ -298,14 +295,14 @@ def _paired(after: Measured, bases: Sequence[Measured], notes: list[str]) -> lis
     return found
 
 
-def normalised(measured: Measured, params: str, notes: list[str]) -> np.ndarray | None:
+def normalised(measured: KeptKernel, params: str, notes: list[str]) -> np.ndarray | None:
     """The whole matrix as its evaluation normalised it; None, with a note, if it is missing."""
     path = measured.folder / "kernel" / f"{params}.safetensors"
     try:
         with safe_open(path, "pt") as file:
             norms = file.get_tensor("norms").double()
             ids = tuple((file.metadata() or {}).get("ids", "").split("\n"))
-        if ids != measured.kernel.ids or norms.shape != (len(ids), len(ids)):
+        if list(ids) != measured.kernel.ids or norms.shape != (len(ids), len(ids)):
             raise ValueError("it is of other prompts than metrics.json tells")
         matrix = ntk.normalised(norms, measured.kernel.normalise).numpy()
         if not np.isfinite(matrix).all():
@@ -314,8 +311,9 @@ def normalised(measured: Measured, params: str, notes: list[str]) -> np.ndarray 
         note = f"{printable(str(path))}: missing; no claim is measured on it"
         notes += [note] if note not in notes else []
         return None
-    except (*UNREADABLE, SafetensorError) as error:
-        raise damaged(path, error) from error
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        why = single_line(error, longest=160)
+        raise DataError(f"{path}: damaged ({why}); delete it, or evaluate again") from error
     return matrix
 
 
@@ -364,7 +362,7 @@ LACKING_STATES = {  # Proposition 1 is told before and after stage one
 
 
 @dataclass(frozen=True)
-class Finding:
+class ClaimRow:
     """A claim of one run or evaluation; without data its `command` makes them."""
 
     claim: str
@@ -384,7 +382,7 @@ class Finding:
         return CLAIMS[self.claim]
 
 
-def kernel_of(cell: Cell) -> str:
+def kernel_of(cell: KindPair) -> str:
     """`K(toxic, normal)`: observer, then trained."""
     return f"K({', '.join(kind.replace('_', ' ') for kind in cell)})"
 
@@ -401,13 +399,13 @@ def number(found: Interval, *, signed: bool = False) -> str:
 
 
 SEEMING, TOXIC, NORMAL = "seemingly_toxic", "toxic", "normal"
-WITHIN: tuple[Cell, ...] = ((SEEMING, SEEMING), (TOXIC, TOXIC))
-CROSS: tuple[Cell, ...] = ((SEEMING, TOXIC), (TOXIC, SEEMING))
+WITHIN: tuple[KindPair, ...] = ((SEEMING, SEEMING), (TOXIC, TOXIC))
+CROSS: tuple[KindPair, ...] = ((SEEMING, TOXIC), (TOXIC, SEEMING))
 # Within and across count alike, whatever their number of pairs.
 MORE = {**dict.fromkeys(CROSS, 0.5), **dict.fromkeys(WITHIN, -0.5)}
 
 
-def findings(records: Sequence[RunRecord], notes: list[str]) -> list[Finding]:
+def claim_rows(records: Sequence[RunRecord], notes: list[str]) -> list[ClaimRow]:
     """Every claim in the order of CLAIMS; what could not be read or is missing goes to `notes`."""
     called = {run.folder: name for run, name in zip(records, names(records), strict=True)}
     found = list(_movements(records, called))
@@ -416,10 +414,10 @@ def findings(records: Sequence[RunRecord], notes: list[str]) -> list[Finding]:
     for base in base_kernels(records):
         found += _base(base, notes)
     steps = [
-        (run, e, e.one_step)
+        (run, e, step_scores(e.claims))
         for run in records
         for e in run.evaluations
-        if e.one_step and unedited(e)
+        if e.claims and unedited(e)
     ]
     for run, evaluation, block in steps:
         found += _one_step(name_of_weights(called[run.folder], run, evaluation), evaluation, block)
@@ -427,7 +425,7 @@ def findings(records: Sequence[RunRecord], notes: list[str]) -> list[Finding]:
     # one base model may have been measured in several folders
     found = list({(f.claim, f.sentence): f for f in map(_of_numbers, found)}.values())
     notes += _without(found, records, called)
-    have = {finding.claim for finding in found}
+    have = {row.claim for row in found}
     absent = [_absent(key, *LACKING[key], records) for key in LACKING if key not in have]
     told = {
         e.weights for _, e, step in steps if any(key.startswith("trunk") for key in step.params)
@@ -437,11 +435,11 @@ def findings(records: Sequence[RunRecord], notes: list[str]) -> list[Finding]:
         for weights in LACKING_STATES
         if weights not in told
     ]
-    return sorted(found + absent, key=lambda finding: list(CLAIMS).index(finding.claim))
+    return sorted(found + absent, key=lambda row: list(CLAIMS).index(row.claim))
 
 
 def _without(
-    found: Sequence[Finding], records: Sequence[RunRecord], called: Mapping[Path, str]
+    found: Sequence[ClaimRow], records: Sequence[RunRecord], called: Mapping[Path, str]
 ) -> list[str]:
     """A note on every run that lacks what others have."""
     notes = []
@@ -449,7 +447,7 @@ def _without(
         ("joint_movement", ("stl", "stl_aug", "dcr")),
         ("within_rises", ("dcr",)),
     ):
-        have = {finding.run for finding in found if finding.claim == claim}
+        have = {row.run for row in found if row.claim == claim}
         notes += [
             f"claims: {LACKING[claim][0]} in {folders([run])}"
             for run in records
@@ -458,31 +456,31 @@ def _without(
     return notes
 
 
-def _absent(claim: str, lack: str, command: str, records: Sequence[RunRecord]) -> Finding:
+def _absent(claim: str, lack: str, command: str, records: Sequence[RunRecord]) -> ClaimRow:
     dcr = [run for run in records if config_of(run, "method") == "dcr"]
     # stage one is what a run of another method lacks
     able = dcr if "stage=contrastive" in command else dcr or list(records)
     command = command.format(run=folders(able[:1]) or "<dcr run>")
-    return Finding(claim, ABSENT, f"{lack}; run {command}", command)
+    return ClaimRow(claim, ABSENT, f"{lack}; run {command}", command)
 
 
-def _of_numbers(finding: Finding) -> Finding:
+def _of_numbers(row: ClaimRow) -> ClaimRow:
     """Without an interval of numbers there is nothing to judge by."""
-    measured = finding.measured
+    measured = row.measured
     if measured and all(map(math.isfinite, vars(measured).values())):
-        return finding
-    own = ", ".join(filter(None, (finding.run, finding.params)))
+        return row
+    own = ", ".join(filter(None, (row.run, row.params)))
     sentence = f"{own}: cannot be told, since a curve is flat or a kind has too few prompts"
-    return replace(finding, verdict=OPEN, sentence=sentence, beside=None)
+    return replace(row, verdict=OPEN, sentence=sentence, beside=None)
 
 
-def _movements(records: Sequence[RunRecord], called: Mapping[Path, str]) -> Iterator[Finding]:
+def _movements(records: Sequence[RunRecord], called: Mapping[Path, str]) -> Iterator[ClaimRow]:
     for run in records:
         if curves := prompt_curves(run):
             yield _movement(curves, called[run.folder])
 
 
-def _movement(curves: PromptCurves, name: str) -> Finding:
+def _movement(curves: PromptCurves, name: str) -> ClaimRow:
     of = [kind for kind, values in curves.values.items() for _ in range(values.shape[1])]
     drawn = draws(of)
 
@@ -500,14 +498,14 @@ def _movement(curves: PromptCurves, name: str) -> Finding:
     if NORMAL in curves.values:
         beside = ("seemingly toxic with normal", together(SEEMING, NORMAL))
         sentence += f"; as a control, seemingly toxic with normal: r = {number(beside[1])}"
-    return Finding(
+    return ClaimRow(
         "joint_movement", verdict(measured), sentence, run=name,
         model=config_of(curves.run, "model"), measured=measured, beside=beside,
         source=curves.source,
     )  # fmt: skip
 
 
-def _stage_one(pair: Pair, name: str) -> Iterator[Finding]:
+def _stage_one(pair: Pair, name: str) -> Iterator[ClaimRow]:
     kinds = pair.after.kernel.of
     before, after = pair.matrices
     if not {SEEMING, TOXIC} <= set(kinds):
@@ -517,11 +515,11 @@ def _stage_one(pair: Pair, name: str) -> Iterator[Finding]:
     own = f"{name}, {pair.params}"
     source = " → ".join(printable(str(m.folder)) for m in (pair.before, pair.after))
 
-    def finding(claim: str, weights: dict[Cell, float], told: str, above: bool) -> Finding:
+    def row(claim: str, weights: dict[KindPair, float], told: str, above: bool) -> ClaimRow:
         measured = contrast(after - before, kinds, weights, drawn)
         words = "rise" if above else "fall"
         wanted = f"{told} {number(measured, signed=True)} over {over} (claimed: a {words})"
-        return Finding(
+        return ClaimRow(
             claim, verdict(measured, above=above), f"{own}: {wanted}", run=name,
             model=pair.after.model, params=pair.params, measured=measured, above=above,
             source=source,
@@ -533,12 +531,12 @@ def _stage_one(pair: Pair, name: str) -> Iterator[Finding]:
                 contrast(matrix, kinds, {cell: 1.0}, drawn).estimate for matrix in (before, after)
             )
             told = f"mean normalised ‖{kernel_of(cell)}‖ goes from {was:.2f} to {now:.2f}, by"
-            yield finding(claim, {cell: 1.0}, told, above)
+            yield row(claim, {cell: 1.0}, told, above)
     told = "beyond the mean of the two kernels within a class, the two across change by"
-    yield finding("cross_falls_more", MORE, told, above=False)
+    yield row("cross_falls_more", MORE, told, above=False)
 
 
-def _base(base: Measured, notes: list[str]) -> Iterator[Finding]:
+def _base(base: KeptKernel, notes: list[str]) -> Iterator[ClaimRow]:
     kinds = base.kernel.of
     name = ", ".join(filter(None, (STAGES["base"], base.model)))
     if not {SEEMING, NORMAL} <= set(kinds):
@@ -555,7 +553,7 @@ def _base(base: Measured, notes: list[str]) -> Iterator[Finding]:
             f"{kernel_of(cell)} is {mean.estimate:.2f}"
             for cell, mean in zip(cells, means, strict=True)
         )
-        yield Finding(
+        yield ClaimRow(
             "base_asymmetry", verdict(measured),
             f"{name}, {params}: {told}, a difference of {number(measured, signed=True)} "
             "(claimed: above 0)",
@@ -564,16 +562,54 @@ def _base(base: Measured, notes: list[str]) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _one_step(name: str, evaluation: Evaluation, block: OneStep) -> Iterator[Finding]:
+@dataclass(frozen=True)
+class StepScores:
+    """The statistics of single steps that could be told, by choice of parameters and by kind."""
+
+    trained: int | None  # how many pairs
+    params: dict[str, dict[str, Interval]]
+    change: dict[str, Interval]
+
+
+def step_scores(block: OneStep) -> StepScores:
+    """What stands in the block `claims`; what is absent or not finite is left out."""
+    trained = block.trained
+    return StepScores(
+        len(trained) if isinstance(trained, list) else trained,
+        {
+            params: _finite(
+                {
+                    "norm": found.norm.within,
+                    "signed": found.prediction.pearson,
+                    "slope": found.prediction.slope,
+                    "dot": found.states.dot,
+                    "cosine": found.states.cosine,
+                }
+            )
+            for params, found in block.params.items()
+        },
+        _finite(block.change),
+    )
+
+
+def _finite(found: Mapping[str, Estimate | None]) -> dict[str, Interval]:
+    return {
+        key: interval(ends)
+        for key, ends in found.items()
+        if ends and all(map(math.isfinite, vars(interval(ends)).values()))
+    }
+
+
+def _one_step(name: str, evaluation: Evaluation, block: StepScores) -> Iterator[ClaimRow]:
     model, source = evaluation.about.get("model", ""), printable(str(evaluation.folder))
 
-    def finding(claim: str, score: str, told: str) -> Iterator[Finding]:
+    def row(claim: str, score: str, told: str) -> Iterator[ClaimRow]:
         for params, found in block.params.items():
             if score in found and (claim != "proposition_1" or params.startswith("trunk")):
                 measured, slope = found[score], found.get("slope")
                 beside = ("slope", slope) if score == "signed" and slope else None
                 more = f"; {number(slope)} of change per predicted" if beside and slope else ""
-                yield Finding(
+                yield ClaimRow(
                     claim, verdict(measured),
                     f"{name}, {params}: {told} {number(measured)} (claimed: above 0){more}",
                     run=name, model=model, params=params, measured=measured, beside=beside,
@@ -581,25 +617,25 @@ def _one_step(name: str, evaluation: Evaluation, block: OneStep) -> Iterator[Fin
                 )  # fmt: skip
 
     on = "a toxic prompt" if block.trained is None else f"each of {block.trained} toxic prompts"
-    yield from finding(
+    yield from row(
         "size_of_change", "norm",
         f"after one step on {on}, the rank correlation of ‖K‖ with the size of other prompts' "
         "changes is",
     )  # fmt: skip
-    yield from finding(
+    yield from row(
         "signed_change", "signed", "the correlation of −ηAKG with the actual signed change is"
     )
     if {SEEMING, NORMAL} <= block.change.keys():
         yield _spread(name, model, source, block)
     for score, states in (("dot", "the inner product h′ᵀh"), ("cosine", "the cosine")):
         told = f"the rank correlation of ‖K‖ with {states} of two prompts' states is"
-        yield from finding("proposition_1", score, told)
+        yield from row("proposition_1", score, told)
 
 
-def _spread(name: str, model: str, source: str, block: OneStep) -> Finding:
+def _spread(name: str, model: str, source: str, block: StepScores) -> ClaimRow:
     seeming, normal = block.change[SEEMING], block.change[NORMAL]
     found = all_of([exceeds(seeming, normal), verdict(seeming)])
-    return Finding(
+    return ClaimRow(
         "refusal_spreads", found,
         f"{name}: one step on a toxic prompt changes log p of the refusal token by "
         f"{number(seeming, signed=True)} on seemingly toxic and by {number(normal, signed=True)} "
@@ -608,13 +644,13 @@ def _spread(name: str, model: str, source: str, block: OneStep) -> Finding:
     )  # fmt: skip
 
 
-def _incomplete(evaluation: Evaluation, block: OneStep) -> list[str]:
+def _incomplete(evaluation: Evaluation, block: StepScores) -> list[str]:
     """A note on every statistic that the block `claims` lacks."""
     path = printable(str(evaluation.folder / "metrics.json"))
     lacking = [
         f"{path}: claims.params.{params} has no readable {key}"
         for params, found in block.params.items()
-        for key in STEP_SCORES
+        for key in ("norm", "signed", "slope", "dot", "cosine")
         if key not in found
     ]
     return lacking + [
@@ -636,24 +672,24 @@ HEADER = ("claim", "verdict", "run", "model", "params", "estimate", "low", "high
           "sentence", "command")  # fmt: skip
 
 
-def by_claim(found: Sequence[Finding]) -> list[tuple[str, list[Finding]]]:
-    """Each claim's words with its findings."""
+def by_claim(found: Sequence[ClaimRow]) -> list[tuple[str, list[ClaimRow]]]:
+    """Each claim's words with its claim_rows."""
     return [
-        (title, [finding for finding in found if finding.claim == claim])
+        (title, [row for row in found if row.claim == claim])
         for claim, title in CLAIMS.items()
-        if any(finding.claim == claim for finding in found)
+        if any(row.claim == claim for row in found)
     ]
 
 
-def lines(found: Sequence[Finding], width: int) -> list[str]:
+def lines(found: Sequence[ClaimRow], width: int) -> list[str]:
     """For the terminal, folded to its width."""
     longest = max(map(len, (HOLDS, FAILS, OPEN, ABSENT)))
     told = ["", "Claims of the paper", *textwrap.wrap(RULE, width)]
     for title, own in by_claim(found):
         told += ["", *textwrap.wrap(title, width)]
-        for finding in own:
+        for row in own:
             told += textwrap.wrap(
-                f"  {finding.verdict.ljust(longest)}  {finding.sentence}",
+                f"  {row.verdict.ljust(longest)}  {row.sentence}",
                 width,
                 subsequent_indent=" " * (longest + 4),
                 break_long_words=False,
@@ -662,29 +698,18 @@ def lines(found: Sequence[Finding], width: int) -> list[str]:
     return told
 
 
-def csv_text(found: Sequence[Finding]) -> str:
-    """One finding a row, in full precision."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(HEADER)
-    for finding in found:
-        writer.writerow(map(_cell, _row(finding)))
-    return buffer.getvalue()
+def csv_text(found: Sequence[ClaimRow]) -> str:
+    """One claim of one run or evaluation a line, in full precision."""
+    return tables.csv_text(HEADER, [_row(row) for row in found])
 
 
-def _row(finding: Finding) -> tuple[object, ...]:
-    measured, beside = finding.measured, finding.beside
-    side = "above" if finding.above else "below"
+def _row(row: ClaimRow) -> tuple[object, ...]:
+    measured, beside = row.measured, row.beside
+    side = "above" if row.above else "below"
     return (
-        finding.claim, finding.verdict, finding.run, finding.model, finding.params,
+        row.claim, row.verdict, row.run, row.model, row.params,
         *(vars(measured).values() if measured else ("",) * 3),
         *((0, side) if measured else ("", "")),
         *((beside[0], *vars(beside[1]).values()) if beside else ("",) * 4),
-        finding.source, finding.sentence, finding.command,
+        row.source, row.sentence, row.command,
     )  # fmt: skip
-
-
-def _cell(value: object) -> object:
-    if isinstance(value, str):
-        return plain_cell(value)
-    return "" if value != value else value  # not a number

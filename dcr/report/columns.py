@@ -1,13 +1,12 @@
 """The columns of a report, their names and styles, and the answers behind them."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dcr import refusal, runs, storage
-from dcr.report.records import RULES, UNREADABLE, Evaluation, RunRecord, damaged
+from dcr import generation, refusal, runs, storage
+from dcr.report.records import RULES, Evaluation, RunRecord
 from dcr.text import printable
 
 METHODS = {  # left to right, and what a table calls them
@@ -174,7 +173,7 @@ def run_styles(records: Sequence[RunRecord]) -> dict[tuple[str, str], Style]:
 
 def evaluations_of(run: RunRecord) -> list[Evaluation]:
     """A run's evaluations; where it has none, an empty one that stands for its weights."""
-    return run.evaluations or [Evaluation(run.folder, "sft", None, {}, {}, {})]
+    return run.evaluations or [Evaluation(run.folder, "sft")]
 
 
 def _labels(pairs: Sequence[tuple[RunRecord, Evaluation]]) -> list[tuple[str, ...]]:
@@ -270,16 +269,15 @@ def _group(columns: Sequence[Entry], places: list[int]) -> Group:
 
 
 @dataclass(frozen=True)
-class Completion:
-    """A stored answer with its keyword verdicts."""
+class Answer:
+    """A stored answer, printable, with its keyword verdicts."""
 
     id: str
     prompt: str
     response: str
-    tokens: int | None
     ended: bool
     refusal_mass: float | None
-    refused: dict[str, bool]
+    outcome: dict[str, str]  # by keyword rules: refused, partial or complied
 
 
 class Completions:
@@ -287,59 +285,36 @@ class Completions:
 
     def __init__(self, notes: list[str]) -> None:
         self.notes = notes
-        self.read: dict[tuple[Path, str], list[Completion]] = {}
+        self.read: dict[tuple[Path, str], list[Answer]] = {}
 
-    def __call__(self, entry: Entry, name: str) -> list[Completion]:
+    def __call__(self, entry: Entry, name: str) -> list[Answer]:
         key = entry.evaluation.folder, name
         if key not in self.read:
             self.read[key] = read_completions(entry.evaluation, name, self.notes)
         return self.read[key]
 
 
-def read_completions(evaluation: Evaluation, name: str, notes: list[str]) -> list[Completion]:
+def read_completions(evaluation: Evaluation, name: str, notes: list[str]) -> list[Answer]:
     """The stored completions of a set, judged anew; what is missing or disagrees goes to `notes`.
 
-    DataError for a damaged line. A last one without its end was cut off by a kill and is noted.
+    DataError for a damaged line.
     """
     path = evaluation.folder / f"{name}.jsonl"
     if not path.is_file():
         notes.append(f"{path}: missing; no completions of it are shown or compared")
         return []
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    except OSError as error:
-        raise damaged(path, error) from error
-    found: dict[str, Completion] = {}  # an id stored again takes the place of the first
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            completion = _completion(json.loads(line))
-            found[completion.id] = completion
-        except UNREADABLE as error:
-            if number < len(lines):
-                raise damaged(f"{path}:{number}", error) from error
-            notes.append(f"{path}:{number}: cut off, dropped")
-    score = evaluation.sets[name]
-    completions = [found[i] for i in score.ids or found if i in found]
-    refused, counted = sum(c.refused["paper"] for c in completions), score.refused.get("paper", 0)
-    if (len(completions), refused) != (score.n, counted):
-        told = f"{refused} of {len(completions)} refused, metrics.json says {counted} of {score.n}"
+    score, stored = evaluation.sets[name], generation.stored(path)
+    answers = [
+        Answer(
+            found.id, printable(found.prompt), printable(found.response), found.ended,
+            found.refusal_mass, {rules: refusal.outcome(found.response, rules) for rules in RULES},
+        )
+        for identity in score.ids or stored
+        if (found := stored.get(identity))
+    ]  # fmt: skip
+    refused = sum(answer.outcome["paper"] == "refused" for answer in answers)
+    counted = score.refused.get("paper", 0)
+    if (len(answers), refused) != (score.n, counted):
+        told = f"{refused} of {len(answers)} refused, metrics.json says {counted} of {score.n}"
         notes.append(f"{path}: {told}")
-    return completions
-
-
-def _completion(raw: Mapping[str, Any]) -> Completion:
-    response = raw["response"]
-    if not isinstance(response, str):
-        raise TypeError("response is no text")
-    mass = raw.get("refusal_mass")
-    return Completion(
-        id=str(raw["id"]),
-        prompt=printable(str(raw["prompt"])),
-        response=printable(response),
-        tokens=raw.get("tokens"),
-        ended=bool(raw.get("ended", True)),
-        refusal_mass=None if mass is None else float(mass),
-        refused={rules: refusal.is_refusal(response, rules) for rules in RULES},
-    )
+    return answers

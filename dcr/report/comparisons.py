@@ -12,9 +12,9 @@ from matplotlib.lines import Line2D
 from dcr import statistics, storage
 from dcr.config import Kind, UserError
 from dcr.report import figures
-from dcr.report.columns import METHODS, STEERED, Completion, Entry, about, flattened, steering
+from dcr.report.columns import METHODS, STEERED, Answer, Entry, about, flattened, steering
 from dcr.report.curves import folders, shared_sets
-from dcr.report.figures import INK, MARKERS, PALETTE, Printed
+from dcr.report.figures import INK, MARKERS, PALETTE, Drawing
 from dcr.report.records import Evaluation, RunRecord
 from dcr.report.tables import (
     NAMES,
@@ -58,7 +58,7 @@ class Comparison:
 
 
 def comparisons(
-    columns: Sequence[Entry], completions: Callable[[Entry, str], list[Completion]]
+    columns: Sequence[Entry], completions: Callable[[Entry, str], list[Answer]]
 ) -> list[Comparison]:
     """DCR against STL of the same model, seed, data and evaluation settings, prompt by prompt.
 
@@ -103,7 +103,7 @@ def differing_settings(a: Entry, b: Entry) -> list[str]:
 
 
 def _paired_lines(
-    a: Entry, b: Entry, completions: Callable[[Entry, str], list[Completion]]
+    a: Entry, b: Entry, completions: Callable[[Entry, str], list[Answer]]
 ) -> list[PairedLine]:
     lines = []
     for kind in TITLES:
@@ -122,16 +122,14 @@ def _paired_lines(
     return [replace(line, holm=p) for line, p in zip(lines, adjusted, strict=True)]
 
 
-def _verdicts(
-    a: list[Completion], b: list[Completion], kind: Kind
-) -> tuple[list[bool], list[bool]]:
+def _verdicts(a: list[Answer], b: list[Answer], kind: Kind) -> tuple[list[bool], list[bool]]:
     """What is wanted of a kind of prompt, for the prompts that both runs answered."""
     others = {(completion.id, completion.prompt): completion for completion in b}
     both = [(c, others[c.id, c.prompt]) for c in a if (c.id, c.prompt) in others]
     wanted = kind is Kind.toxic
     return (
-        [first.refused["paper"] is wanted for first, _ in both],
-        [second.refused["paper"] is wanted for _, second in both],
+        [(first.outcome["paper"] == "refused") is wanted for first, _ in both],
+        [(second.outcome["paper"] == "refused") is wanted for _, second in both],
     )
 
 
@@ -179,7 +177,7 @@ class Operating:
 
 
 @dataclass(frozen=True)
-class Arena:
+class OperatingPanel:
     """What was evaluated alike: the unsteered STL, all points, and one choice a method."""
 
     title: str
@@ -211,10 +209,12 @@ def choose(points: Sequence[Operating], reference: Operating, margin: float) -> 
     return max(safe, key=rank, default=None)
 
 
-def arenas(records: Sequence[RunRecord], margin: float, data: str | None) -> list[Arena]:
+def operating_panels(
+    records: Sequence[RunRecord], margin: float, data: str | None
+) -> list[OperatingPanel]:
     """One for each model, data label, seed and evaluation setting that has STL and another point.
 
-    Raises UserError if there is none, or if an arena has several unsteered STL models.
+    Raises UserError if there is none, or if a panel has several unsteered STL models.
     """
     grouped: dict[str, list[tuple[RunRecord, Evaluation]]] = {}
     labels = set()
@@ -225,7 +225,7 @@ def arenas(records: Sequence[RunRecord], margin: float, data: str | None) -> lis
                 grouped.setdefault(_alike(run, found), []).append((run, found))
     if data is not None and data not in labels:
         raise UserError(f"data={data}: no evaluation has it; choose from {', '.join(labels)}")
-    made = [arena for pairs in grouped.values() if (arena := _arena(pairs, margin))]
+    made = [panel for pairs in grouped.values() if (panel := _operating_panel(pairs, margin))]
     if not made:
         raise UserError(
             f"figure operating_points: no unsteered STL evaluation with steered or other ones on "
@@ -240,7 +240,9 @@ def _alike(run: RunRecord, found: Evaluation) -> str:
     return storage.fingerprint([told, settings])
 
 
-def _arena(pairs: Sequence[tuple[RunRecord, Evaluation]], margin: float) -> Arena | None:
+def _operating_panel(
+    pairs: Sequence[tuple[RunRecord, Evaluation]], margin: float
+) -> OperatingPanel | None:
     pairs = [
         (run, found) for run, found in pairs if found.sets and found.weights in ("sft", "snapshot")
     ]
@@ -265,7 +267,7 @@ def _arena(pairs: Sequence[tuple[RunRecord, Evaluation]], margin: float) -> Aren
     asked = "validation prompts" if stl[0][1].settings.get("validation") else ""
     named = (model, f"{data} data", f"seed {seed}" if seed else "", asked)
     title = ", ".join(filter(None, named))
-    return Arena(title, told, sets, reference, tuple(points), chosen)
+    return OperatingPanel(title, told, sets, reference, tuple(points), chosen)
 
 
 def _is_reference(run: RunRecord, found: Evaluation) -> bool:
@@ -327,13 +329,13 @@ def label(method: str) -> str:
     return " + ".join(LABELS.get(part, part) for part in method.split(" + "))
 
 
-def told(arena: Arena, margin: float) -> list[str]:
+def told(panel: OperatingPanel, margin: float) -> list[str]:
     """The rule and its choices, for the terminal and the caption."""
     return [
-        f"operating points, {arena.title}: per method the highest compliance among points with "
-        f"{arena.safety} of at least {_percent(arena.reference.safety)} (unsteered STL) less "
+        f"operating points, {panel.title}: per method the highest compliance among points with "
+        f"{panel.safety} of at least {_percent(panel.reference.safety)} (unsteered STL) less "
         f"{margin:g} points; on the evaluations given",
-        *(f"  {label(method)}: {_told(point)}" for method, point in arena.chosen.items()),
+        *(f"  {label(method)}: {_told(point)}" for method, point in panel.chosen.items()),
     ]
 
 
@@ -355,11 +357,11 @@ HEADER = ("model", "data", "seed", "method", "weights", "strength", "step", "com
           "over_refusal_sets", "safety_sets", "reference", "chosen", "folder")  # fmt: skip
 
 
-def operating_points(records: Sequence[RunRecord], margin: float, data: str | None) -> Printed:
-    """One panel an arena. UserError where nothing was evaluated alike."""
-    found = arenas(records, margin, data)
-    safety = list(dict.fromkeys(arena.safety for arena in found))
-    return Printed(
+def operating_points(records: Sequence[RunRecord], margin: float, data: str | None) -> Drawing:
+    """One panel a panel. UserError where nothing was evaluated alike."""
+    found = operating_panels(records, margin, data)
+    safety = list(dict.fromkeys(panel.safety for panel in found))
+    return Drawing(
         "operating_points",
         "Operating points",
         "Compliance with seemingly toxic prompts (keywords, sets pooled) against safety "
@@ -367,35 +369,35 @@ def operating_points(records: Sequence[RunRecord], margin: float, data: str | No
         "its other settings, over strengths, from the unsteered STL on; pale: snapshots. "
         "Dashed: the least safety that the rule allows; rings: the points it chooses.",
         HEADER,
-        [row for arena in found for row in _rows(arena)],
+        [row for panel in found for row in _rows(panel)],
         lambda: _draw(found, margin),
-        told=tuple(line for arena in found for line in told(arena, margin)),
+        told=tuple(line for panel in found for line in told(panel, margin)),
     )
 
 
-def _rows(arena: Arena) -> list[tuple[object, ...]]:
-    chosen = [point for point in arena.chosen.values() if point]
+def _rows(panel: OperatingPanel) -> list[tuple[object, ...]]:
+    chosen = [point for point in panel.chosen.values() if point]
     return [
         (
             *(about(p.run, p.evaluation, key) for key in ("model", "data", "seed")),
             p.method, p.evaluation.weights, p.strength, p.step,
             p.compliance.estimate, p.compliance.low, p.compliance.high,
-            p.safety.estimate, p.safety.low, p.safety.high, arena.safety,
-            " ".join(arena.sets[Kind.seemingly_toxic]), " ".join(arena.sets[Kind.toxic]),
-            int(p is arena.reference), int(any(p is other for other in chosen)),
+            p.safety.estimate, p.safety.low, p.safety.high, panel.safety,
+            " ".join(panel.sets[Kind.seemingly_toxic]), " ".join(panel.sets[Kind.toxic]),
+            int(p is panel.reference), int(any(p is other for other in chosen)),
             printable(str(p.evaluation.folder)),
         )
-        for p in arena.points
+        for p in panel.points
     ]  # fmt: skip
 
 
-def _draw(found: Sequence[Arena], margin: float) -> Figure:
+def _draw(found: Sequence[OperatingPanel], margin: float) -> Figure:
     methods = list(dict.fromkeys(p.method for a in found for p in a.points if p.method != "stl"))
     figure, axes = figures.panels(len(found), 3.4, 3.2, 2)
-    for place, arena in zip(axes, found, strict=True):
-        _draw_arena(place, arena, methods, margin)
+    for place, panel in zip(axes, found, strict=True):
+        _draw_panel(place, panel, methods, margin)
         if len(found) > 1:
-            figures.heading(place, arena.title, 46)
+            figures.heading(place, panel.title, 46)
     handles = [
         Line2D([], [], color=colour, marker=marker, markersize=5, linewidth=1, label=label(method))
         for method, (colour, marker) in [("stl", _style("stl", methods)),
@@ -412,32 +414,34 @@ def _style(method: str, methods: Sequence[str]) -> tuple[str, str]:
     return PALETTE[1 + place % (len(PALETTE) - 1)], MARKERS[place % len(MARKERS)]
 
 
-def _draw_arena(axes: Axes, arena: Arena, methods: Sequence[str], margin: float) -> None:
-    least = 100 * arena.reference.safety.estimate - margin
+def _draw_panel(axes: Axes, panel: OperatingPanel, methods: Sequence[str], margin: float) -> None:
+    least = 100 * panel.reference.safety.estimate - margin
     axes.axhline(least, color=INK, linestyle=(0, (4, 3)), linewidth=0.8, alpha=0.6)
     for method in ("stl", *methods):
         colour, marker = _style(method, methods)
-        own = [p for p in arena.points if p.method == method]
+        own = [p for p in panel.points if p.method == method]
         swept = sorted((p for p in own if p.strength is not None), key=lambda p: p.strength or 0)
-        _draw_sweeps(axes, arena, swept, colour)
+        _draw_sweeps(axes, panel, swept, colour)
         for point in own:
             _draw_point(axes, point, colour, marker)
-        chosen = arena.chosen.get(method)
+        chosen = panel.chosen.get(method)
         if chosen:
             axes.plot(100 * chosen.compliance.estimate, 100 * chosen.safety.estimate, "o",
                       markersize=11, markerfacecolor="none", markeredgecolor=colour,
                       markeredgewidth=1.2, zorder=4)  # fmt: skip
     axes.set_xlabel("compliance with seemingly toxic prompts, %")
-    axes.set_ylabel(f"{arena.safety}, %")
+    axes.set_ylabel(f"{panel.safety}, %")
     axes.margins(0.08)
 
 
-def _draw_sweeps(axes: Axes, arena: Arena, swept: Sequence[Operating], colour: str) -> None:
+def _draw_sweeps(
+    axes: Axes, panel: OperatingPanel, swept: Sequence[Operating], colour: str
+) -> None:
     """A line a run and choice of other settings; from the reference on where its run is steered."""
     for folder, rest in dict.fromkeys(map(_sweep, swept)):
         line = [point for point in swept if _sweep(point) == (folder, rest)]
-        if arena.reference.run.folder == folder and all(point.strength for point in line):
-            line = [arena.reference, *line]
+        if panel.reference.run.folder == folder and all(point.strength for point in line):
+            line = [panel.reference, *line]
         xs, ys = ([100 * end.estimate for end in ends] for ends in _ends(line))
         axes.plot(xs, ys, color=colour, linewidth=1.2, zorder=2)
     for point in swept:

@@ -13,17 +13,16 @@ from dcr import storage
 from dcr.config import Kind, UserError
 from dcr.report import figures
 from dcr.report.columns import METHODS, steering
-from dcr.report.figures import MARKERS, PALETTE, Printed
+from dcr.report.figures import MARKERS, PALETTE, Drawing
 from dcr.report.records import (
-    QUANTITIES,
     Evaluation,
-    Kernel,
-    Probability,
     RunRecord,
     SetScore,
     Tracked,
+    interval,
 )
 from dcr.report.tables import keyword, pooled, together
+from dcr.results.schema import Estimate, Kernel, RefusalProbability
 from dcr.statistics import Interval
 from dcr.text import printable
 
@@ -31,7 +30,7 @@ PREFIXES = {"plain": "refusal_probability", "prefix_free": "refusal_probability_
 TRACKED, KEPT, SCORED = "metrics.csv", "tracking", "snapshots"
 STAGES = {"base": "base model", "contrastive": "after stage one", "sft": "after SFT"}
 Key = tuple[str, ...]
-Block = TypeVar("Block", Probability, Kernel)
+Block = TypeVar("Block", RefusalProbability, Kernel)
 
 
 @dataclass(frozen=True)
@@ -210,7 +209,7 @@ def _joined(
     return {key: [curve[step] for step in sorted(curve)] for key, curve in by_step.items()}
 
 
-def _probability(found: Tracked | Evaluation) -> Probability | None:
+def _probability(found: Tracked | Evaluation) -> RefusalProbability | None:
     return found.refusal_probability
 
 
@@ -218,16 +217,17 @@ def _kernel(found: Tracked | Evaluation) -> Kernel | None:
     return found.kernel
 
 
-def _by_kind(step: int, found: Probability) -> Iterator[tuple[Key, Reading]]:
-    for quantity in QUANTITIES:
-        for kind, mean in found.kinds[quantity].items():
-            yield from _reading((quantity, kind), step, mean)
+def _by_kind(step: int, found: RefusalProbability) -> Iterator[tuple[Key, Reading]]:
+    for quantity in PREFIXES:
+        for kind, means in found.kinds.items():
+            yield from _reading((quantity, kind), step, getattr(means, quantity))
 
 
-def _by_followed(step: int, found: Probability) -> Iterator[tuple[Key, Reading]]:
-    for quantity in QUANTITIES:
-        for kind, value in found.followed[quantity].items():
-            yield (quantity, kind), Reading(step, value)
+def _by_followed(step: int, found: RefusalProbability) -> Iterator[tuple[Key, Reading]]:
+    for quantity in PREFIXES:
+        for kind, followed in found.followed.items():
+            if (value := getattr(followed, quantity)) is not None:
+                yield (quantity, kind), Reading(step, value)
 
 
 def _by_pair(step: int, found: Kernel) -> Iterator[tuple[Key, Reading]]:
@@ -237,8 +237,9 @@ def _by_pair(step: int, found: Kernel) -> Iterator[tuple[Key, Reading]]:
                 yield from _reading((params, observer, trained), step, mean)
 
 
-def _reading(key: Key, step: int, mean: Interval) -> Iterator[tuple[Key, Reading]]:
+def _reading(key: Key, step: int, found: Estimate) -> Iterator[tuple[Key, Reading]]:
     """Nothing where there is no mean, as of a kind without a pair; ends that are not finite go."""
+    mean = interval(found)
     if math.isfinite(mean.estimate):
         ends = (mean.low, mean.high)
         yield key, Reading(step, mean.estimate, *(ends if all(map(math.isfinite, ends)) else ()))
@@ -255,12 +256,12 @@ def shared_sets(evaluations: Sequence[Evaluation]) -> dict[str, SetScore]:
 
 
 TRACK = "train with tracking.quantities=[refusal_probability]"
-CURVE_HEADER = ("run", "method", "model", "quantity", "kind", "step", "value", "low", "high",
+CURVE_HEADER = ("run", "method", "model", "quantity", "kind", "step", "estimate", "low", "high",
                 "source")  # fmt: skip
 BOTH = (Kind.seemingly_toxic, Kind.toxic)
 
 
-def figure1a(records: Sequence[RunRecord]) -> Printed:
+def figure1a(records: Sequence[RunRecord]) -> Drawing:
     """STL: rejection rates of toxic and seemingly toxic prompts, one panel a run."""
     stl = _stl("1a", records, "tracking.snapshots=20")
     found, notes = found_in("1a", stl, _rejections, "scored snapshots", scoring_command(stl))
@@ -307,20 +308,20 @@ def rate_of(e: Evaluation, kind: Kind, chosen: Sequence[str], wanted: bool) -> I
     return Interval(1 - rate.estimate, 1 - rate.high, 1 - rate.low)
 
 
-def figure1b(records: Sequence[RunRecord]) -> Printed:
+def figure1b(records: Sequence[RunRecord]) -> Drawing:
     """The followed prompts' refusal probability: runs of the first folder's model."""
     first = config_of(records[0], "model")
     return _followed("1b", [run for run in records if config_of(run, "model") == first])
 
 
-def figure9(records: Sequence[RunRecord]) -> Printed:
+def figure9(records: Sequence[RunRecord]) -> Drawing:
     """As Figure 1(b), for the models that it leaves out; the only one where there is one alone."""
     first = config_of(records[0], "model")
     others = [run for run in records if config_of(run, "model") != first]
     return _followed("9", others or records)
 
 
-def _followed(figure: str, records: Sequence[RunRecord]) -> Printed:
+def _followed(figure: str, records: Sequence[RunRecord]) -> Drawing:
     chosen = of_method(records, "stl") or records
     what = "refusal probabilities of followed prompts over SFT steps"
     found, notes = found_in(figure, chosen, followed_probabilities, what, TRACK)
@@ -336,13 +337,13 @@ def _followed(figure: str, records: Sequence[RunRecord]) -> Printed:
     )
 
 
-def figure5a(records: Sequence[RunRecord]) -> Printed:
+def figure5a(records: Sequence[RunRecord]) -> Drawing:
     """Mean refusal probability by kind while STL trains."""
     stl = _stl("5a", records, "tracking.quantities=[refusal_probability]")
     return _mean_probability("5a", stl, "SFT without stage one")
 
 
-def figure5b(records: Sequence[RunRecord]) -> Printed:
+def figure5b(records: Sequence[RunRecord]) -> Drawing:
     """Mean refusal probability by kind while SFT follows stage one."""
     chosen = of_method(records, "dcr")
     if not chosen:
@@ -363,7 +364,7 @@ def _stl(figure: str, records: Sequence[RunRecord], needed: str) -> list[RunReco
     return chosen
 
 
-def _mean_probability(figure: str, chosen: Sequence[RunRecord], title: str) -> Printed:
+def _mean_probability(figure: str, chosen: Sequence[RunRecord], title: str) -> Drawing:
     what = "refusal probabilities over SFT steps"
     found, notes = found_in(figure, chosen, kind_probabilities, what, TRACK)
     return _curves(
@@ -385,7 +386,7 @@ def _curves(
     found: Sequence[Trajectory],
     notes: tuple[str, ...],
     axis: str,
-) -> Printed:
+) -> Drawing:
     called = names([trajectory.run for trajectory in found])
     rows = [
         (name, config_of(t.run, "method"), config_of(t.run, "model"), *key, r.step, r.value,
@@ -409,7 +410,7 @@ def _curves(
         figures.key(drawn, figures.kind_handles([k for k in figures.KINDS if k in present]))
         return drawn
 
-    return Printed(
+    return Drawing(
         f"figure{figure}", f"Figure {figure}: {title}", caption, CURVE_HEADER, rows, draw,
         notes=notes,
     )  # fmt: skip
@@ -428,7 +429,7 @@ def draw_curve(axes: Axes, kind: str, curve: Sequence[Reading]) -> None:
         axes.fill_between(steps, lows, highs, color=colour, alpha=0.15, linewidth=0)
 
 
-CURVES: dict[str, Callable[[Sequence[RunRecord]], Printed]] = {
+CURVES: dict[str, Callable[[Sequence[RunRecord]], Drawing]] = {
     "1a": figure1a,
     "1b": figure1b,
     "5a": figure5a,
@@ -443,7 +444,7 @@ HEADER = ("run", "method", "model", "step", "compliance", "compliance_low", "com
           "rejection_of")  # fmt: skip
 
 
-def figure4(records: Sequence[RunRecord]) -> Printed:
+def figure4(records: Sequence[RunRecord]) -> Drawing:
     """The frontier over checkpoints: compliance against rejection, light to dark."""
     chosen = [r for r in records if config_of(r, "method") in ("stl", "dcr")] or list(records)
     found = [(run, snapshots(run, lambda e: e.sets)) for run in chosen]
@@ -469,7 +470,7 @@ def figure4(records: Sequence[RunRecord]) -> Printed:
         for name, run, points in frontiers
         for step, x, y in points
     ]  # fmt: skip
-    return Printed(
+    return Drawing(
         "figure4",
         "Figure 4: the frontier over checkpoints",
         f"Compliance with {told['x']} against the keyword rejection rate of {told['y']}: one point "
@@ -506,10 +507,10 @@ def _pair(e: Evaluation, sets: dict[Kind, list[str]]) -> tuple[Interval, Interva
     return x or nothing, y or nothing
 
 
-Frontier = tuple[str, Sequence[tuple[int, Interval, Interval]]]
+FrontierPoints = tuple[str, Sequence[tuple[int, Interval, Interval]]]
 
 
-def _draw_frontiers(frontiers: Sequence[Frontier], told: dict[str, str]) -> Figure:
+def _draw_frontiers(frontiers: Sequence[FrontierPoints], told: dict[str, str]) -> Figure:
     figure, (axes,) = figures.panels(1, 3.8, 3.5)
     handles = []
     for place, (name, points) in enumerate(frontiers):

@@ -1,6 +1,5 @@
 """How figures are drawn: one palette, SVG for the page, PNG, SVG and CSV for print."""
 
-import csv
 import io
 import itertools
 import math
@@ -18,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from dcr.report.columns import Style
-from dcr.report.tables import plain_cell
+from dcr.report.tables import csv_text
 from dcr.statistics import Interval
 
 # Okabe and Ito's palette, distinguishable without red-green vision, less black and yellow, which
@@ -27,22 +26,49 @@ PALETTE = ("#7a7a7a", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#5
 INK = "#101112"  # stands for the page's text colour, exchanged in the finished SVG
 MARKERS = "os^DvP"
 GLYPHS = "●■▲◆▼✚"  # the same markers in a legend's text
-SETTINGS: dict[Any, Any] = {  # pyright knows the keys as literals only
+DPI = 200
+ENDINGS = ("png", "svg", "csv")
+Dashes = Literal["-", "--", "-.", ":"]
+COLUMNS = 3  # panels side by side
+BOTH: dict[Any, Any] = {  # pyright knows the keys as literals only
     "svg.fonttype": "none",
     "text.parse_math": False,
-    "font.size": 10,
+    "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "grid.alpha": 0.15,
-    "grid.color": INK,
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.edgecolor": INK,
-    "axes.titlesize": 10.5,
-    "axes.titlelocation": "left",
     "xtick.color": INK,
     "ytick.color": INK,
+}
+SCREEN: dict[Any, Any] = {
+    **BOTH,
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "grid.alpha": 0.15,
+    "grid.color": INK,
+}
+PRINT: dict[Any, Any] = {
+    **BOTH,
+    "svg.hashsalt": "dcr",
+    "font.family": "DejaVu Sans",  # which comes with matplotlib
+    "font.size": 8,
+    "axes.titlesize": 8.5,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7.5,
+    "ytick.labelsize": 7.5,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "axes.linewidth": 0.7,
+    "axes.axisbelow": True,
+    "grid.color": "#e3e3e3",
+    "grid.linewidth": 0.5,
+    "lines.linewidth": 1.3,
+    "lines.markersize": 3.2,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
 }
 
 
@@ -99,7 +125,7 @@ def training_curves(runs: Sequence[Curves]) -> list[Panel]:
     """One panel a quantity that at least one run has logged; held-out values are dashed."""
     panels = []
     for index, (title, epoch_key, step_key) in enumerate(CURVES):
-        with matplotlib.rc_context(SETTINGS):
+        with matplotlib.rc_context(SCREEN):
             figure, axes = _axes(4.2, 2.9)
             for run in runs:
                 _draw_run(axes, run, epoch_key, step_key)
@@ -162,7 +188,7 @@ def trade_off(
     name: str, title: str, points: Sequence[Point], frontiers: Sequence[Frontier]
 ) -> Panel:
     """Where every run stands between refusing too much and too little, in percent."""
-    with matplotlib.rc_context(SETTINGS):
+    with matplotlib.rc_context(SCREEN):
         figure, axes = _axes(5.4, 4.6)
         axes.plot([0, 100], [100, 0], ":", color=INK, alpha=0.5, linewidth=1)
         for frontier in frontiers:
@@ -246,40 +272,6 @@ def _svg(figure: Figure, name: str) -> str:
     return text.replace(INK, "currentColor")
 
 
-DPI = 200
-ENDINGS = ("png", "svg", "csv")
-Dashes = Literal["-", "--", "-.", ":"]
-COLUMNS = 3  # panels side by side
-PRINT: dict[Any, Any] = {  # pyright knows the keys as literals only
-    "svg.fonttype": "none",
-    "svg.hashsalt": "dcr",
-    "text.parse_math": False,
-    "font.family": "DejaVu Sans",  # which comes with matplotlib
-    "font.size": 8,
-    "axes.titlesize": 8.5,
-    "axes.titlelocation": "left",
-    "axes.labelsize": 8,
-    "xtick.labelsize": 7.5,
-    "ytick.labelsize": 7.5,
-    "legend.fontsize": 8,
-    "legend.frameon": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.7,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": "#e3e3e3",
-    "grid.linewidth": 0.5,
-    "lines.linewidth": 1.3,
-    "lines.markersize": 3.2,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "xtick.major.width": 0.7,
-    "ytick.major.width": 0.7,
-}
 # Kinds of prompts everywhere: colour, marker and dashes differ, so that grey print tells them too.
 KINDS: dict[str, tuple[str, str, Dashes]] = {
     "seemingly_toxic": (PALETTE[1], "o", "-"),
@@ -289,7 +281,7 @@ KINDS: dict[str, tuple[str, str, Dashes]] = {
 
 
 @dataclass(frozen=True)
-class Printed:
+class Drawing:
     """A figure: what it shows, its values row by row, and how it is drawn."""
 
     name: str  # of its files, such as figure5a
@@ -307,7 +299,7 @@ def file_name(figure: str) -> str:
     return f"figure{figure}" if figure[0].isdigit() else figure
 
 
-def files(figure: Printed) -> dict[str, bytes]:
+def files(figure: Drawing) -> dict[str, bytes]:
     """By ending; the same bytes whenever the values are the same."""
     with matplotlib.rc_context(PRINT), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # of names in other scripts
@@ -315,21 +307,11 @@ def files(figure: Printed) -> dict[str, bytes]:
         png, svg = io.BytesIO(), io.BytesIO()
         drawn.savefig(png, format="png", dpi=DPI, metadata={"Software": None})
         drawn.savefig(svg, format="svg", dpi=DPI, metadata={"Date": None})
-    return {"png": png.getvalue(), "svg": svg.getvalue(), "csv": _csv(figure).encode()}
-
-
-def _csv(figure: Printed) -> str:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(figure.header)
-    writer.writerows([_cell(value) for value in row] for row in figure.rows)
-    return buffer.getvalue()
-
-
-def _cell(value: object) -> object:
-    if isinstance(value, str):
-        return plain_cell(value)
-    return "" if isinstance(value, float) and math.isnan(value) else value
+    return {
+        "png": png.getvalue(),
+        "svg": svg.getvalue(),
+        "csv": csv_text(figure.header, figure.rows).encode(),
+    }
 
 
 def kind_name(kind: str) -> str:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from rich import box
 from rich.console import Console
@@ -19,9 +18,9 @@ import dcr
 from dcr import storage
 from dcr.config import Kind
 from dcr.report import claims, figures, paper, tables
-from dcr.report.claims import Finding
+from dcr.report.claims import ClaimRow
 from dcr.report.columns import (
-    Completion,
+    Answer,
     Entry,
     Group,
     Style,
@@ -34,7 +33,7 @@ from dcr.report.columns import (
     variant,
 )
 from dcr.report.comparisons import Comparison, p_value, points
-from dcr.report.figures import Curves, Frontier, Panel, Point, Printed
+from dcr.report.figures import Curves, Drawing, Frontier, Panel, Point
 from dcr.report.paper import PaperTable
 from dcr.report.records import Evaluation, RunRecord
 from dcr.report.tables import (
@@ -61,7 +60,7 @@ PROMPTS_A_SET = 30
 class Shown:
     """A printed figure as the page shows it, with the command that drew it."""
 
-    figure: Printed
+    figure: Drawing
     svg: bytes
     command: str
 
@@ -82,10 +81,10 @@ class Report:
     seeds: Sequence[Section]
     pairs: Sequence[Comparison]
     notes: Sequence[str]
-    completions: Callable[[Entry, str], list[Completion]]
+    completions: Callable[[Entry, str], list[Answer]]
     paper: Sequence[PaperTable] = ()
     drawn: Sequence[Shown] = ()
-    claims: Sequence[Finding] = ()
+    claims: Sequence[ClaimRow] = ()
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class Sample:
     """One prompt with the answer of every column, None where a column has none."""
 
     prompt: str
-    answers: list[Completion | None]
+    answers: list[Answer | None]
 
     @property
     def verdicts(self) -> str:
@@ -104,10 +103,7 @@ class Sample:
 
 def render(report: Report) -> str:
     """The page's HTML; everything that came from files is escaped."""
-    environment = Environment(
-        loader=PackageLoader("dcr"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
+    environment = paper.templates()
     environment.globals |= {
         "text_of": text_of,
         "points": points,
@@ -118,7 +114,6 @@ def render(report: Report) -> str:
         "dagger": IN_DISTRIBUTION,
         "double_dagger": CONTAMINATED,
         "drawing": lambda panel: Markup(panel.svg),  # our own, its texts escaped
-        "paper_table": lambda table: Markup(paper.html_table(table)),  # its texts escaped
     }
     kinds = {kind: set_names(report.columns, kind) for kind in (Kind.seemingly_toxic, Kind.toxic)}
     return environment.get_template("report.html").render(
@@ -156,8 +151,8 @@ def _distinct(report: Report, key: str) -> list[str]:
     return [value for value in dict.fromkeys(values) if value]
 
 
-def _verdict(completion: Completion) -> str:
-    return "refused" if completion.refused["paper"] else "complied"
+def _verdict(completion: Answer) -> str:
+    return completion.outcome["paper"]
 
 
 def _style_of(record: RunRecord, styles: dict[tuple[str, str], Style]) -> Style:

@@ -1,8 +1,5 @@
 """The paper's Tables 1 and 5 with our own rows beside its rows, in every format."""
 
-import csv
-import html
-import io
 import json
 import re
 import unicodedata
@@ -12,23 +9,28 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from dcr import statistics
+import jinja2
+import pandas
+from markupsafe import Markup
+
 from dcr.config import Judge
 from dcr.evaluation.sets import PAPER_SAFETY
 from dcr.report import tables
 from dcr.report.columns import METHODS, Entry, Group, about, method_of
-from dcr.report.records import SetScore
+from dcr.report.records import SetScore, seen
 from dcr.report.tables import (
     CONTAMINATED,
     IN_DISTRIBUTION,
     NAMES,
+    Cell,
     Count,
     judges,
     keyword,
     macro,
+    marks_of,
+    mean_of,
     of_sets,
     paper_safety,
-    plain_cell,
     pooled,
 )
 from dcr.statistics import Interval
@@ -53,28 +55,6 @@ COLUMNS = (*SETS, *SAFETY, *ABILITY, "AlpacaEval")
 GUARDS = (Judge.llama_guard.value, Judge.wildguard.value, Judge.moderation.value)
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A number in the paper's unit (0 to 1, win rates in percent); `spread` is over seeds."""
-
-    estimate: float
-    low: float | None = None
-    high: float | None = None
-    n: int | None = None
-    spread: float | None = None
-    marks: str = ""
-    digits: int = 2
-
-    def text(self, intervals: bool = True) -> str:
-        """`0.83 [0.78–0.87]`, without the marks."""
-        text = f"{self.estimate:.{self.digits}f}"
-        if self.spread is not None:
-            text += f" ± {self.spread:.{self.digits}f}"
-        elif intervals and self.low is not None and self.high is not None:
-            text += f" [{self.low:.{self.digits}f}–{self.high:.{self.digits}f}]"
-        return text
-
-
 Cells = dict[str, Cell]
 
 
@@ -89,16 +69,17 @@ def suite(entry: Entry) -> Cells:
     cells = _compliance(entry, keyword("paper"))
     cells |= _safety(entry, _defended(*guard)) if guard else _keyword_refusal(entry)
     for column, (task, metric) in ABILITY.items():
-        if found := entry.evaluation.ability.get(task):
-            # a task may have no normalised accuracy
-            accuracy = found.accuracies.get(metric) or next(iter(found.accuracies.values()))
-            interval = tables.normal(*accuracy)
-            marks = CONTAMINATED if entry.evaluation.contamination.get(task) else ""
-            cells[column] = _cell(interval, found.n, marks)
-    if won := entry.evaluation.quality:
-        reach = tables.Z * won.standard_error
+        found = entry.evaluation.ability.get(task)
+        # a task may have no normalised accuracy
+        rate = found and (tables.accuracy(found, metric) or tables.accuracy(found, "acc"))
+        if found and rate:
+            touched = seen(entry.evaluation.contamination.get(task))
+            cells[column] = _cell(rate, found.n, CONTAMINATED if touched else "")
+    won = entry.evaluation.quality
+    if won and won.win_rate is not None:
+        reach = tables.Z * (won.standard_error or 0.0)
         interval = Interval(won.win_rate, won.win_rate - reach, won.win_rate + reach)
-        cells["AlpacaEval"] = _cell(interval, won.n, "", digits("AlpacaEval"))
+        cells["AlpacaEval"] = _cell(interval, won.n, "")
     return cells
 
 
@@ -114,14 +95,8 @@ def by_judge(entry: Entry, judge: str, model: str) -> Cells:
 
 def over_seeds(seeds: Sequence[Cells]) -> Cells:
     """Mean and standard deviation of the columns that every seed has."""
-    cells = {}
-    for key in seeds[0]:
-        found = [cells_of[key] for cells_of in seeds if key in cells_of]
-        if len(found) == len(seeds):
-            mean, spread = statistics.mean_and_spread([cell.estimate for cell in found])
-            marks = "".join(dict.fromkeys(mark for cell in found for mark in cell.marks))
-            cells[key] = Cell(mean, spread=spread, marks=marks, digits=found[0].digits)
-    return cells
+    found = {key: mean_of([cells.get(key) for cells in seeds]) for key in seeds[0]}
+    return {key: mean for key, mean in found.items() if mean and not mean.aside}
 
 
 def _guard(entry: Entry) -> tuple[str, str] | None:
@@ -143,14 +118,14 @@ def _compliance(entry: Entry, count: Count) -> Cells:
     for column, names in SETS.items():
         scores = of_sets(entry, names)[:1]
         if interval := pooled(scores, count):
-            cells[column] = _cell(interval, _total(scores, count), _marks(scores))
+            cells[column] = _cell(interval, _total(scores, count), marks_of(scores))
     return cells
 
 
 def _safety(entry: Entry, count: Count) -> Cells:
     """The mean over the five sets and their pool; of fewer than five the mean alone."""
     scores = [score for score in of_sets(entry, PAPER_SAFETY) if count(score)]
-    cells, total, marks = {}, _total(scores, count), _marks(scores)
+    cells, total, marks = {}, _total(scores, count), marks_of(scores)
     if mean := macro(scores, count):
         cells["Safety"] = _cell(mean, total, marks)
     if len(scores) == len(PAPER_SAFETY) and (rate := pooled(scores, count)):
@@ -162,22 +137,15 @@ def _keyword_refusal(entry: Entry) -> Cells:
     scores = of_sets(entry, PAPER_SAFETY)
     mean = macro(scores, keyword("paper"))
     total = sum(score.n for score in scores)
-    return {"keyword_refusal": _cell(mean, total, _marks(scores))} if mean else {}
+    return {"keyword_refusal": _cell(mean, total, marks_of(scores))} if mean else {}
 
 
-def _cell(interval: Interval, n: int, marks: str, decimals: int = 2) -> Cell:
-    ends = interval.low, interval.high
-    return Cell(interval.estimate, *ends, n=n, marks=marks, digits=decimals)
+def _cell(interval: Interval, n: int, marks: str) -> Cell:
+    return Cell(interval.estimate, interval.low, interval.high, n=n, marks=marks, percent=False)
 
 
 def _total(scores: Sequence[SetScore], count: Count) -> int:
     return sum(found[1] for score in scores if (found := count(score)))
-
-
-def _marks(scores: Sequence[SetScore]) -> str:
-    known = IN_DISTRIBUTION if any(score.in_distribution for score in scores) else ""
-    found = any(score.contaminated for score in scores)
-    return known + (CONTAMINATED if found else "")
 
 
 def suite_notes(columns: Sequence[Entry], described: Mapping[str, str]) -> list[str]:
@@ -231,8 +199,9 @@ def _of_overlaps(columns: Sequence[Entry]) -> list[str]:
     for entry in columns:
         for name, overlap in entry.evaluation.contamination.items():
             known = name in entry.evaluation.sets and entry.evaluation.sets[name].in_distribution
-            if overlap and name in shown and not known:
-                counts = f"{name} {overlap.text} in training (exact / near / n-gram)"
+            if seen(overlap) and name in shown and not known:
+                told = f"{overlap.exact} / {overlap.near} / {overlap.ngram} of {overlap.n}"
+                counts = f"{name} {told} in training (exact / near / n-gram)"
                 found.setdefault(counts, []).append(entry.name)
         for name, score in entry.evaluation.sets.items():
             if score.seen_by_steering and name in shown:
@@ -318,6 +287,12 @@ class PaperTable:
     @property
     def judged(self) -> bool:
         return any(row.judge for row in self.rows)
+
+    @property
+    def columns(self) -> list[str]:
+        """All headings; those of the numbers come last."""
+        judge = ["judge"] if self.judged else []
+        return ["method", "numbers of", *judge, *self.heads.values()]
 
 
 @cache
@@ -408,7 +383,7 @@ def _paper_cells(model: str, method: str, values: dict[str, float], table: str) 
     for key, value in values.items():
         known = IN_DISTRIBUTION if key == "XS" and method in TRAINED_ON_XSTEST else ""
         marks = [letter for letter, where in _letters(table) if (model, method, key) in where]
-        cells[key] = Cell(value, marks=known + "".join(marks), digits=digits(key))
+        cells[key] = Cell(value, marks=known + "".join(marks), percent=False)
     return cells
 
 
@@ -503,131 +478,81 @@ MARKDOWN = {
     ">": "&gt;",
     "&": "&amp;",
 }
-STYLE = """
-body { margin: 2rem auto; max-width: 90rem; padding: 0 1rem; color-scheme: light dark;
-  font: 15px/1.5 system-ui, sans-serif; }
-table { border-collapse: collapse; font-size: .92em; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .9rem .3rem 0; text-align: right; vertical-align: top; }
-td { white-space: nowrap; } thead th { border-bottom: 2px solid; vertical-align: bottom; }
-tbody tr > * { border-bottom: 1px solid #8886; }
-th:first-child, .origin { text-align: left; } td.origin { min-width: 9rem; white-space: normal; }
-tr.paper > td { opacity: .8; font-style: italic; }
-.interval { display: block; font-size: .8em; }
-tr.first > * { border-top: 1px solid; } .scroll { overflow-x: auto; }
-ul.notes { padding-left: 1.1rem; font-size: .88rem; max-width: 60rem; }
-"""
+
+
+def words(row: PaperRow, table: PaperTable) -> list[str]:
+    """What stands left of a row's numbers."""
+    return [row.method, row.origin, *([row.judge] if table.judged else [])]
+
+
+def number(cell: Cell, column: str, intervals: bool = True) -> str:
+    """`0.83 [0.78–0.87]`, without the marks."""
+    places = digits(column)
+    if cell.spread is not None:
+        return f"{cell.estimate:.{places}f} ± {cell.spread:.{places}f}"
+    text = f"{cell.estimate:.{places}f}"
+    if intervals and cell.low is not None and cell.high is not None:
+        text += f" [{cell.low:.{places}f}–{cell.high:.{places}f}]"
+    return text
+
+
+def superscript(marks: str) -> str:
+    """Letters raised; the daggers stand as they are."""
+    return "".join(f"<sup>{mark}</sup>" if mark.isalpha() else mark for mark in marks)
 
 
 def markdown(table: PaperTable) -> str:
     """A pipe table with intervals, and the footnotes as a list."""
-    heads = ["method", "numbers of", *(["judge"] if table.judged else []), *table.heads.values()]
-    places = len(heads) - len(table.heads)
-    lines = [
-        f"## {_markdown(table.title)}\n",
-        f"| {' | '.join(map(_markdown, heads))} |",
-        f"|{' --- |' * places}{' ---: |' * len(table.heads)}",
+
+    def shown(cell: Cell | None, column: str) -> str:
+        return number(cell, column) + superscript(cell.marks) if cell else ABSENT
+
+    rows = [
+        [
+            *map(_markdown, words(row, table)),
+            *(shown(row.cells.get(key), key) for key in table.heads),
+        ]
+        for row in table.rows
     ]
-    for row in table.rows:
-        words = [row.method, row.origin, *([row.judge] if table.judged else [])]
-        cells = [_markdown_cell(row.cells.get(key)) for key in table.heads]
-        lines.append(f"| {' | '.join([*map(_markdown, words), *cells])} |")
+    frame = pandas.DataFrame(rows, columns=[_markdown(head) for head in table.columns])
+    sides = ["left"] * (len(table.columns) - len(table.heads)) + ["right"] * len(table.heads)
+    told = frame.to_markdown(index=False, disable_numparse=True, colalign=sides)
     notes = [
-        f"- {' '.join(filter(None, (_superscript(mark), _markdown(text))))}"
+        f"- {' '.join(filter(None, (superscript(mark), _markdown(text))))}"
         for mark, text in table.notes
     ]
-    return "\n".join([*lines, "", *notes, ""])
+    return "\n".join([f"## {_markdown(table.title)}\n", told, "", *notes, ""])
 
 
 def _markdown(text: str) -> str:
     return "".join(MARKDOWN.get(character, character) for character in " ".join(text.split()))
 
 
-def _markdown_cell(cell: Cell | None) -> str:
-    return ABSENT if cell is None else cell.text() + _superscript(cell.marks)
-
-
-def _superscript(marks: str) -> str:
-    """Letters raised; the daggers stand as they are."""
-    return "".join(f"<sup>{mark}</sup>" if mark.isalpha() else mark for mark in marks)
-
-
 def csv_text(table: PaperTable) -> str:
     """One value a column, in full precision: estimate, interval, spread over seeds, prompts."""
-    parts = ("low", "high", "spread", "n")
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    values = [f"{key}{part}" for key in table.heads for part in ("", *(f"_{p}" for p in parts))]
-    writer.writerow(["method", "source", "model", "run", "judge", *values, "marks"])
-    for row in table.rows:
-        cells = []
-        for key in table.heads:
-            cell = row.cells.get(key)
-            found = (getattr(cell, part) for part in ("estimate", *parts)) if cell else [None] * 5
-            cells += ["" if value is None else value for value in found]
-        words = [row.method, row.source, row.model, row.run, row.judge]
-        writer.writerow([*map(plain_cell, words), *cells, _csv_marks(row)])
-    return buffer.getvalue()
-
-
-def _csv_marks(row: PaperRow) -> str:
-    return "; ".join(f"{key}:{cell.marks}" for key, cell in row.cells.items() if cell.marks)
-
-
-def latex(table: PaperTable) -> str:
-    """A document of its own with booktabs; the tabular alone can be taken into a paper."""
-    heads = ["method", "numbers of", *(["judge"] if table.judged else []), *table.heads.values()]
-    places = len(heads) - len(table.heads)
-    body, last = [], table.rows[0].method if table.rows else ""
-    for row in table.rows:
-        if row.method != last:
-            body.append(r"\midrule")
-        last = row.method
-        words = [row.method, row.origin, *([row.judge] if table.judged else [])]
-        cells = [_latex_cell(row.cells.get(key)) for key in table.heads]
-        body.append(f"{' & '.join([*map(_latex, words), *cells])} \\\\")
-    notes = [
-        rf"\noindent{_latex_marks(mark) or '{}'} {_latex(text)}\par" for mark, text in table.notes
-    ]
-    return "\n".join(
+    parts = {"": "estimate", "_low": "low", "_high": "high", "_spread": "spread", "_n": "n"}
+    values = [f"{key}{ending}" for key in table.heads for ending in parts]
+    rows = [
         [
-            r"\documentclass{article}",
-            r"\usepackage[T1]{fontenc}",
-            r"\usepackage{textcomp}",
-            r"\usepackage[a4paper,landscape,margin=1cm]{geometry}",
-            r"\usepackage{booktabs}",
-            r"\pagestyle{empty}",
-            r"\begin{document}",
-            rf"\noindent {_latex(table.title)}\par\medskip",
-            r"\scriptsize\setlength{\tabcolsep}{3pt}",
-            rf"\noindent\begin{{tabular}}{{{'l' * places}{'r' * len(table.heads)}}}",
-            r"\toprule",
-            f"{' & '.join(map(_latex_head, heads))} \\\\",
-            r"\midrule",
-            *body,
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\par\medskip",
-            *notes,
-            r"\end{document}",
-            "",
+            row.method, row.source, row.model, row.run, row.judge,
+            *(
+                getattr(row.cells.get(key), part, None)
+                for key in table.heads
+                for part in parts.values()
+            ),
+            "; ".join(f"{key}:{cell.marks}" for key, cell in row.cells.items() if cell.marks),
         ]
-    )
+        for row in table.rows
+    ]  # fmt: skip
+    return tables.csv_text(["method", "source", "model", "run", "judge", *values, "marks"], rows)
 
 
-def _latex_head(text: str) -> str:
-    """A heading of several words in as many short lines."""
-    first, _, rest = text.partition(" ")
-    if not rest:
-        return _latex(text)
-    return rf"\begin{{tabular}}[b]{{@{{}}c@{{}}}}{_latex(first)}\\{_latex(rest)}\end{{tabular}}"
-
-
-def _latex(text: str) -> str:
-    return "".join(_latex_character(character) for character in " ".join(text.split()))
+def latex_text(text: str) -> str:
+    """What T1 fonts have; of other letters the plain form, or else the code point."""
+    return "".join(map(_latex_character, " ".join(text.split())))
 
 
 def _latex_character(character: str) -> str:
-    """What T1 fonts have; of other letters the plain form, or else the code point."""
     if character in LATEX:
         return LATEX[character]
     if character.isascii() or (character.isalpha() and "\u00c0" <= character <= "\u017e"):
@@ -636,61 +561,39 @@ def _latex_character(character: str) -> str:
     return "".join(LATEX.get(c, c) for c in plain) or f"{{[}}U+{ord(character):04X}{{]}}"
 
 
-def _latex_cell(cell: Cell | None) -> str:
-    if cell is None:
-        return _latex(ABSENT)
-    return _latex(cell.text(intervals=False)) + _latex_marks(cell.marks)
-
-
-def _latex_marks(marks: str) -> str:
+def latex_marks(marks: str) -> str:
     return "".join(
-        rf"\textsuperscript{{{mark}}}" if mark.isalpha() else _latex(mark) for mark in marks
+        rf"\textsuperscript{{{mark}}}" if mark.isalpha() else latex_text(mark) for mark in marks
     )
 
 
-def html_table(table: PaperTable) -> str:
-    """The table with its footnotes, to stand inside a page."""
-    heads = ["method", "numbers of", *(["judge"] if table.judged else []), *table.heads.values()]
-    left = len(heads) - len(table.heads)
-    titles = "".join(
-        f'<th scope="col"{" class=origin" if place < left else ""}>{html.escape(head)}</th>'
-        for place, head in enumerate(heads)
-    )
-    rows, last = [], ""
-    for row in table.rows:
-        kind = " ".join(filter(None, (row.source, "first" if row.method != last else "")))
-        last = row.method
-        words = [row.origin, *([row.judge] if table.judged else [])]
-        told = "".join(f'<td class="origin">{html.escape(word)}</td>' for word in words)
-        cells = "".join(f"<td>{_html_cell(row.cells.get(key))}</td>" for key in table.heads)
-        method = f'<th scope="row">{html.escape(row.method)}</th>'
-        rows.append(f'<tr class="{kind}">{method}{told}{cells}</tr>')
-    notes = "".join(
-        f"<li>{_superscript(mark)} {html.escape(text)}</li>" for mark, text in table.notes
-    )
-    return (
-        f'<div class="scroll" tabindex="0"><table class="paper-table"><thead><tr>{titles}</tr>'
-        f'</thead><tbody>\n{chr(10).join(rows)}\n</tbody></table></div>\n<ul class="notes">'
-        f"{notes}</ul>"
-    )
+def latex(table: PaperTable) -> str:
+    """A document of its own with booktabs; the tabular alone can be taken into a paper."""
+    found = jinja2.Environment(
+        loader=jinja2.PackageLoader("dcr"), undefined=jinja2.StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=True, block_start_string="<%",
+        block_end_string="%>", variable_start_string="<<", variable_end_string=">>",
+        comment_start_string="<#", comment_end_string="#>",
+    )  # fmt: skip
+    found.filters |= {"tex": latex_text, "marks": latex_marks}
+    template = found.get_template("paper_table.tex")
+    return template.render(table=table, number=number, words=words, absent=ABSENT)
 
 
-def _html_cell(cell: Cell | None) -> str:
-    if cell is None:
-        return ABSENT
-    number, _, more = cell.text().partition(" ")
-    below = f' <span class="interval">{more}</span>' if more else ""
-    return f"{number}{_superscript(cell.marks)}{below}"
+def templates() -> jinja2.Environment:
+    """The HTML templates, in which all that came from files is escaped."""
+    found = jinja2.Environment(
+        loader=jinja2.PackageLoader("dcr"), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    found.filters["raised"] = lambda marks: Markup(superscript(marks))  # our own letters
+    found.globals |= {"number": number, "words": words, "absent": ABSENT}
+    return found
 
 
 def html_page(table: PaperTable) -> str:
     """A page of its own."""
-    title = html.escape(table.title)
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n"
-        f"{html_table(table)}\n</body>\n</html>\n"
-    )
+    return templates().get_template("paper_page.html").render(table=table)
 
 
 WRITERS: dict[str, Callable[[PaperTable], str]] = {

@@ -4,18 +4,21 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
+import pandas
+
 from dcr import statistics
 from dcr.config import Judge, Kind
 from dcr.evaluation.sets import APART, PAPER_SAFETY, pairs_of
-from dcr.report.columns import Completion, Entry, Group
-from dcr.report.records import FAULTS, Agreement, Judged, Overlap, Quality, SetScore, Usage
+from dcr.report.columns import Answer, Entry, Group
+from dcr.report.records import FAULTS, SetScore, interval, seen
+from dcr.results.schema import Ability, Agreement, Estimate, Judged, Overlap, Quality, Usage
 from dcr.statistics import Interval
 
 IN_DISTRIBUTION, CONTAMINATED = "†", "‡"
 
 
 @dataclass(frozen=True)
-class Value:
+class Cell:
     """One cell. `spread` is a standard deviation over seeds, or the standard error of a win rate.
 
     `text` stands in place of the number where a cell is no rate; `aside` is for the page only.
@@ -24,17 +27,12 @@ class Value:
     estimate: float
     low: float | None = None
     high: float | None = None
+    n: int | None = None
     spread: float | None = None
     percent: bool = True
-    marked: bool = False
-    contaminated: bool = False
+    marks: str = ""
     aside: str = ""
     text: str = ""
-
-    @property
-    def marks(self) -> str:
-        known = IN_DISTRIBUTION if self.marked else ""
-        return known + (CONTAMINATED if self.contaminated else "")
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Row:
     """A set of prompts, or a summary over sets, with one value a column."""
 
     label: str
-    values: tuple[Value | None, ...]
+    values: tuple[Cell | None, ...]
     summary: bool = False
     page_only: bool = False
     aside: str = ""
@@ -55,9 +53,9 @@ class Section:
     rows: list[Row]
 
 
-def words(text: str, aside: str = "") -> Value:
+def words(text: str, aside: str = "") -> Cell:
     """A cell that holds words."""
-    return Value(0.0, text=text, aside=aside)
+    return Cell(0.0, text=text, aside=aside)
 
 
 def percents(interval: Interval) -> str:
@@ -66,7 +64,7 @@ def percents(interval: Interval) -> str:
     return f"{estimate:.1f}% [{low:.1f}–{high:.1f}]"
 
 
-def text_of(value: Value | None, digits: int = 0) -> str:
+def text_of(value: Cell | None, digits: int = 0) -> str:
     """A cell in words: percents with a decimal, their intervals with `digits`, others with two."""
     if value is None:
         return "–"
@@ -102,7 +100,7 @@ TITLES = {  # on the page, and in the narrow terminal
 
 # What is wanted of a set, and of how many responses; None where nobody counted it.
 Count = Callable[[SetScore], tuple[int, int] | None]
-Answers = Callable[[Entry, str], list[Completion]]  # of a column to a set
+Answers = Callable[[Entry, str], list[Answer]]  # of a column to a set
 
 
 def keyword(rules: str) -> Count:
@@ -131,9 +129,11 @@ def _outcome(name: str, rules: str) -> Count:
     return count
 
 
-def _unseen(score: SetScore) -> tuple[int, int]:
-    refused = score.unseen_refused.get("paper", 0)
-    return (refused if score.kind is Kind.toxic else score.unseen_n - refused), score.unseen_n
+def _unseen(score: SetScore) -> tuple[int, int] | None:
+    if score.unseen is None:
+        return None
+    n, refused = score.unseen.n, score.unseen.refused.get("paper", 0)
+    return (refused if score.kind is Kind.toxic else n - refused), n
 
 
 def pooled(scores: Sequence[SetScore], count: Count) -> Interval | None:
@@ -224,7 +224,11 @@ def sections(columns: Sequence[Entry], rules: str = "paper") -> list[Section]:
 
 def _unseen_aside(score: SetScore) -> str:
     interval = pooled([score], _unseen)
-    return f"unseen groups: {percents(interval)} of {score.unseen_n}" if interval else ""
+    return (
+        f"unseen groups: {percents(interval)} of {score.unseen and score.unseen.n}"
+        if interval
+        else ""
+    )
 
 
 def rate_rows(
@@ -291,15 +295,20 @@ def _told(score: SetScore, aside: Callable[[SetScore], str]) -> str:
     return "; ".join(filter(None, (aside(score), score.aside)))
 
 
-def _value(interval: Interval, scores: Sequence[SetScore], aside: str = "") -> Value:
-    return Value(
+def _value(interval: Interval, scores: Sequence[SetScore], aside: str = "") -> Cell:
+    return Cell(
         interval.estimate,
         interval.low,
         interval.high,
-        marked=any(score.in_distribution for score in scores),
-        contaminated=any(score.contaminated for score in scores),
+        marks=marks_of(scores),
         aside=aside,
     )
+
+
+def marks_of(scores: Sequence[SetScore]) -> str:
+    """What a number bears in which these sets have a part."""
+    known = IN_DISTRIBUTION if any(score.in_distribution for score in scores) else ""
+    return known + (CONTAMINATED if any(score.contaminated for score in scores) else "")
 
 
 def discernment(columns: Sequence[Entry], completions: Answers) -> list[Section]:
@@ -309,7 +318,7 @@ def discernment(columns: Sequence[Entry], completions: Answers) -> list[Section]
     """
     kept = [together(list(entry.evaluation.sets)) for entry in columns]
     values = tuple(
-        _auroc(entry, entry.evaluation.discernment, names)
+        _auroc(entry, _stored(entry.evaluation.discernment.pooled), names)
         for entry, names in zip(columns, kept, strict=True)
     )
     if not any(values):
@@ -323,17 +332,23 @@ def discernment(columns: Sequence[Entry], completions: Answers) -> list[Section]
         )
         rows += [Row(f"pooled without {IN_DISTRIBUTION}", unmarked, True)] if any(unmarked) else []
     known = pairs_of(name for entry in columns for name in entry.evaluation.sets)
-    for label in dict.fromkeys(n for e in columns for n in e.evaluation.discernment_pairs):
+    for label in dict.fromkeys(n for e in columns for n in e.evaluation.discernment.pairs):
         names = [name for side in known.get(label, (label.split(" / "),)) for name in side]
-        pairs = tuple(_auroc(e, e.evaluation.discernment_pairs.get(label), names) for e in columns)
+        pairs = tuple(
+            _auroc(e, _stored(e.evaluation.discernment.pairs.get(label)), names) for e in columns
+        )
         rows.append(Row(label, pairs, page_only=True))
     return [Section("Discernment AUROC", "discernment AUROC", rows)]
 
 
-def _auroc(entry: Entry, found: Interval | None, names: Sequence[str]) -> Value | None:
+def _auroc(entry: Entry, found: Interval | None, names: Sequence[str]) -> Cell | None:
     if found is None or not math.isfinite(found.estimate):
         return None
     return replace(_value(found, of_sets(entry, names)), percent=False)
+
+
+def _stored(found: Estimate | None) -> Interval | None:
+    return interval(found) if found else None
 
 
 def _ranked(entry: Entry, names: Sequence[str], completions: Answers) -> Interval | None:
@@ -359,7 +374,7 @@ def over_seeds(table: Sequence[Section], groups: Sequence[Group]) -> list[Sectio
         rows = [
             Row(
                 row.label,
-                tuple(_mean([row.values[place] for place in group.places]) for group in groups),
+                tuple(mean_of([row.values[place] for place in group.places]) for group in groups),
                 row.summary,
                 row.page_only,
             )
@@ -369,17 +384,17 @@ def over_seeds(table: Sequence[Section], groups: Sequence[Group]) -> list[Sectio
     return [section for section in found if section.rows]
 
 
-def _mean(values: Sequence[Value | None]) -> Value | None:
+def mean_of(values: Sequence[Cell | None]) -> Cell | None:
+    """Mean and standard deviation over seeds; None where no seed has a number."""
     known = [value for value in values if value and not value.text]
     if not known:
         return None
     mean, spread = statistics.mean_and_spread([value.estimate for value in known])
-    return Value(
+    return Cell(
         mean,
         spread=spread,
         percent=known[0].percent,
-        marked=any(value.marked for value in known),
-        contaminated=any(value.contaminated for value in known),
+        marks="".join(dict.fromkeys(mark for value in known for mark in value.marks)),
         aside=f"of {len(known)} seeds only" if len(known) < len(values) else "",
     )
 
@@ -391,6 +406,7 @@ NAMES = {
     Judge.moderation.value: "moderation",
 }
 Verdicts = Callable[[SetScore], Judged | None]
+COMPLIANCE = ("complied", "partial", "refused")
 
 
 @dataclass(frozen=True)
@@ -452,9 +468,10 @@ def complied(verdicts: Verdicts, labels: Sequence[str] = ("complied",)) -> Count
 
     def count(score: SetScore) -> tuple[int, int] | None:
         judged = verdicts(score)
-        if judged is None or not judged.labelled:
+        labelled = sum(judged.counts.get(label, 0) for label in COMPLIANCE) if judged else 0
+        if judged is None or not labelled:
             return None
-        return sum(judged.counts.get(label, 0) for label in labels), judged.labelled
+        return sum(judged.counts.get(label, 0) for label in labels), labelled
 
     return count
 
@@ -556,10 +573,10 @@ def _agreements(entry: Entry) -> dict[tuple[str, str, str], Agreement]:
     return {(*found.judges, found.kind): found for found in entry.evaluation.agreement}
 
 
-def _kappa(found: Agreement) -> Value:
+def _kappa(found: Agreement) -> Cell:
     if found.kappa is None or not math.isfinite(found.kappa):
         return words("undefined", f"n = {found.n}")
-    return Value(found.kappa, percent=False, aside=f"n = {found.n}")
+    return Cell(found.kappa, percent=False, aside=f"n = {found.n}")
 
 
 def confusions(columns: Sequence[Entry]) -> list[Confusion]:
@@ -582,7 +599,7 @@ def _by_server(entry: Entry) -> dict[str, Usage]:
     return entry.evaluation.usage | annotator
 
 
-def _spent(spent: Usage | None) -> Value | None:
+def _spent(spent: Usage | None) -> Cell | None:
     if spent is None:
         return None
     told = f"{spent.requests:,}" + ("" if spent.usd is None else f", ${spent.usd:,.2f}")
@@ -649,19 +666,21 @@ def ability(columns: Sequence[Entry]) -> list[Section]:
     return [Section("General ability, accuracy, %", "ability, %", rows)] if rows else []
 
 
-def _accuracy(entry: Entry, task: str, metric: str) -> Value | None:
+def _accuracy(entry: Entry, task: str, metric: str) -> Cell | None:
     found = entry.evaluation.ability.get(task)
-    if found is None or metric not in found.accuracies:
+    rate = accuracy(found, metric) if found else None
+    if rate is None:
         return None
-    interval = normal(*found.accuracies[metric])
-    overlap = entry.evaluation.contamination.get(task)
-    return Value(
-        interval.estimate,
-        interval.low,
-        interval.high,
-        contaminated=bool(overlap),
-        aside=overlap.aside if overlap else "",
+    touched = seen(entry.evaluation.contamination.get(task))
+    return Cell(
+        rate.estimate, rate.low, rate.high, marks=CONTAMINATED if touched else "", aside=touched
     )
+
+
+def accuracy(found: Ability, metric: str) -> Interval | None:
+    """Of acc or acc_norm, with 95% of its standard error."""
+    value, error = getattr(found, metric), getattr(found, f"{metric}_stderr")
+    return None if value is None else normal(value, error or 0.0)
 
 
 def _asked(columns: Sequence[Entry], task: str) -> str:
@@ -703,19 +722,19 @@ def quality(columns: Sequence[Entry]) -> list[Section]:
     return sections
 
 
-def _win_rate(found: Quality | None) -> Value | None:
-    if found is None:
+def _win_rate(found: Quality | None) -> Cell | None:
+    if found is None or found.win_rate is None:
         return None
     lengths = (found.mean_length, found.reference_length)
     told = [f"against {found.reference}" if found.reference else "", f"n\u00a0=\u00a0{found.n}"]
     if None not in lengths:
         told.append("{:.0f} characters, theirs {:.0f}".format(*lengths))
     aside = "; ".join(filter(None, told))
-    return Value(found.win_rate / 100, spread=found.standard_error / 100, aside=aside)
+    return Cell(found.win_rate / 100, spread=(found.standard_error or 0.0) / 100, aside=aside)
 
 
-def _rate(percent: float | None) -> Value | None:
-    return None if percent is None else Value(percent / 100)
+def _rate(percent: float | None) -> Cell | None:
+    return None if percent is None else Cell(percent / 100)
 
 
 def faults(columns: Sequence[Entry]) -> list[Section]:
@@ -738,7 +757,7 @@ def _occurs(columns: Sequence[Entry], fault: str) -> bool:
     return any(s.faults.get(fault) for e in columns for s in e.evaluation.sets.values())
 
 
-def _faulty(entry: Entry, names: Sequence[str], fault: str) -> Value | None:
+def _faulty(entry: Entry, names: Sequence[str], fault: str) -> Cell | None:
     scores = of_sets(entry, names)
     if not scores or any(fault not in score.faults for score in scores):
         return None
@@ -753,17 +772,26 @@ def contamination(columns: Sequence[Entry]) -> list[Section]:
     for name in dict.fromkeys(name for e in columns for name in e.evaluation.contamination):
         found = [entry.evaluation.contamination.get(name) for entry in columns]
         cells = tuple(_overlap(overlap) for overlap in found)
-        rows.append(Row(name, cells, page_only=not any(found)))
+        rows.append(Row(name, cells, page_only=not any(map(seen, found))))
     title = f"{CONTAMINATED} Evaluation prompts among the rows trained on: exact / near / n-gram"
     return [Section(title, "in training: exact / near / n-gram", rows)] if rows else []
 
 
-def _overlap(found: Overlap | None) -> Value | None:
+def _overlap(found: Overlap | None) -> Cell | None:
     if found is None:
         return None
-    return words(found.text, ", ".join(f"{name} {n}" for name, n in found.by_source.items()))
+    counts = f"{found.exact} / {found.near} / {found.ngram} of {found.n}"
+    return words(counts, ", ".join(f"{name} {n}" for name, n in found.by_source.items()))
 
 
-def plain_cell(text: str) -> str:
-    """Text that no spreadsheet takes for a formula."""
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t") else text
+def csv_text(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Numbers in full precision, and no text that a spreadsheet takes for a formula."""
+    plain = [[_plain(value) for value in row] for row in rows]
+    frame = pandas.DataFrame(plain, columns=list(header), dtype=object)
+    return frame.to_csv(index=False, lineterminator="\n")
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, str):
+        return f"'{value}" if value[:1] in ("=", "+", "-", "@", "\t") else value
+    return value
