@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import TextStreamer
 
-from dcr import generation, models, prompts, refusal
+from dcr import batching, generation, models, prompts, refusal
 from dcr.config import ConfigError, ModelConfig, Precision, UserError
 from dcr.models import Policy
 from dcr.prompts import ChatFormat
@@ -48,8 +48,7 @@ class Dialogue:
         The oldest exchanges are left out while it does not fit the model's context. Raises
         ConfigError when not even the last message fits.
         """
-        text = self.policy.model.config.get_text_config()
-        room = (getattr(text, "max_position_embeddings", None) or 2**30) - self.max_new_tokens
+        room = batching.context_length(self.policy.model.config) - self.max_new_tokens
         turns = self.turns
         while len(ids := self._encoded(turns)) > room:
             if len(turns) < 3:

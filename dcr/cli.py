@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
@@ -27,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Column, Table
 
-from dcr import config, runs, storage
+from dcr import batching, config, runs, storage
 from dcr.config import ConfigError, EvalConfig, TrainConfig, UserError
 from dcr.text import label_of, printable, redact, single_line
 
@@ -37,7 +36,6 @@ DISK_FAULTS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG),
     *(errno.EEXIST, errno.ENOTDIR),
 }
-NO_RAM = "can't allocate memory"  # torch's words when the CPU has too little
 SIGNALLED = 128  # exit codes above it say which signal ended the process
 
 
@@ -167,7 +165,7 @@ def faults_in_words() -> Iterator[None]:
     except OmegaConfBaseException as error:
         raise ConfigError(config.one_line(error, *_schemas())) from error
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or NO_RAM in str(error):
+        if batching.is_out_of_memory(error):
             raise OutOfMemory from error
         raise
     except OSError as error:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dcr import endpoints, generation, models, prompts
+from dcr import batching, endpoints, generation, models, prompts
 from dcr.config import (
     DataError,
     GenConfig,
@@ -368,8 +368,8 @@ def test_one_prompt_too_many_and_other_errors_are_raised(
 def test_torchs_own_shortage_of_memory_is_known() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**52, dtype=torch.uint8)
-    assert local.is_out_of_memory(caught.value)
-    assert not local.is_out_of_memory(RuntimeError("size mismatch"))
+    assert batching.is_out_of_memory(caught.value)
+    assert not batching.is_out_of_memory(RuntimeError("size mismatch"))
 
 
 def test_a_prompts_memory_is_what_a_hand_counts_and_its_cache_holds(policy: Policy) -> None:

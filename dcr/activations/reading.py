@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dcr import models
+from dcr import batching, models
 from dcr.config import ConfigError
 
 
@@ -155,7 +155,5 @@ def _run(
     backbone: Any, ids: Int[Tensor, "batch length"], mask: Bool[Tensor, "batch length"]
 ) -> None:
     """A pass in which the first token of each row is at position 0 however it is padded."""
-    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-    takes = "position_ids" in inspect.signature(backbone.forward).parameters
-    placed = {"position_ids": positions} if takes else {}
+    placed = batching.placed(backbone, batching.positions(mask))
     backbone(input_ids=ids, attention_mask=mask.long(), use_cache=False, **placed)

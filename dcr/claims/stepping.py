@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dcr import activations
+from dcr import activations, batching
 from dcr.config import ConfigError
-from dcr.ntk import Batch, batches, by_length, last_logits, parameters, still
+from dcr.ntk import Batch, batches, last_logits, parameters, still
 
 BATCH_SIZE = 8
 
@@ -110,7 +110,9 @@ def steps(
 def _rows(model: Any, sequences: Sequence[Sequence[int]]) -> tuple[list[Batch], Tensor]:
     """Batches by length, padded on the right, and that order."""
     device = next(model.parameters()).device
-    return batches(sequences, BATCH_SIZE, False, device), torch.tensor(by_length(sequences))
+    return batches(sequences, BATCH_SIZE, False, device), torch.tensor(
+        batching.by_length(sequences)
+    )
 
 
 def _log_softmax(logits: Float[Tensor, "batch vocabulary"]) -> Float[Tensor, "batch vocabulary"]:

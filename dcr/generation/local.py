@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from dcr import batching
 from dcr.config import DataError, GenConfig
 from dcr.generation import self_cd
 from dcr.generation.completions import Completion, Encoded, completion
@@ -63,13 +64,11 @@ def complete(
                 yield batch
             return
         except (RuntimeError, MemoryError) as error:
-            if size == 1 or not is_out_of_memory(error):
+            if size == 1 or not batching.is_out_of_memory(error):
                 raise
         # out here, where the error no longer holds on to the tensors of its frames
-        torch.cuda.empty_cache()
         waiting = _without(waiting, done)
-        size = max(1, min(size, len(waiting)) // 2)
-        log.warning("out of memory: gen.batch_size is now %d", size)
+        size = batching.halved(min(size, len(waiting)), "gen.batch_size")
 
 
 def _fitting(policy: Policy, longest: int, settings: GenConfig) -> int:
@@ -113,8 +112,7 @@ def _without(encoded: Sequence[Encoded], done: Counter[tuple[str, str]]) -> list
 
 
 def _check_context(policy: Policy, encoded: Sequence[Encoded], new_tokens: int) -> None:
-    text = policy.model.config.get_text_config()
-    context = getattr(text, "max_position_embeddings", None) or 2**30
+    context = batching.context_length(policy.model.config)
     for row, ids in encoded:
         if len(ids) + new_tokens > context:
             raise DataError(
@@ -241,11 +239,3 @@ def _left_in(group: Path) -> int:
         return 2**62
     # file pages not in use are given back before anything is killed
     return 2**62 if limit == "max" else int(limit) - used + int(counted.get("inactive_file", 0))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a smaller batch might do: torch has no error type of its own for the CPU."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    words = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

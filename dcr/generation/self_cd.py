@@ -20,6 +20,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from dcr import batching
 from dcr.config import ConfigError
 from dcr.generation.completions import Completion, Encoded, completion
 from dcr.models import Policy, unwrapped
@@ -164,7 +165,7 @@ def _heard(
     cache: Cache | None,
 ) -> Context:
     """The context with these tokens behind it, in one forward pass."""
-    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    positions = batching.positions(mask)[:, -ids.shape[1] :]
     output = policy.model(
         input_ids=ids,
         attention_mask=mask.long(),

@@ -4,7 +4,6 @@ Both are causal language models that write their verdict in a few words of a fix
 does not keep to it is invalid, never safe.
 """
 
-import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,14 +23,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from dcr import batching
 from dcr.config import ConfigError, DataError, GuardConfig, Judge, WildGuardConfig
 from dcr.generation import Completion, own_decoding
 from dcr.judges.verdicts import Verdict, answer_fingerprint
 from dcr.models import DTYPES, Policy
 from dcr.models.opening import refused_as, whole_model
 from dcr.prompts import ZERO_WIDTH_SPACE, ChatFormat, attention_mask, padded
-
-log = logging.getLogger(__name__)
 
 LLAMA_GUARD, WILDGUARD = Judge.llama_guard.value, Judge.wildguard.value
 # The marks and headings are the model's interface; the instruction between them is this project's.
@@ -299,8 +297,7 @@ def asked_in_batches(
     tokenizer = guard.policy.tokenizer
     waiting = [(a, tokenizer.encode(asked(a), add_special_tokens=False)) for a in answers]
     waiting.sort(key=lambda pair: (-len(pair[1]), pair[0].id))
-    text = guard.policy.model.config.get_text_config()
-    context = getattr(text, "max_position_embeddings", None) or 2**30
+    context = batching.context_length(guard.policy.model.config)
     if (longest := len(waiting[0][1])) + settings.max_new_tokens > context:
         raise DataError(
             f"{waiting[0][0].id}: its {longest} tokens and {settings.max_new_tokens} new ones "
@@ -312,12 +309,12 @@ def asked_in_batches(
         batch = waiting[:size]
         try:
             said = _said(guard, [ids for _, ids in batch], settings.max_new_tokens)
-        except torch.OutOfMemoryError:
-            if size == 1:
+        except (RuntimeError, MemoryError) as error:
+            if size == 1 or not batching.is_out_of_memory(error):
                 raise
-            size //= 2
-            torch.cuda.empty_cache()
-            log.warning("out of memory: %s.batch_size is now %d", node, size)
+            said = None
+        if said is None:
+            size = batching.halved(size, f"{node}.batch_size")
             continue
         waiting = waiting[size:]
         yield [(answer, words) for (answer, _), words in zip(batch, said, strict=True)]

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from dcr import batching
 from dcr.config import EMBEDDED_MODEL, TINY_MODEL, ConfigError, ModelConfig, Precision
 from dcr.models.structure import seeded
 from dcr.storage import replaced_folder
@@ -84,7 +85,7 @@ def facts(config: ModelConfig) -> Facts:
         depth=text.num_hidden_layers,
         width=text.hidden_size,
         vocabulary=text.vocab_size,
-        context=getattr(text, "max_position_embeddings", None) or 2**30,
+        context=batching.context_length(text),
         tied=bool(getattr(text, "tie_word_embeddings", False)),
     )
 

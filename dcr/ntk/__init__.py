@@ -4,7 +4,7 @@
 `capture` what the exact scheme needs of them; `schemes` are that and the paper's.
 """
 
-from dcr.ntk.capture import Batch, batches, by_length, last_logits
+from dcr.ntk.capture import Batch, batches, last_logits
 from dcr.ntk.measuring import (
     Kernel,
     Settings,
@@ -23,7 +23,6 @@ __all__ = [
     "Kernel",
     "Settings",
     "batches",
-    "by_length",
     "kernel",
     "last_logits",
     "log_probability_change",

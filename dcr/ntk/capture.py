@@ -4,7 +4,6 @@ Rows of a batch do not interact, so one backward pass of the sum over a batch of
 prompt gives each prompt's own δ. No gradient of a parameter is ever formed here.
 """
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dcr import models, prompts
+from dcr import batching, models, prompts
 from dcr.config import ConfigError
 from dcr.ntk.subset import Kind, Part
 
@@ -64,7 +63,7 @@ def batches(
     On the right, since no row of attention is then wholly masked: in float64, transformers' eager
     attention gives NaN for such rows.
     """
-    order = by_length(sequences)
+    order = batching.by_length(sequences)
     found = []
     for start in range(0, len(order), size):
         rows = [sequences[i] for i in order[start : start + size]]
@@ -73,16 +72,10 @@ def batches(
     return found
 
 
-def by_length(sequences: Sequence[Sequence[int]]) -> list[int]:
-    return sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-
-
 def last_logits(model: Any, batch: Batch) -> Float[Tensor, "batch vocabulary"]:
     """Next-token logits after each prompt's last token."""
     inner: Any = models.unwrapped(model)
-    known = inspect.signature(inner.forward).parameters
-    positions = (batch.mask.long().cumsum(1) - 1).clamp(min=0)
-    options: dict[str, Any] = {"position_ids": positions} if "position_ids" in known else {}
+    options: dict[str, Any] = batching.placed(inner, batching.positions(batch.mask))
     ends = _ends(batch)
     rows = torch.arange(len(ends), device=ends.device)
 

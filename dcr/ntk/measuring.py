@@ -12,10 +12,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dcr import models
+from dcr import batching, models
 from dcr.config import ConfigError
 from dcr.ntk import subset
-from dcr.ntk.capture import batches, by_length
+from dcr.ntk.capture import batches
 from dcr.ntk.schemes import SCRATCH, Found, exact, finite_differences
 from dcr.ntk.subset import FORWARDS, Kind, Part, output_layer, tied
 from dcr.statistics import Interval
@@ -100,7 +100,7 @@ def measure(
     and after a change of the model are of the same logits. `left` is the side of the padding.
     """
     _check(model, sequences, settings, ids, tokens)
-    order = by_length(sequences)
+    order = batching.by_length(sequences)
     back = torch.tensor(order).argsort()
     with ExitStack() as stack:
         stack.enter_context(subset.still(model))

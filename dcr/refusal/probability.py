@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dcr import models
+from dcr import batching, models
 from dcr.config import ConfigError
 from dcr.models import unwrapped
 from dcr.prompts import attention_mask, padded
@@ -148,7 +148,7 @@ def prefill(model: Any, prompts: Sequence[Tokens]) -> Prefilled:
     """Reads prompts, padded on the left, in one pass with logits for their last positions alone."""
     device = unwrapped(model).device
     mask = attention_mask(prompts, left=True).long().to(device)
-    places = (mask.cumsum(1) - 1).clamp(min=0)
+    places = batching.positions(mask)
     last = {"logits_to_keep": 1} if "logits_to_keep" in _parameters(model) else {}
     output = _pass(model, padded(prompts, 0, left=True).to(device), mask, places, None, last)
     return Prefilled(output[_cache_name(model)], mask, output.logits[:, -1:])
@@ -215,7 +215,7 @@ def _tree_mask(
 def _pass(
     model: Any, ids: Tensor, mask: Tensor, places: Tensor, cache: Any, options: dict[str, int]
 ) -> Any:
-    placed = {"position_ids": places} if "position_ids" in _parameters(model) else {}
+    placed = batching.placed(unwrapped(model), places)
     kept = {} if cache is None else {_cache_name(model): cache}
     return model(
         input_ids=ids,
@@ -386,7 +386,9 @@ def _batches(
 ) -> Iterator[list[int]]:
     """Prompts of nearly one length: of exactly one where a model has no way of leaving out pads."""
     alone = recurrent(model)
-    longest_first = sorted(members, key=lambda place: -len(encoded[place]))
+    longest_first = [
+        members[i] for i in batching.by_length([encoded[p] for p in members], longest_first=True)
+    ]
     while longest_first:
         longest = len(encoded[longest_first[0]])
         most = size or _batch_size(model, tree, longest)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dcr import activations, models
+from dcr import activations, batching, models
 from dcr.config import DataError, Pooling, Template
 from dcr.data import SEEMINGLY_TOXIC, TOXIC
 from dcr.models import Policy
@@ -73,7 +73,7 @@ def _batches(rows: Sequence[PromptRow], tokens: int) -> Iterator[list[int]]:
     A row longer than that comes alone.
     """
     batch: list[int] = []
-    for place in sorted(range(len(rows)), key=lambda i: -len(rows[i].ids)):
+    for place in batching.by_length([row.ids for row in rows], longest_first=True):
         if batch and (len(batch) + 1) * len(rows[batch[0]].ids) > tokens:
             yield batch
             batch = []
@@ -164,8 +164,7 @@ def analyse(
     for each layer the plane coordinates of the prompts in the order of `ids` and `labels` (1:
     unsafe). Raises DataError for a prompt longer than the model's context.
     """
-    text = policy.model.config.get_text_config()
-    context = getattr(text, "max_position_embeddings", None) or 2**30
+    context = batching.context_length(policy.model.config)
     rows = [
         row
         for label, part in ((SEEMINGLY_TOXIC, safe), (TOXIC, unsafe))

@@ -24,6 +24,7 @@ from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor
 from torchmetrics import Metric
 
+from dcr import batching
 from dcr.config import UserError
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def faults_explained() -> Iterator[None]:
         raise KeyboardInterrupt from error
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
         text = str(error) or type(error).__name__
-        if isinstance(error, RuntimeError) and "memory" not in text.lower():
+        if not batching.is_out_of_memory(error):
             raise
         raise TrainingError(
             f"out of memory ({text.splitlines()[0][:120]}): lower sft.micro_tokens, sft.max_len or "

@@ -1,0 +1,63 @@
+"""What every batch needs: an order, positions, the room of a context, and less when memory ends."""
+
+import inspect
+import logging
+from collections.abc import Sequence, Sized
+from typing import Any
+
+import torch
+from jaxtyping import Int, Shaped
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+OUT_OF_MEMORY = (
+    *("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED"),
+)
+UNLIMITED = 2**30
+
+
+def by_length(sequences: Sequence[Sized], longest_first: bool = False) -> list[int]:
+    """Places of sequences by length, so that little is padded; those of one length keep theirs.
+
+    Longest first, running out of memory happens at once.
+    """
+    sign = -1 if longest_first else 1
+    return sorted(range(len(sequences)), key=lambda place: sign * len(sequences[place]))
+
+
+def positions(
+    mask: Shaped[Tensor, "batch length"],
+) -> Int[Tensor, "batch length"]:
+    """Of each token its place in its row: the first is at 0 however the row is padded."""
+    return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def placed(module: Any, places: Int[Tensor, "batch length"]) -> dict[str, Tensor]:
+    """The positions as an argument of a module's `forward`; none where it takes none."""
+    takes = "position_ids" in inspect.signature(module.forward).parameters
+    return {"position_ids": places} if takes else {}
+
+
+def context_length(config: Any) -> int:
+    """How many tokens a transformers model can read; `UNLIMITED` where its config has no end."""
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found or UNLIMITED
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a smaller batch might do: torch has no error type of its own for the CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+def halved(size: int, setting: str) -> int:
+    """Half of a batch size that memory did not hold, which is said under the setting's name.
+
+    To be called outside of the `except`: its error holds on to the tensors of its frames.
+    """
+    torch.cuda.empty_cache()
+    size = max(1, size // 2)
+    log.warning("out of memory: %s is now %d", setting, size)
+    return size
