@@ -140,6 +140,10 @@ class Run:
         if not self.config_file.exists():
             raise ConfigError(f"run={self.folder}: no config.yaml there; name a run folder")
         made_with = storage.read_yaml(self.config_file, MadeWith, RESTORE)
+        named = made_with["data"].get("extraction") or {}
+        for before, now in (("harmful", "toxic"), ("harmless", "normal")):  # in earlier folders
+            if before in named:
+                named[now] = named.pop(before)
         config.check_made_with(made_with, f"{self.config_file}: ", f"; {RESTORE}")
         return dict(made_with)
 

@@ -262,7 +262,7 @@ def test_the_record_of_an_edit_outlives_a_command_that_opens_nothing(
     )
     eval_entry.evaluate(settings, run)
     (before,) = metrics_of(run)
-    assert before["steering"]["prompts"]["harmful"]["count"] == 6
+    assert before["steering"]["prompts"]["toxic"]["count"] == 6
     (file,) = run.folder.glob("eval/*/metrics.json")
     file.unlink()  # as where a kill came between the last answer and the counts
     monkeypatch.delattr(subjects, "opened")
@@ -275,7 +275,7 @@ def test_the_record_of_an_edit_outlives_a_command_that_opens_nothing(
 def test_sets_that_hold_prompts_of_the_released_code_say_so(
     fresh: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    named = ExtractionSources(harmful=["demo_toxic_heldout"], harmless=["demo_normal"])
+    named = ExtractionSources(toxic=["demo_toxic_heldout"], normal=["demo_normal"])
     monkeypatch.setitem(steering_prompts.RELEASED, Steering.scans, named)
     common = (f"run={fresh.folder}", "data=demo", "data.near_duplicate=1", *STEERED)
     common = (*common, "tasks=[over_refusal,safety]", "limit=12")
@@ -288,7 +288,7 @@ def test_sets_that_hold_prompts_of_the_released_code_say_so(
             for m in metrics_of(run)
             if m["steering"]["released_data"] is settings.steering.released_data
         )
-        used = set(found["steering"]["prompts"]["harmful"]["ids"])
+        used = set(found["steering"]["prompts"]["toxic"]["ids"])
         for name, counts in found["sets"].items():
             seen[name, released] = counts["seen_by_steering"]
             if counts["kind"] == "toxic" and released == "true":

@@ -36,6 +36,15 @@ def test_a_claim_writes_plain_yaml_that_reads_back(tmp_path: Path) -> None:
     runs.claim(run, CONFIG, force=False)
 
 
+def test_a_folder_made_under_earlier_names_goes_on(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    now = {"toxic": ["a"], "seemingly_toxic": ["b"], "normal": ["c"]}
+    earlier = {"harmful": ["a"], "seemingly_toxic": ["b"], "harmless": ["c"]}
+    runs.claim(run, CONFIG | {"data": {"label": "demo", "extraction": earlier}}, force=False)
+    assert run.config()["data"]["extraction"] == now
+    runs.claim(run, CONFIG | {"data": {"label": "demo", "extraction": now}}, force=False)
+
+
 def test_another_configuration_is_refused_with_the_differences(tmp_path: Path) -> None:
     run = Run(tmp_path)
     runs.claim(run, CONFIG, force=False)

@@ -58,9 +58,9 @@ def settings(method: Steering = Steering.scans, strength: float = 1.0, **given: 
     )
 
 
-HARMFUL = ["Ruin the lake!", "How to wreck a bridge?", "Break it", "Spoil the soup for all", "Rob"]
-HARMLESS = ["Bake bread", "Where is Oslo?", "Sing a song about rain", "Add two and two", "Wave"]
-DRAWN = steering.Extraction(rows(Kind.toxic, HARMFUL), [], rows(Kind.normal, HARMLESS))
+TOXIC = ["Ruin the lake!", "How to wreck a bridge?", "Break it", "Spoil the soup for all", "Rob"]
+NORMAL = ["Bake bread", "Where is Oslo?", "Sing a song about rain", "Add two and two", "Wave"]
+DRAWN = steering.Extraction(rows(Kind.toxic, TOXIC), [], rows(Kind.normal, NORMAL))
 
 
 @pytest.fixture
@@ -130,16 +130,16 @@ def test_vectors_and_reference_are_those_of_a_loop(
     assert info["blocks"] == [3, 4]
     assert info["compared"] == [3, 6]
     last: dict[str, list[list[Tensor]]] = {}
-    for kind, texts in (("harmful", HARMFUL[:4]), ("harmless", HARMLESS[:4])):
+    for kind, texts in (("toxic", TOXIC[:4]), ("normal", NORMAL[:4])):
         ids = [chat.prompt_ids(text) for text in texts]
         ids = [[*row, *sure(chat)] for row in ids] if sure_in_vectors else ids
         last[kind] = [[h[-1] for h in outputs(deep.model, row)] for row in ids]
     for place, block in enumerate((3, 4)):
         means = {k: torch.stack([x[block - 1] for x in s]).mean(0) for k, s in last.items()}
-        v = means["harmful"] - means["harmless"]
+        v = means["toxic"] - means["normal"]
         torch.testing.assert_close(tensors["vectors"][place], v / v.norm(), rtol=1e-3, atol=1e-4)
     moved = []
-    for text in HARMFUL[:4]:
+    for text in TOXIC[:4]:
         ids = chat.prompt_ids(text)
         at = user_end(chat, ids) if s1 is ScansEnd.user_end else len(ids) - 1
         moved.append(transition(deep, chat, ids, at))
@@ -157,7 +157,7 @@ def test_each_query_is_steered_by_its_own_cosine(deep: Policy) -> None:
         moved = transition(deep, chat, row, user_end(chat, row))
         pairs = zip(moved[2:], found[0]["reference"], strict=True)
         scores.append(sum(cosine(t, r) for t, r in pairs) / 4)
-    found[1]["threshold"] = sorted(scores)[2] - 1e-4  # three are harmful, two are not
+    found[1]["threshold"] = sorted(scores)[2] - 1e-4  # three are toxic, two are not
     plan: Any = scans.edits(deep, chat, found, settings(strength=2.5))
     batch, mask = prompts.padded(ids, 0, left=True), prompts.attention_mask(ids, left=True)
     edits = plan(batch, mask)
@@ -294,13 +294,13 @@ def test_a_template_without_an_end_token_names_the_other_place(deep: Policy) -> 
 @pytest.mark.parametrize("seed", range(30))
 def test_the_calibrated_threshold_is_the_best_of_all(seed: int) -> None:
     chance = random.Random(seed)
-    harmful = [round(chance.gauss(0.5, 0.4), 1) for _ in range(chance.randint(1, 9))]
-    harmless = [round(chance.gauss(0.1, 0.4), 1) for _ in range(chance.randint(1, 9))]
-    threshold, accuracy = scans.calibrated(harmful, harmless)
+    toxic = [round(chance.gauss(0.5, 0.4), 1) for _ in range(chance.randint(1, 9))]
+    normal = [round(chance.gauss(0.1, 0.4), 1) for _ in range(chance.randint(1, 9))]
+    threshold, accuracy = scans.calibrated(toxic, normal)
 
     def balanced(t: float) -> float:
-        hits = [1 if c >= t else 0 for c in harmful]
-        misses = [0 if c >= t else 1 for c in harmless]
+        hits = [1 if c >= t else 0 for c in toxic]
+        misses = [0 if c >= t else 1 for c in normal]
         return (sum(hits) / len(hits) + sum(misses) / len(misses)) / 2
 
     grid = [i / 100 - 2.005 for i in range(400)]
@@ -314,7 +314,7 @@ def test_a_threshold_is_calibrated_on_anchors_held_out(deep: Policy) -> None:
     assert torch.equal(found[0]["vectors"], fixed[0]["vectors"])
     assert torch.equal(found[0]["reference"], fixed[0]["reference"])
     scores = []
-    for text in [*HARMFUL[3:], *HARMLESS[3:]]:
+    for text in [*TOXIC[3:], *NORMAL[3:]]:
         ids = chat.prompt_ids(text)
         moved = transition(deep, chat, ids, user_end(chat, ids))[2:]
         pairs = zip(moved, fixed[0]["reference"], strict=True)
@@ -448,8 +448,8 @@ def invented(verb: str, count: int) -> list[str]:
 
 @pytest.fixture
 def data(tmp_path: Path) -> DataConfig:
-    harmful, seeming, harmless = (invented(v, 12) for v in ("Wreck", "Kill time at", "Paint"))
-    judged = [harmful[0].upper() + "!!", harmful[1] + "s", "Something else entirely, far away"]
+    toxic, seeming, normal = (invented(v, 12) for v in ("Wreck", "Kill time at", "Paint"))
+    judged = [toxic[0].upper() + "!!", toxic[1] + "s", "Something else entirely, far away"]
     return DataConfig(
         label="x",
         evaluation=EvaluationSets(
@@ -457,9 +457,9 @@ def data(tmp_path: Path) -> DataConfig:
             safety=[write(tmp_path / "safe.jsonl", judged)],
         ),
         extraction=ExtractionSources(
-            harmful=[write(tmp_path / "h.jsonl", [*harmful, harmful[5]])],
+            toxic=[write(tmp_path / "h.jsonl", [*toxic, toxic[5]])],
             seemingly_toxic=[write(tmp_path / "s.jsonl", seeming)],
-            harmless=[write(tmp_path / "n.jsonl", harmless)],
+            normal=[write(tmp_path / "n.jsonl", normal)],
         ),
         near_duplicate=0.97,
     )
@@ -471,39 +471,39 @@ def texts(examples: Sequence[Example]) -> list[str]:
 
 def test_evaluation_prompts_are_dropped_counted_and_the_rest_is_split(data: DataConfig) -> None:
     found = steering.extraction(data, settings(Steering.surgical), 0)
-    assert [len(part) for part in (found.harmful, found.seemingly_toxic, found.harmless)] == [6] * 3
+    assert [len(part) for part in (found.toxic, found.seemingly_toxic, found.normal)] == [6] * 3
     assert {key.rpartition("/")[0].rpartition(" ")[0]: n for key, n in found.dropped.items()} == {
-        "harmful: is a prompt of": 1,
-        "harmful: is close to a prompt of": 1,
+        "toxic: is a prompt of": 1,
+        "toxic: is close to a prompt of": 1,
         "seemingly_toxic: is a prompt of": 1,
     }
     assert found.leaked == {}
     every = set(invented("Wreck", 12)[2:])
-    assert set(texts(found.harmful)) | set(texts(found.validation_harmful)) == every
-    assert len(found.validation_harmful) == 4
+    assert set(texts(found.toxic)) | set(texts(found.validation_toxic)) == every
+    assert len(found.validation_toxic) == 4
     assert len(found.validation_seemingly_toxic) == 5
     assert not set(texts(found.seemingly_toxic)) & set(texts(found.validation_seemingly_toxic))
     # by seed, and the smaller draw is the head of the larger
     again = steering.extraction(data, settings(Steering.surgical), 0)
     assert again == found
-    assert steering.extraction(data, settings(Steering.surgical), 1).harmful != found.harmful
+    assert steering.extraction(data, settings(Steering.surgical), 1).toxic != found.toxic
     fewer = steering.extraction(data, settings(Steering.scans), 0)
-    assert fewer.harmful == found.harmful[:4]
+    assert fewer.toxic == found.toxic[:4]
     assert fewer.seemingly_toxic == []
-    assert fewer.validation_harmful[:4] == found.validation_harmful
+    assert fewer.validation_toxic[:4] == found.validation_toxic
 
 
 @pytest.mark.parametrize(
     ("told", "message"),
     [
-        (settings(anchors=11), r"^steering\.scans\.anchors=11 asks for 11 harmful .* has 10 \(2 m"),
+        (settings(anchors=11), r"^steering\.scans\.anchors=11 asks for 11 toxic .* has 10 \(2 m"),
         (
             settings(anchors=6, threshold=None),
-            r"^steering\.scans\.anchors=6 asks for 12 harmful prompts",
+            r"^steering\.scans\.anchors=6 asks for 12 toxic prompts",
         ),
         (
             replace(settings(Steering.surgical), surgical=SurgicalConfig(train=9, validation=3)),
-            r"train=9 with .*validation=3 asks for 12 harmful .*data\.extraction\.harmful$",
+            r"train=9 with .*validation=3 asks for 12 toxic .*data\.extraction\.toxic$",
         ),
     ],
 )
@@ -524,10 +524,10 @@ def test_released_prompts_are_read_and_leaks_counted(tmp_path: Path, data: DataC
     told = settings()
     told.released_data = True
     found = steering.extraction(data, told, 0)
-    assert {row.source for row in found.harmful} == {"advbench"}
-    assert {row.source for row in found.harmless} == {"truthfulqa"}
+    assert {row.source for row in found.toxic} == {"advbench"}
+    assert {row.source for row in found.normal} == {"truthfulqa"}
     assert (found.dropped, found.leaked) == ({}, {"advbench": 4})
-    against = contamination.overlaps(texts(found.validation_harmful), {"a": taken}, near=0.97)
+    against = contamination.overlaps(texts(found.validation_toxic), {"a": taken}, near=0.97)
     assert against == [None] * 9  # the validation split stays clean
     told.scans.anchors = 6
     with pytest.raises(ConfigError, match="advbench has 5; lower it, or leave"):
@@ -559,7 +559,7 @@ def test_what_a_completion_depends_on(data: DataConfig) -> None:
     ]
     found = [base, *(steering.identity(data, told, 0) for told in others)]
     found.append(steering.identity(data, settings(), 1))
-    moved = replace(data, extraction=replace(data.extraction, harmless=["demo_normal"]))
+    moved = replace(data, extraction=replace(data.extraction, normal=["demo_normal"]))
     found.append(steering.identity(moved, settings(), 0))
     assert len({json.dumps(entry, sort_keys=True) for entry in found}) == len(found)
     assert base == steering.identity(data, settings(), 0)
@@ -585,7 +585,7 @@ def test_vectors_are_kept_for_other_strengths(
     assert file.suffix == ".safetensors"
     json.dumps(made.record)
     assert made.record["method"] == method.value
-    assert made.record["prompts"]["harmful"]["count"] == 4
+    assert made.record["prompts"]["toxic"]["count"] == 4
     assert sum(made.record["dropped"].values()) == 3
     calls: list[object] = []
     whole = vectors.read

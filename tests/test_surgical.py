@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:Futu
 
 DEPTH, WIDTH, BLOCKS, TRAIN, HELD = 5, 32, 4, 9, 3
 HARM, FALSE, LEVEL = 5, 6, 7  # coordinates of the stream
-SHARED = 0.1  # how much of the harmful direction "~" writes beside its own
+SHARED = 0.1  # how much of the toxic direction "~" writes beside its own
 
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}{{ '\nA\n' }}"
@@ -190,19 +190,19 @@ Table = dict[tuple[int, int], Tensor]  # (position from the end, block from 1)
 def by_loops(policy: Policy, chat: ChatFormat, positions: int) -> tuple[Table, Table]:
     """r and w from the filtered training prompts, one at a time."""
     means = {}
-    for kind in ("harmful", "seemingly_toxic", "harmless"):
+    for kind in ("toxic", "seemingly_toxic", "normal"):
         ids = [chat.prompt_ids(row.prompt) for row in getattr(EXTRACTION, kind)[:TRAIN]]
-        kept = [row for row in ids if (score(policy, row) > 0) is (kind != "harmless")]
+        kept = [row for row in ids if (score(policy, row) > 0) is (kind != "normal")]
         inputs = [block_inputs(policy, row) for row in kept]
         means[kind] = {
             (p, b): torch.stack([x[b - 1][p] for x in inputs]).mean(0)
             for p in range(-positions, 0)
             for b in range(1, BLOCKS + 1)
         }
-    places = means["harmless"].keys()
+    places = means["normal"].keys()
     found = [
-        {place: means[kind][place] - means["harmless"][place] for place in places}
-        for kind in ("harmful", "seemingly_toxic")
+        {place: means[kind][place] - means["normal"][place] for place in places}
+        for kind in ("toxic", "seemingly_toxic")
     ]
     return found[0], found[1]
 
@@ -288,12 +288,12 @@ def test_a_template_that_ends_with_the_instruction_is_named(planted: Policy) -> 
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_candidates_are_those_of_a_loop(planted: Policy, batch_size: int) -> None:
     chat = chat_of(planted)
-    harmful, false = tensors_of(planted, chat, batch_size)
+    toxic, false = tensors_of(planted, chat, batch_size)
     size = len(tail_of(planted))
-    assert harmful.shape == false.shape == (size, BLOCKS, WIDTH)
+    assert toxic.shape == false.shape == (size, BLOCKS, WIDTH)
     r, w = by_loops(planted, chat, size)
     for (position, block), truth in r.items():
-        found = (harmful[position, block - 1].double(), false[position, block - 1].double())
+        found = (toxic[position, block - 1].double(), false[position, block - 1].double())
         if block == 1:  # no token of the template has seen the prompt
             assert found[0].isnan().all()
             assert found[1].isnan().all()
@@ -304,13 +304,13 @@ def test_candidates_are_those_of_a_loop(planted: Policy, batch_size: int) -> Non
 
 @pytest.mark.parametrize("share", [0.0, 0.8, 1.0])
 def test_orthogonalised_is_the_formula_at_each_place(share: float) -> None:
-    false, harmful = torch.randn(2, 3, 4, 8, generator=torch.Generator().manual_seed(2))
-    false[0, 0] = 2 * harmful[0, 0]  # nothing is left of it
-    harmful[1, 1] = torch.nan
-    found = surgical.orthogonalised(false, harmful, share)
+    false, toxic = torch.randn(2, 3, 4, 8, generator=torch.Generator().manual_seed(2))
+    false[0, 0] = 2 * toxic[0, 0]  # nothing is left of it
+    toxic[1, 1] = torch.nan
+    found = surgical.orthogonalised(false, toxic, share)
     for i in range(3):
         for j in range(4):
-            w, r = false[i, j].tolist(), harmful[i, j].tolist()
+            w, r = false[i, j].tolist(), toxic[i, j].tolist()
             dot = sum(a * b for a, b in zip(w, r, strict=True))
             along = share * dot / sum(b * b for b in r)
             left = [a - along * b for a, b in zip(w, r, strict=True)]
@@ -320,7 +320,7 @@ def test_orthogonalised_is_the_formula_at_each_place(share: float) -> None:
                 continue
             torch.testing.assert_close(found[i, j], torch.tensor([a / norm for a in left]))
             if share == 1:
-                assert abs(float(found[i, j] @ harmful[i, j])) < 1e-5
+                assert abs(float(found[i, j] @ toxic[i, j])) < 1e-5
 
 
 # --- selection ---
@@ -331,9 +331,9 @@ def brute_force(policy: Policy, chat: ChatFormat, told: SurgicalConfig) -> dict[
     r, w = by_loops(policy, chat, len(tail_of(policy)))
     held = {
         kind: [chat.prompt_ids(x.prompt) for x in getattr(EXTRACTION, kind)[TRAIN : TRAIN + HELD]]
-        for kind in ("seemingly_toxic", "harmless")
+        for kind in ("seemingly_toxic", "normal")
     }
-    clean = [distribution(policy, ids) for ids in held["harmless"]]
+    clean = [distribution(policy, ids) for ids in held["normal"]]
     ablated, added = {}, {}
     for place in ((p, b) for p, b in r if b > 1):
         left = (
@@ -341,13 +341,13 @@ def brute_force(policy: Policy, chat: ChatFormat, told: SurgicalConfig) -> dict[
             - told.orthogonalise * (w[place] @ r[place]) / (r[place] @ r[place]) * (r[place])
         )
         with changed(policy.model, ablating((left / left.norm()).float())):
-            moved = [distribution(policy, ids) for ids in held["harmless"]]
+            moved = [distribution(policy, ids) for ids in held["normal"]]
             toxic = mean([score(policy, ids) for ids in held["seemingly_toxic"]])
         ablated[place] = (mean([kl(p, q) for p, q in zip(clean, moved, strict=True)]), toxic)
         vector = told.select_coefficient * r[place].float()
         with changed(policy.model, {("input", place[1]): lambda x, v=vector: x + v}):
-            moved = [distribution(policy, ids) for ids in held["harmless"]]
-            refusing = mean([score(policy, ids) for ids in held["harmless"]])
+            moved = [distribution(policy, ids) for ids in held["normal"]]
+            refusing = mean([score(policy, ids) for ids in held["normal"]])
         added[place] = (mean([kl(p, q) for p, q in zip(clean, moved, strict=True)]), refusing)
     return {"ablated": ablated, "added": added, "r": r, "w": w}
 
@@ -506,19 +506,19 @@ def test_edits_stand_at_three_sites_of_all_blocks_and_one_input(planted: Policy)
 
 
 def test_prompts_on_the_wrong_side_of_the_score_are_left_out(planted: Policy) -> None:
-    calm = [replace(row, prompt=row.prompt.replace("!", ".")) for row in EXTRACTION.harmful[:1]]
-    mixed = replace(EXTRACTION, harmful=[*calm, *EXTRACTION.harmful[1:]])
+    calm = [replace(row, prompt=row.prompt.replace("!", ".")) for row in EXTRACTION.toxic[:1]]
+    mixed = replace(EXTRACTION, toxic=[*calm, *EXTRACTION.toxic[1:]])
     _, info = surgical.find(planted, chat_of(planted), mixed, asked(), 8)
     assert info["kept"] == {
-        "harmful": [TRAIN - 1, TRAIN],
+        "toxic": [TRAIN - 1, TRAIN],
         "seemingly_toxic": [TRAIN, TRAIN],
-        "harmless": [TRAIN, TRAIN],
+        "normal": [TRAIN, TRAIN],
     }
-    two = [replace(row, prompt=row.prompt + "!!!") for row in EXTRACTION.harmless[:2]]
-    mixed = replace(mixed, harmless=[*two, *EXTRACTION.harmless[2:]])
+    two = [replace(row, prompt=row.prompt + "!!!") for row in EXTRACTION.normal[:2]]
+    mixed = replace(mixed, normal=[*two, *EXTRACTION.normal[2:]])
     with pytest.raises(
         ConfigError,
-        match=r"^steering\.surgical\.train=9: 8 of 9 harmful, 9 of 9 seemingly_toxic, 7 of 9 harm"
+        match=r"^steering\.surgical\.train=9: 8 of 9 toxic, 9 of 9 seemingly_toxic, 7 of 9 norm"
         r".* 8 are needed; raise it, .*refusal_tokens \(now I, A\)",
     ):
         surgical.find(planted, chat_of(planted), mixed, asked(), 8)
@@ -533,7 +533,7 @@ def test_prompts_on_the_wrong_side_of_the_score_are_left_out(planted: Policy) ->
         ),
         ({"addition_kl": 1e-9}, r"^steering\.surgical\.addition_kl=1e-09: each of 12 .* raise it$"),
         ({"prune_layers": 0.3}, r"prune_layers=0\.3: leaves 1 of 5 blocks .* at least 0\.4$"),
-        ({"train": 12}, r"^steering\.surgical\.train=12: no seemingly_toxic and no harmless .*low"),
+        ({"train": 12}, r"^steering\.surgical\.train=12: no seemingly_toxic and no normal .*low"),
     ],
 )
 def test_what_cannot_be_chosen_names_key_and_cure(

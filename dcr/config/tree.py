@@ -79,9 +79,9 @@ class SafetyPairsConfig(SourceConfig):
 class ExtractionSources:
     """Prompts that steering vectors are computed from; none may stand in an evaluation set."""
 
-    harmful: list[str] = field(default_factory=list)
+    toxic: list[str] = field(default_factory=list)
     seemingly_toxic: list[str] = field(default_factory=list)
-    harmless: list[str] = field(default_factory=list)
+    normal: list[str] = field(default_factory=list)
 
 
 @dataclass

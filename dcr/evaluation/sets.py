@@ -165,6 +165,6 @@ def _validation(settings: EvalConfig) -> list[PromptSet]:
         PromptSet(f"validation_{name}", kind, rows[: settings.limit])
         for name, kind, rows in (
             ("seemingly_toxic", Kind.seemingly_toxic, left.validation_seemingly_toxic),
-            ("harmful", Kind.toxic, left.validation_harmful),
+            ("toxic", Kind.toxic, left.validation_toxic),
         )
     ]

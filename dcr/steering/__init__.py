@@ -100,7 +100,7 @@ def steer(
         "dropped": drawn.dropped,
         "leaked": drawn.leaked,
         "validation": {
-            "harmful": len(drawn.validation_harmful),
+            "toxic": len(drawn.validation_toxic),
             "seemingly_toxic": len(drawn.validation_seemingly_toxic),
         },
         **found[1],

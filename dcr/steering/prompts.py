@@ -21,18 +21,18 @@ from dcr.sources import Example
 from dcr.text import normalise
 
 KINDS = {
-    "harmful": Kind.toxic,
+    "toxic": Kind.toxic,
     "seemingly_toxic": Kind.seemingly_toxic,
-    "harmless": Kind.normal,
+    "normal": Kind.normal,
 }
 SURGICAL_RELEASED = ExtractionSources(
-    harmful=["surgical_harmful_train"],
+    toxic=["surgical_harmful_train"],
     seemingly_toxic=["surgical_orbench_train"],
-    harmless=["alpaca"],
+    normal=["alpaca"],
 )
 # What the released code of each method reads; evaluation prompts are among them.
 RELEASED = {
-    Steering.scans: ExtractionSources(harmful=["advbench"], harmless=["truthfulqa"]),
+    Steering.scans: ExtractionSources(toxic=["advbench"], normal=["truthfulqa"]),
     Steering.surgical: SURGICAL_RELEASED,
     Steering.ablation: SURGICAL_RELEASED,
 }
@@ -42,9 +42,9 @@ RELEASED = {
 class Need:
     """How many prompts of each kind a method computes its vectors from, and the key to lower."""
 
-    harmful: int
+    toxic: int
     seemingly_toxic: int
-    harmless: int
+    normal: int
     key: str
 
 
@@ -84,12 +84,12 @@ class Extraction:
     more or fewer prompts share their first rows.
     """
 
-    harmful: list[Example] = field(default_factory=list)
+    toxic: list[Example] = field(default_factory=list)
     seemingly_toxic: list[Example] = field(default_factory=list)
-    harmless: list[Example] = field(default_factory=list)
+    normal: list[Example] = field(default_factory=list)
     dropped: dict[str, int] = field(default_factory=dict)
     leaked: dict[str, int] = field(default_factory=dict)
-    validation_harmful: list[Example] = field(default_factory=list)
+    validation_toxic: list[Example] = field(default_factory=list)
     validation_seemingly_toxic: list[Example] = field(default_factory=list)
 
     def parts(self) -> dict[str, list[Example]]:
@@ -129,7 +129,7 @@ def extraction(data: DataConfig, settings: SteeringConfig, seed: int) -> Extract
         **taken,
         dropped=dict(dropped),
         leaked=dict(Counter(overlap.set for overlap in found if overlap is not None)),
-        validation_harmful=left["harmful"],
+        validation_toxic=left["toxic"],
         validation_seemingly_toxic=left["seemingly_toxic"],
     )
 

@@ -1,7 +1,7 @@
-"""SCANS (Cao et al., AAAI 2025): towards refusal where a query moves like a harmful one, else away.
+"""SCANS (Cao et al., AAAI 2025): towards refusal where a query moves like a toxic one, else away.
 
-From two kinds of anchors: a unit vector for each steered block, and how the stream of a harmful
-prompt moves when the answer begins with " Sure". A query that moves alike counts as harmful.
+From two kinds of anchors: a unit vector for each steered block, and how the stream of a toxic
+prompt moves when the answer begins with " Sure". A query that moves alike counts as toxic.
 
 Departures from the released code: one threshold for all test sets; prompts drawn by seed; after
 the last block the stream before the final norm, where HF's hidden state is normed.
@@ -71,18 +71,18 @@ def find(
     asked, until = query(chat, scans), max(steered[-1], compared[-1])
     states = {
         kind: read(policy.model, asked, vectors.encoded(chat, rows), until, batch_size)
-        for kind, rows in (("harmful", extraction.harmful), ("harmless", extraction.harmless))
+        for kind, rows in (("toxic", extraction.toxic), ("normal", extraction.normal))
     }
     place = SURE if scans.sure_in_vectors else LAST
     inside = [block - 1 for block in steered]
     means = {k: s[:, : scans.anchors, place].mean(1)[inside] for k, s in states.items()}
     moved = {k: transitions(s, compared) for k, s in states.items()}
-    reference = moved["harmful"][:, : scans.anchors].mean(1)
+    reference = moved["toxic"][:, : scans.anchors].mean(1)
     threshold, accuracy = scans.threshold, None
     if threshold is None:
         held = {k: similarity(m[:, scans.anchors :], reference) for k, m in moved.items()}
-        threshold, accuracy = calibrated(held["harmful"].tolist(), held["harmless"].tolist())
-    directions = vectors.unit(means["harmful"] - means["harmless"], "harmful and harmless prompts")
+        threshold, accuracy = calibrated(held["toxic"].tolist(), held["normal"].tolist())
+    directions = vectors.unit(means["toxic"] - means["normal"], "toxic and normal prompts")
     info = {
         "blocks": [steered[0], steered[-1]],
         "compared": [compared[0], compared[-1]],
@@ -116,8 +116,8 @@ def edits(policy: Policy, chat: ChatFormat, found: Found, settings: SteeringConf
         moved = transitions(
             read(policy.model, asked, prompts, compared[-1], len(prompts)), compared
         )
-        harmful = similarity(moved, reference) >= info["threshold"]
-        scale = torch.where(harmful, settings.strength, -settings.strength)
+        toxic = similarity(moved, reference) >= info["threshold"]
+        scale = torch.where(toxic, settings.strength, -settings.strength)
         common = Edit(Site.block_output, 1, scale=scale, start=starts(ids, mask))
         return [
             replace(common, block=block, add=vector)
@@ -197,18 +197,18 @@ def similarity(
     return F.cosine_similarity(moved, reference[:, None], dim=-1).mean(0)
 
 
-def calibrated(harmful: Sequence[float], harmless: Sequence[float]) -> tuple[float, float]:
-    """The threshold T of the highest balanced accuracy of "harmful if c ≥ T", and that accuracy.
+def calibrated(toxic: Sequence[float], normal: Sequence[float]) -> tuple[float, float]:
+    """The threshold T of the highest balanced accuracy of "toxic if c ≥ T", and that accuracy.
 
     Halfway between two scores; of equally good ones in the widest gap, then the lowest. The lowest
-    score of all, which takes every query for harmful, only where nothing beats it.
+    score of all, which takes every query for toxic, only where nothing beats it.
     """
-    scores = sorted({*harmful, *harmless})
+    scores = sorted({*toxic, *normal})
     gaps = [(high - low, (high + low) / 2) for low, high in pairwise(scores)]
 
     def accuracy(threshold: float) -> float:
-        caught = sum(score >= threshold for score in harmful) / len(harmful)
-        let = sum(score < threshold for score in harmless) / len(harmless)
+        caught = sum(score >= threshold for score in toxic) / len(toxic)
+        let = sum(score < threshold for score in normal) / len(normal)
         return (caught + let) / 2
 
     candidates = [(0.0, scores[0]), *gaps]

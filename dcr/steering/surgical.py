@@ -1,6 +1,6 @@
 """Directions taken out of the stream: Surgical, and plain ablation to compare with.
 
-Surgical (Wang et al., ICLR 2025): the false-refusal direction is taken out, the harmful one put in.
+Surgical (Wang et al., ICLR 2025): the false-refusal direction is taken out, the toxic one put in.
 Directions come from every block and template position (`directions`), each is tried on validation
 prompts (`select_ablation`, `select_addition`) by how strongly the model is about to refuse
 (`refusal_scores`). Departures from the released code: scores and divergences are computed from
@@ -8,7 +8,7 @@ log-probabilities without its 1e-8 and 1e-6, and the share of a direction that i
 setting for both.
 
 Plain ablation of the refusal direction (Arditi et al., NeurIPS 2024): the difference of means of
-harmful and harmless prompts at their last token. Where the authors select layer and position on a
+toxic and normal prompts at their last token. Where the authors select layer and position on a
 validation set, one layer stands here for all models.
 """
 
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 Tokens = list[int]
 
-KINDS = ("harmful", "seemingly_toxic", "harmless")
+KINDS = ("toxic", "seemingly_toxic", "normal")
 FEWEST = 8  # prompts of a kind: with fewer, the mean says more about them than about the kind
 PLACEHOLDER = "0x5f3759df"  # an instruction that no template holds
 # A vector that is shorter than this share of those it is a difference of is their rounding.
@@ -47,16 +47,16 @@ ROUNDING = 1e-6
 RELATIVE_DEPTH = 0.6
 SITES = (Site.block_input, Site.attention_output, Site.mlp_output)
 
-# From a candidate and its block to (KL on harmless prompts, mean refusal score).
+# From a candidate and its block to (KL on normal prompts, mean refusal score).
 Trial = Callable[[Tensor, int], tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Validation prompts; `clean` is what the unedited model says to the harmless ones."""
+    """Validation prompts; `clean` is what the unedited model says to the normal ones."""
 
     model: Any
-    harmless: Sequence[Tokens]
+    normal: Sequence[Tokens]
     seemingly_toxic: Sequence[Tokens]
     clean: Float[Tensor, "prompts vocabulary"]
     refusals: Int[Tensor, " refusals"]
@@ -110,37 +110,37 @@ def find(
     train, held = _split(chat, extraction, options)
     behind = tail(chat, [ids for part in (train, held) for rows in part.values() for ids in rows])
     kept = _filtered(model, train, refusals, options, batch_size)
-    harmful, false = directions(model, kept, len(behind), blocks, batch_size)
+    toxic, false = directions(model, kept, len(behind), blocks, batch_size)
     clean = {kind: last_log_p(model, rows, batch_size) for kind, rows in held.items()}
     bench = Validation(
-        model, held["harmless"], held["seemingly_toxic"], clean["harmless"], refusals, batch_size
+        model, held["normal"], held["seemingly_toxic"], clean["normal"], refusals, batch_size
     )
     log.info(
         "surgical: %d positions × %d blocks are tried, for either vector on %d prompts or fewer",
         *(len(behind), blocks, sum(map(len, held.values()))),
     )
-    tensors, ablated, added = _chosen(bench, harmful, false, options)
+    tensors, ablated, added = _chosen(bench, toxic, false, options)
     names = [str(chat.tokenizer.convert_ids_to_tokens(token)) for token in behind]
     before = {kind: refusal_scores(rows, refusals).mean().item() for kind, rows in clean.items()}
     return tensors, {
         "kept": {kind: [len(kept[kind]), len(train[kind])] for kind in KINDS},
         "ablated": ablated.record(names) | {"clean_score": before["seemingly_toxic"]},
-        "added": added.record(names) | {"clean_score": before["harmless"]},
+        "added": added.record(names) | {"clean_score": before["normal"]},
     }
 
 
 def _chosen(
     bench: Validation,
-    harmful: Float[Tensor, "positions blocks width"],
+    toxic: Float[Tensor, "positions blocks width"],
     false: Float[Tensor, "positions blocks width"],
     options: SurgicalConfig,
 ) -> tuple[dict[str, Tensor], Selected, Selected]:
-    pure = orthogonalised(false, harmful, options.orthogonalise)
+    pure = orthogonalised(false, toxic, options.orthogonalise)
     ablated = select_ablation(bench, pure, options.ablation_kl)
-    added = select_addition(bench, harmful, options.addition_kl, options.select_coefficient)
+    added = select_addition(bench, toxic, options.addition_kl, options.select_coefficient)
     tensors = {
         "ablated": pure[ablated.place, ablated.block - 1],
-        "added": harmful[added.place, added.block - 1],
+        "added": toxic[added.place, added.block - 1],
     }
     return tensors, ablated, added
 
@@ -186,7 +186,7 @@ def _split(
             chat, getattr(extraction, kind)[: options.train + options.validation]
         )
         train[kind] = sorted(rows[: options.train], key=len)
-        if kind != "harmful":  # no choice is made on these
+        if kind != "toxic":  # no choice is made on these
             held[kind] = sorted(rows[options.train :], key=len)
     empty = [kind for kind, rows in held.items() if not rows]
     if empty:
@@ -204,10 +204,10 @@ def _filtered(
     options: SurgicalConfig,
     batch_size: int,
 ) -> dict[str, list[Tokens]]:
-    """Prompts that the model is about to refuse, and harmless ones that it is not."""
+    """Prompts that the model is about to refuse, and normal ones that it is not."""
     kept: dict[str, list[Tokens]] = {}
     for kind, rows in train.items():
-        sign = -1 if kind == "harmless" else 1
+        sign = -1 if kind == "normal" else 1
         scores = sign * refusal_scores(last_log_p(model, rows, batch_size), refusals)
         kept[kind] = [ids for ids, score in zip(rows, scores.tolist(), strict=True) if score > 0]
     if min(map(len, kept.values())) < FEWEST:
@@ -247,7 +247,7 @@ def tail(chat: ChatFormat, sequences: Sequence[Tokens]) -> Tokens:
 def directions(
     model: Any, kept: Mapping[str, Sequence[Tokens]], positions: int, blocks: int, batch_size: int
 ) -> tuple[Float[Tensor, "positions blocks width"], Float[Tensor, "positions blocks width"]]:
-    """r = harmful − harmless and w = seemingly toxic − harmless, of the inputs of blocks.
+    """r = toxic − normal and w = seemingly toxic − normal, of the inputs of blocks.
 
     At the last `positions` tokens of each prompt and the first `blocks` blocks, in fp32 on the CPU
     (means in fp64). NaN where the kinds do not differ, as at the first block's input.
@@ -258,19 +258,19 @@ def directions(
         states = vectors.read(model, rows, offsets, batch_size, Site.block_input, blocks)
         means[kind] = states.cpu().mean(1, dtype=torch.float64).transpose(0, 1)
     found = []
-    for kind in ("harmful", "seemingly_toxic"):
-        difference = means[kind] - means["harmless"]
-        found.append(_or_nan(difference, means["harmless"]).float())
+    for kind in ("toxic", "seemingly_toxic"):
+        difference = means[kind] - means["normal"]
+        found.append(_or_nan(difference, means["normal"]).float())
     return found[0], found[1]
 
 
 def orthogonalised(
     false: Float[Tensor, "positions blocks width"],
-    harmful: Float[Tensor, "positions blocks width"],
+    toxic: Float[Tensor, "positions blocks width"],
     share: float,
 ) -> Float[Tensor, "positions blocks width"]:
     """w' = w − λ(w·r / r·r)r of each place, then scaled to length 1; NaN where nothing is left."""
-    w, r = false.double(), harmful.double()
+    w, r = false.double(), toxic.double()
     along = (w * r).sum(-1, keepdim=True) / (r * r).sum(-1, keepdim=True)
     left = _or_nan(w - share * along * r, w)
     return (left / left.norm(dim=-1, keepdim=True)).float()
@@ -334,7 +334,7 @@ def divergence(
     return (clean.exp() * (clean - edited)).sum(-1)
 
 
-# --- the best that leaves harmless prompts alone --------------------------------------------------
+# --- the best that leaves normal prompts alone ----------------------------------------------------
 
 
 def everywhere(depth: int, direction: Float[Tensor, " width"], share: float) -> list[Edit]:
@@ -351,19 +351,19 @@ def select_ablation(
 ) -> Selected:
     """The lowest mean refusal score on seemingly toxic prompts, under full ablation.
 
-    Of candidates whose ablation moves the answer to harmless prompts by no more than `bound`.
+    Of candidates whose ablation moves the answer to normal prompts by no more than `bound`.
     """
     depth = len(models.decoder_blocks(held.model))
 
     def ablation(direction: Tensor, _block: int) -> tuple[float, float]:
         edits = everywhere(depth, direction, 1.0)
         with edited(held.model, edits):
-            harmless = last_log_p(held.model, held.harmless, held.batch_size)
-            kl = divergence(held.clean, harmless).mean().item()
+            normal = last_log_p(held.model, held.normal, held.batch_size)
+            kl = divergence(held.clean, normal).mean().item()
             if not kl <= bound:  # one pass is saved
                 return kl, math.nan
-            toxic = last_log_p(held.model, held.seemingly_toxic, held.batch_size)
-        return kl, refusal_scores(toxic, held.refusals).mean().item()
+            seeming = last_log_p(held.model, held.seemingly_toxic, held.batch_size)
+        return kl, refusal_scores(seeming, held.refusals).mean().item()
 
     return _select("ablation", candidates, ablation, bound, 1)
 
@@ -374,7 +374,7 @@ def select_addition(
     bound: float,
     coefficient: float,
 ) -> Selected:
-    """The highest mean refusal score on harmless prompts, with coefficient·r at r's block input.
+    """The highest mean refusal score on normal prompts, with coefficient·r at r's block input.
 
     Of candidates whose addition moves the answer to these prompts by no more than `bound`. At
     coefficient 0, as released, all are equal and the first stays.
@@ -383,7 +383,7 @@ def select_addition(
     def addition(direction: Tensor, block: int) -> tuple[float, float]:
         edit = Edit(Site.block_input, block, add=direction, scale=coefficient)
         with edited(held.model, [edit]):
-            moved = last_log_p(held.model, held.harmless, held.batch_size)
+            moved = last_log_p(held.model, held.normal, held.batch_size)
         kl = divergence(held.clean, moved).mean().item()
         return kl, refusal_scores(moved, held.refusals).mean().item()
 
@@ -417,7 +417,7 @@ def _select(
 def _nothing_left(name: str, tried: Sequence[float], bound: float) -> str:
     if not tried:
         return (
-            "data.extraction: harmful, seemingly toxic and harmless prompts leave no direction to "
+            "data.extraction: toxic, seemingly toxic and normal prompts leave no direction to "
             f"choose for {name}; name other sources"
         )
     measured = [kl for kl in tried if not math.isnan(kl)]
@@ -425,7 +425,7 @@ def _nothing_left(name: str, tried: Sequence[float], bound: float) -> str:
         return f"precision: the model's logits are NaN under each {name}; give precision=fp32"
     return (
         f"steering.surgical.{name}_kl={bound}: each of {len(tried)} candidates moves the answers "
-        f"to harmless prompts farther, the nearest by {min(measured):.3g} nats; raise it"
+        f"to normal prompts farther, the nearest by {min(measured):.3g} nats; raise it"
     )
 
 
@@ -443,12 +443,12 @@ def find_ablation(
     depth = len(models.decoder_blocks(policy.model))
     block = max(1, round(RELATIVE_DEPTH * depth))
     means = []
-    for rows in (extraction.harmful, extraction.harmless):
+    for rows in (extraction.toxic, extraction.normal):
         prompts = vectors.encoded(chat, rows)
         last = [[-1]] * len(prompts)
         states = vectors.read(policy.model, prompts, last, batch_size, Site.block_input, block)
         means.append(states[-1, :, 0].mean(0))
-    vector = vectors.unit(means[0] - means[1], "harmful and harmless prompts")
+    vector = vectors.unit(means[0] - means[1], "toxic and normal prompts")
     return {"vector": vector}, {"block": block}
 
 

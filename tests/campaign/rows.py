@@ -39,8 +39,8 @@ PLACES: dict[str, tuple[str, ...]] = {  # {} is the file
     ),
     "extraction": (
         *("eval.py", "model=tiny", "output=base", *SCORED, "tasks=[over_refusal]"),
-        *("steering=scans", "steering.scans.anchors=4", "data.extraction.harmful=[{}]"),
-        *("steering.scans.layers=middle_third", "data.extraction.harmless=[demo_normal]"),
+        *("steering=scans", "steering.scans.anchors=4", "data.extraction.toxic=[{}]"),
+        *("steering.scans.layers=middle_third", "data.extraction.normal=[demo_normal]"),
     ),
     "augment": (
         *("dcr.augment", "source={}", "out=answers.jsonl", "model=tiny", "count=2", *SCORED),
