@@ -80,7 +80,8 @@ def test_a_pair_shares_form_opening_length_and_most_words() -> None:
 
 
 def test_form_does_not_tell_the_kinds_apart() -> None:
-    opening = CountVectorizer(token_pattern=r"\S+").fit_transform(words(r.prompt)[0] for r in ROWS)
+    firsts = CountVectorizer(token_pattern=r"\S+")
+    opening: Any = firsts.fit_transform(words(r.prompt)[0] for r in ROWS)
     counts = [
         [len(words(r.prompt)), len(r.prompt), *(r.prompt.count(mark) for mark in "?.,!")]
         for r in ROWS
@@ -93,7 +94,8 @@ def test_form_does_not_tell_the_kinds_apart() -> None:
 
 
 def test_single_words_hardly_tell_the_kinds_apart() -> None:
-    bag = CountVectorizer(token_pattern=r"[a-z']+", min_df=2).fit_transform(r.prompt for r in ROWS)
+    counted = CountVectorizer(token_pattern=r"[a-z']+", min_df=2)
+    bag: Any = counted.fit_transform(r.prompt for r in ROWS)
     assert auroc_over_topics(bag) <= 0.70
     present = (bag > 0).toarray()
     alone = [roc_auc_score(IS_TOXIC, present[:, column]) for column in range(present.shape[1])]
