@@ -6,6 +6,7 @@ import functools
 import hashlib
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
@@ -200,8 +201,19 @@ def _sweeps_elsewhere() -> bool:
     return HydraConfig.get().mode is RunMode.MULTIRUN and "BasicLauncher" not in _launcher()
 
 
+def stop_once() -> None:
+    """Let the first interrupt stop a command and ignore the rest, so that it ends in one line."""
+
+    def stop(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, stop)
+
+
 def run(main: Callable[[], Any]) -> None:
     """Call a Hydra main; a user's error becomes one line on stderr and exit code 2."""
+    stop_once()
     prepare()
     BEGUN.clear()
     OUTCOMES.clear()

@@ -33,6 +33,7 @@ from dcr.data import Splits
 from dcr.plan.rows import expected
 from dcr.runs import Run
 from tests import tiny_run
+from tests.servers.faults import FAULTS
 from tests.servers.loopback import Answer
 from tests.servers.scripted import Body, Scripted, last_user, rejected, scripted
 
@@ -557,6 +558,22 @@ def test_killed_and_given_again_nothing_is_asked_twice(folder: Folder) -> None:
     # only what was under way, or had just arrived, at the kill
     assert sum(counts.values()) <= len(NOUNS) + 3
     assert [row["prompt"] for row in read(folder)] == [safe(noun) for noun in NOUNS]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gap", [0.0, 0.01, 0.05])
+def test_an_impatient_ctrl_c_still_ends_in_one_line(folder: Folder, gap: float) -> None:
+    with scripted(lambda body: FAULTS["hang"]) as server:
+        command = [sys.executable, "-m", "dcr.augment", *tell(folder, server, "http.timeout=90")]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        until = time.monotonic() + 100
+        while not server.bodies and time.monotonic() < until and process.poll() is None:
+            time.sleep(0.01)
+        for _ in range(3):
+            process.send_signal(signal.SIGINT)
+            time.sleep(gap)
+        _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "error: stopped; the same command goes on\n")
 
 
 # --- the real set -------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from dcr.config import UserError
 from dcr.text import single_line
 
 if __name__ == "__main__":
+    cli.stop_once()
     try:
         with cli.faults_in_words():
             main(sys.argv[1:])
