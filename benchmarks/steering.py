@@ -73,7 +73,7 @@ def found_edits(
     chosen = replace(settings.steering, method=method, strength=FAINT)
     if method is Steering.surgical:
         return random_surgical(policy, chat, chosen)
-    return steering.edits(policy, chat, settings.data, chosen, settings.seed)
+    return steering.steer(policy, chat, settings.data, chosen, settings.seed).edits
 
 
 def random_surgical(policy: Policy, chat: ChatFormat, settings: SteeringConfig) -> Edits:

@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 TASK_OF_KIND = {Kind.seemingly_toxic.value: "over_refusal", Kind.toxic.value: "safety"}
 SHOWN = 200  # completions of a set that a table holds
+LONGEST_TAG = 64  # characters that W&B takes; a model's folder may have a longer name
 WANDB_TIMEOUT = 20  # seconds to wait for a server before logging offline
 
 
@@ -59,7 +60,7 @@ def _started(
         entity=options.entity,
         group=options.group or os.environ.get("DCR_SWEEP"),
         job_type=job_type,
-        tags=[*tags, *options.tags],
+        tags=[tag[:LONGEST_TAG] for tag in (*tags, *options.tags)],
         config=None if config is None else dict(config),
         resume="allow",
         settings=wandb.Settings(console="off", init_timeout=WANDB_TIMEOUT),

@@ -243,9 +243,9 @@ def test_a_users_file_stays_in_the_run_folder(tmp_path: Path) -> None:
     """Its set is called after the file, since its path would lead out of the folder."""
     path = written(tmp_path / "my data", "odd näme", 3)
     config = DataConfig(label="made", evaluation=EvaluationSets([path], []))
-    (benchmark,) = sets.of_tasks([Task.over_refusal], config, None, seed=0)
-    assert benchmark.name == "odd-n-me"
-    found = scored([benchmark], [[REFUSED] * 3], in_distribution=[path])
+    (prompt_set,) = sets.of_tasks([Task.over_refusal], config, None, seed=0)
+    assert prompt_set.name == "odd-n-me"
+    found = scored([prompt_set], [[REFUSED] * 3], in_distribution=[path])
     assert found["sets"]["odd-n-me"]["in_distribution"] is True
     assert sets.set_name("xstest_safe") == "xstest_safe"
 
@@ -310,9 +310,9 @@ def test_a_rerun_asks_nothing_again(tmp_path: Path, asked: Asked, complete: Comp
     ]
     first = complete(sets, tmp_path)
     assert sorted(asked) == sorted(r.prompt for b in sets for r in b.rows)
-    for benchmark in sets:  # in the order of the rows, whatever order they were generated in
-        found = [(c.id, c.response) for c in first[benchmark.name]]
-        assert found == [(r.id, f"to {r.prompt}") for r in benchmark.rows]
+    for prompt_set in sets:  # in the order of the rows, whatever order they were generated in
+        found = [(c.id, c.response) for c in first[prompt_set.name]]
+        assert found == [(r.id, f"to {r.prompt}") for r in prompt_set.rows]
     asked.clear()
     assert complete(sets, tmp_path) == first
     assert asked == []
@@ -321,7 +321,7 @@ def test_a_rerun_asks_nothing_again(tmp_path: Path, asked: Asked, complete: Comp
 def test_a_killed_run_asks_only_what_is_missing(
     tmp_path: Path, asked: Asked, complete: Complete, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    benchmark = PromptSet("a", Kind.toxic, rows("a", 10, Kind.toxic))
+    prompt_set = PromptSet("a", Kind.toxic, rows("a", 10, Kind.toxic))
     kept = generation.store
 
     def killed(path: Path, completions: Sequence[Completion]) -> None:
@@ -331,13 +331,13 @@ def test_a_killed_run_asks_only_what_is_missing(
 
     monkeypatch.setattr(generation, "store", killed)
     with pytest.raises(KeyboardInterrupt):
-        complete([benchmark], tmp_path)
+        complete([prompt_set], tmp_path)
     monkeypatch.setattr(generation, "store", kept)
     file = tmp_path / "a.jsonl"
     file.write_bytes(file.read_bytes()[:-20])  # and the last line is torn
-    done = complete([benchmark], tmp_path)
+    done = complete([prompt_set], tmp_path)
     assert len(asked) == 8 + 2 + 1
-    assert [c.id for c in done["a"]] == [r.id for r in benchmark.rows]
+    assert [c.id for c in done["a"]] == [r.id for r in prompt_set.rows]
 
 
 def test_a_row_whose_prompt_changed_is_asked_again(
@@ -366,32 +366,32 @@ def test_sets_that_share_ids_do_not_mix(tmp_path: Path, asked: Asked, complete: 
 
 
 def test_a_row_without_an_answer_is_asked_again(tmp_path: Path, asked: Asked) -> None:
-    benchmark = PromptSet("a", Kind.toxic, rows("a", 3, Kind.toxic))
+    prompt_set = PromptSet("a", Kind.toxic, rows("a", 3, Kind.toxic))
 
     def failing(rows: list[Example]) -> Iterator[list[Completion]]:
         asked.extend(row.prompt for row in rows)
         yield [answered(rows[0], "here")]
 
-    first = answers.complete([benchmark], failing, tmp_path, progress=False)
+    first = answers.complete([prompt_set], failing, tmp_path, progress=False)
     assert [c.id for c in first["a"]] == ["a-0"]
     asked.clear()
-    second = answers.complete([benchmark], failing, tmp_path, progress=False)
+    second = answers.complete([prompt_set], failing, tmp_path, progress=False)
     assert asked == ["a prompt 1", "a prompt 2"]
     assert [c.id for c in second["a"]] == ["a-0", "a-1"]
-    found = scoring.score([benchmark], second, [], [], seed=0)
+    found = scoring.score([prompt_set], second, [], [], seed=0)
     assert (found["sets"]["a"]["n"], found["sets"]["a"]["unanswered"]) == (2, 1)
 
 
 def test_refusal_mass_is_read_off_the_model(policy: Policy, tmp_path: Path) -> None:
-    benchmark = PromptSet("a", Kind.toxic, rows("a", 3, Kind.toxic))
+    prompt_set = PromptSet("a", Kind.toxic, rows("a", 3, Kind.toxic))
     settings = EvalConfig(
         model=ModelConfig(name="tiny"), gen=GenConfig(max_new_tokens=3, batch_size=4)
     )
     answer = functools.partial(subjects.answer, settings, Subject("base"), lambda: policy)
-    done = answers.complete([benchmark], answer, tmp_path, progress=False)
+    done = answers.complete([prompt_set], answer, tmp_path, progress=False)
     chat = prompts.chat_format(policy.tokenizer, ModelConfig(name="tiny"))
     openings = refusal.refusal_openings(policy.tokenizer)
-    for row, completion in zip(benchmark.rows, done["a"], strict=True):
+    for row, completion in zip(prompt_set.rows, done["a"], strict=True):
         with torch.inference_mode():
             logits = policy.model(input_ids=torch.tensor([chat.prompt_ids(row.prompt)])).logits
         truth = sum(logits[0, -1].softmax(0)[i].item() for i in set(openings))

@@ -25,7 +25,7 @@ Answerer = Callable[[list[Example]], Iterator[list[Completion]]]
 
 
 def complete(
-    benchmarks: Sequence[PromptSet], answer: Answerer, folder: Path, progress: bool = True
+    prompt_sets: Sequence[PromptSet], answer: Answerer, folder: Path, progress: bool = True
 ) -> dict[str, list[Completion]]:
     """Every completion that `folder` does not hold yet, stored as it comes; then all there are.
 
@@ -34,8 +34,8 @@ def complete(
     """
     homes: dict[str, list[tuple[str, str]]] = {}  # a prompt may stand in several sets
     rows: dict[str, Example] = {}
-    for benchmark, row in _missing(benchmarks, folder):
-        homes.setdefault(row.prompt, []).append((benchmark.name, row.id))
+    for prompt_set, row in _missing(prompt_sets, folder):
+        homes.setdefault(row.prompt, []).append((prompt_set.name, row.id))
         rows.setdefault(row.prompt, row)
     hidden = not (progress and rows)
     with tqdm(total=len(rows), unit="prompt", desc="generating", disable=hidden) as bar:
@@ -47,16 +47,16 @@ def complete(
             for name, completions in by_set.items():
                 generation.store(folder / f"{name}.jsonl", completions)
             bar.update(len(batch))
-    return {b.name: _of_rows(folder / f"{b.name}.jsonl", b.rows) for b in benchmarks}
+    return {b.name: _of_rows(folder / f"{b.name}.jsonl", b.rows) for b in prompt_sets}
 
 
-def _missing(benchmarks: Sequence[PromptSet], folder: Path) -> list[tuple[PromptSet, Example]]:
+def _missing(prompt_sets: Sequence[PromptSet], folder: Path) -> list[tuple[PromptSet, Example]]:
     found: list[tuple[PromptSet, Example]] = []
-    for benchmark in benchmarks:
-        done = generation.stored(folder / f"{benchmark.name}.jsonl")
+    for prompt_set in prompt_sets:
+        done = generation.stored(folder / f"{prompt_set.name}.jsonl")
         found += [
-            (benchmark, row)
-            for row in benchmark.rows
+            (prompt_set, row)
+            for row in prompt_set.rows
             if row.id not in done or done[row.id].prompt != row.prompt
         ]
     return found

@@ -86,7 +86,7 @@ def of_tasks(
         if task in TASKS
         for source, kind in TASKS[task](config)
     ]
-    names = [benchmark.name for benchmark in found]
+    names = [prompt_set.name for prompt_set in found]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f"data.evaluation: {sorted(twice)[0]} stands there twice; rename a file")
     return found

@@ -7,7 +7,6 @@ a system prompt that stresses safety would add; `remote` asks an OpenAI-compatib
 
 from dcr.generation.completions import Completion, store, stored
 from dcr.generation.local import (
-    FirstLogits,
     batch_size,
     complete,
     continued,
@@ -18,7 +17,6 @@ from dcr.generation.remote import complete_remote
 
 __all__ = [
     "Completion",
-    "FirstLogits",
     "batch_size",
     "complete",
     "complete_remote",

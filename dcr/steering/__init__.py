@@ -25,7 +25,6 @@ __all__ = [
     "Extraction",
     "Steered",
     "acts",
-    "edits",
     "extraction",
     "identity",
     "steer",
@@ -120,20 +119,6 @@ def _key(
         "chat": [chat.template, chat.system_prompt],
         "weights": vectors.trace(policy),
     }
-
-
-def edits(
-    policy: Policy,
-    chat: ChatFormat,
-    data: DataConfig,
-    settings: SteeringConfig,
-    seed: int,
-    *,
-    batch_size: int = 8,
-    folder: Path | None = None,
-) -> Edits | Plan:
-    """`steer` without its record."""
-    return steer(policy, chat, data, settings, seed, batch_size=batch_size, folder=folder).edits
 
 
 def acts(settings: SteeringConfig) -> bool:
