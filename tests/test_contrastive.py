@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning import Callback, Trainer
-from tiny_run import changed, logged, same, settings, weights
+from lightning import Callback
+from tiny_run import changed, fit, logged, same, settings, weights
 from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import AutoModelForCausalLM
@@ -56,26 +56,6 @@ def batch_of(
         for i, text in enumerate(PROMPTS)
     ]
     return prompt_batch(rows, 0, pairs)
-
-
-def fit(module: Any, batches: Any, epochs: int = 1, **options: Any) -> Trainer:
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=epochs,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        **options,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if isinstance(batches, SafetyData):
-            trainer.fit(module, datamodule=batches)
-        else:
-            trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
-    return trainer
 
 
 def data_of(policy: Policy, tiny: TrainConfig) -> SafetyData:

@@ -370,7 +370,7 @@ def another_step(content: Any) -> None:
 
 def no_checkpoint_at_all(file: Path) -> None:
     file.write_bytes(b"PK not a checkpoint")
-    file.with_suffix(".sha256").write_text(resuming._sha256(file))
+    file.with_suffix(".sha256").write_text(storage.sha256(file))
 
 
 SAVED = (another_shape, another_optimiser, no_list, other_keys, another_step)
@@ -449,7 +449,7 @@ def failing(error: Exception) -> Any:
         (torch, "save", OSError(28, "No space left on device")),
         # what torch makes of a full disk
         (torch, "save", RuntimeError("[enforce fail at inline_container.cc] . unexpected pos")),
-        (resuming.tempfile, "mkstemp", PermissionError(13, "Permission denied")),
+        (storage.tempfile, "mkstemp", PermissionError(13, "Permission denied")),
     ],
 )
 def test_a_failed_write_names_the_path_and_keeps_the_old_checkpoint(

@@ -1,5 +1,4 @@
 import copy
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -8,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning import Callback, Trainer
-from tiny_run import changed, same, settings, weights
+from lightning import Callback
+from tiny_run import changed, fit, same, settings, weights
 from torch import Tensor
 
 import train
@@ -59,26 +58,6 @@ def rows_of(policy: Policy) -> list[PairRow]:
 
 def in_micro_batches(rows: list[PairRow], tokens: int) -> list[PairBatch]:
     return [pair_batch(group, 0) for group in micro_batches(rows, tokens)]
-
-
-def fit(module: SFTModule, batches: Any, epochs: int = 1, **options: Any) -> Trainer:
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=epochs,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        **options,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if isinstance(batches, SafetyData):
-            trainer.fit(module, datamodule=batches)
-        else:
-            trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
-    return trainer
 
 
 def data_of(policy: Policy, tiny: TrainConfig) -> SafetyData:

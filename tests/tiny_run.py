@@ -1,16 +1,20 @@
 """What the training tests share: settings of a run that takes a second, and its data."""
 
 import json
+import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
+from lightning import Trainer
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor
 
 from dcr import cli, config, runs
 from dcr.config import TrainConfig
+from dcr.data import SafetyData
 from dcr.runs import Run
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -102,3 +106,24 @@ def logged(run: Path) -> list[tuple[str, int, str, float]]:
     """The rows of a run's metrics.csv in an order of their own."""
     rows = runs.read_metrics(Run(run))
     return sorted((row["stage"], row["step"], row["key"], row["value"]) for row in rows)
+
+
+def fit(module: Any, batches: Any, epochs: int = 1, **options: Any) -> Trainer:
+    """Train a module alone, without a run folder: on a DataModule or a list of batches."""
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **options,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if isinstance(batches, SafetyData):
+            trainer.fit(module, datamodule=batches)
+        else:
+            trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
+    return trainer

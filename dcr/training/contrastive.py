@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from lightning import LightningModule
 from torch import Tensor
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
@@ -18,7 +18,7 @@ from dcr.models import Policy
 from dcr.prompts import IGNORED
 from dcr.separability import kmeans_accuracy
 from dcr.training import schedules
-from dcr.training.resuming import ResumableModule
+from dcr.training.resuming import ResumableModule, epoch_mean
 
 
 def ranks() -> int:
@@ -65,17 +65,12 @@ class KMeansAccuracy(Metric):
         return torch.tensor(kmeans_accuracy(features.cpu(), labels.cpu(), seed=self.seed))
 
 
-def _mean() -> MeanMetric:
-    # not "disable", with which torchmetrics 1.9 takes every weight for 1
-    return MeanMetric(nan_strategy="error")
-
-
 class PairMetrics(torch.nn.ModuleDict):
     """Epoch means of stage one, exact over uneven batches and ranks: sums and counts as state."""
 
     def __init__(self, margin: float, suffix: str = "") -> None:
         names = ("circle", "above_floor", "within_cosine", "across_cosine", "violating_share")
-        super().__init__({name: _mean() for name in names})
+        super().__init__({name: epoch_mean() for name in names})
         self.margin, self.suffix = margin, suffix
 
     def add(self, features: Tensor, labels: Tensor, circle: Tensor, floor: Tensor) -> None:
@@ -120,7 +115,7 @@ class ContrastiveModule(ResumableModule):
         self.train_metrics = PairMetrics(config.margin)
         self.heldout_metrics = PairMetrics(config.margin, "/heldout")
         self.heldout_kmeans = KMeansAccuracy()
-        self.token_nll = _mean()
+        self.token_nll = epoch_mean()
         self.keep_metrics_in_checkpoints()
 
     def training_step(self, batch: PromptBatch, _: int) -> Tensor:
@@ -192,15 +187,9 @@ class ContrastiveModule(ResumableModule):
 
     def configure_optimizers(self) -> Any:
         optim = self.config.optim
-        optimizer = torch.optim.AdamW(
-            [p for p in self.parameters() if p.requires_grad],
-            lr=optim.lr,
-            betas=(optim.beta1, optim.beta2),
-            weight_decay=optim.weight_decay,
-        )
-        schedule = schedules.factor(self.config.schedule, self.total_steps, warmup=0)
-        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
+        factor = schedules.factor(self.config.schedule, self.total_steps, warmup=0)
+        betas = optim.beta1, optim.beta2
+        return schedules.adamw(self, factor, optim.lr, optim.weight_decay, betas)
 
 
 def _circle_alone(module: ContrastiveModule, batch: PromptBatch) -> tuple[Tensor, Tensor]:

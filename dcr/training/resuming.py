@@ -7,30 +7,27 @@ one bit for bit. A checkpoint is a file with its SHA-256 beside it; both appear 
 
 import hashlib
 import logging
-import os
 import re
 import shutil
 import signal
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor
-from torchmetrics import Metric
+from torchmetrics import MeanMetric, Metric
 
-from dcr import batching
+from dcr import batching, storage
 from dcr.config import UserError
 
 log = logging.getLogger(__name__)
 
 KEPT = 2  # the newest checkpoint and one to fall back on
-TORN = ".writing-"  # how the name of a file begins until it is whole
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
@@ -65,6 +62,15 @@ def faults_explained() -> Iterator[None]:
             "dcr.batch_size, or set sft.gradient_checkpointing=true or dcr.adapter=lora; the last "
             "checkpoint is kept"
         ) from error
+
+
+def epoch_mean() -> MeanMetric:
+    """The mean over an epoch, exact over uneven batches and ranks, where each value has a weight.
+
+    Not "warn", which leaves a NaN out, and not "disable", with which torchmetrics 1.9 takes every
+    weight for 1.
+    """
+    return MeanMetric(nan_strategy="error")
 
 
 class ResumableModule(LightningModule):
@@ -179,22 +185,17 @@ class VerifiedCheckpointIO(CheckpointIO):
             if place.is_dir():  # whatever it is, no checkpoint
                 shutil.rmtree(place)
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=TORN, dir=target.parent)
-        except OSError as error:
-            raise _cannot_write(target, error) from error
-        try:
-            with os.fdopen(handle, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            # the sum first: a checkpoint without one does not count as written
-            _checksum_file(target).write_text(_sha256(Path(name)))
-            os.replace(name, target)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            raise _cannot_write(target, error) from error
-        finally:
-            Path(name).unlink(missing_ok=True)
+            with storage.replaced_file(target) as file:
+                summed = _Summed(file)
+                torch.save(checkpoint, summed)  # pyright: ignore[reportArgumentType]  # only writes
+                # the sum first: a checkpoint without one does not count as written
+                storage.write_text(_checksum_file(target), summed.digest.hexdigest())
+        except (UserError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            reason = error.__cause__ if isinstance(error, UserError) else error
+            why = getattr(reason, "strerror", None) or " ".join(str(reason).split())[:120]
+            raise TrainingError(
+                f"{target}: cannot be written ({why}); earlier checkpoints are intact"
+            ) from error
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
@@ -209,23 +210,28 @@ class VerifiedCheckpointIO(CheckpointIO):
                 place.unlink(missing_ok=True)
 
 
-def _cannot_write(path: Path, error: Exception) -> TrainingError:
-    reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
-    return TrainingError(f"{path}: cannot be written ({reason}); earlier checkpoints are intact")
+class _Summed:
+    """A file that adds up what is written to it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: bytes | memoryview) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def _checksum_file(checkpoint: Path) -> Path:
     return checkpoint.with_suffix(".sha256")
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _is_whole(checkpoint: Path) -> bool:
     try:
-        return _checksum_file(checkpoint).read_bytes().strip() == _sha256(checkpoint).encode()
+        known = _checksum_file(checkpoint).read_bytes().strip()
+        return known == storage.sha256(checkpoint).encode()
     except OSError:  # not there, a folder, not to be read
         return False
 
@@ -289,9 +295,6 @@ class Checkpoints(Callback):
         if threading.current_thread() is threading.main_thread():
             # set here, after Lightning has set its own
             self.handlers = {number: signal.signal(number, self._receive) for number in SIGNALS}
-        if trainer.is_global_zero:
-            for torn in self.folder.glob(f"{TORN}*"):
-                torn.unlink()
         if trainer.is_last_batch:
             # Resumed where an epoch starts: the loop over batches would take itself for finished.
             trainer.fit_loop.epoch_loop.restarting = False

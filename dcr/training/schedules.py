@@ -1,7 +1,10 @@
-"""Learning-rate factors as pure functions of the optimiser step."""
+"""AdamW, and its learning rate as a pure function of the optimiser step."""
 
 import math
 from collections.abc import Callable
+from typing import Any
+
+import torch
 
 from dcr.config import Schedule
 
@@ -34,3 +37,17 @@ def factor(schedule: Schedule, total: int, warmup: int) -> Callable[[int], float
         return shape((step - warmup) / max(1, total - warmup))
 
     return at
+
+
+def adamw(
+    module: torch.nn.Module,
+    factor: Callable[[int], float],
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> dict[str, Any]:
+    """AdamW over what trains, as Lightning wants it, its rate `lr` times `factor` of the step."""
+    trained = [weight for weight in module.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, betas=betas, weight_decay=weight_decay)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rate, "interval": "step"}}

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import MeanMetric
 
 from dcr import likelihood, models
 from dcr.config import SFTConfig
@@ -14,14 +13,9 @@ from dcr.data import PairBatch
 from dcr.models import Policy
 from dcr.prompts import IGNORED
 from dcr.training import schedules
-from dcr.training.resuming import ResumableModule
+from dcr.training.resuming import ResumableModule, epoch_mean
 
 ROWS = ("general", "refusal")
-
-
-def _mean() -> MeanMetric:
-    # not "warn", which leaves a NaN out; not "disable", with which torchmetrics forgets weights
-    return MeanMetric(nan_strategy="error")
 
 
 class SFTModule(ResumableModule):
@@ -41,8 +35,8 @@ class SFTModule(ResumableModule):
                 warnings.simplefilter("ignore", FutureWarning)  # the old name works until 6
                 self.model.gradient_checkpointing_enable({"use_reentrant": False})
             self.model.enable_input_require_grads()
-        self.train_nll = torch.nn.ModuleDict({row: _mean() for row in ROWS})
-        self.heldout_nll = torch.nn.ModuleDict({row: _mean() for row in ROWS})
+        self.train_nll = torch.nn.ModuleDict({row: epoch_mean() for row in ROWS})
+        self.heldout_nll = torch.nn.ModuleDict({row: epoch_mean() for row in ROWS})
         self.keep_metrics_in_checkpoints()
 
     def training_step(self, batch: list[PairBatch], _: int) -> None:
@@ -104,12 +98,6 @@ class SFTModule(ResumableModule):
             self.log(f"sft/nll/{row}{suffix}", metric, on_step=False, on_epoch=True)  # pyright: ignore
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(
-            [p for p in self.parameters() if p.requires_grad],
-            lr=self.config.lr,
-            weight_decay=self.config.weight_decay,
-        )
         warmup = round(self.config.warmup * self.total_steps)
-        schedule = schedules.factor(self.config.schedule, self.total_steps, warmup)
-        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-        return {"optimizer": optimizer, "lr_scheduler": rate}
+        factor = schedules.factor(self.config.schedule, self.total_steps, warmup)
+        return schedules.adamw(self, factor, self.config.lr, self.config.weight_decay)

@@ -90,7 +90,8 @@ class Tracker(Callback):
     def _forget_beyond(self, step: int) -> None:
         """What an earlier process measured at steps that are now trained again."""
         for place in self.folder.glob("step-*"):
-            if int(place.name.removeprefix("step-")) > step:
+            number = place.name.removeprefix("step-")
+            if number.isdecimal() and int(number) > step:
                 shutil.rmtree(place)
 
     def on_train_batch_end(
