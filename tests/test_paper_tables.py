@@ -4,12 +4,11 @@ import csv
 import io
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import change, make_eval, make_run, parsed
+from test_report import change, fault, make_eval, make_run, parsed
 
 from dcr import report, statistics
 from dcr.config import DataError
@@ -202,12 +201,9 @@ def test_contamination_stands_with_the_score_it_touches(tmp_path: Path) -> None:
 
 def test_faulty_completions_are_counted_apart(tmp_path: Path) -> None:
     run = suite(tmp_path / "a")
-    path = run / "eval" / "main" / "metrics.json"
     assert "not English" not in built(tmp_path, run)[0]  # an old file does not say
-    metrics = json.loads(path.read_text())
-    for place, score in enumerate(metrics["sets"].values()):
-        score["non_english"] = place
-    path.write_text(json.dumps(metrics))
+    for count, name in enumerate((*SAFE, *UNSAFE)):
+        change(run / "eval" / "main", name, non_english=count)
     text, html = built(tmp_path, run)
     # ten sets of 141 prompts, each with one cut off and two repetitive answers
     for label, count in (
@@ -261,9 +257,8 @@ def test_a_damaged_part_is_named_and_nothing_written(place: str, tmp_path: Path)
     run = suite(tmp_path / "a", **DAMAGED[place])
     path = run / "eval" / "main" / "metrics.json"
     if place.startswith("sets"):
-        metrics = json.loads(path.read_text())
-        metrics["sets"]["q_harm"]["judged"]["llama_guard"] = {"model": GUARD, "n": 10}
-        path.write_text(json.dumps(metrics))
+        judged = {"llama_guard": {"model": GUARD, "n": 10}}
+        change(run / "eval" / "main", "q_harm", judged=judged)
     with pytest.raises(DataError, match=f"^{re.escape(f'{path}: {place}')}"):
         built(tmp_path, run)
     assert not (tmp_path / "out").exists()
@@ -313,10 +308,7 @@ def csv_rows(path: Path) -> list[dict[str, str]]:
 
 def test_table1_in_csv_by_hand(tmp_path: Path) -> None:
     run = suite(tmp_path / "a", **MEASURED)
-    path = run / "eval" / "main" / "metrics.json"
-    metrics = json.loads(path.read_text())
-    metrics["sets"]["xstest_safe"]["in_distribution"] = True
-    path.write_text(json.dumps(metrics))
+    change(run / "eval" / "main", "xstest_safe", in_distribution=True)
     built(tmp_path, run, tables=("table1",))
     rows = csv_rows(tmp_path / "out" / "table1.csv")
     (ours,) = (row for row in rows if row["source"] == "ours")
@@ -383,10 +375,8 @@ def test_fewer_than_five_safety_sets_are_named(tmp_path: Path) -> None:
 
 def test_seeds_have_a_row_of_means(tmp_path: Path) -> None:
     folders = [suite(tmp_path / str(s), run_seed=s, ability=MEASURED["ability"]) for s in (0, 1)]
-    path = folders[1] / "eval" / "main" / "metrics.json"
-    metrics = json.loads(path.read_text())
-    metrics["sets"]["xstest_safe"]["refused"]["paper"] = 4
-    path.write_text(json.dumps(metrics))
+    counts = {"paper": 4, "recommended": 4}
+    change(folders[1] / "eval" / "main", "xstest_safe", refused=counts)
     columns = columns_of(*folders)
     rows = paper.table1(columns, seed_groups(columns)).rows
     (mean,) = (row for row in rows if row.run == "2 seeds")
@@ -465,21 +455,10 @@ def test_latex_is_balanced_and_escaped(tmp_path: Path) -> None:
     assert r"0.50\textdagger{}\textsuperscript{a}" in hostile
 
 
-class Words(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        del attrs
-        self.tags.append(tag)
-
-
 def test_html_is_escaped_alone_and_in_the_page(tmp_path: Path) -> None:
-    words = Words()
-    words.feed(paper.html_page(hostile_table()))
-    assert "script" not in words.tags
-    assert words.tags.count("tr") == 3
+    names = parsed(paper.html_page(hostile_table())).names
+    assert "script" not in names
+    assert names.count("tr") == 3
     run = suite(tmp_path / "a", model="<img src=x onerror=alert(1)>", **MEASURED)
     _, html = built(tmp_path, run, tables=("table1", "table5"))
     assert "img" not in parsed(html).names
@@ -524,9 +503,4 @@ def test_bad_tables_end_in_one_line_and_exit_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     suite(Path("run"))
-    before = sorted(Path().rglob("*"))
-    assert main(["run", *arguments]) == 2
-    error = capsys.readouterr().err
-    assert told in error
-    assert error.count("\n") == 1
-    assert sorted(Path().rglob("*")) == before
+    assert told in fault(capsys, "run", *arguments)

@@ -108,6 +108,17 @@ def build(tmp_path: Path, *folders: Path) -> tuple[str, str]:
     return report.build(list(folders), out), out.read_text(encoding="utf-8")
 
 
+def fault(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line of a command that ends with exit code 2 and leaves the folder as it was."""
+    before = sorted(Path().rglob("*"))
+    assert main(arguments) == 2
+    output = capsys.readouterr()
+    assert (output.out, output.err.count("\n"), output.err[:7]) == ("", 1, "error: ")
+    assert "\0" not in output.err
+    assert sorted(Path().rglob("*")) == before
+    return output.err
+
+
 class Balanced(HTMLParser):
     """Fails on a closing tag that closes nothing; collects ids, links and tag names."""
 
@@ -437,7 +448,7 @@ def test_rows_used_are_listed_as_far_as_they_are_known(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a\udcff")
     make_eval(run, {"safe": "cr", "unsafe": "rr"})
     part = {"count": 41, "fingerprint": "a1b2c3", "ids": ["private-id"]}
-    record = {"rows": {"toxic": part, "normal": "?"}}
+    record = {"rows": {"toxic": part, "normal": part | {"count": 0}}}
     for known in ({}, {"dropped": {"near <b>duplicates": 12}, "in_distribution": ["safe"]}):
         (run / "rows.json").write_text(json.dumps(record | known))
         _, html = build(tmp_path, run)
@@ -593,6 +604,9 @@ def test_partial_refusals_stand_beside_full_ones(tmp_path: Path) -> None:
     assert plain == {"safe", "unsafe"}  # the paper's rules know no third outcome
 
 
+MADE = "method: dcr\nseed: 0\npreset_name: paper\nmodel: {}\ndata: {}\n"
+
+
 @pytest.mark.parametrize(
     ("file", "text", "told"),
     [
@@ -604,8 +618,8 @@ def test_partial_refusals_stand_beside_full_ones(tmp_path: Path) -> None:
         ("eval/main/safe.jsonl", '{"id": "1", "prompt": "?"}\n', "safe.jsonl:1: "),
         ("eval/main/safe.jsonl", "[" * 100_000 + "\n", "safe.jsonl:1: "),
         ("config.yaml", "method: [dcr", "config.yaml: "),
-        ("config.yaml", "a: &a [*a]", "config.yaml: "),
-        ("config.yaml", "1: 2\nb: 3\ndata: {1: 2, b: 3}", "config.yaml: "),
+        ("config.yaml", MADE + "a: &a [*a]", "config.yaml: "),
+        ("config.yaml", "1: 2\nb: 3", "config.yaml: "),
         ("rows.json", "[1", "rows.json: "),
         ("tracking/sft/step-000001/metrics.json", "[1]", "step-000001/metrics.json: "),
         ("tracking/sft/step-x/metrics.json", "{}", "step-x"),
@@ -623,13 +637,9 @@ def test_damaged_files_end_in_one_line_and_exit_2(
     make_eval(make_run(Path("run")), {"safe": "c", "unsafe": "r"})
     (Path("run") / file).parent.mkdir(parents=True, exist_ok=True)
     (Path("run") / file).write_text(text)
-    before = sorted(Path().rglob("*"))
-    assert main(["run", "out=page.html"]) == 2
-    output = capsys.readouterr()
-    assert told in output.err
-    assert (output.out, output.err.count("\n")) == ("", 1)
-    assert len(output.err) < 400
-    assert sorted(Path().rglob("*")) == before
+    error = fault(capsys, "run", "out=page.html")
+    assert told in error
+    assert len(error) < 400
 
 
 LONG = "x" * 300
@@ -649,13 +659,7 @@ def test_impossible_paths_end_in_one_line_and_exit_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     make_eval(make_run(Path("good")), {"safe": "c", "unsafe": "r"})
-    before = sorted(Path().rglob("*"))
-    assert main(arguments) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert "\0" not in error
-    assert sorted(Path().rglob("*")) == before
+    fault(capsys, *arguments)
 
 
 def test_prompts_are_chosen_evenly() -> None:
@@ -687,14 +691,7 @@ def test_bad_commands_end_in_one_line_and_exit_2(
     monkeypatch.chdir(tmp_path)
     make_eval(make_run(Path("good")), {"safe": "c", "unsafe": "r"})
     make_run(Path("empty"))
-    before = sorted(Path().rglob("*"))
-    assert main(arguments) == 2
-    output = capsys.readouterr()
-    assert output.out == ""
-    assert told in output.err
-    assert output.err.startswith("error: ")
-    assert output.err.count("\n") == 1
-    assert sorted(Path().rglob("*")) == before
+    assert told in fault(capsys, *arguments)
 
 
 def test_default_place_is_the_common_parent(

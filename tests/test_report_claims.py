@@ -528,7 +528,7 @@ def test_unfinished_tracking_is_noted_and_the_rest_told(tmp_path: Path) -> None:
 def test_the_page_has_a_section_and_hostile_names_stay_text(tmp_path: Path) -> None:
     run = make_run(tmp_path / "<b>=1", "stl", model={"label": "<i>&"})
     config = run / "config.yaml"
-    config.write_text(config.read_text().replace("seed: 0", "seed: <s>"))
+    config.write_text(config.read_text().replace("preset_name: paper", "preset_name: <s>"))
     for step in STEPS:
         kept_step(run, "sft", step, rising)
     text, rows, page = told(tmp_path, run)
@@ -540,7 +540,7 @@ def test_the_page_has_a_section_and_hostile_names_stay_text(tmp_path: Path) -> N
     assert "A claim holds where its whole 95% bootstrap interval" in page
     assert "A claim holds where its whole 95% bootstrap interval" in " ".join(text.split())
     assert CLAIMS["base_asymmetry"] in page
-    assert "seed &lt;s&gt;: at 5 steps of SFT" in page
+    assert "&lt;s&gt;, seed 0: at 5 steps of SFT" in page
     assert {row["model"] for row in of(rows, "joint_movement")} == {"<i>&"}
     assert max(map(len, text.splitlines())) <= 140
 

@@ -1,18 +1,16 @@
 """README.md of an export: what the model is, made from what, how it scored."""
 
-import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from dcr import statistics, storage
+from dcr import results, statistics, storage
 from dcr.config import (
     AUTO_LAYER,
     EMBEDDED_MODEL,
     ContrastiveConfig,
-    DataError,
     LayerBase,
     block_of,
 )
@@ -117,8 +115,8 @@ def _settings_section(run: Run, stage: str, made_with: Mapping[str, Any], depth:
 
 def _block(run: Run, made: Mapping[str, Any], depth: int) -> int:
     """The block ℓ that stage one read."""
-    if made.get("layer") == AUTO_LAYER and run.layer_file.is_file():
-        return int(json.loads(run.layer_file.read_text())["block"])
+    if made.get("layer") == AUTO_LAYER and (chosen := run.block()) is not None:
+        return chosen
     named = {key: made[key] for key in ("layer", "depth") if key in made}
     base = LayerBase(made.get("layer_base", LayerBase.one_based.value))
     return block_of(ContrastiveConfig(**named, layer_base=base), depth)
@@ -164,22 +162,20 @@ def _scores_section(run: Run, stage: str) -> str:
     others = 0
     known = set(run.record().get("in_distribution", []))
     for file in sorted(run.folder.glob("eval/*/metrics.json")):
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-            if found.get("weights", stage) != stage:
-                continue
-            if any(key in found.get("settings", {}) for key in EDITS):
-                others += 1
-                continue
-            lines += [
-                line
-                for name, counts in found.get("sets", {}).items()
-                if (line := _score(name, counts, known))
-            ]
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise DataError(
-                f"{file}: damaged ({type(error).__name__}); delete it, or evaluate again"
-            ) from error
+        found = results.read(file)
+        if found.weights != stage:
+            continue
+        if any(key in found.settings for key in EDITS):
+            others += 1
+            continue
+        for name, counts in found.sets.items():
+            if counts.n:
+                rate = statistics.wilson(counts.refused["paper"], counts.n)
+                trained_on = counts.in_distribution or name in known
+                lines.append(
+                    f"| {name}{' (trained on)' if trained_on else ''} | {counts.kind.value} | "
+                    f"{counts.n} | {rate.estimate:.0%} ({rate.low:.0%} to {rate.high:.0%}) |"
+                )
     left_out = (
         f"{others} evaluation{'s' if others > 1 else ''} under an edit or on validation prompts "
         f"{'are' if others > 1 else 'is'} left out."
@@ -196,16 +192,3 @@ def _scores_section(run: Run, stage: str) -> str:
         "| --- | --- | ---: | --- |",
     ]
     return "\n".join([*head, *dict.fromkeys(lines), *(["", left_out] if others else [])])
-
-
-def _score(name: str, counts: Mapping[str, Any], known: Collection[str]) -> str:
-    """A row of the table; empty where nothing was counted."""
-    total, refused = counts.get("n", 0), counts.get("refused", {}).get("paper")
-    if not total or refused is None:
-        return ""
-    rate = statistics.wilson(refused, total)
-    trained_on = " (trained on)" if counts.get("in_distribution", name in known) else ""
-    return (
-        f"| {name}{trained_on} | {counts.get('kind', '')} | {total} | "
-        f"{rate.estimate:.0%} ({rate.low:.0%} to {rate.high:.0%}) |"
-    )

@@ -377,10 +377,6 @@ class ClaimRow:
     beside: tuple[str, Interval] | None = None
     source: str = ""
 
-    @property
-    def title(self) -> str:
-        return CLAIMS[self.claim]
-
 
 def kernel_of(cell: KindPair) -> str:
     """`K(toxic, normal)`: observer, then trained."""

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -22,7 +21,7 @@ from dcr.report.records import (
     interval,
 )
 from dcr.report.tables import keyword, pooled, together
-from dcr.results.schema import Estimate, Kernel, RefusalProbability
+from dcr.results.schema import Estimate
 from dcr.statistics import Interval
 from dcr.text import printable
 
@@ -30,7 +29,7 @@ PREFIXES = {"plain": "refusal_probability", "prefix_free": "refusal_probability_
 TRACKED, KEPT, SCORED = "metrics.csv", "tracking", "snapshots"
 STAGES = {"base": "base model", "contrastive": "after stage one", "sft": "after SFT"}
 Key = tuple[str, ...]
-Block = TypeVar("Block", RefusalProbability, Kernel)
+Values = Callable[[Tracked | Evaluation], Iterator[tuple[Key, Estimate]]]
 
 
 @dataclass(frozen=True)
@@ -146,57 +145,56 @@ def kind_probabilities(run: RunRecord) -> Trajectory | None:
         for quantity, prefix in PREFIXES.items()
         for kind, curve in logged(run, "sft", prefix, 1).items()
     }
-    return _trajectory(run, curves, _probability, _by_kind)
+    return _trajectory(run, curves, _by_kind)
 
 
 def followed_probabilities(run: RunRecord) -> Trajectory | None:
     """Refusal probabilities of the followed prompts by (quantity, kind), single values each."""
     curves = logged(run, "sft", f"{PREFIXES['plain']}/followed", 1)
-    plain = {("plain", *kind): curve for kind, curve in curves.items()}
-    return _trajectory(run, plain, _probability, _by_followed)
+    return _trajectory(run, {("plain", *kind): c for kind, c in curves.items()}, _by_followed)
 
 
 def kernels(run: RunRecord) -> Trajectory | None:
     """Mean normalised norms by (params, observer, trained)."""
-    return _trajectory(run, logged(run, "sft", "kernel", 3), _kernel, _by_pair)
+    return _trajectory(run, logged(run, "sft", "kernel", 3), _by_pair)
 
 
 def tracked_kernels(run: RunRecord, stage: str) -> dict[Key, list[Reading]]:
     """What tracking found of the kernel during a stage, by (params, observer, trained)."""
-    return _joined(logged(run, stage, "kernel", 3), _kept(run, stage, _kernel, _by_pair))
+    return _joined(logged(run, stage, "kernel", 3), _kept(run, stage, _by_pair))
 
 
 def _trajectory(
-    run: RunRecord,
-    curves: Mapping[Key, list[Reading]],
-    block: Callable[[Tracked | Evaluation], Block | None],
-    read: Callable[[int, Block], Iterator[tuple[Key, Reading]]],
+    run: RunRecord, curves: Mapping[Key, list[Reading]], values: Values
 ) -> Trajectory | None:
     """Curves that were logged, with what tracking kept; of neither, those of snapshots."""
-    kept = _kept(run, "sft", block, read)
+    kept = _kept(run, "sft", values)
     if curves or kept:
         return Trajectory(run, _joined(curves, kept), KEPT if kept else TRACKED)
     scored = [
         reading
-        for e in snapshots(run, block)
-        if (found := block(e))
-        for reading in read(e.step or 0, found)
+        for found in snapshots(run, lambda e: next(values(e), None))
+        for reading in _readings(found.step or 0, values(found))
     ]
     return Trajectory(run, _joined({}, scored), SCORED) if scored else None
 
 
-def _kept(
-    run: RunRecord,
-    stage: str,
-    block: Callable[[Tracked | Evaluation], Block | None],
-    read: Callable[[int, Block], Iterator[tuple[Key, Reading]]],
-) -> list[tuple[Key, Reading]]:
+def _kept(run: RunRecord, stage: str, values: Values) -> list[tuple[Key, Reading]]:
     return [
         reading
         for tracked in run.tracked
-        if tracked.stage == stage and (found := block(tracked))
-        for reading in read(tracked.step, found)
+        if tracked.stage == stage
+        for reading in _readings(tracked.step, values(tracked))
     ]
+
+
+def _readings(step: int, values: Iterable[tuple[Key, Estimate]]) -> Iterator[tuple[Key, Reading]]:
+    """Nothing where there is no mean, as of a kind without a pair; ends that are not finite go."""
+    for key, found in values:
+        mean = interval(found)
+        ends = (mean.low, mean.high) if all(map(math.isfinite, (mean.low, mean.high))) else ()
+        if math.isfinite(mean.estimate):
+            yield key, Reading(step, mean.estimate, *ends)
 
 
 def _joined(
@@ -209,40 +207,25 @@ def _joined(
     return {key: [curve[step] for step in sorted(curve)] for key, curve in by_step.items()}
 
 
-def _probability(found: Tracked | Evaluation) -> RefusalProbability | None:
-    return found.refusal_probability
-
-
-def _kernel(found: Tracked | Evaluation) -> Kernel | None:
-    return found.kernel
-
-
-def _by_kind(step: int, found: RefusalProbability) -> Iterator[tuple[Key, Reading]]:
+def _by_kind(found: Tracked | Evaluation) -> Iterator[tuple[Key, Estimate]]:
+    kinds = found.refusal_probability.kinds if found.refusal_probability else {}
     for quantity in PREFIXES:
-        for kind, means in found.kinds.items():
-            yield from _reading((quantity, kind), step, getattr(means, quantity))
+        for kind, means in kinds.items():
+            yield (quantity, kind), getattr(means, quantity)
 
 
-def _by_followed(step: int, found: RefusalProbability) -> Iterator[tuple[Key, Reading]]:
+def _by_followed(found: Tracked | Evaluation) -> Iterator[tuple[Key, Estimate]]:
+    followed = found.refusal_probability.followed if found.refusal_probability else {}
     for quantity in PREFIXES:
-        for kind, followed in found.followed.items():
-            if (value := getattr(followed, quantity)) is not None:
-                yield (quantity, kind), Reading(step, value)
+        for kind, prompt in followed.items():
+            yield (quantity, kind), (getattr(prompt, quantity), None, None)
 
 
-def _by_pair(step: int, found: Kernel) -> Iterator[tuple[Key, Reading]]:
-    for params, matrix in found.params.items():
+def _by_pair(found: Tracked | Evaluation) -> Iterator[tuple[Key, Estimate]]:
+    for params, matrix in (found.kernel.params if found.kernel else {}).items():
         for observer, row in matrix.items():
             for trained, mean in row.items():
-                yield from _reading((params, observer, trained), step, mean)
-
-
-def _reading(key: Key, step: int, found: Estimate) -> Iterator[tuple[Key, Reading]]:
-    """Nothing where there is no mean, as of a kind without a pair; ends that are not finite go."""
-    mean = interval(found)
-    if math.isfinite(mean.estimate):
-        ends = (mean.low, mean.high)
-        yield key, Reading(step, mean.estimate, *(ends if all(map(math.isfinite, ends)) else ()))
+                yield (params, observer, trained), mean
 
 
 def shared_sets(evaluations: Sequence[Evaluation]) -> dict[str, SetScore]:

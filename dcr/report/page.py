@@ -265,19 +265,9 @@ def _settings(report: Report) -> list[tuple[Entry, str, str]]:
 def _rows(record: RunRecord) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
     """(part, count, fingerprint) of the rows used, (reason, count) of those dropped, and the lists
     of in-distribution sets and unseen groups."""
-    parts, dropped = (
-        found if isinstance(found := record.rows.get(key), dict) else {}
-        for key in ("rows", "dropped")
-    )
-    used = [
-        (name, part.get("count", 0), part.get("fingerprint", ""))
-        for name, part in parts.items()
-        if isinstance(part, dict) and part.get("count")
-    ]
-    known, unseen = (
-        found if isinstance(found := record.rows.get(key), list) else []
-        for key in ("in_distribution", "unseen_groups")
-    )
+    parts, dropped = (record.rows.get(key) or {} for key in ("rows", "dropped"))
+    used = [(name, of["count"], of["fingerprint"]) for name, of in parts.items() if of["count"]]
+    known, unseen = (record.rows.get(key) or [] for key in ("in_distribution", "unseen_groups"))
     return used, list(dropped.items()), known, unseen
 
 

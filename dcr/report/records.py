@@ -218,30 +218,19 @@ def read_run(folder: Path, curves_suffice: bool = False) -> RunRecord:
     for place in sorted(folder.glob("eval/*/")):
         if not (place / "metrics.json").exists():
             notes.append(f"{place}: skipped, no metrics.json; the evaluation did not finish")
-    trained = any((folder / stage).is_dir() for stage in STAGES)
-    return RunRecord(
-        folder,
-        _mapping(run.config_file, notes),
-        _mapping(run.rows_file, notes, needed=trained),
-        metrics,
-        evaluations,
-        notes,
-        tracked,
-    )
-
-
-def _mapping(path: Path, notes: list[str], needed: bool = True) -> dict[str, Any]:
-    cure = "restore it, or train the run again"
-    if not path.is_file():
-        notes += [f"{path}: missing"] if needed else []
-        return {}
-    read = storage.read_yaml if path.suffix == ".yaml" else storage.read_json
-    value = read(path, dict[str, Any], cure)
+    config: dict[str, Any] = {}
+    if run.config_file.exists():
+        run.config()  # checked there, but not in the file's order, in which the page shows it
+        config = storage.read_yaml(run.config_file, dict[str, Any])
     try:
-        storage.fingerprint(value)  # what JSON cannot hold, such as a mapping inside itself
-    except (ValueError, TypeError, RecursionError) as error:
-        raise DataError(f"{path}: holds what no setting is ({error}); {cure}") from error
-    return value
+        storage.fingerprint(config)
+    except (ValueError, TypeError, RecursionError) as error:  # such as a list inside itself
+        raise DataError(f"{run.config_file}: holds what no setting is ({error})") from error
+    trained = any((folder / stage).is_dir() for stage in STAGES)
+    for path, needed in ((run.config_file, True), (run.rows_file, trained)):
+        if needed and not path.exists():
+            notes.append(f"{path}: missing")
+    return RunRecord(folder, config, run.record(), metrics, evaluations, notes, tracked)
 
 
 def _metrics(run: Run, notes: list[str]) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """The tables of a report: sets down the side, evaluations across, every cell with its interval."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -98,33 +99,25 @@ TITLES = {  # on the page, and in the narrow terminal
     Kind.toxic: ("Keyword refusal of toxic prompts, %", "keyword refusal, %"),
 }
 
+WANTED = {Kind.seemingly_toxic: "complied", Kind.toxic: "refused"}
+
 # What is wanted of a set, and of how many responses; None where nobody counted it.
 Count = Callable[[SetScore], tuple[int, int] | None]
 Answers = Callable[[Entry, str], list[Answer]]  # of a column to a set
 
 
-def keyword(rules: str) -> Count:
-    """Counts what is wanted by keyword rules: answers if seemingly toxic, refusals if toxic."""
+def keyword(rules: str, outcome: str = "") -> Count:
+    """Counts an outcome by keyword rules, or else the wanted one: complied if seemingly toxic.
+
+    None where nobody counted it: older files know no partial refusals, and so no outcome of three.
+    """
 
     def count(score: SetScore) -> tuple[int, int] | None:
-        if score.n and rules not in score.refused:
+        if score.n and rules not in (score.partial if outcome else score.refused):
             return None
-        refused = score.refused.get(rules, 0)
-        answered = score.n - refused - score.partial.get(rules, 0)
-        return (refused if score.kind is Kind.toxic else answered), score.n
-
-    return count
-
-
-def _outcome(name: str, rules: str) -> Count:
-    """Counts one of XSTest's three outcomes; None in older files, which knew no partial refusal."""
-
-    def count(score: SetScore) -> tuple[int, int] | None:
-        if rules not in score.partial:
-            return None
-        refused, partial = score.refused[rules], score.partial[rules]
+        refused, partial = score.refused.get(rules, 0), score.partial.get(rules, 0)
         counts = {"refused": refused, "partial": partial, "complied": score.n - refused - partial}
-        return counts[name], score.n
+        return counts[outcome or WANTED[score.kind]], score.n
 
     return count
 
@@ -207,28 +200,18 @@ def sections(columns: Sequence[Entry], rules: str = "paper") -> list[Section]:
     for kind, (title, short) in TITLES.items():
         names = set_names(columns, kind)
         rows = rate_rows(columns, names, keyword(rules), _unseen_aside)
-        if rules != "paper":  # whose rules know no partial refusal
-            other = "complied" if kind is Kind.toxic else "refused"
-            rows += [
-                row
-                for name in ("partial", other)
-                if any(
-                    (row := total_row(f"{name}, all sets", columns, names, _outcome(name, rules)))
-                    .values
-                )
-            ]  # fmt: skip
+        for name in () if rules == "paper" else ("partial", "complied", "refused"):
+            row = total_row(f"{name}, all sets", columns, names, keyword(rules, name))
+            if any(row.values) and name != WANTED[kind]:
+                rows.append(row)
         if rows:
             found.append(Section(title, short, rows))
     return found
 
 
 def _unseen_aside(score: SetScore) -> str:
-    interval = pooled([score], _unseen)
-    return (
-        f"unseen groups: {percents(interval)} of {score.unseen and score.unseen.n}"
-        if interval
-        else ""
-    )
+    rate, counted = pooled([score], _unseen), _unseen(score)
+    return f"unseen groups: {percents(rate)} of {counted[1]}" if rate and counted else ""
 
 
 def rate_rows(
@@ -236,10 +219,10 @@ def rate_rows(
 ) -> list[Row]:
     """A row a set, and the summaries over them; rows without a single value are left out."""
 
-    def row(label: str, of: Callable[[Entry], list[SetScore]], mean: bool = False) -> Row:
-        return _row(label, columns, of, count, mean)
-
-    rows = [_set_row(name, columns, count, aside) for name in names]
+    rows = [
+        _row(name, columns, functools.partial(of_sets, names=[name]), count, aside=aside)
+        for name in names
+    ]
     names = together(names)
     if len(names) > 1 and set(names) != set(PAPER_SAFETY):
         rows.append(total_row("pooled", columns, names, count))
@@ -247,27 +230,18 @@ def rate_rows(
     if unmarked and len(unmarked) < len(names):
         rows.append(total_row(f"pooled without {IN_DISTRIBUTION}", columns, unmarked, count))
     if set(PAPER_SAFETY) <= set(names):
-        rows.append(row("mean of the paper's five", paper_safety, mean=True))
-        rows.append(row("the paper's five pooled", paper_safety))
+        rows.append(_row("mean of the paper's five", columns, paper_safety, count, mean=True))
+        rows.append(_row("the paper's five pooled", columns, paper_safety, count))
     if len(names) > 1 and set(names) != set(PAPER_SAFETY):
-        rows.append(row("mean of the sets", lambda entry: of_sets(entry, names), mean=True))
+        of = functools.partial(of_sets, names=names)
+        mean = _row("mean of the sets", columns, of, count, mean=True)
+        rows.append(replace(mean, page_only=True))
     return [found for found in rows if any(found.values)]
 
 
 def total_row(label: str, columns: Sequence[Entry], names: Sequence[str], count: Count) -> Row:
     """The pooled rate of the sets that may be summed up."""
-    return _row(label, columns, lambda entry: of_sets(entry, together(names)), count, mean=False)
-
-
-def _set_row(
-    name: str, columns: Sequence[Entry], count: Count, aside: Callable[[SetScore], str]
-) -> Row:
-    values = []
-    for entry in columns:
-        scores = of_sets(entry, [name])
-        interval = pooled(scores, count)
-        values.append(_value(interval, scores, _told(scores[0], aside)) if interval else None)
-    return Row(name, tuple(values), aside=_totals(columns, lambda e: of_sets(e, [name]), count))
+    return _row(label, columns, lambda entry: of_sets(entry, together(names)), count)
 
 
 def _row(
@@ -275,24 +249,21 @@ def _row(
     columns: Sequence[Entry],
     of: Callable[[Entry], list[SetScore]],
     count: Count,
-    mean: bool,
+    mean: bool = False,
+    aside: Callable[[SetScore], str] | None = None,
 ) -> Row:
-    values = []
+    """The rate over some sets; with `aside` the row of one set, and what else is known of it."""
+    cells: list[Cell | None] = []
+    totals = set()
     for entry in columns:
-        interval = (macro if mean else pooled)(scores := of(entry), count)
-        values.append(_value(interval, scores) if interval else None)
-    only_on_page = label == "mean of the sets"
-    totals = "" if mean else _totals(columns, of, count)
-    return Row(label, tuple(values), True, only_on_page, totals)
-
-
-def _totals(columns: Sequence[Entry], of: Callable[[Entry], list[SetScore]], count: Count) -> str:
-    totals = {sum(found[1] for score in of(e) if (found := count(score))) for e in columns}
-    return f"n = {' or '.join(map(str, sorted(totals - {0})))}" if totals - {0} else ""
-
-
-def _told(score: SetScore, aside: Callable[[SetScore], str]) -> str:
-    return "; ".join(filter(None, (aside(score), score.aside)))
+        scores = of(entry)
+        rate = (macro if mean else pooled)(scores, count)
+        told = [aside(scores[0]), scores[0].aside] if aside and scores else []
+        cells.append(_value(rate, scores, "; ".join(filter(None, told))) if rate else None)
+        totals.add(sum(found[1] for score in scores if (found := count(score))))
+    known = sorted(totals - {0})
+    n = f"n = {' or '.join(map(str, known))}" if known and not mean else ""
+    return Row(label, tuple(cells), aside is None, aside=n)
 
 
 def _value(interval: Interval, scores: Sequence[SetScore], aside: str = "") -> Cell:
