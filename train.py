@@ -30,15 +30,6 @@ log = logging.getLogger(__name__)
 LAUNCHED = {
     *("TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "LSB_JOBID", "NODE_RANK"),
 }
-STAGES = {
-    (Method.dcr, Stage.all): (Stage.contrastive, Stage.sft),
-    (Method.dcr, Stage.contrastive): (Stage.contrastive,),
-    (Method.dcr, Stage.sft): (Stage.sft,),
-    (Method.stl, Stage.all): (Stage.sft,),
-    (Method.stl, Stage.sft): (Stage.sft,),
-    (Method.stl_aug, Stage.all): (Stage.sft,),
-    (Method.stl_aug, Stage.sft): (Stage.sft,),
-}
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
@@ -66,7 +57,7 @@ def train(settings: TrainConfig, run: Run) -> None:
             raise ConfigError(
                 f"tracking.entk.top_k={kernel.top_k}: the model has {facts.vocabulary} tokens"
             )
-    wanted = STAGES[settings.method, settings.stage]
+    wanted = config.stages_of(settings.method, settings.stage)
     rows = data.split(
         settings.data,
         settings.dcr.ratio,

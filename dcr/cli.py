@@ -37,6 +37,13 @@ DISK_FAULTS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG),
     *(errno.EEXIST, errno.ENOTDIR),
 }
+# Options of Hydra's that take settings from elsewhere, and with them code to run.
+REFUSED_OPTIONS = {
+    "experimental_rerun": "it would unpickle a file, and run whatever code that holds",
+    "config_dir": "its files could name code to run, as Hydra's callbacks",
+    "config_path": "its files could name code to run, as Hydra's callbacks",
+    "config_name": "each script has one of its own",
+}
 SIGNALLED = 128  # exit codes above it say which signal ended the process
 
 
@@ -63,6 +70,7 @@ def _quieten() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
@@ -228,7 +236,7 @@ def run(main: Callable[[], Any]) -> None:
             main()
     except UserError as error:
         _fail(str(error), error.exit_code)
-    except (HydraException, ValueError) as error:
+    except (HydraException, ValueError, TypeError) as error:
         if BEGUN:
             raise
         _fail(config.one_line(error, *_schemas()), ConfigError.exit_code)
@@ -259,9 +267,13 @@ def _check_command_line() -> None:
     parser = get_args_parser()
     parser.exit_on_error = False  # pyright: ignore[reportAttributeAccessIssue]
     try:
-        _, unknown = parser.parse_known_args()
+        known, unknown = parser.parse_known_args()
     except argparse.ArgumentError as error:
         raise ConfigError(str(error)) from error
+    for option, does in REFUSED_OPTIONS.items():
+        if getattr(known, option, None):
+            flag = f"--{option.replace('_', '-')}"
+            raise ConfigError(f"{flag}: {does}; write settings key=value instead")
     for argument in unknown:
         cure = "settings are written key=value" if argument[0] == "-" else "options come first"
         raise ConfigError(f"{argument}: {cure}, as in -m dcr.epochs=1,2")

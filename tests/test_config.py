@@ -1,6 +1,12 @@
 """Every shipped YAML, the paper's numbers and commands, and what becomes of random settings."""
 
+import ast
 import copy
+import dataclasses
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +34,7 @@ from dcr.config import (
     TrainConfig,
     UserError,
 )
+from dcr.text import label_of
 
 CONF = Path(__file__).parent.parent / "conf"
 FILES = sorted(CONF.rglob("*.yaml"))
@@ -160,6 +167,49 @@ def test_another_model_leaves_the_files_numbers_behind(depth: int, layer: int) -
     assert abs(found.dcr.depth - (13 / 28 + 15 / 32) / 2) < 1e-3
 
 
+COPY = {"model_type": "llama", "num_hidden_layers": 32, "hidden_size": 4096, "vocab_size": 128256}
+
+
+def test_a_copy_of_a_model_keeps_its_numbers(tmp_path: Path) -> None:
+    """The architecture decides, as a folder's config.json has it; the folder's name is its own."""
+    (tmp_path / "config.json").write_text(json.dumps(COPY))
+    named = train_config("model=llama3_8b").model
+    found = train_config("model=llama3_8b", f"model.name={tmp_path}")
+    assert found.model == replace(
+        named,
+        name=str(tmp_path),
+        numbers_for=str(tmp_path),
+        label=label_of(str(tmp_path)),
+        architecture=None,
+    )
+    assert (found.sft.epochs, found.model.template, found.model.scans_alpha) == (4, "llama3", 0.1)
+    # as eval.py does with the run's own config.yaml
+    again = OmegaConf.create(cli.plain(found))
+    assert config.resolve(again, TrainConfig).model == found.model
+    steered = config.resolve(
+        composed(
+            "eval", "model=llama3_8b", f"model.name={tmp_path}", "steering=surgical", "data=demo"
+        ),
+        EvalConfig,
+    )
+    assert (steered.steering.surgical.add, steered.steering.surgical.ablate) == (0.5, 0.3)
+
+
+@pytest.mark.parametrize("change", [{"hidden_size": 2048}, {"model_type": "qwen2"}, None])
+def test_numbers_left_behind_are_named_in_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, change: dict[str, Any] | None
+) -> None:
+    if change is not None:
+        (tmp_path / "config.json").write_text(json.dumps(COPY | change))
+    found = train_config("model=llama3_8b", f"model.name={tmp_path}")
+    assert (found.sft.epochs, found.model.template, found.dcr.layer) == (3, None, None)
+    (line,) = caplog.messages
+    for part in ("layer=15", "sft_epochs=4", "template=llama3", "scans_alpha=0.1", "surgical_add"):
+        assert part in line
+    reason = next(iter(change)) if change else "no folder with a config.json"
+    assert reason in line
+
+
 def test_what_the_user_sets_survives_another_model() -> None:
     found = train_config("model.name=other", "dcr.layer=5", "sft.lr=3e-4", "sft.lora.targets=[x]")
     assert (found.dcr.layer, found.sft.lr, found.sft.lora.targets) == (5, 3e-4, ["x"])
@@ -248,7 +298,7 @@ RANGES = {
     "dcr.optim.beta2": (["1", "-0.1", "nan"], ["0", "0.999"]),
     "dcr.nll.weight": (["-1e-9", "inf", "nan"], ["0", "10"]),
     "dcr.ratio": (["0", "-1", "inf", "nan"], ["0.5", "5"]),
-    "dcr.batch_size": (["1", "0", "-2"], ["2", "1024"]),
+    "dcr.batch_size": (["2", "0", "-2"], ["3", "1024"]),
     "dcr.layer": (["-1"], ["1"]),
     "dcr.depth": (["0", "1.01"], ["1", "0.01"]),
     "sft.warmup": (["1", "-0.01"], ["0", "0.99"]),
@@ -281,6 +331,69 @@ def test_ranges(base: DictConfig, key: str, values: tuple[list[str], list[str]])
             resolved(value)
     for value in values[1]:
         resolved(value)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("sft.epochs=???", r"sft\.epochs=\?\?\?: it needs a value"),
+        ("model.label=.nan", r"model\.label=\.nan: use letters"),
+        ("model.label=../x", r"model\.label=\.\./x: use letters"),
+        ("sft.lora.targets=[[a]]", r"sft\.lora\.targets=\[\['a'\]\]: give names"),
+        ("trainer.threads=100000", r"trainer\.threads=100000: give 1 to"),
+        ("dcr.ratio=1e308", r"dcr\.ratio=1e\+308: give"),
+    ],
+)
+def test_a_value_that_is_none_is_refused(override: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        train_config("model=tiny", override)
+
+
+# --- every setting is one that something reads ---
+
+
+def leaves(schema: type, prefix: str = "") -> Iterator[str]:
+    """The path of every setting that is no group."""
+    for entry in dataclasses.fields(schema):
+        inner: Any = entry.default_factory
+        if isinstance(inner, type) and dataclasses.is_dataclass(inner):
+            yield from leaves(inner, f"{prefix}{entry.name}.")
+        else:
+            yield f"{prefix}{entry.name}"
+
+
+def read_somewhere() -> set[str]:
+    """Names of attributes that code outside the schema and its checks takes the value of."""
+    files = [*(CONF.parent / "dcr").rglob("*.py"), *CONF.parent.glob("*.py")]
+    trees = [
+        ast.parse(file.read_text())
+        for file in files
+        if file.parent.name != "config" or file.name == "resolving.py"
+    ]
+    attributes = {
+        node.attr
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+    schema = "".join(file.read_text() for file in (CONF.parent / "dcr/config").glob("*.py"))
+    files = "".join(file.read_text() for file in FILES)
+    interpolated = re.findall(r'II\("([\w.]+)"\)', schema) + re.findall(r"\$\{([\w.]+)\}", files)
+    return attributes | {key.rpartition(".")[2] for key in interpolated}
+
+
+NOT_BY_THAT_NAME = {
+    "model.numbers_for": "by key, before there are dataclasses",
+    "preset_name": "from config.yaml, by the report",
+}
+
+
+def test_every_setting_is_read_somewhere() -> None:
+    names = read_somewhere()
+    paths = {*leaves(TrainConfig), *leaves(EvalConfig)}
+    assert len(paths) > 150
+    unread = {path for path in paths if path.rpartition(".")[2] not in names}
+    assert unread <= set(NOT_BY_THAT_NAME), unread - set(NOT_BY_THAT_NAME)
 
 
 # --- random command lines ---

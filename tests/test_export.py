@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from dcr import chat, export, models, prompts, storage
-from dcr.config import ConfigError, DataError, LoraConfig, ModelConfig, Precision
+from dcr.config import STAGES, ConfigError, DataError, LoraConfig, ModelConfig, Precision
 from dcr.export import card
 from dcr.export.__main__ import main
 from dcr.models import Policy
@@ -237,6 +237,61 @@ def test_stage_one_can_be_exported_alone(made: Made, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(out)
     torch.testing.assert_close(_logits(model), made.stage_one)
     assert "no safety fine-tuning" in (out / "README.md").read_text().replace("\n", " ")
+
+
+def test_a_run_of_stl_aug_can_be_exported(moved: Run) -> None:
+    moved.config_file.write_text(yaml.safe_dump(CONFIG | {"method": "stl_aug"}))
+    out = export.export(moved, moved.folder / "out")
+    assert "augmented data" in (out / "README.md").read_text()
+    assert set(card.METHODS) == {(m.value, s.value) for m, stages in STAGES.items() for s in stages}
+
+
+def test_a_method_that_has_no_card_is_refused_before_weights_are_read(
+    moved: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(*_: Any) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(models, "open_result", opened)
+    moved.config_file.write_text(yaml.safe_dump(CONFIG | {"method": "dpo"}))
+    with pytest.raises(ConfigError, match="method=dpo has no stage sft"):
+        export.export(moved, moved.folder / "out")
+
+
+def test_an_export_trusts_code_where_the_run_did(
+    moved: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trusted: list[bool] = []
+
+    def opened(folder: Path, precision: Precision, trust_remote_code: bool = False) -> None:
+        trusted.append(trust_remote_code)
+        raise ConfigError("seen")
+
+    monkeypatch.setattr(models, "open_result", opened)
+    for told in (True, False):
+        model = CONFIG["model"] | {"trust_remote_code": told}
+        moved.config_file.write_text(yaml.safe_dump(CONFIG | {"model": model}))
+        with pytest.raises(ConfigError, match="seen"):
+            export.export(moved, moved.folder / "out")
+    assert trusted == [True, False]
+
+
+def test_the_type_of_the_weights_is_said(
+    made: Made, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """bfloat16 moves the logits, so the command and the card say so; float32 does not."""
+    main([f"run={made.run.folder}", f"out={tmp_path / 'fp32'}", "dtype=float32"])
+    assert "bfloat16" not in capsys.readouterr().out
+    assert "The weights are in float32" in (tmp_path / "fp32/README.md").read_text()
+    main([f"run={made.run.folder}", f"out={tmp_path / 'bf16'}"])
+    assert "in bfloat16, rounded from a merge in float32" in capsys.readouterr().out
+    assert "The weights are in bfloat16" in (tmp_path / "bf16/README.md").read_text()
+    apart = {
+        dtype: _logits(AutoModelForCausalLM.from_pretrained(tmp_path / dtype)).float() - made.logits
+        for dtype in ("fp32", "bf16")
+    }
+    scale = made.logits.abs().max()
+    assert apart["fp32"].abs().max() / scale < 1e-5 < 1e-3 < apart["bf16"].abs().max() / scale
 
 
 # --- refusals -----------------------------------------------------------------------------------

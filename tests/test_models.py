@@ -363,6 +363,90 @@ def test_precision_is_the_weights_dtype(tmp_path: Path) -> None:
         assert {p.dtype for p in opened.model.parameters()} == {dtype}
 
 
+# --- folders that are no model ------------------------------------------------------------------
+
+FAULTS: dict[str, tuple[dict[str, Any], str]] = {
+    "a number as text": ({"hidden_size": "32"}, "hidden_size"),
+    "a negative size": ({"hidden_size": -16}, "hidden_size is -16"),
+    "no block": ({"num_hidden_layers": 0}, "num_hidden_layers is 0; it must be 1 to 1000"),
+    "a million blocks": ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000"),
+    "no head": ({"num_attention_heads": 0}, "cannot be opened|num_attention_heads"),
+    "uneven heads": ({"num_key_value_heads": 3, "num_attention_heads": 4}, "is no multiple of"),
+    "an unknown type": ({"model_type": "nope"}, "nope"),
+    "a list for a type": ({"model_type": [1]}, "cannot be opened"),
+    "an encoder-decoder": ({"model_type": "t5"}, "cannot be opened|num_hidden"),
+    "an unknown activation": ({"hidden_act": "nope"}, "nope"),
+    "fewer embeddings than tokens": ({"vocab_size": 100}, "tokenizer has 260 tokens and the model"),
+    "quantised weights": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantis"),
+    "no object": ({"quantization_config": [1]}, "quantised|cannot be opened"),
+    "kernels from the hub": ({"attn_implementation": "kernels/x"}, r"code on the hub .*kernels/x"),
+}
+
+
+def told(tmp_path: Path, **entries: Any) -> ModelConfig:
+    """A whole folder whose config.json then says otherwise."""
+    saved(tmp_path, byte_model())
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+    return ModelConfig(name=str(tmp_path))
+
+
+@pytest.mark.parametrize(("entries", "says"), FAULTS.values(), ids=FAULTS)
+def test_a_folder_that_is_no_model_is_one_line(
+    tmp_path: Path, entries: dict[str, Any], says: str
+) -> None:
+    config = told(tmp_path, **entries)
+
+    def planned() -> None:  # as a plan does, before any weight is read
+        models.skeleton(config)
+        models.open_tokenizer(config)
+
+    for open_it in (planned, lambda: models.open_policy(config, Precision.fp32)):
+        with pytest.raises(ConfigError, match=says) as caught:
+            open_it()
+        assert str(caught.value).startswith(f"model.name={tmp_path}: ")
+        assert "\n" not in str(caught.value)
+
+
+def test_kernels_of_the_hub_are_for_those_who_trust_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = told(tmp_path, attn_implementation="kernels/x")
+    assert models.architecture(dataclasses.replace(config, trust_remote_code=True))
+
+
+@pytest.mark.parametrize("fault", ["another shape", "half a tokenizer"])
+def test_damaged_files_of_a_model_are_one_line(tmp_path: Path, fault: str) -> None:
+    config = told(tmp_path)
+    if fault == "another shape":
+        weights = load_file(tmp_path / "model.safetensors")
+        weights["lm_head.weight"] = weights["lm_head.weight"][:9].contiguous()
+        save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    else:
+        (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match=f"model.name={tmp_path}: cannot be opened"):
+        models.open_policy(config, Precision.fp32)
+
+
+def test_weights_that_the_model_has_no_place_for_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = told(tmp_path, num_hidden_layers=1)  # of a file with two blocks
+    models.open_policy(config, Precision.fp32)
+    assert "weights there belong to no part of the model, model.layers.1" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [{"model_type": "nope"}, {"hidden_size": 0}, {"num_key_value_heads": 0}, {"vocab_size": 1}],
+    ids=str,
+)
+def test_an_architecture_that_is_no_model_is_one_line(entries: dict[str, Any]) -> None:
+    config = dataclasses.replace(TINY, architecture={**(TINY.architecture or {}), **entries})
+    with pytest.raises(ConfigError, match=r"^model\.architecture: "):
+        models.open_policy(config, Precision.fp32)
+
+
 # --- adapters -----------------------------------------------------------------------------------
 
 IN_A_FRESH_PROCESS = """

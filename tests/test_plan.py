@@ -274,6 +274,13 @@ def test_answers_of_stl_aug_are_counted_without_the_hub(tmp_path: Path) -> None:
         rows.expected(settings(*asked))
 
 
+@pytest.mark.parametrize("method", list(Method))
+def test_the_plan_of_a_method_is_of_the_stages_it_trains(local: Path, method: Method) -> None:
+    told = plan.describe(settings(f"model.name={local}", f"method={method.value}"))
+    chain = {"dcr": "contrastive then sft", "stl": "sft", "stl_aug": "sft"}[method.value]
+    assert told.startswith(f"Plan: method={method.value} ({chain}) on ")
+
+
 def test_plan_of_stl_on_a_folder(local: Path, no_weights: None) -> None:
     told = plan.describe(settings(f"model.name={local}", "method=stl"))
     assert "contrastive" not in told.replace(str(local), "")

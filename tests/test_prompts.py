@@ -303,6 +303,30 @@ def test_templates_that_cannot_be_are_named(tmp_path: Path, template: str, messa
         formatted(models.byte_tokenizer(), "Be kind.", template.format(tmp=tmp_path))
 
 
+BROKEN = {
+    "loops for ever": ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}"
+                       "{% endfor %}", "is not done after 1000000 steps"),
+    "adds text to a number": ("{{ 1 + 'a' }}", "unsupported operand"),
+    "divides by nothing": ("{{ 1 // 0 }}", "by zero"),
+    "calls itself": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+    "fills the memory": ("{{ 'x' * 10**15 }}", "MemoryError"),
+    "leaves the message out": ("Hello", "leaves out what the user says"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "says"), BROKEN.values(), ids=BROKEN)
+def test_a_models_own_template_that_fails_is_the_models_fault(text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^model\.name=x: its chat template fails .*{says}"):
+        formatted(models.byte_tokenizer(text))
+
+
+def test_a_template_that_is_no_text_is_refused() -> None:
+    tokenizer = models.byte_tokenizer()
+    tokenizer.chat_template = ["a"]  # as tokenizer_config.json may say
+    with pytest.raises(ConfigError, match="its tokenizer's chat_template is no text"):
+        formatted(tokenizer)
+
+
 def test_our_templates_begin_as_the_tokenizer_does() -> None:
     chat = formatted(llama3_base(), template="llama3")
     assert chat.text("Hi") == (

@@ -7,6 +7,7 @@ choices, `checks` ranges and relations, `wording` what a user reads when a setti
 
 from dcr.config.checks import SAFE_NAME, TAG, block_of, parameters
 from dcr.config.enums import (
+    STAGES,
     Adapter,
     Judge,
     KernelMethod,
@@ -31,6 +32,7 @@ from dcr.config.enums import (
     Terminator,
     WandbMode,
     Weights,
+    stages_of,
 )
 from dcr.config.errors import ConfigError, DataError, UserError
 from dcr.config.evaluation import (
@@ -91,6 +93,7 @@ __all__ = [
     "AUTO_LAYER",
     "EMBEDDED_MODEL",
     "SAFE_NAME",
+    "STAGES",
     "TAG",
     "TINY_MODEL",
     "AbilityConfig",
@@ -166,4 +169,5 @@ __all__ = [
     "parameters",
     "resolve",
     "source_names",
+    "stages_of",
 ]

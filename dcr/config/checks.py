@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 
-from dcr.config.enums import LayerBase, Method, Precision, Stage, Steering, Task
+from dcr.config.enums import LayerBase, Precision, Steering, Task, stages_of
 from dcr.config.errors import ConfigError
 from dcr.config.evaluation import EvalConfig
 from dcr.config.tree import AUTO_LAYER, ContrastiveConfig, TrainConfig
@@ -39,11 +39,11 @@ def _share(value: float) -> bool:
 
 # Every numeric field by its path, or by its name wherever it stands: what it is besides finite.
 RANGES = {
-    "epochs": (_positive, "give 1 or more"),
+    "epochs": (lambda v: 0 < v <= 10**6, "give 1 or more, at most 1000000"),
     "margin": (lambda v: 0 < v < 1, "give a number inside (0, 1)"),
     "scale": (_positive, "give a number above 0"),
     "ratio": (lambda v: 0 < v <= 1e6, "give toxic rows per seemingly toxic row, above 0"),
-    "draws": (_positive, "give the prompts drawn per epoch, above 0"),
+    "draws": (lambda v: 0 < v <= 10**7, "give the prompts drawn per epoch, 1 to 10000000"),
     "batch_size": (_positive, "give 1 or more"),
     "general_batch_size": (_positive, "give 1 or more"),
     "micro_tokens": (_positive, "give the padded tokens of one forward pass, above 0"),
@@ -55,8 +55,8 @@ RANGES = {
     "beta1": (_share, "give a number in [0, 1)"),
     "beta2": (_share, "give a number in [0, 1)"),
     "clip": (_positive, "give a gradient norm above 0, or null"),
-    "rank": (_positive, "give 1 or more"),
-    "alpha": (_positive, "give 1 or more"),
+    "rank": (lambda v: 0 < v <= 2**16, "give 1 to 65536"),
+    "alpha": (lambda v: 0 < v <= 2**24, "give 1 to 16777216"),
     "dropout": (_share, "give a number in [0, 1)"),
     "warmup": (_share, "give a share of the steps in [0, 1)"),
     "max_len": (lambda v: v >= 8, "give 8 tokens or more"),
@@ -121,9 +121,31 @@ def _numbers(node: object, prefix: str = "") -> Iterator[tuple[str, int | float]
             yield key, value
 
 
+def _lists(node: object, prefix: str = "") -> Iterator[tuple[str, list[object]]]:
+    assert is_dataclass(node)
+    for entry in fields(node):
+        value, key = getattr(node, entry.name), prefix + entry.name
+        if is_dataclass(value):
+            yield from _lists(value, f"{key}.")
+        elif isinstance(value, list):
+            yield key, value
+
+
 def _of_both(config: TrainConfig | EvalConfig) -> list[tuple[bool, str]]:
     accelerator, project = config.trainer.accelerator, config.wandb.project
+    label = config.model.label
     return [
+        (
+            bool(label) and (label[0] == "." or not SAFE_NAME.fullmatch(label)),
+            f"model.label={label}: use letters, digits, '.', '_' and '-', and no '.' in front",
+        ),
+        *(
+            (
+                any(isinstance(item, (list, dict)) for item in items),
+                f"{key}={items}: give names, as in {key}=[a,b]",
+            )
+            for key, items in _lists(config)
+        ),
         (
             accelerator not in ACCELERATORS,
             f"trainer.accelerator={accelerator}: choose one of {', '.join(ACCELERATORS)}",
@@ -143,7 +165,7 @@ def _of_both(config: TrainConfig | EvalConfig) -> list[tuple[bool, str]]:
 def _of_training(config: TrainConfig) -> list[tuple[bool, str]]:
     return [
         (
-            config.method is not Method.dcr and config.stage is Stage.contrastive,
+            not stages_of(config.method, config.stage),
             f"stage=contrastive method={config.method.value}: it has no contrastive stage; use "
             "method=dcr",
         ),

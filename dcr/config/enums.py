@@ -23,6 +23,20 @@ class Stage(Enum):
     sft = "sft"
 
 
+# Which stages a method has, in the order they are trained: the one table of training, plan, export
+# and evaluation.
+STAGES = {
+    Method.dcr: (Stage.contrastive, Stage.sft),
+    Method.stl: (Stage.sft,),
+    Method.stl_aug: (Stage.sft,),
+}
+
+
+def stages_of(method: Method, stage: Stage = Stage.all) -> tuple[Stage, ...]:
+    """The stages that a command trains, in order; none where the method has no such stage."""
+    return tuple(each for each in STAGES[method] if stage in (Stage.all, each))
+
+
 class Task(Enum):
     over_refusal = "over_refusal"
     safety = "safety"

@@ -1,7 +1,10 @@
 """From what Hydra composed to plain dataclasses, once."""
 
+import json
+import logging
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
@@ -21,9 +24,13 @@ from dcr.config.tree import (
 from dcr.config.wording import one_line
 from dcr.text import label_of
 
+log = logging.getLogger(__name__)
+
 Node = TypeVar("Node", TrainConfig, EvalConfig)
 # Say which weights a name means, and so travel with it to another model.
 WITH_ANY_NAME = ("name", "revision", "trust_remote_code")
+# What makes two models one architecture, as `config.json` spells it.
+SHAPE = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")
 
 # What later commands read of a run's `config.yaml`, and of its nodes if not all.
 READ_AGAIN: dict[str, tuple[type, tuple[str, ...]]] = {
@@ -42,6 +49,10 @@ def resolve(composed: DictConfig, schema: type[Node]) -> Node:
     """
     node = OmegaConf.create(OmegaConf.to_container(composed, resolve=False))
     assert isinstance(node, DictConfig)
+    default = OmegaConf.to_container(OmegaConf.structured(schema), resolve=False)
+    for key in _without_value(OmegaConf.to_container(node, resolve=False), default):
+        # a merge would keep the default and say nothing
+        raise ConfigError(f"{key}=???: it needs a value")
     try:
         leave_numbers_of_another_model(node)
         merged = OmegaConf.merge(OmegaConf.structured(schema), node)
@@ -58,6 +69,15 @@ def resolve(composed: DictConfig, schema: type[Node]) -> Node:
         config.dcr.layer = _layer(config.dcr.layer)
     check(config)
     return config
+
+
+def _without_value(given: Any, default: Any, prefix: str = "") -> Iterator[str]:
+    """Settings that were given as missing although they have a default."""
+    if given == MISSING and default != MISSING:
+        yield prefix
+    elif isinstance(given, dict) and isinstance(default, dict):
+        for key, value in given.items():
+            yield from _without_value(value, default.get(key), f"{prefix}.{key}".lstrip("."))
 
 
 def _layer(value: object) -> object:
@@ -110,11 +130,49 @@ def names_another_model(model: DictConfig) -> bool:
 def leave_numbers_of_another_model(config: DictConfig, keep: Collection[str] = ()) -> None:
     """Put defaults in `config.model` where a file set them for another model than the one named.
 
-    `keep` names the fields that the user set for this one. Changes `config`; once is enough.
+    A local folder of the same architecture keeps them all: it is a copy, or trained from one. What
+    is left behind is logged in one line. `keep` names the fields that the user set for this model.
+    Changes `config`; once is enough.
     """
     model = config.model
     if not names_another_model(model):
         return
+    name = str(model.name)
     kept: dict[str, Any] = {key: model[key] for key in (*WITH_ANY_NAME, *keep) if key in model}
-    label = kept.get("label") or label_of(str(kept["name"]))
+    label = kept.get("label") or label_of(name)
+    unlike = _unlike(model, name)
+    if unlike is None:
+        model.numbers_for, model.label = name, label
+        if "architecture" not in keep:
+            model.architecture = None  # the folder's own says more, such as its context
+        return
+    plain = ModelConfig(name=name)
+    left = [
+        f"{key}={getattr(value, 'value', value)}"
+        for key, value in model.items()
+        if key not in {*kept, "label", "numbers_for", "architecture"}
+        and value != getattr(plain, str(key))
+    ]
+    if left:
+        log.warning(
+            "model.name=%s: %s, so what was set for %s is left behind: %s (model.<key>= sets one)",
+            name,
+            unlike,
+            model.numbers_for,
+            " ".join(left),
+        )
     config.model = OmegaConf.structured(ModelConfig(**{**kept, "label": label}))
+
+
+def _unlike(model: DictConfig, name: str) -> str | None:
+    """In what the folder `name` is another architecture than the model's; None if in nothing."""
+    try:
+        read = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
+        found = {key: (read.get("text_config") or read).get(key) for key in SHAPE}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return "no folder with a config.json to compare"
+    for key in SHAPE:
+        wanted = (model.get("architecture") or {}).get(key)
+        if wanted is None or found[key] != wanted:
+            return f"its {key} is {found[key]}, not {wanted}"
+    return None

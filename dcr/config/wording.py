@@ -18,7 +18,7 @@ REASONS = (
     (r"is not a subclass of", "it is a group of settings; set one of those inside"),
     (r"Cannot convert .* to string", "give text"),
     (r"Cannot assign .* to Dict", "give pairs, as in key={a:1}"),
-    (r"missing mandatory value", "it needs a value"),
+    (r"[Mm]issing mandatory value", "it needs a value"),
 )
 
 
@@ -40,7 +40,7 @@ def one_line(error: Exception, *schemas: type) -> str:
 
 def _option(text: str, error: Exception, known: list[str]) -> str | None:
     """A file that a config group does not hold."""
-    if "Config group override" in text:
+    if "Config group override" in text or isinstance(error, TypeError):  # a list or dict for a name
         return "model=, data=, preset= and sweep= take the name of a file in conf/"
     missing = re.search(r"Could not find '(.*?)'", text)
     options = re.search(r"Available options in '(.*)':\n((?:\t.*\n?)+)", text)

@@ -6,10 +6,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dcr.config import ConfigError, UserError
-from dcr.export import DTYPES, STAGES, export, relink
+from dcr.export import DTYPES, ROUNDED, export, relink
 from dcr.runs import Run
 from dcr.text import single_line
+
+STAGES = ("sft", "contrastive")
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ def main(arguments: Sequence[str]) -> None:
             print(f"{folder} stands on {base}")
     else:
         print(export(run, Path(options.out), options.stage, options.dtype))
+        if DTYPES[options.dtype] is not torch.float32:
+            print(ROUNDED)
 
 
 def _options(arguments: Sequence[str]) -> Options:

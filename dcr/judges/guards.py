@@ -15,7 +15,6 @@ from jaxtyping import Float, Int
 from jinja2 import TemplateError
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoTokenizer,
     GenerationConfig,
     LogitsProcessor,
@@ -28,7 +27,7 @@ from dcr.config import ConfigError, DataError, GuardConfig, Judge, WildGuardConf
 from dcr.generation import Completion, own_decoding
 from dcr.judges.verdicts import Verdict, answer_fingerprint
 from dcr.models import DTYPES, Policy
-from dcr.models.opening import refused_as, whole_model
+from dcr.models.opening import read_architecture, refused_as, whole_model
 from dcr.prompts import ZERO_WIDTH_SPACE, ChatFormat, attention_mask, padded
 
 LLAMA_GUARD, WILDGUARD = Judge.llama_guard.value, Judge.wildguard.value
@@ -173,13 +172,11 @@ def check(settings: GuardConfig, node: str) -> None:
     """
     if _is_path(settings.model):
         _check_folder(Path(settings.model), f"{node}.model={settings.model}")
-    with refused_as(f"{node}.model={settings.model}"):
-        AutoConfig.from_pretrained(
-            settings.model, revision=settings.revision, trust_remote_code=False
-        )
+    key = f"{node}.model={settings.model}"
+    read_architecture(settings.model, key, settings.revision, quantised=True)
     tokenizer = open_tokenizer(settings, node)
     if node == Judge.llama_guard.value:
-        content_form(tokenizer, f"{node}.model={settings.model}")
+        content_form(tokenizer, key)
 
 
 def _is_path(name: str) -> bool:
@@ -249,13 +246,13 @@ def opened(settings: GuardConfig, node: str, accelerator: str) -> Guard:
     Raises ConfigError naming `<node>.model` when it cannot be read or its weights are not whole.
     """
     tokenizer = open_tokenizer(settings, node)
-    with refused_as(f"{node}.model={settings.model}"):
-        model = whole_model(
-            settings.model,
-            DTYPES[settings.precision],
-            revision=settings.revision,
-            trust_remote_code=False,
-        )
+    model = whole_model(
+        settings.model,
+        DTYPES[settings.precision],
+        f"{node}.model={settings.model}",
+        quantised=True,
+        revision=settings.revision,
+    )
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         model.to("cuda")
     named = model.generation_config.eos_token_id

@@ -3,6 +3,7 @@
 import copy
 import glob
 import importlib.util
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,14 +23,25 @@ from transformers import (
 )
 
 from dcr import batching
-from dcr.config import EMBEDDED_MODEL, TINY_MODEL, ConfigError, ModelConfig, Precision
+from dcr.config import EMBEDDED_MODEL, TINY_MODEL, ConfigError, ModelConfig, Precision, UserError
 from dcr.models.structure import seeded
 from dcr.storage import replaced_folder
+
+log = logging.getLogger(__name__)
 
 DTYPES = {
     Precision.mixed: torch.float32,
     Precision.bf16: torch.bfloat16,
     Precision.fp32: torch.float32,
+}
+# What a configuration must say, each at most this: no model is near, and a typing error in its file
+# must not fill the memory.
+LARGEST = {
+    "num_hidden_layers": 1000,
+    "hidden_size": 2**18,
+    "num_attention_heads": 2**12,
+    "vocab_size": 2**24,
+    "max_position_embeddings": 2**40,
 }
 
 
@@ -67,15 +78,94 @@ def safe_label(name: str) -> str:
 def architecture(config: ModelConfig) -> PretrainedConfig:
     """The model's configuration: from `model.architecture` where given, else folder or hub.
 
-    Raises ConfigError when nothing of that name can be read.
+    Raises ConfigError when nothing of that name can be read, or no model can be made of it.
     """
     if config.architecture:
-        facts = dict(config.architecture)
-        return AutoConfig.for_model(facts.pop("model_type"), **facts)
-    with refused_as(f"model.name={config.name}"):
-        return AutoConfig.from_pretrained(
-            config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
+        with refused_as("model.architecture", "see conf/model/ for whole ones"):
+            read = AutoConfig.for_model(**config.architecture)
+        _check("model.architecture", read, config.trust_remote_code)
+        return read
+    return read_architecture(
+        _source(config), f"model.name={config.name}", config.revision, config.trust_remote_code
+    )
+
+
+def _source(config: ModelConfig) -> str:
+    """What transformers opens: a folder or a hub id."""
+    return str(embedded_folder()) if config.name == EMBEDDED_MODEL else config.name
+
+
+def read_architecture(
+    source: str,
+    called: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    quantised: bool = False,
+) -> PretrainedConfig:
+    """The configuration of a folder or hub id, `called` so in the ConfigError that may come.
+
+    Quantised weights are refused unless told otherwise: they can answer, not be trained or edited.
+    """
+    with refused_as(called):
+        read = AutoConfig.from_pretrained(
+            source, revision=revision, trust_remote_code=trust_remote_code
         )
+    _check(called, read, trust_remote_code)
+    if not quantised and getattr(read, "quantization_config", None) is not None:
+        raise ConfigError(
+            f"{called}: its weights are quantised, which cannot be trained or edited here; name "
+            "the model in full precision"
+        )
+    return read
+
+
+def _check(called: str, shape: PretrainedConfig, trusted: bool) -> None:
+    """Raises ConfigError for a configuration that no model here can be made of.
+
+    Nor may it name code to fetch: an attention implementation with a slash is a repository of
+    kernels, which transformers would download and run.
+    """
+    text = shape.get_text_config()
+    for key, most in LARGEST.items():
+        value = getattr(text, key, None)
+        if value is None and key == "max_position_embeddings":
+            continue
+        if type(value) is not int or not 1 <= value <= most:
+            raise ConfigError(f"{called}: its {key} is {value}; it must be 1 to {most}")
+    heads = text.num_attention_heads
+    groups = getattr(text, "num_key_value_heads", None) or heads
+    if type(heads) is int and type(groups) is int and heads % groups:
+        raise ConfigError(
+            f"{called}: its num_attention_heads {heads} is no multiple of its "
+            f"num_key_value_heads {groups}"
+        )
+    named = next(_implementations(shape), None)
+    if named is not None and not trusted:
+        raise ConfigError(
+            f"{called}: its configuration names code on the hub to run ({named}); remove that, or "
+            "set model.trust_remote_code=true if you trust it"
+        )
+
+
+def _implementations(node: Any) -> Iterator[str]:
+    """Where a configuration, its parts included, names kernels of a repository."""
+    entries = vars(node) if isinstance(node, PretrainedConfig) else node
+    for key, value in entries.items():
+        if isinstance(value, (PretrainedConfig, dict)):
+            yield from _implementations(value)
+        elif "implementation" in str(key) and isinstance(value, str) and "/" in value:
+            yield value
+
+
+def skeleton(config: ModelConfig) -> Any:
+    """The real architecture with parameters that have shapes and no values.
+
+    Raises ConfigError when no causal language model can be made of it.
+    """
+    shape = architecture(config)
+    called = "model.architecture" if config.architecture else f"model.name={config.name}"
+    with refused_as(called, "name a causal language model"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code)
 
 
 def facts(config: ModelConfig) -> Facts:
@@ -98,60 +188,89 @@ def open_policy(config: ModelConfig, precision: Precision, seed: int = 0) -> Pol
     """
     if config.name == TINY_MODEL:
         return _tiny_policy(config, DTYPES[precision], seed)
-    source = str(embedded_folder()) if config.name == EMBEDDED_MODEL else config.name
-    with refused_as(f"model.name={config.name}"):
-        options = {
-            "revision": config.revision,
-            "trust_remote_code": config.trust_remote_code,
-        }
-        model = whole_model(source, DTYPES[precision], **options)
-        return Policy(model, AutoTokenizer.from_pretrained(source, **options), source)
-
-
-def skeleton(config: ModelConfig) -> Any:
-    """The real architecture with parameters that have shapes and no values."""
-    with torch.device("meta"), refused_as(f"model.name={config.name}"):
-        return AutoModelForCausalLM.from_config(
-            architecture(config), trust_remote_code=config.trust_remote_code
-        )
+    source, called = _source(config), f"model.name={config.name}"
+    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    tokenizer = _tokenizer(called, source, read_architecture(source, called, **options), **options)
+    return Policy(whole_model(source, DTYPES[precision], called, **options), tokenizer, source)
 
 
 def open_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer alone, for planning and data work before any weight is read."""
+    """The tokenizer alone, for planning and data work before any weight is read.
+
+    Raises ConfigError when it cannot be read, or has more tokens than the model.
+    """
     if config.name == TINY_MODEL:
-        return byte_tokenizer()
-    source = embedded_folder() if config.name == EMBEDDED_MODEL else config.name
-    with refused_as(f"model.name={config.name}"):
-        return AutoTokenizer.from_pretrained(
-            source, revision=config.revision, trust_remote_code=config.trust_remote_code
+        tokenizer = byte_tokenizer()
+        fitting("model.architecture", tokenizer, facts(config).vocabulary)
+        return tokenizer
+    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    return _tokenizer(f"model.name={config.name}", _source(config), architecture(config), **options)
+
+
+def _tokenizer(
+    called: str, source: str, shape: PretrainedConfig, **options: Any
+) -> PreTrainedTokenizerBase:
+    with refused_as(called):
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    fitting(called, tokenizer, shape.get_text_config().vocab_size)
+    return tokenizer
+
+
+def fitting(called: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """Raises ConfigError for a tokenizer with tokens that the model has no embedding of."""
+    if len(tokenizer) > rows:
+        raise ConfigError(
+            f"{called}: its tokenizer has {len(tokenizer)} tokens and the model {rows}; they do "
+            "not belong together"
         )
 
 
-def whole_model(source: str, dtype: torch.dtype, **options: Any) -> Any:
+def whole_model(
+    source: str, dtype: torch.dtype, called: str = "", quantised: bool = False, **options: Any
+) -> Any:
     """The causal language model in a folder or on the hub, in evaluation mode.
 
-    Raises OSError when a weight is absent, which transformers would fill with random numbers.
+    `options` are revision and trust_remote_code. Raises ConfigError, naming the model as `called`
+    or by its source, when it cannot be read, is quantised although that was not allowed, or lacks a
+    weight, which transformers would fill with random numbers.
     """
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
-    )
-    model, loading = loaded
-    if absent := sorted(loading["missing_keys"]):
-        raise OSError(f"{len(absent)} weights are absent, {absent[0]} the first")
+    called = called or source
+    read_architecture(source, called, quantised=quantised, **options)
+    with refused_as(called):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
+        model, loading = loaded
+        if absent := sorted(loading["missing_keys"]):
+            raise OSError(f"{len(absent)} weights are absent, {absent[0]} the first")
+        if unknown := sorted(loading["unexpected_keys"]):
+            log.warning(
+                "%s: %d weights there belong to no part of the model, %s the first; is its "
+                "config.json another model's?",
+                called,
+                len(unknown),
+                unknown[0],
+            )
     return model.eval()
 
 
+FOLDER = "give a local folder with config.json and safetensors, or a hub id this machine can reach"
+
+
 @contextmanager
-def refused_as(name: str) -> Iterator[None]:
+def refused_as(name: str, cure: str = FOLDER) -> Iterator[None]:
     """Whatever transformers raises for a model it cannot read becomes one ConfigError."""
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(
-            f"{name}: cannot be opened ({reason[:160]}); give a local folder with config.json and "
-            "safetensors, or a hub id that this machine can reach"
-        ) from error
+    except Exception as error:  # of a dozen types, for as many faults of a file
+        if isinstance(error, (UserError, MemoryError, torch.OutOfMemoryError)):
+            raise
+        if "can't allocate memory" in str(error):  # the CPU's way to say so
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, KeyError):
+            reason = f"{reason} is not known or not there"
+        raise ConfigError(f"{name}: cannot be opened ({reason[:160]}); {cure}") from error
 
 
 # --- the embedded model -------------------------------------------------------------------------
@@ -226,6 +345,7 @@ def _tiny_policy(config: ModelConfig, dtype: torch.dtype, seed: int) -> Policy:
     shape = architecture(config)
     shape.bos_token_id, shape.pad_token_id = None, tokenizer.pad_token_id
     shape.eos_token_id = tokenizer.eos_token_id
-    with seeded(seed):
+    fitting("model.architecture", tokenizer, shape.get_text_config().vocab_size)
+    with refused_as("model.architecture", "see conf/model/ for whole ones"), seeded(seed):
         model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
     return Policy(model.to(dtype).eval(), tokenizer, TINY_MODEL)

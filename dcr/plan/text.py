@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dcr.config import Method, Precision, Stage, TrainConfig
+from dcr.config import Method, Precision, Stage, TrainConfig, stages_of
 from dcr.data import Splits
 from dcr.plan import cost, rows
 from dcr.plan.rows import CHARACTERS_PER_TOKEN, Load
@@ -44,7 +44,8 @@ def describe(settings: TrainConfig) -> str:
 
     Raises UserError for whatever training would refuse before it loads weights.
     """
-    shapes = {stage: stage_shape(settings, stage) for stage in stages_of(settings)}
+    stages = stages_of(settings.method, settings.stage)
+    shapes = {stage: stage_shape(settings, stage) for stage in stages}
     drawn, notes = rows.expected(settings)
     plans = [stage_plan(settings, stage, shape, drawn) for stage, shape in shapes.items()]
     chain = " then ".join(plan.stage.value for plan in plans)
@@ -55,12 +56,6 @@ def describe(settings: TrainConfig) -> str:
     for note in [*notes, *_notes(settings, plans)]:
         console.print(f"- {note}", markup=False)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
-
-
-def stages_of(settings: TrainConfig) -> list[Stage]:
-    """The stages a command runs, in order."""
-    every = [Stage.sft] if settings.method is Method.stl else [Stage.contrastive, Stage.sft]
-    return [stage for stage in every if settings.stage in (Stage.all, stage)]
 
 
 def stage_plan(settings: TrainConfig, stage: Stage, shape: Shape, drawn: Splits) -> StagePlan:

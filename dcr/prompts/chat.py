@@ -4,14 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dcr.config import ConfigError, ModelConfig, Pooling, Template, Terminator
 from dcr.prompts.endings import chosen_end, stop_tokens
 from dcr.prompts.rows import IGNORED, PromptRow
-from dcr.prompts.templates import chosen_template
+from dcr.prompts.templates import bounded, chosen_template
 
 ZERO_WIDTH_SPACE = "\u200b"
 PLACEHOLDER = "0x5f3759df"  # a turn that no template holds
@@ -142,11 +141,15 @@ def chat_format(
     template = chosen_template(tokenizer, config.template)
     probe = ChatFormat(tokenizer, template, config.system_prompt, 0, ())
     try:
-        chat_end = _chat_end(probe)
-    except TemplateError as error:
+        with bounded():
+            chat_end = _chat_end(probe)
+            if PLACEHOLDER not in probe.text(PLACEHOLDER):
+                raise ValueError("it leaves out what the user says")
+    except Exception as error:  # a template's own mistakes, of any type
+        named = f"template={config.template}" if config.template else f"name={config.name}"
         raise ConfigError(
-            f"model.template={config.template}: its chat template fails ({error}); mend it, name "
-            "another, or drop model.system_prompt where it takes none"
+            f"model.{named}: its chat template fails ({str(error) or type(error).__name__}); mend "
+            "it, give another with model.template, or drop model.system_prompt where it takes none"
         ) from error
     stop = stop_tokens(tokenizer, chat_end, base_stop)
     if not stop:

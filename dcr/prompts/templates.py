@@ -1,9 +1,13 @@
 """Chat templates: the model's own, one of ours, or the user's file."""
 
 import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateRuntimeError
 from transformers import PreTrainedTokenizerBase
 
 from dcr.config import ConfigError
@@ -38,6 +42,11 @@ def chosen_template(tokenizer: PreTrainedTokenizerBase, named: str | None) -> st
     if named is None:
         shipped: Any = tokenizer.chat_template
         shipped = shipped.get("default") if isinstance(shipped, dict) else shipped
+        if shipped and not isinstance(shipped, str):
+            raise ConfigError(
+                "model.name: its tokenizer's chat_template is no text; mend tokenizer_config.json "
+                "or name another with model.template"
+            )
         if shipped:
             return shipped
         log.warning(
@@ -63,3 +72,30 @@ def _begun(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
     begins: Any = tokenizer("x")["input_ids"]
     begun = tokenizer.bos_token_id is not None and begins[0] == tokenizer.bos_token_id
     return "{{ bos_token }}" + template if begun else template
+
+
+@contextmanager
+def bounded(steps: int = 1_000_000) -> Iterator[None]:
+    """Templates rendered inside end after so many of their own lines.
+
+    A template comes with a model, and may loop for as long as it likes. Raises jinja2's
+    TemplateRuntimeError. Slows rendering down: for a trial, not for every prompt.
+    """
+    left = steps
+
+    def count(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal left
+        left -= event == "line"
+        if left < 0:
+            raise TemplateRuntimeError(f"it is not done after {steps} steps")
+        return count
+
+    def enter(frame: Any, event: str, argument: Any) -> Any:
+        return count if frame.f_code.co_filename == "<template>" else None
+
+    before = sys.gettrace()
+    sys.settrace(enter)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
