@@ -1,16 +1,23 @@
 """Intervals, paired tests and agreement, for every number that a table shows."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Int
 from scipy import optimize, special, stats
 from torchmetrics.functional.classification import binary_cohen_kappa, binary_confusion_matrix
 
 SLOPE_PENALTY = 0.1  # keeps the slope finite where one side wins whenever it is the longer one
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+CHUNK = 2**21  # weights held at once
 FEWEST_FOR_LENGTHS = 20  # comparisons, ten per coefficient
+
+Weights = Float[np.ndarray, "draws pairs"]
+Statistic = Callable[[np.ndarray], np.ndarray]  # of weights [draws, pairs], one value a draw
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,7 @@ class WinRate:
     discrete: float
 
 
-def wilson(successes: int, total: int, confidence: float = 0.95) -> Interval:
+def wilson(successes: int, total: int, confidence: float = CONFIDENCE) -> Interval:
     """A rate with its Wilson score interval; of nothing, nan within [0, 1].
 
     Raises ValueError unless 0 <= successes <= total.
@@ -42,6 +49,62 @@ def wilson(successes: int, total: int, confidence: float = 0.95) -> Interval:
         return Interval(math.nan, 0.0, 1.0)
     ends = stats.binomtest(successes, total).proportion_ci(confidence, method="wilson")
     return Interval(successes / total, float(ends.low), float(ends.high))
+
+
+def resampled(
+    counts: Sequence[int] | np.ndarray, generator: np.random.Generator, resamples: int = RESAMPLES
+) -> Int[np.ndarray, "draws values"]:
+    """The bootstrap: how often each value is in each resample, where it stands `counts` times.
+
+    Drawing rows with replacement is, per distinct value, a multinomial draw of counts.
+    """
+    total = int(np.sum(counts))
+    return generator.multinomial(total, np.asarray(counts) / total, size=resamples)
+
+
+def resampled_groups(
+    groups: Sequence[str], generator: np.random.Generator, resamples: int = RESAMPLES
+) -> dict[str, Int[np.ndarray, "draws own"]]:
+    """Resamples of each group's own members, group by group in the order in which they appear."""
+    sizes = {group: list(groups).count(group) for group in dict.fromkeys(groups)}
+    return {group: resampled([1] * n, generator, resamples) for group, n in sizes.items()}
+
+
+def redrawn(
+    groups: Sequence[str], generator: np.random.Generator
+) -> Int[np.ndarray, "draws prompts"]:
+    """How often each prompt is in each resample, those of a group drawn among themselves.
+
+    The first row is no draw but the prompts as they are, once each.
+    """
+    counts = np.ones((1 + RESAMPLES, len(groups)), dtype=np.int64)
+    for group, own in resampled_groups(groups, generator).items():
+        counts[1:, [i for i, other in enumerate(groups) if other == group]] = own
+    return counts
+
+
+def percentiles(drawn: np.ndarray, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """The ends of the percentile interval over the finite draws; unbounded without any."""
+    known = drawn[np.isfinite(drawn)]
+    if not len(known):
+        return -math.inf, math.inf
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(known, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def of_draws(values: Float[np.ndarray, "draws"]) -> Interval:
+    """The estimate, first of the values, with percentiles of the others; unbounded where nan."""
+    estimate = float(values[0])
+    ends = percentiles(values[1:]) if math.isfinite(estimate) else (-math.inf, math.inf)
+    return Interval(estimate, *ends)
+
+
+def mean_interval(values: Sequence[float], *, seed: int) -> Interval:
+    """A mean with its percentile bootstrap interval over the values, drawn one by one."""
+    found = np.asarray(values)
+    drawn = np.random.default_rng(seed).choice(found, (RESAMPLES, len(found))).mean(1)
+    return Interval(float(found.mean()), *percentiles(drawn))
 
 
 def auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
@@ -57,8 +120,8 @@ def auroc_interval(
     positive: Sequence[float],
     negative: Sequence[float],
     *,
-    confidence: float = 0.95,
-    resamples: int = 2000,
+    confidence: float = CONFIDENCE,
+    resamples: int = RESAMPLES,
     seed: int,
 ) -> Interval:
     """AUROC with a percentile bootstrap interval over the scores within each class.
@@ -70,12 +133,10 @@ def auroc_interval(
         return Interval(math.nan, 0.0, 1.0)
     generator = np.random.default_rng(seed)
     drawn = _auroc_of_counts(
-        # Drawing rows with replacement is, per distinct score, a multinomial draw of counts.
-        generator.multinomial(len(positive), positives / len(positive), size=resamples),
-        generator.multinomial(len(negative), negatives / len(negative), size=resamples),
+        resampled(positives, generator, resamples), resampled(negatives, generator, resamples)
     )
     estimate = _auroc_of_counts(positives[None], negatives[None])[0]
-    return Interval(float(estimate), *_percentiles(drawn, confidence))
+    return Interval(float(estimate), *percentiles(drawn, confidence))
 
 
 def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
@@ -95,8 +156,8 @@ def paired_difference(
     a: Sequence[float] | Sequence[bool],
     b: Sequence[float] | Sequence[bool],
     *,
-    confidence: float = 0.95,
-    resamples: int = 2000,
+    confidence: float = CONFIDENCE,
+    resamples: int = RESAMPLES,
     seed: int,
 ) -> Interval:
     """mean(a) - mean(b) over the same prompts, with a percentile bootstrap interval over prompts.
@@ -111,8 +172,8 @@ def paired_difference(
     # As for AUROC, counts per distinct difference; verdicts have three.
     values, counts = np.unique(differences, return_counts=True)
     generator = np.random.default_rng(seed)
-    drawn = generator.multinomial(len(a), counts / len(a), size=resamples) @ values / len(a)
-    return Interval(float(differences.mean()), *_percentiles(drawn, confidence))
+    drawn = resampled(counts, generator, resamples) @ values / len(a)
+    return Interval(float(differences.mean()), *percentiles(drawn, confidence))
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
@@ -245,12 +306,79 @@ def _auroc_of_counts(positives: np.ndarray, negatives: np.ndarray) -> np.ndarray
     return np.divide(wins, pairs, out=np.full(len(wins), np.nan), where=pairs > 0)
 
 
-def _percentiles(drawn: np.ndarray, confidence: float) -> tuple[float, float]:
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(drawn, [tail, 1 - tail])
-    return float(low), float(high)
-
-
 def _check_paired(a: Sequence[object], b: Sequence[object]) -> None:
     if len(a) != len(b):
         raise ValueError(f"{len(a)} and {len(b)} verdicts: pairs need equally many")
+
+
+# --- statistics over pairs of prompts ---
+#
+# Pairs are not independent, prompts are: those are drawn anew, and a pair counts as often as both
+# of its prompts were drawn together. Every statistic is therefore a function of weighted pairs,
+# and of the whole weights 1, 1, … it is the estimate itself.
+
+
+def over_pairs(
+    statistic: Statistic,
+    left: Int[np.ndarray, "draws left"],
+    right: Int[np.ndarray, "draws right"],
+    allowed: Bool[np.ndarray, "left right"],
+) -> Float[np.ndarray, "draws"]:
+    """A statistic of the allowed pairs in every draw; those stand in the order of `x[allowed]`."""
+    rows, columns = allowed.nonzero()
+    if not len(rows):
+        return np.full(len(left), math.nan)
+    step = max(1, CHUNK // len(rows))
+    found = []
+    for first in range(0, len(left), step):
+        kept = slice(first, first + step)
+        found.append(statistic((left[kept][:, rows] * right[kept][:, columns]).astype(float)))
+    return np.concatenate(found)
+
+
+def weighted_mean(x: Float[np.ndarray, "pairs"], weights: Weights) -> Float[np.ndarray, "draws"]:
+    return _ratio(weights @ x, weights.sum(1))
+
+
+def weighted_spearman(
+    x: Float[np.ndarray, "pairs"], y: Float[np.ndarray, "pairs"], weights: Weights
+) -> Float[np.ndarray, "draws"]:
+    """Rank correlation, ties at their middle, as if each pair stood there as often as it weighs."""
+    first, second = _ranks(x, weights), _ranks(y, weights)
+    total = weights.sum(1, keepdims=True)
+    first, second = (
+        each - _ratio((weights * each).sum(1, keepdims=True), total) for each in (first, second)
+    )
+    square = (weights * first**2).sum(1) * (weights * second**2).sum(1)
+    return _ratio((weights * first * second).sum(1), np.sqrt(square))
+
+
+def weighted_pearson(
+    x: Float[np.ndarray, "pairs values"], y: Float[np.ndarray, "pairs values"], weights: Weights
+) -> Float[np.ndarray, "draws"]:
+    """Correlation over all values of all pairs."""
+    x, y = x - x.mean(), y - y.mean()  # for the sake of rounding alone
+    count = weights.sum(1) * x.shape[1]
+    a, b, aa, bb, ab = (
+        _ratio(weights @ each.sum(1), count) for each in (x, y, x * x, y * y, x * y)
+    )
+    return _ratio(ab - a * b, np.sqrt(np.maximum((aa - a * a) * (bb - b * b), 0)))
+
+
+def weighted_slope(
+    x: Float[np.ndarray, "pairs values"], y: Float[np.ndarray, "pairs values"], weights: Weights
+) -> Float[np.ndarray, "draws"]:
+    """Of y on x by least squares through the origin."""
+    return _ratio(weights @ (x * y).sum(1), weights @ (x * x).sum(1))
+
+
+def _ranks(x: Float[np.ndarray, "pairs"], weights: Weights) -> Weights:
+    _, places = np.unique(x, return_inverse=True)
+    order = np.argsort(places, kind="stable")
+    firsts = np.flatnonzero(np.diff(places[order], prepend=-1))
+    totals = np.add.reduceat(weights[:, order], firsts, axis=1)
+    return (totals.cumsum(1) - totals / 2)[:, places]
+
+
+def _ratio(over: np.ndarray, under: np.ndarray) -> np.ndarray:
+    return np.divide(over, under, out=np.full(over.shape, math.nan), where=under > 0)

@@ -18,8 +18,8 @@ from scipy import stats
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config
 
-from dcr import claims, models, ntk, prompts
-from dcr.claims import bootstrap, measuring, stepping
+from dcr import claims, models, ntk, prompts, statistics
+from dcr.claims import measuring, stepping
 from dcr.claims.measuring import Subjects, agreement
 from dcr.config import ConfigError, Kind, LoraConfig, ModelConfig
 from dcr.models import Policy
@@ -274,10 +274,10 @@ def test_weighted_statistics_are_those_of_the_repeated_pairs() -> None:
     wide, narrow = chance.normal(size=(30, 3)) + 4, chance.normal(size=(30, 3))
     narrow += wide
     weights = chance.integers(0, 4, size=(20, 30)).astype(float)
-    spearman = bootstrap.spearman(x, y, weights)
-    pearson = bootstrap.pearson(wide, narrow, weights)
-    slope = bootstrap.slope(wide, narrow, weights)
-    mean = bootstrap.mean(x, weights)
+    spearman = statistics.weighted_spearman(x, y, weights)
+    pearson = statistics.weighted_pearson(wide, narrow, weights)
+    slope = statistics.weighted_slope(wide, narrow, weights)
+    mean = statistics.weighted_mean(x, weights)
     for row, times in enumerate(weights.astype(int)):
         first, second = x.repeat(times), y.repeat(times)
         truth: Any = stats.spearmanr(first, second)
@@ -290,24 +290,24 @@ def test_weighted_statistics_are_those_of_the_repeated_pairs() -> None:
 
 def test_a_draw_is_of_prompts_within_their_group(monkeypatch: pytest.MonkeyPatch) -> None:
     groups = [*"aaabbbbb"]
-    counts = bootstrap.drawn(groups, np.random.default_rng(1))
-    assert counts.shape == (bootstrap.RESAMPLES + 1, 8)
+    counts = statistics.redrawn(groups, np.random.default_rng(1))
+    assert counts.shape == (statistics.RESAMPLES + 1, 8)
     assert counts[0].tolist() == [1] * 8
     assert (counts[:, :3].sum(1) == 3).all()
     assert (counts[:, 3:].sum(1) == 5).all()
     np.testing.assert_allclose(counts[1:].mean(0), 1, atol=0.1)
-    assert np.array_equal(counts, bootstrap.drawn(groups, np.random.default_rng(1)))
-    assert not np.array_equal(counts, bootstrap.drawn(groups, np.random.default_rng(2)))
+    assert np.array_equal(counts, statistics.redrawn(groups, np.random.default_rng(1)))
+    assert not np.array_equal(counts, statistics.redrawn(groups, np.random.default_rng(2)))
     # a prompt's pair with itself stays out also where it is drawn twice
     matrix = np.random.default_rng(3).normal(size=(8, 8))
     allowed = np.triu(np.ones((8, 8), bool), 1)
 
     def mean(weights: np.ndarray) -> np.ndarray:
-        return bootstrap.mean(matrix[allowed], weights)
+        return statistics.weighted_mean(matrix[allowed], weights)
 
-    found = bootstrap.over_pairs(mean, counts, counts, allowed)
-    monkeypatch.setattr(bootstrap, "CHUNK", 100)  # three draws at once
-    np.testing.assert_allclose(bootstrap.over_pairs(mean, counts, counts, allowed), found)
+    found = statistics.over_pairs(mean, counts, counts, allowed)
+    monkeypatch.setattr(statistics, "CHUNK", 100)  # three draws at once
+    np.testing.assert_allclose(statistics.over_pairs(mean, counts, counts, allowed), found)
     for draw in (0, 1, 2, 500):
         places = np.arange(8).repeat(counts[draw])
         values = [
@@ -318,21 +318,24 @@ def test_a_draw_is_of_prompts_within_their_group(monkeypatch: pytest.MonkeyPatch
 
 def test_intervals_hold_the_estimate_and_cover_about_what_they_say() -> None:
     """Of a mean over single prompts, whose theory is known."""
-    covered, once = 0, np.ones((bootstrap.RESAMPLES + 1, 1), dtype=np.int64)
+    covered, once = 0, np.ones((statistics.RESAMPLES + 1, 1), dtype=np.int64)
     for seed in range(60):
         values = np.random.default_rng(seed).normal(size=40)
-        counts = bootstrap.drawn(["one"] * 40, np.random.default_rng(seed))
-        found = bootstrap.interval(
-            bootstrap.over_pairs(
-                lambda w, v=values: bootstrap.mean(v, w), counts, once, np.ones((40, 1), bool)
+        counts = statistics.redrawn(["one"] * 40, np.random.default_rng(seed))
+        found = statistics.of_draws(
+            statistics.over_pairs(
+                lambda w, v=values: statistics.weighted_mean(v, w),
+                counts,
+                once,
+                np.ones((40, 1), bool),
             )
         )
         assert found.low < found.estimate < found.high
         assert found.estimate == pytest.approx(values.mean())
         covered += found.low < 0 < found.high
     assert 50 <= covered < 60
-    nothing = bootstrap.over_pairs(lambda _: once[:, 0], once, once, np.zeros((1, 1), bool))
-    assert math.isnan(bootstrap.interval(nothing).estimate)
+    nothing = statistics.over_pairs(lambda _: once[:, 0], once, once, np.zeros((1, 1), bool))
+    assert math.isnan(statistics.of_draws(nothing).estimate)
 
 
 @pytest.mark.parametrize("planted", [True, False])
@@ -345,7 +348,10 @@ def test_a_kernel_that_tells_nothing_is_told_so(planted: bool) -> None:
     actual = predicted if planted else predicted[chance.permutation(30)]
     others = np.ones((30, 6), bool)
     others[2, 4] = False
-    observers, trained = bootstrap.drawn(["o"] * 30, chance), bootstrap.drawn(["t"] * 6, chance)
+    observers, trained = (
+        statistics.redrawn(["o"] * 30, chance),
+        statistics.redrawn(["t"] * 6, chance),
+    )
     found: Any = agreement(norms, predicted, actual, others, observers, trained)
     within, signed = found["norm"]["within"], found["prediction"]["pearson"]
     if planted:
@@ -362,8 +368,8 @@ def test_the_interval_within_is_over_trained_prompts_too() -> None:
     chance = np.random.default_rng(6)
     norms, others = chance.lognormal(size=(12, 5)), np.ones((12, 5), bool)
     actual = norms[:, :, None] * chance.lognormal(size=(12, 5, 1))
-    observers = np.ones((bootstrap.RESAMPLES + 1, 12), dtype=np.int64)
-    trained = bootstrap.drawn(["t"] * 5, chance)
+    observers = np.ones((statistics.RESAMPLES + 1, 12), dtype=np.int64)
+    trained = statistics.redrawn(["t"] * 5, chance)
     found: Any = agreement(norms, actual, actual, others, observers, trained)
     own = np.array([spearman(norms[:, j], actual[:, j, 0]) for j in range(5)])
     ends = np.quantile(trained[1:] @ own / 5, [0.025, 0.975])

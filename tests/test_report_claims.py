@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from test_report import make_eval, make_run, parsed
 
-from dcr import ntk, report
+from dcr import ntk, report, statistics
 from dcr.config import DataError
 from dcr.report import claims
 from dcr.report.__main__ import main
@@ -236,7 +236,7 @@ def test_contrasts_against_mean_by_kind_and_loops() -> None:
             assert tuple(vars(found).values()) == pytest.approx(tuple(wanted), abs=1e-12)
     weights = {("t", "s"): 1.0, ("s", "s"): -1.0}
     sampled = []
-    for place in range(claims.RESAMPLES):
+    for place in range(statistics.RESAMPLES):
         total = 0.0
         for (observer, trained), weight in weights.items():
             rows = [i for i in range(8) if of_kind[i] == observer]

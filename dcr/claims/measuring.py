@@ -18,8 +18,8 @@ from jaxtyping import Bool, Float, Int
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dcr import models, ntk
-from dcr.claims import bootstrap, stepping
+from dcr import models, ntk, statistics
+from dcr.claims import stepping
 from dcr.claims.stepping import Before, Steps
 from dcr.config import ConfigError, Kind
 from dcr.models import Policy
@@ -134,8 +134,8 @@ def summary(chosen: Subjects, found: Found, seed: int) -> dict[str, Any]:
     n, others = chosen.observers, chosen.others()
     generator = np.random.default_rng(seed)
     # one draw for all numbers: two kernels are compared over the same prompts
-    observers = bootstrap.drawn(chosen.of, generator)
-    trained = bootstrap.drawn(["trained"] * len(chosen.trained), generator)
+    observers = statistics.redrawn(chosen.of, generator)
+    trained = statistics.redrawn(["trained"] * len(chosen.trained), generator)
     actual, plain = _by_pair(found.steps.changes[:n]), _by_pair(found.steps.plain[:n])
     off = np.linalg.norm((plain - actual)[others])
     params = {}
@@ -162,18 +162,20 @@ def agreement(
     observers: Int[np.ndarray, "draws observers"],
     trained: Int[np.ndarray, "draws trained"],
 ) -> dict[str, dict[str, list[float | None]]]:
-    """How far a kernel tells the changes, over the pairs in `others`; draws as bootstrap gives."""
+    """How far a kernel tells the changes over the pairs in `others`; `statistics.redrawn` draws."""
     size = np.linalg.norm(actual, axis=2)
-    over = partial(bootstrap.over_pairs, left=observers, right=trained, allowed=others)
+    over = partial(statistics.over_pairs, left=observers, right=trained, allowed=others)
     given, got = predicted[others], actual[others]
     return {
         "norm": {
             "within": _told(_within(norms, size, others, observers, trained)),
-            "pooled": _told(over(partial(bootstrap.spearman, norms[others], size[others]))),
+            "pooled": _told(
+                over(partial(statistics.weighted_spearman, norms[others], size[others]))
+            ),
         },
         "prediction": {
-            "pearson": _told(over(partial(bootstrap.pearson, given, got))),
-            "slope": _told(over(partial(bootstrap.slope, given, got))),
+            "pearson": _told(over(partial(statistics.weighted_pearson, given, got))),
+            "slope": _told(over(partial(statistics.weighted_slope, given, got))),
         },
     }
 
@@ -188,9 +190,9 @@ def _within(
     """The rank correlation over the observers of each trained prompt, then the mean of those."""
     own = []
     for place, kept in enumerate(others.T):
-        statistic = partial(bootstrap.spearman, norms[kept, place], size[kept, place])
+        statistic = partial(statistics.weighted_spearman, norms[kept, place], size[kept, place])
         once = np.ones((len(observers), 1), dtype=np.int64)
-        own.append(bootstrap.over_pairs(statistic, observers, once, kept[:, None]))
+        own.append(statistics.over_pairs(statistic, observers, once, kept[:, None]))
     every = np.stack(own, 1)
     weights = trained * np.isfinite(every)
     total = weights.sum(1)
@@ -205,9 +207,11 @@ def _proposition(
     observers: Int[np.ndarray, "draws observers"],
 ) -> dict[str, list[float | None]]:
     n, couples = chosen.observers, chosen.couples()
-    over = partial(bootstrap.over_pairs, left=observers, right=observers, allowed=couples)
+    over = partial(statistics.over_pairs, left=observers, right=observers, allowed=couples)
     return {
-        name: _told(over(partial(bootstrap.spearman, norms[couples], of[:n, :n].numpy()[couples])))
+        name: _told(
+            over(partial(statistics.weighted_spearman, norms[couples], of[:n, :n].numpy()[couples]))
+        )
         for name, of in (("dot", found.dots), ("cosine", found.cosines))
     }
 
@@ -222,8 +226,8 @@ def _change(
     told = {}
     for kind in dict.fromkeys(chosen.of):
         allowed = others & np.array([[of == kind] for of in chosen.of])
-        mean = partial(bootstrap.mean, taught[allowed])
-        told[kind] = _told(bootstrap.over_pairs(mean, observers, trained, allowed))
+        mean = partial(statistics.weighted_mean, taught[allowed])
+        told[kind] = _told(statistics.over_pairs(mean, observers, trained, allowed))
     return told
 
 
@@ -240,7 +244,7 @@ def _by_pair(
 
 
 def _told(values: Float[np.ndarray, "draws"]) -> list[float | None]:
-    return [_finite(value) for value in vars(bootstrap.interval(values)).values()]
+    return [_finite(value) for value in vars(statistics.of_draws(values)).values()]
 
 
 def _finite(value: float) -> float | None:

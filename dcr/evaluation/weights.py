@@ -8,16 +8,15 @@ trains. `MEASURED` is the table of tasks.
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dcr import claims, config, models, ntk, refusal, separability, sources
+from dcr import claims, config, models, ntk, refusal, separability, sources, statistics
 from dcr.config import (
     ConfigError,
     ContrastiveConfig,
@@ -45,7 +44,6 @@ FOLLOWED = {
     Kind.seemingly_toxic: "0be02537e93cc530",
     Kind.toxic: "760a3721eb1a485b",
 }
-RESAMPLES = 2000
 
 
 def every(data: DataConfig) -> dict[Kind, list[Example]]:
@@ -139,7 +137,8 @@ def refusal_probability(
     for kind in rows:
         places = [i for i, (of, _, _) in enumerate(flat) if of is kind]
         kinds[kind.value] = {"n": len(places)} | {
-            name: _mean([found[i] for i in places], seed) for name, found in values.items()
+            name: list(astuple(statistics.mean_interval([found[i] for i in places], seed=seed)))
+            for name, found in values.items()
         }
     return {
         "phrases": settings.phrases.value,
@@ -153,14 +152,6 @@ def refusal_probability(
             for i, (kind, identity, _) in enumerate(flat)
         ],
     }
-
-
-def _mean(values: Sequence[float], seed: int) -> list[float]:
-    """Mean with its percentile bootstrap interval over prompts."""
-    found = np.asarray(values)
-    drawn = np.random.default_rng(seed).choice(found, (RESAMPLES, len(found))).mean(1)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return [float(found.mean()), float(low), float(high)]
 
 
 def kernel(

@@ -18,7 +18,7 @@ from dcr.ntk import subset
 from dcr.ntk.capture import batches
 from dcr.ntk.schemes import SCRATCH, Found, exact, finite_differences
 from dcr.ntk.subset import FORWARDS, Kind, Part, output_layer, tied
-from dcr.statistics import Interval
+from dcr.statistics import Interval, percentiles, resampled_groups
 
 METHODS = ("exact", "finite_difference")
 TIED = ("whole", "head")
@@ -374,10 +374,7 @@ def mean_by_kind(
     order = list(dict.fromkeys(kinds))
     places = {kind: [i for i, other in enumerate(kinds) if other == kind] for kind in order}
     # one draw for all cells: the same prompts observe and are trained on
-    drawn = {
-        kind: generator.multinomial(len(own), [1 / len(own)] * len(own), size=resamples)
-        for kind, own in places.items()
-    }
+    drawn = resampled_groups(kinds, generator, resamples)
     means: dict[str, dict[str, Interval]] = {kind: {} for kind in order}
     for seen in order:
         for trained in order:
@@ -421,6 +418,4 @@ def _mean(
     counts = np.einsum("ri,ij,rj->r", rows, allowed, columns, optimize=True)
     # a draw of one prompt alone has no pair of two
     drawn = totals[counts > 0] / counts[counts > 0]
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(drawn, [tail, 1 - tail]) if len(drawn) else (-math.inf, math.inf)
-    return Interval(float(kept.sum() / allowed.sum()), float(low), float(high))
+    return Interval(float(kept.sum() / allowed.sum()), *percentiles(drawn, confidence))

@@ -26,10 +26,9 @@ from dcr.report.curves import (
 )
 from dcr.report.records import Evaluation, RunRecord, interval
 from dcr.results.schema import Estimate, Kernel, OneStep, RefusalProbability
-from dcr.statistics import Interval
+from dcr.statistics import Interval, percentiles, resampled_groups
 from dcr.text import printable, single_line
 
-RESAMPLES = 2000
 SEED = 0  # of the bootstrap, fixed so that a report is reproducible
 FLAT = 1e-12  # of its own size: a curve that moves less than that is rounding, not a movement
 HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
@@ -41,11 +40,7 @@ Curves = Float[np.ndarray, "steps prompts"]
 
 def draws(kinds: Sequence[str], seed: int = SEED) -> dict[str, Draws]:
     """Draws for each kind, in the order in which kinds appear: those of `ntk.mean_by_kind`."""
-    generator = np.random.default_rng(seed)
-    counts = {kind: list(kinds).count(kind) for kind in dict.fromkeys(kinds)}
-    return {
-        kind: generator.multinomial(n, [1 / n] * n, size=RESAMPLES) for kind, n in counts.items()
-    }
+    return resampled_groups(kinds, np.random.default_rng(seed))
 
 
 def correlation(first: Curves, second: Curves, drawn: tuple[Draws, Draws]) -> Interval:
@@ -116,10 +111,7 @@ def _mean_of(
 
 def _ends(sampled: Float[np.ndarray, "resamples"]) -> tuple[float, float]:
     known = sampled[np.isfinite(sampled)]
-    if not len(known):
-        return math.nan, math.nan
-    low, high = np.quantile(known, [0.025, 0.975])
-    return float(low), float(high)
+    return percentiles(known) if len(known) else (math.nan, math.nan)
 
 
 def verdict(measured: Interval, boundary: float = 0.0, *, above: bool = True) -> str:
