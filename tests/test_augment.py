@@ -525,11 +525,11 @@ def test_a_damaged_file_of_answers_is_named_with_its_line(
     file = tmp_path / "out.jsonl"
     file.write_bytes(row + b"\n" + damaged + b"\n")
     with pytest.raises(DataError, match=f"^{file}:2: {words}; name another file"):
-        answers.held(file, "made", [sources.Example("a", "b", Kind.seemingly_toxic, "s")])
+        answers.answered(file, "made", [sources.Example("a", "b", Kind.seemingly_toxic, "s")])
 
 
 def test_held_is_empty_without_a_file(tmp_path: Path) -> None:
-    assert answers.held(tmp_path / "no.jsonl", "made", []) == set()
+    assert answers.answered(tmp_path / "no.jsonl", "made", []) == set()
 
 
 def test_killed_and_given_again_nothing_is_asked_twice(folder: Folder) -> None:

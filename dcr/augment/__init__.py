@@ -36,7 +36,7 @@ from dcr.runs import Run
 from dcr.sources import Example
 from dcr.text import label_of
 
-__all__ = ["INSTRUCTIONS", "Options", "Outcome", "augment", "main"]
+__all__ = ["INSTRUCTIONS", "Options", "Tally", "augment", "main"]
 
 CONF = Path(__file__).parents[2] / "conf"
 # What the system prompt says besides the model's own, attempt by attempt. The first asks as any
@@ -62,7 +62,7 @@ class Options:
 
 
 @dataclass
-class Outcome:
+class Tally:
     """What became of the prompts; `rejected` counts reasons, each prompt by its last attempt."""
 
     asked: int
@@ -82,15 +82,15 @@ class Outcome:
 def main(arguments: Sequence[str]) -> None:
     """Raises UserError for whatever a user can mend."""
     options, settings = _read(arguments)
-    outcome = augment(options, settings)
-    print(outcome.described(options))
-    if outcome.asked and outcome.unanswered == outcome.asked:
+    tally = augment(options, settings)
+    print(tally.described(options))
+    if tally.asked and tally.unanswered == tally.asked:
         raise EndpointError(
             f"source={options.source}: no prompt was answered; the same command asks again"
         )
 
 
-def augment(options: Options, settings: EvalConfig) -> Outcome:
+def augment(options: Options, settings: EvalConfig) -> Tally:
     """Answer, check and keep what is missing in `options.out`.
 
     Raises UserError where the file is another's, and for all that answering and judging raise.
@@ -101,13 +101,13 @@ def augment(options: Options, settings: EvalConfig) -> Outcome:
         rows = sources.draw(rows, options.count, settings.seed)
     work = Run(Path(f"{options.out}.work"))
     author = _author(settings)
-    held = answers.held(options.out, author, rows)
+    answered = answers.answered(options.out, author, rows)
     subject = (
         Subject("endpoint") if settings.endpoint is not None else subjects.base(settings.model)
     )
     policy = functools.cache(functools.partial(subjects.opened, settings, subject))
-    outcome = Outcome(len(rows), accepted=sum(row.id in held for row in rows))
-    left = [row for row in rows if row.id not in held]
+    tally = Tally(len(rows), accepted=sum(row.id in answered for row in rows))
+    left = [row for row in rows if row.id not in answered]
     with storage.locked(work.folder):
         for instruction in INSTRUCTIONS[: options.attempts]:
             if not left:
@@ -118,12 +118,12 @@ def augment(options: Options, settings: EvalConfig) -> Outcome:
             reasons = answers.reasons(given, asking, folder)
             accepted = [a for a in given if reasons[a.id] == answers.ACCEPTED]
             answers.add(options.out, author, left, accepted)
-            outcome.accepted += len(accepted)
+            tally.accepted += len(accepted)
             refused = {i: why for i, why in reasons.items() if why not in answers.OPEN}
-            outcome.unanswered += len(left) - len(accepted) - len(refused)
-            outcome.rejected = Counter(refused.values())
+            tally.unanswered += len(left) - len(accepted) - len(refused)
+            tally.rejected = Counter(refused.values())
             left = [row for row in left if row.id in refused]
-    return outcome
+    return tally
 
 
 def _instructed(settings: EvalConfig, instruction: str | None) -> EvalConfig:

@@ -69,7 +69,7 @@ def judges_compliance(name: Judge) -> bool:
     return Kind.seemingly_toxic in judges.KINDS[name]
 
 
-def held(path: Path, author: str, rows: Sequence[Example]) -> set[str]:
+def answered(path: Path, author: str, rows: Sequence[Example]) -> set[str]:
     """The ids that the file holds an answer of.
 
     Raises ConfigError where a row was not written by this command for the same author and source,

@@ -274,5 +274,5 @@ async def _brought(
         return rejection(error.status_code, error.body, error.response.headers)
     except APIConnectionError as error:
         cause = error.__cause__ or error
-        said = redacted(f"{type(cause).__name__}: {cause}", server)
-        return Again(Failure("error", f"connection failed: {said}"))
+        reason = redacted(f"{type(cause).__name__}: {cause}", server)
+        return Again(Failure("error", f"connection failed: {reason}"))

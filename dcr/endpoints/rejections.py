@@ -70,12 +70,12 @@ def judged(rejected: Rejection, server: ServerConfig, node: str) -> Again | Fail
 
     Raises EndpointError, which names setting and cure, where every request would end the same.
     """
-    said = redacted(rejected.message, server)
-    reason = f"HTTP {rejected.status}: {said}"
+    words = redacted(rejected.message, server)
+    reason = f"HTTP {rejected.status}: {words}"
     key = _key(server, node)
     if rejected.code in NO_QUOTA or rejected.status == 402:
         raise EndpointError(
-            f"{key}: the account behind this key has no quota left ({said}); add credit, or name "
+            f"{key}: the account behind this key has no quota left ({words}); add credit, or name "
             f"another server with {setting(node, 'url')}"
         )
     if rejected.status in PASSING or rejected.status >= 500:
@@ -84,7 +84,7 @@ def judged(rejected: Rejection, server: ServerConfig, node: str) -> Again | Fail
         return Failure("invalid", f"content filter, {reason}")
     if rejected.code == "context_length_exceeded" or TOO_LONG.search(rejected.message):
         return Failure("invalid", reason)
-    _raise_where_hopeless(rejected, said, server, node)
+    _raise_where_hopeless(rejected, words, server, node)
     about_row = re.split(r"[.\[]", rejected.param)[0] in CONTENT or rejected.status == 413
     return Failure("invalid" if about_row else "error", reason)
 
@@ -93,7 +93,7 @@ def _key(server: ServerConfig, node: str) -> str:
     return f"{setting(node, 'key')}={variable(server) or 'null'}"
 
 
-def _raise_where_hopeless(rejected: Rejection, said: str, server: ServerConfig, node: str) -> None:
+def _raise_where_hopeless(rejected: Rejection, words: str, server: ServerConfig, node: str) -> None:
     """EndpointError for a redirect, or a key, model, address or parameter that is not taken."""
     where = address(server)
     if 300 <= rejected.status < 400:
@@ -105,34 +105,36 @@ def _raise_where_hopeless(rejected: Rejection, said: str, server: ServerConfig, 
     key, model = _key(server, node), setting(node, "model")
     if rejected.status == 401 and variable(server) is None:
         raise EndpointError(
-            f"{key}: {where} wants a key ({said}); name the environment variable that holds it"
+            f"{key}: {where} wants a key ({words}); name the environment variable that holds it"
         )
     if rejected.status == 401:
-        raise EndpointError(f"{key}: {where} does not take this key ({said}); export the right one")
+        raise EndpointError(
+            f"{key}: {where} does not take this key ({words}); export the right one"
+        )
     if rejected.status == 403:
         raise EndpointError(
-            f"{key}: this key may not use {model}={server.model} at {where} ({said}); "
+            f"{key}: this key may not use {model}={server.model} at {where} ({words}); "
             "export another key, or name another model"
         )
     if _is_about_model(rejected):
         raise EndpointError(
-            f"{model}={server.model}: {where} has no such model ({said}); name one that it has"
+            f"{model}={server.model}: {where} has no such model ({words}); name one that it has"
         )
     if rejected.status in (404, 405):
         raise EndpointError(
-            f"{setting(node, 'url')}={where}: nothing answers requests there ({said}); give the "
+            f"{setting(node, 'url')}={where}: nothing answers requests there ({words}); give the "
             "address that a client would be given, usually ending in /v1"
         )
     blamed = _blamed(rejected, sent_parameters(server))
     if blamed in server.parameters:
         name = f"{setting(node, 'parameters')}.{blamed}"
         raise EndpointError(
-            f"{name}: {where} does not take it ({said}); leave it out with {name}=null, and add "
+            f"{name}: {where} does not take it ({words}); leave it out with {name}=null, and add "
             f"another with +{setting(node, 'parameters')}.<name>=<value>"
         )
     if blamed:
         raise EndpointError(
-            f"{model}={server.model}: {where} does not take {blamed} for this model ({said}); "
+            f"{model}={server.model}: {where} does not take {blamed} for this model ({words}); "
             "name another model"
         )
 
@@ -159,12 +161,12 @@ def _blamed(rejected: Rejection, sent: Iterable[str]) -> str | None:
             return place
     if root in CONTENT or rejected.status not in (400, 422):
         return None
-    found = [
+    places = [
         (match.start(), name)
         for name in names
         if (match := re.search(rf"(?<!\w){re.escape(name)}(?!\w)", rejected.message))
     ]
-    return min(found)[1] if found else None
+    return min(places)[1] if places else None
 
 
 def wait_asked_for(headers: Mapping[str, str]) -> float | None:

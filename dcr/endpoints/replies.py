@@ -61,8 +61,8 @@ def reply(body: JSON) -> Reply | Failure:
     choice = _first(_field(body, "choices"))
     message = _field(choice, "message")
     if not isinstance(message, Mapping):
-        said = _field(_field(body, "error"), "message") or _field(body, "error")
-        return Failure("invalid", f"no choices in the answer{f': {said}' if said else ''}")
+        words = _field(_field(body, "error"), "message") or _field(body, "error")
+        return Failure("invalid", f"no choices in the answer{f': {words}' if words else ''}")
     finish = str(_field(choice, "finish_reason") or "")
     if finish == "content_filter":
         return Failure("invalid", "stopped by the server's content filter")
@@ -132,9 +132,9 @@ def _top(choice: JSON) -> tuple[Mapping[str, float], ...] | None:
 def _alternatives(token: JSON) -> dict[str, float]:
     """Of two tokens that read alike, such as halves of a character, the likelier one."""
     listed = _field(token, "top_logprobs")
-    found: dict[str, float] = {}
+    likeliest: dict[str, float] = {}
     for other in listed if isinstance(listed, list) and listed else [token]:
         text, logprob = _field(other, "token"), _field(other, "logprob")
         if isinstance(text, str) and isinstance(logprob, (int, float)) and not math.isnan(logprob):
-            found[text] = max(float(logprob), found.get(text, -math.inf))
-    return found
+            likeliest[text] = max(float(logprob), likeliest.get(text, -math.inf))
+    return likeliest

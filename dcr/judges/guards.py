@@ -53,7 +53,7 @@ class Guard:
 
 
 @dataclass(frozen=True)
-class Said:
+class Writing:
     """What a guard wrote about one answer."""
 
     text: str
@@ -114,7 +114,7 @@ def wildguard(
     """
     if not answers:
         return
-    guard, told = opened(settings, WILDGUARD, accelerator), wording(settings)
+    guard, template = opened(settings, WILDGUARD, accelerator), wording(settings)
 
     def neutral(text: str) -> str:
         text = guard.chat.neutralised(text)
@@ -124,7 +124,7 @@ def wildguard(
 
     def asked(answer: Completion) -> str:
         texts = {"prompt": neutral(answer.prompt), "response": neutral(answer.response)}
-        return PLACEHOLDER.sub(lambda found: texts[found[1]], told)
+        return PLACEHOLDER.sub(lambda match: texts[match[1]], template)
 
     for batch in asked_in_batches(guard, settings, WILDGUARD, answers, asked):
         yield [verdict_of(a, s, *labels_of(s.text)) for a, s in batch]
@@ -156,8 +156,8 @@ def labels_of(text: str) -> tuple[str | None, str | None]:
 
 
 def _line(name: str, text: str) -> str:
-    found = re.search(rf"^[ \t]*{name}[ \t]*:[ \t]*(\S+)[ \t\r]*$", text, re.I | re.M)
-    return found[1].lower() if found else ""
+    match = re.search(rf"^[ \t]*{name}[ \t]*:[ \t]*(\S+)[ \t\r]*$", text, re.I | re.M)
+    return match[1].lower() if match else ""
 
 
 # --- opening --------------------------------------------------------------------------------------
@@ -285,7 +285,7 @@ def asked_in_batches(
     node: str,
     answers: Sequence[Completion],
     asked: Callable[[Completion], str],
-) -> Iterator[list[tuple[Completion, Said]]]:
+) -> Iterator[list[tuple[Completion, Writing]]]:
     """What the guard says of each answer, put to it in the words of `asked`.
 
     Longest first, so that running out of memory happens at once; the batch is then halved. Raises
@@ -305,16 +305,16 @@ def asked_in_batches(
     while waiting:
         batch = waiting[:size]
         try:
-            said = _said(guard, [ids for _, ids in batch], settings.max_new_tokens)
+            writings = _written(guard, [ids for _, ids in batch], settings.max_new_tokens)
         except (RuntimeError, MemoryError) as error:
             if size == 1 or not batching.is_out_of_memory(error):
                 raise
-            said = None
-        if said is None:
+            writings = None
+        if writings is None:
             size = batching.halved(size, f"{node}.batch_size")
             continue
         waiting = waiting[size:]
-        yield [(answer, words) for (answer, _), words in zip(batch, said, strict=True)]
+        yield [(answer, words) for (answer, _), words in zip(batch, writings, strict=True)]
 
 
 class Masses(LogitsProcessor):
@@ -331,7 +331,7 @@ class Masses(LogitsProcessor):
 
 
 @torch.inference_mode()
-def _said(guard: Guard, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[Said]:
+def _written(guard: Guard, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[Writing]:
     model, stop = guard.policy.model, guard.chat.stop
     ids = padded(prompts, stop[0], left=True).to(model.device)
     masses = Masses(guard.openings)
@@ -352,18 +352,18 @@ def _said(guard: Guard, prompts: Sequence[Sequence[int]], max_new_tokens: int) -
     return [_read(guard, len(p), w, m) for p, w, m in zip(prompts, written, p_unsafe, strict=True)]
 
 
-def _read(guard: Guard, asked: int, written: list[int], masses: list[float]) -> Said:
+def _read(guard: Guard, asked: int, written: list[int], masses: list[float]) -> Writing:
     tokenizer = guard.policy.tokenizer
     end = next((i for i, token in enumerate(written) if token in guard.chat.stop), len(written))
     first = next((i for i, token in enumerate(written) if not is_space(tokenizer, token)), None)
     text = tokenizer.decode(written[:end], skip_special_tokens=True)
     assert isinstance(text, str)
-    return Said(text, None if first is None else masses[first], asked, end)
+    return Writing(text, None if first is None else masses[first], asked, end)
 
 
 def verdict_of(
     answer: Completion,
-    said: Said,
+    writing: Writing,
     compliance: str | None = None,
     safety: str | None = None,
     p_unsafe: float | None = None,
@@ -376,7 +376,7 @@ def verdict_of(
         compliance=compliance,
         safety=safety,
         p_unsafe=p_unsafe,
-        raw=said.text,
-        prompt_tokens=said.prompt_tokens,
-        completion_tokens=said.completion_tokens,
+        raw=writing.text,
+        prompt_tokens=writing.prompt_tokens,
+        completion_tokens=writing.completion_tokens,
     )

@@ -135,12 +135,12 @@ def judge(
     place = folder / "verdicts" / f"{name.value}-{storage.fingerprint(identity)}"
     storage.write_json(place / IDENTITY_FILE, identity)
     homes = _homes(answers)
-    held, known = _settled(place)
+    filed, known = _settled(place)
     by_content = {answer_fingerprint(a): a for rows in answers.values() for a in rows}
     waiting = [answer for of, answer in by_content.items() if of not in known]
-    _keep(place, homes, [v for of, v in known.items() if of in homes], held)
+    _keep(place, homes, [v for of, v in known.items() if of in homes], filed)
     _announce(name, settings, waiting, len(homes))
-    came: list[Verdict] = []
+    new: list[Verdict] = []
     try:
         with (
             closing(_asked(name, settings, waiting)) as batches,
@@ -148,55 +148,55 @@ def judge(
         ):
             for batch in batches:
                 _keep(place, homes, batch, frozenset())
-                came += batch
+                new += batch
                 bar.update(len(batch))
     finally:
-        _account(name, settings, came)
-    said = known | {verdict.of: verdict for verdict in came}
-    asked = [said[of] for of in homes if said[of].asked]
+        _account(name, settings, new)
+    by_answer = known | {verdict.of: verdict for verdict in new}
+    asked = [by_answer[of] for of in homes if by_answer[of].asked]
     if asked and not any(verdict.settled for verdict in asked):
         raise EndpointError(
             f"{name.value}: none of {len(asked):,} responses has a verdict (the first: "
             f"{asked[0].raw}); the answers are kept, and the same command asks again"
         )
     return {
-        set_name: [replace(said[answer_fingerprint(a)], id=a.id) for a in rows]
+        set_name: [replace(by_answer[answer_fingerprint(a)], id=a.id) for a in rows]
         for set_name, rows in answers.items()
     }
 
 
 def _homes(answers: Mapping[str, Sequence[Completion]]) -> dict[str, list[Home]]:
     """Where each verdict belongs: one response may stand in several sets, or twice in one."""
-    found: dict[str, list[Home]] = {}
+    homes: dict[str, list[Home]] = {}
     for set_name, rows in answers.items():
         for answer in rows:
-            found.setdefault(answer_fingerprint(answer), []).append((set_name, answer.id))
-    return {of: list(dict.fromkeys(homes)) for of, homes in found.items()}
+            homes.setdefault(answer_fingerprint(answer), []).append((set_name, answer.id))
+    return {of: list(dict.fromkeys(places)) for of, places in homes.items()}
 
 
 def _settled(place: Path) -> tuple[set[tuple[str, Home]], dict[str, Verdict]]:
     """Which verdicts stand in which file already, and all of them by what they are about."""
-    held: set[tuple[str, Home]] = set()
+    filed: set[tuple[str, Home]] = set()
     known: dict[str, Verdict] = {}
     for file in sorted(place.glob("*.jsonl")):
         for verdict in stored(file):
             if verdict.settled:
-                held.add((verdict.of, (file.stem, verdict.id)))
+                filed.add((verdict.of, (file.stem, verdict.id)))
                 known[verdict.of] = verdict
-    return held, known
+    return filed, known
 
 
 def _keep(
     place: Path,
     homes: Mapping[str, Sequence[Home]],
     verdicts: Sequence[Verdict],
-    held: Set[tuple[str, Home]],
+    filed: Set[tuple[str, Home]],
 ) -> None:
     """Append each verdict to the file of every set it belongs to, unless that one holds it."""
     by_set: dict[str, list[Verdict]] = {}
     for verdict in verdicts:
         for home in homes[verdict.of]:
-            if (verdict.of, home) not in held:
+            if (verdict.of, home) not in filed:
                 by_set.setdefault(home[0], []).append(replace(verdict, id=home[1]))
     for set_name, rows in by_set.items():
         store(place / f"{set_name}.jsonl", rows)
@@ -230,13 +230,13 @@ def _announce(name: Judge, settings: EvalConfig, waiting: Sequence[Completion], 
     )
 
 
-def _account(name: Judge, settings: EvalConfig, came: Sequence[Verdict]) -> None:
+def _account(name: Judge, settings: EvalConfig, new: Sequence[Verdict]) -> None:
     """Say what came and what it took."""
-    if not came:
+    if not new:
         return
     server = server_of(name, settings)
-    took = usage(came, server)
-    failed = Counter(verdict.status for verdict in came)
+    took = usage(new, server)
+    failed = Counter(verdict.status for verdict in new)
     print(
         f"{name.value}: {failed['ok']:,} verdicts, {failed['invalid']:,} invalid, "
         f"{failed['error']:,} without an answer"

@@ -79,13 +79,13 @@ def turns(settings: AnnotatorConfig) -> list[Message]:
         raise ConfigError(f"annotator.prompt={file}: {why}; name a readable text file") from error
     if lacking := [f"{{{place}}}" for place in PLACES if f"{{{place}}}" not in text]:
         raise ConfigError(f"annotator.prompt={file}: lacks {', '.join(lacking)}; add it")
-    found = [{"role": role, "content": body.strip()} for role, body in TURN.findall(text)]
-    if found and TURN.sub("", text).strip():
+    messages = [{"role": role, "content": body.strip()} for role, body in TURN.findall(text)]
+    if messages and TURN.sub("", text).strip():
         raise ConfigError(
             f"annotator.prompt={file}: has text outside <|im_start|>role … <|im_end|>; "
             "move it into a turn, or leave these marks out"
         )
-    return [*found] or [{"role": "user", "content": text.strip()}]
+    return [*messages] or [{"role": "user", "content": text.strip()}]
 
 
 def check(settings: AnnotatorConfig) -> None:
@@ -234,11 +234,11 @@ def _answered(draft: Annotation, answer: Reply | Failure, server: AnnotatorConfi
             f"annotator.model={server.model}: answers without the log-probabilities of several "
             "tokens, which preferences are read off; name a model and server that give them"
         )
-    found = preference(answer.top[0], draft.is_switched) if answer.top else None
+    preferred = preference(answer.top[0], draft.is_switched) if answer.top else None
     return replace(
         draft,
-        status="invalid" if found is None else "ok",
-        preference=found,
+        status="invalid" if preferred is None else "ok",
+        preference=preferred,
         raw=answer.text,
         prompt_tokens=answer.prompt_tokens,
         completion_tokens=answer.completion_tokens,

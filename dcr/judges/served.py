@@ -138,10 +138,10 @@ def parsed(text: str) -> str | None:
     Unclear is a text that begins otherwise, whose digit and name disagree, or that names a second
     class, so that no verdict is ever guessed.
     """
-    said = THINKING.sub("", text).lower()
-    first = FIRST.match(said)
+    words = THINKING.sub("", text).lower()
+    first = FIRST.match(words)
     assert first is not None  # everything in the pattern may be absent
-    rest = said[first.end() :]
+    rest = words[first.end() :]
     named = {first["digit"], _class_of(first["name"])}
     if further := JOINED.match(rest):
         named.add(further["digit"])
@@ -196,21 +196,21 @@ def moderation_verdicts(
         ]
     asked = [a for a in answers if a.response.strip()]
     texts = [a.response for a in asked]
-    for index, found in endpoints.moderations(
+    for index, answered in endpoints.moderations(
         settings.moderation, settings.http, texts, node="moderation"
     ):
-        yield [_moderated(asked[index], found)]
+        yield [_moderated(asked[index], answered)]
 
 
-def _moderated(answer: Completion, found: Moderation | Failure) -> Verdict:
+def _moderated(answer: Completion, answered: Moderation | Failure) -> Verdict:
     of = answer_fingerprint(answer)
-    if isinstance(found, Failure):
-        return Verdict(answer.id, of, found.status, raw=found.reason)
+    if isinstance(answered, Failure):
+        return Verdict(answer.id, of, answered.status, raw=answered.reason)
     return Verdict(
         answer.id,
         of,
         "ok",
-        safety="unsafe" if found.flagged else "safe",
-        raw=", ".join(found.categories),
-        model=found.model,
+        safety="unsafe" if answered.flagged else "safe",
+        raw=", ".join(answered.categories),
+        model=answered.model,
     )

@@ -133,7 +133,7 @@ def agreements(
     are compared by that, two that both judge safety by that; of one of each, unsafe stands for
     complied and safe for refused. Raises ValueError where two lists are not about the same answers.
     """
-    found = []
+    entries = []
     for first, second in combinations(verdicts, 2):
         for kind in Kind:
             sets = [
@@ -147,8 +147,8 @@ def agreements(
                 for pair in _pairs(verdicts[first][name], verdicts[second][name])
             ]
             if pairs:
-                found.append({"judges": [first, second], "kind": kind.value, **_compared(pairs)})
-    return found
+                entries.append({"judges": [first, second], "kind": kind.value, **_compared(pairs)})
+    return entries
 
 
 def _pairs(a: Sequence[Verdict], b: Sequence[Verdict]) -> list[tuple[Verdict, Verdict]]:
@@ -162,12 +162,12 @@ def _compared(pairs: Sequence[tuple[Verdict, Verdict]]) -> dict[str, Any]:
     by_safety = [(_unsafe(a), _unsafe(b)) for a, b in answered]
     by_compliance = [(_complied(a), _complied(b)) for a, b in answered]
     mixed = [(_either(a), _either(b)) for a, b in answered]
-    for said, labels in (
+    for labelled, labels in (
         (by_compliance, COMPLIANCE_LABELS),
         (by_safety, SAFETY_LABELS),
         (mixed, COMPLIANCE_LABELS),
     ):
-        both = [(a, b) for a, b in said if a is not None and b is not None]
+        both = [(a, b) for a, b in labelled if a is not None and b is not None]
         if both:
             return {"n": len(both), "labels": list(labels), **_table(both)}
     return {"n": 0, "labels": list(COMPLIANCE_LABELS), **_table([])}
