@@ -3,8 +3,10 @@
 A finished run is damaged file by file in every way that a disk, an editor or a kill can think of.
 """
 
+import errno
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -302,3 +304,85 @@ def test_a_damaged_choice_of_the_layer_is_named(tmp_path: Path, how: str) -> Non
     (BYTES | more)[how](run.layer_file)
     with pytest.raises(UserError, match=r"layer\.json"):
         run.block()
+
+
+# --- what an evaluation left ---
+
+METRICS: dict[str, Damage] = {
+    "no weights": _json(lambda value: value.pop("weights")),
+    "sets": _json(lambda value: value.update(sets=[1])),
+    "counts": _json(lambda value: next(iter(value["sets"].values())).update(n="2")),
+    "more refused than asked": _json(
+        lambda value: next(iter(value["sets"].values()))["refused"].update(paper=99)
+    ),
+    "settings": _json(lambda value: value.update(settings=3)),
+}
+
+
+def test_damaged_metrics_are_named(finished: tuple[Run, Any]) -> None:
+    run, _ = finished
+    (file,) = run.folder.glob("eval/sft-*/metrics.json")
+    assert _faults(run, file, BYTES | METRICS, ["eval"]) == []
+    assert _faults(run, file, BYTES, ["report"]) == []
+
+
+def test_damaged_completions_are_named_with_their_line(finished: tuple[Run, Any]) -> None:
+    run, _ = finished
+    (file,) = run.folder.glob("eval/sft-*/*.jsonl")
+
+    def first(change: Callable[[Any], object]) -> Damage:
+        def damage(file: Path) -> None:
+            line, *others = file.read_text().splitlines()
+            value = json.loads(line)
+            change(value)
+            file.write_text("\n".join([json.dumps(value), *others]) + "\n")
+
+        return damage
+
+    damages: dict[str, Damage] = {
+        "a list": BYTES["a list"],
+        "binary": BYTES["binary"],
+        "no id": first(lambda value: value.pop("id")),
+        "a number for a response": first(lambda value: value.update(response=3)),
+        "text for tokens": first(lambda value: value.update(tokens="3")),
+    }
+    assert _faults(run, file, damages, ["eval"]) == []
+    for damage in damages.values():
+        with damaged(file, damage):
+            assert f"{file}:1: " in _told(_evaluate, run)
+
+
+# --- a disk that is full ---
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    finished: tuple[Run, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """While a result, an export, or an evaluation's metrics are written."""
+    whole, settings = finished
+    run, new = Run(tmp_path / "run"), Run(tmp_path / "new")
+    shutil.copytree(whole.folder, run.folder, ignore=shutil.ignore_patterns("sft"))
+    shutil.copytree(whole.stage("sft"), run.stage("sft"))
+    shutil.copytree(whole.folder, new.folder, ignore=shutil.ignore_patterns("sft", "eval"))
+    (metrics,) = run.folder.glob("eval/sft-*/metrics.json")
+    before, real = metrics.read_text(), getattr(os, call)
+
+    def full(*given: Any, **named: Any) -> Any:
+        place = str(given[0]) if call == "replace" else os.readlink(f"/proc/self/fd/{given[0]}")
+        if any(f"{storage.STAGING}{name}." in place for name in ("out", "metrics.json", "sft")):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*given, **named)
+
+    monkeypatch.setattr(os, call, full)
+    for command, name in (
+        (lambda: export.export(run, tmp_path / "out"), "out"),
+        (lambda: _evaluate(run), "metrics.json"),
+        (lambda: train_entry.train(settings, new), "sft"),
+    ):
+        with pytest.raises(UserError, match=rf"{name}: cannot be written .No space left"):
+            command()
+    assert metrics.read_text() == before
+    assert not new.done("sft")
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.rglob(f"{storage.STAGING}*"))

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
-from dcr import models, ntk, statistics
+from dcr import models, ntk, statistics, storage
 from dcr.claims import stepping
 from dcr.claims.stepping import Before, Steps
 from dcr.config import ConfigError, Kind
@@ -378,10 +378,8 @@ def _keep(path: Path, chosen: Subjects, found: Found) -> None:
         "ids": "\n".join(chosen.ids),
         "trained": "\n".join(chosen.ids[place] for place in chosen.trained),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    save_file({key: value.contiguous() for key, value in tensors.items()}, part, told)
-    part.replace(path)
+    plain = {key: value.contiguous() for key, value in tensors.items()}
+    storage.write_bytes(path, save(plain, told))
 
 
 def _check(model: Any, settings: Settings) -> None:

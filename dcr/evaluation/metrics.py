@@ -1,7 +1,6 @@
 """All that is measured of one subject, and what `metrics.json` keeps of it."""
 
 import functools
-import json
 import logging
 import time
 from collections.abc import Mapping
@@ -187,5 +186,4 @@ def _before(folder: Path) -> dict[str, Any]:
     file = folder / "metrics.json"
     if not file.is_file():
         return {}
-    results.read(file)
-    return json.loads(file.read_text(encoding="utf-8"))
+    return results.read(file).model_dump(mode="json", exclude_unset=True)

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
-from dcr import claims, config, models, ntk, refusal, separability, sources, statistics
+from dcr import claims, config, models, ntk, refusal, separability, sources, statistics, storage
 from dcr.config import (
     ConfigError,
     ContrastiveConfig,
@@ -217,11 +217,9 @@ def _file_name(params: str, head: bool) -> str:
 
 def _keep(path: Path, found: ntk.Kernel) -> None:
     """Every N×N norm and each prompt's tokens; the ids stand in the file's metadata."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
     tensors = {"norms": found.norms, "tokens": found.tokens.to(torch.int64)}
-    save_file({k: v.contiguous() for k, v in tensors.items()}, part, {"ids": "\n".join(found.ids)})
-    part.replace(path)
+    told = {"ids": "\n".join(found.ids)}
+    storage.write_bytes(path, save({k: v.contiguous() for k, v in tensors.items()}, told))
 
 
 def separate(

@@ -6,6 +6,16 @@ table[table.quantity == "refused"].pivot_table("value", ["run", "judge"], "set")
 """
 
 from dcr.results.frame import COLUMNS, load
-from dcr.results.schema import VERSION, Metrics, Tracked, read, read_tracked, write
+from dcr.results.schema import VERSION, Metrics, Tracked, read, read_tracked, write, write_tracked
 
-__all__ = ["COLUMNS", "VERSION", "Metrics", "Tracked", "load", "read", "read_tracked", "write"]
+__all__ = [
+    "COLUMNS",
+    "VERSION",
+    "Metrics",
+    "Tracked",
+    "load",
+    "read",
+    "read_tracked",
+    "write",
+    "write_tracked",
+]

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -28,6 +28,9 @@ def _number(value: Any) -> Any:
 
 Number = Annotated[float | None, BeforeValidator(_number)]
 Estimate = tuple[Number, Number, Number]  # with the ends of its 95% interval
+
+
+Held = TypeVar("Held", bound=BaseModel)
 
 
 class Record(BaseModel):
@@ -334,7 +337,15 @@ def write(file: Path, found: Mapping[str, Any]) -> Metrics:
 
     Raises ValueError where a block is none of the schema, UserError where it cannot be written.
     """
-    told = {"version": VERSION, **found}
-    metrics = Metrics.model_validate_json(json.dumps(told, default=str), strict=True)
-    storage.write_json(file, told)
-    return metrics
+    return _written(file, {"version": VERSION, **found}, Metrics)
+
+
+def write_tracked(file: Path, found: Mapping[str, Any]) -> Tracked:
+    """The same for what training measured at one of its steps."""
+    return _written(file, found, Tracked)
+
+
+def _written(file: Path, found: Mapping[str, Any], record: type[Held]) -> Held:
+    checked = record.model_validate_json(json.dumps(found, default=str), strict=True)
+    storage.write_json(file, found)
+    return checked

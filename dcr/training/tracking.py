@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from dcr import storage
+from dcr import results
 from dcr.config import DataConfig, Kind, Quantity, TrackingConfig
 from dcr.evaluation import weights
 from dcr.models import Policy
@@ -112,7 +112,7 @@ class Tracker(Callback):
                 measure, values_of = MEASURES[quantity]
                 blocks[quantity.value] = measure(self.policy, self.chat, rows, self.tracked, place)
                 found |= values_of(blocks[quantity.value])
-        storage.write_json(place / "metrics.json", blocks)
+        results.write_tracked(place / "metrics.json", blocks)
         self.seconds += time.perf_counter() - began
         found["tracking_seconds"] = self.seconds
         for logger in trainer.loggers:
