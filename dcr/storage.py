@@ -300,8 +300,9 @@ class Checksums:
 
 
 def write_checksums(folder: Path) -> None:
-    """Put `checksums.json` beside what now lies in a folder."""
-    write_json(folder / CHECKSUMS, asdict(_checksums(folder)))
+    """Put `checksums.json` beside what now lies in a folder, such as one that is being replaced."""
+    text = json.dumps(asdict(_checksums(folder)), indent=1)
+    (folder / CHECKSUMS).write_text(f"{text}\n")
 
 
 def _checksums(folder: Path) -> Checksums:

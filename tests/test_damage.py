@@ -256,6 +256,7 @@ CONFIG = {
     "label": _text("^  label: tiny", "  label: [1]"),
     "precision": _text("_precision: .*", "_precision: 17"),
     "unknown": _text("^  label:", "  labbel:"),
+    "cut after a line": _text(r"(?s)^  near_duplicate:.*", ""),
     "source": _text("^  seemingly_toxic:", "  seemingly_toxic: 3\n  other:"),
 }
 ROWS: dict[str, Damage] = {
@@ -370,7 +371,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
 
     def full(*given: Any, **named: Any) -> Any:
         place = str(given[0]) if call == "replace" else os.readlink(f"/proc/self/fd/{given[0]}")
-        if any(f"{storage.STAGING}{name}." in place for name in ("out", "metrics.json", "sft")):
+        if re.search(r"/\.writing-(out|metrics\.json|sft)\.\w{8}(/|$)", place):
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(*given, **named)
 

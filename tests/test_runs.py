@@ -18,6 +18,7 @@ CONFIG = {
     "model": {"name": "tiny"},
     "data": {"label": "demo"},
     "dcr": {"margin": 0.25, "nll": {"weight": 0.001}},
+    "sft": {},
 }
 
 

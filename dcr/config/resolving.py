@@ -11,6 +11,7 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dcr.config.checks import check
+from dcr.config.enums import Method
 from dcr.config.errors import ConfigError, DataError
 from dcr.config.evaluation import EvalConfig
 from dcr.config.tree import (
@@ -98,7 +99,10 @@ def check_made_with(made_with: Mapping[str, Any], before: str, after: str) -> No
 
     `before` and `after` stand around what is wrong: the file, the cure.
     """
+    trained = made_with.get("method") in Method.__members__
     for name, (schema, keys) in READ_AGAIN.items():
+        if trained and name not in made_with:
+            raise DataError(f"{before}{name}: missing{after}")
         try:
             node = made_with.get(name, {})
             if keys:  # a run of another version may have been trained with others, since gone

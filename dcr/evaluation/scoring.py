@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dcr import contamination, judges, refusal, statistics, steering
-from dcr.config import EvalConfig, Judge, Kind
+from dcr.config import DataConfig, EvalConfig, Judge, Kind
 from dcr.evaluation import subjects
 from dcr.evaluation.answers import Answers
 from dcr.evaluation.sets import APART, PromptSet, pairs_of, set_name
@@ -84,7 +84,9 @@ def _contamination(run: Run, sets: list[PromptSet]) -> dict[str, Any]:
     if not trained:
         return {}
     asked = {b.name: [row.prompt for row in b.rows] for b in sets}
-    return contamination.report(trained, asked, near=run.config()["data"]["near_duplicate"])
+    return contamination.report(
+        trained, asked, near=run.config()["data"].get("near_duplicate", DataConfig.near_duplicate)
+    )
 
 
 def _agreement(sets: list[PromptSet], given: Answers, verdicts: Verdicts) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Results as Hugging Face and PEFT folders, opened again wherever their run folder went."""
 
 import hashlib
+import json
 import os
 import warnings
 from dataclasses import asdict, dataclass
@@ -61,7 +62,7 @@ def save_adapter(policy: Policy, folder: Path, base: Path | str) -> None:
         # no embedding was resized; to find that out PEFT would ask the hub for the base
         policy.model.save_pretrained(staging, save_embedding_layers=False)
         policy.tokenizer.save_pretrained(staging)
-        storage.write_json(staging / ORIGIN_FILE, asdict(origin))
+        (staging / ORIGIN_FILE).write_text(json.dumps(asdict(origin), indent=1) + "\n")
         storage.write_checksums(staging)
 
 
