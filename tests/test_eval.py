@@ -367,6 +367,18 @@ def test_a_model_that_cannot_be_opened_leaves_nothing(tiny_folder: Path, tmp_pat
     assert {f: f.read_bytes() for f in run.folder.rglob("*") if f.is_file()} == before
 
 
+def test_no_bar_stands_before_the_line_of_a_model_that_cannot_be_opened(
+    fresh: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = fresh.stage("contrastive") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(UserError, match="contrastive"):
+        eval_entry.evaluate(
+            *resolved(f"run={fresh.folder}", "gen.max_new_tokens=3", "trainer.progress=true")
+        )
+    assert "prompt" not in capsys.readouterr().err
+
+
 def served(url: str, output: Path, *overrides: str) -> tuple[EvalConfig, Run]:
     return resolved(
         *(f"endpoint={url}", "endpoint_model=there", f"output={output}", "http.retries=0"),

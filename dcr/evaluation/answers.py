@@ -37,9 +37,11 @@ def complete(
     for prompt_set, row in _missing(prompt_sets, folder):
         homes.setdefault(row.prompt, []).append((prompt_set.name, row.id))
         rows.setdefault(row.prompt, row)
+    # first what opens the weights and may fail: a bar would stand before the line that says so
+    batches = answer(list(rows.values())) if rows else ()
     hidden = not (progress and rows)
     with tqdm(total=len(rows), unit="prompt", desc="generating", disable=hidden) as bar:
-        for batch in answer(list(rows.values())) if rows else ():
+        for batch in batches:
             by_set: dict[str, list[Completion]] = {}
             for completion in batch:
                 for name, identity in homes[completion.prompt]:
