@@ -80,7 +80,8 @@ def make_run(
     """A run folder with its configuration and nothing else."""
     folder.mkdir(parents=True)
     config = {"method": method, "preset_name": preset, "seed": seed,
-              "model": {"label": "tiny"}, "data": {"label": "demo"}} | keys  # fmt: skip
+              "model": {"label": "tiny"}, "data": {"label": "demo"},
+              "dcr": {}, "sft": {}} | keys  # fmt: skip
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return folder
 
@@ -604,7 +605,7 @@ def test_partial_refusals_stand_beside_full_ones(tmp_path: Path) -> None:
     assert plain == {"safe", "unsafe"}  # the paper's rules know no third outcome
 
 
-MADE = "method: dcr\nseed: 0\npreset_name: paper\nmodel: {}\ndata: {}\n"
+MADE = "method: dcr\nseed: 0\npreset_name: paper\nmodel: {}\ndata: {}\ndcr: {}\nsft: {}\n"
 
 
 @pytest.mark.parametrize(
