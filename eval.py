@@ -75,7 +75,13 @@ def _completed(composed: DictConfig, run: Run) -> DictConfig:
         merged.model.label = label_of(str(merged.model.name))
     if OmegaConf.is_missing(composed.data, "label"):
         base = made_with.get("data") or OmegaConf.load(_demo_data())
-        merged.data = OmegaConf.merge(base, _named(composed.data))
+        given, default = (
+            OmegaConf.to_container(node, resolve=False)
+            for node in (composed.data, OmegaConf.structured(config.DataConfig))
+        )
+        assert isinstance(given, dict)
+        assert isinstance(default, dict)
+        merged.data = OmegaConf.merge(base, _named(given, default))
     return merged
 
 
@@ -83,17 +89,19 @@ def _demo_data() -> Path:
     return Path(__file__).parent / "conf" / "data" / "demo.yaml"
 
 
-def _named(node: DictConfig) -> dict[str, Any]:
-    """What a user set in a node that no file filled: everything unlike the schema's default."""
-    default = OmegaConf.to_container(OmegaConf.structured(config.DataConfig), resolve=False)
-    given = OmegaConf.to_container(node, resolve=False)
-    assert isinstance(default, dict)
-    assert isinstance(given, dict)
-    return {
-        str(key): value
-        for key, value in given.items()
-        if value != default.get(key) and value != MISSING
-    }
+def _named(given: dict[Any, Any], default: dict[Any, Any]) -> dict[Any, Any]:
+    """What a user set, leaf by leaf: everything unlike the schema's default.
+
+    A node is never taken whole, or naming one source of `data.evaluation` would empty the others.
+    """
+    named = {}
+    for key, value in given.items():
+        other = default.get(key)
+        if isinstance(value, dict) and isinstance(other, dict):
+            named[key] = _named(value, other)
+        elif value not in (other, MISSING):
+            named[key] = value
+    return named
 
 
 def evaluate(settings: EvalConfig, run: Run) -> None:

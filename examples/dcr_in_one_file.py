@@ -1,6 +1,6 @@
 """The whole of DCR in one file, for reading: both stages, the baseline and the demo's table.
 
-    python examples/dcr_in_one_file.py           # SmolLM2-135M: about twenty minutes on two cores
+    python examples/dcr_in_one_file.py           # SmolLM2-135M, on a CPU too
     python examples/dcr_in_one_file.py --tiny    # random weights, to see that it runs
 
 Plain torch and transformers, the Circle loss of `dcr.losses`, and the corpus that `dcr` carries.

@@ -44,6 +44,16 @@ def resolved(*overrides: str) -> tuple[EvalConfig, Run]:
     return config.resolve(eval_entry._completed(settings, run), EvalConfig), run
 
 
+def test_naming_one_source_leaves_its_sisters() -> None:
+    plain, named = (
+        eval_entry._completed(composed("model=tiny", *more), Run(Path("none"))).data
+        for more in ((), ("data.extraction.toxic=[demo_toxic_matched]",))
+    )
+    assert named.extraction.toxic == ["demo_toxic_matched"]
+    assert named.extraction.normal == plain.extraction.normal == ["demo_normal"]
+    assert named.evaluation == plain.evaluation
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("runs")
