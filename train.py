@@ -26,6 +26,7 @@ from dcr.training.stages import Job
 
 log = logging.getLogger(__name__)
 
+PROCESSES_A_CORE = 4  # slow, but a way to try several; more is a slip of the finger
 # By which a process finds its place among the nodes: torchrun's, Slurm's, MPI's, LSF's, by hand.
 LAUNCHED = {
     *("TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "LSB_JOBID", "NODE_RANK"),
@@ -116,7 +117,7 @@ def _check_devices(settings: TrainConfig) -> None:
                 f"{named}: this machine has {found} GPUs; lower trainer.devices or use "
                 "trainer.accelerator=cpu"
             )
-    elif options.devices > (cores := os.cpu_count() or 1):
+    elif options.devices > PROCESSES_A_CORE * (cores := os.cpu_count() or 1):
         raise ConfigError(f"{named}: this machine has {cores} cores; lower trainer.devices")
     if options.accelerator == "mps" and not torch.backends.mps.is_available():
         raise ConfigError(f"{named}: this machine has none; use trainer.accelerator=cpu")

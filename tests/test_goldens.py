@@ -47,6 +47,7 @@ def command(script: str, *arguments: str) -> str:
             if script.endswith(".py"):
                 runpy.run_path(str(ROOT / script), run_name="__main__")
             else:
+                sys.modules.pop(f"{script}.__main__", None)  # as another test may have imported it
                 runpy.run_module(script, run_name="__main__")
     except SystemExit as ended:
         if ended.code:

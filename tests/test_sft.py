@@ -3,11 +3,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import NonCallableMock
 
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning import Callback
+from lightning import Callback, LightningModule, Trainer
 from tiny_run import changed, fit, same, settings, weights
 from torch import Tensor
 
@@ -198,15 +199,11 @@ def test_training_is_in_training_mode_before_and_after_validation(
 
 
 def test_dropout_follows_from_seed_and_step(policy: Policy) -> None:
-    class Fake:
-        global_step, global_rank = 3, 0
-
     draws = []
     for seed, step, rank in [(0, 3, 0), (0, 3, 0), (1, 3, 0), (0, 4, 0), (0, 3, 1)]:
-        fake: Any = Fake()
-        fake.global_step, fake.global_rank = step, rank
+        trainer = NonCallableMock(spec=Trainer, global_step=step, global_rank=rank)
         torch.rand(step + rank)  # whatever was drawn before
-        StepSeed(seed).on_train_batch_start(fake, fake, None, 0)
+        StepSeed(seed).on_train_batch_start(trainer, NonCallableMock(spec=LightningModule), None, 0)
         draws.append(torch.rand(4).tolist())
     assert draws[0] == draws[1]
     assert len({tuple(d) for d in draws}) == 4
