@@ -69,7 +69,7 @@ def chain(place: Path) -> dict[str, Any]:
     (evaluation,) = Path("run/eval").iterdir()
     metrics = json.loads((evaluation / "metrics.json").read_text())
     return {
-        "plan": [line for line in plan.splitlines() if not re.match(r" *(time on|.*TFLOP)", line)],
+        "plan": told(plan),
         "config": yaml.safe_load(Path("run/config.yaml").read_text()),
         "rows": {
             name: [part["count"], part["fingerprint"][:12]]
@@ -84,6 +84,15 @@ def chain(place: Path) -> dict[str, Any]:
         "evaluation": numbers(metrics),
         "table1": list(csv.reader(io.StringIO(Path("shown/table1.csv").read_text()))),
     }
+
+
+TIMES = r"^time on|TFLOP|measured$|threads"
+
+
+def told(plan: str) -> list[str]:
+    """A plan's lines without what the machine's speed decides: its times, and with them widths."""
+    lines = (" ".join(line.split()) for line in plan.splitlines())
+    return [line for line in lines if line.strip("─") and not re.search(TIMES, line)]
 
 
 def last_logged(file: Path) -> dict[str, float]:
