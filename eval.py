@@ -73,15 +73,11 @@ def _completed(composed: DictConfig, run: Run) -> DictConfig:
         merged.model.name, merged.model.label = named, ""
     if not merged.model.label:
         merged.model.label = label_of(str(merged.model.name))
+    base = OmegaConf.structured(config.DataConfig)
     if OmegaConf.is_missing(composed.data, "label"):
         base = made_with.get("data") or OmegaConf.load(_demo_data())
-        given, default = (
-            OmegaConf.to_container(node, resolve=False)
-            for node in (composed.data, OmegaConf.structured(config.DataConfig))
-        )
-        assert isinstance(given, dict)
-        assert isinstance(default, dict)
-        merged.data = OmegaConf.merge(base, _named(given, default))
+    named = OmegaConf.to_container(composed.data, resolve=False)
+    merged.data = OmegaConf.merge(base, _named(named))
     return merged
 
 
@@ -89,19 +85,11 @@ def _demo_data() -> Path:
     return Path(__file__).parent / "conf" / "data" / "demo.yaml"
 
 
-def _named(given: dict[Any, Any], default: dict[Any, Any]) -> dict[Any, Any]:
-    """What a user set, leaf by leaf: everything unlike the schema's default.
-
-    A node is never taken whole, or naming one source of `data.evaluation` would empty the others.
-    """
-    named = {}
-    for key, value in given.items():
-        other = default.get(key)
-        if isinstance(value, dict) and isinstance(other, dict):
-            named[key] = _named(value, other)
-        elif value not in (other, MISSING):
-            named[key] = value
-    return named
+def _named(node: Any) -> Any:
+    """What the command or a data file set, leaf by leaf; the others are missing."""
+    if not isinstance(node, dict):
+        return node
+    return {key: _named(value) for key, value in node.items() if value != MISSING}
 
 
 def evaluate(settings: EvalConfig, run: Run) -> None:

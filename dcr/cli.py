@@ -22,7 +22,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Column, Table
@@ -51,11 +51,22 @@ def prepare() -> None:
     """Register schemas and resolvers, and let Hydra raise instead of printing several lines."""
     os.environ["HYDRA_FULL_ERROR"] = "1"
     for name, schema in SCHEMAS.items():
-        ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+        node = OmegaConf.structured(schema)
+        if schema is EvalConfig:
+            _unset(node.data)  # what no one names comes from the run, whatever the default
+        ConfigStore.instance().store(name=f"{name}_schema", node=node)
     OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
     OmegaConf.register_new_resolver("choice", _choice, replace=True)
     _quieten()
     logging.setLogRecordFactory(SafeRecord)
+
+
+def _unset(node: DictConfig) -> None:
+    for key in node:
+        if not OmegaConf.is_missing(node, key) and OmegaConf.is_dict(node[key]):
+            _unset(node[key])
+        else:
+            node[key] = MISSING
 
 
 class SafeRecord(logging.LogRecord):
