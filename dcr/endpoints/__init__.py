@@ -3,9 +3,9 @@
 `check` before anything else, then `chats` or `moderations`; `spend` prices the tokens.
 """
 
+from dcr.endpoints.answers import Failure, Message, Moderation, Reply
 from dcr.endpoints.calls import chats, moderations
-from dcr.endpoints.replies import EndpointError, Failure, Message, Moderation, Reply
-from dcr.endpoints.servers import check, spend
+from dcr.endpoints.servers import EndpointError, check, sent_parameters, spend
 
 __all__ = [
     "EndpointError",
@@ -16,5 +16,6 @@ __all__ = [
     "chats",
     "check",
     "moderations",
+    "sent_parameters",
     "spend",
 ]

@@ -3,15 +3,13 @@
 import json
 import os
 import re
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import urlsplit
 
-from dcr.config import ConfigError, ServerConfig
-from dcr.endpoints.replies import EndpointError
+from dcr.config import ConfigError, ServerConfig, UserError
 from dcr.text import single_line
 
 OPENAI = "https://api.openai.com/v1"
 OPENAI_KEY = "OPENAI_API_KEY"
-NO_KEY = "none"  # sent where the variable is unset: local servers want a header, not a key
 LONGEST_TEXT = 240  # characters of a server's own words that are passed on
 OURS = {"model", "messages", "input", "stream", "stream_options"}  # never left to the user
 SECRET = {"api_key", "key", "authorization", "headers", "extra_headers"}
@@ -24,6 +22,10 @@ SPELLINGS = {
         "parameters": "endpoint_parameters",
     }
 }
+
+
+class EndpointError(UserError):
+    """Every further request would fail the same way: no key, no such model, a parameter refused."""
 
 
 def setting(node: str, field: str) -> str:
@@ -43,15 +45,10 @@ def variable(server: ServerConfig) -> str | None:
     return OPENAI_KEY if server.url is None else None
 
 
-def value_of_key(server: ServerConfig) -> str:
+def key_of(server: ServerConfig) -> str:
     """The key itself, empty where there is none."""
     named = variable(server)
     return os.environ.get(named, "").strip() if named else ""
-
-
-def key_of(server: ServerConfig) -> str:
-    """What is sent as the key: the variable's value, or a placeholder."""
-    return value_of_key(server) or NO_KEY
 
 
 def sent_parameters(server: ServerConfig) -> dict[str, object]:
@@ -102,7 +99,7 @@ def _check_key(server: ServerConfig, node: str) -> None:
             f"{key}: not a name in capitals, digits and '_'; give the name of the environment "
             "variable that holds the key, such as OPENAI_API_KEY, never the key itself"
         )
-    value = value_of_key(server)
+    value = key_of(server)
     if not value and server.url is None:
         raise EndpointError(
             f"{key}={named}: this environment variable is unset; export it, or name a server "
@@ -117,8 +114,12 @@ def _check_key(server: ServerConfig, node: str) -> None:
 
 def _check_url(url: str, node: str) -> None:
     name = setting(node, "url")
-    parts = _split(url)
-    if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit("" if re.search(r"[\s\x00-\x1f\x7f]", url) else url)
+        _ = parts.port
+    except ValueError:  # a port that is no number
+        parts = urlsplit("")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
         shown = "" if "@" in url or "?" in url else f"={url}"
         raise ConfigError(f"{name}{shown}: not an address; give http://host:port/v1 or https://…")
     if "@" in parts.netloc:
@@ -130,21 +131,9 @@ def _check_url(url: str, node: str) -> None:
         raise ConfigError(f"{name}: ends in a query; give the address up to the path, as in …/v1")
 
 
-def _split(url: str) -> SplitResult | None:
-    """The parts of an address, None where it is none: blanks, or a port that is no number."""
-    if re.search(r"[\s\x00-\x1f\x7f]", url):
-        return None
-    try:
-        parts = urlsplit(url)
-        _ = parts.port
-    except ValueError:
-        return None
-    return parts
-
-
 def redacted(text: object, server: ServerConfig) -> str:
     """`text` as one short line without keys: this server's, and whatever else looks like one."""
-    return single_line(text, value_of_key(server), longest=LONGEST_TEXT)
+    return single_line(text, key_of(server), longest=LONGEST_TEXT)
 
 
 def spend(server: ServerConfig, prompt_tokens: int, completion_tokens: int) -> float | None:

@@ -1,9 +1,13 @@
-"""What an error status means: try again, this row alone, or every request.
+"""What comes back from an OpenAI-compatible server: replies, and what an error status means.
 
-The order of the rules is the contract. Codes are OpenAI's (platform.openai.com/docs/guides/
-error-codes); the wordings are those of servers that send no code, such as vLLM and llama.cpp.
+Servers differ in what they leave out, so that only what is used is required, and bodies are read
+as plain JSON rather than as the client's own types. Of an error, the order of the rules is the
+contract: try again, this row alone, or every request. Codes are OpenAI's
+(platform.openai.com/docs/guides/error-codes); the wordings are those of servers that send no code,
+such as vLLM and llama.cpp.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,8 +16,18 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 from dcr.config import ServerConfig
-from dcr.endpoints.replies import EndpointError, Failure
-from dcr.endpoints.servers import address, redacted, sent_parameters, setting, variable
+from dcr.endpoints.servers import (
+    EndpointError,
+    address,
+    redacted,
+    sent_parameters,
+    setting,
+    variable,
+)
+from dcr.text import encodable
+
+JSON = Any  # whatever json.loads returns
+Message = Mapping[str, str]  # role and content
 
 PASSING = {408, 409, 429}  # and everything from 500: over when asked again
 FILTERED = {"content_filter", "content_policy_violation", "moderation_blocked"}
@@ -23,6 +37,128 @@ UNSUPPORTED = {"unsupported_parameter", "unsupported_value", "unknown_parameter"
 NO_QUOTA = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
 LONGEST_WAIT = 60.0  # seconds, whatever the server asks for
 CONTENT = {"messages", "input"}  # the row itself, by its place in a request
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A chat completion. `top` has, per generated token, log-probabilities by token text."""
+
+    text: str
+    finish: str
+    top: tuple[Mapping[str, float], ...] | None
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Moderation:
+    """What a moderation model says of a text."""
+
+    flagged: bool
+    categories: tuple[str, ...]
+    model: str
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One request that brought nothing usable.
+
+    `error`: no answer after all retries. `invalid`: an answer that is not what was asked for
+    (not JSON, no choices, stopped by a content filter).
+    """
+
+    status: str
+    reason: str  # one line without secrets
+
+
+def reply(body: JSON) -> Reply | Failure:
+    """A chat completion, of its first choice.
+
+    Failure("invalid") without choices or text, for a refusal in the server's own field, and
+    where a content filter cut the answer off. Text may be empty: some models answer nothing.
+    """
+    choice = _first(_field(body, "choices"))
+    message = _field(choice, "message")
+    if not isinstance(message, Mapping):
+        words = _field(_field(body, "error"), "message") or _field(body, "error")
+        return Failure("invalid", f"no choices in the answer{f': {words}' if words else ''}")
+    finish = str(_field(choice, "finish_reason") or "")
+    if finish == "content_filter":
+        return Failure("invalid", "stopped by the server's content filter")
+    if refusal := _field(message, "refusal"):
+        return Failure("invalid", f"the model refused: {refusal}")
+    text = _text(_field(message, "content"))
+    if text is None:
+        return Failure("invalid", f"no text in the answer (finish reason: {finish or 'none'})")
+    usage = _field(body, "usage")
+    return Reply(
+        text=text,
+        finish=finish,
+        top=_top(choice),
+        prompt_tokens=_count(_field(usage, "prompt_tokens")),
+        completion_tokens=_count(_field(usage, "completion_tokens")),
+    )
+
+
+def moderation(body: JSON) -> Moderation | Failure:
+    """The verdict on the one text sent; Failure("invalid") where the body holds none."""
+    result = _first(_field(body, "results"))
+    flagged = _field(result, "flagged")
+    if not isinstance(flagged, bool):
+        return Failure("invalid", "no result with `flagged` in the answer")
+    categories = _field(result, "categories")
+    named = categories if isinstance(categories, Mapping) else {}
+    return Moderation(
+        flagged=flagged,
+        categories=tuple(encodable(str(name)) for name, holds in named.items() if holds is True),
+        model=str(_field(body, "model") or ""),
+    )
+
+
+def _field(value: JSON, name: str) -> JSON:
+    """A member of an object; text without half characters, which no file could hold."""
+    member = value.get(name) if isinstance(value, Mapping) else None
+    return encodable(member) if isinstance(member, str) else member
+
+
+def _first(value: JSON) -> JSON:
+    return value[0] if isinstance(value, list) and value else None
+
+
+def _count(value: JSON) -> int:
+    return value if isinstance(value, int) and value >= 0 else 0
+
+
+def _text(content: JSON) -> str | None:
+    """The text of a message, which some servers send in parts."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        parts = [_field(part, "text") for part in content]
+        texts = [part for part in parts if isinstance(part, str)]
+        return "".join(texts) if texts else None
+    return None
+
+
+def _top(choice: JSON) -> tuple[Mapping[str, float], ...] | None:
+    """Log-probabilities per generated token, None where the server gave none.
+
+    Of two tokens that read alike, such as halves of a character, the likelier one.
+    """
+    content = _field(_field(choice, "logprobs"), "content")
+    if not isinstance(content, list):
+        return None
+    top = []
+    for token in content:
+        listed = _field(token, "top_logprobs")
+        likeliest: dict[str, float] = {}
+        for other in listed if isinstance(listed, list) and listed else [token]:
+            text, logprob = _field(other, "token"), _field(other, "logprob")
+            number = isinstance(logprob, (int, float)) and not math.isnan(logprob)
+            if isinstance(text, str) and number:
+                likeliest[text] = max(float(logprob), likeliest.get(text, -math.inf))
+        top.append(likeliest)
+    return tuple(top)
 
 
 @dataclass(frozen=True)
@@ -103,20 +239,19 @@ def _raise_where_hopeless(rejected: Rejection, words: str, server: ServerConfig,
             f"{rejected.status}), which is not followed; give the address that answers itself"
         )
     key, model = _key(server, node), setting(node, "model")
-    if rejected.status == 401 and variable(server) is None:
-        raise EndpointError(
-            f"{key}: {where} wants a key ({words}); name the environment variable that holds it"
-        )
     if rejected.status == 401:
-        raise EndpointError(
-            f"{key}: {where} does not take this key ({words}); export the right one"
-        )
+        says, cure = "does not take this", "export the right one"
+        if variable(server) is None:
+            says, cure = "wants a", "name the environment variable that holds it"
+        raise EndpointError(f"{key}: {where} {says} key ({words}); {cure}")
     if rejected.status == 403:
         raise EndpointError(
             f"{key}: this key may not use {model}={server.model} at {where} ({words}); "
             "export another key, or name another model"
         )
-    if _is_about_model(rejected):
+    unknown = rejected.code in ("model_not_found", "model_not_available")
+    named = rejected.status == 404 and re.search(r"\bmodel\b", rejected.message, re.I)
+    if unknown or rejected.param == "model" or named:
         raise EndpointError(
             f"{model}={server.model}: {where} has no such model ({words}); name one that it has"
         )
@@ -137,12 +272,6 @@ def _raise_where_hopeless(rejected: Rejection, words: str, server: ServerConfig,
             f"{model}={server.model}: {where} does not take {blamed} for this model ({words}); "
             "name another model"
         )
-
-
-def _is_about_model(rejected: Rejection) -> bool:
-    if rejected.code in ("model_not_found", "model_not_available") or rejected.param == "model":
-        return True
-    return rejected.status == 404 and bool(re.search(r"\bmodel\b", rejected.message, re.I))
 
 
 def _blamed(rejected: Rejection, sent: Iterable[str]) -> str | None:
