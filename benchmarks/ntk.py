@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from dcr import cli, config, models, ntk, sources
 from dcr.config import Kind, Precision, TrainConfig
 from dcr.models import Policy
-from dcr.ntk import Settings, schemes
+from dcr.ntk import Settings, empirical
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 OPTIONS = {
@@ -86,7 +86,7 @@ def timed(model: Any, rows: Rows, settings: Settings) -> tuple[float, ntk.Kernel
 def paper(model: Any, rows: Rows, settings: Settings) -> tuple[dict[str, float], float, ntk.Kernel]:
     """Seconds of gradients and of the forward loop, of the whole, and the values."""
     spent = {"gradients": 0.0, "forward": 0.0}
-    gradient, forward = schemes._gradient, schemes.last_logits
+    gradient, forward = empirical._gradient, empirical.last_logits
 
     def clocked(call: Callable[..., Any], name: str, counts: Callable[[], bool]) -> Any:
         def inner(*given: Any) -> Any:
@@ -97,15 +97,15 @@ def paper(model: Any, rows: Rows, settings: Settings) -> tuple[dict[str, float],
 
         return inner
 
-    schemes._gradient = clocked(gradient, "gradients", lambda: True)
+    empirical._gradient = clocked(gradient, "gradients", lambda: True)
     # the forward passes of gradients are theirs
-    schemes.last_logits = clocked(forward, "forward", lambda: not torch.is_grad_enabled())
+    empirical.last_logits = clocked(forward, "forward", lambda: not torch.is_grad_enabled())
     try:
         seconds, found = timed(
             model, rows, dataclasses.replace(settings, method="finite_difference")
         )
     finally:
-        schemes._gradient, schemes.last_logits = gradient, forward
+        empirical._gradient, empirical.last_logits = gradient, forward
     return spent, seconds, found
 
 

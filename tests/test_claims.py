@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config
 
 from dcr import claims, models, ntk, prompts, statistics
-from dcr.claims import measuring, stepping
-from dcr.claims.measuring import Subjects, agreement
+from dcr.claims import Prompts, agreement
 from dcr.config import ConfigError, Kind, LoraConfig, ModelConfig
 from dcr.models import Policy
 from dcr.prompts import ChatFormat
@@ -42,7 +41,7 @@ SEQUENCES = (
     *((11, 5, 2, 4), (9, 30, 2), (13, 1, 22, 6, 31), (8, 8, 19)),
     *((21, 33, 4, 4, 7, 2), (14, 3, 2)),
 )
-SUBJECTS = Subjects(SEQUENCES, tuple("abcdefghi"), (*("toxic",) * 3, *("normal",) * 4), TARGET, ())
+CHOSEN = Prompts(SEQUENCES, tuple("abcdefghi"), (*("toxic",) * 3, *("normal",) * 4), TARGET, ())
 
 
 def made(family: str, dtype: torch.dtype = torch.float64) -> Any:
@@ -59,12 +58,12 @@ def next_log_probabilities(model: Any, sequence: Sequence[int]) -> Tensor:
     return model(torch.tensor([list(sequence)])).logits[0, -1].log_softmax(0)
 
 
-def started(model: Any, top_k: int = VOCABULARY - 1, layer: int = 2) -> stepping.Before:
-    return stepping.before(model, SEQUENCES, TARGET, top_k, layer)
+def started(model: Any, top_k: int = VOCABULARY - 1, layer: int = 2) -> claims.Baseline:
+    return claims.baseline(model, SEQUENCES, TARGET, top_k, layer)
 
 
-def stepped(model: Any, start: stepping.Before, drop: float = 1e-3) -> stepping.Steps:
-    return stepping.steps(model, SEQUENCES, SUBJECTS.trained, start, TARGET, drop)
+def stepped(model: Any, start: claims.Baseline, drop: float = 1e-3) -> claims.StepChanges:
+    return claims.sgd_steps(model, SEQUENCES, CHOSEN.trained, start, TARGET, drop)
 
 
 def bits(model: Any) -> dict[str, Tensor]:
@@ -88,7 +87,7 @@ def test_over_all_parameters_and_tokens_the_prediction_is_the_change(family: str
     errors, linear = [], []
     for drop in (0.1, 0.02):
         taken = stepped(model, start, drop)
-        told = measuring.predictions(blocks, start, taken, SUBJECTS)
+        told = claims.predictions(blocks, start, taken, CHOSEN)
         errors.append(float((told - taken.changes).norm() / told.norm()))
         linear.append(float((told - taken.plain).norm() / told.norm()))
     assert errors[1] < 1e-3
@@ -102,7 +101,7 @@ def test_a_step_is_that_of_plain_sgd(family: str) -> None:
     model = made(family)
     start = started(model, top_k=4)
     taken = stepped(model, start, drop=0.02)
-    for column, place in enumerate(SUBJECTS.trained):
+    for column, place in enumerate(CHOSEN.trained):
         rate = float(taken.rates[column])
         after = []
         for share in (0.5, -0.5, 1.0):
@@ -134,7 +133,7 @@ def test_the_rate_gives_the_fall_that_was_asked_for() -> None:
     losses = -start.log_probabilities[aimed]
     for drop in (1e-2, 1e-3):
         taken = stepped(model, start, drop)
-        for column, place in enumerate(SUBJECTS.trained):
+        for column, place in enumerate(CHOSEN.trained):
             assert losses[place] > 1
             fall = taken.plain[place, :, column][aimed[place]]
             assert float(fall) == pytest.approx(drop, rel=5 * drop)
@@ -144,11 +143,11 @@ def test_of_a_small_loss_the_step_takes_a_share() -> None:
     """Where a model refuses almost surely no loss of `drop` is left."""
     model = made("untied")
     with torch.no_grad():
-        state = started(model, layer=3).states[list(SUBJECTS.trained)].mean(0)
+        state = started(model, layer=3).states[list(CHOSEN.trained)].mean(0)
         model.lm_head.weight[TARGET] += 3 * model.model.norm(state)
     start = started(model)
     aimed = start.tokens == TARGET
-    losses = -start.log_probabilities[aimed][list(SUBJECTS.trained)]
+    losses = -start.log_probabilities[aimed][list(CHOSEN.trained)]
     assert (losses < 0.02).all()
     taken = stepped(model, start, drop=0.02)
     falls = torch.stack([taken.changes[p, :, i][aimed[p]][0] for i, p in enumerate((7, 8))])
@@ -160,7 +159,7 @@ def test_each_prompt_has_its_top_k_with_the_target_among_them() -> None:
     model, top_k, inside = made("tied"), 3, 0
     first = next_log_probabilities(model, SEQUENCES[0]).argsort(descending=True)[:4].tolist()
     for target in (*range(0, VOCABULARY, 5), *first):
-        found = stepping.before(model, SEQUENCES, target, top_k, 1)
+        found = claims.baseline(model, SEQUENCES, target, top_k, 1)
         for sequence, tokens, log_p in zip(
             SEQUENCES, found.tokens.tolist(), found.log_probabilities, strict=True
         ):
@@ -213,7 +212,7 @@ def test_weights_modes_and_flags_are_left_to_the_bit(
     assert taken.changes.abs().min() > 0
 
     passes: list[bool] = []
-    forward = stepping.last_logits
+    forward = claims.last_logits
 
     def failing(*given: Any) -> Tensor:
         passes.append(same(bits(model), before))
@@ -221,7 +220,7 @@ def test_weights_modes_and_flags_are_left_to_the_bit(
             raise KeyboardInterrupt
         return forward(*given)
 
-    monkeypatch.setattr(stepping, "last_logits", failing)
+    monkeypatch.setattr(claims, "last_logits", failing)
     with pytest.raises(KeyboardInterrupt):
         stepped(model, start)
     assert passes == [True, False, False, False]

@@ -21,7 +21,7 @@ from transformers import (
 from dcr import models, ntk
 from dcr.config import ConfigError, LoraConfig
 from dcr.models import Policy
-from dcr.ntk import Settings, schemes
+from dcr.ntk import Settings, empirical, exact
 from tests.shapes import GPT2, SHAPE, VOCABULARY
 
 # transformers' own, once PEFT asks it: nothing here is checkpointed
@@ -160,13 +160,13 @@ def test_padding_batches_and_budget_change_nothing(
         assert error(ntk.measure(model, PROMPTS, other).blocks, truth) < near
     assert error(ntk.measure(model, PROMPTS, settings, left=True).blocks, truth) < near
     sweeps: list[int] = []
-    collect = ntk.schemes.collect  # pyright: ignore
+    collect = exact.collect
 
     def counted(model: Any, chosen: Any, *rest: Any) -> Any:
         sweeps.append(len(chosen))
         return collect(model, chosen, *rest)
 
-    monkeypatch.setattr("dcr.ntk.schemes.collect", counted)
+    monkeypatch.setattr("dcr.ntk.exact.collect", counted)
     small = dataclasses.replace(settings, budget_gib=1e-4)
     split = ntk.measure(model, PROMPTS, small).blocks
     assert len(sweeps) > 1
@@ -182,11 +182,11 @@ def test_both_forms_of_the_inner_product_agree(
     model, found = made(family), []
     for formed in (False, True):
         monkeypatch.setattr(
-            schemes,
+            exact,
             "formed_is_cheaper",
             lambda tiles, formed=formed: formed and tiles[0].inputs.is_floating_point(),
         )
-        monkeypatch.setattr(schemes, "SCRATCH", 2**14)  # several pieces of each gradient
+        monkeypatch.setattr(exact, "SCRATCH", 2**14)  # several pieces of each gradient
         found.append(ntk.measure(model, PROMPTS, Settings(top_k=3, params="all")).blocks)
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
 
@@ -207,10 +207,10 @@ def test_logits_that_are_not_numbers_are_refused() -> None:
 
 def test_the_cheaper_form_is_chosen_by_its_count() -> None:
     def tile(length: int, inner: int) -> Any:
-        return schemes.Tile(torch.zeros(4, length, inner), torch.zeros(4, 10, length, 32))
+        return exact.Factors(torch.zeros(4, length, inner), torch.zeros(4, 10, length, 32))
 
-    assert not schemes.formed_is_cheaper([tile(1, 64)])
-    assert schemes.formed_is_cheaper([tile(400, 64)] * 20)
+    assert not exact.formed_is_cheaper([tile(1, 64)])
+    assert exact.formed_is_cheaper([tile(400, 64)] * 20)
 
 
 def test_a_tied_matrix_can_count_as_the_head_alone() -> None:
@@ -261,7 +261,7 @@ def test_weights_are_restored_after_an_exception_and_half_precision_is_refused(
     before = {name: value.clone() for name, value in model.state_dict().items()}
     settings = Settings(top_k=2, method="finite_difference")
     passes: list[int] = []
-    forward = ntk.schemes.last_logits  # pyright: ignore
+    forward = empirical.last_logits
 
     def failing(*given: Any) -> Tensor:
         passes.append(1)
@@ -269,7 +269,7 @@ def test_weights_are_restored_after_an_exception_and_half_precision_is_refused(
             raise KeyboardInterrupt
         return forward(*given)
 
-    monkeypatch.setattr("dcr.ntk.schemes.last_logits", failing)
+    monkeypatch.setattr("dcr.ntk.empirical.last_logits", failing)
     with pytest.raises(KeyboardInterrupt):
         ntk.measure(model, PROMPTS, settings)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -420,7 +420,7 @@ def test_autograd_keeps_less_than_is_said_in_advance(family: str) -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         ntk.measure(model, prompts, Settings(top_k=1, params="trunk:1"))
     saved = sum(size for place, size in kept.items() if place not in weights)
-    graph = ntk.measuring.graph_bytes(model, 8, 32)  # pyright: ignore
+    graph = exact.graph_bytes(model, 8, 32)
     assert saved < graph < 20 * saved
 
 

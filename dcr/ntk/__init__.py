@@ -1,14 +1,14 @@
 """The empirical neural tangent kernel between prompts (Section 5 and A.6 of the paper).
 
-`measuring` is the way in, says what it takes and reads matrices; `subset` finds the parameters,
-`capture` what the exact scheme needs of them; `schemes` are that and the paper's.
+`empirical` is the way in, with the finite differences of the paper and what is read off a matrix;
+`subset` finds the parameters; `exact` is the exact scheme, and what it takes.
 """
 
-from dcr.ntk.capture import Batch, batches, last_logits
-from dcr.ntk.measuring import (
+from dcr.ntk.empirical import (
     Kernel,
     Settings,
     kernel,
+    kind_mean,
     log_probability_change,
     mean_by_kind,
     measure,
@@ -16,7 +16,8 @@ from dcr.ntk.measuring import (
     normalised,
     prompt_ids,
 )
-from dcr.ntk.subset import parameters, still
+from dcr.ntk.exact import Batch, batches, last_logits
+from dcr.ntk.subset import move, parameters, restored, still
 
 __all__ = [
     "Batch",
@@ -24,13 +25,16 @@ __all__ = [
     "Settings",
     "batches",
     "kernel",
+    "kind_mean",
     "last_logits",
     "log_probability_change",
     "mean_by_kind",
     "measure",
     "memory_needed",
+    "move",
     "normalised",
     "parameters",
     "prompt_ids",
+    "restored",
     "still",
 ]

@@ -1,7 +1,7 @@
 """Which parameters a kernel is over, and which module each of them works in."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.utils.peft_types import PeftType
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dcr import models
 from dcr.config import ConfigError
 
 
-class Kind(Enum):
+class LayerKind(Enum):
     """How a module's parameters enter its output."""
 
     linear = "linear"
@@ -28,27 +28,27 @@ class Kind(Enum):
 
 ADAPTER = "adapter"
 # By what runs, not by class: a subclass with a forward of its own computes something else.
-FORWARDS: dict[object, Kind] = {
-    nn.Linear.forward: Kind.linear,
-    Conv1D.forward: Kind.linear,
-    nn.Embedding.forward: Kind.embedding,
+FORWARDS: dict[object, LayerKind] = {
+    nn.Linear.forward: LayerKind.linear,
+    Conv1D.forward: LayerKind.linear,
+    nn.Embedding.forward: LayerKind.embedding,
 }
 
 
 @dataclass(frozen=True)
-class Part:
-    """A module of the subset, all of whose own parameters are in it.
+class Layer:
+    """A module with parameters of its own, all of which are in the subset.
 
     `block` is the block it lies in (from 1), 0 before the blocks, depth + 1 behind them.
     """
 
     name: str
     module: Any
-    kind: Kind
+    kind: LayerKind
     block: int
 
 
-def parts(model: Any, params: str, head: bool) -> list[Part]:
+def layers(model: Any, params: str, head: bool) -> list[Layer]:
     """The modules of a subset, in the order of their blocks.
 
     `params`: `tail:N`, the last N blocks, the final norm and the head; `trunk:ℓ`, the first ℓ
@@ -71,19 +71,21 @@ def parts(model: Any, params: str, head: bool) -> list[Part]:
         if not any(id(p) in wanted for p in own.values()):
             continue
         kind = _kind(name, module, own, output_layer(model))
-        found.append(Part(name, module, kind, places.get(id(module), 0)))
+        found.append(Layer(name, module, kind, places.get(id(module), 0)))
     _check_covered(found, wanted)
-    return sorted(found, key=lambda part: part.block)
+    return sorted(found, key=lambda layer: layer.block)
 
 
-def tied(chosen: list[Part]) -> bool:
-    """Whether one matrix of the subset is both input embedding and head."""
-    heads = [part.module.weight for part in chosen if part.kind is Kind.head]
-    return any(p.module.weight is h for h in heads for p in chosen if p.kind is Kind.embedding)
+def tied(chosen: Sequence[Layer]) -> tuple[Layer, ...]:
+    """The input embedding and the head where they are one matrix of the subset, else nothing."""
+    heads = [layer for layer in chosen if layer.kind is LayerKind.head]
+    embeddings = [layer for layer in chosen if layer.kind is LayerKind.embedding]
+    pairs = [(e, h) for h in heads for e in embeddings if e.module.weight is h.module.weight]
+    return pairs[0] if pairs else ()
 
 
 def parameters(model: Any, params: str, head: bool) -> list[nn.Parameter]:
-    """Every parameter of a subset once, whatever its module computes; see `parts`."""
+    """Every parameter of a subset once, whatever its module computes; see `layers`."""
     _check_adapters(model)
     wanted = _wanted(model, params, head)
     return [p for p in models.unwrapped(model).parameters() if id(p) in wanted]
@@ -115,6 +117,27 @@ def still(model: Any) -> Iterator[None]:
             module.training = mode
         for parameter, asks in asked.items():
             parameter.requires_grad_(asks)
+
+
+@contextmanager
+def restored(moved: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:
+    """A copy of the parameters, which are set back to it on leaving, to the bit."""
+    saved = [parameter.detach().clone() for parameter in moved]
+    try:
+        yield saved
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(moved, saved, strict=True):
+                parameter.copy_(value)
+
+
+@torch.no_grad()
+def move(
+    moved: Sequence[nn.Parameter], saved: Sequence[Tensor], along: Sequence[Tensor], by: float
+) -> None:
+    """Sets the parameters to saved + by·along."""
+    for parameter, value, direction in zip(moved, saved, along, strict=True):
+        parameter.copy_(value).add_(direction, alpha=by)
 
 
 @contextmanager
@@ -173,14 +196,16 @@ def _of_adapters(model: Any) -> dict[int, str]:
     return found
 
 
-def _kind(name: str, module: nn.Module, own: dict[str, nn.Parameter], head: nn.Module) -> Kind:
+def _kind(name: str, module: nn.Module, own: dict[str, nn.Parameter], head: nn.Module) -> LayerKind:
     kind = FORWARDS.get(type(module).forward)
-    if kind is Kind.linear:
-        return Kind.head if module is head else kind
+    if kind is LayerKind.linear:
+        return LayerKind.head if module is head else kind
     if kind is None and isinstance(module, nn.Embedding) and hasattr(module, "embed_scale"):
-        return Kind.embedding  # Gemma's; that a scale is all it adds is checked on what it returns
+        return (
+            LayerKind.embedding
+        )  # Gemma's; that a scale is all it adds is checked on what it returns
     if kind is None and set(own) <= {"weight", "bias"} and all(p.dim() == 1 for p in own.values()):
-        return Kind.norm  # that it is one is checked on what it returns
+        return LayerKind.norm  # that it is one is checked on what it returns
     if kind is None:
         raise ConfigError(
             f"params: the gradients of {name} ({type(module).__name__}) are not known to the exact "
@@ -189,15 +214,15 @@ def _kind(name: str, module: nn.Module, own: dict[str, nn.Parameter], head: nn.M
     return kind
 
 
-def _check_covered(chosen: list[Part], wanted: dict[int, str]) -> None:
+def _check_covered(chosen: list[Layer], wanted: dict[int, str]) -> None:
     """Every parameter in one module, or in the head and the one embedding that it is tied to."""
-    users: dict[int, list[Kind]] = {key: [] for key in wanted}
-    for part in chosen:
-        for name, parameter in part.module.named_parameters(recurse=False):
+    users: dict[int, list[LayerKind]] = {key: [] for key in wanted}
+    for layer in chosen:
+        for name, parameter in layer.module.named_parameters(recurse=False):
             if id(parameter) not in users:
-                raise ConfigError(f"params: {part.name}.{name} is not in the subset, its rest is")
-            users[id(parameter)].append(part.kind)
-    pair = [Kind.embedding, Kind.head]
+                raise ConfigError(f"params: {layer.name}.{name} is not in the subset, its rest is")
+            users[id(parameter)].append(layer.kind)
+    pair = [LayerKind.embedding, LayerKind.head]
     for key, kinds in users.items():
         if len(kinds) != 1 and sorted(kinds, key=lambda kind: kind.value) != pair:
             raise ConfigError(

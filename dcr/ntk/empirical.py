@@ -9,15 +9,24 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from dcr import batching, models
 from dcr.config import ConfigError
 from dcr.ntk import subset
-from dcr.ntk.capture import batches
-from dcr.ntk.schemes import SCRATCH, Found, exact, finite_differences
-from dcr.ntk.subset import FORWARDS, Kind, Part, output_layer, tied
+from dcr.ntk.exact import (
+    GIB,
+    Batch,
+    Blocks,
+    batches,
+    exact,
+    graph_bytes,
+    groups,
+    last_logits,
+    log_probabilities,
+    needed,
+)
 from dcr.statistics import Interval, percentiles, resampled_groups
 
 METHODS = ("exact", "finite_difference")
@@ -133,7 +142,7 @@ def memory_needed(model: Any, lengths: Sequence[int], settings: Settings) -> int
             moved = subset.parameters(model, settings.params, settings.head)
             graph = graph_bytes(model, settings.batch_size, max(lengths))
             return graph + 3 * sum(p.nbytes for p in moved)
-        chosen = subset.parts(model, settings.params, settings.head)
+        chosen = subset.layers(model, settings.params, settings.head)
         sweeps = _sweeps(model, chosen, padded, settings)
         size = needed(model, chosen, sweeps, padded, settings.batch_size, settings.top_k)
         copied = subset.output_layer(model).weight.nbytes if settings.tied == "head" else 0
@@ -156,22 +165,22 @@ def _measured(
     tokens: Tensor | None,
     left: bool,
     device: torch.device,
-) -> Found:
+) -> Blocks:
     """In the order of lengths."""
     rows = batches(sequences, settings.batch_size, left, device)
     if settings.method == "finite_difference":
         moved = subset.parameters(model, settings.params, settings.head)
         step = settings.epsilon
         return finite_differences(model, moved, rows, settings.top_k, tokens, step)
-    chosen = subset.parts(model, settings.params, settings.head)
+    chosen = subset.layers(model, settings.params, settings.head)
     padded = _padded_lengths([len(s) for s in sequences], settings.batch_size)
     sweeps = _sweeps(model, chosen, padded, settings)
     return exact(model, sweeps, rows, settings.top_k, tokens)
 
 
 def _sweeps(
-    model: Any, chosen: list[subset.Part], padded: list[int], settings: Settings
-) -> list[list[subset.Part]]:
+    model: Any, chosen: list[subset.Layer], padded: list[int], settings: Settings
+) -> list[list[subset.Layer]]:
     itemsize = next(model.parameters()).dtype.itemsize
     budget = settings.budget_gib * GIB
     return groups(chosen, padded, settings.top_k, itemsize, budget)
@@ -211,127 +220,7 @@ def _check(
         raise ConfigError(f"tokens: {len(tokens)} rows for {len(sequences)} prompts; give one each")
 
 
-GIB = 2**30
-
-
-def groups(
-    chosen: Sequence[Part], lengths: Sequence[int], top_k: int, itemsize: int, budget: float
-) -> list[list[Part]]:
-    """Modules whose A and δ for all prompts fit `budget` bytes together: one sweep for each.
-
-    Raises ConfigError where one module alone does not fit.
-    """
-    found: list[list[Part]] = [[]]
-    used = 0
-    for part in _in_order(chosen):
-        size = held_bytes(part, lengths, top_k, itemsize)
-        if size > budget:
-            raise ConfigError(
-                f"budget_gib={budget / GIB:.3g}: {part.name} alone needs {size / GIB:.3g} for "
-                f"{len(lengths)} prompts; raise it, or take fewer prompts or a smaller top_k"
-            )
-        if used + size > budget:
-            found.append([])
-            used = 0
-        found[-1].append(part)
-        used += size
-    return found
-
-
-def held_bytes(part: Part, lengths: Sequence[int], top_k: int, itemsize: int) -> int:
-    """A and δ of one module for all prompts, at full length: an upper bound."""
-    given, wide = _features(part)
-    positions = sum(lengths) * itemsize
-    match part.kind:
-        case Kind.head:
-            return len(lengths) * given * itemsize
-        case Kind.norm:
-            return 2 * len(lengths) * top_k * wide * itemsize
-        case Kind.embedding:
-            return sum(lengths) * 8 + positions * top_k * wide
-    return positions * (given + top_k * wide)
-
-
-def needed(
-    model: Any,
-    chosen: Sequence[Part],
-    sweeps: Sequence[Sequence[Part]],
-    lengths: Sequence[int],
-    rows: int,
-    top_k: int,
-) -> int:
-    """Bytes beside the model itself: an upper estimate, `lengths` padded and ascending."""
-    itemsize = next(model.parameters()).dtype.itemsize
-    wide = max((_features(part)[1] for part in chosen if part.kind is not Kind.head), default=0)
-    last = lengths[-rows:]
-    # δ of one batch as they come, stacked and masked; those of norms are then summed at once
-    batch = sum(3 * sum(last) * top_k * _features(p)[1] for p in chosen if p.kind is Kind.norm)
-    batch = batch * itemsize + max(
-        sum(3 * held_bytes(p, last, top_k, itemsize) for p in sweep) for sweep in sweeps
-    )
-    held = max(sum(held_bytes(p, lengths, top_k, itemsize) for p in sweep) for sweep in sweeps)
-    linear = [math.prod(_features(part)) for part in chosen if part.kind is Kind.linear]
-    formed = len(lengths) * top_k * max(linear, default=0) * max(itemsize, 4)
-    pair = 3 * sum(last) * top_k * wide * max(itemsize, 4)
-    gram = 4 * (len(lengths) * top_k) ** 2 * max(itemsize, 4)
-    graph = graph_bytes(model, len(last), last[-1])
-    return held + graph + gram + max(batch, pair + 3 * min(SCRATCH, formed))
-
-
-def graph_bytes(model: Any, rows: int, length: int) -> int:
-    """What autograd keeps of one forward pass: twice what goes in and out of every projection.
-
-    Attention probabilities are counted as if kept, as they are without a fused kernel; of the
-    head, logits and their softmax in fp32.
-    """
-    config = models.unwrapped(model).config.get_text_config()
-    blocks = models.decoder_blocks(model)
-    features = sum(
-        sum(parameter.shape)
-        for module in blocks.modules()
-        if FORWARDS.get(type(module).forward) is Kind.linear
-        for name, parameter in module.named_parameters(recurse=False)
-        if name == "weight"
-    )
-    itemsize = next(model.parameters()).dtype.itemsize
-    attention = 3 * len(blocks) * config.num_attention_heads * rows * length**2
-    logits = 4 * rows * max(output_layer(model).weight.shape) * max(itemsize, 4)
-    return itemsize * (2 * rows * length * features + attention) + logits
-
-
-def _features(part: Part) -> tuple[int, int]:
-    """What a module reads and gives per position."""
-    shape = [int(size) for size in next(part.module.parameters(False)).shape]
-    if part.kind is Kind.norm:
-        return shape[0], shape[0]
-    out_first = isinstance(part.module, torch.nn.Linear)
-    return (shape[1], shape[0]) if out_first else (shape[0], shape[1])
-
-
-def _in_order(chosen: Sequence[Part]) -> list[Part]:
-    """A tied head right behind its embeddings: their cross terms need both in one sweep."""
-    if not tied(list(chosen)):
-        return list(chosen)
-    head = next(part for part in chosen if part.kind is Kind.head)
-    pair = [p for p in chosen if p.kind is Kind.embedding and p.module.weight is head.module.weight]
-    rest = [part for part in chosen if part not in (*pair, head)]
-    return [*pair, head, *rest]
-
-
-def _observer(norms: Tensor) -> Tensor:
-    return norms / norms.diagonal()[:, None]
-
-
-def _symmetric(norms: Tensor) -> Tensor:
-    own = norms.diagonal()
-    return norms / (own[:, None] * own).sqrt()
-
-
-def _none(norms: Tensor) -> Tensor:
-    return norms
-
-
-NORMALISERS = {"observer": _observer, "symmetric": _symmetric, "none": _none}
+NORMALISERS = ("observer", "symmetric", "none")
 
 
 def normalised(
@@ -345,7 +234,10 @@ def normalised(
     """
     if how not in NORMALISERS:
         raise ValueError(f"how={how!r}: choose one of {', '.join(NORMALISERS)}")
-    return NORMALISERS[how](norms)
+    own = norms.diagonal()
+    if how == "none":
+        return norms
+    return norms / (own[:, None] if how == "observer" else (own[:, None] * own).sqrt())
 
 
 def mean_by_kind(
@@ -370,20 +262,39 @@ def mean_by_kind(
     if len(kinds) != len(matrix):
         raise ValueError(f"{len(kinds)} kinds for {len(matrix)} prompts: give one each")
     values = matrix.double().numpy()
-    generator = np.random.default_rng(seed)
-    order = list(dict.fromkeys(kinds))
-    places = {kind: [i for i, other in enumerate(kinds) if other == kind] for kind in order}
     # one draw for all cells: the same prompts observe and are trained on
-    drawn = resampled_groups(kinds, generator, resamples)
-    means: dict[str, dict[str, Interval]] = {kind: {} for kind in order}
-    for seen in order:
-        for trained in order:
-            cell = values[np.ix_(places[seen], places[trained])]
-            allowed = np.ones_like(cell)
-            if seen == trained and not self_pairs:
-                np.fill_diagonal(allowed, 0)
-            means[seen][trained] = _mean(cell, allowed, drawn[seen], drawn[trained], confidence)
+    drawn = resampled_groups(kinds, np.random.default_rng(seed), resamples)
+    means: dict[str, dict[str, Interval]] = {}
+    for observer in drawn:
+        means[observer] = {}
+        for trained in drawn:
+            mean, redrawn = kind_mean(values, kinds, (observer, trained), drawn, self_pairs)
+            means[observer][trained] = Interval(mean, *percentiles(redrawn, confidence))
     return means
+
+
+def kind_mean(
+    matrix: Float[np.ndarray, "observer trained"],
+    kinds: Sequence[str],
+    cell: tuple[str, str],
+    drawn: Mapping[str, Int[np.ndarray, "draws own"]],
+    self_pairs: bool = False,
+) -> tuple[float, Float[np.ndarray, "draws"]]:
+    """The mean over pairs of (observer kind, trained kind), and that of every draw.
+
+    `drawn` are of `statistics.resampled_groups`; nan where there is no pair, as in a draw of one
+    prompt alone.
+    """
+    rows, columns = ([i for i, kind in enumerate(kinds) if kind == wanted] for wanted in cell)
+    values, allowed = matrix[np.ix_(rows, columns)], np.ones((len(rows), len(columns)))
+    if cell[0] == cell[1] and not self_pairs:
+        np.fill_diagonal(allowed, 0)
+    if not allowed.any():
+        return math.nan, np.full(len(drawn[cell[0]]), math.nan)
+    kept = np.where(allowed, values, 0.0)
+    totals, counts = (((drawn[cell[0]] @ part) * drawn[cell[1]]).sum(1) for part in (kept, allowed))
+    means = np.divide(totals, counts, out=np.full(len(totals), math.nan), where=counts > 0)
+    return float(kept.sum() / allowed.sum()), means
 
 
 def log_probability_change(
@@ -404,18 +315,55 @@ def log_probability_change(
     return logits - mean
 
 
-def _mean(
-    cell: np.ndarray,
-    allowed: np.ndarray,
-    rows: np.ndarray,
-    columns: np.ndarray,
-    confidence: float,
-) -> Interval:
-    if not allowed.any():
-        return Interval(math.nan, -math.inf, math.inf)
-    kept = np.where(allowed, cell, 0.0)
-    totals = np.einsum("ri,ij,rj->r", rows, kept, columns, optimize=True)
-    counts = np.einsum("ri,ij,rj->r", rows, allowed, columns, optimize=True)
-    # a draw of one prompt alone has no pair of two
-    drawn = totals[counts > 0] / counts[counts > 0]
-    return Interval(float(kept.sum() / allowed.sum()), *percentiles(drawn, confidence))
+def finite_differences(
+    model: Any,
+    parameters: Sequence[nn.Parameter],
+    rows: Sequence[Batch],
+    top_k: int,
+    tokens: Int[Tensor, "prompts rank"] | None,
+    step: float,
+) -> Blocks:
+    """As `exact`, one column (z(x';θ+εw) - z(x';θ-εw)) / 2ε after another, w = ∇z_u(x).
+
+    N·k backward passes and 2N²k forward passes, the latter batched. Parameters are moved in place
+    and restored bitwise, also after an exception. w is not normalised, so the true step is
+    ε‖w‖: too large is biased, too small is rounding noise; repeat with another ε to tell. Raises
+    ConfigError below fp32.
+    """
+    if any(p.dtype.itemsize < 4 for p in parameters):
+        raise ConfigError(
+            f"method=finite_difference: the model is in {parameters[0].dtype}; a step of {step} "
+            "needs fp32 at least, or take method=exact"
+        )
+    with torch.no_grad():
+        logits = [last_logits(model, batch) for batch in rows]
+        firsts = [each.topk(top_k, 1).indices for each in logits]
+        chosen = torch.cat(firsts) if tokens is None else tokens
+        log_p = log_probabilities(torch.cat(logits), chosen)
+    columns = []
+    for batch in rows:
+        for place in range(len(batch.ids)):
+            alone = Batch(0, batch.ids[place, None], batch.mask[place, None])
+            for token in chosen[batch.start + place].tolist():
+                along, moved = _gradient(model, parameters, alone, token), []
+                with subset.restored(parameters) as saved, torch.no_grad():
+                    for by in (step, -step):
+                        subset.move(parameters, saved, along, by)
+                        ends = torch.cat([last_logits(model, each) for each in rows])
+                        moved.append(ends.gather(1, chosen))
+                columns.append((moved[0] - moved[1]) / (2 * step))
+    return torch.stack(columns, 2).view(*chosen.shape, *chosen.shape), chosen, log_p
+
+
+def _gradient(
+    model: Any, parameters: Sequence[nn.Parameter], batch: Batch, token: int
+) -> list[Tensor]:
+    asked = [p.requires_grad for p in parameters]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        logit = last_logits(model, batch)[0, token]
+        return list(torch.autograd.grad(logit, parameters, materialize_grads=True))
+    finally:
+        for parameter, asks in zip(parameters, asked, strict=True):
+            parameter.requires_grad_(asks)
