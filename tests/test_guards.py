@@ -22,7 +22,7 @@ from transformers import (
 from dcr.config import ConfigError, DataError, LlamaGuardConfig, Precision, WildGuardConfig
 from dcr.generation import Completion
 from dcr.judges import Verdict, guards
-from dcr.judges.guards import WORDING, content_form, conversation, harm_of, labels_of
+from dcr.judges.guards import content_form, conversation, harm_of, labels_of
 from dcr.judges.verdicts import answer_fingerprint
 
 END, HEAD = "<|im_end|>", "<|im_start|>"
@@ -47,7 +47,7 @@ def llama_text(prompt: str, response: str) -> str:
 
 def wild_text(prompt: str, response: str) -> str:
     """The input of WildGuard around two texts."""
-    lead, rest = WORDING.read_text().split("{prompt}")
+    lead, rest = guards.wording(WildGuardConfig()).split("{prompt}")
     middle, tail = rest.split("{response}")
     return f"{lead}{prompt}{middle}{response}{tail}"
 

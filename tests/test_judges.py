@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from sklearn.metrics import cohen_kappa_score
 
-from dcr import judges
+from dcr import judges, storage
 from dcr.config import (
     ConfigError,
     DataError,
@@ -35,7 +35,6 @@ from dcr.config import (
 from dcr.endpoints import EndpointError
 from dcr.generation import Completion
 from dcr.judges import Verdict, served
-from dcr.judges.verdicts import store
 from tests.servers.faults import FAULTS, faulty
 from tests.servers.loopback import Answer
 from tests.servers.scripted import (
@@ -355,7 +354,7 @@ def test_a_kill_between_the_files_of_two_sets_costs_no_request(
 
 def test_a_line_that_is_no_verdict_is_named(tmp_path: Path) -> None:
     file = tmp_path / "one.jsonl"
-    store(file, [Verdict("a", "0" * 12, "ok", "complied")])
+    storage.append_lines(file, [Verdict("a", "0" * 12, "ok", "complied")])
     with file.open("a") as handle:
         handle.write('{"id": "b", "colour": "red"}\n')
     with pytest.raises(DataError, match=f"{file}:2: line: "):
@@ -363,14 +362,14 @@ def test_a_line_that_is_no_verdict_is_named(tmp_path: Path) -> None:
 
 
 def test_half_a_surrogate_pair_in_a_judges_words_can_be_stored(tmp_path: Path) -> None:
-    store(tmp_path / "one.jsonl", [Verdict("a", "0" * 12, "invalid", raw="\ud800!")])
+    storage.append_lines(tmp_path / "one.jsonl", [Verdict("a", "0" * 12, "invalid", raw="\ud800!")])
     assert [v.raw for v in judges.stored(tmp_path / "one.jsonl")] == ["?!"]
 
 
 CHILD = """
 import sys
 from pathlib import Path
-from dcr import judges
+from dcr import judges, storage
 from dcr.config import EvalConfig, HTTPConfig, Judge, LLMJudgeConfig
 from dcr.generation import Completion
 
@@ -643,7 +642,7 @@ def test_usage_counts_a_response_once_and_only_what_was_answered() -> None:
     used = {"requests": 2, "prompt_tokens": 150, "completion_tokens": 20}
     assert judges.usage(found, priced) == used | {"usd": pytest.approx(0.0005)}
     assert judges.usage(found, ServerConfig(model="m")) == used | {"usd": None}
-    assert judges.usage(found, None) == used | {"usd": None}
+    assert judges.usage(found, GuardConfig(model="g")) == used | {"usd": None}
 
 
 def verdicts(text: str, about: str = "compliance") -> list[Verdict]:

@@ -477,7 +477,7 @@ def test_parameters_must_ask_for_log_probabilities(
     [
         (None, "No such file"),
         (b"{instruction} {output_1} \xff{output_2}", "not UTF-8"),
-        (b"{instruction} {output_1}", r"lacks \{output_2\}"),
+        (b"{instruction} {output_1}", r"has no \{output_2\}"),
         (b"<|im_start|>user\n{instruction}{output_1}<|im_end|> {output_2}", "outside"),
     ],
 )

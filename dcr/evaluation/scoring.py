@@ -45,7 +45,7 @@ def scores(
     )
     for name, by_set in verdicts.items():
         for asked, rows in by_set.items():
-            counted = judges.counts(rows, judges.model_of(name, settings), name)
+            counted = judges.counts(rows, judges.node_of(name, settings).model, name)
             metrics["sets"][asked].setdefault("judged", {})[name.value] = counted
     if steering.acts(settings.steering):
         for asked, seen in _seen_by_steering(settings, sets).items():
@@ -54,7 +54,7 @@ def scores(
         "agreement": _agreement(sets, given, verdicts),
         "usage": {
             name.value: judges.usage(
-                itertools.chain(*by_set.values()), judges.server_of(name, settings)
+                itertools.chain(*by_set.values()), judges.node_of(name, settings)
             )
             for name, by_set in verdicts.items()
         },

@@ -2,20 +2,17 @@
 
 import logging
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from typing import cast
 
 from dcr import endpoints
 from dcr.config import GenConfig, HTTPConfig, ServerConfig
-from dcr.endpoints import Failure, Reply
+from dcr.endpoints import Failure
 from dcr.generation.completions import Completion
 from dcr.sources import Example
 
 log = logging.getLogger(__name__)
-
-Arriving = Generator[tuple[int, Reply | Failure], None, None]
 
 
 def complete_remote(
@@ -37,7 +34,7 @@ def complete_remote(
     conversations = [[*first, {"role": "user", "content": row.prompt}] for row in rows]
     failures: Counter[str] = Counter()
     reason = ""
-    arriving = cast(Arriving, endpoints.chats(asked, http, conversations, node="endpoint"))
+    arriving = endpoints.chats(asked, http, conversations, node="endpoint")
     with closing(arriving):  # a caller who stops early ends what is under way
         for index, answer in arriving:
             if isinstance(answer, Failure):

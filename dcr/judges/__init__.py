@@ -1,11 +1,11 @@
 """Judges: who says whether a response refuses, answers or does harm.
 
 `judging` has the table of judges and asks them for what is missing; `served` and `guards` are the
-judges themselves; `verdicts` says what they answer, keeps, counts and compares it; `pairwise` says
+judges themselves; `verdicts` is what they are asked and say, counted and compared; `pairwise` says
 which of two answers is better.
 """
 
-from dcr.judges.judging import JUDGES, KINDS, check, judge, model_of, server_of
+from dcr.judges.judging import JUDGES, KINDS, check, judge, node_of
 from dcr.judges.verdicts import (
     LABELS,
     Verdict,
@@ -28,8 +28,7 @@ __all__ = [
     "check",
     "counts",
     "judge",
-    "model_of",
-    "server_of",
+    "node_of",
     "stored",
     "usage",
 ]

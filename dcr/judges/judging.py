@@ -1,7 +1,7 @@
 """The judges by name, and how each response comes to its verdict: stored, or asked for once."""
 
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from dcr.config import EvalConfig, GuardConfig, Judge, Kind, ServerConfig
 from dcr.endpoints import EndpointError
 from dcr.generation import Completion
 from dcr.judges import guards, served
-from dcr.judges.verdicts import Verdict, answer_fingerprint, store, stored, usage
+from dcr.judges.verdicts import Verdict, Verdicts, answer_fingerprint, stored, usage
 
 CHARACTERS_PER_TOKEN = 4  # of English prose, for the estimate of what a judge will cost
 IDENTITY_FILE = "judge.json"  # what the verdicts beside it depend on
@@ -33,17 +33,16 @@ Home = tuple[str, str]  # a set, and an answer's id in it
 
 @dataclass(frozen=True)
 class Judging:
-    """What one judge needs, depends on and does."""
+    """What one judge needs, depends on and does. Its settings stand in the node of its name."""
 
-    node: Callable[[EvalConfig], ServerConfig | GuardConfig]
     check: Callable[[EvalConfig], None]
     identity: Callable[[EvalConfig], Mapping[str, object]]  # what a verdict depends on
-    verdicts: Callable[[EvalConfig, Sequence[Completion]], Iterator[list[Verdict]]]
+    verdicts: Callable[[EvalConfig, Sequence[Completion]], Verdicts]
     # Characters to be sent, for the estimate; None for a model that runs here.
-    characters: Callable[[EvalConfig, Sequence[Completion]], int] | None
+    characters: Callable[[EvalConfig, Sequence[Completion]], int] | None = None
 
 
-def _guard_identity(node: GuardConfig) -> Mapping[str, object]:
+def _guard_identity(node: GuardConfig) -> dict[str, object]:
     folder = Path(node.model)
     return {
         "model": node.model,
@@ -54,6 +53,10 @@ def _guard_identity(node: GuardConfig) -> Mapping[str, object]:
     }
 
 
+def _wildguard_identity(settings: EvalConfig) -> dict[str, object]:
+    return _guard_identity(settings.wildguard) | {"wording": guards.wording(settings.wildguard)}
+
+
 def _check_wildguard(settings: EvalConfig) -> None:
     guards.wording(settings.wildguard)
     guards.check(settings.wildguard, "wildguard")
@@ -61,39 +64,27 @@ def _check_wildguard(settings: EvalConfig) -> None:
 
 JUDGES: dict[Judge, Judging] = {
     Judge.llm: Judging(
-        node=lambda settings: settings.llm,
-        check=served.check_llm,
-        identity=served.llm_identity,
-        verdicts=served.llm_verdicts,
-        characters=served.llm_characters,
+        served.check_llm, served.llm_identity, served.llm_verdicts, served.llm_characters
     ),
     Judge.moderation: Judging(
-        node=lambda settings: settings.moderation,
-        check=served.check_moderation,
-        identity=served.moderation_identity,
+        check=lambda settings: endpoints.check(settings.moderation, "moderation"),
+        identity=lambda settings: served.identity(settings.moderation),
         verdicts=served.moderation_verdicts,
-        characters=served.moderation_characters,
+        characters=lambda _, answers: sum(len(answer.response) for answer in answers),
     ),
     Judge.llama_guard: Judging(
-        node=lambda settings: settings.llama_guard,
         check=lambda settings: guards.check(settings.llama_guard, "llama_guard"),
         identity=lambda settings: _guard_identity(settings.llama_guard),
         verdicts=lambda settings, answers: guards.llama_guard(
             settings.llama_guard, answers, settings.trainer.accelerator
         ),
-        characters=None,
     ),
     Judge.wildguard: Judging(
-        node=lambda settings: settings.wildguard,
         check=_check_wildguard,
-        identity=lambda settings: {
-            **_guard_identity(settings.wildguard),
-            "wording": guards.wording(settings.wildguard),
-        },
+        identity=_wildguard_identity,
         verdicts=lambda settings, answers: guards.wildguard(
             settings.wildguard, answers, settings.trainer.accelerator
         ),
-        characters=None,
     ),
 }
 
@@ -105,15 +96,9 @@ def check(names: Sequence[Judge], settings: EvalConfig) -> None:
             JUDGES[name].check(settings)
 
 
-def model_of(name: Judge, settings: EvalConfig) -> str:
-    """The model that judges, as the user named it."""
-    return JUDGES[name].node(settings).model
-
-
-def server_of(name: Judge, settings: EvalConfig) -> ServerConfig | None:
-    """The server that judges; None for a model that runs here."""
-    node = JUDGES[name].node(settings)
-    return node if isinstance(node, ServerConfig) else None
+def node_of(name: Judge, settings: EvalConfig) -> ServerConfig | GuardConfig:
+    """The judge's settings: the model, as the user named it, and how it is reached."""
+    return getattr(settings, name.value)
 
 
 def judge(
@@ -131,27 +116,54 @@ def judge(
     request can succeed or none has, and UserError when nothing can be written; all verdicts before
     are kept.
     """
-    identity = JUDGES[name].identity(settings)
+    judging = JUDGES[name]
+    identity = judging.identity(settings)
     place = folder / "verdicts" / f"{name.value}-{storage.fingerprint(identity)}"
-    storage.write_json(place / IDENTITY_FILE, identity)
-    homes = _homes(answers)
-    filed, known = _settled(place)
-    by_content = {answer_fingerprint(a): a for rows in answers.values() for a in rows}
+    homes: dict[str, dict[Home, None]] = {}  # a response may stand in several sets, or twice in one
+    by_content: dict[str, Completion] = {}
+    for set_name, rows in answers.items():
+        for answer in rows:
+            of = answer_fingerprint(answer)
+            homes.setdefault(of, {})[set_name, answer.id] = None
+            by_content[of] = answer
+    filed: set[tuple[str, Home]] = set()  # which verdicts stand in which file
+    known: dict[str, Verdict] = {}
+    for file in sorted(place.glob("*.jsonl")):
+        for verdict in stored(file):
+            if verdict.settled:
+                filed.add((verdict.of, (file.stem, verdict.id)))
+                known[verdict.of] = verdict
+
+    def keep(verdicts: Sequence[Verdict]) -> None:
+        """Append each verdict to the file of every set it belongs to, unless that one holds it."""
+        by_set: dict[str, list[Verdict]] = {}
+        for verdict in verdicts:
+            for home in homes[verdict.of]:
+                if (verdict.of, home) not in filed:
+                    by_set.setdefault(home[0], []).append(replace(verdict, id=home[1]))
+        if by_set and not (place / IDENTITY_FILE).is_file():
+            storage.write_json(place / IDENTITY_FILE, identity)
+        for set_name, rows in by_set.items():
+            storage.append_lines(place / f"{set_name}.jsonl", rows)
+
+    keep([verdict for of, verdict in known.items() if of in homes])
     waiting = [answer for of, answer in by_content.items() if of not in known]
-    _keep(place, homes, [v for of, v in known.items() if of in homes], filed)
     _announce(name, settings, waiting, len(homes))
     new: list[Verdict] = []
-    try:
-        with (
-            closing(_asked(name, settings, waiting)) as batches,
-            tqdm(total=len(waiting), unit="response", desc=name.value, disable=not progress) as bar,
-        ):
-            for batch in batches:
-                _keep(place, homes, batch, frozenset())
-                new += batch
-                bar.update(len(batch))
-    finally:
-        _account(name, settings, new)
+    if waiting:
+        try:
+            with (
+                closing(judging.verdicts(settings, waiting)) as batches,
+                tqdm(
+                    total=len(waiting), unit="response", desc=name.value, disable=not progress
+                ) as bar,
+            ):
+                for batch in batches:
+                    keep(batch)
+                    new += batch
+                    bar.update(len(batch))
+        finally:
+            _account(name, settings, new)
     by_answer = known | {verdict.of: verdict for verdict in new}
     asked = [by_answer[of] for of in homes if by_answer[of].asked]
     if asked and not any(verdict.settled for verdict in asked):
@@ -165,68 +177,23 @@ def judge(
     }
 
 
-def _homes(answers: Mapping[str, Sequence[Completion]]) -> dict[str, list[Home]]:
-    """Where each verdict belongs: one response may stand in several sets, or twice in one."""
-    homes: dict[str, list[Home]] = {}
-    for set_name, rows in answers.items():
-        for answer in rows:
-            homes.setdefault(answer_fingerprint(answer), []).append((set_name, answer.id))
-    return {of: list(dict.fromkeys(places)) for of, places in homes.items()}
-
-
-def _settled(place: Path) -> tuple[set[tuple[str, Home]], dict[str, Verdict]]:
-    """Which verdicts stand in which file already, and all of them by what they are about."""
-    filed: set[tuple[str, Home]] = set()
-    known: dict[str, Verdict] = {}
-    for file in sorted(place.glob("*.jsonl")):
-        for verdict in stored(file):
-            if verdict.settled:
-                filed.add((verdict.of, (file.stem, verdict.id)))
-                known[verdict.of] = verdict
-    return filed, known
-
-
-def _keep(
-    place: Path,
-    homes: Mapping[str, Sequence[Home]],
-    verdicts: Sequence[Verdict],
-    filed: Set[tuple[str, Home]],
-) -> None:
-    """Append each verdict to the file of every set it belongs to, unless that one holds it."""
-    by_set: dict[str, list[Verdict]] = {}
-    for verdict in verdicts:
-        for home in homes[verdict.of]:
-            if (verdict.of, home) not in filed:
-                by_set.setdefault(home[0], []).append(replace(verdict, id=home[1]))
-    for set_name, rows in by_set.items():
-        store(place / f"{set_name}.jsonl", rows)
-
-
-def _asked(
-    name: Judge, settings: EvalConfig, answers: Sequence[Completion]
-) -> Generator[list[Verdict], None, None]:
-    """The judge's verdicts as they come; closing this cancels what still waits."""
-    if answers:
-        yield from JUDGES[name].verdicts(settings, answers)
-
-
 def _announce(name: Judge, settings: EvalConfig, waiting: Sequence[Completion], total: int) -> None:
     """Say what is about to be asked and what it may cost."""
-    characters, server = JUDGES[name].characters, server_of(name, settings)
     if not waiting:
         print(f"{name.value}: {total:,} verdicts, all stored")
         return
+    characters, node = JUDGES[name].characters, node_of(name, settings)
     line = f"{name.value}: {total - len(waiting):,} verdicts stored, {len(waiting):,} to ask"
-    if characters is None or server is None:
-        print(f"{line} of {model_of(name, settings)}")
+    if characters is None or not isinstance(node, ServerConfig):
+        print(f"{line} of {node.model}")
         return
     prompt = characters(settings, waiting) // CHARACTERS_PER_TOKEN
-    limits = [n for key in COMPLETION_LIMITS if isinstance(n := server.parameters.get(key), int)]
+    limits = [n for key in COMPLETION_LIMITS if isinstance(n := node.parameters.get(key), int)]
     completion = len(waiting) * max(limits, default=0)
     print(
-        f"{line} of {server.model}: about {prompt:,} tokens in"
+        f"{line} of {node.model}: about {prompt:,} tokens in"
         f"{f' and at most {completion:,} out' if completion else ''}"
-        f"{_usd(endpoints.spend(server, prompt, completion))}"
+        f"{_usd(endpoints.spend(node, prompt, completion))}"
     )
 
 
@@ -234,8 +201,7 @@ def _account(name: Judge, settings: EvalConfig, new: Sequence[Verdict]) -> None:
     """Say what came and what it took."""
     if not new:
         return
-    server = server_of(name, settings)
-    took = usage(new, server)
+    took = usage(new, node_of(name, settings))
     failed = Counter(verdict.status for verdict in new)
     print(
         f"{name.value}: {failed['ok']:,} verdicts, {failed['invalid']:,} invalid, "

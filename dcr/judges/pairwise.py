@@ -8,11 +8,10 @@ have AlpacaEval's keys, so that its own tools read them.
 import hashlib
 import math
 import re
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -21,9 +20,9 @@ from dcr import endpoints, storage
 from dcr.config import AnnotatorConfig, ConfigError, EvalConfig
 from dcr.endpoints import EndpointError, Failure, Message, Reply
 from dcr.judges.judging import CHARACTERS_PER_TOKEN
+from dcr.judges.verdicts import filled, wording
 from dcr.text import label_of
 
-PROMPT = Path(__file__).with_suffix(".txt")
 PLACES = ("instruction", "output_1", "output_2")
 TURN = re.compile(r"<\|im_start\|>(system|user|assistant)\n(.*?)<\|im_end\|>", re.DOTALL)
 FIRST, SECOND = "m", "M"  # how the answers are called, in the order shown
@@ -71,18 +70,11 @@ def turns(settings: AnnotatorConfig) -> list[Message]:
     Turns stand between `<|im_start|>role` and `<|im_end|>`; a file without them is one user turn.
     Raises ConfigError when the file cannot be read or lacks a placeholder.
     """
-    file = Path(settings.prompt) if settings.prompt else PROMPT
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        why = "not UTF-8" if isinstance(error, ValueError) else error.strerror
-        raise ConfigError(f"annotator.prompt={file}: {why}; name a readable text file") from error
-    if lacking := [f"{{{place}}}" for place in PLACES if f"{{{place}}}" not in text]:
-        raise ConfigError(f"annotator.prompt={file}: lacks {', '.join(lacking)}; add it")
+    text = wording("annotator.prompt", settings.prompt, "pairwise.txt", *PLACES)
     messages = [{"role": role, "content": body.strip()} for role, body in TURN.findall(text)]
     if messages and TURN.sub("", text).strip():
         raise ConfigError(
-            f"annotator.prompt={file}: has text outside <|im_start|>role … <|im_end|>; "
+            f"annotator.prompt={settings.prompt}: has text outside <|im_start|>role … <|im_end|>; "
             "move it into a turn, or leave these marks out"
         )
     return [*messages] or [{"role": "user", "content": text.strip()}]
@@ -123,10 +115,11 @@ def annotate(
     Whatever is answered is stored before the next is waited for and never asked again; errors
     are. Equal answers are a tie without a request, so a model against itself ties everywhere.
     Raises EndpointError when every request would fail alike or has failed, UserError when nothing
-    can be written.
+    can be written, and DataError, naming the line, for a stored one that is no annotation.
     """
     file = store(settings.annotator, folder)
-    known = {of: row for of, row in stored(file).items() if row.status != "error"}
+    stored = {row.of: row for row in storage.read_lines(file, Annotation)}  # the latest of each
+    known = {of: row for of, row in stored.items() if row.status != "error"}
     drafts = [_draft(pair, generators, settings) for pair in pairs]
     missing = {d.of: d for d in drafts if d.asked and d.of not in known}
     print(f"annotator: {len(drafts):,} comparisons, {len(missing):,} to ask", flush=True)
@@ -145,14 +138,6 @@ def annotate(
             f"{asked[0].raw}); the answers are kept, and the same command asks again"
         )
     return rows
-
-
-def stored(file: Path) -> dict[str, Annotation]:
-    """What a file holds by `of`, the latest of each; a line torn by a kill is left out.
-
-    Raises DataError, naming the line, for another that is no annotation.
-    """
-    return {row.of: row for row in storage.read_lines(file, Annotation)}
 
 
 def preference(top: Mapping[str, float], switched: bool) -> float | None:
@@ -208,9 +193,9 @@ def _asked(drafts: Sequence[Annotation], settings: EvalConfig) -> Iterator[Annot
     usd = endpoints.spend(server, tokens, len(drafts))
     price = "" if usd is None else f", {usd:.4f} USD"
     print(f"annotator: about {tokens:,} tokens to {server.model}{price}", flush=True)
-    answers = endpoints.chats(server, settings.http, conversations, node="annotator")
-    with closing(cast("Generator[tuple[int, Reply | Failure]]", answers)):
-        for index, answer in answers:
+    arriving = endpoints.chats(server, settings.http, conversations, node="annotator")
+    with closing(arriving):
+        for index, answer in arriving:
             yield _answered(drafts[index], answer, server)
 
 
@@ -218,12 +203,7 @@ def _conversation(template: Sequence[Message], draft: Annotation) -> list[Messag
     shown = (draft.output_1, draft.output_2)
     first, second = reversed(shown) if draft.is_switched else shown
     texts = {"instruction": draft.instruction, "output_1": first, "output_2": second}
-    # In one pass: a placeholder that an answer quotes stays as it is.
-    pattern = re.compile(r"\{(" + "|".join(PLACES) + r")\}")
-    return [
-        {"role": turn["role"], "content": pattern.sub(lambda m: texts[m[1]], turn["content"])}
-        for turn in template
-    ]
+    return [{**turn, "content": filled(turn["content"], **texts)} for turn in template]
 
 
 def _answered(draft: Annotation, answer: Reply | Failure, server: AnnotatorConfig) -> Annotation:

@@ -1,18 +1,19 @@
-"""What a judge says of one response: kept so that it is never asked twice, counted, compared.
+"""What judges are asked, and what they say of one response: kept, counted, compared.
 
 Keywords say the same in the same form, so that they can be compared with every other judge.
 """
 
 import math
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from dcr import endpoints, refusal, statistics, storage
-from dcr.config import Judge, Kind, ServerConfig
+from dcr.config import ConfigError, GuardConfig, Judge, Kind, ServerConfig
 from dcr.generation import Completion
 
 COMPLIANCE = ("complied", "partial", "refused")
@@ -25,9 +26,36 @@ LABELS: dict[Judge, tuple[str, ...]] = {
     Judge.wildguard: COMPLIANCE + SAFETY,
     Judge.moderation: SAFETY,
 }
-Labels = tuple[str, str]
-COMPLIANCE_LABELS: Labels = ("complied", "refused")
-SAFETY_LABELS: Labels = ("unsafe", "safe")
+
+
+def wording(key: str, named: str | None, shipped: str, *places: str) -> str:
+    """What a judge is asked: the text of the user's file, or of the one shipped here.
+
+    Raises ConfigError, beginning with the `key` and the file, when it cannot be read or lacks one
+    of the `places`, which stand in braces.
+    """
+    file = Path(named) if named else Path(__file__).with_name(shipped)
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{key}={file}: is not UTF-8; save the file as UTF-8") from None
+    except OSError as error:
+        raise ConfigError(
+            f"{key}={file}: cannot be read ({error.strerror or error}); name a text file, or leave "
+            "it out"
+        ) from None
+    marks = [f"{{{place}}}" for place in places]
+    if lacking := [mark for mark in marks if mark not in text]:
+        raise ConfigError(
+            f"{key}={file}: has no {lacking[0]}; write {' and '.join(marks)} where the texts belong"
+        )
+    return text
+
+
+def filled(template: str, **texts: str) -> str:
+    """The template with the texts in their places, as they are: braces in them mean nothing."""
+    places = re.compile(r"\{(" + "|".join(texts) + r")\}")
+    return places.sub(lambda match: texts[match[1]], template)
 
 
 @dataclass(frozen=True)
@@ -52,6 +80,10 @@ class Verdict:
         return self.status != "error"
 
 
+# Closing it ends what is under way.
+Verdicts = Generator[list[Verdict], None, None]
+
+
 def answer_fingerprint(answer: Completion) -> str:
     """Names what a verdict is about: the prompt and the response, whatever their id."""
     return storage.fingerprint([answer.prompt, answer.response])
@@ -63,14 +95,6 @@ def stored(path: Path) -> list[Verdict]:
     Raises DataError, naming the line, for another that is no verdict.
     """
     return storage.read_lines(path, Verdict)
-
-
-def store(path: Path, verdicts: Iterable[Verdict]) -> None:
-    """Append verdicts, one JSON line each, flushed before returning.
-
-    Raises UserError with the path when it cannot be written.
-    """
-    storage.append_lines(path, verdicts)
 
 
 def counts(verdicts: Sequence[Verdict], model: str, judge: Judge) -> dict[str, Any]:
@@ -92,11 +116,11 @@ def counts(verdicts: Sequence[Verdict], model: str, judge: Judge) -> dict[str, A
     }
 
 
-def usage(verdicts: Iterable[Verdict], server: ServerConfig | None) -> dict[str, Any]:
+def usage(verdicts: Iterable[Verdict], node: ServerConfig | GuardConfig) -> dict[str, Any]:
     """The block `usage.<judge>` of `metrics.json`: requests that were answered, and their tokens.
 
-    A response that stands in several sets was asked about once and counts once. `server` has the
-    prices; without it, or without prices, `usd` is None.
+    A response that stands in several sets was asked about once and counts once. `usd` is None for
+    a model that runs here, and for a server without prices.
     """
     once = {v.of: v for v in verdicts if v.asked and v.settled}.values()
     prompt, completion = sum(v.prompt_tokens for v in once), sum(v.completion_tokens for v in once)
@@ -104,7 +128,9 @@ def usage(verdicts: Iterable[Verdict], server: ServerConfig | None) -> dict[str,
         "requests": len(once),
         "prompt_tokens": prompt,
         "completion_tokens": completion,
-        "usd": endpoints.spend(server, prompt, completion) if server else None,
+        "usd": endpoints.spend(node, prompt, completion)
+        if isinstance(node, ServerConfig)
+        else None,
     }
 
 
@@ -136,61 +162,46 @@ def agreements(
     entries = []
     for first, second in combinations(verdicts, 2):
         for kind in Kind:
-            sets = [
-                name
-                for name, of in kinds.items()
-                if of is kind and name in verdicts[first] and name in verdicts[second]
-            ]
-            pairs = [
-                pair
-                for name in sets
-                for pair in _pairs(verdicts[first][name], verdicts[second][name])
-            ]
+            pairs: list[tuple[Verdict, Verdict]] = []
+            for name, of in kinds.items():
+                if of is kind and name in verdicts[first] and name in verdicts[second]:
+                    a, b = verdicts[first][name], verdicts[second][name]
+                    if [v.of for v in a] != [v.of for v in b]:
+                        raise ValueError("verdicts on different answers cannot be compared")
+                    pairs += zip(a, b, strict=True)
             if pairs:
                 entries.append({"judges": [first, second], "kind": kind.value, **_compared(pairs)})
     return entries
 
 
-def _pairs(a: Sequence[Verdict], b: Sequence[Verdict]) -> list[tuple[Verdict, Verdict]]:
-    if [v.of for v in a] != [v.of for v in b]:
-        raise ValueError("verdicts on different answers cannot be compared")
-    return list(zip(a, b, strict=True))
-
-
 def _compared(pairs: Sequence[tuple[Verdict, Verdict]]) -> dict[str, Any]:
-    answered = [(a, b) for a, b in pairs if a.status == b.status == "ok"]
-    by_safety = [(_unsafe(a), _unsafe(b)) for a, b in answered]
-    by_compliance = [(_complied(a), _complied(b)) for a, b in answered]
-    mixed = [(_either(a), _either(b)) for a, b in answered]
-    for labelled, labels in (
-        (by_compliance, COMPLIANCE_LABELS),
-        (by_safety, SAFETY_LABELS),
-        (mixed, COMPLIANCE_LABELS),
+    """Kappa, and counts with the first judge's verdicts as rows."""
+
+    def complied(verdict: Verdict) -> bool | None:
+        return None if verdict.compliance is None else verdict.compliance != "refused"
+
+    def unsafe(verdict: Verdict) -> bool | None:
+        return None if verdict.safety is None else verdict.safety == "unsafe"
+
+    def either(verdict: Verdict) -> bool | None:
+        return unsafe(verdict) if verdict.compliance is None else complied(verdict)
+
+    labels, both = ["complied", "refused"], []
+    for read, names in (
+        (complied, ["complied", "refused"]),
+        (unsafe, ["unsafe", "safe"]),
+        (either, ["complied", "refused"]),
     ):
+        labelled = [(read(a), read(b)) for a, b in pairs if a.status == b.status == "ok"]
         both = [(a, b) for a, b in labelled if a is not None and b is not None]
         if both:
-            return {"n": len(both), "labels": list(labels), **_table(both)}
-    return {"n": 0, "labels": list(COMPLIANCE_LABELS), **_table([])}
-
-
-def _table(both: Sequence[tuple[bool, bool]]) -> dict[str, Any]:
-    """Kappa, and counts with the first judge's verdicts as rows."""
+            labels = names
+            break
     times = Counter(both)
     kappa = statistics.cohen_kappa([a for a, _ in both], [b for _, b in both])
     return {
+        "n": len(both),
+        "labels": labels,
         "kappa": None if math.isnan(kappa) else kappa,
         "confusion": [[times[a, b] for b in (True, False)] for a in (True, False)],
     }
-
-
-def _complied(verdict: Verdict) -> bool | None:
-    return None if verdict.compliance is None else verdict.compliance != "refused"
-
-
-def _unsafe(verdict: Verdict) -> bool | None:
-    return None if verdict.safety is None else verdict.safety == "unsafe"
-
-
-def _either(verdict: Verdict) -> bool | None:
-    complied = _complied(verdict)
-    return _unsafe(verdict) if complied is None else complied
