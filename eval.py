@@ -12,7 +12,7 @@ from typing import Any
 
 import hydra
 import torch
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from dcr import cli, config, dashboard, runs, storage
 from dcr.config import ConfigError, EvalConfig
@@ -73,23 +73,14 @@ def _completed(composed: DictConfig, run: Run) -> DictConfig:
         merged.model.name, merged.model.label = named, ""
     if not merged.model.label:
         merged.model.label = label_of(str(merged.model.name))
-    base = OmegaConf.structured(config.DataConfig)
     if OmegaConf.is_missing(composed.data, "label"):
         base = made_with.get("data") or OmegaConf.load(_demo_data())
-    named = OmegaConf.to_container(composed.data, resolve=False)
-    merged.data = OmegaConf.merge(base, _named(named))
+        merged.data = OmegaConf.merge(base, config.named(composed.data))
     return merged
 
 
 def _demo_data() -> Path:
     return Path(__file__).parent / "conf" / "data" / "demo.yaml"
-
-
-def _named(node: Any) -> Any:
-    """What the command or a data file set, leaf by leaf; the others are missing."""
-    if not isinstance(node, dict):
-        return node
-    return {key: _named(value) for key, value in node.items() if value != MISSING}
 
 
 def evaluate(settings: EvalConfig, run: Run) -> None:

@@ -50,6 +50,8 @@ def resolve(composed: DictConfig, schema: type[Node]) -> Node:
     """
     node = OmegaConf.create(OmegaConf.to_container(composed, resolve=False))
     assert isinstance(node, DictConfig)
+    if schema is EvalConfig:
+        node.data = named(node.data)
     default = OmegaConf.to_container(OmegaConf.structured(schema), resolve=False)
     for key in _without_value(OmegaConf.to_container(node, resolve=False), default):
         # a merge would keep the default and say nothing
@@ -70,6 +72,17 @@ def resolve(composed: DictConfig, schema: type[Node]) -> Node:
         config.dcr.layer = _layer(config.dcr.layer)
     check(config)
     return config
+
+
+def named(data: DictConfig) -> Any:
+    """What a command or a data file sets of an evaluation's data; all else is left as missing."""
+    return _named(OmegaConf.to_container(data, resolve=False))
+
+
+def _named(node: Any) -> Any:
+    if not isinstance(node, dict):
+        return node
+    return {key: _named(value) for key, value in node.items() if value != MISSING}
 
 
 def _without_value(given: Any, default: Any, prefix: str = "") -> Iterator[str]:
