@@ -26,7 +26,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from dcr import cli, config, data, likelihood, losses, models, prompts, refusal
+from dcr import cli, config, data, losses, models, prompts, refusal
 from dcr.config import Stage, TrainConfig
 from dcr.models import Policy
 from dcr.training.contrastive import ContrastiveModule
@@ -166,7 +166,8 @@ def head_values() -> None:
     policy = models.open_policy(settings("tiny").model, config.Precision.fp32)
     ids = torch.randint(4, 250, (2, 12))
     hidden = models.backbone(policy.model)(input_ids=ids).last_hidden_state
-    total, _ = likelihood.head_nll(policy.model, hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    labelled = {"hidden": hidden[:, :-1].flatten(0, 1), "targets": ids[:, 1:].flatten()}
+    total, _ = losses.token_nll(**labelled, **models.readout(policy.model))
     torch.testing.assert_close(total / 22, policy.model(ids, labels=ids).loss)
 
 

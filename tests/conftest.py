@@ -24,7 +24,7 @@ typechecked = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a f
 # Before any module of ours is imported: shapes and types in signatures are checked from here on,
 # in every module that handles tensors.
 CHECKED = (
-    *("activations", "claims", "contamination", "data", "generation", "likelihood", "losses"),
+    *("activations", "claims", "contamination", "data", "generation", "losses"),
     *("models", "ntk", "prompts", "refusal", "separability", "statistics", "steering", "training"),
 )
 hook = install_import_hook([f"dcr.{name}" for name in CHECKED], f"{__name__}.typechecked")

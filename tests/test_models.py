@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dcr import likelihood, models, storage
+from dcr import losses, models, storage
 from dcr.config import ConfigError, LoraConfig, ModelConfig, Precision
 from dcr.models import Policy
 
@@ -125,7 +125,7 @@ def test_backbone_head_and_nll_make_the_models_own_logits(named: tuple[str, Any]
     with torch.no_grad():
         hidden = models.backbone(model)(input_ids=IDS, use_cache=False).last_hidden_state
         logits = model(input_ids=IDS, use_cache=False).logits
-        total, each = likelihood.head_nll(model, hidden[0, :-1], IDS[0, 1:])
+        total, each = losses.token_nll(hidden[0, :-1], targets=IDS[0, 1:], **models.readout(model))
     truth = nn.functional.cross_entropy(logits[0, :-1], IDS[0, 1:], reduction="none")
     torch.testing.assert_close(each, truth, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(total, truth.sum(), rtol=1e-5, atol=1e-5)

@@ -13,7 +13,7 @@ from tiny_run import changed, fit, same, settings, weights
 from torch import Tensor
 
 import train
-from dcr import likelihood, models, prompts
+from dcr import losses, models, prompts
 from dcr.config import Method, ModelConfig, Schedule, SFTConfig, Stage, TrainConfig
 from dcr.data import PairBatch, SafetyData, micro_batches, pair_batch, split
 from dcr.models import Policy
@@ -137,17 +137,17 @@ def test_logits_exist_for_labelled_tokens_alone(
 ) -> None:
     policy = adapted(policy, tiny.sft)
     given: list[Tensor] = []
-    before = likelihood.head_nll
+    before = losses.token_nll
 
-    def spy(model: Any, hidden: Tensor, targets: Tensor) -> Any:
+    def spy(hidden: Tensor, targets: Tensor, **readout: Any) -> Any:
         assert hidden.shape[0] == len(targets)
         given.append(targets)
-        return before(model, hidden, targets)
+        return before(hidden, targets=targets, **readout)
 
     def forbidden(*_: Any) -> None:
         raise AssertionError("the whole head ran")
 
-    monkeypatch.setattr(likelihood, "head_nll", spy)
+    monkeypatch.setattr(losses, "token_nll", spy)
     models.head(policy.model).register_forward_pre_hook(forbidden)
     rows = rows_of(policy)
     fit(SFTModule(policy, tiny.sft, 1), [in_micro_batches(rows, 150)])

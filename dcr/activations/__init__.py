@@ -6,15 +6,3 @@ hidden states out of a forward pass, `edits` changes them in every pass of an op
 
 from dcr.activations.edits import Edit, Edits, Plan, edited, per_row
 from dcr.activations.reading import Site, captured, pooled, states
-
-__all__ = [
-    "Edit",
-    "Edits",
-    "Plan",
-    "Site",
-    "captured",
-    "edited",
-    "per_row",
-    "pooled",
-    "states",
-]

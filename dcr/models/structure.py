@@ -108,6 +108,21 @@ def head(model: Any) -> nn.Linear:
     return layer  # pyright: ignore[reportReturnType]
 
 
+def readout(model: Any) -> dict[str, Any]:
+    """What turns final-normed hidden states into logits, by the names of `losses.token_nll`.
+
+    Soft caps and logit scales of the model's configuration are among it.
+    """
+    layer, text = head(model), unwrapped(model).config.get_text_config()
+    scale = getattr(text, "logit_scale", None) or 1.0
+    return {
+        "head_weight": layer.weight,
+        "bias": layer.bias,
+        "softcap": getattr(text, "final_logit_softcapping", None),
+        "logit_scale": scale / (getattr(text, "logits_scaling", None) or 1.0),
+    }
+
+
 def freeze_beyond(model: PreTrainedModel, block: int, train_embeddings: bool | None) -> None:
     """Leave only blocks 1 to `block` trainable (Section 6), and the input embeddings as told.
 

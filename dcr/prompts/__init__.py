@@ -8,20 +8,3 @@ from dcr.prompts.chat import ZERO_WIDTH_SPACE, ChatFormat, chat_format
 from dcr.prompts.endings import looks_trained, unused_tokens
 from dcr.prompts.rows import IGNORED, PairRow, PromptRow, attention_mask, padded
 from dcr.prompts.templates import CHATML, LLAMA3, PLAIN, TEMPLATES
-
-__all__ = [
-    "CHATML",
-    "IGNORED",
-    "LLAMA3",
-    "PLAIN",
-    "TEMPLATES",
-    "ZERO_WIDTH_SPACE",
-    "ChatFormat",
-    "PairRow",
-    "PromptRow",
-    "attention_mask",
-    "chat_format",
-    "looks_trained",
-    "padded",
-    "unused_tokens",
-]

@@ -17,21 +17,3 @@ from dcr.sources.examples import (
 from dcr.sources.fields import first_turn
 from dcr.sources.reading import read, read_jsonl, read_rows
 from dcr.sources.table import SOURCES, Hub, Source
-
-__all__ = [
-    "SOURCES",
-    "Example",
-    "Hub",
-    "Source",
-    "draw",
-    "drop_duplicates",
-    "ends_as_question",
-    "fingerprint",
-    "first_turn",
-    "form_gap",
-    "question_share",
-    "read",
-    "read_jsonl",
-    "read_rows",
-    "split_by_group",
-]

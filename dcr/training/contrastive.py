@@ -11,7 +11,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from dcr import activations, likelihood, losses, models
+from dcr import activations, losses, models
 from dcr.config import Adapter, ContrastiveConfig, NLLSource
 from dcr.data import NO_CLASS, PairBatch, PromptBatch
 from dcr.models import Policy
@@ -165,7 +165,8 @@ class ContrastiveModule(ResumableModule):
         Of several ranks each has its part of the mean over the tokens of all.
         """
         where = targets != IGNORED
-        total, _ = likelihood.head_nll(self.model, hidden[where], targets[where])
+        labelled = {"hidden": hidden[where], "targets": targets[where]}
+        total, _ = losses.token_nll(**labelled, **models.readout(self.model))
         return total / summed_over_ranks(where.sum())
 
     def circle(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

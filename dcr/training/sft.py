@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcr import likelihood, models
+from dcr import losses, models
 from dcr.config import SFTConfig
 from dcr.data import PairBatch
 from dcr.models import Policy
@@ -40,15 +40,15 @@ class SFTModule(ResumableModule):
         self.keep_metrics_in_checkpoints()
 
     def training_step(self, batch: list[PairBatch], _: int) -> None:
-        weight, losses = self.weight(batch), []
+        weight, parts = self.weight(batch), []
         for index, micro in enumerate(batch):
             with self.gradients_exchanged(last=index == len(batch) - 1):
                 total, per_token = self.nll(micro)
-                losses.append(self.checked(total * weight, micro.names))
-                self.manual_backward(losses[-1] * self.trainer.world_size)
+                parts.append(self.checked(total * weight, micro.names))
+                self.manual_backward(parts[-1] * self.trainer.world_size)
             self.count(self.train_nll, micro, per_token)
         self.optimise()
-        step = torch.stack(losses).detach().sum()
+        step = torch.stack(parts).detach().sum()
         self.log("sft/step_nll", step, sync_dist=True, reduce_fx="sum")
         self.log_nll(self.train_nll, "")
 
@@ -65,7 +65,8 @@ class SFTModule(ResumableModule):
             input_ids=batch.ids, attention_mask=batch.mask, use_cache=False
         ).last_hidden_state
         where = batch.targets != IGNORED
-        return likelihood.head_nll(self.model, hidden[where], batch.targets[where])
+        labelled = {"hidden": hidden[where], "targets": batch.targets[where]}
+        return losses.token_nll(**labelled, **models.readout(self.model))
 
     def weight(self, batch: list[PairBatch]) -> Tensor:
         """What every token's NLL is multiplied by in a step: one over the tokens of all ranks."""
