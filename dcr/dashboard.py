@@ -168,7 +168,7 @@ def scored(metrics: Mapping[str, Any]) -> dict[str, float]:
         hits, n = (sum(part) for part in zip(*parts, strict=True))
         found[f"{TASK_OF_KIND[kind]}/{quantity}"] = hits / n
     if metrics.get("discernment"):
-        found["discernment"] = metrics["discernment"]["pooled"][0]
+        found["discernment"] = metrics["discernment"]["pooled"]["auroc"][0]
     for task, result in metrics.get("ability", {}).items():
         found |= {
             f"{task}/{key}": result[key] for key in ("acc", "acc_norm") if result[key] is not None

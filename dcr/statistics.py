@@ -14,6 +14,7 @@ SLOPE_PENALTY = 0.1  # keeps the slope finite where one side wins whenever it is
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 CHUNK = 2**21  # weights held at once
+ROUNDING = 1e-9  # in prompts: 0.7 of 10 is 7, whatever the floating point says
 FEWEST_FOR_LENGTHS = 20  # comparisons, ten per coefficient
 
 Weights = Float[np.ndarray, "draws pairs"]
@@ -27,6 +28,23 @@ class Interval:
     estimate: float
     low: float
     high: float
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """How scores rank positives above negatives, as a whole and at some thresholds.
+
+    Attributes:
+        auroc: the probability that a positive scores above a negative.
+        spared: by a share s of positives, the share of negatives below the threshold at which at
+            least s of the positives are caught (a score at the threshold is caught).
+        caught: by a share f of negatives, the share of positives at or above the threshold at which
+            at most f of the negatives are.
+    """
+
+    auroc: Interval
+    spared: dict[float, Interval]
+    caught: dict[float, Interval]
 
 
 @dataclass(frozen=True)
@@ -93,10 +111,11 @@ def percentiles(drawn: np.ndarray, confidence: float = CONFIDENCE) -> tuple[floa
     return float(low), float(high)
 
 
-def of_draws(values: Float[np.ndarray, "draws"]) -> Interval:
+def of_draws(values: Float[np.ndarray, "draws"], confidence: float = CONFIDENCE) -> Interval:
     """The estimate, first of the values, with percentiles of the others; unbounded where nan."""
     estimate = float(values[0])
-    ends = percentiles(values[1:]) if math.isfinite(estimate) else (-math.inf, math.inf)
+    known = math.isfinite(estimate)
+    ends = percentiles(values[1:], confidence) if known else (-math.inf, math.inf)
     return Interval(estimate, *ends)
 
 
@@ -131,12 +150,52 @@ def auroc_interval(
     positives, negatives = _counts_by_score(positive, negative)
     if not len(positive) or not len(negative):
         return Interval(math.nan, 0.0, 1.0)
-    generator = np.random.default_rng(seed)
-    drawn = _auroc_of_counts(
-        resampled(positives, generator, resamples), resampled(negatives, generator, resamples)
+    drawn = _drawn_counts(positives, negatives, resamples, seed)
+    return of_draws(_auroc_of_counts(*drawn), confidence)
+
+
+def ranking(
+    positive: Sequence[float],
+    negative: Sequence[float],
+    *,
+    caught: Sequence[float],
+    alarms: Sequence[float],
+    seed: int,
+) -> Ranking:
+    """AUROC, negatives spared where shares of positives are `caught`, and positives caught where
+    shares of negatives are false `alarms`; each with the bootstrap interval of `auroc_interval`.
+
+    If either class is empty: nan within [0, 1]. Raises ValueError if a score is NaN.
+    """
+    positives, negatives = _counts_by_score(positive, negative)
+    if not len(positive) or not len(negative):
+        unknown = Interval(math.nan, 0.0, 1.0)
+        return Ranking(unknown, dict.fromkeys(caught, unknown), dict.fromkeys(alarms, unknown))
+    drawn = _drawn_counts(positives, negatives, RESAMPLES, seed)
+    # at or above each score, which falls with the score; at the last place nothing is left
+    reached, alarmed = (
+        np.pad(side[:, ::-1].cumsum(1)[:, ::-1], ((0, 0), (0, 1))) for side in drawn
     )
-    estimate = _auroc_of_counts(positives[None], negatives[None])[0]
-    return Interval(float(estimate), *percentiles(drawn, confidence))
+    rows, many, others = np.arange(len(reached)), len(positive), len(negative)
+    spared, found = {}, {}
+    for share in caught:
+        threshold = (reached >= share * many - ROUNDING).sum(1) - 1
+        spared[share] = of_draws(1 - alarmed[rows, threshold] / others)
+    for share in alarms:
+        threshold = (alarmed > share * others + ROUNDING).sum(1)
+        found[share] = of_draws(reached[rows, threshold] / many)
+    return Ranking(of_draws(_auroc_of_counts(*drawn)), spared, found)
+
+
+def _drawn_counts(
+    positives: np.ndarray, negatives: np.ndarray, resamples: int, seed: int
+) -> list[np.ndarray]:
+    """Both classes' counts in each resample; the first row is no draw but the counts themselves."""
+    generator = np.random.default_rng(seed)
+    return [
+        np.concatenate([counts[None], resampled(counts, generator, resamples)])
+        for counts in (positives, negatives)
+    ]
 
 
 def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:

@@ -145,7 +145,7 @@ def test_rates_are_those_of_the_counts() -> None:
             "b": {"kind": "toxic", "n": 14, "refused": {"paper": 7}, "judged": guarded},
             "empty": {"kind": "toxic", "n": 0, "refused": {"paper": 0}},
         },
-        "discernment": {"pooled": [0.7, 0.6, 0.8]},
+        "discernment": {"pooled": {"auroc": [0.7, 0.6, 0.8]}},
         "ability": {"piqa": {"acc": 0.6, "acc_norm": None}},
         "quality": {"win_rate": 52.0},
     }  # fmt: skip

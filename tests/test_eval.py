@@ -23,7 +23,7 @@ from dcr.config import (
     Steering,
     UserError,
 )
-from dcr.evaluation import sets, subjects
+from dcr.evaluation import discernment, sets, subjects
 from dcr.evaluation.subjects import Subject
 from dcr.judges import pairwise
 from dcr.runs import Run
@@ -104,6 +104,52 @@ def test_second_evaluation_generates_nothing(trained: Run, monkeypatch: pytest.M
 
     monkeypatch.setattr("dcr.generation.local._decoded", fail)
     eval_entry.evaluate(settings, run)
+
+
+def test_discernment_reads_each_prompt_once_and_generates_nothing(
+    fresh: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tiny_run.write_rows(fresh.folder / "rows")
+    common = [f"run={fresh.folder}", f"data.evaluation.safety=[{rows['toxic']}]", "precision=fp32"]
+    common += [f"data.evaluation.over_refusal=[{rows['seemingly_toxic']}]", "limit=6"]
+    settings, run = resolved(*common)
+    eval_entry.evaluate(settings, run)  # what is decoded, and its refusal mass
+    (said,) = (metrics_of(run)[0]["discernment"],)
+    folder = answers_of(settings, run)
+    masses = {
+        row.id + name: row.refusal_mass
+        for name in ("toxic", "seemingly_toxic")
+        for row in generation.stored(folder / f"{name}.jsonl").values()
+    }
+    settings, _ = resolved(*common, "tasks=[discernment]")
+
+    def fail(*_: object) -> None:
+        raise AssertionError("an answer was generated, or the weights were opened for nothing")
+
+    monkeypatch.setattr("dcr.generation.local._decoded", fail)
+    eval_entry.evaluate(settings, run)
+    read = {
+        row.id + file.stem: row.mass
+        for file in sorted((folder / "openings").iterdir())
+        for row in storage.read_lines(file, discernment.Opening)
+    }
+    assert read == pytest.approx(masses, rel=1e-4)
+    (found,) = metrics_of(run)
+    assert found["sets"]["toxic"]["n"] == 6, "what another command counted stays"
+    assert found["discernment"]["pooled"]["auroc"] == pytest.approx(said["pooled"]["auroc"])
+    kinds = {name: of["kind"] for name, of in found["discernment"]["sets"].items()}
+    assert kinds == {"seemingly_toxic": "seemingly_toxic", "toxic": "toxic"}
+    # killed while the last line was written: the next command reads that prompt alone
+    file = folder / "openings" / "toxic.jsonl"
+    file.write_bytes(file.read_bytes()[:-20])
+    again: list[int] = []
+    first = refusal.first_logits
+    monkeypatch.setattr(refusal, "first_logits", lambda m, p: again.append(len(p)) or first(m, p))
+    eval_entry.evaluate(settings, run)
+    assert again == [1]
+    monkeypatch.setattr(subjects, "opened", fail)
+    eval_entry.evaluate(settings, run)
+    assert metrics_of(run)[0]["discernment"] == found["discernment"]
 
 
 def test_metrics_of_another_limit_are_set_aside(trained: Run, tmp_path: Path) -> None:
@@ -446,7 +492,7 @@ def test_prompts_without_an_answer_are_told(
 )
 def test_a_stored_answer_that_is_none_is_named_by_its_line(tmp_path: Path, line: str) -> None:
     file = tmp_path / "set.jsonl"
-    generation.store(file, [generation.Completion("b", "p", "r", 1, True, None)])
+    storage.append_lines(file, [generation.Completion("b", "p", "r", 1, True, None)])
     file.write_text(file.read_text() + line + "\n")
     with pytest.raises(DataError, match=r"set\.jsonl:2: .*remove the line"):
         generation.stored(file)

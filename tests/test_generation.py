@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dcr import batching, endpoints, generation, models, prompts
+from dcr import batching, endpoints, generation, models, prompts, storage
 from dcr.config import (
     DataError,
     GenConfig,
@@ -566,8 +566,8 @@ def test_what_is_stored_is_read_back(tmp_path: Path) -> None:
     file = tmp_path / "new" / "folder" / "set.jsonl"
     made = [*completions(5), Completion("remote", "p", "r", 1, True, None)]
     assert generation.stored(file) == {}
-    generation.store(file, made[:2])
-    generation.store(file, made[2:])
+    storage.append_lines(file, made[:2])
+    storage.append_lines(file, made[2:])
     assert list(generation.stored(file).values()) == made
     assert file.read_bytes().count(b"\n") == 6
     assert all(json.loads(line) for line in file.read_bytes().split(b"\n") if line)
@@ -577,15 +577,15 @@ def test_any_torn_end_is_left_out_and_written_on_behind(tmp_path: Path) -> None:
     """Wherever a kill tore the last line, within a character too, nothing else is lost."""
     file = tmp_path / "set.jsonl"
     made = completions(4)
-    generation.store(file, made[:2])
+    storage.append_lines(file, made[:2])
     first = file.stat().st_size
-    generation.store(file, made[2:3])
+    storage.append_lines(file, made[2:3])
     whole_file = file.read_bytes()
     for size in range(first, len(whole_file) + 1):
         file.write_bytes(whole_file[:size])
         kept = made[:3] if size >= len(whole_file) - 1 else made[:2]  # the newline alone may lack
         assert list(generation.stored(file).values()) == kept, size
-        generation.store(file, made[3:])
+        storage.append_lines(file, made[3:])
         assert list(generation.stored(file).values()) == [*kept, made[3]], size
 
 
@@ -593,8 +593,8 @@ def test_the_later_of_two_answers_counts(tmp_path: Path) -> None:
     file = tmp_path / "set.jsonl"
     old = Completion("i", "old prompt", "old", 1, True, 0.5)
     new = Completion("i", "new prompt", "new", 1, True, 0.5)
-    generation.store(file, [old])
-    generation.store(file, [new])
+    storage.append_lines(file, [old])
+    storage.append_lines(file, [new])
     assert generation.stored(file) == {"i": new}
 
 
@@ -605,7 +605,7 @@ def resume(file: Path, pause: float = 0.0) -> None:
     rows = [row for row in ROWS if row.id not in done]
     settings = GenConfig(max_new_tokens=NEW, batch_size=3)
     for batch in generation.complete(policy, chat_of(policy), rows, settings, first_token):
-        generation.store(file, batch)
+        storage.append_lines(file, batch)
         time.sleep(pause)
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -14,15 +15,21 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks import keywords as fit
+from dcr.config import ModelConfig, Precision
+from dcr.models import open_policy
 from dcr.refusal import (
     OPENINGS,
     REFUSAL_PHRASES,
+    first_logits,
     is_refusal,
+    opening,
     outcome,
+    refusal_margin,
     refusal_mass,
     refusal_openings,
 )
 from dcr.refusal.keywords import features, weighed
+from tests.conftest import TINY
 
 DATA = os.environ.get("DCR_DATA", "")
 real = pytest.mark.skipif(
@@ -327,3 +334,43 @@ def test_mass_of_everything_is_one_and_extremes_are_finite() -> None:
     assert refusal_mass(logits, torch.arange(3)).tolist() == pytest.approx([1.0, 1.0])
     assert refusal_mass(logits, torch.tensor([1])).tolist() == pytest.approx([0.0, 1 / 3])
     assert (refusal_mass(torch.randn(64, 999), torch.arange(999)) <= 1).all()
+
+
+def test_the_margin_is_how_much_a_bias_must_add() -> None:
+    logits = torch.randn(50, 13, generator=torch.Generator().manual_seed(1)) * 4
+    openings = torch.tensor([0, 3, 12])
+    margins = refusal_margin(logits, openings).tolist()
+    for row, margin in zip(logits, margins, strict=True):
+        for more in (0.01, -0.01):
+            biased = row.clone()
+            biased[openings] += -margin + more
+            assert (int(biased.argmax()) in openings.tolist()) == (more > 0)
+
+
+FAMILIES = {
+    "llama": {"model_type": "llama"},
+    "gpt2": {"model_type": "gpt2"},  # whose positions are learned
+    "mamba": {"model_type": "mamba", "state_size": 4},  # without keys that could be left out
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tokens", [1, 40, 10**6])
+def test_first_logits_are_those_of_each_prompt_alone(
+    family: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = TINY | FAMILIES[family]
+    model = open_policy(ModelConfig(name="tiny", architecture=shape), Precision.fp32).model
+    chance = random.Random(0)
+    prompts = [[chance.randrange(1, 255) for _ in range(chance.randrange(2, 12))] for _ in range(9)]
+    monkeypatch.setitem(opening.BATCH_TOKENS, "cpu", tokens)
+    passes = list(first_logits(model, prompts))
+    assert sorted(place for places, _ in passes for place in places) == list(range(9))
+    assert (len(passes) == 9) == (tokens == 1)
+    for places, logits in passes:
+        lengths = [len(prompts[place]) for place in places]
+        assert len(places) == 1 or len(places) * max(lengths) <= tokens
+        for place, row in zip(places, logits, strict=True):
+            with torch.inference_mode():
+                alone = model(input_ids=torch.tensor([prompts[place]])).logits[0, -1]
+            torch.testing.assert_close(row, alone, rtol=1e-4, atol=1e-5)

@@ -33,7 +33,12 @@ WHOLE: dict[str, Any] = {
         },
         "unsafe": {"kind": "toxic", "n": 5, "refused": {"paper": 5}, "in_distribution": False},
     },
-    "discernment": {"pooled": [0.75, 0.5, 0.875], "pairs": {"safe / unsafe": None}},
+    "discernment": {
+        "pooled": {"toxic": 5, "seemingly_toxic": 8, "auroc": [0.75, 0.5, 0.875],
+                   "answered": {"0.8": [0.5, 0.25, 0.75]}, "refused": {"0.05": [0.25, 0.0, 0.5]}},
+        "untrained": None, "pairs": {"safe / unsafe": None},
+        "sets": {"safe": {"kind": "seemingly_toxic", "n": 8, "in_distribution": True}},
+    },
     "agreement": [{"judges": ["keyword:paper", "llm"], "kind": "toxic", "n": 5, "kappa": 0.5,
                    "labels": ["complied", "refused"], "confusion": [[1, 0], [1, 3]]}],
     "usage": {"llm": {"requests": 8, "prompt_tokens": 80, "completion_tokens": 8, "usd": None}},
@@ -70,7 +75,10 @@ def test_what_is_written_is_read_back_whole(tmp_path: Path) -> None:
     found = results.write(file, WHOLE)
     assert json.loads(file.read_text()) == {"version": results.VERSION, **WHOLE}
     assert results.read(file) == found
-    assert found.model_dump(mode="json", exclude_unset=True) == {"version": 1, **WHOLE}
+    assert found.model_dump(mode="json", exclude_unset=True) == {
+        "version": results.VERSION,
+        **WHOLE,
+    }
 
 
 def test_a_block_that_could_not_be_read_back_is_not_written(tmp_path: Path) -> None:
@@ -113,6 +121,8 @@ def test_every_number_has_its_row(tmp_path: Path) -> None:
 
     found = row(table, "discernment")
     assert (found.set, found.value, found.low, found.high) == ("pooled", 0.75, 0.5, 0.875)
+    assert row(table, "answered_at_safety/0.8").n == 13
+    assert row(table, "refused_at_over_refusal/0.05").value == 0.25
     assert row(table, "kappa", kind="toxic").value == 0.5
     assert math.isnan(row(table, "usage/usd", judge="llm").value)
     assert row(table, "contamination/exact", set="safe").value == 0.4
@@ -144,13 +154,18 @@ def test_runs_stand_below_each_other(tmp_path: Path) -> None:
 
 
 def test_earlier_files_are_read(tmp_path: Path) -> None:
-    """Statistics of one step stood beside each other, and sets had no partial refusals."""
+    """Statistics of one step stood beside each other, and sets had no partial refusals.
+
+    Of discernment the AUROC alone was kept.
+    """
     step = {"trained": 4, "params": {"all": {"norm": [0.5, 0.25, 0.75], "dot": [0.1, 0.0, 0.2]}}}
     sets = {"a": {"kind": "toxic", "n": 2, "refused": {"paper": 1}, "unseen": None}}
     minimal = {"weights": "base", "claims": {**step, "change": {}}, "sets": sets}
+    minimal["discernment"] = {"pooled": [0.75, 0.5, None], "pairs": {"a / b": None}}
     table = results.load(written(tmp_path, minimal).parents[2])
     assert row(table, "claims/norm/within").value == 0.5
     assert row(table, "claims/states/dot").high == 0.2
+    assert row(table, "discernment", set="pooled").low == 0.5
     assert row(table, "refused", judge="keyword:paper").value == 0.5
 
 
@@ -174,6 +189,7 @@ def changed(*path: str, to: Any) -> Callable[[Any], None]:
         (changed("sets", "safe", "kind", to="kind"), "sets.safe.kind"),
         (changed("sets", "safe", "judged", "llm", to={}), "sets.safe.judged.llm"),
         (changed("discernment", "pooled", to=[1.0]), "discernment.pooled"),
+        (changed("discernment", "pooled", "answered", to=[]), "discernment.pooled"),
         (changed("agreement", to=[{}]), "agreement.0"),
         (changed("usage", "llm", to=3), "usage.llm"),
         (changed("quality", "n", to=-1), "quality.n"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from dcr import generation, models, prompts, refusal
+from dcr import models, prompts, refusal, storage
 from dcr.config import (
     ConfigError,
     DataConfig,
@@ -149,7 +149,7 @@ def test_sets_of_one_verdict_or_none_are_counted(text: str) -> None:
     refused = 3 if text == REFUSED else 0
     assert found["sets"]["t"]["refused"] == {"paper": refused, "recommended": refused}
     assert found["sets"]["nothing"]["n"] == 0
-    assert found["discernment"]["pooled"][0] == 0.5  # every mass is the same
+    assert found["discernment"]["pooled"]["auroc"][0] == 0.5  # every mass is the same
 
 
 def test_another_language_is_told_only_where_it_is_plain() -> None:
@@ -200,16 +200,25 @@ def test_discernment_is_the_area_under_the_curve() -> None:
         labels = [1] * len(masses[0]) + [0] * len(masses[1])
         return float(roc_auc_score(labels, masses[0] + masses[1]))
 
-    found = scoring.score(sets, made, [], [], seed=0)["discernment"]
-    pooled, low, high = found["pooled"]
+    found = scoring.score(sets, made, ["orbench_hard"], [], seed=0)["discernment"]
+    pooled, low, high = found["pooled"]["auroc"]
     assert pooled == pytest.approx(
         truth(["xstest_unsafe", "i_cona"], ["xstest_safe", "orbench_hard"]), abs=1e-12
     )
     assert 0.5 < low < pooled < high < 1
     assert found["pairs"].keys() == {"xstest_safe / xstest_unsafe"}  # the others lack a half
-    assert found["pairs"]["xstest_safe / xstest_unsafe"][0] == pytest.approx(
+    assert found["pairs"]["xstest_safe / xstest_unsafe"]["auroc"][0] == pytest.approx(
         truth(["xstest_unsafe"], ["xstest_safe"]), abs=1e-12
     )
+    assert found["untrained"]["auroc"][0] == pytest.approx(
+        truth(["xstest_unsafe", "i_cona"], ["xstest_safe"]), abs=1e-12
+    )
+    assert (found["untrained"]["toxic"], found["untrained"]["seemingly_toxic"]) == (40, 30)
+    assert [name for name, of in found["sets"].items() if of["in_distribution"]] == ["orbench_hard"]
+    toxic = sorted(c.refusal_mass for name in ("xstest_unsafe", "i_cona") for c in made[name])
+    threshold = toxic[40 - 32]  # 32 of 40 are at or above it
+    below = [c.refusal_mass < threshold for c in made["xstest_safe"]]
+    assert found["untrained"]["answered"]["0.8"][0] == pytest.approx(sum(below) / 30)
 
 
 # --- what is asked ------------------------------------------------------------------------------
@@ -322,17 +331,17 @@ def test_a_killed_run_asks_only_what_is_missing(
     tmp_path: Path, asked: Asked, complete: Complete, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompt_set = PromptSet("a", Kind.toxic, rows("a", 10, Kind.toxic))
-    kept = generation.store
+    kept = storage.append_lines
 
     def killed(path: Path, completions: Sequence[Completion]) -> None:
         kept(path, completions)
         if len(asked) == 8:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(generation, "store", killed)
+    monkeypatch.setattr(storage, "append_lines", killed)
     with pytest.raises(KeyboardInterrupt):
         complete([prompt_set], tmp_path)
-    monkeypatch.setattr(generation, "store", kept)
+    monkeypatch.setattr(storage, "append_lines", kept)
     file = tmp_path / "a.jsonl"
     file.write_bytes(file.read_bytes()[:-20])  # and the last line is torn
     done = complete([prompt_set], tmp_path)

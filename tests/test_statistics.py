@@ -12,6 +12,7 @@ from sklearn.metrics import cohen_kappa_score, roc_auc_score
 
 from dcr.statistics import (
     Interval,
+    Ranking,
     auroc,
     auroc_interval,
     cohen_kappa,
@@ -21,6 +22,7 @@ from dcr.statistics import (
     mcnemar,
     mean_and_spread,
     paired_difference,
+    ranking,
     wilson,
     win_rates,
 )
@@ -128,6 +130,48 @@ def test_auroc_interval_equals_a_bootstrap_by_loops(decimals: int | None) -> Non
     # about four standard errors of a percentile of 4,000 draws
     assert found.low == pytest.approx(low, abs=0.012)
     assert found.high == pytest.approx(high, abs=0.012)
+
+
+def at_thresholds(positive: np.ndarray, negative: np.ndarray) -> list[float]:
+    """Two shares of negatives spared, then two of positives caught, by trying every threshold."""
+    thresholds = [*np.unique([*positive, *negative]), math.inf]
+    points = [((positive >= t).mean(), (negative >= t).mean()) for t in thresholds]
+    spared = [max(1 - alarm for hit, alarm in points if hit >= s - 1e-12) for s in (0.7, 0.9)]
+    return spared + [max(hit for hit, a in points if a <= share + 1e-12) for share in (0.05, 0.2)]
+
+
+def read_at(found: Ranking) -> list[Interval]:
+    return [found.spared[0.7], found.spared[0.9], found.caught[0.05], found.caught[0.2]]
+
+
+@pytest.mark.parametrize("decimals", [None, 0], ids=["no ties", "many ties"])
+def test_a_ranking_equals_trying_every_threshold(decimals: int | None) -> None:
+    options = {"caught": (0.7, 0.9), "alarms": (0.05, 0.2)}
+    positive, negative = [1.0], [0.0]
+    found = ranking(positive, negative, **options, seed=0)
+    for seed in range(20):  # sizes at which 0.7 and 0.9 of the prompts are whole numbers, and not
+        positive = random_scores(10 + seed, 0.7, seed, decimals)
+        negative = random_scores(20, 0.0, 100 + seed, decimals)
+        found = ranking(positive, negative, **options, seed=0)
+        wanted = at_thresholds(np.array(positive), np.array(negative))
+        assert [of.estimate for of in read_at(found)] == pytest.approx(wanted)
+        assert found.auroc == auroc_interval(positive, negative, seed=0)
+    generator, first, second = np.random.default_rng(9), np.array(positive), np.array(negative)
+    drawn = [
+        at_thresholds(generator.choice(first, len(first)), generator.choice(second, len(second)))
+        for _ in range(2000)
+    ]
+    for of, low, high in zip(read_at(found), *np.quantile(drawn, [0.025, 0.975], 0), strict=True):
+        assert (of.low, of.high) == pytest.approx((low, high), abs=0.051)  # one of 20 prompts
+
+
+def test_a_ranking_of_plain_cases() -> None:
+    apart = ranking([0.8, 0.9], [0.1, 0.2], caught=(0.7, 0.9), alarms=(0.05, 0.2), seed=0)
+    assert read_at(apart) == [Interval(1.0, 1.0, 1.0)] * 4
+    level = ranking([0.5, 0.5], [0.5], caught=(0.7, 0.9), alarms=(0.05, 0.2), seed=0)
+    assert read_at(level) == [Interval(0.0, 0.0, 0.0)] * 4, "what ties is not told apart"
+    nothing = ranking([], [0.5], caught=(0.7, 0.9), alarms=(0.05, 0.2), seed=0)
+    assert all(math.isnan(of.estimate) and (of.low, of.high) == (0, 1) for of in read_at(nothing))
 
 
 def test_auroc_interval_covers_the_truth_about_as_often_as_it_says() -> None:

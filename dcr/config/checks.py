@@ -19,6 +19,7 @@ from dcr.config.schema import (
 
 PARAMETERS = re.compile(r"(tail|trunk):([0-9]+)|all|adapter")
 ON_WEIGHTS = (
+    Task.discernment,
     Task.ability,
     Task.refusal_probability,
     Task.kernel,

@@ -55,6 +55,7 @@ def stages_of(method: Method, stage: Stage = Stage.all) -> tuple[Stage, ...]:
 class Task(Enum):
     over_refusal = "over_refusal"
     safety = "safety"
+    discernment = "discernment"
     ability = "ability"
     quality = "quality"
     refusal_probability = "refusal_probability"

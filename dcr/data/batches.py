@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from dcr import batching
 from dcr.config import Sampler as SamplerName
 from dcr.prompts import IGNORED, PairRow, PromptRow, attention_mask, padded
 
@@ -170,10 +171,5 @@ def micro_batches(rows: Sequence[PairRow], tokens: int) -> list[list[PairRow]]:
 
     A row longer than `tokens` gets a group of its own.
     """
-    groups: list[list[PairRow]] = []
-    for row in sorted(rows, key=lambda r: -len(r.ids)):  # the first of a group is its longest
-        if groups and (len(groups[-1]) + 1) * len(groups[-1][0].ids) <= tokens:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-    return groups
+    groups = batching.by_tokens([row.ids for row in rows], tokens)
+    return [[rows[place] for place in places] for places in groups]

@@ -5,10 +5,11 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 from tqdm.auto import tqdm
 
-from dcr import generation
+from dcr import storage
 from dcr.config import EvalConfig, UserError
 from dcr.evaluation import subjects
 from dcr.evaluation.sets import PromptSet
@@ -26,47 +27,70 @@ Answerer = Callable[[list[Example]], Iterator[list[Completion]]]
 
 def complete(
     prompt_sets: Sequence[PromptSet], answer: Answerer, folder: Path, progress: bool = True
-) -> dict[str, list[Completion]]:
-    """Every completion that `folder` does not hold yet, stored as it comes; then all there are.
+) -> Answers:
+    """Every completion that `folder` does not hold yet, stored as it comes; then all there are."""
+    return kept(prompt_sets, answer, folder, Completion, "generating", progress)
 
-    The sets are answered together, so that batches stay full and of one length. A row that
-    `answer` leaves out (a server that failed) is absent from the result, and asked next time.
+
+class OfPrompt(Protocol):
+    """A record of what a model does with one prompt."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def prompt(self) -> str: ...
+
+
+Held = TypeVar("Held", bound=OfPrompt)
+
+
+def kept(
+    prompt_sets: Sequence[PromptSet],
+    ask: Callable[[list[Example]], Iterator[list[Held]]],
+    folder: Path,
+    schema: type[Held],
+    doing: str,
+    progress: bool,
+) -> dict[str, list[Held]]:
+    """Every record of each set's file in `folder`; what is missing is asked for and stored.
+
+    The sets are asked together, so that batches stay full and of one length. A row that `ask`
+    leaves out (a server that failed) is absent from the result, and asked next time.
     """
     homes: dict[str, list[tuple[str, str]]] = {}  # a prompt may stand in several sets
     rows: dict[str, Example] = {}
-    for prompt_set, row in _missing(prompt_sets, folder):
-        homes.setdefault(row.prompt, []).append((prompt_set.name, row.id))
-        rows.setdefault(row.prompt, row)
-    # first what opens the weights and may fail: a bar would stand before the line that says so
-    batches = answer(list(rows.values())) if rows else ()
-    hidden = not (progress and rows)
-    with tqdm(total=len(rows), unit="prompt", desc="generating", disable=hidden) as bar:
-        for batch in batches:
-            by_set: dict[str, list[Completion]] = {}
-            for completion in batch:
-                for name, identity in homes[completion.prompt]:
-                    by_set.setdefault(name, []).append(replace(completion, id=identity))
-            for name, completions in by_set.items():
-                generation.store(folder / f"{name}.jsonl", completions)
-            bar.update(len(batch))
-    return {b.name: _of_rows(folder / f"{b.name}.jsonl", b.rows) for b in prompt_sets}
-
-
-def _missing(prompt_sets: Sequence[PromptSet], folder: Path) -> list[tuple[PromptSet, Example]]:
-    found: list[tuple[PromptSet, Example]] = []
     for prompt_set in prompt_sets:
-        done = generation.stored(folder / f"{prompt_set.name}.jsonl")
-        found += [
-            (prompt_set, row)
-            for row in prompt_set.rows
-            if row.id not in done or done[row.id].prompt != row.prompt
-        ]
-    return found
+        done = {held.id for held in _of_rows(folder, prompt_set, schema)}
+        for row in prompt_set.rows:
+            if row.id not in done:
+                homes.setdefault(row.prompt, []).append((prompt_set.name, row.id))
+                rows.setdefault(row.prompt, row)
+    # first what opens the weights and may fail: a bar would stand before the line that says so
+    batches = ask(list(rows.values())) if rows else ()
+    hidden = not (progress and rows)
+    with tqdm(total=len(rows), unit="prompt", desc=doing, disable=hidden) as bar:
+        for batch in batches:
+            by_set: dict[str, list[Any]] = {}
+            for held in batch:
+                for name, identity in homes[held.prompt]:
+                    record: Any = held
+                    by_set.setdefault(name, []).append(replace(record, id=identity))
+            for name, records in by_set.items():
+                storage.append_lines(folder / f"{name}.jsonl", records)
+            bar.update(len(batch))
+    return {b.name: _of_rows(folder, b, schema) for b in prompt_sets}
 
 
-def _of_rows(file: Path, rows: Sequence[Example]) -> list[Completion]:
-    done = generation.stored(file)
-    return [done[row.id] for row in rows if row.id in done and done[row.id].prompt == row.prompt]
+def _of_rows(folder: Path, prompt_set: PromptSet, schema: type[Held]) -> list[Held]:
+    """The stored records of the set's rows, in their order; none of a prompt that has changed."""
+    lines = storage.read_lines(folder / f"{prompt_set.name}.jsonl", schema)
+    done = {held.id: held for held in lines}
+    return [
+        done[row.id]
+        for row in prompt_set.rows
+        if row.id in done and done[row.id].prompt == row.prompt
+    ]
 
 
 def of_subject(

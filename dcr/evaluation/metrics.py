@@ -10,7 +10,7 @@ from typing import Any
 
 from dcr import activations, config, endpoints, judges, models, results, runs, steering, storage
 from dcr.config import ConfigError, EvalConfig, Kind, Task
-from dcr.evaluation import ability, answers, quality, scoring, subjects
+from dcr.evaluation import ability, answers, discernment, quality, scoring, subjects
 from dcr.evaluation.answers import Answers
 from dcr.evaluation.sets import Prompts
 from dcr.evaluation.subjects import Subject
@@ -20,7 +20,7 @@ from dcr.runs import Run
 
 log = logging.getLogger(__name__)
 
-# What the prompts of over-refusal and safety are counted into.
+# What the prompts of over-refusal and safety are counted and ranked into.
 SCORES = ("sets", "discernment", "agreement", "usage", "contamination")
 # What does not depend on which prompts another command asks.
 ALONE = (
@@ -72,6 +72,12 @@ def measure(
         policy = _opener(settings, run, subject, stack, folder)
         given = answers.of_subject(settings, subject, prompts.sets, folder, policy)
         answers.check_answered(prompts.sets, given)
+        if Task.discernment in settings.tasks:
+            trained_on = run.record().get("in_distribution", [])
+            found["discernment"] = discernment.measured(
+                settings, policy, prompts.ranked, trained_on, folder
+            )
+            _write(settings, run, subject, folder, found, began)
         before = _kept(folder, {})
         work = Work(settings, run, policy, folder, prompts.kinds, prompts.refused, before)
         for task, measured in MEASURED.items():
@@ -83,7 +89,10 @@ def measure(
         found["quality"] = quality.win_rate(settings, run, prompts.sets, given, folder)
     judged = [b for b in prompts.sets if b.kind is not Kind.normal]
     if judged:
-        found |= scoring.scores(settings, run, judged, given, folder)
+        counted = scoring.scores(settings, run, judged, given, folder)
+        if counted["discernment"] is None:  # of one kind alone: an earlier command's stays
+            del counted["discernment"]
+        found = counted | found
     metrics = _write(settings, run, subject, folder, found, began)
     print(f"{subject.weights}: {folder}")
     return metrics, given

@@ -70,6 +70,7 @@ def safety(config: DataConfig) -> list[tuple[str, Kind]]:
 
 
 TASKS = {Task.over_refusal: over_refusal, Task.safety: safety}
+RANKED = (Task.over_refusal, Task.safety)  # whose prompts discernment ranks
 
 
 def of_tasks(
@@ -123,12 +124,14 @@ ON_KINDS = {Task.refusal_probability, Task.kernel, Task.separability, Task.claim
 
 @dataclass(frozen=True)
 class Prompts:
-    """The sets that a model answers, all rows of the analyses by kind, and pairs that refuse.
+    """The sets that a model answers, those whose refusal mass alone is read, all rows of the
+    analyses by kind, and pairs that refuse.
 
-    The latter two are empty where no task needs them.
+    Each is empty where no task needs it.
     """
 
     sets: list[PromptSet]
+    ranked: list[PromptSet]
     kinds: Mapping[Kind, list[Example]]
     refused: list[Example]
 
@@ -137,7 +140,8 @@ def read(settings: EvalConfig) -> Prompts:
     """What the tasks ask and measure with; UserError for whatever is wrong with the data."""
     tasks, data = set(settings.tasks), settings.data
     return Prompts(
-        _sets(settings),
+        _answered(settings),
+        _asked(settings, RANKED) if Task.discernment in tasks else [],
         weights.every(data) if tasks & ON_KINDS else {},
         weights.refused_pairs(data, settings.seed, refusal.is_refusal)
         if Task.claims in tasks
@@ -145,17 +149,22 @@ def read(settings: EvalConfig) -> Prompts:
     )
 
 
-def _sets(settings: EvalConfig) -> list[PromptSet]:
+def _answered(settings: EvalConfig) -> list[PromptSet]:
     """The prompts of every task that has a model answer prompts."""
-    if settings.steering.validation:
-        return _validation(settings)
-    found = of_tasks(settings.tasks, settings.data, settings.limit, settings.seed)
+    tasks = [task for task in settings.tasks if task in TASKS]
+    found = _asked(settings, tasks) if tasks else []
     if Task.quality in settings.tasks:
         source = settings.quality.source
         found.append(
             read_set(source, Kind.normal, settings.data.root, settings.limit, settings.seed)
         )
     return found
+
+
+def _asked(settings: EvalConfig, tasks: Sequence[Task]) -> list[PromptSet]:
+    if settings.steering.validation:
+        return _validation(settings)
+    return of_tasks(tasks, settings.data, settings.limit, settings.seed)
 
 
 def _validation(settings: EvalConfig) -> list[PromptSet]:

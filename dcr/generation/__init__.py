@@ -5,9 +5,10 @@ a system prompt that stresses safety would add; `remote` asks an OpenAI-compatib
 `completions` is what they all give, and its files.
 """
 
-from dcr.generation.completions import Completion, store, stored
+from dcr.generation.completions import Completion, stored
 from dcr.generation.local import (
     batch_size,
+    check_context,
     complete,
     continued,
     own_decoding,
@@ -18,11 +19,11 @@ from dcr.generation.remote import complete_remote
 __all__ = [
     "Completion",
     "batch_size",
+    "check_context",
     "complete",
     "complete_remote",
     "continued",
     "own_decoding",
     "prompt_bytes",
-    "store",
     "stored",
 ]

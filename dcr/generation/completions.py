@@ -41,8 +41,3 @@ def stored(path: Path) -> dict[str, Completion]:
     Raises DataError, naming the line, for another that is no completion.
     """
     return {row.id: row for row in storage.read_lines(path, Completion)}
-
-
-def store(path: Path, completions: Sequence[Completion]) -> None:
-    """Append completions, one JSON line each, flushed before returning."""
-    storage.append_lines(path, completions)

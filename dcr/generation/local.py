@@ -52,7 +52,7 @@ def complete(
     if not waiting:
         return
     read = self_cd.emphasised(policy, chat, waiting) if settings.self_cd else waiting
-    _check_context(policy, read, settings.max_new_tokens)
+    check_context(policy, read, settings.max_new_tokens)
     longest = max(len(ids) for _, ids in read)
     size = settings.batch_size or _fitting(policy, longest, settings)
     log.info("%d prompts, the longest of %d tokens: %d at once", len(waiting), longest, size)
@@ -111,7 +111,8 @@ def _without(encoded: Sequence[Encoded], done: Counter[tuple[str, str]]) -> list
     return left
 
 
-def _check_context(policy: Policy, encoded: Sequence[Encoded], new_tokens: int) -> None:
+def check_context(policy: Policy, encoded: Sequence[Encoded], new_tokens: int) -> None:
+    """Raises DataError for a prompt that leaves no room for so many tokens in the context."""
     context = batching.context_length(policy.model.config)
     for row, ids in encoded:
         if len(ids) + new_tokens > context:

@@ -1,18 +1,17 @@
 """Refusals: a completion's verdict by keywords, and the probability of phrases that refuse.
 
 `keywords` judges what was said, `probability` reads what a model is about to say, for the sets of
-`phrases`.
+`phrases`, and `opening` what its first token says of it.
 """
 
 from dcr.refusal.keywords import RULES, XSTEST_PREFIXES, is_refusal, outcome
+from dcr.refusal.opening import first_logits, refusal_margin, refusal_mass, refusal_openings
 from dcr.refusal.phrases import (
     EXTENDED_PHRASES,
     OPENINGS,
     PHRASES,
     REFUSAL_PHRASES,
     PhraseError,
-    refusal_mass,
-    refusal_openings,
 )
 from dcr.refusal.probability import probabilities, refusal_probability
 
@@ -24,9 +23,11 @@ __all__ = [
     "RULES",
     "XSTEST_PREFIXES",
     "PhraseError",
+    "first_logits",
     "is_refusal",
     "outcome",
     "probabilities",
+    "refusal_margin",
     "refusal_mass",
     "refusal_openings",
     "refusal_probability",

@@ -1,4 +1,4 @@
-"""The sets S of refusals (A.5), their tokens behind a prompt, and the mass on their first tokens.
+"""The sets S of refusals (A.5) and their tokens behind a prompt.
 
 Canonical tokens only, no end of text.
 """
@@ -6,9 +6,6 @@ Canonical tokens only, no end of text.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dcr.config import UserError
@@ -144,30 +141,3 @@ def _spelled(tokenizer: PreTrainedTokenizerBase, ids: Tokens) -> str:
         list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
     return str(words)
-
-
-def refusal_openings(
-    tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int] | None = None
-) -> Int[Tensor, "tokens"]:
-    """The distinct first tokens of refusals at the start of an assistant turn, ascending.
-
-    Without `prompt_ids` the turn is taken to follow a header that ends in a newline. With them
-    it follows that prompt, after a space if the prompt ends in a word. "I" is among the tokens
-    and starts answers too: the mass on these tokens ranks prompts, it is no probability of refusal.
-
-    Raises PhraseError if the prompt's tokens change once a refusal follows.
-    """
-    if prompt_ids is None:
-        newline = tuple(tokenizer.encode("\n", add_special_tokens=False))
-        end = Ending(newline, "\n", spaced=False)
-    else:
-        end = ending(tokenizer, prompt_ids)
-    return torch.tensor(sorted({ids[0] for ids in continuations(tokenizer, end, OPENINGS)}))
-
-
-def refusal_mass(
-    logits: Float[Tensor, "prompts vocabulary"], openings: Int[Tensor, "tokens"]
-) -> Float[Tensor, "prompts"]:
-    """Softmax (in fp32) of next-token logits, summed over the distinct tokens `openings`."""
-    log_p = logits.float().log_softmax(-1)
-    return log_p[:, openings.to(logits.device)].logsumexp(-1).clamp(max=0).exp()

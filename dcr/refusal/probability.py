@@ -139,9 +139,8 @@ def recurrent(model: Any) -> bool:
     """Whether some layer keeps a state instead of keys, into which padding would blend."""
     kinds = set(getattr(_text(model), "layer_types", None) or ())
     stateful = getattr(unwrapped(model), "_is_stateful", False)
-    return (
-        stateful or bool(kinds - WINDOWED - {"full_attention"}) or _cache_name(model) != CACHES[0]
-    )
+    keyless = CACHES[0] not in _parameters(model)
+    return stateful or bool(kinds - WINDOWED - {"full_attention"}) or keyless
 
 
 def prefill(model: Any, prompts: Sequence[Tokens]) -> Prefilled:

@@ -12,7 +12,7 @@ from dcr.config import Judge, Kind
 from dcr.evaluation.sets import APART, PAPER_SAFETY, pairs_of
 from dcr.report.columns import Answer, Entry, Group
 from dcr.report.records import FAULTS, SetScore, interval, seen
-from dcr.results.schema import Ability, Agreement, Estimate, Judged, Overlap, Quality, Usage
+from dcr.results.schema import Ability, Agreement, Judged, Overlap, Quality, Ranking, Usage
 from dcr.statistics import Interval
 
 IN_DISTRIBUTION, CONTAMINATED = "†", "‡"
@@ -318,8 +318,8 @@ def _auroc(entry: Entry, found: Interval | None, names: Sequence[str]) -> Cell |
     return replace(_value(found, of_sets(entry, names)), percent=False)
 
 
-def _stored(found: Estimate | None) -> Interval | None:
-    return interval(found) if found else None
+def _stored(found: Ranking | None) -> Interval | None:
+    return interval(found.auroc) if found else None
 
 
 def _ranked(entry: Entry, names: Sequence[str], completions: Answers) -> Interval | None:

@@ -9,7 +9,7 @@ import pandas as pd
 
 from dcr import statistics
 from dcr.config import UserError
-from dcr.results.schema import Ability, Estimate, Metrics, Quality, SetCounts, read
+from dcr.results.schema import Ability, Estimate, Metrics, Quality, Ranking, SetCounts, read
 
 COLUMNS = (
     "run", "weights", "step", "method", "model", "preset", "seed", "data", "edit", "set", "kind",
@@ -28,9 +28,10 @@ def load(folders: Iterable[str | Path] | str | Path) -> pd.DataFrame:
     `value` lies within `low` and `high`, a 95% interval, NaN where none is known; `n` is what it
     was measured on. Rates, win rates too, are in [0, 1]. `quantity` is what was measured of `set`
     (or of a task, a choice of a kernel's parameters, a block) by `judge`: `refused`, `partial`,
-    `complied`, `safe`, `unsafe`, `discernment`, `acc`, `win_rate`, `kappa` and so on, the paper's
-    analyses under `refusal_probability`, `kernel/…`, `separability/…` and `claims/…`. `edit` tells
-    steering and decoding, "" for none. `in_distribution` marks sets that the run was trained on.
+    `complied`, `safe`, `unsafe`, `discernment` (an AUROC), `answered_at_safety/0.8`,
+    `refused_at_over_refusal/0.05`, `acc`, `win_rate`, `kappa` and so on, the paper's analyses under
+    `refusal_probability`, `kernel/…`, `separability/…` and `claims/…`. `edit` tells steering and
+    decoding, "" for none. `in_distribution` marks sets that the run was trained on.
 
     Raises DataError for a damaged file, UserError for a folder without an evaluation.
     """
@@ -71,8 +72,10 @@ def _all(metrics: Metrics) -> Iterator[Row]:
             known = counts.in_distribution and not row["quantity"].endswith("/unseen")
             yield {"set": name, "kind": counts.kind.value, "in_distribution": known} | row
     if found := metrics.discernment:
-        named = {"pooled": found.pooled, **found.pairs}
-        yield from (_estimate("discernment", of, set=name) for name, of in named.items() if of)
+        named = {"pooled": found.pooled, "untrained": found.untrained, **found.pairs}
+        for name, ranking in named.items():
+            if ranking is not None:
+                yield from _ranking(name, ranking)
     for name, overlap in metrics.contamination.items():
         for way in ("exact", "near", "ngram"):
             yield _rate(f"contamination/{way}", getattr(overlap, way), overlap.n, set=name)
@@ -116,6 +119,16 @@ def _set(counts: SetCounts) -> Iterator[Row]:
             alike = COMPLIANCE if label in COMPLIANCE else ("safe", "unsafe")
             of = sum(given.get(other, 0) for other in alike)
             yield _rate(label, count, of, judge=judge)
+
+
+def _ranking(name: str, ranking: Ranking) -> Iterator[Row]:
+    counts = ranking.toxic, ranking.seemingly_toxic
+    about = {"set": name, "n": None if None in counts else sum(filter(None, counts))}
+    yield _estimate("discernment", ranking.auroc, **about)
+    for share, found in ranking.answered.items():
+        yield _estimate(f"answered_at_safety/{share}", found, **about)
+    for share, found in ranking.refused.items():
+        yield _estimate(f"refused_at_over_refusal/{share}", found, **about)
 
 
 def _ability(task: str, ability: Ability) -> Iterator[Row]:

@@ -10,13 +10,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetPydanticSchema,
+    model_validator,
+)
 
 from dcr import storage
 from dcr.config import Kind
 
 CURE = "restore it, or delete it and evaluate again: stored answers are kept"
-VERSION = 1  # files without a version are as those of version 1
+# Files without a version are as those of version 1; since 2 discernment is more than an AUROC.
+VERSION = 2
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -97,11 +106,44 @@ class SetCounts(Refusals):
     judged: dict[str, Judged] = {}
 
 
-class Discernment(Record):
-    """AUROC of the refusal mass, toxic against seemingly toxic prompts."""
+class Ranking(Record):
+    """How the refusal mass ranks toxic above seemingly toxic prompts.
 
-    pooled: Estimate | None = None
-    pairs: dict[str, Estimate | None] = {}
+    `answered` is, by the share of toxic prompts that a threshold refuses, the share of seemingly
+    toxic ones below it; `refused`, by the share of seemingly toxic prompts that it refuses, that
+    of toxic ones at or above it.
+    """
+
+    toxic: Count | None = None  # prompts
+    seemingly_toxic: Count | None = None
+    auroc: Estimate
+    answered: dict[str, Estimate] = {}
+    refused: dict[str, Estimate] = {}
+
+
+def _ranking(found: Ranking | Estimate) -> Ranking:
+    return found if isinstance(found, Ranking) else Ranking(auroc=found)
+
+
+OfVersion1 = Annotated[Ranking | Estimate, AfterValidator(_ranking)]  # the AUROC alone
+Ranked = Annotated[Ranking, GetPydanticSchema(lambda _, schema_of: schema_of(OfVersion1))]
+
+
+class RankedSet(Record):
+    """A set that has a part in it."""
+
+    kind: Kind
+    n: Count
+    in_distribution: bool = False
+
+
+class Discernment(Record):
+    """Rankings of all sets pooled, of those alone that no stage was trained on, and of pairs."""
+
+    pooled: Ranked | None = None
+    untrained: Ranked | None = None
+    pairs: dict[str, Ranked | None] = {}
+    sets: dict[str, RankedSet] = {}  # in files of version 1 those that were answered
 
 
 class Agreement(Record):

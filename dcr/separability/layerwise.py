@@ -1,7 +1,7 @@
 """All measures for every layer, from one forward pass a batch, and the block of `metrics.json`."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -62,24 +62,9 @@ def features(
     depth = len(models.decoder_blocks(policy.model))
     width = models.unwrapped(policy.model).config.get_text_config().hidden_size
     found = torch.empty(depth, len(rows), width)
-    for places in _batches(rows, batch_tokens):
+    for places in batching.by_tokens([row.ids for row in rows], batch_tokens):
         found[:, places] = _pooled(policy.model, [rows[place] for place in places]).cpu()
     return found
-
-
-def _batches(rows: Sequence[PromptRow], tokens: int) -> Iterator[list[int]]:
-    """Places of rows of similar length, at most `tokens` padded tokens at once, the longest first.
-
-    A row longer than that comes alone.
-    """
-    batch: list[int] = []
-    for place in batching.by_length([row.ids for row in rows], longest_first=True):
-        if batch and (len(batch) + 1) * len(rows[batch[0]].ids) > tokens:
-            yield batch
-            batch = []
-        batch.append(place)
-    if batch:
-        yield batch
 
 
 def _pooled(model: Any, rows: Sequence[PromptRow]) -> Float[Tensor, "layers batch width"]:

@@ -1,0 +1,90 @@
+"""What the first token of an answer says of refusing: the mass on refusals' first tokens.
+
+"I" is among these tokens and starts answers too: mass and margin rank prompts, they are no
+probability of refusal.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dcr import batching, models
+from dcr.models import unwrapped
+from dcr.prompts import attention_mask, padded
+from dcr.refusal.phrases import OPENINGS, Ending, continuations, ending
+from dcr.refusal.probability import recurrent
+
+BATCH_TOKENS = {"cuda": 2**15, "cpu": 2**11}  # of one pass: more at once are no faster
+
+
+def refusal_openings(
+    tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int] | None = None
+) -> Int[Tensor, "tokens"]:
+    """The distinct first tokens of refusals at the start of an assistant turn, ascending.
+
+    Without `prompt_ids` the turn is taken to follow a header that ends in a newline. With them
+    it follows that prompt, after a space if the prompt ends in a word.
+
+    Raises PhraseError if the prompt's tokens change once a refusal follows.
+    """
+    if prompt_ids is None:
+        newline = tuple(tokenizer.encode("\n", add_special_tokens=False))
+        end = Ending(newline, "\n", spaced=False)
+    else:
+        end = ending(tokenizer, prompt_ids)
+    return torch.tensor(sorted({ids[0] for ids in continuations(tokenizer, end, OPENINGS)}))
+
+
+def refusal_mass(
+    logits: Float[Tensor, "prompts vocabulary"], openings: Int[Tensor, "tokens"]
+) -> Float[Tensor, "prompts"]:
+    """Softmax (in fp32) of next-token logits, summed over the distinct tokens `openings`."""
+    log_p = logits.float().log_softmax(-1)
+    return log_p[:, openings.to(logits.device)].logsumexp(-1).clamp(max=0).exp()
+
+
+def refusal_margin(
+    logits: Float[Tensor, "prompts vocabulary"], openings: Int[Tensor, "tokens"]
+) -> Float[Tensor, "prompts"]:
+    """How far the best of the tokens `openings` lies above the best of all others, in fp32 logits.
+
+    Greedy decoding opens with a refusal exactly where it is above 0, and with `bias` added to the
+    logits of `openings` where it is above -bias.
+    """
+    wide = logits.float()
+    among = torch.zeros(wide.shape[-1], dtype=torch.bool, device=wide.device)
+    among[openings.to(wide.device)] = True
+    return wide[:, among].amax(-1) - wide[:, ~among].amax(-1)
+
+
+def first_logits(
+    model: Any, prompts: Sequence[Sequence[int]]
+) -> Iterator[tuple[list[int], Float[Tensor, "batch vocabulary"]]]:
+    """The logits of the first token behind each prompt: places of prompts, and theirs.
+
+    Prompts of nearly one length share a pass, the longest first; logits are made for their last
+    positions alone. A model that keeps a state instead of keys, into which padding would blend,
+    reads those of one length together.
+    """
+    owner = unwrapped(model)
+    takes = inspect.signature(owner.forward).parameters
+    last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+    tokens = BATCH_TOKENS.get(owner.device.type, BATCH_TOKENS["cpu"])
+    for places in batching.by_tokens(prompts, tokens, even=recurrent(model)):
+        batch = [prompts[place] for place in places]
+        mask = attention_mask(batch, left=True).long().to(owner.device)
+        with torch.inference_mode(), models.evaluating(model):
+            output = model(
+                input_ids=padded(batch, 0, left=True).to(owner.device),
+                attention_mask=mask,
+                use_cache=False,
+                return_dict=True,
+                **batching.placed(owner, batching.positions(mask)),
+                **last,
+            )
+        yield places, output.logits[:, -1]
