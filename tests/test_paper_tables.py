@@ -487,7 +487,7 @@ def test_tables_are_written_beside_the_page(
     [
         (
             ["--table", "table9"],
-            "--table: invalid choice: 'table9' (choose from 'table1', 'table5')",
+            "--table: invalid choice: 'table9' (choose from 'table1', 'table5', 'discernment')",
         ),
         (["--table="], "--table: invalid choice: ''"),
         (["--table"], "--table: expected one argument"),

@@ -1,8 +1,10 @@
 """The report against hand-computed numbers, hostile text, torn files and bad commands."""
 
+import csv
 import itertools
 import json
 import re
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,11 @@ from typing import Any
 import pytest
 import yaml
 
-from dcr import report, runs
-from dcr.evaluation.sets import PAPER_SAFETY
-from dcr.report import comparisons, figures, page, paper, tables
+from dcr import report, runs, storage
+from dcr.config import Kind
+from dcr.evaluation import discernment as measured
+from dcr.evaluation.sets import PAPER_SAFETY, PromptSet
+from dcr.report import comparisons, discernment, figures, page, paper, tables
 from dcr.report.__main__ import main
 from dcr.report.columns import Completions, Style, entries, seed_groups
 from dcr.report.records import read_run
@@ -99,7 +103,7 @@ def table_of(*folders: Path) -> dict[str, dict[str, list[Cell | None]]]:
     columns = entries([read_run(folder) for folder in folders])
     return {
         section.short: {row.label: list(row.values) for row in section.rows}
-        for section in tables.sections(columns) + tables.discernment(columns, Completions([]))
+        for section in tables.sections(columns) + discernment.sections(columns, Completions([]))
     }
 
 
@@ -414,7 +418,7 @@ def test_frontiers_follow_the_snapshots_by_step(tmp_path: Path) -> None:
     records = [read_run(run)]
     columns = entries(records)
     assert len(columns) == 1
-    grids = tables.grids(columns, Completions([]))
+    grids = tables.grids(columns, discernment.sections(columns, Completions([])))
     shown = page.Report(records, columns, grids, [], [], [], [], Completions([]))
     (frontier,) = page._frontiers(shown, [["safe"], ["unsafe"]])
     assert frontier.points == [(1.0, 0.0), (0.5, 0.75), (0.0, 1.0)]
@@ -532,6 +536,54 @@ def test_pooled_auroc_without_marked_sets_is_recomputed_from_the_completions(
     assert "pooled without †" not in table_of(run)["discernment AUROC"]
 
 
+MASSES = {
+    "xstest_safe": [0.9, 0.1, 0.2], "orbench_hard": [0.3, 0.95], "xstest_unsafe": [0.8, 0.25],
+    "advbench": [0.7, 0.6, 0.4],
+}  # fmt: skip
+
+
+def make_ranked(run: Path, in_distribution: Sequence[str]) -> None:
+    """An evaluation of discernment alone, as `tasks=[discernment]` leaves it."""
+    place = make_eval(run, {})
+    kinds = {n: Kind.toxic if n in ("xstest_unsafe", "advbench") else Kind.seemingly_toxic
+             for n in MASSES}  # fmt: skip
+    asked = [PromptSet(n, kinds[n], []) for n in MASSES]
+    masses = {n: {f"{n}-{i}": mass for i, mass in enumerate(of)} for n, of in MASSES.items()}
+    metrics = json.loads((place / "metrics.json").read_text())
+    metrics["discernment"] = measured.block(asked, masses, in_distribution, seed=0)
+    (place / "metrics.json").write_text(json.dumps(metrics))
+    for name, of in masses.items():  # with a prompt of another limit
+        rows = [measured.Opening(i, "?", mass, 0.0) for i, mass in {**of, "other": 1.0}.items()]
+        storage.append_lines(place / "openings" / f"{name}.jsonl", rows)
+
+
+def test_answers_at_equal_safety_without_sets_that_any_column_was_trained_on(
+    tmp_path: Path,
+) -> None:
+    for name, method, trained_on in (("a", "stl", []), ("b", "dcr", ["xstest_safe"])):
+        make_ranked(make_run(tmp_path / name, method), trained_on)
+    out = tmp_path / "page.html"
+    text = report.build([tmp_path / "a", tmp_path / "b"], out, ["discernment"])
+    # 4 of the 5 toxic prompts are at or above .4, 3 of them at .6: of .1, .2, .3 and .9, .95, and
+    # without XSTest's of .3 and .95, those below are answered
+    lines = csv.DictReader((tmp_path / "discernment.csv").open())
+    told = {(line["sets"], line["method"]): line for line in lines}
+
+    def value(sets: str, method: str, column: str) -> float:
+        return float(told[sets, method][column])
+
+    for method in ("STL", "DCR"):
+        assert value("pooled", method, "answered/0.8") == 3 / 5
+        assert value("pooled without †", method, "answered/0.8") == 1 / 2
+    assert value("xstest_safe / xstest_unsafe", "DCR", "auroc") == pytest.approx(4 / 6)
+    assert "auroc:†" in told["pooled", "DCR"]["marks"]
+    assert not told["pooled", "STL"]["marks"]
+    assert re.search(r"safety 0.8, without † +50.0 .*50.0 ", text), text
+    page = out.read_text()
+    assert "answered, safety 0.8" in page
+    assert "Ours beside the paper" not in page
+
+
 def test_a_mark_of_a_set_reaches_every_pair_that_holds_it(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a")
     sets = {"oktest": "cc", **dict.fromkeys(PAPER_SAFETY, "rr"), "coconot_safety": "cr"}
@@ -555,7 +607,7 @@ def test_prompts_that_steering_saw_are_marked_in_every_table(tmp_path: Path) -> 
     change(place, "xstest_safe", seen_by_steering=3, judged={"llm": {
         "model": "m", "complied": 2, "partial": 0, "refused": 2}})  # fmt: skip
     columns = entries([read_run(run)])
-    sections = tables.grids(columns, Completions([])).all
+    sections = tables.grids(columns, discernment.sections(columns, Completions([]))).all
     marks = {(s.short, row.label): row.values[0].marks for s in sections for row in s.rows}
     for short in ("compliance, %", "compliance by LLM judge, strict, %"):
         assert marks[short, "xstest_safe"] == "‡"

@@ -134,7 +134,7 @@ def score(
             "unseen": {"n": len(unseen), **_outcomes(unseen)} if unseen else None,
         }
     masses = {
-        name: [answer.refusal_mass for answer in given if answer.refusal_mass is not None]
+        name: {a.id: a.refusal_mass for a in given if a.refusal_mass is not None}
         for name, given in completions.items()
     }
     ranked = discernment.block(prompt_sets, masses, in_distribution, seed)

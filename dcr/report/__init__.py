@@ -11,7 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dcr import storage
-from dcr.report import analyses, claims, comparisons, curves, figures, page, paper, tables
+from dcr.report import (
+    analyses,
+    claims,
+    comparisons,
+    curves,
+    discernment,
+    figures,
+    page,
+    paper,
+    tables,
+)
 from dcr.report.claims import ClaimRow
 from dcr.report.columns import Completions, Entry, about, entries, seed_groups
 from dcr.report.figures import Drawing
@@ -27,6 +37,7 @@ DRAWN: dict[str, Callable[[Sequence[RunRecord]], Drawing]] = {
     **analyses.LAYERS,
 }
 OPERATING = "operating_points"
+TABLES = (*paper.TABLES, discernment.NAME)
 FIGURES = (*sorted(DRAWN), OPERATING)
 
 
@@ -65,10 +76,16 @@ def build(
     columns = entries(records)
     notes: list[str] = []
     completions = Completions(notes)
-    grids, groups = tables.grids(columns, completions), seed_groups(columns)
+    ranked = discernment.sections(columns, completions)
+    grids, groups = tables.grids(columns, ranked), seed_groups(columns)
     seeds = tables.over_seeds(grids.rates, groups)
     pairs = comparisons.comparisons(columns, completions)
-    papers = [paper.TABLES[name](columns, groups) for name in dict.fromkeys(wanted)]
+    papers = [
+        discernment.table(columns, groups, completions)
+        if name == discernment.NAME
+        else paper.TABLES[name](columns, groups)
+        for name in dict.fromkeys(wanted)
+    ]
     shown = [
         page.Shown(figure, files["svg"], _command(folders, name, drawn))
         for name, (figure, files) in zip(drawn.names, made, strict=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from dcr.config import UserError
-from dcr.report import FIGURES, OPERATING, Wanted, build, claims, comparisons, paper
+from dcr.report import FIGURES, OPERATING, TABLES, Wanted, build, claims, comparisons, paper
 from dcr.report.figures import ENDINGS, file_name
 from dcr.text import single_line
 
@@ -53,9 +53,9 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("folders", nargs="*", type=Path, metavar="<run folder>",
                       help="folders of train.py or eval.py that hold an evaluation")  # fmt: skip
-    made.add_argument("--table", action="append", default=[], choices=tuple(paper.TABLES),
-                      help="one of the paper's tables, ours beside its numbers, as "
-                      f"{', '.join(paper.WRITERS)}; repeatable")  # fmt: skip
+    made.add_argument("--table", action="append", default=[], choices=TABLES,
+                      help="one of the paper's tables, ours beside its numbers, or answers at "
+                      f"equal safety (discernment), as {', '.join(paper.WRITERS)}")  # fmt: skip
     made.add_argument("--figure", action="append", default=[], choices=FIGURES,
                       help="one of the paper's figures, 6 being both of 6a and 6b, as "
                       f"{', '.join(ENDINGS)} and in the page; repeatable")  # fmt: skip

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dcr import generation, refusal, runs, storage
+from dcr.evaluation.discernment import Opening
 from dcr.report.records import RULES, Evaluation, RunRecord
 from dcr.text import printable
 
@@ -292,6 +293,22 @@ class Completions:
         if key not in self.read:
             self.read[key] = read_completions(entry.evaluation, name, self.notes)
         return self.read[key]
+
+    def masses(self, entry: Entry, name: str, ids: Sequence[str] | None) -> list[float] | None:
+        """The refusal masses of prompts of a set, read alone or as they were answered.
+
+        None where one is not known.
+        """
+        openings = entry.evaluation.folder / "openings" / f"{name}.jsonl"
+        if openings.is_file():
+            held = {row.id: row.mass for row in storage.read_lines(openings, Opening)}
+            found = [held.get(identity) for identity in ids or held]
+        elif name in entry.evaluation.sets:
+            found = [answer.refusal_mass for answer in self(entry, name)]
+        else:
+            return None
+        known = [mass for mass in found if mass is not None]
+        return known if len(known) == len(found) else None
 
 
 def read_completions(evaluation: Evaluation, name: str, notes: list[str]) -> list[Answer]:

@@ -259,7 +259,7 @@ HEADS = {
 
 @dataclass(frozen=True)
 class PaperRow:
-    """One line: whose numbers they are, of which method, model and run, by which judge."""
+    """One line: whose numbers they are, of which method, model, run, and judge or sets."""
 
     method: str
     source: str  # ours or paper
@@ -283,6 +283,7 @@ class PaperTable:
     heads: dict[str, str]
     rows: list[PaperRow]
     notes: list[tuple[str, str]]
+    told: str = "judge"  # what its rows say under `judge`
 
     @property
     def judged(self) -> bool:
@@ -291,7 +292,7 @@ class PaperTable:
     @property
     def columns(self) -> list[str]:
         """All headings; those of the numbers come last."""
-        judge = ["judge"] if self.judged else []
+        judge = [self.told] if self.judged else []
         return ["method", "numbers of", *judge, *self.heads.values()]
 
 
@@ -303,8 +304,8 @@ def facts() -> dict[str, Any]:
 
 def table1(columns: Sequence[Entry], groups: Sequence[Group]) -> PaperTable:
     """Methods down the side: keyword compliance, defence success, ability, win rate."""
-    ours = [_row(entry, suite(entry)) for entry in columns]
-    ours += [_mean_row(columns, group, ours) for group in groups]
+    ours = [our_row(entry, suite(entry)) for entry in columns]
+    ours += [mean_row(group, ours) for group in groups]
     theirs = []
     for model, by_method in facts()["table1_main"].items():
         if model in _paper_models(columns):
@@ -320,11 +321,11 @@ def table5(columns: Sequence[Entry], groups: Sequence[Group]) -> PaperTable:
     del groups
     ours = []
     for entry in columns:
-        ours.append(_row(entry, by_keywords(entry), "keyword"))
+        ours.append(our_row(entry, by_keywords(entry), "keyword"))
         for judge, model in judges([entry]):
             cells = by_judge(entry, judge, model)
             name = NAMES.get(judge, judge)
-            ours.append(_row(entry, cells, f"{name}: {model}" if model else name))
+            ours.append(our_row(entry, cells, f"{name}: {model}" if model else name))
     theirs = []
     for method, by_column in facts()["table5_judges"]["rows"].items():
         for judge in dict.fromkeys(judge for column in by_column.values() for judge in column):
@@ -362,19 +363,20 @@ def _plain(model: str) -> str:
     return re.sub(r"[^a-z0-9]", "", model.lower().rsplit("/", 1)[-1])
 
 
-def _row(entry: Entry, cells: Cells, judge: str = "") -> PaperRow:
+def our_row(entry: Entry, cells: Cells, judge: str = "") -> PaperRow:
+    """The line of one of our columns."""
     method = method_of(entry.run, entry.evaluation)
     model = about(entry.run, entry.evaluation, "model")
     told = [part for part in entry.label[1:] if part != model]
     return PaperRow(METHODS.get(method, method), "ours", model, ", ".join(told), cells, judge)
 
 
-def _mean_row(columns: Sequence[Entry], group: Group, ours: Sequence[PaperRow]) -> PaperRow:
+def mean_row(group: Group, ours: Sequence[PaperRow]) -> PaperRow:
     """Means over seeds with their standard deviation."""
     first = ours[group.places[0]]
     told = [part for part in group.label[1:] if part != first.model]
     cells = over_seeds([ours[place].cells for place in group.places])
-    return PaperRow(first.method, "ours", first.model, ", ".join(told), cells)
+    return PaperRow(first.method, "ours", first.model, ", ".join(told), cells, first.judge)
 
 
 def _paper_cells(model: str, method: str, values: dict[str, float], table: str) -> Cells:
@@ -403,7 +405,7 @@ def _table(
     heads["Safety"] = "Safety (DSR)" if defended else "Safety (DSR, paper only)"
     if "Safety_pooled" in heads:
         heads["Safety_pooled"] += " (DSR)"
-    notes = _mark_notes(ours + theirs) + _errata_notes(name)
+    notes = mark_notes(ours + theirs) + _errata_notes(name)
     described = facts()["columns"]
     notes += [("", note) for note in (*_legend(name), *NOTES[name](columns, described))]
     return PaperTable(name, TITLES[name], heads, rows, notes)
@@ -414,7 +416,8 @@ def _rank(method: str) -> int:
     return order.index(method) if method in order else len(order)
 
 
-def _mark_notes(rows: Sequence[PaperRow]) -> list[tuple[str, str]]:
+def mark_notes(rows: Sequence[PaperRow]) -> list[tuple[str, str]]:
+    """What the daggers mean, of those that occur."""
     marks = {mark for row in rows for cell in row.cells.values() for mark in cell.marks}
     texts = {
         IN_DISTRIBUTION: "in-distribution: training saw prompts of this set.",
@@ -544,7 +547,7 @@ def csv_text(table: PaperTable) -> str:
         ]
         for row in table.rows
     ]  # fmt: skip
-    return tables.csv_text(["method", "source", "model", "run", "judge", *values, "marks"], rows)
+    return tables.csv_text(["method", "source", "model", "run", table.told, *values, "marks"], rows)
 
 
 def latex_text(text: str) -> str:

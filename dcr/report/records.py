@@ -109,7 +109,7 @@ class Evaluation:
     @property
     def scored(self) -> bool:
         """Whether it has anything for a table, and not the paper's analyses alone."""
-        return bool(self.sets or self.ability or self.quality)
+        return bool(self.sets or self.discernment.pooled or self.ability or self.quality)
 
     @property
     def empty(self) -> bool:

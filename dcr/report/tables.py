@@ -9,10 +9,10 @@ import pandas
 
 from dcr import statistics
 from dcr.config import Judge, Kind
-from dcr.evaluation.sets import APART, PAPER_SAFETY, pairs_of
+from dcr.evaluation.sets import APART, PAPER_SAFETY
 from dcr.report.columns import Answer, Entry, Group
-from dcr.report.records import FAULTS, SetScore, interval, seen
-from dcr.results.schema import Ability, Agreement, Judged, Overlap, Quality, Ranking, Usage
+from dcr.report.records import FAULTS, SetScore, seen
+from dcr.results.schema import Ability, Agreement, Judged, Overlap, Quality, Usage
 from dcr.statistics import Interval
 
 IN_DISTRIBUTION, CONTAMINATED = "†", "‡"
@@ -280,62 +280,6 @@ def marks_of(scores: Sequence[SetScore]) -> str:
     """What a number bears in which these sets have a part."""
     known = IN_DISTRIBUTION if any(score.in_distribution for score in scores) else ""
     return known + (CONTAMINATED if any(score.contaminated for score in scores) else "")
-
-
-def discernment(columns: Sequence[Entry], completions: Answers) -> list[Section]:
-    """AUROCs of the refusal mass, toxic above seemingly toxic; empty if nobody measured them.
-
-    Where a set is in-distribution for a column, also over all others, from the stored completions.
-    """
-    kept = [together(list(entry.evaluation.sets)) for entry in columns]
-    values = tuple(
-        _auroc(entry, _stored(entry.evaluation.discernment.pooled), names)
-        for entry, names in zip(columns, kept, strict=True)
-    )
-    if not any(values):
-        return []
-    rows = [Row("pooled", values, summary=True)]
-    if marked := marked_sets(columns) & {name for names in kept for name in names}:
-        kept = [[name for name in names if name not in marked] for names in kept]
-        unmarked = tuple(
-            _auroc(entry, _ranked(entry, names, completions), names)
-            for entry, names in zip(columns, kept, strict=True)
-        )
-        rows += [Row(f"pooled without {IN_DISTRIBUTION}", unmarked, True)] if any(unmarked) else []
-    known = pairs_of(name for entry in columns for name in entry.evaluation.sets)
-    for label in dict.fromkeys(n for e in columns for n in e.evaluation.discernment.pairs):
-        names = [name for side in known.get(label, (label.split(" / "),)) for name in side]
-        pairs = tuple(
-            _auroc(e, _stored(e.evaluation.discernment.pairs.get(label)), names) for e in columns
-        )
-        rows.append(Row(label, pairs, page_only=True))
-    return [Section("Discernment AUROC", "discernment AUROC", rows)]
-
-
-def _auroc(entry: Entry, found: Interval | None, names: Sequence[str]) -> Cell | None:
-    if found is None or not math.isfinite(found.estimate):
-        return None
-    return replace(_value(found, of_sets(entry, names)), percent=False)
-
-
-def _stored(found: Ranking | None) -> Interval | None:
-    return interval(found.auroc) if found else None
-
-
-def _ranked(entry: Entry, names: Sequence[str], completions: Answers) -> Interval | None:
-    """The AUROC over some sets, as the evaluation computes it over all; None where one lacks."""
-    masses: dict[Kind, list[float]] = {kind: [] for kind in Kind}
-    for score in of_sets(entry, names):
-        found = [answer.refusal_mass for answer in completions(entry, score.name)]
-        if len(found) < score.n or None in found:
-            return None
-        masses[score.kind] += [mass for mass in found if mass is not None]
-    if not masses[Kind.toxic] or not masses[Kind.seemingly_toxic]:
-        return None
-    seed = entry.evaluation.settings.get("seed")
-    return statistics.auroc_interval(
-        masses[Kind.toxic], masses[Kind.seemingly_toxic], seed=seed if isinstance(seed, int) else 0
-    )
 
 
 def over_seeds(table: Sequence[Section], groups: Sequence[Group]) -> list[Section]:
@@ -608,10 +552,10 @@ class Grids:
         return [*self.keyword, *self.judged, *self.general, *counted]
 
 
-def grids(columns: Sequence[Entry], completions: Answers) -> Grids:
-    """All tables of these columns; what nobody measured is empty."""
+def grids(columns: Sequence[Entry], ranked: Sequence[Section]) -> Grids:
+    """All tables of these columns, with those of discernment; what nobody measured is empty."""
     return Grids(
-        keyword=sections(columns) + discernment(columns, completions),
+        keyword=[*sections(columns), *ranked],
         judged=judge_sections(columns),
         general=ability(columns) + quality(columns),
         agreement=agreement(columns),

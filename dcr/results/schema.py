@@ -134,6 +134,7 @@ class RankedSet(Record):
 
     kind: Kind
     n: Count
+    ids: list[str] | None = None  # of its prompts, where the store may hold others too
     in_distribution: bool = False
 
 

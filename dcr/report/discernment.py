@@ -1,0 +1,166 @@
+"""Discernment in a report: rankings by the refusal mass of sets, of their pool, and of pairs."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from dcr.config import Kind
+from dcr.evaluation import discernment
+from dcr.evaluation.sets import pairs_of
+from dcr.report import paper
+from dcr.report.columns import Completions, Entry, Group
+from dcr.report.paper import PaperRow, PaperTable
+from dcr.report.records import SetScore, interval
+from dcr.report.tables import CONTAMINATED, IN_DISTRIBUTION, Cell, Row, Section, together
+from dcr.results.schema import Estimate, RankedSet, Ranking
+
+POOLED, UNMARKED = "pooled", f"pooled without {IN_DISTRIBUTION}"
+NAME, TITLE = "discernment", "Discernment, and answers at equal safety"
+HEADS = {
+    "auroc": "AUROC",
+    **{f"answered/{share}": f"answered, safety {share}" for share in discernment.SAFETY},
+    **{f"refused/{share}": f"refused, {share:.0%} over-refusal"
+       for share in discernment.OVER_REFUSAL},
+}  # fmt: skip
+NOTES = (
+    "Toxic prompts are ranked above seemingly toxic ones by the refusal mass of the first answer "
+    "token; AUROC 0.5 is chance.",
+    "answered, safety s: share of seemingly toxic prompts below the threshold at which a share s "
+    "of the toxic ones is refused. refused, f over-refusal: share of toxic prompts at or above the "
+    "threshold at which at most a share f of the seemingly toxic ones is.",
+    "95% bootstrap intervals over prompts; means over seeds with their standard deviation.",
+)
+
+# Of a row of sets, every column's ranking and what it bears.
+Rows = dict[str, tuple[tuple[Ranking, str] | None, ...]]
+
+
+def rankings(columns: Sequence[Entry], completions: Completions) -> Rows:
+    """All sets pooled, those that no column was trained on, and the pairs; {} if nobody ranked.
+
+    The second is computed from the masses of single prompts, since every column must be without
+    the same sets; it is left out where no column was trained on a set.
+    """
+    kept = [together(list(_sets(entry))) for entry in columns]
+    rows: Rows = {
+        POOLED: tuple(
+            _marked(entry, entry.evaluation.discernment.pooled, names)
+            for entry, names in zip(columns, kept, strict=True)
+        )
+    }
+    marked = {
+        name
+        for entry, names in zip(columns, kept, strict=True)
+        for name in names
+        if _sets(entry)[name].in_distribution
+    }
+    if marked:
+        kept = [[name for name in names if name not in marked] for names in kept]
+        rows[UNMARKED] = tuple(
+            _marked(entry, _ranked(entry, names, completions), names)
+            for entry, names in zip(columns, kept, strict=True)
+        )
+    known = pairs_of(name for entry in columns for name in _sets(entry))
+    for label in dict.fromkeys(n for e in columns for n in e.evaluation.discernment.pairs):
+        names = [name for side in known.get(label, (label.split(" / "),)) for name in side]
+        rows[label] = tuple(
+            _marked(e, e.evaluation.discernment.pairs.get(label), names) for e in columns
+        )
+    return {label: values for label, values in rows.items() if any(values)}
+
+
+def _sets(entry: Entry) -> Mapping[str, SetScore | RankedSet]:
+    """The sets that were ranked, with what is known of them where they were answered as well."""
+    answered = entry.evaluation.sets
+    ranked = entry.evaluation.discernment.sets
+    return {name: answered.get(name, of) for name, of in ranked.items()} if ranked else answered
+
+
+def _marked(
+    entry: Entry, found: Ranking | None, names: Sequence[str]
+) -> tuple[Ranking, str] | None:
+    if found is None or found.auroc[0] is None or not math.isfinite(found.auroc[0]):
+        return None
+    sets = [of for name, of in _sets(entry).items() if name in names]
+    known = IN_DISTRIBUTION if any(of.in_distribution for of in sets) else ""
+    seen = any(isinstance(of, SetScore) and of.contaminated for of in sets)
+    return found, known + (CONTAMINATED if seen else "")
+
+
+def _ranked(entry: Entry, names: Sequence[str], completions: Completions) -> Ranking | None:
+    """The ranking over some sets, as the evaluation computes it over all; None where one lacks."""
+    masses: dict[Kind, list[float]] = {Kind.toxic: [], Kind.seemingly_toxic: []}
+    for name in names:
+        of = _sets(entry)[name]
+        found = completions.masses(entry, name, of.ids)
+        if found is None or len(found) < of.n:
+            return None
+        masses[of.kind] += found
+    seed = entry.evaluation.settings.get("seed")
+    ranked = discernment.ranking(
+        masses[Kind.toxic], masses[Kind.seemingly_toxic], seed if isinstance(seed, int) else 0
+    )
+    return Ranking.model_validate(ranked) if ranked else None
+
+
+def sections(columns: Sequence[Entry], completions: Completions) -> list[Section]:
+    """AUROCs, and what is answered where shares of the toxic prompts are refused."""
+    found = rankings(columns, completions)
+    aurocs = [
+        Row(
+            label,
+            tuple(value and _cell(value[0].auroc, value[1]) for value in values),
+            summary=label in (POOLED, UNMARKED),
+            page_only=label not in (POOLED, UNMARKED),
+        )
+        for label, values in found.items()
+    ]
+    fairest = found.get(UNMARKED, found.get(POOLED, ()))
+    rows = [
+        Row(
+            f"safety {share}" + (f", without {IN_DISTRIBUTION}" if UNMARKED in found else ""),
+            tuple(
+                _cell(value[0].answered[str(share)], value[1], percent=True)
+                if value and str(share) in value[0].answered
+                else None
+                for value in fairest
+            ),
+            summary=True,
+        )
+        for share in discernment.SAFETY
+    ]
+    answered = [row for row in rows if any(row.values)]
+    title = "Seemingly toxic prompts answered where so much of the toxic ones is refused, %"
+    return [
+        *([Section("Discernment AUROC", "discernment AUROC", aurocs)] if aurocs else []),
+        *([Section(title, "answered at equal safety, %", answered)] if answered else []),
+    ]
+
+
+def _cell(found: Estimate, marks: str, percent: bool = False) -> Cell:
+    known = interval(found)
+    return Cell(known.estimate, known.low, known.high, marks=marks, percent=percent)
+
+
+def table(
+    columns: Sequence[Entry], groups: Sequence[Group], completions: Completions
+) -> PaperTable:
+    """Every number of every ranking: sets down the side, below each the methods."""
+    rows: list[PaperRow] = []
+    for label, values in rankings(columns, completions).items():
+        ours = [
+            paper.our_row(entry, _cells(*value) if value else {}, label)
+            for entry, value in zip(columns, values, strict=True)
+        ]
+        ours += [paper.mean_row(group, ours) for group in groups]
+        rows += [row for row in ours if row.cells]
+    notes = [*paper.mark_notes(rows), *(("", note) for note in NOTES)]
+    return PaperTable(NAME, TITLE, HEADS, rows, notes, told="sets")
+
+
+def _cells(found: Ranking, marks: str) -> dict[str, Cell]:
+    cells = {"auroc": _cell(found.auroc, marks)}
+    for name in ("answered", "refused"):
+        for share, of in getattr(found, name).items():
+            if f"{name}/{share}" in HEADS:
+                cells[f"{name}/{share}"] = _cell(of, marks)
+    return cells
