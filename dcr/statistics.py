@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from scipy import optimize, special, stats
-from torchmetrics.functional.classification import binary_cohen_kappa, binary_confusion_matrix
+from torchmetrics.functional.classification import binary_cohen_kappa
 
 SLOPE_PENALTY = 0.1  # keeps the slope finite where one side wins whenever it is the longer one
 RESAMPLES = 2000
@@ -121,18 +121,8 @@ def of_draws(values: Float[np.ndarray, "draws"], confidence: float = CONFIDENCE)
 
 def mean_interval(values: Sequence[float], *, seed: int) -> Interval:
     """A mean with its percentile bootstrap interval over the values, drawn one by one."""
-    found = np.asarray(values)
-    drawn = np.random.default_rng(seed).choice(found, (RESAMPLES, len(found))).mean(1)
-    return Interval(float(found.mean()), *percentiles(drawn))
-
-
-def auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
-    """Probability that a positive scores above a negative, ties counting half; nan if one is empty.
-
-    Raises ValueError if a score is NaN.
-    """
-    positives, negatives = _counts_by_score(positive, negative)
-    return float(_auroc_of_counts(positives[None], negatives[None])[0])
+    drawn = np.random.default_rng(seed).choice(np.asarray(values), (RESAMPLES, len(values))).mean(1)
+    return Interval(float(np.mean(values)), *percentiles(drawn))
 
 
 def auroc_interval(
@@ -145,7 +135,8 @@ def auroc_interval(
 ) -> Interval:
     """AUROC with a percentile bootstrap interval over the scores within each class.
 
-    If either class is empty: nan within [0, 1]. Raises ValueError if a score is NaN.
+    The probability that a positive scores above a negative, ties counting half. If either class is
+    empty: nan within [0, 1]. Raises ValueError if a score is NaN.
     """
     positives, negatives = _counts_by_score(positive, negative)
     if not len(positive) or not len(negative):
@@ -253,19 +244,6 @@ def cohen_kappa(a: Sequence[bool], b: Sequence[bool]) -> float:
     return float(binary_cohen_kappa(first, second))
 
 
-def confusion(a: Sequence[bool], b: Sequence[bool]) -> list[list[int]]:
-    """Counts of two judges' verdicts: row by the first, column by the second, False before True.
-
-    Raises ValueError if the lengths differ.
-    """
-    _check_paired(a, b)
-    if not len(a):
-        return [[0, 0], [0, 0]]
-    first, second = torch.tensor(a, dtype=torch.int64), torch.tensor(b, dtype=torch.int64)
-    # torchmetrics has the target's rows and the prediction's columns.
-    return binary_confusion_matrix(preds=second, target=first).tolist()
-
-
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjusted p values in the given order (Holm 1979): below α, the family-wise error is below α.
 
@@ -338,10 +316,10 @@ def length_controlled_win_rate(
 
 
 def _preferences(values: Sequence[float]) -> np.ndarray:
-    found = np.asarray(values, dtype=float)
-    if not ((found >= 0) & (found <= 1)).all():
+    preferences = np.asarray(values, dtype=float)
+    if not ((preferences >= 0) & (preferences <= 1)).all():
         raise ValueError("a preference lies outside [0, 1]")
-    return found
+    return preferences
 
 
 def _counts_by_score(
@@ -388,11 +366,11 @@ def over_pairs(
     if not len(rows):
         return np.full(len(left), math.nan)
     step = max(1, CHUNK // len(rows))
-    found = []
+    values = []
     for first in range(0, len(left), step):
         kept = slice(first, first + step)
-        found.append(statistic((left[kept][:, rows] * right[kept][:, columns]).astype(float)))
-    return np.concatenate(found)
+        values.append(statistic((left[kept][:, rows] * right[kept][:, columns]).astype(float)))
+    return np.concatenate(values)
 
 
 def weighted_mean(x: Float[np.ndarray, "pairs"], weights: Weights) -> Float[np.ndarray, "draws"]:

@@ -20,8 +20,15 @@ from dcr import prompts, separability
 from dcr.config import DataError, Kind, ModelConfig, Pooling, Template
 from dcr.models import Policy
 from dcr.prompts import ChatFormat, PromptRow
-from dcr.separability import classical_mds, fisher_ratio, kmeans_accuracy, measures
-from dcr.separability.measures import folds, linear_probe, probe_auroc, transfer_auroc
+from dcr.separability import (
+    classical_mds,
+    fisher_ratio,
+    folds,
+    kmeans_accuracy,
+    linear_probe,
+    probe_auroc,
+    transfer_auroc,
+)
 from dcr.sources import Example
 
 NOUNS = ("lamp", "rope", "boat", "stone", "candle", "garden", "river", "window", "ladder", "a")
@@ -86,24 +93,15 @@ def test_fisher_ratio_by_hand() -> None:
     assert fisher_ratio(points, 1 - labels) == pytest.approx(1.6)
     turned = points @ torch.tensor([[0.6, 0.8], [-0.8, 0.6]])
     assert fisher_ratio(3 * turned, labels) == pytest.approx(1.6)
-
-
-def test_fisher_ratio_of_two_gaussians() -> None:
-    points, labels = clouds(40_000, 2, 3.0)
-    assert fisher_ratio(points, labels) == pytest.approx(3**2 / 2, rel=0.05)
+    assert fisher_ratio(torch.ones(4, 2), labels) == 0
+    assert fisher_ratio(labels[:, None].float(), labels) == math.inf
+    assert math.isnan(fisher_ratio(torch.randn(4, 2), torch.tensor([0, 0, 0, 1])))
 
 
 def test_fisher_ratio_of_no_difference_is_what_the_fit_alone_brings() -> None:
     width, count = 400, 100
     found = [fisher_ratio(*clouds(count, width, 0.0, seed)) for seed in range(10)]
     assert sum(found) / 10 == pytest.approx((1 / 50 + 1 / 50) * width / 2, rel=0.2)
-
-
-def test_fisher_ratio_at_the_edges() -> None:
-    labels = torch.tensor([0, 0, 1, 1])
-    assert fisher_ratio(torch.ones(4, 2), labels) == 0
-    assert fisher_ratio(labels[:, None].float(), labels) == math.inf
-    assert math.isnan(fisher_ratio(torch.randn(4, 2), torch.tensor([0, 0, 0, 1])))
 
 
 # --- probes ---
@@ -146,7 +144,7 @@ def test_probe_auroc_is_that_of_plain_scikit_learn() -> None:
     for train, test in folds(labels, groups, 4):
         scaler = StandardScaler().fit(points[train].double().numpy())
         model = LogisticRegression(
-            C=measures.INVERSE_PENALTY, class_weight="balanced", max_iter=1000
+            C=separability.INVERSE_PENALTY, class_weight="balanced", max_iter=1000
         )
         model.fit(scaler.transform(points[train].double().numpy()), labels[train].numpy())
         scores[test] = model.decision_function(scaler.transform(points[test].double().numpy()))
@@ -230,17 +228,6 @@ def distances(points: Tensor) -> Tensor:
     )
 
 
-def test_classical_mds_gives_a_plane_back_exactly() -> None:
-    chance = torch.Generator().manual_seed(0)
-    plane = torch.randn(12, 2, generator=chance, dtype=torch.float64)
-    frame, _ = torch.linalg.qr(torch.randn(7, 2, generator=chance, dtype=torch.float64))
-    found = classical_mds(plane @ frame.T + 100)
-    torch.testing.assert_close(distances(found), distances(plane), rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(
-        found.mean(0), torch.zeros(2, dtype=torch.float64), atol=1e-9, rtol=0
-    )
-
-
 def test_classical_mds_is_the_eigendecomposition_of_double_centred_squared_distances() -> None:
     points, _ = clouds(10, 6, 2.0)
     centring = np.eye(10) - np.ones((10, 10)) / 10
@@ -284,6 +271,7 @@ def test_features_are_the_hidden_states_of_each_prompt_alone(
     assert len({len(row.ids) for row in rows}) > 3  # so that most are padded
     found = separability.features(policy, rows, batch_tokens=400)
     assert found.shape == (2, 9, 32)
+    assert separability.features(policy, []).shape == (2, 0, 32)
     norm = policy.model.model.norm
     for place, row in enumerate(rows):
         with torch.no_grad():
@@ -293,23 +281,6 @@ def test_features_are_the_hidden_states_of_each_prompt_alone(
         if pooling is not Pooling.mean:  # the norm that transformers applies last is not linear
             expected = POOL[pooling](out.hidden_states[2][0], row)
             torch.testing.assert_close(norm(last), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_the_last_token_is_the_prompts_own(policy: Policy, chat: ChatFormat) -> None:
-    rows = encode(chat, Pooling.last)
-    ids = policy.tokenizer(chat.text(example(3, Kind.toxic).prompt))["input_ids"]
-    assert rows[3].ids == ids
-    assert rows[3].features == (len(rows[3].ids) - 1, len(rows[3].ids))
-    user = encode(chat, Pooling.last_user_token)[3]
-    assert policy.tokenizer.decode(user.ids[user.features[0]]) == "?"
-
-
-def test_features_do_not_depend_on_the_batch(policy: Policy, chat: ChatFormat) -> None:
-    rows = encode(chat, Pooling.last)
-    at_once = separability.features(policy, rows, batch_tokens=10**6)
-    one_by_one = separability.features(policy, rows, batch_tokens=1)
-    torch.testing.assert_close(at_once, one_by_one, rtol=1e-4, atol=1e-6)
-    assert separability.features(policy, []).shape == (2, 0, 32)
 
 
 def test_a_prompt_beyond_the_context_is_named(chat: ChatFormat) -> None:
@@ -331,16 +302,6 @@ def test_the_planted_layer_stands_out() -> None:
     assert scores[2].kmeans > 0.95
     assert scores[2].probe > 0.95
     assert scores == separability.layerwise(points, labels, alone(60), seed=0)
-
-
-def test_standardising_keeps_one_large_dimension_from_hiding_the_others() -> None:
-    points, labels = clouds(80, 2, 6.0)
-    points[:, 1] *= 1000
-    (raw,) = separability.layerwise(points[None], labels, alone(80), seed=0)
-    (even,) = separability.layerwise(points[None], labels, alone(80), seed=0, standardise=True)
-    assert raw.kmeans < 0.7
-    assert even.kmeans > 0.95
-    assert raw.probe == pytest.approx(even.probe)  # it always standardises
 
 
 def test_groups_are_shared_across_classes_and_a_row_without_one_is_its_own() -> None:

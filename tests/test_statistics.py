@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import time
 
 import numpy as np
 import pytest
@@ -13,10 +12,8 @@ from sklearn.metrics import cohen_kappa_score, roc_auc_score
 from dcr.statistics import (
     Interval,
     Ranking,
-    auroc,
     auroc_interval,
     cohen_kappa,
-    confusion,
     holm,
     length_controlled_win_rate,
     mcnemar,
@@ -54,12 +51,6 @@ def test_wilson_equals_its_closed_form(successes: int, total: int, confidence: f
     assert 0 <= found.low <= found.estimate <= found.high <= 1
 
 
-def test_wilson_at_the_size_of_xstest_is_about_three_points() -> None:
-    found = wilson(233, 250)
-    assert found.low == pytest.approx(0.932 - 0.038, abs=2e-3)
-    assert found.high == pytest.approx(0.932 + 0.025, abs=2e-3)
-
-
 def test_wilson_of_nothing_knows_nothing() -> None:
     found = wilson(0, 0)
     assert math.isnan(found.estimate)
@@ -70,6 +61,10 @@ def test_wilson_of_nothing_knows_nothing() -> None:
 def test_wilson_refuses_impossible_counts(successes: int, total: int) -> None:
     with pytest.raises(ValueError, match="successes"):
         wilson(successes, total)
+
+
+def auroc(positive: list[float], negative: list[float]) -> float:
+    return auroc_interval(positive, negative, resamples=1, seed=0).estimate
 
 
 def auroc_by_pairs(positive: list[float], negative: list[float]) -> float:
@@ -87,19 +82,8 @@ def test_auroc_equals_counting_and_scikit_learn(decimals: int | None, seed: int)
     assert found == pytest.approx(roc_auc_score([1] * 23 + [0] * 31, positive + negative))
 
 
-@pytest.mark.parametrize(
-    ("positive", "negative", "expected"),
-    [([2.0], [1.0], 1), ([1.0], [2.0], 0), ([1.0, 1.0], [1.0], 0.5), ([-math.inf], [0.0], 0)],
-)
-def test_auroc_of_plain_cases(
-    positive: list[float], negative: list[float], expected: float
-) -> None:
-    assert auroc(positive, negative) == expected
-
-
 @pytest.mark.parametrize(("positive", "negative"), [([], [1.0]), ([1.0], []), ([], [])])
 def test_auroc_of_an_empty_class_is_nan(positive: list[float], negative: list[float]) -> None:
-    assert math.isnan(auroc(positive, negative))
     found = auroc_interval(positive, negative, seed=0)
     assert math.isnan(found.estimate)
     assert (found.low, found.high) == (0, 1)
@@ -186,13 +170,6 @@ def test_auroc_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     assert 178 <= covered <= 199  # 190 expected of a perfect one, standard deviation 3
 
 
-def test_auroc_interval_is_quick() -> None:
-    positive, negative = random_scores(450, 1.0, 0), random_scores(450, 0.0, 1)
-    start = time.process_time()
-    auroc_interval(positive, negative, seed=0)
-    assert time.process_time() - start < 2  # 0.1 s when nothing else runs
-
-
 def test_bootstraps_follow_their_seed() -> None:
     a, b = random_scores(30, 1.0, 0), random_scores(30, 0.0, 1)
     for bootstrap in (auroc_interval, paired_difference):
@@ -209,13 +186,7 @@ def test_mcnemar_equals_the_binomial_tail(seed: int) -> None:
     tail = sum(math.comb(differing, k) for k in range(min(only_a, only_b) + 1)) / 2**differing
     assert mcnemar(a, b) == pytest.approx(min(1.0, 2 * tail))
     assert mcnemar(b, a) == pytest.approx(mcnemar(a, b))
-
-
-def test_mcnemar_plain_cases() -> None:
-    assert mcnemar([True] * 6, [False] * 6) == pytest.approx(2 / 2**6)
-    assert mcnemar([True, False], [True, False]) == 1
-    assert mcnemar([], []) == 1
-    assert mcnemar([True, False], [False, True]) == 1
+    assert mcnemar(a, a) == mcnemar([], []) == mcnemar([True, False], [False, True]) == 1
 
 
 def test_paired_difference_equals_a_bootstrap_by_loops() -> None:
@@ -237,15 +208,6 @@ def test_paired_difference_uses_the_pairing() -> None:
     found = paired_difference(shifted, a, seed=0)
     # prompt by prompt the methods differ by exactly 1, however much prompts differ
     assert (found.estimate, found.low, found.high) == pytest.approx((1, 1, 1))
-
-
-def test_paired_difference_approaches_the_normal_interval() -> None:
-    a, b = random_scores(2000, 0.3, 0), random_scores(2000, 0.0, 1)
-    differences = np.subtract(a, b)
-    half = 1.96 * differences.std(ddof=1) / math.sqrt(2000)
-    found = paired_difference(a, b, resamples=4000, seed=0)
-    assert found.low == pytest.approx(differences.mean() - half, abs=0.1 * half)
-    assert found.high == pytest.approx(differences.mean() + half, abs=0.1 * half)
 
 
 def test_paired_difference_of_nothing_knows_nothing() -> None:
@@ -283,19 +245,6 @@ def test_cohen_kappa_plain_cases() -> None:
     assert cohen_kappa([True, False], [False, True]) == pytest.approx(-1)
     assert math.isnan(cohen_kappa([True, True], [True, True]))
     assert math.isnan(cohen_kappa([], []))
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_confusion_equals_counting(seed: int) -> None:
-    a, b = random_verdicts(60, 0.3, seed), random_verdicts(60, 0.6, seed + 10)
-    pairs = list(zip(a, b, strict=True))
-    assert confusion(a, b) == [
-        [pairs.count((False, False)), pairs.count((False, True))],
-        [pairs.count((True, False)), pairs.count((True, True))],
-    ]
-    assert confusion([], []) == [[0, 0], [0, 0]]
-    with pytest.raises(ValueError, match="1 and 2"):
-        confusion([True], [True, False])
 
 
 def holm_by_closed_testing(p_values: list[float]) -> list[float]:
@@ -406,11 +355,3 @@ def test_length_control_where_the_longer_answer_always_wins() -> None:
     lengths = [float(x) for x in range(-30, 31) if x]
     found = length_controlled_win_rate([float(x > 0) for x in lengths], lengths)
     assert found == pytest.approx(50, abs=1e-6)
-
-
-def test_intervals_are_read_only() -> None:
-    with pytest.raises(AttributeError):
-        wilson(1, 2).estimate = 0.3  # pyright: ignore[reportAttributeAccessIssue]
-    assert wilson(1, 2) == Interval(
-        *[getattr(wilson(1, 2), k) for k in ("estimate", "low", "high")]
-    )

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from dcr import activations, models, prompts
-from dcr.activations import Site
 from dcr.config import ConfigError, Kind, ModelConfig, Precision, SteeringConfig, SurgicalConfig
 from dcr.models import Policy
 from dcr.prompts import ChatFormat
@@ -200,23 +199,20 @@ def by_loops(policy: Policy, chat: ChatFormat, positions: int) -> tuple[Table, T
             for b in range(1, BLOCKS + 1)
         }
     places = means["normal"].keys()
-    found = [
+    toxic, seemingly_toxic = (
         {place: means[kind][place] - means["normal"][place] for place in places}
         for kind in ("toxic", "seemingly_toxic")
-    ]
-    return found[0], found[1]
+    )
+    return toxic, seemingly_toxic
 
 
 def tail_of(policy: Policy) -> list[int]:
     return policy.tokenizer.encode("<|im_end|>\nA\n", add_special_tokens=False)
 
 
-def tensors_of(policy: Policy, chat: ChatFormat, batch_size: int = 4) -> tuple[Tensor, Tensor]:
-    ids = {
-        kind: [chat.prompt_ids(row.prompt) for row in getattr(EXTRACTION, kind)[:TRAIN]]
-        for kind in surgical.KINDS
-    }
-    return surgical.directions(policy.model, ids, len(tail_of(policy)), BLOCKS, batch_size)
+@pytest.fixture(scope="module")
+def looped(planted: Policy) -> tuple[Table, Table]:
+    return by_loops(planted, chat_of(planted), len(tail_of(planted)))
 
 
 @pytest.fixture(scope="module")
@@ -285,21 +281,21 @@ def test_a_template_that_ends_with_the_instruction_is_named(planted: Policy) -> 
         surgical.tail(chat, [chat.prompt_ids("One")])
 
 
-@pytest.mark.parametrize("batch_size", [1, 5])
-def test_candidates_are_those_of_a_loop(planted: Policy, batch_size: int) -> None:
-    chat = chat_of(planted)
-    toxic, false = tensors_of(planted, chat, batch_size)
-    size = len(tail_of(planted))
-    assert toxic.shape == false.shape == (size, BLOCKS, WIDTH)
-    r, w = by_loops(planted, chat, size)
-    for (position, block), truth in r.items():
-        found = (toxic[position, block - 1].double(), false[position, block - 1].double())
-        if block == 1:  # no token of the template has seen the prompt
-            assert found[0].isnan().all()
-            assert found[1].isnan().all()
-            continue
-        torch.testing.assert_close(found[0], truth, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(found[1], w[position, block], rtol=1e-4, atol=1e-6)
+def test_candidates_are_those_of_a_loop(planted: Policy, looped: tuple[Table, Table]) -> None:
+    chat, size = chat_of(planted), len(tail_of(planted))
+    ids = {
+        kind: [chat.prompt_ids(row.prompt) for row in getattr(EXTRACTION, kind)[:TRAIN]]
+        for kind in surgical.KINDS
+    }
+    directions = surgical.directions(planted.model, ids, size, BLOCKS, 5)  # padded, unlike the loop
+    for direction, table in zip(directions, looped, strict=True):
+        assert direction.shape == (size, BLOCKS, WIDTH)
+        for (position, block), truth in table.items():
+            vector = direction[position, block - 1].double()
+            if block == 1:  # no token of the template has seen the prompt
+                assert vector.isnan().all()
+                continue
+            torch.testing.assert_close(vector, truth, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.8, 1.0])
@@ -326,9 +322,10 @@ def test_orthogonalised_is_the_formula_at_each_place(share: float) -> None:
 # --- selection ---
 
 
-def brute_force(policy: Policy, chat: ChatFormat, told: SurgicalConfig) -> dict[str, Any]:
+def brute_force(
+    policy: Policy, chat: ChatFormat, share: float, r: Table, w: Table
+) -> dict[str, dict[tuple[int, int], tuple[float, float]]]:
     """(KL, score) of every candidate, from every validation prompt by itself."""
-    r, w = by_loops(policy, chat, len(tail_of(policy)))
     held = {
         kind: [chat.prompt_ids(x.prompt) for x in getattr(EXTRACTION, kind)[TRAIN : TRAIN + HELD]]
         for kind in ("seemingly_toxic", "normal")
@@ -336,25 +333,25 @@ def brute_force(policy: Policy, chat: ChatFormat, told: SurgicalConfig) -> dict[
     clean = [distribution(policy, ids) for ids in held["normal"]]
     ablated, added = {}, {}
     for place in ((p, b) for p, b in r if b > 1):
-        left = (
-            w[place]
-            - told.orthogonalise * (w[place] @ r[place]) / (r[place] @ r[place]) * (r[place])
-        )
+        left = w[place] - share * (w[place] @ r[place]) / (r[place] @ r[place]) * (r[place])
         with changed(policy.model, ablating((left / left.norm()).float())):
             moved = [distribution(policy, ids) for ids in held["normal"]]
             toxic = mean([score(policy, ids) for ids in held["seemingly_toxic"]])
         ablated[place] = (mean([kl(p, q) for p, q in zip(clean, moved, strict=True)]), toxic)
-        vector = told.select_coefficient * r[place].float()
+        vector = r[place].float()
         with changed(policy.model, {("input", place[1]): lambda x, v=vector: x + v}):
             moved = [distribution(policy, ids) for ids in held["normal"]]
             refusing = mean([score(policy, ids) for ids in held["normal"]])
         added[place] = (mean([kl(p, q) for p, q in zip(clean, moved, strict=True)]), refusing)
-    return {"ablated": ablated, "added": added, "r": r, "w": w}
+    return {"ablated": ablated, "added": added}
 
 
-def test_the_choice_is_the_best_of_all_candidates_within_the_bounds(planted: Policy) -> None:
+def test_the_choice_is_the_best_of_all_candidates_within_the_bounds(
+    planted: Policy, looped: tuple[Table, Table], caplog: pytest.LogCaptureFixture
+) -> None:
     chat = chat_of(planted)
-    truth = brute_force(planted, chat, asked(orthogonalise=0.8).surgical)
+    caplog.set_level(logging.INFO, "dcr.steering")
+    truth = brute_force(planted, chat, 0.8, *looped)
     # bounds at the median, which the best of all must not pass, or there is nothing to test
     bounds = {}
     for name, sign in (("ablated", 1), ("added", -1)):
@@ -366,6 +363,7 @@ def test_the_choice_is_the_best_of_all_candidates_within_the_bounds(planted: Pol
             bounds[name] = 0.99 * found[best][0]
     told = asked(orthogonalise=0.8, ablation_kl=bounds["ablated"], addition_kl=bounds["added"])
     tensors, info = surgical.find(planted, chat, EXTRACTION, told, 4)
+    assert f"{len(tail_of(planted))} positions × {BLOCKS} blocks are tried" in caplog.text
     for name, sign in (("ablated", 1), ("added", -1)):
         inside = {k: v for k, v in truth[name].items() if v[0] <= bounds[name]}
         assert 0 < len(inside) < len(truth[name])
@@ -378,28 +376,8 @@ def test_the_choice_is_the_best_of_all_candidates_within_the_bounds(planted: Pol
         assert record["score"] == pytest.approx(inside[place][1], rel=1e-3, abs=1e-3)
         assert record["token"] == chat.tokenizer.convert_ids_to_tokens(tail_of(planted)[place[0]])
     place = info["added"]["position"], info["added"]["block"]
-    torch.testing.assert_close(tensors["added"].double(), truth["r"][place], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(tensors["added"].double(), looped[0][place], rtol=1e-3, atol=1e-5)
     json.dumps(info)
-
-
-def test_padding_plays_no_part(planted: Policy, found: Any) -> None:
-    alone, one = surgical.find(planted, chat_of(planted), EXTRACTION, asked(), 1)
-    batched, many = found
-    for name, vector in alone.items():
-        torch.testing.assert_close(vector, batched[name], rtol=1e-3, atol=1e-4)
-        assert (one[name]["position"], one[name]["block"]) == (
-            many[name]["position"],
-            many[name]["block"],
-        )
-
-
-def test_at_coefficient_zero_the_first_survivor_stays(planted: Policy) -> None:
-    """As released, where candidates for addition were compared at a coefficient of 0."""
-    _, info = surgical.find(planted, chat_of(planted), EXTRACTION, asked(select_coefficient=0.0), 8)
-    added = info["added"]
-    assert (added["position"], added["block"]) == (-len(tail_of(planted)), 2)
-    assert added["score"] == added["clean_score"]
-    assert added["kl"] == 0
 
 
 # --- what is done with them ---
@@ -444,62 +422,18 @@ def test_edits_are_the_formula_at_every_site(planted: Policy, found: Any) -> Non
     assert kl(truth, steered) < 1e-7 < 1e-4 < kl(truth, distribution(planted, ids))
 
 
-def test_full_ablation_leaves_no_component_after_any_site(planted: Policy) -> None:
-    v = torch.randn(WIDTH, generator=torch.Generator().manual_seed(3))
-    v /= v.norm()
-    found = {"ablated": v, "added": torch.ones(WIDTH)}, {"added": {"block": 2}}
-    largest: dict[tuple[str, int], float] = {}
-
-    def watching(place: tuple[str, int]) -> Callable[[Tensor], Tensor]:
-        def watch(x: Tensor) -> Tensor:
-            assert float(x.norm(dim=-1).min()) > 0
-            largest[place] = float((x @ v).abs().max())
-            return x
-
-        return watch
-
-    sites = [(s, b) for s in ("input", "attention", "mlp") for b in range(1, DEPTH + 1)]
-    places = {place: watching(place) for place in sites}
-    chat = chat_of(planted)
-    ids = torch.tensor([chat.prompt_ids("Sing of rain~~~")])
-    edits = surgical.edits(planted, chat, found, asked(add=0.0))
-    # hooks run in the order in which they were set
-    with activations.edited(planted.model, edits), changed(planted.model, places), torch.no_grad():
-        planted.model(ids)
-    assert len(largest) == 3 * DEPTH
-    assert max(largest.values()) < 1e-5
-    with changed(planted.model, places), torch.no_grad():
-        planted.model(ids)
-    assert min(largest.values()) > 1e-4
-
-
-@pytest.mark.parametrize("told", [asked(add=0.0, ablate=0.0), asked(strength=0.0, add=3.0)])
-def test_nothing_to_add_and_ablate_is_the_identity(planted: Policy, told: SteeringConfig) -> None:
+def test_nothing_to_add_and_ablate_is_the_identity(planted: Policy) -> None:
     chat = chat_of(planted)
     unit = torch.ones(WIDTH) / WIDTH**0.5
     found = {"ablated": unit, "added": unit}, {"added": {"block": 2}}
     ids = torch.tensor([chat.prompt_ids("Sing of rain~~~")])
     with torch.no_grad():
         plain = planted.model(ids).logits
-        with activations.edited(planted.model, surgical.edits(planted, chat, found, told)):
-            assert torch.equal(planted.model(ids).logits, plain)
+        for told in (asked(add=0.0, ablate=0.0), asked(strength=0.0, add=3.0)):
+            with activations.edited(planted.model, surgical.edits(planted, chat, found, told)):
+                assert torch.equal(planted.model(ids).logits, plain)
         with activations.edited(planted.model, surgical.edits(planted, chat, found, asked())):
             assert not torch.equal(planted.model(ids).logits, plain)
-
-
-def test_edits_stand_at_three_sites_of_all_blocks_and_one_input(planted: Policy) -> None:
-    vector = torch.ones(WIDTH)
-    found = {"ablated": vector, "added": vector}, {"added": {"block": 3}}
-    edits: Any = surgical.edits(planted, chat_of(planted), found, asked(2.0, add=0.3, ablate=0.4))
-    *ablations, addition = edits
-    sites = (Site.block_input, Site.attention_output, Site.mlp_output)
-    assert {(e.site, e.block) for e in ablations} == {
-        (site, block) for site in sites for block in range(1, DEPTH + 1)
-    }
-    assert {e.scale for e in ablations} == {0.8}
-    # behind the ablation at the same place, so that what is added stays
-    assert (addition.site, addition.block, addition.scale) == (Site.block_input, 3, 0.6)
-    assert all(e.start is None for e in edits)
 
 
 # --- failures ---
@@ -549,13 +483,7 @@ def test_kinds_that_do_not_differ_have_no_direction(planted: Policy) -> None:
     )
     empty = torch.full((2, 3, WIDTH), torch.nan)
     with pytest.raises(ConfigError, match=r"^data\.extraction: .*name other sources$"):
-        surgical.select_addition(held, empty, 1.0, 1.0)
+        surgical.select_addition(held, empty, 1.0)
     held = replace(held, clean=torch.full((1, 260), torch.nan))
     with pytest.raises(ConfigError, match=r"^precision: .* under each ablation; .*=fp32$"):
         surgical.select_ablation(held, torch.eye(WIDTH)[:1, None], 1.0)
-
-
-def test_the_cost_is_said_beforehand(planted: Policy, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "dcr.steering"):
-        surgical.find(planted, chat_of(planted), EXTRACTION, asked(), 16)
-    assert f"{len(tail_of(planted))} positions × {BLOCKS} blocks are tried" in caplog.text

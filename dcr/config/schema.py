@@ -558,26 +558,23 @@ class QualityConfig:
 
 @dataclass
 class ScansConfig:
-    """SCANS (Cao et al. 2025), as released; each contradiction of its code has its switch here."""
+    """SCANS (Cao et al. 2025), as released."""
 
     anchors: int = 64  # prompts of each kind
     layers: ScansLayers = ScansLayers.absolute
-    until_last: bool = True  # classify up to the last block; else only within the steered ones
     s1: ScansEnd = ScansEnd.user_end
     threshold: float | None = 0.75  # null: calibrated on anchors held out of extraction
-    sure_in_vectors: bool = False  # whether "Sure" is appended when the vectors are taken
 
 
 @dataclass
 class SurgicalConfig:
-    """Surgical (Wang et al. 2025), as released; each contradiction of its code has its switch."""
+    """Surgical (Wang et al. 2025); candidates for addition are compared at a coefficient of 1."""
 
     train: int = 128  # prompts of each kind that vectors are computed from
     validation: int = 32  # prompts of each kind that candidates are selected on
     add: float = II("model.surgical_add")
     ablate: float = II("model.surgical_ablate")
-    orthogonalise: float = 1.0  # λ: 1 removes the whole component along the harmful direction
-    select_coefficient: float = 1.0  # at which candidates for addition are compared; released: 0
+    orthogonalise: float = 1.0  # λ: 1 removes the whole component along the toxic direction
     ablation_kl: float = 0.2
     addition_kl: float = 2.0
     prune_layers: float = 0.8  # candidates lie below this share of the depth
@@ -602,7 +599,6 @@ class SeparabilityConfig:
     """How well two classes come apart, block by block (A.9)."""
 
     pooling: Pooling = Pooling.last
-    standardise: bool = False
     prompts: int | None = None  # of each kind; null: all
 
 

@@ -163,7 +163,7 @@ def _decoded_otherwise(settings: EvalConfig) -> dict[str, Any]:
     """Settings that are told only where they change something, so that old and new records meet."""
     told: dict[str, Any] = {}
     if steering.acts(settings.steering):
-        told["steering"] = steering.told(settings.steering)
+        told["steering"] = steering.summary(settings.steering)
     if settings.steering.validation:
         told["validation"] = True
     if settings.gen.self_cd is not None:

@@ -233,7 +233,6 @@ def separate(
         rows[Kind.toxic],
         seed,
         pooling=settings.pooling,
-        standardise=settings.standardise,
     )
 
 

@@ -5,7 +5,7 @@ they act, `vectors` is what these share. A caller opens `activations.edited` wit
 result; generation, refusal probability and the lm-evaluation-harness then run under it unaware.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
@@ -18,7 +18,7 @@ from dcr.models import Policy
 from dcr.prompts import ChatFormat
 from dcr.steering import scans, surgical, vectors
 from dcr.steering.prompts import RELEASED, Extraction, extraction
-from dcr.steering.vectors import Found, Info
+from dcr.steering.vectors import Info, Vectors
 
 __all__ = [
     "STEERING",
@@ -28,7 +28,7 @@ __all__ = [
     "extraction",
     "identity",
     "steer",
-    "told",
+    "summary",
 ]
 
 
@@ -40,8 +40,8 @@ class SteeringMethod:
     read.
     """
 
-    find: Callable[[Policy, ChatFormat, Extraction, SteeringConfig, int], Found]
-    edits: Callable[[Policy, ChatFormat, Found, SteeringConfig], Edits | Plan]
+    find: Callable[[Policy, ChatFormat, Extraction, SteeringConfig, int], Vectors]
+    edits: Callable[[Policy, ChatFormat, Vectors, SteeringConfig], Edits | Plan]
     needs: str | None
     weights: tuple[str, ...] = ()
 
@@ -84,11 +84,14 @@ def steer(
         for kind, rows in drawn.parts().items()
         for ids in [[row.id for row in rows]]
     }
-    found = vectors.kept(
+    tensors, info = vectors.kept(
         folder,
-        _key(
-            policy, chat, settings, {kind: str(part["fingerprint"]) for kind, part in used.items()}
-        ),
+        {
+            **_made_with(settings, method.weights),
+            "prompts": {kind: part["fingerprint"] for kind, part in used.items()},
+            "chat": [chat.template, chat.system_prompt],
+            "weights": vectors.trace(policy),
+        },
         lambda: method.find(policy, chat, drawn, settings, batch_size),
     )
     record = {
@@ -102,23 +105,9 @@ def steer(
             "toxic": len(drawn.validation_toxic),
             "seemingly_toxic": len(drawn.validation_seemingly_toxic),
         },
-        **found[1],
+        **info,
     }
-    return Steered(method.edits(policy, chat, found, settings), record)
-
-
-def _key(
-    policy: Policy, chat: ChatFormat, settings: SteeringConfig, prompts: Mapping[str, str]
-) -> dict[str, Any]:
-    """All that vectors depend on: neither the strength nor the weights of an edit."""
-    made_with, unread = _made_with(settings), STEERING[settings.method].weights
-    return {
-        **made_with,
-        "settings": {k: v for k, v in made_with["settings"].items() if k not in unread},
-        "prompts": prompts,
-        "chat": [chat.template, chat.system_prompt],
-        "weights": vectors.trace(policy),
-    }
+    return Steered(method.edits(policy, chat, (tensors, info), settings), record)
 
 
 def acts(settings: SteeringConfig) -> bool:
@@ -144,26 +133,26 @@ def identity(data: DataConfig, settings: SteeringConfig, seed: int) -> dict[str,
     }
 
 
-def told(settings: SteeringConfig) -> dict[str, Any]:
+def summary(settings: SteeringConfig) -> dict[str, Any]:
     """What tells evaluations under edits apart: method, strength, and the method's settings."""
     made_with = _made_with(settings)
     own = made_with.pop("settings")
     return made_with | {"strength": settings.strength} | own
 
 
-def _made_with(settings: SteeringConfig) -> dict[str, Any]:
-    """The settings of a method but its strength."""
+def _made_with(settings: SteeringConfig, unread: Sequence[str] = ()) -> dict[str, Any]:
+    """The settings of a method but its strength and those that are not read."""
     needs = STEERING[settings.method].needs
-    node = _plain(asdict(getattr(settings, needs))) if needs else {}
+    node = asdict(getattr(settings, needs)) if needs else {}
     # `ablation` shares Surgical's number of prompts
     shared = {} if needs else {"train": settings.surgical.train}
     return {
         "method": settings.method.value,
         "released_data": settings.released_data,
         **shared,
-        "settings": node,
+        "settings": {
+            key: value.value if isinstance(value, Enum) else value
+            for key, value in node.items()
+            if key not in unread
+        },
     }
-
-
-def _plain(node: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value.value if isinstance(value, Enum) else value for key, value in node.items()}

@@ -5,7 +5,7 @@ evaluation set is dropped and counted, whichever source it comes from.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dcr import contamination, sources
@@ -20,11 +20,7 @@ from dcr.config import (
 from dcr.sources import Example
 from dcr.text import normalise
 
-KINDS = {
-    "toxic": Kind.toxic,
-    "seemingly_toxic": Kind.seemingly_toxic,
-    "normal": Kind.normal,
-}
+KINDS = tuple(kind.value for kind in Kind)
 SURGICAL_RELEASED = ExtractionSources(
     toxic=["surgical_harmful_train"],
     seemingly_toxic=["surgical_orbench_train"],
@@ -42,34 +38,24 @@ RELEASED = {
 class Need:
     """How many prompts of each kind a method computes its vectors from, and the key to lower."""
 
-    toxic: int
-    seemingly_toxic: int
-    normal: int
-    key: str
+    toxic: int = 0
+    seemingly_toxic: int = 0
+    normal: int = 0
+    key: str = ""
 
 
-def _scans(settings: SteeringConfig) -> Need:
-    """Anchors for the vectors, and as many again to calibrate the threshold on."""
-    anchors = settings.scans.anchors * (2 if settings.scans.threshold is None else 1)
-    return Need(anchors, 0, anchors, f"steering.scans.anchors={settings.scans.anchors}")
-
-
-def _surgical(settings: SteeringConfig) -> Need:
+def needed(settings: SteeringConfig) -> Need:
+    """Of SCANS anchors, and as many again where the threshold is calibrated on them."""
     train, validation = settings.surgical.train, settings.surgical.validation
-    key = f"steering.surgical.train={train} with steering.surgical.validation={validation}"
-    return Need(train + validation, train + validation, train + validation, key)
-
-
-def _ablation(settings: SteeringConfig) -> Need:
-    train = settings.surgical.train
-    return Need(train, 0, train, f"steering.surgical.train={train}")
-
-
-NEEDS: dict[Steering, Callable[[SteeringConfig], Need]] = {
-    Steering.scans: _scans,
-    Steering.surgical: _surgical,
-    Steering.ablation: _ablation,
-}
+    if settings.method is Steering.scans:
+        anchors = settings.scans.anchors * (2 if settings.scans.threshold is None else 1)
+        return Need(anchors, 0, anchors, f"steering.scans.anchors={settings.scans.anchors}")
+    if settings.method is Steering.surgical:
+        key = f"steering.surgical.train={train} with steering.surgical.validation={validation}"
+        return Need(*[train + validation] * 3, key=key)
+    if settings.method is Steering.ablation:
+        return Need(train, 0, train, f"steering.surgical.train={train}")
+    return Need()
 
 
 @dataclass(frozen=True)
@@ -102,99 +88,75 @@ def extraction(data: DataConfig, settings: SteeringConfig, seed: int) -> Extract
 
     Raises ConfigError where a kind has too few prompts, and whatever `sources.read` raises.
     """
-    need = NEEDS[settings.method](settings) if settings.method in NEEDS else Need(0, 0, 0, "")
-    evaluated = _evaluated(data)
+    need = needed(settings)
+    evaluated = {
+        name: [row.prompt for row in sources.read(name, root=data.root, kind=kind)]
+        for kind, names in (
+            (Kind.seemingly_toxic, data.evaluation.over_refusal),
+            (Kind.toxic, data.evaluation.safety),
+        )
+        for name in names
+    }
     clean: dict[str, list[Example]] = {}
     dropped: Counter[str] = Counter()
     for kind in KINDS:
-        rows = _drawn(kind, getattr(data.extraction, kind), data, seed)
-        clean[kind], gone = _sifted(rows, evaluated, data.near_duplicate)
-        dropped.update({f"{kind}: {why}": count for why, count in gone.items()})
+        clean[kind], why = _apart(
+            _drawn(kind, getattr(data.extraction, kind), data, seed), evaluated, data.near_duplicate
+        )
+        dropped.update({f"{kind}: {reason}": count for reason, count in why.items()})
+    named, drawn = data.extraction, clean
     if settings.released_data and settings.method in RELEASED:
-        taken = _released(need, data, RELEASED[settings.method], seed)
-        dropped.clear()
-    else:
-        taken = {
-            kind: _taken(kind, rows, getattr(data.extraction, kind), need, dropped)
-            for kind, rows in clean.items()
+        named = RELEASED[settings.method]
+        drawn = {
+            kind: _drawn(kind, getattr(named, kind), data, seed) if getattr(need, kind) else []
+            for kind in KINDS
         }
-    used = [row for rows in taken.values() for row in rows]
-    prompts = {normalise(row.prompt) for row in used}
+        dropped.clear()
+    taken = {}
+    for kind, rows in drawn.items():
+        if (wanted := getattr(need, kind)) > len(rows):
+            gone = sum(count for why, count in dropped.items() if why.startswith(f"{kind}:"))
+            lost = f" ({gone} more stand in evaluation sets)" if gone else ""
+            cure = f"name more in data.extraction.{kind}"
+            if named is not data.extraction:
+                cure = "leave steering.released_data out"
+            raise ConfigError(
+                f"{need.key} asks for {wanted} {kind} prompts: "
+                f"{', '.join(getattr(named, kind)) or 'no source'} has {len(rows)}{lost}; "
+                f"lower it, or {cure}"
+            )
+        taken[kind] = rows[:wanted]
+    used = [row.prompt for rows in taken.values() for row in rows]
+    prompts = {normalise(prompt) for prompt in used}
     left = {
         kind: [row for row in reversed(rows) if normalise(row.prompt) not in prompts]
         for kind, rows in clean.items()
     }
-    found = contamination.overlaps([r.prompt for r in used], evaluated, near=data.near_duplicate)
+    overlaps = contamination.overlaps(used, evaluated, near=data.near_duplicate)
     return Extraction(
         **taken,
         dropped=dict(dropped),
-        leaked=dict(Counter(overlap.set for overlap in found if overlap is not None)),
+        leaked=dict(Counter(overlap.set for overlap in overlaps if overlap is not None)),
         validation_toxic=left["toxic"],
         validation_seemingly_toxic=left["seemingly_toxic"],
     )
 
 
-def _evaluated(data: DataConfig) -> dict[str, list[str]]:
-    asked = (
-        (Kind.seemingly_toxic, data.evaluation.over_refusal),
-        (Kind.toxic, data.evaluation.safety),
-    )
-    return {
-        name: [row.prompt for row in sources.read(name, root=data.root, kind=kind)]
-        for kind, names in asked
-        for name in names
-    }
-
-
 def _drawn(kind: str, names: Sequence[str], data: DataConfig, seed: int) -> list[Example]:
     """All distinct rows of the sources in drawn order."""
-    read = [row for name in names for row in sources.read(name, root=data.root, kind=KINDS[kind])]
+    read = [row for name in names for row in sources.read(name, root=data.root, kind=Kind(kind))]
     rows, _ = sources.drop_duplicates(read)
     return sources.draw(rows, len(rows), seed)
 
 
-def _sifted(
+def _apart(
     rows: Sequence[Example], evaluated: Mapping[str, Sequence[str]], near: float
 ) -> tuple[list[Example], Counter[str]]:
     """The rows apart from evaluation prompts, and why how many others went."""
-    found = contamination.overlaps([row.prompt for row in rows], evaluated, near=near)
+    overlaps = contamination.overlaps([row.prompt for row in rows], evaluated, near=near)
     gone = Counter(
         f"{'is' if overlap.exact else 'is close to'} a prompt of {overlap.set}"
-        for overlap in found
+        for overlap in overlaps
         if overlap is not None
     )
-    return [row for row, overlap in zip(rows, found, strict=True) if overlap is None], gone
-
-
-def _taken(
-    kind: str,
-    rows: Sequence[Example],
-    names: Sequence[str],
-    need: Need,
-    dropped: Mapping[str, int],
-) -> list[Example]:
-    wanted = getattr(need, kind)
-    if wanted > len(rows):
-        gone = sum(count for why, count in dropped.items() if why.startswith(f"{kind}:"))
-        lost = f" ({gone} more stand in evaluation sets)" if gone else ""
-        raise ConfigError(
-            f"{need.key} asks for {wanted} {kind} prompts: {', '.join(names) or 'no source'} has "
-            f"{len(rows)}{lost}; lower it or name more in data.extraction.{kind}"
-        )
-    return list(rows[:wanted])
-
-
-def _released(
-    need: Need, data: DataConfig, named: ExtractionSources, seed: int
-) -> dict[str, list[Example]]:
-    taken = {}
-    for kind in KINDS:
-        names, wanted = getattr(named, kind), getattr(need, kind)
-        rows = _drawn(kind, names, data, seed) if wanted else []
-        if wanted > len(rows):
-            raise ConfigError(
-                f"{need.key} asks for {wanted} {kind} prompts: {', '.join(names)} has {len(rows)}; "
-                "lower it, or leave steering.released_data out"
-            )
-        taken[kind] = rows[:wanted]
-    return taken
+    return [row for row, overlap in zip(rows, overlaps, strict=True) if overlap is None], gone

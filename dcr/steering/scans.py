@@ -3,8 +3,9 @@
 From two kinds of anchors: a unit vector for each steered block, and how the stream of a toxic
 prompt moves when the answer begins with " Sure". A query that moves alike counts as toxic.
 
-Departures from the released code: one threshold for all test sets; prompts drawn by seed; after
-the last block the stream before the final norm, where HF's hidden state is normed.
+Departures from the released code: one threshold for all test sets; prompts drawn by seed; queries
+are compared up to the last block in models of every size; after it the stream before the final
+norm, where HF's hidden state is normed.
 """
 
 from collections.abc import Sequence
@@ -24,11 +25,10 @@ from dcr.models import Policy
 from dcr.prompts import ChatFormat
 from dcr.steering import vectors
 from dcr.steering.prompts import Extraction
-from dcr.steering.vectors import Found
+from dcr.steering.vectors import Vectors
 
 SUFFIX = " Sure"
 ABSOLUTE = range(11, 21)  # 0-based outputs [10, 20) of the released code, for models of 32 blocks
-PLACEHOLDER = "0x5f3759df"  # a prompt that no template holds
 LAST, END, SURE = 0, 1, 2  # places read of each prompt: its last token, s1, s2
 
 
@@ -43,16 +43,6 @@ class Query:
     suffix: list[int]
     tail: list[int]
 
-    def extended(self, prompt: Sequence[int]) -> list[int]:
-        return [*prompt, *self.suffix]
-
-    def offsets(self, prompt: Sequence[int]) -> list[int]:
-        """The three places, counted from the end of the extended prompt."""
-        behind = len(self.suffix)
-        ends = bool(self.tail) and list(prompt[-len(self.tail) :]) == self.tail
-        end = len(self.tail) if ends else 1
-        return [-behind - 1, -behind - end, -1]
-
 
 def find(
     policy: Policy,
@@ -60,22 +50,21 @@ def find(
     extraction: Extraction,
     settings: SteeringConfig,
     batch_size: int,
-) -> Found:
+) -> Vectors:
     """Tensors `vectors` [steered blocks, width] and `reference` [compared blocks, width].
 
     One pass an anchor. Anchors beyond the first `scans.anchors` of each kind calibrate the
     threshold. Raises ConfigError as `steered_blocks` and `query` do.
     """
     scans, depth = settings.scans, len(models.decoder_blocks(policy.model))
-    steered, compared = steered_blocks(depth, scans), compared_blocks(depth, scans)
-    asked, until = query(chat, scans), max(steered[-1], compared[-1])
+    steered, asked = steered_blocks(depth, scans), query(chat, scans)
+    compared = range(steered[0], depth + 1)
     states = {
-        kind: read(policy.model, asked, vectors.encoded(chat, rows), until, batch_size)
+        kind: read(policy.model, asked, vectors.encoded(chat, rows), batch_size)
         for kind, rows in (("toxic", extraction.toxic), ("normal", extraction.normal))
     }
-    place = SURE if scans.sure_in_vectors else LAST
     inside = [block - 1 for block in steered]
-    means = {k: s[:, : scans.anchors, place].mean(1)[inside] for k, s in states.items()}
+    means = {k: s[:, : scans.anchors, LAST].mean(1)[inside] for k, s in states.items()}
     moved = {k: transitions(s, compared) for k, s in states.items()}
     reference = moved["toxic"][:, : scans.anchors].mean(1)
     threshold, accuracy = scans.threshold, None
@@ -92,18 +81,17 @@ def find(
     return {"vectors": directions, "reference": reference}, info
 
 
-def edits(policy: Policy, chat: ChatFormat, found: Found, settings: SteeringConfig) -> Plan:
+def edits(policy: Policy, chat: ChatFormat, made: Vectors, settings: SteeringConfig) -> Plan:
     """At each block steered x ← x + σ·α·v from the last prompt token on, σ = ±1 by row.
 
-    For each batch of prompts one further pass, which computes no logits and goes no farther than
-    the last block compared.
+    For each batch of prompts one further pass, which computes no logits.
 
     Without a mask (the lm-evaluation-harness scores texts so, padded on the right with id 0) each
     row's text without its trailing zeros is the query, and is compared inside the chat template,
     as the reference was taken: bare text moves otherwise. Every position is then steered: where
     instruction ends and answer begins cannot be told, and so no scored token goes unsteered.
     """
-    tensors, info = found
+    tensors, info = made
     device, asked = policy.model.device, query(chat, settings.scans)
     directions, reference = (tensors[name].to(device) for name in ("vectors", "reference"))
     steered, compared = (range(a, b + 1) for a, b in (info["blocks"], info["compared"]))
@@ -113,9 +101,7 @@ def edits(policy: Policy, chat: ChatFormat, found: Found, settings: SteeringConf
         if mask is None:
             texts = chat.tokenizer.batch_decode(prompts, skip_special_tokens=True)
             prompts = [chat.prompt_ids(text) for text in texts]
-        moved = transitions(
-            read(policy.model, asked, prompts, compared[-1], len(prompts)), compared
-        )
+        moved = transitions(read(policy.model, asked, prompts, len(prompts)), compared)
         toxic = similarity(moved, reference) >= info["threshold"]
         scale = torch.where(toxic, settings.strength, -settings.strength)
         common = Edit(Site.block_output, 1, scale=scale, start=starts(ids, mask))
@@ -143,29 +129,18 @@ def steered_blocks(depth: int, scans: ScansConfig) -> range:
     return ABSOLUTE
 
 
-def compared_blocks(depth: int, scans: ScansConfig) -> range:
-    """The blocks (from 1) whose transition is compared with the reference.
-
-    From the first steered one to the last of the model, or with `until_last=false` to the last but
-    one steered (the released code for 13B has an exclusive bound).
-    """
-    steered = steered_blocks(depth, scans)
-    return range(steered[0], depth + 1) if scans.until_last else (steered[:-1] or steered)
-
-
 def query(chat: ChatFormat, scans: ScansConfig) -> Query:
     """Raises ConfigError where the template ends the user's turn without a token of its own."""
     tokenizer = chat.tokenizer
     suffix = tokenizer.encode(SUFFIX, add_special_tokens=False)
     if scans.s1 is ScansEnd.prompt_last:
         return Query(suffix, [])
-    behind = chat.text(PLACEHOLDER).rpartition(PLACEHOLDER)[2]
-    ids = tokenizer.encode(behind, add_special_tokens=False)
+    ids = vectors.behind(chat)
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     special |= set(tokenizer.all_special_ids)
     first = next((place for place, token in enumerate(ids) if token in special), None)
     tail = [] if first is None else ids[first:]
-    if not tail or chat.prompt_ids(PLACEHOLDER)[-len(tail) :] != tail:
+    if not tail or chat.prompt_ids(vectors.PLACEHOLDER)[-len(tail) :] != tail:
         raise ConfigError(
             "steering.scans.s1=user_end: the chat template ends the user's turn without a token of "
             "its own; give steering.scans.s1=prompt_last"
@@ -174,12 +149,15 @@ def query(chat: ChatFormat, scans: ScansConfig) -> Query:
 
 
 def read(
-    model: Any, asked: Query, prompts: Sequence[Sequence[int]], until: int, batch_size: int
+    model: Any, asked: Query, prompts: Sequence[Sequence[int]], batch_size: int
 ) -> Float[Tensor, "blocks prompts 3 width"]:
-    """Outputs of blocks 1 to `until` at the three places of each prompt, suffix appended."""
-    offsets = [asked.offsets(prompt) for prompt in prompts]
-    extended = [asked.extended(prompt) for prompt in prompts]
-    return vectors.read(model, extended, offsets, batch_size, until=until)
+    """Outputs of all blocks at the three places of each prompt, suffix appended."""
+    offsets, added = [], len(asked.suffix)
+    for prompt in prompts:
+        ends = bool(asked.tail) and list(prompt[-len(asked.tail) :]) == asked.tail
+        end = len(asked.tail) if ends else 1
+        offsets.append([-added - 1, -added - end, -1])
+    return vectors.read(model, [[*p, *asked.suffix] for p in prompts], offsets, batch_size)
 
 
 def transitions(
@@ -220,13 +198,13 @@ def rows(ids: Int[Tensor, "batch length"], mask: Tensor | None) -> list[list[int
     """The prompts without their padding; without a mask, without trailing zeros."""
     if mask is not None:
         return [row[keep].tolist() for row, keep in zip(ids, mask.bool(), strict=True)]
-    found = []
+    texts = []
     for row in ids.tolist():
         end = len(row)
         while end > 1 and row[end - 1] == 0:
             end -= 1
-        found.append(row[:end])
-    return found
+        texts.append(row[:end])
+    return texts
 
 
 def starts(ids: Int[Tensor, "batch length"], mask: Tensor | None) -> Int[Tensor, " batch"]:

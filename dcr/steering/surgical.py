@@ -1,6 +1,7 @@
 """Directions taken out of the stream: Surgical, and plain ablation to compare with.
 
-Surgical (Wang et al., ICLR 2025): the false-refusal direction is taken out, the toxic one put in.
+Surgical (Wang et al., ICLR 2025): the seemingly toxic direction, which a false refusal follows, is
+taken out, the toxic one put in.
 Directions come from every block and template position (`directions`), each is tried on validation
 prompts (`select_ablation`, `select_addition`) by how strongly the model is about to refuse
 (`refusal_scores`). Departures from the released code: scores and divergences are computed from
@@ -31,16 +32,14 @@ from dcr.prompts import ChatFormat
 from dcr.refusal.phrases import PhraseError, checked, continuations, ending
 from dcr.refusal.probability import prefill
 from dcr.steering import vectors
-from dcr.steering.prompts import Extraction
-from dcr.steering.vectors import Found
+from dcr.steering.prompts import KINDS, Extraction
+from dcr.steering.vectors import Vectors
 
 log = logging.getLogger(__name__)
 
 Tokens = list[int]
 
-KINDS = ("toxic", "seemingly_toxic", "normal")
 FEWEST = 8  # prompts of a kind: with fewer, the mean says more about them than about the kind
-PLACEHOLDER = "0x5f3759df"  # an instruction that no template holds
 # A vector that is shorter than this share of those it is a difference of is their rounding.
 ROUNDING = 1e-6
 # Of the depth; the layers that the authors select lie between 0.3 and 0.65 of it, by model.
@@ -93,7 +92,7 @@ def find(
     extraction: Extraction,
     settings: SteeringConfig,
     batch_size: int,
-) -> Found:
+) -> Vectors:
     """Tensors `ablated` (w', of length 1) and `added` (r, as it was measured), both [width].
 
     Of each kind the first `train` prompts give the means and the next `validation` choose among
@@ -110,7 +109,8 @@ def find(
     train, held = _split(chat, extraction, options)
     behind = tail(chat, [ids for part in (train, held) for rows in part.values() for ids in rows])
     kept = _filtered(model, train, refusals, options, batch_size)
-    toxic, false = directions(model, kept, len(behind), blocks, batch_size)
+    toxic, seemingly_toxic = directions(model, kept, len(behind), blocks, batch_size)
+    pure = orthogonalised(seemingly_toxic, toxic, options.orthogonalise)
     clean = {kind: last_log_p(model, rows, batch_size) for kind, rows in held.items()}
     bench = Validation(
         model, held["normal"], held["seemingly_toxic"], clean["normal"], refusals, batch_size
@@ -119,7 +119,12 @@ def find(
         "surgical: %d positions × %d blocks are tried, for either vector on %d prompts or fewer",
         *(len(behind), blocks, sum(map(len, held.values()))),
     )
-    tensors, ablated, added = _chosen(bench, toxic, false, options)
+    ablated = select_ablation(bench, pure, options.ablation_kl)
+    added = select_addition(bench, toxic, options.addition_kl)
+    tensors = {
+        "ablated": pure[ablated.place, ablated.block - 1],
+        "added": toxic[added.place, added.block - 1],
+    }
     names = [str(chat.tokenizer.convert_ids_to_tokens(token)) for token in behind]
     before = {kind: refusal_scores(rows, refusals).mean().item() for kind, rows in clean.items()}
     return tensors, {
@@ -129,29 +134,13 @@ def find(
     }
 
 
-def _chosen(
-    bench: Validation,
-    toxic: Float[Tensor, "positions blocks width"],
-    false: Float[Tensor, "positions blocks width"],
-    options: SurgicalConfig,
-) -> tuple[dict[str, Tensor], Selected, Selected]:
-    pure = orthogonalised(false, toxic, options.orthogonalise)
-    ablated = select_ablation(bench, pure, options.ablation_kl)
-    added = select_addition(bench, toxic, options.addition_kl, options.select_coefficient)
-    tensors = {
-        "ablated": pure[ablated.place, ablated.block - 1],
-        "added": toxic[added.place, added.block - 1],
-    }
-    return tensors, ablated, added
-
-
-def edits(policy: Policy, _chat: ChatFormat, found: Found, settings: SteeringConfig) -> Edits:
+def edits(policy: Policy, _chat: ChatFormat, made: Vectors, settings: SteeringConfig) -> Edits:
     """x ← x − s·b·(x·w')w' at three sites of every block, then x ← x + s·a·r at r's block input.
 
     s is the strength, a `add`, b `ablate`; at all positions, of prompt and answer. With s·b < 1
     removal compounds over sites and depth, and what is left is not a share of 1 − s·b.
     """
-    tensors, info = found
+    tensors, info = made
     options, depth = settings.surgical, len(models.decoder_blocks(policy.model))
     added = Edit(
         Site.block_input,
@@ -231,8 +220,7 @@ def tail(chat: ChatFormat, sequences: Sequence[Tokens]) -> Tokens:
     Only those that every one of `sequences` ends with: some tokenizers join the end of an
     instruction with the beginning of what follows. Raises ConfigError where there is none.
     """
-    text = chat.text(PLACEHOLDER).rpartition(PLACEHOLDER)[2]
-    behind = chat.tokenizer.encode(text, add_special_tokens=False)
+    behind = vectors.behind(chat)
     shared = len(behind)
     while any(ids[len(ids) - shared :] != behind[len(behind) - shared :] for ids in sequences):
         shared -= 1
@@ -257,20 +245,20 @@ def directions(
         offsets = [list(range(-positions, 0))] * len(rows)
         states = vectors.read(model, rows, offsets, batch_size, Site.block_input, blocks)
         means[kind] = states.cpu().mean(1, dtype=torch.float64).transpose(0, 1)
-    found = []
-    for kind in ("toxic", "seemingly_toxic"):
-        difference = means[kind] - means["normal"]
-        found.append(_or_nan(difference, means["normal"]).float())
-    return found[0], found[1]
+    toxic, seemingly_toxic = (
+        _or_nan(means[kind] - means["normal"], means["normal"]).float()
+        for kind in ("toxic", "seemingly_toxic")
+    )
+    return toxic, seemingly_toxic
 
 
 def orthogonalised(
-    false: Float[Tensor, "positions blocks width"],
+    seemingly_toxic: Float[Tensor, "positions blocks width"],
     toxic: Float[Tensor, "positions blocks width"],
     share: float,
 ) -> Float[Tensor, "positions blocks width"]:
     """w' = w − λ(w·r / r·r)r of each place, then scaled to length 1; NaN where nothing is left."""
-    w, r = false.double(), toxic.double()
+    w, r = seemingly_toxic.double(), toxic.double()
     along = (w * r).sum(-1, keepdim=True) / (r * r).sum(-1, keepdim=True)
     left = _or_nan(w - share * along * r, w)
     return (left / left.norm(dim=-1, keepdim=True)).float()
@@ -295,10 +283,10 @@ def openings(chat: ChatFormat, words: Sequence[str]) -> Int[Tensor, " refusals"]
     """
     end = ending(chat.tokenizer, chat.prompt_ids("x"))
     try:
-        found = continuations(chat.tokenizer, end, checked(words))
+        tokens = continuations(chat.tokenizer, end, checked(words))
     except PhraseError as error:
         raise ConfigError(f"steering.surgical.refusal_tokens: {error}") from error
-    return torch.tensor(sorted({ids[0] for ids in found}))
+    return torch.tensor(sorted({ids[0] for ids in tokens}))
 
 
 def last_log_p(
@@ -369,19 +357,16 @@ def select_ablation(
 
 
 def select_addition(
-    held: Validation,
-    candidates: Float[Tensor, "positions blocks width"],
-    bound: float,
-    coefficient: float,
+    held: Validation, candidates: Float[Tensor, "positions blocks width"], bound: float
 ) -> Selected:
-    """The highest mean refusal score on normal prompts, with coefficient·r at r's block input.
+    """The highest mean refusal score on normal prompts, with r at r's block input.
 
-    Of candidates whose addition moves the answer to these prompts by no more than `bound`. At
-    coefficient 0, as released, all are equal and the first stays.
+    Of candidates whose addition moves the answer to these prompts by no more than `bound`. The
+    released code compares them at a coefficient of 0, where all are equal and the first stays.
     """
 
     def addition(direction: Tensor, block: int) -> tuple[float, float]:
-        edit = Edit(Site.block_input, block, add=direction, scale=coefficient)
+        edit = Edit(Site.block_input, block, add=direction)
         with edited(held.model, [edit]):
             moved = last_log_p(held.model, held.normal, held.batch_size)
         kl = divergence(held.clean, moved).mean().item()
@@ -438,7 +423,7 @@ def find_ablation(
     extraction: Extraction,
     _settings: SteeringConfig,
     batch_size: int,
-) -> Found:
+) -> Vectors:
     """The tensor `vector` [width], of length 1."""
     depth = len(models.decoder_blocks(policy.model))
     block = max(1, round(RELATIVE_DEPTH * depth))
@@ -453,8 +438,8 @@ def find_ablation(
 
 
 def ablation_edits(
-    policy: Policy, _chat: ChatFormat, found: Found, settings: SteeringConfig
+    policy: Policy, _chat: ChatFormat, made: Vectors, settings: SteeringConfig
 ) -> Edits:
     """At three sites of every block, x ← x − strength·(x·v)v at all positions."""
     depth = len(models.decoder_blocks(policy.model))
-    return everywhere(depth, found[0]["vector"], settings.strength)
+    return everywhere(depth, made[0]["vector"], settings.strength)

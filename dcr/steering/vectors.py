@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -20,7 +20,8 @@ from dcr.prompts import ChatFormat, attention_mask, padded
 from dcr.sources import Example
 
 Info = dict[str, Any]  # what JSON can hold
-Found = tuple[dict[str, Tensor], Info]
+Vectors = tuple[dict[str, Tensor], Info]  # tensors by name, and what is to be recorded of them
+PLACEHOLDER = "0x5f3759df"  # a prompt that no template holds
 
 
 def encoded(chat: ChatFormat, rows: Sequence[Example]) -> list[list[int]]:
@@ -28,14 +29,10 @@ def encoded(chat: ChatFormat, rows: Sequence[Example]) -> list[list[int]]:
     return [chat.prompt_ids(row.prompt) for row in rows]
 
 
-def batches(
-    sequences: Sequence[Sequence[int]], size: int, device: torch.device
-) -> Iterator[tuple[Int[Tensor, "batch length"], Bool[Tensor, "batch length"]]]:
-    """Ids and mask of `size` sequences after the other, in order, padded on the left."""
-    for start in range(0, len(sequences), size):
-        batch = sequences[start : start + size]
-        ids, mask = padded(batch, 0, left=True), attention_mask(batch, left=True)
-        yield ids.to(device), mask.to(device)
+def behind(chat: ChatFormat) -> list[int]:
+    """The template's tokens behind the user's words, the assistant's header with them."""
+    text = chat.text(PLACEHOLDER).rpartition(PLACEHOLDER)[2]
+    return chat.tokenizer.encode(text, add_special_tokens=False)
 
 
 def read(
@@ -51,11 +48,12 @@ def read(
     Blocks 1 to `until` (None: all) in one pass a batch, in fp32 on the model's device.
     """
     parts = []
-    first = 0
-    for ids, mask in batches(sequences, batch_size, model.device):
-        places = torch.tensor(offsets[first : first + len(ids)], device=ids.device) + ids.shape[1]
+    for start in range(0, len(sequences), batch_size):
+        batch = sequences[start : start + batch_size]
+        ids = padded(batch, 0, left=True).to(model.device)
+        mask = attention_mask(batch, left=True).to(ids.device)
+        places = torch.tensor(offsets[start : start + batch_size], device=ids.device) + ids.shape[1]
         parts.append(activations.states(model, ids, mask, places, site, until))
-        first += len(ids)
     return torch.cat(parts, 1)
 
 
@@ -70,7 +68,7 @@ def unit(vectors: Float[Tensor, "*places width"], what: str) -> Float[Tensor, "*
     return vectors / norms
 
 
-def kept(folder: Path | None, key: Mapping[str, object], find: Callable[[], Found]) -> Found:
+def kept(folder: Path | None, key: Mapping[str, object], find: Callable[[], Vectors]) -> Vectors:
     """What `find` gives, from `folder` where it was stored under the same key, else stored there.
 
     `key` is all that the tensors depend on. Without a folder nothing is stored.
@@ -80,13 +78,16 @@ def kept(folder: Path | None, key: Mapping[str, object], find: Callable[[], Foun
     file = folder / f"{key['method']}-{storage.fingerprint(key)}.safetensors"
     if not file.is_file():
         tensors, info = find()
-        _write(file, tensors, info)
+        plain = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        recorded = json.dumps(info)
+        sha256 = _sum(plain, json.loads(recorded))
+        storage.write_bytes(file, save(plain, metadata={"info": recorded, "sha256": sha256}))
     try:
         with safe_open(file, "pt") as opened:
-            told = opened.metadata()
+            metadata = opened.metadata()
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        info = json.loads(told["info"])
-        if told["sha256"] != _sum(tensors, info):
+        info = json.loads(metadata["info"])
+        if metadata["sha256"] != _sum(tensors, info):
             raise ValueError("another checksum")
     except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
         raise DataError(
@@ -103,13 +104,6 @@ def _sum(tensors: Mapping[str, Tensor], info: Info) -> str:
             name.encode() + tensors[name].contiguous().view(torch.uint8).numpy().tobytes()
         )
     return digest.hexdigest()
-
-
-def _write(file: Path, tensors: Mapping[str, Tensor], info: Info) -> None:
-    plain = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    told = json.dumps(info)
-    sha256 = _sum(plain, json.loads(told))
-    storage.write_bytes(file, save(plain, metadata={"info": told, "sha256": sha256}))
 
 
 def trace(policy: Policy) -> str:
