@@ -566,7 +566,7 @@ def test_answers_at_equal_safety_without_sets_that_any_column_was_trained_on(
     text = report.build([tmp_path / "a", tmp_path / "b"], out, ["discernment"])
     # 4 of the 5 toxic prompts are at or above .4, 3 of them at .6: of .1, .2, .3 and .9, .95, and
     # without XSTest's of .3 and .95, those below are answered
-    lines = csv.DictReader((tmp_path / "discernment.csv").open())
+    lines = csv.DictReader((tmp_path / "discernment.csv").read_text().splitlines())
     told = {(line["sets"], line["method"]): line for line in lines}
 
     def value(sets: str, method: str, column: str) -> float:
