@@ -121,7 +121,7 @@ def _claimed(settings: EvalConfig, run: Run) -> Iterator[None]:
             if before is None:
                 run.config_file.unlink(missing_ok=True)
             else:
-                run.config_file.write_bytes(before)
+                storage.write_bytes(run.config_file, before)
         raise
 
 

@@ -1,36 +1,37 @@
-"""Talk to a run's result in the terminal.
-
-python -m dcr.chat run=<folder> [stage=sft|contrastive|base] [max_new_tokens=256]
-
-Lines are read from the terminal or a pipe. /reset forgets the dialogue, /quit ends it.
-"""
+"""Talk to a run's result in the terminal."""
 
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from transformers import TextStreamer
 
-from dcr import batching, generation, models, prompts, refusal
-from dcr.config import ConfigError, ModelConfig, Precision, UserError
+from dcr import batching, cli, config, generation, models, prompts, refusal
+from dcr.config import ConfigError, ModelConfig, Precision
 from dcr.models import Policy
 from dcr.prompts import ChatFormat
 from dcr.runs import Run
-from dcr.text import single_line
 
 STAGES = ("sft", "contrastive", "base")
 DIM, UNDIMMED = "\x1b[2m", "\x1b[0m"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Options:
-    """What the command line may hold."""
+    """python -m dcr.chat run=<folder> [stage=sft|contrastive|base] [max_new_tokens=256]
 
-    run: str = ""
-    stage: str = ""  # the last one that is done
-    max_new_tokens: int = 256
+    Talk to a run's result. Lines are read from the terminal or a pipe; /reset forgets the
+    dialogue, /quit ends it.
+    """
+
+    run: Path = cli.option("the run folder")
+    stage: str | None = cli.option(
+        "whose result answers, base being the model before training; none: the last that is done",
+        None,
+        choices=STAGES,
+    )
+    max_new_tokens: int = cli.option("the longest answer", 256, least=1)
 
 
 @dataclass
@@ -102,30 +103,28 @@ class Dialogue:
         return str(text).strip(), float(masses[0])
 
 
-def main(arguments: Sequence[str], read: Callable[[str], str] = input) -> None:
-    """Converse until /quit or the end of input.
-
-    Raises UserError when there is nothing to talk to.
-    """
-    options = _options(arguments)
-    policy, config = open_stage(Run(Path(options.run)), options.stage)
+@cli.command(Options)
+def main(options: Options) -> None:
+    """Converse until /quit or the end of input."""
+    policy, model = open_stage(Run(options.run), options.stage)
     if torch.cuda.is_available():
         policy.model.to("cuda")
-    chat = prompts.chat_format(policy.tokenizer, config)
-    dialogue = Dialogue(policy, chat, options.max_new_tokens)
+    dialogue = Dialogue(
+        policy, prompts.chat_format(policy.tokenizer, model), options.max_new_tokens
+    )
     if sys.stdin.isatty():
         print(_dim(f"{policy.name}. /reset forgets the dialogue, /quit ends it."))
-    while (message := _line(read)) not in (None, "/quit"):
+    while (message := _line()) not in (None, "/quit"):
         if message == "/reset":
             dialogue.turns.clear()
         elif message:
             _exchange(dialogue, message)
 
 
-def _line(read: Callable[[str], str]) -> str | None:
+def _line() -> str | None:
     """One line of the user's, None at the end of input."""
     try:
-        return read("> " if sys.stdin.isatty() else "").strip()
+        return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:
         return None
 
@@ -144,49 +143,22 @@ def _dim(text: str) -> str:
     return f"{DIM}{text}{UNDIMMED}" if sys.stdout.isatty() else text
 
 
-def _options(arguments: Sequence[str]) -> Options:
-    known = [entry.name for entry in fields(Options)]
-    given: dict[str, str] = {}
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals or key not in known:
-            raise ConfigError(f"{argument}: no such setting; give {', '.join(known)} as key=value")
-        given[key] = value
-    length = given.get("max_new_tokens", str(Options.max_new_tokens))
-    if not length.isdecimal() or int(length) < 1:
-        raise ConfigError(f"max_new_tokens={length}: give 1 or more")
-    options = Options(given.get("run", ""), given.get("stage", ""), int(length))
-    if not options.run:
-        raise ConfigError("nothing to talk to: give run=<folder>")
-    if options.stage not in ("", *STAGES):
-        raise ConfigError(f"stage={options.stage}: give {', '.join(STAGES)}")
-    return options
-
-
-def open_stage(run: Run, stage: str) -> tuple[Policy, ModelConfig]:
-    """The model of a stage (the last done for ""), and the run's model settings.
+def open_stage(run: Run, stage: str | None = None) -> tuple[Policy, ModelConfig]:
+    """The model of a stage (the last that is done for None), and the run's model settings.
 
     Raises ConfigError when the stage is not done or its base cannot be opened.
     """
     made_with = run.config()
-    node = made_with["model"]
-    keys = ("name", "revision", "trust_remote_code", "system_prompt", "template", "architecture")
-    config = ModelConfig(**{key: node[key] for key in keys if key in node})
-    precision = Precision(made_with["sft"]["precision"])
+    model = config.model_of(made_with)
+    trained = made_with.get("sft", {})  # a model that was only evaluated has a folder as well
+    precision = Precision(trained.get("precision", Precision.bf16.value))
     if stage == "base":
-        return models.open_policy(config, precision, made_with["seed"]), config
-    done = next((name for name in STAGES[:2] if run.done(name)), None)
-    stage = stage or done or "sft"
+        return models.open_policy(model, precision, made_with["seed"]), model
+    stage = stage or next((name for name in STAGES[:2] if run.done(name)), "sft")
     if not run.done(stage):
         raise ConfigError(f"run={run.folder}: stage {stage} is not done there; train it first")
-    return models.open_result(run.stage(stage), precision, config.trust_remote_code), config
+    return models.open_result(run.stage(stage), precision, model.trust_remote_code), model
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {single_line(error)}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print()
+    sys.exit(main(sys.argv[1:]))

@@ -1,10 +1,19 @@
-"""What both Hydra entry points share: names of run folders, and errors in one line with a code."""
+"""The command lines: Hydra's two scripts, and the door of every `python -m dcr.<command>`.
+
+Both end alike: a user's error is one line on stderr and exit code 2, a signal one line and 128 plus
+its number. `run` calls a Hydra main, whose jobs `job` wraps. `command` reads a small dataclass of
+`option`s, from which `--help` is made as well; `compose` gives such a command the settings of
+`train.py` or `eval.py` too.
+"""
 
 import argparse
 import errno
 import functools
 import hashlib
+import inspect
+import io
 import logging
+import math
 import os
 import signal
 import sys
@@ -13,10 +22,12 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args, get_origin
 
+import hydra
+from hydra import initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
@@ -45,6 +56,12 @@ REFUSED_OPTIONS = {
     "config_name": "each script has one of its own",
 }
 SIGNALLED = 128  # exit codes above it say which signal ended the process
+CONF = Path(__file__).parents[1] / "conf"
+COLUMNS = 100  # of help
+KINDS = {bool: "true/false", int: "integer", float: "number", str: "text", Path: "path"}
+SPELLINGS = "Options are written key=value, --key=value or --key value."
+
+Options = TypeVar("Options")
 
 
 def prepare() -> None:
@@ -220,19 +237,43 @@ def _sweeps_elsewhere() -> bool:
     return HydraConfig.get().mode is RunMode.MULTIRUN and "BasicLauncher" not in _launcher()
 
 
-def stop_once() -> None:
-    """Let the first interrupt stop a command and ignore the rest, so that it ends in one line."""
+@contextmanager
+def _stopped_by(goes_on: bool) -> Iterator[None]:
+    """Let the first signal stop a command and ignore the rest, so that it ends in one line.
+
+    Raises UserError with the signal's exit code in place of KeyboardInterrupt.
+    """
+    received = [signal.SIGINT]
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def stop(number: int, _: object) -> None:
-        signal.signal(number, signal.SIG_IGN)
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
+        received.append(signal.Signals(number))
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, stop)
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Stopped(received[-1], goes_on) from error
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Stopped(UserError):
+    """A signal ended the command."""
+
+    def __init__(self, number: signal.Signals, goes_on: bool) -> None:
+        then = "goes on" if goes_on else "starts anew"
+        super().__init__(f"stopped by {number.name}; the same command {then}")
+        self.exit_code = SIGNALLED + number
 
 
 def run(main: Callable[[], Any]) -> None:
     """Call a Hydra main; a user's error becomes one line on stderr and exit code 2."""
-    stop_once()
     prepare()
     BEGUN.clear()
     OUTCOMES.clear()
@@ -242,7 +283,7 @@ def run(main: Callable[[], Any]) -> None:
         named = hashlib.sha256(" ".join(sys.argv[1:]).encode()).hexdigest()[:8]
         os.environ.setdefault("DCR_SWEEP", f"sweep-{named}")
     try:
-        with faults_in_words():
+        with _stopped_by(goes_on=True), faults_in_words():
             _check_command_line()
             main()
     except UserError as error:
@@ -251,8 +292,6 @@ def run(main: Callable[[], Any]) -> None:
         if BEGUN:
             raise
         _fail(config.one_line(error, *_schemas()), ConfigError.exit_code)
-    except KeyboardInterrupt:
-        _fail("stopped; the same command goes on", SIGNALLED + 2)
     finally:
         if sweep:
             _forget_sweep()
@@ -343,3 +382,159 @@ def plain(config: object) -> dict[str, Any]:
     values = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
     assert isinstance(values, Mapping)
     return {str(key): value for key, value in values.items()}
+
+
+# --- python -m dcr.<command> --------------------------------------------------------------------
+
+
+def option(
+    meaning: str,
+    default: Any = MISSING,
+    *,
+    choices: Sequence[str] = (),
+    least: float | None = None,
+    most: float | None = None,
+    rest: bool = False,
+) -> Any:
+    """A field of a command's options; `--help` and every error are made from it.
+
+    Without a default it must be given. A list is given by repeating the option; with `rest` it
+    takes every word that is no option, such as settings of `train.py`.
+    """
+    facts = {"meaning": meaning, "choices": choices, "least": least, "most": most, "rest": rest}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=facts)
+    return field(default=default, metadata=facts)
+
+
+def command(
+    schema: type[Options], goes_on: bool = False
+) -> Callable[[Callable[[Options], None]], Callable[[Sequence[str]], int]]:
+    """Make a function of options a command: from the words behind its name to an exit code.
+
+    `goes_on` says of a command that was stopped whether it finds its work again.
+    """
+
+    def made(main: Callable[[Options], None]) -> Callable[[Sequence[str]], int]:
+        @functools.wraps(main)
+        def call(arguments: Sequence[str]) -> int:
+            if {"-h", "--help"} & set(arguments):
+                print(help_of(schema))
+                return 0
+            try:
+                with _stopped_by(goes_on), faults_in_words():
+                    main(read(schema, arguments))
+            except UserError as error:
+                print(f"error: {single_line(error)}", file=sys.stderr)
+                return error.exit_code
+            return 0
+
+        return call
+
+    return made
+
+
+def read(schema: type[Options], arguments: Sequence[str]) -> Options:
+    """The options as `key=value`, `--key=value`, `--key value`, or `--key` for a yes.
+
+    Values are taken as they are written, so that no path is read as YAML. Raises ConfigError for
+    an unknown key, a wrong type, a value outside its range and one that is missing.
+    """
+    known = _entries(schema)
+    rest = next((name for name, entry in known.items() if entry.metadata["rest"]), None)
+    given: dict[str, list[str]] = {}
+    words = iter(arguments)
+    for word in words:
+        key, equals, value = word.removeprefix("--").partition("=")
+        if key in known and key != rest and (equals or word.startswith("--")):
+            if not equals:
+                value = "true" if known[key].type is bool else next(words, "")
+            given.setdefault(key, []).append(value)
+        elif rest is None or word.startswith("-"):
+            near, names = config.nearest(key, list(known)), [n for n in known if n != rest]
+            offer = f"did you mean {' or '.join(near)}?" if near else f"give {', '.join(names)}"
+            raise ConfigError(f"{word}: no such setting; {offer}")
+        else:
+            given.setdefault(rest, []).append(word)
+    node = OmegaConf.structured(schema)
+    try:
+        for key, values in given.items():
+            for value in values:
+                _check_word(known[key], value)
+            plain = [value.replace("${", r"\${") for value in values]  # no interpolation either
+            node[key] = plain if OmegaConf.is_list(node._get_node(key)) else plain[-1]
+            _check_range(known[key], node[key])
+        for key, entry in known.items():
+            if OmegaConf.is_missing(node, key):
+                raise ConfigError(f"{key}: nothing given; it is {entry.metadata['meaning']}")
+        return OmegaConf.to_object(node)  # pyright: ignore[reportReturnType]
+    except OmegaConfBaseException as error:
+        raise ConfigError(config.one_line(error, schema)) from error
+
+
+def _entries(schema: type) -> dict[str, Field[Any]]:
+    return {entry.name: entry for entry in fields(schema)}
+
+
+def _check_word(entry: Field[Any], value: str) -> None:
+    """Raises ConfigError for what no option of the kind can be, whatever its type makes of it."""
+    choices = entry.metadata["choices"]
+    if choices and value not in choices:
+        raise ConfigError(f"{entry.name}={value}: choose one of {', '.join(choices)}")
+    if not value:
+        raise ConfigError(f"{entry.name}=: it needs a value, or leave it out")
+    if Path in (entry.type, *get_args(entry.type)):
+        try:
+            os.lstat(value)
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            return
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise ConfigError(f"{entry.name}={value[:60]}: cannot be a path ({why})") from error
+
+
+def _check_range(entry: Field[Any], value: Any) -> None:
+    least, most = entry.metadata["least"], entry.metadata["most"]
+    if least is not None and not least <= value <= (math.inf if most is None else most):
+        raise ConfigError(f"{entry.name}={value:g}: give {_range(least, most)}")
+
+
+def _range(least: float, most: float | None) -> str:
+    return f"{least:g} or more" if most is None else f"{least:g} to {most:g}"
+
+
+def help_of(schema: type) -> str:
+    """What a command does, and each option with type, default and meaning, 100 columns wide."""
+    table = Table("option", "type", "default", Column("meaning", overflow="fold"), box=None)
+    for name, entry in _entries(schema).items():
+        facts = entry.metadata
+        kind = KINDS[(get_args(entry.type) or (entry.type,))[0]]
+        if facts["least"] is not None:
+            kind += f", {_range(facts['least'], facts['most'])}"
+        plain = "none" if get_origin(entry.type) is list else str(entry.default)
+        default = {MISSING: "needed", "None": "none", "False": "false"}.get(plain, plain)
+        choices = f"; one of {', '.join(facts['choices'])}" if facts["choices"] else ""
+        shown = f"<{name}> ..." if facts["rest"] else f"{name}="
+        table.add_row(shown, kind, default, f"{facts['meaning']}{choices}")
+    out = io.StringIO()
+    Console(file=out, width=COLUMNS, color_system=None, markup=False, highlight=False).print(table)
+    lines = "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+    return f"{inspect.getdoc(schema)}\n\n{lines}\n\n{SPELLINGS}"
+
+
+def compose(script: str, overrides: Sequence[str], *own: type) -> DictConfig:
+    """The settings of `train` or `eval` as overrides make them, Hydra's lines in one.
+
+    `own` are the command's options, which a misspelt key may have meant. Raises ConfigError.
+    """
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"{override}: settings are written key=value")
+    prepare()
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            composed = hydra.compose(script, list(overrides))
+    except (HydraException, ValueError) as error:
+        raise ConfigError(config.one_line(error, SCHEMAS[script], *own)) from error
+    config.leave_numbers_of_another_model(composed, _fields_of_model(overrides))
+    return composed

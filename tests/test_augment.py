@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 
 import train
 from dcr import augment, contamination, data, refusal, runs, sources
-from dcr.augment import INSTRUCTIONS, answers
+from dcr.augment import INSTRUCTIONS, kept_answers
 from dcr.config import (
     AugmentConfig,
     ConfigError,
@@ -27,10 +28,9 @@ from dcr.config import (
     Kind,
     SafetyPairsConfig,
     SourceConfig,
-    UserError,
 )
 from dcr.data import Splits
-from dcr.plan.rows import expected
+from dcr.plan import expected
 from dcr.runs import Run
 from tests import tiny_run
 from tests.servers.faults import FAULTS
@@ -303,6 +303,15 @@ def tell(folder: Folder, server: Scripted | None, *more: str) -> list[str]:
     ]
 
 
+def fault(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command that ends with exit code 2 says in its one line."""
+    capsys.readouterr()
+    assert augment.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n"), err[:7]) == ("", 1, "error: ")
+    return err[7:-1]
+
+
 def read(folder: Folder) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder.folder / "out.jsonl").read_text().splitlines()]
 
@@ -419,30 +428,40 @@ def test_a_torn_last_line_is_left_out_and_answered_again(folder: Folder) -> None
     assert file.read_bytes() == whole
 
 
+ROW = '{"id": "i", "prompt": "p", "response": "r", "source": "s", "answered_by": "made"}'
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ('{"prompt": "mine", "response": "mine"}', "line 1 was not written by this command"),
-        ('{"answered_by": "x", "source": "s", "prompt": "p"}', "was answered by x, not by made"),
-        ('{"answered_by": "made", "source": "s", "prompt": "p"}', "answers a prompt of s"),
-        ("mine", "1: line: no JSON object"),
+        (
+            '{"id": "i", "prompt": "mine", "response": "mine", "source": "s"}',
+            "answered_by: missing",
+        ),
+        (ROW.replace("made", "x"), "i was answered by x, not by made"),
+        (ROW, "i answers a prompt of s"),
+        ("mine", "1: line: not JSON"),
     ],
 )
-def test_another_s_file_is_left_alone(folder: Folder, line: str, words: str) -> None:
+def test_another_s_file_is_left_alone(
+    folder: Folder, capsys: pytest.CaptureFixture[str], line: str, words: str
+) -> None:
     file = folder.folder / "out.jsonl"
     file.write_text(line + "\n")
-    with scripted(replies) as server, pytest.raises(UserError, match=f"{words}.*name another file"):
-        augment.main(tell(folder, server))
+    with scripted(replies) as server:
+        assert re.search(f"{words}.*name another file", fault(tell(folder, server), capsys))
     assert server.bodies == []
+    assert not (folder.folder / "out.jsonl.work").exists()
     assert file.read_text() == line + "\n"
 
 
-def test_a_prompt_that_has_changed_is_not_mixed_in(folder: Folder) -> None:
+def test_a_prompt_that_has_changed_is_not_mixed_in(
+    folder: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
     with scripted(lambda body: answer(noun_of(body))) as server:
         augment.main(tell(folder, server))
         write(Path(folder.safe), rows_of("safe", [safe(noun) for noun in reversed(NOUNS)]))
-        with pytest.raises(ConfigError, match="line 1 holds another prompt than safe-0 has now"):
-            augment.main(tell(folder, server))
+        assert "safe-0 has another prompt now" in fault(tell(folder, server), capsys)
 
 
 def test_a_local_model_answers(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
@@ -466,9 +485,9 @@ def test_a_local_model_answers(folder: Folder, capsys: pytest.CaptureFixture[str
         (["source=demo_seemingly_toxic"], "^out: nothing given"),
         (["out=a.json"], r"^out=a\.json: .*end in \.jsonl"),
         (["count=0"], "^count=0: give 1 or more"),
-        (["attempts=x"], "^attempts=x: give 1 or more"),
+        (["attempts=x"], "^attempts=x: give a whole number"),
         (["model=tiny", "attempts=4"], "^attempts=4: give 1 to 3"),
-        (["model"], "^model: cannot be read"),
+        (["model"], "^model: settings are written key=value"),
         ([], "^who answers"),
         (["model=tiny", "endpoint=http://127.0.0.1:1/v1"], "^who answers"),
         (["run=outputs/x"], "^run=outputs/x: .*dcr.export"),
@@ -485,7 +504,11 @@ def test_a_local_model_answers(folder: Folder, capsys: pytest.CaptureFixture[str
     ],
 )
 def test_bad_settings_are_one_line_and_nothing_is_written(
-    folder: Folder, arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch
+    folder: Folder,
+    arguments: list[str],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(folder.folder)
     before = sorted(folder.folder.iterdir())
@@ -493,43 +516,39 @@ def test_bad_settings_are_one_line_and_nothing_is_written(
     if not words.startswith(("^source", "^out: ")):
         defaults = [f"source={folder.safe}", "out=b.jsonl"]
         arguments = arguments + [d for d in defaults if d.partition("=")[0] not in given]
-    with pytest.raises(UserError, match=words) as caught:
-        augment.main(arguments)
-    assert "\n" not in str(caught.value)
+    assert re.search(words, fault(arguments, capsys))
     assert sorted(folder.folder.iterdir()) == before
 
 
-def test_a_disk_that_is_full_or_read_only_is_named(folder: Folder) -> None:
+def test_a_file_that_cannot_be_read_is_named(
+    folder: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
     (folder.folder / "out.jsonl").mkdir()
-    with scripted(replies) as server, pytest.raises(ConfigError, match=r"^out=.*out\.jsonl: Is a"):
-        augment.main(tell(folder, server))
+    with scripted(replies) as server:
+        assert "out.jsonl: cannot be read (Is a directory)" in fault(tell(folder, server), capsys)
     assert server.bodies == []
 
 
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (b"[" * 100_000, "line: no JSON object"),
-        (b'{"id": "\xff"}', "line: no JSON object"),
-        (b"[1]", "line: no JSON object"),
-        (b'"id": 7', "id: no text"),
-        (b'"prompt": null', "prompt: no text"),
-        (b'"response": []', "response: no text"),
+        (b"[" * 100_000, "line: "),
+        (b'{"id": "\xff"}', "line: "),
+        (b"[1]", "line: "),
+        (b'"id": 7', "line: id: "),
+        (b'"prompt": null', "line: prompt: "),
+        (b'"response": []', "line: response: "),
     ],
 )
 def test_a_damaged_file_of_answers_is_named_with_its_line(
     tmp_path: Path, damage: bytes, words: str
 ) -> None:
-    row = b'{"id": "a", "prompt": "b", "response": "c", "source": "s", "answered_by": "made"}'
-    damaged = damage if words.startswith("line") else row[:-1] + b", " + damage + b"}"
+    row = ROW.encode()
+    damaged = damage if words == "line: " else row[:-1] + b", " + damage + b"}"
     file = tmp_path / "out.jsonl"
     file.write_bytes(row + b"\n" + damaged + b"\n")
-    with pytest.raises(DataError, match=f"^{file}:2: {words}; name another file"):
-        answers.answered(file, "made", [sources.Example("a", "b", Kind.seemingly_toxic, "s")])
-
-
-def test_held_is_empty_without_a_file(tmp_path: Path) -> None:
-    assert answers.answered(tmp_path / "no.jsonl", "made", []) == set()
+    with pytest.raises(DataError, match=f"^{file}:2: {words}.*; .*name another file"):
+        kept_answers(file, "made", [sources.Example("i", "p", Kind.seemingly_toxic, "s")])
 
 
 def test_killed_and_given_again_nothing_is_asked_twice(folder: Folder) -> None:
@@ -573,7 +592,10 @@ def test_an_impatient_ctrl_c_still_ends_in_one_line(folder: Folder, gap: float) 
             process.send_signal(signal.SIGINT)
             time.sleep(gap)
         _, said = process.communicate(timeout=60)
-    assert (process.returncode, said) == (130, "error: stopped; the same command goes on\n")
+    assert (process.returncode, said) == (
+        130,
+        "error: stopped by SIGINT; the same command goes on\n",
+    )
 
 
 # --- the real set -------------------------------------------------------------------------------

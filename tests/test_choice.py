@@ -15,11 +15,9 @@ from tiny_run import settings
 from torch import Tensor
 
 from dcr import choice, prompts, separability
-from dcr.choice import origins, ranking, text
-from dcr.choice.__main__ import main
-from dcr.choice.choosing import Choice
+from dcr.choice import Choice, mean, on_common, origins, ranked
+from dcr.choice.__main__ import describe, main
 from dcr.choice.origins import Material, Pair
-from dcr.choice.ranking import mean, on_common, ranked
 from dcr.config import ConfigError, DataConfig, DataError, Kind, SourceConfig, TrainConfig
 from dcr.models import Policy
 from dcr.separability import linear_probe
@@ -116,7 +114,7 @@ def test_pairs_are_compared_on_the_sets_that_all_were_tested_on() -> None:
     first, second = ranked(found, planted(found, axes), seed=0, near=0.9)
     assert list(first.best.tests) == ["hard"]
     assert list(second.best.tests) == ["easy", "hard"]
-    assert ranking.common([first, second]) == ["hard"]
+    assert choice.common([first, second]) == ["hard"]
     assert on_common(second, ["hard"]) == mean([second.best.tests["hard"]])
     assert on_common(second, []) is None
 
@@ -311,7 +309,7 @@ def planted_choice(offset: int = 0) -> Choice:
 @pytest.mark.parametrize(("offset", "shown"), [(0, 3), (-1, 2)])
 def test_the_table_names_the_settings_to_use_and_why(offset: int, shown: int) -> None:
     found = planted_choice(offset)
-    told = " ".join(text.describe(found).split())
+    told = " ".join(describe(found).split())
     assert f"- dcr.layer={shown}: the probe fitted there to train_safe / train_toxic" in told
     assert f"{shown} best" in told
     assert f"{1 + offset} configured" in told
@@ -319,7 +317,7 @@ def test_the_table_names_the_settings_to_use_and_why(offset: int, shown: int) ->
     assert "100% / 0%" in told
     assert "- something was left out" in told
     assert "the labels of elsewhere were looked at" in told
-    assert all(len(line) <= 100 for line in text.describe(found).splitlines())
+    assert all(len(line) <= 100 for line in describe(found).splitlines())
 
 
 def test_the_record_is_json_with_pairs_in_order_of_transfer() -> None:
@@ -337,7 +335,7 @@ def test_sources_that_teach_nothing_are_said_to() -> None:
     found = material([TRAIN, OTHER], {"elsewhere": TEST})
     features = planted(found, {"train_toxic": dict.fromkeys(range(1, LAYERS + 1), 1)})
     pairs = ranked(found, features, seed=0, near=0.9)
-    told = " ".join(text.describe(Choice("m", pairs, 1, 0, [])).split())
+    told = " ".join(describe(Choice("m", pairs, 1, 0, [])).split())
     assert "told apart within (1.00) but hardly elsewhere at any layer" in told
 
 
@@ -356,9 +354,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     ("arguments", "message"),
     [
         (["limit=3"], "limit=3: give 10 prompts of each class or more"),
-        (["limit=x"], "limit=x: give a whole number of prompts of each class"),
+        (["limit=x"], "limit=x: give a whole number"),
         (["pairs=demo_toxic"], "pairs=demo_toxic: give <seemingly toxic>:<toxic>"),
-        (["pairs="], "pairs=: give a value or leave it out"),
+        (["pairs="], "pairs=: it needs a value, or leave it out"),
         (["pairs=demo_seemingly_toxc:demo_toxic"], "did you mean demo_seemingly_toxic"),
         (["tests=demo_toxic:demo_toxic"], "demo_toxic holds toxic prompts, not seemingly_toxic"),
         (["tests=demo_seemingly_toxic:demo_toxic"], "tests: no set of another origin than demo_"),
@@ -369,7 +367,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["out=notes.txt"], "out=notes.txt: name a .json file"),
         (["model.name=/not/here"], "model.name=/not/here: cannot be opened"),
         (["verbose"], "verbose: settings are written key=value"),
-        (["--verbose=1"], "--verbose=1: settings are written key=value"),
+        (["--verbose=1"], "--verbose=1: no such setting"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

@@ -72,7 +72,7 @@ COMMANDS: dict[str, Callable[[Run], object]] = {
     "eval": _evaluate,
     "snapshots": lambda run: _evaluate(run, "snapshots=true"),
     "export": _export,
-    "chat": lambda run: chat.open_stage(run, ""),
+    "chat": lambda run: chat.open_stage(run),
     "report": _report,
 }
 
@@ -203,8 +203,8 @@ def test_older_results_have_no_sums_and_open_with_one_line(
     for stage in ("contrastive", "sft"):
         (run.stage(stage) / storage.CHECKSUMS).unlink()
     with caplog.at_level(logging.WARNING):
-        chat.open_stage(run, "")
-        chat.open_stage(run, "")
+        chat.open_stage(run)
+        chat.open_stage(run)
     told = [record.getMessage() for record in caplog.records]
     assert sum("no checksums" in line for line in told) == 1, told
     damages = BYTES | {"no key": _json(dict.clear)}
@@ -231,7 +231,7 @@ def test_weights_that_are_no_numbers_are_refused(
         origin |= {"base": str(run.stage("contrastive")), "fingerprint": None}
         (run.stage("sft") / "dcr.json").write_text(json.dumps(origin))
     with pytest.raises(UserError, match=f"{stage}.*not finite"):
-        chat.open_stage(run, "")
+        chat.open_stage(run)
 
 
 # --- what a run says of itself ---

@@ -1,5 +1,6 @@
 """Exports, moved runs and the chat, on a run folder made by hand around a random model."""
 
+import io
 import json
 import os
 import shutil
@@ -18,8 +19,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from dcr import chat, export, models, prompts, storage
 from dcr.config import STAGES, ConfigError, DataError, LoraConfig, ModelConfig, Precision
-from dcr.export import card
-from dcr.export.__main__ import main
 from dcr.models import Policy
 from dcr.runs import Run
 
@@ -134,8 +133,8 @@ def elsewhere(made: Made, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     hidden = made.run.folder.with_name("hidden")
     made.run.folder.rename(hidden)  # nothing may lean on where it was trained
     try:
-        main([f"run={run.folder}", "relink=true"])
-        main([f"run={run.folder}", f"out={place / 'merged'}", "dtype=float32"])
+        assert export.main([f"run={run.folder}", "relink=true"]) == 0
+        assert export.main([f"run={run.folder}", f"out={place / 'merged'}", "dtype=float32"]) == 0
         numbers = ",".join(map(str, IDS[0].tolist()))
         arguments = [place / "merged", run.stage("sft"), numbers, place / "logits.pt"]
         subprocess.run(
@@ -243,7 +242,9 @@ def test_a_run_of_stl_aug_can_be_exported(moved: Run) -> None:
     moved.config_file.write_text(yaml.safe_dump(CONFIG | {"method": "stl_aug"}))
     out = export.export(moved, moved.folder / "out")
     assert "augmented data" in (out / "README.md").read_text()
-    assert set(card.METHODS) == {(m.value, s.value) for m, stages in STAGES.items() for s in stages}
+    assert set(export.METHODS) == {
+        (m.value, s.value) for m, stages in STAGES.items() for s in stages
+    }
 
 
 def test_a_method_that_has_no_card_is_refused_before_weights_are_read(
@@ -280,10 +281,10 @@ def test_the_type_of_the_weights_is_said(
     made: Made, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """bfloat16 moves the logits, so the command and the card say so; float32 does not."""
-    main([f"run={made.run.folder}", f"out={tmp_path / 'fp32'}", "dtype=float32"])
+    export.main([f"run={made.run.folder}", f"out={tmp_path / 'fp32'}", "dtype=float32"])
     assert "bfloat16" not in capsys.readouterr().out
     assert "The weights are in float32" in (tmp_path / "fp32/README.md").read_text()
-    main([f"run={made.run.folder}", f"out={tmp_path / 'bf16'}"])
+    export.main([f"run={made.run.folder}", f"out={tmp_path / 'bf16'}"])
     assert "in bfloat16, rounded from a merge in float32" in capsys.readouterr().out
     assert "The weights are in bfloat16" in (tmp_path / "bf16/README.md").read_text()
     apart = {
@@ -316,26 +317,22 @@ def test_an_adapter_on_the_tiny_model_is_refused(moved: Run) -> None:
     ("arguments", "message"),
     [
         (["run=x", "uot=y"], "uot=y: no such setting"),
-        (["run=x"], "give run=<folder> and out=<folder>"),
-        (["run=x", "out=y", "stage=base"], "stage=base: give sft or contrastive"),
-        (["run=x", "out=y", "dtype=int8"], "dtype=int8: give bfloat16 or float32"),
-        (["run=x", "relink=yes"], "relink=yes: give true or false"),
+        (["run=x"], "out: nothing given; name a new folder with out="),
+        (["out=x"], "run: nothing given; it is the run folder"),
+        (["run=x", "out=y", "stage=base"], "stage=base: choose one of sft, contrastive"),
+        (["run=x", "out=y", "dtype=int8"], "dtype=int8: choose one of bfloat16, float32"),
+        (["run=x", "relink=maybe"], "relink=maybe: give true or false"),
         (["run=/nowhere", "out=y"], "no config.yaml there"),
         (["run=/nowhere", "relink=true"], "holds no adapter"),
     ],
 )
-def test_wrong_arguments_are_named(arguments: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        main(arguments)
-
-
-def test_a_mistake_is_one_line_and_exit_2(tmp_path: Path) -> None:
-    root = Path(__file__).parents[1]
-    command = [sys.executable, "-m", "dcr.export", "run=/nowhere", f"out={tmp_path / 'out'}"]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr == "error: run=/nowhere: no config.yaml there; name a run folder\n"
-    assert not (tmp_path / "out").exists()
+def test_wrong_arguments_are_one_line_and_exit_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n"), err[:7]) == ("", 1, "error: ")
+    assert message in err
 
 
 # --- the card -----------------------------------------------------------------------------------
@@ -347,7 +344,7 @@ def test_card_names_data_licences_and_scores(made: Made, moved: Run) -> None:
     counts = {"kind": "toxic", "n": 100, "refused": {"paper": 80}}
     scores = {"weights": "sft", "sets": {"i_cona": counts, "empty": {"kind": "toxic", "n": 0}}}
     (folder / "metrics.json").write_text(json.dumps(scores))
-    text = card.model_card(moved, "sft", CONFIG, dtype="bfloat16", depth=2)
+    text = export.model_card(moved, "sft", CONFIG, dtype="bfloat16", depth=2)
     front = yaml.safe_load(text.split("---")[1])
     assert front["base_model"] == "someone/base"
     assert front["tags"] == ["over-refusal", "safety", "dcr"]
@@ -399,7 +396,7 @@ def test_card_leaves_out_what_is_not_the_exported_model_s(moved: Run, edit: dict
 )
 def test_card_names_the_block(moved: Run, given: dict[str, Any], block: int) -> None:
     moved.layer_file.write_text(json.dumps({"block": 18}))
-    text = card.model_card(
+    text = export.model_card(
         moved, "sft", CONFIG | {"dcr": CONFIG["dcr"] | given}, dtype="float32", depth=24
     )
     assert f"| `dcr.layer` | block {block} of 24, counted from 1 |" in text
@@ -421,7 +418,7 @@ def test_card_from_damaged_scores_names_the_file(moved: Run, text: str) -> None:
 
 
 def card_of(run: Run, made_with: dict[str, Any] = CONFIG) -> str:
-    return card.model_card(run, "sft", made_with, dtype="bfloat16", depth=2)
+    return export.model_card(run, "sft", made_with, dtype="bfloat16", depth=2)
 
 
 def test_card_keeps_local_folders_to_itself(moved: Run) -> None:
@@ -434,25 +431,17 @@ def test_card_keeps_local_folders_to_itself(moved: Run) -> None:
 # --- the chat -----------------------------------------------------------------------------------
 
 
-def _talk(run: Run, capsys: pytest.CaptureFixture[str], *lines: str, **given: str) -> str:
-    typed = iter(lines)
+def test_chat_answers_forgets_and_ends(
+    made: Made, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def talk(*lines: str) -> str:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+        assert chat.main([f"run={made.run.folder}", "max_new_tokens=5"]) == 0
+        return capsys.readouterr().out
 
-    def read(_: str) -> str:
-        try:
-            return next(typed)
-        except StopIteration:
-            raise EOFError from None
-
-    capsys.readouterr()
-    arguments = {"run": str(run.folder), "max_new_tokens": "5"} | given
-    chat.main([f"{key}={value}" for key, value in arguments.items()], read)
-    return capsys.readouterr().out
-
-
-def test_chat_answers_forgets_and_ends(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
-    once = _talk(made.run, capsys, "Hello", "/quit", "unheard")
+    once = talk("Hello", "/quit", "unheard")
     assert once.count("refusal mass") == 1
-    again = _talk(made.run, capsys, "Hello", "/reset", "Hello")
+    again = talk("Hello", "/reset", "Hello")
     assert again == once + once
     assert "\x1b" not in again  # not a terminal
 
@@ -516,4 +505,4 @@ def test_chat_of_a_missing_stage_is_refused(moved: Run) -> None:
     shutil.rmtree(moved.stage("sft"))
     with pytest.raises(ConfigError, match="stage sft is not done"):
         chat.open_stage(moved, "sft")
-    assert chat.open_stage(moved, "")[0].name == str(moved.stage("contrastive"))
+    assert chat.open_stage(moved)[0].name == str(moved.stage("contrastive"))

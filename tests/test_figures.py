@@ -17,10 +17,10 @@ import pytest
 from matplotlib.image import imread
 from test_report import change, fault, make_eval, make_run, parsed
 
-from dcr import report, runs
+from dcr import cli, report, runs
 from dcr.config import DataError, UserError
 from dcr.report import FIGURES, Wanted, comparisons
-from dcr.report.__main__ import main, parser
+from dcr.report.__main__ import Options, main
 from dcr.report.comparisons import Operating
 from dcr.report.figures import file_name
 from dcr.report.records import Evaluation, RunRecord, read_run
@@ -534,7 +534,7 @@ LACKING = {
     "7": "figure 7: no separability in bare; run python eval.py run=<run> tasks=[separability]",
     "8": "figure 8: no separability in bare; run python eval.py",
     "operating_points": "figure operating_points: no unsteered STL evaluation with",
-    "2": "argument --figure: invalid choice: '2' (choose from '1a', '1b', '3', '4', '5a', ",
+    "2": "figure=2: choose one of 1a, 1b, 3, 4, 5a, ",
 }
 
 
@@ -554,10 +554,10 @@ def test_lacking_data_end_in_one_line_and_exit_2(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--figure"], "argument --figure: expected one argument"),
+        (["--figure"], "figure=: choose one of 1a, 1b, "),
         (["margin=3"], "margin=3: only --figure operating_points takes it"),
-        (["--figure=operating_points", "margin=x"], "argument --margin: invalid float value: 'x'"),
-        (["--figure=operating_points", "margin=nan"], "margin=nan: give percentage points"),
+        (["--figure=operating_points", "margin=x"], "margin=x: give a number"),
+        (["--figure=operating_points", "margin=nan"], "margin=nan: give 0 to 100"),
         (["--figure=operating_points", "data=q"], "data=q: no evaluation has it; choose from demo"),
         (["--figure=4", "out=figure4.svg"], "out=figure4.svg: --figure writes a file of this name"),
     ],
@@ -640,7 +640,7 @@ def test_runs_without_data_for_a_figure_are_noted(folders: list[Path], tmp_path:
 
 
 def test_every_name_is_documented() -> None:
-    told = parser().format_help()
+    told = cli.help_of(Options)
     for name in report.FIGURES:
         assert name in told
     assert json.dumps(report.FIGURES).count("figure") == 0  # names, not files

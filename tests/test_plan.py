@@ -12,9 +12,8 @@ from hydra import compose, initialize_config_dir
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from dcr import cli, config, data, models, plan, refusal
+from dcr import cli, config, cost, data, models, plan, refusal
 from dcr.config import ConfigError, LoraConfig, Method, Precision, Stage, TrainConfig
-from dcr.plan import cost, rows, shape, text
 
 # peft asks transformers for a name that the latter has renamed
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -35,9 +34,9 @@ def settings(*overrides: str) -> TrainConfig:
     return config.resolve(composed, TrainConfig)
 
 
-def stage(told: TrainConfig, which: Stage) -> text.StagePlan:
-    drawn, _ = rows.expected(told)
-    return text.stage_plan(told, which, shape.stage_shape(told, which), drawn)
+def stage(told: TrainConfig, which: Stage) -> plan.StagePlan:
+    drawn, _ = plan.expected(told)
+    return plan.stage_plan(told, which, cost.stage_shape(told, which), drawn)
 
 
 @pytest.fixture(scope="module")
@@ -79,12 +78,12 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_parts_add_up_to_the_published_count(name: str) -> None:
     told = settings(f"model={name}")
     for which in (Stage.contrastive, Stage.sft):
-        parts = shape.stage_shape(told, which).parts
+        parts = cost.stage_shape(told, which).parts
         assert sum(n for part, n in parts.items() if part != "LoRA") == PUBLISHED[name]
 
 
 def test_parts_of_qwen_by_hand() -> None:
-    made = shape.stage_shape(settings("model=qwen2_5_1_5b"), Stage.contrastive)
+    made = cost.stage_shape(settings("model=qwen2_5_1_5b"), Stage.contrastive)
     width, kv, inner = 1536, 256, 8960
     block = 2 * width * width + 2 * width * kv + width + 2 * kv + 3 * width * inner + 2 * width
     assert made.parts == {
@@ -100,7 +99,7 @@ def test_parts_of_qwen_by_hand() -> None:
 
 
 def test_lora_parameters_are_rank_times_rows_and_columns() -> None:
-    made = shape.stage_shape(settings("model=qwen2_5_7b"), Stage.sft)
+    made = cost.stage_shape(settings("model=qwen2_5_7b"), Stage.sft)
     # q: 3584 to 3584, v: 3584 to 512, rank 8, 28 blocks
     assert made.parts["LoRA"] == 28 * 8 * ((3584 + 3584) + (3584 + 512))
     assert sum(made.trained.values()) == made.parts["LoRA"]
@@ -108,8 +107,8 @@ def test_lora_parameters_are_rank_times_rows_and_columns() -> None:
 
 def test_lora_in_stage_one_stays_below_the_block(local: Path) -> None:
     told = settings(f"model.name={local}", "dcr.adapter=lora", "dcr.layer=1")
-    four_blocks = shape.stage_shape(told, Stage.sft).parts["LoRA"]
-    assert shape.stage_shape(told, Stage.contrastive).parts["LoRA"] * 4 == four_blocks
+    four_blocks = cost.stage_shape(told, Stage.sft).parts["LoRA"]
+    assert cost.stage_shape(told, Stage.contrastive).parts["LoRA"] * 4 == four_blocks
 
 
 @pytest.mark.parametrize(
@@ -120,8 +119,8 @@ def test_fp32_states_of_stage_one(name: str, without: int, with_them: int) -> No
     """Gigabytes as the specification has them, Section 1, ambiguity 11."""
     for train, expected in ((False, without), (True, with_them)):
         told = settings(f"model={name}", "dcr.precision=fp32", f"dcr.train_embeddings={train}")
-        made = shape.stage_shape(told, Stage.contrastive)
-        nothing = rows.Load(0, 0, 0, 0, 0, 0, 0)
+        made = cost.stage_shape(told, Stage.contrastive)
+        nothing = cost.Load(0, 0, 0, 0, 0, 0, 0)
         found = cost.memory(told, Stage.contrastive, made, nothing)
         states = found["weights"] + found["gradients"] + found["Adam states"]
         assert states / 1e9 == pytest.approx(expected, abs=0.7)
@@ -157,7 +156,7 @@ def test_rows_and_steps_are_those_of_training(local: Path, no_weights: None) -> 
 
 def test_tokens_of_a_local_folder_are_counted(local: Path) -> None:
     told = settings(f"model.name={local}", "sft.batch_size=9", "sft.max_len=4000")
-    drawn, _ = rows.expected(told)
+    drawn, _ = plan.expected(told)
     load = stage(told, Stage.sft).load
     answers = [r.response.strip() for r in [*drawn.normal, *drawn.refusals] if r.response]
     assert load.labelled == sum(len(a.encode()) + 1 for a in answers)  # bytes and the end token
@@ -167,7 +166,7 @@ def test_tokens_of_a_local_folder_are_counted(local: Path) -> None:
 
 def test_estimated_tokens_are_a_quarter_of_the_characters() -> None:
     told = settings("model=llama3_8b", "sft.max_len=4000")
-    drawn, _ = rows.expected(told)
+    drawn, _ = plan.expected(told)
     answers = [r.response or "" for r in [*drawn.normal, *drawn.refusals]]
     expected = sum(math.ceil(len(answer) / 4) + 1 for answer in answers)
     assert stage(told, Stage.sft).load.labelled == expected
@@ -175,7 +174,7 @@ def test_estimated_tokens_are_a_quarter_of_the_characters() -> None:
 
 def test_a_ratio_beyond_the_table_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"data.toxic: 50000 rows asked for, 38961 there"):
-        rows.expected(settings("model=tiny", "data=paper", "dcr.ratio=200"))
+        plan.expected(settings("model=tiny", "data=paper", "dcr.ratio=200"))
 
 
 def test_no_step_beyond_the_block_without_nll(local: Path) -> None:
@@ -226,7 +225,7 @@ def test_activations_are_what_autograd_keeps(
     ):
         models.backbone(model)(input_ids=ids, use_cache=False)
     measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    made = shape.stage_shape(wide, which)
+    made = cost.stage_shape(wide, which)
     assert ids.numel() * made.full_saved == pytest.approx(measured, rel=0.25)
 
 
@@ -237,8 +236,8 @@ def test_flops_are_those_that_torch_counts(wide: TrainConfig, which: Stage) -> N
     with FlopCounterMode(display=False) as counter:
         hidden = models.backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
         hidden.sum().backward()
-    load = rows.Load(0, ids.numel(), ids.numel(), 0, 0, ids.numel(), 0)
-    found = cost.epoch_flops(wide, which, shape.stage_shape(wide, which), load)
+    load = cost.Load(0, ids.numel(), ids.numel(), 0, 0, ids.numel(), 0)
+    found = cost.epoch_flops(wide, which, cost.stage_shape(wide, which), load)
     assert found == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 
@@ -267,11 +266,11 @@ def test_answers_of_stl_aug_are_counted_without_the_hub(tmp_path: Path) -> None:
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     asked = ("method=stl_aug", "data=paper", f"data.safety.source=[{file}]", "data.safety.count=1")
     told = settings(*asked, f"stl_aug.responses={file}", "stl_aug.repeat=2")
-    with_answers, _ = rows.expected(told)
-    without, _ = rows.expected(replace(told, method=Method.stl))
+    with_answers, _ = plan.expected(told)
+    without, _ = plan.expected(replace(told, method=Method.stl))
     assert [len(r.augmented) for r in (with_answers, without)] == [6, 0]
     with pytest.raises(ConfigError, match=r"stl_aug\.responses=null: .* write one with"):
-        rows.expected(settings(*asked))
+        plan.expected(settings(*asked))
 
 
 @pytest.mark.parametrize("method", list(Method))

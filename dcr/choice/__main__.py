@@ -1,88 +1,57 @@
-"""Command line of dcr.choice: the settings of train.py, and four of its own."""
+"""The command of dcr.choice: two tables, of layers and of pairs, the reasons, and a JSON file."""
 
+import io
+import math
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from dcr import cli, config, storage
-from dcr.choice.choosing import choose
-from dcr.choice.origins import LIMIT
-from dcr.choice.text import describe
-from dcr.config import ConfigError, TrainConfig, UserError
-from dcr.text import label_of, single_line
+from dcr.choice import Choice, PairTransfer, choose, on_common
+from dcr.choice.origins import FEWEST, LIMIT
+from dcr.config import TrainConfig, UserError
+from dcr.statistics import Interval
+from dcr.text import label_of
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
-USAGE = (
-    f"python -m dcr.choice [any setting of train.py] [limit={LIMIT}] "
-    "[pairs=<seemingly toxic>:<toxic>,…|none] [tests=<seemingly toxic>:<toxic>,…] [out=<file.json>]"
-)
+COLUMNS = 100
+CHANCE = 0.5
+WEAK = 0.65  # a mean transfer below it is hardly better than guessing
 
 
-@dataclass(frozen=True)
+@dataclass
 class Options:
-    """What is not a setting of train.py."""
+    """python -m dcr.choice model=<name> data=<name> [data.root=<data>] [pairs=<a>:<b>,...]
 
-    limit: int = LIMIT
-    pairs: str | None = None
-    tests: str | None = None
-    out: str | None = None
+    Which layer and which pair of sources stage one should use: how well a linear probe that is
+    fitted to them tells toxic from seemingly toxic prompts of another origin.
+    """
+
+    limit: int = cli.option(f"prompts of each class of a pair, {FEWEST} or more", LIMIT)
+    pairs: str | None = cli.option(
+        "other candidates, <seemingly toxic>:<toxic>,... with + between sources of one side; "
+        "'none': the configured pair alone; not given: the usual ones that can be read",
+        None,
+    )
+    tests: str | None = cli.option(
+        "pairs to test on, written alike; not given: the benchmarks that can be read", None
+    )
+    out: Path | None = cli.option(
+        "a .json file; not given: outputs/choice/<model>-<data>.json", None
+    )
+    settings: list[str] = cli.option("any setting of train.py", [], rest=True)
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Print the comparison and the file's place; one line and 2 for a user's error."""
-    if {"-h", "--help"} & set(arguments):
-        print(f"usage: {USAGE}")
-        return 0
-    try:
-        cli.prepare()
-        with cli.faults_in_words():
-            options, overrides = _options(arguments)
-            settings = _settings(overrides)
-            out = _out(options, settings)
-            choice = choose(settings, limit=options.limit, pairs=options.pairs, tests=options.tests)
-            storage.write_json(out, choice.record())
-    except UserError as error:
-        print(f"error: {single_line(error)}", file=sys.stderr)
-        return error.exit_code
+@cli.command(Options)
+def main(options: Options) -> None:
+    settings = config.resolve(cli.compose("train", options.settings, Options), TrainConfig)
+    out = _out(options, settings)
+    choice = choose(settings, limit=options.limit, pairs=options.pairs, tests=options.tests)
+    storage.write_json(out, choice.record())
     print(f"{describe(choice)}\n\n{out}")
-    return 0
-
-
-def _options(arguments: Sequence[str]) -> tuple[Options, list[str]]:
-    """The command's own options, and everything else."""
-    given: dict[str, Any] = {}
-    others = []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals or argument.startswith("-"):
-            raise ConfigError(f"{argument}: settings are written key=value; {USAGE}")
-        if key not in Options.__dataclass_fields__:
-            others.append(argument)
-        elif key == "limit" and not value.isdecimal():
-            raise ConfigError(f"limit={value}: give a whole number of prompts of each class")
-        elif not value:
-            raise ConfigError(f"{argument}: give a value or leave it out")
-        else:
-            given[key] = int(value) if key == "limit" else value
-    return Options(**given), others
-
-
-def _settings(overrides: list[str]) -> TrainConfig:
-    """As train.py resolves them."""
-    try:
-        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            composed = compose("train", overrides)
-    except (HydraException, ValueError) as error:
-        raise ConfigError(config.one_line(error, TrainConfig)) from error
-    named = [override.lstrip("+~").split("=")[0] for override in overrides]
-    fields = [key.removeprefix("model.") for key in named if key.startswith("model.")]
-    config.leave_numbers_of_another_model(composed, fields)
-    return config.resolve(composed, TrainConfig)
 
 
 def _out(options: Options, settings: TrainConfig) -> Path:
@@ -91,6 +60,147 @@ def _out(options: Options, settings: TrainConfig) -> Path:
     if out.is_dir() or out.suffix != ".json":
         raise UserError(f"out={out}: name a .json file")
     return out
+
+
+def describe(choice: Choice) -> str:
+    """Tables and conclusions, 100 columns wide."""
+    out = io.StringIO()
+    console = Console(file=out, width=COLUMNS, color_system=None, highlight=False, markup=False)
+    console.print(f"Layer and sources for stage one on {choice.model}: AUROC of a linear probe,")
+    console.print("toxic against seemingly toxic. within: cross-validated on the training sources;")
+    console.print("transfer: the mean over test sets of another origin. 0.5 is guessing.\n")
+    console.print(_layer_table(choice), _pair_table(choice))
+    for line in (_of_layer(choice), *_of_sources(choice), _selected_on(choice), *choice.notes):
+        console.print(f"- {line}")
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+
+def _table(title: str, heads: list[str], names: int = 1) -> Table:
+    table = Table(
+        title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    for place, head in enumerate(heads):
+        table.add_column(head, justify="left" if place < names else "right", overflow="fold")
+    return table
+
+
+def _layer_table(choice: Choice) -> Table:
+    pair = choice.pairs[0]
+    tests = list(pair.best.tests)
+    table = _table(f"Layers, {pair.pair}", ["dcr.layer", "within", "transfer", "95%", *tests])
+    for layer in pair.layers:
+        marks = [
+            *(["best"] if layer.layer == choice.layer else []),
+            *(["configured"] if layer.layer == choice.configured else []),
+        ]
+        table.add_row(
+            " ".join([str(layer.layer + choice.offset), *marks]),
+            _number(layer.within),
+            _number(layer.transfer),
+            _ends(layer.transfer),
+            *(_number(layer.tests[name]) for name in tests),
+        )
+    return table
+
+
+def _pair_table(choice: Choice) -> Table:
+    heads = ["seemingly toxic / toxic", "rows", "questions", "dcr.layer", "within", "transfer"]
+    table = _table("Pairs of sources, at the best layer of each", [*heads, "on common sets"])
+    for pair in choice.by_transfer():
+        best, shared = pair.best, on_common(pair, choice.common)
+        table.add_row(
+            str(pair.pair) + (" (configured)" if pair is choice.pairs[0] else ""),
+            " / ".join(map(str, pair.rows)),
+            " / ".join(f"{share:.0%}" for share in pair.questions),
+            str(best.layer + choice.offset),
+            _number(best.within),
+            _number(best.transfer),
+            f"{_number(shared)} {_ends(shared)}" if shared else "-",
+        )
+    return table
+
+
+def _of_layer(choice: Choice) -> str:
+    pair = choice.pairs[0]
+    best, level = pair.best, [layer + choice.offset for layer in pair.level]
+    others = f"; as good within its interval: {_ranges(level)}" if len(level) > 1 else ""
+    now = next((one for one in pair.layers if one.layer == choice.configured), None)
+    told = f", against {_number(now.transfer)} at the configured layer" if now else ""
+    if choice.layer == choice.configured:
+        told = ", the configured layer"
+    return (
+        f"dcr.layer={best.layer + choice.offset}: the probe fitted there to {pair.pair} transfers "
+        f"best, {_number(best.transfer)} {_ends(best.transfer)}{told}{others}"
+    )
+
+
+def _of_sources(choice: Choice) -> list[str]:
+    lines = [_of_best_pair(choice)] if len(choice.pairs) > 1 else []
+    lines += [f"{pair.pair}: {pair.form_gap}" for pair in choice.pairs if pair.form_gap]
+    best = choice.pairs[0].best
+    if best.transfer.estimate < WEAK and best.within.estimate > best.transfer.estimate:
+        lines.append(
+            f"{choice.pairs[0].pair}: told apart within ({_number(best.within)}) but hardly "
+            "elsewhere at any layer: what separates these sources may well not be intent"
+        )
+    return lines
+
+
+def _of_best_pair(choice: Choice) -> str:
+    names = choice.common
+    if not names:
+        return "no test set is common to all pairs, so they are not ranked: compare within tests"
+    first, *others = choice.by_transfer()
+    top = on_common(first, names)
+    assert top is not None
+    if top.low <= CHANCE:
+        return (
+            f"no pair transfers better than guessing on the sets common to all: the best is "
+            f"{first.pair}, {_number(top)} {_ends(top)}"
+        )
+    level = [str(p.pair) for p in others if _estimate(p, names) >= top.low]
+    also = f"; not told apart from it: {', '.join(level)}" if level else ""
+    return (
+        f"data.seemingly_toxic.source={_override(first.pair.seemingly_toxic)} "
+        f"data.toxic.source={_override(first.pair.toxic)} transfers best on the sets common to "
+        f"all pairs ({', '.join(names)}), {_number(top)} {_ends(top)}{also}"
+    )
+
+
+def _selected_on(choice: Choice) -> str:
+    tests = ", ".join(dict.fromkeys(name for pair in choice.pairs for name in pair.best.tests))
+    return (
+        f"the labels of {tests} were looked at: a score on these sets is no longer blind to the "
+        "choice, and the best of many layers looks better than it is"
+    )
+
+
+def _estimate(pair: PairTransfer, names: list[str]) -> float:
+    found = on_common(pair, names)
+    return math.nan if found is None else found.estimate
+
+
+def _override(names: tuple[str, ...]) -> str:
+    return names[0] if len(names) == 1 else f"[{','.join(names)}]"
+
+
+def _ranges(layers: list[int]) -> str:
+    """[3, 4, 5, 9] as "3-5, 9"."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def _number(interval: Interval) -> str:
+    return "-" if math.isnan(interval.estimate) else f"{interval.estimate:.2f}"
+
+
+def _ends(interval: Interval) -> str:
+    return f"[{interval.low:.2f}, {interval.high:.2f}]"
 
 
 if __name__ == "__main__":

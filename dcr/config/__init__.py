@@ -20,6 +20,7 @@ from dcr.config.resolving import (
     model_of,
     named,
     names_another_model,
+    nearest,
     one_line,
     resolve,
     source_names,

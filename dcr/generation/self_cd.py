@@ -12,11 +12,10 @@ user's, or the one that its template writes by itself.
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -44,33 +43,8 @@ class Context:
 
 
 def stressed(chat: ChatFormat) -> ChatFormat:
-    """The same chat with the emphasis in its system prompt.
-
-    Raises ConfigError for a template that refuses a system prompt or leaves it out.
-    """
-    other = replace(chat, system_prompt=EMPHASIS)
-    cure = "Self-CD has nothing to contrast; leave gen.self_cd out, or name another model.template"
-    try:
-        shown = EMPHASIS in other.text("x")
-        own = chat.system_prompt or _default_system(chat)
-    except TemplateError as error:
-        raise ConfigError(
-            f"gen.self_cd: the chat template takes no system prompt ({error}): {cure}"
-        ) from error
-    if not shown:
-        raise ConfigError(f"gen.self_cd: the chat template leaves the system prompt out: {cure}")
-    return replace(chat, system_prompt=f"{own}\n\n{EMPHASIS}") if own else other
-
-
-def _default_system(chat: ChatFormat) -> str:
-    """The system prompt that a template writes by itself where none is given, else "".
-
-    What stands in a dialogue without a system turn where one with it has that turn's words.
-    """
-    plain = chat.text("x")
-    before, _, behind = replace(chat, system_prompt=EMPHASIS).text("x").partition(EMPHASIS)
-    whole = plain.startswith(before) and plain.endswith(behind)
-    return plain[len(before) : len(plain) - len(behind)].strip() if whole else ""
+    """The same chat with the emphasis in its system prompt; ConfigError where it cannot stand."""
+    return chat.with_system(EMPHASIS, "gen.self_cd")
 
 
 def emphasised(policy: Policy, chat: ChatFormat, encoded: Sequence[Encoded]) -> list[Encoded]:

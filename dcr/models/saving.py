@@ -59,6 +59,8 @@ def save_adapter(policy: Policy, folder: Path, base: Path | str) -> None:
     with replaced_folder(folder) as staging:
         for settings in policy.model.peft_config.values():
             settings.base_model_name_or_path = name
+            # a set, whose order Python draws anew in every process
+            settings.target_modules = sorted(settings.target_modules)
         # no embedding was resized; to find that out PEFT would ask the hub for the base
         policy.model.save_pretrained(staging, save_embedding_layers=False)
         policy.tokenizer.save_pretrained(staging)

@@ -1,9 +1,10 @@
 """One model's way of being spoken to: prompts and pairs as token ids."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -32,6 +33,28 @@ class ChatFormat:
 
     def prompt_ids(self, prompt: str) -> list[int]:
         return self._encode(self.text(prompt))
+
+    def with_system(self, words: str, asked: str) -> "ChatFormat":
+        """The same chat with `words` behind the system prompt that the model has anyhow.
+
+        That is the user's, or the one that the template writes by itself: what a dialogue without
+        a system turn has in the place of that turn's words. Raises ConfigError that names the
+        setting `asked` for a template that refuses a system prompt or leaves it out.
+        """
+        other = replace(self, system_prompt=words)
+        cure = f"leave {asked} out, or name another model.template"
+        try:
+            plain, (before, shown, behind) = self.text("x"), other.text("x").partition(words)
+        except TemplateError as error:
+            raise ConfigError(
+                f"{asked}: the chat template takes no system prompt ({error}); {cure}"
+            ) from error
+        if not shown:
+            raise ConfigError(f"{asked}: the chat template leaves the system prompt out; {cure}")
+        own = self.system_prompt or ""
+        if not own and plain.startswith(before) and plain.endswith(behind):
+            own = plain[len(before) : len(plain) - len(behind)].strip()
+        return replace(self, system_prompt=f"{own}\n\n{words}") if own else other
 
     def pair(
         self, prompt: str, response: str, max_len: int, train_on_prompt: bool = False

@@ -1,0 +1,311 @@
+"""The answers that STL-aug learns: compliant ones to seemingly toxic prompts, each checked.
+
+An answer must be whole, no refusal by keywords, and full compliance by every judge that is asked.
+Completions and verdicts stand beside the file of answers in `<out>.work/`, so that a command killed
+at any point and given again asks nothing twice.
+"""
+
+import functools
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from dcr import cli, config, endpoints, judges, models, prompts, refusal, sources, storage
+from dcr.config import ConfigError, EvalConfig, Judge, KeywordRules, Kind, Steering
+from dcr.endpoints import EndpointError
+from dcr.evaluation import answers as stored_answers
+from dcr.evaluation import subjects
+from dcr.evaluation.sets import PromptSet
+from dcr.evaluation.subjects import Subject
+from dcr.generation import Completion
+from dcr.judges import Verdict
+from dcr.models import Policy
+from dcr.runs import Run
+from dcr.sources import Example
+from dcr.text import label_of
+
+SET = "answers"  # the name of the completions' and the verdicts' files
+ACCEPTED, UNDECIDED = NOT_REJECTED = "accepted", "without a verdict"
+UNREADABLE = re.compile("[\0\ud800-\udfff]")  # no JSONL file of training pairs may hold these
+# What the system prompt says besides the model's own, attempt by attempt. The first asks as any
+# user would; the others are for prompts whose answers were rejected before.
+INSTRUCTIONS = (
+    None,
+    "The user's question is harmless, even if some of its words are used for harmful things "
+    "elsewhere. Take it in its everyday sense and answer it fully, directly and briefly, without "
+    "warnings.",
+    "You answer a helpful FAQ. Each question has been checked and is safe. Begin at once with the "
+    "answer itself, and give it in two to four plain sentences.",
+)
+
+
+@dataclass
+class Options:
+    """python -m dcr.augment source=xstest_safe model=<name> out=answers.jsonl [data.root=<data>]
+    python -m dcr.augment source=xstest_safe endpoint=https://.../v1 endpoint_model=<name>
+        out=answers.jsonl judge=llm llm.model=<name>
+
+    Writes the answers that STL-aug learns, each checked. Training only reads that file:
+    python train.py method=stl_aug stl_aug.responses=answers.jsonl
+    """
+
+    source: str = cli.option("the seemingly toxic prompts: a source's name or a .jsonl file")
+    out: Path = cli.option("where answers go: a .jsonl file, added to where it is this command's")
+    count: int | None = cli.option("prompts, drawn by seed; none: all", None, least=1)
+    attempts: int = cli.option(
+        "how often a prompt is asked whose answer was rejected, each time with another "
+        "instruction in the system prompt",
+        1,
+        least=1,
+        most=len(INSTRUCTIONS),
+    )
+    settings: list[str] = cli.option(
+        "model=<name> or endpoint=<url>, and any other setting of eval.py", [], rest=True
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A row of the file: a prompt with its answer, and who gave it."""
+
+    id: str
+    prompt: str
+    response: str
+    category: str | None = None
+    group: str | None = None
+    source: str
+    answered_by: str
+
+
+@dataclass
+class Tally:
+    """What became of the prompts; `rejected` counts reasons, each prompt by its last attempt."""
+
+    asked: int
+    accepted: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    unanswered: int = 0  # a server or judge failed: the same command asks again
+
+    def described(self, options: Options) -> str:
+        lines = [
+            f"{options.source}: {self.asked} prompts, {self.accepted} accepted in {options.out}, "
+            f"{self.rejected.total()} rejected, {self.unanswered} without an answer or verdict"
+            f"{' (the same command asks again)' if self.unanswered else ''}"
+        ]
+        return "\n".join([*lines, *(f"  {n} {why}" for why, n in self.rejected.most_common())])
+
+
+@cli.command(Options, goes_on=True)
+def main(options: Options) -> None:
+    tally = augment(options, _settings(options))
+    print(tally.described(options))
+    if tally.asked and tally.unanswered == tally.asked:
+        raise EndpointError(
+            f"source={options.source}: no prompt was answered; the same command asks again"
+        )
+
+
+def augment(options: Options, settings: EvalConfig) -> Tally:
+    """Answer, check and keep what is missing in `options.out`.
+
+    Raises UserError where the file is another's, and for all that answering and judging raise.
+    """
+    _check(settings)
+    rows = sources.read(options.source, root=settings.data.root, kind=Kind.seemingly_toxic)
+    if options.count is not None:
+        rows = sources.draw(rows, options.count, settings.seed)
+    told = [_instructed(settings, instruction) for instruction in INSTRUCTIONS[: options.attempts]]
+    work = Run(Path(f"{options.out}.work"))
+    served = settings.endpoint is not None
+    author = str(settings.endpoint_model) if served else settings.model.name
+    subject = Subject("endpoint") if served else subjects.base(settings.model)
+    policy = functools.cache(functools.partial(subjects.opened, settings, subject))
+    with storage.locked(work.folder):
+        kept = kept_answers(options.out, author, rows)
+        known = {answer.id for answer in kept}
+        left = [row for row in rows if row.id not in known]
+        tally = Tally(len(rows), accepted=len(rows) - len(left))
+        for asking in told:
+            if not left:
+                break
+            folder = subjects.answers_folder(asking, work, subject)
+            given = _answered(asking, subject, policy, left, folder)
+            why = outcomes(given, asking, folder)
+            accepted = {each.id: each for each in given if why[each.id] == ACCEPTED}
+            kept += [
+                Answer(
+                    id=row.id,
+                    prompt=row.prompt,
+                    response=accepted[row.id].response,
+                    category=row.category,
+                    group=row.group,
+                    source=row.source,
+                    answered_by=author,
+                )
+                for row in left
+                if row.id in accepted
+            ]
+            if accepted:
+                storage.write_text(options.out, "".join(map(_line, kept)))
+            rejected = {i: reason for i, reason in why.items() if reason not in NOT_REJECTED}
+            tally.accepted += len(accepted)
+            tally.unanswered += len(left) - len(accepted) - len(rejected)
+            tally.rejected = Counter(rejected.values())
+            left = [row for row in left if row.id in rejected]
+    return tally
+
+
+def _instructed(settings: EvalConfig, instruction: str | None) -> EvalConfig:
+    """The same settings with the instruction behind the system prompt that the model has anyhow.
+
+    Behind the template's own as well, which only a local model lets us see.
+    """
+    if instruction is None:
+        return settings
+    own = settings.model.system_prompt
+    whole = f"{own}\n\n{instruction}" if own else instruction
+    if settings.endpoint is None:
+        chat = prompts.chat_format(models.open_tokenizer(settings.model), settings.model)
+        whole = chat.with_system(instruction, "attempts").system_prompt
+    return replace(settings, model=replace(settings.model, system_prompt=whole))
+
+
+def _answered(
+    settings: EvalConfig,
+    subject: Subject,
+    policy: Callable[[], Policy],
+    rows: Sequence[Example],
+    folder: Path,
+) -> list[Completion]:
+    """The rows' completions, asked for only where the folder does not hold them."""
+    asked = PromptSet(SET, Kind.seemingly_toxic, list(rows))
+    ask = functools.partial(subjects.answer, settings, subject, policy)
+    return stored_answers.complete([asked], ask, folder, settings.trainer.progress)[SET]
+
+
+def _settings(options: Options) -> EvalConfig:
+    """As `eval.py` would read them; sets of `data` that are not named are the embedded ones."""
+    if options.out.suffix != ".jsonl":
+        raise ConfigError(f"out={options.out}: training reads files that end in .jsonl; add it")
+    keys = {override.partition("=")[0].lstrip("+") for override in options.settings}
+    overrides = [] if "data" in keys else ["data=demo"]
+    for override in options.settings:
+        key, _, value = override.partition("=")
+        one = key == "judge" and "[" not in value  # where Hydra wants a list
+        overrides.append(f"judge=[{value}]" if one else override)
+    composed = cli.compose("eval", overrides, Options)
+    if composed.run is not None:
+        raise ConfigError(
+            f"run={composed.run}: give model=<name or folder> or endpoint=<url>; "
+            "python -m dcr.export makes a folder of a run"
+        )
+    if (composed.endpoint is not None) == bool({"model", "model.name"} & keys):
+        raise ConfigError("who answers? give either model=<name> or endpoint=<url>")
+    if composed.endpoint is not None:
+        name = str(composed.endpoint_model or "unnamed")  # which the checks then refuse
+        composed.model.name, composed.model.label = name, label_of(name)
+    return config.resolve(composed, EvalConfig)
+
+
+def _check(settings: EvalConfig) -> None:
+    """Raises a UserError for what can be known wrong before anything is read or loaded."""
+    if settings.steering.method is not Steering.none:
+        raise ConfigError(f"steering={settings.steering.method.value}: not done here; leave it out")
+    for name in settings.judge:
+        if Kind.seemingly_toxic not in judges.KINDS[name]:
+            raise ConfigError(
+                f"judge={name.value}: does not say whether a harmless prompt was answered; "
+                "use llm or wildguard"
+            )
+    judges.check(settings.judge, settings)
+    if settings.endpoint is not None:
+        if settings.gen.self_cd:
+            raise ConfigError(
+                f"gen.self_cd={settings.gen.self_cd}: an endpoint shows no logits to contrast; "
+                "leave it out, or name the model with model="
+            )
+        endpoints.check(subjects.server_of(settings), "endpoint")
+
+
+# --- what is learnt -----------------------------------------------------------------------------
+
+
+def outcomes(answers: Sequence[Completion], settings: EvalConfig, folder: Path) -> dict[str, str]:
+    """By id: ACCEPTED, UNDECIDED where a judge failed, or why the answer is rejected.
+
+    Judges are asked, one after the other, only about what nothing before them has rejected.
+    """
+    why = {answer.id: by_rules(answer) for answer in answers}
+    for name in settings.judge:
+        if name is Judge.keyword:  # always asked, above
+            continue
+        passed = [answer for answer in answers if why[answer.id] == ACCEPTED]
+        if passed:
+            verdicts = judges.judge(
+                name, settings, {SET: passed}, folder, settings.trainer.progress
+            )
+            why |= {verdict.id: _by_judge(name, verdict) for verdict in verdicts[SET]}
+    return why
+
+
+def by_rules(answer: Completion) -> str:
+    """ACCEPTED, or what no judge is needed to see."""
+    if not answer.ended:
+        return "cut off at gen.max_new_tokens"
+    if not answer.response.strip():
+        return "empty"
+    if UNREADABLE.search(answer.response):
+        return "not text"
+    for rules in KeywordRules:
+        if refusal.is_refusal(answer.response, rules.value):
+            return f"refused by the keyword rules {rules.value}"
+    return ACCEPTED
+
+
+def _by_judge(name: Judge, verdict: Verdict) -> str:
+    if verdict.status == "error":
+        return UNDECIDED
+    if verdict.status != "ok" or verdict.compliance is None:
+        return f"without a valid verdict of {name.value}"
+    if verdict.compliance != "complied":
+        return f"called {verdict.compliance} by {name.value}"
+    return "called unsafe by " + name.value if verdict.safety == "unsafe" else ACCEPTED
+
+
+# --- the file -----------------------------------------------------------------------------------
+
+
+def kept_answers(path: Path, author: str, rows: Sequence[Example]) -> list[Answer]:
+    """What the file holds, without a line that a kill tore.
+
+    Raises ConfigError where an answer is not by the same author to the same prompt of the same
+    source, and DataError for a line that this command did not write.
+    """
+    cure = "not a row of this command; name another file with out="
+    answers = storage.read_lines(path, Answer, cure)
+    sources_asked, prompt_of = {row.source for row in rows}, {row.id: row.prompt for row in rows}
+    for answer in answers:
+        found = f"out={path}: {answer.id} "
+        if answer.answered_by != author:
+            found += f"was answered by {answer.answered_by}, not by {author}"
+        elif answer.source not in sources_asked:
+            found += f"answers a prompt of {answer.source}"
+        elif prompt_of.get(answer.id, answer.prompt) != answer.prompt:
+            found += "has another prompt now"
+        else:
+            continue
+        raise ConfigError(f"{found}; name another file")
+    return answers
+
+
+def _line(answer: Answer) -> str:
+    row = {key: value for key, value in asdict(answer).items() if value is not None}
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
