@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
-from dcr import cli, config, dashboard, data, models, plan, refusal, runs, storage
+from dcr import cli, config, dashboard, data, models, plan, refusal, runs, sources, storage
 from dcr.config import ConfigError, Method, NLLSource, Quantity, Stage, TrainConfig
 from dcr.data import Splits
 from dcr.runs import Run
@@ -180,8 +180,7 @@ def _say_rows(settings: TrainConfig, rows: Splits) -> None:
     log.info("rows: %s", ", ".join(f"{count} {name}" for name, count in counts.items()))
     for reason, count in rows.dropped.items():
         log.info("dropped %d rows of %s", count, reason)
-    warning = data.warn_of_forms(rows) if settings.method is Method.dcr else None
-    if warning:
+    if warning := sources.form_gap(rows.seemingly_toxic, rows.toxic):
         log.warning(warning)
 
 

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from dcr import cli, config, models, prompts, refusal, sources
+from dcr import batching, cli, config, models, prompts, refusal, sources
 from dcr.config import Kind, Precision, TrainConfig
 from dcr.models import Policy
 from dcr.prompts import ChatFormat
@@ -92,8 +92,8 @@ def separate_passes(
         encoded = [chat.prompt_ids(text) for text in texts[start : start + batch]]
         for answer in answers_to(chat, encoded[0], phrases):
             rows = [ids + answer for ids in encoded]
-            inputs = prompts.padded(rows, 0).to(model.device)
-            mask = prompts.attention_mask(rows).long().to(model.device)
+            inputs = batching.padded(rows, 0).to(model.device)
+            mask = batching.attention_mask(rows).long().to(model.device)
             logits = model(input_ids=inputs, attention_mask=mask, use_cache=False).logits
             for row, ids in enumerate(encoded):
                 places = slice(len(ids) - 1, len(ids) - 1 + len(answer))

@@ -1,4 +1,4 @@
-"""What every batch needs: an order, positions, the room of a context, and less when memory ends."""
+"""What every batch needs: an order, padding, positions, a context's room, less when memory ends."""
 
 import inspect
 import logging
@@ -6,7 +6,7 @@ from collections.abc import Sequence, Sized
 from typing import Any
 
 import torch
-from jaxtyping import Int, Shaped
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,25 @@ def by_tokens(sequences: Sequence[Sized], tokens: int, even: bool = False) -> li
         else:
             groups.append([place])
     return groups
+
+
+def padded(
+    sequences: Sequence[Sequence[int]], value: int, left: bool = False
+) -> Int[Tensor, "batch length"]:
+    """Sequences as one tensor, filled up with `value` on the right (or left)."""
+    length = max(map(len, sequences))
+    rows = []
+    for sequence in sequences:
+        fill = [value] * (length - len(sequence))
+        rows.append([*fill, *sequence] if left else [*sequence, *fill])
+    return torch.tensor(rows, dtype=torch.long)
+
+
+def attention_mask(
+    sequences: Sequence[Sequence[int]], left: bool = False
+) -> Bool[Tensor, "batch length"]:
+    """True where a token stands. Never derived from ids: a pad id can be a real end token."""
+    return padded([[1] * len(s) for s in sequences], 0, left).bool()
 
 
 def positions(

@@ -20,7 +20,6 @@ from dcr.config import (
     STAGES,
     ConfigError,
     ContrastiveConfig,
-    LayerBase,
     Precision,
     block_of,
 )
@@ -262,8 +261,7 @@ def _block(run: Run, made: Mapping[str, Any], depth: int) -> int:
     if made.get("layer") == AUTO_LAYER and (chosen := run.block()) is not None:
         return chosen
     named = {key: made[key] for key in ("layer", "depth") if key in made}
-    base = LayerBase(made.get("layer_base", LayerBase.one_based.value))
-    return block_of(ContrastiveConfig(**named, layer_base=base), depth)
+    return block_of(ContrastiveConfig(**named), depth)
 
 
 def _leaf(node: Any, path: str) -> str:

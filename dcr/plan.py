@@ -251,7 +251,7 @@ def expected(settings: TrainConfig) -> tuple[Splits, list[str]]:
         settings.data, settings.dcr.ratio, settings.seed, contrastive, refusal.is_refusal, augment
     )
     notes = [f"dropped {count} rows of {reason}" for reason, count in rows.dropped.items()]
-    warning = data.warn_of_forms(rows) if contrastive else None
+    warning = sources.form_gap(rows.seemingly_toxic, rows.toxic)
     return rows, [*notes, warning] if warning else notes
 
 

@@ -22,10 +22,11 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from dcr import activations, batching, models, statistics
-from dcr.config import DataError, Pooling, Template
-from dcr.data import SEEMINGLY_TOXIC, TOXIC
+from dcr.batching import attention_mask, padded
+from dcr.config import Pooling
+from dcr.data import SEEMINGLY_TOXIC, TOXIC, prompt_rows
 from dcr.models import Policy
-from dcr.prompts import ChatFormat, PromptRow, attention_mask, padded
+from dcr.prompts import ChatFormat, PromptRow
 from dcr.sources import Example
 from dcr.statistics import Interval
 
@@ -201,30 +202,6 @@ def classical_mds(
 # --- every layer ----------------------------------------------------------------------------------
 
 
-def encoded(
-    chat: ChatFormat,
-    examples: Sequence[Example],
-    label: int,
-    context: int,
-    template: Template = Template.chat,
-    pooling: Pooling = Pooling.last,
-) -> list[PromptRow]:
-    """The prompts as stage one reads them.
-
-    Raises DataError for one of more than `context` tokens.
-    """
-    rows = []
-    for example in examples:
-        row = chat.feature_row(example.id, example.prompt, label, template, pooling, False)
-        if len(row.ids) > context:
-            raise DataError(
-                f"{example.source}: {example.id}: its {len(row.ids)} tokens exceed the model's "
-                f"context of {context}; shorten or remove it"
-            )
-        rows.append(row)
-    return rows
-
-
 def features(
     policy: Policy, rows: Sequence[PromptRow], batch_tokens: int = BATCH_TOKENS
 ) -> Float[Tensor, "layers prompts width"]:
@@ -304,7 +281,6 @@ def analyse(
     unsafe: Sequence[Example],
     seed: int,
     *,
-    template: Template = Template.chat,
     pooling: Pooling = Pooling.last,
 ) -> dict[str, Any]:
     """A.9 for one model as JSON holds it; what is undefined is null.
@@ -317,7 +293,7 @@ def analyse(
     rows = [
         row
         for label, part in ((SEEMINGLY_TOXIC, safe), (TOXIC, unsafe))
-        for row in encoded(chat, part, label, context, template, pooling)
+        for row in prompt_rows(chat, part, label, context, pooling)
     ]
     labels = torch.tensor([row.label for row in rows], dtype=torch.long)
     points = features(policy, rows)
@@ -329,7 +305,6 @@ def analyse(
         "ids": [row.id for row in rows],
         "labels": labels.tolist(),
         "pooling": pooling.value,
-        "template": template.value,
     }
 
 

@@ -9,6 +9,10 @@ import re
 import unicodedata
 from pathlib import PurePath
 
+CHATML = (  # how a chat is written where a tokenizer does not say
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 DROPPED_CATEGORIES = "PC"  # punctuation; control, format and the like
 # The rule of `normalise` for each ASCII character: three times as fast as asking for each.
 ASCII_DROPPED = {

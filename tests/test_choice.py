@@ -19,6 +19,7 @@ from dcr.choice import Choice, mean, on_common, origins, ranked
 from dcr.choice.__main__ import describe, main
 from dcr.choice.origins import Material, Pair
 from dcr.config import ConfigError, DataConfig, DataError, Kind, SourceConfig, TrainConfig
+from dcr.data import prompt_rows
 from dcr.models import Policy
 from dcr.separability import linear_probe
 from dcr.sources import Example
@@ -292,27 +293,26 @@ def test_features_are_those_of_stage_one(tuned: TrainConfig, policy: Policy) -> 
     points, labels = [], torch.tensor([0] * 20 + [1] * 20)
     for pair in (gathered.candidates[0], test):
         examples = [row for side in pair.sides for row in gathered.rows[side]]
-        encoded = separability.encoded(chat, examples, 0, 10_000)
+        encoded = prompt_rows(chat, examples, 0, 10_000)
         points.append(separability.features(policy, encoded, batch_tokens=1)[1])
     scores = linear_probe(points[0], labels)(points[1])
     expected = roc_auc_score(labels.numpy(), scores)
     assert found.pairs[0].layers[1].tests[name].estimate == pytest.approx(expected, abs=0.005)
 
 
-def planted_choice(offset: int = 0) -> Choice:
+def planted_choice() -> Choice:
     found = material([TRAIN, OTHER], {"elsewhere": TEST})
     axes = {"train_toxic": {3: 4}, "test_toxic": {3: 4}, "other_toxic": {3: 1}}
     pairs = ranked(found, planted(found, axes), seed=0, near=0.9)
-    return Choice("a/model", pairs, configured=1, offset=offset, notes=["something was left out"])
+    return Choice("a/model", pairs, configured=1, notes=["something was left out"])
 
 
-@pytest.mark.parametrize(("offset", "shown"), [(0, 3), (-1, 2)])
-def test_the_table_names_the_settings_to_use_and_why(offset: int, shown: int) -> None:
-    found = planted_choice(offset)
+def test_the_table_names_the_settings_to_use_and_why() -> None:
+    found = planted_choice()
     told = " ".join(describe(found).split())
-    assert f"- dcr.layer={shown}: the probe fitted there to train_safe / train_toxic" in told
-    assert f"{shown} best" in told
-    assert f"{1 + offset} configured" in told
+    assert "- dcr.layer=3: the probe fitted there to train_safe / train_toxic" in told
+    assert "3 best" in told
+    assert "1 configured" in told
     assert "data.seemingly_toxic.source=train_safe data.toxic.source=train_toxic transfers" in told
     assert "100% / 0%" in told
     assert "- something was left out" in told
@@ -321,10 +321,10 @@ def test_the_table_names_the_settings_to_use_and_why(offset: int, shown: int) ->
 
 
 def test_the_record_is_json_with_pairs_in_order_of_transfer() -> None:
-    found = planted_choice(offset=-1)
+    found = planted_choice()
     record = found.record()
     assert json.loads(json.dumps(record, allow_nan=False)) == record
-    assert (record["layer"], record["block"]) == (2, 3)
+    assert (record["layer"], record["block"]) == (3, 3)
     assert [pair["seemingly_toxic"] for pair in record["pairs"]] == [["train_safe"], ["other_safe"]]
     best = record["pairs"][0]["blocks"][2]
     assert best["transfer"]["estimate"] == found.pairs[0].best.transfer.estimate
@@ -335,7 +335,7 @@ def test_sources_that_teach_nothing_are_said_to() -> None:
     found = material([TRAIN, OTHER], {"elsewhere": TEST})
     features = planted(found, {"train_toxic": dict.fromkeys(range(1, LAYERS + 1), 1)})
     pairs = ranked(found, features, seed=0, near=0.9)
-    told = " ".join(describe(Choice("m", pairs, 1, 0, [])).split())
+    told = " ".join(describe(Choice("m", pairs, 1, [])).split())
     assert "told apart within (1.00) but hardly elsewhere at any layer" in told
 
 

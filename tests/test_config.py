@@ -24,7 +24,6 @@ from dcr.config import (
     ConfigError,
     ContrastiveConfig,
     EvalConfig,
-    LayerBase,
     LoraConfig,
     Method,
     ModelConfig,
@@ -250,28 +249,14 @@ def test_sources_may_be_one_or_several() -> None:
             train_config(f"data.toxic.source={wrong}")
 
 
-@pytest.mark.parametrize(
-    ("layer", "base", "depth", "found"),
-    [
-        (1, LayerBase.one_based, 2, 1),
-        (2, LayerBase.one_based, 2, 2),
-        (0, LayerBase.zero_based, 2, 1),
-        (1, LayerBase.zero_based, 2, 2),
-        (0, LayerBase.one_based, 2, None),
-        (3, LayerBase.one_based, 2, None),
-        (2, LayerBase.zero_based, 2, None),
-        (-1, LayerBase.zero_based, 2, None),
-    ],
-)
-def test_block_is_counted_from_one(
-    layer: int, base: LayerBase, depth: int, found: int | None
-) -> None:
-    node = ContrastiveConfig(layer=layer, layer_base=base)
-    if found is None:
-        with pytest.raises(ConfigError, match=f"dcr.layer={layer}: the model has blocks"):
-            config.block_of(node, depth)
+@pytest.mark.parametrize("layer", [-1, 0, 1, 2, 3])
+def test_block_is_counted_from_one(layer: int) -> None:
+    node = ContrastiveConfig(layer=layer)
+    if layer in (1, 2):
+        assert config.block_of(node, 2) == layer
     else:
-        assert config.block_of(node, depth) == found
+        with pytest.raises(ConfigError, match=f"dcr.layer={layer}: the model has blocks 1 to 2"):
+            config.block_of(node, 2)
 
 
 def test_a_resolved_configuration_is_plain() -> None:
@@ -295,7 +280,6 @@ RANGES = {
     "sft.epochs": (["0", "-1"], ["1"]),
     "dcr.optim.lr": (["0", "-1e-4", "nan", "inf"], ["1e-9", "1"]),
     "sft.lr": (["0", "-1e-4", "nan"], ["1e-9"]),
-    "dcr.optim.beta2": (["1", "-0.1", "nan"], ["0", "0.999"]),
     "dcr.nll.weight": (["-1e-9", "inf", "nan"], ["0", "10"]),
     "dcr.ratio": (["0", "-1", "inf", "nan"], ["0.5", "5"]),
     "dcr.batch_size": (["2", "0", "-2"], ["3", "1024"]),
@@ -408,7 +392,7 @@ KEYS = {
     "model.name": ["tiny", "a/b", "''", "[x]", "${oc.env:NO_SUCH}"],
     "dcr": ["null", "3", "{margin: 2}", "{}"],
     "dcr.layer": ["1", "99", "null", "-1"],
-    "dcr.layer_base": ["zero_based", "two_based"],
+    "dcr.pooling": ["mean", "max"],
     "dcr.margin": ["0.4", "1", "${dcr.scale}", "${nothing}"],
     "dcr.ratio": ["null", "3", "0"],
     "dcr.circle.weights": ["sun2020", "x"],

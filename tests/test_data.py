@@ -284,12 +284,14 @@ def test_a_different_form_of_the_classes_is_said(files: Files) -> None:
     config = files.config()
     questions = [{"prompt": sentence("safe", i) + "?"} for i in range(30)]
     write(files.folder / "safe.jsonl", questions)
-    warning = data.warn_of_forms(split(config))
+    rows = split(config)
+    warning = sources.form_gap(rows.seemingly_toxic, rows.toxic)
     assert warning is not None
     assert warning.startswith("100% of the seemingly toxic prompts but 0% of the toxic ones")
     asked = [{"prompt": sentence("toxic", i) + "?", "response": REFUSED} for i in range(120)]
     write(files.folder / "toxic.jsonl", asked)
-    assert data.warn_of_forms(split(config)) is None
+    rows = split(config)
+    assert sources.form_gap(rows.seemingly_toxic, rows.toxic) is None
 
 
 def test_the_record_names_every_row(files: Files) -> None:
@@ -324,17 +326,6 @@ def test_balanced_draws_both_classes_equally_often() -> None:
     assert len(per_row) == len(LABELS)
     safe = [per_row[row] for row in range(40)]  # each with chance 1/80
     assert stats.chisquare(safe).pvalue > 1e-6
-
-
-def test_stratified_draws_are_half_and_half_and_repeat_late() -> None:
-    rows = drawn(Sampler.stratified, 120)
-    assert [LABELS[row] for row in rows] == [0, 1] * 60
-    safe = [row for row in rows if LABELS[row] == 0]
-    assert sorted(safe[:40]) == list(range(40))  # every one before any repeats
-    assert len(set(safe[40:])) == 20
-    toxic = [row for row in rows if LABELS[row] == 1]
-    assert len(set(toxic)) == len(toxic) == 60
-    assert len(drawn(Sampler.stratified, 33)) == 33
 
 
 def test_proportional_draws_go_through_all_rows() -> None:

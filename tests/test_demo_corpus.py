@@ -149,7 +149,7 @@ def test_every_ratio_has_its_rows(ratio: float) -> None:
     assert len(set(found)) == len(found)
     assert rows.dropped == {}
     assert rows.in_distribution == []
-    assert data.warn_of_forms(rows) is None
+    assert sources.form_gap(rows.seemingly_toxic, rows.toxic) is None
 
 
 def test_nothing_evaluated_is_near_what_is_trained_on() -> None:

@@ -389,7 +389,6 @@ def test_card_leaves_out_what_is_not_the_exported_model_s(moved: Run, edit: dict
     [
         ({"layer": None, "depth": 0.5}, 12),  # of 24
         ({"layer": 14}, 14),
-        ({"layer": 13, "layer_base": "zero_based"}, 14),
         ({"layer": "auto", "depth": 0.5}, 18),  # what layer.json says
     ],
     ids=str,

@@ -585,16 +585,3 @@ def test_fingerprint_sees_one_bit(tmp_path: Path) -> None:
     content[-1] ^= 1
     file.write_bytes(content)
     assert models.weights_fingerprint(tmp_path) != before
-
-
-@pytest.mark.parametrize(
-    ("name", "label"),
-    [
-        ("Qwen/Qwen2.5-1.5B", "Qwen2.5-1.5B"),
-        ("/a/b/my model/", "my-model"),
-        ("../..", "model"),
-        ("é", "model"),
-    ],
-)
-def test_a_label_is_a_safe_folder_name(name: str, label: str) -> None:
-    assert models.safe_label(name) == label

@@ -14,8 +14,8 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from dcr import models, prompts
-from dcr.config import ConfigError, ModelConfig, Pooling, Template, Terminator
+from dcr import batching, models, prompts
+from dcr.config import ConfigError, ModelConfig, Pooling, Terminator
 from dcr.prompts import IGNORED, ChatFormat
 
 TEXTS = [
@@ -137,9 +137,6 @@ def test_control_tokens_in_user_text_are_letters(tokenizer: Any) -> None:
         assert specials(attack) == specials("Hi"), token
         ids, _ = chat.pair("Hi", attack, max_len=999)
         assert [i for i in ids if i in special] == [*specials("Hi"), chat.terminator]
-        raw = chat.feature_row("r", attack, 0, Template.raw, Pooling.last, False)
-        plain = chat.feature_row("r", "Hi", 0, Template.raw, Pooling.last, False)
-        assert [i for i in raw.ids if i in special] == [i for i in plain.ids if i in special]
     assert chat.neutralised("a < b | c <im_start> <|> 🙂") == "a < b | c <im_start> <|> 🙂"
 
 
@@ -215,43 +212,13 @@ def test_no_room_for_a_response_is_no_pair(short: int) -> None:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize("template", list(Template))
-def test_spans_stand_where_they_should(tokenizer: Any, text: str, template: Template) -> None:
-    chat = formatted(tokenizer, system="The user is assistant a user.")  # words of the prompts
-
-    def row(pooling: Pooling, user_nll: bool = False) -> prompts.PromptRow:
-        return chat.feature_row("r", text, 1, template, pooling, user_nll)
-
-    ids = row(Pooling.last).ids
-    if template is Template.chat:
-        assert ids == chat.prompt_ids(text)
-    else:
-        assert ids == tokenizer(text)["input_ids"]  # as the tokenizer reads any text
-    assert row(Pooling.last).features == (len(ids) - 1, len(ids))
-    assert row(Pooling.mean).features == (min(1, len(ids) - 1), len(ids))
-    first, end = row(Pooling.last_user_token).features
-    assert end == first + 1
-    assert tokenizer.decode(ids[:end]).rstrip().endswith(text.strip()[-20:])
-    assert row(Pooling.last).nll == [*ids[1:], IGNORED]
-
-
-def test_last_user_token_is_the_users_and_not_the_templates() -> None:
-    """`user` and `a` stand in the template too, before and behind the user's own."""
-    chat = formatted(models.byte_tokenizer())
-    for text in ("user", "a", "assistant"):
-        row = chat.feature_row("r", text, 0, Template.chat, Pooling.last_user_token, False)
-        lead = len(chat.tokenizer("<|im_start|>user\n")["input_ids"])  # type: ignore[arg-type]
-        assert row.features == (lead + len(text) - 1, lead + len(text))
-
-
-@pytest.mark.parametrize("text", ["user", "kill it", "Größe"])
-def test_nll_of_user_tokens_falls_on_them_alone(tokenizer: Any, text: str) -> None:
-    chat = formatted(tokenizer, system="user")
-    row = chat.feature_row("r", text, 0, Template.chat, Pooling.last, True)
-    predicted = [i + 1 for i, target in enumerate(row.nll) if target != IGNORED]
-    assert predicted == list(range(predicted[0], predicted[-1] + 1))
-    assert [row.ids[i] for i in predicted] == [t for t in row.nll if t != IGNORED]
-    assert tokenizer.decode([row.ids[i] for i in predicted]).strip() == text
+def test_spans_stand_where_they_should(tokenizer: Any, text: str) -> None:
+    chat = formatted(tokenizer, system="Be kind.")
+    last, mean = (chat.feature_row("r", text, 1, pooling) for pooling in Pooling)
+    ids = chat.prompt_ids(text)
+    assert (last.ids, last.features) == (ids, (len(ids) - 1, len(ids)))
+    assert (mean.ids, mean.features) == (ids, (min(1, len(ids) - 1), len(ids)))
+    assert last.nll == mean.nll == [*ids[1:], IGNORED]
 
 
 # --- templates ----------------------------------------------------------------------------------
@@ -455,8 +422,8 @@ def test_unused_tokens_are_reserved_names_and_padding_rows() -> None:
 def test_padding_by_hand(left: bool) -> None:
     rows = [[5, 6, 7], [8], [9, 9]]
     expected = [[5, 6, 7], [0, 0, 8], [0, 9, 9]] if left else [[5, 6, 7], [8, 0, 0], [9, 9, 0]]
-    assert prompts.padded(rows, 0, left).tolist() == expected
-    mask = prompts.attention_mask([[0, 0, 0], [0], [0, 0]], left)  # ids equal to the pad id count
+    assert batching.padded(rows, 0, left).tolist() == expected
+    mask = batching.attention_mask([[0, 0, 0], [0], [0, 0]], left)  # ids equal to the pad id count
     assert mask.dtype is torch.bool
-    assert mask.tolist() == (prompts.padded([[1] * 3, [1], [1] * 2], 0, left) == 1).tolist()
+    assert mask.tolist() == (batching.padded([[1] * 3, [1], [1] * 2], 0, left) == 1).tolist()
     assert mask.sum().item() == 6

@@ -16,8 +16,8 @@ from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from dcr import prompts, separability
-from dcr.config import DataError, Kind, ModelConfig, Pooling, Template
+from dcr import data, prompts, separability
+from dcr.config import DataError, Kind, ModelConfig, Pooling
 from dcr.models import Policy
 from dcr.prompts import ChatFormat, PromptRow
 from dcr.separability import (
@@ -253,12 +253,11 @@ def test_classical_mds_of_few_points() -> None:
 
 def encode(chat: ChatFormat, pooling: Pooling, count: int = 9) -> list[PromptRow]:
     rows = [example(i, Kind.toxic) for i in range(count)]
-    return separability.encoded(chat, rows, 1, 10_000, pooling=pooling)
+    return data.prompt_rows(chat, rows, 1, 10_000, pooling=pooling)
 
 
 POOL: dict[Pooling, Callable[[Tensor, PromptRow], Tensor]] = {
     Pooling.last: lambda states, row: states[-1],
-    Pooling.last_user_token: lambda states, row: states[row.features[0]],
     Pooling.mean: lambda states, row: states[1:].mean(0),
 }
 
@@ -285,7 +284,7 @@ def test_features_are_the_hidden_states_of_each_prompt_alone(
 
 def test_a_prompt_beyond_the_context_is_named(chat: ChatFormat) -> None:
     with pytest.raises(DataError, match=r"made up: toxic-3: its \d+ tokens exceed .* context of 9"):
-        separability.encoded(chat, [example(3, Kind.toxic)], 1, context=9)
+        data.prompt_rows(chat, [example(3, Kind.toxic)], 1, context=9)
 
 
 # --- all layers ---
@@ -327,7 +326,7 @@ def test_analyse_is_json_and_names_its_prompts(policy: Policy, chat: ChatFormat)
     )
     points = separability.features(
         policy,
-        separability.encoded(chat, safe, 0, 10_000) + separability.encoded(chat, unsafe, 1, 10_000),
+        data.prompt_rows(chat, safe, 0, 10_000) + data.prompt_rows(chat, unsafe, 1, 10_000),
     )
     assert set(found["mds"]) == {"1", "2"}
     for layer in (1, 2):
@@ -338,7 +337,7 @@ def test_analyse_is_json_and_names_its_prompts(policy: Policy, chat: ChatFormat)
 
 def test_analyse_of_one_class_says_null(policy: Policy, chat: ChatFormat) -> None:
     safe = [example(i, Kind.seemingly_toxic) for i in range(4)]
-    found = separability.analyse(policy, chat, safe, [], seed=0, template=Template.raw)
+    found = separability.analyse(policy, chat, safe, [], seed=0)
     assert found["majority"] == 1
     assert {layer["probe"] for layer in found["layers"]} == {None}
     assert separability.analyse(policy, chat, [], [], seed=0)["majority"] is None

@@ -14,14 +14,14 @@ from torch import Tensor
 
 import train
 from dcr import losses, models, prompts
-from dcr.config import Method, ModelConfig, Schedule, SFTConfig, Stage, TrainConfig
+from dcr.config import Method, ModelConfig, SFTConfig, Stage, TrainConfig
 from dcr.data import PairBatch, SafetyData, micro_batches, pair_batch, split
 from dcr.models import Policy
 from dcr.prompts import PairRow
 from dcr.runs import Run
-from dcr.training import callbacks, schedules
+from dcr.training import callbacks
 from dcr.training.resuming import StepSeed
-from dcr.training.sft import SFTModule
+from dcr.training.sft import SFTModule, warmed_up_and_linear
 
 TEXTS = [
     ("Hi", "Good day", False),
@@ -213,15 +213,9 @@ def test_dropout_follows_from_seed_and_step(policy: Policy) -> None:
 
 
 def test_warm_up_and_decay_by_hand() -> None:
-    linear = schedules.factor(Schedule.linear, total=10, warmup=3)
+    factor = warmed_up_and_linear(total=10, warmup=3)
     by_hand = [1 / 4, 2 / 4, 3 / 4, 1, 6 / 7, 5 / 7, 4 / 7, 3 / 7, 2 / 7, 1 / 7, 0, 0]
-    assert [linear(step) for step in range(12)] == pytest.approx(by_hand)
-    constant = schedules.factor(Schedule.constant, total=10, warmup=1)
-    assert [constant(step) for step in range(4)] == [0.5, 1, 1, 1]
-    cosine = schedules.factor(Schedule.cosine, total=4, warmup=0)
-    half = 0.5**0.5
-    by_hand = [1, (1 + half) / 2, 0.5, (1 - half) / 2, 0, 0]
-    assert [cosine(step) for step in range(6)] == pytest.approx(by_hand)
+    assert [factor(step) for step in range(12)] == pytest.approx(by_hand)
 
 
 def test_the_optimiser_follows_the_schedule(policy: Policy, tiny: TrainConfig) -> None:
@@ -306,8 +300,6 @@ def test_the_loss_of_a_step_is_its_token_mean(policy: Policy, tiny: TrainConfig)
         "sft.lr=1e-4",
         "sft.weight_decay=0.5",
         "sft.warmup=0.5",
-        "sft.schedule=constant",
-        "sft.schedule=cosine",
         "sft.max_len=50",
         "sft.train_on_prompt=true",
         "sft.terminator=base_eos",

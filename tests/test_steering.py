@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dcr import activations, contamination, models, prompts, steering
+from dcr import activations, batching, contamination, models, prompts, steering
 from dcr.activations import Site
 from dcr.config import (
     ConfigError,
@@ -155,7 +155,7 @@ def test_each_query_is_steered_by_its_own_cosine(deep: Policy) -> None:
         scores.append(sum(cosine(t, r) for t, r in pairs) / 4)
     found[1]["threshold"] = sorted(scores)[2] - 1e-4  # three are toxic, two are not
     plan: Any = scans.edits(deep, chat, found, settings(strength=2.5))
-    batch, mask = prompts.padded(ids, 0, left=True), prompts.attention_mask(ids, left=True)
+    batch, mask = batching.padded(ids, 0, left=True), batching.attention_mask(ids, left=True)
     edits = plan(batch, mask)
     signs = [1.0 if score >= found[1]["threshold"] else -1.0 for score in scores]
     assert sorted(signs) == [-1, -1, 1, 1, 1]
@@ -174,8 +174,8 @@ def generated(policy: Policy, chat: ChatFormat, texts: Sequence[str]) -> tuple[A
     """Tokens and first logits of a batch, by transformers' own generation."""
     ids = [chat.prompt_ids(text) for text in texts]
     output: Any = policy.model.generate(
-        input_ids=prompts.padded(ids, 0, left=True),
-        attention_mask=prompts.attention_mask(ids, left=True).long(),
+        input_ids=batching.padded(ids, 0, left=True),
+        attention_mask=batching.attention_mask(ids, left=True).long(),
         max_new_tokens=6,
         do_sample=False,
         pad_token_id=0,
@@ -237,7 +237,7 @@ def test_text_without_a_mask_is_scored_without_its_padding(deep: Policy) -> None
     ]
     found[1]["threshold"] = sorted(scores)[1] - 1e-4
     plan: Any = scans.edits(deep, chat, found, settings())
-    ids = prompts.padded(texts, 0)
+    ids = batching.padded(texts, 0)
     edits = plan(ids, None)
     signs = [1.0 if s >= found[1]["threshold"] else -1.0 for s in scores]
     assert edits[0].scale.tolist() == signs

@@ -18,10 +18,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dcr import config, contamination, models, prompts, separability, sources
+from dcr import config, contamination, data, models, prompts, separability, sources
 from dcr.choice import origins
 from dcr.choice.origins import FEWEST, LIMIT, Material, Pair
-from dcr.config import ConfigError, Kind, LayerBase, TrainConfig
+from dcr.config import ConfigError, Kind, TrainConfig
 from dcr.data import SEEMINGLY_TOXIC, TOXIC
 from dcr.models import Policy
 from dcr.statistics import Interval
@@ -70,14 +70,12 @@ class PairTransfer:
 class Choice:
     """What was measured of each pair of sources; the first pair is the configured one.
 
-    `configured` is the block that the settings name; blocks are counted from 1, whereas `offset`
-    is what `dcr.layer` adds to that count.
+    `configured` is the block that the settings name; blocks are counted from 1.
     """
 
     model: str
     pairs: list[PairTransfer]
     configured: int
-    offset: int
     notes: list[str]
 
     @property
@@ -101,7 +99,7 @@ class Choice:
         """As JSON holds it."""
         return {
             "model": self.model,
-            "layer": self.layer + self.offset,
+            "layer": self.layer,
             "block": self.layer,
             "configured_block": self.configured,
             "common_tests": self.common,
@@ -136,8 +134,8 @@ def choose(
     chat = prompts.chat_format(tokenizer, settings.model)
     labels = {Kind.seemingly_toxic: SEEMINGLY_TOXIC, Kind.toxic: TOXIC}
     rows = {
-        (kind, names): separability.encoded(
-            chat, part, labels[kind], facts.context, settings.dcr.template, settings.dcr.pooling
+        (kind, names): data.prompt_rows(
+            chat, part, labels[kind], facts.context, settings.dcr.pooling
         )
         for (kind, names), part in material.used.items()
     }
@@ -145,8 +143,7 @@ def choose(
     log.info("reading %d prompts in %d blocks", sum(map(len, rows.values())), facts.depth)
     features = {side: separability.features(opened, part) for side, part in rows.items()}
     found = ranked(material, features, settings.seed, settings.data.near_duplicate)
-    offset = -1 if settings.dcr.layer_base is LayerBase.zero_based else 0
-    return Choice(settings.model.name, found, configured, offset, material.notes)
+    return Choice(settings.model.name, found, configured, material.notes)
 
 
 def best_layer(settings: TrainConfig, limit: int = LIMIT, policy: Policy | None = None) -> int:

@@ -94,7 +94,7 @@ def _layer_table(choice: Choice) -> Table:
             *(["configured"] if layer.layer == choice.configured else []),
         ]
         table.add_row(
-            " ".join([str(layer.layer + choice.offset), *marks]),
+            " ".join([str(layer.layer), *marks]),
             _number(layer.within),
             _number(layer.transfer),
             _ends(layer.transfer),
@@ -112,7 +112,7 @@ def _pair_table(choice: Choice) -> Table:
             str(pair.pair) + (" (configured)" if pair is choice.pairs[0] else ""),
             " / ".join(map(str, pair.rows)),
             " / ".join(f"{share:.0%}" for share in pair.questions),
-            str(best.layer + choice.offset),
+            str(best.layer),
             _number(best.within),
             _number(best.transfer),
             f"{_number(shared)} {_ends(shared)}" if shared else "-",
@@ -122,14 +122,14 @@ def _pair_table(choice: Choice) -> Table:
 
 def _of_layer(choice: Choice) -> str:
     pair = choice.pairs[0]
-    best, level = pair.best, [layer + choice.offset for layer in pair.level]
+    best, level = pair.best, pair.level
     others = f"; as good within its interval: {_ranges(level)}" if len(level) > 1 else ""
     now = next((one for one in pair.layers if one.layer == choice.configured), None)
     told = f", against {_number(now.transfer)} at the configured layer" if now else ""
     if choice.layer == choice.configured:
         told = ", the configured layer"
     return (
-        f"dcr.layer={best.layer + choice.offset}: the probe fitted there to {pair.pair} transfers "
+        f"dcr.layer={best.layer}: the probe fitted there to {pair.pair} transfers "
         f"best, {_number(best.transfer)} {_ends(best.transfer)}{told}{others}"
     )
 

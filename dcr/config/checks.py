@@ -9,7 +9,6 @@ from dcr.config.schema import (
     AUTO_LAYER,
     ContrastiveConfig,
     EvalConfig,
-    LayerBase,
     Precision,
     Steering,
     Task,
@@ -59,7 +58,6 @@ def _share(value: float) -> bool:
     return 0 <= value < 1
 
 
-COUNTED = "blocks are counted from 1 (from 0 with dcr.layer_base=zero_based)"
 # Every numeric field by its path, or by its name wherever it stands: what it is besides finite.
 RANGES = {
     name: (holds, cure)
@@ -73,10 +71,10 @@ RANGES = {
         ("devices num_nodes checkpoint_every_n_steps", _positive, "give 1 or more"),
         ("micro_tokens", _positive, "give the padded tokens of one forward pass, above 0"),
         ("depth prune_layers", lambda v: 0 < v <= 1, "give a share of the depth inside (0, 1]"),
-        ("layer", _not_negative, COUNTED),
+        ("layer", _not_negative, "blocks are counted from 1"),
         ("lr", lambda v: 0 < v <= 1, "give a learning rate above 0, at most 1"),
         ("weight weight_decay snapshots retries", _not_negative, "give 0 or more"),
-        ("beta1 beta2 dropout", _share, "give a number in [0, 1)"),
+        ("dropout", _share, "give a number in [0, 1)"),
         ("clip", _positive, "give a gradient norm above 0, or null"),
         ("rank", lambda v: 0 < v <= 2**16, "give 1 to 65536"),
         ("alpha", lambda v: 0 < v <= 2**24, "give 1 to 16777216"),
@@ -249,11 +247,9 @@ def block_of(config: ContrastiveConfig, depth: int) -> int:
     """
     if config.layer in (None, AUTO_LAYER):
         return max(1, round(depth * config.depth))
-    block = config.layer + (config.layer_base is LayerBase.zero_based)
-    if not 1 <= block <= depth:
-        first, last = (0, depth - 1) if config.layer_base is LayerBase.zero_based else (1, depth)
-        raise ConfigError(f"dcr.layer={config.layer}: the model has blocks {first} to {last}")
-    return block
+    if not 1 <= config.layer <= depth:
+        raise ConfigError(f"dcr.layer={config.layer}: the model has blocks 1 to {depth}")
+    return config.layer
 
 
 def parameters(key: str, names: list[str], depth: int) -> None:

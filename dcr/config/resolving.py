@@ -37,7 +37,7 @@ SHAPE = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")
 READ_AGAIN: dict[str, tuple[type, tuple[str, ...]]] = {
     "model": (ModelConfig, ()),
     "data": (DataConfig, ()),
-    "dcr": (ContrastiveConfig, ("layer", "depth", "layer_base")),
+    "dcr": (ContrastiveConfig, ("layer", "depth")),
     "sft": (SFTConfig, ("precision",)),
 }
 

@@ -82,35 +82,16 @@ class Weights(Enum):
 class Pooling(Enum):
     last = "last"
     mean = "mean"
-    last_user_token = "last_user_token"
-
-
-class Template(Enum):
-    chat = "chat"
-    raw = "raw"
-
-
-class LayerBase(Enum):
-    one_based = "one_based"
-    zero_based = "zero_based"
 
 
 class NLLSource(Enum):
     prompt_tokens = "prompt_tokens"
-    user_tokens = "user_tokens"
     general = "general"
 
 
 class Sampler(Enum):
     balanced = "balanced"
-    stratified = "stratified"
     proportional = "proportional"
-
-
-class Schedule(Enum):
-    constant = "constant"
-    linear = "linear"
-    cosine = "cosine"
 
 
 class Precision(Enum):
@@ -287,8 +268,6 @@ class DataConfig:
 @dataclass
 class OptimConfig:
     lr: float = 1e-4
-    beta1: float = 0.9
-    beta2: float = 0.999
     weight_decay: float = 0.0
     clip: float | None = None
 
@@ -319,7 +298,6 @@ class ContrastiveConfig:
 
     layer: Any = II("model.layer")  # a block, null for `depth`, or auto: see `checks.block_of`
     depth: float = DEFAULT_RELATIVE_DEPTH  # where `layer` falls when neither model nor user sets it
-    layer_base: LayerBase = LayerBase.one_based
     epochs: int = II("model.epochs")
     margin: float = 0.25
     scale: float = 16.0
@@ -328,12 +306,10 @@ class ContrastiveConfig:
     batch_size: int = 32
     sampler: Sampler = Sampler.balanced
     pooling: Pooling = Pooling.last
-    template: Template = Template.chat
     train_embeddings: bool | None = None
     circle: CircleConfig = field(default_factory=CircleConfig)
     nll: NLLConfig = field(default_factory=NLLConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    schedule: Schedule = Schedule.constant
     precision: Precision = II("model.contrastive_precision")
     adapter: Adapter = Adapter.full
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -349,7 +325,6 @@ class SFTConfig:
     lr: float = II("model.sft_lr")
     weight_decay: float = 0.01
     warmup: float = 0.03
-    schedule: Schedule = Schedule.linear
     max_len: int = 512
     train_on_prompt: bool = False
     terminator: Terminator = Terminator.auto

@@ -1,10 +1,10 @@
 """Which rows each stage sees, in which order, as which tensors.
 
-`splits` cleans sources and draws disjoint rows, `batches` orders and pads them, and `module` is
-the LightningDataModule that both stages share.
+`splits` cleans sources and draws disjoint rows, and `module` is the LightningDataModule that both
+stages share, which orders and pads them.
 """
 
-from dcr.data.batches import (
+from dcr.data.module import (
     DRAWS,
     NO_CLASS,
     SEEMINGLY_TOXIC,
@@ -12,16 +12,15 @@ from dcr.data.batches import (
     EpochBatches,
     PairBatch,
     PromptBatch,
-    balanced_draws,
+    SafetyData,
+    check_lengths,
     generator,
     micro_batches,
     pair_batch,
     prompt_batch,
-    proportional_draws,
+    prompt_rows,
     share,
-    stratified_draws,
 )
-from dcr.data.module import SafetyData, check_lengths
 from dcr.data.splits import (
     HELD_OUT_PAIRS,
     Splits,
@@ -30,5 +29,4 @@ from dcr.data.splits import (
     row_record,
     split,
     trained_texts,
-    warn_of_forms,
 )

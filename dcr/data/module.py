@@ -1,32 +1,181 @@
-"""The LightningDataModule of both stages: tokenised rows, ordered and padded."""
+"""The LightningDataModule of both stages: rows drawn in order, and padded for one forward pass."""
 
-from dataclasses import replace
-from typing import Any
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
+import torch
+from jaxtyping import Bool, Int
 from lightning import LightningDataModule
-from torch import randperm
-from torch.utils.data import DataLoader
+from torch import Tensor, randperm
+from torch.utils.data import DataLoader, Sampler
 
-from dcr.config import ConfigError, ContrastiveConfig, DataError, NLLSource, SFTConfig, Stage
-from dcr.data.batches import (
-    DRAWS,
-    NO_CLASS,
-    SEEMINGLY_TOXIC,
-    TOXIC,
-    EpochBatches,
-    PairBatch,
-    PromptBatch,
-    generator,
-    micro_batches,
-    pair_batch,
-    prompt_batch,
-    share,
+from dcr import batching
+from dcr.batching import attention_mask, padded
+from dcr.config import (
+    ConfigError,
+    ContrastiveConfig,
+    DataError,
+    NLLSource,
+    Pooling,
+    SFTConfig,
+    Stage,
 )
+from dcr.config import Sampler as SamplerName
 from dcr.data.splits import Splits
 from dcr.prompts import IGNORED, ChatFormat, PairRow, PromptRow
 from dcr.sources import Example
 
-HELD_OUT_BATCH = 16
+TOXIC, SEEMINGLY_TOXIC = 1, 0  # class labels of stage one (Section 6)
+NO_CLASS = -1  # of a row that only keeps a rank in step with the others: no loss looks at it
+HELD_OUT_BATCH = 16  # rows of one validation pass
+
+Row = TypeVar("Row")
+
+
+def generator(*seeds: int) -> torch.Generator:
+    """A generator whose stream is a function of the whole tuple of numbers."""
+    mixed = 0
+    for number in seeds:
+        mixed = (mixed * 6364136223846793005 + number + 1442695040888963407) % 2**63
+    return torch.Generator().manual_seed(mixed)
+
+
+def balanced_draws(labels: Sequence[int], draws: int, chance: torch.Generator) -> list[int]:
+    """With replacement, weight one over the class count: the classes come up equally often."""
+    y = torch.tensor(labels)
+    weights = 1.0 / torch.bincount(y).clamp(min=1)[y].double()
+    return torch.multinomial(weights, draws, replacement=True, generator=chance).tolist()
+
+
+def proportional_draws(labels: Sequence[int], draws: int, chance: torch.Generator) -> list[int]:
+    """Every row once in random order, again and again: classes come up as often as they are."""
+    rounds = math.ceil(draws / len(labels))
+    order = [torch.randperm(len(labels), generator=chance) for _ in range(rounds)]
+    return torch.cat(order)[:draws].tolist()
+
+
+DRAWS = {
+    SamplerName.balanced: balanced_draws,
+    SamplerName.proportional: proportional_draws,
+}
+
+
+class EpochBatches(Sampler[list[int]]):
+    """Batches of row indices as a pure function of (seed, epoch), the same on every rank.
+
+    A batch holds the `batch_size` rows of all ranks, of which each takes its `share`. `start`
+    optimiser steps are passed over, which is how a resumed run continues with the next one.
+    Lightning announces epochs through the attribute `sampler`.
+    """
+
+    def __init__(
+        self,
+        order: Callable[[torch.Generator], list[int]],
+        draws: int,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        self.order, self.draws, self.batch_size, self.seed = order, draws, batch_size, seed
+        self.start, self.epoch = 0, 0
+        self.sampler = self
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return math.ceil(self.draws / self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rows = self.order(generator(self.seed, self.epoch))
+        passed = min(max(self.start - self.epoch * len(self), 0), len(self))
+        for index in range(passed, len(self)):
+            yield rows[index * self.batch_size : (index + 1) * self.batch_size]
+
+
+def share(rows: Sequence[Row], rank: int, world: int) -> Sequence[Row]:
+    """A rank's part of a batch: disjoint, in order, and as large as any other's up to one row."""
+    first, last = (len(rows) * place // world for place in (rank, rank + 1))
+    return rows[first:last]
+
+
+# --- tensors ---
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """Right-padded prompt-response pairs; `targets[b, t]` is what position t must predict."""
+
+    ids: Int[Tensor, "batch length"]
+    mask: Bool[Tensor, "batch length"]
+    targets: Int[Tensor, "batch length"]
+    refusal: Bool[Tensor, "batch"]
+    names: tuple[str, ...]
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "PairBatch":
+        moved = (t.to(device, non_blocking=non_blocking) for t in _tensors(self))
+        return PairBatch(*moved, names=self.names)
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Right-padded prompts of stage one with the positions to pool and next-token targets."""
+
+    ids: Int[Tensor, "batch length"]
+    mask: Bool[Tensor, "batch length"]
+    labels: Int[Tensor, "batch"]
+    spans: Int[Tensor, "batch 2"]
+    targets: Int[Tensor, "batch length"]
+    names: tuple[str, ...]
+    general: PairBatch | None = None
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "PromptBatch":
+        moved = (t.to(device, non_blocking=non_blocking) for t in _tensors(self))
+        general = self.general.to(device, non_blocking) if self.general else None
+        return PromptBatch(*moved, names=self.names, general=general)
+
+
+def _tensors(batch: PairBatch | PromptBatch) -> list[Tensor]:
+    return [value for value in vars(batch).values() if isinstance(value, Tensor)]
+
+
+def pair_batch(rows: Sequence[PairRow], pad: int) -> PairBatch:
+    """Pairs as one batch."""
+    return PairBatch(
+        padded([r.ids for r in rows], pad),
+        attention_mask([r.ids for r in rows]),
+        padded([r.targets for r in rows], IGNORED),
+        torch.tensor([r.refusal for r in rows]),
+        tuple(r.id for r in rows),
+    )
+
+
+def prompt_batch(
+    rows: Sequence[PromptRow], pad: int, general: Sequence[PairRow] = ()
+) -> PromptBatch:
+    """Prompts of stage one as one batch, with general pairs for the NLL anchor if given."""
+    return PromptBatch(
+        padded([r.ids for r in rows], pad),
+        attention_mask([r.ids for r in rows]),
+        torch.tensor([r.label for r in rows]),
+        torch.tensor([r.features for r in rows]),
+        padded([r.nll for r in rows], IGNORED),
+        tuple(r.id for r in rows),
+        pair_batch(general, pad) if general else None,
+    )
+
+
+def micro_batches(rows: Sequence[PairRow], tokens: int) -> list[list[PairRow]]:
+    """Rows of one optimiser step in groups of similar length, at most `tokens` padded tokens each.
+
+    A row longer than `tokens` gets a group of its own.
+    """
+    groups = batching.by_tokens([row.ids for row in rows], tokens)
+    return [[rows[place] for place in places] for places in groups]
+
+
+# --- the module ---
 
 
 def check_lengths(chat: ChatFormat, rows: Splits, config: SFTConfig, context: int) -> None:
@@ -38,7 +187,31 @@ def check_lengths(chat: ChatFormat, rows: Splits, config: SFTConfig, context: in
     pairs = (*rows.normal, *rows.refusals, *rows.augmented)
     fits = (chat.pair(row.prompt, row.response or "", config.max_len)[0] for row in pairs)
     if not any(fits):
-        raise ConfigError(f"sft.max_len={config.max_len}: no training pair fits; raise it")
+        raise _none_fits(config)
+
+
+def _none_fits(config: SFTConfig) -> ConfigError:
+    return ConfigError(f"sft.max_len={config.max_len}: no training pair fits; raise it")
+
+
+def prompt_rows(
+    chat: ChatFormat,
+    examples: Sequence[Example],
+    label: int,
+    context: int | None,
+    pooling: Pooling = Pooling.last,
+) -> list[PromptRow]:
+    """Prompts as stage one reads them. DataError for one of more than `context` tokens."""
+    rows = []
+    for example in examples:
+        row = chat.feature_row(example.id, example.prompt, label, pooling)
+        if context is not None and len(row.ids) > context:
+            raise DataError(
+                f"{example.source}: {example.id}: its {len(row.ids)} tokens exceed the model's "
+                f"context of {context}; shorten or remove it"
+            )
+        rows.append(row)
+    return rows
 
 
 class SafetyData(LightningDataModule):
@@ -73,18 +246,28 @@ class SafetyData(LightningDataModule):
         self.too_long: list[str] = []  # ids of pairs without room for a response
         self.general: list[PairRow] = []  # what the NLL of stage one looks at with source=general
         if stage is Stage.contrastive:
-            self.prompts = self._prompts(chat, rows.seemingly_toxic, rows.toxic)
-            self.heldout = self._prompts(chat, rows.seemingly_toxic_heldout, rows.toxic_heldout)
+            parts = (rows.seemingly_toxic, rows.toxic)
+            heldout = (rows.seemingly_toxic_heldout, rows.toxic_heldout)
+            self.prompts, self.heldout = (
+                [
+                    row
+                    for label, part in zip((SEEMINGLY_TOXIC, TOXIC), both, strict=True)
+                    for row in prompt_rows(chat, part, label, context, dcr.pooling)
+                ]
+                for both in (parts, heldout)
+            )
             if len({row.label for row in self.prompts}) < 2:
                 raise ConfigError("data: stage one needs seemingly toxic and toxic prompts, both")
             if dcr.nll.source is NLLSource.general and dcr.nll.weight > 0:
                 self.general = self._pairs(chat, rows.normal, refusal=False)
-                self._refuse_none(self.general)
+                if not self.general:
+                    raise _none_fits(sft)
         else:
             self.pairs = self._pairs(chat, rows.normal, refusal=False)
             self.pairs += self._pairs(chat, rows.refusals, refusal=True)
             self.pairs += self._pairs(chat, rows.augmented, refusal=False)
-            self._refuse_none(self.pairs)
+            if not self.pairs:
+                raise _none_fits(sft)
             self.heldout = self._pairs(chat, rows.normal_heldout, refusal=False)
             self.heldout += self._pairs(chat, rows.refusals_heldout, refusal=True)
         self.sampler = self._sampler()
@@ -101,45 +284,15 @@ class SafetyData(LightningDataModule):
                 self.too_long.append(row.id)
         return made
 
-    def _refuse_none(self, pairs: list[PairRow]) -> None:
-        if not pairs:
-            raise ConfigError(f"sft.max_len={self.sft.max_len}: no training pair fits; raise it")
-
-    def _prompts(
-        self, chat: ChatFormat, safe: list[Example], toxic: list[Example]
-    ) -> list[PromptRow]:
-        user_nll = self.dcr.nll.source is NLLSource.user_tokens
-        made = []
-        for label, rows in ((SEEMINGLY_TOXIC, safe), (TOXIC, toxic)):
-            for row in rows:
-                prompt = chat.feature_row(
-                    row.id, row.prompt, label, self.dcr.template, self.dcr.pooling, user_nll
-                )
-                if self.context is not None and len(prompt.ids) > self.context:
-                    raise DataError(
-                        f"{row.source}: {row.id}: its {len(prompt.ids)} tokens exceed the model's "
-                        f"context of {self.context}; shorten or remove it"
-                    )
-                made.append(prompt)
-        return made
-
     def _sampler(self) -> EpochBatches:
         if self.stage is Stage.contrastive:
             labels = [row.label for row in self.prompts]
-            draws = self.dcr.draws or len(labels)
-            drawn = DRAWS[self.dcr.sampler]
-            return EpochBatches(
-                lambda chance: drawn(labels, draws, chance),
-                draws,
-                self.dcr.batch_size,
-                self.seed,
-            )
-        count = len(self.pairs)
+            draws, drawn = self.dcr.draws or len(labels), DRAWS[self.dcr.sampler]
+            size = self.dcr.batch_size
+            return EpochBatches(lambda chance: drawn(labels, draws, chance), draws, size, self.seed)
+        count, size = len(self.pairs), self.sft.batch_size
         return EpochBatches(
-            lambda chance: randperm(count, generator=chance).tolist(),
-            count,
-            self.sft.batch_size,
-            self.seed,
+            lambda chance: randperm(count, generator=chance).tolist(), count, size, self.seed
         )
 
     @property

@@ -276,11 +276,6 @@ def _shuffled(rows: list[Example], seed: int) -> list[Example]:
     return sources.draw(rows, len(rows), seed)
 
 
-def warn_of_forms(rows: Splits) -> str | None:
-    """One line when the two classes differ plainly in grammatical form, else None."""
-    return sources.form_gap(rows.seemingly_toxic, rows.toxic)
-
-
 def row_record(rows: Splits) -> Mapping[str, object]:
     """Ids and fingerprint of every list of rows, for the run folder."""
     recorded: dict[str, dict[str, object]] = {

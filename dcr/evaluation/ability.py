@@ -25,7 +25,8 @@ from typing_extensions import TypedDict
 from dcr import models, storage
 from dcr.config import AbilityConfig, ConfigError
 from dcr.evaluation import questions
-from dcr.models import Policy, safe_label
+from dcr.models import Policy
+from dcr.text import label_of
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ def ability(
     model = None
     for name in settings.tasks:
         made_with = _made_with(name, settings, root, seed)
-        file = folder / "ability" / f"{safe_label(name)}-{storage.fingerprint(made_with)}.json"
+        file = folder / "ability" / f"{label_of(name)}-{storage.fingerprint(made_with)}.json"
         if not file.exists():
             log.info("ability: %s", name)
             with models.evaluating(policy.model), _harness_seeds(), _quiet(progress):

@@ -7,8 +7,8 @@ from pathlib import Path
 from dcr import refusal, sources, steering
 from dcr.config import ConfigError, DataConfig, EvalConfig, Kind, Task
 from dcr.evaluation import weights
-from dcr.models import safe_label
 from dcr.sources import Example
+from dcr.text import label_of
 
 # The sets of the paper's tables: 938 toxic prompts, and five over-refusal sets. Its PHTest also
 # counts the controversial tier, which is told apart here.
@@ -113,7 +113,7 @@ def pairs_of(names: Iterable[str]) -> dict[str, Pair]:
 
 def set_name(source: str) -> str:
     """What a set is called, also as a file in the run folder: a source's name, or a file's."""
-    return source if source in sources.SOURCES else safe_label(Path(source).stem)
+    return source if source in sources.SOURCES else label_of(Path(source).stem)
 
 
 # --- all that a command asks ----------------------------------------------------------------------

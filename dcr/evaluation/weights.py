@@ -24,7 +24,6 @@ from dcr.config import (
     EvalConfig,
     KernelConfig,
     Kind,
-    LayerBase,
     RefusalProbabilityConfig,
     SeparabilityConfig,
     Task,
@@ -338,9 +337,8 @@ def _layer(settings: EvalConfig, run: Run) -> int:
         return known
     made = run.config().get("dcr", {"layer": settings.model.layer})
     named = {key: made[key] for key in ("layer", "depth") if key in made}
-    base = LayerBase(made.get("layer_base", LayerBase.one_based.value))
     depth = models.facts(settings.model).depth
-    return config.block_of(ContrastiveConfig(**named, layer_base=base), depth)
+    return config.block_of(ContrastiveConfig(**named), depth)
 
 
 # What is measured on the weights themselves; kernels last, since they widen them to fp32.

@@ -16,11 +16,12 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from dcr import batching
+from dcr.batching import attention_mask, padded
 from dcr.config import DataError, GenConfig
 from dcr.generation import self_cd
 from dcr.generation.completions import Completion, Encoded, completion
 from dcr.models import Policy, unwrapped
-from dcr.prompts import ChatFormat, attention_mask, padded
+from dcr.prompts import ChatFormat
 from dcr.sources import Example
 
 log = logging.getLogger(__name__)

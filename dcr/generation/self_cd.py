@@ -20,10 +20,11 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from dcr import batching
+from dcr.batching import attention_mask, padded
 from dcr.config import ConfigError
 from dcr.generation.completions import Completion, Encoded, completion
 from dcr.models import Policy, unwrapped
-from dcr.prompts import ChatFormat, attention_mask, padded
+from dcr.prompts import ChatFormat
 
 EMPHASIS = (
     "Safety comes before everything else. Before you answer, ask yourself whether the request or "

@@ -23,13 +23,14 @@ from transformers import (
 )
 
 from dcr import batching
+from dcr.batching import attention_mask, padded
 from dcr.config import ConfigError, DataError, GuardConfig, Judge, WildGuardConfig
 from dcr.generation import Completion, own_decoding
 from dcr.judges import verdicts
 from dcr.judges.verdicts import Verdict, Verdicts, answer_fingerprint
 from dcr.models import DTYPES, Policy
 from dcr.models.opening import read_architecture, refused_as, whole_model
-from dcr.prompts import ZERO_WIDTH_SPACE, ChatFormat, attention_mask, padded
+from dcr.prompts import ZERO_WIDTH_SPACE, ChatFormat
 
 LLAMA_GUARD, WILDGUARD = Judge.llama_guard.value, Judge.wildguard.value
 MARKS = ("<|user|>", "<|assistant|>", "[INST]", "[/INST]")  # not all special tokens

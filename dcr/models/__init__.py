@@ -15,7 +15,6 @@ from dcr.models.opening import (
     facts,
     open_policy,
     open_tokenizer,
-    safe_label,
     skeleton,
 )
 from dcr.models.saving import (

@@ -5,7 +5,6 @@ import glob
 import importlib.util
 import logging
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from dcr import batching
 from dcr.config import EMBEDDED_MODEL, TINY_MODEL, ConfigError, ModelConfig, Precision, UserError
 from dcr.models.structure import seeded
 from dcr.storage import replaced_folder
+from dcr.text import CHATML
 
 log = logging.getLogger(__name__)
 
@@ -68,11 +68,6 @@ class Policy:
 def cache_folder() -> Path:
     """Where converted weights are kept: `$DCR_CACHE`, else `~/.cache/dcr`."""
     return Path(os.environ.get("DCR_CACHE") or Path.home() / ".cache" / "dcr")
-
-
-def safe_label(name: str) -> str:
-    """A model's name as a folder name: letters, digits, '.', '_' and '-'."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(name).name or name).strip("-.") or "model"
 
 
 def architecture(config: ModelConfig) -> PretrainedConfig:
@@ -312,11 +307,6 @@ def _convert_gguf(file: Path, folder: Path) -> None:
 
 
 # --- the tiny model -----------------------------------------------------------------------------
-
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def byte_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dcr import batching, models, prompts
+from dcr import batching, models
 from dcr.config import ConfigError
 from dcr.ntk.subset import FORWARDS, Layer, LayerKind, output_layer, tied
 
@@ -85,8 +85,8 @@ def batches(
     found = []
     for start in range(0, len(order), size):
         rows = [sequences[i] for i in order[start : start + size]]
-        ids = prompts.padded(rows, 0, left).to(device)
-        found.append(Batch(start, ids, prompts.attention_mask(rows, left).to(device)))
+        ids = batching.padded(rows, 0, left).to(device)
+        found.append(Batch(start, ids, batching.attention_mask(rows, left).to(device)))
     return found
 
 

@@ -2,19 +2,38 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dcr.config import ConfigError, ModelConfig, Pooling, Template, Terminator
-from dcr.prompts.endings import chosen_end, stop_tokens
-from dcr.prompts.rows import IGNORED, PromptRow
-from dcr.prompts.templates import bounded, chosen_template
+from dcr.config import ConfigError, ModelConfig, Pooling, Terminator
+from dcr.prompts.templates import bounded, chosen_end, chosen_template, stop_tokens
 
+IGNORED = -100  # label of positions without a loss, as everywhere in transformers
 ZERO_WIDTH_SPACE = "\u200b"
 PLACEHOLDER = "0x5f3759df"  # a turn that no template holds
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A tokenised prompt; `features` are the positions stage one pools over."""
+
+    id: str
+    ids: list[int]
+    label: int
+    features: tuple[int, int]  # first and one past the last position
+    nll: list[int]  # next-token targets, IGNORED where no loss falls
+
+
+@dataclass(frozen=True)
+class PairRow:
+    """A tokenised prompt with its response; `targets[t]` is what position t must predict."""
+
+    id: str
+    ids: list[int]
+    targets: list[int]
+    refusal: bool
 
 
 @dataclass(frozen=True)
@@ -74,36 +93,12 @@ class ChatFormat:
         first = 0 if train_on_prompt else len(start) - 1
         return ids, [IGNORED] * first + ids[first + 1 :] + [IGNORED]
 
-    def feature_row(
-        self, id: str, prompt: str, label: int, template: Template, pooling: Pooling, user_nll: bool
-    ) -> PromptRow:
-        """One prompt of stage one (Section 1 of the specification, ambiguities 1, 2 and 6)."""
-        raw = template is Template.raw
-        text = self.neutralised(prompt) if raw else self.text(prompt)
-        ids = self._encode(text, add_special_tokens=raw)
-        first, last = self._user_span(text, prompt, raw)
-        spans = {
-            Pooling.last: (len(ids) - 1, len(ids)),
-            Pooling.last_user_token: (last, last + 1),
-            # position 0 is an attention sink with a huge norm
-            Pooling.mean: (min(1, len(ids) - 1), len(ids)),
-        }
-        targets = [*ids[1:], IGNORED]
-        if user_nll:
-            targets = [t if first - 1 <= i < last else IGNORED for i, t in enumerate(targets)]
-        return PromptRow(id, ids, label, spans[pooling], targets)
-
-    def _user_span(self, text: str, prompt: str, raw: bool) -> tuple[int, int]:
-        """First and last token of the user's words."""
-        words = self.neutralised(prompt).strip()
-        # The template may hold the same words, as "user": look from where it puts a turn's content.
-        lead = 0 if raw else self._render(self._turns(PLACEHOLDER), generate=True).find(PLACEHOLDER)
-        begin = text.find(words, max(lead, 0))
-        end = begin + len(words)
-        offsets: Any = self.tokenizer(text, add_special_tokens=raw, return_offsets_mapping=True)
-        places = list(enumerate(offsets["offset_mapping"]))
-        inside = [i for i, (a, b) in places if b > begin and a < end and b > a]
-        return (inside[0], inside[-1]) if begin >= 0 and inside else (0, len(places) - 1)
+    def feature_row(self, id: str, prompt: str, label: int, pooling: Pooling) -> PromptRow:
+        """One prompt of stage one (Section 1 of the specification, ambiguities 1 and 6)."""
+        ids = self.prompt_ids(prompt)
+        # position 0 is an attention sink with a huge norm
+        first = len(ids) - 1 if pooling is Pooling.last else min(1, len(ids) - 1)
+        return PromptRow(id, ids, label, (first, len(ids)), [*ids[1:], IGNORED])
 
     def _turns(self, prompt: str) -> list[dict[str, str]]:
         system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
@@ -128,8 +123,8 @@ class ChatFormat:
         found = behind.find(words)
         return behind[: found + len(words)] if found >= 0 else words
 
-    def _encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        ids = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+    def _encode(self, text: str) -> list[int]:
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return list(ids)  # pyright: ignore[reportArgumentType]
 
     def neutralised(self, text: str) -> str:

@@ -1,16 +1,20 @@
-"""Chat templates: the model's own, one of ours, or the user's file."""
+"""Chat templates, the model's own, one of ours or the user's file, and how a turn ends in them."""
 
 import logging
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Float
 from jinja2 import TemplateRuntimeError
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dcr.config import ConfigError
+from dcr.config import ConfigError, Terminator
+from dcr.text import CHATML
 
 log = logging.getLogger(__name__)
 
@@ -20,10 +24,6 @@ LLAMA3 = (
     "{% endfor %}{% if add_generation_prompt %}"
     "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 PLAIN = (
     "{% for m in messages %}"
     "{% if m.role == 'user' %}### Instruction:\n{{ m.content }}\n\n"
@@ -31,6 +31,8 @@ PLAIN = (
     "{% else %}### Response:\n{{ m.content }}{{ eos_token or '' }}\n\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}### Response:\n{% endif %}"
 )
+# of common bases, which an instruct tokenizer no longer names as its end of text
+BASE_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 TEMPLATES = {"llama3": LLAMA3, "chatml": CHATML, "plain": PLAIN}
 
 
@@ -99,3 +101,78 @@ def bounded(steps: int = 1_000_000) -> Iterator[None]:
         yield
     finally:
         sys.settrace(before)
+
+
+# --- how a turn ends: what a response is trained to end with, and what stops one ---
+
+
+def stop_tokens(
+    tokenizer: PreTrainedTokenizerBase, chat_end: int | None, named: Sequence[int]
+) -> tuple[int, ...]:
+    """Every token that ends a response: the chat's end, the base's end of text, those `named`."""
+    vocabulary = tokenizer.get_vocab()
+    bases = [vocabulary[token] for token in BASE_ENDS if token in vocabulary]
+    found = [chat_end, tokenizer.eos_token_id, *named, *bases]
+    return tuple(dict.fromkeys(int(token) for token in found if token is not None))
+
+
+def chosen_end(
+    tokenizer: PreTrainedTokenizerBase,
+    terminator: Terminator,
+    chat_end: int | None,
+    stop: Sequence[int],
+    output_rows: Float[Tensor, "vocabulary width"] | None,
+) -> int:
+    """The token that training responses end with: the chat's end, or the base's end of text.
+
+    `auto` takes the latter where the output row of the former looks untrained, since LoRA leaves
+    the head alone and would never learn to emit it.
+    """
+    end = stop[0]
+    # an instruct tokenizer names the chat end as its end of text: its base's own comes after it
+    base = end if chat_end is None else next((token for token in stop if token != end), end)
+    if terminator is Terminator.base_eos:
+        return base
+    if terminator is Terminator.chat_end or output_rows is None or base == end:
+        return end
+    if looks_trained(output_rows, end, unused_tokens(tokenizer, len(output_rows))):
+        return end
+    log.warning(
+        "the chat-end token %r looks untrained: responses end with %r instead "
+        "(sft.terminator=chat_end keeps it)",
+        tokenizer.convert_ids_to_tokens(end),
+        tokenizer.convert_ids_to_tokens(base),
+    )
+    return base
+
+
+def unused_tokens(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[int]:
+    """Token ids no training text can have held: padding rows and reserved names."""
+    padding = list(range(len(tokenizer), rows))
+    reserved = [
+        index
+        for index, token in tokenizer.added_tokens_decoder.items()
+        if any(word in token.content.lower() for word in ("reserved", "unused", "<|extra_"))
+    ]
+    return sorted({*padding, *reserved} & set(range(rows)))
+
+
+def looks_trained(rows: Float[Tensor, "vocabulary width"], token: int, unused: list[int]) -> bool:
+    """Whether a token's output row differs from rows that training never touched.
+
+    An untouched row either has hardly any norm, or lies as near the mean of the unused rows as
+    they lie themselves.
+    """
+    norms = rows.detach().float().norm(dim=1)
+    if norms[token] < 0.25 * norms.median():
+        return False
+    others = [index for index in unused if index != token]
+    if len(others) < 2:
+        return True
+    reference = rows[others].detach().float()
+    centre = reference.mean(0)
+    # rows of one random initialisation lie at nearly one distance from their mean in high
+    # dimension, nearer to one they had a part in than a row that had none
+    part = math.sqrt((len(others) + 1) / (len(others) - 1))
+    spread = part * (reference - centre).norm(dim=1).median()
+    return bool((rows[token].detach().float() - centre).norm() > 1.25 * spread + 1e-6)

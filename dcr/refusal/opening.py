@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dcr import batching, models
+from dcr.batching import attention_mask, padded
 from dcr.models import unwrapped
-from dcr.prompts import attention_mask, padded
 from dcr.refusal.phrases import OPENINGS, Ending, continuations, ending
 from dcr.refusal.probability import recurrent
 

@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dcr import batching, models
+from dcr.batching import attention_mask, padded
 from dcr.config import ConfigError
 from dcr.models import unwrapped
-from dcr.prompts import attention_mask, padded
 from dcr.refusal.phrases import (
     REFUSAL_PHRASES,
     Ending,

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from dcr import activations, storage
 from dcr.activations import Site
+from dcr.batching import attention_mask, padded
 from dcr.config import ConfigError, DataError
 from dcr.models import Policy
-from dcr.prompts import ChatFormat, attention_mask, padded
+from dcr.prompts import ChatFormat
 from dcr.sources import Example
 
 Info = dict[str, Any]  # what JSON can hold

@@ -17,8 +17,7 @@ from dcr.data import NO_CLASS, PairBatch, PromptBatch
 from dcr.models import Policy
 from dcr.prompts import IGNORED
 from dcr.separability import kmeans_accuracy
-from dcr.training import schedules
-from dcr.training.resuming import ResumableModule, epoch_mean
+from dcr.training.resuming import ResumableModule, adamw, epoch_mean
 
 
 def ranks() -> int:
@@ -187,10 +186,7 @@ class ContrastiveModule(ResumableModule):
         return (source.targets != IGNORED).sum()
 
     def configure_optimizers(self) -> Any:
-        optim = self.config.optim
-        factor = schedules.factor(self.config.schedule, self.total_steps, warmup=0)
-        betas = optim.beta1, optim.beta2
-        return schedules.adamw(self, factor, optim.lr, optim.weight_decay, betas)
+        return adamw(self, self.config.optim.lr, self.config.optim.weight_decay)
 
 
 def _circle_alone(module: ContrastiveModule, batch: PromptBatch) -> tuple[Tensor, Tensor]:
@@ -212,6 +208,5 @@ def _nll_of_general_pairs(module: ContrastiveModule, batch: PromptBatch) -> tupl
 
 LOSSES: dict[NLLSource, Callable[[ContrastiveModule, PromptBatch], tuple[Tensor, Tensor]]] = {
     NLLSource.prompt_tokens: _nll_of_prompts,
-    NLLSource.user_tokens: _nll_of_prompts,
     NLLSource.general: _nll_of_general_pairs,
 }

@@ -11,7 +11,7 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -152,6 +152,19 @@ class ResumableModule(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.check_gradients()
+
+
+def adamw(
+    module: torch.nn.Module,
+    lr: float,
+    weight_decay: float,
+    factor: Callable[[int], float] = lambda _: 1.0,
+) -> dict[str, Any]:
+    """AdamW over what trains, as Lightning wants it, its rate `lr` times `factor` of the step."""
+    trained = [weight for weight in module.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
 
 
 def bit_sums(module: torch.nn.Module) -> list[int]:
