@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from dcr import storage
 from dcr.config import EMBEDDED_MODEL, TINY_MODEL, ConfigError, DataError, Precision
-from dcr.models.opening import DTYPES, Policy, embedded_folder, refused_as, whole_model
+from dcr.models.opening import DTYPES, Policy, embedded_folder, fitting, refused_as, whole_model
 from dcr.storage import replaced_folder
 
 ORIGIN_FILE = "dcr.json"  # beside an adapter: which weights it stands on, with their fingerprint
@@ -119,13 +119,15 @@ def open_result(folder: Path, precision: Precision, trust_remote_code: bool = Fa
 def open_folder(folder: str, precision: Precision, trust_remote_code: bool = False) -> Policy:
     """A full Hugging Face folder, such as a run's `contrastive/`, in evaluation mode.
 
-    Raises UserError when it cannot be read, is damaged, or its weights are not whole and finite.
+    Raises UserError when it cannot be read, is damaged, its weights are not whole and finite, or
+    its tokenizer has tokens that they have no embedding of.
     """
     storage.check_checksums(Path(folder))
     with refused_as(folder):
         model = whole_model(folder, DTYPES[precision], trust_remote_code=trust_remote_code)
         check_finite(model, folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    fitting(folder, tokenizer, model.config.get_text_config().vocab_size)
     return Policy(model, tokenizer, folder)
 
 
@@ -150,6 +152,7 @@ def open_adapter(folder: Path, precision: Precision, trust_remote_code: bool = F
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         adapted = _adapted(model, folder, base).eval()
         check_finite(adapted, str(folder))
+    fitting(str(folder), tokenizer, model.config.get_text_config().vocab_size)
     return Policy(adapted, tokenizer, str(folder))
 
 
