@@ -11,7 +11,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import cohen_kappa_score
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks import keywords as fit
@@ -30,6 +29,7 @@ from dcr.refusal import (
 )
 from dcr.refusal.keywords import features, weighed
 from tests.conftest import TINY
+from tests.test_refusal_probability import sentencepiece, word_tokenizer
 
 DATA = os.environ.get("DCR_DATA", "")
 real = pytest.mark.skipif(
@@ -113,18 +113,25 @@ def test_unknown_rules_name_the_choices() -> None:
 # --- recommended ---
 
 
+@pytest.fixture(scope="module")
+def verdicts() -> list[str]:
+    return [outcome(row["response"], "recommended") for row in LABELLED]
+
+
 @pytest.mark.parametrize(
     ("part", "rows", "least"), [("before", 60, 0.9), ("tuned", 120, 0.9), ("unseen", 60, 0.85)]
 )
-def test_recommended_agrees_with_labels(part: str, rows: int, least: float) -> None:
-    labelled = [row for row in LABELLED if row["part"] == part]
-    assert len(labelled) >= rows
-    truth = [row["refused"] for row in labelled]
-    verdicts = [is_refusal(row["response"], "recommended") for row in labelled]
-    wrong = [
-        row["response"] for row, v in zip(labelled, verdicts, strict=True) if row["refused"] != v
+def test_recommended_agrees_with_labels(
+    part: str, rows: int, least: float, verdicts: list[str]
+) -> None:
+    told = [
+        (row["refused"], verdict == "refused", row["response"])
+        for row, verdict in zip(LABELLED, verdicts, strict=True)
+        if row["part"] == part
     ]
-    assert cohen_kappa_score(truth, verdicts) >= least, wrong
+    assert len(told) >= rows
+    people, ours, _ = zip(*told, strict=True)
+    assert cohen_kappa_score(people, ours) >= least, [text for a, b, text in told if a != b]
 
 
 # Floors lie 0.03 below what was measured, weights fitted without the model.
@@ -182,17 +189,10 @@ def test_recommended_tells_three_outcomes(text: str, expected: str) -> None:
 def test_a_verdict_is_the_sign_of_the_weighted_sum() -> None:
     text = "I cannot help with that. " + CUT + SAND
     weights = json.loads(fit.WEIGHTS.read_text("utf-8"))
-    for name in ("refused", "partial"):
-        total = math.fsum(
-            weights[name].get(sign, 0.0) * value for sign, value in features(text).items()
-        )
-        bias = {"bias": -total - 1e-6}
-        assert weighed(text, {name: weights[name] | bias}) == "complied"
-        assert weighed(text, {name: weights[name] | {"bias": -total + 1e-6}}) == name
-
-
-def _lower_first(text: str) -> str:
-    return text[:1].lower() + text[1:]
+    for name, each in weights.items():
+        total = math.fsum(each.get(sign, 0.0) * value for sign, value in features(text).items())
+        for more, expected in ((-1e-6, "complied"), (1e-6, name)):
+            assert weighed(text, {name: each | {"bias": more - total}}) == expected
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def _lower_first(text: str) -> str:
     [
         lambda text: text.replace("'", "’"),
         lambda text: text.replace("’", "'"),
-        _lower_first,
+        lambda text: text[:1].lower() + text[1:],
         lambda text: " \n\n\t" + text,
         lambda text: "\u200b\ufeff" + text,
         lambda text: f"**{text}**" if "\n" not in text else f"**{text}",
@@ -210,10 +210,9 @@ def _lower_first(text: str) -> str:
     ],
     ids=["curly", "straight", "first", "space", "invisible", "bold", "quoted", "emoji", "crlf"],
 )
-def test_recommended_ignores_dress(change) -> None:
-    for row in LABELLED:
-        plain = row["response"]
-        assert outcome(change(plain), "recommended") == outcome(plain, "recommended"), plain
+def test_recommended_ignores_dress(change, verdicts: list[str]) -> None:
+    for row, verdict in zip(LABELLED, verdicts, strict=True):
+        assert outcome(change(row["response"]), "recommended") == verdict, row
 
 
 @given(st.text())
@@ -250,48 +249,28 @@ def test_refusal_phrases_are_those_of_the_paper() -> None:
 # --- first tokens ---
 
 
-def _byte_level(prefix_space: bool = False) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        special_tokens=["<|end|>", "<|bot|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    corpus = [f"{opening} and {opening}\n{opening} so I'm it" for opening in OPENINGS] * 5
-    tokenizer.train_from_iterator(corpus, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|end|>", additional_special_tokens=["<|bot|>"]
-    )
+def _openings() -> PreTrainedTokenizerFast:
+    texts = [f"{opening} and {opening}\n{opening} so I'm it" for opening in OPENINGS]
+    return word_tokenizer(texts, special=("<|end|>", "<|bot|>"))
 
 
 def _words(tokenizer: PreTrainedTokenizerFast, ids: torch.Tensor) -> set[str]:
     return set(tokenizer.convert_ids_to_tokens(ids.tolist()))
 
 
-FIRST_WORDS = {"I", "It", "As", "My", "No", "Sorry", "Unfortunately"}
-
-
-def test_openings_start_a_turn_without_a_space() -> None:
-    tokenizer = _byte_level()
-    openings = refusal_openings(tokenizer)
-    assert _words(tokenizer, openings) == FIRST_WORDS
+@pytest.mark.parametrize("prompt", [None, "so I'm it<|end|><|bot|>\n", "so<|bot|>"])
+def test_openings_start_a_turn_without_a_space(prompt: str | None) -> None:
+    tokenizer = _openings()
+    ids = None if prompt is None else tokenizer.encode(prompt, add_special_tokens=False)
+    openings = refusal_openings(tokenizer, ids)
+    words = {"I", "It", "As", "My", "No", "Sorry", "Unfortunately"}
+    assert _words(tokenizer, openings) == words
     assert openings.dtype == torch.long
     assert openings.tolist() == sorted(set(openings.tolist()))
 
 
-def test_openings_after_a_header_equal_those_without_prompt() -> None:
-    tokenizer = _byte_level()
-    prompt = tokenizer.encode("so I'm it<|end|><|bot|>\n", add_special_tokens=False)
-    assert refusal_openings(tokenizer, prompt).tolist() == refusal_openings(tokenizer).tolist()
-    bare = tokenizer.encode("so<|bot|>", add_special_tokens=False)
-    assert _words(tokenizer, refusal_openings(tokenizer, bare)) == FIRST_WORDS
-
-
 def test_openings_after_a_word_follow_a_space() -> None:
-    tokenizer = _byte_level()
+    tokenizer = _openings()
     prompt = tokenizer.encode("and so", add_special_tokens=False)
     words = _words(tokenizer, refusal_openings(tokenizer, prompt))
     assert words
@@ -299,21 +278,17 @@ def test_openings_after_a_word_follow_a_space() -> None:
 
 
 def test_openings_never_take_the_space_that_sentencepiece_puts_in_front() -> None:
-    alphabet = sorted(set("".join(OPENINGS)) | {"▁", "\n"})
-    vocabulary = [(piece, -5.0) for piece in alphabet] + [("I", -4.0), ("▁I", -3.0), ("It", -3.0)]
-    unigram = dict(vocabulary)
-    tokenizer = Tokenizer(models.Unigram(list(unigram.items()), unk_id=0))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    words = _words(fast, refusal_openings(fast))
-    assert words == {"I", "It", "A", "M", "N", "S", "U"}
+    alphabet = dict.fromkeys(sorted({*"".join(OPENINGS), "▁", "\n"}), -5.0)
+    fast = sentencepiece(alphabet | {"I": -4.0, "▁I": -3.0, "It": -3.0}, "first")
+    assert _words(fast, refusal_openings(fast)) == {"I", "It", "A", "M", "N", "S", "U"}
 
 
 def test_openings_refuse_a_prompt_whose_tokens_change() -> None:
-    tokenizer = _byte_level()
-    prompt = [*tokenizer.encode("so ", add_special_tokens=False)]
-    split = [*prompt[:-1], *tokenizer.encode(" ", add_special_tokens=False)]
+    tokenizer = _openings()
+    split = [
+        *tokenizer.encode("so ", add_special_tokens=False)[:-1],
+        *tokenizer.encode(" ", add_special_tokens=False),
+    ]
     with pytest.raises(ValueError, match="tokens change"):
         refusal_openings(tokenizer, split)
 

@@ -79,15 +79,20 @@ def by_passes(
     return plain, free
 
 
-def check(model: Any, tokenizer: Any = None, rtol: float = 1e-5) -> None:
-    tokenizer = tokenizer or byte_tokenizer()
+def scored(
+    model: Any, prompts: Any = PROMPTS, phrases: Any = SHORT, tokenizer: Any = None, **options: Any
+) -> torch.Tensor:
+    of_bytes = tokenizer or byte_tokenizer()
+    return refusal.refusal_probability(model, of_bytes, prompts, phrases=phrases, **options)
+
+
+def check(model: Any) -> None:
+    tokenizer = byte_tokenizer()
     encoded = [chat_ids(tokenizer, prompt) for prompt in PROMPTS]
     answers = [tokenizer.encode(phrase, add_special_tokens=False) for phrase in SHORT]
     for free, expected in enumerate(by_passes(model, encoded, answers)):
-        got = refusal.refusal_probability(
-            model, tokenizer, PROMPTS, phrases=SHORT, prefix_free=bool(free)
-        )
-        assert_close(got, torch.tensor(expected), rtol=rtol, atol=1e-9)
+        got = scored(model, prefix_free=bool(free))
+        assert_close(got, torch.tensor(expected), rtol=1e-5, atol=1e-9)
 
 
 # --- against one pass per phrase ---
@@ -122,31 +127,27 @@ def test_each_of_the_papers_phrases(kind: str) -> None:
 def test_without_phrases_the_papers_are_meant() -> None:
     tokenizer, model = byte_tokenizer(), model_of("qwen2", initializer_range=0.6)
     answers = [tokenizer.encode(y, add_special_tokens=False) for y in refusal.REFUSAL_PHRASES]
-    plain, free = by_passes(model, [chat_ids(tokenizer, PROMPTS[0])], answers)
-    got = refusal.refusal_probability(model, tokenizer, PROMPTS[:1])
-    assert_close(got, torch.tensor(plain), rtol=1e-4, atol=0)
-    got = refusal.refusal_probability(model, tokenizer, PROMPTS[:1], prefix_free=True)
-    assert_close(got, torch.tensor(free), rtol=1e-4, atol=0)
+    for free, expected in enumerate(by_passes(model, [chat_ids(tokenizer, PROMPTS[0])], answers)):
+        got = scored(model, PROMPTS[:1], phrases=None, prefix_free=bool(free))
+        assert_close(got, torch.tensor(expected), rtol=1e-4, atol=0)
 
 
 def test_float64_stays_float64() -> None:
-    tokenizer, model = byte_tokenizer(), model_of("llama")
-    single = refusal.refusal_probability(model, tokenizer, PROMPTS, phrases=SHORT)
-    double = refusal.refusal_probability(model.double(), tokenizer, PROMPTS, phrases=SHORT)
+    model = model_of("llama")
+    single, double = scored(model), scored(model.double())
     assert double.dtype == torch.float64
     assert_close(single.double(), double, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_bf16_and_autocast_are_near(attention: str) -> None:
-    tokenizer, model = byte_tokenizer(), model_of("llama", attention, initializer_range=0.05)
-    expected = refusal.refusal_probability(model, tokenizer, PROMPTS, phrases=SHORT)
+    model = model_of("llama", attention, initializer_range=0.05)
+    expected = scored(model)
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = refusal.refusal_probability(model, tokenizer, PROMPTS, phrases=SHORT)
-    half = refusal.refusal_probability(model.bfloat16(), tokenizer, PROMPTS, phrases=SHORT)
-    assert mixed.dtype == half.dtype == torch.float32
-    assert_close(mixed, expected, rtol=0.05, atol=0)
-    assert_close(half, expected, rtol=0.05, atol=0)
+        mixed = scored(model)
+    for low in (mixed, scored(model.bfloat16())):
+        assert low.dtype == torch.float32
+        assert_close(low, expected, rtol=0.05, atol=0)
 
 
 # --- batches ---
@@ -154,92 +155,74 @@ def test_bf16_and_autocast_are_near(attention: str) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3, None])
 def test_batches_change_nothing_and_keep_the_order(size: int | None) -> None:
-    tokenizer, model = byte_tokenizer(), model_of("llama")
-    alone = [
-        refusal.refusal_probability(model, tokenizer, [prompt], phrases=SHORT) for prompt in PROMPTS
-    ]
-    together = refusal.refusal_probability(
-        model, tokenizer, PROMPTS, phrases=SHORT, batch_size=size
-    )
-    assert_close(together, torch.cat(alone), rtol=1e-5, atol=0)
+    model = model_of("llama")
+    together = scored(model, batch_size=size)
+    assert_close(together, torch.cat([scored(model, [p]) for p in PROMPTS]), rtol=1e-5, atol=0)
     assert not together.is_inference()
-    assert refusal.refusal_probability(model, tokenizer, [], phrases=SHORT).shape == (0,)
+    assert scored(model, []).shape == (0,)
 
 
 def test_two_passes_and_no_token_too_many() -> None:
-    tokenizer, model = byte_tokenizer(), model_of("llama")
+    model: Any = model_of("llama")
     fed: list[int] = []
     head: list[int] = []
-    inner: Any = model
-    inner.model.register_forward_pre_hook(
+    model.model.register_forward_pre_hook(
         lambda _m, _a, kwargs: fed.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
-    inner.lm_head.register_forward_pre_hook(lambda _m, args: head.append(args[0].shape[1]))
-    refusal.refusal_probability(model, tokenizer, PROMPTS, phrases=SHORT)
-    longest = max(len(chat_ids(tokenizer, prompt)) for prompt in PROMPTS)
+    model.lm_head.register_forward_pre_hook(lambda _m, args: head.append(args[0].shape[1]))
+    scored(model)
+    longest = max(len(chat_ids(byte_tokenizer(), prompt)) for prompt in PROMPTS)
     assert fed == [longest, 3]  # "a", "ab" and "x" have edges below them
     assert head == [1, 3]
     fed.clear()
-    refusal.refusal_probability(model, tokenizer, PROMPTS, phrases=("a", "b"))
+    scored(model, phrases=("a", "b"))
     assert fed == [longest]
 
 
 # --- closed form ---
 
 
-def unigram(p: dict[str, float]) -> tuple[Any, PreTrainedTokenizerFast]:
+def unigram(p: dict[str, float]) -> Any:
     """A model that gives each letter one probability whatever came before."""
-    tokenizer, model = byte_tokenizer(), model_of("llama", tie_word_embeddings=False)
+    model: Any = model_of("llama", tie_word_embeddings=False)
     rest = (1 - sum(p.values())) / (260 - len(p))
-    inner: Any = model
     with torch.no_grad():
-        inner.model.embed_tokens.weight.fill_(1)  # what the norm makes of it is 1 everywhere
-        for block in inner.model.layers:
+        model.model.embed_tokens.weight.fill_(1)  # what the norm makes of it is 1 everywhere
+        for block in model.model.layers:
             block.self_attn.o_proj.weight.zero_()
             block.mlp.down_proj.weight.zero_()
-        inner.lm_head.weight.zero_()
-        inner.lm_head.weight[:, 0] = math.log(rest) if rest else -1e4
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[:, 0] = math.log(rest) if rest else -1e4
         for letter, value in p.items():
-            token = tokenizer.encode(letter, add_special_tokens=False)
-            inner.lm_head.weight[token, 0] = math.log(value)
-    return model, tokenizer
+            token = byte_tokenizer().encode(letter, add_special_tokens=False)
+            model.lm_head.weight[token, 0] = math.log(value)
+    return model
 
 
-def test_products_of_a_unigram_model() -> None:
-    model, tokenizer = unigram({"a": 0.5, "b": 0.25, "c": 0.125})
-
-    def of(*phrases: str, free: bool = False) -> float:
-        got = refusal.refusal_probability(
-            model, tokenizer, ["x"], phrases=phrases, prefix_free=free
-        )
-        return got.item()
-
-    assert of("ab") == pytest.approx(1 / 8, rel=1e-5)
-    assert of("a", "ab", "abc", "cb") == pytest.approx(1 / 2 + 1 / 8 + 1 / 64 + 1 / 32, rel=1e-5)
-    assert of("a", "ab", "abc", "cb", free=True) == pytest.approx(1 / 2 + 1 / 32, rel=1e-5)
-    assert of("ab", "a", "ab", "b") == pytest.approx(1 / 2 + 1 / 8 + 1 / 4, rel=1e-5)  # a set
+@pytest.mark.parametrize(
+    ("phrases", "plain", "free"),
+    [
+        (["ab"], 1 / 8, 1 / 8),
+        (["a", "ab", "abc", "cb"], 1 / 2 + 1 / 8 + 1 / 64 + 1 / 32, 1 / 2 + 1 / 32),
+        (["ab", "a", "ab", "b"], 1 / 2 + 1 / 8 + 1 / 4, 1 / 2 + 1 / 4),  # a set
+    ],
+)
+def test_products_of_a_unigram_model(phrases: list[str], plain: float, free: float) -> None:
+    model = unigram({"a": 0.5, "b": 0.25, "c": 0.125})
+    assert scored(model, ["x"], phrases).item() == pytest.approx(plain, rel=1e-5)
+    assert scored(model, ["x"], phrases, prefix_free=True).item() == pytest.approx(free, rel=1e-5)
 
 
 def test_only_the_plain_sum_exceeds_one() -> None:
-    model, tokenizer = unigram({"a": 0.9, "b": 0.1})
-    phrases = ["a", "aa", "aaa", "b"]
-    plain, free = refusal.probabilities(
-        model, tokenizer, [chat_ids(tokenizer, "x"), chat_ids(tokenizer, "y z")], phrases
-    )
-    assert plain.tolist() == pytest.approx([0.9 + 0.81 + 0.729 + 0.1] * 2, rel=1e-5)
-    assert free.tolist() == pytest.approx([1.0] * 2, rel=1e-5)
-
-
-@pytest.mark.parametrize("name", ["paper", "extended"])
-def test_prefix_free_never_exceeds_one(name: str) -> None:
-    tokenizer = byte_tokenizer()
-    letters = {"I": 0.5, "N": 0.1, "o": 0.1, ",": 0.05, " ": 0.1, "’": 0.05}
-    model, _ = unigram({k: v for k, v in letters.items() if len(k.encode()) == 1})
-    encoded = [chat_ids(tokenizer, prompt) for prompt in PROMPTS]
-    plain, free = refusal.probabilities(model, tokenizer, encoded, refusal.PHRASES[name])
-    assert (free > 0).all()
-    assert (free <= 1).all()
-    assert (free <= plain).all()
+    encoded = [chat_ids(byte_tokenizer(), prompt) for prompt in PROMPTS[:2]]
+    model = unigram({"a": 0.9, "b": 0.1})
+    found = refusal.probabilities(model, byte_tokenizer(), encoded, ["a", "aa", "aaa", "b"])
+    assert found[0].tolist() == pytest.approx([0.9 + 0.81 + 0.729 + 0.1] * 2, rel=1e-5)
+    assert found[1].tolist() == pytest.approx([1.0] * 2, rel=1e-5)
+    model = unigram({"I": 0.5, "N": 0.1, "o": 0.1, ",": 0.05, " ": 0.1})
+    for phrases in refusal.PHRASES.values():
+        plain, free = refusal.probabilities(model, byte_tokenizer(), encoded, phrases)
+        assert ((free > 0) & (free <= 1) & (free <= plain)).all()
 
 
 # --- phrases ---
@@ -282,47 +265,58 @@ def test_extended_set_covers_what_the_paper_misses() -> None:
 # --- tokenizers ---
 
 
-def word_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
+def word_tokenizer(
+    texts: Sequence[str] = (" a a a ab xy",), special: Sequence[str] = ("<s>",), bos: bool = False
+) -> PreTrainedTokenizerFast:
     """Byte-level BPE whose words hold the space before them."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
-    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore
+    tokenizer: Any = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=258,
-        special_tokens=["<s>"],
+        vocab_size=258 if len(special) == 1 else 600,
+        special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([" a a a ab xy"] * 9, trainer)
+    tokenizer.train_from_iterator([*texts] * 9, trainer)
     if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore
+        tokenizer.post_processor = processors.TemplateProcessing(
             single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
         )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=special[0],
+        additional_special_tokens=list(special[1:]),
+    )
+
+
+def sentencepiece(pieces: dict[str, float], start: str) -> PreTrainedTokenizerFast:
+    tokenizer: Any = Tokenizer(models.Unigram([("<s>", -5.0), *pieces.items()], unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=start)  # pyright: ignore
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme=start)  # pyright: ignore
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
 
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_bare_prompts_take_a_space(bos: bool) -> None:
-    tokenizer, model = word_tokenizer(bos), model_of("gpt2")
+    tokenizer, model = word_tokenizer(bos=bos), model_of("gpt2")
     assert len(tokenizer.tokenize(" a")) == 1  # the space is part of the word
     bare = ["So it ends.", "And then"]
     encoded = [tokenizer.encode(prompt) for prompt in bare]
     assert (encoded[0][0] == 0) is bos
     answers = [tokenizer.encode(" " + y, add_special_tokens=False) for y in SHORT]
-    plain, free = by_passes(model, encoded, answers)
-    got = refusal.refusal_probability(model, tokenizer, bare, phrases=SHORT)
-    assert_close(got, torch.tensor(plain), rtol=1e-5, atol=0)
-    for result, expected in zip(
-        refusal.probabilities(model, tokenizer, encoded, SHORT), (plain, free), strict=True
-    ):
-        assert_close(result, torch.tensor(expected), rtol=1e-5, atol=0)
+    expected = by_passes(model, encoded, answers)
+    by_ids = refusal.probabilities(model, tokenizer, encoded, SHORT)
+    assert_close(torch.stack(by_ids), torch.tensor(expected), rtol=1e-5, atol=0)
+    by_text = scored(model, bare, tokenizer=tokenizer)
+    assert_close(by_text, torch.tensor(expected[0]), rtol=1e-5, atol=0)
 
 
 def test_prompts_of_different_endings_in_one_call() -> None:
     tokenizer, model = word_tokenizer(), model_of("llama")
     bare = ["So it ends.", "A header:\n", "And then"]
     leads = [" ", "", " "]
-    got = refusal.refusal_probability(model, tokenizer, bare, phrases=SHORT)
+    got = scored(model, bare, tokenizer=tokenizer)
     for prompt, lead, value in zip(bare, leads, got.tolist(), strict=True):
         answers = [tokenizer.encode(lead + y, add_special_tokens=False) for y in SHORT]
         plain, _ = by_passes(model, [tokenizer.encode(prompt)], answers)
@@ -330,19 +324,15 @@ def test_prompts_of_different_endings_in_one_call() -> None:
 
 
 @pytest.mark.parametrize("start", ["first", "always"])
-def test_sentencepiece_spaces(start: Any) -> None:
-    pieces = [(piece, -5.0) for piece in ["<s>", "▁", *"abcdqxy.\n", "▁a", "▁ab", "ab"]]
-    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=start)  # pyright: ignore
-    tokenizer.decoder = decoders.Metaspace(prepend_scheme=start)  # pyright: ignore
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+def test_sentencepiece_spaces(start: str) -> None:
+    fast = sentencepiece(dict.fromkeys(["▁", *"abcdqxy.\n", "▁a", "▁ab", "ab"], -5.0), start)
     model = model_of("llama")
     encoded = [fast.encode("ab xy."), fast.encode("ab\n")]
     for ids, words in zip(encoded, (["▁ab", "▁a"], ["ab", "a"]), strict=True):
         found = continuations(fast, ending(fast, ids), ["ab", "a"])
         assert [fast.convert_ids_to_tokens(y[0]) for y in found] == words
         assert continuations(fast, ending(fast, [0, *ids]), ["ab", "a"]) == found
-    by_text = refusal.refusal_probability(model, fast, ["ab xy.", "ab\n"], phrases=["ab", "a"])
+    by_text = scored(model, ["ab xy.", "ab\n"], ["ab", "a"], fast)
     by_ids, _ = refusal.probabilities(model, fast, encoded, ["ab", "a"])
     assert_close(by_text, by_ids)
 
@@ -350,7 +340,7 @@ def test_sentencepiece_spaces(start: Any) -> None:
 def test_ids_of_the_chat_format_equal_the_text(policy: Policy) -> None:
     settings = ModelConfig(name="tiny", label="tiny", layer=1)
     chat = prompts.chat_format(policy.tokenizer, settings)
-    by_text = refusal.refusal_probability(policy.model, policy.tokenizer, PROMPTS)
+    by_text = scored(policy.model, phrases=None, tokenizer=policy.tokenizer)
     by_ids, _ = refusal.probabilities(
         policy.model, policy.tokenizer, [chat.prompt_ids(prompt) for prompt in PROMPTS]
     )
@@ -372,8 +362,7 @@ def test_walking_the_trie_gives_the_same(
         walked = refusal.probabilities(model, tokenizer, encoded, SHORT, batch_size=1)
     assert len(caplog.records) == 1
     assert "takes no tree mask (its attention is sdpa)" in caplog.text
-    for one, other in zip(fast, walked, strict=True):
-        assert_close(one, other, rtol=1e-5, atol=0)
+    assert_close(fast, walked, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -383,64 +372,53 @@ def test_walking_the_trie_gives_the_same(
         ("gemma2", {"sliding_window": 20}, "do not fit its attention window"),
         ("bloom", {}, "its positions cannot be set"),
         ("lfm2", {"layer_types": ["conv", "full_attention"]}, "not all of its layers"),
+        ("mistral", {"sliding_window": 400}, None),
+        ("gemma2", {"sliding_window": 400}, None),
     ],
 )
-def test_models_without_tree_masks_fall_back_loudly(
-    kind: str, changes: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
+def test_only_models_without_tree_masks_fall_back_and_loudly(
+    kind: str, changes: dict[str, Any], reason: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = model_of(kind, "eager", **changes)
-    check(model)
-    assert sum(reason in record.getMessage() for record in caplog.records) == 2  # one per call
-
-
-@pytest.mark.parametrize("kind", ["mistral", "gemma2"])
-def test_wide_windows_take_the_tree(kind: str, caplog: pytest.LogCaptureFixture) -> None:
-    check(model_of(kind, "eager", sliding_window=400))
-    assert not caplog.records
+    check(model_of(kind, "eager", **changes))
+    ours = [record for record in caplog.records if record.name == probability.__name__]
+    said = [record.getMessage() for record in ours]
+    assert len(said) == (2 if reason else 0)  # one per call
+    assert all(str(reason) in message for message in said)
 
 
 def test_adapters_count_and_modes_stay() -> None:
-    tokenizer = byte_tokenizer()
     base = model_of("llama")
-    without = refusal.refusal_probability(base, tokenizer, PROMPTS, phrases=SHORT)
+    without = scored(base)
     lora = LoraConfig(
         r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False, lora_dropout=0.5
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        adapted = get_peft_model(base, lora)
+        adapted: Any = get_peft_model(base, lora)
     adapted.train()
-    inner: Any = adapted
-    inner.base_model.model.model.norm.eval()  # a mixed state, as PEFT leaves it
+    adapted.base_model.model.model.norm.eval()  # a mixed state, as PEFT leaves it
     modes = [module.training for module in adapted.modules()]
-    got = refusal.refusal_probability(adapted, tokenizer, PROMPTS, phrases=SHORT)
+    got = scored(adapted)
     assert modes == [module.training for module in adapted.modules()]
     assert all(parameter.grad is None for parameter in adapted.parameters())
     check(adapted.eval())
-    merged: Any = adapted.merge_and_unload()  # pyright: ignore[reportCallIssue]
-    assert_close(
-        got,
-        refusal.refusal_probability(merged, tokenizer, PROMPTS, phrases=SHORT),
-        rtol=1e-4,
-        atol=0,
-    )
+    assert_close(got, scored(adapted.merge_and_unload()), rtol=1e-4, atol=0)
     assert (got / without - 1).abs().max() > 0.01
 
 
 def test_edits_of_activations_hold() -> None:
     model = model_of("llama")
-    tokenizer = byte_tokenizer()
-    plain = refusal.refusal_probability(model, tokenizer, PROMPTS, phrases=SHORT)
+    plain = scored(model)
     edit = activations.Edit(activations.Site.block_output, 1, add=torch.linspace(-2, 2, 32))
     with activations.edited(model, [edit]):
         check(model)
-        edited = refusal.refusal_probability(model, tokenizer, PROMPTS, phrases=SHORT)
+        edited = scored(model)
     assert (edited / plain - 1).abs().max() > 0.01
 
 
 def test_a_plan_by_prompt_edits_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each prompt steered by its own length, only from its last position on."""
-    tokenizer, model = byte_tokenizer(), model_of("llama")
+    model = model_of("llama")
 
     def plan(ids: torch.Tensor, mask: torch.Tensor | None) -> list[activations.Edit]:
         assert mask is not None
@@ -451,9 +429,9 @@ def test_a_plan_by_prompt_edits_the_same_rows(monkeypatch: pytest.MonkeyPatch) -
         return [activations.Edit(site, 1, add=vector, scale=scale, start=last)]
 
     with activations.edited(model, plan):
-        fast = refusal.refusal_probability(model, tokenizer, PROMPTS, phrases=SHORT)
+        fast = scored(model)
         monkeypatch.setattr(probability, "MASKABLE", set())
-        walked = refusal.refusal_probability(model, tokenizer, PROMPTS, phrases=SHORT, batch_size=1)
+        walked = scored(model, batch_size=1)
     assert_close(fast, walked, rtol=1e-5, atol=0)
 
 
@@ -461,21 +439,17 @@ def test_a_plan_by_prompt_edits_the_same_rows(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(
-    ("given", "phrases", "match"),
+    ("given", "phrases", "size", "match"),
     [
-        (["x"], [], "at least one"),
-        (["x"], ["No.", " "], "none that is empty"),
-        (["x"], "No.", "list of strings"),
-        ("x", ["No."], "list of strings"),
-        (["x", ""], ["No."], r"prompts\[1\] has no tokens"),
-        (["Answer: "], ["ab"], "tokens change when 'ab' follows"),
+        (["x"], [], None, "at least one"),
+        (["x"], ["No.", " "], None, "none that is empty"),
+        (["x"], "No.", None, "list of strings"),
+        ("x", ["No."], None, "list of strings"),
+        (["x", ""], ["No."], None, r"prompts\[1\] has no tokens"),
+        (["Answer: "], ["ab"], None, "tokens change when 'ab' follows"),
+        (["x"], ["No."], 0, "batch_size=0"),
     ],
 )
-def test_errors_name_the_cure(given: Any, phrases: Any, match: str) -> None:
+def test_errors_name_the_cure(given: Any, phrases: Any, size: int | None, match: str) -> None:
     with pytest.raises(refusal.PhraseError, match=match):
-        refusal.refusal_probability(model_of("llama"), word_tokenizer(), given, phrases=phrases)
-
-
-def test_batches_hold_a_prompt() -> None:
-    with pytest.raises(refusal.PhraseError, match="batch_size=0"):
-        refusal.refusal_probability(model_of("llama"), word_tokenizer(), ["x"], batch_size=0)
+        scored(model_of("llama"), given, phrases, word_tokenizer(), batch_size=size)

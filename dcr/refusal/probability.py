@@ -283,8 +283,7 @@ def refusal_probability(
     ends = [ending(tokenizer, ids, text) for ids, text in read]
     begun = _begin(tokenizer) if not tokenizer.chat_template else ()
     encoded = [begun + ids for ids, _ in read]
-    # outside of inference mode a clone is an ordinary tensor again
-    return _scored(model, tokenizer, encoded, ends, chosen, batch_size)[prefix_free].clone()
+    return _scored(model, tokenizer, encoded, ends, chosen, batch_size)[prefix_free]
 
 
 def probabilities(
@@ -304,8 +303,7 @@ def probabilities(
     """
     ids = [tuple(prompt) for prompt in encoded]
     ends = [ending(tokenizer, prompt) for prompt in ids]
-    plain, free = _scored(model, tokenizer, ids, ends, checked(phrases), batch_size)
-    return plain.clone(), free.clone()
+    return _scored(model, tokenizer, ids, ends, checked(phrases), batch_size)
 
 
 def _templated(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[Tokens, str]:
@@ -323,7 +321,6 @@ def _begin(tokenizer: PreTrainedTokenizerBase) -> Tokens:
     return tuple(begun) if begun == [tokenizer.bos_token_id] else ()
 
 
-@torch.inference_mode()
 def _scored(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -338,10 +335,11 @@ def _scored(
     if empty is not None:
         raise PhraseError(f"prompts[{empty}] has no tokens to continue: give it text")
     wide = torch.promote_types(unwrapped(model).dtype, torch.float32)
-    plain, free = torch.zeros(2, len(encoded), dtype=wide)
+    # made outside of inference mode, so that they stay ordinary tensors
+    plain, free = (torch.zeros(len(encoded), dtype=wide) for _ in range(2))
     groups = _groups(tokenizer, ends, phrases)
     edges = _scheme(model, encoded, [tree for tree, _ in groups])
-    with models.evaluating(model):
+    with torch.inference_mode(), models.evaluating(model):
         for tree, members in groups:
             for batch in _batches(model, tree, encoded, members, batch_size):
                 read = prefill(model, [encoded[place] for place in batch])
