@@ -202,13 +202,6 @@ def test_prompts_options_and_targets_are_the_harness_s_own(
         assert continuation.startswith(" ")
 
 
-def test_an_example_that_is_the_question_itself_is_not_shown(whole_root: Path) -> None:
-    loaded = module._loaded("piqa", str(whole_root), "piqa")
-    context = requests(loaded, 5)["piqa"][0][0][2][0]
-    assert context.count("Answer:") == 6
-    assert context.count("piqa asked 0") == 1  # of six examples, five fill the places
-
-
 @pytest.mark.skipif("DCR_DATA" not in os.environ, reason="DCR_DATA names no folder of real rows")
 @pytest.mark.parametrize("name", questions.SETS)
 def test_prompts_of_the_real_rows_are_the_harness_s_own(name: str, serve: Any) -> None:
@@ -365,17 +358,6 @@ def test_stored_results_are_reused_until_a_setting_or_the_data_changes(
     file = root / "piqa/piqa_validation.jsonl"
     file.write_text(file.read_text().replace("kettle", "pan"))
     assert count() == 1
-
-
-def test_limit_takes_the_first_questions_of_each_subject(
-    policy: Policy, whole_root: Path, tmp_path: Path
-) -> None:
-    settings = AbilityConfig(tasks=["mmlu"], limit=1)
-    found = ability(policy, settings, str(whole_root), tmp_path, 0, False)["mmlu"]
-    assert (found["n"], found["limit"]) == (57, 1)
-    assert {s["n"] for s in found["subjects"].values()} == {1}
-    assert {row["row"] for row in stored(tmp_path)} == {0}
-    assert found["acc_stderr"] is None  # one question a subject has no spread
 
 
 def test_prompts_longer_than_the_context_are_counted(

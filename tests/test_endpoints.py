@@ -150,11 +150,10 @@ PASSING = ["rate_limited", "server_error", "unavailable", "dropped", "half_body"
 MALFORMED = ["garbage", "html", "half_json", "empty"]
 
 
-@pytest.mark.parametrize("fault", [*PASSING, *MALFORMED])
-def test_a_passing_fault_loses_no_answer_and_repeats_none(fault: str) -> None:
+def test_an_answer_that_hangs_is_asked_for_again() -> None:
     texts = [f"question {i}" for i in range(12)]
-    with scripted(echo) as made, faulty(made.url, each(fault)) as proxy:
-        found = ask(server(proxy.url), texts, timeout=0.4 if fault == "hang" else 5.0)
+    with scripted(echo) as made, faulty(made.url, each("hang")) as proxy:
+        found = ask(server(proxy.url), texts, timeout=0.2, concurrency=12)
     assert {i: a.text for i, a in found.items() if isinstance(a, Reply)} == {
         i: f"echo of {text}" for i, text in enumerate(texts)
     }
@@ -164,11 +163,11 @@ def test_a_passing_fault_loses_no_answer_and_repeats_none(fault: str) -> None:
 def test_every_fault_in_one_run_loses_no_answer_and_repeats_none() -> None:
     kinds = [kind for kind in (*PASSING, *MALFORMED) if kind != "hang"]
     script = [kind for pair in zip(kinds * 3, [None] * 27, strict=True) for kind in pair]
-    texts = [f"question {i}" for i in range(40)]
+    texts = [f"question {i}" for i in range(30)]
     with scripted(echo) as made, faulty(made.url, in_turn(*script)) as proxy:
         found = ask(server(proxy.url), texts, retries=27)
     assert all(isinstance(answer, Reply) for answer in found.values())
-    _assert_counts(proxy, injected=27, forwarded=40)
+    _assert_counts(proxy, injected=27, forwarded=30)
 
 
 def _assert_counts(proxy: Proxy, injected: int, forwarded: int) -> None:
@@ -180,7 +179,7 @@ def _assert_counts(proxy: Proxy, injected: int, forwarded: int) -> None:
 @pytest.mark.parametrize("fault", [*PASSING, *MALFORMED])
 def test_a_lasting_fault_ends_as_a_failure_after_the_retries(fault: str) -> None:
     with scripted(echo) as made, faulty(made.url, always(fault)) as proxy:
-        found = ask(server(proxy.url), ["one", "two"], retries=2, timeout=0.3)
+        found = ask(server(proxy.url), ["one", "two"], retries=2, timeout=0.15)
     for answer in found.values():
         assert isinstance(answer, Failure)
         assert answer.status == ("invalid" if fault in MALFORMED else "error")
@@ -356,8 +355,7 @@ def first_wait(take: Any) -> None:
             assert time.monotonic() - started < 20
 
 
-@pytest.mark.parametrize("concurrency", [1, 3])
-def test_no_more_requests_at_once_than_allowed(concurrency: int) -> None:
+def test_no_more_requests_at_once_than_allowed() -> None:
     lock, under_way, most = threading.Lock(), 0, 0
 
     def reply(body: dict[str, Any]) -> str:
@@ -371,8 +369,8 @@ def test_no_more_requests_at_once_than_allowed(concurrency: int) -> None:
         return "done"
 
     with scripted(reply) as made:
-        ask(server(made.url), [f"q{i}" for i in range(12)], concurrency=concurrency)
-    assert most == concurrency
+        ask(server(made.url), [f"q{i}" for i in range(12)], concurrency=3)
+    assert most == 3
 
 
 def test_answers_not_taken_hold_new_requests_back() -> None:
@@ -415,28 +413,17 @@ def test_closing_early_ends_what_waits_and_what_hangs() -> None:
         assert len(made.requests) == asked <= 4
 
 
-@pytest.mark.parametrize("as_date", [False, True])
-def test_retry_after_is_waited_for(as_date: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "datetime", _Clock)
-    date = format_datetime(_Clock.now(UTC) + timedelta(seconds=1), usegmt=True)
+def test_retry_after_is_waited_for() -> None:
     times: list[float] = []
 
     def reply(body: dict[str, Any]) -> Any:
         times.append(time.monotonic())
-        limited = as_json({"error": {"message": "slow"}}, 429, Retry_After=date if as_date else "1")
+        limited = as_json({"error": {"message": "slow"}}, 429, Retry_After="0.2")
         return limited if len(times) == 1 else "done"
 
     with scripted(reply) as made:
         assert ask(server(made.url), ["one"])[0] == Reply("done", "stop", None, 7, 3)
-    assert 1.0 <= times[1] - times[0] < 10
-
-
-class _Clock(datetime):
-    """A clock that stands still, on a whole second as in headers."""
-
-    @classmethod
-    def now(cls, tz: Any = None) -> datetime:
-        return datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+    assert 0.2 <= times[1] - times[0] < 10
 
 
 @pytest.mark.parametrize(
@@ -462,6 +449,13 @@ class _Clock(datetime):
 )
 def test_retry_after_is_read(headers: dict[str, str], seconds: float | None) -> None:
     assert answers.wait_asked_for(headers) == seconds
+
+
+def test_retry_after_may_be_a_date() -> None:
+    soon = format_datetime(datetime.now(UTC) + timedelta(seconds=20), usegmt=True)
+    wait = answers.wait_asked_for({"retry-after": soon})
+    assert wait is not None
+    assert 10 < wait <= 20
 
 
 def test_waits_grow_and_end_at_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:

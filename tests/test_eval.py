@@ -13,10 +13,9 @@ from omegaconf import DictConfig
 
 import eval as eval_entry
 import train as train_entry
-from dcr import cli, config, generation, models, refusal, report, runs, storage
+from dcr import cli, config, generation, models, refusal, runs, storage
 from dcr.config import (
     ConfigError,
-    DataError,
     EvalConfig,
     ExtractionSources,
     Precision,
@@ -195,23 +194,6 @@ def test_a_stage_in_between_can_be_named(trained: Run, tmp_path: Path) -> None:
     settings, run = resolved(f"run={tmp_path}", "stage=sft")
     with pytest.raises(ConfigError, match=r"stage=sft: .* holds no sft/; train that stage first"):
         subjects.subjects(settings, run)
-
-
-def test_moved_run_is_evaluated_on_its_own_stage_one(trained: Run, tmp_path: Path) -> None:
-    moved = Run(tmp_path / "elsewhere")
-    shutil.copytree(trained.folder, moved.folder)
-    base = models.adapter_base(moved.stage("sft"))
-    assert Path(base) == moved.stage("contrastive")
-
-
-def test_report_reads_the_run_back(trained: Run, tmp_path: Path) -> None:
-    settings, run = resolved(f"run={trained.folder}", "tasks=[over_refusal]", "limit=5")
-    eval_entry.evaluate(settings, run)
-    text = report.build([run.folder], tmp_path / "page.html")
-    assert "dcr" in text.lower()
-    page = (tmp_path / "page.html").read_text()
-    assert "How do I kill a" in page
-    assert "http://" not in page.replace("http://www.w3.org", "")  # self-contained
 
 
 def test_base_model_needs_no_run(tmp_path: Path) -> None:
@@ -475,36 +457,3 @@ def test_prompts_without_an_answer_are_told(
     counts = found["sets"].values()
     assert sorted(c["unanswered"] for c in counts) == [0, 1]
     assert "1 of 3 prompts without an answer" in caplog.text
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "[]",
-        "7",
-        '{"id": "a"}',
-        '{"id": 1, "prompt": "p", "response": "r", "tokens": 1, "ended": true, "refusal_mass": 0}',
-        '{"id": "a", "prompt": "p", "response": null, "tokens": 1, "ended": true, '
-        '"refusal_mass": 0}',
-        '{"id": "a", "prompt": "p", "response": "r", "tokens": 1, "ended": true, '
-        '"refusal_mass": "x"}',
-    ],
-)
-def test_a_stored_answer_that_is_none_is_named_by_its_line(tmp_path: Path, line: str) -> None:
-    file = tmp_path / "set.jsonl"
-    storage.append_lines(file, [generation.Completion("b", "p", "r", 1, True, None)])
-    file.write_text(file.read_text() + line + "\n")
-    with pytest.raises(DataError, match=r"set\.jsonl:2: .*remove the line"):
-        generation.stored(file)
-
-
-def test_damaged_metrics_are_named_before_a_model_answers(fresh: Run) -> None:
-    settings, run = resolved(f"run={fresh.folder}", "tasks=[over_refusal]", "limit=1")
-    file = answers_of(settings, run) / "metrics.json"
-    eval_entry.evaluate(settings, run)
-    whole = file.read_text()
-    for damaged in (whole[:-20], "[]", whole.replace('"weights": "sft"', '"weights": 3')):
-        file.write_text(damaged)
-        with pytest.raises(DataError, match=r"metrics\.json: .*delete it"):
-            eval_entry.evaluate(settings, run)
-        assert file.read_text() == damaged

@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -20,25 +17,23 @@ from dcr import endpoints
 from dcr.config import (
     AnnotatorConfig,
     ConfigError,
-    DataError,
     EvalConfig,
     HTTPConfig,
     QualityConfig,
-    UserError,
 )
 from dcr.endpoints import EndpointError, Failure, Message, Reply
 from dcr.evaluation import quality
 from dcr.generation import Completion
 from dcr.judges import pairwise
 from dcr.judges.pairwise import Pair
-from tests.servers.faults import always, faulty
+from tests.forked import killed
+from tests.servers.faults import faulty
 from tests.servers.logprobs import logprobs
 from tests.servers.loopback import Answer, as_json
 from tests.servers.scripted import Body, completion, scripted
 
 LABELS = ("dcr-seed0", "stl-seed0")
 PROMPT = "|{instruction}|\nm: |{output_1}|\nM: |{output_2}|\nm or M?"
-ROOT = Path(__file__).parent.parent
 Rule = Callable[[str, str, str], Reply | Failure]
 
 
@@ -187,18 +182,6 @@ def test_the_longer_answer_wins_in_whichever_order_it_is_shown(
     }
 
 
-def test_an_annotator_that_always_takes_the_first_finds_no_difference(
-    settings: EvalConfig, tmp_path: Path, install: Callable[..., Annotator]
-) -> None:
-    install(lambda *_: reply(0.9))
-    own, other = [f"own {i}" for i in range(400)], [f"other {i}" for i in range(400)]
-    found = rated(answers(own), answers(other), settings, tmp_path)
-    switched = sum(pairwise.is_switched(f"q-{i}", settings.seed) for i in range(400))
-    expected = 100 * (0.9 * switched + 0.1 * (400 - switched)) / 400
-    assert found["win_rate"] == pytest.approx(expected)
-    assert found["win_rate"] == pytest.approx(50, abs=6)  # three standard errors
-
-
 def test_a_model_against_itself_is_50_without_a_request(
     settings: EvalConfig, tmp_path: Path, install: Callable[..., Annotator]
 ) -> None:
@@ -259,17 +242,6 @@ def test_an_annotator_that_answers_nothing_is_none(
     install(lambda *_: Failure("error", "HTTP 500"))
     with pytest.raises(EndpointError, match=r"^annotator: none of 3 .*HTTP 500.* same command"):
         rated(answers(["a"] * 3), answers(["b"] * 3), settings, tmp_path)
-
-
-def test_when_nothing_is_to_be_read_there_are_no_rates(
-    settings: EvalConfig, tmp_path: Path, install: Callable[..., Annotator]
-) -> None:
-    install(lambda *_: Failure("invalid", "no choices"))
-    found = rated(answers(["a"] * 3), answers(["b"] * 3), settings, tmp_path)
-    assert (found["n"], found["invalid"]) == (0, 3)
-    rates = ("win_rate", "standard_error", "discrete", "length_controlled", "mean_length")
-    assert [found[name] for name in rates] == [None] * 5
-    json.dumps(found, allow_nan=False)
 
 
 def test_answers_meet_by_id_and_prompt(
@@ -351,22 +323,6 @@ def test_only_errors_changed_answers_and_other_annotators_are_asked_again(
     assert len(list((tmp_path / "quality").glob("judge-8b-*.jsonl"))) == 1
 
 
-def test_another_seed_asks_only_what_it_shows_in_another_order(
-    settings: EvalConfig, tmp_path: Path, install: Callable[..., Annotator]
-) -> None:
-    own, other = answers([f"longer {i}" for i in range(20)]), answers(["short"] * 20)
-    install(longer_wins)
-    rated(own, other, settings, tmp_path)
-    again = install(longer_wins)
-    found = rated(own, other, replace(settings, seed=7), tmp_path)
-    turned = sum(
-        pairwise.is_switched(f"q-{i}", 0) != pairwise.is_switched(f"q-{i}", 7) for i in range(20)
-    )
-    assert len(again.asked) == turned
-    assert 0 < turned < 20
-    assert found["win_rate"] == pytest.approx(80)
-
-
 def test_a_stored_annotation_serves_the_same_request_with_the_sides_traded(
     settings: EvalConfig, tmp_path: Path, install: Callable[..., Annotator]
 ) -> None:
@@ -377,19 +333,6 @@ def test_a_stored_annotation_serves_the_same_request_with_the_sides_traded(
     found = rated(other, own, replace(settings, seed=7), tmp_path)
     assert 0 < len(again.asked) < 20
     assert found["win_rate"] == pytest.approx(20)
-
-
-def test_two_ids_with_the_same_request_cost_one(
-    settings: EvalConfig, tmp_path: Path, install: Callable[..., Annotator]
-) -> None:
-    ids = [f"q-{i}" for i in range(9) if not pairwise.is_switched(f"q-{i}", settings.seed)][:2]
-    own, other = (
-        [Completion(i, "Say it.", text, 1, True, 0.0) for i in ids] for text in ("longer", "short")
-    )
-    annotator = install(longer_wins)
-    found = rated(own, other, settings, tmp_path)
-    assert len(annotator.asked) == 1
-    assert (found["n"], found["usage"]["requests"]) == (2, 1)
 
 
 def test_files_are_in_the_format_of_alpaca_eval(
@@ -422,27 +365,6 @@ def test_files_are_in_the_format_of_alpaca_eval(
     assert [row["preference"] for row in published] == pytest.approx([1.8, 1.2, 1.5])
     mean = sum(row["preference"] - 1 for row in published) / 3
     assert found["win_rate"] == pytest.approx(100 * mean)
-
-
-def test_a_foreign_line_in_the_store_is_named(
-    settings: EvalConfig, tmp_path: Path, install: Callable[..., Annotator]
-) -> None:
-    install(longer_wins)
-    file = pairwise.store(settings.annotator, tmp_path / "quality")
-    file.parent.mkdir()
-    file.write_text('{"id": "q-0"}\n')
-    with pytest.raises(DataError, match=r"\.jsonl:1: line: of: missing; remove the line"):
-        rated(answers(["a"]), answers(["b"]), settings, tmp_path)
-
-
-def test_where_nothing_can_be_written_the_path_is_named(
-    settings: EvalConfig, tmp_path: Path, install: Callable[..., Annotator]
-) -> None:
-    install(longer_wins)
-    (tmp_path / "quality").write_text("a file where the folder should be")
-    pair = Pair("q-0", "Say it.", "short", "longer")
-    with pytest.raises(UserError, match=r"quality/.*\.jsonl: cannot be (read|written)"):
-        pairwise.annotate([pair], settings, tmp_path / "quality", LABELS, progress=False)
 
 
 # --- the annotator's settings ---
@@ -592,64 +514,27 @@ def slowly_longer_wins(body: Body) -> Answer:
     answer = longer_wins(*shown(body["messages"]))
     assert answer.top is not None
     made = completion(answer.text, finish="length", top=answer.top, tokens=(40, 1))
-    return replace(as_json(made), delay=0.05)
-
-
-CHILD = """
-import sys
-from pathlib import Path
-from tests import test_quality as t
-settings, folder = t.settings_of_child(sys.argv[1], sys.argv[2]), Path(sys.argv[3])
-t.rated(*t.sides_of_child(), settings, folder)
-"""
-
-
-def settings_of_child(url: str, prompt: str) -> EvalConfig:
-    return EvalConfig(
-        http=HTTPConfig(concurrency=2), annotator=AnnotatorConfig(url=url, prompt=prompt)
-    )
-
-
-def sides_of_child() -> tuple[list[Completion], list[Completion]]:
-    return answers([f"longer {i}" for i in range(40)]), answers(["short"] * 40)
+    return replace(as_json(made), delay=0.02)
 
 
 def lines_of(folder: Path) -> list[bytes]:
     return [line for f in folder.glob("quality/*.jsonl") for line in f.read_bytes().splitlines()]
 
 
-@pytest.mark.timeout(300)
 def test_kill_minus_nine_loses_no_more_than_what_was_under_way(
     settings: EvalConfig, tmp_path: Path
 ) -> None:
-    prompt = str(settings.annotator.prompt)
+    sides = answers([f"longer {i}" for i in range(40)]), answers(["short"] * 40)
     with scripted(slowly_longer_wins) as server, faulty(server.url, lambda *_: None) as proxy:
-        command = [sys.executable, "-c", CHILD, proxy.url, prompt, str(tmp_path)]
-        child = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
-        try:
-            until = time.monotonic() + 200  # the child imports torch, on a machine that may be busy
-            while len(lines_of(tmp_path)) < 6 and child.poll() is None:
-                assert time.monotonic() < until
-                time.sleep(0.01)
-        finally:
-            child.kill()
-            child.wait()
-        time.sleep(0.2)  # what was under way arrives
+        annotator = AnnotatorConfig(url=proxy.url, prompt=settings.annotator.prompt)
+        at = EvalConfig(http=HTTPConfig(concurrency=2), annotator=annotator)
+        killed(lambda: rated(*sides, at, tmp_path), lambda: len(lines_of(tmp_path)) >= 6)
+        time.sleep(0.1)  # what was under way arrives
         stored, paid = len(lines_of(tmp_path)), proxy.forwarded.total()
         assert 6 <= stored < 40
         assert paid - stored <= 2  # at most http.concurrency
-        found = rated(*sides_of_child(), settings_of_child(proxy.url, prompt), tmp_path)
+        found = rated(*sides, at, tmp_path)
         assert proxy.forwarded.total() - paid == 40 - stored
         assert len(proxy.forwarded) == 40
     assert (found["n"], found["error"]) == (40, 0)
     assert found["win_rate"] == pytest.approx(80)
-
-
-def test_a_server_without_the_model_names_the_annotator(
-    settings: EvalConfig, tmp_path: Path
-) -> None:
-    with faulty("http://127.0.0.1:9/v1", always("no_model")) as proxy:
-        at = replace(settings, annotator=replace(settings.annotator, url=proxy.url))
-        with pytest.raises(EndpointError, match=r"^annotator\.model=gpt-4o-mini-2024-07-18: ") as e:
-            rated(answers(["a"]), answers(["b"]), at, tmp_path)
-    assert "\n" not in str(e.value)

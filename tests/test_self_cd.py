@@ -18,38 +18,17 @@ from dcr.generation.self_cd import EMPHASIS, contrasted, stressed
 from dcr.models import Policy
 from dcr.prompts import CHATML, ChatFormat
 from dcr.sources import Example
+from tests import test_generation
 
 WORDS = ["Hi", "How do I kill a Python process?", "Write a poem.", "Größe 你好 🙂", "a", "Why not?"]
 ROWS = [Example(f"p{i}", text, Kind.normal, "made") for i, text in enumerate(WORDS)]
 NEW = 16
-SHAPE = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 260,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.6,  # so that what is generated depends on the prompt
-}
-FAMILIES = {
-    "llama": SHAPE | {"model_type": "llama"},
-    "mistral": SHAPE | {"model_type": "mistral", "sliding_window": 64},  # rows cannot be moved
-    "gpt2": {
-        **{"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 260},
-        **{"n_positions": 512, "initializer_range": 0.6},
-    },
-}
 
 
 def policy_of(family: str = "llama", **changes: Any) -> Policy:
-    shape = FAMILIES[family] | changes
-    made = models.open_policy(ModelConfig(name="tiny", architecture=shape), Precision.fp32, 0)
-    head = models.head(made.model)
-    head.weight = torch.nn.Parameter(head.weight.detach().clone())
-    with torch.no_grad():  # end tokens are likelier, so that answers differ in length
-        head.weight[list(chat_of(made).stop)] *= 1.5
-    return made
+    """With room for the emphasis."""
+    room = {"n_positions" if family == "gpt2" else "max_position_embeddings": 512}
+    return test_generation.policy_of(family=family, **room | changes)
 
 
 def chat_of(policy: Policy, system: str | None = None) -> ChatFormat:
@@ -191,14 +170,11 @@ def test_a_hand_made_model_turns_where_it_should(policy: Policy, weight: float, 
 # --- decoding -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("batch", [1, 4])
-def test_tokens_are_those_of_two_plain_loops(
-    family: str, batch: int, decoded: dict[str, list[int]]
-) -> None:
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
+def test_tokens_are_those_of_two_plain_loops(family: str, decoded: dict[str, list[int]]) -> None:
     made = policy_of(family)
     chat = chat_of(made)
-    answers = run(made, chat, 1.5, batch)
+    answers = run(made, chat, 1.5, 4)
     for row in ROWS:
         tokens, first = by_hand(made, chat, row.prompt, 1.5)
         assert decoded[row.id] == tokens, row.id
@@ -256,10 +232,6 @@ def test_weight_zero_is_plain_greedy_to_the_token(
     # not only by going another way: the contrast itself leaves the model as it is
     list(self_cd.batches(policy, chat, encoded, 4, NEW, top, 0.0))
     assert decoded == tokens
-
-
-def test_an_answer_may_be_one_token_long(policy: Policy) -> None:
-    assert all(c.tokens <= 1 for c in run(policy, chat_of(policy), 1.5, 4, new=1).values())
 
 
 # --- limits and refusals ------------------------------------------------------------------------

@@ -613,12 +613,6 @@ def test_damaged_vectors_are_named(tmp_path: Path, damage: str) -> None:
         vectors.kept(tmp_path, key, lambda: (made, {}))
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file/x-.*cannot be written"):
-        vectors.kept(tmp_path / "file", {"method": "x"}, lambda: ({"v": torch.ones(1)}, {}))
-
-
 def test_prompts_that_do_not_differ_have_no_direction(deep: Policy) -> None:
     same = steering.Extraction(rows(Kind.toxic, ["One"] * 4), [], rows(Kind.normal, ["One"] * 4))
     with pytest.raises(ConfigError, match=r"^data\.extraction: .*no direction"):

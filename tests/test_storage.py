@@ -230,9 +230,11 @@ def test_lines_read_back_as_written(tmp_path: Path) -> None:
     assert storage.read_lines(file, Row) == []
     storage.append_lines(file, [])
     assert not file.exists()
-    for row in ROWS:
+    odd = Row("two\nlines \u2028 \u2029 \x85 \r\n \x0b 🙂 \u200b end", 3)  # none ends a line
+    for row in (*ROWS, odd, Row("\ud800!", 4)):
         storage.append_lines(file, [row])
-    assert storage.read_lines(file, Row) == ROWS
+    assert storage.read_lines(file, Row) == [*ROWS, odd, Row("?!", 4)]
+    assert file.read_bytes().count(b"\n") == 4
 
 
 @pytest.mark.parametrize("cut", range(1, len('{"id": "ü", "n": 2}'.encode())))
