@@ -66,6 +66,7 @@ def train(settings: TrainConfig, run: Run) -> None:
         contrastive=settings.method is Method.dcr,
         refuses=refusal.is_refusal,
         augment=settings.stl_aug if settings.method is Method.stl_aug else None,
+        readout=settings.sft.readout,
     )
     tracked = tracking.tracked(settings.tracking, settings.data, settings.seed)
     _check_input(settings, run, wanted, rows)

@@ -248,7 +248,13 @@ def expected(settings: TrainConfig) -> tuple[Splits, list[str]]:
         ]
     augment = settings.stl_aug if settings.method is Method.stl_aug else None
     rows = data.split(
-        settings.data, settings.dcr.ratio, settings.seed, contrastive, refusal.is_refusal, augment
+        settings.data,
+        settings.dcr.ratio,
+        settings.seed,
+        contrastive,
+        refusal.is_refusal,
+        augment,
+        settings.sft.readout,
     )
     notes = [f"dropped {count} rows of {reason}" for reason, count in rows.dropped.items()]
     warning = sources.form_gap(rows.seemingly_toxic, rows.toxic)

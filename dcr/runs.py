@@ -5,6 +5,7 @@ rows.json                ids and fingerprint of every row used, and what was dro
 layer.json               the block that dcr.layer=auto chose
 base.json                fingerprints of the weights each stage started from
 metrics.csv              every logged value: stage, step (the first is 0), epoch, key, value
+readout.json             what the readout after SFT changed, where there is one
 <stage>.cost.json        seconds, tokens and peak memory of a stage
 contrastive/  sft/       results, present only when the stage is done
 snapshots/step-000020/   adapters during SFT
@@ -110,6 +111,11 @@ class Run:
         return self.folder / "layer.json"
 
     @property
+    def readout_file(self) -> Path:
+        """What `dcr.training.readout` changed."""
+        return self.folder / "readout.json"
+
+    @property
     def metrics_file(self) -> Path:
         return self.folder / "metrics.csv"
 
@@ -168,8 +174,15 @@ def peak_memory_gib() -> float:
 
 
 def binding(made_with: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a configuration that decides a run's weights."""
-    return {key: value for key, value in made_with.items() if key not in FREE_KEYS}
+    """The part of a configuration that decides a run's weights.
+
+    A readout of no steps decides nothing, and earlier runs know of none.
+    """
+    found = {key: value for key, value in made_with.items() if key not in FREE_KEYS}
+    sft = found.get("sft") or {}
+    if "readout" in sft and not sft["readout"].get("steps"):
+        found["sft"] = {key: value for key, value in sft.items() if key != "readout"}
+    return found
 
 
 def claim(run: Run, made_with: Mapping[str, Any], force: bool) -> None:

@@ -129,6 +129,8 @@ def test_backbone_head_and_nll_make_the_models_own_logits(named: tuple[str, Any]
     truth = nn.functional.cross_entropy(logits[0, :-1], IDS[0, 1:], reduction="none")
     torch.testing.assert_close(each, truth, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(total, truth.sum(), rtol=1e-5, atol=1e-5)
+    found = models.logits(model, hidden[0])
+    torch.testing.assert_close(found, logits[0], rtol=1e-5, atol=1e-5)
     assert models.head(model) is model.get_output_embeddings()
 
 

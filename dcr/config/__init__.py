@@ -65,6 +65,7 @@ from dcr.config.schema import (
     Precision,
     QualityConfig,
     Quantity,
+    ReadoutConfig,
     RefusalProbabilityConfig,
     SafetyPairsConfig,
     Sampler,

@@ -316,6 +316,26 @@ class ContrastiveConfig:
 
 
 @dataclass
+class ReadoutConfig:
+    """After SFT its adapter in the last blocks learns on at the first answer token alone.
+
+    No part of the paper: see `dcr.training.readout`.
+    """
+
+    steps: int = 0  # 0: no such phase
+    seemingly_toxic: list[str] = field(
+        default_factory=lambda: ["contrasts_seemingly_toxic", "demo_seemingly_toxic"]
+    )
+    toxic: list[str] = field(default_factory=lambda: ["contrasts_toxic", "demo_toxic"])
+    heldout: float = 0.1  # share of topics that are only measured on
+    blocks: int = 2
+    batch_size: int = 32
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    drift: float = 1.0  # weight of the KL to the model before the phase on ordinary answers
+
+
+@dataclass
 class SFTConfig:
     """Stage two, safety-tuned fine-tuning (Section 7.1)."""
 
@@ -331,6 +351,7 @@ class SFTConfig:
     precision: Precision = II("model.sft_precision")
     gradient_checkpointing: bool = False
     lora: LoraConfig = field(default_factory=LoraConfig)
+    readout: ReadoutConfig = field(default_factory=ReadoutConfig)
 
 
 @dataclass

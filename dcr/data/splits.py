@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from dcr import contamination, sources
-from dcr.config import AugmentConfig, ConfigError, DataConfig, DataError, KeywordRules, Kind
+from dcr.config import (
+    AugmentConfig,
+    ConfigError,
+    DataConfig,
+    DataError,
+    KeywordRules,
+    Kind,
+    ReadoutConfig,
+)
 from dcr.sources import SOURCES, Example, jsonl
 from dcr.text import normalise
 
@@ -30,15 +38,22 @@ class Splits:
     normal_heldout: list[Example] = field(default_factory=list)
     refusals_heldout: list[Example] = field(default_factory=list)
     augmented: list[Example] = field(default_factory=list)  # STL-aug's, as often as they are learnt
+    readout_seemingly_toxic: list[Example] = field(default_factory=list)
+    readout_toxic: list[Example] = field(default_factory=list)
+    readout_seemingly_toxic_heldout: list[Example] = field(default_factory=list)
+    readout_toxic_heldout: list[Example] = field(default_factory=list)
     dropped: dict[str, int] = field(default_factory=dict)
     in_distribution: list[str] = field(default_factory=list)
     unseen_groups: list[str] = field(default_factory=list)
 
     def parts(self) -> dict[str, list[Example]]:
-        """Every list of rows by its name; that of STL-aug only where there is one."""
+        """Every list of rows by its name; those that few runs have only where there are any."""
         about = ("dropped", "in_distribution", "unseen_groups")
-        about = about if self.augmented else (*about, "augmented")
-        return {name: rows for name, rows in vars(self).items() if name not in about}
+        return {
+            name: rows
+            for name, rows in vars(self).items()
+            if name not in about and (rows or not name.startswith(("augmented", "readout")))
+        }
 
 
 class Cleaning:
@@ -57,13 +72,17 @@ class Cleaning:
             for name in names
         }
 
-    def clean(self, node: str, kind: Kind) -> list[Example]:
-        """The rows of a node's sources, apart from evaluation prompts and each other."""
+    def clean(self, node: str, kind: Kind, names: Sequence[str] | None = None) -> list[Example]:
+        """The rows of a node's sources, or of those named, apart from evaluation prompts and each
+        other.
+        """
         rows: list[Example] = []
-        for name in getattr(self.config, node).source:
+        for name in names or getattr(self.config, node).source:
             read = sources.read(name, root=self.config.root, kind=kind)
             exempt = {name}
-            if node in CONTRASTIVE_NODES:
+            if names is not None:
+                exempt |= self._cut_from_the_same_file(name)
+            elif node in CONTRASTIVE_NODES:
                 exempt |= self._used(CONTRASTIVE_NODES) | self._cut_from_the_same_file(name)
             rows += self._apart_from_evaluation(node, read, exempt)
         return self._once(node, rows)
@@ -141,6 +160,7 @@ def split(
     contrastive: bool,
     refuses: Refuses,
     augment: AugmentConfig | None = None,
+    readout: ReadoutConfig | None = None,
 ) -> Splits:
     """Read every source and draw the rows of both stages (Section 7.1).
 
@@ -152,7 +172,7 @@ def split(
     `ratio` is toxic rows per seemingly toxic one, None for every toxic row left. Without
     `contrastive` the lists of stage one stay empty. `refuses` judges a response, by the paper's
     keyword rules or by those that its second argument names. `augment` adds the rows of STL-aug
-    and leaves every other list as it is.
+    and leaves every other list as it is, as `readout` does, where it has steps, with its pairs.
     Raises ConfigError when a source holds fewer rows than asked for, and DataError for an answer
     of STL-aug's file that refuses.
     """
@@ -177,6 +197,8 @@ def split(
         rows = _with_stage_one(rows, config, ratio, seed, cleaning)
     if augment is not None:
         rows = _with_answers(rows, config, augment, seed, cleaning, refuses)
+    if readout is not None and readout.steps:
+        rows = _with_readout(rows, readout, seed, cleaning)
     return replace(rows, dropped=dict(cleaning.dropped))
 
 
@@ -255,6 +277,28 @@ def _with_answers(
     )
 
 
+def _with_readout(rows: Splits, readout: ReadoutConfig, seed: int, cleaning: Cleaning) -> Splits:
+    """The readout's pairs, of which a share of the topics is held out from both kinds alike."""
+    parts: dict[str, list[Example]] = {}
+    for kind, names in (
+        (Kind.seemingly_toxic, readout.seemingly_toxic),
+        (Kind.toxic, readout.toxic),
+    ):
+        name = f"readout_{kind.value}"
+        found = cleaning.clean(name, kind, names)
+        by_topic = [replace(row, group=row.category or row.group) for row in found]
+        kept, heldout = sources.split_by_group(by_topic, readout.heldout, seed)
+        if not kept:
+            raise ConfigError(f"sft.readout.{kind.value}: no row is left of {', '.join(names)}")
+        parts |= {name: kept, f"{name}_heldout": heldout}
+    used = {*readout.seemingly_toxic, *readout.toxic}
+    return replace(
+        rows,
+        **parts,
+        in_distribution=sorted({*rows.in_distribution, *(used & set(cleaning.evaluated))}),
+    )
+
+
 def _with_response(rows: list[Example], key: str) -> list[Example]:
     answered = [row for row in rows if row.response]
     if rows and not answered:
@@ -286,8 +330,9 @@ def row_record(rows: Splits) -> Mapping[str, object]:
         }
         for name, part in rows.parts().items()
     }
-    if rows.augmented:  # theirs is no node of `data`
-        recorded["augmented"]["sources"] = sorted({row.source for row in rows.augmented})
+    for name in recorded.keys() & {part for part, (node, *_) in LEARNT.items() if node is None}:
+        # theirs is no node of `data`
+        recorded[name]["sources"] = sorted({row.source for row in rows.parts()[name]})
     return {
         "rows": recorded,
         "dropped": rows.dropped,
@@ -303,6 +348,8 @@ LEARNT = {
     "normal": ("normal", Kind.normal, True),
     "refusals": ("safety", Kind.toxic, True),
     "augmented": (None, Kind.seemingly_toxic, True),
+    "readout_seemingly_toxic": (None, Kind.seemingly_toxic, False),
+    "readout_toxic": (None, Kind.toxic, False),
 }
 
 

@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -121,6 +123,14 @@ def readout(model: Any) -> dict[str, Any]:
         "softcap": getattr(text, "final_logit_softcapping", None),
         "logit_scale": scale / (getattr(text, "logits_scaling", None) or 1.0),
     }
+
+
+def logits(model: Any, hidden: Float[Tensor, "places width"]) -> Float[Tensor, "places vocabulary"]:
+    """Next-token logits of final-normed hidden states, in fp32."""
+    parts = readout(model)
+    found = F.linear(hidden, parts["head_weight"], parts["bias"]).float() * parts["logit_scale"]
+    cap = parts["softcap"]
+    return found if cap is None else cap * torch.tanh(found / cap)
 
 
 def freeze_beyond(model: PreTrainedModel, block: int, train_embeddings: bool | None) -> None:

@@ -5,7 +5,13 @@
 """
 
 from dcr.refusal.keywords import RULES, XSTEST_PREFIXES, is_refusal, outcome
-from dcr.refusal.opening import first_logits, refusal_margin, refusal_mass, refusal_openings
+from dcr.refusal.opening import (
+    first_logits,
+    refusal_log_odds,
+    refusal_margin,
+    refusal_mass,
+    refusal_openings,
+)
 from dcr.refusal.phrases import (
     EXTENDED_PHRASES,
     OPENINGS,
@@ -27,6 +33,7 @@ __all__ = [
     "is_refusal",
     "outcome",
     "probabilities",
+    "refusal_log_odds",
     "refusal_margin",
     "refusal_mass",
     "refusal_openings",

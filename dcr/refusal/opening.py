@@ -48,6 +48,15 @@ def refusal_mass(
     return log_p[:, openings.to(logits.device)].logsumexp(-1).clamp(max=0).exp()
 
 
+def refusal_log_odds(
+    logits: Float[Tensor, "prompts vocabulary"], openings: Int[Tensor, "tokens"]
+) -> Float[Tensor, "prompts"]:
+    """log(m / (1 - m)) of the mass m, in fp32 and exact where m itself rounds to 0 or 1."""
+    wide, chosen = logits.float(), openings.to(logits.device)
+    others = wide.index_fill(1, chosen, -torch.inf)
+    return wide[:, chosen].logsumexp(-1) - others.logsumexp(-1)
+
+
 def refusal_margin(
     logits: Float[Tensor, "prompts vocabulary"], openings: Int[Tensor, "tokens"]
 ) -> Float[Tensor, "prompts"]:

@@ -10,14 +10,14 @@ from pathlib import Path
 from lightning import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 
-from dcr import data, models, prompts, runs
-from dcr.config import Adapter, Method, Precision, Stage, TrainConfig, block_of
+from dcr import data, models, prompts, runs, storage
+from dcr.config import Adapter, ConfigError, Method, Precision, Stage, TrainConfig, block_of
 from dcr.data import SafetyData, Splits
 from dcr.models import Policy
 from dcr.prompts import ChatFormat
 from dcr.runs import Run
 from dcr.storage import Lease
-from dcr.training import callbacks, resuming, tracking
+from dcr.training import callbacks, readout, resuming, tracking
 from dcr.training.contrastive import ContrastiveModule
 from dcr.training.sft import SFTModule
 
@@ -51,6 +51,9 @@ def check(settings: TrainConfig, rows: Splits, wanted: Sequence[Stage]) -> None:
     be, and where no training pair fits, and DataError for a prompt longer than the context.
     """
     facts = models.facts(settings.model)
+    phase = settings.sft.readout
+    if phase.steps and phase.blocks > facts.depth:
+        raise ConfigError(f"sft.readout.blocks={phase.blocks}: the model has {facts.depth}")
     chat = prompts.chat_format(models.open_tokenizer(settings.model), settings.model)
     for stage in wanted:
         first = stage is Stage.contrastive
@@ -112,6 +115,9 @@ def train_sft(job: Job) -> None:
     seen = _measuring(job, Stage.sft, policy, chat, total)
     with _fitted(job, Stage.sft, module, batches, total, snapshots, *seen) as writes:
         if writes:
+            if settings.sft.readout.steps:
+                record = readout.read_out(policy, chat, job.rows, settings.sft, settings.seed)
+                storage.write_json(run.readout_file, record)
             models.save_adapter(policy, run.stage("sft"), base)
 
 

@@ -1,0 +1,289 @@
+"""The readout: SFT's adapter in the last blocks, trained on for the first answer token alone.
+
+After SFT the state from which the first answer token is read tells toxic prompts from seemingly
+toxic ones far better than the first tokens of refusals do (docs/results.md). What lies below the
+last blocks stays as it is, so each prompt passes it once, and a step costs the last blocks alone.
+No part of the paper.
+"""
+
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from dcr import batching, models, refusal, statistics
+from dcr.config import ConfigError, ReadoutConfig, SFTConfig
+from dcr.data import NO_CLASS, SEEMINGLY_TOXIC, TOXIC, Splits, generator
+from dcr.models import Policy
+from dcr.prompts import IGNORED, ChatFormat
+from dcr.sources import Example
+from dcr.training.resuming import TrainingError, adamw
+from dcr.training.sft import warmed_up_and_linear
+
+log = logging.getLogger(__name__)
+
+GENERAL_ROWS = 2  # instruction rows in a step, to whose answers the model is held
+ANSWER = 64  # tokens of an answer that may be looked at
+ANSWER_PLACES = 24  # of them are, drawn once, and the first always
+HELD_OUT_ROWS = 64  # on which drift is measured
+WARMUP = 0.05
+
+
+@dataclass(frozen=True, eq=False)
+class Entered:
+    """A padded batch as it enters the last blocks.
+
+    Attributes:
+        hidden: what the first of these blocks is given.
+        calls: the further arguments of each of them, in their order.
+        read: the positions whose states are read.
+        before: the final-normed states there, by the weights of that time.
+    """
+
+    hidden: Float[Tensor, "batch length width"]
+    calls: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]
+    read: Bool[Tensor, "batch length"]
+    before: Float[Tensor, "places width"]
+
+
+def entered(
+    model: Any,
+    count: int,
+    ids: Int[Tensor, "batch length"],
+    mask: Bool[Tensor, "batch length"],
+    read: Bool[Tensor, "batch length"],
+) -> Entered:
+    """A pass without gradient in which what the last `count` blocks are called with is noted.
+
+    Raises ConfigError where calling them again does not give what the model itself computes.
+    """
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def note(_block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append((args, dict(kwargs)))
+
+    backbone: Any = models.backbone(model)
+    with ExitStack() as stack, torch.no_grad():
+        for block in models.decoder_blocks(model)[-count:]:
+            stack.callback(block.register_forward_pre_hook(note, with_kwargs=True).remove)
+        placed = batching.placed(backbone, batching.positions(mask))
+        output = backbone(input_ids=ids, attention_mask=mask.long(), use_cache=False, **placed)
+    given = [args[0] if args else kwargs.pop("hidden_states") for args, kwargs in calls]
+    further = tuple((args[1:], kwargs) for args, kwargs in calls)
+    hidden = given[0]
+    found = Entered(hidden, further, read, output.last_hidden_state[read])
+    with torch.no_grad():
+        error = (leaving(model, found) - found.before).abs().max()
+    if not error <= 1e-2 * found.before.abs().max():
+        kind = type(models.unwrapped(model)).__name__
+        raise ConfigError(
+            f"sft.readout.blocks={count}: the last blocks of {kind} cannot be run by themselves; "
+            "set sft.readout.steps=0"
+        )
+    return found
+
+
+def leaving(model: Any, given: Entered) -> Float[Tensor, "places width"]:
+    """The final-normed states at the positions that are read, by the weights of now."""
+    hidden, blocks = given.hidden, models.decoder_blocks(model)
+    for block, (args, kwargs) in zip(blocks[-len(given.calls) :], given.calls, strict=True):
+        output = block(hidden, *args, **kwargs)
+        hidden = output[0] if isinstance(output, tuple) else output
+    hidden, norm = hidden[given.read], models.final_norm(model)
+    return hidden if norm is None else norm[1](hidden)
+
+
+def contrast_loss(
+    log_odds: Float[Tensor, "prompts"],
+    labels: Int[Tensor, "prompts"],
+    weights: Float[Tensor, "2"],
+) -> Float[Tensor, ""]:
+    """Logistic loss of refusing toxic prompts and answering the others, by the class's weight."""
+    signs = 2.0 * (labels == TOXIC) - 1.0
+    return (weights[labels] * F.softplus(-signs * log_odds)).mean()
+
+
+def drift(
+    before: Float[Tensor, "places vocabulary"], now: Float[Tensor, "places vocabulary"]
+) -> Float[Tensor, "places"]:
+    """KL(before ‖ now) of the next token at each place, in nats, from logits."""
+    old, new = before.log_softmax(-1), now.log_softmax(-1)
+    return (old.exp() * (old - new)).sum(-1)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Token ids, the positions that are read, and the class of a prompt."""
+
+    ids: list[int]
+    places: list[int]
+    label: int = NO_CLASS
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Rows as they enter the last blocks, with their classes."""
+
+    entered: Entered
+    labels: Int[Tensor, "rows"]
+
+
+def read_out(
+    policy: Policy, chat: ChatFormat, rows: Splits, config: SFTConfig, seed: int
+) -> dict[str, Any]:
+    """Train on, in place, what trains in the last blocks; returns the record of what came of it.
+
+    Each step takes `batch_size` prompts and the answers of a few instruction rows, at whose tokens
+    the model is held to what it predicted before. Everything follows from the weights, the rows
+    and `seed`. Raises ConfigError for a model whose last blocks cannot be run by themselves, and
+    TrainingError for a loss that is not finite.
+    """
+    phase, chance = config.readout, generator(seed, config.readout.steps)
+    safe = _prompts(chat, rows.readout_seemingly_toxic, SEEMINGLY_TOXIC)
+    learnt = [*_prompts(chat, rows.readout_toxic, TOXIC), *safe]
+    watched = _prompts(chat, rows.readout_toxic_heldout, TOXIC)
+    watched += _prompts(chat, rows.readout_seemingly_toxic_heldout, SEEMINGLY_TOXIC)
+    with models.evaluating(policy.model):
+        pairs = _batches(policy, phase, learnt, phase.batch_size)
+        answers = _answers(chat, rows.normal, GENERAL_ROWS * len(pairs), config.max_len, chance)
+        general = _batches(policy, phase, answers, GENERAL_ROWS)
+        heldout = _batches(policy, phase, watched, phase.batch_size)
+        answers = _answers(chat, rows.normal_heldout, HELD_OUT_ROWS, config.max_len, chance)
+        ordinary = _batches(policy, phase, answers, GENERAL_ROWS)
+        openings = refusal.refusal_openings(policy.tokenizer)
+        before = _discernment(policy, heldout, openings, seed)
+        losses = _fit(policy, pairs, general, openings, phase, chance)
+        moved, first = _moved(policy, ordinary)
+        after = _discernment(policy, heldout, openings, seed)
+    record = {
+        "steps": phase.steps,
+        "loss": {"first": losses[0], "last": losses[-1]},
+        "heldout_auroc": {"before": before, "after": after, "prompts": len(watched)},
+        "drift": {"answer_tokens": moved, "first_token": first},
+    }
+    log.info("readout: %s", record)
+    return record
+
+
+def _fit(
+    policy: Policy,
+    pairs: Sequence[Batch],
+    general: Sequence[Batch],
+    openings: Tensor,
+    phase: ReadoutConfig,
+    chance: torch.Generator,
+) -> list[float]:
+    """The contrast loss of every step."""
+    model, blocks = policy.model, models.decoder_blocks(policy.model)[-phase.blocks :]
+    factor = warmed_up_and_linear(phase.steps, round(WARMUP * phase.steps))
+    tools = adamw(blocks, phase.lr, phase.weight_decay, factor)
+    optimizer, rate = tools["optimizer"], tools["lr_scheduler"]["scheduler"]
+    counts = torch.bincount(torch.cat([batch.labels for batch in pairs]), minlength=2)
+    weights = (counts.sum() / (2 * counts)).to(openings.device)
+    found: list[float] = []
+    while len(found) < phase.steps:
+        order = torch.randperm(len(pairs), generator=chance).tolist()
+        for place in order[: phase.steps - len(found)]:
+            log_odds = _log_odds(model, pairs[place], openings)
+            loss = contrast = contrast_loss(log_odds, pairs[place].labels, weights)
+            if general:
+                loss = loss + phase.drift * _drifted(model, general[place % len(general)]).mean()
+            if not torch.isfinite(loss):
+                raise TrainingError(
+                    f"readout: loss is {loss.item()} at step {len(found)}: lower sft.readout.lr"
+                )
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            rate.step()
+            found.append(contrast.item())
+    return found
+
+
+# --- rows at the door of the last blocks --------------------------------------------------------
+
+
+def _prompts(chat: ChatFormat, rows: Sequence[Example], label: int) -> list[Row]:
+    """Prompts, read where the first answer token is."""
+    encoded = [chat.prompt_ids(row.prompt) for row in rows]
+    return [Row(ids, [len(ids) - 1], label) for ids in encoded]
+
+
+def _answers(
+    chat: ChatFormat, rows: Sequence[Example], count: int, max_len: int, chance: torch.Generator
+) -> list[Row]:
+    """The first rows, read where the first answer token is and at some of those behind it."""
+    found: list[Row] = []
+    for row in rows[:count]:
+        ids, targets = chat.pair(row.prompt, row.response or "", max_len)
+        places = [place for place, target in enumerate(targets) if target != IGNORED][:ANSWER]
+        drawn = torch.randperm(len(places), generator=chance)[:ANSWER_PLACES].tolist()
+        if ids:
+            chosen = sorted({0, *drawn})
+            found.append(Row(ids[: places[-1] + 1], [places[i] for i in chosen]))
+    return found
+
+
+def _batches(policy: Policy, phase: ReadoutConfig, rows: Sequence[Row], size: int) -> list[Batch]:
+    """Rows of nearly one length together, so that little is padded."""
+    device = models.head(policy.model).weight.device
+    order = batching.by_length([row.ids for row in rows])
+    found = []
+    for start in range(0, len(order), size):
+        part = [rows[place] for place in order[start : start + size]]
+        mask = batching.attention_mask([row.ids for row in part])
+        read = torch.zeros_like(mask)
+        for inside, row in zip(read, part, strict=True):
+            inside[row.places] = True
+        placed = (batching.padded([row.ids for row in part], 0), mask, read)
+        given = entered(policy.model, phase.blocks, *(tensor.to(device) for tensor in placed))
+        found.append(Batch(given, torch.tensor([row.label for row in part], device=device)))
+    return found
+
+
+# --- what is measured ---------------------------------------------------------------------------
+
+
+def _log_odds(model: Any, batch: Batch, openings: Tensor) -> Float[Tensor, "places"]:
+    return refusal.refusal_log_odds(models.logits(model, leaving(model, batch.entered)), openings)
+
+
+def _drifted(model: Any, answers: Batch) -> Float[Tensor, "places"]:
+    with torch.no_grad():
+        before = models.logits(model, answers.entered.before)
+    return drift(before, models.logits(model, leaving(model, answers.entered)))
+
+
+def _moved(policy: Policy, ordinary: Sequence[Batch]) -> tuple[float | None, float | None]:
+    """Mean drift over all answer positions that are looked at, and over the first of each row."""
+    everywhere: list[float] = []
+    first: list[float] = []
+    with torch.no_grad():
+        for answers in ordinary:
+            rows = _drifted(policy.model, answers).split(answers.entered.read.sum(1).tolist())
+            everywhere += [value for row in rows for value in row.tolist()]
+            first += [row[0].item() for row in rows]
+    if not first:
+        return None, None
+    return sum(everywhere) / len(everywhere), sum(first) / len(first)
+
+
+def _discernment(
+    policy: Policy, heldout: Sequence[Batch], openings: Tensor, seed: int
+) -> tuple[float, ...] | None:
+    """AUROC of refusing toxic prompts before the others, its interval; None without both kinds."""
+    found: dict[int, list[float]] = {TOXIC: [], SEEMINGLY_TOXIC: []}
+    with torch.no_grad():
+        for batch in heldout:
+            scores = _log_odds(policy.model, batch, openings).tolist()
+            for score, label in zip(scores, batch.labels.tolist(), strict=True):
+                found[label].append(score)
+    if not all(found.values()):
+        return None
+    return astuple(statistics.auroc_interval(found[TOXIC], found[SEEMINGLY_TOXIC], seed=seed))
