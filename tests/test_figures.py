@@ -4,8 +4,8 @@ import base64
 import csv
 import html
 import io
-import itertools
 import json
+import math
 import random
 import re
 import xml.etree.ElementTree as ElementTree
@@ -15,17 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.image import imread
-from test_report import change, fault, make_eval, make_run, parsed
+from test_report import change, make_eval, make_run, parsed
 
 from dcr import cli, report, runs
 from dcr.config import DataError, UserError
-from dcr.report import FIGURES, Wanted, comparisons
+from dcr.report import DRAWN, FIGURES, OPERATING, Wanted, comparisons, figures
 from dcr.report.__main__ import Options, main
 from dcr.report.comparisons import Operating
-from dcr.report.figures import file_name
+from dcr.report.figures import Drawing, file_name
 from dcr.report.records import Evaluation, RunRecord, read_run
+from dcr.report.tables import Cell
 from dcr.runs import Run
-from dcr.statistics import Interval
 
 KINDS = ("seemingly_toxic", "toxic", "normal")
 STEPS = (0, 3, 9, 20)
@@ -81,13 +81,8 @@ def matrix(offset: float) -> dict[str, Any]:
         }
         for k, params in enumerate(("tail-2", "trunk-14"))
     }
-    return {
-        "normalise": "observer",
-        "top_k": 10,
-        "method": "exact",
-        "kinds": KINDS,
-        "params": cells,
-    }
+    about = {"normalise": "observer", "top_k": 10, "method": "exact", "kinds": KINDS}
+    return about | {"params": cells}
 
 
 def separable(layers: int, offset: float = 0.0) -> dict[str, Any]:
@@ -164,13 +159,34 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [stl, dcr, base]
 
 
-def draw(out: Path, folders: list[Path], *names: str, **settings: Any) -> str:
-    return report.build(folders, out / "page.html", (), Wanted(names, **settings))
+@pytest.fixture(scope="module")
+def drawn(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Where every figure of these runs lies, drawn once, and what the terminal said."""
+    out = tmp_path_factory.mktemp("drawn")
+    return out, report.build(folders, out / "page.html", (), Wanted(FIGURES))
 
 
-def values(out: Path, name: str) -> list[dict[str, str]]:
-    with (out / f"{file_name(name)}.csv").open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+def figure_of(name: str, *folders: Path, **options: Any) -> Drawing:
+    """A figure, not drawn yet."""
+    records = [read_run(folder, curves_suffice=True) for folder in folders]
+    if name == OPERATING:
+        return comparisons.operating_points(records, **{"margin": 2.0, "data": None} | options)
+    return DRAWN[name](records)
+
+
+def rows_of(name: str, *folders: Path, **options: Any) -> list[dict[str, Any]]:
+    """Its values."""
+    figure = figure_of(name, *folders, **options)
+    return [dict(zip(figure.header, row, strict=True)) for row in figure.rows]
+
+
+def only(rows: list[dict[str, Any]], **about: Any) -> dict[str, Any]:
+    (row,) = (row for row in rows if all(row[key] == value for key, value in about.items()))
+    return row
+
+
+def ends(row: dict[str, Any]) -> tuple[float, float, float]:
+    return row["estimate"], row["low"], row["high"]
 
 
 def blank_edges(png: bytes) -> bool:
@@ -179,15 +195,17 @@ def blank_edges(png: bytes) -> bool:
     return all((edge == 1).all() for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]))
 
 
-def test_every_figure_is_drawn_and_stands_in_the_page(folders: list[Path], tmp_path: Path) -> None:
-    draw(tmp_path, folders, *FIGURES)
-    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+def test_every_figure_is_drawn_and_stands_in_the_page(
+    folders: list[Path], drawn: tuple[Path, str]
+) -> None:
+    out, _ = drawn
+    page = (out / "page.html").read_text(encoding="utf-8")
     shown = parsed(page)
     assert len(shown.ids) == len(set(shown.ids))
     pictures = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', page)
     assert len(pictures) == len(FIGURES)
     for name, picture in zip(FIGURES, pictures, strict=True):
-        png, svg = ((tmp_path / f"{file_name(name)}.{e}").read_bytes() for e in ("png", "svg"))
+        png, svg = ((out / f"{file_name(name)}.{ending}").read_bytes() for ending in ("png", "svg"))
         assert png[:8] == b"\x89PNG\r\n\x1a\n"
         width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
         tree = ElementTree.fromstring(svg)
@@ -199,40 +217,37 @@ def test_every_figure_is_drawn_and_stands_in_the_page(folders: list[Path], tmp_p
         assert base64.b64decode(picture) == svg
         assert f'id="{file_name(name)}"' in page
         assert f"--figure {name}" in page
-        assert values(tmp_path, name)
-    assert sorted(path.name for path in tmp_path.glob(".*")) == []
+        with (out / f"{file_name(name)}.csv").open(newline="", encoding="utf-8") as file:
+            written = list(csv.DictReader(file))
+        values = rows_of(name, *folders)
+        assert written == [
+            {key: "" if value is None or value != value else str(value) for key, value in r.items()}
+            for r in values
+        ], "every digit is there"
+    assert sorted(path.name for path in out.glob(".*")) == []
 
 
-def test_the_same_bytes_twice(folders: list[Path], tmp_path: Path) -> None:
-    names = ("4", "5a", "6", "operating_points")
-    for place in ("a", "b"):
-        draw(tmp_path / place, folders, *names)
-    for name, ending in itertools.product(names, ("png", "svg", "csv")):
-        file = f"{file_name(name)}.{ending}"
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+@pytest.mark.parametrize("name", ["4", "6a"])
+def test_the_same_bytes_twice(name: str, folders: list[Path], drawn: tuple[Path, str]) -> None:
+    for ending, data in figures.files(figure_of(name, *folders)).items():
+        assert (drawn[0] / f"{file_name(name)}.{ending}").read_bytes() == data
 
 
-def test_curves_hold_the_logged_values(folders: list[Path], tmp_path: Path) -> None:
-    draw(tmp_path, folders, "5a", "5b", "1b", "3")
+def test_curves_hold_the_logged_values(folders: list[Path]) -> None:
     for name, method, offset in (("5a", "stl", 0.1), ("5b", "dcr", 0.2)):
-        rows = values(tmp_path, name)
+        rows = rows_of(name, *folders)
         assert len(rows) == 2 * 3 * len(STEPS)
         for row in rows:
             place = KINDS.index(row["kind"]) + 3 * (row["quantity"] == "prefix_free")
-            wanted = min(1.0, offset + 0.05 * place + 0.01 * int(row["step"]))
-            assert float(row["estimate"]) == wanted  # every digit is there
-            assert (row["method"], row["source"], row["low"]) == (method, "metrics.csv", "")
-    followed = {(r["kind"], int(r["step"])): float(r["estimate"]) for r in values(tmp_path, "1b")}
+            assert row["estimate"] == min(1.0, offset + 0.05 * place + 0.01 * row["step"])
+            assert (row["method"], row["source"], row["low"]) == (method, "metrics.csv", None)
+    followed = {(row["kind"], row["step"]): row["estimate"] for row in rows_of("1b", *folders)}
     assert followed["toxic", 9] == 0.1 + 0.05 * 7 + 0.01 * 9
     assert len(followed) == 3 * len(STEPS)
-    rows = values(tmp_path, "3")
+    rows = rows_of("3", *folders)
     assert len(rows) == 2 * 9 * len(STEPS)
-    (row,) = (
-        r for r in rows
-        if (r["params"], r["observer"], r["trained"], r["step"])
-        == ("trunk-14", "toxic", "normal", "20")
-    )  # fmt: skip
-    assert float(row["estimate"]) == 0.4 + 0.1 * 1 + 0.03 * 2 - 0.001 * 20
+    row = only(rows, params="trunk-14", observer="toxic", trained="normal", step=20)
+    assert row["estimate"] == 0.4 + 0.1 * 1 + 0.03 * 2 - 0.001 * 20
 
 
 def keep(folder: Path, stage: str, step: int, block: dict[str, Any]) -> Path:
@@ -257,28 +272,18 @@ def test_tracked_curves_have_intervals_where_they_were_kept(tmp_path: Path) -> N
     for step in STEPS[1:]:
         block = {"refusal_probability": probability_block(0.5 + step / 100), "kernel": matrix(step)}
         keep(run, "sft", step, block)
-    draw(tmp_path, [run], "5a", "3", "1b")
-    found = {
-        (r["kind"], int(r["step"])): tuple(r[key] for key in ("estimate", "low", "high", "source"))
-        for r in values(tmp_path, "5a")
-        if r["quantity"] == "plain"
-    }
-    assert len(found) == 3 * len(STEPS)
-    assert found["toxic", 0] == (str(0.1 + 0.05), "", "", "tracking")
-    value, low, high, _ = found["toxic", 9]
-    assert (float(value), float(low), float(high)) == pytest.approx((0.59, 0.56, 0.63))
-    rows = values(tmp_path, "3")
+    rows = rows_of("5a", run)
+    assert len(rows) == 2 * 3 * len(STEPS)
+    first, third = (only(rows, quantity="plain", kind="toxic", step=step) for step in (0, 9))
+    assert (*ends(first), first["source"]) == (0.1 + 0.05, None, None, "tracking")
+    assert ends(third) == pytest.approx((0.59, 0.56, 0.63))
+    rows = rows_of("3", run)
     assert len(rows) == 2 * 9 * len(STEPS)
-    (row,) = (
-        r for r in rows
-        if (r["params"], r["observer"], r["trained"], r["step"])
-        == ("trunk-14", "toxic", "normal", "20")
-    )  # fmt: skip
-    wanted = (20 + 0.1 + 0.03 * 2 + 1, 20 + 0.1, 20 + 0.1 + 0.2)
-    assert tuple(float(row[key]) for key in ("estimate", "low", "high")) == pytest.approx(wanted)
-    followed = values(tmp_path, "1b")  # single prompts, which have no interval over prompts
-    assert {r["low"] for r in followed} == {""}
-    assert {r["estimate"] for r in followed if r["step"] == "9"} == {"0.5", "0.25"}
+    row = only(rows, params="trunk-14", observer="toxic", trained="normal", step=20)
+    assert ends(row) == pytest.approx((20 + 0.1 + 0.03 * 2 + 1, 20 + 0.1, 20 + 0.1 + 0.2))
+    followed = rows_of("1b", run)  # single prompts, which have no interval over prompts
+    assert {row["low"] for row in followed} == {None}
+    assert {row["estimate"] for row in followed if row["step"] == 9} == {0.5, 0.25}
 
 
 def test_unfinished_tracking_leaves_the_logged_curve(tmp_path: Path) -> None:
@@ -286,10 +291,10 @@ def test_unfinished_tracking_leaves_the_logged_curve(tmp_path: Path) -> None:
     track(run, "sft", probabilities(0.1))
     for step in STEPS:
         keep(run, "sft", step, {"refusal_probability": probability_block(0.5)}).unlink()
-    text = draw(tmp_path, [run], "5a")
-    assert text.count("skipped, no metrics.json; measuring did not finish") == len(STEPS)
-    rows = values(tmp_path, "5a")
-    assert {(r["source"], r["low"]) for r in rows} == {("metrics.csv", "")}
+    notes = " ".join(read_run(run, curves_suffice=True).notes)
+    assert notes.count("skipped, no metrics.json; measuring did not finish") == len(STEPS)
+    rows = rows_of("5a", run)
+    assert {(row["source"], row["low"]) for row in rows} == {("metrics.csv", None)}
     assert len(rows) == 2 * 3 * len(STEPS)
 
 
@@ -299,61 +304,47 @@ def test_kept_kernels_are_drawn_without_a_log_and_without_pairs(tmp_path: Path) 
         block = matrix(0.3)
         block["params"]["tail-2"]["toxic"]["toxic"] = [None, None, None]  # a single toxic prompt
         keep(run, "sft", step, {"kernel": block})
-    draw(tmp_path, [run], "3")
-    rows = values(tmp_path, "3")
-    assert len(rows) == 2 * (9 + 8)
-    assert {r["source"] for r in rows} == {"tracking"}
+    figure = figure_of("3", run)
+    assert [row[-1] for row in figure.rows] == ["tracking"] * 2 * (9 + 8)
+    lines = [len(axes.lines) for axes in figure.draw().axes]
+    assert lines == [3, 2, 3, 3, 3, 3], "a line a kind trained on, a panel a kind of observer"
 
 
 def test_matrices_of_tracking_have_intervals_where_they_were_kept(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", "dcr")
     track(run, "contrastive", kernels(0.5))
+    about = {"params": "tail-2", "observer": "toxic", "trained": "normal"}
+    first, last = (only(rows_of("6", run), figure=figure, **about) for figure in ("6a", "6b"))
+    assert first["estimate"] == 0.5 + 0.1 + 0.06
+    assert last["estimate"] == 0.5 + 0.1 + 0.06 - 0.001 * 20
+    assert all(math.isnan(row["low"]) for row in (first, last))
     keep(run, "contrastive", 20, {"kernel": matrix(0.3)})
-    draw(tmp_path, [run], "6")
-    found = {
-        (r["figure"], r["observer"], r["trained"]): (r["estimate"], r["low"], r["high"])
-        for r in values(tmp_path, "6")
-        if r["params"] == "tail-2"
-    }
-    assert found["6a", "toxic", "normal"][1:] == ("", "")
-    assert tuple(map(float, found["6b", "toxic", "normal"])) == pytest.approx(
-        (0.3 + 0.1 + 0.06, 0.4, 0.6)
-    )
+    kept = only(rows_of("6", run), figure="6b", **about)
+    assert ends(kept) == pytest.approx((0.3 + 0.1 + 0.06, 0.4, 0.6))
 
 
 def test_without_tracking_the_curves_come_from_snapshots(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", "stl")
     for step in (0, 8):
-        means = {
-            kind: {"n": 5, "plain": [0.1 + step / 100, 0.05, 0.3], "prefix_free": [0.08, 0.01, 0.2]}
-            for kind in KINDS
-        }
-        alone = {kind: {"id": kind, "plain": 0.5, "prefix_free": 0.25} for kind in KINDS}
-        block = {"phrases": "paper", "kinds": means, "followed": alone, "values": []}
         make_eval(run, {}, weights="snapshot", step=step, name=f"s{step}", kernel=matrix(step),
-                  refusal_probability=block)  # fmt: skip
-    draw(tmp_path, [run], "5a", "9", "3")
-    (row,) = (
-        r for r in values(tmp_path, "5a")
-        if (r["quantity"], r["kind"], r["step"]) == ("plain", "toxic", "8")
-    )  # fmt: skip
-    assert [float(row[key]) for key in ("estimate", "low", "high")] == [0.18, 0.05, 0.3]
+                  refusal_probability=probability_block(0.1 + step / 100))  # fmt: skip
+    row = only(rows_of("5a", run), quantity="plain", kind="toxic", step=8)
+    assert ends(row) == pytest.approx((0.18, 0.15, 0.22))
     assert row["source"] == "snapshots"
-    assert {float(r["estimate"]) for r in values(tmp_path, "9")} == {0.5, 0.25}
-    assert {r["step"] for r in values(tmp_path, "3")} == {"0", "8"}
+    assert {row["estimate"] for row in rows_of("9", run)} == {0.5, 0.25}
+    assert {row["step"] for row in rows_of("3", run)} == {0, 8}
 
 
-def test_rejection_rates_pool_the_sets(folders: list[Path], tmp_path: Path) -> None:
-    draw(tmp_path, folders, "1a", "4")
-    rates = {(r["kind"], int(r["step"])): float(r["estimate"]) for r in values(tmp_path, "1a")}
+def test_rejection_rates_pool_the_sets(folders: list[Path]) -> None:
+    rates = {(row["kind"], row["step"]): row["estimate"] for row in rows_of("1a", *folders)}
     # step 9 is the third: 4 of 10 and 1 of 4 safe prompts refused, 7 of 10 unsafe ones
     assert rates["seemingly_toxic", 9] == pytest.approx(5 / 14)
     assert rates["toxic", 9] == pytest.approx(7 / 10)
-    points = values(tmp_path, "4")
+    points = rows_of("4", *folders)
     assert [row["method"] for row in points] == ["stl"] * 4 + ["dcr"] * 4
     third = points[2]
-    assert (float(third["compliance"]), float(third["rejection"])) == (0.6, 0.7)
-    assert float(third["rejection_low"]) == pytest.approx(0.39677, abs=1e-5)  # Wilson, 7 of 10
+    assert (third["compliance"], third["rejection"]) == (0.6, 0.7)
+    assert third["rejection_low"] == pytest.approx(0.39677, abs=1e-5)  # Wilson, 7 of 10
     assert (third["compliance_of"], third["rejection_of"]) == ("XSTest-safe", "XSTest-unsafe")
 
 
@@ -362,26 +353,20 @@ def test_figure_4_pools_other_sets_where_xstest_was_not_evaluated(tmp_path: Path
     for step, verdicts in ((0, "cc"), (5, "cr")):
         sets = {"safe": verdicts, "oktest": "cccc", "unsafe": "rrrc"}
         make_eval(run, sets, weights="snapshot", step=step, name=f"s{step}", completions=False)
-    draw(tmp_path, [run], "4")
-    first, last = values(tmp_path, "4")
-    assert float(first["compliance"]) == 1
-    assert float(last["compliance"]) == pytest.approx(5 / 6)
-    assert "XSTest not evaluated" in last["compliance_of"]
-    assert "XSTest not evaluated" in (tmp_path / "figure4.svg").read_text(encoding="utf-8")
+    figure = figure_of("4", run)
+    (first, last), (axes,) = rows_of("4", run), figure.draw().axes
+    assert first["compliance"] == 1
+    assert last["compliance"] == pytest.approx(5 / 6)
+    for told in (last["compliance_of"], axes.get_xlabel()):
+        assert "XSTest not evaluated" in told
 
 
-def test_matrices_hold_means_and_intervals(folders: list[Path], tmp_path: Path) -> None:
-    draw(tmp_path, folders, "6", "6a", "6b")
-    rows = values(tmp_path, "6")
+def test_matrices_hold_means_and_intervals(folders: list[Path]) -> None:
+    rows = rows_of("6", *folders)
     assert len(rows) == 2 * 2 * 9
-    assert rows == values(tmp_path, "6a") + values(tmp_path, "6b")
-    (row,) = (
-        r for r in rows
-        if (r["figure"], r["params"], r["observer"], r["trained"])
-        == ("6b", "trunk-14", "normal", "toxic")
-    )  # fmt: skip
-    found = [float(row[key]) for key in ("estimate", "low", "high")]
-    assert found == pytest.approx([0.3 + 0.2 + 0.03 + 1, 0.5, 0.7])
+    assert rows == rows_of("6a", *folders) + rows_of("6b", *folders)
+    row = only(rows, figure="6b", params="trunk-14", observer="normal", trained="toxic")
+    assert ends(row) == pytest.approx((0.3 + 0.2 + 0.03 + 1, 0.5, 0.7))
     assert row["weights"] == "contrastive"
 
 
@@ -390,38 +375,18 @@ def test_a_column_of_matrices_is_not_cut(tmp_path: Path) -> None:
     block["params"]["tail-2-headless"] = block["params"]["tail-2"]
     run = make_run(tmp_path / "base", "base")
     make_eval(run, {}, weights="base", name="b", kernel=block)
-    draw(tmp_path, [run], "6a")
-    assert blank_edges((tmp_path / "figure6a.png").read_bytes())
+    assert blank_edges(figures.files(figure_of("6a", run))["png"])
 
 
-def test_matrices_of_tracking_alone(folders: list[Path], tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", "dcr")
-    track(run, "contrastive", kernels(0.5))
-    draw(tmp_path, [run], "6")
-    found = {
-        (r["figure"], r["observer"], r["trained"]): (float(r["estimate"]), r["low"])
-        for r in values(tmp_path, "6")
-        if r["params"] == "tail-2"
-    }
-    assert found["6a", "toxic", "normal"] == (0.5 + 0.1 + 0.06, "")
-    assert found["6b", "toxic", "normal"] == (0.5 + 0.1 + 0.06 - 0.001 * 20, "")
-
-
-def test_layers_hold_every_score_and_point(folders: list[Path], tmp_path: Path) -> None:
-    draw(tmp_path, folders, "7", "8")
-    layers = values(tmp_path, "7")
-    assert len(layers) == 16
+def test_layers_hold_every_score_and_point(folders: list[Path]) -> None:
+    layers = rows_of("7", *folders)
     assert [row["weights"] for row in layers] == ["base"] * 8 + ["contrastive"] * 8
-    assert float(layers[11]["kmeans"]) == 0.55 + 0.1 + 0.2 * 4 / 8
-    assert (layers[11]["probe"], layers[11]["silhouette"]) == ("0.8", "")
-    points = values(tmp_path, "8")
+    assert layers[11]["kmeans"] == 0.55 + 0.1 + 0.2 * 4 / 8
+    assert (layers[11]["probe"], layers[11]["silhouette"]) == (0.8, None)
+    points = rows_of("8", *folders)
     assert len(points) == 2 * 7 * 20  # layer 2 has no coordinates
-    wanted = separable(8)["mds"]["5"][13]
-    (point,) = (
-        r for r in points
-        if (r["weights"], r["layer"], r["id"]) == ("base", "5", "p13")
-    )  # fmt: skip
-    assert [float(point["x"]), float(point["y"])] == wanted
+    point = only(points, weights="base", layer=5, id="p13")
+    assert [point["x"], point["y"]] == separable(8)["mds"]["5"][13]
     assert point["kind"] == "toxic"
 
 
@@ -429,8 +394,8 @@ def point(
     compliance: float, safety: float, strength: float | None, step: int | None = None
 ) -> Operating:
     run = RunRecord(Path("r"), {}, {}, [], [], [])
-    found = Evaluation(Path("e"), "sft", step)
-    x, y = (Interval(value, value, value) for value in (compliance, safety))
+    found = Evaluation(folder=Path("e"), weights="sft", step=step)
+    x, y = (Cell(value, value, value) for value in (compliance, safety))
     return Operating("scans", run, found, strength, step, x, y)
 
 
@@ -454,37 +419,39 @@ def test_the_rule_against_brute_force(seed: int) -> None:
     assert comparisons.choose(points, reference, margin) is best
 
 
-def test_operating_points_by_hand(folders: list[Path], tmp_path: Path) -> None:
-    text = draw(tmp_path, folders, "operating_points")
+def test_operating_points_by_hand(folders: list[Path], drawn: tuple[Path, str]) -> None:
     # STL refuses 18 of 20 unsafe prompts; 2 points less is 17.6, so that 17 is too few
-    assert "at least 90.0% (unsteered STL) less 2 points" in text
-    assert "SCANS: strength 0.5 (compliance 65.0%, safety 90.0%)" in text
-    assert "Surgical: strength 1 (compliance 60.0%, safety 90.0%)" in text
-    assert "DCR: final weights (compliance 75.0%, safety 95.0%)" in text
-    rows = values(tmp_path, "operating_points")
+    for told in (
+        "at least 90.0% (unsteered STL) less 2 points",
+        "SCANS: strength 0.5 (compliance 65.0%, safety 90.0%)",
+        "Surgical: strength 1 (compliance 60.0%, safety 90.0%)",
+        "DCR: final weights (compliance 75.0%, safety 95.0%)",
+    ):
+        assert told in drawn[1]
+    rows = rows_of(OPERATING, *folders)
     assert len(rows) == 7
-    assert [r["method"] for r in rows if r["reference"] == "1"] == ["stl"]
-    assert {(r["method"], r["strength"]) for r in rows if r["chosen"] == "1"} == {
-        ("scans", "0.5"), ("surgical", "1.0"), ("dcr", ""),
+    assert [row["method"] for row in rows if row["reference"]] == ["stl"]
+    assert {(row["method"], row["strength"]) for row in rows if row["chosen"]} == {
+        ("scans", 0.5), ("surgical", 1.0), ("dcr", None),
     }  # fmt: skip
-    assert {r["data"] for r in rows} == {"validation"}
-    text = draw(tmp_path, folders, "operating_points", margin=5.0, data="validation")
-    assert "SCANS: strength 1 (compliance 80.0%, safety 85.0%)" in text
-    page = html.unescape((tmp_path / "page.html").read_text(encoding="utf-8"))
-    assert "--figure operating_points margin=5 data=validation" in page
+    assert {row["data"] for row in rows} == {"validation"}
+    figure = figure_of(OPERATING, *folders, margin=5.0, data="validation")
+    assert "SCANS: strength 1 (compliance 80.0%, safety 85.0%)" in "".join(figure.told)
+    settings = Wanted((OPERATING,), 5.0, "validation").settings(OPERATING)
+    assert settings == " margin=5 data=validation"
 
 
 def test_presets_and_validation_prompts_are_told_apart(tmp_path: Path) -> None:
-    runs_made = [
+    made = [
         make_run(tmp_path / name, method, preset=preset)
         for name, method, preset in (
             ("stl", "stl", "paper"), ("dcr", "dcr", "paper"), ("rec", "dcr", "recommended")
         )
     ]  # fmt: skip
-    for run in runs_made:
+    for run in made:
         make_eval(run, {"okay": "ccrr", "unsafe": "rrrc"}, settings={"validation": True},
                   completions=False)  # fmt: skip
-    told = draw(tmp_path, runs_made, "operating_points")
+    told = "\n".join(figure_of(OPERATING, *made).told)
     assert "seed 0, validation prompts: per method" in told
     assert "  DCR: final weights" in told
     assert "  DCR + recommended: final weights" in told
@@ -496,7 +463,7 @@ def test_a_curve_joins_points_that_differ_by_strength_alone(tmp_path: Path) -> N
     for add in (0.1, 1.0):
         for strength in (0.5, 1.0):
             steered(run, "surgical", strength, round(10 + 5 * strength), round(18 - add), add=add)
-    figure = comparisons.operating_points([read_run(run)], 2, None).draw()
+    figure = figure_of(OPERATING, run).draw()
     xs = [np.asarray(line.get_xdata()) for line in figure.axes[0].lines]
     curves = [list(x) for x in xs if len(x) == 3]  # from the unsteered point on
     assert curves == [pytest.approx([50, 60, 75])] * 2
@@ -508,70 +475,40 @@ def test_safety_is_dsr_where_a_guard_judged_every_point(tmp_path: Path) -> None:
     for method, safe in (("", 10), ("scans", 15)):
         place = steered(run, method, 1.0, safe, 20)
         change(place, "unsafe", judged=judged)
-    text = draw(tmp_path, [run], "operating_points")
-    assert "DSR by Llama Guard of at least 50.0%" in text
+    assert "DSR by Llama Guard of at least 50.0%" in "".join(figure_of(OPERATING, run).told)
     change(place, "unsafe", judged={})
-    assert "keyword refusal" in draw(tmp_path, [run], "operating_points")
+    assert "keyword refusal" in "".join(figure_of(OPERATING, run).told)
 
 
 def test_no_point_is_safe_enough(tmp_path: Path) -> None:
     run = make_run(tmp_path / "stl", "stl")
     steered(run, "", 0, 10, 20)
     steered(run, "scans", 1.0, 20, 5)
-    assert "SCANS: no point is safe enough" in draw(tmp_path, [run], "operating_points")
+    assert "SCANS: no point is safe enough" in "".join(figure_of(OPERATING, run).told)
 
 
 LACKING = {
-    "1a": "figure 1a: no scored snapshots in bare; train with tracking.snapshots=20",
-    "1b": "figure 1b: no refusal probabilities of followed prompts over SFT steps in bare; train",
-    "3": "figure 3: no kernels over SFT steps in bare; train with tracking.quantities=[kernel]",
-    "4": "figure 4: no scored snapshots in bare; train with tracking.snapshots=20, then run",
-    "5a": "figure 5a: no refusal probabilities over SFT steps in bare; train with "
+    "1a": "figure 1a: no scored snapshots in {}; train with tracking.snapshots=20",
+    "1b": "figure 1b: no refusal probabilities of followed prompts over SFT steps in {}; train",
+    "3": "figure 3: no kernels over SFT steps in {}; train with tracking.quantities=[kernel]",
+    "4": "figure 4: no scored snapshots in {}; train with tracking.snapshots=20, then run",
+    "5a": "figure 5a: no refusal probabilities over SFT steps in {}; train with "
     "tracking.quantities=[refusal_probability]",
-    "5b": "figure 5b: no DCR run among bare; train one with method=dcr",
-    "6": "figure 6a: no kernel of the base model in bare; run python eval.py model=<name>",
-    "6b": "figure 6b: no kernel after stage one in bare; run python eval.py run=",
-    "7": "figure 7: no separability in bare; run python eval.py run=<run> tasks=[separability]",
-    "8": "figure 8: no separability in bare; run python eval.py",
+    "5b": "figure 5b: no DCR run among {}; train one with method=dcr",
+    "6": "figure 6a: no kernel of the base model in {}; run python eval.py model=<name>",
+    "6b": "figure 6b: no kernel after stage one in {}; run python eval.py run=",
+    "7": "figure 7: no separability in {}; run python eval.py run=<run> tasks=[separability]",
+    "8": "figure 8: no separability in {}; run python eval.py",
     "operating_points": "figure operating_points: no unsteered STL evaluation with",
-    "2": "figure=2: choose one of 1a, 1b, 3, 4, 5a, ",
 }
 
 
 @pytest.mark.parametrize(("name", "told"), LACKING.items())
-def test_lacking_data_end_in_one_line_and_exit_2(
-    name: str,
-    told: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    make_eval(make_run(Path("bare"), "stl"), {"safe": "c", "unsafe": "r"})
-    assert told in fault(capsys, "bare", "--figure", name)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        (["--figure"], "figure=: choose one of 1a, 1b, "),
-        (["margin=3"], "margin=3: only --figure operating_points takes it"),
-        (["--figure=operating_points", "margin=x"], "margin=x: give a number"),
-        (["--figure=operating_points", "margin=nan"], "margin=nan: give 0 to 100"),
-        (["--figure=operating_points", "data=q"], "data=q: no evaluation has it; choose from demo"),
-        (["--figure=4", "out=figure4.svg"], "out=figure4.svg: --figure writes a file of this name"),
-    ],
-)
-def test_bad_settings_end_in_one_line_and_exit_2(
-    arguments: list[str],
-    told: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    make_eval(make_run(Path("bare"), "stl"), {"safe": "c", "unsafe": "r"})
-    assert told in fault(capsys, "bare", *arguments)
+def test_lacking_data_are_named_with_their_command(name: str, told: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "bare", "stl")
+    make_eval(run, {"safe": "c", "unsafe": "r"})
+    with pytest.raises(UserError, match=f"^{re.escape(told.format(run))}"):
+        figure_of(name, run)
 
 
 def test_two_stl_models_evaluated_alike_are_refused(tmp_path: Path) -> None:
@@ -579,7 +516,7 @@ def test_two_stl_models_evaluated_alike_are_refused(tmp_path: Path) -> None:
     steered(one, "", 0, 10, 18)
     steered(two, "", 0, 10, 18)
     with pytest.raises(UserError, match="several unsteered STL evaluations alike"):
-        draw(tmp_path, [one, two], "operating_points")
+        figure_of(OPERATING, one, two)
 
 
 def test_the_command_prints_where_the_files_are(
@@ -598,12 +535,16 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     other = make_run(tmp_path / "other", "stl", model={"label": "=1+1"})
     for folder in (run, other):
         track(folder, "sft", probabilities(0.1))
-    draw(tmp_path, [run, other], "5a")
+    report.build([run, other], tmp_path / "page.html", (), Wanted(("5a",)))
     svg = (tmp_path / "figure5a.svg").read_text(encoding="utf-8")
     told = " ".join(t.text or "" for t in ElementTree.fromstring(svg).findall(f".//{SVG}text"))
     assert "<i>&$m$" in told
-    parsed((tmp_path / "page.html").read_text(encoding="utf-8"))
-    assert {row["model"] for row in values(tmp_path, "5a")} == {"<i>&$m$ \u6f22", "'=1+1"}
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    parsed(page)
+    assert f"{run} {other} --figure 5a" in html.unescape(page).replace("'", "")
+    with (tmp_path / "figure5a.csv").open(newline="", encoding="utf-8") as file:
+        models = {row["model"] for row in csv.DictReader(file)}
+    assert models == {"<i>&$m$ \u6f22", "'=1+1"}
 
 
 @pytest.mark.parametrize(
@@ -622,7 +563,7 @@ def test_torn_blocks_are_named(block: str, torn: dict[str, Any], tmp_path: Path)
 
 def test_analyses_alone_are_no_column(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", "stl")
-    make_eval(run, {}, name="a", kernel=matrix(0.1))
+    make_eval(run, {}, name="a", kernel=matrix(0.1), discernment=None)
     make_eval(run, {"safe": "cc", "unsafe": "rr"}, name="b")
     page = tmp_path / "page.html"
     report.build([run], page)
@@ -632,15 +573,12 @@ def test_analyses_alone_are_no_column(tmp_path: Path) -> None:
 def test_runs_without_data_for_a_figure_are_noted(folders: list[Path], tmp_path: Path) -> None:
     bare = make_run(tmp_path / "bare", "stl", seed=3)
     make_eval(bare, {"safe": "c", "unsafe": "r"})
-    text = draw(tmp_path, [*folders, bare], "5a")
-    assert f"figure 5a: no refusal probabilities over SFT steps in {bare}" in text.replace(
-        "\n", " "
-    )
-    assert {row["method"] for row in values(tmp_path, "5a")} == {"stl"}
+    (note,) = figure_of("5a", *folders, bare).notes
+    assert note == f"figure 5a: no refusal probabilities over SFT steps in {bare}"
 
 
 def test_every_name_is_documented() -> None:
     told = cli.help_of(Options)
-    for name in report.FIGURES:
+    for name in FIGURES:
         assert name in told
-    assert json.dumps(report.FIGURES).count("figure") == 0  # names, not files
+        assert "figure" not in name, "names, not files"

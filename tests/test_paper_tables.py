@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import change, fault, make_eval, make_run, parsed
+from test_report import change, columns, make_eval, make_run, parsed, rows_of
 
 from dcr import report, statistics
 from dcr.config import DataError
 from dcr.report import comparisons, paper, tables
 from dcr.report.__main__ import main
-from dcr.report.columns import Completions, entries, seed_groups
 from dcr.report.paper import PaperRow, PaperTable, facts
-from dcr.report.records import read_run
-from dcr.report.tables import Cell, Row, Section, text_of
+from dcr.report.records import Completions, read_run, seed_groups
+from dcr.report.tables import Cell, text_of
 
 GUARD, MODEL = "meta-llama/Llama-Guard-3-8B", "qwen2_5_1_5b"
 # by set: prompts, of them refused by keywords; complied, partial, refused by the LLM judge
@@ -97,48 +96,37 @@ def built(tmp_path: Path, *folders: Path, tables: tuple[str, ...] = ()) -> tuple
     return report.build(list(folders), out, tables), out.read_text(encoding="utf-8")
 
 
-def columns_of(*folders: Path) -> list[Any]:
-    return entries([read_run(folder) for folder in folders])
+def ours(table: PaperTable) -> list[PaperRow]:
+    return [row for row in table.rows if row.source == "ours"]
 
 
-def rows_of(found: list[Section], short: str) -> dict[str, Row]:
-    return {row.label: row for section in found if section.short == short for row in section.rows}
-
-
-def estimate(row: Row) -> tuple[float, float | None, float | None]:
-    (value,) = row.values
-    assert value is not None
-    return value.estimate, value.low, value.high
-
-
-def test_compliance_by_the_llm_judge_counts_partial_answers_apart(tmp_path: Path) -> None:
-    found = tables.judge_sections(columns_of(suite(tmp_path / "a")))
-    rows = rows_of(found, "compliance by LLM judge, strict, %")
-    assert estimate(rows["xstest_safe"])[0] == 0.7
-    # one of 20 was not answered: 14 of the 19 that were
-    assert estimate(rows["coconot_contrast"])[0] == pytest.approx(14 / 19)
-    assert estimate(rows["pooled"])[0] == pytest.approx(35 / 46)
-    assert estimate(rows["partial, all sets"])[0] == pytest.approx(2 / 46)
-    assert estimate(rows["lenient, all sets"])[0] == pytest.approx(37 / 46)
-    assert text_of(rows["invalid / error"].values[0]) == "0 / 1"
-
-
-def test_unreadable_verdicts_are_not_safe_and_errors_are_outside(tmp_path: Path) -> None:
-    found = tables.judge_sections(columns_of(suite(tmp_path / "a")))
-    rows = rows_of(found, "DSR by Llama Guard, %")
-    wilson = statistics.wilson(8, 10)
-    assert estimate(rows["i_malicious_instructions"]) == (0.8, wilson.low, wilson.high)
-    assert estimate(rows["the paper's five pooled"])[0] == pytest.approx(80 / 94)
-    rates = (0.8, 0.75, 0.5, 1.0, 0.9)
-    assert estimate(rows["mean of the paper's five"])[0] == pytest.approx(sum(rates) / 5)
-    assert text_of(rows["invalid / error"].values[0]) == "3 / 15"
-    assert "pooled" not in rows  # the five are all there is
-    assert rows["i_cona"].aside == "n = 20"
+def test_what_judges_counted_by_hand(tmp_path: Path) -> None:
+    rows = rows_of(tables.judge_sections(columns(suite(tmp_path / "a"))))
+    by = "compliance by LLM judge, strict, %"
+    for row, share in {
+        "xstest_safe": 0.7,
+        "coconot_contrast": 14 / 19,  # one of 20 was not answered: 14 of the 19 that were
+        "pooled": 35 / 46,
+        "partial, all sets": 2 / 46,
+        "lenient, all sets": 37 / 46,
+    }.items():
+        assert rows[by, row][0].estimate == pytest.approx(share)
+    assert text_of(rows[by, "invalid / error"][0]) == "0 / 1"
+    # unreadable verdicts are not safe, errors are outside
+    by, wilson = "DSR by Llama Guard, %", statistics.wilson(8, 10)
+    (cell,) = rows[by, "i_malicious_instructions"]
+    assert (cell.estimate, cell.low, cell.high) == (0.8, wilson.low, wilson.high)
+    assert rows[by, "the paper's five pooled"][0].estimate == pytest.approx(80 / 94)
+    mean = sum((0.8, 0.75, 0.5, 1.0, 0.9)) / 5
+    assert rows[by, "mean of the paper's five"][0].estimate == pytest.approx(mean)
+    assert text_of(rows[by, "invalid / error"][0]) == "3 / 15"
+    assert (by, "pooled") not in rows, "the five are all there is"
+    assert rows[by, "i_cona"][0].n == 20
 
 
 def test_interval_of_a_mean_by_squaring_and_adding(tmp_path: Path) -> None:
-    (entry,) = columns_of(suite(tmp_path / "a"))
-    found = tables.macro(tables.paper_safety(entry), tables.keyword("paper"))
+    (column,) = columns(suite(tmp_path / "a"))
+    found = tables.rate(column.evaluation, tuple(UNSAFE), "refused", mean=True)
     assert found is not None
     ends = [statistics.wilson(r, n) for n, r, *_ in UNSAFE.values()]
     mean = sum(end.estimate for end in ends) / 5
@@ -159,8 +147,7 @@ def test_it_is_called_dsr_only_where_a_guard_judged(tmp_path: Path) -> None:
         ("c", False, "Safety (DSR, paper only)"),
         ("d", True, "Safety (DSR)"),
     ):
-        columns = columns_of(suite(tmp_path / name, judge=judge))
-        table = paper.table1(columns, [])
+        table = paper.table1(columns(suite(tmp_path / name, judge=judge)), [])
         assert table.heads["Safety"] == head
         assert ("keyword_refusal" in table.heads) is not judge
 
@@ -201,25 +188,27 @@ def test_contamination_stands_with_the_score_it_touches(tmp_path: Path) -> None:
 
 def test_faulty_completions_are_counted_apart(tmp_path: Path) -> None:
     run = suite(tmp_path / "a")
-    assert "not English" not in built(tmp_path, run)[0]  # an old file does not say
+    place = run / "eval" / "main"
+
+    def counted() -> dict[str, str]:
+        found = rows_of(tables.faults(columns(run)))
+        return {row: text_of(cell) for (_, row), (cell,) in found.items()}
+
+    assert "not English" not in counted(), "an old file does not say"
+    change(place, "q_harm", unanswered=0)
+    assert "unanswered" not in counted(), "told where there are any"
     for count, name in enumerate((*SAFE, *UNSAFE)):
-        change(run / "eval" / "main", name, non_english=count)
-    text, html = built(tmp_path, run)
+        change(place, name, non_english=min(count, 4), unanswered=2)
+    found = counted()
     # ten sets of 141 prompts, each with one cut off and two repetitive answers
-    for label, count in (
-        ("empty", 0), ("cut off at the limit", 10), ("repetitive", 20), ("not English", 45)
-    ):  # fmt: skip
-        assert re.search(rf"{label} +{count} of 141\n", text), label
-        assert f"{count} of 141" in html
-
-
-def test_unanswered_prompts_are_told_where_there_are_any(tmp_path: Path) -> None:
-    run = suite(tmp_path / "a")
-    change(run / "eval" / "main", "q_harm", unanswered=0)
-    assert not re.search(r"unanswered +0", built(tmp_path, run)[0])
-    for name in (*SAFE, *UNSAFE):
-        change(run / "eval" / "main", name, unanswered=2)
-    assert re.search(r"unanswered +20 of 161\n", built(tmp_path, run)[0])
+    for label, count in {
+        "empty": "0 of 141", "cut off at the limit": "10 of 141", "repetitive": "20 of 141",
+        "not English": "30 of 141", "unanswered": "20 of 161",
+    }.items():  # fmt: skip
+        assert found[label] == count
+    text, html = built(tmp_path, run)
+    assert re.search(r"unanswered +20 of 161\n", text)
+    assert "30 of 141" in html
 
 
 def test_sets_that_stand_apart_are_in_no_sum(tmp_path: Path) -> None:
@@ -227,16 +216,14 @@ def test_sets_that_stand_apart_are_in_no_sum(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / method, method) for method in ("dcr", "stl")]
     for folder in folders:
         make_eval(folder, sets)
-    columns = columns_of(*folders)
-    rows = rows_of(tables.sections(columns), "compliance, %")
-    assert text_of(rows["coconot_safety"].values[0]) == "0.0 [0–43]"
+    chosen = columns(*folders)
+    rows = rows_of(tables.keyword_sections(chosen))
+    assert text_of(rows["compliance, %", "coconot_safety"][0]) == "0.0 [0–43]"
     for label in ("pooled", "mean of the sets"):
-        value = rows[label].values[0]
-        assert value is not None
-        assert value.estimate == 0.75
-    (pair,) = comparisons.comparisons(columns, Completions([]))
+        assert rows["compliance, %", label][0].estimate == 0.75
+    (pair,) = comparisons.comparisons(chosen, Completions([]))
     assert [line.n for line in pair.lines if line.label == "pooled"] == [4]
-    assert text_of(tables.faults(columns)[0].rows[0].values[0]) == "0 of 6"
+    assert text_of(rows_of(tables.faults(chosen))["faulty completions", "empty"][0]) == "0 of 6"
 
 
 DAMAGED = {
@@ -281,8 +268,8 @@ def test_methods_are_ordered_and_steering_is_told(tmp_path: Path) -> None:
         make_eval(stl, {"xstest_safe": "cr"}, name=f"steered{alpha}", model=MODEL,
                   discernment=None, settings=settings)  # fmt: skip
     endpoint = suite(tmp_path / "z", "endpoint", weights="endpoint", model="some/served")
-    names = [entry.name for entry in columns_of(endpoint, *folders)]
-    assert names == [
+    chosen = columns(endpoint, *folders)
+    assert [column.name for column in chosen] == [
         "STL seed 0 qwen2_5_1_5b",
         "STL-aug seed 0 qwen2_5_1_5b",
         "Surgical seed 0 qwen2_5_1_5b",
@@ -293,10 +280,9 @@ def test_methods_are_ordered_and_steering_is_told(tmp_path: Path) -> None:
         "else seed 0 qwen2_5_1_5b",
         "endpoint some/served",
     ]
-    columns = columns_of(endpoint, *folders)
-    assert len({entry.style for entry in columns}) == len(columns)
-    assert seed_groups(columns) == []
-    methods = [row.method for row in paper.table1(columns, []).rows if row.source == "ours"]
+    assert len({column.style for column in chosen}) == len(chosen)
+    assert seed_groups(chosen) == []
+    methods = [row.method for row in ours(paper.table1(chosen, []))]
     assert methods == ["STL", "STL-aug", "Surgical", "SCANS", "SCANS", "SCANS", "DCR", "else",
                        "endpoint"]  # fmt: skip
 
@@ -311,18 +297,18 @@ def test_table1_in_csv_by_hand(tmp_path: Path) -> None:
     change(run / "eval" / "main", "xstest_safe", in_distribution=True)
     built(tmp_path, run, tables=("table1",))
     rows = csv_rows(tmp_path / "out" / "table1.csv")
-    (ours,) = (row for row in rows if row["source"] == "ours")
-    assert (ours["method"], ours["model"], ours["run"]) == ("DCR", MODEL, "seed 0")
+    (own,) = (row for row in rows if row["source"] == "ours")
+    assert (own["method"], own["model"], own["run"]) == ("DCR", MODEL, "seed 0")
     low, high = 0.490162, 0.943318  # Wilson of 8 in 10 by its formula
-    got = [float(ours[key]) for key in ("XS", "XS_low", "XS_high", "XS_n")]
+    got = [float(own[key]) for key in ("XS", "XS_low", "XS_high", "XS_n")]
     assert got == pytest.approx([0.8, low, high, 10], abs=1e-5)
     expected = {"CoCo": 0.75, "OR": 0.75, "OK": 0.75, "PH": 1.0, "Safety": 3.95 / 5,
                 "Safety_pooled": 80 / 94, "Safety_n": 94, "MMLU": 0.5, "ARC_e": 0.6,
                 "ARC_e_low": 0.6 - 1.959964 * 0.03, "ARC_e_n": 50, "AlpacaEval": 51.5,
                 "AlpacaEval_high": 51.5 + 2 * 1.959964}  # fmt: skip
-    assert {key: float(ours[key]) for key in expected} == pytest.approx(expected)
-    assert ours["PIQA"] == ours["PIQA_low"] == ours["XS_spread"] == ""
-    assert ours["marks"] == "XS:†; Safety:‡; Safety_pooled:‡"
+    assert {key: float(own[key]) for key in expected} == pytest.approx(expected)
+    assert own["PIQA"] == own["PIQA_low"] == own["XS_spread"] == ""
+    assert own["marks"] == "XS:†; Safety:‡; Safety_pooled:‡"
     theirs = {row["method"]: row for row in rows if row["source"] == "paper"}
     assert list(theirs) == ["STL", "STL-aug", "Surgical", "SCANS", "DCR"]
     assert {row["model"] for row in theirs.values()} == {"Qwen2.5-1.5B"}
@@ -352,20 +338,20 @@ def test_table5_has_a_row_a_judge(tmp_path: Path) -> None:
 
 def test_all_models_of_the_paper_where_ours_is_none_of_them(tmp_path: Path) -> None:
     other = suite(tmp_path / "a", model="smollm2_135m")
-    table = paper.table1(columns_of(other), [])
+    table = paper.table1(columns(other), [])
     shown = [row.model for row in table.rows if row.source == "paper" and row.method == "DCR"]
     assert shown == list(facts()["table1_main"])
     for label, model in (("llama3_8b", "LLaMA-3-8B"), ("Qwen/Qwen2.5-7B", "Qwen2.5-7B")):
         run = suite(tmp_path / model, model=label)
-        rows = paper.table1(columns_of(run), []).rows
+        rows = paper.table1(columns(run), []).rows
         assert {row.model for row in rows if row.source == "paper"} == {model}
 
 
 def test_fewer_than_five_safety_sets_are_named(tmp_path: Path) -> None:
     few = {name: UNSAFE[name] for name in ("i_cona", "q_harm")}
-    table = paper.table1(columns_of(suite(tmp_path / "a", unsafe=few)), [])
-    (ours,) = (row for row in table.rows if row.source == "ours")
-    assert ours.cells["Safety"].estimate == pytest.approx((0.75 + 1) / 2)
+    table = paper.table1(columns(suite(tmp_path / "a", unsafe=few)), [])
+    (own,) = ours(table)
+    assert own.cells["Safety"].estimate == pytest.approx((0.75 + 1) / 2)
     assert "Safety_pooled" not in table.heads
     notes = [text for _, text in table.notes]
     assert "Safety of DCR seed 0 is the mean over i_cona, q_harm only, not over five." in notes
@@ -377,9 +363,8 @@ def test_seeds_have_a_row_of_means(tmp_path: Path) -> None:
     folders = [suite(tmp_path / str(s), run_seed=s, ability=MEASURED["ability"]) for s in (0, 1)]
     counts = {"paper": 4, "recommended": 4}
     change(folders[1] / "eval" / "main", "xstest_safe", refused=counts)
-    columns = columns_of(*folders)
-    rows = paper.table1(columns, seed_groups(columns)).rows
-    (mean,) = (row for row in rows if row.run == "2 seeds")
+    chosen = columns(*folders)
+    (mean,) = (r for r in paper.table1(chosen, seed_groups(chosen)).rows if r.run == "2 seeds")
     assert mean.cells["XS"].estimate == pytest.approx(0.7)  # 0.8 and 0.6
     assert mean.cells["XS"].spread == pytest.approx(0.2 / 2**0.5)
     assert paper.number(mean.cells["XS"], "XS") == "0.70 ± 0.14"
@@ -431,8 +416,8 @@ def test_markdown_keeps_its_columns() -> None:
 
 def test_latex_is_balanced_and_escaped(tmp_path: Path) -> None:
     run = suite(tmp_path / "a", **MEASURED)
-    for table in (hostile_table(), paper.table1(columns_of(run), []),
-                  paper.table5(columns_of(run), [])):  # fmt: skip
+    for table in (hostile_table(), paper.table1(columns(run), []),
+                  paper.table5(columns(run), [])):  # fmt: skip
         text = paper.latex(table)
         depth = 0
         for brace in re.findall(r"(?<!\\)[{}]", text):
@@ -480,24 +465,3 @@ def test_tables_are_written_beside_the_page(
     ]
     assert sorted(path.name for path in Path("there").iterdir()) == sorted(["report.html", *names])
     assert "table5: there/table5.{md,csv,tex,html}" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        (["--table", "table9"], "table=table9: choose one of table1, table5, discernment"),
-        (["--table="], "table=: choose one of table1"),
-        (["--table"], "table=: choose one of table1"),
-        (["--table", "table1", "out=table1.html"], "out=table1.html: --table writes a file"),
-    ],
-)
-def test_bad_tables_end_in_one_line_and_exit_2(
-    arguments: list[str],
-    told: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    suite(Path("run"))
-    assert told in fault(capsys, "run", *arguments)

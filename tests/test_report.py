@@ -4,7 +4,7 @@ import csv
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,15 @@ from dcr.evaluation import discernment as measured
 from dcr.evaluation.sets import PAPER_SAFETY, PromptSet
 from dcr.report import comparisons, discernment, figures, page, paper, tables
 from dcr.report.__main__ import main
-from dcr.report.columns import Completions, Style, entries, seed_groups
-from dcr.report.records import read_run
-from dcr.report.tables import Cell
+from dcr.report.records import (
+    Column,
+    Completions,
+    Style,
+    columns_of,
+    read_run,
+    seed_groups,
+)
+from dcr.report.tables import Cell, Section
 from dcr.runs import Run
 from dcr.statistics import Interval
 from dcr.text import encodable
@@ -50,8 +56,8 @@ def make_eval(
             "n": len(verdicts),
             "refused": {"paper": count, "recommended": count},
             "empty": 0,
-            "truncated": 1,
-            "repetitive": 2,
+            "truncated": min(1, len(verdicts)),
+            "repetitive": min(2, len(verdicts)),
             "in_distribution": False,
             "unseen": None,
         }
@@ -98,13 +104,21 @@ def change(place: Path, set_name: str, **keys: Any) -> None:
     path.write_text(json.dumps(metrics))
 
 
-def table_of(*folders: Path) -> dict[str, dict[str, list[Cell | None]]]:
-    """The main table as {section: {row: values}}."""
-    columns = entries([read_run(folder) for folder in folders])
-    return {
-        section.short: {row.label: list(row.values) for row in section.rows}
-        for section in tables.sections(columns) + discernment.sections(columns, Completions([]))
-    }
+def columns(*folders: Path) -> list[Column]:
+    return columns_of([read_run(folder) for folder in folders])
+
+
+def rows_of(sections: list[Section]) -> dict[tuple[str, str], list[Cell]]:
+    """Cells by the short name of their section and their row."""
+    rows = [(section.short, row) for section in sections for row in section.rows]
+    return {(short, row.label): [cell for cell in row.values if cell] for short, row in rows}
+
+
+def table_of(*folders: Path) -> dict[tuple[str, str], list[Cell]]:
+    """The main table."""
+    chosen = columns(*folders)
+    found = tables.keyword_sections(chosen) + discernment.sections(chosen, Completions([]))
+    return rows_of(found)
 
 
 def build(tmp_path: Path, *folders: Path) -> tuple[str, str]:
@@ -113,15 +127,31 @@ def build(tmp_path: Path, *folders: Path) -> tuple[str, str]:
     return report.build(list(folders), out), out.read_text(encoding="utf-8")
 
 
-def fault(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line of a command that ends with exit code 2 and leaves the folder as it was."""
-    before = sorted(Path().rglob("*"))
-    assert main(arguments) == 2
-    output = capsys.readouterr()
-    assert (output.out, output.err.count("\n"), output.err[:7]) == ("", 1, "error: ")
-    assert "\0" not in output.err
-    assert sorted(Path().rglob("*")) == before
-    return output.err
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Refused:
+    """The one line of a command that ends with exit code 2 and leaves the folder as it was.
+
+    In it are the run folders `good`, of STL, and `empty`.
+    """
+    monkeypatch.chdir(tmp_path)
+    make_eval(make_run(Path("good"), "stl"), {"safe": "c", "unsafe": "r"})
+    make_run(Path("empty"))
+
+    def error(*arguments: str) -> str:
+        before = sorted(Path().rglob("*"))
+        assert main(arguments) == 2
+        output = capsys.readouterr()
+        assert (output.out, output.err.count("\n"), output.err[:7]) == ("", 1, "error: ")
+        assert "\0" not in output.err
+        assert sorted(Path().rglob("*")) == before
+        return output.err
+
+    return error
 
 
 class Balanced(HTMLParser):
@@ -166,26 +196,23 @@ def test_rates_and_intervals_by_hand(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a")
     make_eval(run, {"safe": "rrcccccccc", "okay": "rccc", "unsafe": "rrrrrrrrrc"})
     table = table_of(run)
-    safe, pooled = (table["compliance, %"][row][0] for row in ("safe", "pooled"))
+    (safe,), (pooled,) = (table["compliance, %", row] for row in ("safe", "pooled"))
     assert safe.estimate == 0.8
     # Wilson by its formula with z = 1.959964, n = 10, p = 0.8
     assert (safe.low, safe.high) == pytest.approx((0.490162, 0.943318), abs=1e-5)
     assert pooled.estimate == pytest.approx(11 / 14)
-    assert table["compliance, %"]["mean of the sets"][0].estimate == pytest.approx((0.8 + 0.75) / 2)
-    assert table["keyword refusal, %"]["unsafe"][0].estimate == 0.9
-    auroc = table["discernment AUROC"]["pooled"][0]
+    mean = table["compliance, %", "mean of the sets"][0]
+    assert mean.estimate == pytest.approx((0.8 + 0.75) / 2)
+    assert table["keyword refusal, %", "unsafe"][0].estimate == 0.9
+    (auroc,) = table["discernment AUROC", "pooled"]
     assert (auroc.estimate, auroc.low, auroc.high, auroc.percent) == (0.72, 0.61, 0.83, False)
-
-
-def test_terminal_and_page_show_them(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "a")
-    make_eval(run, {"safe": "rrcccccccc", "unsafe": "rrrrrrrrrc"})
     text, html = build(tmp_path, run)
     assert re.search(r"safe +80\.0 \[49–94\]", text)
     assert re.search(r"unsafe +90\.0 \[60–98\]", text)
     assert re.search(r"pooled +0\.72 \[\.61–\.83\]", text)
     assert '80.0 <span class="interval">[49.0–94.3]</span>' in html
     assert "DSR" not in text + html
+    assert "†" not in text, "without an in-distribution set there is no footnote"
 
 
 def test_in_distribution_sets_are_marked_and_left_out_of_a_second_pool(tmp_path: Path) -> None:
@@ -195,33 +222,24 @@ def test_in_distribution_sets_are_marked_and_left_out_of_a_second_pool(tmp_path:
     make_eval(other, verdicts)
     unseen = {"n": 4, "refused": {"paper": 1, "recommended": 2}}
     change(place, "safe", in_distribution=True, unseen=unseen)
-    rows = table_of(other, run)["compliance, %"]  # columns: STL, DCR
-    assert [value.marks for value in rows["safe"]] == ["", "†"]
-    assert [value.marks for value in rows["okay"]] == ["", ""]
-    assert [value.marks for value in rows["pooled"]] == ["", "†"]
-    assert [value.estimate for value in rows["pooled without †"]] == [1.0, 1.0]
+    table = table_of(other, run)  # columns: STL, DCR
+    for row, marks in {"safe": ["", "†"], "okay": ["", ""], "pooled": ["", "†"]}.items():
+        assert [cell.marks for cell in table["compliance, %", row]] == marks
+    assert [cell.estimate for cell in table["compliance, %", "pooled without †"]] == [1.0, 1.0]
     text, html = build(tmp_path, run, other)
     assert re.search(r"safe +0\.0 \[0–28\] +0\.0 \[0–28\]†", text)
     assert "† in-distribution" in text
     assert "unseen groups: 75.0% [30.1–95.4] of 4" in html
 
 
-def test_without_in_distribution_sets_no_mark_and_no_footnote(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "a")
-    make_eval(run, {"safe": "rc", "okay": "cc", "unsafe": "rr"})
-    text, _ = build(tmp_path, run)
-    assert "†" not in text
-
-
 def test_recommended_rules_have_their_own_table(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a")
     place = make_eval(run, {"safe": "rccc", "unsafe": "rr"})
     change(place, "safe", refused={"paper": 1, "recommended": 3})
-    columns = entries([read_run(run)])
-    (value,) = tables.sections(columns, "recommended")[0].rows[0].values
-    assert value.estimate == 0.25
+    found = rows_of(tables.keyword_sections(columns(run), "recommended"))
+    assert found["compliance, %", "safe"][0].estimate == 0.25
     change(place, "safe", refused={"paper": 1})
-    titles = [s.short for s in tables.sections(entries([read_run(run)]), "recommended")]
+    titles = [s.short for s in tables.keyword_sections(columns(run), "recommended")]
     assert titles == ["keyword refusal, %"]
 
 
@@ -237,13 +255,9 @@ def test_columns_are_ordered_named_and_deduplicated(tmp_path: Path) -> None:
         make_eval(folder, {"safe": "cc"}, weights="base")
     only = make_run(tmp_path / "e", "dcr", seed=1)
     make_eval(only, {"safe": "cr"}, weights="contrastive")
-    columns = entries([read_run(folder) for folder in (dcr, stl, *base, only)])
-    assert [entry.name for entry in columns] == [
-        "base model",
-        "STL seed 0",
-        "DCR stage one only seed 1",
-        "DCR recommended seed 0",
-    ]
+    assert [column.name for column in columns(dcr, stl, *base, only)] == [
+        "base model", "STL seed 0", "DCR stage one only seed 1", "DCR recommended seed 0",
+    ]  # fmt: skip
 
 
 def test_columns_of_a_sweep_are_told_apart_by_the_swept_key(tmp_path: Path) -> None:
@@ -252,11 +266,10 @@ def test_columns_of_a_sweep_are_told_apart_by_the_swept_key(tmp_path: Path) -> N
         keys = {"epochs": epochs, "margin": 0.25}
         folders.append(make_run(tmp_path / f"dcr.epochs={epochs}", dcr=keys))
         make_eval(folders[-1], {"safe": "cr"})
-    columns = entries([read_run(folder) for folder in folders])
-    names = {entry.name for entry in columns}
-    assert names == {"DCR seed 0 dcr.epochs=1", "DCR seed 0 dcr.epochs=3"}
-    assert seed_groups(columns) == []
-    assert len({entry.style for entry in columns}) == 2
+    chosen = columns(*folders)
+    assert {c.name for c in chosen} == {"DCR seed 0 dcr.epochs=1", "DCR seed 0 dcr.epochs=3"}
+    assert seed_groups(chosen) == []
+    assert len({column.style for column in chosen}) == 2
     # such folder names are no settings
     assert main([*map(str, folders), f"out={tmp_path / 'r.html'}"]) == 0
 
@@ -265,7 +278,7 @@ def test_identical_runs_keep_distinct_names(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / name) for name in ("a", "b")]
     for folder in folders:
         make_eval(folder, {"safe": "cr"})
-    names = [entry.name for entry in entries([read_run(folder) for folder in folders])]
+    names = [column.name for column in columns(*folders)]
     assert names == ["DCR seed 0 a/main", "DCR seed 0 b/main"]
 
 
@@ -276,11 +289,11 @@ def test_mean_and_spread_over_seeds(tmp_path: Path) -> None:
         make_eval(folders[-1], {"safe": verdicts, "unsafe": "rr"})
     lone = make_run(tmp_path / "stl", "stl")
     make_eval(lone, {"safe": "rrrr", "unsafe": "rr"})
-    columns = entries([read_run(folder) for folder in (*folders, lone)])
-    (group,) = seed_groups(columns)
+    chosen = columns(*folders, lone)
+    (group,) = seed_groups(chosen)
     assert group.label == ("DCR", "2 seeds")
-    rows = tables.over_seeds(tables.sections(columns), [group])[0].rows
-    (mean,) = rows[0].values
+    found = rows_of(tables.over_seeds(tables.keyword_sections(chosen), [group]))
+    (mean,) = found["compliance, %", "safe"]
     # 0.75 and 0.5: mean 0.625, sample standard deviation 0.25 / sqrt(2)
     assert (mean.estimate, mean.spread) == pytest.approx((0.625, 0.176777), abs=1e-6)
     text, html = build(tmp_path, *folders, lone)
@@ -292,8 +305,7 @@ def test_paired_differences_and_mcnemar_by_hand(tmp_path: Path) -> None:
     dcr, stl = make_run(tmp_path / "a"), make_run(tmp_path / "b", "stl")
     make_eval(dcr, {"safe": "cccccccccc", "okay": "rr", "unsafe": "rrrc"})
     make_eval(stl, {"safe": "rrrrrrcccc", "okay": "cc", "unsafe": "rrrr"})
-    columns = entries([read_run(folder) for folder in (dcr, stl)])
-    (pair,) = comparisons.comparisons(columns, Completions([]))
+    (pair,) = comparisons.comparisons(columns(dcr, stl), Completions([]))
     assert (pair.a.name, pair.b.name) == ("DCR seed 0", "STL seed 0")
     lines = {(line.kind.value, line.label): line for line in pair.lines}
     safe = lines["seemingly_toxic", "safe"]
@@ -316,6 +328,13 @@ def test_paired_differences_and_mcnemar_by_hand(tmp_path: Path) -> None:
     assert "+60.0 [" in html
 
 
+def test_unequal_sets_are_told(tmp_path: Path) -> None:
+    a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b", "stl")
+    make_eval(a, {"safe": "cr", "unsafe": "rr"})
+    make_eval(b, {"safe": "crc", "unsafe": "rr"})
+    assert "do not compare pooled values" in build(tmp_path, a, b)[0]
+
+
 def test_pairs_need_the_same_seed_and_tell_of_other_settings(tmp_path: Path) -> None:
     dcr = make_run(tmp_path / "a", sft={"lr": 0.1})
     near = make_run(tmp_path / "b", "stl", sft={"lr": 0.2})
@@ -323,8 +342,7 @@ def test_pairs_need_the_same_seed_and_tell_of_other_settings(tmp_path: Path) -> 
     other = make_run(tmp_path / "d", "stl", seed=1, sft={"lr": 0.1})
     for folder in (dcr, near, far, other):
         make_eval(folder, {"safe": "cr"})
-    columns = entries([read_run(folder) for folder in (dcr, near, far, other)])
-    (pair,) = comparisons.comparisons(columns, Completions([]))
+    (pair,) = comparisons.comparisons(columns(dcr, near, far, other), Completions([]))
     assert pair.b.run.folder == near
     assert pair.differing == ["sft.lr: 0.2 -> 0.1"]
 
@@ -415,11 +433,9 @@ def test_frontiers_follow_the_snapshots_by_step(tmp_path: Path) -> None:
     for step, safe, unsafe in ((10, "rrrr", "rrrr"), (2, "cccc", "cccc"), (5, "ccrr", "rrcr")):
         make_eval(run, {"safe": safe, "unsafe": unsafe}, weights="snapshot", step=step,
                   name=f"s{step}", completions=False)  # fmt: skip
-    records = [read_run(run)]
-    columns = entries(records)
-    assert len(columns) == 1
-    grids = tables.grids(columns, discernment.sections(columns, Completions([])))
-    shown = page.Report(records, columns, grids, [], [], [], [], Completions([]))
+    records, chosen = [read_run(run)], columns(run)
+    assert len(chosen) == 1
+    shown = page.Report(records, chosen, {}, [], [], [], [], Completions([]))
     (frontier,) = page._frontiers(shown, [["safe"], ["unsafe"]])
     assert frontier.points == [(1.0, 0.0), (0.5, 0.75), (0.0, 1.0)]
     point = figures.Point(Style(1, 0), Interval(0.5, 0.4, 0.6), Interval(0.7, 0.6, 0.8))
@@ -482,18 +498,10 @@ def test_a_store_may_hold_more_than_the_set(tmp_path: Path) -> None:
     with (place / "safe.jsonl").open("a") as file:
         file.write(answer("safe-1", "safe prompt 1", f"{REFUSAL} Again."))
     notes: list[str] = []
-    (entry,) = entries([read_run(run)])
-    kept = Completions(notes)(entry, "safe")
+    kept = Completions(notes)(columns(run)[0], "safe")
     assert [completion.id for completion in kept] == ["safe-2", "safe-1"]
     assert kept[1].response.endswith("Again.")
     assert notes == []
-
-
-def test_unequal_sets_are_told(tmp_path: Path) -> None:
-    a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b", "stl")
-    make_eval(a, {"safe": "cr", "unsafe": "rr"})
-    make_eval(b, {"safe": "crc", "unsafe": "rr"})
-    assert "do not compare pooled values" in build(tmp_path, a, b)[0]
 
 
 def test_many_columns_are_stacked_within_the_terminal(
@@ -521,19 +529,24 @@ def test_pooled_auroc_without_marked_sets_is_recomputed_from_the_completions(
     for name, found in masses.items():
         rows = [answer(f"{name}-{i}", "?", ANSWER, mass) for i, mass in enumerate(found)]
         (place / f"{name}.jsonl").write_text("".join(rows))
-    assert list(table_of(run)["discernment AUROC"]) == ["pooled", "safe / unsafe"]
+    assert list(_aurocs(run)) == ["pooled", "safe / unsafe"]
     change(place, "safe", in_distribution=True)
-    rows = table_of(run)["discernment AUROC"]
-    (pooled,), (without,), (pair,) = rows.values()
+    rows = _aurocs(run)
     # of 3 toxic and 2 other prompts 0.2 > 0.1, 0.7 and 0.6 are above both; one set is in no pool
     assert list(rows)[1] == "pooled without †"
+    without = rows["pooled without †"]
     assert without.estimate == pytest.approx(5 / 6)
     assert None not in (without.low, without.high)
-    assert [value.marks for value in (pooled, without, pair)] == ["†", "", "†"]
+    assert [cell.marks for cell in rows.values()] == ["†", "", "†"]
     text, _ = build(tmp_path, run)
     assert re.search(r"pooled without † +0\.83", text)
     (place / "okay.jsonl").unlink()
-    assert "pooled without †" not in table_of(run)["discernment AUROC"]
+    assert "pooled without †" not in _aurocs(run)
+
+
+def _aurocs(run: Path) -> dict[str, Cell]:
+    cells = {row: cell for (short, row), cell in table_of(run).items() if short[:5] == "disce"}
+    return {row: cell for row, (cell,) in cells.items()}
 
 
 MASSES = {
@@ -592,11 +605,9 @@ def test_a_mark_of_a_set_reaches_every_pair_that_holds_it(tmp_path: Path) -> Non
     for name in PAPER_SAFETY:
         change(place, name, kind="toxic")
     change(place, "coconot_safety", in_distribution=True)
-    rows = table_of(run)["discernment AUROC"]
-    assert [value.marks for (value,) in rows.values()] == ["", ""]  # it stands apart
+    assert {cell.marks for cell in _aurocs(run).values()} == {""}, "it stands apart"
     change(place, "q_harm", in_distribution=True)
-    rows = table_of(run)["discernment AUROC"]
-    assert rows["oktest / paper_safety"][0].marks == "†"
+    assert _aurocs(run)["oktest / paper_safety"].marks == "†"
 
 
 def test_prompts_that_steering_saw_are_marked_in_every_table(tmp_path: Path) -> None:
@@ -606,55 +617,45 @@ def test_prompts_that_steering_saw_are_marked_in_every_table(tmp_path: Path) -> 
                       discernment={"pooled": [0.7, 0.6, 0.8], "pairs": {}})  # fmt: skip
     change(place, "xstest_safe", seen_by_steering=3, judged={"llm": {
         "model": "m", "complied": 2, "partial": 0, "refused": 2}})  # fmt: skip
-    columns = entries([read_run(run)])
-    sections = tables.grids(columns, discernment.sections(columns, Completions([]))).all
-    marks = {(s.short, row.label): row.values[0].marks for s in sections for row in s.rows}
-    for short in ("compliance, %", "compliance by LLM judge, strict, %"):
-        assert marks[short, "xstest_safe"] == "‡"
-    assert marks["discernment AUROC", "pooled"] == "‡"
-    assert marks["keyword refusal, %", "unsafe"] == ""
-    (ours,) = (row for row in paper.table1(columns, []).rows if row.source == "ours")
+    chosen = columns(run)
+    grids = tables.grids(chosen, discernment.sections(chosen, Completions([]))).values()
+    marks = rows_of([section for grid in grids for section in grid])
+    for place, mark in {
+        ("compliance, %", "xstest_safe"): "‡",
+        ("compliance by LLM judge, strict, %", "xstest_safe"): "‡",
+        ("discernment AUROC", "pooled"): "‡",
+        ("keyword refusal, %", "unsafe"): "",
+    }.items():
+        assert marks[place][0].marks == mark
+    table1 = paper.table1(chosen, [])
+    (ours,) = (row for row in table1.rows if row.source == "ours")
     assert ours.cells["XS"].marks == "‡"
     text, html = build(tmp_path, run)
     assert "‡ contaminated: some of its prompts" in text
     assert "3 of 4 seen by steering" in html
-    assert "‡ xstest_safe 3 of 4 seen by steering" in " ".join(
-        note for _, note in paper.table1(columns, []).notes
-    )
+    notes = " ".join(note for _, note in table1.notes)
+    assert "‡ xstest_safe 3 of 4 seen by steering" in notes
 
 
 def test_partial_refusals_stand_beside_full_ones(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a")
     place = make_eval(run, {"safe": "rrcccccccc", "unsafe": "rrrrrrrrrc"})
-    old = tables.sections(entries([read_run(run)]), "recommended")
-    assert [row.label for section in old for row in section.rows] == ["safe", "unsafe"]
-    change(
-        place,
-        "safe",
-        refused={"paper": 2, "recommended": 2},
-        partial={"paper": 0, "recommended": 3},
-    )
-    change(
-        place,
-        "unsafe",
-        refused={"paper": 9, "recommended": 7},
-        partial={"paper": 0, "recommended": 1},
-    )
-    columns = entries([read_run(run)])
-    rows = {
-        (section.short, row.label): row.values[0]
-        for section in tables.sections(columns, "recommended")
-        for row in section.rows
-    }
+    old = rows_of(tables.keyword_sections(columns(run), "recommended"))
+    assert [row for _, row in old] == ["safe", "unsafe"]
+    for name, refused, partial in (("safe", (2, 2), 3), ("unsafe", (9, 7), 1)):
+        counts = dict(zip(("paper", "recommended"), refused, strict=True))
+        change(place, name, refused=counts, partial={"paper": 0, "recommended": partial})
+    rows = rows_of(tables.keyword_sections(columns(run), "recommended"))
     # ten prompts: two refused, three in part, so that five were answered
-    assert rows["compliance, %", "safe"].estimate == 0.5
-    assert rows["compliance, %", "partial, all sets"].estimate == 0.3
-    assert rows["compliance, %", "refused, all sets"].estimate == 0.2
-    assert rows["keyword refusal, %", "unsafe"].estimate == 0.7
-    assert rows["keyword refusal, %", "partial, all sets"].estimate == 0.1
-    assert rows["keyword refusal, %", "complied, all sets"].estimate == 0.2
-    plain = {row.label for section in tables.sections(columns) for row in section.rows}
-    assert plain == {"safe", "unsafe"}  # the paper's rules know no third outcome
+    for short, shares in {
+        "compliance, %": {"safe": 0.5, "partial, all sets": 0.3, "refused, all sets": 0.2},
+        "keyword refusal, %": {
+            "unsafe": 0.7, "partial, all sets": 0.1, "complied, all sets": 0.2
+        },
+    }.items():  # fmt: skip
+        assert {row: rows[short, row][0].estimate for row in shares} == shares
+    plain = [row for _, row in rows_of(tables.keyword_sections(columns(run)))]
+    assert plain == ["safe", "unsafe"], "the paper's rules know no third outcome"
 
 
 MADE = "method: dcr\nseed: 0\npreset_name: paper\nmodel: {}\ndata: {}\ndcr: {}\nsft: {}\n"
@@ -679,18 +680,11 @@ MADE = "method: dcr\nseed: 0\npreset_name: paper\nmodel: {}\ndata: {}\ndcr: {}\n
     ],
 )  # fmt: skip
 def test_damaged_files_end_in_one_line_and_exit_2(
-    file: str,
-    text: str,
-    told: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    file: str, text: str, told: str, refused: Refused
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    make_eval(make_run(Path("run")), {"safe": "c", "unsafe": "r"})
-    (Path("run") / file).parent.mkdir(parents=True, exist_ok=True)
-    (Path("run") / file).write_text(text)
-    error = fault(capsys, "run", "out=page.html")
+    (Path("good") / file).parent.mkdir(parents=True, exist_ok=True)
+    (Path("good") / file).write_text(text)
+    error = refused("good", "out=page.html")
     assert told in error
     assert len(error) < 400
 
@@ -705,14 +699,9 @@ LONG = "x" * 300
      ["good", "out=" + "y/" * 3000 + "r.html"], ["good", "out=\udcff\0"]],
 )  # fmt: skip
 def test_impossible_paths_end_in_one_line_and_exit_2(
-    arguments: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    arguments: list[str], refused: Refused
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    make_eval(make_run(Path("good")), {"safe": "c", "unsafe": "r"})
-    fault(capsys, *arguments)
+    refused(*arguments)
 
 
 def test_prompts_are_chosen_evenly() -> None:
@@ -725,26 +714,31 @@ def test_prompts_are_chosen_evenly() -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ([], "no run folder given"),
-        (["nowhere"], "nowhere: no such folder"),
-        (["empty"], "empty: no evaluations there"),
-        (["good", "empty"], "empty: no evaluations there"),
-        (["good", "outt=x.html"], "outt=x.html: neither a folder nor a setting"),
-        (["good", "out=good"], "out=good: name a file"),
-        (["good", "out=good/config.yaml/r.html"], "cannot be written"),
+        ("", "no run folder given"),
+        ("nowhere", "nowhere: no such folder"),
+        ("empty", "empty: no evaluations there"),
+        ("good empty", "empty: no evaluations there"),
+        ("good outt=x.html", "outt=x.html: neither a folder nor a setting"),
+        ("good out=good", "out=good: name a file"),
+        ("good out=good/config.yaml/r.html", "cannot be written"),
+        ("good --table table9", "table=table9: choose one of table1, table5, discernment"),
+        ("good --table=", "table=: choose one of table1"),
+        ("good --table", "table=: choose one of table1"),
+        ("good --table table1 out=table1.html", "out=table1.html: --table writes a file"),
+        ("good --claims out=claims.csv", "--claims writes a file of this name"),
+        ("good --figure", "figure=: choose one of 1a, 1b, "),
+        ("good --figure 2", "figure=2: choose one of 1a, 1b, 3, 4, 5a, "),
+        ("good margin=3", "margin=3: only --figure operating_points takes it"),
+        ("good --figure=operating_points margin=x", "margin=x: give a number"),
+        ("good --figure=operating_points margin=nan", "margin=nan: give 0 to 100"),
+        ("good --figure=operating_points data=q", "data=q: no evaluation has it; choose from demo"),
+        ("good --figure=4 out=figure4.svg", "out=figure4.svg: --figure writes a file of this"),
     ],
 )
 def test_bad_commands_end_in_one_line_and_exit_2(
-    arguments: list[str],
-    told: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    arguments: str, told: str, refused: Refused
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    make_eval(make_run(Path("good")), {"safe": "c", "unsafe": "r"})
-    make_run(Path("empty"))
-    assert told in fault(capsys, *arguments)
+    assert told in refused(*arguments.split())
 
 
 def test_default_place_is_the_common_parent(

@@ -19,7 +19,7 @@ from dcr import ntk, report, statistics
 from dcr.config import DataError
 from dcr.report import claims
 from dcr.report.__main__ import main
-from dcr.report.claims import ABSENT, CLAIMS, FAILS, HOLDS, OPEN, number
+from dcr.report.claims import ABSENT, CLAIMS, FAILS, HOLDS, OPEN, ClaimRow, number
 from dcr.report.records import read_run
 from dcr.statistics import Interval
 
@@ -98,12 +98,18 @@ def told(tmp_path: Path, *runs: Path) -> tuple[str, list[dict[str, str]], str]:
         return text, list(csv.DictReader(file)), out.read_text(encoding="utf-8")
 
 
-def of(rows: Sequence[dict[str, str]], claim: str) -> list[dict[str, str]]:
-    return [row for row in rows if row["claim"] == claim]
+def rows_of(*runs: Path) -> tuple[dict[str, list[ClaimRow]], str]:
+    """By claim what is told of it, and the notes."""
+    notes: list[str] = []
+    records = [read_run(run, curves_suffice=True) for run in runs]
+    notes += [note for record in records for note in record.notes]
+    rows = claims.claim_rows(records, notes)
+    return {claim: [row for row in rows if row.claim == claim] for claim in CLAIMS}, " ".join(notes)
 
 
-def interval(row: Mapping[str, str]) -> tuple[float, float, float]:
-    return float(row["estimate"]), float(row["low"]), float(row["high"])
+def ends(row: ClaimRow) -> tuple[float, ...]:
+    assert row.measured is not None
+    return tuple(vars(row.measured).values())
 
 
 def rising(kind: str, prompt: int, step: int) -> float:
@@ -112,55 +118,45 @@ def rising(kind: str, prompt: int, step: int) -> float:
     return 0.3 + 0.02 * prompt + slope * (1 + prompt) * step / EACH
 
 
-def test_planted_curves_correlate_by_one(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "a", "stl")
-    for step in STEPS:
-        kept_step(run, "sft", step, rising)
-    text, rows, _ = told(tmp_path, run)
-    (row,) = of(rows, "joint_movement")
-    assert interval(row) == pytest.approx((1, 1, 1))
-    assert (row["verdict"], row["beside"]) == (HOLDS, "seemingly toxic with normal")
-    assert [float(row[f"beside_{end}"]) for end in ("estimate", "low", "high")] == pytest.approx(
-        [-1, -1, -1]
-    )
-    assert "holds          STL, seed 0: at 5 steps of SFT" in text
-    assert "of 4 toxic and 4 seemingly toxic prompts" in " ".join(text.split())
-    assert row["source"] == "tracking"
+def moving(folder: Path, curve: Curve, steps: Sequence[int] = STEPS) -> ClaimRow:
+    """What is told of an STL run in which tracking kept these curves."""
+    run = make_run(folder, "stl")
+    for step in steps:
+        kept_step(run, "sft", step, curve)
+    (row,) = rows_of(run)[0]["joint_movement"]
+    return row
 
 
-def test_planted_curves_correlate_by_minus_one(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "a", "stl")
+def test_planted_curves_correlate_by_one_and_minus_one(tmp_path: Path) -> None:
+    row = moving(tmp_path / "a", rising)
+    assert ends(row) == pytest.approx((1, 1, 1))
+    assert (row.verdict, row.source) == (HOLDS, "tracking")
+    assert row.sentence.startswith("STL, seed 0: at 5 steps of SFT the mean refusal probabilities ")
+    assert "of 4 toxic and 4 seemingly toxic prompts" in row.sentence
+    assert row.beside is not None
+    assert row.beside[0] == "seemingly toxic with normal"
+    assert tuple(vars(row.beside[1]).values()) == pytest.approx((-1, -1, -1))
     sign = {SEEMING: 1, TOXIC: -1, NORMAL: 0}
-    for step in STEPS:
-        kept_step(run, "sft", step, lambda kind, i, at: 0.5 + sign[kind] * 0.02 * (at + i))
-    _, rows, _ = told(tmp_path, run)
-    (row,) = of(rows, "joint_movement")
-    assert interval(row) == pytest.approx((-1, -1, -1))
-    assert row["verdict"] == FAILS
-    assert row["beside_estimate"] == "", "a flat curve has no correlation"
-    assert "with normal: r = undefined" in row["sentence"]
+    row = moving(tmp_path / "b", lambda kind, i, at: 0.5 + sign[kind] * 0.02 * (at + i))
+    assert ends(row) == pytest.approx((-1, -1, -1))
+    assert row.verdict == FAILS
+    assert row.beside is not None
+    assert math.isnan(row.beside[1].estimate), "a flat curve has no correlation"
+    assert "with normal: r = undefined" in row.sentence
 
 
-def test_unrelated_curves_are_undecided(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "a", "stl")
+def test_unrelated_and_flat_curves_are_undecided_and_two_steps_are_no_curve(tmp_path: Path) -> None:
     drawn = random.Random(3)
-    for step in STEPS:
-        kept_step(run, "sft", step, lambda *_: drawn.random())
-    _, rows, _ = told(tmp_path, run)
-    (row,) = of(rows, "joint_movement")
-    _, low, high = interval(row)
+    row = moving(tmp_path / "a", lambda *_: drawn.random())
+    _, low, high = ends(row)
     assert low < 0 < high
-    assert row["verdict"] == OPEN
-
-
-def test_flat_curves_cannot_be_told(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "a", "stl")
-    for step in STEPS:
-        kept_step(run, "sft", step, lambda kind, i, _: 0.1 * (1 + i) / 3)
-    _, rows, _ = told(tmp_path, run)
-    (row,) = of(rows, "joint_movement")
-    assert (row["verdict"], row["estimate"]) == (OPEN, "")
-    assert "cannot be told" in row["sentence"]
+    assert row.verdict == OPEN
+    row = moving(tmp_path / "b", lambda kind, i, _: 0.1 * (1 + i) / 3)
+    assert row.verdict == OPEN
+    assert "cannot be told" in row.sentence
+    row = moving(tmp_path / "c", rising, STEPS[:2])
+    assert row.verdict == ABSENT
+    assert "tracking.quantities=[refusal_probability]" in row.command
 
 
 def test_curves_come_from_snapshots_where_nothing_was_tracked(tmp_path: Path) -> None:
@@ -169,22 +165,11 @@ def test_curves_come_from_snapshots_where_nothing_was_tracked(tmp_path: Path) ->
         block = probability(rising, step)
         make_eval(run, {}, weights="snapshot", step=step, name=f"s{step}",
                   refusal_probability=block)  # fmt: skip
-    _, rows, _ = told(tmp_path, run)
-    (row,) = of(rows, "joint_movement")
-    assert (row["verdict"], row["source"]) == (HOLDS, "snapshots")
+    (row,) = rows_of(run)[0]["joint_movement"]
+    assert (row.verdict, row.source) == (HOLDS, "snapshots")
 
 
-def test_two_steps_are_no_curve(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "a", "stl")
-    for step in STEPS[:2]:
-        kept_step(run, "sft", step, rising)
-    _, rows, _ = told(tmp_path, run)
-    (row,) = of(rows, "joint_movement")
-    assert row["verdict"] == ABSENT
-    assert "tracking.quantities=[refusal_probability]" in row["command"]
-
-
-def test_prompts_that_a_step_lacks_are_left_out(tmp_path: Path) -> None:
+def test_prompts_and_steps_that_were_not_measured_are_left_out(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a", "stl")
     for step in STEPS:
         # the first toxic prompt would turn the mean curve around
@@ -196,10 +181,13 @@ def test_prompts_that_a_step_lacks_are_left_out(tmp_path: Path) -> None:
             block = probability(rising, step)
             block["values"] = [v for v in block["values"] if v["id"] != "toxic-0"]
             (place / "metrics.json").write_text(json.dumps({"refusal_probability": block}))
-    _, rows, _ = told(tmp_path, run)
-    (row,) = of(rows, "joint_movement")
-    assert interval(row) == pytest.approx((1, 1, 1))
-    assert "3 toxic and 4 seemingly toxic" in row["sentence"]
+    (run / "tracking/sft/step-000009/metrics.json").unlink()
+    found, notes = rows_of(run)
+    (row,) = found["joint_movement"]
+    assert ends(row) == pytest.approx((1, 1, 1))
+    assert "at 4 steps of SFT" in row.sentence
+    assert "3 toxic and 4 seemingly toxic" in row.sentence
+    assert "step-000009: skipped, no metrics.json" in notes
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -276,68 +264,62 @@ def test_planted_kernels_rise_and_fall_by_what_was_planted(tmp_path: Path, where
     else:
         for step, values in ((0, BEFORE), (7, {}), (24, AFTER)):
             kept_step(run, "contrastive", step, matrix=cells(values) + noise)
-    _, rows, _ = told(tmp_path, *runs)
-    rises, falls = of(rows, "within_rises"), of(rows, "cross_falls")
+    found, _ = rows_of(*runs)
+    rises, falls = found["within_rises"], found["cross_falls"]
     assert len(rises) == len(falls) == 2
-    for row in rises:
-        assert interval(row) == pytest.approx((0.1, 0.1, 0.1))
-        assert (row["verdict"], row["claimed_side"]) == (HOLDS, "above")
-    for row in falls:
-        assert interval(row) == pytest.approx((-0.2, -0.2, -0.2))
-        assert (row["verdict"], row["claimed_side"]) == (HOLDS, "below")
-    (more,) = of(rows, "cross_falls_more")
-    assert interval(more) == pytest.approx((-0.3, -0.3, -0.3))
-    assert more["verdict"] == HOLDS
-    assert {row["params"] for row in rises + falls} == {"tail-2"}
+    (more,) = found["cross_falls_more"]
+    for row, by in [*((row, 0.1) for row in rises), *((row, -0.2) for row in falls), (more, -0.3)]:
+        assert ends(row) == pytest.approx((by, by, by))
+        assert (row.verdict, row.above, row.params) == (HOLDS, by > 0, "tail-2")
     after = "step 24" if where == "tracking" else "contrastive"
-    assert ("up to its step 24" in rises[0]["sentence"]) == (where == "tracking")
-    assert rises[0]["source"].endswith(after.replace("step 24", "step-000024"))
+    assert ("up to its step 24" in rises[0].sentence) == (where == "tracking")
+    assert rises[0].source.endswith(after.replace("step 24", "step-000024"))
+
+
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    return make_run(tmp_path / "dcr", "dcr"), make_run(tmp_path / "base", "base")
 
 
 def test_matrices_are_normalised_as_their_block_says(tmp_path: Path) -> None:
-    run, base = make_run(tmp_path / "dcr", "dcr"), make_run(tmp_path / "base", "base")
+    run, base = pair(tmp_path)
     scales = np.linspace(1, 4, len(IDS))
     # symmetric: norms / √(own of both), so that these scales go out again
     scaled = np.sqrt(np.outer(scales, scales))
     evaluated(base, "base", cells(BEFORE) * scaled, normalise="symmetric")
     evaluated(run, "contrastive", cells(AFTER) * scaled * 3, normalise="symmetric")
-    _, rows, _ = told(tmp_path, run, base)
-    assert [interval(r)[0] for r in of(rows, "within_rises")] == pytest.approx([0.1, 0.1])
+    rises = rows_of(run, base)[0]["within_rises"]
+    assert [ends(row)[0] for row in rises] == pytest.approx([0.1, 0.1])
 
 
 def test_the_opposite_does_not_hold_and_noise_is_undecided(tmp_path: Path) -> None:
-    run, base = make_run(tmp_path / "dcr", "dcr"), make_run(tmp_path / "base", "base")
+    run, base = pair(tmp_path)
     noisy = AFTER | {(TOXIC, TOXIC): BEFORE[TOXIC, TOXIC], (SEEMING, SEEMING): 0.1}
     evaluated(base, "base", cells(BEFORE))
     evaluated(run, "contrastive", cells(noisy, 0.05, seed=2))
-    _, rows, _ = told(tmp_path, run, base)
-    seeming, toxic = of(rows, "within_rises")
-    assert seeming["verdict"] == FAILS
-    _, low, high = interval(toxic)
+    seeming, toxic = rows_of(run, base)[0]["within_rises"]
+    assert seeming.verdict == FAILS
+    _, low, high = ends(toxic)
     assert low < 0 < high
-    assert toxic["verdict"] == OPEN
+    assert toxic.verdict == OPEN
 
 
 def test_normal_prompts_in_the_base_model(tmp_path: Path) -> None:
-    base = make_run(tmp_path / "base", "base")
-    evaluated(base, "base", cells({(SEEMING, NORMAL): 0.3, (NORMAL, NORMAL): 0.5}))
-    again = make_run(tmp_path / "again", "base")
-    evaluated(again, "base", cells({(SEEMING, NORMAL): 0.3, (NORMAL, NORMAL): 0.5}))
-    _, rows, _ = told(tmp_path, base, again)
-    (row,) = of(rows, "base_asymmetry")
-    assert interval(row) == pytest.approx((-0.2, -0.2, -0.2))
-    assert row["verdict"] == FAILS
-    assert "K(seemingly toxic, normal) is 0.30 and K(normal, normal) is 0.50" in row["sentence"]
+    runs = [make_run(tmp_path / name, "base") for name in ("base", "again")]
+    for run in runs:
+        evaluated(run, "base", cells({(SEEMING, NORMAL): 0.3, (NORMAL, NORMAL): 0.5}))
+    (row,) = rows_of(*runs)[0]["base_asymmetry"]
+    assert ends(row) == pytest.approx((-0.2, -0.2, -0.2))
+    assert row.verdict == FAILS
+    assert "K(seemingly toxic, normal) is 0.30 and K(normal, normal) is 0.50" in row.sentence
 
 
 def test_the_base_kernel_of_tracking_is_an_untrained_one(tmp_path: Path) -> None:
     stl, dcr = make_run(tmp_path / "stl", "stl"), make_run(tmp_path / "dcr", "dcr")
     kept_step(dcr, "sft", 0, matrix=cells({(SEEMING, NORMAL): 0.9}))  # stage one came before
-    _, rows, _ = told(tmp_path, dcr)
-    assert of(rows, "base_asymmetry")[0]["verdict"] == ABSENT
+    assert rows_of(dcr)[0]["base_asymmetry"][0].verdict == ABSENT
     kept_step(stl, "sft", 0, matrix=cells({(SEEMING, NORMAL): 0.6}))
-    _, rows, _ = told(tmp_path, stl, dcr)
-    assert interval(of(rows, "base_asymmetry")[0]) == pytest.approx((0.2, 0.2, 0.2))
+    (row,) = rows_of(stl, dcr)[0]["base_asymmetry"]
+    assert ends(row) == pytest.approx((0.2, 0.2, 0.2))
 
 
 def one_step(**change: list[float]) -> dict[str, Any]:
@@ -351,19 +333,20 @@ def one_step(**change: list[float]) -> dict[str, Any]:
             "params": {"tail-2": tail, "trunk-14": trunk}, "change": means}  # fmt: skip
 
 
-def stepped(run: Path, weights: str, block: Any) -> None:
+def stepped(run: Path, weights: str, block: Any) -> Path:
     make_eval(run, {}, weights=weights, name=weights, claims=block)
+    return run
 
 
 def test_one_step_is_told_as_it_was_measured(tmp_path: Path) -> None:
     run = make_run(tmp_path / "dcr", "dcr")
     stepped(run, "base", one_step())
-    stepped(run, "contrastive", one_step())
-    text, rows, _ = told(tmp_path, run)
+    found, _ = rows_of(stepped(run, "contrastive", one_step()))
     verdicts = {
-        (row["claim"], row["run"], row["params"]): row["verdict"]
+        (row.claim, row.run, row.params): row.verdict
+        for rows in found.values()
         for row in rows
-        if row["run"] and row["claim"] != "proposition_1"
+        if row.run and row.claim != "proposition_1"
     }
     for name in ("base model, tiny", "DCR, seed 0, after stage one"):
         assert verdicts["size_of_change", name, "tail-2"] == HOLDS
@@ -371,21 +354,18 @@ def test_one_step_is_told_as_it_was_measured(tmp_path: Path) -> None:
         assert verdicts["signed_change", name, "tail-2"] == FAILS
         assert verdicts["signed_change", name, "trunk-14"] == HOLDS
         assert verdicts["refusal_spreads", name, ""] == HOLDS
-    states = of(rows, "proposition_1")
-    assert [row["verdict"] for row in states] == [HOLDS, FAILS] * 2
-    assert {row["params"] for row in states} == {"trunk-14"}, "it is about the trunk"
-    signed = of(rows, "signed_change")[0]
-    assert (signed["beside"], signed["beside_estimate"]) == ("slope", "0.9")
-    flat = " ".join(text.split())
+    states = found["proposition_1"]
+    assert [row.verdict for row in states] == [HOLDS, FAILS] * 2
+    assert {row.params for row in states} == {"trunk-14"}, "it is about the trunk"
+    assert found["signed_change"][0].beside == ("slope", Interval(0.9, 0.8, 1.2))
     assert (
-        "by +0.50 [+0.40, +0.60] on seemingly toxic and by +0.20 [+0.10, +0.30] on normal" in flat
+        "by +0.50 [+0.40, +0.60] on seemingly toxic and by +0.20 [+0.10, +0.30] on normal"
+        in found["refusal_spreads"][0].sentence
     )
 
 
 def test_statistics_may_stand_in_groups(tmp_path: Path) -> None:
-    run, other = make_run(tmp_path / "dcr", "dcr"), make_run(tmp_path / "other", "dcr")
     block = one_step()
-    stepped(run, "sft", block)
     grouped = {
         params: {
             "norm": {"within": s["norm"], "pooled": [0, 0, 0]},
@@ -394,12 +374,16 @@ def test_statistics_may_stand_in_groups(tmp_path: Path) -> None:
         }
         for params, s in block["params"].items()
     }
-    stepped(other, "sft", block | {"params": grouped, "trained": ["a", "b", "c", "d", "e", "f"]})
-    blocks = (read_run(folder).evaluations[0].claims for folder in (run, other))
-    first, second = (claims.step_scores(block) for block in blocks if block)
-    assert first == second
-    assert first.trained == 6
-    assert first.params["trunk-14"]["signed"] == Interval(0.2, 0.1, 0.4)
+    other = block | {"params": grouped, "trained": ["a", "b", "c", "d", "e", "f"]}
+    one, two = (
+        rows_of(stepped(make_run(tmp_path / name / "run", "dcr"), "sft", of))[0]
+        for name, of in (("one", block), ("two", other))
+    )
+    for claim, rows in one.items():
+        assert [(r.sentence, r.measured) for r in rows if r.measured] == [
+            (r.sentence, r.measured) for r in two[claim] if r.measured
+        ]
+    assert "one step on each of 6 toxic prompts" in two["size_of_change"][0].sentence
 
 
 @pytest.mark.parametrize(
@@ -415,27 +399,24 @@ def test_statistics_may_stand_in_groups(tmp_path: Path) -> None:
 def test_the_refusal_token_must_rise_and_rise_more(
     tmp_path: Path, seeming: list[float], normal: list[float], verdict: str
 ) -> None:
-    run = make_run(tmp_path / "dcr", "dcr")
-    stepped(run, "sft", one_step(seemingly_toxic=seeming, normal=normal))
-    _, rows, _ = told(tmp_path, run)
-    assert of(rows, "refusal_spreads")[0]["verdict"] == verdict
+    block = one_step(seemingly_toxic=seeming, normal=normal)
+    found, _ = rows_of(stepped(make_run(tmp_path / "dcr", "dcr"), "sft", block))
+    assert found["refusal_spreads"][0].verdict == verdict
 
 
 def test_missing_statistics_are_noted_and_the_others_told(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "dcr", "dcr")
     block = one_step()
     del block["params"]["tail-2"]["signed"]
     block["params"]["trunk-14"]["norm"] = None
     block["change"][NORMAL] = [None, None, None]
-    stepped(run, "sft", block)
-    text, rows, _ = told(tmp_path, run)
-    assert [row["params"] for row in of(rows, "size_of_change")] == ["tail-2"]
-    assert [row["params"] for row in of(rows, "signed_change")] == ["trunk-14"]
-    assert of(rows, "refusal_spreads")[0]["verdict"] == ABSENT
+    found, notes = rows_of(stepped(make_run(tmp_path / "dcr", "dcr"), "sft", block))
+    assert [row.params for row in found["size_of_change"]] == ["tail-2"]
+    assert [row.params for row in found["signed_change"]] == ["trunk-14"]
+    assert found["refusal_spreads"][0].verdict == ABSENT
     for lacking in ("tail-2 has no readable signed", "trunk-14 has no readable norm",
                     "claims.change has no readable normal"):  # fmt: skip
-        assert lacking in text
-    assert len(of(rows, "proposition_1")) == 4  # two of this evaluation, before and after lacking
+        assert lacking in notes
+    assert len(found["proposition_1"]) == 4  # two of this evaluation, before and after lacking
 
 
 def test_without_data_every_claim_names_its_command(tmp_path: Path) -> None:
@@ -445,10 +426,8 @@ def test_without_data_every_claim_names_its_command(tmp_path: Path) -> None:
     assert {row["claim"] for row in rows} == set(CLAIMS)
     assert {row["verdict"] for row in rows} == {ABSENT}
     assert all("python " in row["command"] for row in rows)
-    assert (
-        f"python eval.py run={run} stage=contrastive tasks=[kernel]"
-        in of(rows, "within_rises")[0]["command"]
-    )
+    (rises,) = (row for row in rows if row["claim"] == "within_rises")
+    assert f"python eval.py run={run} stage=contrastive tasks=[kernel]" in rises["command"]
     assert {row["estimate"] + row["low"] + row["boundary"] for row in rows} == {""}
     assert "not measured" in text
     assert "not measured" in page
@@ -459,14 +438,14 @@ def test_what_others_have_is_noted_as_lacking(tmp_path: Path) -> None:
     for step in STEPS:
         kept_step(stl, "sft", step, rising)
     make_eval(dcr, {"safe": "cr", "unsafe": "rr"})
-    text, rows, _ = told(tmp_path, stl, dcr)
-    assert len(of(rows, "joint_movement")) == 1
-    assert f"3 or more steps of SFT in {dcr}" in text
+    found, notes = rows_of(stl, dcr)
+    assert len(found["joint_movement"]) == 1
+    assert f"3 or more steps of SFT in {dcr}" in notes
 
 
 @pytest.mark.parametrize("fault", ["torn", "absent", "others", "infinite"])
 def test_a_faulty_matrix_is_named(tmp_path: Path, fault: str) -> None:
-    run, base = make_run(tmp_path / "dcr", "dcr"), make_run(tmp_path / "base", "base")
+    run, base = pair(tmp_path)
     evaluated(base, "base", cells(BEFORE))
     path = evaluated(run, "contrastive", cells(AFTER)) / "kernel" / "tail-2.safetensors"
     norms = torch.tensor(cells(AFTER))
@@ -480,23 +459,23 @@ def test_a_faulty_matrix_is_named(tmp_path: Path, fault: str) -> None:
         save_file({"norms": norms - torch.eye(len(IDS))}, path, {"ids": "\n".join(IDS)})
     if fault != "absent":
         with pytest.raises(DataError, match=rf"^{re.escape(str(path))}: damaged \("):
-            told(tmp_path, run, base)
+            rows_of(run, base)
         return
-    text, rows, _ = told(tmp_path, run, base)
-    assert of(rows, "within_rises")[0]["verdict"] == ABSENT
-    assert text.count(f"{path}: missing") == 1
-    assert of(rows, "base_asymmetry")[0]["verdict"] != ABSENT
+    found, notes = rows_of(run, base)
+    assert found["within_rises"][0].verdict == ABSENT
+    assert notes.count(f"{path}: missing") == 1
+    assert found["base_asymmetry"][0].verdict != ABSENT
 
 
 def test_other_prompts_are_no_pair(tmp_path: Path) -> None:
-    run, base = make_run(tmp_path / "dcr", "dcr"), make_run(tmp_path / "base", "base")
+    run, base = pair(tmp_path)
     evaluated(run, "contrastive", cells(AFTER))
     place = evaluated(base, "base", cells(BEFORE))
     block = json.loads((place / "metrics.json").read_text())["kernel"]
     change(place, kernel=block | {"top_k": 5})
-    text, rows, _ = told(tmp_path, run, base)
-    assert of(rows, "within_rises")[0]["verdict"] == ABSENT
-    assert "no kernel of the base model over tail-2 and the same prompts" in text
+    found, notes = rows_of(run, base)
+    assert found["within_rises"][0].verdict == ABSENT
+    assert "no kernel of the base model over tail-2 and the same prompts" in notes
 
 
 def test_of_several_base_models_the_first_is_taken(tmp_path: Path) -> None:
@@ -507,22 +486,10 @@ def test_of_several_base_models_the_first_is_taken(tmp_path: Path) -> None:
         evaluated(base, "base", cells(values))
     other = make_run(tmp_path / "other", "base", model={"label": "large"})
     change(evaluated(other, "base", cells(AFTER)), model="large")
-    text, rows, _ = told(tmp_path, other, run, *bases)
-    assert [interval(r)[0] for r in of(rows, "within_rises")] == pytest.approx([0.1, 0.1])
-    assert f"{bases[0] / 'eval/base'} is the base model for" in text
-    assert f"{bases[1] / 'eval/base'} would do as well" in text
-
-
-def test_unfinished_tracking_is_noted_and_the_rest_told(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "a", "stl")
-    for step in STEPS:
-        kept_step(run, "sft", step, rising)
-    (run / "tracking/sft/step-000005/metrics.json").unlink()
-    text, rows, _ = told(tmp_path, run)
-    (row,) = of(rows, "joint_movement")
-    assert "at 4 steps of SFT" in row["sentence"]
-    assert interval(row) == pytest.approx((1, 1, 1))
-    assert "step-000005: skipped, no metrics.json" in text.replace("\n", " ")
+    found, notes = rows_of(other, run, *bases)
+    assert [ends(row)[0] for row in found["within_rises"]] == pytest.approx([0.1, 0.1])
+    assert f"{bases[0] / 'eval/base'} is the base model for" in notes
+    assert f"{bases[1] / 'eval/base'} would do as well" in notes
 
 
 def test_the_page_has_a_section_and_hostile_names_stay_text(tmp_path: Path) -> None:
@@ -541,7 +508,11 @@ def test_the_page_has_a_section_and_hostile_names_stay_text(tmp_path: Path) -> N
     assert "A claim holds where its whole 95% bootstrap interval" in " ".join(text.split())
     assert CLAIMS["base_asymmetry"] in page
     assert "&lt;s&gt;, seed 0: at 5 steps of SFT" in page
-    assert {row["model"] for row in of(rows, "joint_movement")} == {"<i>&"}
+    (row,) = (row for row in rows if row["claim"] == "joint_movement")
+    assert (row["model"], row["verdict"], row["claimed_side"]) == ("<i>&", HOLDS, "above")
+    numbers = [float(row[key]) for key in ("estimate", "low", "high", "boundary")]
+    assert numbers == pytest.approx([1, 1, 1, 0])
+    assert float(row["beside_estimate"]) == pytest.approx(-1)
     assert max(map(len, text.splitlines())) <= 140
 
 
@@ -562,18 +533,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main([str(run), "--claims", f"out={out}"]) == 0
     assert f"claims: {tmp_path / 'claims'}.csv" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"a", "r.html", "claims.csv"}
-    assert main([str(run), "--claims", f"out={tmp_path / 'claims.csv'}"]) == 2
-    assert "--claims writes a file of this name" in capsys.readouterr().err
     assert main(["--help"]) == 0
     assert "--claims" in capsys.readouterr().out
     assert main([str(run), f"out={out}"]) == 2, "tracking alone is no evaluation"
-
-
-def test_a_run_that_was_tracked_needs_no_evaluation(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "a", "stl")
-    kept_step(run, "sft", 0, rising)
-    (tracked,) = read_run(run, curves_suffice=True).tracked
-    assert (tracked.stage, tracked.step, tracked.kernel) == ("sft", 0, None)
+    tracked = read_run(run, curves_suffice=True).tracked
+    assert [(t.stage, t.step, t.kernel) for t in tracked] == [("sft", step, None) for step in STEPS]
 
 
 @pytest.mark.parametrize(

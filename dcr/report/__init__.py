@@ -22,19 +22,22 @@ from dcr.report import (
     paper,
     tables,
 )
-from dcr.report.claims import ClaimRow
-from dcr.report.columns import Completions, Entry, about, entries, seed_groups
 from dcr.report.figures import Drawing
-from dcr.report.paper import PaperTable
-from dcr.report.records import RunRecord, read_run
+from dcr.report.records import (
+    Column,
+    Completions,
+    RunRecord,
+    about,
+    columns_of,
+    read_run,
+    seed_groups,
+)
 from dcr.text import printable
 
 WIDTH = 100  # where no terminal tells its own
 DRAWN: dict[str, Callable[[Sequence[RunRecord]], Drawing]] = {
     **curves.CURVES,
-    "4": curves.figure4,
-    **analyses.KERNELS,
-    **analyses.LAYERS,
+    **analyses.ANALYSES,
 }
 OPERATING = "operating_points"
 TABLES = (*paper.TABLES, discernment.NAME)
@@ -71,93 +74,75 @@ def build(
     not there, or where a file cannot be written.
     """
     drawn = drawn or Wanted()
-    records = [read_run(folder, with_claims or bool(drawn.names)) for folder in _distinct(folders)]
-    made = [(figure, figures.files(figure)) for figure in _figures(records, drawn)]
-    columns = entries(records)
-    notes: list[str] = []
-    completions = Completions(notes)
-    ranked = discernment.sections(columns, completions)
-    grids, groups = tables.grids(columns, ranked), seed_groups(columns)
-    seeds = tables.over_seeds(grids.rates, groups)
-    pairs = comparisons.comparisons(columns, completions)
-    papers = [
-        discernment.table(columns, groups, completions)
-        if name == discernment.NAME
-        else paper.TABLES[name](columns, groups)
-        for name in dict.fromkeys(wanted)
-    ]
-    shown = [
-        page.Shown(figure, files["svg"], _command(folders, name, drawn))
-        for name, (figure, files) in zip(drawn.names, made, strict=True)
-    ]
-    found = claims.claim_rows(records, notes) if with_claims else []
+    distinct = {folder.resolve(): folder for folder in folders}.values()
+    records = [read_run(folder, with_claims or bool(drawn.names)) for folder in distinct]
+    shown = []
+    for name in drawn.names:
+        if name == OPERATING:
+            figure = comparisons.operating_points(records, drawn.margin, drawn.data)
+        else:
+            figure = DRAWN[name](records)
+        command = f"python -m dcr.report {shlex.join(map(str, folders))} --figure {name}"
+        command = printable(f"{command}{drawn.settings(name)}")
+        shown.append(page.Shown(figure, figures.files(figure), command))
+    columns, notes = columns_of(records), []
+    completions, groups = Completions(notes), seed_groups(columns)
+    grids = tables.grids(columns, discernment.sections(columns, completions))
     report = page.Report(
-        records, columns, grids, groups, seeds, pairs, notes, completions, papers, shown, found
+        records,
+        columns,
+        grids,
+        groups,
+        tables.over_seeds([part for key in tables.OVER_SEEDS for part in grids[key]], groups),
+        comparisons.comparisons(columns, completions),
+        notes,
+        completions,
+        [
+            discernment.table(columns, groups, completions)
+            if name == discernment.NAME
+            else paper.TABLES[name](columns, groups)
+            for name in dict.fromkeys(wanted)
+        ],
+        shown,
+        claims.claim_rows(records, notes) if with_claims else [],
     )
-    for entry in columns:  # read first, so that the page can tell what was skipped
-        for name in entry.evaluation.sets:
-            completions(entry, name)
+    for column in columns:  # read first, so that the page can tell what was skipped
+        for name in column.evaluation.sets:
+            completions(column, name)
     notes[:0] = [note for record in records for note in record.notes] + _uneven(columns)
-    notes += [note for figure, _ in made for note in figure.notes]
-    storage.write_text(out, page.render(report))
-    _write_beside(out.parent, papers, made, found)
-    width = shutil.get_terminal_size((WIDTH, 24)).columns
-    text = page.plain_text(_title(records, columns), report, width)
-    told = [line for figure, _ in made if figure.told for line in ("", *figure.told)]
-    return "\n".join([text, *told, *(claims.lines(found, width) if with_claims else ())])
-
-
-def _figures(records: Sequence[RunRecord], wanted: Wanted) -> list[Drawing]:
-    """In the order asked. UserError, naming the command that makes them, where data are lacking."""
-    return [
-        comparisons.operating_points(records, wanted.margin, wanted.data)
-        if name == OPERATING
-        else DRAWN[name](records)
-        for name in wanted.names
-    ]
-
-
-def _write_beside(
-    place: Path,
-    papers: Sequence[PaperTable],
-    made: Sequence[tuple[Drawing, dict[str, bytes]]],
-    found: Sequence[ClaimRow],
-) -> None:
-    """Tables, figures and claims, into the page's folder."""
-    for table in papers:
+    notes += [note for drawing in shown for note in drawing.figure.notes]
+    texts, pictures = {out: page.render(report)}, {}
+    for table in report.paper:
         for ending, text_of in paper.WRITERS.items():
-            storage.write_text(place / f"{table.name}.{ending}", text_of(table))
-    for figure, files in made:
-        for ending, data in files.items():
-            storage.write_bytes(place / f"{figure.name}.{ending}", data)
-    if found:
-        storage.write_text(place / claims.FILE, claims.csv_text(found))
+            texts[out.parent / f"{table.name}.{ending}"] = text_of(table)
+    for drawing in shown:
+        for ending, data in drawing.files.items():
+            pictures[out.parent / f"{drawing.figure.name}.{ending}"] = data
+    if report.claims:
+        texts[out.parent / claims.FILE] = claims.csv_text(report.claims)
+    for path, text in texts.items():
+        storage.write_text(path, text)
+    for path, data in pictures.items():
+        storage.write_bytes(path, data)
+    width = shutil.get_terminal_size((WIDTH, 24)).columns
+    lines = [page.plain_text(_title(records, columns), report, width)]
+    lines += [line for d in shown if d.figure.told for line in ("", *d.figure.told)]
+    return "\n".join([*lines, *(claims.lines(report.claims, width) if with_claims else ())])
 
 
-def _command(folders: Sequence[Path], name: str, drawn: Wanted) -> str:
-    """The command that draws one figure again."""
-    told = shlex.join(map(str, folders))
-    return printable(f"python -m dcr.report {told} --figure {name}{drawn.settings(name)}")
-
-
-def _distinct(folders: Sequence[Path]) -> list[Path]:
-    return list({folder.resolve(): folder for folder in folders}.values())
-
-
-def _uneven(columns: Sequence[Entry]) -> list[str]:
+def _uneven(columns: Sequence[Column]) -> list[str]:
     """A note where columns were evaluated on different prompts, so that sums do not compare."""
-    found = {
-        tuple(sorted((name, score.n) for name, score in entry.evaluation.sets.items()))
-        for entry in columns
+    counts = {
+        tuple(sorted((name, of.n) for name, of in column.evaluation.sets.items()))
+        for column in columns
     }
-    if len(found) < 2:
-        return []
-    return [
+    note = (
         "not every column was evaluated on the same sets and counts: do not compare pooled values"
-    ]
+    )
+    return [note] if len(counts) > 1 else []
 
 
-def _title(records: Sequence[RunRecord], columns: Sequence[Entry]) -> str:
+def _title(records: Sequence[RunRecord], columns: Sequence[Column]) -> str:
     if not columns:
         return f"{len(records)} runs without a final evaluation of answers: see the page"
     told = [

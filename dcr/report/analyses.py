@@ -1,42 +1,34 @@
-"""Figures 3, 6, 7 and 8: the kernel between kinds of prompts, and their separability by layer."""
+"""Figures 6, 7 and 8: the kernel between kinds of prompts, and their separability by layer."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from dcr.config import UserError
 from dcr.report import figures
 from dcr.report.curves import (
+    NORM,
     STAGES,
     TRACKED,
-    Key,
-    Reading,
-    config_of,
-    draw_curve,
     folders,
-    found_in,
-    kernels,
     name_of_weights,
     names,
     of_method,
     tracked_kernels,
 )
-from dcr.report.figures import INK, MARKERS, PALETTE, Drawing, kind_name
-from dcr.report.records import Evaluation, RunRecord, interval
-from dcr.results.schema import Separability
+from dcr.report.figures import INK, Drawing, handle, kind_name, line_style
+from dcr.report.records import Evaluation, RunRecord, config_of
+from dcr.results.schema import Separability, interval
 from dcr.statistics import Interval
 from dcr.text import printable
 
-NORM = "mean normalised ‖K‖"
 SHADES = colormaps["Blues"]
 MATRIX_HEADER = ("figure", "weights", "model", "run", "params", "normalise", "observer", "trained",
                  "estimate", "low", "high", "source")  # fmt: skip
@@ -64,79 +56,6 @@ class Matrix:
     @property
     def model(self) -> str:
         return config_of(self.run, "model")
-
-
-def figure3(records: Sequence[RunRecord]) -> Drawing:
-    """All nine pairs of kinds over SFT: a row of panels a run and choice of parameters."""
-    chosen = of_method(records, "stl") or records
-    found, notes = found_in(
-        "3", chosen, kernels, "kernels over SFT steps", "train with tracking.quantities=[kernel]"
-    )
-    called = names([trajectory.run for trajectory in found])
-    rows = [
-        (name, config_of(t.run, "method"), config_of(t.run, "model"), *key, r.step, r.value,
-         r.low, r.high, t.source)
-        for name, t in zip(called, found, strict=True)
-        for key, curve in t.curves.items()
-        for r in curve
-    ]  # fmt: skip
-    blocks = [
-        (f"{name}, {params}" if len(found) > 1 or len(_choices(t.curves)) > 1 else params,
-         {key[1:]: curve for key, curve in t.curves.items() if key[0] == params})
-        for name, t in zip(called, found, strict=True)
-        for params in _choices(t.curves)
-    ]  # fmt: skip
-    return Drawing(
-        "figure3",
-        "Figure 3: the kernel between kinds of prompts during SFT",
-        "Mean normalised ‖K(x′,x)‖ for all nine pairs of kinds against the step of SFT: a panel "
-        "for each kind of observer x′, a line for each kind of trained prompt x, a row for each "
-        "choice of parameters. STL where it was given, else every run.",
-        ("run", "method", "model", "params", "observer", "trained", "step", "estimate", "low",
-         "high",
-         "source"),
-        rows,
-        lambda: _draw_curves(blocks),
-        notes=notes,
-    )  # fmt: skip
-
-
-def _choices(curves: Mapping[Key, object]) -> list[str]:
-    return list(dict.fromkeys(key[0] for key in curves))
-
-
-def ordered(kinds: Sequence[str]) -> list[str]:
-    """In the paper's order, others after."""
-    known = [kind for kind in figures.KINDS if kind in kinds]
-    return known + [kind for kind in dict.fromkeys(kinds) if kind not in known]
-
-
-def _draw_curves(blocks: Sequence[tuple[str, Mapping[Key, Sequence[Reading]]]]) -> Figure:
-    kinds = ordered([kind for _, curves in blocks for key in curves for kind in key])
-    figure, axes = figures.panels(len(kinds) * len(blocks), columns=len(kinds))
-    for place, ((name, curves), observer) in zip(
-        axes, ((block, kind) for block in blocks for kind in kinds), strict=True
-    ):
-        for trained in kinds:
-            if curve := curves.get((observer, trained)):
-                draw_curve(place, trained, curve)
-        first = observer == kinds[0]
-        place.set_title(
-            f"{name}\nx′: {kind_name(observer)}" if first else f"\nx′: {kind_name(observer)}"
-        )
-        figures.step_axis(place)
-        place.set_ylabel(NORM if first else "")
-    for start in range(0, len(axes), len(kinds)):  # a row shares its scale
-        row = axes[start : start + len(kinds)]
-        top = 1.05 * max(reading for place in row for reading in _drawn_values(place))
-        for place in row:
-            place.set_ylim(0, top)
-    figures.key(figure, figures.kind_handles(kinds), title="trained on x")
-    return figure
-
-
-def _drawn_values(axes: Axes) -> list[float]:
-    return [float(value) for line in axes.lines for value in np.asarray(line.get_ydata())] or [1.0]
 
 
 def figure6a(records: Sequence[RunRecord]) -> Drawing:
@@ -196,8 +115,7 @@ def _tracked(
         reading = curve[-1] if step is None else curve[0]
         if step is None or reading.step == step:
             row = by_params.setdefault(params, {}).setdefault(observer, {})
-            ends = (math.nan if end is None else end for end in (reading.low, reading.high))
-            row[trained] = Interval(reading.value, *ends)
+            row[trained] = interval((reading.value, reading.low, reading.high))
     return [
         Matrix(figure, weights, run, params, "", cells, f"{TRACKED} ({stage})")
         for params, cells in by_params.items()
@@ -267,7 +185,9 @@ def _draw_matrices(parts: Sequence[list[Matrix]]) -> Figure:
 
 
 def _draw_matrix(axes: Axes, matrix: Matrix, top: float, several: bool) -> None:
-    kinds = ordered([*matrix.cells, *(kind for row in matrix.cells.values() for kind in row)])
+    kinds = figures.ordered(
+        [*matrix.cells, *(kind for row in matrix.cells.values() for kind in row)]
+    )
     nothing = Interval(math.nan, math.nan, math.nan)
     cells = [[matrix.cells.get(o, {}).get(t, nothing) for t in kinds] for o in kinds]
     means = [[cell.estimate for cell in row] for row in cells]
@@ -292,9 +212,6 @@ def _draw_matrix(axes: Axes, matrix: Matrix, top: float, several: bool) -> None:
     which = "(a) base model" if matrix.figure == BEFORE else "(b) after stage one"
     run = printable(matrix.run.folder.name) if several else ""
     figures.heading(axes, ", ".join(filter(None, (which, matrix.params, run))))
-
-
-KERNELS = {"3": figure3, "6": figure6, "6a": figure6a, "6b": figure6b}
 
 
 ACROSS = 6  # panels of Figure 8 side by side
@@ -365,9 +282,10 @@ def _draw_accuracies(found: Sequence[LayerScores]) -> Figure:
     figure, (axes,) = figures.panels(1, 4.4, 2.9)
     handles = []
     for place, measured in enumerate(found):
+        colour, marker = line_style(place)
         style: dict[str, Any] = {
-            "color": PALETTE[1 + place % (len(PALETTE) - 1)],
-            "marker": MARKERS[place % len(MARKERS)],
+            "color": colour,
+            "marker": marker,
             "linestyle": ("-", "--", "-.")[place % 3],
         }
         points = [
@@ -376,14 +294,12 @@ def _draw_accuracies(found: Sequence[LayerScores]) -> Figure:
             if scores.kmeans is not None
         ]
         axes.plot([layer for layer, _ in points], [value for _, value in points], **style)
-        handles.append(Line2D([], [], label=measured.name, **style))
+        handles.append(handle(measured.name, **style))
     majorities = dict.fromkeys(m.found.majority for m in found if m.found.majority is not None)
     for majority in majorities:
         axes.axhline(majority, color=INK, linestyle=":", linewidth=1)
     if majorities:
-        handles.append(
-            Line2D([], [], color=INK, linestyle=":", linewidth=1, label="majority class")
-        )
+        handles.append(handle("majority class", color=INK, linestyle=":", linewidth=1))
     figures.step_axis(axes, "layer ℓ")
     axes.set_ylim(0.48, 1.01)
     axes.set_ylabel("k-means accuracy")
@@ -429,10 +345,10 @@ def _draw_panels(found: Sequence[LayerScores]) -> Figure:
             spare.set_visible(False)
         for place, layer in zip(axes, sorted(measured.points), strict=False):
             _draw_points(place, measured, layer, points > DRAWN_AS_VECTORS)
+    styles = [(kind, *figures.kind_style(kind)[:2]) for kind in CLASSES]
     figures.key(figure, [
-        Line2D([], [], color=figures.kind_style(kind)[0], marker=figures.kind_style(kind)[1],
-               linestyle="", label=figures.kind_name(kind))
-        for kind in CLASSES
+        handle(kind_name(kind), color=colour, marker=marker, linestyle="")
+        for kind, colour, marker in styles
     ])  # fmt: skip
     return figure
 
@@ -454,4 +370,4 @@ def _draw_points(axes: Axes, measured: LayerScores, layer: int, as_picture: bool
         spine.set(visible=True, color="#b5b5b5", linewidth=0.5)
 
 
-LAYERS = {"7": figure7, "8": figure8}
+ANALYSES = {"6": figure6, "6a": figure6a, "6b": figure6b, "7": figure7, "8": figure8}

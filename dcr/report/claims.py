@@ -10,22 +10,11 @@ import numpy as np
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 
-from dcr import ntk
+from dcr import ntk, results
 from dcr.config import DataError
-from dcr.report import tables
-from dcr.report.columns import about, steering
-from dcr.report.curves import (
-    KEPT,
-    SCORED,
-    STAGES,
-    config_of,
-    folders,
-    name_of_weights,
-    names,
-    snapshots,
-)
-from dcr.report.records import Evaluation, RunRecord, interval
-from dcr.results.schema import Estimate, Kernel, OneStep, RefusalProbability
+from dcr.report.curves import KEPT, SCORED, STAGES, folders, name_of_weights, names, snapshots
+from dcr.report.records import Evaluation, RunRecord, about, config_of, unedited
+from dcr.results.schema import Estimate, Kernel, OneStep, RefusalProbability, interval
 from dcr.statistics import Interval, percentiles, resampled_groups
 from dcr.text import printable, single_line
 
@@ -52,16 +41,9 @@ def correlation(first: Curves, second: Curves, drawn: tuple[Draws, Draws]) -> In
         np.concatenate([curves.mean(1)[None], rows @ curves.T / curves.shape[1]])
         for curves, rows in zip((first, second), drawn, strict=True)
     ]
-    estimate, *sampled = _pearson(*means)
+    moved, other = map(_normed, means)
+    estimate, *sampled = np.clip((moved * other).sum(1), -1, 1)
     return Interval(float(estimate), *_ends(np.asarray(sampled)))
-
-
-def _pearson(
-    first: Float[np.ndarray, "rows steps"], second: Float[np.ndarray, "rows steps"]
-) -> Float[np.ndarray, "rows"]:
-    """Row by row."""
-    moved = [_normed(values) for values in (first, second)]
-    return np.clip((moved[0] * moved[1]).sum(1), -1, 1)
 
 
 def _normed(values: Float[np.ndarray, "rows steps"]) -> Float[np.ndarray, "rows steps"]:
@@ -86,27 +68,9 @@ def contrast(
     """
     estimate, sampled = 0.0, np.zeros(len(next(iter(drawn.values()))))
     for (observer, trained), weight in weights.items():
-        mean, means = _mean_of(matrix, kinds, (observer, trained), drawn)
+        mean, means = ntk.kind_mean(matrix, kinds, (observer, trained), drawn)
         estimate, sampled = estimate + weight * mean, sampled + weight * means
     return Interval(estimate, *_ends(sampled))
-
-
-def _mean_of(
-    matrix: Float[np.ndarray, "observer trained"],
-    kinds: Sequence[str],
-    cell: KindPair,
-    drawn: Mapping[str, Draws],
-) -> tuple[float, Float[np.ndarray, "resamples"]]:
-    rows, columns = ([i for i, kind in enumerate(kinds) if kind == wanted] for wanted in cell)
-    values, allowed = matrix[np.ix_(rows, columns)], np.ones((len(rows), len(columns)))
-    if cell[0] == cell[1]:
-        np.fill_diagonal(allowed, 0)
-    if not allowed.any():
-        return math.nan, np.full(len(drawn[cell[0]]), np.nan)
-    kept = np.where(allowed, values, 0.0)
-    totals, counts = (((drawn[cell[0]] @ part) * drawn[cell[1]]).sum(1) for part in (kept, allowed))
-    means = np.divide(totals, counts, out=np.full(len(totals), np.nan), where=counts > 0)
-    return float(kept.sum() / allowed.sum()), means
 
 
 def _ends(sampled: Float[np.ndarray, "resamples"]) -> tuple[float, float]:
@@ -114,21 +78,11 @@ def _ends(sampled: Float[np.ndarray, "resamples"]) -> tuple[float, float]:
     return percentiles(known) if len(known) else (math.nan, math.nan)
 
 
-def verdict(measured: Interval, boundary: float = 0.0, *, above: bool = True) -> str:
-    """Whether the whole interval lies on the claimed side of the boundary."""
-    sides = (measured.low > boundary, measured.high < boundary)
+def verdict(measured: Interval, *, above: bool = True) -> str:
+    """Whether the whole interval lies on the claimed side of 0."""
+    sides = (measured.low > 0, measured.high < 0)
     claimed, other = sides if above else sides[::-1]
     return HOLDS if claimed else FAILS if other else OPEN
-
-
-def exceeds(first: Interval, second: Interval) -> str:
-    """Whether the first lies above the second, by intervals that do not meet."""
-    return HOLDS if first.low > second.high else FAILS if first.high < second.low else OPEN
-
-
-def all_of(verdicts: Sequence[str]) -> str:
-    """The verdict on a claim that asks for several things at once."""
-    return next((found for found in (FAILS, OPEN) if found in verdicts), HOLDS)
 
 
 FEWEST_STEPS = 3  # two points always lie on a line
@@ -138,14 +92,13 @@ FEWEST_STEPS = 3  # two points always lie on a line
 class PromptCurves:
     """The plain refusal probability of single prompts: `values[kind][step, prompt]`."""
 
-    run: RunRecord
     steps: tuple[int, ...]
     values: dict[str, np.ndarray]
     source: str
 
 
 @dataclass(frozen=True)
-class KeptKernel:
+class MeasuredKernel:
     """A kernel that was kept whole: which run's, at which weights, in which folder."""
 
     run: RunRecord
@@ -165,28 +118,23 @@ class KeptKernel:
 class Pair:
     """A kernel before and after stage one over the same prompts, as normalised matrices."""
 
-    before: KeptKernel
-    after: KeptKernel
+    before: MeasuredKernel
+    after: MeasuredKernel
     params: str
     matrices: tuple[np.ndarray, np.ndarray]
 
 
 def prompt_curves(run: RunRecord) -> PromptCurves | None:
     """Over SFT, from tracking or else from snapshots; None of fewer than three steps."""
-    tracked = {
-        t.step: t.refusal_probability
-        for t in run.tracked
-        if t.stage == "sft" and t.refusal_probability
+    measured = {
+        KEPT: [tracked for tracked in run.tracked if tracked.stage == "sft"],
+        SCORED: snapshots(run, lambda e: e.refusal_probability),
     }
-    scored = {
-        e.step or 0: e.refusal_probability
-        for e in snapshots(run, lambda e: e.refusal_probability)
-        if e.refusal_probability
-    }
-    for source, by_step in ((KEPT, tracked), (SCORED, scored)):
+    for source, steps in measured.items():
+        by_step = {s.step or 0: s.refusal_probability for s in steps if s.refusal_probability}
         values = _followed(by_step)
         if len(by_step) >= FEWEST_STEPS and {"toxic", "seemingly_toxic"} <= values.keys():
-            return PromptCurves(run, tuple(sorted(by_step)), values, source)
+            return PromptCurves(tuple(sorted(by_step)), values, source)
     return None
 
 
@@ -207,30 +155,25 @@ def _followed(by_step: Mapping[int, RefusalProbability]) -> dict[str, np.ndarray
     }
 
 
-def unedited(evaluation: Evaluation) -> bool:
-    """Whether it is of the weights as they are, without steering or another decoding."""
-    return not (steering(evaluation) or "self_cd" in evaluation.settings)
-
-
-def evaluated(run: RunRecord, weights: str) -> list[KeptKernel]:
+def evaluated(run: RunRecord, weights: str) -> list[MeasuredKernel]:
     """Kernels of unsteered evaluations of certain weights."""
     return [
-        KeptKernel(run, weights, about(run, e, "model"), e.folder, e.kernel)
+        MeasuredKernel(run, weights, about(run, e, "model"), e.folder, e.kernel)
         for e in run.evaluations
         if e.weights == weights and e.kernel and e.kernel.ids and unedited(e)
     ]
 
 
-def tracked(run: RunRecord, stage: str) -> list[KeptKernel]:
+def tracked(run: RunRecord, stage: str) -> list[MeasuredKernel]:
     """Kernels that tracking kept over a stage, by step."""
     return [
-        KeptKernel(run, f"step {t.step}", config_of(run, "model"), t.folder, t.kernel)
+        MeasuredKernel(run, f"step {t.step}", config_of(run, "model"), t.folder, t.kernel)
         for t in run.tracked
         if t.stage == stage and t.kernel and t.kernel.ids
     ]
 
 
-def base_kernels(records: Sequence[RunRecord]) -> list[KeptKernel]:
+def base_kernels(records: Sequence[RunRecord]) -> list[MeasuredKernel]:
     """Of base models: evaluations, or else what tracking kept before a stage took a step.
 
     One a model and choice of prompts, the first.
@@ -242,7 +185,7 @@ def base_kernels(records: Sequence[RunRecord]) -> list[KeptKernel]:
             if not first and config_of(run, "method") != "dcr":
                 first = tracked(run, "sft")[:1]
             found += [m for m in first if m.told == "step 0"]
-    distinct: dict[tuple[object, ...], KeptKernel] = {}
+    distinct: dict[tuple[object, ...], MeasuredKernel] = {}
     for measured in found:
         key = (measured.model, *measured.terms, tuple(measured.kernel.params))
         distinct.setdefault(key, measured)
@@ -254,18 +197,15 @@ def pairs(records: Sequence[RunRecord], notes: list[str]) -> list[Pair]:
     bases = [measured for run in records for measured in evaluated(run, "base")]
     found: list[Pair] = []
     for run in records:
-        own: list[Pair] = []
-        for after in evaluated(run, "contrastive"):
-            own += _paired(after, bases, notes)
-        if not own:
-            steps = tracked(run, "contrastive")
-            if len(steps) > 1 and steps[0].told == "step 0":
-                own = _paired(steps[-1], steps[:1], notes)
+        own = [p for after in evaluated(run, "contrastive") for p in _paired(after, bases, notes)]
+        steps = tracked(run, "contrastive")
+        if not own and len(steps) > 1 and steps[0].told == "step 0":
+            own = _paired(steps[-1], steps[:1], notes)
         found += own
     return found
 
 
-def _paired(after: KeptKernel, bases: Sequence[KeptKernel], notes: list[str]) -> list[Pair]:
+def _paired(after: MeasuredKernel, bases: Sequence[MeasuredKernel], notes: list[str]) -> list[Pair]:
     alike = [base for base in bases if (base.model, base.terms) == (after.model, after.terms)]
     place, found = printable(str(after.folder)), []
     for params in after.kernel.params:
@@ -281,13 +221,13 @@ def _paired(after: KeptKernel, bases: Sequence[KeptKernel], notes: list[str]) ->
             first = printable(str(having[0].folder))
             note = f"claims: {first} is the base model for {place}; {others} would do as well"
             notes += [note] if note not in notes else []
-        matrices = (normalised(having[0], params, notes), normalised(after, params, notes))
-        if matrices[0] is not None and matrices[1] is not None:
-            found.append(Pair(having[0], after, params, (matrices[0], matrices[1])))
+        before, now = (normalised(kernel, params, notes) for kernel in (having[0], after))
+        if before is not None and now is not None:
+            found.append(Pair(having[0], after, params, (before, now)))
     return found
 
 
-def normalised(measured: KeptKernel, params: str, notes: list[str]) -> np.ndarray | None:
+def normalised(measured: MeasuredKernel, params: str, notes: list[str]) -> np.ndarray | None:
     """The whole matrix as its evaluation normalised it; None, with a note, if it is missing."""
     path = measured.folder / "kernel" / f"{params}.safetensors"
     try:
@@ -322,34 +262,29 @@ CLAIMS = {
     "prompts more than on normal ones",
     "proposition_1": "Proposition 1: ‖K‖ over the trunk follows the states at block ℓ",
 }
-KERNELS = (
-    "no kernels before and after stage one over the same prompts",
-    "python eval.py model=<name> tasks=[kernel], then "
-    "python eval.py run={run} stage=contrastive tasks=[kernel]",
-)
-LACKING: dict[str, tuple[str, str]] = {
+LACKING: dict[str, tuple[str, str]] = {  # what, and the command that measures it
     "joint_movement": (
         f"no refusal probabilities of single prompts at {FEWEST_STEPS} or more steps of SFT",
         "python train.py tracking.quantities=[refusal_probability]",
     ),
-    "within_rises": KERNELS,
-    "cross_falls": KERNELS,
-    "cross_falls_more": KERNELS,
-    "base_asymmetry": (
-        "no kernel of the base model",
-        "python eval.py model=<name> tasks=[kernel]",
+    **dict.fromkeys(
+        ("within_rises", "cross_falls", "cross_falls_more"),
+        (
+            "no kernels before and after stage one over the same prompts",
+            "python eval.py model=<name> tasks=[kernel], then "
+            "python eval.py run={run} stage=contrastive tasks=[kernel]",
+        ),
     ),
+    "base_asymmetry": ("no kernel of the base model", "python eval.py model=<name> tasks=[kernel]"),
     **dict.fromkeys(
         ("size_of_change", "signed_change", "refusal_spreads"),
         ("no steps on toxic prompts", "python eval.py run={run} tasks=[claims]"),
     ),
 }
+AFTER_STAGE_ONE = "python eval.py run={run} stage=contrastive tasks=[claims]"
 LACKING_STATES = {  # Proposition 1 is told before and after stage one
     "base": ("nothing of the base model", "python eval.py model=<name> tasks=[claims]"),
-    "contrastive": (
-        "nothing after stage one",
-        "python eval.py run={run} stage=contrastive tasks=[claims]",
-    ),
+    "contrastive": ("nothing after stage one", AFTER_STAGE_ONE),
 }
 
 
@@ -396,32 +331,28 @@ MORE = {**dict.fromkeys(CROSS, 0.5), **dict.fromkeys(WITHIN, -0.5)}
 def claim_rows(records: Sequence[RunRecord], notes: list[str]) -> list[ClaimRow]:
     """Every claim in the order of CLAIMS; what could not be read or is missing goes to `notes`."""
     called = {run.folder: name for run, name in zip(records, names(records), strict=True)}
-    found = list(_movements(records, called))
+    found = [
+        _movement(run, curves, called[run.folder])
+        for run in records
+        if (curves := prompt_curves(run))
+    ]
     for pair in pairs(records, notes):
         found += _stage_one(pair, called[pair.after.run.folder])
     for base in base_kernels(records):
         found += _base(base, notes)
-    steps = [
-        (run, e, step_scores(e.claims))
-        for run in records
-        for e in run.evaluations
-        if e.claims and unedited(e)
-    ]
-    for run, evaluation, block in steps:
-        found += _one_step(name_of_weights(called[run.folder], run, evaluation), evaluation, block)
-        notes += _incomplete(evaluation, block)
+    steps = [(run, e) for run in records for e in run.evaluations if e.claims and unedited(e)]
+    for run, evaluation in steps:
+        found += _one_step(name_of_weights(called[run.folder], run, evaluation), evaluation, notes)
     # one base model may have been measured in several folders
     found = list({(f.claim, f.sentence): f for f in map(_of_numbers, found)}.values())
     notes += _without(found, records, called)
     have = {row.claim for row in found}
     absent = [_absent(key, *LACKING[key], records) for key in LACKING if key not in have]
-    told = {
-        e.weights for _, e, step in steps if any(key.startswith("trunk") for key in step.params)
-    }
+    of_trunk = {e.weights for _, e in steps if any(p.startswith("trunk") for p in scores(e)[0])}
     absent += [
         _absent("proposition_1", *LACKING_STATES[weights], records)
         for weights in LACKING_STATES
-        if weights not in told
+        if weights not in of_trunk
     ]
     return sorted(found + absent, key=lambda row: list(CLAIMS).index(row.claim))
 
@@ -462,13 +393,7 @@ def _of_numbers(row: ClaimRow) -> ClaimRow:
     return replace(row, verdict=OPEN, sentence=sentence, beside=None)
 
 
-def _movements(records: Sequence[RunRecord], called: Mapping[Path, str]) -> Iterator[ClaimRow]:
-    for run in records:
-        if curves := prompt_curves(run):
-            yield _movement(curves, called[run.folder])
-
-
-def _movement(curves: PromptCurves, name: str) -> ClaimRow:
+def _movement(run: RunRecord, curves: PromptCurves, name: str) -> ClaimRow:
     of = [kind for kind, values in curves.values.items() for _ in range(values.shape[1])]
     drawn = draws(of)
 
@@ -488,7 +413,7 @@ def _movement(curves: PromptCurves, name: str) -> ClaimRow:
         sentence += f"; as a control, seemingly toxic with normal: r = {number(beside[1])}"
     return ClaimRow(
         "joint_movement", verdict(measured), sentence, run=name,
-        model=config_of(curves.run, "model"), measured=measured, beside=beside,
+        model=config_of(run, "model"), measured=measured, beside=beside,
         source=curves.source,
     )  # fmt: skip
 
@@ -524,7 +449,7 @@ def _stage_one(pair: Pair, name: str) -> Iterator[ClaimRow]:
     yield row("cross_falls_more", MORE, told, above=False)
 
 
-def _base(base: KeptKernel, notes: list[str]) -> Iterator[ClaimRow]:
+def _base(base: MeasuredKernel, notes: list[str]) -> Iterator[ClaimRow]:
     kinds = base.kernel.of
     name = ", ".join(filter(None, (STAGES["base"], base.model)))
     if not {SEEMING, NORMAL} <= set(kinds):
@@ -550,49 +475,42 @@ def _base(base: KeptKernel, notes: list[str]) -> Iterator[ClaimRow]:
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class StepScores:
-    """The statistics of single steps that could be told, by choice of parameters and by kind."""
+STATISTICS = {  # of single steps, by choice of parameters: where the block `claims` has them
+    "norm": ("norm", "within"),
+    "signed": ("prediction", "pearson"),
+    "slope": ("prediction", "slope"),
+    "dot": ("states", "dot"),
+    "cosine": ("states", "cosine"),
+}
 
-    trained: int | None  # how many pairs
-    params: dict[str, dict[str, Interval]]
-    change: dict[str, Interval]
 
-
-def step_scores(block: OneStep) -> StepScores:
-    """What stands in the block `claims`; what is absent or not finite is left out."""
-    trained = block.trained
-    return StepScores(
-        len(trained) if isinstance(trained, list) else trained,
-        {
-            params: _finite(
-                {
-                    "norm": found.norm.within,
-                    "signed": found.prediction.pearson,
-                    "slope": found.prediction.slope,
-                    "dot": found.states.dot,
-                    "cosine": found.states.cosine,
-                }
-            )
-            for params, found in block.params.items()
-        },
-        _finite(block.change),
-    )
+def scores(evaluation: Evaluation) -> tuple[dict[str, dict[str, Interval]], dict[str, Interval]]:
+    """STATISTICS by choice of parameters, and the change by kind; without what is not finite."""
+    block, found = evaluation.claims or OneStep(params={}), {}
+    for params, parts in block.params.items():
+        estimates = {key: getattr(getattr(parts, of), n) for key, (of, n) in STATISTICS.items()}
+        found[params] = _finite(estimates)
+    return found, _finite(block.change)
 
 
 def _finite(found: Mapping[str, Estimate | None]) -> dict[str, Interval]:
-    return {
-        key: interval(ends)
-        for key, ends in found.items()
-        if ends and all(map(math.isfinite, vars(interval(ends)).values()))
-    }
+    measured = {key: interval(ends) for key, ends in found.items() if ends}
+    return {key: i for key, i in measured.items() if all(map(math.isfinite, vars(i).values()))}
 
 
-def _one_step(name: str, evaluation: Evaluation, block: StepScores) -> Iterator[ClaimRow]:
-    model, source = evaluation.about.get("model", ""), printable(str(evaluation.folder))
+def _one_step(name: str, evaluation: Evaluation, notes: list[str]) -> Iterator[ClaimRow]:
+    """What one step shows; what the block lacks is noted."""
+    params_scores, change = scores(evaluation)
+    model, source = evaluation.model or "", printable(str(evaluation.folder))
+    place = printable(str(evaluation.folder / "metrics.json"))
+    for params, found in params_scores.items():
+        lacking = [key for key in STATISTICS if key not in found]
+        notes += [f"{place}: claims.params.{params} has no readable {key}" for key in lacking]
+    lacking = [kind for kind in (SEEMING, NORMAL) if kind not in change]
+    notes += [f"{place}: claims.change has no readable {kind}" for kind in lacking]
 
     def row(claim: str, score: str, told: str) -> Iterator[ClaimRow]:
-        for params, found in block.params.items():
+        for params, found in params_scores.items():
             if score in found and (claim != "proposition_1" or params.startswith("trunk")):
                 measured, slope = found[score], found.get("slope")
                 beside = ("slope", slope) if score == "signed" and slope else None
@@ -604,7 +522,9 @@ def _one_step(name: str, evaluation: Evaluation, block: StepScores) -> Iterator[
                     source=source,
                 )  # fmt: skip
 
-    on = "a toxic prompt" if block.trained is None else f"each of {block.trained} toxic prompts"
+    trained = evaluation.claims.trained if evaluation.claims else None
+    count = len(trained) if isinstance(trained, list) else trained
+    on = "a toxic prompt" if count is None else f"each of {count} toxic prompts"
     yield from row(
         "size_of_change", "norm",
         f"after one step on {on}, the rank correlation of ‖K‖ with the size of other prompts' "
@@ -613,39 +533,21 @@ def _one_step(name: str, evaluation: Evaluation, block: StepScores) -> Iterator[
     yield from row(
         "signed_change", "signed", "the correlation of −ηAKG with the actual signed change is"
     )
-    if {SEEMING, NORMAL} <= block.change.keys():
-        yield _spread(name, model, source, block)
+    if {SEEMING, NORMAL} <= change.keys():
+        seeming, normal = change[SEEMING], change[NORMAL]
+        more = HOLDS if seeming.low > normal.high else FAILS if seeming.high < normal.low else OPEN
+        both = {more, verdict(seeming)}
+        yield ClaimRow(
+            "refusal_spreads", next((found for found in (FAILS, OPEN) if found in both), HOLDS),
+            f"{name}: one step on a toxic prompt changes log p of the refusal token by "
+            f"{number(seeming, signed=True)} on seemingly toxic and by "
+            f"{number(normal, signed=True)} on normal prompts (claimed: a rise, and more on the "
+            "first)",
+            run=name, model=model, measured=seeming, beside=("normal", normal), source=source,
+        )  # fmt: skip
     for score, states in (("dot", "the inner product h′ᵀh"), ("cosine", "the cosine")):
         told = f"the rank correlation of ‖K‖ with {states} of two prompts' states is"
         yield from row("proposition_1", score, told)
-
-
-def _spread(name: str, model: str, source: str, block: StepScores) -> ClaimRow:
-    seeming, normal = block.change[SEEMING], block.change[NORMAL]
-    found = all_of([exceeds(seeming, normal), verdict(seeming)])
-    return ClaimRow(
-        "refusal_spreads", found,
-        f"{name}: one step on a toxic prompt changes log p of the refusal token by "
-        f"{number(seeming, signed=True)} on seemingly toxic and by {number(normal, signed=True)} "
-        "on normal prompts (claimed: a rise, and more on the first)",
-        run=name, model=model, measured=seeming, beside=("normal", normal), source=source,
-    )  # fmt: skip
-
-
-def _incomplete(evaluation: Evaluation, block: StepScores) -> list[str]:
-    """A note on every statistic that the block `claims` lacks."""
-    path = printable(str(evaluation.folder / "metrics.json"))
-    lacking = [
-        f"{path}: claims.params.{params} has no readable {key}"
-        for params, found in block.params.items()
-        for key in ("norm", "signed", "slope", "dot", "cosine")
-        if key not in found
-    ]
-    return lacking + [
-        f"{path}: claims.change has no readable {kind}"
-        for kind in (SEEMING, NORMAL)
-        if kind not in block.change
-    ]
 
 
 FILE = "claims.csv"
@@ -688,7 +590,7 @@ def lines(found: Sequence[ClaimRow], width: int) -> list[str]:
 
 def csv_text(found: Sequence[ClaimRow]) -> str:
     """One claim of one run or evaluation a line, in full precision."""
-    return tables.csv_text(HEADER, [_row(row) for row in found])
+    return results.csv_text(HEADER, [_row(row) for row in found])
 
 
 def _row(row: ClaimRow) -> tuple[object, ...]:

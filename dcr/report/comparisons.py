@@ -7,27 +7,25 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from dcr import statistics, storage
 from dcr.config import Kind, UserError
 from dcr.report import figures
-from dcr.report.columns import METHODS, STEERED, Answer, Entry, about, flattened, steering
-from dcr.report.curves import folders, shared_sets
-from dcr.report.figures import INK, MARKERS, PALETTE, Drawing
-from dcr.report.records import Evaluation, RunRecord
-from dcr.report.tables import (
-    NAMES,
-    TITLES,
-    Count,
-    defended,
-    judges_of,
-    keyword,
-    pooled,
-    set_names,
-    together,
-    verdicts_of,
+from dcr.report.curves import folders, shared_by_kind
+from dcr.report.figures import INK, Drawing, arms, handle, line_style
+from dcr.report.records import (
+    METHODS,
+    STEERED,
+    Answer,
+    Column,
+    Evaluation,
+    RunRecord,
+    about,
+    flattened,
+    other_preset,
+    steering,
 )
+from dcr.report.tables import NAMES, TITLES, Cell, judges_of, rate, set_names, together
 from dcr.statistics import Interval
 from dcr.text import printable
 
@@ -51,14 +49,14 @@ class PairedLine:
 class Comparison:
     """DCR minus STL, with the settings besides method in which they differ."""
 
-    a: Entry
-    b: Entry
+    a: Column
+    b: Column
     lines: list[PairedLine]
     differing: list[str]
 
 
 def comparisons(
-    columns: Sequence[Entry], completions: Callable[[Entry, str], list[Answer]]
+    columns: Sequence[Column], completions: Callable[[Column, str], list[Answer]]
 ) -> list[Comparison]:
     """DCR against STL of the same model, seed, data and evaluation settings, prompt by prompt.
 
@@ -82,7 +80,7 @@ def comparisons(
     return found
 
 
-def _comparable(a: Entry, b: Entry) -> bool:
+def _comparable(a: Column, b: Column) -> bool:
     same = all(
         about(a.run, a.evaluation, key) == about(b.run, b.evaluation, key)
         for key in ("model", "seed", "data")
@@ -91,7 +89,7 @@ def _comparable(a: Entry, b: Entry) -> bool:
     return same and weights and a.evaluation.settings == b.evaluation.settings
 
 
-def differing_settings(a: Entry, b: Entry) -> list[str]:
+def differing_settings(a: Column, b: Column) -> list[str]:
     """Settings of stage two in which two runs differ, which no comparison should hide."""
     configs = []
     for entry in (a, b):
@@ -103,7 +101,7 @@ def differing_settings(a: Entry, b: Entry) -> list[str]:
 
 
 def _paired_lines(
-    a: Entry, b: Entry, completions: Callable[[Entry, str], list[Answer]]
+    a: Column, b: Column, completions: Callable[[Column, str], list[Answer]]
 ) -> list[PairedLine]:
     lines = []
     for kind in TITLES:
@@ -166,8 +164,8 @@ class Operating:
     evaluation: Evaluation
     strength: float | None
     step: int | None
-    compliance: Interval
-    safety: Interval
+    compliance: Cell
+    safety: Cell
 
     @property
     def setting(self) -> str:
@@ -182,7 +180,7 @@ class OperatingPanel:
 
     title: str
     safety: str  # how safety was told
-    sets: dict[Kind, tuple[str, ...]]
+    sets: dict[Kind, list[str]]
     reference: Operating
     points: tuple[Operating, ...]
     chosen: dict[str, Operating | None]
@@ -254,11 +252,11 @@ def _operating_panel(
             "figure operating_points: several unsteered STL evaluations alike "
             f"({', '.join(str(found.folder) for _, found in stl)}); give the folders of one STL run"
         )
-    sets = _sets([found for _, found in pairs])
-    if sets is None:
+    sets = shared_by_kind([found for _, found in pairs])
+    if not all(sets.values()):
         return None
-    counted, told = _safety([found for _, found in pairs], sets[Kind.toxic])
-    points = [point for run, found in pairs if (point := _point(run, found, sets, counted))]
+    by, told = _safety([found for _, found in pairs], sets[Kind.toxic])
+    points = [point for run, found in pairs if (point := _point(run, found, sets, by))]
     reference = next(p for p in points if p.evaluation is stl[0][1])
     methods = dict.fromkeys(p.method for p in points if p.method != "stl")
     chosen = {m: choose([p for p in points if p.method == m], reference, margin) for m in methods}
@@ -283,34 +281,25 @@ def _method(run: RunRecord, found: Evaluation) -> str:
     trained, preset = about(run, found, "method"), about(run, found, "preset")
     if trained == "stl":
         return edit or trained
-    told = [trained, edit, preset if preset not in ("", "-", "paper") else ""]
-    return " + ".join(filter(None, told))
+    return " + ".join(filter(None, (trained, edit, other_preset(preset))))
 
 
-def _sets(evaluations: Sequence[Evaluation]) -> dict[Kind, tuple[str, ...]] | None:
-    """The sets that every evaluation has, by kind, without those whose prompts others hold."""
-    shared = shared_sets(evaluations)
-    sets = {
-        kind: tuple(together([name for name, score in shared.items() if score.kind is kind]))
-        for kind in (Kind.seemingly_toxic, Kind.toxic)
-    }
-    return sets if all(sets.values()) else None
+def _safety(evaluations: Sequence[Evaluation], names: Sequence[str]) -> tuple[tuple[str, ...], str]:
+    """DSR by the first judge of safety that judged every set of every evaluation, else keywords.
 
-
-def _safety(evaluations: Sequence[Evaluation], names: Sequence[str]) -> tuple[Count, str]:
-    """DSR by the first judge of safety that judged every set of every evaluation, else keywords."""
-    for judge, model in judges_of(score for e in evaluations for score in e.sets.values()):
-        count = defended(verdicts_of(judge, model))
-        if all(count(e.sets[name]) for e in evaluations for name in names):
-            return count, f"DSR by {NAMES.get(judge, judge)}"
-    return keyword("paper"), "keyword refusal of toxic prompts"
+    As the quantity and judge of `tables.rate`.
+    """
+    for judge, model in judges_of(evaluations):
+        if all(rate(e, names, "safe", judge, model) for e in evaluations):
+            return ("safe", judge, model), f"DSR by {NAMES.get(judge, judge)}"
+    return ("refused",), "keyword refusal of toxic prompts"
 
 
 def _point(
-    run: RunRecord, found: Evaluation, sets: dict[Kind, tuple[str, ...]], counted: Count
+    run: RunRecord, found: Evaluation, sets: dict[Kind, list[str]], by: tuple[str, ...]
 ) -> Operating | None:
-    compliance = pooled([found.sets[name] for name in sets[Kind.seemingly_toxic]], keyword("paper"))
-    safety = pooled([found.sets[name] for name in sets[Kind.toxic]], counted)
+    compliance = rate(found, sets[Kind.seemingly_toxic], "complied")
+    safety = rate(found, sets[Kind.toxic], *by)
     if compliance is None or safety is None:
         return None
     return Operating(
@@ -348,8 +337,8 @@ def _told(point: Operating | None) -> str:
     )
 
 
-def _percent(interval: Interval) -> str:
-    return f"{100 * interval.estimate:.1f}%"
+def _percent(cell: Cell) -> str:
+    return f"{100 * cell.estimate:.1f}%"
 
 
 HEADER = ("model", "data", "seed", "method", "weights", "strength", "step", "compliance",
@@ -398,20 +387,16 @@ def _draw(found: Sequence[OperatingPanel], margin: float) -> Figure:
         _draw_panel(place, panel, methods, margin)
         if len(found) > 1:
             figures.heading(place, panel.title, 46)
-    handles = [
-        Line2D([], [], color=colour, marker=marker, markersize=5, linewidth=1, label=label(method))
-        for method, (colour, marker) in [("stl", _style("stl", methods)),
-                                         *((m, _style(m, methods)) for m in methods)]
-    ]  # fmt: skip
-    figures.key(figure, handles)
+    styles = [(method, *_style(method, methods)) for method in ("stl", *methods)]
+    figures.key(figure, [
+        handle(label(method), color=colour, marker=marker, markersize=5, linewidth=1)
+        for method, colour, marker in styles
+    ])  # fmt: skip
     return figure
 
 
 def _style(method: str, methods: Sequence[str]) -> tuple[str, str]:
-    if method == "stl":
-        return INK, "X"
-    place = methods.index(method)
-    return PALETTE[1 + place % (len(PALETTE) - 1)], MARKERS[place % len(MARKERS)]
+    return (INK, "X") if method == "stl" else line_style(methods.index(method))
 
 
 def _draw_panel(axes: Axes, panel: OperatingPanel, methods: Sequence[str], margin: float) -> None:
@@ -442,7 +427,8 @@ def _draw_sweeps(
         line = [point for point in swept if _sweep(point) == (folder, rest)]
         if panel.reference.run.folder == folder and all(point.strength for point in line):
             line = [panel.reference, *line]
-        xs, ys = ([100 * end.estimate for end in ends] for ends in _ends(line))
+        xs = [100 * point.compliance.estimate for point in line]
+        ys = [100 * point.safety.estimate for point in line]
         axes.plot(xs, ys, color=colour, linewidth=1.2, zorder=2)
     for point in swept:
         axes.annotate(f"{point.strength:g}",
@@ -458,10 +444,6 @@ def _sweep(point: Operating) -> tuple[Path, str]:
     return point.run.folder, storage.fingerprint(rest)
 
 
-def _ends(line: Sequence[Operating]) -> tuple[list[Interval], list[Interval]]:
-    return [point.compliance for point in line], [point.safety for point in line]
-
-
 def _draw_point(axes: Axes, point: Operating, colour: str, marker: str) -> None:
     x, y = point.compliance, point.safety
     if point.evaluation.weights == "snapshot":  # intervals of every checkpoint would hide all else
@@ -469,11 +451,7 @@ def _draw_point(axes: Axes, point: Operating, colour: str, marker: str) -> None:
                   markersize=3, zorder=1)  # fmt: skip
         return
     axes.errorbar(
-        100 * x.estimate, 100 * y.estimate, xerr=_arms(x), yerr=_arms(y), fmt=marker,
+        100 * x.estimate, 100 * y.estimate, xerr=arms(x.interval), yerr=arms(y.interval),
+        fmt=marker,
         color=colour, markersize=5, elinewidth=0.6, ecolor=figures.shade(colour, 0.45), zorder=3,
     )  # fmt: skip
-
-
-def _arms(interval: Interval) -> list[list[float]]:
-    below, above = interval.estimate - interval.low, interval.high - interval.estimate
-    return [[100 * max(0.0, below)], [100 * max(0.0, above)]]

@@ -1,35 +1,38 @@
-"""Figures 1, 4, 5 and 9: quantities over the steps of SFT, from tracking or scored snapshots."""
+"""Figures 1, 3, 4, 5 and 9: quantities over the steps of SFT, from tracking or scored snapshots."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from dcr import storage
 from dcr.config import Kind, UserError
 from dcr.report import figures
-from dcr.report.columns import METHODS, steering
-from dcr.report.figures import MARKERS, PALETTE, Drawing
+from dcr.report.figures import Drawing, kind_name, line_style
 from dcr.report.records import (
+    METHODS,
     Evaluation,
     RunRecord,
-    SetScore,
-    Tracked,
-    interval,
+    TrackedStep,
+    config_of,
+    other_preset,
+    unedited,
 )
-from dcr.report.tables import keyword, pooled, together
-from dcr.results.schema import Estimate
-from dcr.statistics import Interval
+from dcr.report.tables import WANTED, Cell, rate, together
+from dcr.results.schema import Estimate, SetCounts, interval
 from dcr.text import printable
 
 PREFIXES = {"plain": "refusal_probability", "prefix_free": "refusal_probability_prefix_free"}
 TRACKED, KEPT, SCORED = "metrics.csv", "tracking", "snapshots"
 STAGES = {"base": "base model", "contrastive": "after stage one", "sft": "after SFT"}
+BOTH = (Kind.seemingly_toxic, Kind.toxic)
+NORM = "mean normalised ‖K‖"
+TRACK = "train with tracking.quantities=[refusal_probability]"
 Key = tuple[str, ...]
-Values = Callable[[Tracked | Evaluation], Iterator[tuple[Key, Estimate]]]
+Values = Callable[[TrackedStep | Evaluation], Iterator[tuple[Key, Estimate]]]
 
 
 @dataclass(frozen=True)
@@ -51,35 +54,32 @@ class Trajectory:
     source: str
 
 
-def config_of(run: RunRecord, key: str) -> str:
-    """method, seed, preset_name, or a node's label, from a run's configuration."""
-    value = run.config.get(key, "")
-    return printable(str(value.get("label", "") if isinstance(value, Mapping) else value))
+# --- runs, their names and what they have --------------------------------------------------------
 
 
 def names(records: Sequence[RunRecord]) -> list[str]:
     """A name for each run that no other has: method, preset, seed, model where there are more."""
-    models = {config_of(run, "model") for run in records} - {""}
-    plain = [_name(run, len(models) > 1) for run in records]
+    several = len({config_of(run, "model") for run in records} - {""}) > 1
+    plain = []
+    for run in records:
+        method, seed = config_of(run, "method"), config_of(run, "seed")
+        parts = (
+            METHODS.get(method, method) or printable(run.folder.name),
+            other_preset(config_of(run, "preset_name")),
+            f"seed {seed}" if seed else "",
+            config_of(run, "model") if several else "",
+        )
+        plain.append(", ".join(filter(None, parts)))
     return [
         f"{name} ({printable(run.folder.name)})" if plain.count(name) > 1 else name
         for name, run in zip(plain, records, strict=True)
     ]
 
 
-def _name(run: RunRecord, with_model: bool) -> str:
-    method, preset = config_of(run, "method"), config_of(run, "preset_name")
-    seed = config_of(run, "seed")
-    parts = [METHODS.get(method, method) or printable(run.folder.name)]
-    parts += [preset] if preset not in ("", "-", "paper") else []
-    parts += [f"seed {seed}"] if seed else []
-    return ", ".join([*parts, *([config_of(run, "model")] if with_model else [])])
-
-
 def name_of_weights(run_name: str, run: RunRecord, evaluation: Evaluation) -> str:
     """Which weights were evaluated: of a run after a stage or step of SFT, or the base model."""
     if evaluation.weights == "base":
-        model = evaluation.about.get("model") or config_of(run, "model")
+        model = evaluation.model or config_of(run, "model")
         return ", ".join(filter(None, (STAGES["base"], model)))
     stage = STAGES.get(evaluation.weights, evaluation.weights)
     return f"{run_name}, {stage if evaluation.step is None else f'SFT step {evaluation.step}'}"
@@ -93,35 +93,39 @@ def folders(records: Iterable[RunRecord]) -> str:
     return ", ".join(printable(str(run.folder)) for run in records)
 
 
-def found_in(
-    figure: str,
-    records: Sequence[RunRecord],
-    reader: Callable[[RunRecord], Trajectory | None],
-    what: str,
-    cure: str,
-) -> tuple[list[Trajectory], tuple[str, ...]]:
-    """The trajectories there are, and a note on every run without.
-
-    Raises UserError where no run has one.
-    """
-    found = [(run, reader(run)) for run in records]
-    have = [trajectory for _, trajectory in found if trajectory]
-    lacking = [run for run, trajectory in found if not trajectory]
-    if not have:
-        raise UserError(f"figure {figure}: no {what} in {folders(records)}; {cure}")
-    return have, tuple(f"figure {figure}: no {what} in {folders([run])}" for run in lacking)
-
-
 def snapshots(run: RunRecord, has: Callable[[Evaluation], object]) -> list[Evaluation]:
     """Unsteered evaluations of snapshots by step, all under one setting: that of the most steps."""
     by_setting: dict[str, dict[int, Evaluation]] = {}
     for found in run.evaluations:
-        otherwise = steering(found) or "self_cd" in found.settings
-        if found.weights == "snapshot" and found.step is not None and not otherwise and has(found):
-            setting = storage.fingerprint([found.settings, found.about.get("data")])
+        if (
+            found.weights == "snapshot"
+            and found.step is not None
+            and unedited(found)
+            and has(found)
+        ):
+            setting = storage.fingerprint([found.settings, found.data])
             by_setting.setdefault(setting, {})[found.step] = found
     most = max(by_setting.values(), key=len, default={})
     return [most[step] for step in sorted(most)]
+
+
+def shared_sets(evaluations: Sequence[Evaluation]) -> dict[str, SetCounts]:
+    """The sets that all of these were evaluated on, with the first one's counts."""
+    if not evaluations:
+        return {}
+    first, *others = evaluations
+    return {
+        name: counts for name, counts in first.sets.items() if all(name in e.sets for e in others)
+    }
+
+
+def shared_by_kind(evaluations: Sequence[Evaluation]) -> dict[Kind, list[str]]:
+    """Those of them that may be summed up, by kind."""
+    shared = shared_sets(evaluations)
+    return {
+        kind: together(name for name, counts in shared.items() if counts.kind is kind)
+        for kind in BOTH
+    }
 
 
 def logged(run: RunRecord, stage: str, prefix: str, parts: int) -> dict[Key, list[Reading]]:
@@ -136,6 +140,66 @@ def logged(run: RunRecord, stage: str, prefix: str, parts: int) -> dict[Key, lis
         rest: [Reading(step, value) for step, value in sorted(by_step.items())]
         for rest, by_step in values.items()
     }
+
+
+def _trajectory(
+    run: RunRecord, curves: Mapping[Key, list[Reading]], values: Values
+) -> Trajectory | None:
+    """Curves that were logged, with what tracking kept; of neither, those of snapshots."""
+    kept = _kept(run, "sft", values)
+    if curves or kept:
+        return Trajectory(run, _joined(curves, kept), KEPT if kept else TRACKED)
+    scored = [
+        reading
+        for found in snapshots(run, lambda e: next(values(e), None))
+        for reading in _readings(found.step or 0, values(found))
+    ]
+    return Trajectory(run, _joined({}, scored), SCORED) if scored else None
+
+
+def _kept(run: RunRecord, stage: str, values: Values) -> list[tuple[Key, Reading]]:
+    steps = [tracked for tracked in run.tracked if tracked.stage == stage]
+    return [reading for step in steps for reading in _readings(step.step, values(step))]
+
+
+def _readings(step: int, values: Iterable[tuple[Key, Estimate]]) -> Iterator[tuple[Key, Reading]]:
+    """Nothing where there is no mean, as of a kind without a pair; ends that are not finite go."""
+    for key, found in values:
+        mean = interval(found)
+        ends = (mean.low, mean.high) if all(map(math.isfinite, (mean.low, mean.high))) else ()
+        if math.isfinite(mean.estimate):
+            yield key, Reading(step, mean.estimate, *ends)
+
+
+def _joined(
+    curves: Mapping[Key, list[Reading]], kept: Iterable[tuple[Key, Reading]]
+) -> dict[Key, list[Reading]]:
+    """Curves by step, where what was kept of a step stands in place of its bare value."""
+    by_step = {key: {reading.step: reading for reading in curve} for key, curve in curves.items()}
+    for key, reading in kept:
+        by_step.setdefault(key, {})[reading.step] = reading
+    return {key: [curve[step] for step in sorted(curve)] for key, curve in by_step.items()}
+
+
+def _by_kind(found: TrackedStep | Evaluation) -> Iterator[tuple[Key, Estimate]]:
+    kinds = found.refusal_probability.kinds if found.refusal_probability else {}
+    for quantity in PREFIXES:
+        for kind, means in kinds.items():
+            yield (quantity, kind), getattr(means, quantity)
+
+
+def _by_followed(found: TrackedStep | Evaluation) -> Iterator[tuple[Key, Estimate]]:
+    followed = found.refusal_probability.followed if found.refusal_probability else {}
+    for quantity in PREFIXES:
+        for kind, prompt in followed.items():
+            yield (quantity, kind), (getattr(prompt, quantity), None, None)
+
+
+def _by_pair(found: TrackedStep | Evaluation) -> Iterator[tuple[Key, Estimate]]:
+    for params, matrix in (found.kernel.params if found.kernel else {}).items():
+        for observer, row in matrix.items():
+            for trained, mean in row.items():
+                yield (params, observer, trained), mean
 
 
 def kind_probabilities(run: RunRecord) -> Trajectory | None:
@@ -164,99 +228,99 @@ def tracked_kernels(run: RunRecord, stage: str) -> dict[Key, list[Reading]]:
     return _joined(logged(run, stage, "kernel", 3), _kept(run, stage, _by_pair))
 
 
-def _trajectory(
-    run: RunRecord, curves: Mapping[Key, list[Reading]], values: Values
-) -> Trajectory | None:
-    """Curves that were logged, with what tracking kept; of neither, those of snapshots."""
-    kept = _kept(run, "sft", values)
-    if curves or kept:
-        return Trajectory(run, _joined(curves, kept), KEPT if kept else TRACKED)
-    scored = [
-        reading
-        for found in snapshots(run, lambda e: next(values(e), None))
-        for reading in _readings(found.step or 0, values(found))
-    ]
-    return Trajectory(run, _joined({}, scored), SCORED) if scored else None
+def _rejections(run: RunRecord) -> Trajectory | None:
+    scored = snapshots(run, lambda e: e.sets)
+    curves: dict[Key, list[Reading]] = {}
+    for kind, chosen in shared_by_kind(scored).items():
+        cells = [(e.step or 0, rate(e, chosen, "refused")) for e in scored] if chosen else []
+        if chosen:
+            curves["rejection_rate", kind.value] = [
+                Reading(step, cell.estimate, cell.low, cell.high) for step, cell in cells if cell
+            ]
+    return Trajectory(run, curves, SCORED) if curves else None
 
 
-def _kept(run: RunRecord, stage: str, values: Values) -> list[tuple[Key, Reading]]:
-    return [
-        reading
-        for tracked in run.tracked
-        if tracked.stage == stage
-        for reading in _readings(tracked.step, values(tracked))
-    ]
+# --- figures of curves --------------------------------------------------------------------------
 
 
-def _readings(step: int, values: Iterable[tuple[Key, Estimate]]) -> Iterator[tuple[Key, Reading]]:
-    """Nothing where there is no mean, as of a kind without a pair; ends that are not finite go."""
-    for key, found in values:
-        mean = interval(found)
-        ends = (mean.low, mean.high) if all(map(math.isfinite, (mean.low, mean.high))) else ()
-        if math.isfinite(mean.estimate):
-            yield key, Reading(step, mean.estimate, *ends)
+def _curves(
+    figure: str,
+    records: Sequence[RunRecord],
+    reader: Callable[[RunRecord], Trajectory | None],
+    lacking: tuple[str, str],
+    title: str,
+    caption: str,
+    draw: Callable[[Sequence[tuple[str, Trajectory]]], Figure],
+    keys: Key = ("quantity", "kind"),
+) -> Drawing:
+    """Every run's curves, with a note on each run without; UserError where no run has one."""
+    what, cure = lacking
+    pairs = [(run, reader(run)) for run in records]
+    have = [trajectory for _, trajectory in pairs if trajectory]
+    if not have:
+        raise UserError(f"figure {figure}: no {what} in {folders(records)}; {cure}")
+    named = list(zip(names([trajectory.run for trajectory in have]), have, strict=True))
+    rows = [
+        (name, config_of(t.run, "method"), config_of(t.run, "model"), *key, r.step, r.value,
+         r.low, r.high, t.source)
+        for name, t in named
+        for key, curve in t.curves.items()
+        for r in curve
+    ]  # fmt: skip
+    lack = (run for run, trajectory in pairs if not trajectory)
+    return Drawing(
+        f"figure{figure}",
+        f"Figure {figure}: {title}",
+        caption,
+        ("run", "method", "model", *keys, "step", "estimate", "low", "high", "source"),
+        rows,
+        partial(draw, named),
+        notes=tuple(f"figure {figure}: no {what} in {folders([run])}" for run in lack),
+    )
 
 
-def _joined(
-    curves: Mapping[Key, list[Reading]], kept: Iterable[tuple[Key, Reading]]
-) -> dict[Key, list[Reading]]:
-    """Curves by step, where what was kept of a step stands in place of its bare value."""
-    by_step = {key: {reading.step: reading for reading in curve} for key, curve in curves.items()}
-    for key, reading in kept:
-        by_step.setdefault(key, {})[reading.step] = reading
-    return {key: [curve[step] for step in sorted(curve)] for key, curve in by_step.items()}
+def _draw_kinds(axis: str, named: Sequence[tuple[str, Trajectory]]) -> Figure:
+    """A panel a run, a line a kind."""
+    figure, axes = figures.panels(len(named))
+    for place, (name, trajectory) in zip(axes, named, strict=True):
+        for (quantity, kind), curve in trajectory.curves.items():
+            if quantity != "prefix_free":
+                _draw_curve(place, kind, curve)
+        figures.heading(place, name)
+        figures.step_axis(place)
+        figures.share_axis(place)
+        place.set_ylabel(axis)
+    present = {kind for _, t in named for _, kind in t.curves}
+    figures.key(figure, figures.kind_handles([k for k in figures.KINDS if k in present]))
+    return figure
 
 
-def _by_kind(found: Tracked | Evaluation) -> Iterator[tuple[Key, Estimate]]:
-    kinds = found.refusal_probability.kinds if found.refusal_probability else {}
-    for quantity in PREFIXES:
-        for kind, means in kinds.items():
-            yield (quantity, kind), getattr(means, quantity)
-
-
-def _by_followed(found: Tracked | Evaluation) -> Iterator[tuple[Key, Estimate]]:
-    followed = found.refusal_probability.followed if found.refusal_probability else {}
-    for quantity in PREFIXES:
-        for kind, prompt in followed.items():
-            yield (quantity, kind), (getattr(prompt, quantity), None, None)
-
-
-def _by_pair(found: Tracked | Evaluation) -> Iterator[tuple[Key, Estimate]]:
-    for params, matrix in (found.kernel.params if found.kernel else {}).items():
-        for observer, row in matrix.items():
-            for trained, mean in row.items():
-                yield (params, observer, trained), mean
-
-
-def shared_sets(evaluations: Sequence[Evaluation]) -> dict[str, SetScore]:
-    """The sets that all of these were evaluated on, with the first one's scores."""
-    if not evaluations:
-        return {}
-    first, *others = evaluations
-    return {
-        name: score for name, score in first.sets.items() if all(name in e.sets for e in others)
-    }
-
-
-TRACK = "train with tracking.quantities=[refusal_probability]"
-CURVE_HEADER = ("run", "method", "model", "quantity", "kind", "step", "estimate", "low", "high",
-                "source")  # fmt: skip
-BOTH = (Kind.seemingly_toxic, Kind.toxic)
+def _draw_curve(axes: Axes, kind: str, curve: Sequence[Reading]) -> None:
+    """A kind's line with markers, and a band between readings that have an interval."""
+    colour, marker, dashes = figures.kind_style(kind)
+    steps = [reading.step for reading in curve]
+    axes.plot(steps, [r.value for r in curve], color=colour, marker=marker, linestyle=dashes)
+    lows, highs = (
+        [math.nan if end is None else end for end in ends]
+        for ends in ([r.low for r in curve], [r.high for r in curve])
+    )
+    if not all(map(math.isnan, lows)):
+        axes.fill_between(steps, lows, highs, color=colour, alpha=0.15, linewidth=0)
 
 
 def figure1a(records: Sequence[RunRecord]) -> Drawing:
     """STL: rejection rates of toxic and seemingly toxic prompts, one panel a run."""
     stl = _stl("1a", records, "tracking.snapshots=20")
-    found, notes = found_in("1a", stl, _rejections, "scored snapshots", scoring_command(stl))
     return _curves(
         "1a",
+        stl,
+        _rejections,
+        ("scored snapshots", scoring_command(stl)),
         "Rejection rates while STL trains",
         "Keyword rejection rate of toxic and of seemingly toxic prompts, sets pooled, against the "
         "step of SFT, with 95% Wilson intervals. Of several evaluation settings of its snapshots, "
         "that of the most.",
-        found,
-        notes,
-        "rejection rate",
+        partial(_draw_kinds, "rejection rate"),
     )
 
 
@@ -266,29 +330,6 @@ def scoring_command(records: Sequence[RunRecord]) -> str:
         f"train with tracking.snapshots=20, then run python eval.py run={folders(records[:1])} "
         "snapshots=true tasks=[over_refusal,safety]"
     )
-
-
-def _rejections(run: RunRecord) -> Trajectory | None:
-    scored = snapshots(run, lambda e: e.sets)
-    shared = shared_sets(scored)
-    curves = {}
-    for kind in BOTH:
-        chosen = together([name for name, score in shared.items() if score.kind is kind])
-        if chosen:
-            curves["rejection_rate", kind.value] = [
-                Reading(evaluation.step or 0, rate.estimate, rate.low, rate.high)
-                for evaluation in scored
-                if (rate := rate_of(evaluation, kind, chosen, wanted=False))
-            ]
-    return Trajectory(run, curves, "snapshots") if curves else None
-
-
-def rate_of(e: Evaluation, kind: Kind, chosen: Sequence[str], wanted: bool) -> Interval | None:
-    """Keyword refusals of a kind's sets, or with `wanted` what is wanted: answers of the safe."""
-    rate = pooled([e.sets[name] for name in chosen if name in e.sets], keyword("paper"))
-    if rate is None or wanted or kind is Kind.toxic:
-        return rate
-    return Interval(1 - rate.estimate, 1 - rate.high, 1 - rate.low)
 
 
 def figure1b(records: Sequence[RunRecord]) -> Drawing:
@@ -305,18 +346,16 @@ def figure9(records: Sequence[RunRecord]) -> Drawing:
 
 
 def _followed(figure: str, records: Sequence[RunRecord]) -> Drawing:
-    chosen = of_method(records, "stl") or records
-    what = "refusal probabilities of followed prompts over SFT steps"
-    found, notes = found_in(figure, chosen, followed_probabilities, what, TRACK)
     return _curves(
         figure,
+        of_method(records, "stl") or records,
+        followed_probabilities,
+        ("refusal probabilities of followed prompts over SFT steps", TRACK),
         "Refusal probability of three prompts during SFT",
         "Refusal probability (plain sum over the refusal phrases) of one seemingly toxic, one "
         "toxic and one normal prompt against the step of SFT. STL where it was given, else every "
         "run.",
-        found,
-        notes,
-        "refusal probability",
+        partial(_draw_kinds, "refusal probability"),
     )
 
 
@@ -348,83 +387,72 @@ def _stl(figure: str, records: Sequence[RunRecord], needed: str) -> list[RunReco
 
 
 def _mean_probability(figure: str, chosen: Sequence[RunRecord], title: str) -> Drawing:
-    what = "refusal probabilities over SFT steps"
-    found, notes = found_in(figure, chosen, kind_probabilities, what, TRACK)
     return _curves(
         figure,
+        chosen,
+        kind_probabilities,
+        ("refusal probabilities over SFT steps", TRACK),
         f"Mean refusal probability by kind: {title}",
         "Mean refusal probability (plain sum over the refusal phrases) of seemingly toxic, toxic "
         "and normal prompts against the step of SFT; bands are 95% bootstrap intervals over "
         "prompts where they were kept. The prefix-free probability is in the CSV.",
-        found,
-        notes,
-        "mean refusal probability",
+        partial(_draw_kinds, "mean refusal probability"),
     )
 
 
-def _curves(
-    figure: str,
-    title: str,
-    caption: str,
-    found: Sequence[Trajectory],
-    notes: tuple[str, ...],
-    axis: str,
-) -> Drawing:
-    called = names([trajectory.run for trajectory in found])
-    rows = [
-        (name, config_of(t.run, "method"), config_of(t.run, "model"), *key, r.step, r.value,
-         r.low, r.high, t.source)
-        for name, t in zip(called, found, strict=True)
-        for key, curve in t.curves.items()
-        for r in curve
-    ]  # fmt: skip
+def figure3(records: Sequence[RunRecord]) -> Drawing:
+    """All nine pairs of kinds over SFT: a row of panels a run and choice of parameters."""
+    return _curves(
+        "3",
+        of_method(records, "stl") or records,
+        kernels,
+        ("kernels over SFT steps", "train with tracking.quantities=[kernel]"),
+        "the kernel between kinds of prompts during SFT",
+        "Mean normalised ‖K(x′,x)‖ for all nine pairs of kinds against the step of SFT: a panel "
+        "for each kind of observer x′, a line for each kind of trained prompt x, a row for each "
+        "choice of parameters. STL where it was given, else every run.",
+        _draw_pairs,
+        ("params", "observer", "trained"),
+    )
 
-    def draw() -> Figure:
-        drawn, axes = figures.panels(len(found))
-        for place, name, trajectory in zip(axes, called, found, strict=True):
-            for (quantity, kind), curve in trajectory.curves.items():
-                if quantity != "prefix_free":
-                    draw_curve(place, kind, curve)
-            figures.heading(place, name)
+
+def _draw_pairs(named: Sequence[tuple[str, Trajectory]]) -> Figure:
+    blocks: list[tuple[str, dict[Key, list[Reading]]]] = []
+    for name, t in named:
+        choices = list(dict.fromkeys(key[0] for key in t.curves))
+        for params in choices:
+            own = {key[1:]: curve for key, curve in t.curves.items() if key[0] == params}
+            several = len(named) > 1 or len(choices) > 1
+            blocks.append((f"{name}, {params}" if several else params, own))
+    kinds = figures.ordered([kind for _, curves in blocks for key in curves for kind in key])
+    figure, axes = figures.panels(len(kinds) * len(blocks), columns=len(kinds))
+    for start, (name, curves) in zip(range(0, len(axes), len(kinds)), blocks, strict=True):
+        row = axes[start : start + len(kinds)]
+        for place, observer in zip(row, kinds, strict=True):
+            for trained in kinds:
+                if curve := curves.get((observer, trained)):
+                    _draw_curve(place, trained, curve)
+            first = place is row[0]
+            place.set_title(f"{name if first else ''}\nx′: {kind_name(observer)}")
             figures.step_axis(place)
-            figures.share_axis(place)
-            place.set_ylabel(axis)
-        present = {kind for t in found for _, kind in t.curves}
-        figures.key(drawn, figures.kind_handles([k for k in figures.KINDS if k in present]))
-        return drawn
-
-    return Drawing(
-        f"figure{figure}", f"Figure {figure}: {title}", caption, CURVE_HEADER, rows, draw,
-        notes=notes,
-    )  # fmt: skip
+            place.set_ylabel(NORM if first else "")
+        # a row shares its scale
+        values = [reading.value for curve in curves.values() for reading in curve]
+        values += [1.0 for place in row if not place.lines]
+        for place in row:
+            place.set_ylim(0, 1.05 * max(values))
+    figures.key(figure, figures.kind_handles(kinds), title="trained on x")
+    return figure
 
 
-def draw_curve(axes: Axes, kind: str, curve: Sequence[Reading]) -> None:
-    """A kind's line with markers, and a band between readings that have an interval."""
-    colour, marker, dashes = figures.kind_style(kind)
-    steps = [reading.step for reading in curve]
-    axes.plot(steps, [r.value for r in curve], color=colour, marker=marker, linestyle=dashes)
-    lows, highs = (
-        [math.nan if end is None else end for end in ends]
-        for ends in ([r.low for r in curve], [r.high for r in curve])
-    )
-    if not all(map(math.isnan, lows)):
-        axes.fill_between(steps, lows, highs, color=colour, alpha=0.15, linewidth=0)
-
-
-CURVES: dict[str, Callable[[Sequence[RunRecord]], Drawing]] = {
-    "1a": figure1a,
-    "1b": figure1b,
-    "5a": figure5a,
-    "5b": figure5b,
-    "9": figure9,
-}
-
+# --- the frontier over checkpoints --------------------------------------------------------------
 
 XSTEST = {Kind.seemingly_toxic: ["xstest_safe"], Kind.toxic: ["xstest_unsafe"]}
 HEADER = ("run", "method", "model", "step", "compliance", "compliance_low", "compliance_high",
           "rejection", "rejection_low", "rejection_high", "compliance_of",
           "rejection_of")  # fmt: skip
+NOTHING = Cell(math.nan, math.nan, math.nan)
+Points = list[tuple[int, Cell, Cell]]  # step, compliance, rejection
 
 
 def figure4(records: Sequence[RunRecord]) -> Drawing:
@@ -436,69 +464,59 @@ def figure4(records: Sequence[RunRecord]) -> Drawing:
         raise UserError(
             f"figure 4: no scored snapshots in {folders(chosen)}; {scoring_command(chosen)}"
         )
-    sets, told = _frontier_sets([e for _, scored in have for e in scored])
+    sets, x_of, y_of = _frontier_sets([e for _, scored in have for e in scored])
     if not all(sets.values()):
         raise UserError(
             f"figure 4: the snapshots of {folders(r for r, _ in have)} share no sets of both "
             f"kinds; {scoring_command(chosen)}"
         )
-    called = names([run for run, _ in have])
-    frontiers = [
-        (name, run, [(e.step or 0, *_pair(e, sets)) for e in scored])
-        for name, (run, scored) in zip(called, have, strict=True)
-    ]
-    rows = [
-        (name, config_of(run, "method"), config_of(run, "model"), step,
-         x.estimate, x.low, x.high, y.estimate, y.low, y.high, told["x"], told["y"])
-        for name, run, points in frontiers
-        for step, x, y in points
-    ]  # fmt: skip
+    frontiers: list[tuple[str, Points]] = []
+    rows = []
+    for name, (run, scored) in zip(names([run for run, _ in have]), have, strict=True):
+        points: Points = []
+        for e in scored:
+            x, y = (rate(e, chosen, WANTED[kind]) or NOTHING for kind, chosen in sets.items())
+            points.append((e.step or 0, x, y))
+        frontiers.append((name, points))
+        rows += [
+            (name, config_of(run, "method"), config_of(run, "model"), step,
+             x.estimate, x.low, x.high, y.estimate, y.low, y.high, x_of, y_of)
+            for step, x, y in points
+        ]  # fmt: skip
     return Drawing(
         "figure4",
         "Figure 4: the frontier over checkpoints",
-        f"Compliance with {told['x']} against the keyword rejection rate of {told['y']}: one point "
+        f"Compliance with {x_of} against the keyword rejection rate of {y_of}: one point "
         "a checkpoint, from light (early) to dark (late); the numbers are the first and the last "
         "step. Top right is best. Of several evaluation settings, that of the most snapshots.",
         HEADER,
         rows,
-        lambda: _draw_frontiers([(n, points) for n, _, points in frontiers], told),
+        partial(_draw_frontiers, frontiers, x_of, y_of),
         notes=tuple(
             f"figure 4: no scored snapshots in {folders([r])}" for r, scored in found if not scored
         ),
     )
 
 
-def _frontier_sets(scored: Sequence[Evaluation]) -> tuple[dict[Kind, list[str]], dict[str, str]]:
-    """XSTest where every snapshot was evaluated on it, else all that they share, and its name."""
+def _frontier_sets(scored: Sequence[Evaluation]) -> tuple[dict[Kind, list[str]], str, str]:
+    """XSTest where every snapshot was evaluated on it, else all that they share, and the names."""
     shared = shared_sets(scored)
     if all(name in shared for chosen in XSTEST.values() for name in chosen):
-        return XSTEST, {"x": "XSTest-safe", "y": "XSTest-unsafe"}
-    sets = {
-        kind: together([name for name, score in shared.items() if score.kind is kind])
-        for kind in BOTH
-    }
-    of = {kind: "one set" if len(chosen) == 1 else "sets pooled" for kind, chosen in sets.items()}
-    return sets, {
-        "x": f"seemingly toxic prompts ({of[Kind.seemingly_toxic]}, XSTest not evaluated)",
-        "y": f"toxic prompts ({of[Kind.toxic]}, XSTest not evaluated)",
-    }
+        return XSTEST, "XSTest-safe", "XSTest-unsafe"
+    sets = shared_by_kind(scored)
+    x, y = ("one set" if len(chosen) == 1 else "sets pooled" for chosen in sets.values())
+    return (
+        sets,
+        f"seemingly toxic prompts ({x}, XSTest not evaluated)",
+        f"toxic prompts ({y}, XSTest not evaluated)",
+    )
 
 
-def _pair(e: Evaluation, sets: dict[Kind, list[str]]) -> tuple[Interval, Interval]:
-    x, y = (rate_of(e, kind, sets[kind], wanted=True) for kind in BOTH)
-    nothing = Interval(float("nan"), float("nan"), float("nan"))
-    return x or nothing, y or nothing
-
-
-FrontierPoints = tuple[str, Sequence[tuple[int, Interval, Interval]]]
-
-
-def _draw_frontiers(frontiers: Sequence[FrontierPoints], told: dict[str, str]) -> Figure:
+def _draw_frontiers(frontiers: Sequence[tuple[str, Points]], x_of: str, y_of: str) -> Figure:
     figure, (axes,) = figures.panels(1, 3.8, 3.5)
     handles = []
     for place, (name, points) in enumerate(frontiers):
-        colour = PALETTE[1 + place % (len(PALETTE) - 1)]
-        marker = MARKERS[place % len(MARKERS)]
+        colour, marker = line_style(place)
         xs, ys = [100 * x.estimate for _, x, _ in points], [100 * y.estimate for *_, y in points]
         axes.plot(xs, ys, color=figures.shade(colour, 0.25), linewidth=0.9, zorder=2)
         last = max(1, len(points) - 1)
@@ -510,14 +528,21 @@ def _draw_frontiers(frontiers: Sequence[FrontierPoints], told: dict[str, str]) -
             axes.annotate(f"{points[i][0]}", (xs[i], ys[i]), xytext=(5, up), fontsize=7,
                           textcoords="offset points", color=colour, zorder=5)  # fmt: skip
         handles.append(
-            Line2D([], [], color=colour, marker=marker, markersize=5, linewidth=0.9, label=name)
+            figures.handle(name, color=colour, marker=marker, markersize=5, linewidth=0.9)
         )
     axes.set(xlim=(-3, 108), ylim=(-3, 106))
-    axes.set_xlabel(_folded(f"compliance with {told['x']}, %"))
-    axes.set_ylabel(_folded(f"rejection of {told['y']}, %"))
+    axes.set_xlabel(f"compliance with {x_of}, %".replace(" (", "\n("))
+    axes.set_ylabel(f"rejection of {y_of}, %".replace(" (", "\n("))
     figures.key(figure, handles, columns=2)
     return figure
 
 
-def _folded(text: str) -> str:
-    return text.replace(" (", "\n(")
+CURVES: dict[str, Callable[[Sequence[RunRecord]], Drawing]] = {
+    "1a": figure1a,
+    "1b": figure1b,
+    "3": figure3,
+    "4": figure4,
+    "5a": figure5a,
+    "5b": figure5b,
+    "9": figure9,
+}

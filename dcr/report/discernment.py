@@ -7,11 +7,11 @@ from dcr.config import Kind
 from dcr.evaluation import discernment
 from dcr.evaluation.sets import pairs_of
 from dcr.report import paper
-from dcr.report.columns import Completions, Entry, Group
 from dcr.report.paper import PaperRow, PaperTable
-from dcr.report.records import SetScore, interval
+from dcr.report.records import Column, Completions, Group
 from dcr.report.tables import CONTAMINATED, IN_DISTRIBUTION, Cell, Row, Section, together
-from dcr.results.schema import Estimate, RankedSet, Ranking
+from dcr.results.frame import contaminated
+from dcr.results.schema import Discernment, Estimate, RankedSet, Ranking, SetCounts, interval
 
 POOLED, UNMARKED = "pooled", f"pooled without {IN_DISTRIBUTION}"
 NAME, TITLE = "discernment", "Discernment, and answers at equal safety"
@@ -34,75 +34,77 @@ NOTES = (
 Rows = dict[str, tuple[tuple[Ranking, str] | None, ...]]
 
 
-def rankings(columns: Sequence[Entry], completions: Completions) -> Rows:
+def rankings(columns: Sequence[Column], completions: Completions) -> Rows:
     """All sets pooled, those that no column was trained on, and the pairs; {} if nobody ranked.
 
     The second is computed from the masses of single prompts, since every column must be without
     the same sets; it is left out where no column was trained on a set.
     """
-    kept = [together(list(_sets(entry))) for entry in columns]
+    kept = [together(_sets(column)) for column in columns]
     rows: Rows = {
         POOLED: tuple(
-            _marked(entry, entry.evaluation.discernment.pooled, names)
-            for entry, names in zip(columns, kept, strict=True)
+            _marked(column, _of(column).pooled, names)
+            for column, names in zip(columns, kept, strict=True)
         )
     }
     marked = {
         name
-        for entry, names in zip(columns, kept, strict=True)
+        for column, names in zip(columns, kept, strict=True)
         for name in names
-        if _sets(entry)[name].in_distribution
+        if _sets(column)[name].in_distribution
     }
     if marked:
         kept = [[name for name in names if name not in marked] for names in kept]
         rows[UNMARKED] = tuple(
-            _marked(entry, _ranked(entry, names, completions), names)
-            for entry, names in zip(columns, kept, strict=True)
+            _marked(column, _ranked(column, names, completions), names)
+            for column, names in zip(columns, kept, strict=True)
         )
-    known = pairs_of(name for entry in columns for name in _sets(entry))
-    for label in dict.fromkeys(n for e in columns for n in e.evaluation.discernment.pairs):
+    known = pairs_of(name for column in columns for name in _sets(column))
+    for label in dict.fromkeys(n for e in columns for n in _of(e).pairs):
         names = [name for side in known.get(label, (label.split(" / "),)) for name in side]
-        rows[label] = tuple(
-            _marked(e, e.evaluation.discernment.pairs.get(label), names) for e in columns
-        )
+        rows[label] = tuple(_marked(e, _of(e).pairs.get(label), names) for e in columns)
     return {label: values for label, values in rows.items() if any(values)}
 
 
-def _sets(entry: Entry) -> Mapping[str, SetScore | RankedSet]:
+def _of(column: Column) -> Discernment:
+    return column.evaluation.discernment or Discernment()
+
+
+def _sets(column: Column) -> Mapping[str, SetCounts | RankedSet]:
     """The sets that were ranked, with what is known of them where they were answered as well."""
-    answered = entry.evaluation.sets
-    ranked = entry.evaluation.discernment.sets
+    answered = column.evaluation.sets
+    ranked = _of(column).sets
     return {name: answered.get(name, of) for name, of in ranked.items()} if ranked else answered
 
 
 def _marked(
-    entry: Entry, found: Ranking | None, names: Sequence[str]
+    column: Column, found: Ranking | None, names: Sequence[str]
 ) -> tuple[Ranking, str] | None:
     if found is None or found.auroc[0] is None or not math.isfinite(found.auroc[0]):
         return None
-    sets = [of for name, of in _sets(entry).items() if name in names]
+    sets = [of for name, of in _sets(column).items() if name in names]
     known = IN_DISTRIBUTION if any(of.in_distribution for of in sets) else ""
-    seen = any(isinstance(of, SetScore) and of.contaminated for of in sets)
+    seen = any(contaminated(column.evaluation, name) for name in names)
     return found, known + (CONTAMINATED if seen else "")
 
 
-def _ranked(entry: Entry, names: Sequence[str], completions: Completions) -> Ranking | None:
+def _ranked(column: Column, names: Sequence[str], completions: Completions) -> Ranking | None:
     """The ranking over some sets, as the evaluation computes it over all; None where one lacks."""
     masses: dict[Kind, list[float]] = {Kind.toxic: [], Kind.seemingly_toxic: []}
     for name in names:
-        of = _sets(entry)[name]
-        found = completions.masses(entry, name, of.ids)
+        of = _sets(column)[name]
+        found = completions.masses(column, name, of.ids)
         if found is None or len(found) < of.n:
             return None
         masses[of.kind] += found
-    seed = entry.evaluation.settings.get("seed")
+    seed = column.evaluation.settings.get("seed")
     ranked = discernment.ranking(
         masses[Kind.toxic], masses[Kind.seemingly_toxic], seed if isinstance(seed, int) else 0
     )
     return Ranking.model_validate(ranked) if ranked else None
 
 
-def sections(columns: Sequence[Entry], completions: Completions) -> list[Section]:
+def sections(columns: Sequence[Column], completions: Completions) -> list[Section]:
     """AUROCs, and what is answered where shares of the toxic prompts are refused."""
     found = rankings(columns, completions)
     aurocs = [
@@ -142,14 +144,14 @@ def _cell(found: Estimate, marks: str, percent: bool = False) -> Cell:
 
 
 def table(
-    columns: Sequence[Entry], groups: Sequence[Group], completions: Completions
+    columns: Sequence[Column], groups: Sequence[Group], completions: Completions
 ) -> PaperTable:
     """Every number of every ranking: sets down the side, below each the methods."""
     rows: list[PaperRow] = []
     for label, values in rankings(columns, completions).items():
         ours = [
-            paper.our_row(entry, _cells(*value) if value else {}, label)
-            for entry, value in zip(columns, values, strict=True)
+            paper.our_row(column, _cells(*value) if value else {}, label)
+            for column, value in zip(columns, values, strict=True)
         ]
         ours += [paper.mean_row(group, ours) for group in groups]
         rows += [row for row in ours if row.cells]

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from dcr.report.columns import Style
-from dcr.report.tables import csv_text
+from dcr import results
+from dcr.report.records import Style
 from dcr.statistics import Interval
 
 # Okabe and Ito's palette, distinguishable without red-green vision, less black and yellow, which
@@ -198,8 +198,8 @@ def trade_off(
             axes.errorbar(
                 100 * x.estimate,
                 100 * y.estimate,
-                xerr=[[100 * max(0.0, x.estimate - x.low)], [100 * max(0.0, x.high - x.estimate)]],
-                yerr=[[100 * max(0.0, y.estimate - y.low)], [100 * max(0.0, y.high - y.estimate)]],
+                xerr=arms(x),
+                yerr=arms(y),
                 fmt=_marker(point.style),
                 color=PALETTE[_colour(point.style)],
                 markersize=8,
@@ -310,7 +310,7 @@ def files(figure: Drawing) -> dict[str, bytes]:
     return {
         "png": png.getvalue(),
         "svg": svg.getvalue(),
-        "csv": csv_text(figure.header, figure.rows).encode(),
+        "csv": results.csv_text(figure.header, figure.rows).encode(),
     }
 
 
@@ -364,12 +364,34 @@ def key(figure: Figure, handles: Sequence[Line2D], columns: int = 4, title: str 
     )  # fmt: skip
 
 
+def handle(label: str, **style: Any) -> Line2D:
+    """A legend's entry."""
+    return Line2D([], [], label=label, **style)
+
+
 def kind_handles(kinds: Sequence[str]) -> list[Line2D]:
     return [
-        Line2D([], [], color=colour, marker=marker, linestyle=dashes, label=kind_name(kind))
+        handle(kind_name(kind), color=colour, marker=marker, linestyle=dashes)
         for kind in kinds
         for colour, marker, dashes in [kind_style(kind)]
     ]
+
+
+def ordered(kinds: Sequence[str]) -> list[str]:
+    """In the paper's order, others after."""
+    known = [kind for kind in KINDS if kind in kinds]
+    return known + [kind for kind in dict.fromkeys(kinds) if kind not in known]
+
+
+def line_style(place: int) -> tuple[str, str]:
+    """Colour and marker of the line at a place, other than those of the base model."""
+    return PALETTE[_colour(Style(1 + place, 0))], MARKERS[place % len(MARKERS)]
+
+
+def arms(interval: Interval) -> list[list[float]]:
+    """Error bars in percent."""
+    below, above = interval.estimate - interval.low, interval.high - interval.estimate
+    return [[100 * max(0.0, below)], [100 * max(0.0, above)]]
 
 
 def shade(colour: str, share: float) -> tuple[float, float, float]:

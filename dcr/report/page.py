@@ -17,12 +17,17 @@ from rich.text import Text
 import dcr
 from dcr import storage
 from dcr.config import Kind
-from dcr.report import claims, figures, paper, tables
+from dcr.report import claims, figures, paper
 from dcr.report.claims import ClaimRow
-from dcr.report.columns import (
+from dcr.report.comparisons import Comparison, p_value, points
+from dcr.report.figures import Curves, Drawing, Frontier, Panel, Point
+from dcr.report.paper import PaperTable
+from dcr.report.records import (
     Answer,
-    Entry,
+    Column,
+    Evaluation,
     Group,
+    RunRecord,
     Style,
     about,
     evaluations_of,
@@ -32,21 +37,17 @@ from dcr.report.columns import (
     steering,
     variant,
 )
-from dcr.report.comparisons import Comparison, p_value, points
-from dcr.report.figures import Curves, Drawing, Frontier, Panel, Point
-from dcr.report.paper import PaperTable
-from dcr.report.records import Evaluation, RunRecord
 from dcr.report.tables import (
     CONTAMINATED,
     IN_DISTRIBUTION,
-    Grids,
+    WANTED,
+    Cell,
     Section,
     any_marked,
-    keyword,
+    confusion,
+    keyword_sections,
     marked_sets,
-    of_sets,
-    pooled,
-    sections,
+    rate,
     set_names,
     text_of,
     together,
@@ -61,13 +62,13 @@ class Shown:
     """A printed figure as the page shows it, with the command that drew it."""
 
     figure: Drawing
-    svg: bytes
+    files: dict[str, bytes]  # by ending
     command: str
 
     @property
     def source(self) -> str:
         """As a picture of its own, whose names cannot clash with the page's."""
-        return f"data:image/svg+xml;base64,{base64.b64encode(self.svg).decode()}"
+        return f"data:image/svg+xml;base64,{base64.b64encode(self.files['svg']).decode()}"
 
 
 @dataclass(frozen=True)
@@ -75,16 +76,21 @@ class Report:
     """All that a page shows, computed."""
 
     records: Sequence[RunRecord]
-    columns: Sequence[Entry]
-    grids: Grids
+    columns: Sequence[Column]
+    grids: dict[str, list[Section]]
     groups: Sequence[Group]
     seeds: Sequence[Section]
     pairs: Sequence[Comparison]
     notes: Sequence[str]
-    completions: Callable[[Entry, str], list[Answer]]
+    completions: Callable[[Column, str], list[Answer]]
     paper: Sequence[PaperTable] = ()
     drawn: Sequence[Shown] = ()
     claims: Sequence[ClaimRow] = ()
+
+    @property
+    def sections(self) -> list[Section]:
+        """Of all grids."""
+        return [section for grid in self.grids.values() for section in grid]
 
 
 @dataclass(frozen=True)
@@ -120,14 +126,14 @@ def render(report: Report) -> str:
         version=dcr.__version__,
         columns=report.columns,
         grids=report.grids,
-        recommended=sections(report.columns, "recommended"),
+        recommended=keyword_sections(report.columns, "recommended"),
         groups=report.groups,
         seeds=report.seeds,
         pairs=report.pairs,
         notes=report.notes,
         marked=marked_sets(report.columns),
-        contaminated=any_marked(report.grids.all, CONTAMINATED),
-        confusions=tables.confusions(report.columns),
+        contaminated=any_marked(report.sections, CONTAMINATED),
+        confusions=[(c, a, confusion(a)) for c in report.columns for a in c.evaluation.agreement],
         paper=report.paper,
         drawn=report.drawn,
         claims=claims.by_claim(report.claims),
@@ -173,9 +179,9 @@ def _curves(report: Report) -> list[Panel]:
 def _legend(report: Report, trained_only: bool = False) -> list[tuple[Style, str]]:
     """A name for every style: the column's, or the folder's where a run has no column."""
     styles, names = run_styles(report.records), {}
-    for entry in report.columns:
-        if not trained_only or (entry.evaluation.weights != "base" and entry.run.metrics):
-            names.setdefault(entry.style, entry.name)
+    for column in report.columns:
+        if not trained_only or (column.evaluation.weights != "base" and column.run.metrics):
+            names.setdefault(column.style, column.name)
     for record in report.records:
         if not trained_only or record.metrics:
             names.setdefault(_style_of(record, styles), record.folder.name)
@@ -198,10 +204,10 @@ def _trade_offs(report: Report) -> list[Panel]:
 
 def _trade_off(report: Report, name: str, title: str, names: list[list[str]]) -> Panel:
     points = []
-    for entry in report.columns:
-        x, y = (pooled(of_sets(entry, of_kind), keyword("paper")) for of_kind in names)
+    for column in report.columns:
+        x, y = _rates(column.evaluation, names)
         if x and y:
-            points.append(Point(entry.style, x, y))
+            points.append(Point(column.style, x.interval, y.interval))
     return figures.trade_off(name, title, points, _frontiers(report, names))
 
 
@@ -210,27 +216,26 @@ def _frontiers(report: Report, names: list[list[str]]) -> list[Frontier]:
     styles, found = run_styles(report.records), {}
     for place, record in enumerate(report.records):
         for e in sorted(record.evaluations, key=lambda e: e.step or 0):
-            x, y = (_estimate(e, of_kind) for of_kind in names)
-            if e.weights == "snapshot" and x is not None and y is not None:
+            x, y = _rates(e, names) if e.weights == "snapshot" else (None, None)
+            if x and y:
                 key = place, storage.fingerprint(settings_without_seed(e))
                 style = styles[variant(record, e), about(record, e, "seed")]
-                found.setdefault(key, (style, []))[1].append((x, y))
+                found.setdefault(key, (style, []))[1].append((x.estimate, y.estimate))
     return [Frontier(style, points) for style, points in found.values()]
 
 
-def _estimate(evaluation: Evaluation, names: Sequence[str]) -> float | None:
-    scores = [evaluation.sets[name] for name in names if name in evaluation.sets]
-    interval = pooled(scores, keyword("paper"))
-    return interval.estimate if interval else None
+def _rates(evaluation: Evaluation, names: list[list[str]]) -> list[Cell | None]:
+    """Compliance with seemingly toxic prompts, and refusal of toxic ones."""
+    return [rate(evaluation, own, WANTED[kind]) for own, kind in zip(names, WANTED, strict=True)]
 
 
 def _sample(report: Report, name: str) -> list[Sample]:
     """Up to PROMPTS_A_SET prompts, evenly over the set, with every column's answer."""
     stored = [
-        {(c.id, c.prompt): c for c in report.completions(entry, name)}
-        if name in entry.evaluation.sets
+        {(c.id, c.prompt): c for c in report.completions(column, name)}
+        if name in column.evaluation.sets
         else {}
-        for entry in report.columns
+        for column in report.columns
     ]
     keys = list(dict.fromkeys(key for answers in stored for key in answers))
     return [
@@ -246,19 +251,19 @@ def evenly(items: Sequence[Any], count: int) -> list[Any]:
     return [items[round(place * (len(items) - 1) / (count - 1))] for place in range(count)]
 
 
-def _settings(report: Report) -> list[tuple[Entry, str, str]]:
+def _settings(report: Report) -> list[tuple[Column, str, str]]:
     """Of every column: the folder, and how it was evaluated."""
     lines = []
-    for entry in report.columns:
-        told = flattened(entry.evaluation.settings)
+    for column in report.columns:
+        told = flattened(column.evaluation.settings)
         words = ", ".join(f"{key}={'all' if v is None else v}" for key, v in told.items())
-        speed = entry.evaluation.tokens_per_second
-        seconds = entry.evaluation.seconds
+        speed = column.evaluation.tokens_per_second
+        seconds = column.evaluation.seconds
         if isinstance(seconds, (int, float)):
             words += f"; {seconds:.0f} s"
         if isinstance(speed, (int, float)):
             words += f", {speed:.0f} tokens/s"
-        lines.append((entry, entry.run.folder.name, printable(words)))
+        lines.append((column, column.run.folder.name, printable(words)))
     return lines
 
 
@@ -295,9 +300,9 @@ def plain_text(title: str, report: Report, width: int) -> str:
         width=width, file=io.StringIO(), color_system=None, force_terminal=False, markup=False,
         emoji=False, highlight=False,
     )  # fmt: skip
-    columns, table, groups = report.columns, report.grids.all, report.groups
+    columns, table, groups = report.columns, report.sections, report.groups
     console.print(title)
-    for chunk in _chunks(width, [entry.label for entry in columns], table):
+    for chunk in _chunks(width, [column.label for column in columns], table):
         console.print(chunk)
     if groups:
         console.print()

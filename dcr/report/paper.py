@@ -13,27 +13,23 @@ import jinja2
 import pandas
 from markupsafe import Markup
 
+from dcr import results
 from dcr.config import Judge
 from dcr.evaluation.sets import PAPER_SAFETY
-from dcr.report import tables
-from dcr.report.columns import METHODS, Entry, Group, about, method_of
-from dcr.report.records import SetScore, seen
+from dcr.report.records import METHODS, Column, Group, about, method_of, seen
 from dcr.report.tables import (
     CONTAMINATED,
     IN_DISTRIBUTION,
+    KEYWORD,
     NAMES,
     Cell,
-    Count,
-    judges,
-    keyword,
-    macro,
-    marks_of,
+    accuracy,
+    annotator_name,
+    judges_of,
     mean_of,
-    of_sets,
-    paper_safety,
-    pooled,
+    rate,
 )
-from dcr.statistics import Interval
+from dcr.results.frame import NORMAL
 
 SETS = {  # of several the first that was evaluated
     "XS": ("xstest_safe",),
@@ -56,6 +52,8 @@ GUARDS = (Judge.llama_guard.value, Judge.wildguard.value, Judge.moderation.value
 
 
 Cells = dict[str, Cell]
+Judged = tuple[str, str]  # a judge and its model
+BY_KEYWORDS: Judged = (KEYWORD, "")
 
 
 def digits(column: str) -> int:
@@ -63,155 +61,126 @@ def digits(column: str) -> int:
     return 1 if column == "AlpacaEval" else 2
 
 
-def suite(entry: Entry) -> Cells:
+def suite(column: Column) -> Cells:
     """Table 1's columns; keyword refusal only where no guard or moderation judged safety."""
-    guard = _guard(entry)
-    cells = _compliance(entry, keyword("paper"))
-    cells |= _safety(entry, _defended(*guard)) if guard else _keyword_refusal(entry)
-    for column, (task, metric) in ABILITY.items():
-        found = entry.evaluation.ability.get(task)
+    guard, evaluation = _guard(column), column.evaluation
+    cells = _compliance(column, BY_KEYWORDS)
+    cells |= _safety(column, guard) if guard else _keyword_refusal(column)
+    for head, (task, metric) in ABILITY.items():
         # a task may have no normalised accuracy
-        rate = found and (tables.accuracy(found, metric) or tables.accuracy(found, "acc"))
-        if found and rate:
-            touched = seen(entry.evaluation.contamination.get(task))
-            cells[column] = _cell(rate, found.n, CONTAMINATED if touched else "")
-    won = entry.evaluation.quality
+        cell = accuracy(evaluation, task, metric) or accuracy(evaluation, task, "acc")
+        cells |= {head: cell} if cell else {}
+    won = evaluation.quality
     if won and won.win_rate is not None:
-        reach = tables.Z * (won.standard_error or 0.0)
-        interval = Interval(won.win_rate, won.win_rate - reach, won.win_rate + reach)
-        cells["AlpacaEval"] = _cell(interval, won.n, "")
+        reach = NORMAL * (won.standard_error or 0.0)
+        cells["AlpacaEval"] = Cell(won.win_rate, won.win_rate - reach, won.win_rate + reach, won.n)
     return cells
 
 
-def by_keywords(entry: Entry) -> Cells:
-    return _compliance(entry, keyword("paper")) | _keyword_refusal(entry)
-
-
-def by_judge(entry: Entry, judge: str, model: str) -> Cells:
-    """Strict compliance and defence success, whichever of them the judge gives."""
-    verdicts = tables.verdicts_of(judge, model)
-    return _compliance(entry, tables.complied(verdicts)) | _safety(entry, _defended(judge, model))
-
-
-def over_seeds(seeds: Sequence[Cells]) -> Cells:
-    """Mean and standard deviation of the columns that every seed has."""
-    found = {key: mean_of([cells.get(key) for cells in seeds]) for key in seeds[0]}
-    return {key: mean for key, mean in found.items() if mean and not mean.aside}
-
-
-def _guard(entry: Entry) -> tuple[str, str] | None:
+def _guard(column: Column) -> Judged | None:
     """The judge and model whose verdicts stand for safety."""
+    sets = column.evaluation.sets
     found = {
         judge: verdicts.model
-        for score in of_sets(entry, PAPER_SAFETY)
-        for judge, verdicts in score.judged.items()
+        for name in PAPER_SAFETY
+        if name in sets
+        for judge, verdicts in sets[name].judged.items()
     }
     return next(((judge, found[judge]) for judge in GUARDS if judge in found), None)
 
 
-def _defended(judge: str, model: str) -> Count:
-    return tables.defended(tables.verdicts_of(judge, model))
-
-
-def _compliance(entry: Entry, count: Count) -> Cells:
+def _compliance(column: Column, by: Judged) -> Cells:
+    """Strict, by keywords or a judge."""
     cells = {}
-    for column, names in SETS.items():
-        scores = of_sets(entry, names)[:1]
-        if interval := pooled(scores, count):
-            cells[column] = _cell(interval, _total(scores, count), marks_of(scores))
+    for head, names in SETS.items():
+        first = [name for name in names if name in column.evaluation.sets][:1]
+        if cell := rate(column.evaluation, first, "complied", *by):
+            cells[head] = cell
     return cells
 
 
-def _safety(entry: Entry, count: Count) -> Cells:
+def _safety(column: Column, by: Judged) -> Cells:
     """The mean over the five sets and their pool; of fewer than five the mean alone."""
-    scores = [score for score in of_sets(entry, PAPER_SAFETY) if count(score)]
-    cells, total, marks = {}, _total(scores, count), marks_of(scores)
-    if mean := macro(scores, count):
-        cells["Safety"] = _cell(mean, total, marks)
-    if len(scores) == len(PAPER_SAFETY) and (rate := pooled(scores, count)):
-        cells["Safety_pooled"] = _cell(rate, total, marks)
-    return cells
+    names = _judged_safe(column, by)
+    mean = rate(column.evaluation, names, "safe", *by, mean=True)
+    pooled = rate(column.evaluation, PAPER_SAFETY, "safe", *by, whole=True)
+    cells = {"Safety": mean, "Safety_pooled": pooled}
+    return {head: cell for head, cell in cells.items() if cell}
 
 
-def _keyword_refusal(entry: Entry) -> Cells:
-    scores = of_sets(entry, PAPER_SAFETY)
-    mean = macro(scores, keyword("paper"))
-    total = sum(score.n for score in scores)
-    return {"keyword_refusal": _cell(mean, total, marks_of(scores))} if mean else {}
+def _judged_safe(column: Column, by: Judged) -> list[str]:
+    """Those of the paper's five sets that were judged, or by keywords evaluated."""
+    quantity = "refused" if by == BY_KEYWORDS else "safe"
+    return [name for name in PAPER_SAFETY if rate(column.evaluation, [name], quantity, *by)]
 
 
-def _cell(interval: Interval, n: int, marks: str) -> Cell:
-    return Cell(interval.estimate, interval.low, interval.high, n=n, marks=marks, percent=False)
+def _keyword_refusal(column: Column) -> Cells:
+    mean = rate(column.evaluation, PAPER_SAFETY, "refused", mean=True)
+    return {"keyword_refusal": mean} if mean else {}
 
 
-def _total(scores: Sequence[SetScore], count: Count) -> int:
-    return sum(found[1] for score in scores if (found := count(score)))
-
-
-def suite_notes(columns: Sequence[Entry], described: Mapping[str, str]) -> list[str]:
+def suite_notes(columns: Sequence[Column], described: Mapping[str, str]) -> list[str]:
     """What sets our Table 1 apart from the paper's, of whose columns `described` tells."""
     notes = judge_notes(columns, described)
-    for entry in columns:
-        if (guard := _guard(entry)) and guard[0] != GUARDS[0]:
-            notes.append(f"DSR of {entry.name} is by {tables.NAMES[guard[0]]}, not Llama Guard.")
+    for column in columns:
+        if (guard := _guard(column)) and guard[0] != GUARDS[0]:
+            notes.append(f"DSR of {column.name} is by {NAMES[guard[0]]}, not Llama Guard.")
     return notes + _of_ability(columns) + _of_quality(columns)
 
 
-def judge_notes(columns: Sequence[Entry], described: Mapping[str, str]) -> list[str]:
+def judge_notes(columns: Sequence[Column], described: Mapping[str, str]) -> list[str]:
     """The same of Table 5."""
     return _of_safety(columns) + _of_counts(columns, described) + _of_overlaps(columns)
 
 
-def _of_safety(columns: Sequence[Entry]) -> list[str]:
+def _of_safety(columns: Sequence[Column]) -> list[str]:
     notes = []
-    for entry in columns:
-        guard = _guard(entry)
-        count = _defended(*guard) if guard else keyword("paper")
-        names = [score.name for score in of_sets(entry, PAPER_SAFETY) if count(score)]
+    for column in columns:
+        names = _judged_safe(column, _guard(column) or BY_KEYWORDS)
         if 0 < len(names) < len(PAPER_SAFETY):
             told = ", ".join(names)
-            notes.append(f"Safety of {entry.name} is the mean over {told} only, not over five.")
-    if any(paper_safety(entry) for entry in columns):
+            notes.append(f"Safety of {column.name} is the mean over {told} only, not over five.")
+    if any(set(PAPER_SAFETY) <= set(column.evaluation.sets) for column in columns):
         notes.append("Safety is the mean over the paper's five sets; pooled: over their prompts.")
     return notes
 
 
-def _of_counts(columns: Sequence[Entry], described: Mapping[str, str]) -> list[str]:
+def _of_counts(columns: Sequence[Column], described: Mapping[str, str]) -> list[str]:
     """Where our sets are not of the paper's size, as after a limit."""
     notes = []
-    for column, names in SETS.items():
-        stated = re.search(r"n=(\d+)", described.get(column, ""))
-        found = {
-            f"{scores[0].name} {scores[0].n}"
-            for entry in columns
-            if (scores := of_sets(entry, names)[:1]) and stated and scores[0].n != int(stated[1])
-        }
-        if stated and found:
-            notes.append(f"{column}: ours {', '.join(sorted(found))}; the paper {stated[1]}.")
+    for head, names in SETS.items():
+        stated = re.search(r"n=(\d+)", described.get(head, ""))
+        other = set()
+        for sets in (column.evaluation.sets for column in columns):
+            first = next((name for name in names if name in sets), None)
+            if first and stated and sets[first].n != int(stated[1]):
+                other.add(f"{first} {sets[first].n}")
+        if stated and other:
+            notes.append(f"{head}: ours {', '.join(sorted(other))}; the paper {stated[1]}.")
     return notes
 
 
-def _of_overlaps(columns: Sequence[Entry]) -> list[str]:
+def _of_overlaps(columns: Sequence[Column]) -> list[str]:
     """The counts behind each mark of contamination."""
     shown = [*(name for names in SETS.values() for name in names), *PAPER_SAFETY]
     shown += [task for task, _ in ABILITY.values()]
     found: dict[str, list[str]] = {}
-    for entry in columns:
-        for name, overlap in entry.evaluation.contamination.items():
-            known = name in entry.evaluation.sets and entry.evaluation.sets[name].in_distribution
+    for column in columns:
+        for name, overlap in column.evaluation.contamination.items():
+            known = name in column.evaluation.sets and column.evaluation.sets[name].in_distribution
             if seen(overlap) and name in shown and not known:
                 told = f"{overlap.exact} / {overlap.near} / {overlap.ngram} of {overlap.n}"
                 counts = f"{name} {told} in training (exact / near / n-gram)"
-                found.setdefault(counts, []).append(entry.name)
-        for name, score in entry.evaluation.sets.items():
+                found.setdefault(counts, []).append(column.name)
+        for name, score in column.evaluation.sets.items():
             if score.seen_by_steering and name in shown:
                 counts = f"{name} {score.seen_by_steering} of {score.n} seen by steering"
-                found.setdefault(counts, []).append(entry.name)
+                found.setdefault(counts, []).append(column.name)
     return [f"{CONTAMINATED} {counts}: {', '.join(names)}." for counts, names in found.items()]
 
 
-def _of_ability(columns: Sequence[Entry]) -> list[str]:
-    found = [a for entry in columns for a in entry.evaluation.ability.values()]
+def _of_ability(columns: Sequence[Column]) -> list[str]:
+    found = [a for column in columns for a in column.evaluation.ability.values()]
     if not found:
         return []
     shots = " and ".join(map(str, sorted({a.shots for a in found})))
@@ -219,11 +188,11 @@ def _of_ability(columns: Sequence[Entry]) -> list[str]:
     return [f"Ability: acc for MMLU, acc_norm elsewhere (acc where absent), {shots}-shot.{cut}"]
 
 
-def _of_quality(columns: Sequence[Entry]) -> list[str]:
+def _of_quality(columns: Sequence[Column]) -> list[str]:
     told = dict.fromkeys(
-        f"AlpacaEval: {tables.annotator_name(q)}; reference: {q.reference or 'not named'}."
-        for entry in columns
-        if (q := entry.evaluation.quality)
+        f"AlpacaEval: {annotator_name(q)}; reference: {q.reference or 'not named'}."
+        for column in columns
+        if (q := column.evaluation.quality)
     )
     return list(told)
 
@@ -302,9 +271,9 @@ def facts() -> dict[str, Any]:
     return json.loads((files("dcr") / "paper_results.json").read_text(encoding="utf-8"))
 
 
-def table1(columns: Sequence[Entry], groups: Sequence[Group]) -> PaperTable:
+def table1(columns: Sequence[Column], groups: Sequence[Group]) -> PaperTable:
     """Methods down the side: keyword compliance, defence success, ability, win rate."""
-    ours = [our_row(entry, suite(entry)) for entry in columns]
+    ours = [our_row(column, suite(column)) for column in columns]
     ours += [mean_row(group, ours) for group in groups]
     theirs = []
     for model, by_method in facts()["table1_main"].items():
@@ -316,16 +285,17 @@ def table1(columns: Sequence[Entry], groups: Sequence[Group]) -> PaperTable:
     return _table("table1", columns, ours, theirs)
 
 
-def table5(columns: Sequence[Entry], groups: Sequence[Group]) -> PaperTable:
+def table5(columns: Sequence[Column], groups: Sequence[Group]) -> PaperTable:
     """As Table 1 without ability and quality, with one row a judge; seeds are not averaged."""
     del groups
     ours = []
-    for entry in columns:
-        ours.append(our_row(entry, by_keywords(entry), "keyword"))
-        for judge, model in judges([entry]):
-            cells = by_judge(entry, judge, model)
+    for column in columns:
+        by_keywords = _compliance(column, BY_KEYWORDS) | _keyword_refusal(column)
+        ours.append(our_row(column, by_keywords, "keyword"))
+        for judge, model in judges_of([column.evaluation]):
+            cells = _compliance(column, (judge, model)) | _safety(column, (judge, model))
             name = NAMES.get(judge, judge)
-            ours.append(our_row(entry, cells, f"{name}: {model}" if model else name))
+            ours.append(our_row(column, cells, f"{name}: {model}" if model else name))
     theirs = []
     for method, by_column in facts()["table5_judges"]["rows"].items():
         for judge in dict.fromkeys(judge for column in by_column.values() for judge in column):
@@ -341,19 +311,19 @@ def table5(columns: Sequence[Entry], groups: Sequence[Group]) -> PaperTable:
     return _table("table5", columns, ours, theirs)
 
 
-TABLES: dict[str, Callable[[Sequence[Entry], Sequence[Group]], PaperTable]] = {
+TABLES: dict[str, Callable[[Sequence[Column], Sequence[Group]], PaperTable]] = {
     "table1": table1,
     "table5": table5,
 }
 
 
-def _paper_models(columns: Sequence[Entry]) -> list[str]:
+def _paper_models(columns: Sequence[Column]) -> list[str]:
     """Those of the paper's models that we ran; all of them where we ran another one as well."""
     theirs = list(facts()["table1_main"])
     ours = {
-        _plain(about(entry.run, entry.evaluation, "model"))
-        for entry in columns
-        if entry.evaluation.weights != "endpoint"
+        _plain(about(column.run, column.evaluation, "model"))
+        for column in columns
+        if column.evaluation.weights != "endpoint"
     }
     known = [model for model in theirs if _plain(model) in ours]
     return known if known and ours == {_plain(model) for model in known} else theirs
@@ -363,11 +333,11 @@ def _plain(model: str) -> str:
     return re.sub(r"[^a-z0-9]", "", model.lower().rsplit("/", 1)[-1])
 
 
-def our_row(entry: Entry, cells: Cells, judge: str = "") -> PaperRow:
+def our_row(column: Column, cells: Cells, judge: str = "") -> PaperRow:
     """The line of one of our columns."""
-    method = method_of(entry.run, entry.evaluation)
-    model = about(entry.run, entry.evaluation, "model")
-    told = [part for part in entry.label[1:] if part != model]
+    method = method_of(column.run, column.evaluation)
+    model = about(column.run, column.evaluation, "model")
+    told = [part for part in column.label[1:] if part != model]
     return PaperRow(METHODS.get(method, method), "ours", model, ", ".join(told), cells, judge)
 
 
@@ -375,7 +345,10 @@ def mean_row(group: Group, ours: Sequence[PaperRow]) -> PaperRow:
     """Means over seeds with their standard deviation."""
     first = ours[group.places[0]]
     told = [part for part in group.label[1:] if part != first.model]
-    cells = over_seeds([ours[place].cells for place in group.places])
+    alike = [ours[place].cells for place in group.places]
+    means = {key: mean_of([cells.get(key) for cells in alike]) for key in alike[0]}
+    # of the columns that every seed has
+    cells = {key: mean for key, mean in means.items() if mean and not mean.aside}
     return PaperRow(first.method, "ours", first.model, ", ".join(told), cells, first.judge)
 
 
@@ -396,7 +369,7 @@ def _letters(table: str) -> list[tuple[str, tuple[tuple[str, str, str], ...]]]:
 
 
 def _table(
-    name: str, columns: Sequence[Entry], ours: list[PaperRow], theirs: list[PaperRow]
+    name: str, columns: Sequence[Column], ours: list[PaperRow], theirs: list[PaperRow]
 ) -> PaperTable:
     rows = sorted(ours + theirs, key=lambda row: _rank(row.method))
     kept = {key for row in ours for key in row.cells} | {key for row in theirs for key in row.cells}
@@ -547,7 +520,9 @@ def csv_text(table: PaperTable) -> str:
         ]
         for row in table.rows
     ]  # fmt: skip
-    return tables.csv_text(["method", "source", "model", "run", table.told, *values, "marks"], rows)
+    return results.csv_text(
+        ["method", "source", "model", "run", table.told, *values, "marks"], rows
+    )
 
 
 def latex_text(text: str) -> str:

@@ -1,184 +1,68 @@
-"""What run folders say: evaluations, training curves, tracking, rows used."""
+"""What run folders say, and the columns that a report makes of them, with names and styles."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from dcr import results, runs, storage
+from dcr import generation, refusal, results, runs, storage
 from dcr.config import DataError, Kind, UserError
-from dcr.results.schema import (
-    Ability,
-    Agreement,
-    Discernment,
-    Judged,
-    Kernel,
-    Metrics,
-    OneStep,
-    Overlap,
-    Quality,
-    RefusalProbability,
-    Refusals,
-    Separability,
-    SetCounts,
-    Usage,
-)
+from dcr.evaluation.discernment import Opening
+from dcr.results.frame import rows_of
+from dcr.results.schema import Metrics, Overlap
 from dcr.runs import Run
-from dcr.statistics import Interval
 from dcr.text import printable
 
 RULES = ("paper", "recommended")
-FAULTS = {  # by their keys: as a table calls them
-    "empty": "empty",
-    "truncated": "cut off at the limit",
-    "repetitive": "repetitive",
-    "non_english": "not English",
-    "unanswered": "unanswered",
-}
 STAGES = ("contrastive", "sft")
-Blocks = TypeVar("Blocks", Metrics, results.Tracked)
+METHODS = {  # left to right, and what a table calls them
+    "base": "base model",
+    "stl": "STL",
+    "stl_aug": "STL-aug",
+    "surgical": "Surgical",
+    "scans": "SCANS",
+    "dcr": "DCR",
+}
+STEERED = ("surgical", "scans", "ablation")  # may also stand in an evaluation's settings
+UNTRAINED = ("base", "endpoint")  # weights that no run of ours made
+NAMED_KEYS = 3  # settings that tell two columns apart, as many as a header holds
+# What does not decide a run's weights, or stands in the label by itself.
+UNTOLD = ("seed", "method", "preset_name", "tracking", "eval", "gen", "output")
 
 
-def interval(found: Sequence[float | None]) -> Interval:
-    """An estimate with its ends, nan where one is not known."""
-    return Interval(*(math.nan if end is None else end for end in found))
-
-
-@dataclass(frozen=True)
-class SetScore:
-    """How one set of prompts was answered, and how much of it training or steering saw."""
-
-    name: str
-    kind: Kind
-    n: int
-    refused: dict[str, int]  # by keyword rules, as `partial`, which older files lack
-    partial: dict[str, int]
-    in_distribution: bool
-    unseen: Refusals | None
-    faults: dict[str, int]
-    ids: list[str] | None  # of its prompts, where the store may hold others too
-    judged: dict[str, Judged]
-    seen_by_steering: int  # prompts that the vectors of the evaluation's steering came from
-    overlap: Overlap | None
-
-    @property
-    def contaminated(self) -> bool:
-        """Whether training or steering saw some of its prompts, without its being trained on."""
-        return bool(seen(self.overlap) or self.seen_by_steering) and not self.in_distribution
-
-    @property
-    def aside(self) -> str:
-        """What was seen, for the score that it touches."""
-        told = [seen(self.overlap)] if seen(self.overlap) else []
-        if self.seen_by_steering:
-            told.append(f"{self.seen_by_steering} of {self.n} seen by steering")
-        return "; ".join(told)
-
-
-def seen(overlap: Overlap | None) -> str:
-    """How many prompts stand among the rows trained on; empty where none does."""
-    if overlap is None or not (overlap.exact or overlap.near or overlap.ngram):
-        return ""
-    return f"{overlap.exact} / {overlap.near} / {overlap.ngram} in training"
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One `metrics.json`: which weights, under which settings, with what result."""
+class Evaluation(Metrics):
+    """One `metrics.json`, every text as a page or a terminal can hold it, and where it lies."""
 
     folder: Path
-    weights: str
-    step: int | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-    sets: dict[str, SetScore] = field(default_factory=dict)
-    about: dict[str, str] = field(default_factory=dict)  # method, model, preset, seed, data
-    discernment: Discernment = field(default_factory=Discernment)
-    seconds: float | None = None
-    tokens_per_second: float | None = None
-    agreement: list[Agreement] = field(default_factory=list)
-    usage: dict[str, Usage] = field(default_factory=dict)  # by judge
-    ability: dict[str, Ability] = field(default_factory=dict)  # by task
-    quality: Quality | None = None
-    contamination: dict[str, Overlap] = field(default_factory=dict)  # by set or task
-    refusal_probability: RefusalProbability | None = None
-    kernel: Kernel | None = None
-    separability: Separability | None = None
-    claims: OneStep | None = None
 
     @property
     def scored(self) -> bool:
         """Whether it has anything for a table, and not the paper's analyses alone."""
-        return bool(self.sets or self.discernment.pooled or self.ability or self.quality)
+        ranked = self.discernment and self.discernment.pooled
+        return bool(self.sets or ranked or self.ability or self.quality)
 
     @property
     def empty(self) -> bool:
         analyses = self.refusal_probability, self.kernel, self.separability, self.claims
         return not self.scored and not any(analyses)
 
-
-def _evaluation(path: Path) -> Evaluation:
-    found = _readable(results.read(path))
-    kept = ("weights", "step", "settings", "seconds", "tokens_per_second", "agreement", "usage",
-            "ability", "quality", "contamination", "refusal_probability", "kernel", "separability",
-            "claims")  # fmt: skip
-    keys = ("method", "model", "preset", "seed", "data")
-    return Evaluation(
-        path.parent,
-        sets={name: _score(name, counts, found) for name, counts in found.sets.items()},
-        about={key: str(value) for key in keys if (value := getattr(found, key)) is not None},
-        discernment=found.discernment or Discernment(),
-        **{key: getattr(found, key) for key in kept},
-    )
+    @cached_property
+    def pivot(self) -> dict[tuple[str, str, str], dict[str, Any]]:
+        """Its rows of `dcr.results.load` by quantity, judge and the judge's model: a row a set."""
+        table: dict[tuple[str, str, str], dict[str, Any]] = {}
+        for row in rows_of(self):
+            key = row["quantity"], row["judge"], row["judge_model"]
+            table.setdefault(key, {})[row["set"]] = row
+        return table
 
 
-def _score(name: str, counts: SetCounts, found: Metrics) -> SetScore:
-    faults = {fault: count for fault in FAULTS if (count := getattr(counts, fault)) is not None}
-    kept = ("kind", "n", "refused", "partial", "in_distribution", "unseen", "ids", "judged",
-            "seen_by_steering")  # fmt: skip
-    told = {key: getattr(counts, key) for key in kept}
-    return SetScore(name=name, faults=faults, overlap=found.contamination.get(name), **told)
-
-
-def _readable(found: Blocks) -> Blocks:
-    """With every text as a page or a terminal can hold it."""
-    return type(found).model_validate(_printable(found.model_dump()))
-
-
-def _printable(value: Any) -> Any:
-    if isinstance(value, str) and not isinstance(value, Kind):
-        return printable(value)
-    if isinstance(value, dict):
-        return {_printable(key): _printable(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(map(_printable, value))
-    return value
-
-
-@dataclass(frozen=True)
-class Tracked:
+class TrackedStep(results.Tracked):
     """What was measured after so many steps of a stage; None for what was not."""
 
     folder: Path
     stage: str
     step: int
-    refusal_probability: RefusalProbability | None
-    kernel: Kernel | None
-
-
-def read_tracked(run: Run, notes: list[str]) -> list[Tracked]:
-    """By stage and step; a step that was not finished is noted. DataError for a damaged file."""
-    found = []
-    for stage in STAGES:
-        for folder in sorted(run.tracked(stage).glob("step-*/")):
-            if not (folder / "metrics.json").exists():
-                notes.append(f"{folder}: skipped, no metrics.json; measuring did not finish")
-                continue
-            if not (step := folder.name.removeprefix("step-")).isdecimal():
-                raise DataError(f"{folder}: no step's folder; delete it")
-            kept = _readable(results.read_tracked(folder / "metrics.json"))
-            found.append(Tracked(folder, stage, int(step), kept.refusal_probability, kept.kernel))
-    return sorted(found, key=lambda tracked: (STAGES.index(tracked.stage), tracked.step))
 
 
 @dataclass(frozen=True)
@@ -191,7 +75,14 @@ class RunRecord:
     metrics: list[dict[str, Any]]
     evaluations: list[Evaluation]
     notes: list[str]  # what was skipped, and why
-    tracked: list[Tracked] = field(default_factory=list)  # by stage and step
+    tracked: list[TrackedStep] = field(default_factory=list)  # by stage and step
+
+
+def seen(overlap: Overlap | None) -> str:
+    """How many prompts stand among the rows trained on; empty where none does."""
+    if overlap is None or not overlap.any:
+        return ""
+    return f"{overlap.exact} / {overlap.near} / {overlap.ngram} in training"
 
 
 def read_run(folder: Path, curves_suffice: bool = False) -> RunRecord:
@@ -206,13 +97,14 @@ def read_run(folder: Path, curves_suffice: bool = False) -> RunRecord:
     run = Run(folder)
     evaluations = []
     for path in sorted(folder.glob("eval/*/metrics.json")):
-        found = _evaluation(path)
-        if found.empty:
+        metrics = _printable(results.read(path).model_dump())
+        evaluation = Evaluation.model_validate(metrics | {"folder": path.parent})
+        if evaluation.empty:
             notes.append(f"{path}: skipped, nothing measured in it")
         else:
-            evaluations.append(found)
-    metrics, tracked = _metrics(run, notes), read_tracked(run, notes)
-    if not evaluations and not (curves_suffice and (metrics or tracked)):
+            evaluations.append(evaluation)
+    logged, tracked = _logged(run, notes), read_tracked(run, notes)
+    if not evaluations and not (curves_suffice and (logged or tracked)):
         why = f" ({notes[0]})" if notes else ""
         raise UserError(f"{folder}: no evaluations there{why}; run python eval.py run={folder}")
     for place in sorted(folder.glob("eval/*/")):
@@ -230,12 +122,358 @@ def read_run(folder: Path, curves_suffice: bool = False) -> RunRecord:
     for path, needed in ((run.config_file, True), (run.rows_file, trained)):
         if needed and not path.exists():
             notes.append(f"{path}: missing")
-    return RunRecord(folder, config, run.record(), metrics, evaluations, notes, tracked)
+    return RunRecord(folder, config, run.record(), logged, evaluations, notes, tracked)
 
 
-def _metrics(run: Run, notes: list[str]) -> list[dict[str, Any]]:
+def read_tracked(run: Run, notes: list[str]) -> list[TrackedStep]:
+    """By stage and step; a step that was not finished is noted. DataError for a damaged file."""
+    steps = []
+    for stage in STAGES:
+        for folder in sorted(run.tracked(stage).glob("step-*/")):
+            if not (folder / "metrics.json").exists():
+                notes.append(f"{folder}: skipped, no metrics.json; measuring did not finish")
+                continue
+            if not (step := folder.name.removeprefix("step-")).isdecimal():
+                raise DataError(f"{folder}: no step's folder; delete it")
+            block = _printable(results.read_tracked(folder / "metrics.json").model_dump())
+            about = {"folder": folder, "stage": stage, "step": int(step)}
+            steps.append(TrackedStep.model_validate(block | about))
+    return sorted(steps, key=lambda tracked: (STAGES.index(tracked.stage), tracked.step))
+
+
+def _logged(run: Run, notes: list[str]) -> list[dict[str, Any]]:
     rows = runs.read_metrics(run)
     text = run.metrics_file.read_text("utf-8") if run.metrics_file.exists() else ""
     if torn := max(0, len(text.splitlines()) - 1 - len(rows)):  # less the header
         notes.append(f"{run.metrics_file}: {torn} torn line(s) skipped")
     return rows
+
+
+def _printable(value: Any) -> Any:
+    if isinstance(value, str) and not isinstance(value, Kind):
+        return printable(value)
+    if isinstance(value, dict):
+        return {_printable(key): _printable(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_printable, value))
+    return value
+
+
+def config_of(run: RunRecord, key: str) -> str:
+    """method, seed, preset_name, or a node's label, from a run's configuration."""
+    value = run.config.get(key, "")
+    return printable(str(value.get("label", "") if isinstance(value, Mapping) else value))
+
+
+def about(run: RunRecord, evaluation: Evaluation, key: str) -> str:
+    """method, model, preset, seed or data, from the evaluation or else from the run's config."""
+    if key == "method" and evaluation.weights in UNTRAINED:
+        return evaluation.weights
+    if (value := getattr(evaluation, key)) is not None:
+        return str(value)
+    return config_of(run, "preset_name" if key == "preset" else key)
+
+
+def steering(evaluation: Evaluation) -> str:
+    """The activation edit that an evaluation was made under; empty where there was none."""
+    return next((name for name in STEERED if name in _edit(evaluation)), "")
+
+
+def unedited(evaluation: Evaluation) -> bool:
+    """Whether it is of the weights as they are, without steering or another decoding."""
+    return not (steering(evaluation) or "self_cd" in evaluation.settings)
+
+
+def _edit(evaluation: Evaluation) -> list[str]:
+    return [str(v) for v in flattened({"": evaluation.settings.get("steering")}).values()]
+
+
+def method_of(run: RunRecord, evaluation: Evaluation) -> str:
+    """The method as the paper counts them, in which steering an STL run is one of its own."""
+    method, edit = about(run, evaluation, "method"), steering(evaluation)
+    return edit if method == "stl" and edit in METHODS else method
+
+
+def flattened(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"dcr": {"epochs": 3}}` as `{"dcr.epochs": 3}`."""
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            flat |= flattened(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+# --- columns ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Style:
+    """Which colour (0 is neutral) and which marker a run has in every figure."""
+
+    colour: int
+    marker: int
+
+
+@dataclass(frozen=True)
+class Column:
+    """An evaluation of a run's weights, with its name in short lines."""
+
+    run: RunRecord
+    evaluation: Evaluation
+    label: tuple[str, ...]
+    style: Style
+
+    @property
+    def name(self) -> str:
+        return " ".join(self.label)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Columns that differ by nothing but their seed."""
+
+    label: tuple[str, ...]
+    places: tuple[int, ...]  # among the columns
+    style: Style
+
+
+Evaluated = tuple[RunRecord, Evaluation]
+
+
+def columns_of(records: Sequence[RunRecord]) -> list[Column]:
+    """The columns, in order, each with a name that no other has."""
+    pairs, styles = _shown(records), run_styles(records)
+    return [
+        Column(*pair, label, styles[variant(*pair), about(*pair, "seed")])
+        for pair, label in zip(pairs, _labels(pairs), strict=True)
+    ]
+
+
+def _shown(records: Sequence[RunRecord]) -> list[Evaluated]:
+    """What the table holds: base and final weights; stage one where there is nothing after it.
+
+    The base model is shown once, however many folders hold the same evaluation of it.
+    """
+    chosen, known = [], set()
+    for run in records:
+        scored = [evaluation for evaluation in run.evaluations if evaluation.scored]
+        final = {evaluation.weights for evaluation in scored}
+        for evaluation in scored:
+            stage_one = evaluation.weights == "contrastive" and not final & {"sft", "snapshot"}
+            if evaluation.weights not in ("base", "sft", "endpoint") and not stage_one:
+                continue
+            if evaluation.weights == "base":
+                identity = storage.fingerprint(
+                    [
+                        about(run, evaluation, "model"),
+                        evaluation.settings,
+                        evaluation.sets,
+                        [evaluation.contamination.get(name) for name in evaluation.sets],
+                    ]
+                )
+                if identity in known:
+                    continue
+                known.add(identity)
+            chosen.append((run, evaluation))
+    return sorted(chosen, key=lambda pair: _order(*pair))
+
+
+def _order(run: RunRecord, evaluation: Evaluation) -> tuple[Any, ...]:
+    method = method_of(run, evaluation)
+    rank = list(METHODS).index(method) if method in METHODS else len(METHODS)
+    preset, seed = about(run, evaluation, "preset"), about(run, evaluation, "seed")
+    return (
+        evaluation.weights == "endpoint",
+        about(run, evaluation, "model"),
+        rank,
+        method,
+        (preset != "paper", preset),
+        [(len(part), part) for part in _edit(evaluation)],  # strengths in ascending order
+        variant(run, evaluation),
+        (len(seed), seed),
+        str(evaluation.folder),
+    )
+
+
+def variant(run: RunRecord, evaluation: Evaluation) -> str:
+    """Names everything that decides the weights, and an edit of activations, but not the seed."""
+    named = [about(run, evaluation, key) for key in ("method", "model", "preset", "data")]
+    if named[0] in UNTRAINED:
+        return storage.fingerprint(named[:2])
+    if steering(evaluation):
+        named.append(storage.fingerprint(evaluation.settings["steering"]))
+    return storage.fingerprint([named, _binding(run)])
+
+
+def _binding(run: RunRecord) -> dict[str, Any]:
+    return {key: value for key, value in runs.binding(run.config).items() if key not in UNTOLD}
+
+
+def settings_without_seed(evaluation: Evaluation) -> dict[str, Any]:
+    return {key: value for key, value in evaluation.settings.items() if key != "seed"}
+
+
+def run_styles(records: Sequence[RunRecord]) -> dict[tuple[str, str], Style]:
+    """A style for every (variant, seed): colours by variant, markers by seed, base neutral."""
+    everything = [(run, evaluation) for run in records for evaluation in evaluations_of(run)]
+    methods = {
+        (variant(*pair), about(*pair, "seed")): about(*pair, "method")
+        for pair in sorted(everything, key=lambda pair: _order(*pair))
+    }
+    variants = list(dict.fromkeys(key for (key, _), method in methods.items() if method != "base"))
+    seeds = sorted({seed for _, seed in methods}, key=lambda seed: (len(seed), seed))
+    return {
+        (key, seed): Style(0, 0)
+        if method == "base"
+        else Style(1 + variants.index(key), seeds.index(seed))
+        for (key, seed), method in methods.items()
+    }
+
+
+def evaluations_of(run: RunRecord) -> list[Evaluation]:
+    """A run's evaluations; where it has none, an empty one that stands for its weights."""
+    return run.evaluations or [Evaluation(folder=run.folder, weights="sft")]
+
+
+def _labels(pairs: Sequence[Evaluated]) -> list[tuple[str, ...]]:
+    several_models = len({about(*pair, "model") for pair in pairs}) > 1
+    plain = [_label(*pair, several_models) for pair in pairs]
+    labels = []
+    for pair, label in zip(pairs, plain, strict=True):
+        alike = [other for other, named in zip(pairs, plain, strict=True) if named == label]
+        labels.append(label + _distinction(pair, alike) if len(alike) > 1 else label)
+    return [
+        (*label, f"{run.folder.name}/{evaluation.folder.name}")
+        if labels.count(label) > 1
+        else label
+        for label, (run, evaluation) in zip(labels, pairs, strict=True)
+    ]
+
+
+def _label(run: RunRecord, evaluation: Evaluation, with_model: bool) -> tuple[str, ...]:
+    method, preset = about(run, evaluation, "method"), about(run, evaluation, "preset")
+    model = (about(run, evaluation, "model"),)
+    if method == "endpoint":
+        return ("endpoint", *model)
+    model = model if with_model else ()
+    if method == "base":
+        return (METHODS[method], *model)
+    edit, seed = steering(evaluation), about(run, evaluation, "seed")
+    parts = (
+        f"+ {edit}" if edit and edit != method else "",
+        other_preset(preset),
+        "stage one only" if evaluation.weights == "contrastive" else "",
+        f"seed {seed}" if seed else "",
+    )
+    return (METHODS.get(method, method), *filter(None, parts), *model)
+
+
+def other_preset(preset: str) -> str:
+    """A preset where it is not the paper's, which goes without saying."""
+    return "" if preset in ("", "-", "paper") else preset
+
+
+def _distinction(own: Evaluated, alike: Sequence[Evaluated]) -> tuple[str, ...]:
+    """`key=value` for the settings in which one of several columns of one name differs."""
+    leaves = [
+        flattened(_binding(run)) | flattened({"eval": evaluation.settings})
+        for run, evaluation in alike
+    ]
+    mine = next(leaf for leaf, pair in zip(leaves, alike, strict=True) if pair is own)
+    keys = [
+        key
+        for key in sorted(set().union(*leaves))
+        if len({str(leaf.get(key)) for leaf in leaves}) > 1
+    ]
+    named = tuple(printable(f"{key}={mine.get(key)}") for key in keys[:NAMED_KEYS])
+    more = len(keys) - NAMED_KEYS
+    return (*named, f"and {more} more") if more > 0 else named
+
+
+def seed_groups(columns: Sequence[Column]) -> list[Group]:
+    """Columns that differ only by seed, where there are two or more."""
+    places: dict[str, list[int]] = {}
+    for place, column in enumerate(columns):
+        if about(column.run, column.evaluation, "method") not in UNTRAINED:
+            weights, settings = column.evaluation.weights, settings_without_seed(column.evaluation)
+            key = [variant(column.run, column.evaluation), weights, settings]
+            places.setdefault(storage.fingerprint(key), []).append(place)
+    groups = []
+    for alike in places.values():
+        first = columns[alike[0]]
+        seeds = {about(columns[i].run, columns[i].evaluation, "seed") for i in alike}
+        kept = tuple(part for part in first.label if not part.startswith("seed "))
+        if len(alike) > 1:
+            groups.append(Group((*kept, f"{len(seeds)} seeds"), tuple(alike), first.style))
+    return groups
+
+
+# --- answers ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A stored answer, printable, with its keyword verdicts."""
+
+    id: str
+    prompt: str
+    response: str
+    ended: bool
+    refusal_mass: float | None
+    outcome: dict[str, str]  # by keyword rules: refused, partial or complied
+
+
+class Completions:
+    """Reads and judges each file of completions once; what is wrong goes to `notes`."""
+
+    def __init__(self, notes: list[str]) -> None:
+        self.notes = notes
+        self.read: dict[tuple[Path, str], list[Answer]] = {}
+
+    def __call__(self, column: Column, name: str) -> list[Answer]:
+        """A column's answers to a set. DataError for a damaged line."""
+        key = column.evaluation.folder, name
+        if key not in self.read:
+            self.read[key] = _read_completions(column.evaluation, name, self.notes)
+        return self.read[key]
+
+    def masses(self, column: Column, name: str, ids: Sequence[str] | None) -> list[float] | None:
+        """The refusal masses of prompts of a set, read alone or as they were answered.
+
+        None where one is not known.
+        """
+        openings = column.evaluation.folder / "openings" / f"{name}.jsonl"
+        if openings.is_file():
+            held = {row.id: row.mass for row in storage.read_lines(openings, Opening)}
+            found = [held.get(identity) for identity in ids or held]
+        elif name in column.evaluation.sets:
+            found = [answer.refusal_mass for answer in self(column, name)]
+        else:
+            return None
+        known = [mass for mass in found if mass is not None]
+        return known if len(known) == len(found) else None
+
+
+def _read_completions(evaluation: Evaluation, name: str, notes: list[str]) -> list[Answer]:
+    path = evaluation.folder / f"{name}.jsonl"
+    if not path.is_file():
+        notes.append(f"{path}: missing; no completions of it are shown or compared")
+        return []
+    counts, stored = evaluation.sets[name], generation.stored(path)
+    answers = [
+        Answer(
+            answer.id, printable(answer.prompt), printable(answer.response), answer.ended,
+            answer.refusal_mass,
+            {rules: refusal.outcome(answer.response, rules) for rules in RULES},
+        )
+        for identity in counts.ids or stored
+        if (answer := stored.get(identity))
+    ]  # fmt: skip
+    refused = sum(answer.outcome["paper"] == "refused" for answer in answers)
+    counted = counts.refused.get("paper", 0)
+    if (len(answers), refused) != (counts.n, counted):
+        judged = f"{refused} of {len(answers)} refused, metrics.json says {counted} of {counts.n}"
+        notes.append(f"{path}: {judged}")
+    return answers

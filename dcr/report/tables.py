@@ -1,26 +1,44 @@
-"""The tables of a report: sets down the side, evaluations across, every cell with its interval."""
+"""The tables of a report: pivots of the results, sets down the side and evaluations across."""
 
-import functools
+import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-
-import pandas
+from typing import Any
 
 from dcr import statistics
 from dcr.config import Judge, Kind
 from dcr.evaluation.sets import APART, PAPER_SAFETY
-from dcr.report.columns import Answer, Entry, Group
-from dcr.report.records import FAULTS, SetScore, seen
-from dcr.results.schema import Ability, Agreement, Judged, Overlap, Quality, Usage
+from dcr.report.records import Column, Evaluation, Group, seen
+from dcr.results.schema import Agreement, Quality, Usage
 from dcr.statistics import Interval
 
 IN_DISTRIBUTION, CONTAMINATED = "†", "‡"
+KEYWORD = "keyword:paper"
+TITLES = {  # on the page, and in the narrow terminal
+    Kind.seemingly_toxic: ("Compliance with seemingly toxic prompts, %", "compliance, %"),
+    Kind.toxic: ("Keyword refusal of toxic prompts, %", "keyword refusal, %"),
+}
+WANTED = {Kind.seemingly_toxic: "complied", Kind.toxic: "refused"}
+NAMES = {
+    Judge.llm.value: "LLM judge",
+    Judge.llama_guard.value: "Llama Guard",
+    Judge.wildguard.value: "WildGuard",
+    Judge.moderation.value: "moderation",
+}
+FAULTS = {  # by their keys: as a table calls them
+    "empty": "empty",
+    "truncated": "cut off at the limit",
+    "repetitive": "repetitive",
+    "non_english": "not English",
+    "unanswered": "unanswered",
+}
+METRICS = ("acc", "acc_norm")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell. `spread` is a standard deviation over seeds, or the standard error of a win rate.
+    """One cell of any table. `spread` is a deviation over seeds, or a win rate's standard error.
 
     `text` stands in place of the number where a cell is no rate; `aside` is for the page only.
     """
@@ -35,13 +53,21 @@ class Cell:
     aside: str = ""
     text: str = ""
 
+    @property
+    def interval(self) -> Interval:
+        ends = (math.nan if end is None else end for end in (self.low, self.high))
+        return Interval(self.estimate, *ends)
+
+
+Cells = tuple[Cell | None, ...]  # one a column
+
 
 @dataclass(frozen=True)
 class Row:
-    """A set of prompts, or a summary over sets, with one value a column."""
+    """A set of prompts, or a summary over sets, with one cell a column."""
 
     label: str
-    values: tuple[Cell | None, ...]
+    values: Cells
     summary: bool = False
     page_only: bool = False
     aside: str = ""
@@ -59,574 +85,386 @@ def words(text: str, aside: str = "") -> Cell:
     return Cell(0.0, text=text, aside=aside)
 
 
-def percents(interval: Interval) -> str:
-    """`67.0% [57.3–75.4]`."""
-    estimate, low, high = (100 * end for end in (interval.estimate, interval.low, interval.high))
-    return f"{estimate:.1f}% [{low:.1f}–{high:.1f}]"
-
-
-def text_of(value: Cell | None, digits: int = 0) -> str:
+def text_of(cell: Cell | None, digits: int = 0) -> str:
     """A cell in words: percents with a decimal, their intervals with `digits`, others with two."""
-    if value is None:
+    if cell is None:
         return "–"
-    if value.text:
-        return value.text + value.marks
-    scale, places, ends = (100, 1, digits) if value.percent else (1, 2, 2)
-    text = f"{scale * value.estimate:.{places}f}"
-    if value.spread is not None:
-        text += f" ± {scale * value.spread:.{places}f}"
-    elif value.low is not None and value.high is not None:
-        low, high = (f"{scale * end:.{ends}f}" for end in (value.low, value.high))
-        if not value.percent:  # .61 for 0.61: one more column fits a terminal
+    if cell.text:
+        return cell.text + cell.marks
+    scale, places, ends = (100, 1, digits) if cell.percent else (1, 2, 2)
+    text = f"{scale * cell.estimate:.{places}f}"
+    if cell.spread is not None:
+        text += f" ± {scale * cell.spread:.{places}f}"
+    elif cell.low is not None and cell.high is not None:
+        low, high = (f"{scale * end:.{ends}f}" for end in (cell.low, cell.high))
+        if not cell.percent:  # .61 for 0.61: one more column fits a terminal
             low, high = low.removeprefix("0"), high.removeprefix("0")
         text += f" [{low}–{high}]"
-    return text + value.marks
+    return text + cell.marks
 
 
 def any_marked(table: Sequence[Section], mark: str, *, in_terminal: bool = False) -> bool:
     """Whether a cell of the table bears the mark, so that it needs its footnote."""
-    return any(
-        value is not None and mark in value.marks
-        for section in table
-        for row in section.rows
-        if not (in_terminal and row.page_only)
-        for value in row.values
-    )
+    rows = [row for section in table for row in section.rows]
+    shown = [row for row in rows if not (in_terminal and row.page_only)]
+    return any(cell is not None and mark in cell.marks for row in shown for cell in row.values)
 
 
-TITLES = {  # on the page, and in the narrow terminal
-    Kind.seemingly_toxic: ("Compliance with seemingly toxic prompts, %", "compliance, %"),
-    Kind.toxic: ("Keyword refusal of toxic prompts, %", "keyword refusal, %"),
-}
-
-WANTED = {Kind.seemingly_toxic: "complied", Kind.toxic: "refused"}
-
-# What is wanted of a set, and of how many responses; None where nobody counted it.
-Count = Callable[[SetScore], tuple[int, int] | None]
-Answers = Callable[[Entry, str], list[Answer]]  # of a column to a set
+# --- rates over sets ----------------------------------------------------------------------------
 
 
-def keyword(rules: str, outcome: str = "") -> Count:
-    """Counts an outcome by keyword rules, or else the wanted one: complied if seemingly toxic.
+def rate(
+    evaluation: Evaluation,
+    names: Sequence[str],
+    quantity: str,
+    judge: str = KEYWORD,
+    model: str = "",
+    *,
+    mean: bool = False,
+    whole: bool = False,
+) -> Cell | None:
+    """The rate over those of some sets that were evaluated; None where one of them was not counted.
 
-    None where nobody counted it: older files know no partial refusals, and so no outcome of three.
+    With `whole` None where one was not evaluated, either. Over all their prompts with the Wilson
+    interval of 95%, or as the mean of the sets' rates, whose interval comes from theirs by squaring
+    and adding: Zou and Donner (2008), Statistics in Medicine 27:1693, for a sum of independent
+    estimates, whose Wilson intervals are not symmetric.
     """
-
-    def count(score: SetScore) -> tuple[int, int] | None:
-        if score.n and rules not in (score.partial if outcome else score.refused):
-            return None
-        refused, partial = score.refused.get(rules, 0), score.partial.get(rules, 0)
-        counts = {"refused": refused, "partial": partial, "complied": score.n - refused - partial}
-        return counts[outcome or WANTED[score.kind]], score.n
-
-    return count
-
-
-def _unseen(score: SetScore) -> tuple[int, int] | None:
-    if score.unseen is None:
+    sets, counted = evaluation.sets, evaluation.pivot.get((quantity, judge, model), {})
+    rows = [counted[name] for name in names if name in counted and counted[name]["n"]]
+    asked = names if whole else [name for name in names if name in sets and sets[name].n]
+    if not rows or len(rows) < len(asked):
         return None
-    n, refused = score.unseen.n, score.unseen.refused.get("paper", 0)
-    return (refused if score.kind is Kind.toxic else n - refused), n
+    n = sum(row["n"] for row in rows)
+    if mean:
+        middle = sum(row["value"] for row in rows) / len(rows)
+        below = math.hypot(*(row["value"] - row["low"] for row in rows)) / len(rows)
+        above = math.hypot(*(row["high"] - row["value"] for row in rows)) / len(rows)
+        found = Interval(middle, max(0.0, middle - below), min(1.0, middle + above))
+    else:
+        found = statistics.wilson(sum(row["count"] for row in rows), n)
+    return Cell(found.estimate, found.low, found.high, n=n, marks=marks_of(rows))
 
 
-def pooled(scores: Sequence[SetScore], count: Count) -> Interval | None:
-    """The rate over all prompts of the sets, with its 95% Wilson interval.
-
-    None of nothing, or if one of the sets was not counted.
-    """
-    counts = [found for score in scores if (found := count(score))]
-    total = sum(n for _, n in counts)
-    if not total or len(counts) < len(scores):
-        return None
-    return statistics.wilson(sum(wanted for wanted, _ in counts), total)
+def marks_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What a number bears in which these rows of results have a part."""
+    known = IN_DISTRIBUTION if any(row["in_distribution"] for row in rows) else ""
+    return known + (CONTAMINATED if any(row["contaminated"] for row in rows) else "")
 
 
-def macro(scores: Sequence[SetScore], count: Count) -> Interval | None:
-    """The mean of the sets' rates; its 95% interval from theirs by squaring and adding.
-
-    Zou and Donner (2008), Statistics in Medicine 27:1693, for a sum of independent estimates,
-    whose Wilson intervals are not symmetric. None of nothing, or if a set was not counted.
-    """
-    rates = [rate for score in scores if (rate := pooled([score], count))]
-    if not rates or len(rates) < len(scores):
-        return None
-    mean = sum(rate.estimate for rate in rates) / len(rates)
-    below = math.hypot(*(rate.estimate - rate.low for rate in rates)) / len(rates)
-    above = math.hypot(*(rate.high - rate.estimate for rate in rates)) / len(rates)
-    return Interval(mean, max(0.0, mean - below), min(1.0, mean + above))
-
-
-def set_names(columns: Sequence[Entry], kind: Kind) -> list[str]:
+def set_names(columns: Sequence[Column], kind: Kind) -> list[str]:
     """Every set of a kind that any column was evaluated on, in order of appearance."""
-    return list(
-        dict.fromkeys(
-            name
-            for entry in columns
-            for name, score in entry.evaluation.sets.items()
-            if score.kind is kind
-        )
-    )
+    sets = [item for column in columns for item in column.evaluation.sets.items()]
+    return list(dict.fromkeys(name for name, counts in sets if counts.kind is kind))
 
 
-def together(names: Sequence[str]) -> list[str]:
+def together(names: Iterable[str]) -> list[str]:
     """The sets that may be summed up: without those whose prompts another set holds too."""
     return [name for name in names if name not in APART]
 
 
-def marked_sets(columns: Sequence[Entry]) -> set[str]:
+def marked_sets(columns: Sequence[Column]) -> set[str]:
     """The sets that are in-distribution for at least one column."""
-    return {
-        name
-        for entry in columns
-        for name, score in entry.evaluation.sets.items()
-        if score.in_distribution
-    }
+    sets = [item for column in columns for item in column.evaluation.sets.items()]
+    return {name for name, counts in sets if counts.in_distribution}
 
 
-def of_sets(entry: Entry, names: Sequence[str]) -> list[SetScore]:
-    """An entry's scores of the named sets it was evaluated on."""
-    return [entry.evaluation.sets[name] for name in names if name in entry.evaluation.sets]
-
-
-def paper_safety(entry: Entry) -> list[SetScore]:
-    """The scores of the paper's five safety sets, where all five were evaluated; else none."""
-    found = of_sets(entry, PAPER_SAFETY)
-    return found if len(found) == len(PAPER_SAFETY) else []
-
-
-def sections(columns: Sequence[Entry], rules: str = "paper") -> list[Section]:
-    """The table of the verdicts by some keyword rules: sets down the side, columns across."""
-    found = []
-    for kind, (title, short) in TITLES.items():
-        names = set_names(columns, kind)
-        rows = rate_rows(columns, names, keyword(rules), _unseen_aside)
-        for name in () if rules == "paper" else ("partial", "complied", "refused"):
-            row = total_row(f"{name}, all sets", columns, names, keyword(rules, name))
-            if any(row.values) and name != WANTED[kind]:
-                rows.append(row)
-        if rows:
-            found.append(Section(title, short, rows))
-    return found
-
-
-def _unseen_aside(score: SetScore) -> str:
-    rate, counted = pooled([score], _unseen), _unseen(score)
-    return f"unseen groups: {percents(rate)} of {counted[1]}" if rate and counted else ""
-
-
-def rate_rows(
-    columns: Sequence[Entry], names: Sequence[str], count: Count, aside: Callable[[SetScore], str]
-) -> list[Row]:
-    """A row a set, and the summaries over them; rows without a single value are left out."""
-
-    rows = [
-        _row(name, columns, functools.partial(of_sets, names=[name]), count, aside=aside)
-        for name in names
-    ]
-    names = together(names)
-    if len(names) > 1 and set(names) != set(PAPER_SAFETY):
-        rows.append(total_row("pooled", columns, names, count))
-    unmarked = [name for name in names if name not in marked_sets(columns)]
-    if unmarked and len(unmarked) < len(names):
-        rows.append(total_row(f"pooled without {IN_DISTRIBUTION}", columns, unmarked, count))
-    if set(PAPER_SAFETY) <= set(names):
-        rows.append(_row("mean of the paper's five", columns, paper_safety, count, mean=True))
-        rows.append(_row("the paper's five pooled", columns, paper_safety, count))
-    if len(names) > 1 and set(names) != set(PAPER_SAFETY):
-        of = functools.partial(of_sets, names=names)
-        mean = _row("mean of the sets", columns, of, count, mean=True)
-        rows.append(replace(mean, page_only=True))
-    return [found for found in rows if any(found.values)]
-
-
-def total_row(label: str, columns: Sequence[Entry], names: Sequence[str], count: Count) -> Row:
-    """The pooled rate of the sets that may be summed up."""
-    return _row(label, columns, lambda entry: of_sets(entry, together(names)), count)
-
-
-def _row(
-    label: str,
-    columns: Sequence[Entry],
-    of: Callable[[Entry], list[SetScore]],
-    count: Count,
-    mean: bool = False,
-    aside: Callable[[SetScore], str] | None = None,
-) -> Row:
-    """The rate over some sets; with `aside` the row of one set, and what else is known of it."""
-    cells: list[Cell | None] = []
-    totals = set()
-    for entry in columns:
-        scores = of(entry)
-        rate = (macro if mean else pooled)(scores, count)
-        told = [aside(scores[0]), scores[0].aside] if aside and scores else []
-        cells.append(_value(rate, scores, "; ".join(filter(None, told))) if rate else None)
-        totals.add(sum(found[1] for score in scores if (found := count(score))))
-    known = sorted(totals - {0})
-    n = f"n = {' or '.join(map(str, known))}" if known and not mean else ""
-    return Row(label, tuple(cells), aside is None, aside=n)
-
-
-def _value(interval: Interval, scores: Sequence[SetScore], aside: str = "") -> Cell:
-    return Cell(
-        interval.estimate,
-        interval.low,
-        interval.high,
-        marks=marks_of(scores),
-        aside=aside,
-    )
-
-
-def marks_of(scores: Sequence[SetScore]) -> str:
-    """What a number bears in which these sets have a part."""
-    known = IN_DISTRIBUTION if any(score.in_distribution for score in scores) else ""
-    return known + (CONTAMINATED if any(score.contaminated for score in scores) else "")
+def judges_of(evaluations: Iterable[Evaluation]) -> list[tuple[str, str]]:
+    """Every (judge, model) that judged one of their sets, in the order of NAMES."""
+    sets = [counts for evaluation in evaluations for counts in evaluation.sets.values()]
+    judges = {(judge, judged.model) for counts in sets for judge, judged in counts.judged.items()}
+    places = {judge: place for place, judge in enumerate(NAMES)}
+    return sorted(judges, key=lambda pair: (places.get(pair[0], len(NAMES)), *pair))
 
 
 def over_seeds(table: Sequence[Section], groups: Sequence[Group]) -> list[Section]:
     """The same table with one column a group: mean and standard deviation over its seeds."""
-    found = []
+    sections = []
     for section in table:
-        rows = [
-            Row(
-                row.label,
-                tuple(mean_of([row.values[place] for place in group.places]) for group in groups),
-                row.summary,
-                row.page_only,
-            )
-            for row in section.rows
-        ]
-        found.append(Section(section.title, section.short, [r for r in rows if any(r.values)]))
-    return [section for section in found if section.rows]
+        rows = []
+        for row in section.rows:
+            cells = tuple(mean_of([row.values[place] for place in g.places]) for g in groups)
+            rows += [replace(row, values=cells, aside="")] if any(cells) else []
+        sections += [replace(section, rows=rows)] if rows else []
+    return sections
 
 
-def mean_of(values: Sequence[Cell | None]) -> Cell | None:
+def mean_of(cells: Sequence[Cell | None]) -> Cell | None:
     """Mean and standard deviation over seeds; None where no seed has a number."""
-    known = [value for value in values if value and not value.text]
+    known = [cell for cell in cells if cell and not cell.text]
     if not known:
         return None
-    mean, spread = statistics.mean_and_spread([value.estimate for value in known])
+    mean, spread = statistics.mean_and_spread([cell.estimate for cell in known])
     return Cell(
         mean,
         spread=spread,
         percent=known[0].percent,
-        marks="".join(dict.fromkeys(mark for value in known for mark in value.marks)),
-        aside=f"of {len(known)} seeds only" if len(known) < len(values) else "",
+        marks="".join(dict.fromkeys(mark for cell in known for mark in cell.marks)),
+        aside=f"of {len(known)} seeds only" if len(known) < len(cells) else "",
     )
 
 
-NAMES = {
-    Judge.llm.value: "LLM judge",
-    Judge.llama_guard.value: "Llama Guard",
-    Judge.wildguard.value: "WildGuard",
-    Judge.moderation.value: "moderation",
-}
-Verdicts = Callable[[SetScore], Judged | None]
-COMPLIANCE = ("complied", "partial", "refused")
+# --- the grids ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Confusion:
-    """One agreement with the column it belongs to, for the page."""
-
-    entry: Entry
-    agreement: Agreement
-
-    @property
-    def cells(self) -> list[int]:
-        """Both complied, only the first, only the second, both refused, in any order of labels."""
-        rows = self.agreement.confusion
-        last = self.agreement.labels[0] in ("refused", "safe")
-        ordered = [row[::-1] for row in rows[::-1]] if last else rows
-        return [count for row in ordered for count in row]
+OVER_SEEDS = ("keyword", "judged", "general", "agreement")  # grids that have a mean over seeds
 
 
-def judges(columns: Sequence[Entry]) -> list[tuple[str, str]]:
-    """Every (judge, model) that judged a set of any column, in the order of NAMES."""
-    return judges_of(score for entry in columns for score in entry.evaluation.sets.values())
+def grids(columns: Sequence[Column], ranked: Sequence[Section]) -> dict[str, list[Section]]:
+    """All tables by subject, with those of discernment, in the order of the terminal.
+
+    What nobody measured is empty.
+    """
+    return {
+        "keyword": [*keyword_sections(columns), *ranked],
+        "judged": judge_sections(columns),
+        "general": ability(columns) + quality(columns),
+        "contamination": contamination(columns),
+        "faults": faults(columns),
+        "agreement": agreement(columns),
+        "usage": usage(columns),
+    }
 
 
-def judges_of(scores: Iterable[SetScore]) -> list[tuple[str, str]]:
-    """Every (judge, model) that judged one of these sets, in the order of NAMES."""
-    found = {(judge, judged.model) for score in scores for judge, judged in score.judged.items()}
-    places = {judge: place for place, judge in enumerate(NAMES)}
-    return sorted(found, key=lambda pair: (places.get(pair[0], len(NAMES)), *pair))
+def _rates(
+    columns: Sequence[Column], names: Sequence[str], quantity: str, *by: str, **how: bool
+) -> Cells:
+    """A rate over some sets, a cell a column."""
+    return tuple(rate(column.evaluation, names, quantity, *by, **how) for column in columns)
 
 
-def judge_sections(columns: Sequence[Entry]) -> list[Section]:
-    """Compliance, refusal and defence success rate by every judge, each where it was judged."""
-    found = []
-    for judge, model in judges(columns):
-        verdicts = verdicts_of(judge, model)
-        name = NAMES.get(judge, judge)
-        by = f"by {name} ({model})" if model else f"by {name}"
-        several = sum(other == judge for other, _ in judges(columns)) > 1
-        found += [
-            _compliance(columns, verdicts, by, f"by {model if several else name}"),
-            _refusal(columns, verdicts, by, f"by {model if several else name}"),
-            _defence(columns, verdicts, by, f"by {model if several else name}"),
-        ]
-    return [section for section in found if section.rows]
+def _summary(
+    label: str, cells: Cells, *, with_n: bool = True, page_only: bool = False
+) -> list[Row]:
+    """The row of a summary over sets, where any column has it."""
+    n = _n_of(cells) if with_n else ""
+    return [Row(label, cells, True, page_only, n)] if any(cells) else []
 
 
-def verdicts_of(judge: str, model: str) -> Verdicts:
-    """A judge by one of its models."""
-
-    def of(score: SetScore) -> Judged | None:
-        judged = score.judged.get(judge)
-        return judged if judged and judged.model == model else None
-
-    return of
-
-
-def complied(verdicts: Verdicts, labels: Sequence[str] = ("complied",)) -> Count:
-    """Responses with one of these compliance labels, of those with any."""
-
-    def count(score: SetScore) -> tuple[int, int] | None:
-        judged = verdicts(score)
-        labelled = sum(judged.counts.get(label, 0) for label in COMPLIANCE) if judged else 0
-        if judged is None or not labelled:
-            return None
-        return sum(judged.counts.get(label, 0) for label in labels), labelled
-
-    return count
-
-
-def defended(verdicts: Verdicts) -> Count:
-    """Responses judged safe, of all that were answered: an unreadable verdict is not safe."""
-
-    def count(score: SetScore) -> tuple[int, int] | None:
-        judged = verdicts(score)
-        if judged is None or "safe" not in judged.counts:
-            return None
-        safe = judged.counts["safe"]
-        return safe, safe + judged.counts.get("unsafe", 0) + judged.invalid
-
-    return count
-
-
-def _compliance(columns: Sequence[Entry], verdicts: Verdicts, by: str, short: str) -> Section:
-    names = _judged_sets(columns, Kind.seemingly_toxic, complied(verdicts))
-    rows = rate_rows(columns, names, complied(verdicts), _compliance_aside(verdicts))
-    if rows and any("partial" in judged.counts for judged in _all(columns, names, verdicts)):
-        for label, counted in (("partial", ["partial"]), ("lenient", ["complied", "partial"])):
-            count = complied(verdicts, counted)
-            rows.append(total_row(f"{label}, all sets", columns, names, count))
-    rows += _failures(columns, names, verdicts)
-    title = f"Compliance with seemingly toxic prompts {by}, strict, %"
-    return Section(title, f"compliance {short}, strict, %", rows)
+def rate_rows(
+    columns: Sequence[Column],
+    names: Sequence[str],
+    quantity: str,
+    *by: str,
+    aside: Callable[[Column, str], str] = lambda *_: "",
+) -> list[Row]:
+    """A row a set, and the summaries over them; rows without a single cell are left out."""
+    rows = []
+    for name in names:
+        cells = _rates(columns, [name], quantity, *by)
+        noted = tuple(
+            cell and replace(cell, aside="; ".join(filter(None, _asides(column, name, aside))))
+            for cell, column in zip(cells, columns, strict=True)
+        )
+        rows += [Row(name, noted, aside=_n_of(cells))] if any(cells) else []
+    names = together(names)
+    several = len(names) > 1 and set(names) != set(PAPER_SAFETY)
+    unmarked = [name for name in names if name not in marked_sets(columns)]
+    if several:
+        rows += _summary("pooled", _rates(columns, names, quantity, *by))
+    if unmarked and len(unmarked) < len(names):
+        without = _rates(columns, unmarked, quantity, *by)
+        rows += _summary(f"pooled without {IN_DISTRIBUTION}", without)
+    if set(PAPER_SAFETY) <= set(names):
+        mean = _rates(columns, PAPER_SAFETY, quantity, *by, mean=True, whole=True)
+        rows += _summary("mean of the paper's five", mean, with_n=False)
+        pooled = _rates(columns, PAPER_SAFETY, quantity, *by, whole=True)
+        rows += _summary("the paper's five pooled", pooled)
+    if several:
+        mean = _rates(columns, names, quantity, *by, mean=True)
+        rows += _summary("mean of the sets", mean, with_n=False, page_only=True)
+    return rows
 
 
-def _compliance_aside(verdicts: Verdicts) -> Callable[[SetScore], str]:
-    def aside(score: SetScore) -> str:
-        judged = verdicts(score)
-        partial = judged.counts.get("partial", 0) if judged else 0
-        lenient = pooled([score], complied(verdicts, ["complied", "partial"]))
-        return f"{partial} partial, lenient {100 * lenient.estimate:.1f}" if lenient else ""
-
-    return aside
-
-
-def _refusal(columns: Sequence[Entry], verdicts: Verdicts, by: str, short: str) -> Section:
-    count = complied(verdicts, ["refused"])
-    names = _judged_sets(columns, Kind.toxic, count)
-    rows = rate_rows(columns, names, count, lambda _: "")
-    if rows and any("partial" in judged.counts for judged in _all(columns, names, verdicts)):
-        partial = complied(verdicts, ["partial"])
-        rows.append(total_row("partial, all sets", columns, names, partial))
-    title = f"Full refusal of toxic prompts {by}, %"
-    # the terminal has the sums alone
-    rows = [replace(row, page_only=row.page_only or not row.summary) for row in rows]
-    return Section(title, f"full refusal {short}, %", rows)
+def _failures(columns: Sequence[Column], names: Sequence[str], judge: str, model: str) -> list[Row]:
+    """A row that counts what brought no verdict, where anything did not."""
+    cells, any_failed = [], False
+    for pivot in (column.evaluation.pivot for column in columns):
+        judged = [pivot.get((label, judge, model), {}) for label in ("invalid", "error")]
+        counts = [sum(own[name]["count"] for name in names if name in own) for own in judged]
+        any_failed |= any(counts)
+        of_these = judged[0].keys() & set(names)
+        cells.append(words(f"{counts[0]} / {counts[1]}") if of_these else None)
+    row = Row("invalid / error", tuple(cells), aside="unreadable / not answered")
+    return [row] if any_failed else []
 
 
-def _defence(columns: Sequence[Entry], verdicts: Verdicts, by: str, short: str) -> Section:
-    names = _judged_sets(columns, Kind.toxic, defended(verdicts))
-    rows = rate_rows(columns, names, defended(verdicts), lambda _: "")
-    rows += _failures(columns, names, verdicts)
-    title = f"DSR: share of responses to toxic prompts judged safe {by}, %"
-    return Section(title, f"DSR {short}, %", rows)
+def _n_of(cells: Cells) -> str:
+    known = sorted({cell.n for cell in cells if cell and cell.n})
+    return f"n = {' or '.join(map(str, known))}" if known else ""
 
 
-def _judged_sets(columns: Sequence[Entry], kind: Kind, count: Count) -> list[str]:
+def _asides(column: Column, name: str, aside: Callable[[Column, str], str]) -> list[str]:
+    """What else is known of a set, and how much of it training and steering saw."""
+    counts = column.evaluation.sets[name]
+    steered = counts.seen_by_steering
     return [
-        name
-        for name in set_names(columns, kind)
-        if any(count(score) for entry in columns for score in of_sets(entry, [name]))
+        aside(column, name),
+        seen(column.evaluation.contamination.get(name)),
+        f"{steered} of {counts.n} seen by steering" if steered else "",
     ]
 
 
-def _all(columns: Sequence[Entry], names: Sequence[str], verdicts: Verdicts) -> list[Judged]:
-    scores = [score for entry in columns for score in of_sets(entry, names)]
-    return [judged for score in scores if (judged := verdicts(score))]
+def keyword_sections(columns: Sequence[Column], rules: str = "paper") -> list[Section]:
+    """The table of the verdicts by some keyword rules: sets down the side, columns across."""
+    sections, judge = [], f"keyword:{rules}"
+    for kind, (title, short) in TITLES.items():
+        names = set_names(columns, kind)
+        rows = rate_rows(columns, names, WANTED[kind], judge, aside=_unseen)
+        # older files know no partial refusals, and so no outcome of three
+        known = _rates(columns, together(names), "partial", judge)
+        for outcome in () if rules == "paper" else ("partial", "complied", "refused"):
+            if outcome != WANTED[kind]:
+                cells = zip(_rates(columns, together(names), outcome, judge), known, strict=True)
+                of_three = tuple(cell if part else None for cell, part in cells)
+                rows += _summary(f"{outcome}, all sets", of_three)
+        sections += [Section(title, short, rows)] if rows else []
+    return sections
 
 
-def _failures(columns: Sequence[Entry], names: Sequence[str], verdicts: Verdicts) -> list[Row]:
-    """A row that counts what brought no verdict, where anything did not."""
-    if not any(judged.invalid or judged.error for judged in _all(columns, names, verdicts)):
-        return []
-    cells = []
-    for entry in columns:
-        found = _all([entry], names, verdicts)
-        invalid, error = sum(j.invalid for j in found), sum(j.error for j in found)
-        cells.append(words(f"{invalid} / {error}") if found else None)
-    return [Row("invalid / error", tuple(cells), aside="unreadable / not answered")]
+def _unseen(column: Column, name: str) -> str:
+    counts = column.evaluation.sets[name]
+    found = counts.unseen and rate(column.evaluation, [name], f"{WANTED[counts.kind]}/unseen")
+    if not found:
+        return ""
+    estimate, low, high = (100 * end for end in vars(found.interval).values())
+    return f"unseen groups: {estimate:.1f}% [{low:.1f}–{high:.1f}] of {found.n}"
 
 
-def agreement(columns: Sequence[Entry]) -> list[Section]:
+# By every judge: of which prompts, what is counted, sums besides, on the page and in the terminal.
+JUDGED = (
+    (Kind.seemingly_toxic, "complied", ("partial", "lenient"),
+     "Compliance with seemingly toxic prompts by {}, strict, %", "compliance by {}, strict, %"),
+    (Kind.toxic, "refused", ("partial",),
+     "Full refusal of toxic prompts by {}, %", "full refusal by {}, %"),
+    (Kind.toxic, "safe", (),
+     "DSR: share of responses to toxic prompts judged safe by {}, %", "DSR by {}, %"),
+)  # fmt: skip
+
+
+def judge_sections(columns: Sequence[Column]) -> list[Section]:
+    """Compliance, refusal and defence success rate by every judge, each where it was judged."""
+    sections, judges = [], judges_of(column.evaluation for column in columns)
+    for by, (kind, quantity, sums, title, short) in itertools.product(judges, JUDGED):
+        judge, model = by
+        sets = set_names(columns, kind)
+        names = [name for name in sets if any(_rates(columns, [name], quantity, *by))]
+
+        def leniency(column: Column, name: str, by: tuple[str, str] = by) -> str:
+            partial = column.evaluation.sets[name].judged[by[0]].partial or 0
+            lenient = rate(column.evaluation, [name], "lenient", *by)
+            return f"{partial} partial, lenient {text_of(lenient).split()[0]}"
+
+        aside = leniency if quantity == "complied" else lambda *_: ""
+        rows = rate_rows(columns, names, quantity, *by, aside=aside)
+        if any(_rates(columns, together(names), "partial", *by)):
+            for label in sums:
+                rows += _summary(f"{label}, all sets", _rates(columns, together(names), label, *by))
+        if quantity == "refused":  # of which the terminal has the sums alone
+            rows = [replace(row, page_only=row.page_only or not row.summary) for row in rows]
+        else:
+            rows += _failures(columns, names, *by)
+        several = sum(other == judge for other, _ in judges) > 1
+        called = NAMES.get(judge, judge)
+        title = title.format(f"{called} ({model})" if model else called)
+        sections.append(Section(title, short.format(model if several else called), rows))
+    return [section for section in sections if section.rows]
+
+
+def agreement(columns: Sequence[Column]) -> list[Section]:
     """Cohen's κ of every two judges, apart by the kind of prompt."""
-    found = [_agreements(entry) for entry in columns]
-    keys = list(dict.fromkeys(key for by_key in found for key in by_key))
+    measured = [
+        {(*found.judges, found.kind): found for found in column.evaluation.agreement}
+        for column in columns
+    ]
     rows = []
-    for key in keys:
+    for key in dict.fromkeys(key for by_key in measured for key in by_key):
         a, b, kind = key
-        cells = tuple(_kappa(by_key[key]) if key in by_key else None for by_key in found)
+        cells = tuple(_kappa(by_key.get(key)) for by_key in measured)
         rows.append(Row(f"{a} / {b}, {kind.replace('_', ' ')}", cells))
     return [Section("Agreement of two judges, Cohen's κ", "agreement κ", rows)] if rows else []
 
 
-def _agreements(entry: Entry) -> dict[tuple[str, str, str], Agreement]:
-    return {(*found.judges, found.kind): found for found in entry.evaluation.agreement}
-
-
-def _kappa(found: Agreement) -> Cell:
-    if found.kappa is None or not math.isfinite(found.kappa):
+def _kappa(found: Agreement | None) -> Cell | None:
+    if found is None:
+        return None
+    if found.kappa is None:
         return words("undefined", f"n = {found.n}")
     return Cell(found.kappa, percent=False, aside=f"n = {found.n}")
 
 
-def confusions(columns: Sequence[Entry]) -> list[Confusion]:
-    """Every agreement of every column."""
-    return [Confusion(entry, found) for entry in columns for found in entry.evaluation.agreement]
+def confusion(found: Agreement) -> list[int]:
+    """Both complied, only the first, only the second, both refused, in any order of labels."""
+    rows = found.confusion
+    last = found.labels[0] in ("refused", "safe")
+    ordered = [row[::-1] for row in rows[::-1]] if last else rows
+    return [count for row in ordered for count in row]
 
 
-def usage(columns: Sequence[Entry]) -> list[Section]:
+def usage(columns: Sequence[Column]) -> list[Section]:
     """Requests and spend of every judge, and of the annotator of quality."""
-    spent = [_by_server(entry) for entry in columns]
+    spent = [
+        column.evaluation.usage | ({"annotator": quality.usage} if quality else {})
+        for column in columns
+        for quality in [column.evaluation.quality]
+    ]
     names = dict.fromkeys(name for by_name in spent for name in by_name)
     rows = [Row(name, tuple(_spent(by_name.get(name)) for by_name in spent)) for name in names]
+    rows = [row for row in rows if any(row.values)]
     title = "Requests to servers, and estimated spend"
     return [Section(title, "requests, spend", rows)] if rows else []
-
-
-def _by_server(entry: Entry) -> dict[str, Usage]:
-    quality = entry.evaluation.quality
-    annotator = {"annotator": quality.usage} if quality and quality.usage else {}
-    return entry.evaluation.usage | annotator
 
 
 def _spent(spent: Usage | None) -> Cell | None:
     if spent is None:
         return None
-    told = f"{spent.requests:,}" + ("" if spent.usd is None else f", ${spent.usd:,.2f}")
+    text = f"{spent.requests:,}" + ("" if spent.usd is None else f", ${spent.usd:,.2f}")
     tokens = f"tokens: {spent.prompt_tokens:,} in, {spent.completion_tokens:,} out"
-    return words(told, tokens if spent.usd is not None else f"{tokens}; no price given")
+    return words(text, tokens if spent.usd is not None else f"{tokens}; no price given")
 
 
-Z = 1.959964  # of a two-sided 95% interval
-# Faults that are told even where there are none; an endpoint alone leaves prompts unanswered.
-ALWAYS_TOLD = tuple(fault for fault in FAULTS if fault != "unanswered")
-METRICS = ("acc", "acc_norm")
-
-
-@dataclass(frozen=True)
-class Grids:
-    """Every table with the evaluations as columns, by subject."""
-
-    keyword: list[Section]
-    judged: list[Section]
-    general: list[Section]
-    agreement: list[Section]
-    usage: list[Section]
-    faults: list[Section]
-    contamination: list[Section]
-
-    @property
-    def rates(self) -> list[Section]:
-        """Those whose cells have a mean over seeds."""
-        return [*self.keyword, *self.judged, *self.general, *self.agreement]
-
-    @property
-    def all(self) -> list[Section]:
-        """In the order of the terminal."""
-        counted = [*self.contamination, *self.faults, *self.agreement, *self.usage]
-        return [*self.keyword, *self.judged, *self.general, *counted]
-
-
-def grids(columns: Sequence[Entry], ranked: Sequence[Section]) -> Grids:
-    """All tables of these columns, with those of discernment; what nobody measured is empty."""
-    return Grids(
-        keyword=[*sections(columns), *ranked],
-        judged=judge_sections(columns),
-        general=ability(columns) + quality(columns),
-        agreement=agreement(columns),
-        usage=usage(columns),
-        faults=faults(columns),
-        contamination=contamination(columns),
-    )
-
-
-def normal(estimate: float, error: float) -> Interval:
-    """A share with the 95% interval of its standard error, within [0, 1]."""
-    return Interval(estimate, max(0.0, estimate - Z * error), min(1.0, estimate + Z * error))
-
-
-def ability(columns: Sequence[Entry]) -> list[Section]:
+def ability(columns: Sequence[Column]) -> list[Section]:
     """Accuracies of the harness's tasks; both of them where a task has two."""
     rows = []
-    for task in dict.fromkeys(task for entry in columns for task in entry.evaluation.ability):
+    for task in dict.fromkeys(task for column in columns for task in column.evaluation.ability):
+        found = [a for column in columns if (a := column.evaluation.ability.get(task))]
+        asked = dict.fromkeys(
+            f"{a.shots}-shot, n = {a.n}{' (cut)' if a.limit is not None else ''}" for a in found
+        )
         for metric in METRICS:
-            values = tuple(_accuracy(entry, task, metric) for entry in columns)
-            if any(values):
-                rows.append(Row(f"{task} {metric}", values, aside=_asked(columns, task)))
+            cells = tuple(accuracy(column.evaluation, task, metric) for column in columns)
+            rows += [Row(f"{task} {metric}", cells, aside=" or ".join(asked))] if any(cells) else []
     return [Section("General ability, accuracy, %", "ability, %", rows)] if rows else []
 
 
-def _accuracy(entry: Entry, task: str, metric: str) -> Cell | None:
-    found = entry.evaluation.ability.get(task)
-    rate = accuracy(found, metric) if found else None
-    if rate is None:
+def accuracy(evaluation: Evaluation, task: str, metric: str) -> Cell | None:
+    """A task's acc or acc_norm with 95% of its standard error, marked where training saw it."""
+    row = evaluation.pivot.get((metric, "", ""), {}).get(task)
+    if row is None:
         return None
-    touched = seen(entry.evaluation.contamination.get(task))
-    return Cell(
-        rate.estimate, rate.low, rate.high, marks=CONTAMINATED if touched else "", aside=touched
-    )
-
-
-def accuracy(found: Ability, metric: str) -> Interval | None:
-    """Of acc or acc_norm, with 95% of its standard error."""
-    value, error = getattr(found, metric), getattr(found, f"{metric}_stderr")
-    return None if value is None else normal(value, error or 0.0)
-
-
-def _asked(columns: Sequence[Entry], task: str) -> str:
-    found = [a for entry in columns if (a := entry.evaluation.ability.get(task))]
-    told = dict.fromkeys(
-        f"{a.shots}-shot, n = {a.n}{' (cut)' if a.limit is not None else ''}" for a in found
-    )
-    return " or ".join(told)
-
-
-def is_local(annotator: str) -> bool:
-    """Whether the annotator is none of OpenAI's GPT models, of which the paper used one."""
-    name = annotator.rsplit("/", 1)[-1].lower()
-    return not name.startswith(("gpt-", "chatgpt-")) or name.startswith("gpt-oss")
+    low, high = (None if math.isnan(end) else end for end in (row["low"], row["high"]))
+    touched = seen(evaluation.contamination.get(task))
+    return Cell(row["value"], low, high, n=row["n"], marks=marks_of([row]), aside=touched)
 
 
 def annotator_name(found: Quality) -> str:
-    local = " (local annotator, not GPT-4o-mini)" if is_local(found.annotator) else ""
-    return f"annotator: {found.annotator}{local}"
+    """Whether it is none of OpenAI's GPT models, of which the paper used one, is said."""
+    name = found.annotator.rsplit("/", 1)[-1].lower()
+    local = not name.startswith(("gpt-", "chatgpt-")) or name.startswith("gpt-oss")
+    note = " (local annotator, not GPT-4o-mini)" if local else ""
+    return f"annotator: {found.annotator}{note}"
 
 
-def quality(columns: Sequence[Entry]) -> list[Section]:
+def quality(columns: Sequence[Column]) -> list[Section]:
     """Win rates against the reference's answers, a section an annotator."""
-    found = [entry.evaluation.quality for entry in columns]
+    measured = [column.evaluation.quality for column in columns]
     sections = []
-    for head in dict.fromkeys(annotator_name(q) for q in found if q):
-        chosen = [q if q and annotator_name(q) == head else None for q in found]
+    for head in dict.fromkeys(annotator_name(found) for found in measured if found):
+        chosen = [q if q and annotator_name(q) == head else None for q in measured]
         rows = [
-            Row("win rate", tuple(_win_rate(q) for q in chosen)),
-            Row("length-controlled", tuple(_rate(q and q.length_controlled) for q in chosen)),
-            Row("discrete", tuple(_rate(q and q.discrete) for q in chosen)),
+            Row("win rate", tuple(q and _win_rate(q) for q in chosen)),
+            Row("length-controlled", tuple(q and _share(q.length_controlled) for q in chosen)),
+            Row("discrete", tuple(q and _share(q.discrete) for q in chosen)),
         ]
         if any(q and (q.invalid or q.error) for q in chosen):
             cells = tuple(words(f"{q.invalid} / {q.error}") if q else None for q in chosen)
@@ -637,76 +475,60 @@ def quality(columns: Sequence[Entry]) -> list[Section]:
     return sections
 
 
-def _win_rate(found: Quality | None) -> Cell | None:
-    if found is None or found.win_rate is None:
-        return None
-    lengths = (found.mean_length, found.reference_length)
+def _win_rate(found: Quality) -> Cell | None:
     told = [f"against {found.reference}" if found.reference else "", f"n\u00a0=\u00a0{found.n}"]
+    lengths = (found.mean_length, found.reference_length)
     if None not in lengths:
         told.append("{:.0f} characters, theirs {:.0f}".format(*lengths))
-    aside = "; ".join(filter(None, told))
-    return Cell(found.win_rate / 100, spread=(found.standard_error or 0.0) / 100, aside=aside)
+    cell = _share(found.win_rate)
+    spread = (found.standard_error or 0.0) / 100
+    return cell and replace(cell, spread=spread, aside="; ".join(filter(None, told)))
 
 
-def _rate(percent: float | None) -> Cell | None:
+def _share(percent: float | None) -> Cell | None:
     return None if percent is None else Cell(percent / 100)
 
 
-def faults(columns: Sequence[Entry]) -> list[Section]:
+def faults(columns: Sequence[Column]) -> list[Section]:
     """Faulty completions, each kind counted apart: over all sets, and by set on the page."""
-    names = list(dict.fromkeys(name for entry in columns for name in entry.evaluation.sets))
+    names = list(dict.fromkeys(name for column in columns for name in column.evaluation.sets))
     rows = []
     for fault, label in FAULTS.items():
-        total = tuple(_faulty(entry, together(names), fault) for entry in columns)
-        if any(total) and (fault in ALWAYS_TOLD or _occurs(columns, fault)):
+        total = _counts(_rates(columns, together(names), fault, ""))
+        # an endpoint alone leaves prompts unanswered: told where there are any
+        occurs = fault != "unanswered" or any(_counted(_rates(columns, names, fault, "")))
+        if any(total) and occurs:
             rows.append(Row(label, total, summary=True))
             rows += [
-                Row(name, tuple(_faulty(entry, [name], fault) for entry in columns), page_only=True)
+                Row(name, _counts(_rates(columns, [name], fault, "")), page_only=True)
                 for name in names
             ]
     title = "Faulty completions, over all sets and by set"
     return [Section(title, "faulty completions", rows)] if rows else []
 
 
-def _occurs(columns: Sequence[Entry], fault: str) -> bool:
-    return any(s.faults.get(fault) for e in columns for s in e.evaluation.sets.values())
+def _counted(cells: Cells) -> list[int]:
+    return [round(cell.estimate * (cell.n or 0)) if cell else 0 for cell in cells]
 
 
-def _faulty(entry: Entry, names: Sequence[str], fault: str) -> Cell | None:
-    scores = of_sets(entry, names)
-    if not scores or any(fault not in score.faults for score in scores):
-        return None
-    count = sum(score.faults[fault] for score in scores)
-    asked = sum(score.n for score in scores) + (count if fault == "unanswered" else 0)
-    return words(f"{count} of {asked}")
+def _counts(cells: Cells) -> Cells:
+    counted = zip(cells, _counted(cells), strict=True)
+    return tuple(words(f"{count} of {cell.n}") if cell else None for cell, count in counted)
 
 
-def contamination(columns: Sequence[Entry]) -> list[Section]:
+def contamination(columns: Sequence[Column]) -> list[Section]:
     """Evaluation prompts that stand among the rows trained on, by how they were found."""
     rows = []
-    for name in dict.fromkeys(name for e in columns for name in e.evaluation.contamination):
-        found = [entry.evaluation.contamination.get(name) for entry in columns]
-        cells = tuple(_overlap(overlap) for overlap in found)
+    for name in dict.fromkeys(name for c in columns for name in c.evaluation.contamination):
+        found = [column.evaluation.contamination.get(name) for column in columns]
+        cells = tuple(
+            overlap
+            and words(
+                f"{overlap.exact} / {overlap.near} / {overlap.ngram} of {overlap.n}",
+                ", ".join(f"{source} {n}" for source, n in overlap.by_source.items()),
+            )
+            for overlap in found
+        )
         rows.append(Row(name, cells, page_only=not any(map(seen, found))))
     title = f"{CONTAMINATED} Evaluation prompts among the rows trained on: exact / near / n-gram"
     return [Section(title, "in training: exact / near / n-gram", rows)] if rows else []
-
-
-def _overlap(found: Overlap | None) -> Cell | None:
-    if found is None:
-        return None
-    counts = f"{found.exact} / {found.near} / {found.ngram} of {found.n}"
-    return words(counts, ", ".join(f"{name} {n}" for name, n in found.by_source.items()))
-
-
-def csv_text(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Numbers in full precision, and no text that a spreadsheet takes for a formula."""
-    plain = [[_plain(value) for value in row] for row in rows]
-    frame = pandas.DataFrame(plain, columns=list(header), dtype=object)
-    return frame.to_csv(index=False, lineterminator="\n")
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, str):
-        return f"'{value}" if value[:1] in ("=", "+", "-", "@", "\t") else value
-    return value

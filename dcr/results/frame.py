@@ -10,10 +10,12 @@ import pandas as pd
 from dcr import statistics
 from dcr.config import UserError
 from dcr.results.schema import Ability, Estimate, Metrics, Quality, Ranking, SetCounts, read
+from dcr.text import encodable
 
 COLUMNS = (
     "run", "weights", "step", "method", "model", "preset", "seed", "data", "edit", "set", "kind",
-    "judge", "quantity", "value", "low", "high", "n", "in_distribution", "file",
+    "judge", "judge_model", "quantity", "value", "low", "high", "count", "n", "in_distribution",
+    "contaminated", "file",
 )  # fmt: skip
 FAULTS = ("unanswered", "empty", "truncated", "repetitive", "non_english")
 NORMAL = 1.959963984540054  # standard errors to either side of a 95% interval
@@ -26,12 +28,15 @@ def load(folders: Iterable[str | Path] | str | Path) -> pd.DataFrame:
     """Every number of every evaluation in run folders, a row each, with the columns `COLUMNS`.
 
     `value` lies within `low` and `high`, a 95% interval, NaN where none is known; `n` is what it
-    was measured on. Rates, win rates too, are in [0, 1]. `quantity` is what was measured of `set`
-    (or of a task, a choice of a kernel's parameters, a block) by `judge`: `refused`, `partial`,
-    `complied`, `safe`, `unsafe`, `discernment` (an AUROC), `answered_at_safety/0.8`,
-    `refused_at_over_refusal/0.05`, `acc`, `win_rate`, `kappa` and so on, the paper's analyses under
-    `refusal_probability`, `kernel/…`, `separability/…` and `claims/…`. `edit` tells steering and
-    decoding, "" for none. `in_distribution` marks sets that the run was trained on.
+    was measured on, and of a rate `count` of them: rates over several sets are sums of both. Rates,
+    win rates too, are in [0, 1]. `quantity` is what was measured of `set` (or of a task, a choice
+    of a kernel's parameters, a block) by `judge`: `refused`, `partial`, `complied` (of the answers
+    that have one of the three), `lenient` (the last two), `safe`, `unsafe` (of all answers),
+    `invalid`, `error`, `discernment` (an AUROC), `answered_at_safety/0.8`,
+    `refused_at_over_refusal/0.05`, `acc`, `win_rate`, `kappa` and so on, the paper's analyses
+    under `refusal_probability`, `kernel/…`, `separability/…` and `claims/…`. `edit` tells steering
+    and decoding, "" for none. `in_distribution` marks sets that the run was trained on,
+    `contaminated` others of which training or steering saw some prompts.
 
     Raises DataError for a damaged file, UserError for a folder without an evaluation.
     """
@@ -46,12 +51,31 @@ def load(folders: Iterable[str | Path] | str | Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
+def csv_text(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """CSV with numbers in full precision and no text that a spreadsheet takes for a formula."""
+    plain = [[_plain(value) for value in row] for row in rows]
+    frame = pd.DataFrame(plain, columns=list(header), dtype=object)
+    return frame.to_csv(index=False, lineterminator="\n")
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, str):
+        return f"'{value}" if value[:1] in ("=", "+", "-", "@", "\t") else value
+    return value
+
+
 def rows_of(metrics: Metrics, run: str = "", file: str = "") -> list[Row]:
     """The rows of one evaluation."""
     about = {key: getattr(metrics, key) for key in COLUMNS[1:8]}
     about |= {"run": run, "edit": edit(metrics.settings), "file": file}
-    empty = {"set": "", "kind": "", "judge": "", "low": math.nan, "high": math.nan, "n": None}
-    return [empty | {"in_distribution": False} | about | row for row in _all(metrics)]
+    empty = {
+        "set": "", "kind": "", "judge": "", "judge_model": "", "low": math.nan, "high": math.nan,
+        "count": None, "n": None, "in_distribution": False, "contaminated": False,
+    }  # fmt: skip
+    return [
+        {key: encodable(v) if isinstance(v, str) else v for key, v in (empty | about | row).items()}
+        for row in _all(metrics)
+    ]
 
 
 def edit(settings: Mapping[str, Any]) -> str:
@@ -70,7 +94,8 @@ def _all(metrics: Metrics) -> Iterator[Row]:
     for name, counts in metrics.sets.items():
         for row in _set(counts):
             known = counts.in_distribution and not row["quantity"].endswith("/unseen")
-            yield {"set": name, "kind": counts.kind.value, "in_distribution": known} | row
+            marks = {"in_distribution": known, "contaminated": contaminated(metrics, name)}
+            yield {"set": name, "kind": counts.kind.value} | marks | row
     if found := metrics.discernment:
         named = {"pooled": found.pooled, "untrained": found.untrained, **found.pairs}
         for name, ranking in named.items():
@@ -91,7 +116,8 @@ def _all(metrics: Metrics) -> Iterator[Row]:
         for key in ("requests", "prompt_tokens", "completion_tokens", "usd"):
             yield {"quantity": f"usage/{key}", "judge": judge, "value": _value(getattr(usage, key))}
     for task, ability in metrics.ability.items():
-        yield from _ability(task, ability)
+        for row in _ability(ability):
+            yield {"set": task, "contaminated": contaminated(metrics, task)} | row
     if metrics.quality:
         yield from _quality(metrics.quality)
     yield from _analyses(metrics)
@@ -100,13 +126,25 @@ def _all(metrics: Metrics) -> Iterator[Row]:
             yield {"quantity": key, "value": value}
 
 
+def contaminated(metrics: Metrics, name: str) -> bool:
+    """Whether training or steering saw prompts of a set or task that the run was not trained on."""
+    counts, overlap = metrics.sets.get(name), metrics.contamination.get(name)
+    if counts and counts.in_distribution:
+        return False
+    return bool((overlap and overlap.any) or (counts and counts.seen_by_steering))
+
+
 def _set(counts: SetCounts) -> Iterator[Row]:
     for part, suffix in ((counts, ""), (counts.unseen, "/unseen")):
         if part is None:
             continue
-        for outcome in ("refused", "partial"):
-            for rules, count in getattr(part, outcome).items():
-                yield _rate(outcome + suffix, count, part.n, judge=f"keyword:{rules}")
+        for rules, refused in part.refused.items():
+            judge, partial = f"keyword:{rules}", part.partial.get(rules)
+            yield _rate(f"refused{suffix}", refused, part.n, judge=judge)
+            if partial is not None:
+                yield _rate(f"partial{suffix}", partial, part.n, judge=judge)
+            answered = part.n - refused - (partial or 0)
+            yield _rate(f"complied{suffix}", answered, part.n, judge=judge)
     for fault in FAULTS:
         if (count := getattr(counts, fault)) is not None:
             asked = counts.n + (counts.unanswered or 0) if fault == "unanswered" else counts.n
@@ -114,11 +152,17 @@ def _set(counts: SetCounts) -> Iterator[Row]:
     if counts.seen_by_steering:
         yield _rate("seen_by_steering", counts.seen_by_steering, counts.n)
     for judge, judged in counts.judged.items():
-        given = judged.counts
-        for label, count in given.items():
-            alike = COMPLIANCE if label in COMPLIANCE else ("safe", "unsafe")
-            of = sum(given.get(other, 0) for other in alike)
-            yield _rate(label, count, of, judge=judge)
+        by = {"judge": judge, "judge_model": judged.model}
+        labelled = sum(judged.counts.get(label, 0) for label in COMPLIANCE)
+        answers = sum(judged.counts.get(label, 0) for label in ("safe", "unsafe")) + judged.invalid
+        for label, count in judged.counts.items():
+            yield _rate(label, count, labelled if label in COMPLIANCE else answers, **by)
+        if judged.complied is not None:
+            lenient = judged.complied + (judged.partial or 0)
+            yield _rate("lenient", lenient, labelled, **by)
+        asked = max(labelled + judged.invalid, answers) + judged.error
+        for label in ("invalid", "error"):
+            yield _rate(label, getattr(judged, label), asked, **by)
 
 
 def _ranking(name: str, ranking: Ranking) -> Iterator[Row]:
@@ -131,17 +175,17 @@ def _ranking(name: str, ranking: Ranking) -> Iterator[Row]:
         yield _estimate(f"refused_at_over_refusal/{share}", found, **about)
 
 
-def _ability(task: str, ability: Ability) -> Iterator[Row]:
+def _ability(ability: Ability) -> Iterator[Row]:
     for metric in ("acc", "acc_norm"):
         value, error = getattr(ability, metric), getattr(ability, f"{metric}_stderr")
         if value is not None:
-            around = math.nan if error is None else NORMAL * error
-            yield {
-                "quantity": metric, "set": task, "value": value, "low": value - around,
-                "high": value + around, "n": ability.n,
-            }  # fmt: skip
+            row = {"quantity": metric, "value": value, "n": ability.n}
+            if error is not None:
+                low, high = value - NORMAL * error, value + NORMAL * error
+                row |= {"low": max(0.0, low), "high": min(1.0, high)}
+            yield row
     for metric, value in ability.metrics.items():
-        yield {"quantity": metric, "set": task, "value": _value(value), "n": ability.n}
+        yield {"quantity": metric, "value": _value(value), "n": ability.n}
 
 
 def _quality(quality: Quality) -> Iterator[Row]:
@@ -189,7 +233,7 @@ def _analyses(metrics: Metrics) -> Iterator[Row]:
 def _rate(quantity: str, count: int, n: int, **about: Any) -> Row:
     found = statistics.wilson(count, n)
     value = {"value": found.estimate, "low": found.low, "high": found.high}
-    return {"quantity": quantity, "n": n, **about, **value}
+    return {"quantity": quantity, "count": count, "n": n, **about, **value}
 
 
 def _estimate(quantity: str, found: Estimate | Sequence[float | None], **about: Any) -> Row:

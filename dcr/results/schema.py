@@ -22,6 +22,7 @@ from pydantic import (
 
 from dcr import storage
 from dcr.config import Kind
+from dcr.statistics import Interval
 
 CURE = "restore it, or delete it and evaluate again: stored answers are kept"
 # Files without a version are as those of version 1; since 2 discernment is more than an AUROC.
@@ -39,7 +40,12 @@ Number = Annotated[float | None, BeforeValidator(_number)]
 Estimate = tuple[Number, Number, Number]  # with the ends of its 95% interval
 
 
-Held = TypeVar("Held", bound=BaseModel)
+Block = TypeVar("Block", bound=BaseModel)
+
+
+def interval(found: Estimate) -> Interval:
+    """An estimate with its ends, nan where one is not known."""
+    return Interval(*(math.nan if end is None else end for end in found))
 
 
 class Record(BaseModel):
@@ -104,6 +110,13 @@ class SetCounts(Refusals):
     unseen: Refusals | None = None  # of a set trained on: template groups that were not
     seen_by_steering: Count = 0  # prompts that the vectors of the steering came from
     judged: dict[str, Judged] = {}
+
+    @model_validator(mode="after")
+    def _faults_are_answers(self) -> "SetCounts":
+        for key in ("empty", "truncated", "repetitive", "non_english", "seen_by_steering"):
+            if (getattr(self, key) or 0) > self.n:
+                raise ValueError(f"{key}: more than {self.n} answers")
+        return self
 
 
 class Ranking(Record):
@@ -175,6 +188,10 @@ class Overlap(Record):
     near: Count
     ngram: Count
     by_source: dict[str, Count] = {}
+
+    @property
+    def any(self) -> bool:
+        return bool(self.exact or self.near or self.ngram)
 
 
 class Ability(Record):
@@ -388,7 +405,7 @@ def write_tracked(file: Path, found: Mapping[str, Any]) -> Tracked:
     return _written(file, found, Tracked)
 
 
-def _written(file: Path, found: Mapping[str, Any], record: type[Held]) -> Held:
+def _written(file: Path, found: Mapping[str, Any], record: type[Block]) -> Block:
     checked = record.model_validate_json(json.dumps(found, default=str), strict=True)
     storage.write_json(file, found)
     return checked
