@@ -4,7 +4,6 @@
 probability of refusal.
 """
 
-import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,10 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dcr import batching, models
-from dcr.batching import attention_mask, padded
 from dcr.models import unwrapped
 from dcr.refusal.phrases import OPENINGS, Ending, continuations, ending
-from dcr.refusal.probability import recurrent
+from dcr.refusal.probability import prefill, recurrent
 
 BATCH_TOKENS = {"cuda": 2**15, "cpu": 2**11}  # of one pass: more at once are no faster
 
@@ -80,20 +78,8 @@ def first_logits(
     positions alone. A model that keeps a state instead of keys, into which padding would blend,
     reads those of one length together.
     """
-    owner = unwrapped(model)
-    takes = inspect.signature(owner.forward).parameters
-    last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
-    tokens = BATCH_TOKENS.get(owner.device.type, BATCH_TOKENS["cpu"])
+    tokens = BATCH_TOKENS.get(unwrapped(model).device.type, BATCH_TOKENS["cpu"])
     for places in batching.by_tokens(prompts, tokens, even=recurrent(model)):
-        batch = [prompts[place] for place in places]
-        mask = attention_mask(batch, left=True).long().to(owner.device)
         with torch.inference_mode(), models.evaluating(model):
-            output = model(
-                input_ids=padded(batch, 0, left=True).to(owner.device),
-                attention_mask=mask,
-                use_cache=False,
-                return_dict=True,
-                **batching.placed(owner, batching.positions(mask)),
-                **last,
-            )
-        yield places, output.logits[:, -1]
+            read = prefill(model, [tuple(prompts[place]) for place in places], keep=False)
+        yield places, read.logits[:, -1]

@@ -143,14 +143,20 @@ def recurrent(model: Any) -> bool:
     return stateful or bool(kinds - WINDOWED - {"full_attention"}) or keyless
 
 
-def prefill(model: Any, prompts: Sequence[Tokens]) -> Prefilled:
-    """Reads prompts, padded on the left, in one pass with logits for their last positions alone."""
+def prefill(model: Any, prompts: Sequence[Tokens], keep: bool = True) -> Prefilled:
+    """Reads prompts, padded on the left, in one pass with logits for their last positions alone.
+
+    Without `keep` no cache is made, for those who go no further.
+    """
     device = unwrapped(model).device
     mask = attention_mask(prompts, left=True).long().to(device)
     places = batching.positions(mask)
-    last = {"logits_to_keep": 1} if "logits_to_keep" in _parameters(model) else {}
-    output = _pass(model, padded(prompts, 0, left=True).to(device), mask, places, None, last)
-    return Prefilled(output[_cache_name(model)], mask, output.logits[:, -1:])
+    options: dict[str, int] = {"use_cache": keep}
+    if "logits_to_keep" in _parameters(model):
+        options["logits_to_keep"] = 1
+    output = _pass(model, padded(prompts, 0, left=True).to(device), mask, places, None, options)
+    cache = output[_cache_name(model)] if keep else None
+    return Prefilled(cache, mask, output.logits[:, -1:])
 
 
 def by_tree(model: Any, tree: Trie, prompts: Prefilled) -> Float[Tensor, "batch edges"]:
@@ -216,15 +222,8 @@ def _pass(
 ) -> Any:
     placed = batching.placed(unwrapped(model), places)
     kept = {} if cache is None else {_cache_name(model): cache}
-    return model(
-        input_ids=ids,
-        attention_mask=mask,
-        use_cache=True,
-        return_dict=True,
-        **placed,
-        **kept,
-        **options,
-    )
+    given = {"use_cache": True} | placed | kept | options
+    return model(input_ids=ids, attention_mask=mask, return_dict=True, **given)
 
 
 def _text(model: Any) -> Any:
