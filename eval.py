@@ -43,7 +43,8 @@ def _run_of(composed: DictConfig) -> Run:
                 "give one of the two"
             )
         run = Run(Path(str(composed.run)))
-        run.config()  # names a folder without a run before anything else does
+        run.config()  # what is not there or damaged is named before a model opens
+        run.record()
         return run
     if composed.endpoint is None and OmegaConf.is_missing(composed.model, "name"):
         raise ConfigError("nothing to evaluate: give run=<folder>, model=<name> or endpoint=<url>")

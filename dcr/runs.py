@@ -154,8 +154,12 @@ class Run:
         return dict(made_with)
 
     def record(self) -> dict[str, Any]:
-        """What `rows.json` says, empty before training has drawn its rows."""
-        if not self.rows_file.exists():
+        """What `rows.json` says, empty before training has drawn its rows.
+
+        Raises DataError where it is damaged, or gone although a stage has learnt from rows.
+        """
+        trained = self.done("contrastive") or self.done("sft")
+        if not trained and not self.rows_file.exists():
             return {}
         return dict(storage.read_json(self.rows_file, RowRecord, RESTORE))
 
@@ -204,8 +208,8 @@ def claim_rows(run: Run, record: Mapping[str, Any], force: bool) -> None:
 
     Raises ConfigError with the lists that differ when `force` is off.
     """
-    before, now = _row_lists(run.record()), _row_lists(record)
-    if before:
+    if run.rows_file.exists():
+        before, now = _row_lists(run.record()), _row_lists(record)
         _refuse(run, "made with other rows", storage.differences(before, now), force)
     storage.write_json(run.rows_file, record)
 

@@ -4,6 +4,7 @@ Whatever a command keeps goes through here, so that a kill, a full disk or a dam
 same end everywhere: the old content stays, or one line names the file and the cure.
 """
 
+import errno
 import fcntl
 import functools
 import hashlib
@@ -187,6 +188,8 @@ def append_lines(path: Path, rows: Iterable[object]) -> None:
 @contextmanager
 def _reading(path: Path, cure: str) -> Iterator[None]:
     try:
+        if path.is_fifo():
+            raise OSError(errno.EINVAL, "a pipe, not a file", str(path))  # reading would wait
         yield
     except OSError as error:
         place = error.filename or path

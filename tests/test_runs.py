@@ -106,6 +106,19 @@ def test_other_base_weights_are_refused(tmp_path: Path) -> None:
     assert json.loads(run.base_file.read_text()) == {"contrastive": "one"}
 
 
+def test_rows_that_are_gone_or_a_pipe_are_named(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    assert run.record() == {}
+    run.stage("sft").mkdir()
+    with pytest.raises(DataError, match=r"rows\.json: cannot be read \(No such file"):
+        run.record()
+    runs.claim_rows(run, {"rows": {}}, force=False)  # training draws them again
+    run.rows_file.unlink()
+    os.mkfifo(run.rows_file)  # to open it would wait for a writer
+    with pytest.raises(DataError, match=r"rows\.json: cannot be read \(a pipe, not a file\)"):
+        run.record()
+
+
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no config\.yaml there"):
         Run(tmp_path).config()
