@@ -168,14 +168,14 @@ def ranking(
         np.pad(side[:, ::-1].cumsum(1)[:, ::-1], ((0, 0), (0, 1))) for side in drawn
     )
     rows, many, others = np.arange(len(reached)), len(positive), len(negative)
-    spared, found = {}, {}
+    spared, reached_at = {}, {}
     for share in caught:
         threshold = (reached >= share * many - ROUNDING).sum(1) - 1
         spared[share] = of_draws(1 - alarmed[rows, threshold] / others)
     for share in alarms:
         threshold = (alarmed > share * others + ROUNDING).sum(1)
-        found[share] = of_draws(reached[rows, threshold] / many)
-    return Ranking(of_draws(_auroc_of_counts(*drawn)), spared, found)
+        reached_at[share] = of_draws(reached[rows, threshold] / many)
+    return Ranking(of_draws(_auroc_of_counts(*drawn)), spared, reached_at)
 
 
 def _drawn_counts(

@@ -55,7 +55,11 @@ def check(settings: AbilityConfig, root: str | None) -> None:
         raise ConfigError(f"data.root={root}: not a folder; name the one with the data files")
     for name in settings.tasks:
         if name not in questions.SETS and name not in _harness().task_index:
-            raise ConfigError(f"ability.tasks={name}: {_hint(name)}")
+            near = difflib.get_close_matches(name, _harness().task_index, n=3, cutoff=0.6)
+            cure = "`lm_eval ls tasks` lists them all"
+            if near:
+                cure = f"did you mean {' or '.join(near)}?"
+            raise ConfigError(f"ability.tasks={name}: the harness has no such task; {cure}")
     for name in settings.tasks:
         with _quiet(progress=False):
             part = name if _is_local(name, root) else _first_part(name)
@@ -102,15 +106,15 @@ def ability(
                 model = model or _wrapped(policy, settings.batch_size)
                 whole = _run(model, _loaded(name, root, name), settings, seed)
                 cut = {t: _truncated(model, asked) for t, asked in whole["samples"].items()}
-            found = _scores(name, whole, cut, settings.limit)
             storage.write_text(file.with_suffix(".jsonl"), _lines(whole["samples"]))
-            storage.write_json(file, {"made_with": made_with, "scores": found})
+            measured = _scores(name, whole, cut, settings.limit)
+            storage.write_json(file, {"made_with": made_with, "scores": measured})
         scores |= storage.read_json(file, Stored)["scores"]
-    for name, found in scores.items():
-        if found["truncated"]:
+    for name, score in scores.items():
+        if score["truncated"]:
             log.warning(
                 "ability.%s: %d of %d questions exceed the model's context; cut from the left",
-                *(name, found["truncated"], found["n"]),
+                *(name, score["truncated"], score["n"]),
             )
     return scores
 
@@ -150,15 +154,6 @@ def _loaded(name: str, root: str | None, asked_as: str) -> Any:
         ) from error
 
 
-def _hint(name: str) -> str:
-    near = difflib.get_close_matches(name, _harness().task_index, n=3, cutoff=0.6)
-    return (
-        f"the harness has no such task; did you mean {' or '.join(near)}?"
-        if near
-        else "the harness has no such task; `lm_eval ls tasks` lists them all"
-    )
-
-
 def _first_part(name: str) -> str | None:
     """The first task of a group or tag, a task itself; None for a group without named members."""
     entry = _harness().task_index.get(name)
@@ -187,15 +182,12 @@ def _check_task(name: str, task: Any, shots: int) -> None:
     spare = task.fewshot_cfg.split == task.get_config("test_split")
     wanted = shots + (spare and not isinstance(task.sampler, FirstNSampler))
     if (examples := len(task.sampler.df)) < wanted:
+        shown = questions.SETS[name].shown if name in questions.SETS else None
+        also = f", or put the examples into data.root as {shown}" if shown else ""
         raise ConfigError(
             f"ability.shots={shots}: {task.task_name} has {examples} examples to show, {wanted} "
-            f"are wanted; lower ability.shots, leave {name} out of ability.tasks{_also(name)}"
+            f"are wanted; lower ability.shots, leave {name} out of ability.tasks{also}"
         )
-
-
-def _also(name: str) -> str:
-    shown = questions.SETS[name].shown if name in questions.SETS else None
-    return f", or put the examples into data.root as {shown}" if shown else ""
 
 
 def _made_with(name: str, settings: AbilityConfig, root: str | None, seed: int) -> dict[str, Any]:
@@ -303,9 +295,9 @@ def _scores(
     tasks = list(results["n-samples"])
     if not _metrics(results["results"].get(name, {})):
         return {task: _score(task, [task], results, cut, limit) for task in tasks}
-    found = _score(name, tasks, results, cut, limit)
+    score = _score(name, tasks, results, cut, limit)
     if tasks != [name]:
-        found["subjects"] = {
+        score["subjects"] = {
             task.split("::")[-1].removeprefix(f"{name}_"): {
                 key: value
                 for key, value in _score(task, [task], results, cut, limit).items()
@@ -313,7 +305,7 @@ def _scores(
             }
             for task in tasks
         }
-    return {name: found}
+    return {name: score}
 
 
 def _score(
@@ -325,10 +317,10 @@ def _score(
 ) -> dict[str, Any]:
     metrics = _metrics(results["results"][name])
     main = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
-    found: dict[str, Any] = {key: metrics.pop(key, None) for key in main}
+    score: dict[str, Any] = {key: metrics.pop(key, None) for key in main}
     if metrics:
-        found["metrics"] = metrics
-    return found | {
+        score["metrics"] = metrics
+    return score | {
         "n": sum(results["n-samples"][task]["effective"] for task in tasks),
         "version": str(results["versions"][name]),
         "shots": max(results["n-shot"][task] for task in tasks),
@@ -348,7 +340,7 @@ def _metrics(scores: Mapping[str, Any]) -> dict[str, float | None]:
 
 def _lines(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Each question's place in its task, target, the model's answers and scores, one a line."""
-    found = (
+    rows = (
         {
             "task": task,
             "row": sample["doc_id"],
@@ -360,4 +352,4 @@ def _lines(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         for task, rows_of_task in samples.items()
         for sample in rows_of_task
     )
-    return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in found)
+    return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)

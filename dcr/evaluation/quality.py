@@ -20,6 +20,11 @@ from dcr.judges import pairwise
 from dcr.judges.pairwise import Annotation, Pair
 from dcr.runs import Run
 
+ALPACA_EVAL_KEYS = (
+    *("instruction", "output_1", "generator_1", "output_2", "generator_2"),
+    *("annotator", "preference"),
+)
+
 
 def check(settings: EvalConfig) -> None:
     """Raises ConfigError or EndpointError for what would fail after the answers are written.
@@ -62,13 +67,12 @@ def win_rate(
         mine = reference.folder.resolve() == run.folder.resolve()  # locked already
         with nullcontext() if mine else storage.locked(reference.folder):
             others = answers.of_subject(beside, subject, rows, place, policy)
-    labels = (_label(run), _label(reference))
-    return compared(given[name], others[name], settings, folder, labels, settings.trainer.progress)
-
-
-def _label(run: Run) -> str:
-    made_with = run.config()
-    return f"{made_with['model']['label']}-{made_with['method']}-seed{made_with['seed']}"
+    labels = []
+    for made_with in (run.config(), reference.config()):
+        label = made_with["model"]["label"]
+        labels.append(f"{label}-{made_with['method']}-seed{made_with['seed']}")
+    progress = settings.trainer.progress
+    return compared(given[name], others[name], settings, folder, (labels[0], labels[1]), progress)
 
 
 def compared(
@@ -89,7 +93,9 @@ def compared(
 
     Raises ConfigError when no prompt has two answers, and what `pairwise.annotate` raises.
     """
-    pairs, missing = _paired(given, reference)
+    theirs = {(c.id, c.prompt): c.response for c in reference}
+    own = {(c.id, c.prompt): c.response for c in given}
+    pairs = [Pair(*key, theirs[key], response) for key, response in own.items() if key in theirs]
     if not pairs:
         raise ConfigError(
             f"quality.reference={settings.quality.reference}: answers none of the {len(given)} "
@@ -99,24 +105,20 @@ def compared(
     storage.write_json(home / "model_outputs.json", _outputs(given, model, settings))
     storage.write_json(home / "reference_outputs.json", _outputs(reference, other, settings))
     rows = pairwise.annotate(pairs, settings, home, (other, model), progress)
-    storage.write_json(home / "annotations.json", [_published(row, settings) for row in rows])
+    published = [
+        {"dataset": settings.quality.source, **{key: getattr(row, key) for key in ALPACA_EVAL_KEYS}}
+        for row in rows
+    ]
+    storage.write_json(home / "annotations.json", published)
     return {
         **_rates([row for row in rows if row.status == "ok"]),
         **{status: sum(row.status == status for row in rows) for status in ("invalid", "error")},
         "identical": sum(not row.asked for row in rows),
-        "missing": missing,
+        "missing": len(own.keys() ^ theirs.keys()),
         "annotator": settings.annotator.model,
         "reference": other,
         "usage": _usage(rows, settings),
     }
-
-
-def _paired(given: Sequence[Completion], reference: Sequence[Completion]) -> tuple[list[Pair], int]:
-    """Both answers to each prompt that has two, and how many prompts have one."""
-    others = {(c.id, c.prompt): c.response for c in reference}
-    own = {(c.id, c.prompt): c.response for c in given}
-    pairs = [Pair(*key, others[key], response) for key, response in own.items() if key in others]
-    return pairs, len(own.keys() ^ others.keys())
 
 
 def _rates(scored: Sequence[Annotation]) -> dict[str, Any]:
@@ -124,20 +126,17 @@ def _rates(scored: Sequence[Annotation]) -> dict[str, Any]:
     preferences = [row.preference - 1 for row in scored if row.preference is not None]
     own, others = ([len(getattr(row, f"output_{i}")) for row in scored] for i in (2, 1))
     differences = [a - b for a, b in zip(own, others, strict=True)]
-    found = statistics.win_rates(preferences)
+    rates = {
+        name: None if math.isnan(rate) else rate
+        for name, rate in vars(statistics.win_rates(preferences)).items()
+    }
     return {
-        "win_rate": _number(found.win_rate),
-        "standard_error": _number(found.standard_error),
+        **rates,
         "length_controlled": statistics.length_controlled_win_rate(preferences, differences),
-        "discrete": _number(found.discrete),
         "n": len(scored),
         "mean_length": float(np.mean(own)) if scored else None,
         "reference_length": float(np.mean(others)) if scored else None,
     }
-
-
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else value
 
 
 def _usage(rows: Sequence[Annotation], settings: EvalConfig) -> dict[str, Any]:
@@ -166,16 +165,3 @@ def _outputs(
         }
         for answer in given
     ]
-
-
-ALPACA_EVAL_KEYS = (
-    *("instruction", "output_1", "generator_1", "output_2", "generator_2"),
-    *("annotator", "preference"),
-)
-
-
-def _published(row: Annotation, settings: EvalConfig) -> dict[str, Any]:
-    return {
-        "dataset": settings.quality.source,
-        **{key: getattr(row, key) for key in ALPACA_EVAL_KEYS},
-    }

@@ -6,7 +6,6 @@ metrics of the harness's own tasks of the same names, and serve its command line
 """
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -69,18 +68,19 @@ def splits(name: str, root: str, subject: str | None = None, **_: Any) -> Any:
     from datasets import Dataset, DatasetDict
 
     made = SETS[name]
-    found: dict[str, list[dict[str, Any]]] = {made.asked_split: [], made.shown_split: []}
+    rows: dict[str, list[dict[str, Any]]] = {made.asked_split: [], made.shown_split: []}
     for file in files(name, root):
-        for split, row in _rows(str(file), made, _stamp(file)):
-            if split in found and subject in (None, row.get("category")):
-                found[split].append(row)
-    if not found[made.asked_split]:
+        status = file.stat()
+        for split, row in _rows(str(file), made, (status.st_mtime_ns, status.st_size)):
+            if split in rows and subject in (None, row.get("category")):
+                rows[split].append(row)
+    if not rows[made.asked_split]:
         of = f" and category={subject}" if subject else ""
         raise DataError(
             f"{Path(root, made.asked)}: no row with split={made.asked_split}{of}, which "
             f"ability.tasks={name} asks; add the rows, or leave data.root out to read {made.hub}"
         )
-    return DatasetDict({split: Dataset.from_list(rows) for split, rows in found.items()})
+    return DatasetDict({split: Dataset.from_list(of_split) for split, of_split in rows.items()})
 
 
 def files(name: str, root: str) -> list[Path]:
@@ -105,37 +105,26 @@ def compare(name: str, count: int) -> None:
         )
 
 
-def _stamp(file: Path) -> tuple[int, int]:
-    status = file.stat()
-    return status.st_mtime_ns, status.st_size
-
-
 @lru_cache(maxsize=4)  # MMLU's one file is asked for by each of its 57 subjects
 def _rows(
     path: str, made: LocalSet, stamp: tuple[int, int]
 ) -> tuple[tuple[str, dict[str, Any]], ...]:
     """(split, row) of every line; `stamp` makes a changed file another one."""
+    checked = []
     with open(path, "rb") as stream:
-        return tuple(_checked(jsonl.rows(stream, path), path, made.by_subject))
+        for line, row in jsonl.rows(stream, path):
+            where = f"{path}:{line}"
+            question: dict[str, Any] = {"prompt": jsonl.prompt(row, where)}
+            question["choices"], question["answer"] = _choices(row, where, made.by_subject)
+            if made.by_subject:
+                question["category"] = _named(row, "category", where, "the subject")
+            split = _named(row, "split", where, "test, validation, dev or train")
+            checked.append((split, question))
+    return tuple(checked)
 
 
-def _checked(
-    rows: Iterator[tuple[int, Row]], path: str, by_subject: bool
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    for line, row in rows:
-        where = f"{path}:{line}"
-        choices = _choices(row, where, by_subject)
-        checked = {
-            "prompt": jsonl.prompt(row, where),
-            "choices": choices,
-            "answer": _answer(row, where, len(choices)),
-        }
-        if by_subject:
-            checked["category"] = _named(row, "category", where, "the subject")
-        yield _named(row, "split", where, "test, validation, dev or train"), checked
-
-
-def _choices(row: Row, where: str, by_subject: bool) -> list[str]:
+def _choices(row: Row, where: str, by_subject: bool) -> tuple[list[str], int]:
+    """The options, and the place of the right one."""
     choices = row.get("choices")
     if not isinstance(choices, list) or not all(isinstance(c, str) and c for c in choices):
         raise DataError(f"{where}: choices: not a list of texts; list the options")
@@ -143,20 +132,16 @@ def _choices(row: Row, where: str, by_subject: bool) -> list[str]:
         raise DataError(f"{where}: choices: {len(choices)} of them, not four; it asks for A to D")
     if len(choices) < 2:
         raise DataError(f"{where}: choices: {len(choices)} of them; list two or more options")
-    return choices
-
-
-def _answer(row: Row, where: str, choices: int) -> int:
     answer = row.get("answer")
-    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < choices:
+    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
         raise DataError(
-            f"{where}: answer: {answer!r}; give the right option's place, 0 to {choices - 1}"
+            f"{where}: answer: {answer!r}; give the right option's place, 0 to {len(choices) - 1}"
         )
-    return answer
+    return choices, answer
 
 
 def _named(row: Row, key: str, where: str, what: str) -> str:
-    found = jsonl.text(row, key, where)
-    if found is None:
+    name = jsonl.text(row, key, where)
+    if name is None:
         raise DataError(f"{where}: {key}: missing; name {what}")
-    return found
+    return name

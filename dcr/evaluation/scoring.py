@@ -143,9 +143,12 @@ def score(
 
 def _outcomes(answers: Sequence[Completion]) -> dict[str, dict[str, int]]:
     """Full and partial refusals by each of the rules; those of the paper know no partial ones."""
-    told = {rules: [refusal.outcome(a.response, rules) for a in answers] for rules in refusal.RULES}
+    by_rules = {
+        rules: [refusal.outcome(answer.response, rules) for answer in answers]
+        for rules in refusal.RULES
+    }
     return {
-        outcome: {rules: outcomes.count(outcome) for rules, outcomes in told.items()}
+        outcome: {rules: outcomes.count(outcome) for rules, outcomes in by_rules.items()}
         for outcome in ("refused", "partial")
     }
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dcr import refusal, sources, steering
+from dcr import sources, steering
 from dcr.config import ConfigError, DataConfig, EvalConfig, Kind, Task
 from dcr.evaluation import weights
 from dcr.sources import Example
@@ -59,18 +59,9 @@ class PromptSet:
     rows: list[Example]
 
 
-def over_refusal(config: DataConfig) -> list[tuple[str, Kind]]:
-    """Harmless prompts that look harmful: compliance is wanted."""
-    return [(name, Kind.seemingly_toxic) for name in config.evaluation.over_refusal]
-
-
-def safety(config: DataConfig) -> list[tuple[str, Kind]]:
-    """Toxic prompts: refusal is wanted."""
-    return [(name, Kind.toxic) for name in config.evaluation.safety]
-
-
-TASKS = {Task.over_refusal: over_refusal, Task.safety: safety}
-RANKED = (Task.over_refusal, Task.safety)  # whose prompts discernment ranks
+# Whose prompts a model answers: compliance is wanted to harmless ones that look harmful, refusal to
+# toxic ones. Discernment ranks both.
+TASKS = {Task.over_refusal: Kind.seemingly_toxic, Task.safety: Kind.toxic}
 
 
 def of_tasks(
@@ -81,16 +72,16 @@ def of_tasks(
     Tasks without prompts of either kind (ability, quality) bring none. Raises ConfigError when two
     sets would have one name.
     """
-    found = [
-        read_set(source, kind, config.root, limit, seed)
+    read = [
+        read_set(source, TASKS[task], config.root, limit, seed)
         for task in tasks
         if task in TASKS
-        for source, kind in TASKS[task](config)
+        for source in getattr(config.evaluation, task.value)
     ]
-    names = [prompt_set.name for prompt_set in found]
+    names = [prompt_set.name for prompt_set in read]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f"data.evaluation: {sorted(twice)[0]} stands there twice; rename a file")
-    return found
+    return read
 
 
 def read_set(source: str, kind: Kind, root: str | None, limit: int | None, seed: int) -> PromptSet:
@@ -141,39 +132,31 @@ def read(settings: EvalConfig) -> Prompts:
     tasks, data = set(settings.tasks), settings.data
     return Prompts(
         _answered(settings),
-        _asked(settings, RANKED) if Task.discernment in tasks else [],
+        _asked(settings, list(TASKS)) if Task.discernment in tasks else [],
         weights.every(data) if tasks & ON_KINDS else {},
-        weights.refused_pairs(data, settings.seed, refusal.is_refusal)
-        if Task.claims in tasks
-        else [],
+        weights.refused_pairs(data, settings.seed) if Task.claims in tasks else [],
     )
 
 
 def _answered(settings: EvalConfig) -> list[PromptSet]:
     """The prompts of every task that has a model answer prompts."""
     tasks = [task for task in settings.tasks if task in TASKS]
-    found = _asked(settings, tasks) if tasks else []
+    asked = _asked(settings, tasks) if tasks else []
     if Task.quality in settings.tasks:
-        source = settings.quality.source
-        found.append(
-            read_set(source, Kind.normal, settings.data.root, settings.limit, settings.seed)
-        )
-    return found
+        source, root = settings.quality.source, settings.data.root
+        asked.append(read_set(source, Kind.normal, root, settings.limit, settings.seed))
+    return asked
 
 
 def _asked(settings: EvalConfig, tasks: Sequence[Task]) -> list[PromptSet]:
     if settings.steering.validation:
-        return _validation(settings)
+        # what extraction leaves, the same first ones for every method of steering
+        left = steering.extraction(settings.data, settings.steering, settings.seed)
+        return [
+            PromptSet(f"validation_{kind.value}", kind, rows[: settings.limit])
+            for kind, rows in (
+                (Kind.seemingly_toxic, left.validation_seemingly_toxic),
+                (Kind.toxic, left.validation_toxic),
+            )
+        ]
     return of_tasks(tasks, settings.data, settings.limit, settings.seed)
-
-
-def _validation(settings: EvalConfig) -> list[PromptSet]:
-    """The prompts that extraction leaves, the same first ones for every method of steering."""
-    left = steering.extraction(settings.data, settings.steering, settings.seed)
-    return [
-        PromptSet(f"validation_{name}", kind, rows[: settings.limit])
-        for name, kind, rows in (
-            ("seemingly_toxic", Kind.seemingly_toxic, left.validation_seemingly_toxic),
-            ("toxic", Kind.toxic, left.validation_toxic),
-        )
-    ]

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor
 
 from dcr import claims, config, models, ntk, refusal, separability, sources, statistics, storage
 from dcr.config import (
@@ -25,7 +24,6 @@ from dcr.config import (
     KernelConfig,
     Kind,
     RefusalProbabilityConfig,
-    SeparabilityConfig,
     Task,
 )
 from dcr.evaluation import ability, subjects
@@ -50,7 +48,7 @@ def every(data: DataConfig) -> dict[Kind, list[Example]]:
 
     Raises ConfigError where a kind has no source.
     """
-    found = {}
+    rows = {}
     for kind in (Kind.seemingly_toxic, Kind.toxic, Kind.normal):
         names = getattr(data.analysis, kind.value)
         if not names:
@@ -58,9 +56,9 @@ def every(data: DataConfig) -> dict[Kind, list[Example]]:
                 f"data.analysis.{kind.value}=[]: name a source to measure on, or choose a data "
                 "file that does, such as data=demo"
             )
-        rows = [row for n in names for row in sources.read(n, root=data.root, kind=kind)]
-        found[kind], _ = sources.drop_duplicates(rows)
-    return found
+        read = [row for n in names for row in sources.read(n, root=data.root, kind=kind)]
+        rows[kind], _ = sources.drop_duplicates(read)
+    return rows
 
 
 def drawn(rows: ByKind, count: int | None, seed: int) -> dict[Kind, list[Example]]:
@@ -73,14 +71,17 @@ def drawn(rows: ByKind, count: int | None, seed: int) -> dict[Kind, list[Example
 
 def followed(rows: ByKind) -> dict[Kind, Example]:
     """One prompt of each kind to follow alone: the paper's, or the first where it is not there."""
-    found = {}
-    for kind, of in rows.items():
-        same = (row for row in of if _hash(row.prompt) == FOLLOWED[kind])
-        found[kind] = next(same, of[0])
-    return found
+
+    def digest(prompt: str) -> str:
+        return hashlib.sha256(normalise(prompt).encode()).hexdigest()[:16]
+
+    return {
+        kind: next((row for row in of if digest(row.prompt) == FOLLOWED[kind]), of[0])
+        for kind, of in rows.items()
+    }
 
 
-def refused_pairs(data: DataConfig, seed: int, refuses: Callable[[str], bool]) -> list[Example]:
+def refused_pairs(data: DataConfig, seed: int) -> list[Example]:
     """Every pair of `data.safety` whose response refuses, in an order drawn by seed.
 
     Raises ConfigError where there is none.
@@ -91,23 +92,13 @@ def refused_pairs(data: DataConfig, seed: int, refuses: Callable[[str], bool]) -
         for row in sources.read(name, root=data.root, kind=Kind.toxic, pairs=True)
     ]
     rows, _ = sources.drop_duplicates(rows)
-    found = [row for row in rows if row.response and refuses(row.response)]
-    if not found:
+    refused = [row for row in rows if row.response and refusal.is_refusal(row.response)]
+    if not refused:
         raise ConfigError(
             f"data.safety.source={data.safety.source}: no pair whose response refuses; name "
             "another source"
         )
-    return sources.draw(found, len(found), seed)
-
-
-def apart(pairs: Sequence[Example], observers: ByKind) -> list[Example]:
-    """The pairs whose prompts are no observer's."""
-    seen = {normalise(row.prompt) for part in observers.values() for row in part}
-    return [pair for pair in pairs if normalise(pair.prompt) not in seen]
-
-
-def _hash(prompt: str) -> str:
-    return hashlib.sha256(normalise(prompt).encode()).hexdigest()[:16]
+    return sources.draw(refused, len(refused), seed)
 
 
 def refusal_probability(
@@ -130,24 +121,24 @@ def refusal_probability(
         policy.model, chat.tokenizer, encoded, refusal.PHRASES[settings.phrases.value]
     )
     values = {
-        name: found.tolist() for name, found in zip(("plain", "prefix_free"), both, strict=True)
+        name: of_all.tolist() for name, of_all in zip(("plain", "prefix_free"), both, strict=True)
     }
     kinds: dict[str, Any] = {}
     for kind in rows:
         places = [i for i, (of, _, _) in enumerate(flat) if of is kind]
         kinds[kind.value] = {"n": len(places)} | {
-            name: list(astuple(statistics.mean_interval([found[i] for i in places], seed=seed)))
-            for name, found in values.items()
+            name: list(astuple(statistics.mean_interval([of_all[i] for i in places], seed=seed)))
+            for name, of_all in values.items()
         }
     return {
         "phrases": settings.phrases.value,
         "kinds": kinds,
         "followed": {
-            kind.value: {"id": row.id, **{n: found[len(flat) + i] for n, found in values.items()}}
+            kind.value: {"id": row.id, **{n: of_all[len(flat) + i] for n, of_all in values.items()}}
             for i, (kind, row) in enumerate(alone.items())
         },
         "values": [
-            {"id": identity, "kind": kind.value, **{n: found[i] for n, found in values.items()}}
+            {"id": identity, "kind": kind.value, **{n: of_all[i] for n, of_all in values.items()}}
             for i, (kind, identity, _) in enumerate(flat)
         ],
     }
@@ -161,21 +152,41 @@ def kernel(
     seed: int,
     folder: Path | None = None,
 ) -> dict[str, Any]:
-    """A.6 for every choice of parameters: 3×3 means by kind, `[observer][trained]`.
+    """A.6 for every choice of parameters: 3×3 means by kind, `[observer][trained]`, with intervals.
 
-    Needs weights in fp32 or wider. The whole matrices, with the ids of their prompts, go to
-    `folder`/kernel/<params>.safetensors.
+    Needs weights in fp32 or wider. The whole matrices, with the tokens and ids of their prompts, go
+    to `folder`/kernel/<params>.safetensors.
     """
     flat = [(kind, row) for kind, part in rows.items() for row in part]
     encoded = [chat.prompt_ids(row.prompt) for _, row in flat]
     kinds, ids = [kind.value for kind, _ in flat], [row.id for _, row in flat]
     blocks = {}
     for params in settings.params:
-        chosen = kernel_settings(settings, params)
-        found = ntk.measure(policy.model, encoded, chosen, ids=ids)
+        chosen = ntk.Settings(
+            top_k=settings.top_k,
+            params=params,
+            head=settings.head,
+            method=settings.method.value,
+            budget_gib=settings.budget_gib,
+        )
+        measured = ntk.measure(policy.model, encoded, chosen, ids=ids)
+        name = params.replace(":", "-") + ("" if settings.head else "-headless")
         if folder is not None:
-            _keep(folder / "kernel" / f"{_file_name(params, settings.head)}.safetensors", found)
-        blocks[_file_name(params, settings.head)] = by_kind(found.norms, kinds, settings, seed)
+            tensors = {"norms": measured.norms, "tokens": measured.tokens.to(torch.int64)}
+            content = save(
+                {key: tensor.contiguous() for key, tensor in tensors.items()},
+                {"ids": "\n".join(measured.ids)},
+            )
+            storage.write_bytes(folder / "kernel" / f"{name}.safetensors", content)
+        matrix = ntk.normalised(measured.norms, settings.normalise.value)
+        means = ntk.mean_by_kind(matrix, kinds, settings.self_pairs, seed=seed)
+        blocks[name] = {
+            observer: {
+                trained: [value if math.isfinite(value) else None for value in vars(cell).values()]
+                for trained, cell in row.items()
+            }
+            for observer, row in means.items()
+        }
     return {
         "top_k": settings.top_k,
         "method": settings.method.value,
@@ -185,54 +196,6 @@ def kernel(
         "of": kinds,
         "params": blocks,
     }
-
-
-def kernel_settings(settings: KernelConfig, params: str) -> ntk.Settings:
-    return ntk.Settings(
-        top_k=settings.top_k,
-        params=params,
-        head=settings.head,
-        method=settings.method.value,
-        budget_gib=settings.budget_gib,
-    )
-
-
-def by_kind(norms: Tensor, kinds: Sequence[str], settings: KernelConfig, seed: int) -> Any:
-    """Mean normalised norms, `[observer kind][trained kind] = [mean, low, high]`."""
-    matrix = ntk.normalised(norms, settings.normalise.value)
-    means = ntk.mean_by_kind(matrix, kinds, settings.self_pairs, seed=seed)
-    return {
-        observer: {
-            trained: [value if math.isfinite(value) else None for value in vars(cell).values()]
-            for trained, cell in row.items()
-        }
-        for observer, row in means.items()
-    }
-
-
-def _file_name(params: str, head: bool) -> str:
-    return params.replace(":", "-") + ("" if head else "-headless")
-
-
-def _keep(path: Path, found: ntk.Kernel) -> None:
-    """Every N×N norm and each prompt's tokens; the ids stand in the file's metadata."""
-    tensors = {"norms": found.norms, "tokens": found.tokens.to(torch.int64)}
-    told = {"ids": "\n".join(found.ids)}
-    storage.write_bytes(path, save({k: v.contiguous() for k, v in tensors.items()}, told))
-
-
-def separate(
-    policy: Policy, chat: ChatFormat, rows: ByKind, settings: SeparabilityConfig, seed: int
-) -> dict[str, Any]:
-    """A.9: how well seemingly toxic and toxic prompts come apart after every block."""
-    return separability.analyse(
-        policy,
-        chat,
-        rows[Kind.seemingly_toxic],
-        rows[Kind.toxic],
-        seed,
-        pooling=settings.pooling,
-    )
 
 
 # --- task by task ---------------------------------------------------------------------------------
@@ -308,7 +271,14 @@ def _kernel(work: Work) -> dict[str, Any]:
 def _separability(work: Work) -> dict[str, Any]:
     options = work.settings.sep
     rows = work.drawn(options.prompts)
-    measured = separate(work.policy(), work.chat(), rows, options, work.settings.seed)
+    measured = separability.analyse(
+        work.policy(),
+        work.chat(),
+        rows[Kind.seemingly_toxic],
+        rows[Kind.toxic],
+        work.settings.seed,
+        pooling=options.pooling,
+    )
     return measured | {"trained_on": work.trained_on(rows)}
 
 
@@ -316,7 +286,9 @@ def _claims(work: Work) -> dict[str, Any]:
     options, chat = work.settings.claims, work.chat()
     layer = _layer(work.settings, work.run)
     rows = work.drawn(options.prompts)
-    pairs = claims.alike(chat, apart(work.refused, rows))
+    seen = {normalise(row.prompt) for part in rows.values() for row in part}
+    apart = [pair for pair in work.refused if normalise(pair.prompt) not in seen]
+    pairs = claims.alike(chat, apart)
     chosen = claims.Settings(
         top_k=options.top_k,
         params=tuple(f"trunk:{layer}" if p == TRUNK else p for p in options.params),

@@ -1,11 +1,11 @@
 """Greedy completions, of a model here or behind a server, stored as they come.
 
 `local` has a model's prompts answered, as many at once as memory holds, with `self_cd` against what
-a system prompt that stresses safety would add; `remote` asks an OpenAI-compatible server.
-`completions` is what they all give, and its files.
+a system prompt that stresses safety would add. `completions` is what they give, its files, and the
+same asked of an OpenAI-compatible server.
 """
 
-from dcr.generation.completions import Completion, stored
+from dcr.generation.completions import Completion, complete_remote, stored
 from dcr.generation.local import (
     batch_size,
     check_context,
@@ -14,7 +14,6 @@ from dcr.generation.local import (
     own_decoding,
     prompt_bytes,
 )
-from dcr.generation.remote import complete_remote
 
 __all__ = [
     "Completion",

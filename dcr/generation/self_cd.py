@@ -109,7 +109,11 @@ def _continued(
     weight: float,
 ) -> tuple[list[list[int]], list[float]]:
     """New tokens of each prompt (what stands behind an end token means nothing), and its score."""
-    plain, other = (_read(policy, p, chat.stop[0]) for p in (prompts, others))
+    device, contexts = policy.model.device, []
+    for read in (prompts, others):
+        ids = padded(read, chat.stop[0], left=True).to(device)
+        contexts.append(_heard(policy, ids, attention_mask(read, left=True).to(device), None))
+    plain, other = contexts
     logits = contrasted(plain.logits, other.logits, weight)
     masses = score(logits).tolist()
     stop = torch.tensor(chat.stop, device=logits.device)
@@ -120,12 +124,6 @@ def _continued(
         tokens.append(contrasted(plain.logits, other.logits, weight).argmax(1))
         ended |= torch.isin(tokens[-1], stop)
     return torch.stack(tokens, 1).tolist(), masses
-
-
-def _read(policy: Policy, prompts: Sequence[Sequence[int]], pad: int) -> Context:
-    device = policy.model.device
-    ids = padded(prompts, pad, left=True).to(device)
-    return _heard(policy, ids, attention_mask(prompts, left=True).to(device), None)
 
 
 def _stepped(policy: Policy, context: Context, newest: Int[Tensor, "rows"]) -> Context:
