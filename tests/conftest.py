@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 
 os.environ |= {
@@ -19,6 +20,7 @@ from beartype import BeartypeConf, beartype
 from jaxtyping import install_import_hook
 
 torch.set_num_threads(1)
+os.fsync = lambda _: None  # no test pulls the plug, and a busy disk takes its time
 
 typechecked = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float as well
 # Before any module of ours is imported: shapes and types in signatures are checked from here on,
@@ -30,7 +32,7 @@ CHECKED = (
 hook = install_import_hook([f"dcr.{name}" for name in CHECKED], f"{__name__}.typechecked")
 
 from dcr import models  # noqa: E402
-from dcr.config import ModelConfig, Precision  # noqa: E402
+from dcr.config import ModelConfig, Precision, TrainConfig  # noqa: E402
 from dcr.models import Policy  # noqa: E402
 
 TINY = {
@@ -62,6 +64,33 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made.model.save_pretrained(folder)
     made.tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """Settings of a run of both stages that takes a second."""
+    from tiny_run import settings
+
+    return settings(tmp_path_factory.mktemp("rows"))
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny: TrainConfig) -> Path:
+    """Its run folder, trained without interruption: read only."""
+    import train
+    from dcr.runs import Run
+
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train.train(tiny, Run(folder))
+    return folder
+
+
+@pytest.fixture
+def half(whole: Path, tmp_path: Path) -> Path:
+    """The same run with stage one alone done."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run, ignore=shutil.ignore_patterns("sft*"))
+    return run
 
 
 @pytest.fixture(autouse=True)
