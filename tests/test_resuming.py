@@ -1,10 +1,11 @@
-import json
 import os
+import resource
+import runpy
 import shutil
 import signal
-import subprocess
 import sys
-from collections.abc import Iterator
+import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -90,20 +91,31 @@ def checkpoints(run: Path, stage: str) -> list[str]:
 
 # --- a process killed outright ---
 
-# Imports once, then answers each line of JSON with the exit status of a process forked for it.
-NURSERY = """
-import json, os, runpy, signal, sys
-sys.path.insert(0, os.getcwd())
-from dcr.training import contrastive, resuming, sft
-import train
 
-def command(stage, step, call, number, overrides):
-    # `train.py` that signals itself at the n-th forward pass of a step
-    owner = sft.SFTModule if stage == "sft" else contrastive.ContrastiveModule
-    name = "nll" if stage == "sft" else "circle"
+def in_child(function: Any, *given: Any) -> int:
+    """The exit status of a process forked from this one, so that nothing is imported anew."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that threads and fork do not go together
+        child = os.fork()
+        if not child:
+            status: Any = 0
+            try:
+                function(*given)
+            except SystemExit as ended:
+                status = ended.code
+            except BaseException:
+                traceback.print_exc()
+                status = 99
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def command(stage: str, step: int, call: int, number: int, overrides: list[str]) -> None:
+    """`train.py` that signals itself at the n-th forward pass of a step."""
+    owner, name = MODULES[stage], "nll" if stage == "sft" else "circle"
     before, calls = getattr(owner, name), []
 
-    def fatal(self, *given):
+    def fatal(self: Any, *given: Any) -> Any:
         if self.global_step == step and self.trainer.training:
             calls.append(step)
             if len(calls) == call:
@@ -112,66 +124,25 @@ def command(stage, step, call, number, overrides):
 
     setattr(owner, name, fatal)
     sys.argv = ["train.py", *overrides]
-    runpy.run_path("train.py", run_name="__main__")
+    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 
-def full_disk(folder):
-    import pathlib, resource, torch
+
+def full_disk(file: Path) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-    try:
-        file = pathlib.Path(folder) / "step-000004.ckpt"
-        resuming.VerifiedCheckpointIO().save_checkpoint({"x": torch.zeros(100_000)}, file)
-    except resuming.TrainingError as error:
-        sys.exit(7 if f"{file}: cannot be written" in str(error) else 8)
-
-for line in sys.stdin:
-    name, given = json.loads(line)
-    child = os.fork()
-    if not child:
-        os.dup2(2, 1)
-        {"command": command, "full_disk": full_disk}[name](*given)
-        sys.exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def run_in_child(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    errors = tmp_path_factory.mktemp("nursery") / "stderr"
-    with (
-        errors.open("w") as stderr,
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", NURSERY],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-        ) as nursery,
-    ):
-        assert nursery.stdin
-        assert nursery.stdout
-
-        def ask(name: str, *given: Any) -> int:
-            nursery.stdin.write(json.dumps([name, given]) + "\n")
-            nursery.stdin.flush()
-            answer = nursery.stdout.readline()
-            assert "Traceback" not in errors.read_text(), errors.read_text()
-            return int(answer)
-
-        yield ask
-        nursery.stdin.close()
+    with pytest.raises(TrainingError, match=f"{file}: cannot be written"):
+        VerifiedCheckpointIO().save_checkpoint({"x": torch.zeros(100_000)}, file)
 
 
 def test_kill_9_in_the_middle_of_steps_and_sigterm_end_in_the_same_bits(
-    whole: Path, tmp_path: Path, act: Any, run_in_child: Any
+    whole: Path, tmp_path: Path, act: Any
 ) -> None:
     rows, run = tmp_path / "rows", tmp_path / "run"
     same_rows = settings(rows)
-    command = overrides(rows, f"run={run}")
+    told = overrides(rows, f"run={run}")
 
     def killed(stage: str, step: int, call: int, number: signal.Signals) -> int:
-        return run_in_child("command", stage, step, call, number, command)
+        return in_child(command, stage, step, call, number, told)
 
     assert killed("contrastive", 7, 1, signal.SIGKILL) == -signal.SIGKILL
     assert checkpoints(run, "contrastive") == ["step-000005.ckpt", "step-000006.ckpt"]
@@ -431,8 +402,8 @@ def test_a_failed_write_names_the_path_and_keeps_the_old_checkpoint(
     assert torch.equal(writer.load_checkpoint(old)["x"], torch.ones(3))
 
 
-def test_a_disk_that_is_really_full(tmp_path: Path, run_in_child: Any) -> None:
-    assert run_in_child("full_disk", str(tmp_path)) == 7
+def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
+    assert in_child(full_disk, tmp_path / "step-000004.ckpt") == 0
     assert not list(tmp_path.iterdir())
 
 
