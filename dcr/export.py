@@ -65,7 +65,7 @@ SETTINGS = {  # what a reader must know to judge a result, by stage
     ),
     "sft": (
         "sft.epochs", "sft.batch_size", "sft.lr", "sft.lora.rank", "sft.lora.alpha",
-        "sft.lora.targets", "sft.max_len", "sft.precision",
+        "sft.lora.targets", "sft.max_len", "sft.precision", "sft.readout.steps",
     ),
 }  # fmt: skip
 USE = """## Intended use and limits

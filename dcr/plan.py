@@ -215,6 +215,12 @@ def _notes(settings: TrainConfig, plans: list[StagePlan]) -> list[str]:
     world = settings.trainer.devices * settings.trainer.num_nodes
     if world > 1:
         notes.append(f"tokens, memory and time are those of one of {world} devices")
+    phase = settings.sft.readout
+    if phase.steps and any(plan.stage is Stage.sft for plan in plans):
+        notes.append(
+            f"sft.readout: after SFT {phase.steps} steps of the last {phase.blocks} blocks, which "
+            "are in no estimate"
+        )
     for plan in plans:
         if settings.run and Run(Path(settings.run)).done(plan.stage.value):
             notes.append(f"{plan.stage.value} is done in {settings.run} and would be skipped")
