@@ -19,7 +19,7 @@ from dcr.training import callbacks, readout
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    more = ("method=stl", "sft.readout.steps=6", "sft.readout.blocks=1")
+    more = ("method=stl", "sft.readout.steps=24", "sft.readout.blocks=1")
     more += ("sft.readout.batch_size=8", "sft.readout.lr=1e-2")
     folder = tmp_path_factory.mktemp("rows")
     files = {

@@ -147,23 +147,29 @@ def read_out(
     phase, chance = config.readout, generator(seed, config.readout.steps)
     safe = _prompts(chat, rows.readout_seemingly_toxic, SEEMINGLY_TOXIC)
     learnt = [*_prompts(chat, rows.readout_toxic, TOXIC), *safe]
+    # not by length, with which the share of a class in a batch would vary
+    learnt = [learnt[place] for place in torch.randperm(len(learnt), generator=chance).tolist()]
     watched = _prompts(chat, rows.readout_toxic_heldout, TOXIC)
     watched += _prompts(chat, rows.readout_seemingly_toxic_heldout, SEEMINGLY_TOXIC)
     with models.evaluating(policy.model):
         pairs = _batches(policy, phase, learnt, phase.batch_size)
         answers = _answers(chat, rows.normal, GENERAL_ROWS * len(pairs), config.max_len, chance)
-        general = _batches(policy, phase, answers, GENERAL_ROWS)
-        heldout = _batches(policy, phase, watched, phase.batch_size)
+        general = _batches(policy, phase, _by_length(answers), GENERAL_ROWS)
+        heldout = _batches(policy, phase, _by_length(watched), phase.batch_size)
         answers = _answers(chat, rows.normal_heldout, HELD_OUT_ROWS, config.max_len, chance)
-        ordinary = _batches(policy, phase, answers, GENERAL_ROWS)
+        ordinary = _batches(policy, phase, _by_length(answers), GENERAL_ROWS)
         openings = refusal.refusal_openings(policy.tokenizer)
         before = _discernment(policy, heldout, openings, seed)
         losses = _fit(policy, pairs, general, openings, phase, chance)
         moved, first = _moved(policy, ordinary)
         after = _discernment(policy, heldout, openings, seed)
+    quarter = max(1, phase.steps // 4)
     record = {
         "steps": phase.steps,
-        "loss": {"first": losses[0], "last": losses[-1]},
+        "loss": {  # means of the first and of the last quarter of the steps
+            "first": sum(losses[:quarter]) / quarter,
+            "last": sum(losses[-quarter:]) / quarter,
+        },
         "heldout_auroc": {"before": before, "after": after, "prompts": len(watched)},
         "drift": {"answer_tokens": moved, "first_token": first},
     }
@@ -230,13 +236,15 @@ def _answers(
     return found
 
 
+def _by_length(rows: Sequence[Row]) -> list[Row]:
+    return [rows[place] for place in batching.by_length([row.ids for row in rows])]
+
+
 def _batches(policy: Policy, phase: ReadoutConfig, rows: Sequence[Row], size: int) -> list[Batch]:
-    """Rows of nearly one length together, so that little is padded."""
-    device = models.head(policy.model).weight.device
-    order = batching.by_length([row.ids for row in rows])
-    found = []
-    for start in range(0, len(order), size):
-        part = [rows[place] for place in order[start : start + size]]
+    """Rows in their order, `size` together, as they enter the last blocks."""
+    device, found = models.head(policy.model).weight.device, []
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
         mask = batching.attention_mask([row.ids for row in part])
         read = torch.zeros_like(mask)
         for inside, row in zip(read, part, strict=True):
