@@ -3,11 +3,12 @@
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 import yaml
 from peft import PeftModel
@@ -56,6 +57,7 @@ METHODS = {
         "model."
     ),
 }
+LEARNT = {"contrastive": ("seemingly_toxic", "toxic"), "sft": ("safety", "normal")}
 # Settings of an evaluation that was not of the exported model, or not on the test sets.
 EDITS = ("steering", "self_cd", "validation")
 SETTINGS = {  # what a reader must know to judge a result, by stage
@@ -68,13 +70,6 @@ SETTINGS = {  # what a reader must know to judge a result, by stage
         "sft.lora.targets", "sft.max_len", "sft.precision", "sft.readout.steps",
     ),
 }  # fmt: skip
-USE = """## Intended use and limits
-
-For research on over-refusal. The model refuses some harmful requests and answers others; it also
-refuses some harmless ones. It has no other safeguard and has not been red-teamed: do not put it
-before users unattended. Refusal in the scores is judged by keywords, which says nothing about what
-an answer is worth. Nothing was measured in languages other than those of the data.
-"""
 
 
 @dataclass
@@ -224,36 +219,37 @@ def model_card(
         "license_name": "base-model-and-data",
         "tags": list(dict.fromkeys(["over-refusal", "safety", "dcr", method])),
     }
-    parts = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
-        f"# {made_with['model'].get('label') or name}, {method}, stage {stage}",
-        f"Made from {HUB_NAMES.get(name, name)}. {METHODS[method, stage]}",
-        _spoken_to(made_with["model"]),
-        f"The weights are in {dtype}; they were merged in float32.",
-        _settings_section(run, stage, made_with, depth),
-        _data_section(run, stage, made_with),
-        _scores_section(run, stage),
-        USE,
-    ]
-    return "\n\n".join(part.strip() for part in parts if part) + "\n"
-
-
-def _spoken_to(model: Mapping[str, Any]) -> str:
-    text = "Use the tokenizer's chat template; the generation config stops on every end token."
-    system = model.get("system_prompt")
-    return f"{text} Trained with the system prompt: {system}" if system else text
-
-
-def _settings_section(run: Run, stage: str, made_with: Mapping[str, Any], depth: int) -> str:
-    stages = ["contrastive"] if made_with["method"] == "dcr" else []
-    stages += ["sft"] if stage == "sft" else []
-    keys = ["preset_name", "seed", *(key for name in stages for key in SETTINGS[name])]
-    values = {key: _leaf(made_with, key) for key in keys}
-    if "dcr.layer" in values:
+    stages = [*(["contrastive"] if method == "dcr" else []), *(["sft"] if stage == "sft" else [])]
+    keys = ["preset_name", "seed", *(key for each in stages for key in SETTINGS[each])]
+    settings = {key: _leaf(made_with, key) for key in keys}
+    if "dcr.layer" in settings:
         block = _block(run, made_with["dcr"], depth)
-        values["dcr.layer"] = f"block {block} of {depth}, counted from 1"
-    lines = [f"| `{key}` | {value} |" for key, value in values.items()]
-    return "\n".join(["## Settings", "", "| setting | value |", "| --- | --- |", *lines])
+        settings["dcr.layer"] = f"block {block} of {depth}, counted from 1"
+    rows = {n: part for n, part in run.record().get("rows", {}).items() if part["count"]}
+    scores, others = _scores(run, stage)
+    left_out = f"{others} evaluation{'s' if others > 1 else ''} under an edit or on validation "
+    left_out += f"prompts {'are' if others > 1 else 'is'} left out."
+    template = jinja2.Environment(
+        loader=jinja2.PackageLoader("dcr"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    ).get_template("model_card.md")
+    return template.render(
+        front=yaml.safe_dump(front, sort_keys=False),
+        title=f"{made_with['model'].get('label') or name}, {method}, stage {stage}",
+        base=HUB_NAMES.get(name, name),
+        method=METHODS[method, stage],
+        system=made_with["model"].get("system_prompt"),
+        dtype=dtype,
+        settings=settings,
+        rows=rows,
+        fingerprint=storage.fingerprint({n: part["fingerprint"] for n, part in rows.items()}),
+        sources=[row for each in stages for row in _sources(made_with, LEARNT[each])],
+        scores=scores,
+        left_out=left_out if others else "",
+    )
 
 
 def _block(run: Run, made: Mapping[str, Any], depth: int) -> int:
@@ -272,68 +268,39 @@ def _leaf(node: Any, path: str) -> str:
     return "default" if node is None else str(node)
 
 
-def _data_section(run: Run, stage: str, made_with: Mapping[str, Any]) -> str:
-    record, data = run.record(), made_with.get("data", {})
-    drawn = {name: part for name, part in record.get("rows", {}).items() if part["count"]}
-    marks = {name: part["fingerprint"] for name, part in drawn.items()}
-    lines = ["## Data", ""]
-    if drawn:
-        lines += [f"Fingerprint of all rows: `{storage.fingerprint(marks)}`", ""]
-        lines += ["| list | rows | fingerprint |", "| --- | ---: | --- |"]
-        lines += [f"| {n} | {p['count']} | `{p['fingerprint']}` |" for n, p in drawn.items()]
-        lines += [""]
-    nodes = ["seemingly_toxic", "toxic"] if made_with["method"] == "dcr" else []
-    nodes += ["safety", "normal"] if stage == "sft" else []
-    lines += ["| used as | source | licence |", "| --- | --- | --- |"]
-    for node in nodes:
-        named = data.get(node, {}).get("source") or []
+def _sources(made_with: Mapping[str, Any], uses: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """What each source was used as, its name and its licence."""
+    for use in uses:
+        named = made_with.get("data", {}).get(use, {}).get("source") or []
         for source in [named] if isinstance(named, str) else named:
             known = SOURCES.get(source)
             licence = known.licence if known else "a file of the user's"
-            lines.append(f"| {node} | {source if known else Path(source).name} | {licence} |")
-    lines += [
-        "",
-        "The licences of the base model and of these sources bind whoever uses the model.",
-    ]
-    return "\n".join(lines)
+            yield use, source if known else Path(source).name, licence
 
 
-def _scores_section(run: Run, stage: str) -> str:
-    """Refusals in the stage's evaluations as it is exported, with 95% Wilson intervals."""
+def _scores(run: Run, stage: str) -> tuple[list[str], int]:
+    """Refusals in the stage's evaluations as it is exported, with 95% Wilson intervals.
+
+    Lines of a table, and how many other evaluations of the stage there are.
+    """
     lines: list[str] = []
-    others = 0
-    known = set(run.record().get("in_distribution", []))
+    others, trained_on = 0, set(run.record().get("in_distribution", []))
     for file in sorted(run.folder.glob("eval/*/metrics.json")):
-        found = results.read(file)
-        if found.weights != stage:
+        metrics = results.read(file)
+        if metrics.weights != stage:
             continue
-        if any(key in found.settings for key in EDITS):
+        if any(key in metrics.settings for key in EDITS):
             others += 1
             continue
-        for name, counts in found.sets.items():
+        for name, counts in metrics.sets.items():
             if counts.n:
                 rate = statistics.wilson(counts.refused["paper"], counts.n)
-                trained_on = counts.in_distribution or name in known
+                mark = " (trained on)" if counts.in_distribution or name in trained_on else ""
                 lines.append(
-                    f"| {name}{' (trained on)' if trained_on else ''} | {counts.kind.value} | "
-                    f"{counts.n} | {rate.estimate:.0%} ({rate.low:.0%} to {rate.high:.0%}) |"
+                    f"| {name}{mark} | {counts.kind.value} | {counts.n} | "
+                    f"{rate.estimate:.0%} ({rate.low:.0%} to {rate.high:.0%}) |"
                 )
-    left_out = (
-        f"{others} evaluation{'s' if others > 1 else ''} under an edit or on validation prompts "
-        f"{'are' if others > 1 else 'is'} left out."
-        if others
-        else ""
-    )
-    if not lines:
-        told = f"Not evaluated as it is exported; {left_out}" if others else "Not evaluated."
-        return f"## Scores\n\n{told}"
-    head = [
-        "## Scores",
-        "",
-        "| set | prompts | n | refused (keywords) |",
-        "| --- | --- | ---: | --- |",
-    ]
-    return "\n".join([*head, *dict.fromkeys(lines), *(["", left_out] if others else [])])
+    return list(dict.fromkeys(lines)), others
 
 
 if __name__ == "__main__":

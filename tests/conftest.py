@@ -2,8 +2,11 @@
 
 import logging
 import os
+import runpy
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 os.environ |= {
     "OMP_NUM_THREADS": "1",
@@ -17,6 +20,8 @@ from pathlib import Path
 import pytest
 import torch
 from beartype import BeartypeConf, beartype
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from jaxtyping import install_import_hook
 
 torch.set_num_threads(1)
@@ -35,6 +40,7 @@ from dcr import models  # noqa: E402
 from dcr.config import ModelConfig, Precision, TrainConfig  # noqa: E402
 from dcr.models import Policy  # noqa: E402
 
+ROOT = Path(__file__).parent.parent
 TINY = {
     "model_type": "llama",
     "hidden_size": 32,
@@ -91,6 +97,60 @@ def half(whole: Path, tmp_path: Path) -> Path:
     run = tmp_path / "run"
     shutil.copytree(whole, run, ignore=shutil.ignore_patterns("sft*"))
     return run
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """What follows `error: ` on the only line of stderr that is not a log line."""
+        lines = [line for line in self.err.splitlines() if not line.startswith("[")]
+        assert len(lines) == 1, self.err
+        assert lines[0].startswith("error: "), self.err
+        return lines[0].removeprefix("error: ")
+
+
+@pytest.fixture
+def command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., Ended]]:
+    """`command("train.py", "model=tiny")` or `command("dcr.chat", …)`, run in an empty folder.
+
+    In this process, from the last line of the script or module on.
+    """
+
+    def call(script: str, *arguments: str) -> Ended:
+        monkeypatch.setattr(sys, "argv", [str(ROOT / script), *arguments])
+        GlobalHydra.instance().clear()
+        capfd.readouterr()
+        code = 0
+        try:
+            if script.endswith(".py"):
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+            else:
+                room = (ROOT / script.replace(".", "/")).is_dir()
+                name = f"{script}.__main__" if room else script
+                monkeypatch.delitem(sys.modules, name, raising=False)  # or it warns
+                runpy.run_module(script, run_name="__main__")
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        out, err = capfd.readouterr()
+        return Ended(code, str(out), str(err))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DCR_CACHE", str(tmp_path / "cache"))
+    for name in ("DCR_SWEEP", "HYDRA_FULL_ERROR"):  # set by the command, gone with the test
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    yield call
+    GlobalHydra.instance().clear()
+    HydraConfig.instance().cfg = None
 
 
 @pytest.fixture(autouse=True)
