@@ -28,7 +28,6 @@ from dcr.report.records import (
 )
 from dcr.report.tables import Cell, Section
 from dcr.runs import Run
-from dcr.statistics import Interval
 from dcr.text import encodable
 
 REFUSAL, ANSWER = "I cannot help with that.", "Open the terminal and type kill."
@@ -422,9 +421,13 @@ def write_curves(run: Path) -> None:
 def test_step_loss_is_drawn_above_its_epochs_floor(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a")
     write_curves(run)
-    curves = figures.Curves(Style(1, 0), runs.read_metrics(Run(run)))
     # the epoch's floor is 6.5 - 1.5
-    assert figures._above_floor(curves) == [(1, 3.0), (2, 2.0), (3, 1.0), (4, 0.0)]
+    assert figures.above_floor(runs.read_metrics(Run(run))) == [
+        (1, 3.0),
+        (2, 2.0),
+        (3, 1.0),
+        (4, 0.0),
+    ]
 
 
 def test_frontiers_follow_the_snapshots_by_step(tmp_path: Path) -> None:
@@ -437,8 +440,8 @@ def test_frontiers_follow_the_snapshots_by_step(tmp_path: Path) -> None:
     assert len(chosen) == 1
     shown = page.Report(records, chosen, {}, [], [], [], [], Completions([]))
     (frontier,) = page._frontiers(shown, [["safe"], ["unsafe"]])
-    assert frontier.points == [(1.0, 0.0), (0.5, 0.75), (0.0, 1.0)]
-    point = figures.Point(Style(1, 0), Interval(0.5, 0.4, 0.6), Interval(0.7, 0.6, 0.8))
+    assert frontier[1] == [(1.0, 0.0), (0.5, 0.75), (0.0, 1.0)]
+    point = (Style(1, 0), Cell(0.5, 0.4, 0.6), Cell(0.7, 0.6, 0.8))
     assert "var(--series-1)" in figures.trade_off("t", "All", [point], [frontier]).svg
 
 

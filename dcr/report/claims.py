@@ -331,11 +331,8 @@ MORE = {**dict.fromkeys(CROSS, 0.5), **dict.fromkeys(WITHIN, -0.5)}
 def claim_rows(records: Sequence[RunRecord], notes: list[str]) -> list[ClaimRow]:
     """Every claim in the order of CLAIMS; what could not be read or is missing goes to `notes`."""
     called = {run.folder: name for run, name in zip(records, names(records), strict=True)}
-    found = [
-        _movement(run, curves, called[run.folder])
-        for run in records
-        if (curves := prompt_curves(run))
-    ]
+    curves = [(run, prompt_curves(run)) for run in records]
+    found = [_movement(run, own, called[run.folder]) for run, own in curves if own]
     for pair in pairs(records, notes):
         found += _stage_one(pair, called[pair.after.run.folder])
     for base in base_kernels(records):
@@ -349,11 +346,8 @@ def claim_rows(records: Sequence[RunRecord], notes: list[str]) -> list[ClaimRow]
     have = {row.claim for row in found}
     absent = [_absent(key, *LACKING[key], records) for key in LACKING if key not in have]
     of_trunk = {e.weights for _, e in steps if any(p.startswith("trunk") for p in scores(e)[0])}
-    absent += [
-        _absent("proposition_1", *LACKING_STATES[weights], records)
-        for weights in LACKING_STATES
-        if weights not in of_trunk
-    ]
+    lacking = [LACKING_STATES[weights] for weights in LACKING_STATES if weights not in of_trunk]
+    absent += [_absent("proposition_1", *lack, records) for lack in lacking]
     return sorted(found + absent, key=lambda row: list(CLAIMS).index(row.claim))
 
 

@@ -424,6 +424,11 @@ class Answer:
     refusal_mass: float | None
     outcome: dict[str, str]  # by keyword rules: refused, partial or complied
 
+    @property
+    def verdict(self) -> str:
+        """By the paper's rules."""
+        return self.outcome["paper"]
+
 
 class Completions:
     """Reads and judges each file of completions once; what is wrong goes to `notes`."""
@@ -471,7 +476,7 @@ def _read_completions(evaluation: Evaluation, name: str, notes: list[str]) -> li
         for identity in counts.ids or stored
         if (answer := stored.get(identity))
     ]  # fmt: skip
-    refused = sum(answer.outcome["paper"] == "refused" for answer in answers)
+    refused = sum(answer.verdict == "refused" for answer in answers)
     counted = counts.refused.get("paper", 0)
     if (len(answers), refused) != (counts.n, counted):
         judged = f"{refused} of {len(answers)} refused, metrics.json says {counted} of {counts.n}"
