@@ -27,7 +27,6 @@ from dcr.report.records import (
     Column,
     Completions,
     RunRecord,
-    about,
     columns_of,
     read_run,
     seed_groups,
@@ -146,7 +145,7 @@ def _title(records: Sequence[RunRecord], columns: Sequence[Column]) -> str:
     if not columns:
         return f"{len(records)} runs without a final evaluation of answers: see the page"
     told = [
-        ", ".join(dict.fromkeys(filter(None, (about(e.run, e.evaluation, key) for e in columns))))
+        ", ".join(dict.fromkeys(filter(None, (e.about(key) for e in columns))))
         for key in ("model", "data")
     ]
     return f"{told[0]} on {told[1] or 'unnamed'} data"

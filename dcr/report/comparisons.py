@@ -64,12 +64,12 @@ def comparisons(
     """
     found = []
     for a in columns:
-        if about(a.run, a.evaluation, "method") != "dcr":
+        if a.about("method") != "dcr":
             continue
         partners = [
             (differing_settings(a, b), b)
             for b in columns
-            if about(b.run, b.evaluation, "method") == "stl" and _comparable(a, b)
+            if b.about("method") == "stl" and _comparable(a, b)
         ]
         fewest = min((len(differing) for differing, _ in partners), default=0)
         for differing, b in partners:
@@ -81,19 +81,16 @@ def comparisons(
 
 
 def _comparable(a: Column, b: Column) -> bool:
-    same = all(
-        about(a.run, a.evaluation, key) == about(b.run, b.evaluation, key)
-        for key in ("model", "seed", "data")
-    )
-    weights = a.evaluation.weights == b.evaluation.weights
-    return same and weights and a.evaluation.settings == b.evaluation.settings
+    same = all(a.about(key) == b.about(key) for key in ("model", "seed", "data"))
+    one, other = a.evaluation, b.evaluation
+    return same and (one.weights, one.settings) == (other.weights, other.settings)
 
 
 def differing_settings(a: Column, b: Column) -> list[str]:
     """Settings of stage two in which two runs differ, which no comparison should hide."""
     configs = []
-    for entry in (a, b):
-        config = entry.run.config
+    for column in (a, b):
+        config = column.run.config
         data = found if isinstance(found := config.get("data"), dict) else {}
         parts = {"sft": config.get("sft"), "data.safety": data.get("safety")}
         configs.append(flattened(parts | {"data.normal": data.get("normal")}))

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from dcr import results
 from dcr.config import Judge
 from dcr.evaluation.sets import PAPER_SAFETY
-from dcr.report.records import METHODS, Column, Group, about, method_of, seen
+from dcr.report.records import METHODS, Column, Group, method_of, seen
 from dcr.report.tables import (
     CONTAMINATED,
     IN_DISTRIBUTION,
@@ -321,7 +321,7 @@ def _paper_models(columns: Sequence[Column]) -> list[str]:
     """Those of the paper's models that we ran; all of them where we ran another one as well."""
     theirs = list(facts()["table1_main"])
     ours = {
-        _plain(about(column.run, column.evaluation, "model"))
+        _plain(column.about("model"))
         for column in columns
         if column.evaluation.weights != "endpoint"
     }
@@ -336,7 +336,7 @@ def _plain(model: str) -> str:
 def our_row(column: Column, cells: Cells, judge: str = "") -> PaperRow:
     """The line of one of our columns."""
     method = method_of(column.run, column.evaluation)
-    model = about(column.run, column.evaluation, "model")
+    model = column.about("model")
     told = [part for part in column.label[1:] if part != model]
     return PaperRow(METHODS.get(method, method), "ours", model, ", ".join(told), cells, judge)
 

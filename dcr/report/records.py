@@ -229,6 +229,10 @@ class Column:
     def name(self) -> str:
         return " ".join(self.label)
 
+    def about(self, key: str) -> str:
+        """Its method, model, preset, seed or data; see `about`."""
+        return about(self.run, self.evaluation, key)
+
 
 @dataclass(frozen=True)
 class Group:
@@ -396,14 +400,14 @@ def seed_groups(columns: Sequence[Column]) -> list[Group]:
     """Columns that differ only by seed, where there are two or more."""
     places: dict[str, list[int]] = {}
     for place, column in enumerate(columns):
-        if about(column.run, column.evaluation, "method") not in UNTRAINED:
+        if column.about("method") not in UNTRAINED:
             weights, settings = column.evaluation.weights, settings_without_seed(column.evaluation)
             key = [variant(column.run, column.evaluation), weights, settings]
             places.setdefault(storage.fingerprint(key), []).append(place)
     groups = []
     for alike in places.values():
         first = columns[alike[0]]
-        seeds = {about(columns[i].run, columns[i].evaluation, "seed") for i in alike}
+        seeds = {columns[i].about("seed") for i in alike}
         kept = tuple(part for part in first.label if not part.startswith("seed "))
         if len(alike) > 1:
             groups.append(Group((*kept, f"{len(seeds)} seeds"), tuple(alike), first.style))
