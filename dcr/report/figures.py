@@ -132,7 +132,7 @@ def _draw_run(
     epoch_key: str | None,
     step_key: str | None,
 ) -> None:
-    colour, marker = PALETTE[_colour(style)], _marker(style)
+    colour, marker = PALETTE[style.colour], MARKERS[style.marker]
     if step_key:
         steps = (
             above_floor(metrics)
@@ -190,8 +190,8 @@ def trade_off(
                 100 * y.estimate,
                 xerr=arms(x.interval),
                 yerr=arms(y.interval),
-                fmt=_marker(style),
-                color=PALETTE[_colour(style)],
+                fmt=MARKERS[style.marker],
+                color=PALETTE[style.colour],
                 markersize=8,
                 elinewidth=1.1,
                 capsize=2.5,
@@ -206,36 +206,13 @@ def trade_off(
 
 def _draw_frontier(axes: Axes, frontier: Frontier) -> None:
     style, points = frontier
-    colour, marker = PALETTE[_colour(style)], _marker(style)
+    colour, marker = PALETTE[style.colour], MARKERS[style.marker]
     scaled = [(100 * x, 100 * y) for x, y in points]
     shades = [0.25 + 0.75 * (i + 1) / len(scaled) for i in range(len(scaled))]
     for (start, end), shade in zip(itertools.pairwise(scaled), shades[1:], strict=True):
         axes.plot(*_columns([start, end]), color=colour, alpha=shade, linewidth=1.3)
     for place, shade in zip(scaled, shades, strict=True):
         axes.plot(*place, marker, color=colour, alpha=shade, markersize=4)
-
-
-def glyph(style: Style) -> str:
-    """The character that stands for a style's marker."""
-    return GLYPHS[_marker_place(style)]
-
-
-def colour_class(style: Style) -> str:
-    """The name of the page's colour for a style, as in `var(--series-1)`."""
-    return f"series-{_colour(style)}"
-
-
-def _colour(style: Style) -> int:
-    return 0 if not style.colour else 1 + (style.colour - 1) % (len(PALETTE) - 1)
-
-
-def _marker_place(style: Style) -> int:
-    # where colours come round again, the marker moves on, so that no two variants look alike
-    return (style.marker + max(0, style.colour - 1) // (len(PALETTE) - 1)) % len(MARKERS)
-
-
-def _marker(style: Style) -> str:
-    return MARKERS[_marker_place(style)]
 
 
 def _columns(points: Iterable[tuple[float, float]]) -> tuple[list[float], list[float]]:
@@ -376,7 +353,7 @@ def ordered(kinds: Sequence[str]) -> list[str]:
 
 def line_style(place: int) -> tuple[str, str]:
     """Colour and marker of the line at a place, other than those of the base model."""
-    return PALETTE[_colour(Style(1 + place, 0))], MARKERS[place % len(MARKERS)]
+    return PALETTE[1 + place % (len(PALETTE) - 1)], MARKERS[place % len(MARKERS)]
 
 
 def arms(interval: Interval) -> list[list[float]]:

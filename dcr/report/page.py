@@ -114,8 +114,7 @@ def render(report: Report) -> str:
         "text_of": text_of,
         "points": points,
         "p_value": p_value,
-        "glyph": figures.glyph,
-        "colour": figures.colour_class,
+        "glyphs": figures.GLYPHS,
         "dagger": IN_DISTRIBUTION,
         "double_dagger": CONTAMINATED,
         "drawing": lambda panel: Markup(panel.svg),  # our own, its texts escaped

@@ -208,6 +208,9 @@ def flattened(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 # --- columns ------------------------------------------------------------------------------------
 
 
+COLOURS, MARKERS = 6, 6  # of figures, beside the neutral colour
+
+
 @dataclass(frozen=True)
 class Style:
     """Which colour (0 is neutral) and which marker a run has in every figure."""
@@ -331,9 +334,14 @@ def run_styles(records: Sequence[RunRecord]) -> dict[tuple[str, str], Style]:
     return {
         (key, seed): Style(0, 0)
         if method == "base"
-        else Style(1 + variants.index(key), seeds.index(seed))
+        else _style(variants.index(key), seeds.index(seed))
         for (key, seed), method in methods.items()
     }
+
+
+def _style(variant: int, seed: int) -> Style:
+    # where colours come round again, the marker moves on, so that no two variants look alike
+    return Style(1 + variant % COLOURS, (seed + variant // COLOURS) % MARKERS)
 
 
 def evaluations_of(run: RunRecord) -> list[Evaluation]:
