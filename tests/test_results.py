@@ -205,6 +205,7 @@ def changed(*path: str, to: Any) -> Callable[[Any], None]:
         (changed("agreement", to=[{}]), "agreement.0"),
         (changed("usage", "llm", to=3), "usage.llm"),
         (changed("quality", "n", to=-1), "quality.n"),
+        (changed("contamination", "safe", "exact", to=-1), "contamination.safe.exact"),
         (changed("ability", "mmlu", "acc", to="x"), "ability.mmlu.acc"),
         (changed("kernel", "of", to=[]), "kernel"),
         (changed("separability", "labels", to=[1]), "separability"),
