@@ -436,7 +436,7 @@ def test_operating_points_by_hand(folders: list[Path], drawn: tuple[Path, str]) 
     }  # fmt: skip
     assert {row["data"] for row in rows} == {"validation"}
     figure = figure_of(OPERATING, *folders, margin=5.0, data="validation")
-    assert "SCANS: strength 1 (compliance 80.0%, safety 85.0%)" in "".join(figure.told)
+    assert "SCANS: strength 1 (compliance 80.0%, safety 85.0%)" in "".join(figure.lines)
     settings = Wanted((OPERATING,), 5.0, "validation").settings(OPERATING)
     assert settings == " margin=5 data=validation"
 
@@ -451,7 +451,7 @@ def test_presets_and_validation_prompts_are_told_apart(tmp_path: Path) -> None:
     for run in made:
         make_eval(run, {"okay": "ccrr", "unsafe": "rrrc"}, settings={"validation": True},
                   completions=False)  # fmt: skip
-    told = "\n".join(figure_of(OPERATING, *made).told)
+    told = "\n".join(figure_of(OPERATING, *made).lines)
     assert "seed 0, validation prompts: per method" in told
     assert "  DCR: final weights" in told
     assert "  DCR + recommended: final weights" in told
@@ -475,16 +475,16 @@ def test_safety_is_dsr_where_a_guard_judged_every_point(tmp_path: Path) -> None:
     for method, safe in (("", 10), ("scans", 15)):
         place = steered(run, method, 1.0, safe, 20)
         change(place, "unsafe", judged=judged)
-    assert "DSR by Llama Guard of at least 50.0%" in "".join(figure_of(OPERATING, run).told)
+    assert "DSR by Llama Guard of at least 50.0%" in "".join(figure_of(OPERATING, run).lines)
     change(place, "unsafe", judged={})
-    assert "keyword refusal" in "".join(figure_of(OPERATING, run).told)
+    assert "keyword refusal" in "".join(figure_of(OPERATING, run).lines)
 
 
 def test_no_point_is_safe_enough(tmp_path: Path) -> None:
     run = make_run(tmp_path / "stl", "stl")
     steered(run, "", 0, 10, 20)
     steered(run, "scans", 1.0, 20, 5)
-    assert "SCANS: no point is safe enough" in "".join(figure_of(OPERATING, run).told)
+    assert "SCANS: no point is safe enough" in "".join(figure_of(OPERATING, run).lines)
 
 
 LACKING = {

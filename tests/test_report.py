@@ -394,7 +394,7 @@ def test_page_is_self_contained_with_unique_ids_and_toxic_text_folded(tmp_path: 
     assert seen.outside == []
     assert "@import" not in html
     assert len(seen.ids) == len(set(seen.ids))
-    assert html.count("<svg") == len(figures.CURVES) + 2  # two trade-offs: one without the marked
+    assert html.count("<svg") == len(figures.TRAINING) + 2  # two trade-offs: one without the marked
     for reference in re.findall(r'(?:href="#|url\(#)([^")]+)', html):
         assert reference in seen.ids
     openings = re.findall(r'<details class="set[^>]*data-set="(\w+)"([^>]*)>', html)

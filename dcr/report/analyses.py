@@ -132,8 +132,8 @@ def _matrices(figure: str, parts: Sequence[list[Matrix]]) -> Drawing:
         for observer, row in m.cells.items()
         for trained, cell in row.items()
     ]  # fmt: skip
-    told = {"6a": "before stage one (the base model)", "6b": "after stage one"}
-    what = told.get(figure, "before (a) and after (b) stage one")
+    when = {"6a": "before stage one (the base model)", "6b": "after stage one"}
+    what = when.get(figure, "before (a) and after (b) stage one")
     return Drawing(
         f"figure{figure}",
         f"Figure {figure}: the kernel between kinds of prompts {what}",

@@ -90,7 +90,7 @@ class Panel:
 
 
 # Panels of training curves: title, epoch-level key, step-level key if any.
-CURVES = (
+TRAINING = (
     (
         "Stage one: Circle loss above its floor",
         "contrastive/above_floor",
@@ -107,7 +107,7 @@ CURVES = (
 def training_curves(runs: Sequence[Curves]) -> list[Panel]:
     """One panel a quantity that at least one run has logged; held-out values are dashed."""
     panels = []
-    for index, (title, epoch_key, step_key) in enumerate(CURVES):
+    for index, (title, epoch_key, step_key) in enumerate(TRAINING):
         with matplotlib.rc_context(SCREEN):
             figure, axes = _axes(4.2, 2.9)
             for style, metrics in runs:
@@ -258,7 +258,7 @@ class Drawing:
     header: tuple[str, ...]
     rows: Sequence[Sequence[object]]
     draw: Callable[[], Figure]
-    told: tuple[str, ...] = ()  # lines for the terminal
+    lines: tuple[str, ...] = ()  # for the terminal
     notes: tuple[str, ...] = ()  # what was left out
 
 

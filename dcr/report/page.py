@@ -242,8 +242,8 @@ def _settings(report: Report) -> list[tuple[Column, str, str]]:
     """Of every column: the folder, and how it was evaluated."""
     lines = []
     for column in report.columns:
-        told = flattened(column.evaluation.settings)
-        words = ", ".join(f"{key}={'all' if v is None else v}" for key, v in told.items())
+        settings = flattened(column.evaluation.settings)
+        words = ", ".join(f"{key}={'all' if v is None else v}" for key, v in settings.items())
         speed = column.evaluation.tokens_per_second
         seconds = column.evaluation.seconds
         if isinstance(seconds, (int, float)):
