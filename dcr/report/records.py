@@ -213,10 +213,19 @@ COLOURS, MARKERS = 6, 6  # of figures, beside the neutral colour
 
 @dataclass(frozen=True)
 class Style:
-    """Which colour (0 is neutral) and which marker a run has in every figure."""
+    """How a run is drawn in every figure: by its variant, of which 0 is neutral, and its seed."""
 
-    colour: int
-    marker: int
+    variant: int
+    seed: int
+
+    @property
+    def colour(self) -> int:
+        return self.variant and 1 + (self.variant - 1) % COLOURS
+
+    @property
+    def marker(self) -> int:
+        # where colours come round again, the marker moves on, so that no two variants look alike
+        return (self.seed + max(0, self.variant - 1) // COLOURS) % MARKERS
 
 
 @dataclass(frozen=True)
@@ -334,14 +343,9 @@ def run_styles(records: Sequence[RunRecord]) -> dict[tuple[str, str], Style]:
     return {
         (key, seed): Style(0, 0)
         if method == "base"
-        else _style(variants.index(key), seeds.index(seed))
+        else Style(1 + variants.index(key), seeds.index(seed))
         for (key, seed), method in methods.items()
     }
-
-
-def _style(variant: int, seed: int) -> Style:
-    # where colours come round again, the marker moves on, so that no two variants look alike
-    return Style(1 + variant % COLOURS, (seed + variant // COLOURS) % MARKERS)
 
 
 def evaluations_of(run: RunRecord) -> list[Evaluation]:
