@@ -515,10 +515,11 @@ def test_many_columns_are_stacked_within_the_terminal(
     for seed in range(7):
         folders.append(make_run(tmp_path / f"s{seed}", seed=seed, preset="recommended"))
         make_eval(folders[-1], {"i_malicious_instructions_safe": "rccc", "unsafe": "rr"})
-    text, _ = build(tmp_path, *folders)
+    text, html = build(tmp_path, *folders)
     assert max(map(len, text.splitlines())) <= 80
-    for seed in range(7):
+    for seed in range(7):  # more than there are markers
         assert f"seed {seed}" in text
+        assert f"</span> DCR recommended seed {seed}</li>" in html
     assert text.count("75.0 [30–95]") == 7
 
 
