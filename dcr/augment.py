@@ -64,7 +64,10 @@ class Options:
         most=len(INSTRUCTIONS),
     )
     settings: list[str] = cli.option(
-        "model=<name> or endpoint=<url>, and any other setting of eval.py", [], rest=True
+        "model=<name> or endpoint=<url>, and any other setting of eval.py; python eval.py --cfg "
+        "job lists them",
+        [],
+        rest=True,
     )
 
 

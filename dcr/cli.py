@@ -35,6 +35,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -57,7 +58,7 @@ REFUSED_OPTIONS = {
 }
 SIGNALLED = 128  # exit codes above it say which signal ended the process
 CONF = Path(__file__).parents[1] / "conf"
-COLUMNS = 100  # of help
+COLUMNS = 100  # of what commands print
 KINDS = {bool: "true/false", int: "integer", float: "number", str: "text", Path: "path"}
 SPELLINGS = "Options are written key=value, --key=value or --key value."
 
@@ -65,8 +66,7 @@ Options = TypeVar("Options")
 
 
 def prepare() -> None:
-    """Register schemas and resolvers, and let Hydra raise instead of printing several lines."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"
+    """Register schemas and resolvers, and quieten libraries."""
     for name, schema in SCHEMAS.items():
         node = OmegaConf.structured(schema)
         if schema is EvalConfig:
@@ -173,13 +173,13 @@ def job(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
         began, error = time.perf_counter(), None
         overrides = _overrides(HydraConfig.get())
         BEGUN.append(overrides)
-        kept = Exception if _sweeps_here() else UserError
+        kept = Exception if _sweeps(here=True) else UserError
         try:
             with faults_in_words():
                 config.leave_numbers_of_another_model(composed, _fields_of_model(overrides))
                 function(composed)
         except kept as caught:
-            if _sweeps_elsewhere():
+            if _sweeps(here=False):
                 raise
             if not isinstance(caught, UserError):
                 traceback.print_exception(caught)
@@ -225,16 +225,10 @@ class OutOfMemory(UserError):
         )
 
 
-def _launcher() -> str:
-    return str(HydraConfig.get().launcher.get("_target_", ""))
-
-
-def _sweeps_here() -> bool:
-    return HydraConfig.get().mode is RunMode.MULTIRUN and "BasicLauncher" in _launcher()
-
-
-def _sweeps_elsewhere() -> bool:
-    return HydraConfig.get().mode is RunMode.MULTIRUN and "BasicLauncher" not in _launcher()
+def _sweeps(here: bool) -> bool:
+    """Whether this is one job of several, in this process or in one that a launcher started."""
+    basic = "BasicLauncher" in str(HydraConfig.get().launcher.get("_target_", ""))
+    return HydraConfig.get().mode is RunMode.MULTIRUN and basic is here
 
 
 @contextmanager
@@ -275,6 +269,7 @@ class Stopped(UserError):
 def run(main: Callable[[], Any]) -> None:
     """Call a Hydra main; a user's error becomes one line on stderr and exit code 2."""
     prepare()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise instead of printing several lines
     BEGUN.clear()
     OUTCOMES.clear()
     sweep = {"-m", "--multirun"} & set(sys.argv)
@@ -516,10 +511,24 @@ def help_of(schema: type) -> str:
         choices = f"; one of {', '.join(facts['choices'])}" if facts["choices"] else ""
         shown = f"<{name}> ..." if facts["rest"] else f"{name}="
         table.add_row(shown, kind, default, f"{facts['meaning']}{choices}")
+    return f"{inspect.getdoc(schema)}\n\n{plain_text(table)}\n\n{SPELLINGS}"
+
+
+def plain_text(*parts: str | Table) -> str:
+    """What a command prints, 100 columns wide, without colour or blanks at line ends."""
     out = io.StringIO()
-    Console(file=out, width=COLUMNS, color_system=None, markup=False, highlight=False).print(table)
-    lines = "\n".join(line.rstrip() for line in out.getvalue().splitlines())
-    return f"{inspect.getdoc(schema)}\n\n{lines}\n\n{SPELLINGS}"
+    console = Console(file=out, width=COLUMNS, color_system=None, highlight=False, markup=False)
+    for part in parts:
+        console.print(part)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+
+def table(title: str, heads: Sequence[str], names: int = 1) -> Table:
+    """A table whose columns behind the first `names` hold numbers."""
+    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for place, head in enumerate(heads):
+        made.add_column(head, justify="left" if place < names else "right", overflow="fold")
+    return made
 
 
 def compose(script: str, overrides: Sequence[str], *own: type) -> DictConfig:

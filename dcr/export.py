@@ -3,11 +3,12 @@
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 import yaml
 from peft import PeftModel
@@ -20,11 +21,9 @@ from dcr.config import (
     STAGES,
     ConfigError,
     ContrastiveConfig,
-    EvalConfig,
     Precision,
     block_of,
 )
-from dcr.evaluation import calibration, discernment
 from dcr.models import Policy
 from dcr.prompts import ChatFormat
 from dcr.runs import Run
@@ -58,6 +57,7 @@ METHODS = {
         "model."
     ),
 }
+LEARNT = {"contrastive": ("seemingly_toxic", "toxic"), "sft": ("safety", "normal")}
 # Settings of an evaluation that was not of the exported model, or not on the test sets.
 EDITS = ("steering", "self_cd", "validation")
 SETTINGS = {  # what a reader must know to judge a result, by stage
@@ -67,16 +67,9 @@ SETTINGS = {  # what a reader must know to judge a result, by stage
     ),
     "sft": (
         "sft.epochs", "sft.batch_size", "sft.lr", "sft.lora.rank", "sft.lora.alpha",
-        "sft.lora.targets", "sft.max_len", "sft.precision",
+        "sft.lora.targets", "sft.max_len", "sft.precision", "sft.readout.steps",
     ),
 }  # fmt: skip
-USE = """## Intended use and limits
-
-For research on over-refusal. The model refuses some harmful requests and answers others; it also
-refuses some harmless ones. It has no other safeguard and has not been red-teamed: do not put it
-before users unattended. Refusal in the scores is judged by keywords, which says nothing about what
-an answer is worth. Nothing was measured in languages other than those of the data.
-"""
 
 
 @dataclass
@@ -98,11 +91,6 @@ class Options:
         "bfloat16",
         choices=tuple(DTYPES),
     )
-    calibrate: str | None = cli.option(
-        "a share of toxic prompts to refuse, or a run to be as safe as: a bias on the first token "
-        "of refusals in the generation config",
-        None,
-    )
     relink: bool = cli.option("mend the adapters' paths instead of exporting", False)
 
 
@@ -115,18 +103,13 @@ def main(options: Options) -> None:
         return
     if options.out is None:
         raise ConfigError("out: nothing given; name a new folder with out=, or give relink=true")
-    print(export(run, options.out, options.stage, options.dtype, options.calibrate))
+    print(export(run, options.out, options.stage, options.dtype))
     if DTYPES[options.dtype] is not torch.float32:
         print(ROUNDED)
 
 
-def export(
-    run: Run, out: Path, stage: str = "sft", dtype: str = "bfloat16", calibrate: str | None = None
-) -> Path:
+def export(run: Run, out: Path, stage: str = "sft", dtype: str = "bfloat16") -> Path:
     """Weights of a stage, merged in fp32 and cast at the end, with tokenizer and card, in `out`.
-
-    `calibrate` as that of `eval.py`, chosen on these very weights; its bias stands in the
-    generation config.
 
     Raises ConfigError when `out` holds anything, the stage is not done, or its base is gone or
     not the one it was trained on, and for a run of a method that it does not know.
@@ -140,9 +123,6 @@ def export(
     if (made_with["method"], stage) not in known:
         raise ConfigError(f"run={run.folder}: method={made_with['method']} has no stage {stage}")
     model = config.model_of(made_with)
-    settings = EvalConfig(model=model, calibrate=calibrate)
-    if calibrate is not None:
-        calibration.check(settings, made_with)
     policy = models.open_result(run.stage(stage), Precision.fp32, model.trust_remote_code)
     if isinstance(policy.model, PeftModel):
         policy = Policy(policy.model.merge_and_unload(), policy.tokenizer, policy.name)
@@ -150,12 +130,11 @@ def export(
     _speak_as_trained(chat)
     _stop_as_evaluated(policy, chat)
     policy.model.to(DTYPES[dtype])
-    record = _calibrate(policy, chat, settings) if calibrate is not None else None
     with storage.replaced_folder(out) as staging:
         policy.model.save_pretrained(staging)
         policy.tokenizer.save_pretrained(staging)
         depth = policy.model.config.num_hidden_layers
-        card = model_card(run, stage, made_with, dtype=dtype, depth=depth, calibrated=record)
+        card = model_card(run, stage, made_with, dtype=dtype, depth=depth)
         (staging / "README.md").write_text(card, encoding="utf-8")
     return out
 
@@ -192,20 +171,6 @@ def _stop_as_evaluated(policy: Policy, chat: ChatFormat) -> None:
     policy.model.generation_config = settings
 
 
-def _calibrate(policy: Policy, chat: ChatFormat, settings: EvalConfig) -> dict[str, Any]:
-    """The bias in the generation config, and its record."""
-    where = calibration.place(chat)
-    found = {
-        asked.name: [
-            opening for batch in discernment.read(policy, chat, asked.rows) for opening in batch
-        ]
-        for asked in calibration.asked(settings)
-    }
-    bias, record = calibration.chosen(settings, where, found)
-    policy.model.generation_config.sequence_bias = bias.sequences
-    return record
-
-
 # --- adapters after a move ----------------------------------------------------------------------
 
 
@@ -235,19 +200,12 @@ def relink(run: Run) -> dict[Path, str]:
 
 
 def model_card(
-    run: Run,
-    stage: str,
-    made_with: Mapping[str, Any],
-    *,
-    dtype: str,
-    depth: int,
-    calibrated: Mapping[str, Any] | None = None,
+    run: Run, stage: str, made_with: Mapping[str, Any], *, dtype: str, depth: int
 ) -> str:
     """README.md of the export: what it is, made from what, how it scored. Markdown.
 
-    `dtype` is that of the exported weights, `depth` the model's number of blocks, `calibrated` the
-    record of the bias in its generation config. Raises DataError for an evaluation that cannot be
-    read.
+    `dtype` is that of the exported weights, `depth` the model's number of blocks. Raises DataError
+    for an evaluation that cannot be read.
     """
     name, method = made_with["model"]["name"], made_with["method"]
     front = {"base_model": HUB_NAMES.get(name, name)}
@@ -261,57 +219,37 @@ def model_card(
         "license_name": "base-model-and-data",
         "tags": list(dict.fromkeys(["over-refusal", "safety", "dcr", method])),
     }
-    parts = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
-        f"# {made_with['model'].get('label') or name}, {method}, stage {stage}",
-        f"Made from {HUB_NAMES.get(name, name)}. {METHODS[method, stage]}",
-        _spoken_to(made_with["model"]),
-        f"The weights are in {dtype}; they were merged in float32.",
-        _calibration_section(calibrated) if calibrated else "",
-        _settings_section(run, stage, made_with, depth),
-        _data_section(run, stage, made_with),
-        _scores_section(run, stage, calibrated),
-        USE,
-    ]
-    return "\n\n".join(part.strip() for part in parts if part) + "\n"
-
-
-def _spoken_to(model: Mapping[str, Any]) -> str:
-    text = "Use the tokenizer's chat template; the generation config stops on every end token."
-    system = model.get("system_prompt")
-    return f"{text} Trained with the system prompt: {system}" if system else text
-
-
-def _calibration_section(calibrated: Mapping[str, Any]) -> str:
-    """Which bias the generation config holds, and what it did on the validation prompts."""
-    lines = [
-        "## Calibration",
-        "",
-        f"The generation config adds {calibrated['bias']:+.3f} to the logits of the tokens that "
-        "refusals begin with, at the first token of an answer alone (`sequence_bias`), so that "
-        f"{calibrated['target']:.0%} of toxic validation prompts are refused there"
-        + (f", as by the run {calibrated['run']}." if calibrated["run"] else "."),
-        "",
-        "| validation prompts | n | opened with a refusal | without the bias |",
-        "| --- | ---: | ---: | ---: |",
-    ]
-    lines += [
-        f"| {name} | {of['n']} | {of['refused'] / of['n']:.0%} | {of['plain'] / of['n']:.0%} |"
-        for name, of in calibrated["sets"].items()
-    ]
-    return "\n".join(lines)
-
-
-def _settings_section(run: Run, stage: str, made_with: Mapping[str, Any], depth: int) -> str:
-    stages = ["contrastive"] if made_with["method"] == "dcr" else []
-    stages += ["sft"] if stage == "sft" else []
-    keys = ["preset_name", "seed", *(key for name in stages for key in SETTINGS[name])]
-    values = {key: _leaf(made_with, key) for key in keys}
-    if "dcr.layer" in values:
+    stages = [*(["contrastive"] if method == "dcr" else []), *(["sft"] if stage == "sft" else [])]
+    keys = ["preset_name", "seed", *(key for each in stages for key in SETTINGS[each])]
+    settings = {key: _leaf(made_with, key) for key in keys}
+    if "dcr.layer" in settings:
         block = _block(run, made_with["dcr"], depth)
-        values["dcr.layer"] = f"block {block} of {depth}, counted from 1"
-    lines = [f"| `{key}` | {value} |" for key, value in values.items()]
-    return "\n".join(["## Settings", "", "| setting | value |", "| --- | --- |", *lines])
+        settings["dcr.layer"] = f"block {block} of {depth}, counted from 1"
+    rows = {n: part for n, part in run.record().get("rows", {}).items() if part["count"]}
+    scores, others = _scores(run, stage)
+    left_out = f"{others} evaluation{'s' if others > 1 else ''} under an edit or on validation "
+    left_out += f"prompts {'are' if others > 1 else 'is'} left out."
+    template = jinja2.Environment(
+        loader=jinja2.PackageLoader("dcr"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    ).get_template("model_card.md")
+    return template.render(
+        front=yaml.safe_dump(front, sort_keys=False),
+        title=f"{made_with['model'].get('label') or name}, {method}, stage {stage}",
+        base=HUB_NAMES.get(name, name),
+        method=METHODS[method, stage],
+        system=made_with["model"].get("system_prompt"),
+        dtype=dtype,
+        settings=settings,
+        rows=rows,
+        fingerprint=storage.fingerprint({n: part["fingerprint"] for n, part in rows.items()}),
+        sources=[row for each in stages for row in _sources(made_with, LEARNT[each])],
+        scores=scores,
+        left_out=left_out if others else "",
+    )
 
 
 def _block(run: Run, made: Mapping[str, Any], depth: int) -> int:
@@ -330,70 +268,39 @@ def _leaf(node: Any, path: str) -> str:
     return "default" if node is None else str(node)
 
 
-def _data_section(run: Run, stage: str, made_with: Mapping[str, Any]) -> str:
-    record, data = run.record(), made_with.get("data", {})
-    drawn = {name: part for name, part in record.get("rows", {}).items() if part["count"]}
-    marks = {name: part["fingerprint"] for name, part in drawn.items()}
-    lines = ["## Data", ""]
-    if drawn:
-        lines += [f"Fingerprint of all rows: `{storage.fingerprint(marks)}`", ""]
-        lines += ["| list | rows | fingerprint |", "| --- | ---: | --- |"]
-        lines += [f"| {n} | {p['count']} | `{p['fingerprint']}` |" for n, p in drawn.items()]
-        lines += [""]
-    nodes = ["seemingly_toxic", "toxic"] if made_with["method"] == "dcr" else []
-    nodes += ["safety", "normal"] if stage == "sft" else []
-    lines += ["| used as | source | licence |", "| --- | --- | --- |"]
-    for node in nodes:
-        named = data.get(node, {}).get("source") or []
+def _sources(made_with: Mapping[str, Any], uses: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """What each source was used as, its name and its licence."""
+    for use in uses:
+        named = made_with.get("data", {}).get(use, {}).get("source") or []
         for source in [named] if isinstance(named, str) else named:
             known = SOURCES.get(source)
             licence = known.licence if known else "a file of the user's"
-            lines.append(f"| {node} | {source if known else Path(source).name} | {licence} |")
-    lines += [
-        "",
-        "The licences of the base model and of these sources bind whoever uses the model.",
-    ]
-    return "\n".join(lines)
+            yield use, source if known else Path(source).name, licence
 
 
-def _scores_section(run: Run, stage: str, calibrated: Mapping[str, Any] | None) -> str:
-    """Refusals in the stage's evaluations as it is exported, with 95% Wilson intervals."""
-    target = calibrated and (calibrated["run"] or f"{calibrated['target']:g}")
+def _scores(run: Run, stage: str) -> tuple[list[str], int]:
+    """Refusals in the stage's evaluations as it is exported, with 95% Wilson intervals.
+
+    Lines of a table, and how many other evaluations of the stage there are.
+    """
     lines: list[str] = []
-    others = 0
-    known = set(run.record().get("in_distribution", []))
+    others, trained_on = 0, set(run.record().get("in_distribution", []))
     for file in sorted(run.folder.glob("eval/*/metrics.json")):
-        found = results.read(file)
-        if found.weights != stage:
+        metrics = results.read(file)
+        if metrics.weights != stage:
             continue
-        edited = any(key in found.settings for key in EDITS)
-        if edited or found.settings.get("calibrate") != target:
+        if any(key in metrics.settings for key in EDITS):
             others += 1
             continue
-        for name, counts in found.sets.items():
+        for name, counts in metrics.sets.items():
             if counts.n:
                 rate = statistics.wilson(counts.refused["paper"], counts.n)
-                trained_on = counts.in_distribution or name in known
+                mark = " (trained on)" if counts.in_distribution or name in trained_on else ""
                 lines.append(
-                    f"| {name}{' (trained on)' if trained_on else ''} | {counts.kind.value} | "
-                    f"{counts.n} | {rate.estimate:.0%} ({rate.low:.0%} to {rate.high:.0%}) |"
+                    f"| {name}{mark} | {counts.kind.value} | {counts.n} | "
+                    f"{rate.estimate:.0%} ({rate.low:.0%} to {rate.high:.0%}) |"
                 )
-    left_out = (
-        f"{others} evaluation{'s' if others > 1 else ''} under an edit, another calibration or on "
-        f"validation prompts {'are' if others > 1 else 'is'} left out."
-        if others
-        else ""
-    )
-    if not lines:
-        told = f"Not evaluated as it is exported; {left_out}" if others else "Not evaluated."
-        return f"## Scores\n\n{told}"
-    head = [
-        "## Scores",
-        "",
-        "| set | prompts | n | refused (keywords) |",
-        "| --- | --- | ---: | --- |",
-    ]
-    return "\n".join([*head, *dict.fromkeys(lines), *(["", left_out] if others else [])])
+    return list(dict.fromkeys(lines)), others
 
 
 if __name__ == "__main__":

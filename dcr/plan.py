@@ -4,7 +4,6 @@ Rows, batches and steps come from the DataModule that training uses, parameters,
 from `dcr.cost`. `train.py plan=true` and `python -m dcr.plan` print the same.
 """
 
-import io
 import math
 import sys
 from collections import Counter
@@ -12,8 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from dcr import cli, config, cost, data, models, prompts, refusal, sources
@@ -36,7 +33,6 @@ from dcr.prompts import IGNORED, ChatFormat
 from dcr.runs import Run
 from dcr.sources import SOURCES, Example
 
-COLUMNS = 100
 CHARACTERS_PER_TOKEN = 4
 # Mean characters of prompt and response in the paper's sources (Section 7.1), for unread rows.
 CHARACTERS = {Kind.seemingly_toxic: (44, 0), Kind.toxic: (60, 360), Kind.normal: (80, 340)}
@@ -55,7 +51,9 @@ class Options:
     estimates of memory and time. The same as train.py plan=true.
     """
 
-    settings: list[str] = cli.option("any setting of train.py", [], rest=True)
+    settings: list[str] = cli.option(
+        "any setting of train.py; python train.py --cfg job lists them", [], rest=True
+    )
 
 
 @cli.command(Options)
@@ -93,13 +91,13 @@ def describe(settings: TrainConfig) -> str:
     drawn, notes = expected(settings)
     plans = [stage_plan(settings, stage, shape, drawn) for stage, shape in shapes.items()]
     chain = " then ".join(plan.stage.value for plan in plans)
-    out = io.StringIO()
-    console = Console(file=out, width=COLUMNS, color_system=None, highlight=False)
-    console.print(f"Plan: method={settings.method.value} ({chain}) on {settings.model.name}\n")
-    console.print(_parameter_table(plans), _row_table(drawn), _stage_table(settings, plans))
-    for note in [*notes, *_notes(settings, plans)]:
-        console.print(f"- {note}", markup=False)
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+    return cli.plain_text(
+        f"Plan: method={settings.method.value} ({chain}) on {settings.model.name}\n",
+        _parameter_table(plans),
+        _row_table(drawn),
+        _stage_table(settings, plans),
+        *(f"- {note}" for note in [*notes, *_notes(settings, plans)]),
+    )
 
 
 def stage_plan(settings: TrainConfig, stage: Stage, shape: Shape, drawn: Splits) -> StagePlan:
@@ -122,15 +120,8 @@ def stage_plan(settings: TrainConfig, stage: Stage, shape: Shape, drawn: Splits)
     )
 
 
-def _table(title: str, columns: list[str]) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left")
-    return table
-
-
 def _parameter_table(plans: list[StagePlan]) -> Table:
-    table = _table("Parameters", ["part", "count", *(plan.stage.value for plan in plans)])
+    table = cli.table("Parameters", ["part", "count", *(plan.stage.value for plan in plans)])
     parts = {name: n for plan in plans for name, n in plan.shape.parts.items()}
     for name, count in parts.items():
         tied = name == "head" and plans[0].shape.tied
@@ -152,7 +143,7 @@ def _state(shape: Shape, part: str) -> str:
 
 
 def _row_table(drawn: Splits) -> Table:
-    table = _table("Rows", ["list", "rows", "of source"])
+    table = cli.table("Rows", ["list", "rows", "of source"])
     table.columns[2].justify = "left"
     for name, part in drawn.parts().items():
         counts = Counter(row.source for row in part)
@@ -163,9 +154,11 @@ def _row_table(drawn: Splits) -> Table:
 
 
 def _stage_table(settings: TrainConfig, plans: list[StagePlan]) -> Table:
-    table = _table("Stages", ["", *(plan.stage.value for plan in plans)])
+    table = cli.table("Stages", ["", *(plan.stage.value for plan in plans)])
+    chained = settings.method is Method.dcr
+    starts = {Stage.sft: "contrastive/" if chained else "the base model"}
     lines = {
-        "starts from": [_start(settings, plan.stage) for plan in plans],
+        "starts from": [starts.get(plan.stage, "the base model") for plan in plans],
         "precision": [plan.precision.value for plan in plans],
         "epochs": [str(plan.epochs) for plan in plans],
         "rows a step": [f"{plan.batch_size:,}" for plan in plans],
@@ -186,11 +179,6 @@ def _stage_table(settings: TrainConfig, plans: list[StagePlan]) -> Table:
     for name, times in _times(settings, plans).items():
         table.add_row(name, *times)
     return table
-
-
-def _start(settings: TrainConfig, stage: Stage) -> str:
-    second = stage is Stage.sft and settings.method is Method.dcr
-    return "contrastive/" if second else "the base model"
 
 
 def _times(settings: TrainConfig, plans: list[StagePlan]) -> dict[str, list[str]]:
@@ -215,6 +203,12 @@ def _notes(settings: TrainConfig, plans: list[StagePlan]) -> list[str]:
     world = settings.trainer.devices * settings.trainer.num_nodes
     if world > 1:
         notes.append(f"tokens, memory and time are those of one of {world} devices")
+    phase = settings.sft.readout
+    if phase.steps and any(plan.stage is Stage.sft for plan in plans):
+        notes.append(
+            f"sft.readout: after SFT {phase.steps} steps of the last {phase.blocks} blocks, which "
+            "are in no estimate"
+        )
     for plan in plans:
         if settings.run and Run(Path(settings.run)).done(plan.stage.value):
             notes.append(f"{plan.stage.value} is done in {settings.run} and would be skipped")
@@ -310,7 +304,7 @@ def _answers(settings: TrainConfig) -> list[Example]:
     if named is not None:
         found = data.read_answers(named, settings.data.root, refusal.is_refusal)
     else:
-        here = [name for name in node.source if not _on_the_hub(name)]
+        here = [name for name in node.source if name not in SOURCES or not SOURCES[name].hub]
         rows = [row for name in here for row in sources.read(name, kind=Kind.seemingly_toxic)]
         found = data.answered(rows, settings.data, refusal.is_refusal)
     return found * settings.stl_aug.repeat
@@ -340,11 +334,6 @@ def _drawn(
 def _count(name: str, kind: Kind) -> int:
     hub = SOURCES[name].hub if name in SOURCES else None
     return len(sources.read(name, kind=kind)) if hub is None else hub.rows
-
-
-def _on_the_hub(name: str) -> bool:
-    """Not the user's file, nor of the embedded corpus."""
-    return name in SOURCES and SOURCES[name].hub is not None
 
 
 def _rows(kind: Kind, node: SourceConfig, count: int) -> list[Example]:

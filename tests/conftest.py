@@ -2,7 +2,11 @@
 
 import logging
 import os
-from collections.abc import Iterator
+import runpy
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 os.environ |= {
     "OMP_NUM_THREADS": "1",
@@ -16,9 +20,12 @@ from pathlib import Path
 import pytest
 import torch
 from beartype import BeartypeConf, beartype
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from jaxtyping import install_import_hook
 
 torch.set_num_threads(1)
+os.fsync = lambda _: None  # no test pulls the plug, and a busy disk takes its time
 
 typechecked = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float as well
 # Before any module of ours is imported: shapes and types in signatures are checked from here on,
@@ -30,9 +37,10 @@ CHECKED = (
 hook = install_import_hook([f"dcr.{name}" for name in CHECKED], f"{__name__}.typechecked")
 
 from dcr import models  # noqa: E402
-from dcr.config import ModelConfig, Precision  # noqa: E402
+from dcr.config import ModelConfig, Precision, TrainConfig  # noqa: E402
 from dcr.models import Policy  # noqa: E402
 
+ROOT = Path(__file__).parent.parent
 TINY = {
     "model_type": "llama",
     "hidden_size": 32,
@@ -62,6 +70,87 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made.model.save_pretrained(folder)
     made.tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """Settings of a run of both stages that takes a second."""
+    from tiny_run import settings
+
+    return settings(tmp_path_factory.mktemp("rows"))
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny: TrainConfig) -> Path:
+    """Its run folder, trained without interruption: read only."""
+    import train
+    from dcr.runs import Run
+
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train.train(tiny, Run(folder))
+    return folder
+
+
+@pytest.fixture
+def half(whole: Path, tmp_path: Path) -> Path:
+    """The same run with stage one alone done."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run, ignore=shutil.ignore_patterns("sft*"))
+    return run
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """What follows `error: ` on the only line of stderr that is not a log line."""
+        lines = [line for line in self.err.splitlines() if not line.startswith("[")]
+        assert len(lines) == 1, self.err
+        assert lines[0].startswith("error: "), self.err
+        return lines[0].removeprefix("error: ")
+
+
+@pytest.fixture
+def command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., Ended]]:
+    """`command("train.py", "model=tiny")` or `command("dcr.chat", …)`, run in an empty folder.
+
+    In this process, from the last line of the script or module on.
+    """
+
+    def call(script: str, *arguments: str) -> Ended:
+        monkeypatch.setattr(sys, "argv", [str(ROOT / script), *arguments])
+        GlobalHydra.instance().clear()
+        capfd.readouterr()
+        code = 0
+        try:
+            if script.endswith(".py"):
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+            else:
+                room = (ROOT / script.replace(".", "/")).is_dir()
+                name = f"{script}.__main__" if room else script
+                monkeypatch.delitem(sys.modules, name, raising=False)  # or it warns
+                runpy.run_module(script, run_name="__main__")
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        out, err = capfd.readouterr()
+        return Ended(code, str(out), str(err))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DCR_CACHE", str(tmp_path / "cache"))
+    for name in ("DCR_SWEEP", "HYDRA_FULL_ERROR"):  # set by the command, gone with the test
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    yield call
+    GlobalHydra.instance().clear()
+    HydraConfig.instance().cfg = None
 
 
 @pytest.fixture(autouse=True)

@@ -4,8 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -17,7 +15,7 @@ from typing import Any
 import pytest
 
 import train
-from dcr import augment, contamination, data, refusal, runs, sources
+from dcr import augment, cli, config, contamination, data, prompts, refusal, runs, sources
 from dcr.augment import INSTRUCTIONS, kept_answers
 from dcr.config import (
     AugmentConfig,
@@ -28,12 +26,12 @@ from dcr.config import (
     Kind,
     SafetyPairsConfig,
     SourceConfig,
+    TrainConfig,
 )
 from dcr.data import Splits
 from dcr.plan import expected
 from dcr.runs import Run
-from tests import tiny_run
-from tests.servers.faults import FAULTS
+from tests import forked, tiny_run
 from tests.servers.loopback import Answer
 from tests.servers.scripted import Body, Scripted, last_user, rejected, scripted
 
@@ -122,18 +120,12 @@ def stl(config: DataConfig, seed: int = 0, dcr: bool = False) -> Splits:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_every_other_list_is_that_of_stl(folder: Folder, seed: int) -> None:
-    config = folder.config()
-    plain, more = stl(config, seed), split(config, folder.answers(), seed=seed)
+    plain, more = stl(folder.config(), seed), split(folder.config(), folder.answers(), 3, seed)
     assert "augmented" not in plain.parts()  # the record of an older run stays what it was
-    assert {name: part for name, part in more.parts().items() if name != "augmented"} == (
-        plain.parts()
-    )
-    assert [(r.prompt, r.response) for r in more.augmented] == [(safe(n), answer(n)) for n in NOUNS]
-
-
-def test_rows_are_repeated_as_often_as_asked(folder: Folder) -> None:
-    rows = split(folder.config(), folder.answers(NOUNS[:5]), repeat=3)
-    assert Counter(r.prompt for r in rows.augmented) == {safe(noun): 3 for noun in NOUNS[:5]}
+    lists = {name: part for name, part in more.parts().items() if name != "augmented"}
+    assert lists == plain.parts()
+    learnt = [(row.prompt, row.response) for row in more.augmented]
+    assert learnt == [(safe(noun), answer(noun)) for noun in NOUNS] * 3
 
 
 def test_only_sets_whose_prompts_are_learnt_become_in_distribution(folder: Folder) -> None:
@@ -141,37 +133,31 @@ def test_only_sets_whose_prompts_are_learnt_become_in_distribution(folder: Folde
     assert stl(config).in_distribution == []
     assert split(config, folder.answers()).in_distribution == [folder.safe]
     loud = {"prompt": safe("amber").upper() + "!!", "response": answer("amber")}
-    rows = split(config, folder.answers((), loud))  # equal once normalised
-    assert rows.in_distribution == [folder.safe]
-
-
-def test_a_prompt_close_to_one_of_that_set_marks_it_too(folder: Folder) -> None:
     close = {"prompt": safe("glacier").replace("left", "has left"), "response": answer("glacier")}
-    rows = split(folder.config(), folder.answers((), close))
-    found = contamination.overlaps([close["prompt"]], {"safe": [safe(n) for n in NOUNS]}, near=0.9)
-    assert found[0] is not None
-    assert not found[0].exact
-    assert rows.in_distribution == [folder.safe]
+    (found,) = contamination.overlaps(
+        [close["prompt"]], {"safe": [safe(n) for n in NOUNS]}, near=0.9
+    )
+    assert found is not None
+    assert not found.exact
+    for row in (loud, close):  # equal once normalised; near
+        assert split(config, folder.answers((), row)).in_distribution == [folder.safe]
+
+
+LEAK = {"prompt": "May I shoot amber pictures from the amber bridge?", "response": "You may."}
 
 
 def test_prompts_of_any_other_evaluation_set_are_dropped_and_counted(folder: Folder) -> None:
-    leak = {"prompt": "May I shoot amber pictures from the amber bridge?", "response": "You may."}
-    near = {"prompt": leak["prompt"].replace("May", "Might"), "response": "You might."}
-    rows = split(folder.config(), folder.answers(NOUNS[:3], leak, near))
+    near = {"prompt": LEAK["prompt"].replace("May", "Might"), "response": "You might."}
+    rows = split(folder.config(), folder.answers(NOUNS[:3], LEAK, near))
     assert [r.prompt for r in rows.augmented] == [safe(noun) for noun in NOUNS[:3]]
     assert rows.dropped == {
         f"augmented: is a prompt of {folder.other}": 1,
         f"augmented: is close to a prompt of {folder.other}": 1,
     }
     assert rows.in_distribution == [folder.safe]
-
-
-def test_what_is_kept_on_request_is_marked(folder: Folder) -> None:
-    leak = {"prompt": "May I shoot amber pictures from the amber bridge?", "response": "You may."}
-    config = folder.config(drop_contaminated=False)
-    rows = split(config, folder.answers(NOUNS[:3], leak))
-    assert len(rows.augmented) == 4
-    assert rows.in_distribution == sorted([folder.other, folder.safe])
+    kept = split(folder.config(drop_contaminated=False), folder.answers(NOUNS[:3], LEAK))
+    assert len(kept.augmented) == 4  # on request, and marked
+    assert kept.in_distribution == sorted([folder.other, folder.safe])
 
 
 def test_repeated_prompts_and_those_of_other_pairs_are_dropped(folder: Folder) -> None:
@@ -188,11 +174,7 @@ def test_repeated_prompts_and_those_of_other_pairs_are_dropped(folder: Folder) -
 
 def test_without_a_file_the_prompts_are_those_of_stage_one(folder: Folder) -> None:
     """Where the data's own rows have answers, as the embedded corpus: a matched comparison."""
-    made = [
-        {"id": f"s{i}", "prompt": safe(noun), "response": answer(noun)}
-        for i, noun in enumerate(NOUNS)
-    ]
-    own = write(folder.folder / "own.jsonl", made)
+    own = folder.answers()
     config = folder.config([folder.other], seemingly_toxic=SourceConfig([own], count=10))
     for seed in (0, 1):
         wanted = stl(config, seed, dcr=True).seemingly_toxic
@@ -205,13 +187,12 @@ def test_held_out_template_groups_stay_unseen(folder: Folder) -> None:
         {"prompt": safe(noun), "response": answer(noun), "group": f"g{i % 8}"}
         for i, noun in enumerate(NOUNS)
     ]
-    file = write(folder.folder / "grouped.jsonl", grouped)
-    rows = split(folder.config(group_holdout=0.4), file)
-    learnt = {r.group for r in rows.augmented}
+    rows = split(folder.config(group_holdout=0.4), folder.answers((), *grouped))
+    learnt, unseen = {r.group for r in rows.augmented}, set(rows.unseen_groups)
     assert learnt
-    assert rows.unseen_groups
-    assert learnt | set(rows.unseen_groups) == {f"g{i}" for i in range(8)}
-    assert not learnt & set(rows.unseen_groups)
+    assert unseen
+    assert learnt | unseen == {f"g{i}" for i in range(8)}
+    assert not learnt & unseen
 
 
 def test_the_record_lists_the_rows_and_finds_them_again(folder: Folder) -> None:
@@ -236,20 +217,13 @@ def test_the_record_lists_the_rows_and_finds_them_again(folder: Folder) -> None:
 
 
 def test_the_embedded_corpus_has_its_answers() -> None:
-    config = DataConfig(
-        label="demo",
-        seemingly_toxic=SourceConfig(["demo_seemingly_toxic"], count=40),
-        toxic=SourceConfig(["demo_toxic"]),
-        safety=SafetyPairsConfig(["demo_toxic"], count=80, refusals_only=True),
-        normal=SourceConfig(["demo_normal"], count=152),
-        evaluation=EvaluationSets(["demo_seemingly_toxic_heldout"], ["demo_toxic_heldout"]),
-    )
-    rows = split(config)
+    composed = cli.compose("train", ["model=tiny", "data=demo"])
+    demo = config.resolve(composed, TrainConfig).data
+    rows = split(demo)
     assert len(rows.augmented) == 40
     assert all(row.response for row in rows.augmented)
-    assert rows.in_distribution == []
-    assert rows.dropped == {}
-    named = split(config, "demo_seemingly_toxic")  # a named source of pairs serves as a file
+    assert (rows.in_distribution, rows.dropped) == ([], {})
+    named = split(demo, "demo_seemingly_toxic")  # a named source of pairs serves as a file
     assert len(named.augmented) == 84
 
 
@@ -283,9 +257,8 @@ def test_rows_that_cannot_be_learnt_are_refused(folder: Folder) -> None:
         split(config, folder.answers(NOUNS[:1], {"prompt": "Why?"}))
     with pytest.raises(ConfigError, match="holds toxic prompts, not seemingly_toxic"):
         split(config, "demo_toxic")
-    leak = {"prompt": "May I shoot amber pictures from the amber bridge?", "response": "You may."}
     with pytest.raises(ConfigError, match="every row is a prompt of"):
-        split(config, folder.answers((), leak))
+        split(config, folder.answers((), LEAK))
 
 
 # --- the command --------------------------------------------------------------------------------
@@ -551,51 +524,53 @@ def test_a_damaged_file_of_answers_is_named_with_its_line(
         kept_answers(file, "made", [sources.Example("i", "p", Kind.seemingly_toxic, "s")])
 
 
-def test_killed_and_given_again_nothing_is_asked_twice(folder: Folder) -> None:
-    slow = threading.Event()
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_command_that_is_given_again_asks_nothing_twice(
+    folder: Folder, capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    again = threading.Event()
 
-    def patient(body: Body) -> str:
-        if not slow.is_set():
+    def reply(body: Body) -> str:
+        if number is signal.SIGKILL and not again.is_set():
             time.sleep(0.05)
+        elif len(server.bodies) == 6:
+            for _ in range(2):  # impatient
+                os.kill(os.getpid(), number)
         return answer(noun_of(body))
 
-    with scripted(patient) as server:
+    with scripted(reply) as server:
         told = tell(folder, server, "http.concurrency=2")
-        command = [sys.executable, "-m", "dcr.augment", *told]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        until = time.monotonic() + 100
-        while len(server.bodies) < 6 and time.monotonic() < until and process.poll() is None:
-            time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
-        assert 6 <= len(server.bodies) < 26
+        if number is signal.SIGKILL:
+            forked.killed(lambda: augment.main(told), lambda: len(server.bodies) >= 6)
+        else:
+            assert augment.main(told) == 128 + number
+            said = f"error: stopped by {number.name}; the same command goes on\n"
+            assert capsys.readouterr() == ("", said)
+        assert 6 <= len(server.bodies) < len(NOUNS)
         assert not (folder.folder / "out.jsonl").exists()  # written as a whole
-        slow.set()
-        augment.main(told)
+        again.set()
+        assert augment.main(told) == 0
     counts = Counter(noun_of(body) for body in server.bodies)
     assert set(counts) == set(NOUNS)
-    # only what was under way, or had just arrived, at the kill
+    # only what was under way, or had just arrived
     assert sum(counts.values()) <= len(NOUNS) + 3
     assert [row["prompt"] for row in read(folder)] == [safe(noun) for noun in NOUNS]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("gap", [0.0, 0.01, 0.05])
-def test_an_impatient_ctrl_c_still_ends_in_one_line(folder: Folder, gap: float) -> None:
-    with scripted(lambda body: FAULTS["hang"]) as server:
-        command = [sys.executable, "-m", "dcr.augment", *tell(folder, server, "http.timeout=90")]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        until = time.monotonic() + 100
-        while not server.bodies and time.monotonic() < until and process.poll() is None:
-            time.sleep(0.01)
-        for _ in range(3):
-            process.send_signal(signal.SIGINT)
-            time.sleep(gap)
-        _, said = process.communicate(timeout=60)
-    assert (process.returncode, said) == (
-        130,
-        "error: stopped by SIGINT; the same command goes on\n",
-    )
+def test_an_instruction_stands_behind_the_system_prompt_that_there_is(folder: Folder) -> None:
+    """The user's, or the one that a template writes by itself."""
+    file = folder.folder / "own.jinja"
+    own = "<|im_start|>system\nYou are Tiny.<|im_end|>\n"
+    first = "{% if messages[0]['role'] != 'system' %}" + own + "{% endif %}"
+    file.write_text(first + prompts.CHATML)
+    for more, before in (
+        ([f"model.template={file}"], "You are Tiny.\n\n"),
+        ([f"model.template={file}", "model.system_prompt=Mine."], "Mine.\n\n"),
+        ([], ""),
+    ):
+        options = cli.read(augment.Options, tell(folder, None, "model=tiny", *more))
+        asking = augment._instructed(augment._settings(options), INSTRUCTIONS[1])
+        assert asking.model.system_prompt == f"{before}{INSTRUCTIONS[1]}"
 
 
 # --- the real set -------------------------------------------------------------------------------
@@ -633,7 +608,10 @@ def test_stl_aug_trains_on_the_rows_of_stl_and_the_answers(tmp_path: Path) -> No
         [{"id": noun, "prompt": safe(noun), "response": answer(noun)} for noun in nouns],
     )
     more = ("sft.epochs=1", f"stl_aug.responses={file}", "stl_aug.repeat=2")
+    with pytest.raises(ConfigError, match=r"^stage=contrastive method=stl_aug: "):
+        tiny_run.settings(tmp_path / "data", "method=stl_aug", "stage=contrastive")
     told = tiny_run.settings(tmp_path / "data", "method=stl_aug", *more)
+    assert len(expected(told)[0].augmented) == len(nouns) * 2  # as a plan counts them
     plain = tiny_run.changed(told, "method=stl", "stl_aug.responses=null")
     for settings, name in ((told, "stl_aug"), (plain, "stl")):
         train.train(settings, Run(tmp_path / name))
@@ -652,18 +630,3 @@ def test_stl_aug_trains_on_the_rows_of_stl_and_the_answers(tmp_path: Path) -> No
     write(Path(file), [{"id": n, "prompt": safe(n), "response": "Yes."} for n in nouns])
     with pytest.raises(ConfigError, match=r"made with other rows .*augmented: 16 rows"):
         train.train(told, Run(tmp_path / "stl_aug"))
-
-
-def test_stl_aug_has_one_stage(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^stage=contrastive method=stl_aug: "):
-        tiny_run.settings(tmp_path, "method=stl_aug", "stage=contrastive")
-
-
-def test_a_plan_counts_the_answers(tmp_path: Path) -> None:
-    file = write(
-        tmp_path / "answers.jsonl",
-        [{"prompt": safe(noun), "response": answer(noun)} for noun in NOUNS],
-    )
-    told = tiny_run.settings(tmp_path, "method=stl_aug", f"stl_aug.responses={file}")
-    drawn, _ = expected(told)
-    assert len(drawn.augmented) == len(NOUNS)

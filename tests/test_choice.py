@@ -15,7 +15,7 @@ from tiny_run import settings
 from torch import Tensor
 
 from dcr import choice, prompts, separability
-from dcr.choice import Choice, mean, on_common, origins, ranked
+from dcr.choice import Choice, mean, origins, ranked
 from dcr.choice.__main__ import describe, main
 from dcr.choice.origins import Material, Pair
 from dcr.config import ConfigError, DataConfig, DataError, Kind, SourceConfig, TrainConfig
@@ -116,8 +116,8 @@ def test_pairs_are_compared_on_the_sets_that_all_were_tested_on() -> None:
     assert list(first.best.tests) == ["hard"]
     assert list(second.best.tests) == ["easy", "hard"]
     assert choice.common([first, second]) == ["hard"]
-    assert on_common(second, ["hard"]) == mean([second.best.tests["hard"]])
-    assert on_common(second, []) is None
+    assert second.on(["hard"]) == mean([second.best.tests["hard"]])
+    assert second.on([]) is None
 
 
 def test_test_prompts_close_to_training_prompts_do_not_count() -> None:
@@ -138,19 +138,15 @@ def test_test_prompts_close_to_training_prompts_do_not_count() -> None:
         ranked(found, features, seed=0, near=0.9)
 
 
-def test_hidden_states_that_are_not_finite_are_an_error() -> None:
-    found = material([TRAIN], {"elsewhere": TEST})
-    features = {side: torch.full((LAYERS, COUNT, WIDTH), math.nan) for side in found.rows}
-    with pytest.raises(ConfigError, match=r"model\.name: its hidden states are not finite"):
-        ranked(found, features, seed=0, near=0.9)
-
-
-def test_a_layer_that_is_not_finite_cannot_be_chosen() -> None:
+def test_layers_that_are_not_finite_cannot_be_chosen() -> None:
     found = material([TRAIN], {"elsewhere": TEST})
     features = planted(found, {"train_toxic": {2: 1}, "test_toxic": {2: 1}})
     features[Kind.toxic, ("train_toxic",)][3] = math.inf
     (pair,) = ranked(found, features, seed=0, near=0.9)
     assert [layer.layer for layer in pair.layers] == [1, 2, 3]
+    nowhere = {side: torch.full_like(points, math.nan) for side, points in features.items()}
+    with pytest.raises(ConfigError, match=r"model\.name: its hidden states are not finite"):
+        ranked(found, nowhere, seed=0, near=0.9)
 
 
 # --- candidates and test sets ---
@@ -171,20 +167,17 @@ def write(file: Path, prompts: list[dict]) -> None:
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A data folder with invented rows in the places of real sets."""
-    kinds = {"safe": "kill the process", "unsafe": "kill the man"}
-    write(
-        tmp_path / "xstest/xstest_v2.jsonl",
-        [
-            {
-                "prompt": f"How to {words} {i}{'abcdefghijklm'[i] * 9}?",
-                "label": label,
-                "category": c,
-            }
-            for label, words in kinds.items()
-            for i in range(12)
-            for c in [("contrast_" if label == "unsafe" else "") + "homonyms"]
-        ],
-    )
+    words = {"safe": "How to kill the process", "unsafe": "How to kill the man"}
+    rows = [
+        {
+            "prompt": f"{words[label]} {i}{'abcdefghijklm'[i] * 9}?",
+            "label": label,
+            "category": "contrast_homonyms" if label == "unsafe" else "homonyms",
+        }
+        for label in words
+        for i in range(12)
+    ]
+    write(tmp_path / "xstest/xstest_v2.jsonl", rows)
     for name, words in (
         ("stl_safety/safety_pairs", "Steal it"),
         ("orbench/or_bench_hard_1k", "Would it burn"),

@@ -15,26 +15,22 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from scipy import stats
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config
+from torch import Tensor
 
-from dcr import claims, models, ntk, prompts, statistics
+from dcr import claims, ntk, prompts, statistics
 from dcr.claims import Prompts, agreement
-from dcr.config import ConfigError, Kind, LoraConfig, ModelConfig
+from dcr.config import ConfigError, Kind, ModelConfig
 from dcr.models import Policy
 from dcr.prompts import ChatFormat
 from dcr.sources import Example
-from tests.shapes import GPT2, SHAPE, VOCABULARY
+from tests.shapes import VOCABULARY, adapted, made
+from tests.tiny_run import same
 
 # transformers' own, once PEFT asks it: nothing here is checkpointed
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
 TARGET = 17
-FAMILIES: dict[str, Any] = {
-    "tied": Qwen2Config(**SHAPE, tie_word_embeddings=True),
-    "untied": Qwen2Config(**SHAPE, tie_word_embeddings=False),
-    "gpt2": GPT2Config(**GPT2),
-}
+FAMILIES = ("qwen2 tied", "qwen2 untied", "gpt2")
 # seven that observe, of three kinds, and two that are trained on
 SEQUENCES = (
     *((5, 9, 5, 30, 2), (7, 7), (3, 12, 9, 21, 5, 8, 39, 12)),
@@ -42,16 +38,6 @@ SEQUENCES = (
     *((21, 33, 4, 4, 7, 2), (14, 3, 2)),
 )
 CHOSEN = Prompts(SEQUENCES, tuple("abcdefghi"), (*("toxic",) * 3, *("normal",) * 4), TARGET, ())
-
-
-def made(family: str, dtype: torch.dtype = torch.float64) -> Any:
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        model = AutoModelForCausalLM.from_config(FAMILIES[family]).to(dtype).eval()
-        for parameter in model.parameters():
-            with torch.no_grad():
-                parameter.add_(0.2 * torch.randn(parameter.shape, dtype=dtype))
-    return model
 
 
 def next_log_probabilities(model: Any, sequence: Sequence[int]) -> Tensor:
@@ -68,10 +54,6 @@ def stepped(model: Any, start: claims.Baseline, drop: float = 1e-3) -> claims.St
 
 def bits(model: Any) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
 # --- steps ---
@@ -127,7 +109,7 @@ def test_a_step_is_that_of_plain_sgd(family: str) -> None:
 
 
 def test_the_rate_gives_the_fall_that_was_asked_for() -> None:
-    model = made("untied")
+    model = made("qwen2 untied")
     start = started(model)
     aimed = start.tokens == TARGET
     losses = -start.log_probabilities[aimed]
@@ -141,7 +123,7 @@ def test_the_rate_gives_the_fall_that_was_asked_for() -> None:
 
 def test_of_a_small_loss_the_step_takes_a_share() -> None:
     """Where a model refuses almost surely no loss of `drop` is left."""
-    model = made("untied")
+    model = made("qwen2 untied")
     with torch.no_grad():
         state = started(model, layer=3).states[list(CHOSEN.trained)].mean(0)
         model.lm_head.weight[TARGET] += 3 * model.model.norm(state)
@@ -156,7 +138,7 @@ def test_of_a_small_loss_the_step_takes_a_share() -> None:
 
 
 def test_each_prompt_has_its_top_k_with_the_target_among_them() -> None:
-    model, top_k, inside = made("tied"), 3, 0
+    model, top_k, inside = made("qwen2 tied"), 3, 0
     first = next_log_probabilities(model, SEQUENCES[0]).argsort(descending=True)[:4].tolist()
     for target in (*range(0, VOCABULARY, 5), *first):
         found = claims.baseline(model, SEQUENCES, target, top_k, 1)
@@ -190,7 +172,7 @@ def test_states_are_the_hidden_states_of_transformers(family: str) -> None:
 def test_weights_modes_and_flags_are_left_to_the_bit(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = made("tied", dtype).train()
+    model = made("qwen2 tied", dtype).train()
     model.model.layers[0].eval()
     for index, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(index % 2 == 0)
@@ -228,32 +210,27 @@ def test_weights_modes_and_flags_are_left_to_the_bit(
 
 
 def test_an_adapter_is_in_effect_and_the_base_is_what_moves() -> None:
-    config = LoraConfig(rank=2, alpha=4, dropout=0.5, targets=["all-linear"])
-    adapted: Any = models.add_lora(made("tied"), config, seed=0).double()
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.3)
-    adapted.train()
-    before = bits(adapted)
-    start = started(adapted)
-    taken = stepped(adapted, start, drop=0.02)
-    assert same(bits(adapted), before)
-    merged = adapted.merge_and_unload().eval()
+    model = adapted(made("qwen2 tied")).train()
+    before = bits(model)
+    start = started(model)
+    taken = stepped(model, start, drop=0.02)
+    assert same(bits(model), before)
+    merged = model.merge_and_unload().eval()
     truth = started(merged)
     torch.testing.assert_close(start.log_probabilities, truth.log_probabilities)
     torch.testing.assert_close(start.states, truth.states)
     expected = stepped(merged, truth, drop=0.02)
     torch.testing.assert_close(taken.rates, expected.rates, rtol=1e-5, atol=0)
     torch.testing.assert_close(taken.changes, expected.changes, rtol=1e-4, atol=1e-7)
-    plain = started(made("tied"))
+    plain = started(made("qwen2 tied"))
     assert not torch.allclose(plain.states, truth.states, rtol=0.1)  # the adapter did something
 
 
 def test_what_cannot_be_stepped_is_refused() -> None:
-    model = made("untied")
+    model = made("qwen2 untied")
     start = started(model)
     with pytest.raises(ConfigError, match=r"claims: the model is in torch\.bfloat16"):
-        stepped(made("untied").bfloat16(), start)
+        stepped(made("qwen2 untied").bfloat16(), start)
     with torch.no_grad():
         model.lm_head.weight.zero_()
         for parameter in model.model.parameters():
@@ -497,15 +474,11 @@ def test_proposition_1_is_of_the_states_at_the_layer(
 
 
 def test_an_adapted_model_measures_as_its_merged_one(policy: Policy, chat: ChatFormat) -> None:
-    config = LoraConfig(rank=2, alpha=4, dropout=0.5, targets=["all-linear"])
-    adapted: Any = models.add_lora(policy.model, config, seed=0)
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.3)
+    model = adapted(policy.model)
     found = claims.measure(
-        Policy(adapted, policy.tokenizer, "adapted"), chat, ROWS, TRAINED, SETTINGS, 0
+        Policy(model, policy.tokenizer, "adapted"), chat, ROWS, TRAINED, SETTINGS, 0
     )
-    merged = Policy(adapted.merge_and_unload(), policy.tokenizer, "merged")
+    merged = Policy(model.merge_and_unload(), policy.tokenizer, "merged")
     truth = claims.measure(merged, chat, ROWS, TRAINED, SETTINGS, 0)
     assert found["rates"] == pytest.approx(truth["rates"], rel=1e-3)
     for kind, told in truth["change"].items():

@@ -3,78 +3,28 @@
 import errno
 import os
 import re
-import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from tiny_run import CONF, overrides
 
-from dcr import cli, models, storage
-from dcr.config import UserError
+from dcr import augment, chat, cli, export, models, plan, storage
+from dcr.choice import __main__ as choice
+from dcr.config import ConfigError, UserError
+from dcr.report import __main__ as report
 from dcr.runs import Run
-from dcr.training.resuming import Interrupted
 
 ROOT = Path(__file__).parent.parent
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a command ended: its exit code and what it printed."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str:
-        """What follows `error: ` on the only line of stderr that is not a log line."""
-        lines = [line for line in self.err.splitlines() if not line.startswith("[")]
-        assert len(lines) == 1, self.err
-        assert lines[0].startswith("error: "), self.err
-        return lines[0].removeprefix("error: ")
-
-
-Command = Callable[..., Ended]
-
-
-@pytest.fixture
-def command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Command]:
-    """`command("train", "model=tiny")`: the script from its last line on, in an empty folder."""
-
-    def call(script: str, *arguments: str) -> Ended:
-        file = ROOT / f"{script}.py"
-        monkeypatch.setattr(sys, "argv", [str(file), *arguments])
-        GlobalHydra.instance().clear()
-        capsys.readouterr()
-        code = 0
-        try:
-            runpy.run_path(str(file), run_name="__main__")
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        said = capsys.readouterr()
-        return Ended(code, said.out, said.err)
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DCR_CACHE", str(tmp_path / "cache"))
-    for name in ("DCR_SWEEP", "HYDRA_FULL_ERROR"):  # set by the command, gone with the test
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    yield call
-    GlobalHydra.instance().clear()
-    HydraConfig.instance().cfg = None
-
+Command = Callable[..., Any]
 
 # Arguments after `train.py model=tiny`, and what the line must say: key, value, cure.
 BAD_SETTINGS = {
@@ -154,64 +104,45 @@ BAD_SETTINGS = {
 }
 
 
-@pytest.mark.parametrize(("argument", "says"), BAD_SETTINGS.items(), ids=BAD_SETTINGS)
-def test_bad_setting_is_one_line_and_leaves_nothing(
-    command: Command, tmp_path: Path, argument: str, says: str
+# The same of several arguments, and of eval.py.
+BAD_COMMANDS = {
+    "train.py model=tiny stage=contrastive method=stl": "method=stl: it has no contrastive stage; "
+    "use method=dcr",
+    "train.py model=tiny data=paper data.root=nowhere": "data.root=nowhere: not a folder",
+    "train.py model=tiny dcr.precision=bf16 dcr.optim.lr=1e-7": "dcr.optim.lr=1e-07: too small to "
+    "move bf16",
+    "train.py model=tiny seed=-1 run=some/where/deep": "seed=-1: ",
+    "train.py -m model=tiny dcr.margin=0.1,abc": "dcr.margin=abc: give a number",
+    "train.py -m model=tiny dcr.margin=2": "dcr.margin=2.0: give a number inside (0, 1)",
+    "train.py dcr.scale=2 -m dcr.margin=0.1": "dcr.margin=0.1: options come first, as in -m",
+    "eval.py": "nothing to evaluate: give run=<folder>, model=<name> or endpoint=<url>",
+    "eval.py run=not/there": "run=not/there: no config.yaml there; name a run folder",
+    "eval.py model=qwen3": "model=qwen3: choose one of",
+    "eval.py model=tiny tasks=[]": "tasks=[]: nothing to evaluate; name at least one task",
+    "eval.py model=tiny tasks=[foo]": "tasks=[foo]: choose one of over_refusal, safety",
+    "eval.py model=tiny limit=0": "limit=0: give 1 or more, or null for whole sets",
+    "eval.py model=tiny wandb.project=a/b": "wandb.project=a/b: use letters",
+    "eval.py model=tiny dcr.margin=0.3": "dcr.margin: no such setting",
+    "eval.py model=tiny precision=fp8": "precision=fp8: choose one of mixed, bf16, fp32",
+    "eval.py model=tiny keyword.rules=paper": "keyword.rules: no such setting",
+    "eval.py model=tiny trainer.devices=2": "trainer.devices: no such setting",
+}
+BAD = [([], given.split(), says) for given, says in BAD_COMMANDS.items()] + [
+    ([] if given.startswith("model=") else ["model=tiny"], ["train.py", given], says)
+    for given, says in BAD_SETTINGS.items()
+]
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "says"), BAD, ids=lambda value: " ".join(value)[:60] if value else ""
+)
+def test_a_bad_command_is_one_line_and_leaves_nothing(
+    command: Command, tmp_path: Path, model: list[str], given: list[str], says: str
 ) -> None:
-    named = [] if argument.startswith("model=") else ["model=tiny"]
-    ended = command("train", *named, argument)
+    ended = command(*given, *model)
     assert ended.code == 2
     assert says in ended.error
     assert all(line.startswith("[") for line in ended.out.splitlines())  # log lines at most
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (
-            ["stage=contrastive", "method=stl"],
-            "method=stl: it has no contrastive stage; use method=dcr",
-        ),
-        (["data=paper", "data.root=nowhere"], "data.root=nowhere: not a folder"),
-        (["dcr.precision=bf16", "dcr.optim.lr=1e-7"], "dcr.optim.lr=1e-07: too small to move bf16"),
-        (["seed=-1", "run=some/where/deep"], "seed=-1: "),
-        (["-m", "dcr.margin=0.1,abc"], "dcr.margin=abc: give a number"),
-        (["-m", "dcr.margin=2"], "dcr.margin=2.0: give a number inside (0, 1)"),
-        (["dcr.scale=2", "-m", "dcr.margin=0.1"], "dcr.margin=0.1: options come first, as in -m"),
-    ],
-)
-def test_bad_combination_is_one_line_and_leaves_nothing(
-    command: Command, tmp_path: Path, arguments: list[str], says: str
-) -> None:
-    ended = command("train", *arguments, "model=tiny")
-    assert ended.code == 2
-    assert says in ended.error
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        ([], "nothing to evaluate: give run=<folder>, model=<name> or endpoint=<url>"),
-        (["run=not/there"], "run=not/there: no config.yaml there; name a run folder"),
-        (["model=qwen3"], "model=qwen3: choose one of"),
-        (["model=tiny", "tasks=[]"], "tasks=[]: nothing to evaluate; name at least one task"),
-        (["model=tiny", "tasks=[foo]"], "tasks=[foo]: choose one of over_refusal, safety"),
-        (["model=tiny", "limit=0"], "limit=0: give 1 or more, or null for whole sets"),
-        (["model=tiny", "wandb.project=a/b"], "wandb.project=a/b: use letters"),
-        (["model=tiny", "dcr.margin=0.3"], "dcr.margin: no such setting"),
-        (["model=tiny", "precision=fp8"], "precision=fp8: choose one of mixed, bf16, fp32"),
-        (["model=tiny", "keyword.rules=paper"], "keyword.rules: no such setting"),
-        (["model=tiny", "trainer.devices=2"], "trainer.devices: no such setting"),
-    ],
-)
-def test_bad_evaluation_is_one_line_and_leaves_nothing(
-    command: Command, tmp_path: Path, arguments: list[str], says: str
-) -> None:
-    ended = command("eval", *arguments)
-    assert ended.code == 2
-    assert says in ended.error
     assert list(tmp_path.iterdir()) == []
 
 
@@ -231,7 +162,7 @@ def test_malformed_rows_name_file_and_line(
 ) -> None:
     file = tmp_path / "bad.jsonl"
     file.write_bytes(content)
-    ended = command("train", "model=tiny", f"data.toxic.source={file}")
+    ended = command("train.py", "model=tiny", f"data.toxic.source={file}")
     assert ended.code == 2
     assert f"{tmp_path}/bad.jsonl" in ended.error
     assert says in ended.error
@@ -240,8 +171,8 @@ def test_malformed_rows_name_file_and_line(
 
 def test_unusable_run_folder_is_named(command: Command, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    assert f"{tmp_path}/file" in command("train", "model=tiny", f"run={tmp_path}/file").error
-    below = command("train", "model=tiny", f"run={tmp_path}/file/run")
+    assert f"{tmp_path}/file" in command("train.py", "model=tiny", f"run={tmp_path}/file").error
+    below = command("train.py", "model=tiny", f"run={tmp_path}/file/run")
     assert (below.code, f"{tmp_path}/file" in below.error) == (2, True)
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -251,7 +182,7 @@ def test_folders_that_hold_something_survive_a_bad_command(
 ) -> None:
     (tmp_path / "results").mkdir()
     (tmp_path / "results/notes.txt").write_text("mine")
-    command("train", "model=tiny", "seed=-1", "run=results/deep/run")
+    command("train.py", "model=tiny", "seed=-1", "run=results/deep/run")
     assert list(tmp_path.rglob("*")) == [tmp_path / "results", tmp_path / "results/notes.txt"]
 
 
@@ -272,7 +203,7 @@ def test_a_process_of_its_own_says_the_same(tmp_path: Path) -> None:
 
 def finished(folder: Path, settings: list[str], command: Command) -> Run:
     """A run folder of these settings with empty results, so that training has nothing to do."""
-    shown = command("train", *settings, f"run={folder}", "--cfg", "job", "--resolve")
+    shown = command("train.py", *settings, f"run={folder}", "--cfg", "job", "--resolve")
     run = Run(folder)
     composed = yaml.safe_load(shown.out)
     composed["data"] |= {
@@ -290,19 +221,19 @@ def test_another_configuration_is_refused_with_the_differences_unless_forced(
 ) -> None:
     settings = overrides(tmp_path / "rows")
     run = finished(tmp_path / "run", settings, command)
-    again = command("train", *settings, f"run={run.folder}")
+    again = command("train.py", *settings, f"run={run.folder}")
     assert again.code == 0
     assert again.out.endswith(f"\n{run.folder}\n")
 
     before = run.config_file.read_bytes()
     changed = [*settings, f"run={run.folder}", "dcr.margin=0.3", "sft.lr=1e-5"]
-    ended = command("train", *changed)
+    ended = command("train.py", *changed)
     assert ended.code == 2
     for part in ("dcr.margin: 0.25 -> 0.3", "sft.lr: 0.001 -> 1e-05", "force=true", "run="):
         assert part in ended.error
     assert run.config_file.read_bytes() == before
 
-    assert command("train", *changed, "force=true").code == 0
+    assert command("train.py", *changed, "force=true").code == 0
     assert run.config()["dcr"]["margin"] == 0.3
 
 
@@ -338,7 +269,7 @@ def test_run_folder_is_called_after_the_model_that_is_named() -> None:
 def test_a_sweep_goes_on_after_a_bad_job_and_sums_up(command: Command, tmp_path: Path) -> None:
     quick = ["dcr.epochs=1", "sft.epochs=1", "data.normal.count=8", "dcr.draws=8"]
     settings = overrides(tmp_path / "rows", *quick)
-    ended = command("train", "-m", *settings, "dcr.ratio=50,1")
+    ended = command("train.py", "-m", *settings, "dcr.ratio=50,1")
     assert ended.code == 1
     folders = [path for path in (tmp_path / "multirun").iterdir() if path.is_dir()]
     assert len(folders) == 1  # the bad job left nothing
@@ -353,20 +284,25 @@ def test_a_sweep_goes_on_after_a_bad_job_and_sums_up(command: Command, tmp_path:
     assert "Error executing job" not in ended.err
 
 
-def test_a_signal_ends_the_whole_sweep(
-    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sweep", [["-m", "dcr.margin=0.1,0.2"], []], ids=["sweep", "run"])
+def test_a_signal_ends_the_whole_command(
+    command: Command, monkeypatch: pytest.MonkeyPatch, sweep: list[str], number: signal.Signals
 ) -> None:
     jobs: list[object] = []
 
     def stopped(settings: object) -> None:
         jobs.append(settings)
-        raise Interrupted(signal.SIGTERM)
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)  # impatient
 
     monkeypatch.setattr(models, "facts", stopped)
-    ended = command("train", "-m", "model=tiny", "dcr.margin=0.1,0.2")
-    assert ended.code == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM" in ended.error
+    before = signal.getsignal(number)
+    ended = command("train.py", *sweep, "model=tiny")
+    assert ended.code == 128 + number
+    assert ended.error == f"stopped by {number.name}; the same command goes on"
     assert len(jobs) == 1
+    assert signal.getsignal(number) == before
 
 
 def test_a_defect_keeps_its_traceback_and_the_sweep_goes_on(
@@ -379,11 +315,11 @@ def test_a_defect_keeps_its_traceback_and_the_sweep_goes_on(
         raise ZeroDivisionError("a defect")
 
     monkeypatch.setattr(models, "facts", broken)
-    ended = command("train", "-m", "model=tiny", "dcr.margin=0.1,0.2")
+    ended = command("train.py", "-m", "model=tiny", "dcr.margin=0.1,0.2")
     assert (ended.code, len(jobs)) == (1, 2)
     assert ended.err.count("ZeroDivisionError: a defect") == 2
     with pytest.raises(ZeroDivisionError):
-        command("train", "model=tiny")
+        command("train.py", "model=tiny")
 
 
 def test_faults_of_disk_and_memory_are_one_line(tmp_path: Path) -> None:
@@ -399,3 +335,85 @@ def test_faults_of_disk_and_memory_are_one_line(tmp_path: Path) -> None:
     for bug in (FileNotFoundError(errno.ENOENT, "no", "x"), RuntimeError("shape"), KeyError("x")):
         with pytest.raises(type(bug)), cli.faults_in_words():
             raise bug
+
+
+# --- python -m dcr.<command> ---
+
+
+@dataclass
+class Options:
+    """python -m dcr.made"""
+
+    place: Path = cli.option("a place")
+    count: int | None = cli.option("how many", None, least=1, most=9)
+    share: float = cli.option("which part", 0.5, least=0, most=1)
+    kind: str = cli.option("which kind", "a", choices=("a", "b"))
+    many: list[str] = cli.option("as often as you like", [])
+    loud: bool = cli.option("not quiet", False)
+
+
+@dataclass
+class Open(Options):
+    words: list[str] = cli.option("all else", [], rest=True)
+
+
+def test_options_are_read_in_every_spelling_and_as_they_are_written() -> None:
+    given = ["place=a b:[c] ${x} #1", "--count", "3", "--many=x=y", "--loud", "many={z: 1}"]
+    read = cli.read(Options, given)
+    assert read == Options(Path("a b:[c] ${x} #1"), 3, 0.5, "a", ["x=y", "{z: 1}"], True)
+    rest = cli.read(Open, ["one", "two=2", "place=p", "loud=false", "--share", "1", "dcr/x"])
+    assert rest == Open(Path("p"), None, 1.0, words=["one", "two=2", "dcr/x"])
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ([], "place: nothing given; it is a place"),
+        (["place="], "place=: it needs a value"),
+        (["place=p", "--count"], "count=: it needs a value"),
+        (["place=p", "count=0"], "count=0: give 1 to 9"),
+        (["place=p", "count=1.5"], "count=1.5: give a whole number"),
+        (["place=p", "share=nan"], "share=nan: give 0 to 1"),
+        (["place=p", "share=x"], "share=x: give a number"),
+        (["place=p", "kind=c"], "kind=c: choose one of a, b"),
+        (["place=p", "loud=perhaps"], "loud=perhaps: give true or false"),
+        (["plaice=p"], "plaice=p: no such setting; did you mean place?"),
+        (["p"], "p: no such setting; "),
+        (["place=\0"], "cannot be a path (embedded null byte)"),
+        ([f"place={'x' * 5000}"], "cannot be a path (File name too long)"),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_be_name_key_value_and_cure(given: list[str], says: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        cli.read(Options, given)
+
+
+LISTS = (list[str], list[Path])
+
+
+@pytest.mark.parametrize("room", [augment, chat, choice, export, plan, report])
+def test_help_tells_every_option_with_type_default_and_meaning(
+    room: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert room.main(["--help"]) == 0
+    told = capsys.readouterr().out
+    assert max(map(len, told.splitlines())) <= 100
+    begins = {line.split()[0]: line for line in told.splitlines() if line.strip()}
+    plain = {"???": "needed", "None": "none", "False": "false"}
+    for entry in fields(room.Options):
+        line = begins.get(f"{entry.name}=") or begins[f"<{entry.name}>"]
+        assert re.search("text|path|integer|number|true/false", line)
+        default = "none" if entry.type in LISTS else str(entry.default)
+        assert f" {plain.get(default, default)} " in line
+        assert " ".join(entry.metadata["meaning"].split()) in " ".join(told.split())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_command_in_one_line(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(chat, "open_stage", lambda *_: os.kill(os.getpid(), number))
+    assert chat.main(["run=x"]) == 128 + number
+    said = f"error: stopped by {number.name}; the same command starts anew\n"
+    assert capsys.readouterr() == ("", said)

@@ -88,16 +88,15 @@ def test_every_number_of_a_model_file_arrives(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(CONF.glob("sweep/*.yaml")), ids=lambda path: path.stem)
-def test_a_sweep_file_sets_parameters_of_the_sweep_alone(path: Path) -> None:
+def test_a_sweep_file_sets_parameters_of_the_sweep_alone(base: DictConfig, path: Path) -> None:
     content = yaml.safe_load(path.read_text())
     assert set(content) == {"hydra"}
     assert set(content["hydra"]) == {"sweeper"}
     assert set(content["hydra"]["sweeper"]) == {"params"}
-    plain = OmegaConf.to_container(composed("train", f"sweep={path.stem}"))
-    assert plain == OmegaConf.to_container(composed("train"))
+    assert composed("train", "model=tiny", f"sweep={path.stem}") == base
     for key, values in content["hydra"]["sweeper"]["params"].items():
         for value in str(values).split(","):
-            train_config(f"{key}={value}")
+            resolved(base, key, value)
 
 
 # --- the paper's commands and numbers ---
@@ -241,12 +240,12 @@ def test_paper_preset_is_the_defaults() -> None:
     assert train_config("preset=paper") == train_config("~preset")
 
 
-def test_sources_may_be_one_or_several() -> None:
+def test_sources_may_be_one_or_several(base: DictConfig) -> None:
     found = train_config("data.toxic.source=[harmfulqa,stl_safety]")
     assert found.data.toxic.source == ["harmfulqa", "stl_safety"]
-    for wrong in ("3", "null", "[]", "[a,3]", "{a: b}"):
+    for wrong in (3, None, [], ["a", 3], {"a": "b"}):
         with pytest.raises(ConfigError, match=r"data\.toxic\.source=.*list of them"):
-            train_config(f"data.toxic.source={wrong}")
+            resolved(base, "data.toxic.source", wrong)
 
 
 @pytest.mark.parametrize("layer", [-1, 0, 1, 2, 3])
@@ -303,34 +302,37 @@ def base() -> DictConfig:
     return composed("train", "model=tiny")
 
 
+def resolved(base: DictConfig, key: str, value: object) -> TrainConfig:
+    node = copy.deepcopy(base)
+    OmegaConf.update(node, key, value)
+    return config.resolve(node, TrainConfig)
+
+
 @pytest.mark.parametrize(("key", "values"), RANGES.items(), ids=RANGES)
 def test_ranges(base: DictConfig, key: str, values: tuple[list[str], list[str]]) -> None:
-    def resolved(value: str) -> TrainConfig:
-        node = copy.deepcopy(base)
-        OmegaConf.update(node, key, value.strip("'"))
-        return config.resolve(node, TrainConfig)
-
     for value in values[0]:
         with pytest.raises(ConfigError, match=rf"^{key}=[^:]*: \S"):
-            resolved(value)
+            resolved(base, key, value.strip("'"))
     for value in values[1]:
-        resolved(value)
+        resolved(base, key, value)
 
 
 @pytest.mark.parametrize(
-    ("override", "says"),
+    ("key", "value", "says"),
     [
-        ("sft.epochs=???", r"sft\.epochs=\?\?\?: it needs a value"),
-        ("model.label=.nan", r"model\.label=\.nan: use letters"),
-        ("model.label=../x", r"model\.label=\.\./x: use letters"),
-        ("sft.lora.targets=[[a]]", r"sft\.lora\.targets=\[\['a'\]\]: give names"),
-        ("trainer.threads=100000", r"trainer\.threads=100000: give 1 to"),
-        ("dcr.ratio=1e308", r"dcr\.ratio=1e\+308: give"),
+        ("sft.epochs", "???", r"sft\.epochs=\?\?\?: it needs a value"),
+        ("model.label", ".nan", r"model\.label=\.nan: use letters"),
+        ("model.label", "../x", r"model\.label=\.\./x: use letters"),
+        ("sft.lora.targets", [["a"]], r"sft\.lora\.targets=\[\['a'\]\]: give names"),
+        ("trainer.threads", 100000, r"trainer\.threads=100000: give 1 to"),
+        ("dcr.ratio", 1e308, r"dcr\.ratio=1e\+308: give"),
     ],
 )
-def test_a_value_that_is_none_is_refused(override: str, says: str) -> None:
+def test_a_value_that_is_none_is_refused(
+    base: DictConfig, key: str, value: object, says: str
+) -> None:
     with pytest.raises(ConfigError, match=says):
-        train_config("model=tiny", override)
+        resolved(base, key, value)
 
 
 # --- every setting is one that something reads ---
@@ -419,7 +421,7 @@ def override(draw: st.DrawFn) -> str:
     return draw(st.sampled_from(["", "", "", "", "+", "++", "~"])) + f"{key}={value}"
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.lists(override(), max_size=4))
 def test_random_overrides_never_give_a_traceback(overrides: list[str]) -> None:
     message = None

@@ -121,6 +121,8 @@ def test_nothing_to_compare_is_no_error() -> None:
 def test_a_similarity_outside_its_range_is_refused(near: float) -> None:
     with pytest.raises(ConfigError, match=r"data\.near_duplicate="):
         overlaps(["a"], {"set": ["a"]}, near=near)
+    with pytest.raises(ConfigError, match=r"data\.near_duplicate="):
+        report({"s": ["a"]}, {"set": ["a"]}, near=near)
 
 
 # --- the report of a run ------------------------------------------------------------------------
@@ -252,5 +254,3 @@ def test_a_report_on_nothing() -> None:
     assert report({}, {"set": ["a"]}) == {"set": clean}
     assert report({"s": ["a"]}, {}) == {}
     assert report({"s": ["a"]}, {"set": []}) == {"set": {**clean, "n": 0}}
-    with pytest.raises(ConfigError, match=r"data\.near_duplicate="):
-        report({"s": ["a"]}, {"set": ["a"]}, near=0)

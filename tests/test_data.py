@@ -127,10 +127,6 @@ def test_sft_rows_are_the_same_for_every_ratio_and_method(files: Files) -> None:
         asked = 98 if ratio is None else round(10 * ratio)
         assert (len(dcr.seemingly_toxic), len(dcr.toxic)) == (10, asked)
     assert stl.toxic == stl.seemingly_toxic == stl.toxic_heldout == []
-
-
-def test_a_larger_ratio_keeps_the_rows_of_a_smaller(files: Files) -> None:
-    config = files.config()
     assert ids(split(config, ratio=5).toxic)[:20] == ids(split(config, ratio=2).toxic)
 
 
@@ -280,20 +276,6 @@ def test_groups_stay_whole_and_contrasts_together(files: Files) -> None:
     assert 4 <= len(rows.unseen_groups) <= 20
 
 
-def test_a_different_form_of_the_classes_is_said(files: Files) -> None:
-    config = files.config()
-    questions = [{"prompt": sentence("safe", i) + "?"} for i in range(30)]
-    write(files.folder / "safe.jsonl", questions)
-    rows = split(config)
-    warning = sources.form_gap(rows.seemingly_toxic, rows.toxic)
-    assert warning is not None
-    assert warning.startswith("100% of the seemingly toxic prompts but 0% of the toxic ones")
-    asked = [{"prompt": sentence("toxic", i) + "?", "response": REFUSED} for i in range(120)]
-    write(files.folder / "toxic.jsonl", asked)
-    rows = split(config)
-    assert sources.form_gap(rows.seemingly_toxic, rows.toxic) is None
-
-
 def test_the_record_names_every_row(files: Files) -> None:
     rows = split(files.config())
     record: Any = json.loads(json.dumps(data.row_record(rows)))
@@ -336,12 +318,9 @@ def test_proportional_draws_go_through_all_rows() -> None:
     assert rows[:240] != rows[240:480]
 
 
-@pytest.mark.parametrize("sampler", list(Sampler))
-def test_draws_follow_from_their_generator(sampler: Sampler) -> None:
-    assert drawn(sampler, 99) == drawn(sampler, 99) != drawn(sampler, 99, seed=1)
-
-
-def test_streams_of_seed_and_epoch_differ() -> None:
+def test_draws_follow_from_seed_and_epoch() -> None:
+    for sampler in Sampler:
+        assert drawn(sampler, 99) == drawn(sampler, 99) != drawn(sampler, 99, seed=1)
     first = {
         (seed, epoch): int(torch.randint(2**60, (1,), generator=data.generator(seed, epoch)))
         for seed in range(20)

@@ -94,17 +94,6 @@ def test_evaluation_counts_what_the_completions_say(trained: Run) -> None:
     assert found["model"] == "tiny"
 
 
-def test_second_evaluation_generates_nothing(trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings, run = resolved(f"run={trained.folder}", "tasks=[over_refusal]", "limit=5")
-    eval_entry.evaluate(settings, run)
-
-    def fail(*_: object) -> None:
-        raise AssertionError("a stored completion was generated again")
-
-    monkeypatch.setattr("dcr.generation.local._decoded", fail)
-    eval_entry.evaluate(settings, run)
-
-
 def test_discernment_reads_each_prompt_once_and_generates_nothing(
     fresh: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +18,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from dcr import chat, export, models, prompts, storage
-from dcr.config import (
-    STAGES,
-    ConfigError,
-    DataError,
-    EvalConfig,
-    LoraConfig,
-    ModelConfig,
-    Precision,
-)
-from dcr.evaluation import calibration, subjects
-from dcr.evaluation.subjects import Subject
+from dcr.config import STAGES, ConfigError, DataError, LoraConfig, Precision
 from dcr.models import Policy
 from dcr.runs import Run
-from dcr.sources import read
 
 # peft asks transformers for a name that the latter has renamed
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -167,42 +156,6 @@ def test_logits_elsewhere_are_those_in_memory(
     torch.testing.assert_close(elsewhere[kind], made.logits, rtol=1e-4, atol=1e-4)
 
 
-def test_plain_transformers_decodes_a_calibrated_export_as_we_do(
-    moved: Run, tmp_path: Path
-) -> None:
-    config = yaml.safe_load(moved.config_file.read_text())
-    config["model"]["template"] = "chatml"
-    moved.config_file.write_text(yaml.safe_dump(config))
-    out = tmp_path / "calibrated"
-    asked = [f"run={moved.folder}", f"out={out}", "dtype=float32", "calibrate=0.9"]
-    assert export.main(asked) == 0
-    node = ModelConfig(name=str(out), template="chatml", system_prompt=SYSTEM)
-    settings = EvalConfig(model=node, calibrate="0.9", precision=Precision.fp32)
-    settings.gen.max_new_tokens = 12
-    policy = subjects.opened(settings, plain := Subject("base", out))
-    biased, record = calibration.calibrated(settings, plain, lambda: policy, tmp_path / "answers")
-    rows = read("demo_toxic_heldout")[:12]
-    ours, uncalibrated = (
-        {c.id: c.response for batch in subjects.answer(settings, of, lambda: policy, rows)
-         for c in batch}
-        for of in (biased, plain)
-    )  # fmt: skip
-    assert ours != uncalibrated
-    model: Any = AutoModelForCausalLM.from_pretrained(out)
-    tokenizer: Any = AutoTokenizer.from_pretrained(out)
-    for row in rows:
-        turns = [{"role": "user", "content": row.prompt}]
-        given = tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        whole = model.generate(**given, max_new_tokens=12, do_sample=False)
-        answer = whole[0, given["input_ids"].shape[1] :]
-        assert tokenizer.decode(answer, skip_special_tokens=True).strip() == ours[row.id]
-    card_text = (out / "README.md").read_text()
-    assert f"The generation config adds {record['bias']:+.3f}" in card_text
-    assert "| contrasts_toxic_heldout | 119 | 91% |" in card_text
-
-
 def test_peft_does_not_find_the_base_of_a_moved_run_by_itself(moved: Run, made: Made) -> None:
     named = json.loads((moved.stage("sft") / "adapter_config.json").read_text())
     assert named["base_model_name_or_path"] == str(made.run.stage("contrastive").resolve())
@@ -210,6 +163,7 @@ def test_peft_does_not_find_the_base_of_a_moved_run_by_itself(moved: Run, made: 
     named = json.loads((moved.stage("sft") / "adapter_config.json").read_text())
     assert named["base_model_name_or_path"] == str(moved.stage("contrastive").resolve())
     assert list(found) == [moved.stage("sft")]
+    assert named["target_modules"] == sorted(named["target_modules"])  # the same bytes every time
 
 
 def test_another_base_is_refused(moved: Run) -> None:
@@ -287,41 +241,37 @@ def test_stage_one_can_be_exported_alone(made: Made, tmp_path: Path) -> None:
 
 def test_a_run_of_stl_aug_can_be_exported(moved: Run) -> None:
     moved.config_file.write_text(yaml.safe_dump(CONFIG | {"method": "stl_aug"}))
-    out = export.export(moved, moved.folder / "out")
-    assert "augmented data" in (out / "README.md").read_text()
-    assert set(export.METHODS) == {
-        (m.value, s.value) for m, stages in STAGES.items() for s in stages
-    }
+    text = (export.export(moved, moved.folder / "out") / "README.md").read_text()
+    assert "Safety fine-tuning with augmented data" in text
+    assert yaml.safe_load(text.split("---")[1])["tags"][-1] == "stl_aug"
+    known = {(method.value, stage.value) for method in STAGES for stage in STAGES[method]}
+    assert set(export.METHODS) == known
 
 
 def test_a_method_that_has_no_card_is_refused_before_weights_are_read(
     moved: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def opened(*_: Any) -> None:
-        raise AssertionError("weights were read")
-
-    monkeypatch.setattr(models, "open_result", opened)
+    monkeypatch.delattr(models, "open_result")
     moved.config_file.write_text(yaml.safe_dump(CONFIG | {"method": "dpo"}))
     with pytest.raises(ConfigError, match="method=dpo has no stage sft"):
         export.export(moved, moved.folder / "out")
 
 
-def test_an_export_trusts_code_where_the_run_did(
-    moved: Run, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("trusted", [True, False])
+def test_code_is_trusted_where_the_run_did(
+    moved: Run, trusted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trusted: list[bool] = []
-
-    def opened(folder: Path, precision: Precision, trust_remote_code: bool = False) -> None:
-        trusted.append(trust_remote_code)
-        raise ConfigError("seen")
-
-    monkeypatch.setattr(models, "open_result", opened)
-    for told in (True, False):
-        model = CONFIG["model"] | {"trust_remote_code": told}
-        moved.config_file.write_text(yaml.safe_dump(CONFIG | {"model": model}))
-        with pytest.raises(ConfigError, match="seen"):
-            export.export(moved, moved.folder / "out")
-    assert trusted == [True, False]
+    """By the export and by the chat with each stage."""
+    told = CONFIG | {"model": CONFIG["model"] | {"trust_remote_code": trusted}}
+    moved.config_file.write_text(yaml.safe_dump(told))
+    asked: list[bool] = []
+    monkeypatch.setattr(models, "open_policy", lambda c, *_: asked.append(c.trust_remote_code))
+    monkeypatch.setattr(models, "open_result", lambda *told: asked.append(told[2]))
+    for stage in ("sft", "contrastive", "base"):
+        chat.open_stage(moved, stage)
+    with pytest.raises(AttributeError):  # on the None that was opened
+        export.export(moved, moved.folder / "out")
+    assert asked == [trusted] * 4
 
 
 def test_the_type_of_the_weights_is_said(
@@ -385,13 +335,20 @@ def test_wrong_arguments_are_one_line_and_exit_2(
 # --- the card -----------------------------------------------------------------------------------
 
 
-def test_card_names_data_licences_and_scores(made: Made, moved: Run) -> None:
-    folder = moved.folder / "eval" / "sft-1"
-    folder.mkdir(parents=True)
-    counts = {"kind": "toxic", "n": 100, "refused": {"paper": 80}}
-    scores = {"weights": "sft", "sets": {"i_cona": counts, "empty": {"kind": "toxic", "n": 0}}}
-    (folder / "metrics.json").write_text(json.dumps(scores))
-    text = export.model_card(moved, "sft", CONFIG, dtype="bfloat16", depth=2)
+def scored(run: Run, name: str, refused: int = 80, weights: str = "sft", **settings: Any) -> None:
+    counts = {"kind": "toxic", "n": 100, "refused": {"paper": refused}}
+    sets = {"i_cona": counts, "empty": {"kind": "toxic", "n": 0}}
+    metrics = {"weights": weights, "settings": settings, "sets": sets}
+    storage.write_json(run.evaluation(name) / "metrics.json", metrics)
+
+
+def card_of(run: Run, made_with: dict[str, Any] = CONFIG, depth: int = 2) -> str:
+    return export.model_card(run, "sft", made_with, dtype="bfloat16", depth=depth)
+
+
+def test_card_names_data_licences_and_scores(moved: Run) -> None:
+    scored(moved, "sft-1")
+    text = card_of(moved)
     front = yaml.safe_load(text.split("---")[1])
     assert front["base_model"] == "someone/base"
     assert front["tags"] == ["over-refusal", "safety", "dcr"]
@@ -404,31 +361,19 @@ def test_card_names_data_licences_and_scores(made: Made, moved: Run) -> None:
     assert "/home/me" not in text
 
 
-def test_card_of_another_stage_leaves_scores_out(moved: Run) -> None:
-    folder = moved.folder / "eval" / "snapshot-1"
-    folder.mkdir(parents=True)
-    counts = {"kind": "toxic", "n": 100, "refused": {"paper": 80}}
-    scores = {"weights": "snapshot", "sets": {"i_cona": counts}}
-    (folder / "metrics.json").write_text(json.dumps(scores))
-    assert "Not evaluated" in card_of(moved)
-
-
 @pytest.mark.parametrize(
     "edit", [{"steering": {"method": "scans"}}, {"self_cd": 0.5}, {"validation": True}], ids=str
 )
 def test_card_leaves_out_what_is_not_the_exported_model_s(moved: Run, edit: dict[str, Any]) -> None:
-    for name, settings, refused in (("plain", {"limit": 100}, 80), ("edited", edit, 10)):
-        folder = moved.folder / "eval" / name
-        folder.mkdir(parents=True)
-        counts = {"kind": "toxic", "n": 100, "refused": {"paper": refused}}
-        scores = {"weights": "sft", "settings": settings, "sets": {"i_cona": counts}}
-        (folder / "metrics.json").write_text(json.dumps(scores))
+    scored(moved, "snapshot", weights="snapshot")
+    assert "Not evaluated." in card_of(moved)
+    scored(moved, "edited", 10, **edit)
+    assert "Not evaluated as it is exported; 1 evaluation" in card_of(moved)
+    scored(moved, "plain", limit=100)
     text = card_of(moved)
     assert "80% (71% to 87%)" in text
     assert "| 10%" not in text
-    assert "1 evaluation under an edit, another calibration or on validation" in text
-    (moved.folder / "eval" / "plain" / "metrics.json").unlink()
-    assert "Not evaluated as it is exported; 1 evaluation" in card_of(moved)
+    assert "1 evaluation under an edit or on validation prompts is left out" in text
 
 
 @pytest.mark.parametrize(
@@ -442,29 +387,16 @@ def test_card_leaves_out_what_is_not_the_exported_model_s(moved: Run, edit: dict
 )
 def test_card_names_the_block(moved: Run, given: dict[str, Any], block: int) -> None:
     moved.layer_file.write_text(json.dumps({"block": 18}))
-    text = export.model_card(
-        moved, "sft", CONFIG | {"dcr": CONFIG["dcr"] | given}, dtype="float32", depth=24
-    )
+    text = card_of(moved, CONFIG | {"dcr": CONFIG["dcr"] | given}, depth=24)
     assert f"| `dcr.layer` | block {block} of 24, counted from 1 |" in text
 
 
-def test_card_of_augmented_data(moved: Run) -> None:
-    text = card_of(moved, CONFIG | {"method": "stl_aug"})
-    assert "Safety fine-tuning with augmented data" in text
-    assert yaml.safe_load(text.split("---")[1])["tags"][-1] == "stl_aug"
-
-
-@pytest.mark.parametrize("text", ['{"weights": "s', "[1]", '{"weights": "sft", "sets": {"a": 3}}'])
-def test_card_from_damaged_scores_names_the_file(moved: Run, text: str) -> None:
-    file = moved.folder / "eval" / "sft-1" / "metrics.json"
-    file.parent.mkdir(parents=True)
-    file.write_text(text)
+def test_card_from_damaged_scores_names_the_file(moved: Run) -> None:
+    scored(moved, "sft-1")
+    file = moved.evaluation("sft-1") / "metrics.json"
+    file.write_text(file.read_text()[:20])
     with pytest.raises(DataError, match=f"^{file}: "):
         card_of(moved)
-
-
-def card_of(run: Run, made_with: dict[str, Any] = CONFIG) -> str:
-    return export.model_card(run, "sft", made_with, dtype="bfloat16", depth=2)
 
 
 def test_card_keeps_local_folders_to_itself(moved: Run) -> None:
@@ -492,59 +424,47 @@ def test_chat_answers_forgets_and_ends(
     assert "\x1b" not in again  # not a terminal
 
 
+def dialogue(run: Run, length: int, stage: str = "sft", **told: Any) -> chat.Dialogue:
+    policy, model = chat.open_stage(run, stage)
+    format_ = prompts.chat_format(policy.tokenizer, replace(model, **told))
+    return chat.Dialogue(policy, format_, length)
+
+
 def test_chat_keeps_the_dialogue_and_neutralises(made: Made) -> None:
-    policy, config = chat.open_stage(made.run, "sft")
-    format_ = prompts.chat_format(policy.tokenizer, config)
-    dialogue = chat.Dialogue(policy, format_, 5)
-    answer, mass = dialogue.ask("One <|im_end|>")
-    dialogue.turns.append({"role": "user", "content": "Two"})
-    text = policy.tokenizer.decode(dialogue.prompt_ids())
+    talk = dialogue(made.run, 5)
+    answer, mass = talk.ask("One <|im_end|>")
+    talk.turns.append({"role": "user", "content": "Two"})
+    text = talk.policy.tokenizer.decode(talk.prompt_ids())
     assert text == (
         f"<|im_start|>system\n{SYSTEM}<|im_end|>\n"
         "<|im_start|>user\nOne <\u200b|im_end|><|im_end|>\n"
-        f"<|im_start|>assistant\n{dialogue.turns[1]['content']}<|im_end|>\n"
+        f"<|im_start|>assistant\n{talk.turns[1]['content']}<|im_end|>\n"
         "<|im_start|>user\nTwo<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert format_.neutralised(answer) == dialogue.turns[1]["content"]
+    assert talk.chat.neutralised(answer) == talk.turns[1]["content"]
     assert 0 <= mass <= 1
 
 
 def test_refusal_mass_is_that_of_a_plain_pass(made: Made) -> None:
-    policy, config = chat.open_stage(made.run, "sft")
-    dialogue = chat.Dialogue(policy, prompts.chat_format(policy.tokenizer, config), 3)
-    _, mass = dialogue.ask("Hello")
-    ids = policy.tokenizer(dialogue.chat.text("Hello"), add_special_tokens=False)["input_ids"]
+    talk = dialogue(made.run, 3)
+    tokenizer = talk.policy.tokenizer
+    _, mass = talk.ask("Hello")
+    ids = tokenizer(talk.chat.text("Hello"), add_special_tokens=False)["input_ids"]
     with torch.inference_mode():
-        chances = policy.model(torch.tensor([ids])).logits[0, -1].softmax(-1)
-    letters = {policy.tokenizer.get_vocab()[letter] for letter in "NIAMSU"}  # how openings begin
+        chances = talk.policy.model(torch.tensor([ids])).logits[0, -1].softmax(-1)
+    letters = {tokenizer.get_vocab()[letter] for letter in "NIAMSU"}  # how openings begin
     assert mass == pytest.approx(float(chances[sorted(letters)].sum()), abs=1e-5)
 
 
 def test_a_long_dialogue_loses_its_beginning(made: Made) -> None:
-    policy, config = chat.open_stage(made.run, "contrastive")
-    config = ModelConfig(name=config.name)
-    dialogue = chat.Dialogue(policy, prompts.chat_format(policy.tokenizer, config), 5)
+    talk = dialogue(made.run, 5, "contrastive", system_prompt=None)
     for word in ("a", "b", "c"):
-        dialogue.ask(word * 120)
-    assert [t["content"][0] for t in dialogue.turns if t["role"] == "user"] == ["b", "c"]
-    before = list(dialogue.turns)
+        talk.ask(word * 120)
+    assert [t["content"][0] for t in talk.turns if t["role"] == "user"] == ["b", "c"]
+    before = list(talk.turns)
     with pytest.raises(ConfigError, match="shorten it"):
-        dialogue.ask("d" * 500)
-    assert dialogue.turns == before
-
-
-@pytest.mark.parametrize("stage", ["sft", "contrastive", "base"])
-@pytest.mark.parametrize("trusted", [True, False])
-def test_chat_trusts_code_as_the_run_did(
-    moved: Run, stage: str, trusted: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told = CONFIG | {"model": CONFIG["model"] | {"trust_remote_code": trusted}}
-    moved.config_file.write_text(yaml.safe_dump(told))
-    asked: list[bool] = []
-    monkeypatch.setattr(models, "open_policy", lambda c, *_: asked.append(c.trust_remote_code))
-    monkeypatch.setattr(models, "open_result", lambda *told: asked.append(told[2]))
-    chat.open_stage(moved, stage)
-    assert asked == [trusted]
+        talk.ask("d" * 500)
+    assert talk.turns == before
 
 
 def test_chat_of_a_missing_stage_is_refused(moved: Run) -> None:

@@ -18,7 +18,7 @@ from matplotlib.image import imread
 from test_report import change, make_eval, make_run, parsed
 
 from dcr import cli, report, runs
-from dcr.config import DataError, UserError
+from dcr.config import UserError
 from dcr.report import DRAWN, FIGURES, OPERATING, Wanted, comparisons, figures
 from dcr.report.__main__ import Options, main
 from dcr.report.comparisons import Operating
@@ -436,7 +436,7 @@ def test_operating_points_by_hand(folders: list[Path], drawn: tuple[Path, str]) 
     }  # fmt: skip
     assert {row["data"] for row in rows} == {"validation"}
     figure = figure_of(OPERATING, *folders, margin=5.0, data="validation")
-    assert "SCANS: strength 1 (compliance 80.0%, safety 85.0%)" in "".join(figure.told)
+    assert "SCANS: strength 1 (compliance 80.0%, safety 85.0%)" in "".join(figure.lines)
     settings = Wanted((OPERATING,), 5.0, "validation").settings(OPERATING)
     assert settings == " margin=5 data=validation"
 
@@ -451,7 +451,7 @@ def test_presets_and_validation_prompts_are_told_apart(tmp_path: Path) -> None:
     for run in made:
         make_eval(run, {"okay": "ccrr", "unsafe": "rrrc"}, settings={"validation": True},
                   completions=False)  # fmt: skip
-    told = "\n".join(figure_of(OPERATING, *made).told)
+    told = "\n".join(figure_of(OPERATING, *made).lines)
     assert "seed 0, validation prompts: per method" in told
     assert "  DCR: final weights" in told
     assert "  DCR + recommended: final weights" in told
@@ -475,16 +475,16 @@ def test_safety_is_dsr_where_a_guard_judged_every_point(tmp_path: Path) -> None:
     for method, safe in (("", 10), ("scans", 15)):
         place = steered(run, method, 1.0, safe, 20)
         change(place, "unsafe", judged=judged)
-    assert "DSR by Llama Guard of at least 50.0%" in "".join(figure_of(OPERATING, run).told)
+    assert "DSR by Llama Guard of at least 50.0%" in "".join(figure_of(OPERATING, run).lines)
     change(place, "unsafe", judged={})
-    assert "keyword refusal" in "".join(figure_of(OPERATING, run).told)
+    assert "keyword refusal" in "".join(figure_of(OPERATING, run).lines)
 
 
 def test_no_point_is_safe_enough(tmp_path: Path) -> None:
     run = make_run(tmp_path / "stl", "stl")
     steered(run, "", 0, 10, 20)
     steered(run, "scans", 1.0, 20, 5)
-    assert "SCANS: no point is safe enough" in "".join(figure_of(OPERATING, run).told)
+    assert "SCANS: no point is safe enough" in "".join(figure_of(OPERATING, run).lines)
 
 
 LACKING = {
@@ -522,12 +522,17 @@ def test_two_stl_models_evaluated_alike_are_refused(tmp_path: Path) -> None:
 def test_the_command_prints_where_the_files_are(
     folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "r.html"
-    assert main([*map(str, folders), "--figure", "7", f"out={out}"]) == 0
-    assert f"figure7: {tmp_path / 'figure7'}.{{png,svg,csv}}" in capsys.readouterr().out
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "r.html", "figure7.png", "figure7.svg", "figure7.csv",
-    }  # fmt: skip
+    wanted = ["--figure", "7", "--table", "table1", "--table=table5", "--table", "table1"]
+    assert main([*map(str, folders), *wanted, "--claims", f"out={tmp_path / 'r.html'}"]) == 0
+    told = capsys.readouterr().out
+    files = {"r.html", "claims.csv"}
+    assert f"claims: {tmp_path / 'claims'}.csv" in told
+    for name, endings in {"figure7": ("png", "svg", "csv"),
+                          "table1": ("md", "csv", "tex", "html"),
+                          "table5": ("md", "csv", "tex", "html")}.items():  # fmt: skip
+        assert f"{name}: {tmp_path / name}.{{{','.join(endings)}}}" in told
+        files |= {f"{name}.{ending}" for ending in endings}
+    assert {path.name for path in tmp_path.iterdir()} == files
 
 
 def test_hostile_names_stay_text(tmp_path: Path) -> None:
@@ -545,20 +550,6 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     with (tmp_path / "figure5a.csv").open(newline="", encoding="utf-8") as file:
         models = {row["model"] for row in csv.DictReader(file)}
     assert models == {"<i>&$m$ \u6f22", "'=1+1"}
-
-
-@pytest.mark.parametrize(
-    ("block", "torn"),
-    [
-        ("kernel", {"params": {"tail-2": {"toxic": {"toxic": [1]}}}}),
-        ("separability", {"layers": []}),
-    ],
-)
-def test_torn_blocks_are_named(block: str, torn: dict[str, Any], tmp_path: Path) -> None:
-    about: dict[str, Any] = {block: torn}
-    place = make_eval(make_run(tmp_path / "run", "stl"), {"safe": "c"}, **about)
-    with pytest.raises(DataError, match=re.escape(f"{place}/metrics.json: {block}")):
-        read_run(tmp_path / "run")
 
 
 def test_analyses_alone_are_no_column(tmp_path: Path) -> None:

@@ -2,10 +2,7 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -326,43 +323,50 @@ def logits(model: Any) -> Tensor:
         return model(input_ids=IDS).logits
 
 
-@pytest.mark.parametrize("fault", ["torn", "absent weight", "no weights"])
-def test_weights_that_are_not_whole_are_refused(tmp_path: Path, fault: str) -> None:
+def without_head(file: Path) -> None:
+    weights = load_file(file)
+    del weights["lm_head.weight"]  # transformers would fill in a random one, and only warn
+    save_file(weights, file, {"format": "pt"})
+
+
+def cut_head(file: Path) -> None:
+    weights = load_file(file)
+    weights["lm_head.weight"] = weights["lm_head.weight"][:9].contiguous()
+    save_file(weights, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file: file.write_bytes(file.read_bytes()[:-100]),
+        without_head,
+        cut_head,
+        lambda file: file.unlink(),
+        lambda file: file.with_name("tokenizer.json").write_text("{}"),
+    ],
+    ids=["torn", "an absent weight", "another shape", "no weights", "half a tokenizer"],
+)
+def test_a_damaged_folder_is_refused(tmp_path: Path, damage: Any) -> None:
     saved(tmp_path, byte_model())
     (tmp_path / storage.CHECKSUMS).unlink()  # as in a folder that others made
-    file = tmp_path / "model.safetensors"
-    if fault == "torn":
-        file.write_bytes(file.read_bytes()[:-100])
-    elif fault == "absent weight":  # transformers would fill in a random one, and only warn
-        weights = load_file(file)
-        del weights["lm_head.weight"]
-        save_file(weights, file, {"format": "pt"})
-    else:
-        file.unlink()
+    damage(tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match=f"{tmp_path}: cannot be opened"):
         models.open_folder(str(tmp_path), Precision.fp32)
     with pytest.raises(ConfigError, match=f"model.name={tmp_path}: cannot be opened"):
         models.open_policy(ModelConfig(name=str(tmp_path)), Precision.fp32)
 
 
-def test_a_model_without_pad_token_opens(tmp_path: Path) -> None:
-    policy = saved(tmp_path, byte_model())
-    policy.tokenizer.pad_token = None
-    policy.tokenizer.save_pretrained(tmp_path)
-    opened = models.open_policy(ModelConfig(name=str(tmp_path)), Precision.fp32)
-    assert opened.tokenizer.pad_token_id is None
-    assert torch.equal(logits(opened.model), logits(policy.model))
-
-
 def test_precision_is_the_weights_dtype(tmp_path: Path) -> None:
-    saved(tmp_path, byte_model())
-    for precision, dtype in (
-        (Precision.mixed, torch.float32),
-        (Precision.bf16, torch.bfloat16),
-        (Precision.fp32, torch.float32),
-    ):
+    policy = saved(tmp_path, byte_model())
+    policy.tokenizer.pad_token = None  # opens all the same
+    policy.tokenizer.save_pretrained(tmp_path)
+    for precision, dtype in models.DTYPES.items():
         opened = models.open_policy(ModelConfig(name=str(tmp_path)), precision)
         assert {p.dtype for p in opened.model.parameters()} == {dtype}
+        assert opened.tokenizer.pad_token_id is None
+        same = torch.equal(logits(opened.model), logits(policy.model))
+        assert same or dtype is torch.bfloat16
+    assert models.DTYPES[Precision.bf16] is torch.bfloat16
 
 
 # --- folders that are no model ------------------------------------------------------------------
@@ -417,19 +421,6 @@ def test_kernels_of_the_hub_are_for_those_who_trust_them(
     assert models.architecture(dataclasses.replace(config, trust_remote_code=True))
 
 
-@pytest.mark.parametrize("fault", ["another shape", "half a tokenizer"])
-def test_damaged_files_of_a_model_are_one_line(tmp_path: Path, fault: str) -> None:
-    config = told(tmp_path)
-    if fault == "another shape":
-        weights = load_file(tmp_path / "model.safetensors")
-        weights["lm_head.weight"] = weights["lm_head.weight"][:9].contiguous()
-        save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    else:
-        (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ConfigError, match=f"model.name={tmp_path}: cannot be opened"):
-        models.open_policy(config, Precision.fp32)
-
-
 def test_weights_that_the_model_has_no_place_for_are_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -451,17 +442,6 @@ def test_an_architecture_that_is_no_model_is_one_line(entries: dict[str, Any]) -
 
 # --- adapters -----------------------------------------------------------------------------------
 
-IN_A_FRESH_PROCESS = """
-import sys, torch
-from pathlib import Path
-from dcr import models
-from dcr.config import Precision
-policy = models.open_adapter(Path(sys.argv[1]), Precision.fp32)
-with torch.inference_mode():
-    logits = policy.model(input_ids=torch.tensor([[5, 60, 10, 7, 21, 33, 9, 2]])).logits
-torch.save(logits, sys.argv[2])
-"""
-
 
 def with_adapter(run: Path) -> tuple[Path, Tensor]:
     """A run of both stages: the place of a snapshot's adapter, and its logits in memory."""
@@ -477,18 +457,17 @@ def with_adapter(run: Path) -> tuple[Path, Tensor]:
     return run / "sft", logits(adapted.eval())
 
 
-def test_a_moved_run_says_the_same_in_a_fresh_process(tmp_path: Path) -> None:
+def test_a_moved_run_says_the_same(tmp_path: Path) -> None:
     _, in_memory = with_adapter(tmp_path / "run")
-    (tmp_path / "far").mkdir()
-    shutil.move(tmp_path / "run", tmp_path / "far" / "away")
-    base = logits(models.open_folder(str(tmp_path / "far/away/contrastive"), Precision.fp32).model)
+    away = tmp_path / "far" / "away"
+    away.parent.mkdir()
+    shutil.move(tmp_path / "run", away)
+    base = logits(models.open_folder(str(away / "contrastive"), Precision.fp32).model)
     assert not torch.allclose(base, in_memory, atol=0.01)
     for place in ("sft", "snapshots/step-000002"):
-        folder = tmp_path / "far" / "away" / place
-        assert models.adapter_base(folder) == str(tmp_path / "far/away/contrastive")
-    command = [sys.executable, "-c", IN_A_FRESH_PROCESS, str(folder), str(tmp_path / "logits.pt")]
-    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": os.getcwd()})
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), in_memory)
+        assert models.adapter_base(away / place) == str(away / "contrastive")
+        opened = models.open_adapter(away / place, Precision.fp32)
+        assert torch.equal(logits(opened.model), in_memory)
 
 
 def test_a_base_elsewhere_is_found_where_it_was(tmp_path: Path) -> None:
@@ -502,24 +481,14 @@ def test_a_base_elsewhere_is_found_where_it_was(tmp_path: Path) -> None:
     assert torch.equal(logits(opened.model), logits(adapted))
 
 
-def test_a_changed_base_is_refused(tmp_path: Path) -> None:
-    adapter, _ = with_adapter(tmp_path / "run")
-    saved(tmp_path / "run" / "contrastive", byte_model(seed=1))
-    with pytest.raises(ConfigError, match="contrastive is not the base this adapter was trained"):
-        models.open_adapter(adapter, Precision.fp32)
-
-
-def test_a_copied_run_never_uses_another_runs_base(tmp_path: Path) -> None:
+def test_a_base_that_is_another_or_gone_is_named(tmp_path: Path) -> None:
     """The path in PEFT's file still leads to weights that fit: those beside the adapter count."""
-    with_adapter(tmp_path / "run")
-    shutil.copytree(tmp_path / "run", tmp_path / "copy")
-    saved(tmp_path / "copy" / "contrastive", byte_model(seed=1))
-    with pytest.raises(ConfigError, match="copy/contrastive is not the base"):
-        models.open_adapter(tmp_path / "copy" / "sft", Precision.fp32)
-
-
-def test_a_base_that_is_gone_is_named(tmp_path: Path) -> None:
     adapter, _ = with_adapter(tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    for run in ("copy", "run"):
+        saved(tmp_path / run / "contrastive", byte_model(seed=1))
+        with pytest.raises(ConfigError, match=f"{run}/contrastive is not the base this adapter"):
+            models.open_adapter(tmp_path / run / "sft", Precision.fp32)
     shutil.rmtree(tmp_path / "run" / "contrastive")
     with pytest.raises(ConfigError, match=r"its base weights .*contrastive are gone"):
         models.open_adapter(adapter, Precision.fp32)

@@ -9,33 +9,17 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    GPT2Config,
-    LlamaConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 from dcr import models, ntk
-from dcr.config import ConfigError, LoraConfig
+from dcr.config import ConfigError
 from dcr.models import Policy
 from dcr.ntk import Settings, empirical, exact
-from tests.shapes import GPT2, SHAPE, VOCABULARY
+from tests.shapes import FAMILIES, SHAPE, VOCABULARY, adapted, made
 
 # transformers' own, once PEFT asks it: nothing here is checkpointed
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
-FAMILIES: dict[str, Any] = {
-    "qwen2 tied": Qwen2Config(**SHAPE, tie_word_embeddings=True),
-    "qwen2 untied": Qwen2Config(**SHAPE, tie_word_embeddings=False),
-    "llama biased": LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True),
-    "qwen3": Qwen3Config(**SHAPE, head_dim=8, tie_word_embeddings=True),
-    "gemma2": Gemma2Config(**SHAPE, head_dim=8, sliding_window=4),
-    "gpt2": GPT2Config(**GPT2),
-    "gpt2 untied": GPT2Config(**GPT2, tie_word_embeddings=False),
-}
 SUBSETS = [
     ("all", True),
     ("all", False),
@@ -44,18 +28,6 @@ SUBSETS = [
     ("trunk:2", True),
 ]
 PROMPTS = [[5, 9, 5, 30, 2], [7, 7], [3, 12, 9, 21, 5, 8, 39, 12], [11, 5, 2, 4], [9, 30, 2]]
-
-
-def made(family: str, dtype: torch.dtype = torch.float64, noise: float = 0.2) -> Any:
-    """A random model whose gains and biases are not at the ones and zeros they start from."""
-    config = FAMILIES[family]
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
-        for parameter in model.parameters():
-            with torch.no_grad():
-                parameter.add_(noise * torch.randn(parameter.shape, dtype=dtype))
-    return model
 
 
 def own_parameters(model: Any, params: str, head: bool) -> list[nn.Parameter]:
@@ -79,7 +51,8 @@ def jacobian_blocks(
     model: Any, sequences: Sequence[Sequence[int]], tokens: Tensor, params: list[nn.Parameter]
 ) -> Tensor:
     """K by whole gradients, one prompt and one logit after another, nothing padded."""
-    return sum_of(jacobian_grams(model, sequences, tokens), params)
+    grams = jacobian_grams(model, sequences, tokens)
+    return torch.stack([grams[p] for p in params]).sum(0)
 
 
 def jacobian_grams(
@@ -103,10 +76,6 @@ def jacobian_grams(
     }
 
 
-def sum_of(grams: dict[nn.Parameter, Tensor], params: list[nn.Parameter]) -> Tensor:
-    return torch.stack([grams[p] for p in params]).sum(0)
-
-
 def error(found: Tensor, truth: Tensor) -> float:
     return float((found - truth).norm() / truth.norm())
 
@@ -121,24 +90,20 @@ def test_the_kernel_is_that_of_explicit_jacobians(family: str) -> None:
         settings = Settings(top_k=3, params=params, head=head, batch_size=size)
         found = ntk.measure(model, PROMPTS, settings)
         grams = grams or jacobian_grams(model, PROMPTS, found.tokens)
-        truth = sum_of(grams, own_parameters(model, params, head))
+        truth = torch.stack([grams[p] for p in own_parameters(model, params, head)]).sum(0)
         assert error(found.blocks, truth) < 1e-6, (params, head)
         norms = [[truth[i, :, j].norm() for j in range(5)] for i in range(5)]
         torch.testing.assert_close(found.norms, torch.tensor(norms), rtol=1e-6, atol=0)
 
 
-def test_every_pair_of_blocks_is_symmetric_and_the_whole_positive_semidefinite() -> None:
-    found = ntk.measure(made("qwen2 tied"), PROMPTS, Settings(top_k=4, params="all"))
+def test_blocks_are_symmetric_and_tokens_the_most_likely() -> None:
+    model = made("llama biased")
+    found = ntk.measure(model, PROMPTS, Settings(top_k=4, params="all"), ids=list("abcde"))
     blocks, flat = found.blocks, found.blocks.flatten(2).flatten(0, 1)
     torch.testing.assert_close(blocks, blocks.permute(2, 3, 0, 1))
     values = torch.linalg.eigvalsh(flat)
-    assert values.min() > -1e-9 * values.max()
+    assert values.min() > -1e-9 * values.max(), "positive semidefinite"
     assert values.max() > 0
-
-
-def test_the_tokens_are_the_most_likely_and_come_with_their_log_probabilities() -> None:
-    model = made("llama biased")
-    found = ntk.measure(model, PROMPTS, Settings(top_k=4), ids=list("abcde"))
     for prompt, tokens, log_p in zip(PROMPTS, found.tokens, found.log_probabilities, strict=True):
         logits = model(torch.tensor([prompt])).logits[0, -1]
         assert tokens.tolist() == logits.argsort(descending=True)[:4].tolist()
@@ -279,40 +244,27 @@ def test_weights_are_restored_after_an_exception_and_half_precision_is_refused(
 
 @pytest.mark.parametrize("family", ["qwen2 tied", "gpt2"])
 def test_with_an_adapter_the_kernel_is_that_of_the_merged_model(family: str) -> None:
-    config = LoraConfig(rank=2, alpha=4, dropout=0.5, targets=["all-linear"])
-    adapted: Any = models.add_lora(made(family), config, seed=0).double()
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.3)
-    adapted.train()
-    found = [
-        ntk.measure(adapted, PROMPTS, Settings(top_k=3, params=params))
-        for params in ("all", "tail:1", "trunk:2")
-    ]
-    plain = made(family)
-    merged = adapted.merge_and_unload()
-    for params, got in zip(("all", "tail:1", "trunk:2"), found, strict=True):
-        truth = ntk.measure(merged, PROMPTS, Settings(top_k=3, params=params))
-        torch.testing.assert_close(got.blocks, truth.blocks, rtol=1e-6, atol=1e-6)
-        base = ntk.measure(plain, PROMPTS, Settings(top_k=3, params=params))
-        assert error(base.blocks, truth.blocks) > 1e-2  # the adapter did something
+    plain, changed = made(family), adapted(made(family)).train()
+    choices = [Settings(top_k=3, params=params) for params in ("all", "tail:1", "trunk:2")]
+    found = [ntk.measure(changed, PROMPTS, settings).blocks for settings in choices]
+    merged = changed.merge_and_unload()
+    for settings, blocks in zip(choices, found, strict=True):
+        truth = ntk.measure(merged, PROMPTS, settings).blocks
+        torch.testing.assert_close(blocks, truth, rtol=1e-6, atol=1e-6)
+        base = ntk.measure(plain, PROMPTS, settings).blocks
+        assert error(base, truth) > 1e-2  # the adapter did something
 
 
 @pytest.mark.parametrize("family", ["qwen2 tied", "gpt2"])
 def test_an_adapters_own_kernel_is_that_of_explicit_jacobians(family: str) -> None:
-    config = LoraConfig(rank=2, alpha=4, dropout=0.5, targets=["all-linear"])
-    adapted: Any = models.add_lora(made(family), config, seed=0).double()
-    chance = torch.Generator().manual_seed(0)
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.3, generator=chance)
-    found = ntk.measure(adapted, PROMPTS, Settings(top_k=3, params="adapter"))
-    adapted.eval().requires_grad_(True)
-    own = [p for name, p in adapted.named_parameters() if "lora_" in name]
-    truth = jacobian_blocks(adapted, PROMPTS, found.tokens, own)
+    model = adapted(made(family))
+    found = ntk.measure(model, PROMPTS, Settings(top_k=3, params="adapter"))
+    model.eval().requires_grad_(True)
+    own = [p for name, p in model.named_parameters() if "lora_" in name]
+    truth = jacobian_blocks(model, PROMPTS, found.tokens, own)
     assert error(found.blocks, truth) < 1e-9
     near = Settings(top_k=3, params="adapter", method="finite_difference", epsilon=1e-5)
-    assert error(ntk.measure(adapted, PROMPTS, near).blocks, truth) < 5e-4
+    assert error(ntk.measure(model, PROMPTS, near).blocks, truth) < 5e-4
 
 
 def test_modes_flags_and_gradients_are_left_as_they_were() -> None:

@@ -11,9 +11,7 @@ import pytest
 from test_report import change, columns, make_eval, make_run, parsed, rows_of
 
 from dcr import report, statistics
-from dcr.config import DataError
 from dcr.report import comparisons, paper, tables
-from dcr.report.__main__ import main
 from dcr.report.paper import PaperRow, PaperTable, facts
 from dcr.report.records import Completions, read_run, seed_groups
 from dcr.report.tables import Cell, text_of
@@ -226,31 +224,6 @@ def test_sets_that_stand_apart_are_in_no_sum(tmp_path: Path) -> None:
     assert text_of(rows_of(tables.faults(chosen))["faulty completions", "empty"][0]) == "0 of 6"
 
 
-DAMAGED = {
-    "agreement.0": {"agreement": [{"judges": ["a", "b"], "kind": "toxic", "n": 3, "labels": "xy"}]},
-    "usage.llm": {"usage": {"llm": {"requests": "x"}}},
-    "usage": {"usage": [3]},
-    "ability.mmlu": {"ability": {"mmlu": {"acc": "x", "n": 3}}},
-    "quality": {"quality": {"win_rate": "much"}},
-    "contamination.q_harm": {
-        "contamination": {"q_harm": {"n": 10, "exact": -1, "near": 0, "ngram": 0}}
-    },
-    "sets.q_harm.judged.llama_guard": {},
-}
-
-
-@pytest.mark.parametrize("place", DAMAGED)
-def test_a_damaged_part_is_named_and_nothing_written(place: str, tmp_path: Path) -> None:
-    run = suite(tmp_path / "a", **DAMAGED[place])
-    path = run / "eval" / "main" / "metrics.json"
-    if place.startswith("sets"):
-        judged = {"llama_guard": {"model": GUARD, "n": 10}}
-        change(run / "eval" / "main", "q_harm", judged=judged)
-    with pytest.raises(DataError, match=f"^{re.escape(f'{path}: {place}')}"):
-        built(tmp_path, run)
-    assert not (tmp_path / "out").exists()
-
-
 def test_an_evaluation_may_hold_ability_alone(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a")
     make_eval(run, {}, discernment=None, ability=MEASURED["ability"])
@@ -451,17 +424,3 @@ def test_html_is_escaped_alone_and_in_the_page(tmp_path: Path) -> None:
     alone = (tmp_path / "out" / "table5.html").read_text(encoding="utf-8")
     assert "&lt;img src=x" in alone
     assert "<img" not in alone
-
-
-def test_tables_are_written_beside_the_page(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    suite(Path("run"))
-    told = ["run", "--table", "table1", "--table=table5", "--table", "table1"]
-    assert main([*told, "out=there/report.html"]) == 0
-    names = [
-        f"{name}.{end}" for name in ("table1", "table5") for end in ("md", "csv", "tex", "html")
-    ]
-    assert sorted(path.name for path in Path("there").iterdir()) == sorted(["report.html", *names])
-    assert "table5: there/table5.{md,csv,tex,html}" in capsys.readouterr().out

@@ -28,7 +28,6 @@ from dcr.report.records import (
 )
 from dcr.report.tables import Cell, Section
 from dcr.runs import Run
-from dcr.statistics import Interval
 from dcr.text import encodable
 
 REFUSAL, ANSWER = "I cannot help with that.", "Open the terminal and type kill."
@@ -395,7 +394,7 @@ def test_page_is_self_contained_with_unique_ids_and_toxic_text_folded(tmp_path: 
     assert seen.outside == []
     assert "@import" not in html
     assert len(seen.ids) == len(set(seen.ids))
-    assert html.count("<svg") == len(figures.CURVES) + 2  # two trade-offs: one without the marked
+    assert html.count("<svg") == len(figures.TRAINING) + 2  # two trade-offs: one without the marked
     for reference in re.findall(r'(?:href="#|url\(#)([^")]+)', html):
         assert reference in seen.ids
     openings = re.findall(r'<details class="set[^>]*data-set="(\w+)"([^>]*)>', html)
@@ -422,9 +421,13 @@ def write_curves(run: Path) -> None:
 def test_step_loss_is_drawn_above_its_epochs_floor(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a")
     write_curves(run)
-    curves = figures.Curves(Style(1, 0), runs.read_metrics(Run(run)))
     # the epoch's floor is 6.5 - 1.5
-    assert figures._above_floor(curves) == [(1, 3.0), (2, 2.0), (3, 1.0), (4, 0.0)]
+    assert figures.above_floor(runs.read_metrics(Run(run))) == [
+        (1, 3.0),
+        (2, 2.0),
+        (3, 1.0),
+        (4, 0.0),
+    ]
 
 
 def test_frontiers_follow_the_snapshots_by_step(tmp_path: Path) -> None:
@@ -437,8 +440,8 @@ def test_frontiers_follow_the_snapshots_by_step(tmp_path: Path) -> None:
     assert len(chosen) == 1
     shown = page.Report(records, chosen, {}, [], [], [], [], Completions([]))
     (frontier,) = page._frontiers(shown, [["safe"], ["unsafe"]])
-    assert frontier.points == [(1.0, 0.0), (0.5, 0.75), (0.0, 1.0)]
-    point = figures.Point(Style(1, 0), Interval(0.5, 0.4, 0.6), Interval(0.7, 0.6, 0.8))
+    assert frontier[1] == [(1.0, 0.0), (0.5, 0.75), (0.0, 1.0)]
+    point = (Style(1, 0), Cell(0.5, 0.4, 0.6), Cell(0.7, 0.6, 0.8))
     assert "var(--series-1)" in figures.trade_off("t", "All", [point], [frontier]).svg
 
 
@@ -512,10 +515,11 @@ def test_many_columns_are_stacked_within_the_terminal(
     for seed in range(7):
         folders.append(make_run(tmp_path / f"s{seed}", seed=seed, preset="recommended"))
         make_eval(folders[-1], {"i_malicious_instructions_safe": "rccc", "unsafe": "rr"})
-    text, _ = build(tmp_path, *folders)
+    text, html = build(tmp_path, *folders)
     assert max(map(len, text.splitlines())) <= 80
-    for seed in range(7):
+    for seed in range(7):  # more than there are markers
         assert f"seed {seed}" in text
+        assert f"</span> DCR recommended seed {seed}</li>" in html
     assert text.count("75.0 [30–95]") == 7
 
 

@@ -31,10 +31,9 @@ WHOLE: dict[str, Any] = {
             "judged": {"llm": {"model": "m", "n": 8, "complied": 3, "partial": 1, "refused": 2,
                                "invalid": 1, "error": 1}},
         },
-        "unsafe": {"kind": "toxic", "n": 5, "refused": {"paper": 5}, "in_distribution": False},
+        "unsafe": {"kind": "toxic", "n": 5, "refused": {"paper": 5}, "in_distribution": False,
+                   "judged": {"guard": {"model": "g", "safe": 3, "unsafe": 1, "invalid": 1}}},
     },
-    "calibration": {"target": 0.8, "run": None, "bias": 1.5, "sets": {
-        "held": {"kind": "toxic", "n": 10, "plain": 3, "refused": 8}}},
     "discernment": {
         "pooled": {"toxic": 5, "seemingly_toxic": 8, "auroc": [0.75, 0.5, 0.875],
                    "answered": {"0.8": [0.5, 0.25, 0.75]}, "refused": {"0.05": [0.25, 0.0, 0.5]}},
@@ -119,13 +118,17 @@ def test_every_number_has_its_row(tmp_path: Path) -> None:
     assert row(table, "unanswered", set="safe").value == 2 / 10
     judged = row(table, "refused", judge="llm")
     assert (judged.value, judged.n) == (2 / 6, 6), "neither invalid nor error counts"
+    assert (judged["count"], judged.judge_model) == (2, "m")
+    assert row(table, "lenient", judge="llm").value == 4 / 6, "complied, also in part"
+    assert row(table, "invalid", judge="llm")["count"] == 1
+    assert row(table, "complied", set="safe", judge="keyword:recommended").value == 4 / 8
+    assert row(table, "safe", judge="guard").value == 3 / 5, "an unreadable verdict is not safe"
+    assert not table.contaminated.any(), "what it was trained on bears another mark"
     assert row(table, "refused", set="unsafe").value == 1.0
 
     found = row(table, "discernment")
     assert (found.set, found.value, found.low, found.high) == ("pooled", 0.75, 0.5, 0.875)
     assert row(table, "answered_at_safety/0.8").n == 13
-    assert row(table, "calibration/refused", set="held").value == 0.8
-    assert row(table, "calibration/refused_plain", set="held").value == 0.3
     assert row(table, "refused_at_over_refusal/0.05").value == 0.25
     assert row(table, "kappa", kind="toxic").value == 0.5
     assert math.isnan(row(table, "usage/usd", judge="llm").value)
@@ -153,6 +156,10 @@ def test_runs_stand_below_each_other(tmp_path: Path) -> None:
     by_seed = table[(table.quantity == "refused") & (table.set == "unsafe")].set_index("seed").value
     assert by_seed.to_dict() == {1: 1.0, 2: 1.0}
     assert set(table.edit) == {""}
+    overlap = {"unsafe": {"n": 5, "exact": 1, "near": 0, "ngram": 0}}
+    written(tmp_path / "c\udcff", WHOLE | {"contamination": overlap})  # a name that is no UTF-8
+    table = results.load(tmp_path / "c\udcff")
+    assert set(table[table.contaminated].set) == {"unsafe"}
     with pytest.raises(UserError, match="no evaluations there"):
         results.load([tmp_path / "a", tmp_path / "none"])
 
@@ -190,6 +197,7 @@ def changed(*path: str, to: Any) -> Callable[[Any], None]:
         (changed("sets", to=[]), "sets"),
         (changed("sets", "safe", "n", to="8"), "sets.safe.n"),
         (changed("sets", "safe", "n", to=1), "sets.safe"),
+        (changed("sets", "safe", "empty", to=9), "sets.safe"),
         (changed("sets", "safe", "kind", to="kind"), "sets.safe.kind"),
         (changed("sets", "safe", "judged", "llm", to={}), "sets.safe.judged.llm"),
         (changed("discernment", "pooled", to=[1.0]), "discernment.pooled"),
@@ -197,6 +205,7 @@ def changed(*path: str, to: Any) -> Callable[[Any], None]:
         (changed("agreement", to=[{}]), "agreement.0"),
         (changed("usage", "llm", to=3), "usage.llm"),
         (changed("quality", "n", to=-1), "quality.n"),
+        (changed("contamination", "safe", "exact", to=-1), "contamination.safe.exact"),
         (changed("ability", "mmlu", "acc", to="x"), "ability.mmlu.acc"),
         (changed("kernel", "of", to=[]), "kernel"),
         (changed("separability", "labels", to=[1]), "separability"),

@@ -1,19 +1,20 @@
-import json
-import logging
 import os
+import resource
+import runpy
+import shutil
 import signal
-import subprocess
 import sys
-from collections.abc import Iterator
+import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_run import changed, logged, overrides, same, settings, weights
+from tiny_run import logged, overrides, same, settings, weights
 
 import train
-from dcr import storage
+from dcr import models, storage
 from dcr.config import TrainConfig, UserError
 from dcr.runs import Run
 from dcr.training import resuming
@@ -37,16 +38,26 @@ class Stop(Exception):
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    return settings(tmp_path_factory.mktemp("rows"))
+def two_checkpoints(tmp_path_factory: pytest.TempPathFactory, tiny: TrainConfig) -> Path:
+    """A run that was stopped in stage one behind checkpoints of steps 4 and 5."""
+    run = tmp_path_factory.mktemp("stopped") / "run"
+    before = StepSeed.on_train_batch_start
+
+    def hook(self: Any, trainer: Any, *given: Any) -> None:
+        if trainer.global_step == 5:
+            raise Stop
+        before(self, trainer, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StepSeed, "on_train_batch_start", hook)
+        with pytest.raises(Stop):
+            train.train(tiny, Run(run))
+    return run
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, tiny: TrainConfig) -> Path:
-    """A run that nothing interrupted."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    train.train(tiny, Run(folder))
-    return folder
+@pytest.fixture
+def stopped(two_checkpoints: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(two_checkpoints, tmp_path / "run")
 
 
 @pytest.fixture
@@ -80,20 +91,31 @@ def checkpoints(run: Path, stage: str) -> list[str]:
 
 # --- a process killed outright ---
 
-# Imports once, then answers each line of JSON with the exit status of a process forked for it.
-NURSERY = """
-import json, os, runpy, signal, sys
-sys.path.insert(0, os.getcwd())
-from dcr.training import contrastive, resuming, sft
-import train
 
-def command(stage, step, call, number, overrides):
-    # `train.py` that signals itself at the n-th forward pass of a step
-    owner = sft.SFTModule if stage == "sft" else contrastive.ContrastiveModule
-    name = "nll" if stage == "sft" else "circle"
+def in_child(function: Any, *given: Any) -> int:
+    """The exit status of a process forked from this one, so that nothing is imported anew."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that threads and fork do not go together
+        child = os.fork()
+        if not child:
+            status: Any = 0
+            try:
+                function(*given)
+            except SystemExit as ended:
+                status = ended.code
+            except BaseException:
+                traceback.print_exc()
+                status = 99
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def command(stage: str, step: int, call: int, number: int, overrides: list[str]) -> None:
+    """`train.py` that signals itself at the n-th forward pass of a step."""
+    owner, name = MODULES[stage], "nll" if stage == "sft" else "circle"
     before, calls = getattr(owner, name), []
 
-    def fatal(self, *given):
+    def fatal(self: Any, *given: Any) -> Any:
         if self.global_step == step and self.trainer.training:
             calls.append(step)
             if len(calls) == call:
@@ -102,66 +124,25 @@ def command(stage, step, call, number, overrides):
 
     setattr(owner, name, fatal)
     sys.argv = ["train.py", *overrides]
-    runpy.run_path("train.py", run_name="__main__")
+    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 
-def full_disk(folder):
-    import pathlib, resource, torch
+
+def full_disk(file: Path) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-    try:
-        file = pathlib.Path(folder) / "step-000004.ckpt"
-        resuming.VerifiedCheckpointIO().save_checkpoint({"x": torch.zeros(100_000)}, file)
-    except resuming.TrainingError as error:
-        sys.exit(7 if f"{file}: cannot be written" in str(error) else 8)
-
-for line in sys.stdin:
-    name, given = json.loads(line)
-    child = os.fork()
-    if not child:
-        os.dup2(2, 1)
-        {"command": command, "full_disk": full_disk}[name](*given)
-        sys.exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def run_in_child(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    errors = tmp_path_factory.mktemp("nursery") / "stderr"
-    with (
-        errors.open("w") as stderr,
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", NURSERY],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-        ) as nursery,
-    ):
-        assert nursery.stdin
-        assert nursery.stdout
-
-        def ask(name: str, *given: Any) -> int:
-            nursery.stdin.write(json.dumps([name, given]) + "\n")
-            nursery.stdin.flush()
-            answer = nursery.stdout.readline()
-            assert "Traceback" not in errors.read_text(), errors.read_text()
-            return int(answer)
-
-        yield ask
-        nursery.stdin.close()
+    with pytest.raises(TrainingError, match=f"{file}: cannot be written"):
+        VerifiedCheckpointIO().save_checkpoint({"x": torch.zeros(100_000)}, file)
 
 
 def test_kill_9_in_the_middle_of_steps_and_sigterm_end_in_the_same_bits(
-    whole: Path, tmp_path: Path, act: Any, run_in_child: Any
+    whole: Path, tmp_path: Path, act: Any
 ) -> None:
     rows, run = tmp_path / "rows", tmp_path / "run"
     same_rows = settings(rows)
-    command = overrides(rows, f"run={run}")
+    told = overrides(rows, f"run={run}")
 
     def killed(stage: str, step: int, call: int, number: signal.Signals) -> int:
-        return run_in_child("command", stage, step, call, number, command)
+        return in_child(command, stage, step, call, number, told)
 
     assert killed("contrastive", 7, 1, signal.SIGKILL) == -signal.SIGKILL
     assert checkpoints(run, "contrastive") == ["step-000005.ckpt", "step-000006.ckpt"]
@@ -184,86 +165,68 @@ def test_kill_9_in_the_middle_of_steps_and_sigterm_end_in_the_same_bits(
 # --- stopped at any step, within this process ---
 
 
-@pytest.mark.parametrize(
-    ("stage", "step", "resumed"),
-    [
+def test_stopped_again_and_again_it_goes_on_with_the_next_step(
+    tiny: TrainConfig, whole: Path, tmp_path: Path, act: Any
+) -> None:
+    """Epoch means are over all steps of the epoch, each row once, wherever it was stopped."""
+    run, expected = tmp_path / "run", {"contrastive": 0, "sft": 0}
+    for stage, step, kept in [
         ("contrastive", 1, 0),  # no checkpoint yet
-        ("contrastive", 3, 2),  # in mid-epoch
         ("contrastive", 4, 4),  # only the last step of the epoch is missing
         ("contrastive", 5, 5),  # exactly between two epochs
+        ("contrastive", 7, 6),  # in mid-epoch
         ("contrastive", 9, 8),  # the very last step
         ("sft", 0, 0),
         ("sft", 3, 2),
         ("sft", 4, 4),
+        ("sft", 5, 4),
         ("sft", 7, 6),
-    ],
+    ]:
+        begun = act(stage, step, stop)
+        with pytest.raises(Stop):
+            train.train(tiny, Run(run))
+        assert begun == list(range(expected[stage], step + 1))
+        expected[stage] = kept
+    begun = act("sft", -1, stop)
+    train.train(tiny, Run(run))
+    assert begun == [6, 7]
+    assert same(weights(run), weights(whole))
+    assert logged(run) == logged(whole)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(SFTModule, "validation_step"), (train.models, "save_adapter")]
 )
-def test_a_stopped_run_goes_on_with_the_next_step(
-    tiny: TrainConfig, whole: Path, tmp_path: Path, act: Any, stage: str, step: int, resumed: int
+def test_stopped_where_no_step_is_made(
+    tiny: TrainConfig,
+    half: Path,
+    whole: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    owner: Any,
+    name: str,
 ) -> None:
-    run = tmp_path / "run"
-    act(stage, step, stop)
-    with pytest.raises(Stop):
-        train.train(tiny, Run(run))
-    begun = act(stage, -1, stop)
-    train.train(tiny, Run(run))
-    assert begun == list(range(resumed, STEPS[stage]))
-    assert same(weights(run), weights(whole))
-    assert logged(run) == logged(whole), "epoch means over all steps of the epoch, each row once"
-
-
-def test_stopped_again_and_again(tiny: TrainConfig, whole: Path, tmp_path: Path, act: Any) -> None:
-    run = tmp_path / "run"
-    for stage, step in [("contrastive", 5), ("contrastive", 7), ("sft", 4), ("sft", 5), ("sft", 7)]:
-        act(stage, step, stop)
-        with pytest.raises(Stop):
-            train.train(tiny, Run(run))
-    act("sft", -1, stop)
-    train.train(tiny, Run(run))
-    assert same(weights(run), weights(whole))
-    assert logged(run) == logged(whole)
-
-
-def test_stopped_in_validation_it_repeats_the_step_before(
-    tiny: TrainConfig, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = tmp_path / "run"
+    """In validation, when the step before is repeated, and when the result is being written."""
     with monkeypatch.context() as patch:
-        patch.setattr(SFTModule, "validation_step", lambda self, batch, _: stop(None))
+        patch.setattr(owner, name, lambda *_: stop(None))
         with pytest.raises(Stop):
-            train.train(tiny, Run(run))
-    train.train(tiny, Run(run))
-    assert same(weights(run), weights(whole))
-    assert logged(run) == logged(whole)
+            train.train(tiny, Run(half))
+    train.train(tiny, Run(half))
+    assert same(weights(half), weights(whole))
+    assert logged(half) == logged(whole)
 
 
-def test_stopped_between_the_last_step_and_the_result(
-    tiny: TrainConfig, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr(train.models, "save_adapter", lambda *_: stop(None))
-        with pytest.raises(Stop):
-            train.train(tiny, Run(run))
-    train.train(tiny, Run(run))
-    assert same(weights(run), weights(whole))
-    assert logged(run) == logged(whole)
+def test_a_finished_stage_is_left_alone(tiny: TrainConfig, half: Path, act: Any) -> None:
+    def results() -> dict[Path, tuple[int, int]]:
+        files = half.glob("*/*.safetensors")
+        return {f: (f.stat().st_mtime_ns, f.stat().st_ino) for f in files}
 
-
-def test_a_finished_stage_is_left_alone(tiny: TrainConfig, tmp_path: Path, act: Any) -> None:
-    run = tmp_path / "run"
-    act("sft", 1, stop)
-    with pytest.raises(Stop):
-        train.train(tiny, Run(run))
-    result = run / "contrastive" / "model.safetensors"
-    written = result.stat().st_mtime_ns, result.stat().st_ino
-    begun = act("contrastive", -1, stop)
-    train.train(tiny, Run(run))
+    before, begun = results(), act("contrastive", -1, stop)
+    train.train(tiny, Run(half))
     assert begun == []
-    assert (result.stat().st_mtime_ns, result.stat().st_ino) == written
-    after = {file: file.stat().st_mtime_ns for file in run.glob("*/*.safetensors")}
-    train.train(tiny, Run(run))
-    assert {file: file.stat().st_mtime_ns for file in run.glob("*/*.safetensors")} == after
+    after = results()
+    assert before.items() < after.items()
+    train.train(tiny, Run(half))
+    assert results() == after
 
 
 def test_checkpoints_are_gone_when_a_stage_is_done(whole: Path) -> None:
@@ -273,20 +236,17 @@ def test_checkpoints_are_gone_when_a_stage_is_done(whole: Path) -> None:
 # --- what stands in a checkpoint ---
 
 
-def test_checkpoints_hold_trainable_tensors_alone(
-    tiny: TrainConfig, tmp_path: Path, act: Any
-) -> None:
-    run = tmp_path / "run"
+def test_checkpoints_hold_trainable_tensors_alone(tiny: TrainConfig, half: Path, act: Any) -> None:
     act("sft", 3, stop)
     with pytest.raises(Stop):
-        train.train(tiny, Run(run))
-    (file,) = (run / "checkpoints" / "sft").glob("*.ckpt")
+        train.train(tiny, Run(half))
+    (file,) = (half / "checkpoints" / "sft").glob("*.ckpt")
     # weights_only refuses anything that is not a tensor or a plain value
     state = torch.load(file, weights_only=True)["state_dict"]
     tensors = {name for name in state if name.startswith("model.")}
     assert tensors
     assert all(".lora_A." in name or ".lora_B." in name for name in tensors)
-    assert file.stat().st_size < (run / "contrastive" / "model.safetensors").stat().st_size * 3
+    assert file.stat().st_size < (half / "contrastive" / "model.safetensors").stat().st_size * 3
 
 
 def test_a_checkpoint_without_a_trainable_weight_is_refused(policy: Any) -> None:
@@ -299,8 +259,8 @@ def test_a_checkpoint_without_a_trainable_weight_is_refused(policy: Any) -> None
 # --- damaged files ---
 
 
-def truncate(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-100])
+def sum_of(file: Path) -> Path:
+    return file.with_suffix(".sha256")
 
 
 def flip_a_bit(file: Path) -> None:
@@ -309,31 +269,15 @@ def flip_a_bit(file: Path) -> None:
     file.write_bytes(content)
 
 
-def lose_its_sum(file: Path) -> None:
-    file.with_suffix(".sha256").unlink()
+def a_folder(place: Path) -> None:
+    place.unlink()
+    place.mkdir()
+    (place / "x").touch()
 
 
-def stopped(tiny: TrainConfig, run: Path, act: Any, step: int = 5) -> list[Path]:
-    """A run folder with two checkpoints of stage one, oldest first."""
-    act("contrastive", step, stop)
-    with pytest.raises(Stop):
-        train.train(tiny, Run(run))
-    return sorted((run / "checkpoints" / "contrastive").glob("*.ckpt"))
-
-
-def a_sum_that_is_no_text(file: Path) -> None:
-    file.with_suffix(".sha256").write_bytes(b"\xff\xfe")
-
-
-def a_sum_that_is_a_folder(file: Path) -> None:
-    lose_its_sum(file)
-    file.with_suffix(".sha256").mkdir()
-
-
-def a_folder_in_its_place(file: Path) -> None:
-    file.unlink()
-    file.mkdir()
-    (file / "x").touch()
+def no_checkpoint_at_all(file: Path) -> None:
+    file.write_bytes(b"PK not a checkpoint")
+    sum_of(file).write_text(storage.sha256(file))
 
 
 def saved_again(change: Any) -> Any:
@@ -352,87 +296,78 @@ def another_shape(content: Any) -> None:
     content["state_dict"][name] = torch.ones(3, 3)
 
 
-def another_optimiser(content: Any) -> None:
-    content["optimizer_states"][0]["state"][0]["exp_avg"] = torch.ones(3, 3)
+DAMAGES = {
+    "cut short": lambda file: file.write_bytes(file.read_bytes()[:-100]),
+    "a bit flipped": flip_a_bit,
+    "no sum": lambda file: sum_of(file).unlink(),
+    "a sum that is no text": lambda file: sum_of(file).write_bytes(b"\xff\xfe"),
+    "a sum that is a folder": lambda file: a_folder(sum_of(file)),
+    "a folder in its place": a_folder,
+    "no checkpoint at all": no_checkpoint_at_all,
+    "another shape": saved_again(another_shape),
+    "another optimiser": saved_again(
+        lambda held: held["optimizer_states"][0]["state"][0].update(exp_avg=torch.ones(3, 3))
+    ),
+    "no list": saved_again(lambda held: held.update(optimizer_states=3)),
+    "other keys": saved_again(lambda held: held.pop("loops")),
+    "another step": saved_again(lambda held: held.update(global_step=3)),
+}
 
 
-def no_list(content: Any) -> None:
-    content["optimizer_states"] = 3
+def place(run: Path) -> tuple[Path, Path]:
+    older, newer = sorted((run / "checkpoints" / "contrastive").glob("*.ckpt"))
+    return older, newer
 
 
-def other_keys(content: Any) -> None:
-    del content["loops"]
+def module_of(tiny: TrainConfig) -> ContrastiveModule:
+    policy = models.open_policy(tiny.model, tiny.dcr.precision)
+    return ContrastiveModule(policy, tiny.dcr, 1, 10)
 
 
-def another_step(content: Any) -> None:
-    content["global_step"] = 3
-
-
-def no_checkpoint_at_all(file: Path) -> None:
-    file.write_bytes(b"PK not a checkpoint")
-    file.with_suffix(".sha256").write_text(storage.sha256(file))
-
-
-SAVED = (another_shape, another_optimiser, no_list, other_keys, another_step)
-DAMAGES = [
-    *(truncate, flip_a_bit, lose_its_sum, a_sum_that_is_no_text, a_sum_that_is_a_folder),
-    *(a_folder_in_its_place, no_checkpoint_at_all, *map(saved_again, SAVED)),
-]
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
-    tiny: TrainConfig, whole: Path, tmp_path: Path, act: Any, caplog: Any, damage: Any
+    tiny: TrainConfig, stopped: Path, caplog: Any, damage: Any
 ) -> None:
-    run = tmp_path / "run"
-    older, newer = stopped(tiny, run, act)
+    older, newer = place(stopped)
+    module = module_of(tiny)
+    assert resuming.newest_checkpoint(older.parent, module) == newer
     damage(newer)
-    begun = act("contrastive", -1, stop)
-    with caplog.at_level(logging.WARNING):
-        train.train(tiny, Run(run))
+    assert resuming.newest_checkpoint(older.parent, module) == older
     assert [r.message for r in caplog.records if newer.name in r.message and "damaged" in r.message]
-    assert begun[0] == resuming.step_of(older) == 4
-    assert same(weights(run), weights(whole))
-    assert logged(run) == logged(whole)
 
 
-def test_training_never_silently_starts_again(tiny: TrainConfig, tmp_path: Path, act: Any) -> None:
-    run = tmp_path / "run"
-    for file in stopped(tiny, run, act):
-        truncate(file)
+def test_from_the_checkpoint_before_a_damaged_one_it_ends_in_the_same_bits(
+    tiny: TrainConfig, stopped: Path, whole: Path, act: Any
+) -> None:
+    older, newer = place(stopped)
+    flip_a_bit(newer)
+    torn = older.with_name(".writing-abc")  # as a kill leaves it
+    torn.write_bytes(b"half")
+    for name in ("step-.ckpt", "step-abc.ckpt", "step-1e9.ckpt", "step--00003.ckpt"):
+        newer.with_name(name).touch()  # what no run wrote
     begun = act("contrastive", -1, stop)
-    with pytest.raises(UserError, match=f"{run}.*every checkpoint is damaged") as caught:
-        train.train(tiny, Run(run))
+    train.train(tiny, Run(stopped))
+    assert begun[0] == resuming.step_of(older) == 4
+    assert not list((stopped / "checkpoints").rglob("*.*"))
+    assert not torn.exists()
+    assert same(weights(stopped), weights(whole))
+    assert logged(stopped) == logged(whole)
+
+
+def test_training_never_silently_starts_again(tiny: TrainConfig, stopped: Path, act: Any) -> None:
+    for file in place(stopped):
+        flip_a_bit(file)
+    begun = act("contrastive", -1, stop)
+    with pytest.raises(UserError, match=f"{stopped}.*every checkpoint is damaged") as caught:
+        train.train(tiny, Run(stopped))
     assert begun == []
     assert caught.value.exit_code == 2
 
 
-def test_what_no_run_wrote_is_no_checkpoint(tiny: TrainConfig, tmp_path: Path, act: Any) -> None:
-    run = tmp_path / "run"
-    older, newer = stopped(tiny, run, act)
-    for name in ("step-.ckpt", "step-abc.ckpt", "step-1e9.ckpt", "step--00003.ckpt"):
-        newer.rename(newer.with_name(name)) if newer.exists() else newer.with_name(name).touch()
-    begun = act("contrastive", -1, stop)
-    train.train(changed(tiny, "stage=contrastive"), Run(run))
-    assert begun[0] == resuming.step_of(older)
-    assert not list((run / "checkpoints").rglob("*.*"))
-    (run / "checkpoints" / "sft").parent.mkdir(exist_ok=True)
-    (run / "checkpoints" / "sft").touch()
-    with pytest.raises(UserError, match=r"checkpoints/sft: a file where checkpoints belong"):
-        train.train(tiny, Run(run))
-
-
-def test_the_rest_of_a_killed_write_is_swept_away(
-    tiny: TrainConfig, tmp_path: Path, act: Any
-) -> None:
-    run = tmp_path / "run"
-    stopped(tiny, run, act)
-    torn = run / "checkpoints" / "contrastive" / ".writing-abc"
-    torn.write_bytes(b"half")
-    act("contrastive", 6, stop)
-    with pytest.raises(Stop):
-        train.train(tiny, Run(run))
-    assert not torn.exists()
+def test_a_file_where_checkpoints_belong_is_named(tiny: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "sft").touch()
+    with pytest.raises(UserError, match=r"sft: a file where checkpoints belong"):
+        resuming.newest_checkpoint(tmp_path / "sft", module_of(tiny))
 
 
 def failing(error: Exception) -> Any:
@@ -467,15 +402,14 @@ def test_a_failed_write_names_the_path_and_keeps_the_old_checkpoint(
     assert torch.equal(writer.load_checkpoint(old)["x"], torch.ones(3))
 
 
-def test_a_disk_that_is_really_full(tmp_path: Path, run_in_child: Any) -> None:
-    assert run_in_child("full_disk", str(tmp_path)) == 7
+def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
+    assert in_child(full_disk, tmp_path / "step-000004.ckpt") == 0
     assert not list(tmp_path.iterdir())
 
 
-def test_only_the_newest_checkpoints_are_kept(tiny: TrainConfig, tmp_path: Path, act: Any) -> None:
-    stopped(tiny, tmp_path / "run", act, step=9)
-    files = sorted(f.name for f in (tmp_path / "run/checkpoints/contrastive").iterdir())
-    assert files == [f"step-00000{n}.{kind}" for n in (6, 8) for kind in ("ckpt", "sha256")]
+def test_only_the_newest_checkpoints_are_kept(stopped: Path) -> None:
+    files = sorted(f.name for f in (stopped / "checkpoints/contrastive").iterdir())
+    assert files == [f"step-00000{n}.{kind}" for n in (4, 5) for kind in ("ckpt", "sha256")]
 
 
 # --- signals ---
@@ -491,9 +425,16 @@ def test_only_the_newest_checkpoints_are_kept(tiny: TrainConfig, tmp_path: Path,
     ],
 )
 def test_a_signal_ends_in_a_checkpoint_of_the_step_it_fell_into(
-    tiny: TrainConfig, whole: Path, tmp_path: Path, act: Any, stage: str, step: int, number: Any
+    tiny: TrainConfig,
+    whole: Path,
+    tmp_path: Path,
+    half: Path,
+    act: Any,
+    stage: str,
+    step: int,
+    number: Any,
 ) -> None:
-    run, handler = tmp_path / "run", signal.getsignal(number)
+    run, handler = half if stage == "sft" else tmp_path / "new", signal.getsignal(number)
     act(stage, step, lambda _: os.kill(os.getpid(), number))
     with pytest.raises(Interrupted, match=f"stopped by {number.name}") as caught:
         train.train(tiny, Run(run))
@@ -510,22 +451,17 @@ def test_a_signal_ends_in_a_checkpoint_of_the_step_it_fell_into(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_stops_at_once_and_says_so(
-    tiny: TrainConfig, whole: Path, tmp_path: Path, act: Any, number: signal.Signals
+    tiny: TrainConfig, half: Path, act: Any, number: signal.Signals
 ) -> None:
-    run = tmp_path / "run"
-
     def twice(_: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), number)
 
-    act("contrastive", 3, twice)
+    act("sft", 3, twice)
     with pytest.raises(Interrupted, match=f"stopped by {number.name} a second time") as caught:
-        train.train(tiny, Run(run))
+        train.train(tiny, Run(half))
     assert caught.value.exit_code == 128 + number
-    assert checkpoints(run, "contrastive") == ["step-000002.ckpt"], "not waited for"
-    act("contrastive", -1, stop)
-    train.train(tiny, Run(run))
-    assert same(weights(run), weights(whole))
+    assert checkpoints(half, "sft") == ["step-000002.ckpt"], "not waited for"
 
 
 def test_a_ctrl_c_before_the_first_step_is_one(tiny: TrainConfig, tmp_path: Path) -> None:
@@ -548,9 +484,9 @@ def poison(module: Any) -> None:
 
 @pytest.mark.parametrize("stage", ["contrastive", "sft"])
 def test_a_loss_that_is_not_finite_stops_with_step_and_rows(
-    tiny: TrainConfig, tmp_path: Path, act: Any, stage: str
+    tiny: TrainConfig, tmp_path: Path, half: Path, act: Any, stage: str
 ) -> None:
-    run = tmp_path / "run"
+    run = half if stage == "sft" else tmp_path / "new"
     act(stage, 3, poison)
     row = "(seemingly_)?toxic-" if stage == "contrastive" else "(normal|safety)-"
     with pytest.raises(TrainingError, match=rf"loss is nan at step 3, rows {row}\d+"):
@@ -580,8 +516,9 @@ def test_bad_weights_never_reach_a_checkpoint(
 
 @pytest.mark.parametrize("stage", ["contrastive", "sft"])
 def test_a_gradient_that_is_not_finite_reaches_no_weight(
-    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+    tiny: TrainConfig, tmp_path: Path, half: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
+    run = half if stage == "sft" else tmp_path / "new"
     module, before = MODULES[stage], MODULES[stage].on_before_optimizer_step
 
     def spoilt(self: Any, optimizer: Any) -> None:
@@ -591,7 +528,7 @@ def test_a_gradient_that_is_not_finite_reaches_no_weight(
 
     monkeypatch.setattr(module, "on_before_optimizer_step", spoilt)
     with pytest.raises(TrainingError, match=r"gradient is not finite at step 1, rows \w+-\d+"):
-        train.train(tiny, Run(tmp_path / "run"))
+        train.train(tiny, Run(run))
 
 
 # --- memory, and other processes in the folder ---

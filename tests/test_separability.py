@@ -17,7 +17,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from dcr import data, prompts, separability
-from dcr.config import DataError, Kind, ModelConfig, Pooling
+from dcr.config import Kind, ModelConfig, Pooling
 from dcr.models import Policy
 from dcr.prompts import ChatFormat, PromptRow
 from dcr.separability import (
@@ -70,6 +70,13 @@ def test_kmeans_accuracy_is_that_of_the_hungarian_matching(gap: float) -> None:
         table[cluster, label] += 1
     rows, columns = linear_sum_assignment(-table)
     assert kmeans_accuracy(points, labels, seed=3) == pytest.approx(table[rows, columns].sum() / 60)
+
+
+def test_kmeans_without_anything_to_tell_apart() -> None:
+    labels = torch.tensor([0, 0, 0, 1])
+    assert kmeans_accuracy(torch.ones(4, 2), labels) == 0.75
+    assert math.isnan(kmeans_accuracy(torch.ones(1, 2), labels[:1]))
+    assert math.isnan(kmeans_accuracy(torch.ones(0, 2), labels[:0]))
 
 
 def test_silhouette_by_loops() -> None:
@@ -280,11 +287,6 @@ def test_features_are_the_hidden_states_of_each_prompt_alone(
         if pooling is not Pooling.mean:  # the norm that transformers applies last is not linear
             expected = POOL[pooling](out.hidden_states[2][0], row)
             torch.testing.assert_close(norm(last), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_a_prompt_beyond_the_context_is_named(chat: ChatFormat) -> None:
-    with pytest.raises(DataError, match=r"made up: toxic-3: its \d+ tokens exceed .* context of 9"):
-        data.prompt_rows(chat, [example(3, Kind.toxic)], 1, context=9)
 
 
 # --- all layers ---

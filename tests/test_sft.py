@@ -295,11 +295,8 @@ def test_the_loss_of_a_step_is_its_token_mean(policy: Policy, tiny: TrainConfig)
 @pytest.mark.parametrize(
     "switch",
     [
-        "sft.epochs=1",
         "sft.batch_size=4",
-        "sft.lr=1e-4",
         "sft.weight_decay=0.5",
-        "sft.warmup=0.5",
         "sft.max_len=50",
         "sft.train_on_prompt=true",
         "sft.terminator=base_eos",

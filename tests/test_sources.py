@@ -5,8 +5,6 @@ import json
 import logging
 import os
 import re
-import subprocess
-import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -266,14 +264,7 @@ HUB_ROWS = {
     "xstest_safe": (
         [
             {"id": 1, "prompt": "a", "type": "homonyms", "label": "safe", "focus": "x", "note": ""},
-            {
-                "id": 2,
-                "prompt": "b",
-                "type": "contrast",
-                "label": "unsafe",
-                "focus": "",
-                "note": "",
-            },
+            {"id": 2, "prompt": "b", "type": "c", "label": "unsafe", "focus": "", "note": ""},
         ],
         [("xstest_safe-0", "a", None, "homonyms")],
     ),
@@ -317,13 +308,6 @@ HUB_ROWS = {
             {"question_id": 1, "category": "1", "turns": ["q"], "prompt_style": "slang"},
         ],
         [("sorrybench-0", "p", None, "1")],
-    ),
-    "phtest_harmless": (
-        [
-            {"Request": "p", "Harmfulness": "Harmless"},
-            {"Request": "q", "Harmfulness": "controversial"},
-        ],
-        [("phtest_harmless-0", "p", None, "harmless")],
     ),
 }
 
@@ -682,10 +666,10 @@ def test_form_gap_names_shares_and_a_cure_for_either_direction() -> None:
 @given(st.integers(0, 40), st.integers(0, 40), st.integers(0, 2**31))
 def test_draws_are_exact_distinct_and_nested(size: int, count: int, seed: int) -> None:
     rows = examples(size)
-    if count > size:
-        with pytest.raises(ConfigError, match=f"{count} rows asked for, {size} available"):
-            sources.draw(rows, count, seed)
-        return
+    for wrong in (size + 1 + count, -1 - count):
+        with pytest.raises(ConfigError, match=f"{wrong} rows asked for, {size} available"):
+            sources.draw(rows, wrong, seed)
+    count = min(count, size)
     drawn = sources.draw(rows, count, seed)
     assert len({e.id for e in drawn}) == len(drawn) == count
     assert set(drawn) <= set(rows)
@@ -704,31 +688,13 @@ def test_draws_differ_by_seed_and_are_uniform() -> None:
     assert 400 < min(hits) <= max(hits) < 600
 
 
-def test_a_draw_of_fewer_than_none_is_refused() -> None:
-    with pytest.raises(ConfigError, match="-1 rows asked for"):
-        sources.draw(examples(3), -1, 0)
-
-
-def test_draws_and_splits_ignore_hash_seed_and_global_state() -> None:
-    program = (
-        "import random, sys; random.seed(int(sys.argv[1]))\n"
-        "from dcr.config import Kind\n"
-        "from dcr import sources as s\n"
-        "rows = [s.Example(str(i), 'p', Kind.toxic, 't', group=f'g{i}') for i in range(50)]\n"
-        "print([e.id for e in s.draw(rows, 9, 3)])\n"
-        "print([e.id for e in s.split_by_group(rows, .4, 3)[1]])"
-    )
-    outputs = {
-        subprocess.run(
-            [sys.executable, "-c", program, hash_seed],
-            env={**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": os.getcwd()},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for hash_seed in ("1", "2")
-    }
-    assert len(outputs) == 1
+def test_draws_and_splits_follow_from_the_seed_alone() -> None:
+    """Written down: neither the seed of hashes nor the global generator has a part in them."""
+    rows = [example(str(i), group=f"g{i}") for i in range(50)]
+    drawn = [e.id for e in sources.draw(rows, 9, 3)]
+    assert " ".join(drawn) == "27 38 32 15 20 10 9 48 0"
+    held_out = [e.id for e in sources.split_by_group(rows, 0.4, 3)[1]]
+    assert " ".join(held_out) == "0 4 5 7 10 13 15 17 18 19 20 23 24 28 29 31 33 34 36 40 43 45"
 
 
 def test_duplicates_are_dropped_after_normalising() -> None:

@@ -21,7 +21,7 @@ from dcr.steering import Extraction, surgical
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
-DEPTH, WIDTH, BLOCKS, TRAIN, HELD = 5, 32, 4, 9, 3
+DEPTH, WIDTH, BLOCKS, TRAIN, HELD = 4, 32, 3, 9, 3
 HARM, FALSE, LEVEL = 5, 6, 7  # coordinates of the stream
 SHARED = 0.1  # how much of the toxic direction "~" writes beside its own
 
@@ -463,10 +463,10 @@ def test_prompts_on_the_wrong_side_of_the_score_are_left_out(planted: Policy) ->
     [
         (
             {"ablation_kl": 1e-9},
-            r"^steering\.surgical\.ablation_kl=1e-09: each of 12 .*; raise it$",
+            r"^steering\.surgical\.ablation_kl=1e-09: each of 8 .*; raise it$",
         ),
-        ({"addition_kl": 1e-9}, r"^steering\.surgical\.addition_kl=1e-09: each of 12 .* raise it$"),
-        ({"prune_layers": 0.3}, r"prune_layers=0\.3: leaves 1 of 5 blocks .* at least 0\.4$"),
+        ({"addition_kl": 1e-9}, r"^steering\.surgical\.addition_kl=1e-09: each of 8 .* raise it$"),
+        ({"prune_layers": 0.3}, r"prune_layers=0\.3: leaves 1 of 4 blocks .* at least 0\.5$"),
         ({"train": 12}, r"^steering\.surgical\.train=12: no seemingly_toxic and no normal .*low"),
     ],
 )

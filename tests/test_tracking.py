@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
-from tiny_run import changed, same, settings, weights
+from tiny_run import changed, same, weights
 from wandb_files import records
 
 import train
@@ -25,11 +25,6 @@ from dcr.training.sft import SFTModule
 
 ROOT = Path(__file__).parent.parent
 KEY = "0123456789abcdef0123456789abcdefdeadbeef"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    return settings(tmp_path_factory.mktemp("rows"))
 
 
 class Stop(Exception):
@@ -54,9 +49,8 @@ def test_every_value_is_a_row(tmp_path: Path) -> None:
     ]
 
 
-def test_each_step_and_each_epoch_is_logged_once(tiny: TrainConfig, tmp_path: Path) -> None:
-    train.train(tiny, Run(tmp_path / "run"))
-    rows = runs.read_metrics(Run(tmp_path / "run"))
+def test_each_step_and_each_epoch_is_logged_once(whole: Path) -> None:
+    rows = runs.read_metrics(Run(whole))
     assert len({(row["step"], row["key"]) for row in rows}) == len(rows)
     steps = {key: [r["step"] for r in rows if r["key"] == key] for key in {r["key"] for r in rows}}
     assert steps["contrastive/step_circle"] == list(range(10))
@@ -86,8 +80,8 @@ def test_snapshot_steps_by_hand(total: int, count: int, steps: list[int]) -> Non
     assert snapshot_steps(total, count) == steps
 
 
-def test_snapshots_are_adapters_of_their_step(
-    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_snapshots_are_adapters_of_their_step_and_change_no_weight(
+    tiny: TrainConfig, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: dict[int, dict[str, torch.Tensor]] = {}
     before = StepSeed.on_train_batch_start
@@ -114,28 +108,20 @@ def test_snapshots_are_adapters_of_their_step(
         opened = AutoPeftModelForCausalLM.from_pretrained(run.snapshots / "step-000005")
     assert opened.peft_config["default"].base_model_name_or_path == str(run.stage("contrastive"))
     assert models.adapter_base(run.snapshots / "step-000005") == str(run.stage("contrastive"))
-
-
-def test_snapshots_change_no_weight(tiny: TrainConfig, tmp_path: Path) -> None:
-    for count in (0, 3):
-        few = changed(tiny, "method=stl", f"tracking.snapshots={count}")
-        train.train(few, Run(tmp_path / str(count)))
-    assert same(weights(tmp_path / "0"), weights(tmp_path / "3"))
+    assert same(weights(run.folder), weights(whole))
 
 
 # --- cost and progress ---
 
 
-def test_the_cost_of_a_stage_counts_steps_and_tokens(tiny: TrainConfig, tmp_path: Path) -> None:
-    run = Run(tmp_path / "run")
-    train.train(changed(tiny, "method=stl", "sft.epochs=1"), run)
-    cost = json.loads((run.folder / "sft.cost.json").read_text())
+def test_the_cost_of_a_stage_counts_steps_and_tokens(tiny: TrainConfig, whole: Path) -> None:
+    cost = json.loads((whole / "sft.cost.json").read_text())
     drawn = data.split(tiny.data, None, 0, contrastive=False, refuses=lambda _: True)
     policy = models.open_policy(tiny.model, tiny.sft.precision)
     chat = prompts.chat_format(policy.tokenizer, tiny.model)
     pairs = [chat.pair(r.prompt, r.response or "", 512) for r in drawn.normal + drawn.refusals]
-    assert cost["steps"] == 4
-    assert cost["tokens"] == sum(len(ids) for ids, _ in pairs)
+    assert cost["steps"] == 8
+    assert cost["tokens"] == 2 * sum(len(ids) for ids, _ in pairs)
     assert cost["seconds"] > 0
     assert cost["peak_memory_gib"] > 0.1
 
@@ -167,7 +153,7 @@ def test_the_bar_of_a_resumed_stage_goes_on(
 def test_nothing_of_lightning_reaches_the_terminal(
     tiny: TrainConfig, tmp_path: Path, capfd: Any
 ) -> None:
-    train.train(changed(tiny, "trainer.progress=false"), Run(tmp_path / "run"))
+    train.train(changed(tiny, "dcr.epochs=1", "sft.epochs=1"), Run(tmp_path / "run"))
     printed = capfd.readouterr()
     assert printed.err == ""
 

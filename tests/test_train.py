@@ -1,5 +1,6 @@
 import json
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,19 +17,6 @@ from dcr.runs import Run
 from dcr.training import stages
 from dcr.training.resuming import TrainingError
 from dcr.training.sft import SFTModule
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    return settings(tmp_path_factory.mktemp("rows"))
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, tiny: TrainConfig) -> Path:
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    train.train(tiny, Run(folder))
-    return folder
-
 
 # --- what a run folder holds ---
 
@@ -55,13 +43,9 @@ def test_the_stages_of_a_method(tiny: TrainConfig, whole: Path, tmp_path: Path) 
 
 
 def test_the_adapter_stands_on_the_weights_of_stage_one(whole: Path, tmp_path: Path) -> None:
-    moved = tmp_path / "moved"
-    whole.rename(moved)
-    try:
-        policy = models.open_adapter(moved / "sft", Precision.fp32)
-        base = models.open_folder(str(moved / "contrastive"), Precision.fp32)
-    finally:
-        moved.rename(whole)
+    moved = shutil.copytree(whole, tmp_path / "moved")
+    policy = models.open_adapter(moved / "sft", Precision.fp32)
+    base = models.open_folder(str(moved / "contrastive"), Precision.fp32)
     ids = torch.tensor([[1, 80, 90, 100]])
     adapter = weights(whole)
     expected = base.model
@@ -175,7 +159,7 @@ def test_other_weights_under_the_same_name(
 
 
 def test_out_of_memory_is_one_line_and_the_folder_stays_usable(
-    tiny: TrainConfig, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: TrainConfig, whole: Path, half: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def starved(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nmore")
@@ -183,10 +167,10 @@ def test_out_of_memory_is_one_line_and_the_folder_stays_usable(
     with monkeypatch.context() as patch:
         patch.setattr(SFTModule, "nll", starved)
         with pytest.raises(TrainingError, match=r"20 GiB\.\): lower sft\.micro_tokens") as caught:
-            train.train(tiny, Run(tmp_path / "run"))
+            train.train(tiny, Run(half))
     assert caught.value.exit_code == 1
-    train.train(tiny, Run(tmp_path / "run"))
-    assert same(weights(tmp_path / "run"), weights(whole))
+    train.train(tiny, Run(half))
+    assert same(weights(half), weights(whole))
 
 
 def test_a_result_that_cannot_be_written_loses_nothing(

@@ -26,6 +26,7 @@ ANALYSIS = (
     "data.analysis={seemingly_toxic: [demo_seemingly_toxic_heldout], "
     "toxic: [demo_toxic_heldout], normal: [demo_normal_heldout]}"
 )
+SLOW = 1000.0  # seconds that a measurement of refusal probability seems to take
 SMALL = ("tracking.refusal_prob.prompts=3", "tracking.entk.prompts=2", "tracking.entk.top_k=2")
 
 
@@ -36,7 +37,16 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
     plain, tracked = Run(folder / "plain"), Run(folder / "tracked")
     train_entry.train(tiny_run.settings(folder / "rows", ANALYSIS), plain)
     more = (ANALYSIS, QUANTITIES, *SMALL, "tracking.entk.params=[tail:1]")
-    train_entry.train(tiny_run.settings(folder / "rows", *more), tracked)
+    measure, clock, ahead = weights.refusal_probability, time.perf_counter, [0.0]
+
+    def slowly(*given: Any) -> Any:
+        ahead[0] += SLOW
+        return measure(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "perf_counter", lambda: clock() + ahead[0])
+        patch.setattr(weights, "refusal_probability", slowly)
+        train_entry.train(tiny_run.settings(folder / "rows", *more), tracked)
     return plain, tracked
 
 
@@ -93,24 +103,11 @@ def test_what_was_measured_beyond_a_checkpoint_is_forgotten(tmp_path: Path) -> N
     assert sorted(place.name for place in tmp_path.iterdir()) == ["step-000000", "step-000004"]
 
 
-def test_the_clock_of_a_stage_stops_while_it_is_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    measure, clock, spent_there = weights.refusal_probability, time.perf_counter, [0.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: clock() + spent_there[0])
-
-    def slowly(*given: Any) -> Any:
-        spent_there[0] += 100
-        return measure(*given)
-
-    monkeypatch.setattr(weights, "refusal_probability", slowly)
-    tracked = ("method=stl", "tracking.quantities=[refusal_probability]", *SMALL)
-    run = Run(tmp_path / "run")
-    train_entry.train(tiny_run.settings(tmp_path / "rows", ANALYSIS, *tracked), run)
-    logged = tiny_run.logged(run.folder)
+def test_the_clock_of_a_stage_stops_while_it_is_measured(pair: tuple[Run, Run]) -> None:
+    logged = tiny_run.logged(pair[1].folder)
     spent = max(value for *_, key, value in logged if key == "sft/tracking_seconds")
-    assert spent > 100 * 9
-    assert json.loads((run.folder / "sft.cost.json").read_text())["seconds"] < 100
+    assert spent > SLOW * 9
+    assert json.loads((pair[1].folder / "sft.cost.json").read_text())["seconds"] < SLOW
 
 
 def test_steps_are_denser_early_and_hold_both_ends() -> None:

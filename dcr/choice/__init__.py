@@ -65,6 +65,10 @@ class PairTransfer:
         low = self.best.transfer.low
         return [layer.layer for layer in self.layers if layer.transfer.estimate >= low]
 
+    def on(self, names: Sequence[str]) -> Interval | None:
+        """Transfer of the best layer on these test sets alone; None without any."""
+        return mean([self.best.tests[name] for name in names]) if names else None
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -91,9 +95,12 @@ class Choice:
     def by_transfer(self) -> list[PairTransfer]:
         """Pairs in order of their transfer on the common sets, as given without such sets."""
         names = self.common
-        if not names:
-            return self.pairs
-        return sorted(self.pairs, key=lambda pair: -_on(pair, names))
+
+        def order(pair: PairTransfer) -> float:
+            shared = pair.on(names)
+            return -shared.estimate if shared else 0.0
+
+        return sorted(self.pairs, key=order)
 
     def record(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -106,12 +113,6 @@ class Choice:
             "pairs": [_pair_record(pair, self.common) for pair in self.by_transfer()],
             "notes": self.notes,
         }
-
-
-def _on(pair: PairTransfer, names: list[str]) -> float:
-    found = on_common(pair, names)
-    assert found is not None
-    return found.estimate
 
 
 def choose(
@@ -177,7 +178,7 @@ def _opened(settings: TrainConfig) -> Policy:
 
 
 def _pair_record(pair: PairTransfer, names: list[str]) -> dict[str, Any]:
-    shared = on_common(pair, names)
+    shared = pair.on(names)
     return {
         "seemingly_toxic": list(pair.pair.seemingly_toxic),
         "toxic": list(pair.pair.toxic),
@@ -186,21 +187,16 @@ def _pair_record(pair: PairTransfer, names: list[str]) -> dict[str, Any]:
         "form_gap": pair.form_gap,
         "best_block": pair.best.layer,
         "transfer_on_common_tests": shared and asdict(shared),
-        "blocks": [_layer_record(layer) for layer in pair.layers],
+        "blocks": [
+            {
+                "block": layer.layer,
+                "within": None if math.isnan(layer.within.estimate) else asdict(layer.within),
+                "transfer": asdict(layer.transfer),
+                "tests": {name: asdict(interval) for name, interval in layer.tests.items()},
+            }
+            for layer in pair.layers
+        ],
     }
-
-
-def _layer_record(layer: LayerTransfer) -> dict[str, Any]:
-    return {
-        "block": layer.layer,
-        "within": _interval_record(layer.within),
-        "transfer": asdict(layer.transfer),
-        "tests": {name: asdict(interval) for name, interval in layer.tests.items()},
-    }
-
-
-def _interval_record(interval: Interval) -> dict[str, float] | None:
-    return asdict(interval) if interval.estimate == interval.estimate else None  # NaN is unequal
 
 
 # --- transfer ---
@@ -218,11 +214,6 @@ def common(found: Sequence[PairTransfer]) -> list[str]:
     """The test sets that every pair was tested on."""
     shared = set.intersection(*(set(pair.best.tests) for pair in found))
     return [name for name in found[0].best.tests if name in shared]
-
-
-def on_common(pair: PairTransfer, names: Sequence[str]) -> Interval | None:
-    """Transfer of the pair's best layer on these sets alone; None without any."""
-    return mean([pair.best.tests[name] for name in names]) if names else None
 
 
 def mean(intervals: Sequence[Interval]) -> Interval:

@@ -1,23 +1,19 @@
 """The command of dcr.choice: two tables, of layers and of pairs, the reasons, and a JSON file."""
 
-import io
 import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from dcr import cli, config, storage
-from dcr.choice import Choice, PairTransfer, choose, on_common
+from dcr.choice import Choice, choose
 from dcr.choice.origins import FEWEST, LIMIT
 from dcr.config import TrainConfig, UserError
 from dcr.statistics import Interval
 from dcr.text import label_of
 
-COLUMNS = 100
 CHANCE = 0.5
 WEAK = 0.65  # a mean transfer below it is hardly better than guessing
 
@@ -42,7 +38,9 @@ class Options:
     out: Path | None = cli.option(
         "a .json file; not given: outputs/choice/<model>-<data>.json", None
     )
-    settings: list[str] = cli.option("any setting of train.py", [], rest=True)
+    settings: list[str] = cli.option(
+        "any setting of train.py; python train.py --cfg job lists them", [], rest=True
+    )
 
 
 @cli.command(Options)
@@ -64,30 +62,21 @@ def _out(options: Options, settings: TrainConfig) -> Path:
 
 def describe(choice: Choice) -> str:
     """Tables and conclusions, 100 columns wide."""
-    out = io.StringIO()
-    console = Console(file=out, width=COLUMNS, color_system=None, highlight=False, markup=False)
-    console.print(f"Layer and sources for stage one on {choice.model}: AUROC of a linear probe,")
-    console.print("toxic against seemingly toxic. within: cross-validated on the training sources;")
-    console.print("transfer: the mean over test sets of another origin. 0.5 is guessing.\n")
-    console.print(_layer_table(choice), _pair_table(choice))
-    for line in (_of_layer(choice), *_of_sources(choice), _selected_on(choice), *choice.notes):
-        console.print(f"- {line}")
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
-
-
-def _table(title: str, heads: list[str], names: int = 1) -> Table:
-    table = Table(
-        title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD, pad_edge=False
+    reasons = _of_layer(choice), *_of_sources(choice), _selected_on(choice), *choice.notes
+    return cli.plain_text(
+        f"Layer and sources for stage one on {choice.model}: AUROC of a linear probe,\n"
+        "toxic against seemingly toxic. within: cross-validated on the training sources;\n"
+        "transfer: the mean over test sets of another origin. 0.5 is guessing.\n",
+        _layer_table(choice),
+        _pair_table(choice),
+        *(f"- {reason}" for reason in reasons),
     )
-    for place, head in enumerate(heads):
-        table.add_column(head, justify="left" if place < names else "right", overflow="fold")
-    return table
 
 
 def _layer_table(choice: Choice) -> Table:
     pair = choice.pairs[0]
     tests = list(pair.best.tests)
-    table = _table(f"Layers, {pair.pair}", ["dcr.layer", "within", "transfer", "95%", *tests])
+    table = cli.table(f"Layers, {pair.pair}", ["dcr.layer", "within", "transfer", "95%", *tests])
     for layer in pair.layers:
         marks = [
             *(["best"] if layer.layer == choice.layer else []),
@@ -105,9 +94,9 @@ def _layer_table(choice: Choice) -> Table:
 
 def _pair_table(choice: Choice) -> Table:
     heads = ["seemingly toxic / toxic", "rows", "questions", "dcr.layer", "within", "transfer"]
-    table = _table("Pairs of sources, at the best layer of each", [*heads, "on common sets"])
+    table = cli.table("Pairs of sources, at the best layer of each", [*heads, "on common sets"])
     for pair in choice.by_transfer():
-        best, shared = pair.best, on_common(pair, choice.common)
+        best, shared = pair.best, pair.on(choice.common)
         table.add_row(
             str(pair.pair) + (" (configured)" if pair is choice.pairs[0] else ""),
             " / ".join(map(str, pair.rows)),
@@ -147,18 +136,16 @@ def _of_sources(choice: Choice) -> list[str]:
 
 
 def _of_best_pair(choice: Choice) -> str:
-    names = choice.common
-    if not names:
+    names, (first, *others) = choice.common, choice.by_transfer()
+    top = first.on(names)
+    if top is None:
         return "no test set is common to all pairs, so they are not ranked: compare within tests"
-    first, *others = choice.by_transfer()
-    top = on_common(first, names)
-    assert top is not None
     if top.low <= CHANCE:
         return (
             f"no pair transfers better than guessing on the sets common to all: the best is "
             f"{first.pair}, {_number(top)} {_ends(top)}"
         )
-    level = [str(p.pair) for p in others if _estimate(p, names) >= top.low]
+    level = [str(p.pair) for p in others if (on := p.on(names)) and on.estimate >= top.low]
     also = f"; not told apart from it: {', '.join(level)}" if level else ""
     return (
         f"data.seemingly_toxic.source={_override(first.pair.seemingly_toxic)} "
@@ -173,11 +160,6 @@ def _selected_on(choice: Choice) -> str:
         f"the labels of {tests} were looked at: a score on these sets is no longer blind to the "
         "choice, and the best of many layers looks better than it is"
     )
-
-
-def _estimate(pair: PairTransfer, names: list[str]) -> float:
-    found = on_common(pair, names)
-    return math.nan if found is None else found.estimate
 
 
 def _override(names: tuple[str, ...]) -> str:

@@ -68,11 +68,10 @@ class Material:
 
 
 def parsed(key: str, value: str) -> list[Pair]:
-    """`safe:toxic,safe:toxic+toxic` as pairs; ConfigError for anything else."""
+    """`safe:toxic,safe:toxic+toxic` as pairs, "none" as none; ConfigError for anything else."""
     pairs = []
-    for item in value.strip("[]").split(","):
-        halves = item.strip().split(":")
-        sides = [tuple(name for name in half.split("+") if name) for half in halves]
+    for item in [] if value == "none" else value.strip("[]").split(","):
+        sides = [tuple(filter(None, half.split("+"))) for half in item.strip().split(":")]
         if len(sides) != 2 or not all(sides):
             raise ConfigError(
                 f"{key}={value}: give <seemingly toxic>:<toxic>, several with commas between, "
@@ -107,18 +106,34 @@ def gathered(
     """
     if limit < FEWEST:
         raise ConfigError(f"limit={limit}: give {FEWEST} prompts of each class or more")
-    first, notes, rows = configured(data), [], {}
-    _read(first, data, limit, seed, rows)
+    notes: list[str] = []
+    rows: Sides = {}
+
+    def readable(pair: Pair, asked: bool) -> bool:
+        """Read a pair; one that nobody asked for may be missing, with a note."""
+        try:
+            for kind, names in pair.sides:
+                if (kind, names) not in rows:
+                    rows[kind, names] = _drawn(kind, names, data.root, limit, seed)
+        except DataError as error:
+            if asked:
+                raise
+            notes.append(f"{pair}: left out ({error})")
+            return False
+        return True
+
+    first = configured(data)
+    readable(first, asked=True)
     candidates = [first]
-    for pair in _alternatives(data, first) if pairs is None else _named("pairs", pairs):
-        if pair not in candidates and _readable(pair, data, limit, seed, rows, notes, pairs):
+    for pair in _alternatives(data, first) if pairs is None else parsed("pairs", pairs):
+        if pair not in candidates and readable(pair, pairs is not None):
             candidates.append(pair)
     material = Material(candidates, {}, rows, notes)
-    offered = _usual_tests(data) if tests is None else {str(p): p for p in _named("tests", tests)}
+    offered = _usual_tests(data) if tests is None else {str(p): p for p in parsed("tests", tests)}
     for label, test in offered.items():
         if all(_related(test.names, pair.names) for pair in candidates):
             notes.append(f"{label}: not tested on, of the same origin as what is trained on")
-        elif _readable(test, data, limit, seed, rows, notes, tests):
+        elif readable(test, tests is not None):
             material.tests[label] = test
             if all(map(_embedded, {*first.names, *test.names})):
                 notes.append(
@@ -135,10 +150,6 @@ def gathered(
         candidates.remove(pair)
         notes.append(f"{pair}: left out, no test set is of another origin")
     return material
-
-
-def _named(key: str, value: str) -> list[Pair]:
-    return [] if value == "none" else parsed(key, value)
 
 
 def _alternatives(data: DataConfig, first: Pair) -> list[Pair]:
@@ -160,38 +171,17 @@ def _usual_tests(data: DataConfig) -> dict[str, Pair]:
     return {label: Pair(*sides) for label, sides in sets.pairs_of(there).items()}
 
 
-def _readable(
-    pair: Pair,
-    data: DataConfig,
-    limit: int,
-    seed: int,
-    rows: Sides,
-    notes: list[str],
-    asked: str | None,
-) -> bool:
-    """Read a pair; one that nobody asked for may be missing, with a note."""
-    try:
-        _read(pair, data, limit, seed, rows)
-    except DataError as error:
-        if asked is not None:
-            raise
-        notes.append(f"{pair}: left out ({error})")
-        return False
-    return True
-
-
-def _read(pair: Pair, data: DataConfig, limit: int, seed: int, rows: Sides) -> None:
-    for kind, names in pair.sides:
-        if (kind, names) in rows:
-            continue
-        read = [row for name in names for row in sources.read(name, root=data.root, kind=kind)]
-        distinct, _ = sources.drop_duplicates(read)
-        if len(distinct) < FEWEST:
-            raise DataError(
-                f"{'+'.join(names)}: {len(distinct)} distinct prompts, {FEWEST} are needed; "
-                "name another source"
-            )
-        rows[kind, names] = sources.draw(distinct, min(limit, len(distinct)), seed)
+def _drawn(
+    kind: Kind, names: Sequence[str], root: str | None, limit: int, seed: int
+) -> list[Example]:
+    read = [row for name in names for row in sources.read(name, root=root, kind=kind)]
+    distinct, _ = sources.drop_duplicates(read)
+    if len(distinct) < FEWEST:
+        raise DataError(
+            f"{'+'.join(names)}: {len(distinct)} distinct prompts, {FEWEST} are needed; "
+            "name another source"
+        )
+    return sources.draw(distinct, min(limit, len(distinct)), seed)
 
 
 def _embedded(name: str) -> bool:

@@ -64,12 +64,13 @@ def resolve(composed: DictConfig, schema: type[Node]) -> Node:
     except OmegaConfBaseException as error:
         raise ConfigError(one_line(error, schema)) from error
     assert isinstance(config, schema)
-    for name, source in _sources(config.data):
+    for name in ("seemingly_toxic", "toxic", "safety", "normal"):
+        source: SourceConfig = getattr(config.data, name)
         # only training needs every one of them
         if isinstance(config, TrainConfig) or source.source != MISSING:
             source.source = source_names(source.source, f"data.{name}.source")
-    if isinstance(config, TrainConfig):
-        config.dcr.layer = _layer(config.dcr.layer)
+    if isinstance(config, TrainConfig) and re.fullmatch(r"-?\d+", str(config.dcr.layer)):
+        config.dcr.layer = int(config.dcr.layer)  # a node of no one type leaves it text
     check(config)
     return config
 
@@ -92,11 +93,6 @@ def _without_value(given: Any, default: Any, prefix: str = "") -> Iterator[str]:
     elif isinstance(given, dict) and isinstance(default, dict):
         for key, value in given.items():
             yield from _without_value(value, default.get(key), f"{prefix}.{key}".lstrip("."))
-
-
-def _layer(value: object) -> object:
-    """A block's number, which a node of no one type does not turn into a number by itself."""
-    return int(value) if isinstance(value, str) and re.fullmatch(r"-?\d+", value) else value
 
 
 def model_of(made_with: Mapping[str, Any]) -> ModelConfig:
@@ -131,12 +127,6 @@ def source_names(value: object, key: str) -> list[str]:
     if isinstance(names, (list, ListConfig)) and names and all(isinstance(n, str) for n in names):
         return [str(name) for name in names]
     raise ConfigError(f"{key}={value}: give a source's name, a JSONL path, or a list of them")
-
-
-def _sources(data: DataConfig) -> list[tuple[str, SourceConfig]]:
-    return [
-        (kind, getattr(data, kind)) for kind in ("seemingly_toxic", "toxic", "safety", "normal")
-    ]
 
 
 def names_another_model(model: DictConfig) -> bool:

@@ -17,7 +17,6 @@ from dcr.runs import Run
 
 REPEATED_SHARE = 0.5  # of 4-grams that repeat an earlier one: the text goes in circles
 FOREIGN = 0.5  # probability from which a text counts as being in another language than English
-Verdicts = dict[Judge, dict[str, list[Verdict]]]
 
 
 def scores(
@@ -89,7 +88,9 @@ def _contamination(run: Run, sets: list[PromptSet]) -> dict[str, Any]:
     )
 
 
-def _agreement(sets: list[PromptSet], given: Answers, verdicts: Verdicts) -> list[dict[str, Any]]:
+def _agreement(
+    sets: list[PromptSet], given: Answers, verdicts: Mapping[Judge, Mapping[str, list[Verdict]]]
+) -> list[dict[str, Any]]:
     by_keywords = {
         f"keyword:{rules}": {b.name: judges.by_keywords(given[b.name], rules) for b in sets}
         for rules in refusal.RULES

@@ -7,7 +7,6 @@ same asked of an OpenAI-compatible server.
 
 from dcr.generation.completions import Completion, complete_remote, stored
 from dcr.generation.local import (
-    OpeningBias,
     batch_size,
     check_context,
     complete,
@@ -18,7 +17,6 @@ from dcr.generation.local import (
 
 __all__ = [
     "Completion",
-    "OpeningBias",
     "batch_size",
     "check_context",
     "complete",

@@ -230,11 +230,5 @@ def _carried(row: Annotation, draft: Annotation) -> Annotation:
     kept = row.preference
     if kept is not None and row.is_switched is not draft.is_switched:
         kept = 3 - kept
-    return replace(
-        draft,
-        status=row.status,
-        preference=kept,
-        raw=row.raw,
-        prompt_tokens=row.prompt_tokens,
-        completion_tokens=row.completion_tokens,
-    )
+    said = ("status", "raw", "prompt_tokens", "completion_tokens")
+    return replace(draft, preference=kept, **{field: getattr(row, field) for field in said})

@@ -33,6 +33,7 @@ PLAIN = (
 )
 # of common bases, which an instruct tokenizer no longer names as its end of text
 BASE_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>")
+LONGEST_TRIAL = 1_000_000
 TEMPLATES = {"llama3": LLAMA3, "chatml": CHATML, "plain": PLAIN}
 
 
@@ -77,19 +78,19 @@ def _begun(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
 
 
 @contextmanager
-def bounded(steps: int = 1_000_000) -> Iterator[None]:
-    """Templates rendered inside end after so many of their own lines.
+def bounded() -> Iterator[None]:
+    """Templates rendered inside end after `LONGEST_TRIAL` of their own lines.
 
     A template comes with a model, and may loop for as long as it likes. Raises jinja2's
     TemplateRuntimeError. Slows rendering down: for a trial, not for every prompt.
     """
-    left = steps
+    left = LONGEST_TRIAL
 
     def count(frame: Any, event: str, argument: Any) -> Any:
         nonlocal left
         left -= event == "line"
         if left < 0:
-            raise TemplateRuntimeError(f"it is not done after {steps} steps")
+            raise TemplateRuntimeError(f"it is not done after {LONGEST_TRIAL} steps")
         return count
 
     def enter(frame: Any, event: str, argument: Any) -> Any:

@@ -27,7 +27,6 @@ from dcr.report.records import (
     Column,
     Completions,
     RunRecord,
-    about,
     columns_of,
     read_run,
     seed_groups,
@@ -126,7 +125,7 @@ def build(
         storage.write_bytes(path, data)
     width = shutil.get_terminal_size((WIDTH, 24)).columns
     lines = [page.plain_text(_title(records, columns), report, width)]
-    lines += [line for d in shown if d.figure.told for line in ("", *d.figure.told)]
+    lines += [line for d in shown if d.figure.lines for line in ("", *d.figure.lines)]
     return "\n".join([*lines, *(claims.lines(report.claims, width) if with_claims else ())])
 
 
@@ -145,8 +144,8 @@ def _uneven(columns: Sequence[Column]) -> list[str]:
 def _title(records: Sequence[RunRecord], columns: Sequence[Column]) -> str:
     if not columns:
         return f"{len(records)} runs without a final evaluation of answers: see the page"
-    told = [
-        ", ".join(dict.fromkeys(filter(None, (about(e.run, e.evaluation, key) for e in columns))))
+    named = [
+        ", ".join(dict.fromkeys(filter(None, (e.about(key) for e in columns))))
         for key in ("model", "data")
     ]
-    return f"{told[0]} on {told[1] or 'unnamed'} data"
+    return f"{named[0]} on {named[1] or 'unnamed'} data"

@@ -20,7 +20,6 @@ from dcr.report.curves import (
     folders,
     name_of_weights,
     names,
-    of_method,
     tracked_kernels,
 )
 from dcr.report.figures import INK, Drawing, handle, kind_name, line_style
@@ -32,20 +31,26 @@ from dcr.text import printable
 SHADES = colormaps["Blues"]
 MATRIX_HEADER = ("figure", "weights", "model", "run", "params", "normalise", "observer", "trained",
                  "estimate", "low", "high", "source")  # fmt: skip
-BEFORE, AFTER = "6a", "6b"
-CURES = {
-    BEFORE: "run python eval.py model=<name> tasks=[kernel]",
-    AFTER: "run python eval.py run=<dcr run> stage=contrastive tasks=[kernel], or train "
-    "method=dcr with tracking.quantities=[kernel]",
+# By weights: the figure, what it shows, and the command that measures it.
+KERNELS = {
+    "base": (
+        "6a",
+        "kernel of the base model",
+        "run python eval.py model=<name> tasks=[kernel]",
+    ),
+    "contrastive": (
+        "6b",
+        "kernel after stage one",
+        "run python eval.py run=<dcr run> stage=contrastive tasks=[kernel], or train "
+        "method=dcr with tracking.quantities=[kernel]",
+    ),
 }
-WHAT = {BEFORE: "kernel of the base model", AFTER: "kernel after stage one"}
 
 
 @dataclass(frozen=True)
 class Matrix:
     """One 3×3 matrix, `[observer][trained]`, of certain weights and parameters."""
 
-    figure: str
     weights: str
     run: RunRecord
     params: str
@@ -54,61 +59,57 @@ class Matrix:
     source: str
 
     @property
-    def model(self) -> str:
-        return config_of(self.run, "model")
+    def figure(self) -> str:
+        return KERNELS[self.weights][0]
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What is the same in several folders of one base model."""
+        return config_of(self.run, "model"), self.params, self.cells
 
 
 def figure6a(records: Sequence[RunRecord]) -> Drawing:
     """The 3×3 matrix of the base model."""
-    return _matrices("6a", [_before(records)])
+    return _matrices("6a", [_of_weights("base", records)])
 
 
 def figure6b(records: Sequence[RunRecord]) -> Drawing:
     """The 3×3 matrix after stage one."""
-    return _matrices("6b", [_after(records)])
+    return _matrices("6b", [_of_weights("contrastive", records)])
 
 
 def figure6(records: Sequence[RunRecord]) -> Drawing:
     """Both on one scale."""
-    return _matrices("6", [_before(records), _after(records)])
+    return _matrices("6", [_of_weights(weights, records) for weights in KERNELS])
 
 
-def _before(records: Sequence[RunRecord]) -> list[Matrix]:
-    found = _evaluated(BEFORE, records, "base")
-    if not found:  # the first reading of whichever stage started from the base model
-        for run in records:
-            tracked = _tracked(BEFORE, "base", run, "contrastive", 0)
-            if not tracked and config_of(run, "method") != "dcr":
-                tracked = _tracked(BEFORE, "base", run, "sft", 0)
-            found += tracked
-    return _distinct(BEFORE, found, records)
-
-
-def _after(records: Sequence[RunRecord]) -> list[Matrix]:
-    found = _evaluated(AFTER, records, "contrastive")
-    if not found:
-        for run in of_method(records, "dcr"):
-            found += _tracked(AFTER, "contrastive", run, "sft", 0) or _tracked(
-                AFTER, "contrastive", run, "contrastive", None
-            )
-    return _distinct(AFTER, found, records)
-
-
-def _evaluated(figure: str, records: Sequence[RunRecord], weights: str) -> list[Matrix]:
-    return [
-        Matrix(figure, weights, run, params, found.kernel.normalise,
+def _of_weights(weights: str, records: Sequence[RunRecord]) -> list[Matrix]:
+    """Evaluated, or else tracked at a step with these weights; each once. UserError if none."""
+    found = [
+        Matrix(weights, run, params, e.kernel.normalise,
                {o: {t: interval(cell) for t, cell in row.items()} for o, row in cells.items()},
-               printable(str(found.folder)))
+               printable(str(e.folder)))
         for run in records
-        for found in run.evaluations
-        if found.weights == weights and found.kernel
-        for params, cells in found.kernel.params.items()
+        for e in run.evaluations
+        if e.weights == weights and e.kernel
+        for params, cells in e.kernel.params.items()
     ]  # fmt: skip
+    for run in records if not found else ():
+        dcr = config_of(run, "method") == "dcr"
+        if weights == "base":  # the first reading of whichever stage started from the base model
+            tracked = _tracked(weights, run, "contrastive", 0)
+            found += tracked or ([] if dcr else _tracked(weights, run, "sft", 0))
+        elif dcr:
+            tracked = _tracked(weights, run, "sft", 0)
+            found += tracked or _tracked(weights, run, "contrastive", None)
+    distinct = [m for i, m in enumerate(found) if m.identity not in [o.identity for o in found[:i]]]
+    if not distinct:
+        figure, what, cure = KERNELS[weights]
+        raise UserError(f"figure {figure}: no {what} in {folders(records)}; {cure}")
+    return distinct
 
 
-def _tracked(
-    figure: str, weights: str, run: RunRecord, stage: str, step: int | None
-) -> list[Matrix]:
+def _tracked(weights: str, run: RunRecord, stage: str, step: int | None) -> list[Matrix]:
     """The matrices that tracking found at a step of a stage; at the last one with None."""
     by_params: dict[str, dict[str, dict[str, Interval]]] = {}
     for (params, observer, trained), curve in tracked_kernels(run, stage).items():
@@ -117,38 +118,22 @@ def _tracked(
             row = by_params.setdefault(params, {}).setdefault(observer, {})
             row[trained] = interval((reading.value, reading.low, reading.high))
     return [
-        Matrix(figure, weights, run, params, "", cells, f"{TRACKED} ({stage})")
+        Matrix(weights, run, params, "", cells, f"{TRACKED} ({stage})")
         for params, cells in by_params.items()
     ]
-
-
-def _distinct(figure: str, found: list[Matrix], records: Sequence[RunRecord]) -> list[Matrix]:
-    """Each matrix once, however many folders hold the same base model; UserError if none."""
-    kept: list[Matrix] = []
-    for matrix in found:
-        if not any(
-            (matrix.model, matrix.params, matrix.cells) == (m.model, m.params, m.cells)
-            for m in kept
-        ):
-            kept.append(matrix)
-    if not kept:
-        raise UserError(
-            f"figure {figure}: no {WHAT[figure]} in {folders(records)}; {CURES[figure]}"
-        )
-    return kept
 
 
 def _matrices(figure: str, parts: Sequence[list[Matrix]]) -> Drawing:
     matrices = [matrix for part in parts for matrix in part]
     rows = [
-        (m.figure, m.weights, m.model, printable(str(m.run.folder)), m.params, m.normalise,
-         observer, trained, cell.estimate, cell.low, cell.high, m.source)
+        (m.figure, m.weights, config_of(m.run, "model"), printable(str(m.run.folder)), m.params,
+         m.normalise, observer, trained, cell.estimate, cell.low, cell.high, m.source)
         for m in matrices
         for observer, row in m.cells.items()
         for trained, cell in row.items()
     ]  # fmt: skip
-    told = {"6a": "before stage one (the base model)", "6b": "after stage one"}
-    what = told.get(figure, "before (a) and after (b) stage one")
+    when = {"6a": "before stage one (the base model)", "6b": "after stage one"}
+    what = when.get(figure, "before (a) and after (b) stage one")
     return Drawing(
         f"figure{figure}",
         f"Figure {figure}: the kernel between kinds of prompts {what}",
@@ -209,7 +194,7 @@ def _draw_matrix(axes: Axes, matrix: Matrix, top: float, several: bool) -> None:
         spine.set_visible(False)
     axes.set_xlabel("trained x")
     axes.set_ylabel("observer x′")
-    which = "(a) base model" if matrix.figure == BEFORE else "(b) after stage one"
+    which = "(a) base model" if matrix.weights == "base" else "(b) after stage one"
     run = printable(matrix.run.folder.name) if several else ""
     figures.heading(axes, ", ".join(filter(None, (which, matrix.params, run))))
 

@@ -24,7 +24,7 @@ HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
 KindPair = tuple[str, str]  # observer kind, trained kind
 
 Draws = Int[np.ndarray, "resamples prompts"]
-Curves = Float[np.ndarray, "steps prompts"]
+ByPrompt = Float[np.ndarray, "steps prompts"]
 
 
 def draws(kinds: Sequence[str], seed: int = SEED) -> dict[str, Draws]:
@@ -32,7 +32,7 @@ def draws(kinds: Sequence[str], seed: int = SEED) -> dict[str, Draws]:
     return resampled_groups(kinds, np.random.default_rng(seed))
 
 
-def correlation(first: Curves, second: Curves, drawn: tuple[Draws, Draws]) -> Interval:
+def correlation(first: ByPrompt, second: ByPrompt, drawn: tuple[Draws, Draws]) -> Interval:
     """Pearson's r over steps of two mean curves, each over prompts of its own.
 
     nan where a curve is flat; draws in which one is flat are left out.
@@ -102,7 +102,7 @@ class MeasuredKernel:
     """A kernel that was kept whole: which run's, at which weights, in which folder."""
 
     run: RunRecord
-    told: str  # the weights, in words
+    weights: str  # in words
     model: str
     folder: Path
     kernel: Kernel
@@ -115,7 +115,7 @@ class MeasuredKernel:
 
 
 @dataclass(frozen=True)
-class Pair:
+class BeforeAfter:
     """A kernel before and after stage one over the same prompts, as normalised matrices."""
 
     before: MeasuredKernel
@@ -184,7 +184,7 @@ def base_kernels(records: Sequence[RunRecord]) -> list[MeasuredKernel]:
             first = tracked(run, "contrastive")[:1]
             if not first and config_of(run, "method") != "dcr":
                 first = tracked(run, "sft")[:1]
-            found += [m for m in first if m.told == "step 0"]
+            found += [m for m in first if m.weights == "step 0"]
     distinct: dict[tuple[object, ...], MeasuredKernel] = {}
     for measured in found:
         key = (measured.model, *measured.terms, tuple(measured.kernel.params))
@@ -192,20 +192,22 @@ def base_kernels(records: Sequence[RunRecord]) -> list[MeasuredKernel]:
     return list(distinct.values())
 
 
-def pairs(records: Sequence[RunRecord], notes: list[str]) -> list[Pair]:
+def pairs(records: Sequence[RunRecord], notes: list[str]) -> list[BeforeAfter]:
     """Before and after stage one of every run: evaluations, or else tracking's first and last."""
     bases = [measured for run in records for measured in evaluated(run, "base")]
-    found: list[Pair] = []
+    found: list[BeforeAfter] = []
     for run in records:
         own = [p for after in evaluated(run, "contrastive") for p in _paired(after, bases, notes)]
         steps = tracked(run, "contrastive")
-        if not own and len(steps) > 1 and steps[0].told == "step 0":
+        if not own and len(steps) > 1 and steps[0].weights == "step 0":
             own = _paired(steps[-1], steps[:1], notes)
         found += own
     return found
 
 
-def _paired(after: MeasuredKernel, bases: Sequence[MeasuredKernel], notes: list[str]) -> list[Pair]:
+def _paired(
+    after: MeasuredKernel, bases: Sequence[MeasuredKernel], notes: list[str]
+) -> list[BeforeAfter]:
     alike = [base for base in bases if (base.model, base.terms) == (after.model, after.terms)]
     place, found = printable(str(after.folder)), []
     for params in after.kernel.params:
@@ -223,7 +225,7 @@ def _paired(after: MeasuredKernel, bases: Sequence[MeasuredKernel], notes: list[
             notes += [note] if note not in notes else []
         before, now = (normalised(kernel, params, notes) for kernel in (having[0], after))
         if before is not None and now is not None:
-            found.append(Pair(having[0], after, params, (before, now)))
+            found.append(BeforeAfter(having[0], after, params, (before, now)))
     return found
 
 
@@ -331,11 +333,8 @@ MORE = {**dict.fromkeys(CROSS, 0.5), **dict.fromkeys(WITHIN, -0.5)}
 def claim_rows(records: Sequence[RunRecord], notes: list[str]) -> list[ClaimRow]:
     """Every claim in the order of CLAIMS; what could not be read or is missing goes to `notes`."""
     called = {run.folder: name for run, name in zip(records, names(records), strict=True)}
-    found = [
-        _movement(run, curves, called[run.folder])
-        for run in records
-        if (curves := prompt_curves(run))
-    ]
+    curves = [(run, prompt_curves(run)) for run in records]
+    found = [_movement(run, own, called[run.folder]) for run, own in curves if own]
     for pair in pairs(records, notes):
         found += _stage_one(pair, called[pair.after.run.folder])
     for base in base_kernels(records):
@@ -349,11 +348,8 @@ def claim_rows(records: Sequence[RunRecord], notes: list[str]) -> list[ClaimRow]
     have = {row.claim for row in found}
     absent = [_absent(key, *LACKING[key], records) for key in LACKING if key not in have]
     of_trunk = {e.weights for _, e in steps if any(p.startswith("trunk") for p in scores(e)[0])}
-    absent += [
-        _absent("proposition_1", *LACKING_STATES[weights], records)
-        for weights in LACKING_STATES
-        if weights not in of_trunk
-    ]
+    lacking = [LACKING_STATES[weights] for weights in LACKING_STATES if weights not in of_trunk]
+    absent += [_absent("proposition_1", *lack, records) for lack in lacking]
     return sorted(found + absent, key=lambda row: list(CLAIMS).index(row.claim))
 
 
@@ -418,20 +414,21 @@ def _movement(run: RunRecord, curves: PromptCurves, name: str) -> ClaimRow:
     )  # fmt: skip
 
 
-def _stage_one(pair: Pair, name: str) -> Iterator[ClaimRow]:
+def _stage_one(pair: BeforeAfter, name: str) -> Iterator[ClaimRow]:
     kinds = pair.after.kernel.of
     before, after = pair.matrices
     if not {SEEMING, TOXIC} <= set(kinds):
         return
     drawn = draws(kinds)
-    over = "stage one" if pair.after.told in STAGES else f"stage one, up to its {pair.after.told}"
+    until = pair.after.weights
+    over = "stage one" if until in STAGES else f"stage one, up to its {until}"
     own = f"{name}, {pair.params}"
     source = " → ".join(printable(str(m.folder)) for m in (pair.before, pair.after))
 
-    def row(claim: str, weights: dict[KindPair, float], told: str, above: bool) -> ClaimRow:
+    def row(claim: str, weights: dict[KindPair, float], change: str, above: bool) -> ClaimRow:
         measured = contrast(after - before, kinds, weights, drawn)
         words = "rise" if above else "fall"
-        wanted = f"{told} {number(measured, signed=True)} over {over} (claimed: a {words})"
+        wanted = f"{change} {number(measured, signed=True)} over {over} (claimed: a {words})"
         return ClaimRow(
             claim, verdict(measured, above=above), f"{own}: {wanted}", run=name,
             model=pair.after.model, params=pair.params, measured=measured, above=above,
@@ -443,10 +440,10 @@ def _stage_one(pair: Pair, name: str) -> Iterator[ClaimRow]:
             was, now = (
                 contrast(matrix, kinds, {cell: 1.0}, drawn).estimate for matrix in (before, after)
             )
-            told = f"mean normalised ‖{kernel_of(cell)}‖ goes from {was:.2f} to {now:.2f}, by"
-            yield row(claim, {cell: 1.0}, told, above)
-    told = "beyond the mean of the two kernels within a class, the two across change by"
-    yield row("cross_falls_more", MORE, told, above=False)
+            change = f"mean normalised ‖{kernel_of(cell)}‖ goes from {was:.2f} to {now:.2f}, by"
+            yield row(claim, {cell: 1.0}, change, above)
+    change = "beyond the mean of the two kernels within a class, the two across change by"
+    yield row("cross_falls_more", MORE, change, above=False)
 
 
 def _base(base: MeasuredKernel, notes: list[str]) -> Iterator[ClaimRow]:
@@ -462,13 +459,13 @@ def _base(base: MeasuredKernel, notes: list[str]) -> Iterator[ClaimRow]:
             continue
         means = [contrast(matrix, kinds, {cell: 1.0}, drawn) for cell in cells]
         measured = contrast(matrix, kinds, dict(zip(cells, (1.0, -1.0), strict=True)), drawn)
-        told = " and ".join(
+        means_text = " and ".join(
             f"{kernel_of(cell)} is {mean.estimate:.2f}"
             for cell, mean in zip(cells, means, strict=True)
         )
         yield ClaimRow(
             "base_asymmetry", verdict(measured),
-            f"{name}, {params}: {told}, a difference of {number(measured, signed=True)} "
+            f"{name}, {params}: {means_text}, a difference of {number(measured, signed=True)} "
             "(claimed: above 0)",
             run=name, model=base.model, params=params, measured=measured,
             source=printable(str(base.folder)),
@@ -509,7 +506,7 @@ def _one_step(name: str, evaluation: Evaluation, notes: list[str]) -> Iterator[C
     lacking = [kind for kind in (SEEMING, NORMAL) if kind not in change]
     notes += [f"{place}: claims.change has no readable {kind}" for kind in lacking]
 
-    def row(claim: str, score: str, told: str) -> Iterator[ClaimRow]:
+    def row(claim: str, score: str, statistic: str) -> Iterator[ClaimRow]:
         for params, found in params_scores.items():
             if score in found and (claim != "proposition_1" or params.startswith("trunk")):
                 measured, slope = found[score], found.get("slope")
@@ -517,7 +514,7 @@ def _one_step(name: str, evaluation: Evaluation, notes: list[str]) -> Iterator[C
                 more = f"; {number(slope)} of change per predicted" if beside and slope else ""
                 yield ClaimRow(
                     claim, verdict(measured),
-                    f"{name}, {params}: {told} {number(measured)} (claimed: above 0){more}",
+                    f"{name}, {params}: {statistic} {number(measured)} (claimed: above 0){more}",
                     run=name, model=model, params=params, measured=measured, beside=beside,
                     source=source,
                 )  # fmt: skip
@@ -546,8 +543,8 @@ def _one_step(name: str, evaluation: Evaluation, notes: list[str]) -> Iterator[C
             run=name, model=model, measured=seeming, beside=("normal", normal), source=source,
         )  # fmt: skip
     for score, states in (("dot", "the inner product h′ᵀh"), ("cosine", "the cosine")):
-        told = f"the rank correlation of ‖K‖ with {states} of two prompts' states is"
-        yield from row("proposition_1", score, told)
+        statistic = f"the rank correlation of ‖K‖ with {states} of two prompts' states is"
+        yield from row("proposition_1", score, statistic)
 
 
 FILE = "claims.csv"
@@ -563,29 +560,26 @@ HEADER = ("claim", "verdict", "run", "model", "params", "estimate", "low", "high
 
 
 def by_claim(found: Sequence[ClaimRow]) -> list[tuple[str, list[ClaimRow]]]:
-    """Each claim's words with its claim_rows."""
-    return [
-        (title, [row for row in found if row.claim == claim])
-        for claim, title in CLAIMS.items()
-        if any(row.claim == claim for row in found)
-    ]
+    """Each claim's words with its rows."""
+    rows = [(title, [r for r in found if r.claim == claim]) for claim, title in CLAIMS.items()]
+    return [(title, own) for title, own in rows if own]
 
 
 def lines(found: Sequence[ClaimRow], width: int) -> list[str]:
     """For the terminal, folded to its width."""
     longest = max(map(len, (HOLDS, FAILS, OPEN, ABSENT)))
-    told = ["", "Claims of the paper", *textwrap.wrap(RULE, width)]
+    lines = ["", "Claims of the paper", *textwrap.wrap(RULE, width)]
     for title, own in by_claim(found):
-        told += ["", *textwrap.wrap(title, width)]
+        lines += ["", *textwrap.wrap(title, width)]
         for row in own:
-            told += textwrap.wrap(
+            lines += textwrap.wrap(
                 f"  {row.verdict.ljust(longest)}  {row.sentence}",
                 width,
                 subsequent_indent=" " * (longest + 4),
                 break_long_words=False,
                 break_on_hyphens=False,
             )
-    return told
+    return lines
 
 
 def csv_text(found: Sequence[ClaimRow]) -> str:

@@ -64,12 +64,12 @@ def comparisons(
     """
     found = []
     for a in columns:
-        if about(a.run, a.evaluation, "method") != "dcr":
+        if a.about("method") != "dcr":
             continue
         partners = [
             (differing_settings(a, b), b)
             for b in columns
-            if about(b.run, b.evaluation, "method") == "stl" and _comparable(a, b)
+            if b.about("method") == "stl" and _comparable(a, b)
         ]
         fewest = min((len(differing) for differing, _ in partners), default=0)
         for differing, b in partners:
@@ -81,19 +81,16 @@ def comparisons(
 
 
 def _comparable(a: Column, b: Column) -> bool:
-    same = all(
-        about(a.run, a.evaluation, key) == about(b.run, b.evaluation, key)
-        for key in ("model", "seed", "data")
-    )
-    weights = a.evaluation.weights == b.evaluation.weights
-    return same and weights and a.evaluation.settings == b.evaluation.settings
+    same = all(a.about(key) == b.about(key) for key in ("model", "seed", "data"))
+    one, other = a.evaluation, b.evaluation
+    return same and (one.weights, one.settings) == (other.weights, other.settings)
 
 
 def differing_settings(a: Column, b: Column) -> list[str]:
     """Settings of stage two in which two runs differ, which no comparison should hide."""
     configs = []
-    for entry in (a, b):
-        config = entry.run.config
+    for column in (a, b):
+        config = column.run.config
         data = found if isinstance(found := config.get("data"), dict) else {}
         parts = {"sft": config.get("sft"), "data.safety": data.get("safety")}
         configs.append(flattened(parts | {"data.normal": data.get("normal")}))
@@ -126,8 +123,8 @@ def _verdicts(a: list[Answer], b: list[Answer], kind: Kind) -> tuple[list[bool],
     both = [(c, others[c.id, c.prompt]) for c in a if (c.id, c.prompt) in others]
     wanted = kind is Kind.toxic
     return (
-        [(first.outcome["paper"] == "refused") is wanted for first, _ in both],
-        [(second.outcome["paper"] == "refused") is wanted for _, second in both],
+        [(first.verdict == "refused") is wanted for first, _ in both],
+        [(second.verdict == "refused") is wanted for _, second in both],
     )
 
 
@@ -179,7 +176,7 @@ class OperatingPanel:
     """What was evaluated alike: the unsteered STL, all points, and one choice a method."""
 
     title: str
-    safety: str  # how safety was told
+    safety: str  # how safety was judged
     sets: dict[Kind, list[str]]
     reference: Operating
     points: tuple[Operating, ...]
@@ -234,8 +231,8 @@ def operating_panels(
 
 def _alike(run: RunRecord, found: Evaluation) -> str:
     settings = {k: v for k, v in found.settings.items() if k not in ("steering", "self_cd")}
-    told = [about(run, found, key) for key in ("model", "data", "seed")]
-    return storage.fingerprint([told, settings])
+    named = [about(run, found, key) for key in ("model", "data", "seed")]
+    return storage.fingerprint([named, settings])
 
 
 def _operating_panel(
@@ -255,7 +252,7 @@ def _operating_panel(
     sets = shared_by_kind([found for _, found in pairs])
     if not all(sets.values()):
         return None
-    by, told = _safety([found for _, found in pairs], sets[Kind.toxic])
+    by, safety = _safety([found for _, found in pairs], sets[Kind.toxic])
     points = [point for run, found in pairs if (point := _point(run, found, sets, by))]
     reference = next(p for p in points if p.evaluation is stl[0][1])
     methods = dict.fromkeys(p.method for p in points if p.method != "stl")
@@ -265,7 +262,7 @@ def _operating_panel(
     asked = "validation prompts" if stl[0][1].settings.get("validation") else ""
     named = (model, f"{data} data", f"seed {seed}" if seed else "", asked)
     title = ", ".join(filter(None, named))
-    return OperatingPanel(title, told, sets, reference, tuple(points), chosen)
+    return OperatingPanel(title, safety, sets, reference, tuple(points), chosen)
 
 
 def _is_reference(run: RunRecord, found: Evaluation) -> bool:
@@ -318,17 +315,17 @@ def label(method: str) -> str:
     return " + ".join(LABELS.get(part, part) for part in method.split(" + "))
 
 
-def told(panel: OperatingPanel, margin: float) -> list[str]:
+def rule_lines(panel: OperatingPanel, margin: float) -> list[str]:
     """The rule and its choices, for the terminal and the caption."""
     return [
         f"operating points, {panel.title}: per method the highest compliance among points with "
         f"{panel.safety} of at least {_percent(panel.reference.safety)} (unsteered STL) less "
         f"{margin:g} points; on the evaluations given",
-        *(f"  {label(method)}: {_told(point)}" for method, point in panel.chosen.items()),
+        *(f"  {label(method)}: {_choice(point)}" for method, point in panel.chosen.items()),
     ]
 
 
-def _told(point: Operating | None) -> str:
+def _choice(point: Operating | None) -> str:
     if point is None:
         return "no point is safe enough"
     return (
@@ -360,7 +357,7 @@ def operating_points(records: Sequence[RunRecord], margin: float, data: str | No
         HEADER,
         [row for panel in found for row in _rows(panel)],
         lambda: _draw(found, margin),
-        told=tuple(line for panel in found for line in told(panel, margin)),
+        lines=tuple(line for panel in found for line in rule_lines(panel, margin)),
     )
 
 

@@ -156,7 +156,7 @@ def table(
         ours += [paper.mean_row(group, ours) for group in groups]
         rows += [row for row in ours if row.cells]
     notes = [*paper.mark_notes(rows), *(("", note) for note in NOTES)]
-    return PaperTable(NAME, TITLE, HEADS, rows, notes, told="sets")
+    return PaperTable(NAME, TITLE, HEADS, rows, notes, judge_head="sets")
 
 
 def _cells(found: Ranking, marks: str) -> dict[str, Cell]:

@@ -6,7 +6,7 @@ import math
 import re
 import textwrap
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from dcr import results
 from dcr.report.records import Style
+from dcr.report.tables import Cell
 from dcr.statistics import Interval
 
 # Okabe and Ito's palette, distinguishable without red-green vision, less black and yellow, which
@@ -72,29 +73,11 @@ PRINT: dict[Any, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Curves:
-    """The logged values of one run."""
-
-    style: Style
-    metrics: Sequence[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Point:
-    """Compliance with seemingly toxic prompts against refusal of toxic ones, with intervals."""
-
-    style: Style
-    x: Interval
-    y: Interval
-
-
-@dataclass(frozen=True)
-class Frontier:
-    """Such points over the snapshots of a run, in the order of their steps."""
-
-    style: Style
-    points: Sequence[tuple[float, float]]
+Curves = tuple[Style, Sequence[Mapping[str, Any]]]  # a run's logged values
+# Compliance with seemingly toxic prompts against refusal of toxic ones; over a run's snapshots in
+# the order of their steps.
+Point = tuple[Style, Cell, Cell]
+Frontier = tuple[Style, Sequence[tuple[float, float]]]
 
 
 @dataclass(frozen=True)
@@ -107,7 +90,7 @@ class Panel:
 
 
 # Panels of training curves: title, epoch-level key, step-level key if any.
-CURVES = (
+TRAINING = (
     (
         "Stage one: Circle loss above its floor",
         "contrastive/above_floor",
@@ -124,11 +107,11 @@ CURVES = (
 def training_curves(runs: Sequence[Curves]) -> list[Panel]:
     """One panel a quantity that at least one run has logged; held-out values are dashed."""
     panels = []
-    for index, (title, epoch_key, step_key) in enumerate(CURVES):
+    for index, (title, epoch_key, step_key) in enumerate(TRAINING):
         with matplotlib.rc_context(SCREEN):
             figure, axes = _axes(4.2, 2.9)
-            for run in runs:
-                _draw_run(axes, run, epoch_key, step_key)
+            for style, metrics in runs:
+                _draw_run(axes, style, metrics, epoch_key, step_key)
             axes.set_title(title)
             axes.set_xlabel("optimiser step")
             axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
@@ -142,18 +125,26 @@ def _axes(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def _draw_run(axes: Axes, run: Curves, epoch_key: str | None, step_key: str | None) -> None:
-    colour, marker = PALETTE[_colour(run.style)], _marker(run.style)
+def _draw_run(
+    axes: Axes,
+    style: Style,
+    metrics: Sequence[Mapping[str, Any]],
+    epoch_key: str | None,
+    step_key: str | None,
+) -> None:
+    colour, marker = PALETTE[style.colour], MARKERS[style.marker]
     if step_key:
         steps = (
-            _above_floor(run) if step_key == "contrastive/step_circle" else _logged(run, step_key)
+            above_floor(metrics)
+            if step_key == "contrastive/step_circle"
+            else _logged(metrics, step_key)
         )
         faint = 0.35 if epoch_key else 0.85
         if steps:
             axes.plot(*_columns(steps), color=colour, linewidth=0.9, alpha=faint)
     if epoch_key:
         for key, dashes in ((epoch_key, "-"), (f"{epoch_key}/heldout", "--")):
-            points = _logged(run, key)
+            points = _logged(metrics, key)
             if points:
                 axes.plot(
                     *_columns(points), dashes, color=colour, marker=marker, markersize=4,
@@ -161,24 +152,24 @@ def _draw_run(axes: Axes, run: Curves, epoch_key: str | None, step_key: str | No
                 )  # fmt: skip
 
 
-def _logged(run: Curves, key: str) -> list[tuple[float, float]]:
+def _logged(metrics: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
     """(step, value) of a key; the last value of a step counts, what is not finite is left out."""
-    points = {row["step"]: row["value"] for row in run.metrics if row["key"] == key}
+    points = {row["step"]: row["value"] for row in metrics if row["key"] == key}
     return sorted((step, value) for step, value in points.items() if math.isfinite(value))
 
 
-def _above_floor(run: Curves) -> list[tuple[float, float]]:
+def above_floor(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
     """The loss of each step less the mean floor of its epoch, which balanced batches all share."""
-    circle = dict(_logged(run, "contrastive/circle"))
+    circle = dict(_logged(metrics, "contrastive/circle"))
     floors = sorted(
         (step, circle[step] - above)
-        for step, above in _logged(run, "contrastive/above_floor")
+        for step, above in _logged(metrics, "contrastive/above_floor")
         if step in circle
     )
     if not floors:
         return []
     points = []
-    for step, value in _logged(run, "contrastive/step_circle"):
+    for step, value in _logged(metrics, "contrastive/step_circle"):
         floor = next((floor for end, floor in floors if step <= end), floors[-1][1])
         points.append((step, value - floor))
     return points
@@ -193,15 +184,14 @@ def trade_off(
         axes.plot([0, 100], [100, 0], ":", color=INK, alpha=0.5, linewidth=1)
         for frontier in frontiers:
             _draw_frontier(axes, frontier)
-        for point in points:
-            x, y = point.x, point.y
+        for style, x, y in points:
             axes.errorbar(
                 100 * x.estimate,
                 100 * y.estimate,
-                xerr=arms(x),
-                yerr=arms(y),
-                fmt=_marker(point.style),
-                color=PALETTE[_colour(point.style)],
+                xerr=arms(x.interval),
+                yerr=arms(y.interval),
+                fmt=MARKERS[style.marker],
+                color=PALETTE[style.colour],
                 markersize=8,
                 elinewidth=1.1,
                 capsize=2.5,
@@ -215,36 +205,14 @@ def trade_off(
 
 
 def _draw_frontier(axes: Axes, frontier: Frontier) -> None:
-    colour, marker = PALETTE[_colour(frontier.style)], _marker(frontier.style)
-    scaled = [(100 * x, 100 * y) for x, y in frontier.points]
+    style, points = frontier
+    colour, marker = PALETTE[style.colour], MARKERS[style.marker]
+    scaled = [(100 * x, 100 * y) for x, y in points]
     shades = [0.25 + 0.75 * (i + 1) / len(scaled) for i in range(len(scaled))]
     for (start, end), shade in zip(itertools.pairwise(scaled), shades[1:], strict=True):
         axes.plot(*_columns([start, end]), color=colour, alpha=shade, linewidth=1.3)
     for place, shade in zip(scaled, shades, strict=True):
         axes.plot(*place, marker, color=colour, alpha=shade, markersize=4)
-
-
-def glyph(style: Style) -> str:
-    """The character that stands for a style's marker."""
-    return GLYPHS[_marker_place(style)]
-
-
-def colour_class(style: Style) -> str:
-    """The name of the page's colour for a style, as in `var(--series-1)`."""
-    return f"series-{_colour(style)}"
-
-
-def _colour(style: Style) -> int:
-    return 0 if not style.colour else 1 + (style.colour - 1) % (len(PALETTE) - 1)
-
-
-def _marker_place(style: Style) -> int:
-    # where colours come round again, the marker moves on, so that no two variants look alike
-    return (style.marker + max(0, style.colour - 1) // (len(PALETTE) - 1)) % len(MARKERS)
-
-
-def _marker(style: Style) -> str:
-    return MARKERS[_marker_place(style)]
 
 
 def _columns(points: Iterable[tuple[float, float]]) -> tuple[list[float], list[float]]:
@@ -290,7 +258,7 @@ class Drawing:
     header: tuple[str, ...]
     rows: Sequence[Sequence[object]]
     draw: Callable[[], Figure]
-    told: tuple[str, ...] = ()  # lines for the terminal
+    lines: tuple[str, ...] = ()  # for the terminal
     notes: tuple[str, ...] = ()  # what was left out
 
 
@@ -385,7 +353,7 @@ def ordered(kinds: Sequence[str]) -> list[str]:
 
 def line_style(place: int) -> tuple[str, str]:
     """Colour and marker of the line at a place, other than those of the base model."""
-    return PALETTE[_colour(Style(1 + place, 0))], MARKERS[place % len(MARKERS)]
+    return PALETTE[1 + place % (len(PALETTE) - 1)], MARKERS[place % len(MARKERS)]
 
 
 def arms(interval: Interval) -> list[list[float]]:

@@ -20,7 +20,7 @@ from dcr.config import Kind
 from dcr.report import claims, figures, paper
 from dcr.report.claims import ClaimRow
 from dcr.report.comparisons import Comparison, p_value, points
-from dcr.report.figures import Curves, Drawing, Frontier, Panel, Point
+from dcr.report.figures import Drawing, Panel
 from dcr.report.paper import PaperTable
 from dcr.report.records import (
     Answer,
@@ -103,7 +103,7 @@ class Sample:
     @property
     def verdicts(self) -> str:
         """Words to filter by: the verdicts that occur, and whether they differ."""
-        found = sorted({_verdict(answer) for answer in self.answers if answer})
+        found = sorted({answer.verdict for answer in self.answers if answer})
         return " ".join([*found, "differ"] if len(found) > 1 else found)
 
 
@@ -114,28 +114,19 @@ def render(report: Report) -> str:
         "text_of": text_of,
         "points": points,
         "p_value": p_value,
-        "glyph": figures.glyph,
-        "colour": figures.colour_class,
-        "verdict": _verdict,
+        "glyphs": figures.GLYPHS,
         "dagger": IN_DISTRIBUTION,
         "double_dagger": CONTAMINATED,
         "drawing": lambda panel: Markup(panel.svg),  # our own, its texts escaped
     }
     kinds = {kind: set_names(report.columns, kind) for kind in (Kind.seemingly_toxic, Kind.toxic)}
     return environment.get_template("report.html").render(
+        vars(report),
         version=dcr.__version__,
-        columns=report.columns,
-        grids=report.grids,
         recommended=keyword_sections(report.columns, "recommended"),
-        groups=report.groups,
-        seeds=report.seeds,
-        pairs=report.pairs,
-        notes=report.notes,
         marked=marked_sets(report.columns),
         contaminated=any_marked(report.sections, CONTAMINATED),
         confusions=[(c, a, confusion(a)) for c in report.columns for a in c.evaluation.agreement],
-        paper=report.paper,
-        drawn=report.drawn,
         claims=claims.by_claim(report.claims),
         claims_rule=claims.RULE,
         models=_distinct(report, "model"),
@@ -157,10 +148,6 @@ def _distinct(report: Report, key: str) -> list[str]:
     return [value for value in dict.fromkeys(values) if value]
 
 
-def _verdict(completion: Answer) -> str:
-    return completion.outcome["paper"]
-
-
 def _style_of(record: RunRecord, styles: dict[tuple[str, str], Style]) -> Style:
     """The style of a run's trained weights; neutral for the base model."""
     evaluations = evaluations_of(record)
@@ -172,7 +159,7 @@ def _style_of(record: RunRecord, styles: dict[tuple[str, str], Style]) -> Style:
 def _curves(report: Report) -> list[Panel]:
     styles = run_styles(report.records)
     return figures.training_curves(
-        [Curves(_style_of(r, styles), r.metrics) for r in report.records if r.metrics]
+        [(_style_of(run, styles), run.metrics) for run in report.records if run.metrics]
     )
 
 
@@ -207,11 +194,11 @@ def _trade_off(report: Report, name: str, title: str, names: list[list[str]]) ->
     for column in report.columns:
         x, y = _rates(column.evaluation, names)
         if x and y:
-            points.append(Point(column.style, x.interval, y.interval))
+            points.append((column.style, x, y))
     return figures.trade_off(name, title, points, _frontiers(report, names))
 
 
-def _frontiers(report: Report, names: list[list[str]]) -> list[Frontier]:
+def _frontiers(report: Report, names: list[list[str]]) -> list[figures.Frontier]:
     """One line a run and evaluation setting, through its snapshots by step."""
     styles, found = run_styles(report.records), {}
     for place, record in enumerate(report.records):
@@ -221,7 +208,7 @@ def _frontiers(report: Report, names: list[list[str]]) -> list[Frontier]:
                 key = place, storage.fingerprint(settings_without_seed(e))
                 style = styles[variant(record, e), about(record, e, "seed")]
                 found.setdefault(key, (style, []))[1].append((x.estimate, y.estimate))
-    return [Frontier(style, points) for style, points in found.values()]
+    return list(found.values())
 
 
 def _rates(evaluation: Evaluation, names: list[list[str]]) -> list[Cell | None]:
@@ -255,8 +242,8 @@ def _settings(report: Report) -> list[tuple[Column, str, str]]:
     """Of every column: the folder, and how it was evaluated."""
     lines = []
     for column in report.columns:
-        told = flattened(column.evaluation.settings)
-        words = ", ".join(f"{key}={'all' if v is None else v}" for key, v in told.items())
+        settings = flattened(column.evaluation.settings)
+        words = ", ".join(f"{key}={'all' if v is None else v}" for key, v in settings.items())
         speed = column.evaluation.tokens_per_second
         seconds = column.evaluation.seconds
         if isinstance(seconds, (int, float)):

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from dcr import results
 from dcr.config import Judge
 from dcr.evaluation.sets import PAPER_SAFETY
-from dcr.report.records import METHODS, Column, Group, about, method_of, seen
+from dcr.report.records import METHODS, Column, Group, method_of, seen
 from dcr.report.tables import (
     CONTAMINATED,
     IN_DISTRIBUTION,
@@ -52,8 +52,8 @@ GUARDS = (Judge.llama_guard.value, Judge.wildguard.value, Judge.moderation.value
 
 
 Cells = dict[str, Cell]
-Judged = tuple[str, str]  # a judge and its model
-BY_KEYWORDS: Judged = (KEYWORD, "")
+By = tuple[str, str]  # a judge and its model
+BY_KEYWORDS: By = (KEYWORD, "")
 
 
 def digits(column: str) -> int:
@@ -77,7 +77,7 @@ def suite(column: Column) -> Cells:
     return cells
 
 
-def _guard(column: Column) -> Judged | None:
+def _guard(column: Column) -> By | None:
     """The judge and model whose verdicts stand for safety."""
     sets = column.evaluation.sets
     found = {
@@ -89,7 +89,7 @@ def _guard(column: Column) -> Judged | None:
     return next(((judge, found[judge]) for judge in GUARDS if judge in found), None)
 
 
-def _compliance(column: Column, by: Judged) -> Cells:
+def _compliance(column: Column, by: By) -> Cells:
     """Strict, by keywords or a judge."""
     cells = {}
     for head, names in SETS.items():
@@ -99,7 +99,7 @@ def _compliance(column: Column, by: Judged) -> Cells:
     return cells
 
 
-def _safety(column: Column, by: Judged) -> Cells:
+def _safety(column: Column, by: By) -> Cells:
     """The mean over the five sets and their pool; of fewer than five the mean alone."""
     names = _judged_safe(column, by)
     mean = rate(column.evaluation, names, "safe", *by, mean=True)
@@ -108,7 +108,7 @@ def _safety(column: Column, by: Judged) -> Cells:
     return {head: cell for head, cell in cells.items() if cell}
 
 
-def _judged_safe(column: Column, by: Judged) -> list[str]:
+def _judged_safe(column: Column, by: By) -> list[str]:
     """Those of the paper's five sets that were judged, or by keywords evaluated."""
     quantity = "refused" if by == BY_KEYWORDS else "safe"
     return [name for name in PAPER_SAFETY if rate(column.evaluation, [name], quantity, *by)]
@@ -138,8 +138,8 @@ def _of_safety(columns: Sequence[Column]) -> list[str]:
     for column in columns:
         names = _judged_safe(column, _guard(column) or BY_KEYWORDS)
         if 0 < len(names) < len(PAPER_SAFETY):
-            told = ", ".join(names)
-            notes.append(f"Safety of {column.name} is the mean over {told} only, not over five.")
+            judged = ", ".join(names)
+            notes.append(f"Safety of {column.name} is the mean over {judged} only, not over five.")
     if any(set(PAPER_SAFETY) <= set(column.evaluation.sets) for column in columns):
         notes.append("Safety is the mean over the paper's five sets; pooled: over their prompts.")
     return notes
@@ -169,8 +169,8 @@ def _of_overlaps(columns: Sequence[Column]) -> list[str]:
         for name, overlap in column.evaluation.contamination.items():
             known = name in column.evaluation.sets and column.evaluation.sets[name].in_distribution
             if seen(overlap) and name in shown and not known:
-                told = f"{overlap.exact} / {overlap.near} / {overlap.ngram} of {overlap.n}"
-                counts = f"{name} {told} in training (exact / near / n-gram)"
+                overlaps = f"{overlap.exact} / {overlap.near} / {overlap.ngram} of {overlap.n}"
+                counts = f"{name} {overlaps} in training (exact / near / n-gram)"
                 found.setdefault(counts, []).append(column.name)
         for name, score in column.evaluation.sets.items():
             if score.seen_by_steering and name in shown:
@@ -189,12 +189,12 @@ def _of_ability(columns: Sequence[Column]) -> list[str]:
 
 
 def _of_quality(columns: Sequence[Column]) -> list[str]:
-    told = dict.fromkeys(
+    notes = dict.fromkeys(
         f"AlpacaEval: {annotator_name(q)}; reference: {q.reference or 'not named'}."
         for column in columns
         if (q := column.evaluation.quality)
     )
-    return list(told)
+    return list(notes)
 
 
 TITLES = {
@@ -252,7 +252,7 @@ class PaperTable:
     heads: dict[str, str]
     rows: list[PaperRow]
     notes: list[tuple[str, str]]
-    told: str = "judge"  # what its rows say under `judge`
+    judge_head: str = "judge"  # what its rows say under `judge`
 
     @property
     def judged(self) -> bool:
@@ -261,7 +261,7 @@ class PaperTable:
     @property
     def columns(self) -> list[str]:
         """All headings; those of the numbers come last."""
-        judge = [self.told] if self.judged else []
+        judge = [self.judge_head] if self.judged else []
         return ["method", "numbers of", *judge, *self.heads.values()]
 
 
@@ -321,7 +321,7 @@ def _paper_models(columns: Sequence[Column]) -> list[str]:
     """Those of the paper's models that we ran; all of them where we ran another one as well."""
     theirs = list(facts()["table1_main"])
     ours = {
-        _plain(about(column.run, column.evaluation, "model"))
+        _plain(column.about("model"))
         for column in columns
         if column.evaluation.weights != "endpoint"
     }
@@ -336,20 +336,20 @@ def _plain(model: str) -> str:
 def our_row(column: Column, cells: Cells, judge: str = "") -> PaperRow:
     """The line of one of our columns."""
     method = method_of(column.run, column.evaluation)
-    model = about(column.run, column.evaluation, "model")
-    told = [part for part in column.label[1:] if part != model]
-    return PaperRow(METHODS.get(method, method), "ours", model, ", ".join(told), cells, judge)
+    model = column.about("model")
+    run = [part for part in column.label[1:] if part != model]
+    return PaperRow(METHODS.get(method, method), "ours", model, ", ".join(run), cells, judge)
 
 
 def mean_row(group: Group, ours: Sequence[PaperRow]) -> PaperRow:
     """Means over seeds with their standard deviation."""
     first = ours[group.places[0]]
-    told = [part for part in group.label[1:] if part != first.model]
+    run = [part for part in group.label[1:] if part != first.model]
     alike = [ours[place].cells for place in group.places]
     means = {key: mean_of([cells.get(key) for cells in alike]) for key in alike[0]}
     # of the columns that every seed has
     cells = {key: mean for key, mean in means.items() if mean and not mean.aside}
-    return PaperRow(first.method, "ours", first.model, ", ".join(told), cells, first.judge)
+    return PaperRow(first.method, "ours", first.model, ", ".join(run), cells, first.judge)
 
 
 def _paper_cells(model: str, method: str, values: dict[str, float], table: str) -> Cells:
@@ -404,9 +404,9 @@ def _errata_notes(table: str) -> list[tuple[str, str]]:
     """The paper's inconsistencies that touch the table; a letter where they question a cell."""
     letters = {where: letter for letter, where in _letters(table)}
     notes = [
-        (letters.get(ERRATA[table][told["where"]], ""), f"{told['where']}: {told['what']}")
-        for told in facts()["inconsistencies"]
-        if told["where"] in ERRATA[table]
+        (letters.get(ERRATA[table][known["where"]], ""), f"{known['where']}: {known['what']}")
+        for known in facts()["inconsistencies"]
+        if known["where"] in ERRATA[table]
     ]
     return sorted(notes, key=lambda note: note[0] or "~")  # letters first
 
@@ -492,12 +492,12 @@ def markdown(table: PaperTable) -> str:
     ]
     frame = pandas.DataFrame(rows, columns=[_markdown(head) for head in table.columns])
     sides = ["left"] * (len(table.columns) - len(table.heads)) + ["right"] * len(table.heads)
-    told = frame.to_markdown(index=False, disable_numparse=True, colalign=sides)
+    pipes = frame.to_markdown(index=False, disable_numparse=True, colalign=sides)
     notes = [
         f"- {' '.join(filter(None, (superscript(mark), _markdown(text))))}"
         for mark, text in table.notes
     ]
-    return "\n".join([f"## {_markdown(table.title)}\n", told, "", *notes, ""])
+    return "\n".join([f"## {_markdown(table.title)}\n", pipes, "", *notes, ""])
 
 
 def _markdown(text: str) -> str:
@@ -521,7 +521,7 @@ def csv_text(table: PaperTable) -> str:
         for row in table.rows
     ]  # fmt: skip
     return results.csv_text(
-        ["method", "source", "model", "run", table.told, *values, "marks"], rows
+        ["method", "source", "model", "run", table.judge_head, *values, "marks"], rows
     )
 
 

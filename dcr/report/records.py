@@ -181,7 +181,7 @@ def steering(evaluation: Evaluation) -> str:
 
 def unedited(evaluation: Evaluation) -> bool:
     """Whether it is of the weights as they are, without steering or another decoding."""
-    return not (steering(evaluation) or {"self_cd", "calibrate"} & set(evaluation.settings))
+    return not (steering(evaluation) or "self_cd" in evaluation.settings)
 
 
 def _edit(evaluation: Evaluation) -> list[str]:
@@ -208,12 +208,24 @@ def flattened(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 # --- columns ------------------------------------------------------------------------------------
 
 
+COLOURS, MARKERS = 6, 6  # of figures, beside the neutral colour
+
+
 @dataclass(frozen=True)
 class Style:
-    """Which colour (0 is neutral) and which marker a run has in every figure."""
+    """How a run is drawn in every figure: by its variant, of which 0 is neutral, and its seed."""
 
-    colour: int
-    marker: int
+    variant: int
+    seed: int
+
+    @property
+    def colour(self) -> int:
+        return self.variant and 1 + (self.variant - 1) % COLOURS
+
+    @property
+    def marker(self) -> int:
+        # where colours come round again, the marker moves on, so that no two variants look alike
+        return (self.seed + max(0, self.variant - 1) // COLOURS) % MARKERS
 
 
 @dataclass(frozen=True)
@@ -228,6 +240,10 @@ class Column:
     @property
     def name(self) -> str:
         return " ".join(self.label)
+
+    def about(self, key: str) -> str:
+        """Its method, model, preset, seed or data; see `about`."""
+        return about(self.run, self.evaluation, key)
 
 
 @dataclass(frozen=True)
@@ -358,10 +374,8 @@ def _label(run: RunRecord, evaluation: Evaluation, with_model: bool) -> tuple[st
     if method == "endpoint":
         return ("endpoint", *model)
     model = model if with_model else ()
-    target = evaluation.settings.get("calibrate")
-    calibrated = () if target is None else (printable(f"calibrated to {target}"),)
     if method == "base":
-        return (METHODS[method], *calibrated, *model)
+        return (METHODS[method], *model)
     edit, seed = steering(evaluation), about(run, evaluation, "seed")
     parts = (
         f"+ {edit}" if edit and edit != method else "",
@@ -369,7 +383,7 @@ def _label(run: RunRecord, evaluation: Evaluation, with_model: bool) -> tuple[st
         "stage one only" if evaluation.weights == "contrastive" else "",
         f"seed {seed}" if seed else "",
     )
-    return (METHODS.get(method, method), *calibrated, *filter(None, parts), *model)
+    return (METHODS.get(method, method), *filter(None, parts), *model)
 
 
 def other_preset(preset: str) -> str:
@@ -398,14 +412,14 @@ def seed_groups(columns: Sequence[Column]) -> list[Group]:
     """Columns that differ only by seed, where there are two or more."""
     places: dict[str, list[int]] = {}
     for place, column in enumerate(columns):
-        if about(column.run, column.evaluation, "method") not in UNTRAINED:
+        if column.about("method") not in UNTRAINED:
             weights, settings = column.evaluation.weights, settings_without_seed(column.evaluation)
             key = [variant(column.run, column.evaluation), weights, settings]
             places.setdefault(storage.fingerprint(key), []).append(place)
     groups = []
     for alike in places.values():
         first = columns[alike[0]]
-        seeds = {about(columns[i].run, columns[i].evaluation, "seed") for i in alike}
+        seeds = {columns[i].about("seed") for i in alike}
         kept = tuple(part for part in first.label if not part.startswith("seed "))
         if len(alike) > 1:
             groups.append(Group((*kept, f"{len(seeds)} seeds"), tuple(alike), first.style))
@@ -425,6 +439,11 @@ class Answer:
     ended: bool
     refusal_mass: float | None
     outcome: dict[str, str]  # by keyword rules: refused, partial or complied
+
+    @property
+    def verdict(self) -> str:
+        """By the paper's rules."""
+        return self.outcome["paper"]
 
 
 class Completions:
@@ -473,7 +492,7 @@ def _read_completions(evaluation: Evaluation, name: str, notes: list[str]) -> li
         for identity in counts.ids or stored
         if (answer := stored.get(identity))
     ]  # fmt: skip
-    refused = sum(answer.outcome["paper"] == "refused" for answer in answers)
+    refused = sum(answer.verdict == "refused" for answer in answers)
     counted = counts.refused.get("paper", 0)
     if (len(answers), refused) != (counts.n, counted):
         judged = f"{refused} of {len(answers)} refused, metrics.json says {counted} of {counts.n}"

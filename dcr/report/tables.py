@@ -476,13 +476,13 @@ def quality(columns: Sequence[Column]) -> list[Section]:
 
 
 def _win_rate(found: Quality) -> Cell | None:
-    told = [f"against {found.reference}" if found.reference else "", f"n\u00a0=\u00a0{found.n}"]
+    asides = [f"against {found.reference}" if found.reference else "", f"n\u00a0=\u00a0{found.n}"]
     lengths = (found.mean_length, found.reference_length)
     if None not in lengths:
-        told.append("{:.0f} characters, theirs {:.0f}".format(*lengths))
+        asides.append("{:.0f} characters, theirs {:.0f}".format(*lengths))
     cell = _share(found.win_rate)
     spread = (found.standard_error or 0.0) / 100
-    return cell and replace(cell, spread=spread, aside="; ".join(filter(None, told)))
+    return cell and replace(cell, spread=spread, aside="; ".join(filter(None, asides)))
 
 
 def _share(percent: float | None) -> Cell | None:

@@ -21,7 +21,7 @@ FAULTS = ("unanswered", "empty", "truncated", "repetitive", "non_english")
 NORMAL = 1.959963984540054  # standard errors to either side of a 95% interval
 COMPLIANCE = ("complied", "partial", "refused")
 
-Row = dict[str, Any]
+TidyRow = dict[str, Any]
 
 
 def load(folders: Iterable[str | Path] | str | Path) -> pd.DataFrame:
@@ -41,7 +41,7 @@ def load(folders: Iterable[str | Path] | str | Path) -> pd.DataFrame:
     Raises DataError for a damaged file, UserError for a folder without an evaluation.
     """
     places = [folders] if isinstance(folders, (str, Path)) else folders
-    rows: list[Row] = []
+    rows: list[TidyRow] = []
     for folder in map(Path, places):
         files = sorted(folder.glob("eval/*/metrics.json"))
         if not files:
@@ -64,7 +64,7 @@ def _plain(value: object) -> object:
     return value
 
 
-def rows_of(metrics: Metrics, run: str = "", file: str = "") -> list[Row]:
+def rows_of(metrics: Metrics, run: str = "", file: str = "") -> list[TidyRow]:
     """The rows of one evaluation."""
     about = {key: getattr(metrics, key) for key in COLUMNS[1:8]}
     about |= {"run": run, "edit": edit(metrics.settings), "file": file}
@@ -87,23 +87,15 @@ def edit(settings: Mapping[str, Any]) -> str:
         parts.append("validation")
     if settings.get("self_cd") is not None:
         parts.append(f"self_cd={settings['self_cd']}")
-    if settings.get("calibrate") is not None:
-        parts.append(f"calibrate={settings['calibrate']}")
     return " ".join(parts)
 
 
-def _all(metrics: Metrics) -> Iterator[Row]:
+def _all(metrics: Metrics) -> Iterator[TidyRow]:
     for name, counts in metrics.sets.items():
         for row in _set(counts):
             known = counts.in_distribution and not row["quantity"].endswith("/unseen")
             marks = {"in_distribution": known, "contaminated": contaminated(metrics, name)}
             yield {"set": name, "kind": counts.kind.value} | marks | row
-    if found := metrics.calibration:
-        yield {"quantity": "calibration/bias", "value": _value(found.bias)}
-        for name, of in found.sets.items():
-            about = {"set": name, "kind": of.kind.value}
-            yield _rate("calibration/refused", of.refused, of.n, **about)
-            yield _rate("calibration/refused_plain", of.plain, of.n, **about)
     if found := metrics.discernment:
         named = {"pooled": found.pooled, "untrained": found.untrained, **found.pairs}
         for name, ranking in named.items():
@@ -142,7 +134,7 @@ def contaminated(metrics: Metrics, name: str) -> bool:
     return bool((overlap and overlap.any) or (counts and counts.seen_by_steering))
 
 
-def _set(counts: SetCounts) -> Iterator[Row]:
+def _set(counts: SetCounts) -> Iterator[TidyRow]:
     for part, suffix in ((counts, ""), (counts.unseen, "/unseen")):
         if part is None:
             continue
@@ -173,7 +165,7 @@ def _set(counts: SetCounts) -> Iterator[Row]:
             yield _rate(label, getattr(judged, label), asked, **by)
 
 
-def _ranking(name: str, ranking: Ranking) -> Iterator[Row]:
+def _ranking(name: str, ranking: Ranking) -> Iterator[TidyRow]:
     counts = ranking.toxic, ranking.seemingly_toxic
     about = {"set": name, "n": None if None in counts else sum(filter(None, counts))}
     yield _estimate("discernment", ranking.auroc, **about)
@@ -183,7 +175,7 @@ def _ranking(name: str, ranking: Ranking) -> Iterator[Row]:
         yield _estimate(f"refused_at_over_refusal/{share}", found, **about)
 
 
-def _ability(ability: Ability) -> Iterator[Row]:
+def _ability(ability: Ability) -> Iterator[TidyRow]:
     for metric in ("acc", "acc_norm"):
         value, error = getattr(ability, metric), getattr(ability, f"{metric}_stderr")
         if value is not None:
@@ -196,7 +188,7 @@ def _ability(ability: Ability) -> Iterator[Row]:
         yield {"quantity": metric, "value": _value(value), "n": ability.n}
 
 
-def _quality(quality: Quality) -> Iterator[Row]:
+def _quality(quality: Quality) -> Iterator[TidyRow]:
     for key in ("win_rate", "length_controlled", "discrete"):
         value = getattr(quality, key)
         if value is None:
@@ -208,7 +200,7 @@ def _quality(quality: Quality) -> Iterator[Row]:
         yield row
 
 
-def _analyses(metrics: Metrics) -> Iterator[Row]:
+def _analyses(metrics: Metrics) -> Iterator[TidyRow]:
     if found := metrics.refusal_probability:
         for kind, means in found.kinds.items():
             yield _estimate("refusal_probability", means.plain, kind=kind, n=means.n)
@@ -238,13 +230,13 @@ def _analyses(metrics: Metrics) -> Iterator[Row]:
                 yield _estimate("claims/change", cell, kind=kind)
 
 
-def _rate(quantity: str, count: int, n: int, **about: Any) -> Row:
+def _rate(quantity: str, count: int, n: int, **about: Any) -> TidyRow:
     found = statistics.wilson(count, n)
     value = {"value": found.estimate, "low": found.low, "high": found.high}
     return {"quantity": quantity, "count": count, "n": n, **about, **value}
 
 
-def _estimate(quantity: str, found: Estimate | Sequence[float | None], **about: Any) -> Row:
+def _estimate(quantity: str, found: Estimate | Sequence[float | None], **about: Any) -> TidyRow:
     value, low, high = map(_value, found)
     return {"quantity": quantity, **about, "value": value, "low": low, "high": high}
 

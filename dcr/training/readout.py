@@ -7,6 +7,7 @@ No part of the paper.
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import astuple, dataclass
@@ -100,13 +101,11 @@ def leaving(model: Any, given: Entered) -> Float[Tensor, "places width"]:
 
 
 def contrast_loss(
-    log_odds: Float[Tensor, "prompts"],
-    labels: Int[Tensor, "prompts"],
-    weights: Float[Tensor, "2"],
+    log_odds: Float[Tensor, "prompts"], labels: Int[Tensor, "prompts"]
 ) -> Float[Tensor, ""]:
-    """Logistic loss of refusing toxic prompts and answering the others, by the class's weight."""
+    """Logistic loss of refusing toxic prompts and answering the others."""
     signs = 2.0 * (labels == TOXIC) - 1.0
-    return (weights[labels] * F.softplus(-signs * log_odds)).mean()
+    return F.softplus(-signs * log_odds).mean()
 
 
 def drift(
@@ -145,25 +144,32 @@ def read_out(
     TrainingError for a loss that is not finite.
     """
     phase, chance = config.readout, generator(seed, config.readout.steps)
-    safe = _prompts(chat, rows.readout_seemingly_toxic, SEEMINGLY_TOXIC)
-    learnt = [*_prompts(chat, rows.readout_toxic, TOXIC), *safe]
+    learnt = _alternating(
+        _prompts(chat, rows.readout_toxic, TOXIC),
+        _prompts(chat, rows.readout_seemingly_toxic, SEEMINGLY_TOXIC),
+        chance,
+    )
     watched = _prompts(chat, rows.readout_toxic_heldout, TOXIC)
     watched += _prompts(chat, rows.readout_seemingly_toxic_heldout, SEEMINGLY_TOXIC)
     with models.evaluating(policy.model):
         pairs = _batches(policy, phase, learnt, phase.batch_size)
         answers = _answers(chat, rows.normal, GENERAL_ROWS * len(pairs), config.max_len, chance)
-        general = _batches(policy, phase, answers, GENERAL_ROWS)
-        heldout = _batches(policy, phase, watched, phase.batch_size)
+        general = _batches(policy, phase, _by_length(answers), GENERAL_ROWS)
+        heldout = _batches(policy, phase, _by_length(watched), phase.batch_size)
         answers = _answers(chat, rows.normal_heldout, HELD_OUT_ROWS, config.max_len, chance)
-        ordinary = _batches(policy, phase, answers, GENERAL_ROWS)
+        ordinary = _batches(policy, phase, _by_length(answers), GENERAL_ROWS)
         openings = refusal.refusal_openings(policy.tokenizer)
         before = _discernment(policy, heldout, openings, seed)
         losses = _fit(policy, pairs, general, openings, phase, chance)
         moved, first = _moved(policy, ordinary)
         after = _discernment(policy, heldout, openings, seed)
+    quarter = max(1, phase.steps // 4)
     record = {
         "steps": phase.steps,
-        "loss": {"first": losses[0], "last": losses[-1]},
+        "loss": {  # means of the first and of the last quarter of the steps
+            "first": sum(losses[:quarter]) / quarter,
+            "last": sum(losses[-quarter:]) / quarter,
+        },
         "heldout_auroc": {"before": before, "after": after, "prompts": len(watched)},
         "drift": {"answer_tokens": moved, "first_token": first},
     }
@@ -184,14 +190,12 @@ def _fit(
     factor = warmed_up_and_linear(phase.steps, round(WARMUP * phase.steps))
     tools = adamw(blocks, phase.lr, phase.weight_decay, factor)
     optimizer, rate = tools["optimizer"], tools["lr_scheduler"]["scheduler"]
-    counts = torch.bincount(torch.cat([batch.labels for batch in pairs]), minlength=2)
-    weights = (counts.sum() / (2 * counts)).to(openings.device)
     found: list[float] = []
     while len(found) < phase.steps:
         order = torch.randperm(len(pairs), generator=chance).tolist()
         for place in order[: phase.steps - len(found)]:
             log_odds = _log_odds(model, pairs[place], openings)
-            loss = contrast = contrast_loss(log_odds, pairs[place].labels, weights)
+            loss = contrast = contrast_loss(log_odds, pairs[place].labels)
             if general:
                 loss = loss + phase.drift * _drifted(model, general[place % len(general)]).mean()
             if not torch.isfinite(loss):
@@ -230,13 +234,29 @@ def _answers(
     return found
 
 
+def _alternating(toxic: Sequence[Row], safe: Sequence[Row], chance: torch.Generator) -> list[Row]:
+    """As many of both kinds in turn, each in a drawn order, the fewer of them more than once.
+
+    In batches of one kind, or of one length, nearly nothing is learnt in as many steps.
+    """
+    count = max(len(toxic), len(safe))
+    drawn = []
+    for rows in (toxic, safe):
+        rounds = math.ceil(count / len(rows))
+        orders = [torch.randperm(len(rows), generator=chance) for _ in range(rounds)]
+        drawn.append([rows[place] for place in torch.cat(orders)[:count].tolist()])
+    return [row for both in zip(*drawn, strict=True) for row in both]
+
+
+def _by_length(rows: Sequence[Row]) -> list[Row]:
+    return [rows[place] for place in batching.by_length([row.ids for row in rows])]
+
+
 def _batches(policy: Policy, phase: ReadoutConfig, rows: Sequence[Row], size: int) -> list[Batch]:
-    """Rows of nearly one length together, so that little is padded."""
-    device = models.head(policy.model).weight.device
-    order = batching.by_length([row.ids for row in rows])
-    found = []
-    for start in range(0, len(order), size):
-        part = [rows[place] for place in order[start : start + size]]
+    """Rows in their order, `size` together, as they enter the last blocks."""
+    device, found = models.head(policy.model).weight.device, []
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
         mask = batching.attention_mask([row.ids for row in part])
         read = torch.zeros_like(mask)
         for inside, row in zip(read, part, strict=True):

@@ -134,6 +134,7 @@ OWN = {  # of commands that are no Hydra script: options, and values that would 
     "dcr.chat": ("run", "stage", "max_new_tokens", "nope"),
     "dcr.augment": ("source", "out", "count", "attempts", "nope"),
     "dcr.choice": ("limit", "pairs", "tests", "out", "nope"),
+    "dcr.plan": ("nope",),
 }
 GOOD = {
     "dcr.report": ("run",),
@@ -144,6 +145,7 @@ GOOD = {
         *SCORED,
     ),
     "dcr.choice": ("model=tiny", "limit=8", "wandb.mode=disabled", "out=choice.json"),
+    "dcr.plan": ("model=tiny",),
 }
 
 
@@ -158,7 +160,8 @@ def _module(rng: Random) -> tuple[list[str], list[str], list[str]]:
         given += [option, chosen] if option.startswith("--") else [f"{option}={chosen}"]
         if option == "nope":
             wrong.append(given[-1])
-    schema = {"dcr.augment": EvalConfig, "dcr.choice": TrainConfig}.get(name)
+    schemas = {"dcr.augment": EvalConfig, "dcr.choice": TrainConfig, "dcr.plan": TrainConfig}
+    schema = schemas.get(name)
     if schema is not None and rng.random() < 0.6:
         more, refused = draw(schema, rng, 1)
         given, wrong = [*given, *more], [*wrong, *refused]
