@@ -1,8 +1,8 @@
 """Text as it is compared, named, shown and stored; knows nothing else of the house.
 
-`normalise` for comparing prompts, `label_of` for folders' names, and for all that is printed or
-written: `printable` without control codes, `encodable` without half characters, `redact` without
-secrets, `single_line` all of it in one line.
+`normalise` for comparing prompts, `label_of` for folders' names, `CHATML` for chats of which a
+tokenizer says nothing, and for all that is printed or written: `printable` without control codes,
+`encodable` without half characters, `redact` without secrets, `single_line` all of it in one line.
 """
 
 import re
