@@ -6,16 +6,3 @@
 from dcr.endpoints.answers import Failure, Message, Moderation, Reply
 from dcr.endpoints.calls import chats, moderations
 from dcr.endpoints.servers import EndpointError, check, sent_parameters, spend
-
-__all__ = [
-    "EndpointError",
-    "Failure",
-    "Message",
-    "Moderation",
-    "Reply",
-    "chats",
-    "check",
-    "moderations",
-    "sent_parameters",
-    "spend",
-]

@@ -16,19 +16,3 @@ from dcr.judges.verdicts import (
     stored,
     usage,
 )
-
-__all__ = [
-    "JUDGES",
-    "KINDS",
-    "LABELS",
-    "Verdict",
-    "agreements",
-    "answer_fingerprint",
-    "by_keywords",
-    "check",
-    "counts",
-    "judge",
-    "node_of",
-    "stored",
-    "usage",
-]
