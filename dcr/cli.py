@@ -491,7 +491,7 @@ def _check_word(entry: Field[Any], value: str) -> None:
 def _check_range(entry: Field[Any], value: Any) -> None:
     least, most = entry.metadata["least"], entry.metadata["most"]
     if least is not None and not least <= value <= (math.inf if most is None else most):
-        raise ConfigError(f"{entry.name}={value:g}: give {_range(least, most)}")
+        raise ConfigError(f"{entry.name}={value}: give {_range(least, most)}")
 
 
 def _range(least: float, most: float | None) -> str:

@@ -116,9 +116,7 @@ BYTES: dict[str, Damage] = {
     "a list": lambda file: file.write_bytes(b"[1]\n"),
     "a number": lambda file: file.write_bytes(b"3\n"),
     "binary": lambda file: file.write_bytes(b"\x00\xff\x93NUMPY" * 9),
-    "not UTF-8": lambda file: file.write_bytes(
-        file.read_bytes()[:9] + b"\xff" + file.read_bytes()[9:]
-    ),
+    "not UTF-8": _not_utf8,
     "a folder": _folder,
 }
 
@@ -190,8 +188,11 @@ def test_stage_two_does_not_start_from_a_damaged_stage_one(
     whole, settings = finished
     run = Run(tmp_path / "run")
     shutil.copytree(whole.folder, run.folder, ignore=shutil.ignore_patterns("sft", "eval"))
-    for file in run.stage("contrastive").glob("*.*"):
-        with damaged(file, _halved), pytest.raises(UserError, match=re.escape(str(file))):
+    cases = [(file, _halved) for file in run.stage("contrastive").glob("*.*")]
+    base = BYTES | {"a number within": _json(lambda value: value.update(contrastive=3))}
+    cases += [(run.base_file, damage) for damage in base.values()]
+    for file, damage in cases:
+        with damaged(file, damage), pytest.raises(UserError, match=re.escape(str(file))):
             train_entry.train(settings, run)
     assert not run.done("sft")
 
@@ -310,31 +311,18 @@ ROWS: dict[str, Damage] = {
 }
 
 
-def test_a_damaged_configuration_is_named(finished: tuple[Run, Any]) -> None:
+@pytest.mark.parametrize(
+    ("name", "more", "commands"),
+    [("config.yaml", CONFIG, ["eval", "export", "chat"]), ("rows.json", ROWS, ["eval", "export"])],
+)
+def test_what_a_run_says_of_itself_is_checked(
+    finished: tuple[Run, Any], name: str, more: dict[str, Damage], commands: list[str]
+) -> None:
     run, settings = finished
-    damages = BYTES | CONFIG
-    assert _faults(run, run.config_file, damages, ["eval", "export", "chat"]) == []
+    file, damages = run.folder / name, BYTES | more
+    assert _faults(run, file, damages, commands) == []
     for damage in damages.values():
-        with damaged(run.config_file, damage), pytest.raises(UserError, match=r"config\.yaml"):
-            train_entry.train(settings, run)
-
-
-def test_a_damaged_list_of_rows_is_named(finished: tuple[Run, Any]) -> None:
-    run, settings = finished
-    damages = BYTES | ROWS
-    assert _faults(run, run.rows_file, damages, ["eval", "export"]) == []
-    for damage in damages.values():
-        with damaged(run.rows_file, damage), pytest.raises(UserError, match=r"rows\.json"):
-            train_entry.train(settings, run)
-
-
-def test_a_damaged_record_of_the_base_is_named(finished: tuple[Run, Any], tmp_path: Path) -> None:
-    whole, settings = finished
-    run = Run(tmp_path / "run")
-    shutil.copytree(whole.folder, run.folder, ignore=shutil.ignore_patterns("sft", "eval"))
-    damages = BYTES | {"a number within": _json(lambda value: value.update(contrastive=3))}
-    for damage in damages.values():
-        with damaged(run.base_file, damage), pytest.raises(UserError, match=r"base\.json"):
+        with damaged(file, damage), pytest.raises(UserError, match=re.escape(name)):
             train_entry.train(settings, run)
 
 
