@@ -1,6 +1,8 @@
 """Evaluate: a run, a model or an endpoint -> completions, verdicts, metrics.
 
 python eval.py run=outputs/<folder> tasks=[over_refusal,safety,ability]
+python eval.py run=outputs/<folder> tasks=[discernment]
+python eval.py run=outputs/<folder> calibrate=0.9
 python eval.py model=smollm2_135m data=paper data.root=<data> limit=100
 python eval.py endpoint=http://127.0.0.1:8000/v1 endpoint_model=<name> tasks=[over_refusal]
 """
@@ -87,7 +89,7 @@ def _demo_data() -> Path:
 def evaluate(settings: EvalConfig, run: Run) -> None:
     """Answer what is unanswered, judge what is unjudged, count, and write `metrics.json`."""
     found = subjects.subjects(settings, run)
-    metrics.check(settings)
+    metrics.check(settings, run)
     prompts = sets.read(settings)
     if settings.trainer.threads:
         torch.set_num_threads(settings.trainer.threads)

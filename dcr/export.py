@@ -21,9 +21,11 @@ from dcr.config import (
     STAGES,
     ConfigError,
     ContrastiveConfig,
+    EvalConfig,
     Precision,
     block_of,
 )
+from dcr.evaluation import calibration, discernment
 from dcr.models import Policy
 from dcr.prompts import ChatFormat
 from dcr.runs import Run
@@ -91,6 +93,11 @@ class Options:
         "bfloat16",
         choices=tuple(DTYPES),
     )
+    calibrate: str | None = cli.option(
+        "a share of toxic prompts to refuse, or a run to be as safe as: a bias on the first token "
+        "of refusals in the generation config",
+        None,
+    )
     relink: bool = cli.option("mend the adapters' paths instead of exporting", False)
 
 
@@ -103,13 +110,18 @@ def main(options: Options) -> None:
         return
     if options.out is None:
         raise ConfigError("out: nothing given; name a new folder with out=, or give relink=true")
-    print(export(run, options.out, options.stage, options.dtype))
+    print(export(run, options.out, options.stage, options.dtype, options.calibrate))
     if DTYPES[options.dtype] is not torch.float32:
         print(ROUNDED)
 
 
-def export(run: Run, out: Path, stage: str = "sft", dtype: str = "bfloat16") -> Path:
+def export(
+    run: Run, out: Path, stage: str = "sft", dtype: str = "bfloat16", calibrate: str | None = None
+) -> Path:
     """Weights of a stage, merged in fp32 and cast at the end, with tokenizer and card, in `out`.
+
+    `calibrate` as that of `eval.py`, chosen on these very weights; its bias stands in the
+    generation config.
 
     Raises ConfigError when `out` holds anything, the stage is not done, or its base is gone or
     not the one it was trained on, and for a run of a method that it does not know.
@@ -123,6 +135,9 @@ def export(run: Run, out: Path, stage: str = "sft", dtype: str = "bfloat16") -> 
     if (made_with["method"], stage) not in known:
         raise ConfigError(f"run={run.folder}: method={made_with['method']} has no stage {stage}")
     model = config.model_of(made_with)
+    settings = EvalConfig(model=model, calibrate=calibrate)
+    if calibrate is not None:
+        calibration.check(settings, made_with)
     policy = models.open_result(run.stage(stage), Precision.fp32, model.trust_remote_code)
     if isinstance(policy.model, PeftModel):
         policy = Policy(policy.model.merge_and_unload(), policy.tokenizer, policy.name)
@@ -130,11 +145,12 @@ def export(run: Run, out: Path, stage: str = "sft", dtype: str = "bfloat16") -> 
     _speak_as_trained(chat)
     _stop_as_evaluated(policy, chat)
     policy.model.to(DTYPES[dtype])
+    record = _calibrate(policy, chat, settings) if calibrate is not None else None
     with storage.replaced_folder(out) as staging:
         policy.model.save_pretrained(staging)
         policy.tokenizer.save_pretrained(staging)
         depth = policy.model.config.num_hidden_layers
-        card = model_card(run, stage, made_with, dtype=dtype, depth=depth)
+        card = model_card(run, stage, made_with, dtype=dtype, depth=depth, calibrated=record)
         (staging / "README.md").write_text(card, encoding="utf-8")
     return out
 
@@ -171,6 +187,20 @@ def _stop_as_evaluated(policy: Policy, chat: ChatFormat) -> None:
     policy.model.generation_config = settings
 
 
+def _calibrate(policy: Policy, chat: ChatFormat, settings: EvalConfig) -> dict[str, Any]:
+    """The bias in the generation config, and its record."""
+    where = calibration.place(chat)
+    found = {
+        asked.name: [
+            opening for batch in discernment.read(policy, chat, asked.rows) for opening in batch
+        ]
+        for asked in calibration.asked(settings)
+    }
+    bias, record = calibration.chosen(settings, where, found)
+    policy.model.generation_config.sequence_bias = bias.sequences
+    return record
+
+
 # --- adapters after a move ----------------------------------------------------------------------
 
 
@@ -200,12 +230,19 @@ def relink(run: Run) -> dict[Path, str]:
 
 
 def model_card(
-    run: Run, stage: str, made_with: Mapping[str, Any], *, dtype: str, depth: int
+    run: Run,
+    stage: str,
+    made_with: Mapping[str, Any],
+    *,
+    dtype: str,
+    depth: int,
+    calibrated: Mapping[str, Any] | None = None,
 ) -> str:
     """README.md of the export: what it is, made from what, how it scored. Markdown.
 
-    `dtype` is that of the exported weights, `depth` the model's number of blocks. Raises DataError
-    for an evaluation that cannot be read.
+    `dtype` is that of the exported weights, `depth` the model's number of blocks, `calibrated` the
+    record of the bias in its generation config. Raises DataError for an evaluation that cannot be
+    read.
     """
     name, method = made_with["model"]["name"], made_with["method"]
     front = {"base_model": HUB_NAMES.get(name, name)}
@@ -226,9 +263,9 @@ def model_card(
         block = _block(run, made_with["dcr"], depth)
         settings["dcr.layer"] = f"block {block} of {depth}, counted from 1"
     rows = {n: part for n, part in run.record().get("rows", {}).items() if part["count"]}
-    scores, others = _scores(run, stage)
-    left_out = f"{others} evaluation{'s' if others > 1 else ''} under an edit or on validation "
-    left_out += f"prompts {'are' if others > 1 else 'is'} left out."
+    scores, others = _scores(run, stage, calibrated)
+    left_out = f"{others} evaluation{'s' if others > 1 else ''} under an edit, another calibration "
+    left_out += f"or on validation prompts {'are' if others > 1 else 'is'} left out."
     template = jinja2.Environment(
         loader=jinja2.PackageLoader("dcr"),
         undefined=jinja2.StrictUndefined,
@@ -243,6 +280,7 @@ def model_card(
         method=METHODS[method, stage],
         system=made_with["model"].get("system_prompt"),
         dtype=dtype,
+        calibrated=calibrated,
         settings=settings,
         rows=rows,
         fingerprint=storage.fingerprint({n: part["fingerprint"] for n, part in rows.items()}),
@@ -278,18 +316,20 @@ def _sources(made_with: Mapping[str, Any], uses: Sequence[str]) -> Iterator[tupl
             yield use, source if known else Path(source).name, licence
 
 
-def _scores(run: Run, stage: str) -> tuple[list[str], int]:
+def _scores(run: Run, stage: str, calibrated: Mapping[str, Any] | None) -> tuple[list[str], int]:
     """Refusals in the stage's evaluations as it is exported, with 95% Wilson intervals.
 
     Lines of a table, and how many other evaluations of the stage there are.
     """
+    target = calibrated and (calibrated["run"] or f"{calibrated['target']:g}")
     lines: list[str] = []
     others, trained_on = 0, set(run.record().get("in_distribution", []))
     for file in sorted(run.folder.glob("eval/*/metrics.json")):
         metrics = results.read(file)
         if metrics.weights != stage:
             continue
-        if any(key in metrics.settings for key in EDITS):
+        edited = any(key in metrics.settings for key in EDITS)
+        if edited or metrics.settings.get("calibrate") != target:
             others += 1
             continue
         for name, counts in metrics.sets.items():

@@ -18,9 +18,20 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from dcr import chat, export, models, prompts, storage
-from dcr.config import STAGES, ConfigError, DataError, LoraConfig, Precision
+from dcr.config import (
+    STAGES,
+    ConfigError,
+    DataError,
+    EvalConfig,
+    LoraConfig,
+    ModelConfig,
+    Precision,
+)
+from dcr.evaluation import calibration, subjects
+from dcr.evaluation.subjects import Subject
 from dcr.models import Policy
 from dcr.runs import Run
+from dcr.sources import read
 
 # peft asks transformers for a name that the latter has renamed
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -154,6 +165,42 @@ def test_logits_elsewhere_are_those_in_memory(
 ) -> None:
     assert (made.logits - made.stage_one).abs().max() > 0.1  # the adapter matters
     torch.testing.assert_close(elsewhere[kind], made.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_plain_transformers_decodes_a_calibrated_export_as_we_do(
+    moved: Run, tmp_path: Path
+) -> None:
+    config = yaml.safe_load(moved.config_file.read_text())
+    config["model"]["template"] = "chatml"
+    moved.config_file.write_text(yaml.safe_dump(config))
+    out = tmp_path / "calibrated"
+    asked = [f"run={moved.folder}", f"out={out}", "dtype=float32", "calibrate=0.9"]
+    assert export.main(asked) == 0
+    node = ModelConfig(name=str(out), template="chatml", system_prompt=SYSTEM)
+    settings = EvalConfig(model=node, calibrate="0.9", precision=Precision.fp32)
+    settings.gen.max_new_tokens = 12
+    policy = subjects.opened(settings, plain := Subject("base", out))
+    biased, record = calibration.calibrated(settings, plain, lambda: policy, tmp_path / "answers")
+    rows = read("demo_toxic_heldout")[:12]
+    ours, uncalibrated = (
+        {c.id: c.response for batch in subjects.answer(settings, of, lambda: policy, rows)
+         for c in batch}
+        for of in (biased, plain)
+    )  # fmt: skip
+    assert ours != uncalibrated
+    model: Any = AutoModelForCausalLM.from_pretrained(out)
+    tokenizer: Any = AutoTokenizer.from_pretrained(out)
+    for row in rows:
+        turns = [{"role": "user", "content": row.prompt}]
+        given = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        whole = model.generate(**given, max_new_tokens=12, do_sample=False)
+        answer = whole[0, given["input_ids"].shape[1] :]
+        assert tokenizer.decode(answer, skip_special_tokens=True).strip() == ours[row.id]
+    card_text = (out / "README.md").read_text()
+    assert f"The generation config adds {record['bias']:+.3f}" in card_text
+    assert "| contrasts_toxic_heldout | 119 | 91% |" in card_text
 
 
 def test_peft_does_not_find_the_base_of_a_moved_run_by_itself(moved: Run, made: Made) -> None:
@@ -373,7 +420,9 @@ def test_card_leaves_out_what_is_not_the_exported_model_s(moved: Run, edit: dict
     text = card_of(moved)
     assert "80% (71% to 87%)" in text
     assert "| 10%" not in text
-    assert "1 evaluation under an edit or on validation prompts is left out" in text
+    assert "1 evaluation under an edit, another calibration or on validation" in text
+    (moved.folder / "eval" / "plain" / "metrics.json").unlink()
+    assert "Not evaluated as it is exported; 1 evaluation" in card_of(moved)
 
 
 @pytest.mark.parametrize(

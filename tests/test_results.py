@@ -34,6 +34,8 @@ WHOLE: dict[str, Any] = {
         "unsafe": {"kind": "toxic", "n": 5, "refused": {"paper": 5}, "in_distribution": False,
                    "judged": {"guard": {"model": "g", "safe": 3, "unsafe": 1, "invalid": 1}}},
     },
+    "calibration": {"target": 0.8, "run": None, "bias": 1.5, "sets": {
+        "held": {"kind": "toxic", "n": 10, "plain": 3, "refused": 8}}},
     "discernment": {
         "pooled": {"toxic": 5, "seemingly_toxic": 8, "auroc": [0.75, 0.5, 0.875],
                    "answered": {"0.8": [0.5, 0.25, 0.75]}, "refused": {"0.05": [0.25, 0.0, 0.5]}},
@@ -129,6 +131,8 @@ def test_every_number_has_its_row(tmp_path: Path) -> None:
     found = row(table, "discernment")
     assert (found.set, found.value, found.low, found.high) == ("pooled", 0.75, 0.5, 0.875)
     assert row(table, "answered_at_safety/0.8").n == 13
+    assert row(table, "calibration/refused", set="held").value == 0.8
+    assert row(table, "calibration/refused_plain", set="held").value == 0.3
     assert row(table, "refused_at_over_refusal/0.05").value == 0.25
     assert row(table, "kappa", kind="toxic").value == 0.5
     assert math.isnan(row(table, "usage/usd", judge="llm").value)

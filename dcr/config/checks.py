@@ -194,6 +194,8 @@ def _of_evaluation(config: EvalConfig) -> Iterator[str]:
         yield "steps=[]: name at least one step, or leave it out for all"
     if config.gen.self_cd is not None:
         yield from _under_self_cd(config)
+    if config.calibrate is not None:
+        yield from _calibrated(config)
     if config.steering.validation and Task.quality in config.tasks:
         yield (
             "steering.validation=true tasks=[quality]: asks other prompts than quality compares; "
@@ -223,6 +225,11 @@ def _at_an_endpoint(config: EvalConfig) -> Iterator[str]:
             f"gen.self_cd={config.gen.self_cd}: an endpoint shows no logits to contrast; leave it "
             "out, or name the model with model="
         )
+    if config.calibrate is not None:
+        yield (
+            f"calibrate={config.calibrate}: an endpoint's logit_bias acts on every token of an "
+            "answer, not on its first alone; leave it out, or name the model with model= or run="
+        )
     if config.steering.method is not Steering.none:
         yield (
             f"steering={config.steering.method.value}: an endpoint's activations cannot be edited; "
@@ -240,6 +247,28 @@ def _under_self_cd(config: EvalConfig) -> Iterator[str]:
             )
     if config.steering.method is not Steering.none:
         yield f"{named} steering={config.steering.method.value}: two methods at once; give one"
+
+
+def _calibrated(config: EvalConfig) -> Iterator[str]:
+    named = f"calibrate={config.calibrate}"
+    for task in ON_WEIGHTS:
+        if task in config.tasks:
+            yield (
+                f"{named} tasks=[{task.value}]: a bias changes how answers are decoded, and "
+                f"{task.value} decodes none; leave one of the two out"
+            )
+    if config.gen.self_cd is not None:
+        yield f"{named} gen.self_cd={config.gen.self_cd}: contrasted logits take no bias; give one"
+    if not config.calibration.toxic:
+        yield "calibration.toxic=[]: name prompts to calibrate on"
+    evaluated = {*config.data.evaluation.over_refusal, *config.data.evaluation.safety}
+    for kind in ("toxic", "seemingly_toxic"):
+        for source in getattr(config.calibration, kind):
+            if source in evaluated:
+                yield (
+                    f"calibration.{kind}=[{source}]: is evaluated on as well; name prompts of "
+                    "another origin"
+                )
 
 
 def block_of(config: ContrastiveConfig, depth: int) -> int:

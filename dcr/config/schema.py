@@ -445,6 +445,16 @@ class GenConfig:
 
 
 @dataclass
+class CalibrationConfig:
+    """Prompts that `calibrate` chooses a bias on: none that is evaluated or trained on."""
+
+    toxic: list[str] = field(default_factory=lambda: ["contrasts_toxic_heldout"])
+    seemingly_toxic: list[str] = field(
+        default_factory=lambda: ["contrasts_seemingly_toxic_heldout"]
+    )
+
+
+@dataclass
 class DeviceConfig:
     """Where a model is evaluated: in one process, on one device."""
 
@@ -629,12 +639,16 @@ class EvalConfig:
     tasks: list[Task] = field(default_factory=lambda: [Task.over_refusal, Task.safety])
     judge: list[Judge] = field(default_factory=lambda: [Judge.keyword])
     limit: int | None = None
+    # A bias on the first token of refusals, so that answers refuse this share of toxic prompts, or
+    # the share that the run in this folder refuses.
+    calibrate: str | None = None
     seed: int = 0
     output: str = "outputs/base"
     precision: Precision = Precision.bf16
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     gen: GenConfig = field(default_factory=GenConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     steering: SteeringConfig = field(default_factory=SteeringConfig)
     http: HTTPConfig = field(default_factory=HTTPConfig)
     llm: LLMJudgeConfig = field(default_factory=LLMJudgeConfig)

@@ -10,7 +10,7 @@ from typing import Any
 
 from dcr import activations, config, endpoints, judges, models, results, runs, steering, storage
 from dcr.config import ConfigError, EvalConfig, Kind, Task
-from dcr.evaluation import ability, answers, discernment, quality, scoring, subjects
+from dcr.evaluation import ability, answers, calibration, discernment, quality, scoring, subjects
 from dcr.evaluation.answers import Answers
 from dcr.evaluation.sets import Prompts
 from dcr.evaluation.subjects import Subject
@@ -33,11 +33,13 @@ ALONE = (
 )
 
 
-def check(settings: EvalConfig) -> None:
+def check(settings: EvalConfig, run: Run) -> None:
     """Raises a UserError for all that can be known wrong before a model is loaded."""
     judges.check(settings.judge, settings)
     if settings.endpoint is not None:
         endpoints.check(subjects.server_of(settings), "endpoint")
+    if settings.calibrate is not None:
+        calibration.check(settings, run.config() if settings.run else {"method": "base"})
     if Task.ability in settings.tasks:
         ability.check(settings.ability, settings.data.root)
     if Task.quality in settings.tasks:
@@ -70,6 +72,13 @@ def measure(
     found: dict[str, Any] = {}
     with ExitStack() as stack:
         policy = _opener(settings, run, subject, stack, folder)
+        if settings.calibrate is not None:
+            edits = folder / "steering.json"
+            subject, record = calibration.calibrated(settings, subject, policy, folder)
+            found["calibration"] = record
+            folder = subjects.answers_folder(settings, run, subject)
+            if edits.is_file():
+                storage.write_bytes(folder / edits.name, edits.read_bytes())
         given = answers.of_subject(settings, subject, prompts.sets, folder, policy)
         answers.check_answered(prompts.sets, given)
         if Task.discernment in settings.tasks:
@@ -168,6 +177,8 @@ def _decoded_otherwise(settings: EvalConfig) -> dict[str, Any]:
         told["validation"] = True
     if settings.gen.self_cd is not None:
         told["self_cd"] = settings.gen.self_cd
+    if settings.calibrate is not None:
+        told["calibrate"] = calibration.label(settings)
     return told
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from dcr.config import (
     ServerConfig,
     Stage,
 )
-from dcr.generation import Completion
+from dcr.generation import Completion, OpeningBias
 from dcr.models import Policy
 from dcr.runs import Run
 from dcr.sources import Example
@@ -30,11 +30,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Subject:
-    """Which weights (base, contrastive, sft, snapshot, endpoint), where they lie, at which step."""
+    """Which weights (base, contrastive, sft, snapshot, endpoint), where they lie, at which step.
+
+    `bias` is what calibration adds where their answers begin.
+    """
 
     weights: str
     folder: Path | None = None
     step: int | None = None
+    bias: OpeningBias | None = None
 
 
 def subjects(settings: EvalConfig, run: Run) -> list[Subject]:
@@ -115,6 +119,8 @@ def _identity(settings: EvalConfig, subject: Subject) -> dict[str, object]:
         identity["steering"] = edits
     if settings.gen.self_cd is not None:
         identity["self_cd"] = settings.gen.self_cd
+    if subject.bias is not None:
+        identity["opening_bias"] = asdict(subject.bias)
     return identity
 
 
@@ -155,6 +161,12 @@ def opened(settings: EvalConfig, subject: Subject) -> Policy:
         policy = models.open_folder(
             str(subject.folder), settings.precision, trust_remote_code=trusted
         )
+    if getattr(policy.model.generation_config, "sequence_bias", None):
+        log.warning(
+            "%s: its generation config holds a sequence_bias, which a calibrated export decodes "
+            "with; here it is set aside, calibrate=<share> chooses one",
+            policy.name,
+        )
     wanted = settings.trainer.accelerator in ("auto", "gpu", "cuda")
     if wanted and torch.cuda.is_available():
         policy.model.to("cuda")
@@ -185,6 +197,7 @@ def answer(
         rows,
         settings.gen,
         score=lambda logits: refusal.refusal_mass(logits, openings),
+        bias=subject.bias,
     )
 
 

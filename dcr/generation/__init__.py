@@ -7,6 +7,7 @@ same asked of an OpenAI-compatible server.
 
 from dcr.generation.completions import Completion, complete_remote, stored
 from dcr.generation.local import (
+    OpeningBias,
     batch_size,
     check_context,
     complete,
@@ -17,6 +18,7 @@ from dcr.generation.local import (
 
 __all__ = [
     "Completion",
+    "OpeningBias",
     "batch_size",
     "check_context",
     "complete",

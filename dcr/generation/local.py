@@ -7,6 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +32,35 @@ MOST = {"cuda": 512, "cpu": 64}  # more at once takes longer to answer and decod
 CGROUPS = Path("/sys/fs/cgroup")
 
 
+@dataclass(frozen=True)
+class OpeningBias:
+    """What is added to the logits of `tokens` where an answer begins: behind the tokens `lead`."""
+
+    lead: tuple[int, ...]
+    tokens: tuple[int, ...]
+    bias: float
+
+    @property
+    def sequences(self) -> list[list[Any]]:
+        """`sequence_bias`, as transformers' generation config holds it."""
+        return [[[*self.lead, token], self.bias] for token in self.tokens]
+
+
 def complete(
     policy: Policy,
     chat: ChatFormat,
     rows: Sequence[Example],
     settings: GenConfig,
     score: Callable[[Tensor], Tensor],
+    bias: OpeningBias | None = None,
 ) -> Iterator[list[Completion]]:
     """Greedy completions of every row, as they end.
 
     Longest prompts first, so that running out of memory happens at once; at most half as many are
     then under way, and what was under way starts again. `settings.batch_size` is the most at once,
     None as many as the free memory holds. `score` maps first-token logits [prompts, vocabulary] to
-    [prompts]: the logits that are decoded, so the contrasted ones with `settings.self_cd`.
+    [prompts]: the logits that are decoded, so the contrasted ones with `settings.self_cd` (which
+    takes no bias), and those with `bias` added.
 
     Raises DataError for a prompt longer than the model's context, and ConfigError where Self-CD
     cannot be done with the model or its template.
@@ -60,7 +77,7 @@ def complete(
     done: Counter[tuple[str, str]] = Counter()
     while True:
         try:
-            for batch in _decoded(policy, chat, waiting, size, settings, score):
+            for batch in _decoded(policy, chat, waiting, size, settings, score, bias):
                 done.update((c.id, c.prompt) for c in batch)
                 yield batch
             return
@@ -85,6 +102,7 @@ def _decoded(
     size: int,
     settings: GenConfig,
     score: Callable[[Tensor], Tensor],
+    bias: OpeningBias | None,
 ) -> Iterator[list[Completion]]:
     """The answers to `size` prompts after the other, in order."""
     new = settings.max_new_tokens
@@ -94,7 +112,7 @@ def _decoded(
     for start in range(0, len(waiting), size):
         batch = waiting[start : start + size]
         prompts = [ids for _, ids in batch]
-        answers, masses = continued(policy, chat, prompts, new, score)
+        answers, masses = continued(policy, chat, prompts, new, score, bias=bias)
         yield [
             completion(chat, row, answer, mass)
             for (row, _), answer, mass in zip(batch, answers, masses.tolist(), strict=True)
@@ -147,6 +165,7 @@ def continued(
     max_new_tokens: int,
     score: Callable[[Tensor], Tensor],
     streamer: Any = None,
+    bias: OpeningBias | None = None,
 ) -> tuple[list[list[int]], Tensor]:
     """Greedy new tokens of each prompt (padded behind its end), and `score` of its first logits."""
     ids = padded(prompts, chat.stop[0], left=True).to(policy.model.device)
@@ -160,6 +179,7 @@ def continued(
                 max_new_tokens=max_new_tokens,
                 eos_token_id=list(chat.stop),
                 pad_token_id=chat.stop[0],
+                sequence_bias=bias.sequences if bias else None,
             ),
             logits_processor=LogitsProcessorList([first]),
             streamer=streamer,

@@ -75,6 +75,18 @@ class ChatFormat:
             own = plain[len(before) : len(plain) - len(behind)].strip()
         return replace(self, system_prompt=f"{own}\n\n{words}") if own else other
 
+    def lead(self) -> list[int]:
+        """The last tokens of every prompt, behind which an answer begins.
+
+        From the end token before them where the template puts one there: no answer holds it.
+        """
+        rows = [self.prompt_ids(words)[::-1] for words in (PLACEHOLDER, "x", "Why?", "a\nb")]
+        alike = [len(set(column)) == 1 for column in zip(*rows, strict=False)]
+        shared = alike.index(False) if False in alike else len(alike)
+        behind = rows[0][:shared]
+        ends = [place for place, token in enumerate(behind) if token in self.stop]
+        return behind[: ends[0] + 1 if ends else None][::-1]
+
     def pair(
         self, prompt: str, response: str, max_len: int, train_on_prompt: bool = False
     ) -> tuple[list[int], list[int]]:

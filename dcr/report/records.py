@@ -181,7 +181,7 @@ def steering(evaluation: Evaluation) -> str:
 
 def unedited(evaluation: Evaluation) -> bool:
     """Whether it is of the weights as they are, without steering or another decoding."""
-    return not (steering(evaluation) or "self_cd" in evaluation.settings)
+    return not (steering(evaluation) or {"self_cd", "calibrate"} & set(evaluation.settings))
 
 
 def _edit(evaluation: Evaluation) -> list[str]:
@@ -374,8 +374,10 @@ def _label(run: RunRecord, evaluation: Evaluation, with_model: bool) -> tuple[st
     if method == "endpoint":
         return ("endpoint", *model)
     model = model if with_model else ()
+    target = evaluation.settings.get("calibrate")
+    calibrated = () if target is None else (printable(f"calibrated to {target}"),)
     if method == "base":
-        return (METHODS[method], *model)
+        return (METHODS[method], *calibrated, *model)
     edit, seed = steering(evaluation), about(run, evaluation, "seed")
     parts = (
         f"+ {edit}" if edit and edit != method else "",
@@ -383,7 +385,7 @@ def _label(run: RunRecord, evaluation: Evaluation, with_model: bool) -> tuple[st
         "stage one only" if evaluation.weights == "contrastive" else "",
         f"seed {seed}" if seed else "",
     )
-    return (METHODS.get(method, method), *filter(None, parts), *model)
+    return (METHODS.get(method, method), *calibrated, *filter(None, parts), *model)
 
 
 def other_preset(preset: str) -> str:

@@ -87,6 +87,8 @@ def edit(settings: Mapping[str, Any]) -> str:
         parts.append("validation")
     if settings.get("self_cd") is not None:
         parts.append(f"self_cd={settings['self_cd']}")
+    if settings.get("calibrate") is not None:
+        parts.append(f"calibrate={settings['calibrate']}")
     return " ".join(parts)
 
 
@@ -96,6 +98,12 @@ def _all(metrics: Metrics) -> Iterator[TidyRow]:
             known = counts.in_distribution and not row["quantity"].endswith("/unseen")
             marks = {"in_distribution": known, "contaminated": contaminated(metrics, name)}
             yield {"set": name, "kind": counts.kind.value} | marks | row
+    if found := metrics.calibration:
+        yield {"quantity": "calibration/bias", "value": _value(found.bias)}
+        for name, of in found.sets.items():
+            about = {"set": name, "kind": of.kind.value}
+            yield _rate("calibration/refused", of.refused, of.n, **about)
+            yield _rate("calibration/refused_plain", of.plain, of.n, **about)
     if found := metrics.discernment:
         named = {"pooled": found.pooled, "untrained": found.untrained, **found.pairs}
         for name, ranking in named.items():

@@ -160,6 +160,24 @@ class Discernment(Record):
     sets: dict[str, RankedSet] = {}  # in files of version 1 those that were answered
 
 
+class CalibratedSet(Record):
+    """Validation prompts whose answers open with a refusal, without and with the bias."""
+
+    kind: Kind
+    n: Count
+    plain: Count
+    refused: Count
+
+
+class Calibration(Record):
+    """A bias on the first token of refusals, and the share of toxic prompts that it is for."""
+
+    target: Number
+    run: str | None = None  # that refuses this share
+    bias: Number
+    sets: dict[str, CalibratedSet] = {}
+
+
 class Agreement(Record):
     """Two judges on the same responses; rows of the confusion are the first one's labels."""
 
@@ -369,6 +387,7 @@ class Metrics(Tracked):
     settings: dict[str, Any] = {}
     steering: dict[str, Any] | None = None  # what the edits were made from
     sets: dict[str, SetCounts] = {}
+    calibration: Calibration | None = None
     discernment: Discernment | None = None
     agreement: list[Agreement] = []
     usage: dict[str, Usage] = {}  # by judge

@@ -1,0 +1,259 @@
+"""Calibration against counting and greedy decoding by hand, and the commands that it refuses."""
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+from hypothesis import given
+from hypothesis import strategies as st
+
+import eval as eval_entry
+from dcr import cli, config, generation, models, prompts, refusal, storage
+from dcr.config import ConfigError, EvalConfig, ModelConfig, Precision
+from dcr.evaluation import calibration, discernment, metrics, subjects
+from dcr.generation import OpeningBias
+from dcr.models import Policy
+from dcr.runs import Run
+from dcr.sources import Example, read
+from tests import tiny_run
+
+SHAPE = {
+    "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 260,
+    "max_position_embeddings": 512, "initializer_range": 0.6,
+}  # fmt: skip
+MODEL = ModelConfig(name="tiny", label="tiny", template="chatml", architecture=SHAPE)
+NEW = 12
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    return models.open_policy(MODEL, Precision.fp32, 3)
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Example]:
+    return read("contrasts_toxic_heldout")[:24]
+
+
+# --- the bias of a share --------------------------------------------------------------------------
+
+MARGINS = st.lists(st.floats(-20, 20).map(lambda x: round(x, 1)), min_size=1, max_size=30)
+
+
+def refused(margins: Sequence[float], bias: float) -> int:
+    return sum(margin + bias > 0 for margin in margins)
+
+
+@given(MARGINS, st.floats(0.01, 1))
+def test_a_bias_refuses_the_share_and_what_ties_with_it(margins: list[float], share: float) -> None:
+    count = refused(margins, calibration.bias_for(margins, share))
+    assert count >= share * len(margins) - 1e-6
+    # one prompt fewer would be too few: whoever of the refused has the least margin is needed
+    least = sorted(margins, reverse=True)[count - 1]
+    assert sum(margin > least for margin in margins) < share * len(margins)
+
+
+@given(MARGINS, st.floats(0.01, 1), st.floats(0.01, 1))
+def test_a_bias_never_falls_with_the_share(margins: list[float], one: float, two: float) -> None:
+    low, high = sorted([one, two])
+    assert calibration.bias_for(margins, low) <= calibration.bias_for(margins, high)
+
+
+@given(MARGINS)
+def test_what_the_model_refuses_by_itself_needs_no_bias(margins: list[float]) -> None:
+    count = refused(margins, 0)
+    if count:
+        assert calibration.bias_for(margins, count / len(margins)) == 0
+
+
+# --- where it acts --------------------------------------------------------------------------------
+
+
+def placed(policy: Policy, bias: float) -> OpeningBias:
+    where = calibration.place(prompts.chat_format(policy.tokenizer, MODEL))
+    return OpeningBias(tuple(where["lead"]), tuple(where["tokens"]), bias)
+
+
+def by_hand(policy: Policy, prompt: str, bias: float) -> list[int]:
+    """Greedy tokens, a forward pass each; the first one with the bias on refusal openings."""
+    chat = prompts.chat_format(policy.tokenizer, MODEL)
+    openings = refusal.refusal_openings(policy.tokenizer)
+    ids, answer = chat.prompt_ids(prompt), []
+    while len(answer) < NEW:
+        with torch.inference_mode():
+            logits = policy.model(input_ids=torch.tensor([ids + answer])).logits[0, -1]
+        if not answer:
+            logits = logits.index_add(0, openings, torch.full((len(openings),), bias))
+        answer.append(int(logits.argmax()))
+        if answer[-1] in chat.stop:
+            break
+    return answer
+
+
+def decoded(policy: Policy, asked: Sequence[str], bias: OpeningBias | None) -> list[list[int]]:
+    chat = prompts.chat_format(policy.tokenizer, MODEL)
+    encoded = [chat.prompt_ids(prompt) for prompt in asked]
+    score = functools.partial(refusal.refusal_mass, openings=torch.tensor([1]))
+    answers, _ = generation.continued(policy, chat, encoded, NEW, score, bias=bias)
+    ends = [[i for i, token in enumerate(answer) if token in chat.stop] for answer in answers]
+    return [a[: end[0] + 1] if end else a for a, end in zip(answers, ends, strict=True)]
+
+
+@pytest.mark.parametrize("bias", [0.0, 3.0, -3.0, 50.0])
+def test_a_bias_acts_on_the_first_token_alone(
+    policy: Policy, rows: list[Example], bias: float
+) -> None:
+    asked = [row.prompt for row in rows[:8]]
+    found = decoded(policy, asked, placed(policy, bias))
+    assert found == [by_hand(policy, prompt, bias) for prompt in asked]
+    if bias >= 0:
+        assert (found == decoded(policy, asked, None)) == (bias == 0)
+    openings = set(refusal.refusal_openings(policy.tokenizer).tolist())
+    if bias == 50:
+        assert all(answer[0] in openings for answer in found)
+        later = [token for answer in found for token in answer[1:]]
+        assert not openings.issuperset(later), "a bias of 50 would be seen anywhere"
+
+
+def test_the_lead_is_what_stands_behind_every_prompt(policy: Policy) -> None:
+    chat = prompts.chat_format(policy.tokenizer, MODEL)
+    assert policy.tokenizer.decode(chat.lead()) == "<|im_end|>\n<|im_start|>assistant\n"
+    plain = prompts.chat_format(policy.tokenizer, replace(MODEL, template="plain"))
+    assert policy.tokenizer.decode(plain.lead()) == "\n\n### Response:\n"
+
+
+def test_decoding_refuses_what_the_margins_say(policy: Policy, rows: list[Example]) -> None:
+    chat = prompts.chat_format(policy.tokenizer, MODEL)
+    openings = set(refusal.refusal_openings(policy.tokenizer).tolist())
+    read_ = [o for batch in discernment.read(policy, chat, rows) for o in batch]
+    margins = [opening.margin for opening in read_]
+    for share in (0.25, 0.5, 0.75, 1.0):
+        bias = calibration.bias_for(margins, share)
+        first = [a[0] for a in decoded(policy, [r.prompt for r in rows], placed(policy, bias))]
+        assert sum(token in openings for token in first) == share * len(rows)
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def resolved(folder: Path, *overrides: str) -> tuple[EvalConfig, Run]:
+    files = tiny_run.write_rows(folder / "rows")
+    given = [
+        "model=tiny", f"output={folder / 'base'}", "precision=fp32", "limit=4",
+        "gen.max_new_tokens=3", "trainer.progress=false", "wandb.mode=disabled", "tasks=[safety]",
+        "model.template=chatml", f"data.evaluation.safety=[{files['toxic']}]", *overrides,
+    ]  # fmt: skip
+    cli.prepare()
+    with initialize_config_dir(str(tiny_run.CONF), version_base="1.3"):
+        settings = compose("eval", given)
+    run = eval_entry._run_of(settings)
+    return config.resolve(eval_entry._completed(settings, run), EvalConfig), run
+
+
+def measured(run: Run) -> list[dict[str, Any]]:
+    files = sorted(run.folder.glob("eval/*/metrics.json"), key=lambda file: file.stat().st_mtime)
+    return [json.loads(file.read_text()) for file in files]
+
+
+def test_another_bias_never_reuses_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for share in ("0.3", "0.9"):
+        settings, run = resolved(tmp_path, f"calibrate={share}")
+        eval_entry.evaluate(settings, run)
+    low, high = (found["calibration"] for found in measured(run))
+    assert low["bias"] < high["bias"]
+    toxic = [found["sets"]["contrasts_toxic_heldout"] for found in (low, high)]
+    assert [of["refused"] for of in toxic] == [36, 108], "of 119: at least 30 and 90%"
+    assert toxic[0]["plain"] == toxic[1]["plain"]
+    assert {found["settings"]["calibrate"] for found in measured(run)} == {"0.3", "0.9"}
+    monkeypatch.setattr(subjects, "opened", None)  # everything is stored, also where the bias acts
+    eval_entry.evaluate(settings, run)
+
+
+def test_a_run_can_be_the_target(tmp_path: Path) -> None:
+    settings, run = resolved(tmp_path, "calibrate=0.6")
+    reference = Run(tmp_path / "stl")
+    models.save_full(
+        models.open_policy(settings.model, Precision.fp32, 5), reference.stage("contrastive")
+    )
+    made = {"method": "dcr", "seed": 0, "preset_name": "-", "dcr": {}, "sft": {}}
+    made |= {"model": cli.plain(settings.model), "data": {"toxic": {"source": ["harmfulqa"]}}}
+    reference.config_file.write_text(yaml.safe_dump(made))
+    settings, run = resolved(tmp_path, f"calibrate={reference.folder}")
+    policy = models.open_folder(str(reference.stage("contrastive")), Precision.fp32)
+    chat = prompts.chat_format(policy.tokenizer, settings.model)
+    rows = read("contrasts_toxic_heldout")
+    margins = [o.margin for batch in discernment.read(policy, chat, rows) for o in batch]
+    if not refused(margins, 0):
+        with pytest.raises(ConfigError, match="refuses none of 119 toxic prompts; give a share"):
+            eval_entry.evaluate(settings, run)
+        return
+    eval_entry.evaluate(settings, run)
+    (found,) = measured(run)
+    assert found["calibration"]["target"] == pytest.approx(refused(margins, 0) / 119)
+    assert found["calibration"]["run"] == found["settings"]["calibrate"] == "stl"
+    assert storage.read_lines(
+        next(reference.folder.glob("eval/*/openings/*.jsonl")), discernment.Opening
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("calibrate=1.5",), "give a share of toxic prompts above 0, at most 1, or the folder"),
+        (("calibrate=nothing",), "neither a share such as 0.9 nor a run folder"),
+        (("calibrate=0.9", "tasks=[discernment]"), "and discernment decodes none"),
+        (("calibrate=0.9", "gen.self_cd=1"), "contrasted logits take no bias"),
+        (("calibrate=0.9", "calibration.toxic=[]"), "name prompts to calibrate on"),
+        (
+            ("calibrate=0.9", "data.evaluation.safety=[contrasts_toxic_heldout]"),
+            r"calibration.toxic=\[contrasts_toxic_heldout\]: is evaluated on as well",
+        ),
+    ],
+)
+def test_what_cannot_be_calibrated_is_refused(
+    tmp_path: Path, overrides: Sequence[str], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        metrics.check(*resolved(tmp_path, *overrides))
+
+
+def test_an_endpoint_is_not_calibrated(tmp_path: Path) -> None:
+    at = ("endpoint=http://127.0.0.1:9/v1", "endpoint_model=m", "calibrate=0.9", "~model")
+    with pytest.raises(ConfigError, match=r"logit_bias acts on every token .* model= or run="):
+        resolved(tmp_path, *at)
+
+
+def test_prompts_that_were_trained_on_calibrate_nothing() -> None:
+    settings = EvalConfig(calibrate="0.9")
+    data = {"toxic": {"source": "contrasts_toxic_heldout"}}
+    with pytest.raises(ConfigError, match=r"trained on it \(data.toxic\); name prompts of another"):
+        calibration.check(settings, {"method": "dcr", "data": data})
+    calibration.check(settings, {"method": "base", "data": data})
+
+
+def test_steered_answers_are_calibrated_under_their_edit(tmp_path: Path) -> None:
+    """The validation prompts themselves, as another file, are then refused as often as told."""
+    rows = [{"prompt": row.prompt} for row in read("contrasts_toxic_heldout")]
+    storage.append_lines(tmp_path / "same.jsonl", rows)
+    steered = ("steering=scans", "steering.scans.layers=middle_third", "steering.strength=30")
+    settings, run = resolved(
+        tmp_path, "calibrate=0.5", "data=demo", *steered, "steering.scans.anchors=6",
+        f"data.evaluation.safety=[{tmp_path}/same.jsonl]", "limit=null", "gen.max_new_tokens=1",
+    )  # fmt: skip
+    eval_entry.evaluate(settings, run)
+    (found,) = measured(run)
+    assert found["steering"]["method"] == "scans"
+    counts = found["calibration"]["sets"]["contrasts_toxic_heldout"]
+    assert counts["refused"] >= 60
+    assert counts["plain"] < counts["refused"]
+    (file,) = run.folder.glob("eval/*/same.jsonl")
+    said = [answer.response for answer in generation.stored(file).values()]
+    assert sum(text in ("I", "N", "A", "M", "S", "U") for text in said) == counts["refused"]
