@@ -147,13 +147,8 @@ def states(
     with ExitStack() as stack, torch.no_grad():
         for block in range(1, last + 1):
             stack.callback(hook(model, site, block, take).remove)
-        _run(models.trunk(model, last), ids, mask)
+        trunk = models.trunk(model, last)
+        # the first token of each row is at position 0 however it is padded
+        placed = batching.placed(trunk, batching.positions(mask))
+        trunk(input_ids=ids, attention_mask=mask.long(), use_cache=False, **placed)
     return torch.stack(taken)
-
-
-def _run(
-    backbone: Any, ids: Int[Tensor, "batch length"], mask: Bool[Tensor, "batch length"]
-) -> None:
-    """A pass in which the first token of each row is at position 0 however it is padded."""
-    placed = batching.placed(backbone, batching.positions(mask))
-    backbone(input_ids=ids, attention_mask=mask.long(), use_cache=False, **placed)
