@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import eval as eval_entry
-from dcr import cli, config, generation, models, prompts, refusal, storage
+from dcr import cli, config, generation, models, prompts, refusal, report, storage
 from dcr.config import ConfigError, EvalConfig, ModelConfig, Precision
 from dcr.evaluation import calibration, discernment, metrics, subjects
 from dcr.generation import OpeningBias
@@ -173,6 +173,9 @@ def test_another_bias_never_reuses_answers(tmp_path: Path, monkeypatch: pytest.M
     assert [of["refused"] for of in toxic] == [36, 108], "of 119: at least 30 and 90%"
     assert toxic[0]["plain"] == toxic[1]["plain"]
     assert {found["settings"]["calibrate"] for found in measured(run)} == {"0.3", "0.9"}
+    text = report.build([run.folder], tmp_path / "page.html")
+    assert "calibrated" in text
+    assert "did not finish" not in text, "the folder that both were chosen in was never answered"
     monkeypatch.setattr(subjects, "opened", None)  # everything is stored, also where the bias acts
     eval_entry.evaluate(settings, run)
 

@@ -108,7 +108,9 @@ def read_run(folder: Path, curves_suffice: bool = False) -> RunRecord:
         why = f" ({notes[0]})" if notes else ""
         raise UserError(f"{folder}: no evaluations there{why}; run python eval.py run={folder}")
     for place in sorted(folder.glob("eval/*/")):
-        if not (place / "metrics.json").exists():
+        # a folder of plain answers may hold no more than what a calibration was chosen on
+        calibrated = (place / "opening.json").exists() and not any(place.glob("*.jsonl"))
+        if not (calibrated or (place / "metrics.json").exists()):
             notes.append(f"{place}: skipped, no metrics.json; the evaluation did not finish")
     config: dict[str, Any] = {}
     if run.config_file.exists():
