@@ -134,12 +134,14 @@ BAD = [([], given.split(), says) for given, says in BAD_COMMANDS.items()] + [
 
 
 @pytest.mark.parametrize(
-    ("model", "given", "says"), BAD, ids=lambda value: " ".join(value)[:60] if value else ""
+    ("model", "given", "says"),
+    BAD,
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
 )
 def test_a_bad_command_is_one_line_and_leaves_nothing(
     command: Command, tmp_path: Path, model: list[str], given: list[str], says: str
 ) -> None:
-    ended = command(*given, *model)
+    ended = command(given[0], *model, *given[1:])
     assert ended.code == 2
     assert says in ended.error
     assert all(line.startswith("[") for line in ended.out.splitlines())  # log lines at most
