@@ -86,7 +86,7 @@ def chain(place: Path) -> dict[str, Any]:
     }
 
 
-TIMES = r"^time on|TFLOP|measured$|threads"
+TIMES = r"^time on|TFLOP|measured\)?$|threads"
 
 
 def told(plan: str) -> list[str]:
