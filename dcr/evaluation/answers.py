@@ -42,17 +42,17 @@ class OfPrompt(Protocol):
     def prompt(self) -> str: ...
 
 
-Held = TypeVar("Held", bound=OfPrompt)
+Record = TypeVar("Record", bound=OfPrompt)
 
 
 def kept(
     prompt_sets: Sequence[PromptSet],
-    ask: Callable[[list[Example]], Iterator[list[Held]]],
+    ask: Callable[[list[Example]], Iterator[list[Record]]],
     folder: Path,
-    schema: type[Held],
+    schema: type[Record],
     doing: str,
     progress: bool,
-) -> dict[str, list[Held]]:
+) -> dict[str, list[Record]]:
     """Every record of each set's file in `folder`; what is missing is asked for and stored.
 
     The sets are asked together, so that batches stay full and of one length. A row that `ask`
@@ -61,7 +61,7 @@ def kept(
     homes: dict[str, list[tuple[str, str]]] = {}  # a prompt may stand in several sets
     rows: dict[str, Example] = {}
     for prompt_set in prompt_sets:
-        done = {held.id for held in _of_rows(folder, prompt_set, schema)}
+        done = {record.id for record in _of_rows(folder, prompt_set, schema)}
         for row in prompt_set.rows:
             if row.id not in done:
                 homes.setdefault(row.prompt, []).append((prompt_set.name, row.id))
@@ -72,20 +72,20 @@ def kept(
     with tqdm(total=len(rows), unit="prompt", desc=doing, disable=hidden) as bar:
         for batch in batches:
             by_set: dict[str, list[Any]] = {}
-            for held in batch:
-                for name, identity in homes[held.prompt]:
-                    record: Any = held
-                    by_set.setdefault(name, []).append(replace(record, id=identity))
+            for record in batch:
+                for name, identity in homes[record.prompt]:
+                    copied: Any = record
+                    by_set.setdefault(name, []).append(replace(copied, id=identity))
             for name, records in by_set.items():
                 storage.append_lines(folder / f"{name}.jsonl", records)
             bar.update(len(batch))
     return {b.name: _of_rows(folder, b, schema) for b in prompt_sets}
 
 
-def _of_rows(folder: Path, prompt_set: PromptSet, schema: type[Held]) -> list[Held]:
+def _of_rows(folder: Path, prompt_set: PromptSet, schema: type[Record]) -> list[Record]:
     """The stored records of the set's rows, in their order; none of a prompt that has changed."""
     lines = storage.read_lines(folder / f"{prompt_set.name}.jsonl", schema)
-    done = {held.id: held for held in lines}
+    done = {record.id: record for record in lines}
     return [
         done[row.id]
         for row in prompt_set.rows

@@ -104,12 +104,12 @@ def calibrated(
 
     `folder` is that of its plain answers: what is read of the validation prompts is kept there.
     """
-    found = discernment.openings(settings, policy, asked(settings), folder)
+    openings = discernment.openings(settings, policy, asked(settings), folder)
     file = folder / "opening.json"  # else a command whose answers are all there opened the weights
     if not file.is_file():
         chat = prompts.chat_format(policy().tokenizer, settings.model)
         storage.write_json(file, place(chat))
-    bias, record = chosen(settings, storage.read_json(file, Place), found)
+    bias, record = chosen(settings, storage.read_json(file, Place), openings)
     return replace(subject, bias=bias), record
 
 
@@ -131,10 +131,10 @@ def place(chat: ChatFormat) -> Place:
 
 
 def chosen(
-    settings: EvalConfig, where: Place, found: Mapping[str, Sequence[Opening]]
+    settings: EvalConfig, where: Place, openings: Mapping[str, Sequence[Opening]]
 ) -> tuple[OpeningBias, dict[str, Any]]:
     """The bias for the openings of the validation sets, by name, and its record."""
-    toxic = _margins(found, settings.calibration.toxic)
+    toxic = _margins(openings, settings.calibration.toxic)
     share = _share(settings) or _refused(settings)
     bias = bias_for(toxic, share)
     counts = {
@@ -146,15 +146,15 @@ def chosen(
         }
         for kind in ("toxic", "seemingly_toxic")
         for name in getattr(settings.calibration, kind)
-        for margins in [_margins(found, [name])]
+        for margins in [_margins(openings, [name])]
     }
     named = None if _share(settings) else label(settings)
     record = {"target": share, "run": named, "bias": bias, "sets": counts}
     return OpeningBias(tuple(where["lead"]), tuple(where["tokens"]), bias), record
 
 
-def _margins(found: Mapping[str, Sequence[Opening]], names: Sequence[str]) -> list[float]:
-    return [opening.margin for name in names for opening in found[set_name(name)]]
+def _margins(openings: Mapping[str, Sequence[Opening]], names: Sequence[str]) -> list[float]:
+    return [opening.margin for name in names for opening in openings[set_name(name)]]
 
 
 def bias_for(margins: Sequence[float], share: float) -> float:
@@ -185,8 +185,8 @@ def _refused(settings: EvalConfig) -> float:
     policy = functools.cache(functools.partial(subjects.opened, beside, subject))
     toxic = [b for b in asked(settings) if b.kind is Kind.toxic]
     folder = subjects.answers_folder(beside, run, subject)
-    found = discernment.openings(beside, policy, toxic, folder)
-    margins = [opening.margin for read in found.values() for opening in read]
+    openings = discernment.openings(beside, policy, toxic, folder)
+    margins = [opening.margin for read in openings.values() for opening in read]
     refused = sum(margin > 0 for margin in margins)
     if not refused:
         raise ConfigError(

@@ -58,7 +58,7 @@ def read(policy: Policy, chat: ChatFormat, rows: Sequence[Example]) -> Iterator[
     for places, logits in refusal.first_logits(policy.model, [ids for _, ids in encoded]):
         both = refusal.refusal_mass(logits, tokens), refusal.refusal_margin(logits, tokens)
         values = zip(places, *(each.tolist() for each in both), strict=True)
-        yield [Opening(rows[i].id, rows[i].prompt, *found) for i, *found in values]
+        yield [Opening(rows[i].id, rows[i].prompt, *numbers) for i, *numbers in values]
 
 
 def measured(
@@ -69,8 +69,8 @@ def measured(
     folder: Path,
 ) -> dict[str, Any] | None:
     """`block` of one forward pass a prompt."""
-    found = openings(settings, policy, asked, folder)
-    masses = {name: {opening.id: opening.mass for opening in read} for name, read in found.items()}
+    by_set = openings(settings, policy, asked, folder)
+    masses = {name: {opening.id: opening.mass for opening in read} for name, read in by_set.items()}
     return block(asked, masses, in_distribution, settings.seed)
 
 
@@ -122,13 +122,13 @@ def ranking(
     """`results.Ranking` of masses; None without both kinds."""
     if not toxic or not seemingly_toxic:
         return None
-    found = statistics.ranking(
+    ranking = statistics.ranking(
         toxic, seemingly_toxic, caught=SAFETY, alarms=OVER_REFUSAL, seed=seed
     )
     return {
         "toxic": len(toxic),
         "seemingly_toxic": len(seemingly_toxic),
-        "auroc": list(astuple(found.auroc)),
-        "answered": {str(share): list(astuple(of)) for share, of in found.spared.items()},
-        "refused": {str(share): list(astuple(of)) for share, of in found.caught.items()},
+        "auroc": list(astuple(ranking.auroc)),
+        "answered": {str(share): list(astuple(of)) for share, of in ranking.spared.items()},
+        "refused": {str(share): list(astuple(of)) for share, of in ranking.caught.items()},
     }

@@ -69,13 +69,13 @@ def measure(
     """
     folder = subjects.answers_folder(settings, run, subject)
     began = time.perf_counter()
-    found: dict[str, Any] = {}
+    blocks: dict[str, Any] = {}
     with ExitStack() as stack:
         policy = _opener(settings, run, subject, stack, folder)
         if settings.calibrate is not None:
             edits = folder / "steering.json"
             subject, record = calibration.calibrated(settings, subject, policy, folder)
-            found["calibration"] = record
+            blocks["calibration"] = record
             folder = subjects.answers_folder(settings, run, subject)
             if edits.is_file():
                 storage.write_bytes(folder / edits.name, edits.read_bytes())
@@ -83,26 +83,26 @@ def measure(
         answers.check_answered(prompts.sets, given)
         if Task.discernment in settings.tasks:
             trained_on = run.record().get("in_distribution", [])
-            found["discernment"] = discernment.measured(
+            blocks["discernment"] = discernment.measured(
                 settings, policy, prompts.ranked, trained_on, folder
             )
-            _write(settings, run, subject, folder, found, began)
+            _write(settings, run, subject, folder, blocks, began)
         before = _kept(folder, {})
         work = Work(settings, run, policy, folder, prompts.kinds, prompts.refused, before)
         for task, measured in MEASURED.items():
             if task in settings.tasks:
-                found[task.value] = measured(work)
-                _write(settings, run, subject, folder, found, began)
+                blocks[task.value] = measured(work)
+                _write(settings, run, subject, folder, blocks, began)
         policy.cache_clear()  # before a guard of eight billion parameters needs the room
     if Task.quality in settings.tasks:
-        found["quality"] = quality.win_rate(settings, run, prompts.sets, given, folder)
+        blocks["quality"] = quality.win_rate(settings, run, prompts.sets, given, folder)
     judged = [b for b in prompts.sets if b.kind is not Kind.normal]
     if judged:
         counted = scoring.scores(settings, run, judged, given, folder)
         if counted["discernment"] is None:  # of one kind alone: an earlier command's stays
             del counted["discernment"]
-        found = counted | found
-    metrics = _write(settings, run, subject, folder, found, began)
+        blocks = counted | blocks
+    metrics = _write(settings, run, subject, folder, blocks, began)
     print(f"{subject.weights}: {folder}")
     return metrics, given
 
@@ -112,12 +112,12 @@ def _write(
     run: Run,
     subject: Subject,
     folder: Path,
-    found: Mapping[str, Any],
+    blocks: Mapping[str, Any],
     began: float,
 ) -> dict[str, Any]:
-    """`metrics.json`, of what was found so far and of what earlier commands found."""
+    """`metrics.json`, of what was measured so far and of what earlier commands measured."""
     origin = _origin(settings, run, subject)
-    metrics = origin | _kept(folder, origin["settings"]) | dict(found)
+    metrics = origin | _kept(folder, origin["settings"]) | dict(blocks)
     if (edits := folder / "steering.json").is_file():
         metrics["steering"] = storage.read_json(edits, dict[str, Any])
     metrics["seconds"] = round(time.perf_counter() - began, 1)
@@ -170,16 +170,16 @@ def _origin(settings: EvalConfig, run: Run, subject: Subject) -> dict[str, Any]:
 
 def _decoded_otherwise(settings: EvalConfig) -> dict[str, Any]:
     """Settings that are told only where they change something, so that old and new records meet."""
-    told: dict[str, Any] = {}
+    changed: dict[str, Any] = {}
     if steering.acts(settings.steering):
-        told["steering"] = steering.summary(settings.steering)
+        changed["steering"] = steering.summary(settings.steering)
     if settings.steering.validation:
-        told["validation"] = True
+        changed["validation"] = True
     if settings.gen.self_cd is not None:
-        told["self_cd"] = settings.gen.self_cd
+        changed["self_cd"] = settings.gen.self_cd
     if settings.calibrate is not None:
-        told["calibrate"] = calibration.label(settings)
-    return told
+        changed["calibrate"] = calibration.label(settings)
+    return changed
 
 
 def _set_aside(folder: Path, settings: dict[str, Any]) -> None:
@@ -195,10 +195,10 @@ def _set_aside(folder: Path, settings: dict[str, Any]) -> None:
 def _kept(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """What an earlier command measured of the same answers, and this one did not ask for."""
     before = _before(folder)
-    found = {key: before[key] for key in (*(t.value for t in ALONE), "steering") if key in before}
+    kept = {key: before[key] for key in (*(t.value for t in ALONE), "steering") if key in before}
     if before.get("settings") == settings:
-        found |= {key: before[key] for key in SCORES if key in before}
-    return found
+        kept |= {key: before[key] for key in SCORES if key in before}
+    return kept
 
 
 def _before(folder: Path) -> dict[str, Any]:

@@ -64,18 +64,18 @@ def base(model: ModelConfig) -> Subject:
 
 
 def _snapshots(settings: EvalConfig, run: Run) -> list[Subject]:
-    found = {int(f.name.removeprefix("step-")): f for f in sorted(run.snapshots.glob("step-*"))}
-    if not found:
+    saved = {int(f.name.removeprefix("step-")): f for f in sorted(run.snapshots.glob("step-*"))}
+    if not saved:
         raise ConfigError(
             f"run={run.folder}: holds no snapshots; train with tracking.snapshots=<number>"
         )
-    wanted = found if settings.steps is None else dict.fromkeys(settings.steps)
-    if missing := [step for step in wanted if step not in found]:
+    wanted = saved if settings.steps is None else dict.fromkeys(settings.steps)
+    if missing := [step for step in wanted if step not in saved]:
         raise ConfigError(
             f"steps={settings.steps}: {run.folder} holds no snapshot of step {missing[0]}; choose "
-            f"from {', '.join(map(str, found))}"
+            f"from {', '.join(map(str, saved))}"
         )
-    return [Subject("snapshot", found[step], step) for step in wanted]
+    return [Subject("snapshot", saved[step], step) for step in wanted]
 
 
 def final(run: Run) -> Subject:
@@ -133,11 +133,11 @@ def _content(folder: Path) -> list[str]:
     for file in sorted(folder.iterdir()):
         if file.suffix in (".json", ".jinja", ".model", ".txt") and file.is_file():
             digest.update(file.name.encode() + file.read_bytes())
-    found = [models.weights_fingerprint(folder), digest.hexdigest()[:16]]
+    content = [models.weights_fingerprint(folder), digest.hexdigest()[:16]]
     if models.is_adapter(folder):
         beneath = Path(models.adapter_base(folder))
-        found += _content(beneath) if beneath.is_dir() else [str(beneath)]
-    return found
+        content += _content(beneath) if beneath.is_dir() else [str(beneath)]
+    return content
 
 
 def server_of(settings: EvalConfig) -> ServerConfig:
