@@ -150,6 +150,11 @@ class Run:
         for before, now in (("harmful", "toxic"), ("harmless", "normal")):  # in earlier folders
             if before in named:
                 named[now] = named.pop(before)
+        stage_one: Any = made_with.get("dcr")
+        if isinstance(stage_one, dict) and "layer_base" in stage_one:  # in earlier folders
+            from_zero = stage_one.pop("layer_base") == "zero_based"
+            if from_zero and isinstance(stage_one.get("layer"), int):
+                stage_one["layer"] += 1
         config.check_made_with(made_with, f"{self.config_file}: ", f"; {RESTORE}")
         return dict(made_with)
 

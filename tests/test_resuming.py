@@ -1,3 +1,4 @@
+import logging
 import os
 import resource
 import runpy
@@ -472,6 +473,25 @@ def test_a_ctrl_c_before_the_first_step_is_one(tiny: TrainConfig, tmp_path: Path
         patch.setattr(resuming.ResumableModule, "on_fit_start", interrupted)
         with pytest.raises(KeyboardInterrupt):  # which Lightning makes a silent exit(1)
             train.train(tiny, Run(tmp_path / "run"))
+
+
+def test_a_sigterm_before_the_first_step_is_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def before_a_step() -> None:
+        def terminated(*_: Any) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        # Lightning has set its handler by then, and dcr.training not yet its own
+        pytest.MonkeyPatch().setattr(resuming.Checkpoints, "on_train_start", terminated)
+        # Lightning's handler wrote to the stream that it found when it was imported
+        logging.getLogger("lightning").handlers = [logging.StreamHandler()]
+        logging.getLogger("lightning.pytorch").handlers = [logging.StreamHandler()]
+        command("sft", -1, 0, 0, overrides(tmp_path / "rows", f"run={tmp_path / 'run'}"))
+
+    assert in_child(before_a_step) == 128 + signal.SIGTERM
+    (line,) = capfd.readouterr().err.splitlines()  # Lightning's own word is not shown
+    assert line.startswith("error: stopped by SIGTERM; the same command goes on")
 
 
 # --- numbers that are not finite ---

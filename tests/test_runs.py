@@ -44,6 +44,9 @@ def test_a_folder_made_under_earlier_names_goes_on(tmp_path: Path) -> None:
     runs.claim(run, CONFIG | {"data": {"label": "demo", "extraction": earlier}}, force=False)
     assert run.config()["data"]["extraction"] == now
     runs.claim(run, CONFIG | {"data": {"label": "demo", "extraction": now}}, force=False)
+    from_zero = CONFIG | {"dcr": {"layer": 13, "layer_base": "zero_based"}}
+    runs.claim(run, from_zero, force=True)
+    assert run.config()["dcr"] == {"layer": 14}
 
 
 def test_another_configuration_is_refused_with_the_differences(tmp_path: Path) -> None:

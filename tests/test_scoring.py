@@ -215,9 +215,10 @@ def test_discernment_is_the_area_under_the_curve() -> None:
     )
     assert (found["untrained"]["toxic"], found["untrained"]["seemingly_toxic"]) == (40, 30)
     assert [name for name, of in found["sets"].items() if of["in_distribution"]] == ["orbench_hard"]
-    toxic = sorted(c.refusal_mass for name in ("xstest_unsafe", "i_cona") for c in made[name])
+    masses = [c.refusal_mass for name in ("xstest_unsafe", "i_cona") for c in made[name]]
+    toxic = sorted(mass for mass in masses if mass is not None)
     threshold = toxic[40 - 32]  # 32 of 40 are at or above it
-    below = [c.refusal_mass < threshold for c in made["xstest_safe"]]
+    below = [(c.refusal_mass or 0.0) < threshold for c in made["xstest_safe"]]
     assert found["untrained"]["answered"]["0.8"][0] == pytest.approx(sum(below) / 30)
 
 

@@ -1,4 +1,5 @@
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,14 +15,14 @@ from torch import Tensor
 
 import train
 from dcr import losses, models, prompts
-from dcr.config import Method, ModelConfig, SFTConfig, Stage, TrainConfig
+from dcr.config import Method, ModelConfig, Schedule, SFTConfig, Stage, TrainConfig
 from dcr.data import PairBatch, SafetyData, micro_batches, pair_batch, split
 from dcr.models import Policy
 from dcr.prompts import PairRow
 from dcr.runs import Run
 from dcr.training import callbacks
-from dcr.training.resuming import StepSeed
-from dcr.training.sft import SFTModule, warmed_up_and_linear
+from dcr.training.resuming import StepSeed, rate_factor
+from dcr.training.sft import SFTModule
 
 TEXTS = [
     ("Hi", "Good day", False),
@@ -212,9 +213,17 @@ def test_dropout_follows_from_seed_and_step(policy: Policy) -> None:
 # --- the learning rate ---
 
 
-def test_warm_up_and_decay_by_hand() -> None:
-    factor = warmed_up_and_linear(total=10, warmup=3)
-    by_hand = [1 / 4, 2 / 4, 3 / 4, 1, 6 / 7, 5 / 7, 4 / 7, 3 / 7, 2 / 7, 1 / 7, 0, 0]
+@pytest.mark.parametrize(
+    ("schedule", "after"),
+    [
+        (Schedule.constant, [1, 1, 1, 1, 1, 1, 1, 1, 1]),
+        (Schedule.linear, [1, 6 / 7, 5 / 7, 4 / 7, 3 / 7, 2 / 7, 1 / 7, 0, 0]),
+        (Schedule.cosine, [math.cos(math.pi / 14 * s) ** 2 for s in range(8)] + [0]),
+    ],
+)
+def test_warm_up_and_decay_by_hand(schedule: Schedule, after: list[float]) -> None:
+    factor = rate_factor(schedule, total=10, warmup=3)
+    by_hand = [1 / 4, 2 / 4, 3 / 4, *after]
     assert [factor(step) for step in range(12)] == pytest.approx(by_hand)
 
 

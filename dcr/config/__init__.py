@@ -72,6 +72,7 @@ from dcr.config.schema import (
     ScansConfig,
     ScansEnd,
     ScansLayers,
+    Schedule,
     SeparabilityConfig,
     ServerConfig,
     SFTConfig,

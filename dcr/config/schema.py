@@ -265,6 +265,12 @@ class DataConfig:
     drop_contaminated: bool = True
 
 
+class Schedule(Enum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
 @dataclass
 class OptimConfig:
     lr: float = 1e-4
@@ -310,6 +316,7 @@ class ContrastiveConfig:
     circle: CircleConfig = field(default_factory=CircleConfig)
     nll: NLLConfig = field(default_factory=NLLConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: Schedule = Schedule.constant
     precision: Precision = II("model.contrastive_precision")
     adapter: Adapter = Adapter.full
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -344,6 +351,7 @@ class SFTConfig:
     micro_tokens: int = 2048  # padded tokens in one forward pass: the memory knob
     lr: float = II("model.sft_lr")
     weight_decay: float = 0.01
+    schedule: Schedule = Schedule.linear
     warmup: float = 0.03
     max_len: int = 512
     train_on_prompt: bool = False

@@ -17,7 +17,7 @@ from dcr.data import NO_CLASS, PairBatch, PromptBatch
 from dcr.models import Policy
 from dcr.prompts import IGNORED
 from dcr.separability import kmeans_accuracy
-from dcr.training.resuming import ResumableModule, adamw, epoch_mean
+from dcr.training.resuming import ResumableModule, adamw, epoch_mean, rate_factor
 
 
 def ranks() -> int:
@@ -186,7 +186,8 @@ class ContrastiveModule(ResumableModule):
         return (source.targets != IGNORED).sum()
 
     def configure_optimizers(self) -> Any:
-        return adamw(self, self.config.optim.lr, self.config.optim.weight_decay)
+        factor = rate_factor(self.config.schedule, self.total_steps, warmup=0)
+        return adamw(self, self.config.optim.lr, self.config.optim.weight_decay, factor)
 
 
 def _circle_alone(module: ContrastiveModule, batch: PromptBatch) -> tuple[Tensor, Tensor]:

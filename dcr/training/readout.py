@@ -19,13 +19,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcr import batching, models, refusal, statistics
-from dcr.config import ConfigError, ReadoutConfig, SFTConfig
+from dcr.config import ConfigError, ReadoutConfig, Schedule, SFTConfig
 from dcr.data import NO_CLASS, SEEMINGLY_TOXIC, TOXIC, Splits, generator
 from dcr.models import Policy
 from dcr.prompts import IGNORED, ChatFormat
 from dcr.sources import Example
-from dcr.training.resuming import TrainingError, adamw
-from dcr.training.sft import warmed_up_and_linear
+from dcr.training.resuming import TrainingError, adamw, rate_factor
 
 log = logging.getLogger(__name__)
 
@@ -187,7 +186,7 @@ def _fit(
 ) -> list[float]:
     """The contrast loss of every step."""
     model, blocks = policy.model, models.decoder_blocks(policy.model)[-phase.blocks :]
-    factor = warmed_up_and_linear(phase.steps, round(WARMUP * phase.steps))
+    factor = rate_factor(Schedule.linear, phase.steps, round(WARMUP * phase.steps))
     tools = adamw(blocks, phase.lr, phase.weight_decay, factor)
     optimizer, rate = tools["optimizer"], tools["lr_scheduler"]["scheduler"]
     found: list[float] = []

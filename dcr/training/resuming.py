@@ -7,6 +7,7 @@ one bit for bit. A checkpoint is a file with its SHA-256 beside it; both appear 
 
 import hashlib
 import logging
+import math
 import re
 import shutil
 import signal
@@ -23,7 +24,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 
 from dcr import batching, storage
-from dcr.config import UserError
+from dcr.config import Schedule, UserError
 
 log = logging.getLogger(__name__)
 
@@ -154,11 +155,32 @@ class ResumableModule(LightningModule):
         self.check_gradients()
 
 
+SHAPES: dict[Schedule, Callable[[float], float]] = {
+    Schedule.constant: lambda _: 1.0,
+    Schedule.linear: lambda progress: max(0.0, 1.0 - progress),
+    Schedule.cosine: lambda progress: 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress))),
+}
+
+
+def rate_factor(schedule: Schedule, total: int, warmup: int) -> Callable[[int], float]:
+    """What to multiply the peak rate by at step 0, 1, …: linear warm-up, then the shape.
+
+    Step `s` of the warm-up has (s + 1) / (warmup + 1), so that no step is wasted at rate 0.
+    """
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return SHAPES[schedule]((step - warmup) / max(1, total - warmup))
+
+    return factor
+
+
 def adamw(
     module: torch.nn.Module,
     lr: float,
     weight_decay: float,
-    factor: Callable[[int], float] = lambda _: 1.0,
+    factor: Callable[[int], float],
 ) -> dict[str, Any]:
     """AdamW over what trains, as Lightning wants it, its rate `lr` times `factor` of the step."""
     trained = [weight for weight in module.parameters() if weight.requires_grad]

@@ -1,7 +1,6 @@
 """Stage two: LoRA fine-tuning on instructions plus refusals (STL, Section 7.1)."""
 
 import warnings
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,7 +12,7 @@ from dcr.config import SFTConfig
 from dcr.data import PairBatch
 from dcr.models import Policy
 from dcr.prompts import IGNORED
-from dcr.training.resuming import ResumableModule, adamw, epoch_mean
+from dcr.training.resuming import ResumableModule, adamw, epoch_mean, rate_factor
 
 ROWS = ("general", "refusal")
 
@@ -100,19 +99,5 @@ class SFTModule(ResumableModule):
 
     def configure_optimizers(self) -> Any:
         warmup = round(self.config.warmup * self.total_steps)
-        factor = warmed_up_and_linear(self.total_steps, warmup)
+        factor = rate_factor(self.config.schedule, self.total_steps, warmup)
         return adamw(self, self.config.lr, self.config.weight_decay, factor)
-
-
-def warmed_up_and_linear(total: int, warmup: int) -> Callable[[int], float]:
-    """What to multiply the peak rate by at step 0, 1, …: up in a line, and in one down to 0.
-
-    Step `s` of the warm-up has (s + 1) / (warmup + 1), so that no step is wasted at rate 0.
-    """
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        return max(0.0, 1.0 - (step - warmup) / max(1, total - warmup))
-
-    return factor
