@@ -300,11 +300,11 @@ def test_fewer_prompts_than_places_are_halved_from_their_own_number(
     kept = local.continued
     entered: list[int] = []
 
-    def short(policy: Policy, chat: ChatFormat, entering: Any, *rest: Any) -> Any:
+    def short(policy: Policy, chat: ChatFormat, entering: Any, *rest: Any, **named: Any) -> Any:
         entered.append(len(entering))
         if len(entering) > 1:
             raise torch.OutOfMemoryError("too much")
-        return kept(policy, chat, entering, *rest)
+        return kept(policy, chat, entering, *rest, **named)
 
     monkeypatch.setattr(local, "continued", short)
     run(policy, 500, rows=ROWS[:7])
@@ -316,11 +316,11 @@ def test_one_prompt_in_two_sets_is_answered_twice_even_when_memory_runs_out(
 ) -> None:
     kept, calls = local.continued, [0]
 
-    def short(*given: Any) -> Any:
+    def short(*given: Any, **named: Any) -> Any:
         calls[0] += 1
         if calls[0] == 3:
             raise torch.OutOfMemoryError("too much")
-        return kept(*given)
+        return kept(*given, **named)
 
     monkeypatch.setattr(local, "continued", short)
     settings = GenConfig(max_new_tokens=NEW, batch_size=4)
@@ -337,7 +337,7 @@ def test_one_prompt_in_two_sets_is_answered_twice_even_when_memory_runs_out(
 def test_one_prompt_too_many_and_other_errors_are_raised(
     policy: Policy, monkeypatch: pytest.MonkeyPatch, batch: int, error: Exception
 ) -> None:
-    def never(*_: Any) -> Any:
+    def never(*_: Any, **__: Any) -> Any:
         raise error
 
     monkeypatch.setattr(local, "continued", never)
