@@ -131,6 +131,7 @@ def export(
     made_with = run.config()
     if not run.done(stage):
         raise ConfigError(f"run={run.folder}: stage {stage} is not done there; train it first")
+    run.record()  # of which the card tells; damaged, it is named before weights are opened
     known = {(m.value, each.value) for m, stages in STAGES.items() for each in stages}
     if (made_with["method"], stage) not in known:
         raise ConfigError(f"run={run.folder}: method={made_with['method']} has no stage {stage}")

@@ -295,10 +295,14 @@ def test_a_run_of_stl_aug_can_be_exported(moved: Run) -> None:
     assert set(export.METHODS) == known
 
 
-def test_a_method_that_has_no_card_is_refused_before_weights_are_read(
+def test_what_a_card_cannot_tell_is_refused_before_weights_are_read(
     moved: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(models, "open_result")
+    kept = moved.rows_file.rename(moved.folder / "elsewhere")
+    with pytest.raises(DataError, match=r"rows\.json"):
+        export.export(moved, moved.folder / "out")
+    kept.rename(moved.rows_file)
     moved.config_file.write_text(yaml.safe_dump(CONFIG | {"method": "dpo"}))
     with pytest.raises(ConfigError, match="method=dpo has no stage sft"):
         export.export(moved, moved.folder / "out")
