@@ -26,10 +26,11 @@ $(INSTALLED): requirements.lock requirements-torch.lock pyproject.toml
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 
-# Sweep jobs and evaluations find what is done, so an interrupted demo goes on where it was.
+# What is done is found, so an interrupted demo goes on where it was.
 DEMO := outputs/demo
-demo: $(INSTALLED)  ## STL against DCR on the embedded model and corpus: a table and a page
-	$(RUN) train.py -m method=stl,dcr hydra.sweep.dir=$(DEMO) 'hydra.sweep.subdir=$${choice:method}'
+demo: $(INSTALLED)  ## STL against DCR with a readout, on the embedded model and corpus: a table and a page
+	$(RUN) train.py method=stl run=$(DEMO)/stl
+	$(RUN) train.py method=dcr sft.readout.steps=60 run=$(DEMO)/dcr
 	$(RUN) eval.py -m run=$(DEMO)/stl,$(DEMO)/dcr gen.max_new_tokens=48
 	$(RUN) eval.py model=smollm2_135m output=$(DEMO)/base gen.max_new_tokens=48
 	$(RUN) -m dcr.report $(DEMO)/base $(DEMO)/stl $(DEMO)/dcr out=$(DEMO)/report.html
@@ -56,7 +57,7 @@ test: export WANDB_MODE := offline
 test: $(INSTALLED)  ## the test suite, offline
 	$(RUN) -m pytest -n 2 --dist loadfile
 
-campaign: $(INSTALLED)  ## hostile settings, damaged files, bad data, kills: a quarter of an hour
+campaign: $(INSTALLED)  ## hostile settings, damaged files, bad data, kills: an hour at most
 	$(RUN) tests/campaign --seed 0
 
 # pyright would ask PyPI for a newer version of itself; the locked one is meant.
