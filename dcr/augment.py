@@ -10,20 +10,18 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from dcr import cli, config, endpoints, judges, models, prompts, refusal, sources, storage
 from dcr.config import ConfigError, EvalConfig, Judge, KeywordRules, Kind, Steering
 from dcr.endpoints import EndpointError
-from dcr.evaluation import answers as stored_answers
 from dcr.evaluation import subjects
 from dcr.evaluation.sets import PromptSet
 from dcr.evaluation.subjects import Subject
 from dcr.generation import Completion
 from dcr.judges import Verdict
-from dcr.models import Policy
 from dcr.runs import Run
 from dcr.sources import Example
 from dcr.text import label_of
@@ -136,7 +134,8 @@ def augment(options: Options, settings: EvalConfig) -> Tally:
             if not left:
                 break
             folder = subjects.answers_folder(asking, work, subject)
-            given = _answered(asking, subject, policy, left, folder)
+            asked = PromptSet(SET, Kind.seemingly_toxic, left)
+            given = subjects.answers(asking, subject, [asked], folder, policy)[SET]
             why = outcomes(given, asking, folder)
             accepted = {each.id: each for each in given if why[each.id] == ACCEPTED}
             kept += [
@@ -175,19 +174,6 @@ def _instructed(settings: EvalConfig, instruction: str | None) -> EvalConfig:
         chat = prompts.chat_format(models.open_tokenizer(settings.model), settings.model)
         whole = chat.with_system(instruction, "attempts").system_prompt
     return replace(settings, model=replace(settings.model, system_prompt=whole))
-
-
-def _answered(
-    settings: EvalConfig,
-    subject: Subject,
-    policy: Callable[[], Policy],
-    rows: Sequence[Example],
-    folder: Path,
-) -> list[Completion]:
-    """The rows' completions, asked for only where the folder does not hold them."""
-    asked = PromptSet(SET, Kind.seemingly_toxic, list(rows))
-    ask = functools.partial(subjects.answer, settings, subject, policy)
-    return stored_answers.complete([asked], ask, folder, settings.trainer.progress)[SET]
 
 
 def _settings(options: Options) -> EvalConfig:

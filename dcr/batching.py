@@ -80,6 +80,12 @@ def context_length(config: Any) -> int:
     return found or UNLIMITED
 
 
+def to_gpu(model: Any, accelerator: str = "auto") -> None:
+    """Moves a model there, if this machine has one and the accelerator lets it."""
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        model.to("cuda")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a smaller batch might do: torch has no error type of its own for the CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):

@@ -4,7 +4,6 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from transformers import TextStreamer
 
 from dcr import batching, cli, config, generation, models, prompts, refusal
@@ -107,8 +106,7 @@ class Dialogue:
 def main(options: Options) -> None:
     """Converse until /quit or the end of input."""
     policy, model = open_stage(Run(options.run), options.stage)
-    if torch.cuda.is_available():
-        policy.model.to("cuda")
+    batching.to_gpu(policy.model)
     dialogue = Dialogue(
         policy, prompts.chat_format(policy.tokenizer, model), options.max_new_tokens
     )

@@ -1,6 +1,5 @@
 """Counts against counting by hand, discernment against scikit-learn, and what is generated when."""
 
-import functools
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from dcr.config import (
     Precision,
     Task,
 )
-from dcr.evaluation import answers, scoring, sets, subjects
+from dcr.evaluation import scoring, sets, subjects
 from dcr.evaluation.sets import PromptSet
 from dcr.evaluation.subjects import Subject
 from dcr.generation import Completion
@@ -308,7 +307,7 @@ def asked(answering: tuple[Asked, Any]) -> Asked:
 @pytest.fixture
 def complete(answering: tuple[Asked, Any]) -> Complete:
     def run(sets: Sequence[PromptSet], folder: Path) -> dict[str, list[Completion]]:
-        return answers.complete(sets, answering[1], folder, progress=False)
+        return subjects.kept(sets, answering[1], folder, Completion, "generating", False)
 
     return run
 
@@ -382,10 +381,10 @@ def test_a_row_without_an_answer_is_asked_again(tmp_path: Path, asked: Asked) ->
         asked.extend(row.prompt for row in rows)
         yield [answered(rows[0], "here")]
 
-    first = answers.complete([prompt_set], failing, tmp_path, progress=False)
+    first = subjects.kept([prompt_set], failing, tmp_path, Completion, "generating", False)
     assert [c.id for c in first["a"]] == ["a-0"]
     asked.clear()
-    second = answers.complete([prompt_set], failing, tmp_path, progress=False)
+    second = subjects.kept([prompt_set], failing, tmp_path, Completion, "generating", False)
     assert asked == ["a prompt 1", "a prompt 2"]
     assert [c.id for c in second["a"]] == ["a-0", "a-1"]
     found = scoring.score([prompt_set], second, [], [], seed=0)
@@ -397,8 +396,7 @@ def test_refusal_mass_is_read_off_the_model(policy: Policy, tmp_path: Path) -> N
     settings = EvalConfig(
         model=ModelConfig(name="tiny"), gen=GenConfig(max_new_tokens=3, batch_size=4)
     )
-    answer = functools.partial(subjects.answer, settings, Subject("base"), lambda: policy)
-    done = answers.complete([prompt_set], answer, tmp_path, progress=False)
+    done = subjects.answers(settings, Subject("base"), [prompt_set], tmp_path, lambda: policy)
     chat = prompts.chat_format(policy.tokenizer, ModelConfig(name="tiny"))
     openings = refusal.refusal_openings(policy.tokenizer)
     for row, completion in zip(prompt_set.rows, done["a"], strict=True):

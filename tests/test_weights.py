@@ -16,7 +16,7 @@ import eval as eval_entry
 import train as train_entry
 from dcr import cli, config, models, ntk, prompts, refusal
 from dcr.config import ConfigError, DataConfig, EvalConfig, Kind, UserError
-from dcr.evaluation import weights
+from dcr.evaluation import sets, weights
 from dcr.runs import Run
 from dcr.training import tracking
 from tests import tiny_run
@@ -68,7 +68,7 @@ def test_the_last_point_is_the_finished_model(pair: tuple[Run, Run]) -> None:
     settings = tiny_run.settings(run.folder.parent / "rows", ANALYSIS, *SMALL)
     policy = models.open_adapter(run.stage("sft"), settings.sft.precision)
     chat = prompts.chat_format(policy.tokenizer, settings.model)
-    rows = weights.drawn(weights.every(settings.data), 3, settings.seed)[Kind.toxic]
+    rows = sets.drawn(sets.every(settings.data), 3, settings.seed)[Kind.toxic]
     encoded = [chat.prompt_ids(row.prompt) for row in rows]
     plain, _ = refusal.probabilities(policy.model, chat.tokenizer, encoded)
     logged = {(of, step, key): value for of, step, key, value in tiny_run.logged(run.folder)}
@@ -235,13 +235,13 @@ def test_rows_are_refused_before_a_model_is_opened(
 
 def test_a_kind_without_a_source_is_said() -> None:
     with pytest.raises(ConfigError, match=r"data\.analysis\.seemingly_toxic=\[\]: name a source"):
-        weights.every(DataConfig(label="made"))
+        sets.every(DataConfig(label="made"))
 
 
 def test_the_first_prompt_stands_in_where_the_papers_is_not(tmp_path: Path) -> None:
     data = tiny_run.settings(tmp_path / "rows", ANALYSIS).data
-    every = weights.every(data)
-    alone = weights.followed(every)
+    every = sets.every(data)
+    alone = sets.followed(every)
     assert {kind: row.id for kind, row in alone.items()} == {
         kind: rows[0].id for kind, rows in every.items()
     }

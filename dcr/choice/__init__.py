@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dcr import config, contamination, data, models, prompts, separability, sources
+from dcr import batching, config, contamination, data, models, prompts, separability, sources
 from dcr.choice import origins
 from dcr.choice.origins import FEWEST, LIMIT, Material, Pair
 from dcr.config import ConfigError, Kind, TrainConfig
@@ -171,9 +171,7 @@ def _opened(settings: TrainConfig) -> Policy:
     if settings.trainer.threads:
         torch.set_num_threads(settings.trainer.threads)
     policy = models.open_policy(settings.model, settings.dcr.precision, settings.seed)
-    wanted = settings.trainer.accelerator in ("auto", "gpu", "cuda")
-    if wanted and torch.cuda.is_available():
-        policy.model.to("cuda")
+    batching.to_gpu(policy.model, settings.trainer.accelerator)
     return policy
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from dcr import generation, prompts, refusal, statistics
 from dcr.config import EvalConfig, Kind
-from dcr.evaluation import answers
+from dcr.evaluation import subjects
 from dcr.evaluation.sets import APART, PromptSet, pairs_of, set_name
 from dcr.models import Policy
 from dcr.prompts import ChatFormat
@@ -42,7 +42,7 @@ def openings(
     def ask(rows: list[Example]) -> Iterator[list[Opening]]:
         return read(policy(), prompts.chat_format(policy().tokenizer, settings.model), rows)
 
-    return answers.kept(
+    return subjects.kept(
         asked, ask, folder / "openings", Opening, "reading", settings.trainer.progress
     )
 

@@ -10,12 +10,12 @@ from typing import Any
 
 from dcr import activations, config, endpoints, judges, models, results, runs, steering, storage
 from dcr.config import ConfigError, EvalConfig, Kind, Task
-from dcr.evaluation import ability, answers, calibration, discernment, quality, scoring, subjects
-from dcr.evaluation.answers import Answers
+from dcr.evaluation import ability, calibration, discernment, quality, scoring, subjects
 from dcr.evaluation.sets import Prompts
-from dcr.evaluation.subjects import Subject
+from dcr.evaluation.subjects import Answers, Subject
 from dcr.evaluation.weights import MEASURED, TRUNK, Work
 from dcr.models import Policy
+from dcr.prompts import chat_format
 from dcr.runs import Run
 
 log = logging.getLogger(__name__)
@@ -79,8 +79,8 @@ def measure(
             folder = subjects.answers_folder(settings, run, subject)
             if edits.is_file():
                 storage.write_bytes(folder / edits.name, edits.read_bytes())
-        given = answers.of_subject(settings, subject, prompts.sets, folder, policy)
-        answers.check_answered(prompts.sets, given)
+        given = subjects.answers(settings, subject, prompts.sets, folder, policy)
+        subjects.check_answered(prompts.sets, given)
         if Task.discernment in settings.tasks:
             trained_on = run.record().get("in_distribution", [])
             blocks["discernment"] = discernment.measured(
@@ -136,7 +136,11 @@ def _opener(
     def opened() -> Policy:
         policy = subjects.opened(settings, subject)
         if steering.acts(settings.steering):
-            steered = subjects.steered(settings, policy, run.folder / "steering")
+            chat = chat_format(policy.tokenizer, settings.model)
+            vectors = run.folder / "steering"
+            steered = steering.steer(
+                policy, chat, settings.data, settings.steering, settings.seed, folder=vectors
+            )
             stack.enter_context(activations.edited(policy.model, steered.edits))
             # at once: another command will find all answers here and open nothing
             storage.write_json(folder / "steering.json", steered.record)

@@ -12,9 +12,9 @@ import numpy as np
 
 from dcr import config, endpoints, statistics, storage
 from dcr.config import ConfigError, EvalConfig, SteeringConfig
-from dcr.evaluation import answers, subjects
-from dcr.evaluation.answers import Answers
+from dcr.evaluation import subjects
 from dcr.evaluation.sets import PromptSet, set_name
+from dcr.evaluation.subjects import Answers
 from dcr.generation import Completion
 from dcr.judges import pairwise
 from dcr.judges.pairwise import Annotation, Pair
@@ -66,7 +66,7 @@ def win_rate(
         rows = [b for b in asked if b.name == name]
         mine = reference.folder.resolve() == run.folder.resolve()  # locked already
         with nullcontext() if mine else storage.locked(reference.folder):
-            others = answers.of_subject(beside, subject, rows, place, policy)
+            others = subjects.answers(beside, subject, rows, place, policy)
     labels = []
     for made_with in (run.config(), reference.config()):
         label = made_with["model"]["label"]

@@ -9,7 +9,9 @@ import logging
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
 
 from dcr.config import DataError
 from dcr.sources import jsonl
@@ -29,6 +31,19 @@ class LocalSet:
     shown: str  # file of the examples, wanted for shots above 0 alone
     shown_split: str
     by_subject: bool = False  # asks for a letter, A to D, one task for each `category`
+
+
+class Question(TypedDict):
+    """A row as the task files name its columns, which are those that the prompt needs.
+
+    With an `id`, the harness would not recognise a question among its examples, which it leaves
+    out.
+    """
+
+    prompt: str
+    choices: list[str]
+    answer: int  # the place of the right one
+    category: NotRequired[str]  # a subject of MMLU
 
 
 # fmt: off
@@ -60,8 +75,6 @@ def splits(name: str, root: str, subject: str | None = None, **_: Any) -> Any:
     """A DatasetDict of a task's questions and examples, in the files' order.
 
     The harness calls it as the task files say, with a task's metadata beside `dataset_kwargs`.
-    The columns are those that the prompt needs: with an `id`, the harness would not recognise a
-    question among its examples, which it then leaves out.
 
     Raises DataError at a missing file, a malformed row, and where there is no question.
     """
@@ -73,7 +86,7 @@ def splits(name: str, root: str, subject: str | None = None, **_: Any) -> Any:
         status = file.stat()
         for split, row in _rows(str(file), made, (status.st_mtime_ns, status.st_size)):
             if split in rows and subject in (None, row.get("category")):
-                rows[split].append(row)
+                rows[split].append(dict(row))
     if not rows[made.asked_split]:
         of = f" and category={subject}" if subject else ""
         raise DataError(
@@ -106,16 +119,13 @@ def compare(name: str, count: int) -> None:
 
 
 @lru_cache(maxsize=4)  # MMLU's one file is asked for by each of its 57 subjects
-def _rows(
-    path: str, made: LocalSet, stamp: tuple[int, int]
-) -> tuple[tuple[str, dict[str, Any]], ...]:
-    """(split, row) of every line; `stamp` makes a changed file another one."""
+def _rows(path: str, made: LocalSet, stamp: tuple[int, int]) -> tuple[tuple[str, Question], ...]:
+    """(split, question) of every line; `stamp` makes a changed file another one."""
     checked = []
     with open(path, "rb") as stream:
         for line, row in jsonl.rows(stream, path):
             where = f"{path}:{line}"
-            question: dict[str, Any] = {"prompt": jsonl.prompt(row, where)}
-            question["choices"], question["answer"] = _choices(row, where, made.by_subject)
+            question = _question(row, where, 4 if made.by_subject else None)
             if made.by_subject:
                 question["category"] = _named(row, "category", where, "the subject")
             split = _named(row, "split", where, "test, validation, dev or train")
@@ -123,21 +133,20 @@ def _rows(
     return tuple(checked)
 
 
-def _choices(row: Row, where: str, by_subject: bool) -> tuple[list[str], int]:
-    """The options, and the place of the right one."""
-    choices = row.get("choices")
+def _question(row: Row, where: str, options: int | None) -> Question:
+    """The row as a question with so many options; None: two or more."""
+    prompt, choices, answer = jsonl.prompt(row, where), row.get("choices"), row.get("answer")
     if not isinstance(choices, list) or not all(isinstance(c, str) and c for c in choices):
         raise DataError(f"{where}: choices: not a list of texts; list the options")
-    if by_subject and len(choices) != 4:
+    if options and len(choices) != options:
         raise DataError(f"{where}: choices: {len(choices)} of them, not four; it asks for A to D")
     if len(choices) < 2:
         raise DataError(f"{where}: choices: {len(choices)} of them; list two or more options")
-    answer = row.get("answer")
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
         raise DataError(
             f"{where}: answer: {answer!r}; give the right option's place, 0 to {len(choices) - 1}"
         )
-    return choices, answer
+    return Question(prompt=prompt, choices=choices, answer=answer)
 
 
 def _named(row: Row, key: str, where: str, what: str) -> str:

@@ -9,8 +9,8 @@ from typing import Any
 from dcr import contamination, judges, refusal, steering
 from dcr.config import DataConfig, EvalConfig, Judge
 from dcr.evaluation import discernment, subjects
-from dcr.evaluation.answers import Answers
 from dcr.evaluation.sets import PromptSet, set_name
+from dcr.evaluation.subjects import Answers
 from dcr.generation import Completion
 from dcr.judges import Verdict
 from dcr.runs import Run

@@ -1,14 +1,14 @@
 """The prompts of each task: named sets, a user's files, and which of them belong together."""
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dcr import sources, steering
+from dcr import refusal, sources, steering
 from dcr.config import ConfigError, DataConfig, EvalConfig, Kind, Task
-from dcr.evaluation import weights
 from dcr.sources import Example
-from dcr.text import label_of
+from dcr.text import label_of, normalise
 
 # The sets of the paper's tables: 938 toxic prompts, and five over-refusal sets. Its PHTest also
 # counts the controversial tier, which is told apart here.
@@ -107,6 +107,77 @@ def set_name(source: str) -> str:
     return source if source in sources.SOURCES else label_of(Path(source).stem)
 
 
+# --- prompts of each kind, for what is measured on the weights -----------------------------------
+
+
+ByKind = Mapping[Kind, Sequence[Example]]
+# The prompts that Figures 1(b) and 9 of the paper follow stand in XSTest and Alpaca, whose rows are
+# not ours to print: hashes of the normalised prompts find them there.
+FOLLOWED = {
+    Kind.normal: "18ab3ef4c3463f67",
+    Kind.seemingly_toxic: "0be02537e93cc530",
+    Kind.toxic: "760a3721eb1a485b",
+}
+
+
+def every(data: DataConfig) -> dict[Kind, list[Example]]:
+    """All rows of each kind of `data.analysis`, each prompt once.
+
+    Raises ConfigError where a kind has no source.
+    """
+    rows = {}
+    for kind in (Kind.seemingly_toxic, Kind.toxic, Kind.normal):
+        names = getattr(data.analysis, kind.value)
+        if not names:
+            raise ConfigError(
+                f"data.analysis.{kind.value}=[]: name a source to measure on, or choose a data "
+                "file that does, such as data=demo"
+            )
+        read = [row for n in names for row in sources.read(n, root=data.root, kind=kind)]
+        rows[kind], _ = sources.drop_duplicates(read)
+    return rows
+
+
+def drawn(rows: ByKind, count: int | None, seed: int) -> dict[Kind, list[Example]]:
+    """Up to `count` of each kind, drawn by seed; None: all."""
+    return {
+        kind: list(of) if count is None else sources.draw(of, min(count, len(of)), seed)
+        for kind, of in rows.items()
+    }
+
+
+def followed(rows: ByKind) -> dict[Kind, Example]:
+    """One prompt of each kind to follow alone: the paper's, or the first where it is not there."""
+
+    def digest(prompt: str) -> str:
+        return hashlib.sha256(normalise(prompt).encode()).hexdigest()[:16]
+
+    return {
+        kind: next((row for row in of if digest(row.prompt) == FOLLOWED[kind]), of[0])
+        for kind, of in rows.items()
+    }
+
+
+def refused_pairs(data: DataConfig, seed: int) -> list[Example]:
+    """Every pair of `data.safety` whose response refuses, in an order drawn by seed.
+
+    Raises ConfigError where there is none.
+    """
+    rows = [
+        row
+        for name in data.safety.source
+        for row in sources.read(name, root=data.root, kind=Kind.toxic, pairs=True)
+    ]
+    rows, _ = sources.drop_duplicates(rows)
+    refused = [row for row in rows if row.response and refusal.is_refusal(row.response)]
+    if not refused:
+        raise ConfigError(
+            f"data.safety.source={data.safety.source}: no pair whose response refuses; name "
+            "another source"
+        )
+    return sources.draw(refused, len(refused), seed)
+
+
 # --- all that a command asks ----------------------------------------------------------------------
 
 
@@ -123,7 +194,7 @@ class Prompts:
 
     sets: list[PromptSet]
     ranked: list[PromptSet]
-    kinds: Mapping[Kind, list[Example]]
+    kinds: ByKind
     refused: list[Example]
 
 
@@ -133,8 +204,8 @@ def read(settings: EvalConfig) -> Prompts:
     return Prompts(
         _answered(settings),
         _asked(settings, list(TASKS)) if Task.discernment in tasks else [],
-        weights.every(data) if tasks & ON_KINDS else {},
-        weights.refused_pairs(data, settings.seed) if Task.claims in tasks else [],
+        every(data) if tasks & ON_KINDS else {},
+        refused_pairs(data, settings.seed) if Task.claims in tasks else [],
     )
 
 

@@ -1,14 +1,19 @@
-"""What is evaluated: the weights of a run, a model by name, or whatever answers at an endpoint."""
+"""What is evaluated, and its answers: the weights of a run, a model by name, or an endpoint.
 
+What is stored is kept, what is missing is asked for, and the weights are opened for that alone.
+"""
+
+import functools
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
-import torch
+from tqdm.auto import tqdm
 
-from dcr import data, generation, models, prompts, refusal, steering, storage
+from dcr import batching, data, generation, models, prompts, refusal, steering, storage
 from dcr.config import (
     EMBEDDED_MODEL,
     TINY_MODEL,
@@ -18,14 +23,17 @@ from dcr.config import (
     ModelConfig,
     ServerConfig,
     Stage,
+    UserError,
 )
+from dcr.evaluation.sets import PromptSet
 from dcr.generation import Completion, OpeningBias
 from dcr.models import Policy
 from dcr.runs import Run
 from dcr.sources import Example
-from dcr.steering import Steered
 
 log = logging.getLogger(__name__)
+
+Answers = dict[str, list[Completion]]
 
 
 @dataclass(frozen=True)
@@ -167,18 +175,35 @@ def opened(settings: EvalConfig, subject: Subject) -> Policy:
             "with; here it is set aside, calibrate=<share> chooses one",
             policy.name,
         )
-    wanted = settings.trainer.accelerator in ("auto", "gpu", "cuda")
-    if wanted and torch.cuda.is_available():
-        policy.model.to("cuda")
+    batching.to_gpu(policy.model, settings.trainer.accelerator)
     return policy
 
 
-def steered(settings: EvalConfig, policy: Policy, folder: Path) -> Steered:
-    """The activation edits that `steering=` asks for, from vectors kept in `folder`."""
-    chat = prompts.chat_format(policy.tokenizer, settings.model)
-    return steering.steer(
-        policy, chat, settings.data, settings.steering, settings.seed, folder=folder
-    )
+def trained_texts(run: Run) -> dict[str, list[str]]:
+    """All that a run was trained on, by source; empty, with a warning, where a source has changed.
+
+    Empty as well for what was not trained here.
+    """
+    try:
+        return data.trained_texts(run.config()["data"], run.record())
+    except DataError as error:
+        log.warning("what was trained on is not known: %s", error)
+        return {}
+
+
+# --- answers --------------------------------------------------------------------------------------
+
+
+def answers(
+    settings: EvalConfig,
+    subject: Subject,
+    asked: Sequence[PromptSet],
+    folder: Path,
+    policy: Callable[[], Policy],
+) -> Answers:
+    """The subject's completions of every set, kept in `folder`; only what is missing is asked."""
+    ask = functools.partial(answer, settings, subject, policy)
+    return kept(asked, ask, folder, Completion, "generating", settings.trainer.progress)
 
 
 def answer(
@@ -201,13 +226,82 @@ def answer(
     )
 
 
-def trained_texts(run: Run) -> dict[str, list[str]]:
-    """All that a run was trained on, by source; empty, with a warning, where a source has changed.
+class OfPrompt(Protocol):
+    """A record of what a model does with one prompt."""
 
-    Empty as well for what was not trained here.
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def prompt(self) -> str: ...
+
+
+Record = TypeVar("Record", bound=OfPrompt)
+
+
+def kept(
+    prompt_sets: Sequence[PromptSet],
+    ask: Callable[[list[Example]], Iterator[list[Record]]],
+    folder: Path,
+    schema: type[Record],
+    doing: str,
+    progress: bool,
+) -> dict[str, list[Record]]:
+    """Every record of each set's file in `folder`; what is missing is asked for and stored.
+
+    The sets are asked together, so that batches stay full and of one length. A row that `ask`
+    leaves out (a server that failed) is absent from the result, and asked next time.
     """
-    try:
-        return data.trained_texts(run.config()["data"], run.record())
-    except DataError as error:
-        log.warning("what was trained on is not known: %s", error)
-        return {}
+    homes: dict[str, list[tuple[str, str]]] = {}  # a prompt may stand in several sets
+    rows: dict[str, Example] = {}
+    for prompt_set in prompt_sets:
+        done = {record.id for record in _of_rows(folder, prompt_set, schema)}
+        for row in prompt_set.rows:
+            if row.id not in done:
+                homes.setdefault(row.prompt, []).append((prompt_set.name, row.id))
+                rows.setdefault(row.prompt, row)
+    # first what opens the weights and may fail: a bar would stand before the line that says so
+    batches = ask(list(rows.values())) if rows else ()
+    hidden = not (progress and rows)
+    with tqdm(total=len(rows), unit="prompt", desc=doing, disable=hidden) as bar:
+        for batch in batches:
+            by_set: dict[str, list[Any]] = {}
+            for record in batch:
+                for name, identity in homes[record.prompt]:
+                    copied: Any = record
+                    by_set.setdefault(name, []).append(replace(copied, id=identity))
+            for name, records in by_set.items():
+                storage.append_lines(folder / f"{name}.jsonl", records)
+            bar.update(len(batch))
+    return {b.name: _of_rows(folder, b, schema) for b in prompt_sets}
+
+
+def _of_rows(folder: Path, prompt_set: PromptSet, schema: type[Record]) -> list[Record]:
+    """The stored records of the set's rows, in their order; none of a prompt that has changed."""
+    lines = storage.read_lines(folder / f"{prompt_set.name}.jsonl", schema)
+    done = {record.id: record for record in lines}
+    return [
+        done[row.id]
+        for row in prompt_set.rows
+        if row.id in done and done[row.id].prompt == row.prompt
+    ]
+
+
+class Unanswered(UserError):
+    """Not one prompt brought an answer."""
+
+    exit_code = 1
+
+
+def check_answered(asked: list[PromptSet], given: Answers) -> None:
+    """Say which sets lack answers, as where a server failed; Unanswered where all of them do."""
+    lacking = {b.name: (len(b.rows) - len(given[b.name]), len(b.rows)) for b in asked}
+    missing, total = (sum(counts[i] for counts in lacking.values()) for i in (0, 1))
+    if total and missing == total:
+        raise Unanswered(
+            f"none of {total} prompts was answered, so there is nothing to count; see to the "
+            "reason above, and give the same command again"
+        )
+    for name, (without, of) in lacking.items():
+        if without:
+            log.warning("%s: %d of %d prompts without an answer", name, without, of)

@@ -5,7 +5,6 @@ Refusal probability, empirical NTK and separability take prompts by kind and giv
 trains. `MEASURED` is the table of tasks.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
@@ -15,90 +14,22 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from dcr import claims, config, models, ntk, refusal, separability, sources, statistics, storage
+from dcr import claims, config, models, ntk, refusal, separability, statistics, storage
 from dcr.config import (
-    ConfigError,
     ContrastiveConfig,
-    DataConfig,
     EvalConfig,
     KernelConfig,
     Kind,
     RefusalProbabilityConfig,
     Task,
 )
-from dcr.evaluation import ability, subjects
+from dcr.evaluation import ability, sets, subjects
+from dcr.evaluation.sets import ByKind
 from dcr.models import Policy
 from dcr.prompts import ChatFormat, chat_format
 from dcr.runs import Run
 from dcr.sources import Example
 from dcr.text import normalise
-
-ByKind = Mapping[Kind, Sequence[Example]]
-# The prompts that Figures 1(b) and 9 of the paper follow stand in XSTest and Alpaca, whose rows are
-# not ours to print: hashes of the normalised prompts find them there.
-FOLLOWED = {
-    Kind.normal: "18ab3ef4c3463f67",
-    Kind.seemingly_toxic: "0be02537e93cc530",
-    Kind.toxic: "760a3721eb1a485b",
-}
-
-
-def every(data: DataConfig) -> dict[Kind, list[Example]]:
-    """All rows of each kind of `data.analysis`, each prompt once.
-
-    Raises ConfigError where a kind has no source.
-    """
-    rows = {}
-    for kind in (Kind.seemingly_toxic, Kind.toxic, Kind.normal):
-        names = getattr(data.analysis, kind.value)
-        if not names:
-            raise ConfigError(
-                f"data.analysis.{kind.value}=[]: name a source to measure on, or choose a data "
-                "file that does, such as data=demo"
-            )
-        read = [row for n in names for row in sources.read(n, root=data.root, kind=kind)]
-        rows[kind], _ = sources.drop_duplicates(read)
-    return rows
-
-
-def drawn(rows: ByKind, count: int | None, seed: int) -> dict[Kind, list[Example]]:
-    """Up to `count` of each kind, drawn by seed; None: all."""
-    return {
-        kind: list(of) if count is None else sources.draw(of, min(count, len(of)), seed)
-        for kind, of in rows.items()
-    }
-
-
-def followed(rows: ByKind) -> dict[Kind, Example]:
-    """One prompt of each kind to follow alone: the paper's, or the first where it is not there."""
-
-    def digest(prompt: str) -> str:
-        return hashlib.sha256(normalise(prompt).encode()).hexdigest()[:16]
-
-    return {
-        kind: next((row for row in of if digest(row.prompt) == FOLLOWED[kind]), of[0])
-        for kind, of in rows.items()
-    }
-
-
-def refused_pairs(data: DataConfig, seed: int) -> list[Example]:
-    """Every pair of `data.safety` whose response refuses, in an order drawn by seed.
-
-    Raises ConfigError where there is none.
-    """
-    rows = [
-        row
-        for name in data.safety.source
-        for row in sources.read(name, root=data.root, kind=Kind.toxic, pairs=True)
-    ]
-    rows, _ = sources.drop_duplicates(rows)
-    refused = [row for row in rows if row.response and refusal.is_refusal(row.response)]
-    if not refused:
-        raise ConfigError(
-            f"data.safety.source={data.safety.source}: no pair whose response refuses; name "
-            "another source"
-        )
-    return sources.draw(refused, len(refused), seed)
 
 
 def refusal_probability(
@@ -114,88 +45,87 @@ def refusal_probability(
     `kinds` has means with 95% bootstrap intervals over prompts, `followed` the prompts `alone`,
     `values` every prompt by id.
     """
-    flat = [(kind, row.id, row.prompt) for kind, part in rows.items() for row in part]
-    encoded = [chat.prompt_ids(prompt) for _, _, prompt in flat]
-    encoded += [chat.prompt_ids(row.prompt) for row in alone.values()]
-    both = refusal.probabilities(
-        policy.model, chat.tokenizer, encoded, refusal.PHRASES[settings.phrases.value]
+    flat = [(kind.value, row) for kind, part in rows.items() for row in part]
+    prompts = [row.prompt for row in (*(row for _, row in flat), *alone.values())]
+    phrases = refusal.PHRASES[settings.phrases.value]
+    plain, prefix_free = refusal.probabilities(
+        policy.model, chat.tokenizer, [chat.prompt_ids(prompt) for prompt in prompts], phrases
     )
-    values = {
-        name: of_all.tolist() for name, of_all in zip(("plain", "prefix_free"), both, strict=True)
-    }
-    kinds: dict[str, Any] = {}
-    for kind in rows:
-        places = [i for i, (of, _, _) in enumerate(flat) if of is kind]
-        kinds[kind.value] = {"n": len(places)} | {
-            name: list(astuple(statistics.mean_interval([of_all[i] for i in places], seed=seed)))
-            for name, of_all in values.items()
-        }
+    both = zip(plain.tolist(), prefix_free.tolist(), strict=True)
+    values = [{"plain": one, "prefix_free": other} for one, other in both]
+    every = [
+        {"id": row.id, "kind": kind} | of
+        for (kind, row), of in zip(flat, values[: len(flat)], strict=True)
+    ]
     return {
         "phrases": settings.phrases.value,
-        "kinds": kinds,
+        "kinds": {kind.value: _means(every, kind.value, seed) for kind in rows},
         "followed": {
-            kind.value: {"id": row.id, **{n: of_all[len(flat) + i] for n, of_all in values.items()}}
-            for i, (kind, row) in enumerate(alone.items())
+            kind.value: {"id": row.id} | of
+            for (kind, row), of in zip(alone.items(), values[len(flat) :], strict=True)
         },
-        "values": [
-            {"id": identity, "kind": kind.value, **{n: of_all[i] for n, of_all in values.items()}}
-            for i, (kind, identity, _) in enumerate(flat)
-        ],
+        "values": every,
+    }
+
+
+def _means(every: Sequence[Mapping[str, Any]], kind: str, seed: int) -> dict[str, Any]:
+    of_kind = [row for row in every if row["kind"] == kind]
+    return {"n": len(of_kind)} | {
+        name: list(astuple(statistics.mean_interval([row[name] for row in of_kind], seed=seed)))
+        for name in ("plain", "prefix_free")
     }
 
 
 def kernel(
-    policy: Policy,
-    chat: ChatFormat,
-    rows: ByKind,
-    settings: KernelConfig,
-    seed: int,
-    folder: Path | None = None,
+    policy: Policy, chat: ChatFormat, rows: ByKind, settings: KernelConfig, seed: int, folder: Path
 ) -> dict[str, Any]:
     """A.6 for every choice of parameters: 3×3 means by kind, `[observer][trained]`, with intervals.
 
     Needs weights in fp32 or wider. The whole matrices, with the tokens and ids of their prompts, go
     to `folder`/kernel/<params>.safetensors.
     """
-    flat = [(kind, row) for kind, part in rows.items() for row in part]
+    flat = [(kind.value, row) for kind, part in rows.items() for row in part]
     encoded = [chat.prompt_ids(row.prompt) for _, row in flat]
-    kinds, ids = [kind.value for kind, _ in flat], [row.id for _, row in flat]
-    blocks = {}
+    kinds, ids = [kind for kind, _ in flat], [row.id for _, row in flat]
+    method, normalise = settings.method.value, settings.normalise.value
+    means = {}
     for params in settings.params:
         chosen = ntk.Settings(
-            top_k=settings.top_k,
-            params=params,
-            head=settings.head,
-            method=settings.method.value,
+            settings.top_k,
+            params,
+            settings.head,
+            method=method,
             budget_gib=settings.budget_gib,
         )
         measured = ntk.measure(policy.model, encoded, chosen, ids=ids)
         name = params.replace(":", "-") + ("" if settings.head else "-headless")
-        if folder is not None:
-            tensors = {"norms": measured.norms, "tokens": measured.tokens.to(torch.int64)}
-            content = save(
-                {key: tensor.contiguous() for key, tensor in tensors.items()},
-                {"ids": "\n".join(measured.ids)},
-            )
-            storage.write_bytes(folder / "kernel" / f"{name}.safetensors", content)
-        matrix = ntk.normalised(measured.norms, settings.normalise.value)
-        means = ntk.mean_by_kind(matrix, kinds, settings.self_pairs, seed=seed)
-        blocks[name] = {
-            observer: {
-                trained: [value if math.isfinite(value) else None for value in vars(cell).values()]
-                for trained, cell in row.items()
-            }
-            for observer, row in means.items()
+        _keep(measured, folder / "kernel" / f"{name}.safetensors")
+        matrix = ntk.normalised(measured.norms, normalise)
+        by_kind = ntk.mean_by_kind(matrix, kinds, settings.self_pairs, seed=seed)
+        means[name] = {
+            observer: {trained: _finite(cell) for trained, cell in row.items()}
+            for observer, row in by_kind.items()
         }
     return {
         "top_k": settings.top_k,
-        "method": settings.method.value,
-        "normalise": settings.normalise.value,
+        "method": method,
+        "normalise": normalise,
         "kinds": [kind.value for kind in rows],
         "ids": ids,
         "of": kinds,
-        "params": blocks,
+        "params": means,
     }
+
+
+def _keep(measured: ntk.Kernel, file: Path) -> None:
+    tensors = {"norms": measured.norms, "tokens": measured.tokens.to(torch.int64)}
+    whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    storage.write_bytes(file, save(whole, {"ids": "\n".join(measured.ids)}))
+
+
+def _finite(cell: object) -> list[float | None]:
+    """A mean with its interval as JSON holds them."""
+    return [value if math.isfinite(value) else None for value in vars(cell).values()]
 
 
 # --- task by task ---------------------------------------------------------------------------------
@@ -218,7 +148,7 @@ class Work:
 
     def drawn(self, count: int | None) -> dict[Kind, list[Example]]:
         """So many prompts of each kind of `data.analysis`; None: all."""
-        return drawn(self.kinds, count, self.settings.seed)
+        return sets.drawn(self.kinds, count, self.settings.seed)
 
     def trained_on(self, rows: Mapping[Kind, list[Example]]) -> dict[str, int]:
         """How many of the prompts of each kind the run has learnt from, in whichever stage."""
@@ -251,11 +181,10 @@ def _ability(work: Work) -> dict[str, Any]:
 
 
 def _refusal_probability(work: Work) -> dict[str, Any]:
-    options = work.settings.refusal_prob
-    alone, rows = followed(work.kinds), work.drawn(options.prompts)
-    return refusal_probability(
-        work.policy(), work.chat(), rows, alone, options, work.settings.seed
-    ) | {"trained_on": work.trained_on(rows)}
+    options, seed = work.settings.refusal_prob, work.settings.seed
+    alone, rows = sets.followed(work.kinds), work.drawn(options.prompts)
+    block = refusal_probability(work.policy(), work.chat(), rows, alone, options, seed)
+    return block | {"trained_on": work.trained_on(rows)}
 
 
 def _kernel(work: Work) -> dict[str, Any]:

@@ -231,8 +231,7 @@ def opened(settings: GuardConfig, node: str, accelerator: str) -> Guard:
         quantised=True,
         revision=settings.revision,
     )
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        model.to("cuda")
+    batching.to_gpu(model, accelerator)
     named = model.generation_config.eos_token_id
     ends = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
     stop = tuple(dict.fromkeys(int(token) for token in ends if token is not None))

@@ -13,7 +13,8 @@ from lightning import Callback, LightningModule, Trainer
 
 from dcr import results
 from dcr.config import DataConfig, Kind, Quantity, TrackingConfig
-from dcr.evaluation import weights
+from dcr.evaluation import sets, weights
+from dcr.evaluation.sets import ByKind
 from dcr.models import Policy
 from dcr.prompts import ChatFormat
 from dcr.sources import Example
@@ -40,7 +41,7 @@ class Tracked:
     """What is measured while stages train, and on which prompts."""
 
     config: TrackingConfig
-    rows: Mapping[Quantity, weights.ByKind]
+    rows: Mapping[Quantity, ByKind]
     alone: Mapping[Kind, Example]
     seed: int
 
@@ -56,9 +57,9 @@ def tracked(config: TrackingConfig, data: DataConfig, seed: int) -> Tracked | No
         Quantity.refusal_probability: config.refusal_prob.prompts,
         Quantity.kernel: config.entk.prompts,
     }
-    every = weights.every(data)
-    rows = {q: weights.drawn(every, counts[q], seed) for q in config.quantities}
-    return Tracked(config, rows, weights.followed(every), seed)
+    every = sets.every(data)
+    rows = {q: sets.drawn(every, counts[q], seed) for q in config.quantities}
+    return Tracked(config, rows, sets.followed(every), seed)
 
 
 class Tracker(Callback):
@@ -121,7 +122,7 @@ class Tracker(Callback):
 
 
 def _refusal_probability(
-    policy: Policy, chat: ChatFormat, rows: weights.ByKind, tracked: Tracked, _: Path
+    policy: Policy, chat: ChatFormat, rows: ByKind, tracked: Tracked, _: Path
 ) -> dict[str, Any]:
     return weights.refusal_probability(
         policy, chat, rows, tracked.alone, tracked.config.refusal_prob, tracked.seed
@@ -139,7 +140,7 @@ def _probabilities(block: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _kernel(
-    policy: Policy, chat: ChatFormat, rows: weights.ByKind, tracked: Tracked, place: Path
+    policy: Policy, chat: ChatFormat, rows: ByKind, tracked: Tracked, place: Path
 ) -> dict[str, Any]:
     """On a copy in fp32, which products of gradients need, where the weights are narrower."""
     model = policy.model
