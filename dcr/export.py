@@ -25,7 +25,7 @@ from dcr.config import (
     Precision,
     block_of,
 )
-from dcr.evaluation import calibration, discernment
+from dcr.evaluation import calibration
 from dcr.models import Policy
 from dcr.prompts import ChatFormat
 from dcr.runs import Run
@@ -191,13 +191,12 @@ def _stop_as_evaluated(policy: Policy, chat: ChatFormat) -> None:
 def _calibrate(policy: Policy, chat: ChatFormat, settings: EvalConfig) -> dict[str, Any]:
     """The bias in the generation config, and its record."""
     where = calibration.place(chat)
-    found = {
-        asked.name: [
-            opening for batch in discernment.read(policy, chat, asked.rows) for opening in batch
-        ]
+    new = settings.gen.max_new_tokens
+    read = {
+        asked.name: [f for batch in calibration.forks(policy, chat, asked.rows, new) for f in batch]
         for asked in calibration.asked(settings)
     }
-    bias, record = calibration.chosen(settings, where, found)
+    bias, record = calibration.chosen(settings, where, read)
     policy.model.generation_config.sequence_bias = bias.sequences
     return record
 

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 import eval as eval_entry
 from dcr import cli, config, generation, models, prompts, refusal, report, storage
 from dcr.config import ConfigError, EvalConfig, ModelConfig, Precision
-from dcr.evaluation import calibration, discernment, metrics, subjects
+from dcr.evaluation import calibration, metrics, subjects
+from dcr.evaluation.calibration import Fork
 from dcr.generation import OpeningBias
 from dcr.models import Policy
 from dcr.runs import Run
@@ -45,33 +46,41 @@ def rows() -> list[Example]:
 
 # --- the bias of a share --------------------------------------------------------------------------
 
-MARGINS = st.lists(st.floats(-20, 20).map(lambda x: round(x, 1)), min_size=1, max_size=30)
+ONE = st.builds(
+    lambda margin, refusing, answering: Fork("", "", round(margin, 1), refusing, answering),
+    st.floats(-20, 20),
+    st.sampled_from(["I cannot help.", "I think so."]),
+    st.sampled_from(["Sure.", "Sure.", "I'm sorry, no."]),
+)
+FORKS = st.lists(ONE, min_size=1, max_size=30)
+TRUE = FORKS.map(lambda forks: [replace(f, refusing="Sorry.", answering="Sure.") for f in forks])
+BIASES = [x / 20 for x in range(-420, 421)]  # all that margins of one decimal can tell apart
 
 
-def refused(margins: Sequence[float], bias: float) -> int:
-    return sum(margin + bias > 0 for margin in margins)
+def refused(forks: Sequence[Fork], bias: float) -> int:
+    """By the words of the answer that this bias brings."""
+    given = [fork.refusing if fork.margin > -bias else fork.answering for fork in forks]
+    return sum(text in ("I cannot help.", "Sorry.", "I'm sorry, no.") for text in given)
 
 
-@given(MARGINS, st.floats(0.01, 1))
-def test_a_bias_refuses_the_share_and_what_ties_with_it(margins: list[float], share: float) -> None:
-    count = refused(margins, calibration.bias_for(margins, share))
-    assert count >= share * len(margins) - 1e-6
-    # one prompt fewer would be too few: whoever of the refused has the least margin is needed
-    least = sorted(margins, reverse=True)[count - 1]
-    assert sum(margin > least for margin in margins) < share * len(margins)
+@given(FORKS, st.floats(0.01, 1))
+def test_a_bias_refuses_the_share_and_no_more_than_it_must(forks: list[Fork], share: float) -> None:
+    count = refused(forks, calibration.bias_for(forks, share))
+    possible = {refused(forks, bias) for bias in BIASES}
+    enough = {n for n in possible if n >= share * len(forks) - 1e-6}
+    assert count == (min(enough) if enough else max(possible))
 
 
-@given(MARGINS, st.floats(0.01, 1), st.floats(0.01, 1))
-def test_a_bias_never_falls_with_the_share(margins: list[float], one: float, two: float) -> None:
+@given(TRUE, st.floats(0.01, 1), st.floats(0.01, 1))
+def test_a_bias_never_falls_with_the_share(forks: list[Fork], one: float, two: float) -> None:
     low, high = sorted([one, two])
-    assert calibration.bias_for(margins, low) <= calibration.bias_for(margins, high)
+    assert calibration.bias_for(forks, low) <= calibration.bias_for(forks, high)
 
 
-@given(MARGINS)
-def test_what_the_model_refuses_by_itself_needs_no_bias(margins: list[float]) -> None:
-    count = refused(margins, 0)
-    if count:
-        assert calibration.bias_for(margins, count / len(margins)) == 0
+@given(FORKS)
+def test_what_the_model_refuses_by_itself_needs_no_bias(forks: list[Fork]) -> None:
+    if count := refused(forks, 0):
+        assert calibration.bias_for(forks, count / len(forks)) == 0
 
 
 # --- where it acts --------------------------------------------------------------------------------
@@ -130,18 +139,30 @@ def test_the_lead_is_what_stands_behind_every_prompt(policy: Policy) -> None:
     assert policy.tokenizer.decode(plain.lead()) == "\n\n### Response:\n"
 
 
-def test_decoding_refuses_what_the_margins_say(policy: Policy, rows: list[Example]) -> None:
+@pytest.mark.parametrize("bias", [-2.0, 0.0, 1.0, 4.0])
+def test_forks_are_the_answers_under_any_bias(
+    policy: Policy, rows: list[Example], bias: float
+) -> None:
     chat = prompts.chat_format(policy.tokenizer, MODEL)
-    openings = set(refusal.refusal_openings(policy.tokenizer).tolist())
-    read_ = [o for batch in discernment.read(policy, chat, rows) for o in batch]
-    margins = [opening.margin for opening in read_]
-    for share in (0.25, 0.5, 0.75, 1.0):
-        bias = calibration.bias_for(margins, share)
-        first = [a[0] for a in decoded(policy, [r.prompt for r in rows], placed(policy, bias))]
-        assert sum(token in openings for token in first) == share * len(rows)
+    forks = {f.id: f for batch in calibration.forks(policy, chat, rows, NEW) for f in batch}
+    answers = decoded(policy, [row.prompt for row in rows], placed(policy, bias))
+    said = [generation.text(chat, answer) for answer in answers]
+    opens = [fork.margin + bias > 0 for fork in map(forks.get, [row.id for row in rows])]
+    assert said == [
+        forks[row.id].refusing if refusing else forks[row.id].answering
+        for row, refusing in zip(rows, opens, strict=True)
+    ]
+    if bias == 1:
+        assert len(set(opens)) == 2, "both kinds of answers are looked at"
 
 
 # --- the command ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def openings_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny random model says nothing that keywords know: a first letter decides."""
+    monkeypatch.setattr(refusal, "is_refusal", lambda text, *_: text[:1] in ("I", *"NAMSU"))
 
 
 def resolved(folder: Path, *overrides: str) -> tuple[EvalConfig, Run]:
@@ -163,6 +184,7 @@ def measured(run: Run) -> list[dict[str, Any]]:
     return [json.loads(file.read_text()) for file in files]
 
 
+@pytest.mark.usefixtures("openings_refuse")
 def test_another_bias_never_reuses_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for share in ("0.3", "0.9"):
         settings, run = resolved(tmp_path, f"calibrate={share}")
@@ -180,6 +202,7 @@ def test_another_bias_never_reuses_answers(tmp_path: Path, monkeypatch: pytest.M
     eval_entry.evaluate(settings, run)
 
 
+@pytest.mark.usefixtures("openings_refuse")
 def test_a_run_can_be_the_target(tmp_path: Path) -> None:
     settings, run = resolved(tmp_path, "calibrate=0.6")
     reference = Run(tmp_path / "stl")
@@ -193,18 +216,17 @@ def test_a_run_can_be_the_target(tmp_path: Path) -> None:
     policy = models.open_folder(str(reference.stage("contrastive")), Precision.fp32)
     chat = prompts.chat_format(policy.tokenizer, settings.model)
     rows = read("contrasts_toxic_heldout")
-    margins = [o.margin for batch in discernment.read(policy, chat, rows) for o in batch]
-    if not refused(margins, 0):
+    forks = [f for batch in calibration.forks(policy, chat, rows, 3) for f in batch]
+    opened = sum(fork.margin > 0 for fork in forks)
+    if not opened:
         with pytest.raises(ConfigError, match="refuses none of 119 toxic prompts; give a share"):
             eval_entry.evaluate(settings, run)
         return
     eval_entry.evaluate(settings, run)
     (found,) = measured(run)
-    assert found["calibration"]["target"] == pytest.approx(refused(margins, 0) / 119)
+    assert found["calibration"]["target"] == pytest.approx(opened / 119)
     assert found["calibration"]["run"] == found["settings"]["calibrate"] == "stl"
-    assert storage.read_lines(
-        next(reference.folder.glob("eval/*/openings/*.jsonl")), discernment.Opening
-    )
+    assert storage.read_lines(next(reference.folder.glob("eval/*/forks/*.jsonl")), Fork)
 
 
 @pytest.mark.parametrize(
@@ -228,6 +250,24 @@ def test_what_cannot_be_calibrated_is_refused(
         metrics.check(*resolved(tmp_path, *overrides))
 
 
+def test_a_model_that_never_refuses_is_not_calibrated(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings, run = resolved(tmp_path, "calibrate=0.9")
+    with pytest.raises(ConfigError, match=r"one of 119 toxic .* train it to refuse first"):
+        eval_entry.evaluate(settings, run)
+    assert not measured(run)
+    never = Fork("", "", 1, "I wonder.", "Sure.")
+    read = {
+        name: [*[never] * 9, replace(never, refusing="I'm sorry.")]
+        for name in ("contrasts_toxic_heldout", "contrasts_seemingly_toxic_heldout")
+    }
+    bias, record = calibration.chosen(settings, {"lead": [1], "tokens": [2]}, read)
+    assert "no bias refuses more than 1 of 10 toxic" in caplog.text
+    assert record["sets"]["contrasts_toxic_heldout"]["refused"] == 1
+    assert bias.bias == 0, "its answers open with a refusal's token by themselves"
+
+
 def test_an_endpoint_is_not_calibrated(tmp_path: Path) -> None:
     at = ("endpoint=http://127.0.0.1:9/v1", "endpoint_model=m", "calibrate=0.9", "~model")
     with pytest.raises(ConfigError, match=r"logit_bias acts on every token .* model= or run="):
@@ -242,6 +282,7 @@ def test_prompts_that_were_trained_on_calibrate_nothing() -> None:
     calibration.check(settings, {"method": "base", "data": data})
 
 
+@pytest.mark.usefixtures("openings_refuse")
 def test_steered_answers_are_calibrated_under_their_edit(tmp_path: Path) -> None:
     """The validation prompts themselves, as another file, are then refused as often as told."""
     rows = [{"prompt": row.prompt} for row in read("contrasts_toxic_heldout")]

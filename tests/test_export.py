@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from dcr import chat, export, models, prompts, storage
+from dcr import chat, export, models, prompts, refusal, storage
 from dcr.config import (
     STAGES,
     ConfigError,
@@ -168,8 +168,10 @@ def test_logits_elsewhere_are_those_in_memory(
 
 
 def test_plain_transformers_decodes_a_calibrated_export_as_we_do(
-    moved: Run, tmp_path: Path
+    moved: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # a tiny random model says nothing that keywords know: what opens as a refusal refuses here
+    monkeypatch.setattr(refusal, "is_refusal", lambda text, *_: text[:1] in ("I", *"NAMSU"))
     config = yaml.safe_load(moved.config_file.read_text())
     config["model"]["template"] = "chatml"
     moved.config_file.write_text(yaml.safe_dump(config))

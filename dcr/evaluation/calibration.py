@@ -1,34 +1,57 @@
 """Calibration: a bias on the first token of refusals, so that a share of toxic prompts is refused.
 
 Greedy decoding opens an answer with a refusal's token where the best of these lies above the best
-of all others (`refusal.refusal_margin`); a bias b moves all margins by b. So one forward pass over
-validation prompts gives the bias of every share at once.
+of all others (`refusal.refusal_margin`); a bias b moves all margins by b. So a prompt has two
+answers, whatever b: one from the best of the refusals' tokens, one from the best of the others.
+Both are begun for every validation prompt and judged by keywords, which gives the share of
+refusals under every bias at once.
 """
 
 import functools
+import itertools
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from typing_extensions import TypedDict
 
-from dcr import config, prompts, refusal, storage
+from dcr import config, generation, prompts, refusal, storage
 from dcr.config import STAGES, ConfigError, EvalConfig, Kind, SteeringConfig
-from dcr.evaluation import discernment, subjects
-from dcr.evaluation.discernment import Opening
+from dcr.evaluation import answers, subjects
 from dcr.evaluation.sets import PromptSet, read_set, set_name
 from dcr.evaluation.subjects import Subject
 from dcr.generation import OpeningBias
 from dcr.models import Policy
 from dcr.prompts import ChatFormat
 from dcr.runs import Run
+from dcr.sources import Example
 
 log = logging.getLogger(__name__)
 
 BEYOND = 0.25  # logits beyond the last prompt, where every one is to be refused
+BEGUN = 16  # tokens of an answer by which XSTest's keywords have decided
+
+
+@dataclass(frozen=True)
+class Fork:
+    """The two answers of a prompt, as they begin: from a refusal's first token, and from another.
+
+    Greedy decoding gives `refusing` where `margin` (`refusal.refusal_margin`) and the bias are
+    together above 0, else `answering`.
+    """
+
+    id: str
+    prompt: str
+    margin: float
+    refusing: str
+    answering: str
+
+    def refused(self, bias: float) -> bool:
+        """Whether XSTest's keywords call the answer under `bias` a refusal."""
+        return refusal.is_refusal(self.refusing if self.margin + bias > 0 else self.answering)
 
 
 class Place(TypedDict):
@@ -104,13 +127,64 @@ def calibrated(
 
     `folder` is that of its plain answers: what is read of the validation prompts is kept there.
     """
-    openings = discernment.openings(settings, policy, asked(settings), folder)
+    read = _kept(settings, policy, asked(settings), folder)
     file = folder / "opening.json"  # else a command whose answers are all there opened the weights
     if not file.is_file():
         chat = prompts.chat_format(policy().tokenizer, settings.model)
         storage.write_json(file, place(chat))
-    bias, record = chosen(settings, storage.read_json(file, Place), openings)
+    bias, record = chosen(settings, storage.read_json(file, Place), read)
     return replace(subject, bias=bias), record
+
+
+def _kept(
+    settings: EvalConfig, policy: Callable[[], Policy], sets: Sequence[PromptSet], folder: Path
+) -> dict[str, list[Fork]]:
+    """The forks of every prompt, kept in `folder`; only what is missing is read, by `policy()`."""
+
+    def ask(rows: list[Example]) -> Iterator[list[Fork]]:
+        chat = prompts.chat_format(policy().tokenizer, settings.model)
+        return forks(policy(), chat, rows, settings.gen.max_new_tokens)
+
+    return answers.kept(sets, ask, folder / "forks", Fork, "reading", settings.trainer.progress)
+
+
+def forks(
+    policy: Policy, chat: ChatFormat, rows: Sequence[Example], max_new_tokens: int
+) -> Iterator[list[Fork]]:
+    """Both beginnings of every row's answer, in any order, by greedy decoding.
+
+    Raises DataError for a prompt longer than the model's context.
+    """
+    new = min(max_new_tokens, BEGUN)
+    encoded = [(row, chat.prompt_ids(row.prompt)) for row in rows]
+    generation.check_context(policy, encoded, new)
+    openings = refusal.refusal_openings(chat.tokenizer)
+    for places, logits in refusal.first_logits(policy.model, [ids for _, ids in encoded]):
+        margins = refusal.refusal_margin(logits, openings).tolist()
+        among = logits[:, openings.to(logits.device)].argmax(-1).cpu()
+        others = logits.index_fill(1, openings.to(logits.device), -math.inf).argmax(-1)
+        firsts = zip(openings[among].tolist(), others.tolist(), strict=True)
+        begun = [
+            [*encoded[i][1], token]
+            for i, both in zip(places, firsts, strict=True)
+            for token in both
+        ]
+        texts = iter(_texts(policy, chat, begun, new))
+        yield [
+            Fork(encoded[i][0].id, encoded[i][0].prompt, margin, next(texts), next(texts))
+            for i, margin in zip(places, margins, strict=True)
+        ]
+
+
+def _texts(policy: Policy, chat: ChatFormat, begun: Sequence[Sequence[int]], new: int) -> list[str]:
+    """Answers from their first token, the last one of each of `begun`, on."""
+    further: list[list[int]] = []
+    size = generation.batch_size(policy.model, max(map(len, begun)), new)
+    for start in range(0, len(begun), size):
+        batch = begun[start : start + size]
+        further += generation.continued(policy, chat, batch, new, lambda logits: logits[:, 0])[0]
+    answered = ([ids[-1], *more][:new] for ids, more in zip(begun, further, strict=True))
+    return [generation.text(chat, ids) for ids in answered]
 
 
 def place(chat: ChatFormat) -> Place:
@@ -131,49 +205,77 @@ def place(chat: ChatFormat) -> Place:
 
 
 def chosen(
-    settings: EvalConfig, where: Place, openings: Mapping[str, Sequence[Opening]]
+    settings: EvalConfig, where: Place, read: Mapping[str, Sequence[Fork]]
 ) -> tuple[OpeningBias, dict[str, Any]]:
-    """The bias for the openings of the validation sets, by name, and its record."""
-    toxic = _margins(openings, settings.calibration.toxic)
+    """The bias for the forks of the validation sets, by name, and its record.
+
+    Raises ConfigError for a model that no bias makes refuse; one that it makes refuse too rarely
+    has a warning.
+    """
     share = _share(settings) or _refused(settings)
+    toxic = _of(read, settings.calibration.toxic)
     bias = bias_for(toxic, share)
+    reached = sum(fork.refused(bias) for fork in toxic)
+    if not reached:
+        raise ConfigError(
+            f"calibrate={settings.calibrate}: no bias makes this model refuse one of {len(toxic)} "
+            "toxic validation prompts; train it to refuse first"
+        )
+    if reached < share * len(toxic) - 1e-6:
+        log.warning(
+            "calibrate=%s: no bias refuses more than %d of %d toxic validation prompts; behind the "
+            "first tokens of refusals this model also answers. Train it to refuse, or lower the "
+            "share",
+            settings.calibrate,
+            reached,
+            len(toxic),
+        )
     counts = {
         name: {
             "kind": kind,
-            "n": len(margins),
-            "plain": sum(margin > 0 for margin in margins),
-            "refused": sum(margin + bias > 0 for margin in margins),
+            "n": len(forks),
+            "plain": sum(fork.refused(0) for fork in forks),
+            "refused": sum(fork.refused(bias) for fork in forks),
+            "opened": sum(fork.margin + bias > 0 for fork in forks),
         }
         for kind in ("toxic", "seemingly_toxic")
         for name in getattr(settings.calibration, kind)
-        for margins in [_margins(openings, [name])]
+        for forks in [_of(read, [name])]
     }
     named = None if _share(settings) else label(settings)
     record = {"target": share, "run": named, "bias": bias, "sets": counts}
     return OpeningBias(tuple(where["lead"]), tuple(where["tokens"]), bias), record
 
 
-def _margins(openings: Mapping[str, Sequence[Opening]], names: Sequence[str]) -> list[float]:
-    return [opening.margin for name in names for opening in openings[set_name(name)]]
+def _of(read: Mapping[str, Sequence[Fork]], names: Sequence[str]) -> list[Fork]:
+    return [fork for name in names for fork in read[set_name(name)]]
 
 
-def bias_for(margins: Sequence[float], share: float) -> float:
-    """A bias under which at least `share` of the margins are above 0, and no prompt more than ties.
+def bias_for(forks: Sequence[Fork], share: float) -> float:
+    """The smallest bias under which at least `share` of the prompts, and no more than need be, are
+    refused; where no bias does that, as many as can be.
 
-    0 where that does it, else the middle between the last prompt refused and the first that is not,
-    so that the rounding of another batch changes neither. It never falls with `share`.
+    0 where that gives the same answers, else in the middle between two margins, so that the
+    rounding of another batch changes neither.
     """
-    ordered = sorted(margins, reverse=True)
-    count = math.ceil(share * len(ordered) - 1e-9)
-    last = ordered[count - 1]
-    below = next((margin for margin in ordered[count:] if margin < last), -math.inf)
-    if last > 0 >= below:
-        return 0.0
-    return BEYOND - last if below == -math.inf else -(last + below) / 2
+    margins = [-math.inf, *sorted({fork.margin for fork in forks}), math.inf]
+    thresholds = [  # the answers of margins above them open with a refusal's token
+        0.0 if low <= 0 < high else _between(low, high) for low, high in itertools.pairwise(margins)
+    ]
+    refused = [sum(fork.refused(-threshold) for fork in forks) for threshold in thresholds]
+    enough = min(math.ceil(share * len(forks) - 1e-9), max(refused))
+    fewest = min(count for count in refused if count >= enough)
+    return -min((t for t, n in zip(thresholds, refused, strict=True) if n == fewest), key=abs)
+
+
+def _between(low: float, high: float) -> float:
+    if math.isinf(low):
+        return high - BEYOND
+    return low + BEYOND if math.isinf(high) else (low + high) / 2
 
 
 def _refused(settings: EvalConfig) -> float:
-    """The share of the toxic prompts whose plain answers the reference run opens with a refusal."""
+    """The share of the toxic prompts that the reference run refuses in its plain answers."""
     run = _reference(settings)
     beside = replace(
         settings,
@@ -185,12 +287,11 @@ def _refused(settings: EvalConfig) -> float:
     policy = functools.cache(functools.partial(subjects.opened, beside, subject))
     toxic = [b for b in asked(settings) if b.kind is Kind.toxic]
     folder = subjects.answers_folder(beside, run, subject)
-    openings = discernment.openings(beside, policy, toxic, folder)
-    margins = [opening.margin for read in openings.values() for opening in read]
-    refused = sum(margin > 0 for margin in margins)
+    read = [fork for forks in _kept(beside, policy, toxic, folder).values() for fork in forks]
+    refused = sum(fork.refused(0) for fork in read)
     if not refused:
         raise ConfigError(
-            f"calibrate={settings.calibrate}: that run refuses none of {len(margins)} toxic "
+            f"calibrate={settings.calibrate}: that run refuses none of {len(read)} toxic "
             "prompts; give a share such as 0.9"
         )
-    return refused / len(margins)
+    return refused / len(read)

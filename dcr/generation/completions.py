@@ -40,9 +40,15 @@ class Completion:
 def completion(chat: ChatFormat, row: Example, answer: Sequence[int], mass: float) -> Completion:
     """The record of an answer's token ids; what stands behind an end token does not count."""
     end = next((i for i, token in enumerate(answer) if token in chat.stop), len(answer))
-    text = chat.tokenizer.decode(list(answer[:end]), skip_special_tokens=True)
-    assert isinstance(text, str)
-    return Completion(row.id, row.prompt, text.strip(), end, end < len(answer), mass)
+    return Completion(row.id, row.prompt, text(chat, answer), end, end < len(answer), mass)
+
+
+def text(chat: ChatFormat, answer: Sequence[int]) -> str:
+    """What the token ids of an answer say up to its end token."""
+    end = next((i for i, token in enumerate(answer) if token in chat.stop), len(answer))
+    said = chat.tokenizer.decode(list(answer[:end]), skip_special_tokens=True)
+    assert isinstance(said, str)
+    return said.strip()
 
 
 def stored(path: Path) -> dict[str, Completion]:

@@ -161,12 +161,14 @@ class Discernment(Record):
 
 
 class CalibratedSet(Record):
-    """Validation prompts whose answers open with a refusal, without and with the bias."""
+    """Validation prompts that are refused without and with the bias, and whose answers then open
+    with a refusal's first token: in files without the last, all three count these."""
 
     kind: Kind
     n: Count
     plain: Count
     refused: Count
+    opened: Count | None = None
 
 
 class Calibration(Record):
