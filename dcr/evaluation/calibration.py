@@ -20,7 +20,7 @@ from typing_extensions import TypedDict
 
 from dcr import config, generation, prompts, refusal, storage
 from dcr.config import STAGES, ConfigError, EvalConfig, Kind, SteeringConfig
-from dcr.evaluation import answers, subjects
+from dcr.evaluation import subjects
 from dcr.evaluation.sets import PromptSet, read_set, set_name
 from dcr.evaluation.subjects import Subject
 from dcr.generation import OpeningBias
@@ -145,7 +145,7 @@ def _kept(
         chat = prompts.chat_format(policy().tokenizer, settings.model)
         return forks(policy(), chat, rows, settings.gen.max_new_tokens)
 
-    return answers.kept(sets, ask, folder / "forks", Fork, "reading", settings.trainer.progress)
+    return subjects.kept(sets, ask, folder / "forks", Fork, "reading", settings.trainer.progress)
 
 
 def forks(
