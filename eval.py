@@ -7,7 +7,7 @@ python eval.py model=smollm2_135m data=paper data.root=<data> limit=100
 python eval.py endpoint=http://127.0.0.1:8000/v1 endpoint_model=<name> tasks=[over_refusal]
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -65,10 +65,15 @@ def _refuse_two_subjects(composed: DictConfig) -> None:
 
 
 def _completed(composed: DictConfig, run: Run) -> DictConfig:
-    """The user's settings, with model and data of the run where they are not named."""
+    return completed(composed, run.config() if composed.run is not None else {})
+
+
+def completed(composed: DictConfig, made_with: Mapping[str, Any]) -> DictConfig:
+    """The user's settings, with model and data of the run that was `made_with` its settings where
+    they are not named.
+    """
     merged = OmegaConf.create(OmegaConf.to_container(composed, resolve=False))
     assert isinstance(merged, DictConfig)
-    made_with: dict[str, Any] = run.config() if composed.run is not None else {}
     if made_with:
         merged.model = made_with["model"]
     if composed.endpoint is not None and composed.endpoint_model is not None:

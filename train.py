@@ -49,28 +49,9 @@ def train(settings: TrainConfig, run: Run) -> None:
     Raises UserError for anything a user can mend, before weights are loaded where it can be known,
     TrainingError when training had to stop and Interrupted after a signal.
     """
-    _check_devices(settings)
-    facts, kernel = models.facts(settings.model), settings.tracking.entk
-    config.block_of(settings.dcr, facts.depth)
-    if Quantity.kernel in settings.tracking.quantities:
-        config.parameters("tracking.entk.params", kernel.params, facts.depth)
-        if kernel.top_k > facts.vocabulary:
-            raise ConfigError(
-                f"tracking.entk.top_k={kernel.top_k}: the model has {facts.vocabulary} tokens"
-            )
     wanted = config.stages_of(settings.method, settings.stage)
-    rows = data.split(
-        settings.data,
-        settings.dcr.ratio,
-        settings.seed,
-        contrastive=settings.method is Method.dcr,
-        refuses=refusal.is_refusal,
-        augment=settings.stl_aug if settings.method is Method.stl_aug else None,
-        readout=settings.sft.readout,
-    )
+    rows = checked(settings, run)
     tracked = tracking.tracked(settings.tracking, settings.data, settings.seed)
-    _check_input(settings, run, wanted, rows)
-    stages.check(settings, rows, [stage for stage in wanted if not run.done(stage.value)])
     if settings.trainer.threads:
         torch.set_num_threads(settings.trainer.threads)
     with (
@@ -88,6 +69,33 @@ def train(settings: TrainConfig, run: Run) -> None:
                 stages.TRAIN[stage](job)
     if _leads():
         print(run.folder)
+
+
+def checked(settings: TrainConfig, run: Run) -> Splits:
+    """The rows of a run, and a UserError for all that can be known wrong before weights open."""
+    _check_devices(settings)
+    facts, kernel = models.facts(settings.model), settings.tracking.entk
+    config.block_of(settings.dcr, facts.depth)
+    if Quantity.kernel in settings.tracking.quantities:
+        config.parameters("tracking.entk.params", kernel.params, facts.depth)
+        if kernel.top_k > facts.vocabulary:
+            raise ConfigError(
+                f"tracking.entk.top_k={kernel.top_k}: the model has {facts.vocabulary} tokens"
+            )
+    wanted = config.stages_of(settings.method, settings.stage)
+    wanted = config.stages_of(settings.method, settings.stage)
+    rows = data.split(
+        settings.data,
+        settings.dcr.ratio,
+        settings.seed,
+        contrastive=settings.method is Method.dcr,
+        refuses=refusal.is_refusal,
+        augment=settings.stl_aug if settings.method is Method.stl_aug else None,
+        readout=settings.sft.readout,
+    )
+    _check_input(settings, run, wanted, rows)
+    stages.check(settings, rows, [stage for stage in wanted if not run.done(stage.value)])
+    return rows
 
 
 def _block(settings: TrainConfig, run: Run) -> int:

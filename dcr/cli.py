@@ -28,9 +28,11 @@ from typing import Any, TypeVar, get_args, get_origin
 
 import hydra
 from hydra import initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -533,6 +535,19 @@ def table(title: str, heads: Sequence[str], names: int = 1) -> Table:
     for place, head in enumerate(heads):
         made.add_column(head, justify="left" if place < names else "right", overflow="fold")
     return made
+
+
+def combinations(overrides: Sequence[str]) -> list[list[str]]:
+    """Every combination of the values that overrides list, as `-m` runs them; of one key the last.
+
+    Raises ConfigError for what is no override.
+    """
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        (found,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    except (HydraException, ValueError) as error:
+        raise ConfigError(config.one_line(error, *SCHEMAS.values())) from error
+    return found
 
 
 def compose(script: str, overrides: Sequence[str], *own: type) -> DictConfig:

@@ -188,7 +188,7 @@ def _times(settings: TrainConfig, plans: list[StagePlan]) -> dict[str, list[str]
         here = cost.throughput(settings, plan.precision, plan.shape.width)
         there = cost.published(cost.ASSUMED_GPU, plan.precision)
         for rate in {here.device: here, there.device: there}.values():
-            cell = f"{_time(plan.flops / rate.flops)} ({rate.basis})"
+            cell = f"{duration(plan.flops / rate.flops)} ({rate.basis})"
             found.setdefault(f"time on {rate.device}", []).append(cell)
     return found
 
@@ -219,7 +219,8 @@ def _bytes(count: float) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.2f} MB"
 
 
-def _time(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """As a plan tells it: `3.2 min`."""
     for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:,.1f} {unit}"

@@ -45,11 +45,15 @@ FIGURES = (*sorted(DRAWN), OPERATING)
 
 @dataclass(frozen=True)
 class Wanted:
-    """The figures asked for; margin (percentage points) and data label are of operating points."""
+    """The figures asked for; margin (percentage points) and data label are of operating points.
+
+    `notes` are what the page says beside its own.
+    """
 
     names: tuple[str, ...] = ()
     margin: float = comparisons.MARGIN
     data: str | None = None
+    notes: tuple[str, ...] = ()
 
     def settings(self, name: str) -> str:
         """What a command must say beside a figure's name."""
@@ -84,7 +88,7 @@ def build(
         command = f"python -m dcr.report {shlex.join(map(str, folders))} --figure {name}"
         command = printable(f"{command}{drawn.settings(name)}")
         shown.append(page.Shown(figure, figures.files(figure), command))
-    columns, notes = columns_of(records), []
+    columns, notes = columns_of(records), list(drawn.notes)
     completions, groups = Completions(notes), seed_groups(columns)
     grids = tables.grids(columns, discernment.sections(columns, completions))
     report = page.Report(

@@ -1,0 +1,488 @@
+"""A named study: jobs of a grid trained and evaluated one after the other, and their one page.
+
+A job is a run folder that bears a fingerprint of its resolved settings, so that what one study has
+done another finds. Its parts, each stage and each evaluation, run one by one in forks of this
+process: imports are paid once, peak memory is a part's own, and no fault or kill of one ends the
+study. Stage one is the same for all jobs that agree in model, data, seed and `dcr`: the first
+trains it, the others take it over by hard links.
+"""
+
+import hashlib
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import eval as evaluation_script
+import train as training_script
+from dcr import cli, config, cost, data, models, plan, report, runs, storage
+from dcr.config import (
+    STAGES,
+    ConfigError,
+    DeviceConfig,
+    EvalConfig,
+    Method,
+    Stage,
+    TrainConfig,
+    UserError,
+)
+from dcr.evaluation import metrics, sets, subjects
+from dcr.runs import Run
+from dcr.text import label_of, single_line
+
+PATIENCE = 1.0  # seconds between two looks at whether the study itself still lives
+ADOPTED = "adopted.json"  # in a run folder: whose stage one it took over
+EVALUATED = "evaluated.json"  # in a run folder: seconds by fingerprint of what was evaluated
+# Settings of train.py and eval.py that a study gives itself.
+OWN = {
+    *("run", "stage", "plan", "force", "output", "snapshots", "steps", "sweep"),
+    *("endpoint", "endpoint_model", "endpoint_key", "endpoint_parameters"),
+}
+# What stage one depends on, and what it logs.
+STAGE_ONE = ("model", "data", "dcr", "seed", "tracking")
+STAGE_ONE_ROWS = ("seemingly_toxic", "toxic", "normal")
+
+
+@dataclass(frozen=True)
+class Study:
+    """A grid of `conf/sweep`, the table of its report, and what stands beside the grid."""
+
+    grid: str
+    table: str
+    with_stl: bool = True  # an STL job to compare with
+    steered: tuple[str, ...] = ()  # steering of the STL job, as the paper's Table 1 has it
+
+
+STUDIES = {
+    "epochs": Study("epochs", "table1"),
+    "ratio": Study("ratio", "table1"),
+    "layer_margin": Study("layer_margin", "table1"),
+    "methods": Study("methods", "table1", with_stl=False, steered=("scans", "surgical")),
+    "cost": Study("methods", "table1", with_stl=False),
+}
+
+
+@dataclass
+class Options:
+    """python -m dcr.study study=epochs [seeds=3] [any setting of train.py or eval.py]
+
+    Trains every job of a named study, evaluates each and the base model, and writes one page. A
+    setting with several values, such as sft.lr=1e-4,5e-4, is one more dimension. What is done is
+    found: the same command goes on after a fault or a kill.
+    """
+
+    study: str = cli.option("its name", choices=tuple(STUDIES))
+    seeds: int = cli.option("how many, from seed= (0) on", 1, least=1)
+    out: Path = cli.option("where run folders and pages lie", Path("outputs/study"))
+    plan: bool = cli.option("say what would be done, and how long it takes", False)
+    settings: list[str] = cli.option(
+        "any setting of train.py or eval.py; python train.py --cfg job lists them", [], rest=True
+    )
+
+
+@cli.command(Options, goes_on=True)
+def main(options: Options) -> None:
+    study = STUDIES[options.study]
+    planned = jobs(options, study)
+    for fault in forked(lambda: check(planned)):
+        raise fault
+    if options.plan:
+        for fault in forked(lambda: print(describe(planned))):
+            raise fault
+        return
+    words = " ".join([options.study, *options.settings])
+    named = hashlib.sha256(words.encode()).hexdigest()[:8]
+    os.environ.setdefault("DCR_SWEEP", f"{options.study}-{named}")  # the group of its W&B runs
+    parts = [part for job in planned for part in job.parts()]
+    failed = carry_out(parts)
+    page = options.out / f"{options.study}.html"
+    folders = [job.run.folder for job in planned if any(job.run.folder.glob("eval/*/metrics.json"))]
+    if folders:
+        notes = (*shared(planned), *(f"failed: {job}: {why}" for job, why in failed.items()))
+        wanted = report.Wanted(notes=notes)
+        print(f"{report.build(folders, page, [study.table], wanted)}\n\npage: {page}")
+    if failed:
+        for job, why in failed.items():
+            print(f"failed: {job}: {why}", file=sys.stderr)
+        raise Incomplete(len(failed), len(planned))
+
+
+class Incomplete(UserError):
+    """Some jobs of a study failed."""
+
+    exit_code = 1
+
+    def __init__(self, failed: int, of: int) -> None:
+        super().__init__(f"{failed} of {of} jobs failed; the same command goes on with them")
+
+
+# --- jobs ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is done or is not: a stage of a job's training, or an evaluation of it."""
+
+    job: str
+    name: str
+    done: Callable[[], bool]
+    work: Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run folder: how it is trained, if it is, and evaluated."""
+
+    name: str
+    run: Run
+    training: TrainConfig | None
+    evaluations: tuple[EvalConfig, ...]
+
+    def parts(self) -> list[Part]:
+        """In the order of their doing."""
+        found: list[Part] = []
+        if (settings := self.training) is not None:
+            for stage in config.stages_of(settings.method):
+                work = _training(settings, self.run, stage)
+                done = _stage_done(self.run, stage)
+                found.append(Part(self.name, stage.value, done, work))
+        for settings in self.evaluations:
+            steering = settings.steering.method.value
+            name = "evaluation" + ("" if steering == "none" else f", {steering}")
+            found.append(Part(self.name, name, *_evaluation(settings, self.run)))
+        return found
+
+
+def jobs(options: Options, study: Study) -> list[Job]:
+    """The base model and every job of a study, each with its settings resolved.
+
+    Raises ConfigError for whatever is wrong with a setting.
+    """
+    training, evaluating = _sorted(options.settings)
+    seeds = [word for word in training if word.startswith("seed=")]
+    first = seeds[-1].removeprefix("seed=") if seeds else "0"
+    if options.seeds > 1:
+        if not first.isdecimal():
+            raise ConfigError(f"seeds={options.seeds} seed={first}: give the first seed alone")
+        numbers = range(int(first), int(first) + options.seeds)
+        training.append(f"seed={','.join(map(str, numbers))}")
+    grid = storage.read_yaml(cli.CONF / "sweep" / f"{study.grid}.yaml", dict[str, Any])
+    swept = grid["hydra"]["sweeper"]["params"]
+    beside = [word for word in training if word.split("=")[0] not in {*swept, "method"}]
+    combined = cli.combinations(["method=stl", *beside]) if study.with_stl else []
+    combined += cli.combinations([*(f"{key}={value}" for key, value in swept.items()), *training])
+    shared = set.intersection(*map(set, combined))
+    found: dict[Path, Job] = {}
+    for words in combined:
+        name = " ".join(word for word in words if word not in shared) or "the only job"
+        settings = config.resolve(cli.compose("train", words, Options), TrainConfig)
+        if settings.trainer.devices * settings.trainer.num_nodes > 1:
+            raise ConfigError("trainer.devices: a study runs job after job, each on one device")
+        made_with = cli.plain(settings)
+        label = settings.model.label or label_of(settings.model.name)
+        base = Run(options.out / f"{label}-base-{storage.fingerprint(made_with['model'])}")
+        if base.folder not in found:
+            evaluations = _evaluations(evaluating, (), made_with)
+            found[base.folder] = Job(f"base model {label}", base, None, tuple(evaluations))
+        named = storage.fingerprint(runs.binding(made_with))
+        run = Run(options.out / f"{label}-{settings.method.value}-{named}")
+        steered = study.steered if settings.method is Method.stl else ()
+        evaluations = _evaluations(evaluating, steered, made_with)
+        for evaluation in evaluations:
+            evaluation.run = str(run.folder)
+        found.setdefault(run.folder, Job(name, run, settings, tuple(evaluations)))
+    return list(found.values())
+
+
+def _evaluations(
+    words: Sequence[str], steered: Iterable[str], made_with: Mapping[str, Any]
+) -> list[EvalConfig]:
+    """What a run that is made with these settings is evaluated with."""
+    combined = cli.combinations(words)
+    combined += [[*each, f"steering={name}"] for name in steered for each in combined]
+    return [
+        config.resolve(
+            evaluation_script.completed(cli.compose("eval", each, Options), made_with), EvalConfig
+        )
+        for each in combined
+    ]
+
+
+def _sorted(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Settings of training and of evaluation; of both where they are of the machine or W&B."""
+    training, evaluating = (
+        {entry.name for entry in fields(schema)} | {group}
+        for schema, group in ((TrainConfig, "preset"), (EvalConfig, "steering"))
+    )
+    evaluating -= {"model", "data", "seed"}  # the run's own
+    machine = {f"trainer.{entry.name}" for entry in fields(DeviceConfig)}
+    found: tuple[list[str], list[str]] = ([], [])
+    for word in words:
+        key = word.lstrip("+~").split("=")[0]
+        head = key.split(".")[0]
+        if head in OWN or "=" not in word:
+            why = "a study sets it itself" if head in OWN else "settings are written key=value"
+            raise ConfigError(f"{word}: {why}")
+        if head not in training | evaluating:
+            near = config.nearest(head, sorted(training | evaluating))
+            offer = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise ConfigError(f"{word}: no setting of train.py or eval.py{offer}")
+        if head in training:
+            found[0].append(word)
+        if head in evaluating and (head != "trainer" or key in machine):
+            found[1].append(word)
+    return found
+
+
+def check(planned: Sequence[Job]) -> None:
+    """Raises UserError for what can be known wrong with any job before weights are opened."""
+    for job in planned:
+        if job.training is not None:
+            training_script.checked(job.training, job.run)
+        for settings in job.evaluations:
+            sets.read(settings)
+            if job.training is None:
+                metrics.check(settings, job.run)
+
+
+# --- parts --------------------------------------------------------------------------------------
+
+
+def _stage_done(run: Run, stage: Stage) -> Callable[[], bool]:
+    return lambda: run.done(stage.value)
+
+
+def _training(settings: TrainConfig, run: Run, stage: Stage) -> Callable[[], None]:
+    def work() -> None:
+        if stage is Stage.contrastive:
+            if not adopt(settings, run):
+                training_script.train(replace(settings, stage=stage), run)
+        else:
+            training_script.train(settings, run)
+
+    return work
+
+
+def _evaluation(settings: EvalConfig, run: Run) -> tuple[Callable[[], bool], Callable[[], None]]:
+    """Whether it is done, and the doing."""
+    file = run.folder / EVALUATED
+
+    def known() -> dict[str, float]:
+        return storage.read_json(file, dict[str, float]) if file.exists() else {}
+
+    def done() -> bool:
+        return (run.folder / "eval").is_dir() and _evaluated(settings, run) in known()
+
+    def work() -> None:
+        began = time.perf_counter()
+        evaluation_script.evaluate(settings, run)
+        spent = round(time.perf_counter() - began, 1)
+        storage.write_json(file, known() | {_evaluated(settings, run): spent})
+
+    return done, work
+
+
+def _evaluated(settings: EvalConfig, run: Run) -> str:
+    """A fingerprint of the weights and of everything that is measured of them."""
+    subject = subjects.subjects(settings, run)[0]
+    weights = models.weights_fingerprint(subject.folder) if subject.folder else subject.weights
+    apart = ("run", "output", "trainer", "wandb")
+    made_with = {key: value for key, value in cli.plain(settings).items() if key not in apart}
+    return storage.fingerprint([weights, made_with])
+
+
+def stage_one(made_with: Mapping[str, Any]) -> str:
+    """A fingerprint of the settings that stage one depends on, of a run's configuration."""
+    return storage.fingerprint({key: made_with.get(key) for key in STAGE_ONE})
+
+
+def adopt(settings: TrainConfig, run: Run) -> bool:
+    """Take over the stage one of a run beside this one, if one has the same settings and rows.
+
+    Files are hard-linked where the disk can, so that it takes no room.
+    """
+    found = donors(settings, run)
+    if not found:
+        return False
+    rows = data.row_record(training_script.checked(settings, run))
+    for donor in found:
+        started = storage.read_json(donor.base_file, dict[str, str])
+        if _rows_of_stage_one(donor.record()) == _rows_of_stage_one(rows) and _still_there(
+            settings.model.name, started["contrastive"]
+        ):
+            with storage.locked(run.folder):
+                _take_over(donor, run, started["contrastive"])
+            return True
+    return False
+
+
+def donors(settings: TrainConfig, run: Run) -> list[Run]:
+    """Runs beside a run whose stage one is done and was made with the same settings."""
+    key, beside = stage_one(cli.plain(settings)), sorted(run.folder.parent.glob("*/config.yaml"))
+    others = [Run(file.parent) for file in beside if file.parent != run.folder]
+    return [one for one in others if one.done("contrastive") and stage_one(one.config()) == key]
+
+
+def _rows_of_stage_one(record: Mapping[str, Any]) -> list[str]:
+    return [record["rows"][name]["fingerprint"] for name in STAGE_ONE_ROWS]
+
+
+def _still_there(model: str, weights: str) -> bool:
+    """Whether a folder of a user's holds the weights that a stage one started from."""
+    return not Path(model).is_dir() or models.weights_fingerprint(Path(model)) == weights
+
+
+def _take_over(donor: Run, run: Run, started: str) -> None:
+    storage.write_json(run.folder / ADOPTED, {"contrastive": donor.folder.name})
+    storage.write_json(run.base_file, {"contrastive": started})
+    runs.forget_metrics_beyond(run, "contrastive", 0)
+    logged = [row for row in runs.read_metrics(donor) if row["stage"] == "contrastive"]
+    runs.append_metrics(run, ([row[key] for key in runs.METRIC_FIELDS] for row in logged))
+    for file in (donor.layer_file, donor.folder / "contrastive.cost.json"):
+        if file.exists():
+            storage.write_bytes(run.folder / file.name, file.read_bytes())
+    for source, target in (
+        (donor.tracked("contrastive"), run.tracked("contrastive")),
+        (donor.stage("contrastive"), run.stage("contrastive")),  # last: with it the stage is done
+    ):
+        if source.is_dir():
+            with storage.replaced_folder(target) as staging:
+                shutil.copytree(source, staging, copy_function=_link, dirs_exist_ok=True)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copy2(source, target)
+
+
+def carry_out(parts: Sequence[Part]) -> dict[str, str]:
+    """Do what is not done, in order; why the first part of each failed job failed, by job."""
+    failed: dict[str, str] = {}
+    for place, part in enumerate(parts, start=1):
+        if part.job in failed or part.done():
+            continue
+        print(f"[{place}/{len(parts)}] {part.job}: {part.name}", flush=True)
+        for fault in forked(part.work):
+            failed[part.job] = single_line(f"{part.name}: {fault}")
+            print(f"failed: {failed[part.job]}", file=sys.stderr, flush=True)
+    return failed
+
+
+def forked(work: Callable[[], object]) -> list[UserError]:
+    """Do something in a fork of this process; the fault that ended it, if one did."""
+    receiving, sending = multiprocessing.Pipe(duplex=False)
+    fork = multiprocessing.get_context("fork")
+    child = fork.Process(target=_in_child, args=(work, sending, os.getpid()))
+    sys.stdout.flush()
+    child.start()
+    sending.close()
+    try:
+        child.join()
+    except KeyboardInterrupt:
+        child.terminate()
+        child.join()
+        raise
+    if child.exitcode == 0:
+        return []
+    try:
+        return [receiving.recv()]
+    except EOFError:
+        number = -(child.exitcode or 0)
+        ended = f"killed by {signal.Signals(number).name}" if number > 0 else "ended without a word"
+        return [Told(ended, 1)]
+
+
+class Told(UserError):
+    """What another process said of the fault that ended it."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message, exit_code)  # both, by which it is copied from process to process
+        self.exit_code = exit_code
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def _in_child(work: Callable[[], object], sending: Connection, parent: int) -> None:
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    try:
+        with cli.faults_in_words():
+            work()
+        return
+    except KeyboardInterrupt:
+        told = Told("stopped", 1)
+    except UserError as error:
+        told = Told(str(error), error.exit_code)
+    except Exception as error:
+        traceback.print_exc()
+        told = Told(f"{type(error).__name__}: {error}", 1)
+    sending.send(told)
+    sys.exit(1)
+
+
+def _end_with(parent: int) -> None:
+    """Stop this process, as Ctrl-C does, once the study was killed: its next run finds the rest."""
+    while os.getppid() == parent:
+        time.sleep(PATIENCE)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+# --- what is told -------------------------------------------------------------------------------
+
+
+def shared(planned: Sequence[Job]) -> list[str]:
+    """What of a study was done once for several jobs, as the page tells it."""
+    notes = []
+    for job in planned:
+        if (file := job.run.folder / ADOPTED).exists():
+            donor = storage.read_json(file, dict[str, str])["contrastive"]
+            notes.append(f"{job.run.folder.name}: stage one is that of {donor}")
+    return notes
+
+
+def describe(planned: Sequence[Job]) -> str:
+    """Jobs and their parts: done, shared, or to be done in an estimated time."""
+    table = cli.table("Jobs", ["job", "stage one", "SFT", "evaluations", "folder"], names=5)
+    first: dict[str, str] = {}  # job by its stage one
+    seconds = [0.0]
+    for job in planned:
+        cells = [_stage_cell(job, stage, first, seconds) for stage in STAGES[Method.dcr]]
+        done = sum(part.done() for part in job.parts()[-len(job.evaluations) :])
+        answers = sum(len(one.rows) for e in job.evaluations for one in sets.read(e).sets)
+        cells.append("done" if done == len(job.evaluations) else f"{answers} answers")
+        table.add_row(job.name, *cells, job.run.folder.name)
+    total = plan.duration(sum(seconds))
+    return cli.plain_text(table, f"training in all: {total}, an estimate; answers come on top")
+
+
+def _stage_cell(job: Job, stage: Stage, first: dict[str, str], seconds: list[float]) -> str:
+    settings = job.training
+    if settings is None or stage not in STAGES[settings.method]:
+        return "–"
+    if job.run.done(stage.value):
+        return "done"
+    if stage is Stage.contrastive:
+        key = stage_one(cli.plain(settings))
+        if key in first or donors(settings, job.run):
+            return f"that of {first.get(key, 'an earlier run')}"
+        first[key] = job.name
+    drawn, _ = plan.expected(settings)
+    of = plan.stage_plan(settings, stage, cost.stage_shape(settings, stage), drawn)
+    rate = cost.throughput(settings, of.precision, of.shape.width)
+    seconds.append(of.flops / rate.flops)
+    return plan.duration(seconds[-1])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
