@@ -59,7 +59,9 @@ REFUSED_OPTIONS = {
     "config_name": "each script has one of its own",
 }
 SIGNALLED = 128  # exit codes above it say which signal ended the process
-CONF = Path(__file__).parents[1] / "conf"
+PACKAGE = Path(__file__).parent
+# within an installed package; beside it in a checkout
+CONF = next(p / "conf" for p in (PACKAGE, PACKAGE.parent) if (p / "conf" / "train.yaml").is_file())
 COLUMNS = 100  # of what commands print
 KINDS = {bool: "true/false", int: "integer", float: "number", str: "text", Path: "path"}
 SPELLINGS = "Options are written key=value, --key=value or --key value."
@@ -190,7 +192,7 @@ def job(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
             if not isinstance(caught, UserError):
                 traceback.print_exception(caught)
             elif caught.exit_code > SIGNALLED:
-                _fail(str(caught), caught.exit_code)
+                fail(str(caught), caught.exit_code)
             error = caught
         finally:
             forget_empty(output_folder())
@@ -288,11 +290,11 @@ def run(main: Callable[[], Any]) -> None:
             _check_command_line()
             main()
     except UserError as error:
-        _fail(str(error), error.exit_code)
+        fail(str(error), error.exit_code)
     except (HydraException, ValueError, TypeError) as error:
         if BEGUN:
             raise
-        _fail(config.one_line(error, *_schemas()), ConfigError.exit_code)
+        fail(config.one_line(error, *_schemas()), ConfigError.exit_code)
     finally:
         if sweep:
             _forget_sweep()
@@ -301,7 +303,7 @@ def run(main: Callable[[], Any]) -> None:
         _print_sweep(OUTCOMES)
         sys.exit(1 if failed else 0)
     if failed:
-        _fail(str(failed[0].error), getattr(failed[0].error, "exit_code", 1))
+        fail(str(failed[0].error), getattr(failed[0].error, "exit_code", 1))
 
 
 def _forget_sweep() -> None:
@@ -352,7 +354,8 @@ def _print_sweep(outcomes: list[Outcome]) -> None:
     print(*errors, sep="\n", file=sys.stderr)
 
 
-def _fail(message: str, code: int) -> None:
+def fail(message: str, code: int) -> None:
+    """End the process with one line on stderr."""
     print(f"error: {single_line(message)}", file=sys.stderr)
     sys.exit(code)
 

@@ -22,9 +22,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import eval as evaluation_script
-import train as training_script
 from dcr import cli, config, cost, data, models, plan, report, runs, storage
+from dcr import eval as evaluation_script
+from dcr import train as training_script
 from dcr.config import (
     STAGES,
     ConfigError,

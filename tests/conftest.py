@@ -83,7 +83,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory, tiny: TrainConfig) -> Path:
     """Its run folder, trained without interruption: read only."""
-    import train
+    from dcr import train
     from dcr.runs import Run
 
     folder = tmp_path_factory.mktemp("whole") / "run"

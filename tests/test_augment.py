@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 
-import train
-from dcr import augment, cli, config, contamination, data, prompts, refusal, runs, sources
+from dcr import augment, cli, config, contamination, data, prompts, refusal, runs, sources, train
 from dcr.augment import INSTRUCTIONS, kept_answers
 from dcr.config import (
     AugmentConfig,

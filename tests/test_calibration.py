@@ -14,8 +14,8 @@ from hydra import compose, initialize_config_dir
 from hypothesis import given
 from hypothesis import strategies as st
 
-import eval as eval_entry
-from dcr import cli, config, generation, models, prompts, refusal, report, storage
+from dcr import cli, generation, models, prompts, refusal, report, storage
+from dcr import eval as eval_entry
 from dcr.config import ConfigError, EvalConfig, ModelConfig, Precision
 from dcr.evaluation import calibration, metrics, subjects
 from dcr.evaluation.calibration import Fork
@@ -174,9 +174,7 @@ def resolved(folder: Path, *overrides: str) -> tuple[EvalConfig, Run]:
     ]  # fmt: skip
     cli.prepare()
     with initialize_config_dir(str(tiny_run.CONF), version_base="1.3"):
-        settings = compose("eval", given)
-    run = eval_entry._run_of(settings)
-    return config.resolve(eval_entry._completed(settings, run), EvalConfig), run
+        return eval_entry.resolved(compose("eval", given))
 
 
 def measured(run: Run) -> list[dict[str, Any]]:

@@ -17,8 +17,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import AutoModelForCausalLM
 
-import train
-from dcr import config, models, prompts
+from dcr import config, models, prompts, train
 from dcr.config import ModelConfig, Pooling, Stage, TrainConfig
 from dcr.data import PromptBatch, SafetyData, pair_batch, prompt_batch, split
 from dcr.models import Policy

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-import eval as eval_entry
-import train as train_entry
 from dcr import chat, export, models, report, storage
+from dcr import eval as eval_entry
+from dcr import train as train_entry
 from dcr.config import Precision, UserError
 from dcr.runs import Run
 from tests import tiny_run

@@ -18,8 +18,8 @@ EVALUATION = """
 import sys
 from pathlib import Path
 from hydra import compose, initialize_config_dir
-import eval as entry
-import train
+from dcr import eval as entry
+from dcr import train
 from dcr import cli, config
 from dcr.config import EvalConfig
 from dcr.runs import Run
@@ -34,7 +34,7 @@ with initialize_config_dir(str(tiny_run.CONF), version_base="1.3"):
         f"run={run.folder}", "limit=4", "gen.max_new_tokens=4", "trainer.progress=false",
         "wandb.mode=offline", f"data.evaluation.over_refusal=[{rows['seemingly_toxic']}]",
         f"data.evaluation.safety=[{rows['toxic']}]"])
-entry.evaluate(config.resolve(entry._completed(composed, run), EvalConfig), run)
+entry.evaluate(*entry.resolved(composed))
 """
 
 

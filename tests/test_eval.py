@@ -11,9 +11,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-import eval as eval_entry
-import train as train_entry
-from dcr import cli, config, generation, models, refusal, runs, storage
+from dcr import cli, generation, models, refusal, runs, storage
+from dcr import eval as eval_entry
+from dcr import train as train_entry
 from dcr.config import (
     ConfigError,
     EvalConfig,
@@ -38,9 +38,7 @@ def composed(*overrides: str) -> DictConfig:
 
 
 def resolved(*overrides: str) -> tuple[EvalConfig, Run]:
-    settings = composed(*overrides)
-    run = eval_entry._run_of(settings)
-    return config.resolve(eval_entry._completed(settings, run), EvalConfig), run
+    return eval_entry.resolved(composed(*overrides))
 
 
 def test_naming_one_source_leaves_its_sisters() -> None:

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from tiny_run import changed, logged, settings, weights
 
-import train
+from dcr import train
 from dcr.config import TrainConfig
 from dcr.runs import Run
 from dcr.training.resuming import TrainingError

@@ -8,8 +8,7 @@ from test_models import SHAPES, made
 from tiny_run import changed, same, settings, weights
 from torch import Tensor
 
-import train
-from dcr import batching, cli, config, data, models, refusal
+from dcr import batching, cli, config, data, models, refusal, train
 from dcr.config import ConfigError, LoraConfig, TrainConfig
 from dcr.data import TOXIC
 from dcr.models import Policy

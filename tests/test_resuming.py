@@ -14,8 +14,7 @@ import pytest
 import torch
 from tiny_run import logged, overrides, same, settings, weights
 
-import train
-from dcr import models, storage
+from dcr import models, storage, train
 from dcr.config import TrainConfig, UserError
 from dcr.runs import Run
 from dcr.training import resuming

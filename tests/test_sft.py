@@ -13,8 +13,7 @@ from lightning import Callback, LightningModule, Trainer
 from tiny_run import changed, fit, same, settings, weights
 from torch import Tensor
 
-import train
-from dcr import losses, models, prompts
+from dcr import losses, models, prompts, train
 from dcr.config import Method, ModelConfig, Schedule, SFTConfig, Stage, TrainConfig
 from dcr.data import PairBatch, SafetyData, micro_batches, pair_batch, split
 from dcr.models import Policy

@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 from tiny_run import changed, same, weights
 from wandb_files import records
 
-import train
-from dcr import data, models, prompts, runs
+from dcr import data, models, prompts, runs, train
 from dcr.config import TrainConfig
 from dcr.runs import Run
 from dcr.training import callbacks

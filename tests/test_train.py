@@ -10,8 +10,7 @@ import torch
 import yaml
 from tiny_run import changed, same, settings, weights, write_rows
 
-import train
-from dcr import choice, cli, dashboard, data, models
+from dcr import choice, cli, dashboard, data, models, train
 from dcr.config import ConfigError, Precision, Stage, TrainConfig, UserError
 from dcr.runs import Run
 from dcr.training import stages

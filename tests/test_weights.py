@@ -12,10 +12,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 
-import eval as eval_entry
-import train as train_entry
-from dcr import cli, config, models, ntk, prompts, refusal
-from dcr.config import ConfigError, DataConfig, EvalConfig, Kind, UserError
+from dcr import cli, models, ntk, prompts, refusal
+from dcr import eval as eval_entry
+from dcr import train as train_entry
+from dcr.config import ConfigError, DataConfig, Kind, UserError
 from dcr.evaluation import sets, weights
 from dcr.runs import Run
 from dcr.training import tracking
@@ -129,8 +129,7 @@ def evaluated(run: Run, *overrides: str) -> dict:
             "eval", [f"run={run.folder}", "trainer.progress=false", "wandb.mode=disabled",
                      ANALYSIS, *overrides]
         )  # fmt: skip
-    settings = config.resolve(eval_entry._completed(composed, run), EvalConfig)
-    eval_entry.evaluate(settings, run)
+    eval_entry.evaluate(*eval_entry.resolved(composed))
     (file,) = run.folder.glob("eval/*/metrics.json")
     return json.loads(file.read_text())
 

@@ -1,0 +1,80 @@
+"""The commands by name: `dcr <command>`, with `dcr-train` and `dcr-eval` for the two of Hydra.
+
+What trains and evaluates is imported behind the checks of the settings, so that help and a user's
+error need no torch.
+"""
+
+import runpy
+import sys
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from dcr import cli, config
+from dcr.config import ConfigError, TrainConfig
+from dcr.runs import Run
+
+# Each but the first two is `python -m dcr.<name>`.
+COMMANDS = {
+    "train": "the stages of a method, into a run folder; also dcr-train",
+    "eval": "a run, a model or an endpoint: completions, verdicts, metrics; also dcr-eval",
+    "plan": "what a training command would do: rows, parameters, steps, memory, time",
+    "choice": "which layer and which sources stage one should use",
+    "augment": "the answers that STL-aug learns, each checked",
+    "study": "a named study from its jobs to its table and page",
+    "report": "tables, figures and a page from run folders",
+    "export": "merged weights with tokenizer and model card from a run",
+    "chat": "talk to a run's result",
+}
+
+
+@hydra.main(version_base="1.3", config_path=str(cli.CONF), config_name="train")
+@cli.job
+def _train(composed: DictConfig) -> None:
+    settings = config.resolve(composed, TrainConfig)
+    if settings.plan:
+        from dcr import plan
+
+        print(plan.describe(settings))
+    else:
+        from dcr.train import train as run_stages
+
+        run_stages(settings, Run(cli.output_folder()))
+
+
+@hydra.main(version_base="1.3", config_path=str(cli.CONF), config_name="eval")
+@cli.job
+def _evaluate(composed: DictConfig) -> None:
+    from dcr import eval as evaluation
+
+    evaluation.evaluate(*evaluation.resolved(composed))
+
+
+def train() -> None:
+    """`python train.py` and `dcr-train`."""
+    cli.run(_train)
+
+
+def evaluate() -> None:
+    """`python eval.py` and `dcr-eval`."""
+    cli.run(_evaluate)
+
+
+def main() -> None:
+    """`dcr <command> …`: the command of that name with the words behind it."""
+    name, *rest = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        rows = [f"  {command:<8} {does}" for command, does in COMMANDS.items()]
+        print("dcr <command> [--help] [key=value ...]", "", *rows, sep="\n")
+    elif name in ("train", "eval"):
+        # a script, since processes that Lightning starts for further devices run it again
+        sys.argv = [str(Path(sys.argv[0]).with_name(f"dcr-{name}")), *rest]
+        (train if name == "train" else evaluate)()
+    elif name in COMMANDS:
+        sys.argv = sys.argv[1:]
+        runpy.run_module(f"dcr.{name}", run_name="__main__", alter_sys=True)
+    else:
+        near = config.nearest(name, list(COMMANDS))
+        offer = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
+        cli.fail(f"{name}: no such command; {offer}", ConfigError.exit_code)

@@ -1,0 +1,128 @@
+"""What is evaluated, from composed settings, and its evaluation: completions, verdicts, metrics."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from dcr import cli, config, dashboard, runs, storage
+from dcr.config import ConfigError, EvalConfig
+from dcr.evaluation import metrics, sets, subjects
+from dcr.runs import Run
+from dcr.text import label_of
+
+
+def resolved(composed: DictConfig) -> tuple[EvalConfig, Run]:
+    """The settings of an evaluation and the folder it is for, as `eval.py` composes them.
+
+    Raises ConfigError where it is not clear what is to be evaluated.
+    """
+    run = _run_of(composed)
+    return config.resolve(_completed(composed, run), EvalConfig), run
+
+
+def _run_of(composed: DictConfig) -> Run:
+    """The folder to evaluate: the user's run, or one for a model or endpoint without a run."""
+    if composed.endpoint is not None:
+        _refuse_two_subjects(composed)
+        if composed.endpoint_model is None:
+            raise ConfigError(
+                f"endpoint={composed.endpoint}: say which model there, with endpoint_model=<name>"
+            )
+    if composed.run is not None:
+        if not OmegaConf.is_missing(composed.model, "name"):
+            raise ConfigError(
+                f"run={composed.run} model={composed.model.name}: a run brings its own model; "
+                "give one of the two"
+            )
+        run = Run(Path(str(composed.run)))
+        run.config()  # what is not there or damaged is named before a model opens
+        run.record()
+        return run
+    if composed.endpoint is None and OmegaConf.is_missing(composed.model, "name"):
+        raise ConfigError("nothing to evaluate: give run=<folder>, model=<name> or endpoint=<url>")
+    return Run(Path(str(composed.output)))
+
+
+def _refuse_two_subjects(composed: DictConfig) -> None:
+    for key, named in (
+        ("run", composed.run),
+        ("model", None if OmegaConf.is_missing(composed.model, "name") else composed.model.name),
+    ):
+        if named is not None:
+            raise ConfigError(
+                f"endpoint={composed.endpoint} {key}={named}: two things to evaluate; give one"
+            )
+
+
+def _completed(composed: DictConfig, run: Run) -> DictConfig:
+    return completed(composed, run.config() if composed.run is not None else {})
+
+
+def completed(composed: DictConfig, made_with: Mapping[str, Any]) -> DictConfig:
+    """The user's settings, with model and data of the run that was `made_with` its settings where
+    they are not named.
+    """
+    merged = OmegaConf.create(OmegaConf.to_container(composed, resolve=False))
+    assert isinstance(merged, DictConfig)
+    if made_with:
+        merged.model = made_with["model"]
+    if composed.endpoint is not None and composed.endpoint_model is not None:
+        named = str(composed.endpoint_model)
+        merged.model.name, merged.model.label = named, ""
+    if not merged.model.label:
+        merged.model.label = label_of(str(merged.model.name))
+    if OmegaConf.is_missing(composed.data, "label"):
+        base = made_with.get("data") or OmegaConf.load(cli.CONF / "data" / "demo.yaml")
+        merged.data = OmegaConf.merge(base, config.named(composed.data))
+    return merged
+
+
+def evaluate(settings: EvalConfig, run: Run) -> None:
+    """Answer what is unanswered, judge what is unjudged, count, and write `metrics.json`."""
+    found = subjects.subjects(settings, run)
+    metrics.check(settings, run)
+    prompts = sets.read(settings)
+    if settings.trainer.threads:
+        torch.set_num_threads(settings.trainer.threads)
+    with storage.locked(run.folder), _claimed(settings, run), ExitStack() as stack:
+        shown = None
+        for subject in found:
+            measured, answers = metrics.measure(settings, run, subject, prompts)
+            if shown is None:  # not before there is something to show
+                tags = [run.config()["method"], settings.model.label]
+                opening = dashboard.opened(settings.wandb, run, "eval", tags, None)
+                shown = stack.enter_context(opening)
+            dashboard.show(shown, run, measured, answers)
+
+
+@contextmanager
+def _claimed(settings: EvalConfig, run: Run) -> Iterator[None]:
+    """The folder with a `config.yaml` of what is evaluated; a run's own stays as it is.
+
+    Where a command ends before it has kept anything, the folder is as it was before.
+    """
+    before = run.config_file.read_bytes() if run.config_file.is_file() else None
+    kept = _kept(run)
+    try:
+        if settings.run is None:
+            method = "endpoint" if settings.endpoint else "base"
+            made = {"method": method, "seed": settings.seed, "preset_name": "-"}
+            whole = made | {"model": cli.plain(settings.model), "data": cli.plain(settings.data)}
+            runs.claim(run, whole, force=True)
+        yield
+    except BaseException:
+        if settings.run is None and _kept(run) == kept:
+            if before is None:
+                run.config_file.unlink(missing_ok=True)
+            else:
+                storage.write_bytes(run.config_file, before)
+        raise
+
+
+def _kept(run: Run) -> set[Path]:
+    """Answers, verdicts and vectors: what a later command need not make again."""
+    return {file for name in ("eval", "steering") for file in (run.folder / name).rglob("*.*")}

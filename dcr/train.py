@@ -1,0 +1,192 @@
+"""The stages of a method in a run folder: what `dcr.commands` calls with resolved settings."""
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from dcr import cli, config, dashboard, data, models, refusal, runs, sources, storage
+from dcr.config import ConfigError, Method, NLLSource, Quantity, Stage, TrainConfig
+from dcr.data import Splits
+from dcr.runs import Run
+from dcr.storage import Lease
+from dcr.training import callbacks, stages, tracking
+from dcr.training.stages import Job
+
+log = logging.getLogger(__name__)
+
+PROCESSES_A_CORE = 4  # slow, but a way to try several; more is a slip of the finger
+# By which a process finds its place among the nodes: torchrun's, Slurm's, MPI's, LSF's, by hand.
+LAUNCHED = {
+    *("TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "LSB_JOBID", "NODE_RANK"),
+}
+
+
+def train(settings: TrainConfig, run: Run) -> None:
+    """Run the stages of a method in a run folder, going on from whatever is done there.
+
+    Raises UserError for anything a user can mend, before weights are loaded where it can be known,
+    TrainingError when training had to stop and Interrupted after a signal.
+    """
+    wanted = config.stages_of(settings.method, settings.stage)
+    rows = checked(settings, run)
+    tracked = tracking.tracked(settings.tracking, settings.data, settings.seed)
+    if settings.trainer.threads:
+        torch.set_num_threads(settings.trainer.threads)
+    with (
+        callbacks.quiet(),
+        _claimed(settings, run, rows) as lease,
+        _wandb(settings, run) as loggers,
+    ):
+        job = Job(settings, run, rows, _block(settings, run), lease, loggers, tracked)
+        for stage in wanted:
+            if run.done(stage.value):
+                log.info("%s: done in %s, skipped", stage.value, run.stage(stage.value))
+                # left by a kill right after the result was saved
+                stages.forget_checkpoints(run, stage)
+            else:
+                stages.TRAIN[stage](job)
+    if _leads():
+        print(run.folder)
+
+
+def checked(settings: TrainConfig, run: Run) -> Splits:
+    """The rows of a run, and a UserError for all that can be known wrong before weights open."""
+    _check_devices(settings)
+    facts, kernel = models.facts(settings.model), settings.tracking.entk
+    config.block_of(settings.dcr, facts.depth)
+    if Quantity.kernel in settings.tracking.quantities:
+        config.parameters("tracking.entk.params", kernel.params, facts.depth)
+        if kernel.top_k > facts.vocabulary:
+            raise ConfigError(
+                f"tracking.entk.top_k={kernel.top_k}: the model has {facts.vocabulary} tokens"
+            )
+    wanted = config.stages_of(settings.method, settings.stage)
+    rows = data.split(
+        settings.data,
+        settings.dcr.ratio,
+        settings.seed,
+        contrastive=settings.method is Method.dcr,
+        refuses=refusal.is_refusal,
+        augment=settings.stl_aug if settings.method is Method.stl_aug else None,
+        readout=settings.sft.readout,
+    )
+    _check_input(settings, run, wanted, rows)
+    stages.check(settings, rows, [stage for stage in wanted if not run.done(stage.value)])
+    return rows
+
+
+def _block(settings: TrainConfig, run: Run) -> int:
+    """The block that stage one reads; with `auto` measured once and kept in the run folder."""
+    if settings.dcr.layer != config.AUTO_LAYER or settings.method is not Method.dcr:
+        return config.block_of(settings.dcr, models.facts(settings.model).depth)
+    if (known := run.block()) is not None:
+        return known
+    from dcr import choice
+
+    block = choice.best_layer(settings)
+    if _leads():
+        storage.write_json(run.layer_file, {"block": block})
+    return block
+
+
+def _leads() -> bool:
+    """Whether this process is the first of the job's, the one that writes."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def _check_devices(settings: TrainConfig) -> None:
+    options, found = settings.trainer, torch.cuda.device_count()
+    named = f"trainer.accelerator={options.accelerator} trainer.devices={options.devices}"
+    if options.accelerator in ("gpu", "cuda") or (options.accelerator == "auto" and found):
+        if found < options.devices:
+            raise ConfigError(
+                f"{named}: this machine has {found} GPUs; lower trainer.devices or use "
+                "trainer.accelerator=cpu"
+            )
+    elif options.devices > PROCESSES_A_CORE * (cores := os.cpu_count() or 1):
+        raise ConfigError(f"{named}: this machine has {cores} cores; lower trainer.devices")
+    if options.accelerator == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(f"{named}: this machine has none; use trainer.accelerator=cpu")
+    if options.num_nodes > 1 and not LAUNCHED & os.environ.keys():
+        raise ConfigError(
+            f"trainer.num_nodes={options.num_nodes}: no launcher says which node this is, and the "
+            "others would be waited for; start it with torchrun or srun on each node"
+        )
+    if options.devices * options.num_nodes > 1 and cli.is_sweep():
+        raise ConfigError(
+            f"trainer.devices={options.devices} in a sweep: its processes would run the whole "
+            "sweep again; use one device a job, or run the jobs one by one"
+        )
+
+
+def _check_input(settings: TrainConfig, run: Run, wanted: tuple[Stage, ...], rows: Splits) -> None:
+    missing = Stage.contrastive not in wanted and not run.done("contrastive")
+    if settings.method is Method.dcr and missing:
+        raise ConfigError(
+            f"stage=sft: {run.folder} holds no contrastive/ to start from; run stage=contrastive "
+            "or stage=all with the same settings first"
+        )
+    anchor = settings.dcr.nll
+    anchored = anchor.source is NLLSource.general and anchor.weight > 0
+    if Stage.contrastive in wanted and anchored and not rows.normal:
+        raise ConfigError("dcr.nll.source=general: data.normal.source has no rows; name another")
+
+
+@contextmanager
+def _claimed(settings: TrainConfig, run: Run, rows: Splits) -> Iterator[Lease | None]:
+    """The run folder as this command's own: locked, and made with these settings and rows."""
+    if not _leads():  # the process that does holds the folder for all
+        yield None
+        return
+    before = set(os.listdir(run.folder)) if run.folder.is_dir() else set()
+    with storage.locked(run.folder) as lease:
+        try:
+            runs.claim(run, cli.plain(settings), settings.force)
+            runs.claim_rows(run, data.row_record(rows), settings.force)
+            _say_rows(settings, rows)
+            yield lease
+        except BaseException:
+            _take_back(run, before)
+            raise
+
+
+def _take_back(run: Run, before: set[str]) -> None:
+    """A command that failed before its first step leaves the folder as it found it."""
+    made = set(os.listdir(run.folder)) - before
+    if not made <= runs.BEFORE_TRAINING:
+        return
+    for place in map(run.folder.joinpath, made):
+        shutil.rmtree(place) if place.is_dir() else place.unlink()
+    if not before:
+        run.folder.rmdir()
+
+
+def _say_rows(settings: TrainConfig, rows: Splits) -> None:
+    counts = {name: len(part) for name, part in rows.parts().items() if part}
+    log.info("rows: %s", ", ".join(f"{count} {name}" for name, count in counts.items()))
+    for reason, count in rows.dropped.items():
+        log.info("dropped %d rows of %s", count, reason)
+    if warning := sources.form_gap(rows.seemingly_toxic, rows.toxic):
+        log.warning(warning)
+
+
+@contextmanager
+def _wandb(settings: TrainConfig, run: Run) -> Iterator[list[Logger]]:
+    """Lightning's logger of the job's W&B run; none where W&B is off or another process leads."""
+    if not _leads():
+        yield []
+        return
+    tags = [settings.method.value, settings.model.label[: config.TAG] or "model"]
+    made_with = cli.plain(settings)
+    with dashboard.opened(settings.wandb, run, settings.stage.value, tags, made_with) as started:
+        if started is None:
+            yield []
+            return
+        started.define_metric("*", step_metric="trainer/global_step")
+        yield [WandbLogger(experiment=started)]

@@ -1,0 +1,106 @@
+"""A built wheel in a bare environment, outside the checkout: its commands and its configuration."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = ("dcr", "conf", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+ROWS = [f"data.{part}.count=8" for part in ("toxic", "seemingly_toxic", "safety", "normal")]
+CHAIN = f"""
+import sys
+import dcr
+from dcr import commands
+print(dcr.__file__)
+for words in (
+    ["train", "model=tiny", "run=outputs/run", "dcr.epochs=1", "sft.epochs=1", *{ROWS}],
+    ["eval", "run=outputs/run", "limit=2", "gen.max_new_tokens=2"],
+    ["report", "outputs/run", "out=page.html"],
+):
+    sys.argv = [sys.argv[0], *words]
+    try:
+        commands.main()
+    except SystemExit as ended:
+        assert not ended.code, words
+"""
+
+
+def called(*command: object, place: Path) -> str:
+    """What a command that ends well prints, where no variable leads back to the checkout."""
+    plain = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    words = [str(word) for word in command]
+    ended = subprocess.run(words, cwd=place, env=plain, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+def sources() -> list[Path]:
+    """Every file of `dcr` and `conf`."""
+    found = (file for room in SHIPPED[:2] for file in (ROOT / room).rglob("*.*"))
+    return [file for file in found if file.is_file() and file.suffix != ".pyc"]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("built")
+    for file in [*sources(), *(ROOT / name for name in SHIPPED[2:])]:
+        (made := folder / "checkout" / file.relative_to(ROOT)).parent.mkdir(
+            parents=True, exist_ok=True
+        )
+        shutil.copy(file, made)
+    offline = ("--no-deps", "--no-build-isolation", "--no-index")
+    called(sys.executable, "-m", "pip", "wheel", *offline, "./checkout", place=folder)
+    (made,) = folder.glob("*.whl")
+    return made
+
+
+@pytest.fixture(scope="module")
+def programs(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the commands in an environment that has the wheel and what it needs."""
+    place = tmp_path_factory.mktemp("environment")
+    venv.create(place, symlinks=True)
+    programs = place / "bin"
+    pip = (sys.executable, "-m", "pip", "--python", programs / "python", "install")
+    called(*pip, "--no-deps", "--no-index", wheel, place=place)
+    (packages,) = place.glob("lib/*/site-packages")
+    # found behind the wheel, and without the checkout, whose own .pth file only a site folder has
+    (packages / "locked.pth").write_text(sysconfig.get_path("purelib"))
+    return programs
+
+
+def test_a_wheel_holds_every_file_once_and_nothing_else(wheel: Path) -> None:
+    with ZipFile(wheel) as archive:
+        held = [name for name in archive.namelist() if ".dist-info/" not in name]
+    wanted = [str(file.relative_to(ROOT)) for file in sources()]
+    assert sorted(held) == sorted(
+        f"dcr/{name}" if name.startswith("conf/") else name for name in wanted
+    )
+
+
+def test_outside_a_checkout_it_trains_evaluates_and_reports(programs: Path, tmp_path: Path) -> None:
+    said = called(programs / "python", "-c", CHAIN, place=tmp_path).splitlines()
+    assert Path(said[0]).is_relative_to(programs.parent)
+    assert {"contrastive", "sft", "eval"} <= {p.name for p in (tmp_path / "outputs/run").iterdir()}
+    assert "</html>" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("dcr", "dcr <command> [--help] [key=value ...]"),
+        ("dcr-train --help", "train is powered by Hydra."),
+        ("dcr-eval --help", "eval is powered by Hydra."),
+        ("dcr plan --help", "python -m dcr.plan [any setting of train.py]"),
+    ],
+)
+def test_a_command_says_what_it_is(command: str, says: str, programs: Path, tmp_path: Path) -> None:
+    name, *rest = command.split()
+    assert called(programs / name, *rest, place=tmp_path).splitlines()[0] == says
+    assert not [*tmp_path.iterdir()]
