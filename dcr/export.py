@@ -1,20 +1,26 @@
-"""A run's result for use elsewhere: whole weights with a model card, or adapters after a move."""
+"""A run's result for use elsewhere: weights with a card, here or on the hub; adapters moved."""
 
 import json
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import jinja2
+import pandas as pd
 import torch
 import yaml
+from httpx2 import HTTPError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from dcr import cli, config, models, prompts, results, statistics, storage
+from dcr import cli, config, models, prompts, results, storage
 from dcr.config import (
     AUTO_LAYER,
     EMBEDDED_MODEL,
@@ -37,6 +43,13 @@ ROUNDED = (
     "run's adapter by about 1%; dtype=float32 keeps them"
 )
 HUB_NAMES = {EMBEDDED_MODEL: "HuggingFaceTB/SmolLM2-135M-Instruct"}
+FRONT = {  # of every card, as the hub reads it
+    "library_name": "transformers",
+    "pipeline_tag": "text-generation",
+    "license": "other",
+    "license_name": "base-model-and-data",
+    "tags": ["over-refusal", "safety", "dcr"],
+}
 METHODS = {
     ("dcr", "sft"): (
         "Discernment via contrastive refinement (arXiv 2603.03323): blocks 1 to ℓ were trained "
@@ -60,8 +73,6 @@ METHODS = {
     ),
 }
 LEARNT = {"contrastive": ("seemingly_toxic", "toxic"), "sft": ("safety", "normal")}
-# Settings of an evaluation that was not of the exported model, or not on the test sets.
-EDITS = ("steering", "self_cd", "validation")
 SETTINGS = {  # what a reader must know to judge a result, by stage
     "contrastive": (
         "dcr.layer", "dcr.epochs", "dcr.margin", "dcr.scale", "dcr.ratio", "dcr.batch_size",
@@ -77,11 +88,12 @@ SETTINGS = {  # what a reader must know to judge a result, by stage
 @dataclass
 class Options:
     """python -m dcr.export run=<folder> out=<folder> [stage=sft|contrastive] [dtype=float32]
+    python -m dcr.export run=<folder> out=<folder> push=<name>/<model>
     python -m dcr.export run=<folder> relink=true
 
-    Writes merged safetensors weights, tokenizer and model card: transformers loads them by
-    themselves. With relink, the adapters of a run folder that has moved name their base weights
-    where they lie now.
+    Writes merged safetensors weights, tokenizer, model card and metrics.csv: transformers loads
+    them by themselves. With push, the folder is uploaded to the Hugging Face hub as well. With
+    relink, the adapters of a run folder that has moved name their base weights where they lie now.
     """
 
     run: Path = cli.option("the run folder")
@@ -98,6 +110,12 @@ class Options:
         "of refusals in the generation config",
         None,
     )
+    push: str | None = cli.option(
+        "a model repository of the Hugging Face hub to upload the export to, made where there is "
+        "none; the token is HF_TOKEN or that of `hf auth login`",
+        None,
+    )
+    public: bool = cli.option("a repository that push= makes can be seen by everyone", False)
     relink: bool = cli.option("mend the adapters' paths instead of exporting", False)
 
 
@@ -105,26 +123,39 @@ class Options:
 def main(options: Options) -> None:
     run = Run(options.run)
     if options.relink:
+        if options.push is not None:
+            raise ConfigError(f"push={options.push}: relink=true exports nothing; give one of them")
         for folder, base in relink(run).items():
             print(f"{folder} stands on {base}")
         return
     if options.out is None:
         raise ConfigError("out: nothing given; name a new folder with out=, or give relink=true")
-    print(export(run, options.out, options.stage, options.dtype, options.calibrate))
+    made = options.stage, options.dtype, options.calibrate, options.push, options.public
+    print(export(run, options.out, *made))
     if DTYPES[options.dtype] is not torch.float32:
         print(ROUNDED)
+    if options.push is not None:
+        print(upload(options.out, options.push))
 
 
 def export(
-    run: Run, out: Path, stage: str = "sft", dtype: str = "bfloat16", calibrate: str | None = None
+    run: Run,
+    out: Path,
+    stage: str = "sft",
+    dtype: str = "bfloat16",
+    calibrate: str | None = None,
+    push: str | None = None,
+    public: bool = False,
 ) -> Path:
     """Weights of a stage, merged in fp32 and cast at the end, with tokenizer and card, in `out`.
 
     `calibrate` as that of `eval.py`, chosen on these very weights; its bias stands in the
-    generation config.
+    generation config. `push` is the repository that `upload` will be asked for: it is made here,
+    before weights are opened, where the hub lets its token write.
 
     Raises ConfigError when `out` holds anything, the stage is not done, or its base is gone or
-    not the one it was trained on, and for a run of a method that it does not know.
+    not the one it was trained on, for a run of a method that it does not know, and for a
+    repository that cannot be written to.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"out={out}: is not empty; name a new folder")
@@ -139,6 +170,8 @@ def export(
     settings = EvalConfig(model=model, calibrate=calibrate)
     if calibrate is not None:
         calibration.check(settings, made_with)
+    if push is not None:
+        _reserve(push, public)
     policy = models.open_result(run.stage(stage), Precision.fp32, model.trust_remote_code)
     if isinstance(policy.model, PeftModel):
         policy = Policy(policy.model.merge_and_unload(), policy.tokenizer, policy.name)
@@ -153,6 +186,11 @@ def export(
         depth = policy.model.config.num_hidden_layers
         card = model_card(run, stage, made_with, dtype=dtype, depth=depth, calibrated=record)
         (staging / "README.md").write_text(card, encoding="utf-8")
+        measured, _ = evaluated(run, stage, record)
+        if len(measured):
+            shown = measured.drop(columns=["run", "edit", "file"])  # places on this machine
+            numbers = results.csv_text(list(shown), shown.to_numpy(object).tolist())
+            (staging / "metrics.csv").write_text(numbers, encoding="utf-8")
     return out
 
 
@@ -201,6 +239,49 @@ def _calibrate(policy: Policy, chat: ChatFormat, settings: EvalConfig) -> dict[s
     return record
 
 
+# --- on the hub ---------------------------------------------------------------------------------
+
+
+def _reserve(push: str, public: bool) -> None:
+    """Make the repository where there is none, and see that it may be written to.
+
+    Raises ConfigError for a name that the hub does not take, without a token, and where it refuses.
+    """
+    try:
+        validate_repo_id(push)
+        if "/" not in push:
+            raise HFValidationError("says not whose repository")
+    except HFValidationError as error:
+        raise ConfigError(f"push={push}: {error}; give push=<name>/<model>") from error
+    if huggingface_hub.get_token() is None:
+        raise ConfigError(f"push={push}: no token; export HF_TOKEN or run `hf auth login`")
+    with _asking(push, "give a token that may write there, or leave push= out"):
+        huggingface_hub.create_repo(push, private=not public, exist_ok=True)
+        with suppress(RepositoryNotFoundError):  # by a hub of one's own that has no such question
+            huggingface_hub.auth_check(push, write=True)
+
+
+def upload(folder: Path, push: str) -> str:
+    """Upload an export in one commit to its repository on the hub, and return its address.
+
+    Raises ConfigError where the hub refuses; the export stays.
+    """
+    with _asking(push, f"the export is in {folder}: upload it with `hf upload {push} {folder} .`"):
+        commit = huggingface_hub.upload_folder(
+            repo_id=push, folder_path=folder, commit_message="Upload of python -m dcr.export"
+        )
+    return str(commit.repo_url)
+
+
+@contextmanager
+def _asking(push: str, cure: str) -> Iterator[None]:
+    try:
+        yield
+    except (HTTPError, OSError, ValueError, KeyError) as error:  # the last two: no such answer
+        reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+        raise ConfigError(f"push={push}: {reason.strip().rstrip('.')}; {cure}") from error
+
+
 # --- adapters after a move ----------------------------------------------------------------------
 
 
@@ -245,27 +326,14 @@ def model_card(
     read.
     """
     name, method = made_with["model"]["name"], made_with["method"]
-    front = {"base_model": HUB_NAMES.get(name, name)}
+    front: dict[str, Any] = {"base_model": HUB_NAMES.get(name, name)}
     if Path(name).is_absolute() or Path(name).is_dir():
         front = {}  # a folder of the machine that trained it means nothing elsewhere
         name = Path(name).name
-    front |= {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "license": "other",
-        "license_name": "base-model-and-data",
-        "tags": list(dict.fromkeys(["over-refusal", "safety", "dcr", method])),
-    }
+    front |= {**FRONT, "tags": list(dict.fromkeys([*FRONT["tags"], method]))}
     stages = [*(["contrastive"] if method == "dcr" else []), *(["sft"] if stage == "sft" else [])]
-    keys = ["preset_name", "seed", *(key for each in stages for key in SETTINGS[each])]
-    settings = {key: _leaf(made_with, key) for key in keys}
-    if "dcr.layer" in settings:
-        block = _block(run, made_with["dcr"], depth)
-        settings["dcr.layer"] = f"block {block} of {depth}, counted from 1"
     rows = {n: part for n, part in run.record().get("rows", {}).items() if part["count"]}
-    scores, others = _scores(run, stage, calibrated)
-    left_out = f"{others} evaluation{'s' if others > 1 else ''} under an edit, another calibration "
-    left_out += f"or on validation prompts {'are' if others > 1 else 'is'} left out."
+    measured, others = evaluated(run, stage, calibrated)
     template = jinja2.Environment(
         loader=jinja2.PackageLoader("dcr"),
         undefined=jinja2.StrictUndefined,
@@ -281,13 +349,27 @@ def model_card(
         system=made_with["model"].get("system_prompt"),
         dtype=dtype,
         calibrated=calibrated,
-        settings=settings,
+        settings=_settings(run, made_with, stages, depth),
         rows=rows,
         fingerprint=storage.fingerprint({n: part["fingerprint"] for n, part in rows.items()}),
         sources=[row for each in stages for row in _sources(made_with, LEARNT[each])],
-        scores=scores,
-        left_out=left_out if others else "",
+        scores=measured.query(
+            "quantity == 'refused' and judge == 'keyword:paper' and n > 0"
+        ).drop_duplicates(["set", "kind", "n", "count"]),
+        trained_on=run.record().get("in_distribution", []),
+        others=others,
     )
+
+
+def _settings(
+    run: Run, made_with: Mapping[str, Any], stages: Sequence[str], depth: int
+) -> dict[str, str]:
+    keys = ["preset_name", "seed", *(key for each in stages for key in SETTINGS[each])]
+    settings = {key: _leaf(made_with, key) for key in keys}
+    if "dcr.layer" in settings:
+        block = _block(run, made_with["dcr"], depth)
+        settings["dcr.layer"] = f"block {block} of {depth}, counted from 1"
+    return settings
 
 
 def _block(run: Run, made: Mapping[str, Any], depth: int) -> int:
@@ -316,31 +398,20 @@ def _sources(made_with: Mapping[str, Any], uses: Sequence[str]) -> Iterator[tupl
             yield use, source if known else Path(source).name, licence
 
 
-def _scores(run: Run, stage: str, calibrated: Mapping[str, Any] | None) -> tuple[list[str], int]:
-    """Refusals in the stage's evaluations as it is exported, with 95% Wilson intervals.
+def evaluated(
+    run: Run, stage: str, calibrated: Mapping[str, Any] | None
+) -> tuple[pd.DataFrame, int]:
+    """What was measured of the stage as it is exported, and how many other evaluations it has.
 
-    Lines of a table, and how many other evaluations of the stage there are.
+    Others are those under an edit, another calibration or on validation prompts.
     """
+    if not any(run.folder.glob("eval/*/metrics.json")):
+        return pd.DataFrame(columns=list(results.COLUMNS)), 0
     target = calibrated and (calibrated["run"] or f"{calibrated['target']:g}")
-    lines: list[str] = []
-    others, trained_on = 0, set(run.record().get("in_distribution", []))
-    for file in sorted(run.folder.glob("eval/*/metrics.json")):
-        metrics = results.read(file)
-        if metrics.weights != stage:
-            continue
-        edited = any(key in metrics.settings for key in EDITS)
-        if edited or metrics.settings.get("calibrate") != target:
-            others += 1
-            continue
-        for name, counts in metrics.sets.items():
-            if counts.n:
-                rate = statistics.wilson(counts.refused["paper"], counts.n)
-                mark = " (trained on)" if counts.in_distribution or name in trained_on else ""
-                lines.append(
-                    f"| {name}{mark} | {counts.kind.value} | {counts.n} | "
-                    f"{rate.estimate:.0%} ({rate.low:.0%} to {rate.high:.0%}) |"
-                )
-    return list(dict.fromkeys(lines)), others
+    table = results.load(run.folder)
+    table = table.loc[table["weights"] == stage]
+    measured = table.loc[table["edit"] == (f"calibrate={target}" if target else "")]
+    return measured, len(set(table["file"]) - set(measured["file"]))
 
 
 if __name__ == "__main__":
