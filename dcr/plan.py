@@ -13,7 +13,8 @@ from typing import Any
 
 from rich.table import Table
 
-from dcr import cli, config, cost, data, models, prompts, refusal, sources
+from dcr import balance, cli, config, cost, data, models, prompts, refusal, sources
+from dcr.balance import Balance
 from dcr.config import (
     EMBEDDED_MODEL,
     TINY_MODEL,
@@ -88,13 +89,14 @@ def describe(settings: TrainConfig) -> str:
     """
     stages = stages_of(settings.method, settings.stage)
     shapes = {stage: stage_shape(settings, stage) for stage in stages}
-    drawn, notes = expected(settings)
+    drawn, told, notes = expected(settings)
     plans = [stage_plan(settings, stage, shape, drawn) for stage, shape in shapes.items()]
     chain = " then ".join(plan.stage.value for plan in plans)
     return cli.plain_text(
         f"Plan: method={settings.method.value} ({chain}) on {settings.model.name}\n",
         _parameter_table(plans),
         _row_table(drawn),
+        *([_balance_table(told)] if told else []),
         _stage_table(settings, plans),
         *(f"- {note}" for note in [*notes, *_notes(settings, plans)]),
     )
@@ -150,6 +152,13 @@ def _row_table(drawn: Splits) -> Table:
         where = ", ".join(f"{source} {n:,}" for source, n in counts.items())
         if part:
             table.add_row(name, f"{len(part):,}", where)
+    return table
+
+
+def _balance_table(told: Balance) -> Table:
+    table = cli.table("Stage one's pairs", ["what may stand in for intent", ""])
+    for name, value in told.rows():
+        table.add_row(name, value)
     return table
 
 
@@ -230,17 +239,22 @@ def duration(seconds: float) -> str:
 # --- rows ---
 
 
-def expected(settings: TrainConfig) -> tuple[Splits, list[str]]:
-    """The rows a run would draw, read where that needs no network, else placeholders; and notes.
+def expected(settings: TrainConfig) -> tuple[Splits, Balance | None, list[str]]:
+    """The rows a run would draw, read where that needs no network, else placeholders; how those of
+    stage one that were read differ in form; and notes.
 
     Raises UserError for data that training would refuse.
     """
     contrastive = settings.method is Method.dcr
     if settings.data.root is None and _need_the_hub(settings):
-        return _placeholders(settings), [
-            "rows: from the table of sources, not read (a plan leaves the hub alone): none "
-            "dropped, each of its source's mean length, so padding is understated"
-        ]
+        return (
+            _placeholders(settings),
+            None,
+            [
+                "rows: from the table of sources, not read (a plan leaves the hub alone): none "
+                "dropped, each of its source's mean length, so padding is understated"
+            ],
+        )
     augment = settings.stl_aug if settings.method is Method.stl_aug else None
     rows = data.split(
         settings.data,
@@ -252,8 +266,8 @@ def expected(settings: TrainConfig) -> tuple[Splits, list[str]]:
         settings.sft.readout,
     )
     notes = [f"dropped {count} rows of {reason}" for reason, count in rows.dropped.items()]
-    warning = sources.form_gap(rows.seemingly_toxic, rows.toxic)
-    return rows, [*notes, warning] if warning else notes
+    told = balance.balance(rows.seemingly_toxic, rows.toxic)
+    return rows, told, [*notes, told.warning] if told and told.warning else notes
 
 
 def _need_the_hub(settings: TrainConfig) -> bool:

@@ -72,6 +72,15 @@ class RowList(TypedDict):
     ids: list[str]
 
 
+class BalanceRecord(TypedDict):
+    """How the prompts of stage one differ in form, see `balance.Balance`."""
+
+    form: float | None
+    words: float | None
+    questions: tuple[float, float]
+    length: tuple[float, float]
+
+
 class RowRecord(TypedDict):
     """`rows.json`, see `data.row_record`."""
 
@@ -81,6 +90,7 @@ class RowRecord(TypedDict):
     dropped: NotRequired[dict[str, int]]
     in_distribution: NotRequired[list[str]]
     unseen_groups: NotRequired[list[str]]
+    balance: NotRequired[BalanceRecord]
 
 
 class Layer(TypedDict):

@@ -10,7 +10,8 @@ import torch
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from dcr import cli, config, dashboard, data, models, refusal, runs, sources, storage
+from dcr import balance, cli, config, dashboard, data, models, refusal, runs, storage
+from dcr.balance import Balance
 from dcr.config import ConfigError, Method, NLLSource, Quantity, Stage, TrainConfig
 from dcr.data import Splits
 from dcr.runs import Run
@@ -148,8 +149,9 @@ def _claimed(settings: TrainConfig, run: Run, rows: Splits) -> Iterator[Lease | 
     with storage.locked(run.folder) as lease:
         try:
             runs.claim(run, cli.plain(settings), settings.force)
-            runs.claim_rows(run, data.row_record(rows), settings.force)
-            _say_rows(settings, rows)
+            found = balance.balance(rows.seemingly_toxic, rows.toxic)
+            runs.claim_rows(run, data.row_record(rows, found), settings.force)
+            _say_rows(rows, found)
             yield lease
         except BaseException:
             _take_back(run, before)
@@ -167,13 +169,13 @@ def _take_back(run: Run, before: set[str]) -> None:
         run.folder.rmdir()
 
 
-def _say_rows(settings: TrainConfig, rows: Splits) -> None:
+def _say_rows(rows: Splits, found: Balance | None) -> None:
     counts = {name: len(part) for name, part in rows.parts().items() if part}
     log.info("rows: %s", ", ".join(f"{count} {name}" for name, count in counts.items()))
     for reason, count in rows.dropped.items():
         log.info("dropped %d rows of %s", count, reason)
-    if warning := sources.form_gap(rows.seemingly_toxic, rows.toxic):
-        log.warning(warning)
+    if found and found.warning:
+        log.warning(found.warning)
 
 
 @contextmanager

@@ -72,8 +72,8 @@ def test_the_layer_of_transfer_wins_over_one_that_separates_its_own_sources_alon
     assert pair.layers[1].transfer.estimate < 0.75
     assert pair.best.transfer.estimate > 0.99
     assert pair.rows == (COUNT, COUNT)
-    assert pair.questions == (1, 0)
-    assert "questions" in (pair.form_gap or "")
+    assert pair.balance.questions == (1, 0)
+    assert "questions" in (pair.balance.warning or "")
 
 
 def test_transfer_is_the_mean_over_sets_of_a_probe_on_all_training_rows() -> None:

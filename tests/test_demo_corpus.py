@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import dcr
-from dcr import contamination, data, refusal, sources
+from dcr import balance, contamination, data, refusal, sources
 from dcr.config import DataConfig, EvaluationSets, SafetyPairsConfig, SourceConfig
 from dcr.text import normalise
 
@@ -149,7 +149,9 @@ def test_every_ratio_has_its_rows(ratio: float) -> None:
     assert len(set(found)) == len(found)
     assert rows.dropped == {}
     assert rows.in_distribution == []
-    assert sources.form_gap(rows.seemingly_toxic, rows.toxic) is None
+    found = balance.balance(rows.seemingly_toxic, rows.toxic)
+    assert found
+    assert not found.warning, found
 
 
 def test_nothing_evaluated_is_near_what_is_trained_on() -> None:

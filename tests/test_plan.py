@@ -33,7 +33,7 @@ def settings(*overrides: str) -> TrainConfig:
 
 
 def stage(told: TrainConfig, which: Stage) -> plan.StagePlan:
-    drawn, _ = plan.expected(told)
+    drawn, _, _ = plan.expected(told)
     return plan.stage_plan(told, which, cost.stage_shape(told, which), drawn)
 
 
@@ -164,7 +164,7 @@ def test_rows_and_steps_are_those_of_training(local: Path, no_weights: None) -> 
 
 def test_tokens_of_a_local_folder_are_counted(local: Path) -> None:
     told = settings(f"model.name={local}", "sft.batch_size=9", "sft.max_len=4000")
-    drawn, _ = plan.expected(told)
+    drawn, _, _ = plan.expected(told)
     load = stage(told, Stage.sft).load
     answers = [r.response.strip() for r in [*drawn.normal, *drawn.refusals] if r.response]
     assert load.labelled == sum(len(a.encode()) + 1 for a in answers)  # bytes and the end token
@@ -174,7 +174,7 @@ def test_tokens_of_a_local_folder_are_counted(local: Path) -> None:
 
 def test_estimated_tokens_are_a_quarter_of_the_characters() -> None:
     told = settings("model=llama3_8b", "sft.max_len=4000")
-    drawn, _ = plan.expected(told)
+    drawn, _, _ = plan.expected(told)
     answers = [r.response or "" for r in [*drawn.normal, *drawn.refusals]]
     expected = sum(math.ceil(len(answer) / 4) + 1 for answer in answers)
     assert stage(told, Stage.sft).load.labelled == expected
@@ -274,8 +274,8 @@ def test_answers_of_stl_aug_are_counted_without_the_hub(tmp_path: Path) -> None:
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     asked = ("method=stl_aug", "data=paper", f"data.safety.source=[{file}]", "data.safety.count=1")
     told = settings(*asked, f"stl_aug.responses={file}", "stl_aug.repeat=2")
-    with_answers, _ = plan.expected(told)
-    without, _ = plan.expected(replace(told, method=Method.stl))
+    with_answers, _, _ = plan.expected(told)
+    without, _, _ = plan.expected(replace(told, method=Method.stl))
     assert [len(r.augmented) for r in (with_answers, without)] == [6, 0]
     with pytest.raises(ConfigError, match=r"stl_aug\.responses=null: .* write one with"):
         plan.expected(settings(*asked))

@@ -535,16 +535,6 @@ def test_real_xstest_groups_hold_templates_together() -> None:
     assert group["xstest-17"] != group["xstest-26"]
 
 
-@real
-def test_real_form_confound_is_seen_and_its_cure_works() -> None:
-    safe = sources.read("xstest_safe", root=DATA)
-    warning = sources.form_gap(safe, sources.read("stl_safety", root=DATA))
-    assert warning is not None
-    assert "100% of the seemingly toxic prompts but 0%" in warning
-    assert sources.form_gap(safe, sources.read("xstest_unsafe", root=DATA)) is None
-    assert sources.form_gap(safe, sources.read("harmfulqa", root=DATA)) is None
-
-
 # --- rows read again by the ids that a run recorded ---
 
 
@@ -623,41 +613,6 @@ def test_xstest_groups_join_by_place_focus_and_ending() -> None:
     for i, group in enumerate(groups):
         found[group].add(i)
     assert sorted(found.values(), key=min) == expected
-
-
-@pytest.mark.parametrize(
-    ("prompt", "question"),
-    [
-        ("How?", True),
-        ("He asked: 'how?' ", True),
-        ("“How?”\n", True),
-        ("\u5982\u4f55\uff1f", True),
-        ("\u0643\u064a\u0641\u061f", True),
-        ("How? Tell me.", False),
-        ("Tell me how", False),
-        ("?!", False),
-        ("", False),
-    ],
-)
-def test_ends_as_question(prompt: str, question: bool) -> None:
-    assert sources.ends_as_question(prompt) is question
-
-
-def test_form_gap_names_shares_and_a_cure_for_either_direction() -> None:
-    asked = [example(str(i), "how?") for i in range(10)]
-    told = [example(str(i), "do it") for i in range(10)]
-    forwards = sources.form_gap(asked, told)
-    backwards = sources.form_gap(told, asked[:8] + told[:2])
-    assert forwards is not None
-    assert backwards is not None
-    assert "100% of the seemingly toxic prompts but 0% of the toxic" in forwards
-    assert "data.toxic.source=xstest_unsafe or harmfulqa" in forwards
-    assert "0% of the seemingly toxic prompts but 80%" in backwards
-    assert "data.toxic.source=stl_safety" in backwards
-    assert sources.form_gap(asked, asked[:8] + told[:2]) is None  # a gap of 0.2 is let pass
-    assert sources.form_gap(asked, asked[:6] + told[:4]) is not None  # one of 0.4 is not
-    assert sources.form_gap([], told) is None
-    assert sources.question_share([]) == 0
 
 
 # --- draws, duplicates, splits, fingerprints ---

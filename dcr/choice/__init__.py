@@ -18,7 +18,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dcr import batching, config, contamination, data, models, prompts, separability, sources
+from dcr import (
+    balance,
+    batching,
+    config,
+    contamination,
+    data,
+    models,
+    prompts,
+    separability,
+)
+from dcr.balance import Balance
 from dcr.choice import origins
 from dcr.choice.origins import FEWEST, LIMIT, Material, Pair
 from dcr.config import ConfigError, Kind, TrainConfig
@@ -50,8 +60,7 @@ class PairTransfer:
 
     pair: Pair
     rows: tuple[int, int]
-    questions: tuple[float, float]  # share of prompts that end as questions, by class
-    form_gap: str | None
+    balance: Balance
     layers: list[LayerTransfer]
 
     @property
@@ -181,8 +190,7 @@ def _pair_record(pair: PairTransfer, names: list[str]) -> dict[str, Any]:
         "seemingly_toxic": list(pair.pair.seemingly_toxic),
         "toxic": list(pair.pair.toxic),
         "rows": list(pair.rows),
-        "questions": list(pair.questions),
-        "form_gap": pair.form_gap,
+        "balance": pair.balance.record(),
         "best_block": pair.best.layer,
         "transfer_on_common_tests": shared and asdict(shared),
         "blocks": [
@@ -227,6 +235,8 @@ def _of_pair(
     pair: Pair, material: Material, features: Features, seed: int, near: float
 ) -> PairTransfer:
     safe, toxic = (material.rows[side] for side in pair.sides)
+    told = balance.balance(safe, toxic)
+    assert told is not None
     points, labels = _labelled(pair, features)
     groups = separability.group_names([*safe, *toxic])
     tests = _tests(pair, material, features, near)
@@ -245,8 +255,7 @@ def _of_pair(
     return PairTransfer(
         pair,
         (len(safe), len(toxic)),
-        (sources.question_share(safe), sources.question_share(toxic)),
-        sources.form_gap(safe, toxic),
+        told,
         [layer for layer in layers if math.isfinite(layer.transfer.estimate)],
     )
 

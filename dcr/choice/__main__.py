@@ -93,14 +93,23 @@ def _layer_table(choice: Choice) -> Table:
 
 
 def _pair_table(choice: Choice) -> Table:
-    heads = ["seemingly toxic / toxic", "rows", "questions", "dcr.layer", "within", "transfer"]
+    heads = [
+        "seemingly toxic / toxic",
+        "rows",
+        "questions",
+        "form",
+        "dcr.layer",
+        "within",
+        "transfer",
+    ]
     table = cli.table("Pairs of sources, at the best layer of each", [*heads, "on common sets"])
     for pair in choice.by_transfer():
         best, shared = pair.best, pair.on(choice.common)
         table.add_row(
             str(pair.pair) + (" (configured)" if pair is choice.pairs[0] else ""),
             " / ".join(map(str, pair.rows)),
-            " / ".join(f"{share:.0%}" for share in pair.questions),
+            " / ".join(f"{share:.0%}" for share in pair.balance.questions),
+            "-" if pair.balance.form is None else f"{pair.balance.form:.2f}",
             str(best.layer),
             _number(best.within),
             _number(best.transfer),
@@ -125,7 +134,8 @@ def _of_layer(choice: Choice) -> str:
 
 def _of_sources(choice: Choice) -> list[str]:
     lines = [_of_best_pair(choice)] if len(choice.pairs) > 1 else []
-    lines += [f"{pair.pair}: {pair.form_gap}" for pair in choice.pairs if pair.form_gap]
+    for pair in choice.pairs:
+        lines += [f"{pair.pair}: {pair.balance.warning}"] if pair.balance.warning else []
     best = choice.pairs[0].best
     if best.transfer.estimate < WEAK and best.within.estimate > best.transfer.estimate:
         lines.append(

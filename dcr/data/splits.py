@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dcr import contamination, sources
+from dcr.balance import Balance
 from dcr.config import (
     AugmentConfig,
     ConfigError,
@@ -320,8 +321,8 @@ def _shuffled(rows: list[Example], seed: int) -> list[Example]:
     return sources.draw(rows, len(rows), seed)
 
 
-def row_record(rows: Splits) -> Mapping[str, object]:
-    """Ids and fingerprint of every list of rows, for the run folder."""
+def row_record(rows: Splits, balance: Balance | None = None) -> dict[str, object]:
+    """Ids and fingerprint of every list of rows, and how stage one's kinds differ in form."""
     recorded: dict[str, dict[str, object]] = {
         name: {
             "count": len(part),
@@ -333,11 +334,13 @@ def row_record(rows: Splits) -> Mapping[str, object]:
     for name in recorded.keys() & {part for part, (node, *_) in LEARNT.items() if node is None}:
         # theirs is no node of `data`
         recorded[name]["sources"] = sorted({row.source for row in rows.parts()[name]})
+    told = {"balance": balance.record()} if balance else {}
     return {
         "rows": recorded,
         "dropped": rows.dropped,
         "in_distribution": rows.in_distribution,
         "unseen_groups": rows.unseen_groups,
+        **told,
     }
 
 

@@ -16,6 +16,7 @@ from rich.text import Text
 
 import dcr
 from dcr import storage
+from dcr.balance import Balance
 from dcr.config import Kind
 from dcr.report import claims, figures, paper
 from dcr.report.claims import ClaimRow
@@ -254,13 +255,14 @@ def _settings(report: Report) -> list[tuple[Column, str, str]]:
     return lines
 
 
-def _rows(record: RunRecord) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
-    """(part, count, fingerprint) of the rows used, (reason, count) of those dropped, and the lists
-    of in-distribution sets and unseen groups."""
+def _rows(record: RunRecord) -> tuple[list[Any], ...]:
+    """(part, count, fingerprint) of the rows used, (reason, count) of those dropped, the lists of
+    in-distribution sets and unseen groups, and (what, value) of how stage one's kinds differ."""
     parts, dropped = (record.rows.get(key) or {} for key in ("rows", "dropped"))
     used = [(name, of["count"], of["fingerprint"]) for name, of in parts.items() if of["count"]]
     known, unseen = (record.rows.get(key) or [] for key in ("in_distribution", "unseen_groups"))
-    return used, list(dropped.items()), known, unseen
+    told = record.rows.get("balance")
+    return used, list(dropped.items()), known, unseen, Balance(**told).rows() if told else []
 
 
 def _yaml(record: RunRecord) -> str:

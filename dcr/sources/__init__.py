@@ -8,10 +8,7 @@ from dcr.sources.examples import (
     Example,
     draw,
     drop_duplicates,
-    ends_as_question,
     fingerprint,
-    form_gap,
-    question_share,
     split_by_group,
 )
 from dcr.sources.fields import first_turn

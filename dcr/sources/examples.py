@@ -3,15 +3,11 @@
 import hashlib
 import json
 import random
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dcr.config import ConfigError, Kind
 from dcr.text import normalise
-
-FORM_GAP = 0.3  # difference in the share of questions from which on two classes differ in form
-QUESTION_END = re.compile(r"[?\uff1f\u061f][\s\"'”’»)\]]*\Z")  # also full-width and Arabic
 
 
 @dataclass(frozen=True)
@@ -85,30 +81,3 @@ def fingerprint(examples: Iterable[Example]) -> str:
         # JSON, so that no text can imitate the border between two fields.
         digest.update(json.dumps([example.id, example.prompt, example.response]).encode() + b"\n")
     return digest.hexdigest()
-
-
-def ends_as_question(prompt: str) -> bool:
-    """Whether the prompt ends in a question mark, closing quotes and spaces aside."""
-    return QUESTION_END.search(prompt) is not None
-
-
-def question_share(examples: Sequence[Example]) -> float:
-    """Share of prompts that end as questions; 0 for no examples."""
-    return sum(ends_as_question(e.prompt) for e in examples) / max(len(examples), 1)
-
-
-def form_gap(seemingly_toxic: Sequence[Example], toxic: Sequence[Example]) -> str | None:
-    """A one-line warning if grammar alone tells the two classes apart, else None."""
-    if not seemingly_toxic or not toxic:
-        return None
-    benign, harmful = question_share(seemingly_toxic), question_share(toxic)
-    if abs(benign - harmful) <= FORM_GAP:
-        return None
-    if benign > harmful:
-        cure = "data.toxic.source=xstest_unsafe or harmfulqa brings toxic questions"
-    else:
-        cure = "data.toxic.source=stl_safety brings toxic imperatives"
-    return (
-        f"{benign:.0%} of the seemingly toxic prompts but {harmful:.0%} of the toxic ones are "
-        f"questions: stage one can learn this form instead of intent; {cure}"
-    )
