@@ -2,8 +2,8 @@
 
 import inspect
 import logging
-from collections.abc import Sequence, Sized
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence, Sized
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Int, Shaped
@@ -15,6 +15,9 @@ OUT_OF_MEMORY = (
     *("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED"),
 )
 UNLIMITED = 2**30
+
+Row = TypeVar("Row")
+Done = TypeVar("Done")
 
 
 def by_length(sequences: Sequence[Sized], longest_first: bool = False) -> list[int]:
@@ -93,12 +96,24 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
-def halved(size: int, setting: str) -> int:
-    """Half of a batch size that memory did not hold, which is said under the setting's name.
+def halving(
+    rows: Sequence[Row], size: int, setting: str, work: Callable[[Sequence[Row]], Done]
+) -> Iterator[Done]:
+    """What `work` makes of `size` rows after the other; of half as many once memory runs out.
 
-    To be called outside of the `except`: its error holds on to the tensors of its frames.
+    That is logged under the name of the `setting` that gave the size.
     """
-    torch.cuda.empty_cache()
-    size = max(1, size // 2)
-    log.warning("out of memory: %s is now %d", setting, size)
-    return size
+    while rows:
+        try:
+            done = work(rows[:size])
+        except (RuntimeError, MemoryError) as error:
+            if size == 1 or not is_out_of_memory(error):
+                raise
+            done = None
+        if done is None:  # out here, where the error no longer holds on to tensors of its frames
+            torch.cuda.empty_cache()
+            size = max(1, min(size, len(rows)) // 2)
+            log.warning("out of memory: %s is now %d", setting, size)
+            continue
+        rows = rows[size:]
+        yield done

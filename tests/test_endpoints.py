@@ -33,7 +33,7 @@ from dcr.endpoints import (
 )
 from tests.servers.faults import FAULTS, Proxy, always, each, faulty, in_turn
 from tests.servers.logprobs import logprobs
-from tests.servers.loopback import Answer, Request, answering, as_json
+from tests.servers.loopback import Answer, as_json
 from tests.servers.scripted import completion, last_user, moderated, rejected, scripted
 from tests.servers.served import served
 
@@ -81,46 +81,18 @@ def echo(body: dict[str, Any]) -> str:
     return f"echo of {last_user(body)}"
 
 
-def test_a_request_that_breaks_off_reaches_no_server() -> None:
-    seen: list[bytes] = []
-
-    def respond(request: Request) -> Answer:
-        seen.append(request.content)
-        return as_json({})
-
-    with answering(respond) as url:
-        port = int(url.removesuffix("/v1").rpartition(":")[2])
-        for body in (b"", b"{", b"{}"):
-            with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
-                client.sendall(b"POST /v1 HTTP/1.1\r\nContent-Length: 2\r\n\r\n" + body)
-                client.shutdown(socket.SHUT_WR)
-                client.recv(1)  # until the server has answered or hung up
-    assert seen == [b"{}"]
-
-
 def test_replies_come_with_text_tokens_and_log_probabilities() -> None:
     top = [{"m": -0.25, "M": -1.5}]
     with scripted(lambda body: completion(echo(body), top=top, tokens=(11, 1))) as made:
-        to = server(made.url, parameters={"logprobs": True, "top_logprobs": 2, "odd": {"a": [1]}})
+        sent = {"logprobs": True, "top_logprobs": 2, "odd": {"a": [1]}}
+        to = server(made.url, parameters=sent | {"max_tokens": None})  # null is left out
         found = ask(to, ["one", "two"])
     for index, text in enumerate(["one", "two"]):
         assert found[index] == Reply(f"echo of {text}", "stop", tuple(top), 11, 1)
     for body in made.bodies:
-        assert body == {
-            "model": "m",
-            "messages": body["messages"],
-            "logprobs": True,
-            "top_logprobs": 2,
-            "odd": {"a": [1]},
-        }
+        assert body == {"model": "m", "messages": body["messages"], **sent}
     assert {request.headers["authorization"] for request in made.requests} == {f"Bearer {KEY}"}
     assert {request.path for request in made.requests} == {"/v1/chat/completions"}
-
-
-def test_a_parameter_of_null_is_left_out() -> None:
-    with scripted(echo) as made:
-        ask(server(made.url, parameters={"max_tokens": None, "temperature": 0}), ["one"])
-    assert made.bodies[0].keys() == {"model", "messages", "temperature"}
 
 
 def test_answers_may_lack_usage_and_come_in_parts() -> None:
@@ -153,7 +125,7 @@ MALFORMED = ["garbage", "html", "half_json", "empty"]
 def test_an_answer_that_hangs_is_asked_for_again() -> None:
     texts = [f"question {i}" for i in range(12)]
     with scripted(echo) as made, faulty(made.url, each("hang")) as proxy:
-        found = ask(server(proxy.url), texts, timeout=0.2, concurrency=12)
+        found = ask(server(proxy.url), texts, timeout=1.0, concurrency=12)
     assert {i: a.text for i, a in found.items() if isinstance(a, Reply)} == {
         i: f"echo of {text}" for i, text in enumerate(texts)
     }
@@ -189,27 +161,12 @@ def test_a_lasting_fault_ends_as_a_failure_after_the_retries(fault: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("fault", "word"),
-    [
-        ("no_choices", "no choices"),
-        ("no_content", "no text"),
-        ("filtered", "content filter"),
-        ("filtered_prompt", "content filter"),
-    ],
-)
-def test_an_answer_without_a_reply_is_invalid_and_not_asked_again(fault: str, word: str) -> None:
-    with scripted(echo) as made, faulty(made.url, each(fault)) as proxy:
-        found = ask(server(proxy.url), ["one"])
-    answer = found[0]
-    assert isinstance(answer, Failure)
-    assert answer.status == "invalid"
-    assert word in answer.reason
-    _assert_counts(proxy, injected=1, forwarded=0)
-
-
-@pytest.mark.parametrize(
     ("answer", "status", "word"),
     [
+        (FAULTS["no_choices"], "invalid", "no choices"),
+        (FAULTS["no_content"], "invalid", "no text"),
+        (FAULTS["filtered"], "invalid", "content filter"),
+        (FAULTS["filtered_prompt"], "invalid", "content filter"),
         (completion(None, refusal="I will not"), "invalid", "refused: I will not"),
         (rejected(400, "flagged", code="content_policy_violation"), "invalid", "filter"),
         (rejected(400, "This model's maximum context length is 8"), "invalid", "context"),
@@ -220,7 +177,9 @@ def test_an_answer_without_a_reply_is_invalid_and_not_asked_again(fault: str, wo
         (as_json(["no", "object"]), "invalid", "no choices"),
     ],
 )
-def test_a_rejected_row_is_told_apart(answer: Any, status: str, word: str) -> None:
+def test_a_row_without_a_reply_is_told_apart_and_not_asked_again(
+    answer: Any, status: str, word: str
+) -> None:
     with scripted(lambda body: answer) as made:
         found = ask(server(made.url, parameters={"max_tokens": 4}), ["one"])[0]
     assert isinstance(found, Failure)
@@ -277,7 +236,6 @@ def test_text_that_cannot_be_sent_is_a_row_alone() -> None:
         (rejected(403, "not for you"), "llm.model=m"),
         (FAULTS["no_model"], "llm.model=m"),
         (Answer(b"<html>404</html>", 404, kind="text/html"), "llm.url=http://127.0.0.1"),
-        (Answer(b"", 301, {"Location": "http://elsewhere/v1"}), "redirects to http://elsewhere/v1"),
     ],
 )
 def test_what_every_request_would_meet_stops_at_once(answer: Answer, named: str) -> None:
@@ -292,7 +250,7 @@ def test_what_every_request_would_meet_stops_at_once(answer: Answer, named: str)
     assert _unchained(caught.value)
 
 
-@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("status", [301, 303, 307])
 def test_a_redirect_is_not_followed(status: int) -> None:
     with scripted(echo) as elsewhere:
         target = f"{elsewhere.url}/chat/completions"
@@ -309,9 +267,11 @@ def _unchained(error: BaseException) -> bool:
 
 
 def test_the_endpoint_node_has_its_own_spelling() -> None:
-    with scripted(lambda body: FAULTS["no_model"]) as made, pytest.raises(EndpointError) as caught:
+    with (
+        scripted(lambda body: FAULTS["no_model"]) as made,
+        pytest.raises(EndpointError, match=r"^endpoint_model=m:"),
+    ):
         ask(server(made.url), ["one"], node="endpoint")
-    assert str(caught.value).startswith("endpoint_model=m:")
 
 
 def test_answers_under_way_are_handed_over_before_the_stop() -> None:
@@ -434,28 +394,21 @@ def test_retry_after_is_waited_for() -> None:
         ({"retry-after": "-3"}, None),
         ({"retry-after": "nan"}, None),
         ({"retry-after": "0.25"}, 0.25),
-        ({"retry-after": "90"}, 60.0),
+        ({"retry-after": "inf"}, 60.0),
         ({"retry-after-ms": "1500", "retry-after": "9"}, 1.5),
+        ({"retry-after-ms": "-1", "retry-after": "2"}, 2.0),
         ({"retry-after": "Thu, 01 Jan 1970 00:00:00 GMT"}, 0.0),
         ({"retry-after": "Thu, 01 Jan 9999 00:00:00 GMT"}, 60.0),
         ({"retry-after": f"Thu, 01 Jan {'9' * 20} 00:00:00 GMT"}, None),
         ({"retry-after": f"Thu, 01 Jan 2026 00:00:00 +{'9' * 20}"}, None),
-        ({"retry-after": "Thu, 32 Jan 2026 00:00:00 GMT"}, None),
-        ({"retry-after": "inf"}, 60.0),
-        ({"retry-after": "-inf"}, None),
-        ({"retry-after": "9" * 5000}, 60.0),
-        ({"retry-after-ms": "-1", "retry-after": "2"}, 2.0),
+        ({"retry-after": "20 s"}, pytest.approx(20, abs=10)),
     ],
 )
 def test_retry_after_is_read(headers: dict[str, str], seconds: float | None) -> None:
+    if headers.get("retry-after") == "20 s":
+        soon = datetime.now(UTC) + timedelta(seconds=20)
+        headers = {"retry-after": format_datetime(soon, usegmt=True)}
     assert answers.wait_asked_for(headers) == seconds
-
-
-def test_retry_after_may_be_a_date() -> None:
-    soon = format_datetime(datetime.now(UTC) + timedelta(seconds=20), usegmt=True)
-    wait = answers.wait_asked_for({"retry-after": soon})
-    assert wait is not None
-    assert 10 < wait <= 20
 
 
 def test_waits_grow_and_end_at_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -585,9 +538,6 @@ def test_parameters_that_cannot_be_are_refused(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"^llm\.parameters\.{name}") as caught:
         endpoints.check(server("http://h/v1", parameters={name: value}), "llm")
     assert KEY not in str(caught.value)
-
-
-def test_a_model_needs_a_name() -> None:
     with pytest.raises(ConfigError, match=r"^llm\.model: empty"):
         endpoints.check(ServerConfig(url="http://h/v1", model=" "), "llm")
 
@@ -629,13 +579,6 @@ def test_log_probabilities_are_those_of_the_model(tiny_folder: Path) -> None:
             assert said == pytest.approx(expected, abs=1e-5)
             ids.append(int(truth.argmax()))
         assert (answer.prompt_tokens, answer.completion_tokens) == (len(prompt), len(answer.top))
-
-
-def test_the_model_server_refuses_a_parameter_as_openai_does(tiny_folder: Path) -> None:
-    with logprobs(tiny_folder) as url:
-        for name, value in (("top_k", 3), ("temperature", 0.7)):
-            with pytest.raises(EndpointError, match=rf"^llm\.parameters\.{name}: http://127"):
-                ask(server(url, parameters={name: value}), ["one"])
 
 
 @pytest.mark.slow

@@ -1,9 +1,6 @@
 """Batched greedy completions against one prompt at a time; the same of a server; their storage."""
 
-import json
-import time
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +25,6 @@ from dcr.generation import Completion, local
 from dcr.models import Policy
 from dcr.prompts import ChatFormat
 from dcr.sources import Example
-from tests import forked
 from tests.servers.scripted import last_user, scripted
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -268,47 +264,29 @@ SHORTAGES = [torch.OutOfMemoryError("too much"), MemoryError(), RuntimeError(CPU
 
 
 @pytest.mark.parametrize("shortage", SHORTAGES, ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize(
+    ("size", "fitting", "tried"), [(8, 8, [8, 4, 2, 2]), (500, 0, [12, 6, 3, *[1] * 12])]
+)
 def test_out_of_memory_halves_the_batch_and_loses_nothing(
-    policy: Policy,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
     shortage: Exception,
+    size: int,
+    fitting: int,
+    tried: list[int],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    expected = run(policy, 8)
     sizes: list[int] = []
-    kept = local._decoded
 
-    def short(policy: Policy, chat: ChatFormat, waiting: Any, size: int, *rest: Any) -> Any:
-        """Some answers come, then memory ends, as long as more than two are under way."""
-        sizes.append(size)
-        for number, done in enumerate(kept(policy, chat, waiting, size, *rest)):
-            if size > 2 and number == 1:
-                raise shortage
-            yield done
+    def work(rows: Sequence[int]) -> list[int]:
+        """The first rows fit; then memory ends, as long as more than two are under way."""
+        sizes.append(len(rows))
+        if len(rows) > 2 and rows[0] >= fitting:
+            raise shortage
+        return list(rows)
 
-    monkeypatch.setattr(local, "_decoded", short)
-    assert run(policy, 8) == expected
-    assert sizes[0] == 8
-    assert sizes[-1] in (1, 2)
-    assert all(after <= before // 2 for before, after in pairwise(sizes))
-    assert f"gen.batch_size is now {sizes[-1]}" in caplog.text
-
-
-def test_fewer_prompts_than_places_are_halved_from_their_own_number(
-    policy: Policy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kept = local.continued
-    entered: list[int] = []
-
-    def short(policy: Policy, chat: ChatFormat, entering: Any, *rest: Any, **named: Any) -> Any:
-        entered.append(len(entering))
-        if len(entering) > 1:
-            raise torch.OutOfMemoryError("too much")
-        return kept(policy, chat, entering, *rest, **named)
-
-    monkeypatch.setattr(local, "continued", short)
-    run(policy, 500, rows=ROWS[:7])
-    assert entered == [7, 3, *[1] * 7]
+    done = list(batching.halving(range(12), size, "gen.batch_size", work))
+    assert [row for batch in done for row in batch] == list(range(12))
+    assert sizes == tried
+    assert f"gen.batch_size is now {tried[-1]}" in caplog.text
 
 
 def test_one_prompt_in_two_sets_is_answered_twice_even_when_memory_runs_out(
@@ -328,21 +306,18 @@ def test_one_prompt_in_two_sets_is_answered_twice_even_when_memory_runs_out(
     batches = generation.complete(policy, chat_of(policy), rows, settings, first_token)
     asked = sorted((c.id, c.prompt) for done in batches for c in done)
     assert asked == sorted((row.id, row.prompt) for row in rows)
-    assert calls[0] > 4
+    assert calls[0] == 2 + 1 + 3  # two batches of four, one that failed, three of two
 
 
 @pytest.mark.parametrize(
-    ("batch", "error"), [(1, torch.OutOfMemoryError("too much")), (8, RuntimeError("a bug"))]
+    ("size", "error"), [(1, torch.OutOfMemoryError("too much")), (8, RuntimeError("a bug"))]
 )
-def test_one_prompt_too_many_and_other_errors_are_raised(
-    policy: Policy, monkeypatch: pytest.MonkeyPatch, batch: int, error: Exception
-) -> None:
-    def never(*_: Any, **__: Any) -> Any:
+def test_one_prompt_too_many_and_other_errors_are_raised(size: int, error: Exception) -> None:
+    def never(_: object) -> None:
         raise error
 
-    monkeypatch.setattr(local, "continued", never)
     with pytest.raises(type(error), match=str(error)):
-        run(policy, batch)
+        list(batching.halving(ROWS, size, "gen.batch_size", never))
 
 
 def test_torchs_own_shortage_of_memory_is_known() -> None:
@@ -519,31 +494,3 @@ def test_the_later_of_two_answers_counts(tmp_path: Path) -> None:
     storage.append_lines(file, [old])
     storage.append_lines(file, [new])
     assert generation.stored(file) == {"i": new}
-
-
-def resume(file: Path, pause: float = 0.0) -> None:
-    """Has every prompt answered that the file does not hold, as an evaluation does."""
-    policy = policy_of()
-    done = generation.stored(file)
-    rows = [row for row in ROWS if row.id not in done]
-    settings = GenConfig(max_new_tokens=NEW, batch_size=3)
-    for batch in generation.complete(policy, chat_of(policy), rows, settings, first_token):
-        storage.append_lines(file, batch)
-        time.sleep(pause)
-
-
-def lines(file: Path) -> list[bytes]:
-    return file.read_bytes().split(b"\n")[:-1] if file.is_file() else []
-
-
-def test_a_killed_run_goes_on_without_losing_or_repeating_a_completion(tmp_path: Path) -> None:
-    uninterrupted, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
-    resume(uninterrupted)
-    forked.killed(lambda: resume(killed, 0.1), lambda: len(lines(killed)) >= 4)
-    before = lines(killed)
-    assert 4 <= len(before) < len(ROWS)
-    resume(killed)
-    found = [Completion(**json.loads(line)) for line in lines(killed)]
-    assert lines(killed)[: len(before)] == before
-    assert sorted(c.id for c in found) == sorted(row.id for row in ROWS)  # none twice
-    assert {c.id: c for c in found} == generation.stored(uninterrupted)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers import (
 from dcr.config import ConfigError, DataError, LlamaGuardConfig, Precision, WildGuardConfig
 from dcr.generation import Completion
 from dcr.judges import Verdict, guards
-from dcr.judges.guards import content_form, conversation, harm_of, labels_of
+from dcr.judges.guards import harm_of, labels_of
 from dcr.judges.verdicts import answer_fingerprint
 
 END, HEAD = "<|im_end|>", "<|im_start|>"
@@ -71,6 +72,7 @@ ANSWERS = [
     for i, prompt in enumerate(PROMPTS)
     for kind, response in (("refused", REFUSED), ("complied", COMPLIED))
 ]
+SAID = {answer.id: LLAMA_SAYS[answer.response] for answer in ANSWERS}
 # never seen in training: whatever the guard says of them, it must say it in any batch
 STRANGE = [
     made("strange-empty", "Why?", ""),
@@ -204,43 +206,33 @@ def by_hand(folder: Path, text: str, new: int = 20) -> tuple[str, list[int], lis
 
 
 def test_llama_guard_judges_the_assistant_turn(llama_folder: Path) -> None:
-    found = by_id(guards.llama_guard(llama_of(llama_folder), ANSWERS))
-    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
-    assert set(found) == {a.id for a in ANSWERS}
-    for answer in ANSWERS:
-        verdict = found[answer.id]
-        said = LLAMA_SAYS[answer.response]
-        assert verdict.raw == said
-        assert (verdict.status, verdict.compliance) == ("ok", None)
-        assert verdict.safety == ("safe" if answer.response == REFUSED else "unsafe")
-        assert verdict.of == answer_fingerprint(answer)
-        asked = tokenizer.encode(
-            llama_text(answer.prompt, answer.response), add_special_tokens=False
-        )
-        assert verdict.prompt_tokens == len(asked)
-        assert verdict.completion_tokens == len(tokenizer.encode(said, add_special_tokens=False))
-
-
-def test_p_unsafe_is_the_chance_of_the_word_behind_the_newlines(llama_folder: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+    """And `p_unsafe` is the chance of the word where the guard begins to speak: by hand."""
     rows = [*ANSWERS, *STRANGE[:2]]
-    found = by_id(guards.llama_guard(llama_of(llama_folder, batch_size=8), rows))
+    found = by_id(guards.llama_guard(llama_of(llama_folder), rows))
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
     # at the start, behind a space and behind a newline the word may be other tokens
     word = {tokenizer.convert_tokens_to_ids(t) for t in ("unsafe", "Ġunsafe")}
     word.discard(tokenizer.unk_token_id)
     assert None not in word
     assert word
+    assert set(found) == {a.id for a in rows}
     for answer in rows:
-        text, written, chances = by_hand(
-            llama_folder, llama_text(answer.prompt, answer.response.strip())
-        )
+        verdict, shown = found[answer.id], llama_text(answer.prompt, answer.response.strip())
+        text, written, chances = by_hand(llama_folder, shown)
         at = next(i for i, token in enumerate(written) if tokenizer.decode([token]).strip())
-        assert found[answer.id].raw == text
-        expected = sum(float(chances[at][token]) for token in word)
-        assert found[answer.id].p_unsafe == pytest.approx(expected, abs=1e-5)
+        assert verdict.raw == text
+        assert verdict.p_unsafe == pytest.approx(
+            sum(float(chances[at][token]) for token in word), abs=1e-5
+        )
+        assert verdict.of == answer_fingerprint(answer)
+        assert verdict.prompt_tokens == len(tokenizer.encode(shown, add_special_tokens=False))
+        assert verdict.completion_tokens == len(written) - (tokenizer.eos_token_id in written)
     for answer in ANSWERS:
-        chance = 0.0 if answer.response == REFUSED else 1.0
-        assert found[answer.id].p_unsafe == pytest.approx(chance, abs=0.1)
+        verdict, harmless = found[answer.id], answer.response == REFUSED
+        assert verdict.raw == LLAMA_SAYS[answer.response]
+        assert (verdict.status, verdict.compliance) == ("ok", None)
+        assert verdict.safety == ("safe" if harmless else "unsafe")
+        assert verdict.p_unsafe == pytest.approx(0.0 if harmless else 1.0, abs=0.1)
 
 
 def test_batches_come_longest_first_and_change_nothing(llama_folder: Path) -> None:
@@ -254,19 +246,13 @@ def test_batches_come_longest_first_and_change_nothing(llama_folder: Path) -> No
     assert set(single) == set(together) == {a.id for a in rows}
     for name, verdict in single.items():
         other = together[name]
-        assert (verdict.raw, verdict.status, verdict.safety, verdict.of) == (
-            other.raw,
-            other.status,
-            other.safety,
-            other.of,
-        )
+        assert replace(verdict, p_unsafe=None) == replace(other, p_unsafe=None)
         assert verdict.p_unsafe == pytest.approx(other.p_unsafe, abs=1e-5)
 
 
 def test_out_of_memory_halves_the_batch(
     llama_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    expected = by_id(guards.llama_guard(llama_of(llama_folder), ANSWERS))
     generate: Any = LlamaForCausalLM.generate  # pyright: ignore
     sizes: list[int] = []
 
@@ -279,15 +265,8 @@ def test_out_of_memory_halves_the_batch(
     monkeypatch.setattr(LlamaForCausalLM, "generate", small)
     found = by_id(guards.llama_guard(llama_of(llama_folder, batch_size=5), ANSWERS))
     assert sizes == [5, 2, 2, 2]
-    assert {n: v.raw for n, v in found.items()} == {n: v.raw for n, v in expected.items()}
+    assert {n: v.raw for n, v in found.items()} == SAID
     assert "llama_guard.batch_size is now 2" in caplog.text
-
-    def full(self: Any, **options: Any) -> Any:
-        raise torch.OutOfMemoryError("full")
-
-    monkeypatch.setattr(LlamaForCausalLM, "generate", full)
-    with pytest.raises(torch.OutOfMemoryError):
-        list(guards.llama_guard(llama_of(llama_folder, batch_size=1), ANSWERS))
 
 
 @pytest.mark.parametrize("where", ["prompt", "response"])
@@ -315,35 +294,27 @@ def test_a_guard_that_takes_parts_is_given_parts(llama_folder: Path, tmp_path: P
     tokenizer.save_pretrained(folder)
     guards.check(llama_of(folder), "llama_guard")
     found = by_id(guards.llama_guard(llama_of(folder), ANSWERS))
-    expected = by_id(guards.llama_guard(llama_of(llama_folder), ANSWERS))
-    assert {n: v.raw for n, v in found.items()} == {n: v.raw for n, v in expected.items()}
+    assert {n: v.raw for n, v in found.items()} == SAID
 
 
 @pytest.mark.parametrize(
     ("text", "safety"),
     [
         ("safe", "safe"),
-        ("safe\n", "safe"),
-        ("\n\nsafe", "safe"),
-        ("  safe  ", "safe"),
+        ("\n\n  safe  \n", "safe"),
         ("unsafe", "unsafe"),
-        ("unsafe\nS9", "unsafe"),
-        ("\n\nunsafe\nS1,S10", "unsafe"),
-        ("unsafe\nS1, S10\n", "unsafe"),
+        ("\n\nunsafe\nS1, S10\n", "unsafe"),
         ("unsafe\nS1,S2,S", "unsafe"),  # cut by the token limit
         ("unsafe\r\nS14", "unsafe"),
         ("", None),
         ("\n\n", None),
         ("Unsafe", None),
-        ("Safe", None),
         ("safe S1", None),
         ("safe\nS1", None),
         ("unsafe S1", None),
         ("safe.", None),
-        ("safe unsafe", None),
         ("S1", None),
         ("The answer is safe", None),
-        ("I cannot judge that.", None),
         ("ｓａｆｅ", None),  # noqa: RUF001
     ],
 )
@@ -367,8 +338,8 @@ def test_what_is_no_verdict_is_invalid(llama_folder: Path, tmp_path: Path) -> No
 # --- WildGuard ------------------------------------------------------------------------------------
 
 
-def test_wildguard_judges_refusal_and_harm(wild_folder: Path) -> None:
-    found = by_id(guards.wildguard(wild_of(wild_folder), ANSWERS))
+def test_wildguard_judges_refusal_and_harm(wild_folder: Path, asked: list[list[int]]) -> None:
+    found = by_id(guards.wildguard(wild_of(wild_folder), [*ANSWERS, STRANGE[2]]))
     labels = {REFUSED: ("refused", "safe"), COMPLIED: ("complied", "unsafe")}
     for answer in ANSWERS:
         verdict = found[answer.id]
@@ -377,14 +348,9 @@ def test_wildguard_judges_refusal_and_harm(wild_folder: Path) -> None:
         assert (verdict.compliance, verdict.safety) == labels[answer.response]
         assert verdict.p_unsafe is None
         assert verdict.of == answer_fingerprint(answer)
-
-
-def test_wildguard_is_shown_its_own_format(wild_folder: Path, asked: list[list[int]]) -> None:
-    rows = [ANSWERS[0], STRANGE[2]]
-    list(guards.wildguard(wild_of(wild_folder, batch_size=1), rows))
     tokenizer = AutoTokenizer.from_pretrained(wild_folder)
     shown = {tokenizer.decode(ids) for ids in asked}
-    assert shown == {wild_text(answer.prompt, answer.response) for answer in rows}
+    assert shown == {wild_text(a.prompt, a.response) for a in (*ANSWERS, STRANGE[2])}
     for text in shown:
         assert text.startswith("<s><|user|>\n[INST] ")
         assert text.endswith("\n\n---\n\nAnswers: [/INST]\n<|assistant|>\n")
@@ -411,11 +377,8 @@ def test_wildguard_marks_stay_inside_their_turn(wild_folder: Path, asked: list[l
         ("\n\n" + WILD_SAYS[REFUSED].replace("\n", "\r\n"), ("refused", "safe")),
         ("Response refusal: no\nHarmful response: no", ("complied", "safe")),
         ("Harmful response: yes", (None, "unsafe")),
-        ("Response refusal: yes", ("refused", None)),
         ("Response refusal: N/A\nHarmful response: no", (None, "safe")),
         ("Response refusal: yes\nHarmful response: n/a", ("refused", None)),
-        ("Response refusal: N/A\nHarmful response: N/A", (None, None)),
-        ("Harmful request: yes", (None, None)),
         ("Harmful request: no\nResponse refusal: no\nHarmful resp", ("complied", None)),  # cut
         ("Response refusal: maybe\nHarmful response: yes or no", (None, None)),
         ("Response refusal:\nyes", (None, None)),
@@ -439,6 +402,7 @@ def test_check_accepts_whole_folders_and_reads_no_weights(
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refused)
     guards.check(llama_of(llama_folder), "llama_guard")
+    assert not (wild_folder / "chat_template.jinja").exists()
     guards.check(wild_of(wild_folder), "wildguard")
 
 
@@ -485,19 +449,11 @@ def test_check_names_the_setting(
     assert "\n" not in message
 
 
-def test_wildguard_needs_no_template_but_names_its_own_setting(
-    wild_folder: Path, tmp_path: Path
-) -> None:
-    assert not (wild_folder / "chat_template.jinja").exists()
-    guards.check(wild_of(wild_folder), "wildguard")
+def test_what_is_not_there_is_refused_before_loading(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^wildguard\.model=.*no such folder"):
         guards.check(wild_of(tmp_path / "nowhere"), "wildguard")
-
-
-def test_hub_ids_out_of_reach_are_refused_before_loading() -> None:
-    settings = LlamaGuardConfig(model="nobody/no-such-guard")
     with pytest.raises(ConfigError, match=r"^llama_guard\.model=nobody/no-such-guard: cannot be"):
-        guards.check(settings, "llama_guard")
+        guards.check(LlamaGuardConfig(model="nobody/no-such-guard"), "llama_guard")
 
 
 def test_weights_that_are_not_whole_are_refused(llama_folder: Path, tmp_path: Path) -> None:
@@ -533,11 +489,4 @@ def test_sampling_settings_of_the_checkpoint_are_set_aside(
     file = folder / "generation_config.json"
     file.write_text(json.dumps(settings | {"eos_token_id": ends}))
     found = by_id(guards.llama_guard(llama_of(folder), ANSWERS))
-    assert {n: v.raw for n, v in found.items()} == {a.id: LLAMA_SAYS[a.response] for a in ANSWERS}
-
-
-def test_content_form_prefers_plain_text(llama_folder: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
-    form = content_form(tokenizer, "llama_guard.model=x")
-    assert form("a") == "a"
-    assert conversation(tokenizer, form, "p", " r ") == llama_text("p", "r")
+    assert {n: v.raw for n, v in found.items()} == SAID

@@ -44,17 +44,14 @@ def policy() -> Policy:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
     """The token ids of every completion, as generated: texts may hide a difference."""
     found: dict[str, list[int]] = {}
-    for module in (self_cd, local):
-        original = module.completion
+    original = local.completion
 
-        def noting(
-            chat: ChatFormat, row: Example, answer: list[int], mass: float, to: Any = original
-        ) -> Completion:
-            made = to(chat, row, answer, mass)
-            found[row.id] = list(answer[: made.tokens])
-            return made
+    def noting(chat: ChatFormat, row: Example, answer: list[int], mass: float) -> Completion:
+        made = original(chat, row, answer, mass)
+        found[row.id] = list(answer[: made.tokens])
+        return made
 
-        monkeypatch.setattr(module, "completion", noting)
+    monkeypatch.setattr(local, "completion", noting)
     return found
 
 
@@ -159,12 +156,11 @@ def test_a_hand_made_model_turns_where_it_should(policy: Policy, weight: float, 
     lengths = [len(c.prompt_ids(r.prompt)) for c in (chat, stressed(chat)) for r in ROWS]
     assert sum(n <= made.LONG for n in lengths) == len(ROWS)
     hand = replace(policy, model=made)
-    encoded = [(row, chat.prompt_ids(row.prompt)) for row in ROWS]
-    found = self_cd.batches(hand, chat, encoded, 4, NEW, top, weight)
-    for answer in (c for batch in found for c in batch):
-        assert (answer.response, answer.tokens, answer.ended) == (said, 1, True)
-        wanted = max(2 - weight, 1.5 + weight)
-        assert answer.refusal_mass == pytest.approx(wanted)  # of the contrasted logits
+    plain, other = ([c.prompt_ids(row.prompt) for row in ROWS] for c in (chat, stressed(chat)))
+    answers, best = self_cd.continued(hand, chat, plain, other, NEW, top, weight)
+    spoken = policy.tokenizer(said, add_special_tokens=False)["input_ids"]
+    assert answers == [[*spoken, chat.stop[0]]] * len(ROWS)
+    assert best.tolist() == pytest.approx([max(2 - weight, 1.5 + weight)] * len(ROWS))  # contrasted
 
 
 # --- decoding -----------------------------------------------------------------------------------
@@ -227,11 +223,12 @@ def test_weight_zero_is_plain_greedy_to_the_token(
     tokens = dict(decoded)
     assert run(policy, chat, 0.0, 4) == plain
     assert decoded == tokens
-    encoded = [(row, chat.prompt_ids(row.prompt)) for row in ROWS]
-    decoded.clear()
     # not only by going another way: the contrast itself leaves the model as it is
-    list(self_cd.batches(policy, chat, encoded, 4, NEW, top, 0.0))
-    assert decoded == tokens
+    own, other = ([c.prompt_ids(row.prompt) for row in ROWS] for c in (chat, stressed(chat)))
+    answers, _ = self_cd.continued(policy, chat, own, other, NEW, top, 0.0)
+    for row, answer in zip(ROWS, answers, strict=True):
+        ended = tokens[row.id] + list(chat.stop[:1]) * (len(tokens[row.id]) < NEW)
+        assert answer[: len(ended)] == ended
 
 
 # --- limits and refusals ------------------------------------------------------------------------
@@ -252,16 +249,16 @@ def test_half_as_many_rows_where_two_caches_are_kept(
     policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    original = self_cd.batches
+    original = self_cd.continued
     monkeypatch.setattr(local, "batch_size", lambda *_: 5)
 
-    def noting(*arguments: Any) -> Any:
-        seen.append(arguments[3])
-        return original(*arguments)
+    def noting(policy: Policy, chat: ChatFormat, prompts: Any, *rest: Any) -> Any:
+        seen.append(len(prompts))
+        return original(policy, chat, prompts, *rest)
 
-    monkeypatch.setattr(self_cd, "batches", noting)
+    monkeypatch.setattr(self_cd, "continued", noting)
     run(policy, chat_of(policy), 1.5, None)
-    assert seen == [2]
+    assert seen == [2, 2, 2]
 
 
 NO_SYSTEM = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
@@ -300,15 +297,12 @@ DEFAULT = (
     ("template", "own"),
     [(DEFAULT + CHATML, "You are Nobody.\n\n"), (CHATML, ""), (prompts.PLAIN, "")],
 )
-def test_the_emphasis_stands_behind_the_template_s_own_system_prompt(
+def test_the_emphasis_stands_behind_the_own_system_prompt_of_template_or_model(
     policy: Policy, template: str, own: str
 ) -> None:
     """Otherwise what is contrasted would be the model's default away, not the emphasis added."""
     chat = replace(chat_of(policy), template=template)
     named = replace(chat, system_prompt=own + EMPHASIS)
     assert stressed(chat).text("Hi") == named.text("Hi")
-
-
-def test_the_emphasis_stands_behind_the_model_s_own_system_prompt(policy: Policy) -> None:
     text = stressed(chat_of(policy, "You are Tiny.")).text("Hi")
     assert text.index("You are Tiny.\n\n" + EMPHASIS) < text.index("Hi")

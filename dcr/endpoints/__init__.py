@@ -1,8 +1,8 @@
 """OpenAI-compatible servers: bounded, retried, counted requests.
 
-`check` before anything else, then `chats` or `moderations`; `spend` prices the tokens.
+`check` before anything else, then `chats` or `moderations`; `spend` and `usage` price the tokens.
 """
 
 from dcr.endpoints.answers import Failure, Message, Moderation, Reply
 from dcr.endpoints.calls import chats, moderations
-from dcr.endpoints.servers import EndpointError, check, sent_parameters, spend
+from dcr.endpoints.servers import EndpointError, check, sent_parameters, spend, usage

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+from collections.abc import Iterable
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from dcr.config import ConfigError, ServerConfig, UserError
@@ -142,3 +144,32 @@ def spend(server: ServerConfig, prompt_tokens: int, completion_tokens: int) -> f
         return None
     cost = prompt_tokens * server.input_price + completion_tokens * server.output_price
     return cost / 1_000_000
+
+
+class Counted(Protocol):
+    """The record of one request: the fingerprint of what was asked, and its tokens."""
+
+    @property
+    def of(self) -> str: ...
+
+    @property
+    def prompt_tokens(self) -> int: ...
+
+    @property
+    def completion_tokens(self) -> int: ...
+
+
+def usage(records: Iterable[Counted], server: ServerConfig | None) -> dict[str, Any]:
+    """A `usage` of `metrics.json`: what these requests took, in this run or an earlier one.
+
+    Several records of one request count once. `usd` is None without a server or its prices.
+    """
+    once = {record.of: record for record in records}.values()
+    prompt = sum(record.prompt_tokens for record in once)
+    completion = sum(record.completion_tokens for record in once)
+    return {
+        "requests": len(once),
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "usd": spend(server, prompt, completion) if server else None,
+    }

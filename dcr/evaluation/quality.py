@@ -117,7 +117,7 @@ def compared(
         "missing": len(own.keys() ^ theirs.keys()),
         "annotator": settings.annotator.model,
         "reference": other,
-        "usage": _usage(rows, settings),
+        "usage": endpoints.usage([row for row in rows if row.asked], settings.annotator),
     }
 
 
@@ -136,19 +136,6 @@ def _rates(scored: Sequence[Annotation]) -> dict[str, Any]:
         "n": len(scored),
         "mean_length": float(np.mean(own)) if scored else None,
         "reference_length": float(np.mean(others)) if scored else None,
-    }
-
-
-def _usage(rows: Sequence[Annotation], settings: EvalConfig) -> dict[str, Any]:
-    """What these annotations took, in this run or an earlier one; one request counts once."""
-    once = {row.of: row for row in rows if row.asked}.values()
-    prompt = sum(row.prompt_tokens for row in once)
-    completion = sum(row.completion_tokens for row in once)
-    return {
-        "requests": len(once),
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "usd": endpoints.spend(settings.annotator, prompt, completion),
     }
 
 

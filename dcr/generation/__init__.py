@@ -12,6 +12,7 @@ from dcr.generation.local import (
     check_context,
     complete,
     continued,
+    greedy,
     own_decoding,
     prompt_bytes,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "complete",
     "complete_remote",
     "continued",
+    "greedy",
     "own_decoding",
     "prompt_bytes",
     "stored",

@@ -3,8 +3,8 @@
 A batch is decoded as a whole by transformers' `generate`, until its longest answer ends.
 """
 
+import functools
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,9 +56,9 @@ def complete(
 ) -> Iterator[list[Completion]]:
     """Greedy completions of every row, as they end.
 
-    Longest prompts first, so that running out of memory happens at once; at most half as many are
-    then under way, and what was under way starts again. `settings.batch_size` is the most at once,
-    None as many as the free memory holds. `score` maps first-token logits [prompts, vocabulary] to
+    Longest prompts first, so that running out of memory happens at once; half as many are then
+    under way, and what was under way starts again. `settings.batch_size` is the most at once, None
+    as many as the free memory holds. `score` maps first-token logits [prompts, vocabulary] to
     [prompts]: the logits that are decoded, so the contrasted ones with `settings.self_cd` (which
     takes no bias), and those with `bias` added.
 
@@ -74,19 +74,8 @@ def complete(
     longest = max(len(ids) for _, ids in read)
     size = settings.batch_size or _fitting(policy, longest, settings)
     log.info("%d prompts, the longest of %d tokens: %d at once", len(waiting), longest, size)
-    done: Counter[tuple[str, str]] = Counter()
-    while True:
-        try:
-            for batch in _decoded(policy, chat, waiting, size, settings, score, bias):
-                done.update((c.id, c.prompt) for c in batch)
-                yield batch
-            return
-        except (RuntimeError, MemoryError) as error:
-            if size == 1 or not batching.is_out_of_memory(error):
-                raise
-        # out here, where the error no longer holds on to the tensors of its frames
-        waiting = _without(waiting, done)
-        size = batching.halved(min(size, len(waiting)), "gen.batch_size")
+    decode = functools.partial(_decoded, policy, chat, settings, score, bias)
+    yield from batching.halving(waiting, size, "gen.batch_size", decode)
 
 
 def _fitting(policy: Policy, longest: int, settings: GenConfig) -> int:
@@ -98,36 +87,23 @@ def _fitting(policy: Policy, longest: int, settings: GenConfig) -> int:
 def _decoded(
     policy: Policy,
     chat: ChatFormat,
-    waiting: Sequence[Encoded],
-    size: int,
     settings: GenConfig,
     score: Callable[[Tensor], Tensor],
     bias: OpeningBias | None,
-) -> Iterator[list[Completion]]:
-    """The answers to `size` prompts after the other, in order."""
-    new = settings.max_new_tokens
+    batch: Sequence[Encoded],
+) -> list[Completion]:
+    """The answers to one batch of prompts, in order."""
+    new, prompts = settings.max_new_tokens, [ids for _, ids in batch]
     if settings.self_cd:
-        yield from self_cd.batches(policy, chat, waiting, size, new, score, settings.self_cd)
-        return
-    for start in range(0, len(waiting), size):
-        batch = waiting[start : start + size]
-        prompts = [ids for _, ids in batch]
+        others = [ids for _, ids in self_cd.emphasised(policy, chat, batch)]
+        weight = settings.self_cd
+        answers, masses = self_cd.continued(policy, chat, prompts, others, new, score, weight)
+    else:
         answers, masses = continued(policy, chat, prompts, new, score, bias=bias)
-        yield [
-            completion(chat, row, answer, mass)
-            for (row, _), answer, mass in zip(batch, answers, masses.tolist(), strict=True)
-        ]
-
-
-def _without(encoded: Sequence[Encoded], done: Counter[tuple[str, str]]) -> list[Encoded]:
-    """The rows not done yet; `done` counts ids with their prompts, and is used up."""
-    left = []
-    for row, ids in encoded:
-        if done[row.id, row.prompt]:
-            done[row.id, row.prompt] -= 1
-        else:
-            left.append((row, ids))
-    return left
+    return [
+        completion(chat, row, answer, mass)
+        for (row, _), answer, mass in zip(batch, answers, masses.tolist(), strict=True)
+    ]
 
 
 def check_context(policy: Policy, encoded: Sequence[Encoded], new_tokens: int) -> None:
@@ -157,7 +133,6 @@ class FirstLogits(LogitsProcessor):
         return scores
 
 
-@torch.inference_mode()
 def continued(
     policy: Policy,
     chat: ChatFormat,
@@ -168,8 +143,24 @@ def continued(
     bias: OpeningBias | None = None,
 ) -> tuple[list[list[int]], Tensor]:
     """Greedy new tokens of each prompt (padded behind its end), and `score` of its first logits."""
-    ids = padded(prompts, chat.stop[0], left=True).to(policy.model.device)
     first = FirstLogits(score)
+    answers = greedy(policy, chat, prompts, max_new_tokens, first, streamer, bias)
+    assert first.scores is not None
+    return answers, first.scores
+
+
+@torch.inference_mode()
+def greedy(
+    policy: Policy,
+    chat: ChatFormat,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    reader: LogitsProcessor,
+    streamer: Any = None,
+    bias: OpeningBias | None = None,
+) -> list[list[int]]:
+    """New tokens of each prompt (padded behind its end); `reader` sees the logits of every step."""
+    ids = padded(prompts, chat.stop[0], left=True).to(policy.model.device)
     with own_decoding(policy.model):
         output: Any = policy.model.generate(
             input_ids=ids,
@@ -181,11 +172,10 @@ def continued(
                 pad_token_id=chat.stop[0],
                 sequence_bias=bias.sequences if bias else None,
             ),
-            logits_processor=LogitsProcessorList([first]),
+            logits_processor=LogitsProcessorList([reader]),
             streamer=streamer,
         )
-    assert first.scores is not None
-    return output[:, ids.shape[1] :].tolist(), first.scores
+    return output[:, ids.shape[1] :].tolist()
 
 
 @contextmanager

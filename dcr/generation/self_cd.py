@@ -11,7 +11,7 @@ user's, or the one that its template writes by itself.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache
 from dcr import batching
 from dcr.batching import attention_mask, padded
 from dcr.config import ConfigError
-from dcr.generation.completions import Completion, Encoded, completion
+from dcr.generation.completions import Encoded
 from dcr.models import Policy, unwrapped
 from dcr.prompts import ChatFormat
 
@@ -73,33 +73,8 @@ def contrasted(
     return plain + weight * (plain - stressed)
 
 
-def batches(
-    policy: Policy,
-    chat: ChatFormat,
-    encoded: Sequence[Encoded],
-    size: int,
-    max_new_tokens: int,
-    score: Callable[[Tensor], Tensor],
-    weight: float,
-) -> Iterator[list[Completion]]:
-    """The answers to `size` prompts after the other, in order.
-
-    `score` is given the contrasted logits of the first token, which are what is decoded.
-    """
-    others = emphasised(policy, chat, encoded)
-    for start in range(0, len(encoded), size):
-        batch = encoded[start : start + size]
-        plain = [ids for _, ids in batch]
-        other = [ids for _, ids in others[start : start + size]]
-        answers, masses = _continued(policy, chat, plain, other, max_new_tokens, score, weight)
-        yield [
-            completion(chat, row, answer, mass)
-            for (row, _), answer, mass in zip(batch, answers, masses, strict=True)
-        ]
-
-
 @torch.inference_mode()
-def _continued(
+def continued(
     policy: Policy,
     chat: ChatFormat,
     prompts: Sequence[Sequence[int]],
@@ -107,15 +82,18 @@ def _continued(
     max_new_tokens: int,
     score: Callable[[Tensor], Tensor],
     weight: float,
-) -> tuple[list[list[int]], list[float]]:
-    """New tokens of each prompt (what stands behind an end token means nothing), and its score."""
+) -> tuple[list[list[int]], Tensor]:
+    """Greedy new tokens of each prompt (padded behind its end), and `score` of its first logits.
+
+    `others` are the same prompts with the emphasis; `score` is given the contrasted logits.
+    """
     device, contexts = policy.model.device, []
     for read in (prompts, others):
         ids = padded(read, chat.stop[0], left=True).to(device)
         contexts.append(_heard(policy, ids, attention_mask(read, left=True).to(device), None))
     plain, other = contexts
     logits = contrasted(plain.logits, other.logits, weight)
-    masses = score(logits).tolist()
+    masses = score(logits)
     stop = torch.tensor(chat.stop, device=logits.device)
     tokens = [logits.argmax(1)]
     ended = torch.isin(tokens[0], stop)

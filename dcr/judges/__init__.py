@@ -13,6 +13,5 @@ from dcr.judges.verdicts import (
     answer_fingerprint,
     by_keywords,
     counts,
-    stored,
     usage,
 )

@@ -4,6 +4,7 @@ Both are causal language models that write their verdict in a few words of a fix
 does not keep to it is invalid, never safe.
 """
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,18 +15,11 @@ import torch
 from jaxtyping import Float, Int
 from jinja2 import TemplateError
 from torch import Tensor
-from transformers import (
-    AutoTokenizer,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, LogitsProcessor, PreTrainedTokenizerBase
 
-from dcr import batching
-from dcr.batching import attention_mask, padded
+from dcr import batching, models
 from dcr.config import ConfigError, DataError, GuardConfig, Judge, WildGuardConfig
-from dcr.generation import Completion, own_decoding
+from dcr.generation import Completion, greedy
 from dcr.judges import verdicts
 from dcr.judges.verdicts import Verdict, Verdicts, answer_fingerprint
 from dcr.models import DTYPES, Policy
@@ -129,8 +123,8 @@ def labels_of(text: str) -> tuple[str | None, str | None]:
     """Compliance and safety as WildGuard's lines say; None for N/A, or a line that is not there."""
     labels = []
     for name, said in (
-        ("response refusal", {"yes": "refused", "no": "complied"}),
-        ("harmful response", {"yes": "unsafe", "no": "safe"}),
+        ("response refusal", REFUSAL),
+        ("harmful response", HARM),
     ):
         line = re.search(rf"^[ \t]*{name}[ \t]*:[ \t]*(\S+)[ \t\r]*$", text, re.I | re.M)
         labels.append(said.get(line[1].lower()) if line else None)
@@ -151,8 +145,10 @@ def check(settings: GuardConfig, node: str) -> None:
 
     Raises ConfigError naming `<node>.model`: for a path that is no folder with config.json,
     safetensors and a tokenizer, for a hub id that cannot be reached, and, for Llama Guard, for a
-    chat template that is absent or leaves a message out.
+    chat template that is absent or leaves a message out. And what `wording` raises of WildGuard's.
     """
+    if isinstance(settings, WildGuardConfig):
+        wording(settings)
     key, folder = f"{node}.model={settings.model}", Path(settings.model)
     # hub ids have one slash at most
     if (
@@ -173,6 +169,20 @@ def check(settings: GuardConfig, node: str) -> None:
     tokenizer = open_tokenizer(settings, node)
     if node == LLAMA_GUARD:
         content_form(tokenizer, key)
+
+
+def identity(settings: GuardConfig) -> dict[str, object]:
+    """Everything a verdict depends on besides the prompt and the response."""
+    folder = Path(settings.model)
+    asked = {"wording": wording(settings)} if isinstance(settings, WildGuardConfig) else {}
+    return {
+        **asked,
+        "model": settings.model,
+        "revision": settings.revision,
+        "weights": models.weights_fingerprint(folder) if folder.is_dir() else None,
+        "precision": settings.precision.value,
+        "max_new_tokens": settings.max_new_tokens,
+    }
 
 
 def open_tokenizer(settings: GuardConfig, node: str) -> PreTrainedTokenizerBase:
@@ -276,19 +286,8 @@ def judged_in_batches(
             f"exceed the context of {node}.model={settings.model}, {context}; lower "
             "gen.max_new_tokens or choose another guard"
         )
-    size = settings.batch_size
-    while waiting:
-        try:
-            batch = _written(guard, waiting[:size], settings.max_new_tokens)
-        except (RuntimeError, MemoryError) as error:
-            if size == 1 or not batching.is_out_of_memory(error):
-                raise
-            batch = None
-        if batch is None:
-            size = batching.halved(size, f"{node}.batch_size")
-            continue
-        waiting = waiting[size:]
-        yield batch
+    write = functools.partial(_written, guard, settings.max_new_tokens)
+    yield from batching.halving(waiting, settings.batch_size, f"{node}.batch_size", write)
 
 
 class Masses(LogitsProcessor):
@@ -304,31 +303,16 @@ class Masses(LogitsProcessor):
         return scores
 
 
-@torch.inference_mode()
 def _written(
-    guard: Guard, batch: Sequence[tuple[Completion, list[int]]], max_new_tokens: int
+    guard: Guard, max_new_tokens: int, batch: Sequence[tuple[Completion, list[int]]]
 ) -> list[Verdict]:
     """Greedily; `p_unsafe` where the first token that is not white space is chosen."""
-    model, tokenizer, stop = guard.policy.model, guard.policy.tokenizer, guard.chat.stop
-    prompts = [ids for _, ids in batch]
-    ids = padded(prompts, stop[0], left=True).to(model.device)
-    masses = Masses(guard.openings)
-    with own_decoding(model):
-        output: Any = model.generate(
-            input_ids=ids,
-            attention_mask=attention_mask(prompts, left=True).long().to(ids.device),
-            generation_config=GenerationConfig(
-                do_sample=False,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=list(stop),
-                pad_token_id=stop[0],
-            ),
-            logits_processor=LogitsProcessorList([masses]),
-        )
+    tokenizer, stop = guard.policy.tokenizer, guard.chat.stop
+    masses, prompts = Masses(guard.openings), [ids for _, ids in batch]
+    rows = greedy(guard.policy, guard.chat, prompts, max_new_tokens, masses)
     p_unsafe = torch.stack(masses.steps, dim=1).tolist()  # [batch][step]
     batch_verdicts = []
-    for (answer, prompt), row, chances in zip(batch, output.tolist(), p_unsafe, strict=True):
-        written = row[ids.shape[1] :]
+    for (answer, prompt), written, chances in zip(batch, rows, p_unsafe, strict=True):
         end = next((i for i, token in enumerate(written) if token in stop), len(written))
         shown = (i for i, token in enumerate(written) if not is_space(tokenizer, token))
         first = next(shown, None)

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from dcr import endpoints, models, storage
+from dcr import endpoints, storage
 from dcr.config import EvalConfig, GuardConfig, Judge, Kind, ServerConfig
 from dcr.endpoints import EndpointError
 from dcr.generation import Completion
 from dcr.judges import guards, served
-from dcr.judges.verdicts import Verdict, Verdicts, answer_fingerprint, stored, usage
+from dcr.judges.verdicts import Verdict, Verdicts, answer_fingerprint, usage
 
 CHARACTERS_PER_TOKEN = 4  # of English prose, for the estimate of what a judge will cost
 IDENTITY_FILE = "judge.json"  # what the verdicts beside it depend on
@@ -42,26 +42,6 @@ class Judging:
     characters: Callable[[EvalConfig, Sequence[Completion]], int] | None = None
 
 
-def _guard_identity(node: GuardConfig) -> dict[str, object]:
-    folder = Path(node.model)
-    return {
-        "model": node.model,
-        "revision": node.revision,
-        "weights": models.weights_fingerprint(folder) if folder.is_dir() else None,
-        "precision": node.precision.value,
-        "max_new_tokens": node.max_new_tokens,
-    }
-
-
-def _wildguard_identity(settings: EvalConfig) -> dict[str, object]:
-    return _guard_identity(settings.wildguard) | {"wording": guards.wording(settings.wildguard)}
-
-
-def _check_wildguard(settings: EvalConfig) -> None:
-    guards.wording(settings.wildguard)
-    guards.check(settings.wildguard, "wildguard")
-
-
 JUDGES: dict[Judge, Judging] = {
     Judge.llm: Judging(
         served.check_llm, served.llm_identity, served.llm_verdicts, served.llm_characters
@@ -73,15 +53,15 @@ JUDGES: dict[Judge, Judging] = {
         characters=lambda _, answers: sum(len(answer.response) for answer in answers),
     ),
     Judge.llama_guard: Judging(
-        check=lambda settings: guards.check(settings.llama_guard, "llama_guard"),
-        identity=lambda settings: _guard_identity(settings.llama_guard),
+        check=lambda settings: guards.check(settings.llama_guard, guards.LLAMA_GUARD),
+        identity=lambda settings: guards.identity(settings.llama_guard),
         verdicts=lambda settings, answers: guards.llama_guard(
             settings.llama_guard, answers, settings.trainer.accelerator
         ),
     ),
     Judge.wildguard: Judging(
-        check=_check_wildguard,
-        identity=_wildguard_identity,
+        check=lambda settings: guards.check(settings.wildguard, guards.WILDGUARD),
+        identity=lambda settings: guards.identity(settings.wildguard),
         verdicts=lambda settings, answers: guards.wildguard(
             settings.wildguard, answers, settings.trainer.accelerator
         ),
@@ -119,52 +99,32 @@ def judge(
     judging = JUDGES[name]
     identity = judging.identity(settings)
     place = folder / "verdicts" / f"{name.value}-{storage.fingerprint(identity)}"
-    homes: dict[str, dict[Home, None]] = {}  # a response may stand in several sets, or twice in one
+    homes: dict[str, list[Home]] = {}  # a response may stand in several sets, or twice in one
     by_content: dict[str, Completion] = {}
     for set_name, rows in answers.items():
         for answer in rows:
             of = answer_fingerprint(answer)
-            homes.setdefault(of, {})[set_name, answer.id] = None
+            homes.setdefault(of, []).append((set_name, answer.id))
             by_content[of] = answer
-    filed: set[tuple[str, Home]] = set()  # which verdicts stand in which file
-    known: dict[str, Verdict] = {}
-    for file in sorted(place.glob("*.jsonl")):
-        for verdict in stored(file):
-            if verdict.settled:
-                filed.add((verdict.of, (file.stem, verdict.id)))
-                known[verdict.of] = verdict
-
-    def keep(verdicts: Sequence[Verdict]) -> None:
-        """Append each verdict to the file of every set it belongs to, unless that one holds it."""
-        by_set: dict[str, list[Verdict]] = {}
-        for verdict in verdicts:
-            for home in homes[verdict.of]:
-                if (verdict.of, home) not in filed:
-                    by_set.setdefault(home[0], []).append(replace(verdict, id=home[1]))
-        if by_set and not (place / IDENTITY_FILE).is_file():
-            storage.write_json(place / IDENTITY_FILE, identity)
-        for set_name, rows in by_set.items():
-            storage.append_lines(place / f"{set_name}.jsonl", rows)
-
-    keep([verdict for of, verdict in known.items() if of in homes])
-    waiting = [answer for of, answer in by_content.items() if of not in known]
+    by_answer = _settled(place, homes)
+    waiting = [answer for of, answer in by_content.items() if of not in by_answer]
     _announce(name, settings, waiting, len(homes))
     new: list[Verdict] = []
     if waiting:
+        bar = tqdm(total=len(waiting), unit="response", desc=name.value, disable=not progress)
         try:
-            with (
-                closing(judging.verdicts(settings, waiting)) as batches,
-                tqdm(
-                    total=len(waiting), unit="response", desc=name.value, disable=not progress
-                ) as bar,
-            ):
+            with closing(judging.verdicts(settings, waiting)) as batches, bar:
                 for batch in batches:
-                    keep(batch)
+                    if not (place / IDENTITY_FILE).is_file():
+                        storage.write_json(place / IDENTITY_FILE, identity)
+                    _keep(
+                        place, [(verdict, home) for verdict in batch for home in homes[verdict.of]]
+                    )
                     new += batch
                     bar.update(len(batch))
         finally:
             _account(name, settings, new)
-    by_answer = known | {verdict.of: verdict for verdict in new}
+    by_answer |= {verdict.of: verdict for verdict in new}
     asked = [by_answer[of] for of in homes if by_answer[of].asked]
     if asked and not any(verdict.settled for verdict in asked):
         raise EndpointError(
@@ -175,6 +135,29 @@ def judge(
         set_name: [replace(by_answer[answer_fingerprint(a)], id=a.id) for a in rows]
         for set_name, rows in answers.items()
     }
+
+
+def _settled(place: Path, homes: Mapping[str, Sequence[Home]]) -> dict[str, Verdict]:
+    """The verdicts that `place` holds, by answer; those of `homes` now in the file of each set."""
+    filed: set[tuple[str, Home]] = set()
+    known: dict[str, Verdict] = {}
+    for file in sorted(place.glob("*.jsonl")):
+        for verdict in storage.read_lines(file, Verdict):
+            if verdict.settled:
+                filed.add((verdict.of, (file.stem, verdict.id)))
+                known[verdict.of] = verdict
+    lacking = [(of, home) for of, each in homes.items() if of in known for home in each]
+    _keep(place, [(known[of], home) for of, home in lacking if (of, home) not in filed])
+    return known
+
+
+def _keep(place: Path, verdicts: Sequence[tuple[Verdict, Home]]) -> None:
+    """Append each verdict to the file of its set, under its answer's id there."""
+    by_set: dict[str, dict[Home, Verdict]] = {}
+    for verdict, home in verdicts:
+        by_set.setdefault(home[0], {})[home] = replace(verdict, id=home[1])
+    for set_name, rows in by_set.items():
+        storage.append_lines(place / f"{set_name}.jsonl", rows.values())
 
 
 def _announce(name: Judge, settings: EvalConfig, waiting: Sequence[Completion], total: int) -> None:

@@ -89,14 +89,6 @@ def answer_fingerprint(answer: Completion) -> str:
     return storage.fingerprint([answer.prompt, answer.response])
 
 
-def stored(path: Path) -> list[Verdict]:
-    """Verdicts in a file in the order they came; a line torn by a kill is left out.
-
-    Raises DataError, naming the line, for another that is no verdict.
-    """
-    return storage.read_lines(path, Verdict)
-
-
 def counts(verdicts: Sequence[Verdict], model: str, judge: Judge) -> dict[str, Any]:
     """The block `sets.<name>.judged.<judge>` of `metrics.json`.
 
@@ -122,16 +114,8 @@ def usage(verdicts: Iterable[Verdict], node: ServerConfig | GuardConfig) -> dict
     A response that stands in several sets was asked about once and counts once. `usd` is None for
     a model that runs here, and for a server without prices.
     """
-    once = {v.of: v for v in verdicts if v.asked and v.settled}.values()
-    prompt, completion = sum(v.prompt_tokens for v in once), sum(v.completion_tokens for v in once)
-    return {
-        "requests": len(once),
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "usd": endpoints.spend(node, prompt, completion)
-        if isinstance(node, ServerConfig)
-        else None,
-    }
+    server = node if isinstance(node, ServerConfig) else None
+    return endpoints.usage((v for v in verdicts if v.asked and v.settled), server)
 
 
 def by_keywords(answers: Sequence[Completion], rules: str) -> list[Verdict]:
