@@ -189,7 +189,7 @@ def export(
         measured, _ = evaluated(run, stage, record)
         if len(measured):
             shown = measured.drop(columns=["run", "edit", "file"])  # places on this machine
-            numbers = results.csv_text(list(shown), shown.to_numpy(object).tolist())
+            numbers = results.csv_text(shown)
             (staging / "metrics.csv").write_text(numbers, encoding="utf-8")
     return out
 

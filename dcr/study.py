@@ -108,8 +108,7 @@ def main(options: Options) -> None:
     folders = [job.run.folder for job in planned if any(job.run.folder.glob("eval/*/metrics.json"))]
     if folders:
         notes = (*shared(planned), *(f"failed: {job}: {why}" for job, why in failed.items()))
-        wanted = report.Wanted(notes=notes)
-        print(f"{report.build(folders, page, [study.table], wanted)}\n\npage: {page}")
+        print(f"{report.build(folders, page, [study.table], notes=notes)}\n\npage: {page}")
     if failed:
         for job, why in failed.items():
             print(f"failed: {job}: {why}", file=sys.stderr)

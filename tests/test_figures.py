@@ -5,7 +5,6 @@ import csv
 import html
 import io
 import json
-import math
 import random
 import re
 import xml.etree.ElementTree as ElementTree
@@ -19,12 +18,12 @@ from test_report import change, make_eval, make_run, parsed
 
 from dcr import cli, report, runs
 from dcr.config import UserError
-from dcr.report import DRAWN, FIGURES, OPERATING, Wanted, comparisons, figures
+from dcr.report import DRAWN, FIGURES, OPERATING, figures, trade_offs
 from dcr.report.__main__ import Options, main
-from dcr.report.comparisons import Operating
 from dcr.report.figures import Drawing, file_name
 from dcr.report.records import Evaluation, RunRecord, read_run
 from dcr.report.tables import Cell
+from dcr.report.trade_offs import Operating
 from dcr.runs import Run
 
 KINDS = ("seemingly_toxic", "toxic", "normal")
@@ -163,21 +162,24 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def drawn(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Where every figure of these runs lies, drawn once, and what the terminal said."""
     out = tmp_path_factory.mktemp("drawn")
-    return out, report.build(folders, out / "page.html", (), Wanted(FIGURES))
+    return out, report.build(folders, out / "page.html", (), FIGURES)
 
 
 def figure_of(name: str, *folders: Path, **options: Any) -> Drawing:
     """A figure, not drawn yet."""
     records = [read_run(folder, curves_suffice=True) for folder in folders]
     if name == OPERATING:
-        return comparisons.operating_points(records, **{"margin": 2.0, "data": None} | options)
+        return trade_offs.operating_points(records, **{"margin": 2.0, "data": None} | options)
     return DRAWN[name](records)
 
 
 def rows_of(name: str, *folders: Path, **options: Any) -> list[dict[str, Any]]:
     """Its values."""
-    figure = figure_of(name, *folders, **options)
-    return [dict(zip(figure.header, row, strict=True)) for row in figure.rows]
+    values = figure_of(name, *folders, **options).values
+    return [
+        {key: None if value != value else value for key, value in row.items()}
+        for row in values.to_dict("records")
+    ]
 
 
 def only(rows: list[dict[str, Any]], **about: Any) -> dict[str, Any]:
@@ -221,8 +223,8 @@ def test_every_figure_is_drawn_and_stands_in_the_page(
             written = list(csv.DictReader(file))
         values = rows_of(name, *folders)
         assert written == [
-            {key: "" if value is None or value != value else str(value) for key, value in r.items()}
-            for r in values
+            {key: "" if value is None else str(value) for key, value in row.items()}
+            for row in values
         ], "every digit is there"
     assert sorted(path.name for path in out.glob(".*")) == []
 
@@ -305,8 +307,8 @@ def test_kept_kernels_are_drawn_without_a_log_and_without_pairs(tmp_path: Path) 
         block["params"]["tail-2"]["toxic"]["toxic"] = [None, None, None]  # a single toxic prompt
         keep(run, "sft", step, {"kernel": block})
     figure = figure_of("3", run)
-    assert [row[-1] for row in figure.rows] == ["tracking"] * 2 * (9 + 8)
-    lines = [len(axes.lines) for axes in figure.draw().axes]
+    assert list(figure.values["source"]) == ["tracking"] * 2 * (9 + 8)
+    lines = [len(axes.lines) for axes in figures.draw(figure).axes]
     assert lines == [3, 2, 3, 3, 3, 3], "a line a kind trained on, a panel a kind of observer"
 
 
@@ -317,7 +319,7 @@ def test_matrices_of_tracking_have_intervals_where_they_were_kept(tmp_path: Path
     first, last = (only(rows_of("6", run), figure=figure, **about) for figure in ("6a", "6b"))
     assert first["estimate"] == 0.5 + 0.1 + 0.06
     assert last["estimate"] == 0.5 + 0.1 + 0.06 - 0.001 * 20
-    assert all(math.isnan(row["low"]) for row in (first, last))
+    assert (first["low"], last["low"]) == (None, None)
     keep(run, "contrastive", 20, {"kernel": matrix(0.3)})
     kept = only(rows_of("6", run), figure="6b", **about)
     assert ends(kept) == pytest.approx((0.3 + 0.1 + 0.06, 0.4, 0.6))
@@ -354,7 +356,7 @@ def test_figure_4_pools_other_sets_where_xstest_was_not_evaluated(tmp_path: Path
         sets = {"safe": verdicts, "oktest": "cccc", "unsafe": "rrrc"}
         make_eval(run, sets, weights="snapshot", step=step, name=f"s{step}", completions=False)
     figure = figure_of("4", run)
-    (first, last), (axes,) = rows_of("4", run), figure.draw().axes
+    (first, last), (axes,) = rows_of("4", run), figures.draw(figure).axes
     assert first["compliance"] == 1
     assert last["compliance"] == pytest.approx(5 / 6)
     for told in (last["compliance_of"], axes.get_xlabel()):
@@ -416,7 +418,7 @@ def test_the_rule_against_brute_force(seed: int) -> None:
         theirs = best and (best.compliance.estimate, best.safety.estimate)
         if theirs is None or mine > theirs:  # strengths ascend, so that the first of equals stays
             best = candidate
-    assert comparisons.choose(points, reference, margin) is best
+    assert trade_offs.choose(points, reference, margin) is best
 
 
 def test_operating_points_by_hand(folders: list[Path], drawn: tuple[Path, str]) -> None:
@@ -437,8 +439,6 @@ def test_operating_points_by_hand(folders: list[Path], drawn: tuple[Path, str]) 
     assert {row["data"] for row in rows} == {"validation"}
     figure = figure_of(OPERATING, *folders, margin=5.0, data="validation")
     assert "SCANS: strength 1 (compliance 80.0%, safety 85.0%)" in "".join(figure.lines)
-    settings = Wanted((OPERATING,), 5.0, "validation").settings(OPERATING)
-    assert settings == " margin=5 data=validation"
 
 
 def test_presets_and_validation_prompts_are_told_apart(tmp_path: Path) -> None:
@@ -463,7 +463,7 @@ def test_a_curve_joins_points_that_differ_by_strength_alone(tmp_path: Path) -> N
     for add in (0.1, 1.0):
         for strength in (0.5, 1.0):
             steered(run, "surgical", strength, round(10 + 5 * strength), round(18 - add), add=add)
-    figure = figure_of(OPERATING, run).draw()
+    figure = figures.draw(figure_of(OPERATING, run))
     xs = [np.asarray(line.get_xdata()) for line in figure.axes[0].lines]
     curves = [list(x) for x in xs if len(x) == 3]  # from the unsteered point on
     assert curves == [pytest.approx([50, 60, 75])] * 2
@@ -540,7 +540,7 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     other = make_run(tmp_path / "other", "stl", model={"label": "=1+1"})
     for folder in (run, other):
         track(folder, "sft", probabilities(0.1))
-    report.build([run, other], tmp_path / "page.html", (), Wanted(("5a",)))
+    report.build([run, other], tmp_path / "page.html", (), ("5a",))
     svg = (tmp_path / "figure5a.svg").read_text(encoding="utf-8")
     told = " ".join(t.text or "" for t in ElementTree.fromstring(svg).findall(f".//{SVG}text"))
     assert "<i>&$m$" in told

@@ -16,12 +16,11 @@ from dcr import report, runs, storage
 from dcr.config import Kind
 from dcr.evaluation import discernment as measured
 from dcr.evaluation.sets import PAPER_SAFETY, PromptSet
-from dcr.report import comparisons, discernment, figures, page, paper, tables
+from dcr.report import comparisons, curves, discernment, figures, page, paper, tables, trade_offs
 from dcr.report.__main__ import main
 from dcr.report.records import (
     Column,
     Completions,
-    Style,
     columns_of,
     read_run,
     seed_groups,
@@ -394,7 +393,7 @@ def test_page_is_self_contained_with_unique_ids_and_toxic_text_folded(tmp_path: 
     assert seen.outside == []
     assert "@import" not in html
     assert len(seen.ids) == len(set(seen.ids))
-    assert html.count("<svg") == len(figures.TRAINING) + 2  # two trade-offs: one without the marked
+    assert html.count("<svg") == len(curves.TRAINING) + 2  # two trade-offs: one without the marked
     for reference in re.findall(r'(?:href="#|url\(#)([^")]+)', html):
         assert reference in seen.ids
     openings = re.findall(r'<details class="set[^>]*data-set="(\w+)"([^>]*)>', html)
@@ -422,12 +421,8 @@ def test_step_loss_is_drawn_above_its_epochs_floor(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a")
     write_curves(run)
     # the epoch's floor is 6.5 - 1.5
-    assert figures.above_floor(runs.read_metrics(Run(run))) == [
-        (1, 3.0),
-        (2, 2.0),
-        (3, 1.0),
-        (4, 0.0),
-    ]
+    above = curves.above_floor(runs.read_metrics(Run(run)))
+    assert above.to_dict() == {1: 3.0, 2: 2.0, 3: 1.0, 4: 0.0}
 
 
 def test_frontiers_follow_the_snapshots_by_step(tmp_path: Path) -> None:
@@ -436,13 +431,12 @@ def test_frontiers_follow_the_snapshots_by_step(tmp_path: Path) -> None:
     for step, safe, unsafe in ((10, "rrrr", "rrrr"), (2, "cccc", "cccc"), (5, "ccrr", "rrcr")):
         make_eval(run, {"safe": safe, "unsafe": unsafe}, weights="snapshot", step=step,
                   name=f"s{step}", completions=False)  # fmt: skip
-    records, chosen = [read_run(run)], columns(run)
-    assert len(chosen) == 1
-    shown = page.Report(records, chosen, {}, [], [], [], [], Completions([]))
-    (frontier,) = page._frontiers(shown, [["safe"], ["unsafe"]])
-    assert frontier[1] == [(1.0, 0.0), (0.5, 0.75), (0.0, 1.0)]
-    point = (Style(1, 0), Cell(0.5, 0.4, 0.6), Cell(0.7, 0.6, 0.8))
-    assert "var(--series-1)" in figures.trade_off("t", "All", [point], [frontier]).svg
+    assert len(columns(run)) == 1
+    (drawing,) = trade_offs.trade_offs([read_run(run)], columns(run))
+    _, frontier, point = drawing.blocks[""][0].lines  # pyright: ignore
+    assert frontier.values.to_numpy().tolist() == [[100, 0], [50, 75], [0, 100]]
+    assert point.values.iloc[0].to_list()[::3] == [0, 100]
+    assert "var(--series-1)" in figures.inline(drawing)
 
 
 def test_unfinished_files_are_skipped_aloud(tmp_path: Path) -> None:

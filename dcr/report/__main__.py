@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dcr import cli
 from dcr.config import UserError
-from dcr.report import FIGURES, OPERATING, TABLES, Wanted, build, claims, comparisons, paper
+from dcr.report import FIGURES, OPERATING, TABLES, build, claims, paper, trade_offs
 from dcr.report.figures import ENDINGS, file_name
 
 
@@ -41,7 +41,7 @@ class Options:
     out: Path | None = cli.option("the page; not given: report.html beside the folders", None)
     margin: float = cli.option(
         "percentage points: how much less safe than STL a point of operating_points may be",
-        comparisons.MARGIN,
+        trade_offs.MARGIN,
         least=0,
         most=100,
     )
@@ -56,8 +56,10 @@ def main(options: Options) -> None:
     _check(options)
     names = tuple(dict.fromkeys(options.figure))
     out, files = _places(options, names)
-    wanted = Wanted(names, options.margin, options.data)
-    table = build(options.folders, out, options.table, wanted, options.claims)
+    table = build(
+        options.folders, out, options.table, names, options.claims,
+        margin=options.margin, data=options.data,
+    )  # fmt: skip
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # pyright: ignore
     print(f"{table}\n\npage: {out}")
@@ -75,7 +77,7 @@ def _check(options: Options) -> None:
         raise UserError("no run folder given; see python -m dcr.report --help")
     if OPERATING not in options.figure:
         for key, value in (("margin", options.margin), ("data", options.data)):
-            if value not in (None, comparisons.MARGIN):
+            if value not in (None, trade_offs.MARGIN):
                 value = f"{value:g}" if isinstance(value, float) else value
                 raise UserError(f"{key}={value}: only --figure {OPERATING} takes it; add that")
 

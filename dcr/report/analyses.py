@@ -2,14 +2,9 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
+import pandas as pd
 
 from dcr.config import UserError
 from dcr.report import figures
@@ -22,15 +17,13 @@ from dcr.report.curves import (
     names,
     tracked_kernels,
 )
-from dcr.report.figures import INK, Drawing, handle, kind_name, line_style
-from dcr.report.records import Evaluation, RunRecord, config_of
-from dcr.results.schema import Separability, interval
-from dcr.statistics import Interval
+from dcr.report.figures import INK, Drawing, Line, Look, Panel, kind_look, look_of
+from dcr.report.records import RunRecord, config_of
+from dcr.results.schema import Estimate, Separability, interval
 from dcr.text import printable
 
-SHADES = colormaps["Blues"]
-MATRIX_HEADER = ("figure", "weights", "model", "run", "params", "normalise", "observer", "trained",
-                 "estimate", "low", "high", "source")  # fmt: skip
+MATRIX = ("figure", "weights", "model", "run", "params", "normalise", "observer", "trained",
+          "estimate", "low", "high", "source")  # fmt: skip
 # By weights: the figure, what it shows, and the command that measures it.
 KERNELS = {
     "base": (
@@ -45,158 +38,96 @@ KERNELS = {
         "method=dcr with tracking.quantities=[kernel]",
     ),
 }
+KERNEL_FIGURES = {  # by figure: its parts, and when they were measured
+    "6": (("base", "contrastive"), "before (a) and after (b) stage one"),
+    "6a": (("base",), "before stage one (the base model)"),
+    "6b": (("contrastive",), "after stage one"),
+}
 
 
-@dataclass(frozen=True)
-class Matrix:
-    """One 3×3 matrix, `[observer][trained]`, of certain weights and parameters."""
+def kernel(figure: str, records: Sequence[RunRecord]) -> Drawing:
+    """The 3×3 matrices before, after stage one, or both: a row a choice of parameters."""
+    parts, when = KERNEL_FIGURES[figure]
+    values = pd.concat([_matrices(weights, records) for weights in parts], ignore_index=True)
+    runs = [set(own["run"]) for _, own in figures.parts(values, "weights")]
+    rows = [
+        figures.parts(own, "weights", "run", "source") for _, own in figures.parts(values, "params")
+    ]
+    across = max(map(len, rows))
+    panels: list[Panel | None] = []
+    for row in rows:
+        means = [mean for _, cells in row for mean in cells["estimate"] if not math.isnan(mean)]
+        top = max(means, default=1.0) or 1.0  # other parameters have other magnitudes
+        for (weights, run, _), cells in row:
+            which = "(a) base model" if weights == "base" else "(b) after stage one"
+            several = max(map(len, runs)) > 1
+            title = (which, cells["params"].iloc[0], Path(run).name if several else "")
+            named = {"observer": "y", "trained": "x", "estimate": "value"}
+            cells = cells.rename(columns=named).filter(["y", "x", "value", "low", "high"])
+            panels.append(
+                Panel(
+                    title=figures.folded(", ".join(filter(None, title))),
+                    axes={"xlabel": "trained x", "ylabel": "observer x′"},
+                    cells=cells.astype(dict.fromkeys(("value", "low", "high"), float)),
+                    top=top,
+                )
+            )
+        panels += [None] * (across - len(row))
+    return Drawing(
+        f"figure{figure}",
+        f"Figure {figure}: the kernel between kinds of prompts {when}",
+        {"": panels},
+        values,
+        f"Mean normalised ‖K(x′,x)‖ {when}: rows are observers x′, columns trained prompts x; "
+        "below each mean its 95% bootstrap interval over prompts where one was kept.",
+        scale=NORM,
+        size=(3.4 if len(panels) == 1 else 3.0, 2.75),
+        across=across,
+    )
 
-    weights: str
-    run: RunRecord
-    params: str
-    normalise: str
-    cells: Mapping[str, Mapping[str, Interval]]
-    source: str
 
-    @property
-    def figure(self) -> str:
-        return KERNELS[self.weights][0]
-
-    @property
-    def identity(self) -> tuple[object, ...]:
-        """What is the same in several folders of one base model."""
-        return config_of(self.run, "model"), self.params, self.cells
-
-
-def figure6a(records: Sequence[RunRecord]) -> Drawing:
-    """The 3×3 matrix of the base model."""
-    return _matrices("6a", [_of_weights("base", records)])
-
-
-def figure6b(records: Sequence[RunRecord]) -> Drawing:
-    """The 3×3 matrix after stage one."""
-    return _matrices("6b", [_of_weights("contrastive", records)])
-
-
-def figure6(records: Sequence[RunRecord]) -> Drawing:
-    """Both on one scale."""
-    return _matrices("6", [_of_weights(weights, records) for weights in KERNELS])
-
-
-def _of_weights(weights: str, records: Sequence[RunRecord]) -> list[Matrix]:
+def _matrices(weights: str, records: Sequence[RunRecord]) -> pd.DataFrame:
     """Evaluated, or else tracked at a step with these weights; each once. UserError if none."""
-    found = [
-        Matrix(weights, run, params, e.kernel.normalise,
-               {o: {t: interval(cell) for t, cell in row.items()} for o, row in cells.items()},
-               printable(str(e.folder)))
+    figure, what, cure = KERNELS[weights]
+    matrices: list[tuple[RunRecord, str, str, Mapping[str, Mapping[str, Estimate]], str]] = [
+        (run, params, e.kernel.normalise, cells, printable(str(e.folder)))
         for run in records
         for e in run.evaluations
         if e.weights == weights and e.kernel
         for params, cells in e.kernel.params.items()
-    ]  # fmt: skip
-    for run in records if not found else ():
-        dcr = config_of(run, "method") == "dcr"
-        if weights == "base":  # the first reading of whichever stage started from the base model
-            tracked = _tracked(weights, run, "contrastive", 0)
-            found += tracked or ([] if dcr else _tracked(weights, run, "sft", 0))
-        elif dcr:
-            tracked = _tracked(weights, run, "sft", 0)
-            found += tracked or _tracked(weights, run, "contrastive", None)
-    distinct = [m for i, m in enumerate(found) if m.identity not in [o.identity for o in found[:i]]]
-    if not distinct:
-        figure, what, cure = KERNELS[weights]
-        raise UserError(f"figure {figure}: no {what} in {folders(records)}; {cure}")
-    return distinct
-
-
-def _tracked(weights: str, run: RunRecord, stage: str, step: int | None) -> list[Matrix]:
-    """The matrices that tracking found at a step of a stage; at the last one with None."""
-    by_params: dict[str, dict[str, dict[str, Interval]]] = {}
-    for (params, observer, trained), curve in tracked_kernels(run, stage).items():
-        reading = curve[-1] if step is None else curve[0]
-        if step is None or reading.step == step:
-            row = by_params.setdefault(params, {}).setdefault(observer, {})
-            row[trained] = interval((reading.value, reading.low, reading.high))
-    return [
-        Matrix(weights, run, params, "", cells, f"{TRACKED} ({stage})")
-        for params, cells in by_params.items()
     ]
-
-
-def _matrices(figure: str, parts: Sequence[list[Matrix]]) -> Drawing:
-    matrices = [matrix for part in parts for matrix in part]
-    rows = [
-        (m.figure, m.weights, config_of(m.run, "model"), printable(str(m.run.folder)), m.params,
-         m.normalise, observer, trained, cell.estimate, cell.low, cell.high, m.source)
-        for m in matrices
-        for observer, row in m.cells.items()
-        for trained, cell in row.items()
-    ]  # fmt: skip
-    when = {"6a": "before stage one (the base model)", "6b": "after stage one"}
-    what = when.get(figure, "before (a) and after (b) stage one")
-    return Drawing(
-        f"figure{figure}",
-        f"Figure {figure}: the kernel between kinds of prompts {what}",
-        f"Mean normalised ‖K(x′,x)‖ {what}: rows are observers x′, columns trained prompts x; "
-        "below each mean its 95% bootstrap interval over prompts where one was kept.",
-        MATRIX_HEADER,
-        rows,
-        lambda: _draw_matrices(parts),
-    )
-
-
-def _draw_matrices(parts: Sequence[list[Matrix]]) -> Figure:
-    """A row a choice of parameters; (a) left, (b) right of it."""
-    choices = list(dict.fromkeys(m.params for part in parts for m in part))
-    by_choice = [[m for part in parts for m in part if m.params == params] for params in choices]
-    across = max(len(row) for row in by_choice)
-    figure, axes = figures.panels(across * len(choices), 3.0, 2.75, across)
-    figure.set_layout_engine("compressed")  # "constrained" cuts labels off beside square panels
-    several = any(len({m.run.folder for m in part}) > 1 for part in parts)
-    for start, row in zip(range(0, len(axes), across), by_choice, strict=True):
-        for place in axes[start + len(row) : start + across]:
-            place.set_visible(False)
-        cells = [
-            cell for m in row for by_trained in m.cells.values() for cell in by_trained.values()
+    for run in records if not matrices else ():
+        dcr = config_of(run, "method") == "dcr"
+        places = [("contrastive", 0), *([] if dcr else [("sft", 0)])]
+        if weights != "base":
+            places = [("sft", 0), ("contrastive", None)] if dcr else []
+        # the first reading of whichever stage started from these weights, or one's last
+        for stage, step in places:
+            tracked: dict[str, dict[str, dict[str, Estimate]]] = {}
+            for (params, observer, trained), curve in tracked_kernels(run, stage).items():
+                at = list(curve)[-1] if step is None else step
+                if at in curve:
+                    row = tracked.setdefault(params, {}).setdefault(observer, {})
+                    row[trained] = curve[at].estimate, curve[at].low, curve[at].high
+            source = f"{TRACKED} ({stage})"
+            matrices += [(run, params, "", cells, source) for params, cells in tracked.items()]
+            if tracked:
+                break
+    rows, known = [], []
+    for run, params, normalise, cells, source in matrices:
+        model = config_of(run, "model")
+        if (model, params, cells) in known:  # one base model in several folders
+            continue
+        known.append((model, params, cells))
+        about = (figure, weights, model, printable(str(run.folder)), params, normalise)
+        rows += [
+            (*about, observer, trained, *vars(interval(cell)).values(), source)
+            for observer, row in cells.items()
+            for trained, cell in row.items()
         ]
-        values = [cell.estimate for cell in cells if not math.isnan(cell.estimate)]
-        top = max(values, default=1.0) or 1.0  # other parameters have other magnitudes
-        drawn = axes[start : start + len(row)]
-        for place, matrix in zip(drawn, row, strict=True):
-            _draw_matrix(place, matrix, top, several)
-        scale = ScalarMappable(Normalize(0, top), SHADES)
-        figure.colorbar(scale, ax=drawn, shrink=0.75, pad=0.02, aspect=18, label=NORM)
-    return figure
-
-
-def _draw_matrix(axes: Axes, matrix: Matrix, top: float, several: bool) -> None:
-    kinds = figures.ordered(
-        [*matrix.cells, *(kind for row in matrix.cells.values() for kind in row)]
-    )
-    nothing = Interval(math.nan, math.nan, math.nan)
-    cells = [[matrix.cells.get(o, {}).get(t, nothing) for t in kinds] for o in kinds]
-    means = [[cell.estimate for cell in row] for row in cells]
-    axes.imshow(means, cmap=SHADES, vmin=0, vmax=top)
-    for i, row in enumerate(cells):
-        for j, cell in enumerate(row):
-            if not math.isnan(cell.estimate):
-                colour = "white" if cell.estimate > 0.6 * top else figures.INK
-                ends = "" if math.isnan(cell.low) else f"\n[{cell.low:.2f}–{cell.high:.2f}]"
-                axes.text(j, i - (0.1 if ends else 0), f"{cell.estimate:.2f}", color=colour,
-                          ha="center", va="center", fontsize=8.5)  # fmt: skip
-                axes.text(j, i + 0.12, ends, color=colour, ha="center", va="center", fontsize=5.5)
-    labels = [kind_name(kind).replace(" ", "\n") for kind in kinds]
-    axes.set_xticks(range(len(kinds)), labels)
-    axes.set_yticks(range(len(kinds)), labels)
-    axes.grid(False)
-    axes.tick_params(length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    axes.set_xlabel("trained x")
-    axes.set_ylabel("observer x′")
-    which = "(a) base model" if matrix.weights == "base" else "(b) after stage one"
-    run = printable(matrix.run.folder.name) if several else ""
-    figures.heading(axes, ", ".join(filter(None, (which, matrix.params, run))))
+    if not rows:
+        raise UserError(f"figure {figure}: no {what} in {folders(records)}; {cure}")
+    return figures.frame(rows, *MATRIX)
 
 
 ACROSS = 6  # panels of Figure 8 side by side
@@ -207,152 +138,107 @@ CURE = (
     "run python eval.py run=<run> tasks=[separability] (stage=contrastive for those between "
     "the stages), or model=<name> for the base model"
 )
+About = tuple[str, str, str]  # name, weights, model
 
 
-@dataclass(frozen=True)
-class LayerScores:
-    """The separability of one run's weights, by name."""
-
-    name: str
-    run: RunRecord
-    evaluation: Evaluation
-    found: Separability
-
-    @property
-    def points(self) -> dict[int, list[tuple[float, float]]]:
-        """Plane coordinates by layer, where there are any."""
-        return {int(layer): points for layer, points in self.found.mds.items() if points}
-
-
-def _layer_scores(figure: str, records: Sequence[RunRecord]) -> list[LayerScores]:
-    called = names(records)
-    found = [
-        LayerScores(
-            name_of_weights(name, run, evaluation), run, evaluation, evaluation.separability
-        )
+def _separability(figure: str, records: Sequence[RunRecord]) -> list[tuple[About, Separability]]:
+    """That of every run's weights, in the order of the stages; one base model once."""
+    every = [
+        (name_of_weights(name, run, e), config_of(run, "model"), e, e.separability)
         for stage in STAGES
-        for name, run in zip(called, records, strict=True)
-        for evaluation in run.evaluations
-        if evaluation.weights == stage and evaluation.separability
+        for name, run in zip(names(records), records, strict=True)
+        for e in run.evaluations
+        if e.weights == stage and e.separability
     ]
-    distinct = {(m.name, repr(m.found)): m for m in found}  # one base model in several folders
-    if not distinct:
+    if not every:
         raise UserError(f"figure {figure}: no separability in {folders(records)}; {CURE}")
-    return list(distinct.values())
+    distinct = {(name, repr(found)): (name, model, e, found) for name, model, e, found in every}
+    called = [name for name, _ in distinct]
+    return [
+        ((f"{name} ({e.folder.name})" if called.count(name) > 1 else name, e.weights, model), found)
+        for name, model, e, found in distinct.values()
+    ]
 
 
-def figure7(records: Sequence[RunRecord]) -> Drawing:
-    """k-means accuracy over layers, with the majority class."""
-    found = _layer_scores("7", records)
-    rows = [
-        (m.name, m.evaluation.weights, config_of(m.run, "model"), scores.layer,
-         *(getattr(scores, key) for key in LAYER_SCORES), m.found.majority)
-        for m in found
-        for scores in m.found.layers
-    ]  # fmt: skip
+def accuracies(records: Sequence[RunRecord]) -> Drawing:
+    """Figure 7: k-means accuracy over layers, with the majority class."""
+    by_weights = _separability("7", records)
+    values = figures.frame(
+        [
+            (*about, scores.layer, *(getattr(scores, key) for key in LAYER_SCORES), of.majority)
+            for about, of in by_weights
+            for scores in of.layers
+        ],
+        *("run", "weights", "model", "layer", *LAYER_SCORES, "majority"),
+    )
+    lines, legend = [], []
+    for place, ((name, *_), of) in enumerate(by_weights):
+        look: Look = look_of(place) | {"linestyle": ("-", "--", "-.")[place % 3]}
+        points = [(s.layer, s.kmeans) for s in of.layers if s.kmeans is not None]
+        lines.append(Line(pd.DataFrame(points, columns=["x", "y"]), look))
+        legend.append((name, look))
+    dotted: Look = {"color": INK, "linestyle": ":", "linewidth": 1}
+    majorities = dict.fromkeys(of.majority for _, of in by_weights if of.majority is not None)
+    legend += [("majority class", dotted)] if majorities else []
+    axes = {"xlabel": "layer ℓ", "ylabel": "k-means accuracy", "ylim": (0.48, 1.01)}
+    levels = [(majority, dotted) for majority in majorities]
     return Drawing(
         "figure7",
         "Figure 7: k-means accuracy per layer",
+        {"": [Panel(lines, axes=axes, steps=5, levels=levels)]},
+        values,
         "Accuracy of k-means with two clusters, matched to seemingly toxic and toxic prompts, on "
         "the features after each block; dotted: the share of the larger class, which takes no "
         "features. The CSV adds the linear probe's cross-validated AUROC, silhouette and Fisher "
         "ratio: prompts that k-means mixes up may still be linearly separable.",
-        ("run", "weights", "model", "layer", *LAYER_SCORES, "majority"),
-        rows,
-        lambda: _draw_accuracies(found),
+        legend,
+        legend_columns=2,
+        size=(4.4, 2.9),
     )
 
 
-def _draw_accuracies(found: Sequence[LayerScores]) -> Figure:
-    figure, (axes,) = figures.panels(1, 4.4, 2.9)
-    handles = []
-    for place, measured in enumerate(found):
-        colour, marker = line_style(place)
-        style: dict[str, Any] = {
-            "color": colour,
-            "marker": marker,
-            "linestyle": ("-", "--", "-.")[place % 3],
-        }
-        points = [
-            (scores.layer, scores.kmeans)
-            for scores in measured.found.layers
-            if scores.kmeans is not None
-        ]
-        axes.plot([layer for layer, _ in points], [value for _, value in points], **style)
-        handles.append(handle(measured.name, **style))
-    majorities = dict.fromkeys(m.found.majority for m in found if m.found.majority is not None)
-    for majority in majorities:
-        axes.axhline(majority, color=INK, linestyle=":", linewidth=1)
-    if majorities:
-        handles.append(handle("majority class", color=INK, linestyle=":", linewidth=1))
-    figures.step_axis(axes, "layer ℓ")
-    axes.set_ylim(0.48, 1.01)
-    axes.set_ylabel("k-means accuracy")
-    figures.key(figure, handles, columns=2)
-    return figure
-
-
-def figure8(records: Sequence[RunRecord]) -> Drawing:
-    """Classical MDS of the features, a panel a layer."""
-    found = [m for m in _layer_scores("8", records) if m.points]
-    if not found:
+def scaling(records: Sequence[RunRecord]) -> Drawing:
+    """Figure 8: classical MDS of the features, a panel a layer."""
+    values = figures.frame(
+        [
+            (*about, int(layer), identity, CLASSES[label], x, y)
+            for about, of in _separability("8", records)
+            for layer, points in of.mds.items()
+            if points
+            for identity, label, (x, y) in zip(
+                of.ids or range(len(points)), of.labels, points, strict=True
+            )
+        ],
+        *("run", "weights", "model", "layer", "id", "kind", "x", "y"),
+    )
+    if values.empty:
         raise UserError(f"figure 8: no MDS coordinates in {folders(records)}; {CURE}")
-    rows = [
-        (m.name, m.evaluation.weights, config_of(m.run, "model"), layer, identity,
-         CLASSES[label], x, y)
-        for m in found
-        for layer, points in m.points.items()
-        for identity, label, (x, y) in zip(
-            m.found.ids or range(len(points)), m.found.labels, points, strict=True
-        )
-    ]  # fmt: skip
+    dots = {"linestyle": "", "markersize": 1.8, "markeredgewidth": 0, "alpha": 0.7,
+            "rasterized": len(values) > DRAWN_AS_VECTORS}  # fmt: skip
+    bare = {"xticks": [], "yticks": [], "xmargin": 0.08, "ymargin": 0.08}
+    blocks = {
+        name: [
+            Panel(
+                [
+                    Line(points.filter(["x", "y"]), {**kind_look(kind), **dots})
+                    for kind, points in figures.parts(own, "kind")
+                ],
+                f"layer {layer}",
+                bare,
+                boxed=True,
+            )
+            for layer, own in sorted(figures.parts(of_run, "layer"), key=lambda part: part[0])
+        ]
+        for name, of_run in figures.parts(values, "run")
+    }
     return Drawing(
         "figure8",
         "Figure 8: classical MDS of the features",
+        blocks,
+        values,
         "Classical (Torgerson) multidimensional scaling of seemingly toxic and toxic prompts after "
         "each block, one panel a layer. Axes are turned and scaled freely in every panel.",
-        ("run", "weights", "model", "layer", "id", "kind", "x", "y"),
-        rows,
-        lambda: _draw_panels(found),
+        [(label, {**look, "linestyle": ""}) for label, look in figures.kind_legend(CLASSES)],
+        size=(6.5 / ACROSS, 1.17),
+        across=ACROSS,
     )
-
-
-def _draw_panels(found: Sequence[LayerScores]) -> Figure:
-    down = [math.ceil(len(m.points) / ACROSS) for m in found]
-    figure = Figure(figsize=(6.9, 0.4 + sum(1.17 * rows + 0.3 for rows in down)),
-                    layout="constrained")  # fmt: skip
-    parts = figure.subfigures(len(found), 1, squeeze=False, height_ratios=[r + 0.25 for r in down])
-    points = sum(len(drawn) for m in found for drawn in m.points.values())
-    for part, measured, rows in zip(parts.ravel(), found, down, strict=True):
-        part.suptitle(measured.name, x=0.01, ha="left", fontsize=8.5)
-        axes = part.subplots(rows, ACROSS, squeeze=False).ravel()
-        for spare in axes[len(measured.points) :]:
-            spare.set_visible(False)
-        for place, layer in zip(axes, sorted(measured.points), strict=False):
-            _draw_points(place, measured, layer, points > DRAWN_AS_VECTORS)
-    styles = [(kind, *figures.kind_style(kind)[:2]) for kind in CLASSES]
-    figures.key(figure, [
-        handle(kind_name(kind), color=colour, marker=marker, linestyle="")
-        for kind, colour, marker in styles
-    ])  # fmt: skip
-    return figure
-
-
-def _draw_points(axes: Axes, measured: LayerScores, layer: int, as_picture: bool) -> None:
-    for label, kind in enumerate(CLASSES):
-        own = [
-            p
-            for p, of in zip(measured.points[layer], measured.found.labels, strict=True)
-            if of == label
-        ]
-        colour, marker, _ = figures.kind_style(kind)
-        axes.plot([x for x, _ in own], [y for _, y in own], marker, color=colour, markersize=1.8,
-                  markeredgewidth=0, alpha=0.7, rasterized=as_picture)  # fmt: skip
-    axes.set_title(f"layer {layer}", fontsize=7.5, loc="left", pad=2)
-    axes.set(xticks=[], yticks=[])
-    axes.margins(0.08)
-    for spine in axes.spines.values():
-        spine.set(visible=True, color="#b5b5b5", linewidth=0.5)
-
-
-ANALYSES = {"6": figure6, "6a": figure6a, "6b": figure6b, "7": figure7, "8": figure8}

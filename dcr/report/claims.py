@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 
@@ -584,7 +585,8 @@ def lines(found: Sequence[ClaimRow], width: int) -> list[str]:
 
 def csv_text(found: Sequence[ClaimRow]) -> str:
     """One claim of one run or evaluation a line, in full precision."""
-    return results.csv_text(HEADER, [_row(row) for row in found])
+    rows = [_row(row) for row in found]
+    return results.csv_text(pd.DataFrame(rows, columns=list(HEADER), dtype=object))
 
 
 def _row(row: ClaimRow) -> tuple[object, ...]:

@@ -1,25 +1,26 @@
-"""How figures are drawn: one palette, SVG for the page, PNG, SVG and CSV for print."""
+"""How figures are drawn: panels of data frames, one palette; SVG for the page, files for print."""
 
 import io
-import itertools
 import math
 import re
 import textwrap
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import matplotlib
+import pandas as pd
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from dcr import results
 from dcr.report.records import Style
-from dcr.report.tables import Cell
-from dcr.statistics import Interval
 
 # Okabe and Ito's palette, distinguishable without red-green vision, less black and yellow, which
 # vanish on a dark or a white page; first the neutral colour of the base model.
@@ -27,10 +28,9 @@ PALETTE = ("#7a7a7a", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#5
 INK = "#101112"  # stands for the page's text colour, exchanged in the finished SVG
 MARKERS = "os^DvP"
 GLYPHS = "●■▲◆▼✚"  # the same markers in a legend's text
+SHADES = colormaps["Blues"]
 DPI = 200
 ENDINGS = ("png", "svg", "csv")
-Dashes = Literal["-", "--", "-.", ":"]
-COLUMNS = 3  # panels side by side
 BOTH: dict[Any, Any] = {  # pyright knows the keys as literals only
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -71,163 +71,195 @@ PRINT: dict[Any, Any] = {
     "xtick.major.width": 0.7,
     "ytick.major.width": 0.7,
 }
+Look = Mapping[str, Any]  # keywords of matplotlib's plot
+# Kinds of prompts everywhere: colour, marker and dashes differ, so that grey print tells them too.
+KINDS: dict[str, Look] = {
+    "seemingly_toxic": {"color": PALETTE[1], "marker": "o", "linestyle": "-"},
+    "toxic": {"color": PALETTE[2], "marker": "s", "linestyle": "--"},
+    "normal": {"color": PALETTE[3], "marker": "^", "linestyle": "-."},
+}
+OTHER_KIND: Look = {"color": PALETTE[0], "marker": "D", "linestyle": ":"}
+# Axes of probabilities and rates, all of 0 to 1.
+SHARES: dict[str, Any] = {"ylim": (-0.02, 1.02), "yticks": [0, 0.25, 0.5, 0.75, 1]}
 
 
-Curves = tuple[Style, Sequence[Mapping[str, Any]]]  # a run's logged values
-# Compliance with seemingly toxic prompts against refusal of toxic ones; over a run's snapshots in
-# the order of their steps.
-Point = tuple[Style, Cell, Cell]
-Frontier = tuple[Style, Sequence[tuple[float, float]]]
+@dataclass(frozen=True)
+class Line:
+    """What looks alike in a panel: the columns `x` and `y` of a data frame.
+
+    Where it has them, `low` and `high` are a band around y, and `x_low`, `x_high`, `y_low`,
+    `y_high` the ends of two arms of every point. `words` stand beside rows, so many points away.
+    """
+
+    values: pd.DataFrame
+    look: Look
+    fading: bool = False  # from pale to full colour, row by row
+    words: Sequence[tuple[int, str, tuple[float, float]]] = ()
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A drawing by name, as SVG text."""
+    """One pair of axes: lines, or shaded cells of the columns `y`, `x`, `value`, `low`, `high`.
 
-    name: str
+    `axes` are keywords of `Axes.set`.
+    """
+
+    lines: Sequence[Line] = ()
+    title: str = ""
+    axes: Mapping[str, Any] = field(default_factory=dict)
+    steps: int = 0  # the most ticks of an axis of whole numbers
+    levels: Sequence[tuple[float, Look]] = ()  # horizontal lines
+    boxed: bool = False
+    cells: pd.DataFrame | None = None
+    top: float = 1.0  # the darkest cell's value
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure: what it shows, its values row by row, and its panels in rows of `across`.
+
+    `blocks` are panels below a title of their own; None leaves a place empty. `size` is that of a
+    panel in inches.
+    """
+
+    name: str  # of its files, such as figure5a
     title: str
-    svg: str
+    blocks: Mapping[str, Sequence[Panel | None]]
+    values: pd.DataFrame = field(default_factory=pd.DataFrame)
+    caption: str = ""
+    legend: Sequence[tuple[str, Look]] = ()
+    legend_title: str = ""
+    legend_columns: int = 4
+    scale: str = ""  # what the shades of cells mean
+    size: tuple[float, float] | None = None
+    across: int = 3
+    lines: tuple[str, ...] = ()  # for the terminal
+    notes: tuple[str, ...] = ()  # what was left out
 
 
-# Panels of training curves: title, epoch-level key, step-level key if any.
-TRAINING = (
-    (
-        "Stage one: Circle loss above its floor",
-        "contrastive/above_floor",
-        "contrastive/step_circle",
-    ),
-    ("Stage one: cosine within a class", "contrastive/within_cosine", None),
-    ("Stage one: cosine across the classes", "contrastive/across_cosine", None),
-    ("Stage two: SFT loss of each step", None, "sft/step_nll"),
-    ("Stage two: NLL a token, general rows", "sft/nll/general", None),
-    ("Stage two: NLL a token, refusal rows", "sft/nll/refusal", None),
-)
-
-
-def training_curves(runs: Sequence[Curves]) -> list[Panel]:
-    """One panel a quantity that at least one run has logged; held-out values are dashed."""
-    panels = []
-    for index, (title, epoch_key, step_key) in enumerate(TRAINING):
-        with matplotlib.rc_context(SCREEN):
-            figure, axes = _axes(4.2, 2.9)
-            for style, metrics in runs:
-                _draw_run(axes, style, metrics, epoch_key, step_key)
-            axes.set_title(title)
-            axes.set_xlabel("optimiser step")
-            axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
-            if axes.lines:
-                panels.append(Panel(f"curve{index}", title, _svg(figure, f"curve{index}")))
-    return panels
-
-
-def _axes(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.add_subplot()
-
-
-def _draw_run(
-    axes: Axes,
-    style: Style,
-    metrics: Sequence[Mapping[str, Any]],
-    epoch_key: str | None,
-    step_key: str | None,
-) -> None:
-    colour, marker = PALETTE[style.colour], MARKERS[style.marker]
-    if step_key:
-        steps = (
-            above_floor(metrics)
-            if step_key == "contrastive/step_circle"
-            else _logged(metrics, step_key)
-        )
-        faint = 0.35 if epoch_key else 0.85
-        if steps:
-            axes.plot(*_columns(steps), color=colour, linewidth=0.9, alpha=faint)
-    if epoch_key:
-        for key, dashes in ((epoch_key, "-"), (f"{epoch_key}/heldout", "--")):
-            points = _logged(metrics, key)
-            if points:
-                axes.plot(
-                    *_columns(points), dashes, color=colour, marker=marker, markersize=4,
-                    linewidth=1.4,
-                )  # fmt: skip
-
-
-def _logged(metrics: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
-    """(step, value) of a key; the last value of a step counts, what is not finite is left out."""
-    points = {row["step"]: row["value"] for row in metrics if row["key"] == key}
-    return sorted((step, value) for step, value in points.items() if math.isfinite(value))
-
-
-def above_floor(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
-    """The loss of each step less the mean floor of its epoch, which balanced batches all share."""
-    circle = dict(_logged(metrics, "contrastive/circle"))
-    floors = sorted(
-        (step, circle[step] - above)
-        for step, above in _logged(metrics, "contrastive/above_floor")
-        if step in circle
+def draw(drawing: Drawing) -> Figure:
+    """By the settings of matplotlib that hold; a row of cells shares its scale."""
+    blocks = list(drawing.blocks.values())
+    across = min(drawing.across, max(map(len, blocks)))
+    rows = [math.ceil(len(block) / across) for block in blocks]
+    # one panel alone is as wide as a column of print
+    width, height = drawing.size or ((3.4, 2.6) if len(blocks[0]) == 1 else (2.3, 2.1))
+    titles = 0.3 * sum(map(bool, drawing.blocks))
+    figure = Figure(
+        figsize=(across * width + 0.4, sum(rows) * height + titles + 0.4),
+        # "constrained" cuts labels off beside square panels
+        layout="compressed" if drawing.scale else "constrained",
     )
-    if not floors:
-        return []
-    points = []
-    for step, value in _logged(metrics, "contrastive/step_circle"):
-        floor = next((floor for end, floor in floors if step <= end), floors[-1][1])
-        points.append((step, value - floor))
-    return points
+    parts: Any = [figure]
+    if len(rows) > 1:
+        parts = figure.subfigures(len(rows), 1, height_ratios=[down + 0.25 for down in rows])
+    for part, down, (title, panels) in zip(parts, rows, drawing.blocks.items(), strict=True):
+        if title:
+            part.suptitle(title, x=0.01, ha="left", fontsize=8.5)
+        grid = part.subplots(down, across, squeeze=False)
+        panels = [*panels, *[None] * (grid.size - len(panels))]
+        for axes, panel in zip(grid.ravel(), panels, strict=True):
+            axes.set_visible(panel is not None)
+            if panel is not None:
+                _draw_panel(axes, panel)
+        for place, row in enumerate(grid if drawing.scale else ()):
+            shown = [panel for panel in panels[place * across : (place + 1) * across] if panel]
+            shades = ScalarMappable(Normalize(0, shown[0].top), SHADES)
+            part.colorbar(shades, ax=list(row[: len(shown)]), shrink=0.75, pad=0.02, aspect=18,
+                          label=drawing.scale)  # fmt: skip
+    if drawing.legend:
+        figure.legend(
+            handles=[Line2D([], [], label=label, **look) for label, look in drawing.legend],
+            loc="outside upper left", ncols=min(drawing.legend_columns, len(drawing.legend)),
+            title=drawing.legend_title or None, title_fontsize=8, alignment="left",
+            handlelength=2.4, columnspacing=1.4, borderaxespad=0.2,
+        )  # fmt: skip
+    return figure
 
 
-def trade_off(
-    name: str, title: str, points: Sequence[Point], frontiers: Sequence[Frontier]
-) -> Panel:
-    """Where every run stands between refusing too much and too little, in percent."""
-    with matplotlib.rc_context(SCREEN):
-        figure, axes = _axes(5.4, 4.6)
-        axes.plot([0, 100], [100, 0], ":", color=INK, alpha=0.5, linewidth=1)
-        for frontier in frontiers:
-            _draw_frontier(axes, frontier)
-        for style, x, y in points:
-            axes.errorbar(
-                100 * x.estimate,
-                100 * y.estimate,
-                xerr=arms(x.interval),
-                yerr=arms(y.interval),
-                fmt=MARKERS[style.marker],
-                color=PALETTE[style.colour],
-                markersize=8,
-                elinewidth=1.1,
-                capsize=2.5,
-                zorder=3,
-            )
-        axes.set(xlim=(-2, 102), ylim=(-2, 102))
-        axes.set_xlabel("compliance with seemingly toxic prompts, %")
-        axes.set_ylabel("keyword refusal of toxic prompts, %")
-        axes.set_title(title)
-        return Panel(name, title, _svg(figure, name))
+def _draw_panel(axes: Axes, panel: Panel) -> None:
+    for level, look in panel.levels:
+        axes.axhline(level, **look)
+    for line in panel.lines:
+        _draw_line(axes, line)
+    if panel.cells is not None:
+        _draw_cells(axes, panel.cells, panel.top)
+    axes.set_title(panel.title)
+    axes.set(**panel.axes)
+    if panel.steps:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=panel.steps, integer=True))
+    for spine in axes.spines.values() if panel.boxed else ():
+        spine.set(visible=True, color="#b5b5b5", linewidth=0.5)
 
 
-def _draw_frontier(axes: Axes, frontier: Frontier) -> None:
-    style, points = frontier
-    colour, marker = PALETTE[style.colour], MARKERS[style.marker]
-    scaled = [(100 * x, 100 * y) for x, y in points]
-    shades = [0.25 + 0.75 * (i + 1) / len(scaled) for i in range(len(scaled))]
-    for (start, end), shade in zip(itertools.pairwise(scaled), shades[1:], strict=True):
-        axes.plot(*_columns([start, end]), color=colour, alpha=shade, linewidth=1.3)
-    for place, shade in zip(scaled, shades, strict=True):
-        axes.plot(*place, marker, color=colour, alpha=shade, markersize=4)
+def _draw_line(axes: Axes, line: Line) -> None:
+    values, look = line.values.astype(float), dict(line.look)
+    xs, ys = values["x"].tolist(), values["y"].tolist()
+    if line.fading:
+        axes.plot(xs, ys, color=look["color"], alpha=0.4, linewidth=look.pop("linewidth"), zorder=2)
+        for place, point in enumerate(zip(xs, ys, strict=True)):
+            face = (look["color"], 0.22 + 0.78 * place / max(1, len(xs) - 1))
+            axes.plot(*point, markerfacecolor=face, markeredgewidth=0.4, zorder=3, **look)
+    elif "x_low" in values:
+        arms = {
+            axis: [values[axis] - values[f"{axis}_low"], values[f"{axis}_high"] - values[axis]]
+            for axis in "xy"
+        }
+        xerr, yerr = ([end.clip(lower=0).tolist() for end in ends] for ends in arms.values())
+        axes.errorbar(xs, ys, xerr=xerr, yerr=yerr, linestyle="", **look)
+    else:
+        axes.plot(xs, ys, **look)
+    low, high = (values[end].tolist() if end in values else [] for end in ("low", "high"))
+    if not all(map(math.isnan, low)):
+        axes.fill_between(xs, low, high, color=look["color"], alpha=0.15, linewidth=0)
+    for place, text, offset in line.words:
+        axes.annotate(text, (xs[place], ys[place]), xytext=offset, textcoords="offset points",
+                      fontsize=7, color=look["color"], zorder=5)  # fmt: skip
 
 
-def _columns(points: Iterable[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    xs, ys = zip(*points, strict=True)
-    return list(xs), list(ys)
+def _draw_cells(axes: Axes, cells: pd.DataFrame, top: float) -> None:
+    kinds = ordered([*cells["y"], *cells["x"]])
+    means = cells.pivot(index="y", columns="x", values="value").reindex(index=kinds, columns=kinds)
+    axes.imshow(means.to_numpy(float), cmap=SHADES, vmin=0, vmax=top)
+    for y, x, value, low, high in cells.dropna(subset="value").itertuples(index=False):
+        i, j = kinds.index(y), kinds.index(x)
+        style: dict[str, Any] = {
+            "color": "white" if value > 0.6 * top else INK, "ha": "center", "va": "center"
+        }  # fmt: skip
+        ends = "" if math.isnan(low) else f"\n[{low:.2f}–{high:.2f}]"
+        axes.text(j, i - (0.1 if ends else 0), f"{value:.2f}", fontsize=8.5, **style)
+        axes.text(j, i + 0.12, ends, fontsize=5.5, **style)
+    labels = [kind_name(kind).replace(" ", "\n") for kind in kinds]
+    axes.set_xticks(range(len(kinds)), labels)
+    axes.set_yticks(range(len(kinds)), labels)
+    axes.grid(False)
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
 
 
-def _svg(figure: Figure, name: str) -> str:
+def files(drawing: Drawing) -> dict[str, bytes]:
+    """By ending; the same bytes whenever the values are the same."""
+    with matplotlib.rc_context(PRINT), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # of names in other scripts
+        figure = draw(drawing)
+        png, svg = io.BytesIO(), io.BytesIO()
+        figure.savefig(png, format="png", dpi=DPI, metadata={"Software": None})
+        figure.savefig(svg, format="svg", dpi=DPI, metadata={"Date": None})
+    return {
+        "png": png.getvalue(),
+        "svg": svg.getvalue(),
+        "csv": results.csv_text(drawing.values).encode(),
+    }
+
+
+def inline(drawing: Drawing) -> str:
     """SVG to stand inside HTML: ids unique on the page, colours by the page's variables."""
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": name}), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Glyph .* missing"
-        )  # the browser has its own fonts
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    name, buffer = drawing.name, io.StringIO()
+    with matplotlib.rc_context({**SCREEN, "svg.hashsalt": name}), warnings.catch_warnings():
+        # the browser has its own fonts
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        draw(drawing).savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
@@ -240,109 +272,38 @@ def _svg(figure: Figure, name: str) -> str:
     return text.replace(INK, "currentColor")
 
 
-# Kinds of prompts everywhere: colour, marker and dashes differ, so that grey print tells them too.
-KINDS: dict[str, tuple[str, str, Dashes]] = {
-    "seemingly_toxic": (PALETTE[1], "o", "-"),
-    "toxic": (PALETTE[2], "s", "--"),
-    "normal": (PALETTE[3], "^", "-."),
-}
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A figure: what it shows, its values row by row, and how it is drawn."""
-
-    name: str  # of its files, such as figure5a
-    title: str
-    caption: str
-    header: tuple[str, ...]
-    rows: Sequence[Sequence[object]]
-    draw: Callable[[], Figure]
-    lines: tuple[str, ...] = ()  # for the terminal
-    notes: tuple[str, ...] = ()  # what was left out
-
-
 def file_name(figure: str) -> str:
     """`figure5a` for 5a; a figure with a name of its own keeps it."""
     return f"figure{figure}" if figure[0].isdigit() else figure
 
 
-def files(figure: Drawing) -> dict[str, bytes]:
-    """By ending; the same bytes whenever the values are the same."""
-    with matplotlib.rc_context(PRINT), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # of names in other scripts
-        drawn = figure.draw()
-        png, svg = io.BytesIO(), io.BytesIO()
-        drawn.savefig(png, format="png", dpi=DPI, metadata={"Software": None})
-        drawn.savefig(svg, format="svg", dpi=DPI, metadata={"Date": None})
-    return {
-        "png": png.getvalue(),
-        "svg": svg.getvalue(),
-        "csv": results.csv_text(figure.header, figure.rows).encode(),
-    }
+def frame(rows: Sequence[Sequence[object]], *columns: str) -> pd.DataFrame:
+    """Values as they are: a column of whole numbers with gaps stays one."""
+    return pd.DataFrame(rows, columns=list(columns), dtype=object)
+
+
+def parts(values: pd.DataFrame, *columns: str) -> list[tuple[Any, pd.DataFrame]]:
+    """The rows that share these columns, by what they share, in order of appearance."""
+    by = columns[0] if len(columns) == 1 else list(columns)
+    return list(values.groupby(by, sort=False))
+
+
+def folded(text: str, width: int = 34) -> str:
+    """A panel's title, on as many lines as fit above it."""
+    return "\n".join(textwrap.wrap(" ".join(text.split()), width)[:3])
 
 
 def kind_name(kind: str) -> str:
     return kind.replace("_", " ")
 
 
-def kind_style(kind: str) -> tuple[str, str, Dashes]:
-    """Colour, marker and dashes; grey for a kind the paper does not know."""
-    return KINDS.get(kind, (PALETTE[0], "D", ":"))
+def kind_look(kind: str) -> Look:
+    """Grey for a kind the paper does not know."""
+    return KINDS.get(kind, OTHER_KIND)
 
 
-def panels(
-    count: int, width: float = 2.3, height: float = 2.1, columns: int = COLUMNS
-) -> tuple[Figure, list[Axes]]:
-    """Axes in rows, inches each; one panel alone is as wide as a column of print."""
-    if count == 1:
-        width, height = max(width, 3.4), max(height, 2.6)
-    across = min(count, columns)
-    down = math.ceil(count / across)
-    figure = Figure(figsize=(across * width + 0.4, down * height + 0.4), layout="constrained")
-    axes = figure.subplots(down, across, squeeze=False).ravel().tolist()
-    for spare in axes[count:]:
-        spare.set_visible(False)
-    return figure, axes[:count]
-
-
-def heading(axes: Axes, text: str, width: int = 34) -> None:
-    """A panel's title, folded to what fits above it."""
-    lines = textwrap.wrap(" ".join(text.split()), width)[:3]
-    axes.set_title("\n".join(lines))
-
-
-def step_axis(axes: Axes, label: str = "SFT step") -> None:
-    axes.set_xlabel(label)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
-
-
-def share_axis(axes: Axes) -> None:
-    """Probabilities and rates, all of 0 to 1."""
-    axes.set_ylim(-0.02, 1.02)
-    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
-
-
-def key(figure: Figure, handles: Sequence[Line2D], columns: int = 4, title: str = "") -> None:
-    """One legend above all panels, in as many rows as it takes."""
-    figure.legend(
-        handles=list(handles), loc="outside upper left", ncols=min(columns, max(1, len(handles))),
-        title=title or None, title_fontsize=8, alignment="left", handlelength=2.4,
-        columnspacing=1.4, borderaxespad=0.2,
-    )  # fmt: skip
-
-
-def handle(label: str, **style: Any) -> Line2D:
-    """A legend's entry."""
-    return Line2D([], [], label=label, **style)
-
-
-def kind_handles(kinds: Sequence[str]) -> list[Line2D]:
-    return [
-        handle(kind_name(kind), color=colour, marker=marker, linestyle=dashes)
-        for kind in kinds
-        for colour, marker, dashes in [kind_style(kind)]
-    ]
+def kind_legend(kinds: Sequence[str]) -> list[tuple[str, Look]]:
+    return [(kind_name(kind), kind_look(kind)) for kind in kinds]
 
 
 def ordered(kinds: Sequence[str]) -> list[str]:
@@ -351,19 +312,14 @@ def ordered(kinds: Sequence[str]) -> list[str]:
     return known + [kind for kind in dict.fromkeys(kinds) if kind not in known]
 
 
-def line_style(place: int) -> tuple[str, str]:
+def run_look(style: Style) -> dict[str, Any]:
+    """Colour and marker of a run wherever it is drawn."""
+    return {"color": PALETTE[style.colour], "marker": MARKERS[style.marker]}
+
+
+def look_of(place: int) -> dict[str, Any]:
     """Colour and marker of the line at a place, other than those of the base model."""
-    return PALETTE[1 + place % (len(PALETTE) - 1)], MARKERS[place % len(MARKERS)]
-
-
-def arms(interval: Interval) -> list[list[float]]:
-    """Error bars in percent."""
-    below, above = interval.estimate - interval.low, interval.high - interval.estimate
-    return [[100 * max(0.0, below)], [100 * max(0.0, above)]]
-
-
-def shade(colour: str, share: float) -> tuple[float, float, float]:
-    """A colour mixed with white: pale at a share of 0, itself at 1."""
-    strength = 0.22 + 0.78 * share
-    mixed = [1 - strength * (1 - int(colour[i : i + 2], 16) / 255) for i in (1, 3, 5)]
-    return mixed[0], mixed[1], mixed[2]
+    return {
+        "color": PALETTE[1 + place % (len(PALETTE) - 1)],
+        "marker": MARKERS[place % len(MARKERS)],
+    }

@@ -3,7 +3,7 @@
 import base64
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,43 +15,39 @@ from rich.table import Table
 from rich.text import Text
 
 import dcr
-from dcr import storage
 from dcr.balance import Balance
 from dcr.config import Kind
-from dcr.report import claims, figures, paper
+from dcr.report import claims, curves, discernment, figures, paper, tables, trade_offs
 from dcr.report.claims import ClaimRow
-from dcr.report.comparisons import Comparison, p_value, points
-from dcr.report.figures import Drawing, Panel
+from dcr.report.comparisons import Comparison, comparisons, p_value, points
+from dcr.report.figures import Drawing
 from dcr.report.paper import PaperTable
 from dcr.report.records import (
     Answer,
     Column,
-    Evaluation,
+    Completions,
     Group,
     RunRecord,
     Style,
     about,
+    columns_of,
     evaluations_of,
     flattened,
     run_styles,
-    settings_without_seed,
+    seed_groups,
     steering,
     variant,
 )
 from dcr.report.tables import (
     CONTAMINATED,
     IN_DISTRIBUTION,
-    WANTED,
-    Cell,
     Section,
     any_marked,
     confusion,
     keyword_sections,
     marked_sets,
-    rate,
     set_names,
     text_of,
-    together,
 )
 from dcr.text import printable
 
@@ -83,10 +79,58 @@ class Report:
     seeds: Sequence[Section]
     pairs: Sequence[Comparison]
     notes: Sequence[str]
-    completions: Callable[[Column, str], list[Answer]]
-    paper: Sequence[PaperTable] = ()
-    drawn: Sequence[Shown] = ()
-    claims: Sequence[ClaimRow] = ()
+    completions: Completions
+    paper: Sequence[PaperTable]
+    drawn: Sequence[Shown]
+    claims: Sequence[ClaimRow]
+
+    @classmethod
+    def of(
+        cls,
+        records: Sequence[RunRecord],
+        wanted_tables: Sequence[str] = (),
+        drawn: Sequence[Shown] = (),
+        with_claims: bool = False,
+        more_notes: Sequence[str] = (),
+    ) -> "Report":
+        """Everything that was measured of some runs, with the tables of the paper by name."""
+        columns, notes = columns_of(records), list(more_notes)
+        completions, groups = Completions(notes), seed_groups(columns)
+        grids = tables.grids(columns, discernment.sections(columns, completions))
+        report = cls(
+            records,
+            columns,
+            grids,
+            groups,
+            tables.over_seeds([part for key in tables.OVER_SEEDS for part in grids[key]], groups),
+            comparisons(columns, completions),
+            notes,
+            completions,
+            [
+                discernment.table(columns, groups, completions)
+                if name == discernment.NAME
+                else paper.TABLES[name](columns, groups)
+                for name in dict.fromkeys(wanted_tables)
+            ],
+            drawn,
+            claims.claim_rows(records, notes) if with_claims else [],
+        )
+        for column in columns:  # read first, so that the page can tell what was skipped
+            for name in column.evaluation.sets:
+                completions(column, name)
+        notes[:0] = [note for record in records for note in record.notes]
+        counts = {
+            tuple(sorted((name, of.n) for name, of in column.evaluation.sets.items()))
+            for column in columns
+        }
+        if len(counts) > 1:
+            notes.insert(
+                sum(len(record.notes) for record in records),
+                "not every column was evaluated on the same sets and counts: do not compare pooled "
+                "values",
+            )
+        notes += [note for shown in drawn for note in shown.figure.notes]
+        return report
 
     @property
     def sections(self) -> list[Section]:
@@ -118,8 +162,9 @@ def render(report: Report) -> str:
         "glyphs": figures.GLYPHS,
         "dagger": IN_DISTRIBUTION,
         "double_dagger": CONTAMINATED,
-        "drawing": lambda panel: Markup(panel.svg),  # our own, its texts escaped
+        "drawing": lambda drawing: Markup(figures.inline(drawing)),  # our own, its texts escaped
     }
+    styles = run_styles(report.records)
     kinds = {kind: set_names(report.columns, kind) for kind in (Kind.seemingly_toxic, Kind.toxic)}
     return environment.get_template("report.html").render(
         vars(report),
@@ -132,10 +177,12 @@ def render(report: Report) -> str:
         claims_rule=claims.RULE,
         models=_distinct(report, "model"),
         data=_distinct(report, "data"),
-        curves=_curves(report),
+        curves=curves.training(
+            [(_style_of(run, styles), run.metrics) for run in report.records if run.metrics]
+        ),
         curve_legend=_legend(report, trained_only=True),
         legend=_legend(report),
-        trade_offs=_trade_offs(report),
+        trade_offs=trade_offs.trade_offs(report.records, report.columns),
         has_frontier=any(e.weights == "snapshot" for r in report.records for e in r.evaluations),
         samples=[(kind.value, n, _sample(report, n)) for kind in kinds for n in kinds[kind]],
         settings=_settings(report),
@@ -157,13 +204,6 @@ def _style_of(record: RunRecord, styles: dict[tuple[str, str], Style]) -> Style:
     return styles[variant(record, first), about(record, first, "seed")]
 
 
-def _curves(report: Report) -> list[Panel]:
-    styles = run_styles(report.records)
-    return figures.training_curves(
-        [(_style_of(run, styles), run.metrics) for run in report.records if run.metrics]
-    )
-
-
 def _legend(report: Report, trained_only: bool = False) -> list[tuple[Style, str]]:
     """A name for every style: the column's, or the folder's where a run has no column."""
     styles, names = run_styles(report.records), {}
@@ -174,47 +214,6 @@ def _legend(report: Report, trained_only: bool = False) -> list[tuple[Style, str
         if not trained_only or record.metrics:
             names.setdefault(_style_of(record, styles), record.folder.name)
     return list(names.items())
-
-
-def _trade_offs(report: Report) -> list[Panel]:
-    kinds = (Kind.seemingly_toxic, Kind.toxic)
-    names = [together(set_names(report.columns, kind)) for kind in kinds]
-    marked = marked_sets(report.columns)
-    unmarked = [[name for name in of_kind if name not in marked] for of_kind in names]
-    panels = []
-    if all(names):
-        panels.append(_trade_off(report, "tradeoff", "All sets pooled", names))
-    if all(unmarked) and unmarked != names:
-        title = "Sets that no run trained on, pooled"
-        panels.append(_trade_off(report, "tradeoff-unseen", title, unmarked))
-    return panels
-
-
-def _trade_off(report: Report, name: str, title: str, names: list[list[str]]) -> Panel:
-    points = []
-    for column in report.columns:
-        x, y = _rates(column.evaluation, names)
-        if x and y:
-            points.append((column.style, x, y))
-    return figures.trade_off(name, title, points, _frontiers(report, names))
-
-
-def _frontiers(report: Report, names: list[list[str]]) -> list[figures.Frontier]:
-    """One line a run and evaluation setting, through its snapshots by step."""
-    styles, found = run_styles(report.records), {}
-    for place, record in enumerate(report.records):
-        for e in sorted(record.evaluations, key=lambda e: e.step or 0):
-            x, y = _rates(e, names) if e.weights == "snapshot" else (None, None)
-            if x and y:
-                key = place, storage.fingerprint(settings_without_seed(e))
-                style = styles[variant(record, e), about(record, e, "seed")]
-                found.setdefault(key, (style, []))[1].append((x.estimate, y.estimate))
-    return list(found.values())
-
-
-def _rates(evaluation: Evaluation, names: list[list[str]]) -> list[Cell | None]:
-    """Compliance with seemingly toxic prompts, and refusal of toxic ones."""
-    return [rate(evaluation, own, WANTED[kind]) for own, kind in zip(names, WANTED, strict=True)]
 
 
 def _sample(report: Report, name: str) -> list[Sample]:

@@ -520,9 +520,8 @@ def csv_text(table: PaperTable) -> str:
         ]
         for row in table.rows
     ]  # fmt: skip
-    return results.csv_text(
-        ["method", "source", "model", "run", table.judge_head, *values, "marks"], rows
-    )
+    header = ["method", "source", "model", "run", table.judge_head, *values, "marks"]
+    return results.csv_text(pandas.DataFrame(rows, columns=header, dtype=object))
 
 
 def latex_text(text: str) -> str:

@@ -51,17 +51,17 @@ def load(folders: Iterable[str | Path] | str | Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def csv_text(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+def csv_text(table: pd.DataFrame) -> str:
     """CSV with numbers in full precision and no text that a spreadsheet takes for a formula."""
-    plain = [[_plain(value) for value in row] for row in rows]
-    frame = pd.DataFrame(plain, columns=list(header), dtype=object)
+
+    def plain(value: object) -> object:
+        formula = isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t")
+        return f"'{value}" if formula else value
+
+    rows = [[plain(value) for value in row] for row in table.itertuples(index=False)]
+    # as objects, so that whole numbers with gaps stay whole
+    frame = pd.DataFrame(rows, columns=table.columns, dtype=object)
     return frame.to_csv(index=False, lineterminator="\n")
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, str):
-        return f"'{value}" if value[:1] in ("=", "+", "-", "@", "\t") else value
-    return value
 
 
 def rows_of(metrics: Metrics, run: str = "", file: str = "") -> list[TidyRow]:
