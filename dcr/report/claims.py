@@ -179,15 +179,14 @@ def base_kernels(records: Sequence[RunRecord]) -> list[MeasuredKernel]:
 
     One a model and choice of prompts, the first.
     """
-    found = [measured for run in records for measured in evaluated(run, "base")]
-    if not found:
-        for run in records:
-            first = tracked(run, "contrastive")[:1]
-            if not first and config_of(run, "method") != "dcr":
-                first = tracked(run, "sft")[:1]
-            found += [m for m in first if m.weights == "step 0"]
+    bases = [measured for run in records for measured in evaluated(run, "base")]
+    for run in records if not bases else ():
+        first = tracked(run, "contrastive")[:1]
+        if not first and config_of(run, "method") != "dcr":
+            first = tracked(run, "sft")[:1]
+        bases += [measured for measured in first if measured.weights == "step 0"]
     distinct: dict[tuple[object, ...], MeasuredKernel] = {}
-    for measured in found:
+    for measured in bases:
         key = (measured.model, *measured.terms, tuple(measured.kernel.params))
         distinct.setdefault(key, measured)
     return list(distinct.values())
@@ -196,21 +195,21 @@ def base_kernels(records: Sequence[RunRecord]) -> list[MeasuredKernel]:
 def pairs(records: Sequence[RunRecord], notes: list[str]) -> list[BeforeAfter]:
     """Before and after stage one of every run: evaluations, or else tracking's first and last."""
     bases = [measured for run in records for measured in evaluated(run, "base")]
-    found: list[BeforeAfter] = []
+    both: list[BeforeAfter] = []
     for run in records:
         own = [p for after in evaluated(run, "contrastive") for p in _paired(after, bases, notes)]
         steps = tracked(run, "contrastive")
         if not own and len(steps) > 1 and steps[0].weights == "step 0":
             own = _paired(steps[-1], steps[:1], notes)
-        found += own
-    return found
+        both += own
+    return both
 
 
 def _paired(
     after: MeasuredKernel, bases: Sequence[MeasuredKernel], notes: list[str]
 ) -> list[BeforeAfter]:
     alike = [base for base in bases if (base.model, base.terms) == (after.model, after.terms)]
-    place, found = printable(str(after.folder)), []
+    place, both = printable(str(after.folder)), []
     for params in after.kernel.params:
         having = [base for base in alike if params in base.kernel.params]
         if not having:
@@ -226,8 +225,8 @@ def _paired(
             notes += [note] if note not in notes else []
         before, now = (normalised(kernel, params, notes) for kernel in (having[0], after))
         if before is not None and now is not None:
-            found.append(BeforeAfter(having[0], after, params, (before, now)))
-    return found
+            both.append(BeforeAfter(having[0], after, params, (before, now)))
+    return both
 
 
 def normalised(measured: MeasuredKernel, params: str, notes: list[str]) -> np.ndarray | None:
@@ -313,14 +312,14 @@ def kernel_of(cell: KindPair) -> str:
     return f"K({', '.join(kind.replace('_', ' ') for kind in cell)})"
 
 
-def number(found: Interval, *, signed: bool = False) -> str:
+def number(measured: Interval, *, signed: bool = False) -> str:
     """`0.52 [0.41, 0.63]`, with two digits of the interval's width and at least two decimals."""
-    if not all(map(math.isfinite, vars(found).values())):
+    if not all(map(math.isfinite, vars(measured).values())):
         return "undefined"
-    width = found.high - found.low or abs(found.estimate) or 1.0
+    width = measured.high - measured.low or abs(measured.estimate) or 1.0
     places = min(max(2, 1 - math.floor(math.log10(width))), 8)
     sign = "+" if signed else ""
-    estimate, low, high = (f"{end:{sign}.{places}f}" for end in vars(found).values())
+    estimate, low, high = (f"{end:{sign}.{places}f}" for end in vars(measured).values())
     return f"{estimate} [{low}, {high}]".replace("-", "−")
 
 
@@ -335,49 +334,37 @@ def claim_rows(records: Sequence[RunRecord], notes: list[str]) -> list[ClaimRow]
     """Every claim in the order of CLAIMS; what could not be read or is missing goes to `notes`."""
     called = {run.folder: name for run, name in zip(records, names(records), strict=True)}
     curves = [(run, prompt_curves(run)) for run in records]
-    found = [_movement(run, own, called[run.folder]) for run, own in curves if own]
+    rows = [_movement(run, own, called[run.folder]) for run, own in curves if own]
     for pair in pairs(records, notes):
-        found += _stage_one(pair, called[pair.after.run.folder])
+        rows += _stage_one(pair, called[pair.after.run.folder])
     for base in base_kernels(records):
-        found += _base(base, notes)
+        rows += _base(base, notes)
     steps = [(run, e) for run in records for e in run.evaluations if e.claims and unedited(e)]
     for run, evaluation in steps:
-        found += _one_step(name_of_weights(called[run.folder], run, evaluation), evaluation, notes)
+        rows += _one_step(name_of_weights(called[run.folder], run, evaluation), evaluation, notes)
     # one base model may have been measured in several folders
-    found = list({(f.claim, f.sentence): f for f in map(_of_numbers, found)}.values())
-    notes += _without(found, records, called)
-    have = {row.claim for row in found}
-    absent = [_absent(key, *LACKING[key], records) for key in LACKING if key not in have]
-    of_trunk = {e.weights for _, e in steps if any(p.startswith("trunk") for p in scores(e)[0])}
-    lacking = [LACKING_STATES[weights] for weights in LACKING_STATES if weights not in of_trunk]
-    absent += [_absent("proposition_1", *lack, records) for lack in lacking]
-    return sorted(found + absent, key=lambda row: list(CLAIMS).index(row.claim))
-
-
-def _without(
-    found: Sequence[ClaimRow], records: Sequence[RunRecord], called: Mapping[Path, str]
-) -> list[str]:
-    """A note on every run that lacks what others have."""
-    notes = []
+    rows = list({(row.claim, row.sentence): row for row in map(_of_numbers, rows)}.values())
     for claim, methods in (
         ("joint_movement", ("stl", "stl_aug", "dcr")),
         ("within_rises", ("dcr",)),
     ):
-        have = {row.run for row in found if row.claim == claim}
-        notes += [
+        have = {row.run for row in rows if row.claim == claim}
+        notes += [  # on every run that lacks what others have
             f"claims: {LACKING[claim][0]} in {folders([run])}"
             for run in records
             if have and config_of(run, "method") in methods and called[run.folder] not in have
         ]
-    return notes
-
-
-def _absent(claim: str, lack: str, command: str, records: Sequence[RunRecord]) -> ClaimRow:
+    have = {row.claim for row in rows}
+    lacking = [(key, *LACKING[key]) for key in LACKING if key not in have]
+    of_trunk = {e.weights for _, e in steps if any(p.startswith("trunk") for p in scores(e)[0])}
+    lacking += [("proposition_1", *LACKING_STATES[w]) for w in LACKING_STATES if w not in of_trunk]
     dcr = [run for run in records if config_of(run, "method") == "dcr"]
-    # stage one is what a run of another method lacks
-    able = dcr if "stage=contrastive" in command else dcr or list(records)
-    command = command.format(run=folders(able[:1]) or "<dcr run>")
-    return ClaimRow(claim, ABSENT, f"{lack}; run {command}", command)
+    for claim, what, command in lacking:
+        # stage one is what a run of another method lacks
+        able = dcr if "stage=contrastive" in command else dcr or list(records)
+        command = command.format(run=folders(able[:1]) or "<dcr run>")
+        rows.append(ClaimRow(claim, ABSENT, f"{what}; run {command}", command))
+    return sorted(rows, key=lambda row: list(CLAIMS).index(row.claim))
 
 
 def _of_numbers(row: ClaimRow) -> ClaimRow:
@@ -484,16 +471,17 @@ STATISTICS = {  # of single steps, by choice of parameters: where the block `cla
 
 def scores(evaluation: Evaluation) -> tuple[dict[str, dict[str, Interval]], dict[str, Interval]]:
     """STATISTICS by choice of parameters, and the change by kind; without what is not finite."""
-    block, found = evaluation.claims or OneStep(params={}), {}
-    for params, parts in block.params.items():
-        estimates = {key: getattr(getattr(parts, of), n) for key, (of, n) in STATISTICS.items()}
-        found[params] = _finite(estimates)
-    return found, _finite(block.change)
 
+    def finite(estimates: Mapping[str, Estimate | None]) -> dict[str, Interval]:
+        known = {key: interval(ends) for key, ends in estimates.items() if ends}
+        return {key: i for key, i in known.items() if all(map(math.isfinite, vars(i).values()))}
 
-def _finite(found: Mapping[str, Estimate | None]) -> dict[str, Interval]:
-    measured = {key: interval(ends) for key, ends in found.items() if ends}
-    return {key: i for key, i in measured.items() if all(map(math.isfinite, vars(i).values()))}
+    block = evaluation.claims or OneStep(params={})
+    by_params = {
+        params: finite({key: getattr(getattr(of, k), n) for key, (k, n) in STATISTICS.items()})
+        for params, of in block.params.items()
+    }
+    return by_params, finite(block.change)
 
 
 def _one_step(name: str, evaluation: Evaluation, notes: list[str]) -> Iterator[ClaimRow]:
@@ -501,16 +489,16 @@ def _one_step(name: str, evaluation: Evaluation, notes: list[str]) -> Iterator[C
     params_scores, change = scores(evaluation)
     model, source = evaluation.model or "", printable(str(evaluation.folder))
     place = printable(str(evaluation.folder / "metrics.json"))
-    for params, found in params_scores.items():
-        lacking = [key for key in STATISTICS if key not in found]
+    for params, known in params_scores.items():
+        lacking = [key for key in STATISTICS if key not in known]
         notes += [f"{place}: claims.params.{params} has no readable {key}" for key in lacking]
     lacking = [kind for kind in (SEEMING, NORMAL) if kind not in change]
     notes += [f"{place}: claims.change has no readable {kind}" for kind in lacking]
 
     def row(claim: str, score: str, statistic: str) -> Iterator[ClaimRow]:
-        for params, found in params_scores.items():
-            if score in found and (claim != "proposition_1" or params.startswith("trunk")):
-                measured, slope = found[score], found.get("slope")
+        for params, known in params_scores.items():
+            if score in known and (claim != "proposition_1" or params.startswith("trunk")):
+                measured, slope = known[score], known.get("slope")
                 beside = ("slope", slope) if score == "signed" and slope else None
                 more = f"; {number(slope)} of change per predicted" if beside and slope else ""
                 yield ClaimRow(
@@ -536,7 +524,7 @@ def _one_step(name: str, evaluation: Evaluation, notes: list[str]) -> Iterator[C
         more = HOLDS if seeming.low > normal.high else FAILS if seeming.high < normal.low else OPEN
         both = {more, verdict(seeming)}
         yield ClaimRow(
-            "refusal_spreads", next((found for found in (FAILS, OPEN) if found in both), HOLDS),
+            "refusal_spreads", next((worse for worse in (FAILS, OPEN) if worse in both), HOLDS),
             f"{name}: one step on a toxic prompt changes log p of the refusal token by "
             f"{number(seeming, signed=True)} on seemingly toxic and by "
             f"{number(normal, signed=True)} on normal prompts (claimed: a rise, and more on the "
@@ -560,42 +548,39 @@ HEADER = ("claim", "verdict", "run", "model", "params", "estimate", "low", "high
           "sentence", "command")  # fmt: skip
 
 
-def by_claim(found: Sequence[ClaimRow]) -> list[tuple[str, list[ClaimRow]]]:
+def by_claim(rows: Sequence[ClaimRow]) -> list[tuple[str, list[ClaimRow]]]:
     """Each claim's words with its rows."""
-    rows = [(title, [r for r in found if r.claim == claim]) for claim, title in CLAIMS.items()]
-    return [(title, own) for title, own in rows if own]
+    of_claim = [(words, [r for r in rows if r.claim == claim]) for claim, words in CLAIMS.items()]
+    return [(words, own) for words, own in of_claim if own]
 
 
-def lines(found: Sequence[ClaimRow], width: int) -> list[str]:
+def lines(rows: Sequence[ClaimRow], width: int) -> list[str]:
     """For the terminal, folded to its width."""
     longest = max(map(len, (HOLDS, FAILS, OPEN, ABSENT)))
-    lines = ["", "Claims of the paper", *textwrap.wrap(RULE, width)]
-    for title, own in by_claim(found):
-        lines += ["", *textwrap.wrap(title, width)]
+    folded = ["", "Claims of the paper", *textwrap.wrap(RULE, width)]
+    for words, own in by_claim(rows):
+        folded += ["", *textwrap.wrap(words, width)]
         for row in own:
-            lines += textwrap.wrap(
+            folded += textwrap.wrap(
                 f"  {row.verdict.ljust(longest)}  {row.sentence}",
                 width,
                 subsequent_indent=" " * (longest + 4),
                 break_long_words=False,
                 break_on_hyphens=False,
             )
-    return lines
+    return folded
 
 
-def csv_text(found: Sequence[ClaimRow]) -> str:
+def csv_text(rows: Sequence[ClaimRow]) -> str:
     """One claim of one run or evaluation a line, in full precision."""
-    rows = [_row(row) for row in found]
-    return results.csv_text(pd.DataFrame(rows, columns=list(HEADER), dtype=object))
-
-
-def _row(row: ClaimRow) -> tuple[object, ...]:
-    measured, beside = row.measured, row.beside
-    side = "above" if row.above else "below"
-    return (
-        row.claim, row.verdict, row.run, row.model, row.params,
-        *(vars(measured).values() if measured else ("",) * 3),
-        *((0, side) if measured else ("", "")),
-        *((beside[0], *vars(beside[1]).values()) if beside else ("",) * 4),
-        row.source, row.sentence, row.command,
-    )  # fmt: skip
+    values = [
+        (
+            row.claim, row.verdict, row.run, row.model, row.params,
+            *(vars(row.measured).values() if row.measured else ("",) * 3),
+            *((0, "above" if row.above else "below") if row.measured else ("", "")),
+            *((row.beside[0], *vars(row.beside[1]).values()) if row.beside else ("",) * 4),
+            row.source, row.sentence, row.command,
+        )
+        for row in rows
+    ]  # fmt: skip
+    return results.csv_text(pd.DataFrame(values, columns=list(HEADER), dtype=object))
