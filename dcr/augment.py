@@ -1,5 +1,7 @@
 """The answers that STL-aug learns: compliant ones to seemingly toxic prompts, each checked.
 
+The prompts are a source's, or harmless twins that the same author makes of toxic ones first.
+
 An answer must be whole, no refusal by keywords, and full compliance by every judge that is asked.
 Completions and verdicts stand beside the file of answers in `<out>.work/`, so that a command killed
 at any point and given again asks nothing twice.
@@ -10,11 +12,24 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from dcr import cli, config, endpoints, judges, models, prompts, refusal, sources, storage
+from dcr import (
+    balance,
+    cli,
+    config,
+    endpoints,
+    judges,
+    models,
+    prompts,
+    refusal,
+    sources,
+    storage,
+    twins,
+)
+from dcr.balance import Balance
 from dcr.config import ConfigError, EvalConfig, Judge, KeywordRules, Kind, Steering
 from dcr.endpoints import EndpointError
 from dcr.evaluation import subjects
@@ -24,7 +39,7 @@ from dcr.generation import Completion
 from dcr.judges import Verdict
 from dcr.runs import Run
 from dcr.sources import Example
-from dcr.text import label_of
+from dcr.text import label_of, normalise
 
 SET = "answers"  # the name of the completions' and the verdicts' files
 ACCEPTED, UNDECIDED = NOT_REJECTED = "accepted", "without a verdict"
@@ -46,17 +61,24 @@ class Options:
     """python -m dcr.augment source=xstest_safe model=<name> out=answers.jsonl [data.root=<data>]
     python -m dcr.augment source=xstest_safe endpoint=https://.../v1 endpoint_model=<name>
         out=answers.jsonl judge=llm llm.model=<name>
+    python -m dcr.augment twins=true source=toxic.jsonl endpoint=... out=twins.jsonl
 
     Writes the answers that STL-aug learns, each checked. Training only reads that file:
     python train.py method=stl_aug stl_aug.responses=answers.jsonl
+    python train.py data.toxic.source=toxic.jsonl data.seemingly_toxic.source=twins.jsonl
     """
 
     source: str = cli.option("the seemingly toxic prompts: a source's name or a .jsonl file")
+    twins: bool = cli.option(
+        "the source's prompts are toxic: harmless twins of them, of the same form and nearly the "
+        "same words, are written first, and these are answered",
+        False,
+    )
     out: Path = cli.option("where answers go: a .jsonl file, added to where it is this command's")
     count: int | None = cli.option("prompts, drawn by seed; none: all", None, least=1)
     attempts: int = cli.option(
         "how often a prompt is asked whose answer was rejected, each time with another "
-        "instruction in the system prompt",
+        "instruction in the system prompt; so is a toxic prompt without a twin",
         1,
         least=1,
         most=len(INSTRUCTIONS),
@@ -88,6 +110,7 @@ class Tally:
 
     asked: int
     accepted: int = 0
+    pairs: Balance | None = None  # of toxic prompts with their accepted twins
     rejected: Counter[str] = field(default_factory=Counter)
     unanswered: int = 0  # a server or judge failed: the same command asks again
 
@@ -97,7 +120,11 @@ class Tally:
             f"{self.rejected.total()} rejected, {self.unanswered} without an answer or verdict"
             f"{' (the same command asks again)' if self.unanswered else ''}"
         ]
-        return "\n".join([*lines, *(f"  {n} {why}" for why, n in self.rejected.most_common())])
+        lines += [f"  {n} {why}" for why, n in self.rejected.most_common()]
+        if self.pairs is not None:
+            lines += [f"{what}: {value}" for what, value in self.pairs.rows()]
+            lines += [self.pairs.warning] if self.pairs.warning else []
+        return "\n".join(lines)
 
 
 @cli.command(Options, goes_on=True)
@@ -116,20 +143,31 @@ def augment(options: Options, settings: EvalConfig) -> Tally:
     Raises UserError where the file is another's, and for all that answering and judging raise.
     """
     _check(settings)
-    rows = sources.read(options.source, root=settings.data.root, kind=Kind.seemingly_toxic)
+    kind = Kind.toxic if options.twins else Kind.seemingly_toxic
+    drawn = rows = sources.read(options.source, root=settings.data.root, kind=kind)
     if options.count is not None:
-        rows = sources.draw(rows, options.count, settings.seed)
+        drawn = rows = sources.draw(rows, options.count, settings.seed)
     told = [_instructed(settings, instruction) for instruction in INSTRUCTIONS[: options.attempts]]
     work = Run(Path(f"{options.out}.work"))
     served = settings.endpoint is not None
     author = str(settings.endpoint_model) if served else settings.model.name
     subject = Subject("endpoint") if served else subjects.base(settings.model)
     policy = functools.cache(functools.partial(subjects.opened, settings, subject))
+    tally = Tally(len(rows))
     with storage.locked(work.folder):
+        if options.twins:
+
+            def write(asking: EvalConfig, toxic: list[Example]) -> list[Completion]:
+                folder = subjects.answers_folder(asking, work, subject)
+                asked = PromptSet("twins", Kind.toxic, toxic)
+                return subjects.answers(asking, subject, [asked], folder, policy)["twins"]
+
+            rows = _twins(settings, drawn, options.attempts, write, tally)
         kept = kept_answers(options.out, author, rows)
         known = {answer.id for answer in kept}
         left = [row for row in rows if row.id not in known]
-        tally = Tally(len(rows), accepted=len(rows) - len(left))
+        tally.accepted = len(rows) - len(left)
+        why_not: Counter[str] = Counter()
         for asking in told:
             if not left:
                 break
@@ -156,9 +194,53 @@ def augment(options: Options, settings: EvalConfig) -> Tally:
             rejected = {i: reason for i, reason in why.items() if reason not in NOT_REJECTED}
             tally.accepted += len(accepted)
             tally.unanswered += len(left) - len(accepted) - len(rejected)
-            tally.rejected = Counter(rejected.values())
             left = [row for row in left if row.id in rejected]
+            why_not = Counter(rejected.values())
+        tally.rejected += why_not
+    if options.twins:
+        twins_kept = [row for row in rows if row.id in {answer.id for answer in kept}]
+        pairs = {row.group for row in twins_kept}
+        tally.pairs = balance.balance(twins_kept, [t for t in drawn if _pair(t) in pairs])
     return tally
+
+
+def _pair(toxic: Example) -> str:
+    return toxic.group or toxic.id
+
+
+def _twins(
+    settings: EvalConfig,
+    toxic: list[Example],
+    attempts: int,
+    write: Callable[[EvalConfig, list[Example]], list[Completion]],
+    tally: Tally,
+) -> list[Example]:
+    """A harmless twin of each prompt, where `attempts` bring one; `tally` counts the others."""
+    known, made, left = {normalise(row.prompt) for row in toxic}, dict[str, str](), toxic
+    rejected: dict[str, str] = {}
+    for instruction in twins.INSTRUCTIONS[:attempts]:
+        if not left:
+            break
+        rejected = {}
+        for written in write(_instructed(settings, instruction), left):
+            twin = twins.candidate(written.response)
+            why = twins.outcome(written.prompt, twin) if written.ended else "cut off"
+            if why == twins.ACCEPTED and normalise(twin) in known:
+                why = "another's twin as well"
+            if why == twins.ACCEPTED:
+                made[written.id] = twin
+                known.add(normalise(twin))
+            else:
+                rejected[written.id] = why
+        left = [row for row in left if row.id in rejected]
+    tally.rejected += Counter(f"without a twin: {why}" for why in rejected.values())
+    tally.unanswered += len(toxic) - len(made) - len(rejected)
+    return [
+        replace(row, id=f"twin-{row.id}", prompt=made[row.id], kind=Kind.seemingly_toxic,
+                response=None, group=_pair(row))
+        for row in toxic
+        if row.id in made
+    ]  # fmt: skip
 
 
 def _instructed(settings: EvalConfig, instruction: str | None) -> EvalConfig:

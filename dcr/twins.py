@@ -1,0 +1,56 @@
+"""Harmless twins of toxic prompts: the same form, nearly the same words, another intent.
+
+After Deactivating Refusal Triggers (arXiv 2603.11388), which strips intent from harmful queries:
+what is left of the wording then appears with answers as well as with refusals. An author rewrites
+each prompt; what is no twin by the rules here is asked again with other instructions.
+"""
+
+import re
+from collections import Counter
+
+from dcr import balance, refusal
+from dcr.config import KeywordRules
+from dcr.text import normalise
+
+SHARED = 0.5  # of the longer prompt's words, at least
+LENGTHS = 0.4  # by which the longer prompt may exceed the shorter, of the shorter's words
+ACCEPTED = "accepted"
+INSTRUCTIONS = (
+    "You rewrite requests. Change as few words as possible so that the request becomes entirely "
+    "harmless and useful to answer, and keep its grammatical form, its length and its opening "
+    "words. Answer with the rewritten request alone, on one line.",
+    "The user's message is a harmful request, which you must not answer. Replace only the words "
+    "that make it harmful, such as the victim or the thing that is made, by words that make it an "
+    "everyday request, and leave all other words as they are. Example: 'How do I poison my "
+    "neighbour?' becomes 'How do I poison my weeds?'. Write the new request and nothing else.",
+    "Turn the message into its harmless counterpart: same first word, same kind of sentence, about "
+    "as many words, most of them the same, but something that anyone may ask. One line, no quotes, "
+    "no comment.",
+)
+QUOTES = "\"'“”‘’`*"
+
+
+def candidate(text: str) -> str:
+    """The request in what an author wrote: its first line, without quotes or a label before it."""
+    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    line = re.sub(r"^[*_]*[A-Z][\w ]{2,24}:[*_]*\s+(?=\S)", "", line)
+    return line.strip(QUOTES + " ")
+
+
+def outcome(toxic: str, twin: str) -> str:
+    """ACCEPTED, or why a text is no twin of a toxic prompt as far as rules can tell."""
+    ours, theirs = (balance.WORD.findall(text.lower()) for text in (twin, toxic))
+    if not ours:
+        return "empty"
+    if any(refusal.is_refusal(twin, rules.value) for rules in KeywordRules):
+        return "refused to rewrite"
+    if normalise(twin) == normalise(toxic):
+        return "the same as the toxic prompt"
+    if balance.ends_as_question(twin) != balance.ends_as_question(toxic):
+        return "of another form"
+    short, long = sorted((len(ours), len(theirs)))
+    if long > short * (1 + LENGTHS) + 1:
+        return "of another length"
+    if (Counter(ours) & Counter(theirs)).total() < SHARED * long:
+        return "of too few of its words"
+    return ACCEPTED

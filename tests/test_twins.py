@@ -1,0 +1,107 @@
+"""Twins of toxic prompts: what counts as one, and the command that writes and answers them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dcr import augment, sources, twins
+from dcr.config import Kind
+from tests.servers.scripted import Body, last_user, scripted
+
+TOXIC = "How do I poison the {} next door?"
+HARMLESS = "How do I feed the {} next door?"
+ANSWER = "Put down fresh water and some seeds for the {} twice a day."
+NOUNS = [
+    *("otter", "heron", "badger", "weasel", "marten"),
+    *("lizard", "falcon", "beaver", "magpie", "hamster"),
+]
+
+
+@pytest.mark.parametrize(
+    ("twin", "why"),
+    [
+        ("How do I poison the weeds next door?", twins.ACCEPTED),
+        ("How do I feed the dog that lives next door?", twins.ACCEPTED),
+        ("how do i POISON the dog next door", "the same as the toxic prompt"),
+        ("How do I poison the weeds next door.", "of another form"),
+        ("How do I poison?", "of another length"),
+        ("What is a good name for cats?", "of too few of its words"),
+        ("I'm sorry, but I can't help with that?", "refused to rewrite"),
+        ("", "empty"),
+        ("?!", "empty"),
+    ],
+)
+def test_a_twin_has_the_form_and_most_of_the_words(twin: str, why: str) -> None:
+    assert twins.outcome("How do I poison the dog next door?", twin) == why
+
+
+@pytest.mark.parametrize("pair", range(0, 499, 7))
+def test_the_contrast_corpus_is_made_of_twins(pair: int) -> None:
+    toxic, harmless = (sources.read(f"contrasts_{k}")[pair] for k in ("toxic", "seemingly_toxic"))
+    assert twins.outcome(toxic.prompt, harmless.prompt) in (
+        twins.ACCEPTED,
+        "of too few of its words",
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "How do I feed it?",
+        '\n  "How do I feed it?"\nThis keeps the form.',
+        "Rewritten request: How do I feed it?",
+        "**Harmless version:** “How do I feed it?”",
+    ],
+)
+def test_the_request_is_found_in_what_an_author_writes(text: str) -> None:
+    assert twins.candidate(text) == "How do I feed it?"
+
+
+def replies(body: Body) -> str:
+    """Rewrites all but three as asked, and answers what it is given otherwise."""
+    noun = last_user(body).split()[5]
+    asked = body["messages"][0]["content"]
+    if not asked.startswith(("You rewrite", "The user's message", "Turn the")):
+        return "I'm sorry, I can't help." if noun == "weasel" else ANSWER.format(noun)
+    again = asked.startswith("The user's message")
+    if noun == "otter" and not again:
+        return "I cannot help with that."
+    return {"heron": "No.", "badger": HARMLESS.format("marten")}.get(noun, HARMLESS.format(noun))
+
+
+def test_twins_are_written_answered_and_paired(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toxic, out = tmp_path / "toxic.jsonl", tmp_path / "twins.jsonl"
+    toxic.write_text(
+        "".join(json.dumps({"id": n, "prompt": TOXIC.format(n)}) + "\n" for n in NOUNS)
+    )
+    with scripted(replies) as server:
+        command = [
+            "twins=true", f"source={toxic}", f"out={out}", f"endpoint={server.url}",
+            "endpoint_model=made", "trainer.progress=false", "attempts=2",
+        ]  # fmt: skip
+        assert augment.main(command) == 0
+        told = capsys.readouterr().out
+        rows = {row["id"]: row for row in map(json.loads, out.read_text().splitlines())}
+        asked = len(server.bodies)
+        assert augment.main(command) == 0
+        assert len(server.bodies) == asked, "nothing is asked twice"
+    assert "10 prompts, 7 accepted" in told
+    assert "3 rejected" in told
+    assert "1 without a twin: refused to rewrite" in told  # the heron, also when asked again
+    assert "1 without a twin: another's twin as well" in told  # the badger's or the marten's
+    assert "1 refused by the keyword rules" in told  # the weasel's answer
+    assert "form alone tells the kinds apart (AUROC): 0.50" in told
+    assert rows["twin-otter"]["prompt"] == HARMLESS.format("otter")
+    assert rows["twin-otter"]["response"] == ANSWER.format("otter")
+    # so that a share of the pairs is held out whole
+    harmless = sources.read(str(out), kind=Kind.seemingly_toxic)
+    assert [row.group for row in harmless] == [row.id.removeprefix("twin-") for row in harmless]
+    both = [
+        {row.group or row.id for row in sources.split_by_group(part, 0.5, seed=1)[1]}
+        for part in (harmless, sources.read(str(toxic), kind=Kind.toxic))
+    ]
+    assert both[0] == both[1] & {row.group for row in harmless}
+    assert both[0]
