@@ -476,7 +476,7 @@ def _stage_cell(job: Job, stage: Stage, first: dict[str, str], seconds: list[flo
         if key in first or donors(settings, job.run):
             return f"that of {first.get(key, 'an earlier run')}"
         first[key] = job.name
-    drawn, _ = plan.expected(settings)
+    drawn, *_ = plan.expected(settings)
     of = plan.stage_plan(settings, stage, cost.stage_shape(settings, stage), drawn)
     rate = cost.throughput(settings, of.precision, of.shape.width)
     seconds.append(of.flops / rate.flops)
