@@ -79,8 +79,7 @@ def placed(module: Any, places: Int[Tensor, "batch length"]) -> dict[str, Tensor
 
 def context_length(config: Any) -> int:
     """How many tokens a transformers model can read; `UNLIMITED` where its config has no end."""
-    found = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return found or UNLIMITED
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or UNLIMITED
 
 
 def to_gpu(model: Any, accelerator: str = "auto") -> None:

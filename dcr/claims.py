@@ -10,7 +10,7 @@ rounding of the sum.
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from dcr import activations, batching, models, ntk, statistics, storage
 from dcr.config import ConfigError, Kind
 from dcr.models import Policy
-from dcr.ntk import Batch, batches, last_logits, parameters, still
+from dcr.ntk import Batch, batches, last_logits, still
 from dcr.prompts import ChatFormat
 from dcr.sources import Example
 
@@ -157,11 +157,19 @@ def measure(
     Whole arrays go to `folder`/claims.safetensors. Weights, modes and flags are left as they were.
     Raises ConfigError for a setting, a row or a model that cannot be.
     """
-    _check(policy.model, settings)
+    depth = len(models.decoder_blocks(policy.model))
+    vocabulary = models.unwrapped(policy.model).config.get_text_config().vocab_size
+    if not 1 <= settings.layer <= depth:
+        raise ConfigError(f"claims.layer={settings.layer}: the model has blocks 1 to {depth}")
+    if settings.top_k >= vocabulary:
+        raise ConfigError(
+            f"claims.top_k={settings.top_k}: choose 1 to {vocabulary - 1}, one less than the "
+            "vocabulary"
+        )
     chosen = template(chat, rows, trained)
     measured = _measured(policy.model, chosen, settings)
     if folder is not None:
-        _keep(folder / "claims.safetensors", chosen, measured)
+        storage.write_bytes(folder / "claims.safetensors", _arrays(chosen, measured))
     return {
         "layer": settings.layer,
         "top_k": settings.top_k,
@@ -177,8 +185,8 @@ def measure(
 
 
 def _measured(model: Any, chosen: Prompts, settings: Settings) -> Measurements:
-    start = baseline(model, chosen.sequences, chosen.target, settings.top_k, settings.layer)
-    steps = sgd_steps(model, chosen.sequences, chosen.trained, start, chosen.target, settings.drop)
+    start = baseline(model, chosen, settings.top_k, settings.layer)
+    steps = sgd_steps(model, chosen, start, settings.drop)
     norms, predicted = {}, {}
     for params in settings.params:
         kernel_settings = ntk.Settings(
@@ -245,37 +253,26 @@ def first_token(chat: ChatFormat, row: Example) -> int:
     return ids[-1]
 
 
-def baseline(
-    model: Any, sequences: Sequence[Sequence[int]], target: int, top_k: int, layer: int
-) -> Baseline:
+def baseline(model: Any, chosen: Prompts, top_k: int, layer: int) -> Baseline:
     """`top_k` + 1 tokens of each prompt: its top k and the target, or its top k + 1 with it."""
     tokens, log_p, states = [], [], []
+    rows, back = _rows(model, chosen.sequences)
     with still(model), torch.no_grad():
-        rows, order = _rows(model, sequences)
         for batch in rows:
             with activations.captured(model, layer) as captured:
                 every = _log_softmax(last_logits(model, batch))
             (hidden,) = captured
-            ends = batch.mask.sum(1).to(hidden.device) - 1  # padded on the right
-            places = torch.arange(len(ends), device=hidden.device)
-            states.append(hidden[places, ends].cpu().double())
-            chosen = every.topk(top_k + 1, 1).indices
-            chosen[~(chosen == target).any(1), -1] = target
-            tokens.append(chosen)
-            log_p.append(every.gather(1, chosen))
-    back = order.argsort()
+            places = torch.arange(len(hidden), device=hidden.device)
+            states.append(hidden[places, batch.ends.to(hidden.device)].cpu().double())
+            likely = every.topk(top_k + 1, 1).indices
+            likely[~(likely == chosen.target).any(1), -1] = chosen.target
+            tokens.append(likely)
+            log_p.append(every.gather(1, likely))
     return Baseline(*(torch.cat(each)[back] for each in (tokens, log_p, states)))
 
 
-def sgd_steps(
-    model: Any,
-    sequences: Sequence[Sequence[int]],
-    trained: Sequence[int],
-    start: Baseline,
-    target: int,
-    drop: float,
-) -> StepChanges:
-    """One step of plain SGD on the cross-entropy of `target` behind each of the `trained` prompts.
+def sgd_steps(model: Any, chosen: Prompts, start: Baseline, drop: float) -> StepChanges:
+    """One step of plain SGD on the cross-entropy of the target behind each trained prompt.
 
     It moves all base weights, a tied matrix once and an adapter not at all: the set that the kernel
     over `all` is of. The rate is such that to first order the pair's own loss falls by `drop` nats,
@@ -286,62 +283,61 @@ def sgd_steps(
     where a loss has no gradient.
     """
     changes, plain, rates = [], [], []
+    rows, back = _rows(model, chosen.sequences)
+    aimed = start.tokens[back.argsort()].split([len(batch.ids) for batch in rows])
+
+    def log_probabilities() -> Float[Tensor, "prompts rank"]:
+        parts = [
+            _log_softmax(last_logits(model, batch)).gather(1, tokens)
+            for batch, tokens in zip(rows, aimed, strict=True)
+        ]
+        return torch.cat(parts)[back]
+
     with still(model):
-        moved = parameters(model, "all", True)
+        moved = ntk.parameters(model, "all", True)
         if any(parameter.dtype.itemsize < 4 for parameter in moved):
             raise ConfigError(
                 f"claims: the model is in {moved[0].dtype}, in which a small step is lost to "
                 "rounding; open it with precision=fp32"
             )
-        rows, order = _rows(model, sequences)
-        aimed = start.tokens[order].split([len(batch.ids) for batch in rows])
-        for place in trained:
-            (alone,), _ = _rows(model, [sequences[place]])
-            loss, gradient = _gradient(model, moved, alone, target)
-            squared = sum(float(part.square().sum()) for part in gradient)
-            if not squared > 0:
-                raise ConfigError(
-                    f"claims: a refusal's loss of {loss:.3g} nats has no gradient, so no step on "
-                    "it can be measured; choose other pairs"
-                )
-            rate = drop * min(1.0, loss) / squared
-            moves = []
+        for place in chosen.trained:
+            (alone,), _ = _rows(model, [chosen.sequences[place]])
+            gradient, rate = _aimed(model, moved, alone, chosen.target, drop)
+            rates.append(rate)
+            ends = []
             with ntk.restored(moved) as saved, torch.no_grad():
                 for share in (0.5, -0.5, 1.0):
                     ntk.move(moved, saved, gradient, -share * rate)
-                    log_p = [
-                        _log_softmax(last_logits(model, batch)).gather(1, tokens)
-                        for batch, tokens in zip(rows, aimed, strict=True)
-                    ]
-                    moves.append(torch.cat(log_p)[order.argsort()])
-            changes.append(moves[0] - moves[1])
-            plain.append(moves[2] - start.log_probabilities)
-            rates.append(rate)
+                    ends.append(log_probabilities())
+            changes.append(ends[0] - ends[1])
+            plain.append(ends[2] - start.log_probabilities)
     all_rates = torch.tensor(rates, dtype=torch.float64)
     return StepChanges(torch.stack(changes, 2), torch.stack(plain, 2), all_rates)
 
 
+def _aimed(
+    model: Any, moved: Sequence[nn.Parameter], alone: Batch, target: int, drop: float
+) -> tuple[list[Tensor], float]:
+    """The gradient of one pair's loss, and the rate at which a step along it takes `drop` off."""
+    loss, gradient = ntk.gradient(model, moved, alone, lambda z: -_log_softmax(z)[target])
+    squared = sum(float(part.square().sum()) for part in gradient)
+    if not squared > 0:
+        raise ConfigError(
+            f"claims: a refusal's loss of {loss:.3g} nats has no gradient, so no step on it can be "
+            "measured; choose other pairs"
+        )
+    return gradient, drop * min(1.0, loss) / squared
+
+
 def _rows(model: Any, sequences: Sequence[Sequence[int]]) -> tuple[list[Batch], Tensor]:
-    """Batches by length, padded on the right, and that order."""
+    """Batches by length, and the places in them of the sequences in their own order."""
     device = next(model.parameters()).device
-    return batches(sequences, BATCH_SIZE, False, device), torch.tensor(
-        batching.by_length(sequences)
-    )
+    back = torch.tensor(batching.by_length(sequences)).argsort()
+    return batches(sequences, BATCH_SIZE, device), back
 
 
-def _log_softmax(logits: Float[Tensor, "batch vocabulary"]) -> Float[Tensor, "batch vocabulary"]:
-    return logits.cpu().double().log_softmax(1)
-
-
-def _gradient(
-    model: Any, moved: Sequence[nn.Parameter], alone: Batch, target: int
-) -> tuple[float, list[Tensor]]:
-    """The loss and its gradient; `still` takes the flags back."""
-    for parameter in moved:
-        parameter.requires_grad_(True)
-    loss = -_log_softmax(last_logits(model, alone))[0, target]
-    gradient = torch.autograd.grad(loss, moved, materialize_grads=True)
-    return float(loss.detach()), list(gradient)
+def _log_softmax(logits: Float[Tensor, "*batch vocabulary"]) -> Float[Tensor, "*batch vocabulary"]:
+    return logits.cpu().double().log_softmax(-1)
 
 
 def predictions(
@@ -382,7 +378,9 @@ def summary(chosen: Prompts, measured: Measurements, seed: int) -> dict[str, Any
     return {
         "rates": measured.steps.rates.tolist(),
         "falls": _target_changes(chosen, measured)[n:].diagonal().tolist(),
-        "nonlinearity": _finite(float(off / (np.linalg.norm(actual[others]) or math.nan))),
+        "nonlinearity": statistics.finite(
+            float(off / (np.linalg.norm(actual[others]) or math.nan))
+        ),
         "covered": float(measured.start.log_probabilities[:n].exp().sum(1).mean()),
         "change": _change(chosen, measured, observers, trained),
         "params": params,
@@ -399,18 +397,19 @@ def agreement(
 ) -> dict[str, dict[str, list[float | None]]]:
     """How far a kernel tells the changes over the pairs in `others`; `statistics.redrawn` draws."""
     size = np.linalg.norm(actual, axis=2)
-    over = partial(statistics.over_pairs, left=observers, right=trained, allowed=others)
-    given, got = predicted[others], actual[others]
+
+    def over(statistic: Callable[..., Any], x: np.ndarray, y: np.ndarray) -> list[float | None]:
+        of_pairs = partial(statistic, x[others], y[others])
+        return _estimate(statistics.over_pairs(of_pairs, observers, trained, others))
+
     return {
         "norm": {
             "within": _estimate(_within(norms, size, others, observers, trained)),
-            "pooled": _estimate(
-                over(partial(statistics.weighted_spearman, norms[others], size[others]))
-            ),
+            "pooled": over(statistics.weighted_spearman, norms, size),
         },
         "prediction": {
-            "pearson": _estimate(over(partial(statistics.weighted_pearson, given, got))),
-            "slope": _estimate(over(partial(statistics.weighted_slope, given, got))),
+            "pearson": over(statistics.weighted_pearson, predicted, actual),
+            "slope": over(statistics.weighted_slope, predicted, actual),
         },
     }
 
@@ -430,9 +429,7 @@ def _within(
         own.append(statistics.over_pairs(statistic, observers, once, kept[:, None]))
     every = np.stack(own, 1)
     weights = trained * np.isfinite(every)
-    total = weights.sum(1)
-    sums = (weights * np.nan_to_num(every)).sum(1)
-    return np.divide(sums, total, out=np.full(len(total), math.nan), where=total > 0)
+    return statistics.ratio((weights * np.nan_to_num(every)).sum(1), weights.sum(1))
 
 
 def _proposition(
@@ -475,14 +472,10 @@ def _target_changes(
 
 
 def _estimate(values: Float[np.ndarray, "draws"]) -> list[float | None]:
-    return [_finite(value) for value in vars(statistics.of_draws(values)).values()]
+    return [statistics.finite(value) for value in vars(statistics.of_draws(values)).values()]
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _keep(path: Path, chosen: Prompts, measured: Measurements) -> None:
+def _arrays(chosen: Prompts, measured: Measurements) -> bytes:
     """Every array, prompts in the order of the `ids` in the file's metadata, and those trained."""
     tensors = {
         "tokens": measured.start.tokens,
@@ -494,24 +487,6 @@ def _keep(path: Path, chosen: Prompts, measured: Measurements) -> None:
         **{f"norms.{label}": norms for label, norms in measured.norms.items()},
         **{f"predicted.{label}": values for label, values in measured.predicted.items()},
     }
-    metadata = {
-        "ids": "\n".join(chosen.ids),
-        "trained": "\n".join(chosen.ids[place] for place in chosen.trained),
-    }
-    plain = {key: value.contiguous() for key, value in tensors.items()}
-    storage.write_bytes(path, save(plain, metadata))
-
-
-def _check(model: Any, settings: Settings) -> None:
-    """What no other module would refuse by name."""
-    depth = len(models.decoder_blocks(model))
-    vocabulary = models.unwrapped(model).config.get_text_config().vocab_size
-    if not 1 <= settings.layer <= depth:
-        raise ConfigError(f"claims.layer={settings.layer}: the model has blocks 1 to {depth}")
-    if not 1 <= settings.top_k < vocabulary:
-        raise ConfigError(
-            f"claims.top_k={settings.top_k}: choose 1 to {vocabulary - 1}, one less than the "
-            "vocabulary"
-        )
-    if not settings.drop > 0:
-        raise ConfigError(f"claims.drop={settings.drop}: give a positive number of nats")
+    trained = (chosen.ids[place] for place in chosen.trained)
+    metadata = {"ids": "\n".join(chosen.ids), "trained": "\n".join(trained)}
+    return save({key: value.contiguous() for key, value in tensors.items()}, metadata)

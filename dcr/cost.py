@@ -188,14 +188,14 @@ def memory(settings: TrainConfig, stage: Stage, shape: Shape, load: Load) -> dic
     if node.precision is Precision.mixed:
         weights += 2 * (shape.blocks + shape.head if load.full else shape.trunk)
     chunk = min(LOGIT_ROWS, load.labelled) * shape.vocabulary
-    found = {
+    parts = {
         "weights": weights,
         "gradients": each * trained + 4 * lora,
         "Adam states": 2 * (each * trained + 4 * lora),
         "activations": _activations(settings, stage, shape, load),
         "logits": 2 * 4 * chunk,
     }
-    return found if device_type(settings) == "cuda" else {**found, "process": PROCESS_BYTES}
+    return parts if device_type(settings) == "cuda" else {**parts, "process": PROCESS_BYTES}
 
 
 def _activations(settings: TrainConfig, stage: Stage, shape: Shape, load: Load) -> float:

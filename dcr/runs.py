@@ -197,11 +197,11 @@ def binding(made_with: Mapping[str, Any]) -> dict[str, Any]:
 
     A readout of no steps decides nothing, and earlier runs know of none.
     """
-    found = {key: value for key, value in made_with.items() if key not in FREE_KEYS}
-    sft = found.get("sft") or {}
+    decisive = {key: value for key, value in made_with.items() if key not in FREE_KEYS}
+    sft = decisive.get("sft") or {}
     if "readout" in sft and not sft["readout"].get("steps"):
-        found["sft"] = {key: value for key, value in sft.items() if key != "readout"}
-    return found
+        decisive["sft"] = {key: value for key, value in sft.items() if key != "readout"}
+    return decisive
 
 
 def claim(run: Run, made_with: Mapping[str, Any], force: bool) -> None:

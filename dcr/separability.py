@@ -28,7 +28,7 @@ from dcr.data import SEEMINGLY_TOXIC, TOXIC, prompt_rows
 from dcr.models import Policy
 from dcr.prompts import ChatFormat, PromptRow
 from dcr.sources import Example
-from dcr.statistics import Interval
+from dcr.statistics import Interval, finite
 
 BATCH_TOKENS = 2048  # padded tokens of one pass; with pooling=mean every layer is held for them
 INVERSE_PENALTY = 0.1  # C of the L2 penalty on standardised features: there are more than prompts
@@ -299,7 +299,7 @@ def analyse(
     points = features(policy, rows)
     scores = layerwise(points, labels, group_names([*safe, *unsafe]), seed)
     return {
-        "layers": [{key: _finite(value) for key, value in asdict(s).items()} for s in scores],
+        "layers": [{key: finite(value) for key, value in asdict(s).items()} for s in scores],
         "majority": max(len(safe), len(unsafe)) / len(rows) if rows else None,
         "mds": {str(layer): _plane(part) for layer, part in enumerate(points, 1)},
         "ids": [row.id for row in rows],
@@ -312,7 +312,3 @@ def _plane(points: Float[Tensor, "prompts width"]) -> list[list[float]] | None:
     if not points.isfinite().all():
         return None
     return [[float(f"{x:.{DIGITS}g}") for x in row] for row in classical_mds(points).tolist()]
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -56,16 +56,11 @@ class WinRate:
     discrete: float
 
 
-def wilson(successes: int, total: int, confidence: float = CONFIDENCE) -> Interval:
-    """A rate with its Wilson score interval; of nothing, nan within [0, 1].
-
-    Raises ValueError unless 0 <= successes <= total.
-    """
-    if not 0 <= successes <= total:
-        raise ValueError(f"{successes} successes of {total}: must lie between 0 and the total")
+def wilson(successes: int, total: int) -> Interval:
+    """A rate with its Wilson score interval; of nothing, nan within [0, 1]."""
     if total == 0:
         return Interval(math.nan, 0.0, 1.0)
-    ends = stats.binomtest(successes, total).proportion_ci(confidence, method="wilson")
+    ends = stats.binomtest(successes, total).proportion_ci(CONFIDENCE, method="wilson")
     return Interval(successes / total, float(ends.low), float(ends.high))
 
 
@@ -101,22 +96,21 @@ def redrawn(
     return counts
 
 
-def percentiles(drawn: np.ndarray, confidence: float = CONFIDENCE) -> tuple[float, float]:
+def percentiles(drawn: np.ndarray) -> tuple[float, float]:
     """The ends of the percentile interval over the finite draws; unbounded without any."""
     known = drawn[np.isfinite(drawn)]
     if not len(known):
         return -math.inf, math.inf
-    tail = (1 - confidence) / 2
+    tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(known, [tail, 1 - tail])
     return float(low), float(high)
 
 
-def of_draws(values: Float[np.ndarray, "draws"], confidence: float = CONFIDENCE) -> Interval:
+def of_draws(values: Float[np.ndarray, "draws"]) -> Interval:
     """The estimate, first of the values, with percentiles of the others; unbounded where nan."""
     estimate = float(values[0])
-    known = math.isfinite(estimate)
-    ends = percentiles(values[1:], confidence) if known else (-math.inf, math.inf)
-    return Interval(estimate, *ends)
+    drawn = values[1:] if math.isfinite(estimate) else values[:0]
+    return Interval(estimate, *percentiles(drawn))
 
 
 def mean_interval(values: Sequence[float], *, seed: int) -> Interval:
@@ -129,7 +123,6 @@ def auroc_interval(
     positive: Sequence[float],
     negative: Sequence[float],
     *,
-    confidence: float = CONFIDENCE,
     resamples: int = RESAMPLES,
     seed: int,
 ) -> Interval:
@@ -142,7 +135,7 @@ def auroc_interval(
     if not len(positive) or not len(negative):
         return Interval(math.nan, 0.0, 1.0)
     drawn = _drawn_counts(positives, negatives, resamples, seed)
-    return of_draws(_auroc_of_counts(*drawn), confidence)
+    return of_draws(_auroc_of_counts(*drawn))
 
 
 def ranking(
@@ -206,8 +199,6 @@ def paired_difference(
     a: Sequence[float] | Sequence[bool],
     b: Sequence[float] | Sequence[bool],
     *,
-    confidence: float = CONFIDENCE,
-    resamples: int = RESAMPLES,
     seed: int,
 ) -> Interval:
     """mean(a) - mean(b) over the same prompts, with a percentile bootstrap interval over prompts.
@@ -222,8 +213,8 @@ def paired_difference(
     # As for AUROC, counts per distinct difference; verdicts have three.
     values, counts = np.unique(differences, return_counts=True)
     generator = np.random.default_rng(seed)
-    drawn = resampled(counts, generator, resamples) @ values / len(a)
-    return Interval(float(differences.mean()), *percentiles(drawn, confidence))
+    drawn = resampled(counts, generator) @ values / len(a)
+    return Interval(float(differences.mean()), *percentiles(drawn))
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
@@ -339,8 +330,7 @@ def _auroc_of_counts(positives: np.ndarray, negatives: np.ndarray) -> np.ndarray
     """AUROC per row of counts by ascending score: negatives below, and half of those level."""
     below = np.cumsum(negatives, axis=1) - negatives / 2
     wins = (positives * below).sum(axis=1)
-    pairs = positives.sum(axis=1) * negatives.sum(axis=1)
-    return np.divide(wins, pairs, out=np.full(len(wins), np.nan), where=pairs > 0)
+    return ratio(wins, positives.sum(axis=1) * negatives.sum(axis=1))
 
 
 def _check_paired(a: Sequence[object], b: Sequence[object]) -> None:
@@ -374,7 +364,7 @@ def over_pairs(
 
 
 def weighted_mean(x: Float[np.ndarray, "pairs"], weights: Weights) -> Float[np.ndarray, "draws"]:
-    return _ratio(weights @ x, weights.sum(1))
+    return ratio(weights @ x, weights.sum(1))
 
 
 def weighted_spearman(
@@ -384,10 +374,10 @@ def weighted_spearman(
     first, second = _ranks(x, weights), _ranks(y, weights)
     total = weights.sum(1, keepdims=True)
     first, second = (
-        each - _ratio((weights * each).sum(1, keepdims=True), total) for each in (first, second)
+        each - ratio((weights * each).sum(1, keepdims=True), total) for each in (first, second)
     )
     square = (weights * first**2).sum(1) * (weights * second**2).sum(1)
-    return _ratio((weights * first * second).sum(1), np.sqrt(square))
+    return ratio((weights * first * second).sum(1), np.sqrt(square))
 
 
 def weighted_pearson(
@@ -396,17 +386,15 @@ def weighted_pearson(
     """Correlation over all values of all pairs."""
     x, y = x - x.mean(), y - y.mean()  # for the sake of rounding alone
     count = weights.sum(1) * x.shape[1]
-    a, b, aa, bb, ab = (
-        _ratio(weights @ each.sum(1), count) for each in (x, y, x * x, y * y, x * y)
-    )
-    return _ratio(ab - a * b, np.sqrt(np.maximum((aa - a * a) * (bb - b * b), 0)))
+    a, b, aa, bb, ab = (ratio(weights @ each.sum(1), count) for each in (x, y, x * x, y * y, x * y))
+    return ratio(ab - a * b, np.sqrt(np.maximum((aa - a * a) * (bb - b * b), 0)))
 
 
 def weighted_slope(
     x: Float[np.ndarray, "pairs values"], y: Float[np.ndarray, "pairs values"], weights: Weights
 ) -> Float[np.ndarray, "draws"]:
     """Of y on x by least squares through the origin."""
-    return _ratio(weights @ (x * y).sum(1), weights @ (x * x).sum(1))
+    return ratio(weights @ (x * y).sum(1), weights @ (x * x).sum(1))
 
 
 def _ranks(x: Float[np.ndarray, "pairs"], weights: Weights) -> Weights:
@@ -417,5 +405,11 @@ def _ranks(x: Float[np.ndarray, "pairs"], weights: Weights) -> Weights:
     return (totals.cumsum(1) - totals / 2)[:, places]
 
 
-def _ratio(over: np.ndarray, under: np.ndarray) -> np.ndarray:
+def finite(value: float) -> float | None:
+    """As JSON holds it: what is undefined is null."""
+    return value if math.isfinite(value) else None
+
+
+def ratio(over: np.ndarray, under: np.ndarray) -> np.ndarray:
+    """Their quotients, nan where nothing is divided by."""
     return np.divide(over, under, out=np.full(over.shape, math.nan), where=under > 0)

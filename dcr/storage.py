@@ -333,11 +333,11 @@ def check_checksums(folder: Path, expected: bool = True) -> None:
     known = read_json(file, Checksums, cure)
     with _reading(folder, cure):
         now = _checksums(folder)
-    for before, found in ((known.files, now.files), (known.weights, now.weights)):
+    for before, sums in ((known.files, now.files), (known.weights, now.weights)):
         for name, value in before.items():
-            if name not in found:
+            if name not in sums:
                 raise DataError(f"{folder / name}: missing; {cure}")
-            if found[name] != value:
+            if sums[name] != value:
                 raise DataError(f"{folder / name}: damaged, its checksum differs; {cure}")
     if more := sorted(now.weights.keys() - known.weights.keys()):
         raise DataError(f"{folder / more[0]}: no part of this result; remove the file")

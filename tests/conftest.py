@@ -36,37 +36,29 @@ CHECKED = (
 )
 hook = install_import_hook([f"dcr.{name}" for name in CHECKED], f"{__name__}.typechecked")
 
-from dcr import models  # noqa: E402
-from dcr.config import ModelConfig, Precision, TrainConfig  # noqa: E402
+from dcr.config import TrainConfig  # noqa: E402
 from dcr.models import Policy  # noqa: E402
+from dcr.prompts import ChatFormat  # noqa: E402
+from tests.shapes import chat_of, tiny_policy  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
-TINY = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": 260,
-    "tie_word_embeddings": True,
-}
 
 
 @pytest.fixture
 def policy() -> Policy:
     """Two random blocks over bytes in fp32, fresh for each test."""
-    settings = ModelConfig(name="tiny", label="tiny", layer=1, architecture=dict(TINY))
-    return models.open_policy(settings, Precision.fp32)
+    return tiny_policy()
+
+
+@pytest.fixture
+def chat(policy: Policy) -> ChatFormat:
+    return chat_of(policy)
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same kind of model with its byte tokenizer as a local Hugging Face folder: read only."""
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    settings = ModelConfig(name="tiny", label="tiny", layer=1, architecture=dict(TINY))
-    made = models.open_policy(settings, Precision.fp32, seed=1)
+    folder, made = tmp_path_factory.mktemp("tiny-llama"), tiny_policy(seed=1)
     made.model.save_pretrained(folder)
     made.tokenizer.save_pretrained(folder)
     return folder

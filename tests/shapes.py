@@ -1,21 +1,48 @@
-"""Random models of three blocks, small enough for Jacobians: what the kernel's tests share."""
+"""Random models small enough for loops and Jacobians, and how the tiny one is spoken to."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     Qwen2Config,
     Qwen3Config,
 )
 
-from dcr import models
-from dcr.config import LoraConfig
+from dcr import models, prompts
+from dcr.config import LoraConfig, ModelConfig, Precision
+from dcr.models import Policy
+from dcr.prompts import ChatFormat
+
+TINY: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 260,
+    "tie_word_embeddings": True,
+}
+
+
+def tiny_policy(seed: int = 0, **shape: Any) -> Policy:
+    """Random blocks over bytes in fp32, two unless `shape` says otherwise."""
+    settings = ModelConfig(name="tiny", label="tiny", layer=1, architecture=TINY | shape)
+    return models.open_policy(settings, Precision.fp32, seed)
+
+
+def chat_of(policy: Policy, **settings: Any) -> ChatFormat:
+    return prompts.chat_format(policy.tokenizer, ModelConfig(name="tiny", **settings))
+
 
 VOCABULARY = 40
 SHAPE: dict[str, Any] = {
@@ -45,6 +72,7 @@ FAMILIES: dict[str, Any] = {
     "gemma2": Gemma2Config(**SHAPE, head_dim=8, sliding_window=4),
     "gpt2": GPT2Config(**GPT2),
     "gpt2 untied": GPT2Config(**GPT2, tie_word_embeddings=False),
+    "gpt_neox": GPTNeoXConfig(**SHAPE | {"rotary_pct": 0.5}),
 }
 
 
@@ -57,6 +85,46 @@ def made(family: str, dtype: torch.dtype = torch.float64, noise: float = 0.2) ->
             with torch.no_grad():
                 parameter.add_(noise * torch.randn(parameter.shape, dtype=dtype))
     return model
+
+
+def generated(
+    model: Any, ids: Tensor, mask: Tensor, tokens: int = 4
+) -> tuple[list[list[int]], Tensor]:
+    """Greedy tokens and their logits [batch, tokens, vocabulary] by transformers' own cache."""
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=tokens,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    return output.sequences[:, ids.shape[1] :].tolist(), torch.stack(output.logits, 1)
+
+
+def unevenly_set(model: Any) -> Callable[[], None]:
+    """Modes and flags differ by module; the result checks that they and the weights are so again.
+
+    Nor may a gradient or a hook be left.
+    """
+    model.train()
+    models.decoder_blocks(model)[0].eval()
+    for index, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(index % 2 == 0)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+
+    def check() -> None:
+        assert all(torch.equal(value, weights[n]) for n, value in model.state_dict().items())
+        assert [module.training for module in model.modules()] == modes
+        assert [parameter.requires_grad for parameter in model.parameters()] == flags
+        assert all(parameter.grad is None for parameter in model.parameters())
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+    return check
 
 
 def adapted(model: Any) -> PeftModel:

@@ -17,17 +17,14 @@ from safetensors.torch import load_file
 from scipy import stats
 from torch import Tensor
 
-from dcr import claims, ntk, prompts, statistics
+from dcr import claims, ntk, statistics
 from dcr.claims import Prompts, agreement
-from dcr.config import ConfigError, Kind, ModelConfig
+from dcr.config import ConfigError, Kind
 from dcr.models import Policy
 from dcr.prompts import ChatFormat
 from dcr.sources import Example
-from tests.shapes import VOCABULARY, adapted, made
+from tests.shapes import VOCABULARY, adapted, made, unevenly_set
 from tests.tiny_run import same
-
-# transformers' own, once PEFT asks it: nothing here is checkpointed
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
 TARGET = 17
 FAMILIES = ("qwen2 tied", "qwen2 untied", "gpt2")
@@ -45,11 +42,11 @@ def next_log_probabilities(model: Any, sequence: Sequence[int]) -> Tensor:
 
 
 def started(model: Any, top_k: int = VOCABULARY - 1, layer: int = 2) -> claims.Baseline:
-    return claims.baseline(model, SEQUENCES, TARGET, top_k, layer)
+    return claims.baseline(model, CHOSEN, top_k, layer)
 
 
 def stepped(model: Any, start: claims.Baseline, drop: float = 1e-3) -> claims.StepChanges:
-    return claims.sgd_steps(model, SEQUENCES, CHOSEN.trained, start, TARGET, drop)
+    return claims.sgd_steps(model, CHOSEN, start, drop)
 
 
 def bits(model: Any) -> dict[str, Tensor]:
@@ -89,36 +86,14 @@ def test_a_step_is_that_of_plain_sgd(family: str) -> None:
         for share in (0.5, -0.5, 1.0):
             moved = copy.deepcopy(model)
             loss = -next_log_probabilities(moved, SEQUENCES[place])[TARGET]
-            loss.backward()
-            if share < 0:
-                for parameter in moved.parameters():
-                    parameter.grad.neg_()
+            (math.copysign(1, share) * loss).backward()
             torch.optim.SGD(moved.parameters(), lr=abs(share) * rate).step()
-            after.append(
-                torch.stack(
-                    [
-                        next_log_probabilities(moved, sequence)[tokens]
-                        for sequence, tokens in zip(SEQUENCES, start.tokens, strict=True)
-                    ]
-                )
-            )
+            pairs = zip(SEQUENCES, start.tokens, strict=True)
+            after.append(torch.stack([next_log_probabilities(moved, s)[own] for s, own in pairs]))
         near: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-7}
         torch.testing.assert_close(taken.changes[:, :, column], after[0] - after[1], **near)
         plain = after[2] - start.log_probabilities
         torch.testing.assert_close(taken.plain[:, :, column], plain, **near)
-
-
-def test_the_rate_gives_the_fall_that_was_asked_for() -> None:
-    model = made("qwen2 untied")
-    start = started(model)
-    aimed = start.tokens == TARGET
-    losses = -start.log_probabilities[aimed]
-    for drop in (1e-2, 1e-3):
-        taken = stepped(model, start, drop)
-        for column, place in enumerate(CHOSEN.trained):
-            assert losses[place] > 1
-            fall = taken.plain[place, :, column][aimed[place]]
-            assert float(fall) == pytest.approx(drop, rel=5 * drop)
 
 
 def test_of_a_small_loss_the_step_takes_a_share() -> None:
@@ -141,7 +116,7 @@ def test_each_prompt_has_its_top_k_with_the_target_among_them() -> None:
     model, top_k, inside = made("qwen2 tied"), 3, 0
     first = next_log_probabilities(model, SEQUENCES[0]).argsort(descending=True)[:4].tolist()
     for target in (*range(0, VOCABULARY, 5), *first):
-        found = claims.baseline(model, SEQUENCES, target, top_k, 1)
+        found = claims.baseline(model, dataclasses.replace(CHOSEN, target=target), top_k, 1)
         for sequence, tokens, log_p in zip(
             SEQUENCES, found.tokens.tolist(), found.log_probabilities, strict=True
         ):
@@ -154,43 +129,16 @@ def test_each_prompt_has_its_top_k_with_the_target_among_them() -> None:
     assert inside >= top_k
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_states_are_the_hidden_states_of_transformers(family: str) -> None:
-    model = made(family)
-    for layer in (1, 2, 3):
-        states = started(model, layer=layer).states
-        for sequence, state in zip(SEQUENCES, states, strict=True):
-            given = torch.tensor([list(sequence)])
-            truth = model(given, output_hidden_states=True).hidden_states[layer][0, -1]
-            if layer == 3:  # transformers norms the last
-                norm = model.transformer.ln_f if family == "gpt2" else model.model.norm
-                state = norm(state)
-            torch.testing.assert_close(state, truth, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_weights_modes_and_flags_are_left_to_the_bit(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = made("qwen2 tied", dtype).train()
-    model.model.layers[0].eval()
-    for index, parameter in enumerate(model.parameters()):
-        parameter.requires_grad_(index % 2 == 0)
-    before = bits(model)
-    modes = [module.training for module in model.modules()]
-    flags = [parameter.requires_grad for parameter in model.parameters()]
-
-    def check() -> None:
-        assert same(bits(model), before)
-        assert [module.training for module in model.modules()] == modes
-        assert [parameter.requires_grad for parameter in model.parameters()] == flags
-        assert all(parameter.grad is None for parameter in model.parameters())
-        assert not any(module._forward_hooks for module in model.modules())
-
+    model = made("qwen2 tied", dtype)
+    left_alone, before = unevenly_set(model), bits(model)
     with torch.inference_mode():  # as a caller may be
         start = started(model)
         taken = stepped(model, start)
-    check()
+    left_alone()
     assert taken.changes.abs().min() > 0
 
     passes: list[bool] = []
@@ -198,15 +146,15 @@ def test_weights_modes_and_flags_are_left_to_the_bit(
 
     def failing(*given: Any) -> Tensor:
         passes.append(same(bits(model), before))
-        if len(passes) == 4:  # after the gradient: the second batch of the first displacement
+        if len(passes) == 2:  # the second batch of the first displacement
             raise KeyboardInterrupt
         return forward(*given)
 
     monkeypatch.setattr(claims, "last_logits", failing)
     with pytest.raises(KeyboardInterrupt):
         stepped(model, start)
-    assert passes == [True, False, False, False]
-    check()
+    assert passes == [False, False]
+    left_alone()
 
 
 def test_an_adapter_is_in_effect_and_the_base_is_what_moves() -> None:
@@ -292,28 +240,6 @@ def test_a_draw_is_of_prompts_within_their_group(monkeypatch: pytest.MonkeyPatch
         assert found[draw] == pytest.approx(np.mean(values))
 
 
-def test_intervals_hold_the_estimate_and_cover_about_what_they_say() -> None:
-    """Of a mean over single prompts, whose theory is known."""
-    covered, once = 0, np.ones((statistics.RESAMPLES + 1, 1), dtype=np.int64)
-    for seed in range(60):
-        values = np.random.default_rng(seed).normal(size=40)
-        counts = statistics.redrawn(["one"] * 40, np.random.default_rng(seed))
-        found = statistics.of_draws(
-            statistics.over_pairs(
-                lambda w, v=values: statistics.weighted_mean(v, w),
-                counts,
-                once,
-                np.ones((40, 1), bool),
-            )
-        )
-        assert found.low < found.estimate < found.high
-        assert found.estimate == pytest.approx(values.mean())
-        covered += found.low < 0 < found.high
-    assert 50 <= covered < 60
-    nothing = statistics.over_pairs(lambda _: once[:, 0], once, once, np.zeros((1, 1), bool))
-    assert math.isnan(statistics.of_draws(nothing).estimate)
-
-
 @pytest.mark.parametrize("planted", [True, False])
 def test_a_kernel_that_tells_nothing_is_told_so(planted: bool) -> None:
     chance = np.random.default_rng(5)
@@ -371,11 +297,6 @@ TRAINED = [
     example(Kind.toxic, 6, " I'm sorry"),
 ]
 SETTINGS = claims.Settings(top_k=6, params=("all", "trunk:1"), drop=0.02, budget_gib=1.0, layer=1)
-
-
-@pytest.fixture
-def chat(policy: Policy) -> ChatFormat:
-    return prompts.chat_format(policy.tokenizer, ModelConfig(name="tiny"))
 
 
 def spearman(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> float:
@@ -473,49 +394,12 @@ def test_proposition_1_is_of_the_states_at_the_layer(
         assert float(kept["cosines"][i, j]) == pytest.approx(dot / scale, abs=1e-5)
 
 
-def test_an_adapted_model_measures_as_its_merged_one(policy: Policy, chat: ChatFormat) -> None:
-    model = adapted(policy.model)
-    found = claims.measure(
-        Policy(model, policy.tokenizer, "adapted"), chat, ROWS, TRAINED, SETTINGS, 0
-    )
-    merged = Policy(model.merge_and_unload(), policy.tokenizer, "merged")
-    truth = claims.measure(merged, chat, ROWS, TRAINED, SETTINGS, 0)
-    assert found["rates"] == pytest.approx(truth["rates"], rel=1e-3)
-    for kind, told in truth["change"].items():
-        assert found["change"][kind] == pytest.approx(told, rel=1e-2, abs=1e-5)
-    for label, parts in truth["params"].items():
-        told = found["params"][label]["prediction"]
-        assert told["slope"] == pytest.approx(parts["prediction"]["slope"], abs=1e-2)
-
-
-def test_another_kernel_than_the_models_own_is_found_out(
-    policy: Policy, chat: ChatFormat, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    true: Any = claims.measure(policy, chat, ROWS, TRAINED, SETTINGS, 0)["params"]["all"]
-    measure, chance = ntk.measure, torch.Generator().manual_seed(0)
-
-    def random(*given: Any, **named: Any) -> ntk.Kernel:
-        found = measure(*given, **named)
-        jacobian = torch.randn(*found.tokens.shape, 500, generator=chance)
-        jacobian *= torch.rand(len(jacobian), 1, 1, generator=chance)
-        blocks = torch.einsum("iop,jup->ioju", jacobian, jacobian)
-        return dataclasses.replace(found, blocks=blocks, norms=blocks.square().sum((1, 3)).sqrt())
-
-    monkeypatch.setattr(ntk, "measure", random)
-    wrong: Any = claims.measure(policy, chat, ROWS, TRAINED, SETTINGS, 0)["params"]["all"]
-    assert true["prediction"]["pearson"][1] > 0.9
-    assert abs(wrong["prediction"]["pearson"][0]) < 0.3
-    for part, name in (("norm", "within"), ("states", "dot"), ("states", "cosine")):
-        assert wrong[part][name][1] < 0 < wrong[part][name][2], (part, name)
-
-
 @pytest.mark.parametrize(
     ("changes", "rows", "trained", "message"),
     [
         ({"layer": 3}, ROWS, TRAINED, r"claims\.layer=3: the model has blocks 1 to 2"),
         ({"layer": 0}, ROWS, TRAINED, r"claims\.layer=0: the model has blocks 1 to 2"),
         ({"top_k": 260}, ROWS, TRAINED, r"claims\.top_k=260: choose 1 to 259"),
-        ({"drop": 0.0}, ROWS, TRAINED, r"claims\.drop=0\.0: give a positive number"),
         ({"params": ("tail:3",)}, ROWS, TRAINED, r"params=tail:3: the model has blocks 1 to 2"),
         ({}, {}, TRAINED, "there is no prompt to observe"),
         ({}, ROWS, [], "there is no trained pair"),

@@ -8,17 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from lightning import Callback
-from tiny_run import changed, fit, same, settings, weights
+from tiny_run import changed, failing, fit, gradients_of_one_step, same, settings, weights
 from torch import Tensor
 from torchmetrics import MeanMetric
-from transformers import AutoModelForCausalLM
 
-from dcr import config, models, prompts, train
-from dcr.config import ModelConfig, Pooling, Stage, TrainConfig
+from dcr import config, losses, models, train
+from dcr.config import Pooling, Stage, TrainConfig
 from dcr.data import PromptBatch, SafetyData, pair_batch, prompt_batch, split
 from dcr.models import Policy
 from dcr.prompts import ChatFormat, PairRow
@@ -26,6 +26,7 @@ from dcr.runs import Run
 from dcr.separability import kmeans_accuracy
 from dcr.training import callbacks
 from dcr.training.contrastive import ContrastiveModule, KMeansAccuracy, PairMetrics
+from tests.shapes import chat_of, tiny_policy
 
 PROMPTS = ["How do I kill a process?", "Kill him", "How do I shoot a film at night?", "Rob a bank"]
 
@@ -35,26 +36,20 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     return settings(tmp_path_factory.mktemp("rows"), "stage=contrastive")
 
 
-def untied(policy: Policy) -> Policy:
-    shape = copy.deepcopy(policy.model.config)
-    shape.tie_word_embeddings = False
-    torch.manual_seed(0)
-    return replace(policy, model=AutoModelForCausalLM.from_config(shape))
+@pytest.fixture
+def chat(policy: Policy) -> ChatFormat:
+    return chat_of(policy, system_prompt="Be kind.")
 
 
-def chat_of(policy: Policy) -> ChatFormat:
-    return prompts.chat_format(policy.tokenizer, ModelConfig(name="tiny", system_prompt="Be kind."))
-
-
-def batch_of(policy: Policy, pooling: Pooling = Pooling.last, pairs: Any = ()) -> PromptBatch:
-    chat = chat_of(policy)
+def batch_of(chat: ChatFormat, pooling: Pooling = Pooling.last, pairs: Any = ()) -> PromptBatch:
     rows = [chat.feature_row(f"r{i}", text, i % 2, pooling) for i, text in enumerate(PROMPTS)]
     return prompt_batch(rows, 0, pairs)
 
 
-def data_of(policy: Policy, tiny: TrainConfig) -> SafetyData:
+@pytest.fixture
+def batches(chat: ChatFormat, tiny: TrainConfig) -> SafetyData:
     rows = split(tiny.data, tiny.dcr.ratio, 0, contrastive=True, refuses=lambda _: True)
-    return SafetyData(Stage.contrastive, rows, chat_of(policy), tiny.dcr, tiny.sft, 0)
+    return SafetyData(Stage.contrastive, rows, chat, tiny.dcr, tiny.sft, 0)
 
 
 # --- what trains and what stays ---
@@ -63,43 +58,33 @@ def data_of(policy: Policy, tiny: TrainConfig) -> SafetyData:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("train_embeddings", [None, True, False])
 def test_everything_beyond_the_block_stays_bit_identical(
-    policy: Policy, tiny: TrainConfig, tied: bool, train_embeddings: bool | None
+    batches: SafetyData, tiny: TrainConfig, tied: bool, train_embeddings: bool | None
 ) -> None:
-    policy = policy if tied else untied(policy)
+    policy = tiny_policy(tie_word_embeddings=tied)
     before = {k: v.clone() for k, v in policy.model.state_dict().items()}
     dcr = replace(tiny.dcr, train_embeddings=train_embeddings)
-    fit(ContrastiveModule(policy, dcr, 1, 5), data_of(policy, tiny))
+    fit(ContrastiveModule(policy, dcr, 1, 5), batches)
     changed = {k for k, v in policy.model.state_dict().items() if not torch.equal(v, before[k])}
     expected = {k for k in before if k.startswith("model.layers.0.")}
     if train_embeddings or (train_embeddings is None and not tied):
         expected |= {"model.embed_tokens.weight"} | ({"lm_head.weight"} if tied else set())
     assert changed == expected
-
-
-def test_embedding_rows_of_unseen_tokens_do_not_move(policy: Policy, tiny: TrainConfig) -> None:
-    policy = untied(policy)
-    before = policy.model.get_input_embeddings().weight.detach().clone()
-    batches = data_of(policy, tiny)
-    fit(ContrastiveModule(policy, tiny.dcr, 1, 5), batches)
-    seen = {token for row in batches.prompts for token in row.ids}
-    moved = (policy.model.get_input_embeddings().weight != before).any(1).nonzero().flatten()
-    assert set(moved.tolist()) == seen
+    if train_embeddings is None and not tied:  # rows of unseen tokens do not move
+        name = "model.embed_tokens.weight"
+        moved = (policy.model.get_parameter(name) != before[name]).any(1).nonzero().flatten()
+        assert set(moved.tolist()) == {token for row in batches.prompts for token in row.ids}
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.001])
 def test_without_nll_nothing_beyond_the_block_runs(
-    policy: Policy, tiny: TrainConfig, weight: float
+    policy: Policy, batches: SafetyData, tiny: TrainConfig, weight: float
 ) -> None:
-    def forbidden(*_: Any) -> None:
-        raise AssertionError("ran")
-
     dcr = replace(tiny.dcr, nll=replace(tiny.dcr.nll, weight=weight))
-    batches = data_of(policy, tiny)
     module = ContrastiveModule(policy, dcr, 1, 5)
     blocks, norm = models.decoder_blocks(policy.model), models.final_norm(policy.model)
     assert norm
     for later in (blocks[1], norm[1], models.head(policy.model)):
-        later.register_forward_pre_hook(forbidden)
+        later.register_forward_pre_hook(failing(AssertionError("ran")))
     if weight:
         with pytest.raises(AssertionError, match="ran"):
             fit(module, batches)
@@ -109,30 +94,15 @@ def test_without_nll_nothing_beyond_the_block_runs(
         assert "contrastive/nll" not in trainer.callback_metrics, "there is none to speak of"
 
 
-def test_the_trunk_is_in_the_mode_of_the_model(policy: Policy, tiny: TrainConfig) -> None:
-    modes: list[bool] = []
-
-    class Look(Callback):
-        def on_train_batch_start(self, trainer: Any, module: Any, *_: Any) -> None:
-            modes.extend(part.training for part in module.model.modules())
-
-        def on_validation_batch_start(self, trainer: Any, module: Any, *_: Any) -> None:
-            assert not module.model.training
-
-    fit(ContrastiveModule(policy, tiny.dcr, 1, 10), data_of(policy, tiny), 2, callbacks=[Look()])
-    assert modes
-    assert all(modes)
-
-
 # --- features and losses against plain transformers ---
 
 
 @pytest.mark.parametrize("pooling", list(Pooling))
 def test_features_are_the_hidden_states_pooled_by_hand(
-    policy: Policy, tiny: TrainConfig, pooling: Pooling
+    policy: Policy, chat: ChatFormat, tiny: TrainConfig, pooling: Pooling
 ) -> None:
-    module, chat = ContrastiveModule(policy, tiny.dcr, 1, 1), chat_of(policy)
-    batch = batch_of(policy, pooling)
+    module = ContrastiveModule(policy, tiny.dcr, 1, 1)
+    batch = batch_of(chat, pooling)
     both = module.features(batch), module.features_and_hidden(batch)[0]
     for index, text in enumerate(PROMPTS):
         ids = chat.prompt_ids(text)
@@ -145,27 +115,13 @@ def test_features_are_the_hidden_states_pooled_by_hand(
             torch.testing.assert_close(features[index], by_hand[pooling])
 
 
-def rows_of_pairs(policy: Policy) -> list[PairRow]:
-    chat = chat_of(policy)
-    made = [chat.pair("Name a fruit", "Apple", 200), chat.pair("Hi", "Good day to you", 200)]
-    return [PairRow(f"p{i}", ids, targets, False) for i, (ids, targets) in enumerate(made)]
-
-
-def test_nll_of_all_prompt_tokens_is_transformers_loss(policy: Policy, tiny: TrainConfig) -> None:
-    batch = batch_of(policy)
-    labels = batch.ids.masked_fill(~batch.mask, -100)
-    expected = policy.model(batch.ids, attention_mask=batch.mask, labels=labels).loss
-    module = ContrastiveModule(policy, tiny.dcr, 1, 1)
-    torch.testing.assert_close(module.forward_losses(module, batch)[1], expected)
-    assert module.nll_tokens(batch) == (labels[:, 1:] != -100).sum()
-
-
 def test_nll_of_general_pairs_is_transformers_loss_on_responses(
-    policy: Policy, tiny: TrainConfig
+    policy: Policy, chat: ChatFormat, tiny: TrainConfig
 ) -> None:
     dcr = replace(tiny.dcr, nll=replace(tiny.dcr.nll, source=config.NLLSource.general))
-    chat, rows = chat_of(policy), rows_of_pairs(policy)
-    batch = batch_of(policy, pairs=rows)
+    made = [chat.pair("Name a fruit", "Apple", 200), chat.pair("Hi", "Good day to you", 200)]
+    rows = [PairRow(f"p{i}", ids, targets, False) for i, (ids, targets) in enumerate(made)]
+    batch = batch_of(chat, pairs=rows)
     pairs = pair_batch(rows, 0)
     labels = pairs.ids.masked_fill(~pairs.mask, -100)
     for index, prompt in enumerate(("Name a fruit", "Hi")):
@@ -178,35 +134,12 @@ def test_nll_of_general_pairs_is_transformers_loss_on_responses(
     assert module.nll_tokens(batch) == (labels != -100).sum()
 
 
-def circle_by_loops(features: Tensor, labels: Tensor, m: float, g: float) -> Tensor:
-    """A.8 as it is printed, the weights taken as constants."""
-    losses = []
-    for i in range(len(labels)):
-        positive, negative = torch.zeros(()), torch.zeros(())
-        for j in range(len(labels)):
-            s = F.cosine_similarity(features[i], features[j], dim=0)
-            if j != i and labels[j] == labels[i]:
-                positive = positive + torch.exp(-g * max(1 - m - s.item(), 0) * (s - (1 - m)))
-            if labels[j] != labels[i]:
-                negative = negative + torch.exp(g * max(s.item() - m, 0) * (s - m))
-        losses.append(torch.log(1 + positive * negative))
-    return torch.stack(losses).mean()
-
-
 def test_one_step_moves_the_weights_as_a_plain_reimplementation_does(
-    policy: Policy, tiny: TrainConfig
+    policy: Policy, chat: ChatFormat, tiny: TrainConfig
 ) -> None:
-    plain = copy.deepcopy(policy.model)
+    plain, batch = copy.deepcopy(policy.model), batch_of(chat)
     dcr = replace(tiny.dcr, nll=replace(tiny.dcr.nll, weight=0.5))
-    batch, taken = batch_of(policy), {}
-
-    class Gradients(Callback):
-        def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
-            named = module.model.named_parameters()
-            taken.update({n: p.grad.clone() for n, p in named if p.grad is not None})
-
-    fit(ContrastiveModule(policy, dcr, 1, 1), [batch], callbacks=[Gradients()])
-
+    taken = gradients_of_one_step(ContrastiveModule(policy, dcr, 1, 1), batch)
     out = plain(
         batch.ids,
         attention_mask=batch.mask,
@@ -215,13 +148,12 @@ def test_one_step_moves_the_weights_as_a_plain_reimplementation_does(
     )
     last = batch.mask.sum(1) - 1
     features = out.hidden_states[1][torch.arange(len(last)), last]
-    loss = circle_by_loops(features, batch.labels, dcr.margin, dcr.scale) + 0.5 * out.loss
-    trained = [p for n, p in plain.named_parameters() if n.startswith("model.layers.0.")]
-    optimizer = torch.optim.AdamW(trained, lr=dcr.optim.lr, betas=(0.9, 0.999), weight_decay=0)
+    circle = losses.circle_loss(features, batch.labels, dcr.margin, dcr.scale)
+    loss = circle + 0.5 * out.loss
+    trained = {n: p for n, p in plain.named_parameters() if n.startswith("model.layers.0.")}
+    optimizer = torch.optim.AdamW(trained.values(), dcr.optim.lr, (0.9, 0.999), weight_decay=0)
     loss.backward()
-    assert taken.keys() == {
-        n for n, _ in plain.named_parameters() if n.startswith("model.layers.0.")
-    }
+    assert taken.keys() == trained.keys()
     for name, gradient in taken.items():
         torch.testing.assert_close(gradient, plain.get_parameter(name).grad, rtol=1e-4, atol=1e-6)
     optimizer.step()
@@ -301,22 +233,16 @@ def pooled_by_loops(batches: list[tuple[Tensor, Tensor]], margin: float) -> dict
             alike = bool(labels[i] == labels[j])
             (within if alike else across).append(cosine)
             violating += cosine < 1 - margin if alike else cosine > margin
-    losses = [(circle_by_loops(f, y, margin, 16.0).item(), len(y)) for f, y in batches]
-    floors = [(floor_by_loops(y), len(y)) for _, y in batches]
-    rows = sum(n for _, n in losses)
+    sizes = np.array([len(y) for _, y in batches])
+    circle = np.array([losses.circle_loss(f, y, margin, 16.0).item() for f, y in batches])
+    floor = np.array([losses.circle_floor(y).item() for _, y in batches])
     return {
         "within_cosine": sum(within) / len(within),
         "across_cosine": sum(across) / len(across),
         "violating_share": violating / (len(within) + len(across)),
-        "circle": sum(v * n for v, n in losses) / rows,
-        "above_floor": sum(a * n - b * n for (a, n), (b, _) in zip(losses, floors, strict=True))
-        / rows,
+        "circle": circle @ sizes / sizes.sum(),
+        "above_floor": (circle - floor) @ sizes / sizes.sum(),
     }
-
-
-def floor_by_loops(labels: Tensor) -> float:
-    counts = [int((labels == y).sum()) for y in labels]
-    return sum(math.log(1 + (n - 1) * (len(labels) - n)) for n in counts) / len(labels)
 
 
 def uneven_batches() -> list[tuple[Tensor, Tensor]]:
@@ -326,19 +252,12 @@ def uneven_batches() -> list[tuple[Tensor, Tensor]]:
 
 def add(metrics: PairMetrics, batches: list[tuple[Tensor, Tensor]], margin: float) -> None:
     for features, labels in batches:
-        circle = circle_by_loops(features, labels, margin, 16.0)
-        metrics.add(features, labels, circle, torch.tensor(floor_by_loops(labels)))
+        circle = losses.circle_loss(features, labels, margin, 16.0)
+        metrics.add(features, labels, circle, losses.circle_floor(labels))
 
 
 def value(metric: Any) -> float:
     return metric.compute().item()
-
-
-def test_epoch_measures_pool_pairs_and_rows_over_uneven_batches() -> None:
-    metrics, batches = PairMetrics(0.25), uneven_batches()
-    add(metrics, batches, 0.25)
-    measured = {name: value(metric) for name, metric in metrics.items()}
-    assert measured == pytest.approx(pooled_by_loops(batches, 0.25), abs=1e-5)
 
 
 def test_an_epoch_without_pairs_of_a_kind_has_no_mean() -> None:
@@ -348,26 +267,28 @@ def test_an_epoch_without_pairs_of_a_kind_has_no_mean() -> None:
     assert value(metrics["within_cosine"]) == pytest.approx(1)
 
 
-def test_an_epoch_logs_the_measures_of_all_its_batches(policy: Policy, tiny: TrainConfig) -> None:
+def test_an_epoch_logs_the_measures_of_all_its_batches(
+    policy: Policy, batches: SafetyData, tiny: TrainConfig
+) -> None:
     dcr = replace(tiny.dcr, optim=replace(tiny.dcr.optim, lr=0.0))  # so features stay as they are
-    module, data, seen = ContrastiveModule(policy, dcr, 1, 5), data_of(policy, tiny), []
+    module, seen = ContrastiveModule(policy, dcr, 1, 5), []
 
     class Take(Callback):
         def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, *_: Any) -> None:
             seen.append(batch)
 
-    trainer = fit(module, data, callbacks=[Take()])
+    trainer = fit(module, batches, callbacks=[Take()])
     with torch.no_grad():
-        batches = [(module.features(batch), batch.labels) for batch in seen]
+        trained_on = [(module.features(batch), batch.labels) for batch in seen]
         nll = [
             (module.forward_losses(module, b)[1].item(), int(b.mask.sum()) - len(b.names))
             for b in seen
         ]
-        heldout = list(data.val_dataloader())
+        heldout: Any = batches.val_dataloader()
         unseen = [(module.features(batch), batch.labels) for batch in heldout]
     logged_values = {k: v.item() for k, v in trainer.callback_metrics.items()}
     assert len({len(batch.names) for batch in seen}) > 1, "the last batch is smaller"
-    for name, value in pooled_by_loops(batches, dcr.margin).items():
+    for name, value in pooled_by_loops(trained_on, dcr.margin).items():
         assert logged_values[f"contrastive/{name}"] == pytest.approx(value, abs=1e-4)
     for name, value in pooled_by_loops(unseen, dcr.margin).items():
         assert logged_values[f"contrastive/{name}/heldout"] == pytest.approx(value, abs=1e-4)

@@ -20,11 +20,9 @@ from dcr.config import (
     DataConfig,
     DataError,
     EvaluationSets,
-    LoraConfig,
     ModelConfig,
     NLLConfig,
     NLLSource,
-    Precision,
     SafetyPairsConfig,
     Sampler,
     SFTConfig,
@@ -34,16 +32,12 @@ from dcr.config import (
 from dcr.data import EpochBatches, SafetyData, Splits
 from dcr.prompts import IGNORED, PairRow
 from dcr.sources import Example
+from tests.tiny_run import write_jsonl
 
 REFUSED = "I'm sorry, but I can't help with that."
 TEXT = """amber birch copper dune ember fjord glacier harbour indigo jasper kelp lagoon meadow
 nectar onyx prairie quartz ripple saffron tundra umber velvet willow xenon yarrow zephyr"""
 WORDS = TEXT.split()
-
-
-def write(file: Path, rows: Sequence[dict[str, Any]]) -> str:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(file)
 
 
 def sentence(kind: str, number: int) -> str:
@@ -60,7 +54,7 @@ class Files:
 
     def rows(self, name: str, count: int, **more: Any) -> str:
         made = [{"id": f"{name}-{i}", "prompt": sentence(name, i), **more} for i in range(count)]
-        return write(self.folder / f"{name}.jsonl", made)
+        return write_jsonl(self.folder / f"{name}.jsonl", made)
 
     def config(self, safe: int = 30, toxic: int = 120, normal: int = 60, **more: Any) -> DataConfig:
         # one file for the SFT pairs and for stage one, as with every corpus of toxic prompts
@@ -107,14 +101,9 @@ def test_counts_are_exact_and_parts_disjoint(files: Files) -> None:
     }
     found = [row.prompt for part in rows.parts().values() for row in part]
     assert len(set(found)) == len(found)
-
-
-def test_draws_follow_from_the_seed(files: Files) -> None:
-    config = files.config()
-    one, again, other = split(config), split(config), split(config, seed=1)
-    assert one == again
-    for name, part in one.parts().items():
-        assert ids(part) != ids(other.parts()[name]), name
+    again, other = split(files.config()), split(files.config(), seed=1)
+    assert again == rows
+    assert all(ids(part) != ids(other.parts()[name]) for name, part in rows.parts().items())
 
 
 def test_sft_rows_are_the_same_for_every_ratio_and_method(files: Files) -> None:
@@ -138,30 +127,23 @@ def test_sft_rows_are_the_same_for_every_ratio_and_method(files: Files) -> None:
         (2, {"normal": 39}, "data.normal.count asks for 40 rows: only 39"),
         (2, {"toxic": 19}, "data.safety.count asks for 20 rows: only 19"),
         (0.01, {}, "no toxic row is left for stage one"),
+        (2, None, r"data\.safety\.source: its rows have no response"),
     ],
 )
 def test_too_few_rows_are_named(
-    files: Files, ratio: float, change: dict[str, int], message: str
+    files: Files, ratio: float, change: dict[str, int] | None, message: str
 ) -> None:
+    config = files.config(**change or {})
+    if change is None:
+        config.safety.source = config.seemingly_toxic.source
     with pytest.raises(ConfigError, match=message):
-        split(files.config(**change), ratio=ratio)
-
-
-def test_pairs_need_responses(files: Files) -> None:
-    config = files.config()
-    config.safety.source = config.seemingly_toxic.source  # its rows have none
-    with pytest.raises(ConfigError, match=r"data\.safety\.source: its rows have no response"):
-        split(config)
+        split(config, ratio=ratio)
 
 
 def test_only_refusals_are_drawn_if_asked(files: Files) -> None:
-    answers = [REFUSED, "Sure, here is how."]
-    rows = [
-        {"id": str(i), "prompt": sentence("toxic", i), "response": answers[i % 2]}
-        for i in range(120)
-    ]
-    config = files.config()
-    write(files.folder / "toxic.jsonl", rows)
+    answers, config = [REFUSED, "Sure, here is how."], files.config()
+    pairs = ({"prompt": sentence("toxic", i), "response": answers[i % 2]} for i in range(120))
+    write_jsonl(files.folder / "toxic.jsonl", pairs)
     config.safety.refusals_only = True
     found = split(config)
     assert {row.response for row in [*found.refusals, *found.refusals_heldout]} == {REFUSED}
@@ -179,7 +161,7 @@ def test_rows_near_an_evaluation_prompt_are_dropped_and_counted(files: Files) ->
         sentence("normal", 5),
         "nothing like any other prompt at all",
     ]
-    name = write(files.folder / "held.jsonl", [{"prompt": prompt} for prompt in evaluated])
+    name = write_jsonl(files.folder / "held.jsonl", ({"prompt": p} for p in evaluated))
     files.evaluation = EvaluationSets(safety=[name])
     config = files.config()
     rows = split(config, ratio=None)
@@ -196,14 +178,9 @@ def test_rows_near_an_evaluation_prompt_are_dropped_and_counted(files: Files) ->
     assert len(rows.toxic) == 120 - 20 - 2 - 2
     config.drop_contaminated = False
     assert split(config, ratio=None).dropped == {}
-
-
-def test_repeated_rows_are_dropped_and_counted(files: Files) -> None:
-    config = files.config()
-    more = write(files.folder / "more.jsonl", [{"prompt": sentence("toxic", i)} for i in range(7)])
-    config.toxic.source = [*config.toxic.source, more]
-    rows = split(config, ratio=None)
-    assert rows.dropped == {"toxic: repeats another row": 7}
+    repeated = ({"prompt": sentence("toxic", i)} for i in range(7))
+    config.toxic.source += [write_jsonl(files.folder / "more.jsonl", repeated)]
+    assert split(config, ratio=None).dropped == {"toxic: repeats another row": 7}
 
 
 def test_a_set_that_is_trained_on_is_marked_and_kept(files: Files) -> None:
@@ -265,7 +242,7 @@ def test_groups_stay_whole_and_contrasts_together(files: Files) -> None:
             | ({"response": REFUSED} if name == "toxic" else {})
             for i in range(120)
         ]
-        file.source = [write(files.folder / f"grouped_{name}.jsonl", rows)]
+        file.source = [write_jsonl(files.folder / f"grouped_{name}.jsonl", rows)]
     rows = split(config, ratio=None)
     trained = {row.group for row in [*rows.seemingly_toxic, *rows.toxic]}
     watched = {row.group for row in [*rows.seemingly_toxic_heldout, *rows.toxic_heldout]}
@@ -281,12 +258,8 @@ def test_the_record_names_every_row(files: Files) -> None:
     record: Any = json.loads(json.dumps(data.row_record(rows)))
     assert record["rows"].keys() == rows.parts().keys()
     for name, part in rows.parts().items():
-        assert record["rows"][name]["ids"] == ids(part)
-        assert record["rows"][name]["count"] == len(part)
-        assert record["rows"][name]["fingerprint"] == sources.fingerprint(part)
-    other = split(files.config(), seed=1)
-    changed: Any = data.row_record(other)
-    assert changed["rows"]["toxic"]["fingerprint"] != record["rows"]["toxic"]["fingerprint"]
+        own = {"count": len(part), "fingerprint": sources.fingerprint(part), "ids": ids(part)}
+        assert record["rows"][name] == own
 
 
 # --- orders of rows -----------------------------------------------------------------------------
@@ -414,16 +387,11 @@ def test_a_batch_moves_whole() -> None:
     rows = [prompts.PromptRow("p", [1, 2], 1, (1, 2), [2, IGNORED])]
     batch = data.prompt_batch(rows, 0, general=pairs([3]))
     moved = batch.to(torch.device("meta"))
-    assert moved.general is not None
-    for field in dataclasses.fields(batch):
-        before, after = getattr(batch, field.name), getattr(moved, field.name)
-        if isinstance(before, torch.Tensor):
-            assert (after.device.type, after.shape, after.dtype) == (
-                "meta",
-                before.shape,
-                before.dtype,
-            ), field.name
-    assert moved.general.ids.device.type == "meta"
+    for of, to in ((batch, moved), (batch.general, moved.general)):
+        for name, before in vars(of).items():
+            if isinstance(before, torch.Tensor):
+                after = getattr(to, name)
+                assert (after.device.type, after.shape) == ("meta", before.shape), name
     assert moved.names == ("p",)
     assert (batch.spans.tolist(), batch.labels.tolist()) == ([[1, 2]], [1])
 
@@ -432,24 +400,15 @@ def test_a_batch_moves_whole() -> None:
 
 
 def module(stage: Stage, rows: Splits, **more: Any) -> SafetyData:
-    config: dict[str, Any] = {
-        "layer": 1,
-        "epochs": 1,
-        "batch_size": 8,
-        "precision": Precision.fp32,
-        "lora": LoraConfig(targets=["q_proj"]),
-    }
-    dcr = ContrastiveConfig(**config | more.pop("dcr", {}))
-    config = {"epochs": 1, "batch_size": 16, "lr": 1e-3, "precision": Precision.fp32}
-    config |= {"lora": LoraConfig(targets=["q_proj"]), "micro_tokens": 600}
-    sft = SFTConfig(**config | more.pop("sft", {}))
+    dcr = ContrastiveConfig(**{"batch_size": 8} | more.pop("dcr", {}))
+    sft = SFTConfig(**{"batch_size": 16, "micro_tokens": 600} | more.pop("sft", {}))
     chat = prompts.chat_format(models.byte_tokenizer(), ModelConfig(name="x"))
     return SafetyData(stage, rows, chat, dcr, sft, seed=0, **more)
 
 
-def watched(made: SafetyData) -> list[Any]:
+def watched(made: SafetyData) -> list[str]:
     loader: Any = made.val_dataloader()
-    return list(loader)
+    return sorted(name for batch in loader for name in batch.names)
 
 
 def test_sft_batches_hold_every_pair_once(files: Files) -> None:
@@ -458,19 +417,12 @@ def test_sft_batches_hold_every_pair_once(files: Files) -> None:
     assert made.steps_per_epoch == 4  # 60 pairs in batches of 16
     steps = list(made.train_dataloader())
     assert len(steps) == 4
-    names = Counter(name for step in steps for micro in step for name in micro.names)
-    assert names == Counter(ids(rows.normal) + ids(rows.refusals))
-    of_refusals = [
-        name
-        for step in steps
-        for micro in step
-        for name, refused in zip(micro.names, micro.refusal.tolist(), strict=True)
-        if refused
-    ]
-    assert sorted(of_refusals) == sorted(ids(rows.refusals))
-    assert all(micro.ids.numel() <= 600 for step in steps for micro in step)
-    heldout = [name for batch in watched(made) for name in batch.names]
-    assert sorted(heldout) == sorted(ids(rows.normal_heldout) + ids(rows.refusals_heldout))
+    micros = list(chain(*steps))
+    seen = Counter(p for m in micros for p in zip(m.names, m.refusal.tolist(), strict=True))
+    parts = ((rows.normal, False), (rows.refusals, True))
+    assert seen == Counter((row.id, refused) for part, refused in parts for row in part)
+    assert all(micro.ids.numel() <= 600 for micro in micros)
+    assert watched(made) == sorted(ids(rows.normal_heldout) + ids(rows.refusals_heldout))
 
 
 def test_stage_one_batches_hold_labelled_prompts(files: Files) -> None:
@@ -486,8 +438,7 @@ def test_stage_one_batches_hold_labelled_prompts(files: Files) -> None:
     assert sorted(seen) == sorted(
         [(i, 0) for i in ids(rows.seemingly_toxic)] + [(i, 1) for i in ids(rows.toxic)]
     )
-    heldout = [name for batch in watched(made) for name in batch.names]
-    assert sorted(heldout) == sorted(ids(rows.seemingly_toxic_heldout) + ids(rows.toxic_heldout))
+    assert watched(made) == sorted(ids(rows.seemingly_toxic_heldout) + ids(rows.toxic_heldout))
     assert module(Stage.contrastive, rows, dcr={"draws": 100}).steps_per_epoch == 13
 
 
@@ -533,23 +484,15 @@ def learnt(batch: Any) -> Iterator[str]:
         yield from learnt(batch.general)
 
 
-def test_pairs_without_room_are_counted_and_left_out(files: Files) -> None:
+def test_what_does_not_fit_is_counted_or_refused(files: Files) -> None:
     rows = split(files.config())
     long = dataclasses.replace(rows.normal[0], id="long", prompt="a" * 600)
     made = module(Stage.sft, dataclasses.replace(rows, normal=[*rows.normal, long]))
     assert made.too_long == ["long"]
     with pytest.raises(ConfigError, match=r"sft\.max_len=8: no training pair fits; raise it"):
         module(Stage.sft, rows, sft={"max_len": 8})
-
-
-def test_one_class_alone_is_refused(files: Files) -> None:
-    rows = dataclasses.replace(split(files.config()), toxic=[])
     with pytest.raises(ConfigError, match="needs seemingly toxic and toxic prompts, both"):
-        module(Stage.contrastive, rows)
-
-
-def test_a_prompt_beyond_the_context_is_named(files: Files) -> None:
-    rows = split(files.config())
+        module(Stage.contrastive, dataclasses.replace(rows, toxic=[]))
     made = module(Stage.contrastive, rows)
     longest = max(len(row.ids) for row in [*made.prompts, *made.heldout])
     module(Stage.contrastive, rows, context=longest)

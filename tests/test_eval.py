@@ -17,8 +17,8 @@ from dcr import train as train_entry
 from dcr.config import (
     ConfigError,
     EvalConfig,
-    ExtractionSources,
     Precision,
+    SourcesByKind,
     Steering,
     UserError,
 )
@@ -300,7 +300,7 @@ def test_the_record_of_an_edit_outlives_a_command_that_opens_nothing(
 def test_sets_that_hold_prompts_of_the_released_code_say_so(
     fresh: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    named = ExtractionSources(toxic=["demo_toxic_heldout"], normal=["demo_normal"])
+    named = SourcesByKind(toxic=["demo_toxic_heldout"], normal=["demo_normal"])
     monkeypatch.setitem(steering_prompts.RELEASED, Steering.scans, named)
     common = (f"run={fresh.folder}", "data=demo", "data.near_duplicate=1", *STEERED)
     common = (*common, "tasks=[over_refusal,safety]", "limit=12")

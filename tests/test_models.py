@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from dcr import losses, models, storage
 from dcr.config import ConfigError, LoraConfig, ModelConfig, Precision
 from dcr.models import Policy
-
-# peft asks transformers for a name that the latter has renamed
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+from tests import shapes
 
 DEPTH, WIDTH = 3, 32
 WIDE = {
@@ -102,11 +101,10 @@ def test_trunk_ends_where_hidden_states_say(named: tuple[str, Any]) -> None:
 
 
 def test_trunk_runs_no_later_block_and_shares_its_parameters(named: tuple[str, Any]) -> None:
-    _, model = named
+    model, before = named[1], dict(named[1].named_parameters())
     ran: list[int] = []
     for index, block in enumerate(models.decoder_blocks(model)):
         block.register_forward_hook(lambda *_, index=index: ran.append(index))
-    before = dict(model.named_parameters())
     cut = models.trunk(model, 1)
     cut(input_ids=IDS, use_cache=False)
     assert ran == [0]
@@ -118,7 +116,7 @@ def test_trunk_runs_no_later_block_and_shares_its_parameters(named: tuple[str, A
 
 def test_backbone_head_and_nll_make_the_models_own_logits(named: tuple[str, Any]) -> None:
     """The NLL from hidden states, caps and scales included, against cross entropy on the logits."""
-    _, model = named
+    model = named[1]
     with torch.no_grad():
         hidden = models.backbone(model)(input_ids=IDS, use_cache=False).last_hidden_state
         logits = model(input_ids=IDS, use_cache=False).logits
@@ -131,25 +129,11 @@ def test_backbone_head_and_nll_make_the_models_own_logits(named: tuple[str, Any]
     assert models.head(model) is model.get_output_embeddings()
 
 
-def test_final_norm_is_named_or_absent() -> None:
-    places = {name: models.final_norm(made(name)) for name in SHAPES}
-    found = {name: place and place[0] for name, place in places.items()}
-    assert found["llama"] == "norm"
-    assert found["gpt2"] == "ln_f"
-    assert found["gpt_neox"] == found["opt"] == "final_layer_norm"
-    assert found["phi"] == "final_layernorm"
-    assert found["opt_post_norm"] is None
-
-
-def test_lists_inside_a_block_are_no_blocks() -> None:
+def test_lists_inside_a_block_are_no_blocks_and_two_lists_are_refused() -> None:
     model = made("llama")
     for block in models.decoder_blocks(model):
         block.experts = nn.ModuleList([nn.Linear(2, 2) for _ in range(DEPTH)])
     assert models.decoder_blocks(model) is model.model.layers
-
-
-def test_two_lists_of_blocks_are_refused() -> None:
-    model = made("llama")
     model.other = nn.ModuleList([nn.Linear(2, 2) for _ in range(DEPTH)])
     with pytest.raises(ConfigError, match="LlamaForCausalLM has 2 lists of 3 blocks, not one"):
         models.decoder_blocks(model)
@@ -169,15 +153,10 @@ def test_exactly_the_trunk_trains(named: tuple[str, Any], told: bool | None) -> 
     assert {id(p) for p in model.parameters() if p.requires_grad} == expected
     tied = model.get_output_embeddings().weight is embeddings
     assert tied == (name in TIED)
-
-
-def test_deeper_freezing_trains_more() -> None:
-    model = made("llama")
-    models.freeze_beyond(model, DEPTH, False)
-    trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert trained == {n for n, _ in model.named_parameters() if n.startswith("model.layers.")}
-    models.freeze_beyond(model, 1, False)  # what trained before is frozen again
-    assert {n.split(".")[2] for n, p in model.named_parameters() if p.requires_grad} == {"0"}
+    blocks = models.decoder_blocks(model)
+    models.freeze_beyond(model, len(blocks), False)  # deeper trains more
+    expected = {id(p) for p in blocks.parameters()}
+    assert {id(p) for p in model.parameters() if p.requires_grad} == expected
 
 
 # --- LoRA ---------------------------------------------------------------------------------------
@@ -208,15 +187,8 @@ def adapted_of(model: Any) -> set[str]:
 
 
 def test_named_targets_keep_to_their_blocks() -> None:
-    config = LoraConfig(targets=["q_proj", "v_proj"])
-    adapted = models.add_lora(made("llama"), config, seed=0, blocks=1)
-    trained = sorted(n for n, p in adapted.named_parameters() if p.requires_grad)
-    stem = "base_model.model.model.layers.0.self_attn"
-    assert trained == [
-        f"{stem}.{side}.lora_{matrix}.default.weight"
-        for side in ("q_proj", "v_proj")
-        for matrix in "AB"
-    ]
+    adapted = models.add_lora(made("llama"), LoraConfig(targets=["q_proj", "v_proj"]), 0, blocks=1)
+    assert adapted_of(adapted) == {"0.self_attn.q_proj", "0.self_attn.v_proj"}
 
 
 @pytest.mark.parametrize(
@@ -246,16 +218,11 @@ def test_lora_follows_from_its_seed_and_leaves_the_generators_alone() -> None:
     assert any(not torch.equal(one[key], other[key]) for key in one)
 
 
-def test_lora_is_fp32_on_a_bf16_base() -> None:
+def test_an_adapted_bf16_model_has_lora_in_fp32_and_its_structure_as_before() -> None:
     model = made("llama").to(torch.bfloat16)
     adapted = models.add_lora(model, LoraConfig(targets=["all-linear"]), seed=0)
     kinds = {("lora_" in name, p.dtype) for name, p in adapted.named_parameters()}
     assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
-
-
-def test_structure_is_found_inside_an_adapted_model() -> None:
-    model = made("llama")
-    adapted = models.add_lora(model, LoraConfig(targets=["all-linear"]), seed=0)
     assert models.unwrapped(adapted) is model
     assert models.decoder_blocks(adapted) is model.model.layers
     assert models.backbone(adapted) is model.model
@@ -264,18 +231,7 @@ def test_structure_is_found_inside_an_adapted_model() -> None:
 
 # --- opening ------------------------------------------------------------------------------------
 
-TINY = ModelConfig(
-    name="tiny",
-    architecture={
-        "model_type": "llama",
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "vocab_size": 260,
-        "tie_word_embeddings": False,
-    },
-)
+TINY = ModelConfig(name="tiny", architecture=shapes.TINY | {"tie_word_embeddings": False})
 
 
 def test_the_tiny_model_follows_from_its_seed() -> None:
@@ -296,14 +252,14 @@ def test_facts_need_no_weights(tmp_path: Path) -> None:
     assert not models.facts(TINY).tied
 
 
-@pytest.mark.parametrize("open_it", [models.open_policy, models.facts, models.open_tokenizer])
-def test_what_cannot_be_opened_is_named(
-    open_it: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(
+    "open_it",
+    [lambda c: models.open_policy(c, Precision.fp32), models.facts, models.open_tokenizer],
+)
+def test_what_cannot_be_opened_is_named(open_it: Any, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
-    config = ModelConfig(name=str(tmp_path))
     with pytest.raises(ConfigError, match=f"model.name={tmp_path}: cannot be opened"):
-        open_it(config, *([Precision.fp32] if open_it is models.open_policy else []))
+        open_it(ModelConfig(name=str(tmp_path)))
 
 
 def saved(folder: Path, model: Any) -> Policy:
@@ -323,24 +279,19 @@ def logits(model: Any) -> Tensor:
         return model(input_ids=IDS).logits
 
 
-def without_head(file: Path) -> None:
+def with_rows_of_head(rows: int, file: Path) -> None:
     weights = load_file(file)
-    del weights["lm_head.weight"]  # transformers would fill in a random one, and only warn
-    save_file(weights, file, {"format": "pt"})
-
-
-def cut_head(file: Path) -> None:
-    weights = load_file(file)
-    weights["lm_head.weight"] = weights["lm_head.weight"][:9].contiguous()
-    save_file(weights, file, {"format": "pt"})
+    head = weights.pop("lm_head.weight")[:rows].contiguous()
+    # without one transformers would fill in a random one, and only warn
+    save_file(weights | ({"lm_head.weight": head} if rows else {}), file, {"format": "pt"})
 
 
 @pytest.mark.parametrize(
     "damage",
     [
         lambda file: file.write_bytes(file.read_bytes()[:-100]),
-        without_head,
-        cut_head,
+        partial(with_rows_of_head, 0),
+        partial(with_rows_of_head, 9),
         lambda file: file.unlink(),
         lambda file: file.with_name("tokenizer.json").write_text("{}"),
     ],
@@ -414,16 +365,11 @@ def test_a_folder_that_is_no_model_is_one_line(
         assert "\n" not in str(caught.value)
 
 
-def test_kernels_of_the_hub_are_for_those_who_trust_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_kernels_of_the_hub_are_for_those_who_trust_them_and_odd_weights_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = told(tmp_path, attn_implementation="kernels/x")
     assert models.architecture(dataclasses.replace(config, trust_remote_code=True))
-
-
-def test_weights_that_the_model_has_no_place_for_are_said(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
     config = told(tmp_path, num_hidden_layers=1)  # of a file with two blocks
     models.open_policy(config, Precision.fp32)
     assert "weights there belong to no part of the model, model.layers.1" in caplog.text
@@ -443,13 +389,17 @@ def test_an_architecture_that_is_no_model_is_one_line(entries: dict[str, Any]) -
 # --- adapters -----------------------------------------------------------------------------------
 
 
+def stored(model: Any, folder: Path, base: Path | str) -> Any:
+    """The model with an adapter, which now lies in the folder."""
+    adapted = models.add_lora(model, LoraConfig(targets=["q_proj"]), seed=0)
+    models.save_adapter(Policy(adapted, models.byte_tokenizer(), "made"), folder, base)
+    return adapted
+
+
 def with_adapter(run: Path) -> tuple[Path, Tensor]:
     """A run of both stages: the place of a snapshot's adapter, and its logits in memory."""
     policy = saved(run / "contrastive", byte_model())
-    adapted = models.add_lora(policy.model, LoraConfig(targets=["all-linear"]), seed=0)
-    for name, weight in adapted.named_parameters():
-        if "lora_B" in name:  # zero at first, which would leave the base as it is
-            nn.init.normal_(weight, std=0.3, generator=torch.Generator().manual_seed(0))
+    adapted = shapes.adapted(policy.model)
     for place in ("sft", "snapshots/step-000002"):
         models.save_adapter(
             Policy(adapted, policy.tokenizer, "made"), run / place, run / "contrastive"
@@ -473,9 +423,7 @@ def test_a_moved_run_says_the_same(tmp_path: Path) -> None:
 def test_a_base_elsewhere_is_found_where_it_was(tmp_path: Path) -> None:
     """STL stands on a model outside the run folder, which stays where it is when the run moves."""
     policy = saved(tmp_path / "base", byte_model())
-    adapted = models.add_lora(policy.model, LoraConfig(targets=["q_proj"]), seed=0)
-    folder = tmp_path / "a" / "run" / "sft"
-    models.save_adapter(Policy(adapted, policy.tokenizer, "made"), folder, tmp_path / "base")
+    adapted = stored(policy.model, tmp_path / "a" / "run" / "sft", tmp_path / "base")
     shutil.move(tmp_path / "a" / "run", tmp_path / "run")
     opened = models.open_adapter(tmp_path / "run" / "sft", Precision.fp32)
     assert torch.equal(logits(opened.model), logits(adapted))
@@ -499,10 +447,7 @@ def test_the_embedded_base_is_found_on_another_machine(
 ) -> None:
     monkeypatch.setenv("DCR_CACHE", str(tmp_path / "here"))
     policy = saved(policy_folder(), byte_model())
-    adapted = models.add_lora(policy.model, LoraConfig(targets=["q_proj"]), seed=0)
-    models.save_adapter(
-        Policy(adapted, policy.tokenizer, "made"), tmp_path / "run" / "sft", policy_folder()
-    )
+    stored(policy.model, tmp_path / "run" / "sft", policy_folder())
     shutil.move(tmp_path / "here", tmp_path / "there")
     monkeypatch.setenv("DCR_CACHE", str(tmp_path / "there"))
     assert models.adapter_base(tmp_path / "run" / "sft") == str(policy_folder())
@@ -512,27 +457,21 @@ def policy_folder() -> Path:
     return models.cache_folder() / "smollm2-135m-instruct"
 
 
-@pytest.mark.parametrize("other", ["narrower", "other names", "shallower"])
-def test_an_adapter_of_another_model_is_refused(tmp_path: Path, other: str) -> None:
+@pytest.mark.parametrize(
+    "shape", [{"hidden_size": 8}, {"num_hidden_layers": 1}, {"model_type": "gpt_neox"}], ids=str
+)
+def test_an_adapter_of_another_model_is_refused(tmp_path: Path, shape: dict[str, Any]) -> None:
     """Without our files there is no fingerprint: the adapter's own weights tell."""
     adapter, _ = with_adapter(tmp_path / "run")
     for file in (models.ORIGIN_FILE, storage.CHECKSUMS):
         (adapter / file).unlink()
-    shapes = {
-        "narrower": {"hidden_size": 8},
-        "shallower": {"num_hidden_layers": 1},
-        "other names": {"model_type": "gpt_neox"},
-    }
-    model = byte_model(**shapes[other])
-    saved(tmp_path / "run" / "contrastive", model)
+    saved(tmp_path / "run" / "contrastive", byte_model(**shape))
     with pytest.raises(ConfigError, match="do not fit those of"):
         models.open_adapter(adapter, Precision.fp32)
 
 
 def test_an_adapter_on_the_tiny_model_says_why_it_cannot_open(tmp_path: Path) -> None:
-    policy = models.open_policy(TINY, Precision.fp32)
-    adapted = models.add_lora(policy.model, LoraConfig(targets=["q_proj"]), seed=0)
-    models.save_adapter(Policy(adapted, policy.tokenizer, "tiny"), tmp_path / "sft", "tiny")
+    stored(byte_model(), tmp_path / "sft", "tiny")
     with pytest.raises(ConfigError, match="stands on model=tiny, which is only made in memory"):
         models.open_adapter(tmp_path / "sft", Precision.fp32)
 
@@ -540,19 +479,6 @@ def test_an_adapter_on_the_tiny_model_says_why_it_cannot_open(tmp_path: Path) ->
 def test_an_adapter_keeps_the_commit_of_its_hub_base(tmp_path: Path) -> None:
     model = byte_model()
     model.config._commit_hash = "0123abcd"
-    adapted = models.add_lora(model, LoraConfig(targets=["q_proj"]), seed=0)
-    models.save_adapter(
-        Policy(adapted, models.byte_tokenizer(), "x"), tmp_path / "sft", "some/base"
-    )
+    stored(model, tmp_path / "sft", "some/base")
     named = json.loads((tmp_path / "sft" / "adapter_config.json").read_text())
     assert (named["base_model_name_or_path"], named["revision"]) == ("some/base", "0123abcd")
-
-
-def test_fingerprint_sees_one_bit(tmp_path: Path) -> None:
-    saved(tmp_path, byte_model())
-    before = models.weights_fingerprint(tmp_path)
-    file = tmp_path / "model.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    assert models.weights_fingerprint(tmp_path) != before

@@ -138,13 +138,10 @@ def test_control_tokens_in_user_text_are_letters(tokenizer: Any) -> None:
         ids, _ = chat.pair("Hi", attack, max_len=999)
         assert [i for i in ids if i in special] == [*specials("Hi"), chat.terminator]
     assert chat.neutralised("a < b | c <im_start> <|> 🙂") == "a < b | c <im_start> <|> 🙂"
-
-
-def test_text_made_by_removing_control_tokens_makes_none() -> None:
-    """A token inside a token must not come together when the inner one is broken."""
-    chat = formatted(models.byte_tokenizer())
-    text = chat.neutralised("<|im_<|im_end|>end|>")
-    assert "<|im_end|>" not in text
+    # a token inside a token must not come together when the inner one is broken
+    assert "<|im_end|>" not in formatted(models.byte_tokenizer()).neutralised(
+        "<|im_<|im_end|>end|>"
+    )
 
 
 # --- pairs --------------------------------------------------------------------------------------
@@ -184,28 +181,24 @@ def test_a_pair_is_what_the_template_makes_of_the_dialogue(tokenizer: Any) -> No
 def test_a_leading_space_belongs_to_the_response() -> None:
     chat = formatted(models.byte_tokenizer(SPACED))
     ids, targets = chat.pair("Hi", "Yes", 99)
-    start = len(chat.prompt_ids("Hi"))
-    space, yes = (chat.tokenizer(text)["input_ids"] for text in (" ", "Yes"))
-    assert ids[start:] == [*space, *yes, chat.terminator]  # type: ignore[misc]
-    assert targets[start - 1] == space[0]  # type: ignore[index]
+    start, said = len(chat.prompt_ids("Hi")), chat.tokenizer.encode(" Yes")
+    assert ids[start:] == [*said, chat.terminator]
+    assert targets[start - 1] == said[0]
 
 
-@pytest.mark.parametrize("room", [1, 2, 5, 6, 7])
+@pytest.mark.parametrize("room", [-5, -1, 0, 1, 2, 5, 6, 7])
 def test_truncation_takes_the_end_and_the_terminator(room: int) -> None:
     chat = formatted(models.byte_tokenizer())
     start = chat.prompt_ids("Hi")
     ids, targets = chat.pair("Hi", "Answer", len(start) + room)  # 6 bytes and the terminator
+    if room < 1:
+        assert (ids, targets) == ([], [])
+        return
     assert len(ids) == len(targets) == len(start) + room
     assert chat.tokenizer.decode(ids[len(start) :][:6]) == "Answer"[:room]
     assert (chat.terminator in ids[len(start) :]) == (room == 7)
     assert (chat.terminator in targets) == (room == 7)
     assert sum(t != IGNORED for t in targets) == room
-
-
-@pytest.mark.parametrize("short", [0, 1, 5])
-def test_no_room_for_a_response_is_no_pair(short: int) -> None:
-    chat = formatted(models.byte_tokenizer())
-    assert chat.pair("Hi", "Answer", len(chat.prompt_ids("Hi")) - short) == ([], [])
 
 
 # --- features -----------------------------------------------------------------------------------
@@ -288,11 +281,8 @@ def test_a_models_own_template_that_fails_is_the_models_fault(
     monkeypatch.setattr(templates, "LONGEST_TRIAL", 9000)  # a million, in earnest
     with pytest.raises(ConfigError, match=rf"^model\.name=x: its chat template fails .*{says}"):
         formatted(models.byte_tokenizer(text))
-
-
-def test_a_template_that_is_no_text_is_refused() -> None:
     tokenizer = models.byte_tokenizer()
-    tokenizer.chat_template = ["a"]  # as tokenizer_config.json may say
+    tokenizer.chat_template = [text]  # as tokenizer_config.json may say
     with pytest.raises(ConfigError, match="its tokenizer's chat_template is no text"):
         formatted(tokenizer)
 
@@ -312,26 +302,20 @@ def test_our_templates_begin_as_the_tokenizer_does() -> None:
 # --- ends of turns ------------------------------------------------------------------------------
 
 
-def test_stop_set_holds_the_chat_end_and_the_bases_end() -> None:
-    bytes_ = models.byte_tokenizer()
-    vocabulary = bytes_.get_vocab()
-    chat = formatted(bytes_)
-    assert chat.terminator == vocabulary["<|im_end|>"]
-    assert set(chat.stop) == {vocabulary["<|im_end|>"], vocabulary["<|endoftext|>"]}
-    llama = llama3_base()
-    chat = formatted(llama, template="llama3")
-    assert set(chat.stop) == {LLAMA3_SPECIALS.index(t) for t in ("<|eot_id|>", "<|end_of_text|>")}
-    named = prompts.chat_format(llama, ModelConfig(name="x", template="llama3"), base_stop=[99, 1])
-    assert set(named.stop) == {*chat.stop, 99}
-
-
-@needs_smollm2
-def test_stop_set_of_smollm2() -> None:
-    chat = formatted(smollm2())
-    assert [chat.tokenizer.convert_ids_to_tokens(i) for i in chat.stop] == [
-        "<|im_end|>",
-        "<|endoftext|>",
-    ]
+@pytest.mark.parametrize(
+    ("made", "template", "ends"),
+    [
+        (models.byte_tokenizer, None, ["<|im_end|>", "<|endoftext|>"]),
+        (llama3_base, "llama3", ["<|eot_id|>", "<|end_of_text|>"]),
+        pytest.param(smollm2, None, ["<|im_end|>", "<|endoftext|>"], marks=needs_smollm2),
+    ],
+)
+def test_stop_set_holds_the_chat_end_and_the_bases_end(
+    made: Any, template: str | None, ends: list[str]
+) -> None:
+    chat = formatted(made(), template=template)
+    assert [chat.tokenizer.convert_ids_to_tokens(i) for i in chat.stop] == ends
+    assert chat.terminator == chat.stop[0]
 
 
 def test_a_tokenizer_without_any_end_is_refused() -> None:
@@ -377,10 +361,6 @@ def test_an_untrained_end_of_turn_is_replaced_and_said(
     assert ("<|eot_id|>' looks untrained" in caplog.text) == (not trained)
 
 
-def test_auto_without_output_rows_takes_the_chat_end() -> None:
-    assert formatted(llama3_base(), template="llama3").terminator == EOT
-
-
 def test_a_template_without_an_end_token_ends_with_the_bases(tmp_path: Path) -> None:
     file = tmp_path / "bare.jinja"
     file.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
@@ -409,13 +389,10 @@ def test_a_row_of_hardly_any_norm_is_untrained() -> None:
     assert not prompts.looks_trained(rows, 7, [])
     assert prompts.looks_trained(rows, 8, [])  # nothing to compare with
     assert prompts.looks_trained(rows, 8, [8, 9])  # itself does not count
-
-
-def test_unused_tokens_are_reserved_names_and_padding_rows() -> None:
     tokenizer = llama3_base()
-    rows = len(tokenizer) + 3
-    found = prompts.unused_tokens(tokenizer, rows)
-    assert found == sorted(RESERVED | {rows - 3, rows - 2, rows - 1})
+    known, rows_beyond = len(tokenizer), len(tokenizer) + 3
+    unused = prompts.unused_tokens(tokenizer, rows_beyond)
+    assert unused == sorted(RESERVED | {*range(known, rows_beyond)})
 
 
 # --- padding ------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from dcr.refusal import (
     refusal_openings,
 )
 from dcr.refusal.keywords import features, weighed
-from tests.conftest import TINY
+from tests.shapes import TINY
 from tests.test_refusal_probability import sentencepiece, word_tokenizer
 
 DATA = os.environ.get("DCR_DATA", "")

@@ -7,12 +7,23 @@ import signal
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_run import logged, overrides, same, settings, weights
+from tiny_run import (
+    Stop,
+    at_each_step,
+    failing,
+    logged,
+    overrides,
+    same,
+    settings,
+    stop,
+    weights,
+)
 
 from dcr import models, storage, train
 from dcr.config import TrainConfig, UserError
@@ -22,7 +33,6 @@ from dcr.training.contrastive import ContrastiveModule
 from dcr.training.resuming import (
     Checkpoints,
     Interrupted,
-    StepSeed,
     TrainingError,
     VerifiedCheckpointIO,
 )
@@ -33,23 +43,12 @@ STEPS = {"contrastive": 10, "sft": 8}  # two epochs of five and of four
 MODULES = {"contrastive": ContrastiveModule, "sft": SFTModule}
 
 
-class Stop(Exception):
-    """What a test ends a run with."""
-
-
 @pytest.fixture(scope="module")
 def two_checkpoints(tmp_path_factory: pytest.TempPathFactory, tiny: TrainConfig) -> Path:
     """A run that was stopped in stage one behind checkpoints of steps 4 and 5."""
     run = tmp_path_factory.mktemp("stopped") / "run"
-    before = StepSeed.on_train_batch_start
-
-    def hook(self: Any, trainer: Any, *given: Any) -> None:
-        if trainer.global_step == 5:
-            raise Stop
-        before(self, trainer, *given)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StepSeed, "on_train_batch_start", hook)
+        at_each_step(patch, lambda trainer, *_: trainer.global_step == 5 and stop())
         with pytest.raises(Stop):
             train.train(tiny, Run(run))
     return run
@@ -61,28 +60,24 @@ def stopped(two_checkpoints: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def act(monkeypatch: pytest.MonkeyPatch) -> Any:
+def act() -> Iterator[Any]:
     """Do something when a stage is about to make a step; returns the steps that were begun."""
-    before = StepSeed.on_train_batch_start
+    with pytest.MonkeyPatch.context() as patch:
 
-    def install(stage: str, step: int, deed: Any) -> list[int]:
-        begun: list[int] = []
+        def install(stage: str, step: int = -1, deed: Any = stop) -> list[int]:
+            begun: list[int] = []
 
-        def hook(self: Any, trainer: Any, module: Any, batch: Any, index: int) -> None:
-            if isinstance(module, MODULES[stage]):
-                begun.append(trainer.global_step)
-                if trainer.global_step == step:
-                    deed(module)
-            before(self, trainer, module, batch, index)
+            def at(trainer: Any, module: Any, _: Any) -> None:
+                if isinstance(module, MODULES[stage]):
+                    begun.append(trainer.global_step)
+                    if trainer.global_step == step:
+                        deed(module)
 
-        monkeypatch.setattr(StepSeed, "on_train_batch_start", hook)
-        return begun
+            patch.undo()
+            at_each_step(patch, at)
+            return begun
 
-    return install
-
-
-def stop(_: Any) -> None:
-    raise Stop
+        yield install
 
 
 def checkpoints(run: Path, stage: str) -> list[str]:
@@ -155,7 +150,7 @@ def test_kill_9_in_the_middle_of_steps_and_sigterm_end_in_the_same_bits(
     # between two micro-batches: gradients of a part of the step are there and are lost
     assert killed("sft", 5, 2, signal.SIGKILL) == -signal.SIGKILL
     assert checkpoints(run, "sft") == ["step-000003.ckpt", "step-000004.ckpt"]
-    begun = act("sft", -1, stop)
+    begun = act("sft")
     train.train(same_rows, Run(run))
     assert begun == [4, 5, 6, 7], "the first step after the last checkpoint, and no earlier one"
     assert same(weights(run), weights(whole))
@@ -187,32 +182,47 @@ def test_stopped_again_and_again_it_goes_on_with_the_next_step(
             train.train(tiny, Run(run))
         assert begun == list(range(expected[stage], step + 1))
         expected[stage] = kept
-    begun = act("sft", -1, stop)
+    begun = act("sft")
     train.train(tiny, Run(run))
     assert begun == [6, 7]
     assert same(weights(run), weights(whole))
     assert logged(run) == logged(whole)
 
 
-@pytest.mark.parametrize(
-    ("owner", "name"), [(SFTModule, "validation_step"), (train.models, "save_adapter")]
-)
-def test_stopped_where_no_step_is_made(
+FAULTS = [
+    (SFTModule, "validation_step", Stop()),  # when the step before is repeated
+    (train.models, "save_adapter", Stop()),  # when the result is being written
+    (SFTModule, "nll", torch.OutOfMemoryError("CUDA out of memory. Tried 20 GiB.\nmore")),
+    (train.models, "save_full", UserError("disk full")),
+]
+
+
+@pytest.mark.parametrize(("owner", "name", "error"), FAULTS)
+def test_stopped_anywhere_it_ends_in_the_same_bits(
     tiny: TrainConfig,
     half: Path,
     whole: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     owner: Any,
     name: str,
+    error: Exception,
 ) -> None:
-    """In validation, when the step before is repeated, and when the result is being written."""
+    run = tmp_path / "new" if name == "save_full" else half
     with monkeypatch.context() as patch:
-        patch.setattr(owner, name, lambda *_: stop(None))
-        with pytest.raises(Stop):
-            train.train(tiny, Run(half))
-    train.train(tiny, Run(half))
-    assert same(weights(half), weights(whole))
-    assert logged(half) == logged(whole)
+        patch.setattr(owner, name, failing(error))
+        with pytest.raises((Stop, UserError)) as caught:
+            train.train(tiny, Run(run))
+    if name == "nll":
+        assert isinstance(caught.value, TrainingError)
+        assert caught.value.exit_code == 1
+        assert "20 GiB.): lower sft.micro_tokens" in str(caught.value)
+    if name.startswith("save"):
+        assert list((run / "checkpoints").rglob("*.ckpt")), "nothing is lost"
+    train.train(tiny, Run(run))
+    assert same(weights(run), weights(whole))
+    assert logged(run) == logged(whole)
+    assert not list((run / "checkpoints").rglob("*.*")), "gone when a stage is done"
 
 
 def test_a_finished_stage_is_left_alone(tiny: TrainConfig, half: Path, act: Any) -> None:
@@ -220,17 +230,13 @@ def test_a_finished_stage_is_left_alone(tiny: TrainConfig, half: Path, act: Any)
         files = half.glob("*/*.safetensors")
         return {f: (f.stat().st_mtime_ns, f.stat().st_ino) for f in files}
 
-    before, begun = results(), act("contrastive", -1, stop)
+    before, begun = results(), act("contrastive")
     train.train(tiny, Run(half))
     assert begun == []
     after = results()
     assert before.items() < after.items()
     train.train(tiny, Run(half))
     assert results() == after
-
-
-def test_checkpoints_are_gone_when_a_stage_is_done(whole: Path) -> None:
-    assert not list((whole / "checkpoints").rglob("*.*"))
 
 
 # --- what stands in a checkpoint ---
@@ -246,14 +252,10 @@ def test_checkpoints_hold_trainable_tensors_alone(tiny: TrainConfig, half: Path,
     tensors = {name for name in state if name.startswith("model.")}
     assert tensors
     assert all(".lora_A." in name or ".lora_B." in name for name in tensors)
-    assert file.stat().st_size < (half / "contrastive" / "model.safetensors").stat().st_size * 3
-
-
-def test_a_checkpoint_without_a_trainable_weight_is_refused(policy: Any) -> None:
     module = resuming.ResumableModule()
-    module.model = policy.model
+    module.model = models.open_policy(tiny.model, tiny.dcr.precision).model
     with pytest.raises(TrainingError, match="lacks trainable weights"):
-        module.on_load_checkpoint({"state_dict": {}})
+        module.on_load_checkpoint({"state_dict": state})
 
 
 # --- damaged files ---
@@ -340,12 +342,13 @@ def test_from_the_checkpoint_before_a_damaged_one_it_ends_in_the_same_bits(
     tiny: TrainConfig, stopped: Path, whole: Path, act: Any
 ) -> None:
     older, newer = place(stopped)
+    assert sorted(older.parent.iterdir()) == sorted([older, newer, sum_of(older), sum_of(newer)])
     flip_a_bit(newer)
     torn = older.with_name(".writing-abc")  # as a kill leaves it
     torn.write_bytes(b"half")
     for name in ("step-.ckpt", "step-abc.ckpt", "step-1e9.ckpt", "step--00003.ckpt"):
         newer.with_name(name).touch()  # what no run wrote
-    begun = act("contrastive", -1, stop)
+    begun = act("contrastive")
     train.train(tiny, Run(stopped))
     assert begun[0] == resuming.step_of(older) == 4
     assert not list((stopped / "checkpoints").rglob("*.*"))
@@ -357,7 +360,7 @@ def test_from_the_checkpoint_before_a_damaged_one_it_ends_in_the_same_bits(
 def test_training_never_silently_starts_again(tiny: TrainConfig, stopped: Path, act: Any) -> None:
     for file in place(stopped):
         flip_a_bit(file)
-    begun = act("contrastive", -1, stop)
+    begun = act("contrastive")
     with pytest.raises(UserError, match=f"{stopped}.*every checkpoint is damaged") as caught:
         train.train(tiny, Run(stopped))
     assert begun == []
@@ -368,13 +371,6 @@ def test_a_file_where_checkpoints_belong_is_named(tiny: TrainConfig, tmp_path: P
     (tmp_path / "sft").touch()
     with pytest.raises(UserError, match=r"sft: a file where checkpoints belong"):
         resuming.newest_checkpoint(tmp_path / "sft", module_of(tiny))
-
-
-def failing(error: Exception) -> Any:
-    def fail(*_: Any, **__: Any) -> None:
-        raise error
-
-    return fail
 
 
 @pytest.mark.parametrize(
@@ -407,11 +403,6 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_only_the_newest_checkpoints_are_kept(stopped: Path) -> None:
-    files = sorted(f.name for f in (stopped / "checkpoints/contrastive").iterdir())
-    assert files == [f"step-00000{n}.{kind}" for n in (4, 5) for kind in ("ckpt", "sha256")]
-
-
 # --- signals ---
 
 
@@ -442,7 +433,7 @@ def test_a_signal_ends_in_a_checkpoint_of_the_step_it_fell_into(
     assert signal.getsignal(number) == handler
     assert not (run / stage).exists()
     assert checkpoints(run, stage)[-1] == f"step-{step + 1:06d}.ckpt"
-    begun = act(stage, -1, stop)
+    begun = act(stage)
     train.train(tiny, Run(run))
     assert begun == list(range(step + 1, STEPS[stage]))
     assert same(weights(run), weights(whole))
@@ -464,14 +455,12 @@ def test_a_second_signal_stops_at_once_and_says_so(
     assert checkpoints(half, "sft") == ["step-000002.ckpt"], "not waited for"
 
 
-def test_a_ctrl_c_before_the_first_step_is_one(tiny: TrainConfig, tmp_path: Path) -> None:
-    def interrupted(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resuming.ResumableModule, "on_fit_start", interrupted)
-        with pytest.raises(KeyboardInterrupt):  # which Lightning makes a silent exit(1)
-            train.train(tiny, Run(tmp_path / "run"))
+def test_a_ctrl_c_before_the_first_step_is_one(
+    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resuming.ResumableModule, "on_fit_start", failing(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):  # which Lightning makes a silent exit(1)
+        train.train(tiny, Run(tmp_path / "run"))
 
 
 def test_a_sigterm_before_the_first_step_is_one_line(
@@ -553,21 +542,18 @@ def test_a_gradient_that_is_not_finite_reaches_no_weight(
 # --- memory, and other processes in the folder ---
 
 
-def test_running_out_of_memory_names_the_settings_to_lower() -> None:
-    error = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes")
-    with (
-        pytest.raises(TrainingError, match=r"out of memory .*sft\.micro_tokens"),
-        resuming.faults_explained(),
-    ):
-        raise error
-    with pytest.raises(RuntimeError, match="shapes"), resuming.faults_explained():
-        raise RuntimeError("shapes differ")
-
-
-def test_two_runs_in_one_folder(tiny: TrainConfig, tmp_path: Path) -> None:
-    run = Run(tmp_path / "run")
-    with storage.locked(run.folder), pytest.raises(UserError, match="another process is using"):
-        train.train(tiny, run)
+@pytest.mark.parametrize(
+    ("text", "kind", "says"),
+    [
+        ("DefaultCPUAllocator: can't allocate memory", TrainingError, r"out of memory .*micro_tok"),
+        ("shapes differ", RuntimeError, "shapes differ"),
+    ],
+)
+def test_running_out_of_memory_names_the_settings_to_lower(
+    text: str, kind: type[Exception], says: str
+) -> None:
+    with pytest.raises(kind, match=says), resuming.faults_explained():
+        raise RuntimeError(text)
 
 
 def test_a_process_whose_folder_was_deleted_writes_nothing_into_a_new_one(

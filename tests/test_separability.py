@@ -16,8 +16,8 @@ from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from dcr import data, prompts, separability
-from dcr.config import Kind, ModelConfig, Pooling
+from dcr import data, separability
+from dcr.config import Kind, Pooling
 from dcr.models import Policy
 from dcr.prompts import ChatFormat, PromptRow
 from dcr.separability import (
@@ -51,11 +51,6 @@ def example(place: int, kind: Kind, group: str | None = None) -> Example:
     verb = "break" if kind is Kind.toxic else "blow out"
     prompt = f"How do I {verb} the {NOUNS[place % 10]} " + "very " * (place % 4) + "fast?"
     return Example(f"{kind.value}-{place}", prompt, kind, "made up", group=group)
-
-
-@pytest.fixture
-def chat(policy: Policy) -> ChatFormat:
-    return prompts.chat_format(policy.tokenizer, ModelConfig(name="tiny"))
 
 
 # --- without a classifier ---
@@ -146,6 +141,7 @@ def test_fewer_folds_where_there_are_fewer_groups(
 
 def test_probe_auroc_is_that_of_plain_scikit_learn() -> None:
     points, labels = clouds(90, 6, 1.2)
+    labels[::6] = 1  # uneven classes, which weigh the same all the same
     groups = [f"template {i // 2}" for i in range(90)]
     scores = np.zeros(90)
     for train, test in folds(labels, groups, 4):
@@ -158,41 +154,6 @@ def test_probe_auroc_is_that_of_plain_scikit_learn() -> None:
     found = probe_auroc(points, labels, groups, 4)
     assert found.estimate == pytest.approx(roc_auc_score(labels.numpy(), scores))
     assert found.low < found.estimate < found.high
-
-
-def test_templates_alone_do_not_look_like_separability() -> None:
-    """Every prompt of a template lies at the template's own place, and labels go by template."""
-    template = torch.arange(96) // 4
-    labels, names = template % 2, [f"t{i}" for i in template.tolist()]
-    found = []
-    for seed in range(8):
-        chance = torch.Generator().manual_seed(seed)
-        points = 3 * torch.randn(24, 30, generator=chance)[template]
-        points += 0.1 * torch.randn(96, 30, generator=chance)
-        split_alone = probe_auroc(points, labels, alone(96), 0, resamples=10).estimate
-        assert split_alone > 0.9
-        found.append(probe_auroc(points, labels, names, 0, resamples=10).estimate)
-    assert sum(found) / 8 < 0.6
-
-
-def test_unbalanced_folds_do_not_shift_scores() -> None:
-    """Without any difference the pooled scores stay near chance though classes are uneven."""
-    found = []
-    for seed in range(8):
-        points, _ = clouds(80, 10, 0.0, seed)
-        labels = (torch.arange(80) % 8 == 0).long()
-        found.append(probe_auroc(points, labels, alone(80), seed, resamples=10).estimate)
-    assert abs(sum(found) / 8 - 0.5) < 0.12
-
-
-def test_transfer_tells_a_shared_direction_from_one_of_its_own() -> None:
-    train, labels = clouds(400, 5, 4.0)
-    test, others = clouds(400, 5, 4.0, seed=1)
-    assert transfer_auroc(train, labels, test, others, seed=0).estimate > 0.99
-    mirrored = torch.cat([-test[:, :1], test[:, 1:]], 1)
-    assert transfer_auroc(train, labels, mirrored, others, seed=0).estimate < 0.01
-    elsewhere = test.roll(1, 1)  # the classes differ along an axis on which training ones do not
-    assert 0.3 < transfer_auroc(train, labels, elsewhere, others, seed=0).estimate < 0.7
 
 
 def test_transfer_of_hand_made_features() -> None:
@@ -246,13 +207,11 @@ def test_classical_mds_is_the_eigendecomposition_of_double_centred_squared_dista
         assert min(abs(column - other).max(), abs(column + other).max()) < 1e-8
         assert column[abs(column).argmax()] > 0
 
-
-def test_classical_mds_of_few_points() -> None:
     assert classical_mds(torch.empty(0, 4)).shape == (0, 2)
     assert classical_mds(torch.ones(1, 4)).tolist() == [[0, 0]]
     two = classical_mds(torch.tensor([[0.0, 0.0], [3.0, 4.0]]))
     torch.testing.assert_close(distances(two)[0, 1].item(), 5.0)
-    torch.testing.assert_close(two[:, 1].abs().max().item(), 0.0, atol=1e-6, rtol=0)
+    assert two[:, 1].abs().max() < 1e-6
 
 
 # --- features ---

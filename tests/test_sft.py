@@ -10,11 +10,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning import Callback, LightningModule, Trainer
-from tiny_run import changed, fit, same, settings, weights
+from tiny_run import (
+    at_each_step,
+    changed,
+    failing,
+    fit,
+    gradients_of_one_step,
+    same,
+    settings,
+    weights,
+)
 from torch import Tensor
 
-from dcr import losses, models, prompts, train
-from dcr.config import Method, ModelConfig, Schedule, SFTConfig, Stage, TrainConfig
+from dcr import losses, models, train
+from dcr.config import Method, Schedule, SFTConfig, Stage, TrainConfig
 from dcr.data import PairBatch, SafetyData, micro_batches, pair_batch, split
 from dcr.models import Policy
 from dcr.prompts import PairRow
@@ -22,6 +31,7 @@ from dcr.runs import Run
 from dcr.training import callbacks
 from dcr.training.resuming import StepSeed, rate_factor
 from dcr.training.sft import SFTModule
+from tests.shapes import chat_of
 
 TEXTS = [
     ("Hi", "Good day", False),
@@ -44,7 +54,13 @@ def quiet() -> Iterator[None]:
 
 
 def adapted(policy: Policy, config: SFTConfig) -> Policy:
-    return replace(policy, model=models.add_lora(policy.model, config.lora, seed=0))
+    """With an adapter whose B is not at the zero it starts from, where A has no gradient."""
+    torch.manual_seed(1)
+    model = models.add_lora(policy.model, config.lora, seed=0)
+    for name, weight in model.named_parameters():
+        if ".lora_B." in name:
+            weight.data.normal_(0, 0.02)
+    return replace(policy, model=model)
 
 
 def without_dropout(config: SFTConfig, **changes: Any) -> SFTConfig:
@@ -52,7 +68,7 @@ def without_dropout(config: SFTConfig, **changes: Any) -> SFTConfig:
 
 
 def rows_of(policy: Policy) -> list[PairRow]:
-    chat = prompts.chat_format(policy.tokenizer, ModelConfig(name="tiny"))
+    chat = chat_of(policy)
     made = [(*chat.pair(prompt, answer, 200), refusal) for prompt, answer, refusal in TEXTS]
     return [PairRow(f"r{i}", *row) for i, row in enumerate(made)]
 
@@ -63,34 +79,13 @@ def in_micro_batches(rows: list[PairRow], tokens: int) -> list[PairBatch]:
 
 def data_of(policy: Policy, tiny: TrainConfig) -> SafetyData:
     rows = split(tiny.data, None, 0, contrastive=False, refuses=lambda _: True)
-    chat = prompts.chat_format(policy.tokenizer, tiny.model)
-    return SafetyData(Stage.sft, rows, chat, tiny.dcr, tiny.sft, 0)
-
-
-def gradients_of_one_step(policy: Policy, config: SFTConfig, step: list[PairBatch]) -> dict:
-    taken: dict[str, Tensor] = {}
-
-    class Take(Callback):
-        def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
-            named = module.model.named_parameters()
-            taken.update({n: p.grad.clone() for n, p in named if p.grad is not None})
-
-    fit(SFTModule(policy, config, 1), [step], callbacks=[Take()])
-    return taken
+    return SafetyData(Stage.sft, rows, chat_of(policy), tiny.dcr, tiny.sft, 0)
 
 
 def nll_by_row(model: Any, row: PairRow) -> Tensor:
     """NLL of each labelled token of a row alone, from all logits."""
     logits, targets = model(torch.tensor([row.ids])).logits[0], torch.tensor(row.targets)
     return F.cross_entropy(logits[targets != -100], targets[targets != -100], reduction="none")
-
-
-def spread(policy: Policy) -> None:
-    """LoRA's B starts at zero, where A has no gradient: move it."""
-    torch.manual_seed(1)
-    for name, weight in policy.model.named_parameters():
-        if ".lora_B." in name:
-            weight.data.normal_(0, 0.02)
 
 
 # --- gradients ---
@@ -102,11 +97,10 @@ def test_micro_batches_add_up_to_the_token_mean_of_the_whole_batch(
 ) -> None:
     config = without_dropout(tiny.sft)
     policy = adapted(policy, config)
-    spread(policy)
     rows, plain = rows_of(policy), copy.deepcopy(policy.model)
     step = in_micro_batches(rows, tokens)
     assert len(step) == {1: 5, 150: 4, 10**6: 1}[tokens]
-    taken = gradients_of_one_step(policy, config, step)
+    taken = gradients_of_one_step(SFTModule(policy, config, 1), step)
 
     torch.cat([nll_by_row(plain, row) for row in rows]).mean().backward()
     expected = {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
@@ -119,14 +113,14 @@ def test_micro_batches_add_up_to_the_token_mean_of_the_whole_batch(
 def test_gradient_checkpointing_changes_no_gradient(policy: Policy, tiny: TrainConfig) -> None:
     config = without_dropout(tiny.sft)
     policy = adapted(policy, config)
-    spread(policy)
     step = in_micro_batches(rows_of(policy), 150)
     other = replace(policy, model=copy.deepcopy(policy.model))
-    plain = gradients_of_one_step(policy, config, step)
+    plain = gradients_of_one_step(SFTModule(policy, config, 1), step)
     blocks = models.decoder_blocks(other.model)
     runs: list[bool] = []
     blocks[0].get_submodule("mlp").register_forward_pre_hook(lambda *_: runs.append(True))
-    saving = gradients_of_one_step(other, replace(config, gradient_checkpointing=True), step)
+    config = replace(config, gradient_checkpointing=True)
+    saving = gradients_of_one_step(SFTModule(other, config, 1), step)
     assert len(runs) == 2 * len(step), "each block runs again in the backward pass"
     for name, gradient in plain.items():
         torch.testing.assert_close(saving[name], gradient)
@@ -144,11 +138,9 @@ def test_logits_exist_for_labelled_tokens_alone(
         given.append(targets)
         return before(hidden, targets=targets, **readout)
 
-    def forbidden(*_: Any) -> None:
-        raise AssertionError("the whole head ran")
-
     monkeypatch.setattr(losses, "token_nll", spy)
-    models.head(policy.model).register_forward_pre_hook(forbidden)
+    whole_head_ran: Any = failing(AssertionError("the whole head ran"))
+    models.head(policy.model).register_forward_pre_hook(whole_head_ran)
     rows = rows_of(policy)
     fit(SFTModule(policy, tiny.sft, 1), [in_micro_batches(rows, 150)])
     responses = sorted(t for row in rows for t in row.targets if t != -100)
@@ -159,24 +151,11 @@ def test_logits_exist_for_labelled_tokens_alone(
 # --- what trains ---
 
 
-def test_lora_alone_is_trained(policy: Policy, tiny: TrainConfig) -> None:
-    policy = adapted(policy, tiny.sft)
-    module = SFTModule(policy, tiny.sft, 4)
-    before = {n: p.detach().clone() for n, p in policy.model.named_parameters()}
-    fit(module, data_of(policy, tiny))
-    (group,) = module.trainer.optimizers[0].param_groups
-    assert len(group["params"]) == sum(".lora_" in n for n in before)
-    moved = {n for n, p in policy.model.named_parameters() if not torch.equal(p, before[n])}
-    assert moved == {n for n in before if ".lora_" in n}
-    assert all(p.dtype is torch.float32 for n, p in policy.model.named_parameters() if n in moved)
-
-
 def test_training_is_in_training_mode_before_and_after_validation(
     policy: Policy, tiny: TrainConfig
 ) -> None:
     config = replace(tiny.sft, lora=replace(tiny.sft.lora, dropout=0.5))
     policy = adapted(policy, config)
-    spread(policy)
     modes: list[bool] = []
     agreed: dict[str, list[bool]] = {"training": [], "validation": []}
 
@@ -247,17 +226,15 @@ def test_dcr_differs_from_stl_in_its_starting_weights_alone(
     tmp_path: Path, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, list[Any]] = {}
-    before = StepSeed.on_train_batch_start
 
-    def look(self: Any, trainer: Any, module: Any, batch: Any, index: int) -> None:
+    def look(_: Any, module: Any, batch: Any) -> None:
         if isinstance(module, SFTModule):
             if method not in seen:
                 start = {n: p.detach().clone() for n, p in module.model.named_parameters()}
                 seen[method] = [start]
             seen[method].append([(part.names, part.ids.tolist()) for part in batch])
-        before(self, trainer, module, batch, index)
 
-    monkeypatch.setattr(StepSeed, "on_train_batch_start", look)
+    at_each_step(monkeypatch, look)
     for method in ("stl", "dcr"):
         train.train(changed(tiny, f"method={method}"), Run(tmp_path / method))
     (stl, *stl_batches), (dcr, *dcr_batches) = seen["stl"], seen["dcr"]
@@ -277,7 +254,6 @@ def test_dcr_differs_from_stl_in_its_starting_weights_alone(
 def test_general_and_refusal_rows_are_measured_apart(policy: Policy, tiny: TrainConfig) -> None:
     config = without_dropout(tiny.sft, lr=0.0)
     policy = adapted(policy, config)
-    spread(policy)
     data = data_of(policy, replace(tiny, sft=config))
     trainer = fit(SFTModule(policy, config, 4), data)
     measured = {name: value.item() for name, value in trainer.callback_metrics.items()}
@@ -293,7 +269,6 @@ def test_general_and_refusal_rows_are_measured_apart(policy: Policy, tiny: Train
 def test_the_loss_of_a_step_is_its_token_mean(policy: Policy, tiny: TrainConfig) -> None:
     config = without_dropout(tiny.sft)
     policy = adapted(policy, config)
-    spread(policy)
     rows, before = rows_of(policy), copy.deepcopy(policy.model)
     trainer = fit(SFTModule(policy, config, 1), [in_micro_batches(rows, 150)])
     mean = torch.cat([nll_by_row(before, row) for row in rows]).mean().item()
@@ -303,6 +278,7 @@ def test_the_loss_of_a_step_is_its_token_mean(policy: Policy, tiny: TrainConfig)
 @pytest.mark.parametrize(
     "switch",
     [
+        "sft.epochs=1",
         "sft.batch_size=4",
         "sft.weight_decay=0.5",
         "sft.max_len=50",

@@ -3,7 +3,7 @@
 import itertools
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from dcr import activations, batching, contamination, models, prompts, steering
+from dcr import activations, batching, contamination, steering
 from dcr.activations import Site
 from dcr.config import (
     ConfigError,
     DataConfig,
     EvaluationSets,
-    ExtractionSources,
     Kind,
-    ModelConfig,
-    Precision,
     ScansConfig,
     ScansEnd,
     ScansLayers,
+    SourcesByKind,
     Steering,
     SteeringConfig,
     SurgicalConfig,
@@ -34,14 +32,8 @@ from dcr.models import Policy
 from dcr.prompts import ChatFormat
 from dcr.sources import Example
 from dcr.steering import scans, vectors
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
-
-SURE = list(b" Sure")
-
-
-def chat_of(policy: Policy, template: str | None = None) -> ChatFormat:
-    return prompts.chat_format(policy.tokenizer, ModelConfig(name="tiny", template=template))
+from tests.shapes import chat_of, generated, tiny_policy
+from tests.tiny_run import write_jsonl
 
 
 def rows(kind: Kind, texts: Sequence[str]) -> list[Example]:
@@ -66,20 +58,7 @@ DRAWN = steering.Extraction(rows(Kind.toxic, TOXIC), [], rows(Kind.normal, NORMA
 @pytest.fixture
 def deep() -> Policy:
     """Six random blocks over bytes, with weights large enough to tell prompts apart."""
-    shape = {
-        "model_type": "llama",
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "vocab_size": 260,
-        "tie_word_embeddings": False,
-    }
-    made = models.open_policy(
-        ModelConfig(name="tiny", label="tiny", layer=1, architecture=shape), Precision.fp32
-    )
+    made = tiny_policy(num_hidden_layers=6, tie_word_embeddings=False)
     for weight in made.model.parameters():
         weight.data *= 1 if weight.dim() == 1 else 5
     return made
@@ -120,10 +99,19 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return dot / (sum(float(x) ** 2 for x in a) * sum(float(y) ** 2 for y in b)) ** 0.5
 
 
+def scores(
+    policy: Policy, chat: ChatFormat, texts: Sequence[str], reference: Tensor
+) -> list[float]:
+    """c(q) of each query alone, over blocks 3 to 6."""
+    ids = [chat.prompt_ids(text) for text in texts]
+    moved = [transition(policy, chat, row, user_end(chat, row))[2:] for row in ids]
+    return [sum(cosine(t, r) for t, r in zip(m, reference, strict=True)) / 4 for m in moved]
+
+
 @pytest.mark.parametrize("s1", ScansEnd)
 def test_vectors_and_reference_are_those_of_a_loop(deep: Policy, s1: ScansEnd) -> None:
     chat, told = chat_of(deep), settings(s1=s1)
-    tensors, info = scans.find(deep, chat, DRAWN, told, batch_size=3)
+    tensors, info = scans.find(deep, chat, DRAWN, told)
     assert info["blocks"] == [3, 4]
     assert info["compared"] == [3, 6]
     last: dict[str, list[list[Tensor]]] = {}
@@ -146,18 +134,14 @@ def test_vectors_and_reference_are_those_of_a_loop(deep: Policy, s1: ScansEnd) -
 
 def test_each_query_is_steered_by_its_own_cosine(deep: Policy) -> None:
     chat, queries = chat_of(deep), ["Ruin the pond!", "Where is Rome?", "Bake a pie", "Wreck", "?"]
-    found = scans.find(deep, chat, DRAWN, settings(), 3)
+    found = scans.find(deep, chat, DRAWN, settings())
+    own = scores(deep, chat, queries, found[0]["reference"])
     ids = [chat.prompt_ids(query) for query in queries]
-    scores = []
-    for row in ids:
-        moved = transition(deep, chat, row, user_end(chat, row))
-        pairs = zip(moved[2:], found[0]["reference"], strict=True)
-        scores.append(sum(cosine(t, r) for t, r in pairs) / 4)
-    found[1]["threshold"] = sorted(scores)[2] - 1e-4  # three are toxic, two are not
+    found[1]["threshold"] = sorted(own)[2] - 1e-4  # three are toxic, two are not
     plan: Any = scans.edits(deep, chat, found, settings(strength=2.5))
     batch, mask = batching.padded(ids, 0, left=True), batching.attention_mask(ids, left=True)
     edits = plan(batch, mask)
-    signs = [1.0 if score >= found[1]["threshold"] else -1.0 for score in scores]
+    signs = [1.0 if score >= found[1]["threshold"] else -1.0 for score in own]
     assert sorted(signs) == [-1, -1, 1, 1, 1]
     assert [(edit.site, edit.block) for edit in edits] == [
         (Site.block_output, 3),
@@ -170,54 +154,36 @@ def test_each_query_is_steered_by_its_own_cosine(deep: Policy) -> None:
         torch.testing.assert_close(v.norm(), torch.tensor(1.0))
 
 
-def generated(policy: Policy, chat: ChatFormat, texts: Sequence[str]) -> tuple[Any, Tensor]:
-    """Tokens and first logits of a batch, by transformers' own generation."""
+def answered(policy: Policy, chat: ChatFormat, texts: Sequence[str]) -> tuple[Any, Tensor]:
     ids = [chat.prompt_ids(text) for text in texts]
-    output: Any = policy.model.generate(
-        input_ids=batching.padded(ids, 0, left=True),
-        attention_mask=batching.attention_mask(ids, left=True).long(),
-        max_new_tokens=6,
-        do_sample=False,
-        pad_token_id=0,
-        eos_token_id=None,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    longest = max(map(len, ids))
-    return output.sequences[:, longest:].tolist(), torch.stack(output.logits, 1)
+    mask = batching.attention_mask(ids, left=True).long()
+    return generated(policy.model, batching.padded(ids, 0, left=True), mask, tokens=6)
 
 
 def test_a_batch_is_steered_as_each_prompt_alone(deep: Policy) -> None:
     chat, texts = chat_of(deep), ["Ruin the pond!", "Where is the city of Rome?", "Bake"]
     told = settings(strength=3.0, threshold=None, anchors=2)
-    found = scans.find(deep, chat, DRAWN, told, 4)
+    found = scans.find(deep, chat, DRAWN, told)
     with activations.edited(deep.model, scans.edits(deep, chat, found, told)):
         assert activations.per_row(deep.model)
-        tokens, logits = generated(deep, chat, texts)
+        tokens, logits = answered(deep, chat, texts)
         for i, text in enumerate(texts):
-            alone, truth = generated(deep, chat, [text])
+            alone, truth = answered(deep, chat, [text])
             assert alone[0] == tokens[i]
             torch.testing.assert_close(logits[i], truth[0], rtol=1e-3, atol=1e-4)
-    plain, _ = generated(deep, chat, texts)
+    plain, _ = answered(deep, chat, texts)
     assert plain != tokens
 
 
 def test_one_further_pass_a_prompt_and_nothing_more(deep: Policy) -> None:
     chat = chat_of(deep)
-    found = scans.find(deep, chat, DRAWN, settings(), 4)
-    calls = {"first": 0, "head": 0}
-
-    def count(name: str) -> Callable[..., None]:
-        def counted(*_: Any) -> None:
-            calls[name] += 1
-
-        return counted
-
-    deep.model.model.layers[0].register_forward_hook(count("first"))
-    deep.model.lm_head.register_forward_hook(count("head"))
+    found = scans.find(deep, chat, DRAWN, settings())
+    calls: list[str] = []
+    deep.model.model.layers[0].register_forward_hook(lambda *_: calls.append("first"))
+    deep.model.lm_head.register_forward_hook(lambda *_: calls.append("head"))
     with activations.edited(deep.model, scans.edits(deep, chat, found, settings())):
-        generated(deep, chat, ["Ruin the pond!", "Bake"])
-    assert calls == {"first": 1 + 6, "head": 6}
+        answered(deep, chat, ["Ruin the pond!", "Bake"])
+    assert (calls.count("first"), calls.count("head")) == (1 + 6, 6)
 
 
 def test_text_without_a_mask_is_scored_without_its_padding(deep: Policy) -> None:
@@ -226,20 +192,14 @@ def test_text_without_a_mask_is_scored_without_its_padding(deep: Policy) -> None
     It is compared as the reference was taken, as a user's words in the template.
     """
     chat = chat_of(deep)
-    found = scans.find(deep, chat, DRAWN, settings(), 4)
+    found = scans.find(deep, chat, DRAWN, settings())
     words = ("Oslo is a city", "No", "Rivers run")
-    texts = [chat.tokenizer.encode(t) for t in words]
-    templated = [chat.prompt_ids(t) for t in words]
-    reference = found[0]["reference"]
-    scores = [
-        sum(cosine(t, r) for t, r in zip(moved[2:], reference, strict=True)) / 4
-        for moved in (transition(deep, chat, ids, user_end(chat, ids)) for ids in templated)
-    ]
-    found[1]["threshold"] = sorted(scores)[1] - 1e-4
+    own = scores(deep, chat, words, found[0]["reference"])
+    found[1]["threshold"] = sorted(own)[1] - 1e-4
     plan: Any = scans.edits(deep, chat, found, settings())
-    ids = batching.padded(texts, 0)
+    ids = batching.padded([chat.tokenizer.encode(t) for t in words], 0)
     edits = plan(ids, None)
-    signs = [1.0 if s >= found[1]["threshold"] else -1.0 for s in scores]
+    signs = [1.0 if s >= found[1]["threshold"] else -1.0 for s in own]
     assert edits[0].scale.tolist() == signs
     assert edits[0].start.tolist() == [0, 0, 0]
     assert scans.rows(torch.zeros(1, 3, dtype=torch.long), None) == [[0]]
@@ -262,17 +222,25 @@ def test_blocks(depth: int, layers: ScansLayers, steered: tuple[int, int]) -> No
     assert list(blocks) == list(range(steered[0], steered[1] + 1))
 
 
-def test_a_shallow_model_names_the_other_layers(deep: Policy) -> None:
-    told = settings(layers=ScansLayers.absolute)
-    with pytest.raises(ConfigError, match=r"^steering\.scans\.layers=absolute.*middle_third$"):
-        scans.find(deep, chat_of(deep), DRAWN, told, 4)
+ALIKE = steering.Extraction(rows(Kind.toxic, ["One"] * 4), [], rows(Kind.normal, ["One"] * 4))
 
 
-def test_a_template_without_an_end_token_names_the_other_place(deep: Policy) -> None:
-    plain = chat_of(deep, "plain")
-    with pytest.raises(ConfigError, match=r"^steering\.scans\.s1=user_end.*s1=prompt_last$"):
-        scans.find(deep, plain, DRAWN, settings(), 4)
-    assert scans.query(plain, ScansConfig(s1=ScansEnd.prompt_last)).tail == []
+@pytest.mark.parametrize(
+    ("layers", "template", "drawn", "message"),
+    [
+        ("absolute", None, DRAWN, r"^steering\.scans\.layers=absolute.*middle_third$"),
+        ("middle_third", "plain", DRAWN, r"^steering\.scans\.s1=user_end.*s1=prompt_last$"),
+        ("middle_third", None, ALIKE, r"^data\.extraction: .*no direction"),
+    ],
+)
+def test_what_scans_cannot_do_names_the_cure(
+    deep: Policy, layers: str, template: str | None, drawn: Any, message: str
+) -> None:
+    chat = chat_of(deep, template=template)
+    with pytest.raises(ConfigError, match=message):
+        scans.find(deep, chat, drawn, settings(layers=ScansLayers[layers]))
+    if template:
+        assert scans.query(chat, ScansConfig(s1=ScansEnd.prompt_last)).tail == []
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -293,123 +261,41 @@ def test_the_calibrated_threshold_is_the_best_of_all(seed: int) -> None:
 
 def test_a_threshold_is_calibrated_on_anchors_held_out(deep: Policy) -> None:
     chat = chat_of(deep)
-    fixed = scans.find(deep, chat, DRAWN, settings(anchors=3), 4)
-    found = scans.find(deep, chat, DRAWN, settings(anchors=3, threshold=None), 4)
+    fixed = scans.find(deep, chat, DRAWN, settings(anchors=3))
+    found = scans.find(deep, chat, DRAWN, settings(anchors=3, threshold=None))
     assert torch.equal(found[0]["vectors"], fixed[0]["vectors"])
     assert torch.equal(found[0]["reference"], fixed[0]["reference"])
-    scores = []
-    for text in [*TOXIC[3:], *NORMAL[3:]]:
-        ids = chat.prompt_ids(text)
-        moved = transition(deep, chat, ids, user_end(chat, ids))[2:]
-        pairs = zip(moved, fixed[0]["reference"], strict=True)
-        scores.append(sum(cosine(t, r) for t, r in pairs) / 4)
-    threshold, accuracy = scans.calibrated(scores[:2], scores[2:])
+    own = scores(deep, chat, [*TOXIC[3:], *NORMAL[3:]], fixed[0]["reference"])
+    threshold, accuracy = scans.calibrated(own[:2], own[2:])
     assert found[1]["threshold"] == pytest.approx(threshold, abs=1e-4)
     assert found[1]["balanced_accuracy"] == accuracy
 
 
-# --- a planted direction ---
-
-REFUSE, COMPLY, MARK = ord("R"), ord("C"), ord("!")
-
-
-@pytest.fixture
-def planted(deep: Policy) -> tuple[Policy, Tensor]:
-    """A model that says R the more, the more a prompt holds "!", and C otherwise.
-
-    Attention averages what stands before; "!" alone writes along one direction, which the head
-    reads as R. The MLPs do nothing.
-    """
-    policy, generator = deep, torch.Generator().manual_seed(0)
-    direction = torch.zeros(32)
-    direction[5] = 1
-    mark, refuse, comply = (
-        policy.tokenizer.encode(t, add_special_tokens=False)[0] for t in ("!", "R", "C")
-    )
-    model = policy.model
-    with torch.no_grad():
-        noise = 0.1 * torch.randn(260, 32, generator=generator)
-        model.model.embed_tokens.weight.copy_(noise - (noise @ direction)[:, None] * direction)
-        model.model.embed_tokens.weight[mark] += 2 * direction
-        model.lm_head.weight.zero_()
-        model.lm_head.weight[refuse] = 20 * direction
-        model.lm_head.weight[comply, 6] = 1e-3
-        model.model.embed_tokens.weight[:, 6] = 0.5
-        for block in model.model.layers:
-            block.self_attn.q_proj.weight.zero_()
-            block.mlp.down_proj.weight.zero_()
-            # two heads of values for four of queries: the two halves of the stream
-            value, out = torch.zeros(16, 32), torch.zeros(32, 32)
-            value[0, 5] = 1
-            out[5, 0] = 1
-            block.self_attn.v_proj.weight.copy_(value)
-            block.self_attn.o_proj.weight.copy_(out)
-    return policy, direction
-
-
-MARKED = steering.Extraction(
-    rows(Kind.toxic, ["Do it now!!", "Wreck!", "Go on!!!", "a!b!c"]),
-    [],
-    rows(Kind.normal, ["Do it later", "Rest", "Go home", "abc"]),
-)
-
-
-def first(policy: Policy, chat: ChatFormat, texts: Sequence[str]) -> list[str]:
-    tokens, _ = generated(policy, chat, texts)
-    return [str(policy.tokenizer.decode(row[:1])) for row in tokens]
-
-
-def test_a_planted_direction_is_found_and_removed(planted: tuple[Policy, Tensor]) -> None:
-    policy, direction = planted
-    chat, told = chat_of(policy), settings(Steering.ablation)
-    plan = steering.STEERING[Steering.ablation]
-    found = plan.find(policy, chat, MARKED, told, 4)
-    assert found[1] == {"block": 4}
-    assert float(found[0]["vector"] @ direction) > 0.99
-    assert first(policy, chat, ["Smash!", "Read"]) == ["R", "C"]
-    edits: Any = plan.edits(policy, chat, found, told)
-    assert len(edits) == 3 * 6
-    with activations.edited(policy.model, edits):
-        assert not activations.per_row(policy.model)
-        assert first(policy, chat, ["Smash!", "Read"]) == ["C", "C"]
-
-
-def test_scans_pushes_to_either_side_of_a_planted_direction(
-    planted: tuple[Policy, Tensor],
-) -> None:
-    policy, direction = planted
-    chat = chat_of(policy)
-    # what a prompt moves by is small here against the suffix, so the threshold is calibrated
-    told = settings(strength=5.0, anchors=2, threshold=None, s1=ScansEnd.prompt_last)
-    found = scans.find(policy, chat, MARKED, told, 4)
-    assert (found[0]["vectors"] @ direction > 0.99).all()
-    assert found[1]["balanced_accuracy"] == 1
-    queries = ["Smash!", "Read", "Hit! it! all!", "Cook well"]
-    plain = generated(policy, chat, queries)[1][:, 0]
-    with activations.edited(policy.model, scans.edits(policy, chat, found, told)):
-        steered = generated(policy, chat, queries)[1][:, 0]
-    refuse = policy.tokenizer.encode("R", add_special_tokens=False)[0]
-    change = (steered - plain)[:, refuse]
-    assert (change > 0).tolist() == [True, False, True, False]
-    assert change.abs().min() > 0.01  # the final norm leaves little room above a refusal
+# --- plain ablation ---
 
 
 def test_full_ablation_is_orthogonalised_weights(deep: Policy) -> None:
     """Arditi et al., section 4.1: no weight that writes to the stream can write along v."""
     chat, told = chat_of(deep), settings(Steering.ablation)
     method = steering.STEERING[Steering.ablation]
-    found = method.find(deep, chat, DRAWN, told, 4)
+    found = method.find(deep, chat, DRAWN, told)
     v, texts = found[0]["vector"], ["Ruin the pond!", "Bake"]
+    means = []
+    for kind in (TOXIC, NORMAL):  # block 4's input is block 3's output
+        last = [outputs(deep.model, chat.prompt_ids(text))[2][-1] for text in kind]
+        means.append(torch.stack(last).mean(0))
+    assert found[1] == {"block": 4}
+    torch.testing.assert_close(v, (w := means[0] - means[1]) / w.norm(), rtol=1e-3, atol=1e-4)
     with activations.edited(deep.model, method.edits(deep, chat, found, told)):
-        tokens, logits = generated(deep, chat, texts)
-    plain, _ = generated(deep, chat, texts)
+        tokens, logits = answered(deep, chat, texts)
+    plain, _ = answered(deep, chat, texts)
     off = torch.eye(32) - v[:, None] * v[None]
     with torch.no_grad():
         deep.model.model.embed_tokens.weight.copy_(deep.model.model.embed_tokens.weight @ off)
         for block in deep.model.model.layers:
             for writer in (block.self_attn.o_proj, block.mlp.down_proj):
                 writer.weight.copy_(off @ writer.weight)
-    truth, expected = generated(deep, chat, texts)
+    truth, expected = answered(deep, chat, texts)
     assert tokens == truth != plain
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
 
@@ -418,8 +304,7 @@ def test_full_ablation_is_orthogonalised_weights(deep: Policy) -> None:
 
 
 def write(path: Path, texts: Sequence[str]) -> str:
-    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-    return str(path)
+    return write_jsonl(path, ({"prompt": text} for text in texts))
 
 
 WORDS = ["apple", "bridge", "candle", "drum", "eagle", "forest", "garden", "harbor", "island"]
@@ -440,7 +325,7 @@ def data(tmp_path: Path) -> DataConfig:
             over_refusal=[write(tmp_path / "over.jsonl", [seeming[3]])],
             safety=[write(tmp_path / "safe.jsonl", judged)],
         ),
-        extraction=ExtractionSources(
+        extraction=SourcesByKind(
             toxic=[write(tmp_path / "h.jsonl", [*toxic, toxic[5]])],
             seemingly_toxic=[write(tmp_path / "s.jsonl", seeming)],
             normal=[write(tmp_path / "n.jsonl", normal)],
@@ -499,8 +384,6 @@ def test_too_few_prompts_name_key_and_cure(
 
 
 def test_released_prompts_are_read_and_leaks_counted(tmp_path: Path, data: DataConfig) -> None:
-    for folder in ("advbench", "scans_vectors"):
-        (tmp_path / folder).mkdir()
     taken = [*invented("Wreck", 3), "Ravage every orchard", "Sink a raft"]
     write(tmp_path / "advbench/advbench.jsonl", taken)
     write(tmp_path / "scans_vectors/truthfulqa_questions.jsonl", invented("Who saw", 5))
@@ -527,8 +410,8 @@ def test_strength_zero_and_none_edit_nothing(deep: Policy, data: DataConfig) -> 
         assert (found.edits, found.record) == ((), {})
         assert steering.identity(data, told, 0) == {}
         with activations.edited(deep.model, found.edits):
-            steered = generated(deep, chat_of(deep), ["Bake"])[1]
-        assert torch.equal(steered, generated(deep, chat_of(deep), ["Bake"])[1])
+            steered = answered(deep, chat_of(deep), ["Bake"])[1]
+        assert torch.equal(steered, answered(deep, chat_of(deep), ["Bake"])[1])
 
 
 def test_what_a_completion_depends_on(data: DataConfig) -> None:
@@ -564,7 +447,7 @@ def test_vectors_are_kept_for_other_strengths(
 ) -> None:
     chat, folder = chat_of(deep), tmp_path / "vectors"
     told = settings(method)
-    made = steering.steer(deep, chat, data, told, 0, batch_size=3, folder=folder)
+    made = steering.steer(deep, chat, data, told, 0, folder)
     (file,) = folder.iterdir()
     assert file.suffix == ".safetensors"
     json.dumps(made.record)
@@ -574,21 +457,19 @@ def test_vectors_are_kept_for_other_strengths(
     calls: list[object] = []
     whole = vectors.read
     monkeypatch.setattr(vectors, "read", lambda *a, **k: calls.append(a) or whole(*a, **k))
-    again = steering.steer(
-        deep, chat, data, replace(told, strength=2.0), 0, batch_size=3, folder=folder
-    )
+    again = steering.steer(deep, chat, data, replace(told, strength=2.0), 0, folder)
     assert calls == []
     assert again.record == made.record | {"strength": 2.0}
     results = []
     for edits in (made.edits, again.edits):
         with activations.edited(deep.model, edits):
-            results.append(generated(deep, chat, ["Ruin the pond!"])[1])
+            results.append(answered(deep, chat, ["Ruin the pond!"])[1])
     assert not torch.equal(results[0], results[1])
     calls.clear()
-    steering.steer(deep, chat, data, told, 1, folder=folder)  # other prompts
+    steering.steer(deep, chat, data, told, 1, folder)  # other prompts
     with torch.no_grad():
         deep.model.model.layers[3].mlp.up_proj.weight[-1, -1] += 1  # other weights
-    steering.steer(deep, chat, data, told, 0, folder=folder)
+    steering.steer(deep, chat, data, told, 0, folder)
     assert len(list(folder.iterdir())) == 3
 
 
@@ -611,12 +492,6 @@ def test_damaged_vectors_are_named(tmp_path: Path, damage: str) -> None:
     )
     with pytest.raises(UserError, match=rf"{file.name}: .*delete it"):
         vectors.kept(tmp_path, key, lambda: (made, {}))
-
-
-def test_prompts_that_do_not_differ_have_no_direction(deep: Policy) -> None:
-    same = steering.Extraction(rows(Kind.toxic, ["One"] * 4), [], rows(Kind.normal, ["One"] * 4))
-    with pytest.raises(ConfigError, match=r"^data\.extraction: .*no direction"):
-        scans.find(deep, chat_of(deep), same, settings(), 4)
 
 
 def test_evaluations_that_differ_in_any_setting_are_told_apart() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from dcr import storage
 from dcr.config import DataError, UserError
+from tests.tiny_run import failing
 
 FULL = OSError(28, "No space left on device")
 
@@ -25,20 +26,11 @@ def test_a_fingerprint_follows_values_not_their_order() -> None:
 # --- who may write ---
 
 
-def test_a_second_user_of_a_folder_is_refused(tmp_path: Path) -> None:
+def test_a_second_user_of_a_folder_is_refused_and_a_lease_ends_with_it(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with (
-        storage.locked(run),
-        pytest.raises(UserError, match=f"{run}: another process"),
-        storage.locked(run),
-    ):
-        pass
-    with storage.locked(run):  # and it is free again
-        pass
-
-
-def test_a_lease_ends_with_its_folder(tmp_path: Path) -> None:
-    run = tmp_path / "run"
+    for _ in range(2):  # it is free again
+        with storage.locked(run), pytest.raises(UserError, match=f"{run}: another process"):
+            storage.locked(run).__enter__()
     with storage.locked(run) as lease:
         lease.check()
         run.rename(tmp_path / "old")
@@ -53,18 +45,8 @@ def test_a_lease_ends_with_its_folder(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
-        with (
-            pytest.raises(UserError, match=f"{folder}: cannot be written"),
-            storage.locked(folder),
-        ):
-            pass
-
-
-def failing(error: OSError) -> Any:
-    def fail(*_: Any, **__: Any) -> None:
-        raise error
-
-    return fail
+        with pytest.raises(UserError, match=f"{folder}: cannot be written"):
+            storage.locked(folder).__enter__()
 
 
 @pytest.mark.parametrize(
@@ -104,6 +86,10 @@ def test_a_failed_save_leaves_the_old_folder(tmp_path: Path) -> None:
         shutil.copy(staging / "absent", staging / "a")
     assert [p.name for p in tmp_path.iterdir()] == ["result"]
     assert (folder / "a").read_text() == "old"
+    with storage.replaced_folder(folder) as staging:
+        (staging / "b").write_text("new")
+    assert [p.name for p in tmp_path.iterdir()] == ["result"]
+    assert [p.name for p in folder.iterdir()] == ["b"]
 
 
 def test_a_failed_exchange_puts_the_old_folder_back(
@@ -128,14 +114,6 @@ def test_a_failed_exchange_puts_the_old_folder_back(
         (staging / "a").write_text("new")
     assert [p.name for p in tmp_path.iterdir()] == ["result"]
     assert (folder / "a").read_text() == "old"
-
-
-def test_a_second_save_replaces_the_first_whole(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        with storage.replaced_folder(tmp_path / "result") as staging:
-            (staging / name).write_text(name)
-    assert [p.name for p in tmp_path.iterdir()] == ["result"]
-    assert [p.name for p in (tmp_path / "result").iterdir()] == ["b"]
 
 
 # --- what a kill leaves behind ---

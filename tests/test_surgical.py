@@ -12,14 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dcr import activations, models, prompts
-from dcr.config import ConfigError, Kind, ModelConfig, Precision, SteeringConfig, SurgicalConfig
+from dcr import activations
+from dcr.config import ConfigError, Kind, SteeringConfig, SurgicalConfig
 from dcr.models import Policy
 from dcr.prompts import ChatFormat
 from dcr.sources import Example
 from dcr.steering import Extraction, surgical
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+from tests.shapes import chat_of, tiny_policy
 
 DEPTH, WIDTH, BLOCKS, TRAIN, HELD = 4, 32, 3, 9, 3
 HARM, FALSE, LEVEL = 5, 6, 7  # coordinates of the stream
@@ -29,13 +28,9 @@ SHARED = 0.1  # how much of the toxic direction "~" writes beside its own
 TEMPLATE = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}{{ '\nA\n' }}"
 
 
-def formatted(policy: Policy, template: str | None) -> ChatFormat:
-    return prompts.chat_format(policy.tokenizer, ModelConfig(name="tiny", template=template))
-
-
-def chat_of(policy: Policy) -> ChatFormat:
+def brief(policy: Policy) -> ChatFormat:
     """Spoken to by a template with few tokens behind the instruction: fewer candidates."""
-    return replace(formatted(policy, None), template=TEMPLATE)
+    return replace(chat_of(policy), template=TEMPLATE)
 
 
 def asked(strength: float = 1.0, **given: Any) -> SteeringConfig:
@@ -69,20 +64,7 @@ def planted() -> Policy:
     Attention averages these coordinates over what stands before, and adds a little of its own;
     so do the MLPs, so that no two candidates are alike.
     """
-    shape = {
-        "model_type": "llama",
-        "hidden_size": WIDTH,
-        "intermediate_size": 16,
-        "num_hidden_layers": DEPTH,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "vocab_size": 260,
-        "tie_word_embeddings": False,
-    }
-    made = models.open_policy(
-        ModelConfig(name="tiny", label="tiny", layer=1, architecture=shape), Precision.fp32
-    )
+    made = tiny_policy(num_hidden_layers=DEPTH, intermediate_size=16, tie_word_embeddings=False)
     model, generator = made.model, torch.Generator().manual_seed(0)
     token = {t: made.tokenizer.encode(t, add_special_tokens=False)[0] for t in "!~I"}
     with torch.no_grad():
@@ -122,18 +104,17 @@ def changed(model: Any, places: Places) -> Iterator[None]:
     handles = []
     for (site, block), change in places.items():
         layer = model.model.layers[block - 1]
-        if site == "input":
-            handles.append(
-                layer.register_forward_pre_hook(lambda _m, args, c=change: (c(args[0]), *args[1:]))
-            )
-        elif site == "attention":
-            handles.append(
-                layer.self_attn.register_forward_hook(
-                    lambda _m, _i, out, c=change: (c(out[0]), *out[1:])
-                )
-            )
-        else:
-            handles.append(layer.mlp.register_forward_hook(lambda _m, _i, out, c=change: c(out)))
+        register = {
+            "input": layer.register_forward_pre_hook,
+            "attention": layer.self_attn.register_forward_hook,
+            "mlp": layer.mlp.register_forward_hook,
+        }[site]
+
+        def hook(*given: Any, c: Any = change) -> Any:  # what a module gives, or what it is given
+            *_, of = given
+            return (c(of[0]), *of[1:]) if isinstance(of, tuple) else c(of)
+
+        handles.append(register(hook))
     try:
         yield
     finally:
@@ -212,12 +193,12 @@ def tail_of(policy: Policy) -> list[int]:
 
 @pytest.fixture(scope="module")
 def looped(planted: Policy) -> tuple[Table, Table]:
-    return by_loops(planted, chat_of(planted), len(tail_of(planted)))
+    return by_loops(planted, brief(planted), len(tail_of(planted)))
 
 
 @pytest.fixture(scope="module")
 def found(planted: Policy) -> Any:
-    return surgical.find(planted, chat_of(planted), EXTRACTION, asked(), 8)
+    return surgical.find(planted, brief(planted), EXTRACTION, asked())
 
 
 # --- scores ---
@@ -225,14 +206,14 @@ def found(planted: Policy) -> Any:
 
 @pytest.mark.parametrize("words", [["I"], ["I", "As"], ["I'm", "I", "Sorry"]])
 def test_the_refusal_score_is_that_of_a_loop(planted: Policy, words: list[str]) -> None:
-    chat = chat_of(planted)
+    chat = brief(planted)
     tokens = surgical.openings(chat, words)
     letters = "".join(sorted({word[0] for word in words}))
     assert tokens.tolist() == sorted(
         planted.tokenizer.encode(c, add_special_tokens=False)[0] for c in letters
     )
     ids = [chat.prompt_ids(text) for text in ("Go!!!", "Where is the~ lake, tell me", "Rest", "a")]
-    log_p = surgical.last_log_p(planted.model, ids, 3)  # padded on the left
+    log_p = surgical.last_log_p(planted.model, ids)  # padded on the left
     found = surgical.refusal_scores(log_p, tokens)
     truth = [score(planted, row, letters) for row in ids]
     assert max(truth) > 0 > min(truth)
@@ -245,17 +226,10 @@ def test_scores_of_certain_models_stay_finite() -> None:
     torch.testing.assert_close(found, torch.tensor([200.0, -200.0]) - math.log(2))
 
 
-def test_divergence_is_that_of_a_loop() -> None:
-    clean, moved = torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(1)).log_softmax(-1)
-    truth = [kl(p.exp().tolist(), q.exp().tolist()) for p, q in zip(clean, moved, strict=True)]
-    torch.testing.assert_close(surgical.divergence(clean, moved), torch.tensor(truth))
-    assert surgical.divergence(clean, clean).tolist() == [0, 0, 0]
-
-
 @pytest.mark.parametrize("words", [[], [""], ["I", "  "]])
 def test_words_without_a_token_name_their_key(planted: Policy, words: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"^steering\.surgical\.refusal_tokens: "):
-        surgical.openings(chat_of(planted), words)
+        surgical.openings(brief(planted), words)
 
 
 # --- candidates ---
@@ -266,7 +240,7 @@ def test_positions_are_the_template_behind_the_instruction(planted: Policy) -> N
         ("plain", "\n\n### Response:\n"),
         ("chatml", "<|im_end|>\n<|im_start|>assistant\n"),
     ):
-        chat = formatted(planted, name)
+        chat = chat_of(planted, template=name)
         ids = [chat.prompt_ids(text) for text in ("One.", "Two.", "Three~.")]
         spelled = chat.tokenizer.encode(behind, add_special_tokens=False)
         assert surgical.tail(chat, ids) == spelled
@@ -276,18 +250,18 @@ def test_positions_are_the_template_behind_the_instruction(planted: Policy) -> N
 
 
 def test_a_template_that_ends_with_the_instruction_is_named(planted: Policy) -> None:
-    chat = replace(chat_of(planted), template="{{ messages[-1].content }}")
+    chat = replace(brief(planted), template="{{ messages[-1].content }}")
     with pytest.raises(ConfigError, match=r"^model\.template: .*give chatml"):
         surgical.tail(chat, [chat.prompt_ids("One")])
 
 
 def test_candidates_are_those_of_a_loop(planted: Policy, looped: tuple[Table, Table]) -> None:
-    chat, size = chat_of(planted), len(tail_of(planted))
+    chat, size = brief(planted), len(tail_of(planted))
     ids = {
         kind: [chat.prompt_ids(row.prompt) for row in getattr(EXTRACTION, kind)[:TRAIN]]
         for kind in surgical.KINDS
     }
-    directions = surgical.directions(planted.model, ids, size, BLOCKS, 5)  # padded, unlike the loop
+    directions = surgical.directions(planted.model, ids, size, BLOCKS)  # padded, unlike the loop
     for direction, table in zip(directions, looped, strict=True):
         assert direction.shape == (size, BLOCKS, WIDTH)
         for (position, block), truth in table.items():
@@ -349,7 +323,7 @@ def brute_force(
 def test_the_choice_is_the_best_of_all_candidates_within_the_bounds(
     planted: Policy, looped: tuple[Table, Table], caplog: pytest.LogCaptureFixture
 ) -> None:
-    chat = chat_of(planted)
+    chat = brief(planted)
     caplog.set_level(logging.INFO, "dcr.steering")
     truth = brute_force(planted, chat, 0.8, *looped)
     # bounds at the median, which the best of all must not pass, or there is nothing to test
@@ -362,7 +336,7 @@ def test_the_choice_is_the_best_of_all_candidates_within_the_bounds(
         if found[best][0] <= bounds[name]:
             bounds[name] = 0.99 * found[best][0]
     told = asked(orthogonalise=0.8, ablation_kl=bounds["ablated"], addition_kl=bounds["added"])
-    tensors, info = surgical.find(planted, chat, EXTRACTION, told, 4)
+    tensors, info = surgical.find(planted, chat, EXTRACTION, told)
     assert f"{len(tail_of(planted))} positions × {BLOCKS} blocks are tried" in caplog.text
     for name, sign in (("ablated", 1), ("added", -1)):
         inside = {k: v for k, v in truth[name].items() if v[0] <= bounds[name]}
@@ -375,6 +349,9 @@ def test_the_choice_is_the_best_of_all_candidates_within_the_bounds(
         assert record["kl"] == pytest.approx(inside[place][0], rel=1e-2, abs=1e-5)
         assert record["score"] == pytest.approx(inside[place][1], rel=1e-3, abs=1e-3)
         assert record["token"] == chat.tokenizer.convert_ids_to_tokens(tail_of(planted)[place[0]])
+    ids = [chat.prompt_ids(row.prompt) for row in EXTRACTION.normal[TRAIN : TRAIN + HELD]]
+    clean = mean([score(planted, row) for row in ids])
+    assert info["added"]["clean_score"] == pytest.approx(clean, rel=1e-3, abs=1e-3)
     place = info["added"]["position"], info["added"]["block"]
     torch.testing.assert_close(tensors["added"].double(), looped[0][place], rtol=1e-3, atol=1e-5)
     json.dumps(info)
@@ -383,33 +360,8 @@ def test_the_choice_is_the_best_of_all_candidates_within_the_bounds(
 # --- what is done with them ---
 
 
-def test_planted_directions_are_found_and_told_apart(planted: Policy, found: Any) -> None:
-    chat, (tensors, info) = chat_of(planted), found
-    added, ablated = tensors["added"], tensors["ablated"]
-    assert float(added[HARM] / added.norm()) > 0.95
-    assert float(ablated[FALSE]) > 0.9
-    assert abs(float(ablated[HARM])) < 0.05
-    assert info["kept"] == {kind: [TRAIN, TRAIN] for kind in surgical.KINDS}
-    assert info["ablated"]["score"] < 0 < info["ablated"]["clean_score"]
-    ids = {mark: chat.prompt_ids(f"Sing of rain{mark * 3}") for mark in "!~."}
-    plain = {mark: score(planted, row) for mark, row in ids.items()}
-    assert plain["!"] > 0 < plain["~"]
-    with activations.edited(
-        planted.model, surgical.edits(planted, chat, (tensors, info), asked(add=0.0))
-    ):
-        freed = {mark: score(planted, row) for mark, row in ids.items()}
-        assert not activations.per_row(planted.model)
-    assert freed["~"] < 0 < freed["!"]
-    assert freed["."] == pytest.approx(plain["."], abs=1)
-    with activations.edited(
-        planted.model, surgical.edits(planted, chat, (tensors, info), asked(ablate=0.0, add=1.0))
-    ):
-        pushed = {mark: score(planted, row) for mark, row in ids.items()}
-    assert pushed["."] > plain["."] + 1
-
-
 def test_edits_are_the_formula_at_every_site(planted: Policy, found: Any) -> None:
-    chat = chat_of(planted)
+    chat = brief(planted)
     told = asked(strength=0.5, add=0.6, ablate=0.4)
     ids = chat.prompt_ids("Sing of rain~~~")
     with activations.edited(planted.model, surgical.edits(planted, chat, found, told)):
@@ -422,27 +374,13 @@ def test_edits_are_the_formula_at_every_site(planted: Policy, found: Any) -> Non
     assert kl(truth, steered) < 1e-7 < 1e-4 < kl(truth, distribution(planted, ids))
 
 
-def test_nothing_to_add_and_ablate_is_the_identity(planted: Policy) -> None:
-    chat = chat_of(planted)
-    unit = torch.ones(WIDTH) / WIDTH**0.5
-    found = {"ablated": unit, "added": unit}, {"added": {"block": 2}}
-    ids = torch.tensor([chat.prompt_ids("Sing of rain~~~")])
-    with torch.no_grad():
-        plain = planted.model(ids).logits
-        for told in (asked(add=0.0, ablate=0.0), asked(strength=0.0, add=3.0)):
-            with activations.edited(planted.model, surgical.edits(planted, chat, found, told)):
-                assert torch.equal(planted.model(ids).logits, plain)
-        with activations.edited(planted.model, surgical.edits(planted, chat, found, asked())):
-            assert not torch.equal(planted.model(ids).logits, plain)
-
-
 # --- failures ---
 
 
 def test_prompts_on_the_wrong_side_of_the_score_are_left_out(planted: Policy) -> None:
     calm = [replace(row, prompt=row.prompt.replace("!", ".")) for row in EXTRACTION.toxic[:1]]
     mixed = replace(EXTRACTION, toxic=[*calm, *EXTRACTION.toxic[1:]])
-    _, info = surgical.find(planted, chat_of(planted), mixed, asked(), 8)
+    _, info = surgical.find(planted, brief(planted), mixed, asked())
     assert info["kept"] == {
         "toxic": [TRAIN - 1, TRAIN],
         "seemingly_toxic": [TRAIN, TRAIN],
@@ -455,7 +393,7 @@ def test_prompts_on_the_wrong_side_of_the_score_are_left_out(planted: Policy) ->
         match=r"^steering\.surgical\.train=9: 8 of 9 toxic, 9 of 9 seemingly_toxic, 7 of 9 norm"
         r".* 8 are needed; raise it, .*refusal_tokens \(now I, A\)",
     ):
-        surgical.find(planted, chat_of(planted), mixed, asked(), 8)
+        surgical.find(planted, brief(planted), mixed, asked())
 
 
 @pytest.mark.parametrize(
@@ -474,13 +412,11 @@ def test_what_cannot_be_chosen_names_key_and_cure(
     planted: Policy, given: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        surgical.find(planted, chat_of(planted), EXTRACTION, asked(**given), 16)
+        surgical.find(planted, brief(planted), EXTRACTION, asked(**given))
 
 
 def test_kinds_that_do_not_differ_have_no_direction(planted: Policy) -> None:
-    held = surgical.Validation(
-        planted.model, [[1]], [[1]], torch.zeros(1, 260), torch.tensor([5]), 1
-    )
+    held = surgical.Validation(planted.model, [[1]], [[1]], torch.zeros(1, 260), torch.tensor([5]))
     empty = torch.full((2, 3, WIDTH), torch.nan)
     with pytest.raises(ConfigError, match=r"^data\.extraction: .*name other sources$"):
         surgical.select_addition(held, empty, 1.0)

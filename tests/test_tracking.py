@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
-from tiny_run import changed, same, weights
+from tiny_run import Stop, at_each_step, changed, same, stop, weights
 from wandb_files import records
 
 from dcr import data, models, prompts, runs, train
@@ -19,15 +19,10 @@ from dcr.config import TrainConfig
 from dcr.runs import Run
 from dcr.training import callbacks
 from dcr.training.callbacks import RunLogger, snapshot_steps
-from dcr.training.resuming import StepSeed
 from dcr.training.sft import SFTModule
 
 ROOT = Path(__file__).parent.parent
 KEY = "0123456789abcdef0123456789abcdefdeadbeef"
-
-
-class Stop(Exception):
-    """What a test ends a run with."""
 
 
 # --- the local log ---
@@ -83,17 +78,15 @@ def test_snapshots_are_adapters_of_their_step_and_change_no_weight(
     tiny: TrainConfig, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: dict[int, dict[str, torch.Tensor]] = {}
-    before = StepSeed.on_train_batch_start
 
-    def look(self: Any, trainer: Any, module: Any, *rest: Any) -> None:
+    def look(trainer: Any, module: Any, _: Any) -> None:
         if isinstance(module, SFTModule):
             named = module.model.named_parameters()
             taken[trainer.global_step] = {
                 n.replace(".default", ""): p.detach().clone() for n, p in named if "lora" in n
             }
-        before(self, trainer, module, *rest)
 
-    monkeypatch.setattr(StepSeed, "on_train_batch_start", look)
+    at_each_step(monkeypatch, look)
     run = Run(tmp_path / "run")
     train.train(changed(tiny, "tracking.snapshots=3"), run)
     names = [folder.name for folder in sorted(run.snapshots.iterdir())]
@@ -128,16 +121,9 @@ def test_the_cost_of_a_stage_counts_steps_and_tokens(tiny: TrainConfig, whole: P
 def test_the_bar_of_a_resumed_stage_goes_on(
     tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
-    before = StepSeed.on_train_batch_start
-
-    def stop(self: Any, trainer: Any, *rest: Any) -> None:
-        if trainer.global_step == 5:
-            raise Stop
-        before(self, trainer, *rest)
-
     shown = changed(tiny, "method=stl", "trainer.progress=true")
     with monkeypatch.context() as patch:
-        patch.setattr(StepSeed, "on_train_batch_start", stop)
+        at_each_step(patch, lambda trainer, *_: trainer.global_step == 5 and stop())
         with pytest.raises(Stop):
             train.train(shown, Run(tmp_path / "run"))
     capfd.readouterr()

@@ -2,13 +2,15 @@
 
 import json
 import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from lightning import Trainer
-from omegaconf import OmegaConf
+from lightning import Callback, Trainer
+from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -16,9 +18,17 @@ from dcr import cli, config, runs
 from dcr.config import TrainConfig
 from dcr.data import SafetyData
 from dcr.runs import Run
+from dcr.training.resuming import StepSeed
 
 CONF = Path(__file__).parent.parent / "conf"
 REFUSAL = "I'm sorry, but I can't help with that."
+
+
+def write_jsonl(file: Path, rows: Iterable[object]) -> str:
+    """The path of the file that now holds these rows, in a folder made for it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(file)
 
 
 def write_rows(folder: Path) -> dict[str, Path]:
@@ -41,12 +51,7 @@ def write_rows(folder: Path) -> dict[str, Path]:
             for i, noun in many
         ],
     }
-    files = {}
-    for name, made in rows.items():
-        files[name] = folder / f"{name}.jsonl"
-        files[name].parent.mkdir(parents=True, exist_ok=True)
-        files[name].write_text("".join(json.dumps(row) + "\n" for row in made))
-    return files
+    return {name: Path(write_jsonl(folder / f"{name}.jsonl", rows[name])) for name in rows}
 
 
 def overrides(folder: Path, *more: str) -> list[str]:
@@ -76,11 +81,16 @@ def overrides(folder: Path, *more: str) -> list[str]:
     ]
 
 
-def settings(folder: Path, *more: str) -> TrainConfig:
-    """The same, composed and resolved as `train.py` would."""
+def composed(script: str, *overrides: str, hydra: bool = False) -> DictConfig:
+    """What Hydra makes of a command line."""
     cli.prepare()
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return config.resolve(compose("train", overrides(folder, *more)), TrainConfig)
+        return compose(script, list(overrides), return_hydra_config=hydra)
+
+
+def settings(folder: Path, *more: str) -> TrainConfig:
+    """The overrides composed and resolved as `train.py` would."""
+    return config.resolve(composed("train", *overrides(folder, *more)), TrainConfig)
 
 
 def changed(settings: TrainConfig, *dotted: str) -> TrainConfig:
@@ -106,6 +116,47 @@ def logged(run: Path) -> list[tuple[str, int, str, float]]:
     """The rows of a run's metrics.csv in an order of their own."""
     rows = runs.read_metrics(Run(run))
     return sorted((row["stage"], row["step"], row["key"], row["value"]) for row in rows)
+
+
+class Stop(Exception):
+    """What a test ends a run with."""
+
+
+def stop(*_: Any) -> None:
+    raise Stop
+
+
+def failing(error: BaseException) -> Callable[..., Any]:
+    """What raises this error however it is called."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    return fail
+
+
+def at_each_step(patch: pytest.MonkeyPatch, deed: Callable[[Trainer, Any, Any], object]) -> None:
+    """Have something done with trainer, module and batch before every step of either stage."""
+    before = StepSeed.on_train_batch_start
+
+    def hook(self: StepSeed, trainer: Trainer, module: Any, batch: Any, index: int) -> None:
+        deed(trainer, module, batch)
+        before(self, trainer, module, batch, index)
+
+    patch.setattr(StepSeed, "on_train_batch_start", hook)
+
+
+def gradients_of_one_step(module: Any, batch: Any) -> dict[str, Tensor]:
+    """What the optimiser's first step is given, after `fit` on one batch."""
+    taken: dict[str, Tensor] = {}
+
+    class Take(Callback):
+        def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+            named = module.model.named_parameters()
+            taken.update({n: p.grad.clone() for n, p in named if p.grad is not None})
+
+    fit(module, [batch], callbacks=[Take()])
+    return taken
 
 
 def fit(module: Any, batches: Any, epochs: int = 1, **options: Any) -> Trainer:

@@ -55,8 +55,7 @@ def edited(model: Any, edits: Edits | Plan) -> Iterator[None]:
     with a Plan inside one that depends on the row. All hooks are gone on leaving, also by an
     exception.
 
-    Raises ValueError for an edit that does not fit the model, ConfigError where a block lacks the
-    site.
+    Raises ConfigError where a block lacks the site.
     """
     if callable(edits) and per_row(model):
         raise ValueError("a plan's own passes would be edited as rows of another batch")
@@ -126,7 +125,6 @@ class _Session:
     def install(self, edits: Edits) -> None:
         self.uninstall()
         for edit in edits:
-            _check(self.model, edit)
             if isinstance(edit.scale, Tensor) or edit.start is not None:
                 self.per_row = True
             elif edit.scale == 0:
@@ -145,20 +143,6 @@ class _Session:
         self.uninstall()
         if self.opened is not None:
             self.opened.remove()
-
-
-def _check(model: Any, edit: Edit) -> None:
-    depth = len(models.decoder_blocks(model))
-    if not 1 <= edit.block <= depth:
-        raise ValueError(f"block={edit.block}: the model has blocks 1 to {depth}")
-    if edit.add is None and edit.ablate is None:
-        raise ValueError("an edit adds or ablates a vector: give one")
-    width = models.unwrapped(model).config.get_text_config().hidden_size
-    for vector in (edit.add, edit.ablate):
-        if vector is not None and len(vector) != width:
-            raise ValueError(f"a vector of {len(vector)}: the model's width is {width}")
-    if edit.ablate is not None and abs(edit.ablate.float().norm().item() - 1) > 1e-3:
-        raise ValueError(f"ablate has norm {edit.ablate.float().norm():.4g}: give a unit vector")
 
 
 def _placed(model: Any, edit: Edit) -> Edit:

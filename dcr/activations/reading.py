@@ -82,20 +82,20 @@ def _on_output(change: Change) -> Callable[..., Any]:
 
 
 def _part(model: Any, block: nn.Module, site: Site) -> nn.Module:
-    found = [child for name, child in block.named_children() if name in PARTS[site]]
+    parts = [child for name, child in block.named_children() if name in PARTS[site]]
     kind = type(models.unwrapped(model)).__name__
-    if len(found) != 1:
+    if len(parts) != 1:
         raise ConfigError(
-            f"model.name: a block of {kind} has {len(found)} parts named "
+            f"model.name: a block of {kind} has {len(parts)} parts named "
             f"{' or '.join(PARTS[site])}, not one; steering at its {site.value} is not possible"
         )
     # Bloom and MPT: the part's output is the sum already, and to edit it would edit both
-    if "residual" in inspect.signature(found[0].forward).parameters:
+    if "residual" in inspect.signature(parts[0].forward).parameters:
         raise ConfigError(
-            f"model.name: {kind} adds the residual stream inside its {type(found[0]).__name__}; "
+            f"model.name: {kind} adds the residual stream inside its {type(parts[0]).__name__}; "
             f"steering at its {site.value} is not possible"
         )
-    return found[0]
+    return parts[0]
 
 
 @contextmanager

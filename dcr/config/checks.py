@@ -112,7 +112,7 @@ RANGES = {
 
 def check(config: TrainConfig | EvalConfig) -> None:
     """Raises ConfigError, naming key, value and cure, for the first setting that cannot be."""
-    for key, value in _settings(config):
+    for key, value in settings_of(config):
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             known = RANGES.get(key) or RANGES.get(key.split(".")[-1])
             holds, cure = known or (math.isfinite, "give a finite number")
@@ -123,15 +123,14 @@ def check(config: TrainConfig | EvalConfig) -> None:
         raise ConfigError(fault)
 
 
-def _settings(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Path and value of every setting that is no group."""
+def settings_of(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Path and value of every setting, groups among them."""
     assert is_dataclass(node)
     for entry in fields(node):
         value, key = getattr(node, entry.name), prefix + entry.name
+        yield key, value
         if is_dataclass(value):
-            yield from _settings(value, f"{key}.")
-        else:
-            yield key, value
+            yield from settings_of(value, f"{key}.")
 
 
 def _of_both(config: TrainConfig | EvalConfig) -> Iterator[str]:
@@ -139,7 +138,7 @@ def _of_both(config: TrainConfig | EvalConfig) -> Iterator[str]:
     label = config.model.label
     if label and (label[0] == "." or not SAFE_NAME.fullmatch(label)):
         yield f"model.label={label}: use letters, digits, '.', '_' and '-', and no '.' in front"
-    for key, items in _settings(config):
+    for key, items in settings_of(config):
         if isinstance(items, list) and any(isinstance(item, (list, dict)) for item in items):
             yield f"{key}={items}: give names, as in {key}=[a,b]"
     if accelerator not in ACCELERATORS:
@@ -192,20 +191,24 @@ def _of_evaluation(config: EvalConfig) -> Iterator[str]:
         yield f"steps={config.steps}: picks among snapshots; add snapshots=true"
     if config.steps == []:
         yield "steps=[]: name at least one step, or leave it out for all"
+    self_cd = f"gen.self_cd={config.gen.self_cd}"
     if config.gen.self_cd is not None:
-        yield from _under_self_cd(config)
+        yield from _decoding_alone(config, self_cd, "Self-CD is a way to decode answers")
+        if (steering := config.steering.method) is not Steering.none:
+            yield f"{self_cd} steering={steering.value}: two methods at once; give one"
     if config.calibrate is not None:
-        yield from _calibrated(config)
-    if config.steering.validation and Task.quality in config.tasks:
-        yield (
-            "steering.validation=true tasks=[quality]: asks other prompts than quality compares; "
-            "leave one of the two out"
-        )
-    if Task.quality in config.tasks and config.quality.reference is None:
-        yield (
-            "tasks=[quality]: needs answers to compare with; name the STL run of the same model, "
-            "quality.reference=<run folder>"
-        )
+        yield from _calibrated(config, f"calibrate={config.calibrate}", self_cd)
+    if Task.quality in config.tasks:
+        if config.steering.validation:
+            yield (
+                "steering.validation=true tasks=[quality]: asks other prompts than quality "
+                "compares; leave one of the two out"
+            )
+        if config.quality.reference is None:
+            yield (
+                "tasks=[quality]: needs answers to compare with; name the STL run of the same "
+                "model, quality.reference=<run folder>"
+            )
 
 
 def _at_an_endpoint(config: EvalConfig) -> Iterator[str]:
@@ -220,45 +223,32 @@ def _at_an_endpoint(config: EvalConfig) -> Iterator[str]:
             )
     if config.snapshots:
         yield "snapshots=true: an endpoint has none; name a run with run="
-    if config.gen.self_cd is not None:
-        yield (
-            f"gen.self_cd={config.gen.self_cd}: an endpoint shows no logits to contrast; leave it "
-            "out, or name the model with model="
-        )
-    if config.calibrate is not None:
-        yield (
-            f"calibrate={config.calibrate}: an endpoint's logit_bias acts on every token of an "
-            "answer, not on its first alone; leave it out, or name the model with model= or run="
-        )
-    if config.steering.method is not Steering.none:
-        yield (
-            f"steering={config.steering.method.value}: an endpoint's activations cannot be edited; "
-            "leave it out, or name the model with model="
-        )
+    for named, given, why, cure in (
+        (f"gen.self_cd={config.gen.self_cd}", config.gen.self_cd is not None,
+         "an endpoint shows no logits to contrast", "model="),
+        (f"calibrate={config.calibrate}", config.calibrate is not None,
+         "an endpoint's logit_bias acts on every token of an answer, not on its first alone",
+         "model= or run="),
+        (f"steering={config.steering.method.value}", config.steering.method is not Steering.none,
+         "an endpoint's activations cannot be edited", "model="),
+    ):  # fmt: skip
+        if given:
+            yield f"{named}: {why}; leave it out, or name the model with {cure}"
 
 
-def _under_self_cd(config: EvalConfig) -> Iterator[str]:
-    named = f"gen.self_cd={config.gen.self_cd}"
+def _decoding_alone(config: EvalConfig, named: str, why: str) -> Iterator[str]:
     for task in ON_WEIGHTS:
         if task in config.tasks:
             yield (
-                f"{named} tasks=[{task.value}]: Self-CD is a way to decode answers, and "
-                f"{task.value} decodes none; leave one of the two out"
+                f"{named} tasks=[{task.value}]: {why}, and {task.value} decodes none; leave one of "
+                "the two out"
             )
-    if config.steering.method is not Steering.none:
-        yield f"{named} steering={config.steering.method.value}: two methods at once; give one"
 
 
-def _calibrated(config: EvalConfig) -> Iterator[str]:
-    named = f"calibrate={config.calibrate}"
-    for task in ON_WEIGHTS:
-        if task in config.tasks:
-            yield (
-                f"{named} tasks=[{task.value}]: a bias changes how answers are decoded, and "
-                f"{task.value} decodes none; leave one of the two out"
-            )
+def _calibrated(config: EvalConfig, named: str, self_cd: str) -> Iterator[str]:
+    yield from _decoding_alone(config, named, "a bias changes how answers are decoded")
     if config.gen.self_cd is not None:
-        yield f"{named} gen.self_cd={config.gen.self_cd}: contrasted logits take no bias; give one"
+        yield f"{named} {self_cd}: contrasted logits take no bias; give one"
     if not config.calibration.toxic:
         yield "calibration.toxic=[]: name prompts to calibrate on"
     evaluated = {*config.data.evaluation.over_refusal, *config.data.evaluation.safety}

@@ -1,6 +1,5 @@
 """From what Hydra composed to plain dataclasses, once; what it refuses in one line."""
 
-import dataclasses
 import json
 import logging
 import re
@@ -12,7 +11,7 @@ from typing import Any, TypeVar
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dcr.config.checks import ConfigError, DataError, check
+from dcr.config.checks import ConfigError, DataError, check, settings_of
 from dcr.config.schema import (
     ContrastiveConfig,
     DataConfig,
@@ -175,13 +174,13 @@ def _unlike(model: DictConfig, name: str) -> str | None:
     """In what the folder `name` is another architecture than the model's; None if in nothing."""
     try:
         read = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
-        found = {key: (read.get("text_config") or read).get(key) for key in SHAPE}
+        shape = {key: (read.get("text_config") or read).get(key) for key in SHAPE}
     except (OSError, ValueError, AttributeError, RecursionError):
         return "no folder with a config.json to compare"
     for key in SHAPE:
         wanted = (model.get("architecture") or {}).get(key)
-        if wanted is None or found[key] != wanted:
-            return f"its {key} is {found[key]}, not {wanted}"
+        if wanted is None or shape[key] != wanted:
+            return f"its {key} is {shape[key]}, not {wanted}"
     return None
 
 
@@ -205,6 +204,21 @@ REASONS = (
 )
 
 
+# What stands anywhere in a message -> all there is to say.
+SAYINGS = (
+    (
+        r"(?:Ambiguous value for argument|Sweep parameters) '(.*)'",
+        r"\1: several values; add -m to try each, or write key=[a,b] for a list",
+    ),
+    (r"An item is already at '(.*)'", r"+\1: exists already; leave out the +"),
+    (r"Error merging override (~\S+)", r"\1: a setting cannot be taken away; give it a value"),
+    (
+        r"Interpolation key '(.*)' not found",
+        r"${\1}: there is no such setting to take a value from",
+    ),
+)
+
+
 def one_line(error: Exception, *schemas: type) -> str:
     """What is wrong with an override, and what to write instead."""
     texts = []
@@ -213,15 +227,12 @@ def one_line(error: Exception, *schemas: type) -> str:
         texts.append(str(cause))
         cause = cause.__cause__
     whole = "\n".join(texts)
-    known = [key for schema in schemas for key in _keys(schema)]
-    for explain in (_option, _unknown, _grammar, _value):
-        found = explain(whole, error, known)
-        if found:
-            return found
-    return " ".join(texts[0].split()) or type(error).__name__
+    known = [key for schema in schemas for key, _ in settings_of(schema())]
+    said = _option(whole, error) or _unknown(whole, known) or _saying(whole, error) or _value(whole)
+    return said or " ".join(texts[0].split()) or type(error).__name__
 
 
-def _option(text: str, error: Exception, known: list[str]) -> str | None:
+def _option(text: str, error: Exception) -> str | None:
     """A file that a config group does not hold."""
     if "Config group override" in text or isinstance(error, TypeError):  # a list or dict for a name
         return "model=, data=, preset= and sweep= take the name of a file in conf/"
@@ -234,7 +245,7 @@ def _option(text: str, error: Exception, known: list[str]) -> str | None:
     return message + ("; any other: model.name=<folder or hub id>" if group == "model" else "")
 
 
-def _unknown(text: str, error: Exception, known: list[str]) -> str | None:
+def _unknown(text: str, known: list[str]) -> str | None:
     """A key that does not exist."""
     key = re.search(r"Could not override '(.+?)'", text)
     if not key and re.search(r"Key '.*' (is )?not in ", text):
@@ -246,38 +257,27 @@ def _unknown(text: str, error: Exception, known: list[str]) -> str | None:
     return f"{key[1]}: no such setting; {hint}"
 
 
-def _grammar(text: str, error: Exception, known: list[str]) -> str | None:
+def _saying(text: str, error: Exception) -> str | None:
     """An override that cannot be read, or not in this place."""
     unread = getattr(error, "override", None)
     if unread is not None:
         return f"{unread}: cannot be read; settings are written key=value"
-    several = re.search(r"(?:Ambiguous value for argument|Sweep parameters) '(.*)'", text)
-    if several:
-        return f"{several[1]}: several values; add -m to try each, or write key=[a,b] for a list"
-    there = re.search(r"An item is already at '(.*)'", text)
-    if there:
-        return f"+{there[1]}: exists already; leave out the +"
-    deleted = re.search(r"Error merging override (~\S+)", text)
-    return f"{deleted[1]}: a setting cannot be taken away; give it a value" if deleted else None
+    matches = ((re.search(pattern, text), saying) for pattern, saying in SAYINGS)
+    return next((match.expand(saying) for match, saying in matches if match), None)
 
 
-def _value(text: str, error: Exception, known: list[str]) -> str | None:
+def _value(text: str) -> str | None:
     """A value that its key does not take."""
-    source = re.search(r"Interpolation key '(.*)' not found", text)
-    if source:
-        return f"${{{source[1]}}}: there is no such setting to take a value from"
     key = re.search(r"full_key: (\S*)", text)
     if not key:
         return None
-    written = re.search(r"Error merging override \+*(.*)", text) or re.search(
-        r"\b[Vv]alue '(.*?)'", text
-    )
     what = key[1]
-    if written:
-        what = written[1] if "Error merging" in written[0] else f"{key[1]}={written[1]}"
+    if written := re.search(r"Error merging override \+*(.*)", text):
+        what = written[1]
+    elif given := re.search(r"\b[Vv]alue '(.*?)'", text):
+        what = f"{key[1]}={given[1]}"
     for pattern, cure in REASONS:
-        reason = re.search(pattern, text)
-        if reason:
+        if reason := re.search(pattern, text):
             return f"{what}: {reason.expand(cure)}"
     reason = next(line for line in text.splitlines() if not line.startswith("Error merging"))
     return f"{what}: {reason}"
@@ -292,18 +292,3 @@ def nearest(key: str, known: list[str]) -> list[str]:
         scores[name] = max(whole, 0.9 * SequenceMatcher(None, leaf, name.split(".")[-1]).ratio())
     best = max(scores.values(), default=0.0)
     return sorted(k for k, v in scores.items() if v == best >= LIKENESS)[:NEAREST]
-
-
-def _keys(schema: type, prefix: str = "") -> list[str]:
-    """Every path of a tree of dataclasses, groups and leaves."""
-    found = []
-    for entry in dataclasses.fields(schema):
-        found.append(prefix + entry.name)
-        inner = entry.default_factory
-        if (
-            inner is not dataclasses.MISSING
-            and isinstance(inner, type)
-            and dataclasses.is_dataclass(inner)
-        ):
-            found += _keys(inner, f"{prefix}{entry.name}.")
-    return found

@@ -214,20 +214,9 @@ class SafetyPairsConfig(SourceConfig):
 
 
 @dataclass
-class ExtractionSources:
-    """Prompts that steering vectors are computed from; none may stand in an evaluation set."""
-
+class SourcesByKind:
     toxic: list[str] = field(default_factory=list)
     seemingly_toxic: list[str] = field(default_factory=list)
-    normal: list[str] = field(default_factory=list)
-
-
-@dataclass
-class AnalysisSources:
-    """Prompts that refusal probability, kernel and separability are measured on."""
-
-    seemingly_toxic: list[str] = field(default_factory=list)
-    toxic: list[str] = field(default_factory=list)
     normal: list[str] = field(default_factory=list)
 
 
@@ -256,8 +245,10 @@ class DataConfig:
     safety: SafetyPairsConfig = field(default_factory=SafetyPairsConfig)
     normal: SourceConfig = field(default_factory=SourceConfig)
     evaluation: EvaluationSets = field(default_factory=EvaluationSets)
-    extraction: ExtractionSources = field(default_factory=ExtractionSources)
-    analysis: AnalysisSources = field(default_factory=AnalysisSources)
+    # Steering vectors are computed from these; none may stand in an evaluation set.
+    extraction: SourcesByKind = field(default_factory=SourcesByKind)
+    # Refusal probability, kernel and separability are measured on these.
+    analysis: SourcesByKind = field(default_factory=SourcesByKind)
     # Share of template groups (pairs of safe and unsafe contrasts) that training never sees.
     group_holdout: float = 0.0
     validation: float = 0.1

@@ -25,8 +25,11 @@ from dcr.data.splits import (
     HELD_OUT_PAIRS,
     Splits,
     answered,
+    apart,
+    evaluation_prompts,
     read_answers,
     row_record,
     split,
     trained_texts,
+    without,
 )

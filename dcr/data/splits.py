@@ -57,21 +57,39 @@ class Splits:
         }
 
 
+def evaluation_prompts(config: DataConfig) -> dict[str, list[str]]:
+    """The prompts of every evaluation set by its name."""
+    asked = (
+        (Kind.seemingly_toxic, config.evaluation.over_refusal),
+        (Kind.toxic, config.evaluation.safety),
+    )
+    return {
+        name: [row.prompt for row in sources.read(name, root=config.root, kind=kind)]
+        for kind, names in asked
+        for name in names
+    }
+
+
+def apart(
+    rows: Sequence[Example], evaluated: Mapping[str, Sequence[str]], near: float
+) -> tuple[list[Example], Counter[str]]:
+    """The rows apart from prompts of these sets, and why how many others went."""
+    overlaps = contamination.overlaps([row.prompt for row in rows], evaluated, near=near)
+    reasons = Counter(
+        f"{'is' if overlap.exact else 'is close to'} a prompt of {overlap.set}"
+        for overlap in overlaps
+        if overlap is not None
+    )
+    return [row for row, overlap in zip(rows, overlaps, strict=True) if overlap is None], reasons
+
+
 class Cleaning:
     """Reads and cleans the sources of one run, counting what it drops."""
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config
         self.dropped: Counter[str] = Counter()
-        asked = (
-            (Kind.seemingly_toxic, config.evaluation.over_refusal),
-            (Kind.toxic, config.evaluation.safety),
-        )
-        self.evaluated = {
-            name: [row.prompt for row in sources.read(name, root=config.root, kind=kind)]
-            for kind, names in asked
-            for name in names
-        }
+        self.evaluated = evaluation_prompts(config)
 
     def clean(self, node: str, kind: Kind, names: Sequence[str] | None = None) -> list[Example]:
         """The rows of a node's sources, or of those named, apart from evaluation prompts and each
@@ -105,8 +123,8 @@ class Cleaning:
             name
             for name, asked in self.evaluated.items()
             if any(
-                found is not None and (found.exact or name in own)
-                for found in contamination.overlaps(
+                overlap is not None and (overlap.exact or name in own)
+                for overlap in contamination.overlaps(
                     prompts, {name: asked}, near=self.config.near_duplicate
                 )
             )
@@ -124,14 +142,9 @@ class Cleaning:
         against = {s: prompts for s, prompts in self.evaluated.items() if s not in exempt}
         if not self.config.drop_contaminated or not against:
             return rows
-        found = contamination.overlaps(
-            [row.prompt for row in rows], against, near=self.config.near_duplicate
-        )
-        for overlap in found:
-            if overlap is not None:
-                how = "is" if overlap.exact else "is close to"
-                self.dropped[f"{node}: {how} a prompt of {overlap.set}"] += 1
-        return [row for row, overlap in zip(rows, found, strict=True) if overlap is None]
+        kept, reasons = apart(rows, against, self.config.near_duplicate)
+        self.dropped.update({f"{node}: {why}": count for why, count in reasons.items()})
+        return kept
 
     def _cut_from_the_same_file(self, name: str) -> set[str]:
         """XSTest's safe and unsafe prompts are contrasts, near each other by design.
@@ -207,9 +220,8 @@ def _with_stage_one(
     rows: Splits, config: DataConfig, ratio: float | None, seed: int, cleaning: Cleaning
 ) -> Splits:
     safe = cleaning.clean("seemingly_toxic", Kind.seemingly_toxic)
-    taken = {normalise(r.prompt) for r in [*rows.refusals, *rows.refusals_heldout]}
-    toxic = cleaning.clean("toxic", Kind.toxic)
-    toxic = [row for row in toxic if normalise(row.prompt) not in taken]
+    taken = [*rows.refusals, *rows.refusals_heldout]
+    toxic = without(cleaning.clean("toxic", Kind.toxic), taken)
     unseen: tuple[list[Example], list[Example]] = ([], [])
     if config.group_holdout > 0:
         safe, safe_unseen = sources.split_by_group(safe, config.group_holdout, seed)
@@ -252,19 +264,18 @@ def _with_answers(
     """
     named = augment.responses
     if named is None:
-        found = cleaning.clean("seemingly_toxic", Kind.seemingly_toxic)
+        answers = cleaning.clean("seemingly_toxic", Kind.seemingly_toxic)
     else:
-        read = read_answers(named, config.root, refuses)
-        found = cleaning.answers(read, named)
-    found, unseen = sources.split_by_group(found, config.group_holdout, seed)
+        answers = cleaning.answers(read_answers(named, config.root, refuses), named)
+    answers, unseen = sources.split_by_group(answers, config.group_holdout, seed)
     if named is None:
         count = config.seemingly_toxic.count
-        found, _ = _draw(found, count, seed, "data.seemingly_toxic.count")
-        found = answered(found, config, refuses)
+        answers, _ = _draw(answers, count, seed, "data.seemingly_toxic.count")
+        answers = answered(answers, config, refuses)
     pairs = (rows.normal, rows.refusals, rows.normal_heldout, rows.refusals_heldout)
-    left = apart_from(found, [row for part in pairs for row in part])
-    if len(left) < len(found):
-        cleaning.dropped["augmented: is a prompt of SFT already"] += len(found) - len(left)
+    left = without(answers, [row for part in pairs for row in part])
+    if len(left) < len(answers):
+        cleaning.dropped["augmented: is a prompt of SFT already"] += len(answers) - len(left)
     if not left:
         raise ConfigError(
             f"stl_aug.responses={named}: every row is a prompt of SFT or of an evaluation set; "
@@ -286,8 +297,8 @@ def _with_readout(rows: Splits, readout: ReadoutConfig, seed: int, cleaning: Cle
         (Kind.toxic, readout.toxic),
     ):
         name = f"readout_{kind.value}"
-        found = cleaning.clean(name, kind, names)
-        by_topic = [replace(row, group=row.category or row.group) for row in found]
+        clean = cleaning.clean(name, kind, names)
+        by_topic = [replace(row, group=row.category or row.group) for row in clean]
         kept, heldout = sources.split_by_group(by_topic, readout.heldout, seed)
         if not kept:
             raise ConfigError(f"sft.readout.{kind.value}: no row is left of {', '.join(names)}")
@@ -323,14 +334,7 @@ def _shuffled(rows: list[Example], seed: int) -> list[Example]:
 
 def row_record(rows: Splits, balance: Balance | None = None) -> dict[str, object]:
     """Ids and fingerprint of every list of rows, and how stage one's kinds differ in form."""
-    recorded: dict[str, dict[str, object]] = {
-        name: {
-            "count": len(part),
-            "fingerprint": sources.fingerprint(part),
-            "ids": [row.id for row in part],
-        }
-        for name, part in rows.parts().items()
-    }
+    recorded = {name: sources.record(part) for name, part in rows.parts().items()}
     for name in recorded.keys() & {part for part, (node, *_) in LEARNT.items() if node is None}:
         # theirs is no node of `data`
         recorded[name]["sources"] = sorted({row.source for row in rows.parts()[name]})
@@ -371,10 +375,8 @@ def trained_texts(data: Mapping[str, Any], record: Mapping[str, Any]) -> dict[st
         for row in sources.read_rows(
             names, rows["ids"], kind, root=data["root"], expected=rows["fingerprint"]
         ):
-            found = texts.setdefault(row.source, [])
-            found.append(row.prompt)
-            if answers and row.response:
-                found.append(row.response)
+            learnt = [row.prompt, row.response] if answers and row.response else [row.prompt]
+            texts.setdefault(row.source, []).extend(learnt)
     return texts
 
 
@@ -410,20 +412,22 @@ def answered(rows: Sequence[Example], data: DataConfig, refuses: Refuses) -> lis
 
     Raises ConfigError if there is none.
     """
-    found = [row for row in rows if row.response and not rules_that_call_it_refusal(row, refuses)]
-    if not found:
+    compliant = [
+        row for row in rows if row.response and not rules_that_call_it_refusal(row, refuses)
+    ]
+    if not compliant:
         names = ", ".join(data.seemingly_toxic.source)
         raise ConfigError(
             f"stl_aug.responses=null: {names} has no answers to learn; give your own file with "
             "stl_aug.responses=<file.jsonl>, or write one with `python -m dcr.augment "
             f"source={data.seemingly_toxic.source[0]} out=<file.jsonl> model=<name>`"
         )
-    return found
+    return compliant
 
 
-def apart_from(rows: Sequence[Example], pairs: Sequence[Example]) -> list[Example]:
-    """The rows whose prompts no other pair of SFT answers, in its own way."""
-    taken = {normalise(row.prompt) for row in pairs}
+def without(rows: Sequence[Example], others: Sequence[Example]) -> list[Example]:
+    """The rows whose prompts are none of the others'."""
+    taken = {normalise(row.prompt) for row in others}
     return [row for row in rows if normalise(row.prompt) not in taken]
 
 

@@ -6,7 +6,6 @@ its parts, `saving` writes results and opens them again wherever their run folde
 
 from dcr.models.opening import (
     DTYPES,
-    Facts,
     Policy,
     architecture,
     byte_tokenizer,

@@ -50,11 +50,11 @@ def decoder_blocks(model: Any) -> nn.ModuleList:
 
 def _blocks_and_parent(model: PreTrainedModel) -> tuple[nn.ModuleList, nn.Module, str]:
     depth = model.config.get_text_config().num_hidden_layers
-    found = list({id(entry[0]): entry for entry in _lists(model, depth)}.values())
-    if len(found) != 1:
+    places = list({id(entry[0]): entry for entry in _lists(model, depth)}.values())
+    if len(places) != 1:
         kind = type(model).__name__
-        raise ConfigError(f"model.name: {kind} has {len(found)} lists of {depth} blocks, not one")
-    return found[0]
+        raise ConfigError(f"model.name: {kind} has {len(places)} lists of {depth} blocks, not one")
+    return places[0]
 
 
 def _lists(parent: nn.Module, length: int) -> Iterator[tuple[nn.ModuleList, nn.Module, str]]:
@@ -128,9 +128,9 @@ def readout(model: Any) -> dict[str, Any]:
 def logits(model: Any, hidden: Float[Tensor, "places width"]) -> Float[Tensor, "places vocabulary"]:
     """Next-token logits of final-normed hidden states, in fp32."""
     parts = readout(model)
-    found = F.linear(hidden, parts["head_weight"], parts["bias"]).float() * parts["logit_scale"]
+    linear = F.linear(hidden, parts["head_weight"], parts["bias"]).float() * parts["logit_scale"]
     cap = parts["softcap"]
-    return found if cap is None else cap * torch.tanh(found / cap)
+    return linear if cap is None else cap * torch.tanh(linear / cap)
 
 
 def freeze_beyond(model: PreTrainedModel, block: int, train_embeddings: bool | None) -> None:

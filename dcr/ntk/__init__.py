@@ -16,25 +16,5 @@ from dcr.ntk.empirical import (
     normalised,
     prompt_ids,
 )
-from dcr.ntk.exact import Batch, batches, last_logits
+from dcr.ntk.exact import Batch, batches, gradient, last_logits
 from dcr.ntk.subset import move, parameters, restored, still
-
-__all__ = [
-    "Batch",
-    "Kernel",
-    "Settings",
-    "batches",
-    "kernel",
-    "kind_mean",
-    "last_logits",
-    "log_probability_change",
-    "mean_by_kind",
-    "measure",
-    "memory_needed",
-    "move",
-    "normalised",
-    "parameters",
-    "prompt_ids",
-    "restored",
-    "still",
-]

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,32 +20,28 @@ from dcr.ntk.exact import (
     Blocks,
     batches,
     exact,
+    gradient,
     graph_bytes,
     groups,
     last_logits,
     log_probabilities,
     needed,
 )
-from dcr.statistics import Interval, percentiles, resampled_groups
-
-METHODS = ("exact", "finite_difference")
-TIED = ("whole", "head")
+from dcr.statistics import Interval, percentiles, ratio, resampled_groups
 
 
 @dataclass(frozen=True)
 class Settings:
     """What a kernel is of, and how it is computed.
 
-    `tied` says what a tied matrix counts as: `whole`, one parameter that acts as embedding and as
-    head, as training moves it; `head`, a matrix of the head's own, so that `tail:N` needs no
-    gradient below its blocks. `batch_size` and `budget_gib` (what is held of A and δ at once)
-    change no value; `epsilon` is the paper's step, for finite differences alone.
+    A tied matrix is one parameter that acts as embedding and as head, as training moves it.
+    `batch_size` and `budget_gib` (what is held of A and δ at once) change no value; `epsilon` is
+    the paper's step, for finite differences alone.
     """
 
     top_k: int = 10
     params: str = "tail:2"
     head: bool = True
-    tied: str = "whole"
     method: str = "exact"
     batch_size: int = 8
     budget_gib: float = 8.0
@@ -101,30 +96,35 @@ def measure(
     *,
     ids: Sequence[str] | None = None,
     tokens: Int[Tensor, "prompts rank"] | None = None,
-    left: bool = False,
 ) -> Kernel:
     """The kernel between prompts given as token ids.
 
     `tokens` fixes the tokens of each prompt, in place of its own top k, so that kernels before
-    and after a change of the model are of the same logits. `left` is the side of the padding.
+    and after a change of the model are of the same logits.
     """
-    _check(model, sequences, settings, ids, tokens)
+    vocabulary = models.unwrapped(model).config.get_text_config().vocab_size
+    if not 1 <= settings.top_k <= vocabulary:
+        raise ConfigError(f"top_k={settings.top_k}: choose 1 to {vocabulary}, the vocabulary")
+    if not sequences:
+        raise ConfigError("prompts: there are none; give at least one")
     order = batching.by_length(sequences)
     back = torch.tensor(order).argsort()
-    with ExitStack() as stack:
-        stack.enter_context(subset.still(model))
-        if settings.tied == "head":
-            stack.enter_context(subset.untied(model))
+    with subset.still(model):
         device = next(model.parameters()).device
         given = None if tokens is None else tokens[order].to(device)
-        blocks, found, log_p = _measured(model, sequences, settings, given, left, device)
-    blocks, found, log_p = blocks.cpu(), found.cpu(), log_p.cpu()
-    blocks = blocks[back][:, :, back]
+        rows = batches(sequences, settings.batch_size, device)
+        if settings.method == "finite_difference":
+            moved = subset.parameters(model, settings.params, settings.head)
+            top_k, epsilon = settings.top_k, settings.epsilon
+            blocks, chosen, log_p = finite_differences(model, moved, rows, top_k, given, epsilon)
+        else:
+            sweeps = _sweeps(model, [len(ids) for ids in sequences], settings)
+            blocks, chosen, log_p = exact(model, sweeps, rows, settings.top_k, given)
+    blocks = blocks.cpu()[back][:, :, back]
     norms = blocks.square().sum((1, 3)).sqrt()
     names = tuple(ids) if ids is not None else tuple(str(i) for i in range(len(sequences)))
-    if tokens is not None:
-        settings = replace(settings, top_k=tokens.shape[1])
-    return Kernel(norms, blocks, found[back], log_p[back], names, settings)
+    settings = replace(settings, top_k=chosen.shape[1])
+    return Kernel(norms, blocks, chosen.cpu()[back], log_p.cpu()[back], names, settings)
 
 
 def memory_needed(model: Any, lengths: Sequence[int], settings: Settings) -> int:
@@ -134,19 +134,12 @@ def memory_needed(model: Any, lengths: Sequence[int], settings: Settings) -> int
     for finite differences the graph and three copies of the subset. Raises ConfigError where one
     module alone exceeds the budget.
     """
-    with ExitStack() as stack:
-        if settings.tied == "head":
-            stack.enter_context(subset.untied(model))
-        padded = _padded_lengths(lengths, settings.batch_size)
-        if settings.method == "finite_difference":
-            moved = subset.parameters(model, settings.params, settings.head)
-            graph = graph_bytes(model, settings.batch_size, max(lengths))
-            return graph + 3 * sum(p.nbytes for p in moved)
-        chosen = subset.layers(model, settings.params, settings.head)
-        sweeps = _sweeps(model, chosen, padded, settings)
-        size = needed(model, chosen, sweeps, padded, settings.batch_size, settings.top_k)
-        copied = subset.output_layer(model).weight.nbytes if settings.tied == "head" else 0
-        return size + copied
+    if settings.method == "finite_difference":
+        moved = subset.parameters(model, settings.params, settings.head)
+        graph = graph_bytes(model, settings.batch_size, max(lengths))
+        return graph + 3 * sum(p.nbytes for p in moved)
+    sweeps, padded = _sweeps(model, lengths, settings), _padded_lengths(lengths, settings)
+    return needed(model, sweeps, padded, settings.batch_size, settings.top_k)
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
@@ -158,69 +151,17 @@ def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _measured(
-    model: Any,
-    sequences: Sequence[Sequence[int]],
-    settings: Settings,
-    tokens: Tensor | None,
-    left: bool,
-    device: torch.device,
-) -> Blocks:
-    """In the order of lengths."""
-    rows = batches(sequences, settings.batch_size, left, device)
-    if settings.method == "finite_difference":
-        moved = subset.parameters(model, settings.params, settings.head)
-        step = settings.epsilon
-        return finite_differences(model, moved, rows, settings.top_k, tokens, step)
+def _sweeps(model: Any, lengths: Sequence[int], settings: Settings) -> list[list[subset.Layer]]:
     chosen = subset.layers(model, settings.params, settings.head)
-    padded = _padded_lengths([len(s) for s in sequences], settings.batch_size)
-    sweeps = _sweeps(model, chosen, padded, settings)
-    return exact(model, sweeps, rows, settings.top_k, tokens)
+    itemsize, padded = next(model.parameters()).dtype.itemsize, _padded_lengths(lengths, settings)
+    return groups(chosen, padded, settings.top_k, itemsize, settings.budget_gib * GIB)
 
 
-def _sweeps(
-    model: Any, chosen: list[subset.Layer], padded: list[int], settings: Settings
-) -> list[list[subset.Layer]]:
-    itemsize = next(model.parameters()).dtype.itemsize
-    budget = settings.budget_gib * GIB
-    return groups(chosen, padded, settings.top_k, itemsize, budget)
-
-
-def _padded_lengths(lengths: Sequence[int], size: int) -> list[int]:
+def _padded_lengths(lengths: Sequence[int], settings: Settings) -> list[int]:
     """Each prompt's length in its batch, ascending."""
-    ordered = sorted(lengths)
-    groups = [ordered[start : start + size] for start in range(0, len(ordered), size)]
-    return [group[-1] for group in groups for _ in group]
-
-
-def _check(
-    model: Any,
-    sequences: Sequence[Sequence[int]],
-    settings: Settings,
-    ids: Sequence[str] | None,
-    tokens: Tensor | None,
-) -> None:
-    vocabulary = models.unwrapped(model).config.get_text_config().vocab_size
-    if settings.method not in METHODS:
-        raise ConfigError(f"method={settings.method}: choose {' or '.join(METHODS)}")
-    if settings.tied not in TIED:
-        raise ConfigError(f"tied={settings.tied}: choose {' or '.join(TIED)}")
-    if not 1 <= settings.top_k <= vocabulary:
-        raise ConfigError(f"top_k={settings.top_k}: choose 1 to {vocabulary}, the vocabulary")
-    if settings.batch_size < 1:
-        raise ConfigError(f"batch_size={settings.batch_size}: must be at least 1")
-    if not sequences:
-        raise ConfigError("prompts: there are none; give at least one")
-    for i, sequence in enumerate(sequences):
-        if not sequence:
-            raise ConfigError(f"prompts: number {i + 1} has no tokens; drop it")
-    if ids is not None and len(ids) != len(sequences):
-        raise ConfigError(f"ids: {len(ids)} for {len(sequences)} prompts; give one each")
-    if tokens is not None and len(tokens) != len(sequences):
-        raise ConfigError(f"tokens: {len(tokens)} rows for {len(sequences)} prompts; give one each")
-
-
-NORMALISERS = ("observer", "symmetric", "none")
+    ordered, size = sorted(lengths), settings.batch_size
+    batched = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    return [batch[-1] for batch in batched for _ in batch]
 
 
 def normalised(
@@ -230,10 +171,8 @@ def normalised(
 
     `observer` is the paper's ‖K(x',x)‖ / ‖K(x',x')‖, not bounded by 1, and all its asymmetry comes
     from the divisor; `symmetric` is ‖K(x',x)‖ / √(‖K(x',x')‖‖K(x,x)‖), in [0, 1]; `none` leaves
-    them. Raises ValueError for another name.
+    them.
     """
-    if how not in NORMALISERS:
-        raise ValueError(f"how={how!r}: choose one of {', '.join(NORMALISERS)}")
     own = norms.diagonal()
     if how == "none":
         return norms
@@ -246,8 +185,6 @@ def mean_by_kind(
     self_pairs: bool = False,
     *,
     seed: int,
-    confidence: float = 0.95,
-    resamples: int = 2000,
 ) -> Mapping[str, Mapping[str, Interval]]:
     """Mean over pairs of prompts by kind, `[observer kind][trained kind]`, as in Figure 6.
 
@@ -256,20 +193,16 @@ def mean_by_kind(
     only with `self_pairs`, also where it is drawn twice. The mean is linear, so that of a
     difference of two kernels over the same prompts is a paired comparison. Kinds stand in the
     order in which they appear; nan within unbounded ends where a kind has no pair.
-
-    Raises ValueError where `kinds` is not one per prompt.
     """
-    if len(kinds) != len(matrix):
-        raise ValueError(f"{len(kinds)} kinds for {len(matrix)} prompts: give one each")
     values = matrix.double().numpy()
     # one draw for all cells: the same prompts observe and are trained on
-    drawn = resampled_groups(kinds, np.random.default_rng(seed), resamples)
+    drawn = resampled_groups(kinds, np.random.default_rng(seed))
     means: dict[str, dict[str, Interval]] = {}
     for observer in drawn:
         means[observer] = {}
         for trained in drawn:
             mean, redrawn = kind_mean(values, kinds, (observer, trained), drawn, self_pairs)
-            means[observer][trained] = Interval(mean, *percentiles(redrawn, confidence))
+            means[observer][trained] = Interval(mean, *percentiles(redrawn))
     return means
 
 
@@ -293,8 +226,7 @@ def kind_mean(
         return math.nan, np.full(len(drawn[cell[0]]), math.nan)
     kept = np.where(allowed, values, 0.0)
     totals, counts = (((drawn[cell[0]] @ part) * drawn[cell[1]]).sum(1) for part in (kept, allowed))
-    means = np.divide(totals, counts, out=np.full(len(totals), math.nan), where=counts > 0)
-    return float(kept.sum() / allowed.sum()), means
+    return float(kept.sum() / allowed.sum()), ratio(totals, counts)
 
 
 def log_probability_change(
@@ -345,7 +277,8 @@ def finite_differences(
         for place in range(len(batch.ids)):
             alone = Batch(0, batch.ids[place, None], batch.mask[place, None])
             for token in chosen[batch.start + place].tolist():
-                along, moved = _gradient(model, parameters, alone, token), []
+                _, along = gradient(model, parameters, alone, lambda z, token=token: z[token])
+                moved = []
                 with subset.restored(parameters) as saved, torch.no_grad():
                     for by in (step, -step):
                         subset.move(parameters, saved, along, by)
@@ -353,17 +286,3 @@ def finite_differences(
                         moved.append(ends.gather(1, chosen))
                 columns.append((moved[0] - moved[1]) / (2 * step))
     return torch.stack(columns, 2).view(*chosen.shape, *chosen.shape), chosen, log_p
-
-
-def _gradient(
-    model: Any, parameters: Sequence[nn.Parameter], batch: Batch, token: int
-) -> list[Tensor]:
-    asked = [p.requires_grad for p in parameters]
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    try:
-        logit = last_logits(model, batch)[0, token]
-        return list(torch.autograd.grad(logit, parameters, materialize_grads=True))
-    finally:
-        for parameter, asks in zip(parameters, asked, strict=True):
-            parameter.requires_grad_(asks)

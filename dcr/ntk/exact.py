@@ -11,7 +11,7 @@ the order of lengths.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +38,11 @@ class Batch:
     start: int
     ids: Int[Tensor, "batch length"]
     mask: Bool[Tensor, "batch length"]
+
+    @property
+    def ends(self) -> Int[Tensor, "batch"]:
+        """Where each row's last token stands."""
+        return self.mask.sum(1) - 1
 
 
 @dataclass(frozen=True)
@@ -73,28 +78,27 @@ class LayerCall:
     version: int
 
 
-def batches(
-    sequences: Sequence[Sequence[int]], size: int, left: bool, device: torch.device
-) -> list[Batch]:
-    """Prompts by length, so that little is padded, on the right unless `left`.
+def batches(sequences: Sequence[Sequence[int]], size: int, device: torch.device) -> list[Batch]:
+    """Prompts by length, so that little is padded, on the right.
 
-    On the right, since no row of attention is then wholly masked: in float64, transformers' eager
-    attention gives NaN for such rows.
+    No row of attention is then wholly masked: in float64, transformers' eager attention gives NaN
+    for such rows.
     """
-    order = batching.by_length(sequences)
-    found = []
-    for start in range(0, len(order), size):
-        rows = [sequences[i] for i in order[start : start + size]]
-        ids = batching.padded(rows, 0, left).to(device)
-        found.append(Batch(start, ids, batching.attention_mask(rows, left).to(device)))
-    return found
+    ordered = [sequences[place] for place in batching.by_length(sequences)]
+    made = []
+    for start in range(0, len(ordered), size):
+        rows = ordered[start : start + size]
+        ids, mask = batching.padded(rows, 0), batching.attention_mask(rows)
+        made.append(Batch(start, ids.to(device), mask.to(device)))
+    return made
 
 
 def last_logits(model: Any, batch: Batch) -> Float[Tensor, "batch vocabulary"]:
     """Next-token logits after each prompt's last token."""
     inner: Any = models.unwrapped(model)
+    # row by row, so that learnt positions have a gradient of their own in each
     options: dict[str, Any] = batching.placed(inner, batching.positions(batch.mask))
-    ends = _ends(batch)
+    ends = batch.ends
     rows = torch.arange(len(ends), device=ends.device)
 
     def last(_module: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -115,9 +119,18 @@ def last_logits(model: Any, batch: Batch) -> Float[Tensor, "batch vocabulary"]:
     return logits
 
 
-def _ends(batch: Batch) -> Int[Tensor, "batch"]:
-    """Where each row's last token stands: at the first of the largest counts."""
-    return batch.mask.long().cumsum(1).argmax(1)
+def gradient(
+    model: Any,
+    parameters: Sequence[nn.Parameter],
+    alone: Batch,
+    of: Callable[[Float[Tensor, "vocabulary"]], Float[Tensor, ""]],
+) -> tuple[float, list[Tensor]]:
+    """A function of one prompt's next-token logits, and its gradient; `still` takes flags back."""
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    value = of(last_logits(model, alone)[0])
+    gradients = torch.autograd.grad(value, parameters, materialize_grads=True)
+    return float(value.detach()), list(gradients)
 
 
 def log_probabilities(
@@ -144,18 +157,18 @@ def collect(
     if absent:
         raise ConfigError(f"params: {absent[0]} takes no part in the forward pass")
     outputs = [calls[layer.name].output for layer in chosen]
-    found: list[list[Tensor]] = [[] for _ in chosen]
+    by_rank: list[list[Tensor]] = [[] for _ in chosen]
     for rank in range(tokens.shape[1]):
         total = logits.gather(1, tokens[:, rank : rank + 1]).sum()
         more = rank + 1 < tokens.shape[1]
         grads = torch.autograd.grad(total, outputs, retain_graph=more, allow_unused=True)
-        for layer, kept, grad in zip(chosen, found, grads, strict=True):
+        for layer, kept, grad in zip(chosen, by_rank, grads, strict=True):
             if grad is None or calls[layer.name].output._version != calls[layer.name].version:
                 raise ConfigError(f"params: no gradient can be had at the output of {layer.name}")
             kept.append(_at_tokens(grad, tokens[:, rank]) if layer.kind is LayerKind.head else grad)
     gradients = {}
     for index, layer in enumerate(chosen):
-        deltas, found[index] = torch.stack(found[index], 1), []
+        deltas, by_rank[index] = torch.stack(by_rank[index], 1), []
         gradients[layer.name] = READERS[layer.kind](layer, calls[layer.name], deltas, batch)
     return gradients, tokens, log_probabilities(logits.detach(), tokens)
 
@@ -302,14 +315,12 @@ def _trimmed(inputs: Tensor, deltas: Tensor, batch: Batch) -> Factors:
 def _aligned(values: Tensor, batch: Batch, axis: int) -> Tensor:
     """Values with each row's last token at the end of `axis`, and zeros where none stands."""
     length = batch.mask.shape[1]
-    ends = _ends(batch)
-    sources = torch.arange(length, device=values.device) - (length - 1 - ends)[:, None]
-    real = batch.mask.gather(1, sources.clamp(min=0)) & (sources >= 0)
-    shape = [len(ends), *[1] * (values.dim() - 1)]
+    sources = torch.arange(length, device=values.device) - (length - 1 - batch.ends)[:, None]
+    shape = [len(sources), *[1] * (values.dim() - 1)]
     shape[axis] = length
     index = sources.clamp(min=0).view(shape).expand(values.shape)
     # where, not multiplication: a padded position may hold NaN
-    return torch.where(real.view(shape), values.gather(axis, index), 0)
+    return torch.where((sources >= 0).view(shape), values.gather(axis, index), 0)
 
 
 def add(
@@ -443,12 +454,12 @@ def exact(
     log_p: Tensor | None = None
     for sweep in sweeps:
         gradients: dict[str, Gradients] = {layer.name: Gradients() for layer in sweep}
-        seen: list[tuple[Tensor, Tensor]] = []
+        seen: list[list[Tensor]] = []
         for batch in rows:
             own = None if tokens is None else tokens[batch.start : batch.start + len(batch.ids)]
-            got, *told = collect(model, sweep, batch, top_k, own)
-            seen.append((told[0], told[1]))
-            for name, one in got.items():
+            of_batch, *tokens_and_log_p = collect(model, sweep, batch, top_k, own)
+            seen.append(tokens_and_log_p)
+            for name, one in of_batch.items():
                 gradients[name].extend(one)
         if gram is None:
             tokens, log_p = (torch.cat(each) for each in zip(*seen, strict=True))
@@ -472,7 +483,7 @@ def groups(
 
     Raises ConfigError where one module alone does not fit.
     """
-    found: list[list[Layer]] = [[]]
+    sweeps: list[list[Layer]] = [[]]
     used = 0
     for layer in _in_order(chosen):
         size = gradient_bytes(layer, lengths, top_k, itemsize)
@@ -482,11 +493,11 @@ def groups(
                 f"{len(lengths)} prompts; raise it, or take fewer prompts or a smaller top_k"
             )
         if used + size > budget:
-            found.append([])
+            sweeps.append([])
             used = 0
-        found[-1].append(layer)
+        sweeps[-1].append(layer)
         used += size
-    return found
+    return sweeps
 
 
 def gradient_bytes(layer: Layer, lengths: Sequence[int], top_k: int, itemsize: int) -> int:
@@ -505,14 +516,13 @@ def gradient_bytes(layer: Layer, lengths: Sequence[int], top_k: int, itemsize: i
 
 def needed(
     model: Any,
-    chosen: Sequence[Layer],
     sweeps: Sequence[Sequence[Layer]],
     lengths: Sequence[int],
     rows: int,
     top_k: int,
 ) -> int:
     """Bytes beside the model itself: an upper estimate, `lengths` padded and ascending."""
-    itemsize = next(model.parameters()).dtype.itemsize
+    itemsize, chosen = next(model.parameters()).dtype.itemsize, [p for part in sweeps for p in part]
     wide = max(
         (_features(layer)[1] for layer in chosen if layer.kind is not LayerKind.head), default=0
     )

@@ -65,15 +65,14 @@ def layers(model: Any, params: str, head: bool) -> list[Layer]:
     places = {id(m): i for i, block in enumerate(blocks, 1) for m in block.modules()}
     behind = [models.final_norm(model), ("head", output_layer(model))]
     places |= {id(entry[1]): len(blocks) + 1 for entry in behind if entry}
-    found = []
+    chosen = []
     for name, module in inner.named_modules():
         own = dict(module.named_parameters(recurse=False))
-        if not any(id(p) in wanted for p in own.values()):
-            continue
-        kind = _kind(name, module, own, output_layer(model))
-        found.append(Layer(name, module, kind, places.get(id(module), 0)))
-    _check_covered(found, wanted)
-    return sorted(found, key=lambda layer: layer.block)
+        if any(id(p) in wanted for p in own.values()):
+            kind = _kind(name, module, own, output_layer(model))
+            chosen.append(Layer(name, module, kind, places.get(id(module), 0)))
+    _check_covered(chosen, wanted)
+    return sorted(chosen, key=lambda layer: layer.block)
 
 
 def tied(chosen: Sequence[Layer]) -> tuple[Layer, ...]:
@@ -101,20 +100,17 @@ def output_layer(model: Any) -> nn.Linear:
 def still(model: Any) -> Iterator[None]:
     """Evaluation mode, and no parameter that asks for a gradient; both are set back on leaving."""
     inner: Any = model
-    modes = {module: module.training for module in inner.modules()}
     asked = {parameter: parameter.requires_grad for parameter in inner.parameters()}
     device = next(inner.parameters()).device.type
     try:
-        inner.eval().requires_grad_(False)
         with (
+            models.evaluating(inner.requires_grad_(False)),
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.autocast(device, enabled=False),
         ):
             yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         for parameter, asks in asked.items():
             parameter.requires_grad_(asks)
 
@@ -138,18 +134,6 @@ def move(
     """Sets the parameters to saved + by·along."""
     for parameter, value, direction in zip(moved, saved, along, strict=True):
         parameter.copy_(value).add_(direction, alpha=by)
-
-
-@contextmanager
-def untied(model: Any) -> Iterator[None]:
-    """While open, a tied head is a parameter of its own, with a copy of the same values."""
-    layer = output_layer(model)
-    weight = layer.weight
-    try:
-        layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
-        yield
-    finally:
-        layer.weight = weight
 
 
 def _wanted(model: Any, params: str, head: bool) -> dict[int, str]:
@@ -183,17 +167,17 @@ def _wanted(model: Any, params: str, head: bool) -> dict[int, str]:
 
 def _of_adapters(model: Any) -> dict[int, str]:
     active = set(getattr(model, "active_adapters", ())) if isinstance(model, PeftModel) else set()
-    found = {
+    matrices = {
         id(p): name
         for name, p in models.unwrapped(model).named_parameters()
         if _in_adapter(name) and active & set(name.split("."))
     }
-    if not found:
+    if not matrices:
         raise ConfigError(
             "params=adapter: the model has no LoRA adapter; measure the weights of a run's SFT, "
             "or choose tail:N, trunk:ℓ or all"
         )
-    return found
+    return matrices
 
 
 def _kind(name: str, module: nn.Module, own: dict[str, nn.Parameter], head: nn.Module) -> LayerKind:

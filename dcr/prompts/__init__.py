@@ -5,4 +5,11 @@ reads, what stage two trains on and what generation continues from are the same 
 """
 
 from dcr.prompts.chat import IGNORED, ZERO_WIDTH_SPACE, ChatFormat, PairRow, PromptRow, chat_format
-from dcr.prompts.templates import CHATML, LLAMA3, PLAIN, TEMPLATES, looks_trained, unused_tokens
+from dcr.prompts.templates import (
+    CHATML,
+    LLAMA3,
+    PLAIN,
+    looks_trained,
+    special_tokens,
+    unused_tokens,
+)

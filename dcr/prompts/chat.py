@@ -8,7 +8,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dcr.config import ConfigError, ModelConfig, Pooling, Terminator
-from dcr.prompts.templates import bounded, chosen_end, chosen_template, stop_tokens
+from dcr.prompts.templates import (
+    bounded,
+    chosen_end,
+    chosen_template,
+    special_tokens,
+    stop_tokens,
+)
 
 IGNORED = -100  # label of positions without a loss, as everywhere in transformers
 ZERO_WIDTH_SPACE = "\u200b"
@@ -132,8 +138,8 @@ class ChatFormat:
         turns = [*self._turns(prompt), {"role": "assistant", "content": words}]
         whole = self._render(turns, generate=False)
         behind = whole[len(lead) :] if whole.startswith(lead) else words
-        found = behind.find(words)
-        return behind[: found + len(words)] if found >= 0 else words
+        place = behind.find(words)
+        return behind[: place + len(words)] if place >= 0 else words
 
     def _encode(self, text: str) -> list[int]:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -145,14 +151,10 @@ class ChatFormat:
         A zero-width space after the first letter keeps the text readable and stops the tokenizer
         from seeing a control token.
         """
-        for token in self._control_tokens():
-            text = text.replace(token, token[0] + ZERO_WIDTH_SPACE + token[1:])
+        for token in sorted(special_tokens(self.tokenizer), key=len, reverse=True):
+            if len(token) > 1:
+                text = text.replace(token, token[0] + ZERO_WIDTH_SPACE + token[1:])
         return text
-
-    def _control_tokens(self) -> list[str]:
-        added = self.tokenizer.added_tokens_decoder.values()
-        tokens = {t.content for t in added if t.special} | set(self.tokenizer.all_special_tokens)
-        return sorted((t for t in tokens if len(t) > 1), key=len, reverse=True)
 
 
 def chat_format(
@@ -160,12 +162,11 @@ def chat_format(
     config: ModelConfig,
     terminator: Terminator = Terminator.auto,
     output_rows: Tensor | None = None,
-    base_stop: Sequence[int] = (),
 ) -> ChatFormat:
     """The format for a tokenizer: its own template, the one the config names, or a plain one.
 
     `output_rows` ([vocabulary, width], the head's weight) lets `auto` tell whether the chat-end
-    token was ever trained; `base_stop` are end tokens named by the generation config.
+    token was ever trained.
     Raises ConfigError for a template that is neither known nor a file, or fails to render.
     """
     template = chosen_template(tokenizer, config.template)
@@ -181,7 +182,7 @@ def chat_format(
             f"model.{named}: its chat template fails ({str(error) or type(error).__name__}); mend "
             "it, give another with model.template, or drop model.system_prompt where it takes none"
         ) from error
-    stop = stop_tokens(tokenizer, chat_end, base_stop)
+    stop = stop_tokens(tokenizer, chat_end)
     if not stop:
         raise ConfigError(f"model.name={config.name}: its tokenizer has no end-of-text token")
     end = chosen_end(tokenizer, terminator, chat_end, stop, output_rows)
@@ -194,8 +195,6 @@ def _chat_end(probe: ChatFormat) -> int | None:
     whole = probe._render([*probe._turns("x"), {"role": "assistant", "content": "y"}], False)
     if not whole.startswith(lead):
         return None
-    behind = whole[len(lead) :].split("y", 1)[-1]
-    special = set(probe.tokenizer.all_special_ids) | {
-        index for index, token in probe.tokenizer.added_tokens_decoder.items() if token.special
-    }
-    return next((i for i in probe._encode(behind) if i in special), None)
+    special = special_tokens(probe.tokenizer).values()
+    behind = probe._encode(whole[len(lead) :].split("y", 1)[-1])
+    return next((token for token in behind if token in special), None)

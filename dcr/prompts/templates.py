@@ -104,17 +104,22 @@ def bounded() -> Iterator[None]:
         sys.settrace(before)
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Every control token of a tokenizer by what it is written as."""
+    added = tokenizer.added_tokens_decoder.items()
+    named = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+    return {token.content: index for index, token in added if token.special} | dict(named)
+
+
 # --- how a turn ends: what a response is trained to end with, and what stops one ---
 
 
-def stop_tokens(
-    tokenizer: PreTrainedTokenizerBase, chat_end: int | None, named: Sequence[int]
-) -> tuple[int, ...]:
-    """Every token that ends a response: the chat's end, the base's end of text, those `named`."""
+def stop_tokens(tokenizer: PreTrainedTokenizerBase, chat_end: int | None) -> tuple[int, ...]:
+    """Every token that ends a response: the chat's end, and the base's end of text."""
     vocabulary = tokenizer.get_vocab()
     bases = [vocabulary[token] for token in BASE_ENDS if token in vocabulary]
-    found = [chat_end, tokenizer.eos_token_id, *named, *bases]
-    return tuple(dict.fromkeys(int(token) for token in found if token is not None))
+    ends: tuple[Any, ...] = (chat_end, tokenizer.eos_token_id, *bases)
+    return tuple(dict.fromkeys(int(token) for token in ends if token is not None))
 
 
 def chosen_end(

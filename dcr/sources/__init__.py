@@ -9,6 +9,7 @@ from dcr.sources.examples import (
     draw,
     drop_duplicates,
     fingerprint,
+    record,
     split_by_group,
 )
 from dcr.sources.fields import first_turn

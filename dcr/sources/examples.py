@@ -60,10 +60,7 @@ def split_by_group(
 
     A group's side depends on its name and the seed alone, so safe and unsafe prompts of one
     template, split in separate calls, land on the same side. A row without a group is its own.
-    Raises ConfigError if `holdout` is outside [0, 1).
     """
-    if not 0 <= holdout < 1:
-        raise ConfigError(f"data.group_holdout={holdout}: give a share in [0, 1)")
     train: list[Example] = []
     heldout: list[Example] = []
     for example in examples:
@@ -81,3 +78,9 @@ def fingerprint(examples: Iterable[Example]) -> str:
         # JSON, so that no text can imitate the border between two fields.
         digest.update(json.dumps([example.id, example.prompt, example.response]).encode() + b"\n")
     return digest.hexdigest()
+
+
+def record(examples: Sequence[Example]) -> dict[str, object]:
+    """What is written down of rows that were used."""
+    ids = [example.id for example in examples]
+    return {"count": len(ids), "fingerprint": fingerprint(examples), "ids": ids}

@@ -21,7 +21,7 @@ def rows(stream: IO[bytes], name: str) -> Iterator[tuple[int, Row]]:
     A byte order mark, CRLF ends and blank lines are accepted. Raises DataError at a line that is
     too long, not UTF-8, or not one JSON object, and at the end of a file without rows.
     """
-    number, found = 0, False
+    number, any_row = 0, False
     while line := stream.readline(LONGEST_LINE + 1):
         number += 1
         if len(line) > LONGEST_LINE:
@@ -31,9 +31,9 @@ def rows(stream: IO[bytes], name: str) -> Iterator[tuple[int, Row]]:
             )
         line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
         if line.strip():
-            found = True
+            any_row = True
             yield number, _decoded(line, f"{name}:{number}")
-    if not found:
+    if not any_row:
         raise DataError(f"{name}:1: file: holds no rows; write one JSON object a line")
 
 
@@ -78,23 +78,23 @@ def text(row: Row, key: str, where: str) -> str | None:
 
 def prompt(row: Row, where: str) -> str:
     """The row's prompt. Raises DataError if it is missing or shows no character."""
-    found = text(row, "prompt", where)
-    if found is None:
+    words = text(row, "prompt", where)
+    if words is None:
         keys = ", ".join(map(repr, row)) or "none"
         raise DataError(f"{where}: prompt: missing (keys found: {keys}); add the user's message")
-    if is_blank(found):
+    if is_blank(words):
         raise DataError(f"{where}: prompt: empty; write the user's message or remove the row")
-    return found
+    return words
 
 
 def response(row: Row, where: str, required: bool) -> str | None:
     """The row's response. Raises DataError if it is empty, or missing though required."""
-    found = text(row, "response", where)
-    if found is None and required:
+    words = text(row, "response", where)
+    if words is None and required:
         raise DataError(f"{where}: response: missing; training pairs need the answer to learn")
-    if found is not None and is_blank(found):
+    if words is not None and is_blank(words):
         raise DataError(f"{where}: response: empty; write the answer or remove the row")
-    return found
+    return words
 
 
 def identifier(row: Row, default: str, where: str) -> str:
@@ -102,10 +102,10 @@ def identifier(row: Row, default: str, where: str) -> str:
     value = row.get("id")
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    found = text(row, "id", where)
-    if found is not None and is_blank(found):
+    name = text(row, "id", where)
+    if name is not None and is_blank(name):
         raise DataError(f"{where}: id: empty; name the row or leave id out")
-    return default if found is None else found
+    return default if name is None else name
 
 
 def is_blank(value: str) -> bool:

@@ -51,10 +51,10 @@ def read(
         )
     rows, expected = _rows(name, source, root)
     examples = _examples(name, source, rows, expected)
-    found = [example for example in examples if example.response is not None or not pairs]
-    if not found:
+    kept = [example for example in examples if example.response is not None or not pairs]
+    if not kept:
         raise DataError(f"{name}: no row has a response; choose a source of pairs")
-    return found
+    return kept
 
 
 def read_jsonl(path: str, kind: Kind, *, pairs: bool = False) -> list[Example]:
@@ -100,17 +100,17 @@ def read_rows(
     `expected` is the fingerprint that the run recorded. Raises DataError if an id is gone or the
     texts are no longer those, and whatever `read` raises.
     """
-    found: defaultdict[str, list[Example]] = defaultdict(list)
+    by_id: defaultdict[str, list[Example]] = defaultdict(list)
     for name in names:
         for example in read(name, root=root, kind=kind):
-            found[example.id].append(example)
+            by_id[example.id].append(example)
     where = ", ".join(names)
-    if missing := [identity for identity in ids if identity not in found]:
+    if missing := [identity for identity in ids if identity not in by_id]:
         raise DataError(
             f"{where}: no row is called {missing[0]!r} any more ({len(missing)} of {len(ids)} "
             "gone); set data.root to the files that the run was trained on"
         )
-    rows = [found[i].pop(0) if len(found[i]) > 1 else found[i][0] for i in ids]
+    rows = [by_id[i].pop(0) if len(by_id[i]) > 1 else by_id[i][0] for i in ids]
     if expected is not None and fingerprint(rows) != expected:
         raise DataError(
             f"{where}: not the texts that the run was trained on; "

@@ -20,17 +20,6 @@ from dcr.steering import scans, surgical, vectors
 from dcr.steering.prompts import RELEASED, Extraction, extraction
 from dcr.steering.vectors import Info, Vectors
 
-__all__ = [
-    "STEERING",
-    "Extraction",
-    "Steered",
-    "acts",
-    "extraction",
-    "identity",
-    "steer",
-    "summary",
-]
-
 
 @dataclass(frozen=True)
 class SteeringMethod:
@@ -40,7 +29,7 @@ class SteeringMethod:
     read.
     """
 
-    find: Callable[[Policy, ChatFormat, Extraction, SteeringConfig, int], Vectors]
+    find: Callable[[Policy, ChatFormat, Extraction, SteeringConfig], Vectors]
     edits: Callable[[Policy, ChatFormat, Vectors, SteeringConfig], Edits | Plan]
     needs: str | None
     weights: tuple[str, ...] = ()
@@ -67,8 +56,6 @@ def steer(
     data: DataConfig,
     settings: SteeringConfig,
     seed: int,
-    *,
-    batch_size: int = 8,
     folder: Path | None = None,
 ) -> Steered:
     """The edits of `settings.method` at its strength; none at strength 0, and nothing is read then.
@@ -79,11 +66,7 @@ def steer(
     if not acts(settings):
         return Steered((), {})
     method, drawn = STEERING[settings.method], extraction(data, settings, seed)
-    used = {
-        kind: {"count": len(rows), "fingerprint": sources.fingerprint(rows), "ids": ids}
-        for kind, rows in drawn.parts().items()
-        for ids in [[row.id for row in rows]]
-    }
+    used = {kind: sources.record(rows) for kind, rows in drawn.parts().items()}
     tensors, info = vectors.kept(
         folder,
         {
@@ -92,7 +75,7 @@ def steer(
             "chat": [chat.template, chat.system_prompt],
             "weights": vectors.trace(policy),
         },
-        lambda: method.find(policy, chat, drawn, settings, batch_size),
+        lambda: method.find(policy, chat, drawn, settings),
     )
     record = {
         "method": settings.method.value,

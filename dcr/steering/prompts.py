@@ -5,30 +5,29 @@ evaluation set is dropped and counted, whichever source it comes from.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dcr import contamination, sources
 from dcr.config import (
     ConfigError,
     DataConfig,
-    ExtractionSources,
     Kind,
+    SourcesByKind,
     Steering,
     SteeringConfig,
 )
+from dcr.data import apart, evaluation_prompts, without
 from dcr.sources import Example
-from dcr.text import normalise
 
 KINDS = tuple(kind.value for kind in Kind)
-SURGICAL_RELEASED = ExtractionSources(
+SURGICAL_RELEASED = SourcesByKind(
     toxic=["surgical_harmful_train"],
     seemingly_toxic=["surgical_orbench_train"],
     normal=["alpaca"],
 )
 # What the released code of each method reads; evaluation prompts are among them.
 RELEASED = {
-    Steering.scans: ExtractionSources(toxic=["advbench"], normal=["truthfulqa"]),
+    Steering.scans: SourcesByKind(toxic=["advbench"], normal=["truthfulqa"]),
     Steering.surgical: SURGICAL_RELEASED,
     Steering.ablation: SURGICAL_RELEASED,
 }
@@ -88,75 +87,50 @@ def extraction(data: DataConfig, settings: SteeringConfig, seed: int) -> Extract
 
     Raises ConfigError where a kind has too few prompts, and whatever `sources.read` raises.
     """
-    need = needed(settings)
-    evaluated = {
-        name: [row.prompt for row in sources.read(name, root=data.root, kind=kind)]
-        for kind, names in (
-            (Kind.seemingly_toxic, data.evaluation.over_refusal),
-            (Kind.toxic, data.evaluation.safety),
-        )
-        for name in names
-    }
+    need, evaluated = needed(settings), evaluation_prompts(data)
     clean: dict[str, list[Example]] = {}
     dropped: Counter[str] = Counter()
     for kind in KINDS:
-        clean[kind], why = _apart(
-            _drawn(kind, getattr(data.extraction, kind), data, seed), evaluated, data.near_duplicate
-        )
-        dropped.update({f"{kind}: {reason}": count for reason, count in why.items()})
+        rows = _drawn(kind, data.extraction, data.root, seed)
+        clean[kind], reasons = apart(rows, evaluated, data.near_duplicate)
+        dropped.update({f"{kind}: {reason}": count for reason, count in reasons.items()})
     named, drawn = data.extraction, clean
     if settings.released_data and settings.method in RELEASED:
         named = RELEASED[settings.method]
         drawn = {
-            kind: _drawn(kind, getattr(named, kind), data, seed) if getattr(need, kind) else []
+            kind: _drawn(kind, named, data.root, seed) if getattr(need, kind) else []
             for kind in KINDS
         }
         dropped.clear()
-    taken = {}
     for kind, rows in drawn.items():
-        if (wanted := getattr(need, kind)) > len(rows):
-            gone = sum(count for why, count in dropped.items() if why.startswith(f"{kind}:"))
-            lost = f" ({gone} more stand in evaluation sets)" if gone else ""
+        if len(rows) < getattr(need, kind):
             cure = f"name more in data.extraction.{kind}"
             if named is not data.extraction:
                 cure = "leave steering.released_data out"
+            gone = sum(count for why, count in dropped.items() if why.startswith(f"{kind}:"))
+            lost = f" ({gone} more stand in evaluation sets)" if gone else ""
             raise ConfigError(
-                f"{need.key} asks for {wanted} {kind} prompts: "
+                f"{need.key} asks for {getattr(need, kind)} {kind} prompts: "
                 f"{', '.join(getattr(named, kind)) or 'no source'} has {len(rows)}{lost}; "
                 f"lower it, or {cure}"
             )
-        taken[kind] = rows[:wanted]
-    used = [row.prompt for rows in taken.values() for row in rows]
-    prompts = {normalise(prompt) for prompt in used}
-    left = {
-        kind: [row for row in reversed(rows) if normalise(row.prompt) not in prompts]
-        for kind, rows in clean.items()
-    }
-    overlaps = contamination.overlaps(used, evaluated, near=data.near_duplicate)
+    taken = {kind: rows[: getattr(need, kind)] for kind, rows in drawn.items()}
+    used = [row for rows in taken.values() for row in rows]
+    overlaps = contamination.overlaps(
+        [row.prompt for row in used], evaluated, near=data.near_duplicate
+    )
     return Extraction(
         **taken,
         dropped=dict(dropped),
         leaked=dict(Counter(overlap.set for overlap in overlaps if overlap is not None)),
-        validation_toxic=left["toxic"],
-        validation_seemingly_toxic=left["seemingly_toxic"],
+        validation_toxic=without(clean["toxic"][::-1], used),
+        validation_seemingly_toxic=without(clean["seemingly_toxic"][::-1], used),
     )
 
 
-def _drawn(kind: str, names: Sequence[str], data: DataConfig, seed: int) -> list[Example]:
-    """All distinct rows of the sources in drawn order."""
-    read = [row for name in names for row in sources.read(name, root=data.root, kind=Kind(kind))]
+def _drawn(kind: str, named: SourcesByKind, root: str | None, seed: int) -> list[Example]:
+    """All distinct rows of a kind's sources in drawn order."""
+    names = getattr(named, kind)
+    read = [row for name in names for row in sources.read(name, root=root, kind=Kind(kind))]
     rows, _ = sources.drop_duplicates(read)
     return sources.draw(rows, len(rows), seed)
-
-
-def _apart(
-    rows: Sequence[Example], evaluated: Mapping[str, Sequence[str]], near: float
-) -> tuple[list[Example], Counter[str]]:
-    """The rows apart from evaluation prompts, and why how many others went."""
-    overlaps = contamination.overlaps([row.prompt for row in rows], evaluated, near=near)
-    gone = Counter(
-        f"{'is' if overlap.exact else 'is close to'} a prompt of {overlap.set}"
-        for overlap in overlaps
-        if overlap is not None
-    )
-    return [row for row, overlap in zip(rows, overlaps, strict=True) if overlap is None], gone

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcr import models
+from dcr import models, prompts
 from dcr.activations import Edit, Edits, Plan, Site
 from dcr.config import ConfigError, ScansConfig, ScansEnd, ScansLayers, SteeringConfig
 from dcr.models import Policy
@@ -45,11 +45,7 @@ class Query:
 
 
 def find(
-    policy: Policy,
-    chat: ChatFormat,
-    extraction: Extraction,
-    settings: SteeringConfig,
-    batch_size: int,
+    policy: Policy, chat: ChatFormat, extraction: Extraction, settings: SteeringConfig
 ) -> Vectors:
     """Tensors `vectors` [steered blocks, width] and `reference` [compared blocks, width].
 
@@ -60,7 +56,7 @@ def find(
     steered, asked = steered_blocks(depth, scans), query(chat, scans)
     compared = range(steered[0], depth + 1)
     states = {
-        kind: read(policy.model, asked, vectors.encoded(chat, rows), batch_size)
+        kind: read(policy.model, asked, vectors.encoded(chat, rows))
         for kind, rows in (("toxic", extraction.toxic), ("normal", extraction.normal))
     }
     inside = [block - 1 for block in steered]
@@ -136,8 +132,7 @@ def query(chat: ChatFormat, scans: ScansConfig) -> Query:
     if scans.s1 is ScansEnd.prompt_last:
         return Query(suffix, [])
     ids = vectors.behind(chat)
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special |= set(tokenizer.all_special_ids)
+    special = prompts.special_tokens(tokenizer).values()
     first = next((place for place, token in enumerate(ids) if token in special), None)
     tail = [] if first is None else ids[first:]
     if not tail or chat.prompt_ids(vectors.PLACEHOLDER)[-len(tail) :] != tail:
@@ -149,7 +144,7 @@ def query(chat: ChatFormat, scans: ScansConfig) -> Query:
 
 
 def read(
-    model: Any, asked: Query, prompts: Sequence[Sequence[int]], batch_size: int
+    model: Any, asked: Query, prompts: Sequence[Sequence[int]], size: int = vectors.BATCH_SIZE
 ) -> Float[Tensor, "blocks prompts 3 width"]:
     """Outputs of all blocks at the three places of each prompt, suffix appended."""
     offsets, added = [], len(asked.suffix)
@@ -157,7 +152,7 @@ def read(
         ends = bool(asked.tail) and list(prompt[-len(asked.tail) :]) == asked.tail
         end = len(asked.tail) if ends else 1
         offsets.append([-added - 1, -added - end, -1])
-    return vectors.read(model, [[*p, *asked.suffix] for p in prompts], offsets, batch_size)
+    return vectors.read(model, [[*p, *asked.suffix] for p in prompts], offsets, size=size)
 
 
 def transitions(

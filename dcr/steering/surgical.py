@@ -59,7 +59,6 @@ class Validation:
     seemingly_toxic: Sequence[Tokens]
     clean: Float[Tensor, "prompts vocabulary"]
     refusals: Int[Tensor, " refusals"]
-    batch_size: int
 
 
 @dataclass(frozen=True)
@@ -87,11 +86,7 @@ class Selected:
 
 
 def find(
-    policy: Policy,
-    chat: ChatFormat,
-    extraction: Extraction,
-    settings: SteeringConfig,
-    batch_size: int,
+    policy: Policy, chat: ChatFormat, extraction: Extraction, settings: SteeringConfig
 ) -> Vectors:
     """Tensors `ablated` (w', of length 1) and `added` (r, as it was measured), both [width].
 
@@ -108,13 +103,11 @@ def find(
     refusals = openings(chat, options.refusal_tokens).to(model.device)
     train, held = _split(chat, extraction, options)
     behind = tail(chat, [ids for part in (train, held) for rows in part.values() for ids in rows])
-    kept = _filtered(model, train, refusals, options, batch_size)
-    toxic, seemingly_toxic = directions(model, kept, len(behind), blocks, batch_size)
+    kept = _filtered(model, train, refusals, options)
+    toxic, seemingly_toxic = directions(model, kept, len(behind), blocks)
     pure = orthogonalised(seemingly_toxic, toxic, options.orthogonalise)
-    clean = {kind: last_log_p(model, rows, batch_size) for kind, rows in held.items()}
-    bench = Validation(
-        model, held["normal"], held["seemingly_toxic"], clean["normal"], refusals, batch_size
-    )
+    clean = {kind: last_log_p(model, rows) for kind, rows in held.items()}
+    bench = Validation(model, held["normal"], held["seemingly_toxic"], clean["normal"], refusals)
     log.info(
         "surgical: %d positions × %d blocks are tried, for either vector on %d prompts or fewer",
         *(len(behind), blocks, sum(map(len, held.values()))),
@@ -191,13 +184,12 @@ def _filtered(
     train: Mapping[str, Sequence[Tokens]],
     refusals: Int[Tensor, " refusals"],
     options: SurgicalConfig,
-    batch_size: int,
 ) -> dict[str, list[Tokens]]:
     """Prompts that the model is about to refuse, and normal ones that it is not."""
     kept: dict[str, list[Tokens]] = {}
     for kind, rows in train.items():
         sign = -1 if kind == "normal" else 1
-        scores = sign * refusal_scores(last_log_p(model, rows, batch_size), refusals)
+        scores = sign * refusal_scores(last_log_p(model, rows), refusals)
         kept[kind] = [ids for ids, score in zip(rows, scores.tolist(), strict=True) if score > 0]
     if min(map(len, kept.values())) < FEWEST:
         counts = ", ".join(f"{len(kept[kind])} of {len(train[kind])} {kind}" for kind in KINDS)
@@ -233,7 +225,7 @@ def tail(chat: ChatFormat, sequences: Sequence[Tokens]) -> Tokens:
 
 
 def directions(
-    model: Any, kept: Mapping[str, Sequence[Tokens]], positions: int, blocks: int, batch_size: int
+    model: Any, kept: Mapping[str, Sequence[Tokens]], positions: int, blocks: int
 ) -> tuple[Float[Tensor, "positions blocks width"], Float[Tensor, "positions blocks width"]]:
     """r = toxic − normal and w = seemingly toxic − normal, of the inputs of blocks.
 
@@ -243,7 +235,7 @@ def directions(
     means = {}
     for kind, rows in kept.items():
         offsets = [list(range(-positions, 0))] * len(rows)
-        states = vectors.read(model, rows, offsets, batch_size, Site.block_input, blocks)
+        states = vectors.read(model, rows, offsets, Site.block_input, blocks)
         means[kind] = states.cpu().mean(1, dtype=torch.float64).transpose(0, 1)
     toxic, seemingly_toxic = (
         _or_nan(means[kind] - means["normal"], means["normal"]).float()
@@ -290,13 +282,13 @@ def openings(chat: ChatFormat, words: Sequence[str]) -> Int[Tensor, " refusals"]
 
 
 def last_log_p(
-    model: Any, sequences: Sequence[Sequence[int]], batch_size: int
+    model: Any, sequences: Sequence[Sequence[int]]
 ) -> Float[Tensor, "prompts vocabulary"]:
     """Log-probabilities (in fp32 or wider) of the token that follows each sequence."""
     parts = []
     with torch.no_grad():
-        for start in range(0, len(sequences), batch_size):
-            batch = [tuple(ids) for ids in sequences[start : start + batch_size]]
+        for start in range(0, len(sequences), vectors.BATCH_SIZE):
+            batch = [tuple(ids) for ids in sequences[start : start + vectors.BATCH_SIZE]]
             logits = prefill(model, batch).logits[:, -1]
             wide = torch.promote_types(logits.dtype, torch.float32)
             parts.append(logits.to(wide).log_softmax(-1))
@@ -346,11 +338,11 @@ def select_ablation(
     def ablation(direction: Tensor, _block: int) -> tuple[float, float]:
         edits = everywhere(depth, direction, 1.0)
         with edited(held.model, edits):
-            normal = last_log_p(held.model, held.normal, held.batch_size)
+            normal = last_log_p(held.model, held.normal)
             kl = divergence(held.clean, normal).mean().item()
             if not kl <= bound:  # one pass is saved
                 return kl, math.nan
-            seeming = last_log_p(held.model, held.seemingly_toxic, held.batch_size)
+            seeming = last_log_p(held.model, held.seemingly_toxic)
         return kl, refusal_scores(seeming, held.refusals).mean().item()
 
     return _select("ablation", candidates, ablation, bound, 1)
@@ -368,7 +360,7 @@ def select_addition(
     def addition(direction: Tensor, block: int) -> tuple[float, float]:
         edit = Edit(Site.block_input, block, add=direction)
         with edited(held.model, [edit]):
-            moved = last_log_p(held.model, held.normal, held.batch_size)
+            moved = last_log_p(held.model, held.normal)
         kl = divergence(held.clean, moved).mean().item()
         return kl, refusal_scores(moved, held.refusals).mean().item()
 
@@ -418,20 +410,15 @@ def _nothing_left(name: str, tried: Sequence[float], bound: float) -> str:
 
 
 def find_ablation(
-    policy: Policy,
-    chat: ChatFormat,
-    extraction: Extraction,
-    _settings: SteeringConfig,
-    batch_size: int,
+    policy: Policy, chat: ChatFormat, extraction: Extraction, _settings: SteeringConfig
 ) -> Vectors:
     """The tensor `vector` [width], of length 1."""
     depth = len(models.decoder_blocks(policy.model))
     block = max(1, round(RELATIVE_DEPTH * depth))
     means = []
     for rows in (extraction.toxic, extraction.normal):
-        prompts = vectors.encoded(chat, rows)
-        last = [[-1]] * len(prompts)
-        states = vectors.read(policy.model, prompts, last, batch_size, Site.block_input, block)
+        prompts, last = vectors.encoded(chat, rows), [[-1]] * len(rows)
+        states = vectors.read(policy.model, prompts, last, Site.block_input, block)
         means.append(states[-1, :, 0].mean(0))
     vector = vectors.unit(means[0] - means[1], "toxic and normal prompts")
     return {"vector": vector}, {"block": block}

@@ -22,6 +22,7 @@ from dcr.sources import Example
 
 Info = dict[str, Any]  # what JSON can hold
 Vectors = tuple[dict[str, Tensor], Info]  # tensors by name, and what is to be recorded of them
+BATCH_SIZE = 8  # prompts of one pass
 PLACEHOLDER = "0x5f3759df"  # a prompt that no template holds
 
 
@@ -40,20 +41,20 @@ def read(
     model: Any,
     sequences: Sequence[Sequence[int]],
     offsets: Sequence[Sequence[int]],
-    batch_size: int,
     site: Site = Site.block_output,
     until: int | None = None,
+    size: int = BATCH_SIZE,
 ) -> Float[Tensor, "blocks rows places width"]:
     """Hidden states of each sequence at `offsets[row]`, counted from its end (-1: last token).
 
     Blocks 1 to `until` (None: all) in one pass a batch, in fp32 on the model's device.
     """
     parts = []
-    for start in range(0, len(sequences), batch_size):
-        batch = sequences[start : start + batch_size]
+    for start in range(0, len(sequences), size):
+        batch = sequences[start : start + size]
         ids = padded(batch, 0, left=True).to(model.device)
         mask = attention_mask(batch, left=True).to(ids.device)
-        places = torch.tensor(offsets[start : start + batch_size], device=ids.device) + ids.shape[1]
+        places = torch.tensor(offsets[start : start + size], device=ids.device) + ids.shape[1]
         parts.append(activations.states(model, ids, mask, places, site, until))
     return torch.cat(parts, 1)
 

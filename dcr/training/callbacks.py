@@ -95,9 +95,7 @@ class Snapshots(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
@@ -124,9 +122,7 @@ class Progress(Callback):
             mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file keeps every line
         )
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         if self.bar is not None:
             loss = float(trainer.callback_metrics[self.loss])
             self.bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
@@ -145,9 +141,7 @@ class Progress(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._close()
 
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, *_: Any, **__: Any) -> None:
         self._close()
 
     def _close(self) -> None:
@@ -161,9 +155,7 @@ class Holding(Callback):
     def __init__(self, lease: Lease) -> None:
         self.lease = lease
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         self.lease.check()
 
 
@@ -178,9 +170,7 @@ class StepClock(Callback):
         self.run, self.stage = run, stage
         self.seconds, self.tokens, self.steps, self.began = 0.0, 0, 0, 0.0
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         self.began = time.perf_counter()
 
     def on_train_batch_end(

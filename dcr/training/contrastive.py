@@ -153,20 +153,13 @@ class ContrastiveModule(ResumableModule):
             hidden = self.hidden(batch.ids, batch.mask)
         return activations.pooled(taken[0], batch.spans), hidden
 
-    def hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Final-normed hidden states [batch, length, width]; no logits."""
-        backbone = models.backbone(self.model)
-        return backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-
     def mean_nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Token mean of the next-token NLL where a target stands (ambiguity 7).
 
         Of several ranks each has its part of the mean over the tokens of all.
         """
-        where = targets != IGNORED
-        labelled = {"hidden": hidden[where], "targets": targets[where]}
-        total, _ = losses.token_nll(**labelled, **models.readout(self.model))
-        return total / summed_over_ranks(where.sum())
+        total, _ = self.labelled_nll(hidden, targets)
+        return total / summed_over_ranks((targets != IGNORED).sum())
 
     def circle(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Eq. 5 and its floor, the value at which no pair violates its margin."""

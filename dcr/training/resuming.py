@@ -23,8 +23,9 @@ from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 
-from dcr import batching, storage
+from dcr import batching, losses, models, storage
 from dcr.config import Schedule, UserError
+from dcr.prompts import IGNORED
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +90,17 @@ class ResumableModule(LightningModule):
         for metric in self.modules():
             if isinstance(metric, Metric):
                 metric.persistent(True)
+
+    def hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Final-normed hidden states [batch, length, width]; no logits."""
+        backbone = models.backbone(self.model)
+        return backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+    def labelled_nll(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum over the labelled tokens, and each of them without gradient; no other logits."""
+        where = targets != IGNORED
+        readout = models.readout(self.model)
+        return losses.token_nll(hidden[where], targets=targets[where], **readout)
 
     def on_fit_start(self) -> None:
         # from_pretrained returns evaluation mode and Lightning would keep it
@@ -202,9 +214,7 @@ class StepSeed(Callback):
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         key = f"{self.seed}/{trainer.global_step}/{trainer.global_rank}"
         torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big"))
 
@@ -297,15 +307,15 @@ def newest_checkpoint(folder: Path, module: torch.nn.Module) -> Path | None:
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: a file where checkpoints belong; delete it to start the stage")
-    found = _files(folder)[::-1]
-    for checkpoint in found:
+    checkpoints = _files(folder)[::-1]
+    for checkpoint in checkpoints:
         if not _is_whole(checkpoint):
             log.warning("%s is damaged (its checksum differs): using the one before it", checkpoint)
         elif not _fits(checkpoint, module):
             log.warning("%s is damaged (not of this model): using the one before it", checkpoint)
         else:
             return checkpoint
-    if found:
+    if checkpoints:
         raise UserError(f"{folder}: every checkpoint is damaged; delete the folder to restart")
     return None
 
@@ -339,15 +349,11 @@ class Checkpoints(Callback):
             raise Interrupted(number, "a second time, without another checkpoint")
         self.received = number
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         if not trainer.is_last_batch:
             self._save(trainer, due=trainer.global_step % self.every == 0)
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         self._stop()  # no earlier: only now is the step before in the log
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -375,13 +381,11 @@ class Checkpoints(Callback):
     def _prune(self, trainer: Trainer) -> None:
         if trainer.is_global_zero:
             # a damaged one from before the restart may be newer and does not count
-            found = [file for file in _files(self.folder) if step_of(file) <= self.written]
-            for old in found[:-KEPT]:
+            whole = [file for file in _files(self.folder) if step_of(file) <= self.written]
+            for old in whole[:-KEPT]:
                 trainer.strategy.remove_checkpoint(old)
 
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, *_: Any, **__: Any) -> None:
         self._restore()
 
     def _restore(self) -> None:

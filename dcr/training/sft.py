@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcr import losses, models
 from dcr.config import SFTConfig
 from dcr.data import PairBatch
 from dcr.models import Policy
@@ -58,14 +57,7 @@ class SFTModule(ResumableModule):
         self.log_nll(self.heldout_nll, "/heldout")
 
     def nll(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
-        """Sum over the labelled tokens, and each of them without gradient; no other logits."""
-        backbone = models.backbone(self.model)
-        hidden = backbone(
-            input_ids=batch.ids, attention_mask=batch.mask, use_cache=False
-        ).last_hidden_state
-        where = batch.targets != IGNORED
-        labelled = {"hidden": hidden[where], "targets": batch.targets[where]}
-        return losses.token_nll(**labelled, **models.readout(self.model))
+        return self.labelled_nll(self.hidden(batch.ids, batch.mask), batch.targets)
 
     def weight(self, batch: list[PairBatch]) -> Tensor:
         """What every token's NLL is multiplied by in a step: one over the tokens of all ranks."""

@@ -95,9 +95,7 @@ class Tracker(Callback):
             if number.isdecimal() and int(number) > step:
                 shutil.rmtree(place)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         self._measure(trainer)
 
     def _measure(self, trainer: Trainer) -> None:
@@ -105,19 +103,19 @@ class Tracker(Callback):
         if step not in self.steps or not trainer.is_global_zero:
             return
         began = time.perf_counter()
-        found: dict[str, float] = {}
+        measured: dict[str, float] = {}
         blocks: dict[str, Any] = {}
         place = self.folder / f"step-{step:06d}"
         with trainer.precision_plugin.forward_context():
             for quantity, rows in self.tracked.rows.items():
                 measure, values_of = MEASURES[quantity]
                 blocks[quantity.value] = measure(self.policy, self.chat, rows, self.tracked, place)
-                found |= values_of(blocks[quantity.value])
+                measured |= values_of(blocks[quantity.value])
         results.write_tracked(place / "metrics.json", blocks)
         self.seconds += time.perf_counter() - began
-        found["tracking_seconds"] = self.seconds
+        measured["tracking_seconds"] = self.seconds
+        named = {f"{self.stage}/{key}": value for key, value in measured.items()}
         for logger in trainer.loggers:
-            named = {f"{self.stage}/{key}": value for key, value in found.items()}
             logger.log_metrics({**named, "epoch": trainer.current_epoch}, step)
 
 
@@ -130,13 +128,13 @@ def _refusal_probability(
 
 
 def _probabilities(block: Mapping[str, Any]) -> dict[str, float]:
-    found = {}
+    values = {}
     for kind, means in block["kinds"].items():
-        found[f"refusal_probability/{kind}"] = means["plain"][0]
-        found[f"refusal_probability_prefix_free/{kind}"] = means["prefix_free"][0]
-    for kind, values in block["followed"].items():
-        found[f"refusal_probability/followed/{kind}"] = values["plain"]
-    return found
+        values[f"refusal_probability/{kind}"] = means["plain"][0]
+        values[f"refusal_probability_prefix_free/{kind}"] = means["prefix_free"][0]
+    for kind, followed in block["followed"].items():
+        values[f"refusal_probability/followed/{kind}"] = followed["plain"]
+    return values
 
 
 def _kernel(
