@@ -19,6 +19,7 @@ from dcr import eval as eval_entry
 from dcr.config import ConfigError, EvalConfig, ModelConfig, Precision
 from dcr.evaluation import calibration, metrics, subjects
 from dcr.evaluation.calibration import Fork
+from dcr.evaluation.subjects import Subject
 from dcr.generation import OpeningBias
 from dcr.models import Policy
 from dcr.runs import Run
@@ -156,6 +157,33 @@ def test_forks_are_the_answers_under_any_bias(
         assert len(set(opens)) == 2, "both kinds of answers are looked at"
 
 
+def test_a_prefilled_answer_goes_on_from_its_words_and_out_of_reach_of_a_bias(
+    policy: Policy, rows: list[Example]
+) -> None:
+    settings = EvalConfig(model=MODEL)
+    settings.gen.max_new_tokens, settings.gen.prefill = NEW, "Sure, here is"
+    biased = Subject("base", bias=placed(policy, 50.0))
+    asked = rows[:6]
+    given = {
+        c.id: c.response
+        for batch in subjects.answer(settings, biased, lambda: policy, asked)
+        for c in batch
+    }
+    chat = prompts.chat_format(policy.tokenizer, MODEL)
+    for row in asked:
+        ids = [*chat.prompt_ids(row.prompt), *policy.tokenizer.encode("Sure, here is")]
+        answer: list[int] = []
+        while len(answer) < NEW and not (answer and answer[-1] in chat.stop):
+            with torch.inference_mode():
+                logits = policy.model(input_ids=torch.tensor([ids + answer])).logits[0, -1]
+            answer.append(int(logits.argmax()))
+        assert given[row.id] == generation.text(chat, answer)
+    plain, other = Subject("base"), EvalConfig(model=MODEL)
+    other.gen.max_new_tokens = NEW
+    run = Run(Path("anywhere"))
+    assert len({subjects.answers_folder(s, run, plain) for s in (settings, other)}) == 2
+
+
 # --- the command ----------------------------------------------------------------------------------
 
 
@@ -235,6 +263,8 @@ def test_a_run_can_be_the_target(tmp_path: Path) -> None:
         (("calibrate=0.9", "tasks=[discernment]"), "and discernment decodes none"),
         (("calibrate=0.9", "gen.self_cd=1"), "contrasted logits take no bias"),
         (("calibrate=0.9", "calibration.toxic=[]"), "name prompts to calibrate on"),
+        (("gen.prefill=Sure", "tasks=[discernment]"), "only answers are prefilled"),
+        (("gen.prefill=' '",), "nothing to begin an answer with"),
         (
             ("calibrate=0.9", "data.evaluation.safety=[contrasts_toxic_heldout]"),
             r"calibration.toxic=\[contrasts_toxic_heldout\]: is evaluated on as well",
@@ -267,9 +297,11 @@ def test_a_model_that_never_refuses_is_not_calibrated(
 
 
 def test_an_endpoint_is_not_calibrated(tmp_path: Path) -> None:
-    at = ("endpoint=http://127.0.0.1:9/v1", "endpoint_model=m", "calibrate=0.9", "~model")
+    at = ("endpoint=http://127.0.0.1:9/v1", "endpoint_model=m", "~model")
     with pytest.raises(ConfigError, match=r"logit_bias acts on every token .* model= or run="):
-        resolved(tmp_path, *at)
+        resolved(tmp_path, *at, "calibrate=0.9")
+    with pytest.raises(ConfigError, match="a server writes the assistant's turn from its begin"):
+        resolved(tmp_path, *at, "gen.prefill=Sure")
 
 
 def test_prompts_that_were_trained_on_calibrate_nothing() -> None:

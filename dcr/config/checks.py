@@ -196,6 +196,8 @@ def _of_evaluation(config: EvalConfig) -> Iterator[str]:
         yield from _decoding_alone(config, self_cd, "Self-CD is a way to decode answers")
         if (steering := config.steering.method) is not Steering.none:
             yield f"{self_cd} steering={steering.value}: two methods at once; give one"
+    if config.gen.prefill is not None:
+        yield from _prefilled(config, f"gen.prefill={config.gen.prefill!r}")
     if config.calibrate is not None:
         yield from _calibrated(config, f"calibrate={config.calibrate}", self_cd)
     if Task.quality in config.tasks:
@@ -229,6 +231,8 @@ def _at_an_endpoint(config: EvalConfig) -> Iterator[str]:
         (f"calibrate={config.calibrate}", config.calibrate is not None,
          "an endpoint's logit_bias acts on every token of an answer, not on its first alone",
          "model= or run="),
+        (f"gen.prefill={config.gen.prefill!r}", config.gen.prefill is not None,
+         "a server writes the assistant's turn from its beginning", "model= or run="),
         (f"steering={config.steering.method.value}", config.steering.method is not Steering.none,
          "an endpoint's activations cannot be edited", "model="),
     ):  # fmt: skip
@@ -243,6 +247,12 @@ def _decoding_alone(config: EvalConfig, named: str, why: str) -> Iterator[str]:
                 f"{named} tasks=[{task.value}]: {why}, and {task.value} decodes none; leave one of "
                 "the two out"
             )
+
+
+def _prefilled(config: EvalConfig, named: str) -> Iterator[str]:
+    yield from _decoding_alone(config, named, "only answers are prefilled")
+    if not config.gen.prefill or config.gen.prefill.isspace():
+        yield f"{named}: nothing to begin an answer with; name words or leave it out"
 
 
 def _calibrated(config: EvalConfig, named: str, self_cd: str) -> Iterator[str]:

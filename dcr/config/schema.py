@@ -440,6 +440,9 @@ class GenConfig:
     # Self-CD (OverKill, ACL 2024): how much of what a system prompt that stresses safety adds to
     # the logits is taken away; the released code's weight is 1.5. Null decodes plainly.
     self_cd: float | None = None
+    # Words put into the model's mouth, a simple jailbreak: answers go on from them, and what is
+    # stored and judged stands behind them.
+    prefill: str | None = None
     batch_size: int | None = None  # null: as many prompts as the free memory holds
 
 

@@ -181,6 +181,8 @@ def _decoded_otherwise(settings: EvalConfig) -> dict[str, Any]:
         changed["validation"] = True
     if settings.gen.self_cd is not None:
         changed["self_cd"] = settings.gen.self_cd
+    if settings.gen.prefill is not None:
+        changed["prefill"] = settings.gen.prefill
     if settings.calibrate is not None:
         changed["calibrate"] = calibration.label(settings)
     return changed

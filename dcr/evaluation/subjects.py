@@ -127,6 +127,8 @@ def _identity(settings: EvalConfig, subject: Subject) -> dict[str, object]:
         identity["steering"] = edits
     if settings.gen.self_cd is not None:
         identity["self_cd"] = settings.gen.self_cd
+    if settings.gen.prefill is not None:
+        identity["prefill"] = settings.gen.prefill
     if subject.bias is not None:
         identity["opening_bias"] = asdict(subject.bias)
     return identity
@@ -215,7 +217,11 @@ def answer(
             server_of(settings), settings.http, rows, settings.gen, settings.model.system_prompt
         )
     chat = prompts.chat_format(policy().tokenizer, settings.model)
-    openings = refusal.refusal_openings(chat.tokenizer)
+    behind = None
+    if settings.gen.prefill is not None:
+        chat = replace(chat, prefill=settings.gen.prefill)
+        behind = chat.prompt_ids("x")
+    openings = refusal.refusal_openings(chat.tokenizer, behind)
     return generation.complete(
         policy(),
         chat,

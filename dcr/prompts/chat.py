@@ -51,13 +51,15 @@ class ChatFormat:
     system_prompt: str | None
     terminator: int
     stop: tuple[int, ...]
+    prefill: str = ""  # how every answer to `prompt_ids` has begun
 
     def text(self, prompt: str) -> str:
         """The templated prompt up to where the assistant begins to speak."""
         return self._render(self._turns(prompt), generate=True)
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        return self._encode(self.text(prompt))
+        ids = self._encode(self.text(prompt))
+        return [*ids, *self._encode(self.prefill)] if self.prefill else ids
 
     def with_system(self, words: str, asked: str) -> "ChatFormat":
         """The same chat with `words` behind the system prompt that the model has anyhow.

@@ -183,7 +183,9 @@ def steering(evaluation: Evaluation) -> str:
 
 def unedited(evaluation: Evaluation) -> bool:
     """Whether it is of the weights as they are, without steering or another decoding."""
-    return not (steering(evaluation) or {"self_cd", "calibrate"} & set(evaluation.settings))
+    return not (
+        steering(evaluation) or {"self_cd", "calibrate", "prefill"} & set(evaluation.settings)
+    )
 
 
 def _edit(evaluation: Evaluation) -> list[str]:
@@ -378,6 +380,8 @@ def _label(run: RunRecord, evaluation: Evaluation, with_model: bool) -> tuple[st
     model = model if with_model else ()
     target = evaluation.settings.get("calibrate")
     calibrated = () if target is None else (printable(f"calibrated to {target}"),)
+    if (words := evaluation.settings.get("prefill")) is not None:
+        calibrated += (printable(f"prefilled {words!r}"),)
     if method == "base":
         return (METHODS[method], *calibrated, *model)
     edit, seed = steering(evaluation), about(run, evaluation, "seed")

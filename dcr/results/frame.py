@@ -87,6 +87,8 @@ def edit(settings: Mapping[str, Any]) -> str:
         parts.append("validation")
     if settings.get("self_cd") is not None:
         parts.append(f"self_cd={settings['self_cd']}")
+    if settings.get("prefill") is not None:
+        parts.append(f"prefill={settings['prefill']!r}")
     if settings.get("calibrate") is not None:
         parts.append(f"calibrate={settings['calibrate']}")
     return " ".join(parts)
