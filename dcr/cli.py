@@ -64,6 +64,7 @@ PACKAGE = Path(__file__).parent
 CONF = next(p / "conf" for p in (PACKAGE, PACKAGE.parent) if (p / "conf" / "train.yaml").is_file())
 COLUMNS = 100  # of what commands print
 KINDS = {bool: "true/false", int: "integer", float: "number", str: "text", Path: "path"}
+LOG_LINE = "[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"  # as Hydra's scripts have it
 SPELLINGS = "Options are written key=value, --key=value or --key value."
 
 Options = TypeVar("Options")
@@ -98,22 +99,21 @@ class SafeRecord(logging.LogRecord):
 
 
 def _quieten() -> None:
-    """Hide what no user can act on, so that what remains is worth reading."""
+    """Hide what no user can act on, so that what remains is worth reading.
+
+    What Lightning says while it trains, `training.callbacks.quiet` hides.
+    """
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     for name in (
-        "lightning.pytorch.utilities.rank_zero",
         "lightning.pytorch.trainer.connectors.signal_connector",  # a signal has one line, ours
         "lightning.fabric.utilities.seed",
     ):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
-    warnings.filterwarnings("ignore", message=".*already been called.*", module="lightning")
 
 
 def _choice(key: str, *, _root_: DictConfig) -> str:
@@ -425,6 +425,7 @@ def command(
             if {"-h", "--help"} & set(arguments):
                 print(help_of(schema))
                 return 0
+            logging.basicConfig(format=LOG_LINE)
             try:
                 with _stopped_by(goes_on), faults_in_words():
                     main(read(schema, arguments))

@@ -25,8 +25,7 @@ QUIET = (
     "dataloader is not resumable",  # its batches are a function of the step, so it is
     "does not have many workers",
     "smaller than the logging interval",
-    "is_gradient_checkpointing",
-    "LeafSpec",
+    "already been called",
 )
 
 
