@@ -1,5 +1,6 @@
 """The LightningDataModule of both stages: rows drawn in order, and padded for one forward pass."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -273,9 +274,9 @@ class SafetyData(LightningDataModule):
         self.sampler = self._sampler()
 
     def _pairs(self, chat: ChatFormat, rows: list[Example], refusal: bool) -> list[PairRow]:
-        made = []
+        made, encoded = [], functools.cache(chat.pair)  # a plan's placeholders are all alike
         for row in rows:
-            ids, targets = chat.pair(
+            ids, targets = encoded(
                 row.prompt, row.response or "", self.sft.max_len, self.sft.train_on_prompt
             )
             if ids:
