@@ -147,7 +147,9 @@ def augment(options: Options, settings: EvalConfig) -> Tally:
     drawn = rows = sources.read(options.source, root=settings.data.root, kind=kind)
     if options.count is not None:
         drawn = rows = sources.draw(rows, options.count, settings.seed)
-    told = [_instructed(settings, instruction) for instruction in INSTRUCTIONS[: options.attempts]]
+    attempts = [
+        _instructed(settings, instruction) for instruction in INSTRUCTIONS[: options.attempts]
+    ]
     work = Run(Path(f"{options.out}.work"))
     served = settings.endpoint is not None
     author = str(settings.endpoint_model) if served else settings.model.name
@@ -168,7 +170,7 @@ def augment(options: Options, settings: EvalConfig) -> Tally:
         left = [row for row in rows if row.id not in known]
         tally.accepted = len(rows) - len(left)
         why_not: Counter[str] = Counter()
-        for asking in told:
+        for asking in attempts:
             if not left:
                 break
             folder = subjects.answers_folder(asking, work, subject)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 from rapidfuzz import fuzz, process
 
-from dcr.config import ConfigError
 from dcr.text import normalise
 
 COMPARED_CHARACTERS = 512  # of a normalised prompt: bounds the quadratic cost of long texts
@@ -39,26 +38,22 @@ def overlaps(
 
     Exact means equal after `normalise`, over the whole text. Near means a normalised indel
     similarity, 2·LCS/(a + b), of at least `near` over the first 512 normalised characters. The
-    earlier set and row wins a tie. `near=1` leaves exact duplicates only.
-
-    Raises ConfigError if `near` is outside (0, 1].
+    earlier set and row wins a tie. `near`, above 0, leaves exact duplicates only where it is 1.
     """
-    if not 0 < near <= 1:
-        raise ConfigError(f"data.near_duplicate={near}: give a similarity in (0, 1]")
     places = [(name, index) for name, texts in against.items() for index in range(len(texts))]
     references = [normalise(text) for texts in against.values() for text in texts]
     first = dict(reversed(list(zip(references, places, strict=True))))  # the earliest wins
     queries = [normalise(prompt) for prompt in prompts]
-    found = [Overlap(*first[query], True, 1.0) if query in first else None for query in queries]
+    closest = [Overlap(*first[query], True, 1.0) if query in first else None for query in queries]
     if near == 1:
-        return found
-    pending = [i for i, overlap in enumerate(found) if overlap is None]
+        return closest
+    pending = [i for i, overlap in enumerate(closest) if overlap is None]
     heads = [queries[i][:COMPARED_CHARACTERS] for i in pending]
     for row, reference, score in _closest(
         heads, [text[:COMPARED_CHARACTERS] for text in references], near
     ):
-        found[pending[row]] = Overlap(*places[reference], False, score)
-    return found
+        closest[pending[row]] = Overlap(*places[reference], False, score)
+    return closest
 
 
 def report(
@@ -79,7 +74,7 @@ def report(
       there are at least eight; shorter ones are compared as exact and near only.
 
     `by_source` counts the prompts that a source holds in any of these ways: one prompt may count
-    for several sources, and sources that hold none are left out. Raises ConfigError as `overlaps`.
+    for several sources, and sources that hold none are left out.
     """
     prompts = [prompt for texts in evaluated.values() for prompt in texts]
     index = _phrases([normalise(prompt).split() for prompt in prompts], ngram)
@@ -88,9 +83,9 @@ def report(
         distinct = list(dict.fromkeys(texts))
         for place in _sharing(distinct, index, min(ngram, SHORTEST)):
             ways[place][source] = WAYS.index("ngram")
-        for place, found in enumerate(overlaps(prompts, {source: distinct}, near=near)):
-            if found is not None:
-                ways[place][source] = WAYS.index("exact" if found.exact else "near")
+        for place, overlap in enumerate(overlaps(prompts, {source: distinct}, near=near)):
+            if overlap is not None:
+                ways[place][source] = WAYS.index("exact" if overlap.exact else "near")
     first, counts = 0, {}
     for name, texts in evaluated.items():
         counts[name] = _counted(ways[first : first + len(texts)])
@@ -125,15 +120,15 @@ def _phrases(prompts: Sequence[Sequence[str]], ngram: int) -> Index:
 
 def _sharing(texts: Iterable[str], index: Index, shortest: int) -> set[int]:
     """The places of the prompts that share a phrase with one of the texts."""
-    found: set[int] = set()
+    sharing: set[int] = set()
     for text in texts:
         words = normalise(text).split()
         for start in range(len(words) - shortest + 1):
             phrases = index.get(tuple(words[start : start + shortest]))
             for phrase, places in phrases.items() if phrases else ():
                 if tuple(words[start : start + len(phrase)]) == phrase:
-                    found.update(places)
-    return found
+                    sharing.update(places)
+    return sharing
 
 
 def _closest(

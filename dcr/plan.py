@@ -192,14 +192,14 @@ def _stage_table(settings: TrainConfig, plans: list[StagePlan]) -> Table:
 
 def _times(settings: TrainConfig, plans: list[StagePlan]) -> dict[str, list[str]]:
     """A row for the device at hand and one for a GPU, where that is another."""
-    found: dict[str, list[str]] = {}
+    rows: dict[str, list[str]] = {}
     for plan in plans:
         here = cost.throughput(settings, plan.precision, plan.shape.width)
         there = cost.published(cost.ASSUMED_GPU, plan.precision)
         for rate in {here.device: here, there.device: there}.values():
             cell = f"{duration(plan.flops / rate.flops)} ({rate.basis})"
-            found.setdefault(f"time on {rate.device}", []).append(cell)
-    return found
+            rows.setdefault(f"time on {rate.device}", []).append(cell)
+    return rows
 
 
 def _notes(settings: TrainConfig, plans: list[StagePlan]) -> list[str]:
@@ -317,12 +317,12 @@ def _answers(settings: TrainConfig) -> list[Example]:
     """STL-aug's rows, which never come from the hub: a file's, or those that sources here bring."""
     node, named = settings.data.seemingly_toxic, settings.stl_aug.responses
     if named is not None:
-        found = data.read_answers(named, settings.data.root, refusal.is_refusal)
+        answers = data.read_answers(named, settings.data.root, refusal.is_refusal)
     else:
         here = [name for name in node.source if name not in SOURCES or not SOURCES[name].hub]
         rows = [row for name in here for row in sources.read(name, kind=Kind.seemingly_toxic)]
-        found = data.answered(rows, settings.data, refusal.is_refusal)
-    return found * settings.stl_aug.repeat
+        answers = data.answered(rows, settings.data, refusal.is_refusal)
+    return answers * settings.stl_aug.repeat
 
 
 def _drawn(

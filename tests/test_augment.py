@@ -14,18 +14,18 @@ from typing import Any
 
 import pytest
 
-from dcr import augment, cli, config, contamination, data, prompts, refusal, runs, sources, train
-from dcr.augment import INSTRUCTIONS, kept_answers
+from dcr import augment, cli, config, contamination, data, refusal, runs, train
+from dcr.augment import INSTRUCTIONS
 from dcr.config import (
     AugmentConfig,
     ConfigError,
     DataConfig,
     DataError,
     EvaluationSets,
-    Kind,
     SafetyPairsConfig,
     SourceConfig,
     TrainConfig,
+    UserError,
 )
 from dcr.data import Splits
 from dcr.plan import expected
@@ -250,12 +250,13 @@ def test_rows_that_cannot_be_learnt_are_refused(folder: Folder) -> None:
     config = folder.config()
     with pytest.raises(ConfigError, match=r"^stl_aug.responses=null: .*safe.jsonl has no answers"):
         split(config)
-    with pytest.raises(ConfigError, match=r"^stl_aug.responses=none.jsonl: no such file.*augment"):
-        split(config, "none.jsonl")
-    with pytest.raises(DataError, match=r"answers\.jsonl:2: response: missing"):
-        split(config, folder.answers(NOUNS[:1], {"prompt": "Why?"}))
-    with pytest.raises(ConfigError, match="holds toxic prompts, not seemingly_toxic"):
-        split(config, "demo_toxic")
+    for file, fault in (
+        ("none.jsonl", r"^stl_aug.responses=none.jsonl: no such file.*augment"),
+        (folder.answers(NOUNS[:1], {"prompt": "Why?"}), r"answers\.jsonl:2: response: missing"),
+        ("demo_toxic", "holds toxic prompts, not seemingly_toxic"),
+    ):
+        with pytest.raises(UserError, match=fault):
+            split(config, file)
     with pytest.raises(ConfigError, match="every row is a prompt of"):
         split(config, folder.answers((), LEAK))
 
@@ -389,17 +390,6 @@ def test_a_larger_count_adds_rows(folder: Folder) -> None:
     assert len({row["id"] for row in read(folder)}) == 12
 
 
-def test_a_torn_last_line_is_left_out_and_answered_again(folder: Folder) -> None:
-    with scripted(lambda body: answer(noun_of(body))) as server:
-        augment.main(tell(folder, server))
-        file = folder.folder / "out.jsonl"
-        whole = file.read_bytes()
-        file.write_bytes(whole[:-20])
-        augment.main(tell(folder, server))
-        assert len(server.bodies) == 26  # the completion was kept
-    assert file.read_bytes() == whole
-
-
 ROW = '{"id": "i", "prompt": "p", "response": "r", "source": "s", "answered_by": "made"}'
 
 
@@ -454,25 +444,17 @@ def test_a_local_model_answers(folder: Folder, capsys: pytest.CaptureFixture[str
     ("arguments", "words"),
     [
         (["out=a.jsonl"], "^source: nothing given"),
-        (["source=demo_seemingly_toxic"], "^out: nothing given"),
         (["out=a.json"], r"^out=a\.json: .*end in \.jsonl"),
-        (["count=0"], "^count=0: give 1 or more"),
-        (["attempts=x"], "^attempts=x: give a whole number"),
         (["model=tiny", "attempts=4"], "^attempts=4: give 1 to 3"),
-        (["model"], "^model: settings are written key=value"),
         ([], "^who answers"),
         (["model=tiny", "endpoint=http://127.0.0.1:1/v1"], "^who answers"),
         (["run=outputs/x"], "^run=outputs/x: .*dcr.export"),
         (["endpoint=http://127.0.0.1:1/v1"], "say which model there"),
         (["model=tiny", "sorce=x"], "^sorce: no such setting; did you mean source"),
         (["model=tiny", "judge=moderation"], "^judge=moderation: does not say"),
-        (["model=tiny", "judge=nobody"], "judge.*nobody"),
-        (["model=tiny", "judge=llm", "llm.url=nowhere"], "^llm.url=nowhere: not an address"),
         (["model=tiny", "steering=scans"], "^steering=scans: not done here"),
         (["model=tiny", "source=demo_toxic"], "holds toxic prompts, not seemingly_toxic"),
         (["model=tiny", "source=demo_seemingly_toxic", "count=999"], "999 rows asked for, 84"),
-        (["model=tiny", "source=no.jsonl"], "^no.jsonl: No such file"),
-        (["model=nothing_such"], "^model=nothing_such: choose one of"),
     ],
 )
 def test_bad_settings_are_one_line_and_nothing_is_written(
@@ -485,45 +467,14 @@ def test_bad_settings_are_one_line_and_nothing_is_written(
     monkeypatch.chdir(folder.folder)
     before = sorted(folder.folder.iterdir())
     given = {a.partition("=")[0] for a in arguments}
-    if not words.startswith(("^source", "^out: ")):
+    if not words.startswith("^source"):
         defaults = [f"source={folder.safe}", "out=b.jsonl"]
         arguments = arguments + [d for d in defaults if d.partition("=")[0] not in given]
     assert re.search(words, fault(arguments, capsys))
     assert sorted(folder.folder.iterdir()) == before
 
 
-def test_a_file_that_cannot_be_read_is_named(
-    folder: Folder, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (folder.folder / "out.jsonl").mkdir()
-    with scripted(replies) as server:
-        assert "out.jsonl: cannot be read (Is a directory)" in fault(tell(folder, server), capsys)
-    assert server.bodies == []
-
-
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        (b"[" * 100_000, "line: "),
-        (b'{"id": "\xff"}', "line: "),
-        (b"[1]", "line: "),
-        (b'"id": 7', "line: id: "),
-        (b'"prompt": null', "line: prompt: "),
-        (b'"response": []', "line: response: "),
-    ],
-)
-def test_a_damaged_file_of_answers_is_named_with_its_line(
-    tmp_path: Path, damage: bytes, words: str
-) -> None:
-    row = ROW.encode()
-    damaged = damage if words == "line: " else row[:-1] + b", " + damage + b"}"
-    file = tmp_path / "out.jsonl"
-    file.write_bytes(row + b"\n" + damaged + b"\n")
-    with pytest.raises(DataError, match=f"^{file}:2: {words}.*; .*name another file"):
-        kept_answers(file, "made", [sources.Example("i", "p", Kind.seemingly_toxic, "s")])
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_stopped_command_that_is_given_again_asks_nothing_twice(
     folder: Folder, capsys: pytest.CaptureFixture[str], number: signal.Signals
 ) -> None:
@@ -557,43 +508,10 @@ def test_a_stopped_command_that_is_given_again_asks_nothing_twice(
 
 
 def test_an_instruction_stands_behind_the_system_prompt_that_there_is(folder: Folder) -> None:
-    """The user's, or the one that a template writes by itself."""
-    file = folder.folder / "own.jinja"
-    own = "<|im_start|>system\nYou are Tiny.<|im_end|>\n"
-    first = "{% if messages[0]['role'] != 'system' %}" + own + "{% endif %}"
-    file.write_text(first + prompts.CHATML)
-    for more, before in (
-        ([f"model.template={file}"], "You are Tiny.\n\n"),
-        ([f"model.template={file}", "model.system_prompt=Mine."], "Mine.\n\n"),
-        ([], ""),
-    ):
+    for more, before in ((["model.system_prompt=Mine."], "Mine.\n\n"), ([], "")):
         options = cli.read(augment.Options, tell(folder, None, "model=tiny", *more))
         asking = augment._instructed(augment._settings(options), INSTRUCTIONS[1])
         assert asking.model.system_prompt == f"{before}{INSTRUCTIONS[1]}"
-
-
-# --- the real set -------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif("DCR_DATA" not in os.environ, reason="DCR_DATA names no folder of data sets")
-def test_xstest_is_marked_and_its_contrasts_are_not(folder: Folder) -> None:
-    root = os.environ["DCR_DATA"]
-    prompts = sources.read("xstest_safe", root=root)
-    file = write(
-        folder.folder / "answers.jsonl",
-        [{"id": row.id, "prompt": row.prompt, "response": "Like this."} for row in prompts],
-    )
-    config = folder.config(
-        root=root,
-        seemingly_toxic=SourceConfig(["xstest_safe"], count=250),
-        evaluation=EvaluationSets(["xstest_safe", "oktest", "orbench_hard"], ["xstest_unsafe"]),
-    )
-    rows = split(config, file)
-    assert rows.in_distribution == ["xstest_safe"]
-    assert len(rows.augmented) + sum(rows.dropped.values()) == 250
-    assert len(rows.augmented) >= 240
-    with pytest.raises(ConfigError, match=r"xstest_safe has no answers to learn.*dcr.augment"):
-        split(config)
 
 
 # --- training -----------------------------------------------------------------------------------

@@ -233,12 +233,9 @@ def test_what_the_user_names_must_be_there(root: Path) -> None:
             origins.gathered(mine, 0, 11, **asked)
     with pytest.raises(DataError, match="hh_rlhf_red_team: only on the hub"):
         origins.gathered(data("xstest_safe", "hh_rlhf_red_team", root), 0, 11)
-
-
-def test_a_source_with_too_few_prompts_is_named(tmp_path: Path) -> None:
-    write(tmp_path / "few.jsonl", [{"prompt": "Same?"}] * 12)
+    write(root / "few.jsonl", [{"prompt": "Same?"}] * 12)
     with pytest.raises(DataError, match=r"few\.jsonl: 1 distinct prompts, 10 are needed"):
-        origins.gathered(data(str(tmp_path / "few.jsonl"), "demo_toxic"), 0, 20)
+        origins.gathered(data(str(root / "few.jsonl"), "demo_toxic"), 0, 20)
 
 
 def test_the_embedded_corpus_needs_nothing_else() -> None:
@@ -293,15 +290,11 @@ def test_features_are_those_of_stage_one(tuned: TrainConfig, policy: Policy) -> 
     assert found.pairs[0].layers[1].tests[name].estimate == pytest.approx(expected, abs=0.005)
 
 
-def planted_choice() -> Choice:
-    found = material([TRAIN, OTHER], {"elsewhere": TEST})
+def test_table_and_record_name_the_settings_to_use_and_why() -> None:
+    made = material([TRAIN, OTHER], {"elsewhere": TEST})
     axes = {"train_toxic": {3: 4}, "test_toxic": {3: 4}, "other_toxic": {3: 1}}
-    pairs = ranked(found, planted(found, axes), seed=0, near=0.9)
-    return Choice("a/model", pairs, configured=1, notes=["something was left out"])
-
-
-def test_the_table_names_the_settings_to_use_and_why() -> None:
-    found = planted_choice()
+    pairs = ranked(made, planted(made, axes), seed=0, near=0.9)
+    found = Choice("a/model", pairs, configured=1, notes=["something was left out"])
     told = " ".join(describe(found).split())
     assert "- dcr.layer=3: the probe fitted there to train_safe / train_toxic" in told
     assert "3 best" in told
@@ -311,10 +304,6 @@ def test_the_table_names_the_settings_to_use_and_why() -> None:
     assert "- something was left out" in told
     assert "the labels of elsewhere were looked at" in told
     assert all(len(line) <= 100 for line in describe(found).splitlines())
-
-
-def test_the_record_is_json_with_pairs_in_order_of_transfer() -> None:
-    found = planted_choice()
     record = found.record()
     assert json.loads(json.dumps(record, allow_nan=False)) == record
     assert (record["layer"], record["block"]) == (3, 3)
@@ -347,20 +336,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     ("arguments", "message"),
     [
         (["limit=3"], "limit=3: give 10 prompts of each class or more"),
-        (["limit=x"], "limit=x: give a whole number"),
         (["pairs=demo_toxic"], "pairs=demo_toxic: give <seemingly toxic>:<toxic>"),
-        (["pairs="], "pairs=: it needs a value, or leave it out"),
         (["pairs=demo_seemingly_toxc:demo_toxic"], "did you mean demo_seemingly_toxic"),
         (["tests=demo_toxic:demo_toxic"], "demo_toxic holds toxic prompts, not seemingly_toxic"),
         (["tests=demo_seemingly_toxic:demo_toxic"], "tests: no set of another origin than demo_"),
         (["dcr.leyer=1"], "dcr.leyer: no such setting; did you mean dcr.layer?"),
-        (["dcr.layer=3"], "dcr.layer=3: the model has blocks 1 to 2"),
-        (["data=papr"], "data=papr: choose one of demo, paper"),
-        (["data.root=/not/here", "data=paper"], "data.root=/not/here: not a folder"),
         (["out=notes.txt"], "out=notes.txt: name a .json file"),
         (["model.name=/not/here"], "model.name=/not/here: cannot be opened"),
-        (["verbose"], "verbose: settings are written key=value"),
-        (["--verbose=1"], "--verbose=1: no such setting"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

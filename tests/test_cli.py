@@ -32,14 +32,12 @@ BAD_SETTINGS = {
     "epochs=3": "epochs: no such setting; did you mean dcr.epochs or model.epochs or sft.epochs?",
     "gen.max_new_tokens=3": "gen.max_new_tokens: no such setting; --cfg job lists what there is",
     "+foo=1": "foo: no such setting; --cfg job lists what there is",
-    "++dcr.epoch=1": "dcr.epoch: no such setting; did you mean dcr.epochs?",
     "+dcr.epochs=1": "+dcr.epochs: exists already; leave out the +",
     "~dcr.margin": "~dcr.margin: a setting cannot be taken away; give it a value",
     "model=qwen3": "model=qwen3: choose one of llama3_8b, qwen2_5_1_5b, qwen2_5_7b, smollm2_135m, "
     "tiny; any other: model.name=<folder or hub id>",
     "sweep=seeds": "sweep=seeds: choose one of epochs, layer_margin, methods, ratio",
     "dcr.margin=abc": "dcr.margin=abc: give a number",
-    "dcr.margin=": "dcr.margin=: give a number",
     "dcr.epochs=1.5": "dcr.epochs=1.5: give a whole number",
     "dcr.epochs=null": "dcr.epochs=null: it needs a value",
     "sft.train_on_prompt=maybe": "sft.train_on_prompt=maybe: give true or false",
@@ -53,15 +51,12 @@ BAD_SETTINGS = {
     "dcr.epochs=0": "dcr.epochs=0: give 1 or more",
     "dcr.optim.lr=-0.1": "dcr.optim.lr=-0.1: give a learning rate above 0",
     "dcr.margin=nan": "dcr.margin=nan: give a number inside (0, 1)",
-    "dcr.scale=0": "dcr.scale=0.0: give a number above 0",
     "dcr.layer=3": "dcr.layer=3: the model has blocks 1 to 2",
-    "dcr.layer=0": "dcr.layer=0: the model has blocks 1 to 2",
     "dcr.layer=-1": "dcr.layer=-1: blocks are counted from 1",
     "dcr.ratio=0": "dcr.ratio=0.0: give toxic rows per seemingly toxic row, above 0",
     "dcr.ratio=50": "dcr.ratio=50.0 asks for 2000 rows: only ",
     "dcr.batch_size=2": "dcr.batch_size=2: a prompt needs one of its own class and one of the "
     "other beside it; give 3 or more",
-    "dcr.batch_size=1": "dcr.batch_size=1: a prompt needs one of its own class",
     "sft.lora.targets=[]": "sft.lora.targets=[]: name modules, or [all-linear]",
     "seed=-1": "seed=-1: give a whole number in [0, 2**32)",
     "wandb.project=a/b": "wandb.project=a/b: use letters, digits, '.', '_' and '-' only",
@@ -71,7 +66,6 @@ BAD_SETTINGS = {
     "data.toxic.source=no/such.jsonl": "no/such.jsonl: No such file or directory; check the path",
     "data.toxic.source=alpaca": "alpaca holds normal prompts, not toxic; choose another source",
     "model.name=../../etc/x": "model.name=../../etc/x: cannot be opened",
-    "dcr.ratio=1e308": "dcr.ratio=1e+308: give toxic rows per seemingly toxic row, above 0",
     "sft.lr=1e38": "sft.lr=1e+38: give a learning rate above 0, at most 1",
     "sft.lora.targets=[nope]": "sft.lora.targets=[nope]: nope match nothing in the model's blocks; "
     "choose from down_proj, ",
@@ -79,9 +73,6 @@ BAD_SETTINGS = {
     "sft.max_len=8": "sft.max_len=8: no training pair fits; raise it",
     "sft.max_len=4096": "sft.max_len=4096: the model's context is 2048 tokens; lower it",
     "trainer.strategy=nope": "trainer.strategy=nope: choose one of auto, ddp",
-    "trainer.strategy=fsdp": "trainer.strategy=fsdp: choose one of auto, ddp",
-    "trainer.accelerator=tpu": "trainer.accelerator=tpu: choose one of auto, cpu, gpu, ",
-    "trainer.threads=100000": "trainer.threads=100000: give 1 to 1024, or null",
     "trainer.devices=100000": "trainer.devices=100000: this machine has ",
     "trainer.num_nodes=2": "trainer.num_nodes=2: no launcher says which node this is",
     "wandb.tags=['']": "wandb.tags=['']: give 1 to 64 characters each",
@@ -91,9 +82,7 @@ BAD_SETTINGS = {
     "stage=sft": "holds no contrastive/ to start from; run stage=contrastive or stage=all",
     "dcr.margin=1,2": "dcr.margin=1,2: several values; add -m to try each, or write key=[a,b]",
     "dcr.margin": "dcr.margin: cannot be read; settings are written key=value",
-    "dcr.margin=[1": "dcr.margin=[1: cannot be read; settings are written key=value",
     "=3": "model=, data=, preset= and sweep= take the name of a file in conf/",
-    "preset=null": "model=, data=, preset= and sweep= take the name of a file in conf/",
     "--model": "--model: settings are written key=value",
     "--experimental-rerun=job.pickle": "--experimental-rerun: it would unpickle a file",
     "--config-dir=elsewhere": "--config-dir: its files could name code to run",
@@ -117,15 +106,10 @@ BAD_COMMANDS = {
     "train.py dcr.scale=2 -m dcr.margin=0.1": "dcr.margin=0.1: options come first, as in -m",
     "eval.py": "nothing to evaluate: give run=<folder>, model=<name> or endpoint=<url>",
     "eval.py run=not/there": "run=not/there: no config.yaml there; name a run folder",
-    "eval.py model=qwen3": "model=qwen3: choose one of",
     "eval.py model=tiny tasks=[]": "tasks=[]: nothing to evaluate; name at least one task",
     "eval.py model=tiny tasks=[foo]": "tasks=[foo]: choose one of over_refusal, safety",
     "eval.py model=tiny limit=0": "limit=0: give 1 or more, or null for whole sets",
-    "eval.py model=tiny wandb.project=a/b": "wandb.project=a/b: use letters",
     "eval.py model=tiny dcr.margin=0.3": "dcr.margin: no such setting",
-    "eval.py model=tiny precision=fp8": "precision=fp8: choose one of mixed, bf16, fp32",
-    "eval.py model=tiny keyword.rules=paper": "keyword.rules: no such setting",
-    "eval.py model=tiny trainer.devices=2": "trainer.devices: no such setting",
 }
 BAD = [([], given.split(), says) for given, says in BAD_COMMANDS.items()] + [
     ([] if given.startswith("model=") else ["model=tiny"], ["train.py", given], says)
@@ -148,26 +132,12 @@ def test_a_bad_command_is_one_line_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        (b"", ": "),
-        (b'{"prompt": "hi"}\n{"promt": "hi"}\n', "bad.jsonl:2: prompt: "),
-        (b'{"prompt": 3}\n', "bad.jsonl:1: prompt: "),
-        (b'{"prompt": "hi"\n', "bad.jsonl:1: "),
-        (b'{"prompt": "\xff"}\n', "bad.jsonl:1: "),
-    ],
-    ids=["empty", "no prompt", "wrong type", "half a row", "not UTF-8"],
-)
-def test_malformed_rows_name_file_and_line(
-    command: Command, tmp_path: Path, content: bytes, says: str
-) -> None:
+def test_malformed_rows_name_file_and_line(command: Command, tmp_path: Path) -> None:
     file = tmp_path / "bad.jsonl"
-    file.write_bytes(content)
+    file.write_bytes(b'{"prompt": "hi"}\n{"promt": "hi"}\n')
     ended = command("train.py", "model=tiny", f"data.toxic.source={file}")
     assert ended.code == 2
-    assert f"{tmp_path}/bad.jsonl" in ended.error
-    assert says in ended.error
+    assert f"{file}:2: prompt: " in ended.error
     assert list(tmp_path.iterdir()) == [file]
 
 

@@ -25,9 +25,6 @@ from dcr.generation import Completion, local
 from dcr.models import Policy
 from dcr.prompts import ChatFormat
 from dcr.sources import Example
-from tests.servers.scripted import last_user, scripted
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
 PROMPTS = [
     "Hi",
@@ -471,17 +468,6 @@ def test_a_users_parameters_come_before_ours(
     assert server_asked.parameters == sent
     assert server.parameters == given  # the config itself stays as it was
     assert conversations == [[{"role": "user", "content": PROMPTS[5]}]]
-
-
-def test_who_stops_early_asks_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DCR_TEST_KEY", "none")
-    with scripted(last_user) as made:
-        server = ServerConfig(url=made.url, model="there", key="DCR_TEST_KEY")
-        http = HTTPConfig(concurrency=2, timeout=5, retries=0)
-        batches = generation.complete_remote(server, http, ROWS, GenConfig(max_new_tokens=NEW))
-        next(batches)
-        batches.close()  # pyright: ignore[reportAttributeAccessIssue]
-        assert len(made.bodies) < len(ROWS)
 
 
 # --- the store ----------------------------------------------------------------------------------

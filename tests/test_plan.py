@@ -1,6 +1,5 @@
 """plan=true against published parameter counts, the paper's step counts and measured tensors."""
 
-import functools
 import json
 import math
 from dataclasses import replace
@@ -14,10 +13,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from dcr import cli, config, cost, data, models, plan, refusal
 from dcr.config import ConfigError, LoraConfig, Method, Precision, Stage, TrainConfig
-from dcr.prompts import ChatFormat
-
-# peft asks transformers for a name that the latter has renamed
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
 PUBLISHED = {
     "smollm2_135m": 134_515_008,
@@ -141,14 +136,8 @@ def test_layer_beyond_the_depth_is_refused() -> None:
     ],
 )
 def test_steps_of_the_paper(
-    name: str,
-    which: Stage,
-    steps: tuple[int, int, int],
-    no_weights: None,
-    monkeypatch: pytest.MonkeyPatch,
+    name: str, which: Stage, steps: tuple[int, int, int], no_weights: None
 ) -> None:
-    # rows that are not read are all alike
-    monkeypatch.setattr(ChatFormat, "pair", functools.cache(ChatFormat.pair))
     made = stage(settings(f"model=qwen2_5_{name}", "data=paper"), which)
     assert (made.steps_per_epoch, made.steps, made.warmup) == steps
 

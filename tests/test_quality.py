@@ -3,33 +3,26 @@
 import json
 import math
 import re
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dcr import endpoints
 from dcr.config import (
     AnnotatorConfig,
     ConfigError,
     EvalConfig,
-    HTTPConfig,
     QualityConfig,
+    UserError,
 )
 from dcr.endpoints import EndpointError, Failure, Message, Reply
 from dcr.evaluation import quality
 from dcr.generation import Completion
 from dcr.judges import pairwise
 from dcr.judges.pairwise import Pair
-from tests.forked import killed
-from tests.servers.faults import faulty
-from tests.servers.logprobs import logprobs
-from tests.servers.loopback import Answer, as_json
 from tests.servers.scripted import Body, completion, scripted
 
 LABELS = ("dcr-seed0", "stl-seed0")
@@ -254,15 +247,9 @@ def test_answers_meet_by_id_and_prompt(
     assert sorted(asked[0] for asked in annotator.asked) == [f"Explain item {i}." for i in range(3)]
     assert found["n"] == 3
     assert found["missing"] == 4  # the other prompt; items 3, 4 and 5 of the reference
-
-
-def test_no_common_prompt_is_an_error_that_names_the_reference(
-    settings: EvalConfig, tmp_path: Path, install: Callable[..., Annotator]
-) -> None:
-    install(longer_wins)
     with pytest.raises(ConfigError, match=r"^quality\.reference=.*none of the 2 prompts"):
-        rated(answers(["a"] * 2), answers(["b"] * 2, prefix="other"), settings, tmp_path)
-    assert not (tmp_path / "quality").exists()
+        rated(answers(["a"] * 2), answers(["b"] * 2, prefix="other"), settings, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 # --- what is stored, and never asked again ---
@@ -382,50 +369,40 @@ def test_a_server_without_log_probabilities_stops_at_once(
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("logprobs", False), ("logprobs", None), ("top_logprobs", 1)]
-)
-def test_parameters_must_ask_for_log_probabilities(
-    name: str, value: Any, settings: EvalConfig
-) -> None:
-    quality.check(settings)
-    asked = {**settings.annotator.parameters, name: value}
-    wrong = replace(settings, annotator=replace(settings.annotator, parameters=asked))
-    with pytest.raises(ConfigError, match=rf"^annotator\.parameters\.{name}={value}: .*; ?give"):
-        quality.check(wrong)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
+    ("key", "value", "fault"),
     [
-        (None, "No such file"),
-        (b"{instruction} {output_1} \xff{output_2}", "not UTF-8"),
-        (b"{instruction} {output_1}", r"has no \{output_2\}"),
-        (b"<|im_start|>user\n{instruction}{output_1}<|im_end|> {output_2}", "outside"),
+        ("logprobs", None, r"^annotator\.parameters\.logprobs=None: .*; ?give"),
+        ("top_logprobs", 1, r"^annotator\.parameters\.top_logprobs=1: .*; ?give"),
+        ("prompt", None, r"^annotator\.prompt=.*own\.txt: .*No such file"),
+        ("prompt", "{instruction} {output_1}", r"^annotator\.prompt=.*: has no \{output_2\}"),
+        ("prompt", f"<|im_start|>user\n{PROMPT}<|im_end|> more", r"^annotator\.prompt=.*outside"),
+        ("reference", "nowhere", r"^quality\.reference=.*nowhere: no config\.yaml there"),
+        ("key", None, r"annotator.*OPENAI_API_KEY"),
     ],
 )
-def test_a_prompt_that_cannot_be_used_is_named(
-    content: bytes | None, message: str, settings: EvalConfig, tmp_path: Path
+def test_what_would_fail_after_the_answers_are_written_is_named_before(
+    key: str,
+    value: Any,
+    fault: str,
+    settings: EvalConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    file = tmp_path / "own.txt"
-    if content is not None:
-        file.write_bytes(content)
-    wrong = replace(settings, annotator=replace(settings.annotator, prompt=str(file)))
-    with pytest.raises(ConfigError, match=rf"^annotator\.prompt=.*own\.txt: .*{message}.*; ") as e:
-        quality.check(wrong)
-    assert "\n" not in str(e.value)
-
-
-def test_a_reference_that_is_no_run_is_named(settings: EvalConfig, tmp_path: Path) -> None:
-    wrong = replace(settings, quality=QualityConfig(reference=str(tmp_path / "nowhere")))
-    with pytest.raises(ConfigError, match=r"^quality\.reference=.*nowhere: no config\.yaml there"):
-        quality.check(wrong)
-
-
-def test_the_key_is_asked_for_early(settings: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    wrong = replace(settings, annotator=replace(settings.annotator, url=None))
-    with pytest.raises(EndpointError, match=r"annotator.*OPENAI_API_KEY"):
-        quality.check(wrong)
+    quality.check(settings)
+    if key == "reference":
+        settings.quality.reference = str(tmp_path / value)
+    elif key == "key":
+        monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+        settings.annotator.url = None
+    elif key == "prompt":
+        settings.annotator.prompt = str(tmp_path / "own.txt")
+        if value is not None:
+            (tmp_path / "own.txt").write_text(value)
+    else:
+        settings.annotator.parameters[key] = value
+    with pytest.raises(UserError, match=fault) as caught:
+        quality.check(settings)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_own_prompt_shows_the_first_answer_as_m_and_keeps_quoted_placeholders(
@@ -472,69 +449,15 @@ def test_a_prompt_file_in_the_format_of_alpaca_eval_becomes_turns(tmp_path: Path
 # --- over HTTP ---
 
 
-def test_a_real_model_prefers_what_its_own_logits_say(
-    settings: EvalConfig, tmp_path: Path, tiny_folder: Path
-) -> None:
-    own, other = answers([f"own {i}" for i in range(6)]), answers([f"other {i}" for i in range(6)])
-    whole = {**settings.annotator.parameters, "top_logprobs": 260}
-    with logprobs(tiny_folder) as url:
-        few = replace(settings, annotator=replace(settings.annotator, url=url))
-        every = replace(few, annotator=replace(few.annotator, parameters=whole))
-        quality.check(every)
-        found = rated(own, other, every, tmp_path)
-        found_in_top_5 = rated(own, other, few, tmp_path)
+def test_what_is_asked_and_read_over_http(settings: EvalConfig, tmp_path: Path) -> None:
+    def reply_to(body: Body) -> Body:
+        answer = longer_wins(*shown(body["messages"]))
+        return completion(answer.text, finish="length", top=answer.top, tokens=(40, 1))
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(tiny_folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
-    letters = [tokenizer.convert_tokens_to_ids(letter) for letter in "mM"]
-    wins, in_top_5, tokens = [], [], 0
-    for mine, theirs in zip(own, other, strict=True):
-        switched = pairwise.is_switched(mine.id, settings.seed)
-        first, second = (mine, theirs) if switched else (theirs, mine)
-        text = PROMPT.format(
-            instruction=mine.prompt, output_1=first.response, output_2=second.response
-        )
-        chat = [{"role": "user", "content": text}]
-        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
-        with torch.inference_mode():
-            logits = model(torch.tensor([ids])).logits[0, -1]
-        share = logits[letters].softmax(0)[0 if switched else 1].item()
-        present = set(letters) & set(logits.topk(5).indices.tolist())
-        wins.append(share)
-        in_top_5.append(bool(present))
-        tokens += len(ids)
-    assert found["win_rate"] == pytest.approx(100 * sum(wins) / 6, abs=1e-3)
-    assert (found["n"], found["invalid"], found["error"]) == (6, 0, 0)
-    assert (found["usage"]["prompt_tokens"], found["usage"]["completion_tokens"]) == (tokens, 6)
-    assert found_in_top_5["n"] == sum(in_top_5)
-    assert found_in_top_5["invalid"] == 6 - sum(in_top_5)
-
-
-def slowly_longer_wins(body: Body) -> Answer:
-    answer = longer_wins(*shown(body["messages"]))
-    assert answer.top is not None
-    made = completion(answer.text, finish="length", top=answer.top, tokens=(40, 1))
-    return replace(as_json(made), delay=0.02)
-
-
-def lines_of(folder: Path) -> list[bytes]:
-    return [line for f in folder.glob("quality/*.jsonl") for line in f.read_bytes().splitlines()]
-
-
-def test_kill_minus_nine_loses_no_more_than_what_was_under_way(
-    settings: EvalConfig, tmp_path: Path
-) -> None:
-    sides = answers([f"longer {i}" for i in range(40)]), answers(["short"] * 40)
-    with scripted(slowly_longer_wins) as server, faulty(server.url, lambda *_: None) as proxy:
-        annotator = AnnotatorConfig(url=proxy.url, prompt=settings.annotator.prompt)
-        at = EvalConfig(http=HTTPConfig(concurrency=2), annotator=annotator)
-        killed(lambda: rated(*sides, at, tmp_path), lambda: len(lines_of(tmp_path)) >= 6)
-        time.sleep(0.1)  # what was under way arrives
-        stored, paid = len(lines_of(tmp_path)), proxy.forwarded.total()
-        assert 6 <= stored < 40
-        assert paid - stored <= 2  # at most http.concurrency
-        found = rated(*sides, at, tmp_path)
-        assert proxy.forwarded.total() - paid == 40 - stored
-        assert len(proxy.forwarded) == 40
-    assert (found["n"], found["error"]) == (40, 0)
+    with scripted(reply_to) as server:
+        settings.annotator.url = server.url
+        found = rated(answers(["longer"] * 6), answers(["short"] * 6), settings, tmp_path)
     assert found["win_rate"] == pytest.approx(80)
+    assert (found["usage"]["prompt_tokens"], found["usage"]["completion_tokens"]) == (240, 6)
+    sent = {"temperature": 0, "max_tokens": 1, "logprobs": True, "top_logprobs": 5}
+    assert all(body.items() >= sent.items() for body in server.bodies)

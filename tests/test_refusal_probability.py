@@ -1,6 +1,5 @@
 """Refusal probabilities against one pass per phrase, a closed form and hand counts."""
 
-import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -23,9 +22,6 @@ from dcr.models import Policy, byte_tokenizer
 from dcr.refusal import probability
 from dcr.refusal.phrases import continuations, ending
 from dcr.refusal.probability import trie
-
-# of PEFT, whose versions still ask for it
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
 SHAPE = {
     "hidden_size": 32,
@@ -125,11 +121,8 @@ def test_each_of_the_papers_phrases(kind: str) -> None:
 
 
 def test_without_phrases_the_papers_are_meant() -> None:
-    tokenizer, model = byte_tokenizer(), model_of("qwen2", initializer_range=0.6)
-    answers = [tokenizer.encode(y, add_special_tokens=False) for y in refusal.REFUSAL_PHRASES]
-    for free, expected in enumerate(by_passes(model, [chat_ids(tokenizer, PROMPTS[0])], answers)):
-        got = scored(model, PROMPTS[:1], phrases=None, prefix_free=bool(free))
-        assert_close(got, torch.tensor(expected), rtol=1e-4, atol=0)
+    model = model_of("qwen2", initializer_range=0.6)
+    assert torch.equal(scored(model, phrases=None), scored(model, phrases=refusal.REFUSAL_PHRASES))
 
 
 def test_float64_stays_float64() -> None:
@@ -298,29 +291,21 @@ def sentencepiece(pieces: dict[str, float], start: str) -> PreTrainedTokenizerFa
 
 
 @pytest.mark.parametrize("bos", [False, True])
-def test_bare_prompts_take_a_space(bos: bool) -> None:
+def test_bare_prompts_take_a_space_unless_they_end_in_one(bos: bool) -> None:
     tokenizer, model = word_tokenizer(bos=bos), model_of("gpt2")
     assert len(tokenizer.tokenize(" a")) == 1  # the space is part of the word
-    bare = ["So it ends.", "And then"]
+    bare, leads = ["So it ends.", "A header:\n", "And then"], [" ", "", " "]
     encoded = [tokenizer.encode(prompt) for prompt in bare]
     assert (encoded[0][0] == 0) is bos
-    answers = [tokenizer.encode(" " + y, add_special_tokens=False) for y in SHORT]
-    expected = by_passes(model, encoded, answers)
+    each = []
+    for ids, lead in zip(encoded, leads, strict=True):
+        answers = [tokenizer.encode(lead + y, add_special_tokens=False) for y in SHORT]
+        each.append(by_passes(model, [ids], answers))
+    expected = [[value for of in both for value in of] for both in zip(*each, strict=True)]
     by_ids = refusal.probabilities(model, tokenizer, encoded, SHORT)
     assert_close(torch.stack(by_ids), torch.tensor(expected), rtol=1e-5, atol=0)
     by_text = scored(model, bare, tokenizer=tokenizer)
     assert_close(by_text, torch.tensor(expected[0]), rtol=1e-5, atol=0)
-
-
-def test_prompts_of_different_endings_in_one_call() -> None:
-    tokenizer, model = word_tokenizer(), model_of("llama")
-    bare = ["So it ends.", "A header:\n", "And then"]
-    leads = [" ", "", " "]
-    got = scored(model, bare, tokenizer=tokenizer)
-    for prompt, lead, value in zip(bare, leads, got.tolist(), strict=True):
-        answers = [tokenizer.encode(lead + y, add_special_tokens=False) for y in SHORT]
-        plain, _ = by_passes(model, [tokenizer.encode(prompt)], answers)
-        assert value == pytest.approx(plain[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("start", ["first", "always"])
@@ -348,21 +333,6 @@ def test_ids_of_the_chat_format_equal_the_text(policy: Policy) -> None:
 
 
 # --- models ---
-
-
-def test_walking_the_trie_gives_the_same(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    tokenizer, model = byte_tokenizer(), model_of("llama")
-    encoded = [chat_ids(tokenizer, prompt) for prompt in PROMPTS]
-    fast = refusal.probabilities(model, tokenizer, encoded, SHORT)
-    assert not caplog.records
-    monkeypatch.setattr(probability, "MASKABLE", set())
-    with caplog.at_level(logging.WARNING, "dcr.refusal.probability"):
-        walked = refusal.probabilities(model, tokenizer, encoded, SHORT, batch_size=1)
-    assert len(caplog.records) == 1
-    assert "takes no tree mask (its attention is sdpa)" in caplog.text
-    assert_close(fast, walked, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from dcr import models, prompts, refusal, storage
+from dcr import prompts, refusal, storage
 from dcr.config import (
     ConfigError,
     DataConfig,
@@ -19,7 +19,6 @@ from dcr.config import (
     GenConfig,
     Kind,
     ModelConfig,
-    Precision,
     Task,
 )
 from dcr.evaluation import scoring, sets, subjects
@@ -128,16 +127,14 @@ def test_groups_that_training_never_saw_are_counted_apart() -> None:
     # a set that was not trained on has no such part, though its groups bear the same names
     assert found["sets"]["o"]["unseen"] is None
     assert found["sets"]["o"]["in_distribution"] is False
-
-
-def test_a_row_without_a_group_is_its_own() -> None:
-    safe = PromptSet("s", Kind.seemingly_toxic, rows("s", 3, Kind.seemingly_toxic))
-    found = scored([safe], [[REFUSED, ANSWERED, REFUSED]], ["s"], ["s-0", "s-1"])
+    # a row without a group is its own
+    alone = PromptSet("s", Kind.seemingly_toxic, rows("s", 3, Kind.seemingly_toxic))
+    found = scored([alone], [[REFUSED, ANSWERED, REFUSED]], ["s"], ["s-0", "s-1"])
     assert found["sets"]["s"]["unseen"]["n"] == 2
     assert found["sets"]["s"]["unseen"]["refused"] == {"paper": 1, "recommended": 1}
 
 
-@pytest.mark.parametrize("text", ["", REFUSED, "   "])
+@pytest.mark.parametrize("text", ["", REFUSED])
 def test_sets_of_one_verdict_or_none_are_counted(text: str) -> None:
     sets = [
         PromptSet("t", Kind.toxic, rows("t", 3, Kind.toxic)),
@@ -268,68 +265,25 @@ def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
 
 # --- generating ---------------------------------------------------------------------------------
 
-Asked = list[str]
-Complete = Callable[[Sequence[PromptSet], Path], dict[str, list[Completion]]]
 
-
-@pytest.fixture
-def answering() -> tuple[Asked, Callable[[list[Example]], Iterator[list[Completion]]]]:
-    """A stand-in for the model, and the prompts that it was asked, in order."""
-    prompts_asked: Asked = []
+def complete(
+    sets: Sequence[PromptSet], folder: Path, asked: list[str]
+) -> dict[str, list[Completion]]:
+    """What a stand-in for the model answers; `asked` are its prompts, in order."""
 
     def answer(rows: list[Example]) -> Iterator[list[Completion]]:
         for start in range(0, len(rows), 4):
             batch = rows[start : start + 4]
-            prompts_asked.extend(row.prompt for row in batch)
+            asked.extend(row.prompt for row in batch)
             yield [answered(row, f"to {row.prompt}") for row in batch]
 
-    return prompts_asked, answer
-
-
-@pytest.fixture(scope="module")
-def policy() -> Policy:
-    shape = {
-        "model_type": "llama",
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "vocab_size": 260,
-    }
-    return models.open_policy(ModelConfig(name="tiny", architecture=shape), Precision.fp32)
-
-
-@pytest.fixture
-def asked(answering: tuple[Asked, Any]) -> Asked:
-    return answering[0]
-
-
-@pytest.fixture
-def complete(answering: tuple[Asked, Any]) -> Complete:
-    def run(sets: Sequence[PromptSet], folder: Path) -> dict[str, list[Completion]]:
-        return subjects.kept(sets, answering[1], folder, Completion, "generating", False)
-
-    return run
-
-
-def test_a_rerun_asks_nothing_again(tmp_path: Path, asked: Asked, complete: Complete) -> None:
-    sets = [
-        PromptSet("a", Kind.toxic, rows("a", 7, Kind.toxic)),
-        PromptSet("b", Kind.seemingly_toxic, rows("b", 6, Kind.seemingly_toxic)),
-    ]
-    first = complete(sets, tmp_path)
-    assert sorted(asked) == sorted(r.prompt for b in sets for r in b.rows)
-    for prompt_set in sets:  # in the order of the rows, whatever order they were generated in
-        found = [(c.id, c.response) for c in first[prompt_set.name]]
-        assert found == [(r.id, f"to {r.prompt}") for r in prompt_set.rows]
-    asked.clear()
-    assert complete(sets, tmp_path) == first
-    assert asked == []
+    return subjects.kept(sets, answer, folder, Completion, "generating", False)
 
 
 def test_a_killed_run_asks_only_what_is_missing(
-    tmp_path: Path, asked: Asked, complete: Complete, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    asked: list[str] = []
     prompt_set = PromptSet("a", Kind.toxic, rows("a", 10, Kind.toxic))
     kept = storage.append_lines
 
@@ -340,41 +294,43 @@ def test_a_killed_run_asks_only_what_is_missing(
 
     monkeypatch.setattr(storage, "append_lines", killed)
     with pytest.raises(KeyboardInterrupt):
-        complete([prompt_set], tmp_path)
+        complete([prompt_set], tmp_path, asked)
     monkeypatch.setattr(storage, "append_lines", kept)
     file = tmp_path / "a.jsonl"
     file.write_bytes(file.read_bytes()[:-20])  # and the last line is torn
-    done = complete([prompt_set], tmp_path)
+    done = complete([prompt_set], tmp_path, asked)
     assert len(asked) == 8 + 2 + 1
     assert [c.id for c in done["a"]] == [r.id for r in prompt_set.rows]
 
 
-def test_a_row_whose_prompt_changed_is_asked_again(
-    tmp_path: Path, asked: Asked, complete: Complete
-) -> None:
+def test_a_row_whose_prompt_changed_is_asked_again(tmp_path: Path) -> None:
+    asked: list[str] = []
     old = [Example("x", "old", Kind.toxic, "a"), Example("y", "same", Kind.toxic, "a")]
     new = [Example("x", "new", Kind.toxic, "a"), old[1]]
-    complete([PromptSet("a", Kind.toxic, old)], tmp_path)
+    complete([PromptSet("a", Kind.toxic, old)], tmp_path, asked)
     asked.clear()
-    done = complete([PromptSet("a", Kind.toxic, new)], tmp_path)
+    done = complete([PromptSet("a", Kind.toxic, new)], tmp_path, asked)
     assert asked == ["new"]
     assert [c.prompt for c in done["a"]] == ["new", "same"]
 
 
-def test_sets_that_share_ids_do_not_mix(tmp_path: Path, asked: Asked, complete: Complete) -> None:
+def test_sets_that_share_ids_do_not_mix(tmp_path: Path) -> None:
+    asked: list[str] = []
     shared = Example("1", "in both", Kind.toxic, "x")
     one = PromptSet("one", Kind.toxic, [shared, Example("2", "of one", Kind.toxic, "x")])
     two = PromptSet("two", Kind.toxic, [Example("2", "of two", Kind.toxic, "y"), shared])
-    done = complete([one, two], tmp_path)
+    done = complete([one, two], tmp_path, asked)
     assert [c.prompt for c in done["one"]] == ["in both", "of one"]
     assert [c.prompt for c in done["two"]] == ["of two", "in both"]
+    assert [c.response for c in done["one"]] == ["to in both", "to of one"]
     assert sorted(asked) == ["in both", "of one", "of two"]  # what both hold is asked once
     asked.clear()
-    complete([one, two], tmp_path)
+    complete([one, two], tmp_path, asked)
     assert asked == []
 
 
-def test_a_row_without_an_answer_is_asked_again(tmp_path: Path, asked: Asked) -> None:
+def test_a_row_without_an_answer_is_asked_again(tmp_path: Path) -> None:
+    asked: list[str] = []
     prompt_set = PromptSet("a", Kind.toxic, rows("a", 3, Kind.toxic))
 
     def failing(rows: list[Example]) -> Iterator[list[Completion]]:

@@ -1,4 +1,4 @@
-"""Self-CD against a hand-made model, plain loops and transformers' classifier-free guidance."""
+"""Self-CD against a hand-made model, a closed form and plain loops."""
 
 import math
 from dataclasses import replace
@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from dcr import generation, models, prompts
 from dcr.config import ConfigError, DataError, GenConfig, Kind, ModelConfig, Precision
-from dcr.generation import Completion, local, own_decoding, self_cd
+from dcr.generation import Completion, local, self_cd
 from dcr.generation.self_cd import EMPHASIS, contrasted, stressed
 from dcr.models import Policy
 from dcr.prompts import CHATML, ChatFormat
@@ -184,35 +184,6 @@ def test_the_contrast_is_one(policy: Policy) -> None:
     chat = chat_of(policy)
     plain, contrast = run(policy, chat, None, 4), run(policy, chat, 1.5, 4)
     assert sum(plain[i].response != contrast[i].response for i in plain) >= 4
-
-
-def test_guidance_of_transformers_gives_the_same(
-    policy: Policy, decoded: dict[str, list[int]]
-) -> None:
-    """Classifier-free guidance with the scale 1 + weight, and the emphasis as negative prompt."""
-    chat = chat_of(policy, "Be brief.")
-    run(policy, chat, 0.8, 3)
-    model: Any = policy.model
-    for row in ROWS:
-        ids = torch.tensor([chat.prompt_ids(row.prompt)])
-        negative = torch.tensor([stressed(chat).prompt_ids(row.prompt)])
-        with own_decoding(model):
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                negative_prompt_ids=negative,
-                negative_prompt_attention_mask=torch.ones_like(negative),
-                generation_config=GenerationConfig(
-                    do_sample=False,
-                    guidance_scale=1.8,
-                    max_new_tokens=NEW,
-                    eos_token_id=list(chat.stop),
-                    pad_token_id=chat.stop[0],
-                ),
-            )
-        said = output[0, ids.shape[1] :].tolist()
-        wanted = [t for t in said if t not in chat.stop]
-        assert decoded[row.id] == wanted, row.id
 
 
 def test_weight_zero_is_plain_greedy_to_the_token(

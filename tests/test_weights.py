@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 
-from dcr import cli, models, ntk, prompts, refusal
 from dcr import eval as eval_entry
+from dcr import models, ntk, prompts, refusal
 from dcr import train as train_entry
-from dcr.config import ConfigError, DataConfig, Kind, UserError
+from dcr.config import Kind, UserError
 from dcr.evaluation import sets, weights
 from dcr.runs import Run
 from dcr.training import tracking
 from tests import tiny_run
+from tests.test_eval import resolved
 
 QUANTITIES = "tracking.quantities=[refusal_probability,kernel]"
 ANALYSIS = (
@@ -123,13 +123,8 @@ def test_steps_are_denser_early_and_hold_both_ends() -> None:
 
 
 def evaluated(run: Run, *overrides: str) -> dict:
-    cli.prepare()
-    with initialize_config_dir(str(tiny_run.CONF), version_base="1.3"):
-        composed = compose(
-            "eval", [f"run={run.folder}", "trainer.progress=false", "wandb.mode=disabled",
-                     ANALYSIS, *overrides]
-        )  # fmt: skip
-    eval_entry.evaluate(*eval_entry.resolved(composed))
+    settings, _ = resolved(f"run={run.folder}", ANALYSIS, *overrides)
+    eval_entry.evaluate(settings, run)
     (file,) = run.folder.glob("eval/*/metrics.json")
     return json.loads(file.read_text())
 
@@ -230,11 +225,6 @@ def test_rows_are_refused_before_a_model_is_opened(
     monkeypatch.delattr(models, "open_policy")
     with pytest.raises(UserError, match=words):
         evaluated(pair[0], "tasks=[claims]", override)
-
-
-def test_a_kind_without_a_source_is_said() -> None:
-    with pytest.raises(ConfigError, match=r"data\.analysis\.seemingly_toxic=\[\]: name a source"):
-        sets.every(DataConfig(label="made"))
 
 
 def test_the_first_prompt_stands_in_where_the_papers_is_not(tmp_path: Path) -> None:

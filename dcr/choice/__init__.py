@@ -152,8 +152,8 @@ def choose(
     opened = policy or _opened(settings)
     log.info("reading %d prompts in %d blocks", sum(map(len, rows.values())), facts.depth)
     features = {side: separability.features(opened, part) for side, part in rows.items()}
-    found = ranked(material, features, settings.seed, settings.data.near_duplicate)
-    return Choice(settings.model.name, found, configured, material.notes)
+    transfers = ranked(material, features, settings.seed, settings.data.near_duplicate)
+    return Choice(settings.model.name, transfers, configured, material.notes)
 
 
 def best_layer(settings: TrainConfig, limit: int = LIMIT, policy: Policy | None = None) -> int:
@@ -216,10 +216,10 @@ def ranked(material: Material, features: Features, seed: int, near: float) -> li
     return [_of_pair(pair, material, features, seed, near) for pair in material.candidates]
 
 
-def common(found: Sequence[PairTransfer]) -> list[str]:
+def common(pairs: Sequence[PairTransfer]) -> list[str]:
     """The test sets that every pair was tested on."""
-    shared = set.intersection(*(set(pair.best.tests) for pair in found))
-    return [name for name in found[0].best.tests if name in shared]
+    shared = set.intersection(*(set(pair.best.tests) for pair in pairs))
+    return [name for name in pairs[0].best.tests if name in shared]
 
 
 def mean(intervals: Sequence[Interval]) -> Interval:
@@ -269,17 +269,17 @@ def _labelled(pair: Pair, features: Features) -> Labelled:
 def _tests(pair: Pair, material: Material, features: Features, near: float) -> dict[str, Labelled]:
     """By name the prompts of each test set that are not among the pair's."""
     trained = [row.prompt for side in pair.sides for row in material.rows[side]]
-    found = {}
+    tests = {}
     for name, test in material.tests_of(pair).items():
         points, labels = _labelled(test, features)
         prompts = [row.prompt for side in test.sides for row in material.rows[side]]
         overlaps = contamination.overlaps(prompts, {"train": trained}, near=near)
         apart = torch.tensor([overlap is None for overlap in overlaps])
         if torch.bincount(labels[apart], minlength=2).min() >= FEWEST:
-            found[name] = (points[:, apart], labels[apart])
-    if not found:
+            tests[name] = (points[:, apart], labels[apart])
+    if not tests:
         raise ConfigError(
             f"tests: too few prompts of {', '.join(material.tests_of(pair))} are apart from those "
             f"of {pair}; name others with tests=<seemingly toxic>:<toxic>"
         )
-    return found
+    return tests

@@ -123,12 +123,12 @@ def _of_layer(choice: Choice) -> str:
     best, level = pair.best, pair.level
     others = f"; as good within its interval: {_ranges(level)}" if len(level) > 1 else ""
     now = next((one for one in pair.layers if one.layer == choice.configured), None)
-    told = f", against {_number(now.transfer)} at the configured layer" if now else ""
+    compared = f", against {_number(now.transfer)} at the configured layer" if now else ""
     if choice.layer == choice.configured:
-        told = ", the configured layer"
+        compared = ", the configured layer"
     return (
         f"dcr.layer={best.layer}: the probe fitted there to {pair.pair} transfers "
-        f"best, {_number(best.transfer)} {_ends(best.transfer)}{told}{others}"
+        f"best, {_number(best.transfer)} {_ends(best.transfer)}{compared}{others}"
     )
 
 

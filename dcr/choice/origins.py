@@ -1,7 +1,8 @@
 """Pairs of sources to train a probe on, pairs of another origin to test it on, and their rows."""
 
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from dcr import sources
@@ -106,50 +107,58 @@ def gathered(
     """
     if limit < FEWEST:
         raise ConfigError(f"limit={limit}: give {FEWEST} prompts of each class or more")
-    notes: list[str] = []
-    rows: Sides = {}
-
-    def readable(pair: Pair, asked: bool) -> bool:
-        """Read a pair; one that nobody asked for may be missing, with a note."""
-        try:
-            for kind, names in pair.sides:
-                if (kind, names) not in rows:
-                    rows[kind, names] = _drawn(kind, names, data.root, limit, seed)
-        except DataError as error:
-            if asked:
-                raise
-            notes.append(f"{pair}: left out ({error})")
-            return False
-        return True
-
     first = configured(data)
-    readable(first, asked=True)
-    candidates = [first]
+    material = Material([first], {}, {})
+    draw = functools.partial(_drawn, root=data.root, limit=limit, seed=seed)
+    _readable(material, first, draw, asked=True)
     for pair in _alternatives(data, first) if pairs is None else parsed("pairs", pairs):
-        if pair not in candidates and readable(pair, pairs is not None):
-            candidates.append(pair)
-    material = Material(candidates, {}, rows, notes)
+        known = pair in material.candidates
+        if not known and _readable(material, pair, draw, asked=pairs is not None):
+            material.candidates.append(pair)
     offered = _usual_tests(data) if tests is None else {str(p): p for p in parsed("tests", tests)}
     for label, test in offered.items():
-        if all(_related(test.names, pair.names) for pair in candidates):
-            notes.append(f"{label}: not tested on, of the same origin as what is trained on")
-        elif readable(test, tests is not None):
+        if all(_related(test.names, pair.names) for pair in material.candidates):
+            material.notes.append(
+                f"{label}: not tested on, of the same origin as what is trained on"
+            )
+        elif _readable(material, test, draw, asked=tests is not None):
             material.tests[label] = test
             if all(map(_embedded, {*first.names, *test.names})):
-                notes.append(
+                material.notes.append(
                     f"{label}: held out of the corpus trained on, so hardly another origin"
                 )
-    for pair in list(candidates):
+    _leave_out_untested(material, asked=pairs is not None)
+    return material
+
+
+def _readable(
+    material: Material, pair: Pair, draw: Callable[..., list[Example]], asked: bool
+) -> bool:
+    """Read a pair into the material; one that nobody asked for may be missing, with a note."""
+    try:
+        for kind, names in pair.sides:
+            if (kind, names) not in material.rows:
+                material.rows[kind, names] = draw(kind, names)
+    except DataError as error:
+        if asked:
+            raise
+        material.notes.append(f"{pair}: left out ({error})")
+        return False
+    return True
+
+
+def _leave_out_untested(material: Material, asked: bool) -> None:
+    """Candidates without a test set of another origin; ConfigError where one was `asked` for."""
+    for pair in list(material.candidates):
         if material.tests_of(pair):
             continue
-        if pair == first or pairs is not None:
+        if pair == material.candidates[0] or asked:
             raise ConfigError(
                 f"tests: no set of another origin than {pair} can be read; name one with "
                 "tests=<seemingly toxic>:<toxic>, or set data.root"
             )
-        candidates.remove(pair)
-        notes.append(f"{pair}: left out, no test set is of another origin")
-    return material
+        material.candidates.remove(pair)
+        material.notes.append(f"{pair}: left out, no test set is of another origin")
 
 
 def _alternatives(data: DataConfig, first: Pair) -> list[Pair]:
@@ -194,10 +203,10 @@ def _related(one: set[str], other: set[str]) -> bool:
 
 
 def _collections(names: Sequence[str] | set[str]) -> set[str]:
-    found = set(names)
+    collections = set(names)
     for name in names:
         source = SOURCES.get(name)
         if source is not None:
             hub = source.hub.id if source.hub and "/" in source.hub.id else None
-            found |= {part for part in (source.part_of, source.file, hub) if part}
-    return found
+            collections |= {part for part in (source.part_of, source.file, hub) if part}
+    return collections

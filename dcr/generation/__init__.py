@@ -13,21 +13,5 @@ from dcr.generation.local import (
     complete,
     continued,
     greedy,
-    own_decoding,
     prompt_bytes,
 )
-
-__all__ = [
-    "Completion",
-    "OpeningBias",
-    "batch_size",
-    "check_context",
-    "complete",
-    "complete_remote",
-    "continued",
-    "greedy",
-    "own_decoding",
-    "prompt_bytes",
-    "stored",
-    "text",
-]

@@ -20,22 +20,3 @@ from dcr.refusal.phrases import (
     PhraseError,
 )
 from dcr.refusal.probability import probabilities, refusal_probability
-
-__all__ = [
-    "EXTENDED_PHRASES",
-    "OPENINGS",
-    "PHRASES",
-    "REFUSAL_PHRASES",
-    "RULES",
-    "XSTEST_PREFIXES",
-    "PhraseError",
-    "first_logits",
-    "is_refusal",
-    "outcome",
-    "probabilities",
-    "refusal_log_odds",
-    "refusal_margin",
-    "refusal_mass",
-    "refusal_openings",
-    "refusal_probability",
-]

@@ -109,7 +109,7 @@ def continuations(
     """
     context = end.text + " " * end.spaced
     start = len(end.ids)
-    found: list[Tokens] = []
+    sequences: list[Tokens] = []
     for phrase, ids in zip(
         phrases, _encoded(tokenizer, [context + phrase for phrase in phrases]), strict=True
     ):
@@ -118,8 +118,8 @@ def continuations(
                 f"the prompt's tokens change when {phrase!r} follows {end.text[-20:]!r}; end the "
                 "prompt in a newline or without white space"
             )
-        found.append(ids[start:])
-    return tuple(dict.fromkeys(found))
+        sequences.append(ids[start:])
+    return tuple(dict.fromkeys(sequences))
 
 
 def checked(phrases: Sequence[str]) -> tuple[str, ...]:

@@ -61,10 +61,10 @@ class Trie:
     @cached_property
     def children(self) -> dict[int, list[int]]:
         """Of each node, the inner nodes below it."""
-        found: dict[int, list[int]] = {node: [] for node in range(len(self.tokens) + 1)}
+        below: dict[int, list[int]] = {node: [] for node in range(len(self.tokens) + 1)}
         for place, parent in enumerate(self.parents):
-            found[parent].append(place + 1)
-        return found
+            below[parent].append(place + 1)
+        return below
 
     def edges(self, node: int) -> list[int]:
         """The tokens of the edges that leave a node."""
@@ -163,7 +163,7 @@ def by_tree(model: Any, tree: Trie, prompts: Prefilled) -> Float[Tensor, "batch 
     """Log-probability of every edge: one pass over all inner nodes. The cache is used up."""
     outer = len(tree.edges(0))
     sources = [source - 1 for source in tree.sources[outer:]]
-    found = [edge_log_p(prompts.logits, [0] * outer, tree.labels[:outer])]
+    log_p = [edge_log_p(prompts.logits, [0] * outer, tree.labels[:outer])]
     if sources:
         rows, device = len(prompts.mask), prompts.mask.device
         ids = torch.tensor(tree.tokens, device=device).expand(rows, -1)
@@ -171,17 +171,17 @@ def by_tree(model: Any, tree: Trie, prompts: Prefilled) -> Float[Tensor, "batch 
         places = prompts.mask.sum(1, keepdim=True) + depths - 1
         mask = _tree_mask(tree, prompts.mask, prompts.cache.layers[0].keys.dtype)
         logits = _pass(model, ids, mask, places, prompts.cache, {}).logits
-        found.append(edge_log_p(logits, sources, tree.labels[outer:]))
-    return torch.cat(found, 1)
+        log_p.append(edge_log_p(logits, sources, tree.labels[outer:]))
+    return torch.cat(log_p, 1)
 
 
 def by_walk(model: Any, tree: Trie, prompts: Prefilled) -> Float[Tensor, "batch edges"]:
     """The same, one node after another, for models that cannot take a tree mask."""
-    found: dict[int, Tensor] = {}
+    log_p: dict[int, Tensor] = {}
 
     def visit(node: int, logits: Tensor, cache: Any) -> None:
         labels = tree.edges(node)
-        found[node] = edge_log_p(logits, [0] * len(labels), labels)
+        log_p[node] = edge_log_p(logits, [0] * len(labels), labels)
         below = tree.children[node]
         for child in below:
             own = cache if child == below[-1] else copy.deepcopy(cache)
@@ -191,7 +191,7 @@ def by_walk(model: Any, tree: Trie, prompts: Prefilled) -> Float[Tensor, "batch 
             visit(child, output.logits, output[_cache_name(model)])
 
     visit(0, prompts.logits, prompts.cache)
-    return torch.cat([found[node] for node in sorted(found)], 1)
+    return torch.cat([log_p[node] for node in sorted(log_p)], 1)
 
 
 def edge_log_p(

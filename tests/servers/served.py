@@ -20,7 +20,7 @@ def served(folder: Path | str, *arguments: str) -> Iterator[str]:
     """The model in `folder` on the CPU; `arguments` are further options of the command.
 
     Requests name the model by `str(folder)`. Raises RuntimeError with the end of the server's
-    log if it stops or is not ready in time. No log-probabilities: see `logprobs` for these.
+    log if it stops or is not ready in time.
     """
     port = _free_port()
     command = [str(Path(sys.executable).parent / "transformers"), "serve", str(folder)]
