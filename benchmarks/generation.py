@@ -139,7 +139,7 @@ def continuous_batching(
 def ours(
     policy: Policy, chat: ChatFormat, rows: Sequence[Example], new: int, batch: int | None
 ) -> Answers:
-    openings = refusal.refusal_openings(chat.tokenizer)
+    openings = refusal.refusal_openings(chat)
     batches = generation.complete(
         policy,
         chat,

@@ -105,7 +105,7 @@ def counted(model: Any) -> Iterator[list[int]]:
 def answers(
     policy: Policy, chat: ChatFormat, rows: Sequence[Example], settings: GenConfig
 ) -> dict[str, str]:
-    openings = refusal.refusal_openings(chat.tokenizer)
+    openings = refusal.refusal_openings(chat)
     batches = generation.complete(
         policy, chat, rows, settings, score=lambda logits: refusal.refusal_mass(logits, openings)
     )

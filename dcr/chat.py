@@ -89,7 +89,7 @@ class Dialogue:
 
     def _generate(self, ids: list[int]) -> tuple[str, float]:
         tokenizer = self.chat.tokenizer
-        openings = refusal.refusal_openings(tokenizer)
+        openings = refusal.refusal_openings(self.chat)
         (answer,), masses = generation.continued(
             self.policy,
             self.chat,

@@ -95,7 +95,7 @@ def placed(policy: Policy, bias: float) -> OpeningBias:
 def by_hand(policy: Policy, prompt: str, bias: float) -> list[int]:
     """Greedy tokens, a forward pass each; the first one with the bias on refusal openings."""
     chat = prompts.chat_format(policy.tokenizer, MODEL)
-    openings = refusal.refusal_openings(policy.tokenizer)
+    openings = refusal.refusal_openings(chat)
     ids, answer = chat.prompt_ids(prompt), []
     while len(answer) < NEW:
         with torch.inference_mode():
@@ -126,7 +126,7 @@ def test_a_bias_acts_on_the_first_token_alone(
     assert found == [by_hand(policy, prompt, bias) for prompt in asked]
     if bias >= 0:
         assert (found == decoded(policy, asked, None)) == (bias == 0)
-    openings = set(refusal.refusal_openings(policy.tokenizer).tolist())
+    openings = set(refusal.refusal_openings(prompts.chat_format(policy.tokenizer, MODEL)).tolist())
     if bias == 50:
         assert all(answer[0] in openings for answer in found)
         later = [token for answer in found for token in answer[1:]]

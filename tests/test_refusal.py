@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks import keywords as fit
 from dcr.config import ModelConfig, Precision
 from dcr.models import open_policy
+from dcr.prompts import ChatFormat
 from dcr.refusal import (
     OPENINGS,
     REFUSAL_PHRASES,
@@ -223,35 +224,38 @@ def _words(tokenizer: PreTrainedTokenizerFast, ids: torch.Tensor) -> set[str]:
     return set(tokenizer.convert_ids_to_tokens(ids.tolist()))
 
 
-@pytest.mark.parametrize("prompt", [None, "so I'm it<|end|><|bot|>\n", "so<|bot|>"])
-def test_openings_start_a_turn_without_a_space(prompt: str | None) -> None:
+def _chat(tokenizer: PreTrainedTokenizerFast, lead: str, prefill: str = "") -> ChatFormat:
+    return ChatFormat(tokenizer, lead, None, 0, (0,), prefill)
+
+
+@pytest.mark.parametrize("lead", ["{{ messages[0].content + '<|end|><|bot|>\n' }}", "so<|bot|>"])
+def test_openings_start_a_turn_without_a_space(lead: str) -> None:
     tokenizer = _openings()
-    ids = None if prompt is None else tokenizer.encode(prompt, add_special_tokens=False)
-    openings = refusal_openings(tokenizer, ids)
+    openings = refusal_openings(_chat(tokenizer, lead))
     words = {"I", "It", "As", "My", "No", "Sorry", "Unfortunately"}
     assert _words(tokenizer, openings) == words
     assert openings.dtype == torch.long
     assert openings.tolist() == sorted(set(openings.tolist()))
 
 
-def test_openings_never_take_the_space_that_sentencepiece_puts_in_front() -> None:
-    alphabet = dict.fromkeys(sorted({*"".join(OPENINGS), "▁", "\n"}), -5.0)
-    fast = sentencepiece(alphabet | {"I": -4.0, "▁I": -3.0, "It": -3.0}, "first")
-    assert _words(fast, refusal_openings(fast)) == {"I", "It", "A", "M", "N", "S", "U"}
-
-
-def test_openings_after_a_word_follow_a_space_unless_its_tokens_change() -> None:
+@pytest.mark.parametrize(("lead", "prefill"), [("so<|bot|>", " and so"), ("and so", "")])
+def test_openings_after_a_word_follow_a_space(lead: str, prefill: str) -> None:
     tokenizer = _openings()
-    prompt = tokenizer.encode("and so", add_special_tokens=False)
-    words = _words(tokenizer, refusal_openings(tokenizer, prompt))
+    words = _words(tokenizer, refusal_openings(_chat(tokenizer, lead, prefill)))
     assert words
     assert all(word.startswith("Ġ") for word in words)
-    split = [
-        *tokenizer.encode("so ", add_special_tokens=False)[:-1],
-        *tokenizer.encode(" ", add_special_tokens=False),
-    ]
+
+
+def test_openings_never_take_the_space_that_sentencepiece_puts_in_front() -> None:
+    alphabet = dict.fromkeys(sorted({*"".join(OPENINGS), "x", "▁", "\n"}), -5.0)
+    fast = sentencepiece(alphabet | {"I": -4.0, "▁I": -3.0, "It": -3.0}, "first")
+    found = _words(fast, refusal_openings(_chat(fast, "{{ messages[0].content + '\n' }}")))
+    assert found == {"I", "It", "A", "M", "N", "S", "U"}
+
+
+def test_openings_refuse_a_prefill_whose_tokens_change() -> None:
     with pytest.raises(ValueError, match="tokens change"):
-        refusal_openings(tokenizer, split)
+        refusal_openings(_chat(_openings(), "so<|bot|>", "so "))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -354,7 +354,7 @@ def test_refusal_mass_is_read_off_the_model(policy: Policy, tmp_path: Path) -> N
     )
     done = subjects.answers(settings, Subject("base"), [prompt_set], tmp_path, lambda: policy)
     chat = prompts.chat_format(policy.tokenizer, ModelConfig(name="tiny"))
-    openings = refusal.refusal_openings(policy.tokenizer)
+    openings = refusal.refusal_openings(chat)
     for row, completion in zip(prompt_set.rows, done["a"], strict=True):
         with torch.inference_mode():
             logits = policy.model(input_ids=torch.tensor([chat.prompt_ids(row.prompt)])).logits

@@ -158,7 +158,7 @@ def forks(
     new = min(max_new_tokens, BEGUN)
     encoded = [(row, chat.prompt_ids(row.prompt)) for row in rows]
     generation.check_context(policy, encoded, new)
-    openings = refusal.refusal_openings(chat.tokenizer)
+    openings = refusal.refusal_openings(chat)
     for places, logits in refusal.first_logits(policy.model, [ids for _, ids in encoded]):
         margins = refusal.refusal_margin(logits, openings).tolist()
         among = logits[:, openings.to(logits.device)].argmax(-1).cpu()
@@ -201,7 +201,7 @@ def place(chat: ChatFormat) -> Place:
             "holds these words the bias acts a second time",
             chat.tokenizer.decode(lead),
         )
-    return Place(lead=lead, tokens=refusal.refusal_openings(chat.tokenizer).tolist())
+    return Place(lead=lead, tokens=refusal.refusal_openings(chat).tolist())
 
 
 def chosen(

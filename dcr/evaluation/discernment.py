@@ -54,7 +54,7 @@ def read(policy: Policy, chat: ChatFormat, rows: Sequence[Example]) -> Iterator[
     """
     encoded = [(row, chat.prompt_ids(row.prompt)) for row in rows]
     generation.check_context(policy, encoded, 1)
-    tokens = refusal.refusal_openings(chat.tokenizer)
+    tokens = refusal.refusal_openings(chat)
     for places, logits in refusal.first_logits(policy.model, [ids for _, ids in encoded]):
         both = refusal.refusal_mass(logits, tokens), refusal.refusal_margin(logits, tokens)
         values = zip(places, *(each.tolist() for each in both), strict=True)

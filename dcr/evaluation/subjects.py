@@ -217,11 +217,8 @@ def answer(
             server_of(settings), settings.http, rows, settings.gen, settings.model.system_prompt
         )
     chat = prompts.chat_format(policy().tokenizer, settings.model)
-    behind = None
-    if settings.gen.prefill is not None:
-        chat = replace(chat, prefill=settings.gen.prefill)
-        behind = chat.prompt_ids("x")
-    openings = refusal.refusal_openings(chat.tokenizer, behind)
+    chat = replace(chat, prefill=settings.gen.prefill or "")
+    openings = refusal.refusal_openings(chat)
     return generation.complete(
         policy(),
         chat,

@@ -10,32 +10,24 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from dcr import batching, models
 from dcr.models import unwrapped
-from dcr.refusal.phrases import OPENINGS, Ending, continuations, ending
+from dcr.prompts import ChatFormat
+from dcr.refusal.phrases import OPENINGS, continuations, ending
 from dcr.refusal.probability import prefill, recurrent
 
 BATCH_TOKENS = {"cuda": 2**15, "cpu": 2**11}  # of one pass: more at once are no faster
 
 
-def refusal_openings(
-    tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int] | None = None
-) -> Int[Tensor, "tokens"]:
-    """The distinct first tokens of refusals at the start of an assistant turn, ascending.
+def refusal_openings(chat: ChatFormat) -> Int[Tensor, "tokens"]:
+    """The distinct first tokens of refusals where an assistant's answer begins, ascending.
 
-    Without `prompt_ids` the turn is taken to follow a header that ends in a newline. With them
-    it follows that prompt, after a space if the prompt ends in a word.
-
-    Raises PhraseError if the prompt's tokens change once a refusal follows.
+    Behind the last token of the chat's header, or of its prefill; after a space where that is a
+    word. Raises PhraseError if the prompt's tokens change once a refusal follows.
     """
-    if prompt_ids is None:
-        newline = tuple(tokenizer.encode("\n", add_special_tokens=False))
-        end = Ending(newline, "\n", spaced=False)
-    else:
-        end = ending(tokenizer, prompt_ids)
-    return torch.tensor(sorted({ids[0] for ids in continuations(tokenizer, end, OPENINGS)}))
+    end = ending(chat.tokenizer, chat.prompt_ids("x"))
+    return torch.tensor(sorted({ids[0] for ids in continuations(chat.tokenizer, end, OPENINGS)}))
 
 
 def refusal_mass(

@@ -157,7 +157,7 @@ def read_out(
         heldout = _batches(policy, phase, _by_length(watched), phase.batch_size)
         answers = _answers(chat, rows.normal_heldout, HELD_OUT_ROWS, config.max_len, chance)
         ordinary = _batches(policy, phase, _by_length(answers), GENERAL_ROWS)
-        openings = refusal.refusal_openings(policy.tokenizer)
+        openings = refusal.refusal_openings(chat)
         before = _discernment(policy, heldout, openings, seed)
         losses = _fit(policy, pairs, general, openings, phase, chance)
         moved, first = _moved(policy, ordinary)
