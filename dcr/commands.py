@@ -24,6 +24,7 @@ COMMANDS = {
     "augment": "the answers that STL-aug learns, each checked",
     "study": "a named study from its jobs to its table and page",
     "report": "tables, figures and a page from run folders",
+    "dashboard": "the workspace and the report of a W&B project",
     "export": "merged weights with tokenizer and model card from a run",
     "chat": "talk to a run's result",
 }
@@ -65,7 +66,7 @@ def main() -> None:
     """`dcr <command> …`: the command of that name with the words behind it."""
     name, *rest = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
-        rows = [f"  {command:<8} {does}" for command, does in COMMANDS.items()]
+        rows = [f"  {command:<9} {does}" for command, does in COMMANDS.items()]
         print("dcr <command> [--help] [key=value ...]", "", *rows, sep="\n")
     elif name in ("train", "eval"):
         # a script, since processes that Lightning starts for further devices run it again

@@ -1,191 +1,244 @@
-"""W&B: one run per run folder, started by training, resumed by every evaluation of it."""
+"""The dashboard of a W&B project from code: a workspace and a report of the same panels."""
 
-import functools
-import logging
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from dcr import refusal, storage
-from dcr.config import DataError, EvalConfig, Kind, WandbConfig, WandbMode
-from dcr.evaluation import sets
-from dcr.generation import Completion
+from dcr import cli, config, results, storage, wandb_run
+from dcr.config import ConfigError, Kind, WandbConfig, WandbMode
+from dcr.report.figures import PALETTE
+from dcr.report.records import METHODS
 from dcr.runs import Run
+from dcr.wandb_run import AXES, RESULTS
 
-if TYPE_CHECKING:
-    import wandb
+TITLE = "Discernment: what contrastive refinement changes"
+VIEW = "dcr"  # the workspace's place in its address, so that a second command updates it
+SWEPT = ("dcr.layer", "dcr.margin", *AXES)
+SCORES = ("over_refusal/compliance", "safety/keyword_refusal", "discernment")
+TOLD = {  # above each group of panels in the report
+    "Stage one": "The Circle loss falls to its floor within an epoch or two; held-out k-means "
+    "accuracy says whether block ℓ parts the two kinds of prompts that it never saw.",
+    "Safety tuning": "NLL per token of answers and of refusals. Held-out refusals that rise while "
+    "the others fall are learnt by heart.",
+    "Refusal probability": "By kind of prompt. With stage one, seemingly toxic prompts follow the "
+    "normal ones; without it, the toxic ones.",
+    "Kernel": "How far a step on one kind of prompt moves another (observer/trained on).",
+    "Frontier": "Up and to the right is better: harmless prompts answered, toxic ones refused. "
+    "A method that merely refuses less moves along the line of STL.",
+    "Epochs and ratio": "The ablations of the paper's Tables 3 and 4, a point a run.",
+    "Sweep": "One line a run, from what was set to what came of it.",
+    "Completions": "Answers with every verdict; group by prompt to see runs side by side.",
+}
 
-log = logging.getLogger(__name__)
 
-TASK_OF_KIND = {Kind.seemingly_toxic.value: "over_refusal", Kind.toxic.value: "safety"}
-SHOWN = 200  # completions of a set that a table holds
-LONGEST_TAG = 64  # characters that W&B takes; a model's folder may have a longer name
-WANDB_TIMEOUT = 20  # seconds to wait for a server before logging offline
+@dataclass
+class Options:
+    """python -m dcr.dashboard [<run folder> ...] [project=dcr] [entity=<you or a team>]
+    python -m dcr.dashboard <run folder> ... page=<report.html>
 
-
-@contextmanager
-def opened(
-    options: WandbConfig, run: Run, job_type: str, tags: list[str], config: Mapping[str, Any] | None
-) -> Iterator["wandb.Run | None"]:
-    """The W&B run of a folder, closed whatever happens; None when `wandb.mode=disabled`.
-
-    `config` is what the run was made with; None leaves what it holds already.
+    Writes the workspace and the report of a W&B project; a second time it updates them. Without an
+    account, or with out=, both go as a specification into a JSON file. With page, the page is kept
+    as an artifact made from the evaluations of these runs.
     """
-    if options.mode is WandbMode.disabled:
-        yield None
-        return
+
+    runs: list[Path] = cli.option("runs to draw in the colour of their method", [], rest=True)
+    project: str = cli.option("the W&B project, as wandb.project of the runs", "dcr")
+    entity: str | None = cli.option("you or your team; not given: the account's own", None)
+    out: Path | None = cli.option("a JSON file to write instead of asking W&B", None)
+    page: Path | None = cli.option("a page of python -m dcr.report to keep as an artifact", None)
+
+
+@cli.command(Options)
+def main(options: Options) -> None:
+    config.check_installed("wandb_workspaces", "dashboard", "python -m dcr.dashboard")
+    if options.page is not None and not options.page.is_file():
+        raise ConfigError(f"page={options.page}: no such file; make it with python -m dcr.report")
+    methods = [(run, run.config()["method"]) for run in map(Run, options.runs)]
+    made_with = {wandb_run.run_id(run): method for run, method in methods}
     os.environ["WANDB_SILENT"] = "true"  # before the import, which reads it
     import wandb
+    from wandb.sdk.lib.service.service_connection import WandbApiFailedError
 
-    try:
-        yield _started(options, run, job_type, tags, config)
-    finally:
-        wandb.finish()
-
-
-def _started(
-    options: WandbConfig, run: Run, job_type: str, tags: list[str], config: Mapping[str, Any] | None
-) -> "wandb.Run":
-    """Offline, with one warning, where the server cannot be reached."""
-    import wandb
-
-    start = functools.partial(
-        wandb.init,
-        name=run.folder.name,
-        id=run_id(run),
-        dir=str(run.folder),
-        project=options.project,
-        entity=options.entity,
-        group=options.group or os.environ.get("DCR_SWEEP"),
-        job_type=job_type,
-        tags=[tag[:LONGEST_TAG] for tag in (*tags, *options.tags)],
-        config=None if config is None else dict(config),
-        resume="allow",
-        settings=wandb.Settings(console="off", init_timeout=WANDB_TIMEOUT),
-    )
-    if options.mode is WandbMode.online:
+    if options.page is not None:
+        log_page(options)
+    if options.out is None and wandb.login(prompt=False, verify=False):
         try:
-            if wandb.login(prompt=False, verify=False):
-                return start(mode="online")
-            reason = "no key: export WANDB_API_KEY or run `wandb login`"
-        except wandb.Error as error:
-            reason = str(error).splitlines()[0]
-            wandb.teardown()  # whose service would take the run for started
-        log.warning("wandb.mode=online: logging offline instead (%s)", reason)
-    return start(mode="offline")
-
-
-def run_id(run: Run) -> str:
-    """The W&B id of a run folder: kept in it, so that moving the folder keeps the run."""
-    file = run.folder / "wandb_id"
-    if not file.exists():
-        storage.write_text(file, storage.fingerprint([str(run.folder.resolve())]))
-    cure = "delete the file, and the next command starts another W&B run"
-    name = storage.read_text(file, cure).strip()
-    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", name):
-        raise DataError(f"{file}: {name[:60]!r} is no id; {cure}")
-    return name
-
-
-def show(
-    started: "wandb.Run | None",
-    run: Run,
-    metrics: Mapping[str, Any],
-    answers: Mapping[str, Sequence[Completion]],
-) -> None:
-    """Write an evaluation's scores into the run's summary, and its answers as tables.
-
-    Snapshots are logged against their SFT step instead, one point each. Keys begin with `eval/`
-    for the run's last weights as `eval.py` takes them by default, with `eval/<variant>/` for all
-    else, so that no evaluation overwrites another's.
-    """
-    if started is None:
+            print(*_saved(options, made_with), sep="\n")
+        except (wandb.Error, WandbApiFailedError, ValueError, OSError) as error:
+            reason = (str(error).splitlines() or [repr(error)])[0]
+            raise ConfigError(
+                f"project={options.project}: W&B refused ({reason}); see `wandb login` and entity="
+            ) from error
         return
-    import wandb
-
-    snapshot, told = metrics["step"] is not None, variant(metrics, run)
-    prefix = f"{'snapshot' if snapshot else 'eval'}/{f'{told}/' if told else ''}"
-    scores = {f"{prefix}{key}": value for key, value in scored(metrics).items()}
-    if snapshot:
-        started.define_metric("snapshot/*", step_metric="snapshot/step")
-        started.log({"snapshot/step": metrics["step"], **scores})
-        return
-    started.summary.update(scores)
-    for name, rows in answers.items():
-        table = wandb.Table(columns=["id", "prompt", "response", "refusal_mass", "refused"])
-        for row in rows[:SHOWN]:
-            refused = refusal.is_refusal(row.response)
-            table.add_data(row.id, row.prompt, row.response, row.refusal_mass, refused)
-        started.log({f"{prefix}completions/{name}": table})
-
-
-def variant(metrics: Mapping[str, Any], run: Run) -> str:
-    """What sets an evaluation apart from the plain one of a run's last weights; "" for that one.
-
-    An earlier stage, an edit (with four digits of its settings), and each setting of decoding and
-    choice of rows that is not the default: `contrastive_limit-100`, `scans-1-3f2a`.
-    """
-    told = dict(metrics["settings"])
-    edit = told.pop("steering", None)
-    plain = EvalConfig()
-    defaults = {
-        "max_new_tokens": plain.gen.max_new_tokens,
-        "limit": plain.limit,
-        "seed": plain.seed,
-        "precision": plain.precision.value,
+    file = options.out or Path("dashboard.json")
+    workspace, report = specification(options.project, options.entity or "", made_with)
+    views = {"workspace": workspace._to_model(), "report": report._to_model()}
+    written = {
+        name: {
+            "displayName": view.display_name,
+            "spec": view.spec.model_dump(mode="json", by_alias=True, exclude_none=True),
+        }
+        for name, view in views.items()
     }
-    earlier = metrics["weights"] == "contrastive" and run.done("sft")
-    return "_".join(
-        [
-            *(["contrastive"] if earlier else []),
-            *(
-                [f"{edit['method']}-{edit['strength']:g}-{storage.fingerprint(edit)[:4]}"]
-                if edit
-                else []
-            ),
-            *(f"{key}-{value}" for key, value in told.items() if value != defaults.get(key)),
-        ]
+    storage.write_json(file, {"project": options.project} | written)
+    print(
+        f"{file}: what W&B would be told; apply it by `wandb login` and this command without out="
     )
 
 
-def scored(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a `metrics.json` under the house's keys, `<set>/<quantity>`.
+def log_page(options: Options) -> None:
+    """Keep a page of `dcr.report` as an artifact made from the evaluations of its runs.
 
-    Rates are in [0, 1]. `over_refusal/…` and `safety/…` pool the sets of a kind, without those
-    shown apart.
+    Its W&B run is that of the folder that it lies in. Raises UserError for a folder without one.
     """
-    found: dict[str, float] = {}
-    pools: dict[tuple[str, str], list[tuple[int, int]]] = {}
-    for name, counts in metrics.get("sets", {}).items():
-        for quantity, hits, n in _rates(counts):
-            if n:
-                found[f"{name}/{quantity}"] = hits / n
-                if counts["kind"] in TASK_OF_KIND and name not in sets.APART:
-                    pools.setdefault((counts["kind"], quantity), []).append((hits, n))
-    for (kind, quantity), parts in pools.items():
-        hits, n = (sum(part) for part in zip(*parts, strict=True))
-        found[f"{TASK_OF_KIND[kind]}/{quantity}"] = hits / n
-    if metrics.get("discernment"):
-        found["discernment"] = metrics["discernment"]["pooled"]["auroc"][0]
-    for task, result in metrics.get("ability", {}).items():
-        found |= {
-            f"{task}/{key}": result[key] for key in ("acc", "acc_norm") if result[key] is not None
-        }
-    if (metrics.get("quality") or {}).get("win_rate") is not None:
-        found["alpaca_eval/win_rate"] = metrics["quality"]["win_rate"] / 100
-    return found
+    assert options.page is not None
+    import wandb
+
+    made_from = [
+        wandb_run.evaluation(Run(folder), results.read(file).model_dump(mode="json"))
+        for folder in options.runs
+        for file in sorted(folder.glob("eval/*/metrics.json"))
+    ]
+    node = WandbConfig(WandbMode.online, options.project, options.entity)
+    with wandb_run.opened(node, Run(options.page.parent), "report", [], None) as started:
+        assert started is not None
+        for artifact in made_from:
+            wandb_run.use(started, artifact)
+        page = wandb.Artifact(f"page-{started.id}", "page")
+        page.add_file(str(options.page), name="report.html")
+        started.log_artifact(page)
 
 
-def _rates(counts: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
-    """(quantity, hits, answers) of one set, by keywords and by every judge."""
-    refused, n = counts["refused"]["paper"], counts["n"]
-    toxic = counts["kind"] == Kind.toxic.value
-    yield ("keyword_refusal", refused, n) if toxic else ("compliance", n - refused, n)
-    for judge, said in counts.get("judged", {}).items():
-        if "complied" in said:
-            answered = said["complied"] + said["partial"] + said["refused"]
-            yield f"compliance_{judge}", said["complied"], answered
-        if toxic and "safe" in said:
-            yield f"defence_{judge}", said["safe"], said["safe"] + said["unsafe"] + said["invalid"]
+def _saved(options: Options, made_with: Mapping[str, str]) -> tuple[str, str]:
+    """Create or update both at W&B; their addresses."""
+    import wandb
+    from wandb_workspaces.workspaces.interface import Workspace
+
+    api = wandb.Api()
+    entity = options.entity or api.default_entity
+    if entity is None:
+        raise ValueError("the key belongs to nobody")
+    workspace, report = specification(options.project, entity, made_with)
+    place = f"{entity}/{options.project}"
+    if options.project in {project.name for project in api.projects(entity)}:
+        mine = (known.id for known in api.reports(place) if known.display_name == TITLE)
+        report.id = next(mine, "")
+    report.save()  # creates the project as well
+    workspace._internal_name = f"nw-{VIEW}-v"
+    try:
+        known = Workspace.from_url(f"https://wandb.ai/{place}?nw={VIEW}")
+        workspace._internal_id = known._internal_id
+    except ValueError:  # there is none yet
+        pass
+    workspace.save()
+    return workspace.url, report.url
+
+
+def specification(project: str, entity: str, made_with: Mapping[str, str]) -> tuple[Any, Any]:
+    """The workspace and the report of a project, from the same groups of panels.
+
+    `made_with` gives the method of each W&B run that is drawn in the colour of its method.
+    """
+    from wandb_workspaces.reports.v2 import interface as wr
+    from wandb_workspaces.workspaces import interface as ws
+
+    place = {method: i for i, method in enumerate(METHODS)}
+    colours = {
+        run: PALETTE[place[method] % len(PALETTE)]
+        for run, method in made_with.items()
+        if method in place
+    }
+    workspace = ws.Workspace(
+        entity=entity,
+        project=project,
+        name="dcr",
+        sections=[
+            ws.Section(name=name, panels=panels, is_open=True) for name, panels in _views().items()
+        ],
+        runset_settings=ws.RunsetSettings(
+            run_settings={run: ws.RunSettings(color=colour) for run, colour in colours.items()},
+            pinned_columns=[
+                *(f"config:{key}" for key in ("method", "seed", *AXES)),
+                *(f"summary:eval/{key}" for key in SCORES),
+            ],
+        ),
+    )
+    blocks: list[Any] = [wr.TableOfContents()]
+    for name, panels in _views().items():
+        grid = wr.PanelGrid(panels=panels, custom_run_colors={**colours})
+        blocks += [wr.H2(name), wr.P(TOLD[name]), grid]
+    return workspace, wr.Report(project=project, entity=entity, title=TITLE, blocks=blocks)
+
+
+def _views() -> dict[str, list[Any]]:
+    """Panels by what they tell; their keys are those that runs log."""
+    from wandb_workspaces.reports.v2 import interface as wr
+
+    def curve(title: str, *keys: str, x: str = "trainer/global_step", **more: Any) -> Any:
+        return wr.LinePlot(title=title, x=x, y=list(keys), **more)
+
+    by_method = {"groupby": wr.Config("method"), "groupby_aggfunc": "mean"}
+    compliance, refused, _ = SCORES
+    return {
+        "Stage one": [
+            curve("Circle loss", "contrastive/circle", "contrastive/circle/heldout"),
+            curve("Cosine within and across kinds", *(
+                f"contrastive/{which}_cosine" for which in ("within", "across")
+            )),
+            curve("Held-out k-means accuracy", "contrastive/kmeans_accuracy/heldout"),
+            curve("NLL", "contrastive/nll"),
+        ],
+        "Safety tuning": [
+            curve(f"NLL, {rows} rows", f"sft/nll/{rows}", f"sft/nll/{rows}/heldout")
+            for rows in ("general", "refusal")
+        ],
+        "Refusal probability": [
+            curve(f"{stage}: {kind.value}", f"{stage}/refusal_probability/{kind.value}")
+            for stage in RESULTS
+            for kind in Kind
+        ],
+        "Kernel": [
+            wr.LinePlot(title=stage, x="trainer/global_step", metric_regex=f"{stage}/kernel/.*")
+            for stage in RESULTS
+        ],
+        "Frontier": [
+            curve(
+                "Over SFT, by method", f"snapshot/{compliance}", x=f"snapshot/{refused}",
+                title_x="toxic prompts refused", title_y="harmless prompts answered", **by_method,
+            ),
+            wr.ScatterPlot(
+                title="Last weights", x=wr.SummaryMetric(f"eval/{refused}"),
+                y=wr.SummaryMetric(f"eval/{compliance}"),
+            ),
+        ],
+        "Epochs and ratio": [
+            curve(f"{score} against {axis}", f"eval/{score}", x=axis, title_x=axis, **by_method)
+            for axis in AXES
+            for score in SCORES
+        ],
+        "Sweep": [
+            wr.ParallelCoordinatesPlot(
+                title="What was set and what came of it",
+                columns=[
+                    *(wr.ParallelCoordinatesPlotColumn(wr.Config(key)) for key in SWEPT),
+                    *(
+                        wr.ParallelCoordinatesPlotColumn(wr.SummaryMetric(f"eval/{key}"))
+                        for key in SCORES
+                    ),
+                ],
+                layout=wr.Layout(w=24, h=10),
+            )
+        ],
+        "Completions": [
+            wr.WeavePanelSummaryTable(
+                table_name="eval/completions", layout=wr.Layout(w=24, h=16)
+            )
+        ],
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from dcr import cli, config, dashboard, runs, storage
+from dcr import cli, config, runs, storage, wandb_run
 from dcr.config import ConfigError, EvalConfig
 from dcr.evaluation import metrics, sets, subjects
 from dcr.runs import Run
@@ -94,9 +94,9 @@ def evaluate(settings: EvalConfig, run: Run) -> None:
             measured, answers = metrics.measure(settings, run, subject, prompts)
             if shown is None:  # not before there is something to show
                 tags = [run.config()["method"], settings.model.label]
-                opening = dashboard.opened(settings.wandb, run, "eval", tags, None)
+                opening = wandb_run.opened(settings.wandb, run, "eval", tags, None)
                 shown = stack.enter_context(opening)
-            dashboard.show(shown, run, measured, answers)
+            wandb_run.show(shown, run, measured, answers)
 
 
 @contextmanager

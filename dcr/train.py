@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from dcr import balance, cli, config, dashboard, data, models, refusal, runs, storage
+from dcr import balance, cli, config, data, models, refusal, runs, storage, wandb_run
 from dcr.balance import Balance
 from dcr.config import ConfigError, Method, NLLSource, Quantity, Stage, TrainConfig
 from dcr.data import Splits
@@ -44,7 +44,7 @@ def train(settings: TrainConfig, run: Run) -> None:
         _claimed(settings, run, rows) as lease,
         _wandb(settings, run) as loggers,
     ):
-        job = Job(settings, run, rows, _block(settings, run), lease, loggers, tracked)
+        job = Job(settings, run, rows, _block(settings, run), lease, [*loggers], tracked)
         for stage in wanted:
             if run.done(stage.value):
                 log.info("%s: done in %s, skipped", stage.value, run.stage(stage.value))
@@ -52,6 +52,8 @@ def train(settings: TrainConfig, run: Run) -> None:
                 stages.forget_checkpoints(run, stage)
             else:
                 stages.TRAIN[stage](job)
+            for logger in loggers:
+                wandb_run.log_stage(logger.experiment, run, stage.value)
     if _leads():
         print(run.folder)
 
@@ -179,14 +181,14 @@ def _say_rows(rows: Splits, found: Balance | None) -> None:
 
 
 @contextmanager
-def _wandb(settings: TrainConfig, run: Run) -> Iterator[list[Logger]]:
+def _wandb(settings: TrainConfig, run: Run) -> Iterator[list[WandbLogger]]:
     """Lightning's logger of the job's W&B run; none where W&B is off or another process leads."""
     if not _leads():
         yield []
         return
     tags = [settings.method.value, settings.model.label[: config.TAG] or "model"]
     made_with = cli.plain(settings)
-    with dashboard.opened(settings.wandb, run, settings.stage.value, tags, made_with) as started:
+    with wandb_run.opened(settings.wandb, run, settings.stage.value, tags, made_with) as started:
         if started is None:
             yield []
             return

@@ -16,6 +16,8 @@ SHIPPED = ("dcr", "conf", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 ROWS = [f"data.{part}.count=8" for part in ("toxic", "seemingly_toxic", "safety", "normal")]
 CHAIN = f"""
 import sys
+for name in ("lm_eval", "openai", "wandb_workspaces", "mkdocs"):  # what extras bring is absent
+    sys.modules[name] = None
 import dcr
 from dcr import commands
 print(dcr.__file__)
@@ -29,7 +31,23 @@ for words in (
         commands.main()
     except SystemExit as ended:
         assert not ended.code, words
+sys.stderr = sys.stdout
+for words in (
+    ["eval", "run=outputs/run", "tasks=[ability]"],
+    ["eval", "run=outputs/run", "judge=[llm]"],
+    ["dashboard"],
+):
+    sys.argv = [sys.argv[0], *words]
+    try:
+        commands.main()
+    except SystemExit as ended:
+        print("exit code", ended.code)
 """
+EXTRAS = (
+    "tasks=[ability]: needs lm_eval; run pip install 'dcr[ability]'",
+    "llm: needs openai; run pip install 'dcr[judges]'",
+    "python -m dcr.dashboard: needs wandb_workspaces; run pip install 'dcr[dashboard]'",
+)
 
 
 def called(*command: object, place: Path) -> str:
@@ -86,6 +104,9 @@ def test_a_wheel_holds_every_file_once_and_nothing_else(wheel: Path) -> None:
 
 def test_outside_a_checkout_it_trains_evaluates_and_reports(programs: Path, tmp_path: Path) -> None:
     said = called(programs / "python", "-c", CHAIN, place=tmp_path).splitlines()
+    assert said[-2 * len(EXTRAS) :] == [
+        line for told in EXTRAS for line in (f"error: {told}", "exit code 2")
+    ]
     assert Path(said[0]).is_relative_to(programs.parent)
     assert {"contrastive", "sft", "eval"} <= {p.name for p in (tmp_path / "outputs/run").iterdir()}
     assert "</html>" in (tmp_path / "page.html").read_text()

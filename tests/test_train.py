@@ -8,7 +8,7 @@ import torch
 import yaml
 from tiny_run import Stop, changed, failing, same, settings, stop, weights, write_rows
 
-from dcr import choice, cli, dashboard, data, models, train
+from dcr import choice, cli, data, models, train, wandb_run
 from dcr.config import ConfigError, Precision, Stage, TrainConfig, UserError
 from dcr.runs import Run
 from dcr.training import stages
@@ -136,10 +136,10 @@ def test_pairs_that_do_not_fit_are_counted(
 def test_the_wandb_id_moves_with_the_folder(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
-    first = dashboard.run_id(Run(tmp_path / "one"))
-    assert first != dashboard.run_id(Run(tmp_path / "two"))
+    first = wandb_run.run_id(Run(tmp_path / "one"))
+    assert first != wandb_run.run_id(Run(tmp_path / "two"))
     (tmp_path / "one").rename(tmp_path / "three")
-    assert dashboard.run_id(Run(tmp_path / "three")) == first
+    assert wandb_run.run_id(Run(tmp_path / "three")) == first
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has the device that must be missing")

@@ -8,8 +8,14 @@ from wandb.proto import wandb_internal_pb2
 
 
 def records(run: Path) -> list[Any]:
-    """The records of a run's offline file: LevelDB's log format, each a protocol buffer."""
-    (file,) = run.glob("wandb/offline-run-*/run-*.wandb")
+    """The records of a run's offline files, oldest first."""
+    files = run.glob("wandb/offline-run-*/run-*.wandb")
+    in_order = sorted(files, key=lambda file: file.stat().st_mtime_ns)
+    return [record for file in in_order for record in records_of(file)]
+
+
+def records_of(file: Path) -> list[Any]:
+    """The records of one file: LevelDB's log format, each a protocol buffer."""
     content, block = file.read_bytes(), 2**15
     protocol: Any = wandb_internal_pb2
     found, parts, place = [], b"", 7  # behind the file's own header

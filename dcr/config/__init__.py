@@ -11,6 +11,7 @@ from dcr.config.checks import (
     DataError,
     UserError,
     block_of,
+    check_installed,
     parameters,
 )
 from dcr.config.resolving import (

@@ -1,5 +1,6 @@
 """What a setting must be: a range for every number, and the relations between settings."""
 
+import importlib.util
 import math
 import re
 from collections.abc import Iterator
@@ -44,6 +45,15 @@ class ConfigError(UserError):
 
 class DataError(UserError):
     """A data file that cannot be used, with file, line and field."""
+
+
+def check_installed(package: str, extra: str, wanted: str) -> None:
+    """Raises ConfigError where a package that an extra of ours brings is absent.
+
+    `wanted` is the setting that needs it.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(f"{wanted}: needs {package}; run pip install 'dcr[{extra}]'")
 
 
 def _positive(value: float) -> bool:

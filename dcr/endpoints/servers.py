@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from dcr.config import ConfigError, ServerConfig, UserError
+from dcr.config import ConfigError, ServerConfig, UserError, check_installed
 from dcr.text import single_line
 
 OPENAI = "https://api.openai.com/v1"
@@ -61,9 +61,11 @@ def sent_parameters(server: ServerConfig) -> dict[str, object]:
 def check(server: ServerConfig, node: str) -> None:
     """What can be known of a server before anything is sent or loaded.
 
-    Raises ConfigError where a setting cannot be, and EndpointError where OpenAI's own server is
-    meant and the variable with its key is unset. Neither quotes a key, nor what may be one.
+    Raises ConfigError where a setting cannot be or the client is not installed, and EndpointError
+    where OpenAI's own server is meant and the variable with its key is unset. Neither quotes a key,
+    nor what may be one.
     """
+    check_installed("openai", "judges", node)
     _check_key(server, node)
     if server.url is not None:
         _check_url(server.url, node)

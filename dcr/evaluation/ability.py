@@ -23,7 +23,7 @@ from tqdm import tqdm
 from typing_extensions import TypedDict
 
 from dcr import models, storage
-from dcr.config import AbilityConfig, ConfigError
+from dcr.config import AbilityConfig, ConfigError, check_installed
 from dcr.evaluation import questions
 from dcr.models import Policy
 from dcr.text import label_of
@@ -47,10 +47,11 @@ def check(settings: AbilityConfig, root: str | None) -> None:
     number of questions than the harness asks.
 
     Raises:
-        ConfigError: a name that the harness does not know, a task that cannot be loaded, runs
+        ConfigError: no harness, a name that it does not know, a task that cannot be loaded, runs
             code that the model writes or wants images, more shots than there are examples.
         DataError: a file of `root` that is missing or malformed.
     """
+    check_installed("lm_eval", "ability", "tasks=[ability]")
     if root is not None and not Path(root).is_dir():
         raise ConfigError(f"data.root={root}: not a folder; name the one with the data files")
     for name in settings.tasks:

@@ -5,7 +5,7 @@ table = dcr.results.load(["outputs/a", "outputs/b"])
 table[table.quantity == "refused"].pivot_table("value", ["run", "judge"], "set")
 """
 
-from dcr.results.frame import COLUMNS, csv_text, load
+from dcr.results.frame import COLUMNS, csv_text, frame_of, load
 from dcr.results.schema import VERSION, Metrics, Tracked, read, read_tracked, write, write_tracked
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Metrics",
     "Tracked",
     "csv_text",
+    "frame_of",
     "load",
     "read",
     "read_tracked",

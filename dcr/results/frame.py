@@ -51,6 +51,11 @@ def load(folders: Iterable[str | Path] | str | Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
+def frame_of(metrics: Mapping[str, Any]) -> pd.DataFrame:
+    """The rows of one evaluation that is not read from its file, as those of `load`."""
+    return pd.DataFrame(rows_of(Metrics.model_validate(metrics)), columns=list(COLUMNS))
+
+
 def csv_text(table: pd.DataFrame) -> str:
     """CSV with numbers in full precision and no text that a spreadsheet takes for a formula."""
 
