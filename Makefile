@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo experiment test campaign lint bench clean
+.PHONY: help demo experiment test campaign lint docs bench clean
 .DELETE_ON_ERROR:
 SHELL := bash
 
@@ -68,10 +68,14 @@ lint: $(INSTALLED)  ## ruff, pyright and the import layers
 	$(VENV)/bin/pyright
 	$(VENV)/bin/lint-imports
 
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(INSTALLED)  ## the documentation site, in site/
+	$(VENV)/bin/mkdocs --quiet build --strict
+
 bench: $(INSTALLED)  ## speed and memory against the usual alternatives
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(RUN) "$$script"; done
 
 clean:  ## remove the environment, caches and the demo's results; other results in outputs/ stay
-	rm -rf $(VENV) build dist *.egg-info outputs/demo
+	rm -rf $(VENV) build dist site *.egg-info outputs/demo
 	rm -rf .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

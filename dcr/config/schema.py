@@ -177,26 +177,29 @@ class KernelMethod(Enum):
 class ModelConfig:
     """Which model, and every number the paper sets per model."""
 
-    name: str = MISSING
-    label: str = ""
-    revision: str | None = None
-    trust_remote_code: bool = False
+    name: str = MISSING  # a hub id or a folder
+    label: str = ""  # in tables; empty: made from the name
+    revision: str | None = None  # of a hub model
+    trust_remote_code: bool = False  # run code that comes with the weights
     # The name that the numbers below belong to: naming another model leaves them behind.
     numbers_for: str | None = None
-    layer: int | None = None
-    epochs: int = 3
-    sft_epochs: int = 3
-    sft_lr: float = 1e-4
-    sft_batch_size: int = 128
+    layer: int | None = None  # the block ℓ of stage one, counted from 1
+    epochs: int = 3  # of stage one
+    sft_epochs: int = 3  # of SFT
+    sft_lr: float = 1e-4  # of SFT
+    sft_batch_size: int = 128  # rows a step of SFT
     contrastive_precision: Precision = Precision.mixed
     sft_precision: Precision = Precision.bf16
+    # Names of projections, or [all-linear].
     lora_targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
-    scans_alpha: float = 1.0
+    scans_alpha: float = 1.0  # SCANS' strength
     surgical_add: float = 0.1  # of the harmful direction
     surgical_ablate: float = 0.5  # of the false-refusal direction
+    # Surgical's: first tokens of refusals.
     refusal_tokens: list[str] = field(default_factory=lambda: ["I", "As"])
-    system_prompt: str | None = None
-    template: str | None = None
+    system_prompt: str | None = None  # before every prompt
+    template: str | None = None  # llama3, chatml, plain or a .jinja file; null: the model's own
+    # Of config.json, by which a copy of the model is known.
     architecture: dict[str, Any] | None = None
 
 
@@ -205,12 +208,12 @@ class SourceConfig:
     """Rows of one kind: `source` is a name or path, or a list of them."""
 
     source: Any = MISSING  # one spelling for a name and a list of names: checked in `resolve`
-    count: int | None = None
+    count: int | None = None  # how many rows, drawn by seed; null: all
 
 
 @dataclass
 class SafetyPairsConfig(SourceConfig):
-    refusals_only: bool = False
+    refusals_only: bool = False  # only pairs whose answer refuses by the keyword rules
 
 
 @dataclass
@@ -225,19 +228,19 @@ class AugmentConfig:
     """STL-aug: compliant answers to seemingly toxic prompts, added to the rows of SFT."""
 
     responses: str | None = None  # a JSONL file with prompt and response
-    repeat: int = 1
+    repeat: int = 1  # how often each answer stands among the rows
 
 
 @dataclass
 class EvaluationSets:
-    over_refusal: list[str] = field(default_factory=list)
-    safety: list[str] = field(default_factory=list)
+    over_refusal: list[str] = field(default_factory=list)  # seemingly toxic sets, or files
+    safety: list[str] = field(default_factory=list)  # toxic sets, or files
 
 
 @dataclass
 class DataConfig:
-    label: str = MISSING
-    root: str | None = None
+    label: str = MISSING  # in tables
+    root: str | None = None  # a local folder with the sets' files
     # The toxic source whose prompts are contrasts of the seemingly toxic ones (preset=recommended).
     matched: str | None = None
     seemingly_toxic: SourceConfig = field(default_factory=SourceConfig)
@@ -251,9 +254,9 @@ class DataConfig:
     analysis: SourcesByKind = field(default_factory=SourcesByKind)
     # Share of template groups (pairs of safe and unsafe contrasts) that training never sees.
     group_holdout: float = 0.0
-    validation: float = 0.1
-    near_duplicate: float = 0.9
-    drop_contaminated: bool = True
+    validation: float = 0.1  # share of the rows of SFT, beside them, that is only measured on
+    near_duplicate: float = 0.9  # similarity from which two prompts are one, by edit distance
+    drop_contaminated: bool = True  # leave out rows too near a prompt that is evaluated on
 
 
 class Schedule(Enum):
@@ -266,17 +269,18 @@ class Schedule(Enum):
 class OptimConfig:
     lr: float = 1e-4
     weight_decay: float = 0.0
-    clip: float | None = None
+    clip: float | None = None  # norm that gradients are clipped to; null: not
 
 
 @dataclass
 class CircleConfig:
-    weights: Weights = Weights.paper
+    weights: Weights = Weights.paper  # of pairs: A.8's, or those of the Circle loss paper
 
 
 @dataclass
 class NLLConfig:
-    weight: float = 0.001
+    weight: float = 0.001  # λ of the term that keeps language
+    # Tokens that it is taken over: the prompts' own, or answers of normal pairs.
     source: NLLSource = NLLSource.prompt_tokens
     general_batch_size: int = 4  # normal pairs a step with source=general
 
@@ -286,7 +290,7 @@ class LoraConfig:
     rank: int = 8
     alpha: int = 32
     dropout: float = 0.05
-    targets: list[str] = II("model.lora_targets")
+    targets: list[str] = II("model.lora_targets")  # names of projections, or [all-linear]
 
 
 @dataclass
@@ -296,20 +300,21 @@ class ContrastiveConfig:
     layer: Any = II("model.layer")  # a block, null for `depth`, or auto: see `checks.block_of`
     depth: float = DEFAULT_RELATIVE_DEPTH  # where `layer` falls when neither model nor user sets it
     epochs: int = II("model.epochs")
-    margin: float = 0.25
-    scale: float = 16.0
+    margin: float = 0.25  # of the Circle loss (Eq. 5)
+    scale: float = 16.0  # γ of the Circle loss
     ratio: float | None = 2.0  # null: every toxic row that is left
-    draws: int | None = None
-    batch_size: int = 32
-    sampler: Sampler = Sampler.balanced
+    draws: int | None = None  # prompts an epoch; null: as many as there are
+    batch_size: int = 32  # prompts a step
+    sampler: Sampler = Sampler.balanced  # both kinds equally often in a batch, or by their numbers
+    # Which state stands for a prompt: of its last token, or the mean.
     pooling: Pooling = Pooling.last
-    train_embeddings: bool | None = None
+    train_embeddings: bool | None = None  # null: where they are not tied to the head
     circle: CircleConfig = field(default_factory=CircleConfig)
     nll: NLLConfig = field(default_factory=NLLConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: Schedule = Schedule.constant
     precision: Precision = II("model.contrastive_precision")
-    adapter: Adapter = Adapter.full
+    adapter: Adapter = Adapter.full  # train the blocks' own weights, or a LoRA adapter on them
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 
@@ -321,12 +326,14 @@ class ReadoutConfig:
     """
 
     steps: int = 0  # 0: no such phase
+    # Harmless sides of the pairs.
     seemingly_toxic: list[str] = field(
         default_factory=lambda: ["contrasts_seemingly_toxic", "demo_seemingly_toxic"]
     )
+    # Harmful sides of the pairs, of the same topics.
     toxic: list[str] = field(default_factory=lambda: ["contrasts_toxic", "demo_toxic"])
     heldout: float = 0.1  # share of topics that are only measured on
-    blocks: int = 2
+    blocks: int = 2  # the last so many
     batch_size: int = 32
     lr: float = 1e-3
     weight_decay: float = 0.01
@@ -338,30 +345,31 @@ class SFTConfig:
     """Stage two, safety-tuned fine-tuning (Section 7.1)."""
 
     epochs: int = II("model.sft_epochs")
-    batch_size: int = II("model.sft_batch_size")
+    batch_size: int = II("model.sft_batch_size")  # rows a step
     micro_tokens: int = 2048  # padded tokens in one forward pass: the memory knob
     lr: float = II("model.sft_lr")
     weight_decay: float = 0.01
     schedule: Schedule = Schedule.linear
-    warmup: float = 0.03
-    max_len: int = 512
-    train_on_prompt: bool = False
+    warmup: float = 0.03  # share of the steps
+    max_len: int = 512  # tokens a row; longer ones are cut
+    train_on_prompt: bool = False  # learn the prompt's tokens too
+    # What answers end with; auto: the chat's end where the model knows it.
     terminator: Terminator = Terminator.auto
     precision: Precision = II("model.sft_precision")
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = False  # less memory for more time
     lora: LoraConfig = field(default_factory=LoraConfig)
     readout: ReadoutConfig = field(default_factory=ReadoutConfig)
 
 
 @dataclass
 class TrainerConfig:
-    accelerator: str = "auto"
-    devices: int = 1
-    num_nodes: int = 1
+    accelerator: str = "auto"  # as Lightning spells it: auto, cpu, gpu, cuda or mps
+    devices: int = 1  # of this machine
+    num_nodes: int = 1  # machines
     strategy: str = "auto"
-    threads: int | None = None
-    checkpoint_every_n_steps: int = 20
-    progress: bool = True
+    threads: int | None = None  # of torch; null: its own choice
+    checkpoint_every_n_steps: int = 20  # what a kill can cost
+    progress: bool = True  # show a bar
 
 
 @dataclass
@@ -374,14 +382,14 @@ class RefusalProbabilityConfig:
 class KernelConfig:
     """The empirical NTK at the first answer token (A.6)."""
 
-    top_k: int = 10
+    top_k: int = 10  # tokens of the first answer position that the kernel is taken over
     # tail:N, trunk:ℓ, all or adapter
     params: list[str] = field(default_factory=lambda: ["tail:2"])
-    head: bool = True
+    head: bool = True  # count the head's own matrix
     normalise: Normalise = Normalise.observer
-    method: KernelMethod = KernelMethod.exact
+    method: KernelMethod = KernelMethod.exact  # exact, or the paper's finite differences
     prompts: int = 25  # of each kind
-    self_pairs: bool = False
+    self_pairs: bool = False  # count a prompt with itself in the mean of its kind
     budget_gib: float = 4.0  # for the factors of gradients that are held at once
 
 
@@ -394,7 +402,7 @@ class TrackingConfig:
 
     quantities: list[Quantity] = field(default_factory=list)
     every_n_steps: int | None = None
-    snapshots: int = 0
+    snapshots: int = 0  # adapters kept over SFT, for the frontier
     refusal_prob: RefusalProbabilityConfig = field(
         default_factory=lambda: RefusalProbabilityConfig(prompts=25)
     )
@@ -405,8 +413,8 @@ class TrackingConfig:
 class WandbConfig:
     mode: WandbMode = WandbMode.offline
     project: str = "dcr"
-    entity: str | None = None
-    group: str | None = None
+    entity: str | None = None  # you or a team; null: the account's own
+    group: str | None = None  # null: the sweep
     tags: list[str] = field(default_factory=list)
 
 
@@ -414,12 +422,14 @@ class WandbConfig:
 class TrainConfig:
     """Everything `train.py` can be told."""
 
+    # What is trained: DCR, SFT alone, or SFT with answers to harmless prompts.
     method: Method = Method.dcr
-    stage: Stage = Stage.all
-    preset_name: str = "paper"
-    seed: int = 0
-    plan: bool = False
-    force: bool = False
+    stage: Stage = Stage.all  # which of the method's stages
+    preset_name: str = "paper"  # set by preset=
+    seed: int = 0  # of every draw of rows, batches and weights
+    plan: bool = False  # say what would be done and stop
+    force: bool = False  # go on in a folder that was made with other settings
+    # The run folder; null: named after the settings, so that a command finds its own.
     run: str | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -469,7 +479,7 @@ class DeviceConfig:
 class HTTPConfig:
     """How every server is called."""
 
-    concurrency: int = 8
+    concurrency: int = 8  # requests at once
     timeout: float = 60.0  # seconds a request may take
     retries: int = 6  # after a time-out, a dropped connection, 429 or 5xx
 
@@ -532,12 +542,13 @@ class WildGuardConfig(GuardConfig):
 class AbilityConfig:
     """Tasks of the lm-evaluation-harness: ours from `data.root` where it holds them."""
 
+    # Any of the harness's.
     tasks: list[str] = field(
         default_factory=lambda: ["mmlu", "arc_easy", "arc_challenge", "openbookqa", "piqa"]
     )
-    shots: int = 0
+    shots: int = 0  # worked examples before each question
     limit: int | None = None  # questions a task, or a subject of MMLU; null: all
-    batch_size: int = 16
+    batch_size: int = 16  # questions at once
 
 
 @dataclass
@@ -561,7 +572,7 @@ class QualityConfig:
     """AlpacaEval: win rate against the answers of a reference run, the STL run of this model."""
 
     reference: str | None = None  # a run folder
-    source: str = "alpaca_eval"
+    source: str = "alpaca_eval"  # the instructions
 
 
 @dataclass
@@ -569,8 +580,8 @@ class ScansConfig:
     """SCANS (Cao et al. 2025), as released."""
 
     anchors: int = 64  # prompts of each kind
-    layers: ScansLayers = ScansLayers.absolute
-    s1: ScansEnd = ScansEnd.user_end
+    layers: ScansLayers = ScansLayers.absolute  # which blocks are edited
+    s1: ScansEnd = ScansEnd.user_end  # where the instruction ends that is compared
     threshold: float | None = 0.75  # null: calibrated on anchors held out of extraction
 
 
@@ -580,12 +591,13 @@ class SurgicalConfig:
 
     train: int = 128  # prompts of each kind that vectors are computed from
     validation: int = 32  # prompts of each kind that candidates are selected on
-    add: float = II("model.surgical_add")
-    ablate: float = II("model.surgical_ablate")
+    add: float = II("model.surgical_add")  # of the toxic direction
+    ablate: float = II("model.surgical_ablate")  # of the false-refusal direction
     orthogonalise: float = 1.0  # λ: 1 removes the whole component along the toxic direction
-    ablation_kl: float = 0.2
-    addition_kl: float = 2.0
+    ablation_kl: float = 0.2  # the most that ablating a candidate may change ordinary answers
+    addition_kl: float = 2.0  # the same for adding it
     prune_layers: float = 0.8  # candidates lie below this share of the depth
+    # Whose probability candidates are chosen by.
     refusal_tokens: list[str] = II("model.refusal_tokens")
 
 
@@ -594,7 +606,7 @@ class SteeringConfig:
     """Activation edits in evaluation. Strength is α for SCANS and multiplies Surgical's pair."""
 
     method: Steering = Steering.none
-    strength: float = 1.0
+    strength: float = 1.0  # 0 leaves the model as it is
     released_data: bool = False  # the prompts of the released code, evaluation prompts among them
     # Ask the prompts that extraction leaves of data.extraction, to choose a strength on.
     validation: bool = False
@@ -630,22 +642,24 @@ class ClaimsConfig:
 class EvalConfig:
     """Everything `eval.py` can be told."""
 
-    run: str | None = None
+    run: str | None = None  # the run folder to evaluate
     stage: Stage = Stage.all  # whose weights: contrastive, sft, or all for the last that is done
     snapshots: bool = False  # score every adapter snapshot of the run, for the frontier
     steps: list[int] | None = None  # of which snapshots; null: all
     endpoint: str | None = None  # an OpenAI-compatible server to evaluate instead of a model
-    endpoint_model: str | None = None
+    endpoint_model: str | None = None  # its name there
     endpoint_key: str | None = None  # the environment variable that holds the key, if one is needed
     endpoint_parameters: dict[str, Any] = field(default_factory=dict)  # null leaves one of ours out
+    # What is measured.
     tasks: list[Task] = field(default_factory=lambda: [Task.over_refusal, Task.safety])
+    # Who says whether an answer refuses or harms.
     judge: list[Judge] = field(default_factory=lambda: [Judge.keyword])
-    limit: int | None = None
+    limit: int | None = None  # prompts a set, drawn by seed; null: all
     # A bias on the first token of refusals, so that answers refuse this share of toxic prompts, or
     # the share that the run in this folder refuses.
     calibrate: str | None = None
-    seed: int = 0
-    output: str = "outputs/base"
+    seed: int = 0  # of every draw
+    output: str = "outputs/base"  # the folder for a model or an endpoint, which have no run
     precision: Precision = Precision.bf16
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
