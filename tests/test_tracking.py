@@ -149,7 +149,8 @@ SWEEP = """
 import logging, os, sys
 sys.path[:0] = [os.getcwd(), os.path.join(os.getcwd(), "tests")]
 from pathlib import Path
-import tiny_run, train
+import tiny_run
+from dcr import train, wandb_run
 from dcr.runs import Run
 
 logging.basicConfig(level=logging.WARNING, format="[%(levelname)s] %(message)s")
@@ -159,7 +160,7 @@ made = tiny_run.settings(folder / "rows", "wandb.mode=offline", "wandb.project=o
 for epochs in (1, 2):  # a sweep: two jobs in one process
     train.train(tiny_run.changed(made, f"dcr.epochs={epochs}"), Run(folder / f"job{epochs}"))
 online = tiny_run.changed(made, "method=stl", "wandb.mode=online")
-train.WANDB_TIMEOUT = 2
+wandb_run.WANDB_TIMEOUT = 2
 train.train(online, Run(folder / "unreachable"))
 del os.environ["WANDB_API_KEY"]
 import wandb
