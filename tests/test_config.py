@@ -193,10 +193,14 @@ def test_what_the_user_sets_survives_another_model() -> None:
 def test_recommended_sets_what_it_says() -> None:
     found = train_config("preset=recommended")
     assert found.preset_name == "recommended"
-    assert found.data.toxic.source == ["demo_toxic_matched"]
-    assert train_config("preset=recommended", "data=paper").data.toxic.source == ["xstest_unsafe"]
-    assert (found.data.seemingly_toxic.count, found.data.group_holdout) == (None, 0.3)
-    assert (found.dcr.ratio, found.dcr.epochs) == (None, 12)
+    both = [train_config("preset=recommended", *more).data for more in ((), ("data=paper",))]
+    for kind in ("toxic", "seemingly_toxic"):
+        named = [getattr(node, kind).source for node in both]
+        assert named == [[f"contrasts_{kind}", f"demo_{kind}"]] * 2
+        evaluated = {*both[1].evaluation.over_refusal, *both[1].evaluation.safety}
+        assert not evaluated & set(named[1]), "trained on what it is tested on"
+    assert (found.data.seemingly_toxic.count, found.data.group_holdout) == (None, 0.1)
+    assert (found.dcr.ratio, found.dcr.epochs) == (None, 4)
     assert found.dcr.nll.source is NLLSource.general
     assert (found.dcr.layer, block(found)) == (None, 18)  # 0.6 of 30
     assert train_config("preset=recommended", "dcr.layer=4", "dcr.epochs=1").dcr.layer == 4

@@ -241,8 +241,6 @@ class EvaluationSets:
 class DataConfig:
     label: str = MISSING  # in tables
     root: str | None = None  # a local folder with the sets' files
-    # The toxic source whose prompts are contrasts of the seemingly toxic ones (preset=recommended).
-    matched: str | None = None
     seemingly_toxic: SourceConfig = field(default_factory=SourceConfig)
     toxic: SourceConfig = field(default_factory=SourceConfig)
     safety: SafetyPairsConfig = field(default_factory=SafetyPairsConfig)
