@@ -161,7 +161,8 @@ def specification(project: str, entity: str, made_with: Mapping[str, str]) -> tu
         runset_settings=ws.RunsetSettings(
             run_settings={run: ws.RunSettings(color=colour) for run, colour in colours.items()},
             pinned_columns=[
-                *(f"config:{key}" for key in ("method", "seed", *AXES)),
+                *("config:method.value", "config:seed.value"),
+                *(f"config:{key.replace('.', '.value.')}" for key in AXES),  # as nodes are stored
                 *(f"summary:eval/{key}" for key in SCORES),
             ],
         ),
