@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 log = logging.getLogger(__name__)
 
@@ -49,12 +50,8 @@ def padded(
     sequences: Sequence[Sequence[int]], value: int, left: bool = False
 ) -> Int[Tensor, "batch length"]:
     """Sequences as one tensor, filled up with `value` on the right (or left)."""
-    length = max(map(len, sequences))
-    rows = []
-    for sequence in sequences:
-        fill = [value] * (length - len(sequence))
-        rows.append([*fill, *sequence] if left else [*sequence, *fill])
-    return torch.tensor(rows, dtype=torch.long)
+    rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
+    return pad_sequence(rows, True, value, padding_side="left" if left else "right")
 
 
 def attention_mask(

@@ -22,7 +22,6 @@ Throughput is a share of the GPU's published dense rate (40%) or, for any other 
 product timed on the spot (50%).
 """
 
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -253,16 +252,11 @@ def published(name: str, precision: Precision) -> Throughput:
 
 def _timed_product(device: str, precision: Precision, width: int, threads: int) -> float:
     """FLOP/s of a product in the stage's type, the best of several rounds."""
+    from torch.utils.benchmark import Timer  # slow to import, and only a plan needs it
+
     dtype = torch.float32 if precision is Precision.fp32 else torch.bfloat16
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
     left = torch.ones(512, width, dtype=dtype, device=device)
     right = torch.ones(width, width, dtype=dtype, device=device)
-    best, end = 0.0, time.perf_counter() + TRIAL_SECONDS
-    while not best or time.perf_counter() < end:
-        start = time.perf_counter()
-        product = left @ right
-        product[0, 0].item()  # waits for the device
-        best = max(best, 2 * left.numel() * width / (time.perf_counter() - start))
-    torch.set_num_threads(before)
-    return best
+    timer = Timer("left @ right", globals={"left": left, "right": right}, num_threads=threads)
+    best = min(timer.blocked_autorange(min_run_time=TRIAL_SECONDS).times)
+    return 2 * left.numel() * width / best
