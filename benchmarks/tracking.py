@@ -68,7 +68,7 @@ def step_seconds(
 ) -> tuple[float, float]:
     """Mean seconds and tokens of an optimiser step of SFT."""
     rows = data.split(settings.data, None, settings.seed, False, refusal.is_refusal)
-    batches = data.SafetyData(Stage.sft, rows, chat, settings.dcr, settings.sft, settings.seed)
+    batches = data.SafetyData(Stage.sft, rows, chat, settings)
     module = SFTModule(policy, settings.sft, total_steps=steps)
     moved = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(moved, lr=settings.sft.lr)

@@ -60,7 +60,7 @@ def opened(cfg: TrainConfig, stage: Stage) -> Iterator[tuple[Policy, data.Safety
         policy = Policy(adapted, policy.tokenizer, policy.name)
     rows = data.split(cfg.data, cfg.dcr.ratio, cfg.seed, True, refusal.is_refusal)
     policy.model.train()
-    yield policy, data.SafetyData(stage, rows, chat, cfg.dcr, cfg.sft, cfg.seed)
+    yield policy, data.SafetyData(stage, rows, chat, cfg)
 
 
 def plain_sft(cfg: TrainConfig, steps: int) -> dict[str, float]:

@@ -378,7 +378,7 @@ def batches_of(settings: TrainConfig, stage: Stage, rows: Splits) -> SafetyData:
         chat = prompts.chat_format(models.open_tokenizer(settings.model), settings.model)
     else:
         chat, rows = _counting_format(settings.model), _shortened(rows)
-    batches = SafetyData(stage, rows, chat, settings.dcr, settings.sft, settings.seed)
+    batches = SafetyData(stage, rows, chat, settings)
     batches.world = settings.trainer.devices * settings.trainer.num_nodes
     return batches
 

@@ -49,7 +49,7 @@ def batch_of(chat: ChatFormat, pooling: Pooling = Pooling.last, pairs: Any = ())
 @pytest.fixture
 def batches(chat: ChatFormat, tiny: TrainConfig) -> SafetyData:
     rows = split(tiny.data, tiny.dcr.ratio, 0, contrastive=True, refuses=lambda _: True)
-    return SafetyData(Stage.contrastive, rows, chat, tiny.dcr, tiny.sft, 0)
+    return SafetyData(Stage.contrastive, rows, chat, tiny)
 
 
 # --- what trains and what stays ---

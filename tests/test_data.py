@@ -28,6 +28,7 @@ from dcr.config import (
     SFTConfig,
     SourceConfig,
     Stage,
+    TrainConfig,
 )
 from dcr.data import EpochBatches, SafetyData, Splits
 from dcr.prompts import IGNORED, PairRow
@@ -403,7 +404,7 @@ def module(stage: Stage, rows: Splits, **more: Any) -> SafetyData:
     dcr = ContrastiveConfig(**{"batch_size": 8} | more.pop("dcr", {}))
     sft = SFTConfig(**{"batch_size": 16, "micro_tokens": 600} | more.pop("sft", {}))
     chat = prompts.chat_format(models.byte_tokenizer(), ModelConfig(name="x"))
-    return SafetyData(stage, rows, chat, dcr, sft, seed=0, **more)
+    return SafetyData(stage, rows, chat, TrainConfig(dcr=dcr, sft=sft), **more)
 
 
 def watched(made: SafetyData) -> list[str]:

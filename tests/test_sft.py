@@ -79,7 +79,7 @@ def in_micro_batches(rows: list[PairRow], tokens: int) -> list[PairBatch]:
 
 def data_of(policy: Policy, tiny: TrainConfig) -> SafetyData:
     rows = split(tiny.data, None, 0, contrastive=False, refuses=lambda _: True)
-    return SafetyData(Stage.sft, rows, chat_of(policy), tiny.dcr, tiny.sft, 0)
+    return SafetyData(Stage.sft, rows, chat_of(policy), tiny)
 
 
 def nll_by_row(model: Any, row: PairRow) -> Tensor:

@@ -16,12 +16,12 @@ from dcr import batching
 from dcr.batching import attention_mask, padded
 from dcr.config import (
     ConfigError,
-    ContrastiveConfig,
     DataError,
     NLLSource,
     Pooling,
     SFTConfig,
     Stage,
+    TrainConfig,
 )
 from dcr.config import Sampler as SamplerName
 from dcr.data.splits import Splits
@@ -234,13 +234,12 @@ class SafetyData(LightningDataModule):
         stage: Stage,
         rows: Splits,
         chat: ChatFormat,
-        dcr: ContrastiveConfig,
-        sft: SFTConfig,
-        seed: int,
+        settings: TrainConfig,
         context: int | None = None,
     ) -> None:
         super().__init__()
-        self.stage, self.seed, self.dcr, self.sft, self.context = stage, seed, dcr, sft, context
+        self.stage, self.seed = stage, settings.seed
+        self.dcr, self.sft = settings.dcr, settings.sft
         pad: Any = chat.tokenizer.pad_token_id
         self.pad: int = chat.stop[0] if pad is None else pad
         self.rank, self.world = 0, 1
@@ -253,22 +252,22 @@ class SafetyData(LightningDataModule):
                 [
                     row
                     for label, part in zip((SEEMINGLY_TOXIC, TOXIC), both, strict=True)
-                    for row in prompt_rows(chat, part, label, context, dcr.pooling)
+                    for row in prompt_rows(chat, part, label, context, self.dcr.pooling)
                 ]
                 for both in (parts, heldout)
             )
             if len({row.label for row in self.prompts}) < 2:
                 raise ConfigError("data: stage one needs seemingly toxic and toxic prompts, both")
-            if dcr.nll.source is NLLSource.general and dcr.nll.weight > 0:
+            if self.dcr.nll.source is NLLSource.general and self.dcr.nll.weight > 0:
                 self.general = self._pairs(chat, rows.normal, refusal=False)
                 if not self.general:
-                    raise _none_fits(sft)
+                    raise _none_fits(self.sft)
         else:
             self.pairs = self._pairs(chat, rows.normal, refusal=False)
             self.pairs += self._pairs(chat, rows.refusals, refusal=True)
             self.pairs += self._pairs(chat, rows.augmented, refusal=False)
             if not self.pairs:
-                raise _none_fits(sft)
+                raise _none_fits(self.sft)
             self.heldout = self._pairs(chat, rows.normal_heldout, refusal=False)
             self.heldout += self._pairs(chat, rows.refusals_heldout, refusal=True)
         self.sampler = self._sampler()

@@ -63,8 +63,7 @@ def check(settings: TrainConfig, rows: Splits, wanted: Sequence[Stage]) -> None:
             with callbacks.quiet():
                 models.add_lora(models.skeleton(settings.model), lora, settings.seed, blocks=block)
         if first:
-            dcr, sft = settings.dcr, settings.sft
-            SafetyData(stage, rows, chat, dcr, sft, settings.seed, context=facts.context)
+            SafetyData(stage, rows, chat, settings, facts.context)
         else:
             data.check_lengths(chat, rows, settings.sft, facts.context)
 
@@ -132,11 +131,8 @@ def _measuring(
 
 
 def _batches(job: Job, stage: Stage, chat: ChatFormat) -> SafetyData:
-    settings = job.settings
-    context = models.facts(settings.model).context
-    return SafetyData(
-        stage, job.rows, chat, settings.dcr, settings.sft, settings.seed, context=context
-    )
+    context = models.facts(job.settings.model).context
+    return SafetyData(stage, job.rows, chat, job.settings, context)
 
 
 def _sft_start(settings: TrainConfig, run: Run) -> Policy:
