@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from dcr import cli, config, data, models, prompts, refusal
+from dcr import cli, config, data, models, prompts
 from dcr.config import Quantity, Stage, TrainConfig
 from dcr.models import Policy
 from dcr.prompts import IGNORED, ChatFormat
@@ -67,7 +67,7 @@ def step_seconds(
     settings: TrainConfig, policy: Policy, chat: ChatFormat, steps: int
 ) -> tuple[float, float]:
     """Mean seconds and tokens of an optimiser step of SFT."""
-    rows = data.split(settings.data, None, settings.seed, False, refusal.is_refusal)
+    rows = data.split(settings.data, None, settings.seed, False)
     batches = data.SafetyData(Stage.sft, rows, chat, settings)
     module = SFTModule(policy, settings.sft, total_steps=steps)
     moved = [p for p in policy.model.parameters() if p.requires_grad]

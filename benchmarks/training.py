@@ -26,7 +26,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from dcr import cli, config, data, losses, models, prompts, refusal
+from dcr import cli, config, data, losses, models, prompts
 from dcr.config import Stage, TrainConfig
 from dcr.models import Policy
 from dcr.training.contrastive import ContrastiveModule
@@ -58,7 +58,7 @@ def opened(cfg: TrainConfig, stage: Stage) -> Iterator[tuple[Policy, data.Safety
     if stage is Stage.sft:
         adapted = models.add_lora(policy.model, cfg.sft.lora, cfg.seed)
         policy = Policy(adapted, policy.tokenizer, policy.name)
-    rows = data.split(cfg.data, cfg.dcr.ratio, cfg.seed, True, refusal.is_refusal)
+    rows = data.split(cfg.data, cfg.dcr.ratio, cfg.seed, True)
     policy.model.train()
     yield policy, data.SafetyData(stage, rows, chat, cfg)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.table import Table
 
-from dcr import balance, cli, config, cost, data, models, prompts, refusal, sources
+from dcr import balance, cli, config, cost, data, models, prompts, sources
 from dcr.balance import Balance
 from dcr.config import (
     EMBEDDED_MODEL,
@@ -261,7 +261,6 @@ def expected(settings: TrainConfig) -> tuple[Splits, Balance | None, list[str]]:
         settings.dcr.ratio,
         settings.seed,
         contrastive,
-        refusal.is_refusal,
         augment,
         settings.sft.readout,
     )
@@ -317,11 +316,11 @@ def _answers(settings: TrainConfig) -> list[Example]:
     """STL-aug's rows, which never come from the hub: a file's, or those that sources here bring."""
     node, named = settings.data.seemingly_toxic, settings.stl_aug.responses
     if named is not None:
-        answers = data.read_answers(named, settings.data.root, refusal.is_refusal)
+        answers = data.read_answers(named, settings.data.root)
     else:
         here = [name for name in node.source if name not in SOURCES or not SOURCES[name].hub]
         rows = [row for name in here for row in sources.read(name, kind=Kind.seemingly_toxic)]
-        answers = data.answered(rows, settings.data, refusal.is_refusal)
+        answers = data.answered(rows, settings.data)
     return answers * settings.stl_aug.repeat
 
 

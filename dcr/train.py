@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from dcr import balance, cli, config, data, models, refusal, runs, storage, wandb_run
+from dcr import balance, cli, config, data, models, runs, storage, wandb_run
 from dcr.balance import Balance
 from dcr.config import ConfigError, Method, NLLSource, Quantity, Stage, TrainConfig
 from dcr.data import Splits
@@ -75,7 +75,6 @@ def checked(settings: TrainConfig, run: Run) -> Splits:
         settings.dcr.ratio,
         settings.seed,
         contrastive=settings.method is Method.dcr,
-        refuses=refusal.is_refusal,
         augment=settings.stl_aug if settings.method is Method.stl_aug else None,
         readout=settings.sft.readout,
     )

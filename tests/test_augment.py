@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from dcr import augment, cli, config, contamination, data, refusal, runs, train
+from dcr import augment, cli, config, contamination, data, runs, train
 from dcr.augment import INSTRUCTIONS
 from dcr.config import (
     AugmentConfig,
@@ -107,11 +107,11 @@ def split(
     config: DataConfig, responses: str | None = None, repeat: int = 1, seed: int = 0
 ) -> Splits:
     told = AugmentConfig(responses, repeat)
-    return data.split(config, 1.0, seed, False, refusal.is_refusal, told)
+    return data.split(config, 1.0, seed, False, told)
 
 
 def stl(config: DataConfig, seed: int = 0, dcr: bool = False) -> Splits:
-    return data.split(config, 1.0, seed, dcr, refusal.is_refusal)
+    return data.split(config, 1.0, seed, dcr)
 
 
 # --- rows ---------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def batch_of(chat: ChatFormat, pooling: Pooling = Pooling.last, pairs: Any = ())
 
 @pytest.fixture
 def batches(chat: ChatFormat, tiny: TrainConfig) -> SafetyData:
-    rows = split(tiny.data, tiny.dcr.ratio, 0, contrastive=True, refuses=lambda _: True)
+    rows = split(tiny.data, tiny.dcr.ratio, 0, contrastive=True)
     return SafetyData(Stage.contrastive, rows, chat, tiny)
 
 
@@ -217,7 +217,7 @@ def test_lora_trains_the_blocks_up_to_the_layer_and_is_merged(
 
 def test_the_anchor_needs_general_rows(tmp_path: Path, tiny: TrainConfig) -> None:
     made = changed(tiny, "dcr.nll.source=general")
-    rows = split(made.data, 2, 0, contrastive=True, refuses=lambda _: True)
+    rows = split(made.data, 2, 0, contrastive=True)
     with pytest.raises(config.ConfigError, match=r"dcr\.nll\.source=general"):
         train._check_input(made, Run(tmp_path), (Stage.contrastive,), replace(rows, normal=[]))
 

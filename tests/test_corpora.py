@@ -163,7 +163,7 @@ def test_refusals_do_not_all_open_alike() -> None:
 @pytest.mark.parametrize("ratio", [1, 2, 3, 5])
 def test_every_ratio_has_its_rows(ratio: float) -> None:
     demo = config.resolve(composed("train", "model=tiny"), TrainConfig).data
-    rows = data.split(demo, ratio, 0, True, refusal.is_refusal)
+    rows = data.split(demo, ratio, 0, True)
     assert (len(rows.seemingly_toxic), len(rows.toxic)) == (40, 40 * ratio)
     assert len(rows.refusals) == 80
     ids = [row.id for part in rows.parts().values() for row in part]

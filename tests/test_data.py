@@ -13,7 +13,7 @@ import pytest
 import torch
 from scipy import stats
 
-from dcr import data, models, prompts, refusal, sources
+from dcr import data, models, prompts, sources
 from dcr.config import (
     ConfigError,
     ContrastiveConfig,
@@ -77,7 +77,7 @@ def files(tmp_path: Path) -> Files:
 
 
 def split(config: DataConfig, ratio: float | None = 2.0, seed: int = 0, dcr: bool = True) -> Splits:
-    return data.split(config, ratio, seed, dcr, refusal.is_refusal)
+    return data.split(config, ratio, seed, dcr)
 
 
 def ids(rows: Sequence[Example]) -> list[str]:

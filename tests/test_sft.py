@@ -78,7 +78,7 @@ def in_micro_batches(rows: list[PairRow], tokens: int) -> list[PairBatch]:
 
 
 def data_of(policy: Policy, tiny: TrainConfig) -> SafetyData:
-    rows = split(tiny.data, None, 0, contrastive=False, refuses=lambda _: True)
+    rows = split(tiny.data, None, 0, contrastive=False)
     return SafetyData(Stage.sft, rows, chat_of(policy), tiny)
 
 

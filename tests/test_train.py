@@ -20,7 +20,7 @@ from dcr.training.sft import SFTModule
 def test_the_folder_holds_what_made_it(tiny: TrainConfig, whole: Path) -> None:
     assert yaml.safe_load((whole / "config.yaml").read_text()) == cli.plain(tiny)
     record = json.loads((whole / "rows.json").read_text())["rows"]
-    rows = data.split(tiny.data, 2.0, 0, contrastive=True, refuses=lambda _: True)
+    rows = data.split(tiny.data, 2.0, 0, contrastive=True)
     assert {name: part["ids"] for name, part in record.items()} == {
         name: [row.id for row in part] for name, part in rows.parts().items()
     }
@@ -120,7 +120,7 @@ def test_other_weights_under_the_same_name(
 def test_pairs_that_do_not_fit_are_counted(
     tiny: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    rows = data.split(tiny.data, None, 0, contrastive=False, refuses=lambda _: True)
+    rows = data.split(tiny.data, None, 0, contrastive=False)
     every = [row.prompt for name in ("normal", "refusals") for row in rows.parts()[name]]
     unseen = [row.prompt for row in rows.normal_heldout + rows.refusals_heldout]
     around = len("_user\n") + len("_\n_assistant\n")  # bytes, and one for each control token

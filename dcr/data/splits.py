@@ -1,7 +1,7 @@
 """The rows of a run: read, cleaned of what is evaluated on, and drawn into disjoint parts."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,12 @@ from dcr.config import (
     Kind,
     ReadoutConfig,
 )
+from dcr.refusal import is_refusal
 from dcr.sources import SOURCES, Example, jsonl
 from dcr.text import normalise
 
 CONTRASTIVE_NODES = ("seemingly_toxic", "toxic")
 HELD_OUT_PAIRS = 64  # prompts a class that stage one is watched on; more would only cost time
-
-Refuses = Callable[..., bool]  # of a response, or of a response and the name of keyword rules
 
 
 @dataclass(frozen=True)
@@ -172,7 +171,6 @@ def split(
     ratio: float | None,
     seed: int,
     contrastive: bool,
-    refuses: Refuses,
     augment: AugmentConfig | None = None,
     readout: ReadoutConfig | None = None,
 ) -> Splits:
@@ -184,8 +182,7 @@ def split(
     make that set in-distribution.
 
     `ratio` is toxic rows per seemingly toxic one, None for every toxic row left. Without
-    `contrastive` the lists of stage one stay empty. `refuses` judges a response, by the paper's
-    keyword rules or by those that its second argument names. `augment` adds the rows of STL-aug
+    `contrastive` the lists of stage one stay empty. `augment` adds the rows of STL-aug
     and leaves every other list as it is, as `readout` does, where it has steps, with its pairs.
     Raises ConfigError when a source holds fewer rows than asked for, and DataError for an answer
     of STL-aug's file that refuses.
@@ -194,7 +191,7 @@ def split(
     normal = _with_response(cleaning.clean("normal", Kind.normal), "data.normal")
     pairs = cleaning.clean("safety", Kind.toxic)
     if config.safety.refusals_only:
-        pairs = [row for row in pairs if row.response and refuses(row.response)]
+        pairs = [row for row in pairs if row.response and is_refusal(row.response)]
     pairs = _with_response(pairs, "data.safety")
     refusals, refusals_left = _draw(pairs, config.safety.count, seed, "data.safety.count")
     general, general_left = _draw(normal, config.normal.count, seed, "data.normal.count")
@@ -210,7 +207,7 @@ def split(
     if contrastive:
         rows = _with_stage_one(rows, config, ratio, seed, cleaning)
     if augment is not None:
-        rows = _with_answers(rows, config, augment, seed, cleaning, refuses)
+        rows = _with_answers(rows, config, augment, seed, cleaning)
     if readout is not None and readout.steps:
         rows = _with_readout(rows, readout, seed, cleaning)
     return replace(rows, dropped=dict(cleaning.dropped))
@@ -255,7 +252,6 @@ def _with_answers(
     augment: AugmentConfig,
     seed: int,
     cleaning: Cleaning,
-    refuses: Refuses,
 ) -> Splits:
     """STL-aug: answers to seemingly toxic prompts, `augment.repeat` times.
 
@@ -266,12 +262,12 @@ def _with_answers(
     if named is None:
         answers = cleaning.clean("seemingly_toxic", Kind.seemingly_toxic)
     else:
-        answers = cleaning.answers(read_answers(named, config.root, refuses), named)
+        answers = cleaning.answers(read_answers(named, config.root), named)
     answers, unseen = sources.split_by_group(answers, config.group_holdout, seed)
     if named is None:
         count = config.seemingly_toxic.count
         answers, _ = _draw(answers, count, seed, "data.seemingly_toxic.count")
-        answers = answered(answers, config, refuses)
+        answers = answered(answers, config)
     pairs = (rows.normal, rows.refusals, rows.normal_heldout, rows.refusals_heldout)
     left = without(answers, [row for part in pairs for row in part])
     if len(left) < len(answers):
@@ -383,7 +379,7 @@ def trained_texts(data: Mapping[str, Any], record: Mapping[str, Any]) -> dict[st
 # --- STL-aug's rows: compliant answers to seemingly toxic prompts ---
 
 
-def read_answers(name: str, root: str | None, refuses: Refuses) -> list[Example]:
+def read_answers(name: str, root: str | None) -> list[Example]:
     """The rows of `stl_aug.responses`: a JSONL file, or a named source of pairs.
 
     Raises ConfigError where there is no such file, and DataError for whatever is wrong in it, an
@@ -396,7 +392,7 @@ def read_answers(name: str, root: str | None, refuses: Refuses) -> list[Example]
         )
     rows = sources.read(name, root=root, kind=Kind.seemingly_toxic, pairs=True)
     for place, row in enumerate(rows):
-        rules = rules_that_call_it_refusal(row, refuses)
+        rules = rules_that_call_it_refusal(row)
         if rules:
             where = name if name in SOURCES else f"{name}:{_line(name, place)}"
             raise DataError(
@@ -407,14 +403,12 @@ def read_answers(name: str, root: str | None, refuses: Refuses) -> list[Example]
     return rows
 
 
-def answered(rows: Sequence[Example], data: DataConfig, refuses: Refuses) -> list[Example]:
+def answered(rows: Sequence[Example], data: DataConfig) -> list[Example]:
     """Those of the prompts that came with a compliant answer of their own.
 
     Raises ConfigError if there is none.
     """
-    compliant = [
-        row for row in rows if row.response and not rules_that_call_it_refusal(row, refuses)
-    ]
+    compliant = [row for row in rows if row.response and not rules_that_call_it_refusal(row)]
     if not compliant:
         names = ", ".join(data.seemingly_toxic.source)
         raise ConfigError(
@@ -431,8 +425,8 @@ def without(rows: Sequence[Example], others: Sequence[Example]) -> list[Example]
     return [row for row in rows if normalise(row.prompt) not in taken]
 
 
-def rules_that_call_it_refusal(row: Example, refuses: Refuses) -> list[str]:
-    return [rules.value for rules in KeywordRules if refuses(row.response, rules.value)]
+def rules_that_call_it_refusal(row: Example) -> list[str]:
+    return [rules.value for rules in KeywordRules if is_refusal(row.response or "", rules.value)]
 
 
 def _line(path: str, place: int) -> int:
