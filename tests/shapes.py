@@ -64,6 +64,7 @@ GPT2: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": 1,
 }
+GPT_NEOX: dict[str, Any] = {**SHAPE, "rotary_pct": 0.5}
 FAMILIES: dict[str, Any] = {
     "qwen2 tied": Qwen2Config(**SHAPE, tie_word_embeddings=True),
     "qwen2 untied": Qwen2Config(**SHAPE, tie_word_embeddings=False),
@@ -72,7 +73,7 @@ FAMILIES: dict[str, Any] = {
     "gemma2": Gemma2Config(**SHAPE, head_dim=8, sliding_window=4),
     "gpt2": GPT2Config(**GPT2),
     "gpt2 untied": GPT2Config(**GPT2, tie_word_embeddings=False),
-    "gpt_neox": GPTNeoXConfig(**SHAPE | {"rotary_pct": 0.5}),
+    "gpt_neox": GPTNeoXConfig(**GPT_NEOX),
 }
 
 
