@@ -406,42 +406,29 @@ def test_check_accepts_whole_folders_and_reads_no_weights(
     guards.check(wild_of(wild_folder), "wildguard")
 
 
-@pytest.mark.parametrize(
-    ("broken", "words"),
-    [
-        ("absent", "no such folder"),
-        ("file", "no such folder"),
-        ("config.json", "holds no config.json"),
-        ("model.safetensors", r"holds no \*.safetensors"),
-        ("tokenizer.json", "holds no tokenizer.json"),
-        ("bad config", "cannot be opened"),
-        ("template", "no chat template"),
-        ("deaf template", "does not hold a user and an assistant message"),
-        ("failing template", "does not hold a user and an assistant message"),
-    ],
-)
-def test_check_names_the_setting(
-    llama_folder: Path, tmp_path: Path, broken: str, words: str
-) -> None:
+def write_template(folder: Path, text: str) -> None:
+    (folder / "chat_template.jinja").write_text(text)
+
+
+DEAF = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+FAILING = "{{ raise_exception('one message only') }}"
+BROKEN: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "absent": ("no such folder", shutil.rmtree),
+    "config": ("holds no config.json", lambda folder: (folder / "config.json").unlink()),
+    "weights": (r"holds no \*.safetensors", lambda folder: (folder / "model.safetensors").unlink()),
+    "tokenizer": ("holds no tokenizer.json", lambda folder: (folder / "tokenizer.json").unlink()),
+    "bad config": ("cannot be opened", lambda folder: (folder / "config.json").write_text("{")),
+    "template": ("no chat template", lambda folder: (folder / "chat_template.jinja").unlink()),
+    "deaf": ("hold a user and an assistant", lambda folder: write_template(folder, DEAF)),
+    "failing": ("hold a user and an assistant", lambda folder: write_template(folder, FAILING)),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_check_names_the_setting(llama_folder: Path, tmp_path: Path, how: str) -> None:
     folder = Path(shutil.copytree(llama_folder, tmp_path / "guard"))
-    template = folder / "chat_template.jinja"
-    assert template.is_file()
-    if broken == "absent":
-        folder = tmp_path / "nowhere"
-    elif broken == "file":
-        folder = folder / "config.json"
-    elif broken == "bad config":
-        (folder / "config.json").write_text("{")
-    elif broken == "template":
-        template.unlink()
-    elif broken == "deaf template":
-        template.write_text(
-            "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
-        )
-    elif broken == "failing template":
-        template.write_text("{{ raise_exception('one message only') }}")
-    else:
-        (folder / broken).unlink()
+    words, damage = BROKEN[how]
+    damage(folder)
     with pytest.raises(ConfigError, match=words) as caught:
         guards.check(llama_of(folder), "llama_guard")
     message = str(caught.value)

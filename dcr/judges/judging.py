@@ -96,8 +96,7 @@ def judge(
     request can succeed or none has, and UserError when nothing can be written; all verdicts before
     are kept.
     """
-    judging = JUDGES[name]
-    identity = judging.identity(settings)
+    identity = JUDGES[name].identity(settings)
     place = folder / "verdicts" / f"{name.value}-{storage.fingerprint(identity)}"
     homes: dict[str, list[Home]] = {}  # a response may stand in several sets, or twice in one
     by_content: dict[str, Completion] = {}
@@ -109,21 +108,13 @@ def judge(
     by_answer = _settled(place, homes)
     waiting = [answer for of, answer in by_content.items() if of not in by_answer]
     _announce(name, settings, waiting, len(homes))
-    new: list[Verdict] = []
-    if waiting:
-        bar = tqdm(total=len(waiting), unit="response", desc=name.value, disable=not progress)
-        try:
-            with closing(judging.verdicts(settings, waiting)) as batches, bar:
-                for batch in batches:
-                    if not (place / IDENTITY_FILE).is_file():
-                        storage.write_json(place / IDENTITY_FILE, identity)
-                    _keep(
-                        place, [(verdict, home) for verdict in batch for home in homes[verdict.of]]
-                    )
-                    new += batch
-                    bar.update(len(batch))
-        finally:
-            _account(name, settings, new)
+
+    def keep(verdicts: Sequence[Verdict]) -> None:
+        if not (place / IDENTITY_FILE).is_file():
+            storage.write_json(place / IDENTITY_FILE, identity)
+        _keep(place, [(verdict, home) for verdict in verdicts for home in homes[verdict.of]])
+
+    new = _asked(name, settings, waiting, keep, progress) if waiting else []
     by_answer |= {verdict.of: verdict for verdict in new}
     asked = [by_answer[of] for of in homes if by_answer[of].asked]
     if asked and not any(verdict.settled for verdict in asked):
@@ -160,6 +151,27 @@ def _keep(place: Path, verdicts: Sequence[tuple[Verdict, Home]]) -> None:
         storage.append_lines(place / f"{set_name}.jsonl", rows.values())
 
 
+def _asked(
+    name: Judge,
+    settings: EvalConfig,
+    waiting: Sequence[Completion],
+    keep: Callable[[Sequence[Verdict]], None],
+    progress: bool,
+) -> list[Verdict]:
+    """The judge's word on what waits, kept as it arrives; then a line on what it took."""
+    new: list[Verdict] = []
+    bar = tqdm(total=len(waiting), unit="response", desc=name.value, disable=not progress)
+    try:
+        with closing(JUDGES[name].verdicts(settings, waiting)) as batches, bar:
+            for batch in batches:
+                keep(batch)
+                new += batch
+                bar.update(len(batch))
+    finally:
+        _account(name, settings, new)
+    return new
+
+
 def _announce(name: Judge, settings: EvalConfig, waiting: Sequence[Completion], total: int) -> None:
     """Say what is about to be asked and what it may cost."""
     if not waiting:
@@ -176,7 +188,7 @@ def _announce(name: Judge, settings: EvalConfig, waiting: Sequence[Completion], 
     print(
         f"{line} of {node.model}: about {prompt:,} tokens in"
         f"{f' and at most {completion:,} out' if completion else ''}"
-        f"{_usd(endpoints.spend(node, prompt, completion))}"
+        f"{usd(endpoints.spend(node, prompt, completion))}"
     )
 
 
@@ -191,9 +203,9 @@ def _account(name: Judge, settings: EvalConfig, new: Sequence[Verdict]) -> None:
         f"{failed['error']:,} without an answer"
         f"{' (run again to ask for them)' if failed['error'] else ''}; "
         f"{took['requests']:,} requests, {took['prompt_tokens']:,} tokens in, "
-        f"{took['completion_tokens']:,} out{_usd(took['usd'])}"
+        f"{took['completion_tokens']:,} out{usd(took['usd'])}"
     )
 
 
-def _usd(amount: float | None) -> str:
+def usd(amount: float | None) -> str:
     return "" if amount is None else f", {amount:.4f} USD"

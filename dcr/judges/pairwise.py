@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from dcr import endpoints, storage
 from dcr.config import AnnotatorConfig, ConfigError, EvalConfig
 from dcr.endpoints import EndpointError, Failure, Message, Reply
-from dcr.judges.judging import CHARACTERS_PER_TOKEN
+from dcr.judges.judging import CHARACTERS_PER_TOKEN, usd
 from dcr.judges.verdicts import filled, wording
 from dcr.text import label_of
 
@@ -190,8 +190,7 @@ def _asked(drafts: Sequence[Annotation], settings: EvalConfig) -> Iterator[Annot
     conversations = [_conversation(template, draft) for draft in drafts]
     characters = sum(len(turn["content"]) for asked in conversations for turn in asked)
     tokens = characters // CHARACTERS_PER_TOKEN
-    usd = endpoints.spend(server, tokens, len(drafts))
-    price = "" if usd is None else f", {usd:.4f} USD"
+    price = usd(endpoints.spend(server, tokens, len(drafts)))
     print(f"annotator: about {tokens:,} tokens to {server.model}{price}", flush=True)
     arriving = endpoints.chats(server, settings.http, conversations, node="annotator")
     with closing(arriving):
