@@ -7,6 +7,8 @@ base.json                fingerprints of the weights each stage started from
 metrics.csv              every logged value: stage, step (the first is 0), epoch, key, value
 readout.json             what the readout after SFT changed, where there is one
 <stage>.cost.json        seconds, tokens and peak memory of a stage
+adopted.json             the run beside this one whose stage one it took over
+evaluated.json           seconds of each evaluation that a study made
 contrastive/  sft/       results, present only when the stage is done
 snapshots/step-000020/   adapters during SFT
 tracking/<stage>/step-…/ what tracking.quantities measured there, prompt by prompt
@@ -93,6 +95,21 @@ class RowRecord(TypedDict):
     balance: NotRequired[BalanceRecord]
 
 
+@dataclass(frozen=True)
+class Cost:
+    """`<stage>.cost.json`: what the steps of a stage cost the process that took the last of them.
+
+    Steps of a process that was stopped before are not among them.
+    """
+
+    steps: int
+    seconds: float
+    tokens: int
+    tokens_per_second: float
+    peak_memory_gib: float
+    device: str = ""
+
+
 class Layer(TypedDict):
     block: int
 
@@ -124,6 +141,19 @@ class Run:
     def readout_file(self) -> Path:
         """What `dcr.training.readout` changed."""
         return self.folder / "readout.json"
+
+    def cost_file(self, stage: str) -> Path:
+        return self.folder / f"{stage}.cost.json"
+
+    @property
+    def adopted_file(self) -> Path:
+        """Whose stage one it took over, see `dcr.study`."""
+        return self.folder / "adopted.json"
+
+    @property
+    def evaluated_file(self) -> Path:
+        """Seconds, by a fingerprint of what `dcr.study` evaluated."""
+        return self.folder / "evaluated.json"
 
     @property
     def metrics_file(self) -> Path:

@@ -223,6 +223,21 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     return mean, float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
+def paired_over_seeds(
+    a: Sequence[float], b: Sequence[float], confidence: float = CONFIDENCE
+) -> Interval:
+    """Mean of a - b seed by seed with Student's t interval; ends are nan for a single seed.
+
+    Raises ValueError if the lengths differ.
+    """
+    _check_paired(a, b)
+    mean, spread = mean_and_spread([one - other for one, other in zip(a, b, strict=True)])
+    if len(a) < 2:
+        return Interval(mean, math.nan, math.nan)
+    reach = float(stats.t.ppf((1 + confidence) / 2, len(a) - 1)) * spread / math.sqrt(len(a))
+    return Interval(mean, mean - reach, mean + reach)
+
+
 def cohen_kappa(a: Sequence[bool], b: Sequence[bool]) -> float:
     """Agreement of two judges' verdicts beyond chance; nan if both give one and the same verdict.
 

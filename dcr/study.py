@@ -8,6 +8,7 @@ trains it, the others take it over by hard links.
 """
 
 import hashlib
+import logging
 import multiprocessing
 import os
 import shutil
@@ -16,7 +17,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -40,8 +42,6 @@ from dcr.runs import Run
 from dcr.text import label_of, single_line
 
 PATIENCE = 1.0  # seconds between two looks at whether the study itself still lives
-ADOPTED = "adopted.json"  # in a run folder: whose stage one it took over
-EVALUATED = "evaluated.json"  # in a run folder: seconds by fingerprint of what was evaluated
 # Settings of train.py and eval.py that a study gives itself.
 OWN = {
     *("run", "stage", "plan", "force", "output", "snapshots", "steps", "sweep"),
@@ -63,11 +63,11 @@ class Study:
 
 
 STUDIES = {
-    "epochs": Study("epochs", "table1"),
-    "ratio": Study("ratio", "table1"),
+    "epochs": Study("epochs", "table3"),
+    "ratio": Study("ratio", "table4"),
     "layer_margin": Study("layer_margin", "table1"),
     "methods": Study("methods", "table1", with_stl=False, steered=("scans", "surgical")),
-    "cost": Study("methods", "table1", with_stl=False),
+    "cost": Study("methods", "table2", with_stl=False),
 }
 
 
@@ -92,7 +92,8 @@ class Options:
 @cli.command(Options, goes_on=True)
 def main(options: Options) -> None:
     study = STUDIES[options.study]
-    planned = jobs(options, study)
+    with told_once():
+        planned = jobs(options, study)
     for fault in forked(lambda: check(planned)):
         raise fault
     if options.plan:
@@ -102,26 +103,16 @@ def main(options: Options) -> None:
     words = " ".join([options.study, *options.settings])
     named = hashlib.sha256(words.encode()).hexdigest()[:8]
     os.environ.setdefault("DCR_SWEEP", f"{options.study}-{named}")  # the group of its W&B runs
-    parts = [part for job in planned for part in job.parts()]
-    failed = carry_out(parts)
+    with storage.locked(options.out):  # a killed study's last part may still be ending
+        failed = carry_out([part for job in planned for part in job.parts()])
     page = options.out / f"{options.study}.html"
     folders = [job.run.folder for job in planned if any(job.run.folder.glob("eval/*/metrics.json"))]
     if folders:
         notes = (*shared(planned), *(f"failed: {job}: {why}" for job, why in failed.items()))
         print(f"{report.build(folders, page, [study.table], notes=notes)}\n\npage: {page}")
     if failed:
-        for job, why in failed.items():
-            print(f"failed: {job}: {why}", file=sys.stderr)
-        raise Incomplete(len(failed), len(planned))
-
-
-class Incomplete(UserError):
-    """Some jobs of a study failed."""
-
-    exit_code = 1
-
-    def __init__(self, failed: int, of: int) -> None:
-        super().__init__(f"{failed} of {of} jobs failed; the same command goes on with them")
+        told = "; ".join(f"{job}: {why}" for job, why in failed.items())
+        raise Told(f"{len(failed)} of {len(planned)} jobs failed: {told}", 1)
 
 
 # --- jobs ---------------------------------------------------------------------------------------
@@ -202,6 +193,23 @@ def jobs(options: Options, study: Study) -> list[Job]:
     return list(found.values())
 
 
+@contextmanager
+def told_once() -> Iterator[None]:
+    """A notice on a model's settings is the same for each job."""
+    told: set[str] = set()
+
+    def new(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return not (message in told or told.add(message))
+
+    notices = logging.getLogger(config.leave_numbers_of_another_model.__module__)
+    notices.addFilter(new)
+    try:
+        yield
+    finally:
+        notices.removeFilter(new)
+
+
 def _evaluations(
     words: Sequence[str], steered: Iterable[str], made_with: Mapping[str, Any]
 ) -> list[EvalConfig]:
@@ -273,7 +281,7 @@ def _training(settings: TrainConfig, run: Run, stage: Stage) -> Callable[[], Non
 
 def _evaluation(settings: EvalConfig, run: Run) -> tuple[Callable[[], bool], Callable[[], None]]:
     """Whether it is done, and the doing."""
-    file = run.folder / EVALUATED
+    file = run.evaluated_file
 
     def known() -> dict[str, float]:
         return storage.read_json(file, dict[str, float]) if file.exists() else {}
@@ -320,6 +328,7 @@ def adopt(settings: TrainConfig, run: Run) -> bool:
         ):
             with storage.locked(run.folder):
                 _take_over(donor, run, started["contrastive"])
+            print(f"taken over from {donor.folder}")
             return True
     return False
 
@@ -341,12 +350,12 @@ def _still_there(model: str, weights: str) -> bool:
 
 
 def _take_over(donor: Run, run: Run, started: str) -> None:
-    storage.write_json(run.folder / ADOPTED, {"contrastive": donor.folder.name})
+    storage.write_json(run.adopted_file, {"contrastive": donor.folder.name})
     storage.write_json(run.base_file, {"contrastive": started})
     runs.forget_metrics_beyond(run, "contrastive", 0)
     logged = [row for row in runs.read_metrics(donor) if row["stage"] == "contrastive"]
     runs.append_metrics(run, ([row[key] for key in runs.METRIC_FIELDS] for row in logged))
-    for file in (donor.layer_file, donor.folder / "contrastive.cost.json"):
+    for file in (donor.layer_file, donor.cost_file("contrastive")):
         if file.exists():
             storage.write_bytes(run.folder / file.name, file.read_bytes())
     for source, target in (
@@ -444,7 +453,7 @@ def shared(planned: Sequence[Job]) -> list[str]:
     """What of a study was done once for several jobs, as the page tells it."""
     notes = []
     for job in planned:
-        if (file := job.run.folder / ADOPTED).exists():
+        if (file := job.run.adopted_file).exists():
             donor = storage.read_json(file, dict[str, str])["contrastive"]
             notes.append(f"{job.run.folder.name}: stage one is that of {donor}")
     return notes

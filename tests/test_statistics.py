@@ -21,6 +21,7 @@ from dcr.statistics import (
     mcnemar,
     mean_and_spread,
     paired_difference,
+    paired_over_seeds,
     ranking,
     wilson,
     win_rates,
@@ -187,6 +188,17 @@ def test_paired_difference_equals_a_bootstrap_by_loops() -> None:
 def test_pairs_need_equal_lengths(paired: Any) -> None:
     with pytest.raises(ValueError, match="1 and 2"):
         paired([True], [True, False])
+
+
+def test_paired_over_seeds_is_students_interval() -> None:
+    a, b = [0.5, 0.7, 0.9], [0.4, 0.7, 0.6]
+    known = stats.ttest_rel(a, b).confidence_interval(0.95)
+    found = paired_over_seeds(a, b)
+    expected = (0.4 / 3, known.low, known.high)
+    assert (found.estimate, found.low, found.high) == pytest.approx(expected)
+    assert math.isnan(paired_over_seeds([0.5], [0.4]).low)
+    with pytest.raises(ValueError, match="equally many"):
+        paired_over_seeds(a, b[:2])
 
 
 def test_mean_and_spread() -> None:

@@ -11,7 +11,17 @@ from functools import partial
 from pathlib import Path
 
 from dcr import storage
-from dcr.report import analyses, claims, curves, discernment, figures, page, paper, trade_offs
+from dcr.report import (
+    analyses,
+    claims,
+    curves,
+    discernment,
+    figures,
+    page,
+    paper,
+    studies,
+    trade_offs,
+)
 from dcr.report.figures import Drawing
 from dcr.report.page import Report, Shown
 from dcr.report.records import Column, RunRecord, read_run
@@ -26,7 +36,7 @@ DRAWN: dict[str, Callable[[Sequence[RunRecord]], Drawing]] = {
     "8": analyses.scaling,
 }
 OPERATING = "operating_points"
-TABLES = (*paper.TABLES, discernment.NAME)
+TABLES = (*paper.TABLES, *studies.TABLES, discernment.NAME)
 FIGURES = (*sorted(DRAWN), OPERATING)
 
 

@@ -17,7 +17,7 @@ from rich.text import Text
 import dcr
 from dcr.balance import Balance
 from dcr.config import Kind
-from dcr.report import claims, curves, discernment, figures, paper, tables, trade_offs
+from dcr.report import claims, curves, discernment, figures, paper, studies, tables, trade_offs
 from dcr.report.claims import ClaimRow
 from dcr.report.comparisons import Comparison, comparisons, p_value, points
 from dcr.report.figures import Drawing
@@ -109,7 +109,7 @@ class Report:
             [
                 discernment.table(columns, groups, completions)
                 if name == discernment.NAME
-                else paper.TABLES[name](columns, groups)
+                else (paper.TABLES | studies.TABLES)[name](columns, groups)
                 for name in dict.fromkeys(wanted_tables)
             ],
             drawn,

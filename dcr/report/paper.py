@@ -26,7 +26,7 @@ from dcr.report.tables import (
     accuracy,
     annotator_name,
     judges_of,
-    mean_of,
+    of_group,
     rate,
 )
 from dcr.results.frame import NORMAL
@@ -342,14 +342,14 @@ def our_row(column: Column, cells: Cells, judge: str = "") -> PaperRow:
 
 
 def mean_row(group: Group, ours: Sequence[PaperRow]) -> PaperRow:
-    """Means over seeds with their standard deviation."""
+    """Means over seeds with their standard deviation, or a difference with its interval."""
     first = ours[group.places[0]]
     run = [part for part in group.label[1:] if part != first.model]
-    alike = [ours[place].cells for place in group.places]
-    means = {key: mean_of([cells.get(key) for cells in alike]) for key in alike[0]}
+    means = {key: of_group(group, [row.cells.get(key) for row in ours]) for key in first.cells}
     # of the columns that every seed has
     cells = {key: mean for key, mean in means.items() if mean and not mean.aside}
-    return PaperRow(first.method, "ours", first.model, ", ".join(run), cells, first.judge)
+    less = f" − {ours[group.less[0]].method}" if group.less else ""
+    return PaperRow(first.method + less, "ours", first.model, ", ".join(run), cells, first.judge)
 
 
 def _paper_cells(model: str, method: str, values: dict[str, float], table: str) -> Cells:
@@ -424,7 +424,7 @@ def _legend(table: str) -> list[str]:
         cited,
         "Compliance by XSTest's keyword rules. Ours with 95% intervals: Wilson, combined for the "
         "mean of the sets, ±1.96 standard errors for ability and win rates; means over seeds with "
-        "their standard deviation.",
+        "their standard deviation, and differences from STL with Student's interval, seed by seed.",
     ]
 
 
@@ -463,6 +463,8 @@ def words(row: PaperRow, table: PaperTable) -> list[str]:
 
 def number(cell: Cell, column: str, intervals: bool = True) -> str:
     """`0.83 [0.78–0.87]`, without the marks."""
+    if cell.text:
+        return cell.text
     places = digits(column)
     if cell.spread is not None:
         return f"{cell.estimate:.{places}f} ± {cell.spread:.{places}f}"

@@ -1,7 +1,7 @@
 """What run folders say, and the columns that a report makes of them, with names and styles."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -252,11 +252,12 @@ class Column:
 
 @dataclass(frozen=True)
 class Group:
-    """Columns that differ by nothing but their seed."""
+    """Columns that differ by nothing but their seed; or such less others of the same seeds."""
 
     label: tuple[str, ...]
     places: tuple[int, ...]  # among the columns
     style: Style
+    less: tuple[int, ...] = ()  # seed by seed
 
 
 Evaluated = tuple[RunRecord, Evaluation]
@@ -417,7 +418,9 @@ def _distinction(own: Evaluated, alike: Sequence[Evaluated]) -> tuple[str, ...]:
 
 
 def seed_groups(columns: Sequence[Column]) -> list[Group]:
-    """Columns that differ only by seed, where there are two or more."""
+    """Columns that differ only by seed, where there are two or more, and each such group's
+    difference from that of STL.
+    """
     places: dict[str, list[int]] = {}
     for place, column in enumerate(columns):
         if column.about("method") not in UNTRAINED:
@@ -431,7 +434,31 @@ def seed_groups(columns: Sequence[Column]) -> list[Group]:
         kept = tuple(part for part in first.label if not part.startswith("seed "))
         if len(alike) > 1:
             groups.append(Group((*kept, f"{len(seeds)} seeds"), tuple(alike), first.style))
-    return groups
+    return groups + [
+        replace(
+            a,
+            label=(f"{a.label[0]} − {b.label[0]}", *a.label[1:], "paired, 95% of t"),
+            less=b.places,
+        )
+        for a in groups
+        for b in groups
+        if a is not b and _less(columns, a, b)
+    ]
+
+
+def _less(columns: Sequence[Column], a: Group, b: Group) -> bool:
+    """Whether b is plain STL, of the model, data and seeds of a and evaluated alike."""
+    first, second = columns[a.places[0]], columns[b.places[0]]
+    edits = ("steering", "calibrate", "self_cd")
+    settings = settings_without_seed(first.evaluation)
+    return (
+        method_of(second.run, second.evaluation) == "stl"
+        and all(first.about(key) == second.about(key) for key in ("model", "data"))
+        and [columns[i].about("seed") for i in a.places]
+        == [columns[i].about("seed") for i in b.places]
+        and {key: value for key, value in settings.items() if key not in edits}
+        == settings_without_seed(second.evaluation)
+    )
 
 
 # --- answers ------------------------------------------------------------------------------------

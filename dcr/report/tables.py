@@ -178,15 +178,38 @@ def judges_of(evaluations: Iterable[Evaluation]) -> list[tuple[str, str]]:
 
 
 def over_seeds(table: Sequence[Section], groups: Sequence[Group]) -> list[Section]:
-    """The same table with one column a group: mean and standard deviation over its seeds."""
+    """The same table with one column a group: mean and standard deviation over its seeds, or the
+    difference of two groups.
+    """
     sections = []
     for section in table:
         rows = []
         for row in section.rows:
-            cells = tuple(mean_of([row.values[place] for place in g.places]) for g in groups)
+            cells = tuple(of_group(group, row.values) for group in groups)
             rows += [replace(row, values=cells, aside="")] if any(cells) else []
         sections += [replace(section, rows=rows)] if rows else []
     return sections
+
+
+def of_group(group: Group, cells: Sequence[Cell | None]) -> Cell | None:
+    """Over the seeds of a group the mean with its spread, or a difference with its interval."""
+    own = [cells[place] for place in group.places]
+    if not group.less:
+        return mean_of(own)
+    both = [
+        (one, other)
+        for one, other in zip(own, (cells[place] for place in group.less), strict=True)
+        if one and other and not (one.text or other.text)
+    ]
+    if len(both) < 2:
+        return None
+    found = statistics.paired_over_seeds(
+        [one.estimate for one, _ in both], [other.estimate for _, other in both]
+    )
+    marks = "".join(dict.fromkeys(mark for pair in both for cell in pair for mark in cell.marks))
+    few = f"of {len(both)} seeds only" if len(both) < len(own) else ""
+    percent = both[0][0].percent
+    return Cell(found.estimate, found.low, found.high, percent=percent, marks=marks, aside=few)
 
 
 def mean_of(cells: Sequence[Cell | None]) -> Cell | None:

@@ -8,8 +8,10 @@ import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
@@ -17,7 +19,7 @@ from tqdm import tqdm
 
 from dcr import models, runs, storage
 from dcr.models import Policy
-from dcr.runs import Run
+from dcr.runs import Cost, Run
 from dcr.storage import Lease
 
 QUIET = (
@@ -182,11 +184,15 @@ class StepClock(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and self.steps:
-            cost = {
-                "steps": self.steps,
-                "seconds": round(self.seconds, 1),
-                "tokens": self.tokens,
-                "tokens_per_second": round(self.tokens / self.seconds, 1),
-                "peak_memory_gib": round(runs.peak_memory_gib(), 2),
-            }
-            storage.write_json(self.run.folder / f"{self.stage}.cost.json", cost)
+            on_gpu = trainer.strategy.root_device.type == "cuda"
+            cost = Cost(
+                steps=self.steps,
+                seconds=round(self.seconds, 1),
+                tokens=self.tokens,
+                tokens_per_second=round(self.tokens / self.seconds, 1),
+                peak_memory_gib=round(runs.peak_memory_gib(), 2),
+                device=torch.cuda.get_device_name()
+                if on_gpu
+                else f"CPU, threads: {torch.get_num_threads()}",
+            )
+            storage.write_json(self.run.cost_file(self.stage), asdict(cost))

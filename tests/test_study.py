@@ -1,0 +1,231 @@
+"""A study against its jobs run alone: what it shares, survives, finds again and tells."""
+
+import json
+import os
+import re
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from forked import killed
+from scipy import stats
+from test_report import columns, make_eval, make_run
+from tiny_run import overrides, same, weights
+
+from dcr import eval as evaluation_script
+from dcr import models, report, study
+from dcr import train as training_script
+from dcr.config import TrainConfig
+from dcr.report import studies
+from dcr.report.records import seed_groups
+from dcr.runs import Run, append_metrics
+from dcr.study import STUDIES, Job, Options
+
+TWO_RATES = "sft.lr=1e-3,2e-3"
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> list[str]:
+    """Settings under which a job takes a second."""
+    kept = [word for word in overrides(tmp_path_factory.mktemp("rows")) if word != "model=tiny"]
+    kept = [word for word in kept if not word.startswith(("data.evaluation", "dcr.epochs"))]
+    evaluated = "{over_refusal: [demo_seemingly_toxic_heldout], safety: [demo_toxic_heldout]}"
+    return [
+        *(*kept, f"model.name={tiny_folder}", "model.layer=1", "sft.lora.targets=[all-linear]"),
+        *(f"data.evaluation={evaluated}", "sft.precision=fp32", "dcr.precision=fp32"),
+        *("dcr.epochs=1", "limit=4", "gen.max_new_tokens=3", "precision=fp32"),
+    ]
+
+
+def planned(out: Path, words: list[str], name: str = "epochs", seeds: int = 1) -> dict[str, Job]:
+    options = Options(study=name, seeds=seeds, out=out, settings=words)
+    return {job.name: job for job in study.jobs(options, STUDIES[name])}
+
+
+def trained(job: Job) -> TrainConfig:
+    assert job.training is not None
+    return job.training
+
+
+def measured(folder: Path) -> list[dict[str, Any]]:
+    """Every `metrics.json` of a run, without times."""
+    read = [json.loads(file.read_text()) for file in sorted(folder.glob("eval/*/metrics.json"))]
+    apart = ("seconds", "peak_memory_gib", "tokens_per_second")
+    return [{key: value for key, value in one.items() if key not in apart} for one in read]
+
+
+def alone(job: Job, folder: Path) -> Run:
+    """The same job as `train.py` and `eval.py` would do it."""
+    run = Run(folder)
+    training_script.train(trained(job), run)
+    for settings in job.evaluations:
+        evaluation_script.evaluate(replace(settings, run=str(folder)), run)
+    return run
+
+
+def test_a_study_gives_what_its_jobs_give_alone_and_shares_stage_one(
+    words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked = [f"out={tmp_path / 'all'}", "study=epochs", *words, TWO_RATES]
+    assert study.main(asked) == 0
+    jobs = planned(tmp_path / "all", [*words, TWO_RATES])
+    first, second = (job for job in jobs.values() if job.name.startswith("dcr.epochs"))
+    assert len(jobs) == 5  # the base model, two of STL, two of DCR
+    for job in (jobs["method=stl sft.lr=0.001"], second):
+        run = alone(job, tmp_path / job.name)
+        assert same(weights(run.folder), weights(job.run.folder))
+        assert measured(run.folder) == measured(job.run.folder) != []
+    files = [job.run.stage("contrastive") / "model.safetensors" for job in (first, second)]
+    assert os.path.samefile(*files)
+    said, page = capfd.readouterr().out, (tmp_path / "all" / "epochs.html").read_text()
+    assert said.count("taken over from") == said.count(f"taken over from {first.run.folder}") == 1
+    shared = f"{second.run.folder.name}: stage one is that of {first.run.folder.name}"
+    assert shared in said
+    assert shared in page
+    # another study of the same jobs finds all of them
+    seen = files[0].stat().st_mtime_ns
+    assert study.main([*asked[:1], "study=epochs", *words, TWO_RATES]) == 0
+    assert "] " not in capfd.readouterr().out.split("tiny-llama")[0]
+    assert files[0].stat().st_mtime_ns == seen
+
+
+@pytest.mark.parametrize("how", ["fault", "kill"])
+def test_a_failed_job_ends_alone_and_is_gone_on_with(
+    how: str,
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    asked = [f"out={tmp_path}", "study=epochs", *words]
+    plain = training_script.train
+
+    def failing(settings: TrainConfig, run: Run) -> None:
+        if settings.method.value == "stl":
+            if how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise RuntimeError("the machine\nstumbled")
+        plain(settings, run)
+
+    monkeypatch.setattr(training_script, "train", failing)
+    assert study.main(asked) == 1
+    why = {"fault": "RuntimeError: the machine stumbled", "kill": "killed by SIGKILL"}[how]
+    told = capfd.readouterr()
+    assert told.err.splitlines()[-1] == f"error: 1 of 3 jobs failed: method=stl: sft: {why}"
+    assert f"method=stl: sft: {why}" in (tmp_path / "epochs.html").read_text()
+    base, stl, dcr = planned(tmp_path, words).values()
+    before = [file.stat().st_mtime_ns for file in sorted(dcr.run.folder.rglob("*.json*"))]
+    assert (len(measured(base.run.folder)), measured(stl.run.folder)) == (1, [])
+    monkeypatch.undo()
+    assert study.main(asked) == 0
+    assert re.findall(r"\] (.*)$", capfd.readouterr().out, re.M)[:2] == [
+        "method=stl: sft", "method=stl: evaluation",
+    ]  # fmt: skip
+    after = [file.stat().st_mtime_ns for file in sorted(dcr.run.folder.rglob("*.json*"))]
+    assert (len(measured(stl.run.folder)), after) == (1, before)
+
+
+def test_a_killed_study_goes_on_where_it_was(words: list[str], tmp_path: Path) -> None:
+    asked = [f"out={tmp_path / 'study'}", "study=epochs", *words, "seeds=2"]
+    *_, last = planned(tmp_path / "study", words, seeds=2).values()
+    killed(lambda: study.main(asked), lambda: last.run.checkpoints("sft").is_dir())
+    while (code := study.main(asked)) == 2:  # its last part is still ending
+        pass
+    assert code == 0
+    assert same(weights(alone(last, tmp_path / "alone").folder), weights(last.run.folder))
+
+
+def test_a_plan_opens_no_weight(
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delattr(models, "open_policy")
+    asked = [f"out={tmp_path / 'none'}", "study=ratio", "plan=true", *words, TWO_RATES]
+    assert study.main([*asked, "dcr.ratio=1,2"]) == 0
+    said = " ".join(capfd.readouterr().out.split())
+    assert said.count("that of dcr.ratio=") == 2
+    assert "training in all" in said
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ("study=epoch", "study=epoch: choose one of epochs, ratio"),
+        ("run=here", "run=here: a study sets it itself"),
+        ("limti=5", "limti=5: no setting of train.py or eval.py; did you mean limit"),
+        ("seeds=0", "seeds=0: give 1 or more"),
+        ("seeds=2 seed=0,1", "seeds=2 seed=0,1: give the first seed alone"),
+        ("dcr.ratio=50", "dcr.ratio=50.0 asks for 600 rows"),
+        ("trainer.devices=2", "trainer.devices: a study runs job after job"),
+        ("model.name=/not/here", "model.name=/not/here: cannot be opened"),
+        ("calibrate=2", "calibrate=2: give a share"),
+        ("dcr.epochs=[", "dcr.epochs=["),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    more: str, told: str, words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["study=epochs", *words, f"out={tmp_path / 'none'}", *more.split()]
+    assert study.main(asked) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert told in line
+    assert not (tmp_path / "none").exists()
+
+
+# --- its tables ---------------------------------------------------------------------------------
+
+
+def test_tables_by_epochs_pair_seeds_with_stl(tmp_path: Path) -> None:
+    folders = []
+    for seed, verdicts in enumerate(("rrrc", "rrcc")):
+        folders.append(make_run(tmp_path / f"stl{seed}", "stl", seed=seed))
+        make_eval(folders[-1], {"safe": verdicts, "unsafe": "rr"})
+        for epochs, answered in ((10, "cccc"), (2, ("rccc", "cccc")[seed])):
+            place = tmp_path / f"dcr{epochs}-{seed}"
+            folders.append(make_run(place, seed=seed, dcr={"epochs": epochs}))
+            make_eval(folders[-1], {"safe": answered, "unsafe": "rc"})
+    chosen = columns(*folders)
+    table = studies.TABLES["table3"](chosen, seed_groups(chosen))
+    ours = [(row.method, row.judge) for row in table.rows if row.source == "ours"]
+    assert [judge for _, judge in ours] == [""] * 3 + ["2"] * 4 + ["10"] * 4
+    assert [row.judge for row in table.rows if row.source == "paper"] == ["1", "2", "3", "5"]
+    less = {row.judge: row.cells for row in table.rows if row.method == "DCR − STL"}
+    # compliance of 3/4 and 4/4 with two epochs, of STL 1/4 and 2/4
+    assert less["2"]["complied"].estimate == pytest.approx(0.5)
+    assert (less["2"]["complied"].low, less["2"]["complied"].high) == pytest.approx((0.5, 0.5))
+    low, high = stats.ttest_rel([1, 1], [0.25, 0.5]).confidence_interval(0.95)
+    found = less["10"]["complied"]
+    assert (found.estimate, found.low, found.high) == pytest.approx((0.625, low, high))
+    text = report.build(folders, tmp_path / "page.html", ["table3"])
+    assert "DCR − STL" in text
+    assert "50.0 [50–50]" in text
+    assert "DCR − STL" in (tmp_path / "table3.md").read_text()
+
+
+def test_costs_are_scaled_to_all_steps_and_told_once(tmp_path: Path) -> None:
+    cost = {"steps": 4, "seconds": 60.0, "tokens": 800, "tokens_per_second": 13.3}
+    cost |= {"peak_memory_gib": 2.0, "device": "CPU, threads: 1"}
+    folders = [make_run(tmp_path / name, dcr={"epochs": place}) for place, name in enumerate("ab")]
+    for folder in folders:
+        make_eval(folder, {"safe": "rc", "unsafe": "rr"})
+        for stage in ("contrastive", "sft"):
+            Run(folder).cost_file(stage).write_text(json.dumps(cost))
+        # ten steps of SFT, of which a process that was killed took the first six
+        rows = [("sft", step, 0, "sft/step_nll", 1.0) for step in range(10)]
+        append_metrics(Run(folder), rows)
+    Run(folders[1]).adopted_file.write_text(json.dumps({"contrastive": "a"}))
+    table = studies.TABLES["table2"](columns(*folders), [])
+    ours = [(row.judge, row.cells) for row in table.rows if row.source == "ours"]
+    assert [judge for judge, _ in ours] == ["stage one", "SFT", "SFT"]
+    assert ours[0][1]["minutes"].estimate == pytest.approx(1.0)
+    assert ours[1][1]["minutes"].estimate == pytest.approx(2.5)
+    assert ours[1][1]["memory"].estimate == pytest.approx(2 * 2**30 / 1e9)
+    paper = {(row.model, row.judge): row.cells["minutes"].text for row in table.rows[-6:]}
+    assert paper["Qwen2.5-7B", "SFT"] == "~21"
+    report.build(folders, tmp_path / "page.html", ["table2"])
+    assert r"\textasciitilde{}21" in (tmp_path / "table2.tex").read_text()
