@@ -36,7 +36,7 @@ DRAWN: dict[str, Callable[[Sequence[RunRecord]], Drawing]] = {
     "8": analyses.scaling,
 }
 OPERATING = "operating_points"
-TABLES = (*paper.TABLES, *studies.TABLES, discernment.NAME)
+TABLES = (*paper.TABLES, discernment.NAME, *studies.TABLES)
 FIGURES = (*sorted(DRAWN), OPERATING)
 
 
