@@ -27,6 +27,7 @@ from dcr import (
     refusal,
     sources,
     storage,
+    threads,
     twins,
 )
 from dcr.balance import Balance
@@ -129,7 +130,10 @@ class Tally:
 
 @cli.command(Options, goes_on=True)
 def main(options: Options) -> None:
-    tally = augment(options, _settings(options))
+    settings = _settings(options)
+    if settings.endpoint is None:
+        threads.use(settings.trainer.threads)
+    tally = augment(options, settings)
     print(tally.described(options))
     if tally.asked and tally.unanswered == tally.asked:
         raise EndpointError(

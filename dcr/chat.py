@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import TextStreamer
 
-from dcr import batching, cli, config, generation, models, prompts, refusal
+from dcr import batching, cli, config, generation, models, prompts, refusal, threads
 from dcr.config import ConfigError, ModelConfig, Precision
 from dcr.models import Policy
 from dcr.prompts import ChatFormat
@@ -105,6 +105,7 @@ class Dialogue:
 @cli.command(Options)
 def main(options: Options) -> None:
     """Converse until /quit or the end of input."""
+    threads.use()
     policy, model = open_stage(Run(options.run), options.stage)
     batching.to_gpu(policy.model)
     dialogue = Dialogue(

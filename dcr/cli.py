@@ -41,7 +41,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
-from dcr import batching, config, runs, storage
+from dcr import config, runs, storage
 from dcr.config import ConfigError, EvalConfig, TrainConfig, UserError
 from dcr.text import label_of, printable, redact, single_line
 
@@ -103,10 +103,13 @@ def _quieten() -> None:
 
     What Lightning says while it trains, `training.callbacks.quiet` hides.
     """
-    from transformers.utils import logging as transformers_logging
+    # transformers reads these when it is imported, which help and a user's error need not wait for
+    os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    if "transformers" in sys.modules:
+        from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
     for name in (
         "lightning.pytorch.trainer.connectors.signal_connector",  # a signal has one line, ours
         "lightning.fabric.utilities.seed",
@@ -210,6 +213,8 @@ def faults_in_words() -> Iterator[None]:
     except OmegaConfBaseException as error:
         raise ConfigError(config.one_line(error, *_schemas())) from error
     except (RuntimeError, MemoryError) as error:
+        from dcr import batching  # with torch, which only what can fail like this has loaded
+
         if batching.is_out_of_memory(error):
             raise OutOfMemory from error
         raise

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dcr import models
+from dcr import models, threads
 from dcr.config import Adapter, Precision, Stage, TrainConfig, block_of
 
 LOGIT_ROWS = 256  # the chunk of losses.token_nll
@@ -228,9 +228,9 @@ def device_type(settings: TrainConfig) -> str:
 def throughput(settings: TrainConfig, precision: Precision, width: int) -> Throughput:
     """Of one device that the command would run on."""
     if device_type(settings) == "cpu":
-        threads = settings.trainer.threads or torch.get_num_threads()
-        rate = _timed_product("cpu", precision, width, threads)
-        return Throughput(f"this CPU, {threads} threads", MEASURED_SHARE * rate, _measured(rate))
+        number, _ = threads.chosen(settings.trainer.threads)
+        rate = _timed_product("cpu", precision, width, number)
+        return Throughput(f"this CPU, {number} threads", MEASURED_SHARE * rate, _measured(rate))
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ASSUMED_GPU
     if any(known in name for known in GPUS):
         return published(name, precision)

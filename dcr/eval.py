@@ -5,12 +5,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 
-from dcr import cli, config, runs, storage, wandb_run
+from dcr import cli, config, runs, storage
 from dcr.config import ConfigError, EvalConfig
-from dcr.evaluation import metrics, sets, subjects
 from dcr.runs import Run
 from dcr.text import label_of
 
@@ -83,11 +81,14 @@ def completed(composed: DictConfig, made_with: Mapping[str, Any]) -> DictConfig:
 
 def evaluate(settings: EvalConfig, run: Run) -> None:
     """Answer what is unanswered, judge what is unjudged, count, and write `metrics.json`."""
+    # not at the top: what is asked is checked before torch is loaded
+    from dcr import threads, wandb_run
+    from dcr.evaluation import metrics, sets, subjects
+
     found = subjects.subjects(settings, run)
     metrics.check(settings, run)
     prompts = sets.read(settings)
-    if settings.trainer.threads:
-        torch.set_num_threads(settings.trainer.threads)
+    threads.use(settings.trainer.threads)
     with storage.locked(run.folder), _claimed(settings, run), ExitStack() as stack:
         shown = None
         for subject in found:

@@ -20,7 +20,7 @@ from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from dcr import cli, config, models, prompts, results, storage
+from dcr import cli, config, models, prompts, results, storage, threads
 from dcr.config import (
     AUTO_LAYER,
     EMBEDDED_MODEL,
@@ -172,6 +172,7 @@ def export(
         calibration.check(settings, made_with)
     if push is not None:
         _reserve(push, public)
+    threads.use()
     policy = models.open_result(run.stage(stage), Precision.fp32, model.trust_remote_code)
     if isinstance(policy.model, PeftModel):
         policy = Policy(policy.model.merge_and_unload(), policy.tokenizer, policy.name)

@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired
 
-import torch
 import yaml
 from pydantic import ConfigDict
 from typing_extensions import TypedDict
@@ -45,6 +44,7 @@ BEFORE_TRAINING = {
     "rows.json",
     "base.json",
     "layer.json",
+    "threads.json",
     "wandb_id",
     "wandb",
 }
@@ -114,6 +114,10 @@ class Layer(TypedDict):
     block: int
 
 
+class Threads(TypedDict):
+    threads: int
+
+
 @dataclass(frozen=True)
 class Run:
     """Paths inside one run folder."""
@@ -136,6 +140,11 @@ class Run:
     def layer_file(self) -> Path:
         """Which block `dcr.layer=auto` chose."""
         return self.folder / "layer.json"
+
+    @property
+    def threads_file(self) -> Path:
+        """How many threads the run's numbers were made with, where they were chosen for it."""
+        return self.folder / "threads.json"
 
     @property
     def readout_file(self) -> Path:
@@ -214,9 +223,17 @@ class Run:
             return None
         return storage.read_json(self.layer_file, Layer, RESTORE)["block"]
 
+    def threads(self) -> int | None:
+        """The number of threads that was chosen as the run began, None where none was."""
+        if not self.threads_file.exists():
+            return None
+        return storage.read_json(self.threads_file, Threads, RESTORE)["threads"]
+
 
 def peak_memory_gib() -> float:
     """The most memory this process has held: on the GPU where there is one, else in RAM."""
+    import torch  # not at the top: a user's error in a run folder needs none
+
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from dcr import balance, cli, config, data, models, runs, storage, wandb_run
+from dcr import balance, cli, config, data, models, runs, storage, threads, wandb_run
 from dcr.balance import Balance
 from dcr.config import ConfigError, Method, NLLSource, Quantity, Stage, TrainConfig
 from dcr.data import Splits
@@ -37,13 +37,14 @@ def train(settings: TrainConfig, run: Run) -> None:
     wanted = config.stages_of(settings.method, settings.stage)
     rows = checked(settings, run)
     tracked = tracking.tracked(settings.tracking, settings.data, settings.seed)
-    if settings.trainer.threads:
-        torch.set_num_threads(settings.trainer.threads)
     with (
         callbacks.quiet(),
         _claimed(settings, run, rows) as lease,
         _wandb(settings, run) as loggers,
     ):
+        number = threads.use(settings.trainer.threads, run.threads())
+        if number is not None and _leads():
+            storage.write_json(run.threads_file, {"threads": number})
         job = Job(settings, run, rows, _block(settings, run), lease, [*loggers], tracked)
         for stage in wanted:
             if run.done(stage.value):

@@ -390,3 +390,39 @@ def test_a_signal_ends_a_command_in_one_line(
     assert chat.main(["run=x"]) == 128 + number
     said = f"error: stopped by {number.name}; the same command starts anew\n"
     assert capsys.readouterr() == ("", said)
+
+
+# --- what a command that computes nothing need not wait for ---
+
+HEAVY = ("torch", "transformers", "lightning", "torchmetrics", "datasets", "pandas", "matplotlib")
+LOADED = f"""
+import runpy, sys
+script, *sys.argv[1:] = sys.argv[1:]
+sys.argv[0] = script
+try:
+    runpy.run_path(script, run_name="__main__")
+except SystemExit:
+    pass
+print(*(name for name in {HEAVY} if name in sys.modules), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train.py --help",
+        "train.py --cfg job",
+        "train.py dcr.epoch=3",
+        "train.py dcr.margin=2",
+        "eval.py --help",
+        "eval.py run=not/there",
+        "eval.py tasks=[foo]",
+    ],
+)
+def test_help_and_a_users_error_need_no_torch(words: str, tmp_path: Path) -> None:
+    script, *rest = words.split()
+    told = [sys.executable, "-c", LOADED, str(ROOT / script), *rest]
+    ended = subprocess.run(told, cwd=tmp_path, capture_output=True, text=True)
+    *said, loaded = ended.stderr.splitlines()
+    assert not loaded
+    assert len(said) == ("--" not in words)

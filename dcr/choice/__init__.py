@@ -177,8 +177,6 @@ def best_layer(settings: TrainConfig, limit: int = LIMIT, policy: Policy | None 
 
 def _opened(settings: TrainConfig) -> Policy:
     """The weights in memory, in the precision of stage one, on the device they run on."""
-    if settings.trainer.threads:
-        torch.set_num_threads(settings.trainer.threads)
     policy = models.open_policy(settings.model, settings.dcr.precision, settings.seed)
     batching.to_gpu(policy.model, settings.trainer.accelerator)
     return policy

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from dcr import cli, config, storage
+from dcr import cli, config, storage, threads
 from dcr.choice import Choice, choose
 from dcr.choice.origins import FEWEST, LIMIT
 from dcr.config import TrainConfig, UserError
@@ -47,6 +47,7 @@ class Options:
 def main(options: Options) -> None:
     settings = config.resolve(cli.compose("train", options.settings, Options), TrainConfig)
     out = _out(options, settings)
+    threads.use(settings.trainer.threads)
     choice = choose(settings, limit=options.limit, pairs=options.pairs, tests=options.tests)
     storage.write_json(out, choice.record())
     print(f"{describe(choice)}\n\n{out}")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from dcr import batching
+from dcr import batching, threads
 from dcr.batching import attention_mask, padded
 from dcr.config import DataError, GenConfig
 from dcr.generation import self_cd
@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 
 SHARE = 0.8  # of the free memory: the rest is for fragments and for what is not counted below
 MOST = {"cuda": 512, "cpu": 64}  # more at once takes longer to answer and decodes no faster
-CGROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -226,20 +225,16 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min(psutil.virtual_memory().available, _cgroup_bytes(CGROUPS))
+    return min(psutil.virtual_memory().available, _cgroup_bytes(threads.control_groups()))
 
 
-def _cgroup_bytes(root: Path, own: Path = Path("/proc/self/cgroup")) -> int:
-    """What the limits of this process's control groups leave, as in a container or a Slurm job.
+def _cgroup_bytes(groups: Sequence[Path]) -> int:
+    """What the limits of control groups leave, as in a container or a Slurm job.
 
     Beyond such a limit the kernel kills, and no error can be caught. The machine's free memory
-    says nothing of it. Unlimited where there are no control groups (version 2).
+    says nothing of it.
     """
-    lines = own.read_text().splitlines() if own.is_file() else []
-    path = next((line.removeprefix("0::") for line in lines if line.startswith("0::")), "/")
-    group = root / path.strip("/")
-    left = [_left_in(g) for g in (group, *group.parents) if g.is_relative_to(root)]
-    return min(left, default=2**62)
+    return min(map(_left_in, groups), default=2**62)
 
 
 def _left_in(group: Path) -> int:

@@ -1,0 +1,88 @@
+"""How many threads torch computes with: what a process may really use, and others leave free.
+
+A step of two threads where another process holds one of two cores takes many times that of one
+thread, since every product waits for the slower half.
+"""
+
+import logging
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import torch
+
+log = logging.getLogger(__name__)
+
+LOOK = 0.2  # seconds over which cores that others hold are counted
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+def cores() -> list[int]:
+    """Those this process may run on, by number."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def control_groups(root: Path = CGROUPS, own: Path = Path("/proc/self/cgroup")) -> list[Path]:
+    """This process's control groups (version 2), the innermost first, as in a container or a job.
+
+    Each one's limits hold. None where there are no control groups.
+    """
+    lines = own.read_text().splitlines() if own.is_file() else []
+    path = next((line.removeprefix("0::") for line in lines if line.startswith("0::")), "/")
+    group = root / path.strip("/")
+    return [each for each in (group, *group.parents) if each.is_relative_to(root)]
+
+
+def quota(groups: Sequence[Path]) -> float:
+    """Cores' worth of time that control groups grant; infinite where none sets a limit."""
+    least = math.inf
+    for file in (group / "cpu.max" for group in groups):
+        most, period = file.read_text().split() if file.is_file() else ("max", "")
+        least = least if most == "max" else min(least, int(most) / int(period))
+    return least
+
+
+def taken(mine: list[int]) -> float:
+    """How many of these cores other processes hold: over the last minute, and still now.
+
+    One that held them and has ended, as the command before this one, takes none.
+    """
+    now = psutil.cpu_percent(interval=LOOK, percpu=True)
+    return min(sum(now[core] for core in mine if core < len(now)) / 100, os.getloadavg()[0])
+
+
+def chosen(asked: int | None, before: int | None = None) -> tuple[int, str]:
+    """How many threads, and why.
+
+    `asked` is `trainer.threads`; without it OMP_NUM_THREADS, then as many as a run had `before` it
+    was stopped, which its numbers depend on to the last bit, then what is free.
+    """
+    if asked:
+        return asked, "trainer.threads"
+    if os.environ.get("OMP_NUM_THREADS"):
+        return torch.get_num_threads(), "OMP_NUM_THREADS"
+    mine = cores()
+    if before:
+        return min(before, len(mine)), "as this run began; trainer.threads=<n> for another number"
+    held, granted = taken(mine), quota(control_groups())
+    free = min(torch.get_num_threads(), granted, round(len(mine) - held))
+    why = f"of {len(mine)} cores, {held:.1f} held by others"
+    if granted < len(mine):
+        why += f", {granted:g} granted by the cgroup"
+    return max(1, int(free)), f"{why}; trainer.threads=<n> for another number"
+
+
+def use(asked: int | None = None, before: int | None = None) -> int | None:
+    """Have torch compute with the `chosen` number of threads, and say so in one line.
+
+    Returns it where neither the user nor the environment gave it.
+    """
+    number, why = chosen(asked, before)
+    if number != torch.get_num_threads():
+        torch.set_num_threads(number)
+    log.info("threads: %d (%s)", number, why)
+    return None if asked or os.environ.get("OMP_NUM_THREADS") else number
