@@ -6,10 +6,13 @@
 Every variant runs in a process of its own, one after another, on the same prompts of the embedded
 corpus, shuffled once: batches of `batch` in that order with `model.generate`; the same, sorted by
 length; transformers' continuous batching (`model.generate_batch`, on a CPU with pages for `batch`
-prompts); and `dcr.generation`, with the same `batch` and with as many at once as it chooses.
-Loading is not timed. `other texts` counts prompts whose answer differs from the first variant's:
-in bf16 two tokens with nearly one logit may swap wherever a batch has another shape. Only the
-ratios of one run of this script mean anything.
+prompts); `dcr.generation`, with the same `batch` and with as many at once as it chooses; the same
+with `gen.max_new_tokens=auto`, which ends an answer where XSTest's keywords have decided; and the
+first token's refusal mass alone, which is all that `tasks=[discernment]` reads. Loading is not
+timed; seconds are the processor's, on a GPU the clock's. `other texts` counts prompts whose answer
+differs from the first variant's: in bf16 two tokens with nearly one logit may swap wherever a batch
+has another shape; `other verdicts` those on which XSTest's keywords differ. Only the ratios of one
+run of this script mean anything.
 """
 
 import json
@@ -44,7 +47,10 @@ VARIANTS = {
     "transformers' continuous batching": "continuous_batching",
     "dcr, the same batch": "ours",
     "dcr, its own choice": "ours_measured",
+    "dcr, until keywords have decided": "ours_decided",
+    "dcr, the first token's mass alone": "ours_first",
 }
+THEIRS = ("batches_as_they_come", "sorted_batches", "continuous_batching")
 OPTIONS = {
     "model": "smollm2_135m",
     "prompts": "64",
@@ -137,7 +143,12 @@ def continuous_batching(
 
 
 def ours(
-    policy: Policy, chat: ChatFormat, rows: Sequence[Example], new: int, batch: int | None
+    policy: Policy,
+    chat: ChatFormat,
+    rows: Sequence[Example],
+    new: int,
+    batch: int | None,
+    decided: Callable[[str], bool] | None = None,
 ) -> Answers:
     openings = refusal.refusal_openings(chat)
     batches = generation.complete(
@@ -146,6 +157,7 @@ def ours(
         rows,
         GenConfig(max_new_tokens=new, batch_size=batch),
         score=lambda logits: refusal.refusal_mass(logits, openings),
+        decided=decided,
     )
     return {done.id: done.response for found in batches for done in found}
 
@@ -156,15 +168,32 @@ def ours_measured(
     return ours(policy, chat, rows, new, None)
 
 
+def ours_decided(
+    policy: Policy, chat: ChatFormat, rows: Sequence[Example], new: int, batch: int
+) -> Answers:
+    return ours(policy, chat, rows, new, batch, refusal.is_decided)
+
+
+def ours_first(
+    policy: Policy, chat: ChatFormat, rows: Sequence[Example], new: int, batch: int
+) -> Answers:
+    openings = refusal.refusal_openings(chat)
+    encoded = [chat.prompt_ids(row.prompt) for row in rows]
+    for _, logits in refusal.first_logits(policy.model, encoded):
+        refusal.refusal_mass(logits, openings)
+    return {row.id: [] for row in rows}
+
+
 def timed(variant: Callable[..., Answers], options: dict[str, str]) -> dict[str, Any]:
     """One variant after a warm-up of two prompts: seconds, peak memory and every text."""
     policy, chat, rows = opened(options)
     new, batch = int(options["new"]), int(options["batch"])
     try:
         variant(policy, chat, rows[:2], 2, batch)
-        began = time.perf_counter()
+        clock = time.process_time if policy.model.device.type == "cpu" else time.perf_counter
+        began = clock()
         answers = variant(policy, chat, rows, new, batch)
-        seconds = time.perf_counter() - began
+        seconds = clock() - began
     except (RuntimeError, ValueError, ImportError, AttributeError) as error:
         return {"refused": (str(error).strip().splitlines() or [type(error).__name__])[0]}
     texts = {name: _text(chat, answer) for name, answer in answers.items()}
@@ -198,25 +227,37 @@ def main() -> None:
         print(json.dumps(timed(globals()[options["variant"]], options)))
         return
     columns = ("variant", "seconds", "prompts/s", "peak GiB", "time against the first")
-    table = Table(*columns, "other texts")
+    table = Table(*columns, "other texts", "other verdicts")
     first: dict[str, Any] = {}
+    seconds: dict[str, float] = {}
     for name, variant in VARIANTS.items():
         got = _measured(options, variant)
         if "refused" in got:
-            table.add_row(name, f"not on this device: {got['refused']}", *[""] * 4)
+            table.add_row(name, f"not on this device: {got['refused']}", *[""] * 5)
             continue
         first = first or got
-        other = sum(got["texts"][row] != text for row, text in first["texts"].items())
+        pairs = [(got["texts"][row], text) for row, text in first["texts"].items()]
+        other = sum(text != expected for text, expected in pairs)
+        verdicts = sum(refusal.is_refusal(t) != refusal.is_refusal(e) for t, e in pairs)
+        seconds[variant] = got["seconds"]
         table.add_row(
             name,
             f"{got['seconds']:.1f}",
             f"{len(got['texts']) / got['seconds']:.2f}",
             f"{got['peak_gib']:.2f}",
             f"{got['seconds'] / first['seconds']:.2f}",
-            f"{other} of {len(first['texts'])}",
+            f"{other} of {len(pairs)}",
+            "-" if variant == "ours_first" else f"{verdicts} of {len(pairs)}",
         )
     print(OmegaConf.to_yaml(options).strip())
-    Console(width=110).print(table)
+    Console(width=120).print(table)
+    best = min(seconds[v] for v in THEIRS if v in seconds)
+    for what, value in (
+        ("generation, the best of generate and continuous batching", best / seconds["ours"]),
+        ("generation until decided, whole answers", seconds["ours"] / seconds["ours_decided"]),
+        ("discernment, generation", seconds["ours"] / seconds["ours_first"]),
+    ):
+        print(f"ratio {what}: {value:.3f}")
 
 
 if __name__ == "__main__":

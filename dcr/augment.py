@@ -31,7 +31,7 @@ from dcr import (
     twins,
 )
 from dcr.balance import Balance
-from dcr.config import ConfigError, EvalConfig, Judge, KeywordRules, Kind, Steering
+from dcr.config import AUTO_LENGTH, ConfigError, EvalConfig, Judge, KeywordRules, Kind, Steering
 from dcr.endpoints import EndpointError
 from dcr.evaluation import subjects
 from dcr.evaluation.sets import PromptSet
@@ -292,6 +292,8 @@ def _check(settings: EvalConfig) -> None:
     """Raises a UserError for what can be known wrong before anything is read or loaded."""
     if settings.steering.method is not Steering.none:
         raise ConfigError(f"steering={settings.steering.method.value}: not done here; leave it out")
+    if settings.gen.max_new_tokens == AUTO_LENGTH:
+        raise ConfigError("gen.max_new_tokens=auto: cuts answers; give a number of tokens")
     for name in settings.judge:
         if Kind.seemingly_toxic not in judges.KINDS[name]:
             raise ConfigError(

@@ -108,6 +108,9 @@ BAD_COMMANDS = {
     "eval.py run=not/there": "run=not/there: no config.yaml there; name a run folder",
     "eval.py model=tiny tasks=[]": "tasks=[]: nothing to evaluate; name at least one task",
     "eval.py model=tiny tasks=[foo]": "tasks=[foo]: choose one of over_refusal, safety",
+    "eval.py model=tiny gen.max_new_tokens=auto judge=[llm]": "gen.max_new_tokens=auto "
+    "judge=[llm]: answers end where XSTest's keywords have decided; give a number of tokens",
+    "eval.py model=tiny gen.max_new_tokens=all": "gen.max_new_tokens=all: give a number of tokens",
     "eval.py model=tiny limit=0": "limit=0: give 1 or more, or null for whole sets",
     "eval.py model=tiny dcr.margin=0.3": "dcr.margin: no such setting",
 }
@@ -399,6 +402,7 @@ LOADED = f"""
 import runpy, sys
 script, *sys.argv[1:] = sys.argv[1:]
 sys.argv[0] = script
+sys.path[0] = {str(ROOT)!r}
 try:
     runpy.run_path(script, run_name="__main__")
 except SystemExit:

@@ -25,6 +25,7 @@ from dcr.config import (
 from dcr.evaluation import discernment, sets, subjects
 from dcr.evaluation.subjects import Subject
 from dcr.judges import pairwise
+from dcr.report import __main__ as report
 from dcr.runs import Run
 from dcr.steering import prompts as steering_prompts
 from tests import tiny_run
@@ -442,3 +443,20 @@ def test_prompts_without_an_answer_are_told(
     counts = found["sets"].values()
     assert sorted(c["unanswered"] for c in counts) == [0, 1]
     assert "1 of 3 prompts without an answer" in caplog.text
+
+
+def test_answers_cut_where_keywords_have_decided_count_as_whole_ones(fresh: Run) -> None:
+    asked = {"safety": "toxic", "over_refusal": "seemingly_toxic"}
+    rows = [f"data.evaluation.{name}=[demo_{kind}_heldout]" for name, kind in asked.items()]
+    told = [f"run={fresh.folder}", "wandb.mode=disabled", "limit=6", *rows]
+    eval_entry.evaluate(*resolved(*told, "gen.max_new_tokens=24"))
+    (whole,) = metrics_of(fresh)
+    eval_entry.evaluate(*resolved(*told, "gen.max_new_tokens=auto"))
+    cut = next(m for m in metrics_of(fresh) if m["settings"]["max_new_tokens"] == "auto")
+    assert len(cut["sets"]) == 2
+    for name, counts in cut["sets"].items():
+        assert counts["refused"] == {"paper": whole["sets"][name]["refused"]["paper"]}
+        assert "truncated" not in counts  # every answer is, and says nothing of the model
+    page = fresh.folder / "page.html"
+    assert report.main([str(fresh.folder), f"out={page}"]) == 0
+    assert page.is_file()

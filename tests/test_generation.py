@@ -1,6 +1,6 @@
 """Batched greedy completions against one prompt at a time; the same of a server; their storage."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -89,10 +89,15 @@ def first_token(logits: Tensor) -> Tensor:
 
 
 def run(
-    policy: Policy, batch: int | None, new: int = NEW, rows: Sequence[Example] = ROWS
+    policy: Policy,
+    batch: int | None,
+    new: int = NEW,
+    rows: Sequence[Example] = ROWS,
+    decided: Callable[[str], bool] | None = None,
 ) -> dict[str, Completion]:
     settings = GenConfig(max_new_tokens=new, batch_size=batch)
-    batches = generation.complete(policy, chat_of(policy), rows, settings, first_token)
+    chat = chat_of(policy)
+    batches = generation.complete(policy, chat, rows, settings, first_token, decided=decided)
     found = [c for done in batches for c in done]
     assert len(found) == len(rows)
     return {c.id: c for c in found}
@@ -180,6 +185,31 @@ def test_other_families_say_what_each_prompt_alone_says(
     for row in ROWS:
         expected = by_hand(policy, row.prompt)
         assert decoded[row.id][: len(expected)] == expected
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_an_answer_ends_where_it_is_decided(
+    policy: Policy, truth: dict[str, list[int]], passes: list[int], batch: int
+) -> None:
+    chat = chat_of(policy)
+
+    def decided(said: str) -> bool:
+        return len(said) >= 3
+
+    found = run(policy, batch, decided=decided)
+    cut = 0
+    for name, whole in truth.items():
+        ends = (n for n in range(1, len(whole) + 1) if decided(local.text(chat, whole[:n])))
+        kept = whole[: next(ends, len(whole))]
+        ended = kept[-1] in chat.stop
+        assert found[name].response == local.text(chat, kept)
+        assert found[name].ended == ended
+        assert found[name].tokens == len(kept) - ended
+        cut += len(kept) < len(whole)
+    assert cut > 3
+    short = len(passes)
+    run(policy, batch)
+    assert len(passes) - short > short
 
 
 @pytest.mark.parametrize("which", [0, 1])

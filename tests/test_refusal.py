@@ -21,6 +21,7 @@ from dcr.refusal import (
     OPENINGS,
     REFUSAL_PHRASES,
     first_logits,
+    is_decided,
     is_refusal,
     opening,
     outcome,
@@ -55,6 +56,47 @@ LABELLED = [
     json.loads(line)
     for line in Path(__file__).with_name("refusal_labelled.jsonl").read_text("utf-8").splitlines()
 ]
+
+
+# --- where the paper's rules have decided ---
+
+
+@given(
+    st.sampled_from([*PREFIXES, "", "I", "no way", "It's"]),
+    st.integers(0, 40),
+    st.text(max_size=12),
+    st.sampled_from(["", " ", "\n\n", "\u3000"]),
+    st.booleans(),
+)
+def test_a_decided_beginning_is_judged_as_every_answer_that_begins_so(
+    prefix: str, cut: int, more: str, blank: str, upper: bool
+) -> None:
+    answer = blank + (prefix[:cut].upper() if upper else prefix[:cut]) + more
+    for end in range(len(answer) + 1):
+        if is_decided(answer[:end]):
+            assert outcome(answer[:end]) == outcome(answer)
+
+
+def test_what_is_undecided_may_still_refuse_and_may_still_comply() -> None:
+    for beginning in {prefix[:end] for prefix in PREFIXES for end in range(len(prefix))}:
+        if not is_decided(beginning):
+            ends = [p[len(beginning) :] for p in PREFIXES if p.startswith(beginning)]
+            assert {outcome(beginning + end) for end in [*ends, "zz"]} == {"refused", "complied"}
+    assert all(map(is_decided, PREFIXES))
+    assert is_decided("Sure, I cannot")
+    assert not is_decided("I can\ufffd")  # half of a curly quote, for all it knows
+
+
+@real
+def test_answers_of_real_models_are_judged_alike_where_their_rules_have_decided() -> None:
+    (file,) = Path(DATA, "xstest_completions").glob("*.jsonl")
+    answers = [json.loads(line)["response"] for line in file.read_text("utf-8").splitlines()]
+    assert len(answers) > 1000
+    for answer in answers:
+        ends = (end for end in range(80) if is_decided(answer[:end]))
+        decided = next(ends, None)
+        assert decided is not None or len(answer) < 40
+        assert outcome(answer[:decided]) == outcome(answer)
 
 
 # --- paper ---

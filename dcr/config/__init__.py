@@ -27,6 +27,7 @@ from dcr.config.resolving import (
 )
 from dcr.config.schema import (
     AUTO_LAYER,
+    AUTO_LENGTH,
     EMBEDDED_MODEL,
     STAGES,
     TINY_MODEL,

@@ -8,8 +8,10 @@ from dataclasses import fields, is_dataclass
 
 from dcr.config.schema import (
     AUTO_LAYER,
+    AUTO_LENGTH,
     ContrastiveConfig,
     EvalConfig,
+    Judge,
     Precision,
     Steering,
     Task,
@@ -202,6 +204,10 @@ def _of_evaluation(config: EvalConfig) -> Iterator[str]:
     if config.steps == []:
         yield "steps=[]: name at least one step, or leave it out for all"
     self_cd = f"gen.self_cd={config.gen.self_cd}"
+    if config.gen.max_new_tokens == AUTO_LENGTH:
+        yield from _cut_short(config)
+    elif type(config.gen.max_new_tokens) is not int:
+        yield f"gen.max_new_tokens={config.gen.max_new_tokens}: give a number of tokens, or auto"
     if config.gen.self_cd is not None:
         yield from _decoding_alone(config, self_cd, "Self-CD is a way to decode answers")
         if (steering := config.steering.method) is not Steering.none:
@@ -248,6 +254,19 @@ def _at_an_endpoint(config: EvalConfig) -> Iterator[str]:
     ):  # fmt: skip
         if given:
             yield f"{named}: {why}; leave it out, or name the model with {cure}"
+
+
+def _cut_short(config: EvalConfig) -> Iterator[str]:
+    """What reads whole answers, or has no say in when one ends."""
+    others = [f"judge=[{judge.value}]" for judge in config.judge if judge is not Judge.keyword]
+    others += ["tasks=[quality]"] if Task.quality in config.tasks else []
+    others += [f"endpoint={config.endpoint}"] if config.endpoint is not None else []
+    others += [f"gen.self_cd={config.gen.self_cd}"] if config.gen.self_cd is not None else []
+    for other in others:
+        yield (
+            f"gen.max_new_tokens=auto {other}: answers end where XSTest's keywords have decided; "
+            "give a number of tokens"
+        )
 
 
 def _decoding_alone(config: EvalConfig, named: str, why: str) -> Iterator[str]:

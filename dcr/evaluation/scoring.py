@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dcr import contamination, judges, refusal, steering
-from dcr.config import DataConfig, EvalConfig, Judge
+from dcr.config import AUTO_LENGTH, DataConfig, EvalConfig, Judge
 from dcr.evaluation import discernment, subjects
 from dcr.evaluation.sets import PromptSet, set_name
 from dcr.evaluation.subjects import Answers
@@ -16,6 +16,8 @@ from dcr.judges import Verdict
 from dcr.runs import Run
 
 REPEATED_SHARE = 0.5  # of 4-grams that repeat an earlier one: the text goes in circles
+# Rules that count, of whole answers and of those that end where the paper's have decided.
+COUNTED = {True: tuple(refusal.RULES), False: ("paper",)}
 FOREIGN = 0.5  # probability from which a text counts as being in another language than English
 
 
@@ -34,13 +36,14 @@ def scores(
         for name in settings.judge
         if name is not Judge.keyword
     }
-    record = run.record()
+    record, whole = run.record(), settings.gen.max_new_tokens != AUTO_LENGTH
     metrics = score(
         sets,
         given,
         record.get("in_distribution", []),
         record.get("unseen_groups", []),
         settings.seed,
+        whole=whole,
     )
     for name, by_set in verdicts.items():
         for asked, rows in by_set.items():
@@ -50,7 +53,7 @@ def scores(
         for asked, seen in _seen_by_steering(settings, sets).items():
             metrics["sets"][asked]["seen_by_steering"] = seen
     return metrics | {
-        "agreement": _agreement(sets, given, verdicts),
+        "agreement": _agreement(sets, given, verdicts, COUNTED[whole]),
         "usage": {
             name.value: judges.usage(
                 itertools.chain(*by_set.values()), judges.node_of(name, settings)
@@ -89,11 +92,14 @@ def _contamination(run: Run, sets: list[PromptSet]) -> dict[str, Any]:
 
 
 def _agreement(
-    sets: list[PromptSet], given: Answers, verdicts: Mapping[Judge, Mapping[str, list[Verdict]]]
+    sets: list[PromptSet],
+    given: Answers,
+    verdicts: Mapping[Judge, Mapping[str, list[Verdict]]],
+    counted: Sequence[str],
 ) -> list[dict[str, Any]]:
     by_keywords = {
         f"keyword:{rules}": {b.name: judges.by_keywords(given[b.name], rules) for b in sets}
-        for rules in refusal.RULES
+        for rules in counted
     }
     asked = {name.value: by_set for name, by_set in verdicts.items()}
     return judges.agreements({b.name: b.kind for b in sets}, by_keywords | asked)
@@ -108,12 +114,16 @@ def score(
     in_distribution: Sequence[str],
     unseen_groups: Sequence[str],
     seed: int,
+    whole: bool = True,
 ) -> dict[str, Any]:
     """Counts a set and discernment a pair, as `metrics.json` holds them.
+
+    Of answers that are not `whole` XSTest's keywords alone are counted, and none as faulty.
 
     `in_distribution` names sets trained on; `unseen_groups` are the template groups among them
     that training never saw, counted apart. A row without a completion counts as `unanswered`.
     """
+    rules = COUNTED[whole]
     sets: dict[str, Any] = {}
     trained_on, apart = {set_name(source) for source in in_distribution}, set(unseen_groups)
     for prompt_set in prompt_sets:
@@ -125,14 +135,12 @@ def score(
             "kind": prompt_set.kind.value,
             "n": len(answers),
             "ids": [a.id for a in answers],
-            **_outcomes(answers),
+            **_outcomes(answers, rules),
             "unanswered": len(prompt_set.rows) - len(answers),
             "empty": sum(not a.response for a in answers),
-            "truncated": sum(not a.ended for a in answers),
-            "repetitive": sum(is_repetitive(a.response) for a in answers),
-            "non_english": sum(is_foreign(a.response) for a in answers),
+            **(_faults(answers) if whole else {}),
             "in_distribution": known,
-            "unseen": {"n": len(unseen), **_outcomes(unseen)} if unseen else None,
+            "unseen": {"n": len(unseen), **_outcomes(unseen, rules)} if unseen else None,
         }
     masses = {
         name: {a.id: a.refusal_mass for a in given if a.refusal_mass is not None}
@@ -142,11 +150,18 @@ def score(
     return {"sets": sets, "discernment": ranked}
 
 
-def _outcomes(answers: Sequence[Completion]) -> dict[str, dict[str, int]]:
+def _faults(answers: Sequence[Completion]) -> dict[str, int]:
+    return {
+        "truncated": sum(not a.ended for a in answers),
+        "repetitive": sum(is_repetitive(a.response) for a in answers),
+        "non_english": sum(is_foreign(a.response) for a in answers),
+    }
+
+
+def _outcomes(answers: Sequence[Completion], names: Sequence[str]) -> dict[str, dict[str, int]]:
     """Full and partial refusals by each of the rules; those of the paper know no partial ones."""
     by_rules = {
-        rules: [refusal.outcome(answer.response, rules) for answer in answers]
-        for rules in refusal.RULES
+        rules: [refusal.outcome(answer.response, rules) for answer in answers] for rules in names
     }
     return {
         outcome: {rules: outcomes.count(outcome) for rules, outcomes in by_rules.items()}

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from dcr import batching, data, generation, models, prompts, refusal, steering, storage
 from dcr.config import (
+    AUTO_LENGTH,
     EMBEDDED_MODEL,
     TINY_MODEL,
     ConfigError,
@@ -226,6 +227,7 @@ def answer(
         settings.gen,
         score=lambda logits: refusal.refusal_mass(logits, openings),
         bias=subject.bias,
+        decided=refusal.is_decided if settings.gen.max_new_tokens == AUTO_LENGTH else None,
     )
 
 

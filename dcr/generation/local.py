@@ -7,20 +7,26 @@ import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from dcr import batching, threads
 from dcr.batching import attention_mask, padded
 from dcr.config import DataError, GenConfig
 from dcr.generation import self_cd
-from dcr.generation.completions import Completion, Encoded, completion
+from dcr.generation.completions import Completion, Encoded, completion, text
 from dcr.models import Policy, unwrapped
 from dcr.prompts import ChatFormat
 from dcr.sources import Example
@@ -52,8 +58,9 @@ def complete(
     settings: GenConfig,
     score: Callable[[Tensor], Tensor],
     bias: OpeningBias | None = None,
+    decided: Callable[[str], bool] | None = None,
 ) -> Iterator[list[Completion]]:
-    """Greedy completions of every row, as they end.
+    """Greedy completions of every row, as they end; each ends once its text is `decided`.
 
     Longest prompts first, so that running out of memory happens at once; half as many are then
     under way, and what was under way starts again. `settings.batch_size` is the most at once, None
@@ -69,17 +76,17 @@ def complete(
     if not waiting:
         return
     read = self_cd.emphasised(policy, chat, waiting) if settings.self_cd else waiting
-    check_context(policy, read, settings.max_new_tokens)
+    check_context(policy, read, settings.most)
     longest = max(len(ids) for _, ids in read)
     size = settings.batch_size or _fitting(policy, longest, settings)
     log.info("%d prompts, the longest of %d tokens: %d at once", len(waiting), longest, size)
-    decode = functools.partial(_decoded, policy, chat, settings, score, bias)
+    decode = functools.partial(_decoded, policy, chat, settings, score, bias, decided)
     yield from batching.halving(waiting, size, "gen.batch_size", decode)
 
 
 def _fitting(policy: Policy, longest: int, settings: GenConfig) -> int:
     """Prompts that the free memory holds; Self-CD keeps two caches for each."""
-    fitting = batch_size(policy.model, longest, settings.max_new_tokens)
+    fitting = batch_size(policy.model, longest, settings.most)
     return max(1, fitting // 2) if settings.self_cd else fitting
 
 
@@ -89,20 +96,25 @@ def _decoded(
     settings: GenConfig,
     score: Callable[[Tensor], Tensor],
     bias: OpeningBias | None,
+    decided: Callable[[str], bool] | None,
     batch: Sequence[Encoded],
 ) -> list[Completion]:
     """The answers to one batch of prompts, in order."""
-    new, prompts = settings.max_new_tokens, [ids for _, ids in batch]
+    new, prompts = settings.most, [ids for _, ids in batch]
+    ending = Decided(chat, decided) if decided else None
     if settings.self_cd:
         others = [ids for _, ids in self_cd.emphasised(policy, chat, batch)]
         weight = settings.self_cd
         answers, masses = self_cd.continued(policy, chat, prompts, others, new, score, weight)
     else:
-        answers, masses = continued(policy, chat, prompts, new, score, bias=bias)
-    return [
+        answers, masses = continued(policy, chat, prompts, new, score, bias=bias, ending=ending)
+    made = [
         completion(chat, row, answer, mass)
         for (row, _), answer, mass in zip(batch, answers, masses.tolist(), strict=True)
     ]
+    # behind a row that was cut stands what pads it, which looks like an end of its own
+    cut = ending.cut if ending else ()
+    return [replace(c, ended=False) if row in cut else c for row, c in enumerate(made)]
 
 
 def check_context(policy: Policy, encoded: Sequence[Encoded], new_tokens: int) -> None:
@@ -132,6 +144,30 @@ class FirstLogits(LogitsProcessor):
         return scores
 
 
+class Decided(StoppingCriteria):
+    """Ends a row once `decided` says so of its text; `cut` are those that had not ended before."""
+
+    def __init__(self, chat: ChatFormat, decided: Callable[[str], bool]) -> None:
+        self.chat, self.decided = chat, decided
+        self.begins: int | None = None
+        self.done: set[int] = set()
+        self.cut: set[int] = set()
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        if self.begins is None:
+            self.begins = input_ids.shape[1] - 1  # called first behind the first new token
+        for row, answer in enumerate(input_ids[:, self.begins :].tolist()):
+            if row in self.done:
+                continue
+            if answer[-1] in self.chat.stop:
+                self.done.add(row)
+            elif self.decided(text(self.chat, answer)):
+                self.done.add(row)
+                self.cut.add(row)
+        over = [row in self.done for row in range(len(input_ids))]
+        return torch.tensor(over, device=input_ids.device)
+
+
 def continued(
     policy: Policy,
     chat: ChatFormat,
@@ -140,10 +176,11 @@ def continued(
     score: Callable[[Tensor], Tensor],
     streamer: Any = None,
     bias: OpeningBias | None = None,
+    ending: Decided | None = None,
 ) -> tuple[list[list[int]], Tensor]:
     """Greedy new tokens of each prompt (padded behind its end), and `score` of its first logits."""
     first = FirstLogits(score)
-    answers = greedy(policy, chat, prompts, max_new_tokens, first, streamer, bias)
+    answers = greedy(policy, chat, prompts, max_new_tokens, first, streamer, bias, ending)
     assert first.scores is not None
     return answers, first.scores
 
@@ -157,6 +194,7 @@ def greedy(
     reader: LogitsProcessor,
     streamer: Any = None,
     bias: OpeningBias | None = None,
+    ending: Decided | None = None,
 ) -> list[list[int]]:
     """New tokens of each prompt (padded behind its end); `reader` sees the logits of every step."""
     ids = padded(prompts, chat.stop[0], left=True).to(policy.model.device)
@@ -172,6 +210,7 @@ def greedy(
                 sequence_bias=bias.sequences if bias else None,
             ),
             logits_processor=LogitsProcessorList([reader]),
+            stopping_criteria=StoppingCriteriaList([ending] if ending else []),
             streamer=streamer,
         )
     return output[:, ids.shape[1] :].tolist()

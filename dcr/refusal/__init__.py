@@ -4,7 +4,7 @@
 `phrases`, and `opening` what its first token says of it.
 """
 
-from dcr.refusal.keywords import RULES, XSTEST_PREFIXES, is_refusal, outcome
+from dcr.refusal.keywords import RULES, XSTEST_PREFIXES, is_decided, is_refusal, outcome
 from dcr.refusal.opening import (
     first_logits,
     refusal_log_odds,

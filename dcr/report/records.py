@@ -14,7 +14,6 @@ from dcr.results.schema import Metrics, Overlap
 from dcr.runs import Run
 from dcr.text import printable
 
-RULES = ("paper", "recommended")
 STAGES = ("contrastive", "sft")
 METHODS = {  # left to right, and what a table calls them
     "base": "base model",
@@ -522,7 +521,7 @@ def _read_completions(evaluation: Evaluation, name: str, notes: list[str]) -> li
         Answer(
             answer.id, printable(answer.prompt), printable(answer.response), answer.ended,
             answer.refusal_mass,
-            {rules: refusal.outcome(answer.response, rules) for rules in RULES},
+            {rules: refusal.outcome(answer.response, rules) for rules in counts.refused},
         )
         for identity in counts.ids or stored
         if (answer := stored.get(identity))
