@@ -245,7 +245,6 @@ def expected(settings: TrainConfig) -> tuple[Splits, Balance | None, list[str]]:
 
     Raises UserError for data that training would refuse.
     """
-    contrastive = settings.method is Method.dcr
     if settings.data.root is None and _need_the_hub(settings):
         return (
             _placeholders(settings),
@@ -255,15 +254,7 @@ def expected(settings: TrainConfig) -> tuple[Splits, Balance | None, list[str]]:
                 "dropped, each of its source's mean length, so padding is understated"
             ],
         )
-    augment = settings.stl_aug if settings.method is Method.stl_aug else None
-    rows = data.split(
-        settings.data,
-        settings.dcr.ratio,
-        settings.seed,
-        contrastive,
-        augment,
-        settings.sft.readout,
-    )
+    rows = data.rows_of(settings)
     notes = [f"dropped {count} rows of {reason}" for reason, count in rows.dropped.items()]
     told = balance.balance(rows.seemingly_toxic, rows.toxic)
     return rows, told, [*notes, told.warning] if told and told.warning else notes

@@ -71,14 +71,7 @@ def checked(settings: TrainConfig, run: Run) -> Splits:
                 f"tracking.entk.top_k={kernel.top_k}: the model has {facts.vocabulary} tokens"
             )
     wanted = config.stages_of(settings.method, settings.stage)
-    rows = data.split(
-        settings.data,
-        settings.dcr.ratio,
-        settings.seed,
-        contrastive=settings.method is Method.dcr,
-        augment=settings.stl_aug if settings.method is Method.stl_aug else None,
-        readout=settings.sft.readout,
-    )
+    rows = data.rows_of(settings)
     _check_input(settings, run, wanted, rows)
     stages.check(settings, rows, [stage for stage in wanted if not run.done(stage.value)])
     return rows

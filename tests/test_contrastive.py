@@ -19,7 +19,7 @@ from torchmetrics import MeanMetric
 
 from dcr import config, losses, models, train
 from dcr.config import Pooling, Stage, TrainConfig
-from dcr.data import PromptBatch, SafetyData, pair_batch, prompt_batch, split
+from dcr.data import PromptBatch, SafetyData, pair_batch, prompt_batch, rows_of, split
 from dcr.models import Policy
 from dcr.prompts import ChatFormat, PairRow
 from dcr.runs import Run
@@ -48,7 +48,7 @@ def batch_of(chat: ChatFormat, pooling: Pooling = Pooling.last, pairs: Any = ())
 
 @pytest.fixture
 def batches(chat: ChatFormat, tiny: TrainConfig) -> SafetyData:
-    rows = split(tiny.data, tiny.dcr.ratio, 0, contrastive=True)
+    rows = rows_of(tiny)
     return SafetyData(Stage.contrastive, rows, chat, tiny)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dcr import losses, models, train
 from dcr.config import Method, Schedule, SFTConfig, Stage, TrainConfig
-from dcr.data import PairBatch, SafetyData, micro_batches, pair_batch, split
+from dcr.data import PairBatch, SafetyData, micro_batches, pair_batch, rows_of
 from dcr.models import Policy
 from dcr.prompts import PairRow
 from dcr.runs import Run
@@ -67,7 +67,7 @@ def without_dropout(config: SFTConfig, **changes: Any) -> SFTConfig:
     return replace(config, lora=replace(config.lora, dropout=0.0), **changes)
 
 
-def rows_of(policy: Policy) -> list[PairRow]:
+def pair_rows(policy: Policy) -> list[PairRow]:
     chat = chat_of(policy)
     made = [(*chat.pair(prompt, answer, 200), refusal) for prompt, answer, refusal in TEXTS]
     return [PairRow(f"r{i}", *row) for i, row in enumerate(made)]
@@ -78,7 +78,7 @@ def in_micro_batches(rows: list[PairRow], tokens: int) -> list[PairBatch]:
 
 
 def data_of(policy: Policy, tiny: TrainConfig) -> SafetyData:
-    rows = split(tiny.data, None, 0, contrastive=False)
+    rows = rows_of(tiny)
     return SafetyData(Stage.sft, rows, chat_of(policy), tiny)
 
 
@@ -97,7 +97,7 @@ def test_micro_batches_add_up_to_the_token_mean_of_the_whole_batch(
 ) -> None:
     config = without_dropout(tiny.sft)
     policy = adapted(policy, config)
-    rows, plain = rows_of(policy), copy.deepcopy(policy.model)
+    rows, plain = pair_rows(policy), copy.deepcopy(policy.model)
     step = in_micro_batches(rows, tokens)
     assert len(step) == {1: 5, 150: 4, 10**6: 1}[tokens]
     taken = gradients_of_one_step(SFTModule(policy, config, 1), step)
@@ -113,7 +113,7 @@ def test_micro_batches_add_up_to_the_token_mean_of_the_whole_batch(
 def test_gradient_checkpointing_changes_no_gradient(policy: Policy, tiny: TrainConfig) -> None:
     config = without_dropout(tiny.sft)
     policy = adapted(policy, config)
-    step = in_micro_batches(rows_of(policy), 150)
+    step = in_micro_batches(pair_rows(policy), 150)
     other = replace(policy, model=copy.deepcopy(policy.model))
     plain = gradients_of_one_step(SFTModule(policy, config, 1), step)
     blocks = models.decoder_blocks(other.model)
@@ -141,7 +141,7 @@ def test_logits_exist_for_labelled_tokens_alone(
     monkeypatch.setattr(losses, "token_nll", spy)
     whole_head_ran: Any = failing(AssertionError("the whole head ran"))
     models.head(policy.model).register_forward_pre_hook(whole_head_ran)
-    rows = rows_of(policy)
+    rows = pair_rows(policy)
     fit(SFTModule(policy, tiny.sft, 1), [in_micro_batches(rows, 150)])
     responses = sorted(t for row in rows for t in row.targets if t != -100)
     assert sorted(torch.cat(given).tolist()) == responses
@@ -269,7 +269,7 @@ def test_general_and_refusal_rows_are_measured_apart(policy: Policy, tiny: Train
 def test_the_loss_of_a_step_is_its_token_mean(policy: Policy, tiny: TrainConfig) -> None:
     config = without_dropout(tiny.sft)
     policy = adapted(policy, config)
-    rows, before = rows_of(policy), copy.deepcopy(policy.model)
+    rows, before = pair_rows(policy), copy.deepcopy(policy.model)
     trainer = fit(SFTModule(policy, config, 1), [in_micro_batches(rows, 150)])
     mean = torch.cat([nll_by_row(before, row) for row in rows]).mean().item()
     assert trainer.callback_metrics["sft/step_nll"].item() == pytest.approx(mean, abs=1e-5)

@@ -108,7 +108,7 @@ def test_snapshots_are_adapters_of_their_step_and_change_no_weight(
 
 def test_the_cost_of_a_stage_counts_steps_and_tokens(tiny: TrainConfig, whole: Path) -> None:
     cost = json.loads((whole / "sft.cost.json").read_text())
-    drawn = data.split(tiny.data, None, 0, contrastive=False)
+    drawn = data.rows_of(tiny)
     policy = models.open_policy(tiny.model, tiny.sft.precision)
     chat = prompts.chat_format(policy.tokenizer, tiny.model)
     pairs = [chat.pair(r.prompt, r.response or "", 512) for r in drawn.normal + drawn.refusals]

@@ -20,7 +20,7 @@ from dcr.training.sft import SFTModule
 def test_the_folder_holds_what_made_it(tiny: TrainConfig, whole: Path) -> None:
     assert yaml.safe_load((whole / "config.yaml").read_text()) == cli.plain(tiny)
     record = json.loads((whole / "rows.json").read_text())["rows"]
-    rows = data.split(tiny.data, 2.0, 0, contrastive=True)
+    rows = data.rows_of(tiny)
     assert {name: part["ids"] for name, part in record.items()} == {
         name: [row.id for row in part] for name, part in rows.parts().items()
     }

@@ -29,6 +29,7 @@ from dcr.data.splits import (
     evaluation_prompts,
     read_answers,
     row_record,
+    rows_of,
     split,
     trained_texts,
     without,

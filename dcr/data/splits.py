@@ -15,7 +15,9 @@ from dcr.config import (
     DataError,
     KeywordRules,
     Kind,
+    Method,
     ReadoutConfig,
+    TrainConfig,
 )
 from dcr.refusal import is_refusal
 from dcr.sources import SOURCES, Example, jsonl
@@ -164,6 +166,18 @@ class Cleaning:
         used = self._used(("safety", "normal", *(CONTRASTIVE_NODES if contrastive else ())))
         wholes = {name: s.part_of for name, s in sources.SOURCES.items()}
         return sorted(n for n in self.evaluated if n in used or wholes.get(n) in used)
+
+
+def rows_of(settings: TrainConfig) -> Splits:
+    """The rows that a run learns from and is watched on: those of its method, see `split`."""
+    return split(
+        settings.data,
+        settings.dcr.ratio,
+        settings.seed,
+        contrastive=settings.method is Method.dcr,
+        augment=settings.stl_aug if settings.method is Method.stl_aug else None,
+        readout=settings.sft.readout,
+    )
 
 
 def split(
