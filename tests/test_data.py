@@ -327,6 +327,7 @@ def test_an_epoch_is_a_function_of_seed_and_number() -> None:
 @pytest.mark.parametrize("start", [0, 1, 3, 4, 6, 8, 11, 12, 99])
 def test_a_skip_continues_with_the_next_step(start: int) -> None:
     whole = [batch for number in range(3) for batch in epoch(batches(), number)]
+    assert len(whole) == 12, "nothing is passed over from the start"
     resumed = batches()
     resumed.start = start
     left = [batch for number in range(start // 4, 3) for batch in epoch(resumed, number)]
