@@ -230,6 +230,7 @@ def main() -> None:
     table = Table(*columns, "other texts", "other verdicts")
     first: dict[str, Any] = {}
     seconds: dict[str, float] = {}
+    verdicts: dict[str, list[bool]] = {}
     for name, variant in VARIANTS.items():
         got = _measured(options, variant)
         if "refused" in got:
@@ -238,8 +239,9 @@ def main() -> None:
         first = first or got
         pairs = [(got["texts"][row], text) for row, text in first["texts"].items()]
         other = sum(text != expected for text, expected in pairs)
-        verdicts = sum(refusal.is_refusal(t) != refusal.is_refusal(e) for t, e in pairs)
+        differ = sum(refusal.is_refusal(t) != refusal.is_refusal(e) for t, e in pairs)
         seconds[variant] = got["seconds"]
+        verdicts[variant] = [refusal.is_refusal(text) for text, _ in pairs]
         table.add_row(
             name,
             f"{got['seconds']:.1f}",
@@ -247,10 +249,12 @@ def main() -> None:
             f"{got['peak_gib']:.2f}",
             f"{got['seconds'] / first['seconds']:.2f}",
             f"{other} of {len(pairs)}",
-            "-" if variant == "ours_first" else f"{verdicts} of {len(pairs)}",
+            "-" if variant == "ours_first" else f"{differ} of {len(pairs)}",
         )
     print(OmegaConf.to_yaml(options).strip())
     Console(width=120).print(table)
+    if verdicts["ours_decided"] != verdicts["ours"]:
+        raise SystemExit("gen.max_new_tokens=auto: other verdicts than whole answers have")
     best = min(seconds[v] for v in THEIRS if v in seconds)
     for what, value in (
         ("generation, the best of generate and continuous batching", best / seconds["ours"]),
