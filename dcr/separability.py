@@ -17,7 +17,7 @@ from sklearn.cluster import KMeans
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import silhouette_score
 from sklearn.model_selection import StratifiedGroupKFold
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
@@ -94,6 +94,17 @@ def fisher_ratio(features: Float[Tensor, "prompts width"], labels: Int[Tensor, "
     return float(between / (one.var() + other.var()))
 
 
+def probe_weights(
+    features: Float[Tensor, "prompts width"], labels: Int[Tensor, "prompts"]
+) -> tuple[Float[Tensor, " width"], float]:
+    """`linear_probe` as weights and bias on plain features."""
+    fitted = _fitted(features, labels)
+    scaler, regression = fitted[0], fitted[1]
+    weights = regression.coef_[0] / scaler.scale_
+    bias = float(regression.intercept_[0] - scaler.mean_ @ weights)
+    return torch.from_numpy(weights).float(), bias
+
+
 def linear_probe(
     features: Float[Tensor, "prompts width"], labels: Int[Tensor, "prompts"]
 ) -> Callable[[Float[Tensor, "others width"]], Scores]:
@@ -102,11 +113,15 @@ def linear_probe(
     Both classes weigh the same whatever their counts, so that scores of probes fitted to different
     folds share their zero. Raises ValueError if a class is absent or a feature is not finite.
     """
+    fitted = _fitted(features, labels)
+    return lambda others: fitted.decision_function(others.double().numpy())
+
+
+def _fitted(features: Float[Tensor, "prompts width"], labels: Int[Tensor, "prompts"]) -> Pipeline:
     regression = LogisticRegression(C=INVERSE_PENALTY, class_weight="balanced", max_iter=1000)
-    fitted = make_pipeline(StandardScaler(), regression).fit(
+    return make_pipeline(StandardScaler(), regression).fit(
         features.double().numpy(), labels.numpy()
     )
-    return lambda others: fitted.decision_function(others.double().numpy())
 
 
 def folds(

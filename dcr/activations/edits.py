@@ -28,7 +28,8 @@ class Edit:
         ablate: a unit vector.
         scale: a Tensor holds one factor for each row of the batch.
         start: in each row of the padded prompt the first position that is edited; None: all.
-            Positions that are fed later, behind a key-value cache, are always edited.
+            Positions that are fed later, behind a key-value cache, are always edited, unless
+        once: only the prompt is.
     """
 
     site: Site
@@ -37,6 +38,7 @@ class Edit:
     ablate: Float[Tensor, " width"] | None = None
     scale: float | Float[Tensor, " batch"] = 1.0
     start: Int[Tensor, " batch"] | None = None
+    once: bool = False
 
 
 Edits = Sequence[Edit]
@@ -161,6 +163,8 @@ def _placed(model: Any, edit: Edit) -> Edit:
 def _applied(
     edit: Edit, hidden: Float[Tensor, "batch length width"], prefill: bool
 ) -> Float[Tensor, "batch length width"]:
+    if edit.once and not prefill:
+        return hidden
     for given in (edit.scale, edit.start):
         if isinstance(given, Tensor) and len(given) != len(hidden):
             raise ValueError(f"an edit of {len(given)} rows met a batch of {len(hidden)}")

@@ -58,6 +58,7 @@ from dcr.config.schema import (
     Phrases,
     Pooling,
     Precision,
+    ProbeConfig,
     QualityConfig,
     Quantity,
     ReadoutConfig,

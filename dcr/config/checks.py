@@ -212,6 +212,11 @@ def _of_evaluation(config: EvalConfig) -> Iterator[str]:
         yield from _decoding_alone(config, self_cd, "Self-CD is a way to decode answers")
         if (steering := config.steering.method) is not Steering.none:
             yield f"{self_cd} steering={steering.value}: two methods at once; give one"
+    if config.steering.method is Steering.probe and config.steering.released_data:
+        yield (
+            "steering=probe steering.released_data=true: no prompts were released for it; leave "
+            "steering.released_data out"
+        )
     if config.gen.prefill is not None:
         yield from _prefilled(config, f"gen.prefill={config.gen.prefill!r}")
     if config.calibrate is not None:

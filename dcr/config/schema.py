@@ -130,6 +130,7 @@ class Steering(Enum):
     scans = "scans"
     surgical = "surgical"
     ablation = "ablation"
+    probe = "probe"
 
 
 class ScansLayers(Enum):
@@ -606,8 +607,17 @@ class SurgicalConfig:
 
 
 @dataclass
+class ProbeConfig:
+    """Probe-gated refusal: a linear probe of the prompt decides how the answer opens."""
+
+    layer: int | None = None  # the block that is read; null: 0.6 of the depth
+    train: int = 64  # prompts of each kind that the probe is fitted to
+
+
+@dataclass
 class SteeringConfig:
-    """Activation edits in evaluation. Strength is α for SCANS and multiplies Surgical's pair."""
+    """Activation edits in evaluation. Strength is α for SCANS, multiplies Surgical's pair, and is
+    what a log-odds of the probe adds to that of refusing."""
 
     method: Steering = Steering.none
     strength: float = 1.0  # 0 leaves the model as it is
@@ -616,6 +626,7 @@ class SteeringConfig:
     validation: bool = False
     scans: ScansConfig = field(default_factory=ScansConfig)
     surgical: SurgicalConfig = field(default_factory=SurgicalConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
 
 
 @dataclass

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dcr import activations, config, endpoints, judges, models, results, runs, steering, storage
-from dcr.config import ConfigError, EvalConfig, Kind, Task
+from dcr.config import ConfigError, EvalConfig, Kind, Steering, Task
 from dcr.evaluation import ability, calibration, discernment, quality, scoring, subjects
 from dcr.evaluation.sets import Prompts
 from dcr.evaluation.subjects import Answers, Subject
@@ -40,6 +40,8 @@ def check(settings: EvalConfig, run: Run) -> None:
         endpoints.check(subjects.server_of(settings), "endpoint")
     if settings.calibrate is not None:
         calibration.check(settings, run.config() if settings.run else {"method": "base"})
+    if settings.steering.method is Steering.probe:
+        steering.probe.block_of(models.facts(settings.model).depth, settings.steering.probe)
     if Task.ability in settings.tasks:
         ability.check(settings.ability, settings.data.root)
     if Task.quality in settings.tasks:

@@ -23,7 +23,7 @@ METHODS = {  # left to right, and what a table calls them
     "scans": "SCANS",
     "dcr": "DCR",
 }
-STEERED = ("surgical", "scans", "ablation")  # may also stand in an evaluation's settings
+STEERED = ("surgical", "scans", "ablation", "probe")  # may also stand in an evaluation's settings
 UNTRAINED = ("base", "endpoint")  # weights that no run of ours made
 NAMED_KEYS = 3  # settings that tell two columns apart, as many as a header holds
 # What does not decide a run's weights, or stands in the label by itself.

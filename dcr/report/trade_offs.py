@@ -192,7 +192,7 @@ def _frontier_sets(scored: Sequence[Evaluation]) -> tuple[dict[Kind, list[str]],
 
 MARGIN = 2.0  # percentage points
 SWEEP = "run python eval.py -m run=<stl run> steering=scans steering.strength=0,0.5,1,2"
-LABELS = {**METHODS, "ablation": "ablation", "self_cd": "Self-CD"}
+LABELS = {**METHODS, "ablation": "ablation", "probe": "probe-gated", "self_cd": "Self-CD"}
 NAMED = ("model", "data", "seed")
 
 

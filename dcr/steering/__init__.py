@@ -1,8 +1,8 @@
 """Activation edits that over-refusal and safety are traded with: prompts in, edits out.
 
-`prompts` draws what vectors are computed from, `scans` and `surgical` compute them and say where
-they act, `vectors` is what these share. A caller opens `activations.edited` with the
-result; generation, refusal probability and the lm-evaluation-harness then run under it unaware.
+`prompts` draws what vectors are computed from, `scans`, `surgical` and `probe` compute them and say
+where they act, `vectors` is what these share. A caller opens `activations.edited` with the result;
+generation, refusal probability and the lm-evaluation-harness then run under it unaware.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from dcr.activations import Edits, Plan
 from dcr.config import DataConfig, Steering, SteeringConfig
 from dcr.models import Policy
 from dcr.prompts import ChatFormat
-from dcr.steering import scans, surgical, vectors
+from dcr.steering import probe, scans, surgical, vectors
 from dcr.steering.prompts import RELEASED, Extraction, extraction
 from dcr.steering.vectors import Info, Vectors
 
@@ -38,6 +38,7 @@ class SteeringMethod:
 STEERING = {
     Steering.scans: SteeringMethod(scans.find, scans.edits, "scans"),
     Steering.surgical: SteeringMethod(surgical.find, surgical.edits, "surgical", ("add", "ablate")),
+    Steering.probe: SteeringMethod(probe.find, probe.edits, "probe"),
     Steering.ablation: SteeringMethod(surgical.find_ablation, surgical.ablation_edits, None),
 }
 

@@ -54,6 +54,9 @@ def needed(settings: SteeringConfig) -> Need:
         return Need(*[train + validation] * 3, key=key)
     if settings.method is Steering.ablation:
         return Need(train, 0, train, f"steering.surgical.train={train}")
+    if settings.method is Steering.probe:
+        train = settings.probe.train
+        return Need(train, train, 0, f"steering.probe.train={train}")
     return Need()
 
 
