@@ -21,6 +21,7 @@ COMMANDS = {
     "eval": "a run, a model or an endpoint: completions, verdicts, metrics; also dcr-eval",
     "plan": "what a training command would do: rows, parameters, steps, memory, time",
     "choice": "which layer and which sources stage one should use",
+    "align": "a model of one's own: choices by measure, STL and DCR, page and export",
     "augment": "the answers that STL-aug learns, each checked",
     "study": "a named study from its jobs to its table and page",
     "report": "tables, figures and a page from run folders",

@@ -7,6 +7,7 @@ study. Stage one is the same for all jobs that agree in model, data, seed and `d
 trains it, the others take it over by hard links.
 """
 
+import functools
 import hashlib
 import logging
 import multiprocessing
@@ -17,8 +18,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -94,11 +95,9 @@ def main(options: Options) -> None:
     study = STUDIES[options.study]
     with told_once():
         planned = jobs(options, study)
-    for fault in forked(lambda: check(planned)):
-        raise fault
+    in_fork(lambda: check(planned))
     if options.plan:
-        for fault in forked(lambda: print(describe(planned))):
-            raise fault
+        in_fork(lambda: print(describe(planned)))
         return
     words = " ".join([options.study, *options.settings])
     named = hashlib.sha256(words.encode()).hexdigest()[:8]
@@ -142,12 +141,13 @@ class Job:
         found: list[Part] = []
         if (settings := self.training) is not None:
             for stage in config.stages_of(settings.method):
-                work = _training(settings, self.run, stage)
-                done = _stage_done(self.run, stage)
+                done = functools.partial(self.run.done, stage.value)
+                work = functools.partial(train_stage, settings, self.run, stage)
                 found.append(Part(self.name, stage.value, done, work))
         for settings in self.evaluations:
             steering = settings.steering.method.value
             name = "evaluation" + ("" if steering == "none" else f", {steering}")
+            name += ", calibrated" if settings.calibrate else ""
             found.append(Part(self.name, name, *_evaluation(settings, self.run)))
         return found
 
@@ -157,7 +157,7 @@ def jobs(options: Options, study: Study) -> list[Job]:
 
     Raises ConfigError for whatever is wrong with a setting.
     """
-    training, evaluating = _sorted(options.settings)
+    training, evaluating = sorted_words(options.settings)
     seeds = [word for word in training if word.startswith("seed=")]
     first = seeds[-1].removeprefix("seed=") if seeds else "0"
     if options.seeds > 1:
@@ -174,23 +174,47 @@ def jobs(options: Options, study: Study) -> list[Job]:
     found: dict[Path, Job] = {}
     for words in combined:
         name = " ".join(word for word in words if word not in shared) or "the only job"
-        settings = config.resolve(cli.compose("train", words, Options), TrainConfig)
-        if settings.trainer.devices * settings.trainer.num_nodes > 1:
-            raise ConfigError("trainer.devices: a study runs job after job, each on one device")
-        made_with = cli.plain(settings)
-        label = settings.model.label or label_of(settings.model.name)
-        base = Run(options.out / f"{label}-base-{storage.fingerprint(made_with['model'])}")
-        if base.folder not in found:
-            evaluations = _evaluations(evaluating, (), made_with)
-            found[base.folder] = Job(f"base model {label}", base, None, tuple(evaluations))
-        named = storage.fingerprint(runs.binding(made_with))
-        run = Run(options.out / f"{label}-{settings.method.value}-{named}")
-        steered = study.steered if settings.method is Method.stl else ()
-        evaluations = _evaluations(evaluating, steered, made_with)
-        for evaluation in evaluations:
-            evaluation.run = str(run.folder)
-        found.setdefault(run.folder, Job(name, run, settings, tuple(evaluations)))
+        job = job_of(options.out, name, words, evaluating, study.steered)
+        assert job.training is not None
+        base = base_of(options.out, job.training, evaluating)
+        found.setdefault(base.run.folder, base)
+        found.setdefault(job.run.folder, job)
     return list(found.values())
+
+
+def job_of(
+    out: Path,
+    name: str,
+    words: Sequence[str],
+    evaluating: Sequence[str],
+    steered: Sequence[str] = (),
+) -> Job:
+    """A run under `out`, trained with the settings `words` and evaluated, STL also `steered`."""
+    settings = config.resolve(cli.compose("train", words, Options), TrainConfig)
+    if settings.trainer.devices * settings.trainer.num_nodes > 1:
+        raise ConfigError("trainer.devices: a study runs job after job, each on one device")
+    made_with = cli.plain(settings)
+    named = storage.fingerprint(runs.binding(made_with))
+    run = Run(out / f"{_label(settings)}-{settings.method.value}-{named}")
+    combined = cli.combinations(evaluating)
+    if settings.method is Method.stl:
+        combined += [[*each, f"steering={name}"] for name in steered for each in combined]
+    evaluations = [
+        replace(settings, run=str(run.folder)) for settings in _evaluations(combined, made_with)
+    ]
+    return Job(name, run, settings, tuple(evaluations))
+
+
+def base_of(out: Path, settings: TrainConfig, evaluating: Sequence[str]) -> Job:
+    """The model that a job starts from, evaluated as the job is."""
+    made_with = cli.plain(settings)
+    named = f"{_label(settings)}-base-{storage.fingerprint(made_with['model'])}"
+    evaluations = _evaluations(cli.combinations(evaluating), made_with)
+    return Job(f"base model {_label(settings)}", Run(out / named), None, tuple(evaluations))
+
+
+def _label(settings: TrainConfig) -> str:
+    return settings.model.label or label_of(settings.model.name)
 
 
 @contextmanager
@@ -211,20 +235,16 @@ def told_once() -> Iterator[None]:
 
 
 def _evaluations(
-    words: Sequence[str], steered: Iterable[str], made_with: Mapping[str, Any]
+    combined: Sequence[Sequence[str]], made_with: Mapping[str, Any]
 ) -> list[EvalConfig]:
     """What a run that is made with these settings is evaluated with."""
-    combined = cli.combinations(words)
-    combined += [[*each, f"steering={name}"] for name in steered for each in combined]
+    composed = (cli.compose("eval", each, Options) for each in combined)
     return [
-        config.resolve(
-            evaluation_script.completed(cli.compose("eval", each, Options), made_with), EvalConfig
-        )
-        for each in combined
+        config.resolve(evaluation_script.completed(one, made_with), EvalConfig) for one in composed
     ]
 
 
-def _sorted(words: Sequence[str]) -> tuple[list[str], list[str]]:
+def sorted_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Settings of training and of evaluation; of both where they are of the machine or W&B."""
     training, evaluating = (
         {entry.name for entry in fields(schema)} | {group}
@@ -264,19 +284,12 @@ def check(planned: Sequence[Job]) -> None:
 # --- parts --------------------------------------------------------------------------------------
 
 
-def _stage_done(run: Run, stage: Stage) -> Callable[[], bool]:
-    return lambda: run.done(stage.value)
-
-
-def _training(settings: TrainConfig, run: Run, stage: Stage) -> Callable[[], None]:
-    def work() -> None:
-        if stage is Stage.contrastive:
-            if not adopt(settings, run):
-                training_script.train(replace(settings, stage=stage), run)
-        else:
-            training_script.train(settings, run)
-
-    return work
+def train_stage(settings: TrainConfig, run: Run, stage: Stage) -> None:
+    """One stage of a run in this process; stage one is taken over where a run has the same."""
+    if stage is Stage.sft:
+        training_script.train(settings, run)
+    elif not adopt(settings, run):
+        training_script.train(replace(settings, stage=stage), run)
 
 
 def _evaluation(settings: EvalConfig, run: Run) -> tuple[Callable[[], bool], Callable[[], None]]:
@@ -321,13 +334,14 @@ def adopt(settings: TrainConfig, run: Run) -> bool:
     if not found:
         return False
     rows = data.row_record(training_script.checked(settings, run))
+    folder = Path(settings.model.name)
+    now = models.weights_fingerprint(folder) if folder.is_dir() else None
     for donor in found:
-        started = storage.read_json(donor.base_file, dict[str, str])
-        if _rows_of_stage_one(donor.record()) == _rows_of_stage_one(rows) and _still_there(
-            settings.model.name, started["contrastive"]
-        ):
+        started = storage.read_json(donor.base_file, dict[str, str])["contrastive"]
+        same = _rows_of_stage_one(donor.record()) == _rows_of_stage_one(rows)
+        if same and now in (None, started):
             with storage.locked(run.folder):
-                _take_over(donor, run, started["contrastive"])
+                _take_over(donor, run, started)
             print(f"taken over from {donor.folder}")
             return True
     return False
@@ -335,18 +349,17 @@ def adopt(settings: TrainConfig, run: Run) -> bool:
 
 def donors(settings: TrainConfig, run: Run) -> list[Run]:
     """Runs beside a run whose stage one is done and was made with the same settings."""
-    key, beside = stage_one(cli.plain(settings)), sorted(run.folder.parent.glob("*/config.yaml"))
-    others = [Run(file.parent) for file in beside if file.parent != run.folder]
-    return [one for one in others if one.done("contrastive") and stage_one(one.config()) == key]
+    key, found = stage_one(cli.plain(settings)), []
+    for file in sorted(run.folder.parent.glob("*/config.yaml")):
+        donor = Run(file.parent)
+        with suppress(UserError):  # one of another version, or damaged, has nothing to give
+            if donor.folder != run.folder and donor.done("contrastive"):
+                found += [donor] if stage_one(donor.config()) == key else []
+    return found
 
 
 def _rows_of_stage_one(record: Mapping[str, Any]) -> list[str]:
     return [record["rows"][name]["fingerprint"] for name in STAGE_ONE_ROWS]
-
-
-def _still_there(model: str, weights: str) -> bool:
-    """Whether a folder of a user's holds the weights that a stage one started from."""
-    return not Path(model).is_dir() or models.weights_fingerprint(Path(model)) == weights
 
 
 def _take_over(donor: Run, run: Run, started: str) -> None:
@@ -381,14 +394,16 @@ def carry_out(parts: Sequence[Part]) -> dict[str, str]:
         if part.job in failed or part.done():
             continue
         print(f"[{place}/{len(parts)}] {part.job}: {part.name}", flush=True)
-        for fault in forked(part.work):
+        try:
+            in_fork(part.work)
+        except Told as fault:
             failed[part.job] = single_line(f"{part.name}: {fault}")
             print(f"failed: {failed[part.job]}", file=sys.stderr, flush=True)
     return failed
 
 
-def forked(work: Callable[[], object]) -> list[UserError]:
-    """Do something in a fork of this process; the fault that ended it, if one did."""
+def in_fork(work: Callable[[], object]) -> None:
+    """Do something in a fork of this process; raises Told with the fault that ended it."""
     receiving, sending = multiprocessing.Pipe(duplex=False)
     fork = multiprocessing.get_context("fork")
     child = fork.Process(target=_in_child, args=(work, sending, os.getpid()))
@@ -402,13 +417,14 @@ def forked(work: Callable[[], object]) -> list[UserError]:
         child.join()
         raise
     if child.exitcode == 0:
-        return []
+        return
     try:
-        return [receiving.recv()]
+        told = receiving.recv()
     except EOFError:
         number = -(child.exitcode or 0)
-        ended = f"killed by {signal.Signals(number).name}" if number > 0 else "ended without a word"
-        return [Told(ended, 1)]
+        how = f"killed by {signal.Signals(number).name}" if number > 0 else "ended without a word"
+        told = Told(how, 1)
+    raise told
 
 
 class Told(UserError):

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from forked import killed
 from scipy import stats
 from test_report import columns, make_eval, make_run
 from tiny_run import overrides, same, weights
 
+from dcr import align, models, refusal, report, study
 from dcr import eval as evaluation_script
-from dcr import models, report, study
 from dcr import train as training_script
 from dcr.config import TrainConfig
 from dcr.report import studies
@@ -175,6 +176,63 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     (line,) = capfd.readouterr().err.splitlines()
     assert told in line
     assert not (tmp_path / "none").exists()
+
+
+# --- a model of one's own -----------------------------------------------------------------------
+
+
+def test_safety_that_is_not_learnt_ends_in_one_line_and_says_what_was_tried(
+    words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    plain = [word for word in words if not word.startswith(("sft.lora.targets", "sft.epochs"))]
+    asked = [f"out={tmp_path}", *plain, "sft.lr=1e-3"]
+    assert align.main(asked) == 1
+    line = capfd.readouterr().err.splitlines()[-1]
+    # q and v alone, all modules, and three times the epochs: the rate is the user's
+    tried = re.findall(r"0 of 40 held-out toxic prompts refused", line)
+    configs = [yaml.safe_load(f.read_text()) for f in tmp_path.glob("*-stl-*/config.yaml")]
+    found = sorted((c["sft"]["epochs"], c["sft"]["lora"]["targets"]) for c in configs)
+    assert found == [(3, ["all-linear"]), (3, ["q_proj", "v_proj"]), (9, ["all-linear"])]
+    assert len(tried) == len(found)
+    assert line.startswith(
+        "error: safety was not learnt: 50% is asked for, with the settings given"
+    )
+    assert not list(tmp_path.glob("*-dcr-*"))
+    asked_again = align.main(asked)
+    assert (asked_again, "] " in capfd.readouterr().out) == (1, False)
+
+
+def test_a_model_of_ones_own_ends_as_page_and_export(
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def some(response: str, rules: str = "paper") -> bool:  # a model this small refuses nothing
+        return response < "M"
+
+    monkeypatch.setattr(refusal, "is_refusal", some)
+    monkeypatch.setattr(align, "LEARNT", 0.0)
+    asked = [f"out={tmp_path}", *words, "sft.readout.steps=2"]
+    assert align.main(asked) == 0
+    said = capfd.readouterr().out
+    (chosen,) = tmp_path.glob("choice-*.json")
+    (made,) = tmp_path.glob("*-dcr-*/config.yaml")
+    (stl,) = tmp_path.glob("*-stl-*/config.yaml")
+    (exported,) = tmp_path.glob("*-export")
+    best = json.loads(chosen.read_text())["pairs"][0]
+    config = yaml.safe_load(made.read_text())
+    assert config["dcr"]["layer"] == best["best_block"]
+    assert config["data"]["toxic"]["source"] == best["toxic"]
+    page = (tmp_path / "align.html").read_text()
+    assert f"calibrated to {stl.parent.name}" in page
+    assert "held-out toxic prompts refused" in page
+    assert {"README.md", "model.safetensors", "generation_config.json"} <= {
+        file.name for file in exported.iterdir()
+    }
+    assert str(exported) in said
+    assert align.main(asked) == 0
+    assert not re.search(r"^\[\d", capfd.readouterr().out, re.M)
 
 
 # --- its tables ---------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ QUIET = (
     "in eval mode at the start of training",  # metrics and dropped blocks; ours is checked
     "dataloader is not resumable",  # its batches are a function of the step, so it is
     "does not have many workers",
+    "across ranks is zero",  # all rows are learnt, and none is held out
     "smaller than the logging interval",
     "already been called",
 )
