@@ -195,6 +195,7 @@ class Run:
         if not self.config_file.exists():
             raise ConfigError(f"run={self.folder}: no config.yaml there; name a run folder")
         made_with = storage.read_yaml(self.config_file, MadeWith, RESTORE)
+        made_with["data"].pop("matched", None)  # in earlier folders; read by a preset alone
         named = made_with["data"].get("extraction") or {}
         for before, now in (("harmful", "toxic"), ("harmless", "normal")):  # in earlier folders
             if before in named:

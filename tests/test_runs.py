@@ -43,8 +43,9 @@ def test_a_folder_made_under_earlier_names_goes_on(tmp_path: Path) -> None:
     run = Run(tmp_path)
     now = {"toxic": ["a"], "seemingly_toxic": ["b"], "normal": ["c"]}
     earlier = {"harmful": ["a"], "seemingly_toxic": ["b"], "harmless": ["c"]}
-    runs.claim(run, CONFIG | {"data": {"label": "demo", "extraction": earlier}}, force=False)
-    assert run.config()["data"]["extraction"] == now
+    data = {"label": "demo", "extraction": earlier, "matched": "demo_toxic_matched"}
+    runs.claim(run, CONFIG | {"data": data}, force=False)
+    assert run.config()["data"] == {"label": "demo", "extraction": now}
     runs.claim(run, CONFIG | {"data": {"label": "demo", "extraction": now}}, force=False)
     from_zero = CONFIG | {"dcr": {"layer": 13, "layer_base": "zero_based"}}
     runs.claim(run, from_zero, force=True)
