@@ -28,7 +28,7 @@ RATIO = re.compile(r"^ratio (.+): ([\d.e+-]+)$", re.MULTILINE)
 SIZES = {
     "startup": [],
     "training": ["steps=1"],
-    "generation": ["prompts=16", "new=64"],
+    "generation": ["prompts=16", "new=256"],
     "refusal": ["prompts=4"],
     "ntk": ["prompts=2", "full=2", "k=3"],
 }
