@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from dcr import runs, storage
@@ -209,7 +210,7 @@ def test_forgetting_never_loses_the_file(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_peak_memory_is_that_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs.torch.cuda, "is_available", lambda: False)  # else it is the GPU's
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # else it is the GPU's
     status = Path("/proc/self/status").read_text()
     peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
     assert runs.peak_memory_gib() == pytest.approx(peak / 2**20, rel=0.05)
