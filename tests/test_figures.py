@@ -16,10 +16,10 @@ import pytest
 from matplotlib.image import imread
 from test_report import change, make_eval, make_run, parsed
 
-from dcr import cli, report, runs
+from dcr import report, runs
 from dcr.config import UserError
 from dcr.report import DRAWN, FIGURES, OPERATING, figures, trade_offs
-from dcr.report.__main__ import Options, main
+from dcr.report.__main__ import main
 from dcr.report.figures import Drawing, file_name
 from dcr.report.records import Evaluation, RunRecord, read_run
 from dcr.report.tables import Cell
@@ -566,10 +566,3 @@ def test_runs_without_data_for_a_figure_are_noted(folders: list[Path], tmp_path:
     make_eval(bare, {"safe": "c", "unsafe": "r"})
     (note,) = figure_of("5a", *folders, bare).notes
     assert note == f"figure 5a: no refusal probabilities over SFT steps in {bare}"
-
-
-def test_every_name_is_documented() -> None:
-    told = cli.help_of(Options)
-    for name in FIGURES:
-        assert name in told
-        assert "figure" not in name, "names, not files"

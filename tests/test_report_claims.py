@@ -329,8 +329,9 @@ def one_step(**change: list[float]) -> dict[str, Any]:
     trunk = {"norm": [0.1, -0.1, 0.3], "signed": [0.2, 0.1, 0.4], "slope": [0.9, 0.8, 1.2],
              "dot": [0.4, 0.2, 0.6], "cosine": [-0.3, -0.4, -0.2]}  # fmt: skip
     means = {SEEMING: [0.5, 0.4, 0.6], TOXIC: [0.7, 0.6, 0.8], NORMAL: [0.2, 0.1, 0.3]} | change
-    return {"layer": 14, "trained": 6, "drop": 0.02, "target": " I", "nonlinearity": 0.01,
-            "params": {"tail-2": tail, "trunk-14": trunk}, "change": means}  # fmt: skip
+    return {"layer": 14, "trained": list("abcdef"), "drop": 0.02, "target": " I",
+            "nonlinearity": 0.01, "params": {"tail-2": tail, "trunk-14": trunk},
+            "change": means}  # fmt: skip
 
 
 def stepped(run: Path, weights: str, block: Any) -> Path:
@@ -354,6 +355,7 @@ def test_one_step_is_told_as_it_was_measured(tmp_path: Path) -> None:
         assert verdicts["signed_change", name, "tail-2"] == FAILS
         assert verdicts["signed_change", name, "trunk-14"] == HOLDS
         assert verdicts["refusal_spreads", name, ""] == HOLDS
+    assert "one step on each of 6 toxic prompts" in found["size_of_change"][0].sentence
     states = found["proposition_1"]
     assert [row.verdict for row in states] == [HOLDS, FAILS] * 2
     assert {row.params for row in states} == {"trunk-14"}, "it is about the trunk"
@@ -362,28 +364,6 @@ def test_one_step_is_told_as_it_was_measured(tmp_path: Path) -> None:
         "by +0.50 [+0.40, +0.60] on seemingly toxic and by +0.20 [+0.10, +0.30] on normal"
         in found["refusal_spreads"][0].sentence
     )
-
-
-def test_statistics_may_stand_in_groups(tmp_path: Path) -> None:
-    block = one_step()
-    grouped = {
-        params: {
-            "norm": {"within": s["norm"], "pooled": [0, 0, 0]},
-            "prediction": {"pearson": s["signed"], "slope": s["slope"]},
-            "states": {"dot": s["dot"], "cosine": s["cosine"]},
-        }
-        for params, s in block["params"].items()
-    }
-    other = block | {"params": grouped, "trained": ["a", "b", "c", "d", "e", "f"]}
-    one, two = (
-        rows_of(stepped(make_run(tmp_path / name / "run", "dcr"), "sft", of))[0]
-        for name, of in (("one", block), ("two", other))
-    )
-    for claim, rows in one.items():
-        assert [(r.sentence, r.measured) for r in rows if r.measured] == [
-            (r.sentence, r.measured) for r in two[claim] if r.measured
-        ]
-    assert "one step on each of 6 toxic prompts" in two["size_of_change"][0].sentence
 
 
 @pytest.mark.parametrize(

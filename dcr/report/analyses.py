@@ -152,11 +152,14 @@ def _separability(figure: str, records: Sequence[RunRecord]) -> list[tuple[About
     ]
     if not every:
         raise UserError(f"figure {figure}: no separability in {folders(records)}; {CURE}")
-    distinct = {(name, repr(found)): (name, model, e, found) for name, model, e, found in every}
+    distinct = {(name, repr(scores)): (name, model, e, scores) for name, model, e, scores in every}
     called = [name for name, _ in distinct]
     return [
-        ((f"{name} ({e.folder.name})" if called.count(name) > 1 else name, e.weights, model), found)
-        for name, model, e, found in distinct.values()
+        (
+            (name + f" ({e.folder.name})" * (called.count(name) > 1), e.weights, model),
+            scores,
+        )
+        for name, model, e, scores in distinct.values()
     ]
 
 

@@ -42,7 +42,7 @@ def comparisons(
 
     Of several STL runs only those nearest in the settings of stage two are compared with.
     """
-    found = []
+    compared = []
     for a in columns:
         if a.about("method") != "dcr":
             continue
@@ -56,8 +56,8 @@ def comparisons(
             if len(differing) == fewest:
                 lines = _paired_lines(a, b, completions)
                 if lines:
-                    found.append(Comparison(a, b, lines, differing))
-    return found
+                    compared.append(Comparison(a, b, lines, differing))
+    return compared
 
 
 def _comparable(a: Column, b: Column) -> bool:
@@ -71,7 +71,7 @@ def differing_settings(a: Column, b: Column) -> list[str]:
     configs = []
     for column in (a, b):
         config = column.run.config
-        data = found if isinstance(found := config.get("data"), dict) else {}
+        data = node if isinstance(node := config.get("data"), dict) else {}
         parts = {"sft": config.get("sft"), "data.safety": data.get("safety")}
         configs.append(flattened(parts | {"data.normal": data.get("normal")}))
     return storage.differences(configs[1], configs[0])

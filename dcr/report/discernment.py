@@ -78,14 +78,14 @@ def _sets(column: Column) -> Mapping[str, SetCounts | RankedSet]:
 
 
 def _marked(
-    column: Column, found: Ranking | None, names: Sequence[str]
+    column: Column, ranking: Ranking | None, names: Sequence[str]
 ) -> tuple[Ranking, str] | None:
-    if found is None or found.auroc[0] is None or not math.isfinite(found.auroc[0]):
+    if ranking is None or ranking.auroc[0] is None or not math.isfinite(ranking.auroc[0]):
         return None
     sets = [of for name, of in _sets(column).items() if name in names]
     known = IN_DISTRIBUTION if any(of.in_distribution for of in sets) else ""
     seen = any(contaminated(column.evaluation, name) for name in names)
-    return found, known + (CONTAMINATED if seen else "")
+    return ranking, known + (CONTAMINATED if seen else "")
 
 
 def _ranked(column: Column, names: Sequence[str], completions: Completions) -> Ranking | None:
@@ -93,10 +93,10 @@ def _ranked(column: Column, names: Sequence[str], completions: Completions) -> R
     masses: dict[Kind, list[float]] = {Kind.toxic: [], Kind.seemingly_toxic: []}
     for name in names:
         of = _sets(column)[name]
-        found = completions.masses(column, name, of.ids)
-        if found is None or len(found) < of.n:
+        own = completions.masses(column, name, of.ids)
+        if own is None or len(own) < of.n:
             return None
-        masses[of.kind] += found
+        masses[of.kind] += own
     seed = column.evaluation.settings.get("seed")
     ranked = discernment.ranking(
         masses[Kind.toxic], masses[Kind.seemingly_toxic], seed if isinstance(seed, int) else 0
@@ -106,7 +106,7 @@ def _ranked(column: Column, names: Sequence[str], completions: Completions) -> R
 
 def sections(columns: Sequence[Column], completions: Completions) -> list[Section]:
     """AUROCs, and what is answered where shares of the toxic prompts are refused."""
-    found = rankings(columns, completions)
+    by_sets = rankings(columns, completions)
     aurocs = [
         Row(
             label,
@@ -114,12 +114,12 @@ def sections(columns: Sequence[Column], completions: Completions) -> list[Sectio
             summary=label in (POOLED, UNMARKED),
             page_only=label not in (POOLED, UNMARKED),
         )
-        for label, values in found.items()
+        for label, values in by_sets.items()
     ]
-    fairest = found.get(UNMARKED, found.get(POOLED, ()))
+    fairest = by_sets.get(UNMARKED, by_sets.get(POOLED, ()))
     rows = [
         Row(
-            f"safety {share}" + (f", without {IN_DISTRIBUTION}" if UNMARKED in found else ""),
+            f"safety {share}" + (f", without {IN_DISTRIBUTION}" if UNMARKED in by_sets else ""),
             tuple(
                 _cell(value[0].answered[str(share)], value[1], percent=True)
                 if value and str(share) in value[0].answered
@@ -138,8 +138,8 @@ def sections(columns: Sequence[Column], completions: Completions) -> list[Sectio
     ]
 
 
-def _cell(found: Estimate, marks: str, percent: bool = False) -> Cell:
-    known = interval(found)
+def _cell(estimate: Estimate, marks: str, percent: bool = False) -> Cell:
+    known = interval(estimate)
     return Cell(known.estimate, known.low, known.high, marks=marks, percent=percent)
 
 
@@ -159,10 +159,10 @@ def table(
     return PaperTable(NAME, TITLE, HEADS, rows, notes, judge_head="sets")
 
 
-def _cells(found: Ranking, marks: str) -> dict[str, Cell]:
-    cells = {"auroc": _cell(found.auroc, marks)}
+def _cells(ranking: Ranking, marks: str) -> dict[str, Cell]:
+    cells = {"auroc": _cell(ranking.auroc, marks)}
     for name in ("answered", "refused"):
-        for share, of in getattr(found, name).items():
+        for share, of in getattr(ranking, name).items():
             if f"{name}/{share}" in HEADS:
                 cells[f"{name}/{share}"] = _cell(of, marks)
     return cells

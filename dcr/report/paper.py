@@ -80,13 +80,13 @@ def suite(column: Column) -> Cells:
 def _guard(column: Column) -> By | None:
     """The judge and model whose verdicts stand for safety."""
     sets = column.evaluation.sets
-    found = {
+    judges = {
         judge: verdicts.model
         for name in PAPER_SAFETY
         if name in sets
         for judge, verdicts in sets[name].judged.items()
     }
-    return next(((judge, found[judge]) for judge in GUARDS if judge in found), None)
+    return next(((judge, judges[judge]) for judge in GUARDS if judge in judges), None)
 
 
 def _compliance(column: Column, by: By) -> Cells:
@@ -164,27 +164,28 @@ def _of_overlaps(columns: Sequence[Column]) -> list[str]:
     """The counts behind each mark of contamination."""
     shown = [*(name for names in SETS.values() for name in names), *PAPER_SAFETY]
     shown += [task for task, _ in ABILITY.values()]
-    found: dict[str, list[str]] = {}
+    columns_by_counts: dict[str, list[str]] = {}
     for column in columns:
         for name, overlap in column.evaluation.contamination.items():
             known = name in column.evaluation.sets and column.evaluation.sets[name].in_distribution
             if seen(overlap) and name in shown and not known:
                 overlaps = f"{overlap.exact} / {overlap.near} / {overlap.ngram} of {overlap.n}"
                 counts = f"{name} {overlaps} in training (exact / near / n-gram)"
-                found.setdefault(counts, []).append(column.name)
+                columns_by_counts.setdefault(counts, []).append(column.name)
         for name, score in column.evaluation.sets.items():
             if score.seen_by_steering and name in shown:
                 counts = f"{name} {score.seen_by_steering} of {score.n} seen by steering"
-                found.setdefault(counts, []).append(column.name)
-    return [f"{CONTAMINATED} {counts}: {', '.join(names)}." for counts, names in found.items()]
+                columns_by_counts.setdefault(counts, []).append(column.name)
+    by_counts = columns_by_counts.items()
+    return [f"{CONTAMINATED} {counts}: {', '.join(names)}." for counts, names in by_counts]
 
 
 def _of_ability(columns: Sequence[Column]) -> list[str]:
-    found = [a for column in columns for a in column.evaluation.ability.values()]
-    if not found:
+    scores = [a for column in columns for a in column.evaluation.ability.values()]
+    if not scores:
         return []
-    shots = " and ".join(map(str, sorted({a.shots for a in found})))
-    cut = " Some tasks were cut to a limit." if any(a.limit is not None for a in found) else ""
+    shots = " and ".join(map(str, sorted({a.shots for a in scores})))
+    cut = " Some tasks were cut to a limit." if any(a.limit is not None for a in scores) else ""
     return [f"Ability: acc for MMLU, acc_norm elsewhere (acc where absent), {shots}-shot.{cut}"]
 
 
@@ -548,26 +549,26 @@ def latex_marks(marks: str) -> str:
 
 def latex(table: PaperTable) -> str:
     """A document of its own with booktabs; the tabular alone can be taken into a paper."""
-    found = jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.PackageLoader("dcr"), undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True, block_start_string="<%",
         block_end_string="%>", variable_start_string="<<", variable_end_string=">>",
         comment_start_string="<#", comment_end_string="#>",
     )  # fmt: skip
-    found.filters |= {"tex": latex_text, "marks": latex_marks}
-    template = found.get_template("paper_table.tex")
+    environment.filters |= {"tex": latex_text, "marks": latex_marks}
+    template = environment.get_template("paper_table.tex")
     return template.render(table=table, number=number, words=words, absent=ABSENT)
 
 
 def templates() -> jinja2.Environment:
     """The HTML templates, in which all that came from files is escaped."""
-    found = jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.PackageLoader("dcr"), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    found.filters["raised"] = lambda marks: Markup(superscript(marks))  # our own letters
-    found.globals |= {"number": number, "words": words, "absent": ABSENT}
-    return found
+    environment.filters["raised"] = lambda marks: Markup(superscript(marks))  # our own letters
+    environment.globals |= {"number": number, "words": words, "absent": ABSENT}
+    return environment
 
 
 def html_page(table: PaperTable) -> str:

@@ -140,10 +140,10 @@ def rate(
         middle = sum(row["value"] for row in rows) / len(rows)
         below = math.hypot(*(row["value"] - row["low"] for row in rows)) / len(rows)
         above = math.hypot(*(row["high"] - row["value"] for row in rows)) / len(rows)
-        found = Interval(middle, max(0.0, middle - below), min(1.0, middle + above))
+        interval = Interval(middle, max(0.0, middle - below), min(1.0, middle + above))
     else:
-        found = statistics.wilson(sum(row["count"] for row in rows), n)
-    return Cell(found.estimate, found.low, found.high, n=n, marks=marks_of(rows))
+        interval = statistics.wilson(sum(row["count"] for row in rows), n)
+    return Cell(interval.estimate, interval.low, interval.high, n=n, marks=marks_of(rows))
 
 
 def marks_of(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -347,11 +347,11 @@ def keyword_sections(columns: Sequence[Column], rules: str = "paper") -> list[Se
 
 def _unseen(column: Column, name: str) -> str:
     counts = column.evaluation.sets[name]
-    found = counts.unseen and rate(column.evaluation, [name], f"{WANTED[counts.kind]}/unseen")
-    if not found:
+    unseen = counts.unseen and rate(column.evaluation, [name], f"{WANTED[counts.kind]}/unseen")
+    if not unseen:
         return ""
-    estimate, low, high = (100 * end for end in vars(found.interval).values())
-    return f"unseen groups: {estimate:.1f}% [{low:.1f}–{high:.1f}] of {found.n}"
+    estimate, low, high = (100 * end for end in vars(unseen.interval).values())
+    return f"unseen groups: {estimate:.1f}% [{low:.1f}–{high:.1f}] of {unseen.n}"
 
 
 # By every judge: of which prompts, what is counted, sums besides, on the page and in the terminal.
@@ -397,29 +397,30 @@ def judge_sections(columns: Sequence[Column]) -> list[Section]:
 def agreement(columns: Sequence[Column]) -> list[Section]:
     """Cohen's κ of every two judges, apart by the kind of prompt."""
     measured = [
-        {(*found.judges, found.kind): found for found in column.evaluation.agreement}
+        {(*pair.judges, pair.kind): pair for pair in column.evaluation.agreement}
         for column in columns
     ]
     rows = []
     for key in dict.fromkeys(key for by_key in measured for key in by_key):
         a, b, kind = key
-        cells = tuple(_kappa(by_key.get(key)) for by_key in measured)
+        pairs = [by_key.get(key) for by_key in measured]
+        cells = tuple(
+            pair
+            and (
+                words("undefined", f"n = {pair.n}")
+                if pair.kappa is None
+                else Cell(pair.kappa, percent=False, aside=f"n = {pair.n}")
+            )
+            for pair in pairs
+        )
         rows.append(Row(f"{a} / {b}, {kind.replace('_', ' ')}", cells))
     return [Section("Agreement of two judges, Cohen's κ", "agreement κ", rows)] if rows else []
 
 
-def _kappa(found: Agreement | None) -> Cell | None:
-    if found is None:
-        return None
-    if found.kappa is None:
-        return words("undefined", f"n = {found.n}")
-    return Cell(found.kappa, percent=False, aside=f"n = {found.n}")
-
-
-def confusion(found: Agreement) -> list[int]:
+def confusion(pair: Agreement) -> list[int]:
     """Both complied, only the first, only the second, both refused, in any order of labels."""
-    rows = found.confusion
-    last = found.labels[0] in ("refused", "safe")
+    rows = pair.confusion
+    last = pair.labels[0] in ("refused", "safe")
     ordered = [row[::-1] for row in rows[::-1]] if last else rows
     return [count for row in ordered for count in row]
 
@@ -450,9 +451,9 @@ def ability(columns: Sequence[Column]) -> list[Section]:
     """Accuracies of the harness's tasks; both of them where a task has two."""
     rows = []
     for task in dict.fromkeys(task for column in columns for task in column.evaluation.ability):
-        found = [a for column in columns if (a := column.evaluation.ability.get(task))]
+        scores = [a for column in columns if (a := column.evaluation.ability.get(task))]
         asked = dict.fromkeys(
-            f"{a.shots}-shot, n = {a.n}{' (cut)' if a.limit is not None else ''}" for a in found
+            f"{a.shots}-shot, n = {a.n}{' (cut)' if a.limit is not None else ''}" for a in scores
         )
         for metric in METRICS:
             cells = tuple(accuracy(column.evaluation, task, metric) for column in columns)
@@ -470,19 +471,19 @@ def accuracy(evaluation: Evaluation, task: str, metric: str) -> Cell | None:
     return Cell(row["value"], low, high, n=row["n"], marks=marks_of([row]), aside=touched)
 
 
-def annotator_name(found: Quality) -> str:
+def annotator_name(measured: Quality) -> str:
     """Whether it is none of OpenAI's GPT models, of which the paper used one, is said."""
-    name = found.annotator.rsplit("/", 1)[-1].lower()
+    name = measured.annotator.rsplit("/", 1)[-1].lower()
     local = not name.startswith(("gpt-", "chatgpt-")) or name.startswith("gpt-oss")
     note = " (local annotator, not GPT-4o-mini)" if local else ""
-    return f"annotator: {found.annotator}{note}"
+    return f"annotator: {measured.annotator}{note}"
 
 
 def quality(columns: Sequence[Column]) -> list[Section]:
     """Win rates against the reference's answers, a section an annotator."""
     measured = [column.evaluation.quality for column in columns]
     sections = []
-    for head in dict.fromkeys(annotator_name(found) for found in measured if found):
+    for head in dict.fromkeys(annotator_name(own) for own in measured if own):
         chosen = [q if q and annotator_name(q) == head else None for q in measured]
         rows = [
             Row("win rate", tuple(q and _win_rate(q) for q in chosen)),
@@ -498,13 +499,13 @@ def quality(columns: Sequence[Column]) -> list[Section]:
     return sections
 
 
-def _win_rate(found: Quality) -> Cell | None:
-    asides = [f"against {found.reference}" if found.reference else "", f"n\u00a0=\u00a0{found.n}"]
-    lengths = (found.mean_length, found.reference_length)
+def _win_rate(own: Quality) -> Cell | None:
+    asides = [f"against {own.reference}" if own.reference else "", f"n\u00a0=\u00a0{own.n}"]
+    lengths = (own.mean_length, own.reference_length)
     if None not in lengths:
         asides.append("{:.0f} characters, theirs {:.0f}".format(*lengths))
-    cell = _share(found.win_rate)
-    spread = (found.standard_error or 0.0) / 100
+    cell = _share(own.win_rate)
+    spread = (own.standard_error or 0.0) / 100
     return cell and replace(cell, spread=spread, aside="; ".join(filter(None, asides)))
 
 
@@ -543,15 +544,15 @@ def contamination(columns: Sequence[Column]) -> list[Section]:
     """Evaluation prompts that stand among the rows trained on, by how they were found."""
     rows = []
     for name in dict.fromkeys(name for c in columns for name in c.evaluation.contamination):
-        found = [column.evaluation.contamination.get(name) for column in columns]
+        overlaps = [column.evaluation.contamination.get(name) for column in columns]
         cells = tuple(
             overlap
             and words(
                 f"{overlap.exact} / {overlap.near} / {overlap.ngram} of {overlap.n}",
                 ", ".join(f"{source} {n}" for source, n in overlap.by_source.items()),
             )
-            for overlap in found
+            for overlap in overlaps
         )
-        rows.append(Row(name, cells, page_only=not any(map(seen, found))))
+        rows.append(Row(name, cells, page_only=not any(map(seen, overlaps))))
     title = f"{CONTAMINATED} Evaluation prompts among the rows trained on: exact / near / n-gram"
     return [Section(title, "in training: exact / near / n-gram", rows)] if rows else []
