@@ -4,6 +4,8 @@ import csv
 import itertools
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -748,3 +750,85 @@ def test_default_place_is_the_common_parent(
     assert main(["outputs/x/a", "outputs/b/"]) == 0
     assert Path("outputs/report.html").is_file()
     assert "page: outputs/report.html" in capsys.readouterr().out
+
+
+def test_curves_have_the_mean_and_spread_over_seeds(tmp_path: Path) -> None:
+    folders = []
+    for seed, losses in enumerate(((3.0, 2.0, 1.0), (5.0, 2.0, 3.0))):
+        folders.append(make_run(tmp_path / f"s{seed}", "stl", seed=seed))
+        make_eval(folders[-1], {"safe": "cr", "unsafe": "rr"})
+        rows = [("sft", step, 0, "sft/step_nll", loss) for step, loss in enumerate(losses)]
+        rows += [("sft", 7 + seed, 0, "sft/step_nll", 9.0)]  # a step that one of them has alone
+        runs.append_metrics(Run(folders[-1]), rows)
+    shown = page.Report.of([read_run(folder) for folder in folders])
+    (group,) = page._by_seed(shown)
+    assert group[1] == "STL 2 seeds"
+    (drawing,) = curves.training([group])
+    (line,) = drawing.blocks[""][0].lines  # pyright: ignore
+    assert line.values.iloc[0].to_list() == pytest.approx([0, 4, 4 - 2**0.5, 4 + 2**0.5])
+    assert line.values[["x", "y"]].to_numpy().tolist() == [[0, 4], [1, 2], [2, 2]]
+
+
+def test_a_setting_in_which_alone_runs_differ_is_drawn(tmp_path: Path) -> None:
+    folders = []
+    for epochs, seed, safe in ((1, 0, "rrrc"), (1, 1, "rrcc"), (3, 0, "cccc")):
+        keys = {"epochs": epochs, "margin": 0.25}
+        folders.append(make_run(tmp_path / f"{epochs}-{seed}", seed=seed, dcr=keys))
+        make_eval(folders[-1], {"safe": safe, "unsafe": "rrrc"}, discernment=None)
+    other = make_run(tmp_path / "other", dcr={"epochs": 2, "margin": 0.5})  # differs by two
+    make_eval(other, {"safe": "cccc", "unsafe": "rrrc"})
+    (drawing,) = trade_offs.ablations(columns(*folders, other))
+    (panel,) = drawing.blocks[""]
+    assert panel is not None
+    assert panel.axes["xlabel"] == "dcr.epochs"
+    compliance, refusal = (line.values.to_numpy().tolist() for line in panel.lines)
+    spread = 12.5 * 2**0.5
+    assert compliance[0] == pytest.approx([1, 37.5, 37.5 - spread, 37.5 + spread])
+    assert [row[:2] for row in (compliance[1], *refusal)] == [[3, 100], [1, 75], [3, 75]]
+
+
+def test_prompts_of_different_verdicts_are_shown_wherever_they_stand(tmp_path: Path) -> None:
+    runs_of = [make_run(tmp_path / method, method) for method in ("stl", "dcr")]
+    for run, at in zip(runs_of, (7, 8), strict=True):
+        make_eval(run, {"safe": "c" * at + "r" + "c" * (200 - at)})
+    shown = page.Report.of([read_run(run) for run in runs_of])
+    differing = [one.prompt for one in page._sample(shown, "safe") if "differ" in one.verdicts]
+    assert differing == ["safe prompt 7", "safe prompt 8"]
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="the page's script needs a browser")
+def test_the_script_sorts_filters_and_puts_differences_first(tmp_path: Path) -> None:
+    stl, dcr = make_run(tmp_path / "stl", "stl"), make_run(tmp_path / "dcr")
+    place = make_eval(dcr, {"aaa": "ccc", "bbb": "rcc", "unsafe": "rrr"})
+    make_eval(stl, {"aaa": "ccr", "bbb": "rrc", "unsafe": "rrr"})
+    texts = (ANSWER, "Open a <b>terminal</b> and type kill.", ANSWER)
+    answers = [answer(f"aaa-{i}", f"aaa prompt {i}", text) for i, text in enumerate(texts)]
+    (place / "aaa.jsonl").write_text("".join(answers))
+    _, html = build(tmp_path, stl, dcr)
+    acted = """<script>
+      var table = document.querySelectorAll("table.main")[1], head = table.tHead.rows[0].cells[2];
+      head.click(); document.body.dataset.falling = table.textContent.replace(/\\s+/g, " ");
+      head.click(); document.body.dataset.rising = table.textContent.replace(/\\s+/g, " ");
+      var input = document.getElementById("filter-runs"); input.value = "stl";
+      input.dispatchEvent(new Event("input"));
+      var other = document.querySelectorAll("table.main")[1].rows[0].cells;
+      document.body.dataset.shown = [1, 2].map(function (i) {
+        return getComputedStyle(other[i]).display; }).join(" ");
+    </script>"""
+    path = tmp_path / "acted.html"
+    path.write_text(html.replace("</body>", acted + "</body>"), encoding="utf-8")
+    browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+               "--disable-background-networking", f"--user-data-dir={tmp_path / 'profile'}",
+               "--dump-dom", f"file://{path}"]  # fmt: skip
+    dom = subprocess.run(browser, capture_output=True, text=True, timeout=120).stdout
+    parts = {name: re.search(rf'data-{name}="([^"]*)"', dom) for name in ("falling", "rising")}
+    falling, rising = (found[1] if found else "" for found in parts.values())
+    assert falling.index("aaa") < falling.index("bbb") < falling.index("unsafe"), falling
+    assert rising.index("bbb") < rising.index("aaa") < rising.index("unsafe"), rising
+    assert 'data-shown="table-cell none"' in dom
+    shown = dom[dom.index('data-set="aaa"') : dom.index('data-set="bbb"')]
+    assert re.findall(r"aaa prompt (\d)</p>", shown) == ["2", "1", "0"]
+    assert re.findall(r'badge (\w+)"', shown) == ["verdicts", "words"]
+    second = shown[shown.index("aaa prompt 1") : shown.index("aaa prompt 0")]
+    assert re.findall("<mark>(.*?)</mark>", second) == ["the", "terminal", "a",
+                                                        "&lt;b&gt;terminal&lt;/b&gt;"]  # fmt: skip

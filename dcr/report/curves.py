@@ -85,11 +85,11 @@ def folders(records: Iterable[RunRecord]) -> str:
 def snapshots(run: RunRecord, has: Callable[[Evaluation], object]) -> list[Evaluation]:
     """Unsteered evaluations of snapshots by step, all under one setting: that of the most steps."""
     by_setting: dict[str, dict[int, Evaluation]] = {}
-    for found in run.evaluations:
-        of_step = found.weights == "snapshot" and found.step is not None
-        if of_step and unedited(found) and has(found):
-            setting = storage.fingerprint([found.settings, found.data])
-            by_setting.setdefault(setting, {})[found.step or 0] = found
+    for e in run.evaluations:
+        of_step = e.weights == "snapshot" and e.step is not None
+        if of_step and unedited(e) and has(e):
+            setting = storage.fingerprint([e.settings, e.data])
+            by_setting.setdefault(setting, {})[e.step or 0] = e
     most = max(by_setting.values(), key=len, default={})
     return [most[step] for step in sorted(most)]
 
@@ -159,22 +159,22 @@ def _over_sft(run: RunRecord, curves: Curves, values: Values) -> tuple[Curves, s
     return measured(snapshots(run, lambda e: next(values(e), None)), values), SCORED
 
 
-def _by_kind(found: TrackedStep | Evaluation) -> Iterator[tuple[Key, Estimate]]:
-    kinds = found.refusal_probability.kinds if found.refusal_probability else {}
+def _by_kind(measures: TrackedStep | Evaluation) -> Iterator[tuple[Key, Estimate]]:
+    kinds = measures.refusal_probability.kinds if measures.refusal_probability else {}
     for quantity in PREFIXES:
         for kind, means in kinds.items():
             yield (quantity, kind), getattr(means, quantity)
 
 
-def _by_followed(found: TrackedStep | Evaluation) -> Iterator[tuple[Key, Estimate]]:
-    followed = found.refusal_probability.followed if found.refusal_probability else {}
+def _by_followed(measures: TrackedStep | Evaluation) -> Iterator[tuple[Key, Estimate]]:
+    followed = measures.refusal_probability.followed if measures.refusal_probability else {}
     for quantity in PREFIXES:
         for kind, prompt in followed.items():
             yield (quantity, kind), (getattr(prompt, quantity), None, None)
 
 
-def _by_pair(found: TrackedStep | Evaluation) -> Iterator[tuple[Key, Estimate]]:
-    for params, matrix in (found.kernel.params if found.kernel else {}).items():
+def _by_pair(measures: TrackedStep | Evaluation) -> Iterator[tuple[Key, Estimate]]:
+    for params, matrix in (measures.kernel.params if measures.kernel else {}).items():
         for observer, row in matrix.items():
             for trained, mean in row.items():
                 yield (params, observer, trained), mean
@@ -412,31 +412,77 @@ TRAINING = (
 )
 
 
-def training(runs: Sequence[tuple[Style, Sequence[Mapping[str, Any]]]]) -> list[Drawing]:
-    """One panel a quantity that at least one run has logged; held-out values are dashed."""
+def training(groups: Sequence[tuple[Style, str, Sequence[RunRecord]]]) -> list[Drawing]:
+    """One panel a quantity that at least one run has logged; held-out values are dashed.
+
+    Runs of a group differ by their seed alone.
+    """
     drawings = []
     for index, (title, epoch_key, step_key) in enumerate(TRAINING):
         lines: list[Line] = []
-        for style, metrics in runs:
+        for style, _, runs in groups:
             look = figures.run_look(style)
-            parts: list[tuple[pd.Series, dict[str, Any]]] = []
+            parts: list[tuple[list[pd.Series], dict[str, Any]]] = []
             if step_key:
                 circle = step_key == "contrastive/step_circle"
                 faint = {"color": look["color"], "linewidth": 0.9}
-                steps = above_floor(metrics) if circle else _series(metrics, step_key)
+                steps = [
+                    above_floor(run.metrics) if circle else _series(run.metrics, step_key)
+                    for run in runs
+                ]
                 parts.append((steps, faint | {"alpha": 0.35 if epoch_key else 0.85}))
             if epoch_key:
                 look |= {"markersize": 4, "linewidth": 1.4}
                 for key, dashes in ((epoch_key, "-"), (f"{epoch_key}/heldout", "--")):
-                    parts.append((_series(metrics, key), look | {"linestyle": dashes}))
-            lines += [
-                Line(pd.DataFrame({"x": values.index, "y": values.to_numpy()}), own)
-                for values, own in parts
-                if len(values)
-            ]
+                    ends = [_series(run.metrics, key) for run in runs]
+                    parts.append((ends, look | {"linestyle": dashes}))
+            lines += [Line(own, lk) for series, lk in parts for own in over_seeds(series)]
         if lines:
             panel = Panel(lines, title, {"xlabel": "optimiser step"}, steps=7)
             drawings.append(Drawing(f"curve{index}", title, {"": [panel]}, size=(3.8, 2.5)))
+    return drawings
+
+
+def over_seeds(curves: Sequence[pd.Series]) -> list[pd.DataFrame]:
+    """The mean at the places that all share, within one standard deviation; one alone as it is.
+
+    Each by itself where they share fewer than two places.
+    """
+    known = [curve for curve in curves if len(curve)]
+    if len(known) > 1:
+        shared = pd.concat(known, axis=1, join="inner")
+        mean, spread = shared.mean(axis=1), shared.std(axis=1)
+        if len(shared) > 1:
+            band = {"x": shared.index, "y": mean, "low": mean - spread, "high": mean + spread}
+            return [pd.DataFrame(band)]
+    return [pd.DataFrame({"x": curve.index, "y": curve.to_numpy()}) for curve in known]
+
+
+OVER_STEPS = {"probability": _probabilities, "kernel": _kernels}
+
+
+def tracked(what: str, groups: Sequence[tuple[Style, str, Sequence[RunRecord]]]) -> list[Drawing]:
+    """One of OVER_STEPS over SFT by kind of prompt, each group's mean over seeds by itself."""
+    drawings = []
+    for place, (_, name, runs) in enumerate(groups):
+        panels: dict[Key, dict[str, list[pd.Series]]] = {}
+        for run in runs:
+            for (*about, kind), curve in OVER_STEPS[what](run)[0].items():
+                values = pd.Series({step: value.estimate for step, value in curve.items()})
+                panels.setdefault(tuple(about), {}).setdefault(kind, []).append(values)
+        panels.pop(("prefix_free",), None)
+        for number, (about, by_kind) in enumerate(panels.items()):
+            shares = what == "probability"
+            of = "refusal probability" if shares else f"‖K‖ on {kind_name(about[1])} x′, {about[0]}"
+            lines = [
+                Line(own, figures.kind_look(kind))
+                for kind in figures.ordered(list(by_kind))
+                for own in over_seeds(by_kind[kind])
+            ]
+            axes = {"xlabel": "SFT step"} | (figures.SHARES if shares else {})
+            panel = Panel(lines, figures.folded(f"{name}: {of}", 44), axes, steps=7)
+            called = f"{what}{place}-{number}"
+            drawings.append(Drawing(called, f"{name}: {of}", {"": [panel]}, size=(3.8, 2.5)))
     return drawings
 
 

@@ -41,6 +41,7 @@ from dcr.report.records import (
 from dcr.report.tables import (
     CONTAMINATED,
     IN_DISTRIBUTION,
+    Cell,
     Section,
     any_marked,
     confusion,
@@ -52,6 +53,7 @@ from dcr.report.tables import (
 from dcr.text import printable
 
 PROMPTS_A_SET = 30
+OVERVIEW = ("keyword", "judged", "general")  # grids whose sums are beside each run
 
 
 @dataclass(frozen=True)
@@ -148,8 +150,8 @@ class Sample:
     @property
     def verdicts(self) -> str:
         """Words to filter by: the verdicts that occur, and whether they differ."""
-        found = sorted({answer.verdict for answer in self.answers if answer})
-        return " ".join([*found, "differ"] if len(found) > 1 else found)
+        verdicts = sorted({answer.verdict for answer in self.answers if answer})
+        return " ".join([*verdicts, "differ"] if len(verdicts) > 1 else verdicts)
 
 
 def render(report: Report) -> str:
@@ -164,7 +166,7 @@ def render(report: Report) -> str:
         "double_dagger": CONTAMINATED,
         "drawing": lambda drawing: Markup(figures.inline(drawing)),  # our own, its texts escaped
     }
-    styles = run_styles(report.records)
+    trained = _by_seed(report)
     kinds = {kind: set_names(report.columns, kind) for kind in (Kind.seemingly_toxic, Kind.toxic)}
     return environment.get_template("report.html").render(
         vars(report),
@@ -177,13 +179,16 @@ def render(report: Report) -> str:
         claims_rule=claims.RULE,
         models=_distinct(report, "model"),
         data=_distinct(report, "data"),
-        curves=curves.training(
-            [(_style_of(run, styles), run.metrics) for run in report.records if run.metrics]
-        ),
-        curve_legend=_legend(report, trained_only=True),
+        curves=curves.training(trained),
+        curve_legend=[(style, name) for style, name, _ in trained],
+        probabilities=curves.tracked("probability", trained),
+        kernels=curves.tracked("kernel", trained),
+        ablations=trade_offs.ablations(report.columns),
+        overview=_overview(report),
         legend=_legend(report),
         trade_offs=trade_offs.trade_offs(report.records, report.columns),
         has_frontier=any(e.weights == "snapshot" for r in report.records for e in r.evaluations),
+        compared=_compared(report),
         samples=[(kind.value, n, _sample(report, n)) for kind in kinds for n in kinds[kind]],
         settings=_settings(report),
         rows=[(r.folder.name, *_rows(r)) for r in report.records if r.rows.get("rows")],
@@ -199,25 +204,61 @@ def _distinct(report: Report, key: str) -> list[str]:
 def _style_of(record: RunRecord, styles: dict[tuple[str, str], Style]) -> Style:
     """The style of a run's trained weights; neutral for the base model."""
     evaluations = evaluations_of(record)
-    found = [e for e in evaluations if e.weights != "base"] or evaluations
-    first = min(found, key=lambda evaluation: steering(evaluation) != "")
+    trained = [e for e in evaluations if e.weights != "base"] or evaluations
+    first = min(trained, key=lambda evaluation: steering(evaluation) != "")
     return styles[variant(record, first), about(record, first, "seed")]
 
 
-def _legend(report: Report, trained_only: bool = False) -> list[tuple[Style, str]]:
+def _by_seed(report: Report) -> list[tuple[Style, str, list[RunRecord]]]:
+    """Runs that logged something: those that differ by their seed alone are one, with one name."""
+    styles, groups = run_styles(report.records), {}
+    labels = dict(
+        zip((r.folder for r in report.records), curves.names(report.records), strict=True)
+    )
+    labels = {folder: tuple(name.split(", ")) for folder, name in labels.items()}
+    trained = [column for column in report.columns if column.evaluation.weights != "base"]
+    labels |= {column.run.folder: column.label for column in reversed(trained)}
+    for run in report.records:
+        if run.metrics or run.tracked:
+            style = _style_of(run, styles)
+            groups.setdefault(style.variant, []).append((style, labels[run.folder], run))
+    named = []
+    for alike in groups.values():
+        style, label, _ = alike[0]
+        if len(alike) > 1:
+            label = [*(p for p in label if not p.startswith("seed ")), f"{len(alike)} seeds"]
+        named.append((style, " ".join(label), [run for *_, run in alike]))
+    return named
+
+
+def _legend(report: Report) -> list[tuple[Style, str]]:
     """A name for every style: the column's, or the folder's where a run has no column."""
-    styles, names = run_styles(report.records), {}
+    styles, called = run_styles(report.records), {}
     for column in report.columns:
-        if not trained_only or (column.evaluation.weights != "base" and column.run.metrics):
-            names.setdefault(column.style, column.name)
+        called.setdefault(column.style, column.name)
     for record in report.records:
-        if not trained_only or record.metrics:
-            names.setdefault(_style_of(record, styles), record.folder.name)
-    return list(names.items())
+        called.setdefault(_style_of(record, styles), record.folder.name)
+    return list(called.items())
+
+
+def _compared(report: Report) -> tuple[int, int]:
+    """Places of the two columns whose answers stand side by side at first."""
+    for pair in report.pairs:
+        return report.columns.index(pair.b), report.columns.index(pair.a)
+    return max(0, len(report.columns) - 2), max(0, len(report.columns) - 1)
+
+
+def _overview(report: Report) -> list[tuple[str, str, list[Cell | None]]]:
+    """What sums up each table, by its table and row: a value a column."""
+    summed = []
+    for section in (s for key in OVERVIEW for s in report.grids[key]):
+        rows = [row for row in section.rows if row.summary and not row.page_only]
+        summed += [(section.short, row.label, list(row.values)) for row in rows or section.rows]
+    return summed
 
 
 def _sample(report: Report, name: str) -> list[Sample]:
-    """Up to PROMPTS_A_SET prompts, evenly over the set, with every column's answer."""
+    """Up to PROMPTS_A_SET prompts, evenly over the set, and as many of different verdicts."""
     stored = [
         {(c.id, c.prompt): c for c in report.completions(column, name)}
         if name in column.evaluation.sets
@@ -225,10 +266,10 @@ def _sample(report: Report, name: str) -> list[Sample]:
         for column in report.columns
     ]
     keys = list(dict.fromkeys(key for answers in stored for key in answers))
-    return [
-        Sample(key[1], [answers.get(key) for answers in stored])
-        for key in evenly(keys, PROMPTS_A_SET)
-    ]
+    samples = {key: Sample(key[1], [answers.get(key) for answers in stored]) for key in keys}
+    differing = [key for key in keys if samples[key].verdicts.endswith("differ")]
+    chosen = {*evenly(keys, PROMPTS_A_SET), *evenly(differing, PROMPTS_A_SET)}
+    return [samples[key] for key in keys if key in chosen]
 
 
 def evenly(items: Sequence[Any], count: int) -> list[Any]:
@@ -260,8 +301,8 @@ def _rows(record: RunRecord) -> tuple[list[Any], ...]:
     parts, dropped = (record.rows.get(key) or {} for key in ("rows", "dropped"))
     used = [(name, of["count"], of["fingerprint"]) for name, of in parts.items() if of["count"]]
     known, unseen = (record.rows.get(key) or [] for key in ("in_distribution", "unseen_groups"))
-    told = record.rows.get("balance")
-    return used, list(dropped.items()), known, unseen, Balance(**told).rows() if told else []
+    balance = record.rows.get("balance")
+    return used, list(dropped.items()), known, unseen, Balance(**balance).rows() if balance else []
 
 
 def _yaml(record: RunRecord) -> str:

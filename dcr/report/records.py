@@ -331,6 +331,11 @@ def _binding(run: RunRecord) -> dict[str, Any]:
     return {key: value for key, value in runs.binding(run.config).items() if key not in UNTOLD}
 
 
+def leaves_of(run: RunRecord, evaluation: Evaluation) -> dict[str, Any]:
+    """Every setting that may tell two columns apart: `dcr.epochs`, `eval.limit`."""
+    return flattened(_binding(run)) | flattened({"eval": evaluation.settings})
+
+
 def settings_without_seed(evaluation: Evaluation) -> dict[str, Any]:
     return {key: value for key, value in evaluation.settings.items() if key != "seed"}
 
@@ -401,10 +406,7 @@ def other_preset(preset: str) -> str:
 
 def _distinction(own: Evaluated, alike: Sequence[Evaluated]) -> tuple[str, ...]:
     """`key=value` for the settings in which one of several columns of one name differs."""
-    leaves = [
-        flattened(_binding(run)) | flattened({"eval": evaluation.settings})
-        for run, evaluation in alike
-    ]
+    leaves = [leaves_of(*pair) for pair in alike]
     mine = next(leaf for leaf, pair in zip(leaves, alike, strict=True) if pair is own)
     keys = [
         key
@@ -502,13 +504,13 @@ class Completions:
         openings = column.evaluation.folder / "openings" / f"{name}.jsonl"
         if openings.is_file():
             held = {row.id: row.mass for row in storage.read_lines(openings, Opening)}
-            found = [held.get(identity) for identity in ids or held]
+            masses = [held.get(identity) for identity in ids or held]
         elif name in column.evaluation.sets:
-            found = [answer.refusal_mass for answer in self(column, name)]
+            masses = [answer.refusal_mass for answer in self(column, name)]
         else:
             return None
-        known = [mass for mass in found if mass is not None]
-        return known if len(known) == len(found) else None
+        known = [mass for mass in masses if mass is not None]
+        return known if len(known) == len(masses) else None
 
 
 def _read_completions(evaluation: Evaluation, name: str, notes: list[str]) -> list[Answer]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from dcr import storage
+from dcr import statistics, storage
 from dcr.config import Kind, UserError
 from dcr.report import figures
 from dcr.report.curves import (
@@ -28,6 +28,7 @@ from dcr.report.records import (
     about,
     config_of,
     flattened,
+    leaves_of,
     other_preset,
     run_styles,
     settings_without_seed,
@@ -114,6 +115,63 @@ def frontiers(records: Sequence[RunRecord], sets: dict[Kind, list[str]]) -> list
         Line(_points(own), figures.run_look(style) | small, fading=True)
         for style, own in rates.values()
     ]
+
+
+def ablations(columns: Sequence[Column]) -> list[Drawing]:
+    """Compliance, refusal and discernment against each setting in which alone columns differ.
+
+    Columns that differ by their seed besides are one point, of mean and standard deviation.
+    """
+    leaves = [leaves_of(column.run, column.evaluation) for column in columns]
+    numbers = {
+        key
+        for leaf in leaves
+        for key, value in leaf.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and key != "eval.seed"
+    }
+    drawings = []
+    for key in sorted(numbers):
+        groups: dict[str, list[tuple[float, Column]]] = {}
+        for leaf, column in zip(leaves, columns, strict=True):
+            if isinstance(leaf.get(key), (int, float)):
+                rest = {name: v for name, v in leaf.items() if name not in (key, "eval.seed")}
+                about = [column.about("method"), column.about("model"), column.evaluation.weights]
+                alike = groups.setdefault(storage.fingerprint([about, rest]), [])
+                alike.append((leaf[key], column))
+        for alike in groups.values():
+            values = sorted({value for value, _ in alike})
+            if len(values) > 1 and (lines := _ablated(alike)):
+                method = alike[0][1].label[0]
+                axes = {"xlabel": key, "ylabel": "%", "ylim": (-2, 102), "xticks": values,
+                        "xticklabels": [f"{value:g}" for value in values]}  # fmt: skip
+                panel = Panel(lines, f"{method}: {key}", axes)
+                name = f"ablation{len(drawings)}"
+                drawings.append(Drawing(name, panel.title, {"": [panel]}, size=(3.8, 2.5)))
+    return drawings
+
+
+def _ablated(alike: Sequence[tuple[float, Column]]) -> list[Line]:
+    columns = [column for _, column in alike]
+    sets = {kind: together(set_names(columns, kind)) for kind in WANTED}
+    points: dict[str, list[tuple[float, float]]] = {"seemingly_toxic": [], "toxic": [], "auroc": []}
+    for value, column in alike:
+        if rates := _rates(column.evaluation, sets):
+            for kind, cell in zip(WANTED, rates, strict=True):
+                points[kind.value].append((value, 100 * cell.estimate))
+        ranked = column.evaluation.discernment
+        if ranked and ranked.pooled and ranked.pooled.auroc[0] is not None:
+            points["auroc"].append((value, 100 * ranked.pooled.auroc[0]))
+    lines = []
+    for what, own in points.items():
+        rows = []
+        for value in sorted({value for value, _ in own}):
+            rates = [share for at, share in own if at == value]
+            mean, spread = statistics.mean_and_spread(rates)
+            rows.append((value, mean, mean - spread, mean + spread))
+        if len(rows) > 1:
+            frame = pd.DataFrame(rows, columns=["x", "y", "low", "high"], dtype=float)
+            lines.append(Line(frame, figures.kind_look(what)))
+    return lines
 
 
 # --- the frontier over checkpoints ---------------------------------------------------------------
