@@ -221,7 +221,10 @@ def _by_seed(report: Report) -> list[tuple[Style, str, list[RunRecord]]]:
     for run in report.records:
         if run.metrics or run.tracked:
             style = _style_of(run, styles)
-            groups.setdefault(style.variant, []).append((style, labels[run.folder], run))
+            key = (
+                style.variant or run.folder
+            )  # of neutral ones nothing tells whether they are alike
+            groups.setdefault(key, []).append((style, labels[run.folder], run))
     named = []
     for alike in groups.values():
         style, label, _ = alike[0]
