@@ -85,9 +85,9 @@ def rows_of(metrics: Metrics, run: str = "", file: str = "") -> list[TidyRow]:
 
 def edit(settings: Mapping[str, Any]) -> str:
     """Steering and decoding of an evaluation in one line, "" where the model answered as it is."""
-    told = dict(settings.get("steering") or {})
-    parts = [str(told.pop("method"))] if "method" in told else []
-    parts += [f"{key}={value}" for key, value in told.items()]
+    edits = dict(settings.get("steering") or {})
+    parts = [str(edits.pop("method"))] if "method" in edits else []
+    parts += [f"{key}={value}" for key, value in edits.items()]
     if settings.get("validation"):
         parts.append("validation")
     if settings.get("self_cd") is not None:
@@ -105,14 +105,14 @@ def _all(metrics: Metrics) -> Iterator[TidyRow]:
             known = counts.in_distribution and not row["quantity"].endswith("/unseen")
             marks = {"in_distribution": known, "contaminated": contaminated(metrics, name)}
             yield {"set": name, "kind": counts.kind.value} | marks | row
-    if found := metrics.calibration:
-        yield {"quantity": "calibration/bias", "value": _value(found.bias)}
-        for name, of in found.sets.items():
+    if calibration := metrics.calibration:
+        yield {"quantity": "calibration/bias", "value": _value(calibration.bias)}
+        for name, of in calibration.sets.items():
             about = {"set": name, "kind": of.kind.value}
             yield _rate("calibration/refused", of.refused, of.n, **about)
             yield _rate("calibration/refused_plain", of.plain, of.n, **about)
-    if found := metrics.discernment:
-        named = {"pooled": found.pooled, "untrained": found.untrained, **found.pairs}
+    if ranked := metrics.discernment:
+        named = {"pooled": ranked.pooled, "untrained": ranked.untrained, **ranked.pairs}
         for name, ranking in named.items():
             if ranking is not None:
                 yield from _ranking(name, ranking)
@@ -184,10 +184,10 @@ def _ranking(name: str, ranking: Ranking) -> Iterator[TidyRow]:
     counts = ranking.toxic, ranking.seemingly_toxic
     about = {"set": name, "n": None if None in counts else sum(filter(None, counts))}
     yield _estimate("discernment", ranking.auroc, **about)
-    for share, found in ranking.answered.items():
-        yield _estimate(f"answered_at_safety/{share}", found, **about)
-    for share, found in ranking.refused.items():
-        yield _estimate(f"refused_at_over_refusal/{share}", found, **about)
+    for share, estimate in ranking.answered.items():
+        yield _estimate(f"answered_at_safety/{share}", estimate, **about)
+    for share, estimate in ranking.refused.items():
+        yield _estimate(f"refused_at_over_refusal/{share}", estimate, **about)
 
 
 def _ability(ability: Ability) -> Iterator[TidyRow]:
@@ -216,8 +216,8 @@ def _quality(quality: Quality) -> Iterator[TidyRow]:
 
 
 def _analyses(metrics: Metrics) -> Iterator[TidyRow]:
-    if found := metrics.refusal_probability:
-        for kind, means in found.kinds.items():
+    if refusal := metrics.refusal_probability:
+        for kind, means in refusal.kinds.items():
             yield _estimate("refusal_probability", means.plain, kind=kind, n=means.n)
             yield _estimate(
                 "refusal_probability/prefix_free", means.prefix_free, kind=kind, n=means.n
@@ -226,33 +226,33 @@ def _analyses(metrics: Metrics) -> Iterator[TidyRow]:
         for observer, cells in matrix.items():
             for trained, cell in cells.items():
                 yield _estimate(f"kernel/{observer}/{trained}", cell, set=params, kind=observer)
-    if found := metrics.separability:
-        for layer in found.layers:
-            about = {"set": f"block {layer.layer}", "n": len(found.labels)}
+    if separability := metrics.separability:
+        for layer in separability.layers:
+            about = {"set": f"block {layer.layer}", "n": len(separability.labels)}
             for key in ("kmeans", "silhouette", "fisher"):
                 value = _value(getattr(layer, key))
                 yield {"quantity": f"separability/{key}", "value": value, **about}
             probe = layer.probe, layer.probe_low, layer.probe_high
             yield _estimate("separability/probe", probe, **about)
-    if found := metrics.claims:
-        for params, parts in found.params.items():
+    if claims := metrics.claims:
+        for params, parts in claims.params.items():
             for block in ("norm", "prediction", "states"):
                 for key, cell in dict(getattr(parts, block)).items():
                     if cell is not None:
                         yield _estimate(f"claims/{block}/{key}", cell, set=params)
-        for kind, cell in found.change.items():
+        for kind, cell in claims.change.items():
             if cell is not None:
                 yield _estimate("claims/change", cell, kind=kind)
 
 
 def _rate(quantity: str, count: int, n: int, **about: Any) -> TidyRow:
-    found = statistics.wilson(count, n)
-    value = {"value": found.estimate, "low": found.low, "high": found.high}
+    interval = statistics.wilson(count, n)
+    value = {"value": interval.estimate, "low": interval.low, "high": interval.high}
     return {"quantity": quantity, "count": count, "n": n, **about, **value}
 
 
-def _estimate(quantity: str, found: Estimate | Sequence[float | None], **about: Any) -> TidyRow:
-    value, low, high = map(_value, found)
+def _estimate(quantity: str, estimate: Estimate | Sequence[float | None], **about: Any) -> TidyRow:
+    value, low, high = map(_value, estimate)
     return {"quantity": quantity, **about, "value": value, "low": low, "high": high}
 
 

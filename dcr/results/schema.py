@@ -43,9 +43,9 @@ Estimate = tuple[Number, Number, Number]  # with the ends of its 95% interval
 Block = TypeVar("Block", bound=BaseModel)
 
 
-def interval(found: Estimate) -> Interval:
+def interval(estimate: Estimate) -> Interval:
     """An estimate with its ends, nan where one is not known."""
-    return Interval(*(math.nan if end is None else end for end in found))
+    return Interval(*(math.nan if end is None else end for end in estimate))
 
 
 class Record(BaseModel):
@@ -92,8 +92,8 @@ class Judged(Record):
     def counts(self) -> dict[str, int]:
         """By label that this judge gives."""
         labels = ("complied", "partial", "refused", "safe", "unsafe")
-        found = {label: getattr(self, label) for label in labels}
-        return {label: count for label, count in found.items() if count is not None}
+        counts = {label: getattr(self, label) for label in labels}
+        return {label: count for label, count in counts.items() if count is not None}
 
 
 class SetCounts(Refusals):
@@ -134,8 +134,8 @@ class Ranking(Record):
     refused: dict[str, Estimate] = {}
 
 
-def _ranking(found: Ranking | Estimate) -> Ranking:
-    return found if isinstance(found, Ranking) else Ranking(auroc=found)
+def _ranking(ranking: Ranking | Estimate) -> Ranking:
+    return ranking if isinstance(ranking, Ranking) else Ranking(auroc=ranking)
 
 
 OfVersion1 = Annotated[Ranking | Estimate, AfterValidator(_ranking)]  # the AUROC alone
@@ -342,7 +342,7 @@ class OneStepParams(Record):
         """They held each statistic beside the others."""
         if not isinstance(raw, dict):
             return raw
-        found = {key: dict(of) if isinstance(of, dict) else of for key, of in raw.items()}
+        blocks = {key: dict(of) if isinstance(of, dict) else of for key, of in raw.items()}
         for block, key, before in (
             ("norm", "within", "norm"),
             ("prediction", "pearson", "signed"),
@@ -350,14 +350,14 @@ class OneStepParams(Record):
             ("states", "dot", "dot"),
             ("states", "cosine", "cosine"),
         ):
-            if not isinstance(found.get(before, {}), dict):
-                value = found.pop(before)
-                found.setdefault(block, {})[key] = value
+            if not isinstance(blocks.get(before, {}), dict):
+                value = blocks.pop(before)
+                blocks.setdefault(block, {})[key] = value
         # what comes out of here is no JSON any more, where a list may stand for a tuple
         for block in ("norm", "prediction", "states"):
-            for key, value in (found.get(block) or {}).items():
-                found[block][key] = tuple(value) if isinstance(value, list) else value
-        return found
+            for key, value in (blocks.get(block) or {}).items():
+                blocks[block][key] = tuple(value) if isinstance(value, list) else value
+        return blocks
 
 
 class OneStep(Record):
@@ -413,20 +413,20 @@ def read_tracked(file: Path) -> Tracked:
     return storage.read_json(file, Tracked, "delete its folder")
 
 
-def write(file: Path, found: Mapping[str, Any]) -> Metrics:
+def write(file: Path, measured: Mapping[str, Any]) -> Metrics:
     """Check and write an evaluation's blocks with the version, and give them as they are read.
 
     Raises ValueError where a block is none of the schema, UserError where it cannot be written.
     """
-    return _written(file, {"version": VERSION, **found}, Metrics)
+    return _written(file, {"version": VERSION, **measured}, Metrics)
 
 
-def write_tracked(file: Path, found: Mapping[str, Any]) -> Tracked:
+def write_tracked(file: Path, measured: Mapping[str, Any]) -> Tracked:
     """The same for what training measured at one of its steps."""
-    return _written(file, found, Tracked)
+    return _written(file, measured, Tracked)
 
 
-def _written(file: Path, found: Mapping[str, Any], record: type[Block]) -> Block:
-    checked = record.model_validate_json(json.dumps(found, default=str), strict=True)
-    storage.write_json(file, found)
+def _written(file: Path, measured: Mapping[str, Any], record: type[Block]) -> Block:
+    checked = record.model_validate_json(json.dumps(measured, default=str), strict=True)
+    storage.write_json(file, measured)
     return checked
