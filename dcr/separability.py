@@ -98,8 +98,8 @@ def probe_weights(
     features: Float[Tensor, "prompts width"], labels: Int[Tensor, "prompts"]
 ) -> tuple[Float[Tensor, " width"], float]:
     """`linear_probe` as weights and bias on plain features."""
-    fitted = _fitted(features, labels)
-    scaler, regression = fitted[0], fitted[1]
+    fitted: Any = _fitted(features, labels)
+    scaler, regression = fitted
     weights = regression.coef_[0] / scaler.scale_
     bias = float(regression.intercept_[0] - scaler.mean_ @ weights)
     return torch.from_numpy(weights).float(), bias

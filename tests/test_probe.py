@@ -37,7 +37,7 @@ def settings(strength: float, layer: int | None = 3) -> SteeringConfig:
 
 @pytest.fixture(scope="module")
 def made(policy: Policy, chat: ChatFormat) -> Any:
-    return probe.find(policy, chat, Extraction(**ROWS), settings(1))
+    return probe.find(policy, chat, Extraction(ROWS["toxic"], ROWS["seemingly_toxic"]), settings(1))
 
 
 def last(policy: Policy, chat: ChatFormat, prompt: str, block: int) -> Tensor:
@@ -93,7 +93,8 @@ def test_much_strength_leaves_the_probe_alone_to_decide(
     told = says(policy, chat, made, ASKED)
     with activations.edited(policy.model, probe.edits(policy, chat, made, settings(3))):
         found = log_odds(policy, chat, ASKED)
-    assert spearmanr(found, told).statistic > 0.9
+    agreement: Any = spearmanr(found, told)
+    assert agreement.statistic > 0.9
 
 
 def test_nothing_behind_the_first_answer_token_is_edited(
