@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dcr import endpoints
 from dcr.config import (
@@ -23,6 +25,7 @@ from dcr.evaluation import quality
 from dcr.generation import Completion
 from dcr.judges import pairwise
 from dcr.judges.pairwise import Pair
+from tests.servers.logprobs import logprobs
 from tests.servers.scripted import Body, completion, scripted
 
 LABELS = ("dcr-seed0", "stl-seed0")
@@ -461,3 +464,41 @@ def test_what_is_asked_and_read_over_http(settings: EvalConfig, tmp_path: Path) 
     assert (found["usage"]["prompt_tokens"], found["usage"]["completion_tokens"]) == (240, 6)
     sent = {"temperature": 0, "max_tokens": 1, "logprobs": True, "top_logprobs": 5}
     assert all(body.items() >= sent.items() for body in server.bodies)
+
+
+def test_a_real_model_prefers_what_its_own_logits_say(
+    settings: EvalConfig, tmp_path: Path, tiny_folder: Path
+) -> None:
+    own, other = answers([f"own {i}" for i in range(6)]), answers([f"other {i}" for i in range(6)])
+    whole = {**settings.annotator.parameters, "top_logprobs": 260}
+    with logprobs(tiny_folder) as url:
+        few = replace(settings, annotator=replace(settings.annotator, url=url))
+        every = replace(few, annotator=replace(few.annotator, parameters=whole))
+        quality.check(every)
+        found = rated(own, other, every, tmp_path)
+        found_in_top_5 = rated(own, other, few, tmp_path)
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiny_folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    letters = [tokenizer.convert_tokens_to_ids(letter) for letter in "mM"]
+    wins, in_top_5, tokens = [], [], 0
+    for mine, theirs in zip(own, other, strict=True):
+        switched = pairwise.is_switched(mine.id, settings.seed)
+        first, second = (mine, theirs) if switched else (theirs, mine)
+        text = PROMPT.format(
+            instruction=mine.prompt, output_1=first.response, output_2=second.response
+        )
+        chat = [{"role": "user", "content": text}]
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+        with torch.inference_mode():
+            logits = model(torch.tensor([ids])).logits[0, -1]
+        share = logits[letters].softmax(0)[0 if switched else 1].item()
+        present = set(letters) & set(logits.topk(5).indices.tolist())
+        wins.append(share)
+        in_top_5.append(bool(present))
+        tokens += len(ids)
+    assert found["win_rate"] == pytest.approx(100 * sum(wins) / 6, abs=1e-3)
+    assert (found["n"], found["invalid"], found["error"]) == (6, 0, 0)
+    assert (found["usage"]["prompt_tokens"], found["usage"]["completion_tokens"]) == (tokens, 6)
+    assert found_in_top_5["n"] == sum(in_top_5)
+    assert found_in_top_5["invalid"] == 6 - sum(in_top_5)
