@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dcr import choice, cli, cost, export, generation, refusal, report, storage, study
-from dcr.config import EvalConfig, Kind, Stage, TrainConfig
+from dcr.config import DataConfig, EvalConfig, Kind, Stage, TrainConfig
 from dcr.evaluation import calibration, subjects
 from dcr.report import discernment
 from dcr.runs import Run
@@ -25,6 +25,7 @@ from dcr.study import Job, Part, Told
 LEARNT = 0.5  # of held-out toxic prompts refused, from which on safety counts as learnt
 ASKED = 40  # such prompts
 SMALL = 1e9  # parameters, below which a model needs a higher learning rate and more steps
+NOT_CHOSEN = "every set to choose block and sources by is held out of the embedded corpus"
 READOUT = "sft.readout.steps=120"  # as preset=recommended has it
 
 
@@ -76,8 +77,10 @@ def _aligned(
     settings = _training(dcr)
     key = [cli.plain(settings.model), cli.plain(settings.data), settings.seed]
     file = out / f"choice-{storage.fingerprint(key)}.json"
-    _done([Part("stage one", "choice", file.exists, lambda: _choose(settings, file))])
-    chosen, why = _chosen(storage.read_json(file, dict[str, Any]), settings)
+    chosen, why = [], f"stage one as configured: {NOT_CHOSEN}"
+    if elsewhere(settings.data):
+        _done([Part("stage one", "choice", file.exists, lambda: _choose(settings, file))])
+        chosen, why = _chosen(storage.read_json(file, dict[str, Any]), settings)
     rung = stl.name.split()[1:]
     dcr = study.job_of(out, "DCR", [READOUT, *rung, *chosen, *training], evaluating)
     target = out / f"{dcr.run.folder.name}-export"
@@ -102,6 +105,16 @@ def _as_safe(job: Job, safe: str) -> list[EvalConfig]:
 def _done(parts: Sequence[Part]) -> None:
     for job, why in study.carry_out(parts).items():
         raise Told(f"{job}: {why}", 1)
+
+
+def elsewhere(data: DataConfig) -> bool:
+    """Whether a set of another origin than the embedded corpus is there to choose by.
+
+    What is held out of the corpus that is trained on favours the last blocks, where any difference
+    is told apart.
+    """
+    names = (*data.evaluation.over_refusal, *data.evaluation.safety)
+    return any(name not in SOURCES or SOURCES[name].embedded is None for name in names)
 
 
 def _choose(settings: TrainConfig, file: Path) -> None:

@@ -18,7 +18,7 @@ from tiny_run import overrides, same, weights
 from dcr import align, models, refusal, report, study
 from dcr import eval as evaluation_script
 from dcr import train as training_script
-from dcr.config import TrainConfig
+from dcr.config import DataConfig, EvaluationSets, TrainConfig
 from dcr.report import studies
 from dcr.report.records import seed_groups
 from dcr.runs import Run, append_metrics
@@ -213,6 +213,7 @@ def test_a_model_of_ones_own_ends_as_page_and_export(
 
     monkeypatch.setattr(refusal, "is_refusal", some)
     monkeypatch.setattr(align, "LEARNT", 0.0)
+    monkeypatch.setattr(align, "elsewhere", lambda _: True)
     asked = [f"out={tmp_path}", *words, "sft.readout.steps=2"]
     assert align.main(asked) == 0
     said = capfd.readouterr().out
@@ -233,6 +234,13 @@ def test_a_model_of_ones_own_ends_as_page_and_export(
     assert str(exported) in said
     assert align.main(asked) == 0
     assert not re.search(r"^\[\d", capfd.readouterr().out, re.M)
+
+
+def test_block_and_sources_are_chosen_by_sets_of_another_origin_alone() -> None:
+    here, there = EvaluationSets(["demo_seemingly_toxic_heldout"]), EvaluationSets(["xstest_safe"])
+    own = EvaluationSets(safety=["mine.jsonl"])
+    found = [align.elsewhere(DataConfig(evaluation=sets)) for sets in (here, there, own)]
+    assert found == [False, True, True]
 
 
 # --- its tables ---------------------------------------------------------------------------------
