@@ -160,14 +160,15 @@ def augment(options: Options, settings: EvalConfig) -> Tally:
     subject = Subject("endpoint") if served else subjects.base(settings.model)
     policy = functools.cache(functools.partial(subjects.opened, settings, subject))
     tally = Tally(len(rows))
+
+    def said(name: str, kind: Kind, asking: EvalConfig, rows: list[Example]) -> list[Completion]:
+        folder = subjects.answers_folder(asking, work, subject)
+        asked = PromptSet(name, kind, rows)
+        return subjects.answers(asking, subject, [asked], folder, policy)[name]
+
     with storage.locked(work.folder):
         if options.twins:
-
-            def write(asking: EvalConfig, toxic: list[Example]) -> list[Completion]:
-                folder = subjects.answers_folder(asking, work, subject)
-                asked = PromptSet("twins", Kind.toxic, toxic)
-                return subjects.answers(asking, subject, [asked], folder, policy)["twins"]
-
+            write = functools.partial(said, "twins", Kind.toxic)
             rows = _twins(settings, drawn, options.attempts, write, tally)
         kept = kept_answers(options.out, author, rows)
         known = {answer.id for answer in kept}
@@ -177,21 +178,11 @@ def augment(options: Options, settings: EvalConfig) -> Tally:
         for asking in attempts:
             if not left:
                 break
-            folder = subjects.answers_folder(asking, work, subject)
-            asked = PromptSet(SET, Kind.seemingly_toxic, left)
-            given = subjects.answers(asking, subject, [asked], folder, policy)[SET]
-            why = outcomes(given, asking, folder)
+            given = said(SET, Kind.seemingly_toxic, asking, left)
+            why = outcomes(given, asking, subjects.answers_folder(asking, work, subject))
             accepted = {each.id: each for each in given if why[each.id] == ACCEPTED}
             kept += [
-                Answer(
-                    id=row.id,
-                    prompt=row.prompt,
-                    response=accepted[row.id].response,
-                    category=row.category,
-                    group=row.group,
-                    source=row.source,
-                    answered_by=author,
-                )
+                _answer(row, accepted[row.id].response, author)
                 for row in left
                 if row.id in accepted
             ]
@@ -208,6 +199,18 @@ def augment(options: Options, settings: EvalConfig) -> Tally:
         pairs = {row.group for row in twins_kept}
         tally.pairs = balance.balance(twins_kept, [t for t in drawn if _pair(t) in pairs])
     return tally
+
+
+def _answer(row: Example, response: str, author: str) -> Answer:
+    return Answer(
+        id=row.id,
+        prompt=row.prompt,
+        response=response,
+        category=row.category,
+        group=row.group,
+        source=row.source,
+        answered_by=author,
+    )
 
 
 def _pair(toxic: Example) -> str:
