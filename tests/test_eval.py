@@ -213,6 +213,16 @@ def test_base_model_needs_no_run(tmp_path: Path) -> None:
             ("model=tiny", "steering=ablation", "steering.validation=true", "tasks=[quality]"),
             r"steering\.validation=true tasks=\[quality\]: asks other prompts",
         ),
+        (
+            (
+                "model=tiny",
+                "steering=ablation",
+                "steering.validation=true",
+                "calibration.toxic=[harmfulqa]",
+                "data.extraction.toxic=[demo_toxic,harmfulqa]",
+            ),
+            r"steering\.validation=true calibration\.toxic: harmfulqa is extracted from as well",
+        ),
         (("endpoint=http://127.0.0.1:9/v1",), "say which model there, with endpoint_model="),
         (("endpoint=http://127.0.0.1:9/v1", "model=tiny"), "two things to evaluate; give one"),
     ],

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from dcr import sources
-from dcr.config import DataConfig, EvaluationSets, Kind, Task
+from dcr.config import DataConfig, EvalConfig, EvaluationSets, Kind, SteeringConfig, Task
 from dcr.evaluation import sets
 from dcr.sources import SOURCES
 
@@ -55,6 +55,17 @@ def test_real_sets_are_read_whole_and_sampled(caplog: pytest.LogCaptureFixture) 
     assert {len(b.rows) for b in few} == {30}
     whole = {b.name: {row.id for row in b.rows} for b in found}
     assert all({row.id for row in b.rows} <= whole[b.name] for b in few)
+
+
+def test_strengths_are_chosen_on_prompts_of_another_origin_than_extraction() -> None:
+    settings = EvalConfig(steering=SteeringConfig(validation=True), limit=5)
+    asked = sets.read(settings).sets
+    assert {(b.name, b.kind, len(b.rows)) for b in asked} == {
+        ("contrasts_toxic_heldout", Kind.toxic, 5),
+        ("contrasts_seemingly_toxic_heldout", Kind.seemingly_toxic, 5),
+    }
+    extracted = {name for kind in Kind for name in getattr(settings.data.extraction, kind.value)}
+    assert not {b.name for b in asked} & extracted
 
 
 def test_a_pair_holds_known_sets_of_either_kind() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dcr import activations, batching, contamination, steering
+from dcr import activations, batching, steering
 from dcr.activations import Site
 from dcr.config import (
     ConfigError,
@@ -338,7 +338,7 @@ def texts(examples: Sequence[Example]) -> list[str]:
     return [example.prompt for example in examples]
 
 
-def test_evaluation_prompts_are_dropped_counted_and_the_rest_is_split(data: DataConfig) -> None:
+def test_evaluation_prompts_are_dropped_and_counted(data: DataConfig) -> None:
     found = steering.extraction(data, settings(Steering.surgical), 0)
     assert [len(part) for part in (found.toxic, found.seemingly_toxic, found.normal)] == [6] * 3
     assert {key.rpartition("/")[0].rpartition(" ")[0]: n for key, n in found.dropped.items()} == {
@@ -347,11 +347,7 @@ def test_evaluation_prompts_are_dropped_counted_and_the_rest_is_split(data: Data
         "seemingly_toxic: is a prompt of": 1,
     }
     assert found.leaked == {}
-    every = set(invented("Wreck", 12)[2:])
-    assert set(texts(found.toxic)) | set(texts(found.validation_toxic)) == every
-    assert len(found.validation_toxic) == 4
-    assert len(found.validation_seemingly_toxic) == 5
-    assert not set(texts(found.seemingly_toxic)) & set(texts(found.validation_seemingly_toxic))
+    assert set(texts(found.toxic)) < set(invented("Wreck", 12)[2:])
     # by seed, and the smaller draw is the head of the larger
     again = steering.extraction(data, settings(Steering.surgical), 0)
     assert again == found
@@ -359,7 +355,6 @@ def test_evaluation_prompts_are_dropped_counted_and_the_rest_is_split(data: Data
     fewer = steering.extraction(data, settings(Steering.scans), 0)
     assert fewer.toxic == found.toxic[:4]
     assert fewer.seemingly_toxic == []
-    assert fewer.validation_toxic[:4] == found.validation_toxic
 
 
 @pytest.mark.parametrize(
@@ -394,8 +389,6 @@ def test_released_prompts_are_read_and_leaks_counted(tmp_path: Path, data: DataC
     assert {row.source for row in found.toxic} == {"advbench"}
     assert {row.source for row in found.normal} == {"truthfulqa"}
     assert (found.dropped, found.leaked) == ({}, {"advbench": 4})
-    against = contamination.overlaps(texts(found.validation_toxic), {"a": taken}, near=0.97)
-    assert against == [None] * 9  # the validation split stays clean
     told.scans.anchors = 6
     with pytest.raises(ConfigError, match="advbench has 5; lower it, or leave"):
         steering.extraction(data, told, 0)

@@ -12,6 +12,7 @@ from dcr.config.schema import (
     ContrastiveConfig,
     EvalConfig,
     Judge,
+    Kind,
     Precision,
     Steering,
     Task,
@@ -217,6 +218,13 @@ def _of_evaluation(config: EvalConfig) -> Iterator[str]:
             "steering=probe steering.released_data=true: no prompts were released for it; leave "
             "steering.released_data out"
         )
+    for kind in (Kind.toxic, Kind.seemingly_toxic) if config.steering.validation else ():
+        own = getattr(config.data.extraction, kind.value)
+        for name in sorted(set(getattr(config.calibration, kind.value)) & set(own)):
+            yield (
+                f"steering.validation=true calibration.{kind.value}: {name} is extracted from as "
+                "well, and a strength chosen there flatters; name another source"
+            )
     if config.gen.prefill is not None:
         yield from _prefilled(config, f"gen.prefill={config.gen.prefill!r}")
     if config.calibrate is not None:

@@ -463,7 +463,8 @@ class GenConfig:
 
 @dataclass
 class CalibrationConfig:
-    """Prompts that `calibrate` chooses a bias on: none that is evaluated or trained on."""
+    """Prompts that `calibrate` chooses a bias on, and whoever steers a strength: none that is
+    evaluated on, trained on or extracted from."""
 
     toxic: list[str] = field(default_factory=lambda: ["contrasts_toxic_heldout"])
     seemingly_toxic: list[str] = field(
@@ -622,7 +623,7 @@ class SteeringConfig:
     method: Steering = Steering.none
     strength: float = 1.0  # 0 leaves the model as it is
     released_data: bool = False  # the prompts of the released code, evaluation prompts among them
-    # Ask the prompts that extraction leaves of data.extraction, to choose a strength on.
+    # Ask the prompts of `calibration`, to choose a strength on.
     validation: bool = False
     scans: ScansConfig = field(default_factory=ScansConfig)
     surgical: SurgicalConfig = field(default_factory=SurgicalConfig)

@@ -32,5 +32,4 @@ from dcr.data.splits import (
     rows_of,
     split,
     trained_texts,
-    without,
 )

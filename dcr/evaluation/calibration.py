@@ -21,7 +21,7 @@ from typing_extensions import TypedDict
 from dcr import config, generation, prompts, refusal, storage
 from dcr.config import STAGES, ConfigError, EvalConfig, Kind, SteeringConfig
 from dcr.evaluation import subjects
-from dcr.evaluation.sets import PromptSet, read_set, set_name
+from dcr.evaluation.sets import PromptSet, set_name, validation
 from dcr.evaluation.subjects import Subject
 from dcr.generation import OpeningBias
 from dcr.models import Policy
@@ -111,15 +111,6 @@ def _reference(settings: EvalConfig) -> Run:
     return run
 
 
-def asked(settings: EvalConfig) -> list[PromptSet]:
-    """The validation prompts, whole sets."""
-    return [
-        read_set(source, kind, settings.data.root, None, settings.seed)
-        for kind in (Kind.toxic, Kind.seemingly_toxic)
-        for source in getattr(settings.calibration, kind.value)
-    ]
-
-
 def calibrated(
     settings: EvalConfig, subject: Subject, policy: Callable[[], Policy], folder: Path
 ) -> tuple[Subject, dict[str, Any]]:
@@ -127,7 +118,7 @@ def calibrated(
 
     `folder` is that of its plain answers: what is read of the validation prompts is kept there.
     """
-    read = _kept(settings, policy, asked(settings), folder)
+    read = _kept(settings, policy, validation(settings), folder)
     file = folder / "opening.json"  # else a command whose answers are all there opened the weights
     if not file.is_file():
         chat = prompts.chat_format(policy().tokenizer, settings.model)
@@ -285,7 +276,7 @@ def _refused(settings: EvalConfig) -> float:
     )
     subject = subjects.final(run)
     policy = functools.cache(functools.partial(subjects.opened, beside, subject))
-    toxic = [b for b in asked(settings) if b.kind is Kind.toxic]
+    toxic = [b for b in validation(settings) if b.kind is Kind.toxic]
     folder = subjects.answers_folder(beside, run, subject)
     read = [fork for forks in _kept(beside, policy, toxic, folder).values() for fork in forks]
     refused = sum(fork.refused(0) for fork in read)

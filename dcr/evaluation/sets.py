@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dcr import refusal, sources, steering
+from dcr import refusal, sources
 from dcr.config import ConfigError, DataConfig, EvalConfig, Kind, Task
 from dcr.sources import Example
 from dcr.text import label_of, normalise
@@ -221,13 +221,14 @@ def _answered(settings: EvalConfig) -> list[PromptSet]:
 
 def _asked(settings: EvalConfig, tasks: Sequence[Task]) -> list[PromptSet]:
     if settings.steering.validation:
-        # what extraction leaves, the same first ones for every method of steering
-        left = steering.extraction(settings.data, settings.steering, settings.seed)
-        return [
-            PromptSet(f"validation_{kind.value}", kind, rows[: settings.limit])
-            for kind, rows in (
-                (Kind.seemingly_toxic, left.validation_seemingly_toxic),
-                (Kind.toxic, left.validation_toxic),
-            )
-        ]
+        return validation(settings, settings.limit)
     return of_tasks(tasks, settings.data, settings.limit, settings.seed)
+
+
+def validation(settings: EvalConfig, limit: int | None = None) -> list[PromptSet]:
+    """The prompts that a bias or a strength is chosen on: none that is tested or extracted from."""
+    return [
+        read_set(source, kind, settings.data.root, limit, settings.seed)
+        for kind in (Kind.toxic, Kind.seemingly_toxic)
+        for source in getattr(settings.calibration, kind.value)
+    ]

@@ -85,10 +85,6 @@ def steer(
         "prompts": used,
         "dropped": drawn.dropped,
         "leaked": drawn.leaked,
-        "validation": {
-            "toxic": len(drawn.validation_toxic),
-            "seemingly_toxic": len(drawn.validation_seemingly_toxic),
-        },
         **info,
     }
     return Steered(method.edits(policy, chat, (tensors, info), settings), record)

@@ -1,4 +1,4 @@
-"""The prompts that steering vectors are computed from, and the split that strengths are chosen on.
+"""The prompts that steering vectors are computed from.
 
 Leak-free unless the released prompts are asked for: whatever is equal or close to a prompt of an
 evaluation set is dropped and counted, whichever source it comes from.
@@ -16,7 +16,7 @@ from dcr.config import (
     Steering,
     SteeringConfig,
 )
-from dcr.data import apart, evaluation_prompts, without
+from dcr.data import apart, evaluation_prompts
 from dcr.sources import Example
 
 KINDS = tuple(kind.value for kind in Kind)
@@ -66,10 +66,6 @@ class Extraction:
 
     `leaked` counts the prompts that stand in an evaluation set all the same, by set: of the
     released prompts alone.
-
-    The validation lists hold what extraction leaves of `data.extraction`, free of evaluation
-    prompts in every case. They begin at the far end of the draw, so that methods which extract from
-    more or fewer prompts share their first rows.
     """
 
     toxic: list[Example] = field(default_factory=list)
@@ -77,8 +73,6 @@ class Extraction:
     normal: list[Example] = field(default_factory=list)
     dropped: dict[str, int] = field(default_factory=dict)
     leaked: dict[str, int] = field(default_factory=dict)
-    validation_toxic: list[Example] = field(default_factory=list)
-    validation_seemingly_toxic: list[Example] = field(default_factory=list)
 
     def parts(self) -> dict[str, list[Example]]:
         """What vectors are computed from, by kind."""
@@ -86,7 +80,7 @@ class Extraction:
 
 
 def extraction(data: DataConfig, settings: SteeringConfig, seed: int) -> Extraction:
-    """The prompts of `settings.method`, none for Steering.none, and the validation split.
+    """The prompts of `settings.method`, none for Steering.none.
 
     Raises ConfigError where a kind has too few prompts, and whatever `sources.read` raises.
     """
@@ -126,8 +120,6 @@ def extraction(data: DataConfig, settings: SteeringConfig, seed: int) -> Extract
         **taken,
         dropped=dict(dropped),
         leaked=dict(Counter(overlap.set for overlap in overlaps if overlap is not None)),
-        validation_toxic=without(clean["toxic"][::-1], used),
-        validation_seemingly_toxic=without(clean["seemingly_toxic"][::-1], used),
     )
 
 
