@@ -7,6 +7,7 @@ from `dcr.cost`. `train.py plan=true` and `python -m dcr.plan` print the same.
 import math
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -265,6 +266,7 @@ def _need_the_hub(settings: TrainConfig) -> bool:
     read = [node.safety, node.normal]
     read += [node.seemingly_toxic, node.toxic] if settings.method is Method.dcr else []
     names = [name for part in read for name in part.source]
+    names += [name for part in _twin_sources(settings).values() for name in part]
     names += [*node.evaluation.over_refusal, *node.evaluation.safety]
     return any(name in SOURCES and SOURCES[name].embedded is None for name in names)
 
@@ -286,7 +288,7 @@ def _placeholders(settings: TrainConfig) -> Splits:
         wanted = None if settings.dcr.ratio is None else round(settings.dcr.ratio * safe)
         taken = refusals if set(node.toxic.source) & set(node.safety.source) else 0
         toxic, toxic_left = _drawn("toxic", Kind.toxic, node.toxic, wanted, taken, unseen)
-    return Splits(
+    drawn = Splits(
         seemingly_toxic=_rows(Kind.seemingly_toxic, node.seemingly_toxic, safe),
         toxic=_rows(Kind.toxic, node.toxic, toxic),
         seemingly_toxic_heldout=_rows(
@@ -301,6 +303,7 @@ def _placeholders(settings: TrainConfig) -> Splits:
         ),
         augmented=_answers(settings) if settings.method is Method.stl_aug else [],
     )
+    return _with_twins(settings, drawn)
 
 
 def _answers(settings: TrainConfig) -> list[Example]:
@@ -309,10 +312,31 @@ def _answers(settings: TrainConfig) -> list[Example]:
     if named is not None:
         answers = data.read_answers(named, settings.data.root)
     else:
-        here = [name for name in node.source if name not in SOURCES or not SOURCES[name].hub]
-        rows = [row for name in here for row in sources.read(name, kind=Kind.seemingly_toxic)]
-        answers = data.answered(rows, settings.data)
+        answers = data.answered(_here(node.source, Kind.seemingly_toxic), settings.data)
     return answers * settings.stl_aug.repeat
+
+
+def _with_twins(settings: TrainConfig, drawn: Splits) -> Splits:
+    """With SFT's twins of the sources that are here: nothing on the hub has pairs with answers."""
+    here = {kind: _here(names, kind) for kind, names in _twin_sources(settings).items()}
+    safe, toxic = (here.get(kind, []) for kind in (Kind.seemingly_toxic, Kind.toxic))
+    if not (pairs := data.answered_pairs(safe, toxic, settings.seed)):
+        return drawn
+    others = len(drawn.normal + drawn.refusals + drawn.augmented)
+    safe, toxic = data.twins_of(pairs, settings.sft.twins.share, others)
+    return replace(drawn, twins_seemingly_toxic=safe, twins_toxic=toxic)
+
+
+def _twin_sources(settings: TrainConfig) -> dict[Kind, list[str]]:
+    twins = settings.sft.twins
+    both = {Kind.seemingly_toxic: twins.seemingly_toxic, Kind.toxic: twins.toxic}
+    return both if twins.share else {}
+
+
+def _here(names: Sequence[str], kind: Kind) -> list[Example]:
+    """The rows of those sources that reading needs no hub for."""
+    here = [name for name in names if name not in SOURCES or not SOURCES[name].hub]
+    return [row for name in here for row in sources.read(name, kind=kind)]
 
 
 def _drawn(

@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 # What may differ between two commands that go on with one run.
 FREE_KEYS = ("stage", "plan", "force", "run", "trainer", "wandb")
+# Options of no part in a run where they are as here, and which runs made earlier know nothing of.
+IDLE = {"sft": {"readout": {"steps": 0}, "twins": {"share": 0}}}
 # What a command writes before its first step.
 BEFORE_TRAINING = {
     ".lock",
@@ -241,15 +243,20 @@ def peak_memory_gib() -> float:
 
 
 def binding(made_with: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a configuration that decides a run's weights.
-
-    A readout of no steps decides nothing, and earlier runs know of none.
-    """
+    """The part of a configuration that decides a run's weights, without options that are off."""
     decisive = {key: value for key, value in made_with.items() if key not in FREE_KEYS}
-    sft = decisive.get("sft") or {}
-    if "readout" in sft and not sft["readout"].get("steps"):
-        decisive["sft"] = {key: value for key, value in sft.items() if key != "readout"}
+    for node, options in IDLE.items():
+        inside = decisive.get(node) or {}
+        idle = {name for name, off in options.items() if name in inside and _is(inside[name], off)}
+        decisive[node] = {name: value for name, value in inside.items() if name not in idle}
     return decisive
+
+
+def _is(value: Any, off: Any) -> bool:
+    """Whether an option, or what its group names, has this value or none."""
+    if isinstance(off, Mapping):
+        return all(value.get(key, each) == each for key, each in off.items())
+    return value == off
 
 
 def claim(run: Run, made_with: Mapping[str, Any], force: bool) -> None:

@@ -114,6 +114,7 @@ RANGES = {
         ("drop", _positive, "give nats above 0"),
         ("sft.readout.steps", lambda v: 0 <= v <= 10**6, "give 1 to 1000000, or 0 for no readout"),
         ("heldout", _share, "give a share of the topics in [0, 1)"),
+        ("share", _share, "give a share of the rows in [0, 1)"),
         ("blocks", _positive, "give 1 or more of the last blocks"),
         ("every_n_steps", _positive, "give 1 or more, or null"),
         ("shots", _not_negative, "give 0 or more examples"),
@@ -189,6 +190,10 @@ def _of_training(config: TrainConfig) -> Iterator[str]:
     for name, node in (("dcr", dcr), ("sft", config.sft)):
         if not node.lora.targets:
             yield f"{name}.lora.targets=[]: name modules, or [all-linear]"
+    for name, pairs in (("twins", config.sft.twins), ("readout", config.sft.readout)):
+        for kind in ("seemingly_toxic", "toxic"):
+            if not getattr(pairs, kind):
+                yield f"sft.{name}.{kind}=[]: name sources, or leave it out"
 
 
 def _of_evaluation(config: EvalConfig) -> Iterator[str]:

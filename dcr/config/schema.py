@@ -319,19 +319,36 @@ class ContrastiveConfig:
 
 
 @dataclass
-class ReadoutConfig:
-    """After SFT its adapter in the last blocks learns on at the first answer token alone.
+class PairsConfig:
+    """Prompts of one topic and form that differ by intent."""
 
-    No part of the paper: see `dcr.training.readout`.
-    """
-
-    steps: int = 0  # 0: no such phase
     # Harmless sides of the pairs.
     seemingly_toxic: list[str] = field(
         default_factory=lambda: ["contrasts_seemingly_toxic", "demo_seemingly_toxic"]
     )
     # Harmful sides of the pairs, of the same topics.
     toxic: list[str] = field(default_factory=lambda: ["contrasts_toxic", "demo_toxic"])
+
+
+@dataclass
+class TwinsConfig(PairsConfig):
+    """Pairs among the rows of SFT, the harmless side answered and the toxic one refused.
+
+    No part of the paper. Pairs held out by `data.group_holdout` and topics held out by
+    `sft.readout.heldout` are never among them.
+    """
+
+    share: float = 0.0  # of all rows of SFT; pairs come more than once where there are too few
+
+
+@dataclass
+class ReadoutConfig(PairsConfig):
+    """After SFT its adapter in the last blocks learns on at the first answer token alone.
+
+    No part of the paper: see `dcr.training.readout`.
+    """
+
+    steps: int = 0  # 0: no such phase
     heldout: float = 0.1  # share of topics that are only measured on
     blocks: int = 2  # the last so many
     batch_size: int = 32
@@ -358,6 +375,7 @@ class SFTConfig:
     precision: Precision = II("model.sft_precision")
     gradient_checkpointing: bool = False  # less memory for more time
     lora: LoraConfig = field(default_factory=LoraConfig)
+    twins: TwinsConfig = field(default_factory=TwinsConfig)
     readout: ReadoutConfig = field(default_factory=ReadoutConfig)
 
 

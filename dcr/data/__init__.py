@@ -25,6 +25,7 @@ from dcr.data.splits import (
     HELD_OUT_PAIRS,
     Splits,
     answered,
+    answered_pairs,
     apart,
     evaluation_prompts,
     read_answers,
@@ -32,4 +33,5 @@ from dcr.data.splits import (
     rows_of,
     split,
     trained_texts,
+    twins_of,
 )

@@ -185,7 +185,7 @@ def check_lengths(chat: ChatFormat, rows: Splits, config: SFTConfig, context: in
         raise ConfigError(
             f"sft.max_len={config.max_len}: the model's context is {context} tokens; lower it"
         )
-    pairs = (*rows.normal, *rows.refusals, *rows.augmented)
+    pairs = (*rows.normal, *rows.refusals, *rows.augmented, *rows.twins_toxic)
     fits = (chat.pair(row.prompt, row.response or "", config.max_len)[0] for row in pairs)
     if not any(fits):
         raise _none_fits(config)
@@ -266,6 +266,8 @@ class SafetyData(LightningDataModule):
             self.pairs = self._pairs(chat, rows.normal, refusal=False)
             self.pairs += self._pairs(chat, rows.refusals, refusal=True)
             self.pairs += self._pairs(chat, rows.augmented, refusal=False)
+            self.pairs += self._pairs(chat, rows.twins_seemingly_toxic, refusal=False)
+            self.pairs += self._pairs(chat, rows.twins_toxic, refusal=True)
             if not self.pairs:
                 raise _none_fits(self.sft)
             self.heldout = self._pairs(chat, rows.normal_heldout, refusal=False)
