@@ -68,7 +68,7 @@ def step_seconds(
 ) -> tuple[float, float]:
     """Mean seconds and tokens of an optimiser step of SFT."""
     rows = data.split(settings.data, None, settings.seed, False)
-    batches = data.SafetyData(Stage.sft, rows, chat, settings)
+    batches = data.StageRows(Stage.sft, rows, chat, settings)
     module = SFTModule(policy, settings.sft, total_steps=steps)
     moved = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(moved, lr=settings.sft.lr)
@@ -76,7 +76,7 @@ def step_seconds(
     seconds, tokens = 0.0, 0
     for index in range(steps + 1):
         began = time.perf_counter()
-        chosen = list(batches.sampler)[index % batches.steps_per_epoch]
+        chosen = list(batches.sampler)[index % len(batches.sampler)]
         batch = [batches.pairs[i] for i in chosen]
         micros = [
             data.pair_batch(group, batches.pad)

@@ -50,7 +50,7 @@ def settings(model: str) -> TrainConfig:
 
 
 @contextmanager
-def opened(cfg: TrainConfig, stage: Stage) -> Iterator[tuple[Policy, data.SafetyData]]:
+def opened(cfg: TrainConfig, stage: Stage) -> Iterator[tuple[Policy, data.StageRows]]:
     """A fresh policy in training mode and the rows of a stage."""
     precision = (cfg.dcr if stage is Stage.contrastive else cfg.sft).precision
     policy = models.open_policy(cfg.model, precision, cfg.seed)
@@ -60,7 +60,7 @@ def opened(cfg: TrainConfig, stage: Stage) -> Iterator[tuple[Policy, data.Safety
         policy = Policy(adapted, policy.tokenizer, policy.name)
     rows = data.split(cfg.data, cfg.dcr.ratio, cfg.seed, True)
     policy.model.train()
-    yield policy, data.SafetyData(stage, rows, chat, cfg)
+    yield policy, data.StageRows(stage, rows, chat, cfg)
 
 
 def plain_sft(cfg: TrainConfig, steps: int) -> dict[str, float]:
@@ -171,7 +171,7 @@ def head_values() -> None:
     torch.testing.assert_close(total / 22, policy.model(ids, labels=ids).loss)
 
 
-def _row_lists(rows: data.SafetyData, steps: int) -> list[list[int]]:
+def _row_lists(rows: data.StageRows, steps: int) -> list[list[int]]:
     found: list[list[int]] = []
     for epoch in range(steps):
         rows.sampler.set_epoch(epoch)

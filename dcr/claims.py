@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dcr import activations, batching, models, ntk, statistics, storage
+from dcr import activations, grouping, models, ntk, statistics, storage
 from dcr.config import ConfigError, Kind
 from dcr.models import Policy
 from dcr.ntk import Batch, batches, last_logits, still
@@ -332,7 +332,7 @@ def _aimed(
 def _rows(model: Any, sequences: Sequence[Sequence[int]]) -> tuple[list[Batch], Tensor]:
     """Batches by length, and the places in them of the sequences in their own order."""
     device = next(model.parameters()).device
-    back = torch.tensor(batching.by_length(sequences)).argsort()
+    back = torch.tensor(grouping.by_length(sequences)).argsort()
     return batches(sequences, BATCH_SIZE, device), back
 
 

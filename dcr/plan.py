@@ -1,7 +1,7 @@
 """What a training command would do, read from architecture and rows: no weight is loaded.
 
-Rows, batches and steps come from the DataModule that training uses, parameters, memory and time
-from `dcr.cost`. `train.py plan=true` and `python -m dcr.plan` print the same.
+Rows, batches and steps are those that training uses, parameters, memory and time come from
+`dcr.cost`. `train.py plan=true` and `python -m dcr.plan` print the same.
 """
 
 import math
@@ -30,8 +30,8 @@ from dcr.config import (
     stages_of,
 )
 from dcr.cost import Load, Shape, stage_shape
-from dcr.data import HELD_OUT_PAIRS, PairBatch, PromptBatch, SafetyData, Splits
-from dcr.prompts import IGNORED, ChatFormat
+from dcr.data import HELD_OUT_PAIRS, Splits, StageRows
+from dcr.prompts import IGNORED, ChatFormat, PairRow, PromptRow
 from dcr.runs import Run
 from dcr.sources import SOURCES, Example
 
@@ -116,8 +116,8 @@ def stage_plan(settings: TrainConfig, stage: Stage, shape: Shape, drawn: Splits)
         load=load,
         epochs=node.epochs,
         batch_size=node.batch_size,
-        steps_per_epoch=batches.steps_per_epoch,
-        warmup=0 if first else round(settings.sft.warmup * batches.steps_per_epoch * node.epochs),
+        steps_per_epoch=len(batches.sampler),
+        warmup=0 if first else round(settings.sft.warmup * len(batches.sampler) * node.epochs),
         memory=cost.memory(settings, stage, shape, load),
         flops=node.epochs * cost.epoch_flops(settings, stage, shape, load),
     )
@@ -384,15 +384,15 @@ def tokenizer_is_here(config: ModelConfig) -> bool:
     return config.name == TINY_MODEL or Path(config.name).is_dir()
 
 
-def batches_of(settings: TrainConfig, stage: Stage, rows: Splits) -> SafetyData:
-    """The DataModule of a stage: training's own, or with a token counted as four characters."""
+def batches_of(settings: TrainConfig, stage: Stage, rows: Splits) -> StageRows:
+    """A stage's rows in order: training's own, or with a token counted as four characters."""
     if stage is Stage.contrastive and not _anchored(settings):
         rows = replace(rows, normal=[])  # training tokenises them and looks at none
     if tokenizer_is_here(settings.model):
         chat = prompts.chat_format(models.open_tokenizer(settings.model), settings.model)
     else:
         chat, rows = _counting_format(settings.model), _shortened(rows)
-    batches = SafetyData(stage, rows, chat, settings)
+    batches = StageRows(stage, rows, chat, settings)
     batches.world = settings.trainer.devices * settings.trainer.num_nodes
     return batches
 
@@ -423,27 +423,38 @@ def _anchored(settings: TrainConfig) -> bool:
     return settings.dcr.nll.source.value == "general" and settings.dcr.nll.weight > 0
 
 
-def load_of(settings: TrainConfig, batches: SafetyData) -> Load:
+def load_of(settings: TrainConfig, batches: StageRows) -> Load:
     """Tokens of rank 0's first epoch, counted on the batches that training would see."""
     nll = settings.dcr.nll
     short = _anchored(settings) or nll.weight == 0
-    trunk: list[PromptBatch | PairBatch] = []
-    full: list[PromptBatch | PairBatch] = []
-    for batch in batches.train_dataloader():
-        if isinstance(batch, list):  # one step of SFT
-            full += batch
+    trunk: list[Sequence[PromptRow]] = []
+    full: list[Sequence[PromptRow | PairRow]] = []
+    for places in batches.sampler:
+        if batches.stage is Stage.sft:
+            full += batches.sft_step([batches.pairs[place] for place in places])
             continue
-        (trunk if short else full).append(batch)
-        full += [batch.general] if batch.general else []
+        rows, general = batches.contrastive_step([batches.prompts[place] for place in places])
+        (trunk if short else full).append(rows)
+        full += [general] if general else []
     return Load(
-        trunk=sum(batch.ids.numel() for batch in trunk),
-        full=sum(batch.ids.numel() for batch in full),
-        unpadded=sum(int(batch.mask.sum()) for batch in [*trunk, *full]),
-        labelled=sum(int((batch.targets != IGNORED).sum()) for batch in full),
-        largest_trunk=max((batch.ids.numel() for batch in trunk), default=0),
-        largest_full=max((batch.ids.numel() for batch in full), default=0),
-        heldout=sum(batch.ids.numel() for batch in batches.val_dataloader()),  # pyright: ignore
+        trunk=sum(map(_padded, trunk)),
+        full=sum(map(_padded, full)),
+        unpadded=sum(len(row.ids) for rows in [*trunk, *full] for row in rows),
+        labelled=sum(
+            target != IGNORED
+            for rows in full
+            for row in rows
+            for target in (row.targets if isinstance(row, PairRow) else row.nll)
+        ),
+        largest_trunk=max(map(_padded, trunk), default=0),
+        largest_full=max(map(_padded, full), default=0),
+        heldout=sum(map(_padded, batches.heldout_passes())),
     )
+
+
+def _padded(rows: Sequence[PromptRow | PairRow]) -> int:
+    """Tokens of one forward pass."""
+    return len(rows) * max(len(row.ids) for row in rows)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
+import scipy
 from jaxtyping import Bool, Float, Int
-from scipy import optimize, special, stats
-from torchmetrics.functional.classification import binary_cohen_kappa
 
 SLOPE_PENALTY = 0.1  # keeps the slope finite where one side wins whenever it is the longer one
 RESAMPLES = 2000
@@ -60,7 +58,7 @@ def wilson(successes: int, total: int) -> Interval:
     """A rate with its Wilson score interval; of nothing, nan within [0, 1]."""
     if total == 0:
         return Interval(math.nan, 0.0, 1.0)
-    ends = stats.binomtest(successes, total).proportion_ci(CONFIDENCE, method="wilson")
+    ends = scipy.stats.binomtest(successes, total).proportion_ci(CONFIDENCE, method="wilson")
     return Interval(successes / total, float(ends.low), float(ends.high))
 
 
@@ -192,7 +190,7 @@ def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
     if only_first + only_second == 0:
         return 1.0
-    return float(stats.binomtest(only_first, only_first + only_second).pvalue)
+    return float(scipy.stats.binomtest(only_first, only_first + only_second).pvalue)
 
 
 def paired_difference(
@@ -234,7 +232,7 @@ def paired_over_seeds(
     mean, spread = mean_and_spread([one - other for one, other in zip(a, b, strict=True)])
     if len(a) < 2:
         return Interval(mean, math.nan, math.nan)
-    reach = float(stats.t.ppf((1 + confidence) / 2, len(a) - 1)) * spread / math.sqrt(len(a))
+    reach = float(scipy.stats.t.ppf((1 + confidence) / 2, len(a) - 1)) * spread / math.sqrt(len(a))
     return Interval(mean, mean - reach, mean + reach)
 
 
@@ -246,6 +244,9 @@ def cohen_kappa(a: Sequence[bool], b: Sequence[bool]) -> float:
     _check_paired(a, b)
     if not len(a):
         return math.nan
+    import torch  # with what is below two seconds, which a plan need not wait for
+    from torchmetrics.functional.classification import binary_cohen_kappa
+
     first, second = torch.tensor(a, dtype=torch.int64), torch.tensor(b, dtype=torch.int64)
     return float(binary_cohen_kappa(first, second))
 
@@ -308,17 +309,17 @@ def length_controlled_win_rate(
         return float(np.logaddexp(0, logits).sum() - values @ logits + beta @ penalty @ beta / 2)
 
     def gradient(beta: np.ndarray) -> np.ndarray:
-        return design.T @ (special.expit(design @ beta) - values) + penalty @ beta
+        return design.T @ (scipy.special.expit(design @ beta) - values) + penalty @ beta
 
     def curvature(beta: np.ndarray) -> np.ndarray:
-        rates = special.expit(design @ beta)
+        rates = scipy.special.expit(design @ beta)
         return design.T @ (design * (rates * (1 - rates))[:, None]) + penalty
 
-    fit = optimize.minimize(
+    fit = scipy.optimize.minimize(
         loss, np.zeros(2), method="trust-exact", jac=gradient, hess=curvature,
         options={"gtol": 1e-6},
     )  # fmt: skip
-    return float(100 * special.expit(fit.x[0])) if fit.success else None
+    return float(100 * scipy.special.expit(fit.x[0])) if fit.success else None
 
 
 def _preferences(values: Sequence[float]) -> np.ndarray:

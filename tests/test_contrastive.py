@@ -72,7 +72,7 @@ def test_everything_beyond_the_block_stays_bit_identical(
     if train_embeddings is None and not tied:  # rows of unseen tokens do not move
         name = "model.embed_tokens.weight"
         moved = (policy.model.get_parameter(name) != before[name]).any(1).nonzero().flatten()
-        assert set(moved.tolist()) == {token for row in batches.prompts for token in row.ids}
+        assert set(moved.tolist()) == {token for row in batches.rows.prompts for token in row.ids}
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.001])

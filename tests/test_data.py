@@ -30,7 +30,7 @@ from dcr.config import (
     Stage,
     TrainConfig,
 )
-from dcr.data import EpochBatches, SafetyData, Splits
+from dcr.data import EpochBatches, SafetyData, Splits, order
 from dcr.prompts import IGNORED, PairRow
 from dcr.sources import Example
 from tests.tiny_run import write_jsonl
@@ -269,7 +269,7 @@ LABELS = [0] * 40 + [1] * 200
 
 
 def drawn(sampler: Sampler, count: int, seed: int = 0) -> list[int]:
-    return data.DRAWS[sampler](LABELS, count, data.generator(seed))
+    return data.DRAWS[sampler](LABELS, count, data.Chance(seed))
 
 
 def test_balanced_draws_both_classes_equally_often() -> None:
@@ -296,17 +296,27 @@ def test_draws_follow_from_seed_and_epoch() -> None:
     for sampler in Sampler:
         assert drawn(sampler, 99) == drawn(sampler, 99) != drawn(sampler, 99, seed=1)
     first = {
-        (seed, epoch): int(torch.randint(2**60, (1,), generator=data.generator(seed, epoch)))
+        (seed, epoch): tuple(data.Chance(seed, epoch).permutation(99))
         for seed in range(20)
         for epoch in range(20)
     }
     assert len(set(first.values())) == 400
 
 
+@pytest.mark.parametrize("seeds", [(0,), (0, 7), (3, 2**40, 5)])
+def test_orders_are_those_of_torch(seeds: tuple[int, ...]) -> None:
+    """Two permutations and weighted draws out of one generator."""
+    by_torch = torch.Generator().manual_seed(order.mixed(*seeds))
+    chance = data.Chance(*seeds)
+    for count in (0, 1, 2, 700):
+        assert chance.permutation(count) == torch.randperm(count, generator=by_torch).tolist()
+    weights = torch.rand(50, dtype=torch.float64)
+    expected = torch.multinomial(weights, 999, replacement=True, generator=by_torch)
+    assert chance.choices(weights.tolist(), 999) == expected.tolist()
+
+
 def batches(size: int = 8, draws: int = 30, seed: int = 0, **more: Any) -> EpochBatches:
-    return EpochBatches(
-        lambda chance: torch.randperm(draws, generator=chance).tolist(), draws, size, seed, **more
-    )
+    return EpochBatches(lambda chance: chance.permutation(draws), draws, size, seed, **more)
 
 
 def epoch(sampler: EpochBatches, number: int) -> list[list[int]]:
@@ -455,7 +465,7 @@ def test_general_rows_come_with_their_prompts_again(files: Files) -> None:
     assert all(len(set(names)) == 3 and set(names) <= set(ids(rows.normal)) for names in chosen)
     assert len(set(chosen)) == len(chosen)
     resumed = module(Stage.contrastive, rows, dcr={"nll": nll})
-    resumed.sampler.start = 2
+    resumed.rows.sampler.start = 2
     assert [batch.general.names for batch in resumed.train_dataloader()] == chosen[2:]
 
 
@@ -466,7 +476,7 @@ def test_the_batches_of_ranks_are_the_global_batch_once(files: Files, stage: Sta
     world, steps = 3, []
     for rank in range(world):
         made = module(stage, rows, dcr=options | {"draws": 26}, sft={"batch_size": 29})
-        made.rank, made.world = rank, world
+        made.rows.rank, made.rows.world = rank, world
         steps.append(list(made.train_dataloader()))
     alone = module(stage, rows, dcr=options | {"draws": 26}, sft={"batch_size": 29})
     for whole, *parts in zip(alone.train_dataloader(), *steps, strict=True):
@@ -490,13 +500,13 @@ def test_what_does_not_fit_is_counted_or_refused(files: Files) -> None:
     rows = split(files.config())
     long = dataclasses.replace(rows.normal[0], id="long", prompt="a" * 600)
     made = module(Stage.sft, dataclasses.replace(rows, normal=[*rows.normal, long]))
-    assert made.too_long == ["long"]
+    assert made.rows.too_long == ["long"]
     with pytest.raises(ConfigError, match=r"sft\.max_len=8: no training pair fits; raise it"):
         module(Stage.sft, rows, sft={"max_len": 8})
     with pytest.raises(ConfigError, match="needs seemingly toxic and toxic prompts, both"):
         module(Stage.contrastive, dataclasses.replace(rows, toxic=[]))
     made = module(Stage.contrastive, rows)
-    longest = max(len(row.ids) for row in [*made.prompts, *made.heldout])
+    longest = max(len(row.ids) for row in [*made.rows.prompts, *made.rows.heldout])
     module(Stage.contrastive, rows, context=longest)
     with pytest.raises(DataError, match=f"its {longest} tokens exceed the model's context of"):
         module(Stage.contrastive, rows, context=longest - 1)

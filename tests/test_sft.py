@@ -257,7 +257,7 @@ def test_general_and_refusal_rows_are_measured_apart(policy: Policy, tiny: Train
     data = data_of(policy, replace(tiny, sft=config))
     trainer = fit(SFTModule(policy, config, 4), data)
     measured = {name: value.item() for name, value in trainer.callback_metrics.items()}
-    for rows, suffix in ((data.pairs, ""), (data.heldout, "/heldout")):
+    for rows, suffix in ((data.rows.pairs, ""), (data.rows.heldout, "/heldout")):
         for kind, refusal in (("general", False), ("refusal", True)):
             chosen = [row for row in rows if isinstance(row, PairRow) and row.refusal is refusal]
             assert chosen

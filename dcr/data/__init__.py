@@ -1,25 +1,21 @@
 """Which rows each stage sees, in which order, as which tensors.
 
-`splits` cleans sources and draws disjoint rows, and `module` is the LightningDataModule that both
-stages share, which orders and pads them.
+`splits` cleans sources and draws disjoint rows, `order` says when each comes up, `rows` tokenises
+them, and `module` is the LightningDataModule that both stages share, which pads them.
 """
 
-from dcr.data.module import (
-    DRAWS,
+from typing import TYPE_CHECKING
+
+from dcr import on_demand
+from dcr.data.order import DRAWS, Chance, EpochBatches, share
+from dcr.data.rows import (
     NO_CLASS,
     SEEMINGLY_TOXIC,
     TOXIC,
-    EpochBatches,
-    PairBatch,
-    PromptBatch,
-    SafetyData,
+    StageRows,
     check_lengths,
-    generator,
     micro_batches,
-    pair_batch,
-    prompt_batch,
     prompt_rows,
-    share,
 )
 from dcr.data.splits import (
     HELD_OUT_PAIRS,
@@ -35,3 +31,8 @@ from dcr.data.splits import (
     trained_texts,
     twins_of,
 )
+
+if TYPE_CHECKING:
+    from dcr.data.module import PairBatch, PromptBatch, SafetyData, pair_batch, prompt_batch
+else:
+    __getattr__ = on_demand(__name__, "module")

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from dcr import batching, models
+from dcr import grouping, models
 from dcr.config import ConfigError
 from dcr.ntk import subset
 from dcr.ntk.exact import (
@@ -107,7 +107,7 @@ def measure(
         raise ConfigError(f"top_k={settings.top_k}: choose 1 to {vocabulary}, the vocabulary")
     if not sequences:
         raise ConfigError("prompts: there are none; give at least one")
-    order = batching.by_length(sequences)
+    order = grouping.by_length(sequences)
     back = torch.tensor(order).argsort()
     with subset.still(model):
         device = next(model.parameters()).device

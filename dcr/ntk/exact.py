@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dcr import batching, models
+from dcr import batching, grouping, models
 from dcr.config import ConfigError
 from dcr.ntk.subset import FORWARDS, Layer, LayerKind, output_layer, tied
 
@@ -84,7 +84,7 @@ def batches(sequences: Sequence[Sequence[int]], size: int, device: torch.device)
     No row of attention is then wholly masked: in float64, transformers' eager attention gives NaN
     for such rows.
     """
-    ordered = [sequences[place] for place in batching.by_length(sequences)]
+    ordered = [sequences[place] for place in grouping.by_length(sequences)]
     made = []
     for start in range(0, len(ordered), size):
         rows = ordered[start : start + size]

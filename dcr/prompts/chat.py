@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from jinja2 import TemplateError
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from dcr.config import ConfigError, ModelConfig, Pooling, Terminator
 from dcr.prompts.templates import (
+    Tensor,
+    Tokenizer,
     bounded,
     chosen_end,
     chosen_template,
@@ -46,7 +46,7 @@ class PairRow:
 class ChatFormat:
     """How this model is spoken to: template, system turn, terminator and stop set."""
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
     template: str
     system_prompt: str | None
     terminator: int
@@ -160,7 +160,7 @@ class ChatFormat:
 
 
 def chat_format(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     config: ModelConfig,
     terminator: Terminator = Terminator.auto,
     output_rows: Tensor | None = None,

@@ -6,15 +6,19 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float
 from jinja2 import TemplateRuntimeError
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from dcr.config import ConfigError, Terminator
 from dcr.text import CHATML
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+else:  # a plan, which has neither, writes prompts as well
+    Tensor = Tokenizer = Any
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +41,7 @@ LONGEST_TRIAL = 1_000_000
 TEMPLATES = {"llama3": LLAMA3, "chatml": CHATML, "plain": PLAIN}
 
 
-def chosen_template(tokenizer: PreTrainedTokenizerBase, named: str | None) -> str:
+def chosen_template(tokenizer: Tokenizer, named: str | None) -> str:
     """The template that `model.template` names, else the tokenizer's own, else the plain one.
 
     Raises ConfigError for a name that is neither known nor a file.
@@ -67,7 +71,7 @@ def chosen_template(tokenizer: PreTrainedTokenizerBase, named: str | None) -> st
     raise ConfigError(f"model.template={named}: give {', '.join(TEMPLATES)} or a .jinja file")
 
 
-def _begun(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+def _begun(tokenizer: Tokenizer, template: str) -> str:
     """A template of ours behind the token that this tokenizer begins every text with, if any.
 
     Llama-3's own template writes it too; Gemma and Llama lose their footing without it.
@@ -104,7 +108,7 @@ def bounded() -> Iterator[None]:
         sys.settrace(before)
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
     """Every control token of a tokenizer by what it is written as."""
     added = tokenizer.added_tokens_decoder.items()
     named = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
@@ -114,7 +118,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 # --- how a turn ends: what a response is trained to end with, and what stops one ---
 
 
-def stop_tokens(tokenizer: PreTrainedTokenizerBase, chat_end: int | None) -> tuple[int, ...]:
+def stop_tokens(tokenizer: Tokenizer, chat_end: int | None) -> tuple[int, ...]:
     """Every token that ends a response: the chat's end, and the base's end of text."""
     vocabulary = tokenizer.get_vocab()
     bases = [vocabulary[token] for token in BASE_ENDS if token in vocabulary]
@@ -123,7 +127,7 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, chat_end: int | None) -> tup
 
 
 def chosen_end(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     terminator: Terminator,
     chat_end: int | None,
     stop: Sequence[int],
@@ -152,7 +156,7 @@ def chosen_end(
     return base
 
 
-def unused_tokens(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[int]:
+def unused_tokens(tokenizer: Tokenizer, rows: int) -> list[int]:
     """Token ids no training text can have held: padding rows and reserved names."""
     padding = list(range(len(tokenizer), rows))
     reserved = [

@@ -4,19 +4,26 @@
 `phrases`, and `opening` what its first token says of it.
 """
 
+from typing import TYPE_CHECKING
+
+from dcr import on_demand
 from dcr.refusal.keywords import RULES, XSTEST_PREFIXES, is_decided, is_refusal, outcome
-from dcr.refusal.opening import (
-    first_logits,
-    refusal_log_odds,
-    refusal_margin,
-    refusal_mass,
-    refusal_openings,
-)
-from dcr.refusal.phrases import (
-    EXTENDED_PHRASES,
-    OPENINGS,
-    PHRASES,
-    REFUSAL_PHRASES,
-    PhraseError,
-)
-from dcr.refusal.probability import probabilities, refusal_probability
+
+if TYPE_CHECKING:
+    from dcr.refusal.opening import (
+        first_logits,
+        refusal_log_odds,
+        refusal_margin,
+        refusal_mass,
+        refusal_openings,
+    )
+    from dcr.refusal.phrases import (
+        EXTENDED_PHRASES,
+        OPENINGS,
+        PHRASES,
+        REFUSAL_PHRASES,
+        PhraseError,
+    )
+    from dcr.refusal.probability import probabilities, refusal_probability
+else:
+    __getattr__ = on_demand(__name__, "phrases", "opening", "probability")

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dcr import batching, models
+from dcr import grouping, models
 from dcr.models import unwrapped
 from dcr.prompts import ChatFormat
 from dcr.refusal.phrases import OPENINGS, continuations, ending
@@ -71,7 +71,7 @@ def first_logits(
     reads those of one length together.
     """
     tokens = BATCH_TOKENS.get(unwrapped(model).device.type, BATCH_TOKENS["cpu"])
-    for places in batching.by_tokens(prompts, tokens, even=recurrent(model)):
+    for places in grouping.by_tokens(prompts, tokens, even=recurrent(model)):
         with torch.inference_mode(), models.evaluating(model):
             read = prefill(model, [tuple(prompts[place]) for place in places], keep=False)
         yield places, read.logits[:, -1]

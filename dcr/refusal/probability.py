@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dcr import batching, models
+from dcr import batching, grouping, models
 from dcr.batching import attention_mask, padded
 from dcr.config import ConfigError
 from dcr.models import unwrapped
@@ -383,7 +383,7 @@ def _batches(
     """Prompts of nearly one length: of exactly one where a model has no way of leaving out pads."""
     alone = recurrent(model)
     longest_first = [
-        members[i] for i in batching.by_length([encoded[p] for p in members], longest_first=True)
+        members[i] for i in grouping.by_length([encoded[p] for p in members], longest_first=True)
     ]
     while longest_first:
         longest = len(encoded[longest_first[0]])

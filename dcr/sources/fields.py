@@ -8,8 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
+import scipy
 
 from dcr.sources.jsonl import Row
 from dcr.text import normalise
@@ -117,6 +116,6 @@ def _components(links: Sequence[set[str]]) -> list[int]:
     edges = [(item, nodes[link]) for item, own in enumerate(links) for link in sorted(own)]
     items, ends = zip(*edges, strict=True)
     size = len(links) + len(nodes)
-    graph = coo_array(([1] * len(edges), (items, ends)), shape=(size, size))
-    _, labels = connected_components(graph, directed=False)
+    graph = scipy.sparse.coo_array(([1] * len(edges), (items, ends)), shape=(size, size))
+    _, labels = scipy.sparse.csgraph.connected_components(graph, directed=False)
     return [int(label) for label in labels[: len(links)]]

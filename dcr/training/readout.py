@@ -18,9 +18,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcr import batching, models, refusal, statistics
+from dcr import batching, grouping, models, refusal, statistics
 from dcr.config import ConfigError, ReadoutConfig, Schedule, SFTConfig
-from dcr.data import NO_CLASS, SEEMINGLY_TOXIC, TOXIC, Splits, generator
+from dcr.data import NO_CLASS, SEEMINGLY_TOXIC, TOXIC, Chance, Splits
 from dcr.models import Policy
 from dcr.prompts import IGNORED, ChatFormat
 from dcr.sources import Example
@@ -142,7 +142,7 @@ def read_out(
     and `seed`. Raises ConfigError for a model whose last blocks cannot be run by themselves, and
     TrainingError for a loss that is not finite.
     """
-    phase, chance = config.readout, generator(seed, config.readout.steps)
+    phase, chance = config.readout, Chance(seed, config.readout.steps)
     learnt = _alternating(
         _prompts(chat, rows.readout_toxic, TOXIC),
         _prompts(chat, rows.readout_seemingly_toxic, SEEMINGLY_TOXIC),
@@ -182,7 +182,7 @@ def _fit(
     general: Sequence[Batch],
     openings: Tensor,
     phase: ReadoutConfig,
-    chance: torch.Generator,
+    chance: Chance,
 ) -> list[float]:
     """The contrast loss of every step."""
     model, blocks = policy.model, models.decoder_blocks(policy.model)[-phase.blocks :]
@@ -191,7 +191,7 @@ def _fit(
     optimizer, rate = tools["optimizer"], tools["lr_scheduler"]["scheduler"]
     found: list[float] = []
     while len(found) < phase.steps:
-        order = torch.randperm(len(pairs), generator=chance).tolist()
+        order = chance.permutation(len(pairs))
         for place in order[: phase.steps - len(found)]:
             log_odds = _log_odds(model, pairs[place], openings)
             loss = contrast = contrast_loss(log_odds, pairs[place].labels)
@@ -219,21 +219,21 @@ def _prompts(chat: ChatFormat, rows: Sequence[Example], label: int) -> list[Row]
 
 
 def _answers(
-    chat: ChatFormat, rows: Sequence[Example], count: int, max_len: int, chance: torch.Generator
+    chat: ChatFormat, rows: Sequence[Example], count: int, max_len: int, chance: Chance
 ) -> list[Row]:
     """The first rows, read where the first answer token is and at some of those behind it."""
     found: list[Row] = []
     for row in rows[:count]:
         ids, targets = chat.pair(row.prompt, row.response or "", max_len)
         places = [place for place, target in enumerate(targets) if target != IGNORED][:ANSWER]
-        drawn = torch.randperm(len(places), generator=chance)[:ANSWER_PLACES].tolist()
+        drawn = chance.permutation(len(places))[:ANSWER_PLACES]
         if ids:
             chosen = sorted({0, *drawn})
             found.append(Row(ids[: places[-1] + 1], [places[i] for i in chosen]))
     return found
 
 
-def _alternating(toxic: Sequence[Row], safe: Sequence[Row], chance: torch.Generator) -> list[Row]:
+def _alternating(toxic: Sequence[Row], safe: Sequence[Row], chance: Chance) -> list[Row]:
     """As many of both kinds in turn, each in a drawn order, the fewer of them more than once.
 
     In batches of one kind, or of one length, nearly nothing is learnt in as many steps.
@@ -242,13 +242,13 @@ def _alternating(toxic: Sequence[Row], safe: Sequence[Row], chance: torch.Genera
     drawn = []
     for rows in (toxic, safe):
         rounds = math.ceil(count / len(rows))
-        orders = [torch.randperm(len(rows), generator=chance) for _ in range(rounds)]
-        drawn.append([rows[place] for place in torch.cat(orders)[:count].tolist()])
+        order = [place for _ in range(rounds) for place in chance.permutation(len(rows))]
+        drawn.append([rows[place] for place in order[:count]])
     return [row for both in zip(*drawn, strict=True) for row in both]
 
 
 def _by_length(rows: Sequence[Row]) -> list[Row]:
-    return [rows[place] for place in batching.by_length([row.ids for row in rows])]
+    return [rows[place] for place in grouping.by_length([row.ids for row in rows])]
 
 
 def _batches(policy: Policy, phase: ReadoutConfig, rows: Sequence[Row], size: int) -> list[Batch]:

@@ -63,7 +63,7 @@ def check(settings: TrainConfig, rows: Splits, wanted: Sequence[Stage]) -> None:
             with callbacks.quiet():
                 models.add_lora(models.skeleton(settings.model), lora, settings.seed, blocks=block)
         if first:
-            SafetyData(stage, rows, chat, settings, facts.context)
+            data.StageRows(stage, rows, chat, settings, facts.context)
         else:
             data.check_lengths(chat, rows, settings.sft, facts.context)
 
@@ -101,10 +101,10 @@ def train_sft(job: Job) -> None:
     adapted = models.add_lora(policy.model, settings.sft.lora, settings.seed)
     policy = Policy(adapted, policy.tokenizer, policy.name)
     batches = _batches(job, Stage.sft, chat)
-    if batches.too_long:
+    if batches.rows.too_long:
         log.warning(
             "%d pairs have no room for a response within sft.max_len=%d and were left out",
-            len(batches.too_long),
+            len(batches.rows.too_long),
             settings.sft.max_len,
         )
     total = batches.steps_per_epoch * settings.sft.epochs
