@@ -68,6 +68,7 @@ class Shape:
     head: int  # the output projection, also where tied
     trunk_saved: float  # bytes kept by blocks 1 to ℓ for the backward pass of one token
     full_saved: float  # by all blocks
+    passed: int  # of the first blocks, below all that trains, which a gradient does not pass
 
     @property
     def total(self) -> int:
@@ -91,8 +92,10 @@ def stage_shape(settings: TrainConfig, stage: Stage) -> Shape:
     else:
         known = {id(weight) for part in parts.values() for weight in part}
         with torch.device("meta"):
-            model = models.add_lora(model, node.lora, seed=0, blocks=block if first else None)
+            places = {"blocks": block} if first else {"first": settings.sft.from_block}
+            model = models.add_lora(model, node.lora, seed=0, **places)
         parts["LoRA"] = [weight for weight in model.parameters() if id(weight) not in known]
+    passed = 0 if first else settings.sft.from_block - 1
     saved = [saved_by(layer, node.precision) for layer in blocks]
     return Shape(
         parts={name: _size(weights) for name, weights in parts.items()},
@@ -105,8 +108,9 @@ def stage_shape(settings: TrainConfig, stage: Stage) -> Shape:
         trunk=_size(parts[lower(block)]),
         blocks=_size(parts[lower(block)]) + _size(parts.get(upper(block, len(blocks)), [])),
         head=head.numel(),
-        trunk_saved=sum(saved[:block]),
-        full_saved=sum(saved),
+        trunk_saved=sum(saved[passed:block]),
+        full_saved=sum(saved[passed:]),
+        passed=_size(blocks[:passed].parameters()),
     )
 
 
@@ -212,6 +216,7 @@ def epoch_flops(settings: TrainConfig, stage: Stage, shape: Shape, load: Load) -
     heldout = shape.trunk if stage is Stage.contrastive else shape.blocks
     return (
         2 * passes * (load.trunk * shape.trunk + load.full * shape.blocks)
+        - 2 * (passes - 1) * (load.trunk + load.full) * shape.passed
         + 2 * (load.trunk + load.full) * sum(in_blocks)
         + 4 * load.labelled * shape.head
         + 2 * load.heldout * heldout

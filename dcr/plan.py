@@ -431,7 +431,10 @@ def load_of(settings: TrainConfig, batches: StageRows) -> Load:
     full: list[Sequence[PromptRow | PairRow]] = []
     for places in batches.sampler:
         if batches.stage is Stage.sft:
-            full += batches.sft_step([batches.pairs[place] for place in places])
+            pairs = [batches.pairs[place] for place in places]
+            beside = batches.contrast_beside(pairs)
+            trunk += [beside] if beside else []
+            full += batches.sft_step(pairs)
             continue
         rows, general = batches.contrastive_step([batches.prompts[place] for place in places])
         (trunk if short else full).append(rows)

@@ -38,7 +38,15 @@ log = logging.getLogger(__name__)
 # What may differ between two commands that go on with one run.
 FREE_KEYS = ("stage", "plan", "force", "run", "trainer", "wandb")
 # Options of no part in a run where they are as here, and which runs made earlier know nothing of.
-IDLE = {"sft": {"readout": {"steps": 0}, "twins": {"share": 0}}}
+IDLE = {
+    "sft": {
+        "readout": {"steps": 0},
+        "twins": {"share": 0},
+        "contrast": {"weight": 0},
+        "first_token_weight": 1,
+        "from_block": 1,
+    }
+}
 # What a command writes before its first step.
 BEFORE_TRAINING = {
     ".lock",

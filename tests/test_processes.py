@@ -73,6 +73,7 @@ def together(made: TrainConfig, folder: Path, world: int = 2) -> None:
         (2, "dcr.nll.weight=0 dcr.adapter=lora"),
         (3, "dcr.nll.weight=0.5 dcr.optim.clip=0.1"),
         (3, "method=stl stage=all sft.batch_size=13"),
+        (2, "stage=all sft.contrast.weight=0.5 sft.first_token_weight=3 sft.twins.share=0.1"),
     ],
 )
 def test_several_processes_train_what_one_does(

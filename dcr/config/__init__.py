@@ -35,6 +35,7 @@ from dcr.config.schema import (
     Adapter,
     AnnotatorConfig,
     AugmentConfig,
+    ContrastConfig,
     ContrastiveConfig,
     DataConfig,
     DeviceConfig,

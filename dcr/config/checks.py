@@ -14,6 +14,7 @@ from dcr.config.schema import (
     Judge,
     Kind,
     Precision,
+    Stage,
     Steering,
     Task,
     TrainConfig,
@@ -87,6 +88,8 @@ RANGES = {
         ("layer", _not_negative, "blocks are counted from 1"),
         ("lr", lambda v: 0 < v <= 1, "give a learning rate above 0, at most 1"),
         ("weight weight_decay drift snapshots retries", _not_negative, "give 0 or more"),
+        ("first_token_weight", _not_negative, "give 0 or more; 1 is every other token's"),
+        ("from_block", _positive, "blocks are counted from 1"),
         ("dropout", _share, "give a number in [0, 1)"),
         ("clip", _positive, "give a gradient norm above 0, or null"),
         ("rank", lambda v: 0 < v <= 2**16, "give 1 to 65536"),
@@ -176,10 +179,22 @@ def _of_training(config: TrainConfig) -> Iterator[str]:
         )
     if dcr.layer not in (None, AUTO_LAYER) and type(dcr.layer) is not int:
         yield f"dcr.layer={dcr.layer}: give a block's number, auto, or null for dcr.depth"
-    if dcr.batch_size < 3:
+    contrast = config.sft.contrast
+    for name, size in (("dcr", dcr.batch_size), ("sft.contrast", contrast.batch_size)):
+        if size < 3:
+            yield (
+                f"{name}.batch_size={size}: a prompt needs one of its own class and one of the "
+                "other beside it; give 3 or more"
+            )
+    if contrast.weight and Stage.contrastive not in stages_of(config.method):
         yield (
-            f"dcr.batch_size={dcr.batch_size}: a prompt needs one of its own class and one "
-            "of the other beside it; give 3 or more"
+            f"sft.contrast.weight={contrast.weight} method={config.method.value}: it has no "
+            "prompts of stage one; use method=dcr"
+        )
+    if config.sft.train_on_prompt and config.sft.first_token_weight != 1:
+        yield (
+            f"sft.first_token_weight={config.sft.first_token_weight} sft.train_on_prompt=true: "
+            "where an answer begins is not marked among a prompt's tokens; leave one out"
         )
     if dcr.precision is Precision.bf16 and dcr.optim.lr < 1e-6:
         yield (

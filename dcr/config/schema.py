@@ -342,6 +342,17 @@ class TwinsConfig(PairsConfig):
 
 
 @dataclass
+class ContrastConfig:
+    """Stage one's loss kept on during SFT, at its block and on its prompts.
+
+    No part of the paper. Each step adds it on a few prompts, by a forward pass that ends there.
+    """
+
+    weight: float = 0.0  # of it beside SFT's own; 0: SFT alone
+    batch_size: int = 8  # prompts of stage one a step
+
+
+@dataclass
 class ReadoutConfig(PairsConfig):
     """After SFT its adapter in the last blocks learns on at the first answer token alone.
 
@@ -375,6 +386,11 @@ class SFTConfig:
     precision: Precision = II("model.sft_precision")
     gradient_checkpointing: bool = False  # less memory for more time
     lora: LoraConfig = field(default_factory=LoraConfig)
+    # The first block with LoRA: what lies below stays frozen and is passed without gradient.
+    from_block: int = 1
+    # Of the NLL of an answer's first token beside 1 for each other, in a weighted mean over both.
+    first_token_weight: float = 1.0
+    contrast: ContrastConfig = field(default_factory=ContrastConfig)
     twins: TwinsConfig = field(default_factory=TwinsConfig)
     readout: ReadoutConfig = field(default_factory=ReadoutConfig)
 

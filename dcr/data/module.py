@@ -83,8 +83,9 @@ def prompt_batch(
 class SafetyData(LightningDataModule):
     """Batches of one stage, for either LightningModule.
 
-    Stage one yields PromptBatch, SFT a list of PairBatch (the micro-batches of one step), of this
-    rank's part of `rows`. Called like `StageRows`, with its errors.
+    Stage one yields PromptBatch, SFT a list of PairBatch (the micro-batches of one step, behind a
+    PromptBatch where stage one's loss is kept on), of this rank's part of `rows`. Called like
+    `StageRows`, with its errors.
     """
 
     def __init__(
@@ -120,8 +121,10 @@ class SafetyData(LightningDataModule):
         passes = [batch(rows, self.rows.pad) for rows in self.rows.heldout_passes()]
         return DataLoader(passes, batch_size=None) if passes else []  # pyright: ignore[reportArgumentType]
 
-    def _collate_pairs(self, rows: list[PairRow]) -> list[PairBatch]:
-        return [pair_batch(group, self.rows.pad) for group in self.rows.sft_step(rows)]
+    def _collate_pairs(self, rows: list[PairRow]) -> list[PromptBatch | PairBatch]:
+        beside, pad = self.rows.contrast_beside(rows), self.rows.pad
+        pairs = (pair_batch(group, pad) for group in self.rows.sft_step(rows))
+        return [*([prompt_batch(beside, pad)] if beside else []), *pairs]
 
     def _collate_prompts(self, rows: list[PromptRow]) -> PromptBatch:
         mine, general = self.rows.contrastive_step(rows)

@@ -97,17 +97,12 @@ class StageRows:
         self.rank, self.world = 0, 1
         self.too_long: list[str] = []  # ids of pairs without room for a response
         self.general: list[PairRow] = []  # what the NLL of stage one looks at with source=general
+        self.prompts: list[PromptRow] = []  # of stage one
+        if stage is Stage.contrastive or self.sft.contrast.weight:
+            self.prompts = self._prompts(chat, rows.seemingly_toxic, rows.toxic, context)
         if stage is Stage.contrastive:
-            parts = (rows.seemingly_toxic, rows.toxic)
             heldout = (rows.seemingly_toxic_heldout, rows.toxic_heldout)
-            self.prompts, self.heldout = (
-                [
-                    row
-                    for label, part in zip((SEEMINGLY_TOXIC, TOXIC), both, strict=True)
-                    for row in prompt_rows(chat, part, label, context, self.dcr.pooling)
-                ]
-                for both in (parts, heldout)
-            )
+            self.heldout = self._prompts(chat, *heldout, context)
             if len({row.label for row in self.prompts}) < 2:
                 raise ConfigError("data: stage one needs seemingly toxic and toxic prompts, both")
             if self.dcr.nll.source is NLLSource.general and self.dcr.nll.weight > 0:
@@ -125,6 +120,15 @@ class StageRows:
             self.heldout = self._pairs(chat, rows.normal_heldout, refusal=False)
             self.heldout += self._pairs(chat, rows.refusals_heldout, refusal=True)
         self.sampler = self._sampler()
+
+    def _prompts(
+        self, chat: ChatFormat, safe: list[Example], toxic: list[Example], context: int | None
+    ) -> list[PromptRow]:
+        return [
+            row
+            for label, part in ((SEEMINGLY_TOXIC, safe), (TOXIC, toxic))
+            for row in prompt_rows(chat, part, label, context, self.dcr.pooling)
+        ]
 
     def _pairs(self, chat: ChatFormat, rows: list[Example], refusal: bool) -> list[PairRow]:
         made, encoded = [], functools.cache(chat.pair)  # a plan's placeholders are all alike
@@ -150,6 +154,15 @@ class StageRows:
     def sft_step(self, rows: Sequence[PairRow]) -> list[list[PairRow]]:
         """Of a step's pairs the micro-batches of this rank."""
         return micro_batches(self._of_rank(rows), self.sft.micro_tokens)
+
+    def contrast_beside(self, rows: Sequence[PairRow]) -> list[PromptRow]:
+        """Prompts of stage one for a step of SFT with these pairs, the same on every rank."""
+        if not self.prompts:
+            return []
+        # they follow from the pairs drawn, so that a resumed run repeats them
+        chance = Chance(self.seed, *(len(row.ids) for row in rows))
+        labels, count = [row.label for row in self.prompts], self.sft.contrast.batch_size
+        return [self.prompts[place] for place in DRAWS[self.dcr.sampler](labels, count, chance)]
 
     def _of_rank(self, rows: Sequence[PairRow]) -> list[PairRow]:
         unlearnt = [replace(row, targets=[IGNORED] * len(row.ids)) for row in rows[:1]]

@@ -42,6 +42,18 @@ def summed_over_ranks(value: Tensor) -> Tensor:
     return torch.stack(gather_all_tensors(value)).sum(0) if ranks() > 1 else value
 
 
+def features_of(trunk: torch.nn.Module, batch: PromptBatch) -> Tensor:
+    """Pooled outputs of the last block [batch, width] of a trunk that ends at it."""
+    output = trunk(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+    return activations.pooled(output.last_hidden_state, batch.spans)
+
+
+def circle_of(features: Tensor, labels: Tensor, config: ContrastiveConfig) -> Tensor:
+    """Eq. 5 as stage one is told to take it."""
+    kind = config.circle.weights.value
+    return losses.circle_loss(features, labels, config.margin, config.scale, weights=kind)
+
+
 class KMeansAccuracy(Metric):
     """Accuracy of two clusters matched to the labels (A.9), over all features of an epoch."""
 
@@ -142,10 +154,8 @@ class ContrastiveModule(ResumableModule):
         self.log("contrastive/kmeans_accuracy/heldout", self.heldout_kmeans, on_step=False)
 
     def features(self, batch: PromptBatch) -> Tensor:
-        """Pooled outputs of the block [batch, width], by a forward pass that ends there."""
         (trunk,) = self._trunk
-        output = trunk(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
-        return activations.pooled(output.last_hidden_state, batch.spans)
+        return features_of(trunk, batch)
 
     def features_and_hidden(self, batch: PromptBatch) -> tuple[Tensor, Tensor]:
         """Pooled outputs of the block, and the final-normed hidden states, in one full pass."""
@@ -163,15 +173,7 @@ class ContrastiveModule(ResumableModule):
 
     def circle(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Eq. 5 and its floor, the value at which no pair violates its margin."""
-        config = self.config
-        circle = losses.circle_loss(
-            features,
-            labels,
-            config.margin,
-            config.scale,
-            weights=config.circle.weights.value,
-        )
-        return circle, losses.circle_floor(labels)
+        return circle_of(features, labels, self.config), losses.circle_floor(labels)
 
     def nll_tokens(self, batch: PromptBatch) -> Tensor:
         """How many tokens the batch's NLL is a mean over."""

@@ -54,14 +54,22 @@ def check(settings: TrainConfig, rows: Splits, wanted: Sequence[Stage]) -> None:
     phase = settings.sft.readout
     if phase.steps and phase.blocks > facts.depth:
         raise ConfigError(f"sft.readout.blocks={phase.blocks}: the model has {facts.depth}")
+    first_block, block = settings.sft.from_block, block_of(settings.dcr, facts.depth)
+    if first_block > facts.depth:
+        raise ConfigError(f"sft.from_block={first_block}: the model has blocks 1 to {facts.depth}")
+    if settings.sft.contrast.weight and first_block > block:
+        raise ConfigError(
+            f"sft.contrast.weight={settings.sft.contrast.weight} sft.from_block={first_block}: no "
+            f"weight up to stage one's block {block} is trained; leave one out"
+        )
     chat = prompts.chat_format(models.open_tokenizer(settings.model), settings.model)
     for stage in wanted:
         first = stage is Stage.contrastive
         lora = settings.dcr.lora if first else settings.sft.lora
         if not first or settings.dcr.adapter is Adapter.lora:
-            block = block_of(settings.dcr, facts.depth) if first else None
+            last = block if first else None
             with callbacks.quiet():
-                models.add_lora(models.skeleton(settings.model), lora, settings.seed, blocks=block)
+                models.add_lora(models.skeleton(settings.model), lora, settings.seed, blocks=last)
         if first:
             data.StageRows(stage, rows, chat, settings, facts.context)
         else:
@@ -98,7 +106,9 @@ def train_sft(job: Job) -> None:
         policy.tokenizer, settings.model, settings.sft.terminator, output_rows
     )
     base = policy.name
-    adapted = models.add_lora(policy.model, settings.sft.lora, settings.seed)
+    adapted = models.add_lora(
+        policy.model, settings.sft.lora, settings.seed, first=settings.sft.from_block
+    )
     policy = Policy(adapted, policy.tokenizer, policy.name)
     batches = _batches(job, Stage.sft, chat)
     if batches.rows.too_long:
@@ -108,7 +118,7 @@ def train_sft(job: Job) -> None:
             settings.sft.max_len,
         )
     total = batches.steps_per_epoch * settings.sft.epochs
-    module = SFTModule(policy, settings.sft, total)
+    module = SFTModule(policy, settings.sft, total, settings.dcr, job.block)
     steps = callbacks.snapshot_steps(total, settings.tracking.snapshots)
     snapshots = callbacks.Snapshots(run, policy, base, steps)
     seen = _measuring(job, Stage.sft, policy, chat, total)
