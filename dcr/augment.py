@@ -310,7 +310,7 @@ def _check(settings: EvalConfig) -> None:
                 f"gen.self_cd={settings.gen.self_cd}: an endpoint shows no logits to contrast; "
                 "leave it out, or name the model with model="
             )
-        endpoints.check(subjects.server_of(settings), "endpoint")
+        endpoints.check_served(subjects.server_of(settings), "endpoint")
 
 
 # --- what is learnt -----------------------------------------------------------------------------

@@ -117,6 +117,12 @@ def mean_interval(values: Sequence[float], *, seed: int) -> Interval:
     return Interval(float(np.mean(values)), *percentiles(drawn))
 
 
+def auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
+    """The probability that a positive scores above a negative, ties counting half."""
+    positives, negatives = _counts_by_score(positive, negative)
+    return float(_auroc_of_counts(positives[None], negatives[None])[0])
+
+
 def auroc_interval(
     positive: Sequence[float],
     negative: Sequence[float],

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -176,10 +176,33 @@ def append(path: Path, data: bytes) -> None:
 
 def append_lines(path: Path, rows: Iterable[object]) -> None:
     """Add records, such as dataclasses or mappings, as one JSON line each; all or none."""
+    if data := _as_lines(rows):
+        append(path, data)
+
+
+def _as_lines(rows: Iterable[object]) -> bytes:
     plain = (asdict(r) if is_dataclass(r) and not isinstance(r, type) else r for r in rows)
     text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in plain)
-    if text:
-        append(path, text.encode("utf-8", "replace"))  # servers can send half surrogates
+    return text.encode("utf-8", "replace")  # servers can send half surrogates
+
+
+class Named(Protocol):
+    """A record of a prompt or an answer."""
+
+    @property
+    def id(self) -> str: ...
+
+
+def put_in_order(path: Path, schema: type[Named], ids: Sequence[str]) -> None:
+    """Order a file of JSON lines as `ids`, however they came; others stand behind, as they were.
+
+    Raises DataError as `read_lines` does, UserError where it cannot be written.
+    """
+    place = {identity: number for number, identity in enumerate(ids)}
+    stored = read_lines(path, schema)
+    ordered = sorted(stored, key=lambda row: place.get(row.id, len(place)))
+    if ordered != stored:
+        write_bytes(path, _as_lines(ordered))
 
 
 # --- reading ------------------------------------------------------------------------------------

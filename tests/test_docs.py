@@ -104,7 +104,8 @@ def test_the_reference_has_a_row_for_every_setting() -> None:
         assert not [key for key in named if f"| `{key}` |" not in rows]
     told = "padded tokens in one forward pass: the memory knob"
     assert f"| `sft.micro_tokens` | whole number | `2048` | {told} |" in rows
-    assert "| `llm.url` | text | none | null: OpenAI's own |" in rows  # of the class above it
+    told = "an address, or a list of them that share the work; null: OpenAI's own"
+    assert f"| `llm.url` | any | none | {told} |" in rows  # of the class above it
 
 
 def test_a_key_that_there_is_not_would_be_found() -> None:

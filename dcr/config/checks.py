@@ -267,7 +267,7 @@ def _at_an_endpoint(config: EvalConfig) -> Iterator[str]:
     if config.endpoint_model is None:
         yield f"endpoint={config.endpoint}: say which model there, with endpoint_model=<name>"
     for task in ON_WEIGHTS:
-        if task in config.tasks:
+        if task in config.tasks and task is not Task.discernment:
             yield (
                 f"tasks=[{task.value}]: needs the model itself, which an endpoint does not give; "
                 f"leave {task.value} out, or name the model with model="

@@ -37,7 +37,7 @@ def check(settings: EvalConfig, run: Run) -> None:
     """Raises a UserError for all that can be known wrong before a model is loaded."""
     judges.check(settings.judge, settings)
     if settings.endpoint is not None:
-        endpoints.check(subjects.server_of(settings), "endpoint")
+        endpoints.check_served(subjects.server_of(settings), "endpoint")
     if settings.calibrate is not None:
         calibration.check(settings, run.config() if settings.run else {"method": "base"})
     if settings.steering.method is Steering.probe:
@@ -81,14 +81,14 @@ def measure(
             folder = subjects.answers_folder(settings, run, subject)
             if edits.is_file():
                 storage.write_bytes(folder / edits.name, edits.read_bytes())
-        given = subjects.answers(settings, subject, prompts.sets, folder, policy)
-        subjects.check_answered(prompts.sets, given)
-        if Task.discernment in settings.tasks:
+        if Task.discernment in settings.tasks:  # first: an endpoint may not be able to
             trained_on = run.record().get("in_distribution", [])
             blocks["discernment"] = discernment.measured(
                 settings, policy, prompts.ranked, trained_on, folder
             )
             _write(settings, run, subject, folder, blocks, began)
+        given = subjects.answers(settings, subject, prompts.sets, folder, policy)
+        subjects.check_answered(prompts.sets, given)
         before = _kept(folder, {})
         work = Work(settings, run, policy, folder, prompts.kinds, prompts.refused, before)
         for task, measured in MEASURED.items():
@@ -122,6 +122,8 @@ def _write(
     metrics = origin | _kept(folder, origin["settings"]) | dict(blocks)
     if (edits := folder / "steering.json").is_file():
         metrics["steering"] = storage.read_json(edits, dict[str, Any])
+    if (taken := folder / endpoints.RECORD).is_file():
+        metrics["servers"] = storage.read_json(taken, dict[str, Any])
     metrics["seconds"] = round(time.perf_counter() - began, 1)
     metrics["peak_memory_gib"] = round(runs.peak_memory_gib(), 2)
     _set_aside(folder, origin["settings"])

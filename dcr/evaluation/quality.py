@@ -38,7 +38,7 @@ def check(settings: EvalConfig) -> None:
             f"quality.reference={reference}: no config.yaml there; "
             "name the run folder of the STL run of the same model"
         )
-    endpoints.check(settings.annotator, "annotator")
+    endpoints.check_served(settings.annotator, "annotator")
 
 
 def win_rate(
@@ -72,7 +72,9 @@ def win_rate(
         label = made_with["model"]["label"]
         labels.append(f"{label}-{made_with['method']}-seed{made_with['seed']}")
     progress = settings.trainer.progress
-    return compared(given[name], others[name], settings, folder, (labels[0], labels[1]), progress)
+    names = labels[0], labels[1]
+    with endpoints.recorded(folder):
+        return compared(given[name], others[name], settings, folder, names, progress)
 
 
 def compared(

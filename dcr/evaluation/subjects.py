@@ -6,14 +6,14 @@ What is stored is kept, what is missing is asked for, and the weights are opened
 import functools
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from tqdm.auto import tqdm
 
-from dcr import batching, data, generation, models, prompts, refusal, steering, storage
+from dcr import batching, data, endpoints, generation, models, prompts, refusal, steering, storage
 from dcr.config import (
     AUTO_LENGTH,
     EMBEDDED_MODEL,
@@ -106,7 +106,7 @@ def _identity(settings: EvalConfig, subject: Subject) -> dict[str, object]:
     if subject.weights == "endpoint":
         server = server_of(settings)
         return {
-            "endpoint": [server.url, server.model, server.parameters],
+            "endpoint": [endpoints.first_url(server), server.model, server.parameters],
             "system": model.system_prompt,
             "max_new_tokens": settings.gen.max_new_tokens,
         }
@@ -152,7 +152,7 @@ def _content(folder: Path) -> list[str]:
 
 
 def server_of(settings: EvalConfig) -> ServerConfig:
-    """The server that `endpoint=` names, as every other server is described."""
+    """The server, or servers, that `endpoint=` names, as every other server is described."""
     return ServerConfig(
         url=settings.endpoint,
         model=str(settings.endpoint_model),
@@ -206,7 +206,11 @@ def answers(
 ) -> Answers:
     """The subject's completions of every set, kept in `folder`; only what is missing is asked."""
     ask = functools.partial(answer, settings, subject, policy)
-    return kept(asked, ask, folder, Completion, "generating", settings.trainer.progress)
+    with endpoints.recorded(folder):
+        given = kept(asked, ask, folder, Completion, "generating", settings.trainer.progress)
+    if subject.weights == "endpoint":
+        put_in_order(asked, folder, Completion)
+    return given
 
 
 def answer(
@@ -281,6 +285,13 @@ def kept(
     return {b.name: _of_rows(folder, b, schema) for b in prompt_sets}
 
 
+def put_in_order(asked: Sequence[PromptSet], folder: Path, schema: type[OfPrompt]) -> None:
+    """Let the files of `kept` hold their rows in order, whichever server answered first."""
+    for prompt_set in asked:
+        file = folder / f"{prompt_set.name}.jsonl"
+        storage.put_in_order(file, schema, [row.id for row in prompt_set.rows])
+
+
 def _of_rows(folder: Path, prompt_set: PromptSet, schema: type[Record]) -> list[Record]:
     """The stored records of the set's rows, in their order; none of a prompt that has changed."""
     lines = storage.read_lines(folder / f"{prompt_set.name}.jsonl", schema)
@@ -298,7 +309,7 @@ class Unanswered(UserError):
     exit_code = 1
 
 
-def check_answered(asked: list[PromptSet], given: Answers) -> None:
+def check_answered(asked: Sequence[PromptSet], given: Mapping[str, Sequence[OfPrompt]]) -> None:
     """Say which sets lack answers, as where a server failed; Unanswered where all of them do."""
     lacking = {b.name: (len(b.rows) - len(given[b.name]), len(b.rows)) for b in asked}
     missing, total = (sum(counts[i] for counts in lacking.values()) for i in (0, 1))

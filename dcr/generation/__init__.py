@@ -5,7 +5,7 @@ a system prompt that stresses safety would add. `completions` is what they give,
 same asked of an OpenAI-compatible server.
 """
 
-from dcr.generation.completions import Completion, complete_remote, stored, text
+from dcr.generation.completions import Completion, complete_remote, replies, stored, text
 from dcr.generation.local import (
     OpeningBias,
     batch_size,

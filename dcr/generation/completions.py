@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dcr import endpoints, storage
 from dcr.config import GenConfig, HTTPConfig, ServerConfig
-from dcr.endpoints import Failure
+from dcr.endpoints import Failure, Reply
 from dcr.prompts import ChatFormat
 from dcr.sources import Example
 
@@ -26,7 +26,7 @@ class Completion:
     """What a model answered.
 
     `refusal_mass` is whatever the caller reads off the first token's logits; None where a server
-    answered, which shows no logits.
+    answered, which is asked for these apart from its answers.
     """
 
     id: str
@@ -77,21 +77,32 @@ def complete_remote(
     ours: dict[str, object] = {"temperature": 0, "max_tokens": settings.max_new_tokens}
     if "max_completion_tokens" in server.parameters:  # its successor: servers refuse both at once
         del ours["max_tokens"]
-    asked = replace(server, parameters=ours | server.parameters)
+    theirs = {k: v for k, v in server.parameters.items() if k not in ("logprobs", "top_logprobs")}
+    asked = replace(server, parameters=ours | theirs)
+    for row, answer in replies(asked, http, rows, system_prompt):
+        text, ended = answer.text.strip(), answer.finish == "stop"
+        yield [Completion(row.id, row.prompt, text, answer.completion_tokens, ended, None)]
+
+
+def replies(
+    server: ServerConfig, http: HTTPConfig, rows: Sequence[Example], system_prompt: str | None
+) -> Iterator[tuple[Example, Reply]]:
+    """Rows with what the server says to them as a user's first words, as it arrives.
+
+    What is left out, told and raised is as in `complete_remote`.
+    """
     first = [{"role": "system", "content": system_prompt}] if system_prompt else []
     conversations = [[*first, {"role": "user", "content": row.prompt}] for row in rows]
     failures: Counter[str] = Counter()
     reason = ""
-    arriving = endpoints.chats(asked, http, conversations, node="endpoint")
+    arriving = endpoints.chats(server, http, conversations, node="endpoint")
     with closing(arriving):  # a caller who stops early ends what is under way
         for index, answer in arriving:
             if isinstance(answer, Failure):
                 failures[answer.status] += 1
                 reason = reason or answer.reason
                 continue
-            row, ended = rows[index], answer.finish == "stop"
-            text = answer.text.strip()
-            yield [Completion(row.id, row.prompt, text, answer.completion_tokens, ended, None)]
+            yield rows[index], answer
     if failures:
         log.warning(
             "endpoint: %d of %d prompts without an answer (error: %d, invalid: %d; the first: %s); "

@@ -47,7 +47,7 @@ JUDGES: dict[Judge, Judging] = {
         served.check_llm, served.llm_identity, served.llm_verdicts, served.llm_characters
     ),
     Judge.moderation: Judging(
-        check=lambda settings: endpoints.check(settings.moderation, "moderation"),
+        check=lambda settings: endpoints.check_served(settings.moderation, "moderation"),
         identity=lambda settings: served.identity(settings.moderation),
         verdicts=served.moderation_verdicts,
         characters=lambda _, answers: sum(len(answer.response) for answer in answers),
@@ -114,7 +114,14 @@ def judge(
             storage.write_json(place / IDENTITY_FILE, identity)
         _keep(place, [(verdict, home) for verdict in verdicts for home in homes[verdict.of]])
 
-    new = _asked(name, settings, waiting, keep, progress) if waiting else []
+    new: list[Verdict] = []
+    if waiting:
+        with endpoints.recorded(folder):
+            new = _asked(name, settings, waiting, keep, progress)
+        if isinstance(node_of(name, settings), ServerConfig):
+            for set_name, rows in answers.items():
+                file = place / f"{set_name}.jsonl"
+                storage.put_in_order(file, Verdict, [answer.id for answer in rows])
     by_answer |= {verdict.of: verdict for verdict in new}
     asked = [by_answer[of] for of in homes if by_answer[of].asked]
     if asked and not any(verdict.settled for verdict in asked):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         refusal_margin,
         refusal_mass,
         refusal_openings,
+        shown_mass,
     )
     from dcr.refusal.phrases import (
         EXTENDED_PHRASES,

@@ -4,7 +4,8 @@
 probability of refusal.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from torch import Tensor
 from dcr import grouping, models
 from dcr.models import unwrapped
 from dcr.prompts import ChatFormat
-from dcr.refusal.phrases import OPENINGS, continuations, ending
+from dcr.refusal.phrases import FIRST_WORDS, OPENINGS, continuations, ending
 from dcr.refusal.probability import prefill, recurrent
 
+SPACES = " \t\r\nĠĊ▁"  # before a word, also as byte-level and SentencePiece tokenizers spell them
 BATCH_TOKENS = {"cuda": 2**15, "cpu": 2**11}  # of one pass: more at once are no faster
 
 
@@ -59,6 +61,30 @@ def refusal_margin(
     among = torch.zeros(wide.shape[-1], dtype=torch.bool, device=wide.device)
     among[openings.to(wide.device)] = True
     return wide[:, among].amax(-1) - wide[:, ~among].amax(-1)
+
+
+def shown_mass(likeliest: Mapping[str, float]) -> tuple[float, float, float]:
+    """Mass and margin of refusals as a server shows them, and the most that the mass can be.
+
+    `likeliest` has the log-probabilities of the likeliest first tokens, by text. Refusals' tokens
+    are known by their words, with a space before all of them or before none, whichever is likelier.
+    The mass is that of those shown; each further one has at most the probability of the least token
+    shown, and all of them what the shown ones leave. Where no refusal's token is shown, the
+    margin is the most that it can be.
+    """
+    bare = {text: p for text, p in likeliest.items() if text in FIRST_WORDS}
+    spaced = {
+        text: p
+        for text, p in likeliest.items()
+        if text not in bare and text.lstrip(SPACES) in FIRST_WORDS
+    }
+    found = max(bare, spaced, key=lambda shown: sum(map(math.exp, shown.values())))
+    mass, least = sum(map(math.exp, found.values())), min(likeliest.values())
+    left = max(0.0, 1 - sum(map(math.exp, likeliest.values())))
+    unseen = min(left, max(0, len(FIRST_WORDS) - len(found)) * math.exp(least))
+    others = [p for text, p in likeliest.items() if text not in found]
+    margin = max(found.values(), default=least) - max(others, default=least)
+    return min(1.0, mass), margin, min(1.0, mass + unseen)
 
 
 def first_logits(

@@ -3,6 +3,7 @@
 Canonical tokens only, no end of text.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -52,6 +53,8 @@ PHRASES = {"paper": REFUSAL_PHRASES, "extended": EXTENDED_PHRASES}
 
 # Missing from S though GPT-4 and Llama open with them.
 OPENINGS = (*REFUSAL_PHRASES, "Sorry", "I'm sorry", "I am sorry", "Unfortunately")
+# Their first tokens by text, where no tokenizer is at hand: each is a token of any large one.
+FIRST_WORDS = frozenset(re.split(r"\W", opening)[0] for opening in OPENINGS)
 
 
 Tokens = tuple[int, ...]

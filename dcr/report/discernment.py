@@ -155,8 +155,21 @@ def table(
         ]
         ours += [paper.mean_row(group, ours) for group in groups]
         rows += [row for row in ours if row.cells]
-    notes = [*paper.mark_notes(rows), *(("", note) for note in NOTES)]
+    notes = [*paper.mark_notes(rows), *(("", note) for note in (*NOTES, *_unseen(columns)))]
     return PaperTable(NAME, TITLE, HEADS, rows, notes, judge_head="sets")
+
+
+def _unseen(columns: Sequence[Column]) -> list[str]:
+    """What is not known of masses that a server showed in part."""
+    return [
+        f"{column.name}: its server shows the likeliest tokens alone; of a prompt's mass "
+        f"{mean:.2g} on average, {most:.2g} at most, may be unseen, so that the pooled AUROC of "
+        f"the whole mass lies between {low:.3f} and {high:.3f}."
+        for column in columns
+        if (of := _of(column)).unseen and of.pooled and of.pooled.auroc_bounds
+        for mean, most, low, high in [(of.unseen.mean, of.unseen.max, *of.pooled.auroc_bounds)]
+        if None not in (mean, most, low, high)
+    ]
 
 
 def _cells(ranking: Ranking, marks: str) -> dict[str, Cell]:

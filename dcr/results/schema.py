@@ -132,6 +132,7 @@ class Ranking(Record):
     auroc: Estimate
     answered: dict[str, Estimate] = {}
     refused: dict[str, Estimate] = {}
+    auroc_bounds: tuple[Number, Number] | None = None  # of masses that a server shows in part
 
 
 def _ranking(ranking: Ranking | Estimate) -> Ranking:
@@ -151,6 +152,13 @@ class RankedSet(Record):
     in_distribution: bool = False
 
 
+class Unseen(Record):
+    """How much of a prompt's refusal mass a server may not have shown, over all prompts."""
+
+    mean: Number
+    max: Number
+
+
 class Discernment(Record):
     """Rankings of all sets pooled, of those alone that no stage was trained on, and of pairs."""
 
@@ -158,6 +166,7 @@ class Discernment(Record):
     untrained: Ranked | None = None
     pairs: dict[str, Ranked | None] = {}
     sets: dict[str, RankedSet] = {}  # in files of version 1 those that were answered
+    unseen: Unseen | None = None
 
 
 class CalibratedSet(Record):
@@ -198,6 +207,17 @@ class Usage(Record):
     prompt_tokens: Count
     completion_tokens: Count
     usd: Number = None
+
+
+class Taken(Record):
+    """What one server took in all commands that ended: requests sent, those of them without an
+    answer, tokens, and the seconds of all requests added up."""
+
+    requests: Count
+    failures: Count
+    prompt_tokens: Count
+    completion_tokens: Count
+    seconds: Number
 
 
 class Overlap(Record):
@@ -393,6 +413,7 @@ class Metrics(Tracked):
     discernment: Discernment | None = None
     agreement: list[Agreement] = []
     usage: dict[str, Usage] = {}  # by judge
+    servers: dict[str, dict[str, Taken]] = {}  # by configuration node and address
     contamination: dict[str, Overlap] = {}  # by set
     ability: dict[str, Ability] = {}  # by task
     quality: Quality | None = None

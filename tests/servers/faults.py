@@ -89,6 +89,8 @@ def faulty(upstream: str, script: Script) -> Iterator[Proxy]:
     root = upstream.removesuffix("/v1")
 
     def respond(request: Request) -> Answer:
+        if not request.content:  # which models are there
+            return _forward(root, request)
         with lock:
             fault = script(request.content, seen[request.content])
             seen[request.content] += 1

@@ -59,7 +59,11 @@ def _refused(asked: dict[str, Any]) -> Answer | None:
     for name in asked.keys() - KNOWN:
         message = f"Unsupported parameter: '{name}' is not supported with this model."
         return rejected(400, message, code="unsupported_parameter", param=name)
-    for name, only in (("temperature", 0), ("n", 1), ("stream", False)):
+    one_token = (asked.get("max_completion_tokens") or asked.get("max_tokens")) == 1
+    if asked.get("temperature") not in (None, 0) and not one_token:  # whose text nobody reads
+        message = "Unsupported value: 'temperature' must be 0."
+        return rejected(400, message, code="unsupported_value", param="temperature")
+    for name, only in (("n", 1), ("stream", False)):
         if asked.get(name) not in (None, only):
             message = f"Unsupported value: '{name}' must be {only}."
             return rejected(400, message, code="unsupported_value", param=name)
