@@ -251,7 +251,8 @@ def _stopped_by(goes_on: bool) -> Iterator[None]:
     Raises UserError with the signal's exit code in place of KeyboardInterrupt.
     """
     received = [signal.SIGINT]
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.getsignal(number) for number in numbers}
 
     def stop(number: int, _: object) -> None:
         for each in before:

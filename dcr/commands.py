@@ -11,7 +11,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from dcr import cli, config
+from dcr import cli, config, launching
 from dcr.config import ConfigError, TrainConfig
 from dcr.runs import Run
 
@@ -55,11 +55,13 @@ def _evaluate(composed: DictConfig) -> None:
 
 def train() -> None:
     """`python train.py` and `dcr-train`."""
+    launching.register()
     cli.run(_train)
 
 
 def evaluate() -> None:
     """`python eval.py` and `dcr-eval`."""
+    launching.register()
     cli.run(_evaluate)
 
 

@@ -13,10 +13,11 @@ import omegaconf
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from dcr import config
+from dcr import config, launching
 from dcr.cli import CONF
 
 SCRIPTS = {"train.py": config.TrainConfig, "eval.py": config.EvalConfig}
+LAUNCHERS = {"joblib": launching.JoblibOptions, "slurm": launching.SlurmOptions}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -37,6 +38,8 @@ def reference() -> str:
     shown: set[str] = set()
     for script, schema in SCRIPTS.items():
         parts += [f"## {script}", *_node("", schema, shown)]
+    for name, schema in LAUNCHERS.items():
+        parts += [f"## -m hydra/launcher={name}", *_node("hydra.launcher", schema, shown)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -60,6 +63,8 @@ def _node(path: str, schema: type, shown: set[str]) -> Iterator[str]:
         yield told
     said, below, rows = comments(schema), [], []
     for entry in fields(schema):
+        if entry.name.startswith("_"):  # Hydra's own
+            continue
         key = f"{path}.{entry.name}" if path else entry.name
         if is_dataclass(entry.type):
             below.append((key, entry.type))

@@ -66,7 +66,12 @@ def test_every_setting_of_a_documented_command_exists() -> None:
     wrong = []
     for document, script, argument in written():
         key = argument.partition("=")[0].lstrip("+")
-        if key.startswith(("hydra.", '"', "'")) or key in ("model", "data", "preset", "sweep"):
+        if key.startswith(("hydra.", "hydra/", '"', "'")) or key in (
+            "model",
+            "data",
+            "preset",
+            "sweep",
+        ):
             continue
         if key == "steering" and script == "eval":
             continue

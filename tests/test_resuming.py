@@ -411,7 +411,7 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
     [
         ("contrastive", 2, signal.SIGINT),
         ("contrastive", 4, signal.SIGTERM),  # the last step of an epoch
-        ("sft", 0, signal.SIGUSR2),
+        ("sft", 0, signal.SIGUSR1),
         ("sft", 7, signal.SIGTERM),  # the very last step
     ],
 )
@@ -453,6 +453,20 @@ def test_a_second_signal_stops_at_once_and_says_so(
         train.train(tiny, Run(half))
     assert caught.value.exit_code == 128 + number
     assert checkpoints(half, "sft") == ["step-000002.ckpt"], "not waited for"
+
+
+def test_slurm_sends_several_signals_for_one_request(
+    tiny: TrainConfig, half: Path, act: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def preempted(_: Any) -> None:
+        for number in (signal.SIGTERM, signal.SIGCONT, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    act("sft", 3, preempted)
+    with pytest.raises(Interrupted, match="stopped by SIGTERM after a checkpoint"):
+        train.train(tiny, Run(half))
+    assert checkpoints(half, "sft")[-1] == "step-000004.ckpt"
 
 
 def test_a_ctrl_c_before_the_first_step_is_one(

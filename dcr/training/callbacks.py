@@ -29,6 +29,7 @@ QUIET = (
     "across ranks is zero",  # all rows are learnt, and none is held out
     "smaller than the logging interval",
     "already been called",
+    "`srun` command is available",  # on a cluster's login node
 )
 
 

@@ -8,6 +8,7 @@ one bit for bit. A checkpoint is a file with its SHA-256 beside it; both appear 
 import hashlib
 import logging
 import math
+import os
 import re
 import shutil
 import signal
@@ -30,7 +31,7 @@ from dcr.prompts import IGNORED
 log = logging.getLogger(__name__)
 
 KEPT = 2  # the newest checkpoint and one to fall back on
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class TrainingError(UserError):
@@ -345,9 +346,10 @@ class Checkpoints(Callback):
             trainer.fit_loop.epoch_loop.restarting = False
 
     def _receive(self, number: int, _frame: Any) -> None:
-        if self.received is not None:  # asked twice: stop without waiting for the step's end
+        # Slurm sends several for one request; a person who asks twice cannot wait for the step
+        if self.received is not None and "SLURM_JOB_ID" not in os.environ:
             raise Interrupted(number, "a second time, without another checkpoint")
-        self.received = number
+        self.received = self.received or number
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         if not trainer.is_last_batch:

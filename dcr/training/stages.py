@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightning import Callback, Trainer
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.loggers import Logger
 
 from dcr import data, models, prompts, runs, storage
@@ -224,7 +226,7 @@ def _trainer(
         max_epochs=epochs,
         logger=[callbacks.RunLogger(job.run, stage.value), *job.loggers],
         callbacks=followed,
-        plugins=[resuming.VerifiedCheckpointIO()],
+        plugins=[resuming.VerifiedCheckpointIO(), *_slurm()],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -234,6 +236,14 @@ def _trainer(
         gradient_clip_val=settings.dcr.optim.clip if contrastive else None,
         default_root_dir=str(job.run.folder),
     )
+
+
+def _slurm() -> list[SLURMEnvironment]:
+    """Slurm's environment where Lightning would choose it, without its own requeueing, whose
+    checkpoint can fall into the middle of a step: `resuming.Checkpoints` obeys the signal."""
+    if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
+        return []
+    return [SLURMEnvironment(auto_requeue=False)]
 
 
 def forget_checkpoints(run: Run, stage: Stage) -> None:
