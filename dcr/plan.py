@@ -369,7 +369,7 @@ def _rows(kind: Kind, node: SourceConfig, count: int) -> list[Example]:
     prompt, response = CHARACTERS[kind]
     source = " + ".join(node.source)
     return [
-        Example(f"{source}-{i}", "x" * prompt, kind, source, "x" * response or None)
+        Example(f"{source}-{i}", "x" * prompt, kind, source, "x" * response or None, group=str(i))
         for i in range(count)
     ]
 

@@ -45,7 +45,8 @@ IDLE = {
         "contrast": {"weight": 0},
         "first_token_weight": 1,
         "from_block": 1,
-    }
+    },
+    "dcr": {"loss": "circle"},
 }
 # What a command writes before its first step.
 BEFORE_TRAINING = {

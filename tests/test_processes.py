@@ -22,6 +22,12 @@ from dcr.training.resuming import TrainingError
 SHARED = ("dcr.lora.dropout=0", "sft.lora.dropout=0", "dcr.batch_size=9", "dcr.draws=20")
 
 
+PAIRS = (
+    "dcr.sampler=pairs dcr.ratio=null data.seemingly_toxic.source=[demo_seemingly_toxic] "
+    "data.toxic.source=[demo_toxic]"
+)
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     return settings(tmp_path_factory.mktemp("rows"), *SHARED)
@@ -68,6 +74,7 @@ def together(made: TrainConfig, folder: Path, world: int = 2) -> None:
         (2, "dcr.nll.weight=0"),
         (2, "dcr.nll.weight=0 dcr.batch_size=3"),  # no rank holds a pair of each kind
         (2, "dcr.nll.weight=0.5"),
+        (2, f"dcr.nll.weight=0 dcr.loss=triplet dcr.batch_size=10 {PAIRS}"),
         (2, "dcr.nll.weight=0.5 dcr.nll.source=general dcr.nll.general_batch_size=3"),
         (2, "dcr.nll.weight=0.5 dcr.adapter=lora"),
         (2, "dcr.nll.weight=0 dcr.adapter=lora"),

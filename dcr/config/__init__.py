@@ -56,6 +56,7 @@ from dcr.config.schema import (
     ModerationConfig,
     NLLConfig,
     NLLSource,
+    PairLoss,
     PairsConfig,
     Phrases,
     Pooling,

@@ -14,6 +14,7 @@ from dcr.config.schema import (
     Judge,
     Kind,
     Precision,
+    Sampler,
     Stage,
     Steering,
     Task,
@@ -181,6 +182,8 @@ def _of_training(config: TrainConfig) -> Iterator[str]:
         yield f"dcr.layer={dcr.layer}: give a block's number, auto, or null for dcr.depth"
     contrast = config.sft.contrast
     for name, size in (("dcr", dcr.batch_size), ("sft.contrast", contrast.batch_size)):
+        if dcr.sampler is Sampler.pairs and size % 2:
+            yield f"dcr.sampler=pairs {name}.batch_size={size}: would part a pair; give an even one"
         if size < 3:
             yield (
                 f"{name}.batch_size={size}: a prompt needs one of its own class and one of the "

@@ -11,6 +11,7 @@ from dcr.config import (
     DataError,
     NLLSource,
     Pooling,
+    Sampler,
     SFTConfig,
     Stage,
     TrainConfig,
@@ -124,11 +125,20 @@ class StageRows:
     def _prompts(
         self, chat: ChatFormat, safe: list[Example], toxic: list[Example], context: int | None
     ) -> list[PromptRow]:
-        return [
-            row
-            for label, part in ((SEEMINGLY_TOXIC, safe), (TOXIC, toxic))
-            for row in prompt_rows(chat, part, label, context, self.dcr.pooling)
-        ]
+        numbers: dict[str, int] = {}  # of pairs
+        found = []
+        for label, part in ((SEEMINGLY_TOXIC, safe), (TOXIC, toxic)):
+            rows = prompt_rows(chat, part, label, context, self.dcr.pooling)
+            for example, row in zip(part, rows, strict=True):
+                of_one = example.group is not None
+                pair = numbers.setdefault(example.group or "", len(numbers)) if of_one else -1
+                found.append(replace(row, pair=pair))
+        return found
+
+    def _drawn(self, draws: int, chance: Chance) -> list[int]:
+        """Places of prompts of stage one, by its sampler."""
+        labels, pairs = [row.label for row in self.prompts], [row.pair for row in self.prompts]
+        return DRAWS[self.dcr.sampler](labels, pairs, draws, chance)
 
     def _pairs(self, chat: ChatFormat, rows: list[Example], refusal: bool) -> list[PairRow]:
         made, encoded = [], functools.cache(chat.pair)  # a plan's placeholders are all alike
@@ -144,10 +154,10 @@ class StageRows:
 
     def _sampler(self) -> EpochBatches:
         if self.stage is Stage.contrastive:
-            labels = [row.label for row in self.prompts]
-            draws, drawn = self.dcr.draws or len(labels), DRAWS[self.dcr.sampler]
-            size = self.dcr.batch_size
-            return EpochBatches(lambda chance: drawn(labels, draws, chance), draws, size, self.seed)
+            draws, size = self.dcr.draws or len(self.prompts), self.dcr.batch_size
+            if self.dcr.sampler is Sampler.pairs:
+                draws -= draws % 2
+            return EpochBatches(lambda chance: self._drawn(draws, chance), draws, size, self.seed)
         count, size = len(self.pairs), self.sft.batch_size
         return EpochBatches(lambda chance: chance.permutation(count), count, size, self.seed)
 
@@ -161,8 +171,8 @@ class StageRows:
             return []
         # they follow from the pairs drawn, so that a resumed run repeats them
         chance = Chance(self.seed, *(len(row.ids) for row in rows))
-        labels, count = [row.label for row in self.prompts], self.sft.contrast.batch_size
-        return [self.prompts[place] for place in DRAWS[self.dcr.sampler](labels, count, chance)]
+        drawn = self._drawn(self.sft.contrast.batch_size, chance)
+        return [self.prompts[place] for place in drawn]
 
     def _of_rank(self, rows: Sequence[PairRow]) -> list[PairRow]:
         unlearnt = [replace(row, targets=[IGNORED] * len(row.ids)) for row in rows[:1]]

@@ -12,7 +12,7 @@ from torchmetrics.utilities import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from dcr import activations, losses, models
-from dcr.config import Adapter, ContrastiveConfig, NLLSource
+from dcr.config import Adapter, ContrastiveConfig, NLLSource, PairLoss
 from dcr.data import NO_CLASS, PairBatch, PromptBatch
 from dcr.models import Policy
 from dcr.prompts import IGNORED
@@ -25,15 +25,17 @@ def ranks() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def of_all_ranks(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def of_all_ranks(features: Tensor, labels: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The rows of the global batch in order, without those of no class; gradient to ours alone.
 
     Every rank then finds the loss of all pairs, and each its own features' gradient of it.
     """
     if ranks() == 1:
-        return features, labels
-    everything, labels = (torch.cat(gather_all_tensors(part)) for part in (features, labels))
-    return everything[labels != NO_CLASS], labels[labels != NO_CLASS]
+        return features, labels, pairs
+    gathered = (torch.cat(gather_all_tensors(part)) for part in (features, labels, pairs))
+    features, labels, pairs = gathered
+    kept = labels != NO_CLASS
+    return features[kept], labels[kept], pairs[kept]
 
 
 def summed_over_ranks(value: Tensor) -> Tensor:
@@ -48,10 +50,24 @@ def features_of(trunk: torch.nn.Module, batch: PromptBatch) -> Tensor:
     return activations.pooled(output.last_hidden_state, batch.spans)
 
 
-def circle_of(features: Tensor, labels: Tensor, config: ContrastiveConfig) -> Tensor:
+def circle_of(
+    features: Tensor, labels: Tensor, _pairs: Tensor, config: ContrastiveConfig
+) -> Tensor:
     """Eq. 5 as stage one is told to take it."""
     kind = config.circle.weights.value
     return losses.circle_loss(features, labels, config.margin, config.scale, weights=kind)
+
+
+# By `dcr.loss`: what stage one asks of features, given their classes and pairs.
+PAIR_LOSSES: dict[PairLoss, Callable[[Tensor, Tensor, Tensor, ContrastiveConfig], Tensor]] = {
+    PairLoss.circle: circle_of,
+    PairLoss.supcon: lambda features, labels, _, config: losses.supcon_loss(
+        features, labels, config.scale
+    ),
+    PairLoss.triplet: lambda features, labels, pairs, config: losses.triplet_loss(
+        features, labels, pairs, config.margin
+    ),
+}
 
 
 class KMeansAccuracy(Metric):
@@ -131,9 +147,11 @@ class ContrastiveModule(ResumableModule):
 
     def training_step(self, batch: PromptBatch, _: int) -> Tensor:
         features, nll = self.forward_losses(self, batch)
-        features, labels = of_all_ranks(features, batch.labels)
-        circle, floor = self.circle(features, labels)
-        loss = self.checked(circle + self.config.nll.weight * nll, batch.names)
+        features, labels, pairs = of_all_ranks(features, batch.labels, batch.pairs)
+        contrast = PAIR_LOSSES[self.config.loss](features, labels, pairs, self.config)
+        loss = self.checked(contrast + self.config.nll.weight * nll, batch.names)
+        circle, floor = self.circle(features.detach(), labels)  # measured whatever the loss is
+        self.log(f"contrastive/step_{self.config.loss.value}", contrast)
         self.log("contrastive/step_circle", circle)
         self.train_metrics.add(features, labels, circle, floor)
         self.train_metrics.log_to(self)
@@ -173,7 +191,8 @@ class ContrastiveModule(ResumableModule):
 
     def circle(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Eq. 5 and its floor, the value at which no pair violates its margin."""
-        return circle_of(features, labels, self.config), losses.circle_floor(labels)
+        circle = circle_of(features, labels, labels, self.config)
+        return circle, losses.circle_floor(labels)
 
     def nll_tokens(self, batch: PromptBatch) -> Tensor:
         """How many tokens the batch's NLL is a mean over."""

@@ -13,7 +13,7 @@ from dcr.config import ContrastiveConfig, SFTConfig
 from dcr.data import PairBatch, PromptBatch
 from dcr.models import Policy
 from dcr.prompts import IGNORED
-from dcr.training.contrastive import circle_of, features_of
+from dcr.training.contrastive import PAIR_LOSSES, features_of
 from dcr.training.resuming import ResumableModule, adamw, epoch_mean, rate_factor
 
 ROWS = ("general", "refusal")
@@ -91,9 +91,10 @@ class SFTModule(ResumableModule):
         """Stage one's loss, of the same prompts on every rank, by its weight."""
         (trunk,), dcr = self._trunk, self.dcr
         assert dcr is not None
-        circle = circle_of(features_of(trunk, batch), batch.labels, dcr)
-        self.log("sft/step_contrast", circle)
-        return self.checked(self.config.contrast.weight * circle, batch.names)
+        features = features_of(trunk, batch)
+        contrast = PAIR_LOSSES[dcr.loss](features, batch.labels, batch.pairs, dcr)
+        self.log("sft/step_contrast", contrast)
+        return self.checked(self.config.contrast.weight * contrast, batch.names)
 
     def weight(self, batch: list[PairBatch]) -> Tensor:
         """What a step's weighted sum is multiplied by: one over the weights of all ranks' tokens.

@@ -1,4 +1,4 @@
-"""What SFT can be told beyond the paper, each option by itself."""
+"""What both stages can be told beyond the paper, each option by itself."""
 
 import copy
 import json
@@ -39,6 +39,7 @@ from dcr.config import (
 from dcr.models import Policy
 from dcr.runs import Run
 from dcr.training import sft
+from dcr.training.contrastive import ContrastiveModule
 from dcr.training.sft import SFTModule
 from tests.shapes import chat_of
 
@@ -47,6 +48,8 @@ OPTIONS = {
     "contrast": "sft.contrast.weight=0.5 sft.contrast.batch_size=4",
     "first_token": "sft.first_token_weight=3",
     "from_block": "sft.from_block=2",
+    "pairs": "dcr.loss=triplet dcr.sampler=pairs dcr.ratio=null dcr.draws=40 "
+    "data.seemingly_toxic.source=[demo_seemingly_toxic] data.toxic.source=[demo_toxic]",
 }
 
 
@@ -54,14 +57,16 @@ OPTIONS = {
 def test_an_option_reaches_the_weights_and_is_gone_on_with_to_the_bit(
     tiny: TrainConfig, whole: Path, tmp_path: Path, option: str
 ) -> None:
-    told = changed(tiny, *option.split())
+    told, stopped = changed(tiny, *option.split()), SFTModule
+    if option.startswith("dcr"):
+        stopped = ContrastiveModule
     train.train(told, Run(tmp_path / "one"))
     assert not same(weights(tmp_path / "one"), weights(whole))
     with pytest.MonkeyPatch.context() as patch:
         at_each_step(
             patch,
             lambda trainer, module, _: (
-                isinstance(module, SFTModule) and trainer.global_step == 3 and stop()
+                isinstance(module, stopped) and trainer.global_step == 3 and stop()
             ),
         )
         with pytest.raises(Stop):
@@ -79,9 +84,10 @@ def test_a_run_made_before_the_options_were_known_goes_on(
     made_with = run.config()
     for option in ("readout", "twins", "contrast", "first_token_weight", "from_block"):
         del made_with["sft"][option]
+    del made_with["dcr"]["loss"]
     run.config_file.write_text(json.dumps(made_with))
     train.train(tiny, run)
-    for option in OPTIONS.values():
+    for option in (*list(OPTIONS.values())[:-1], "dcr.loss=supcon"):
         with pytest.raises(ConfigError, match=".".join(option.partition("=")[0].split(".")[:2])):
             train.train(changed(tiny, *option.split()), run)
 
