@@ -23,6 +23,7 @@ COMMANDS = {
     "choice": "which layer and which sources stage one should use",
     "align": "a model of one's own: choices by measure, STL and DCR, page and export",
     "augment": "the answers that STL-aug learns, each checked",
+    "search": "a search over stage one: front, importances, the chosen point on test sets",
     "study": "a named study from its jobs to its table and page",
     "report": "tables, figures and a page from run folders",
     "dashboard": "the workspace and the report of a W&B project",

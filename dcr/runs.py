@@ -9,6 +9,7 @@ readout.json             what the readout after SFT changed, where there is one
 <stage>.cost.json        seconds, tokens and peak memory of a stage
 adopted.json             the run beside this one whose stage one it took over
 evaluated.json           seconds of each evaluation that a study made
+halfway.json             what a search found where half of stage one was done
 contrastive/  sft/       results, present only when the stage is done
 snapshots/step-000020/   adapters during SFT
 tracking/<stage>/step-…/ what tracking.quantities measured there, prompt by prompt
@@ -119,6 +120,12 @@ class Cost:
     tokens_per_second: float
     peak_memory_gib: float
     device: str = ""
+    device_seconds: float = 0.0  # of the GPU, or of all cores; 0 in earlier runs
+
+    def of_all_steps(self, stage: str, metrics: Iterable[Mapping[str, Any]]) -> float:
+        """What to multiply by where steps of a stage are not among these, by what was logged."""
+        steps = {row["step"] for row in metrics if row["key"].startswith(f"{stage}/step_")}
+        return max(self.steps, len(steps)) / self.steps
 
 
 class Layer(TypedDict):
@@ -174,6 +181,11 @@ class Run:
     def evaluated_file(self) -> Path:
         """Seconds, by a fingerprint of what `dcr.study` evaluated."""
         return self.folder / "evaluated.json"
+
+    @property
+    def halfway_file(self) -> Path:
+        """What `dcr.search` found where half of stage one was done."""
+        return self.folder / "halfway.json"
 
     @property
     def metrics_file(self) -> Path:

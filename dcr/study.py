@@ -21,7 +21,8 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -402,29 +403,45 @@ def carry_out(parts: Sequence[Part]) -> dict[str, str]:
     return failed
 
 
-def in_fork(work: Callable[[], object]) -> None:
-    """Do something in a fork of this process; raises Told with the fault that ended it."""
-    receiving, sending = multiprocessing.Pipe(duplex=False)
+def in_fork(*works: Callable[[], object], meanwhile: Callable[[], object] | None = None) -> None:
+    """Do something in a fork of this process, several things at once in one each.
+
+    `meanwhile` is called about every second. Raises Told with the fault that ended the first of
+    those that failed, when all have ended.
+    """
     fork = multiprocessing.get_context("fork")
-    child = fork.Process(target=_in_child, args=(work, sending, os.getpid()))
     sys.stdout.flush()
-    child.start()
-    sending.close()
+    children: list[tuple[BaseProcess, Connection]] = []
     try:
-        child.join()
-    except KeyboardInterrupt:
-        child.terminate()
-        child.join()
+        for work in works:
+            receiving, sending = multiprocessing.Pipe(duplex=False)
+            child = fork.Process(target=_in_child, args=(work, sending, os.getpid()))
+            child.start()
+            sending.close()
+            children.append((child, receiving))
+        while alive := [child.sentinel for child, _ in children if child.exitcode is None]:
+            wait(alive, PATIENCE if meanwhile else None)
+            if meanwhile:
+                meanwhile()
+    except BaseException:
+        for child, _ in children:
+            child.terminate()
+        for child, _ in children:
+            child.join()
         raise
-    if child.exitcode == 0:
-        return
+    for child, receiving in children:
+        child.join()
+        if child.exitcode:
+            raise _told(child.exitcode, receiving)
+
+
+def _told(exitcode: int, receiving: Connection) -> "Told":
     try:
-        told = receiving.recv()
+        return receiving.recv()
     except EOFError:
-        number = -(child.exitcode or 0)
-        how = f"killed by {signal.Signals(number).name}" if number > 0 else "ended without a word"
-        told = Told(how, 1)
-    raise told
+        killed = exitcode < 0
+        how = f"killed by {signal.Signals(-exitcode).name}" if killed else "ended without a word"
+        return Told(how, 1)
 
 
 class Told(UserError):

@@ -3,8 +3,9 @@
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from lightning.pytorch.loggers import WandbLogger
@@ -28,11 +29,14 @@ LAUNCHED = {
 }
 
 
-def train(settings: TrainConfig, run: Run) -> None:
+def train(
+    settings: TrainConfig, run: Run, judge: Callable[[Any, Any, float], None] | None = None
+) -> None:
     """Run the stages of a method in a run folder, going on from whatever is done there.
 
-    Raises UserError for anything a user can mend, before weights are loaded where it can be known,
-    TrainingError when training had to stop and Interrupted after a signal.
+    `judge` may end stage one where half of it is done, see `callbacks.Halfway`. Raises UserError
+    for anything a user can mend, before weights are loaded where it can be known, TrainingError
+    when training had to stop and Interrupted after a signal.
     """
     wanted = config.stages_of(settings.method, settings.stage)
     rows = checked(settings, run)
@@ -45,7 +49,7 @@ def train(settings: TrainConfig, run: Run) -> None:
         number = threads.use(settings.trainer.threads, run.threads())
         if number is not None and _leads():
             storage.write_json(run.threads_file, {"threads": number})
-        job = Job(settings, run, rows, _block(settings, run), lease, [*loggers], tracked)
+        job = Job(settings, run, rows, _block(settings, run), lease, [*loggers], tracked, judge)
         for stage in wanted:
             if run.done(stage.value):
                 log.info("%s: done in %s, skipped", stage.value, run.stage(stage.value))

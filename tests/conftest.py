@@ -64,6 +64,21 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> list[str]:
+    """Settings under which a job of a study or a search takes a second."""
+    from tiny_run import overrides
+
+    kept = [word for word in overrides(tmp_path_factory.mktemp("rows")) if word != "model=tiny"]
+    kept = [word for word in kept if not word.startswith(("data.evaluation", "dcr.epochs"))]
+    evaluated = "{over_refusal: [demo_seemingly_toxic_heldout], safety: [demo_toxic_heldout]}"
+    return [
+        *(*kept, f"model.name={tiny_folder}", "model.layer=1", "sft.lora.targets=[all-linear]"),
+        *(f"data.evaluation={evaluated}", "sft.precision=fp32", "dcr.precision=fp32"),
+        *("dcr.epochs=1", "limit=4", "gen.max_new_tokens=3", "precision=fp32"),
+    ]
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     """Settings of a run of both stages that takes a second."""

@@ -209,8 +209,8 @@ def test_a_set_of_the_same_collection_is_no_test(root: Path) -> None:
     with_xstest = next(pair for pair in found.candidates if "xstest_safe" in pair.names)
     assert "xstest_safe / xstest_unsafe" not in found.tests_of(with_xstest)
     related = [({"coconot_safety"}, {"coconot_contrast_pref"}), ({"oktest"}, {"oktest", "i_cona"})]
-    assert all(origins._related(*names) for names in related)
-    assert not origins._related({"stl_safety"}, {"i_cona"})
+    assert all(origins.related(*names) for names in related)
+    assert not origins.related({"stl_safety"}, {"i_cona"})
 
 
 def test_named_pairs_and_tests_replace_the_usual_ones(root: Path) -> None:

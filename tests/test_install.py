@@ -16,7 +16,7 @@ SHIPPED = ("dcr", "conf", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 ROWS = [f"data.{part}.count=8" for part in ("toxic", "seemingly_toxic", "safety", "normal")]
 CHAIN = f"""
 import sys
-for name in ("lm_eval", "openai", "wandb_workspaces", "mkdocs"):  # what extras bring is absent
+for name in ("lm_eval", "openai", "wandb_workspaces", "mkdocs", "optuna"):  # what extras bring is absent
     sys.modules[name] = None
 import dcr
 from dcr import commands
@@ -36,6 +36,7 @@ for words in (
     ["eval", "run=outputs/run", "tasks=[ability]"],
     ["eval", "run=outputs/run", "judge=[llm]"],
     ["dashboard"],
+    ["search"],
 ):
     sys.argv = [sys.argv[0], *words]
     try:
@@ -47,6 +48,7 @@ EXTRAS = (
     "tasks=[ability]: needs lm_eval; run pip install 'dcr[ability]'",
     "llm: needs openai; run pip install 'dcr[judges]'",
     "python -m dcr.dashboard: needs wandb_workspaces; run pip install 'dcr[dashboard]'",
+    "python -m dcr.search: needs optuna; run pip install 'dcr[search]'",
 )
 
 

@@ -13,7 +13,7 @@ import yaml
 from forked import killed
 from scipy import stats
 from test_report import columns, make_eval, make_run
-from tiny_run import overrides, same, weights
+from tiny_run import same, weights
 
 from dcr import align, models, refusal, report, study
 from dcr import eval as evaluation_script
@@ -25,19 +25,6 @@ from dcr.runs import Run, append_metrics
 from dcr.study import STUDIES, Job, Options
 
 TWO_RATES = "sft.lr=1e-3,2e-3"
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> list[str]:
-    """Settings under which a job takes a second."""
-    kept = [word for word in overrides(tmp_path_factory.mktemp("rows")) if word != "model=tiny"]
-    kept = [word for word in kept if not word.startswith(("data.evaluation", "dcr.epochs"))]
-    evaluated = "{over_refusal: [demo_seemingly_toxic_heldout], safety: [demo_toxic_heldout]}"
-    return [
-        *(*kept, f"model.name={tiny_folder}", "model.layer=1", "sft.lora.targets=[all-linear]"),
-        *(f"data.evaluation={evaluated}", "sft.precision=fp32", "dcr.precision=fp32"),
-        *("dcr.epochs=1", "limit=4", "gen.max_new_tokens=3", "precision=fp32"),
-    ]
 
 
 def planned(out: Path, words: list[str], name: str = "epochs", seeds: int = 1) -> dict[str, Job]:

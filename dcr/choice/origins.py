@@ -65,7 +65,7 @@ class Material:
 
     def tests_of(self, pair: Pair) -> dict[str, Pair]:
         """The test sets of another origin than the pair."""
-        return {k: test for k, test in self.tests.items() if not _related(test.names, pair.names)}
+        return {k: test for k, test in self.tests.items() if not related(test.names, pair.names)}
 
 
 def parsed(key: str, value: str) -> list[Pair]:
@@ -115,9 +115,9 @@ def gathered(
         known = pair in material.candidates
         if not known and _readable(material, pair, draw, asked=pairs is not None):
             material.candidates.append(pair)
-    offered = _usual_tests(data) if tests is None else {str(p): p for p in parsed("tests", tests)}
+    offered = usual_tests(data) if tests is None else {str(p): p for p in parsed("tests", tests)}
     for label, test in offered.items():
-        if all(_related(test.names, pair.names) for pair in material.candidates):
+        if all(related(test.names, pair.names) for pair in material.candidates):
             material.notes.append(
                 f"{label}: not tested on, of the same origin as what is trained on"
             )
@@ -167,7 +167,7 @@ def _alternatives(data: DataConfig, first: Pair) -> list[Pair]:
     return parsed("pairs", ",".join(ALTERNATIVES if in_use else DEMO_ALTERNATIVES))
 
 
-def _usual_tests(data: DataConfig) -> dict[str, Pair]:
+def usual_tests(data: DataConfig) -> dict[str, Pair]:
     """The benchmarks' pairs: those in the package and, in `data.root` or configured, others."""
     evaluated = {*data.evaluation.over_refusal, *data.evaluation.safety}
     there = [
@@ -197,7 +197,7 @@ def _embedded(name: str) -> bool:
     return name in SOURCES and SOURCES[name].embedded is not None
 
 
-def _related(one: set[str], other: set[str]) -> bool:
+def related(one: set[str], other: set[str]) -> bool:
     """Whether prompts of both come from one collection."""
     return bool(_collections(one) & _collections(other))
 

@@ -123,10 +123,8 @@ def _cost(column: Column, stage: str, devices: list[str]) -> dict[str, Cell]:
         return {}
     cost = storage.read_json(run.cost_file(stage), Cost)
     devices += [cost.device] if cost.device else []
-    keys = (row for row in column.run.metrics if row["key"].startswith(f"{stage}/step_"))
-    steps = max(cost.steps, len({row["step"] for row in keys}))
     found = {
-        "minutes": cost.seconds * steps / cost.steps / 60,
+        "minutes": cost.seconds * cost.of_all_steps(stage, column.run.metrics) / 60,
         "memory": cost.peak_memory_gib * GB,
         "speed": cost.tokens_per_second,
     }

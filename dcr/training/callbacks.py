@@ -6,7 +6,7 @@ import sys
 import time
 import warnings
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -172,29 +172,60 @@ class StepClock(Callback):
     def __init__(self, run: Run, stage: str) -> None:
         self.run, self.stage = run, stage
         self.seconds, self.tokens, self.steps, self.began = 0.0, 0, 0, 0.0
+        self.cpu_seconds, self.cpu_began = 0.0, 0.0
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any, **__: Any) -> None:
-        self.began = time.perf_counter()
+        self.began, self.cpu_began = time.perf_counter(), time.process_time()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.seconds += time.perf_counter() - self.began
+        self.cpu_seconds += time.process_time() - self.cpu_began
         parts = batch if isinstance(batch, list) else [batch]
         self.tokens += sum(int(part.mask.sum()) for part in parts)
         self.steps += 1
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and self.steps:
-            on_gpu = trainer.strategy.root_device.type == "cuda"
-            cost = Cost(
-                steps=self.steps,
-                seconds=round(self.seconds, 1),
-                tokens=self.tokens,
-                tokens_per_second=round(self.tokens / self.seconds, 1),
-                peak_memory_gib=round(runs.peak_memory_gib(), 2),
-                device=torch.cuda.get_device_name()
-                if on_gpu
-                else f"CPU, threads: {torch.get_num_threads()}",
-            )
-            storage.write_json(self.run.cost_file(self.stage), asdict(cost))
+            storage.write_json(self.run.cost_file(self.stage), asdict(self.cost(trainer)))
+
+    def cost(self, trainer: Trainer) -> Cost:
+        """Of the steps so far."""
+        on_gpu = trainer.strategy.root_device.type == "cuda"
+        return Cost(
+            steps=self.steps,
+            seconds=round(self.seconds, 1),
+            tokens=self.tokens,
+            tokens_per_second=round(self.tokens / self.seconds, 1),
+            peak_memory_gib=round(runs.peak_memory_gib(), 2),
+            device=torch.cuda.get_device_name()
+            if on_gpu
+            else f"CPU, threads: {torch.get_num_threads()}",
+            device_seconds=round(self.seconds if on_gpu else self.cpu_seconds, 3),
+        )
+
+
+class Halfway(Callback):
+    """Has `judge` look at a stage once half of its steps are done; it ends the stage by raising.
+
+    It is told the module, its batches, and what all steps will have cost in device seconds. No
+    random number is drawn: a stage that goes on is the same to the bit.
+    """
+
+    def __init__(
+        self, total: int, clock: StepClock, judge: Callable[[Any, Any, float], None]
+    ) -> None:
+        self.total, self.clock, self.judge = total, clock, judge
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
+    ) -> None:
+        if trainer.global_step != (self.total + 1) // 2:
+            return
+        spent = self.clock.cost(trainer).device_seconds
+        pl_module.eval()
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
+            batches: Any = trainer
+            self.judge(pl_module, batches.datamodule, spent * self.total / self.clock.steps)
+        pl_module.train()

@@ -2,10 +2,11 @@
 
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lightning import Callback, Trainer
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -44,6 +45,7 @@ class Job:
     lease: Lease | None  # None in processes that help another one with its run folder
     loggers: list[Logger]
     tracked: tracking.Tracked | None = None
+    judge: Callable[[Any, Any, float], None] | None = None  # of stage one, see callbacks.Halfway
 
 
 def check(settings: TrainConfig, rows: Splits, wanted: Sequence[Stage]) -> None:
@@ -207,10 +209,12 @@ def _trainer(
     contrastive = stage is Stage.contrastive
     precision = settings.dcr.precision if contrastive else settings.sft.precision
     bar = callbacks.Progress(stage.value, total, STEP_LOSS[stage])
+    clock = callbacks.StepClock(job.run, stage.value)
+    judge = job.judge if contrastive else None
     followed = [
-        # the clock stops at the end of a step before anything is measured or saved there
-        callbacks.StepClock(job.run, stage.value),
+        clock,  # it stops at the end of a step before anything is measured or saved there
         *between,
+        *([callbacks.Halfway(total, clock, judge)] if judge else []),
         *([bar] if options.progress else []),
         resuming.StepSeed(settings.seed),
         *([callbacks.Holding(job.lease)] if job.lease else []),

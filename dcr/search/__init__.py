@@ -1,0 +1,277 @@
+"""A search over the settings of stage one: the Pareto front of discernment, ability and cost.
+
+What is searched: spaces in a plain grammar, validation prompts of another origin than what is
+trained on, and the run that a point of the spaces is. `trials` has the Optuna study and its
+workers, and `python -m dcr.search` front, figures and the retraining of the chosen point.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dcr import cli, config, data, models, runs, storage, study
+from dcr.choice import origins
+from dcr.choice.origins import Pair
+from dcr.config import AUTO_LAYER, ConfigError, TrainConfig, UserError
+from dcr.evaluation import sets
+from dcr.sources import SOURCES
+from dcr.study import Job
+
+NUMBER = r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)"
+RANGE = re.compile(rf"{NUMBER}\.\.{NUMBER}(:log)?")
+GRAMMAR = "a space is low..high, low..high:log or a,b,c"
+QUIET = "trainer.progress=false"  # bars of several workers in one terminal
+OWN = {*runs.FREE_KEYS, "seed"}  # what no trial varies: it decides no weights, or is drawn anew
+HELD_OUT = "contrasts_seemingly_toxic_heldout:contrasts_toxic_heldout"
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is asked for, in which direction, and whether half of stage one says something of it."""
+
+    maximised: bool
+    words: str
+    foreseen: bool = True
+
+
+RANKED = {
+    "auroc": Objective(True, "discernment AUROC"),
+    "answered": Objective(True, "answered at safety .8"),
+}
+OBJECTIVES = {
+    **RANKED,
+    "nll": Objective(False, "held-out NLL, nats a token"),
+    "ability": Objective(True, "accuracy of ability.tasks", foreseen=False),
+    "seconds": Objective(False, "training, device seconds"),
+}
+
+
+# --- spaces -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Space:
+    """The values of one setting: an interval, whole if both ends are, or choices as written."""
+
+    low: float = 0
+    high: float = 0
+    log: bool = False
+    choices: tuple[str, ...] = ()
+
+    @property
+    def ends(self) -> tuple[object, ...]:
+        return self.choices or (self.low, self.high)
+
+    def holds(self, value: object) -> bool:
+        """Whether it is among the values."""
+        if self.choices or not isinstance(value, (int, float)):
+            return str(value) in self.choices
+        return self.low <= value <= self.high and value == type(self.low)(value)
+
+
+def parsed(words: Sequence[str]) -> tuple[dict[str, Space], list[str]]:
+    """The spaces by setting, and the words that name a value; of one key the last word holds.
+
+    Raises ConfigError for what looks like a space and is none.
+    """
+    last = {word.partition("=")[0]: word for word in words}
+    spaces = {key: space for key, word in last.items() if (space := _space(key, word))}
+    return spaces, [word for key, word in last.items() if key not in spaces]
+
+
+def _space(key: str, word: str) -> Space | None:
+    value = word.removeprefix(f"{key}=")
+    if match := RANGE.fullmatch(value):
+        whole = not re.search("[.eE]", match[1] + match[2])
+        low, high = ((int if whole else float)(end) for end in match.groups()[:2])
+        if not low < high < math.inf or (match[3] and low <= 0):
+            raise ConfigError(f"{word}: give low..high, low below high, and of :log both above 0")
+        return Space(low, high, bool(match[3]))
+    if re.match(r"[-+\d.]*\d\.\.", value):
+        raise ConfigError(f"{word}: {GRAMMAR}")
+    combined = cli.combinations([word])
+    choices = tuple(one.removeprefix(f"{key}=") for (one,) in combined)
+    return Space(choices=choices) if len(choices) > 1 else None
+
+
+def usual(settings: TrainConfig) -> list[str]:
+    """The spaces of stage one around these settings, as a user would write them.
+
+    Blocks of the middle half, the paper's margins and ratios (as far as the sources hold rows),
+    epochs up to two more, and some powers of two or ten around the rest.
+    """
+    stage_one, depth = settings.dcr, models.facts(settings.model).depth
+    lr = stage_one.optim.lr
+    words = [
+        f"dcr.layer={max(1, round(0.3 * depth))}..{round(0.8 * depth)}",
+        "dcr.margin=0.1..0.4",
+        "dcr.scale=8..64:log",
+        f"dcr.epochs=1..{stage_one.epochs + 2}",
+        "dcr.nll.weight=1e-4..1e-1:log",
+        f"dcr.optim.lr={lr / 5:g}..{lr * 5:g}:log",
+    ]
+    if stage_one.ratio is not None:
+        rows = data.rows_of(replace(settings, dcr=replace(stage_one, ratio=None)))
+        most = min(5, math.floor(10 * len(rows.toxic) / len(rows.seemingly_toxic)) / 10)
+        words += [f"dcr.ratio=1.0..{most}"] if most > 1 else []
+    return words if depth > 1 else words[1:]
+
+
+def configured(settings: TrainConfig, spaces: Mapping[str, Space]) -> dict[str, object]:
+    """The point of the spaces that the settings are, without what lies outside of them."""
+    found: dict[str, object] = {}
+    for key, space in spaces.items():
+        value: object = cli.plain(settings)
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if key == "dcr.layer" and value != AUTO_LAYER:
+            value = config.block_of(settings.dcr, models.facts(settings.model).depth)
+        if space.holds(value):
+            found[key] = str(value) if space.choices else value
+    return found
+
+
+# --- validation prompts -------------------------------------------------------------------------
+
+
+def validation_of(settings: TrainConfig, asked: str | None) -> list[Pair]:
+    """The sets that trials are measured on, as `dcr.choice` spells pairs; the first usual one that
+    can be read where none is asked for.
+
+    Raises UserError where prompts of theirs share their origin with rows trained on or stand in a
+    test set, or cannot be read.
+    """
+    if asked is None:
+        offered = origins.parsed("", HELD_OUT)
+        offered += origins.usual_tests(settings.data).values()
+    else:
+        offered = origins.parsed("validation", asked)
+    found = []
+    for pair in offered:
+        try:
+            _check_apart(settings, pair)
+        except UserError:
+            if asked is not None:
+                raise
+            continue
+        found.append(pair)
+        if asked is None:
+            break
+    if not found:
+        raise ConfigError(
+            "validation: every usual set is trained or tested on; name another with "
+            "validation=<seemingly toxic>:<toxic>, or take one out of data.evaluation"
+        )
+    return found
+
+
+def _check_apart(settings: TrainConfig, pair: Pair) -> None:
+    nodes, phase = ("seemingly_toxic", "toxic", "safety", "normal"), settings.sft.readout
+    trained = {name for node in nodes for name in getattr(settings.data, node).source}
+    trained |= {*phase.seemingly_toxic, *phase.toxic} if phase.steps else set()
+    # what is held out of an embedded corpus is of its origin all the same
+    names, own = ({(SOURCES[n].embedded or "").split("/")[0] for n in of if n in SOURCES} - {""}
+                  for of in (pair.names, trained))  # fmt: skip
+    if names & own or origins.related(pair.names, trained):
+        raise ConfigError(f"validation={pair}: of the origin of what is trained on; name another")
+    tested = {*settings.data.evaluation.over_refusal, *settings.data.evaluation.safety}
+    if both := pair.names & tested:
+        raise ConfigError(f"validation={pair}: data.evaluation tests on {min(both)}; name another")
+    for kind, side in pair.sides:
+        for name in side:
+            sets.read_set(name, kind, settings.data.root, None, settings.seed)
+
+
+# --- runs ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is searched, by what, and where it lies."""
+
+    out: Path
+    url: str
+    spaces: Mapping[str, Space]
+    objectives: tuple[str, ...]
+    settings: TrainConfig
+    training: tuple[str, ...]
+    evaluating: tuple[str, ...]
+    validation: tuple[Pair, ...]
+    trials: int
+    sampler: str
+    pruning: bool
+
+    @property
+    def name(self) -> str:
+        """Of the study: the same command finds its own, whatever else the storage holds."""
+        spaces = {key: vars(space) for key, space in self.spaces.items()}
+        what = [runs.binding(cli.plain(self.settings)), spaces, self.objectives, self.evaluating]
+        return f"search-{storage.fingerprint([what, list(map(str, self.validation))])}"
+
+    @property
+    def tested(self) -> list[Sequence[str]]:
+        return [self.settings.data.evaluation.over_refusal, self.settings.data.evaluation.safety]
+
+    @property
+    def validated(self) -> list[Sequence[str]]:
+        return [[n for pair in self.validation for n in pair.sides[i][1]] for i in (0, 1)]
+
+    def trial(self, point: Mapping[str, object]) -> Job:
+        """A point's run, measured on the validation prompts."""
+        tasks = "discernment,ability" if "ability" in self.objectives else "discernment"
+        own = [f"tasks=[{tasks}]", *_asking(self.validated)]
+        return self._job(self.out / "trials", "trial", words_of(point), own)
+
+    def final(self, name: str, words: Sequence[str]) -> Job:
+        """A run that is evaluated as the user says, on the test sets."""
+        return self._job(self.out, name, words, _asking(self.tested))
+
+    def base(self) -> Job:
+        """The model that all start from, on the test sets."""
+        evaluating = [QUIET, *self.evaluating, *_asking(self.tested)]
+        return study.base_of(self.out, self.settings, evaluating)
+
+    def corners(self) -> list[Job]:
+        """Trials that between them have both ends of every space and every choice."""
+        most = max(len(space.ends) for space in self.spaces.values())
+        ends = {key: space.ends for key, space in self.spaces.items()}
+        return [
+            self.trial({k: of[min(i, len(of) - 1)] for k, of in ends.items()}) for i in range(most)
+        ]
+
+    def _job(self, out: Path, name: str, words: Sequence[str], own: Sequence[str]) -> Job:
+        # no row trained on may be near a prompt of either: all runs learn from the same ones
+        kept = [[*t, *v] for t, v in zip(self.tested, self.validated, strict=True)]
+        training = [QUIET, *self.training, *_asking(kept), *words]
+        return study.job_of(out, name, training, [QUIET, *self.evaluating, *own])
+
+
+def words_of(point: Mapping[str, object]) -> list[str]:
+    """A point as settings of train.py."""
+    return [f"{key}={value}" for key, value in point.items()]
+
+
+def _asking(sides: Sequence[Sequence[str]]) -> list[str]:
+    named = (json.dumps(list(dict.fromkeys(names)), ensure_ascii=False) for names in sides)
+    keys = ("data.evaluation.over_refusal", "data.evaluation.safety")
+    return [f"{key}={names}" for key, names in zip(keys, named, strict=True)]
+
+
+def check(settings: TrainConfig, spaces: Mapping[str, Space], objectives: Sequence[str]) -> None:
+    """Raises ConfigError for what cannot be searched or measured with these settings."""
+    for key in spaces:
+        if key.split(".")[0] in OWN:
+            raise ConfigError(f"{key}: not searched, since it decides no weights or is drawn anew")
+    if not spaces:
+        raise ConfigError(f"nothing to search: every setting has one value; {GRAMMAR}")
+    if not set(objectives) <= OBJECTIVES.keys() or len(set(objectives)) < len(objectives):
+        near = ", ".join(OBJECTIVES)
+        raise ConfigError(f"objectives={','.join(objectives)}: choose from {near}, each once")
+    if "nll" in objectives and not data.rows_of(settings).normal_heldout:
+        raise ConfigError(
+            f"objectives=nll: data.validation={settings.data.validation} holds out no instruction "
+            "row; raise it, lower data.normal.count, or leave the objective out"
+        )

@@ -1,0 +1,196 @@
+"""The command of dcr.search: its trials, their front and figures, and the chosen point anew."""
+
+import math
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dcr import cli, config, report, search, storage, study
+from dcr.config import ConfigError, Method, TrainConfig
+from dcr.report import discernment, figures, searches
+from dcr.report.searches import Tried
+from dcr.search import OBJECTIVES, Search, Space
+from dcr.study import Told
+
+KNEE = "knee"
+ENOUGH = 4  # trials that importances are computed from
+
+
+@dataclass
+class Options:
+    """python -m dcr.search [trials=20] [workers=1] [any setting of train.py or eval.py]
+
+    Searches layer, margin, scale, epochs, ratio, NLL weight and learning rate of stage one, and
+    what is given as a space: dcr.margin=0.1..0.4, dcr.optim.lr=1e-5..1e-3:log, dcr.scale=8,16,32;
+    a setting with one value is fixed. Trials are measured on validation prompts of another origin
+    than the training rows. What is done is found: the same command goes on after
+    a fault or a kill, and joins in where it is started on another machine with the same storage.
+    """
+
+    trials: int = cli.option("how many in all, of all workers", 20, least=1)
+    workers: int = cli.option("processes of this command, each one trial at a time", 1, least=1)
+    objectives: str = cli.option(f"some of {', '.join(OBJECTIVES)}", "auroc,nll,seconds")
+    sampler: str = cli.option("who proposes points", "tpe", choices=("tpe", "nsga2"))
+    prune: bool = cli.option("end a trial that is clearly behind half-way through stage one", True)
+    validation: str | None = cli.option(
+        "pairs of sets, <seemingly toxic>:<toxic>,...; not given: the first usual pair that is "
+        "neither tested on nor of the origin of what is trained on",
+        None,
+    )
+    storage: str | None = cli.option("an URL of Optuna; not given: sqlite:///<out>/search.db", None)
+    chosen: str | None = cli.option(
+        f"{KNEE} or a trial: train it anew, evaluate on test sets", None
+    )
+    seeds: int = cli.option("how many fresh ones the chosen point is trained with", 2, least=1)
+    out: Path = cli.option("where storage, runs, figures and page lie", Path("outputs/search"))
+    plan: bool = cli.option("say what would be searched, and stop", False)
+    settings: list[str] = cli.option(
+        "any setting of train.py or eval.py; python train.py --cfg job lists them", [], rest=True
+    )
+
+
+@cli.command(Options, goes_on=True)
+def main(options: Options) -> None:
+    config.check_installed("optuna", "search", "python -m dcr.search")
+    from dcr.search import trials
+
+    with study.told_once():
+        asked, point = _asked(options)
+        study.in_fork(lambda: study.check([*asked.corners(), asked.base()]))
+        validation, spaces = ", ".join(map(str, asked.validation)), _written(asked.spaces)
+        print(f"{' '.join(spaces)}\nvalidation: {validation}\n{asked.url}, {asked.name}")
+        if options.plan:
+            return
+        asked.out.mkdir(parents=True, exist_ok=True)
+        try:
+            known = trials.carry_out(asked, options.workers, point)
+        finally:
+            cli.forget_empty(asked.out)  # where the storage cannot be opened
+        tried = trials.tried(known)
+        if not any(trial.values for trial in tried):
+            raise Told(f"no trial came to its end: {tried[0].fault or tried[0].ended}", 1)
+        chosen = None if options.chosen is None else _chosen(options.chosen, tried, asked)
+        tried = [replace(t, is_of=t.is_of | {"chosen"}) if t is chosen else t for t in tried]
+        drawings = [
+            searches.front(tried, {name: OBJECTIVES[name].words for name in asked.objectives})
+        ]
+        whole = sum(bool(trial.values) for trial in tried)
+        if whole >= ENOUGH and (shares := trials.importances(known, asked.objectives)):
+            drawings.append(searches.importances(shares))
+        for drawing in drawings:
+            for ending, content in figures.files(drawing).items():
+                storage.write_bytes(asked.out / f"{drawing.name}.{ending}", content)
+        print(_told(asked, tried), *(f"{asked.out / d.name}.png" for d in drawings), sep="\n")
+        if chosen is not None:
+            with storage.locked(asked.out / "chosen"):
+                print(_anew(asked, chosen, options.seeds, len(tried)))
+
+
+def _asked(options: Options) -> tuple[Search, dict[str, object]]:
+    """What is searched, checked, and the point that the settings are."""
+    given, fixed = search.parsed(options.settings)
+    training, evaluating = study.sorted_words(fixed)
+    if options.chosen not in (None, KNEE) and not str(options.chosen).isdecimal():
+        raise ConfigError(f"chosen={options.chosen}: give {KNEE} or the number of a trial")
+    for key in given:
+        if not study.sorted_words([f"{key}=0"])[0]:
+            raise ConfigError(f"{key}: no setting of train.py, which alone are searched")
+    url = options.storage or f"sqlite:///{options.out / 'search.db'}"
+    if "://" not in url or url in ("sqlite://", "sqlite:///:memory:"):
+        raise ConfigError(f"storage={url}: give an URL of what processes can share, such as "
+                          "sqlite:///search.db")  # fmt: skip
+    settings = config.resolve(cli.compose("train", training, Options), TrainConfig)
+    if settings.method is not Method.dcr:
+        raise ConfigError(f"method={settings.method.value}: only dcr has a stage one to search")
+    named, fixed_keys = options.objectives.split(","), {w.partition("=")[0] for w in training}
+    usual, _ = search.parsed(search.usual(settings))
+    spaces = {key: space for key, space in usual.items() if key not in fixed_keys} | given
+    search.check(settings, spaces, named)
+    asked = Search(
+        options.out, url, spaces, tuple(named), settings, tuple(training), tuple(evaluating),
+        tuple(search.validation_of(settings, options.validation)), options.trials,
+        options.sampler, options.prune,
+    )  # fmt: skip
+    return asked, search.configured(settings, spaces)
+
+
+def _written(spaces: Mapping[str, Space]) -> list[str]:
+    return [
+        f"{key}={','.join(of.choices) or f'{of.low:g}..{of.high:g}'}{':log' if of.log else ''}"
+        for key, of in spaces.items()
+    ]
+
+
+# --- front and choice ---------------------------------------------------------------------------
+
+
+def knee(points: Sequence[Sequence[float]], maximised: Sequence[bool]) -> int:
+    """Where on a front, each objective scaled to 0 to 1 over it, the best of all is nearest.
+
+    The first of equals.
+    """
+
+    def distance(point: Sequence[float]) -> float:
+        lacks = []
+        for value, values, up in zip(point, zip(*points, strict=True), maximised, strict=True):
+            best, worst = (max(values), min(values)) if up else (min(values), max(values))
+            lacks.append((best - value) / (best - worst) if best != worst else 0.0)
+        return math.hypot(*lacks)
+
+    return min(range(len(points)), key=lambda place: distance(points[place]))
+
+
+def _chosen(choice: str, tried: Sequence[Tried], asked: Search) -> Tried:
+    whole = [trial for trial in tried if trial.values]
+    if choice == KNEE:
+        front = [trial for trial in whole if "front" in trial.is_of]
+        up = [OBJECTIVES[name].maximised for name in asked.objectives]
+        return front[knee([trial.values for trial in front], up)]
+    for trial in whole:
+        if trial.number == int(choice):
+            return trial
+    numbers = ", ".join(str(trial.number) for trial in whole)
+    raise ConfigError(f"chosen={choice}: no trial that came to its end; choose from {numbers}")
+
+
+def _told(asked: Search, tried: Sequence[Tried]) -> str:
+    """The front and what stands beside it as a table, and how the trials ended."""
+    heads = ["trial", *asked.spaces, *asked.objectives]
+    table = cli.table("Pareto front, validation prompts", heads, names=1)
+    for trial in tried:
+        if trial.is_of and trial.values:
+            marks = [mark for mark in ("configured", "chosen") if mark in trial.is_of]
+            marks += [] if "front" in trial.is_of else ["not on it"]
+            cells = (*(trial.settings.get(key, "") for key in asked.spaces), *trial.values)
+            shown = (f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells)
+            table.add_row(f"{trial.number} {', '.join(marks)}".strip(), *shown)
+    counts = Counter(trial.ended for trial in tried)
+    ends = ", ".join(f"{count} {ended}" for ended, count in counts.items())
+    faults = {trial.fault for trial in tried if trial.fault}
+    return cli.plain_text(table, f"trials: {ends}", *(f"failed: {fault}" for fault in faults))
+
+
+def _anew(asked: Search, chosen: Tried, seeds: int, of: int) -> str:
+    """The chosen point and the settings as they are with fresh seeds, on test sets: one page."""
+    words, first = search.words_of(chosen.settings), asked.settings.seed + 1
+    jobs = [asked.base()]
+    for seed in range(first, first + seeds):
+        for name, more in (("as configured", []), (f"trial {chosen.number}", words)):
+            jobs.append(asked.final(f"{name}, seed {seed}", [*more, f"seed={seed}"]))
+    by_folder = {job.run.folder: job for job in jobs}
+    parts = [part for job in by_folder.values() for part in job.parts()]
+    for job, why in study.carry_out(parts).items():
+        raise Told(f"{job}: {why}", 1)
+    note = (
+        f"trial {chosen.number} of {of}, {' '.join(words)}: chosen on "
+        f"{', '.join(map(str, asked.validation))} with seed {first - 1}, trained anew with others"
+    )
+    page = asked.out / "search.html"
+    text = report.build(list(by_folder), page, [discernment.NAME], notes=[note])
+    return f"\n{text}\n\npage: {page}\npython train.py {' '.join([*asked.training, *words])}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
