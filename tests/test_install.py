@@ -16,7 +16,8 @@ SHIPPED = ("dcr", "conf", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 ROWS = [f"data.{part}.count=8" for part in ("toxic", "seemingly_toxic", "safety", "normal")]
 CHAIN = f"""
 import sys
-for name in ("lm_eval", "openai", "wandb_workspaces", "mkdocs", "optuna"):  # what extras bring is absent
+# what extras bring is absent
+for name in ("lm_eval", "openai", "wandb_workspaces", "mkdocs", "optuna"):
     sys.modules[name] = None
 import dcr
 from dcr import commands
