@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -10,12 +11,15 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from dcr.config import ConfigError
+
 log = logging.getLogger(__name__)
 
 OUT_OF_MEMORY = (
     *("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED"),
 )
 UNLIMITED = 2**30
+PROCESSES_A_CORE = 4  # slow, but a way to try several; more is a slip of the finger
 
 Row = TypeVar("Row")
 Done = TypeVar("Done")
@@ -58,6 +62,22 @@ def to_gpu(model: Any, accelerator: str = "auto") -> None:
     """Moves a model there, if this machine has one and the accelerator lets it."""
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         model.to("cuda")
+
+
+def check_devices(accelerator: str, devices: int) -> None:
+    """Raises ConfigError where this machine has fewer of `trainer.devices`."""
+    named = f"trainer.accelerator={accelerator} trainer.devices={devices}"
+    found, cores = torch.cuda.device_count(), os.cpu_count() or 1
+    if accelerator in ("gpu", "cuda") or (accelerator == "auto" and found):
+        if found < devices:
+            raise ConfigError(
+                f"{named}: this machine has {found} GPUs; lower trainer.devices or use "
+                "trainer.accelerator=cpu"
+            )
+    elif devices > PROCESSES_A_CORE * cores:
+        raise ConfigError(f"{named}: this machine has {cores} cores; lower trainer.devices")
+    if accelerator == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(f"{named}: this machine has none; use trainer.accelerator=cpu")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

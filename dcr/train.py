@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from dcr import balance, cli, config, data, models, runs, storage, threads, wandb_run
+from dcr import balance, batching, cli, config, data, models, runs, storage, threads, wandb_run
 from dcr.balance import Balance
 from dcr.config import ConfigError, Method, NLLSource, Quantity, Stage, TrainConfig
 from dcr.data import Splits
@@ -22,7 +21,6 @@ from dcr.training.stages import Job
 
 log = logging.getLogger(__name__)
 
-PROCESSES_A_CORE = 4  # slow, but a way to try several; more is a slip of the finger
 # By which a process finds its place among the nodes: torchrun's, Slurm's, MPI's, LSF's, by hand.
 LAUNCHED = {
     *("TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "LSB_JOBID", "NODE_RANK"),
@@ -101,24 +99,23 @@ def _leads() -> bool:
 
 
 def _check_devices(settings: TrainConfig) -> None:
-    options, found = settings.trainer, torch.cuda.device_count()
-    named = f"trainer.accelerator={options.accelerator} trainer.devices={options.devices}"
-    if options.accelerator in ("gpu", "cuda") or (options.accelerator == "auto" and found):
-        if found < options.devices:
-            raise ConfigError(
-                f"{named}: this machine has {found} GPUs; lower trainer.devices or use "
-                "trainer.accelerator=cpu"
-            )
-    elif options.devices > PROCESSES_A_CORE * (cores := os.cpu_count() or 1):
-        raise ConfigError(f"{named}: this machine has {cores} cores; lower trainer.devices")
-    if options.accelerator == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError(f"{named}: this machine has none; use trainer.accelerator=cpu")
+    options = settings.trainer
+    batching.check_devices(options.accelerator, options.devices)
     if options.num_nodes > 1 and not LAUNCHED & os.environ.keys():
         raise ConfigError(
             f"trainer.num_nodes={options.num_nodes}: no launcher says which node this is, and the "
             "others would be waited for; start it with torchrun or srun on each node"
         )
-    if options.devices * options.num_nodes > 1 and cli.is_sweep():
+    processes = options.devices * options.num_nodes
+    sizes = {Stage.contrastive: ("dcr", settings.dcr.batch_size)}
+    sizes[Stage.sft] = "sft", settings.sft.batch_size
+    for name, size in (sizes[stage] for stage in config.stages_of(settings.method, settings.stage)):
+        if size < processes:
+            raise ConfigError(
+                f"{name}.batch_size={size}: is the batch of all {processes} processes of "
+                "trainer.devices and trainer.num_nodes, of which each needs a row; give more"
+            )
+    if processes > 1 and cli.is_sweep():
         raise ConfigError(
             f"trainer.devices={options.devices} in a sweep: its processes would run the whole "
             "sweep again; use one device a job, or run the jobs one by one"

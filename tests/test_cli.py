@@ -72,7 +72,7 @@ BAD_SETTINGS = {
     "model.lora_targets=[lm_head]": "sft.lora.targets=[lm_head]: lm_head match nothing",
     "sft.max_len=8": "sft.max_len=8: no training pair fits; raise it",
     "sft.max_len=4096": "sft.max_len=4096: the model's context is 2048 tokens; lower it",
-    "trainer.strategy=nope": "trainer.strategy=nope: choose one of auto, ddp",
+    "trainer.strategy=nope": "trainer.strategy=nope: choose one of auto, ddp, fsdp",
     "trainer.devices=100000": "trainer.devices=100000: this machine has ",
     "trainer.num_nodes=2": "trainer.num_nodes=2: no launcher says which node this is",
     "wandb.tags=['']": "wandb.tags=['']: give 1 to 64 characters each",
@@ -101,6 +101,14 @@ BAD_COMMANDS = {
     "train.py model=tiny dcr.precision=bf16 dcr.optim.lr=1e-7": "dcr.optim.lr=1e-07: too small to "
     "move bf16",
     "train.py model=tiny seed=-1 run=some/where/deep": "seed=-1: ",
+    "train.py model=tiny trainer.strategy=fsdp tracking.quantities=[kernel]": "trainer.strategy="
+    "fsdp tracking.quantities=[kernel]: is measured by one process, which holds a part",
+    "train.py model=tiny trainer.strategy=fsdp dcr.train_embeddings=true": "trainer.strategy=fsdp "
+    "dcr.train_embeddings=true: the embeddings are the head as well",
+    "train.py model=tiny trainer.strategy=ddp trainer.accelerator=mps": "trainer.strategy=ddp "
+    "trainer.accelerator=mps: it trains in one process",
+    "train.py model=tiny trainer.accelerator=cpu trainer.devices=4 dcr.batch_size=3": "dcr."
+    "batch_size=3: is the batch of all 4 processes",
     "train.py -m model=tiny dcr.margin=0.1,abc": "dcr.margin=abc: give a number",
     "train.py -m model=tiny dcr.margin=2": "dcr.margin=2.0: give a number inside (0, 1)",
     "train.py dcr.scale=2 -m dcr.margin=0.1": "dcr.margin=0.1: options come first, as in -m",

@@ -363,8 +363,9 @@ def rank(index: int, meeting: str, results: Any) -> None:
     metrics, clusters, nll = PairMetrics(0.25), KMeansAccuracy(), MeanMetric()
     mine = uneven_batches()[index::2]
     add(metrics, mine, 0.25)
-    for features, labels in mine:
+    for features, labels in uneven_batches():  # of held-out rows every rank sees all
         clusters.update(features, labels)
+    for features, _ in mine:
         nll.update(features[:, 0])  # as SFT adds the NLL of each token
     module = ContrastiveModule.__new__(ContrastiveModule)
     torch.nn.Module.__init__(module)

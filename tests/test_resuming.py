@@ -126,7 +126,7 @@ def full_disk(file: Path) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     with pytest.raises(TrainingError, match=f"{file}: cannot be written"):
-        VerifiedCheckpointIO().save_checkpoint({"x": torch.zeros(100_000)}, file)
+        VerifiedCheckpointIO(torch.nn.Module()).save_checkpoint({"x": torch.zeros(100_000)}, file)
 
 
 def test_kill_9_in_the_middle_of_steps_and_sigterm_end_in_the_same_bits(
@@ -288,7 +288,7 @@ def saved_again(change: Any) -> Any:
     def damage(file: Path) -> None:
         content = torch.load(file, weights_only=True)
         change(content)
-        VerifiedCheckpointIO().save_checkpoint(content, file)
+        VerifiedCheckpointIO(torch.nn.Module()).save_checkpoint(content, file)
 
     return damage
 
@@ -386,7 +386,11 @@ def test_a_file_where_checkpoints_belong_is_named(tiny: TrainConfig, tmp_path: P
 def test_a_failed_write_names_the_path_and_keeps_the_old_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, error: Exception
 ) -> None:
-    writer, old, new = VerifiedCheckpointIO(), tmp_path / "step-000002.ckpt", "step-000004.ckpt"
+    writer, old, new = (
+        VerifiedCheckpointIO(torch.nn.Module()),
+        tmp_path / "step-000002.ckpt",
+        "step-000004.ckpt",
+    )
     writer.save_checkpoint({"x": torch.ones(3)}, old)
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, failing(error))

@@ -6,6 +6,7 @@ relations, `resolving` what becomes of a command line, and what a user reads whe
 """
 
 from dcr.config.checks import (
+    FSDP,
     TAG,
     ConfigError,
     DataError,

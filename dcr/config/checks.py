@@ -33,7 +33,8 @@ ON_WEIGHTS = (
 )
 SAFE_NAME = re.compile(r"[A-Za-z0-9._-]+")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")  # as Lightning spells them
-STRATEGIES = ("auto", "ddp")  # that hold every weight on every device, as freezing and saving need
+FSDP = "fsdp"  # weights split over the devices
+STRATEGIES = ("auto", "ddp", FSDP)
 THREADS = 1024  # torch starts as many as it is told, until it crashes
 TAG, PROJECT = 64, 128  # characters that W&B takes
 
@@ -203,8 +204,7 @@ def _of_training(config: TrainConfig) -> Iterator[str]:
         yield (
             f"dcr.optim.lr={dcr.optim.lr}: too small to move bf16 weights; use dcr.precision=mixed"
         )
-    if config.trainer.strategy not in STRATEGIES:
-        yield f"trainer.strategy={config.trainer.strategy}: choose one of {', '.join(STRATEGIES)}"
+    yield from _of_several_processes(config)
     for name, node in (("dcr", dcr), ("sft", config.sft)):
         if not node.lora.targets:
             yield f"{name}.lora.targets=[]: name modules, or [all-linear]"
@@ -212,6 +212,24 @@ def _of_training(config: TrainConfig) -> Iterator[str]:
         for kind in ("seemingly_toxic", "toxic"):
             if not getattr(pairs, kind):
                 yield f"sft.{name}.{kind}=[]: name sources, or leave it out"
+
+
+def _of_several_processes(config: TrainConfig) -> Iterator[str]:
+    trainer = config.trainer
+    strategy, processes = (
+        f"trainer.strategy={trainer.strategy}",
+        trainer.devices * trainer.num_nodes,
+    )
+    if trainer.strategy not in STRATEGIES:
+        yield f"{strategy}: choose one of {', '.join(STRATEGIES)}"
+    if trainer.accelerator == "mps" and (processes > 1 or trainer.strategy != "auto"):
+        yield f"{strategy} trainer.accelerator=mps: it trains in one process; use cpu or gpu"
+    if trainer.strategy == FSDP and config.tracking.quantities:
+        yield (
+            f"{strategy} tracking.quantities=[{config.tracking.quantities[0].value}]: is measured "
+            "by one process, which holds a part of the weights; take tracking.snapshots=<number> "
+            "and eval.py snapshots=true, or trainer.strategy=ddp"
+        )
 
 
 def _of_evaluation(config: EvalConfig) -> Iterator[str]:
@@ -223,6 +241,8 @@ def _of_evaluation(config: EvalConfig) -> Iterator[str]:
         yield from _at_an_endpoint(config)
     elif config.endpoint_model is not None:
         yield f"endpoint_model={config.endpoint_model}: say where, with endpoint=http://…/v1"
+    if config.trainer.devices > 1:
+        yield from _shared_among(config, f"trainer.devices={config.trainer.devices}")
     if config.steps is not None and not config.snapshots:
         yield f"steps={config.steps}: picks among snapshots; add snapshots=true"
     if config.steps == []:
@@ -290,6 +310,14 @@ def _at_an_endpoint(config: EvalConfig) -> Iterator[str]:
     ):  # fmt: skip
         if given:
             yield f"{named}: {why}; leave it out, or name the model with {cure}"
+
+
+def _shared_among(config: EvalConfig, named: str) -> Iterator[str]:
+    """What several processes cannot share prompts of."""
+    if config.endpoint is not None:
+        yield f"{named} endpoint={config.endpoint}: no model is here to share; use http.concurrency"
+    if config.trainer.accelerator == "mps":
+        yield f"{named} trainer.accelerator=mps: there is one; leave trainer.devices out"
 
 
 def _cut_short(config: EvalConfig) -> Iterator[str]:

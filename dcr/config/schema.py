@@ -519,9 +519,10 @@ class CalibrationConfig:
 
 @dataclass
 class DeviceConfig:
-    """Where a model is evaluated: in one process, on one device."""
+    """Where a model is evaluated."""
 
     accelerator: str = "auto"
+    devices: int = 1  # processes that share the prompts, each with the whole model on a GPU or CPU
     threads: int | None = None
     progress: bool = True
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int
 from lightning import LightningDataModule
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -111,6 +112,7 @@ class SafetyData(LightningDataModule):
         rows = self.rows
         if self.trainer is not None:
             rows.rank, rows.world = self.trainer.global_rank, self.trainer.world_size
+            rows.sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
             rows.sampler.start = self.trainer.global_step
         return DataLoader(
             rows.prompts if self.contrastive else rows.pairs,  # pyright: ignore[reportArgumentType]

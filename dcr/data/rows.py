@@ -95,7 +95,7 @@ class StageRows:
         self.dcr, self.sft = settings.dcr, settings.sft
         pad: Any = chat.tokenizer.pad_token_id
         self.pad: int = chat.stop[0] if pad is None else pad
-        self.rank, self.world = 0, 1
+        self.rank, self.world, self.sharded = 0, 1, False
         self.too_long: list[str] = []  # ids of pairs without room for a response
         self.general: list[PairRow] = []  # what the NLL of stage one looks at with source=general
         self.prompts: list[PromptRow] = []  # of stage one
@@ -162,8 +162,19 @@ class StageRows:
         return EpochBatches(lambda chance: chance.permutation(count), count, size, self.seed)
 
     def sft_step(self, rows: Sequence[PairRow]) -> list[list[PairRow]]:
-        """Of a step's pairs the micro-batches of this rank."""
-        return micro_batches(self._of_rank(rows), self.sft.micro_tokens)
+        """Of a step's pairs the micro-batches of this rank, as many as of any where it is sharded.
+
+        Ranks gather weights together then, in every forward and backward pass.
+        """
+        groups = self._groups(rows, self.rank)
+        if self.sharded:
+            most = max(len(self._groups(rows, rank)) for rank in range(self.world))
+            groups += [_unlearnt(rows)] * (most - len(groups))
+        return groups
+
+    def _groups(self, rows: Sequence[PairRow], rank: int) -> list[list[PairRow]]:
+        mine = list(share(rows, rank, self.world)) or _unlearnt(rows)
+        return micro_batches(mine, self.sft.micro_tokens)
 
     def contrast_beside(self, rows: Sequence[PairRow]) -> list[PromptRow]:
         """Prompts of stage one for a step of SFT with these pairs, the same on every rank."""
@@ -174,10 +185,6 @@ class StageRows:
         drawn = self._drawn(self.sft.contrast.batch_size, chance)
         return [self.prompts[place] for place in drawn]
 
-    def _of_rank(self, rows: Sequence[PairRow]) -> list[PairRow]:
-        unlearnt = [replace(row, targets=[IGNORED] * len(row.ids)) for row in rows[:1]]
-        return list(share(rows, self.rank, self.world)) or unlearnt
-
     def contrastive_step(
         self, rows: Sequence[PromptRow]
     ) -> tuple[Sequence[PromptRow], list[PairRow]]:
@@ -187,10 +194,16 @@ class StageRows:
         chosen = chance.permutation(len(self.general))[: self.dcr.nll.general_batch_size]
         unlearnt = replace(rows[0], label=NO_CLASS, nll=[IGNORED] * len(rows[0].ids))
         mine = share(rows, self.rank, self.world) or [unlearnt]
-        return mine, self._of_rank([self.general[i] for i in chosen])
+        general = [self.general[place] for place in chosen]
+        return mine, list(share(general, self.rank, self.world)) or _unlearnt(general)
 
     def heldout_passes(self) -> Iterator[Sequence[PromptRow | PairRow]]:
         """Held-out rows by length, as many at once as a validation pass takes."""
         ordered = sorted(self.heldout, key=lambda row: len(row.ids))
         for first in range(0, len(ordered), HELD_OUT_BATCH):
             yield ordered[first : first + HELD_OUT_BATCH]
+
+
+def _unlearnt(rows: Sequence[PairRow]) -> list[PairRow]:
+    """A row that no loss looks at."""
+    return [replace(row, targets=[IGNORED] * len(row.ids)) for row in rows[:1]]

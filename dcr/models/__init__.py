@@ -37,6 +37,9 @@ from dcr.models.structure import (
     head,
     logits,
     readout,
+    shard,
+    trained,
     trunk,
     unwrapped,
+    whole,
 )

@@ -10,6 +10,7 @@ from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from dcr import storage
@@ -44,8 +45,12 @@ def save_full(policy: Policy, folder: Path) -> None:
         storage.write_checksums(staging)
 
 
-def save_adapter(policy: Policy, folder: Path, base: Path | str) -> None:
+def save_adapter(
+    policy: Policy, folder: Path, base: Path | str, weights: dict[str, Tensor] | None = None
+) -> None:
     """A PEFT adapter folder with checksums that names the weights it was trained on.
+
+    `weights` are what `trained` gathers where the model's own are sharded.
 
     `adapter_config.json` holds the absolute path (what `peft` opens), `dcr.json` the relative
     one with a fingerprint (what survives a move of the run folder).
@@ -62,7 +67,7 @@ def save_adapter(policy: Policy, folder: Path, base: Path | str) -> None:
             # a set, whose order Python draws anew in every process
             settings.target_modules = sorted(settings.target_modules)
         # no embedding was resized; to find that out PEFT would ask the hub for the base
-        policy.model.save_pretrained(staging, save_embedding_layers=False)
+        policy.model.save_pretrained(staging, save_embedding_layers=False, state_dict=weights)
         policy.tokenizer.save_pretrained(staging)
         (staging / ORIGIN_FILE).write_text(json.dumps(asdict(origin), indent=1) + "\n")
         storage.write_checksums(staging)

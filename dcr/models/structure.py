@@ -13,6 +13,9 @@ from jaxtyping import Float
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -118,8 +121,8 @@ def readout(model: Any) -> dict[str, Any]:
     layer, text = head(model), unwrapped(model).config.get_text_config()
     scale = getattr(text, "logit_scale", None) or 1.0
     return {
-        "head_weight": layer.weight,
-        "bias": layer.bias,
+        "head_weight": whole(layer.weight),
+        "bias": None if layer.bias is None else whole(layer.bias),
         "softcap": getattr(text, "final_logit_softcapping", None),
         "logit_scale": scale / (getattr(text, "logits_scaling", None) or 1.0),
     }
@@ -145,6 +148,35 @@ def freeze_beyond(model: PreTrainedModel, block: int, train_embeddings: bool | N
     tied = head(model).weight is embeddings.weight
     if (not tied) if train_embeddings is None else train_embeddings:
         embeddings.requires_grad_(True)
+
+
+def shard(model: Any, mesh: DeviceMesh) -> None:
+    """Split every block, and an embedding and a head that are not tied, over the mesh (FSDP2).
+
+    What else there is, a tied matrix and the final norm among it, is frozen (`freeze_beyond`, LoRA)
+    and stays whole on every device.
+    """
+    embeddings, output, owner = model.get_input_embeddings(), head(model), backbone(model)
+    apart = [] if output.weight is embeddings.weight else [embeddings, output]
+    for module in (*decoder_blocks(model), *apart):
+        fully_shard(module, mesh=mesh)
+    left = {weight for weight in owner.parameters() if not isinstance(weight, DTensor)}
+    # the root, with which one block's gathering overlaps the computing of the one before
+    fully_shard(owner, mesh=mesh, ignored_params=left)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or all of one that is sharded: every process must call then."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """Every trainable weight by name, whole and detached; sharded ones on the CPU."""
+    weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {
+        name: whole(weight).cpu() if isinstance(weight, DTensor) else weight
+        for name, weight in weights.items()
+    }
 
 
 def add_lora(

@@ -103,8 +103,11 @@ class Snapshots(Callback):
 
     def _save(self, trainer: Trainer) -> None:
         step = trainer.global_step
-        if step in self.steps and trainer.is_global_zero:
-            models.save_adapter(self.policy, self.run.snapshots / f"step-{step:06d}", self.base)
+        if step in self.steps:
+            weights = models.trained(self.policy.model)
+            if trainer.is_global_zero:
+                place = self.run.snapshots / f"step-{step:06d}"
+                models.save_adapter(self.policy, place, self.base, weights)
 
 
 class Progress(Callback):
@@ -165,8 +168,8 @@ class Holding(Callback):
 class StepClock(Callback):
     """Writes down what a stage cost: seconds, tokens, peak memory, into `<stage>.cost.json`.
 
-    Seconds count the steps of this process only and the tokens are those it saw, so the rate of a
-    resumed stage is a rate of its last part.
+    Seconds count the steps of this command only and the tokens are those its processes saw, so the
+    rate of a resumed stage is a rate of its last part. Memory is the first process's.
     """
 
     def __init__(self, run: Run, stage: str) -> None:
@@ -187,6 +190,8 @@ class StepClock(Callback):
         self.steps += 1
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        seen = torch.tensor(self.tokens, device=trainer.strategy.root_device)
+        self.tokens = int(torch.as_tensor(trainer.strategy.reduce(seen, reduce_op="sum")))
         if trainer.is_global_zero and self.steps:
             storage.write_json(self.run.cost_file(self.stage), asdict(self.cost(trainer)))
 

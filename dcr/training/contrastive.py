@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning import LightningModule
 from torch import Tensor
 from torchmetrics import Metric
@@ -17,12 +16,7 @@ from dcr.data import NO_CLASS, PairBatch, PromptBatch
 from dcr.models import Policy
 from dcr.prompts import IGNORED
 from dcr.separability import kmeans_accuracy
-from dcr.training.resuming import ResumableModule, adamw, epoch_mean, rate_factor
-
-
-def ranks() -> int:
-    """How many processes train together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+from dcr.training.resuming import ResumableModule, adamw, epoch_mean, ranks, rate_factor
 
 
 def of_all_ranks(features: Tensor, labels: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,7 +70,7 @@ class KMeansAccuracy(Metric):
     full_state_update = False
 
     def __init__(self, seed: int = 0) -> None:
-        super().__init__()
+        super().__init__(sync_on_compute=False)  # every rank validates on all held-out rows
         self.seed = seed
         self.features: list[Tensor]
         self.labels: list[Tensor]
@@ -100,7 +94,15 @@ class PairMetrics(torch.nn.ModuleDict):
         super().__init__({name: epoch_mean() for name in names})
         self.margin, self.suffix = margin, suffix
 
-    def add(self, features: Tensor, labels: Tensor, circle: Tensor, floor: Tensor) -> None:
+    def add(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        circle: Tensor,
+        floor: Tensor,
+        counts: bool = True,
+    ) -> None:
+        """One batch; without weight where another rank `counts` the same rows."""
         pairs = losses.pair_statistics(features, labels, self.margin)
         batch = len(labels)
         summed = {  # over what, and of how many
@@ -113,7 +115,7 @@ class PairMetrics(torch.nn.ModuleDict):
         for name, (total, count) in summed.items():
             weight = torch.as_tensor(count, device=features.device)
             mean: Any = self[name]
-            mean.update(total.detach() / weight.clamp(min=1), weight=weight)
+            mean.update(total.detach() / weight.clamp(min=1), weight=weight * counts)
 
     def log_to(self, module: LightningModule) -> None:
         metric: Any
@@ -153,12 +155,14 @@ class ContrastiveModule(ResumableModule):
         circle, floor = self.circle(features.detach(), labels)  # measured whatever the loss is
         self.log(f"contrastive/step_{self.config.loss.value}", contrast)
         self.log("contrastive/step_circle", circle)
-        self.train_metrics.add(features, labels, circle, floor)
+        leads = self.global_rank == 0
+        self.train_metrics.add(features, labels, circle, floor, counts=leads)
         self.train_metrics.log_to(self)
         if self.anchored:
             nll = summed_over_ranks(nll)
             self.log("contrastive/step_nll", nll)
-            self.token_nll.update(nll, weight=summed_over_ranks(self.nll_tokens(batch)))
+            tokens = summed_over_ranks(self.nll_tokens(batch))
+            self.token_nll.update(nll, weight=tokens * leads)
             self.log("contrastive/nll", self.token_nll, on_step=False, on_epoch=True)
         return loss * ranks()  # whose gradients are averaged: of one loss, over the global batch
 

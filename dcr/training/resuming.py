@@ -16,17 +16,20 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 import torch
+import torch.distributed as dist
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import MeanMetric
 
 from dcr import batching, losses, models, storage
 from dcr.config import Schedule, UserError
 from dcr.prompts import IGNORED
+from dcr.training import sharding
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +70,11 @@ def faults_explained() -> Iterator[None]:
         ) from error
 
 
+def ranks() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def epoch_mean() -> MeanMetric:
     """The mean over an epoch, exact over uneven batches and ranks, where each value has a weight.
 
@@ -84,13 +92,13 @@ class ResumableModule(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.rows: tuple[str, ...] = ()  # ids of the rows in the current step
+        self.faulty: tuple[str, ...] = ()  # those of this rank in it whose loss is not finite
         self.strict_loading = False  # frozen weights are absent; on_load_checkpoint checks the rest
 
     def keep_metrics_in_checkpoints(self) -> None:
         """An epoch resumed in its middle still reports the mean over all of its steps."""
-        for metric in self.modules():
-            if isinstance(metric, Metric):
-                metric.persistent(True)
+        for _, metric in self._metrics():
+            metric.persistent(True)
 
     def hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Final-normed hidden states [batch, length, width]; no logits."""
@@ -102,6 +110,11 @@ class ResumableModule(LightningModule):
         where = targets != IGNORED
         readout = models.readout(self.model)
         return losses.token_nll(hidden[where], targets=targets[where], **readout)
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            assert self.device_mesh is not None
+            models.shard(self.model, self.device_mesh["data_parallel"])
 
     def on_fit_start(self) -> None:
         # from_pretrained returns evaluation mode and Lightning would keep it
@@ -118,7 +131,7 @@ class ResumableModule(LightningModule):
                 stack.enter_context(metric.sync_context())  # the sums of all ranks, not of one
             state = self.state_dict()
         for name in trainable:
-            if not torch.isfinite(state[name]).all():
+            if not torch.isfinite(models.whole(torch.linalg.vector_norm(state[name]))):
                 raise TrainingError(f"{name} is not finite {self._where()}: no checkpoint written")
         kept = trainable | self._metric_names(state)
         checkpoint["state_dict"] = {name: state[name] for name in state if name in kept}
@@ -134,8 +147,9 @@ class ResumableModule(LightningModule):
     def _trainable_names(self) -> set[str]:
         return {name for name, weight in self.named_parameters() if weight.requires_grad}
 
-    def _metrics(self) -> list[tuple[str, Metric]]:
-        return [(name, m) for name, m in self.named_modules() if isinstance(m, Metric)]
+    def _metrics(self) -> list[tuple[str, MeanMetric]]:
+        """All but those that keep every held-out row, of which there is none at a checkpoint."""
+        return [(name, m) for name, m in self.named_modules() if isinstance(m, MeanMetric)]
 
     def _metric_names(self, state: Mapping[str, Any]) -> set[str]:
         prefixes = tuple(f"{name}." for name, _ in self._metrics())
@@ -147,22 +161,34 @@ class ResumableModule(LightningModule):
         return f"at step {self.global_step}, rows {', '.join(named[:8])}{more}"
 
     def checked(self, loss: Tensor, rows: tuple[str, ...]) -> Tensor:
-        """The loss itself. Raises TrainingError with step and rows if it is not finite."""
+        """The loss itself. Raises TrainingError with step and rows if it is not finite.
+
+        Of several ranks none stops alone, for which the others would wait: `check_gradients` does.
+        """
         if not torch.isfinite(loss):
-            raise TrainingError(
-                f"loss is {loss.item()} {self._where(rows)}: lower the learning rate, or look at "
-                "these rows; the last checkpoint is kept"
-            )
+            if self.training and ranks() > 1:
+                self.faulty += rows
+                return loss
+            self._stop(f"loss is {loss.item()}", rows)
         return loss
 
     def check_gradients(self) -> None:
-        """Raises TrainingError before a gradient that is not finite reaches a weight."""
+        """Raises TrainingError, on every rank, before what is not finite reaches a weight."""
         grads = [p.grad for p in self.parameters() if p.grad is not None]
-        if grads and not torch.isfinite(torch.nn.utils.get_total_norm(grads)):
-            raise TrainingError(
-                f"gradient is not finite {self._where()}: lower the learning rate, or look at "
-                "these rows; the last checkpoint is kept"
-            )
+        norm = models.whole(torch.nn.utils.get_total_norm(grads)) if grads else torch.zeros(())
+        if ranks() > 1:
+            faulty: list[Any] = [()] * ranks()
+            dist.all_gather_object(faulty, self.faulty)
+            if rows := tuple(row for rows in faulty for row in rows):
+                self._stop("loss is not finite", rows)
+        if not torch.isfinite(norm):
+            self._stop("gradient is not finite")
+
+    def _stop(self, what: str, rows: tuple[str, ...] = ()) -> NoReturn:
+        raise TrainingError(
+            f"{what} {self._where(rows)}: lower the learning rate, or look at these rows; the last "
+            "checkpoint is kept"
+        )
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.check_gradients()
@@ -205,7 +231,7 @@ def adamw(
 def bit_sums(module: torch.nn.Module) -> list[int]:
     """A number for each trainable weight that changes with any of its bits."""
     whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    weights = (p.detach() for p in module.parameters() if p.requires_grad)
+    weights = (models.whole(p.detach()) for p in module.parameters() if p.requires_grad)
     return [int(w.view(whole[w.element_size()]).sum(dtype=torch.int64)) for w in weights]
 
 
@@ -221,16 +247,25 @@ class StepSeed(Callback):
 
 
 class VerifiedCheckpointIO(CheckpointIO):
-    """Atomic writes with a checksum; loads tensors and plain values only, never pickled code."""
+    """Atomic writes with a checksum; loads tensors and plain values only, never pickled code.
+
+    Of a `module` whose weights are sharded each process writes its own, into a folder.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.module = module
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
         target = Path(path)
-        for place in (target, _checksum_file(target)):
-            if place.is_dir():  # whatever it is, no checkpoint
-                shutil.rmtree(place)
         try:
+            if sharding.is_sharded(self.module):
+                sharding.write(checkpoint, target, self.module)
+                return
+            for place in (target, _checksum_file(target)):
+                if place.is_dir():  # whatever it is, no checkpoint of ours
+                    shutil.rmtree(place)
             with storage.replaced_file(target) as file:
                 summed = _Summed(file)
                 torch.save(checkpoint, summed)  # pyright: ignore[reportArgumentType]  # only writes
@@ -246,7 +281,10 @@ class VerifiedCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        if Path(path).is_dir():
+            return sharding.read(Path(path), self.module)
+        whole = torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        return sharding.sharded_alike(whole, self.module)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         for place in (Path(path), _checksum_file(Path(path))):
@@ -276,24 +314,25 @@ def _checksum_file(checkpoint: Path) -> Path:
 
 def _is_whole(checkpoint: Path) -> bool:
     try:
+        if checkpoint.is_dir():
+            storage.check_checksums(checkpoint, expected=False)
+            return (checkpoint / storage.CHECKSUMS).is_file()
         known = _checksum_file(checkpoint).read_bytes().strip()
         return known == storage.sha256(checkpoint).encode()
-    except OSError:  # not there, a folder, not to be read
+    except (OSError, UserError):  # not there, not to be read, or another file's
         return False
 
 
 def _fits(checkpoint: Path, module: torch.nn.Module) -> bool:
     """Whether a whole file is a checkpoint of this stage: its weights, their moments, its step."""
-    weights = {n: p.shape for n, p in module.named_parameters() if p.requires_grad}
-    try:  # on the meta device, where names and shapes alone are read
-        held = torch.load(checkpoint, map_location="meta", weights_only=True, mmap=True)
-        (optimizer,) = held["optimizer_states"]
-        moments = [moment["exp_avg"].shape for _, moment in sorted(optimizer["state"].items())]
+    try:
+        held, shapes, wanted = sharding.shapes(checkpoint, module)
         return (
             held["global_step"] == step_of(checkpoint)
             and held.keys() >= {"epoch", "loops", "lr_schedulers", "callbacks"}
-            and {n: held["state_dict"][n].shape for n in weights} == weights
-            and moments == list(weights.values())
+            and shapes == wanted
+            # each of a weight and its moments
+            and len(held["optimizer_states"][0]["state"]) == len(wanted) // 3
         )
     # torch.load alone raises half a dozen kinds for a file that it did not write
     except Exception:

@@ -12,15 +12,26 @@ from lightning import Callback, Trainer
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor
 
 from dcr import data, models, prompts, runs, storage
-from dcr.config import Adapter, ConfigError, Method, Precision, Stage, TrainConfig, block_of
+from dcr.config import (
+    FSDP,
+    Adapter,
+    ConfigError,
+    Method,
+    Precision,
+    Stage,
+    TrainConfig,
+    block_of,
+)
 from dcr.data import SafetyData, Splits
 from dcr.models import Policy
 from dcr.prompts import ChatFormat
 from dcr.runs import Run
 from dcr.storage import Lease
-from dcr.training import callbacks, readout, resuming, tracking
+from dcr.training import callbacks, readout, resuming, sharding, tracking
 from dcr.training.contrastive import ContrastiveModule
 from dcr.training.sft import SFTModule
 
@@ -66,6 +77,16 @@ def check(settings: TrainConfig, rows: Splits, wanted: Sequence[Stage]) -> None:
             f"sft.contrast.weight={settings.sft.contrast.weight} sft.from_block={first_block}: no "
             f"weight up to stage one's block {block} is trained; leave one out"
         )
+    if (
+        settings.trainer.strategy == FSDP
+        and Stage.contrastive in wanted
+        and settings.dcr.train_embeddings
+        and facts.tied
+    ):
+        raise ConfigError(
+            "trainer.strategy=fsdp dcr.train_embeddings=true: the embeddings are the head as well, "
+            "which cannot be split between the two; leave them frozen, or use trainer.strategy=ddp"
+        )
     chat = prompts.chat_format(models.open_tokenizer(settings.model), settings.model)
     for stage in wanted:
         first = stage is Stage.contrastive
@@ -83,37 +104,32 @@ def check(settings: TrainConfig, rows: Splits, wanted: Sequence[Stage]) -> None:
 def train_contrastive(job: Job) -> None:
     """Stage one: from the base model to `contrastive/`."""
     settings, run = job.settings, job.run
-    policy = models.open_policy(settings.model, settings.dcr.precision, settings.seed)
+    policy = _contrastive_start(job)
     _claim_base(job, Stage.contrastive, policy)
-    if settings.dcr.adapter is Adapter.lora:
-        adapted = models.add_lora(policy.model, settings.dcr.lora, settings.seed, blocks=job.block)
-        policy = Policy(adapted, policy.tokenizer, policy.name)
     chat = prompts.chat_format(policy.tokenizer, settings.model)
     batches = _batches(job, Stage.contrastive, chat)
     total = batches.steps_per_epoch * settings.dcr.epochs
     module = ContrastiveModule(policy, settings.dcr, job.block, total)
     seen = _measuring(job, Stage.contrastive, policy, chat, total)
     with _fitted(job, Stage.contrastive, module, batches, total, *seen) as writes:
-        if settings.dcr.adapter is Adapter.lora:
-            policy = Policy(policy.model.merge_and_unload(), policy.tokenizer, policy.name)
+        trained = models.trained(policy.model)
         if writes:
+            policy = _whole(job, policy, trained, _contrastive_start)
+            if settings.dcr.adapter is Adapter.lora:
+                policy = Policy(policy.model.merge_and_unload(), policy.tokenizer, policy.name)
             models.save_full(policy, run.stage("contrastive"))
 
 
 def train_sft(job: Job) -> None:
     """Stage two: from the base model (STL, STL-aug) or `contrastive/` (DCR) to `sft/`."""
     settings, run = job.settings, job.run
-    policy = _sft_start(settings, run)
+    policy = _sft_start(job)
     _claim_base(job, Stage.sft, policy)
     output_rows = models.head(policy.model).weight.detach()
     chat = prompts.chat_format(
         policy.tokenizer, settings.model, settings.sft.terminator, output_rows
     )
     base = policy.name
-    adapted = models.add_lora(
-        policy.model, settings.sft.lora, settings.seed, first=settings.sft.from_block
-    )
-    policy = Policy(adapted, policy.tokenizer, policy.name)
     batches = _batches(job, Stage.sft, chat)
     if batches.rows.too_long:
         log.warning(
@@ -127,7 +143,9 @@ def train_sft(job: Job) -> None:
     snapshots = callbacks.Snapshots(run, policy, base, steps)
     seen = _measuring(job, Stage.sft, policy, chat, total)
     with _fitted(job, Stage.sft, module, batches, total, snapshots, *seen) as writes:
+        trained = models.trained(policy.model)
         if writes:
+            policy = _whole(job, policy, trained, _sft_start)
             if settings.sft.readout.steps:
                 record = readout.read_out(policy, chat, job.rows, settings.sft, settings.seed)
                 storage.write_json(run.readout_file, record)
@@ -149,14 +167,43 @@ def _batches(job: Job, stage: Stage, chat: ChatFormat) -> SafetyData:
     return SafetyData(stage, job.rows, chat, job.settings, context)
 
 
-def _sft_start(settings: TrainConfig, run: Run) -> Policy:
+def _contrastive_start(job: Job) -> Policy:
+    settings = job.settings
+    policy = models.open_policy(settings.model, settings.dcr.precision, settings.seed)
+    if settings.dcr.adapter is not Adapter.lora:
+        return policy
+    adapted = models.add_lora(policy.model, settings.dcr.lora, settings.seed, blocks=job.block)
+    return Policy(adapted, policy.tokenizer, policy.name)
+
+
+def _sft_start(job: Job) -> Policy:
+    settings = job.settings
     if settings.method is not Method.dcr:
-        return models.open_policy(settings.model, settings.sft.precision, settings.seed)
-    return models.open_folder(
-        str(run.stage("contrastive")),
-        settings.sft.precision,
-        trust_remote_code=settings.model.trust_remote_code,
+        policy = models.open_policy(settings.model, settings.sft.precision, settings.seed)
+    else:
+        policy = models.open_folder(
+            str(job.run.stage("contrastive")),
+            settings.sft.precision,
+            trust_remote_code=settings.model.trust_remote_code,
+        )
+    adapted = models.add_lora(
+        policy.model, settings.sft.lora, settings.seed, first=settings.sft.from_block
     )
+    return Policy(adapted, policy.tokenizer, policy.name)
+
+
+def _whole(
+    job: Job, policy: Policy, trained: dict[str, Tensor], start: Callable[[Job], Policy]
+) -> Policy:
+    """The policy as one process has it: opened again, where it is sharded, with what was trained.
+
+    Its modules would wait for the other processes in every forward pass.
+    """
+    if not sharding.is_sharded(policy.model):
+        return policy
+    policy = start(job)
+    policy.model.load_state_dict(trained, strict=False)
+    return policy
 
 
 def _claim_base(job: Job, stage: Stage, policy: Policy) -> None:
@@ -184,7 +231,7 @@ def _fitted(
         log.info("%s: going on after step %d of %d", stage.value, step, total)
     if job.lease:
         runs.forget_metrics_beyond(job.run, stage.value, step)
-    trainer = _trainer(job, stage, total, total // batches.steps_per_epoch, between)
+    trainer = _trainer(job, stage, module, total, total // batches.steps_per_epoch, between)
     start = resuming.bit_sums(module)
     with resuming.faults_explained():
         trainer.fit(module, datamodule=batches, ckpt_path=checkpoint, weights_only=True)
@@ -203,9 +250,17 @@ def _fitted(
 
 
 def _trainer(
-    job: Job, stage: Stage, total: int, epochs: int, between: Sequence[Callback]
+    job: Job,
+    stage: Stage,
+    module: resuming.ResumableModule,
+    total: int,
+    epochs: int,
+    between: Sequence[Callback],
 ) -> Trainer:
     settings, options = job.settings, job.settings.trainer
+    strategy: str | Strategy = options.strategy
+    if strategy == FSDP:
+        strategy = sharding.Sharded(options.devices * options.num_nodes)
     contrastive = stage is Stage.contrastive
     precision = settings.dcr.precision if contrastive else settings.sft.precision
     bar = callbacks.Progress(stage.value, total, STEP_LOSS[stage])
@@ -225,12 +280,12 @@ def _trainer(
         accelerator=options.accelerator,
         devices=options.devices,
         num_nodes=options.num_nodes,
-        strategy=options.strategy,
+        strategy=strategy,
         precision=LIGHTNING_PRECISION[precision],  # pyright: ignore[reportArgumentType]
         max_epochs=epochs,
         logger=[callbacks.RunLogger(job.run, stage.value), *job.loggers],
         callbacks=followed,
-        plugins=[resuming.VerifiedCheckpointIO(), *_slurm()],
+        plugins=[resuming.VerifiedCheckpointIO(module), *_slurm()],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

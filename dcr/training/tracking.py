@@ -1,6 +1,7 @@
 """The paper's quantities as curves over a stage: refusal probability and kernel at chosen steps."""
 
 import copy
+import functools
 import shutil
 import time
 from collections.abc import Mapping
@@ -122,9 +123,9 @@ class Tracker(Callback):
 def _refusal_probability(
     policy: Policy, chat: ChatFormat, rows: ByKind, tracked: Tracked, _: Path
 ) -> dict[str, Any]:
-    return weights.refusal_probability(
-        policy, chat, rows, tracked.alone, tracked.config.refusal_prob, tracked.seed
-    )
+    phrases = tracked.config.refusal_prob.phrases
+    read = functools.partial(weights.probabilities, policy, chat, phrases)
+    return weights.refusal_probability(read, rows, tracked.alone, phrases, tracked.seed)
 
 
 def _probabilities(block: Mapping[str, Any]) -> dict[str, float]:
