@@ -113,6 +113,7 @@ def _quieten() -> None:
     for name in (
         "lightning.pytorch.trainer.connectors.signal_connector",  # a signal has one line, ours
         "lightning.fabric.utilities.seed",
+        "lightning.fabric.utilities.distributed",
     ):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")

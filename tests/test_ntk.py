@@ -118,7 +118,7 @@ def test_padding_batches_and_budget_change_nothing(
         sweeps.append(len(chosen))
         return collect(model, chosen, *rest)
 
-    monkeypatch.setattr("dcr.ntk.exact.collect", counted)
+    monkeypatch.setattr("dcr.ntk.empirical.collect", counted)
     small = dataclasses.replace(settings, budget_gib=1e-4)
     split = ntk.measure(model, PROMPTS, small).blocks
     assert len(sweeps) > 1

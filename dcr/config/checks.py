@@ -215,11 +215,8 @@ def _of_training(config: TrainConfig) -> Iterator[str]:
 
 
 def _of_several_processes(config: TrainConfig) -> Iterator[str]:
-    trainer = config.trainer
-    strategy, processes = (
-        f"trainer.strategy={trainer.strategy}",
-        trainer.devices * trainer.num_nodes,
-    )
+    trainer, strategy = config.trainer, f"trainer.strategy={config.trainer.strategy}"
+    processes = trainer.devices * trainer.num_nodes
     if trainer.strategy not in STRATEGIES:
         yield f"{strategy}: choose one of {', '.join(STRATEGIES)}"
     if trainer.accelerator == "mps" and (processes > 1 or trainer.strategy != "auto"):

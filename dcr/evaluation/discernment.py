@@ -3,6 +3,7 @@
 The mass is read off answers as they are generated, or in one forward pass a prompt without any.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from dcr.config import ConfigError, EvalConfig, HTTPConfig, Kind, ServerConfig
 from dcr.endpoints import EndpointError, Reply
 from dcr.evaluation import subjects
 from dcr.evaluation.sets import APART, PromptSet, pairs_of, set_name
+from dcr.evaluation.subjects import Among
 from dcr.models import Policy
 from dcr.prompts import ChatFormat
 from dcr.sources import Example
@@ -46,16 +48,24 @@ class ShownOpening:
 
 
 def openings(
-    settings: EvalConfig, policy: Callable[[], Policy], asked: Sequence[PromptSet], folder: Path
+    settings: EvalConfig,
+    policy: Callable[[], Policy],
+    asked: Sequence[PromptSet],
+    folder: Path,
+    among: Among | None = None,
 ) -> dict[str, list[Opening]]:
     """Those of every prompt, kept in `folder`; only what is missing is read, by `policy()`.
 
-    Raises DataError for a prompt longer than the model's context.
+    Or by the processes `among` which the prompts are then shared. Raises DataError for a prompt
+    longer than the model's context.
     """
 
     def ask(rows: list[Example]) -> Iterator[list[Opening]]:
         return read(policy(), prompts.chat_format(policy().tokenizer, settings.model), rows)
 
+    if among is not None:
+        cut, work = (functools.partial(f, settings) for f in (_cut, _all_read))
+        ask = functools.partial(among.shared, cut, work)
     return subjects.kept(
         asked, ask, folder / "openings", Opening, "reading", settings.trainer.progress
     )
@@ -110,6 +120,22 @@ def check_shown(server: ServerConfig, http: HTTPConfig) -> None:
         )
 
 
+def _cut(
+    settings: EvalConfig, policy: Callable[[], Policy], rows: list[Example], _processes: int
+) -> list[list[Example]]:
+    chat = prompts.chat_format(policy().tokenizer, settings.model)
+    encoded = [chat.prompt_ids(row.prompt) for row in rows]
+    batches = refusal.opening_batches(policy().model, encoded)
+    return [[rows[place] for place in places] for places in batches]
+
+
+def _all_read(
+    settings: EvalConfig, policy: Callable[[], Policy], rows: list[Example]
+) -> list[Opening]:
+    chat = prompts.chat_format(policy().tokenizer, settings.model)
+    return [opening for batch in read(policy(), chat, rows) for opening in batch]
+
+
 def read(policy: Policy, chat: ChatFormat, rows: Sequence[Example]) -> Iterator[list[Opening]]:
     """The openings of rows as a model here gives them, in any order.
 
@@ -130,6 +156,7 @@ def measured(
     asked: Sequence[PromptSet],
     in_distribution: Sequence[str],
     folder: Path,
+    among: Among | None = None,
 ) -> dict[str, Any] | None:
     """`block` of one forward pass a prompt, or of one answer token of an endpoint."""
     if settings.endpoint is not None:
@@ -139,7 +166,7 @@ def measured(
             for side in ("mass", "most")
         )
         return block(asked, least, in_distribution, settings.seed, most)
-    by_set = openings(settings, policy, asked, folder)
+    by_set = openings(settings, policy, asked, folder, among)
     masses = {name: {opening.id: opening.mass for opening in read} for name, read in by_set.items()}
     return block(asked, masses, in_distribution, settings.seed)
 

@@ -1,6 +1,5 @@
 """All that is measured of one subject, and what `metrics.json` keeps of it."""
 
-import functools
 import logging
 import time
 from collections.abc import Mapping
@@ -8,14 +7,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from dcr import activations, config, endpoints, judges, models, results, runs, steering, storage
+from dcr import batching, config, endpoints, judges, models, results, runs, steering, storage
 from dcr.config import ConfigError, EvalConfig, Kind, Steering, Task
 from dcr.evaluation import ability, calibration, discernment, quality, scoring, subjects
 from dcr.evaluation.sets import Prompts
 from dcr.evaluation.subjects import Answers, Subject
 from dcr.evaluation.weights import MEASURED, TRUNK, Work
-from dcr.models import Policy
-from dcr.prompts import chat_format
+from dcr.evaluation.workers import Workers
 from dcr.runs import Run
 
 log = logging.getLogger(__name__)
@@ -35,6 +33,7 @@ ALONE = (
 
 def check(settings: EvalConfig, run: Run) -> None:
     """Raises a UserError for all that can be known wrong before a model is loaded."""
+    batching.check_devices(settings.trainer.accelerator, settings.trainer.devices)
     judges.check(settings.judge, settings)
     if settings.endpoint is not None:
         endpoints.check_served(subjects.server_of(settings), "endpoint")
@@ -73,7 +72,7 @@ def measure(
     began = time.perf_counter()
     blocks: dict[str, Any] = {}
     with ExitStack() as stack:
-        policy = _opener(settings, run, subject, stack, folder)
+        policy = subjects.opener(settings, run, subject, stack, folder)
         if settings.calibrate is not None:
             edits = folder / "steering.json"
             subject, record = calibration.calibrated(settings, subject, policy, folder)
@@ -81,16 +80,19 @@ def measure(
             folder = subjects.answers_folder(settings, run, subject)
             if edits.is_file():
                 storage.write_bytes(folder / edits.name, edits.read_bytes())
+        among = None
+        if settings.trainer.devices > 1:
+            among = stack.enter_context(Workers(settings, run, subject, folder))
         if Task.discernment in settings.tasks:  # first: an endpoint may not be able to
             trained_on = run.record().get("in_distribution", [])
             blocks["discernment"] = discernment.measured(
-                settings, policy, prompts.ranked, trained_on, folder
+                settings, policy, prompts.ranked, trained_on, folder, among
             )
             _write(settings, run, subject, folder, blocks, began)
-        given = subjects.answers(settings, subject, prompts.sets, folder, policy)
+        given = subjects.answers(settings, subject, prompts.sets, folder, policy, among)
         subjects.check_answered(prompts.sets, given)
         before = _kept(folder, {})
-        work = Work(settings, run, policy, folder, prompts.kinds, prompts.refused, before)
+        work = Work(settings, run, policy, folder, prompts.kinds, prompts.refused, before, among)
         for task, measured in MEASURED.items():
             if task in settings.tasks:
                 blocks[task.value] = measured(work)
@@ -129,28 +131,6 @@ def _write(
     _set_aside(folder, origin["settings"])
     results.write(folder / "metrics.json", metrics)
     return metrics
-
-
-def _opener(
-    settings: EvalConfig, run: Run, subject: Subject, stack: ExitStack, folder: Path
-) -> Any:
-    """Opens the weights, under the edits asked for, when they are first needed; then remembers."""
-
-    @functools.cache
-    def opened() -> Policy:
-        policy = subjects.opened(settings, subject)
-        if steering.acts(settings.steering):
-            chat = chat_format(policy.tokenizer, settings.model)
-            vectors = run.folder / "steering"
-            steered = steering.steer(
-                policy, chat, settings.data, settings.steering, settings.seed, folder=vectors
-            )
-            stack.enter_context(activations.edited(policy.model, steered.edits))
-            # at once: another command will find all answers here and open nothing
-            storage.write_json(folder / "steering.json", steered.record)
-        return policy
-
-    return opened
 
 
 # --- what stays of earlier commands ---------------------------------------------------------------

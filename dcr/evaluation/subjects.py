@@ -7,13 +7,25 @@ import functools
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from tqdm.auto import tqdm
 
-from dcr import batching, data, endpoints, generation, models, prompts, refusal, steering, storage
+from dcr import (
+    activations,
+    batching,
+    data,
+    endpoints,
+    generation,
+    models,
+    prompts,
+    refusal,
+    steering,
+    storage,
+)
 from dcr.config import (
     AUTO_LENGTH,
     EMBEDDED_MODEL,
@@ -29,6 +41,7 @@ from dcr.config import (
 from dcr.evaluation.sets import PromptSet
 from dcr.generation import Completion, OpeningBias
 from dcr.models import Policy
+from dcr.prompts import ChatFormat
 from dcr.runs import Run
 from dcr.sources import Example
 
@@ -182,6 +195,26 @@ def opened(settings: EvalConfig, subject: Subject) -> Policy:
     return policy
 
 
+def opener(settings: EvalConfig, run: Run, subject: Subject, stack: ExitStack, folder: Path) -> Any:
+    """Opens the weights, under the edits asked for, when they are first needed; then remembers."""
+
+    @functools.cache
+    def remembered() -> Policy:
+        policy = opened(settings, subject)
+        if steering.acts(settings.steering):
+            chat = prompts.chat_format(policy.tokenizer, settings.model)
+            vectors = run.folder / "steering"
+            steered = steering.steer(
+                policy, chat, settings.data, settings.steering, settings.seed, folder=vectors
+            )
+            stack.enter_context(activations.edited(policy.model, steered.edits))
+            # at once: another command will find all answers here and open nothing
+            storage.write_json(folder / "steering.json", steered.record)
+        return policy
+
+    return remembered
+
+
 def trained_texts(run: Run) -> dict[str, list[str]]:
     """All that a run was trained on, by source; empty, with a warning, where a source has changed.
 
@@ -203,14 +236,54 @@ def answers(
     asked: Sequence[PromptSet],
     folder: Path,
     policy: Callable[[], Policy],
+    among: "Among | None" = None,
 ) -> Answers:
-    """The subject's completions of every set, kept in `folder`; only what is missing is asked."""
+    """The subject's completions of every set, kept in `folder`; only what is missing is asked.
+
+    Of this process, or of those `among` which the rows are then shared.
+    """
     ask = functools.partial(answer, settings, subject, policy)
+    if among is not None:
+        cut = functools.partial(cut_answers, settings, subject)
+        work = functools.partial(all_answers, settings, subject)
+        ask = functools.partial(among.shared, cut, work)
     with endpoints.recorded(folder):
         given = kept(asked, ask, folder, Completion, "generating", settings.trainer.progress)
     if subject.weights == "endpoint":
         put_in_order(asked, folder, Completion)
     return given
+
+
+class Among(Protocol):
+    """Processes that share rows, `workers.Workers`."""
+
+    def shared(self, cut: Any, work: Any, rows: list[Any]) -> Iterator[Any]: ...
+
+    def each(self, function: Any, givens: Sequence[tuple[Any, ...]]) -> Iterator[Any]: ...
+
+
+def cut_answers(
+    settings: EvalConfig,
+    subject: Subject,
+    policy: Callable[[], Policy],
+    rows: list[Example],
+    processes: int,
+) -> list[list[Example]]:
+    """The batches in which so many processes answer the rows."""
+    chat = _chat(settings, policy())
+    return generation.cut(policy(), chat, rows, settings.gen, processes)
+
+
+def all_answers(
+    settings: EvalConfig, subject: Subject, policy: Callable[[], Policy], rows: list[Example]
+) -> list[Completion]:
+    """What `answer` gives, at once."""
+    return [each for batch in answer(settings, subject, policy, rows) for each in batch]
+
+
+def _chat(settings: EvalConfig, policy: Policy) -> ChatFormat:
+    chat = prompts.chat_format(policy.tokenizer, settings.model)
+    return replace(chat, prefill=settings.gen.prefill or "")
 
 
 def answer(
@@ -221,8 +294,7 @@ def answer(
         return generation.complete_remote(
             server_of(settings), settings.http, rows, settings.gen, settings.model.system_prompt
         )
-    chat = prompts.chat_format(policy().tokenizer, settings.model)
-    chat = replace(chat, prefill=settings.gen.prefill or "")
+    chat = _chat(settings, policy())
     openings = refusal.refusal_openings(chat)
     return generation.complete(
         policy(),

@@ -5,6 +5,8 @@ Refusal probability, empirical NTK and separability take prompts by kind and giv
 trains. `MEASURED` is the table of tasks.
 """
 
+import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
@@ -20,45 +22,54 @@ from dcr.config import (
     EvalConfig,
     KernelConfig,
     Kind,
-    RefusalProbabilityConfig,
+    Phrases,
     Task,
 )
 from dcr.evaluation import ability, sets, subjects
 from dcr.evaluation.sets import ByKind
+from dcr.evaluation.subjects import Among
 from dcr.models import Policy
 from dcr.prompts import ChatFormat, chat_format
 from dcr.runs import Run
 from dcr.sources import Example
 from dcr.text import normalise
 
+Probability = dict[str, float]  # `plain` and `prefix_free`, of one prompt
+
+
+def probabilities(
+    policy: Policy, chat: ChatFormat, phrases: Phrases, prompts: Sequence[str]
+) -> list[Probability]:
+    """A.5 of every prompt: the plain sum and the prefix-free probability."""
+    encoded, chosen = (
+        [chat.prompt_ids(prompt) for prompt in prompts],
+        refusal.PHRASES[phrases.value],
+    )
+    both = refusal.probabilities(policy.model, chat.tokenizer, encoded, chosen)
+    pairs = zip(*(each.tolist() for each in both), strict=True)
+    return [{"plain": plain, "prefix_free": prefix_free} for plain, prefix_free in pairs]
+
 
 def refusal_probability(
-    policy: Policy,
-    chat: ChatFormat,
+    read: Callable[[list[str]], list[Probability]],
     rows: ByKind,
     alone: Mapping[Kind, Example],
-    settings: RefusalProbabilityConfig,
+    phrases: Phrases,
     seed: int,
 ) -> dict[str, Any]:
-    """A.5 on every prompt: the plain sum and the prefix-free probability.
+    """What `read` says of every prompt, as `probabilities` does.
 
     `kinds` has means with 95% bootstrap intervals over prompts, `followed` the prompts `alone`,
     `values` every prompt by id.
     """
     flat = [(kind.value, row) for kind, part in rows.items() for row in part]
-    prompts = [row.prompt for row in (*(row for _, row in flat), *alone.values())]
-    phrases = refusal.PHRASES[settings.phrases.value]
-    plain, prefix_free = refusal.probabilities(
-        policy.model, chat.tokenizer, [chat.prompt_ids(prompt) for prompt in prompts], phrases
-    )
-    both = zip(plain.tolist(), prefix_free.tolist(), strict=True)
-    values = [{"plain": one, "prefix_free": other} for one, other in both]
+    values = read([row.prompt for row in (*(row for _, row in flat), *alone.values())])
     every = [
         {"id": row.id, "kind": kind} | of
         for (kind, row), of in zip(flat, values[: len(flat)], strict=True)
     ]
     return {
-        "phrases": settings.phrases.value,
+        "phrases": phrases.value,
         "kinds": {kind.value: _means(every, kind.value, seed) for kind in rows},
         "followed": {
             kind.value: {"id": row.id} | of
@@ -77,7 +88,13 @@ def _means(every: Sequence[Mapping[str, Any]], kind: str, seed: int) -> dict[str
 
 
 def kernel(
-    policy: Policy, chat: ChatFormat, rows: ByKind, settings: KernelConfig, seed: int, folder: Path
+    policy: Policy,
+    chat: ChatFormat,
+    rows: ByKind,
+    settings: KernelConfig,
+    seed: int,
+    folder: Path,
+    among: Among | None = None,
 ) -> dict[str, Any]:
     """A.6 for every choice of parameters: 3×3 means by kind, `[observer][trained]`, with intervals.
 
@@ -97,7 +114,8 @@ def kernel(
             method=method,
             budget_gib=settings.budget_gib,
         )
-        measured = ntk.measure(policy.model, encoded, chosen, ids=ids)
+        share = None if among is None else functools.partial(among.each, _collected)
+        measured = ntk.measure(policy.model, encoded, chosen, ids=ids, share=share)
         name = params.replace(":", "-") + ("" if settings.head else "-headless")
         _keep(measured, folder / "kernel" / f"{name}.safetensors")
         matrix = ntk.normalised(measured.norms, normalise)
@@ -117,6 +135,10 @@ def kernel(
     }
 
 
+def _collected(policy: Callable[[], Policy], *given: Any) -> Any:
+    return ntk.collected(policy().model.float(), *given)
+
+
 def _keep(measured: ntk.Kernel, file: Path) -> None:
     tensors = {"norms": measured.norms, "tokens": measured.tokens.to(torch.int64)}
     whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
@@ -131,6 +153,7 @@ def _finite(cell: object) -> list[float | None]:
 # --- task by task ---------------------------------------------------------------------------------
 
 
+Numbered = tuple[int, str]  # a prompt and its place
 TRUNK = "trunk"  # among claims.params: the blocks up to the layer whose states are read
 
 
@@ -145,6 +168,7 @@ class Work:
     kinds: ByKind
     refused: Sequence[Example]
     before: Mapping[str, Any]  # what `metrics.json` holds of an earlier command
+    among: Among | None = None  # the processes that prompts are shared among
 
     def drawn(self, count: int | None) -> dict[Kind, list[Example]]:
         """So many prompts of each kind of `data.analysis`; None: all."""
@@ -161,6 +185,15 @@ class Work:
 
     def chat(self) -> ChatFormat:
         return chat_format(self.policy().tokenizer, self.settings.model)
+
+    def probabilities(self, prompts: list[str]) -> list[Probability]:
+        """Refusal probabilities, read here or by the processes."""
+        if self.among is None:
+            phrases = self.settings.refusal_prob.phrases
+            return probabilities(self.policy(), self.chat(), phrases, prompts)
+        cut, read = (functools.partial(function, self.settings) for function in (_cut, _read))
+        found = dict(itertools.chain(*self.among.shared(cut, read, list(enumerate(prompts)))))
+        return [found[place] for place in range(len(prompts))]
 
     def widened(self) -> Policy:
         """In fp32, which products of gradients need."""
@@ -183,14 +216,33 @@ def _ability(work: Work) -> dict[str, Any]:
 def _refusal_probability(work: Work) -> dict[str, Any]:
     options, seed = work.settings.refusal_prob, work.settings.seed
     alone, rows = sets.followed(work.kinds), work.drawn(options.prompts)
-    block = refusal_probability(work.policy(), work.chat(), rows, alone, options, seed)
+    block = refusal_probability(work.probabilities, rows, alone, options.phrases, seed)
     return block | {"trained_on": work.trained_on(rows)}
+
+
+def _cut(
+    settings: EvalConfig, policy: Callable[[], Policy], numbered: list[Numbered], _processes: int
+) -> list[list[Numbered]]:
+    chat, phrases = chat_format(policy().tokenizer, settings.model), settings.refusal_prob.phrases
+    encoded = [chat.prompt_ids(prompt) for _, prompt in numbered]
+    chosen = refusal.PHRASES[phrases.value]
+    batches = refusal.probability_batches(policy().model, chat.tokenizer, encoded, chosen)
+    return [[numbered[place] for place in places] for places in batches]
+
+
+def _read(
+    settings: EvalConfig, policy: Callable[[], Policy], numbered: list[Numbered]
+) -> list[tuple[int, Probability]]:
+    chat, phrases = chat_format(policy().tokenizer, settings.model), settings.refusal_prob.phrases
+    values = probabilities(policy(), chat, phrases, [prompt for _, prompt in numbered])
+    return [(place, value) for (place, _), value in zip(numbered, values, strict=True)]
 
 
 def _kernel(work: Work) -> dict[str, Any]:
     options, policy = work.settings.entk, work.widened()
     rows = work.drawn(options.prompts)
-    block = kernel(policy, work.chat(), rows, options, work.settings.seed, work.folder)
+    seed = work.settings.seed
+    block = kernel(policy, work.chat(), rows, options, seed, work.folder, work.among)
     before = work.before.get("kernel", {})
     alike = all(before.get(key) == value for key, value in block.items() if key != "params")
     params = before["params"] | block["params"] if alike else block["params"]

@@ -12,6 +12,7 @@ from dcr.generation.local import (
     check_context,
     complete,
     continued,
+    cut,
     greedy,
     prompt_bytes,
 )

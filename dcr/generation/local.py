@@ -5,6 +5,7 @@ A batch is decoded as a whole by transformers' `generate`, until its longest ans
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -71,17 +72,39 @@ def complete(
     Raises DataError for a prompt longer than the model's context, and ConfigError where Self-CD
     cannot be done with the model or its template.
     """
+    waiting, size = _waiting(policy, chat, rows, settings)
+    decode = functools.partial(_decoded, policy, chat, settings, score, bias, decided)
+    yield from batching.halving(waiting, size, "gen.batch_size", decode)
+
+
+def cut(
+    policy: Policy, chat: ChatFormat, rows: Sequence[Example], settings: GenConfig, processes: int
+) -> list[list[Example]]:
+    """The batches that `complete` makes of the rows; without a given size enough for all processes.
+
+    Raises DataError and ConfigError as `complete` does.
+    """
+    waiting, size = _waiting(policy, chat, rows, settings)
+    if settings.batch_size is None:
+        size = min(size, math.ceil(len(waiting) / processes)) or 1
+    firsts = range(0, len(waiting), size)
+    return [[row for row, _ in waiting[first : first + size]] for first in firsts]
+
+
+def _waiting(
+    policy: Policy, chat: ChatFormat, rows: Sequence[Example], settings: GenConfig
+) -> tuple[list[Encoded], int]:
+    """The rows in the order in which they are answered, and how many of them at once."""
     waiting = [(row, chat.prompt_ids(row.prompt)) for row in rows]
     waiting.sort(key=lambda pair: (-len(pair[1]), pair[0].id))
     if not waiting:
-        return
+        return [], 1
     read = self_cd.emphasised(policy, chat, waiting) if settings.self_cd else waiting
     check_context(policy, read, settings.most)
     longest = max(len(ids) for _, ids in read)
     size = settings.batch_size or _fitting(policy, longest, settings)
     log.info("%d prompts, the longest of %d tokens: %d at once", len(waiting), longest, size)
-    decode = functools.partial(_decoded, policy, chat, settings, score, bias, decided)
-    yield from batching.halving(waiting, size, "gen.batch_size", decode)
+    return waiting, size
 
 
 def _fitting(policy: Policy, longest: int, settings: GenConfig) -> int:

@@ -7,6 +7,7 @@
 from dcr.ntk.empirical import (
     Kernel,
     Settings,
+    collected,
     kernel,
     kind_mean,
     log_probability_change,

@@ -1,7 +1,7 @@
 """The kernel of a model between prompts: measured, what it takes, and what is read off it."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,9 @@ from dcr.ntk.exact import (
     GIB,
     Batch,
     Blocks,
+    Collected,
     batches,
+    collect,
     exact,
     gradient,
     graph_bytes,
@@ -46,6 +48,9 @@ class Settings:
     batch_size: int = 8
     budget_gib: float = 8.0
     epsilon: float = 1e-3
+
+
+Job = tuple[Sequence[Sequence[int]], Settings, int, int, Tensor | None]  # of `collected`
 
 
 @dataclass(frozen=True)
@@ -96,11 +101,14 @@ def measure(
     *,
     ids: Sequence[str] | None = None,
     tokens: Int[Tensor, "prompts rank"] | None = None,
+    share: Callable[[list[Job]], Iterable[Collected]] | None = None,
 ) -> Kernel:
     """The kernel between prompts given as token ids.
 
     `tokens` fixes the tokens of each prompt, in place of its own top k, so that kernels before
-    and after a change of the model are of the same logits.
+    and after a change of the model are of the same logits. `share` has other processes call
+    `collected`, with each of these tuples behind their own copy of the model, and gives what it
+    gives in that order; finite differences are always taken here.
     """
     vocabulary = models.unwrapped(model).config.get_text_config().vocab_size
     if not 1 <= settings.top_k <= vocabulary:
@@ -119,12 +127,47 @@ def measure(
             blocks, chosen, log_p = finite_differences(model, moved, rows, top_k, given, epsilon)
         else:
             sweeps = _sweeps(model, [len(ids) for ids in sequences], settings)
-            blocks, chosen, log_p = exact(model, sweeps, rows, settings.top_k, given)
+
+            def passes(number: int, known: Tensor | None) -> Iterator[Collected]:
+                if share is None:
+                    for batch in rows:
+                        yield collect(model, sweeps[number], batch, settings.top_k, known)
+                    return
+                fixed = None if known is None else known.cpu()
+                places = range(len(rows))
+                jobs = [(sequences, settings, number, place, fixed) for place in places]
+                for gradients, own, log_p in share(jobs):
+                    moved = {name: one.to(device) for name, one in gradients.items()}
+                    yield moved, own.to(device), log_p.to(device)
+
+            blocks, chosen, log_p = exact(sweeps, passes, given)
     blocks = blocks.cpu()[back][:, :, back]
     norms = blocks.square().sum((1, 3)).sqrt()
     names = tuple(ids) if ids is not None else tuple(str(i) for i in range(len(sequences)))
     settings = replace(settings, top_k=chosen.shape[1])
     return Kernel(norms, blocks, chosen.cpu()[back], log_p.cpu()[back], names, settings)
+
+
+def collected(
+    model: Any,
+    sequences: Sequence[Sequence[int]],
+    settings: Settings,
+    sweep: int,
+    place: int,
+    tokens: Int[Tensor, "prompts rank"] | None,
+) -> Collected:
+    """What one batch of the prompts brings to one sweep of `measure`, on the CPU.
+
+    `tokens` stand in the order of lengths.
+    """
+    with subset.still(model):
+        device = next(model.parameters()).device
+        batch = batches(sequences, settings.batch_size, device)[place]
+        layers = _sweeps(model, [len(ids) for ids in sequences], settings)[sweep]
+        known = None if tokens is None else tokens.to(device)
+        gradients, chosen, log_p = collect(model, layers, batch, settings.top_k, known)
+        cpu = torch.device("cpu")
+        return {name: one.to(cpu) for name, one in gradients.items()}, chosen.cpu(), log_p.cpu()
 
 
 def memory_needed(model: Any, lengths: Sequence[int], settings: Settings) -> int:

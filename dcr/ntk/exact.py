@@ -11,7 +11,7 @@ the order of lengths.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,6 +61,15 @@ class Gradients:
     vectors: list[Tensor] = field(default_factory=list)  # whole gradients, [batch, rank, size]
     features: list[Tensor] = field(default_factory=list)  # of the head: [batch, width]
     scales: list[Tensor] = field(default_factory=list)  # ∂z_u/∂(head's output at u): [batch, rank]
+
+    def to(self, device: torch.device) -> "Gradients":
+        return Gradients(
+            [Factors(f.inputs.to(device), f.deltas.to(device)) for f in self.factors],
+            *(
+                [tensor.to(device) for tensor in each]
+                for each in (self.vectors, self.features, self.scales)
+            ),
+        )
 
     def extend(self, more: "Gradients") -> None:
         self.factors += more.factors
@@ -141,9 +150,16 @@ def log_probabilities(
     return exact.log_softmax(1).gather(1, tokens)
 
 
+Collected = tuple[dict[str, Gradients], Int[Tensor, "batch rank"], Float[Tensor, "batch rank"]]
+
+
 def collect(
-    model: Any, chosen: Sequence[Layer], batch: Batch, top_k: int, tokens: Tensor | None
-) -> tuple[dict[str, Gradients], Int[Tensor, "batch rank"], Float[Tensor, "batch rank"]]:
+    model: Any,
+    chosen: Sequence[Layer],
+    batch: Batch,
+    top_k: int,
+    tokens: Int[Tensor, "prompts rank"] | None,
+) -> Collected:
     """A and δ of the modules for the logits of each prompt's `tokens`, None: its top `top_k`.
 
     One forward pass and one backward pass per rank, which ends at the first of the modules. Also
@@ -151,7 +167,9 @@ def collect(
     """
     with watched(model, chosen) as calls:
         logits = last_logits(model, batch)
-    if tokens is None:
+    if tokens is not None:
+        tokens = tokens[batch.start : batch.start + len(batch.ids)]
+    else:
         tokens = logits.detach().topk(top_k, 1).indices
     absent = [layer.name for layer in chosen if layer.name not in calls]
     if absent:
@@ -440,24 +458,22 @@ Blocks = tuple[
 
 
 def exact(
-    model: Any,
     sweeps: Sequence[Sequence[Layer]],
-    rows: Sequence[Batch],
-    top_k: int,
+    passes: Callable[[int, Tensor | None], Iterable[Collected]],
     tokens: Int[Tensor, "prompts rank"] | None,
 ) -> Blocks:
     """Blocks K(x',x)[o,u] as [x', o, x, u], the tokens, and their log-probabilities.
 
-    Prompts stand in the order of the batches. Sums are in fp32 at least.
+    `passes` gives what `collect` does of every batch, for the sweep of that number and the tokens
+    of all prompts once they are known. Prompts stand in the order of the batches. Sums are in fp32
+    at least.
     """
     gram: Tensor | None = None
     log_p: Tensor | None = None
-    for sweep in sweeps:
+    for number, sweep in enumerate(sweeps):
         gradients: dict[str, Gradients] = {layer.name: Gradients() for layer in sweep}
         seen: list[list[Tensor]] = []
-        for batch in rows:
-            own = None if tokens is None else tokens[batch.start : batch.start + len(batch.ids)]
-            of_batch, *tokens_and_log_p = collect(model, sweep, batch, top_k, own)
+        for of_batch, *tokens_and_log_p in passes(number, tokens):
             seen.append(tokens_and_log_p)
             for name, one in of_batch.items():
                 gradients[name].extend(one)

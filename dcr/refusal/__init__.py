@@ -12,6 +12,7 @@ from dcr.refusal.keywords import RULES, XSTEST_PREFIXES, is_decided, is_refusal,
 if TYPE_CHECKING:
     from dcr.refusal.opening import (
         first_logits,
+        opening_batches,
         refusal_log_odds,
         refusal_margin,
         refusal_mass,
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
         REFUSAL_PHRASES,
         PhraseError,
     )
-    from dcr.refusal.probability import probabilities, refusal_probability
+    from dcr.refusal.probability import (
+        probabilities,
+        probability_batches,
+        refusal_probability,
+    )
 else:
     __getattr__ = on_demand(__name__, "phrases", "opening", "probability")

@@ -87,6 +87,12 @@ def shown_mass(likeliest: Mapping[str, float]) -> tuple[float, float, float]:
     return min(1.0, mass), margin, min(1.0, mass + unseen)
 
 
+def opening_batches(model: Any, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Places of the prompts that share a pass of `first_logits`."""
+    tokens = BATCH_TOKENS.get(unwrapped(model).device.type, BATCH_TOKENS["cpu"])
+    return grouping.by_tokens(prompts, tokens, even=recurrent(model))
+
+
 def first_logits(
     model: Any, prompts: Sequence[Sequence[int]]
 ) -> Iterator[tuple[list[int], Float[Tensor, "batch vocabulary"]]]:
@@ -96,8 +102,7 @@ def first_logits(
     positions alone. A model that keeps a state instead of keys, into which padding would blend,
     reads those of one length together.
     """
-    tokens = BATCH_TOKENS.get(unwrapped(model).device.type, BATCH_TOKENS["cpu"])
-    for places in grouping.by_tokens(prompts, tokens, even=recurrent(model)):
+    for places in opening_batches(model, prompts):
         with torch.inference_mode(), models.evaluating(model):
             read = prefill(model, [tuple(prompts[place]) for place in places], keep=False)
         yield places, read.logits[:, -1]

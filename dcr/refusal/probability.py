@@ -305,6 +305,18 @@ def probabilities(
     return _scored(model, tokenizer, ids, ends, checked(phrases), batch_size)
 
 
+def probability_batches(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: Sequence[Sequence[int]],
+    phrases: Sequence[str] = REFUSAL_PHRASES,
+) -> list[list[int]]:
+    """Places of the prompts that `probabilities` reads together."""
+    ids = [tuple(prompt) for prompt in encoded]
+    groups = _groups(tokenizer, [ending(tokenizer, prompt) for prompt in ids], checked(phrases))
+    return [b for tree, members in groups for b in _batches(model, tree, ids, members, None)]
+
+
 def _templated(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[Tokens, str]:
     """The ids of a prompt, without a begin-of-text that no template wrote, and their text."""
     text = prompt

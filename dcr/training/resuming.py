@@ -34,6 +34,7 @@ from dcr.training import sharding
 log = logging.getLogger(__name__)
 
 KEPT = 2  # the newest checkpoint and one to fall back on
+PEER_LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -54,13 +55,21 @@ class Interrupted(UserError):
 
 @contextmanager
 def faults_explained() -> Iterator[None]:
-    """Running out of memory becomes a TrainingError that names what to turn down."""
+    """Running out of memory becomes a TrainingError that names what to turn down.
+
+    So does the end of another process of the job, which this one then waits for in vain.
+    """
     try:
         yield
     except SystemExit as error:  # how Lightning ends after a Ctrl-C between its own steps
         raise KeyboardInterrupt from error
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
         text = str(error) or type(error).__name__
+        if ranks() > 1 and any(words in text for words in PEER_LOST):
+            raise TrainingError(
+                f"another process of this job does not answer, or ended ({text:.160}); the same "
+                "command goes on from the last checkpoint"
+            ) from error
         if not batching.is_out_of_memory(error):
             raise
         raise TrainingError(
