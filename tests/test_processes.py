@@ -22,6 +22,7 @@ from dcr.training.resuming import TrainingError
 SHARED = ("dcr.lora.dropout=0", "sft.lora.dropout=0", "dcr.batch_size=9", "dcr.draws=20")
 UNTIED = "model.architecture.tie_word_embeddings=false"  # so that stage one trains embeddings
 BESIDE = "sft.contrast.weight=0.5 sft.first_token_weight=3 sft.twins.share=0.1"
+SLOW = (pytest.mark.slow, pytest.mark.timeout(900))
 GENERAL = "dcr.nll.weight=0.5 dcr.nll.source=general dcr.nll.general_batch_size=3"
 
 
@@ -80,7 +81,7 @@ def same_results(one: Path, several: Path, named: str) -> None:
     largest = max(float((found[name] - wanted[name]).abs().max()) for name in wanted)
     print(f"{named}: weights differ by at most {largest:.1e}")
     # Adam's first steps divide by the gradient's size: where that is rounding, so is the step
-    assert largest < 1e-5
+    assert largest < 1e-4
     assert {f.name for f in one.glob("sft/*")} == {f.name for f in several.glob("sft/*")}
     steps, again = logged(one), logged(several)
     assert [row[:3] for row in again] == [row[:3] for row in steps]
@@ -99,7 +100,7 @@ def same_results(one: Path, several: Path, named: str) -> None:
         (["fsdp*2"], "stage=all dcr.nll.weight=0.5 dcr.adapter=lora tracking.snapshots=2"),
         (["fsdp*2"], f"stage=all {BESIDE}"),
         *(
-            pytest.param(["ddp*2", "ddp*4", "fsdp*2", "fsdp*4"], switches, marks=pytest.mark.slow)
+            pytest.param(["ddp*2", "ddp*4", "fsdp*2", "fsdp*4"], switches, marks=SLOW)
             for switches in (
                 f"stage=all {BESIDE}",
                 "stage=all dcr.nll.weight=0",
@@ -131,7 +132,7 @@ def test_several_processes_train_what_one_does(
         ("fsdp*2", "auto*1", "dcr.nll.weight=0.5"),
         ("auto*1", "fsdp*2", "method=stl stage=all"),
         *(
-            pytest.param(stopped, further, switches, marks=pytest.mark.slow)
+            pytest.param(stopped, further, switches, marks=SLOW)
             for stopped, further in (
                 ("fsdp*2", "auto*1"),
                 ("fsdp*4", "ddp*2"),

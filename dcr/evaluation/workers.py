@@ -11,7 +11,7 @@ import signal
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -84,11 +84,15 @@ class Workers:
             while turn not in found:
                 while waiting and idle:
                     place, given = waiting.popleft()
-                    idle[-1].send_bytes(pickle.dumps((place, function, given)))
+                    with self._living(idle[-1]):
+                        idle[-1].send_bytes(pickle.dumps((place, function, given)))
                     under_way.add(idle.pop())
                 for connection in wait(under_way):
                     assert isinstance(connection, Connection)
-                    place, result, fault = self._received(connection)
+                    with self._living(connection):
+                        answer = connection.recv_bytes()
+                    # by value, since shared memory can be small
+                    place, result, fault = pickle.loads(answer)
                     if fault is not None:
                         raise fault
                     found[place] = result
@@ -96,9 +100,11 @@ class Workers:
                     idle.append(connection)
             yield found.pop(turn)
 
-    def _received(self, connection: Connection) -> tuple[int, Any, Exception | None]:
+    @contextmanager
+    def _living(self, connection: Connection) -> Iterator[None]:
+        """Raises Lost where the process at the other end has ended."""
         try:
-            return pickle.loads(connection.recv_bytes())  # by value: shared memory can be small
+            yield
         except (EOFError, OSError):
             process = self.processes[connection]
             process.join(5)
