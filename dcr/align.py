@@ -16,7 +16,7 @@ from typing import Any
 
 from dcr import choice, cli, cost, export, generation, refusal, report, storage, study
 from dcr.config import DataConfig, EvalConfig, Kind, Stage, TrainConfig
-from dcr.evaluation import calibration, subjects
+from dcr.evaluation import calibration, sets, subjects
 from dcr.report import discernment
 from dcr.runs import Run
 from dcr.sources import SOURCES
@@ -184,7 +184,7 @@ def _safe(out: Path, training: Sequence[str], evaluating: Sequence[str]) -> tupl
 def _ask(settings: EvalConfig, run: Run, file: Path) -> None:
     """How many toxic prompts that nothing is trained or evaluated on are refused, by keywords."""
     subject = subjects.final(run)
-    rows = next(one.rows for one in calibration.asked(settings) if one.kind is Kind.toxic)[:ASKED]
+    rows = next(one.rows for one in sets.validation(settings) if one.kind is Kind.toxic)[:ASKED]
     brief = replace(settings, gen=replace(settings.gen, max_new_tokens=calibration.BEGUN))
     policy = functools.cache(functools.partial(subjects.opened, brief, subject))
     parts = subjects.answer(brief, subject, policy, rows)

@@ -31,7 +31,7 @@ from dcr.config import (
     Precision,
     block_of,
 )
-from dcr.evaluation import calibration
+from dcr.evaluation import calibration, sets
 from dcr.models import Policy
 from dcr.prompts import ChatFormat
 from dcr.runs import Run
@@ -233,7 +233,7 @@ def _calibrate(policy: Policy, chat: ChatFormat, settings: EvalConfig) -> dict[s
     new = settings.gen.max_new_tokens
     read = {
         asked.name: [f for batch in calibration.forks(policy, chat, asked.rows, new) for f in batch]
-        for asked in calibration.asked(settings)
+        for asked in sets.validation(settings)
     }
     bias, record = calibration.chosen(settings, where, read)
     policy.model.generation_config.sequence_bias = bias.sequences
