@@ -305,9 +305,9 @@ def _check(settings: EvalConfig) -> None:
             )
     judges.check(settings.judge, settings)
     if settings.endpoint is not None:
-        if settings.gen.self_cd:
+        for name, weight in settings.gen.contrast.items():
             raise ConfigError(
-                f"gen.self_cd={settings.gen.self_cd}: an endpoint shows no logits to contrast; "
+                f"gen.{name}={weight}: an endpoint shows no logits to contrast; "
                 "leave it out, or name the model with model="
             )
         endpoints.check_served(subjects.server_of(settings), "endpoint")

@@ -109,6 +109,7 @@ RANGES = {
         ("input_price output_price", _not_negative, "give USD per million tokens, or null"),
         ("strength", math.isfinite, "give a finite number; 0 leaves the model as it is"),
         ("self_cd", _not_negative, "give a weight of 0 or more, or null"),
+        ("adacd", _positive, "give a ratio above 0, or null"),
         ("anchors train prompts", _positive, "give prompts of each kind, 1 or more"),
         ("steering.surgical.validation", _positive, "give prompts of each kind, 1 or more"),
         ("threshold", lambda v: -1 <= v <= 1, "give a cosine in [-1, 1], or null to calibrate it"),
@@ -244,15 +245,17 @@ def _of_evaluation(config: EvalConfig) -> Iterator[str]:
         yield f"steps={config.steps}: picks among snapshots; add snapshots=true"
     if config.steps == []:
         yield "steps=[]: name at least one step, or leave it out for all"
-    self_cd = f"gen.self_cd={config.gen.self_cd}"
+    contrasts = [f"gen.{name}={value}" for name, value in config.gen.contrast.items()]
     if config.gen.max_new_tokens == AUTO_LENGTH:
         yield from _cut_short(config)
     elif type(config.gen.max_new_tokens) is not int:
         yield f"gen.max_new_tokens={config.gen.max_new_tokens}: give a number of tokens, or auto"
-    if config.gen.self_cd is not None:
-        yield from _decoding_alone(config, self_cd, "Self-CD is a way to decode answers")
+    if len(contrasts) > 1:
+        yield f"{' '.join(contrasts)}: two ways to decode; give one"
+    for contrast in contrasts:
+        yield from _decoding_alone(config, contrast, "a contrast is a way to decode answers")
         if (steering := config.steering.method) is not Steering.none:
-            yield f"{self_cd} steering={steering.value}: two methods at once; give one"
+            yield f"{contrast} steering={steering.value}: two methods at once; give one"
     if config.steering.method is Steering.probe and config.steering.released_data:
         yield (
             "steering=probe steering.released_data=true: no prompts were released for it; leave "
@@ -268,7 +271,7 @@ def _of_evaluation(config: EvalConfig) -> Iterator[str]:
     if config.gen.prefill is not None:
         yield from _prefilled(config, f"gen.prefill={config.gen.prefill!r}")
     if config.calibrate is not None:
-        yield from _calibrated(config, f"calibrate={config.calibrate}", self_cd)
+        yield from _calibrated(config, f"calibrate={config.calibrate}", contrasts)
     if Task.quality in config.tasks:
         if config.steering.validation:
             yield (
@@ -295,8 +298,8 @@ def _at_an_endpoint(config: EvalConfig) -> Iterator[str]:
     if config.snapshots:
         yield "snapshots=true: an endpoint has none; name a run with run="
     for named, given, why, cure in (
-        (f"gen.self_cd={config.gen.self_cd}", config.gen.self_cd is not None,
-         "an endpoint shows no logits to contrast", "model="),
+        *((f"gen.{name}={value}", True, "an endpoint shows no logits to contrast", "model=")
+          for name, value in config.gen.contrast.items()),
         (f"calibrate={config.calibrate}", config.calibrate is not None,
          "an endpoint's logit_bias acts on every token of an answer, not on its first alone",
          "model= or run="),
@@ -322,7 +325,7 @@ def _cut_short(config: EvalConfig) -> Iterator[str]:
     others = [f"judge=[{judge.value}]" for judge in config.judge if judge is not Judge.keyword]
     others += ["tasks=[quality]"] if Task.quality in config.tasks else []
     others += [f"endpoint={config.endpoint}"] if config.endpoint is not None else []
-    others += [f"gen.self_cd={config.gen.self_cd}"] if config.gen.self_cd is not None else []
+    others += [f"gen.{name}={value}" for name, value in config.gen.contrast.items()]
     for other in others:
         yield (
             f"gen.max_new_tokens=auto {other}: answers end where XSTest's keywords have decided; "
@@ -345,10 +348,10 @@ def _prefilled(config: EvalConfig, named: str) -> Iterator[str]:
         yield f"{named}: nothing to begin an answer with; name words or leave it out"
 
 
-def _calibrated(config: EvalConfig, named: str, self_cd: str) -> Iterator[str]:
+def _calibrated(config: EvalConfig, named: str, contrasts: list[str]) -> Iterator[str]:
     yield from _decoding_alone(config, named, "a bias changes how answers are decoded")
-    if config.gen.self_cd is not None:
-        yield f"{named} {self_cd}: contrasted logits take no bias; give one"
+    for contrast in contrasts:
+        yield f"{named} {contrast}: contrasted logits take no bias; give one"
     if not config.calibration.toxic:
         yield "calibration.toxic=[]: name prompts to calibrate on"
     evaluated = {*config.data.evaluation.over_refusal, *config.data.evaluation.safety}

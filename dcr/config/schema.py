@@ -495,10 +495,19 @@ class GenConfig:
     # Self-CD (OverKill, ACL 2024): how much of what a system prompt that stresses safety adds to
     # the logits is taken away; the released code's weight is 1.5. Null decodes plainly.
     self_cd: float | None = None
+    # AdaCD (arXiv 2604.17132): how much of what a system prompt that asks for a refusal adds to the
+    # logits is, token by token, added or taken away; the released code's ratio is 4.5.
+    adacd: float | None = None
     # Words put into the model's mouth, a simple jailbreak: answers go on from them, and what is
     # stored and judged stands behind them.
     prefill: str | None = None
     batch_size: int | None = None  # null: as many prompts as the free memory holds
+
+    @property
+    def contrast(self) -> dict[str, float]:
+        """The way to decode that is asked for, by name, with its weight; empty for plain."""
+        named = {"self_cd": self.self_cd, "adacd": self.adacd}
+        return {name: value for name, value in named.items() if value is not None}
 
     @property
     def most(self) -> int:

@@ -163,8 +163,7 @@ def _decoded_otherwise(settings: EvalConfig) -> dict[str, Any]:
         changed["steering"] = steering.summary(settings.steering)
     if settings.steering.validation:
         changed["validation"] = True
-    if settings.gen.self_cd is not None:
-        changed["self_cd"] = settings.gen.self_cd
+    changed |= settings.gen.contrast
     if settings.gen.prefill is not None:
         changed["prefill"] = settings.gen.prefill
     if settings.calibrate is not None:

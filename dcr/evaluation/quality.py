@@ -55,7 +55,7 @@ def win_rate(
         model=config.model_of(reference.config()),
         run=str(reference.folder),
         steering=SteeringConfig(),
-        gen=replace(settings.gen, self_cd=None, prefill=None),
+        gen=replace(settings.gen, self_cd=None, adacd=None, prefill=None),
     )
     subject = subjects.final(reference)
     place = subjects.answers_folder(beside, reference, subject)

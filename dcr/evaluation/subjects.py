@@ -139,8 +139,7 @@ def _identity(settings: EvalConfig, subject: Subject) -> dict[str, object]:
     }
     if edits := steering.identity(settings.data, settings.steering, settings.seed):
         identity["steering"] = edits
-    if settings.gen.self_cd is not None:
-        identity["self_cd"] = settings.gen.self_cd
+    identity |= settings.gen.contrast
     if settings.gen.prefill is not None:
         identity["prefill"] = settings.gen.prefill
     if subject.bias is not None:

@@ -26,7 +26,7 @@ from transformers import (
 from dcr import batching, threads
 from dcr.batching import attention_mask, padded
 from dcr.config import DataError, GenConfig
-from dcr.generation import self_cd
+from dcr.generation import contrast
 from dcr.generation.completions import Completion, Encoded, completion, text
 from dcr.models import Policy, unwrapped
 from dcr.prompts import ChatFormat
@@ -66,11 +66,11 @@ def complete(
     Longest prompts first, so that running out of memory happens at once; half as many are then
     under way, and what was under way starts again. `settings.batch_size` is the most at once, None
     as many as the free memory holds. `score` maps first-token logits [prompts, vocabulary] to
-    [prompts]: the logits that are decoded, so the contrasted ones with `settings.self_cd` (which
-    takes no bias), and those with `bias` added.
+    [prompts]: the logits that are decoded, so those of a contrast (which takes no bias), and those
+    with `bias` added.
 
-    Raises DataError for a prompt longer than the model's context, and ConfigError where Self-CD
-    cannot be done with the model or its template.
+    Raises DataError for a prompt longer than the model's context, and ConfigError where Self-CD or
+    AdaCD cannot be done with the model or its template.
     """
     waiting, size = _waiting(policy, chat, rows, settings)
     decode = functools.partial(_decoded, policy, chat, settings, score, bias, decided)
@@ -99,7 +99,8 @@ def _waiting(
     waiting.sort(key=lambda pair: (-len(pair[1]), pair[0].id))
     if not waiting:
         return [], 1
-    read = self_cd.emphasised(policy, chat, waiting) if settings.self_cd else waiting
+    asked_for = contrast.asked_for(settings)
+    read = contrast.stressed(policy, chat, waiting, asked_for) if asked_for else waiting
     check_context(policy, read, settings.most)
     longest = max(len(ids) for _, ids in read)
     size = settings.batch_size or _fitting(policy, longest, settings)
@@ -108,9 +109,9 @@ def _waiting(
 
 
 def _fitting(policy: Policy, longest: int, settings: GenConfig) -> int:
-    """Prompts that the free memory holds; Self-CD keeps two caches for each."""
+    """Prompts that the free memory holds; a contrast keeps two caches for each."""
     fitting = batch_size(policy.model, longest, settings.most)
-    return max(1, fitting // 2) if settings.self_cd else fitting
+    return max(1, fitting // 2) if contrast.asked_for(settings) else fitting
 
 
 def _decoded(
@@ -125,10 +126,9 @@ def _decoded(
     """The answers to one batch of prompts, in order."""
     new, prompts = settings.most, [ids for _, ids in batch]
     ending = Decided(chat, decided) if decided else None
-    if settings.self_cd:
-        others = [ids for _, ids in self_cd.emphasised(policy, chat, batch)]
-        weight = settings.self_cd
-        answers, masses = self_cd.continued(policy, chat, prompts, others, new, score, weight)
+    if asked_for := contrast.asked_for(settings):
+        others = [ids for _, ids in contrast.stressed(policy, chat, batch, asked_for)]
+        answers, masses = contrast.continued(policy, chat, prompts, others, new, score, asked_for)
     else:
         answers, masses = continued(policy, chat, prompts, new, score, bias=bias, ending=ending)
     made = [

@@ -9,7 +9,7 @@ from typing import Any
 from dcr import generation, refusal, results, runs, storage
 from dcr.config import DataError, Kind, UserError
 from dcr.evaluation.discernment import Opening
-from dcr.results.frame import rows_of
+from dcr.results.frame import CONTRASTS, rows_of
 from dcr.results.schema import Metrics, Overlap
 from dcr.runs import Run
 from dcr.text import printable
@@ -183,7 +183,7 @@ def steering(evaluation: Evaluation) -> str:
 def unedited(evaluation: Evaluation) -> bool:
     """Whether it is of the weights as they are, without steering or another decoding."""
     return not (
-        steering(evaluation) or {"self_cd", "calibrate", "prefill"} & set(evaluation.settings)
+        steering(evaluation) or {*CONTRASTS, "calibrate", "prefill"} & set(evaluation.settings)
     )
 
 
@@ -450,7 +450,7 @@ def seed_groups(columns: Sequence[Column]) -> list[Group]:
 def _less(columns: Sequence[Column], a: Group, b: Group) -> bool:
     """Whether b is plain STL, of the model, data and seeds of a and evaluated alike."""
     first, second = columns[a.places[0]], columns[b.places[0]]
-    edits = ("steering", "calibrate", "self_cd")
+    edits = ("steering", "calibrate", *CONTRASTS)
     settings = settings_without_seed(first.evaluation)
     return (
         method_of(second.run, second.evaluation) == "stl"

@@ -45,6 +45,7 @@ from dcr.report.tables import (
     set_names,
     together,
 )
+from dcr.results.frame import CONTRASTS
 from dcr.text import printable
 
 COMPLIANCE = "compliance with seemingly toxic prompts, %"
@@ -250,7 +251,7 @@ def _frontier_sets(scored: Sequence[Evaluation]) -> tuple[dict[Kind, list[str]],
 
 MARGIN = 2.0  # percentage points
 SWEEP = "run python eval.py -m run=<stl run> steering=scans steering.strength=0,0.5,1,2"
-LABELS = {**METHODS, "ablation": "ablation", "probe": "probe-gated", "self_cd": "Self-CD"}
+LABELS = {**METHODS, "ablation": "ablation", "probe": "probe-gated", **CONTRASTS}
 NAMED = ("model", "data", "seed")
 
 
@@ -324,7 +325,7 @@ def _groups(records: Sequence[RunRecord], margin: float, data: str | None) -> li
         for e in run.evaluations:
             labels.add(about(run, e, "data"))
             if data is None or about(run, e, "data") == data:
-                apart = ("steering", "self_cd")
+                apart = ("steering", *CONTRASTS)
                 settings = {k: v for k, v in e.settings.items() if k not in apart}
                 named = [about(run, e, key) for key in NAMED]
                 key = storage.fingerprint([named, settings])
@@ -376,7 +377,7 @@ def _method(run: RunRecord, evaluation: Evaluation) -> str:
 
     A preset other than the paper's is a method of its own.
     """
-    edit = steering(evaluation) or ("self_cd" if "self_cd" in evaluation.settings else "")
+    edit = steering(evaluation) or next((c for c in CONTRASTS if c in evaluation.settings), "")
     trained, preset = about(run, evaluation, "method"), about(run, evaluation, "preset")
     if trained == "stl":
         return edit or trained
@@ -398,7 +399,7 @@ def _strength(settings: dict[str, Any]) -> float | None:
     node = settings.get("steering")
     if isinstance(node, dict) and node.get("method") in STEERED:
         return float(node["strength"])
-    return None if settings.get("self_cd") is None else float(settings["self_cd"])
+    return next((float(settings[name]) for name in CONTRASTS if name in settings), None)
 
 
 def _label(method: str) -> str:

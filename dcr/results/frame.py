@@ -12,6 +12,9 @@ from dcr.config import UserError
 from dcr.results.schema import Ability, Estimate, Metrics, Quality, Ranking, SetCounts, read
 from dcr.text import encodable
 
+# Ways to decode, as the settings of an evaluation tell them.
+CONTRASTS = {"self_cd": "Self-CD", "adacd": "AdaCD"}
+
 COLUMNS = (
     "run", "weights", "step", "method", "model", "preset", "seed", "data", "edit", "set", "kind",
     "judge", "judge_model", "quantity", "value", "low", "high", "count", "n", "in_distribution",
@@ -90,8 +93,7 @@ def edit(settings: Mapping[str, Any]) -> str:
     parts += [f"{key}={value}" for key, value in edits.items()]
     if settings.get("validation"):
         parts.append("validation")
-    if settings.get("self_cd") is not None:
-        parts.append(f"self_cd={settings['self_cd']}")
+    parts += [f"{key}={settings[key]}" for key in CONTRASTS if settings.get(key) is not None]
     if settings.get("prefill") is not None:
         parts.append(f"prefill={settings['prefill']!r}")
     if settings.get("calibrate") is not None:

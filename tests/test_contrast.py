@@ -1,5 +1,6 @@
-"""Self-CD against a hand-made model, a closed form and plain loops."""
+"""Self-CD and AdaCD against a hand-made model, closed forms and plain loops."""
 
+import functools
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,9 +13,18 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from dcr import generation, models, prompts
-from dcr.config import ConfigError, DataError, GenConfig, Kind, ModelConfig, Precision
-from dcr.generation import Completion, local, self_cd
-from dcr.generation.self_cd import EMPHASIS, contrasted, stressed
+from dcr.config import (
+    ConfigError,
+    DataError,
+    EvalConfig,
+    GenConfig,
+    Kind,
+    ModelConfig,
+    Precision,
+    checks,
+)
+from dcr.generation import Completion, contrast, local
+from dcr.generation.contrast import EMPHASIS, REFUSE, adapted, contrasted
 from dcr.models import Policy
 from dcr.prompts import CHATML, ChatFormat
 from dcr.sources import Example
@@ -53,6 +63,16 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
 
     monkeypatch.setattr(local, "completion", noting)
     return found
+
+
+def stressed(chat: ChatFormat) -> ChatFormat:
+    return self_cd(1.0).stressed(chat)
+
+
+def self_cd(weight: float) -> contrast.Contrast:
+    asked_for = contrast.asked_for(GenConfig(self_cd=weight or 1.0))
+    assert asked_for is not None
+    return replace(asked_for, logits=functools.partial(contrasted, weight=weight))
 
 
 def top(logits: Tensor) -> Tensor:
@@ -157,7 +177,7 @@ def test_a_hand_made_model_turns_where_it_should(policy: Policy, weight: float, 
     assert sum(n <= made.LONG for n in lengths) == len(ROWS)
     hand = replace(policy, model=made)
     plain, other = ([c.prompt_ids(row.prompt) for row in ROWS] for c in (chat, stressed(chat)))
-    answers, best = self_cd.continued(hand, chat, plain, other, NEW, top, weight)
+    answers, best = contrast.continued(hand, chat, plain, other, NEW, top, self_cd(weight))
     spoken = policy.tokenizer(said, add_special_tokens=False)["input_ids"]
     assert answers == [[*spoken, chat.stop[0]]] * len(ROWS)
     assert best.tolist() == pytest.approx([max(2 - weight, 1.5 + weight)] * len(ROWS))  # contrasted
@@ -182,8 +202,8 @@ def test_tokens_are_those_of_two_plain_loops(family: str, decoded: dict[str, lis
 def test_the_contrast_is_one(policy: Policy) -> None:
     """Else all the tests above could hold for plain decoding."""
     chat = chat_of(policy)
-    plain, contrast = run(policy, chat, None, 4), run(policy, chat, 1.5, 4)
-    assert sum(plain[i].response != contrast[i].response for i in plain) >= 4
+    plain, other = run(policy, chat, None, 4), run(policy, chat, 1.5, 4)
+    assert sum(plain[i].response != other[i].response for i in plain) >= 4
 
 
 def test_weight_zero_is_plain_greedy_to_the_token(
@@ -196,7 +216,7 @@ def test_weight_zero_is_plain_greedy_to_the_token(
     assert decoded == tokens
     # not only by going another way: the contrast itself leaves the model as it is
     own, other = ([c.prompt_ids(row.prompt) for row in ROWS] for c in (chat, stressed(chat)))
-    answers, _ = self_cd.continued(policy, chat, own, other, NEW, top, 0.0)
+    answers, _ = contrast.continued(policy, chat, own, other, NEW, top, self_cd(0.0))
     for row, answer in zip(ROWS, answers, strict=True):
         ended = tokens[row.id] + list(chat.stop[:1]) * (len(tokens[row.id]) < NEW)
         assert answer[: len(ended)] == ended
@@ -220,14 +240,14 @@ def test_half_as_many_rows_where_two_caches_are_kept(
     policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    original = self_cd.continued
+    original = contrast.continued
     monkeypatch.setattr(local, "batch_size", lambda *_: 5)
 
     def noting(policy: Policy, chat: ChatFormat, prompts: Any, *rest: Any) -> Any:
         seen.append(len(prompts))
         return original(policy, chat, prompts, *rest)
 
-    monkeypatch.setattr(self_cd, "continued", noting)
+    monkeypatch.setattr(contrast, "continued", noting)
     run(policy, chat_of(policy), 1.5, None)
     assert seen == [2, 2, 2]
 
@@ -277,3 +297,77 @@ def test_the_emphasis_stands_behind_the_own_system_prompt_of_template_or_model(
     assert stressed(chat).text("Hi") == named.text("Hi")
     text = stressed(chat_of(policy, "You are Tiny.")).text("Hi")
     assert text.index("You are Tiny.\n\n" + EMPHASIS) < text.index("Hi")
+
+
+# --- AdaCD ----------------------------------------------------------------------------------------
+
+
+def by_cases(plain: list[float], stressed: list[float], ratio: float) -> list[float]:
+    """Logits of log-probabilities by the paper's cases, token by token."""
+    p, q = ([math.exp(x) / sum(map(math.exp, of)) for x in of] for of in (plain, stressed))
+    rank = sorted(range(len(p)), key=lambda i: -p[i]).index(q.index(max(q))) + 1
+    towards = 1 / rank >= 0.9 and max(p) >= 0.9 * max(q)
+    return [
+        -math.inf if p[i] < 0.01 * max(p)
+        else z + ratio * (z - y) if towards
+        else z - ratio * (z - y)
+        for i, (y, z) in enumerate(zip(plain, stressed, strict=True))
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("plain", "stressed", "said"),
+    [
+        ([2.0, 1.0, 0.0], [2.1, 0.9, 0.0], 0),  # both refuse, plain as surely: refused the more
+        ([2.0, 1.8, 0.0], [4.0, 0.5, 0.0], 1),  # both refuse, plain much less surely: answered
+        ([1.8, 2.0, 0.0], [4.0, 0.5, 0.0], 1),  # they disagree: answered
+        ([2.0, 1.8, -9.0], [4.0, 0.5, -30.0], 1),  # what is implausible does not come of it
+    ],
+)
+def test_adacd_adds_where_both_agree_and_takes_away_elsewhere(
+    plain: list[float], stressed: list[float], said: int
+) -> None:
+    found = adapted(torch.tensor([plain]), torch.tensor([stressed]), 4.5)
+    torch.testing.assert_close(found, torch.tensor([by_cases(plain, stressed, 4.5)]))
+    assert int(found.argmax()) == said
+    chance = torch.Generator().manual_seed(0)
+    pairs = torch.randn(2, 200, 9, generator=chance) * 3
+    wanted = [by_cases(pairs[0, i].tolist(), pairs[1, i].tolist(), 4.5) for i in range(200)]
+    torch.testing.assert_close(adapted(pairs[0], pairs[1], 4.5), torch.tensor(wanted))
+    assert len({math.inf in map(abs, row) for row in wanted}) == 2
+
+
+def test_adacd_decodes_ten_tokens_against_the_prompt_and_then_plainly(
+    policy: Policy, decoded: dict[str, list[int]]
+) -> None:
+    chat = chat_of(policy)
+    refusing = chat_of(policy, REFUSE)
+    settings = GenConfig(max_new_tokens=NEW, batch_size=4, adacd=4.5)
+    list(generation.complete(policy, chat, ROWS, settings, top))
+    plain = {row.id: greedy(policy, chat, row.prompt, None) for row in ROWS}
+    for row in ROWS:
+        assert decoded[row.id] == greedy(policy, chat, row.prompt, refusing), row.id
+    assert any(decoded[i] != plain[i] for i in plain)
+
+
+def greedy(policy: Policy, chat: ChatFormat, prompt: str, refusing: ChatFormat | None) -> list[int]:
+    answer: list[int] = []
+    while len(answer) < NEW:
+        with torch.inference_mode():
+            plain, other = (
+                policy.model(input_ids=torch.tensor([c.prompt_ids(prompt) + answer])).logits[0, -1]
+                for c in (chat, refusing or chat)
+            )
+        logits = plain
+        if refusing and len(answer) < 10:
+            logits = torch.tensor(by_cases(plain.tolist(), other.tolist(), 4.5))
+        token = int(logits.argmax())
+        if token in chat.stop:
+            break
+        answer.append(token)
+    return answer
+
+
+def test_one_way_to_decode_at_a_time() -> None:
+    with pytest.raises(ConfigError, match=r"gen.self_cd=1.0 gen.adacd=4.5: two ways to decode"):
+        checks.check(EvalConfig(gen=GenConfig(self_cd=1.0, adacd=4.5)))
