@@ -249,9 +249,12 @@ class Search:
         return study.job_of(out, name, training, [QUIET, *self.evaluating, *own])
 
 
-def words_of(point: Mapping[str, object]) -> list[str]:
-    """A point as settings of train.py."""
-    return [f"{key}={value}" for key, value in point.items()]
+def words_of(point: Mapping[str, object], short: bool = False) -> list[str]:
+    """A point as settings of train.py; short ones are to be read alone."""
+    return [
+        f"{key}={value:.3g}" if short and isinstance(value, float) else f"{key}={value}"
+        for key, value in point.items()
+    ]
 
 
 def _asking(sides: Sequence[Sequence[str]]) -> list[str]:

@@ -157,15 +157,15 @@ def _chosen(choice: str, tried: Sequence[Tried], asked: Search) -> Tried:
 
 def _told(asked: Search, tried: Sequence[Tried]) -> str:
     """The front and what stands beside it as a table, and how the trials ended."""
-    heads = ["trial", *asked.spaces, *asked.objectives]
-    table = cli.table("Pareto front, validation prompts", heads, names=1)
+    heads = ["trial", "settings", *asked.objectives]
+    table = cli.table("Pareto front, validation prompts", heads, names=2)
     for trial in tried:
         if trial.is_of and trial.values:
             marks = [mark for mark in ("configured", "chosen") if mark in trial.is_of]
             marks += [] if "front" in trial.is_of else ["not on it"]
-            cells = (*(trial.settings.get(key, "") for key in asked.spaces), *trial.values)
-            shown = (f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells)
-            table.add_row(f"{trial.number} {', '.join(marks)}".strip(), *shown)
+            settings = " ".join(search.words_of(trial.settings, short=True))
+            named = f"{trial.number} {', '.join(marks)}".strip()
+            table.add_row(named, settings, *(f"{value:.4g}" for value in trial.values))
     counts = Counter(trial.ended for trial in tried)
     ends = ", ".join(f"{count} {ended}" for ended, count in counts.items())
     faults = {trial.fault for trial in tried if trial.fault}

@@ -212,8 +212,7 @@ class Pruned(Exception):
 
 
 def _carry_out_one(search: Search, known: optuna.Study, trial: Trial) -> None:
-    point = {k: f"{v:.3g}" if isinstance(v, float) else v for k, v in trial.params.items()}
-    print(f"[trial {trial.number}] {' '.join(words_of(point))}", flush=True)
+    print(f"[trial {trial.number}] {' '.join(words_of(trial.params, short=True))}", flush=True)
     values: Sequence[float] | None = None
     state, told = COMPLETE, ""
     try:
