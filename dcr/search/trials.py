@@ -334,7 +334,7 @@ def _judge(search: Search, job: Job, module: Any, batches: SafetyData, seconds: 
     assert job.training is not None
     found = {"probe": _probed(job, module, batches), "seconds": seconds}
     if "nll" in search.objectives:
-        found["nll"] = _nll(job.training, module, batches.pad)
+        found["nll"] = _nll(job.training, module, batches.rows.pad)
     done = (trial for trial in _all(opened(search)) if trial.state is COMPLETE)
     others = {t.number: of for t in done if (of := t.user_attrs.get("halfway"))}
     found["beaten_by"] = beaten(found, others, search.objectives)
@@ -353,7 +353,7 @@ def _probed(job: Job, module: Any, batches: SafetyData) -> list[float]:
     chat = prompts.chat_format(tokenizer, settings.model)
     own, tested = [], []
     for label in (SEEMINGLY_TOXIC, TOXIC):
-        own += [row for row in batches.prompts if row.label == label][:PROBED]
+        own += [row for row in batches.rows.prompts if row.label == label][:PROBED]
     for asked in sets.read(evaluating).ranked:
         label = TOXIC if asked.kind is Kind.toxic else SEEMINGLY_TOXIC
         rows = asked.rows[:PROBED], label, facts.context, settings.dcr.pooling
