@@ -53,6 +53,8 @@ WHOLE: dict[str, Any] = {
     "refusal_probability": {
         "kinds": {"toxic": {"n": 2, "plain": [0.5, 0.25, 0.75], "prefix_free": [0.5, 0.25, 0.5]}},
         "values": [{"id": "a", "kind": "toxic", "plain": 0.5, "prefix_free": 0.5}],
+        "first_token": {"n": 8, "rank_correlation": {"plain": 0.75, "prefix_free": None},
+                        "auroc": {"mass": [0.5, 0.25, 0.75]}},
     },
     "kernel": {"top_k": 5, "ids": ["a"], "of": ["toxic"],
                "params": {"all": {"toxic": {"normal": [0.5, None, 1.5]}}}},
@@ -143,6 +145,8 @@ def test_every_number_has_its_row(tmp_path: Path) -> None:
     rate = row(table, "win_rate", judge="gpt")
     assert (rate.value, rate.high) == (0.25, pytest.approx(0.25 + 1.96 * 0.05, abs=1e-4))
     assert row(table, "refusal_probability", kind="toxic").low == 0.25
+    assert row(table, "refusal_probability/auroc/mass").high == 0.75
+    assert row(table, "refusal_probability/rank_correlation/plain").value == 0.75
     kernel = row(table, "kernel/toxic/normal", set="all")
     assert kernel.value == 0.5
     assert math.isnan(kernel.low)

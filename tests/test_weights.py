@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from scipy import stats
 
 from dcr import eval as eval_entry
 from dcr import models, ntk, prompts, refusal
@@ -142,6 +143,26 @@ def test_analyses_of_a_run_by_their_own_command(pair: tuple[Run, Run]) -> None:
         assert block["n"] == len(values) == 3
         assert block["plain"][0] == pytest.approx(sum(values) / 3)
         assert block["plain"][1] <= block["plain"][0] <= block["plain"][2]
+    ids = [v["id"] for v in found["refusal_probability"]["values"]]
+    first, both = found["refusal_probability"]["first_token"], ("toxic", "seemingly_toxic")
+    scores = {
+        kind: [
+            v | {"mass": first["mass"][v["id"]]}
+            for v in found["refusal_probability"]["values"]
+            if v["kind"] == kind
+        ]
+        for kind in both
+    }
+    assert list(first["mass"]) == ids
+    every = [of for kind in both for of in scores[kind]]
+    assert first["n"] == len(every) == 6
+    for name, (auroc, _, _) in first["auroc"].items():
+        above = [a[name] > b[name] for a in scores["toxic"] for b in scores["seemingly_toxic"]]
+        assert auroc == pytest.approx(sum(above) / len(above))
+    for name, told in first["rank_correlation"].items():
+        mass, other = ([of[key] for of in every] for key in ("mass", name))
+        by_scipy: Any = stats.spearmanr(mass, other)
+        assert told == pytest.approx(by_scipy.statistic)
     assert set(found["kernel"]["params"]) == {"tail-1-headless", "trunk-1-headless"}
     (file,) = run.folder.glob("eval/*/kernel/trunk-1-headless.safetensors")
     norms = load_file(file)["norms"]

@@ -7,12 +7,14 @@ trains. `MEASURED` is the table of tasks.
 
 import functools
 import itertools
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save
 
@@ -34,6 +36,9 @@ from dcr.runs import Run
 from dcr.sources import Example
 from dcr.text import normalise
 
+log = logging.getLogger(__name__)
+
+SCORES = ("mass", "plain", "prefix_free")  # of a refusal: its first token's, and whole phrases'
 Probability = dict[str, float]  # `plain` and `prefix_free`, of one prompt
 
 
@@ -84,6 +89,48 @@ def _means(every: Sequence[Mapping[str, Any]], kind: str, seed: int) -> dict[str
     return {"n": len(of_kind)} | {
         name: list(astuple(statistics.mean_interval([row[name] for row in of_kind], seed=seed)))
         for name in ("plain", "prefix_free")
+    }
+
+
+def first_token(
+    policy: Policy,
+    chat: ChatFormat,
+    rows: Sequence[Example],
+    every: Sequence[Mapping[str, Any]],
+    seed: int,
+) -> dict[str, Any]:
+    """The mass of refusals' first tokens beside the probabilities of `every` over whole phrases.
+
+    Over toxic and seemingly toxic prompts: Spearman's rank correlation of the mass with either sum,
+    and the AUROC of toxic prompts by each of the three with its 95% bootstrap interval, None where
+    a kind is absent. Phrases that rank the prompts better than their first tokens do say that
+    first tokens hide what the model would answer.
+    """
+    openings, mass = refusal.refusal_openings(chat), torch.zeros(len(rows))
+    for places, logits in refusal.first_logits(
+        policy.model, [chat.prompt_ids(row.prompt) for row in rows]
+    ):
+        mass[places] = refusal.refusal_mass(logits, openings).cpu()
+    scored = [{**of, "mass": m} for of, m in zip(every, mass.tolist(), strict=True)]
+    toxic, safe = (
+        [of for of in scored if of["kind"] == kind.value]
+        for kind in (Kind.toxic, Kind.seemingly_toxic)
+    )
+
+    def correlation(name: str) -> float | None:
+        x, y = (np.array([of[key] for of in (*toxic, *safe)]) for key in ("mass", name))
+        rank = statistics.weighted_spearman(x, y, np.ones((1, len(x))))
+        return statistics.finite(float(rank[0]))
+
+    def auroc(name: str) -> list[float]:
+        sides = [of[name] for of in toxic], [of[name] for of in safe]
+        return list(astuple(statistics.auroc_interval(*sides, seed=seed)))
+
+    return {
+        "n": len(toxic) + len(safe),
+        "rank_correlation": {name: correlation(name) for name in ("plain", "prefix_free")},
+        "auroc": {name: auroc(name) for name in SCORES} if toxic and safe else None,
+        "mass": {of["id"]: of["mass"] for of in scored},
     }
 
 
@@ -217,7 +264,10 @@ def _refusal_probability(work: Work) -> dict[str, Any]:
     options, seed = work.settings.refusal_prob, work.settings.seed
     alone, rows = sets.followed(work.kinds), work.drawn(options.prompts)
     block = refusal_probability(work.probabilities, rows, alone, options.phrases, seed)
-    return block | {"trained_on": work.trained_on(rows)}
+    flat = [row for part in rows.values() for row in part]
+    beside = first_token(work.policy(), work.chat(), flat, block["values"], seed)
+    log.info("refusals' first tokens: %s", {k: v for k, v in beside.items() if k != "mass"})
+    return block | {"first_token": beside, "trained_on": work.trained_on(rows)}
 
 
 def _cut(

@@ -224,6 +224,12 @@ def _analyses(metrics: Metrics) -> Iterator[TidyRow]:
             yield _estimate(
                 "refusal_probability/prefix_free", means.prefix_free, kind=kind, n=means.n
             )
+        if first := refusal.first_token:
+            for score, auroc in (first.auroc or {}).items():
+                yield _estimate(f"refusal_probability/auroc/{score}", auroc, n=first.n)
+            for score, value in first.rank_correlation.items():
+                about = {"value": _value(value), "n": first.n}
+                yield {"quantity": f"refusal_probability/rank_correlation/{score}", **about}
     for params, matrix in (metrics.kernel.params if metrics.kernel else {}).items():
         for observer, cells in matrix.items():
             for trained, cell in cells.items():

@@ -282,9 +282,18 @@ class PromptProbability(Record):
     prefix_free: Number
 
 
+class FirstToken(Record):
+    """The mass of refusals' first tokens beside the probabilities over phrases, by score."""
+
+    n: Count
+    rank_correlation: dict[str, Number] = {}
+    auroc: dict[str, Estimate] | None = None
+
+
 class RefusalProbability(Record):
     """A.5: means by kind, one followed prompt of each, and every prompt's own."""
 
+    first_token: FirstToken | None = None
     phrases: str = ""
     kinds: dict[str, KindProbability]
     followed: dict[str, PromptProbability] = {}
