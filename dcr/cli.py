@@ -77,6 +77,8 @@ def prepare() -> None:
         if schema is EvalConfig:
             _unset(node.data)  # what no one names comes from the run, whatever the default
         ConfigStore.instance().store(name=f"{name}_schema", node=node)
+    # the store hands out copies, so Hydra need not copy it whole for each group it lists
+    ConfigStore.__deepcopy__ = lambda store, _: store  # pyright: ignore
     OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
     OmegaConf.register_new_resolver("choice", _choice, replace=True)
     _quieten()

@@ -1,7 +1,7 @@
 """What a stage of training costs: its parameters, and estimates of peak memory and time.
 
-Parameters, trained and frozen, are those of the real architecture, built without storage on torch's
-meta device.
+Parameters, trained and frozen, are those of the real architecture: by arithmetic where `blueprint`
+knows it, which takes no torch, else built without storage on torch's meta device.
 
 Memory, in bytes, is the sum of
     weights      parameters × bytes of their type, LoRA in fp32; under autocast of fp32 weights
@@ -22,15 +22,34 @@ Throughput is a share of the GPU's published dense rate (40%) or, for any other 
 product timed on the spot (50%).
 """
 
+import os
+import sys
+import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+from typing_extensions import TypedDict
 
-from dcr import models, threads
-from dcr.config import Adapter, Precision, Stage, TrainConfig, block_of
+from dcr import blueprint, storage, threads
+from dcr.blueprint import Blueprint
+from dcr.config import (
+    ALL_LINEAR,
+    Adapter,
+    DataError,
+    LoraConfig,
+    Precision,
+    Stage,
+    TrainConfig,
+    UserError,
+    block_of,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
 
 LOGIT_ROWS = 256  # the chunk of losses.token_nll
 PROCESS_BYTES = 0.5e9
@@ -42,6 +61,7 @@ GPUS = {  # published dense FLOP/s in bf16 and in fp32
 }
 ASSUMED_GPU = "H100"
 TRIAL_SECONDS = 0.2
+REMEMBERED = 24 * 3600  # seconds that a measured rate holds
 # Bytes a block keeps per token and unit of (rows + columns) of its matrices: where a gradient
 # passes, and more where the matrix itself is trained, and where it carries LoRA. Measured with
 # saved-tensor hooks on Llama and Qwen2 blocks.
@@ -75,42 +95,124 @@ class Shape:
         return sum(self.parts.values())
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """A model as a stage prepares it, however it was counted; of blocks a number each."""
+
+    parts: dict[str, int]
+    trained: dict[str, int]
+    blocks: list[int]  # parameters
+    saved: list[float]  # bytes kept for the backward pass of one token
+    width: int
+    vocabulary: int
+    tied: bool
+
+
 def stage_shape(settings: TrainConfig, stage: Stage) -> Shape:
     """The model prepared as the stage prepares it.
 
     Raises ConfigError for a block the model does not have and LoRA targets that match nothing.
     """
-    first = stage is Stage.contrastive
-    node = settings.dcr if first else settings.sft
+    known = blueprint.read(settings.model)
+    lora = _lora(settings, stage)
+    if known is None or (lora and not _adapted(known, lora)):
+        made = _built(settings, stage)
+    else:
+        made = _counted(settings, stage, known)
+    block = block_of(settings.dcr, len(made.blocks))
+    passed = settings.sft.from_block - 1 if stage is Stage.sft else 0
+    return Shape(
+        parts=made.parts,
+        trained=made.trained,
+        block=block,
+        depth=len(made.blocks),
+        width=made.width,
+        vocabulary=made.vocabulary,
+        tied=made.tied,
+        trunk=sum(made.blocks[:block]),
+        blocks=sum(made.blocks),
+        head=made.vocabulary * made.width,
+        trunk_saved=sum(made.saved[passed:block]),
+        full_saved=sum(made.saved[passed:]),
+        passed=sum(made.blocks[:passed]),
+    )
+
+
+def _lora(settings: TrainConfig, stage: Stage) -> LoraConfig | None:
+    """The adapter that the stage trains, None where it trains the weights themselves."""
+    if stage is Stage.sft:
+        return settings.sft.lora
+    return None if settings.dcr.adapter is Adapter.full else settings.dcr.lora
+
+
+def _adapted(known: Blueprint, lora: LoraConfig) -> set[str]:
+    """The projections of a block that LoRA is added to; none where one of them is not known."""
+    named = set(known.matrices if lora.targets == [ALL_LINEAR] else lora.targets)
+    return named if named <= set(known.matrices) else set()
+
+
+def _counted(settings: TrainConfig, stage: Stage, known: Blueprint) -> _Prepared:
+    """By arithmetic."""
+    first, lora = stage is Stage.contrastive, _lora(settings, stage)
+    block, adapted = block_of(settings.dcr, known.depth), _adapted(known, lora) if lora else set()
+    matrix = known.vocabulary * known.width
+    parts = {
+        "embeddings": matrix,
+        lower(block): block * known.block,
+        upper(block, known.depth): (known.depth - block) * known.block,
+        "final norm": known.width,
+        "head": 0 if known.tied else matrix,
+    }
+    parts = {name: count for name, count in parts.items() if count or name == "head"}
+    trained = dict.fromkeys(parts, 0)
+    passed = 0 if first else settings.sft.from_block - 1
+    learning = range(passed, block if first else known.depth)  # blocks with anything that trains
+    if lora is None:
+        trained[lower(block)] = parts[lower(block)]
+        asked = settings.dcr.train_embeddings
+        trained["embeddings"] = matrix * ((not known.tied) if asked is None else asked)
+    else:
+        each = lora.rank * sum(sum(known.matrices[name]) for name in adapted)
+        parts["LoRA"] = trained["LoRA"] = each * len(learning)
+    precision = settings.dcr.precision if first else settings.sft.precision
+    sizes = {name: sum(size) for name, size in known.matrices.items()}
+    plain = _saved([(size, False, False) for size in sizes.values()], precision)
+    learns = [(size, lora is None, name in adapted) for name, size in sizes.items()]
+    learnt = _saved(learns, precision)
+    saved = [learnt if index in learning else plain for index in range(known.depth)]
+    blocks = [known.block] * known.depth
+    return _Prepared(parts, trained, blocks, saved, known.width, known.vocabulary, known.tied)
+
+
+def _built(settings: TrainConfig, stage: Stage) -> _Prepared:
+    """By building it without storage."""
+    import torch
+
+    from dcr import models
+
+    first, node = stage is Stage.contrastive, _lora(settings, stage)
     model = models.skeleton(settings.model)
     blocks, head = models.decoder_blocks(model), models.head(model).weight
+    sizes = [_size(layer.parameters()) for layer in blocks]
     block = block_of(settings.dcr, len(blocks))
-    tied = head is model.get_input_embeddings().weight
     parts = _parts(model, block)
-    if first and settings.dcr.adapter is Adapter.full:
+    if node is None:
         models.freeze_beyond(model, block, settings.dcr.train_embeddings)
     else:
         known = {id(weight) for part in parts.values() for weight in part}
         with torch.device("meta"):
             places = {"blocks": block} if first else {"first": settings.sft.from_block}
-            model = models.add_lora(model, node.lora, seed=0, **places)
+            model = models.add_lora(model, node, seed=0, **places)
         parts["LoRA"] = [weight for weight in model.parameters() if id(weight) not in known]
-    passed = 0 if first else settings.sft.from_block - 1
-    saved = [saved_by(layer, node.precision) for layer in blocks]
-    return Shape(
+    precision = settings.dcr.precision if first else settings.sft.precision
+    return _Prepared(
         parts={name: _size(weights) for name, weights in parts.items()},
         trained={n: _size(w for w in ws if w.requires_grad) for n, ws in parts.items()},
-        block=block,
-        depth=len(blocks),
+        blocks=sizes,
+        saved=[saved_by(layer, precision) for layer in blocks],
         width=head.shape[1],
         vocabulary=head.shape[0],
-        tied=tied,
-        trunk=_size(parts[lower(block)]),
-        blocks=_size(parts[lower(block)]) + _size(parts.get(upper(block, len(blocks)), [])),
-        head=head.numel(),
-        trunk_saved=sum(saved[passed:block]),
-        full_saved=sum(saved[passed:]),
-        passed=_size(blocks[:passed].parameters()),
+        tied=head is model.get_input_embeddings().weight,
     )
 
 
@@ -124,8 +226,10 @@ def upper(block: int, depth: int) -> str:
     return f"blocks {block + 1} to {depth}"
 
 
-def _parts(model: Any, block: int) -> dict[str, list[nn.Parameter]]:
+def _parts(model: Any, block: int) -> "dict[str, list[nn.Parameter]]":
     """Every parameter in exactly one part, in the order of a forward pass."""
+    from dcr import models
+
     blocks, norm = models.decoder_blocks(model), models.final_norm(model)
     norms = list(norm[1].parameters()) if norm else []
     inside = {id(weight) for weight in [*blocks.parameters(), *norms]}
@@ -141,21 +245,31 @@ def _parts(model: Any, block: int) -> dict[str, list[nn.Parameter]]:
     return {name: weights for name, weights in parts.items() if weights or name == "head"}
 
 
-def _size(weights: Iterable[nn.Parameter]) -> int:
+def _size(weights: "Iterable[nn.Parameter]") -> int:
     return sum(weight.numel() for weight in weights)
 
 
-def saved_by(block: nn.Module, precision: Precision) -> float:
+def saved_by(block: "nn.Module", precision: Precision) -> float:
     """Bytes a block keeps for the backward pass of one token, by the table SAVED."""
+    each = [
+        (sum(weight.shape), weight.requires_grad, False)
+        for name, weight in block.named_parameters()
+        if weight.dim() == 2 and "lora_" not in name
+    ]
+    return _saved(each, precision) + sum(
+        SAVED[precision][2] * sum(module.base_layer.weight.shape)  # pyright: ignore
+        for module in block.modules()
+        if hasattr(module, "lora_A")
+    )
+
+
+def _saved(matrices: Iterable[tuple[int, bool, bool]], precision: Precision) -> float:
+    """Of matrices with rows and columns in all, whether they are trained and carry LoRA."""
     passing, trained, adapted = SAVED[precision]
-    kept = 0.0
-    for name, weight in block.named_parameters():
-        if weight.dim() == 2 and "lora_" not in name:
-            kept += sum(weight.shape) * (passing + trained * weight.requires_grad)
-    for module in block.modules():
-        if hasattr(module, "lora_A"):
-            kept += adapted * sum(module.base_layer.weight.shape)  # pyright: ignore
-    return kept
+    return sum(
+        size * (passing + trained * learns + adapted * carries)
+        for size, learns, carries in matrices
+    )
 
 
 # --- memory and time ---
@@ -227,20 +341,72 @@ def device_type(settings: TrainConfig) -> str:
     """`cuda`, or `cpu` for everything else that the trainer may be told."""
     if settings.trainer.accelerator in ("gpu", "cuda"):
         return "cuda"
-    return "cuda" if settings.trainer.accelerator == "auto" and torch.cuda.is_available() else "cpu"
+    return "cuda" if settings.trainer.accelerator == "auto" and _has_gpu() else "cpu"
+
+
+# Of NVIDIA, AMD and Windows' subsystem: where Linux has none of these, torch need not be asked.
+GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+
+
+def _has_gpu() -> bool:
+    if (
+        "torch" not in sys.modules
+        and sys.platform == "linux"
+        and not any(map(os.path.exists, GPU_FILES))
+    ):
+        return False
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def throughput(settings: TrainConfig, precision: Precision, width: int) -> Throughput:
     """Of one device that the command would run on."""
     if device_type(settings) == "cpu":
-        number, _ = threads.chosen(settings.trainer.threads)
-        rate = _timed_product("cpu", precision, width, number)
+        number, rate = _cpu_rate(settings.trainer.threads, precision, width)
         return Throughput(f"this CPU, {number} threads", MEASURED_SHARE * rate, _measured(rate))
+    import torch
+
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ASSUMED_GPU
     if any(known in name for known in GPUS):
         return published(name, precision)
     rate = _timed_product("cuda", precision, width, torch.get_num_threads())
     return Throughput(name, MEASURED_SHARE * rate, _measured(rate))
+
+
+class Speeds(TypedDict):
+    """What was measured of a CPU, so that the next plan waits neither for torch nor for that."""
+
+    measured: float  # when, in seconds since the epoch
+    threads: int  # that torch takes by itself
+    rates: dict[str, float]  # FLOP/s by precision, width and threads
+
+
+def _cpu_rate(asked: int | None, precision: Precision, width: int) -> tuple[int, float]:
+    """Threads and FLOP/s of this CPU, measured now or within the last day."""
+    facts = [threads.cores(), os.environ.get("OMP_NUM_THREADS"), metadata.version("torch")]
+    file = storage.cache_folder() / f"cpu-{storage.fingerprint(facts)}.json"
+    known = _remembered(file)
+    number, _ = threads.chosen(asked, most=known["threads"] if known else None)
+    called = f"{precision.value}/{width}/{number}"
+    if known is None or called not in known["rates"]:
+        import torch
+
+        own = known["threads"] if known else torch.get_num_threads()
+        rates = known["rates"] if known else {}
+        rates = rates | {called: _timed_product("cpu", precision, width, number)}
+        known = Speeds(measured=time.time(), threads=own, rates=rates)
+        with suppress(UserError):  # a disk without room: measured again next time
+            storage.write_json(file, known)
+    return number, known["rates"][called]
+
+
+def _remembered(file: Path) -> Speeds | None:
+    try:
+        known = storage.read_json(file, Speeds)
+    except (DataError, UserError):
+        return None
+    return known if 0 <= time.time() - known["measured"] < REMEMBERED else None
 
 
 def _measured(rate: float) -> str:
@@ -257,7 +423,8 @@ def published(name: str, precision: Precision) -> Throughput:
 
 def _timed_product(device: str, precision: Precision, width: int, threads: int) -> float:
     """FLOP/s of a product in the stage's type, the best of several rounds."""
-    from torch.utils.benchmark import Timer  # slow to import, and only a plan needs it
+    import torch
+    from torch.utils.benchmark import Timer
 
     dtype = torch.float32 if precision is Precision.fp32 else torch.bfloat16
     left = torch.ones(512, width, dtype=dtype, device=device)

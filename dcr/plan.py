@@ -10,11 +10,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.table import Table
 
-from dcr import balance, cli, config, cost, data, models, prompts, sources
+from dcr import balance, blueprint, cli, config, cost, data, prompts, sources, tokens
 from dcr.balance import Balance
 from dcr.config import (
     EMBEDDED_MODEL,
@@ -34,6 +34,11 @@ from dcr.data import HELD_OUT_PAIRS, Splits, StageRows
 from dcr.prompts import IGNORED, ChatFormat, PairRow, PromptRow
 from dcr.runs import Run
 from dcr.sources import SOURCES, Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+else:
+    Tokenizer = Any
 
 CHARACTERS_PER_TOKEN = 4
 # Mean characters of prompt and response in the paper's sources (Section 7.1), for unread rows.
@@ -380,7 +385,7 @@ def _rows(kind: Kind, node: SourceConfig, count: int) -> list[Example]:
 def tokenizer_is_here(config: ModelConfig) -> bool:
     """Whether opening it needs neither the network nor a conversion of weights."""
     if config.name == EMBEDDED_MODEL:
-        return (models.cache_folder() / EMBEDDED_MODEL / "config.json").is_file()
+        return blueprint.folder_of(config) is not None
     return config.name == TINY_MODEL or Path(config.name).is_dir()
 
 
@@ -389,7 +394,7 @@ def batches_of(settings: TrainConfig, stage: Stage, rows: Splits) -> StageRows:
     if stage is Stage.contrastive and not _anchored(settings):
         rows = replace(rows, normal=[])  # training tokenises them and looks at none
     if tokenizer_is_here(settings.model):
-        chat = prompts.chat_format(models.open_tokenizer(settings.model), settings.model)
+        chat = prompts.chat_format(_tokenizer(settings.model), settings.model)
     else:
         chat, rows = _counting_format(settings.model), _shortened(rows)
     batches = StageRows(stage, rows, chat, settings)
@@ -397,10 +402,25 @@ def batches_of(settings: TrainConfig, stage: Stage, rows: Splits) -> StageRows:
     return batches
 
 
+def _tokenizer(config: ModelConfig) -> Tokenizer:
+    """Read from its files where that is the same, which saves the seconds of transformers."""
+    known, folder = blueprint.read(config), blueprint.folder_of(config)
+    if config.name == TINY_MODEL:
+        read = tokens.byte_level()
+    else:
+        read = tokens.read(folder) if folder else None
+    ours = config.template is None or config.template in prompts.TEMPLATES
+    if read is not None and known is not None and ours and len(read) <= known.vocabulary:
+        return cast(Tokenizer, read)
+    from dcr import models
+
+    return models.open_tokenizer(config)
+
+
 def _counting_format(config: ModelConfig) -> ChatFormat:
     system = _short(config.system_prompt) if config.system_prompt else None
     counted = ModelConfig(name=config.name, system_prompt=system)
-    return prompts.chat_format(models.byte_tokenizer(COUNTING_TEMPLATE), counted)
+    return prompts.chat_format(cast(Tokenizer, tokens.byte_level(COUNTING_TEMPLATE)), counted)
 
 
 def _shortened(rows: Splits) -> Splits:

@@ -39,6 +39,11 @@ CURE = "restore the file, or delete it and run the command that wrote it again"
 # --- names --------------------------------------------------------------------------------------
 
 
+def cache_folder() -> Path:
+    """What any command may make once and for all: `$DCR_CACHE`, else `~/.cache/dcr`."""
+    return Path(os.environ.get("DCR_CACHE") or Path.home() / ".cache" / "dcr")
+
+
 def fingerprint(settings: object) -> str:
     """Twelve hex digits that name a configuration or anything else JSON can hold."""
     text = json.dumps(settings, sort_keys=True, ensure_ascii=False, default=str)

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
-import torch
 
 log = logging.getLogger(__name__)
 
@@ -55,21 +54,32 @@ def taken(mine: list[int]) -> float:
     return min(sum(now[core] for core in mine if core < len(now)) / 100, os.getloadavg()[0])
 
 
-def chosen(asked: int | None, before: int | None = None) -> tuple[int, str]:
+def own() -> int:
+    """As many as torch takes by itself."""
+    import torch  # a plan that knows need not wait for it
+
+    return torch.get_num_threads()
+
+
+def chosen(
+    asked: int | None, before: int | None = None, most: int | None = None
+) -> tuple[int, str]:
     """How many threads, and why.
 
     `asked` is `trainer.threads`; without it OMP_NUM_THREADS, then as many as a run had `before` it
-    was stopped, which its numbers depend on to the last bit, then what is free.
+    was stopped, which its numbers depend on to the last bit, then what is free. `most` are torch's
+    own, where they are known.
     """
     if asked:
         return asked, "trainer.threads"
+    most = own() if most is None else most
     if os.environ.get("OMP_NUM_THREADS"):
-        return torch.get_num_threads(), "OMP_NUM_THREADS"
+        return most, "OMP_NUM_THREADS"
     mine = cores()
     if before:
         return min(before, len(mine)), "as this run began; trainer.threads=<n> for another number"
     held, granted = taken(mine), quota(control_groups())
-    free = min(torch.get_num_threads(), granted, round(len(mine) - held))
+    free = min(most, granted, round(len(mine) - held))
     why = f"of {len(mine)} cores, {held:.1f} held by others"
     if granted < len(mine):
         why += f", {granted:g} granted by the cgroup"
@@ -81,6 +91,8 @@ def use(asked: int | None = None, before: int | None = None) -> int | None:
 
     Returns it where neither the user nor the environment gave it.
     """
+    import torch
+
     number, why = chosen(asked, before)
     if number != torch.get_num_threads():
         torch.set_num_threads(number)

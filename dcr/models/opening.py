@@ -4,7 +4,6 @@ import copy
 import glob
 import importlib.util
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,10 +20,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dcr import batching
+from dcr import batching, tokens
 from dcr.config import EMBEDDED_MODEL, TINY_MODEL, ConfigError, ModelConfig, Precision, UserError
 from dcr.models.structure import seeded
-from dcr.storage import replaced_folder
+from dcr.storage import cache_folder, replaced_folder
 from dcr.text import CHATML
 
 log = logging.getLogger(__name__)
@@ -63,11 +62,6 @@ class Policy:
     model: Any  # PreTrainedModel or PeftModel: the two share an interface but no type
     tokenizer: PreTrainedTokenizerBase
     name: str
-
-
-def cache_folder() -> Path:
-    """Where converted weights are kept: `$DCR_CACHE`, else `~/.cache/dcr`."""
-    return Path(os.environ.get("DCR_CACHE") or Path.home() / ".cache" / "dcr")
 
 
 def architecture(config: ModelConfig) -> PretrainedConfig:
@@ -311,20 +305,9 @@ def _convert_gguf(file: Path, folder: Path) -> None:
 
 def byte_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
     """A tokenizer of the 256 bytes and four special tokens, made in memory."""
-    from tokenizers import Tokenizer, decoders, pre_tokenizers
-    from tokenizers.models import BPE
-
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|unused|>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(specials + alphabet)}
-    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
-    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore
+    made = tokens.byte_level(template)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>", "<|unused|>"],
+        tokenizer_object=made.backend, additional_special_tokens=list(made.extra), **made.named
     )
     fast.chat_template = template
     return fast

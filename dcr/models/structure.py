@@ -20,9 +20,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from dcr.config import ConfigError, LoraConfig
-
-ALL_LINEAR = "all-linear"  # PEFT's word for every projection but the head
+from dcr.config import ALL_LINEAR, ConfigError, LoraConfig
 
 
 def unwrapped(model: Any) -> PreTrainedModel:

@@ -9,6 +9,7 @@ from dcr.prompts.templates import (
     CHATML,
     LLAMA3,
     PLAIN,
+    TEMPLATES,
     looks_trained,
     special_tokens,
     unused_tokens,
