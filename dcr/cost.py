@@ -6,14 +6,18 @@ knows it, which takes no torch, else built without storage on torch's meta devic
 Memory, in bytes, is the sum of
     weights      parameters × bytes of their type, LoRA in fp32; under autocast of fp32 weights
                  two bytes more for each that a gradient passes, since the backward pass keeps the
-                 bf16 copies
-    gradients    trained parameters, in their own type
-    Adam states  twice as much
+                 bf16 copies; with gradient checkpointing of what trains and of one block
+    gradients    trained parameters, in their own type, and with DDP a second time in its buckets
+    Adam states  twice as much, or twice a byte and a scale for 256 of them
     activations  padded tokens of the largest pass × what the blocks keep for a token, which is
                  SAVED × the sum of (rows + columns) over their matrices; with gradient
                  checkpointing one block's, and a hidden state for every block
     logits       one chunk of losses.token_nll, fp32 values and as many gradients
+    step         on a GPU AdamW's temporaries, a copy of what trains, as far as they exceed the
+                 activations, which are gone by then
     process      0.5 GB of libraries, on a CPU
+Under FSDP weights, gradients and states are split over the devices, and two blocks and the
+embeddings are gathered at a time.
 Time is FLOPs over throughput: for every padded token 2 · parameters of the blocks it runs through
 going forward, as much again for the gradient of activations, and 2 · trained parameters of the
 blocks for theirs; for every labelled token 4 · parameters of the head; and one forward pass an
@@ -22,12 +26,13 @@ Throughput is a share of the GPU's published dense rate (40%) or, for any other 
 product timed on the spot (50%).
 """
 
+import math
 import os
 import sys
 import time
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,9 +43,11 @@ from dcr import blueprint, storage, threads
 from dcr.blueprint import Blueprint
 from dcr.config import (
     ALL_LINEAR,
+    FSDP,
     Adapter,
     DataError,
     LoraConfig,
+    Moments,
     Precision,
     Stage,
     TrainConfig,
@@ -53,6 +60,9 @@ if TYPE_CHECKING:
 
 LOGIT_ROWS = 256  # the chunk of losses.token_nll
 PROCESS_BYTES = 0.5e9
+RESERVED = 1.5e9  # CUDA's context, its libraries' workspaces, and what fragments
+INT8_BYTES = 1 + 4 / 256  # a moment of bitsandbytes': a byte, and a scale for 256
+CARDS = ((1, 24), (1, 40), (1, 80), (8, 80))  # devices, and GiB of each
 GPU_SHARE, MEASURED_SHARE = 0.4, 0.5  # of the peak rate that training reaches
 GPUS = {  # published dense FLOP/s in bf16 and in fp32
     "H100": (989e12, 67e12),
@@ -64,10 +74,10 @@ TRIAL_SECONDS = 0.2
 REMEMBERED = 24 * 3600  # seconds that a measured rate holds
 # Bytes a block keeps per token and unit of (rows + columns) of its matrices: where a gradient
 # passes, and more where the matrix itself is trained, and where it carries LoRA. Measured with
-# saved-tensor hooks on Llama and Qwen2 blocks.
+# saved-tensor hooks on Llama and Qwen2 blocks, and by the peaks of tests/test_memory.py.
 SAVED = {
-    Precision.mixed: (2.4, 0.6, 2.2),
-    Precision.bf16: (2.2, 0.3, 2.2),
+    Precision.mixed: (2.0, 0.5, 1.9),
+    Precision.bf16: (1.8, 0.3, 1.8),
     Precision.fp32: (3.8, 0.7, 2.9),
 }
 
@@ -297,36 +307,115 @@ class Throughput:
 
 def memory(settings: TrainConfig, stage: Stage, shape: Shape, load: Load) -> dict[str, float]:
     """Bytes on one device at the peak, by what holds them."""
-    node = settings.dcr if stage is Stage.contrastive else settings.sft
+    first, gpu = stage is Stage.contrastive, device_type(settings) == "cuda"
+    node = settings.dcr if first else settings.sft
     each = 2 if node.precision is Precision.bf16 else 4
     lora = shape.parts.get("LoRA", 0)
     trained = sum(shape.trained.values()) - lora
     weights = each * (shape.total - lora) + 4 * lora
+    copied = shape.blocks + shape.head if load.full else shape.trunk
+    if node.gradient_checkpointing:  # autocast's own cache has those of what trains
+        learnt = sum(n for name, n in shape.trained.items() if name.startswith("blocks"))
+        copied = min(copied, learnt + shape.blocks / shape.depth + shape.head * bool(load.full))
+    gradients = each * trained + 4 * lora
+    small = first and settings.dcr.optim.moments is Moments.int8
+    moments = 2 * (INT8_BYTES * (trained + lora) if small else gradients)
+    activations = _activations(settings, stage, shape, load)
+    logits = 2 * 4 * min(LOGIT_ROWS, load.labelled) * shape.vocabulary
+    world = settings.trainer.devices * settings.trainer.num_nodes
+    buckets = gradients if world > 1 else 0
+    if settings.trainer.strategy == FSDP:
+        matrices = shape.vocabulary * shape.width * (1 if shape.tied else 2)
+        copied = min(copied, 2 * shape.blocks / shape.depth + matrices)
+        weights = weights / world + each * copied
+        gradients, moments, buckets = gradients / world, moments / world, 0
     if node.precision is Precision.mixed:
-        weights += 2 * (shape.blocks + shape.head if load.full else shape.trunk)
-    chunk = min(LOGIT_ROWS, load.labelled) * shape.vocabulary
+        weights += 2 * copied
     parts = {
         "weights": weights,
-        "gradients": each * trained + 4 * lora,
-        "Adam states": 2 * (each * trained + 4 * lora),
-        "activations": _activations(settings, stage, shape, load),
-        "logits": 2 * 4 * chunk,
+        "gradients": gradients + buckets,
+        "Adam states": moments,
+        "activations": activations,
+        "logits": logits,
     }
-    return parts if device_type(settings) == "cuda" else {**parts, "process": PROCESS_BYTES}
+    if gpu:
+        return parts | {"step": max(0, (0 if small else gradients) - activations - logits)}
+    return parts | {"process": PROCESS_BYTES}
 
 
 def _activations(settings: TrainConfig, stage: Stage, shape: Shape, load: Load) -> float:
+    node = settings.dcr if stage is Stage.contrastive else settings.sft
     kept = load.largest_trunk * shape.trunk_saved + load.largest_full * shape.full_saved
-    if stage is Stage.contrastive or not settings.sft.gradient_checkpointing:
+    if not node.gradient_checkpointing:
         return kept
-    each = 4 if settings.sft.precision is Precision.fp32 else 2
-    return kept / shape.depth + load.largest_full * shape.depth * shape.width * each
+    each = 4 if node.precision is Precision.fp32 else 2
+    states = load.largest_trunk * shape.block + load.largest_full * shape.depth
+    largest = max(load.largest_trunk, load.largest_full)
+    return largest * shape.full_saved / shape.depth + states * shape.width * each
+
+
+# --- what fits where ---
+
+
+@dataclass(frozen=True)
+class Way:
+    """Settings that stage one could be trained with, and bytes a device of one and of eight."""
+
+    settings: str
+    alone: float  # infinite where it takes several devices
+    of_eight: float
+
+
+def ways(settings: TrainConfig, load: Load) -> list[Way]:
+    """What stage one needs on GPUs as asked and with less memory, from the least change on."""
+    node, world = settings.dcr, settings.trainer.devices * settings.trainer.num_nodes
+    spared = "dcr.gradient_checkpointing=true"
+    less = replace(node, gradient_checkpointing=True)
+    small = replace(node.optim, moments=Moments.int8)
+    lora = replace(node, adapter=Adapter.lora)
+    bf16 = replace(lora, precision=Precision.bf16)
+    full = {
+        "as asked": node,
+        spared: less,
+        "dcr.optim.moments=int8": replace(node, optim=small),
+        f"dcr.optim.moments=int8 {spared}": replace(less, optim=small),
+        "dcr.adapter=lora": lora,
+        f"dcr.adapter=lora {spared}": replace(lora, gradient_checkpointing=True),
+        "dcr.adapter=lora dcr.precision=bf16": bf16,
+        f"dcr.adapter=lora dcr.precision=bf16 {spared}": replace(bf16, gradient_checkpointing=True),
+    }
+    split = {"trainer.strategy=fsdp": node, f"trainer.strategy=fsdp {spared}": less}
+    trainer = replace(settings.trainer, accelerator="gpu", devices=1, num_nodes=1, strategy="auto")
+    of_eight = _shared(load, 8 / world)
+    found: list[Way] = []
+    for name, changed in (full | split).items():
+        needs: list[float] = []
+        for devices, part in ((1, _shared(load, 1 / world)), (8, of_eight)):
+            strategy = FSDP if name in split else "auto"
+            made = replace(
+                settings, dcr=changed, trainer=replace(trainer, devices=devices, strategy=strategy)
+            )
+            shape = stage_shape(made, Stage.contrastive)
+            needs.append(sum(memory(made, Stage.contrastive, shape, part).values()) + RESERVED)
+        found.append(Way(name, math.inf if name in split else needs[0], needs[1]))
+    return found
+
+
+def _shared(load: Load, devices: float) -> Load:
+    """A rank's part of what one rank has, of so many as many devices."""
+    return replace(
+        load,
+        largest_trunk=math.ceil(load.largest_trunk / devices),
+        largest_full=math.ceil(load.largest_full / devices),
+        labelled=math.ceil(load.labelled / devices),
+    )
 
 
 def epoch_flops(settings: TrainConfig, stage: Stage, shape: Shape, load: Load) -> float:
     """Floating-point operations of one rank in one epoch."""
     in_blocks = [n for name, n in shape.trained.items() if name.startswith(("blocks", "LoRA"))]
-    passes = 3 if stage is Stage.sft and settings.sft.gradient_checkpointing else 2
+    node = settings.dcr if stage is Stage.contrastive else settings.sft
+    passes = 3 if node.gradient_checkpointing else 2
     heldout = shape.trunk if stage is Stage.contrastive else shape.blocks
     return (
         2 * passes * (load.trunk * shape.trunk + load.full * shape.blocks)

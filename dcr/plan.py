@@ -104,6 +104,7 @@ def describe(settings: TrainConfig) -> str:
         _row_table(drawn),
         *([_balance_table(told)] if told else []),
         _stage_table(settings, plans),
+        *_fit_table(settings, plans),
         *(f"- {note}" for note in [*notes, *_notes(settings, plans)]),
     )
 
@@ -194,6 +195,24 @@ def _stage_table(settings: TrainConfig, plans: list[StagePlan]) -> Table:
     for name, times in _times(settings, plans).items():
         table.add_row(name, *times)
     return table
+
+
+def _fit_table(settings: TrainConfig, plans: list[StagePlan]) -> list[Table]:
+    """What makes stage one fit on which GPUs, where it does not fit on the smallest as it is."""
+    first = [plan for plan in plans if plan.stage is Stage.contrastive]
+    found = cost.ways(settings, first[0].load) if first else []
+    if not found or found[0].alone <= cost.CARDS[0][1] * 2**30:
+        return []
+    heads = [f"{devices}×{size} GB" for devices, size in cost.CARDS]
+    table = cli.table("Stage one on GPUs: GB of each, where that fits", ["settings", *heads])
+    for way in found:
+        needs = [way.alone if devices == 1 else way.of_eight for devices, _ in cost.CARDS]
+        cells = [
+            _bytes(need) if need <= size * 2**30 else "-"
+            for need, (_, size) in zip(needs, cost.CARDS, strict=True)
+        ]
+        table.add_row(way.settings, *cells)
+    return [table]
 
 
 def _times(settings: TrainConfig, plans: list[StagePlan]) -> dict[str, list[str]]:

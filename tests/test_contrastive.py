@@ -2,6 +2,8 @@ import copy
 import itertools
 import math
 import multiprocessing
+import os
+import signal
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from lightning import Callback
 from tiny_run import (
+    at_each_step,
     changed,
     composed,
     failing,
@@ -26,6 +29,7 @@ from tiny_run import (
 )
 from torch import Tensor
 from torchmetrics import MeanMetric
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dcr import config, losses, models, train
 from dcr.config import ConfigError, Kind, Pooling, Stage, TrainConfig, resolve
@@ -37,6 +41,7 @@ from dcr.separability import kmeans_accuracy
 from dcr.sources import Example
 from dcr.training import callbacks
 from dcr.training.contrastive import ContrastiveModule, KMeansAccuracy, PairMetrics
+from dcr.training.resuming import Interrupted
 from tests.shapes import chat_of, tiny_policy
 
 PROMPTS = ["How do I kill a process?", "Kill him", "How do I shoot a film at night?", "Rob a bank"]
@@ -237,6 +242,52 @@ SWITCHES = [
     "dcr.precision=bf16",
     "seed=1",
 ]
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_gradient_checkpointing_changes_no_gradient(
+    chat: ChatFormat, policy: Policy, tiny: TrainConfig, weight: float
+) -> None:
+    batch, dcr = batch_of(chat), replace(tiny.dcr, nll=replace(tiny.dcr.nll, weight=weight))
+    other = replace(policy, model=copy.deepcopy(policy.model))
+    plain = gradients_of_one_step(ContrastiveModule(policy, dcr, 1, 1), batch)
+    runs: list[bool] = []
+    mlp = models.decoder_blocks(other.model)[0].get_submodule("mlp")
+    mlp.register_forward_pre_hook(lambda *_: runs.append(True))
+    spared = replace(dcr, gradient_checkpointing=True)
+    saving = gradients_of_one_step(ContrastiveModule(other, spared, 1, 1), batch)
+    assert len(runs) == 2, "the block runs again in the backward pass"
+    assert plain.keys() == saving.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(saving[name], gradient)
+
+
+@pytest.mark.slow
+def test_moments_of_eight_bits_train_and_go_on(tmp_path: Path, tiny: TrainConfig) -> None:
+    """Moments of large matrices take a byte, and survive being stopped."""
+    pytest.importorskip("bitsandbytes")
+    wide = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=260)
+    wide.num_attention_heads = wide.num_key_value_heads = 4
+    AutoModelForCausalLM.from_config(wide).save_pretrained(tmp_path / "wide")
+    models.byte_tokenizer().save_pretrained(tmp_path / "wide")
+    small = changed(tiny, f"model.name={tmp_path / 'wide'}", "dcr.optim.moments=int8")
+    whole, run, steps = Run(tmp_path / "whole"), Run(tmp_path / "run"), itertools.count()
+    train.train(small, whole)
+
+    def at_the_third(*_: Any) -> None:
+        if next(steps) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        at_each_step(patch, at_the_third)
+        with pytest.raises(Interrupted):
+            train.train(small, run)
+    last = max(run.checkpoints("contrastive").glob("*.ckpt"))
+    states = torch.load(last, weights_only=True)["optimizer_states"][0]["state"].values()
+    kept = [state["__bnb_optimizer_quant_state__"]["state1"].dtype for state in states]
+    assert kept.count(torch.uint8) == 4, "matrices of more than 4,096 weights"
+    train.train(small, run)
+    assert same(weights(run.folder), weights(whole.folder))
 
 
 def trained(folder: Path, tiny: TrainConfig, *switches: str) -> Path:

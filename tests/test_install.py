@@ -12,14 +12,15 @@ from zipfile import ZipFile
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SHIPPED = ("dcr", "conf", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+SHIPPED = ("dcr", "hydra_plugins", "conf", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 ROWS = [f"data.{part}.count=8" for part in ("toxic", "seemingly_toxic", "safety", "normal")]
 CHAIN = f"""
 import sys
 # what extras bring is absent
-for name in ("lm_eval", "openai", "wandb_workspaces", "mkdocs", "optuna"):
+for name in ("lm_eval", "openai", "wandb_workspaces", "mkdocs", "optuna", "submitit"):
     sys.modules[name] = None
 import dcr
+import hydra_plugins.dcr_launchers
 from dcr import commands
 print(dcr.__file__)
 for words in (

@@ -240,7 +240,7 @@ def test_a_sweep_on_slurm_with_preempted_jobs_and_one_that_fails(
     cluster: None, tmp_path: Path
 ) -> None:
     ratios = ["1", "1.25", "1.5", "1.75", "2"]
-    long = ["dcr.epochs=60", "sft.epochs=60", "trainer.threads=1"]
+    long = ["dcr.epochs=40", "sft.epochs=40", "trainer.threads=1"]
     rows = overrides(tmp_path / "rows", *long)
     asked = ["hydra/launcher=slurm", "hydra.launcher.cpus_per_task=2", "hydra.launcher.minutes=30"]
     sweep = subprocess.Popen(
@@ -309,14 +309,14 @@ def test_a_sweep_on_slurm_with_preempted_jobs_and_one_that_fails(
 @pytest.mark.timeout(600)
 def test_one_job_spans_two_nodes_and_comes_back(cluster: None, tmp_path: Path) -> None:
     # no dropout, whose draws are a rank's own
-    long = ["dcr.epochs=10", "sft.epochs=60", "trainer.threads=1"]
+    long = ["dcr.epochs=5", "sft.epochs=40", "trainer.threads=1"]
     long += ["dcr.lora.dropout=0", "sft.lora.dropout=0"]
     rows = overrides(tmp_path / "rows", *long)
     spread = ["trainer.num_nodes=2", "trainer.strategy=ddp", "hydra/launcher=slurm"]
     # both nodes are this machine, which no name server knows by their names
     asked = [
-        "hydra.launcher.cpus_per_task=1",
-        "hydra.launcher.setup=[export MASTER_ADDR=127.0.0.1]",
+        *("hydra.launcher.cpus_per_task=1", "hydra.launcher.minutes=30"),
+        "hydra.launcher.setup=['export MASTER_ADDR=127.0.0.1']",
     ]
     sweep = subprocess.Popen(
         [sys.executable, ROOT / "train.py", "-m", *rows, *spread, *asked],
@@ -325,7 +325,9 @@ def test_one_job_spans_two_nodes_and_comes_back(cluster: None, tmp_path: Path) -
         text=True,
     )
     written = "multirun/tiny-*/checkpoints/sft/step-*.sha256"
-    run = until(lambda: next(tmp_path.glob(written), None)).parents[2]
+    file = until(lambda: sweep.poll() is not None or next(tmp_path.glob(written), None))
+    assert file is not True, sweep.communicate()
+    run = file.parents[2]
     slurm("scancel", "--signal=USR1", job_of(run))
     _, told = sweep.communicate(timeout=400)
     assert sweep.returncode == 0, told

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ PUBLISHED = {
 
 
 def settings(*overrides: str) -> TrainConfig:
-    told = [*overrides, "trainer.accelerator=cpu", "trainer.threads=1"]
+    told = ["trainer.accelerator=cpu", "trainer.threads=1", *overrides]
     return config.resolve(cli.compose("train", told), TrainConfig)
 
 
@@ -245,6 +246,25 @@ def test_checkpointing_trades_activations_for_time(local: Path) -> None:
     assert 1.2 < spared.flops / plain.flops < 1.5
 
 
+def test_ways_to_fit_are_settings_that_there_are(
+    monkeypatch: pytest.MonkeyPatch, no_weights: None
+) -> None:
+    monkeypatch.setattr("dcr.config.checks.check_installed", lambda *_: None)
+    llama = ("model=llama3_8b", "stage=contrastive", "trainer.accelerator=gpu")
+    asked = settings(*llama)
+    load = stage(asked, Stage.contrastive).load
+    found = {way.settings: way for way in cost.ways(asked, load)}
+    for name, way in found.items():
+        told = asked if name == "as asked" else settings(*llama, *name.split())
+        shape = cost.stage_shape(told, Stage.contrastive)
+        alone = sum(cost.memory(told, Stage.contrastive, shape, load).values()) + cost.RESERVED
+        assert way.alone == pytest.approx(math.inf if "fsdp" in name else alone)
+    small, full = found["dcr.optim.moments=int8"].alone, found["as asked"].alone
+    trained = sum(cost.stage_shape(asked, Stage.contrastive).trained.values())
+    # two moments of four bytes become two of one and a scale for 256 of them
+    assert full - small >= trained * (8 - 2 * (1 + 4 / 256))
+
+
 # --- the text -----------------------------------------------------------------------------------
 
 
@@ -253,6 +273,9 @@ def test_plan_of_the_paper_says_what_it_did_not_read(no_weights: None) -> None:
     assert "8,030,261,248" in told
     assert "from the table of sources, not read" in told
     assert "estimated at 4 characters a token" in told
+    assert "Stage one on GPUs: GB of each" in told
+    assert re.search(r"as asked( +-){4}\n", told)  # 93 GB of weights, gradients and states
+    assert re.search(r"dcr.adapter=lora dcr.precision=bf16( +\d\d\.\d\d GB){4}\n", told)
     assert max(map(len, told.splitlines())) <= 100
     assert "\x1b" not in told
 

@@ -56,6 +56,7 @@ from dcr.config.schema import (
     Method,
     ModelConfig,
     ModerationConfig,
+    Moments,
     NLLConfig,
     NLLSource,
     PairLoss,

@@ -13,6 +13,7 @@ from dcr.config.schema import (
     EvalConfig,
     Judge,
     Kind,
+    Moments,
     Precision,
     Sampler,
     Stage,
@@ -206,6 +207,10 @@ def _of_training(config: TrainConfig) -> Iterator[str]:
             f"dcr.optim.lr={dcr.optim.lr}: too small to move bf16 weights; use dcr.precision=mixed"
         )
     yield from _of_several_processes(config)
+    if dcr.optim.moments is Moments.int8:
+        check_installed("bitsandbytes", "memory", "dcr.optim.moments=int8")
+        if config.trainer.strategy == FSDP:
+            yield "dcr.optim.moments=int8 trainer.strategy=fsdp: choose one of them"
     for name, node in (("dcr", dcr), ("sft", config.sft)):
         if not node.lora.targets:
             yield f"{name}.lora.targets=[]: name modules, or [all-linear]"

@@ -275,11 +275,19 @@ class Schedule(Enum):
     cosine = "cosine"
 
 
+class Moments(Enum):
+    """How AdamW keeps its two moments of each weight."""
+
+    full = "full"  # in the weight's own type
+    int8 = "int8"  # a byte each, by bitsandbytes
+
+
 @dataclass
 class OptimConfig:
     lr: float = 1e-4
     weight_decay: float = 0.0
     clip: float | None = None  # norm that gradients are clipped to; null: not
+    moments: Moments = Moments.full
 
 
 @dataclass
@@ -326,6 +334,7 @@ class ContrastiveConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: Schedule = Schedule.constant
     precision: Precision = II("model.contrastive_precision")
+    gradient_checkpointing: bool = False  # less memory for more time
     adapter: Adapter = Adapter.full  # train the blocks' own weights, or a LoRA adapter on them
     lora: LoraConfig = field(default_factory=LoraConfig)
 

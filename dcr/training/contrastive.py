@@ -137,6 +137,8 @@ class ContrastiveModule(ResumableModule):
         self.model = policy.model
         if config.adapter is Adapter.full:
             models.freeze_beyond(self.model, block, config.train_embeddings)
+        if config.gradient_checkpointing:
+            self.recompute_blocks()
         # in a tuple: a registered trunk would repeat its parameters in every state dict
         self._trunk = (models.trunk(self.model, block),)
         self.anchored = config.nll.weight > 0
@@ -205,7 +207,8 @@ class ContrastiveModule(ResumableModule):
 
     def configure_optimizers(self) -> Any:
         factor = rate_factor(self.config.schedule, self.total_steps, warmup=0)
-        return adamw(self, self.config.optim.lr, self.config.optim.weight_decay, factor)
+        optim = self.config.optim
+        return adamw(self, optim.lr, optim.weight_decay, factor, optim.moments)
 
 
 def _circle_alone(module: ContrastiveModule, batch: PromptBatch) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ one bit for bit. A checkpoint is a file with its SHA-256 beside it; both appear 
 """
 
 import hashlib
+import importlib
 import logging
 import math
 import os
@@ -13,6 +14,7 @@ import re
 import shutil
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -27,7 +29,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from dcr import batching, losses, models, storage
-from dcr.config import Schedule, UserError
+from dcr.config import Moments, Schedule, UserError
 from dcr.prompts import IGNORED
 from dcr.training import sharding
 
@@ -103,6 +105,12 @@ class ResumableModule(LightningModule):
         self.rows: tuple[str, ...] = ()  # ids of the rows in the current step
         self.faulty: tuple[str, ...] = ()  # those of this rank in it whose loss is not finite
         self.strict_loading = False  # frozen weights are absent; on_load_checkpoint checks the rest
+
+    def recompute_blocks(self) -> None:
+        """Keep a hidden state of each block for the backward pass, and compute the rest again."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the old name works until 6
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def keep_metrics_in_checkpoints(self) -> None:
         """An epoch resumed in its middle still reports the mean over all of its steps."""
@@ -229,10 +237,16 @@ def adamw(
     lr: float,
     weight_decay: float,
     factor: Callable[[int], float],
+    moments: Moments = Moments.full,
 ) -> dict[str, Any]:
     """AdamW over what trains, as Lightning wants it, its rate `lr` times `factor` of the step."""
     trained = [weight for weight in module.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay)
+    made: Any = torch.optim.AdamW
+    if moments is Moments.int8:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch's older parts
+            made = importlib.import_module("bitsandbytes.optim").AdamW8bit
+    optimizer = made(trained, lr=lr, weight_decay=weight_decay)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
 

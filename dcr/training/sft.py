@@ -1,6 +1,5 @@
 """Stage two: LoRA fine-tuning on instructions plus refusals (STL, Section 7.1)."""
 
-import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -48,9 +47,7 @@ class SFTModule(ResumableModule):
         # in a tuple: a registered trunk would repeat its parameters in every state dict
         self._trunk = (models.trunk(self.model, block),)
         if config.gradient_checkpointing:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # the old name works until 6
-                self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.recompute_blocks()
         self.train_nll = torch.nn.ModuleDict({row: epoch_mean() for row in ROWS})
         self.heldout_nll = torch.nn.ModuleDict({row: epoch_mean() for row in ROWS})
         self.keep_metrics_in_checkpoints()

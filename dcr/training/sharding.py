@@ -29,6 +29,7 @@ from dcr import storage
 
 REST = "rest.ckpt"  # of a checkpoint's folder: all but the tensors that are sharded
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each trainable weight
+QUANTISED, EIGHT_BIT = "__bnb_optimizer_quant_state__", ("state1", "state2")  # bitsandbytes' own
 
 
 class Sharded(ModelParallelStrategy):
@@ -65,8 +66,10 @@ def _homes(
     weights = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     for number, (name, weight) in enumerate(weights):
         yield name, checkpoint["state_dict"], name, weight.detach()
-        for moment in MOMENTS:
-            yield f"{moment}/{name}", optimizer["state"][number], moment, weight.detach()
+        state = optimizer["state"][number]
+        state = state.get(QUANTISED, state)
+        for moment, key in zip(MOMENTS, MOMENTS if MOMENTS[0] in state else EIGHT_BIT, strict=True):
+            yield f"{moment}/{name}", state, key, weight.detach()
 
 
 def write(checkpoint: dict[str, Any], folder: Path, module: nn.Module) -> None:
