@@ -30,23 +30,26 @@ from dcr import cli, config, data, losses, models, prompts
 from dcr.config import Stage, TrainConfig
 from dcr.models import Policy
 from dcr.training.contrastive import ContrastiveModule
+from dcr.training.resuming import adamw
 from dcr.training.sft import SFTModule
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 MICRO_ROWS = 4  # the paper's micro-batch
+DECAY = 0.01
 VARIANTS = {
     "sft, plain loop": "plain_sft",
     "sft, dcr": "ours_sft",
     "stage one with NLL, plain loop": "plain_contrastive",
     "stage one with NLL, dcr": "ours_contrastive",
+    "stage one without NLL, plain loop": "plain_circle_alone",
     "stage one without NLL, dcr": "ours_circle_alone",
 }
 
 
-def settings(model: str) -> TrainConfig:
+def settings(model: str, *overrides: str) -> TrainConfig:
     cli.prepare()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return config.resolve(compose("train", [f"model={model}"]), TrainConfig)
+        return config.resolve(compose("train", [f"model={model}", *overrides]), TrainConfig)
 
 
 @contextmanager
@@ -65,7 +68,7 @@ def opened(cfg: TrainConfig, stage: Stage) -> Iterator[tuple[Policy, data.StageR
 
 def plain_sft(cfg: TrainConfig, steps: int) -> dict[str, float]:
     with opened(cfg, Stage.sft) as (policy, rows):
-        model, chosen = policy.model, _row_lists(rows, steps)
+        model, chosen = policy.model, row_lists(rows, steps)
         optimizer = _adamw(model, cfg.sft.lr)
 
         def step(index: int) -> int:
@@ -88,9 +91,9 @@ def plain_sft(cfg: TrainConfig, steps: int) -> dict[str, float]:
 
 def ours_sft(cfg: TrainConfig, steps: int) -> dict[str, float]:
     with opened(cfg, Stage.sft) as (policy, rows):
-        chosen = _row_lists(rows, steps)
+        chosen = row_lists(rows, steps)
         module = SFTModule(policy, cfg.sft, total_steps=steps)
-        optimizer = _adamw(policy.model, cfg.sft.lr)
+        optimizer = adamw(policy.model, cfg.sft.lr, DECAY, lambda _: 1.0)["optimizer"]
 
         def step(index: int) -> int:
             batch = [rows.pairs[i] for i in chosen[index]]
@@ -110,14 +113,15 @@ def ours_sft(cfg: TrainConfig, steps: int) -> dict[str, float]:
 
 def plain_contrastive(cfg: TrainConfig, steps: int) -> dict[str, float]:
     with opened(cfg, Stage.contrastive) as (policy, rows):
-        model, chosen = policy.model, _row_lists(rows, steps)
+        model, chosen = policy.model, row_lists(rows, steps)
         block = config.block_of(cfg.dcr, models.facts(cfg.model).depth)
         models.freeze_beyond(model, block, cfg.dcr.train_embeddings)
         optimizer = _adamw(model, cfg.dcr.optim.lr)
 
         def step(index: int) -> int:
             batch = data.prompt_batch([rows.prompts[i] for i in chosen[index]], rows.pad)
-            labels = torch.where(batch.mask, batch.ids, prompts.IGNORED)
+            anchored = cfg.dcr.nll.weight > 0
+            labels = torch.where(batch.mask, batch.ids, prompts.IGNORED) if anchored else None
             with torch.autocast("cpu", torch.bfloat16):
                 output: Any = model(
                     batch.ids,
@@ -128,7 +132,7 @@ def plain_contrastive(cfg: TrainConfig, steps: int) -> dict[str, float]:
             last = batch.mask.sum(1) - 1
             features = output.hidden_states[block][torch.arange(len(last)), last]
             circle = losses.circle_loss(features, batch.labels, cfg.dcr.margin, cfg.dcr.scale)
-            (circle + cfg.dcr.nll.weight * output.loss).backward()
+            (circle + cfg.dcr.nll.weight * output.loss if anchored else circle).backward()
             optimizer.step()
             optimizer.zero_grad()
             return int(batch.mask.sum())
@@ -138,10 +142,10 @@ def plain_contrastive(cfg: TrainConfig, steps: int) -> dict[str, float]:
 
 def ours_contrastive(cfg: TrainConfig, steps: int) -> dict[str, float]:
     with opened(cfg, Stage.contrastive) as (policy, rows):
-        chosen = _row_lists(rows, steps)
+        chosen = row_lists(rows, steps)
         block = config.block_of(cfg.dcr, models.facts(cfg.model).depth)
         module = ContrastiveModule(policy, cfg.dcr, block, total_steps=steps)
-        optimizer = _adamw(policy.model, cfg.dcr.optim.lr)
+        optimizer = adamw(policy.model, cfg.dcr.optim.lr, DECAY, lambda _: 1.0)["optimizer"]
 
         def step(index: int) -> int:
             batch = data.prompt_batch([rows.prompts[i] for i in chosen[index]], rows.pad)
@@ -154,6 +158,11 @@ def ours_contrastive(cfg: TrainConfig, steps: int) -> dict[str, float]:
             return int(batch.mask.sum())
 
         return _timed(step, steps)
+
+
+def plain_circle_alone(cfg: TrainConfig, steps: int) -> dict[str, float]:
+    cfg.dcr.nll.weight = 0.0
+    return plain_contrastive(cfg, steps)
 
 
 def ours_circle_alone(cfg: TrainConfig, steps: int) -> dict[str, float]:
@@ -171,7 +180,7 @@ def head_values() -> None:
     torch.testing.assert_close(total / 22, policy.model(ids, labels=ids).loss)
 
 
-def _row_lists(rows: data.StageRows, steps: int) -> list[list[int]]:
+def row_lists(rows: data.StageRows, steps: int) -> list[list[int]]:
     found: list[list[int]] = []
     for epoch in range(steps):
         rows.sampler.set_epoch(epoch)
@@ -180,7 +189,8 @@ def _row_lists(rows: data.StageRows, steps: int) -> list[list[int]]:
 
 
 def _adamw(model: Any, lr: float) -> torch.optim.AdamW:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=lr, weight_decay=DECAY)
 
 
 def _timed(step: Callable[[int], int], steps: int) -> dict[str, float]:
@@ -203,20 +213,21 @@ def main() -> None:
         return
     head_values()
     table = Table("variant", "CPU seconds", "tokens/s", "peak GiB", "time against the plain loop")
-    plain, ratios = 1.0, {}
+    plain, ratios = {"seconds": 1.0, "peak_gib": 1.0}, {}
     for name, variant in VARIANTS.items():
         command = [sys.executable, __file__, *sys.argv[1:], f"variant={variant}"]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         got = json.loads(done.stdout.splitlines()[-1])
-        plain = got["seconds"] if variant.startswith("plain") else plain
+        plain = got if variant.startswith("plain") else plain
         if not variant.startswith("plain"):
-            ratios[f"{name}: time of the plain loop"] = plain / got["seconds"]
+            ratios[f"{name}: time of the plain loop"] = plain["seconds"] / got["seconds"]
+            ratios[f"{name}: memory of the plain loop"] = plain["peak_gib"] / got["peak_gib"]
         table.add_row(
             name,
             f"{got['seconds']:.1f}",
             f"{got['tokens_per_second']:.0f}",
             f"{got['peak_gib']:.2f}",
-            f"{got['seconds'] / plain:.2f}",
+            f"{got['seconds'] / plain['seconds']:.2f}",
         )
     print(OmegaConf.to_yaml(options).strip())
     Console(width=100).print(table)

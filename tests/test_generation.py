@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
 from dcr import batching, endpoints, generation, models, prompts, storage, threads
 from dcr.config import (
@@ -23,7 +24,7 @@ from dcr.config import (
     ServerConfig,
 )
 from dcr.endpoints import Failure, Reply
-from dcr.generation import Completion, local
+from dcr.generation import Completion, cache, local
 from dcr.models import Policy
 from dcr.prompts import ChatFormat
 from dcr.sources import Example
@@ -188,6 +189,31 @@ def test_other_families_say_what_each_prompt_alone_says(
     for row in ROWS:
         expected = by_hand(policy, row.prompt)
         assert decoded[row.id][: len(expected)] == expected
+
+
+def test_room_made_ahead_holds_what_joining_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against transformers' own layer: one token at a time, after rows were chosen, and cropped."""
+    monkeypatch.setattr(cache, "ROOM", 3)
+    ours, theirs, chance = cache.RoomyLayer(), DynamicLayer(), torch.Generator().manual_seed(0)
+    for step, tokens in enumerate([5, 1, 1, 1, 1, 1, 2, 1]):
+        rows = 4 if step < 4 else 2
+        new = [torch.randn(rows, 2, tokens, 3, generator=chance) for _ in range(2)]
+        for own, plain in zip(ours.update(*new), theirs.update(*new), strict=True):
+            assert torch.equal(own, plain)
+        for layer in (ours, theirs):
+            if step == 3:
+                layer.batch_select_indices(torch.tensor([2, 0]))
+            if step == 5:
+                layer.crop(-2)
+
+
+def test_a_token_is_written_where_there_is_room(policy: Policy) -> None:
+    (layer, *_), one = (
+        cache.roomy_cache(policy.model)["past_key_values"].layers,
+        torch.ones(1, 1, 1, 2),
+    )
+    places = {layer.update(one, one)[0].data_ptr() for _ in range(cache.ROOM)}
+    assert len(places) == 1
 
 
 @pytest.mark.parametrize("batch", [1, 5])

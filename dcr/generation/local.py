@@ -27,6 +27,7 @@ from dcr import batching, threads
 from dcr.batching import attention_mask, padded
 from dcr.config import DataError, GenConfig
 from dcr.generation import contrast
+from dcr.generation.cache import roomy_cache
 from dcr.generation.completions import Completion, Encoded, completion, text
 from dcr.models import Policy, unwrapped
 from dcr.prompts import ChatFormat
@@ -235,6 +236,7 @@ def greedy(
             logits_processor=LogitsProcessorList([reader]),
             stopping_criteria=StoppingCriteriaList([ending] if ending else []),
             streamer=streamer,
+            **roomy_cache(policy.model),
         )
     return output[:, ids.shape[1] :].tolist()
 

@@ -2,6 +2,7 @@
 
 `opening` makes a model and its tokenizer out of a name, `structure` finds, cuts, freezes and adapts
 its parts, `saving` writes results and opens them again wherever their run folder went.
+`packing` and `fusing` make a training pass on a CPU light.
 """
 
 from dcr.models.opening import (
@@ -15,6 +16,7 @@ from dcr.models.opening import (
     open_tokenizer,
     skeleton,
 )
+from dcr.models.packing import Layout, laid_out, packs, run
 from dcr.models.saving import (
     ORIGIN_FILE,
     adapter_base,

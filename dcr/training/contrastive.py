@@ -38,10 +38,10 @@ def summed_over_ranks(value: Tensor) -> Tensor:
     return torch.stack(gather_all_tensors(value)).sum(0) if ranks() > 1 else value
 
 
-def features_of(trunk: torch.nn.Module, batch: PromptBatch) -> Tensor:
+def features_of(module: ResumableModule, trunk: torch.nn.Module, batch: PromptBatch) -> Tensor:
     """Pooled outputs of the last block [batch, width] of a trunk that ends at it."""
-    output = trunk(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
-    return activations.pooled(output.last_hidden_state, batch.spans)
+    layout = module.laid_out(trunk, batch.ids, batch.mask)
+    return activations.pooled(layout.padded(models.run(trunk, layout)), batch.spans)
 
 
 def circle_of(
@@ -179,13 +179,15 @@ class ContrastiveModule(ResumableModule):
 
     def features(self, batch: PromptBatch) -> Tensor:
         (trunk,) = self._trunk
-        return features_of(trunk, batch)
+        return features_of(self, trunk, batch)
 
     def features_and_hidden(self, batch: PromptBatch) -> tuple[Tensor, Tensor]:
         """Pooled outputs of the block, and the final-normed hidden states, in one full pass."""
+        backbone = models.backbone(self.model)
+        layout = self.laid_out(backbone, batch.ids, batch.mask)
         with activations.captured(self.model, self.block) as taken:
-            hidden = self.hidden(batch.ids, batch.mask)
-        return activations.pooled(taken[0], batch.spans), hidden
+            hidden = models.run(backbone, layout)
+        return activations.pooled(layout.padded(taken[0]), batch.spans), layout.padded(hidden)
 
     def mean_nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Token mean of the next-token NLL where a target stands (ambiguity 7).

@@ -88,7 +88,7 @@ class SFTModule(ResumableModule):
         """Stage one's loss, of the same prompts on every rank, by its weight."""
         (trunk,), dcr = self._trunk, self.dcr
         assert dcr is not None
-        features = features_of(trunk, batch)
+        features = features_of(self, trunk, batch)
         contrast = PAIR_LOSSES[dcr.loss](features, batch.labels, batch.pairs, dcr)
         self.log("sft/step_contrast", contrast)
         return self.checked(self.config.contrast.weight * contrast, batch.names)

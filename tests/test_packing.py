@@ -1,0 +1,169 @@
+"""A training pass without padding against the plain model on each row alone; its fused parts."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft.tuners import lora
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from dcr import models
+from dcr.config import LoraConfig
+from dcr.models import fusing, packing
+from tests.shapes import FAMILIES, SHAPE, made
+
+LENGTHS = (3, 9, 1, 9, 6)
+OTHERS: dict[str, Any] = {
+    "mistral, a wide window": MistralConfig(**SHAPE, sliding_window=64),
+    "mistral, a narrow window": MistralConfig(**SHAPE, sliding_window=4),
+}
+# Softcaps, dropout in attention, a window that rows are longer than.
+PADDED = {"gemma2", "gpt2", "gpt2 untied", "mistral, a narrow window"}
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    chance = torch.Generator().manual_seed(5)
+    ids = torch.randint(2, SHAPE["vocab_size"], (len(LENGTHS), max(LENGTHS)), generator=chance)
+    return ids, torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
+
+
+def states(backbone: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, bool]:
+    layout = models.laid_out(backbone, ids, mask, models.packs(backbone, ids.device))
+    return layout.padded(models.run(backbone, layout)), layout.taken is not None
+
+
+@pytest.mark.parametrize("block", [None, 2], ids=["whole", "trunk"])
+@pytest.mark.parametrize("adapted", [True, False], ids=["LoRA", "all weights"])
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+def test_states_and_gradients_are_those_of_each_row_alone(
+    family: str, adapted: bool, block: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "QUERIES", 4)  # so that a row takes several products
+    monkeypatch.setattr(packing, "SCORES", 80)  # and the rows several groups
+    if family in OTHERS:
+        torch.manual_seed(1)
+        model: Any = AutoModelForCausalLM.from_config(OTHERS[family]).double()
+    else:
+        model = made(family, torch.float32 if family == "gemma2" else torch.float64)
+    if adapted:
+        model = models.add_lora(model, LoraConfig(dropout=0.0, targets=["all-linear"]), 0)
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(weight, std=0.1)
+    plain = copy.deepcopy(model)
+    ids, mask = batch()
+    weight = torch.randn(*ids.shape, 16, dtype=models.head(model).weight.dtype)
+
+    def cut(whole: Any) -> Any:
+        return models.trunk(whole, block) if block else models.backbone(whole)
+
+    found, packed = states(cut(model), ids, mask)
+    assert packed == (family not in PADDED)
+    (found * weight)[mask].sum().backward()
+    for row, length in enumerate(LENGTHS):
+        alone = cut(plain)(input_ids=ids[row : row + 1, :length], use_cache=False).last_hidden_state
+        torch.testing.assert_close(
+            found[row, :length], alone[0], rtol=1e-5, atol=1e-5, check_dtype=False
+        )
+        (alone[0] * weight[row, :length]).sum().backward()
+    near = 1e-4 if family == "gemma2" else 1e-5  # in fp32, the others in fp64
+    gradients = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+    assert len(gradients) > 10
+    for name, parameter in model.named_parameters():
+        if name in gradients:
+            torch.testing.assert_close(parameter.grad, gradients[name], rtol=2e-4, atol=near)
+    assert not any("forward" in vars(part) for part in model.modules()), "nothing is left behind"
+    assert models.unwrapped(model).config._attn_implementation == "sdpa" or family == "gemma2"
+
+
+def test_no_padded_token_is_computed() -> None:
+    model, seen = made("qwen2 tied"), []
+    backbone = models.backbone(model)
+    models.decoder_blocks(model)[0].get_submodule("mlp").register_forward_pre_hook(
+        lambda _, given: seen.append(given[0].shape)
+    )
+    packs = models.packs(backbone, torch.device("cpu"))
+    seen.clear()
+    models.run(backbone, models.laid_out(backbone, *batch(), packs))
+    assert seen == [(1, sum(LENGTHS), 16)]
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
+def test_checkpointed_blocks_stay_padded() -> None:
+    model = made("qwen2 tied")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert not models.packs(models.backbone(model.train()), torch.device("cpu"))
+    assert models.decoder_blocks(model)[0].training
+
+
+@pytest.mark.parametrize("chance", [0.0, 0.25])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_lora_layer_is_peft_s(dtype: torch.dtype, chance: float, monkeypatch: Any) -> None:
+    torch.manual_seed(0)
+    base = nn.Linear(6, 5).requires_grad_(False)
+    settings = lora.LoraConfig(r=3, lora_alpha=12, lora_dropout=chance)
+    layer: Any = lora.Linear(base, "default", config=settings, r=3, lora_alpha=12)
+    nn.init.normal_(layer.lora_B["default"].weight)
+    kept = fusing.kept_places(torch.Size((8, 6)), chance) if chance else None
+    monkeypatch.setattr(fusing, "kept_places", lambda *_: kept)
+    x = torch.randn(2, 4, 6).to(dtype).float().requires_grad_()
+    given, found = torch.randn(2, 4, 5), []
+    for ours in (True, False):
+        if not ours and kept is not None:
+            mask = -kept.float().view(2, 4, 6) / (1 - chance)
+            layer.lora_dropout["default"].forward = lambda value, mask=mask: value * mask
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            out = fusing.lora_linear(layer, x) if ours else layer(x)
+        out.backward(given.to(out.dtype))
+        factors = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+        found.append([out, *(part.grad for part in (x, *factors))])
+        for part in (x, *factors):
+            part.grad = None
+    for own, theirs in zip(*found, strict=True):
+        near = 1e-5 if dtype == torch.float32 else 0.05
+        torch.testing.assert_close(own.float(), theirs.float(), rtol=near, atol=near)
+
+
+def test_dropout_keeps_what_it_should_and_follows_from_the_seed() -> None:
+    torch.manual_seed(3)
+    drawn = fusing.kept_places(torch.Size((999, 333)), 0.05)
+    assert set(drawn.unique().tolist()) == {-1, 0}
+    deviation = (0.05 * 0.95 / drawn.numel()) ** 0.5
+    assert abs((drawn == 0).double().mean() - 0.05) < 4 * deviation
+    neighbours = ((drawn[:, 1:] == 0) & (drawn[:, :-1] == 0)).double().mean()
+    assert neighbours == pytest.approx(0.05**2, rel=0.1)
+    torch.manual_seed(3)
+    assert torch.equal(drawn, fusing.kept_places(torch.Size((999, 333)), 0.05))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_has_the_gradient_autograd_finds(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    norm = LlamaRMSNorm(16).to(dtype)
+    nn.init.normal_(norm.weight)
+    x = torch.randn(3, 4, 16).to(dtype).requires_grad_()
+    given, found = torch.randn(3, 4, 16).to(dtype), []
+    for module in (lambda value: fusing.rms_norm(norm, value), norm):
+        out = module(x)
+        out.backward(given)
+        found.append((out, x.grad, norm.weight.grad))
+        x.grad = norm.weight.grad = None
+    assert torch.equal(found[0][0], found[1][0])
+    for own, theirs in zip(found[0][1:], found[1][1:], strict=True):
+        near = 1e-5 if dtype == torch.float32 else 0.03
+        torch.testing.assert_close(own, theirs, rtol=near, atol=near)
+
+
+def test_long_and_short_rows_on_the_llama_shape_in_bf16() -> None:
+    """Attention in autocast, as in training: against transformers' own, to bf16's last bits."""
+    torch.manual_seed(2)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE)).bfloat16()
+    ids, mask = batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        found, packed = states(models.backbone(model), ids, mask)
+        plain = models.backbone(model)(input_ids=ids, attention_mask=mask).last_hidden_state
+    assert packed
+    torch.testing.assert_close(found[mask], plain[mask], rtol=0.05, atol=0.05)
