@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcr import cli, generation, models, prompts, refusal, report, storage
+from dcr import cli, export, generation, models, prompts, refusal, report, storage, train
 from dcr import eval as eval_entry
 from dcr.config import ConfigError, EvalConfig, ModelConfig, Precision
 from dcr.evaluation import calibration, metrics, subjects
@@ -24,7 +24,7 @@ from dcr.generation import OpeningBias
 from dcr.models import Policy
 from dcr.runs import Run
 from dcr.sources import Example, read
-from tests import tiny_run
+from tests import test_eval, tiny_run
 
 SHAPE = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -310,6 +310,11 @@ def test_prompts_that_were_trained_on_calibrate_nothing() -> None:
     with pytest.raises(ConfigError, match=r"trained on it \(data.toxic\); name prompts of another"):
         calibration.check(settings, {"method": "dcr", "data": data})
     calibration.check(settings, {"method": "base", "data": data})
+    twins = {"share": 0.1, "toxic": [], "seemingly_toxic": ["contrasts_seemingly_toxic_heldout"]}
+    with pytest.raises(ConfigError, match=r"trained on it \(sft.twins\)"):
+        calibration.check(settings, {"method": "stl", "data": {}, "sft": {"twins": twins}})
+    twins["share"] = 0.0
+    calibration.check(settings, {"method": "stl", "data": {}, "sft": {"twins": twins}})
 
 
 @pytest.mark.usefixtures("openings_refuse")
@@ -331,3 +336,28 @@ def test_steered_answers_are_calibrated_under_their_edit(tmp_path: Path) -> None
     (file,) = run.folder.glob("eval/*/same.jsonl")
     said = [answer.response for answer in generation.stored(file).values()]
     assert sum(text in ("I", "N", "A", "M", "S", "U") for text in said) == counts["refused"]
+
+
+@pytest.mark.usefixtures("openings_refuse")
+def test_after_harmless_fine_tuning_the_bias_is_the_export_s(whole: Path, tmp_path: Path) -> None:
+    """The recipe of docs/evaluation.md: exported, trained on without a refusal, evaluated again."""
+    out = tmp_path / "export"
+    assert export.main([f"run={whole}", f"out={out}", "dtype=float32", "calibrate=0.6"]) == 0
+    harmless = ("method=stl", f"model.name={out}", "data.safety.count=0", "sft.epochs=1")
+    after = Run(tmp_path / "harmless")
+    train.train(tiny_run.settings(tmp_path / "rows", *harmless), after)
+    learnt = {name: part["count"] for name, part in after.record()["rows"].items() if part["count"]}
+    assert learnt.keys() == {"normal", "normal_heldout"}
+    assert not any(key == "sft/nll/refusal" for _, _, key, _ in tiny_run.logged(after.folder))
+    asked = ("limit=3", "gen.max_new_tokens=3", "tasks=[safety]", "trainer.progress=false")
+    sets = "data.evaluation.safety=[demo_toxic_heldout]"
+    settings, _ = test_eval.resolved(f"run={after.folder}", f"calibrate={out}", sets, *asked)
+    eval_entry.evaluate(settings, after)
+    (found,) = measured(after)
+    sequences = json.loads((out / "generation_config.json").read_text())["sequence_bias"]
+    assert {bias for _, bias in sequences} == {found["calibration"]["bias"]}
+    assert found["settings"]["calibrate"] == found["calibration"]["run"] == "export"
+    assert export.main([f"run={whole}", f"out={tmp_path / 'plain'}"]) == 0
+    settings.calibrate = str(tmp_path / "plain")
+    with pytest.raises(ConfigError, match=r"plain: its generation_config\.json holds no bias"):
+        eval_entry.evaluate(settings, after)

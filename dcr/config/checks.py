@@ -100,6 +100,7 @@ RANGES = {
         ("warmup", _share, "give a share of the steps in [0, 1)"),
         ("max_len", lambda v: v >= 8, "give 8 tokens or more"),
         ("count", _positive, "give 1 or more, or null for all rows"),
+        ("data.safety.count", _not_negative, "give 0 or more, or null for all rows"),
         ("group_holdout", _share, "give a share of the template groups in [0, 1)"),
         ("validation", _share, "give a share of the rows in [0, 1)"),
         ("near_duplicate", lambda v: 0 < v <= 1, "give a similarity inside (0, 1]"),

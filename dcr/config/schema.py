@@ -739,7 +739,7 @@ class EvalConfig:
     judge: list[Judge] = field(default_factory=lambda: [Judge.keyword])
     limit: int | None = None  # prompts a set, drawn by seed; null: all
     # A bias on the first token of refusals, so that answers refuse this share of toxic prompts, or
-    # the share that the run in this folder refuses.
+    # the share that the run in this folder refuses; or the bias of the export in this folder.
     calibrate: str | None = None
     seed: int = 0  # of every draw
     output: str = "outputs/base"  # the folder for a model or an endpoint, which have no run

@@ -61,22 +61,35 @@ class Place(TypedDict):
     tokens: list[int]
 
 
+class Decoding(TypedDict, total=False):
+    """Of a generation config what calibration writes into it."""
+
+    sequence_bias: list[tuple[list[int], float]] | None
+
+
 def check(settings: EvalConfig, made_with: Mapping[str, Any]) -> None:
     """Raises ConfigError for what is neither a share nor a run, and for prompts trained on.
 
     `made_with` is the configuration of the run that is calibrated.
     """
-    if _share(settings) is None:
+    if _share(settings) is None and _exported(settings) is None:
         subjects.final(_reference(settings))
     if made_with["method"] not in {method.value for method in STAGES}:
         return
-    for node in ("seemingly_toxic", "toxic", "safety", "normal"):
-        named = made_with["data"].get(node, {}).get("source") or []
+    learnt = {
+        f"data.{node}": made_with["data"].get(node, {}).get("source") or []
+        for node in ("seemingly_toxic", "toxic", "safety", "normal")
+    }
+    for phase, on in (("twins", "share"), ("readout", "steps")):
+        pairs = made_with.get("sft", {}).get(phase, {})
+        if pairs.get(on):
+            learnt[f"sft.{phase}"] = [*pairs["toxic"], *pairs["seemingly_toxic"]]
+    for node, named in learnt.items():
         trained_on = {named} if isinstance(named, str) else set(named)
         for kind in ("toxic", "seemingly_toxic"):
             if both := trained_on & set(getattr(settings.calibration, kind)):
                 raise ConfigError(
-                    f"calibration.{kind}=[{min(both)}]: the run was trained on it (data.{node}); "
+                    f"calibration.{kind}=[{min(both)}]: the run was trained on it ({node}); "
                     "name prompts of another origin"
                 )
 
@@ -99,6 +112,24 @@ def _share(settings: EvalConfig) -> float | None:
             "the folder of a run to be as safe as"
         )
     return share
+
+
+def _exported(settings: EvalConfig) -> float | None:
+    """The bias of a calibrated export, where its folder is named; ConfigError where it has none.
+
+    So a model that was trained on from the export is evaluated under the same bias.
+    """
+    file = Path(str(settings.calibrate)) / "generation_config.json"
+    if not file.is_file():
+        return None
+    held = storage.read_json(file, Decoding, "name another calibrated export")
+    biases = {bias for _, bias in held.get("sequence_bias") or ()}
+    if len(biases) != 1:
+        raise ConfigError(
+            f"calibrate={settings.calibrate}: its generation_config.json holds no bias of ours; "
+            "name an export made with calibrate=, a run folder or a share"
+        )
+    return biases.pop()
 
 
 def _reference(settings: EvalConfig) -> Run:
@@ -203,11 +234,15 @@ def chosen(
     Raises ConfigError for a model that no bias makes refuse; one that it makes refuse too rarely
     has a warning.
     """
-    share = _share(settings) or _refused(settings)
-    toxic = _of(read, settings.calibration.toxic)
-    bias = bias_for(toxic, share)
+    toxic, given = _of(read, settings.calibration.toxic), None
+    if (share := _share(settings)) is None:
+        given = _exported(settings)
+    if given is not None:
+        share = sum(fork.refused(given) for fork in toxic) / len(toxic)
+    share = _refused(settings) if share is None else share
+    bias = bias_for(toxic, share) if given is None else given
     reached = sum(fork.refused(bias) for fork in toxic)
-    if not reached:
+    if not reached and given is None:
         raise ConfigError(
             f"calibrate={settings.calibrate}: no bias makes this model refuse one of {len(toxic)} "
             "toxic validation prompts; train it to refuse first"
