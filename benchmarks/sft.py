@@ -102,6 +102,7 @@ def theirs(cfg: TrainConfig, steps: int, micro: int) -> dict[str, Any]:
             use_cpu=True,
             train_sampling_strategy="sequential",
             gradient_checkpointing=False,
+            completion_only_loss=True,
             max_length=None,
             logging_steps=1,
             save_strategy="no",
