@@ -42,11 +42,12 @@ SHORT := sft.epochs=1 sft.max_len=192 sft.lora.dropout=0 tracking.snapshots=4 dc
 # The contrasts of stage one that docs/results.md was measured with.
 XSTEST := data.seemingly_toxic.source=xstest_safe data.toxic.source=xstest_unsafe data.group_holdout=0.3 dcr.epochs=12
 SCORING := limit=100 gen.max_new_tokens=48
-RUNS := stl-s0 stl-s1 dcr-s0 dcr-s1 recommended-s0 recommended-s1 readout-s0 readout-s1
+RUNS := stl-s0 stl-s1 dcr-s0 dcr-s1 recommended-s0 recommended-s1 readout-s0 readout-s1 contrasts-s0 contrasts-s1
 experiment: $(INSTALLED)  ## STL, DCR, DCR with matched contrasts and STL with a readout on the real sets, two seeds
 	@test -d "$(DATA)" || { echo 'error: DATA=$(DATA): no such folder; give make experiment DATA=<data>, see docs/data.md'; exit 2; }
 	$(RUN) train.py -m $(SOURCES) $(SHORT) data.toxic.source=stl_safety method=stl,dcr seed=0,1 hydra.sweep.dir=$(EXPERIMENT) 'hydra.sweep.subdir=$${choice:method}-s$${choice:seed}'
 	$(RUN) train.py -m $(SOURCES) $(SHORT) preset=recommended $(XSTEST) sft.readout.steps=0 seed=0,1 hydra.sweep.dir=$(EXPERIMENT) 'hydra.sweep.subdir=recommended-s$${choice:seed}'
+	$(RUN) train.py -m $(SOURCES) $(SHORT) preset=recommended seed=0,1 hydra.sweep.dir=$(EXPERIMENT) 'hydra.sweep.subdir=contrasts-s$${choice:seed}'
 	$(RUN) train.py -m $(SOURCES) $(SHORT) data.toxic.source=stl_safety method=stl sft.readout.steps=120 seed=0,1 hydra.sweep.dir=$(EXPERIMENT) 'hydra.sweep.subdir=readout-s$${choice:seed}'
 	$(RUN) eval.py $(SOURCES) $(SCORING) model=smollm2_135m output=$(EXPERIMENT)/base
 	for run in $(RUNS); do $(RUN) eval.py run=$(EXPERIMENT)/$$run $(SCORING) || exit 1; done
