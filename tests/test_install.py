@@ -64,15 +64,15 @@ def called(*command: object, place: Path) -> str:
 
 
 def sources() -> list[Path]:
-    """Every file of `dcr` and `conf`."""
-    found = (file for room in SHIPPED[:2] for file in (ROOT / room).rglob("*.*"))
+    """Every file of `dcr`, `hydra_plugins` and `conf`."""
+    found = (file for room in SHIPPED[:3] for file in (ROOT / room).rglob("*.*"))
     return [file for file in found if file.is_file() and file.suffix != ".pyc"]
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("built")
-    for file in [*sources(), *(ROOT / name for name in SHIPPED[2:])]:
+    for file in [*sources(), *(ROOT / name for name in SHIPPED[3:])]:
         (made := folder / "checkout" / file.relative_to(ROOT)).parent.mkdir(
             parents=True, exist_ok=True
         )

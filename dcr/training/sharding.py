@@ -68,7 +68,10 @@ def _homes(
         yield name, checkpoint["state_dict"], name, weight.detach()
         state = optimizer["state"][number]
         state = state.get(QUANTISED, state)
-        for moment, key in zip(MOMENTS, MOMENTS if MOMENTS[0] in state else EIGHT_BIT, strict=True):
+        # of a folder's rest, whose moments lie elsewhere, neither name is there yet
+        for moment, key in zip(
+            MOMENTS, EIGHT_BIT if EIGHT_BIT[0] in state else MOMENTS, strict=True
+        ):
             yield f"{moment}/{name}", state, key, weight.detach()
 
 
