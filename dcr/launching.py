@@ -302,7 +302,7 @@ def run_in_job(command: Command) -> None:
             runpy.run_path(command.words[0], run_name="__main__")
         except SystemExit as ended:
             code = ended.code or 0
-        except Exception:
+        except Exception:  # of any program: it belongs into the job's own log, like all it says
             traceback.print_exc()
             code = 1
         finally:

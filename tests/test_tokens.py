@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, Qwen2Config
 
-from dcr import blueprint, cli, config, cost, models, prompts, sources, storage, tokens
-from dcr.config import EMBEDDED_MODEL, ModelConfig, Stage, TrainConfig
+from dcr import blueprint, cli, config, cost, models, prompts, sources, tokens
+from dcr.config import ModelConfig, Stage, TrainConfig
 from dcr.prompts import ChatFormat
 
 SIZES: dict[str, Any] = {
@@ -31,10 +31,7 @@ def folder_of(place: Path, shape: Any) -> Path:
 @pytest.fixture(params=["embedded", "llama", "qwen2"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     if request.param == "embedded":
-        place = storage.cache_folder() / EMBEDDED_MODEL
-        if not (place / "config.json").is_file():
-            pytest.skip("the embedded model was not converted here")
-        return place
+        return models.embedded_folder()
     family = LlamaConfig if request.param == "llama" else Qwen2Config
     return folder_of(tmp_path, family(**SIZES))
 

@@ -145,6 +145,6 @@ def _serve(asked: Connection, number: int, threads: int, begun: Begun) -> None:
                 result, fault = function(policy, *given), None
             except UserError as error:
                 result, fault = None, error
-            except Exception:
+            except Exception:  # of any kind: the first process waits for an answer, and raises it
                 result, fault = None, RuntimeError(traceback.format_exc())
             asked.send_bytes(pickle.dumps((place, result, fault)))
