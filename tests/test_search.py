@@ -115,10 +115,14 @@ def test_a_killed_workers_trial_is_failed_and_enqueued_again(
     monkeypatch.setattr(trials, "_measured", slow)
     killed(lambda: command.main(order), under.exists)
     monkeypatch.setattr(trials, "_measured", made_up)
-    assert command.main(order) == 0
+    noted: list[str] = []
+    monkeypatch.setattr(command.study, "carry_out", lambda _: {})
+    monkeypatch.setattr(command.report, "build", lambda *_, notes: noted.extend(notes))
+    assert command.main([*order, "chosen=4"]) == 0
     found = shown(tmp_path)
     assert len(found) == 4
     assert "2" not in column(found, "trial")
+    assert "chosen from 4 that" in noted[0]  # of which the one left was given another number
     left = {key: str(value) for key, value in json.loads(under.read_text()).items()}
     assert left in [{key: row[key] for key in SEARCHED} for row in found]
 
@@ -185,7 +189,9 @@ def test_a_search_that_is_killed_ends_as_front_and_retrained_point(
     said = capfd.readouterr().out
     assert "as configured, seed 1: sft" in said
     (chosen,) = (row["trial"] for row in found if row["chosen"] == "1")
-    assert f"trial {chosen} of 2, " in (out / "search.html").read_text()
+    page = (out / "search.html").read_text()
+    assert f"trial {chosen}, dcr." in page
+    assert "chosen from 2 that came to their end" in page
     assert command.main(order) == 0
     assert "] " not in capfd.readouterr().out.split("Pareto")[0]
 

@@ -85,7 +85,7 @@ def main(options: Options) -> None:
         print(_told(asked, tried), *(f"{asked.out / d.name}.png" for d in drawings), sep="\n")
         if chosen is not None:
             with storage.locked(asked.out / "chosen"):
-                print(_anew(asked, chosen, options.seeds, len(tried)))
+                print(_anew(asked, chosen, options.seeds, whole))
 
 
 def _asked(options: Options) -> tuple[Search, dict[str, object]]:
@@ -172,7 +172,7 @@ def _told(asked: Search, tried: Sequence[Tried]) -> str:
     return cli.plain_text(table, f"trials: {ends}", *(f"failed: {fault}" for fault in faults))
 
 
-def _anew(asked: Search, chosen: Tried, seeds: int, of: int) -> str:
+def _anew(asked: Search, chosen: Tried, seeds: int, whole: int) -> str:
     """The chosen point and the settings as they are with fresh seeds, on test sets: one page."""
     words, first = search.words_of(chosen.settings), asked.settings.seed + 1
     jobs = [asked.base()]
@@ -184,7 +184,7 @@ def _anew(asked: Search, chosen: Tried, seeds: int, of: int) -> str:
     for job, why in study.carry_out(parts).items():
         raise Told(f"{job}: {why}", 1)
     note = (
-        f"trial {chosen.number} of {of}, {' '.join(words)}: chosen on "
+        f"trial {chosen.number}, {' '.join(words)}: chosen from {whole} that came to their end, on "
         f"{', '.join(map(str, asked.validation))} with seed {first - 1}, trained anew with others"
     )
     page = asked.out / "search.html"
