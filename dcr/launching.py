@@ -96,7 +96,9 @@ def launch(
         key: OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for key, v in options.items()
     }
     if "n_jobs" in named:
-        ends = _side_by_side(commands, JoblibOptions(**named), _gpus(composed))
+        accelerator = OmegaConf.select(composed, "trainer.accelerator", default="auto")
+        given = gpus() if accelerator in ("auto", "gpu", "cuda") else []
+        ends = _side_by_side(commands, JoblibOptions(**named), given)
     else:
         ends = _as_array(commands, SlurmOptions(**named), Path(composed.hydra.sweep.dir).absolute())
     for outcome in ends:
@@ -134,30 +136,19 @@ def register() -> None:
 def _side_by_side(
     commands: Sequence[Command], options: JoblibOptions, gpus: list[str]
 ) -> Iterator[Outcome]:
-    from joblib import Parallel, cpu_count, delayed
+    from joblib import Parallel, delayed
 
-    devices = max(command.devices for command in commands)
-    most = len(gpus) // devices if gpus else cpu_count()
-    number = max(1, most) if options.n_jobs == -1 else options.n_jobs
-    if number < 1 or (gpus and number > most):
-        raise ConfigError(
-            f"hydra.launcher.n_jobs={options.n_jobs}: give -1 or 1 to {most}"
-            + (f", since {len(gpus)} GPUs are shared by jobs of {devices}" if gpus else "")
-        )
-    free: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for place in range(number):
-        free.put(place)
+    made = _environments(commands, options.n_jobs, gpus)
+    free: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
+    for own in made:
+        free.put(own)
     running: set[subprocess.Popen[bytes]] = set()
     stopping: list[bool] = []
 
     def run(command: Command) -> Outcome | None:
-        began, place = time.perf_counter(), free.get()
+        began, own = time.perf_counter(), free.get()
         if stopping:
             return None
-        own = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(max(1, cpu_count() // number))}
-        own |= os.environ
-        if gpus:
-            own["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[place * devices :][:devices])
         words = [sys.executable, *command.words]
         with _log(command, "") as file:
             # in a session of its own, so that a Ctrl-C reaches it once, through this process
@@ -167,11 +158,11 @@ def _side_by_side(
         running.add(process)
         code = process.wait()
         running.remove(process)
-        free.put(place)
+        free.put(own)
         return _outcome(command, began, code == 0)
 
-    log.info("%d jobs, %d at a time", len(commands), number)
-    found: Any = Parallel(number, backend="threading", return_as="generator")(
+    log.info("%d jobs, %d at a time", len(commands), len(made))
+    found: Any = Parallel(len(made), backend="threading", return_as="generator")(
         delayed(run)(command) for command in commands
     )
     try:
@@ -185,11 +176,28 @@ def _side_by_side(
         raise
 
 
-def _gpus(composed: DictConfig) -> list[str]:
+def _environments(
+    commands: Sequence[Command], asked: int, gpus: Sequence[str]
+) -> list[dict[str, str]]:
+    """One for each job at a time, with its share of GPUs and cores."""
+    from joblib import cpu_count
+
+    devices = max(command.devices for command in commands)
+    most = len(gpus) // devices if gpus else cpu_count()
+    number = max(1, most) if asked == -1 else asked
+    if number < 1 or (gpus and number > most):
+        raise ConfigError(
+            f"hydra.launcher.n_jobs={asked}: give -1 or 1 to {most}"
+            + (f", since {len(gpus)} GPUs are shared by jobs of {devices}" if gpus else "")
+        )
+    own = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(max(1, cpu_count() // number))}
+    shares = (gpus[place * devices :][:devices] for place in range(number))
+    named = ({"CUDA_VISIBLE_DEVICES": ",".join(share)} if share else {} for share in shares)
+    return [own | os.environ | each for each in named]
+
+
+def gpus() -> list[str]:
     """Those that jobs may be given, as `CUDA_VISIBLE_DEVICES` names them."""
-    accelerator = OmegaConf.select(composed, "trainer.accelerator", default="auto")
-    if accelerator not in ("auto", "gpu", "cuda"):
-        return []
     if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name for name in named.split(",") if name]
     import torch  # slow to import

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from dcr import on_demand
 from dcr.data.order import DRAWS, Chance, EpochBatches, share
 from dcr.data.rows import (
+    LABELS,
     NO_CLASS,
     SEEMINGLY_TOXIC,
     TOXIC,

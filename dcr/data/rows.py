@@ -9,6 +9,7 @@ from dcr import grouping
 from dcr.config import (
     ConfigError,
     DataError,
+    Kind,
     NLLSource,
     Pooling,
     Sampler,
@@ -22,6 +23,7 @@ from dcr.prompts import IGNORED, ChatFormat, PairRow, PromptRow
 from dcr.sources import Example
 
 TOXIC, SEEMINGLY_TOXIC = 1, 0  # class labels of stage one (Section 6)
+LABELS = {Kind.seemingly_toxic: SEEMINGLY_TOXIC, Kind.toxic: TOXIC}
 NO_CLASS = -1  # of a row that only keeps a rank in step with the others: no loss looks at it
 HELD_OUT_BATCH = 16  # rows of one validation pass
 

@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from dcr.choice import origins
 from dcr.choice.origins import Pair
 from dcr.config import AUTO_LAYER, ConfigError, TrainConfig, UserError
 from dcr.evaluation import sets
+from dcr.report.records import flattened
 from dcr.sources import SOURCES
 from dcr.study import Job
 
@@ -71,6 +73,11 @@ class Space:
             return str(value) in self.choices
         return self.low <= value <= self.high and value == type(self.low)(value)
 
+    def __str__(self) -> str:
+        if self.choices:
+            return ",".join(self.choices)
+        return f"{self.low:g}..{self.high:g}{':log' if self.log else ''}"
+
 
 def parsed(words: Sequence[str]) -> tuple[dict[str, Space], list[str]]:
     """The spaces by setting, and the words that name a value; of one key the last word holds.
@@ -122,16 +129,11 @@ def usual(settings: TrainConfig) -> list[str]:
 
 def configured(settings: TrainConfig, spaces: Mapping[str, Space]) -> dict[str, object]:
     """The point of the spaces that the settings are, without what lies outside of them."""
-    found: dict[str, object] = {}
-    for key, space in spaces.items():
-        value: object = cli.plain(settings)
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if key == "dcr.layer" and value != AUTO_LAYER:
-            value = config.block_of(settings.dcr, models.facts(settings.model).depth)
-        if space.holds(value):
-            found[key] = str(value) if space.choices else value
-    return found
+    values = flattened(cli.plain(settings))
+    if settings.dcr.layer != AUTO_LAYER:
+        values["dcr.layer"] = config.block_of(settings.dcr, models.facts(settings.model).depth)
+    held = {key: values.get(key) for key, space in spaces.items() if space.holds(values.get(key))}
+    return {key: str(value) if spaces[key].choices else value for key, value in held.items()}
 
 
 # --- validation prompts -------------------------------------------------------------------------
@@ -144,28 +146,18 @@ def validation_of(settings: TrainConfig, asked: str | None) -> list[Pair]:
     Raises UserError where prompts of theirs share their origin with rows trained on or stand in a
     test set, or cannot be read.
     """
-    if asked is None:
-        offered = origins.parsed("", HELD_OUT)
-        offered += origins.usual_tests(settings.data).values()
-    else:
-        offered = origins.parsed("validation", asked)
-    found = []
-    for pair in offered:
-        try:
+    if asked is not None and (pairs := origins.parsed("validation", asked)):
+        for pair in pairs:
             _check_apart(settings, pair)
-        except UserError:
-            if asked is not None:
-                raise
-            continue
-        found.append(pair)
-        if asked is None:
-            break
-    if not found:
-        raise ConfigError(
-            "validation: every usual set is trained or tested on; name another with "
-            "validation=<seemingly toxic>:<toxic>, or take one out of data.evaluation"
-        )
-    return found
+        return pairs
+    for pair in (*origins.parsed("", HELD_OUT), *origins.usual_tests(settings.data).values()):
+        with suppress(UserError):
+            _check_apart(settings, pair)
+            return [pair]
+    raise ConfigError(
+        "validation: every usual set is trained or tested on; name another with "
+        "validation=<seemingly toxic>:<toxic>, or take one out of data.evaluation"
+    )
 
 
 def _check_apart(settings: TrainConfig, pair: Pair) -> None:
@@ -236,11 +228,9 @@ class Search:
 
     def corners(self) -> list[Job]:
         """Trials that between them have both ends of every space and every choice."""
-        most = max(len(space.ends) for space in self.spaces.values())
-        ends = {key: space.ends for key, space in self.spaces.items()}
-        return [
-            self.trial({k: of[min(i, len(of) - 1)] for k, of in ends.items()}) for i in range(most)
-        ]
+        ends = [space.ends for space in self.spaces.values()]
+        points = ([of[min(i, len(of) - 1)] for of in ends] for i in range(max(map(len, ends))))
+        return [self.trial(dict(zip(self.spaces, point, strict=True))) for point in points]
 
     def _job(self, out: Path, name: str, words: Sequence[str], own: Sequence[str]) -> Job:
         # no row trained on may be near a prompt of either: all runs learn from the same ones

@@ -1,17 +1,18 @@
 """The command of dcr.search: its trials, their front and figures, and the chosen point anew."""
 
-import math
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from dcr import cli, config, report, search, storage, study
 from dcr.config import ConfigError, Method, TrainConfig
 from dcr.report import discernment, figures, searches
 from dcr.report.searches import Tried
-from dcr.search import OBJECTIVES, Search, Space
+from dcr.search import OBJECTIVES, Search
 from dcr.study import Told
 
 KNEE = "knee"
@@ -59,7 +60,7 @@ def main(options: Options) -> None:
     with study.told_once():
         asked, point = _asked(options)
         study.in_fork(lambda: study.check([*asked.corners(), asked.base()]))
-        validation, spaces = ", ".join(map(str, asked.validation)), _written(asked.spaces)
+        validation, spaces = ", ".join(map(str, asked.validation)), search.words_of(asked.spaces)
         print(f"{' '.join(spaces)}\nvalidation: {validation}\n{asked.url}, {asked.name}")
         if options.plan:
             return
@@ -73,10 +74,8 @@ def main(options: Options) -> None:
             raise Told(f"no trial came to its end: {tried[0].fault or tried[0].ended}", 1)
         chosen = None if options.chosen is None else _chosen(options.chosen, tried, asked)
         tried = [replace(t, is_of=t.is_of | {"chosen"}) if t is chosen else t for t in tried]
-        drawings = [
-            searches.front(tried, {name: OBJECTIVES[name].words for name in asked.objectives})
-        ]
-        whole = sum(bool(trial.values) for trial in tried)
+        heads = {name: OBJECTIVES[name].words for name in asked.objectives}
+        drawings, whole = [searches.front(tried, heads)], sum(bool(t.values) for t in tried)
         if whole >= ENOUGH and (shares := trials.importances(known, asked.objectives)):
             drawings.append(searches.importances(shares))
         for drawing in drawings:
@@ -116,13 +115,6 @@ def _asked(options: Options) -> tuple[Search, dict[str, object]]:
     return asked, search.configured(settings, spaces)
 
 
-def _written(spaces: Mapping[str, Space]) -> list[str]:
-    return [
-        f"{key}={','.join(of.choices) or f'{of.low:g}..{of.high:g}'}{':log' if of.log else ''}"
-        for key, of in spaces.items()
-    ]
-
-
 # --- front and choice ---------------------------------------------------------------------------
 
 
@@ -132,14 +124,9 @@ def knee(points: Sequence[Sequence[float]], maximised: Sequence[bool]) -> int:
     The first of equals.
     """
 
-    def distance(point: Sequence[float]) -> float:
-        lacks = []
-        for value, values, up in zip(point, zip(*points, strict=True), maximised, strict=True):
-            best, worst = (max(values), min(values)) if up else (min(values), max(values))
-            lacks.append((best - value) / (best - worst) if best != worst else 0.0)
-        return math.hypot(*lacks)
-
-    return min(range(len(points)), key=lambda place: distance(points[place]))
+    losses = np.where(maximised, -1, 1) * np.array(points)
+    lacks, spread = losses - losses.min(0), np.ptp(losses, 0)
+    return int(np.linalg.norm(lacks / np.where(spread, spread, 1), axis=1).argmin())
 
 
 def _chosen(choice: str, tried: Sequence[Tried], asked: Search) -> Tried:

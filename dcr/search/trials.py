@@ -25,15 +25,16 @@ from typing import Any
 import optuna
 import torch
 from optuna import distributions
-from optuna.exceptions import OptunaError, UpdateFinishedTrialError
-from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
+from optuna.exceptions import OptunaError, TrialPruned, UpdateFinishedTrialError
+from optuna.samplers import NSGAIISampler, TPESampler
+from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from dcr import data, models, prompts, results, runs, separability, storage, study
+from dcr import data, launching, models, prompts, results, runs, separability, storage, study
 from dcr import train as training_script
-from dcr.config import ConfigError, Kind, Stage, TrainConfig, UserError
-from dcr.data import SEEMINGLY_TOXIC, TOXIC, SafetyData
+from dcr.config import ConfigError, Stage, TrainConfig, UserError
+from dcr.data import LABELS, SafetyData
 from dcr.evaluation import sets, subjects
 from dcr.models import Policy
 from dcr.prompts import PairRow
@@ -64,33 +65,26 @@ def opened(search: Search, place: int = 0) -> optuna.Study:
 
     Raises ConfigError for a storage that cannot be opened.
     """
-    store: Any = search.url
+    waiting = {"connect_args": {"timeout": LOCKED}} if search.url.startswith(SQLITE) else {}
+    upwards = [OBJECTIVES[name].maximised for name in search.objectives]
     try:
         with turn(search.url):
-            if search.url.startswith(SQLITE):
-                options = {"connect_args": {"timeout": LOCKED}}
-                store = optuna.storages.RDBStorage(search.url, engine_kwargs=options)
             known = optuna.create_study(
-                storage=store,
+                storage=RDBStorage(search.url, waiting),
                 study_name=search.name,
-                directions=[
-                    "maximize" if OBJECTIVES[name].maximised else "minimize"
-                    for name in search.objectives
-                ],
+                directions=["maximize" if up else "minimize" for up in upwards],
                 load_if_exists=True,
             )
     except (OptunaError, SQLAlchemyError, ImportError, ValueError) as error:
         cure = "give an URL that Optuna opens, such as sqlite:///search.db"
         raise ConfigError(f"storage={search.url}: {single_line(error)[:160]}; {cure}") from error
-    known.sampler = _sampler(search, f"{socket.gethostname()}/{place}/{len(_all(known))}")
-    return known
-
-
-def _sampler(search: Search, worker: str) -> BaseSampler:
-    seed, few = zlib.crc32(f"{search.settings.seed}/{worker}".encode()), max(4, search.trials // 4)
+    worker = f"{search.settings.seed}/{socket.gethostname()}/{place}/{len(_all(known))}"
+    seed, few = zlib.crc32(worker.encode()), max(4, search.trials // 4)  # a short search has few
     if search.sampler == "nsga2":
-        return NSGAIISampler(population_size=min(few, 50), seed=seed)
-    return TPESampler(n_startup_trials=min(few, 10), seed=seed)  # a short search affords few
+        known.sampler = NSGAIISampler(population_size=min(few, 50), seed=seed)
+    else:
+        known.sampler = TPESampler(n_startup_trials=min(few, 10), seed=seed)
+    return known
 
 
 @contextmanager
@@ -122,19 +116,15 @@ def tried(known: optuna.Study) -> list[Tried]:
     """Every trial that has ended."""
     ended = [trial for trial in _all(known) if trial.state.is_finished()]
     whole = any(trial.state is COMPLETE for trial in ended)
-    marks = {"front": {trial.number for trial in known.best_trials} if whole else set()}
-    marks["configured"] = {trial.number for trial in ended if "configured" in trial.user_attrs}
-    return [
-        Tried(
-            trial.number,
-            "failed" if trial.state is FAIL else trial.state.name.lower(),
-            trial.params,
-            tuple(trial.values) if trial.state is COMPLETE else (),
-            frozenset(mark for mark, numbers in marks.items() if trial.number in numbers),
-            trial.user_attrs.get("fault", ""),
-        )
-        for trial in ended
-    ]
+    front = {trial.number for trial in known.best_trials} if whole else set()
+    found = []
+    for trial in ended:
+        marks = ["front"] * (trial.number in front)
+        marks += ["configured"] * ("configured" in trial.user_attrs)
+        how = "failed" if trial.state is FAIL else trial.state.name.lower()
+        fault, values = trial.user_attrs.get("fault", ""), tuple(trial.values or ())
+        found.append(Tried(trial.number, how, trial.params, values, frozenset(marks), fault))
+    return found
 
 
 def importances(known: optuna.Study, objectives: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -165,9 +155,8 @@ def carry_out(search: Search, workers: int, point: Mapping[str, object]) -> optu
 
 def _work(search: Search, place: int) -> None:
     """One worker: trial after trial, until so many are done and none is under way anywhere."""
-    if (devices := torch.cuda.device_count()) > 1:
-        seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(devices)))
-        os.environ["CUDA_VISIBLE_DEVICES"] = seen.split(",")[place % devices]
+    if gpus := launching.gpus():
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[place % len(gpus)]
     known, heard = opened(search, place), {}
     while True:
         if (trial := _taken(search, known, heard)) is not None:
@@ -207,12 +196,11 @@ def give_back(known: optuna.Study, left: FrozenTrial) -> None:
     known.enqueue_trial(left.params, user_attrs={**kept, "instead_of": left.number})
 
 
-class Pruned(Exception):
-    """A trial that another is ahead of in all that was measured half-way."""
-
-
 def _carry_out_one(search: Search, known: optuna.Study, trial: Trial) -> None:
-    print(f"[trial {trial.number}] {' '.join(words_of(trial.params, short=True))}", flush=True)
+    def say(told: str) -> None:
+        print(f"[trial {trial.number}] {told}", flush=True)
+
+    say(" ".join(words_of(trial.params, short=True)))
     values: Sequence[float] | None = None
     state, told = COMPLETE, ""
     try:
@@ -222,10 +210,10 @@ def _carry_out_one(search: Search, known: optuna.Study, trial: Trial) -> None:
             values = _measured(search, search.trial(trial.params), trial)
         named = zip(search.objectives, values or (), strict=state is COMPLETE)
         told += ", ".join(f"{name} {value:.4g}" for name, value in named)
-    except Pruned as why:
+    except TrialPruned as why:
         state, told = PRUNED, f"pruned: {why}"
     except UpdateFinishedTrialError:
-        print(f"[trial {trial.number}] taken over by another worker", flush=True)
+        say("taken over by another worker")
         return
     except UserError as fault:
         state, told = FAIL, f"failed: {single_line(fault)}"
@@ -237,7 +225,7 @@ def _carry_out_one(search: Search, known: optuna.Study, trial: Trial) -> None:
                 give_back(known, left)
         raise
     known.tell(trial, values, state, skip_if_finished=True)
-    print(f"[trial {trial.number}] {told}", flush=True)
+    say(told)
 
 
 def _twin(known: optuna.Study, trial: Trial) -> FrozenTrial | None:
@@ -253,10 +241,9 @@ def _twin(known: optuna.Study, trial: Trial) -> FrozenTrial | None:
 
 
 def _measured(search: Search, job: Job, trial: Trial) -> list[float]:
-    """The value of each objective, once all of a run is done; Pruned, or Told for a fault."""
-    settings, run, (evaluating,) = job.training, job.run, job.evaluations
+    """The value of each objective, once all of a run is done; TrialPruned, or Told for a fault."""
+    settings, run, pulse = job.training, job.run, 0.0
     assert settings is not None
-    pulse = 0.0
 
     def alive() -> None:
         nonlocal pulse
@@ -279,24 +266,33 @@ def _measured(search: Search, job: Job, trial: Trial) -> list[float]:
         if (ahead := _halfway(run).get("beaten_by")) is None:
             raise
         _forget_weights(run)
-        raise Pruned(f"half-way through stage one trial {ahead} is ahead") from None
+        raise TrialPruned(f"half-way through stage one trial {ahead} is ahead") from None
     trial.set_user_attr("halfway", _halfway(run))
+    values = _values(search, job)
+    _forget_weights(run)
+    return values
+
+
+def _values(search: Search, job: Job) -> list[float]:
+    """Each objective as the files of a run that is done tell it; Told where one is missing."""
+    run, (evaluating,) = job.run, job.evaluations
     folder = subjects.answers_folder(evaluating, run, subjects.final(run))
     found, metrics = results.read(folder / "metrics.json"), runs.read_metrics(run)
-    values: dict[str, float | None] = {}
     costs = {stage: storage.read_json(run.cost_file(stage), Cost) for stage in STAGES}
     spent = (cost.device_seconds * cost.of_all_steps(of, metrics) for of, cost in costs.items())
-    values["seconds"] = sum(spent)
-    if found.discernment and (ranked := found.discernment.pooled):
-        values["auroc"], values["answered"] = ranked.auroc[0], ranked.answered[str(SAFETY)][0]
     nll = [row["value"] for row in metrics if row["key"] == "sft/nll/general/heldout"]
-    values["nll"] = nll[-1] if nll else None
     scores = [task.acc for task in found.ability.values() if task.acc is not None]
-    values["ability"] = sum(scores) / len(scores) if scores else None
-    wanted = [value for name in search.objectives if (value := values.get(name)) is not None]
+    ranked = found.discernment and found.discernment.pooled
+    values = {
+        "auroc": ranked.auroc[0] if ranked else None,
+        "answered": ranked.answered[str(SAFETY)][0] if ranked else None,
+        "nll": nll[-1] if nll else None,
+        "ability": sum(scores) / len(scores) if scores else None,
+        "seconds": sum(spent),
+    }
+    wanted = [value for name in search.objectives if (value := values[name]) is not None]
     if len(wanted) < len(search.objectives):
         raise Told(f"{folder} does not tell all of {', '.join(search.objectives)}", 1)
-    _forget_weights(run)
     return wanted
 
 
@@ -352,12 +348,11 @@ def _probed(job: Job, module: Any, batches: SafetyData) -> list[float]:
     facts, tokenizer = models.facts(settings.model), models.open_tokenizer(settings.model)
     chat = prompts.chat_format(tokenizer, settings.model)
     own, tested = [], []
-    for label in (SEEMINGLY_TOXIC, TOXIC):
+    for kind, label in LABELS.items():
         own += [row for row in batches.rows.prompts if row.label == label][:PROBED]
-    for asked in sets.read(evaluating).ranked:
-        label = TOXIC if asked.kind is Kind.toxic else SEEMINGLY_TOXIC
-        rows = asked.rows[:PROBED], label, facts.context, settings.dcr.pooling
-        tested += data.prompt_rows(chat, *rows)
+        for asked in (one for one in sets.read(evaluating).ranked if one.kind is kind):
+            rows = asked.rows[:PROBED], label, facts.context, settings.dcr.pooling
+            tested += data.prompt_rows(chat, *rows)
     policy, sides = Policy(module.model, tokenizer, settings.model.name), []
     for rows in (own, tested):
         points = separability.features(policy, rows)[module.block - 1]
