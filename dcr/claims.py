@@ -157,15 +157,7 @@ def measure(
     Whole arrays go to `folder`/claims.safetensors. Weights, modes and flags are left as they were.
     Raises ConfigError for a setting, a row or a model that cannot be.
     """
-    depth = len(models.decoder_blocks(policy.model))
-    vocabulary = models.unwrapped(policy.model).config.get_text_config().vocab_size
-    if not 1 <= settings.layer <= depth:
-        raise ConfigError(f"claims.layer={settings.layer}: the model has blocks 1 to {depth}")
-    if settings.top_k >= vocabulary:
-        raise ConfigError(
-            f"claims.top_k={settings.top_k}: choose 1 to {vocabulary - 1}, one less than the "
-            "vocabulary"
-        )
+    _check_fit(settings, policy.model)
     chosen = template(chat, rows, trained)
     measured = _measured(policy.model, chosen, settings)
     if folder is not None:
@@ -182,6 +174,18 @@ def measure(
         "left_out": list(chosen.left_out),
         **summary(chosen, measured, seed),
     }
+
+
+def _check_fit(settings: Settings, model: Any) -> None:
+    depth = len(models.decoder_blocks(model))
+    vocabulary = models.unwrapped(model).config.get_text_config().vocab_size
+    if not 1 <= settings.layer <= depth:
+        raise ConfigError(f"claims.layer={settings.layer}: the model has blocks 1 to {depth}")
+    if settings.top_k >= vocabulary:
+        raise ConfigError(
+            f"claims.top_k={settings.top_k}: choose 1 to {vocabulary - 1}, one less than the "
+            "vocabulary"
+        )
 
 
 def _measured(model: Any, chosen: Prompts, settings: Settings) -> Measurements:

@@ -262,18 +262,7 @@ def _of_evaluation(config: EvalConfig) -> Iterator[str]:
         yield from _decoding_alone(config, contrast, "a contrast is a way to decode answers")
         if (steering := config.steering.method) is not Steering.none:
             yield f"{contrast} steering={steering.value}: two methods at once; give one"
-    if config.steering.method is Steering.probe and config.steering.released_data:
-        yield (
-            "steering=probe steering.released_data=true: no prompts were released for it; leave "
-            "steering.released_data out"
-        )
-    for kind in (Kind.toxic, Kind.seemingly_toxic) if config.steering.validation else ():
-        own = getattr(config.data.extraction, kind.value)
-        for name in sorted(set(getattr(config.calibration, kind.value)) & set(own)):
-            yield (
-                f"steering.validation=true calibration.{kind.value}: {name} is extracted from as "
-                "well, and a strength chosen there flatters; name another source"
-            )
+    yield from _steered(config)
     if config.gen.prefill is not None:
         yield from _prefilled(config, f"gen.prefill={config.gen.prefill!r}")
     if config.calibrate is not None:
@@ -288,6 +277,21 @@ def _of_evaluation(config: EvalConfig) -> Iterator[str]:
             yield (
                 "tasks=[quality]: needs answers to compare with; name the STL run of the same "
                 "model, quality.reference=<run folder>"
+            )
+
+
+def _steered(config: EvalConfig) -> Iterator[str]:
+    if config.steering.method is Steering.probe and config.steering.released_data:
+        yield (
+            "steering=probe steering.released_data=true: no prompts were released for it; leave "
+            "steering.released_data out"
+        )
+    for kind in (Kind.toxic, Kind.seemingly_toxic) if config.steering.validation else ():
+        own = getattr(config.data.extraction, kind.value)
+        for name in sorted(set(getattr(config.calibration, kind.value)) & set(own)):
+            yield (
+                f"steering.validation=true calibration.{kind.value}: {name} is extracted from as "
+                "well, and a strength chosen there flatters; name another source"
             )
 
 

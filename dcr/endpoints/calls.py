@@ -197,63 +197,88 @@ def _arrivals(
     check(server, node)
     if not requests:
         return
-    left = deque(range(requests))
-    # by what is asked, its server, and how many answers had come from there before
-    under_way: dict[Future[Answer | Failure | Again | None], tuple[int, Line, int]] = {}
-    tried: dict[int, list[Line]] = {}  # servers that a request had no answer of after all retries
-    unanswered = 0  # requests in a row that ended in an error
-    hopeless: Failure | None = None
-    end: EndpointError | None = None
+    asking, unanswered = Asking(deque(range(requests))), 0  # in a row that ended in an error
     with _connected(server, node) as (portal, lines):
+
+        def start(index: int, line: Line) -> Future[Answer | Failure | Again | None]:
+            retries = 0 if line.aside.is_set() else http.retries  # a probe has one attempt
+            asked = (partial(ask, line.client, index), read, line, node, http.timeout)
+            return portal.start_task_soon(_answer, *asked, retries)
+
         try:
-            while True:
-                while not end and (chosen := _next(left, lines, tried, http.concurrency)):
-                    index, line = chosen
-                    left.remove(index)
-                    retries = 0 if line.aside.is_set() else http.retries  # a probe has one attempt
-                    asked = (partial(ask, line.client, index), read, line, node, http.timeout)
-                    started = portal.start_task_soon(_answer, *asked, retries)
-                    under_way[started] = index, line, line.answered
-                    line.under_way += 1
-                if not under_way:
-                    break
-                seconds = _until_probe(lines) if left and not end else None
-                future = next(iter(wait(under_way, seconds, FIRST_COMPLETED).done), None)
-                if future is None:
-                    continue
-                index, line, before = under_way.pop(future)
-                line.under_way -= 1
-                try:
-                    outcome = future.result()
-                except EndpointError as error:
-                    end = end or error
-                    for one in lines:
-                        portal.call(one.aside.set)
-                    continue
-                if end:  # what is under way is handed over, and no more
-                    answered = None if isinstance(outcome, Again) else outcome
-                else:
-                    had, since = tried.setdefault(index, []), line.answered > before
-                    answered = _settled(outcome, line, lines, had, since, node, portal)
-                if answered is None and not hopeless:
-                    left.appendleft(index)
-                    continue
-                answered = answered or hopeless
-                assert answered is not None
+            for index, answered in _settling(asking, lines, portal, start, node, http.concurrency):
                 yield index, answered
                 failed = isinstance(answered, Failure) and answered.status == "error"
                 unanswered = unanswered + 1 if failed else 0
                 if unanswered >= HOPELESS_ROUNDS * http.concurrency:
                     reason = f"not asked: {unanswered} requests in a row had no answer"
-                    hopeless = Failure("error", reason)
-                    yield from ((index, hopeless) for index in left)
-                    left.clear()
+                    asking.hopeless = Failure("error", reason)
+                    yield from ((index, asking.hopeless) for index in asking.left)
+                    asking.left.clear()
         finally:
-            for future in under_way:
+            for future in asking.under_way:
                 future.cancel()
             _keep(node, lines)
-    if end:
-        raise end
+    if asking.end:
+        raise asking.end
+
+
+@dataclass
+class Asking:
+    """How far requests have come.
+
+    `under_way` has by request what is asked, its server, and how many answers had come from there
+    before; `tried` the servers that one had no answer of after all retries. What has no answer once
+    it is `hopeless` has that one; after the `end` nothing more is asked.
+    """
+
+    left: deque[int]
+    under_way: dict[Future[Any], tuple[int, Line, int]] = field(default_factory=dict)
+    tried: dict[int, list[Line]] = field(default_factory=dict)
+    hopeless: Failure | None = None
+    end: EndpointError | None = None
+
+
+def _settling(
+    asking: Asking,
+    lines: Sequence[Line],
+    portal: BlockingPortal,
+    start: Callable[[int, Line], Future[Answer | Failure | Again | None]],
+    node: str,
+    most: int,
+) -> Arrivals[Answer]:
+    """What is left, asked wherever there is room, until each request is settled."""
+    left, under_way, tried = asking.left, asking.under_way, asking.tried
+    while True:
+        while not asking.end and (chosen := _next(left, lines, tried, most)):
+            index, line = chosen
+            left.remove(index)
+            under_way[start(index, line)] = index, line, line.answered
+            line.under_way += 1
+        if not under_way:
+            return
+        seconds = _until_probe(lines) if left and not asking.end else None
+        future = next(iter(wait(under_way, seconds, FIRST_COMPLETED).done), None)
+        if future is None:
+            continue
+        index, line, before = under_way.pop(future)
+        line.under_way -= 1
+        try:
+            outcome = future.result()
+        except EndpointError as error:
+            asking.end = asking.end or error
+            for one in lines:
+                portal.call(one.aside.set)
+            continue
+        if asking.end:  # what is under way is handed over, and no more
+            answered = None if isinstance(outcome, Again) else outcome
+        else:
+            had, since = tried.setdefault(index, []), line.answered > before
+            answered = _settled(outcome, line, lines, had, since, node, portal)
+        if answered := answered or asking.hopeless:
+            yield index, answered
+        else:
+            left.appendleft(index)
 
 
 def _next(

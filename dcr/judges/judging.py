@@ -98,13 +98,7 @@ def judge(
     """
     identity = JUDGES[name].identity(settings)
     place = folder / "verdicts" / f"{name.value}-{storage.fingerprint(identity)}"
-    homes: dict[str, list[Home]] = {}  # a response may stand in several sets, or twice in one
-    by_content: dict[str, Completion] = {}
-    for set_name, rows in answers.items():
-        for answer in rows:
-            of = answer_fingerprint(answer)
-            homes.setdefault(of, []).append((set_name, answer.id))
-            by_content[of] = answer
+    homes, by_content = _distinct(answers)
     by_answer = _settled(place, homes)
     waiting = [answer for of, answer in by_content.items() if of not in by_answer]
     _announce(name, settings, waiting, len(homes))
@@ -133,6 +127,20 @@ def judge(
         set_name: [replace(by_answer[answer_fingerprint(a)], id=a.id) for a in rows]
         for set_name, rows in answers.items()
     }
+
+
+def _distinct(
+    answers: Mapping[str, Sequence[Completion]],
+) -> tuple[dict[str, list[Home]], dict[str, Completion]]:
+    """By fingerprint where each response stands, in several sets or twice in one, and itself."""
+    homes: dict[str, list[Home]] = {}
+    by_content: dict[str, Completion] = {}
+    for set_name, rows in answers.items():
+        for answer in rows:
+            of = answer_fingerprint(answer)
+            homes.setdefault(of, []).append((set_name, answer.id))
+            by_content[of] = answer
+    return homes, by_content
 
 
 def _settled(place: Path, homes: Mapping[str, Sequence[Home]]) -> dict[str, Verdict]:

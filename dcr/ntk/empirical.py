@@ -126,26 +126,38 @@ def measure(
             top_k, epsilon = settings.top_k, settings.epsilon
             blocks, chosen, log_p = finite_differences(model, moved, rows, top_k, given, epsilon)
         else:
-            sweeps = _sweeps(model, [len(ids) for ids in sequences], settings)
-
-            def passes(number: int, known: Tensor | None) -> Iterator[Collected]:
-                if share is None:
-                    for batch in rows:
-                        yield collect(model, sweeps[number], batch, settings.top_k, known)
-                    return
-                fixed = None if known is None else known.cpu()
-                places = range(len(rows))
-                jobs = [(sequences, settings, number, place, fixed) for place in places]
-                for gradients, own, log_p in share(jobs):
-                    moved = {name: one.to(device) for name, one in gradients.items()}
-                    yield moved, own.to(device), log_p.to(device)
-
-            blocks, chosen, log_p = exact(sweeps, passes, given)
+            blocks, chosen, log_p = _exact(model, sequences, rows, settings, given, share)
     blocks = blocks.cpu()[back][:, :, back]
     norms = blocks.square().sum((1, 3)).sqrt()
     names = tuple(ids) if ids is not None else tuple(str(i) for i in range(len(sequences)))
     settings = replace(settings, top_k=chosen.shape[1])
     return Kernel(norms, blocks, chosen.cpu()[back], log_p.cpu()[back], names, settings)
+
+
+def _exact(
+    model: Any,
+    sequences: Sequence[Sequence[int]],
+    rows: Sequence[Batch],
+    settings: Settings,
+    given: Int[Tensor, "prompts rank"] | None,
+    share: Callable[[list[Job]], Iterable[Collected]] | None,
+) -> Blocks:
+    """By gradients of every logit, taken here or by those that `share` the batches."""
+    sweeps = _sweeps(model, [len(ids) for ids in sequences], settings)
+    device = next(model.parameters()).device
+
+    def passes(number: int, known: Tensor | None) -> Iterator[Collected]:
+        if share is None:
+            for batch in rows:
+                yield collect(model, sweeps[number], batch, settings.top_k, known)
+            return
+        fixed = None if known is None else known.cpu()
+        jobs = [(sequences, settings, number, place, fixed) for place in range(len(rows))]
+        for gradients, own, log_p in share(jobs):
+            moved = {name: one.to(device) for name, one in gradients.items()}
+            yield moved, own.to(device), log_p.to(device)
+
+    return exact(sweeps, passes, given)
 
 
 def collected(
