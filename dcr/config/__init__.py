@@ -1,8 +1,9 @@
 """The typed configuration: one tree of dataclasses, its defaults, and every check of it.
 
 Hydra composes, `resolve` turns the result into plain dataclasses once, and below the entry
-scripts nothing else travels. `schema` holds settings, choices and defaults, `checks` ranges and
-relations, `resolving` what becomes of a command line, and what a user reads when nothing can.
+scripts nothing else travels. `schema` and, for `eval.py`, `evaluation` hold settings, choices and
+defaults, `checks` ranges and relations, `resolving` what becomes of a command line, and what a user
+reads when nothing can.
 """
 
 from dcr.config.checks import (
@@ -14,6 +15,31 @@ from dcr.config.checks import (
     block_of,
     check_installed,
     parameters,
+)
+from dcr.config.evaluation import (
+    AUTO_LENGTH,
+    AbilityConfig,
+    AnnotatorConfig,
+    DeviceConfig,
+    EvalConfig,
+    GenConfig,
+    GuardConfig,
+    HTTPConfig,
+    Judge,
+    LlamaGuardConfig,
+    LLMJudgeConfig,
+    ModerationConfig,
+    ProbeConfig,
+    QualityConfig,
+    ScansConfig,
+    ScansEnd,
+    ScansLayers,
+    ServerConfig,
+    Steering,
+    SteeringConfig,
+    SurgicalConfig,
+    Task,
+    WildGuardConfig,
 )
 from dcr.config.resolving import (
     check_made_with,
@@ -29,33 +55,21 @@ from dcr.config.resolving import (
 from dcr.config.schema import (
     ALL_LINEAR,
     AUTO_LAYER,
-    AUTO_LENGTH,
     EMBEDDED_MODEL,
     STAGES,
     TINY_MODEL,
-    AbilityConfig,
     Adapter,
-    AnnotatorConfig,
     AugmentConfig,
     ContrastConfig,
     ContrastiveConfig,
     DataConfig,
-    DeviceConfig,
-    EvalConfig,
     EvaluationSets,
-    GenConfig,
-    GuardConfig,
-    HTTPConfig,
-    Judge,
     KernelConfig,
     KeywordRules,
     Kind,
-    LlamaGuardConfig,
-    LLMJudgeConfig,
     LoraConfig,
     Method,
     ModelConfig,
-    ModerationConfig,
     Moments,
     NLLConfig,
     NLLSource,
@@ -64,26 +78,16 @@ from dcr.config.schema import (
     Phrases,
     Pooling,
     Precision,
-    ProbeConfig,
-    QualityConfig,
     Quantity,
     ReadoutConfig,
     RefusalProbabilityConfig,
     SafetyPairsConfig,
     Sampler,
-    ScansConfig,
-    ScansEnd,
-    ScansLayers,
     Schedule,
-    ServerConfig,
     SFTConfig,
     SourceConfig,
     SourcesByKind,
     Stage,
-    Steering,
-    SteeringConfig,
-    SurgicalConfig,
-    Task,
     Terminator,
     TrackingConfig,
     TrainConfig,
@@ -91,6 +95,5 @@ from dcr.config.schema import (
     WandbConfig,
     WandbMode,
     Weights,
-    WildGuardConfig,
     stages_of,
 )

@@ -6,19 +6,21 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 
-from dcr.config.schema import (
-    AUTO_LAYER,
+from dcr.config.evaluation import (
     AUTO_LENGTH,
-    ContrastiveConfig,
     EvalConfig,
     Judge,
+    Steering,
+    Task,
+)
+from dcr.config.schema import (
+    AUTO_LAYER,
+    ContrastiveConfig,
     Kind,
     Moments,
     Precision,
     Sampler,
     Stage,
-    Steering,
-    Task,
     TrainConfig,
     stages_of,
 )

@@ -12,10 +12,12 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dcr.config.checks import ConfigError, DataError, check, settings_of
+from dcr.config.evaluation import (
+    EvalConfig,
+)
 from dcr.config.schema import (
     ContrastiveConfig,
     DataConfig,
-    EvalConfig,
     Method,
     ModelConfig,
     SFTConfig,
