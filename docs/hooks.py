@@ -29,8 +29,8 @@ def reference() -> str:
     """Every setting of both scripts: a table a node, as the dataclasses and their comments say."""
     parts = [
         "# Every setting",
-        "Made from `dcr/config/schema.py` and `evaluation.py` when this page was built. A default in "
-        "dots, such as `model.layer`, is taken from there. `key=null` gives none.",
+        "Made from `schema.py` and `evaluation.py` of `dcr/config/` when this page was built. A "
+        "default in dots, such as `model.layer`, is taken from there. `key=null` gives none.",
         "## Files to choose from",
         "A name on the command line takes the file: `model=llama3_8b`.",
         _table(("group", "files"), _groups()),
