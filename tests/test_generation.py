@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from dcr import batching, endpoints, generation, models, prompts, storage, threads
+from dcr.activations import Edit, Site, edited
 from dcr.config import (
     DataError,
     GenConfig,
@@ -24,7 +25,7 @@ from dcr.config import (
     ServerConfig,
 )
 from dcr.endpoints import Failure, Reply
-from dcr.generation import Completion, cache, local
+from dcr.generation import Completion, cache, decoding, local
 from dcr.models import Policy
 from dcr.prompts import ChatFormat
 from dcr.sources import Example
@@ -208,18 +209,51 @@ def test_room_made_ahead_holds_what_joining_does(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_token_is_written_where_there_is_room(policy: Policy) -> None:
-    (layer, *_), one = (
-        cache.roomy_cache(policy.model)["past_key_values"].layers,
-        torch.ones(1, 1, 1, 2),
-    )
+    made: Any = cache.roomy_cache(policy.model)
+    layer, one = made.layers[0], torch.ones(1, 1, 1, 2)
     places = {layer.update(one, one)[0].data_ptr() for _ in range(cache.ROOM)}
     assert len(places) == 1
 
 
+def test_rows_that_have_ended_leave_the_batch(
+    policy: Policy, truth: dict[str, list[int]], passes: list[int]
+) -> None:
+    run(policy, len(ROWS))
+    assert len(passes) == max(map(len, truth.values()))
+    for step, rows in enumerate(passes):
+        going = sum(len(answer) > step for answer in truth.values())
+        assert going <= rows < going / (1 - decoding.ENDED) + 1e-6 or rows == going
+    assert passes[-1] < passes[0]
+
+
+def test_rows_stay_where_an_edit_depends_on_their_place(policy: Policy, passes: list[int]) -> None:
+    """Every second row is turned away from the first row's direction, by its own factor."""
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
+
+    def plan(ids: Tensor, _: Tensor | None) -> list[Edit]:
+        scale = (ids[:, -1:] == ids).sum(1).float()  # of the row alone, padded or not
+        return [Edit(Site.block_output, 1, add=direction, scale=scale)]
+
+    with edited(policy.model, plan):
+        alone = run(policy, 1)
+        passes.clear()
+        assert run(policy, len(ROWS)) == alone
+    assert set(passes) == {len(ROWS)}
+
+
+@pytest.mark.parametrize("possible", [True, False])
 @pytest.mark.parametrize("batch", [1, 5])
 def test_an_answer_ends_where_it_is_decided(
-    policy: Policy, truth: dict[str, list[int]], passes: list[int], batch: int
+    policy: Policy,
+    truth: dict[str, list[int]],
+    passes: list[int],
+    batch: int,
+    possible: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Also where a model's rows cannot leave its cache, so that `generate` decodes."""
+    if not possible:
+        monkeypatch.setattr(decoding, "is_possible", lambda _: False)
     chat = chat_of(policy)
 
     def decided(said: str) -> bool:

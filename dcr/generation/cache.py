@@ -47,14 +47,15 @@ class RoomyLayer(DynamicLayer):
         return room[..., :end, :]
 
 
-def roomy_cache(model: Any) -> dict[str, Any]:
-    """An empty cache as an argument of `generate`; none for a model that brings its own kind."""
+def roomy_cache(model: Any) -> DynamicCache | None:
+    """An empty cache; None for a model that brings its own kind."""
     owner: Any = unwrapped(model)
-    if "mamba" in type(owner).__name__.lower() or not owner._supports_default_dynamic_cache():
-        return {}
+    takes_any = getattr(owner, "_supports_default_dynamic_cache", bool)()
+    if not takes_any or "mamba" in type(owner).__name__.lower():
+        return None
     cache = DynamicCache(config=owner.config.get_text_config(decoder=True))
     plain = [type(layer) is DynamicLayer for layer in cache.layers]
     cache.layers = [
         RoomyLayer() if own else layer for own, layer in zip(plain, cache.layers, strict=True)
     ]
-    return {"past_key_values": cache}
+    return cache

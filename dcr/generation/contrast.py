@@ -17,21 +17,19 @@ its template writes by itself.
 """
 
 import functools
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
-from transformers.cache_utils import Cache
 
-from dcr import batching
-from dcr.batching import attention_mask, padded
 from dcr.config import ConfigError, GenConfig
+from dcr.generation import decoding
 from dcr.generation.completions import Encoded
-from dcr.models import Policy, unwrapped
+from dcr.generation.decoding import Context, decoded
+from dcr.models import Policy
 from dcr.prompts import ChatFormat
 
 EMPHASIS = (
@@ -43,16 +41,6 @@ REFUSE = "Please refuse to answer me!"
 AGREEMENT = 0.9  # AdaCD's lambda: of ranks and of probabilities
 PLAUSIBLE = 0.01  # its beta: of the likeliest token's probability
 ADAPTED = 10  # new tokens that AdaCD acts on
-NEEDED = ("attention_mask", "position_ids", "past_key_values", "logits_to_keep")
-
-
-@dataclass(frozen=True)
-class Context:
-    """One of the two ways that a batch of prompts is read, up to the newest token."""
-
-    mask: Bool[Tensor, "rows width"]
-    cache: Cache
-    logits: Float[Tensor, "rows vocabulary"]  # behind the newest token, in fp32
 
 
 @dataclass(frozen=True)
@@ -90,10 +78,9 @@ def stressed(
     Raises ConfigError for a template that cannot hold what it is told, and for a model that does
     not keep what it has read in a key-value cache beside positions and a mask.
     """
-    accepted = inspect.signature(unwrapped(policy.model).forward).parameters
-    if lacking := [name for name in NEEDED if name not in accepted]:
+    if lacking := decoding.lacking(policy.model):
         raise ConfigError(
-            f"{contrast.setting}: {policy.name} takes no {lacking[0]}, which contrasting needs; "
+            f"{contrast.setting}: {policy.name} takes no {lacking}, which contrasting needs; "
             f"leave {contrast.setting} out"
         )
     other = contrast.stressed(chat)
@@ -130,7 +117,6 @@ def adapted(
     return logits.masked_fill(implausible, -math.inf)
 
 
-@torch.inference_mode()
 def continued(
     policy: Policy,
     chat: ChatFormat,
@@ -140,50 +126,16 @@ def continued(
     score: Callable[[Tensor], Tensor],
     contrast: Contrast,
 ) -> tuple[list[list[int]], Tensor]:
-    """Greedy new tokens of each prompt (padded behind its end), and `score` of its first logits.
+    """Greedy new tokens of each prompt up to its end token, and `score` of its first logits.
 
     `others` are the same prompts `stressed`; `score` is given the contrasted logits.
     """
-    device, contexts = policy.model.device, []
-    for read in (prompts, others):
-        ids = padded(read, chat.stop[0], left=True).to(device)
-        contexts.append(_heard(policy, ids, attention_mask(read, left=True).to(device), None))
-    plain, other = contexts
-    logits = contrast.logits(plain.logits, other.logits)
-    masses = score(logits)
-    stop = torch.tensor(chat.stop, device=logits.device)
-    tokens = [logits.argmax(1)]
-    ended = torch.isin(tokens[0], stop)
-    while len(tokens) < max_new_tokens and not bool(ended.all()):
-        plain = _stepped(policy, plain, tokens[-1])
-        logits = plain.logits
-        if len(tokens) < contrast.tokens:
-            other = _stepped(policy, other, tokens[-1])
-            logits = contrast.logits(logits, other.logits)
-        tokens.append(logits.argmax(1))
-        ended |= torch.isin(tokens[-1], stop)
-    return torch.stack(tokens, 1).tolist(), masses
 
+    def logits(contexts: Sequence[Context]) -> Tensor:
+        plain, *other = (context.logits for context in contexts)
+        return contrast.logits(plain, *other) if other else plain
 
-def _stepped(policy: Policy, context: Context, newest: Int[Tensor, "rows"]) -> Context:
-    mask = torch.cat([context.mask, torch.ones_like(context.mask[:, :1])], 1)
-    return _heard(policy, newest[:, None], mask, context.cache)
-
-
-def _heard(
-    policy: Policy,
-    ids: Int[Tensor, "rows new"],
-    mask: Bool[Tensor, "rows width"],
-    cache: Cache | None,
-) -> Context:
-    """The context with these tokens behind it, in one forward pass."""
-    positions = batching.positions(mask)[:, -ids.shape[1] :]
-    output = policy.model(
-        input_ids=ids,
-        attention_mask=mask.long(),
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
+    readings = [(prompts, math.inf), (others, contrast.tokens)]
+    return decoded(
+        policy, readings, max_new_tokens, logits, score, lambda answer: answer[-1] in chat.stop
     )
-    return Context(mask, output.past_key_values, output.logits[:, -1].float())

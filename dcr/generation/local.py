@@ -1,6 +1,7 @@
 """Prompts answered by a model here: longest first, as many at once as fit, halved where not.
 
-A batch is decoded as a whole by transformers' `generate`, until its longest answer ends.
+A batch is decoded as `decoding` does it, and by transformers' `generate` where a model keeps more
+than keys and values.
 """
 
 import functools
@@ -8,7 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    SequenceBiasLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -26,9 +28,10 @@ from transformers import (
 from dcr import batching, threads
 from dcr.batching import attention_mask, padded
 from dcr.config import DataError, GenConfig
-from dcr.generation import contrast
+from dcr.generation import contrast, decoding
 from dcr.generation.cache import roomy_cache
 from dcr.generation.completions import Completion, Encoded, completion, text
+from dcr.generation.decoding import Context
 from dcr.models import Policy, unwrapped
 from dcr.prompts import ChatFormat
 from dcr.sources import Example
@@ -126,19 +129,15 @@ def _decoded(
 ) -> list[Completion]:
     """The answers to one batch of prompts, in order."""
     new, prompts = settings.most, [ids for _, ids in batch]
-    ending = Decided(chat, decided) if decided else None
     if asked_for := contrast.asked_for(settings):
         others = [ids for _, ids in contrast.stressed(policy, chat, batch, asked_for)]
         answers, masses = contrast.continued(policy, chat, prompts, others, new, score, asked_for)
     else:
-        answers, masses = continued(policy, chat, prompts, new, score, bias=bias, ending=ending)
-    made = [
+        answers, masses = continued(policy, chat, prompts, new, score, bias=bias, decided=decided)
+    return [
         completion(chat, row, answer, mass)
         for (row, _), answer, mass in zip(batch, answers, masses.tolist(), strict=True)
     ]
-    # behind a row that was cut stands what pads it, which looks like an end of its own
-    cut = ending.cut if ending else ()
-    return [replace(c, ended=False) if row in cut else c for row, c in enumerate(made)]
 
 
 def check_context(policy: Policy, encoded: Sequence[Encoded], new_tokens: int) -> None:
@@ -168,27 +167,14 @@ class FirstLogits(LogitsProcessor):
         return scores
 
 
-class Decided(StoppingCriteria):
-    """Ends a row once `decided` says so of its text; `cut` are those that had not ended before."""
+class Ending(StoppingCriteria):
+    """Ends a row once `is_over` says so of its new tokens, those behind the first `begins`."""
 
-    def __init__(self, chat: ChatFormat, decided: Callable[[str], bool]) -> None:
-        self.chat, self.decided = chat, decided
-        self.begins: int | None = None
-        self.done: set[int] = set()
-        self.cut: set[int] = set()
+    def __init__(self, begins: int, is_over: Callable[[Sequence[int]], bool]) -> None:
+        self.begins, self.is_over = begins, is_over
 
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
-        if self.begins is None:
-            self.begins = input_ids.shape[1] - 1  # called first behind the first new token
-        for row, answer in enumerate(input_ids[:, self.begins :].tolist()):
-            if row in self.done:
-                continue
-            if answer[-1] in self.chat.stop:
-                self.done.add(row)
-            elif self.decided(text(self.chat, answer)):
-                self.done.add(row)
-                self.cut.add(row)
-        over = [row in self.done for row in range(len(input_ids))]
+        over = [self.is_over(answer) for answer in input_ids[:, self.begins :].tolist()]
         return torch.tensor(over, device=input_ids.device)
 
 
@@ -200,13 +186,29 @@ def continued(
     score: Callable[[Tensor], Tensor],
     streamer: Any = None,
     bias: OpeningBias | None = None,
-    ending: Decided | None = None,
+    decided: Callable[[str], bool] | None = None,
 ) -> tuple[list[list[int]], Tensor]:
-    """Greedy new tokens of each prompt (padded behind its end), and `score` of its first logits."""
-    first = FirstLogits(score)
-    answers = greedy(policy, chat, prompts, max_new_tokens, first, streamer, bias, ending)
+    """Greedy new tokens of each prompt, and `score` of its first logits.
+
+    An answer ends with an end token, or with the first token that has its text `decided`.
+    """
+    biased: Any = SequenceBiasLogitsProcessor(bias.sequences) if bias else None
+
+    def is_over(answer: Sequence[int]) -> bool:
+        return answer[-1] in chat.stop or (decided is not None and decided(text(chat, answer)))
+
+    def logits(contexts: Sequence[Context]) -> Tensor:
+        (context,) = contexts
+        return biased(context.ids, context.logits) if biased else context.logits
+
+    if decoding.is_possible(policy.model):
+        readings = [(prompts, math.inf)]
+        return decoding.decoded(policy, readings, max_new_tokens, logits, score, is_over, streamer)
+    first, ending = FirstLogits(score), Ending(max(map(len, prompts)), is_over)
+    rows = greedy(policy, chat, prompts, max_new_tokens, first, streamer, bias, ending)
     assert first.scores is not None
-    return answers, first.scores
+    ends = [next((n for n in range(1, len(r)) if is_over(r[:n])), len(r)) for r in rows]
+    return [row[:end] for row, end in zip(rows, ends, strict=True)], first.scores
 
 
 @torch.inference_mode()
@@ -218,10 +220,11 @@ def greedy(
     reader: LogitsProcessor,
     streamer: Any = None,
     bias: OpeningBias | None = None,
-    ending: Decided | None = None,
+    ending: Ending | None = None,
 ) -> list[list[int]]:
     """New tokens of each prompt (padded behind its end); `reader` sees the logits of every step."""
     ids = padded(prompts, chat.stop[0], left=True).to(policy.model.device)
+    cache = roomy_cache(policy.model)
     with own_decoding(policy.model):
         output: Any = policy.model.generate(
             input_ids=ids,
@@ -236,7 +239,7 @@ def greedy(
             logits_processor=LogitsProcessorList([reader]),
             stopping_criteria=StoppingCriteriaList([ending] if ending else []),
             streamer=streamer,
-            **roomy_cache(policy.model),
+            **({} if cache is None else {"past_key_values": cache}),
         )
     return output[:, ids.shape[1] :].tolist()
 
