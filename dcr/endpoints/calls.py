@@ -202,8 +202,8 @@ def _arrivals(
 
         def start(index: int, line: Line) -> Future[Answer | Failure | Again | None]:
             retries = 0 if line.aside.is_set() else http.retries  # a probe has one attempt
-            asked = (partial(ask, line.client, index), read, line, node, http.timeout)
-            return portal.start_task_soon(_answer, *asked, retries)
+            asked = partial(ask, line.client, index), read, line.server, node, http.timeout
+            return portal.start_task_soon(_answer, partial(_brought, *asked), line, retries)
 
         try:
             for index, answered in _settling(asking, lines, portal, start, node, http.concurrency):
@@ -376,20 +376,15 @@ def _connected(server: ServerConfig, node: str) -> Iterator[tuple[BlockingPortal
 
 
 async def _answer(
-    ask: Callable[[], Awaitable[bytes]],
-    read: Callable[[Any], Answer | Failure],
-    line: Line,
-    node: str,
-    timeout: float,
-    retries: int,
+    bring: Callable[[], Awaitable[Answer | Failure | Again]], line: Line, retries: int
 ) -> Answer | Failure | Again | None:
-    """What `ask` brings as `read` understands it, asked again up to `retries` times.
+    """What a server is brought to answer, asked again up to `retries` times.
 
     None in place of waiting for a retry once the line is put aside. Raises EndpointError as
     `judged` does.
     """
     for retry in count():
-        outcome = await _attempt(ask, read, line, node, timeout)
+        outcome = await _attempt(bring, line)
         if not isinstance(outcome, Again) or retry == retries:
             return outcome
         try:
@@ -409,17 +404,13 @@ def seconds_before(retry: int, asked: float | None) -> float:
 
 
 async def _attempt(
-    ask: Callable[[], Awaitable[bytes]],
-    read: Callable[[Any], Answer | Failure],
-    line: Line,
-    node: str,
-    timeout: float,
+    bring: Callable[[], Awaitable[Answer | Failure | Again]], line: Line
 ) -> Answer | Failure | Again:
-    """One request, counted; `timeout` is for the whole of its answer."""
+    """One request, counted."""
     began = time.monotonic()
     line.taken.requests += 1
     line.taken.failures += 1  # until it has an answer
-    outcome = await _brought(ask, read, line.server, node, timeout)
+    outcome = await bring()
     line.taken.seconds += time.monotonic() - began
     if not isinstance(outcome, Again) and getattr(outcome, "status", "ok") != "error":
         line.taken.failures -= 1
@@ -436,6 +427,7 @@ async def _brought(
     node: str,
     timeout: float,
 ) -> Answer | Failure | Again:
+    """What `ask` brings as `read` understands it; `timeout` is for the whole of the answer."""
     from openai import APIConnectionError, APIStatusError
 
     try:
