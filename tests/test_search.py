@@ -73,8 +73,8 @@ def test_two_workers_on_one_file_share_trials_and_the_front_is_that_of_a_loop(
     assert column(found, "front") == front
     assert column(found, "configured") == ["1", *"0" * 11]
     assert {"png", "svg", "csv"} == {file.suffix[1:] for file in tmp_path.glob("importances.*")}
-    # what is done is found, and more trials, of another sampler, are added to it
-    assert command.main(asked(tmp_path, words, "trials=14", "sampler=nsga2")) == 0
+    # what is done is found, and more trials are added to it
+    assert command.main(asked(tmp_path, words, "trials=14")) == 0
     assert column(shown(tmp_path)[:12], "auroc") == column(found, "auroc")
     assert len(shown(tmp_path)) == 14
 

@@ -193,7 +193,6 @@ class Search:
     evaluating: tuple[str, ...]
     validation: tuple[Pair, ...]
     trials: int
-    sampler: str
     pruning: bool
 
     @property

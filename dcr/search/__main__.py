@@ -33,7 +33,6 @@ class Options:
     trials: int = cli.option("how many in all, of all workers", 20, least=1)
     workers: int = cli.option("processes of this command, each one trial at a time", 1, least=1)
     objectives: str = cli.option(f"some of {', '.join(OBJECTIVES)}", "auroc,nll,seconds")
-    sampler: str = cli.option("who proposes points", "tpe", choices=("tpe", "nsga2"))
     prune: bool = cli.option("end a trial that is clearly behind half-way through stage one", True)
     validation: str | None = cli.option(
         "pairs of sets, <seemingly toxic>:<toxic>,...; not given: the first usual pair that is "
@@ -109,8 +108,7 @@ def _asked(options: Options) -> tuple[Search, dict[str, object]]:
     search.check(settings, spaces, named)
     asked = Search(
         options.out, url, spaces, tuple(named), settings, tuple(training), tuple(evaluating),
-        tuple(search.validation_of(settings, options.validation)), options.trials,
-        options.sampler, options.prune,
+        tuple(search.validation_of(settings, options.validation)), options.trials, options.prune,
     )  # fmt: skip
     return asked, search.configured(settings, spaces)
 
@@ -123,7 +121,6 @@ def knee(points: Sequence[Sequence[float]], maximised: Sequence[bool]) -> int:
 
     The first of equals.
     """
-
     losses = np.where(maximised, -1, 1) * np.array(points)
     lacks, spread = losses - losses.min(0), np.ptp(losses, 0)
     return int(np.linalg.norm(lacks / np.where(spread, spread, 1), axis=1).argmin())

@@ -26,7 +26,7 @@ import optuna
 import torch
 from optuna import distributions
 from optuna.exceptions import OptunaError, TrialPruned, UpdateFinishedTrialError
-from optuna.samplers import NSGAIISampler, TPESampler
+from optuna.samplers import TPESampler
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
@@ -65,12 +65,12 @@ def opened(search: Search, place: int = 0) -> optuna.Study:
 
     Raises ConfigError for a storage that cannot be opened.
     """
-    waiting = {"connect_args": {"timeout": LOCKED}} if search.url.startswith(SQLITE) else {}
+    options = {"connect_args": {"timeout": LOCKED}} if search.url.startswith(SQLITE) else {}
     upwards = [OBJECTIVES[name].maximised for name in search.objectives]
     try:
         with turn(search.url):
             known = optuna.create_study(
-                storage=RDBStorage(search.url, waiting),
+                storage=RDBStorage(search.url, options),
                 study_name=search.name,
                 directions=["maximize" if up else "minimize" for up in upwards],
                 load_if_exists=True,
@@ -79,11 +79,8 @@ def opened(search: Search, place: int = 0) -> optuna.Study:
         cure = "give an URL that Optuna opens, such as sqlite:///search.db"
         raise ConfigError(f"storage={search.url}: {single_line(error)[:160]}; {cure}") from error
     worker = f"{search.settings.seed}/{socket.gethostname()}/{place}/{len(_all(known))}"
-    seed, few = zlib.crc32(worker.encode()), max(4, search.trials // 4)  # a short search has few
-    if search.sampler == "nsga2":
-        known.sampler = NSGAIISampler(population_size=min(few, 50), seed=seed)
-    else:
-        known.sampler = TPESampler(n_startup_trials=min(few, 10), seed=seed)
+    few = min(max(4, search.trials // 4), 10)  # a short search affords no more
+    known.sampler = TPESampler(n_startup_trials=few, seed=zlib.crc32(worker.encode()))
     return known
 
 
