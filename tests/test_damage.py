@@ -32,13 +32,7 @@ Damage = Callable[[Path], object]
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Any]:
     """A run of both stages with snapshots and an evaluation, and the settings it was made with."""
-    folder = tmp_path_factory.mktemp("runs")
-    rows = folder / "rows"
-    settings = tiny_run.settings(
-        rows, "tracking.snapshots=1", f"data.evaluation.over_refusal=[{rows}/seemingly_toxic.jsonl]"
-    )
-    run = Run(folder / "dcr")
-    train_entry.train(settings, run)
+    run, settings = tiny_run.trained(tmp_path_factory.mktemp("runs"), "tracking.snapshots=1")
     _evaluate(run)
     return run, settings
 

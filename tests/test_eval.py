@@ -13,7 +13,6 @@ from omegaconf import DictConfig
 
 from dcr import cli, generation, models, refusal, runs, storage
 from dcr import eval as eval_entry
-from dcr import train as train_entry
 from dcr.config import (
     ConfigError,
     EvalConfig,
@@ -54,13 +53,7 @@ def test_naming_one_source_leaves_its_sisters() -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    folder = tmp_path_factory.mktemp("runs")
-    rows = folder / "rows"
-    settings = tiny_run.settings(
-        rows, "tracking.snapshots=2", f"data.evaluation.over_refusal=[{rows}/seemingly_toxic.jsonl]"
-    )
-    run = Run(folder / "dcr")
-    train_entry.train(settings, run)
+    run, _ = tiny_run.trained(tmp_path_factory.mktemp("runs"), "tracking.snapshots=2")
     return run
 
 

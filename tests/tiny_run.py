@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dcr import cli, config, runs
+from dcr import cli, config, runs, train
 from dcr.config import TrainConfig
 from dcr.data import SafetyData
 from dcr.runs import Run
@@ -91,6 +91,15 @@ def composed(script: str, *overrides: str, hydra: bool = False) -> DictConfig:
 def settings(folder: Path, *more: str) -> TrainConfig:
     """The overrides composed and resolved as `train.py` would."""
     return config.resolve(composed("train", *overrides(folder, *more)), TrainConfig)
+
+
+def trained(folder: Path, *more: str) -> tuple[Run, TrainConfig]:
+    """A run of both stages that is evaluated on its own rows, and the settings it was made with."""
+    rows = folder / "rows"
+    made = settings(rows, f"data.evaluation.over_refusal=[{rows}/seemingly_toxic.jsonl]", *more)
+    run = Run(folder / "dcr")
+    train.train(made, run)
+    return run, made
 
 
 def changed(settings: TrainConfig, *dotted: str) -> TrainConfig:
