@@ -1,7 +1,9 @@
 """Discernment via contrastive refinement: train, measure and explain less over-refusing models."""
 
+import sys
 from collections.abc import Callable
 from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
 __version__ = "0.1.0"
@@ -14,8 +16,11 @@ def on_demand(package: str, *modules: str) -> Callable[[str], Any]:
     first asked for.
     """
 
+    places = sys.modules[package].__path__
+    own = {module.name for module in iter_modules(places)}  # which `import` finds by itself
+
     def found(name: str) -> Any:
-        if not name.startswith("__"):
+        if not name.startswith("__") and name not in own:
             for module in modules:
                 offered = vars(import_module(f"{package}.{module}"))
                 if name in offered:

@@ -14,10 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dcr import choice, cli, cost, export, generation, refusal, report, storage, study
+from dcr import choice, cli, cost, export, refusal, report, storage, study
 from dcr.config import DataConfig, EvalConfig, Kind, Stage, TrainConfig
-from dcr.evaluation import calibration, sets, subjects
-from dcr.report import discernment
+from dcr.evaluation import sets
 from dcr.runs import Run
 from dcr.sources import SOURCES
 from dcr.study import Job, Part, Told
@@ -72,6 +71,8 @@ def _aligned(
     out: Path, base: Job, dcr: Job, training: Sequence[str], evaluating: Sequence[str]
 ) -> Path:
     """All parts in order, and the page with what was chosen and why; where the export lies."""
+    from dcr.report import discernment
+
     _done(base.parts())
     stl, notes = _safe(out, training, evaluating)
     settings = _training(dcr)
@@ -183,12 +184,14 @@ def _safe(out: Path, training: Sequence[str], evaluating: Sequence[str]) -> tupl
 
 def _ask(settings: EvalConfig, run: Run, file: Path) -> None:
     """How many toxic prompts that nothing is trained or evaluated on are refused, by keywords."""
+    from dcr.evaluation import calibration, subjects
+
     subject = subjects.final(run)
     rows = next(one.rows for one in sets.validation(settings) if one.kind is Kind.toxic)[:ASKED]
     brief = replace(settings, gen=replace(settings.gen, max_new_tokens=calibration.BEGUN))
     policy = functools.cache(functools.partial(subjects.opened, brief, subject))
     parts = subjects.answer(brief, subject, policy, rows)
-    answers: list[generation.Completion] = list(itertools.chain.from_iterable(parts))
+    answers = list(itertools.chain.from_iterable(parts))
     refused = sum(refusal.is_refusal(answer.response) for answer in answers)
     storage.write_json(file, {"refused": refused, "of": len(answers)})
 

@@ -15,14 +15,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dcr import (
     balance,
     cli,
     config,
     endpoints,
-    judges,
-    models,
     prompts,
     refusal,
     sources,
@@ -33,14 +32,14 @@ from dcr import (
 from dcr.balance import Balance
 from dcr.config import AUTO_LENGTH, ConfigError, EvalConfig, Judge, KeywordRules, Kind, Steering
 from dcr.endpoints import EndpointError
-from dcr.evaluation import subjects
 from dcr.evaluation.sets import PromptSet
-from dcr.evaluation.subjects import Subject
-from dcr.generation import Completion
-from dcr.judges import Verdict
 from dcr.runs import Run
 from dcr.sources import Example
 from dcr.text import label_of, normalise
+
+if TYPE_CHECKING:
+    from dcr.generation import Completion
+    from dcr.judges import Verdict
 
 SET = "answers"  # the name of the completions' and the verdicts' files
 ACCEPTED, UNDECIDED = NOT_REJECTED = "accepted", "without a verdict"
@@ -146,6 +145,8 @@ def augment(options: Options, settings: EvalConfig) -> Tally:
 
     Raises UserError where the file is another's, and for all that answering and judging raise.
     """
+    from dcr.evaluation import subjects
+
     _check(settings)
     kind = Kind.toxic if options.twins else Kind.seemingly_toxic
     drawn = rows = sources.read(options.source, root=settings.data.root, kind=kind)
@@ -157,11 +158,11 @@ def augment(options: Options, settings: EvalConfig) -> Tally:
     work = Run(Path(f"{options.out}.work"))
     served = settings.endpoint is not None
     author = str(settings.endpoint_model) if served else settings.model.name
-    subject = Subject("endpoint") if served else subjects.base(settings.model)
+    subject = subjects.Subject("endpoint") if served else subjects.base(settings.model)
     policy = functools.cache(functools.partial(subjects.opened, settings, subject))
     tally = Tally(len(rows))
 
-    def said(name: str, kind: Kind, asking: EvalConfig, rows: list[Example]) -> list[Completion]:
+    def said(name: str, kind: Kind, asking: EvalConfig, rows: list[Example]) -> "list[Completion]":
         folder = subjects.answers_folder(asking, work, subject)
         asked = PromptSet(name, kind, rows)
         return subjects.answers(asking, subject, [asked], folder, policy)[name]
@@ -221,7 +222,7 @@ def _twins(
     settings: EvalConfig,
     toxic: list[Example],
     attempts: int,
-    write: Callable[[EvalConfig, list[Example]], list[Completion]],
+    write: "Callable[[EvalConfig, list[Example]], list[Completion]]",
     tally: Tally,
 ) -> list[Example]:
     """A harmless twin of each prompt, where `attempts` bring one; `tally` counts the others."""
@@ -262,6 +263,8 @@ def _instructed(settings: EvalConfig, instruction: str | None) -> EvalConfig:
     own = settings.model.system_prompt
     whole = f"{own}\n\n{instruction}" if own else instruction
     if settings.endpoint is None:
+        from dcr import models
+
         chat = prompts.chat_format(models.open_tokenizer(settings.model), settings.model)
         whole = chat.with_system(instruction, "attempts").system_prompt
     return replace(settings, model=replace(settings.model, system_prompt=whole))
@@ -297,6 +300,9 @@ def _check(settings: EvalConfig) -> None:
         raise ConfigError(f"steering={settings.steering.method.value}: not done here; leave it out")
     if settings.gen.max_new_tokens == AUTO_LENGTH:
         raise ConfigError("gen.max_new_tokens=auto: cuts answers; give a number of tokens")
+    from dcr import judges
+    from dcr.evaluation import subjects
+
     for name in settings.judge:
         if Kind.seemingly_toxic not in judges.KINDS[name]:
             raise ConfigError(
@@ -316,11 +322,13 @@ def _check(settings: EvalConfig) -> None:
 # --- what is learnt -----------------------------------------------------------------------------
 
 
-def outcomes(answers: Sequence[Completion], settings: EvalConfig, folder: Path) -> dict[str, str]:
+def outcomes(answers: "Sequence[Completion]", settings: EvalConfig, folder: Path) -> dict[str, str]:
     """By id: ACCEPTED, UNDECIDED where a judge failed, or why the answer is rejected.
 
     Judges are asked, one after the other, only about what nothing before them has rejected.
     """
+    from dcr import judges
+
     why = {answer.id: by_rules(answer) for answer in answers}
     for name in settings.judge:
         if name is Judge.keyword:  # always asked, above
@@ -334,7 +342,7 @@ def outcomes(answers: Sequence[Completion], settings: EvalConfig, folder: Path) 
     return why
 
 
-def by_rules(answer: Completion) -> str:
+def by_rules(answer: "Completion") -> str:
     """ACCEPTED, or what no judge is needed to see."""
     if not answer.ended:
         return "cut off at gen.max_new_tokens"
@@ -348,7 +356,7 @@ def by_rules(answer: Completion) -> str:
     return ACCEPTED
 
 
-def _by_judge(name: Judge, verdict: Verdict) -> str:
+def _by_judge(name: Judge, verdict: "Verdict") -> str:
     if verdict.status == "error":
         return UNDECIDED
     if verdict.status != "ok" or verdict.compliance is None:

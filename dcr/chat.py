@@ -3,14 +3,15 @@
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import TextStreamer
-
-from dcr import batching, cli, config, generation, models, prompts, refusal, threads
+from dcr import cli, config, prompts, refusal, threads
 from dcr.config import ConfigError, ModelConfig, Precision
-from dcr.models import Policy
 from dcr.prompts import ChatFormat
 from dcr.runs import Run
+
+if TYPE_CHECKING:
+    from dcr.models import Policy
 
 STAGES = ("sft", "contrastive", "base")
 DIM, UNDIMMED = "\x1b[2m", "\x1b[0m"
@@ -37,7 +38,7 @@ class Options:
 class Dialogue:
     """What was said so far, and who answers."""
 
-    policy: Policy
+    policy: "Policy"
     chat: ChatFormat
     max_new_tokens: int
     turns: list[dict[str, str]] = field(default_factory=list)
@@ -48,6 +49,8 @@ class Dialogue:
         The oldest exchanges are left out while it does not fit the model's context. Raises
         ConfigError when not even the last message fits.
         """
+        from dcr import batching
+
         room = batching.context_length(self.policy.model.config) - self.max_new_tokens
         turns = self.turns
         while len(ids := self._encoded(turns)) > room:
@@ -88,6 +91,10 @@ class Dialogue:
         return answer, mass
 
     def _generate(self, ids: list[int]) -> tuple[str, float]:
+        from transformers import TextStreamer
+
+        from dcr import generation
+
         tokenizer = self.chat.tokenizer
         openings = refusal.refusal_openings(self.chat)
         (answer,), masses = generation.continued(
@@ -105,8 +112,10 @@ class Dialogue:
 @cli.command(Options)
 def main(options: Options) -> None:
     """Converse until /quit or the end of input."""
-    threads.use()
     policy, model = open_stage(Run(options.run), options.stage)
+    from dcr import batching
+
+    threads.use()
     batching.to_gpu(policy.model)
     dialogue = Dialogue(
         policy, prompts.chat_format(policy.tokenizer, model), options.max_new_tokens
@@ -142,7 +151,7 @@ def _dim(text: str) -> str:
     return f"{DIM}{text}{UNDIMMED}" if sys.stdout.isatty() else text
 
 
-def open_stage(run: Run, stage: str | None = None) -> tuple[Policy, ModelConfig]:
+def open_stage(run: Run, stage: str | None = None) -> "tuple[Policy, ModelConfig]":
     """The model of a stage (the last that is done for None), and the run's model settings.
 
     Raises ConfigError when the stage is not done or its base cannot be opened.
@@ -151,11 +160,13 @@ def open_stage(run: Run, stage: str | None = None) -> tuple[Policy, ModelConfig]
     model = config.model_of(made_with)
     trained = made_with.get("sft", {})  # a model that was only evaluated has a folder as well
     precision = Precision(trained.get("precision", Precision.bf16.value))
+    stage = stage or next((name for name in STAGES[:2] if run.done(name)), "sft")
+    if stage != "base" and not run.done(stage):
+        raise ConfigError(f"run={run.folder}: stage {stage} is not done there; train it first")
+    from dcr import models
+
     if stage == "base":
         return models.open_policy(model, precision, made_with["seed"]), model
-    stage = stage or next((name for name in STAGES[:2] if run.done(name)), "sft")
-    if not run.done(stage):
-        raise ConfigError(f"run={run.folder}: stage {stage} is not done there; train it first")
     return models.open_result(run.stage(stage), precision, model.trust_remote_code), model
 
 

@@ -7,16 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dcr import cli, config, results, storage, wandb_run
+from dcr import cli, config, storage
 from dcr.config import ConfigError, Kind, WandbConfig, WandbMode
-from dcr.report.figures import PALETTE
-from dcr.report.records import METHODS
 from dcr.runs import Run
-from dcr.wandb_run import AXES, RESULTS
 
 TITLE = "Discernment: what contrastive refinement changes"
 VIEW = "dcr"  # the workspace's place in its address, so that a second command updates it
-SWEPT = ("dcr.layer", "dcr.margin", *AXES)
 SCORES = ("over_refusal/compliance", "safety/keyword_refusal", "discernment")
 TOLD = {  # above each group of panels in the report
     "Stage one": "The Circle loss falls to its floor within an epoch or two; held-out k-means "
@@ -57,6 +53,8 @@ def main(options: Options) -> None:
     if options.page is not None and not options.page.is_file():
         raise ConfigError(f"page={options.page}: no such file; make it with python -m dcr.report")
     methods = [(run, run.config()["method"]) for run in map(Run, options.runs)]
+    from dcr import wandb_run
+
     made_with = {wandb_run.run_id(run): method for run, method in methods}
     os.environ["WANDB_SILENT"] = "true"  # before the import, which reads it
     import wandb
@@ -96,6 +94,8 @@ def log_page(options: Options) -> None:
     """
     assert options.page is not None
     import wandb
+
+    from dcr import results, wandb_run
 
     made_from = [
         wandb_run.evaluation(Run(folder), results.read(file).model_dump(mode="json"))
@@ -145,6 +145,10 @@ def specification(project: str, entity: str, made_with: Mapping[str, str]) -> tu
     from wandb_workspaces.reports.v2 import interface as wr
     from wandb_workspaces.workspaces import interface as ws
 
+    from dcr.report.figures import PALETTE
+    from dcr.report.records import METHODS
+    from dcr.wandb_run import AXES
+
     place = {method: i for i, method in enumerate(METHODS)}
     colours = {
         run: PALETTE[place[method] % len(PALETTE)]
@@ -181,6 +185,9 @@ def _views() -> dict[str, list[Any]]:
     def curve(title: str, *keys: str, x: str = "trainer/global_step", **more: Any) -> Any:
         return wr.LinePlot(title=title, x=x, y=list(keys), **more)
 
+    from dcr.wandb_run import AXES, RESULTS
+
+    swept = ("dcr.layer", "dcr.margin", *AXES)
     by_method = {"groupby": wr.Config("method"), "groupby_aggfunc": "mean"}
     compliance, refused, _ = SCORES
     return {
@@ -224,7 +231,7 @@ def _views() -> dict[str, list[Any]]:
             wr.ParallelCoordinatesPlot(
                 title="What was set and what came of it",
                 columns=[
-                    *(wr.ParallelCoordinatesPlotColumn(wr.Config(key)) for key in SWEPT),
+                    *(wr.ParallelCoordinatesPlotColumn(wr.Config(key)) for key in swept),
                     *(
                         wr.ParallelCoordinatesPlotColumn(wr.SummaryMetric(f"eval/{key}"))
                         for key in SCORES

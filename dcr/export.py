@@ -7,20 +7,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
 import jinja2
-import pandas as pd
-import torch
 import yaml
 from httpx2 import HTTPError
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from dcr import cli, config, models, prompts, results, storage, threads
+from dcr import cli, config, prompts, storage, threads
 from dcr.config import (
     AUTO_LAYER,
     EMBEDDED_MODEL,
@@ -31,13 +27,17 @@ from dcr.config import (
     Precision,
     block_of,
 )
-from dcr.evaluation import calibration, sets
-from dcr.models import Policy
+from dcr.evaluation import sets
 from dcr.prompts import ChatFormat
 from dcr.runs import Run
 from dcr.sources import SOURCES
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+if TYPE_CHECKING:
+    import pandas as pd
+    from transformers import PreTrainedTokenizerBase
+
+    from dcr.models import Policy
+
 ROUNDED = (
     "the weights are in bfloat16, rounded from a merge in float32: logits differ from those of the "
     "run's adapter by about 1%; dtype=float32 keeps them"
@@ -104,7 +104,7 @@ class Options:
         "of the weights; float32 gives the logits of the run's adapter, bfloat16 differs by about "
         "1%",
         "bfloat16",
-        choices=tuple(DTYPES),
+        choices=("bfloat16", "float32"),
     )
     calibrate: str | None = cli.option(
         "a share of toxic prompts to refuse, or a run to be as safe as: a bias on the first token "
@@ -133,7 +133,7 @@ def main(options: Options) -> None:
         raise ConfigError("out: nothing given; name a new folder with out=, or give relink=true")
     made = options.stage, options.dtype, options.calibrate, options.push, options.public
     print(export(run, options.out, *made))
-    if DTYPES[options.dtype] is not torch.float32:
+    if options.dtype != "float32":
         print(ROUNDED)
     if options.push is not None:
         print(upload(options.out, options.push))
@@ -169,6 +169,12 @@ def export(
         raise ConfigError(f"run={run.folder}: method={made_with['method']} has no stage {stage}")
     model = config.model_of(made_with)
     settings = EvalConfig(model=model, calibrate=calibrate)
+    import torch
+    from peft import PeftModel
+
+    from dcr import models, results
+    from dcr.evaluation import calibration
+
     if calibrate is not None:
         calibration.check(settings, made_with)
     if push is not None:
@@ -176,11 +182,11 @@ def export(
     threads.use()
     policy = models.open_result(run.stage(stage), Precision.fp32, model.trust_remote_code)
     if isinstance(policy.model, PeftModel):
-        policy = Policy(policy.model.merge_and_unload(), policy.tokenizer, policy.name)
+        policy = models.Policy(policy.model.merge_and_unload(), policy.tokenizer, policy.name)
     chat = prompts.chat_format(policy.tokenizer, model)
     _speak_as_trained(chat)
     _stop_as_evaluated(policy, chat)
-    policy.model.to(DTYPES[dtype])
+    policy.model.to(getattr(torch, dtype))
     record = _calibrate(policy, chat, settings) if calibrate is not None else None
     with storage.replaced_folder(out) as staging:
         policy.model.save_pretrained(staging)
@@ -210,13 +216,15 @@ def _speak_as_trained(chat: ChatFormat) -> None:
     assert _templated(tokenizer, "x") == chat.text("x"), "the export speaks otherwise than the run"
 
 
-def _templated(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Any:
+def _templated(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> Any:
     turns = [{"role": "user", "content": prompt}]
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
 
-def _stop_as_evaluated(policy: Policy, chat: ChatFormat) -> None:
+def _stop_as_evaluated(policy: "Policy", chat: ChatFormat) -> None:
     """Every end token in the generation config; a base's own lists only its end of text."""
+    from transformers import GenerationConfig
+
     tokenizer = policy.tokenizer
     settings = policy.model.generation_config or GenerationConfig()
     named = settings.eos_token_id
@@ -228,8 +236,10 @@ def _stop_as_evaluated(policy: Policy, chat: ChatFormat) -> None:
     policy.model.generation_config = settings
 
 
-def _calibrate(policy: Policy, chat: ChatFormat, settings: EvalConfig) -> dict[str, Any]:
+def _calibrate(policy: "Policy", chat: ChatFormat, settings: EvalConfig) -> dict[str, Any]:
     """The bias in the generation config, and its record."""
+    from dcr.evaluation import calibration
+
     where = calibration.place(chat)
     new = settings.gen.max_new_tokens
     read = {
@@ -297,6 +307,8 @@ def relink(run: Run) -> dict[Path, str]:
     folders = [folder for folder in folders if (folder / "adapter_config.json").is_file()]
     if not folders:
         raise ConfigError(f"run={run.folder}: holds no adapter; train stage=sft first")
+    from dcr import models
+
     bases = {folder: models.adapter_base(folder) for folder in folders}
     for folder, base in bases.items():
         place = str(Path(base).resolve()) if Path(base).is_dir() else base
@@ -402,11 +414,15 @@ def _sources(made_with: Mapping[str, Any], uses: Sequence[str]) -> Iterator[tupl
 
 def evaluated(
     run: Run, stage: str, calibrated: Mapping[str, Any] | None
-) -> tuple[pd.DataFrame, int]:
+) -> "tuple[pd.DataFrame, int]":
     """What was measured of the stage as it is exported, and how many other evaluations it has.
 
     Others are those under an edit, another calibration or on validation prompts.
     """
+    import pandas as pd
+
+    from dcr import results
+
     if not any(run.folder.glob("eval/*/metrics.json")):
         return pd.DataFrame(columns=list(results.COLUMNS)), 0
     target = calibrated and (calibrated["run"] or f"{calibrated['target']:g}")

@@ -9,6 +9,7 @@ trains it, the others take it over by hard links.
 
 import functools
 import hashlib
+import importlib
 import logging
 import multiprocessing
 import os
@@ -26,9 +27,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from dcr import cli, config, cost, data, models, plan, report, runs, storage
+from dcr import cli, config, cost, data, plan, report, runs, storage
 from dcr import eval as evaluation_script
-from dcr import train as training_script
 from dcr.config import (
     STAGES,
     ConfigError,
@@ -39,11 +39,12 @@ from dcr.config import (
     TrainConfig,
     UserError,
 )
-from dcr.evaluation import metrics, sets, subjects
+from dcr.evaluation import sets
 from dcr.runs import Run
 from dcr.text import label_of, single_line
 
 PATIENCE = 1.0  # seconds between two looks at whether the study itself still lives
+WORK = ("dcr.train", "dcr.evaluation.metrics")  # what takes seconds to import
 # Settings of train.py and eval.py that a study gives itself.
 OWN = {
     *("run", "stage", "plan", "force", "output", "snapshots", "steps", "sweep"),
@@ -273,6 +274,9 @@ def sorted_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def check(planned: Sequence[Job]) -> None:
     """Raises UserError for what can be known wrong with any job before weights are opened."""
+    from dcr import train as training_script
+    from dcr.evaluation import metrics
+
     for job in planned:
         if job.training is not None:
             training_script.checked(job.training, job.run)
@@ -287,6 +291,8 @@ def check(planned: Sequence[Job]) -> None:
 
 def train_stage(settings: TrainConfig, run: Run, stage: Stage) -> None:
     """One stage of a run in this process; stage one is taken over where a run has the same."""
+    from dcr import train as training_script
+
     if stage is Stage.sft:
         training_script.train(settings, run)
     elif not adopt(settings, run):
@@ -314,6 +320,9 @@ def _evaluation(settings: EvalConfig, run: Run) -> tuple[Callable[[], bool], Cal
 
 def _evaluated(settings: EvalConfig, run: Run) -> str:
     """A fingerprint of the weights and of everything that is measured of them."""
+    from dcr import models
+    from dcr.evaluation import subjects
+
     subject = subjects.subjects(settings, run)[0]
     weights = models.weights_fingerprint(subject.folder) if subject.folder else subject.weights
     apart = ("run", "output", "trainer", "wandb")
@@ -334,6 +343,9 @@ def adopt(settings: TrainConfig, run: Run) -> bool:
     found = donors(settings, run)
     if not found:
         return False
+    from dcr import models
+    from dcr import train as training_script
+
     rows = data.row_record(training_script.checked(settings, run))
     folder = Path(settings.model.name)
     now = models.weights_fingerprint(folder) if folder.is_dir() else None
@@ -409,6 +421,8 @@ def in_fork(*works: Callable[[], object], meanwhile: Callable[[], object] | None
     `meanwhile` is called about every second. Raises Told with the fault that ended the first of
     those that failed, when all have ended.
     """
+    for name in WORK:  # here, so that no fork imports it for itself alone
+        importlib.import_module(name)
     fork = multiprocessing.get_context("fork")
     sys.stdout.flush()
     children: list[tuple[BaseProcess, Connection]] = []

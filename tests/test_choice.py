@@ -15,9 +15,10 @@ from tiny_run import settings
 from torch import Tensor
 
 from dcr import choice, prompts, separability
-from dcr.choice import Choice, mean, origins, ranked
+from dcr.choice import origins
 from dcr.choice.__main__ import describe, main
 from dcr.choice.origins import Material, Pair
+from dcr.choice.transfer import Choice, common, mean, ranked
 from dcr.config import ConfigError, DataConfig, DataError, Kind, SourceConfig, TrainConfig
 from dcr.data import prompt_rows
 from dcr.models import Policy
@@ -115,7 +116,7 @@ def test_pairs_are_compared_on_the_sets_that_all_were_tested_on() -> None:
     first, second = ranked(found, planted(found, axes), seed=0, near=0.9)
     assert list(first.best.tests) == ["hard"]
     assert list(second.best.tests) == ["easy", "hard"]
-    assert choice.common([first, second]) == ["hard"]
+    assert common([first, second]) == ["hard"]
     assert second.on(["hard"]) == mean([second.best.tests["hard"]])
     assert second.on([]) is None
 

@@ -6,7 +6,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from tiny_run import CONF, overrides
 
-from dcr import augment, chat, cli, export, models, plan, storage
+from dcr import augment, chat, cli, commands, export, models, plan, storage
 from dcr.choice import __main__ as choice
 from dcr.config import ConfigError, UserError
 from dcr.report import __main__ as report
@@ -405,18 +405,34 @@ def test_a_signal_ends_a_command_in_one_line(
 
 # --- what a command that computes nothing need not wait for ---
 
-HEAVY = ("torch", "transformers", "lightning", "torchmetrics", "datasets", "pandas", "matplotlib")
+HEAVY = (
+    *("torch", "transformers", "peft", "lightning", "torchmetrics", "datasets", "pandas"),
+    *("matplotlib", "wandb", "lm_eval", "scipy.stats", "sklearn"),
+)
 LOADED = f"""
 import runpy, sys
-script, *sys.argv[1:] = sys.argv[1:]
-sys.argv[0] = script
 sys.path[0] = {str(ROOT)!r}
-try:
-    runpy.run_path(script, run_name="__main__")
-except SystemExit:
-    pass
-print(*(name for name in {HEAVY} if name in sys.modules), file=sys.stderr)
+for words in sys.argv[1:]:
+    sys.argv = words.split()
+    try:
+        if sys.argv[0].endswith(".py"):
+            runpy.run_path(f"{ROOT}/{{sys.argv[0]}}", run_name="__main__")
+        else:
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    except SystemExit:
+        pass
+    print(f"{{words}} loads", *(n for n in {HEAVY} if n in sys.modules), file=sys.stderr)
 """
+MODULES = [f"dcr.{name}" for name in commands.COMMANDS if name not in ("train", "eval")]
+
+
+def loading(words: Sequence[str], folder: Path) -> tuple[list[str], list[str]]:
+    """What these commands, one after the other in a process of their own, say to stdout, and to
+    stderr with the heavy modules that each has loaded.
+    """
+    told = [sys.executable, "-W", "ignore", "-c", LOADED, *words]  # modules that are run again
+    ended = subprocess.run(told, cwd=folder, capture_output=True, text=True)
+    return ended.stdout.splitlines(), ended.stderr.splitlines()
 
 
 def test_a_plan_needs_torch_for_the_machines_speed_alone(
@@ -424,34 +440,41 @@ def test_a_plan_needs_torch_for_the_machines_speed_alone(
 ) -> None:
     """Which the first plan of a day measures."""
     monkeypatch.setenv("DCR_CACHE", str(tmp_path / "cache"))
-    asked = [str(ROOT / "train.py"), "model=tiny", "plan=true"]
-    first, second = (
-        subprocess.run(
-            [sys.executable, "-c", LOADED, *asked], cwd=tmp_path, capture_output=True, text=True
-        )
-        for _ in range(2)
-    )
-    assert [ended.stderr.strip() for ended in (first, second)] == ["torch", ""]
-    assert second.stdout == first.stdout
+    asked = "train.py model=tiny plan=true"
+    (first, before), (second, then) = (loading([asked], tmp_path) for _ in range(2))
+    assert (before, then) == ([f"{asked} loads torch"], [f"{asked} loads"])
+    assert second == first
     assert [place.name for place in tmp_path.iterdir()] == ["cache"]
 
 
 @pytest.mark.parametrize(
     "words",
     [
-        "train.py --help",
-        "train.py --cfg job",
-        "train.py dcr.epoch=3",
-        "train.py dcr.margin=2",
-        "eval.py --help",
-        "eval.py run=not/there",
-        "eval.py tasks=[foo]",
+        *(["train.py --help"], ["train.py --cfg job"], ["eval.py --help"]),
+        [f"{module} --help" for module in MODULES],
     ],
+    ids=str,
 )
-def test_help_and_a_users_error_need_no_torch(words: str, tmp_path: Path) -> None:
-    script, *rest = words.split()
-    told = [sys.executable, "-c", LOADED, str(ROOT / script), *rest]
-    ended = subprocess.run(told, cwd=tmp_path, capture_output=True, text=True)
-    *said, loaded = ended.stderr.splitlines()
-    assert not loaded
-    assert len(said) == ("--" not in words)
+def test_help_needs_no_torch(words: list[str], tmp_path: Path) -> None:
+    assert loading(words, tmp_path)[1] == [f"{each} loads" for each in words]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["train.py dcr.epoch=3"], ["train.py dcr.margin=2"]),
+        *(["eval.py run=not/there"], ["eval.py tasks=[foo]"]),
+        [f"{module} --nope=3" for module in MODULES],
+        [
+            *(f"dcr.{name} dcr.epoch=3" for name in ("plan", "choice", "align", "search")),
+            *("dcr.study study=ratio dcr.epoch=3", "dcr.augment source=x out=y.jsonl tasks=[foo]"),
+            *("dcr.chat run=not/there", "dcr.export run=not/there out=x", "dcr.report"),
+            "dcr.report not/there --figure 6 margin=1",
+        ],
+    ],
+    ids=str,
+)
+def test_a_users_error_needs_no_torch(words: list[str], tmp_path: Path) -> None:
+    said = loading(words, tmp_path)[1]
+    assert said[1::2] == [f"{each} loads" for each in words]
+    assert all(line.startswith("error: ") for line in said[::2])

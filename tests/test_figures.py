@@ -18,7 +18,18 @@ from test_report import change, make_eval, make_run, parsed
 
 from dcr import report, runs
 from dcr.config import UserError
-from dcr.report import DRAWN, FIGURES, OPERATING, figures, trade_offs
+from dcr.report import (
+    DRAWN,
+    FIGURES,
+    OPERATING,
+    TABLE_ENDINGS,
+    TABLES,
+    discernment,
+    figures,
+    paper,
+    studies,
+    trade_offs,
+)
 from dcr.report.__main__ import main
 from dcr.report.figures import Drawing, file_name
 from dcr.report.records import Evaluation, RunRecord, read_run
@@ -566,3 +577,10 @@ def test_runs_without_data_for_a_figure_are_noted(folders: list[Path], tmp_path:
     make_eval(bare, {"safe": "c", "unsafe": "r"})
     (note,) = figure_of("5a", *folders, bare).notes
     assert note == f"figure 5a: no refusal probabilities over SFT steps in {bare}"
+
+
+def test_a_command_may_name_what_is_drawn_and_written() -> None:
+    """The names in the package, which its help reads without loading what they name."""
+    assert (*sorted(DRAWN), OPERATING) == FIGURES
+    assert (*paper.TABLES, discernment.NAME, *studies.TABLES) == TABLES
+    assert tuple(paper.WRITERS) == TABLE_ENDINGS

@@ -4,15 +4,18 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from dcr import cli, config, storage, threads
-from dcr.choice import Choice, choose
+from dcr import choice, cli, config, storage, threads
 from dcr.choice.origins import FEWEST, LIMIT
 from dcr.config import TrainConfig, UserError
 from dcr.statistics import Interval
 from dcr.text import label_of
+
+if TYPE_CHECKING:
+    from dcr.choice import Choice
 
 CHANCE = 0.5
 WEAK = 0.65  # a mean transfer below it is hardly better than guessing
@@ -48,9 +51,9 @@ def main(options: Options) -> None:
     settings = config.resolve(cli.compose("train", options.settings, Options), TrainConfig)
     out = _out(options, settings)
     threads.use(settings.trainer.threads)
-    choice = choose(settings, limit=options.limit, pairs=options.pairs, tests=options.tests)
-    storage.write_json(out, choice.record())
-    print(f"{describe(choice)}\n\n{out}")
+    found = choice.choose(settings, limit=options.limit, pairs=options.pairs, tests=options.tests)
+    storage.write_json(out, found.record())
+    print(f"{describe(found)}\n\n{out}")
 
 
 def _out(options: Options, settings: TrainConfig) -> Path:
@@ -61,7 +64,7 @@ def _out(options: Options, settings: TrainConfig) -> Path:
     return out
 
 
-def describe(choice: Choice) -> str:
+def describe(choice: "Choice") -> str:
     """Tables and conclusions, 100 columns wide."""
     reasons = _of_layer(choice), *_of_sources(choice), _selected_on(choice), *choice.notes
     return cli.plain_text(
@@ -74,7 +77,7 @@ def describe(choice: Choice) -> str:
     )
 
 
-def _layer_table(choice: Choice) -> Table:
+def _layer_table(choice: "Choice") -> Table:
     pair = choice.pairs[0]
     tests = list(pair.best.tests)
     table = cli.table(f"Layers, {pair.pair}", ["dcr.layer", "within", "transfer", "95%", *tests])
@@ -93,7 +96,7 @@ def _layer_table(choice: Choice) -> Table:
     return table
 
 
-def _pair_table(choice: Choice) -> Table:
+def _pair_table(choice: "Choice") -> Table:
     heads = [
         "seemingly toxic / toxic",
         "rows",
@@ -119,7 +122,7 @@ def _pair_table(choice: Choice) -> Table:
     return table
 
 
-def _of_layer(choice: Choice) -> str:
+def _of_layer(choice: "Choice") -> str:
     pair = choice.pairs[0]
     best, level = pair.best, pair.level
     others = f"; as good within its interval: {_ranges(level)}" if len(level) > 1 else ""
@@ -133,7 +136,7 @@ def _of_layer(choice: Choice) -> str:
     )
 
 
-def _of_sources(choice: Choice) -> list[str]:
+def _of_sources(choice: "Choice") -> list[str]:
     lines = [_of_best_pair(choice)] if len(choice.pairs) > 1 else []
     for pair in choice.pairs:
         lines += [f"{pair.pair}: {pair.balance.warning}"] if pair.balance.warning else []
@@ -146,7 +149,7 @@ def _of_sources(choice: Choice) -> list[str]:
     return lines
 
 
-def _of_best_pair(choice: Choice) -> str:
+def _of_best_pair(choice: "Choice") -> str:
     names, (first, *others) = choice.common, choice.by_transfer()
     top = first.on(names)
     if top is None:
@@ -165,7 +168,7 @@ def _of_best_pair(choice: Choice) -> str:
     )
 
 
-def _selected_on(choice: Choice) -> str:
+def _selected_on(choice: "Choice") -> str:
     tests = ", ".join(dict.fromkeys(name for pair in choice.pairs for name in pair.best.tests))
     return (
         f"the labels of {tests} were looked at: a score on these sets is no longer blind to the "

@@ -4,93 +4,18 @@
 beside it where they are asked for; `python -m dcr.report --help` tells of the command.
 """
 
-import shlex
-import shutil
-from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dcr import storage
-from dcr.report import (
-    analyses,
-    claims,
-    curves,
-    discernment,
-    figures,
-    page,
-    paper,
-    studies,
-    trade_offs,
-)
-from dcr.report.figures import Drawing
-from dcr.report.page import Report, Shown
-from dcr.report.records import Column, RunRecord, read_run
-from dcr.text import printable
+from dcr import on_demand
 
-WIDTH = 100  # where no terminal tells its own
-DRAWN: dict[str, Callable[[Sequence[RunRecord]], Drawing]] = {
-    **{name: partial(curves.over_sft, name) for name in curves.CURVES},
-    "4": trade_offs.figure4,
-    **{name: partial(analyses.kernel, name) for name in analyses.KERNEL_FIGURES},
-    "7": analyses.accuracies,
-    "8": analyses.scaling,
-}
+# What a command may name, said here so that its help need not load what draws it.
+TABLES = ("table1", "table5", "discernment", "table2", "table3", "table4")
 OPERATING = "operating_points"
-TABLES = (*paper.TABLES, discernment.NAME, *studies.TABLES)
-FIGURES = (*sorted(DRAWN), OPERATING)
+FIGURES = ("1a", "1b", "3", "4", "5a", "5b", "6", "6a", "6b", "7", "8", "9", OPERATING)
+TABLE_ENDINGS, FIGURE_ENDINGS = ("md", "csv", "tex", "html"), ("png", "svg", "csv")
+MARGIN = 2.0  # percentage points that a point of operating_points may be less safe than STL
 
-
-def build(
-    folders: Sequence[Path],
-    out: Path,
-    wanted_tables: Sequence[str] = (),
-    wanted_figures: Sequence[str] = (),
-    with_claims: bool = False,
-    *,
-    margin: float = trade_offs.MARGIN,
-    data: str | None = None,
-    notes: Sequence[str] = (),
-) -> str:
-    """Write the page to `out`, and what else is wanted beside it, each file whole or not.
-
-    `margin` (percentage points) and the label of the data are of operating points; `notes` are what
-    the page says beside its own. Returns the terminal's table. Raises UserError for a folder
-    without an evaluation, or with figures or claims without logged values either, for a damaged
-    file, for a figure whose data are not there, or where a file cannot be written.
-    """
-    distinct = {folder.resolve(): folder for folder in folders}.values()
-    records = [read_run(folder, with_claims or bool(wanted_figures)) for folder in distinct]
-    operating = partial(trade_offs.operating_points, margin=margin, data=data)
-    label = "" if data is None else f" data={shlex.quote(data)}"
-    shown = []
-    for name in wanted_figures:
-        command = f"python -m dcr.report {shlex.join(map(str, folders))} --figure {name}"
-        command += f" margin={margin:g}{label}" if name == OPERATING else ""
-        drawing = (DRAWN | {OPERATING: operating})[name](records)
-        shown.append(Shown(drawing, figures.files(drawing), printable(command)))
-    report = Report.of(records, wanted_tables, shown, with_claims, notes)
-    files = {out: page.render(report).encode("utf-8", "replace")}
-    for table in report.paper:
-        for ending, text_of in paper.WRITERS.items():
-            files[out.parent / f"{table.name}.{ending}"] = text_of(table).encode("utf-8", "replace")
-    for drawing in shown:
-        for ending, content in drawing.files.items():
-            files[out.parent / f"{drawing.figure.name}.{ending}"] = content
-    if report.claims:
-        files[out.parent / claims.FILE] = claims.csv_text(report.claims).encode("utf-8", "replace")
-    for path, content in files.items():
-        storage.write_bytes(path, content)
-    width = shutil.get_terminal_size((WIDTH, 24)).columns
-    lines = [page.plain_text(_title(records, report.columns), report, width)]
-    lines += [line for d in shown if d.figure.lines for line in ("", *d.figure.lines)]
-    return "\n".join([*lines, *(claims.lines(report.claims, width) if with_claims else ())])
-
-
-def _title(records: Sequence[RunRecord], columns: Sequence[Column]) -> str:
-    if not columns:
-        return f"{len(records)} runs without a final evaluation of answers: see the page"
-    models, data = (
-        ", ".join(dict.fromkeys(filter(None, (column.about(key) for column in columns))))
-        for key in ("model", "data")
-    )
-    return f"{models} on {data or 'unnamed'} data"
+if TYPE_CHECKING:
+    from dcr.report.building import DRAWN, build
+else:
+    __getattr__ = on_demand(__name__, "building")

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dcr import cli
+from dcr import cli, report
 from dcr.config import UserError
-from dcr.report import FIGURES, OPERATING, TABLES, build, claims, paper, trade_offs
-from dcr.report.figures import ENDINGS, file_name
+from dcr.report import FIGURE_ENDINGS, FIGURES, MARGIN, OPERATING, TABLE_ENDINGS, TABLES
 
 
 @dataclass
@@ -25,13 +24,13 @@ class Options:
     )
     table: list[str] = cli.option(
         "one of the paper's tables, ours beside its numbers, or answers at equal safety "
-        f"(discernment), as {', '.join(paper.WRITERS)}; repeatable",
+        f"(discernment), as {', '.join(TABLE_ENDINGS)}; repeatable",
         [],
         choices=TABLES,
     )
     figure: list[str] = cli.option(
-        f"one of the paper's figures, 6 being both of 6a and 6b, as {', '.join(ENDINGS)} and in "
-        "the page; repeatable",
+        f"one of the paper's figures, 6 being both of 6a and 6b, as {', '.join(FIGURE_ENDINGS)} "
+        "and in the page; repeatable",
         [],
         choices=FIGURES,
     )
@@ -41,7 +40,7 @@ class Options:
     out: Path | None = cli.option("the page; not given: report.html beside the folders", None)
     margin: float = cli.option(
         "percentage points: how much less safe than STL a point of operating_points may be",
-        trade_offs.MARGIN,
+        MARGIN,
         least=0,
         most=100,
     )
@@ -56,7 +55,7 @@ def main(options: Options) -> None:
     _check(options)
     names = tuple(dict.fromkeys(options.figure))
     out, files = _places(options, names)
-    table = build(
+    table = report.build(
         options.folders, out, options.table, names, options.claims,
         margin=options.margin, data=options.data,
     )  # fmt: skip
@@ -77,7 +76,7 @@ def _check(options: Options) -> None:
         raise UserError("no run folder given; see python -m dcr.report --help")
     if OPERATING not in options.figure:
         for key, value in (("margin", options.margin), ("data", options.data)):
-            if value not in (None, trade_offs.MARGIN):
+            if value not in (None, MARGIN):
                 value = f"{value:g}" if isinstance(value, float) else value
                 raise UserError(f"{key}={value}: only --figure {OPERATING} takes it; add that")
 
@@ -92,11 +91,13 @@ def _places(
     if out is None:
         parent = os.path.commonpath([folder.resolve().parent for folder in options.folders])
         out = Path(os.path.relpath(parent)) / "report.html"
+    from dcr.report import claims, figures
+
     files: dict[str, tuple[str, tuple[str, ...]]] = {}
     if options.claims:
         files[Path(claims.FILE).stem] = "--claims", ("csv",)
-    files |= {name: ("--table", tuple(paper.WRITERS)) for name in options.table}
-    files |= {file_name(name): ("--figure", ENDINGS) for name in names}
+    files |= dict.fromkeys(options.table, ("--table", TABLE_ENDINGS))
+    files |= {figures.file_name(name): ("--figure", FIGURE_ENDINGS) for name in names}
     for name, (flag, endings) in files.items():
         if out in [out.parent / f"{name}.{ending}" for ending in endings]:
             raise UserError(f"out={out}: {flag} writes a file of this name; name another")

@@ -30,7 +30,6 @@ MARKERS = "os^DvP"
 GLYPHS = "●■▲◆▼✚"  # the same markers in a legend's text
 SHADES = colormaps["Blues"]
 DPI = 200
-ENDINGS = ("png", "svg", "csv")
 BOTH: dict[Any, Any] = {  # pyright knows the keys as literals only
     "svg.fonttype": "none",
     "text.parse_math": False,

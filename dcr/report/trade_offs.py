@@ -249,7 +249,6 @@ def _frontier_sets(scored: Sequence[Evaluation]) -> tuple[dict[Kind, list[str]],
 
 # --- operating points ----------------------------------------------------------------------------
 
-MARGIN = 2.0  # percentage points
 SWEEP = "run python eval.py -m run=<stl run> steering=scans steering.strength=0,0.5,1,2"
 LABELS = {**METHODS, "ablation": "ablation", "probe": "probe-gated", **CONTRASTS}
 NAMED = ("model", "data", "seed")

@@ -5,15 +5,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dcr import cli, config, report, search, storage, study
 from dcr.config import ConfigError, Method, TrainConfig
-from dcr.report import discernment, figures, searches
-from dcr.report.searches import Tried
 from dcr.search import OBJECTIVES, Search
 from dcr.study import Told
+
+if TYPE_CHECKING:
+    from dcr.report.searches import Tried
 
 KNEE = "knee"
 ENOUGH = 4  # trials that importances are computed from
@@ -54,8 +56,6 @@ class Options:
 @cli.command(Options, goes_on=True)
 def main(options: Options) -> None:
     config.check_installed("optuna", "search", "python -m dcr.search")
-    from dcr.search import trials
-
     with study.told_once():
         asked, point = _asked(options)
         study.in_fork(lambda: study.check([*asked.corners(), asked.base()]))
@@ -63,6 +63,9 @@ def main(options: Options) -> None:
         print(f"{' '.join(spaces)}\nvalidation: {validation}\n{asked.url}, {asked.name}")
         if options.plan:
             return
+        from dcr.report import figures, searches
+        from dcr.search import trials
+
         asked.out.mkdir(parents=True, exist_ok=True)
         try:
             known = trials.carry_out(asked, options.workers, point)
@@ -126,7 +129,7 @@ def knee(points: Sequence[Sequence[float]], maximised: Sequence[bool]) -> int:
     return int(np.linalg.norm(lacks / np.where(spread, spread, 1), axis=1).argmin())
 
 
-def _chosen(choice: str, tried: Sequence[Tried], asked: Search) -> Tried:
+def _chosen(choice: str, tried: "Sequence[Tried]", asked: Search) -> "Tried":
     whole = [trial for trial in tried if trial.values]
     if choice == KNEE:
         front = [trial for trial in whole if "front" in trial.is_of]
@@ -139,7 +142,7 @@ def _chosen(choice: str, tried: Sequence[Tried], asked: Search) -> Tried:
     raise ConfigError(f"chosen={choice}: no trial that came to its end; choose from {numbers}")
 
 
-def _told(asked: Search, tried: Sequence[Tried]) -> str:
+def _told(asked: Search, tried: "Sequence[Tried]") -> str:
     """The front and what stands beside it as a table, and how the trials ended."""
     heads = ["trial", "settings", *asked.objectives]
     table = cli.table("Pareto front, validation prompts", heads, names=2)
@@ -156,8 +159,10 @@ def _told(asked: Search, tried: Sequence[Tried]) -> str:
     return cli.plain_text(table, f"trials: {ends}", *(f"failed: {fault}" for fault in faults))
 
 
-def _anew(asked: Search, chosen: Tried, seeds: int, whole: int) -> str:
+def _anew(asked: Search, chosen: "Tried", seeds: int, whole: int) -> str:
     """The chosen point and the settings as they are with fresh seeds, on test sets: one page."""
+    from dcr.report import discernment
+
     words, first = search.words_of(chosen.settings), asked.settings.seed + 1
     jobs = [asked.base()]
     for seed in range(first, first + seeds):

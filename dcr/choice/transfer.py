@@ -1,0 +1,275 @@
+"""Layers and pairs of sources measured and compared, and which of them is best."""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dcr import (
+    balance,
+    batching,
+    config,
+    contamination,
+    data,
+    models,
+    prompts,
+    separability,
+)
+from dcr.balance import Balance
+from dcr.choice import origins
+from dcr.choice.origins import FEWEST, LIMIT, Material, Pair
+from dcr.config import ConfigError, Kind, TrainConfig
+from dcr.data import SEEMINGLY_TOXIC, TOXIC
+from dcr.models import Policy
+from dcr.statistics import Interval
+
+log = logging.getLogger(__name__)
+
+RESAMPLES = 500  # of each of some hundred intervals
+
+Features = Mapping[tuple[Kind, tuple[str, ...]], Float[Tensor, "layers prompts width"]]
+Labelled = tuple[Float[Tensor, "layers prompts width"], Int[Tensor, " prompts"]]
+
+
+@dataclass(frozen=True)
+class LayerTransfer:
+    """Of a probe at one layer: AUROC within its sources, on each test set, and their mean."""
+
+    layer: int
+    within: Interval
+    tests: dict[str, Interval]
+    transfer: Interval
+
+
+@dataclass(frozen=True)
+class PairTransfer:
+    """All layers of one pair of sources, with what a probe might have learnt instead."""
+
+    pair: Pair
+    rows: tuple[int, int]
+    balance: Balance
+    layers: list[LayerTransfer]
+
+    @property
+    def best(self) -> LayerTransfer:
+        """The layer of highest transfer, the earliest of equals."""
+        return max(self.layers, key=lambda layer: layer.transfer.estimate)
+
+    @property
+    def level(self) -> list[int]:
+        """Layers whose transfer lies within the interval of the best."""
+        low = self.best.transfer.low
+        return [layer.layer for layer in self.layers if layer.transfer.estimate >= low]
+
+    def on(self, names: Sequence[str]) -> Interval | None:
+        """Transfer of the best layer on these test sets alone; None without any."""
+        return mean([self.best.tests[name] for name in names]) if names else None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was measured of each pair of sources; the first pair is the configured one.
+
+    `configured` is the block that the settings name; blocks are counted from 1.
+    """
+
+    model: str
+    pairs: list[PairTransfer]
+    configured: int
+    notes: list[str]
+
+    @property
+    def layer(self) -> int:
+        """The best block for the configured sources."""
+        return self.pairs[0].best.layer
+
+    @property
+    def common(self) -> list[str]:
+        """Test sets that all pairs share: the only ones that compare pairs."""
+        return common(self.pairs)
+
+    def by_transfer(self) -> list[PairTransfer]:
+        """Pairs in order of their transfer on the common sets, as given without such sets."""
+        names = self.common
+
+        def order(pair: PairTransfer) -> float:
+            shared = pair.on(names)
+            return -shared.estimate if shared else 0.0
+
+        return sorted(self.pairs, key=order)
+
+    def record(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {
+            "model": self.model,
+            "layer": self.layer,
+            "block": self.layer,
+            "configured_block": self.configured,
+            "common_tests": self.common,
+            "pairs": [_pair_record(pair, self.common) for pair in self.by_transfer()],
+            "notes": self.notes,
+        }
+
+
+def choose(
+    settings: TrainConfig,
+    *,
+    limit: int = LIMIT,
+    pairs: str | None = None,
+    tests: str | None = None,
+    policy: Policy | None = None,
+) -> Choice:
+    """Measure layers and pairs of sources on the model of the settings, or on `policy`.
+
+    For `limit`, `pairs` and `tests` see `origins.gathered`. Raises UserError for whatever a user
+    can mend, before weights are loaded where it can be known.
+    """
+    facts = models.facts(settings.model)
+    configured = config.block_of(settings.dcr, facts.depth)
+    material = origins.gathered(settings.data, settings.seed, limit, pairs, tests)
+    tokenizer = policy.tokenizer if policy else models.open_tokenizer(settings.model)
+    chat = prompts.chat_format(tokenizer, settings.model)
+    labels = {Kind.seemingly_toxic: SEEMINGLY_TOXIC, Kind.toxic: TOXIC}
+    rows = {
+        (kind, names): data.prompt_rows(
+            chat, part, labels[kind], facts.context, settings.dcr.pooling
+        )
+        for (kind, names), part in material.used.items()
+    }
+    opened = policy or _opened(settings)
+    log.info("reading %d prompts in %d blocks", sum(map(len, rows.values())), facts.depth)
+    features = {side: separability.features(opened, part) for side, part in rows.items()}
+    transfers = ranked(material, features, settings.seed, settings.data.near_duplicate)
+    return Choice(settings.model.name, transfers, configured, material.notes)
+
+
+def best_layer(settings: TrainConfig, limit: int = LIMIT, policy: Policy | None = None) -> int:
+    """The block, from 1, whose probe on the configured sources transfers best: `dcr.layer=auto`.
+
+    Logs which test sets chose it, since their labels were looked at. Raises UserError as `choose`.
+    """
+    choice = choose(settings, limit=limit, pairs="none", policy=policy)
+    best = choice.pairs[0].best
+    log.warning(
+        "dcr.layer=auto: block %d of %d, transfer AUROC %.2f [%.2f, %.2f], chosen on prompts of %s",
+        best.layer,
+        len(choice.pairs[0].layers),
+        best.transfer.estimate,
+        best.transfer.low,
+        best.transfer.high,
+        ", ".join(best.tests),
+    )
+    return best.layer
+
+
+def _opened(settings: TrainConfig) -> Policy:
+    """The weights in memory, in the precision of stage one, on the device they run on."""
+    policy = models.open_policy(settings.model, settings.dcr.precision, settings.seed)
+    batching.to_gpu(policy.model, settings.trainer.accelerator)
+    return policy
+
+
+def _pair_record(pair: PairTransfer, names: list[str]) -> dict[str, Any]:
+    shared = pair.on(names)
+    return {
+        "seemingly_toxic": list(pair.pair.seemingly_toxic),
+        "toxic": list(pair.pair.toxic),
+        "rows": list(pair.rows),
+        "balance": pair.balance.record(),
+        "best_block": pair.best.layer,
+        "transfer_on_common_tests": shared and asdict(shared),
+        "blocks": [
+            {
+                "block": layer.layer,
+                "within": None if math.isnan(layer.within.estimate) else asdict(layer.within),
+                "transfer": asdict(layer.transfer),
+                "tests": {name: asdict(interval) for name, interval in layer.tests.items()},
+            }
+            for layer in pair.layers
+        ],
+    }
+
+
+# --- transfer ---
+
+
+def ranked(material: Material, features: Features, seed: int, near: float) -> list[PairTransfer]:
+    """Every candidate in the given order.
+
+    Test prompts equal to or as close as `near` to a training prompt are left out.
+    """
+    return [_of_pair(pair, material, features, seed, near) for pair in material.candidates]
+
+
+def common(pairs: Sequence[PairTransfer]) -> list[str]:
+    """The test sets that every pair was tested on."""
+    shared = set.intersection(*(set(pair.best.tests) for pair in pairs))
+    return [name for name in pairs[0].best.tests if name in shared]
+
+
+def mean(intervals: Sequence[Interval]) -> Interval:
+    """The mean of independent estimates, its ends recovered from theirs (Zou and Donner 2008)."""
+    count = len(intervals)
+    estimate = sum(part.estimate for part in intervals) / count
+    below = math.sqrt(sum((part.estimate - part.low) ** 2 for part in intervals)) / count
+    above = math.sqrt(sum((part.high - part.estimate) ** 2 for part in intervals)) / count
+    return Interval(estimate, estimate - below, estimate + above)
+
+
+def _of_pair(
+    pair: Pair, material: Material, features: Features, seed: int, near: float
+) -> PairTransfer:
+    safe, toxic = (material.rows[side] for side in pair.sides)
+    told = balance.balance(safe, toxic)
+    assert told is not None
+    points, labels = _labelled(pair, features)
+    groups = separability.group_names([*safe, *toxic])
+    tests = _tests(pair, material, features, near)
+    layers = []
+    for place, train in enumerate(points):
+        on = {
+            name: separability.transfer_auroc(
+                train, labels, others[place], kinds, seed=seed, resamples=RESAMPLES
+            )
+            for name, (others, kinds) in tests.items()
+        }
+        within = separability.probe_auroc(train, labels, groups, seed, RESAMPLES)
+        layers.append(LayerTransfer(place + 1, within, on, mean(list(on.values()))))
+    if not any(math.isfinite(layer.transfer.estimate) for layer in layers):
+        raise ConfigError("model.name: its hidden states are not finite; choose other weights")
+    return PairTransfer(
+        pair,
+        (len(safe), len(toxic)),
+        told,
+        [layer for layer in layers if math.isfinite(layer.transfer.estimate)],
+    )
+
+
+def _labelled(pair: Pair, features: Features) -> Labelled:
+    safe, toxic = (features[side] for side in pair.sides)
+    labels = torch.tensor([0] * safe.shape[1] + [1] * toxic.shape[1], dtype=torch.long)
+    return torch.cat([safe, toxic], 1), labels
+
+
+def _tests(pair: Pair, material: Material, features: Features, near: float) -> dict[str, Labelled]:
+    """By name the prompts of each test set that are not among the pair's."""
+    trained = [row.prompt for side in pair.sides for row in material.rows[side]]
+    tests = {}
+    for name, test in material.tests_of(pair).items():
+        points, labels = _labelled(test, features)
+        prompts = [row.prompt for side in test.sides for row in material.rows[side]]
+        overlaps = contamination.overlaps(prompts, {"train": trained}, near=near)
+        apart = torch.tensor([overlap is None for overlap in overlaps])
+        if torch.bincount(labels[apart], minlength=2).min() >= FEWEST:
+            tests[name] = (points[:, apart], labels[apart])
+    if not tests:
+        raise ConfigError(
+            f"tests: too few prompts of {', '.join(material.tests_of(pair))} are apart from those "
+            f"of {pair}; name others with tests=<seemingly toxic>:<toxic>"
+        )
+    return tests
