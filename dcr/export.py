@@ -80,8 +80,8 @@ SETTINGS = {  # what a reader must know to judge a result, by stage
     ),
     "sft": (
         "sft.epochs", "sft.batch_size", "sft.lr", "sft.lora.rank", "sft.lora.alpha",
-        "sft.lora.targets", "sft.max_len", "sft.precision", "sft.twins.share",
-        "sft.contrast.weight", "sft.first_token_weight", "sft.from_block", "sft.readout.steps",
+        "sft.lora.targets", "sft.max_len", "sft.precision",
+        "sft.from_block", "sft.readout.steps",
     ),
 }  # fmt: skip
 

@@ -290,7 +290,6 @@ def _need_the_hub(settings: TrainConfig) -> bool:
     read = [node.safety, node.normal]
     read += [node.seemingly_toxic, node.toxic] if settings.method is Method.dcr else []
     names = [name for part in read for name in part.source]
-    names += [name for part in _twin_sources(settings).values() for name in part]
     names += [*node.evaluation.over_refusal, *node.evaluation.safety]
     return any(name in SOURCES and SOURCES[name].embedded is None for name in names)
 
@@ -312,7 +311,7 @@ def _placeholders(settings: TrainConfig) -> Splits:
         wanted = None if settings.dcr.ratio is None else round(settings.dcr.ratio * safe)
         taken = refusals if set(node.toxic.source) & set(node.safety.source) else 0
         toxic, toxic_left = _drawn("toxic", Kind.toxic, node.toxic, wanted, taken, unseen)
-    drawn = Splits(
+    return Splits(
         seemingly_toxic=_rows(Kind.seemingly_toxic, node.seemingly_toxic, safe),
         toxic=_rows(Kind.toxic, node.toxic, toxic),
         seemingly_toxic_heldout=_rows(
@@ -327,7 +326,6 @@ def _placeholders(settings: TrainConfig) -> Splits:
         ),
         augmented=_answers(settings) if settings.method is Method.stl_aug else [],
     )
-    return _with_twins(settings, drawn)
 
 
 def _answers(settings: TrainConfig) -> list[Example]:
@@ -338,23 +336,6 @@ def _answers(settings: TrainConfig) -> list[Example]:
     else:
         answers = data.answered(_here(node.source, Kind.seemingly_toxic), settings.data)
     return answers * settings.stl_aug.repeat
-
-
-def _with_twins(settings: TrainConfig, drawn: Splits) -> Splits:
-    """With SFT's twins of the sources that are here: nothing on the hub has pairs with answers."""
-    here = {kind: _here(names, kind) for kind, names in _twin_sources(settings).items()}
-    safe, toxic = (here.get(kind, []) for kind in (Kind.seemingly_toxic, Kind.toxic))
-    if not (pairs := data.answered_pairs(safe, toxic, settings.seed)):
-        return drawn
-    others = len(drawn.normal + drawn.refusals + drawn.augmented)
-    safe, toxic = data.twins_of(pairs, settings.sft.twins.share, others)
-    return replace(drawn, twins_seemingly_toxic=safe, twins_toxic=toxic)
-
-
-def _twin_sources(settings: TrainConfig) -> dict[Kind, list[str]]:
-    twins = settings.sft.twins
-    both = {Kind.seemingly_toxic: twins.seemingly_toxic, Kind.toxic: twins.toxic}
-    return both if twins.share else {}
 
 
 def _here(names: Sequence[str], kind: Kind) -> list[Example]:
@@ -470,10 +451,7 @@ def load_of(settings: TrainConfig, batches: StageRows) -> Load:
     full: list[Sequence[PromptRow | PairRow]] = []
     for places in batches.sampler:
         if batches.stage is Stage.sft:
-            pairs = [batches.pairs[place] for place in places]
-            beside = batches.contrast_beside(pairs)
-            trunk += [beside] if beside else []
-            full += batches.sft_step(pairs)
+            full += batches.sft_step([batches.pairs[place] for place in places])
             continue
         rows, general = batches.contrastive_step([batches.prompts[place] for place in places])
         (trunk if short else full).append(rows)

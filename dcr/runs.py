@@ -42,9 +42,6 @@ FREE_KEYS = ("stage", "plan", "force", "run", "trainer", "wandb")
 IDLE = {
     "sft": {
         "readout": {"steps": 0},
-        "twins": {"share": 0},
-        "contrast": {"weight": 0},
-        "first_token_weight": 1,
         "from_block": 1,
     },
     "dcr": {"loss": "circle"},

@@ -310,11 +310,11 @@ def test_prompts_that_were_trained_on_calibrate_nothing() -> None:
     with pytest.raises(ConfigError, match=r"trained on it \(data.toxic\); name prompts of another"):
         calibration.check(settings, {"method": "dcr", "data": data})
     calibration.check(settings, {"method": "base", "data": data})
-    twins = {"share": 0.1, "toxic": [], "seemingly_toxic": ["contrasts_seemingly_toxic_heldout"]}
-    with pytest.raises(ConfigError, match=r"trained on it \(sft.twins\)"):
-        calibration.check(settings, {"method": "stl", "data": {}, "sft": {"twins": twins}})
-    twins["share"] = 0.0
-    calibration.check(settings, {"method": "stl", "data": {}, "sft": {"twins": twins}})
+    readout = {"steps": 1, "toxic": [], "seemingly_toxic": ["contrasts_seemingly_toxic_heldout"]}
+    with pytest.raises(ConfigError, match=r"trained on it \(sft.readout\)"):
+        calibration.check(settings, {"method": "stl", "data": {}, "sft": {"readout": readout}})
+    readout["steps"] = 0
+    calibration.check(settings, {"method": "stl", "data": {}, "sft": {"readout": readout}})
 
 
 @pytest.mark.usefixtures("openings_refuse")

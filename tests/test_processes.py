@@ -21,7 +21,6 @@ from dcr.training.resuming import TrainingError
 # hold uneven shares and in the last step of an epoch one of three has no row of its own.
 SHARED = ("dcr.lora.dropout=0", "sft.lora.dropout=0", "dcr.batch_size=9", "dcr.draws=20")
 UNTIED = "model.architecture.tie_word_embeddings=false"  # so that stage one trains embeddings
-BESIDE = "sft.contrast.weight=0.5 sft.first_token_weight=3 sft.twins.share=0.1"
 SLOW = (pytest.mark.slow, pytest.mark.timeout(900))
 GENERAL = "dcr.nll.weight=0.5 dcr.nll.source=general dcr.nll.general_batch_size=3"
 
@@ -98,11 +97,9 @@ def same_results(one: Path, several: Path, named: str) -> None:
         (["ddp*2"], f"dcr.nll.weight=0 dcr.loss=triplet dcr.batch_size=10 {PAIRS}"),
         (["ddp*3"], "method=stl stage=all sft.batch_size=13"),
         (["fsdp*2"], "stage=all dcr.nll.weight=0.5 dcr.adapter=lora tracking.snapshots=2"),
-        (["fsdp*2"], f"stage=all {BESIDE}"),
         *(
             pytest.param(["ddp*2", "ddp*4", "fsdp*2", "fsdp*4"], switches, marks=SLOW)
             for switches in (
-                f"stage=all {BESIDE}",
                 "stage=all dcr.nll.weight=0",
                 f"stage=all dcr.nll.weight=0.5 {UNTIED}",
                 f"stage=all {GENERAL} sft.gradient_checkpointing=true",

@@ -20,7 +20,6 @@ from dcr.config.schema import (
     Moments,
     Precision,
     Sampler,
-    Stage,
     TrainConfig,
     stages_of,
 )
@@ -93,7 +92,6 @@ RANGES = {
         ("layer", _not_negative, "blocks are counted from 1"),
         ("lr", lambda v: 0 < v <= 1, "give a learning rate above 0, at most 1"),
         ("weight weight_decay drift snapshots retries", _not_negative, "give 0 or more"),
-        ("first_token_weight", _not_negative, "give 0 or more; 1 is every other token's"),
         ("from_block", _positive, "blocks are counted from 1"),
         ("dropout", _share, "give a number in [0, 1)"),
         ("clip", _positive, "give a gradient norm above 0, or null"),
@@ -186,24 +184,13 @@ def _of_training(config: TrainConfig) -> Iterator[str]:
         )
     if dcr.layer not in (None, AUTO_LAYER) and type(dcr.layer) is not int:
         yield f"dcr.layer={dcr.layer}: give a block's number, auto, or null for dcr.depth"
-    contrast = config.sft.contrast
-    for name, size in (("dcr", dcr.batch_size), ("sft.contrast", contrast.batch_size)):
-        if dcr.sampler is Sampler.pairs and size % 2:
-            yield f"dcr.sampler=pairs {name}.batch_size={size}: would part a pair; give an even one"
-        if size < 3:
-            yield (
-                f"{name}.batch_size={size}: a prompt needs one of its own class and one of the "
-                "other beside it; give 3 or more"
-            )
-    if contrast.weight and Stage.contrastive not in stages_of(config.method):
+    size = dcr.batch_size
+    if dcr.sampler is Sampler.pairs and size % 2:
+        yield f"dcr.sampler=pairs dcr.batch_size={size}: would part a pair; give an even one"
+    if size < 3:
         yield (
-            f"sft.contrast.weight={contrast.weight} method={config.method.value}: it has no "
-            "prompts of stage one; use method=dcr"
-        )
-    if config.sft.train_on_prompt and config.sft.first_token_weight != 1:
-        yield (
-            f"sft.first_token_weight={config.sft.first_token_weight} sft.train_on_prompt=true: "
-            "where an answer begins is not marked among a prompt's tokens; leave one out"
+            f"dcr.batch_size={size}: a prompt needs one of its own class and one of the other "
+            "beside it; give 3 or more"
         )
     if dcr.precision is Precision.bf16 and dcr.optim.lr < 1e-6:
         yield (
@@ -217,10 +204,9 @@ def _of_training(config: TrainConfig) -> Iterator[str]:
     for name, node in (("dcr", dcr), ("sft", config.sft)):
         if not node.lora.targets:
             yield f"{name}.lora.targets=[]: name modules, or [all-linear]"
-    for name, pairs in (("twins", config.sft.twins), ("readout", config.sft.readout)):
-        for kind in ("seemingly_toxic", "toxic"):
-            if not getattr(pairs, kind):
-                yield f"sft.{name}.{kind}=[]: name sources, or leave it out"
+    for kind in ("seemingly_toxic", "toxic"):
+        if not getattr(config.sft.readout, kind):
+            yield f"sft.readout.{kind}=[]: name sources, or leave it out"
 
 
 def _of_several_processes(config: TrainConfig) -> Iterator[str]:

@@ -296,46 +296,18 @@ class ContrastiveConfig:
 
 
 @dataclass
-class PairsConfig:
-    """Prompts of one topic and form that differ by intent."""
-
-    # Harmless sides of the pairs.
-    seemingly_toxic: list[str] = field(
-        default_factory=lambda: ["contrasts_seemingly_toxic", "demo_seemingly_toxic"]
-    )
-    # Harmful sides of the pairs, of the same topics.
-    toxic: list[str] = field(default_factory=lambda: ["contrasts_toxic", "demo_toxic"])
-
-
-@dataclass
-class TwinsConfig(PairsConfig):
-    """Pairs among the rows of SFT, the harmless side answered and the toxic one refused.
-
-    No part of the paper. Pairs held out by `data.group_holdout` and topics held out by
-    `sft.readout.heldout` are never among them.
-    """
-
-    share: float = 0.0  # of all rows of SFT; pairs come more than once where there are too few
-
-
-@dataclass
-class ContrastConfig:
-    """Stage one's loss kept on during SFT, at its block and on its prompts.
-
-    No part of the paper. Each step adds it on a few prompts, by a forward pass that ends there.
-    """
-
-    weight: float = 0.0  # of it beside SFT's own; 0: SFT alone
-    batch_size: int = 8  # prompts of stage one a step
-
-
-@dataclass
-class ReadoutConfig(PairsConfig):
+class ReadoutConfig:
     """After SFT its adapter in the last blocks learns on at the first answer token alone.
 
     No part of the paper: see `dcr.training.readout`.
     """
 
+    # Harmless sides of pairs: prompts of one topic and form that differ by intent.
+    seemingly_toxic: list[str] = field(
+        default_factory=lambda: ["contrasts_seemingly_toxic", "demo_seemingly_toxic"]
+    )
+    # Harmful sides of the pairs, of the same topics.
+    toxic: list[str] = field(default_factory=lambda: ["contrasts_toxic", "demo_toxic"])
     steps: int = 0  # 0: no such phase
     heldout: float = 0.1  # share of topics that are only measured on
     blocks: int = 2  # the last so many
@@ -365,10 +337,6 @@ class SFTConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     # The first block with LoRA: what lies below stays frozen and is passed without gradient.
     from_block: int = 1
-    # Of the NLL of an answer's first token beside 1 for each other, in a weighted mean over both.
-    first_token_weight: float = 1.0
-    contrast: ContrastConfig = field(default_factory=ContrastConfig)
-    twins: TwinsConfig = field(default_factory=TwinsConfig)
     readout: ReadoutConfig = field(default_factory=ReadoutConfig)
 
 

@@ -22,7 +22,6 @@ from dcr.data.splits import (
     HELD_OUT_PAIRS,
     Splits,
     answered,
-    answered_pairs,
     apart,
     evaluation_prompts,
     read_answers,
@@ -30,7 +29,6 @@ from dcr.data.splits import (
     rows_of,
     split,
     trained_texts,
-    twins_of,
 )
 
 if TYPE_CHECKING:

@@ -125,10 +125,8 @@ class SafetyData(LightningDataModule):
         passes = [batch(rows, self.rows.pad) for rows in self.rows.heldout_passes()]
         return DataLoader(passes, batch_size=None) if passes else []  # pyright: ignore[reportArgumentType]
 
-    def _collate_pairs(self, rows: list[PairRow]) -> list[PromptBatch | PairBatch]:
-        beside, pad = self.rows.contrast_beside(rows), self.rows.pad
-        pairs = (pair_batch(group, pad) for group in self.rows.sft_step(rows))
-        return [*([prompt_batch(beside, pad)] if beside else []), *pairs]
+    def _collate_pairs(self, rows: list[PairRow]) -> list[PairBatch]:
+        return [pair_batch(group, self.rows.pad) for group in self.rows.sft_step(rows)]
 
     def _collate_prompts(self, rows: list[PromptRow]) -> PromptBatch:
         mine, general = self.rows.contrastive_step(rows)

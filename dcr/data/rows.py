@@ -43,7 +43,7 @@ def check_lengths(chat: ChatFormat, rows: Splits, config: SFTConfig, context: in
         raise ConfigError(
             f"sft.max_len={config.max_len}: the model's context is {context} tokens; lower it"
         )
-    pairs = (*rows.normal, *rows.refusals, *rows.augmented, *rows.twins_toxic)
+    pairs = (*rows.normal, *rows.refusals, *rows.augmented)
     fits = (chat.pair(row.prompt, row.response or "", config.max_len)[0] for row in pairs)
     if not any(fits):
         raise _none_fits(config)
@@ -101,9 +101,8 @@ class StageRows:
         self.too_long: list[str] = []  # ids of pairs without room for a response
         self.general: list[PairRow] = []  # what the NLL of stage one looks at with source=general
         self.prompts: list[PromptRow] = []  # of stage one
-        if stage is Stage.contrastive or self.sft.contrast.weight:
-            self.prompts = self._prompts(chat, rows.seemingly_toxic, rows.toxic, context)
         if stage is Stage.contrastive:
+            self.prompts = self._prompts(chat, rows.seemingly_toxic, rows.toxic, context)
             heldout = (rows.seemingly_toxic_heldout, rows.toxic_heldout)
             self.heldout = self._prompts(chat, *heldout, context)
             if len({row.label for row in self.prompts}) < 2:
@@ -116,8 +115,6 @@ class StageRows:
             self.pairs = self._pairs(chat, rows.normal, refusal=False)
             self.pairs += self._pairs(chat, rows.refusals, refusal=True)
             self.pairs += self._pairs(chat, rows.augmented, refusal=False)
-            self.pairs += self._pairs(chat, rows.twins_seemingly_toxic, refusal=False)
-            self.pairs += self._pairs(chat, rows.twins_toxic, refusal=True)
             if not self.pairs:
                 raise _none_fits(self.sft)
             self.heldout = self._pairs(chat, rows.normal_heldout, refusal=False)
@@ -177,15 +174,6 @@ class StageRows:
     def _groups(self, rows: Sequence[PairRow], rank: int) -> list[list[PairRow]]:
         mine = list(share(rows, rank, self.world)) or _unlearnt(rows)
         return micro_batches(mine, self.sft.micro_tokens)
-
-    def contrast_beside(self, rows: Sequence[PairRow]) -> list[PromptRow]:
-        """Prompts of stage one for a step of SFT with these pairs, the same on every rank."""
-        if not self.prompts:
-            return []
-        # they follow from the pairs drawn, so that a resumed run repeats them
-        chance = Chance(self.seed, *(len(row.ids) for row in rows))
-        drawn = self._drawn(self.sft.contrast.batch_size, chance)
-        return [self.prompts[place] for place in drawn]
 
     def contrastive_step(
         self, rows: Sequence[PromptRow]

@@ -16,9 +16,7 @@ from dcr.config import (
     KeywordRules,
     Kind,
     Method,
-    PairsConfig,
     ReadoutConfig,
-    SFTConfig,
     TrainConfig,
 )
 from dcr.refusal import is_refusal
@@ -42,8 +40,6 @@ class Splits:
     normal_heldout: list[Example] = field(default_factory=list)
     refusals_heldout: list[Example] = field(default_factory=list)
     augmented: list[Example] = field(default_factory=list)  # STL-aug's, as often as they are learnt
-    twins_seemingly_toxic: list[Example] = field(default_factory=list)  # the i-th of either list
-    twins_toxic: list[Example] = field(default_factory=list)  # are a pair, as often as it is learnt
     readout_seemingly_toxic: list[Example] = field(default_factory=list)
     readout_toxic: list[Example] = field(default_factory=list)
     readout_seemingly_toxic_heldout: list[Example] = field(default_factory=list)
@@ -55,7 +51,7 @@ class Splits:
     def parts(self) -> dict[str, list[Example]]:
         """Every list of rows by its name; those that few runs have only where there are any."""
         about = ("dropped", "in_distribution", "unseen_groups")
-        rare = ("augmented", "twins", "readout")
+        rare = ("augmented", "readout")
         return {
             name: rows
             for name, rows in vars(self).items()
@@ -181,7 +177,7 @@ def rows_of(settings: TrainConfig) -> Splits:
         settings.seed,
         contrastive=settings.method is Method.dcr,
         augment=settings.stl_aug if settings.method is Method.stl_aug else None,
-        sft=settings.sft,
+        readout=settings.sft.readout if settings.sft.readout.steps else None,
     )
 
 
@@ -191,7 +187,7 @@ def split(
     seed: int,
     contrastive: bool,
     augment: AugmentConfig | None = None,
-    sft: SFTConfig | None = None,
+    readout: ReadoutConfig | None = None,
 ) -> Splits:
     """Read every source and draw the rows of both stages (Section 7.1).
 
@@ -202,7 +198,7 @@ def split(
 
     `ratio` is toxic rows per seemingly toxic one, None for every toxic row left. Without
     `contrastive` the lists of stage one stay empty. `augment` adds the rows of STL-aug
-    and leaves every other list as it is, as `sft` does with its twins and the readout's pairs.
+    and leaves every other list as it is, as `readout` does with its pairs.
     Raises ConfigError when a source holds fewer rows than asked for, and DataError for an answer
     of STL-aug's file that refuses.
     """
@@ -227,10 +223,8 @@ def split(
         rows = _with_stage_one(rows, config, ratio, seed, cleaning)
     if augment is not None:
         rows = _with_answers(rows, config, augment, seed, cleaning)
-    if sft is not None and sft.twins.share:
-        rows = _with_twins(rows, config, sft, seed, cleaning)
-    if sft is not None and sft.readout.steps:
-        rows = _with_readout(rows, sft.readout, seed, cleaning)
+    if readout is not None:
+        rows = _with_readout(rows, readout, seed, cleaning)
     return replace(rows, dropped=dict(cleaning.dropped))
 
 
@@ -306,78 +300,12 @@ def _with_answers(
     )
 
 
-def _with_twins(
-    rows: Splits, config: DataConfig, sft: SFTConfig, seed: int, cleaning: Cleaning
-) -> Splits:
-    """SFT's twins: whole pairs with an answer on one side and a refusal on the other.
-
-    They may be pairs of stage one as well. Out of them stay pairs held out from stage one, topics
-    that the readout is measured on, and pairs of which a prompt is SFT's already.
-    """
-    twins, sides = sft.twins, {}
-    sft_rows = (*rows.normal, *rows.refusals, *rows.normal_heldout, *rows.refusals_heldout)
-    for kind, names in ((Kind.seemingly_toxic, twins.seemingly_toxic), (Kind.toxic, twins.toxic)):
-        clean = without(cleaning.clean(f"twins_{kind.value}", kind, names), sft_rows)
-        seen, unseen = sources.split_by_group(clean, config.group_holdout, seed)
-        rows = replace(
-            rows, unseen_groups=sorted({*rows.unseen_groups, *(r.group or r.id for r in unseen)})
-        )
-        sides[kind] = [row for row in seen if _by_topic([row], sft.readout.heldout, seed)[0]]
-    pairs = answered_pairs(sides[Kind.seemingly_toxic], sides[Kind.toxic], seed)
-    if not pairs:
-        raise ConfigError(
-            f"sft.twins.share={twins.share}: no pair is left of which "
-            f"{', '.join(twins.seemingly_toxic)} answers one side and {', '.join(twins.toxic)} "
-            "refuses the other; name sources whose rows have a group and a response"
-        )
-    safe, toxic = twins_of(pairs, twins.share, len(rows.normal + rows.refusals + rows.augmented))
-    return replace(
-        rows,
-        twins_seemingly_toxic=safe,
-        twins_toxic=toxic,
-        in_distribution=_with_evaluated(rows, twins, cleaning),
-    )
-
-
-def answered_pairs(
-    safe: Sequence[Example], toxic: Sequence[Example], seed: int
-) -> list[tuple[Example, Example]]:
-    """Harmless prompts with answers beside toxic ones of their group with refusals, in drawn order.
-
-    Each row stands in one pair at most.
-    """
-    refused: dict[str | None, list[Example]] = {}
-    for row in _shuffled([row for row in toxic if rules_that_call_it_refusal(row)], seed):
-        refused.setdefault(row.group, []).append(row)
-    answers = [row for row in safe if row.response and not rules_that_call_it_refusal(row)]
-    return [
-        (row, refused[row.group].pop())
-        for row in _shuffled(answers, seed)
-        if row.group is not None and refused.get(row.group)
-    ]
-
-
-def twins_of(
-    pairs: Sequence[tuple[Example, Example]], share: float, others: int
-) -> tuple[list[Example], list[Example]]:
-    """Both sides of so many pairs that they make up a `share` of the rows beside `others`."""
-    count = max(1, round(share / (1 - share) * others / 2))
-    taken = [pairs[place % len(pairs)] for place in range(count)]
-    return [safe for safe, _ in taken], [toxic for _, toxic in taken]
-
-
 def _by_topic(
     rows: Sequence[Example], holdout: float, seed: int
 ) -> tuple[list[Example], list[Example]]:
     """(train, held out), with about a share of the topics held out; `group` is then the topic."""
     named = [replace(row, group=row.category or row.group) for row in rows]
     return sources.split_by_group(named, holdout, seed)
-
-
-def _with_evaluated(rows: Splits, pairs: PairsConfig, cleaning: Cleaning) -> list[str]:
-    """Evaluation sets that a run is trained on, those among the sources of pairs with them."""
-    used = {*pairs.seemingly_toxic, *pairs.toxic} & set(cleaning.evaluated)
-    return sorted({*rows.in_distribution, *used})
 
 
 def _with_readout(rows: Splits, readout: ReadoutConfig, seed: int, cleaning: Cleaning) -> Splits:
@@ -392,7 +320,9 @@ def _with_readout(rows: Splits, readout: ReadoutConfig, seed: int, cleaning: Cle
         if not kept:
             raise ConfigError(f"sft.readout.{kind.value}: no row is left of {', '.join(names)}")
         parts |= {name: kept, f"{name}_heldout": heldout}
-    return replace(rows, **parts, in_distribution=_with_evaluated(rows, readout, cleaning))
+    evaluated = {*readout.seemingly_toxic, *readout.toxic} & set(cleaning.evaluated)
+    in_distribution = sorted({*rows.in_distribution, *evaluated})
+    return replace(rows, **parts, in_distribution=in_distribution)
 
 
 def _with_response(rows: list[Example], key: str) -> list[Example]:
@@ -439,8 +369,6 @@ LEARNT = {
     "normal": ("normal", Kind.normal, True),
     "refusals": ("safety", Kind.toxic, True),
     "augmented": (None, Kind.seemingly_toxic, True),
-    "twins_seemingly_toxic": (None, Kind.seemingly_toxic, True),
-    "twins_toxic": (None, Kind.toxic, True),
     "readout_seemingly_toxic": (None, Kind.seemingly_toxic, False),
     "readout_toxic": (None, Kind.toxic, False),
 }

@@ -80,10 +80,9 @@ def check(settings: EvalConfig, made_with: Mapping[str, Any]) -> None:
         f"data.{node}": made_with["data"].get(node, {}).get("source") or []
         for node in ("seemingly_toxic", "toxic", "safety", "normal")
     }
-    for phase, on in (("twins", "share"), ("readout", "steps")):
-        pairs = made_with.get("sft", {}).get(phase, {})
-        if pairs.get(on):
-            learnt[f"sft.{phase}"] = [*pairs["toxic"], *pairs["seemingly_toxic"]]
+    readout = made_with.get("sft", {}).get("readout", {})
+    if readout.get("steps"):
+        learnt["sft.readout"] = [*readout["toxic"], *readout["seemingly_toxic"]]
     for node, named in learnt.items():
         trained_on = {named} if isinstance(named, str) else set(named)
         for kind in ("toxic", "seemingly_toxic"):

@@ -38,12 +38,6 @@ def summed_over_ranks(value: Tensor) -> Tensor:
     return torch.stack(gather_all_tensors(value)).sum(0) if ranks() > 1 else value
 
 
-def features_of(module: ResumableModule, trunk: torch.nn.Module, batch: PromptBatch) -> Tensor:
-    """Pooled outputs of the last block [batch, width] of a trunk that ends at it."""
-    layout = module.laid_out(trunk, batch.ids, batch.mask)
-    return activations.pooled(layout.padded(models.run(trunk, layout)), batch.spans)
-
-
 def circle_of(
     features: Tensor, labels: Tensor, _pairs: Tensor, config: ContrastiveConfig
 ) -> Tensor:
@@ -179,7 +173,8 @@ class ContrastiveModule(ResumableModule):
 
     def features(self, batch: PromptBatch) -> Tensor:
         (trunk,) = self._trunk
-        return features_of(self, trunk, batch)
+        layout = self.laid_out(trunk, batch.ids, batch.mask)
+        return activations.pooled(layout.padded(models.run(trunk, layout)), batch.spans)
 
     def features_and_hidden(self, batch: PromptBatch) -> tuple[Tensor, Tensor]:
         """Pooled outputs of the block, and the final-normed hidden states, in one full pass."""

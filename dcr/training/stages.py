@@ -69,14 +69,9 @@ def check(settings: TrainConfig, rows: Splits, wanted: Sequence[Stage]) -> None:
     phase = settings.sft.readout
     if phase.steps and phase.blocks > facts.depth:
         raise ConfigError(f"sft.readout.blocks={phase.blocks}: the model has {facts.depth}")
-    first_block, block = settings.sft.from_block, block_of(settings.dcr, facts.depth)
+    first_block = settings.sft.from_block
     if first_block > facts.depth:
         raise ConfigError(f"sft.from_block={first_block}: the model has blocks 1 to {facts.depth}")
-    if settings.sft.contrast.weight and first_block > block:
-        raise ConfigError(
-            f"sft.contrast.weight={settings.sft.contrast.weight} sft.from_block={first_block}: no "
-            f"weight up to stage one's block {block} is trained; leave one out"
-        )
     if (
         settings.trainer.strategy == FSDP
         and Stage.contrastive in wanted
@@ -92,7 +87,7 @@ def check(settings: TrainConfig, rows: Splits, wanted: Sequence[Stage]) -> None:
         first = stage is Stage.contrastive
         lora = settings.dcr.lora if first else settings.sft.lora
         if not first or settings.dcr.adapter is Adapter.lora:
-            last = block if first else None
+            last = block_of(settings.dcr, facts.depth) if first else None
             with callbacks.quiet():
                 models.add_lora(models.skeleton(settings.model), lora, settings.seed, blocks=last)
         if first:
@@ -138,7 +133,7 @@ def train_sft(job: Job) -> None:
             settings.sft.max_len,
         )
     total = batches.steps_per_epoch * settings.sft.epochs
-    module = SFTModule(policy, settings.sft, total, settings.dcr, job.block)
+    module = SFTModule(policy, settings.sft, total)
     steps = callbacks.snapshot_steps(total, settings.tracking.snapshots)
     snapshots = callbacks.Snapshots(run, policy, base, steps)
     seen = _measuring(job, Stage.sft, policy, chat, total)
