@@ -44,6 +44,7 @@ from dcr.blueprint import Blueprint
 from dcr.config import (
     ALL_LINEAR,
     FSDP,
+    MICRO_TOKENS,
     Adapter,
     DataError,
     LoraConfig,
@@ -71,6 +72,9 @@ GPUS = {  # published dense FLOP/s in bf16 and in fp32
 }
 ASSUMED_GPU = "H100"
 TRIAL_SECONDS = 0.2
+FREE_SHARE = 0.9  # of free memory, that a planned peak may take
+HALVINGS = 3  # of MICRO_TOKENS at most: smaller passes save little and take long
+ANOTHER = "sft.micro_tokens=<n> for another number"
 REMEMBERED = 24 * 3600  # seconds that a measured rate holds
 # Bytes a block keeps per token and unit of (rows + columns) of its matrices: where a gradient
 # passes, and more where the matrix itself is trained, and where it carries LoRA. Measured with
@@ -352,6 +356,39 @@ def _activations(settings: TrainConfig, stage: Stage, shape: Shape, load: Load) 
     states = load.largest_trunk * shape.block + load.largest_full * shape.depth
     largest = max(load.largest_trunk, load.largest_full)
     return largest * shape.full_saved / shape.depth + states * shape.width * each
+
+
+def micro_tokens(settings: TrainConfig, before: int | None = None) -> tuple[int, str]:
+    """`sft.micro_tokens` for a run, and why.
+
+    As named; else as many as a run had `before` it was stopped, on which its last bits depend; else
+    MICRO_TOKENS, or of its halves the largest whose planned peak free memory holds. Several
+    processes must agree, and see different free memory: they take MICRO_TOKENS.
+    """
+    if settings.sft.micro_tokens:
+        return settings.sft.micro_tokens, "as named"
+    if before:
+        return before, "as this run began"
+    if settings.trainer.devices * settings.trainer.num_nodes > 1:
+        return MICRO_TOKENS, f"of each of several processes; {ANOTHER}"
+    shape, free = stage_shape(settings, Stage.sft), _free_bytes(settings)
+    for number in (MICRO_TOKENS >> halved for halved in range(HALVINGS + 1)):
+        largest = max(number, settings.sft.max_len)
+        load = Load(0, largest, largest, largest, 0, largest, 0)
+        peak = sum(memory(settings, Stage.sft, shape, load).values())
+        if peak <= FREE_SHARE * free:
+            break
+    return number, f"planned peak {peak / 1e9:.1f} GB of {free / 1e9:.1f} GB free; {ANOTHER}"
+
+
+def _free_bytes(settings: TrainConfig) -> float:
+    """Where the command would train."""
+    if device_type(settings) == "cpu":
+        return threads.free_bytes()
+    import torch
+
+    # a plan for a GPU elsewhere has no memory to look at
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else math.inf
 
 
 # --- what fits where ---

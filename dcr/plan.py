@@ -93,9 +93,14 @@ def describe(settings: TrainConfig) -> str:
 
     Raises UserError for whatever training would refuse before it loads weights.
     """
-    stages = stages_of(settings.method, settings.stage)
+    stages, notes = stages_of(settings.method, settings.stage), []
+    if Stage.sft in stages and not settings.sft.micro_tokens:
+        before = Run(Path(settings.run)).micro_tokens() if settings.run else None
+        number, why = cost.micro_tokens(settings, before)
+        settings = replace(settings, sft=replace(settings.sft, micro_tokens=number))
+        notes.append(f"sft.micro_tokens: {number} ({why})")
     shapes = {stage: stage_shape(settings, stage) for stage in stages}
-    drawn, told, notes = expected(settings)
+    drawn, told, more = expected(settings)
     plans = [stage_plan(settings, stage, shape, drawn) for stage, shape in shapes.items()]
     chain = " then ".join(plan.stage.value for plan in plans)
     return cli.plain_text(
@@ -105,7 +110,7 @@ def describe(settings: TrainConfig) -> str:
         *([_balance_table(told)] if told else []),
         _stage_table(settings, plans),
         *_fit_table(settings, plans),
-        *(f"- {note}" for note in [*notes, *_notes(settings, plans)]),
+        *(f"- {note}" for note in [*more, *notes, *_notes(settings, plans)]),
     )
 
 

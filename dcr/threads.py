@@ -1,5 +1,7 @@
 """How many threads torch computes with: what a process may really use, and others leave free.
 
+So too of memory.
+
 A step of two threads where another process holds one of two cores takes many times that of one
 thread, since every product waits for the slower half.
 """
@@ -52,6 +54,31 @@ def taken(mine: list[int]) -> float:
     """
     now = psutil.cpu_percent(interval=LOOK, percpu=True)
     return min(sum(now[core] for core in mine if core < len(now)) / 100, os.getloadavg()[0])
+
+
+def free_bytes() -> int:
+    """Of the machine's memory what this process may still take."""
+    return min(psutil.virtual_memory().available, bytes_left(control_groups()))
+
+
+def bytes_left(groups: Sequence[Path]) -> int:
+    """What the limits of control groups leave, as in a container or a Slurm job.
+
+    Beyond such a limit the kernel kills, and no error can be caught. The machine's free memory
+    says nothing of it.
+    """
+    return min(map(_left_in, groups), default=2**62)
+
+
+def _left_in(group: Path) -> int:
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        used = int((group / "memory.current").read_text())
+        counted = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except OSError:  # the root has no limit, and other systems have no such files
+        return 2**62
+    # file pages not in use are given back before anything is killed
+    return 2**62 if limit == "max" else int(limit) - used + int(counted.get("inactive_file", 0))
 
 
 def own() -> int:

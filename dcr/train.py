@@ -5,12 +5,25 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from dcr import balance, batching, cli, config, data, models, runs, storage, threads, wandb_run
+from dcr import (
+    balance,
+    batching,
+    cli,
+    config,
+    cost,
+    data,
+    models,
+    runs,
+    storage,
+    threads,
+    wandb_run,
+)
 from dcr.balance import Balance
 from dcr.config import ConfigError, Method, NLLSource, Quantity, Stage, TrainConfig
 from dcr.data import Splits
@@ -38,6 +51,10 @@ def train(
     """
     wanted = config.stages_of(settings.method, settings.stage)
     rows = checked(settings, run)
+    number, why = cost.micro_tokens(settings, run.micro_tokens())
+    settings = replace(settings, sft=replace(settings.sft, micro_tokens=number))
+    if Stage.sft in wanted and not run.done("sft"):
+        log.info("sft.micro_tokens: %d (%s)", number, why)
     tracked = tracking.tracked(settings.tracking, settings.data, settings.seed)
     with (
         callbacks.quiet(),

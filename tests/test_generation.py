@@ -486,13 +486,13 @@ def test_a_control_groups_limit_bounds_what_is_free(tmp_path: Path) -> None:
         (folder / "memory.current").write_text(f"{used}\n")
         (folder / "memory.stat").write_text(f"anon 1\ninactive_file {files}\n")
 
-    assert local._cgroup_bytes(threads.control_groups(root, own)) == 2**62  # no such folders
+    assert threads.bytes_left(threads.control_groups(root, own)) == 2**62  # no such folders
     group("slice/job", "max", 10, 0)
-    assert local._cgroup_bytes(threads.control_groups(root, own)) == 2**62
+    assert threads.bytes_left(threads.control_groups(root, own)) == 2**62
     group("slice", "1000", 400, 50)
-    assert local._cgroup_bytes(threads.control_groups(root, own)) == 650
+    assert threads.bytes_left(threads.control_groups(root, own)) == 650
     group("slice/job", "500", 10, 0)
-    assert local._cgroup_bytes(threads.control_groups(root, own)) == 490
+    assert threads.bytes_left(threads.control_groups(root, own)) == 490
     assert 0 < local.free_bytes(torch.device("cpu")) < 2**50
 
 

@@ -8,7 +8,7 @@ import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from dcr import models
 from dcr.config import LoraConfig
@@ -107,13 +107,13 @@ def test_a_lora_layer_is_peft_s(dtype: torch.dtype, chance: float, monkeypatch: 
     settings = lora.LoraConfig(r=3, lora_alpha=12, lora_dropout=chance)
     layer: Any = lora.Linear(base, "default", config=settings, r=3, lora_alpha=12)
     nn.init.normal_(layer.lora_B["default"].weight)
-    kept = fusing.kept_places(torch.Size((8, 6)), chance) if chance else None
+    kept = fusing.kept_places(8 * 6, chance) if chance else None
     monkeypatch.setattr(fusing, "kept_places", lambda *_: kept)
     x = torch.randn(2, 4, 6).to(dtype).float().requires_grad_()
     given, found = torch.randn(2, 4, 5), []
     for ours in (True, False):
         if not ours and kept is not None:
-            mask = -kept.float().view(2, 4, 6) / (1 - chance)
+            mask = fusing.left(torch.ones(2, 4, 6), kept) / (1 - chance)
             layer.lora_dropout["default"].forward = lambda value, mask=mask: value * mask
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             out = fusing.lora_linear(layer, x) if ours else layer(x)
@@ -129,14 +129,55 @@ def test_a_lora_layer_is_peft_s(dtype: torch.dtype, chance: float, monkeypatch: 
 
 def test_dropout_keeps_what_it_should_and_follows_from_the_seed() -> None:
     torch.manual_seed(3)
-    drawn = fusing.kept_places(torch.Size((999, 333)), 0.05)
-    assert set(drawn.unique().tolist()) == {-1, 0}
-    deviation = (0.05 * 0.95 / drawn.numel()) ** 0.5
-    assert abs((drawn == 0).double().mean() - 0.05) < 4 * deviation
-    neighbours = ((drawn[:, 1:] == 0) & (drawn[:, :-1] == 0)).double().mean()
-    assert neighbours == pytest.approx(0.05**2, rel=0.1)
+    ones, drawn = torch.ones(999, 333), fusing.kept_places(999 * 333, 0.05)
+    assert len(drawn) == -(-999 * 333 // 8), "a bit for each"
+    left = fusing.left(ones, drawn)
+    assert set(left.unique().tolist()) == {0, 1}
+    deviation = (0.05 * 0.95 / left.numel()) ** 0.5
+    assert abs((left == 0).double().mean() - 0.05) < 4 * deviation
+    for step in (1, 8):  # values beside each other, and at one place of neighbouring bytes
+        neighbours = ((left[:, step:] == 0) & (left[:, :-step] == 0)).double().mean()
+        assert neighbours == pytest.approx(0.05**2, rel=0.1)
+    assert torch.equal(left.bfloat16(), fusing.left(ones.bfloat16(), drawn))
     torch.manual_seed(3)
-    assert torch.equal(drawn, fusing.kept_places(torch.Size((999, 333)), 0.05))
+    assert torch.equal(drawn, fusing.kept_places(999 * 333, 0.05))
+
+
+@pytest.mark.parametrize("adapted", [True, False], ids=["LoRA", "all weights"])
+def test_a_swiglu_is_autograd_s_to_the_bit(adapted: bool) -> None:
+    torch.manual_seed(0)
+    mlp: Any = LlamaMLP(LlamaConfig(**SHAPE)).bfloat16()
+    if adapted:
+        mlp.gate_proj = lora.Linear(mlp.gate_proj, "default", config=lora.LoraConfig(), r=3)
+    x, found = torch.randn(3, 4, 16).bfloat16().requires_grad_(), []
+    for module in (lambda value: fusing.swiglu(mlp, value), mlp):
+        kept: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, k=kept: k.append(t) or t, _same):
+            out = module(x)
+        out.sum().backward()
+        wide = {t.data_ptr() for t in kept if t.shape[-1] == SHAPE["intermediate_size"]}
+        found.append((out, x.grad, len(wide), *(p.grad for p in mlp.parameters())))
+        x.grad = None
+        mlp.zero_grad()
+    for own, theirs in zip(found[0][:2], found[1][:2], strict=True):
+        assert torch.equal(own, theirs)
+    assert found[0][2] == found[1][2] - 1, "the gate's own function is not kept"
+    for own, theirs in zip(found[0][3:], found[1][3:], strict=True):
+        assert (own is theirs is None) or torch.equal(own, theirs)
+
+
+def test_what_is_no_swiglu_stays_as_it_is() -> None:
+    class ScaledMLP(LlamaMLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(0.5 * x)
+
+    for mlp in (ScaledMLP(LlamaConfig(**SHAPE)), LlamaMLP(LlamaConfig(**SHAPE, hidden_act="gelu"))):
+        with fusing.fused(mlp):
+            assert "forward" not in vars(mlp)
+
+
+def _same(kept: Tensor) -> Tensor:
+    return kept
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
@@ -159,7 +160,7 @@ def test_tokens_of_a_local_folder_are_counted(local: Path) -> None:
     answers = [r.response.strip() for r in [*drawn.normal, *drawn.refusals] if r.response]
     assert load.labelled == sum(len(a.encode()) + 1 for a in answers)  # bytes and the end token
     assert load.unpadded <= load.full
-    assert load.largest_full <= max(told.sft.micro_tokens, 4000)
+    assert load.largest_full <= max(config.MICRO_TOKENS, 4000)
 
 
 def test_estimated_tokens_are_a_quarter_of_the_characters() -> None:
@@ -244,6 +245,34 @@ def test_checkpointing_trades_activations_for_time(local: Path) -> None:
     spared = stage(settings(f"model.name={local}", "sft.gradient_checkpointing=true"), Stage.sft)
     assert spared.memory["activations"] < plain.memory["activations"] / 2
     assert 1.2 < spared.flops / plain.flops < 1.5
+
+
+def test_a_pass_of_sft_is_the_largest_that_free_memory_holds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, no_weights: None
+) -> None:
+    free = [0.0]
+    monkeypatch.setattr(cost.threads, "free_bytes", lambda: free[0])
+    told = settings("model=smollm2_135m", "method=stl")
+
+    def peak(tokens: int) -> float:
+        load = cost.Load(0, tokens, tokens, tokens, 0, tokens, 0)
+        return sum(cost.memory(told, Stage.sft, shape, load).values())
+
+    shape = cost.stage_shape(told, Stage.sft)
+    for free[0] in (0, 2e9, 2.4e9, 3e9, 5e9, 1e12):
+        chosen, why = cost.micro_tokens(told)
+        assert f"of {free[0] / 1e9:.1f} GB free" in why
+        assert chosen == 2048 or peak(2 * chosen) > 0.9 * free[0]
+        assert chosen == 256 or peak(chosen) <= 0.9 * free[0]
+        assert f"- sft.micro_tokens: {chosen} (planned peak" in plan.describe(told)
+    free[0] = 0
+    assert cost.micro_tokens(told, before=700) == (700, "as this run began")
+    named = settings("model=smollm2_135m", "sft.micro_tokens=900")
+    assert cost.micro_tokens(named, before=700)[0] == 900
+    assert cost.micro_tokens(settings("trainer.devices=2"))[0] == 2048
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(cli.plain(named)))
+    resumed = settings("model=smollm2_135m", "method=stl", f"run={tmp_path}")
+    assert "- sft.micro_tokens: 900 (as this run began)" in plan.describe(resumed)
 
 
 def test_ways_to_fit_are_settings_that_there_are(

@@ -8,6 +8,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from tiny_run import (
     weights,
 )
 
-from dcr import models, storage, train
+from dcr import cost, models, storage, threads, train
 from dcr.config import TrainConfig, UserError
 from dcr.runs import Run
 from dcr.training import resuming
@@ -237,6 +238,17 @@ def test_a_finished_stage_is_left_alone(tiny: TrainConfig, half: Path, act: Any)
     assert before.items() < after.items()
     train.train(tiny, Run(half))
     assert results() == after
+
+
+def test_a_run_keeps_the_passes_it_began_with_however_little_memory_is_free(
+    tiny: TrainConfig, half: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threads, "free_bytes", lambda: 0)
+    unnamed = replace(tiny, sft=replace(tiny.sft, micro_tokens=None))
+    assert cost.micro_tokens(unnamed)[0] == 256
+    train.train(unnamed, Run(half))
+    assert Run(half).micro_tokens() == Run(whole).micro_tokens() == 400
+    assert same(weights(half), weights(whole))
 
 
 # --- what stands in a checkpoint ---

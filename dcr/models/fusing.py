@@ -9,27 +9,44 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, UInt8
 from peft.tuners import lora
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dcr.models.structure import evaluating
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Of every byte of `kept_places` the masks of its eight values, by their size; as complex numbers,
+# the widest that torch looks up.
+MASKS = {
+    size: (torch.arange(256)[:, None] >> torch.arange(8))
+    .bitwise_and_(1)
+    .neg_()
+    .to(bits)
+    .view(torch.complex128)
+    .squeeze(1)
+    for size, bits in BITS.items()
+}
+# Of eight bytes seen as one number: the i-th bit of the i-th byte, and the lowest bit of each.
+DIAGONAL, ONES = 0x8040201008040201 - 2**64, 0x0101010101010101
 
 
 @contextmanager
 def fused(model: nn.Module) -> Iterator[None]:
-    """While open, LoRA layers and RMS norms of a model on a CPU run as one step each."""
+    """While open, LoRA layers, RMS norms and SwiGLU of a model on a CPU run as one step each."""
     changed: list[nn.Module] = []
-    norms: dict[type, bool] = {}
+    alike: dict[type, bool] = {}
     try:
         for module in model.modules():
             kind = type(module)
-            if kind.__name__.endswith("RMSNorm") and kind not in norms:
-                norms[kind] = _is_rms_norm(module)
+            named = next((ours for ours in SAME if kind.__name__.endswith(ours)), None)
+            if named and kind not in alike:
+                alike[kind] = SAME[named][0](module)
             if kind is lora.Linear and _is_plain(module):
                 module.forward = functools.partial(lora_linear, module)
-            elif norms.get(kind):
-                module.forward = functools.partial(rms_norm, module)
+            elif named and alike[kind]:
+                module.forward = functools.partial(SAME[named][1], module)
             else:
                 continue
             changed.append(module)
@@ -68,28 +85,31 @@ def lora_linear(layer: Any, x: Float[Tensor, "*rows inside"]) -> Float[Tensor, "
     weights = (base.weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight)
     parts = [None if w is None else w.to(dtype) for w in weights]
     flat = x.to(dtype).reshape(-1, x.shape[-1])
-    kept = kept_places(flat.shape, chance) if chance else None
+    kept = kept_places(flat.numel(), chance) if chance else None
     out: Any = _LoraLinear.apply(flat, *parts, layer.scaling[name] / (1 - chance), kept)
     return out.view(*x.shape[:-1], -1)
 
 
-def kept_places(shape: torch.Size, chance: float) -> Int[Tensor, "..."]:
-    """-1 where dropout leaves a value and 0 where it drops it, by torch's generator.
+def kept_places(count: int, chance: float) -> UInt8[Tensor, "bytes"]:
+    """A bit for each of `count` values, set where dropout leaves it, by torch's generator.
 
     A quarter of the draws that `bernoulli_` makes: 15 bits for each, so `chance` is met to 2e-5.
     """
-    count = shape.numel()
     drawn = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)
-    places = drawn.view(torch.int16)[:count].bitwise_and_(2**15 - 1)
-    below = places.sub_(round(chance * 2**15)).bitwise_right_shift_(15)
-    return below.bitwise_not_().to(torch.int8).view(shape)
+    places = torch.zeros(-(-count // 8) * 8, dtype=torch.int8)
+    below = drawn.view(torch.int16)[:count].bitwise_and_(2**15 - 1).sub_(round(chance * 2**15))
+    places[:count] = below.bitwise_right_shift_(15).bitwise_not_()  # -1 where it is left
+    packed = places.view(torch.int64).bitwise_and_(DIAGONAL).mul_(ONES).bitwise_right_shift_(56)
+    return packed.bitwise_and_(255).to(torch.uint8)
 
 
-def _left(x: Tensor, kept: Tensor | None) -> Tensor:
+def left(x: Float[Tensor, "*places"], kept: UInt8[Tensor, "bytes"] | None) -> Tensor:
+    """What dropout leaves of values, 0 for the others."""
     if kept is None:
         return x
-    bits = BITS[x.element_size()]
-    return (x.view(bits) & kept.to(bits)).view(x.dtype)
+    bits, masks = BITS[x.element_size()], MASKS[x.element_size()]
+    mask = masks.index_select(0, kept.to(torch.int32)).view(bits).flatten()[: x.numel()]
+    return mask.view(x.shape).bitwise_and_(x.view(bits)).view(x.dtype)
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -105,7 +125,7 @@ class _LoraLinear(torch.autograd.Function):
         kept: Tensor | None,
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            inner = _left(x, kept) @ down.t()
+            inner = left(x, kept) @ down.t()
             out = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
             out.addmm_(inner, up.t(), alpha=scale)
         ctx.save_for_backward(x, weight, down, up, kept, inner)
@@ -122,10 +142,10 @@ class _LoraLinear(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             through = (given @ up).mul_(ctx.scale)
             of_up = (inner.t() @ given).t() * ctx.scale
-            of_down = through.t() @ _left(x, kept)
+            of_down = through.t() @ left(x, kept)
             of_x = None
             if ctx.needs_input_grad[0]:
-                of_x = (given @ weight).add_(_left(through @ down, kept))
+                of_x = (given @ weight).add_(left(through @ down, kept))
         return of_x, None, None, of_down, of_up, None, None
 
 
@@ -149,7 +169,7 @@ def _is_rms_norm(module: Any) -> bool:
     x = torch.linspace(-0.01, 0.02, 4 * len(module.weight), dtype=module.weight.dtype)
     with torch.no_grad():
         x = x.view(4, -1)
-        return bool(torch.equal(module(x), rms_norm(module, x)))  # pyright: ignore
+        return bool(torch.equal(module.forward(x), rms_norm(module, x)))  # pyright: ignore
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -173,3 +193,43 @@ class _RMSNorm(torch.autograd.Function):
         given = given * weight
         along = (given * normal).mean(-1, keepdim=True)
         return given.addcmul_(normal, along, value=-1).mul_(rate).to(x.dtype), of_weight, None
+
+
+# --- SwiGLU ---
+
+
+def swiglu(module: Any, x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
+    """down(silu(gate(x)) up(x)), of which gate(x), up(x) and what down is given are kept."""
+    inner: Any = _SwiGLU.apply(module.gate_proj(x), module.up_proj(x))
+    return module.down_proj(inner)
+
+
+@torch.no_grad()
+def _is_swiglu(module: Any) -> bool:
+    """Whether one of that name does the same: it may scale its gate, or use another function."""
+    if not all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj")):
+        return False
+    weight = next(module.parameters())
+    x = torch.linspace(-1, 1, module.gate_proj.in_features, dtype=weight.dtype)[None]
+    with evaluating(module):
+        return bool(torch.equal(module.forward(x), swiglu(module, x)))
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator's stub
+        ctx: Any, *outputs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        of_up = F.silu(gate).mul_(outputs[0])
+        return torch.ops.aten.silu_backward(outputs[0] * up, gate), of_up
+
+
+# Modules by the end of their class's name: whether one does the same as ours, and ours.
+SAME = {"RMSNorm": (_is_rms_norm, rms_norm), "MLP": (_is_swiglu, swiglu)}
