@@ -5,6 +5,7 @@
 Runs each script (`training`, `generation`, …; all of them by default) with sizes that end within
 a quarter of an hour on two cores, and reads its lines `ratio <what>: <value>`: CPU seconds of the
 alternative over ours, both on one thread, so that another process on the machine changes little.
+`sft` is among the default ones where TRL's environment is there; named, it makes that first.
 `--record` writes the ratios and the machine to benchmarks/recorded.json instead of comparing.
 """
 
@@ -18,6 +19,7 @@ import time
 from pathlib import Path
 
 import psutil
+import sft
 from rich.console import Console
 from rich.table import Table
 
@@ -28,6 +30,7 @@ RATIO = re.compile(r"^ratio (.+): ([\d.e+-]+)$", re.MULTILINE)
 SIZES = {
     "startup": [],
     "training": ["steps=1"],
+    "sft": ["steps=1", "micro=2,4"],
     "generation": ["prompts=16", "new=256"],
     "refusal": ["prompts=4"],
     "ntk": ["prompts=2", "full=2", "k=3"],
@@ -56,7 +59,8 @@ def machine() -> str:
 
 
 def main() -> None:
-    asked = [word for word in sys.argv[1:] if word != "--record"] or list(SIZES)
+    asked = [word for word in sys.argv[1:] if word != "--record"]
+    asked = asked or [script for script in SIZES if script != "sft" or sft.is_installed()]
     kept = json.loads(RECORDED.read_text()) if RECORDED.is_file() else {"ratios": {}}
     table = Table("ratio, higher is better", "measured", "recorded", "least", "")
     ratios, fell, began = {}, [], time.perf_counter()

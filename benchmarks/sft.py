@@ -169,11 +169,19 @@ def found(timed: Timed, tokens: int) -> dict[str, Any]:
     }
 
 
+def folder_of_trl() -> Path:
+    return storage.cache_folder() / f"trl-{VERSION}"
+
+
+def is_installed() -> bool:
+    return (folder_of_trl() / "whole").exists()
+
+
 def environment() -> str:
     """The interpreter of TRL's own environment, made where it is not there yet."""
-    folder = storage.cache_folder() / f"trl-{VERSION}"
+    folder = folder_of_trl()
     python = folder / "bin" / "python"
-    if not (folder / "whole").exists():
+    if not is_installed():
         print(f"installing trl {VERSION} into {folder}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         own = subprocess.run(

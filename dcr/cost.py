@@ -6,7 +6,9 @@ knows it, which takes no torch, else built without storage on torch's meta devic
 Memory, in bytes, is the sum of
     weights      parameters × bytes of their type, LoRA in fp32; under autocast of fp32 weights
                  two bytes more for each that a gradient passes, since the backward pass keeps the
-                 bf16 copies; with gradient checkpointing of what trains and of one block
+                 bf16 copies; with gradient checkpointing of what trains and of one block; where
+                 stage one holds frozen projections in bf16 (`config.lightens`) two bytes for each
+                 of those without copies, and none beyond ℓ without an NLL term
     gradients    trained parameters, in their own type, and with DDP a second time in its buckets
     Adam states  twice as much, or twice a byte and a scale for 256 of them
     activations  padded tokens of the largest pass × what the blocks keep for a token, which is
@@ -54,6 +56,7 @@ from dcr.config import (
     TrainConfig,
     UserError,
     block_of,
+    lightens,
 )
 
 if TYPE_CHECKING:
@@ -318,8 +321,8 @@ def memory(settings: TrainConfig, stage: Stage, shape: Shape, load: Load) -> dic
     trained = sum(shape.trained.values()) - lora
     weights = each * (shape.total - lora) + 4 * lora
     copied = shape.blocks + shape.head if load.full else shape.trunk
+    learnt = sum(n for name, n in shape.trained.items() if name.startswith("blocks"))
     if node.gradient_checkpointing:  # autocast's own cache has those of what trains
-        learnt = sum(n for name, n in shape.trained.items() if name.startswith("blocks"))
         copied = min(copied, learnt + shape.blocks / shape.depth + shape.head * bool(load.full))
     gradients = each * trained + 4 * lora
     small = first and settings.dcr.optim.moments is Moments.int8
@@ -333,6 +336,12 @@ def memory(settings: TrainConfig, stage: Stage, shape: Shape, load: Load) -> dic
         copied = min(copied, 2 * shape.blocks / shape.depth + matrices)
         weights = weights / world + each * copied
         gradients, moments, buckets = gradients / world, moments / world, 0
+    if first and lightens(settings):  # autocast's copies are of what trains, and of a tied head
+        copied = learnt + shape.head * (bool(load.full) and shape.tied)
+        frozen = {name: n for name, n in shape.parts.items() if not shape.trained[name]}
+        frozen.pop("embeddings", None)
+        beyond = 0 if load.full else frozen.pop(upper(shape.block, shape.depth), 0)
+        weights -= 2 * sum(frozen.values()) + 4 * beyond
     if node.precision is Precision.mixed:
         weights += 2 * copied
     parts = {
@@ -372,13 +381,16 @@ def micro_tokens(settings: TrainConfig, before: int | None = None) -> tuple[int,
     if settings.trainer.devices * settings.trainer.num_nodes > 1:
         return MICRO_TOKENS, f"of each of several processes; {ANOTHER}"
     shape, free = stage_shape(settings, Stage.sft), _free_bytes(settings)
-    for number in (MICRO_TOKENS >> halved for halved in range(HALVINGS + 1)):
+
+    def peak(number: int) -> float:
         largest = max(number, settings.sft.max_len)
         load = Load(0, largest, largest, largest, 0, largest, 0)
-        peak = sum(memory(settings, Stage.sft, shape, load).values())
-        if peak <= FREE_SHARE * free:
-            break
-    return number, f"planned peak {peak / 1e9:.1f} GB of {free / 1e9:.1f} GB free; {ANOTHER}"
+        return sum(memory(settings, Stage.sft, shape, load).values())
+
+    sizes = [MICRO_TOKENS >> halved for halved in range(HALVINGS + 1)]
+    number = next((n for n in sizes if peak(n) <= FREE_SHARE * free), sizes[-1])
+    of_free = f"planned peak {peak(number) / 1e9:.1f} GB of {free / 1e9:.1f} GB free"
+    return number, f"{of_free}; {ANOTHER}"
 
 
 def _free_bytes(settings: TrainConfig) -> float:

@@ -23,6 +23,7 @@ from tiny_run import (
     failing,
     fit,
     gradients_of_one_step,
+    logged,
     same,
     settings,
     weights,
@@ -458,3 +459,23 @@ def test_two_ranks_measure_what_one_process_does(tmp_path: Path) -> None:
 def quiet() -> Iterator[None]:
     with callbacks.quiet():
         yield
+
+
+@pytest.mark.parametrize("more", [(), ("dcr.nll.weight=0",), ("dcr.adapter=lora",)])
+def test_weights_held_light_change_no_bit_of_a_run(
+    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
+) -> None:
+    mixed, held = changed(tiny, "dcr.precision=mixed", "dcr.epochs=1", *more), []
+    at_each_step(
+        monkeypatch,
+        lambda _, module, __: held.append([(p.dtype, p.numel() > 0) for p in module.parameters()]),
+    )
+    for light in (True, False):
+        monkeypatch.setattr(config, "lightens", lambda _, light=light: light)
+        train.train(mixed, Run(tmp_path / str(light)))
+    light, whole = (tmp_path / str(kind) for kind in (True, False))
+    assert same(weights(light), weights(whole))
+    assert logged(light) == logged(whole)
+    assert ((torch.bfloat16, True) in held[0]) == ("dcr.nll.weight=0" not in more)  # all is trained
+    assert ((torch.float32, False) in held[0]) == ("dcr.nll.weight=0" in more)
+    assert set(held[-1]) == {(torch.float32, True)}

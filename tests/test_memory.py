@@ -118,6 +118,8 @@ def child(shape: dict[str, Any], block: int, settings: str) -> None:
             model = models.add_lora(model, node.lora, 0, blocks=block)
         policy = Policy(model, models.byte_tokenizer(), "random")
         module = ContrastiveModule(policy, node, block, 3)
+        if config.lightens(made):
+            models.lighten(model, block, whole=module.anchored)
         fit(module, batches, precision=LIGHTNING_PRECISION[node.precision])
 
     heads = shape["num_attention_heads"]

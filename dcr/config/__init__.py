@@ -14,6 +14,7 @@ from dcr.config.checks import (
     UserError,
     block_of,
     check_installed,
+    lightens,
     parameters,
 )
 from dcr.config.evaluation import (

@@ -36,6 +36,7 @@ from dcr.models.structure import (
     final_norm,
     freeze_beyond,
     head,
+    lighten,
     logits,
     readout,
     shard,

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
-from dcr import data, models, prompts, runs, storage
+from dcr import config, data, models, prompts, runs, storage
 from dcr.config import (
     FSDP,
     Adapter,
@@ -106,10 +106,13 @@ def train_contrastive(job: Job) -> None:
     total = batches.steps_per_epoch * settings.dcr.epochs
     module = ContrastiveModule(policy, settings.dcr, job.block, total)
     seen = _measuring(job, Stage.contrastive, policy, chat, total)
+    light = config.lightens(settings) and job.judge is None
+    if light:
+        models.lighten(policy.model, job.block, whole=module.anchored)
     with _fitted(job, Stage.contrastive, module, batches, total, *seen) as writes:
         trained = models.trained(policy.model)
         if writes:
-            policy = _whole(job, policy, trained, _contrastive_start)
+            policy = _whole(job, policy, trained, _contrastive_start, light)
             if settings.dcr.adapter is Adapter.lora:
                 policy = Policy(policy.model.merge_and_unload(), policy.tokenizer, policy.name)
             models.save_full(policy, run.stage("contrastive"))
@@ -188,13 +191,18 @@ def _sft_start(job: Job) -> Policy:
 
 
 def _whole(
-    job: Job, policy: Policy, trained: dict[str, Tensor], start: Callable[[Job], Policy]
+    job: Job,
+    policy: Policy,
+    trained: dict[str, Tensor],
+    start: Callable[[Job], Policy],
+    light: bool = False,
 ) -> Policy:
-    """The policy as one process has it: opened again, where it is sharded, with what was trained.
+    """The policy as one process has it: opened again with what was trained, where it is sharded or
+    some weights were made light.
 
-    Its modules would wait for the other processes in every forward pass.
+    Modules of a sharded one would wait for the other processes in every forward pass.
     """
-    if not sharding.is_sharded(policy.model):
+    if not (light or sharding.is_sharded(policy.model)):
         return policy
     policy = start(job)
     policy.model.load_state_dict(trained, strict=False)
