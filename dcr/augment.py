@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from dcr.generation import Completion
     from dcr.judges import Verdict
 
+    Judged = tuple[list[Completion], dict[str, str]]  # answers, and by id what became of each
+
 SET = "answers"  # the name of the completions' and the verdicts' files
 ACCEPTED, UNDECIDED = NOT_REJECTED = "accepted", "without a verdict"
 UNREADABLE = re.compile("[\0\ud800-\udfff]")  # no JSONL file of training pairs may hold these
@@ -167,39 +169,53 @@ def augment(options: Options, settings: EvalConfig) -> Tally:
         asked = PromptSet(name, kind, rows)
         return subjects.answers(asking, subject, [asked], folder, policy)[name]
 
+    def judged(asking: EvalConfig, rows: list[Example]) -> "Judged":
+        given = said(SET, Kind.seemingly_toxic, asking, rows)
+        return given, outcomes(given, asking, subjects.answers_folder(asking, work, subject))
+
     with storage.locked(work.folder):
         if options.twins:
             write = functools.partial(said, "twins", Kind.toxic)
             rows = _twins(settings, drawn, options.attempts, write, tally)
-        kept = kept_answers(options.out, author, rows)
-        known = {answer.id for answer in kept}
-        left = [row for row in rows if row.id not in known]
-        tally.accepted = len(rows) - len(left)
-        why_not: Counter[str] = Counter()
-        for asking in attempts:
-            if not left:
-                break
-            given = said(SET, Kind.seemingly_toxic, asking, left)
-            why = outcomes(given, asking, subjects.answers_folder(asking, work, subject))
-            accepted = {each.id: each for each in given if why[each.id] == ACCEPTED}
-            kept += [
-                _answer(row, accepted[row.id].response, author)
-                for row in left
-                if row.id in accepted
-            ]
-            if accepted:
-                storage.write_text(options.out, "".join(map(_line, kept)))
-            rejected = {i: reason for i, reason in why.items() if reason not in NOT_REJECTED}
-            tally.accepted += len(accepted)
-            tally.unanswered += len(left) - len(accepted) - len(rejected)
-            left = [row for row in left if row.id in rejected]
-            why_not = Counter(rejected.values())
-        tally.rejected += why_not
+        kept = _answered(options.out, author, rows, attempts, judged, tally)
     if options.twins:
         twins_kept = [row for row in rows if row.id in {answer.id for answer in kept}]
         pairs = {row.group for row in twins_kept}
         tally.pairs = balance.balance(twins_kept, [t for t in drawn if _pair(t) in pairs])
     return tally
+
+
+def _answered(
+    out: Path,
+    author: str,
+    rows: list[Example],
+    attempts: Sequence[EvalConfig],
+    judged: "Callable[[EvalConfig, list[Example]], Judged]",
+    tally: Tally,
+) -> list[Answer]:
+    """All that `out` then holds: what it held, and what one attempt after the other brings."""
+    kept = kept_answers(out, author, rows)
+    known = {answer.id for answer in kept}
+    left = [row for row in rows if row.id not in known]
+    tally.accepted = len(rows) - len(left)
+    why_not: Counter[str] = Counter()
+    for asking in attempts:
+        if not left:
+            break
+        given, why = judged(asking, left)
+        accepted = {each.id: each for each in given if why[each.id] == ACCEPTED}
+        kept += [
+            _answer(row, accepted[row.id].response, author) for row in left if row.id in accepted
+        ]
+        if accepted:
+            storage.write_text(out, "".join(map(_line, kept)))
+        rejected = {i: reason for i, reason in why.items() if reason not in NOT_REJECTED}
+        tally.accepted += len(accepted)
+        tally.unanswered += len(left) - len(accepted) - len(rejected)
+        left = [row for row in left if row.id in rejected]
+        why_not = Counter(rejected.values())
+    tally.rejected += why_not
+    return kept
 
 
 def _answer(row: Example, response: str, author: str) -> Answer:

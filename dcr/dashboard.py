@@ -180,31 +180,35 @@ def specification(project: str, entity: str, made_with: Mapping[str, str]) -> tu
 
 def _views() -> dict[str, list[Any]]:
     """Panels by what they tell; their keys are those that runs log."""
+    return _of_training() | _of_evaluations()
+
+
+def _curve(title: str, *keys: str, x: str = "trainer/global_step", **more: Any) -> Any:
     from wandb_workspaces.reports.v2 import interface as wr
 
-    def curve(title: str, *keys: str, x: str = "trainer/global_step", **more: Any) -> Any:
-        return wr.LinePlot(title=title, x=x, y=list(keys), **more)
+    return wr.LinePlot(title=title, x=x, y=list(keys), **more)
 
-    from dcr.wandb_run import AXES, RESULTS
 
-    swept = ("dcr.layer", "dcr.margin", *AXES)
-    by_method = {"groupby": wr.Config("method"), "groupby_aggfunc": "mean"}
-    compliance, refused, _ = SCORES
+def _of_training() -> dict[str, list[Any]]:
+    from wandb_workspaces.reports.v2 import interface as wr
+
+    from dcr.wandb_run import RESULTS
+
     return {
         "Stage one": [
-            curve("Circle loss", "contrastive/circle", "contrastive/circle/heldout"),
-            curve("Cosine within and across kinds", *(
+            _curve("Circle loss", "contrastive/circle", "contrastive/circle/heldout"),
+            _curve("Cosine within and across kinds", *(
                 f"contrastive/{which}_cosine" for which in ("within", "across")
             )),
-            curve("Held-out k-means accuracy", "contrastive/kmeans_accuracy/heldout"),
-            curve("NLL", "contrastive/nll"),
+            _curve("Held-out k-means accuracy", "contrastive/kmeans_accuracy/heldout"),
+            _curve("NLL", "contrastive/nll"),
         ],
         "Safety tuning": [
-            curve(f"NLL, {rows} rows", f"sft/nll/{rows}", f"sft/nll/{rows}/heldout")
+            _curve(f"NLL, {rows} rows", f"sft/nll/{rows}", f"sft/nll/{rows}/heldout")
             for rows in ("general", "refusal")
         ],
         "Refusal probability": [
-            curve(f"{stage}: {kind.value}", f"{stage}/refusal_probability/{kind.value}")
+            _curve(f"{stage}: {kind.value}", f"{stage}/refusal_probability/{kind.value}")
             for stage in RESULTS
             for kind in Kind
         ],
@@ -212,8 +216,20 @@ def _views() -> dict[str, list[Any]]:
             wr.LinePlot(title=stage, x="trainer/global_step", metric_regex=f"{stage}/kernel/.*")
             for stage in RESULTS
         ],
+    }  # fmt: skip
+
+
+def _of_evaluations() -> dict[str, list[Any]]:
+    from wandb_workspaces.reports.v2 import interface as wr
+
+    from dcr.wandb_run import AXES
+
+    swept = ("dcr.layer", "dcr.margin", *AXES)
+    by_method = {"groupby": wr.Config("method"), "groupby_aggfunc": "mean"}
+    compliance, refused, _ = SCORES
+    return {
         "Frontier": [
-            curve(
+            _curve(
                 "Over SFT, by method", f"snapshot/{compliance}", x=f"snapshot/{refused}",
                 title_x="toxic prompts refused", title_y="harmless prompts answered", **by_method,
             ),
@@ -223,7 +239,7 @@ def _views() -> dict[str, list[Any]]:
             ),
         ],
         "Epochs and ratio": [
-            curve(f"{score} against {axis}", f"eval/{score}", x=axis, title_x=axis, **by_method)
+            _curve(f"{score} against {axis}", f"eval/{score}", x=axis, title_x=axis, **by_method)
             for axis in AXES
             for score in SCORES
         ],

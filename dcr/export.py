@@ -158,15 +158,7 @@ def export(
     not the one it was trained on, for a run of a method that it does not know, and for a
     repository that cannot be written to.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"out={out}: is not empty; name a new folder")
-    made_with = run.config()
-    if not run.done(stage):
-        raise ConfigError(f"run={run.folder}: stage {stage} is not done there; train it first")
-    run.record()  # of which the card tells; damaged, it is named before weights are opened
-    known = {(m.value, each.value) for m, stages in STAGES.items() for each in stages}
-    if (made_with["method"], stage) not in known:
-        raise ConfigError(f"run={run.folder}: method={made_with['method']} has no stage {stage}")
+    made_with = _exportable(run, out, stage)
     model = config.model_of(made_with)
     settings = EvalConfig(model=model, calibrate=calibrate)
     import torch
@@ -200,6 +192,20 @@ def export(
             numbers = results.csv_text(shown)
             (staging / "metrics.csv").write_text(numbers, encoding="utf-8")
     return out
+
+
+def _exportable(run: Run, out: Path, stage: str) -> dict[str, Any]:
+    """What the run was made with, where its stage can be written to `out`."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"out={out}: is not empty; name a new folder")
+    made_with = run.config()
+    if not run.done(stage):
+        raise ConfigError(f"run={run.folder}: stage {stage} is not done there; train it first")
+    run.record()  # of which the card tells; damaged, it is named before weights are opened
+    known = {(m.value, each.value) for m, stages in STAGES.items() for each in stages}
+    if (made_with["method"], stage) not in known:
+        raise ConfigError(f"run={run.folder}: method={made_with['method']} has no stage {stage}")
+    return made_with
 
 
 def _speak_as_trained(chat: ChatFormat) -> None:
