@@ -73,39 +73,33 @@ def _aligned(
     """All parts in order, and the page with what was chosen and why; where the export lies."""
     from dcr.report import discernment
 
-    _done(base.parts())
+    study.all_done(base.parts())
     stl, notes = _safe(out, training, evaluating)
     settings = _training(dcr)
     key = [cli.plain(settings.model), cli.plain(settings.data), settings.seed]
     file = out / f"choice-{storage.fingerprint(key)}.json"
     chosen, why = [], f"stage one as configured: {NOT_CHOSEN}"
     if elsewhere(settings.data):
-        _done([Part("stage one", "choice", file.exists, lambda: _choose(settings, file))])
+        study.all_done([Part("stage one", "choice", file.exists, lambda: _choose(settings, file))])
         chosen, why = _chosen(storage.read_json(file, dict[str, Any]), settings)
     rung = stl.name.split()[1:]
     dcr = study.job_of(out, "DCR", [READOUT, *rung, *chosen, *training], evaluating)
     target = out / f"{dcr.run.folder.name}-export"
     safe = str(stl.run.folder)
-    dcr, base = (
-        replace(job, evaluations=(*job.evaluations, *_as_safe(job, safe))) for job in (dcr, base)
-    )
+    dcr, base = (_also_as_safe(job, safe) for job in (dcr, base))
     for job in (stl, dcr, base):
-        _done(job.parts())
+        study.all_done(job.parts())
     folders = [job.run.folder for job in (base, stl, dcr)]
     print(report.build(folders, out / "align.html", [discernment.NAME], notes=[*notes, why]))
     written = functools.partial(export.export, dcr.run, target, calibrate=safe)
-    _done([Part("DCR", "export", (target / "config.json").exists, written)])
+    study.all_done([Part("DCR", "export", (target / "config.json").exists, written)])
     return target
 
 
-def _as_safe(job: Job, safe: str) -> list[EvalConfig]:
-    """The evaluations of a job with a bias that makes it refuse as much as the run `safe`."""
-    return [replace(settings, calibrate=safe) for settings in job.evaluations]
-
-
-def _done(parts: Sequence[Part]) -> None:
-    for job, why in study.carry_out(parts).items():
-        raise Told(f"{job}: {why}", 1)
+def _also_as_safe(job: Job, safe: str) -> Job:
+    """Evaluated once more, with a bias that makes it refuse as much as the run `safe`."""
+    more = (replace(settings, calibrate=safe) for settings in job.evaluations)
+    return replace(job, evaluations=(*job.evaluations, *more))
 
 
 def elsewhere(data: DataConfig) -> bool:
@@ -168,8 +162,8 @@ def _safe(out: Path, training: Sequence[str], evaluating: Sequence[str]) -> tupl
             continue
         file = stl.run.folder / "learnt.json"
         asked = functools.partial(_ask, stl.evaluations[0], stl.run, file)
-        _done([*replace(stl, evaluations=()).parts()])
-        _done([Part(stl.name, "held-out toxic prompts", file.exists, asked)])
+        study.all_done([*replace(stl, evaluations=()).parts()])
+        study.all_done([Part(stl.name, "held-out toxic prompts", file.exists, asked)])
         found = storage.read_json(file, dict[str, int])
         told = f"{found['refused']} of {found['of']} held-out toxic prompts refused"
         tried[stl.run.folder] = f"{' '.join(rung) or 'with the settings given'}: {told}"

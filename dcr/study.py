@@ -415,6 +415,12 @@ def carry_out(parts: Sequence[Part]) -> dict[str, str]:
     return failed
 
 
+def all_done(parts: Sequence[Part]) -> None:
+    """Do what is not done, in order. Raises Told with the first job that failed."""
+    for job, why in carry_out(parts).items():
+        raise Told(f"{job}: {why}", 1)
+
+
 def in_fork(*works: Callable[[], object], meanwhile: Callable[[], object] | None = None) -> None:
     """Do something in a fork of this process, several things at once in one each.
 

@@ -170,8 +170,7 @@ def _anew(asked: Search, chosen: "Tried", seeds: int, whole: int) -> str:
             jobs.append(asked.final(f"{name}, seed {seed}", [*more, f"seed={seed}"]))
     by_folder = {job.run.folder: job for job in jobs}
     parts = [part for job in by_folder.values() for part in job.parts()]
-    for job, why in study.carry_out(parts).items():
-        raise Told(f"{job}: {why}", 1)
+    study.all_done(parts)
     note = (
         f"trial {chosen.number}, {' '.join(words)}: chosen from {whole} that came to their end, on "
         f"{', '.join(map(str, asked.validation))} with seed {first - 1}, trained anew with others"
