@@ -24,7 +24,7 @@ from dcr.balance import Balance
 from dcr.choice import origins
 from dcr.choice.origins import FEWEST, LIMIT, Material, Pair
 from dcr.config import ConfigError, Kind, TrainConfig
-from dcr.data import SEEMINGLY_TOXIC, TOXIC
+from dcr.data import LABELS
 from dcr.models import Policy
 from dcr.statistics import Interval
 
@@ -134,10 +134,9 @@ def choose(
     material = origins.gathered(settings.data, settings.seed, limit, pairs, tests)
     tokenizer = policy.tokenizer if policy else models.open_tokenizer(settings.model)
     chat = prompts.chat_format(tokenizer, settings.model)
-    labels = {Kind.seemingly_toxic: SEEMINGLY_TOXIC, Kind.toxic: TOXIC}
     rows = {
         (kind, names): data.prompt_rows(
-            chat, part, labels[kind], facts.context, settings.dcr.pooling
+            chat, part, LABELS[kind], facts.context, settings.dcr.pooling
         )
         for (kind, names), part in material.used.items()
     }
