@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, LlamaConfig, LogitsProcessorList
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import training
@@ -95,12 +95,12 @@ def generation(rows: int, length: int, width: int) -> Made:
     cfg, policy = opened(width)
     chat = replace(prompts.chat_format(policy.tokenizer, cfg.model), stop=(VOCABULARY - 1,))
     asked = torch.randint(0, VOCABULARY - 1, (rows, length)).tolist()
-    nothing: Any = LogitsProcessorList()
+    reader = local.FirstLogits(lambda logits: logits[:, 0])
     blocks = sum(weight.numel() for weight in models.decoder_blocks(policy.model).parameters())
     flops = 2 * rows * (blocks * (length + NEW - 1) + NEW * VOCABULARY * width)
 
     def step() -> None:
-        local.greedy(policy, chat, asked, NEW, nothing)
+        local.greedy(policy, chat, asked, NEW, reader)
 
     return step, flops
 
