@@ -29,6 +29,7 @@ LEAST = 0.9  # of a recorded ratio
 RATIO = re.compile(r"^ratio (.+): ([\d.e+-]+)$", re.MULTILINE)
 SIZES = {
     "startup": [],
+    "sweep": ["jobs=8"],
     "training": ["steps=1"],
     "sft": ["steps=1", "micro=2,4"],
     "generation": ["prompts=16", "new=256"],
