@@ -192,10 +192,14 @@ def test_other_families_say_what_each_prompt_alone_says(
         assert decoded[row.id][: len(expected)] == expected
 
 
-def test_room_made_ahead_holds_what_joining_does(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("across", [False, True])
+def test_room_made_ahead_holds_what_joining_does(
+    across: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against transformers' own layer: one token at a time, after rows were chosen, and cropped."""
     monkeypatch.setattr(cache, "ROOM", 3)
-    ours, theirs, chance = cache.RoomyLayer(), DynamicLayer(), torch.Generator().manual_seed(0)
+    ours, theirs = cache.RoomyLayer(across), DynamicLayer()
+    chance = torch.Generator().manual_seed(0)
     for step, tokens in enumerate([5, 1, 1, 1, 1, 1, 2, 1]):
         rows = 4 if step < 4 else 2
         new = [torch.randn(rows, 2, tokens, 3, generator=chance) for _ in range(2)]
@@ -208,10 +212,34 @@ def test_room_made_ahead_holds_what_joining_does(monkeypatch: pytest.MonkeyPatch
                 layer.crop(-2)
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kept", [1, 2, 6])
+def test_one_new_token_looks_back_as_torch_has_it(kept: int, kind: torch.dtype) -> None:
+    """Heads that share keys, over keys that lie across, with padding on the left."""
+    chance = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(3, heads, tokens, 8, generator=chance).to(kind)
+        for heads, tokens in ((6, 1), (kept, 7), (kept, 7))
+    )
+    mask = torch.ones(3, 1, 1, 7, dtype=torch.bool)
+    mask[1, ..., :4] = False
+    lying = key.mT.contiguous().mT
+    found, _ = cache.attention(torch.nn.Identity(), query, lying, value, mask, scaling=0.3)
+    query, key, value = query.double(), key.double(), value.double()
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, mask, scale=0.3, enable_gqa=True
+    )
+    near = 1e-5 if kind == torch.float32 else 0.05
+    torch.testing.assert_close(found.double(), expected.transpose(1, 2), atol=near, rtol=near)
+
+
 def test_a_token_is_written_where_there_is_room(policy: Policy) -> None:
     made: Any = cache.roomy_cache(policy.model)
     layer, one = made.layers[0], torch.ones(1, 1, 1, 2)
-    places = {layer.update(one, one)[0].data_ptr() for _ in range(cache.ROOM)}
+    places: set[int] = set()
+    for _ in range(cache.ROOM):
+        layer.update(one, one)
+        places.add(layer.keys.data_ptr())
     assert len(places) == 1
 
 

@@ -208,3 +208,26 @@ def test_long_and_short_rows_on_the_llama_shape_in_bf16() -> None:
         plain = models.backbone(model)(input_ids=ids, attention_mask=mask).last_hidden_state
     assert packed
     torch.testing.assert_close(found[mask], plain[mask], rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_laid_out_once_multiply_as_before(dtype: torch.dtype, monkeypatch: Any) -> None:
+    """On a tied head, layers with biases, and beside LoRA weights, which stay as they are."""
+    shape: dict[str, Any] = SHAPE | {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 100}
+    config = LlamaConfig(**shape, attention_bias=True, tie_word_embeddings=True)
+    model: Any = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    adapted = models.add_lora(model, LoraConfig(targets=["all-linear"]), seed=0).eval()
+    ids = torch.arange(12).view(3, 4)
+    with torch.inference_mode():
+        expected = adapted(input_ids=ids).logits
+        with fusing.prepacked(adapted):
+            layers: list[Any] = [m for m in adapted.modules() if "forward" in vars(m)]
+            found = adapted(input_ids=ids).logits
+        monkeypatch.setattr(fusing, "COPIES", sum(layer.weight.nbytes for layer in layers) - 1)
+        with fusing.prepacked(adapted):
+            assert not any("forward" in vars(m) for m in adapted.modules())
+    assert {type(layer) for layer in layers} == {nn.Linear}
+    assert len(layers) == 3 * 5 + 1  # two of seven in a block have fewer channels than are worth it
+    assert not any("forward" in vars(m) for m in adapted.modules())
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)

@@ -16,8 +16,9 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from dcr import activations, batching
 from dcr.batching import attention_mask, padded
-from dcr.generation.cache import roomy_cache
+from dcr.generation.cache import roomy_cache, stepping
 from dcr.models import Policy, unwrapped
+from dcr.models.fusing import prepacked
 
 NEEDED = ("attention_mask", "position_ids", "past_key_values", "logits_to_keep")
 ENDED = 1 / 8  # of the rows: once so many have ended, the others' cache is worth a copy
@@ -50,7 +51,6 @@ def _rows_may_leave(cache: Cache | None) -> bool:
     )
 
 
-@torch.inference_mode()
 def decoded(
     policy: Policy,
     readings: Sequence[tuple[Sequence[Sequence[int]], float]],
@@ -68,40 +68,41 @@ def decoded(
         logits: those that are decoded, from the contexts that are still read.
         is_over: whether an answer ends with the last of these tokens.
     """
-    contexts = [_heard(policy, prompts) for prompts, _ in readings]
-    answers: list[list[int]] = [[] for _ in readings[0][0]]
-    rows = list(range(len(answers)))  # those in the batch
-    under_way = set(rows)
-    scores = logits(contexts)
-    masses = score(scores)
-    if streamer is not None:
-        streamer.put(contexts[0].ids.cpu())
-    while True:
-        newest = scores.argmax(1)
-        if streamer is not None:
-            streamer.put(newest.cpu())
-        for row, token in zip(rows, newest.tolist(), strict=True):
-            answer = answers[row]
-            if row not in under_way:
-                continue
-            answer.append(token)
-            if len(answer) == most or is_over(answer):
-                under_way.remove(row)
-        if not under_way:
-            break
-        tokens = max(map(len, answers))
-        contexts = [c for c, (_, end) in zip(contexts, readings, strict=False) if tokens < end]
-        if len(under_way) <= (1 - ENDED) * len(rows) and _may_leave(policy, contexts):
-            left = [place for place, row in enumerate(rows) if row in under_way]
-            rows = [rows[place] for place in left]
-            places = torch.tensor(left, device=newest.device)
-            newest = newest[places]
-            contexts = [_kept(context, places) for context in contexts]
-        contexts = [_stepped(policy, context, newest) for context in contexts]
+    with torch.inference_mode(), stepping(policy.model), prepacked(policy.model):
+        contexts = [_heard(policy, prompts) for prompts, _ in readings]
+        answers: list[list[int]] = [[] for _ in readings[0][0]]
+        rows = list(range(len(answers)))  # those in the batch
+        under_way = set(rows)
         scores = logits(contexts)
-    if streamer is not None:
-        streamer.end()
-    return answers, masses
+        masses = score(scores)
+        if streamer is not None:
+            streamer.put(contexts[0].ids.cpu())
+        while True:
+            newest = scores.argmax(1)
+            if streamer is not None:
+                streamer.put(newest.cpu())
+            for row, token in zip(rows, newest.tolist(), strict=True):
+                answer = answers[row]
+                if row not in under_way:
+                    continue
+                answer.append(token)
+                if len(answer) == most or is_over(answer):
+                    under_way.remove(row)
+            if not under_way:
+                break
+            tokens = max(map(len, answers))
+            contexts = [c for c, (_, end) in zip(contexts, readings, strict=False) if tokens < end]
+            if len(under_way) <= (1 - ENDED) * len(rows) and _may_leave(policy, contexts):
+                left = [place for place, row in enumerate(rows) if row in under_way]
+                rows = [rows[place] for place in left]
+                places = torch.tensor(left, device=newest.device)
+                newest = newest[places]
+                contexts = [_kept(context, places) for context in contexts]
+            contexts = [_stepped(policy, context, newest) for context in contexts]
+            scores = logits(contexts)
+        if streamer is not None:
+            streamer.end()
+        return answers, masses
 
 
 def _may_leave(policy: Policy, contexts: Sequence[Context]) -> bool:

@@ -1,4 +1,4 @@
-"""Parts of a model as one step of autograd each, for training on a CPU: less kept, fewer passes.
+"""Parts of a model as one step each, for a CPU: less kept while training, fewer passes.
 
 What they compute is what PEFT and transformers compute, rounded less often.
 """
@@ -30,6 +30,9 @@ MASKS = {
 }
 # Of eight bytes seen as one number: the i-th bit of the i-th byte, and the lowest bit of each.
 DIAGONAL, ONES = 0x8040201008040201 - 2**64, 0x0101010101010101
+COPIES = 2**30  # bytes, of a small model's weights; larger ones are not held twice
+ROWS = 16  # that packed weights are laid out for; others are multiplied too
+NARROW = 64  # what has a side below it, such as a LoRA weight, is not packed
 
 
 @contextmanager
@@ -240,3 +243,43 @@ class _SwiGLU(torch.autograd.Function):
 
 # Modules by the end of their class's name: whether one does the same as ours, and ours.
 SAME = {"RMSNorm": (_is_rms_norm, rms_norm), "MLP": (_is_swiglu, swiglu)}
+
+
+# --- linear layers ---
+
+
+@contextmanager
+def prepacked(model: nn.Module) -> Iterator[None]:
+    """While open, linear layers of a model on a CPU multiply by copies of their weights.
+
+    oneDNN lays weights out anew for each product of few rows, which here it does once. No gradient
+    passes. Nothing changes where the copies would take more than `COPIES` bytes.
+    """
+    layers = model.modules() if torch.backends.mkldnn.is_available() else ()
+    changed: list[Any] = [layer for layer in layers if _is_packable(layer)]
+    if sum(layer.weight.nbytes for layer in changed) > COPIES:
+        changed = []
+    try:
+        for layer in changed:
+            weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), ROWS)
+            layer.forward = functools.partial(_product, weight, layer.bias)
+        yield
+    finally:
+        for layer in changed:
+            del layer.forward
+
+
+def _is_packable(layer: Any) -> bool:
+    """A plain one that is worth it, of a type that oneDNN multiplies here."""
+    if type(layer) is not nn.Linear or "forward" in vars(layer):
+        return False
+    kinds = [torch.float32]
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        kinds.append(torch.bfloat16)
+    weight = layer.weight
+    plain = type(weight.data) is Tensor and weight.device.type == "cpu" and weight.dtype in kinds
+    return plain and min(weight.shape) >= NARROW
+
+
+def _product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

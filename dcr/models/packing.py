@@ -96,7 +96,7 @@ def run(module: nn.Module, layout: Layout) -> Float[Tensor, "..."]:
     """The last hidden states of a backbone or trunk, laid out as its inputs are."""
     with ExitStack() as stack:
         if layout.taken is not None:
-            stack.enter_context(_attention(module))
+            stack.enter_context(attending(module, ATTENTION))
             if torch.is_grad_enabled():
                 stack.enter_context(fusing.fused(module))
         return module(**layout.inputs, use_cache=False).last_hidden_state
@@ -137,16 +137,17 @@ def packs(module: nn.Module, device: torch.device) -> bool:
 
 
 @contextmanager
-def _attention(module: nn.Module) -> Iterator[None]:
+def attending(module: nn.Module, name: str) -> Iterator[None]:
+    """While open, a model attends with the function of that name in transformers."""
     configs = [part.config for part in module.modules() if hasattr(part, "config")]
     kept = [config._attn_implementation_internal for config in configs]  # pyright: ignore
     try:
         for config in configs:
-            config._attn_implementation_internal = ATTENTION  # pyright: ignore
+            config._attn_implementation_internal = name  # pyright: ignore
         yield
     finally:
-        for config, name in zip(configs, kept, strict=True):
-            config._attn_implementation_internal = name  # pyright: ignore
+        for config, before in zip(configs, kept, strict=True):
+            config._attn_implementation_internal = before  # pyright: ignore
 
 
 def _groups(lengths: Sequence[int]) -> tuple[Group, ...]:
