@@ -105,7 +105,6 @@ class Shape:
     head: int  # the output projection, also where tied
     trunk_saved: float  # bytes kept by blocks 1 to ℓ for the backward pass of one token
     full_saved: float  # by all blocks
-    passed: int  # of the first blocks, below all that trains, which a gradient does not pass
 
     @property
     def total(self) -> int:
@@ -137,7 +136,6 @@ def stage_shape(settings: TrainConfig, stage: Stage) -> Shape:
     else:
         made = _counted(settings, stage, known)
     block = block_of(settings.dcr, len(made.blocks))
-    passed = settings.sft.from_block - 1 if stage is Stage.sft else 0
     return Shape(
         parts=made.parts,
         trained=made.trained,
@@ -149,9 +147,8 @@ def stage_shape(settings: TrainConfig, stage: Stage) -> Shape:
         trunk=sum(made.blocks[:block]),
         blocks=sum(made.blocks),
         head=made.vocabulary * made.width,
-        trunk_saved=sum(made.saved[passed:block]),
-        full_saved=sum(made.saved[passed:]),
-        passed=sum(made.blocks[:passed]),
+        trunk_saved=sum(made.saved[:block]),
+        full_saved=sum(made.saved),
     )
 
 
@@ -182,8 +179,7 @@ def _counted(settings: TrainConfig, stage: Stage, known: Blueprint) -> _Prepared
     }
     parts = {name: count for name, count in parts.items() if count or name == "head"}
     trained = dict.fromkeys(parts, 0)
-    passed = 0 if first else settings.sft.from_block - 1
-    learning = range(passed, block if first else known.depth)  # blocks with anything that trains
+    learning = range(block if first else known.depth)  # blocks with anything that trains
     if lora is None:
         trained[lower(block)] = parts[lower(block)]
         asked = settings.dcr.train_embeddings
@@ -218,8 +214,7 @@ def _built(settings: TrainConfig, stage: Stage) -> _Prepared:
     else:
         known = {id(weight) for part in parts.values() for weight in part}
         with torch.device("meta"):
-            places = {"blocks": block} if first else {"first": settings.sft.from_block}
-            model = models.add_lora(model, node, seed=0, **places)
+            model = models.add_lora(model, node, seed=0, blocks=block if first else None)
         parts["LoRA"] = [weight for weight in model.parameters() if id(weight) not in known]
     precision = settings.dcr.precision if first else settings.sft.precision
     return _Prepared(
@@ -468,7 +463,6 @@ def epoch_flops(settings: TrainConfig, stage: Stage, shape: Shape, load: Load) -
     heldout = shape.trunk if stage is Stage.contrastive else shape.blocks
     return (
         2 * passes * (load.trunk * shape.trunk + load.full * shape.blocks)
-        - 2 * (passes - 1) * (load.trunk + load.full) * shape.passed
         + 2 * (load.trunk + load.full) * sum(in_blocks)
         + 4 * load.labelled * shape.head
         + 2 * load.heldout * heldout

@@ -81,7 +81,7 @@ SETTINGS = {  # what a reader must know to judge a result, by stage
     "sft": (
         "sft.epochs", "sft.batch_size", "sft.lr", "sft.lora.rank", "sft.lora.alpha",
         "sft.lora.targets", "sft.max_len", "sft.precision",
-        "sft.from_block", "sft.readout.steps",
+        "sft.readout.steps",
     ),
 }  # fmt: skip
 

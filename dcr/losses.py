@@ -1,4 +1,4 @@
-"""The losses of stage one: Circle loss over prompt features, two in its place, next-token NLL."""
+"""The two losses of stage one: Circle loss over prompt features and chunked next-token NLL."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,46 +46,6 @@ def circle_loss(
             scale * negative_weights * (cosines - margin),
             labels,
         )
-
-
-def supcon_loss(
-    features: Float[Tensor, "batch width"], labels: Int[Tensor, "batch"], scale: float
-) -> Float[Tensor, ""]:
-    """SupCon on cosines with temperature 1 / `scale` (Khosla et al. 2020, Eq. 2: L_out).
-
-    As in `circle_loss`, in at least fp32, and an anchor without positives or negatives counts 0.
-    """
-    with torch.autocast(features.device.type, enabled=False):
-        logits = scale * _cosine_matrix(features)
-        positive, negative = _pair_masks(labels)
-        each = _masked_logsumexp(logits, positive | negative)[:, None] - logits
-        return _mean_of_anchors(
-            torch.where(positive, each, 0).sum(1) / positive.sum(1).clamp(min=1), labels
-        )
-
-
-def triplet_loss(
-    features: Float[Tensor, "batch width"],
-    labels: Int[Tensor, "batch"],
-    pairs: Int[Tensor, "batch"],
-    margin: float,
-) -> Float[Tensor, ""]:
-    """Triplet loss on cosines with hard negatives from within pairs, as CRL (arXiv 2506.11938) has
-    them from a search: [margin + cos(anchor, negative) - cos(anchor, positive)]+.
-
-    An anchor's negatives are the rows of another class in its own pair (equal numbers of at least
-    0); all of another class where the batch holds none. Its triplets are averaged, then anchors
-    are; otherwise as `circle_loss`.
-    """
-    with torch.autocast(features.device.type, enabled=False):
-        cosines = _cosine_matrix(features)
-        positive, negative = _pair_masks(labels)
-        twins = negative & (pairs[:, None] == pairs[None, :]) & (pairs >= 0)
-        negative = torch.where(twins.any(1, keepdim=True), twins, negative)
-        excess = torch.relu(margin + cosines[:, None, :] - cosines[:, :, None])
-        triplets = positive[:, :, None] & negative[:, None, :]
-        total = torch.where(triplets, excess, 0).sum((1, 2))
-        return _mean_of_anchors(total / triplets.sum((1, 2)).clamp(min=1), labels)
 
 
 def circle_floor(labels: Int[Tensor, "batch"]) -> Float[Tensor, ""]:
@@ -298,14 +258,7 @@ def _mean_over_anchors(
         _masked_logsumexp(positive_exponents, positive)
         + _masked_logsumexp(negative_exponents, negative)
     )
-    return _mean_of_anchors(losses, labels)
-
-
-def _mean_of_anchors(
-    losses: Float[Tensor, "batch"], labels: Int[Tensor, "batch"]
-) -> Float[Tensor, ""]:
-    """Over the batch; an anchor without a pair of either kind has no loss."""
-    positive, negative = _pair_masks(labels)
+    # an anchor without a pair of either kind has none
     losses = losses * (positive.any(1) & negative.any(1))
     return losses.sum() / max(len(losses), 1)
 

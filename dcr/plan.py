@@ -379,7 +379,7 @@ def _rows(kind: Kind, node: SourceConfig, count: int) -> list[Example]:
     prompt, response = CHARACTERS[kind]
     source = " + ".join(node.source)
     return [
-        Example(f"{source}-{i}", "x" * prompt, kind, source, "x" * response or None, group=str(i))
+        Example(f"{source}-{i}", "x" * prompt, kind, source, "x" * response or None)
         for i in range(count)
     ]
 

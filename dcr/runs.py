@@ -42,9 +42,7 @@ FREE_KEYS = ("stage", "plan", "force", "run", "trainer", "wandb")
 IDLE = {
     "sft": {
         "readout": {"steps": 0},
-        "from_block": 1,
-    },
-    "dcr": {"loss": "circle"},
+    }
 }
 # What a command writes before its first step.
 BEFORE_TRAINING = {

@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import signal
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,6 @@ from lightning import Callback
 from tiny_run import (
     at_each_step,
     changed,
-    composed,
     failing,
     fit,
     gradients_of_one_step,
@@ -33,13 +31,12 @@ from torchmetrics import MeanMetric
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dcr import config, losses, models, train
-from dcr.config import ConfigError, Kind, Pooling, Stage, TrainConfig, resolve
-from dcr.data import PromptBatch, SafetyData, Splits, pair_batch, prompt_batch, rows_of, split
+from dcr.config import Pooling, Stage, TrainConfig
+from dcr.data import PromptBatch, SafetyData, pair_batch, prompt_batch, rows_of, split
 from dcr.models import Policy
 from dcr.prompts import ChatFormat, PairRow
 from dcr.runs import Run
 from dcr.separability import kmeans_accuracy
-from dcr.sources import Example
 from dcr.training import callbacks
 from dcr.training.contrastive import ContrastiveModule, KMeansAccuracy, PairMetrics
 from dcr.training.resuming import Interrupted
@@ -179,49 +176,6 @@ def test_one_step_moves_the_weights_as_a_plain_reimplementation_does(
         torch.testing.assert_close(weight, plain.get_parameter(name), rtol=1e-4, atol=2e-5)
 
 
-def test_whole_pairs_meet_in_every_step_and_are_compared(
-    policy: Policy, chat: ChatFormat, tiny: TrainConfig
-) -> None:
-    told = changed(tiny, "dcr.loss=triplet", "dcr.sampler=pairs", "dcr.nll.weight=0")
-    rows = Splits(
-        [prompt_of(Kind.seemingly_toxic, i) for i in range(9)],
-        [prompt_of(Kind.toxic, i) for i in range(6)] + [prompt_of(Kind.toxic, 20)],
-    )
-    batches = list(SafetyData(Stage.contrastive, rows, chat, told).train_dataloader())
-    assert len(batches) == 2  # of 14 prompts, half of the 16 by eight
-    for batch in batches:
-        by_pair = Counter((name.partition("-")[2], label) for name, label in labelled(batch))
-        assert {pair for pair, _ in by_pair} <= {str(i) for i in range(6)}
-        assert all(by_pair[pair, 0] == by_pair[pair, 1] for pair, _ in by_pair)
-    plain = copy.deepcopy(policy.model)
-    trainer = fit(ContrastiveModule(policy, told.dcr, 1, 1), batches[:1])
-    output = plain(batches[0].ids, attention_mask=batches[0].mask, output_hidden_states=True)
-    last = batches[0].mask.sum(1) - 1
-    features = output.hidden_states[1][torch.arange(len(last)), last]
-    pairs = torch.tensor([int(name.partition("-")[2]) for name in batches[0].names])
-    expected = losses.triplet_loss(features, batches[0].labels, pairs, told.dcr.margin)
-    measured = trainer.callback_metrics
-    assert measured["contrastive/step_triplet"] == pytest.approx(expected.item(), abs=1e-5)
-    circle = losses.circle_loss(features, batches[0].labels, told.dcr.margin, told.dcr.scale)
-    assert measured["contrastive/step_circle"] == pytest.approx(circle.item(), abs=1e-4)
-    with pytest.raises(ConfigError, match=r"dcr\.sampler=pairs: no seemingly toxic prompt"):
-        list(
-            SafetyData(
-                Stage.contrastive, replace(rows, toxic=rows.toxic[6:]), chat, told
-            ).train_dataloader()
-        )
-    with pytest.raises(ConfigError, match=r"dcr\.batch_size=7: would part a pair"):
-        resolve(composed("train", "dcr.sampler=pairs", "dcr.batch_size=7"), TrainConfig)
-
-
-def prompt_of(kind: Kind, pair: int) -> Example:
-    return Example(f"{kind.value}-{pair}", f"{kind.value} {pair}", kind, "made", group=f"g{pair}")
-
-
-def labelled(batch: PromptBatch) -> list[tuple[str, int]]:
-    return list(zip(batch.names, batch.labels.tolist(), strict=True))
-
-
 # --- every switch ---
 
 SWITCHES = [
@@ -233,8 +187,6 @@ SWITCHES = [
     "dcr.sampler=proportional",
     "dcr.pooling=mean",
     "dcr.circle.weights=sun2020",
-    "dcr.loss=supcon",
-    "dcr.loss=triplet",
     "dcr.nll.source=general",
     "dcr.optim.lr=1e-4",
     "dcr.optim.weight_decay=0.1",

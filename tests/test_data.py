@@ -266,11 +266,10 @@ def test_the_record_names_every_row(files: Files) -> None:
 # --- orders of rows -----------------------------------------------------------------------------
 
 LABELS = [0] * 40 + [1] * 200
-PAIRS = [*range(38), 0, -1, *range(30), *range(100, 270)]  # of 0 to 29, and two safe sides of 0
 
 
 def drawn(sampler: Sampler, count: int, seed: int = 0) -> list[int]:
-    return data.DRAWS[sampler](LABELS, PAIRS, count, data.Chance(seed))
+    return data.DRAWS[sampler](LABELS, count, data.Chance(seed))
 
 
 def test_balanced_draws_both_classes_equally_often() -> None:
@@ -291,17 +290,6 @@ def test_proportional_draws_go_through_all_rows() -> None:
         assert sorted(rows[start : start + 240]) == list(range(240))
     assert len(set(rows[480:])) == 20
     assert rows[:240] != rows[240:480]
-
-
-def test_paired_draws_hold_both_sides_of_every_pair() -> None:
-    rows = drawn(Sampler.pairs, 601)
-    assert len(rows) == 600
-    sides = list(zip(rows[::2], rows[1::2], strict=True))
-    assert all((LABELS[safe], LABELS[toxic]) == (0, 1) for safe, toxic in sides)
-    assert all(PAIRS[safe] == PAIRS[toxic] for safe, toxic in sides)
-    for start in range(0, 300, 30):
-        assert sorted(PAIRS[safe] for safe, _ in sides[start : start + 30]) == list(range(30))
-    assert {safe for safe, _ in sides if PAIRS[safe] == 0} == {0, 38}
 
 
 def test_draws_follow_from_seed_and_epoch() -> None:

@@ -1,6 +1,7 @@
 """Batched greedy completions against one prompt at a time; the same of a server; their storage."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ from dcr.generation import Completion, cache, decoding, local
 from dcr.models import Policy
 from dcr.prompts import ChatFormat
 from dcr.sources import Example
-from tests import forked
+from tests import forked, shapes
 
 PROMPTS = [
     "Hi",
@@ -190,6 +191,33 @@ def test_other_families_say_what_each_prompt_alone_says(
     for row in ROWS:
         expected = by_hand(policy, row.prompt)
         assert decoded[row.id][: len(expected)] == expected
+
+
+@pytest.mark.parametrize("family", shapes.FAMILIES)
+def test_every_family_decodes_as_each_row_alone(family: str, policy: Policy) -> None:
+    """Rows of unlike length leave one after another; windows, soft caps and biases too."""
+    model, new = shapes.made(family, torch.float32), 12  # eager attention has no mask for float64
+    chance = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(2, 40, (n,), generator=chance).tolist() for n in (9, 7, 7, 5, 3, 2)]
+    stop, rows = range(0, shapes.VOCABULARY, 9), Policy(model, policy.tokenizer, "tiny")
+    assert decoding.is_possible(model)
+    found, first = decoding.decoded(
+        rows,
+        [(prompts, math.inf)],
+        new,
+        logits=lambda contexts: contexts[0].logits,
+        score=first_token,
+        is_over=lambda answer: answer[-1] in stop,
+    )
+    for prompt, answer in zip(prompts, found, strict=True):
+        expected: list[int] = []
+        while len(expected) < new and not (expected and expected[-1] in stop):
+            with torch.inference_mode():
+                ids = torch.tensor([prompt + expected])
+                expected.append(int(model(input_ids=ids).logits[0, -1].argmax()))
+        assert answer == expected
+    assert first.tolist() == [answer[0] for answer in found]
+    assert len(set(map(len, found))) > 1
 
 
 @pytest.mark.parametrize("across", [False, True])

@@ -25,12 +25,6 @@ SLOW = (pytest.mark.slow, pytest.mark.timeout(900))
 GENERAL = "dcr.nll.weight=0.5 dcr.nll.source=general dcr.nll.general_batch_size=3"
 
 
-PAIRS = (
-    "dcr.sampler=pairs dcr.ratio=null data.seemingly_toxic.source=[demo_seemingly_toxic] "
-    "data.toxic.source=[demo_toxic]"
-)
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     return settings(tmp_path_factory.mktemp("rows"), *SHARED)
@@ -94,7 +88,6 @@ def same_results(one: Path, several: Path, named: str) -> None:
         (["ddp*3"], "dcr.nll.weight=0.5 dcr.optim.clip=0.1 data.validation=0.4"),
         (["ddp*2"], f"{GENERAL} dcr.adapter=lora"),
         (["fsdp*2"], f"{GENERAL} {UNTIED}"),
-        (["ddp*2"], f"dcr.nll.weight=0 dcr.loss=triplet dcr.batch_size=10 {PAIRS}"),
         (["ddp*3"], "method=stl stage=all sft.batch_size=13"),
         (["fsdp*2"], "stage=all dcr.nll.weight=0.5 dcr.adapter=lora tracking.snapshots=2"),
         *(
@@ -106,7 +99,6 @@ def same_results(one: Path, several: Path, named: str) -> None:
                 "stage=all dcr.nll.weight=0 dcr.adapter=lora dcr.lora.rank=3 sft.lora.rank=3",
                 f"stage=all dcr.nll.weight=0.5 dcr.adapter=lora dcr.optim.clip=0.1 {UNTIED}",
                 f"stage=all {GENERAL} dcr.adapter=lora sft.micro_tokens=100",
-                f"dcr.nll.weight=0.5 dcr.loss=supcon {PAIRS}",
                 "method=stl stage=all sft.batch_size=13 sft.readout.steps=3 sft.readout.lr=1e-4",
             )
         ),

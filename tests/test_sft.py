@@ -56,7 +56,7 @@ def quiet() -> Iterator[None]:
 def adapted(policy: Policy, config: SFTConfig) -> Policy:
     """With an adapter whose B is not at the zero it starts from, where A has no gradient."""
     torch.manual_seed(1)
-    model = models.add_lora(policy.model, config.lora, seed=0, first=config.from_block)
+    model = models.add_lora(policy.model, config.lora, seed=0)
     for name, weight in model.named_parameters():
         if ".lora_B." in name:
             weight.data.normal_(0, 0.02)

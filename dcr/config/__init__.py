@@ -74,7 +74,6 @@ from dcr.config.schema import (
     Moments,
     NLLConfig,
     NLLSource,
-    PairLoss,
     Phrases,
     Pooling,
     Precision,

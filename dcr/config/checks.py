@@ -19,7 +19,6 @@ from dcr.config.schema import (
     Kind,
     Moments,
     Precision,
-    Sampler,
     TrainConfig,
     stages_of,
 )
@@ -103,7 +102,6 @@ RANGES = {
         ("layer", _not_negative, "blocks are counted from 1"),
         ("lr", lambda v: 0 < v <= 1, "give a learning rate above 0, at most 1"),
         ("weight weight_decay drift snapshots retries", _not_negative, "give 0 or more"),
-        ("from_block", _positive, "blocks are counted from 1"),
         ("dropout", _share, "give a number in [0, 1)"),
         ("clip", _positive, "give a gradient norm above 0, or null"),
         ("rank", lambda v: 0 < v <= 2**16, "give 1 to 65536"),
@@ -195,13 +193,10 @@ def _of_training(config: TrainConfig) -> Iterator[str]:
         )
     if dcr.layer not in (None, AUTO_LAYER) and type(dcr.layer) is not int:
         yield f"dcr.layer={dcr.layer}: give a block's number, auto, or null for dcr.depth"
-    size = dcr.batch_size
-    if dcr.sampler is Sampler.pairs and size % 2:
-        yield f"dcr.sampler=pairs dcr.batch_size={size}: would part a pair; give an even one"
-    if size < 3:
+    if dcr.batch_size < 3:
         yield (
-            f"dcr.batch_size={size}: a prompt needs one of its own class and one of the other "
-            "beside it; give 3 or more"
+            f"dcr.batch_size={dcr.batch_size}: a prompt needs one of its own class and one of the "
+            "other beside it; give 3 or more"
         )
     if dcr.precision is Precision.bf16 and dcr.optim.lr < 1e-6:
         yield (

@@ -60,14 +60,6 @@ class Weights(Enum):
     sun2020 = "sun2020"
 
 
-class PairLoss(Enum):
-    """What stage one asks of the cosines of prompts (see `dcr.losses`)."""
-
-    circle = "circle"  # the paper's
-    supcon = "supcon"
-    triplet = "triplet"  # against the other side of a prompt's own pair, where the batch holds it
-
-
 class Pooling(Enum):
     last = "last"
     mean = "mean"
@@ -81,7 +73,6 @@ class NLLSource(Enum):
 class Sampler(Enum):
     balanced = "balanced"
     proportional = "proportional"
-    pairs = "pairs"  # whole ones: a prompt of either kind out of one group, side by side
 
 
 class Precision(Enum):
@@ -280,9 +271,7 @@ class ContrastiveConfig:
     ratio: float | None = 2.0  # null: every toxic row that is left
     draws: int | None = None  # prompts an epoch; null: as many as there are
     batch_size: int = 32  # prompts a step
-    # Both kinds equally often in a batch, or by their numbers, or whole pairs.
-    sampler: Sampler = Sampler.balanced
-    loss: PairLoss = PairLoss.circle  # γ is one over the temperature of supcon
+    sampler: Sampler = Sampler.balanced  # both kinds equally often in a batch, or by their numbers
     # Which state stands for a prompt: of its last token, or the mean.
     pooling: Pooling = Pooling.last
     train_embeddings: bool | None = None  # null: where they are not tied to the head
@@ -336,8 +325,6 @@ class SFTConfig:
     precision: Precision = II("model.sft_precision")
     gradient_checkpointing: bool = False  # less memory for more time
     lora: LoraConfig = field(default_factory=LoraConfig)
-    # The first block with LoRA: what lies below stays frozen and is passed without gradient.
-    from_block: int = 1
     readout: ReadoutConfig = field(default_factory=ReadoutConfig)
 
 

@@ -42,7 +42,6 @@ class PromptBatch:
     labels: Int[Tensor, "batch"]
     spans: Int[Tensor, "batch 2"]
     targets: Int[Tensor, "batch length"]
-    pairs: Int[Tensor, "batch"]
     names: tuple[str, ...]
     general: PairBatch | None = None
 
@@ -77,7 +76,6 @@ def prompt_batch(
         torch.tensor([r.label for r in rows]),
         torch.tensor([r.features for r in rows]),
         padded([r.nll for r in rows], IGNORED),
-        torch.tensor([r.pair for r in rows]),
         tuple(r.id for r in rows),
         pair_batch(general, pad) if general else None,
     )

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from dcr.config import ConfigError, Sampler
+from dcr.config import Sampler
 
 Row = TypeVar("Row")
 
@@ -51,52 +51,21 @@ class Chance:
         return np.searchsorted(up_to, uniform).tolist()
 
 
-def balanced_draws(
-    labels: Sequence[int], _pairs: Sequence[int], draws: int, chance: Chance
-) -> list[int]:
+def balanced_draws(labels: Sequence[int], draws: int, chance: Chance) -> list[int]:
     """With replacement, weight one over the class count: the classes come up equally often."""
     _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
     return chance.choices(1.0 / counts[classes], draws)
 
 
-def proportional_draws(
-    labels: Sequence[int], _pairs: Sequence[int], draws: int, chance: Chance
-) -> list[int]:
+def proportional_draws(labels: Sequence[int], draws: int, chance: Chance) -> list[int]:
     """Every row once in random order, again and again: classes come up as often as they are."""
-    return _again_and_again(len(labels), draws, chance)
-
-
-def paired_draws(
-    labels: Sequence[int], pairs: Sequence[int], draws: int, chance: Chance
-) -> list[int]:
-    """Whole pairs in random order, again and again, a row of class 0 and one of class 1 each.
-
-    Rows without another of their pair are never drawn; a pair of several takes two by chance.
-    Raises ConfigError where no pair is whole.
-    """
-    sides: dict[int, tuple[list[int], list[int]]] = {}
-    for place, (label, pair) in enumerate(zip(labels, pairs, strict=True)):
-        if pair >= 0:
-            sides.setdefault(pair, ([], []))[label].append(place)
-    whole = [both for both in sides.values() if all(both)]
-    if not whole:
-        raise ConfigError(
-            "dcr.sampler=pairs: no seemingly toxic prompt of stage one shares its group with a "
-            "toxic one; name other sources, draw more rows, or use balanced"
-        )
-    order = _again_and_again(len(whole), draws // 2, chance)
-    return [rows[chance.permutation(len(rows))[0]] for place in order for rows in whole[place]]
-
-
-def _again_and_again(rows: int, draws: int, chance: Chance) -> list[int]:
-    rounds = math.ceil(draws / rows)
-    return [row for _ in range(rounds) for row in chance.permutation(rows)][:draws]
+    rounds = math.ceil(draws / len(labels))
+    return [row for _ in range(rounds) for row in chance.permutation(len(labels))][:draws]
 
 
 DRAWS = {
     Sampler.balanced: balanced_draws,
     Sampler.proportional: proportional_draws,
-    Sampler.pairs: paired_draws,
 }
 
 

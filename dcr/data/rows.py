@@ -13,7 +13,6 @@ from dcr.config import (
     Kind,
     NLLSource,
     Pooling,
-    Sampler,
     SFTConfig,
     Stage,
     TrainConfig,
@@ -125,20 +124,11 @@ class StageRows:
     def _prompts(
         self, chat: ChatFormat, safe: list[Example], toxic: list[Example], context: int | None
     ) -> list[PromptRow]:
-        numbers: dict[str, int] = {}  # of pairs
-        found = []
-        for label, part in ((SEEMINGLY_TOXIC, safe), (TOXIC, toxic)):
-            rows = prompt_rows(chat, part, label, context, self.dcr.pooling)
-            for example, row in zip(part, rows, strict=True):
-                of_one = example.group is not None
-                pair = numbers.setdefault(example.group or "", len(numbers)) if of_one else -1
-                found.append(replace(row, pair=pair))
-        return found
-
-    def _drawn(self, draws: int, chance: Chance) -> list[int]:
-        """Places of prompts of stage one, by its sampler."""
-        labels, pairs = [row.label for row in self.prompts], [row.pair for row in self.prompts]
-        return DRAWS[self.dcr.sampler](labels, pairs, draws, chance)
+        return [
+            row
+            for label, part in ((SEEMINGLY_TOXIC, safe), (TOXIC, toxic))
+            for row in prompt_rows(chat, part, label, context, self.dcr.pooling)
+        ]
 
     def _pairs(self, chat: ChatFormat, rows: list[Example], refusal: bool) -> list[PairRow]:
         made, encoded = [], functools.cache(chat.pair)  # a plan's placeholders are all alike
@@ -154,10 +144,10 @@ class StageRows:
 
     def _sampler(self) -> EpochBatches:
         if self.stage is Stage.contrastive:
-            draws, size = self.dcr.draws or len(self.prompts), self.dcr.batch_size
-            if self.dcr.sampler is Sampler.pairs:
-                draws -= draws % 2
-            return EpochBatches(lambda chance: self._drawn(draws, chance), draws, size, self.seed)
+            labels = [row.label for row in self.prompts]
+            draws, drawn = self.dcr.draws or len(labels), DRAWS[self.dcr.sampler]
+            size = self.dcr.batch_size
+            return EpochBatches(lambda chance: drawn(labels, draws, chance), draws, size, self.seed)
         count, size = len(self.pairs), self.sft.batch_size
         return EpochBatches(lambda chance: chance.permutation(count), count, size, self.seed)
 

@@ -156,14 +156,8 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def rms_norm(module: Any, x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
-    """x / sqrt(mean x² + ε) times the module's weight, normalised in fp32.
-
-    What is fp32 leaves it in autocast's dtype, if on, as every product behind it would round it.
-    """
-    dtype = x.dtype
-    if dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-    out: Any = _RMSNorm.apply(x, module.weight, _epsilon(module), dtype)
+    """x / sqrt(mean x² + ε) times the module's weight, normalised in fp32."""
+    out: Any = _RMSNorm.apply(x, module.weight, _epsilon(module))
     return out
 
 
@@ -176,18 +170,18 @@ def _is_rms_norm(module: Any) -> bool:
     if getattr(module, "weight", None) is None or not isinstance(_epsilon(module), float):
         return False
     x = torch.linspace(-0.01, 0.02, 4 * len(module.weight), dtype=module.weight.dtype)
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad():
         x = x.view(4, -1)
         return bool(torch.equal(module.forward(x), rms_norm(module, x)))  # pyright: ignore
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         wide = x.to(torch.float32)
         rate = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
         ctx.save_for_backward(x, weight, rate)
-        return (weight * (wide * rate).to(x.dtype)).to(dtype)
+        return weight * (wide * rate).to(x.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -201,8 +195,7 @@ class _RMSNorm(torch.autograd.Function):
             of_weight = (given * normal).flatten(0, -2).sum(0).to(weight.dtype)
         given = given * weight
         along = (given * normal).mean(-1, keepdim=True)
-        of_x = given.addcmul_(normal, along, value=-1).mul_(rate).to(x.dtype)
-        return of_x, of_weight, None, None
+        return given.addcmul_(normal, along, value=-1).mul_(rate).to(x.dtype), of_weight, None
 
 
 # --- SwiGLU ---

@@ -200,12 +200,9 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def add_lora(
-    model: Any, config: LoraConfig, seed: int, blocks: int | None = None, first: int = 1
-) -> PeftModel:
-    """The model with fresh LoRA weights in fp32 on `config.targets`, in blocks `first` to `blocks`.
+def add_lora(model: Any, config: LoraConfig, seed: int, blocks: int | None = None) -> PeftModel:
+    """The model with fresh LoRA weights in fp32 on `config.targets`, in the first `blocks` or all.
 
-    None for the last means all; blocks are counted from 1.
     The weights follow from `seed` alone, and the global generators stay as they were. Raises
     ConfigError for a target that matches no projection of a block.
     """
@@ -220,15 +217,14 @@ def add_lora(
             f"{', '.join(unknown)} match nothing in the model's blocks; choose from "
             f"{', '.join(names)}, or {ALL_LINEAR}"
         )
-    chosen = list(range(first - 1, blocks or len(inside))) if blocks or first > 1 else None
     # PEFT restricts to blocks only what it is given by name
-    spelled_out = names if chosen else ALL_LINEAR
+    spelled_out = names if blocks else ALL_LINEAR
     settings = PeftLoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=spelled_out if every else list(config.targets),
-        layers_to_transform=chosen,
+        layers_to_transform=list(range(blocks)) if blocks else None,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in inside.modules()),
         task_type="CAUSAL_LM",
     )

@@ -30,7 +30,6 @@ class PromptRow:
     label: int
     features: tuple[int, int]  # first and one past the last position
     nll: list[int]  # next-token targets, IGNORED where no loss falls
-    pair: int = -1  # a number shared by the rows of one pair, below 0 for a row of none
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,12 @@ def validation_of(settings: TrainConfig, asked: str | None) -> list[Pair]:
     Raises UserError where prompts of theirs share their origin with rows trained on or stand in a
     test set, or cannot be read.
     """
-    if asked is not None and (pairs := origins.parsed("validation", asked)):
+    if asked is not None:
+        pairs = origins.parsed("validation", asked)
+        if not pairs:
+            raise ConfigError(
+                f"validation={asked}: give <seemingly toxic>:<toxic>, or leave it out"
+            )
         for pair in pairs:
             _check_apart(settings, pair)
         return pairs

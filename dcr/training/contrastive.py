@@ -11,7 +11,7 @@ from torchmetrics.utilities import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from dcr import activations, losses, models
-from dcr.config import Adapter, ContrastiveConfig, NLLSource, PairLoss
+from dcr.config import Adapter, ContrastiveConfig, NLLSource
 from dcr.data import NO_CLASS, PairBatch, PromptBatch
 from dcr.models import Policy
 from dcr.prompts import IGNORED
@@ -19,17 +19,15 @@ from dcr.separability import kmeans_accuracy
 from dcr.training.resuming import ResumableModule, adamw, epoch_mean, ranks, rate_factor
 
 
-def of_all_ranks(features: Tensor, labels: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def of_all_ranks(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The rows of the global batch in order, without those of no class; gradient to ours alone.
 
     Every rank then finds the loss of all pairs, and each its own features' gradient of it.
     """
     if ranks() == 1:
-        return features, labels, pairs
-    gathered = (torch.cat(gather_all_tensors(part)) for part in (features, labels, pairs))
-    features, labels, pairs = gathered
-    kept = labels != NO_CLASS
-    return features[kept], labels[kept], pairs[kept]
+        return features, labels
+    everything, labels = (torch.cat(gather_all_tensors(part)) for part in (features, labels))
+    return everything[labels != NO_CLASS], labels[labels != NO_CLASS]
 
 
 def summed_over_ranks(value: Tensor) -> Tensor:
@@ -38,24 +36,10 @@ def summed_over_ranks(value: Tensor) -> Tensor:
     return torch.stack(gather_all_tensors(value)).sum(0) if ranks() > 1 else value
 
 
-def circle_of(
-    features: Tensor, labels: Tensor, _pairs: Tensor, config: ContrastiveConfig
-) -> Tensor:
+def circle_of(features: Tensor, labels: Tensor, config: ContrastiveConfig) -> Tensor:
     """Eq. 5 as stage one is told to take it."""
     kind = config.circle.weights.value
     return losses.circle_loss(features, labels, config.margin, config.scale, weights=kind)
-
-
-# By `dcr.loss`: what stage one asks of features, given their classes and pairs.
-PAIR_LOSSES: dict[PairLoss, Callable[[Tensor, Tensor, Tensor, ContrastiveConfig], Tensor]] = {
-    PairLoss.circle: circle_of,
-    PairLoss.supcon: lambda features, labels, _, config: losses.supcon_loss(
-        features, labels, config.scale
-    ),
-    PairLoss.triplet: lambda features, labels, pairs, config: losses.triplet_loss(
-        features, labels, pairs, config.margin
-    ),
-}
 
 
 class KMeansAccuracy(Metric):
@@ -145,11 +129,9 @@ class ContrastiveModule(ResumableModule):
 
     def training_step(self, batch: PromptBatch, _: int) -> Tensor:
         features, nll = self.forward_losses(self, batch)
-        features, labels, pairs = of_all_ranks(features, batch.labels, batch.pairs)
-        contrast = PAIR_LOSSES[self.config.loss](features, labels, pairs, self.config)
-        loss = self.checked(contrast + self.config.nll.weight * nll, batch.names)
-        circle, floor = self.circle(features.detach(), labels)  # measured whatever the loss is
-        self.log(f"contrastive/step_{self.config.loss.value}", contrast)
+        features, labels = of_all_ranks(features, batch.labels)
+        circle, floor = self.circle(features, labels)
+        loss = self.checked(circle + self.config.nll.weight * nll, batch.names)
         self.log("contrastive/step_circle", circle)
         leads = self.global_rank == 0
         self.train_metrics.add(features, labels, circle, floor, counts=leads)
@@ -194,8 +176,7 @@ class ContrastiveModule(ResumableModule):
 
     def circle(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Eq. 5 and its floor, the value at which no pair violates its margin."""
-        circle = circle_of(features, labels, labels, self.config)
-        return circle, losses.circle_floor(labels)
+        return circle_of(features, labels, self.config), losses.circle_floor(labels)
 
     def nll_tokens(self, batch: PromptBatch) -> Tensor:
         """How many tokens the batch's NLL is a mean over."""

@@ -69,9 +69,6 @@ def check(settings: TrainConfig, rows: Splits, wanted: Sequence[Stage]) -> None:
     phase = settings.sft.readout
     if phase.steps and phase.blocks > facts.depth:
         raise ConfigError(f"sft.readout.blocks={phase.blocks}: the model has {facts.depth}")
-    first_block = settings.sft.from_block
-    if first_block > facts.depth:
-        raise ConfigError(f"sft.from_block={first_block}: the model has blocks 1 to {facts.depth}")
     if (
         settings.trainer.strategy == FSDP
         and Stage.contrastive in wanted
@@ -184,9 +181,7 @@ def _sft_start(job: Job) -> Policy:
             settings.sft.precision,
             trust_remote_code=settings.model.trust_remote_code,
         )
-    adapted = models.add_lora(
-        policy.model, settings.sft.lora, settings.seed, first=settings.sft.from_block
-    )
+    adapted = models.add_lora(policy.model, settings.sft.lora, settings.seed)
     return Policy(adapted, policy.tokenizer, policy.name)
 
 
