@@ -158,7 +158,6 @@ def batch(vocabulary: int) -> Any:
         mask=torch.ones_like(ids, dtype=torch.bool),
         labels=torch.arange(ROWS) % 2,
         spans=torch.tensor([[0, LENGTH]] * ROWS),
-        pairs=torch.arange(ROWS) // 2,
         targets=torch.cat([ids[:, 1:], torch.full((ROWS, 1), -100)], 1),
         names=tuple(map(str, range(ROWS))),
     )
