@@ -443,7 +443,8 @@ def test_a_plan_needs_torch_for_the_machines_speed_alone(
     asked = "train.py model=tiny plan=true"
     (first, before), (second, then) = (loading([asked], tmp_path) for _ in range(2))
     assert (before, then) == ([f"{asked} loads torch"], [f"{asked} loads"])
-    assert second == first
+    moving = re.compile(r"of [\d.]+ GB free")  # memory that other processes take and leave
+    assert [moving.sub("", line) for line in second] == [moving.sub("", line) for line in first]
     assert [place.name for place in tmp_path.iterdir()] == ["cache"]
 
 
