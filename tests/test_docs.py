@@ -124,6 +124,7 @@ def test_a_key_that_there_is_not_would_be_found() -> None:
 
 @pytest.mark.parametrize("script", SCHEMAS)
 def test_the_groups_of_documented_commands_are_files(script: str) -> None:
+    cli.prepare()
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
         for document, of, argument in written():
             key, _, value = argument.partition("=")
