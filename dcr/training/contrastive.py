@@ -26,20 +26,15 @@ def of_all_ranks(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """
     if ranks() == 1:
         return features, labels
-    everything, labels = (torch.cat(gather_all_tensors(part)) for part in (features, labels))
-    return everything[labels != NO_CLASS], labels[labels != NO_CLASS]
+    features, labels = (torch.cat(gather_all_tensors(part)) for part in (features, labels))
+    kept = labels != NO_CLASS
+    return features[kept], labels[kept]
 
 
 def summed_over_ranks(value: Tensor) -> Tensor:
     """Without gradient."""
     value = value.detach()
     return torch.stack(gather_all_tensors(value)).sum(0) if ranks() > 1 else value
-
-
-def circle_of(features: Tensor, labels: Tensor, config: ContrastiveConfig) -> Tensor:
-    """Eq. 5 as stage one is told to take it."""
-    kind = config.circle.weights.value
-    return losses.circle_loss(features, labels, config.margin, config.scale, weights=kind)
 
 
 class KMeansAccuracy(Metric):
@@ -176,7 +171,11 @@ class ContrastiveModule(ResumableModule):
 
     def circle(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Eq. 5 and its floor, the value at which no pair violates its margin."""
-        return circle_of(features, labels, self.config), losses.circle_floor(labels)
+        told = self.config
+        circle = losses.circle_loss(
+            features, labels, told.margin, told.scale, weights=told.circle.weights.value
+        )
+        return circle, losses.circle_floor(labels)
 
     def nll_tokens(self, batch: PromptBatch) -> Tensor:
         """How many tokens the batch's NLL is a mean over."""
