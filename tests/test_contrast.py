@@ -3,7 +3,6 @@
 import functools
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dcr import generation, models, prompts
 from dcr.config import (
@@ -154,9 +154,10 @@ class HandMade(PreTrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor,
         position_ids: Tensor,
-        past_key_values: Any,
         use_cache: bool,
         logits_to_keep: int,
+        return_dict: bool = True,
+        past_key_values: Any = None,
     ) -> Any:
         logits = torch.full((len(input_ids), 1, 260), -50.0)
         for row, mask in enumerate(attention_mask):
@@ -166,7 +167,7 @@ class HandMade(PreTrainedModel):
                 emphasised = int(mask.sum()) > self.LONG
                 logits[row, 0, self.s] = 3.0 if emphasised else 2.0
                 logits[row, 0, self.a] = 0.5 if emphasised else 1.5
-        return SimpleNamespace(logits=logits, past_key_values=DynamicCache())
+        return CausalLMOutputWithPast(logits=logits, past_key_values=DynamicCache())
 
 
 @pytest.mark.parametrize(("weight", "said"), [(0.2, "s"), (0.3, "a"), (1.5, "a")])

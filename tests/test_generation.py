@@ -26,7 +26,7 @@ from dcr.config import (
     ServerConfig,
 )
 from dcr.endpoints import Failure, Reply
-from dcr.generation import Completion, cache, decoding, local
+from dcr.generation import Completion, cache, decoding, local, prefill
 from dcr.models import Policy
 from dcr.prompts import ChatFormat
 from dcr.sources import Example
@@ -74,6 +74,12 @@ FAMILIES = {
     "gpt2": GPT2,  # positions are learned: one too many is an error
     "mistral": LLAMA | {"model_type": "mistral", "sliding_window": 64},
 }
+
+
+@pytest.fixture(autouse=True)
+def _shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the byte tokenizer's chats begin with is read once, though it is short."""
+    monkeypatch.setattr(prefill, "WORTHWHILE", 4)
 
 
 def policy_of(seed: int = 0, **changes: Any) -> Policy:
@@ -194,12 +200,20 @@ def test_other_families_say_what_each_prompt_alone_says(
 
 
 @pytest.mark.parametrize("family", shapes.FAMILIES)
-def test_every_family_decodes_as_each_row_alone(family: str, policy: Policy) -> None:
-    """Rows of unlike length leave one after another; windows, soft caps and biases too."""
+@pytest.mark.parametrize("begun", [0, 9])
+def test_every_family_decodes_as_each_row_alone(family: str, begun: int, policy: Policy) -> None:
+    """Rows of unlike length leave one after another; windows, soft caps and biases too.
+
+    What they begin with is read once, where no window would count the padding behind it.
+    """
     model, new = shapes.made(family, torch.float32), 12  # eager attention has no mask for float64
     chance = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(2, 40, (n,), generator=chance).tolist() for n in (9, 7, 7, 5, 3, 2)]
-    stop, rows = range(0, shapes.VOCABULARY, 9), Policy(model, policy.tokenizer, "tiny")
+    alike, *prompts = (
+        torch.randint(2, 40, (n,), generator=chance).tolist() for n in (begun, 9, 7, 7, 5, 3, 1)
+    )
+    prompts = [[*alike, *own] for own in prompts]
+    assert prefill.shared(model, prompts) == (0 if family == "gemma2" else begun)
+    stop, rows = range(0, shapes.VOCABULARY, 6), Policy(model, policy.tokenizer, "tiny")
     assert decoding.is_possible(model)
     found, first = decoding.decoded(
         rows,

@@ -4,7 +4,9 @@ import json
 import math
 import os
 import random
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from sklearn.metrics import cohen_kappa_score
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks import keywords as fit
+from dcr.activations import Edit, Site, edited
 from dcr.config import ModelConfig, Precision
 from dcr.models import open_policy
 from dcr.prompts import ChatFormat
@@ -332,27 +335,65 @@ def test_the_margin_is_how_much_a_bias_must_add() -> None:
 FAMILIES = {
     "llama": {"model_type": "llama"},
     "gpt2": {"model_type": "gpt2"},  # whose positions are learned
+    "mistral": {"model_type": "mistral", "sliding_window": 16},  # which would count padding
     "mamba": {"model_type": "mamba", "state_size": 4},  # without keys that could be left out
 }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tokens", [1, 40, 10**6])
+@pytest.mark.parametrize("begun", [0, 8])
 def test_first_logits_are_those_of_each_prompt_alone(
-    family: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+    family: str, tokens: int, begun: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shape = TINY | FAMILIES[family]
-    model = open_policy(ModelConfig(name="tiny", architecture=shape), Precision.fp32).model
+    """Also where all prompts begin alike, one of them with a single token of its own."""
     chance = random.Random(0)
-    prompts = [[chance.randrange(1, 255) for _ in range(chance.randrange(2, 12))] for _ in range(9)]
+    lengths = [1, *(chance.randrange(2, 12) for _ in range(8))]
+    prompts = [[*range(begun), *(chance.randrange(9, 255) for _ in range(n))] for n in lengths]
     monkeypatch.setitem(opening.BATCH_TOKENS, "cpu", tokens)
+    model, read = _counted(family)
     passes = list(first_logits(model, prompts))
+    once = begun if family in ("llama", "gpt2") else 0
     assert sorted(place for places, _ in passes for place in places) == list(range(9))
     assert (len(passes) == 9) == (tokens == 1)
+    several = sum(len(places) > 1 for places, _ in passes)
+    computed = sum(len(places) * max(lengths[p] for p in places) for places, _ in passes)
+    apart = sum(
+        begun * (len(places) if not once or len(places) == 1 else 0) for places, _ in passes
+    )
+    assert sum(read) == computed + apart + several * once
     for places, logits in passes:
-        lengths = [len(prompts[place]) for place in places]
-        assert len(places) == 1 or len(places) * max(lengths) <= tokens
-        for place, row in zip(places, logits, strict=True):
-            with torch.inference_mode():
-                alone = model(input_ids=torch.tensor([prompts[place]])).logits[0, -1]
-            torch.testing.assert_close(row, alone, rtol=1e-4, atol=1e-5)
+        longest = max(len(prompts[place]) for place in places)
+        assert len(places) == 1 or len(places) * (longest - once) <= tokens
+        _assert_alone(model, [prompts[place] for place in places], logits)
+
+
+@pytest.mark.parametrize(("once", "several"), [(False, True), (True, False)])
+def test_an_edit_of_prompts_sees_each_in_one_pass(once: bool, several: bool) -> None:
+    """One of all positions alike leaves reading a beginning once as it is."""
+    model, read = _counted("llama")
+    prompts = [[*range(8), *range(20, 20 + n)] for n in (1, 3, 5)]
+    plain = next(first_logits(model, prompts))[1]
+    read.clear()
+    edit = Edit(Site.block_output, 1, add=torch.linspace(-2, 2, 32), once=once)
+    with edited(model, [edit]):
+        ((places, logits),) = first_logits(model, prompts)
+        assert read == ([8, 15] if several else [39])
+        _assert_alone(model, [prompts[place] for place in places], logits)
+    assert (logits - plain).abs().max() > 0.01
+
+
+def _counted(family: str) -> tuple[Any, list[int]]:
+    """A tiny model, and the number of tokens that each of its passes reads."""
+    shape, read = TINY | FAMILIES[family], []
+    model = open_policy(ModelConfig(name="tiny", architecture=shape), Precision.fp32).model
+    embedding: Any = model.get_input_embeddings()
+    embedding.register_forward_pre_hook(lambda _, args: read.append(args[0].numel()))
+    return model, read
+
+
+def _assert_alone(model: Any, prompts: Sequence[Sequence[int]], logits: torch.Tensor) -> None:
+    for ids, row in zip(prompts, logits, strict=True):
+        with torch.inference_mode():
+            alone = model(input_ids=torch.tensor([ids])).logits[0, -1]
+        torch.testing.assert_close(row, alone, rtol=1e-4, atol=1e-5)

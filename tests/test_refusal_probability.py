@@ -18,6 +18,7 @@ from transformers import (
 
 from dcr import activations, prompts, refusal
 from dcr.config import ModelConfig
+from dcr.generation import prefill
 from dcr.models import Policy, byte_tokenizer
 from dcr.refusal import probability
 from dcr.refusal.phrases import continuations, ending
@@ -39,6 +40,12 @@ SHAPE = {
 # "a" begins three others, "ab" two; "q" is a leaf of the root.
 SHORT = ("ab", "a", "abc", "xy", "abd", "q")
 PROMPTS = ("How do I bake bread?", "Hi", "Name three rivers that flow north, please")
+
+
+@pytest.fixture(autouse=True)
+def _shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the byte tokenizer's chats begin with is read once, though it is short."""
+    monkeypatch.setattr(prefill, "WORTHWHILE", 4)
 
 
 def model_of(kind: str, attention: str = "sdpa", **changes: Any) -> PreTrainedModel:
@@ -113,7 +120,7 @@ def test_each_of_the_papers_phrases(kind: str) -> None:
     assert [len(answer) for answer in answers] == list(map(len, refusal.REFUSAL_PHRASES))
     tree = trie(answers)
     with torch.inference_mode():
-        edges = probability.by_tree(model, tree, probability.prefill(model, encoded))
+        edges = probability.by_tree(model, tree, prefill.prefill(model, encoded))
     for row, ids in enumerate(encoded):
         for path, answer in zip(tree.paths, answers, strict=True):
             expected = log_p_by_passes(model, ids, answer)
@@ -155,21 +162,24 @@ def test_batches_change_nothing_and_keep_the_order(size: int | None) -> None:
     assert scored(model, []).shape == (0,)
 
 
-def test_two_passes_and_no_token_too_many() -> None:
+def test_three_passes_and_no_token_too_many() -> None:
+    """What all prompts begin with, their rests, and the phrases."""
     model: Any = model_of("llama")
-    fed: list[int] = []
+    fed: list[tuple[int, ...]] = []
     head: list[int] = []
     model.model.register_forward_pre_hook(
-        lambda _m, _a, kwargs: fed.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+        lambda _m, _a, kwargs: fed.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     model.lm_head.register_forward_pre_hook(lambda _m, args: head.append(args[0].shape[1]))
     scored(model)
-    longest = max(len(chat_ids(byte_tokenizer(), prompt)) for prompt in PROMPTS)
-    assert fed == [longest, 3]  # "a", "ab" and "x" have edges below them
+    encoded = [chat_ids(byte_tokenizer(), prompt) for prompt in PROMPTS]
+    longest = max(map(len, encoded))
+    once = next(i for i in range(longest) if len({ids[i] for ids in encoded}) > 1)
+    assert fed == [(1, once), (3, longest - once), (3, 3)]  # "a", "ab" and "x" have edges below
     assert head == [1, 3]
     fed.clear()
-    scored(model, phrases=("a", "b"))
-    assert fed == [longest]
+    scored(model, phrases=("a", "b"), batch_size=1)
+    assert fed == [(1, len(ids)) for ids in sorted(encoded, key=len, reverse=True)]
 
 
 # --- closed form ---
@@ -400,7 +410,7 @@ def test_a_plan_by_prompt_edits_the_same_rows(monkeypatch: pytest.MonkeyPatch) -
 
     with activations.edited(model, plan):
         fast = scored(model)
-        monkeypatch.setattr(probability, "MASKABLE", set())
+        monkeypatch.setattr(prefill, "MASKABLE", set())
         walked = scored(model, batch_size=1)
     assert_close(fast, walked, rtol=1e-5, atol=0)
 

@@ -73,7 +73,10 @@ def edited(model: Any, edits: Edits | Plan) -> Iterator[None]:
 
 
 def per_row(model: Any) -> bool:
-    """Whether an open edit depends on the row, so that rows must stay in their batch and place."""
+    """Whether an open edit depends on the row or on what is its prompt.
+
+    Rows must then stay in their batch and place, and a prompt be read in one pass.
+    """
     hooks = models.backbone(model)._forward_pre_hooks.values()
     return any(isinstance(session, _Session) and session.per_row for session in hooks)
 
@@ -127,7 +130,7 @@ class _Session:
     def install(self, edits: Edits) -> None:
         self.uninstall()
         for edit in edits:
-            if isinstance(edit.scale, Tensor) or edit.start is not None:
+            if edit.once or isinstance(edit.scale, Tensor) or edit.start is not None:
                 self.per_row = True
             elif edit.scale == 0:
                 continue

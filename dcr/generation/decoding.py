@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from dcr import activations, batching
-from dcr.batching import attention_mask, padded
+from dcr.batching import padded
 from dcr.generation.cache import roomy_cache, stepping
+from dcr.generation.prefill import prefill
 from dcr.models import Policy, unwrapped
 from dcr.models.fusing import prepacked
 
@@ -26,7 +27,10 @@ ENDED = 1 / 8  # of the rows: once so many have ended, the others' cache is wort
 
 @dataclass(frozen=True)
 class Context:
-    """One of the ways that a batch of prompts is read, up to the newest token."""
+    """One of the ways that a batch of prompts is read, up to the newest token.
+
+    The ids are padded on the left; the mask is the cache's, as `prefill` has it.
+    """
 
     ids: Int[Tensor, "rows width"]
     mask: Bool[Tensor, "rows width"]
@@ -111,36 +115,26 @@ def _may_leave(policy: Policy, contexts: Sequence[Context]) -> bool:
 
 def _heard(policy: Policy, prompts: Sequence[Sequence[int]]) -> Context:
     ids = padded(prompts, 0, left=True).to(policy.model.device)
-    mask = attention_mask(prompts, left=True).to(ids.device)
-    return _read(policy, ids, mask, roomy_cache(policy.model), ids.shape[1])
+    read = prefill(policy.model, prompts, cache=roomy_cache(policy.model))
+    return Context(ids, read.mask.bool(), read.cache, read.logits[:, -1].float())
 
 
 def _stepped(policy: Policy, context: Context, newest: Int[Tensor, "rows"]) -> Context:
+    """The context once its newest token has passed through the model."""
     ids = torch.cat([context.ids, newest[:, None]], 1)
     mask = torch.cat([context.mask, torch.ones_like(context.mask[:, :1])], 1)
-    return _read(policy, ids, mask, context.cache, 1)
+    output = policy.model(
+        input_ids=newest[:, None],
+        attention_mask=mask.long(),
+        position_ids=batching.positions(mask)[:, -1:],
+        past_key_values=context.cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return Context(ids, mask, output.past_key_values, output.logits[:, -1].float())
 
 
 def _kept(context: Context, places: Int[Tensor, "left"]) -> Context:
     """The context of these rows; their cache takes the place of the whole one."""
     context.cache.batch_select_indices(places)
     return Context(context.ids[places], context.mask[places], context.cache, context.logits[places])
-
-
-def _read(
-    policy: Policy,
-    ids: Int[Tensor, "rows width"],
-    mask: Bool[Tensor, "rows width"],
-    cache: Cache | None,
-    new: int,
-) -> Context:
-    """The context once the last `new` tokens have passed through the model."""
-    output = policy.model(
-        input_ids=ids[:, -new:],
-        attention_mask=mask.long(),
-        position_ids=batching.positions(mask)[:, -new:],
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    return Context(ids, mask, output.past_key_values, output.logits[:, -1].float())

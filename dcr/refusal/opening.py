@@ -13,10 +13,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dcr import grouping, models
+from dcr.generation.prefill import prefill, recurrent, shared
 from dcr.models import unwrapped
 from dcr.prompts import ChatFormat
 from dcr.refusal.phrases import FIRST_WORDS, OPENINGS, continuations, ending
-from dcr.refusal.probability import prefill, recurrent
 
 SPACES = " \t\r\nĠĊ▁"  # before a word, also as byte-level and SentencePiece tokenizers spell them
 BATCH_TOKENS = {"cuda": 2**15, "cpu": 2**11}  # of one pass: more at once are no faster
@@ -89,8 +89,9 @@ def shown_mass(likeliest: Mapping[str, float]) -> tuple[float, float, float]:
 
 def opening_batches(model: Any, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     """Places of the prompts that share a pass of `first_logits`."""
+    once = shared(model, prompts)
     tokens = BATCH_TOKENS.get(unwrapped(model).device.type, BATCH_TOKENS["cpu"])
-    return grouping.by_tokens(prompts, tokens, even=recurrent(model))
+    return grouping.by_tokens([ids[once:] for ids in prompts], tokens, even=recurrent(model))
 
 
 def first_logits(
@@ -98,11 +99,11 @@ def first_logits(
 ) -> Iterator[tuple[list[int], Float[Tensor, "batch vocabulary"]]]:
     """The logits of the first token behind each prompt: places of prompts, and theirs.
 
-    Prompts of nearly one length share a pass, the longest first; logits are made for their last
-    positions alone. A model that keeps a state instead of keys, into which padding would blend,
-    reads those of one length together.
+    Prompts of nearly one length share a pass, the longest first; what all of it begin with is read
+    once, and logits are made for their last positions alone. A model that keeps a state instead of
+    keys, into which padding would blend, reads those of one length together.
     """
     for places in opening_batches(model, prompts):
         with torch.inference_mode(), models.evaluating(model):
-            read = prefill(model, [tuple(prompts[place]) for place in places], keep=False)
+            read = prefill(model, [prompts[place] for place in places], keep=False)
         yield places, read.logits[:, -1]

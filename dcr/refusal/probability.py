@@ -8,7 +8,6 @@ with a copy of the cache for each branch.
 """
 
 import copy
-import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,9 +19,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dcr import batching, grouping, models
-from dcr.batching import attention_mask, padded
-from dcr.config import ConfigError
+from dcr import grouping, models
+from dcr.generation.prefill import (
+    Prefilled,
+    cache_name,
+    forward,
+    obstacle,
+    prefill,
+    recurrent,
+    text_config,
+)
 from dcr.models import unwrapped
 from dcr.refusal.phrases import (
     REFUSAL_PHRASES,
@@ -103,62 +109,6 @@ def trie(sequences: Sequence[Tokens]) -> Trie:
     )
 
 
-MASKABLE = {"sdpa", "eager"}  # attention that adds whatever mask it is given
-WINDOWED = {"sliding_attention", "chunked_attention"}
-WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
-CACHES = ("past_key_values", "cache_params")
-
-
-@dataclass(frozen=True)
-class Prefilled:
-    """Prompts as the model has read them: their cache and the logits at their last positions."""
-
-    cache: Any
-    mask: Int[Tensor, "batch length"]
-    logits: Float[Tensor, "batch 1 vocabulary"]
-
-
-def obstacle(model: Any, tokens: int) -> str | None:
-    """Why a model cannot take a tree mask over `tokens` positions; None where it can."""
-    text = _text(model)
-    if recurrent(model):
-        return "not all of its layers are attention over all keys"
-    if text._attn_implementation not in MASKABLE:
-        return f"its attention is {text._attn_implementation}"
-    if "position_ids" not in _parameters(model) or getattr(text, "alibi", False):
-        return "its positions cannot be set"
-    kinds = getattr(text, "layer_types", None)
-    windows = [getattr(text, name, None) for name in WINDOWS]
-    windowed = kinds is None or bool(WINDOWED & set(kinds))
-    if windowed and any(isinstance(window, int) and tokens >= window for window in windows):
-        return f"{tokens} tokens do not fit its attention window"
-    return None
-
-
-def recurrent(model: Any) -> bool:
-    """Whether some layer keeps a state instead of keys, into which padding would blend."""
-    kinds = set(getattr(_text(model), "layer_types", None) or ())
-    stateful = getattr(unwrapped(model), "_is_stateful", False)
-    keyless = CACHES[0] not in _parameters(model)
-    return stateful or bool(kinds - WINDOWED - {"full_attention"}) or keyless
-
-
-def prefill(model: Any, prompts: Sequence[Tokens], keep: bool = True) -> Prefilled:
-    """Reads prompts, padded on the left, in one pass with logits for their last positions alone.
-
-    Without `keep` no cache is made, for those who go no further.
-    """
-    device = unwrapped(model).device
-    mask = attention_mask(prompts, left=True).long().to(device)
-    places = batching.positions(mask)
-    options: dict[str, int] = {"use_cache": keep}
-    if "logits_to_keep" in _parameters(model):
-        options["logits_to_keep"] = 1
-    output = _pass(model, padded(prompts, 0, left=True).to(device), mask, places, None, options)
-    cache = output[_cache_name(model)] if keep else None
-    return Prefilled(cache, mask, output.logits[:, -1:])
-
-
 def by_tree(model: Any, tree: Trie, prompts: Prefilled) -> Float[Tensor, "batch edges"]:
     """Log-probability of every edge: one pass over all inner nodes. The cache is used up."""
     outer = len(tree.edges(0))
@@ -170,7 +120,7 @@ def by_tree(model: Any, tree: Trie, prompts: Prefilled) -> Float[Tensor, "batch 
         depths = torch.tensor(tree.depths, device=device)
         places = prompts.mask.sum(1, keepdim=True) + depths - 1
         mask = _tree_mask(tree, prompts.mask, prompts.cache.layers[0].keys.dtype)
-        logits = _pass(model, ids, mask, places, prompts.cache, {}).logits
+        logits = forward(model, ids, mask, places, prompts.cache, {}).logits
         log_p.append(edge_log_p(logits, sources, tree.labels[outer:]))
     return torch.cat(log_p, 1)
 
@@ -187,8 +137,8 @@ def by_walk(model: Any, tree: Trie, prompts: Prefilled) -> Float[Tensor, "batch 
             own = cache if child == below[-1] else copy.deepcopy(cache)
             ids = prompts.mask.new_full((len(prompts.mask), 1), tree.tokens[child - 1])
             mask = torch.cat([prompts.mask, ids.new_ones(len(ids), tree.depths[child - 1])], 1)
-            output = _pass(model, ids, mask, mask.sum(1, keepdim=True) - 1, own, {})
-            visit(child, output.logits, output[_cache_name(model)])
+            output = forward(model, ids, mask, mask.sum(1, keepdim=True) - 1, own, {})
+            visit(child, output.logits, output[cache_name(model)])
 
     visit(0, prompts.logits, prompts.cache)
     return torch.cat([log_p[node] for node in sorted(log_p)], 1)
@@ -215,33 +165,6 @@ def _tree_mask(
     )
     hidden = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
     return hidden.masked_fill(~seen, torch.finfo(dtype).min)[:, None]
-
-
-def _pass(
-    model: Any, ids: Tensor, mask: Tensor, places: Tensor, cache: Any, options: dict[str, int]
-) -> Any:
-    placed = batching.placed(unwrapped(model), places)
-    kept = {} if cache is None else {_cache_name(model): cache}
-    given = {"use_cache": True} | placed | kept | options
-    return model(input_ids=ids, attention_mask=mask, return_dict=True, **given)
-
-
-def _text(model: Any) -> Any:
-    return unwrapped(model).config.get_text_config(decoder=True)
-
-
-def _parameters(model: Any) -> set[str]:
-    return set(inspect.signature(unwrapped(model).forward).parameters)
-
-
-def _cache_name(model: Any) -> str:
-    name = next((name for name in CACHES if name in _parameters(model)), None)
-    if name is None:
-        kind = type(unwrapped(model)).__name__
-        raise ConfigError(
-            f"model.name: {kind} keeps no cache to continue a prompt from; drop refusal_probability"
-        )
-    return name
 
 
 log = logging.getLogger(__name__)
@@ -414,7 +337,7 @@ def _batch_size(model: Any, tree: Trie, longest: int) -> int:
     for one prompt at a time.
     """
     owner = unwrapped(model)
-    text = owner.config.get_text_config(decoder=True)
+    text = text_config(model)
     width = text.hidden_size
     inner = max(getattr(text, "intermediate_size", None) or 0, 4 * width)
     per_token = 2 * text.num_hidden_layers * width + 6 * width + 3 * inner

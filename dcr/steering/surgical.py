@@ -27,10 +27,10 @@ from tqdm.auto import tqdm
 from dcr import models
 from dcr.activations import Edit, Edits, Site, edited
 from dcr.config import ConfigError, SteeringConfig, SurgicalConfig
+from dcr.generation.prefill import prefill
 from dcr.models import Policy
 from dcr.prompts import ChatFormat
 from dcr.refusal.phrases import PhraseError, checked, continuations, ending
-from dcr.refusal.probability import prefill
 from dcr.steering import vectors
 from dcr.steering.prompts import KINDS, Extraction
 from dcr.steering.vectors import Vectors
@@ -288,8 +288,8 @@ def last_log_p(
     parts = []
     with torch.no_grad():
         for start in range(0, len(sequences), vectors.BATCH_SIZE):
-            batch = [tuple(ids) for ids in sequences[start : start + vectors.BATCH_SIZE]]
-            logits = prefill(model, batch).logits[:, -1]
+            batch = sequences[start : start + vectors.BATCH_SIZE]
+            logits = prefill(model, batch, keep=False).logits[:, -1]
             wide = torch.promote_types(logits.dtype, torch.float32)
             parts.append(logits.to(wide).log_softmax(-1))
     return torch.cat(parts)
