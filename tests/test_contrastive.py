@@ -153,7 +153,9 @@ def test_one_step_moves_the_weights_as_a_plain_reimplementation_does(
 ) -> None:
     plain, batch = copy.deepcopy(policy.model), batch_of(chat)
     dcr = replace(tiny.dcr, nll=replace(tiny.dcr.nll, weight=0.5))
-    taken = gradients_of_one_step(ContrastiveModule(policy, dcr, 1, 1), batch)
+    module = ContrastiveModule(policy, dcr, 1, 1)
+    assert module.laid_out(models.backbone(policy.model), batch.ids, batch.mask).prefix > 4
+    taken = gradients_of_one_step(module, batch)
     out = plain(
         batch.ids,
         attention_mask=batch.mask,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft.tuners import lora
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, MixtralConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from dcr import models
@@ -16,60 +16,75 @@ from dcr.models import fusing, packing
 from tests.shapes import FAMILIES, SHAPE, made
 
 LENGTHS = (3, 9, 1, 9, 6)
+# Rows that begin with the same eight tokens, two of which have no more: seven are shared.
+ALIKE, PREFIX = (11, 30, 8, 17, 8), 7
 OTHERS: dict[str, Any] = {
     "mistral, a wide window": MistralConfig(**SHAPE, sliding_window=64),
     "mistral, a narrow window": MistralConfig(**SHAPE, sliding_window=4),
+    "mixtral": MixtralConfig(**SHAPE, num_local_experts=4),
 }
 # Softcaps, dropout in attention, a window that rows are longer than.
 PADDED = {"gemma2", "gpt2", "gpt2 untied", "mistral, a narrow window"}
+FP32 = {"gemma2", "mixtral"}  # the others in fp64
 
 
-def batch() -> tuple[Tensor, Tensor]:
+def batch(lengths: tuple[int, ...] = LENGTHS) -> tuple[Tensor, Tensor]:
     chance = torch.Generator().manual_seed(5)
-    ids = torch.randint(2, SHAPE["vocab_size"], (len(LENGTHS), max(LENGTHS)), generator=chance)
-    return ids, torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
+    ids = torch.randint(2, SHAPE["vocab_size"], (len(lengths), max(lengths)), generator=chance)
+    if lengths is ALIKE:
+        ids[:, : PREFIX + 1] = ids[0, : PREFIX + 1]
+    return ids, torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
 
 
-def states(backbone: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, bool]:
+def states(backbone: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, models.Layout]:
     layout = models.laid_out(backbone, ids, mask, models.packs(backbone, ids.device))
-    return layout.padded(models.run(backbone, layout)), layout.taken is not None
+    return layout.padded(models.run(backbone, layout)), layout
 
 
+@pytest.mark.parametrize("lengths", [LENGTHS, ALIKE], ids=["unlike", "alike"])
 @pytest.mark.parametrize("block", [None, 2], ids=["whole", "trunk"])
 @pytest.mark.parametrize("adapted", [True, False], ids=["LoRA", "all weights"])
 @pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
 def test_states_and_gradients_are_those_of_each_row_alone(
-    family: str, adapted: bool, block: int | None, monkeypatch: pytest.MonkeyPatch
+    family: str,
+    adapted: bool,
+    block: int | None,
+    lengths: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(packing, "QUERIES", 4)  # so that a row takes several products
     monkeypatch.setattr(packing, "SCORES", 80)  # and the rows several groups
+    if adapted and family == "mixtral":
+        pytest.skip("its experts are no layers")
+    dtype = torch.float32 if family in FP32 else torch.float64
     if family in OTHERS:
         torch.manual_seed(1)
-        model: Any = AutoModelForCausalLM.from_config(OTHERS[family]).double()
+        model: Any = AutoModelForCausalLM.from_config(OTHERS[family]).to(dtype)
     else:
-        model = made(family, torch.float32 if family == "gemma2" else torch.float64)
+        model = made(family, dtype)
     if adapted:
         model = models.add_lora(model, LoraConfig(dropout=0.0, targets=["all-linear"]), 0)
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(weight, std=0.1)
     plain = copy.deepcopy(model)
-    ids, mask = batch()
-    weight = torch.randn(*ids.shape, 16, dtype=models.head(model).weight.dtype)
+    ids, mask = batch(lengths)
+    weight = torch.randn(*ids.shape, 16, dtype=dtype)
 
     def cut(whole: Any) -> Any:
         return models.trunk(whole, block) if block else models.backbone(whole)
 
-    found, packed = states(cut(model), ids, mask)
-    assert packed == (family not in PADDED)
+    found, layout = states(cut(model), ids, mask)
+    assert (layout.taken is not None) == (family not in PADDED)
+    assert layout.prefix == (PREFIX if lengths is ALIKE and family not in PADDED else 0)
     (found * weight)[mask].sum().backward()
-    for row, length in enumerate(LENGTHS):
+    for row, length in enumerate(lengths):
         alone = cut(plain)(input_ids=ids[row : row + 1, :length], use_cache=False).last_hidden_state
         torch.testing.assert_close(
             found[row, :length], alone[0], rtol=1e-5, atol=1e-5, check_dtype=False
         )
         (alone[0] * weight[row, :length]).sum().backward()
-    near = 1e-4 if family == "gemma2" else 1e-5  # in fp32, the others in fp64
+    near = 1e-4 if family in FP32 else 1e-5
     gradients = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
     assert len(gradients) > 10
     for name, parameter in model.named_parameters():
@@ -79,7 +94,8 @@ def test_states_and_gradients_are_those_of_each_row_alone(
     assert models.unwrapped(model).config._attn_implementation == "sdpa" or family == "gemma2"
 
 
-def test_no_padded_token_is_computed() -> None:
+@pytest.mark.parametrize("lengths", [LENGTHS, ALIKE], ids=["unlike", "alike"])
+def test_no_token_is_computed_twice_nor_any_padding(lengths: tuple[int, ...]) -> None:
     model, seen = made("qwen2 tied"), []
     backbone = models.backbone(model)
     models.decoder_blocks(model)[0].get_submodule("mlp").register_forward_pre_hook(
@@ -87,15 +103,50 @@ def test_no_padded_token_is_computed() -> None:
     )
     packs = models.packs(backbone, torch.device("cpu"))
     seen.clear()
-    models.run(backbone, models.laid_out(backbone, *batch(), packs))
-    assert seen == [(1, sum(LENGTHS), 16)]
+    models.run(backbone, models.laid_out(backbone, *batch(lengths), packs))
+    twice = (len(ALIKE) - 1) * PREFIX if lengths is ALIKE else 0
+    assert seen == [(1, sum(lengths) - twice, 16)]
+
+
+def test_a_prefix_is_shared_where_it_is_right_and_worth_it(monkeypatch: Any) -> None:
+    ids, mask = batch(ALIKE)
+    adapted: Any = models.add_lora(
+        made("qwen2 tied"), LoraConfig(dropout=0.1, targets=["all-linear"]), 0
+    )
+    backbone, jittered = models.backbone(adapted), OTHERS["mixtral"]
+    packs = models.packs(backbone.train(), ids.device)
+    assert packs is models.Packing.prefix
+
+    def prefix(of: Any, ids: Tensor, mask: Tensor) -> int:
+        return models.laid_out(of, ids, mask, packs).prefix
+
+    assert prefix(backbone, ids, mask) == 0, "rows would share what dropout draws"
+    assert prefix(backbone.eval(), ids, mask) == PREFIX
+    assert prefix(backbone, ids[:1], mask[:1]) == 0
+    assert prefix(backbone, ids[:, 5:], mask[:, 5:]) == 0, "two tokens are few"
+    monkeypatch.setattr(jittered, "router_jitter_noise", 0.1)
+    noisy = models.backbone(AutoModelForCausalLM.from_config(jittered))
+    assert prefix(noisy.train(), ids, mask) == 0
+    assert prefix(noisy.eval(), ids, mask) == PREFIX
+    own = packing._looked_at
+
+    def blind(group: packing.Group, kept: int, given: Tensor) -> Tensor:
+        seen = own(group, kept, given)
+        seen[:, : group.before] = 0
+        return seen
+
+    monkeypatch.setattr(packing, "_looked_at", blind)
+    packs = models.packs(backbone, ids.device)
+    assert packs is models.Packing.rows, "without a prefix nothing is wrong with it"
+    assert prefix(backbone, ids, mask) == 0
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
 def test_checkpointed_blocks_stay_padded() -> None:
     model = made("qwen2 tied")
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    assert not models.packs(models.backbone(model.train()), torch.device("cpu"))
+    packs = models.packs(models.backbone(model.train()), torch.device("cpu"))
+    assert packs is models.Packing.padded
     assert models.decoder_blocks(model)[0].training
 
 
@@ -198,15 +249,16 @@ def test_a_norm_has_the_gradient_autograd_finds(dtype: torch.dtype) -> None:
         torch.testing.assert_close(own, theirs, rtol=near, atol=near)
 
 
-def test_long_and_short_rows_on_the_llama_shape_in_bf16() -> None:
+@pytest.mark.parametrize("lengths", [LENGTHS, ALIKE], ids=["unlike", "alike"])
+def test_long_and_short_rows_on_the_llama_shape_in_bf16(lengths: tuple[int, ...]) -> None:
     """Attention in autocast, as in training: against transformers' own, to bf16's last bits."""
     torch.manual_seed(2)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE)).bfloat16()
-    ids, mask = batch()
+    ids, mask = batch(lengths)
     with torch.autocast("cpu", torch.bfloat16):
-        found, packed = states(models.backbone(model), ids, mask)
+        found, layout = states(models.backbone(model), ids, mask)
         plain = models.backbone(model)(input_ids=ids, attention_mask=mask).last_hidden_state
-    assert packed
+    assert layout.prefix == (PREFIX if lengths is ALIKE else 0)
     torch.testing.assert_close(found[mask], plain[mask], rtol=0.05, atol=0.05)
 
 

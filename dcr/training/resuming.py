@@ -105,7 +105,7 @@ class ResumableModule(LightningModule):
         super().__init__()
         self.rows: tuple[str, ...] = ()  # ids of the rows in the current step
         self.faulty: tuple[str, ...] = ()  # those of this rank in it whose loss is not finite
-        self._packs: dict[int, bool] = {}  # whether a backbone or trunk goes without padding
+        self._packs: dict[int, models.Packing] = {}  # of a backbone or trunk
         self.strict_loading = False  # frozen weights are absent; on_load_checkpoint checks the rest
 
     def recompute_blocks(self) -> None:
