@@ -6,11 +6,13 @@ Every variant runs in a process of its own (so that peak memory is its own), one
 the embedded corpus: the same rows in the same steps, the same precision, the same optimiser. The
 plain loops are what one writes by hand: micro-batches of four rows as they come, padded to their
 longest, `model(..., labels=labels).loss`; for stage one, one full forward with
-`output_hidden_states=True`. CPU seconds of the steps are summed without the first step. Only the
-ratios of one run of this script mean anything.
+`output_hidden_states=True`. CPU seconds of the steps are summed without the first step, whose loss,
+of the same weights, must be the plain loop's. Only the ratios of one run of this script mean
+anything.
 """
 
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -35,6 +37,7 @@ from dcr.training.sft import SFTModule
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 MICRO_ROWS = 4  # the paper's micro-batch
+NEAR = 1e-3  # relative, of the first loss, ours against the plain loop's, both in bf16
 DECAY = 0.01
 VARIANTS = {
     "sft, plain loop": "plain_sft",
@@ -71,8 +74,8 @@ def plain_sft(cfg: TrainConfig, steps: int) -> dict[str, float]:
         model, chosen = policy.model, row_lists(rows, steps)
         optimizer = _adamw(model, cfg.sft.lr)
 
-        def step(index: int) -> int:
-            batch = [rows.pairs[i] for i in chosen[index]]
+        def step(index: int) -> tuple[int, float]:
+            batch, summed, labelled = [rows.pairs[i] for i in chosen[index]], 0.0, 0
             groups = [batch[i : i + MICRO_ROWS] for i in range(0, len(batch), MICRO_ROWS)]
             for group in groups:
                 micro = data.pair_batch(group, rows.pad)
@@ -82,9 +85,11 @@ def plain_sft(cfg: TrainConfig, steps: int) -> dict[str, float]:
                 with torch.autocast("cpu", torch.bfloat16):
                     loss = model(micro.ids, attention_mask=micro.mask, labels=labels).loss
                 (loss / len(groups)).backward()
+                count = int((labels != prompts.IGNORED).sum())
+                summed, labelled = summed + count * loss.item(), labelled + count
             optimizer.step()
             optimizer.zero_grad()
-            return sum(len(row.ids) for row in batch)
+            return sum(len(row.ids) for row in batch), summed / labelled
 
         return _timed(step, steps)
 
@@ -95,8 +100,8 @@ def ours_sft(cfg: TrainConfig, steps: int) -> dict[str, float]:
         module = SFTModule(policy, cfg.sft, total_steps=steps)
         optimizer = adamw(policy.model, cfg.sft.lr, DECAY, lambda _: 1.0)["optimizer"]
 
-        def step(index: int) -> int:
-            batch = [rows.pairs[i] for i in chosen[index]]
+        def step(index: int) -> tuple[int, float]:
+            batch, loss = [rows.pairs[i] for i in chosen[index]], 0.0
             groups = data.micro_batches(batch, cfg.sft.micro_tokens)
             micros = [data.pair_batch(group, rows.pad) for group in groups]
             tokens = sum(int((micro.targets != prompts.IGNORED).sum()) for micro in micros)
@@ -104,9 +109,10 @@ def ours_sft(cfg: TrainConfig, steps: int) -> dict[str, float]:
                 with torch.autocast("cpu", torch.bfloat16):
                     total, _ = module.nll(micro)
                 (total / tokens).backward()
+                loss += total.item() / tokens
             optimizer.step()
             optimizer.zero_grad()
-            return sum(len(row.ids) for row in batch)
+            return sum(len(row.ids) for row in batch), loss
 
         return _timed(step, steps)
 
@@ -118,7 +124,7 @@ def plain_contrastive(cfg: TrainConfig, steps: int) -> dict[str, float]:
         models.freeze_beyond(model, block, cfg.dcr.train_embeddings)
         optimizer = _adamw(model, cfg.dcr.optim.lr)
 
-        def step(index: int) -> int:
+        def step(index: int) -> tuple[int, float]:
             batch = data.prompt_batch([rows.prompts[i] for i in chosen[index]], rows.pad)
             anchored = cfg.dcr.nll.weight > 0
             labels = torch.where(batch.mask, batch.ids, prompts.IGNORED) if anchored else None
@@ -132,10 +138,11 @@ def plain_contrastive(cfg: TrainConfig, steps: int) -> dict[str, float]:
             last = batch.mask.sum(1) - 1
             features = output.hidden_states[block][torch.arange(len(last)), last]
             circle = losses.circle_loss(features, batch.labels, cfg.dcr.margin, cfg.dcr.scale)
-            (circle + cfg.dcr.nll.weight * output.loss if anchored else circle).backward()
+            loss = circle + cfg.dcr.nll.weight * output.loss if anchored else circle
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            return int(batch.mask.sum())
+            return int(batch.mask.sum()), loss.item()
 
         return _timed(step, steps)
 
@@ -148,15 +155,16 @@ def ours_contrastive(cfg: TrainConfig, steps: int) -> dict[str, float]:
         models.lighten(policy.model, block, whole=cfg.dcr.nll.weight > 0)
         optimizer = adamw(policy.model, cfg.dcr.optim.lr, DECAY, lambda _: 1.0)["optimizer"]
 
-        def step(index: int) -> int:
+        def step(index: int) -> tuple[int, float]:
             batch = data.prompt_batch([rows.prompts[i] for i in chosen[index]], rows.pad)
             with torch.autocast("cpu", torch.bfloat16):
                 features, nll = module.forward_losses(module, batch)
                 circle, _ = module.circle(features, batch.labels)
-            (circle + cfg.dcr.nll.weight * nll).backward()
+            loss = circle + cfg.dcr.nll.weight * nll
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            return int(batch.mask.sum())
+            return int(batch.mask.sum()), loss.item()
 
         return _timed(step, steps)
 
@@ -194,14 +202,15 @@ def _adamw(model: Any, lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(trained, lr=lr, weight_decay=DECAY)
 
 
-def _timed(step: Callable[[int], int], steps: int) -> dict[str, float]:
-    step(0)
+def _timed(step: Callable[[int], tuple[int, float]], steps: int) -> dict[str, float]:
+    _, loss = step(0)
     began, tokens = time.process_time(), 0
     for index in range(1, steps + 1):
-        tokens += step(index)
+        tokens += step(index)[0]
     seconds = time.process_time() - began
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"seconds": seconds, "tokens_per_second": tokens / seconds, "peak_gib": memory}
+    speed = tokens / seconds
+    return {"loss": loss, "seconds": seconds, "tokens_per_second": speed, "peak_gib": memory}
 
 
 def main() -> None:
@@ -213,7 +222,14 @@ def main() -> None:
         print(json.dumps(measured))
         return
     head_values()
-    table = Table("variant", "CPU seconds", "tokens/s", "peak GiB", "time against the plain loop")
+    table = Table(
+        "variant",
+        "first loss",
+        "CPU seconds",
+        "tokens/s",
+        "peak GiB",
+        "time against the plain loop",
+    )
     plain, ratios = {"seconds": 1.0, "peak_gib": 1.0}, {}
     for name, variant in VARIANTS.items():
         command = [sys.executable, __file__, *sys.argv[1:], f"variant={variant}"]
@@ -221,10 +237,12 @@ def main() -> None:
         got = json.loads(done.stdout.splitlines()[-1])
         plain = got if variant.startswith("plain") else plain
         if not variant.startswith("plain"):
+            assert math.isclose(got["loss"], plain["loss"], rel_tol=NEAR), (name, got, plain)
             ratios[f"{name}: time of the plain loop"] = plain["seconds"] / got["seconds"]
             ratios[f"{name}: memory of the plain loop"] = plain["peak_gib"] / got["peak_gib"]
         table.add_row(
             name,
+            f"{got['loss']:.4f}",
             f"{got['seconds']:.1f}",
             f"{got['tokens_per_second']:.0f}",
             f"{got['peak_gib']:.2f}",

@@ -11,7 +11,7 @@ Memory, in bytes, is the sum of
                  of those without copies, and none beyond ℓ without an NLL term
     gradients    trained parameters, in their own type, and with DDP a second time in its buckets
     Adam states  twice as much, or twice a byte and a scale for 256 of them
-    activations  padded tokens of the largest pass × what the blocks keep for a token, which is
+    activations  tokens of the largest pass × what the blocks keep for a token, which is
                  SAVED × the sum of (rows + columns) over their matrices; with gradient
                  checkpointing one block's, and a hidden state for every block
     logits       one chunk of losses.token_nll, fp32 values and as many gradients
@@ -20,7 +20,8 @@ Memory, in bytes, is the sum of
     process      0.5 GB of libraries, on a CPU
 Under FSDP weights, gradients and states are split over the devices, and two blocks and the
 embeddings are gathered at a time.
-Time is FLOPs over throughput: for every padded token 2 · parameters of the blocks it runs through
+Tokens are padded ones, or on a CPU those that `packs` leaves.
+Time is FLOPs over throughput: for every token 2 · parameters of the blocks it runs through
 going forward, as much again for the gradient of activations, and 2 · trained parameters of the
 blocks for theirs; for every labelled token 4 · parameters of the head; and one forward pass an
 epoch over held-out rows. The attention product itself is left out: it is small at these lengths.
@@ -130,7 +131,7 @@ def stage_shape(settings: TrainConfig, stage: Stage) -> Shape:
     Raises ConfigError for a block the model does not have and LoRA targets that match nothing.
     """
     known = blueprint.read(settings.model)
-    lora = _lora(settings, stage)
+    lora = lora_of(settings, stage)
     if known is None or (lora and not _adapted(known, lora)):
         made = _built(settings, stage)
     else:
@@ -152,7 +153,7 @@ def stage_shape(settings: TrainConfig, stage: Stage) -> Shape:
     )
 
 
-def _lora(settings: TrainConfig, stage: Stage) -> LoraConfig | None:
+def lora_of(settings: TrainConfig, stage: Stage) -> LoraConfig | None:
     """The adapter that the stage trains, None where it trains the weights themselves."""
     if stage is Stage.sft:
         return settings.sft.lora
@@ -167,7 +168,7 @@ def _adapted(known: Blueprint, lora: LoraConfig) -> set[str]:
 
 def _counted(settings: TrainConfig, stage: Stage, known: Blueprint) -> _Prepared:
     """By arithmetic."""
-    first, lora = stage is Stage.contrastive, _lora(settings, stage)
+    first, lora = stage is Stage.contrastive, lora_of(settings, stage)
     block, adapted = block_of(settings.dcr, known.depth), _adapted(known, lora) if lora else set()
     matrix = known.vocabulary * known.width
     parts = {
@@ -203,7 +204,7 @@ def _built(settings: TrainConfig, stage: Stage) -> _Prepared:
 
     from dcr import models
 
-    first, node = stage is Stage.contrastive, _lora(settings, stage)
+    first, node = stage is Stage.contrastive, lora_of(settings, stage)
     model = models.skeleton(settings.model)
     blocks, head = models.decoder_blocks(model), models.head(model).weight
     sizes = [_size(layer.parameters()) for layer in blocks]
@@ -289,7 +290,7 @@ def _saved(matrices: Iterable[tuple[int, bool, bool]], precision: Precision) -> 
 
 @dataclass(frozen=True)
 class Load:
-    """One rank's first epoch, in padded tokens unless said otherwise."""
+    """One rank's first epoch, in tokens that passes compute unless said otherwise."""
 
     trunk: int  # passes that end at block ℓ
     full: int  # passes through every block
@@ -467,6 +468,16 @@ def epoch_flops(settings: TrainConfig, stage: Stage, shape: Shape, load: Load) -
         + 4 * load.labelled * shape.head
         + 2 * load.heldout * heldout
     )
+
+
+def packs(settings: TrainConfig, stage: Stage) -> bool:
+    """Whether the stage's passes go without padding here, as far as can be told without weights.
+
+    That is on a CPU, for the families that `blueprint` knows (`dcr.models.packing`).
+    """
+    node = settings.dcr if stage is Stage.contrastive else settings.sft
+    plain = not node.gradient_checkpointing and settings.trainer.strategy != FSDP
+    return plain and device_type(settings) == "cpu" and blueprint.read(settings.model) is not None
 
 
 def device_type(settings: TrainConfig) -> str:

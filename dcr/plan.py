@@ -75,13 +75,15 @@ class StagePlan:
     stage: Stage
     precision: Precision
     shape: Shape
-    load: Load
+    load: Load  # of padded passes, as on a GPU
+    here: Load  # on the device at hand
     epochs: int
     batch_size: int
     steps_per_epoch: int  # optimiser steps
     warmup: int  # of them
-    memory: dict[str, float]  # bytes
-    flops: float  # of all epochs
+    memory: dict[str, float]  # bytes, on the device at hand
+    flops: float  # of all epochs, there
+    padded_flops: float
 
     @property
     def steps(self) -> int:
@@ -118,19 +120,22 @@ def stage_plan(settings: TrainConfig, stage: Stage, shape: Shape, drawn: Splits)
     """Everything known of one stage."""
     first = stage is Stage.contrastive
     node = settings.dcr if first else settings.sft
-    batches = batches_of(settings, stage, drawn)
+    batches, prefix = batches_of(settings, stage, drawn)
     load = load_of(settings, batches)
+    here = load_of(settings, batches, prefix) if cost.packs(settings, stage) else load
     return StagePlan(
         stage=stage,
         precision=node.precision,
         shape=shape,
         load=load,
+        here=here,
         epochs=node.epochs,
         batch_size=node.batch_size,
         steps_per_epoch=len(batches.sampler),
         warmup=0 if first else round(settings.sft.warmup * len(batches.sampler) * node.epochs),
-        memory=cost.memory(settings, stage, shape, load),
-        flops=node.epochs * cost.epoch_flops(settings, stage, shape, load),
+        memory=cost.memory(settings, stage, shape, here),
+        flops=node.epochs * cost.epoch_flops(settings, stage, shape, here),
+        padded_flops=node.epochs * cost.epoch_flops(settings, stage, shape, load),
     )
 
 
@@ -188,6 +193,7 @@ def _stage_table(settings: TrainConfig, plans: list[StagePlan]) -> Table:
         "of them warm-up": [f"{plan.warmup:,}" for plan in plans],
         "tokens an epoch": [f"{plan.load.unpadded:,}" for plan in plans],
         "padded": [f"{plan.load.trunk + plan.load.full:,}" for plan in plans],
+        "computed here": [f"{plan.here.trunk + plan.here.full:,}" for plan in plans],
         "with a loss": [f"{plan.load.labelled:,}" for plan in plans],
     }
     for name, cells in lines.items():
@@ -227,7 +233,8 @@ def _times(settings: TrainConfig, plans: list[StagePlan]) -> dict[str, list[str]
         here = cost.throughput(settings, plan.precision, plan.shape.width)
         there = cost.published(cost.ASSUMED_GPU, plan.precision)
         for rate in {here.device: here, there.device: there}.values():
-            cell = f"{duration(plan.flops / rate.flops)} ({rate.basis})"
+            flops = plan.flops if rate is here else plan.padded_flops
+            cell = f"{duration(flops / rate.flops)} ({rate.basis})"
             rows.setdefault(f"time on {rate.device}", []).append(cell)
     return rows
 
@@ -394,8 +401,11 @@ def tokenizer_is_here(config: ModelConfig) -> bool:
     return config.name == TINY_MODEL or Path(config.name).is_dir()
 
 
-def batches_of(settings: TrainConfig, stage: Stage, rows: Splits) -> StageRows:
-    """A stage's rows in order: training's own, or with a token counted as four characters."""
+def batches_of(settings: TrainConfig, stage: Stage, rows: Splits) -> tuple[StageRows, int]:
+    """A stage's rows in order, and how many tokens the chat template begins all of them with.
+
+    They are training's own, or with a token counted as four characters.
+    """
     if stage is Stage.contrastive and not _anchored(settings):
         rows = replace(rows, normal=[])  # training tokenises them and looks at none
     if tokenizer_is_here(settings.model):
@@ -404,7 +414,8 @@ def batches_of(settings: TrainConfig, stage: Stage, rows: Splits) -> StageRows:
         chat, rows = _counting_format(settings.model), _shortened(rows)
     batches = StageRows(stage, rows, chat, settings)
     batches.world = settings.trainer.devices * settings.trainer.num_nodes
-    return batches
+    alike = [a == b for a, b in zip(*map(chat.prompt_ids, ("A", "b")), strict=False)]
+    return batches, alike.index(False)
 
 
 def _tokenizer(config: ModelConfig) -> Tokenizer:
@@ -448,9 +459,14 @@ def _anchored(settings: TrainConfig) -> bool:
     return settings.dcr.nll.source.value == "general" and settings.dcr.nll.weight > 0
 
 
-def load_of(settings: TrainConfig, batches: StageRows) -> Load:
-    """Tokens of rank 0's first epoch, counted on the batches that training would see."""
-    nll = settings.dcr.nll
+def load_of(settings: TrainConfig, batches: StageRows, prefix: int | None = None) -> Load:
+    """Tokens of rank 0's first epoch, counted on the batches that training would see.
+
+    Of padded passes, or of packed ones whose rows begin with a `prefix` of so many tokens, which
+    they share but where LoRA's dropout is on (`dcr.models.packing`).
+    """
+    nll, lora = settings.dcr.nll, cost.lora_of(settings, batches.stage)
+    shared = 0 if prefix and lora and lora.dropout else prefix
     short = _anchored(settings) or nll.weight == 0
     trunk: list[Sequence[PromptRow]] = []
     full: list[Sequence[PromptRow | PairRow]] = []
@@ -462,8 +478,8 @@ def load_of(settings: TrainConfig, batches: StageRows) -> Load:
         (trunk if short else full).append(rows)
         full += [general] if general else []
     return Load(
-        trunk=sum(map(_padded, trunk)),
-        full=sum(map(_padded, full)),
+        trunk=sum(_computed(rows, shared) for rows in trunk),
+        full=sum(_computed(rows, shared) for rows in full),
         unpadded=sum(len(row.ids) for rows in [*trunk, *full] for row in rows),
         labelled=sum(
             target != IGNORED
@@ -471,15 +487,18 @@ def load_of(settings: TrainConfig, batches: StageRows) -> Load:
             for row in rows
             for target in (row.targets if isinstance(row, PairRow) else row.nll)
         ),
-        largest_trunk=max(map(_padded, trunk), default=0),
-        largest_full=max(map(_padded, full), default=0),
-        heldout=sum(map(_padded, batches.heldout_passes())),
+        largest_trunk=max((_computed(rows, shared) for rows in trunk), default=0),
+        largest_full=max((_computed(rows, shared) for rows in full), default=0),
+        heldout=sum(_computed(rows, prefix) for rows in batches.heldout_passes()),
     )
 
 
-def _padded(rows: Sequence[PromptRow | PairRow]) -> int:
-    """Tokens of one forward pass."""
-    return len(rows) * max(len(row.ids) for row in rows)
+def _computed(rows: Sequence[PromptRow | PairRow], prefix: int | None) -> int:
+    """Tokens of one forward pass, padded or with a prefix computed once."""
+    lengths = [len(row.ids) for row in rows]
+    if prefix is None:
+        return len(rows) * max(lengths)
+    return sum(lengths) - (len(rows) - 1) * min(prefix, min(lengths) - 1)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ SMOLLM2_135M = {  # as it is
     "tie_word_embeddings": True,
 }
 ROWS, LENGTH = 16, 32
+ALIKE = 20  # of LENGTH, that rows begin with where a CPU's own passes are asked for
 CASES: list[tuple[str, dict[str, Any], int, str]] = [
     ("llama3_8b / 8", LLAMA3_8B, 15, ""),
     ("llama3_8b / 8", LLAMA3_8B, 15, "dcr.nll.weight=0"),
@@ -49,12 +50,15 @@ CASES: list[tuple[str, dict[str, Any], int, str]] = [
     ("qwen2_5_1_5b / 4", QWEN2_5_1_5B, 13, ""),
     ("smollm2_135m", SMOLLM2_135M, 14, ""),
     ("smollm2_135m", SMOLLM2_135M, 14, "dcr.gradient_checkpointing=true"),
+    ("smollm2_135m, packed", SMOLLM2_135M, 14, ""),
+    ("smollm2_135m, packed", SMOLLM2_135M, 14, "dcr.nll.weight=0"),
 ]
 
 
-def measured(shape: dict[str, Any], block: int, settings: str) -> tuple[float, float]:
+def measured(shape: dict[str, Any], block: int, settings: str, packed: bool) -> tuple[float, float]:
     """Bytes a process of its own was planned to need and needed, without its libraries."""
-    told = json.dumps({"shape": shape, "block": block, "settings": settings})
+    asked = {"shape": shape, "block": block, "settings": settings, "packed": packed}
+    told = json.dumps(asked)
     # what is freed goes back at once, so that what a process holds is what is in use
     freeing = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
     child = subprocess.run(
@@ -78,7 +82,7 @@ def test_the_planned_peak_is_the_measured_one(
 ) -> None:
     if "int8" in settings:
         pytest.importorskip("bitsandbytes")
-    planned, needed = measured(shape, block, settings)
+    planned, needed = measured(shape, block, settings, "packed" in name)
     assert planned == pytest.approx(needed, rel=0.1)
 
 
@@ -88,7 +92,7 @@ def private() -> int:
     return 1024 * int(status.partition("RssAnon:")[2].split()[0])
 
 
-def child(shape: dict[str, Any], block: int, settings: str) -> None:
+def child(shape: dict[str, Any], block: int, settings: str, packed: bool) -> None:
     """Train three steps on random weights and rows, and print what was planned and needed."""
     import torch
     from tiny_run import fit
@@ -100,14 +104,15 @@ def child(shape: dict[str, Any], block: int, settings: str) -> None:
     from dcr.training.contrastive import ContrastiveModule
     from dcr.training.stages import LIGHTNING_PRECISION
 
-    # the plan is of padded passes, as on a GPU: those of a CPU, without padding, keep less
-    mock.patch.object(models, "packs", return_value=False).start()
+    if not packed:  # as on a GPU
+        padded = models.Packing.padded
+        mock.patch.object(models, "packs", return_value=padded).start()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     told = ["model=llama3_8b", f"dcr.layer={block}", "trainer.accelerator=cpu", *settings.split()]
     made = config.resolve(cli.compose("train", told), TrainConfig)
     made.model.architecture = shape
-    node, batches = made.dcr, [batch(shape["vocab_size"]) for _ in range(3)]
+    node, batches = made.dcr, [batch(shape["vocab_size"], packed) for _ in range(3)]
 
     def train(**smaller: int) -> None:
         precision = torch.bfloat16 if node.precision is Precision.bf16 else torch.float32
@@ -137,9 +142,10 @@ def child(shape: dict[str, Any], block: int, settings: str) -> None:
     train()
     done.set()
     watching.join()
-    full = ROWS * LENGTH * (node.nll.weight > 0)
+    tokens = ROWS * LENGTH - (ROWS - 1) * ALIKE * packed
+    full = tokens * (node.nll.weight > 0)
     labelled = ROWS * (LENGTH - 1) * (node.nll.weight > 0)
-    trunk = 0 if full else ROWS * LENGTH
+    trunk = 0 if full else tokens
     load = cost.Load(trunk, full, trunk + full, labelled, trunk, full, 0)
     planned = cost.memory(made, Stage.contrastive, cost.stage_shape(made, Stage.contrastive), load)
     needed = peak[0] - floor
@@ -147,12 +153,13 @@ def child(shape: dict[str, Any], block: int, settings: str) -> None:
     print(json.dumps([sum(planned.values()) - planned["process"], needed]))
 
 
-def batch(vocabulary: int) -> Any:
+def batch(vocabulary: int, packed: bool) -> Any:
     import torch
 
     from dcr.data import PromptBatch
 
     ids = torch.randint(0, vocabulary, (ROWS, LENGTH))
+    ids[:, : ALIKE * packed] = ids[0, : ALIKE * packed]
     return PromptBatch(
         ids=ids,
         mask=torch.ones_like(ids, dtype=torch.bool),

@@ -163,6 +163,35 @@ def test_tokens_of_a_local_folder_are_counted(local: Path) -> None:
     assert load.largest_full <= max(config.MICRO_TOKENS, 4000)
 
 
+@pytest.mark.parametrize("which", [Stage.contrastive, Stage.sft])
+def test_tokens_computed_here_are_those_that_passes_lay_out(local: Path, which: Stage) -> None:
+    told = settings(f"model.name={local}", "sft.lora.dropout=0", "sft.max_len=4000")
+    made, (batches, prefix) = (
+        stage(told, which),
+        plan.batches_of(told, which, plan.expected(told)[0]),
+    )
+    backbone = models.backbone(AutoModelForCausalLM.from_pretrained(local))
+    packs, found = models.packs(backbone, torch.device("cpu")), []
+    for places in batches.sampler:
+        if which is Stage.sft:
+            groups = batches.sft_step([batches.pairs[place] for place in places])
+            passes: list[Any] = [data.pair_batch(group, batches.pad) for group in groups]
+        else:
+            rows, _ = batches.contrastive_step([batches.prompts[place] for place in places])
+            passes = [data.prompt_batch(rows, batches.pad)]
+        laid_out = [models.laid_out(backbone, made.ids, made.mask, packs) for made in passes]
+        found += [layout.inputs["input_ids"].numel() for layout in laid_out]
+    assert (made.here.full, made.here.largest_full) == (sum(found), max(found))
+    assert made.here.full < made.load.unpadded < made.load.full
+    dropping = replace(told, sft=replace(told.sft, lora=LoraConfig(dropout=0.1)))
+    shared = 0 if which is Stage.sft else prefix
+    here = plan.load_of(dropping, batches, prefix)
+    assert (here.full == here.unpadded) == (shared == 0)
+    node = "sft" if which is Stage.sft else "dcr"
+    spared = settings(f"model.name={local}", f"{node}.gradient_checkpointing=true")
+    assert not cost.packs(spared, which)
+
+
 def test_estimated_tokens_are_a_quarter_of_the_characters() -> None:
     told = settings("model=llama3_8b", "sft.max_len=4000")
     drawn, _, _ = plan.expected(told)

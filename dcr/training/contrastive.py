@@ -153,20 +153,30 @@ class ContrastiveModule(ResumableModule):
         layout = self.laid_out(trunk, batch.ids, batch.mask)
         return activations.pooled(layout.padded(models.run(trunk, layout)), batch.spans)
 
-    def features_and_hidden(self, batch: PromptBatch) -> tuple[Tensor, Tensor]:
-        """Pooled outputs of the block, and the final-normed hidden states, in one full pass."""
+    def features_and_hidden(self, batch: PromptBatch) -> tuple[Tensor, Tensor, int]:
+        """Pooled outputs of the block, and the final-normed hidden states, in one full pass.
+
+        And how many of the first states every row has in common.
+        """
         backbone = models.backbone(self.model)
         layout = self.laid_out(backbone, batch.ids, batch.mask)
         with activations.captured(self.model, self.block) as taken:
             hidden = models.run(backbone, layout)
-        return activations.pooled(layout.padded(taken[0]), batch.spans), layout.padded(hidden)
+        features = activations.pooled(layout.padded(taken[0]), batch.spans)
+        return features, layout.padded(hidden), layout.prefix
 
-    def mean_nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def mean_nll(self, hidden: Tensor, targets: Tensor, prefix: int = 0) -> Tensor:
         """Token mean of the next-token NLL where a target stands (ambiguity 7).
 
-        Of several ranks each has its part of the mean over the tokens of all.
+        Of several ranks each has its part of the mean over the tokens of all. Where rows have their
+        first states, a `prefix`, and what follows each in common, the first row speaks for all.
         """
-        total, _ = self.labelled_nll(hidden, targets)
+        same = (targets == targets[0]).all(0)[:prefix]
+        alike = int(same.long().cumprod(0).sum()) if prefix else 0
+        total, _ = self.labelled_nll(hidden[:, alike:], targets[:, alike:])
+        if alike:
+            once, _ = self.labelled_nll(hidden[:1, :alike], targets[:1, :alike])
+            total = total + len(targets) * once
         return total / summed_over_ranks((targets != IGNORED).sum())
 
     def circle(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,8 +204,8 @@ def _circle_alone(module: ContrastiveModule, batch: PromptBatch) -> tuple[Tensor
 
 
 def _nll_of_prompts(module: ContrastiveModule, batch: PromptBatch) -> tuple[Tensor, Tensor]:
-    features, hidden = module.features_and_hidden(batch)
-    return features, module.mean_nll(hidden, batch.targets)
+    features, hidden, prefix = module.features_and_hidden(batch)
+    return features, module.mean_nll(hidden, batch.targets, prefix)
 
 
 def _nll_of_general_pairs(module: ContrastiveModule, batch: PromptBatch) -> tuple[Tensor, Tensor]:
