@@ -32,7 +32,7 @@ SIZES = {
     "sweep": ["jobs=8"],
     "training": ["steps=1"],
     "sft": ["steps=1", "micro=2,4"],
-    "generation": ["prompts=16", "new=256", "precision=bf16"],
+    "generation": ["prompts=16", "new=48,256", "precision=bf16"],
     "refusal": ["prompts=4"],
     "ntk": ["prompts=2", "full=2", "k=3"],
 }

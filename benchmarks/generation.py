@@ -1,22 +1,24 @@
 """Time of greedy completions against what one writes by hand and transformers' own batching.
 
-    python benchmarks/generation.py [model=smollm2_135m] [prompts=64] [new=48] [batch=16]
-                                    [precision=fp32] [threads=2] [device=auto]
+    python benchmarks/generation.py [model=smollm2_135m] [prompts=64] [new=48,256] [batch=16]
+                                    [precision=fp32] [threads=2] [device=auto] [root=<data>]
 
-Every variant runs in a process of its own, one after another, on the same prompts of the embedded
-corpus, shuffled once: batches of `batch` in that order with `model.generate`; the same, sorted by
-length; transformers' continuous batching (`model.generate_batch`, on a CPU with pages for `batch`
-prompts); `dcr.generation`, with the same `batch` and with as many at once as it chooses; the same
-with `gen.max_new_tokens=auto`, which ends an answer where XSTest's keywords have decided; and the
-first token's refusal mass alone, which is all that `tasks=[discernment]` reads. Loading is not
-timed; seconds are the processor's, on a GPU the clock's. `other texts` counts prompts whose answer
-differs from the first variant's: in bf16 two tokens with nearly one logit may swap wherever a batch
-has another shape; `other verdicts` those on which XSTest's keywords differ. Only the ratios of one
-run of this script mean anything.
+Every variant runs in a process of its own, one after another, for each number of new tokens, on the
+same prompts, shuffled once: of the embedded corpus, or, with a folder `root` (by default what
+`DCR_DATA` names), 100 of each of the seven over-refusal sets of `data=paper`. Batches of `batch` in
+that order with `model.generate`; the same, sorted by length; transformers' continuous batching
+(`model.generate_batch`, on a CPU with pages for `batch` prompts); `dcr.generation`, with the same
+`batch` and with as many at once as it chooses; the same with `gen.max_new_tokens=auto`, which ends
+an answer where XSTest's keywords have decided; and the first token's refusal mass alone, which is
+all that `tasks=[discernment]` reads. Loading is not timed; seconds are the processor's, on a GPU
+the clock's. `other texts` counts prompts whose answer differs from the first variant's: in bf16 two
+tokens with nearly one logit may swap wherever a batch has another shape; `other verdicts` those on
+which XSTest's keywords differ. Only the ratios of one run of this script mean anything.
 """
 
 import json
 import math
+import os
 import random
 import resource
 import subprocess
@@ -40,6 +42,7 @@ from dcr.prompts import ChatFormat
 from dcr.sources import Example
 
 PAGE = 64  # tokens a page of the paged cache
+EACH = 100  # prompts of a set
 CONF = Path(__file__).resolve().parent.parent / "conf"
 VARIANTS = {
     "generate, batches as they come": "batches_as_they_come",
@@ -54,11 +57,12 @@ THEIRS = ("batches_as_they_come", "sorted_batches", "continuous_batching")
 OPTIONS = {
     "model": "smollm2_135m",
     "prompts": "64",
-    "new": "48",
+    "new": "48,256",
     "batch": "16",
     "precision": "fp32",
     "threads": "2",
     "device": "auto",
+    "root": os.environ.get("DCR_DATA", ""),
     "variant": "",
 }
 Answers = dict[str, list[int] | str]  # token ids, or the text where ids are not given away
@@ -68,12 +72,18 @@ def opened(options: dict[str, str]) -> tuple[Policy, ChatFormat, list[Example]]:
     """The model where it is to run, and the prompts in one shuffled order."""
     cli.prepare()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = config.resolve(compose("train", [f"model={options['model']}"]), TrainConfig)
+        given = [f"model={options['model']}", "data=paper"]
+        cfg = config.resolve(compose("train", given), TrainConfig)
     policy = models.open_policy(cfg.model, Precision(options["precision"]))
     if options["device"] == "cuda" or (options["device"] == "auto" and torch.cuda.is_available()):
         policy.model.to("cuda")
     names = {f"demo_{kind.value}{part}": kind for kind in Kind for part in ("_heldout", "")}
-    rows = [row for name, kind in names.items() for row in sources.read(name, kind=kind)]
+    if root := options["root"]:
+        read = [sources.read(name, root=root) for name in cfg.data.evaluation.over_refusal]
+        drawn = [sources.draw(of_one, min(EACH, len(of_one)), 0) for of_one in read]
+        rows = list({row.id: row for of_one in drawn for row in of_one}.values())
+    else:
+        rows = [row for name, kind in names.items() for row in sources.read(name, kind=kind)]
     random.Random(0).shuffle(rows)
     return policy, prompts.chat_format(policy.tokenizer, cfg.model), rows[: int(options["prompts"])]
 
@@ -220,14 +230,11 @@ def _measured(options: dict[str, str], variant: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main() -> None:
-    options = OPTIONS | dict(argument.split("=", 1) for argument in sys.argv[1:])
-    if options["variant"]:
-        torch.set_num_threads(int(options["threads"]))
-        print(json.dumps(timed(globals()[options["variant"]], options)))
-        return
+def compared(options: dict[str, str]) -> None:
+    """Prints the table of one number of new tokens, and its ratios."""
     columns = ("variant", "seconds", "prompts/s", "peak GiB", "time against the first")
-    table = Table(*columns, "other texts", "other verdicts")
+    title = f"up to {options['new']} new tokens"
+    table = Table(*columns, "other texts", "other verdicts", title=title)
     first: dict[str, Any] = {}
     seconds: dict[str, float] = {}
     verdicts: dict[str, list[bool]] = {}
@@ -251,7 +258,6 @@ def main() -> None:
             f"{other} of {len(pairs)}",
             "-" if variant == "ours_first" else f"{differ} of {len(pairs)}",
         )
-    print(OmegaConf.to_yaml(options).strip())
     Console(width=120).print(table)
     if verdicts["ours_decided"] != verdicts["ours"]:
         raise SystemExit("gen.max_new_tokens=auto: other verdicts than whole answers have")
@@ -261,7 +267,18 @@ def main() -> None:
         ("generation until decided, whole answers", seconds["ours"] / seconds["ours_decided"]),
         ("discernment, generation", seconds["ours"] / seconds["ours_first"]),
     ):
-        print(f"ratio {what}: {value:.3f}")
+        print(f"ratio {what}, {options['new']} tokens: {value:.3f}")
+
+
+def main() -> None:
+    options = OPTIONS | dict(argument.split("=", 1) for argument in sys.argv[1:])
+    if options["variant"]:
+        torch.set_num_threads(int(options["threads"]))
+        print(json.dumps(timed(globals()[options["variant"]], options)))
+        return
+    print(OmegaConf.to_yaml(options).strip())
+    for new in options["new"].split(","):
+        compared(options | {"new": new})
 
 
 if __name__ == "__main__":
