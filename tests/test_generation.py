@@ -254,6 +254,19 @@ def test_room_made_ahead_holds_what_joining_does(
                 layer.crop(-2)
 
 
+def test_what_goes_no_further_is_not_kept() -> None:
+    """Joined as transformers' own layer joins it, and gone: a large model's would fill a GPU."""
+    ours, theirs = cache.FirstLayer(), DynamicLayer()
+    first, *later = torch.randn(3, 4, 2, 5, 3)
+    assert all(torch.equal(given, first) for given in ours.update(first, first))
+    for new in later:
+        theirs.reset()
+        theirs.update(first, first)
+        for own, plain in zip(ours.update(new, new), theirs.update(new, new), strict=True):
+            assert torch.equal(own, plain)
+        assert ours.get_seq_length() == 5
+
+
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kept", [1, 2, 6])
 def test_one_new_token_looks_back_as_torch_has_it(kept: int, kind: torch.dtype) -> None:

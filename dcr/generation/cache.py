@@ -66,6 +66,17 @@ class RoomyLayer(DynamicLayer):
             super().batch_select_indices(indices)
 
 
+class FirstLayer(DynamicLayer):
+    """What it is given first is kept; what is joined to it later is not."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        if self.keys is None or self.values is None:
+            return super().update(key_states, value_states)
+        return torch.cat([self.keys, key_states], -2), torch.cat([self.values, value_states], -2)
+
+
 def roomy_cache(model: Any) -> DynamicCache | None:
     """An empty cache; None for a model that brings its own kind."""
     owner: Any = unwrapped(model)

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from dcr import activations, batching, models
 from dcr.batching import attention_mask, padded
 from dcr.config import ConfigError
-from dcr.generation.cache import ATTENTION, roomy_cache
+from dcr.generation.cache import ATTENTION, FirstLayer, roomy_cache
 from dcr.models import unwrapped
 
 MASKABLE = {"sdpa", "eager", ATTENTION}  # attention that adds whatever mask it is given
@@ -93,7 +93,7 @@ def prefill(
 ) -> Prefilled:
     """Reads prompts, padded on the left, with logits for their last positions alone.
 
-    Without `keep` no cache is made for those who go no further; an empty `cache` is filled.
+    Without `keep` no cache is made for those who go no further; else an empty `cache` is filled.
     """
     device, rows, once = unwrapped(model).device, len(prompts), shared(model, prompts)
     ids = padded(prompts, 0, left=True).to(device)
@@ -103,16 +103,18 @@ def prefill(
         options["logits_to_keep"] = 1
     if once:
         cache = DynamicCache(config=text_config(model)) if cache is None else cache
+        if not keep:  # or those who go no further would hold keys and values of every block
+            cache.layers = [FirstLayer() for _ in cache.layers]
         backbone, first = models.backbone(model), torch.tensor([prompts[0][:once]], device=device)
         placed = batching.placed(backbone, torch.arange(once, device=device)[None])
         seen = torch.ones_like(first)
         backbone(
             input_ids=first, attention_mask=seen, past_key_values=cache, use_cache=True, **placed
         )
-        for layer in cache.layers:
-            layer.keys, layer.values = (
-                kept.expand(rows, -1, -1, -1) for kept in (layer.keys, layer.values)
-            )
+        layers: list[Any] = cache.layers
+        for layer in layers:
+            of_one = layer.keys, layer.values
+            layer.keys, layer.values = (kept.expand(rows, -1, -1, -1) for kept in of_one)
         mask = torch.cat([mask.new_ones(rows, once), mask], 1)
     places = batching.positions(mask)[:, once:]
     # of a shorter row these ids are what it shares, masked as padding is
