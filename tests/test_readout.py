@@ -8,11 +8,13 @@ from test_models import SHAPES, made
 from tiny_run import changed, same, settings, weights
 from torch import Tensor
 
-from dcr import batching, cli, config, data, models, refusal, train
-from dcr.config import ConfigError, LoraConfig, TrainConfig
-from dcr.data import TOXIC
+from dcr import batching, cli, config, data, models, train
+from dcr.config import ConfigError, Kind, LoraConfig, TrainConfig
+from dcr.data import SEEMINGLY_TOXIC, TOXIC
 from dcr.models import Policy
+from dcr.prompts import ChatFormat
 from dcr.runs import Run
+from dcr.sources import Example
 from dcr.training import callbacks, readout
 
 
@@ -46,14 +48,23 @@ def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
 # --- the last blocks by themselves ---
 
 
+APART = [[5, 6, 7, 8, 9], [5, 6, 3], [4, 7, 7, 2]]
+ALIKE = [[5, 6, 7, 8, 5, 6, 7, 8, 9], [5, 6, 7, 8, 5, 6, 3], [5, 6, 7, 8, 4, 7, 7, 2]]
+
+
+def packing_of(model: Any) -> models.Packing:
+    return models.packs(models.backbone(model), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("rows", [APART, ALIKE], ids=["apart", "alike"])
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("family", SHAPES)
 def test_the_last_blocks_alone_give_what_each_prompt_gives_by_itself(
-    family: str, count: int
+    family: str, count: int, rows: list[list[int]]
 ) -> None:
     model = made(family).eval()
-    rows = [[5, 6, 7, 8, 9, 10], [5, 6, 3], [4, 7, 7, 2]]
-    given = readout.entered(model, count, *padded(rows))
+    packing = packing_of(model)
+    given = readout.entered(model, count, *padded(rows), packing)
     backbone: Any = models.backbone(model)
     with torch.no_grad():
         alone = [backbone(input_ids=torch.tensor([row])).last_hidden_state[0, -1] for row in rows]
@@ -62,28 +73,40 @@ def test_the_last_blocks_alone_give_what_each_prompt_gives_by_itself(
     )
 
 
+@pytest.mark.parametrize("rows", [APART, ALIKE], ids=["apart", "alike"])
 @pytest.mark.parametrize("count", [1, 2])
 def test_gradients_are_those_of_the_whole_model_with_all_else_frozen(
-    policy: Policy, count: int
+    policy: Policy, count: int, rows: list[list[int]]
 ) -> None:
     model = adapted(policy).model
-    openings = torch.tensor([5, 9])
-    rows, labels = [[5, 6, 7, 8, 9], [5, 6, 3], [4, 7, 7, 2]], torch.tensor([TOXIC, 0, TOXIC])
+    packing = packing_of(model)
+    assert packing is models.Packing.prefix
+    openings, labels = torch.tensor([5, 9]), torch.tensor([TOXIC, 0, TOXIC])
     last = {
         name: weight
         for name, weight in models.decoder_blocks(model)[-count:].named_parameters()
         if weight.requires_grad
     }
-    given = readout.entered(model, count, *padded(rows))
-    logits = models.head(model)(readout.leaving(model, given))
-    log_odds = refusal.refusal_log_odds(logits, openings)
-    loss = readout.contrast_loss(log_odds, labels)
+    ids, mask, read = padded(rows)
+    read[0, -3:] = True  # the first row ends with two tokens of a refusal
+    given = readout.entered(model, count, ids, mask, read, packing)
+    first, opening = torch.tensor([True, False, False, True, True]), torch.tensor([9, 7])
+    batch = readout.Batch(given, labels, first, opening)
+    contrast, loss = readout.pair_losses(model, batch, openings, greedy=0.5)
     found = torch.autograd.grad(loss, list(last.values()))
 
     expected = torch.zeros(())
-    for row, label in zip(rows, labels.tolist(), strict=True):
-        p = model(torch.tensor([row])).logits[0, -1].softmax(-1)[openings].sum()
-        expected = expected - (p if label == TOXIC else 1 - p).log() / len(rows)
+    for row, label in zip([rows[0][:-2], *rows[1:]], labels.tolist(), strict=True):
+        logits = model(torch.tensor([row])).logits[0, -1]
+        p = logits.softmax(-1)[openings].sum()
+        others = [token for token in range(len(logits)) if token not in openings]
+        decides = (logits[openings].max() - logits[others].max()).sigmoid()
+        for chance, weight in ((p, 1.0), (decides, 0.5)):
+            right = chance if label == TOXIC else 1 - chance
+            expected = expected - weight * right.log() / len(rows)
+    torch.testing.assert_close(contrast, expected, rtol=1e-5, atol=1e-6)
+    told = model(torch.tensor(rows[:1])).logits[0].log_softmax(-1)
+    expected = expected - readout.WORDING * (told[-2, 9] + told[-1, 7]) / 2
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     truth = torch.autograd.grad(expected, list(last.values()))
     for one, other in zip(found, truth, strict=True):
@@ -196,3 +219,19 @@ def test_prompts_of_an_evaluation_set_are_no_rows_of_it(tmp_path: Path) -> None:
     node.seemingly_toxic = ["contrasts_seemingly_toxic"]
     rows = data.split(asked, None, 0, False, readout=node)
     assert rows.in_distribution == ["contrasts_seemingly_toxic"]
+
+
+def test_how_a_refusal_goes_on_is_learnt_from_refusals_of_toxic_prompts_alone(
+    chat: ChatFormat,
+) -> None:
+    said = ["I cannot help with it.", "Take the bus and wait.", None]
+    rows = [Example(str(i), f"word {i}", Kind.toxic, "x", a) for i, a in enumerate(said)]
+    for label, opens in ((TOXIC, 0), (SEEMINGLY_TOXIC, None)):
+        made = readout.prompt_rows(chat, rows, label)
+        for place, (row, example) in enumerate(zip(made, rows, strict=True)):
+            asked = chat.prompt_ids(example.prompt)
+            whole, _ = chat.pair(example.prompt, example.response or "", 999)
+            behind = whole[len(asked) :][: readout.OPENING] if place == opens else []
+            assert [*row.ids, *behind[-1:]] == [*asked, *behind]
+            assert list(row.opening) == behind[1:]
+            assert row.places == [len(asked) - 1 + i for i in range(max(1, len(behind)))]

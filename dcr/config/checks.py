@@ -101,7 +101,7 @@ RANGES = {
         ("depth prune_layers", lambda v: 0 < v <= 1, "give a share of the depth inside (0, 1]"),
         ("layer", _not_negative, "blocks are counted from 1"),
         ("lr", lambda v: 0 < v <= 1, "give a learning rate above 0, at most 1"),
-        ("weight weight_decay drift snapshots retries", _not_negative, "give 0 or more"),
+        ("weight weight_decay drift greedy snapshots retries", _not_negative, "give 0 or more"),
         ("dropout", _share, "give a number in [0, 1)"),
         ("clip", _positive, "give a gradient norm above 0, or null"),
         ("rank", lambda v: 0 < v <= 2**16, "give 1 to 65536"),

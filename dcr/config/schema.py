@@ -305,6 +305,9 @@ class ReadoutConfig:
     lr: float = 1e-3
     weight_decay: float = 0.01
     drift: float = 1.0  # weight of the KL to the model before the phase on ordinary answers
+    # Weight of the contrast of the margin as well, by which greedy decoding decides: above 0 greedy
+    # answers need no calibration to refuse one kind and answer the other, and rank a little worse.
+    greedy: float = 0.0
 
 
 @dataclass

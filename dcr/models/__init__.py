@@ -16,7 +16,7 @@ from dcr.models.opening import (
     open_tokenizer,
     skeleton,
 )
-from dcr.models.packing import Layout, Packing, laid_out, packs, run
+from dcr.models.packing import Layout, Packing, laid_out, packs, run, running
 from dcr.models.saving import (
     ORIGIN_FILE,
     adapter_base,

@@ -134,13 +134,20 @@ def _draws(module: nn.Module) -> bool:
     )
 
 
-def run(module: nn.Module, layout: Layout) -> Float[Tensor, "..."]:
-    """The last hidden states of a backbone or trunk, laid out as its inputs are."""
+@contextmanager
+def running(module: nn.Module, layout: Layout) -> Iterator[None]:
+    """While open, a backbone or trunk, or blocks of it, take what was laid out."""
     with ExitStack() as stack:
         if layout.taken is not None:
             stack.enter_context(attending(module, ATTENTION))
             if torch.is_grad_enabled():
                 stack.enter_context(fusing.fused(module))
+        yield
+
+
+def run(module: nn.Module, layout: Layout) -> Float[Tensor, "..."]:
+    """The last hidden states of a backbone or trunk, laid out as its inputs are."""
+    with running(module, layout):
         return module(**layout.inputs, use_cache=False).last_hidden_state
 
 
