@@ -28,9 +28,9 @@ $(INSTALLED): requirements.lock requirements-torch.lock pyproject.toml
 
 # What is done is found, so an interrupted demo goes on where it was.
 DEMO := outputs/demo
-demo: $(INSTALLED)  ## STL against DCR with a readout, on the embedded model and corpus: a table and a page
-	$(RUN) train.py method=stl run=$(DEMO)/stl
-	$(RUN) train.py method=dcr sft.readout.steps=60 run=$(DEMO)/dcr
+demo: $(INSTALLED)  ## STL against DCR as we would run it, on the embedded model and corpus: a table and a page
+	$(RUN) train.py method=stl sft.lora.dropout=0 run=$(DEMO)/stl
+	$(RUN) train.py preset=recommended dcr.epochs=1 sft.lora.dropout=0 sft.readout.greedy=1 sft.readout.lr=2e-3 run=$(DEMO)/dcr
 	$(RUN) eval.py -m run=$(DEMO)/stl,$(DEMO)/dcr gen.max_new_tokens=48
 	$(RUN) eval.py model=smollm2_135m output=$(DEMO)/base gen.max_new_tokens=48
 	$(RUN) -m dcr.report $(DEMO)/base $(DEMO)/stl $(DEMO)/dcr out=$(DEMO)/report.html

@@ -76,12 +76,12 @@ LEARNT = {"contrastive": ("seemingly_toxic", "toxic"), "sft": ("safety", "normal
 SETTINGS = {  # what a reader must know to judge a result, by stage
     "contrastive": (
         "dcr.layer", "dcr.epochs", "dcr.margin", "dcr.scale", "dcr.ratio", "dcr.batch_size",
-        "dcr.optim.lr", "dcr.nll.weight", "dcr.nll.source", "dcr.precision", "dcr.loss",
+        "dcr.optim.lr", "dcr.nll.weight", "dcr.nll.source", "dcr.precision",
     ),
     "sft": (
         "sft.epochs", "sft.batch_size", "sft.lr", "sft.lora.rank", "sft.lora.alpha",
         "sft.lora.targets", "sft.max_len", "sft.precision",
-        "sft.readout.steps",
+        "sft.readout.steps", "sft.readout.greedy",
     ),
 }  # fmt: skip
 
