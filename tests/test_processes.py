@@ -73,8 +73,12 @@ def same_results(one: Path, several: Path, named: str) -> None:
     assert found.keys() == wanted.keys()
     largest = max(float((found[name] - wanted[name]).abs().max()) for name in wanted)
     print(f"{named}: weights differ by at most {largest:.1e}")
-    # Adam's first steps divide by the gradient's size: where that is rounding, so is the step
-    assert largest < 1e-4
+    # Adam's first steps divide by the gradient's size: where that is rounding, so is the step, of
+    # one weight or the other by some of the rate of 1e-3
+    assert largest < 5e-4
+    for name, expected in wanted.items():
+        apart = int(((found[name] - expected).abs() > 1e-5).sum())
+        assert apart <= max(1, expected.numel() / 100), f"{name}: {apart} weights differ"
     assert {f.name for f in one.glob("sft/*")} == {f.name for f in several.glob("sft/*")}
     steps, again = logged(one), logged(several)
     assert [row[:3] for row in again] == [row[:3] for row in steps]
