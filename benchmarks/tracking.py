@@ -115,7 +115,7 @@ def main() -> None:
     options = OPTIONS | dict(argument.split("=", 1) for argument in sys.argv[1:])
     torch.set_num_threads(int(options["threads"]))
     settings = settings_of(options)
-    policy = models.open_policy(settings.model, settings.sft.precision, settings.seed)
+    policy = models.open_policy(settings.model, settings.sft.precision)
     chat = prompts.chat_format(policy.tokenizer, settings.model)
     adapted = models.add_lora(policy.model, settings.sft.lora, settings.seed)
     policy = Policy(adapted, policy.tokenizer, policy.name)

@@ -59,7 +59,7 @@ def settings(model: str, *overrides: str) -> TrainConfig:
 def opened(cfg: TrainConfig, stage: Stage) -> Iterator[tuple[Policy, data.StageRows]]:
     """A fresh policy in training mode and the rows of a stage."""
     precision = (cfg.dcr if stage is Stage.contrastive else cfg.sft).precision
-    policy = models.open_policy(cfg.model, precision, cfg.seed)
+    policy = models.open_policy(cfg.model, precision)
     chat = prompts.chat_format(policy.tokenizer, cfg.model)
     if stage is Stage.sft:
         adapted = models.add_lora(policy.model, cfg.sft.lora, cfg.seed)

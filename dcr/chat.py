@@ -166,7 +166,7 @@ def open_stage(run: Run, stage: str | None = None) -> "tuple[Policy, ModelConfig
     from dcr import models
 
     if stage == "base":
-        return models.open_policy(model, precision, made_with["seed"]), model
+        return models.open_policy(model, precision), model
     return models.open_result(run.stage(stage), precision, model.trust_remote_code), model
 
 

@@ -14,8 +14,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar
@@ -141,6 +141,27 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         finally:
             os.close(held)
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """A folder with a `config.json` that any process may need: `make` writes it if it is not there.
+
+    Of several processes at once the first makes it, and the others wait for it.
+    """
+    if (folder / "config.json").exists():
+        return folder
+    with _writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        waiting = os.open(folder.parent, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(waiting, fcntl.LOCK_EX)
+        if not (folder / "config.json").exists():
+            with replaced_folder(folder) as staging:
+                make(staging)
+    finally:
+        os.close(waiting)
+    return folder
 
 
 def _exchange(staging: Path, folder: Path) -> None:

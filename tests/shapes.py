@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from dcr import models, prompts
-from dcr.config import LoraConfig, ModelConfig, Precision
+from dcr.config import LoraConfig, ModelConfig
 from dcr.models import Policy
 from dcr.prompts import ChatFormat
 
@@ -37,7 +37,7 @@ TINY: dict[str, Any] = {
 def tiny_policy(seed: int = 0, **shape: Any) -> Policy:
     """Random blocks over bytes in fp32, two unless `shape` says otherwise."""
     settings = ModelConfig(name="tiny", label="tiny", layer=1, architecture=TINY | shape)
-    return models.open_policy(settings, Precision.fp32, seed)
+    return models.random_policy(settings, seed)
 
 
 def chat_of(policy: Policy, **settings: Any) -> ChatFormat:

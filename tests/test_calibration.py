@@ -37,7 +37,7 @@ NEW = 12
 
 @pytest.fixture(scope="module")
 def policy() -> Policy:
-    return models.open_policy(MODEL, Precision.fp32, 3)
+    return models.random_policy(MODEL, 3)
 
 
 @pytest.fixture(scope="module")
@@ -232,9 +232,7 @@ def test_another_bias_never_reuses_answers(tmp_path: Path, monkeypatch: pytest.M
 def test_a_run_can_be_the_target(tmp_path: Path) -> None:
     settings, run = resolved(tmp_path, "calibrate=0.6")
     reference = Run(tmp_path / "stl")
-    models.save_full(
-        models.open_policy(settings.model, Precision.fp32, 5), reference.stage("contrastive")
-    )
+    models.save_full(models.random_policy(settings.model, 5), reference.stage("contrastive"))
     made = {"method": "dcr", "seed": 0, "preset_name": "-", "dcr": {}, "sft": {}}
     made |= {"model": cli.plain(settings.model), "data": {"toxic": {"source": ["harmfulqa"]}}}
     reference.config_file.write_text(yaml.safe_dump(made))

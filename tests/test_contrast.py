@@ -20,7 +20,6 @@ from dcr.config import (
     GenConfig,
     Kind,
     ModelConfig,
-    Precision,
     checks,
 )
 from dcr.generation import Completion, contrast, local
@@ -274,7 +273,7 @@ def test_a_model_without_a_key_value_cache_is_refused() -> None:
         **{"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 260},
         **{"state_size": 4},
     }
-    made = models.open_policy(ModelConfig(name="tiny", architecture=shape), Precision.fp32, 0)
+    made = models.random_policy(ModelConfig(name="tiny", architecture=shape))
     with pytest.raises(ConfigError, match=r"^gen.self_cd: .* takes no position_ids"):
         run(made, chat_of(made), 1.5, 4)
 

@@ -22,7 +22,6 @@ from dcr.config import (
     Kind,
     LoraConfig,
     ModelConfig,
-    Precision,
     ServerConfig,
 )
 from dcr.endpoints import Failure, Reply
@@ -84,7 +83,7 @@ def _shared(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def policy_of(seed: int = 0, **changes: Any) -> Policy:
     shape = FAMILIES[changes.pop("family", "llama")] | changes
-    made = models.open_policy(ModelConfig(name="tiny", architecture=shape), Precision.fp32, seed)
+    made = models.random_policy(ModelConfig(name="tiny", architecture=shape), seed)
     head = models.head(made.model)
     head.weight = torch.nn.Parameter(head.weight.detach().clone())
     with torch.no_grad():  # end tokens are likelier, so that answers differ in length

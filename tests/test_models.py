@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 import shutil
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from dcr import losses, models, storage
 from dcr.config import ConfigError, LoraConfig, ModelConfig, Precision
@@ -234,10 +235,10 @@ def test_an_adapted_bf16_model_has_lora_in_fp32_and_its_structure_as_before() ->
 TINY = ModelConfig(name="tiny", architecture=shapes.TINY | {"tie_word_embeddings": False})
 
 
-def test_the_tiny_model_follows_from_its_seed() -> None:
+def test_a_random_model_follows_from_its_seed() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    one, two, other = (models.open_policy(TINY, Precision.fp32, seed) for seed in (1, 1, 2))
+    one, two, other = (models.random_policy(TINY, seed) for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(logits(one.model), logits(two.model))
     assert not torch.equal(logits(one.model), logits(other.model))
@@ -271,7 +272,7 @@ def saved(folder: Path, model: Any) -> Policy:
 def byte_model(seed: int = 0, **other: Any) -> Any:
     """A model over bytes, whose shape `other` changes; the global generator stays as it was."""
     config = dataclasses.replace(TINY, architecture=dict(TINY.architecture or {}) | other)
-    return models.open_policy(config, Precision.fp32, seed).model
+    return models.random_policy(config, seed).model
 
 
 def logits(model: Any) -> Tensor:
@@ -470,10 +471,47 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path, shape: dict[str,
         models.open_adapter(adapter, Precision.fp32)
 
 
-def test_an_adapter_on_the_tiny_model_says_why_it_cannot_open(tmp_path: Path) -> None:
-    stored(byte_model(), tmp_path / "sft", "tiny")
-    with pytest.raises(ConfigError, match="stands on model=tiny, which is only made in memory"):
-        models.open_adapter(tmp_path / "sft", Precision.fp32)
+def test_an_adapter_on_the_tiny_model_opens_as_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DCR_CACHE", str(tmp_path / "cache"))
+    base = models.open_policy(TINY, Precision.fp32)
+    adapted = shapes.adapted(base.model)
+    models.save_adapter(Policy(adapted, base.tokenizer, "made"), tmp_path / "sft", base.name)
+    opened = models.open_adapter(tmp_path / "sft", Precision.fp32)
+    assert torch.equal(logits(opened.model), logits(adapted.eval()))
+    made, told = byte_model(), models.open_tokenizer(TINY)
+    assert torch.equal(logits(models.open_policy(TINY, Precision.fp32).model), logits(made))
+    assert told("Hä?")["input_ids"] == models.byte_tokenizer()("Hä?")["input_ids"]
+    assert told.chat_template == models.byte_tokenizer().chat_template
+    assert [place.name[:5] for place in (tmp_path / "cache").iterdir()] == ["tiny-"]
+
+
+def test_processes_that_need_the_tiny_model_at_once_make_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DCR_CACHE", str(tmp_path / "cache"))
+    fork = multiprocessing.get_context("fork")
+    ready, made = fork.Barrier(4), fork.SimpleQueue()
+    save = PreTrainedModel.save_pretrained
+
+    def counted(model: Any, folder: Path, **options: Any) -> None:
+        made.put(str(folder))
+        save(model, folder, **options)
+
+    def work() -> None:
+        ready.wait()
+        models.open_policy(TINY, Precision.fp32)
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", counted)
+    processes = [fork.Process(target=work) for _ in range(4)]
+    for each in processes:
+        each.start()
+    for each in processes:
+        each.join()
+    assert [each.exitcode for each in processes] == [0] * 4
+    assert made.get()
+    assert made.empty()
 
 
 def test_an_adapter_keeps_the_commit_of_its_hub_base(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks import keywords as fit
 from dcr.activations import Edit, Site, edited
-from dcr.config import ModelConfig, Precision
-from dcr.models import open_policy
+from dcr.config import ModelConfig
+from dcr.models import random_policy
 from dcr.prompts import ChatFormat
 from dcr.refusal import (
     OPENINGS,
@@ -386,7 +386,7 @@ def test_an_edit_of_prompts_sees_each_in_one_pass(once: bool, several: bool) -> 
 def _counted(family: str) -> tuple[Any, list[int]]:
     """A tiny model, and the number of tokens that each of its passes reads."""
     shape, read = TINY | FAMILIES[family], []
-    model = open_policy(ModelConfig(name="tiny", architecture=shape), Precision.fp32).model
+    model = random_policy(ModelConfig(name="tiny", architecture=shape)).model
     embedding: Any = model.get_input_embeddings()
     embedding.register_forward_pre_hook(lambda _, args: read.append(args[0].numel()))
     return model, read

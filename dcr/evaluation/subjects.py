@@ -179,7 +179,7 @@ def opened(settings: EvalConfig, subject: Subject) -> Policy:
     if subject.folder is not None and models.is_adapter(subject.folder):
         policy = models.open_adapter(subject.folder, settings.precision, trust_remote_code=trusted)
     elif subject.folder is None or subject.weights == "base":
-        policy = models.open_policy(settings.model, settings.precision, settings.seed)
+        policy = models.open_policy(settings.model, settings.precision)
     else:
         policy = models.open_folder(
             str(subject.folder), settings.precision, trust_remote_code=trusted

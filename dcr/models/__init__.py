@@ -14,6 +14,7 @@ from dcr.models.opening import (
     facts,
     open_policy,
     open_tokenizer,
+    random_policy,
     skeleton,
 )
 from dcr.models.packing import Layout, Packing, laid_out, packs, run, running

