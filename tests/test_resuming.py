@@ -142,15 +142,15 @@ def test_kill_9_in_the_middle_of_steps_and_sigterm_end_in_the_same_bits(
 
     assert killed("contrastive", 7, 1, signal.SIGKILL) == -signal.SIGKILL
     assert checkpoints(run, "contrastive") == ["step-000005.ckpt", "step-000006.ckpt"]
-    # goes on in stage one, crosses into SFT, and is asked to stop inside step 2
-    assert killed("sft", 2, 2, signal.SIGTERM) == 128 + signal.SIGTERM
+    # goes on in stage one, crosses into SFT, and is asked to stop between micro-batches
+    assert killed("sft", 1, 2, signal.SIGTERM) == 128 + signal.SIGTERM
     assert (run / "contrastive").is_dir()
-    assert checkpoints(run, "sft") == ["step-000002.ckpt", "step-000003.ckpt"]
+    assert checkpoints(run, "sft") == ["step-000001.ckpt"]
     stage_one = [step for stage, step, key, _ in logged(run) if key == "contrastive/step_circle"]
     assert stage_one == list(range(10)), "each step of stage one is logged once"
     # between two micro-batches: gradients of a part of the step are there and are lost
     assert killed("sft", 5, 2, signal.SIGKILL) == -signal.SIGKILL
-    assert checkpoints(run, "sft") == ["step-000003.ckpt", "step-000004.ckpt"]
+    assert checkpoints(run, "sft") == ["step-000002.ckpt", "step-000004.ckpt"]
     begun = act("sft")
     train.train(same_rows, Run(run))
     assert begun == [4, 5, 6, 7], "the first step after the last checkpoint, and no earlier one"
@@ -422,36 +422,82 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
 # --- signals ---
 
 
+@pytest.fixture
+def signalled(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Send a signal in a pass of a step, forwards or backwards; returns the passes begun since."""
+
+    def install(stage: str, step: int, where: str, number: int) -> list[int]:
+        since: list[int] = []
+        name = "nll" if stage == "sft" else "circle"
+        plain, optimise = getattr(MODULES[stage], name), MODULES[stage].on_before_optimizer_step
+
+        def send(*_: Any) -> None:
+            os.kill(os.getpid(), number)
+            since.append(-1)
+
+        def passed(module: Any, *given: Any) -> Any:
+            here = module.global_step == step and (module.training or where == "validation")
+            since.extend([module.global_step] * bool(since))
+            if here and not since and where in ("forward", "validation"):
+                send()
+            loss, other = plain(module, *given)
+            if here and not since and where == "backward":
+                loss.register_hook(send)
+            return loss, other
+
+        def stepping(module: Any, optimizer: Any) -> None:
+            if module.global_step == step and where == "optimizer":
+                send()
+            optimise(module, optimizer)
+
+        monkeypatch.setattr(MODULES[stage], name, passed)
+        monkeypatch.setattr(MODULES[stage], "on_before_optimizer_step", stepping)
+        return since
+
+    return install
+
+
 @pytest.mark.parametrize(
-    ("stage", "step", "number"),
+    ("stage", "step", "where", "number", "kept"),
     [
-        ("contrastive", 2, signal.SIGINT),
-        ("contrastive", 4, signal.SIGTERM),  # the last step of an epoch
-        ("sft", 0, signal.SIGUSR1),
-        ("sft", 7, signal.SIGTERM),  # the very last step
+        ("contrastive", 0, "backward", signal.SIGINT, 0),
+        ("contrastive", 2, "optimizer", signal.SIGINT, 3),
+        ("contrastive", 4, "backward", signal.SIGTERM, 4),  # the last step of an epoch
+        ("contrastive", 5, "validation", signal.SIGUSR2, 4),  # behind it
+        ("sft", 0, "forward", signal.SIGUSR1, 0),
+        ("sft", 3, "forward", signal.SIGUSR2, 3),
+        ("sft", 5, "backward", signal.SIGTERM, 5),
+        ("sft", 7, "backward", signal.SIGTERM, 7),  # the very last step
+        ("sft", 6, "optimizer", signal.SIGTERM, 7),
     ],
 )
-def test_a_signal_ends_in_a_checkpoint_of_the_step_it_fell_into(
+def test_a_signal_leaves_the_step_unfinished_that_it_falls_into(
     tiny: TrainConfig,
     whole: Path,
     tmp_path: Path,
     half: Path,
     act: Any,
+    signalled: Any,
+    monkeypatch: pytest.MonkeyPatch,
     stage: str,
     step: int,
+    where: str,
     number: Any,
+    kept: int,
 ) -> None:
     run, handler = half if stage == "sft" else tmp_path / "new", signal.getsignal(number)
-    act(stage, step, lambda _: os.kill(os.getpid(), number))
-    with pytest.raises(Interrupted, match=f"stopped by {number.name}") as caught:
+    since = signalled(stage, step, where, number)
+    with pytest.raises(Interrupted, match=f"stopped by {number.name};") as caught:
         train.train(tiny, Run(run))
+    monkeypatch.undo()
     assert caught.value.exit_code == 128 + number
     assert signal.getsignal(number) == handler
+    assert since == [-1], "no pass was begun behind the signal"
     assert not (run / stage).exists()
-    assert checkpoints(run, stage)[-1] == f"step-{step + 1:06d}.ckpt"
+    assert checkpoints(run, stage)[-1:] == ([f"step-{kept:06d}.ckpt"] if kept else [])
     begun = act(stage)
     train.train(tiny, Run(run))
-    assert begun == list(range(step + 1, STEPS[stage]))
+    assert begun == list(range(kept, STEPS[stage]))
     assert same(weights(run), weights(whole))
     assert logged(run) == logged(whole)
 
@@ -480,9 +526,9 @@ def test_slurm_sends_several_signals_for_one_request(
 
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     act("sft", 3, preempted)
-    with pytest.raises(Interrupted, match="stopped by SIGTERM after a checkpoint"):
+    with pytest.raises(Interrupted, match="stopped by SIGTERM; the same command goes on"):
         train.train(tiny, Run(half))
-    assert checkpoints(half, "sft")[-1] == "step-000004.ckpt"
+    assert checkpoints(half, "sft")[-1] == "step-000003.ckpt"
 
 
 def test_a_ctrl_c_before_the_first_step_is_one(

@@ -27,6 +27,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from torchmetrics import MeanMetric
 
 from dcr import batching, losses, models, storage
@@ -50,9 +51,9 @@ class TrainingError(UserError):
 class Interrupted(UserError):
     """A signal asked training to stop, once a checkpoint is written, or at once when it repeats."""
 
-    def __init__(self, number: int, how: str = "after a checkpoint") -> None:
-        name = signal.Signals(number).name
-        super().__init__(f"stopped by {name} {how}; the same command goes on from the last one")
+    def __init__(self, number: int, how: str = "") -> None:
+        stopped = f"stopped by {signal.Signals(number).name}{how}"
+        super().__init__(f"{stopped}; the same command goes on from the last checkpoint")
         self.exit_code = 128 + number
 
 
@@ -402,7 +403,9 @@ class Checkpoints(Callback):
 
     The step that ends an epoch gets its checkpoint only once validation is over and the epoch's
     means are logged, which is when the next epoch starts: Lightning would do neither on resuming.
-    A signal stops training after the step, or the validation, that it falls into.
+    A signal stops training at the next block of the model, forwards or backwards: a step is left
+    unfinished, with a checkpoint of the one before it, and so is a validation, without one. Only
+    several ranks, of which none may leave the others waiting, go on to the end of either.
     """
 
     def __init__(self, folder: Path, every: int) -> None:
@@ -410,10 +413,16 @@ class Checkpoints(Callback):
         self.written = 0  # the newest step that has a checkpoint
         self.received: int | None = None
         self.stopping = False  # agreed upon by all ranks
+        self.begun: int | None = None  # steps that were done when this one was begun
+        self.means: list[dict[str, Tensor]] = []  # of the epoch, at that time
+        self.unfinished = False  # whether a step was left so
+        self.watched: list[RemovableHandle] = []
         self.handlers: Mapping[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.written = trainer.global_step
+        if ranks() == 1:
+            self._watch(trainer, models.decoder_blocks(pl_module.model))
         if threading.current_thread() is threading.main_thread():
             # set here, after Lightning has set its own
             self.handlers = {number: signal.signal(number, self._receive) for number in SIGNALS}
@@ -424,15 +433,35 @@ class Checkpoints(Callback):
     def _receive(self, number: int, _frame: Any) -> None:
         # Slurm sends several for one request; a person who asks twice cannot wait for the step
         if self.received is not None and "SLURM_JOB_ID" not in os.environ:
-            raise Interrupted(number, "a second time, without another checkpoint")
+            raise Interrupted(number, " a second time, without another checkpoint")
         self.received = self.received or number
+
+    def _watch(self, trainer: Trainer, blocks: torch.nn.ModuleList) -> None:
+        def obey(*_: Any) -> None:
+            if self.received is not None:
+                self.unfinished = self.begun == trainer.global_step
+                raise Interrupted(self.received)
+
+        # no method: what measures on a copy of the model would copy this callback with it
+        def enter(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            obey()
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if hidden.requires_grad:
+                hidden.register_hook(obey)  # when its gradient is there
+
+        self.watched = [b.register_forward_pre_hook(enter, with_kwargs=True) for b in blocks]
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         if not trainer.is_last_batch:
             self._save(trainer, due=trainer.global_step % self.every == 0)
 
-    def on_train_batch_start(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
+    ) -> None:
         self._stop()  # no earlier: only now is the step before in the log
+        metrics = pl_module._metrics()  # pyright: ignore[reportCallIssue]
+        self.means = [{n: v.clone() for n, v in m.metric_state.items()} for _, m in metrics]
+        self.begun = trainer.global_step
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer, due=True)
@@ -463,10 +492,29 @@ class Checkpoints(Callback):
             for old in whole[:-KEPT]:
                 trainer.strategy.remove_checkpoint(old)
 
-    def on_exception(self, *_: Any, **__: Any) -> None:
-        self._restore()
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        try:
+            if self.unfinished and isinstance(exception, Interrupted):
+                self._take_back(trainer, pl_module)
+                self._save(trainer, due=True)
+        finally:
+            self._restore()
+
+    def _take_back(self, trainer: Trainer, module: Any) -> None:
+        """What a step that is left unfinished has counted; no weight has moved in it."""
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        progress.is_last_batch = False
+        for count in (progress.total, progress.current):
+            count.reset_on_restart()
+        for (_, metric), means in zip(module._metrics(), self.means, strict=True):
+            for name, value in means.items():
+                setattr(metric, name, value)
 
     def _restore(self) -> None:
+        for hook in self.watched:
+            hook.remove()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.handlers = {}
