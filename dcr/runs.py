@@ -265,6 +265,19 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def stages(made_with: Mapping[str, Any], weights: str) -> list[str]:
+    """What trained some weights of a run with this configuration: contrastive, sft, readout.
+
+    A snapshot is from before the readout; a base model was trained by none.
+    """
+    if weights not in ("contrastive", "snapshot", "sft"):
+        return []
+    found = ["contrastive"] if made_with.get("method") == "dcr" else []
+    found += ["sft"] if weights != "contrastive" else []
+    steps = ((made_with.get("sft") or {}).get("readout") or {}).get("steps")
+    return found + (["readout"] if weights == "sft" and steps else [])
+
+
 def binding(made_with: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a configuration that decides a run's weights, without options that are off."""
     decisive = {key: value for key, value in made_with.items() if key not in FREE_KEYS}

@@ -11,12 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    DeepseekV32Config,
-    FalconH1Config,
-    Qwen3NextConfig,
-)
 from transformers.cache_utils import DynamicLayer
 
 from dcr import batching, endpoints, generation, models, prompts, storage, threads
@@ -211,51 +205,15 @@ def test_every_family_decodes_as_each_row_alone(family: str, begun: int, policy:
 
     What they begin with is read once, where no window would count the padding behind it.
     """
-    model = shapes.made(family, torch.float32)  # eager attention has no mask for float64
-    assert decoding.is_possible(model)
-    decodes_as_alone(model, policy, begun, shared=0 if family == "gemma2" else begun)
-
-
-UNGROUPED: dict[str, Any] = shapes.SHAPE | {"num_key_value_heads": 4}
-MIXED: dict[str, Any] = {
-    "a state beside keys": FalconH1Config(
-        **shapes.SHAPE, mamba_d_ssm=16, mamba_n_heads=2, mamba_d_head=8,
-        mamba_d_state=8, mamba_n_groups=1,
-    ),
-    "a state in some blocks": Qwen3NextConfig(
-        **shapes.SHAPE, head_dim=8, linear_num_key_heads=2, linear_num_value_heads=2,
-        linear_key_head_dim=8, linear_value_head_dim=8, num_experts=0, decoder_sparse_step=9,
-        layer_types=["linear_attention", "linear_attention", "full_attention"],
-    ),
-    "an index beside keys": DeepseekV32Config(
-        **UNGROUPED, q_lora_rank=8, kv_lora_rank=8,
-        qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, n_group=1, topk_group=1,
-        n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, index_topk=64,
-        first_k_dense_replace=3, index_n_heads=2, index_head_dim=16,
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", MIXED)
-def test_rows_stay_where_a_cache_holds_more_than_keys(kind: str, policy: Policy) -> None:
-    """As contrasts decode them, whose rows all stay until the last answer ends."""
-    torch.manual_seed(5)
-    model: Any = AutoModelForCausalLM.from_config(MIXED[kind]).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape))
-    assert not decoding.is_possible(model)
-    decodes_as_alone(model, policy, 0, shared=0)
-
-
-def decodes_as_alone(model: Any, policy: Policy, begun: int, shared: int) -> None:
-    new, chance = 12, torch.Generator().manual_seed(0)
+    model, new = shapes.made(family, torch.float32), 12  # eager attention has no mask for float64
+    chance = torch.Generator().manual_seed(0)
     alike, *prompts = (
         torch.randint(2, 40, (n,), generator=chance).tolist() for n in (begun, 9, 7, 7, 5, 3, 1)
     )
     prompts = [[*alike, *own] for own in prompts]
-    assert prefill.shared(model, prompts) == shared
+    assert prefill.shared(model, prompts) == (0 if family == "gemma2" else begun)
     stop, rows = range(0, shapes.VOCABULARY, 6), Policy(model, policy.tokenizer, "tiny")
+    assert decoding.is_possible(model)
     found, first = decoding.decoded(
         rows,
         [(prompts, math.inf)],

@@ -89,7 +89,7 @@ def test_what_is_written_is_read_back_whole(tmp_path: Path) -> None:
 def test_a_block_that_could_not_be_read_back_is_not_written(tmp_path: Path) -> None:
     broken = copy.deepcopy(WHOLE)
     broken["sets"]["safe"]["refused"]["paper"] = 9
-    with pytest.raises(ValueError, match=r"sets\.safe(.|\n)*more refusals by paper than 8"):
+    with pytest.raises(ValueError, match=r"sets\.safe(.|\n)*more refusals by paper than 7"):
         results.write(tmp_path / "metrics.json", broken)
     assert not list(tmp_path.iterdir())
 
@@ -125,7 +125,8 @@ def test_every_number_has_its_row(tmp_path: Path) -> None:
     assert (judged["count"], judged.judge_model) == (2, "m")
     assert row(table, "lenient", judge="llm").value == 4 / 6, "complied, also in part"
     assert row(table, "invalid", judge="llm")["count"] == 1
-    assert row(table, "complied", set="safe", judge="keyword:recommended").value == 4 / 8
+    assert row(table, "complied", set="safe", judge="keyword:recommended").value == 3 / 8
+    assert row(table, "complied", set="safe", judge="keyword:paper").value == 5 / 8
     assert row(table, "safe", judge="guard").value == 3 / 5, "an unreadable verdict is not safe"
     assert not table.contaminated.any(), "what it was trained on bears another mark"
     assert row(table, "refused", set="unsafe").value == 1.0

@@ -121,6 +121,7 @@ def test_groups_that_training_never_saw_are_counted_apart() -> None:
         "n": 6,
         "refused": {"paper": 3, "recommended": 3},
         "partial": {"paper": 0, "recommended": 0},
+        "empty": 0,
     }
     assert found["sets"]["s"]["in_distribution"] is True
     assert found["sets"]["s"]["refused"] == {"paper": 4, "recommended": 4}

@@ -108,6 +108,8 @@ def measure(
         blocks = counted | blocks
     metrics = _write(settings, run, subject, folder, blocks, began)
     print(f"{subject.weights}: {folder}")
+    if silence := results.Metrics.model_validate(metrics).silence:
+        log.warning("%s: %s", folder, silence)
     return metrics, given
 
 

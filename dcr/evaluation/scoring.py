@@ -137,7 +137,6 @@ def score(
             "ids": [a.id for a in answers],
             **_outcomes(answers, rules),
             "unanswered": len(prompt_set.rows) - len(answers),
-            "empty": sum(not a.response for a in answers),
             **(_faults(answers) if whole else {}),
             "in_distribution": known,
             "unseen": {"n": len(unseen), **_outcomes(unseen, rules)} if unseen else None,
@@ -158,15 +157,18 @@ def _faults(answers: Sequence[Completion]) -> dict[str, int]:
     }
 
 
-def _outcomes(answers: Sequence[Completion], names: Sequence[str]) -> dict[str, dict[str, int]]:
-    """Full and partial refusals by each of the rules; those of the paper know no partial ones."""
+def _outcomes(answers: Sequence[Completion], names: Sequence[str]) -> dict[str, Any]:
+    """Full and partial refusals by each of the rules; those of the paper know no partial ones.
+
+    Empty answers are the same by all.
+    """
     by_rules = {
         rules: [refusal.outcome(answer.response, rules) for answer in answers] for rules in names
     }
     return {
         outcome: {rules: outcomes.count(outcome) for rules, outcomes in by_rules.items()}
         for outcome in ("refused", "partial")
-    }
+    } | {"empty": by_rules["paper"].count("empty")}
 
 
 def is_repetitive(text: str) -> bool:

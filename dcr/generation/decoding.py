@@ -12,17 +12,16 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from dcr import activations, batching
 from dcr.batching import padded
-from dcr.generation.cache import RoomyLayer, roomy_cache, stepping
+from dcr.generation.cache import roomy_cache, stepping
 from dcr.generation.prefill import prefill
 from dcr.models import Policy, unwrapped
 from dcr.models.fusing import prepacked
 
 NEEDED = ("attention_mask", "position_ids", "past_key_values", "logits_to_keep")
-SELECTED = {DynamicLayer, DynamicSlidingWindowLayer, RoomyLayer}  # nothing but keys and values
 ENDED = 1 / 8  # of the rows: once so many have ended, the others' cache is worth a copy
 
 
@@ -51,8 +50,9 @@ def is_possible(model: Any) -> bool:
 
 
 def _rows_may_leave(cache: Cache | None) -> bool:
-    """Not of a layer that inherits from these: of its own state rows are perhaps not chosen."""
-    return isinstance(cache, DynamicCache) and all(type(each) in SELECTED for each in cache.layers)
+    return isinstance(cache, DynamicCache) and all(
+        isinstance(layer, DynamicLayer) for layer in cache.layers
+    )
 
 
 def decoded(

@@ -65,7 +65,7 @@ class Verdict:
     id: str
     of: str  # fingerprint of the prompt and response it was given for
     status: str  # ok; error: nothing came back; invalid: what came back is no verdict
-    compliance: str | None = None  # complied, partial or refused
+    compliance: str | None = None  # complied, partial or refused; by keywords also empty
     safety: str | None = None  # safe or unsafe
     p_unsafe: float | None = None
     raw: str = ""
@@ -139,7 +139,8 @@ def agreements(
 
     `kinds` gives the kind of each set; `verdicts` maps judge to set to one verdict an answer, in
     the order of the answers. Sets of one kind are pooled; a response counts where both judges have
-    a label for it. Partial compliance counts as compliance. Two judges that both say who complied
+    a label for it, which keywords have not for an empty one. Partial compliance counts as
+    compliance. Two judges that both say who complied
     are compared by that, two that both judge safety by that; of one of each, unsafe stands for
     complied and safe for refused. Raises ValueError where two lists are not about the same answers.
     """
@@ -162,7 +163,8 @@ def _compared(pairs: Sequence[tuple[Verdict, Verdict]]) -> dict[str, Any]:
     """Kappa, and counts with the first judge's verdicts as rows."""
 
     def complied(verdict: Verdict) -> bool | None:
-        return None if verdict.compliance is None else verdict.compliance != "refused"
+        known = verdict.compliance not in (None, "empty")
+        return verdict.compliance != "refused" if known else None
 
     def unsafe(verdict: Verdict) -> bool | None:
         return None if verdict.safety is None else verdict.safety == "unsafe"

@@ -4,7 +4,6 @@ What they compute is what PEFT and transformers compute, rounded less often.
 """
 
 import functools
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,8 +32,6 @@ MASKS = {
 DIAGONAL, ONES = 0x8040201008040201 - 2**64, 0x0101010101010101
 COPIES = 2**30  # bytes, of a small model's weights; larger ones are not held twice
 ROWS = 16  # that packed weights are laid out for; others are multiplied too
-UNSEEN = ("drop", "limit", "clamp", "clip")  # a probe may stay below a limit, and draws nothing
-LARGE = 1e4  # times what a probe begins with: values that a limit cuts off
 NARROW = 64  # what has a side below it, such as a LoRA weight, is not packed
 
 
@@ -42,17 +39,16 @@ NARROW = 64  # what has a side below it, such as a LoRA weight, is not packed
 def fused(model: nn.Module) -> Iterator[None]:
     """While open, LoRA layers, RMS norms and SwiGLU of a model on a CPU run as one step each."""
     changed: list[nn.Module] = []
-    alike: dict[tuple[Any, ...], bool] = {}
+    alike: dict[type, bool] = {}
     try:
         for module in model.modules():
             kind = type(module)
             named = next((ours for ours in SAME if kind.__name__.endswith(ours)), None)
-            made = _made_as(module) if named else ()
-            if named and made not in alike:
-                alike[made] = SAME[named][0](module)
+            if named and kind not in alike:
+                alike[kind] = SAME[named][0](module)
             if kind is lora.Linear and _is_plain(module):
                 module.forward = functools.partial(lora_linear, module)
-            elif named and alike[made]:
+            elif named and alike[kind]:
                 module.forward = functools.partial(SAME[named][1], module)
             else:
                 continue
@@ -63,49 +59,15 @@ def fused(model: nn.Module) -> Iterator[None]:
             del module.forward
 
 
-def _made_as(module: nn.Module) -> tuple[Any, ...]:
-    """What modules of one class must have in common so that one of them speaks for all.
-
-    A model may give some of its layers a limit, another activation, or a norm without weight.
-    """
-    return (
-        type(module),
-        *((name, v) for name, v in vars(module).items() if isinstance(v, int | float | str)),
-        *(name for name, _ in module.named_parameters(recurse=False)),
-        *((name, type(child)) for name, child in module.named_children()),
-    )
-
-
-def _has_only(module: nn.Module, weights: set[str], layers: set[str]) -> bool:
-    """Whether a module has these weights and layers, and nothing that a probe would not show.
-
-    That is a weight at its first value, a buffer, and what is drawn in training alone.
-    """
-    others = [child for name, child in module.named_children() if name not in layers]
-    set_to = {
-        name
-        for name, value in vars(module).items()
-        if any(word in name.lower() for word in UNSEEN) and value and value != math.inf
-    }
-    return (
-        {name for name, _ in module.named_parameters(recurse=False)} == weights
-        and layers <= {name for name, _ in module.named_children()}
-        and not any(True for _ in module.buffers(recurse=False))
-        and not set_to
-        and not any(True for child in others for _ in child.parameters())
-        and not any("drop" in type(child).__name__.lower() for child in others)
-    )
-
-
 # --- LoRA ---
 
 
 def _is_plain(layer: Any) -> bool:
-    """One adapter without variants on a linear layer whose weight and bias are frozen."""
+    """One adapter without variants on a frozen linear layer."""
     base, active = layer.base_layer, layer.active_adapters
     return (
         type(base) is nn.Linear
-        and not any(weight.requires_grad for weight in base.parameters())
+        and not base.weight.requires_grad
         and base.weight.is_floating_point()
         and not (layer.disable_adapters or layer.merged or layer.fan_in_fan_out)
         and len(active) == 1
@@ -205,11 +167,11 @@ def _epsilon(module: Any) -> Any:
 
 def _is_rms_norm(module: Any) -> bool:
     """Whether one of that name does the same: Gemma's adds 1 to its weight, say."""
-    if not (_has_only(module, {"weight"}, set()) and isinstance(_epsilon(module), float)):
+    if getattr(module, "weight", None) is None or not isinstance(_epsilon(module), float):
         return False
     x = torch.linspace(-0.01, 0.02, 4 * len(module.weight), dtype=module.weight.dtype)
     with torch.no_grad():
-        x = torch.cat([x.view(4, -1), LARGE * x.view(4, -1)])
+        x = x.view(4, -1)
         return bool(torch.equal(module.forward(x), rms_norm(module, x)))  # pyright: ignore
 
 
@@ -247,12 +209,11 @@ def swiglu(module: Any, x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows
 
 @torch.no_grad()
 def _is_swiglu(module: Any) -> bool:
-    """Whether one of that name does the same: it may limit its gate, or use another function."""
-    if not _has_only(module, set(), {"gate_proj", "up_proj", "down_proj"}):
+    """Whether one of that name does the same: it may scale its gate, or use another function."""
+    if not all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj")):
         return False
     weight = next(module.parameters())
-    x = torch.linspace(-1, 1, module.gate_proj.in_features, dtype=weight.dtype)
-    x = torch.stack([x, LARGE * x])
+    x = torch.linspace(-1, 1, module.gate_proj.in_features, dtype=weight.dtype)[None]
     with evaluating(module):
         return bool(torch.equal(module.forward(x), swiglu(module, x)))
 

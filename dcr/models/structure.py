@@ -22,9 +22,6 @@ from transformers.pytorch_utils import Conv1D
 
 from dcr.config import ALL_LINEAR, ConfigError, LoraConfig
 
-# How transformers' configurations call the number of residual streams.
-STREAMS = ("altup_num_inputs", "hc_mult")
-
 
 def unwrapped(model: Any) -> PreTrainedModel:
     """The transformers model inside a PEFT one, adapters still in place."""
@@ -92,15 +89,9 @@ def trunk(model: Any, block: int) -> nn.Module:
     """The backbone cut after the `block`-th block (1-based), sharing its parameters.
 
     Called like the backbone; `last_hidden_state` is then HF's `hidden_states[block]`: no later
-    block and no final norm runs. Raises ConfigError where blocks give several residual streams.
+    block and no final norm runs.
     """
     blocks, parent, name = _blocks_and_parent(unwrapped(model))
-    told: Any = unwrapped(model).config.get_text_config()
-    if any((getattr(told, streams, None) or 1) > 1 for streams in STREAMS):
-        raise ConfigError(
-            f"model.name: {type(unwrapped(model)).__name__} has several residual streams, so that "
-            "no block has one hidden state; name another model, or train with method=stl"
-        )
     cut = copy.copy(parent)
     cut._modules = dict(parent._modules)
     cut._modules[name] = blocks[:block]
@@ -108,8 +99,7 @@ def trunk(model: Any, block: int) -> nn.Module:
     if norm is not None:
         cut._modules[norm[0]] = nn.Identity()
     config: Any = copy.deepcopy(parent.config)
-    if not getattr(told, "hidden_size_per_layer_input", None):  # cut apart by the whole number
-        config.get_text_config().num_hidden_layers = block
+    config.get_text_config().num_hidden_layers = block
     cut.config = config
     return cut
 

@@ -7,18 +7,19 @@ from typing import Any
 
 import pandas as pd
 
-from dcr import statistics
+from dcr import statistics, storage
 from dcr.config import UserError
 from dcr.results.schema import Ability, Estimate, Metrics, Quality, Ranking, SetCounts, read
+from dcr.runs import Run, stages
 from dcr.text import encodable
 
 # Ways to decode, as the settings of an evaluation tell them.
 CONTRASTS = {"self_cd": "Self-CD", "adacd": "AdaCD"}
 
 COLUMNS = (
-    "run", "weights", "step", "method", "model", "preset", "seed", "data", "edit", "set", "kind",
-    "judge", "judge_model", "quantity", "value", "low", "high", "count", "n", "in_distribution",
-    "contaminated", "file",
+    "run", "weights", "step", "method", "model", "preset", "seed", "data", "stages", "edit", "set",
+    "kind", "judge", "judge_model", "quantity", "value", "low", "high", "count", "n",
+    "in_distribution", "contaminated", "file",
 )  # fmt: skip
 FAULTS = ("unanswered", "empty", "truncated", "repetitive", "non_english")
 NORMAL = 1.959963984540054  # standard errors to either side of a 95% interval
@@ -34,12 +35,14 @@ def load(folders: Iterable[str | Path] | str | Path) -> pd.DataFrame:
     was measured on, and of a rate `count` of them: rates over several sets are sums of both. Rates,
     win rates too, are in [0, 1]. `quantity` is what was measured of `set` (or of a task, a choice
     of a kernel's parameters, a block) by `judge`: `refused`, `partial`, `complied` (of the answers
-    that have one of the three), `lenient` (the last two), `safe`, `unsafe` (of all answers),
-    `invalid`, `error`, `discernment` (an AUROC), `answered_at_safety/0.8`,
-    `refused_at_over_refusal/0.05`, `acc`, `win_rate`, `kappa` and so on, the paper's analyses
-    under `refusal_probability`, `kernel/…`, `separability/…` and `claims/…`. `edit` tells steering
-    and decoding, "" for none. `in_distribution` marks sets that the run was trained on,
-    `contaminated` others of which training or steering saw some prompts.
+    that have one of the three, by keywords of all answers, some of which are `empty`), `lenient`
+    (the last two), `safe`, `unsafe` (of all answers), `invalid`, `error`, `discernment` (an AUROC),
+    `answered_at_safety/0.8`, `refused_at_over_refusal/0.05`, `acc`, `win_rate`, `kappa` and so on,
+    the paper's analyses under `refusal_probability`, `kernel/…`, `separability/…` and `claims/…`.
+    `stages` tells what trained the weights (`contrastive + sft + readout`), "" where nothing did or
+    the run's configuration is gone, `edit` steering and decoding, "" for none. `in_distribution`
+    marks sets that the run was trained on, `contaminated` others of which training or steering saw
+    some prompts.
 
     Raises DataError for a damaged file, UserError for a folder without an evaluation.
     """
@@ -49,8 +52,12 @@ def load(folders: Iterable[str | Path] | str | Path) -> pd.DataFrame:
         files = sorted(folder.glob("eval/*/metrics.json"))
         if not files:
             raise UserError(f"{folder}: no evaluations there; run python eval.py run={folder}")
+        config = Run(folder).config_file
+        made_with = storage.read_yaml(config, dict[str, Any]) if config.exists() else {}
         for file in files:
-            rows += rows_of(read(file), str(folder), str(file))
+            metrics = read(file)
+            trained_by = " + ".join(stages(made_with, metrics.weights))
+            rows += rows_of(metrics, str(folder), str(file), trained_by)
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
@@ -72,10 +79,10 @@ def csv_text(table: pd.DataFrame) -> str:
     return frame.to_csv(index=False, lineterminator="\n")
 
 
-def rows_of(metrics: Metrics, run: str = "", file: str = "") -> list[TidyRow]:
+def rows_of(metrics: Metrics, run: str = "", file: str = "", trained_by: str = "") -> list[TidyRow]:
     """The rows of one evaluation."""
     about = {key: getattr(metrics, key) for key in COLUMNS[1:8]}
-    about |= {"run": run, "edit": edit(metrics.settings), "file": file}
+    about |= {"run": run, "stages": trained_by, "edit": edit(metrics.settings), "file": file}
     empty = {
         "set": "", "kind": "", "judge": "", "judge_model": "", "low": math.nan, "high": math.nan,
         "count": None, "n": None, "in_distribution": False, "contaminated": False,
@@ -160,7 +167,7 @@ def _set(counts: SetCounts) -> Iterator[TidyRow]:
             yield _rate(f"refused{suffix}", refused, part.n, judge=judge)
             if partial is not None:
                 yield _rate(f"partial{suffix}", partial, part.n, judge=judge)
-            answered = part.n - refused - (partial or 0)
+            answered = part.n - refused - (partial or 0) - (part.empty or 0)
             yield _rate(f"complied{suffix}", answered, part.n, judge=judge)
     for fault in FAULTS:
         if (count := getattr(counts, fault)) is not None:

@@ -28,6 +28,8 @@ CURE = "restore it, or delete it and evaluate again: stored answers are kept"
 # Files without a version are as those of version 1; since 2 discernment is more than an AUROC.
 VERSION = 2
 
+NOTABLE = 0.05  # share of empty answers from which a reader is warned
+
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -53,19 +55,24 @@ class Record(BaseModel):
 
 
 class Refusals(Record):
-    """Prompts answered, and of them those refused in full and in part, by keyword rules."""
+    """Prompts answered, and of them those refused in full and in part, by keyword rules.
+
+    The rest but the `empty` answers complied.
+    """
 
     n: Count
     refused: dict[str, Count] = {}
     partial: dict[str, Count] = {}
+    empty: Count | None = None
 
     @model_validator(mode="after")
     def _add_up(self) -> "Refusals":
         if self.n and "paper" not in self.refused:
             raise ValueError("refused.paper is missing")
+        said = self.n - (self.empty or 0)
         for rules, count in self.refused.items():
-            if count + self.partial.get(rules, 0) > self.n:
-                raise ValueError(f"more refusals by {rules} than {self.n} answers")
+            if count + self.partial.get(rules, 0) > said:
+                raise ValueError(f"more refusals by {rules} than {said} answers that say anything")
         return self
 
 
@@ -102,7 +109,6 @@ class SetCounts(Refusals):
     kind: Kind
     ids: list[str] | None = None  # of its prompts, where the store may hold others too
     unanswered: Count | None = None
-    empty: Count | None = None
     truncated: Count | None = None
     repetitive: Count | None = None
     non_english: Count | None = None
@@ -431,6 +437,17 @@ class Metrics(Tracked):
     seconds: Number = None
     tokens_per_second: Number = None
     peak_memory_gib: Number = None
+
+    @property
+    def silence(self) -> str:
+        """A warning where a notable share of the answers is empty, else nothing."""
+        empty, n = (sum(getattr(of, k) or 0 for of in self.sets.values()) for k in ("empty", "n"))
+        if not empty or empty < NOTABLE * n:
+            return ""
+        return (
+            f"{empty} of {n} answers ({empty / n:.0%}) are empty: they count as neither compliance "
+            "nor refusal, and the rates say little"
+        )
 
 
 def read(file: Path) -> Metrics:

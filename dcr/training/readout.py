@@ -84,10 +84,8 @@ def entered(
     given = [args[0] if args else kwargs.pop("hidden_states") for args, kwargs in calls]
     further = tuple((args[1:], kwargs) for args, kwargs in calls)
     found = Entered(given[0], further, layout, read, output[read])
-    error = torch.inf
-    if given[0].dim() == 3:  # blocks of several residual streams give four dimensions
-        with torch.no_grad():
-            error = (leaving(model, found) - found.before).abs().max()
+    with torch.no_grad():
+        error = (leaving(model, found) - found.before).abs().max()
     if not error <= 1e-2 * found.before.abs().max():
         kind = type(models.unwrapped(model)).__name__
         raise ConfigError(
