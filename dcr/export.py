@@ -16,7 +16,7 @@ from httpx2 import HTTPError
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from dcr import cli, config, prompts, storage, threads
+from dcr import cli, config, prompts, runs, storage, threads
 from dcr.config import (
     AUTO_LAYER,
     EMBEDDED_MODEL,
@@ -72,7 +72,12 @@ METHODS = {
         "model."
     ),
 }
+READ_OUT = (
+    " Before the merge came a readout, which is no part of the paper: the adapter's last blocks "
+    "were trained on for how an answer to either kind of prompt begins."
+)
 LEARNT = {"contrastive": ("seemingly_toxic", "toxic"), "sft": ("safety", "normal")}
+LEARNT |= {"readout": LEARNT["contrastive"]}
 SETTINGS = {  # what a reader must know to judge a result, by stage
     "contrastive": (
         "dcr.layer", "dcr.epochs", "dcr.margin", "dcr.scale", "dcr.ratio", "dcr.batch_size",
@@ -186,7 +191,7 @@ def export(
         depth = policy.model.config.num_hidden_layers
         card = model_card(run, stage, made_with, dtype=dtype, depth=depth, calibrated=record)
         (staging / "README.md").write_text(card, encoding="utf-8")
-        measured, _ = evaluated(run, stage, record)
+        measured, _, _ = evaluated(run, stage, record)
         if len(measured):
             shown = measured.drop(columns=["run", "edit", "file"])  # places on this machine
             numbers = results.csv_text(shown)
@@ -351,9 +356,10 @@ def model_card(
         front = {}  # a folder of the machine that trained it means nothing elsewhere
         name = Path(name).name
     front |= {**FRONT, "tags": list(dict.fromkeys([*FRONT["tags"], method]))}
-    stages = [*(["contrastive"] if method == "dcr" else []), *(["sft"] if stage == "sft" else [])]
+    stages = runs.stages(made_with, stage)
+    read = " + readout" if "readout" in stages else ""
     rows = {n: part for n, part in run.record().get("rows", {}).items() if part["count"]}
-    measured, others = evaluated(run, stage, calibrated)
+    measured, silences, others = evaluated(run, stage, calibrated)
     template = jinja2.Environment(
         loader=jinja2.PackageLoader("dcr"),
         undefined=jinja2.StrictUndefined,
@@ -363,19 +369,20 @@ def model_card(
     ).get_template("model_card.md")
     return template.render(
         front=yaml.safe_dump(front, sort_keys=False),
-        title=f"{made_with['model'].get('label') or name}, {method}, stage {stage}",
+        title=f"{made_with['model'].get('label') or name}, {method}{read}, stage {stage}",
         base=HUB_NAMES.get(name, name),
-        method=METHODS[method, stage],
+        method=METHODS[method, stage] + (READ_OUT if read else ""),
         system=made_with["model"].get("system_prompt"),
         dtype=dtype,
         calibrated=calibrated,
         settings=_settings(run, made_with, stages, depth),
         rows=rows,
         fingerprint=storage.fingerprint({n: part["fingerprint"] for n, part in rows.items()}),
-        sources=[row for each in stages for row in _sources(made_with, LEARNT[each])],
+        sources=dict.fromkeys(row for each in stages for row in _sources(made_with, each)),
         scores=measured.query(
             "quantity == 'refused' and judge == 'keyword:paper' and n > 0"
         ).drop_duplicates(["set", "kind", "n", "count"]),
+        silences=silences,
         trained_on=run.record().get("in_distribution", []),
         others=others,
     )
@@ -384,7 +391,7 @@ def model_card(
 def _settings(
     run: Run, made_with: Mapping[str, Any], stages: Sequence[str], depth: int
 ) -> dict[str, str]:
-    keys = ["preset_name", "seed", *(key for each in stages for key in SETTINGS[each])]
+    keys = ["preset_name", "seed", *(key for each in stages for key in SETTINGS.get(each, ()))]
     settings = {key: _leaf(made_with, key) for key in keys}
     if "dcr.layer" in settings:
         block = _block(run, made_with["dcr"], depth)
@@ -408,10 +415,13 @@ def _leaf(node: Any, path: str) -> str:
     return "default" if node is None else str(node)
 
 
-def _sources(made_with: Mapping[str, Any], uses: Sequence[str]) -> Iterator[tuple[str, str, str]]:
-    """What each source was used as, its name and its licence."""
-    for use in uses:
-        named = made_with.get("data", {}).get(use, {}).get("source") or []
+def _sources(made_with: Mapping[str, Any], stage: str) -> Iterator[tuple[str, str, str]]:
+    """What each source of a stage was used as, its name and its licence."""
+    for use in LEARNT[stage]:
+        if stage == "readout":
+            named = made_with["sft"]["readout"].get(use) or []
+        else:
+            named = made_with.get("data", {}).get(use, {}).get("source") or []
         for source in [named] if isinstance(named, str) else named:
             known = SOURCES.get(source)
             licence = known.licence if known else "a file of the user's"
@@ -420,8 +430,9 @@ def _sources(made_with: Mapping[str, Any], uses: Sequence[str]) -> Iterator[tupl
 
 def evaluated(
     run: Run, stage: str, calibrated: Mapping[str, Any] | None
-) -> "tuple[pd.DataFrame, int]":
-    """What was measured of the stage as it is exported, and how many other evaluations it has.
+) -> "tuple[pd.DataFrame, list[str], int]":
+    """What was measured of the stage as it is exported, warnings where many of its answers are
+    empty, and how many other evaluations it has.
 
     Others are those under an edit, another calibration or on validation prompts.
     """
@@ -430,12 +441,14 @@ def evaluated(
     from dcr import results
 
     if not any(run.folder.glob("eval/*/metrics.json")):
-        return pd.DataFrame(columns=list(results.COLUMNS)), 0
+        return pd.DataFrame(columns=list(results.COLUMNS)), [], 0
     target = calibrated and (calibrated["run"] or f"{calibrated['target']:g}")
     table = results.load(run.folder)
     table = table.loc[table["weights"] == stage]
     measured = table.loc[table["edit"] == (f"calibrate={target}" if target else "")]
-    return measured, len(set(table["file"]) - set(measured["file"]))
+    files = dict.fromkeys(measured["file"])
+    silences = [silence for file in files if (silence := results.read(Path(file)).silence)]
+    return measured, silences, len(set(table["file"]) - set(files))
 
 
 if __name__ == "__main__":

@@ -515,8 +515,10 @@ def test_an_upload_without_a_token_is_refused(
 # --- the card -----------------------------------------------------------------------------------
 
 
-def scored(run: Run, name: str, refused: int = 80, weights: str = "sft", **settings: Any) -> None:
-    counts = {"kind": "toxic", "n": 100, "refused": {"paper": refused}}
+def scored(
+    run: Run, name: str, refused: int = 80, weights: str = "sft", empty: int = 4, **settings: Any
+) -> None:
+    counts = {"kind": "toxic", "n": 100, "refused": {"paper": refused}, "empty": empty}
     sets = {"i_cona": counts, "empty": {"kind": "toxic", "n": 0}}
     metrics = {"weights": weights, "settings": settings, "sets": sets}
     storage.write_json(run.evaluation(name) / "metrics.json", metrics)
@@ -539,6 +541,23 @@ def test_card_names_data_licences_and_scores(moved: Run) -> None:
     assert "| `dcr.optim.lr` | 0.0001 |" in text
     assert "| i_cona | toxic | 100 | 80% (71% to 87%) |" in text  # Wilson, from a table
     assert "/home/me" not in text
+
+
+def test_card_warns_of_a_model_that_says_nothing(moved: Run) -> None:
+    scored(moved, "sft-1")
+    assert "Warning" not in card_of(moved), "4% are few"
+    scored(moved, "sft-1", refused=10, empty=60)
+    told = "**Warning:** 60 of 100 answers (60%) are empty: they count as neither compliance nor"
+    assert told in card_of(moved)
+
+
+def test_card_names_the_readout_and_what_it_was_made_from(moved: Run) -> None:
+    assert "readout" not in card_of(moved).replace("sft.readout", "")
+    read = {"steps": 120, "toxic": ["contrasts_toxic"], "seemingly_toxic": ["xstest_safe"]}
+    text = card_of(moved, CONFIG | {"sft": CONFIG["sft"] | {"readout": read}})
+    assert "dcr + readout, stage sft" in text
+    assert "came a readout, which is no part of the paper" in text
+    assert "| toxic | contrasts_toxic |" in text
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,7 @@ def drawn(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 def figure_of(name: str, *folders: Path, **options: Any) -> Drawing:
     """A figure, not drawn yet."""
-    records = [read_run(folder, curves_suffice=True) for folder in folders]
+    records = [read_run(folder) for folder in folders]
     if name == OPERATING:
         return trade_offs.operating_points(records, **{"margin": 2.0, "data": None} | options)
     return DRAWN[name](records)
@@ -304,7 +304,7 @@ def test_unfinished_tracking_leaves_the_logged_curve(tmp_path: Path) -> None:
     track(run, "sft", probabilities(0.1))
     for step in STEPS:
         keep(run, "sft", step, {"refusal_probability": probability_block(0.5)}).unlink()
-    notes = " ".join(read_run(run, curves_suffice=True).notes)
+    notes = " ".join(read_run(run).notes)
     assert notes.count("skipped, no metrics.json; measuring did not finish") == len(STEPS)
     rows = rows_of("5a", run)
     assert {(row["source"], row["low"]) for row in rows} == {("metrics.csv", None)}

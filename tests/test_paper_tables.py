@@ -155,10 +155,10 @@ def test_agreement_ability_quality_and_spend(tmp_path: Path) -> None:
     text, html = built(tmp_path, run)
     parsed(html)
     assert re.search(r"keyword:paper / llm, +0\.62\n", text)
-    assert re.search(r"llm / llama_guard, toxic +undefined\n", text)
+    assert "llm / llama_guard, toxic" not in text, "their agreement is undefined"
     assert "<td>10</td><td>5</td><td>2</td><td>1</td><td>3</td><td>0.50</td>" in html
     # the second one's labels come in the other order: both complied comes first all the same
-    assert "<td>94</td><td>1</td><td>2</td><td>1</td><td>90</td><td>undefined</td>" in html
+    assert [1, 2, 1, 90] in map(tables.confusion, read_run(run).evaluations[0].agreement)
     assert "<td>46</td><td>31</td><td>4</td><td>2</td><td>9</td><td>0.62</td>" in html
     assert re.search(r"arc_easy acc +70\.0 \[66–74\]\n +arc_easy acc_norm +60\.0 \[54–66\]", text)
     assert "mmlu acc_norm" not in text
@@ -175,9 +175,9 @@ def test_agreement_ability_quality_and_spend(tmp_path: Path) -> None:
 
 def test_contamination_stands_with_the_score_it_touches(tmp_path: Path) -> None:
     text, html = built(tmp_path, suite(tmp_path / "a", **MEASURED), tables=("table1",))
-    assert re.search(r"q_harm +100\.0 \[72–100\]‡\n", text)
-    assert re.search(r"q_harm +3 / 2 / 1 of 10\n", text)
-    assert re.search(r"advbench +80\.0 \[67–89\]\n", text)
+    assert re.search(r"Q-Harm +100\.0 \[72–100\]‡\n", text)
+    assert re.search(r"Q-Harm +3 / 2 / 1 of 10\n", text)
+    assert re.search(r"AdvBench +80\.0 \[67–89\]\n", text)
     assert "‡ contaminated" in text
     assert "3 / 2 / 1 in training" in html
     assert "hh 6" in html

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dcr import report, runs, storage
+from dcr import report, results, runs, storage
 from dcr.config import Kind
 from dcr.evaluation import discernment as measured
 from dcr.evaluation.sets import PAPER_SAFETY, PromptSet
@@ -31,7 +31,9 @@ from dcr.report.tables import Cell, Section
 from dcr.runs import Run
 from dcr.text import encodable
 
+CONF = Path(__file__).parent.parent / "conf"
 REFUSAL, ANSWER = "I cannot help with that.", "Open the terminal and type kill."
+TEXTS = {"r": REFUSAL, "c": ANSWER, "e": ""}
 SETTINGS = {"max_new_tokens": 48, "limit": 10, "seed": 0}
 
 
@@ -45,7 +47,7 @@ def make_eval(
     completions: bool = True,
     **about: Any,
 ) -> Path:
-    """An evaluation in which each set's verdicts are spelled out: `r` refused, `c` complied."""
+    """An evaluation in which each set's verdicts are spelled out: refused, complied or empty."""
     place = folder / "eval" / name
     place.mkdir(parents=True)
     sets = {}
@@ -55,14 +57,14 @@ def make_eval(
             "kind": "toxic" if "unsafe" in set_name else "seemingly_toxic",
             "n": len(verdicts),
             "refused": {"paper": count, "recommended": count},
-            "empty": 0,
+            "empty": verdicts.count("e"),
             "truncated": min(1, len(verdicts)),
             "repetitive": min(2, len(verdicts)),
             "in_distribution": False,
             "unseen": None,
         }
         rows = [
-            answer(f"{set_name}-{i}", f"{set_name} prompt {i}", REFUSAL if v == "r" else ANSWER)
+            answer(f"{set_name}-{i}", f"{set_name} prompt {i}", TEXTS[v])
             for i, v in enumerate(verdicts)
         ]
         if completions:
@@ -136,11 +138,11 @@ def refused(
 ) -> Refused:
     """The one line of a command that ends with exit code 2 and leaves the folder as it was.
 
-    In it are the run folders `good`, of STL, and `empty`.
+    In it are the run folder `good`, of STL, and the folder `nothing`, which is none.
     """
     monkeypatch.chdir(tmp_path)
     make_eval(make_run(Path("good"), "stl"), {"safe": "c", "unsafe": "r"})
-    make_run(Path("empty"))
+    Path("nothing").mkdir()
 
     def error(*arguments: str) -> str:
         before = sorted(Path().rglob("*"))
@@ -326,6 +328,192 @@ def test_paired_differences_and_mcnemar_by_hand(tmp_path: Path) -> None:
         text,
     )
     assert "+60.0 [" in html
+
+
+def test_a_model_that_says_nothing_neither_complies_nor_refuses(tmp_path: Path) -> None:
+    mute, dcr = make_run(tmp_path / "mute", "stl"), make_run(tmp_path / "dcr")
+    make_eval(mute, {"safe": "eeee", "unsafe": "eeee"})
+    make_eval(dcr, {"safe": "cccr", "unsafe": "rrrc"})
+    table = table_of(mute, dcr)
+    for short in ("compliance, %", "keyword refusal, %"):
+        own = [row for of, row in table if of == short]
+        shares = {row: [cell.estimate for cell in table[short, row]] for row in own}
+        assert shares[{"c": "safe", "k": "unsafe"}[short[0]]] == [0.0, 0.75]
+        assert shares["empty, all sets"] == [1.0, 0.0]
+    # of four prompts DCR answers three and refuses three, STL none
+    (pair,) = comparisons.comparisons(columns(mute, dcr), Completions([]))
+    assert [line.difference.estimate for line in pair.lines] == [0.75, 0.75]
+    warning = "Warning: STL seed 0: 8 of 8 answers (100%) are empty"
+    text, html = build(tmp_path, mute, dcr)
+    assert warning in text
+    assert f'<p class="verdict">{warning}' in html
+    assert re.search(r"safe +0.0 \[0–49\] +75.0", text)
+    assert html.count('data-verdict="empty"') == 8
+    heard = build(tmp_path, dcr)[0]
+    assert "empty, all sets" not in heard
+    assert "Warning" not in heard
+
+
+def ranked_at(
+    run: Path, answered: Sequence[float] | None, refused: str = "rrrr", **about: Any
+) -> Path:
+    """An evaluation with so many answered at equal safety, as estimate and interval."""
+    shares = {"0.7": [1.0, 1.0, 1.0], "0.8": answered} if answered else {}
+    ranking = {"auroc": [0.7, 0.6, 0.8], "answered": shares}
+    return make_eval(run, {"safe": "cccc", "unsafe": refused}, discernment={"pooled": ranking},
+                     **about)  # fmt: skip
+
+
+def test_the_verdict_says_what_the_columns_come_to_at_equal_safety(tmp_path: Path) -> None:
+    base = make_run(tmp_path / "base", "base")
+    ranked_at(base, [0.4, 0.3, 0.5], weights="base")
+    stl = make_run(tmp_path / "stl", "stl", sft={"readout": {"steps": 0}})
+    ranked_at(stl, [0.3, 0.2, 0.4])
+    read: dict[str, Any] = {"sft": {"readout": {"steps": 120}}}
+    dcr = make_run(tmp_path / "dcr", **read)
+    ranked_at(dcr, [0.8, 0.7, 0.9])
+
+    def verdict(*folders: Path) -> str:
+        shown = page.Report.of([read_run(folder) for folder in folders])
+        text, html = build(tmp_path, *folders)
+        assert shown.verdict[0][:40] in text
+        assert f'<p class="verdict">{shown.verdict[0]}</p>' in html
+        return shown.verdict[0]
+
+    whole = verdict(base, stl, dcr)
+    assert whole.startswith("At equal safety (each refuses 80% of the toxic prompts, by its own ")
+    assert (
+        "base model 40.0 [30–50] → STL seed 0 30.0 [20–40] → DCR + readout seed 0 80.0 [" in whole
+    )
+    # both ends are .1 away: the square root of .02 is .141
+    told = "+50.0 [+35.9, +64.1] points, more than by chance."
+    named = "DCR + readout seed 0 − STL seed 0 (also apart in sft.readout.steps): "
+    assert whole.endswith(named + told)
+    ranked_at(make_run(tmp_path / "near", **read), [0.35, 0.2, 0.5])
+    assert "which may be chance (0 is in the interval)" in verdict(stl, tmp_path / "near")
+    ranked_at(make_run(tmp_path / "less", **read), [0.05, 0.0, 0.1])
+    assert "fewer than by chance" in verdict(stl, tmp_path / "less")
+    assert verdict(dcr).endswith("80.0 [70–90]. There is nothing beside it to compare with.")
+    assert "No two of them are DCR and STL" in verdict(base, dcr)
+    ranked_at(make_run(tmp_path / "unknown", "stl"), None)
+    assert "Nothing is known at equal safety" in verdict(tmp_path / "unknown")
+    assert "(not measured: STL seed 0 unknown/main)" in verdict(stl, tmp_path / "unknown")
+
+
+def test_the_verdict_over_seeds_and_of_many_columns(tmp_path: Path) -> None:
+    folders = []
+    for seed in range(3):
+        for method, share in (("stl", 0.3), ("dcr", 0.5 + seed / 10)):
+            folders.append(make_run(tmp_path / f"{method}{seed}", method, seed))
+            ranked_at(folders[-1], [share, share - 0.1, share + 0.1])
+    (seeds,) = page.Report.of([read_run(folder) for folder in folders]).verdict
+    assert "STL 3 seeds 30.0 ± 0.0 → DCR 3 seeds 60.0 ± 10.0" in seeds
+    # Student's t of 2 degrees of freedom: 4.303 * 10 / sqrt(3)
+    assert "DCR − STL 3 seeds: +30.0 [+5.2, +54.8] points, more than by chance." in seeds
+    wide = [make_run(tmp_path / "stl", "stl")]
+    ranked_at(wide[0], [0.3, 0.2, 0.4])
+    for epochs in range(1, 8):
+        wide.append(make_run(tmp_path / f"{epochs}", dcr={"epochs": epochs}))
+        ranked_at(wide[-1], [epochs / 10, epochs / 10 - 0.1, epochs / 10 + 0.1])
+    (many,) = page.Report.of([read_run(folder) for folder in wide]).verdict
+    assert "from DCR seed 0 dcr.epochs=1 10.0 [0–20] to DCR seed 0 dcr.epochs=7 70.0" in many
+    assert (
+        "over 8 columns. Of 7 differences from STL, 3 have a 95% interval above 0 and 1 one" in many
+    )
+
+
+def test_a_readout_is_named_wherever_a_column_is(tmp_path: Path) -> None:
+    read: dict[str, Any] = {"sft": {"readout": {"steps": 120}}}
+    stl, plain = make_run(tmp_path / "a", "stl", **read), make_run(tmp_path / "b", "stl")
+    make_eval(stl, {"xstest_safe": "cr", "unsafe": "rr"})
+    make_eval(stl, {"xstest_safe": "cr"}, weights="snapshot", step=4, name="snapshot")
+    make_eval(plain, {"xstest_safe": "cr", "unsafe": "rr"})
+    assert {column.name for column in columns(stl, plain)} == {"STL seed 0", "STL + readout seed 0"}
+    text, html = build(tmp_path, stl, plain)
+    assert "STL + readout" in text
+    assert "</b> STL + readout<span>seed 0</span>" in html
+    table1 = paper.table1(columns(stl, plain), [])
+    assert [row.method for row in table1.rows if row.source == "ours"] == ["STL", "STL + readout"]
+    assert curves.names([read_run(stl)]) == ["STL + readout, seed 0"]
+    told = results.load([stl, plain]).groupby(["run", "weights"])["stages"].unique()
+    assert {key: list(of) for key, of in told.items()} == {
+        (str(stl), "sft"): ["sft + readout"], (str(stl), "snapshot"): ["sft"],
+        (str(plain), "sft"): ["sft"],
+    }  # fmt: skip
+
+
+def test_columns_of_a_study_stand_in_the_order_of_their_values(tmp_path: Path) -> None:
+    folders = []
+    for ratio in (None, 10, 2, 5, 1, 0.5):
+        folders.append(make_run(tmp_path / f"r{ratio}", dcr={"ratio": ratio, "layer": 3}))
+        make_eval(folders[-1], {"safe": "cr"})
+    values = [column.run.config["dcr"]["ratio"] for column in columns(*folders)]
+    assert values == [0.5, 1, 2, 5, 10, None]
+
+
+def test_sets_are_named_in_words_beside_their_ids(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    pairs = {"xstest_safe / xstest_unsafe": [0.8, 0.7, 0.9]}
+    make_eval(run, {"xstest_safe": "cr", "xstest_unsafe": "rr", "my_safe_file": "cc"},
+              discernment={"pooled": [0.7, 0.6, 0.8], "pairs": pairs})  # fmt: skip
+    text, html = build(tmp_path, run)
+    assert re.search("XSTest, safe prompts +50.0", text)
+    assert re.search("my_safe_file +100.0", text)
+    for told in (
+        'XSTest, safe prompts<span class="aside">xstest_safe · n = 2</span>',
+        "XSTest, safe prompts / XSTest, unsafe prompts",
+        "<summary>XSTest, unsafe prompts <small>",
+    ):
+        assert told in html, told
+    shipped = [yaml.safe_load(file.read_text()) for file in (CONF / "data").glob("*.yaml")]
+    named = {name for data in shipped for names in data["evaluation"].values() for name in names}
+    assert named <= tables.SET_WORDS.keys()
+
+
+def test_judges_whose_agreement_is_undefined_have_no_table(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    pair = {"judges": ["keyword:paper", "llm"], "kind": "toxic", "n": 2, "kappa": None,
+            "labels": ["complied", "refused"], "confusion": [[2, 0], [0, 0]]}  # fmt: skip
+    place = make_eval(run, {"safe": "cr", "unsafe": "rr"}, agreement=[pair])
+    text, html = build(tmp_path, run)
+    assert "κ" not in text
+    assert "Agreement of the judges" not in html
+    metrics = json.loads((place / "metrics.json").read_text())
+    more = pair | {"kind": "seemingly_toxic", "kappa": 0.25}
+    (place / "metrics.json").write_text(json.dumps(metrics | {"agreement": [pair, more]}))
+    text, html = build(tmp_path, run)
+    assert re.search(r"agreement κ\n +keyword:paper / llm", text)
+    assert len(re.findall("<td>keyword:paper / llm</td>", html)) == 1
+
+
+def test_a_run_without_evaluation_and_a_figure_without_data_are_notes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_eval(make_run(Path("good"), "stl"), {"safe": "c", "unsafe": "r"})
+    make_run(Path("trained"))
+    assert main(["good", "trained", "--figure=4", "--figure=operating_points"]) == 0
+    output = capsys.readouterr().out
+    assert "note: trained: no evaluations there; run python eval.py run=trained" in output
+    assert "note: figure 4: no scored snapshots in good" in output
+    assert "note: figure operating_points: no unsteered STL" in output
+    assert sorted(str(path) for path in Path().glob("*.*")) == ["report.html"]
+    assert "figure 4: no scored snapshots" in Path("report.html").read_text()
+    assert main(["trained"]) == 0
+    assert "without a final evaluation" in capsys.readouterr().out
+
+
+def test_claims_leave_the_page_of_the_runs_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_eval(make_run(Path("a"), "stl"), {"safe": "c", "unsafe": "r"})
+    assert main(["a"]) == 0
+    before = Path("report.html").read_bytes()
+    assert main(["a", "--claims"]) == 0
+    assert Path("report.html").read_bytes() == before
+    assert "Claims of the paper" in Path("claims.html").read_text()
+    assert "claims: claims.csv\n\npage: claims.html" in capsys.readouterr().out
 
 
 def test_unequal_sets_are_told(tmp_path: Path) -> None:
@@ -716,8 +904,8 @@ def test_prompts_are_chosen_evenly() -> None:
     [
         ("", "no run folder given"),
         ("nowhere", "nowhere: no such folder"),
-        ("empty", "empty: no evaluations there"),
-        ("good empty", "empty: no evaluations there"),
+        ("nothing", "nothing: no evaluations there; run python eval.py run=nothing"),
+        ("good nothing", "nothing: no evaluations there"),
         ("good outt=x.html", "outt=x.html: neither a folder nor a setting"),
         ("good out=good", "out=good: name a file"),
         ("good out=good/config.yaml/r.html", "cannot be written"),

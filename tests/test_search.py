@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import random
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -149,7 +150,10 @@ def as_asked(order: Sequence[str]) -> Search:
 
 
 def test_a_trial_gives_what_its_run_gives_and_one_behind_ends_half_way_through_stage_one(
-    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     def ahead(own: Any, others: Any, _: Any) -> int | None:
         return min(others, default=None)
@@ -157,6 +161,7 @@ def test_a_trial_gives_what_its_run_gives_and_one_behind_ends_half_way_through_s
     monkeypatch.setattr(trials, "beaten", ahead)
     order = asked(tmp_path / "all", words, "trials=2", "dcr.epochs=2")
     assert command.main(order) == 0
+    assert re.search("no importances for .*: 1 of 4 trials ended", capfd.readouterr().out)
     found = shown(tmp_path / "all")
     assert column(found, "ended") == ["complete", "pruned"]
     assert found[1]["auroc"] == ""

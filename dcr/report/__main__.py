@@ -37,7 +37,9 @@ class Options:
     claims: bool = cli.option(
         "measure the paper's claims: in the terminal, the page and claims.csv", False
     )
-    out: Path | None = cli.option("the page; not given: report.html beside the folders", None)
+    out: Path | None = cli.option(
+        "the page; not given: report.html beside the folders, or claims.html", None
+    )
     margin: float = cli.option(
         "percentage points: how much less safe than STL a point of operating_points may be",
         MARGIN,
@@ -54,7 +56,7 @@ def main(options: Options) -> None:
     """Print the table and the files' places."""
     _check(options)
     names = tuple(dict.fromkeys(options.figure))
-    out, files = _places(options, names)
+    out = _page(options, names)
     table = report.build(
         options.folders, out, options.table, names, options.claims,
         margin=options.margin, data=options.data,
@@ -62,9 +64,6 @@ def main(options: Options) -> None:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # pyright: ignore
     print(f"{table}\n\npage: {out}")
-    for name, (_, endings) in files.items():
-        ending = f"{{{','.join(endings)}}}" if endings[1:] else endings[0]
-        print(f"{name}: {out.parent / name}.{ending}")
 
 
 def _check(options: Options) -> None:
@@ -81,27 +80,23 @@ def _check(options: Options) -> None:
                 raise UserError(f"{key}={value}: only --figure {OPERATING} takes it; add that")
 
 
-def _places(
-    options: Options, names: Sequence[str]
-) -> tuple[Path, dict[str, tuple[str, tuple[str, ...]]]]:
-    """The page, and what else is written beside it: by name the flag and the files' endings."""
+def _page(options: Options, names: Sequence[str]) -> Path:
+    """The page, which nothing that is written beside it may replace."""
     out = options.out
     if out is not None and (out.is_dir() or not out.name):
         raise UserError(f"out={out}: name a file, such as out=report.html")
-    if out is None:
+    if out is None:  # a page of claims is another one than that of the runs
         parent = os.path.commonpath([folder.resolve().parent for folder in options.folders])
-        out = Path(os.path.relpath(parent)) / "report.html"
+        out = Path(os.path.relpath(parent)) / ("claims.html" if options.claims else "report.html")
     from dcr.report import claims, figures
 
-    files: dict[str, tuple[str, tuple[str, ...]]] = {}
-    if options.claims:
-        files[Path(claims.FILE).stem] = "--claims", ("csv",)
-    files |= dict.fromkeys(options.table, ("--table", TABLE_ENDINGS))
-    files |= {figures.file_name(name): ("--figure", FIGURE_ENDINGS) for name in names}
-    for name, (flag, endings) in files.items():
-        if out in [out.parent / f"{name}.{ending}" for ending in endings]:
-            raise UserError(f"out={out}: {flag} writes a file of this name; name another")
-    return out, files
+    beside = {claims.FILE: "--claims"} if options.claims else {}
+    beside |= {f"{name}.{ending}": "--table" for name in options.table for ending in TABLE_ENDINGS}
+    drawn = [figures.file_name(name) for name in names]
+    beside |= {f"{name}.{ending}": "--figure" for name in drawn for ending in FIGURE_ENDINGS}
+    if out.name in beside:
+        raise UserError(f"out={out}: {beside[out.name]} writes a file of this name; name another")
+    return out
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from dcr import storage
+from dcr.config import ConfigError, DataError, UserError
 from dcr.report import (
     MARGIN,
     OPERATING,
@@ -47,21 +48,27 @@ def build(
     """Write the page to `out`, and what else is wanted beside it, each file whole or not.
 
     `margin` (percentage points) and the label of the data are of operating points; `notes` are what
-    the page says beside its own. Returns the terminal's table. Raises UserError for a folder
-    without an evaluation, or with figures or claims without logged values either, for a damaged
-    file, for a figure whose data are not there, or where a file cannot be written.
+    the page says beside its own; a figure without data is one more. Returns the terminal's table.
+    Raises UserError for a folder that is no run's, for a damaged file, or where a file cannot be
+    written.
     """
     distinct = {folder.resolve(): folder for folder in folders}.values()
-    records = [read_run(folder, with_claims or bool(wanted_figures)) for folder in distinct]
+    records, lacking = [read_run(folder) for folder in distinct], list(notes)
     operating = partial(trade_offs.operating_points, margin=margin, data=data)
     label = "" if data is None else f" data={shlex.quote(data)}"
     shown = []
     for name in wanted_figures:
         command = f"python -m dcr.report {shlex.join(map(str, folders))} --figure {name}"
         command += f" margin={margin:g}{label}" if name == OPERATING else ""
-        drawing = (DRAWN | {OPERATING: operating})[name](records)
+        try:
+            drawing = (DRAWN | {OPERATING: operating})[name](records)
+        except (ConfigError, DataError):
+            raise
+        except UserError as error:
+            lacking.append(str(error))
+            continue
         shown.append(Shown(drawing, figures.files(drawing), printable(command)))
-    report = Report.of(records, wanted_tables, shown, with_claims, notes)
+    report = Report.of(records, wanted_tables, shown, with_claims, lacking)
     files = {out: page.render(report).encode("utf-8", "replace")}
     for table in report.paper:
         for ending, text_of in paper.WRITERS.items():
@@ -76,7 +83,12 @@ def build(
     width = shutil.get_terminal_size((WIDTH, 24)).columns
     lines = [page.plain_text(_title(records, report.columns), report, width)]
     lines += [line for d in shown if d.figure.lines for line in ("", *d.figure.lines)]
-    return "\n".join([*lines, *(claims.lines(report.claims, width) if with_claims else ())])
+    lines += claims.lines(report.claims, width) if with_claims else ()
+    beside = dict.fromkeys((table.name for table in report.paper), tuple(paper.WRITERS))
+    beside |= {drawing.figure.name: tuple(drawing.files) for drawing in shown}
+    places = [f"{name}: {out.parent / name}.{{{','.join(e)}}}" for name, e in beside.items()]
+    places += [f"claims: {out.parent / claims.FILE}"] if report.claims else []
+    return "\n".join([*lines, *([""] if places else []), *places])
 
 
 def _title(records: Sequence[RunRecord], columns: Sequence[Column]) -> str:

@@ -1,15 +1,27 @@
-"""Comparisons of methods, paired prompt by prompt."""
+"""Comparisons of methods: prompt by prompt, and in one sentence at equal safety."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from dcr import statistics, storage
 from dcr.config import Kind
-from dcr.report.records import Answer, Column, flattened
-from dcr.report.tables import TITLES, set_names, together
+from dcr.report.records import Answer, Column, Group, flattened
+from dcr.report.tables import (
+    IN_DISTRIBUTION,
+    TITLES,
+    WANTED,
+    Cells,
+    Row,
+    of_group,
+    set_names,
+    text_of,
+    together,
+)
 from dcr.statistics import Interval
 
 PAIRED_SEED = 0  # of the bootstrap, fixed so that a report is reproducible
+MANY = 5  # columns or differences: of more a sentence tells the ends alone
 
 
 @dataclass(frozen=True)
@@ -38,26 +50,25 @@ class Comparison:
 def comparisons(
     columns: Sequence[Column], completions: Callable[[Column, str], list[Answer]]
 ) -> list[Comparison]:
-    """DCR against STL of the same model, seed, data and evaluation settings, prompt by prompt.
+    """DCR against STL of the same model, seed, data and evaluation settings, prompt by prompt."""
+    return [
+        Comparison(a, b, lines, differing)
+        for a, b, differing in _partners(columns)
+        if (lines := _paired_lines(a, b, completions))
+    ]
+
+
+def _partners(columns: Sequence[Column]) -> Iterator[tuple[Column, Column, list[str]]]:
+    """Every DCR with its STL, and their other differences.
 
     Of several STL runs only those nearest in the settings of stage two are compared with.
     """
-    compared = []
     for a in columns:
-        if a.about("method") != "dcr":
-            continue
-        partners = [
-            (differing_settings(a, b), b)
-            for b in columns
-            if b.about("method") == "stl" and _comparable(a, b)
-        ]
-        fewest = min((len(differing) for differing, _ in partners), default=0)
-        for differing, b in partners:
-            if len(differing) == fewest:
-                lines = _paired_lines(a, b, completions)
-                if lines:
-                    compared.append(Comparison(a, b, lines, differing))
-    return compared
+        if a.about("method") == "dcr":
+            alike = [b for b in columns if b.about("method") == "stl" and _comparable(a, b)]
+            partners = [(a, b, differing_settings(a, b)) for b in alike]
+            fewest = min((len(differing) for *_, differing in partners), default=0)
+            yield from (partner for partner in partners if len(partner[2]) == fewest)
 
 
 def _comparable(a: Column, b: Column) -> bool:
@@ -101,10 +112,10 @@ def _verdicts(a: list[Answer], b: list[Answer], kind: Kind) -> tuple[list[bool],
     """What is wanted of a kind of prompt, for the prompts that both runs answered."""
     others = {(completion.id, completion.prompt): completion for completion in b}
     both = [(c, others[c.id, c.prompt]) for c in a if (c.id, c.prompt) in others]
-    wanted = kind is Kind.toxic
+    wanted = WANTED[kind]
     return (
-        [(first.verdict == "refused") is wanted for first, _ in both],
-        [(second.verdict == "refused") is wanted for _, second in both],
+        [first.verdict == wanted for first, _ in both],
+        [second.verdict == wanted for _, second in both],
     )
 
 
@@ -125,3 +136,90 @@ def points(difference: Interval) -> str:
 
 def p_value(p: float) -> str:
     return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+# --- the verdict --------------------------------------------------------------------------------
+
+
+def verdict(columns: Sequence[Column], groups: Sequence[Group], at_safety: Row | None) -> str:
+    """What all columns come to in a sentence or two; "" without any.
+
+    `at_safety` holds the answers where all are equally safe; where nobody measured them, it is
+    said.
+    """
+    if not columns or not at_safety:
+        lack = (
+            "Nothing is known at equal safety, which python eval.py tasks=[discernment] measures."
+        )
+        return lack if columns else ""
+    grouped = {place: group for group in groups if not group.less for place in group.places}
+    cells = at_safety.values
+    named = {}
+    for place, column in enumerate(columns):
+        if group := grouped.get(place):
+            named[" ".join(group.label)] = of_group(group, cells)
+        else:
+            named[column.name] = cells[place]
+    known = [f"{name} {text_of(cell)}" for name, cell in named.items() if cell]
+    if len(known) > MANY:
+        ranked = sorted((cell.estimate, name) for name, cell in named.items() if cell)
+        ends = (f"{name} {text_of(named[name])}" for _, name in (ranked[0], ranked[-1]))
+        known = [f"from {' to '.join(ends)} over {len(known)} columns"]
+    lacking = [name for name, cell in named.items() if not cell]
+    share = float(at_safety.label.split()[1].strip(","))
+    where = ", on sets that no column was trained on" * (IN_DISTRIBUTION in at_safety.label)
+    return (
+        f"At equal safety (each refuses {share:.0%} of the toxic prompts, by its own threshold) "
+        f"the share of seemingly toxic prompts answered is, in %{where}: {' → '.join(known)}"
+        + f" (not measured: {', '.join(lacking[:MANY])})" * bool(lacking)
+        + f". {_differing(columns, groups, cells)}."
+    )
+
+
+def _differing(columns: Sequence[Column], groups: Sequence[Group], cells: Cells) -> str:
+    """Differences seed by seed where there are several, else of DCR less STL from their intervals.
+
+    Those are put together by squaring and adding (see `tables.rate`), as if each had been asked
+    other prompts.
+    """
+    found = {
+        " ".join(group.label[:-1]): cell.interval
+        for group in groups
+        if group.less and (cell := of_group(group, cells))
+    }
+    at = {column.name: cell.interval for column, cell in zip(columns, cells, strict=True) if cell}
+    for a, b, differing in () if found else _partners(columns):
+        if a.name in at and b.name in at:
+            x, y = at[a.name], at[b.name]
+            low = math.hypot(x.estimate - x.low, y.high - y.estimate)
+            high = math.hypot(x.high - x.estimate, y.estimate - y.low)
+            middle = x.estimate - y.estimate
+            keys = [line.partition(":")[0] for line in differing]
+            more = ", …" if len(keys) > MANY else ""
+            beside = f" (also apart in {', '.join(keys[:MANY])}{more})" if keys else ""
+            name = f"{a.name} − {b.name}{beside}"
+            found[name] = Interval(middle, middle - low, middle + high)
+    if not found:
+        why = "No two of them are DCR and STL of one model, seed, data and evaluation"
+        alone = "There is nothing beside it to compare with"
+        return f"{why}, so no difference is tested" if len(columns) > 1 else alone
+    above, below = (
+        sum(of.low > 0 for of in found.values()),
+        sum(of.high < 0 for of in found.values()),
+    )
+    if len(found) > MANY:
+        return (
+            f"Of {len(found)} differences from STL, {above} have a 95% interval above 0 and "
+            f"{below} one below"
+        )
+    return "; ".join(
+        f"{name}: {points(of)} points, "
+        + (
+            "more than by chance"
+            if of.low > 0
+            else "fewer than by chance"
+            if of.high < 0
+            else "which may be chance (0 is in the interval)"
+        )
+        for name, of in found.items()
+    )

@@ -17,6 +17,7 @@ from dcr.report.records import (
     RunRecord,
     Style,
     TrackedStep,
+    called,
     config_of,
     other_preset,
     unedited,
@@ -51,7 +52,7 @@ def names(records: Sequence[RunRecord]) -> list[str]:
     for run in records:
         method, seed = config_of(run, "method"), config_of(run, "seed")
         parts = (
-            METHODS.get(method, method) or printable(run.folder.name),
+            called(run, method, "sft") if method else printable(run.folder.name),
             other_preset(config_of(run, "preset_name")),
             f"seed {seed}" if seed else "",
             config_of(run, "model") if several else "",

@@ -14,6 +14,7 @@ from dcr.results.frame import contaminated
 from dcr.results.schema import Discernment, Estimate, RankedSet, Ranking, SetCounts, interval
 
 POOLED, UNMARKED = "pooled", f"pooled without {IN_DISTRIBUTION}"
+EQUAL = "answered at equal safety, %"
 NAME, TITLE = "discernment", "Discernment, and answers at equal safety"
 HEADS = {
     "auroc": "AUROC",
@@ -134,7 +135,7 @@ def sections(columns: Sequence[Column], completions: Completions) -> list[Sectio
     title = "Seemingly toxic prompts answered where so much of the toxic ones is refused, %"
     return [
         *([Section("Discernment AUROC", "discernment AUROC", aurocs)] if aurocs else []),
-        *([Section(title, "answered at equal safety, %", answered)] if answered else []),
+        *([Section(title, EQUAL, answered)] if answered else []),
     ]
 
 

@@ -19,7 +19,7 @@ from dcr.balance import Balance
 from dcr.config import Kind
 from dcr.report import claims, curves, discernment, figures, paper, studies, tables, trade_offs
 from dcr.report.claims import ClaimRow
-from dcr.report.comparisons import Comparison, comparisons, p_value, points
+from dcr.report.comparisons import Comparison, comparisons, p_value, points, verdict
 from dcr.report.figures import Drawing
 from dcr.report.paper import PaperTable
 from dcr.report.records import (
@@ -45,6 +45,7 @@ from dcr.report.tables import (
     Section,
     any_marked,
     confusion,
+    in_words,
     keyword_sections,
     marked_sets,
     set_names,
@@ -79,6 +80,7 @@ class Report:
     grids: dict[str, list[Section]]
     groups: Sequence[Group]
     seeds: Sequence[Section]
+    verdict: Sequence[str]  # on top: what it comes to, and warnings
     pairs: Sequence[Comparison]
     notes: Sequence[str]
     completions: Completions
@@ -98,13 +100,20 @@ class Report:
         """Everything that was measured of some runs, with the tables of the paper by name."""
         columns, notes = columns_of(records), list(more_notes)
         completions, groups = Completions(notes), seed_groups(columns)
-        grids = tables.grids(columns, discernment.sections(columns, completions))
+        ranked = discernment.sections(columns, completions)
+        grids = tables.grids(columns, ranked)
+        equal = [r for s in ranked if s.short == discernment.EQUAL for r in s.rows]
+        silent = [(column.name, column.evaluation.silence) for column in columns]
         report = cls(
             records,
             columns,
             grids,
             groups,
             tables.over_seeds([part for key in tables.OVER_SEEDS for part in grids[key]], groups),
+            [
+                verdict(columns, groups, next((r for r in equal if "0.8" in r.label), None)),
+                *(f"Warning: {name}: {silence}." for name, silence in silent if silence),
+            ],
             comparisons(columns, completions),
             notes,
             completions,
@@ -159,6 +168,7 @@ def render(report: Report) -> str:
     environment = paper.templates()
     environment.globals |= {
         "text_of": text_of,
+        "in_words": in_words,
         "points": points,
         "p_value": p_value,
         "glyphs": figures.GLYPHS,
@@ -172,9 +182,14 @@ def render(report: Report) -> str:
         vars(report),
         version=dcr.__version__,
         recommended=keyword_sections(report.columns, "recommended"),
-        marked=marked_sets(report.columns),
+        marked=sorted(map(in_words, marked_sets(report.columns))),
         contaminated=any_marked(report.sections, CONTAMINATED),
-        confusions=[(c, a, confusion(a)) for c in report.columns for a in c.evaluation.agreement],
+        confusions=[
+            (c, a, confusion(a))
+            for c in report.columns
+            for a in c.evaluation.agreement
+            if a.kappa is not None
+        ],
         claims=claims.by_claim(report.claims),
         claims_rule=claims.RULE,
         models=_distinct(report, "model"),
@@ -333,7 +348,7 @@ def plain_text(title: str, report: Report, width: int) -> str:
         emoji=False, highlight=False,
     )  # fmt: skip
     columns, table, groups = report.columns, report.sections, report.groups
-    console.print(title)
+    console.print(title, *filter(None, report.verdict), sep="\n")
     for chunk in _chunks(width, [column.label for column in columns], table):
         console.print(chunk)
     if groups:
@@ -368,7 +383,7 @@ def _chunks(
     """As few tables as the width allows, each with as many columns as fit, at least one."""
     table = [section for section in table if not all(row.page_only for row in section.rows)]
     rows = [row for section in table for row in section.rows if not row.page_only]
-    names = max((len(row.label) + 2 for row in rows), default=0)
+    names = max((len(in_words(row.label)) + 2 for row in rows), default=0)
     widths = [min(names, LABEL_WIDTH)]
     for place, label in enumerate(labels):
         cells = max((len(text_of(row.values[place])) for row in rows), default=0)
@@ -378,7 +393,7 @@ def _chunks(
     start = 0
     while start < len(labels):
         stop = start + 1
-        while stop < len(labels) and sum(w + 1 for w in widths[start + 1 : stop + 2]) < (
+        while stop < len(labels) and sum(w + 2 for w in widths[start + 1 : stop + 2]) <= (
             width - widths[0]
         ):
             stop += 1
@@ -402,7 +417,7 @@ def _table(
         for row in section.rows:
             if not row.page_only:
                 cells = [Text(text_of(row.values[place])) for place in places]
-                drawn.add_row(Text(f"  {row.label}"), *cells)
+                drawn.add_row(Text(f"  {in_words(row.label)}"), *cells)
         drawn.add_section()
     return drawn
 

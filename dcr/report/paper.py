@@ -16,7 +16,7 @@ from markupsafe import Markup
 from dcr import results
 from dcr.config import Judge
 from dcr.evaluation.sets import PAPER_SAFETY
-from dcr.report.records import METHODS, Column, Group, method_of, seen
+from dcr.report.records import METHODS, READOUT, Column, Group, called, method_of, seen
 from dcr.report.tables import (
     CONTAMINATED,
     IN_DISTRIBUTION,
@@ -337,9 +337,10 @@ def _plain(model: str) -> str:
 def our_row(column: Column, cells: Cells, judge: str = "") -> PaperRow:
     """The line of one of our columns."""
     method = method_of(column.run, column.evaluation)
+    named = called(column.run, method, column.evaluation.weights)
     model = column.about("model")
     run = [part for part in column.label[1:] if part != model]
-    return PaperRow(METHODS.get(method, method), "ours", model, ", ".join(run), cells, judge)
+    return PaperRow(named, "ours", model, ", ".join(run), cells, judge)
 
 
 def mean_row(group: Group, ours: Sequence[PaperRow]) -> PaperRow:
@@ -386,7 +387,7 @@ def _table(
 
 
 def _rank(method: str) -> int:
-    order = list(METHODS.values())
+    order, method = list(METHODS.values()), method.removesuffix(READOUT)
     return order.index(method) if method in order else len(order)
 
 

@@ -23,6 +23,7 @@ METHODS = {  # left to right, and what a table calls them
     "scans": "SCANS",
     "dcr": "DCR",
 }
+READOUT = " + readout"
 STEERED = ("surgical", "scans", "ablation", "probe")  # may also stand in an evaluation's settings
 UNTRAINED = ("base", "endpoint")  # weights that no run of ours made
 NAMED_KEYS = 3  # settings that tell two columns apart, as many as a header holds
@@ -84,11 +85,10 @@ def seen(overlap: Overlap | None) -> str:
     return f"{overlap.exact} / {overlap.near} / {overlap.ngram} in training"
 
 
-def read_run(folder: Path, curves_suffice: bool = False) -> RunRecord:
+def read_run(folder: Path) -> RunRecord:
     """Everything readable in a run folder, with a note on everything that is not.
 
-    Raises DataError for a damaged file, UserError if there is no evaluation; with `curves_suffice`,
-    if nothing was logged or tracked either.
+    Raises DataError for a damaged file, UserError for a folder that is no run's.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name run folders")
@@ -103,9 +103,11 @@ def read_run(folder: Path, curves_suffice: bool = False) -> RunRecord:
         else:
             evaluations.append(evaluation)
     logged, tracked = _logged(run, notes), read_tracked(run, notes)
-    if not evaluations and not (curves_suffice and (logged or tracked)):
-        why = f" ({notes[0]})" if notes else ""
-        raise UserError(f"{folder}: no evaluations there{why}; run python eval.py run={folder}")
+    if not evaluations:
+        lack = f"{folder}: no evaluations there; run python eval.py run={folder}"
+        if not (logged or tracked or run.config_file.exists()):
+            raise UserError(lack)
+        notes.append(lack)
     for place in sorted(folder.glob("eval/*/")):
         # a folder of plain answers may hold no more than what a calibration was chosen on
         calibrated = (place / "opening.json").exists() and not any(place.glob("*.jsonl"))
@@ -195,6 +197,12 @@ def method_of(run: RunRecord, evaluation: Evaluation) -> str:
     """The method as the paper counts them, in which steering an STL run is one of its own."""
     method, edit = about(run, evaluation, "method"), steering(evaluation)
     return edit if method == "stl" and edit in METHODS else method
+
+
+def called(run: RunRecord, method: str, weights: str) -> str:
+    """A method as tables name it, with the readout where the weights went through one."""
+    read = "readout" in runs.stages(run.config, weights)
+    return METHODS.get(method, method) + (READOUT if read else "")
 
 
 def flattened(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -311,10 +319,16 @@ def _order(run: RunRecord, evaluation: Evaluation) -> tuple[Any, ...]:
         method,
         (preset != "paper", preset),
         [(len(part), part) for part in _edit(evaluation)],  # strengths in ascending order
-        variant(run, evaluation),
+        [(key, _by_value(value)) for key, value in sorted(flattened(_binding(run)).items())],
         (len(seed), seed),
         str(evaluation.folder),
     )
+
+
+def _by_value(value: object) -> tuple[bool, float, str]:
+    """Numbers by size, before all else."""
+    number = isinstance(value, (int, float))
+    return not number, float(value) if number else 0.0, str(value)
 
 
 def variant(run: RunRecord, evaluation: Evaluation) -> str:
@@ -396,7 +410,8 @@ def _label(run: RunRecord, evaluation: Evaluation, with_model: bool) -> tuple[st
         "stage one only" if evaluation.weights == "contrastive" else "",
         f"seed {seed}" if seed else "",
     )
-    return (METHODS.get(method, method), *calibrated, *filter(None, parts), *model)
+    named = called(run, method, evaluation.weights)
+    return (named, *calibrated, *filter(None, parts), *model)
 
 
 def other_preset(preset: str) -> str:
@@ -433,7 +448,7 @@ def seed_groups(columns: Sequence[Column]) -> list[Group]:
         first = columns[alike[0]]
         seeds = {columns[i].about("seed") for i in alike}
         kept = tuple(part for part in first.label if not part.startswith("seed "))
-        if len(alike) > 1:
+        if len(seeds) > 1:
             groups.append(Group((*kept, f"{len(seeds)} seeds"), tuple(alike), first.style))
     return groups + [
         replace(
@@ -474,7 +489,7 @@ class Answer:
     response: str
     ended: bool
     refusal_mass: float | None
-    outcome: dict[str, str]  # by keyword rules: refused, partial or complied
+    outcome: dict[str, str]  # by keyword rules: refused, partial, complied or empty
 
     @property
     def verdict(self) -> str:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,6 +35,40 @@ FAULTS = {  # by their keys: as a table calls them
     "unanswered": "unanswered",
 }
 METRICS = ("acc", "acc_norm")
+SET_WORDS = {
+    "advbench": "AdvBench",
+    "coconot_contrast": "CoCoNot, contrast set",
+    "coconot_original": "CoCoNot, unsafe requests",
+    "coconot_safety": "CoCoNot, contrast on safety",
+    "contrasts_seemingly_toxic": "contrasts, seemingly toxic",
+    "contrasts_seemingly_toxic_heldout": "contrasts, seemingly toxic, held out",
+    "contrasts_toxic": "contrasts, toxic",
+    "contrasts_toxic_heldout": "contrasts, toxic, held out",
+    "demo_normal_heldout": "demo, normal",
+    "demo_seemingly_toxic_heldout": "demo, seemingly toxic",
+    "demo_toxic_heldout": "demo, toxic",
+    "falsereject_test": "FalseReject",
+    "harmbench": "HarmBench",
+    "harmfulq": "HarmfulQ",
+    "harmfulqa": "HarmfulQA",
+    "i_cona": "I-CoNa, hate speech",
+    "i_controversial": "I-Controversial",
+    "i_malicious_instructions": "I-MaliciousInstructions",
+    "jailbreakbench": "JailbreakBench, harmful",
+    "jailbreakbench_benign": "JailbreakBench, benign",
+    "oktest": "OKTest",
+    "orbench_hard": "OR-Bench-Hard",
+    "orbench_toxic": "OR-Bench-Toxic",
+    "paper_safety": "the paper's safety sets",
+    "phtest": "PHTest",
+    "phtest_controversial": "PHTest, controversial",
+    "phtest_harmless": "PHTest, harmless",
+    "q_harm": "Q-Harm",
+    "sorrybench": "SORRY-Bench",
+    "strongreject": "StrongREJECT",
+    "xstest_safe": "XSTest, safe prompts",
+    "xstest_unsafe": "XSTest, unsafe prompts",
+}
 
 
 @dataclass(frozen=True)
@@ -78,6 +113,11 @@ class Section:
     title: str
     short: str
     rows: list[Row]
+
+
+def in_words(label: str) -> str:
+    """A row's label with the sets in it as people call them; a user's own keep their names."""
+    return re.sub(r"\w+", lambda name: SET_WORDS.get(name[0], name[0]), label)
 
 
 def words(text: str, aside: str = "") -> Cell:
@@ -220,7 +260,7 @@ def mean_of(cells: Sequence[Cell | None]) -> Cell | None:
     mean, spread = statistics.mean_and_spread([cell.estimate for cell in known])
     return Cell(
         mean,
-        spread=spread,
+        spread=spread if len(known) > 1 else None,
         percent=known[0].percent,
         marks="".join(dict.fromkeys(mark for cell in known for mark in cell.marks)),
         aside=f"of {len(known)} seeds only" if len(known) < len(cells) else "",
@@ -341,6 +381,9 @@ def keyword_sections(columns: Sequence[Column], rules: str = "paper") -> list[Se
                 cells = zip(_rates(columns, together(names), outcome, judge), known, strict=True)
                 of_three = tuple(cell if part else None for cell, part in cells)
                 rows += _summary(f"{outcome}, all sets", of_three)
+        empty = _rates(columns, together(names), "empty", "")
+        if any(cell and cell.estimate for cell in empty):
+            rows += _summary("empty, all sets", empty)
         sections += [Section(title, short, rows)] if rows else []
     return sections
 
@@ -395,7 +438,7 @@ def judge_sections(columns: Sequence[Column]) -> list[Section]:
 
 
 def agreement(columns: Sequence[Column]) -> list[Section]:
-    """Cohen's κ of every two judges, apart by the kind of prompt."""
+    """Cohen's κ of every two judges, apart by the kind of prompt, where it is defined."""
     measured = [
         {(*pair.judges, pair.kind): pair for pair in column.evaluation.agreement}
         for column in columns
@@ -405,15 +448,13 @@ def agreement(columns: Sequence[Column]) -> list[Section]:
         a, b, kind = key
         pairs = [by_key.get(key) for by_key in measured]
         cells = tuple(
-            pair
-            and (
-                words("undefined", f"n = {pair.n}")
-                if pair.kappa is None
-                else Cell(pair.kappa, percent=False, aside=f"n = {pair.n}")
-            )
+            Cell(pair.kappa, percent=False, aside=f"n = {pair.n}")
+            if pair and pair.kappa is not None
+            else None
             for pair in pairs
         )
-        rows.append(Row(f"{a} / {b}, {kind.replace('_', ' ')}", cells))
+        named = f"{a} / {b}, {kind.replace('_', ' ')}"
+        rows += [Row(named, cells)] if any(cells) else []
     return [Section("Agreement of two judges, Cohen's κ", "agreement κ", rows)] if rows else []
 
 

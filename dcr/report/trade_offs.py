@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from dcr import statistics, storage
-from dcr.config import Kind, UserError
+from dcr.config import ConfigError, Kind, UserError
 from dcr.report import figures
 from dcr.report.curves import (
     SCORE,
@@ -46,6 +46,7 @@ from dcr.report.tables import (
     together,
 )
 from dcr.results.frame import CONTRASTS
+from dcr.runs import stages
 from dcr.text import printable
 
 COMPLIANCE = "compliance with seemingly toxic prompts, %"
@@ -316,7 +317,8 @@ def choose(points: Sequence[Operating], reference: Operating, margin: float) -> 
 def _groups(records: Sequence[RunRecord], margin: float, data: str | None) -> list[Alike]:
     """One for each model, data label, seed and evaluation setting that has STL and another point.
 
-    Raises UserError if there is none, or if a group has several unsteered STL models.
+    Raises UserError if there is none, or if a group has several unsteered STL models, ConfigError
+    for a label that no evaluation has.
     """
     grouped: dict[str, list[tuple[RunRecord, Evaluation]]] = {}
     labels = set()
@@ -330,7 +332,7 @@ def _groups(records: Sequence[RunRecord], margin: float, data: str | None) -> li
                 key = storage.fingerprint([named, settings])
                 grouped.setdefault(key, []).append((run, e))
     if data is not None and data not in labels:
-        raise UserError(f"data={data}: no evaluation has it; choose from {', '.join(labels)}")
+        raise ConfigError(f"data={data}: no evaluation has it; choose from {', '.join(labels)}")
     groups = [group for pairs in grouped.values() if (group := _alike(pairs, margin))]
     if not groups:
         raise UserError(
@@ -378,9 +380,10 @@ def _method(run: RunRecord, evaluation: Evaluation) -> str:
     """
     edit = steering(evaluation) or next((c for c in CONTRASTS if c in evaluation.settings), "")
     trained, preset = about(run, evaluation, "method"), about(run, evaluation, "preset")
-    if trained == "stl":
+    read = "readout" if "readout" in stages(run.config, evaluation.weights) else ""
+    if trained == "stl" and not read:
         return edit or trained
-    return " + ".join(filter(None, (trained, edit, other_preset(preset))))
+    return " + ".join(filter(None, (trained, read, edit, other_preset(preset))))
 
 
 def _safety(evaluations: Sequence[Evaluation], sets: Sequence[str]) -> tuple[tuple[str, ...], str]:

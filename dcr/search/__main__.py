@@ -78,15 +78,19 @@ def main(options: Options) -> None:
         tried = [replace(t, is_of=t.is_of | {"chosen"}) if t is chosen else t for t in tried]
         heads = {name: OBJECTIVES[name].words for name in asked.objectives}
         drawings, whole = [searches.front(tried, heads)], sum(bool(t.values) for t in tried)
-        if whole >= ENOUGH and (shares := trials.importances(known, asked.objectives)):
-            drawings.append(searches.importances(shares))
+        shares = trials.importances(known, asked.objectives) if whole >= ENOUGH else {}
+        drawings += [searches.importances(shares)] if shares else []
+        absent = ", ".join(words for words in heads.values() if words not in shares)
+        why = "the same in every trial" if whole >= ENOUGH else f"{whole} of {ENOUGH} trials ended"
+        notes = [f"no importances for {absent}: {why}"] if absent else []
         for drawing in drawings:
             for ending, content in figures.files(drawing).items():
                 storage.write_bytes(asked.out / f"{drawing.name}.{ending}", content)
-        print(_told(asked, tried), *(f"{asked.out / d.name}.png" for d in drawings), sep="\n")
+        files = [f"{asked.out / drawing.name}.png" for drawing in drawings]
+        print(_told(asked, tried), *notes, *files, sep="\n")
         if chosen is not None:
             with storage.locked(asked.out / "chosen"):
-                print(_anew(asked, chosen, options.seeds, whole))
+                print(_anew(asked, chosen, options.seeds, whole, notes))
 
 
 def _asked(options: Options) -> tuple[Search, dict[str, object]]:
@@ -159,7 +163,7 @@ def _told(asked: Search, tried: "Sequence[Tried]") -> str:
     return cli.plain_text(table, f"trials: {ends}", *(f"failed: {fault}" for fault in faults))
 
 
-def _anew(asked: Search, chosen: "Tried", seeds: int, whole: int) -> str:
+def _anew(asked: Search, chosen: "Tried", seeds: int, whole: int, notes: Sequence[str] = ()) -> str:
     """The chosen point and the settings as they are with fresh seeds, on test sets: one page."""
     from dcr.report import discernment
 
@@ -176,7 +180,7 @@ def _anew(asked: Search, chosen: "Tried", seeds: int, whole: int) -> str:
         f"{', '.join(map(str, asked.validation))} with seed {first - 1}, trained anew with others"
     )
     page = asked.out / "search.html"
-    text = report.build(list(by_folder), page, [discernment.NAME], notes=[note])
+    text = report.build(list(by_folder), page, [discernment.NAME], notes=[note, *notes])
     return f"\n{text}\n\npage: {page}\npython train.py {' '.join([*asked.training, *words])}"
 
 
