@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -84,6 +85,11 @@ def test_what_the_model_refuses_by_itself_needs_no_bias(forks: list[Fork]) -> No
         assert calibration.bias_for(forks, count / len(forks)) == 0
 
 
+def test_no_bias_is_zero_without_a_sign() -> None:
+    forks = [Fork("", "", 1.0, "I'm sorry.", "Sure."), Fork("", "", -1.0, "I'm sorry.", "Sure.")]
+    assert math.copysign(1, calibration.bias_for(forks, 0.5)) == 1
+
+
 # --- where it acts --------------------------------------------------------------------------------
 
 
@@ -155,6 +161,22 @@ def test_forks_are_the_answers_under_any_bias(
     ]
     if bias == 1:
         assert len(set(opens)) == 2, "both kinds of answers are looked at"
+
+
+def test_a_tie_opens_as_greedy_decoding_has_it(
+    policy: Policy, rows: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lower of two ids that have the same logit, a refusal's or another."""
+    chat = prompts.chat_format(policy.tokenizer, MODEL)
+    openings = refusal.refusal_openings(chat).tolist()
+    logits = torch.zeros(2, SHAPE["vocab_size"])
+    for row, other in enumerate((openings[0] - 1, openings[0] + 1)):
+        assert other not in openings
+        logits[row, [openings[0], other]] = 2.0
+    monkeypatch.setattr(refusal, "first_logits", lambda *_: [([0, 1], logits)])
+    (found,) = calibration.forks(policy, chat, rows[:2], NEW)
+    opens = [fork.margin + 0 > 0 for fork in found]
+    assert opens == [token in openings for token in logits.argmax(-1).tolist()] == [False, True]
 
 
 def test_a_prefilled_answer_goes_on_from_its_words_and_out_of_reach_of_a_bias(

@@ -32,6 +32,7 @@ from dcr.sources import Example
 log = logging.getLogger(__name__)
 
 BEYOND = 0.25  # logits beyond the last prompt, where every one is to be refused
+TIE = math.ulp(0.0)  # a margin of a tie that opens a refusal: above 0, and no more
 BEGUN = 16  # tokens of an answer by which XSTest's keywords have decided
 
 
@@ -181,10 +182,15 @@ def forks(
     generation.check_context(policy, encoded, new)
     openings = refusal.refusal_openings(chat)
     for places, logits in refusal.first_logits(policy.model, [ids for _, ids in encoded]):
-        margins = refusal.refusal_margin(logits, openings).tolist()
-        among = logits[:, openings.to(logits.device)].argmax(-1).cpu()
-        others = logits.index_fill(1, openings.to(logits.device), -math.inf).argmax(-1)
-        firsts = zip(openings[among].tolist(), others.tolist(), strict=True)
+        among = openings[logits[:, openings.to(logits.device)].argmax(-1).cpu()].tolist()
+        others = logits.index_fill(1, openings.to(logits.device), -math.inf).argmax(-1).tolist()
+        firsts = list(zip(among, others, strict=True))
+        margins = [
+            TIE if margin == 0 and refusing < answering else margin  # greedy takes the lower id
+            for margin, (refusing, answering) in zip(
+                refusal.refusal_margin(logits, openings).tolist(), firsts, strict=True
+            )
+        ]
         begun = [
             [*encoded[i][1], token]
             for i, both in zip(places, firsts, strict=True)
@@ -290,7 +296,7 @@ def bias_for(forks: Sequence[Fork], share: float) -> float:
     refused = [sum(fork.refused(-threshold) for fork in forks) for threshold in thresholds]
     enough = min(math.ceil(share * len(forks) - 1e-9), max(refused))
     fewest = min(count for count in refused if count >= enough)
-    return -min((t for t, n in zip(thresholds, refused, strict=True) if n == fewest), key=abs)
+    return 0.0 - min((t for t, n in zip(thresholds, refused, strict=True) if n == fewest), key=abs)
 
 
 def _between(low: float, high: float) -> float:
