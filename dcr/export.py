@@ -182,14 +182,15 @@ def export(
         policy = models.Policy(policy.model.merge_and_unload(), policy.tokenizer, policy.name)
     chat = prompts.chat_format(policy.tokenizer, model)
     _speak_as_trained(chat)
-    _stop_as_evaluated(policy, chat)
+    decoding = _decode_as_evaluated(policy, chat, settings.gen.most)
     policy.model.to(getattr(torch, dtype))
     record = _calibrate(policy, chat, settings) if calibrate is not None else None
     with storage.replaced_folder(out) as staging:
         policy.model.save_pretrained(staging)
         policy.tokenizer.save_pretrained(staging)
         depth = policy.model.config.num_hidden_layers
-        card = model_card(run, stage, made_with, dtype=dtype, depth=depth, calibrated=record)
+        told = {"dtype": dtype, "depth": depth, "calibrated": record, "decoding": decoding}
+        card = model_card(run, stage, made_with, **told)
         (staging / "README.md").write_text(card, encoding="utf-8")
         measured, _, _ = evaluated(run, stage, record)
         if len(measured):
@@ -232,19 +233,27 @@ def _templated(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> Any:
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
 
-def _stop_as_evaluated(policy: "Policy", chat: ChatFormat) -> None:
-    """Every end token in the generation config; a base's own lists only its end of text."""
+def _decode_as_evaluated(policy: "Policy", chat: ChatFormat, most: int) -> dict[str, Any]:
+    """Greedy decoding in the generation config, of `most` new tokens up to any end token.
+
+    Returns what the base's own sets instead, such as a temperature or a penalty of repetition.
+    """
     from transformers import GenerationConfig
 
-    tokenizer = policy.tokenizer
-    settings = policy.model.generation_config or GenerationConfig()
-    named = settings.eos_token_id
+    tokenizer, own = policy.tokenizer, policy.model.generation_config or GenerationConfig()
+    named = own.eos_token_id
     base = [named] if isinstance(named, int) else list(named or [])
-    settings.eos_token_id = list(dict.fromkeys([*chat.stop, *base]))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(chat.stop[0])
-    settings.pad_token_id = tokenizer.pad_token_id
-    policy.model.generation_config = settings
+    policy.model.generation_config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=most,
+        eos_token_id=list(dict.fromkeys([*chat.stop, *base])),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=own.bos_token_id,
+    )
+    kept = {"_from_model_config", "transformers_version", "eos_token_id", "pad_token_id"}
+    return {name: v for name, v in own.to_diff_dict().items() if name not in kept}
 
 
 def _calibrate(policy: "Policy", chat: ChatFormat, settings: EvalConfig) -> dict[str, Any]:
@@ -343,12 +352,13 @@ def model_card(
     dtype: str,
     depth: int,
     calibrated: Mapping[str, Any] | None = None,
+    decoding: Mapping[str, Any] | None = None,
 ) -> str:
     """README.md of the export: what it is, made from what, how it scored. Markdown.
 
     `dtype` is that of the exported weights, `depth` the model's number of blocks, `calibrated` the
-    record of the bias in its generation config. Raises DataError for an evaluation that cannot be
-    read.
+    record of the bias in its generation config, `decoding` what the base's own generation config
+    set. Raises DataError for an evaluation that cannot be read.
     """
     name, method = made_with["model"]["name"], made_with["method"]
     front: dict[str, Any] = {"base_model": HUB_NAMES.get(name, name)}
@@ -375,6 +385,7 @@ def model_card(
         system=made_with["model"].get("system_prompt"),
         dtype=dtype,
         calibrated=calibrated,
+        decoding=decoding or {},
         settings=_settings(run, made_with, stages, depth),
         rows=rows,
         fingerprint=storage.fingerprint({n: part["fingerprint"] for n, part in rows.items()}),

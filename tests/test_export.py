@@ -17,7 +17,7 @@ import torch
 import yaml
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
 
 from dcr import chat, export, models, prompts, refusal, storage
 from dcr.config import (
@@ -206,6 +206,33 @@ def test_plain_transformers_decodes_a_calibrated_export_as_we_do(
     card_text = (out / "README.md").read_text()
     assert f"The generation config adds {record['bias']:+.3f}" in card_text
     assert "| contrasts_toxic_heldout | 119 | 91% |" in card_text
+
+
+def test_an_export_of_a_base_that_samples_and_penalises_decodes_as_evaluated(moved: Run) -> None:
+    own = {"do_sample": True, "temperature": 0.7, "top_k": 5, "repetition_penalty": 1.1}
+    GenerationConfig(**own).save_pretrained(moved.stage("contrastive"))
+    storage.write_checksums(moved.stage("contrastive"))
+    out = export.export(moved, moved.folder / "out", dtype="float32")
+    card = (out / "README.md").read_text()
+    assert all(f"| `{name}` | `{json.dumps(value)}` |" in card for name, value in own.items())
+    settings = EvalConfig(
+        model=ModelConfig(name="someone/base", system_prompt=SYSTEM), precision=Precision.fp32
+    )
+    settings.gen.max_new_tokens = settings.gen.most
+    rows, subject = read("demo_toxic_heldout")[:3], Subject("sft", moved.stage("sft"))
+    policy = subjects.opened(settings, subject)
+    batches = subjects.answer(settings, subject, lambda: policy, rows)
+    evaluated = {c.id: c.response for batch in batches for c in batch}
+    model: Any = AutoModelForCausalLM.from_pretrained(out)
+    tokenizer: Any = AutoTokenizer.from_pretrained(out)
+    for row in rows:
+        given = tokenizer.apply_chat_template(
+            [{"role": "user", "content": row.prompt}], add_generation_prompt=True,
+            return_tensors="pt", return_dict=True,
+        )  # fmt: skip
+        whole = model.generate(**given)
+        answer = whole[0, given["input_ids"].shape[1] :]
+        assert tokenizer.decode(answer, skip_special_tokens=True).strip() == evaluated[row.id]
 
 
 def test_peft_does_not_find_the_base_of_a_moved_run_by_itself(moved: Run, made: Made) -> None:
