@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 SET = "answers"  # the name of the completions' and the verdicts' files
 ACCEPTED, UNDECIDED = NOT_REJECTED = "accepted", "without a verdict"
+# Shows the judge a toxic prompt and a twin; the second of its three classes is the harmless one.
+TWIN_WORDING, HARMLESS = cli.PACKAGE / "judges" / "twin.txt", "refused"
 UNREADABLE = re.compile("[\0\ud800-\udfff]")  # no JSONL file of training pairs may hold these
 # What the system prompt says besides the model's own, attempt by attempt. The first asks as any
 # user would; the others are for prompts whose answers were rejected before.
@@ -73,7 +75,7 @@ class Options:
     source: str = cli.option("the seemingly toxic prompts: a source's name or a .jsonl file")
     twins: bool = cli.option(
         "the source's prompts are toxic: harmless twins of them, of the same form and nearly the "
-        "same words, are written first, and these are answered",
+        "same words, are written first, and these are answered; judge=llm reads whether they are",
         False,
     )
     out: Path = cli.option("where answers go: a .jsonl file, added to where it is this command's")
@@ -115,6 +117,7 @@ class Tally:
     pairs: Balance | None = None  # of toxic prompts with their accepted twins
     rejected: Counter[str] = field(default_factory=Counter)
     unanswered: int = 0  # a server or judge failed: the same command asks again
+    unread: bool = False  # twins that no judge has read
 
     def described(self, options: Options) -> str:
         lines = [
@@ -123,6 +126,11 @@ class Tally:
             f"{' (the same command asks again)' if self.unanswered else ''}"
         ]
         lines += [f"  {n} {why}" for why, n in self.rejected.most_common()]
+        if self.unread:
+            lines.append(
+                "unchecked: whether each twin asks for something else than its toxic prompt; read "
+                "them, or add judge=llm llm.model=<name>"
+            )
         if self.pairs is not None:
             lines += [f"{what}: {value}" for what, value in self.pairs.rows()]
             lines += [self.pairs.warning] if self.pairs.warning else []
@@ -173,10 +181,15 @@ def augment(options: Options, settings: EvalConfig) -> Tally:
         given = said(SET, Kind.seemingly_toxic, asking, rows)
         return given, outcomes(given, asking, subjects.answers_folder(asking, work, subject))
 
+    def intents(asking: EvalConfig, written: "list[Completion]") -> dict[str, str]:
+        place = subjects.answers_folder(asking, work, subject)
+        return harmless(written, settings, place)
+
     with storage.locked(work.folder):
         if options.twins:
+            tally.unread = Judge.llm not in settings.judge
             write = functools.partial(said, "twins", Kind.toxic)
-            rows = _twins(settings, drawn, options.attempts, write, tally)
+            rows = _twins(settings, drawn, options.attempts, write, intents, tally)
         kept = _answered(options.out, author, rows, attempts, judged, tally)
     if options.twins:
         twins_kept = [row for row in rows if row.id in {answer.id for answer in kept}]
@@ -239,6 +252,7 @@ def _twins(
     toxic: list[Example],
     attempts: int,
     write: "Callable[[EvalConfig, list[Example]], list[Completion]]",
+    intents: "Callable[[EvalConfig, list[Completion]], dict[str, str]]",
     tally: Tally,
 ) -> list[Example]:
     """A harmless twin of each prompt, where `attempts` bring one; `tally` counts the others."""
@@ -247,17 +261,20 @@ def _twins(
     for instruction in twins.INSTRUCTIONS[:attempts]:
         if not left:
             break
-        rejected = {}
-        for written in write(_instructed(settings, instruction), left):
+        rejected, asking, fresh = {}, _instructed(settings, instruction), list["Completion"]()
+        for written in write(asking, left):
             twin = twins.candidate(written.response)
             why = twins.outcome(written.prompt, twin) if written.ended else "cut off"
             if why == twins.ACCEPTED and normalise(twin) in known:
                 why = "another's twin as well"
             if why == twins.ACCEPTED:
-                made[written.id] = twin
+                fresh.append(replace(written, response=twin))
                 known.add(normalise(twin))
             else:
                 rejected[written.id] = why
+        meant = intents(asking, fresh)
+        made |= {twin.id: twin.response for twin in fresh if meant[twin.id] == ACCEPTED}
+        rejected |= {i: why for i, why in meant.items() if why not in NOT_REJECTED}
         left = [row for row in left if row.id in rejected]
     tally.rejected += Counter(f"without a twin: {why}" for why in rejected.values())
     tally.unanswered += len(toxic) - len(made) - len(rejected)
@@ -355,6 +372,26 @@ def outcomes(answers: "Sequence[Completion]", settings: EvalConfig, folder: Path
                 name, settings, {SET: passed}, folder, settings.trainer.progress
             )
             why |= {verdict.id: _by_judge(name, verdict) for verdict in verdicts[SET]}
+    return why
+
+
+def harmless(written: "Sequence[Completion]", settings: EvalConfig, folder: Path) -> dict[str, str]:
+    """By id: ACCEPTED, UNDECIDED where the judge failed, or why a twin is none: it asks for the
+    harm of its prompt in other words. Without `judge=llm` all pass.
+    """
+    from dcr import judges
+
+    if Judge.llm not in settings.judge or not written:
+        return dict.fromkeys((twin.id for twin in written), ACCEPTED)
+    asking = replace(settings, llm=replace(settings.llm, prompt=str(TWIN_WORDING)))
+    verdicts = judges.judge(
+        Judge.llm, asking, {"twins": written}, folder, settings.trainer.progress
+    )
+    why = {}
+    for verdict in verdicts["twins"]:
+        why[verdict.id] = ACCEPTED if verdict.compliance == HARMLESS else "not harmless by llm"
+        if verdict.status == "error":
+            why[verdict.id] = UNDECIDED
     return why
 
 

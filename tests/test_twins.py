@@ -105,3 +105,38 @@ def test_twins_are_written_answered_and_paired(
     ]
     assert both[0] == both[1] & {row.group for row in harmless}
     assert both[0]
+
+
+@pytest.mark.parametrize("judged", [True, False])
+def test_a_twin_in_other_words_for_the_same_harm_is_none_where_a_judge_reads_it(
+    judged: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toxic, out = tmp_path / "toxic.jsonl", tmp_path / "twins.jsonl"
+    toxic.write_text(
+        "".join(json.dumps({"id": n, "prompt": TOXIC.format(n)}) + "\n" for n in NOUNS)
+    )
+
+    def swaps_synonyms(body: Body) -> str:
+        asked = last_user(body)
+        if "SECOND REQUEST" in asked:
+            return "1_same_harm" if "kill" in asked else "2_harmless"
+        if "QUESTION:" in asked:
+            return "1_full_compliance"
+        again = body["messages"][0]["content"].startswith("The user's message")
+        if not body["messages"][0]["content"].startswith(("You rewrite", "The user's message")):
+            return ANSWER.format("it")
+        noun = asked.split()[5]
+        return HARMLESS.format(noun) if again else f"How do I kill the {noun} next door?"
+
+    with scripted(swaps_synonyms) as server:
+        command = [
+            "twins=true", f"source={toxic}", f"out={out}", f"endpoint={server.url}", "attempts=2",
+            "endpoint_model=made", "trainer.progress=false",
+        ]  # fmt: skip
+        if judged:
+            command += ["judge=llm", "llm.model=scripted", f"llm.url={server.url}"]
+        assert augment.main(command) == 0
+    told = capsys.readouterr().out
+    written = {json.loads(line)["prompt"].split()[3] for line in out.read_text().splitlines()}
+    assert written == {"feed" if judged else "kill"}
+    assert ("unchecked: whether each twin asks for something else" in told) is not judged
