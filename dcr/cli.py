@@ -17,6 +17,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -58,6 +59,8 @@ REFUSED_OPTIONS = {
     "config_path": "its files could name code to run, as Hydra's callbacks",
     "config_name": "each script has one of its own",
 }
+PATIENCE = 1.0  # seconds between two looks at another process
+PARENT = "DCR_LAUNCHED_BY"  # the process without which a job of a sweep ends
 SIGNALLED = 128  # exit codes above it say which signal ended the process
 PACKAGE = Path(__file__).parent
 # within an installed package; beside it in a checkout
@@ -274,6 +277,17 @@ def _stopped_by(goes_on: bool) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def end_with(parent: int) -> None:
+    """Stop this process, as Ctrl-C does, once the one that started it was killed."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PATIENCE)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 class Stopped(UserError):
     """A signal ended the command."""
 
@@ -296,6 +310,8 @@ def run(main: Callable[[], Any]) -> None:
         os.environ.setdefault("DCR_SWEEP", f"sweep-{named}")
     try:
         with _stopped_by(goes_on=True), faults_in_words():
+            if parent := os.environ.pop(PARENT, ""):
+                end_with(int(parent))
             _check_command_line()
             main()
     except UserError as error:
@@ -359,7 +375,7 @@ def _print_sweep(outcomes: list[Outcome]) -> None:
         if outcome.error is not None:
             what = single_line(outcome.error) or type(outcome.error).__name__
             errors.append(f"{job}: {what}")
-    Console(stderr=True).print(table)
+    Console(stderr=True, markup=False, emoji=False).print(table)
     print(*errors, sep="\n", file=sys.stderr)
 
 
@@ -536,7 +552,9 @@ def help_of(schema: type) -> str:
 def plain_text(*parts: str | Table) -> str:
     """What a command prints, 100 columns wide, without colour or blanks at line ends."""
     out = io.StringIO()
-    console = Console(file=out, width=COLUMNS, color_system=None, highlight=False, markup=False)
+    console = Console(
+        file=out, width=COLUMNS, color_system=None, highlight=False, markup=False, emoji=False
+    )
     for part in parts:
         console.print(part)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())

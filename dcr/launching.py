@@ -190,7 +190,11 @@ def _environments(
             f"hydra.launcher.n_jobs={asked}: give -1 or 1 to {most}"
             + (f", since {len(gpus)} GPUs are shared by jobs of {devices}" if gpus else "")
         )
-    own = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(max(1, cpu_count() // number))}
+    own = {
+        cli.PARENT: str(os.getpid()),
+        "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": str(max(1, cpu_count() // number)),
+    }
     shares = (gpus[place * devices :][:devices] for place in range(number))
     named = ({"CUDA_VISIBLE_DEVICES": ",".join(share)} if share else {} for share in shares)
     return [own | os.environ | each for each in named]

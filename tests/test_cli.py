@@ -249,6 +249,16 @@ def test_run_folder_is_called_after_the_model_that_is_named() -> None:
 # --- sweeps ---
 
 
+def test_a_sweeps_table_shows_values_as_they_are_written(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    values = ("data.toxic.source=[/a.jsonl]", "sft.lora.targets=[q_proj]", "model.label=:cat:")
+    outcomes = [cli.Outcome([value], Path("out"), 1.0, None) for value in values]
+    cli._print_sweep(outcomes)
+    shown = capfd.readouterr().err
+    assert [value for value in values if value not in shown] == []
+
+
 def test_a_sweep_goes_on_after_a_bad_job_and_sums_up(command: Command, tmp_path: Path) -> None:
     quick = ["dcr.epochs=1", "sft.epochs=1", "data.normal.count=8", "dcr.draws=8"]
     settings = overrides(tmp_path / "rows", *quick)

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from forked import killed
 from tiny_run import logged, overrides, same, settings, weights
 
 from dcr import cli, config, launching, train
@@ -86,6 +88,22 @@ def test_a_signal_reaches_jobs_side_by_side_once(tmp_path: Path) -> None:
     for job in jobs[:2]:
         assert job.log.read_text().splitlines()[1:] == ["error: asked"]
     assert not any(job.log.exists() for job in jobs[2:]), "started after the signal"
+
+
+def test_jobs_side_by_side_end_with_a_sweep_that_is_killed(tmp_path: Path) -> None:
+    waiting = (
+        "import os, pathlib, time\nfrom dcr import cli\nfile = pathlib.Path(__file__)\n"
+        "def main():\n    file.with_suffix('.up').write_text(str(os.getpid()))\n"
+        "    time.sleep(600)\n"
+        "cli.run(main)"
+    )
+    jobs, up = [stub(tmp_path, "a", waiting)], tmp_path / "a.up"
+    killed(lambda: list(launching._side_by_side(jobs, JoblibOptions(), [])), up.exists)
+    try:
+        until(lambda: "stopped by SIGTERM" in jobs[0].log.read_text())
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(int(up.read_text()), signal.SIGKILL)
 
 
 # --- a job of a cluster ---
