@@ -12,7 +12,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from dcr import choice, cli, cost, export, refusal, report, storage, study
 from dcr.config import DataConfig, EvalConfig, Kind, Stage, TrainConfig
@@ -81,7 +84,10 @@ def _aligned(
     chosen, why = [], f"stage one as configured: {NOT_CHOSEN}"
     if elsewhere(settings.data):
         study.all_done([Part("stage one", "choice", file.exists, lambda: _choose(settings, file))])
-        chosen, why = _chosen(storage.read_json(file, dict[str, Any]), settings)
+        record = storage.read_json(
+            file, Chosen, f"delete {file}, and the same command chooses anew"
+        )
+        chosen, why = _chosen(record, settings)
     rung = stl.name.split()[1:]
     dcr = study.job_of(out, "DCR", [READOUT, *rung, *chosen, *training], evaluating)
     target = out / f"{dcr.run.folder.name}-export"
@@ -119,7 +125,25 @@ def _choose(settings: TrainConfig, file: Path) -> None:
     storage.write_json(file, choice.choose(settings, pairs=candidates).record())
 
 
-def _chosen(record: dict[str, Any], settings: TrainConfig) -> tuple[list[str], str]:
+class Estimate(TypedDict):
+    estimate: float
+
+
+class Pair(TypedDict):
+    best_block: int
+    seemingly_toxic: list[str]
+    toxic: list[str]
+    transfer_on_common_tests: Estimate | None
+
+
+class Chosen(TypedDict):
+    """What is used of `choice-….json`, see `choice.Choice.record`."""
+
+    pairs: Annotated[list[Pair], Field(min_length=1)]
+    common_tests: list[str]
+
+
+def _chosen(record: Chosen, settings: TrainConfig) -> tuple[list[str], str]:
     """Settings of stage one by transfer to prompts of another origin, and the reason."""
     best = record["pairs"][0]
     words = [f"dcr.layer={best['best_block']}"]
@@ -164,7 +188,7 @@ def _safe(out: Path, training: Sequence[str], evaluating: Sequence[str]) -> tupl
         asked = functools.partial(_ask, stl.evaluations[0], stl.run, file)
         study.all_done([*replace(stl, evaluations=()).parts()])
         study.all_done([Part(stl.name, "held-out toxic prompts", file.exists, asked)])
-        found = storage.read_json(file, dict[str, int])
+        found = storage.read_json(file, Learnt, f"delete {file}, and the same command asks again")
         told = f"{found['refused']} of {found['of']} held-out toxic prompts refused"
         tried[stl.run.folder] = f"{' '.join(rung) or 'with the settings given'}: {told}"
         if found["refused"] >= LEARNT * found["of"]:
@@ -174,6 +198,13 @@ def _safe(out: Path, training: Sequence[str], evaluating: Sequence[str]) -> tupl
         "or other pairs in data.safety.source and data.safety.count, or a larger model",
         1,
     )
+
+
+class Learnt(TypedDict):
+    """`learnt.json`: how many held-out toxic prompts an STL run was asked, and refused."""
+
+    refused: int
+    of: int
 
 
 def _ask(settings: EvalConfig, run: Run, file: Path) -> None:
