@@ -9,7 +9,6 @@ readout.json             what the readout after SFT changed, where there is one
 <stage>.cost.json        seconds, tokens and peak memory of a stage
 adopted.json             the run beside this one whose stage one it took over
 evaluated.json           seconds of each evaluation that a study made
-halfway.json             what a search found where half of stage one was done
 contrastive/  sft/       results, present only when the stage is done
 snapshots/step-000020/   adapters during SFT
 tracking/<stage>/step-…/ what tracking.quantities measured there, prompt by prompt
@@ -123,6 +122,12 @@ class Cost:
         return max(self.steps, len(steps)) / self.steps
 
 
+class StartedFrom(TypedDict):
+    """What `base.json` and `adopted.json` say of stage one."""
+
+    contrastive: str
+
+
 class Layer(TypedDict):
     block: int
 
@@ -176,11 +181,6 @@ class Run:
     def evaluated_file(self) -> Path:
         """Seconds, by a fingerprint of what `dcr.study` evaluated."""
         return self.folder / "evaluated.json"
-
-    @property
-    def halfway_file(self) -> Path:
-        """What `dcr.search` found where half of stage one was done."""
-        return self.folder / "halfway.json"
 
     @property
     def metrics_file(self) -> Path:

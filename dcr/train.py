@@ -3,10 +3,9 @@
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -40,14 +39,11 @@ LAUNCHED = {
 }
 
 
-def train(
-    settings: TrainConfig, run: Run, judge: Callable[[Any, Any, float], None] | None = None
-) -> None:
+def train(settings: TrainConfig, run: Run) -> None:
     """Run the stages of a method in a run folder, going on from whatever is done there.
 
-    `judge` may end stage one where half of it is done, see `callbacks.Halfway`. Raises UserError
-    for anything a user can mend, before weights are loaded where it can be known, TrainingError
-    when training had to stop and Interrupted after a signal.
+    Raises UserError for anything a user can mend, before weights are loaded where it can be known,
+    TrainingError when training had to stop and Interrupted after a signal.
     """
     wanted = config.stages_of(settings.method, settings.stage)
     rows = checked(settings, run)
@@ -64,7 +60,7 @@ def train(
         number = threads.use(settings.trainer.threads, run.threads())
         if number is not None and _leads():
             storage.write_json(run.threads_file, {"threads": number})
-        job = Job(settings, run, rows, _block(settings, run), lease, [*loggers], tracked, judge)
+        job = Job(settings, run, rows, _block(settings, run), lease, [*loggers], tracked)
         for stage in wanted:
             if run.done(stage.value):
                 log.info("%s: done in %s, skipped", stage.value, run.stage(stage.value))

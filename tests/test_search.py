@@ -1,12 +1,14 @@
 """A search against loops over its trials, its runs done alone, and workers that are killed."""
 
 import csv
-import itertools
 import json
 import random
 import re
+import shutil
+import sqlite3
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +40,25 @@ def column(rows: Sequence[dict[str, str]], key: str) -> list[str]:
     return [row[key] for row in rows]
 
 
-def made_up(search: Search, job: Any, trial: Any) -> list[float]:
+def made_up(search: Search, point: Any, *_: Any) -> list[float]:
     """What a trial measures, without training: a number for each objective."""
-    point = trial.params
-    place = search.out / "ran" / str(trial.number)
+    place = search.out / "ran" / "_".join(map(str, point.values()))
     place.parent.mkdir(exist_ok=True)
-    place.open("x").close()  # a second run of the same trial stops here
+    place.open("x").close()  # a second run of the same point stops here
     time.sleep(random.random() / 50)
     return [point["dcr.margin"], abs(point["dcr.margin"] - 0.3), point["dcr.layer"] + 0.0]
+
+
+def without_training(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(trials, "_measured", made_up)
+    patch.setattr(Search, "trial", lambda _, point: dict(point))
+    patch.setattr(Search, "corners", lambda _: [])
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials without training."""
+    without_training(monkeypatch)
 
 
 # --- front and choice ---------------------------------------------------------------------------
@@ -58,11 +71,8 @@ def dominated(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
 
 
 def test_two_workers_on_one_file_share_trials_and_the_front_is_that_of_a_loop(
-    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: list[str], tmp_path: Path, quick: None
 ) -> None:
-    monkeypatch.setattr(trials, "_measured", made_up)
-    monkeypatch.setattr(Search, "trial", lambda *_: None)
-    monkeypatch.setattr(Search, "corners", lambda _: [])
     assert command.main(asked(tmp_path, words, "trials=12", "workers=2")) == 0
     found = shown(tmp_path)
     assert sorted(map(int, column(found, "trial"))) == list(range(12))
@@ -87,32 +97,21 @@ def test_the_knee_is_nearest_to_the_best_of_all_objectives() -> None:
     assert command.knee([(0.2, 3.0)], (True, False)) == 0
 
 
-@pytest.mark.parametrize("ends", [*itertools.product((0.5, 0.71, 0.8), (1.0, 2.0), (9.0, 11.0))])
-def test_a_trial_is_beaten_by_what_is_ahead_in_everything(ends: tuple[float, ...]) -> None:
-    low, nll, seconds = ends
-    own = {"probe": [0.6, 0.5, 0.7], "nll": 1.5, "seconds": 10.0}
-    other = {"probe": [low + 0.1, low, low + 0.2], "nll": nll, "seconds": seconds}
-    by = trials.beaten(own, {7: other}, ("auroc", "nll", "seconds"))
-    assert (by == 7) == (low > 0.7 and nll <= 1.5 and seconds <= 10.0)
-    assert (trials.beaten(own, {7: other}, ("answered",)) == 7) == (low > 0.7)
-
-
 # --- kills --------------------------------------------------------------------------------------
 
 
 def test_a_killed_workers_trial_is_failed_and_enqueued_again(
-    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None
 ) -> None:
-    def slow(search: Search, job: Any, trial: Any) -> list[float]:
-        if trial.number == 2:
-            under.write_text(json.dumps(trial.params))
+    def slow(search: Search, point: Any) -> list[float]:
+        if len(list(tmp_path.glob("ran/*"))) == 2:
+            under.write_text(json.dumps(point))
             time.sleep(600)
-        return made_up(search, job, trial)
+        return made_up(search, point)
 
     under, order = tmp_path / "under way", asked(tmp_path, words, "trials=4")
-    monkeypatch.setattr(trials, "SILENCE", 1.0)
-    monkeypatch.setattr(Search, "trial", lambda *_: None)
-    monkeypatch.setattr(Search, "corners", lambda _: [])
+    monkeypatch.setattr(trials, "PULSE", 1)
+    monkeypatch.setattr(trials, "SILENCE", 2)
     monkeypatch.setattr(trials, "_measured", slow)
     killed(lambda: command.main(order), under.exists)
     monkeypatch.setattr(trials, "_measured", made_up)
@@ -149,28 +148,14 @@ def as_asked(order: Sequence[str]) -> Search:
     return command._asked(cli.read(command.Options, order))[0]
 
 
-def test_a_trial_gives_what_its_run_gives_and_one_behind_ends_half_way_through_stage_one(
-    words: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+def test_a_trial_gives_what_its_run_gives_and_keeps_no_weights(
+    words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def ahead(own: Any, others: Any, _: Any) -> int | None:
-        return min(others, default=None)
-
-    monkeypatch.setattr(trials, "beaten", ahead)
-    order = asked(tmp_path / "all", words, "trials=2", "dcr.epochs=2")
+    order = asked(tmp_path / "all", words, "trials=1", "dcr.epochs=2")
     assert command.main(order) == 0
     assert re.search("no importances for .*: 1 of 4 trials ended", capfd.readouterr().out)
-    found = shown(tmp_path / "all")
-    assert column(found, "ended") == ["complete", "pruned"]
-    assert found[1]["auroc"] == ""
-    agrees(found[0], as_asked(order), tmp_path / "alone")
-    ends = {}
-    for file in tmp_path.glob("all/trials/*/halfway.json"):
-        steps = [s for stage, s, *_ in logged(file.parent) if stage == "contrastive"]
-        ends[json.loads(file.read_text())["beaten_by"]] = max(steps)
-    assert ends == {None: 9, 0: 3}  # of ten, from 0: the fifth is taken and not logged
+    (found,) = shown(tmp_path / "all")
+    agrees(found, as_asked(order), tmp_path / "alone")
     assert not [*tmp_path.glob("all/trials/*/contrastive"), *tmp_path.glob("all/trials/*/sft")]
 
 
@@ -181,7 +166,8 @@ def test_a_search_that_is_killed_ends_as_front_and_retrained_point(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(trials, "SILENCE", 1.0)
+    monkeypatch.setattr(trials, "PULSE", 1)
+    monkeypatch.setattr(trials, "SILENCE", 2)
     out = tmp_path / "all"
     order = asked(out, words, "trials=2", "chosen=1", "seeds=1")
     killed(lambda: command.main(order), lambda: bool([*out.glob("trials/*/checkpoints/sft/*")]))
@@ -256,3 +242,103 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     (line,) = capfd.readouterr().err.splitlines()
     assert told in line
     assert not (tmp_path / "none").exists()
+
+
+DAMAGE = {
+    "UPDATE study_directions SET direction = 'MINIMIZE'": "an objective has another direction",
+    "UPDATE study_directions SET direction = 'x'": "restore",
+    "UPDATE trial_values SET value_type = 'INF_NEG', value = NULL": "trial 0 has auroc=-inf",
+    "UPDATE trial_values SET value = 7 WHERE objective = 0": "trial 0 has auroc=7",
+    "UPDATE trial_values SET value = 'x'": "restore",
+    "DELETE FROM trial_values WHERE objective = 2": "trial 0 has 2 values",
+    "UPDATE trial_params SET param_value = 7": "restore",
+    "UPDATE trial_params SET param_value = 7 WHERE param_name = 'dcr.margin'":
+        "trial 0 has dcr.margin=7",
+    "UPDATE trials SET number = 1": "trials are missing or there twice",
+    "UPDATE trial_params SET param_name = 'dcr.scale' WHERE param_name = 'dcr.layer'":
+        "trial 0 has dcr.scale=1",
+    "UPDATE trial_params SET distribution_json = '{'": "restore",
+    "UPDATE trial_params SET distribution_json = '{}'": "restore",
+    "DELETE FROM trial_params WHERE param_name = 'dcr.margin'": "trial 0 has no dcr.margin",
+    "UPDATE trials SET state = 'PRUNED'": "trial 0 was pruned",
+    "UPDATE trials SET state = 'x'": "restore",
+    "UPDATE trial_user_attributes SET value_json = '{'": "restore",
+    "UPDATE alembic_version SET version_num = 'v0.1'": "restore",
+    "DROP TABLE trial_values": "trial 0 has 0 values",
+    "ALTER TABLE trials DROP COLUMN state": "restore",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def order(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A search of three trials that is done, with its database."""
+    made = asked(tmp_path_factory.mktemp("done"), words, "trials=3")
+    with pytest.MonkeyPatch.context() as patch:
+        without_training(patch)
+        assert command.main(made) == 0
+    return made
+
+
+def copied(order: Sequence[str], file: Path) -> Path:
+    """The search's database, to be damaged."""
+    return Path(shutil.copy(Path(order[0].removeprefix("out=")) / "search.db", file))
+
+
+def refused(order: Sequence[str], file: Path, capfd: pytest.CaptureFixture[str]) -> str:
+    """The one line that a search ends in on this database."""
+    capfd.readouterr()
+    assert command.main([*order, f"storage=sqlite:///{file}"]) == 2
+    said = capfd.readouterr()
+    (line,) = said.err.splitlines()
+    assert "front" not in said.out
+    assert line.startswith(f"error: storage=sqlite:///{file}: ")
+    return line
+
+
+def test_a_damaged_database_is_refused_in_one_line(
+    order: list[str], tmp_path: Path, quick: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for place, (damage, told) in enumerate(DAMAGE.items()):
+        file = copied(order, tmp_path / f"{place}.db")
+        with closing(sqlite3.connect(file)) as base:
+            base.execute(damage)
+            base.commit()
+        assert told in refused(order, file, capfd), damage
+    for content in (b"x" * 5000, copied(order, tmp_path / "good.db").read_bytes()[:9000]):
+        file = tmp_path / "torn.db"
+        file.write_bytes(content)
+        assert "restore" in refused(order, file, capfd)
+
+
+def test_a_database_that_another_holds_is_told_after_seconds(
+    order: list[str],
+    tmp_path: Path,
+    quick: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    file = copied(order, tmp_path / "held.db")
+    assert trials.LOCKED < 10  # in which a stop signal is obeyed
+    monkeypatch.setattr(trials, "LOCKED", 0.2)
+    with closing(sqlite3.connect(file)) as base:
+        base.execute("BEGIN EXCLUSIVE")
+        assert "another program has held its lock" in refused(order, file, capfd)
+
+
+def test_what_a_shared_database_calls_a_fault_reaches_the_terminal_as_text(
+    order: list[str], tmp_path: Path, quick: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = copied(order, tmp_path / "held.db")
+    with closing(sqlite3.connect(file)) as base:
+        (trial,) = base.execute("SELECT MAX(trial_id) FROM trials").fetchone()
+        base.execute("UPDATE trials SET state = 'FAIL' WHERE trial_id = ?", [trial])
+        told = json.dumps("\x1b[2J\nhf_" + "a" * 34)
+        added = "INSERT INTO trial_user_attributes (trial_id, key, value_json) VALUES (?, ?, ?)"
+        base.execute(added, [trial, "fault", told])
+        base.commit()
+    capfd.readouterr()
+    assert command.main([*order, f"storage=sqlite:///{file}"]) == 0
+    said = capfd.readouterr().out
+    assert "failed: " in said
+    assert "\x1b" not in said
+    assert "hf_a" not in said

@@ -31,21 +31,17 @@ HELD_OUT = "contrasts_seemingly_toxic_heldout:contrasts_toxic_heldout"
 
 @dataclass(frozen=True)
 class Objective:
-    """What is asked for, in which direction, and whether half of stage one says something of it."""
+    """What is asked for, and in which direction; what is maximised is a share."""
 
     maximised: bool
     words: str
-    foreseen: bool = True
 
 
-RANKED = {
+OBJECTIVES = {
     "auroc": Objective(True, "discernment AUROC"),
     "answered": Objective(True, "answered at safety .8"),
-}
-OBJECTIVES = {
-    **RANKED,
     "nll": Objective(False, "held-out NLL, nats a token"),
-    "ability": Objective(True, "accuracy of ability.tasks", foreseen=False),
+    "ability": Objective(True, "accuracy of ability.tasks"),
     "seconds": Objective(False, "training, device seconds"),
 }
 
@@ -202,7 +198,6 @@ class Search:
     evaluating: tuple[str, ...]
     validation: tuple[Pair, ...]
     trials: int
-    pruning: bool
 
     @property
     def name(self) -> str:

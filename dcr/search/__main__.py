@@ -13,6 +13,7 @@ from dcr import cli, config, report, search, storage, study
 from dcr.config import ConfigError, Method, TrainConfig
 from dcr.search import OBJECTIVES, Search
 from dcr.study import Told
+from dcr.text import single_line
 
 if TYPE_CHECKING:
     from dcr.report.searches import Tried
@@ -35,7 +36,6 @@ class Options:
     trials: int = cli.option("how many in all, of all workers", 20, least=1)
     workers: int = cli.option("processes of this command, each one trial at a time", 1, least=1)
     objectives: str = cli.option(f"some of {', '.join(OBJECTIVES)}", "auroc,nll,seconds")
-    prune: bool = cli.option("end a trial that is clearly behind half-way through stage one", True)
     validation: str | None = cli.option(
         "pairs of sets, <seemingly toxic>:<toxic>,...; not given: the first usual pair that is "
         "neither tested on nor of the origin of what is trained on",
@@ -60,7 +60,9 @@ def main(options: Options) -> None:
         asked, point = _asked(options)
         study.in_fork(lambda: study.check([*asked.corners(), asked.base()]))
         validation, spaces = ", ".join(map(str, asked.validation)), search.words_of(asked.spaces)
-        print(f"{' '.join(spaces)}\nvalidation: {validation}\n{asked.url}, {asked.name}")
+        print(
+            f"{' '.join(spaces)}\nvalidation: {validation}\n{single_line(asked.url)}, {asked.name}"
+        )
         if options.plan:
             return
         from dcr.report import figures, searches
@@ -71,7 +73,7 @@ def main(options: Options) -> None:
             known = trials.carry_out(asked, options.workers, point)
         finally:
             cli.forget_empty(asked.out)  # where the storage cannot be opened
-        tried = trials.tried(known)
+        tried = trials.tried(asked, known)
         if not any(trial.values for trial in tried):
             raise Told(f"no trial came to its end: {tried[0].fault or tried[0].ended}", 1)
         chosen = None if options.chosen is None else _chosen(options.chosen, tried, asked)
@@ -104,8 +106,10 @@ def _asked(options: Options) -> tuple[Search, dict[str, object]]:
             raise ConfigError(f"{key}: no setting of train.py, which alone are searched")
     url = options.storage or f"sqlite:///{options.out / 'search.db'}"
     if "://" not in url or url in ("sqlite://", "sqlite:///:memory:"):
-        raise ConfigError(f"storage={url}: give an URL of what processes can share, such as "
-                          "sqlite:///search.db")  # fmt: skip
+        raise ConfigError(
+            f"storage={single_line(url)}: give an URL of what processes can share, such as "
+            "sqlite:///search.db"
+        )
     settings = config.resolve(cli.compose("train", training, Options), TrainConfig)
     if settings.method is not Method.dcr:
         raise ConfigError(f"method={settings.method.value}: only dcr has a stage one to search")
@@ -115,7 +119,7 @@ def _asked(options: Options) -> tuple[Search, dict[str, object]]:
     search.check(settings, spaces, named)
     asked = Search(
         options.out, url, spaces, tuple(named), settings, tuple(training), tuple(evaluating),
-        tuple(search.validation_of(settings, options.validation)), options.trials, options.prune,
+        tuple(search.validation_of(settings, options.validation)), options.trials,
     )  # fmt: skip
     return asked, search.configured(settings, spaces)
 

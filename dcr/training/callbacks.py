@@ -6,7 +6,7 @@ import sys
 import time
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -209,28 +209,3 @@ class StepClock(Callback):
             else f"CPU, threads: {torch.get_num_threads()}",
             device_seconds=round(self.seconds if on_gpu else self.cpu_seconds, 3),
         )
-
-
-class Halfway(Callback):
-    """Has `judge` look at a stage once half of its steps are done; it ends the stage by raising.
-
-    It is told the module, its batches, and what all steps will have cost in device seconds. No
-    random number is drawn: a stage that goes on is the same to the bit.
-    """
-
-    def __init__(
-        self, total: int, clock: StepClock, judge: Callable[[Any, Any, float], None]
-    ) -> None:
-        self.total, self.clock, self.judge = total, clock, judge
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
-    ) -> None:
-        if trainer.global_step != (self.total + 1) // 2:
-            return
-        spent = self.clock.cost(trainer).device_seconds
-        pl_module.eval()
-        with torch.no_grad(), trainer.precision_plugin.forward_context():
-            batches: Any = trainer
-            self.judge(pl_module, batches.datamodule, spent * self.total / self.clock.steps)
-        pl_module.train()

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lightning import Callback, Trainer
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -56,7 +55,6 @@ class Job:
     lease: Lease | None  # None in processes that help another one with its run folder
     loggers: list[Logger]
     tracked: tracking.Tracked | None = None
-    judge: Callable[[Any, Any, float], None] | None = None  # of stage one, see callbacks.Halfway
 
 
 def check(settings: TrainConfig, rows: Splits, wanted: Sequence[Stage]) -> None:
@@ -103,7 +101,7 @@ def train_contrastive(job: Job) -> None:
     total = batches.steps_per_epoch * settings.dcr.epochs
     module = ContrastiveModule(policy, settings.dcr, job.block, total)
     seen = _measuring(job, Stage.contrastive, policy, chat, total)
-    light = config.lightens(settings) and job.judge is None
+    light = config.lightens(settings)
     if light:
         models.lighten(policy.model, job.block, whole=module.anchored)
     with _fitted(job, Stage.contrastive, module, batches, total, *seen) as writes:
@@ -262,12 +260,10 @@ def _trainer(
     contrastive = stage is Stage.contrastive
     precision = settings.dcr.precision if contrastive else settings.sft.precision
     bar = callbacks.Progress(stage.value, total, STEP_LOSS[stage])
-    clock = callbacks.StepClock(job.run, stage.value)
-    judge = job.judge if contrastive else None
     followed = [
-        clock,  # it stops at the end of a step before anything is measured or saved there
+        # it stops at the end of a step before anything is measured or saved there
+        callbacks.StepClock(job.run, stage.value),
         *between,
-        *([callbacks.Halfway(total, clock, judge)] if judge else []),
         *([bar] if options.progress else []),
         resuming.StepSeed(settings.seed),
         *([callbacks.Holding(job.lease)] if job.lease else []),
