@@ -367,15 +367,15 @@ def _checksums(folder: Path) -> Checksums:
     )
 
 
-def check_checksums(folder: Path, expected: bool = True) -> None:
+def check_checksums(folder: Path, expected: bool = True, needed: bool = False) -> None:
     """Raises DataError with the file that is not as `write_checksums` found it.
 
-    A folder without sums, as results had none once, passes; with one warning where they are
-    `expected`.
+    A folder without sums, as results had none once, passes unless they are `needed`; with one
+    warning where they are `expected`.
     """
     cure = f"restore it from a copy, or delete {folder} and run the command that made it again"
     file = folder / CHECKSUMS
-    if not file.exists():
+    if not file.exists() and not needed:
         if expected:
             _warn_of_no_checksums(folder)
         return

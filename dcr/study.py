@@ -16,12 +16,11 @@ import os
 import shutil
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -40,10 +39,9 @@ from dcr.config import (
     UserError,
 )
 from dcr.evaluation import sets
-from dcr.runs import Run
+from dcr.runs import Cost, Run
 from dcr.text import label_of, single_line
 
-PATIENCE = 1.0  # seconds between two looks at whether the study itself still lives
 WORK = ("dcr.train", "dcr.evaluation.metrics")  # what takes seconds to import
 # Settings of train.py and eval.py that a study gives itself.
 OWN = {
@@ -106,10 +104,9 @@ def main(options: Options) -> None:
     os.environ.setdefault("DCR_SWEEP", f"{options.study}-{named}")  # the group of its W&B runs
     with storage.locked(options.out):  # a killed study's last part may still be ending
         failed = carry_out([part for job in planned for part in job.parts()])
-    page = options.out / f"{options.study}.html"
-    folders = [job.run.folder for job in planned if any(job.run.folder.glob("eval/*/metrics.json"))]
+    page, (folders, notes) = options.out / f"{options.study}.html", shown(planned, failed)
     if folders:
-        notes = (*shared(planned), *(f"failed: {job}: {why}" for job, why in failed.items()))
+        notes += [f"failed: {job}: {why}" for job, why in failed.items()]
         print(f"{report.build(folders, page, [study.table], notes=notes)}\n\npage: {page}")
     if failed:
         told = "; ".join(f"{job}: {why}" for job, why in failed.items())
@@ -338,23 +335,23 @@ def stage_one(made_with: Mapping[str, Any]) -> str:
 def adopt(settings: TrainConfig, run: Run) -> bool:
     """Take over the stage one of a run beside this one, if one has the same settings and rows.
 
-    Files are hard-linked where the disk can, so that it takes no room.
+    Files are hard-linked where the disk can, so that it takes no room. A donor whose files are
+    damaged is told in one line and passed over.
     """
     found = donors(settings, run)
     if not found:
         return False
-    from dcr import models
     from dcr import train as training_script
 
-    rows = data.row_record(training_script.checked(settings, run))
-    folder = Path(settings.model.name)
-    now = models.weights_fingerprint(folder) if folder.is_dir() else None
+    record = data.row_record(training_script.checked(settings, run))
     for donor in found:
-        started = storage.read_json(donor.base_file, dict[str, str])["contrastive"]
-        same = _rows_of_stage_one(donor.record()) == _rows_of_stage_one(rows)
-        if same and now in (None, started):
-            with storage.locked(run.folder):
-                _take_over(donor, run, started)
+        try:
+            with cli.faults_in_words():
+                taken = _take_over(donor, run, settings, record)
+        except UserError as fault:
+            print(f"no stage one is taken over: {single_line(fault)}", file=sys.stderr, flush=True)
+            continue
+        if taken:
             print(f"taken over from {donor.folder}")
             return True
     return False
@@ -371,26 +368,45 @@ def donors(settings: TrainConfig, run: Run) -> list[Run]:
     return found
 
 
-def _rows_of_stage_one(record: Mapping[str, Any]) -> list[str]:
-    return [record["rows"][name]["fingerprint"] for name in STAGE_ONE_ROWS]
+def _rows_of_stage_one(record: Mapping[str, Any]) -> list[str | None]:
+    return [record["rows"].get(name, {}).get("fingerprint") for name in STAGE_ONE_ROWS]
 
 
-def _take_over(donor: Run, run: Run, started: str) -> None:
-    storage.write_json(run.adopted_file, {"contrastive": donor.folder.name})
-    storage.write_json(run.base_file, {"contrastive": started})
-    runs.forget_metrics_beyond(run, "contrastive", 0)
+def _take_over(donor: Run, run: Run, settings: TrainConfig, record: Mapping[str, Any]) -> bool:
+    """Whether the donor started from the same weights and learnt from the same rows, and its stage
+    one is now the run's as well.
+
+    Raises UserError, before anything is written, where a file of the donor is damaged.
+    """
+    from dcr import models
+
+    folder, weights = Path(settings.model.name), donor.stage("contrastive")
+    now = models.weights_fingerprint(folder) if folder.is_dir() else None
+    started = storage.read_json(donor.base_file, runs.StartedFrom, runs.RESTORE)["contrastive"]
+    same = _rows_of_stage_one(donor.record()) == _rows_of_stage_one(record)
+    if not same or now not in (None, started):
+        return False
+    storage.check_checksums(weights, needed=True)
     logged = [row for row in runs.read_metrics(donor) if row["stage"] == "contrastive"]
-    runs.append_metrics(run, ([row[key] for key in runs.METRIC_FIELDS] for row in logged))
-    for file in (donor.layer_file, donor.cost_file("contrastive")):
-        if file.exists():
-            storage.write_bytes(run.folder / file.name, file.read_bytes())
-    for source, target in (
-        (donor.tracked("contrastive"), run.tracked("contrastive")),
-        (donor.stage("contrastive"), run.stage("contrastive")),  # last: with it the stage is done
-    ):
-        if source.is_dir():
-            with storage.replaced_folder(target) as staging:
-                shutil.copytree(source, staging, copy_function=_link, dirs_exist_ok=True)
+    block, cost_file = donor.block(), donor.cost_file("contrastive")
+    spent = storage.read_json(cost_file, Cost) if cost_file.exists() else None
+    with storage.locked(run.folder):
+        storage.write_json(run.adopted_file, {"contrastive": donor.folder.name})
+        storage.write_json(run.base_file, {"contrastive": started})
+        runs.forget_metrics_beyond(run, "contrastive", 0)
+        runs.append_metrics(run, ([row[key] for key in runs.METRIC_FIELDS] for row in logged))
+        if block is not None:
+            storage.write_json(run.layer_file, {"block": block})
+        if spent is not None:
+            storage.write_json(run.cost_file("contrastive"), asdict(spent))
+        for source, target in (
+            (donor.tracked("contrastive"), run.tracked("contrastive")),
+            (weights, run.stage("contrastive")),  # last: with it the stage is done
+        ):
+            if source.is_dir():
+                with storage.replaced_folder(target) as staging:
+                    shutil.copytree(source, staging, copy_function=_link, dirs_exist_ok=True)
+    return True
 
 
 def _link(source: str, target: str) -> None:
@@ -404,12 +420,15 @@ def carry_out(parts: Sequence[Part]) -> dict[str, str]:
     """Do what is not done, in order; why the first part of each failed job failed, by job."""
     failed: dict[str, str] = {}
     for place, part in enumerate(parts, start=1):
-        if part.job in failed or part.done():
+        if part.job in failed:
             continue
-        print(f"[{place}/{len(parts)}] {part.job}: {part.name}", flush=True)
         try:
-            in_fork(part.work)
-        except Told as fault:
+            with cli.faults_in_words():
+                done = part.done()
+            if not done:
+                print(f"[{place}/{len(parts)}] {part.job}: {part.name}", flush=True)
+                in_fork(part.work)
+        except UserError as fault:
             failed[part.job] = single_line(f"{part.name}: {fault}")
             print(f"failed: {failed[part.job]}", file=sys.stderr, flush=True)
     return failed
@@ -421,11 +440,10 @@ def all_done(parts: Sequence[Part]) -> None:
         raise Told(f"{job}: {why}", 1)
 
 
-def in_fork(*works: Callable[[], object], meanwhile: Callable[[], object] | None = None) -> None:
+def in_fork(*works: Callable[[], object]) -> None:
     """Do something in a fork of this process, several things at once in one each.
 
-    `meanwhile` is called about every second. Raises Told with the fault that ended the first of
-    those that failed, when all have ended.
+    Raises Told with the fault that ended the first of those that failed, when all have ended.
     """
     for name in WORK:  # here, so that no fork imports it for itself alone
         importlib.import_module(name)
@@ -440,9 +458,7 @@ def in_fork(*works: Callable[[], object], meanwhile: Callable[[], object] | None
             sending.close()
             children.append((child, receiving))
         while alive := [child.sentinel for child, _ in children if child.exitcode is None]:
-            wait(alive, PATIENCE if meanwhile else None)
-            if meanwhile:
-                meanwhile()
+            wait(alive)
     except BaseException:
         for child, _ in children:
             child.terminate()
@@ -476,7 +492,7 @@ class Told(UserError):
 
 
 def _in_child(work: Callable[[], object], sending: Connection, parent: int) -> None:
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    cli.end_with(parent)
     try:
         with cli.faults_in_words():
             work()
@@ -492,24 +508,32 @@ def _in_child(work: Callable[[], object], sending: Connection, parent: int) -> N
     sys.exit(1)
 
 
-def _end_with(parent: int) -> None:
-    """Stop this process, as Ctrl-C does, once the study was killed: its next run finds the rest."""
-    while os.getppid() == parent:
-        time.sleep(PATIENCE)
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
 # --- what is told -------------------------------------------------------------------------------
 
 
-def shared(planned: Sequence[Job]) -> list[str]:
-    """What of a study was done once for several jobs, as the page tells it."""
-    notes = []
+def shown(planned: Sequence[Job], failed: dict[str, str]) -> tuple[list[Path], list[str]]:
+    """The run folders that the page can show, and as its notes what was done once for several jobs.
+
+    A folder that cannot be read is added to the jobs that `failed`.
+    """
+    from dcr.report import records
+
+    folders, notes = list[Path](), list[str]()
     for job in planned:
-        if (file := job.run.adopted_file).exists():
-            donor = storage.read_json(file, dict[str, str])["contrastive"]
-            notes.append(f"{job.run.folder.name}: stage one is that of {donor}")
-    return notes
+        run, file = job.run, job.run.adopted_file
+        if not any(run.folder.glob("eval/*/metrics.json")):
+            continue
+        try:
+            with cli.faults_in_words():
+                records.read_run(run.folder)
+                donor = storage.read_json(file, runs.StartedFrom) if file.exists() else None
+        except UserError as fault:
+            failed.setdefault(job.name, single_line(f"report: {fault}"))
+            continue
+        folders.append(run.folder)
+        if donor is not None:
+            notes.append(f"{run.folder.name}: stage one is that of {donor['contrastive']}")
+    return folders, notes
 
 
 def describe(planned: Sequence[Job]) -> str:

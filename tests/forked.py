@@ -8,13 +8,15 @@ from collections.abc import Callable
 PATIENCE = 60.0  # seconds, on a machine that may be busy
 
 
-def killed(work: Callable[[], object], enough: Callable[[], bool]) -> None:
+def killed(
+    work: Callable[[], object], enough: Callable[[], bool], patience: float = PATIENCE
+) -> None:
     """Start `work` and end it as `kill -9` does once `enough()` holds; it must not end before."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # from Python 3.12 on, of threads
         child = multiprocessing.get_context("fork").Process(target=work)
         child.start()
-    until = time.monotonic() + PATIENCE
+    until = time.monotonic() + patience
     try:
         while not enough():
             assert child.is_alive(), "ended before it could be killed"

@@ -2,8 +2,12 @@
 
 import json
 import os
+import random
 import re
+import shutil
 import signal
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from forked import killed
+from safetensors.torch import load_file
 from scipy import stats
 from test_report import columns, make_eval, make_run
 from tiny_run import same, weights
@@ -113,6 +118,58 @@ def test_a_failed_job_ends_alone_and_is_gone_on_with(
     ]  # fmt: skip
     after = [file.stat().st_mtime_ns for file in sorted(dcr.run.folder.rglob("*.json*"))]
     assert (len(measured(stl.run.folder)), after) == (1, before)
+
+
+def flip_a_byte(file: Path) -> None:
+    held = bytearray(file.read_bytes())
+    held[len(held) // 2] ^= 1
+    file.write_bytes(held)
+
+
+def as_folder(file: Path) -> None:
+    file.unlink(missing_ok=True)
+    file.mkdir()
+
+
+NEIGHBOURS: dict[str, Callable[[Path], object]] = {
+    "contrastive/model.safetensors": flip_a_byte,
+    "contrastive/checksums.json": Path.unlink,
+    "base.json": lambda file: file.write_text("{}"),
+    "rows.json": lambda file: file.write_text('{"rows": {}}'),
+    "metrics.csv": lambda file: file.write_text("x\n1\n"),
+    "layer.json": as_folder,
+    "contrastive.cost.json": as_folder,
+}
+
+
+def test_no_stage_one_is_taken_from_a_damaged_run_and_damage_stays_with_its_job(
+    words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "all"
+    assert study.main([f"out={out}", "study=epochs", *words]) == 0
+    base, stl, donor = (job.run for job in planned(out, words).values())
+    *_, other = planned(out, [*words, "sft.lr=2e-3"]).values()
+    for name, damage in NEIGHBOURS.items():
+        place = tmp_path / name.replace("/", "-")
+        shutil.copytree(donor.folder, place / "donor")
+        damage(place / "donor" / name)
+        capfd.readouterr()
+        assert not study.adopt(trained(other), Run(place / "run"))
+        told = capfd.readouterr()
+        assert name == "rows.json" or name in " ".join(told.err.split()), told
+        assert not (place / "run").exists()
+    flip_a_byte(donor.stage("contrastive") / "model.safetensors")
+    as_folder(base.evaluated_file)
+    stl.evaluated_file.write_text("[]")
+    asked = [f"out={out}", "study=epochs", *words, "sft.lr=2e-3"]
+    assert study.main(asked) == 1  # of the base alone: the other's STL is another run
+    told = capfd.readouterr()
+    assert "taken over from" not in told.out
+    assert "error: 1 of 3 jobs failed: base model" in told.err
+    assert str(base.evaluated_file) in told.err.splitlines()[-1]
+    assert measured(other.run.folder) != []
+    assert study.main([f"out={out}", "study=epochs", *words]) == 1
+    assert str(stl.evaluated_file) in capfd.readouterr().err.splitlines()[-1]
 
 
 def test_a_killed_study_goes_on_where_it_was(words: list[str], tmp_path: Path) -> None:
@@ -221,6 +278,39 @@ def test_a_model_of_ones_own_ends_as_page_and_export(
     assert str(exported) in said
     assert align.main(asked) == 0
     assert not re.search(r"^\[\d", capfd.readouterr().out, re.M)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_model_of_ones_own_that_is_killed_again_and_again_ends_the_same(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refusal, "is_refusal", lambda response, rules="paper": response < "M")
+    monkeypatch.setattr(align, "LEARNT", 0.0)
+    monkeypatch.setattr(align, "elsewhere", lambda _: True)
+
+    def asked(place: Path) -> list[str]:
+        return [f"out={place}", *words, "sft.readout.steps=2"]
+
+    def files(place: Path) -> list[Path]:
+        return [file.relative_to(place) for file in sorted(place.rglob("*")) if file.is_file()]
+
+    whole, again = tmp_path / "whole", tmp_path / "killed"
+    assert align.main(asked(whole)) == 0
+    most = len(files(whole))
+    for count in sorted(random.Random(0).sample(range(1, most), 6)):
+        killed(lambda: align.main(asked(again)), lambda n=count: len(files(again)) >= n, 600)
+    while (code := align.main(asked(again))) == 2:  # its last part is still ending
+        time.sleep(1)
+    assert code == 0
+    assert files(again) == files(whole)
+    for file in files(whole):
+        if file.suffix == ".safetensors":
+            assert same(load_file(whole / file), load_file(again / file)), file
+        if file.suffix == ".jsonl" or file.name in ("learnt.json", "rows.json", "layer.json"):
+            assert (whole / file).read_bytes() == (again / file).read_bytes(), file
+    for folder in whole.glob("tiny*"):
+        assert measured(folder) == measured(again / folder.name)
 
 
 def test_block_and_sources_are_chosen_by_sets_of_another_origin_alone() -> None:
