@@ -3,10 +3,12 @@ nothing behind.
 
     python tests/campaign [--seed 0] [--cases N] [--jobs 2] [--only overrides/17] [--keep FOLDER]
 
-600 lists of overrides, 150 damaged files, 130 bad data files, 40 kills (`--cases 20`: that many of
-each section). Counts go to the terminal; the exit code is 0 only if no command ended in a
-traceback, a crash or a hang, gave wrong results in silence, or left files behind. Each failure is
-told with its command and the name under which `--only` runs it again.
+600 lists of overrides, 150 damaged files, 130 bad data files, 40 kills, 60 damaged studies, 60
+databases of a search, 60 links and devices, 60 run folders that attack, 40 secrets (`--cases 20`:
+that many of each section). Counts go to the terminal; the exit code is 0 only if no command ended
+in a traceback, a crash or a hang, gave wrong results in silence, left files behind, told a secret
+or ran an attacker's code. Each failure is told with its command and the name under which `--only`
+runs it again.
 """
 
 import argparse
@@ -24,9 +26,11 @@ from random import Random
 
 import commands
 import damage
+import hostile
 import kills
 import overrides
 import rows
+import shared
 from commands import Ended
 
 Case = Callable[[Random, Path, Path], tuple[str, Ended, list[tuple[str, str]]]]
@@ -35,8 +39,16 @@ SECTIONS: dict[str, tuple[Case, int]] = {
     "damage": (damage.case, 150),
     "rows": (rows.case, 130),
     "kills": (kills.case, 40),
+    "studies": (shared.study_case, 60),
+    "searches": (shared.search_case, 60),
+    "links": (hostile.link_case, 60),
+    "attackers": (hostile.attacker_case, 60),
+    "secrets": (hostile.secret_case, 40),
 }
-KINDS = ("traceback", "crash", "hang", "silent", "not one line", "files left", "good refused")
+KINDS = (
+    *("traceback", "crash", "hang", "silent", "not one line", "files left", "good refused"),
+    *("secret", "code run"),
+)
 
 
 @dataclass(frozen=True)
@@ -58,8 +70,11 @@ def main(arguments: Sequence[str]) -> int:
     began = time.monotonic()
     commands.preload()
     base = work / "base"
+    sections = {name.partition("/")[0] for name in wanted}
     if not base.is_dir():
         damage.prepare(base)
+    if sections & {"studies", "searches"} and not (base / "tiny").is_dir():
+        shared.prepare(base)
     workers = []
     for number in range(min(options.jobs, len(wanted))):
         child = os.fork()
@@ -119,6 +134,7 @@ def _work(
             began = time.monotonic()
             rng = Random(f"{options.seed}/{name}")
             command, ended, faults = SECTIONS[section][0](rng, place, base)
+            faults = [*faults, *commands.leaks(place, ended)]
             spent = time.monotonic() - began
             record = Record(name, command, ended.code, spent, faults)
             out.write(json.dumps(asdict(record)) + "\n")
@@ -140,14 +156,14 @@ def _tell(records: Sequence[Record], seconds: float) -> int:
         record, detail = min(failed, key=lambda one: len(one[0].command))
         print(f"\n{kind} ({len(failed)}): {detail}\n  {record.name}: {record.command[:600]}")
     print(f"\n{'':14}{'cases':>8}{'exit 0':>8}{'exit 2':>8}{'other':>8}", end="")
-    print("".join(f"{kind:>14}" for kind in KINDS))
+    print("".join(f"{kind:>13}" for kind in KINDS))
     sections = [*dict.fromkeys(record.name.partition("/")[0] for record in records)]
     for section in [*sections, "all"]:
         chosen = [r for r in records if section in ("all", r.name.partition("/")[0])]
         codes = collections.Counter(r.code if r.code in (0, 2) else 1 for r in chosen)
         kinds = collections.Counter(kind for r in chosen for kind in {k for k, _ in r.faults})
         print(f"{section:14}{len(chosen):8}{codes[0]:8}{codes[2]:8}{codes[1]:8}", end="")
-        print("".join(f"{kinds[kind]:14}" for kind in KINDS))
+        print("".join(f"{kinds[kind]:13}" for kind in KINDS))
     print(f"{seconds / 60:.1f} minutes")
     return sum(len(record.faults) for record in records)
 

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT = 120.0  # seconds after which a command counts as hanging; the slowest good one takes four
+LIMIT = 300.0  # seconds after which a command counts as hanging; the slowest good one takes ten
+SECRET = "hf_" + "Campa1gn" * 4  # as HF_TOKEN, and in addresses that commands are given
+MARK = "code-ran"  # the file that an attack makes where its code runs
 MEMORY = 12 * 2**30  # bytes of address space, so that a silly size ends a case and not the machine
 TRACEBACK = "Traceback (most recent call last)"
 
@@ -78,6 +80,7 @@ def preload() -> None:
         os.environ[name] = "1"
     os.environ |= {
         "HF_HUB_OFFLINE": "1",
+        "HF_TOKEN": SECRET,
         "WANDB_MODE": "offline",
         "WANDB_SILENT": "true",
         "TOKENIZERS_PARALLELISM": "false",
@@ -199,3 +202,17 @@ def contents(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() or (path.is_dir() and not any(path.iterdir()))
     }
+
+
+def leaks(place: Path, ended: Ended) -> list[tuple[str, str]]:
+    """What must not be: a secret that was told or written, and code that ran."""
+    faults = []
+    if SECRET in ended.said:
+        at = ended.said.index(SECRET)
+        faults.append(("secret", f"told: {ended.said[max(0, at - 80) : at]!r}"))
+    for file in sorted(place.rglob("*")):
+        if file.is_file() and not file.is_symlink() and SECRET.encode() in file.read_bytes():
+            faults.append(("secret", f"written to {file.relative_to(place)}"))
+    if (place / MARK).exists():
+        faults.append(("code run", "the attack's code ran"))
+    return faults

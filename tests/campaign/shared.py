@@ -1,0 +1,151 @@
+"""Studies and searches: jobs and trials that share a folder or a database, one of them damaged."""
+
+import functools
+import os
+import shutil
+import signal
+import sqlite3
+import time
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import commands
+import damage
+from commands import Ended
+from overrides import SMALL
+
+QUICK = (
+    *(word for word in SMALL if word != "model=tiny"),
+    *(
+        "model.name=../tiny",
+        "model.layer=1",
+        "model.epochs=1",
+        "sft.epochs=1",
+        "sft.precision=fp32",
+    ),
+    *("dcr.precision=fp32", "precision=fp32", "limit=4", "gen.max_new_tokens=3", "dcr.epochs=1"),
+    "data.evaluation={over_refusal: [demo_seemingly_toxic_heldout], safety: [demo_toxic_heldout]}",
+)
+STUDY = ("dcr.study", "study=epochs", "out=all", *QUICK)
+MORE = "sft.lr=2e-3"  # other jobs, whose stage one is there
+SEARCH = (
+    *("dcr.search", "out=found", "trials=3", "data.validation=0.2", *QUICK),
+    *("dcr.layer=1..2", "dcr.margin=0.1..0.4", "dcr.optim.lr=1e-3", "dcr.scale=16"),
+    *("dcr.nll.weight=0.001", "dcr.ratio=null"),
+)
+TOLD = ("failed: ", "no stage one is taken over: ")  # lines of a study before its error
+VALUES = (None, -1, 0, 7, 1e308, float("inf"), "x", "", "{", "[]", "{}", b"\xff\xfe", "\x1b[2J\n")
+LOCKS = (None, signal.SIGTERM, signal.SIGINT)
+
+
+def prepare(base: Path) -> None:
+    """A model as a folder, a study and a search that are done, and what the study gives in the end.
+
+    Raises AssertionError where one of them fails.
+    """
+    from tests.shapes import tiny_policy
+
+    made = tiny_policy(seed=1)
+    made.model.save_pretrained(base / "tiny")
+    made.tokenizer.save_pretrained(base / "tiny")
+    for name, arguments in (("study", STUDY), ("search", SEARCH)):
+        (base / name).mkdir()
+        damage._good(arguments, base / name)
+    shutil.copytree(base / "study", base / "studied")
+    damage._good((*STUDY, MORE), base / "studied")
+
+
+def study_case(rng: Random, place: Path, base: Path) -> tuple[str, Ended, list[tuple[str, str]]]:
+    """One file of a study's run folders damaged, and a study that finds them beside its own."""
+    shutil.copytree(base / "study", place, dirs_exist_ok=True)
+    (place.parent / "tiny").symlink_to(base / "tiny")
+    files = [p for p in sorted(place.glob("all/*/**/*")) if p.is_file() and p.name != ".lock"]
+    kind = rng.choice(sorted({p.name for p in files}))
+    file = rng.choice([p for p in files if p.name == kind])
+    parsed = file.suffix in (".json", ".jsonl", ".yaml", ".csv")
+    hurt = rng.choice(damage.PARSED * 3 + damage.BYTES if parsed else damage.BYTES)
+    hurt(file, rng)
+    arguments = (*STUDY, MORE) if rng.random() < 0.6 else STUDY
+    ended = commands.run(arguments, place)
+    own = [line for line in ended.err.splitlines(keepends=True) if not line.startswith(TOLD)]
+    faults = replace(ended, err="".join(own)).faults()
+    name = str(file.relative_to(place))
+    if ended.code not in (0, 1) and not ended.hung:
+        faults.append(("good refused", f"all jobs end with {name}: {ended.err[-300:]}"))
+    whole = base / ("studied" if MORE in arguments else "study")
+    others = {k: v for k, v in _results(whole).items() if not k.startswith(str(file.parts[-1]))}
+    got, job = _results(place), file.relative_to(place).parts[1]
+    changed = sorted(k for k in others if k.split("/")[1] != job and got.get(k) != others[k])
+    if changed and not faults:
+        faults.append(("silent", f"{hurt.__name__} {name} changed {changed[:3]}"))
+    return f"{hurt.__name__} {name}; {commands.spell(arguments)}", ended, faults
+
+
+def _results(place: Path) -> dict[str, bytes]:
+    """Adapters and answers of every job."""
+    wanted = [*place.glob("all/*/sft/*.safetensors"), *place.glob("all/*/eval/*/*.jsonl")]
+    return {str(file.relative_to(place)): file.read_bytes() for file in wanted if file.is_file()}
+
+
+def search_case(rng: Random, place: Path, base: Path) -> tuple[str, Ended, list[tuple[str, str]]]:
+    """A search's database, damaged or held by another program, and the same search again."""
+    shutil.copytree(base / "search", place, dirs_exist_ok=True)
+    (place.parent / "tiny").symlink_to(base / "tiny")
+    file = place / "found" / "search.db"
+    if rng.random() < 0.15:
+        return _held(rng, place, file)
+    did = _hurt(rng, file)
+    ended = commands.run(SEARCH, place)
+    faults = ended.faults()
+    fronts = [(at / "found" / "front.csv").read_bytes() for at in (base / "search", place)]
+    if ended.code == 0 and fronts[0] != fronts[1]:
+        faults.append(("silent", f"another front after {did}"))
+    return f"{did}; {commands.spell(SEARCH)}", ended, faults
+
+
+def _hurt(rng: Random, file: Path) -> str:
+    if rng.random() < 0.2:
+        hurt = rng.choice(damage.BYTES)
+        hurt(file, rng)
+        return f"{hurt.__name__} search.db"
+    with closing(sqlite3.connect(file, isolation_level=None)) as base:
+        base.execute("PRAGMA ignore_check_constraints = ON")
+        tables = base.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+        full = [t for (t,) in tables if base.execute(f"SELECT COUNT(*) FROM {t}").fetchone()[0]]
+        table = rng.choice(full)
+        if (draw := rng.random()) < 0.1:
+            words, values = f"DROP TABLE {table}", []
+        elif draw < 0.25:
+            words, values = f"DELETE FROM {table} WHERE rowid = 1", []
+        else:
+            columns = [row[1] for row in base.execute(f"PRAGMA table_info({table})")]
+            same = [row[0] for row in base.execute(f"SELECT {columns[-1]} FROM {table}")]
+            column = rng.choice(columns)
+            words = f"UPDATE {table} SET {column} = ?" + rng.choice(["", " WHERE rowid = 1"])
+            values = [rng.choice([*VALUES, *same])]
+        try:
+            base.execute(words, values)
+        except sqlite3.Error as error:  # a constraint: no damage
+            return f"{words} {values}: {error}"
+    return f"{words} {values}"
+
+
+def _held(rng: Random, place: Path, file: Path) -> tuple[str, Ended, list[tuple[str, str]]]:
+    """While another program holds the lock, a search ends by itself or by a signal, in seconds."""
+    number = rng.choice(LOCKS)
+
+    def stop(child: int) -> None:
+        time.sleep(rng.random() * 8)
+        if number is not None:
+            os.kill(child, number)
+
+    with closing(sqlite3.connect(file)) as base:
+        base.execute("BEGIN EXCLUSIVE")
+        ended = commands.run(SEARCH, place, interfere=functools.partial(stop))
+    faults = ended.faults()
+    if ended.code == 0:
+        faults.append(("silent", "a database that is held was read"))
+    named = "nothing" if number is None else number.name
+    return f"search.db held, {named}; {commands.spell(SEARCH)}", ended, faults
