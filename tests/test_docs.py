@@ -1,8 +1,11 @@
 """The documents name what there is: files, modules, settings, commands."""
 
 import importlib.util
+import os
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -111,6 +114,19 @@ def test_the_reference_has_a_row_for_every_setting() -> None:
     assert f"| `sft.micro_tokens` | whole number | none | {told} |" in rows
     told = "an address, or a list of them that share the work; null: OpenAI's own"
     assert f"| `llm.url` | any | none | {told} |" in rows  # of the class above it
+
+
+def test_no_page_of_the_site_loads_anything_from_elsewhere(tmp_path: Path) -> None:
+    """So that it is whole from a disk, its search included, which the theme would break there."""
+    build = [sys.executable, "-m", "mkdocs", "--quiet", "build", "--strict", "-d", str(tmp_path)]
+    subprocess.run(build, check=True, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"})
+    loads = re.compile(
+        r"<(?:script|img|iframe)[^>]* src=\"([^\"]+)|<link rel=\"?stylesheet[^>]*href=\"([^\"]+)"
+    )
+    pages = [page for page in tmp_path.glob("*.html") if page.name != "404.html"]  # a server's
+    named = {(page, "".join(found)) for page in pages for found in loads.findall(page.read_text())}
+    assert (tmp_path / "index.html", "iframe-worker.js") in named
+    assert not [str(page) for page, file in named if not (page.parent / file).is_file()]
 
 
 def test_a_key_that_there_is_not_would_be_found() -> None:
