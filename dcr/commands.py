@@ -15,8 +15,9 @@ from dcr import cli, config, launching
 from dcr.config import ConfigError, TrainConfig
 from dcr.runs import Run
 
-# Each but the first two is `python -m dcr.<name>`.
+# Each but train and eval is `python -m dcr.<name>`.
 COMMANDS = {
+    "demo": "STL against DCR on the embedded model and corpus, in minutes: table and page",
     "train": "the stages of a method, into a run folder; also dcr-train",
     "eval": "a run, a model or an endpoint: completions, verdicts, metrics; also dcr-eval",
     "plan": "what a training command would do: rows, parameters, steps, memory, time",

@@ -513,7 +513,7 @@ def throughput(settings: TrainConfig, precision: Precision, width: int) -> Throu
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ASSUMED_GPU
     if any(known in name for known in GPUS):
         return published(name, precision)
-    rate = _timed_product("cuda", precision, width, torch.get_num_threads())
+    rate = timed_product("cuda", precision, width, torch.get_num_threads())
     return Throughput(name, MEASURED_SHARE * rate, _measured(rate))
 
 
@@ -537,7 +537,7 @@ def _cpu_rate(asked: int | None, precision: Precision, width: int) -> tuple[int,
 
         own = known["threads"] if known else torch.get_num_threads()
         rates = known["rates"] if known else {}
-        rates = rates | {called: _timed_product("cpu", precision, width, number)}
+        rates = rates | {called: timed_product("cpu", precision, width, number)}
         known = Speeds(measured=time.time(), threads=own, rates=rates)
         with suppress(UserError):  # a disk without room: measured again next time
             storage.write_json(file, known)
@@ -564,7 +564,7 @@ def published(name: str, precision: Precision) -> Throughput:
     return Throughput(name, GPU_SHARE * rate, basis)
 
 
-def _timed_product(device: str, precision: Precision, width: int, threads: int) -> float:
+def timed_product(device: str, precision: Precision, width: int, threads: int) -> float:
     """FLOP/s of a product in the stage's type, the best of several rounds."""
     import torch
     from torch.utils.benchmark import Timer

@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from tqdm.auto import tqdm
-
 from dcr import (
     activations,
     batching,
@@ -41,6 +39,7 @@ from dcr.config import (
 from dcr.evaluation.sets import PromptSet
 from dcr.generation import Completion, OpeningBias
 from dcr.models import Policy
+from dcr.progress import Bar
 from dcr.prompts import ChatFormat
 from dcr.runs import Run
 from dcr.sources import Example
@@ -343,7 +342,7 @@ def kept(
     # first what opens the weights and may fail: a bar would stand before the line that says so
     batches = ask(list(rows.values())) if rows else ()
     hidden = not (progress and rows)
-    with tqdm(total=len(rows), unit="prompt", desc=doing, disable=hidden) as bar:
+    with Bar(total=len(rows), unit="prompt", desc=doing, disable=hidden) as bar:
         for batch in batches:
             by_set: dict[str, list[Any]] = {}
             for record in batch:

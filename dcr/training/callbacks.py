@@ -15,10 +15,10 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
-from tqdm import tqdm
 
 from dcr import models, runs, storage
 from dcr.models import Policy
+from dcr.progress import Bar
 from dcr.runs import Cost, Run
 from dcr.storage import Lease
 
@@ -115,10 +115,10 @@ class Progress(Callback):
 
     def __init__(self, stage: str, total: int, loss: str) -> None:
         self.stage, self.total, self.loss = stage, total, loss
-        self.bar: tqdm | None = None
+        self.bar: Bar | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.bar = tqdm(
+        self.bar = Bar(
             desc=self.stage,
             total=self.total,
             initial=trainer.global_step,

