@@ -285,8 +285,10 @@ def _convert_gguf(folder: Path) -> None:
     )
     config: Any = copy.deepcopy(loaded.config)
     del config.quantization_config  # a model loaded from GGUF refuses to be saved with it
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(loaded.state_dict(), strict=True)
+    with torch.device("meta"):  # or random weights would be drawn first
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict(), strict=True, assign=True)
+    model.tie_weights()
     model.generation_config = loaded.generation_config
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
