@@ -50,10 +50,11 @@ class Work:
 
 
 GAIN = 0.65  # what is no product is by this power of their number faster on several threads
-OPENING, SFT, ANSWERS = Work(0, 12), Work(1.2e13, 45), Work(3e12, 25)
+OPENING, SFT, ANSWERS = Work(0, 14), Work(1.2e13, 45), Work(1.2e12, 35)
+READOUT = {"readout, preparing": Work(1.3e13, 45), "readout": Work(3e12, 45)}
 BARS = {
     "stl": {"sft": SFT},
-    "dcr": {"contrastive": Work(1.4e13, 45), "sft": SFT, "readout": Work(1.5e13, 70)},
+    "dcr": {"contrastive": Work(1.4e13, 45), "sft": SFT, **READOUT},
 }
 
 
