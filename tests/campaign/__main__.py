@@ -73,6 +73,8 @@ def main(arguments: Sequence[str]) -> int:
     sections = {name.partition("/")[0] for name in wanted}
     if not base.is_dir():
         damage.prepare(base)
+    if sections & {"damage", "kills"} and not (base / "after").is_dir():
+        damage.foresee(base)
     if sections & {"studies", "searches"} and not (base / "tiny").is_dir():
         shared.prepare(base)
     workers = []

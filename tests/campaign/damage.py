@@ -54,11 +54,7 @@ READERS = {
 
 
 def prepare(base: Path) -> None:
-    """A finished run, one that was stopped midway, and what each reader makes of them.
-
-    Raises AssertionError when the good commands themselves fail, or differ from one time to the
-    next: nothing could then be told from the rest.
-    """
+    """A finished run, and one that was stopped midway. AssertionError where a command fails."""
     making = base / "making"
     making.mkdir(parents=True)
     for arguments in (READERS["train"].arguments, READERS["eval"].arguments):
@@ -68,6 +64,14 @@ def prepare(base: Path) -> None:
     stopped = commands.run(resume, making, interfere=lambda child: _stop_in_sft(making, child))
     assert stopped.code == 128 + 15, stopped
     (making / "run").rename(base / "half")
+
+
+def foresee(base: Path) -> None:
+    """What each reader makes of the undamaged runs.
+
+    Raises AssertionError when the good commands themselves fail, or differ from one time to the
+    next: nothing could then be told from the rest.
+    """
     for name, reader in READERS.items():
         for again in ("once", "twice"):
             place = base / "after" / again / name
