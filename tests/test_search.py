@@ -127,6 +127,24 @@ def test_a_killed_workers_trial_is_failed_and_enqueued_again(
     assert left in [{key: row[key] for key in SEARCHED} for row in found]
 
 
+def test_a_trial_that_was_taken_over_meanwhile_is_left_to_the_other(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None
+) -> None:
+    def slept(search: Search, point: Any) -> list[float]:
+        if not (tmp_path / "ran").exists():
+            (tmp_path / "ran").mkdir()
+            known = trials.opened(search)
+            (own,) = known.get_trials(deepcopy=False)
+            known.tell(own.number, state=trials.FAIL)
+            trials.RETRY(known, own)
+            return [0.1, 0.1, 1.0]
+        return made_up(search, point)
+
+    monkeypatch.setattr(trials, "_measured", slept)
+    assert command.main(asked(tmp_path, words, "trials=2")) == 0
+    assert column(shown(tmp_path), "ended") == ["complete", "complete"]
+
+
 # --- trials that train --------------------------------------------------------------------------
 
 

@@ -248,6 +248,10 @@ def _work(search: Search, place: int, left: Any) -> None:
         except (OptunaError, SQLAlchemyError):
             with _in_words(search.url):
                 raise
+        except ValueError as error:  # where this machine slept, and another has the trial now
+            if "Cannot tell a" not in str(error):
+                raise
+            print("a trial was taken over by another worker", flush=True)
 
 
 def _objective(search: Search, trial: Trial) -> Sequence[float]:
@@ -266,6 +270,8 @@ def _objective(search: Search, trial: Trial) -> Sequence[float]:
     except KeyboardInterrupt:
         RETRY(trial.study, trial.study.get_trials(deepcopy=False)[trial.number])
         raise
+    if trial.study.get_trials(deepcopy=False)[trial.number].state is FAIL:
+        raise Told("another worker has it, after heartbeats were missing", 1)
     told = ", ".join(
         f"{name} {value:.4g}" for name, value in zip(search.objectives, values, strict=True)
     )
