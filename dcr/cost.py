@@ -47,7 +47,6 @@ from dcr.blueprint import Blueprint
 from dcr.config import (
     ALL_LINEAR,
     FSDP,
-    MICRO_TOKENS,
     Adapter,
     DataError,
     LoraConfig,
@@ -77,8 +76,7 @@ GPUS = {  # published dense FLOP/s in bf16 and in fp32
 ASSUMED_GPU = "H100"
 TRIAL_SECONDS = 0.2
 FREE_SHARE = 0.9  # of free memory, that a planned peak may take
-HALVINGS = 3  # of MICRO_TOKENS at most: smaller passes save little and take long
-ANOTHER = "sft.micro_tokens=<n> for another number"
+HALVINGS = 3  # of sft.micro_tokens at most: smaller passes save little and take long
 REMEMBERED = 24 * 3600  # seconds that a measured rate holds
 # Bytes a block keeps per token and unit of (rows + columns) of its matrices: where a gradient
 # passes, and more where the matrix itself is trained, and where it carries LoRA. Measured with
@@ -363,30 +361,27 @@ def _activations(settings: TrainConfig, stage: Stage, shape: Shape, load: Load) 
     return largest * shape.full_saved / shape.depth + states * shape.width * each
 
 
-def micro_tokens(settings: TrainConfig, before: int | None = None) -> tuple[int, str]:
-    """`sft.micro_tokens` for a run, and why.
+def smaller_passes(settings: TrainConfig, shape: Shape) -> list[str]:
+    """The advice of a smaller `sft.micro_tokens` where free memory holds its peak alone.
 
-    As named; else as many as a run had `before` it was stopped, on which its last bits depend; else
-    MICRO_TOKENS, or of its halves the largest whose planned peak free memory holds. Several
-    processes must agree, and see different free memory: they take MICRO_TOKENS.
+    Nothing is advised to several processes, which share what is free.
     """
-    if settings.sft.micro_tokens:
-        return settings.sft.micro_tokens, "as named"
-    if before:
-        return before, "as this run began"
-    if settings.trainer.devices * settings.trainer.num_nodes > 1:
-        return MICRO_TOKENS, f"of each of several processes; {ANOTHER}"
-    shape, free = stage_shape(settings, Stage.sft), _free_bytes(settings)
+    free = _free_bytes(settings)
 
     def peak(number: int) -> float:
         largest = max(number, settings.sft.max_len)
         load = Load(0, largest, largest, largest, 0, largest, 0)
         return sum(memory(settings, Stage.sft, shape, load).values())
 
-    sizes = [MICRO_TOKENS >> halved for halved in range(HALVINGS + 1)]
-    number = next((n for n in sizes if peak(n) <= FREE_SHARE * free), sizes[-1])
-    of_free = f"planned peak {peak(number) / 1e9:.1f} GB of {free / 1e9:.1f} GB free"
-    return number, f"{of_free}; {ANOTHER}"
+    sizes = [settings.sft.micro_tokens >> halved for halved in range(HALVINGS + 1)]
+    fitting = next((n for n in sizes if n and peak(n) <= FREE_SHARE * free), sizes[0])
+    world = settings.trainer.devices * settings.trainer.num_nodes
+    if fitting == sizes[0] or world > 1:
+        return []
+    return [
+        f"sft.micro_tokens={fitting} plans a peak of {peak(fitting) / 1e9:.1f} GB in SFT, instead "
+        f"of {peak(sizes[0]) / 1e9:.1f} of {free / 1e9:.1f} GB free; it draws other dropout masks"
+    ]
 
 
 def _free_bytes(settings: TrainConfig) -> float:

@@ -96,12 +96,9 @@ def describe(settings: TrainConfig) -> str:
     Raises UserError for whatever training would refuse before it loads weights.
     """
     stages, notes = stages_of(settings.method, settings.stage), []
-    if Stage.sft in stages and not settings.sft.micro_tokens:
-        before = Run(Path(settings.run)).micro_tokens() if settings.run else None
-        number, why = cost.micro_tokens(settings, before)
-        settings = replace(settings, sft=replace(settings.sft, micro_tokens=number))
-        notes.append(f"sft.micro_tokens: {number} ({why})")
     shapes = {stage: stage_shape(settings, stage) for stage in stages}
+    if Stage.sft in stages:
+        notes += cost.smaller_passes(settings, shapes[Stage.sft])
     drawn, told, more = expected(settings)
     plans = [stage_plan(settings, stage, shape, drawn) for stage, shape in shapes.items()]
     chain = " then ".join(plan.stage.value for plan in plans)

@@ -31,7 +31,7 @@ from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from dcr import config, storage
-from dcr.config import MICRO_TOKENS, ConfigError, DataError
+from dcr.config import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
@@ -248,13 +248,6 @@ class Run:
             return None
         return storage.read_json(self.threads_file, Threads, RESTORE)["threads"]
 
-    def micro_tokens(self) -> int | None:
-        """`sft.micro_tokens` as the run began with, None where it has not begun."""
-        if not self.config_file.exists():
-            return None
-        node: Any = self.config().get("sft") or {}
-        return node.get("micro_tokens")
-
 
 def peak_memory_gib() -> float:
     """The most memory this process has held: on the GPU where there is one, else in RAM."""
@@ -285,8 +278,6 @@ def binding(made_with: Mapping[str, Any]) -> dict[str, Any]:
         inside = decisive.get(node) or {}
         idle = {name for name, off in options.items() if name in inside and _is(inside[name], off)}
         decisive[node] = {name: value for name, value in inside.items() if name not in idle}
-    if decisive["sft"].get("micro_tokens", 0) is None:  # before a run has chosen
-        decisive["sft"]["micro_tokens"] = MICRO_TOKENS
     return decisive
 
 

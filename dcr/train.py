@@ -5,7 +5,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -15,7 +14,6 @@ from dcr import (
     batching,
     cli,
     config,
-    cost,
     data,
     models,
     runs,
@@ -47,10 +45,6 @@ def train(settings: TrainConfig, run: Run) -> None:
     """
     wanted = config.stages_of(settings.method, settings.stage)
     rows = checked(settings, run)
-    number, why = cost.micro_tokens(settings, run.micro_tokens())
-    settings = replace(settings, sft=replace(settings.sft, micro_tokens=number))
-    if Stage.sft in wanted and not run.done("sft"):
-        log.info("sft.micro_tokens: %d (%s)", number, why)
     tracked = tracking.tracked(settings.tracking, settings.data, settings.seed)
     with (
         callbacks.quiet(),

@@ -110,8 +110,8 @@ def test_the_reference_has_a_row_for_every_setting() -> None:
         tree = OmegaConf.to_container(OmegaConf.structured(schema), resolve=False)
         named = {re.sub(r"(parameters)\..*", r"\1", leaf) for leaf in leaves(tree)}
         assert not [key for key in named if f"| `{key}` |" not in rows]
-    told = "tokens in one forward pass; null: 2048, or what memory holds"
-    assert f"| `sft.micro_tokens` | whole number | none | {told} |" in rows
+    told = "in one pass, padding too; others draw other dropout masks"
+    assert f"| `sft.micro_tokens` | whole number | `2048` | {told} |" in rows
     told = "an address, or a list of them that share the work; null: OpenAI's own"
     assert f"| `llm.url` | any | none | {told} |" in rows  # of the class above it
 

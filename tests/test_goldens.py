@@ -30,7 +30,6 @@ TRAINED = (
     *("model=tiny", "run=run", "seed=0", "trainer.accelerator=cpu", "trainer.threads=1"),
     *("trainer.progress=false", "wandb.mode=disabled", "data.normal.count=16"),
     *("data.safety.count=8", "data.seemingly_toxic.count=10", "dcr.batch_size=8"),
-    "sft.micro_tokens=2048",  # or the plan would tell of this machine's free memory
 )
 EVALUATED = (
     *("run=run", "wandb.mode=disabled", "limit=12", "gen.max_new_tokens=6", "precision=fp32"),

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
@@ -160,7 +159,7 @@ def test_tokens_of_a_local_folder_are_counted(local: Path) -> None:
     answers = [r.response.strip() for r in [*drawn.normal, *drawn.refusals] if r.response]
     assert load.labelled == sum(len(a.encode()) + 1 for a in answers)  # bytes and the end token
     assert load.unpadded <= load.full
-    assert load.largest_full <= max(config.MICRO_TOKENS, 4000)
+    assert load.largest_full <= max(told.sft.micro_tokens, 4000)
 
 
 @pytest.mark.parametrize("which", [Stage.contrastive, Stage.sft])
@@ -276,8 +275,8 @@ def test_checkpointing_trades_activations_for_time(local: Path) -> None:
     assert 1.2 < spared.flops / plain.flops < 1.5
 
 
-def test_a_pass_of_sft_is_the_largest_that_free_memory_holds(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, no_weights: None
+def test_a_smaller_pass_of_sft_is_advised_where_it_alone_fits(
+    monkeypatch: pytest.MonkeyPatch, no_weights: None
 ) -> None:
     free = [0.0]
     monkeypatch.setattr(cost.threads, "free_bytes", lambda: free[0])
@@ -287,21 +286,17 @@ def test_a_pass_of_sft_is_the_largest_that_free_memory_holds(
         load = cost.Load(0, tokens, tokens, tokens, 0, tokens, 0)
         return sum(cost.memory(told, Stage.sft, shape, load).values())
 
-    shape = cost.stage_shape(told, Stage.sft)
+    shape, named = cost.stage_shape(told, Stage.sft), set[int]()
     for free[0] in (0, 2e9, 2.4e9, 3e9, 5e9, 1e12):
-        chosen, why = cost.micro_tokens(told)
-        assert f"of {free[0] / 1e9:.1f} GB free" in why
-        assert chosen == 2048 or peak(2 * chosen) > 0.9 * free[0]
-        assert chosen == 256 or peak(chosen) <= 0.9 * free[0]
-        assert f"- sft.micro_tokens: {chosen} (planned peak" in plan.describe(told)
-    free[0] = 0
-    assert cost.micro_tokens(told, before=700) == (700, "as this run began")
-    named = settings("model=smollm2_135m", "sft.micro_tokens=900")
-    assert cost.micro_tokens(named, before=700)[0] == 900
-    assert cost.micro_tokens(settings("trainer.devices=2"))[0] == 2048
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(cli.plain(named)))
-    resumed = settings("model=smollm2_135m", "method=stl", f"run={tmp_path}")
-    assert "- sft.micro_tokens: 900 (as this run began)" in plan.describe(resumed)
+        fits = [n for n in (2048, 1024, 512, 256) if peak(n) <= 0.9 * free[0]]
+        advice = cost.smaller_passes(told, shape)
+        assert bool(advice) == (bool(fits) and fits[0] < 2048)
+        if advice:
+            named.add(fits[0])
+            assert advice[0].startswith(f"sft.micro_tokens={fits[0]} plans a peak of ")
+            assert f"- {advice[0][:40]}" in plan.describe(told)
+    assert named
+    assert not cost.smaller_passes(settings("trainer.devices=2", "method=stl"), shape)
 
 
 def test_ways_to_fit_are_settings_that_there_are(

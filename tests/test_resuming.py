@@ -26,8 +26,9 @@ from tiny_run import (
     weights,
 )
 
-from dcr import cost, models, storage, threads, train
-from dcr.config import TrainConfig, UserError
+from dcr import models, storage, threads, train
+from dcr.config import Method, SFTConfig, TrainConfig, UserError
+from dcr.data import PairBatch
 from dcr.runs import Run
 from dcr.training import resuming
 from dcr.training.contrastive import ContrastiveModule
@@ -240,15 +241,23 @@ def test_a_finished_stage_is_left_alone(tiny: TrainConfig, half: Path, act: Any)
     assert results() == after
 
 
-def test_a_run_keeps_the_passes_it_began_with_however_little_memory_is_free(
-    tiny: TrainConfig, half: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+def test_passes_follow_from_the_settings_however_little_memory_is_free(
+    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Another number would draw other dropout masks, and weights would tell of the machine."""
     monkeypatch.setattr(threads, "free_bytes", lambda: 0)
-    unnamed = replace(tiny, sft=replace(tiny.sft, micro_tokens=None))
-    assert cost.micro_tokens(unnamed)[0] == 256
-    train.train(unnamed, Run(half))
-    assert Run(half).micro_tokens() == Run(whole).micro_tokens() == 400
-    assert same(weights(half), weights(whole))
+    sft, run = replace(tiny.sft, micro_tokens=SFTConfig().micro_tokens), Run(tmp_path / "run")
+    passes: list[int] = []
+    kept = SFTModule.training_step
+
+    def note(module: SFTModule, batch: list[PairBatch], index: int) -> None:
+        passes.append(len(batch))
+        kept(module, batch, index)
+
+    monkeypatch.setattr(SFTModule, "training_step", note)
+    train.train(replace(tiny, method=Method.stl, sft=sft), run)
+    assert run.config()["sft"]["micro_tokens"] == 2048
+    assert set(passes) == {1}, "a step of the tiny run is one pass of so many tokens"
 
 
 # --- what stands in a checkpoint ---

@@ -57,7 +57,6 @@ from dcr.config.schema import (
     ALL_LINEAR,
     AUTO_LAYER,
     EMBEDDED_MODEL,
-    MICRO_TOKENS,
     STAGES,
     TINY_MODEL,
     Adapter,

