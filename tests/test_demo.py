@@ -48,6 +48,9 @@ def test_the_demo_does_what_its_commands_do_by_hand(
     ]
     assert table in on.out
     assert "/5]" not in command("dcr.demo", *few).out
+    other = command("dcr.demo", *few, "seed=1")
+    assert "demo/stl was made with another configuration (seed: 0 -> 1)" in other.err
+    assert other.code == 2
     by_hand = shlex.split(commands[1][1])[:-1]
     assert command("train.py", *by_hand, "run=hand", "trainer.progress=false").code == 0
     for other in (adapter("demo/dcr"), adapter("hand")):

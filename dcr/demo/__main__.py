@@ -11,7 +11,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -146,7 +146,12 @@ def _command(script: str, words: Sequence[str]) -> str:
 
 
 def _trained(settings: TrainConfig, run: Run) -> bool:
-    return all(run.done(stage.value) for stage in config.stages_of(settings.method))
+    """Raises ConfigError where it was trained with other settings or rows."""
+    if not all(run.done(stage.value) for stage in config.stages_of(settings.method)):
+        return False
+    with redirect_stdout(io.StringIO()):
+        _train(settings, run)
+    return True
 
 
 def _train(settings: TrainConfig, run: Run) -> None:
