@@ -387,7 +387,7 @@ def test_the_verdict_says_what_the_columns_come_to_at_equal_safety(tmp_path: Pat
     )
     # both ends are .1 away: the square root of .02 is .141
     told = "+50.0 [+35.9, +64.1] points, more than by chance."
-    named = "DCR + readout seed 0 − STL seed 0 (also apart in sft.readout.steps): "
+    named = "DCR + readout seed 0 − STL seed 0 (also apart in sft.readout): "
     assert whole.endswith(named + told)
     ranked_at(make_run(tmp_path / "near", **read), [0.35, 0.2, 0.5])
     assert "which may be chance (0 is in the interval)" in verdict(stl, tmp_path / "near")

@@ -194,9 +194,9 @@ def _differing(columns: Sequence[Column], groups: Sequence[Group], cells: Cells)
             low = math.hypot(x.estimate - x.low, y.high - y.estimate)
             high = math.hypot(x.high - x.estimate, y.estimate - y.low)
             middle = x.estimate - y.estimate
-            keys = [line.partition(":")[0] for line in differing]
-            more = ", …" if len(keys) > MANY else ""
-            beside = f" (also apart in {', '.join(keys[:MANY])}{more})" if keys else ""
+            keys = [line.partition(":")[0].split(".")[:2] for line in differing]
+            nodes = ", ".join(dict.fromkeys(map(".".join, keys)))
+            beside = f" (also apart in {nodes})" if nodes else ""
             name = f"{a.name} − {b.name}{beside}"
             found[name] = Interval(middle, middle - low, middle + high)
     if not found:
