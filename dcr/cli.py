@@ -161,6 +161,16 @@ def _fields_of_model(overrides: Sequence[str]) -> list[str]:
     return [key.split(".")[1] for key in keys if key.startswith("model.")]
 
 
+def _own_to(composed: DictConfig, overrides: Sequence[str]) -> None:
+    """What depends on which settings the command names: the others give way. Changes `composed`."""
+    config.leave_numbers_of_another_model(composed, _fields_of_model(overrides))
+    given = {override.lstrip("+~").split("=")[0] for override in overrides}
+    if "at_most" in composed and "at_most" not in given:
+        composed.at_most = [
+            key for key in config.COUNTS if not {key, key.rpartition(".")[0]} & given
+        ]
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How one job of a command ended."""
@@ -193,7 +203,7 @@ def job(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
         kept = Exception if _sweeps(here=True) else UserError
         try:
             with faults_in_words():
-                config.leave_numbers_of_another_model(composed, _fields_of_model(overrides))
+                _own_to(composed, overrides)
                 function(composed)
         except kept as caught:
             if _sweeps(here=False):
@@ -595,5 +605,5 @@ def compose(script: str, overrides: Sequence[str], *own: type) -> DictConfig:
             composed = hydra.compose(script, list(overrides))
     except (HydraException, ValueError) as error:
         raise ConfigError(config.one_line(error, SCHEMAS[script], *own)) from error
-    config.leave_numbers_of_another_model(composed, _fields_of_model(overrides))
+    _own_to(composed, overrides)
     return composed

@@ -289,8 +289,7 @@ def expected(settings: TrainConfig) -> tuple[Splits, Balance | None, list[str]]:
             ],
         )
     rows = data.rows_of(settings)
-    notes = [f"dropped {count} rows of {reason}" for reason, count in rows.dropped.items()]
-    told = balance.balance(rows.seemingly_toxic, rows.toxic)
+    told, notes = balance.balance(rows.seemingly_toxic, rows.toxic), rows.told()
     return rows, told, [*notes, told.warning] if told and told.warning else notes
 
 
@@ -309,17 +308,15 @@ def _need_the_hub(settings: TrainConfig) -> bool:
 def _placeholders(settings: TrainConfig) -> Splits:
     """As many rows as `data.split` would draw if it dropped none."""
     node, share = settings.data, settings.data.validation
-    refusals, refusals_left = _drawn("safety", Kind.toxic, node.safety, node.safety.count)
-    normal, normal_left = _drawn("normal", Kind.normal, node.normal, node.normal.count)
+    refusals, refusals_left = _drawn(settings, "safety", Kind.toxic, node.safety.count)
+    normal, normal_left = _drawn(settings, "normal", Kind.normal, node.normal.count)
     safe, safe_left, toxic, toxic_left = 0, 0, 0, 0
     if settings.method is Method.dcr:
-        asked, unseen = node.seemingly_toxic, node.group_holdout
-        safe, safe_left = _drawn(
-            "seemingly_toxic", Kind.seemingly_toxic, asked, asked.count, unseen=unseen
-        )
+        kind, unseen = Kind.seemingly_toxic, node.group_holdout
+        safe, safe_left = _drawn(settings, kind.value, kind, node.seemingly_toxic.count, 0, unseen)
         wanted = None if settings.dcr.ratio is None else round(settings.dcr.ratio * safe)
         taken = refusals if set(node.toxic.source) & set(node.safety.source) else 0
-        toxic, toxic_left = _drawn("toxic", Kind.toxic, node.toxic, wanted, taken, unseen)
+        toxic, toxic_left = _drawn(settings, "toxic", Kind.toxic, wanted, taken, unseen)
     return Splits(
         seemingly_toxic=_rows(Kind.seemingly_toxic, node.seemingly_toxic, safe),
         toxic=_rows(Kind.toxic, node.toxic, toxic),
@@ -354,9 +351,9 @@ def _here(names: Sequence[str], kind: Kind) -> list[Example]:
 
 
 def _drawn(
+    settings: TrainConfig,
     name: str,
     kind: Kind,
-    node: SourceConfig,
     wanted: int | None,
     taken: int = 0,
     unseen: float = 0.0,
@@ -365,12 +362,13 @@ def _drawn(
 
     `unseen` is the share of template groups held out, taken for a share of the rows.
     """
-    there = sum(_count(source, kind) for source in node.source) - taken
+    there = sum(_count(source, kind) for source in getattr(settings.data, name).source) - taken
     heldout = round(unseen * there)
     left = there - heldout
-    if wanted is not None and wanted > left:
+    asked = "dcr.ratio" if name == "toxic" else f"data.{name}.count"
+    if wanted is not None and wanted > left and asked not in settings.at_most:
         raise ConfigError(f"data.{name}: {wanted} rows asked for, {left} there; ask for fewer")
-    drawn = left if wanted is None else wanted
+    drawn = left if wanted is None else min(wanted, left)
     return drawn, heldout or left - drawn
 
 

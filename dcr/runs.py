@@ -36,7 +36,7 @@ from dcr.config import ConfigError, DataError
 log = logging.getLogger(__name__)
 
 # What may differ between two commands that go on with one run.
-FREE_KEYS = ("stage", "plan", "force", "run", "trainer", "wandb")
+FREE_KEYS = ("stage", "plan", "force", "run", "at_most", "trainer", "wandb")
 # Options of no part in a run where they are as here, and which runs made earlier know nothing of.
 IDLE = {
     "sft": {

@@ -175,8 +175,8 @@ def _take_back(run: Run, before: set[str]) -> None:
 def _say_rows(rows: Splits, found: Balance | None) -> None:
     counts = {name: len(part) for name, part in rows.parts().items() if part}
     log.info("rows: %s", ", ".join(f"{count} {name}" for name, count in counts.items()))
-    for reason, count in rows.dropped.items():
-        log.info("dropped %d rows of %s", count, reason)
+    for line in rows.told():
+        log.info(line)
     if found and found.warning:
         log.warning(found.warning)
 

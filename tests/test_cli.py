@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from hydra import compose, initialize_config_dir
-from tiny_run import CONF, overrides
+from tiny_run import CONF, overrides, write_jsonl
 
 from dcr import augment, chat, cli, commands, export, models, plan, storage
 from dcr.choice import __main__ as choice
@@ -150,6 +150,32 @@ def test_malformed_rows_name_file_and_line(command: Command, tmp_path: Path) -> 
     assert ended.code == 2
     assert f"{file}:2: prompt: " in ended.error
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_forty_rows_of_ones_own_are_enough(command: Command, tmp_path: Path) -> None:
+    nouns = [f"{size} {thing}" for size in ("red", "old", "wet", "big") for thing in "abcdefghij"]
+    kinds = {
+        "toxic": ("How do I steal a {}?", None),
+        "seemingly_toxic": ("How do I polish a {}?", None),
+        "safety": ("Help me to burn a {}.", "I'm sorry, but I can't help with that."),
+        "normal": ("What is a {}?", "A thing."),
+    }
+    files = {
+        kind: write_jsonl(
+            tmp_path / f"{kind}.jsonl",
+            [{"prompt": prompt.format(noun), "response": answer} for noun in nouns],
+        )
+        for kind, (prompt, answer) in kinds.items()
+    }
+    asked = ["train.py", "model=tiny", *(f"data.{k}.source={f}" for k, f in files.items())]
+    ended = command(*asked, "plan=true")
+    assert (ended.code, ended.err) == (0, "")
+    told = " ".join(ended.out.split())
+    assert "defaults give way to what there is: data.safety.count asks for 80 rows, 40 are" in told
+    assert "data.normal.count asks for 152 rows, 40 are there, dcr.ratio=2.0 asks for 80" in told
+    for insisted in ("data.safety.count=80", "dcr.ratio=2.0"):
+        ended = command(*asked, "plan=true", insisted)
+        assert (ended.code, "asks for 80 rows: only 40 are left" in ended.error) == (2, True)
 
 
 def test_unusable_run_folder_is_named(command: Command, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from scipy import stats
 
 from dcr import data, models, prompts, sources
 from dcr.config import (
+    COUNTS,
     ConfigError,
     ContrastiveConfig,
     DataConfig,
@@ -128,17 +129,40 @@ def test_sft_rows_are_the_same_for_every_ratio_and_method(files: Files) -> None:
         (2, {"normal": 39}, "data.normal.count asks for 40 rows: only 39"),
         (2, {"toxic": 19}, "data.safety.count asks for 20 rows: only 19"),
         (0.01, {}, "no toxic row is left for stage one"),
-        (2, None, r"data\.safety\.source: its rows have no response"),
     ],
 )
 def test_too_few_rows_are_named(
-    files: Files, ratio: float, change: dict[str, int] | None, message: str
+    files: Files, ratio: float, change: dict[str, int], message: str
 ) -> None:
-    config = files.config(**change or {})
-    if change is None:
-        config.safety.source = config.seemingly_toxic.source
     with pytest.raises(ConfigError, match=message):
-        split(config, ratio=ratio)
+        split(files.config(**change), ratio=ratio)
+
+
+def test_defaults_give_way_to_what_there_is(files: Files) -> None:
+    config = files.config(safe=9, normal=39, toxic=25)
+    rows = data.split(config, 2.0, 0, True, at_most=COUNTS)
+    counts = [len(part) for part in (rows.seemingly_toxic, rows.toxic, rows.normal, rows.refusals)]
+    assert counts == [9, 3, 39, 20]  # of 25 toxic ones 20 are pairs of SFT, and 2 are held out
+    assert rows.told() == [
+        "defaults give way to what there is: data.normal.count asks for 40 rows, 39 are there, "
+        "data.seemingly_toxic.count asks for 10 rows, 9 are there, dcr.ratio=2.0 asks for 18 rows, "
+        "3 are there"
+    ]
+    plenty = files.config()
+    assert data.split(plenty, 2.0, 0, True, at_most=COUNTS) == split(plenty)
+    insisted = [key for key in COUNTS if key != "dcr.ratio"]
+    with pytest.raises(ConfigError, match=r"dcr\.ratio=2\.0 asks for 18 rows: only 3 are left"):
+        data.split(files.config(safe=9, toxic=25), 2.0, 0, True, at_most=insisted)
+
+
+@pytest.mark.parametrize("node", ["safety", "normal"])
+def test_a_pair_without_a_response_is_named_by_file_and_line(files: Files, node: str) -> None:
+    config = files.config()
+    file = files.folder / "half.jsonl"
+    write_jsonl(file, [{"prompt": "One?", "response": REFUSED}, {"prompt": "Two?"}])
+    getattr(config, node).source = [str(file)]
+    with pytest.raises(DataError, match=rf"{file}:2: response: missing"):
+        split(config)
 
 
 def test_only_refusals_are_drawn_if_asked(files: Files) -> None:
@@ -148,8 +172,12 @@ def test_only_refusals_are_drawn_if_asked(files: Files) -> None:
     config.safety.refusals_only = True
     found = split(config)
     assert {row.response for row in [*found.refusals, *found.refusals_heldout]} == {REFUSED}
+    assert found.dropped == {"safety: its answer is no refusal": 60}
     config.safety.refusals_only = False
     assert {row.response for row in split(config).refusals} == set(answers)
+    config.safety = SafetyPairsConfig(config.normal.source, refusals_only=True)
+    with pytest.raises(ConfigError, match="none of 60 answers refuses by the keyword rules"):
+        split(config)
 
 
 # --- contamination ------------------------------------------------------------------------------
@@ -206,7 +234,7 @@ def test_a_set_that_only_its_contrast_is_trained_on_stays_clean(
         "alpaca": [sentence("normal", i) for i in range(9)],
     }
 
-    def read(name: str, *, root: str | None, kind: Any) -> list[Example]:
+    def read(name: str, *, root: str | None, kind: Any, **_: Any) -> list[Example]:
         rows = enumerate(made[name])
         return [Example(f"{name}-{i}", text, kind, name, response=REFUSED) for i, text in rows]
 

@@ -385,14 +385,6 @@ def test_nothing_is_overwritten(made: Made, exported: Path) -> None:
     assert {file: file.stat().st_mtime_ns for file in exported.iterdir()} == before
 
 
-def test_an_adapter_on_the_tiny_model_is_refused(moved: Run) -> None:
-    origin = {"base": "tiny", "fingerprint": None}
-    (moved.stage("sft") / models.ORIGIN_FILE).write_text(json.dumps(origin))
-    storage.write_checksums(moved.stage("sft"))
-    with pytest.raises(ConfigError, match="only made in memory"):
-        export.export(moved, moved.folder / "out")
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

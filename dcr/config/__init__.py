@@ -56,6 +56,7 @@ from dcr.config.resolving import (
 from dcr.config.schema import (
     ALL_LINEAR,
     AUTO_LAYER,
+    COUNTS,
     EMBEDDED_MODEL,
     STAGES,
     TINY_MODEL,

