@@ -26,7 +26,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from dcr import cli, config, cost, data, plan, report, runs, storage
+from dcr import cli, config, cost, data, plan, prompts, report, runs, storage
 from dcr import eval as evaluation_script
 from dcr.config import (
     STAGES,
@@ -469,6 +469,7 @@ def in_fork(*works: Callable[[], object]) -> None:
         child.join()
         if child.exitcode:
             raise _told(child.exitcode, receiving)
+        prompts.UNTEMPLATED.update(receiving.recv())  # so that no other child says it again
 
 
 def _told(exitcode: int, receiving: Connection) -> "Told":
@@ -496,6 +497,7 @@ def _in_child(work: Callable[[], object], sending: Connection, parent: int) -> N
     try:
         with cli.faults_in_words():
             work()
+        sending.send(prompts.UNTEMPLATED)
         return
     except KeyboardInterrupt:
         told = Told("stopped", 1)

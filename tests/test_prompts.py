@@ -221,9 +221,10 @@ def test_without_a_template_the_plain_one_is_used_and_said(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     tokenizer = models.byte_tokenizer(None)
+    named = ModelConfig(name="some/base")
     with caplog.at_level(logging.WARNING):
-        chat = formatted(tokenizer)
-    assert "ships no chat template" in caplog.text
+        chat = [prompts.chat_format(tokenizer, named) for _ in range(3)][-1]
+    assert caplog.text.count("model.name=some/base: its tokenizer ships no chat template") == 1
     assert chat.text("Hi") == "### Instruction:\nHi\n\n### Response:\n"
     ids, _ = chat.pair("Hi", "Yes", 99)
     assert tokenizer.decode(ids) == "### Instruction:\nHi\n\n### Response:\nYes<|im_end|>"

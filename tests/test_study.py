@@ -1,6 +1,7 @@
 """A study against its jobs run alone: what it shares, survives, finds again and tells."""
 
 import json
+import logging
 import os
 import random
 import re
@@ -20,10 +21,10 @@ from scipy import stats
 from test_report import columns, make_eval, make_run
 from tiny_run import same, weights
 
-from dcr import align, models, refusal, report, study
+from dcr import align, models, prompts, refusal, report, study
 from dcr import eval as evaluation_script
 from dcr import train as training_script
-from dcr.config import DataConfig, EvaluationSets, TrainConfig
+from dcr.config import DataConfig, EvaluationSets, ModelConfig, TrainConfig
 from dcr.report import studies
 from dcr.report.records import seed_groups
 from dcr.runs import Run, append_metrics
@@ -233,7 +234,7 @@ def test_safety_that_is_not_learnt_ends_in_one_line_and_says_what_was_tried(
     assert align.main(asked) == 1
     line = capfd.readouterr().err.splitlines()[-1]
     # q and v alone, all modules, and three times the epochs: the rate is the user's
-    tried = re.findall(r"0 of 40 held-out toxic prompts refused", line)
+    tried = re.findall(r"0 of 40 \(0% to 9%\) held-out toxic prompts refused", line)
     configs = [yaml.safe_load(f.read_text()) for f in tmp_path.glob("*-stl-*/config.yaml")]
     found = sorted((c["sft"]["epochs"], c["sft"]["lora"]["targets"]) for c in configs)
     assert found == [(3, ["all-linear"]), (3, ["q_proj", "v_proj"]), (9, ["all-linear"])]
@@ -243,7 +244,8 @@ def test_safety_that_is_not_learnt_ends_in_one_line_and_says_what_was_tried(
     )
     assert not list(tmp_path.glob("*-dcr-*"))
     asked_again = align.main(asked)
-    assert (asked_again, "] " in capfd.readouterr().out) == (1, False)
+    assert asked_again == 1
+    assert not re.search(r"^\[\d", capfd.readouterr().out, re.M)
 
 
 def test_a_model_of_ones_own_ends_as_page_and_export(
@@ -261,6 +263,16 @@ def test_a_model_of_ones_own_ends_as_page_and_export(
     asked = [f"out={tmp_path}", *words, "sft.readout.steps=2"]
     assert align.main(asked) == 0
     said = capfd.readouterr().out
+    refused = [
+        sum(each["refused"] for each in json.loads(file.read_text()))
+        for kind in ("stl", "base")
+        for file in tmp_path.glob(f"*-{kind}-*/heldout.json")
+    ]
+    told = r"with the settings given: {} of 40 \(\d+% to \d+%\) held-out toxic prompts refused, by"
+    told += r" the base model {} of 40 \(\d+% to \d+%\), p [\d.e-]+\n  (.+)\n"
+    shown = re.search(told.format(*refused) + r"    base, .*refused: .*\n    STL, .*: ", said)
+    assert shown
+    assert len(shown[1]) <= align.SHOWN + 1
     (chosen,) = tmp_path.glob("choice-*.json")
     (made,) = tmp_path.glob("*-dcr-*/config.yaml")
     (stl,) = tmp_path.glob("*-stl-*/config.yaml")
@@ -372,3 +384,30 @@ def test_costs_are_scaled_to_all_steps_and_told_once(tmp_path: Path) -> None:
     assert paper["Qwen2.5-7B", "SFT"] == "~21"
     report.build(folders, tmp_path / "page.html", ["table2"])
     assert r"\textasciitilde{}21" in (tmp_path / "table2.tex").read_text()
+
+
+def test_a_base_model_that_refuses_as_much_is_told_beside_a_rung() -> None:
+    def asked(count: int) -> list[align.Asked]:
+        return [align.Asked(f"prompt {i}", "x" * 99 * (i > 0), i < count) for i in range(40)]
+
+    told = align.compared(asked(9), asked(11))
+    assert told == (
+        "11 of 40 (16% to 43%) held-out toxic prompts refused, by the base model "
+        "9 of 40 (12% to 38%), p 0.5"
+    )
+    lines = align.examples(asked(9), asked(11))
+    assert lines[1:3] == ["    base, refused: (empty)", "    STL, refused: (empty)"]
+    assert len(lines) == 3 * align.EXAMPLES
+    assert max(map(len, lines)) < 90
+
+
+def test_what_a_part_said_of_a_template_the_next_does_not_say(tmp_path: Path) -> None:
+    def work() -> None:
+        kept = logging.FileHandler(tmp_path / "log")
+        logging.getLogger("dcr.prompts.templates").addHandler(kept)
+        prompts.chat_format(models.byte_tokenizer(None), ModelConfig(name="some/bare-base"))
+
+    for _ in range(2):
+        study.in_fork(work)
+    said = (tmp_path / "log").read_text()
+    assert said.count("some/bare-base: its tokenizer ships no chat") == 1

@@ -10,6 +10,7 @@ from dcr.prompts.templates import (
     LLAMA3,
     PLAIN,
     TEMPLATES,
+    UNTEMPLATED,
     looks_trained,
     special_tokens,
     unused_tokens,

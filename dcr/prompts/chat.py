@@ -171,7 +171,7 @@ def chat_format(
     token was ever trained.
     Raises ConfigError for a template that is neither known nor a file, or fails to render.
     """
-    template = chosen_template(tokenizer, config.template)
+    template = chosen_template(tokenizer, config.template, config.name)
     probe = ChatFormat(tokenizer, template, config.system_prompt, 0, ())
     try:
         with bounded():

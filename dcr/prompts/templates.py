@@ -38,13 +38,15 @@ PLAIN = (
 # of common bases, which an instruct tokenizer no longer names as its end of text
 BASE_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 LONGEST_TRIAL = 1_000_000
+UNTEMPLATED: set[str] = set()  # models of which this command has said that they have no template
 TEMPLATES = {"llama3": LLAMA3, "chatml": CHATML, "plain": PLAIN}
 
 
-def chosen_template(tokenizer: Tokenizer, named: str | None) -> str:
+def chosen_template(tokenizer: Tokenizer, named: str | None, model: str) -> str:
     """The template that `model.template` names, else the tokenizer's own, else the plain one.
 
-    Raises ConfigError for a name that is neither known nor a file.
+    That the last is taken is said once of each `model`. Raises ConfigError for a name that is
+    neither known nor a file.
     """
     if named is None:
         shipped: Any = tokenizer.chat_template
@@ -56,10 +58,13 @@ def chosen_template(tokenizer: Tokenizer, named: str | None) -> str:
             )
         if shipped:
             return shipped
-        log.warning(
-            "the tokenizer ships no chat template: using the plain instruction format "
-            "(model.template=chatml, llama3 or a .jinja file gives another)"
-        )
+        if model not in UNTEMPLATED:
+            UNTEMPLATED.add(model)
+            log.warning(
+                "model.name=%s: its tokenizer ships no chat template: using the plain instruction "
+                "format (model.template=chatml, llama3 or a .jinja file gives another)",
+                model,
+            )
         return _begun(tokenizer, PLAIN)
     if named in TEMPLATES:
         return _begun(tokenizer, TEMPLATES[named])
