@@ -465,6 +465,25 @@ def epoch_flops(settings: TrainConfig, stage: Stage, shape: Shape, load: Load) -
     )
 
 
+def readout_flops(
+    settings: TrainConfig, shape: Shape, once: int, learnt: int, measured: int, places: int
+) -> float:
+    """Floating-point operations of the readout after SFT, see `dcr.training.readout`.
+
+    Tokens pass all blocks `once`, and the last ones again, to see that they give the same; they
+    pass these in all steps as `learnt`, and those `measured` about twice more. The head reads
+    `places`, forward and back, and once by the weights of before.
+    """
+    part = settings.sft.readout.blocks / shape.depth
+    last, lora = part * shape.blocks, part * shape.trained.get("LoRA", 0)
+    return (
+        2 * once * (shape.blocks + last)
+        + (4 * last + 2 * lora) * learnt
+        + 4 * last * measured
+        + 6 * shape.head * places
+    )
+
+
 def packs(settings: TrainConfig, stage: Stage) -> bool:
     """Whether the stage's passes go without padding here, as far as can be told without weights.
 

@@ -31,6 +31,7 @@ from dcr.config import (
 )
 from dcr.cost import Load, Shape, stage_shape
 from dcr.data import HELD_OUT_PAIRS, Splits, StageRows
+from dcr.data.readout import Row
 from dcr.prompts import IGNORED, ChatFormat, PairRow, PromptRow
 from dcr.runs import Run
 from dcr.sources import SOURCES, Example
@@ -84,10 +85,24 @@ class StagePlan:
     memory: dict[str, float]  # bytes, on the device at hand
     flops: float  # of all epochs, there
     padded_flops: float
+    readout: "ReadoutPlan | None" = None  # behind SFT
 
     @property
     def steps(self) -> int:
         return self.steps_per_epoch * self.epochs
+
+
+@dataclass(frozen=True)
+class ReadoutPlan:
+    """What the readout would do, in tokens unless said otherwise."""
+
+    prompts: int  # of both kinds, in batches
+    batches: int
+    prepared: int  # batches that steps take
+    through_all: int  # tokens that pass all blocks, once
+    through_last: int  # tokens that pass the last blocks, over all steps
+    flops: float  # on the device at hand
+    padded_flops: float
 
 
 def describe(settings: TrainConfig) -> str:
@@ -108,6 +123,7 @@ def describe(settings: TrainConfig) -> str:
         _row_table(drawn),
         *([_balance_table(told)] if told else []),
         _stage_table(settings, plans),
+        *_readout_table(settings, plans),
         *_fit_table(settings, plans),
         *(f"- {note}" for note in [*more, *notes, *_notes(settings, plans)]),
     )
@@ -119,7 +135,11 @@ def stage_plan(settings: TrainConfig, stage: Stage, shape: Shape, drawn: Splits)
     node = settings.dcr if first else settings.sft
     batches, prefix = batches_of(settings, stage, drawn)
     load = load_of(settings, batches)
-    here = load_of(settings, batches, prefix) if cost.packs(settings, stage) else load
+    packed = cost.packs(settings, stage)
+    here = load_of(settings, batches, prefix) if packed else load
+    phase = None
+    if not first and settings.sft.readout.steps and drawn.readout_toxic:
+        phase = readout_plan(settings, shape, drawn, prefix if packed else None)
     return StagePlan(
         stage=stage,
         precision=node.precision,
@@ -133,6 +153,40 @@ def stage_plan(settings: TrainConfig, stage: Stage, shape: Shape, drawn: Splits)
         memory=cost.memory(settings, stage, shape, here),
         flops=node.epochs * cost.epoch_flops(settings, stage, shape, here),
         padded_flops=node.epochs * cost.epoch_flops(settings, stage, shape, load),
+        readout=phase,
+    )
+
+
+def readout_plan(
+    settings: TrainConfig, shape: Shape, drawn: Splits, prefix: int | None
+) -> ReadoutPlan:
+    """The readout's batches, counted as `load_of` counts those of a stage."""
+    chat, rows = chat_of(settings.model, drawn)
+    found = data.readout_rows(chat, rows, settings.sft, settings.seed)
+    once = [
+        part[place] for part in (found.pairs, found.general) if part for place in {*found.steps}
+    ]
+    measured = [*found.watched, *found.ordinary]
+    learnt = [part[place] for part in (found.pairs, found.general) if part for place in found.steps]
+
+    def flops(prefix: int | None) -> tuple[int, int, float]:
+        tokens = [
+            sum(_computed(rows, prefix) for rows in part) for part in (once + measured, learnt)
+        ]
+        places = sum(len(row.places) for rows in learnt for row in rows)
+        held = sum(_computed(rows, prefix) for rows in measured)
+        spent = cost.readout_flops(settings, shape, tokens[0], tokens[1], held, places)
+        return tokens[0], tokens[1], spent
+
+    through_all, through_last, spent = flops(prefix)
+    return ReadoutPlan(
+        prompts=len(rows.readout_toxic) + len(rows.readout_seemingly_toxic),
+        batches=len(found.pairs),
+        prepared=len({*found.steps}),
+        through_all=through_all,
+        through_last=through_last,
+        flops=spent,
+        padded_flops=flops(None)[2],
     )
 
 
@@ -227,13 +281,39 @@ def _times(settings: TrainConfig, plans: list[StagePlan]) -> dict[str, list[str]
     """A row for the device at hand and one for a GPU, where that is another."""
     rows: dict[str, list[str]] = {}
     for plan in plans:
-        here = cost.throughput(settings, plan.precision, plan.shape.width)
-        there = cost.published(cost.ASSUMED_GPU, plan.precision)
-        for rate in {here.device: here, there.device: there}.values():
-            flops = plan.flops if rate is here else plan.padded_flops
-            cell = f"{duration(flops / rate.flops)} ({rate.basis})"
-            rows.setdefault(f"time on {rate.device}", []).append(cell)
+        for name, cell in _time_of(settings, plan, plan).items():
+            rows.setdefault(name, []).append(cell)
     return rows
+
+
+def _time_of(settings: TrainConfig, plan: StagePlan, of: StagePlan | ReadoutPlan) -> dict[str, str]:
+    here = cost.throughput(settings, plan.precision, plan.shape.width)
+    there = cost.published(cost.ASSUMED_GPU, plan.precision)
+    found: dict[str, str] = {}
+    for rate in {here.device: here, there.device: there}.values():
+        flops = of.flops if rate is here else of.padded_flops
+        found[f"time on {rate.device}"] = f"{duration(flops / rate.flops)} ({rate.basis})"
+    return found
+
+
+def _readout_table(settings: TrainConfig, plans: list[StagePlan]) -> list[Table]:
+    phase, found = settings.sft.readout, [(plan, plan.readout) for plan in plans if plan.readout]
+    if not found:
+        return []
+    plan, of = found[0]
+    assert of is not None
+    table = cli.table("Readout, behind sft", ["", "readout"])
+    for name, cell in {
+        "prompts of both kinds": f"{of.prompts:,}",
+        "prompts a step": f"{phase.batch_size:,}",
+        "steps": f"{phase.steps:,}",
+        "batches prepared": f"{of.prepared:,} of {of.batches:,}",
+        "tokens through all blocks, once": f"{of.through_all:,}",
+        f"tokens through the last {phase.blocks}": f"{of.through_last:,}",
+        **_time_of(settings, plan, of),
+    }.items():
+        table.add_row(name, cell)
+    return [table]
 
 
 def _notes(settings: TrainConfig, plans: list[StagePlan]) -> list[str]:
@@ -246,12 +326,10 @@ def _notes(settings: TrainConfig, plans: list[StagePlan]) -> list[str]:
     world = settings.trainer.devices * settings.trainer.num_nodes
     if world > 1:
         notes.append(f"tokens, memory and time are those of one of {world} devices")
-    phase = settings.sft.readout
-    if phase.steps and any(plan.stage is Stage.sft for plan in plans):
-        notes.append(
-            f"sft.readout: after SFT {phase.steps} steps of the last {phase.blocks} blocks, which "
-            "are in no estimate"
-        )
+    if settings.sft.readout.steps and any(
+        plan.stage is Stage.sft and plan.readout is None for plan in plans
+    ):
+        notes.append("sft.readout: its rows are on the hub, so that it is in no estimate")
     for plan in plans:
         if settings.run and Run(Path(settings.run)).done(plan.stage.value):
             notes.append(f"{plan.stage.value} is done in {settings.run} and would be skipped")
@@ -299,6 +377,8 @@ def _need_the_hub(settings: TrainConfig) -> bool:
     read += [node.seemingly_toxic, node.toxic] if settings.method is Method.dcr else []
     names = [name for part in read for name in part.source]
     names += [*node.evaluation.over_refusal, *node.evaluation.safety]
+    if (phase := settings.sft.readout).steps:
+        names += [*phase.toxic, *phase.seemingly_toxic]
     return any(name in SOURCES and SOURCES[name].embedded is None for name in names)
 
 
@@ -331,7 +411,18 @@ def _placeholders(settings: TrainConfig) -> Splits:
             Kind.toxic, node.safety, min(refusals_left, round(share * refusals))
         ),
         augmented=_answers(settings) if settings.method is Method.stl_aug else [],
+        **_readout_rows(settings),
     )
+
+
+def _readout_rows(settings: TrainConfig) -> dict[str, Any]:
+    """The readout's rows where its sources are here, none of them dropped."""
+    phase = settings.sft.readout
+    names = [*phase.toxic, *phase.seemingly_toxic]
+    if not phase.steps or any(name in SOURCES and SOURCES[name].hub for name in names):
+        return {}
+    read = data.split_readout(settings)
+    return {name: rows for name, rows in read.parts().items() if name.startswith("readout")}
 
 
 def _answers(settings: TrainConfig) -> list[Example]:
@@ -403,14 +494,18 @@ def batches_of(settings: TrainConfig, stage: Stage, rows: Splits) -> tuple[Stage
     """
     if stage is Stage.contrastive and not _anchored(settings):
         rows = replace(rows, normal=[])  # training tokenises them and looks at none
-    if tokenizer_is_here(settings.model):
-        chat = prompts.chat_format(_tokenizer(settings.model), settings.model)
-    else:
-        chat, rows = _counting_format(settings.model), _shortened(rows)
+    chat, rows = chat_of(settings.model, rows)
     batches = StageRows(stage, rows, chat, settings)
     batches.world = settings.trainer.devices * settings.trainer.num_nodes
     alike = [a == b for a, b in zip(*map(chat.prompt_ids, ("A", "b")), strict=False)]
     return batches, alike.index(False)
+
+
+def chat_of(config: ModelConfig, rows: Splits) -> tuple[ChatFormat, Splits]:
+    """How the model is spoken to, and the rows; or a format that counts, and rows as short."""
+    if tokenizer_is_here(config):
+        return prompts.chat_format(_tokenizer(config), config), rows
+    return _counting_format(config), _shortened(rows)
 
 
 def _tokenizer(config: ModelConfig) -> Tokenizer:
@@ -488,7 +583,7 @@ def load_of(settings: TrainConfig, batches: StageRows, prefix: int | None = None
     )
 
 
-def _computed(rows: Sequence[PromptRow | PairRow], prefix: int | None) -> int:
+def _computed(rows: Sequence[PromptRow | PairRow | Row], prefix: int | None) -> int:
     """Tokens of one forward pass, padded or with a prefix computed once."""
     lengths = [len(row.ids) for row in rows]
     if prefix is None:

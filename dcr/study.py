@@ -567,7 +567,8 @@ def _stage_cell(job: Job, stage: Stage, first: dict[str, str], seconds: list[flo
     drawn, *_ = plan.expected(settings)
     of = plan.stage_plan(settings, stage, cost.stage_shape(settings, stage), drawn)
     rate = cost.throughput(settings, of.precision, of.shape.width)
-    seconds.append(of.flops / rate.flops)
+    flops = of.flops + (of.readout.flops if of.readout else 0)
+    seconds.append(flops / rate.flops)
     return plan.duration(seconds[-1])
 
 

@@ -5,12 +5,13 @@ from typing import Any
 import pytest
 import torch
 from test_models import SHAPES, made
-from tiny_run import changed, same, settings, weights
+from tiny_run import changed, logged, same, settings, weights
 from torch import Tensor
 
-from dcr import batching, cli, config, data, models, train
-from dcr.config import ConfigError, Kind, LoraConfig, TrainConfig
+from dcr import batching, cli, config, cost, data, models, plan, prompts, train
+from dcr.config import ConfigError, Kind, LoraConfig, Stage, TrainConfig
 from dcr.data import SEEMINGLY_TOXIC, TOXIC
+from dcr.data.readout import OPENING
 from dcr.models import Policy
 from dcr.prompts import ChatFormat
 from dcr.runs import Run
@@ -171,6 +172,40 @@ def test_killed_in_the_phase_a_run_ends_as_if_nothing_had_been(
     train.train(tiny, Run(tmp_path / "run"))
     assert same(weights(tmp_path / "run"), weights(whole))
     assert (tmp_path / "run" / "readout.json").read_bytes() == (whole / "readout.json").read_bytes()
+    told = [row for row in logged(tmp_path / "run") if row[0] == "readout"]
+    assert told == [row for row in logged(whole) if row[0] == "readout"]
+    assert [step for _, step, key, _ in told if key == "readout/contrast"] == list(range(24))
+
+
+def test_only_the_batches_that_steps_take_are_prepared_and_each_once(
+    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    few, prepared = changed(tiny, "sft.readout.steps=2", "trainer.progress=true"), []
+    tokens: list[int] = []
+    original = readout.entered
+
+    def counted(model: Any, count: int, ids: Tensor, *others: Any) -> readout.Entered:
+        prepared.append(len(ids))
+        tokens.append(ids.numel())
+        return original(model, count, ids, *others)
+
+    monkeypatch.setattr(readout, "entered", counted)
+    train.train(few, Run(tmp_path / "run"))
+    chat = prompts.chat_format(models.open_tokenizer(few.model), few.model)
+    drawn = data.readout_rows(chat, data.rows_of(few), few.sft, few.seed)
+    assert len(set(drawn.steps)) == len(drawn.steps) == 2 < len(drawn.pairs) == len(drawn.general)
+    asked = [part[place] for part in (drawn.pairs, drawn.general) for place in sorted(drawn.steps)]
+    assert prepared == [len(part) for part in (*asked, *drawn.watched, *drawn.ordinary)]
+    shape, rows = cost.stage_shape(few, Stage.sft), data.rows_of(few)
+    planned = plan.stage_plan(few, Stage.sft, shape, rows).readout
+    assert planned
+    assert (planned.prepared, planned.batches, planned.flops > 0) == (2, len(drawn.pairs), True)
+    padded = plan.readout_plan(few, shape, rows, prefix=None)
+    assert (padded.through_all, padded.through_last) == (sum(tokens), sum(tokens[:4]))
+    assert "tokens through all blocks, once" in plan.describe(few)
+    told = capfd.readouterr().err
+    assert f"readout, preparing: 100%|██████████| {len(prepared)}/{len(prepared)}" in told
+    assert "readout: 100%|██████████| 2/2" in told
 
 
 def test_a_run_made_before_the_phase_was_known_goes_on(tiny: TrainConfig, tmp_path: Path) -> None:
@@ -227,11 +262,11 @@ def test_how_a_refusal_goes_on_is_learnt_from_refusals_of_toxic_prompts_alone(
     said = ["I cannot help with it.", "Take the bus and wait.", None]
     rows = [Example(str(i), f"word {i}", Kind.toxic, "x", a) for i, a in enumerate(said)]
     for label, opens in ((TOXIC, 0), (SEEMINGLY_TOXIC, None)):
-        made = readout.prompt_rows(chat, rows, label)
+        made = data.readout_prompts(chat, rows, label)
         for place, (row, example) in enumerate(zip(made, rows, strict=True)):
             asked = chat.prompt_ids(example.prompt)
             whole, _ = chat.pair(example.prompt, example.response or "", 999)
-            behind = whole[len(asked) :][: readout.OPENING] if place == opens else []
+            behind = whole[len(asked) :][:OPENING] if place == opens else []
             assert [*row.ids, *behind[-1:]] == [*asked, *behind]
             assert list(row.opening) == behind[1:]
             assert row.places == [len(asked) - 1 + i for i in range(max(1, len(behind)))]

@@ -319,7 +319,7 @@ def test_a_model_of_ones_own_that_is_killed_again_and_again_ends_the_same(
     for file in files(whole):
         if file.suffix == ".safetensors":
             assert same(load_file(whole / file), load_file(again / file)), file
-        if file.suffix == ".jsonl" or file.name in ("learnt.json", "rows.json", "layer.json"):
+        if file.suffix == ".jsonl" or file.name in (align.HELD_OUT, "rows.json", "layer.json"):
             assert (whole / file).read_bytes() == (again / file).read_bytes(), file
     for folder in whole.glob("tiny*"):
         assert measured(folder) == measured(again / folder.name)

@@ -1,13 +1,15 @@
 """Which rows each stage sees, in which order, as which tensors.
 
 `splits` cleans sources and draws disjoint rows, `order` says when each comes up, `rows` tokenises
-them, and `module` is the LightningDataModule that both stages share, which pads them.
+them, `readout` those of the readout after SFT, and `module` is the LightningDataModule that both
+stages share, which pads them.
 """
 
 from typing import TYPE_CHECKING
 
 from dcr import on_demand
 from dcr.data.order import DRAWS, Chance, EpochBatches, share
+from dcr.data.readout import ReadoutRows, readout_prompts, readout_rows
 from dcr.data.rows import (
     LABELS,
     NO_CLASS,
@@ -28,6 +30,7 @@ from dcr.data.splits import (
     row_record,
     rows_of,
     split,
+    split_readout,
     trained_texts,
 )
 

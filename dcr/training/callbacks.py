@@ -110,6 +110,19 @@ class Snapshots(Callback):
                 models.save_adapter(self.policy, place, self.base, weights)
 
 
+def bar(called: str, total: int, unit: str = "step", done: int = 0, shown: bool = True) -> Bar:
+    """Of the stages and of what runs behind them."""
+    return Bar(
+        desc=called,
+        total=total,
+        initial=done,
+        unit=unit,
+        disable=not shown,
+        dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file keeps every line
+    )
+
+
 class Progress(Callback):
     """One bar for a whole stage, resumed or not: steps done, time left and loss."""
 
@@ -118,15 +131,8 @@ class Progress(Callback):
         self.bar: Bar | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.bar = Bar(
-            desc=self.stage,
-            total=self.total,
-            initial=trainer.global_step,
-            unit="step",
-            disable=not trainer.is_global_zero,
-            dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file keeps every line
-        )
+        done, shown = trainer.global_step, trainer.is_global_zero
+        self.bar = bar(self.stage, self.total, done=done, shown=shown)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         if self.bar is not None:

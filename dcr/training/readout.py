@@ -8,7 +8,6 @@ costs the last blocks alone. No part of the paper.
 """
 
 import logging
-import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import astuple, dataclass
@@ -16,26 +15,23 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
+from lightning.pytorch.loggers import Logger
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcr import batching, grouping, models, refusal, statistics
+from dcr import batching, models, refusal, statistics
 from dcr.config import ConfigError, ReadoutConfig, Schedule, SFTConfig
-from dcr.data import NO_CLASS, SEEMINGLY_TOXIC, TOXIC, Chance, Splits
+from dcr.data import SEEMINGLY_TOXIC, TOXIC, Splits, readout_rows
+from dcr.data.readout import Row
 from dcr.models import Policy
-from dcr.prompts import IGNORED, ChatFormat
-from dcr.sources import Example
+from dcr.prompts import ChatFormat
+from dcr.training import callbacks
 from dcr.training.resuming import TrainingError, adamw, rate_factor
 
 log = logging.getLogger(__name__)
 
-GENERAL_ROWS = 2  # instruction rows in a step, to whose answers the model is held
-OPENING = 4  # tokens of a refusal: those that tell "I can't help" from "I can help"
 # Of their NLL beside the contrast. At 1 "can't" spreads into all answers, which then go in circles.
 WORDING = 0.1
-ANSWER = 64  # tokens of an answer that may be looked at
-ANSWER_PLACES = 24  # of them are, drawn once, and the first always
-HELD_OUT_ROWS = 64  # on which drift is measured
 WARMUP = 0.05
 
 
@@ -125,19 +121,6 @@ def drift(
     return (old.exp() * (old - new)).sum(-1)
 
 
-@dataclass(frozen=True)
-class Row:
-    """Token ids, the positions that are read, and of a prompt its class.
-
-    `opening` has the tokens that a refusal goes on with behind all positions but the first.
-    """
-
-    ids: list[int]
-    places: list[int]
-    label: int = NO_CLASS
-    opening: tuple[int, ...] = ()
-
-
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Rows as they enter the last blocks, with their classes.
@@ -174,35 +157,47 @@ def pair_losses(
 
 
 def read_out(
-    policy: Policy, chat: ChatFormat, rows: Splits, config: SFTConfig, seed: int
+    policy: Policy,
+    chat: ChatFormat,
+    rows: Splits,
+    config: SFTConfig,
+    seed: int,
+    loggers: Sequence[Logger] = (),
+    progress: bool = False,
 ) -> dict[str, Any]:
     """Train on, in place, what trains in the last blocks; returns the record of what came of it.
 
     Each step takes `batch_size` prompts and the answers of a few instruction rows, at whose tokens
     the model is held to what it predicted before. Everything follows from the weights, the rows
-    and `seed`. Raises ConfigError for a model whose last blocks cannot be run by themselves, and
-    TrainingError for a loss that is not finite.
+    and `seed`. `loggers` are told the losses of every step, and `progress` shows bars. Raises
+    ConfigError for a model whose last blocks cannot be run by themselves, and TrainingError for a
+    loss that is not finite.
     """
-    phase, chance = config.readout, Chance(seed, config.readout.steps)
-    learnt = _alternating(
-        prompt_rows(chat, rows.readout_toxic, TOXIC),
-        prompt_rows(chat, rows.readout_seemingly_toxic, SEEMINGLY_TOXIC),
-        chance,
+    phase, drawn = config.readout, readout_rows(chat, rows, config, seed)
+    used = sorted(set(drawn.steps))
+    pairs = [drawn.pairs[place] for place in used]
+    general = [drawn.general[place] for place in used] if drawn.general else []
+    asked = [*pairs, *general, *drawn.watched, *drawn.ordinary]
+    log.info(
+        "readout: %d steps of %d prompts; they take %d of %d batches, each prepared once",
+        *(phase.steps, phase.batch_size, len(used), len(drawn.pairs)),
     )
-    watched = prompt_rows(chat, rows.readout_toxic_heldout, TOXIC)
-    watched += prompt_rows(chat, rows.readout_seemingly_toxic_heldout, SEEMINGLY_TOXIC)
-    size = phase.batch_size
     with models.evaluating(policy.model):
-        pairs = _batches(policy, phase, _parted(learnt, size))
-        general = _general(policy, chat, rows, config, len(pairs), chance)
-        heldout = _batches(policy, phase, _parted(_by_length(watched), size))
-        answers = _answers(chat, rows.normal_heldout, HELD_OUT_ROWS, config.max_len, chance)
-        ordinary = _batches(policy, phase, _parted(_by_length(answers), GENERAL_ROWS))
+        with callbacks.bar("readout, preparing", len(asked), "batch", shown=progress) as bar:
+            made = _batches(policy, phase, bar, asked)
+        ordinary = made[len(asked) - len(drawn.ordinary) :]
+        watched = made[len(pairs) + len(general) :][: len(drawn.watched)]
         openings = refusal.refusal_openings(chat)
-        before = _discernment(policy, heldout, openings, seed)
-        losses = _fit(policy, pairs, general, openings, phase, chance)
+        before = _discernment(policy, watched, openings, seed)
+        prepared = Prepared(
+            drawn.steps,
+            dict(zip(used, made[: len(pairs)], strict=True)),
+            dict(zip(used, made[len(pairs) :][: len(general)], strict=False)),
+        )
+        with callbacks.bar("readout", phase.steps, shown=progress) as bar:
+            losses = _fit(policy, prepared, openings, phase, loggers, bar)
         moved, first = _moved(policy, ordinary)
-        after = _discernment(policy, heldout, openings, seed)
+        after = _discernment(policy, watched, openings, seed)
     quarter = max(1, phase.steps // 4)
     record = {
         "steps": phase.steps,
@@ -210,20 +205,33 @@ def read_out(
             "first": sum(losses[:quarter]) / quarter,
             "last": sum(losses[-quarter:]) / quarter,
         },
-        "heldout_auroc": {"before": before, "after": after, "prompts": len(watched)},
+        "heldout_auroc": {
+            "before": before,
+            "after": after,
+            "prompts": sum(len(part) for part in drawn.watched),
+        },
         "drift": {"answer_tokens": moved, "first_token": first},
     }
     log.info("readout: %s", record)
     return record
 
 
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """Of each step the place of its batches, and these by their places."""
+
+    steps: Sequence[int]
+    pairs: dict[int, Batch]
+    general: dict[int, Batch]
+
+
 def _fit(
     policy: Policy,
-    pairs: Sequence[Batch],
-    general: Sequence[Batch],
+    prepared: Prepared,
     openings: Tensor,
     phase: ReadoutConfig,
-    chance: Chance,
+    loggers: Sequence[Logger],
+    bar: Any,
 ) -> list[float]:
     """The contrast loss of every step."""
     model, blocks = policy.model, models.decoder_blocks(policy.model)[-phase.blocks :]
@@ -231,108 +239,35 @@ def _fit(
     tools = adamw(blocks, phase.lr, phase.weight_decay, factor)
     optimizer, rate = tools["optimizer"], tools["lr_scheduler"]["scheduler"]
     found: list[float] = []
-    while len(found) < phase.steps:
-        order = chance.permutation(len(pairs))
-        for place in order[: phase.steps - len(found)]:
-            contrast, loss = pair_losses(model, pairs[place], openings, phase.greedy)
-            if general:
-                loss = loss + phase.drift * _drifted(model, general[place % len(general)]).mean()
-            if not torch.isfinite(loss):
-                raise TrainingError(
-                    f"readout: loss is {loss.item()} at step {len(found)}: lower sft.readout.lr"
-                )
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            rate.step()
-            found.append(contrast.item())
+    for step, place in enumerate(prepared.steps):
+        contrast, loss = pair_losses(model, prepared.pairs[place], openings, phase.greedy)
+        told = {"readout/contrast": contrast.item()}
+        if prepared.general:
+            moved = _drifted(model, prepared.general[place]).mean()
+            loss = loss + phase.drift * moved
+            told["readout/drift"] = moved.item()
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"readout: loss is {loss.item()} at step {step}: lower sft.readout.lr"
+            )
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        rate.step()
+        found.append(contrast.item())
+        for logger in loggers:
+            logger.log_metrics(told, step)
+        bar.set_postfix_str(f"loss {found[-1]:.3f}", refresh=False)
+        bar.update()
     return found
 
 
 # --- rows at the door of the last blocks --------------------------------------------------------
 
 
-def prompt_rows(chat: ChatFormat, rows: Sequence[Example], label: int) -> list[Row]:
-    """Prompts, read where the first answer token is; toxic ones with how their refusal goes on."""
-    found: list[Row] = []
-    for row in rows:
-        ids, opening = chat.prompt_ids(row.prompt), list[int]()
-        if label == TOXIC and row.response and refusal.is_refusal(row.response):
-            whole, _ = chat.pair(row.prompt, row.response, len(ids) + OPENING)
-            opening = whole[len(ids) :]
-        places = range(len(ids) - 1, len(ids) + max(1, len(opening)) - 1)
-        found.append(Row([*ids, *opening[:-1]], list(places), label, tuple(opening[1:])))
-    return found
-
-
-def _general(
-    policy: Policy, chat: ChatFormat, rows: Splits, config: SFTConfig, steps: int, chance: Chance
+def _batches(
+    policy: Policy, phase: ReadoutConfig, bar: Any, parts: Sequence[Sequence[Row]]
 ) -> list[Batch]:
-    """What the model is held to in each of as many steps: answers of instruction rows, how a
-    refusal goes on once it has begun, and a harmless prompt's answer behind its first token.
-    """
-    harmless = [row for row in rows.readout_seemingly_toxic if row.response]
-    kinds = [
-        _answers(chat, part, GENERAL_ROWS * steps, config.max_len, chance, skipped)
-        for part, skipped in ((rows.normal, 0), (rows.refusals, OPENING), (harmless, 1))
-    ]
-    kinds[0] = _by_length(kinds[0])
-    several = [GENERAL_ROWS, 1, 1]
-    chosen = [
-        [
-            kind[(step * count + place) % len(kind)]
-            for kind, count in zip(kinds, several, strict=True)
-            for place in range(count if kind else 0)
-        ]
-        for step in range(steps)
-    ]
-    return _batches(policy, config.readout, chosen) if any(kinds) else []
-
-
-def _answers(
-    chat: ChatFormat,
-    rows: Sequence[Example],
-    count: int,
-    max_len: int,
-    chance: Chance,
-    skipped: int = 0,
-) -> list[Row]:
-    """The first rows, read at the first answer token that is not `skipped` and some behind it."""
-    found: list[Row] = []
-    for row in rows[:count]:
-        ids, targets = chat.pair(row.prompt, row.response or "", max_len)
-        answer = [place for place, target in enumerate(targets) if target != IGNORED]
-        places = answer[skipped : skipped + ANSWER]
-        drawn = chance.permutation(len(places))[:ANSWER_PLACES]
-        if places:
-            chosen = sorted({0, *drawn})
-            found.append(Row(ids[: places[-1] + 1], [places[i] for i in chosen]))
-    return found
-
-
-def _alternating(toxic: Sequence[Row], safe: Sequence[Row], chance: Chance) -> list[Row]:
-    """As many of both kinds in turn, each in a drawn order, the fewer of them more than once.
-
-    In batches of one kind, or of one length, nearly nothing is learnt in as many steps.
-    """
-    count = max(len(toxic), len(safe))
-    drawn = []
-    for rows in (toxic, safe):
-        rounds = math.ceil(count / len(rows))
-        order = [place for _ in range(rounds) for place in chance.permutation(len(rows))]
-        drawn.append([rows[place] for place in order[:count]])
-    return [row for both in zip(*drawn, strict=True) for row in both]
-
-
-def _by_length(rows: Sequence[Row]) -> list[Row]:
-    return [rows[place] for place in grouping.by_length([row.ids for row in rows])]
-
-
-def _parted(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-
-def _batches(policy: Policy, phase: ReadoutConfig, parts: Sequence[Sequence[Row]]) -> list[Batch]:
     """Rows that are together in a batch, as they enter the last blocks."""
     device, found = models.head(policy.model).weight.device, []
     packing = models.packs(models.backbone(policy.model), device)
@@ -348,6 +283,7 @@ def _batches(policy: Policy, phase: ReadoutConfig, parts: Sequence[Sequence[Row]
         labels = torch.tensor([row.label for row in part])
         opening = torch.tensor([token for row in part for token in row.opening], dtype=torch.long)
         found.append(Batch(given, labels.to(device), first.to(device), opening.to(device)))
+        bar.update()
     return found
 
 

@@ -140,7 +140,10 @@ def train_sft(job: Job) -> None:
         if writes:
             policy = _whole(job, policy, trained, _sft_start)
             if settings.sft.readout.steps:
-                record = readout.read_out(policy, chat, job.rows, settings.sft, settings.seed)
+                runs.forget_metrics_beyond(run, "readout", 0)  # of one that a kill ended
+                loggers = [callbacks.RunLogger(run, "readout"), *job.loggers]
+                asked = settings.sft, settings.seed, loggers, settings.trainer.progress
+                record = readout.read_out(policy, chat, job.rows, *asked)
                 storage.write_json(run.readout_file, record)
             models.save_adapter(policy, run.stage("sft"), base)
 
