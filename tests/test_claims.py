@@ -101,15 +101,15 @@ def test_of_a_small_loss_the_step_takes_a_share() -> None:
     model = made("qwen2 untied")
     with torch.no_grad():
         state = started(model, layer=3).states[list(CHOSEN.trained)].mean(0)
-        model.lm_head.weight[TARGET] += 3 * model.model.norm(state)
+        model.lm_head.weight[TARGET] += model.model.norm(state)
     start = started(model)
     aimed = start.tokens == TARGET
     losses = -start.log_probabilities[aimed][list(CHOSEN.trained)]
-    assert (losses < 0.02).all()
+    assert ((losses > 1e-4) & (losses < 0.02)).all()  # far from what rounding makes of a share
     taken = stepped(model, start, drop=0.02)
     falls = torch.stack([taken.changes[p, :, i][aimed[p]][0] for i, p in enumerate((7, 8))])
-    torch.testing.assert_close(falls, 0.02 * losses, rtol=1e-2, atol=0)
-    assert float((taken.plain - taken.changes).norm() / taken.changes.norm()) < 0.2
+    torch.testing.assert_close(falls, 0.02 * losses, rtol=1e-3, atol=0)
+    assert float((taken.plain - taken.changes).norm() / taken.changes.norm()) < 0.02
 
 
 def test_each_prompt_has_its_top_k_with_the_target_among_them() -> None:

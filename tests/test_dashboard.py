@@ -67,7 +67,6 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(place / "run")
 
 
-@pytest.mark.timeout(300)
 def test_scores_and_answers_go_to_the_run_s_own_w_and_b_run(evaluated: Run) -> None:
     run, read = evaluated, records(evaluated.folder)
     started = [record.run for record in read if record.HasField("run")]

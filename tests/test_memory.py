@@ -73,7 +73,6 @@ def measured(shape: dict[str, Any], block: int, settings: str, packed: bool) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("name", "shape", "block", "settings"), CASES, ids=[f"{c[0]} {c[3]}" for c in CASES]
 )

@@ -1008,7 +1008,7 @@ def test_the_script_sorts_filters_and_puts_differences_first(tmp_path: Path) -> 
     browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
                "--disable-background-networking", f"--user-data-dir={tmp_path / 'profile'}",
                "--dump-dom", f"file://{path}"]  # fmt: skip
-    dom = subprocess.run(browser, capture_output=True, text=True, timeout=120).stdout
+    dom = subprocess.run(browser, capture_output=True, text=True, timeout=600).stdout
     parts = {name: re.search(rf'data-{name}="([^"]*)"', dom) for name in ("falling", "rising")}
     falling, rising = (found[1] if found else "" for found in parts.values())
     assert falling.index("aaa") < falling.index("bbb") < falling.index("unsafe"), falling

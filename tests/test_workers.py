@@ -105,7 +105,7 @@ def test_a_killed_process_ends_the_command_and_the_next_one_goes_on(
 @pytest.mark.slow
 def test_the_command_itself_shares_prompts(one: dict[str, bytes], tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "eval.py"), *told(tmp_path, "trainer.devices=2")]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert ended.returncode == 0, ended.stderr
     assert written(tmp_path) == one
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-READY = 90.0  # seconds until it must answer
-PATIENCE = 10.0  # seconds it may take to end
+READY = 500.0  # seconds until it must answer: only against hangs
+PATIENCE = 60.0  # seconds it may take to end
 
 
 @contextmanager
