@@ -283,8 +283,9 @@ def test_weights_laid_out_once_multiply_as_before(dtype: torch.dtype, monkeypatc
         monkeypatch.setattr(fusing, "COPIES", sum(layer.weight.nbytes for layer in layers) - 1)
         with fusing.prepacked(adapted):
             assert not any("forward" in vars(m) for m in adapted.modules())
-    assert {type(layer) for layer in layers} == {nn.Linear}
-    assert len(layers) == 3 * 5 + 1  # two of seven in a block have fewer channels than are worth it
+    # two of seven in a block have fewer channels than are worth it; bf16 needs a CPU with its units
+    packed = dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert [type(layer) for layer in layers] == [nn.Linear] * (packed * (3 * 5 + 1))
     assert not any("forward" in vars(m) for m in adapted.modules())
     tolerance = 1e-5 if dtype == torch.float32 else 0.02
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
