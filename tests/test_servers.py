@@ -47,7 +47,7 @@ def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def chats(urls: Sequence[str], texts: Sequence[str], **http: Any) -> dict[int, Reply | Failure]:
     """Every answer by index; one that comes twice, or not at all, fails here."""
-    settings = HTTPConfig(**{"concurrency": 2, "timeout": 5.0, "retries": 2, **http})
+    settings = HTTPConfig(**{"concurrency": 2, "timeout": 60.0, "retries": 2, **http})
     asked = [[{"role": "user", "content": text}] for text in texts]
     to = ServerConfig(url=list(urls), model="m")
     found = list(endpoints.chats(to, settings, asked, node="llm"))
@@ -91,7 +91,7 @@ def test_a_slow_server_takes_fewer_requests() -> None:
     enough = threading.Event()
 
     def slow(body: Body) -> str:
-        enough.wait(10)
+        enough.wait(500)
         return echo(body)
 
     def fast(body: Body) -> str:
