@@ -161,7 +161,7 @@ class Run:
 
     @property
     def threads_file(self) -> Path:
-        """How many threads the run's numbers were made with, where they were chosen for it."""
+        """How many threads the run's numbers were last made with."""
         return self.folder / "threads.json"
 
     @property
@@ -243,7 +243,7 @@ class Run:
         return storage.read_json(self.layer_file, Layer, RESTORE)["block"]
 
     def threads(self) -> int | None:
-        """The number of threads that was chosen as the run began, None where none was."""
+        """The number of threads that the run was last trained with, None before it."""
         if not self.threads_file.exists():
             return None
         return storage.read_json(self.threads_file, Threads, RESTORE)["threads"]

@@ -113,15 +113,12 @@ def chosen(
     return max(1, int(free)), f"{why}; trainer.threads=<n> for another number"
 
 
-def use(asked: int | None = None, before: int | None = None) -> int | None:
-    """Have torch compute with the `chosen` number of threads, and say so in one line.
-
-    Returns it where neither the user nor the environment gave it.
-    """
+def use(asked: int | None = None, before: int | None = None) -> int:
+    """Have torch compute with the `chosen` number of threads, say so in one line, and return it."""
     import torch
 
     number, why = chosen(asked, before)
     if number != torch.get_num_threads():
         torch.set_num_threads(number)
     log.info("threads: %d (%s)", number, why)
-    return None if asked or os.environ.get("OMP_NUM_THREADS") else number
+    return number

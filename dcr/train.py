@@ -52,7 +52,7 @@ def train(settings: TrainConfig, run: Run) -> None:
         _wandb(settings, run) as loggers,
     ):
         number = threads.use(settings.trainer.threads, run.threads())
-        if number is not None and _leads():
+        if _leads() and not all(run.done(stage.value) for stage in wanted):
             storage.write_json(run.threads_file, {"threads": number})
         job = Job(settings, run, rows, _block(settings, run), lease, [*loggers], tracked)
         for stage in wanted:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
@@ -142,6 +143,19 @@ def test_metrics_of_another_limit_are_set_aside(trained: Run, tmp_path: Path) ->
     (before,) = (json.loads(f.read_text()) for f in run.folder.glob("eval/*/metrics-*.json"))
     assert [now["settings"]["limit"], before["settings"]["limit"]] == [3, 4]
     assert [next(iter(m["sets"].values()))["n"] for m in (now, before)] == [3, 4]
+
+
+def test_threads_and_batches_of_the_answers_are_told_and_name_no_folder(
+    fresh: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for limit, size in ((2, 2), (5, 3)):
+        asked = (f"run={fresh.folder}", "tasks=[over_refusal]", f"limit={limit}")
+        settings, _ = resolved(*asked, f"gen.batch_size={size}")
+        eval_entry.evaluate(settings, fresh)
+    (now,) = metrics_of(fresh)
+    assert now["decoding"] == {"threads": [torch.get_num_threads()], "batch_size": [2, 3]}
+    assert json.loads(fresh.threads_file.read_text())["threads"] >= 1, "of training, however given"
 
 
 def test_snapshots_are_scored_each_with_its_step(trained: Run) -> None:

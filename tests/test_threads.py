@@ -64,11 +64,11 @@ def test_the_user_the_environment_and_the_run_come_first(
     given: list[int] = []
     machine.setattr(torch, "set_num_threads", given.append)
     with caplog.at_level("INFO"):
-        assert threads.use(3, before=2) is None
+        assert threads.use(3, before=2) == 3
         assert threads.use(None, before=2) == 2  # else a resumed run's last bits would differ
         assert threads.use(None, before=8) == 4  # it began on a larger machine
         machine.setenv("OMP_NUM_THREADS", "1")
-        assert threads.use(None, before=2) is None
+        assert threads.use(None, before=2) == 4, "kept all the same"
     assert given == [3, 2]
     assert [line.split(" (")[0] for line in caplog.messages] == [
         f"threads: {number}" for number in (3, 2, 4, 4)

@@ -126,6 +126,8 @@ def _write(
     metrics = origin | _kept(folder, origin["settings"]) | dict(blocks)
     if (edits := folder / "steering.json").is_file():
         metrics["steering"] = storage.read_json(edits, dict[str, Any])
+    if (made := folder / subjects.DECODING).is_file():
+        metrics["decoding"] = storage.read_json(made, subjects.Made)
     if (taken := folder / endpoints.RECORD).is_file():
         metrics["servers"] = storage.read_json(taken, dict[str, Any])
     metrics["seconds"] = round(time.perf_counter() - began, 1)

@@ -12,6 +12,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import torch
+from typing_extensions import TypedDict
+
 from dcr import (
     activations,
     batching,
@@ -47,6 +50,17 @@ from dcr.sources import Example
 log = logging.getLogger(__name__)
 
 Answers = dict[str, list[Completion]]
+DECODING = "decoding.json"  # beside the answers
+
+
+class Made(TypedDict):
+    """All that answers of one folder were made with: threads, and the largest batch of each time.
+
+    Neither is in the folder's name.
+    """
+
+    threads: list[int]
+    batch_size: list[int]
 
 
 @dataclass(frozen=True)
@@ -245,11 +259,33 @@ def answers(
         cut = functools.partial(cut_answers, settings, subject)
         work = functools.partial(all_answers, settings, subject)
         ask = functools.partial(among.shared, cut, work)
+    largest = 0
+
+    def counted(rows: list[Example]) -> Iterator[list[Completion]]:
+        nonlocal largest
+        for batch in ask(rows):
+            largest = max(largest, len(batch))
+            yield batch
+
     with endpoints.recorded(folder):
-        given = kept(asked, ask, folder, Completion, "generating", settings.trainer.progress)
+        given = kept(asked, counted, folder, Completion, "generating", settings.trainer.progress)
     if subject.weights == "endpoint":
         put_in_order(asked, folder, Completion)
+    elif largest:
+        _note_decoding(folder, settings.trainer.devices, largest)
     return given
+
+
+def _note_decoding(folder: Path, processes: int, largest: int) -> None:
+    """Keep with how many threads, and how many prompts at once, answers in `folder` were made.
+
+    Both change a near tie's last bits, and with them perhaps a text.
+    """
+    file = folder / DECODING
+    before = storage.read_json(file, Made) if file.is_file() else Made(threads=[], batch_size=[])
+    threads = {*before["threads"], max(1, torch.get_num_threads() // processes)}
+    sizes = {*before["batch_size"], largest}
+    storage.write_json(file, Made(threads=sorted(threads), batch_size=sorted(sizes)))
 
 
 class Among(Protocol):

@@ -423,6 +423,7 @@ class Metrics(Tracked):
     data: str | None = None
     settings: dict[str, Any] = {}
     steering: dict[str, Any] | None = None  # what the edits were made from
+    decoding: dict[str, list[int]] | None = None  # threads and batch sizes of the answers
     sets: dict[str, SetCounts] = {}
     calibration: Calibration | None = None
     discernment: Discernment | None = None
