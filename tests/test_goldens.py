@@ -112,7 +112,16 @@ def numbers(tree: Any, prefix: str = "") -> dict[str, float]:
     if isinstance(tree, (int, float)):
         return {prefix: tree}
     pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
-    left_out = ("seconds", "peak_memory_gib", "values", "version", "mds", "labels", "contamination")
+    left_out = (
+        "seconds",
+        "peak_memory_gib",
+        "decoding",
+        "values",
+        "version",
+        "mds",
+        "labels",
+        "contamination",
+    )
     return {
         path: number
         for key, held in pairs
