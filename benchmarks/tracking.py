@@ -60,7 +60,7 @@ def settings_of(options: dict[str, str]) -> TrainConfig:
         f"tracking.entk.prompts={options['kernel']}",
     ]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return config.resolve(compose("train", overrides), TrainConfig)
+        return config.resolve(compose("train", ["precision=bf16", *overrides]), TrainConfig)
 
 
 def step_seconds(

@@ -52,7 +52,8 @@ VARIANTS = {
 def settings(model: str, *overrides: str) -> TrainConfig:
     cli.prepare()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return config.resolve(compose("train", [f"model={model}", *overrides]), TrainConfig)
+        named = [f"model={model}", "dcr.precision=mixed", "sft.precision=bf16", *overrides]
+        return config.resolve(compose("train", named), TrainConfig)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Annotated
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from dcr import choice, cli, cost, export, refusal, report, statistics, storage, study
+from dcr import choice, cli, cost, export, precision, refusal, report, statistics, storage, study
 from dcr.config import DataConfig, DataError, EvalConfig, Kind, Stage, TrainConfig
 from dcr.evaluation import sets
 from dcr.runs import Run
@@ -126,6 +126,7 @@ def _choose(settings: TrainConfig, file: Path) -> None:
     """Among the usual sources; where a user brings files of their own, of the block alone."""
     named = {*settings.data.seemingly_toxic.source, *settings.data.toxic.source}
     candidates = None if named <= SOURCES.keys() else "none"
+    settings, _ = precision.of_training(settings)
     storage.write_json(file, choice.choose(settings, pairs=candidates).record())
 
 
@@ -192,7 +193,8 @@ def _safe(
 ) -> tuple[Job, list[str]]:
     """The first STL that refuses held-out toxic prompts. Raises Told where none does."""
     first = study.job_of(out, "STL", ["method=stl", *training], evaluating)
-    parameters = cost.stage_shape(_training(first), Stage.sft).total
+    counted, _ = precision.of_training(_training(first))
+    parameters = cost.stage_shape(counted, Stage.sft).total
     before, tried = _asked(base), dict[Path, str]()
     for rung in ladder(parameters, _training(first)):
         words = ["method=stl", *rung, *training]
@@ -251,6 +253,7 @@ def _ask(settings: EvalConfig, run: Run, file: Path) -> None:
 
     subject = subjects.subjects(settings, run)[0]
     rows = next(one.rows for one in sets.validation(settings) if one.kind is Kind.toxic)[:ASKED]
+    settings, _ = precision.of_evaluation(settings, run.precisions())
     brief = replace(settings, gen=replace(settings.gen, max_new_tokens=calibration.BEGUN))
     policy = functools.cache(functools.partial(subjects.opened, brief, subject))
     parts = subjects.answer(brief, subject, policy, rows)

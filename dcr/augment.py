@@ -22,6 +22,7 @@ from dcr import (
     cli,
     config,
     endpoints,
+    precision,
     prompts,
     refusal,
     sources,
@@ -324,7 +325,10 @@ def _settings(options: Options) -> EvalConfig:
     if composed.endpoint is not None:
         name = str(composed.endpoint_model or "unnamed")  # which the checks then refuse
         composed.model.name, composed.model.label = name, label_of(name)
-    return config.resolve(composed, EvalConfig)
+    settings, arithmetic = precision.of_evaluation(config.resolve(composed, EvalConfig))
+    if settings.endpoint is None:
+        arithmetic.say()
+    return settings
 
 
 def _check(settings: EvalConfig) -> None:

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from dcr import precision
 from dcr.config import ConfigError
 
 log = logging.getLogger(__name__)
@@ -59,9 +60,10 @@ def context_length(config: Any) -> int:
 
 
 def to_gpu(model: Any, accelerator: str = "auto") -> None:
-    """Moves a model there, if this machine has one and the accelerator lets it."""
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        model.to("cuda")
+    """Moves a model there, NVIDIA's or Apple's, if there is one and the accelerator lets it."""
+    kind = precision.kind_of(accelerator)
+    if kind == "mps" or (kind == "cuda" and torch.cuda.is_available()):
+        model.to(kind)
 
 
 def check_devices(accelerator: str, devices: int) -> None:

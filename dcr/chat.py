@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dcr import cli, config, prompts, refusal, threads
+from dcr import cli, config, precision, prompts, refusal, threads
 from dcr.config import ConfigError, ModelConfig, Precision
 from dcr.prompts import ChatFormat
 from dcr.runs import Run
@@ -19,7 +19,7 @@ DIM, UNDIMMED = "\x1b[2m", "\x1b[0m"
 
 @dataclass
 class Options:
-    """python -m dcr.chat run=<folder> [stage=sft|contrastive|base] [max_new_tokens=256]
+    """python -m dcr.chat run=<folder> [stage=sft|contrastive|base] [gen.max_new_tokens=256]
 
     Talk to a run's result. Lines are read from the terminal or a pipe; /reset forgets the
     dialogue, /quit ends it.
@@ -31,7 +31,14 @@ class Options:
         None,
         choices=STAGES,
     )
-    max_new_tokens: int = cli.option("the longest answer", 256, least=1)
+    max_new_tokens: int = cli.option(
+        "the longest answer, in tokens", 256, least=1, key="gen.max_new_tokens"
+    )
+    precision: str = cli.option(
+        "of the model; auto: as the run was trained, else what the device does natively",
+        "auto",
+        choices=("auto", "bf16", "fp32"),
+    )
 
 
 @dataclass
@@ -57,7 +64,7 @@ class Dialogue:
             if len(turns) < 3:
                 raise ConfigError(
                     f"the message has {len(ids)} tokens, {room} fit; shorten it or lower "
-                    "max_new_tokens"
+                    "gen.max_new_tokens"
                 )
             turns = turns[2:]
         self.turns = turns
@@ -112,7 +119,7 @@ class Dialogue:
 @cli.command(Options)
 def main(options: Options) -> None:
     """Converse until /quit or the end of input."""
-    policy, model = open_stage(Run(options.run), options.stage)
+    policy, model, told = open_stage(Run(options.run), options.stage, Precision(options.precision))
     from dcr import batching
 
     threads.use()
@@ -121,7 +128,7 @@ def main(options: Options) -> None:
         policy, prompts.chat_format(policy.tokenizer, model), options.max_new_tokens
     )
     if sys.stdin.isatty():
-        print(_dim(f"{policy.name}. /reset forgets the dialogue, /quit ends it."))
+        print(_dim(f"{policy.name}, {told}. /reset forgets the dialogue, /quit ends it."))
     while (message := _line()) not in (None, "/quit"):
         if message == "/reset":
             dialogue.turns.clear()
@@ -151,23 +158,29 @@ def _dim(text: str) -> str:
     return f"{DIM}{text}{UNDIMMED}" if sys.stdout.isatty() else text
 
 
-def open_stage(run: Run, stage: str | None = None) -> "tuple[Policy, ModelConfig]":
-    """The model of a stage (the last that is done for None), and the run's model settings.
+def open_stage(
+    run: Run, stage: str | None = None, asked: Precision = Precision.auto
+) -> "tuple[Policy, ModelConfig, str]":
+    """The model of a stage (the last that is done for None), the run's model settings, and in words
+    the precision.
 
     Raises ConfigError when the stage is not done or its base cannot be opened.
     """
     made_with = run.config()
     model = config.model_of(made_with)
-    trained = made_with.get("sft", {})  # a model that was only evaluated has a folder as well
-    precision = Precision(trained.get("precision", Precision.bf16.value))
     stage = stage or next((name for name in STAGES[:2] if run.done(name)), "sft")
     if stage != "base" and not run.done(stage):
         raise ConfigError(f"run={run.folder}: stage {stage} is not done there; train it first")
     from dcr import models
 
+    arithmetic = precision.settled({"evaluation": asked}, recorded=run.precisions())
+    arithmetic.say()
+    found = arithmetic.precisions["evaluation"]
     if stage == "base":
-        return models.open_policy(model, precision), model
-    return models.open_result(run.stage(stage), precision, model.trust_remote_code), model
+        policy = models.open_policy(model, found)
+    else:
+        policy = models.open_result(run.stage(stage), found, model.trust_remote_code)
+    return policy, model, arithmetic.told
 
 
 if __name__ == "__main__":

@@ -434,13 +434,16 @@ def option(
     least: float | None = None,
     most: float | None = None,
     rest: bool = False,
+    key: str = "",
 ) -> Any:
     """A field of a command's options; `--help` and every error are made from it.
 
     Without a default it must be given. A list is given by repeating the option; with `rest` it
-    takes every word that is no option, such as settings of `train.py`.
+    takes every word that is no option, such as settings of `train.py`. A `key` with dots, as
+    `eval.py` spells the same setting, stands in place of the field's name.
     """
     facts = {"meaning": meaning, "choices": choices, "least": least, "most": most, "rest": rest}
+    facts["key"] = key
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=facts)
     return field(default=default, metadata=facts)
@@ -502,10 +505,11 @@ def read(schema: type[Options], arguments: Sequence[str]) -> Options:
             for value in values:
                 _check_word(known[key], value)
             plain = [value.replace("${", r"\${") for value in values]  # no interpolation either
-            node[key] = plain if OmegaConf.is_list(node._get_node(key)) else plain[-1]
-            _check_range(known[key], node[key])
+            name = known[key].name
+            node[name] = plain if OmegaConf.is_list(node._get_node(name)) else plain[-1]
+            _check_range(known[key], node[name])
         for key, entry in known.items():
-            if OmegaConf.is_missing(node, key):
+            if OmegaConf.is_missing(node, entry.name):
                 raise ConfigError(f"{key}: nothing given; it is {entry.metadata['meaning']}")
         return OmegaConf.to_object(node)  # pyright: ignore[reportReturnType]
     except OmegaConfBaseException as error:
@@ -513,16 +517,20 @@ def read(schema: type[Options], arguments: Sequence[str]) -> Options:
 
 
 def _entries(schema: type) -> dict[str, Field[Any]]:
-    return {entry.name: entry for entry in fields(schema)}
+    return {_key(entry): entry for entry in fields(schema)}
+
+
+def _key(entry: Field[Any]) -> str:
+    return entry.metadata["key"] or entry.name
 
 
 def _check_word(entry: Field[Any], value: str) -> None:
     """Raises ConfigError for what no option of the kind can be, whatever its type makes of it."""
     choices = entry.metadata["choices"]
     if choices and value not in choices:
-        raise ConfigError(f"{entry.name}={value}: choose one of {', '.join(choices)}")
+        raise ConfigError(f"{_key(entry)}={value}: choose one of {', '.join(choices)}")
     if not value:
-        raise ConfigError(f"{entry.name}=: it needs a value, or leave it out")
+        raise ConfigError(f"{_key(entry)}=: it needs a value, or leave it out")
     if Path in (entry.type, *get_args(entry.type)):
         try:
             os.lstat(value)
@@ -536,7 +544,7 @@ def _check_word(entry: Field[Any], value: str) -> None:
 def _check_range(entry: Field[Any], value: Any) -> None:
     least, most = entry.metadata["least"], entry.metadata["most"]
     if least is not None and not least <= value <= (math.inf if most is None else most):
-        raise ConfigError(f"{entry.name}={value}: give {_range(least, most)}")
+        raise ConfigError(f"{_key(entry)}={value}: give {_range(least, most)}")
 
 
 def _range(least: float, most: float | None) -> str:

@@ -31,7 +31,6 @@ product timed on the spot (50%).
 
 import math
 import os
-import sys
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -58,6 +57,7 @@ from dcr.config import (
     block_of,
     lightens,
 )
+from dcr.precision import cpu_unit, kind_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -75,6 +75,7 @@ GPUS = {  # published dense FLOP/s in bf16 and in fp32
 }
 ASSUMED_GPU = "H100"
 TRIAL_SECONDS = 0.2
+TRIAL_ROWS = 8, 512  # of a product: at first, and at most
 FREE_SHARE = 0.9  # of free memory, that a planned peak may take
 HALVINGS = 3  # of sft.micro_tokens at most: smaller passes save little and take long
 REMEMBERED = 24 * 3600  # seconds that a measured rate holds
@@ -496,25 +497,7 @@ def packs(settings: TrainConfig, stage: Stage) -> bool:
 
 def device_type(settings: TrainConfig) -> str:
     """`cuda`, or `cpu` for everything else that the trainer may be told."""
-    if settings.trainer.accelerator in ("gpu", "cuda"):
-        return "cuda"
-    return "cuda" if settings.trainer.accelerator == "auto" and _has_gpu() else "cpu"
-
-
-# Of NVIDIA, AMD and Windows' subsystem: where Linux has none of these, torch need not be asked.
-GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
-
-
-def _has_gpu() -> bool:
-    if (
-        "torch" not in sys.modules
-        and sys.platform == "linux"
-        and not any(map(os.path.exists, GPU_FILES))
-    ):
-        return False
-    import torch
-
-    return torch.cuda.is_available()
+    return "cuda" if kind_of(settings.trainer.accelerator) == "cuda" else "cpu"
 
 
 def throughput(settings: TrainConfig, precision: Precision, width: int) -> Throughput:
@@ -542,6 +525,7 @@ class Speeds(TypedDict):
 def _cpu_rate(asked: int | None, precision: Precision, width: int) -> tuple[int, float]:
     """Threads and FLOP/s of this CPU, measured now or within the last day."""
     facts = [threads.cores(), os.environ.get("OMP_NUM_THREADS"), metadata.version("torch")]
+    facts.append(cpu_unit())
     file = storage.cache_folder() / f"cpu-{storage.fingerprint(facts)}.json"
     known = _remembered(file)
     number, _ = threads.chosen(asked, most=known["threads"] if known else None)
@@ -579,13 +563,24 @@ def published(name: str, precision: Precision) -> Throughput:
 
 
 def timed_product(device: str, precision: Precision, width: int, threads: int) -> float:
-    """FLOP/s of a product in the stage's type, the best of several rounds."""
+    """FLOP/s of a product in the stage's type, the best of several rounds.
+
+    The first has few rows, and no later one takes longer than TRIAL_SECONDS.
+    """
     import torch
-    from torch.utils.benchmark import Timer
 
     dtype = torch.float32 if precision is Precision.fp32 else torch.bfloat16
-    left = torch.ones(512, width, dtype=dtype, device=device)
+    left = torch.ones(TRIAL_ROWS[1], width, dtype=dtype, device=device)
     right = torch.ones(width, width, dtype=dtype, device=device)
-    timer = Timer("left @ right", globals={"left": left, "right": right}, num_threads=threads)
-    best = min(timer.blocked_autorange(min_run_time=TRIAL_SECONDS).times)
-    return 2 * left.numel() * width / best
+    before, used, a_row, rows = torch.get_num_threads(), 0.0, math.inf, TRIAL_ROWS[0]
+    torch.set_num_threads(threads)
+    while used < TRIAL_SECONDS:
+        began = time.perf_counter()
+        torch.mm(left[:rows], right)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        spent = time.perf_counter() - began
+        used, a_row = used + spent, min(a_row, spent / rows)
+        rows = min(TRIAL_ROWS[1], max(TRIAL_ROWS[0], int(TRIAL_SECONDS / a_row)))
+    torch.set_num_threads(before)
+    return 2 * width * width / a_row

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dcr import cli, config, runs, storage
+from dcr import cli, config, precision, runs, storage
 from dcr.config import ConfigError, EvalConfig
 from dcr.runs import Run
 from dcr.text import label_of
@@ -85,6 +85,11 @@ def evaluate(settings: EvalConfig, run: Run) -> None:
     from dcr import threads, wandb_run
     from dcr.evaluation import metrics, sets, subjects
 
+    settings, arithmetic = precision.of_evaluation(
+        settings, run.precisions() if settings.run else {}
+    )
+    if settings.endpoint is None:
+        arithmetic.say()
     found = subjects.subjects(settings, run)
     metrics.check(settings, run)
     prompts = sets.read(settings)
@@ -111,7 +116,9 @@ def _claimed(settings: EvalConfig, run: Run) -> Iterator[None]:
     try:
         if settings.run is None:
             method = "endpoint" if settings.endpoint else "base"
-            made = {"method": method, "seed": settings.seed, "preset_name": "-"}
+            made: dict[str, Any] = {"method": method, "seed": settings.seed, "preset_name": "-"}
+            if settings.endpoint is None:
+                made["precision"] = settings.precision.value
             whole = made | {"model": cli.plain(settings.model), "data": cli.plain(settings.data)}
             runs.claim(run, whole, force=True)
         yield

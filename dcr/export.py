@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 ROUNDED = (
     "the weights are in bfloat16, rounded from a merge in float32: logits differ from those of the "
-    "run's adapter by about 1%; dtype=float32 keeps them"
+    "run's adapter by about 1%; precision=fp32 keeps them"
 )
 HUB_NAMES = {EMBEDDED_MODEL: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 FRONT = {  # of every card, as the hub reads it
@@ -93,7 +93,7 @@ SETTINGS = {  # what a reader must know to judge a result, by stage
 
 @dataclass
 class Options:
-    """python -m dcr.export run=<folder> out=<folder> [stage=sft|contrastive] [dtype=float32]
+    """python -m dcr.export run=<folder> out=<folder> [stage=sft|contrastive] [precision=fp32]
     python -m dcr.export run=<folder> out=<folder> push=<name>/<model>
     python -m dcr.export run=<folder> relink=true
 
@@ -105,11 +105,11 @@ class Options:
     run: Path = cli.option("the run folder")
     out: Path | None = cli.option("a new folder for the export", None)
     stage: str = cli.option("whose result", "sft", choices=("sft", "contrastive"))
-    dtype: str = cli.option(
-        "of the weights; float32 gives the logits of the run's adapter, bfloat16 differs by about "
-        "1%",
-        "bfloat16",
-        choices=("bfloat16", "float32"),
+    precision: str = cli.option(
+        "of the weights; fp32 gives the logits of the run's adapter, bf16 differs by about 1%; "
+        "auto: that of the run's evaluations",
+        "auto",
+        choices=("auto", "bf16", "fp32"),
     )
     calibrate: str | None = cli.option(
         "a share of toxic prompts to refuse, or a run to be as safe as: a bias on the first token "
@@ -136,9 +136,10 @@ def main(options: Options) -> None:
         return
     if options.out is None:
         raise ConfigError("out: nothing given; name a new folder with out=, or give relink=true")
-    made = options.stage, options.dtype, options.calibrate, options.push, options.public
+    precision = _settled(run, options.precision)
+    made = options.stage, precision, options.calibrate, options.push, options.public
     print(export(run, options.out, *made))
-    if options.dtype != "float32":
+    if precision is not Precision.fp32:
         print(ROUNDED)
     if options.push is not None:
         print(upload(options.out, options.push))
@@ -148,12 +149,14 @@ def export(
     run: Run,
     out: Path,
     stage: str = "sft",
-    dtype: str = "bfloat16",
+    precision: Precision | None = None,
     calibrate: str | None = None,
     push: str | None = None,
     public: bool = False,
 ) -> Path:
     """Weights of a stage, merged in fp32 and cast at the end, with tokenizer and card, in `out`.
+
+    Without a `precision` they are cast to that of the run's evaluations.
 
     `calibrate` as that of `eval.py`, chosen on these very weights; its bias stands in the
     generation config. `push` is the repository that `upload` will be asked for: it is made here,
@@ -164,8 +167,9 @@ def export(
     repository that cannot be written to.
     """
     made_with = _exportable(run, out, stage)
+    dtype = "bfloat16" if (precision or _settled(run)) is Precision.bf16 else "float32"
     model = config.model_of(made_with)
-    settings = EvalConfig(model=model, calibrate=calibrate)
+    settings = EvalConfig(model=model, calibrate=calibrate, precision=_settled(run))
     import torch
     from peft import PeftModel
 
@@ -198,6 +202,14 @@ def export(
             numbers = results.csv_text(shown)
             (staging / "metrics.csv").write_text(numbers, encoding="utf-8")
     return out
+
+
+def _settled(run: Run, asked: str = "auto") -> Precision:
+    """As asked; for auto that of the run's evaluations."""
+    if asked != "auto":
+        return Precision(asked)
+    run.config()  # or there is no run
+    return run.precisions().get("evaluation", Precision.bf16)
 
 
 def _exportable(run: Run, out: Path, stage: str) -> dict[str, Any]:

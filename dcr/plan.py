@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from rich.table import Table
 
-from dcr import balance, blueprint, cli, config, cost, data, prompts, sources, tokens
+from dcr import balance, blueprint, cli, config, cost, data, precision, prompts, sources, tokens
 from dcr.balance import Balance
 from dcr.config import (
     EMBEDDED_MODEL,
@@ -110,7 +110,13 @@ def describe(settings: TrainConfig) -> str:
 
     Raises UserError for whatever training would refuse before it loads weights.
     """
-    stages, notes = stages_of(settings.method, settings.stage), []
+    stages = stages_of(settings.method, settings.stage)
+    on_gpu, _ = precision.of_training(
+        replace(settings, trainer=replace(settings.trainer, accelerator="gpu"))
+    )
+    recorded = Run(Path(settings.run)).precisions() if settings.run else {}
+    settings, arithmetic = precision.of_training(settings, recorded)
+    notes = [f"precision: {arithmetic.told}", *([arithmetic.slow] if arithmetic.slow else [])]
     shapes = {stage: stage_shape(settings, stage) for stage in stages}
     if Stage.sft in stages:
         notes += cost.smaller_passes(settings, shapes[Stage.sft])
@@ -122,9 +128,9 @@ def describe(settings: TrainConfig) -> str:
         _parameter_table(plans),
         _row_table(drawn),
         *([_balance_table(told)] if told else []),
-        _stage_table(settings, plans),
-        *_readout_table(settings, plans),
-        *_fit_table(settings, plans),
+        _stage_table(settings, on_gpu, plans),
+        *_readout_table(settings, on_gpu, plans),
+        *_fit_table(on_gpu, plans),
         *(f"- {note}" for note in [*more, *notes, *_notes(settings, plans)]),
     )
 
@@ -230,7 +236,7 @@ def _balance_table(told: Balance) -> Table:
     return table
 
 
-def _stage_table(settings: TrainConfig, plans: list[StagePlan]) -> Table:
+def _stage_table(settings: TrainConfig, on_gpu: TrainConfig, plans: list[StagePlan]) -> Table:
     table = cli.table("Stages", ["", *(plan.stage.value for plan in plans)])
     chained = settings.method is Method.dcr
     starts = {Stage.sft: "contrastive/" if chained else "the base model"}
@@ -254,7 +260,7 @@ def _stage_table(settings: TrainConfig, plans: list[StagePlan]) -> Table:
         table.add_row(f"memory: {name}", *(_bytes(plan.memory[name]) for plan in plans))
     table.add_row("memory at the peak", *(_bytes(sum(plan.memory.values())) for plan in plans))
     table.add_section()
-    for name, times in _times(settings, plans).items():
+    for name, times in _times(settings, on_gpu, plans).items():
         table.add_row(name, *times)
     return table
 
@@ -277,18 +283,23 @@ def _fit_table(settings: TrainConfig, plans: list[StagePlan]) -> list[Table]:
     return [table]
 
 
-def _times(settings: TrainConfig, plans: list[StagePlan]) -> dict[str, list[str]]:
+def _times(
+    settings: TrainConfig, on_gpu: TrainConfig, plans: list[StagePlan]
+) -> dict[str, list[str]]:
     """A row for the device at hand and one for a GPU, where that is another."""
     rows: dict[str, list[str]] = {}
     for plan in plans:
-        for name, cell in _time_of(settings, plan, plan).items():
+        for name, cell in _time_of(settings, on_gpu, plan, plan).items():
             rows.setdefault(name, []).append(cell)
     return rows
 
 
-def _time_of(settings: TrainConfig, plan: StagePlan, of: StagePlan | ReadoutPlan) -> dict[str, str]:
+def _time_of(
+    settings: TrainConfig, on_gpu: TrainConfig, plan: StagePlan, of: StagePlan | ReadoutPlan
+) -> dict[str, str]:
     here = cost.throughput(settings, plan.precision, plan.shape.width)
-    there = cost.published(cost.ASSUMED_GPU, plan.precision)
+    node = on_gpu.dcr if plan.stage is Stage.contrastive else on_gpu.sft
+    there = cost.published(cost.ASSUMED_GPU, node.precision)
     found: dict[str, str] = {}
     for rate in {here.device: here, there.device: there}.values():
         flops = of.flops if rate is here else of.padded_flops
@@ -296,7 +307,9 @@ def _time_of(settings: TrainConfig, plan: StagePlan, of: StagePlan | ReadoutPlan
     return found
 
 
-def _readout_table(settings: TrainConfig, plans: list[StagePlan]) -> list[Table]:
+def _readout_table(
+    settings: TrainConfig, on_gpu: TrainConfig, plans: list[StagePlan]
+) -> list[Table]:
     phase, found = settings.sft.readout, [(plan, plan.readout) for plan in plans if plan.readout]
     if not found:
         return []
@@ -310,7 +323,7 @@ def _readout_table(settings: TrainConfig, plans: list[StagePlan]) -> list[Table]
         "batches prepared": f"{of.prepared:,} of {of.batches:,}",
         "tokens through all blocks, once": f"{of.through_all:,}",
         f"tokens through the last {phase.blocks}": f"{of.through_last:,}",
-        **_time_of(settings, plan, of),
+        **_time_of(settings, on_gpu, plan, of),
     }.items():
         table.add_row(name, cell)
     return [table]

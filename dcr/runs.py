@@ -30,8 +30,8 @@ import yaml
 from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
-from dcr import config, storage
-from dcr.config import ConfigError, DataError
+from dcr import config, precision, storage
+from dcr.config import ConfigError, DataError, Precision
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +115,7 @@ class Cost:
     peak_memory_gib: float
     device: str = ""
     device_seconds: float = 0.0  # of the GPU, or of all cores; 0 in earlier runs
+    precision: str = ""  # as it was settled; empty in earlier runs
 
     def of_all_steps(self, stage: str, metrics: Iterable[Mapping[str, Any]]) -> float:
         """What to multiply by where steps of a stage are not among these, by what was logged."""
@@ -213,6 +214,8 @@ class Run:
         if not self.config_file.exists():
             raise ConfigError(f"run={self.folder}: no config.yaml there; name a run folder")
         made_with = storage.read_yaml(self.config_file, MadeWith, RESTORE)
+        for name in ("contrastive_precision", "sft_precision"):  # in earlier folders
+            made_with["model"].pop(name, None)
         made_with["data"].pop("matched", None)  # in earlier folders; read by a preset alone
         named = made_with["data"].get("extraction") or {}
         for before, now in (("harmful", "toxic"), ("harmless", "normal")):  # in earlier folders
@@ -247,6 +250,17 @@ class Run:
         if not self.threads_file.exists():
             return None
         return storage.read_json(self.threads_file, Threads, RESTORE)["threads"]
+
+    def precisions(self) -> dict[str, Precision]:
+        """What `precision=auto` was settled to as the run began, for stages and evaluation."""
+        made_with = self.config() if self.config_file.exists() else {}
+        nodes = {"contrastive": "dcr", "sft": "sft"}
+        named = {use: (made_with.get(node) or {}).get("precision") for use, node in nodes.items()}
+        found = {use: Precision(name) for use, name in named.items() if name not in (None, "auto")}
+        if "sft" in found:
+            return found | {"evaluation": precision.evaluated_in(found["sft"])}
+        own = made_with.get("precision", "auto")  # of a model that was only evaluated
+        return found | ({} if own == "auto" else {"evaluation": Precision(own)})
 
 
 def peak_memory_gib() -> float:
@@ -295,7 +309,9 @@ def claim(run: Run, made_with: Mapping[str, Any], force: bool) -> None:
     `force` is off.
     """
     if run.config_file.exists():
-        changed = storage.differences(binding(run.config()), binding(made_with))
+        # the stages' own precision binds, not the key that they take it from
+        before, now = (binding(each) | {"precision": None} for each in (run.config(), made_with))
+        changed = storage.differences(before, now)
         _refuse(run, "made with another configuration", changed, force)
     storage.write_text(
         run.config_file, yaml.safe_dump(dict(made_with), sort_keys=False, allow_unicode=True)

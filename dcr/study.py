@@ -26,7 +26,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from dcr import cli, config, cost, data, plan, prompts, report, runs, storage
+from dcr import cli, config, cost, data, plan, precision, prompts, report, runs, storage
 from dcr import eval as evaluation_script
 from dcr.config import (
     STAGES,
@@ -359,7 +359,8 @@ def adopt(settings: TrainConfig, run: Run) -> bool:
 
 def donors(settings: TrainConfig, run: Run) -> list[Run]:
     """Runs beside a run whose stage one is done and was made with the same settings."""
-    key, found = stage_one(cli.plain(settings)), []
+    settled, _ = precision.of_training(settings, run.precisions())
+    key, found = stage_one(cli.plain(settled)), []
     for file in sorted(run.folder.parent.glob("*/config.yaml")):
         donor = Run(file.parent)
         with suppress(UserError):  # one of another version, or damaged, has nothing to give
@@ -564,6 +565,7 @@ def _stage_cell(job: Job, stage: Stage, first: dict[str, str], seconds: list[flo
         if key in first or donors(settings, job.run):
             return f"that of {first.get(key, 'an earlier run')}"
         first[key] = job.name
+    settings, _ = precision.of_training(settings, job.run.precisions())
     drawn, *_ = plan.expected(settings)
     of = plan.stage_plan(settings, stage, cost.stage_shape(settings, stage), drawn)
     rate = cost.throughput(settings, of.precision, of.shape.width)

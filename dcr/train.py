@@ -16,6 +16,7 @@ from dcr import (
     config,
     data,
     models,
+    precision,
     runs,
     storage,
     threads,
@@ -44,7 +45,10 @@ def train(settings: TrainConfig, run: Run) -> None:
     TrainingError when training had to stop and Interrupted after a signal.
     """
     wanted = config.stages_of(settings.method, settings.stage)
+    settings, arithmetic = precision.of_training(settings, run.precisions())
     rows = checked(settings, run)
+    if not all(run.done(stage.value) for stage in wanted):
+        arithmetic.say()
     tracked = tracking.tracked(settings.tracking, settings.data, settings.seed)
     with (
         callbacks.quiet(),

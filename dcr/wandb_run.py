@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from dcr import judges, results, storage
-from dcr.config import DataError, EvalConfig, Kind, Method, WandbConfig, WandbMode
+from dcr.config import DataError, EvalConfig, Kind, Method, Precision, WandbConfig, WandbMode
 from dcr.evaluation import sets
 from dcr.generation import Completion
 from dcr.runs import Run
@@ -256,7 +256,7 @@ def variant(metrics: Mapping[str, Any], run: Run) -> str:
         "max_new_tokens": plain.gen.max_new_tokens,
         "limit": plain.limit,
         "seed": plain.seed,
-        "precision": plain.precision.value,
+        "precision": run.precisions().get("evaluation", Precision.auto).value,
     }
     earlier = metrics["weights"] == "contrastive" and run.done("sft")
     return "_".join(

@@ -74,8 +74,7 @@ def words(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> list[s
     evaluated = "{over_refusal: [demo_seemingly_toxic_heldout], safety: [demo_toxic_heldout]}"
     return [
         *(*kept, f"model.name={tiny_folder}", "model.layer=1", "sft.lora.targets=[all-linear]"),
-        *(f"data.evaluation={evaluated}", "sft.precision=fp32", "dcr.precision=fp32"),
-        *("dcr.epochs=1", "limit=4", "gen.max_new_tokens=3", "precision=fp32"),
+        *(f"data.evaluation={evaluated}", "dcr.epochs=1", "limit=4", "gen.max_new_tokens=3"),
     ]
 
 

@@ -362,7 +362,7 @@ def test_steered_answers_are_calibrated_under_their_edit(tmp_path: Path) -> None
 def test_after_harmless_fine_tuning_the_bias_is_the_export_s(whole: Path, tmp_path: Path) -> None:
     """The recipe of docs/evaluation.md: exported, trained on without a refusal, evaluated again."""
     out = tmp_path / "export"
-    assert export.main([f"run={whole}", f"out={out}", "dtype=float32", "calibrate=0.6"]) == 0
+    assert export.main([f"run={whole}", f"out={out}", "precision=fp32", "calibrate=0.6"]) == 0
     harmless = ("method=stl", f"model.name={out}", "data.safety.count=0", "sft.epochs=1")
     after = Run(tmp_path / "harmless")
     train.train(tiny_run.settings(tmp_path / "rows", *harmless), after)

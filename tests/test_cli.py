@@ -422,7 +422,8 @@ def test_help_tells_every_option_with_type_default_and_meaning(
     begins = {line.split()[0]: line for line in told.splitlines() if line.strip()}
     plain = {"???": "needed", "None": "none", "False": "false"}
     for entry in fields(room.Options):
-        line = begins.get(f"{entry.name}=") or begins[f"<{entry.name}>"]
+        key = entry.metadata["key"] or entry.name
+        line = begins.get(f"{key}=") or begins[f"<{key}>"]
         assert re.search("text|path|integer|number|true/false", line)
         default = "none" if entry.type in LISTS else str(entry.default)
         assert f" {plain.get(default, default)} " in line

@@ -284,7 +284,7 @@ CONFIG = {
     "seed": _text("^seed:.*", "seed: [1]"),
     "layer": _text("^  layer: .*", "  layer: x"),
     "label": _text("^  label: tiny", "  label: [1]"),
-    "precision": _text("_precision: .*", "_precision: 17"),
+    "precision": _text("^  precision: .*", "  precision: 17"),
     "unknown": _text("^  label:", "  labbel:"),
     "cut after a line": _text(r"(?s)^  near_duplicate:.*", ""),
     "source": _text("^  seemingly_toxic:", "  seemingly_toxic: 3\n  other:"),

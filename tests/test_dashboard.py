@@ -147,7 +147,7 @@ class Summary:
 @pytest.fixture
 def of_dcr(tmp_path: Path) -> Run:
     """A folder of a run with two epochs of stage one and every toxic row that is left."""
-    stages = {"dcr": {"epochs": 2, "ratio": None}, "sft": {}}
+    stages = {"dcr": {"epochs": 2, "ratio": None}, "sft": {"precision": "bf16"}}
     nodes = {"model": {"name": "tiny"}, "data": {}} | stages
     (run := Run(tmp_path)).config_file.write_text(
         json.dumps({"method": "dcr", "seed": 0, "preset_name": "paper"} | nodes)

@@ -35,7 +35,9 @@ from tests.servers.scripted import Body, completion, last_user, rejected, script
 def composed(*overrides: str) -> DictConfig:
     cli.prepare()
     with initialize_config_dir(str(tiny_run.CONF), version_base="1.3"):
-        return compose("eval", ["gen.max_new_tokens=4", "trainer.progress=false", *overrides])
+        return compose(
+            "eval", ["gen.max_new_tokens=4", "precision=fp32", "trainer.progress=false", *overrides]
+        )
 
 
 def resolved(*overrides: str) -> tuple[EvalConfig, Run]:

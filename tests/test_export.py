@@ -148,7 +148,7 @@ def elsewhere(made: Made, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     made.run.folder.rename(hidden)  # nothing may lean on where it was trained
     try:
         assert export.main([f"run={run.folder}", "relink=true"]) == 0
-        assert export.main([f"run={run.folder}", f"out={place / 'merged'}", "dtype=float32"]) == 0
+        assert export.main([f"run={run.folder}", f"out={place / 'merged'}", "precision=fp32"]) == 0
         numbers = ",".join(map(str, IDS[0].tolist()))
         arguments = [place / "merged", run.stage("sft"), numbers, place / "logits.pt"]
         subprocess.run(
@@ -179,7 +179,7 @@ def test_plain_transformers_decodes_a_calibrated_export_as_we_do(
     config["model"]["template"] = "chatml"
     moved.config_file.write_text(yaml.safe_dump(config))
     out = tmp_path / "calibrated"
-    asked = [f"run={moved.folder}", f"out={out}", "dtype=float32", "calibrate=0.9"]
+    asked = [f"run={moved.folder}", f"out={out}", "precision=fp32", "calibrate=0.9"]
     assert export.main(asked) == 0
     node = ModelConfig(name=str(out), template="chatml", system_prompt=SYSTEM)
     settings = EvalConfig(model=node, calibrate="0.9", precision=Precision.fp32)
@@ -263,7 +263,8 @@ def test_another_base_is_refused(moved: Run) -> None:
 
 @pytest.fixture(scope="module")
 def exported(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export.export(made.run, tmp_path_factory.mktemp("exported") / "out")
+    out = tmp_path_factory.mktemp("exported") / "out"
+    return export.export(made.run, out, precision=Precision.bf16)
 
 
 def test_weights_are_merged_and_cast_at_the_end(made: Made, exported: Path) -> None:
@@ -312,7 +313,7 @@ def test_every_end_token_stops_generation(exported: Path) -> None:
 
 
 def test_stage_one_can_be_exported_alone(made: Made, tmp_path: Path) -> None:
-    out = export.export(made.run, tmp_path / "one", stage="contrastive", dtype="float32")
+    out = export.export(made.run, tmp_path / "one", stage="contrastive", precision=Precision.fp32)
     model = AutoModelForCausalLM.from_pretrained(out)
     torch.testing.assert_close(_logits(model), made.stage_one)
     assert "no safety fine-tuning" in (out / "README.md").read_text().replace("\n", " ")
@@ -360,11 +361,13 @@ def test_code_is_trusted_where_the_run_did(
 def test_the_type_of_the_weights_is_said(
     made: Made, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """bfloat16 moves the logits, so the command and the card say so; float32 does not."""
-    export.main([f"run={made.run.folder}", f"out={tmp_path / 'fp32'}", "dtype=float32"])
+    """bfloat16 moves the logits, so the command and the card say so; float32, in which this run was
+    trained, does not.
+    """
+    export.main([f"run={made.run.folder}", f"out={tmp_path / 'fp32'}"])
     assert "bfloat16" not in capsys.readouterr().out
     assert "The weights are in float32" in (tmp_path / "fp32/README.md").read_text()
-    export.main([f"run={made.run.folder}", f"out={tmp_path / 'bf16'}"])
+    export.main([f"run={made.run.folder}", f"out={tmp_path / 'bf16'}", "precision=bf16"])
     assert "in bfloat16, rounded from a merge in float32" in capsys.readouterr().out
     assert "The weights are in bfloat16" in (tmp_path / "bf16/README.md").read_text()
     apart = {
@@ -392,7 +395,7 @@ def test_nothing_is_overwritten(made: Made, exported: Path) -> None:
         (["run=x"], "out: nothing given; name a new folder with out="),
         (["out=x"], "run: nothing given; it is the run folder"),
         (["run=x", "out=y", "stage=base"], "stage=base: choose one of sft, contrastive"),
-        (["run=x", "out=y", "dtype=int8"], "dtype=int8: choose one of bfloat16, float32"),
+        (["run=x", "out=y", "precision=int8"], "precision=int8: choose one of auto, bf16, fp32"),
         (["run=x", "relink=maybe"], "relink=maybe: give true or false"),
         (["run=/nowhere", "out=y"], "no config.yaml there"),
         (["run=/nowhere", "relink=true"], "holds no adapter"),
@@ -634,7 +637,7 @@ def test_chat_answers_forgets_and_ends(
 ) -> None:
     def talk(*lines: str) -> str:
         monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
-        assert chat.main([f"run={made.run.folder}", "max_new_tokens=5"]) == 0
+        assert chat.main([f"run={made.run.folder}", "gen.max_new_tokens=5"]) == 0
         return capsys.readouterr().out
 
     once = talk("Hello", "/quit", "unheard")
@@ -645,7 +648,7 @@ def test_chat_answers_forgets_and_ends(
 
 
 def dialogue(run: Run, length: int, stage: str = "sft", **told: Any) -> chat.Dialogue:
-    policy, model = chat.open_stage(run, stage)
+    policy, model, _ = chat.open_stage(run, stage)
     format_ = prompts.chat_format(policy.tokenizer, replace(model, **told))
     return chat.Dialogue(policy, format_, length)
 

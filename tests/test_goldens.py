@@ -30,7 +30,8 @@ TOLERANCE = 2e-3  # relative: other CPUs round otherwise, and training carries t
 # another, the bootstrap draws other resamples, by which its ends moved by up to 0.0035.
 INTERVAL = 5e-3
 TRAINED = (
-    *("model=tiny", "run=run", "seed=0", "trainer.accelerator=cpu", "trainer.threads=1"),
+    *("model=tiny", "precision=fp32", "run=run", "seed=0", "trainer.threads=1"),
+    "trainer.accelerator=cpu",
     *("trainer.progress=false", "wandb.mode=disabled", "data.normal.count=16"),
     *("data.safety.count=8", "data.seemingly_toxic.count=10", "dcr.batch_size=8"),
 )

@@ -97,7 +97,7 @@ def child(shape: dict[str, Any], block: int, settings: str, packed: bool) -> Non
     from tiny_run import fit
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from dcr import cli, config, cost, models
+    from dcr import cli, config, cost, models, precision
     from dcr.config import Adapter, Precision, Stage, TrainConfig
     from dcr.models import Policy
     from dcr.training.contrastive import ContrastiveModule
@@ -109,15 +109,15 @@ def child(shape: dict[str, Any], block: int, settings: str, packed: bool) -> Non
     torch.set_num_threads(1)
     torch.manual_seed(0)
     told = ["model=llama3_8b", f"dcr.layer={block}", "trainer.accelerator=cpu", *settings.split()]
-    made = config.resolve(cli.compose("train", told), TrainConfig)
+    made, _ = precision.of_training(config.resolve(cli.compose("train", told), TrainConfig))
     made.model.architecture = shape
     node, batches = made.dcr, [batch(shape["vocab_size"], packed) for _ in range(3)]
 
     def train(**smaller: int) -> None:
-        precision = torch.bfloat16 if node.precision is Precision.bf16 else torch.float32
+        dtype = torch.bfloat16 if node.precision is Precision.bf16 else torch.float32
         made_of: Any = shape | smaller
         built = AutoConfig.for_model(**made_of)
-        model = AutoModelForCausalLM.from_config(built, dtype=precision)
+        model = AutoModelForCausalLM.from_config(built, dtype=dtype)
         if node.adapter is Adapter.lora:
             model = models.add_lora(model, node.lora, 0, blocks=block)
         policy = Policy(model, models.byte_tokenizer(), "random")

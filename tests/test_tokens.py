@@ -92,7 +92,7 @@ def test_a_template_with_words_of_transformers_own_is_left_to_it(tmp_path: Path)
 
 
 def settings(*overrides: str) -> TrainConfig:
-    return config.resolve(cli.compose("train", list(overrides)), TrainConfig)
+    return config.resolve(cli.compose("train", ["precision=bf16", *overrides]), TrainConfig)
 
 
 def both(told: TrainConfig, stage: Stage, patch: pytest.MonkeyPatch) -> tuple[cost.Shape, ...]:

@@ -59,6 +59,7 @@ def overrides(folder: Path, *more: str) -> list[str]:
     files = write_rows(folder)
     return [
         "model=tiny",
+        "precision=fp32",  # the same numbers on every processor
         *(f"data.{name}.source={file}" for name, file in files.items()),
         "data.safety.refusals_only=false",
         "data.evaluation={over_refusal: [], safety: []}",

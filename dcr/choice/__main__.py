@@ -2,15 +2,15 @@
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from dcr import choice, cli, config, storage, threads
+from dcr import choice, cli, config, precision, storage, threads
 from dcr.choice.origins import FEWEST, LIMIT
-from dcr.config import TrainConfig, UserError
+from dcr.config import Precision, TrainConfig, UserError
 from dcr.statistics import Interval
 from dcr.text import label_of
 
@@ -41,6 +41,11 @@ class Options:
     out: Path | None = cli.option(
         "a .json file; not given: outputs/choice/<model>-<data>.json", None
     )
+    precision: str = cli.option(
+        "of the model; auto: what the device does natively",
+        "auto",
+        choices=[each.value for each in Precision],
+    )
     settings: list[str] = cli.option(
         "any setting of train.py; python train.py --cfg job lists them", [], rest=True
     )
@@ -48,10 +53,17 @@ class Options:
 
 @cli.command(Options)
 def main(options: Options) -> None:
-    settings = config.resolve(cli.compose("train", options.settings, Options), TrainConfig)
+    words = [*options.settings, f"precision={options.precision}"]
+    settings = config.resolve(cli.compose("train", words, Options), TrainConfig)
     out = _out(options, settings)
+    stage_one = {"contrastive": settings.dcr.precision}
+    arithmetic = precision.settled(stage_one, settings.trainer.accelerator)
+    arithmetic.say()
+    node = replace(settings.dcr, precision=arithmetic.precisions["contrastive"])
+    settings = replace(settings, dcr=node)
     threads.use(settings.trainer.threads)
     found = choice.choose(settings, limit=options.limit, pairs=options.pairs, tests=options.tests)
+    found = replace(found, notes=[*found.notes, f"precision: {arithmetic.told}"])
     storage.write_json(out, found.record())
     print(f"{describe(found)}\n\n{out}")
 

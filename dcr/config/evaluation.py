@@ -165,7 +165,7 @@ class GuardConfig:
 
     model: str = MISSING
     revision: str | None = None
-    precision: Precision = Precision.bf16
+    precision: Precision = Precision.auto  # of the guard alone
     batch_size: int = 8
     max_new_tokens: int = 20
 
@@ -316,7 +316,8 @@ class EvalConfig:
     calibrate: str | None = None
     seed: int = 0  # of every draw
     output: str = "outputs/base"  # the folder for a model or an endpoint, which have no run
-    precision: Precision = Precision.bf16
+    # auto: as the run was trained, else what the device does natively.
+    precision: Precision = Precision.auto
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     gen: GenConfig = field(default_factory=GenConfig)

@@ -20,6 +20,7 @@ from dcr.config.schema import (
     DataConfig,
     Method,
     ModelConfig,
+    Precision,
     SFTConfig,
     SourceConfig,
     TrainConfig,
@@ -38,7 +39,7 @@ SHAPE = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")
 READ_AGAIN: dict[str, tuple[type, tuple[str, ...]]] = {
     "model": (ModelConfig, ()),
     "data": (DataConfig, ()),
-    "dcr": (ContrastiveConfig, ("layer", "depth")),
+    "dcr": (ContrastiveConfig, ("layer", "depth", "precision")),
     "sft": (SFTConfig, ("precision",)),
 }
 
@@ -109,6 +110,11 @@ def check_made_with(made_with: Mapping[str, Any], before: str, after: str) -> No
 
     `before` and `after` stand around what is wrong: the file, the cure.
     """
+    own = str(made_with.get("precision", Precision.auto.value))
+    if own not in Precision.__members__:
+        raise DataError(
+            f"{before}precision={own}: none of {', '.join(Precision.__members__)}{after}"
+        )
     trained = made_with.get("method") in Method.__members__
     for name, (schema, keys) in READ_AGAIN.items():
         if trained and name not in made_with:

@@ -76,6 +76,7 @@ class Sampler(Enum):
 
 
 class Precision(Enum):
+    auto = "auto"  # what the device does natively, see `dcr.precision`
     mixed = "mixed"  # fp32 weights and optimiser states, bf16 autocast
     bf16 = "bf16"
     fp32 = "fp32"
@@ -148,8 +149,6 @@ class ModelConfig:
     sft_epochs: int = 3  # of SFT
     sft_lr: float = 1e-4  # of SFT
     sft_batch_size: int = 128  # rows a step of SFT
-    contrastive_precision: Precision = Precision.mixed
-    sft_precision: Precision = Precision.bf16
     # Names of projections, or [all-linear].
     lora_targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
     scans_alpha: float = 1.0  # SCANS' strength
@@ -279,7 +278,7 @@ class ContrastiveConfig:
     nll: NLLConfig = field(default_factory=NLLConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: Schedule = Schedule.constant
-    precision: Precision = II("model.contrastive_precision")
+    precision: Precision = II("precision")
     gradient_checkpointing: bool = False  # less memory for more time
     adapter: Adapter = Adapter.full  # train the blocks' own weights, or a LoRA adapter on them
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -325,7 +324,7 @@ class SFTConfig:
     train_on_prompt: bool = False  # learn the prompt's tokens too
     # What answers end with; auto: the chat's end where the model knows it.
     terminator: Terminator = Terminator.auto
-    precision: Precision = II("model.sft_precision")
+    precision: Precision = II("precision")
     gradient_checkpointing: bool = False  # less memory for more time
     lora: LoraConfig = field(default_factory=LoraConfig)
     readout: ReadoutConfig = field(default_factory=ReadoutConfig)
@@ -397,6 +396,8 @@ class TrainConfig:
     stage: Stage = Stage.all  # which of the method's stages
     preset_name: str = "paper"  # set by preset=
     seed: int = 0  # of every draw of rows, batches and weights
+    # Of both stages and their evaluation; auto: what the device does natively.
+    precision: Precision = Precision.auto
     plan: bool = False  # say what would be done and stop
     force: bool = False  # go on in a folder that was made with other settings
     # The run folder; null: named after the settings, so that a command finds its own.

@@ -22,6 +22,7 @@ from rich.text import Text
 
 from dcr import blueprint, cli, config, cost, plan, progress, report, storage, study, threads
 from dcr.config import EMBEDDED_MODEL, TrainConfig
+from dcr.precision import of_training
 from dcr.runs import Run
 
 # Of preset=recommended, DCR has one epoch of stage one in place of four, and a readout that learns
@@ -177,6 +178,7 @@ def _open() -> None:
 def _speed(settings: TrainConfig, waiting: Sequence[Part]) -> tuple[float, int]:
     """Operations a second of a product, and threads; says what follows for the time of all."""
     number, _ = threads.chosen(settings.trainer.threads)
+    settings, _ = of_training(settings)
     precision = settings.sft.precision
     rate = cost.timed_product(cost.device_type(settings), precision, WIDTH, number)
     if settings.model.name == EMBEDDED_MODEL and cost.device_type(settings) == "cpu":

@@ -14,6 +14,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dcr import precision
 from dcr.models.structure import evaluating
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -249,7 +250,8 @@ def prepacked(model: nn.Module) -> Iterator[None]:
     passes. Nothing changes where the copies would take more than `COPIES` bytes.
     """
     layers = model.modules() if torch.backends.mkldnn.is_available() else ()
-    changed: list[Any] = [layer for layer in layers if _is_packable(layer)]
+    kinds = {torch.float32, *([torch.bfloat16] if precision.cpu_unit() else [])}
+    changed: list[Any] = [layer for layer in layers if _is_packable(layer, kinds)]
     if sum(layer.weight.nbytes for layer in changed) > COPIES:
         changed = []
     try:
@@ -262,13 +264,10 @@ def prepacked(model: nn.Module) -> Iterator[None]:
             del layer.forward
 
 
-def _is_packable(layer: Any) -> bool:
+def _is_packable(layer: Any, kinds: set[torch.dtype]) -> bool:
     """A plain one that is worth it, of a type that oneDNN multiplies here."""
     if type(layer) is not nn.Linear or "forward" in vars(layer):
         return False
-    kinds = [torch.float32]
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        kinds.append(torch.bfloat16)
     weight = layer.weight
     plain = type(weight.data) is Tensor and weight.device.type == "cpu" and weight.dtype in kinds
     return plain and min(weight.shape) >= NARROW

@@ -178,8 +178,8 @@ class StepClock(Callback):
     rate of a resumed stage is a rate of its last part. Memory is the first process's.
     """
 
-    def __init__(self, run: Run, stage: str) -> None:
-        self.run, self.stage = run, stage
+    def __init__(self, run: Run, stage: str, precision: str = "") -> None:
+        self.run, self.stage, self.precision = run, stage, precision
         self.seconds, self.tokens, self.steps, self.began = 0.0, 0, 0, 0.0
         self.cpu_seconds, self.cpu_began = 0.0, 0.0
 
@@ -214,4 +214,5 @@ class StepClock(Callback):
             if on_gpu
             else f"CPU, threads: {torch.get_num_threads()}",
             device_seconds=round(self.seconds if on_gpu else self.cpu_seconds, 3),
+            precision=self.precision,
         )

@@ -265,7 +265,7 @@ def _trainer(
     bar = callbacks.Progress(stage.value, total, STEP_LOSS[stage])
     followed = [
         # it stops at the end of a step before anything is measured or saved there
-        callbacks.StepClock(job.run, stage.value),
+        callbacks.StepClock(job.run, stage.value, precision.value),
         *between,
         *([bar] if options.progress else []),
         resuming.StepSeed(settings.seed),

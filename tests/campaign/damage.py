@@ -31,7 +31,7 @@ class Reader:
 READERS = {
     "eval": Reader(("eval.py", "run=run", *SCORED, TASKS), ("run/eval/",)),
     "eval anew": Reader(("eval.py", "run=run", *SCORED, "gen.max_new_tokens=5"), ("run/eval/",)),
-    "export": Reader(("dcr.export", "run=run", "out=exported", "dtype=float32"), ("exported/",)),
+    "export": Reader(("dcr.export", "run=run", "out=exported", "precision=fp32"), ("exported/",)),
     "report": Reader(
         (
             "dcr.report",
