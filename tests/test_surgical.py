@@ -325,7 +325,7 @@ def test_the_choice_is_the_best_of_all_candidates_within_the_bounds(
 ) -> None:
     chat = brief(planted)
     caplog.set_level(logging.INFO, "dcr.steering")
-    truth = brute_force(planted, chat, 0.8, *looped)
+    truth = brute_force(planted, chat, 1.0, *looped)
     # bounds at the median, which the best of all must not pass, or there is nothing to test
     bounds = {}
     for name, sign in (("ablated", 1), ("added", -1)):
@@ -335,7 +335,7 @@ def test_the_choice_is_the_best_of_all_candidates_within_the_bounds(
         best = min(found, key=lambda place: sign * found[place][1])
         if found[best][0] <= bounds[name]:
             bounds[name] = 0.99 * found[best][0]
-    told = asked(orthogonalise=0.8, ablation_kl=bounds["ablated"], addition_kl=bounds["added"])
+    told = asked(ablation_kl=bounds["ablated"], addition_kl=bounds["added"])
     tensors, info = surgical.find(planted, chat, EXTRACTION, told)
     assert f"{len(tail_of(planted))} positions × {BLOCKS} blocks are tried" in caplog.text
     for name, sign in (("ablated", 1), ("added", -1)):
@@ -404,7 +404,6 @@ def test_prompts_on_the_wrong_side_of_the_score_are_left_out(planted: Policy) ->
             r"^steering\.surgical\.ablation_kl=1e-09: each of 8 .*; raise it$",
         ),
         ({"addition_kl": 1e-9}, r"^steering\.surgical\.addition_kl=1e-09: each of 8 .* raise it$"),
-        ({"prune_layers": 0.3}, r"prune_layers=0\.3: leaves 1 of 4 blocks .* at least 0\.5$"),
         ({"train": 12}, r"^steering\.surgical\.train=12: no seemingly_toxic and no normal .*low"),
     ],
 )
@@ -413,6 +412,16 @@ def test_what_cannot_be_chosen_names_key_and_cure(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         surgical.find(planted, brief(planted), EXTRACTION, asked(**given))
+
+
+def test_a_model_of_too_few_blocks_has_no_candidate(
+    planted: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(surgical, "CANDIDATES_BELOW", 0.3)
+    with pytest.raises(
+        ConfigError, match=r"^model\.name: leaves 1 of 4 blocks .* 3 blocks or more$"
+    ):
+        surgical.find(planted, brief(planted), EXTRACTION, asked())
 
 
 def test_kinds_that_do_not_differ_have_no_direction(planted: Policy) -> None:

@@ -98,7 +98,7 @@ RANGES = {
         ("batch_size general_batch_size max_new_tokens repeat", _positive, "give 1 or more"),
         ("devices num_nodes checkpoint_every_n_steps", _positive, "give 1 or more"),
         ("micro_tokens", _positive, "give the padded tokens of one forward pass, above 0"),
-        ("depth prune_layers", lambda v: 0 < v <= 1, "give a share of the depth inside (0, 1]"),
+        ("depth", lambda v: 0 < v <= 1, "give a share of the depth inside (0, 1]"),
         ("layer", _not_negative, "blocks are counted from 1"),
         ("lr", lambda v: 0 < v <= 1, "give a learning rate above 0, at most 1"),
         ("weight weight_decay drift greedy snapshots retries", _not_negative, "give 0 or more"),

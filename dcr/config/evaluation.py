@@ -237,10 +237,8 @@ class SurgicalConfig:
     validation: int = 32  # prompts of each kind that candidates are selected on
     add: float = II("model.surgical_add")  # of the toxic direction
     ablate: float = II("model.surgical_ablate")  # of the false-refusal direction
-    orthogonalise: float = 1.0  # λ: 1 removes the whole component along the toxic direction
     ablation_kl: float = 0.2  # the most that ablating a candidate may change ordinary answers
     addition_kl: float = 2.0  # the same for adding it
-    prune_layers: float = 0.8  # candidates lie below this share of the depth
     # Whose probability candidates are chosen by.
     refusal_tokens: list[str] = II("model.refusal_tokens")
 

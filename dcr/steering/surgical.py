@@ -42,6 +42,9 @@ Tokens = list[int]
 FEWEST = 8  # prompts of a kind: with fewer, the mean says more about them than about the kind
 # A vector that is shorter than this share of those it is a difference of is their rounding.
 ROUNDING = 1e-6
+# The released config's λ: 1 removes the whole component along the toxic direction.
+ORTHOGONALISED = 1.0
+CANDIDATES_BELOW = 0.8  # of the depth, as released: no candidate is taken from the last blocks
 # Of the depth; the layers that the authors select lie between 0.3 and 0.65 of it, by model.
 RELATIVE_DEPTH = 0.6
 SITES = (Site.block_input, Site.attention_output, Site.mlp_output)
@@ -91,7 +94,7 @@ def find(
     """Tensors `ablated` (w', of length 1) and `added` (r, as it was measured), both [width].
 
     Of each kind the first `train` prompts give the means and the next `validation` choose among
-    candidates: (template tokens behind the instruction) × ⌊`prune_layers`·depth⌋ for either
+    candidates: (template tokens behind the instruction) × ⌊0.8·depth⌋ for either
     vector. Two passes over the former, and for each candidate up to three over the latter.
 
     Raises ConfigError where fewer than FEWEST training prompts of a kind pass the filter, no
@@ -99,13 +102,13 @@ def find(
     cannot follow it.
     """
     options, model = settings.surgical, policy.model
-    blocks = _blocks(len(models.decoder_blocks(model)), options.prune_layers)
+    blocks = _blocks(len(models.decoder_blocks(model)))
     refusals = openings(chat, options.refusal_tokens).to(model.device)
     train, held = _split(chat, extraction, options)
     behind = tail(chat, [ids for part in (train, held) for rows in part.values() for ids in rows])
     kept = _filtered(model, train, refusals, options)
     toxic, seemingly_toxic = directions(model, kept, len(behind), blocks)
-    pure = orthogonalised(seemingly_toxic, toxic, options.orthogonalise)
+    pure = orthogonalised(seemingly_toxic, toxic, ORTHOGONALISED)
     clean = {kind: last_log_p(model, rows) for kind, rows in held.items()}
     bench = Validation(model, held["normal"], held["seemingly_toxic"], clean["normal"], refusals)
     log.info(
@@ -144,16 +147,13 @@ def edits(policy: Policy, _chat: ChatFormat, made: Vectors, settings: SteeringCo
     return [*everywhere(depth, tensors["ablated"], settings.strength * options.ablate), added]
 
 
-def _blocks(depth: int, share: float) -> int:
-    """How many blocks, from the first, candidates are taken from: ⌊share·depth⌋."""
-    blocks = int(share * depth + 1e-9)  # 0.29 · 100 is 28.999…
+def _blocks(depth: int) -> int:
+    """How many blocks, from the first, candidates are taken from."""
+    blocks = int(CANDIDATES_BELOW * depth)
     if blocks < 2:  # before the first block no token has seen another
         raise ConfigError(
-            f"steering.surgical.prune_layers={share}: leaves {blocks} of {depth} blocks to take "
-            f"vectors from; give at least {math.ceil(200 / depth) / 100}"
-            if depth > 1
-            else f"model.name: a model of {depth} block has no input that saw a whole prompt; "
-            "Surgical needs 2 blocks or more"
+            f"model.name: leaves {blocks} of {depth} blocks to take vectors from, which lie below "
+            f"{CANDIDATES_BELOW} of the depth and behind the first; Surgical needs 3 blocks or more"
         )
     return blocks
 
