@@ -118,14 +118,6 @@ class Phrases(Enum):
     extended = "extended"
 
 
-class Normalise(Enum):
-    """What a kernel's norms are divided by (A.6)."""
-
-    observer = "observer"
-    symmetric = "symmetric"
-    none = "none"
-
-
 class KernelMethod(Enum):
     exact = "exact"
     finite_difference = "finite_difference"
@@ -355,10 +347,8 @@ class KernelConfig:
     # tail:N, trunk:ℓ, all or adapter
     params: list[str] = field(default_factory=lambda: ["tail:2"])
     head: bool = True  # count the head's own matrix
-    normalise: Normalise = Normalise.observer
     method: KernelMethod = KernelMethod.exact  # exact, or the paper's finite differences
     prompts: int = 25  # of each kind
-    self_pairs: bool = False  # count a prompt with itself in the mean of its kind
     budget_gib: float = 4.0  # for the factors of gradients that are held at once
 
 
