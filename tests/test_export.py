@@ -212,7 +212,7 @@ def test_an_export_of_a_base_that_samples_and_penalises_decodes_as_evaluated(mov
     own = {"do_sample": True, "temperature": 0.7, "top_k": 5, "repetition_penalty": 1.1}
     GenerationConfig(**own).save_pretrained(moved.stage("contrastive"))
     storage.write_checksums(moved.stage("contrastive"))
-    out = export.export(moved, moved.folder / "out", dtype="float32")
+    out = export.export(moved, moved.folder / "out", precision=Precision.fp32)
     card = (out / "README.md").read_text()
     assert all(f"| `{name}` | `{json.dumps(value)}` |" in card for name, value in own.items())
     settings = EvalConfig(
