@@ -101,7 +101,10 @@ def _aligned(
         study.all_done(job.parts())
     folders = [job.run.folder for job in (base, stl, dcr)]
     print(report.build(folders, out / "align.html", [discernment.NAME], notes=[*notes, why]))
-    written = functools.partial(export.export, dcr.run, target, calibrate=safe)
+    trusted = settings.model.trust_remote_code
+    written = functools.partial(
+        export.export, dcr.run, target, calibrate=safe, trust_remote_code=trusted
+    )
     study.all_done([Part("DCR", "export", (target / "config.json").exists, written)])
     return target
 

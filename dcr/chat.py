@@ -39,6 +39,9 @@ class Options:
         "auto",
         choices=("auto", "bf16", "fp32"),
     )
+    trust_remote_code: bool = cli.option(
+        "run code that comes with the weights; a run's own settings never switch it on", False
+    )
 
 
 @dataclass
@@ -119,7 +122,12 @@ class Dialogue:
 @cli.command(Options)
 def main(options: Options) -> None:
     """Converse until /quit or the end of input."""
-    policy, model, told = open_stage(Run(options.run), options.stage, Precision(options.precision))
+    policy, model, told = open_stage(
+        Run(options.run),
+        options.stage,
+        Precision(options.precision),
+        options.trust_remote_code,
+    )
     from dcr import batching
 
     threads.use()
@@ -128,7 +136,7 @@ def main(options: Options) -> None:
         policy, prompts.chat_format(policy.tokenizer, model), options.max_new_tokens
     )
     if sys.stdin.isatty():
-        print(_dim(f"{policy.name}, {told}. /reset forgets the dialogue, /quit ends it."))
+        _aside(f"{policy.name}, {told}. /reset forgets the dialogue, /quit ends it.")
     while (message := _line()) not in (None, "/quit"):
         if message == "/reset":
             dialogue.turns.clear()
@@ -148,18 +156,28 @@ def _exchange(dialogue: Dialogue, message: str) -> None:
     try:
         answer, mass = dialogue.ask(message)
     except ConfigError as error:
-        print(_dim(str(error)))
+        _aside(str(error))
         return
     verdict = refusal.outcome(answer, "recommended")
-    print(_dim(f"[{verdict}, first-token refusal mass {mass:.2f}]"), flush=True)
+    _aside(f"[{verdict}, first-token refusal mass {mass:.2f}]")
 
 
-def _dim(text: str) -> str:
-    return f"{DIM}{text}{UNDIMMED}" if sys.stdout.isatty() else text
+def _aside(text: str) -> None:
+    """Print a line, dimmed on a terminal."""
+    terminal = cli.own_output() if sys.stdout.isatty() else None
+    if terminal:
+        terminal.write(DIM)
+    print(text, flush=True)
+    if terminal:
+        terminal.write(UNDIMMED)
+        terminal.flush()
 
 
 def open_stage(
-    run: Run, stage: str | None = None, asked: Precision = Precision.auto
+    run: Run,
+    stage: str | None = None,
+    asked: Precision = Precision.auto,
+    trust_remote_code: bool = False,
 ) -> "tuple[Policy, ModelConfig, str]":
     """The model of a stage (the last that is done for None), the run's model settings, and in words
     the precision.
@@ -167,7 +185,7 @@ def open_stage(
     Raises ConfigError when the stage is not done or its base cannot be opened.
     """
     made_with = run.config()
-    model = config.model_of(made_with)
+    model = config.model_of(made_with, trust_remote_code)
     stage = stage or next((name for name in STAGES[:2] if run.done(name)), "sft")
     if stage != "base" and not run.done(stage):
         raise ConfigError(f"run={run.folder}: stage {stage} is not done there; train it first")
@@ -179,7 +197,7 @@ def open_stage(
     if stage == "base":
         policy = models.open_policy(model, found)
     else:
-        policy = models.open_result(run.stage(stage), found, model.trust_remote_code)
+        policy = models.open_result(run.stage(stage), found, trust_remote_code)
     return policy, model, arithmetic.told
 
 

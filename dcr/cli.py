@@ -15,6 +15,7 @@ import io
 import logging
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -22,8 +23,9 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import Field, dataclass, field, fields
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import Field, dataclass, field, fields, is_dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -101,6 +103,41 @@ class SafeRecord(logging.LogRecord):
 
     def getMessage(self) -> str:
         return printable(redact(super().getMessage()))
+
+
+class SafeOutput:
+    """Standard output without secrets and control codes, whoever wrote the text that is printed.
+
+    A model that is talked to, a database or a folder of another's is foreign text as well.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def write(self, text: str) -> int:
+        self.inner.write(printable(redact(text)))
+        return len(text)
+
+
+def own_output() -> Any:
+    """Standard output past SafeOutput, for codes of our own."""
+    return getattr(sys.stdout, "inner", sys.stdout)
+
+
+@contextmanager
+def _safe_output() -> Iterator[None]:
+    """Print through SafeOutput, and tracebacks of faults of ours without secrets too."""
+    with redirect_stdout(SafeOutput(sys.stdout)):  # pyright: ignore[reportArgumentType]
+        sys.excepthook = lambda _, error, __: print_traceback(error)
+        yield
+
+
+def print_traceback(error: BaseException) -> None:
+    """On stderr, without secrets and control codes."""
+    print(printable(redact("".join(traceback.format_exception(error)))), file=sys.stderr)
 
 
 def _quieten() -> None:
@@ -185,6 +222,7 @@ class Outcome:
 # end, a sweep reports them.
 BEGUN: list[list[str]] = []
 OUTCOMES: list[Outcome] = []
+STOPS: list[signal.Signals] = []  # that this process received and is ending for
 
 
 def job(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
@@ -209,7 +247,7 @@ def job(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
             if _sweeps(here=False):
                 raise
             if not isinstance(caught, UserError):
-                traceback.print_exception(caught)
+                print_traceback(caught)
             elif caught.exit_code > SIGNALLED:
                 fail(str(caught), caught.exit_code)
             error = caught
@@ -225,9 +263,14 @@ def job(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
 def faults_in_words() -> Iterator[None]:
     """Turn what the configuration, the disk or the memory is to blame for into a UserError."""
     try:
-        yield
+        try:
+            yield
+        except Exception as error:
+            if STOPS:  # a library that cleaned up behind the signal's exception raised another
+                raise KeyboardInterrupt from error
+            raise
     except OmegaConfBaseException as error:
-        raise ConfigError(config.one_line(error, *_schemas())) from error
+        raise ConfigError(_said(error)) from error
     except (RuntimeError, MemoryError) as error:
         from dcr import batching  # with torch, which only what can fail like this has loaded
 
@@ -266,14 +309,13 @@ def _stopped_by(goes_on: bool) -> Iterator[None]:
 
     Raises UserError with the signal's exit code in place of KeyboardInterrupt.
     """
-    received = [signal.SIGINT]
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     before = {number: signal.getsignal(number) for number in numbers}
 
     def stop(number: int, _: object) -> None:
         for each in before:
             signal.signal(each, signal.SIG_IGN)
-        received.append(signal.Signals(number))
+        STOPS.append(signal.Signals(number))
         raise KeyboardInterrupt
 
     for number in before:
@@ -281,8 +323,9 @@ def _stopped_by(goes_on: bool) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        raise Stopped(received[-1], goes_on) from error
+        raise Stopped(STOPS[-1] if STOPS else signal.SIGINT, goes_on) from error
     finally:
+        STOPS.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -319,17 +362,17 @@ def run(main: Callable[[], Any]) -> None:
         named = hashlib.sha256(" ".join(sys.argv[1:]).encode()).hexdigest()[:8]
         os.environ.setdefault("DCR_SWEEP", f"sweep-{named}")
     try:
-        with _stopped_by(goes_on=True), faults_in_words():
+        with _safe_output(), _stopped_by(goes_on=True), faults_in_words():
             if parent := os.environ.pop(PARENT, ""):
                 end_with(int(parent))
             _check_command_line()
             main()
     except UserError as error:
         fail(str(error), error.exit_code)
-    except (HydraException, ValueError, TypeError) as error:
+    except (HydraException, ValueError, TypeError, AttributeError) as error:
         if BEGUN:
             raise
-        fail(config.one_line(error, *_schemas()), ConfigError.exit_code)
+        fail(_said(error), ConfigError.exit_code)
     finally:
         if sweep:
             _forget_sweep()
@@ -362,9 +405,30 @@ def _check_command_line() -> None:
         if getattr(known, option, None):
             flag = f"--{option.replace('_', '-')}"
             raise ConfigError(f"{flag}: {does}; write settings key=value instead")
+    _refuse_intervals(known.overrides)
     for argument in unknown:
         cure = "settings are written key=value" if argument[0] == "-" else "options come first"
         raise ConfigError(f"{argument}: {cure}, as in -m dcr.epochs=1,2")
+
+
+def _said(error: Exception) -> str:
+    """What is wrong with a setting, be it through the run folder's name, made of all of them."""
+    said = config.one_line(error, *_schemas())
+    named = [word for word in sys.argv[1:] if "${" in word]
+    if not said.startswith("hydra.") or not named:
+        return said
+    return f"{named[0]}: {said.partition(': ')[2]}"
+
+
+def _refuse_intervals(overrides: Sequence[str]) -> None:
+    """Raises ConfigError for what Hydra's sweeper refuses without saying of which setting."""
+    for word in overrides:
+        key, _, value = word.partition("=")
+        if re.match(r"(tag\(.*)?interval\(", value):
+            raise ConfigError(
+                f"{word}: a sweep takes values, as in {key}=1,2 or range(1,4), and python -m "
+                f"dcr.search an interval, {key}=<low>..<high>"
+            )
 
 
 def _schemas() -> list[type]:
@@ -416,11 +480,15 @@ def forget_empty(folder: Path) -> None:
             return
 
 
-def plain(config: object) -> dict[str, Any]:
-    """A dataclass tree as plain YAML values."""
-    values = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
-    assert isinstance(values, Mapping)
-    return {str(key): value for key, value in values.items()}
+def plain(config: Any) -> Any:
+    """A dataclass tree as plain YAML values; text stays as it is, `${` refers to nothing there."""
+    if isinstance(config, Enum):
+        return config.name
+    if is_dataclass(config):
+        return {entry.name: plain(getattr(config, entry.name)) for entry in fields(config)}
+    if isinstance(config, Mapping):
+        return {str(key): plain(value) for key, value in config.items()}
+    return [plain(value) for value in config] if isinstance(config, list) else config
 
 
 # --- python -m dcr.<command> --------------------------------------------------------------------
@@ -465,7 +533,7 @@ def command(
                 return 0
             logging.basicConfig(format=LOG_LINE)
             try:
-                with _stopped_by(goes_on), faults_in_words():
+                with _safe_output(), _stopped_by(goes_on), faults_in_words():
                     main(read(schema, arguments))
             except UserError as error:
                 print(f"error: {single_line(error)}", file=sys.stderr)
@@ -591,6 +659,7 @@ def combinations(overrides: Sequence[str]) -> list[list[str]]:
 
     Raises ConfigError for what is no override.
     """
+    _refuse_intervals(overrides)
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
         (found,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
@@ -611,7 +680,7 @@ def compose(script: str, overrides: Sequence[str], *own: type) -> DictConfig:
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
             composed = hydra.compose(script, list(overrides))
-    except (HydraException, ValueError) as error:
+    except (HydraException, ValueError, AttributeError) as error:
         raise ConfigError(config.one_line(error, SCHEMAS[script], *own)) from error
     _own_to(composed, overrides)
     return composed

@@ -10,6 +10,7 @@ from typing import Any
 from dcr import cli, config, storage
 from dcr.config import ConfigError, Kind, WandbConfig, WandbMode
 from dcr.runs import Run
+from dcr.text import single_line
 
 TITLE = "Discernment: what contrastive refinement changes"
 VIEW = "dcr"  # the workspace's place in its address, so that a second command updates it
@@ -66,7 +67,7 @@ def main(options: Options) -> None:
         try:
             print(*_saved(options, made_with), sep="\n")
         except (wandb.Error, WandbApiFailedError, ValueError, OSError) as error:
-            reason = (str(error).splitlines() or [repr(error)])[0]
+            reason = single_line(str(error) or repr(error), wandb.api.api_key or "", longest=200)
             raise ConfigError(
                 f"project={options.project}: W&B refused ({reason}); see `wandb login` and entity="
             ) from error

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from dcr import cli, config, precision, runs, storage
-from dcr.config import ConfigError, EvalConfig
+from dcr.config import ConfigError, EvalConfig, Method, ModelConfig
 from dcr.runs import Run
 from dcr.text import label_of
 
@@ -36,6 +36,13 @@ def _run_of(composed: DictConfig) -> Run:
                 f"run={composed.run} model={composed.model.name}: a run brings its own model; "
                 "give one of the two"
             )
+        own = OmegaConf.structured(ModelConfig(trust_remote_code=composed.model.trust_remote_code))
+        for key in own:
+            if composed.model._get_node(key) != own._get_node(key):
+                raise ConfigError(
+                    f"run={composed.run} model.{key}={composed.model[key]}: a run brings its own; "
+                    "leave it out"
+                )
         run = Run(Path(str(composed.run)))
         run.config()  # what is not there or damaged is named before a model opens
         run.record()
@@ -67,14 +74,16 @@ def completed(composed: DictConfig, made_with: Mapping[str, Any]) -> DictConfig:
     merged = OmegaConf.create(OmegaConf.to_container(composed, resolve=False))
     assert isinstance(merged, DictConfig)
     if made_with:
-        merged.model = made_with["model"]
+        trusted = composed.model.trust_remote_code or made_with["model"].get("trust_remote_code")
+        merged.model = config.literal({**made_with["model"], "trust_remote_code": bool(trusted)})
     if composed.endpoint is not None and composed.endpoint_model is not None:
         named = str(composed.endpoint_model)
         merged.model.name, merged.model.label = named, ""
     if not merged.model.label:
         merged.model.label = label_of(str(merged.model.name))
     if OmegaConf.is_missing(composed.data, "label"):
-        base = made_with.get("data") or OmegaConf.load(cli.CONF / "data" / "demo.yaml")
+        own = config.literal(made_with.get("data"))
+        base = own or OmegaConf.load(cli.CONF / "data" / "demo.yaml")
         merged.data = OmegaConf.merge(base, config.named(composed.data))
     return merged
 
@@ -115,12 +124,17 @@ def _claimed(settings: EvalConfig, run: Run) -> Iterator[None]:
     kept = _kept(run)
     try:
         if settings.run is None:
+            if run.config_file.exists() and run.config()["method"] in Method.__members__:
+                raise ConfigError(
+                    f"output={run.folder}: is the folder of a trained run; evaluate it with run=, "
+                    "or name another"
+                )
             method = "endpoint" if settings.endpoint else "base"
             made: dict[str, Any] = {"method": method, "seed": settings.seed, "preset_name": "-"}
             if settings.endpoint is None:
                 made["precision"] = settings.precision.value
             whole = made | {"model": cli.plain(settings.model), "data": cli.plain(settings.data)}
-            runs.claim(run, whole, force=True)
+            runs.write_config(run, whole)
         yield
     except BaseException:
         if settings.run is None and _kept(run) == kept:

@@ -31,6 +31,7 @@ from dcr.evaluation import sets
 from dcr.prompts import ChatFormat
 from dcr.runs import Run
 from dcr.sources import SOURCES
+from dcr.text import single_line
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,6 +43,7 @@ ROUNDED = (
     "the weights are in bfloat16, rounded from a merge in float32: logits differ from those of the "
     "run's adapter by about 1%; precision=fp32 keeps them"
 )
+HUB_PATIENCE = 120  # seconds without a byte from the hub
 HUB_NAMES = {EMBEDDED_MODEL: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 FRONT = {  # of every card, as the hub reads it
     "library_name": "transformers",
@@ -122,6 +124,9 @@ class Options:
         None,
     )
     public: bool = cli.option("a repository that push= makes can be seen by everyone", False)
+    trust_remote_code: bool = cli.option(
+        "run code that comes with the weights; a run's own settings never switch it on", False
+    )
     relink: bool = cli.option("mend the adapters' paths instead of exporting", False)
 
 
@@ -138,7 +143,7 @@ def main(options: Options) -> None:
         raise ConfigError("out: nothing given; name a new folder with out=, or give relink=true")
     precision = _settled(run, options.precision)
     made = options.stage, precision, options.calibrate, options.push, options.public
-    print(export(run, options.out, *made))
+    print(export(run, options.out, *made, options.trust_remote_code))
     if precision is not Precision.fp32:
         print(ROUNDED)
     if options.push is not None:
@@ -153,6 +158,7 @@ def export(
     calibrate: str | None = None,
     push: str | None = None,
     public: bool = False,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Weights of a stage, merged in fp32 and cast at the end, with tokenizer and card, in `out`.
 
@@ -168,7 +174,7 @@ def export(
     """
     made_with = _exportable(run, out, stage)
     dtype = "bfloat16" if (precision or _settled(run)) is Precision.bf16 else "float32"
-    model = config.model_of(made_with)
+    model = config.model_of(made_with, trust_remote_code)
     settings = EvalConfig(model=model, calibrate=calibrate, precision=_settled(run))
     import torch
     from peft import PeftModel
@@ -181,7 +187,7 @@ def export(
     if push is not None:
         _reserve(push, public)
     threads.use()
-    policy = models.open_result(run.stage(stage), Precision.fp32, model.trust_remote_code)
+    policy = models.open_result(run.stage(stage), Precision.fp32, trust_remote_code)
     if isinstance(policy.model, PeftModel):
         policy = models.Policy(policy.model.merge_and_unload(), policy.tokenizer, policy.name)
     chat = prompts.chat_format(policy.tokenizer, model)
@@ -319,11 +325,14 @@ def upload(folder: Path, push: str) -> str:
 
 @contextmanager
 def _asking(push: str, cure: str) -> Iterator[None]:
+    # of its own the client waits for ever for a hub that says nothing
+    huggingface_hub.utils.get_session().timeout = HUB_PATIENCE
     try:
         yield
     except (HTTPError, OSError, ValueError, KeyError) as error:  # the last two: no such answer
         reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
-        raise ConfigError(f"push={push}: {reason.strip().rstrip('.')}; {cure}") from error
+        reason = single_line(reason, huggingface_hub.get_token() or "").rstrip(".")
+        raise ConfigError(f"push={push}: {reason}; {cure}") from error
 
 
 # --- adapters after a move ----------------------------------------------------------------------
@@ -336,11 +345,11 @@ def relink(run: Run) -> dict[Path, str]:
     gone, or it is not the one the adapter was trained on; no file is then changed.
     """
     folders = [run.stage("sft"), *sorted(run.snapshots.glob("step-*"))]
-    folders = [folder for folder in folders if (folder / "adapter_config.json").is_file()]
-    if not folders:
-        raise ConfigError(f"run={run.folder}: holds no adapter; train stage=sft first")
     from dcr import models
 
+    folders = [folder for folder in folders if models.is_adapter(folder)]
+    if not folders:
+        raise ConfigError(f"run={run.folder}: holds no adapter; train stage=sft first")
     bases = {folder: models.adapter_base(folder) for folder in folders}
     for folder, base in bases.items():
         place = str(Path(base).resolve()) if Path(base).is_dir() else base

@@ -21,6 +21,7 @@ import io
 import logging
 import math
 import resource
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from dcr import config, precision, storage
-from dcr.config import ConfigError, DataError, Precision
+from dcr.config import STAGES, ConfigError, DataError, Method, Precision, Stage
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,8 @@ IDLE = {
         "readout": {"steps": 0},
     }
 }
+# How differences begin that a finished stage one does not depend on: settings, rows, weights.
+OF_SFT_ALONE = ("sft.", "sft: ", "safety")
 # What a command writes before its first step.
 BEFORE_TRAINING = {
     ".lock",
@@ -214,6 +217,8 @@ class Run:
         if not self.config_file.exists():
             raise ConfigError(f"run={self.folder}: no config.yaml there; name a run folder")
         made_with = storage.read_yaml(self.config_file, MadeWith, RESTORE)
+        # a folder may be another's: only the user's own command can trust code
+        made_with["model"].pop("trust_remote_code", None)
         for name in ("contrastive_precision", "sft_precision"):  # in earlier folders
             made_with["model"].pop(name, None)
         made_with["data"].pop("matched", None)  # in earlier folders; read by a preset alone
@@ -292,6 +297,7 @@ def binding(made_with: Mapping[str, Any]) -> dict[str, Any]:
         inside = decisive.get(node) or {}
         idle = {name for name, off in options.items() if name in inside and _is(inside[name], off)}
         decisive[node] = {name: value for name, value in inside.items() if name not in idle}
+    decisive["model"] = {**decisive["model"], "trust_remote_code": False}  # said anew each time
     return decisive
 
 
@@ -306,22 +312,34 @@ def claim(run: Run, made_with: Mapping[str, Any], force: bool) -> None:
     """Write the configuration, or check that the one there is the same.
 
     Raises ConfigError with the differences when the folder belongs to another configuration and
-    `force` is off.
+    `force` is off, or would not train anew what they made.
     """
     if run.config_file.exists():
         # the stages' own precision binds, not the key that they take it from
         before, now = (binding(each) | {"precision": None} for each in (run.config(), made_with))
         changed = storage.differences(before, now)
         _refuse(run, "made with another configuration", changed, force)
-    storage.write_text(
-        run.config_file, yaml.safe_dump(dict(made_with), sort_keys=False, allow_unicode=True)
-    )
+    write_config(run, made_with)
+
+
+def write_config(run: Run, made_with: Mapping[str, Any]) -> None:
+    """`config.yaml`: plain data, whatever its text looks like."""
+    storage.write_text(run.config_file, as_yaml(made_with))
+
+
+def as_yaml(plain: Mapping[str, Any]) -> str:
+    """Plain data as YAML that reads back as it was.
+
+    Letters stand as they are, except beside a line separator of Unicode's, which PyYAML would fold.
+    """
+    text = yaml.safe_dump(dict(plain), sort_keys=False, allow_unicode=True)
+    return text if yaml.safe_load(text) == plain else yaml.safe_dump(dict(plain), sort_keys=False)
 
 
 def claim_rows(run: Run, record: Mapping[str, Any], force: bool) -> None:
     """Write `rows.json`, or check that every list of rows there is the same (`data.row_record`).
 
-    Raises ConfigError with the lists that differ when `force` is off.
+    Raises ConfigError with the lists that differ as `claim` does.
     """
     if run.rows_file.exists():
         before, now = _row_lists(run.record()), _row_lists(record)
@@ -339,7 +357,7 @@ def _row_lists(record: Mapping[str, Any]) -> dict[str, str]:
 def claim_base(run: Run, stage: str, weights: str, force: bool) -> None:
     """Write down which weights a stage starts from, or check that they are still the same.
 
-    Raises ConfigError when they changed and `force` is off.
+    Raises ConfigError when they changed, as `claim` does.
     """
     known: dict[str, str] = {}
     if run.base_file.exists():
@@ -352,11 +370,32 @@ def claim_base(run: Run, stage: str, weights: str, force: bool) -> None:
 
 
 def _refuse(run: Run, how: str, changed: list[str], force: bool) -> None:
-    if changed and not force:
+    """Raises ConfigError for another's folder; with `force` what is under way begins anew.
+
+    What is done stays, so settings, weights and card would disagree where it depends on the change.
+    """
+    if not changed:
+        return
+    told = f"{run.folder} was {how} ({'; '.join(changed[:6])})"
+    done = [name for name in STAGES[Method.dcr] if run.done(name.value)]
+    later = all(change.startswith(OF_SFT_ALONE) for change in changed)
+    if Stage.sft in done or (done and not later):
         raise ConfigError(
-            f"{run.folder} was {how} ({'; '.join(changed[:6])}); "
-            "name another folder with run=, or force=true to go on all the same"
+            f"{told}; {done[-1].value} is done there and would not be trained anew: name another "
+            "folder with run="
         )
+    if not force:
+        raise ConfigError(
+            f"{told}; name another folder with run=, or force=true to begin anew what is not done"
+        )
+    log.warning("%s: what is not done begins anew", told)
+    for name in STAGES[Method.dcr]:
+        if name not in done:
+            shutil.rmtree(run.checkpoints(name.value), ignore_errors=True)
+            shutil.rmtree(run.tracked(name.value), ignore_errors=True)
+    shutil.rmtree(run.snapshots, ignore_errors=True)
+    if not done:
+        run.layer_file.unlink(missing_ok=True)
 
 
 def append_metrics(run: Run, rows: Iterable[Sequence[object]]) -> None:

@@ -4,7 +4,6 @@ Whatever a command keeps goes through here, so that a kill, a full disk or a dam
 same end everywhere: the old content stays, or one line names the file and the cure.
 """
 
-import errno
 import fcntl
 import functools
 import hashlib
@@ -237,12 +236,18 @@ def put_in_order(path: Path, schema: type[Named], ids: Sequence[str]) -> None:
 @contextmanager
 def _reading(path: Path, cure: str) -> Iterator[None]:
     try:
-        if path.is_fifo():
-            raise OSError(errno.EINVAL, "a pipe, not a file", str(path))  # reading would wait
+        check_regular(path)
         yield
     except OSError as error:
         place = error.filename or path
         raise DataError(f"{place}: cannot be read ({error.strerror or error}); {cure}") from error
+
+
+def check_regular(path: Path) -> None:
+    """Raises DataError for a pipe or a device, in a folder too: to read it may never end."""
+    for place in (path, *(sorted(path.iterdir()) if path.is_dir() else ())):
+        if place.exists() and not (place.is_file() or place.is_dir()):
+            raise DataError(f"{place}: cannot be read (a pipe or device, not a file)")
 
 
 def read_text(path: Path, cure: str = CURE) -> str:
@@ -374,6 +379,7 @@ def check_checksums(folder: Path, expected: bool = True, needed: bool = False) -
     warning where they are `expected`.
     """
     cure = f"restore it from a copy, or delete {folder} and run the command that made it again"
+    check_regular(folder)  # transformers and peft read what lies there, summed or not
     file = folder / CHECKSUMS
     if not file.exists() and not needed:
         if expected:
@@ -416,9 +422,12 @@ def running_sha256(files: Sequence[Path], named: bool = False) -> list[str]:
     for file in files:
         if named:
             digest.update(file.name.encode())
+        check_regular(file)
         with file.open("rb") as handle:
-            while piece := handle.read(1 << 22):
+            left = os.fstat(handle.fileno()).st_size  # a file that grows has an end as well
+            while piece := handle.read(min(left, 1 << 22)):
                 digest.update(piece)
+                left -= len(piece)
         sums.append(digest.hexdigest())
     if settled:
         SUMS[states, named] = sums
@@ -457,10 +466,12 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
 def locked(folder: Path) -> Iterator[Lease]:
     """Exclusive use of a run folder, cleared of what a killed process left half-written.
 
-    A folder in which nothing but the lock came to be is removed again. Raises UserError when
+    A folder in which nothing but the lock came to be is removed again, with the parents that were
+    made for it. Raises UserError when
     another process has it or it cannot be written.
     """
     file = folder / ".lock"
+    made = [place for place in (folder, *folder.parents) if not place.exists()] or [folder]
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         handle = file.open("a")
@@ -478,7 +489,9 @@ def locked(folder: Path) -> Iterator[Lease]:
         finally:
             if lease.holds() and os.listdir(folder) == [file.name]:
                 file.unlink()
-                folder.rmdir()
+                with suppress(OSError):  # a parent that holds something by now
+                    for place in made:
+                        place.rmdir()
 
 
 def _hold(handle: int) -> None:

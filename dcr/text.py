@@ -5,6 +5,7 @@ tokenizer says nothing, and for all that is printed or written: `printable` with
 `encodable` without half characters, `redact` without secrets, `single_line` all of it in one line.
 """
 
+import os
 import re
 import unicodedata
 from pathlib import PurePath
@@ -21,6 +22,10 @@ ASCII_DROPPED = {
     if not chr(i).isspace() and unicodedata.category(chr(i))[0] in DROPPED_CATEGORIES
 }
 REMOVED = "[removed]"
+# Variables of the environment whose values are secrets, if they are as long as one.
+KEYS = re.compile(r"(?i)(?:key|token|secret|password|passwd|credentials?)$")
+SHORTEST_KEY = 8
+LONGEST_LINE = 1_000  # characters of an error's line
 LONGEST_READ = 10_000  # characters of a text that is to be one line
 NAMES = (
     r"(?:[\w.-]{0,40}(?:(?:api|access)[_-]?key|(?:access|api|auth|hf|refresh|session)[_-]?token"
@@ -32,6 +37,7 @@ SECRETS = tuple(
     for pattern in (
         r"(?i)\b((?:authorization|x-api-key|api-key)['\"]?\s*[:=]\s*).*",
         r"(?i)\b(bearer\s+)\S+",
+        r"\b([Bb]asic\s+)(?=\S*(?:[0-9=+/]|[a-z][A-Z]))[A-Za-z0-9+/]{8,}={0,2}",
         r"()\bsk-[\w*.-]{3,}",
         r"()\b(?:hf|gsk|ghp|gho|github_pat|glpat|nvapi|xai|AIza)[_-]?\w{16,}",
         # user and password, also where the password holds an @ or a slash, and without a scheme
@@ -90,10 +96,12 @@ def encodable(text: str) -> str:
 def redact(text: str, *secrets: str) -> str:
     """`text` without `secrets`, and without whatever else looks like one.
 
-    Keys by their usual beginnings and headers, user and password of an address, all that stands
-    behind an address's path, and values of names such as api_key, token and password.
+    Keys of this environment, keys by their usual beginnings and headers, user and password of an
+    address, all that stands behind an address's path, and values of names such as api_key, token
+    and password.
     """
-    for secret in secrets:
+    known = (v for name, v in os.environ.items() if KEYS.search(name) and len(v) >= SHORTEST_KEY)
+    for secret in sorted({*secrets, *known}, key=len, reverse=True):
         text = text.replace(secret, REMOVED) if secret else text
     for pattern in SECRETS:
         text = pattern.sub(rf"\1{REMOVED}", text)
@@ -103,7 +111,11 @@ def redact(text: str, *secrets: str) -> str:
 def single_line(text: object, *secrets: str, longest: int | None = None) -> str:
     """`text`, or an exception's, fit to be printed or stored: one line, printable, redacted.
 
-    No longer than `longest` characters and an ellipsis.
+    No longer than `longest` characters and an ellipsis; without one, what is too long to be read
+    loses its middle, so that the key at its beginning and the cure at its end stay.
     """
     line = redact(printable(" ".join(str(text)[:LONGEST_READ].split())), *secrets)
-    return line if longest is None or len(line) <= longest else f"{line[:longest]}…"
+    if longest is not None:
+        return line if len(line) <= longest else f"{line[:longest]}…"
+    half = LONGEST_LINE // 2
+    return line if len(line) <= LONGEST_LINE else f"{line[:half]} … {line[-half:]}"

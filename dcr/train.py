@@ -58,7 +58,9 @@ def train(settings: TrainConfig, run: Run) -> None:
         number = threads.use(settings.trainer.threads, run.threads())
         if _leads() and not all(run.done(stage.value) for stage in wanted):
             storage.write_json(run.threads_file, {"threads": number})
-        job = Job(settings, run, rows, _block(settings, run), lease, [*loggers], tracked)
+        made_of = storage.fingerprint(runs.binding(cli.plain(settings)))
+        block = _block(settings, run)
+        job = Job(settings, run, rows, block, lease, [*loggers], tracked, made_of)
         for stage in wanted:
             if run.done(stage.value):
                 log.info("%s: done in %s, skipped", stage.value, run.stage(stage.value))

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -18,6 +18,7 @@ from dcr.config import DataError, EvalConfig, Kind, Method, Precision, WandbConf
 from dcr.evaluation import sets
 from dcr.generation import Completion
 from dcr.runs import Run
+from dcr.text import redact, single_line
 
 if TYPE_CHECKING:
     import wandb
@@ -53,6 +54,16 @@ def opened(
         yield _started(options, run, job_type, tags, config)
     finally:
         wandb.finish()
+        forget_keys(run, wandb.api.api_key or "")
+
+
+def forget_keys(run: Run, key: str) -> None:
+    """Take keys out of W&B's own logs, which keep what a server says, as one that echoes them."""
+    for file in (run.folder / "wandb").rglob("*.log"):
+        with suppress(OSError):  # a log that is gone
+            text = file.read_text(encoding="utf-8", errors="replace")
+            if (clean := redact(text, key)) != text:
+                storage.write_text(file.resolve(), clean)
 
 
 def _started(
@@ -81,7 +92,7 @@ def _started(
                 return start(mode="online")
             reason = "no key: export WANDB_API_KEY or run `wandb login`"
         except wandb.Error as error:
-            reason = str(error).splitlines()[0]
+            reason = single_line(error, wandb.api.api_key or "", longest=200)
             wandb.teardown()  # whose service would take the run for started
         log.warning("wandb.mode=online: logging offline instead (%s)", reason)
     return start(mode="offline")

@@ -124,7 +124,10 @@ class Ended:
 
 @pytest.fixture
 def command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Callable[..., Ended]]:
     """`command("train.py", "model=tiny")` or `command("dcr.chat", …)`, run in an empty folder.
 
@@ -150,7 +153,7 @@ def command(
         return Ended(code, str(out), str(err))
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DCR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("DCR_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     for name in ("DCR_SWEEP", "HYDRA_FULL_ERROR"):  # set by the command, gone with the test
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)

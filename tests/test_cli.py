@@ -17,7 +17,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from tiny_run import CONF, overrides, write_jsonl
 
-from dcr import augment, chat, cli, commands, export, models, plan, storage
+from dcr import augment, chat, cli, commands, config, export, models, plan, storage
 from dcr.choice import __main__ as choice
 from dcr.config import ConfigError, UserError
 from dcr.report import __main__ as report
@@ -34,6 +34,12 @@ BAD_SETTINGS = {
     "+foo=1": "foo: no such setting; --cfg job lists what there is",
     "+dcr.epochs=1": "+dcr.epochs: exists already; leave out the +",
     "~dcr.margin": "~dcr.margin: a setting cannot be taken away; give it a value",
+    "~dcr.margin=3": "~dcr.margin: a setting cannot be taken away; give it a value",
+    "data.toxic=[a]": "data.toxic=[a]: it is a group of settings; set one of those inside",
+    "sft.lora.targets={a:1}": "sft.lora.targets={a:1}: give a list, as in key=[a,b]",
+    "wandb.tags=${oc.env:N,1}": "wandb.tags=1: give a list, as in wandb.tags=[a,b]",
+    'model.label="${"': "its ${ opens no ${name}; write \\${ for the characters themselves",
+    "model.label=${nope}": "model.label=${nope}: there is no such setting to take a value from",
     "model=qwen3": "model=qwen3: choose one of llama3_8b, qwen2_5_1_5b, qwen2_5_7b, smollm2_135m, "
     "tiny; any other: model.name=<folder or hub id>",
     "sweep=seeds": "sweep=seeds: choose one of epochs, layer_margin, methods, ratio",
@@ -238,12 +244,14 @@ def test_another_configuration_is_refused_with_the_differences_unless_forced(
     changed = [*settings, f"run={run.folder}", "dcr.margin=0.3", "sft.lr=1e-5"]
     ended = command("train.py", *changed)
     assert ended.code == 2
-    for part in ("dcr.margin: 0.25 -> 0.3", "sft.lr: 0.001 -> 1e-05", "force=true", "run="):
+    for part in ("dcr.margin: 0.25 -> 0.3", "sft.lr: 0.001 -> 1e-05", "sft is done", "run="):
         assert part in ended.error
+    assert command("train.py", *changed, "force=true").error == ended.error
     assert run.config_file.read_bytes() == before
-
-    assert command("train.py", *changed, "force=true").code == 0
-    assert run.config()["dcr"]["margin"] == 0.3
+    onto = command("eval.py", "model=tiny", f"output={run.folder}", "tasks=[over_refusal]")
+    assert onto.code == 2
+    assert "is the folder of a trained run" in onto.error
+    assert run.config_file.read_bytes() == before
 
 
 def folder_of(*arguments: str) -> str:
@@ -438,6 +446,26 @@ def test_a_signal_ends_a_command_in_one_line(
     assert chat.main(["run=x"]) == 128 + number
     said = f"error: stopped by {number.name}; the same command starts anew\n"
     assert capsys.readouterr() == ("", said)
+
+
+def test_a_signal_ends_a_command_whatever_a_library_raises_behind_it(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], command: Command
+) -> None:
+    """As OmegaConf does, whose own cleaning up fails where a signal fell into its middle."""
+
+    def interrupted(*_: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            raise AttributeError("'NoneType' object has no attribute '_invalidate_flags_cache'")
+
+    monkeypatch.setattr(chat, "open_stage", interrupted)
+    assert chat.main(["run=x"]) == 128 + signal.SIGTERM
+    assert capfd.readouterr().err == "error: stopped by SIGTERM; the same command starts anew\n"
+    monkeypatch.setattr(config, "resolve", interrupted)
+    ended = command("train.py", "-m", "model=tiny", "seed=0,1")
+    assert ended.code == 128 + signal.SIGTERM
+    assert ended.error == "stopped by SIGTERM; the same command goes on"
 
 
 # --- what a command that computes nothing need not wait for ---

@@ -160,6 +160,7 @@ def test_a_copy_of_a_model_keeps_its_numbers(tmp_path: Path) -> None:
     assert (found.sft.epochs, found.model.template, found.model.scans_alpha) == (4, "llama3", 0.1)
     # as eval.py does with the run's own config.yaml
     again = OmegaConf.create(cli.plain(found))
+    assert isinstance(again, DictConfig)
     assert config.resolve(again, TrainConfig).model == found.model
     told = ("model=llama3_8b", f"model.name={tmp_path}", "steering=surgical", "data=demo")
     surgical = config.resolve(composed("eval", *told), EvalConfig).steering.surgical

@@ -342,19 +342,19 @@ def test_what_a_card_cannot_tell_is_refused_before_weights_are_read(
 
 
 @pytest.mark.parametrize("trusted", [True, False])
-def test_code_is_trusted_where_the_run_did(
+def test_code_is_trusted_where_the_user_says_so(
     moved: Run, trusted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the export and by the chat with each stage."""
-    told = CONFIG | {"model": CONFIG["model"] | {"trust_remote_code": trusted}}
+    """By the export and by the chat with each stage, whatever the run says."""
+    told = CONFIG | {"model": CONFIG["model"] | {"trust_remote_code": not trusted}}
     moved.config_file.write_text(yaml.safe_dump(told))
     asked: list[bool] = []
     monkeypatch.setattr(models, "open_policy", lambda c, *_: asked.append(c.trust_remote_code))
     monkeypatch.setattr(models, "open_result", lambda *told: asked.append(told[2]))
     for stage in ("sft", "contrastive", "base"):
-        chat.open_stage(moved, stage)
+        chat.open_stage(moved, stage, trust_remote_code=trusted)
     with pytest.raises(AttributeError):  # on the None that was opened
-        export.export(moved, moved.folder / "out")
+        export.export(moved, moved.folder / "out", trust_remote_code=trusted)
     assert asked == [trusted] * 4
 
 
@@ -421,6 +421,7 @@ opened = []
 real = models.open_result
 models.open_result = lambda *told: opened.append(1) or real(*told)
 for case in cases:
+    export.HUB_PATIENCE = 1 if "silent" in case else 600
     code = export.main([f"run={run}", f"out={out}/{len(opened)}", *case.split()])
     print("CASE", code, len(opened))
 """
@@ -450,10 +451,15 @@ class Hub:
             whose, name = request.body["organization"], request.body["name"]
             if whose == "other":
                 return refused("You don't have the rights to create a model")
+            if name == "silent":
+                return Answer(b"{}", delay=600)
             self.made.setdefault(f"{whose}/{name}", request.body["visibility"])
             return as_json({"url": f"http://127.0.0.1/{whose}/{name}"})
         if path == "/api/models/other/model":
             return as_json({"error": "Repository not found"}, 404)
+        if "/echo/" in path:  # a hub that repeats what it was sent, and commands to a terminal
+            said = f"\x1b[31mno user of {request.headers['authorization']}, hf_secret"
+            return as_json({"error": said}, 403, x_error_message=said.lstrip("\x1b"))
         if path.endswith("/auth-check/write"):
             return refused("Read only") if "readonly" in path else as_json({})
         if "/preupload/" in path:
@@ -489,6 +495,8 @@ def test_an_upload_is_what_was_exported_and_never_comes_unasked(moved: Run, tmp_
         "push=me/full": (2, 3),
         "push=other/model": (2, 3),
         "push=me/readonly": (2, 3),
+        "push=me/echo": (2, 3),
+        "push=me/silent": (2, 3),
         "push=no..id/x": (2, 3),
         "push=me": (2, 3),
     }
@@ -506,7 +514,7 @@ def test_an_upload_is_what_was_exported_and_never_comes_unasked(moved: Run, tmp_
     told = [tuple(map(int, line.split()[1:])) for line in done.stdout.splitlines()
             if line.startswith("CASE")]  # fmt: skip
     assert told == list(cases.values()), done.stderr
-    assert hub.asked.count("/api/repos/create") == 4  # not for the export without push=
+    assert hub.asked.count("/api/repos/create") == 6  # not for the export without push=
     assert hub.made["me/new"] == "private"
     assert hub.tokens == {"Bearer hf_secret"}
     whole = {file.name: file.read_bytes() for file in (tmp_path / "out/1").iterdir()}
@@ -522,6 +530,7 @@ def test_an_upload_is_what_was_exported_and_never_comes_unasked(moved: Run, tmp_
     assert f"upload it with `hf upload me/full {tmp_path}/out/2 .`" in errors[0]
     assert "You don't have the rights to create a model" in errors[1]
     assert "hf_secret" not in done.stdout + done.stderr
+    assert "\x1b" not in done.stdout + done.stderr
 
 
 def test_an_upload_without_a_token_is_refused(

@@ -26,7 +26,7 @@ from tiny_run import (
     weights,
 )
 
-from dcr import models, storage, threads, train
+from dcr import cli, models, runs, storage, threads, train
 from dcr.config import Method, SFTConfig, TrainConfig, UserError
 from dcr.data import PairBatch
 from dcr.runs import Run
@@ -334,6 +334,7 @@ DAMAGES = {
     "no list": saved_again(lambda held: held.update(optimizer_states=3)),
     "other keys": saved_again(lambda held: held.pop("loops")),
     "another step": saved_again(lambda held: held.update(global_step=3)),
+    "another run's": saved_again(lambda held: held.update(run="another")),
 }
 
 
@@ -344,7 +345,9 @@ def place(run: Path) -> tuple[Path, Path]:
 
 def module_of(tiny: TrainConfig) -> ContrastiveModule:
     policy = models.open_policy(tiny.model, tiny.dcr.precision)
-    return ContrastiveModule(policy, tiny.dcr, 1, 10)
+    module = ContrastiveModule(policy, tiny.dcr, 1, 10)
+    module.identity = storage.fingerprint(runs.binding(cli.plain(tiny)))
+    return module
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)

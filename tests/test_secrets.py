@@ -1,11 +1,16 @@
 """What is secret reaches no terminal and no file, and no server's control codes do either."""
 
+import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dcr import cli, wandb_run
+from dcr.config import UserError
+from dcr.runs import Run
 from tests.servers.loopback import Answer, as_json
 from tests.servers.scripted import Body, rejected, scripted
 
@@ -31,7 +36,7 @@ def seen_of(
     def call(script: str, *arguments: str) -> tuple[int, str]:
         ended = command(script, *arguments)
         files = [file for file in sorted(tmp_path.rglob("*")) if file.is_file()]
-        written = [f"{file}\n{file.read_text('utf-8')}" for file in files]
+        written = [f"{file}\n{file.read_text('utf-8', 'replace')}" for file in files]
         return ended.code, "\n".join([ended.out, ended.err, *written])
 
     monkeypatch.setenv("MADE_KEY", KEY)
@@ -95,3 +100,59 @@ def test_what_a_server_says_is_printed_and_stored_without_secrets_and_control_co
         assert not {c for c in seen if c < " " or "\x7f" <= c < "\xa0"} - set("\n\t\r")
     for code, seen in (judged, written):
         assert code != 0 or status == 200, seen  # invalid answers are counted
+
+
+def test_a_storage_s_password_is_not_printed(seen_of: Command) -> None:
+    for scheme in ("postgresql", "mysql+pymysql"):
+        url = f"storage={scheme}://user:{SECRET}@127.0.0.1:9/studies"
+        code, seen = seen_of("dcr.search", url, "model=tiny", "plan=true")
+        assert SECRET not in seen
+        assert code == 0, seen
+
+
+def test_keys_of_the_environment_and_control_codes_reach_no_output(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever prints them, as a fault in a database of several users or a model's answer."""
+
+    @dataclass
+    class Options:
+        """Nothing."""
+
+    monkeypatch.setenv("MADE_KEY", KEY)
+    monkeypatch.setenv("OTHER_TOKEN", "short")
+    hostile = f"\x1b]0;title\x07\x1b[31m {KEY} short basic understanding Basic dXNlcjpzZWNyZXQ="
+
+    @cli.command(Options)
+    def main(_: Options) -> None:
+        print(hostile)
+        logging.getLogger("test").warning(hostile)
+        raise UserError(hostile)
+
+    cli.prepare()
+    assert main([]) == 2
+    out, err = capfd.readouterr()
+    for seen in (out, err):
+        for forbidden in ("\x1b", "\x07", KEY, "dXNlcjpzZWNyZXQ"):
+            assert forbidden not in seen
+        assert "short basic understanding Basic [removed]" in seen
+
+
+def test_a_traceback_is_printed_without_secrets(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MADE_KEY", KEY)
+    cli.print_traceback(ValueError(f"{HOSTILE} {KEY}"))
+    err = capsys.readouterr().err
+    assert "ValueError" in err
+    for forbidden in ("\x1b", KEY, SECRET):
+        assert forbidden not in err
+
+
+def test_w_and_b_keeps_no_key_in_its_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY.rjust(40, "0"))
+    log = tmp_path / "wandb" / "run-1" / "logs" / "debug-internal.log"
+    log.parent.mkdir(parents=True)
+    log.write_text(f"401: no user of key {KEY.rjust(40, '0')}, Basic dXNlcjpzZWNyZXQ=\nfine\n")
+    wandb_run.forget_keys(Run(tmp_path), "")
+    assert log.read_text() == "401: no user of key [removed], Basic [removed]\nfine\n"

@@ -1,5 +1,6 @@
 import json
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 import yaml
 from tiny_run import Stop, changed, failing, same, settings, stop, weights, write_rows
 
-from dcr import choice, cli, data, models, train, wandb_run
+from dcr import choice, cli, data, models, runs, train, wandb_run
 from dcr.config import ConfigError, Precision, Stage, TrainConfig, UserError
 from dcr.runs import Run
 from dcr.training import stages
@@ -92,7 +93,33 @@ def test_other_rows_in_the_same_files(tmp_path: Path) -> None:
         train.train(made, Run(tmp_path / "run"))
     with pytest.raises(ConfigError, match=r"sft\.warmup: 0\.03 -> 0\.1"):
         train.train(changed(made, "sft.warmup=0.1"), Run(tmp_path / "run"))
-    train.train(replace(made, force=True), Run(tmp_path / "run"))
+    run = Run(tmp_path / "run")
+    before = run.record(), runs.binding(run.config())
+    for forced in (replace(made, force=True), changed(made, "sft.warmup=0.1", "force=true")):
+        with pytest.raises(ConfigError, match="sft is done there and would not be trained anew"):
+            train.train(forced, run)
+    assert (run.record(), runs.binding(run.config())) == before
+
+
+def test_force_begins_anew_what_is_not_done(
+    tiny: TrainConfig, half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stage one stays where it does not depend on the change; the rest is as trained at once."""
+    run, slower = Run(half), changed(tiny, "sft.lr=1e-4", "force=true")
+    with monkeypatch.context() as patch:
+        patch.setattr(SFTModule, "validation_step", stop)
+        with pytest.raises(Stop):
+            train.train(tiny, run)
+    assert any(run.checkpoints("sft").iterdir())
+    with pytest.raises(ConfigError, match="contrastive is done there and would not be trained"):
+        train.train(changed(tiny, "dcr.margin=0.3", "force=true"), run)
+    train.train(slower, run)
+    at_once = Run(tmp_path / "at_once")
+    shutil.copytree(half, at_once.folder, ignore=shutil.ignore_patterns("sft*", "check*"))
+    train.train(slower, at_once)
+    named = "sft/adapter_model.safetensors"
+    assert (run.folder / named).read_bytes() == (at_once.folder / named).read_bytes()
+    assert run.config()["sft"]["lr"] == 1e-4
 
 
 def test_other_weights_under_the_same_name(

@@ -45,6 +45,7 @@ from dcr.config.evaluation import (
 from dcr.config.resolving import (
     check_made_with,
     leave_numbers_of_another_model,
+    literal,
     model_of,
     named,
     names_another_model,

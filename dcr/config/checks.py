@@ -143,6 +143,8 @@ RANGES = {
 
 def check(config: TrainConfig | EvalConfig) -> None:
     """Raises ConfigError, naming key, value and cure, for the first setting that cannot be."""
+    for key, value in _no_lists(config):
+        raise ConfigError(f"{key}={value}: give a list, as in {key}=[a,b]")
     for key, value in settings_of(config):
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             known = RANGES.get(key) or RANGES.get(key.split(".")[-1])
@@ -162,6 +164,17 @@ def settings_of(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
         yield key, value
         if is_dataclass(value):
             yield from settings_of(value, f"{key}.")
+
+
+def _no_lists(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Settings that an interpolation gave text where a list belongs: it would be read by letter."""
+    assert is_dataclass(node)
+    for entry in fields(node):
+        value, key = getattr(node, entry.name), prefix + entry.name
+        if is_dataclass(value):
+            yield from _no_lists(value, f"{key}.")
+        elif "list[" in str(entry.type) and not isinstance(value, (list, type(None))):
+            yield key, value
 
 
 def _of_both(config: TrainConfig | EvalConfig) -> Iterator[str]:

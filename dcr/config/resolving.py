@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, TypeVar
@@ -61,7 +62,6 @@ def resolve(composed: DictConfig, schema: type[Node]) -> Node:
     try:
         leave_numbers_of_another_model(node)
         merged = OmegaConf.merge(OmegaConf.structured(schema), node)
-        OmegaConf.resolve(merged)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(one_line(error, schema)) from error
@@ -97,12 +97,26 @@ def _without_value(given: Any, default: Any, prefix: str = "") -> Iterator[str]:
             yield from _without_value(value, default.get(key), f"{prefix}.{key}".lstrip("."))
 
 
-def model_of(made_with: Mapping[str, Any]) -> ModelConfig:
-    """The model node of a run's own `config.yaml`."""
-    merged = OmegaConf.merge(OmegaConf.structured(ModelConfig), dict(made_with["model"]))
-    model = OmegaConf.to_object(merged)
+def model_of(made_with: Mapping[str, Any], trust_remote_code: bool) -> ModelConfig:
+    """The model node of a run's own `config.yaml`, trusted as far as this command's user said."""
+    named = literal(made_with["model"])
+    model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), named))
     assert isinstance(model, ModelConfig)
-    return model
+    return replace(model, trust_remote_code=trust_remote_code)
+
+
+def literal(value: Any) -> Any:
+    """Plain values for OmegaConf to take as they are written: nothing in them is interpolated.
+
+    So a run's own file cannot put the environment of who reads it into prompts or names.
+    """
+    if isinstance(value, Mapping):
+        return {key: literal(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [literal(each) for each in value]
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"(\\*)\$\{", lambda found: rf"{found[1] * 2}\${{", value)
 
 
 def check_made_with(made_with: Mapping[str, Any], before: str, after: str) -> None:
@@ -123,7 +137,10 @@ def check_made_with(made_with: Mapping[str, Any], before: str, after: str) -> No
             node = made_with.get(name, {})
             if keys:  # a run of another version may have been trained with others, since gone
                 node = {key: node[key] for key in keys if key in node}
-            OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(schema), node))
+            merged: Any = OmegaConf.merge(OmegaConf.structured(schema), literal(node))
+            for key in node:  # what our own defaults refer to is not there
+                if OmegaConf.is_config(value := merged[key]):  # a leaf is resolved by now
+                    OmegaConf.to_container(value, resolve=True)
         except (OmegaConfBaseException, ValueError, TypeError) as error:
             raise DataError(f"{before}{name}: {one_line(error)}{after}") from error
 
@@ -152,7 +169,8 @@ def leave_numbers_of_another_model(config: DictConfig, keep: Collection[str] = (
     if not names_another_model(model):
         return
     name = str(model.name)
-    kept: dict[str, Any] = {key: model[key] for key in (*WITH_ANY_NAME, *keep) if key in model}
+    written: Any = OmegaConf.to_container(model, resolve=False)  # as text that is resolved once
+    kept: dict[str, Any] = {key: written[key] for key in (*WITH_ANY_NAME, *keep) if key in model}
     label = kept.get("label") or label_of(name)
     unlike = _unlike(model, name)
     if unlike is None:
@@ -208,7 +226,18 @@ REASONS = (
     (r"is not a subclass of", "it is a group of settings; set one of those inside"),
     (r"Cannot convert .* to string", "give text"),
     (r"Cannot assign .* to Dict", "give pairs, as in key={a:1}"),
+    (r"=\s*\[[\s\S]*Cannot merge DictConfig", "it is a group of settings; set one of those inside"),
+    (r"Cannot merge DictConfig", "give a list, as in key=[a,b]"),
+    (
+        r"no viable alternative at input '\$\{'|mismatched input|token recognition error",
+        r"its ${ opens no ${name}; write \${ for the characters themselves",
+    ),
+    (
+        r"Unsupported interpolation type (\S+)",
+        r"no resolver \1; write oc.env:NAME or a key",
+    ),
     (r"[Mm]issing mandatory value", "it needs a value"),
+    (r"'NoneType' object has no attribute", "it is null here; only a file in conf/ can give it"),
 )
 
 
@@ -219,10 +248,17 @@ SAYINGS = (
         r"\1: several values; add -m to try each, or write key=[a,b] for a list",
     ),
     (r"An item is already at '(.*)'", r"+\1: exists already; leave out the +"),
-    (r"Error merging override (~\S+)", r"\1: a setting cannot be taken away; give it a value"),
     (
-        r"Interpolation key '(.*)' not found",
-        r"${\1}: there is no such setting to take a value from",
+        r"(?:Error merging override ~|Could not delete from config\. (?:The value of )?')([\w.]+)",
+        r"~\1: a setting cannot be taken away; give it a value",
+    ),
+    (
+        r"Interpolation key '(.*)' not found\s+full_key: (\S+)",
+        r"\2=${\1}: there is no such setting to take a value from",
+    ),
+    (
+        r"Error resolving interpolation '(.*?)', possible interpolation keys: (.*)",
+        r"\1: a file is chosen before settings are there; give its name",
     ),
 )
 

@@ -389,7 +389,7 @@ class TrainConfig:
     # Of both stages and their evaluation; auto: what the device does natively.
     precision: Precision = Precision.auto
     plan: bool = False  # say what would be done and stop
-    force: bool = False  # go on in a folder that was made with other settings
+    force: bool = False  # begin anew in a folder made with other settings what is not done there
     # The run folder; null: named after the settings, so that a command finds its own.
     run: str | None = None
     model: ModelConfig = field(default_factory=ModelConfig)

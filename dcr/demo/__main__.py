@@ -215,7 +215,8 @@ class Overall:
             for name, work in part.bars.items():
                 begins, self.whole = self.whole, self.whole + work.expected(rate, number)
                 self.places[part.name][name] = begins, self.whole
-        console, self.left = Console(highlight=False, markup=False), Left()
+        console = Console(file=cli.own_output(), highlight=False, markup=False)
+        self.left = Left()
         columns = BarColumn(), self.left, TextColumn("{task.description}", markup=False)
         self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
         self.task = self.bar.add_task("", total=self.whole)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import FiniteFloat
 from typing_extensions import TypedDict
 
 from dcr import config, generation, prompts, refusal, storage
@@ -46,7 +47,7 @@ class Fork:
 
     id: str
     prompt: str
-    margin: float
+    margin: FiniteFloat
     refusing: str
     answering: str
 
@@ -310,7 +311,7 @@ def _refused(settings: EvalConfig) -> float:
     run = _reference(settings)
     beside = replace(
         settings,
-        model=config.model_of(run.config()),
+        model=config.model_of(run.config(), settings.model.trust_remote_code),
         run=str(run.folder),
         steering=SteeringConfig(),
     )

@@ -52,7 +52,7 @@ def win_rate(
     reference = Run(Path(str(settings.quality.reference)))
     beside = replace(
         settings,
-        model=config.model_of(reference.config()),
+        model=config.model_of(reference.config(), settings.model.trust_remote_code),
         run=str(reference.folder),
         steering=SteeringConfig(),
         gen=replace(settings.gen, self_cd=None, adacd=None, prefill=None),

@@ -259,20 +259,21 @@ def answers(
         cut = functools.partial(cut_answers, settings, subject)
         work = functools.partial(all_answers, settings, subject)
         ask = functools.partial(among.shared, cut, work)
-    largest = 0
+    sizes: set[int] = set()
+
+    def noted(batch: list[Completion]) -> list[Completion]:
+        sizes.add(len(batch))
+        return batch
 
     def counted(rows: list[Example]) -> Iterator[list[Completion]]:
-        nonlocal largest
-        for batch in ask(rows):
-            largest = max(largest, len(batch))
-            yield batch
+        return map(noted, ask(rows))  # which opens the weights now, as `kept` expects
 
     with endpoints.recorded(folder):
         given = kept(asked, counted, folder, Completion, "generating", settings.trainer.progress)
     if subject.weights == "endpoint":
         put_in_order(asked, folder, Completion)
-    elif largest:
-        _note_decoding(folder, settings.trainer.devices, largest)
+    elif sizes:
+        _note_decoding(folder, settings.trainer.devices, max(sizes))
     return given
 
 

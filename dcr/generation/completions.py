@@ -10,6 +10,8 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pydantic import FiniteFloat
+
 from dcr import endpoints, storage
 from dcr.config import GenConfig, HTTPConfig, ServerConfig
 from dcr.endpoints import Failure, Reply
@@ -34,7 +36,7 @@ class Completion:
     response: str
     tokens: int
     ended: bool  # by an end token, not by the token limit
-    refusal_mass: float | None
+    refusal_mass: FiniteFloat | None
 
 
 def completion(chat: ChatFormat, row: Example, answer: Sequence[int], mass: float) -> Completion:

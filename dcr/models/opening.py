@@ -4,6 +4,7 @@ import copy
 import glob
 import importlib.util
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,8 +22,16 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dcr import batching, tokens
-from dcr.config import EMBEDDED_MODEL, TINY_MODEL, ConfigError, ModelConfig, Precision, UserError
+from dcr import batching, storage, tokens
+from dcr.config import (
+    EMBEDDED_MODEL,
+    TINY_MODEL,
+    ConfigError,
+    DataError,
+    ModelConfig,
+    Precision,
+    UserError,
+)
 from dcr.models.structure import seeded
 from dcr.storage import cache_folder, fingerprint, made_once
 from dcr.text import CHATML
@@ -33,6 +43,8 @@ DTYPES = {
     Precision.bf16: torch.bfloat16,
     Precision.fp32: torch.float32,
 }
+WORDS = "How are you?"  # which every tokenizer of use has tokens for
+FLOATING = ("F64", "F32", "F16", "BF16")  # as safetensors spells the types of weights
 # What a configuration must say, each at most this: no model is near, and a typing error in its file
 # must not fill the memory.
 LARGEST = {
@@ -97,6 +109,8 @@ def read_architecture(
 
     Quantised weights are refused unless told otherwise: they can answer, not be trained or edited.
     """
+    if Path(source).is_dir():
+        storage.check_regular(Path(source))
     with refused_as(called):
         read = AutoConfig.from_pretrained(
             source, revision=revision, trust_remote_code=trust_remote_code
@@ -134,7 +148,7 @@ def _check(called: str, shape: PretrainedConfig, trusted: bool) -> None:
     if named is not None and not trusted:
         raise ConfigError(
             f"{called}: its configuration names code on the hub to run ({named}); remove that, or "
-            "set model.trust_remote_code=true if you trust it"
+            f"{TRUST}"
         )
 
 
@@ -202,7 +216,14 @@ def _tokenizer(
 
 
 def fitting(called: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
-    """Raises ConfigError for a tokenizer with tokens that the model has no embedding of."""
+    """Raises ConfigError for a tokenizer without tokens, or with some that no embedding is of."""
+    with refused_as(called):
+        encoded: Any = tokenizer(WORDS, add_special_tokens=False)["input_ids"]
+    if not encoded:
+        raise ConfigError(
+            f"{called}: its tokenizer makes no token of {WORDS!r}; restore tokenizer.json from the "
+            "model's own files"
+        )
     if len(tokenizer) > rows:
         raise ConfigError(
             f"{called}: its tokenizer has {len(tokenizer)} tokens and the model {rows}; they do "
@@ -217,10 +238,12 @@ def whole_model(
 
     `options` are revision and trust_remote_code. Raises ConfigError, naming the model as `called`
     or by its source, when it cannot be read, is quantised although that was not allowed, or lacks a
-    weight, which transformers would fill with random numbers.
+    weight, which transformers would fill with random numbers; DataError where one is not finite.
     """
     called = called or source
-    read_architecture(source, called, quantised=quantised, **options)
+    shape = read_architecture(source, called, quantised=quantised, **options)
+    if getattr(shape, "quantization_config", None) is None:
+        _check_floating(source, called)
     with refused_as(called):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
@@ -236,9 +259,39 @@ def whole_model(
                 len(unknown),
                 unknown[0],
             )
+    if not quantised:
+        check_finite(model, called)
     return model.eval()
 
 
+def _check_floating(folder: str, called: str) -> None:
+    """Raises ConfigError for weights of integers, which would be read as if they were numbers."""
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        with refused_as(called), safe_open(file, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 - no mapping
+                kind = weights.get_slice(name).get_dtype()
+                if name.endswith(".weight") and kind not in FLOATING:
+                    raise ConfigError(
+                        f"{called}: weight {name} is of type {kind}, quantised without its scales; "
+                        "name the model in full precision"
+                    )
+
+
+def check_finite(model: Any, called: str) -> None:
+    """Raises DataError where a weight is NaN or infinite: every number from it would be wrong."""
+    for name, weight in model.named_parameters():
+        # the sum is the cheaper test, but overflows where numbers are large
+        if not weight.detach().sum().isfinite() and not weight.detach().isfinite().all():
+            raise DataError(
+                f"{called}: weight {name} is not finite: the file is damaged, or the training that "
+                "made it diverged; restore it from a copy, or make it anew"
+            )
+
+
+TRUST = (
+    "if you have read and trust it, add model.trust_remote_code=true (to chat and export "
+    "trust_remote_code=true)"
+)
 FOLDER = "give a local folder with config.json and safetensors, or a hub id this machine can reach"
 
 
@@ -253,6 +306,10 @@ def refused_as(name: str, cure: str = FOLDER) -> Iterator[None]:
         if "can't allocate memory" in str(error):  # the CPU's way to say so
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
+        if "custom code" in reason:
+            elsewhere = re.search(r"custom code contained in (\S+)", reason)
+            code = f"code of {elsewhere[1]}" if elsewhere else "code that comes with it"
+            raise ConfigError(f"{name}: needs {code} to be run; {TRUST}") from error
         if isinstance(error, KeyError):
             reason = f"{reason} is not known or not there"
         raise ConfigError(f"{name}: cannot be opened ({reason[:160]}); {cure}") from error

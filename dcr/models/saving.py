@@ -6,7 +6,6 @@ import os
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
@@ -14,8 +13,16 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from dcr import storage
-from dcr.config import EMBEDDED_MODEL, ConfigError, DataError, Precision
-from dcr.models.opening import DTYPES, Policy, embedded_folder, fitting, refused_as, whole_model
+from dcr.config import EMBEDDED_MODEL, ConfigError, Precision
+from dcr.models.opening import (
+    DTYPES,
+    Policy,
+    check_finite,
+    embedded_folder,
+    fitting,
+    refused_as,
+    whole_model,
+)
 from dcr.storage import replaced_folder
 
 ORIGIN_FILE = "dcr.json"  # beside an adapter: which weights it stands on, with their fingerprint
@@ -27,6 +34,7 @@ class AdapterSettings:
 
     base_model_name_or_path: str
     revision: str | None = None
+    megatron_config: object = None  # PEFT imports the module that stands beside it
 
 
 @dataclass(frozen=True)
@@ -130,7 +138,6 @@ def open_folder(folder: str, precision: Precision, trust_remote_code: bool = Fal
     storage.check_checksums(Path(folder))
     with refused_as(folder):
         model = whole_model(folder, DTYPES[precision], trust_remote_code=trust_remote_code)
-        check_finite(model, folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     fitting(folder, tokenizer, model.config.get_text_config().vocab_size)
     return Policy(model, tokenizer, folder)
@@ -143,28 +150,18 @@ def open_adapter(folder: Path, precision: Precision, trust_remote_code: bool = F
     adapter fits.
     """
     base = adapter_base(folder)
-    revision = storage.read_json(folder / "adapter_config.json", AdapterSettings).revision
+    settings = storage.read_json(folder / "adapter_config.json", AdapterSettings)
+    if settings.megatron_config is not None:
+        raise ConfigError(f"{folder}: its megatron_config names a module to import; remove it")
     with refused_as(str(folder)):
         model = whole_model(
-            base, DTYPES[precision], revision=revision, trust_remote_code=trust_remote_code
+            base, DTYPES[precision], revision=settings.revision, trust_remote_code=trust_remote_code
         )
-        check_finite(model, base)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         adapted = _adapted(model, folder, base).eval()
         check_finite(adapted, str(folder))
     fitting(str(folder), tokenizer, model.config.get_text_config().vocab_size)
     return Policy(adapted, tokenizer, str(folder))
-
-
-def check_finite(model: Any, source: str) -> None:
-    """Raises DataError where a weight is NaN or infinite: every number from it would be wrong."""
-    for name, weight in model.named_parameters():
-        # the sum is the cheaper test, but overflows where numbers are large
-        if not weight.detach().sum().isfinite() and not weight.detach().isfinite().all():
-            raise DataError(
-                f"{source}: weight {name} is not finite: damaged, or training diverged; restore "
-                "the folder from a copy, or train again with a lower learning rate"
-            )
 
 
 def _adapted(model: object, folder: Path, base: str) -> PeftModel:

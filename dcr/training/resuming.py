@@ -104,6 +104,7 @@ class ResumableModule(LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
+        self.identity = ""  # of the run's settings: another run's checkpoint is none of this one
         self.rows: tuple[str, ...] = ()  # ids of the rows in the current step
         self.faulty: tuple[str, ...] = ()  # those of this rank in it whose loss is not finite
         self._packs: dict[int, models.Packing] = {}  # of a backbone or trunk
@@ -163,6 +164,7 @@ class ResumableModule(LightningModule):
                 raise TrainingError(f"{name} is not finite {self._where()}: no checkpoint written")
         kept = trainable | self._metric_names(state)
         checkpoint["state_dict"] = {name: state[name] for name in state if name in kept}
+        checkpoint["run"] = self.identity
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["state_dict"]
@@ -361,12 +363,13 @@ def _is_whole(checkpoint: Path) -> bool:
         return False
 
 
-def _fits(checkpoint: Path, module: torch.nn.Module) -> bool:
-    """Whether a whole file is a checkpoint of this stage: its weights, their moments, its step."""
+def _fits(checkpoint: Path, module: "ResumableModule") -> bool:
+    """Whether a whole file is one of this run's stage: its weights, their moments, its step."""
     try:
         held, shapes, wanted = sharding.shapes(checkpoint, module)
         return (
             held["global_step"] == step_of(checkpoint)
+            and module.identity in ("", held.get("run", module.identity))  # absent in earlier ones
             and held.keys() >= {"epoch", "loops", "lr_schedulers", "callbacks"}
             and shapes == wanted
             # each of a weight and its moments
@@ -377,10 +380,10 @@ def _fits(checkpoint: Path, module: torch.nn.Module) -> bool:
         return False
 
 
-def newest_checkpoint(folder: Path, module: torch.nn.Module) -> Path | None:
+def newest_checkpoint(folder: Path, module: ResumableModule) -> Path | None:
     """The newest checkpoint of a stage that can be gone on from, None where none was written.
 
-    A damaged one, or another model's, is passed over with a warning. Raises UserError when there
+    A damaged one, or another run's, is passed over with a warning. Raises UserError when there
     is no other: the stage would silently start again.
     """
     if folder.exists() and not folder.is_dir():
@@ -390,7 +393,7 @@ def newest_checkpoint(folder: Path, module: torch.nn.Module) -> Path | None:
         if not _is_whole(checkpoint):
             log.warning("%s is damaged (its checksum differs): using the one before it", checkpoint)
         elif not _fits(checkpoint, module):
-            log.warning("%s is damaged (not of this model): using the one before it", checkpoint)
+            log.warning("%s is damaged (not of this run): using the one before it", checkpoint)
         else:
             return checkpoint
     if checkpoints:

@@ -55,6 +55,7 @@ class Job:
     lease: Lease | None  # None in processes that help another one with its run folder
     loggers: list[Logger]
     tracked: tracking.Tracked | None = None
+    identity: str = ""  # of the settings that decide its weights
 
 
 def check(settings: TrainConfig, rows: Splits, wanted: Sequence[Stage]) -> None:
@@ -224,6 +225,7 @@ def _fitted(
 ) -> Iterator[bool]:
     """Train to the end. Inside, the result may be written, by the process that is told True."""
     folder = job.run.checkpoints(stage.value)
+    module.identity = job.identity
     checkpoint = resuming.newest_checkpoint(folder, module)
     step = resuming.step_of(checkpoint)
     if checkpoint:
