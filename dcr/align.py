@@ -158,8 +158,8 @@ def _chosen(record: Chosen, settings: TrainConfig) -> tuple[list[str], str]:
     for kind in ("seemingly_toxic", "toxic"):
         names, node = best[kind], getattr(settings.data, kind)
         if names != node.source:
-            words += [f"data.{kind}.source=[{','.join(names)}]", f"data.{kind}.count=null"]
-            words += ["dcr.ratio=null"] if kind == "toxic" else []
+            words += [f"data.{kind}.source=[{','.join(names)}]"]
+            words += ["dcr.ratio=null" if kind == "toxic" else f"data.{kind}.count=null"]
     shared, tests = best["transfer_on_common_tests"], ", ".join(record["common_tests"])
     told = f", AUROC {shared['estimate']:.2f} on {tests}" if shared else ""
     return words, f"stage one: {' '.join(words)}, where a linear probe transfers best{told}"

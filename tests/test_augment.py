@@ -19,6 +19,7 @@ from dcr.augment import INSTRUCTIONS
 from dcr.config import (
     AugmentConfig,
     ConfigError,
+    CountedSourceConfig,
     DataConfig,
     DataError,
     EvaluationSets,
@@ -85,10 +86,10 @@ class Folder:
         evaluated = [self.safe, self.other] if over_refusal is None else list(over_refusal)
         made = DataConfig(
             label="made",
-            seemingly_toxic=SourceConfig([self.safe], count=10),
+            seemingly_toxic=CountedSourceConfig([self.safe], count=10),
             toxic=SourceConfig([self.toxic]),
             safety=SafetyPairsConfig([self.toxic], count=10),
-            normal=SourceConfig([self.normal], count=20),
+            normal=CountedSourceConfig([self.normal], count=20),
             evaluation=EvaluationSets(over_refusal=evaluated),
         )
         return replace(made, **more)
@@ -174,7 +175,7 @@ def test_repeated_prompts_and_those_of_other_pairs_are_dropped(folder: Folder) -
 def test_without_a_file_the_prompts_are_those_of_stage_one(folder: Folder) -> None:
     """Where the data's own rows have answers, as the embedded corpus: a matched comparison."""
     own = folder.answers()
-    config = folder.config([folder.other], seemingly_toxic=SourceConfig([own], count=10))
+    config = folder.config([folder.other], seemingly_toxic=CountedSourceConfig([own], count=10))
     for seed in (0, 1):
         wanted = stl(config, seed, dcr=True).seemingly_toxic
         assert split(config, seed=seed).augmented == wanted

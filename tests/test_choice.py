@@ -19,7 +19,15 @@ from dcr.choice import origins
 from dcr.choice.__main__ import describe, main
 from dcr.choice.origins import Material, Pair
 from dcr.choice.transfer import Choice, common, mean, ranked
-from dcr.config import ConfigError, DataConfig, DataError, Kind, SourceConfig, TrainConfig
+from dcr.config import (
+    ConfigError,
+    CountedSourceConfig,
+    DataConfig,
+    DataError,
+    Kind,
+    SourceConfig,
+    TrainConfig,
+)
 from dcr.data import prompt_rows
 from dcr.models import Policy
 from dcr.separability import linear_probe
@@ -155,7 +163,7 @@ def test_layers_that_are_not_finite_cannot_be_chosen() -> None:
 
 def data(safe: str, toxic: str, root: Path | None = None) -> DataConfig:
     return DataConfig(
-        label="mine", root=root and str(root), seemingly_toxic=SourceConfig(source=[safe]),
+        label="mine", root=root and str(root), seemingly_toxic=CountedSourceConfig(source=[safe]),
         toxic=SourceConfig(source=[toxic]),
     )  # fmt: skip
 

@@ -59,6 +59,7 @@ BAD_SETTINGS = {
     "dcr.margin=nan": "dcr.margin=nan: give a number inside (0, 1)",
     "dcr.layer=3": "dcr.layer=3: the model has blocks 1 to 2",
     "dcr.layer=-1": "dcr.layer=-1: blocks are counted from 1",
+    "data.toxic.count=8": "data.toxic.count: no such setting; did you mean data.normal.count",
     "dcr.ratio=0": "dcr.ratio=0.0: give toxic rows per seemingly toxic row, above 0",
     "dcr.ratio=50": "dcr.ratio=50.0 asks for 2000 rows: only ",
     "dcr.batch_size=2": "dcr.batch_size=2: a prompt needs one of its own class and one of the "

@@ -18,6 +18,7 @@ from dcr.config import (
     COUNTS,
     ConfigError,
     ContrastiveConfig,
+    CountedSourceConfig,
     DataConfig,
     DataError,
     EvaluationSets,
@@ -63,10 +64,10 @@ class Files:
         harmful = self.rows("toxic", toxic, response=REFUSED)
         return DataConfig(
             label="made",
-            seemingly_toxic=SourceConfig([self.rows("safe", safe)], count=10),
+            seemingly_toxic=CountedSourceConfig([self.rows("safe", safe)], count=10),
             toxic=SourceConfig([harmful]),
             safety=SafetyPairsConfig([harmful], count=20),
-            normal=SourceConfig([self.rows("normal", normal, response="Yes.")], count=40),
+            normal=CountedSourceConfig([self.rows("normal", normal, response="Yes.")], count=40),
             evaluation=self.evaluation,
             **more,
         )
@@ -241,10 +242,10 @@ def test_a_set_that_only_its_contrast_is_trained_on_stays_clean(
     monkeypatch.setattr(sources, "read", read)
     config = DataConfig(
         label="made",
-        seemingly_toxic=SourceConfig(["xstest_safe"], count=20),
+        seemingly_toxic=CountedSourceConfig(["xstest_safe"], count=20),
         toxic=SourceConfig(["stl_safety"]),
         safety=SafetyPairsConfig(["stl_safety"], count=10),
-        normal=SourceConfig(["alpaca"]),
+        normal=CountedSourceConfig(["alpaca"]),
         evaluation=EvaluationSets(over_refusal=["xstest_safe"], safety=["xstest_unsafe"]),
         near_duplicate=0.8,
     )

@@ -64,6 +64,7 @@ from dcr.config.schema import (
     Adapter,
     AugmentConfig,
     ContrastiveConfig,
+    CountedSourceConfig,
     DataConfig,
     EvaluationSets,
     KernelConfig,

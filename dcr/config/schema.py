@@ -159,11 +159,15 @@ class SourceConfig:
     """Rows of one kind: `source` is a name or path, or a list of them."""
 
     source: Any = MISSING  # one spelling for a name and a list of names: checked in `resolve`
+
+
+@dataclass
+class CountedSourceConfig(SourceConfig):
     count: int | None = None  # how many rows, drawn by seed; null: all
 
 
 @dataclass
-class SafetyPairsConfig(SourceConfig):
+class SafetyPairsConfig(CountedSourceConfig):
     refusals_only: bool = False  # only pairs whose answer refuses by the keyword rules
 
 
@@ -192,10 +196,10 @@ class EvaluationSets:
 class DataConfig:
     label: str = MISSING  # in tables
     root: str | None = None  # a local folder with the sets' files
-    seemingly_toxic: SourceConfig = field(default_factory=SourceConfig)
-    toxic: SourceConfig = field(default_factory=SourceConfig)
+    seemingly_toxic: CountedSourceConfig = field(default_factory=CountedSourceConfig)
+    toxic: SourceConfig = field(default_factory=SourceConfig)  # as many as `dcr.ratio` asks for
     safety: SafetyPairsConfig = field(default_factory=SafetyPairsConfig)
-    normal: SourceConfig = field(default_factory=SourceConfig)
+    normal: CountedSourceConfig = field(default_factory=CountedSourceConfig)
     evaluation: EvaluationSets = field(default_factory=EvaluationSets)
     # Steering vectors are computed from these; none may stand in an evaluation set.
     extraction: SourcesByKind = field(default_factory=SourcesByKind)
