@@ -84,7 +84,6 @@ from dcr.config.schema import (
     RefusalProbabilityConfig,
     SafetyPairsConfig,
     Sampler,
-    Schedule,
     SFTConfig,
     SourceConfig,
     SourcesByKind,

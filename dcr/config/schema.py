@@ -183,7 +183,6 @@ class AugmentConfig:
     """STL-aug: compliant answers to seemingly toxic prompts, added to the rows of SFT."""
 
     responses: str | None = None  # a JSONL file with prompt and response
-    repeat: int = 1  # how often each answer stands among the rows
 
 
 @dataclass
@@ -212,12 +211,6 @@ class DataConfig:
     drop_contaminated: bool = True  # leave out rows too near a prompt that is evaluated on
 
 
-class Schedule(Enum):
-    constant = "constant"
-    linear = "linear"
-    cosine = "cosine"
-
-
 class Moments(Enum):
     """How AdamW keeps its two moments of each weight."""
 
@@ -228,8 +221,6 @@ class Moments(Enum):
 @dataclass
 class OptimConfig:
     lr: float = 1e-4
-    weight_decay: float = 0.0
-    clip: float | None = None  # norm that gradients are clipped to; null: not
     moments: Moments = Moments.full
 
 
@@ -273,7 +264,6 @@ class ContrastiveConfig:
     circle: CircleConfig = field(default_factory=CircleConfig)
     nll: NLLConfig = field(default_factory=NLLConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    schedule: Schedule = Schedule.constant
     precision: Precision = II("precision")
     gradient_checkpointing: bool = False  # less memory for more time
     adapter: Adapter = Adapter.full  # train the blocks' own weights, or a LoRA adapter on them
@@ -298,7 +288,6 @@ class ReadoutConfig:
     blocks: int = 2  # the last so many
     batch_size: int = 32
     lr: float = 1e-3
-    weight_decay: float = 0.01
     drift: float = 1.0  # weight of the KL to the model before the phase on ordinary answers
     # Weight of the contrast of the margin as well, by which greedy decoding decides: above 0 greedy
     # answers need no calibration to refuse one kind and answer the other, and rank a little worse.
@@ -313,11 +302,8 @@ class SFTConfig:
     batch_size: int = II("model.sft_batch_size")  # rows a step
     micro_tokens: int = 2048  # in one pass, padding too; others draw other dropout masks
     lr: float = II("model.sft_lr")
-    weight_decay: float = 0.01
-    schedule: Schedule = Schedule.linear
     warmup: float = 0.03  # share of the steps
     max_len: int = 512  # tokens a row; longer ones are cut
-    train_on_prompt: bool = False  # learn the prompt's tokens too
     # What answers end with; auto: the chat's end where the model knows it.
     terminator: Terminator = Terminator.auto
     precision: Precision = II("precision")

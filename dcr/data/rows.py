@@ -132,9 +132,7 @@ class StageRows:
     def _pairs(self, chat: ChatFormat, rows: list[Example], refusal: bool) -> list[PairRow]:
         made, encoded = [], functools.cache(chat.pair)  # a plan's placeholders are all alike
         for row in rows:
-            ids, targets = encoded(
-                row.prompt, row.response or "", self.sft.max_len, self.sft.train_on_prompt
-            )
+            ids, targets = encoded(row.prompt, row.response or "", self.sft.max_len)
             if ids:
                 made.append(PairRow(row.id, ids, targets, refusal))
             else:
