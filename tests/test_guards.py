@@ -159,12 +159,16 @@ def wild_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return teach(tmp_path_factory.mktemp("wildguard"), wild_text, WILD_SAYS, None)
 
 
+@pytest.fixture(autouse=True)
+def as_many_tokens_as_its_lines_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(guards.NEW_TOKENS, "wildguard", 48)
+
+
 def llama_of(folder: Path, **options: Any) -> LlamaGuardConfig:
     return LlamaGuardConfig(model=str(folder), precision=Precision.fp32, **options)
 
 
 def wild_of(folder: Path, **options: Any) -> WildGuardConfig:
-    options.setdefault("max_new_tokens", 48)
     return WildGuardConfig(model=str(folder), precision=Precision.fp32, **options)
 
 
@@ -329,7 +333,7 @@ def test_what_is_no_verdict_is_invalid(llama_folder: Path, tmp_path: Path) -> No
         LlamaForCausalLM(LlamaConfig.from_pretrained(llama_folder)).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(llama_folder).save_pretrained(tmp_path)
     verdicts = by_id(guards.llama_guard(llama_of(tmp_path), ANSWERS[:2]))
-    wild = by_id(guards.wildguard(wild_of(tmp_path, max_new_tokens=4), ANSWERS[2:3]))
+    wild = by_id(guards.wildguard(wild_of(tmp_path), ANSWERS[2:3]))
     for verdict in (verdicts | wild).values():
         assert (verdict.status, verdict.safety, verdict.compliance) == ("invalid", None, None)
         assert verdict.raw

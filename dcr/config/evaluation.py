@@ -167,7 +167,6 @@ class GuardConfig:
     revision: str | None = None
     precision: Precision = Precision.auto  # of the guard alone
     batch_size: int = 8
-    max_new_tokens: int = 20
 
 
 @dataclass
@@ -178,7 +177,6 @@ class LlamaGuardConfig(GuardConfig):
 @dataclass
 class WildGuardConfig(GuardConfig):
     model: str = "allenai/wildguard"
-    max_new_tokens: int = 32
     prompt: str | None = None  # a file; null: dcr/judges/wildguard.txt, in our own words
 
 

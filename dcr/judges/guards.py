@@ -30,6 +30,8 @@ LLAMA_GUARD, WILDGUARD = Judge.llama_guard.value, Judge.wildguard.value
 MARKS = ("<|user|>", "<|assistant|>", "[INST]", "[/INST]")  # not all special tokens
 REFUSAL = {"yes": "refused", "no": "complied"}
 HARM = {"yes": "unsafe", "no": "safe"}
+# Tokens of a verdict: `unsafe` with its categories, and WildGuard's three lines.
+NEW_TOKENS = {LLAMA_GUARD: 20, WILDGUARD: 32}
 
 Content = Callable[[str], Any]  # what a chat template takes as a message's content
 
@@ -181,7 +183,6 @@ def identity(settings: GuardConfig) -> dict[str, object]:
         "revision": settings.revision,
         "weights": models.weights_fingerprint(folder) if folder.is_dir() else None,
         "precision": settings.precision.value,
-        "max_new_tokens": settings.max_new_tokens,
     }
 
 
@@ -280,13 +281,13 @@ def judged_in_batches(
     waiting = [(a, tokenizer.encode(asked(a), add_special_tokens=False)) for a in answers]
     waiting.sort(key=lambda pair: (-len(pair[1]), pair[0].id))
     context = batching.context_length(guard.policy.model.config)
-    if (longest := len(waiting[0][1])) + settings.max_new_tokens > context:
+    if (longest := len(waiting[0][1])) + NEW_TOKENS[node] > context:
         raise DataError(
-            f"{waiting[0][0].id}: its {longest} tokens and {settings.max_new_tokens} new ones "
+            f"{waiting[0][0].id}: its {longest} tokens and {NEW_TOKENS[node]} new ones "
             f"exceed the context of {node}.model={settings.model}, {context}; lower "
             "gen.max_new_tokens or choose another guard"
         )
-    write = functools.partial(_written, guard, settings.max_new_tokens)
+    write = functools.partial(_written, guard, NEW_TOKENS[node])
     yield from batching.halving(waiting, settings.batch_size, f"{node}.batch_size", write)
 
 
