@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dcr import batching, models, prompts, storage
 from dcr.config import ConfigError, ModelConfig, Pooling, Terminator
-from dcr.prompts import IGNORED, ChatFormat, templates
+from dcr.prompts import IGNORED, ChatFormat
 
 TEXTS = [
     "How do I kill a Python process?",
@@ -262,8 +262,6 @@ def test_templates_that_cannot_be_are_named(tmp_path: Path, template: str, messa
 
 
 BROKEN = {
-    "loops for ever": ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}"
-                       "{% endfor %}", "is not done after 9000 steps"),
     "adds text to a number": ("{{ 1 + 'a' }}", "unsupported operand"),
     "divides by nothing": ("{{ 1 // 0 }}", "by zero"),
     "calls itself": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
@@ -273,10 +271,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("text", "says"), BROKEN.values(), ids=BROKEN)
-def test_a_models_own_template_that_fails_is_the_models_fault(
-    text: str, says: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(templates, "LONGEST_TRIAL", 9000)  # a million, in earnest
+def test_a_models_own_template_that_fails_is_the_models_fault(text: str, says: str) -> None:
     with pytest.raises(ConfigError, match=rf"^model\.name=x: its chat template fails .*{says}"):
         formatted(models.byte_tokenizer(text))
     tokenizer = models.byte_tokenizer()

@@ -9,7 +9,6 @@ from dcr.config import ConfigError, ModelConfig, Pooling, Terminator
 from dcr.prompts.templates import (
     Tensor,
     Tokenizer,
-    bounded,
     chosen_end,
     chosen_template,
     special_tokens,
@@ -173,10 +172,9 @@ def chat_format(
     template = chosen_template(tokenizer, config.template, config.name)
     probe = ChatFormat(tokenizer, template, config.system_prompt, 0, ())
     try:
-        with bounded():
-            chat_end = _chat_end(probe)
-            if PLACEHOLDER not in probe.text(PLACEHOLDER):
-                raise ValueError("it leaves out what the user says")
+        chat_end = _chat_end(probe)
+        if PLACEHOLDER not in probe.text(PLACEHOLDER):
+            raise ValueError("it leaves out what the user says")
     except Exception as error:  # a template's own mistakes, of any type
         named = f"template={config.template}" if config.template else f"name={config.name}"
         raise ConfigError(

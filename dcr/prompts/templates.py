@@ -2,14 +2,11 @@
 
 import logging
 import math
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float
-from jinja2 import TemplateRuntimeError
 
 from dcr.config import ConfigError, Terminator
 from dcr.text import CHATML
@@ -37,7 +34,6 @@ PLAIN = (
 )
 # of common bases, which an instruct tokenizer no longer names as its end of text
 BASE_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>")
-LONGEST_TRIAL = 1_000_000
 UNTEMPLATED: set[str] = set()  # models of which this command has said that they have no template
 TEMPLATES = {"llama3": LLAMA3, "chatml": CHATML, "plain": PLAIN}
 
@@ -84,33 +80,6 @@ def _begun(tokenizer: Tokenizer, template: str) -> str:
     begins: Any = tokenizer("x")["input_ids"]
     begun = tokenizer.bos_token_id is not None and begins[0] == tokenizer.bos_token_id
     return "{{ bos_token }}" + template if begun else template
-
-
-@contextmanager
-def bounded() -> Iterator[None]:
-    """Templates rendered inside end after `LONGEST_TRIAL` of their own lines.
-
-    A template comes with a model, and may loop for as long as it likes. Raises jinja2's
-    TemplateRuntimeError. Slows rendering down: for a trial, not for every prompt.
-    """
-    left = LONGEST_TRIAL
-
-    def count(frame: Any, event: str, argument: Any) -> Any:
-        nonlocal left
-        left -= event == "line"
-        if left < 0:
-            raise TemplateRuntimeError(f"it is not done after {LONGEST_TRIAL} steps")
-        return count
-
-    def enter(frame: Any, event: str, argument: Any) -> Any:
-        return count if frame.f_code.co_filename == "<template>" else None
-
-    before = sys.gettrace()
-    sys.settrace(enter)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
