@@ -353,7 +353,7 @@ def _check(settings: EvalConfig) -> None:
                 f"gen.{name}={weight}: an endpoint shows no logits to contrast; "
                 "leave it out, or name the model with model="
             )
-        endpoints.check_served(subjects.server_of(settings), "endpoint")
+        endpoints.check(subjects.server_of(settings), "endpoint")
 
 
 # --- what is learnt -----------------------------------------------------------------------------

@@ -123,16 +123,16 @@ class DeviceConfig:
 class HTTPConfig:
     """How every server is called."""
 
-    concurrency: int = 8  # requests at once to each server
-    timeout: float = 60.0  # seconds a request may take
+    concurrency: int = 8  # requests at once to a server
+    timeout: float = 60.0  # seconds that an attempt waits for the server
     retries: int = 6  # after a time-out, a dropped connection, 429 or 5xx
 
 
 @dataclass
 class ServerConfig:
-    """A model behind an OpenAI-compatible server, or behind several."""
+    """A model behind an OpenAI-compatible server."""
 
-    url: Any = None  # an address, or a list of them that share the work; null: OpenAI's own
+    url: str | None = None  # its address; null: OpenAI's own
     model: str = MISSING
     # The environment variable that holds the key, never the key itself. Null: OPENAI_API_KEY for
     # OpenAI's own server, and none for another.
@@ -296,9 +296,7 @@ class EvalConfig:
     stage: Stage = Stage.all  # whose weights: contrastive, sft, or all for the last that is done
     snapshots: bool = False  # score every adapter snapshot of the run, for the frontier
     steps: list[int] | None = None  # of which snapshots; null: all
-    # An OpenAI-compatible server to evaluate instead of a model, or a list of several that share
-    # the work; the first one's address names the answers.
-    endpoint: Any = None
+    endpoint: str | None = None  # an OpenAI-compatible server to evaluate instead of a model
     endpoint_model: str | None = None  # its name there
     endpoint_key: str | None = None  # the environment variable that holds the key, if one is needed
     endpoint_parameters: dict[str, Any] = field(default_factory=dict)  # null leaves one of ours out

@@ -224,7 +224,7 @@ REASONS = (
     (r"is not Optional", "it needs a value"),
     (r"is not a ListConfig, list or tuple", "give a list, as in key=[a,b]"),
     (r"is not a subclass of", "it is a group of settings; set one of those inside"),
-    (r"Cannot convert .* to string", "give text"),
+    (r"Cannot convert .* to string", "give one text, not a list"),
     (r"Cannot assign .* to Dict", "give pairs, as in key={a:1}"),
     (r"=\s*\[[\s\S]*Cannot merge DictConfig", "it is a group of settings; set one of those inside"),
     (r"Cannot merge DictConfig", "give a list, as in key=[a,b]"),

@@ -2,7 +2,7 @@
 
 Servers differ in what they leave out, so that only what is used is required, and bodies are read
 as plain JSON rather than as the client's own types. Of an error, the order of the rules is the
-contract: try again, this row alone, or every request. Codes are OpenAI's
+contract: a passing fault, this row alone, or every request. Codes are OpenAI's
 (platform.openai.com/docs/guides/error-codes); the wordings are those of servers that send no code,
 such as vLLM and llama.cpp.
 """
@@ -11,8 +11,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import Any
 
 from dcr.config import ServerConfig
@@ -29,13 +27,12 @@ from dcr.text import encodable
 JSON = Any  # whatever json.loads returns
 Message = Mapping[str, str]  # role and content
 
-PASSING = {408, 409, 429}  # and everything from 500: over when asked again
+PASSING = {408, 409, 429}  # and everything from 500: the client has asked again, to no avail
 FILTERED = {"content_filter", "content_policy_violation", "moderation_blocked"}
 FILTER_WORDS = re.compile(r"content[ _-]?(filter|management policy|policy)|\bflagged\b", re.I)
 TOO_LONG = re.compile(r"context[ _-]?(length|window)|maximum context|too many tokens", re.I)
 UNSUPPORTED = {"unsupported_parameter", "unsupported_value", "unknown_parameter"}
 NO_QUOTA = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
-LONGEST_WAIT = 60.0  # seconds, whatever the server asks for
 CONTENT = {"messages", "input"}  # the row itself, by its place in a request
 
 
@@ -162,14 +159,6 @@ def _top(choice: JSON) -> tuple[Mapping[str, float], ...] | None:
 
 
 @dataclass(frozen=True)
-class Again:
-    """An attempt that another may mend. `wait` is what the server asks for, in seconds."""
-
-    failure: Failure
-    wait: float | None = None
-
-
-@dataclass(frozen=True)
 class Rejection:
     """An answer with an error status, by the parts that servers agree on."""
 
@@ -178,7 +167,6 @@ class Rejection:
     param: str
     message: str
     named: tuple[str, ...]  # parameters that the body names by their place in the request
-    wait: float | None  # seconds the server asks to wait
     target: str  # of a redirect
 
 
@@ -196,13 +184,12 @@ def rejection(status: int, body: Any, headers: Mapping[str, str]) -> Rejection:
         param=str(fields.get("param") or ""),
         message=str(fields.get("message") or detail or error or "no reason given"),
         named=tuple(str(place[-1]) for place in places if isinstance(place, list) and place),
-        wait=wait_asked_for(headers),
         target=headers.get("location", ""),
     )
 
 
-def judged(rejected: Rejection, server: ServerConfig, node: str) -> Again | Failure:
-    """What to do about `rejected`, an answer of `server`.
+def judged(rejected: Rejection, server: ServerConfig, node: str) -> Failure:
+    """The failure that `rejected`, an answer of `server`, is to its row.
 
     Raises EndpointError, which names setting and cure, where every request would end the same.
     """
@@ -215,7 +202,7 @@ def judged(rejected: Rejection, server: ServerConfig, node: str) -> Again | Fail
             f"another server with {setting(node, 'url')}"
         )
     if rejected.status in PASSING or rejected.status >= 500:
-        return Again(Failure("error", reason), rejected.wait)
+        return Failure("error", reason)
     if rejected.code in FILTERED or FILTER_WORDS.search(rejected.message):
         return Failure("invalid", f"content filter, {reason}")
     if rejected.code == "context_length_exceeded" or TOO_LONG.search(rejected.message):
@@ -296,23 +283,3 @@ def _blamed(rejected: Rejection, sent: Iterable[str]) -> str | None:
         if (match := re.search(rf"(?<!\w){re.escape(name)}(?!\w)", rejected.message))
     ]
     return min(places)[1] if places else None
-
-
-def wait_asked_for(headers: Mapping[str, str]) -> float | None:
-    """Seconds from `retry-after-ms` or `retry-after` (seconds, or a date), LONGEST_WAIT at most.
-
-    None without either, and for what is neither a time nor one to come.
-    """
-    for name, in_a_second in (("retry-after-ms", 1000), ("retry-after", 1)):
-        try:
-            seconds = float(headers.get(name, "")) / in_a_second
-        except ValueError:
-            continue
-        if seconds >= 0:  # neither negative nor NaN
-            return min(seconds, LONGEST_WAIT)
-    try:
-        date = parsedate_to_datetime(headers.get("retry-after", ""))
-    except (ValueError, OverflowError):
-        return None
-    date = date if date.tzinfo else date.replace(tzinfo=UTC)
-    return min(max(0.0, (date - datetime.now(UTC)).total_seconds()), LONGEST_WAIT)

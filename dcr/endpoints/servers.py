@@ -5,7 +5,6 @@ import logging
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -15,7 +14,6 @@ from dcr.text import single_line
 OPENAI = "https://api.openai.com/v1"
 OPENAI_KEY = "OPENAI_API_KEY"
 NO_KEY = "none"  # sent where the variable is unset: local servers want a header, not a key
-LISTED_WITHIN = 5.0  # seconds that a server has to say which models it serves
 LONGEST_TEXT = 240  # characters of a server's own words that are passed on
 OURS = {"model", "messages", "input", "stream", "stream_options"}  # never left to the user
 SECRET = {"api_key", "key", "authorization", "headers", "extra_headers"}
@@ -39,23 +37,8 @@ def setting(node: str, field: str) -> str:
     return SPELLINGS.get(node, {}).get(field, f"{node}.{field}")
 
 
-def urls(server: ServerConfig) -> list[str | None]:
-    """Its address, or those of several servers of one model, as the user gave them."""
-    return server.url if isinstance(server.url, list) else [server.url]
-
-
-def each(server: ServerConfig) -> list[ServerConfig]:
-    """One of a single address for each of those given."""
-    return [replace(server, url=url) for url in urls(server)]
-
-
-def first_url(server: ServerConfig) -> str | None:
-    """What its answers are stored under: the first address, so that others may come and go."""
-    return urls(server)[0]
-
-
 def address(server: ServerConfig) -> str:
-    """Where requests of a server of one address go, without a slash at the end."""
+    """Where requests go, without a slash at the end."""
     return (server.url or OPENAI).rstrip("/")
 
 
@@ -87,60 +70,16 @@ def check(server: ServerConfig, node: str) -> None:
     check_installed("openai", "judges", node)
     _check_key(server, node)
     if server.url is not None:
-        _check_urls(urls(server), node)
+        _check_url(server.url, node)
     if not server.model.strip():
-        raise ConfigError(
-            f"{setting(node, 'model')}: empty; name a model of {address(each(server)[0])}"
-        )
+        raise ConfigError(f"{setting(node, 'model')}: empty; name a model of {address(server)}")
     _check_parameters(server, node)
 
 
-def check_served(server: ServerConfig, node: str) -> None:
-    """`check`, and of several servers whether all that list their models serve this one.
-
-    Those that list none, or do not answer, are believed, and so are all where none lists it: it may
-    be an alias. Raises EndpointError as well.
-    """
-    check(server, node)
-    if len(servers := each(server)) < 2:
-        return
-    listed = {address(one): _models(one) for one in servers}
-    if not any(server.model in models for models in listed.values()):
-        return
-    for place, models in listed.items():
-        if models and server.model not in models:
-            raise EndpointError(
-                f"{setting(node, 'model')}={server.model}: {place} does not serve it, but "
-                f"{redacted(', '.join(models), server)}; all servers must serve one model: start "
-                f"it there, or leave that server out of {setting(node, 'url')}"
-            )
-
-
 def silence_client() -> None:
-    """A line per request would hide everything else."""
-    for name in ("httpx", "httpx2"):
+    """A line per request, and per retry, would hide everything else."""
+    for name in ("httpx", "httpx2", "openai"):
         logging.getLogger(name).setLevel(logging.WARNING)
-
-
-def _models(server: ServerConfig) -> list[str]:
-    """Names of the models that a server lists under /v1/models; none where it does not say."""
-    from openai import DefaultHttpxClient, OpenAI, OpenAIError  # takes a second
-
-    silence_client()
-    with OpenAI(
-        api_key=key_of(server) or NO_KEY,
-        base_url=address(server),
-        max_retries=0,
-        timeout=LISTED_WITHIN,
-        http_client=DefaultHttpxClient(follow_redirects=False),
-    ) as client:
-        try:
-            body = json.loads(client.models.with_raw_response.list().content)
-        except (OpenAIError, ValueError, RecursionError):
-            return []
-    data = body.get("data") if isinstance(body, dict) else None
-    models = [one.get("id") for one in data or () if isinstance(one, dict)]
-    return [model for model in models if isinstance(model, str)]
 
 
 def _check_parameters(server: ServerConfig, node: str) -> None:
@@ -183,19 +122,6 @@ def _check_key(server: ServerConfig, node: str) -> None:
             f"{key}={named}: this environment variable holds blanks or characters outside "
             "ASCII, which no key has; export the key alone"
         )
-
-
-def _check_urls(given: list[Any], node: str) -> None:
-    name = setting(node, "url")
-    if not given:
-        raise ConfigError(f"{name}=[]: name at least one server")
-    for url in given:
-        if not isinstance(url, str):
-            raise ConfigError(f"{name}: {url!r:.60} is no address; give http://host:port/v1 each")
-        _check_url(url, node)
-    bare = [url.rstrip("/") for url in given]
-    if twice := [url for url in bare if bare.count(url) > 1]:
-        raise ConfigError(f"{name}: {twice[0]} stands there twice; leave one out")
 
 
 def _check_url(url: str, node: str) -> None:

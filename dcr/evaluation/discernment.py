@@ -74,9 +74,9 @@ def openings(
 def shown(
     settings: EvalConfig, asked: Sequence[PromptSet], folder: Path
 ) -> dict[str, list[ShownOpening]]:
-    """Those that the servers of `endpoint=` show, kept in the same way.
+    """Those that the server of `endpoint=` shows, kept in the same way.
 
-    Raises ConfigError, before any prompt is sent, where one shows none; Unanswered where no prompt
+    Raises ConfigError, before any prompt is sent, where it shows none; Unanswered where no prompt
     brought an answer.
     """
     server = subjects.server_of(settings)
@@ -85,16 +85,14 @@ def shown(
     one_token = replace(server, parameters=given | {limit: 1, "logprobs": True})
 
     def ask(rows: list[Example]) -> Iterator[list[ShownOpening]]:
-        for one in endpoints.each(one_token):
-            check_shown(one, settings.http)
+        check_shown(one_token, settings.http)
         system = settings.model.system_prompt
         for row, reply in generation.replies(one_token, settings.http, rows, system):
             if reply.top and reply.top[0]:
                 yield [ShownOpening(row.id, row.prompt, *refusal.shown_mass(reply.top[0]))]
 
     place, progress = folder / "openings", settings.trainer.progress
-    with endpoints.recorded(folder):
-        by_set = subjects.kept(asked, ask, place, ShownOpening, "reading", progress)
+    by_set = subjects.kept(asked, ask, place, ShownOpening, "reading", progress)
     subjects.put_in_order(asked, place, ShownOpening)
     subjects.check_answered(asked, by_set)
     return by_set
@@ -106,8 +104,7 @@ def check_shown(server: ServerConfig, http: HTTPConfig) -> None:
     try:
         greeting = [[{"role": "user", "content": GREETING}]]
         once = replace(http, retries=0)
-        with endpoints.recorded(None):  # no part of what is measured
-            ((_, reply),) = endpoints.chats(server, once, greeting, node="endpoint")
+        ((_, reply),) = endpoints.chats(server, once, greeting, node="endpoint")
     except EndpointError as error:
         if "logprobs" not in str(error):
             raise

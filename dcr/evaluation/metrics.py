@@ -36,7 +36,7 @@ def check(settings: EvalConfig, run: Run) -> None:
     batching.check_devices(settings.trainer.accelerator, settings.trainer.devices)
     judges.check(settings.judge, settings)
     if settings.endpoint is not None:
-        endpoints.check_served(subjects.server_of(settings), "endpoint")
+        endpoints.check(subjects.server_of(settings), "endpoint")
     if settings.calibrate is not None:
         calibration.check(settings, run.config() if settings.run else {"method": "base"})
     if settings.steering.method is Steering.probe:
@@ -128,8 +128,6 @@ def _write(
         metrics["steering"] = storage.read_json(edits, dict[str, Any])
     if (made := folder / subjects.DECODING).is_file():
         metrics["decoding"] = storage.read_json(made, subjects.Made)
-    if (taken := folder / endpoints.RECORD).is_file():
-        metrics["servers"] = storage.read_json(taken, dict[str, Any])
     metrics["seconds"] = round(time.perf_counter() - began, 1)
     metrics["peak_memory_gib"] = round(runs.peak_memory_gib(), 2)
     _set_aside(folder, origin["settings"])

@@ -38,7 +38,7 @@ def check(settings: EvalConfig) -> None:
             f"quality.reference={reference}: no config.yaml there; "
             "name the run folder of the STL run of the same model"
         )
-    endpoints.check_served(settings.annotator, "annotator")
+    endpoints.check(settings.annotator, "annotator")
 
 
 def win_rate(
@@ -73,8 +73,7 @@ def win_rate(
         labels.append(f"{label}-{made_with['method']}-seed{made_with['seed']}")
     progress = settings.trainer.progress
     names = labels[0], labels[1]
-    with endpoints.recorded(folder):
-        return compared(given[name], others[name], settings, folder, names, progress)
+    return compared(given[name], others[name], settings, folder, names, progress)
 
 
 def compared(

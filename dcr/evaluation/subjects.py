@@ -19,7 +19,6 @@ from dcr import (
     activations,
     batching,
     data,
-    endpoints,
     generation,
     models,
     prompts,
@@ -132,7 +131,7 @@ def _identity(settings: EvalConfig, subject: Subject) -> dict[str, object]:
     if subject.weights == "endpoint":
         server = server_of(settings)
         return {
-            "endpoint": [endpoints.first_url(server), server.model, server.parameters],
+            "endpoint": [server.url, server.model, server.parameters],
             "system": model.system_prompt,
             "max_new_tokens": settings.gen.max_new_tokens,
         }
@@ -177,7 +176,7 @@ def _content(folder: Path) -> list[str]:
 
 
 def server_of(settings: EvalConfig) -> ServerConfig:
-    """The server, or servers, that `endpoint=` names, as every other server is described."""
+    """The server that `endpoint=` names, as every other server is described."""
     return ServerConfig(
         url=settings.endpoint,
         model=str(settings.endpoint_model),
@@ -268,8 +267,7 @@ def answers(
     def counted(rows: list[Example]) -> Iterator[list[Completion]]:
         return map(noted, ask(rows))  # which opens the weights now, as `kept` expects
 
-    with endpoints.recorded(folder):
-        given = kept(asked, counted, folder, Completion, "generating", settings.trainer.progress)
+    given = kept(asked, counted, folder, Completion, "generating", settings.trainer.progress)
     if subject.weights == "endpoint":
         put_in_order(asked, folder, Completion)
     elif sizes:

@@ -47,7 +47,7 @@ JUDGES: dict[Judge, Judging] = {
         served.check_llm, served.llm_identity, served.llm_verdicts, served.llm_characters
     ),
     Judge.moderation: Judging(
-        check=lambda settings: endpoints.check_served(settings.moderation, "moderation"),
+        check=lambda settings: endpoints.check(settings.moderation, "moderation"),
         identity=lambda settings: served.identity(settings.moderation),
         verdicts=served.moderation_verdicts,
         characters=lambda _, answers: sum(len(answer.response) for answer in answers),
@@ -110,8 +110,7 @@ def judge(
 
     new: list[Verdict] = []
     if waiting:
-        with endpoints.recorded(folder):
-            new = _asked(name, settings, waiting, keep, progress)
+        new = _asked(name, settings, waiting, keep, progress)
         if isinstance(node_of(name, settings), ServerConfig):
             for set_name, rows in answers.items():
                 file = place / f"{set_name}.jsonl"

@@ -99,8 +99,7 @@ def check(settings: AnnotatorConfig) -> None:
 
 def store(settings: AnnotatorConfig, folder: Path) -> Path:
     """The file that keeps what this annotator, with this prompt and these parameters, has said."""
-    first = endpoints.first_url(settings)
-    identity = [first, settings.model, settings.parameters, turns(settings)]
+    identity = [settings.url, settings.model, settings.parameters, turns(settings)]
     return folder / f"{label_of(settings.model)}-{storage.fingerprint(identity)}.jsonl"
 
 

@@ -40,7 +40,7 @@ JOINED = re.compile(rf"[\W_]*(?:(?:or|and)\b[\W_]*)?(?P<digit>{DIGIT})")
 def check_llm(settings: EvalConfig) -> None:
     """Raises ConfigError for a wording that cannot be used, EndpointError for a missing key."""
     wording(settings.llm)
-    endpoints.check_served(settings.llm, "llm")
+    endpoints.check(settings.llm, "llm")
 
 
 def llm_identity(settings: EvalConfig) -> dict[str, object]:
@@ -56,7 +56,7 @@ def llm_identity(settings: EvalConfig) -> dict[str, object]:
 def identity(server: ServerConfig) -> dict[str, object]:
     """What every verdict of a server depends on."""
     sent = endpoints.sent_parameters(server)
-    return {"model": server.model, "url": endpoints.first_url(server), "parameters": sent}
+    return {"model": server.model, "url": server.url, "parameters": sent}
 
 
 def wording(node: LLMJudgeConfig) -> str:

@@ -215,17 +215,6 @@ class Usage(Record):
     usd: Number = None
 
 
-class Taken(Record):
-    """What one server took in all commands that ended: requests sent, those of them without an
-    answer, tokens, and the seconds of all requests added up."""
-
-    requests: Count
-    failures: Count
-    prompt_tokens: Count
-    completion_tokens: Count
-    seconds: Number
-
-
 class Overlap(Record):
     """How many prompts of a set stand, in which way, among the rows trained on."""
 
@@ -428,7 +417,6 @@ class Metrics(Tracked):
     discernment: Discernment | None = None
     agreement: list[Agreement] = []
     usage: dict[str, Usage] = {}  # by judge
-    servers: dict[str, dict[str, Taken]] = {}  # by configuration node and address
     contamination: dict[str, Overlap] = {}  # by set
     ability: dict[str, Ability] = {}  # by task
     quality: Quality | None = None
