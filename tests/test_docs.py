@@ -112,7 +112,7 @@ def test_the_reference_has_a_row_for_every_setting() -> None:
         assert not [key for key in named if f"| `{key}` |" not in rows]
     told = "in one pass, padding too; others draw other dropout masks"
     assert f"| `sft.micro_tokens` | whole number | `2048` | {told} |" in rows
-    assert "| `llm.url` | text | none | its address; null: OpenAI's own |" in rows  # of the class above it
+    assert "| `llm.url` | text | none | its address; null: OpenAI's own |" in rows
 
 
 def test_no_page_of_the_site_loads_anything_from_elsewhere(tmp_path: Path) -> None:
