@@ -76,7 +76,6 @@ def test_the_layer_of_transfer_wins_over_one_that_separates_its_own_sources_alon
     features = planted(found, {"train_toxic": {2: 1, 3: 4}, "test_toxic": {3: 4}})
     (pair,) = ranked(found, features, seed=0, near=0.9)
     assert pair.best.layer == 3
-    assert pair.level == [3]
     assert pair.layers[1].within.estimate > 0.99  # layer 2 looks as good in distribution
     assert pair.layers[1].transfer.estimate < 0.75
     assert pair.best.transfer.estimate > 0.99

@@ -416,7 +416,7 @@ def test_what_others_have_is_noted_as_lacking(tmp_path: Path) -> None:
     make_eval(dcr, {"safe": "cr", "unsafe": "rr"})
     found, notes = rows_of(stl, dcr)
     assert len(found["joint_movement"]) == 1
-    assert f"3 or more steps of SFT in {dcr}" in notes
+    assert f"moves together over SFT: not measured in {dcr}" in notes
 
 
 @pytest.mark.parametrize("fault", ["torn", "absent", "others", "infinite"])
@@ -480,8 +480,8 @@ def test_the_page_has_a_section_and_hostile_names_stay_text(tmp_path: Path) -> N
     assert len(shown.ids) == len(set(shown.ids))
     assert "i" not in shown.names
     assert "the whole" not in page
-    assert "A claim holds where its whole 95% bootstrap interval" in page
-    assert "A claim holds where its whole 95% bootstrap interval" in " ".join(text.split())
+    assert "A claim holds where its 95% bootstrap interval" in page
+    assert "A claim holds where its 95% bootstrap interval" in " ".join(text.split())
     assert CLAIMS["base_asymmetry"] in page
     assert "&lt;s&gt;, seed 0: at 5 steps of SFT" in page
     (row,) = (row for row in rows if row["claim"] == "joint_movement")

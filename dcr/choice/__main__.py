@@ -136,15 +136,10 @@ def _pair_table(choice: "Choice") -> Table:
 
 def _of_layer(choice: "Choice") -> str:
     pair = choice.pairs[0]
-    best, level = pair.best, pair.level
-    others = f"; as good within its interval: {_ranges(level)}" if len(level) > 1 else ""
-    now = next((one for one in pair.layers if one.layer == choice.configured), None)
-    compared = f", against {_number(now.transfer)} at the configured layer" if now else ""
-    if choice.layer == choice.configured:
-        compared = ", the configured layer"
+    transfer = pair.best.transfer
     return (
-        f"dcr.layer={best.layer}: the probe fitted there to {pair.pair} transfers "
-        f"best, {_number(best.transfer)} {_ends(best.transfer)}{compared}{others}"
+        f"dcr.layer={pair.best.layer}: the probe fitted there to {pair.pair} transfers best, "
+        f"{_number(transfer)} {_ends(transfer)}"
     )
 
 
@@ -162,7 +157,7 @@ def _of_sources(choice: "Choice") -> list[str]:
 
 
 def _of_best_pair(choice: "Choice") -> str:
-    names, (first, *others) = choice.common, choice.by_transfer()
+    names, first = choice.common, choice.by_transfer()[0]
     top = first.on(names)
     if top is None:
         return "no test set is common to all pairs, so they are not ranked: compare within tests"
@@ -171,12 +166,10 @@ def _of_best_pair(choice: "Choice") -> str:
             f"no pair transfers better than guessing on the sets common to all: the best is "
             f"{first.pair}, {_number(top)} {_ends(top)}"
         )
-    level = [str(p.pair) for p in others if (on := p.on(names)) and on.estimate >= top.low]
-    also = f"; not told apart from it: {', '.join(level)}" if level else ""
     return (
         f"data.seemingly_toxic.source={_override(first.pair.seemingly_toxic)} "
         f"data.toxic.source={_override(first.pair.toxic)} transfers best on the sets common to "
-        f"all pairs ({', '.join(names)}), {_number(top)} {_ends(top)}{also}"
+        f"all pairs ({', '.join(names)}), {_number(top)} {_ends(top)}"
     )
 
 
@@ -190,17 +183,6 @@ def _selected_on(choice: "Choice") -> str:
 
 def _override(names: tuple[str, ...]) -> str:
     return names[0] if len(names) == 1 else f"[{','.join(names)}]"
-
-
-def _ranges(layers: list[int]) -> str:
-    """[3, 4, 5, 9] as "3-5, 9"."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _number(interval: Interval) -> str:

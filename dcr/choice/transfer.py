@@ -60,12 +60,6 @@ class PairTransfer:
         """The layer of highest transfer, the earliest of equals."""
         return max(self.layers, key=lambda layer: layer.transfer.estimate)
 
-    @property
-    def level(self) -> list[int]:
-        """Layers whose transfer lies within the interval of the best."""
-        low = self.best.transfer.low
-        return [layer.layer for layer in self.layers if layer.transfer.estimate >= low]
-
     def on(self, names: Sequence[str]) -> Interval | None:
         """Transfer of the best layer on these test sets alone; None without any."""
         return mean([self.best.tests[name] for name in names]) if names else None

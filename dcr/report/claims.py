@@ -264,29 +264,22 @@ CLAIMS = {
     "prompts more than on normal ones",
     "proposition_1": "Proposition 1: ‖K‖ over the trunk follows the states at block ℓ",
 }
-LACKING: dict[str, tuple[str, str]] = {  # what, and the command that measures it
-    "joint_movement": (
-        f"no refusal probabilities of single prompts at {FEWEST_STEPS} or more steps of SFT",
-        "python train.py tracking.quantities=[refusal_probability]",
-    ),
+COMMANDS = {  # what measures a claim
+    "joint_movement": "python train.py tracking.quantities=[refusal_probability]",
     **dict.fromkeys(
         ("within_rises", "cross_falls", "cross_falls_more"),
-        (
-            "no kernels before and after stage one over the same prompts",
-            "python eval.py model=<name> tasks=[kernel], then "
-            "python eval.py run={run} stage=contrastive tasks=[kernel]",
-        ),
+        "python eval.py model=<name> tasks=[kernel], then "
+        "python eval.py run={run} stage=contrastive tasks=[kernel]",
     ),
-    "base_asymmetry": ("no kernel of the base model", "python eval.py model=<name> tasks=[kernel]"),
+    "base_asymmetry": "python eval.py model=<name> tasks=[kernel]",
     **dict.fromkeys(
         ("size_of_change", "signed_change", "refusal_spreads"),
-        ("no steps on toxic prompts", "python eval.py run={run} tasks=[claims]"),
+        "python eval.py run={run} tasks=[claims]",
     ),
 }
-AFTER_STAGE_ONE = "python eval.py run={run} stage=contrastive tasks=[claims]"
-LACKING_STATES = {  # Proposition 1 is told before and after stage one
-    "base": ("nothing of the base model", "python eval.py model=<name> tasks=[claims]"),
-    "contrastive": ("nothing after stage one", AFTER_STAGE_ONE),
+STATES = {  # Proposition 1 is told before and after stage one
+    "base": "python eval.py model=<name> tasks=[claims]",
+    "contrastive": "python eval.py run={run} stage=contrastive tasks=[claims]",
 }
 
 
@@ -350,20 +343,20 @@ def claim_rows(records: Sequence[RunRecord], notes: list[str]) -> list[ClaimRow]
     ):
         have = {row.run for row in rows if row.claim == claim}
         notes += [  # on every run that lacks what others have
-            f"claims: {LACKING[claim][0]} in {folders([run])}"
+            f"claims: {CLAIMS[claim]}: {ABSENT} in {folders([run])}"
             for run in records
             if have and config_of(run, "method") in methods and called[run.folder] not in have
         ]
     have = {row.claim for row in rows}
-    lacking = [(key, *LACKING[key]) for key in LACKING if key not in have]
+    lacking = [(claim, command) for claim, command in COMMANDS.items() if claim not in have]
     of_trunk = {e.weights for _, e in steps if any(p.startswith("trunk") for p in scores(e)[0])}
-    lacking += [("proposition_1", *LACKING_STATES[w]) for w in LACKING_STATES if w not in of_trunk]
+    lacking += [("proposition_1", STATES[w]) for w in STATES if w not in of_trunk]
     dcr = [run for run in records if config_of(run, "method") == "dcr"]
-    for claim, what, command in lacking:
+    for claim, command in lacking:
         # stage one is what a run of another method lacks
         able = dcr if "stage=contrastive" in command else dcr or list(records)
         command = command.format(run=folders(able[:1]) or "<dcr run>")
-        rows.append(ClaimRow(claim, ABSENT, f"{what}; run {command}", command))
+        rows.append(ClaimRow(claim, ABSENT, f"run {command}", command))
     return sorted(rows, key=lambda row: list(CLAIMS).index(row.claim))
 
 
@@ -538,10 +531,9 @@ def _one_step(name: str, evaluation: Evaluation, notes: list[str]) -> Iterator[C
 
 FILE = "claims.csv"
 RULE = (
-    "A claim holds where its whole 95% bootstrap interval over prompts lies on the claimed side of "
-    "the boundary, 0; it does not hold where the interval lies on the other side, and is undecided "
-    "where the interval contains the boundary. Of two means one exceeds the other where their "
-    "intervals do not meet."
+    "A claim holds where its 95% bootstrap interval over prompts lies on the claimed side of 0, "
+    "does not hold where it lies on the other side, and is undecided where it contains 0; two "
+    "means differ where their intervals do not meet."
 )
 HEADER = ("claim", "verdict", "run", "model", "params", "estimate", "low", "high", "boundary",
           "claimed_side", "beside", "beside_estimate", "beside_low", "beside_high", "source",

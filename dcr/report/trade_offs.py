@@ -224,7 +224,7 @@ def figure4(records: Sequence[RunRecord]) -> Drawing:
         figures.frame(rows, *FRONTIER),
         f"Compliance with {x_of} against the keyword rejection rate of {y_of}: one point "
         "a checkpoint, from light (early) to dark (late); the numbers are the first and the last "
-        "step. Top right is best. Of several evaluation settings, that of the most snapshots.",
+        "step.",
         legend,
         legend_columns=2,
         size=(3.8, 3.5),
@@ -456,10 +456,9 @@ def operating_points(records: Sequence[RunRecord], margin: float, data: str | No
         "Operating points",
         {"": [_panel(group, looks, margin, titled=len(groups) > 1) for group in groups]},
         figures.frame(rows, *OPERATING),
-        "Compliance with seemingly toxic prompts (keywords, sets pooled) against safety "
-        f"({' or '.join(safety)}), with 95% Wilson intervals; a curve a method, and choice of "
-        "its other settings, over strengths, from the unsteered STL on; pale: snapshots. "
-        "Dashed: the least safety that the rule allows; rings: the points it chooses.",
+        "Compliance with seemingly toxic prompts (keywords) against safety "
+        f"({' or '.join(safety)}), a curve a method over strengths, the least safety that the rule "
+        "allows dashed and the points it chooses ringed.",
         [(_label(m), {**look, "markersize": 5, "linewidth": 1}) for m, look in looks.items()],
         size=(3.4, 3.2),
         across=2,
