@@ -177,10 +177,7 @@ def measure(
 
 
 def _check_fit(settings: Settings, model: Any) -> None:
-    depth = len(models.decoder_blocks(model))
     vocabulary = models.unwrapped(model).config.get_text_config().vocab_size
-    if not 1 <= settings.layer <= depth:
-        raise ConfigError(f"claims.layer={settings.layer}: the model has blocks 1 to {depth}")
     if settings.top_k >= vocabulary:
         raise ConfigError(
             f"claims.top_k={settings.top_k}: choose 1 to {vocabulary - 1}, one less than the "

@@ -397,10 +397,8 @@ def test_proposition_1_is_of_the_states_at_the_layer(
 @pytest.mark.parametrize(
     ("changes", "rows", "trained", "message"),
     [
-        ({"layer": 3}, ROWS, TRAINED, r"claims\.layer=3: the model has blocks 1 to 2"),
-        ({"layer": 0}, ROWS, TRAINED, r"claims\.layer=0: the model has blocks 1 to 2"),
         ({"top_k": 260}, ROWS, TRAINED, r"claims\.top_k=260: choose 1 to 259"),
-        ({"params": ("tail:3",)}, ROWS, TRAINED, r"params=tail:3: the model has blocks 1 to 2"),
+        ({"params": ("tail:3",)}, ROWS, TRAINED, r"params=\[tail:3\]: the model has blocks 1 to 2"),
         ({}, {}, TRAINED, "there is no prompt to observe"),
         ({}, ROWS, [], "there is no trained pair"),
         ({}, ROWS, ROWS[Kind.toxic][:1], "made: toxic-0 has no response"),

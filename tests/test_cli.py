@@ -122,6 +122,8 @@ BAD_COMMANDS = {
     "eval.py": "nothing to evaluate: give run=<folder>, model=<name> or endpoint=<url>",
     "eval.py run=not/there": "run=not/there: no config.yaml there; name a run folder",
     "eval.py model=tiny tasks=[]": "tasks=[]: nothing to evaluate; name at least one task",
+    "eval.py model=tiny tasks=[claims] claims.layer=3": "claims.layer=3: the model has blocks",
+    "eval.py model=tiny tasks=[kernel] entk.params=[tail:4]": "entk.params=[tail:4]: the model has",
     "eval.py model=tiny tasks=[foo]": "tasks=[foo]: choose one of over_refusal, safety",
     "eval.py model=tiny gen.max_new_tokens=auto judge=[llm]": "gen.max_new_tokens=auto "
     "judge=[llm]: answers end where XSTest's keywords have decided; give a number of tokens",

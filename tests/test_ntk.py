@@ -268,9 +268,9 @@ def test_a_module_with_unknown_gradients_is_named() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"params": "tail:4"}, r"params=tail:4: the model has blocks 1 to 3"),
-        ({"params": "trunk:0"}, r"params=trunk:0: the model has blocks 1 to 3"),
-        ({"params": "head"}, r"params=head: choose tail:N, trunk:ℓ, all or adapter"),
+        ({"params": "tail:4"}, r"params=\[tail:4\]: the model has blocks 1 to 3"),
+        ({"params": "trunk:0"}, r"params=\[trunk:0\]: the model has blocks 1 to 3"),
+        ({"params": "head"}, r"params=\[head\]: choose tail:N, trunk:ℓ, all or adapter"),
         ({"params": "adapter"}, r"params=adapter: the model has no LoRA adapter"),
         ({"top_k": 41}, r"top_k=41: choose 1 to 40"),
     ],

@@ -1,6 +1,5 @@
 """Which parameters a kernel is over, and which module each of them works in."""
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from dcr import models
+from dcr import config, models
 from dcr.config import ConfigError
 
 
@@ -142,12 +141,9 @@ def _wanted(model: Any, params: str, head: bool) -> dict[int, str]:
     layer = output_layer(model)
     if params == ADAPTER:
         return _of_adapters(model)
-    match = re.fullmatch(r"(tail|trunk):(\d+)", params)
-    if params != "all" and match is None:
-        raise ConfigError(f"params={params}: choose tail:N, trunk:ℓ, all or adapter")
-    count = int(match[2]) if match else len(blocks)
-    if not 1 <= count <= len(blocks):
-        raise ConfigError(f"params={params}: the model has blocks 1 to {len(blocks)}")
+    config.parameters("params", [params], len(blocks))
+    part, _, number = params.partition(":")
+    count = int(number or len(blocks))
     norm = models.final_norm(model)
     norms = [norm[1]] if norm else []
     roots: dict[str, list[nn.Module]] = {
@@ -155,7 +151,7 @@ def _wanted(model: Any, params: str, head: bool) -> dict[int, str]:
         "trunk": list(blocks[:count]),
         "all": [inner],
     }
-    chosen = {id(p) for root in roots[match[1] if match else "all"] for p in root.parameters()}
+    chosen = {id(p) for root in roots[part] for p in root.parameters()}
     dropped = set() if head else {id(p) for p in layer.parameters()}
     every = inner.named_parameters()
     return {
