@@ -1,5 +1,6 @@
 """The door to OpenAI-compatible servers, against servers that misbehave and one that is real."""
 
+import contextlib
 import logging
 import socket
 import threading
@@ -121,6 +122,28 @@ def test_an_answer_that_hangs_is_asked_for_again() -> None:
         i: f"echo of {text}" for i, text in enumerate(texts)
     }
     _assert_counts(proxy, injected=4, forwarded=4)
+
+
+def test_a_server_that_only_drips_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each blank comes in time, so that the client's own time-out would wait for all of them."""
+    monkeypatch.setattr(calls, "LONGEST_WAIT", 0.0)
+
+    def drip() -> None:
+        connection, _ = listening.accept()
+        with connection, contextlib.suppress(OSError):
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+            while not left.wait(0.05):
+                connection.sendall(b" ")
+
+    left = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        dripping = threading.Thread(target=drip)
+        dripping.start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+        found = ask(server(url), ["one"], retries=0, timeout=2.0)
+        left.set()
+        dripping.join()
+    assert found == {0: Failure("error", "no whole answer within 2 s")}
 
 
 def test_every_fault_in_one_run_loses_no_answer_and_repeats_none() -> None:

@@ -174,7 +174,7 @@ async def _answer(
             async with asyncio.timeout(longest):
                 brought = await ask()
         except (TimeoutError, APITimeoutError):
-            return Failure("error", f"no answer within {http.timeout:g} s")
+            return Failure("error", f"no whole answer within {http.timeout:g} s")
         except UnicodeEncodeError as error:  # half a character: JSON allows it and UTF-8 does not
             return Failure("invalid", f"the text cannot be sent: {error.reason}")
         except APIStatusError as error:

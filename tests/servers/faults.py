@@ -89,8 +89,6 @@ def faulty(upstream: str, script: Script) -> Iterator[Proxy]:
     root = upstream.removesuffix("/v1")
 
     def respond(request: Request) -> Answer:
-        if not request.content:  # which models are there
-            return _forward(root, request)
         with lock:
             fault = script(request.content, seen[request.content])
             seen[request.content] += 1
@@ -110,7 +108,7 @@ def _forward(root: str, request: Request) -> Answer:
     sent = {"Content-Type": request.headers.get("content-type", "application/json")}
     if "authorization" in request.headers:
         sent["Authorization"] = request.headers["authorization"]
-    asked = urllib.request.Request(root + request.path, request.content or None, sent)
+    asked = urllib.request.Request(root + request.path, request.content, sent)
     try:
         with urllib.request.urlopen(asked) as answer:
             return Answer(answer.read(), answer.status, kind=answer.headers["Content-Type"])

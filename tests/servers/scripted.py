@@ -73,19 +73,11 @@ def last_user(body: Body) -> str:
 
 
 @contextmanager
-def scripted(
-    reply: Callable[[Body], str | Body | Answer], models: Sequence[str] | None = None
-) -> Iterator[Scripted]:
-    """Answers with `reply(body)`: a text to wrap as a completion, a whole body, or an Answer.
-
-    `models` are those that it lists, if it lists any; asking for the list is no request.
-    """
+def scripted(reply: Callable[[Body], str | Body | Answer]) -> Iterator[Scripted]:
+    """Answers with `reply(body)`: a text to wrap as a completion, a whole body, or an Answer."""
     requests: list[Request] = []
 
     def respond(request: Request) -> Answer:
-        if request.path.endswith("/models"):
-            listed = {"object": "list", "data": [{"id": name} for name in models or ()]}
-            return rejected(404, "no such path") if models is None else as_json(listed)
         requests.append(request)
         made = reply(request.body)
         if isinstance(made, str):
