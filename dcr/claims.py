@@ -180,7 +180,7 @@ def _check_fit(settings: Settings, model: Any) -> None:
     vocabulary = models.unwrapped(model).config.get_text_config().vocab_size
     if settings.top_k >= vocabulary:
         raise ConfigError(
-            f"claims.top_k={settings.top_k}: choose 1 to {vocabulary - 1}, one less than the "
+            f"entk.top_k={settings.top_k}: choose 1 to {vocabulary - 1}, one less than the "
             "vocabulary"
         )
 

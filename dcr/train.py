@@ -193,7 +193,7 @@ def _wandb(settings: TrainConfig, run: Run) -> Iterator[list[WandbLogger]]:
     if not _leads():
         yield []
         return
-    tags = [settings.method.value, settings.model.label[: config.TAG] or "model"]
+    tags = [settings.method.value, settings.model.label or "model"]
     made_with = cli.plain(settings)
     with wandb_run.opened(settings.wandb, run, settings.stage.value, tags, made_with) as started:
         if started is None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from dcr import judges, results, storage
-from dcr.config import DataError, EvalConfig, Kind, Method, Precision, WandbConfig, WandbMode
+from dcr.config import TAG, DataError, EvalConfig, Kind, Method, Precision, WandbConfig, WandbMode
 from dcr.evaluation import sets
 from dcr.generation import Completion
 from dcr.runs import Run
@@ -32,7 +32,6 @@ RULES = ("paper", "recommended")
 RESULTS = ("contrastive", "sft")  # weights that a run made
 TIMES = ("seconds", "tokens_per_second", "peak_memory_gib")
 AXES = ("dcr.epochs", "dcr.ratio")  # of the paper's ablations (Tables 3 and 4)
-LONGEST_TAG = 64  # characters that W&B takes; a model's folder may have a longer name
 WANDB_TIMEOUT = 20  # seconds to wait for a server before logging offline
 
 
@@ -81,7 +80,8 @@ def _started(
         entity=options.entity,
         group=options.group or os.environ.get("DCR_SWEEP"),
         job_type=job_type,
-        tags=[tag[:LONGEST_TAG] for tag in (*tags, *options.tags)],
+        # a model's folder may have a longer name than W&B takes
+        tags=[tag[:TAG] for tag in (*tags, *options.tags)],
         config=None if config is None else dict(config),
         resume="allow",
         settings=wandb.Settings(console="off", init_timeout=WANDB_TIMEOUT),

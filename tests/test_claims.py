@@ -397,7 +397,7 @@ def test_proposition_1_is_of_the_states_at_the_layer(
 @pytest.mark.parametrize(
     ("changes", "rows", "trained", "message"),
     [
-        ({"top_k": 260}, ROWS, TRAINED, r"claims\.top_k=260: choose 1 to 259"),
+        ({"top_k": 260}, ROWS, TRAINED, r"entk\.top_k=260: choose 1 to 259"),
         ({"params": ("tail:3",)}, ROWS, TRAINED, r"params=\[tail:3\]: the model has blocks 1 to 2"),
         ({}, {}, TRAINED, "there is no prompt to observe"),
         ({}, ROWS, [], "there is no trained pair"),

@@ -203,7 +203,7 @@ def test_prompts_that_were_trained_on_are_counted(pair: tuple[Run, Run], tmp_pat
 
 def test_claims_of_a_run_by_their_own_command(pair: tuple[Run, Run]) -> None:
     run = pair[1]
-    small = ("claims.pairs=2", "claims.prompts=2", "claims.top_k=2", "claims.params=[tail:1,trunk]")
+    small = ("claims.pairs=2", "claims.prompts=2", "entk.top_k=2", "claims.params=[tail:1,trunk]")
     found = evaluated(run, "tasks=[claims]", "data.safety.source=demo_toxic", *small)["claims"]
     layer = run.config()["dcr"]["layer"]
     assert found["layer"] == layer

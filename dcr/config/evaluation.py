@@ -274,18 +274,19 @@ class SeparabilityConfig:
 
 @dataclass
 class ClaimsConfig:
-    """The paper's Eq. 2 and 3 and Proposition 1, tried on one model."""
+    """The paper's Eq. 2 and 3 and Proposition 1, tried on one model.
+
+    Tokens and memory are those of the kernel, `entk.top_k` and `entk.budget_gib`.
+    """
 
     layer: int | None = None  # the block ℓ of the states; null: the run's, or the model's own
     pairs: int = 6  # toxic prompts with a refusal, one SGD step on each
     prompts: int = 10  # observers of each kind
-    top_k: int = 10
     # tail:N, trunk:ℓ or all; the bare word trunk is trunk:ℓ of the layer
     params: list[str] = field(default_factory=lambda: ["tail:2", "trunk"])
     # Nats, or of a loss below one nat the share of it, that one step takes off its own pair's loss
     # to first order.
     drop: float = 0.02
-    budget_gib: float = 4.0
 
 
 @dataclass

@@ -320,10 +320,10 @@ def _claims(work: Work) -> dict[str, Any]:
     apart = [pair for pair in work.refused if normalise(pair.prompt) not in seen]
     pairs = claims.alike(chat, apart)
     chosen = claims.Settings(
-        top_k=options.top_k,
+        top_k=work.settings.entk.top_k,
         params=tuple(f"trunk:{layer}" if p == TRUNK else p for p in options.params),
         drop=options.drop,
-        budget_gib=options.budget_gib,
+        budget_gib=work.settings.entk.budget_gib,
         layer=layer,
     )
     trained, seed = pairs[: options.pairs], work.settings.seed
