@@ -34,7 +34,7 @@ import training
 from dcr import storage
 from dcr.config import Stage, TrainConfig
 from dcr.data import pair_batch
-from dcr.training import callbacks, resuming, sft
+from dcr.training import callbacks
 from dcr.training.sft import SFTModule
 
 VERSION = "1.16.0"
@@ -96,7 +96,7 @@ def theirs(cfg: TrainConfig, steps: int, micro: int) -> dict[str, Any]:
             max_steps=steps + 1,
             learning_rate=cfg.sft.lr,
             lr_scheduler_type="constant",
-            weight_decay=resuming.DECAY,
+            weight_decay=cfg.sft.weight_decay,
             max_grad_norm=0.0,
             bf16=True,
             use_cpu=True,
@@ -136,7 +136,8 @@ def ours(cfg: TrainConfig, steps: int) -> dict[str, Any]:
             timed.end()
             timed.losses.append(float(trainer.callback_metrics["sft/step_nll"]))
 
-    sft.rate_factor = lambda *_: lambda _: 1.0
+    cfg.sft.schedule = type(cfg.sft.schedule).constant
+    cfg.sft.warmup = 0.0
     with training.opened(cfg, Stage.sft) as (policy, data), callbacks.quiet():
         chosen = training.row_lists(data, steps)
         made = [

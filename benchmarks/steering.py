@@ -173,7 +173,8 @@ def extracted(options: dict[str, str]) -> Table:
     sets = ["data=paper", f"data.root={options['root']}"] if options["root"] else ["data=demo"]
     settings = settings_of(f"model={options['model']}", *sets)
     policy = models.open_adapter(run.stage("sft"), Precision.bf16)
-    chat = prompts.chat_format(policy.tokenizer, config.model_of(run.config()))
+    model = config.model_of(run.config(), trust_remote_code=False)
+    chat = prompts.chat_format(policy.tokenizer, model)
     table = Table("vectors of", "seconds", "what was found", title=f"extraction on {run.folder}")
     for method in (Steering.ablation, Steering.scans, Steering.surgical):
         chosen = replace(settings.steering, method=method)

@@ -445,7 +445,7 @@ def _answers(settings: TrainConfig) -> list[Example]:
         answers = data.read_answers(named, settings.data.root)
     else:
         answers = data.answered(_here(node.source, Kind.seemingly_toxic), settings.data)
-    return answers
+    return answers * settings.stl_aug.repeat
 
 
 def _here(names: Sequence[str], kind: Kind) -> list[Example]:

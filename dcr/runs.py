@@ -218,7 +218,8 @@ class Run:
             raise ConfigError(f"run={self.folder}: no config.yaml there; name a run folder")
         made_with = storage.read_yaml(self.config_file, MadeWith, RESTORE)
         # a folder may be another's: only the user's own command can trust code
-        made_with["model"].pop("trust_remote_code", None)
+        if "trust_remote_code" in made_with["model"]:
+            made_with["model"]["trust_remote_code"] = False
         for name in ("contrastive_precision", "sft_precision"):  # in earlier folders
             made_with["model"].pop(name, None)
         made_with["data"].pop("matched", None)  # in earlier folders; read by a preset alone
@@ -297,8 +298,8 @@ def binding(made_with: Mapping[str, Any]) -> dict[str, Any]:
         inside = decisive.get(node) or {}
         idle = {name for name, off in options.items() if name in inside and _is(inside[name], off)}
         decisive[node] = {name: value for name, value in inside.items() if name not in idle}
-    decisive["model"] = {**decisive["model"], "trust_remote_code": False}  # said anew each time
-    return decisive
+    # said anew by each command
+    return decisive | {"model": {**(decisive.get("model") or {}), "trust_remote_code": False}}
 
 
 def _is(value: Any, off: Any) -> bool:

@@ -329,7 +329,8 @@ def _evaluated(settings: EvalConfig, run: Run) -> str:
 
 def stage_one(made_with: Mapping[str, Any]) -> str:
     """A fingerprint of the settings that stage one depends on, of a run's configuration."""
-    return storage.fingerprint({key: made_with.get(key) for key in STAGE_ONE})
+    decisive = runs.binding(made_with)
+    return storage.fingerprint({key: decisive.get(key) for key in STAGE_ONE})
 
 
 def adopt(settings: TrainConfig, run: Run) -> bool:

@@ -104,8 +104,11 @@ def folder(tmp_path: Path) -> Folder:
     return Folder(tmp_path)
 
 
-def split(config: DataConfig, responses: str | None = None, seed: int = 0) -> Splits:
-    return data.split(config, 1.0, seed, False, AugmentConfig(responses))
+def split(
+    config: DataConfig, responses: str | None = None, repeat: int = 1, seed: int = 0
+) -> Splits:
+    told = AugmentConfig(responses, repeat)
+    return data.split(config, 1.0, seed, False, told)
 
 
 def stl(config: DataConfig, seed: int = 0, dcr: bool = False) -> Splits:
@@ -117,12 +120,12 @@ def stl(config: DataConfig, seed: int = 0, dcr: bool = False) -> Splits:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_every_other_list_is_that_of_stl(folder: Folder, seed: int) -> None:
-    plain, more = stl(folder.config(), seed), split(folder.config(), folder.answers(), seed)
+    plain, more = stl(folder.config(), seed), split(folder.config(), folder.answers(), 3, seed)
     assert "augmented" not in plain.parts()  # the record of an older run stays what it was
     lists = {name: part for name, part in more.parts().items() if name != "augmented"}
     assert lists == plain.parts()
     learnt = [(row.prompt, row.response) for row in more.augmented]
-    assert learnt == [(safe(noun), answer(noun)) for noun in NOUNS]
+    assert learnt == [(safe(noun), answer(noun)) for noun in NOUNS] * 3
 
 
 def test_only_sets_whose_prompts_are_learnt_become_in_distribution(folder: Folder) -> None:
@@ -195,11 +198,11 @@ def test_held_out_template_groups_stay_unseen(folder: Folder) -> None:
 def test_the_record_lists_the_rows_and_finds_them_again(folder: Folder) -> None:
     config = folder.config()
     file = folder.answers(NOUNS[:4])
-    rows = split(config, file)
+    rows = split(config, file, repeat=2)
     record = data.row_record(rows)
     part: Any = record["rows"]
-    assert part["augmented"]["count"] == 4
-    assert part["augmented"]["ids"] == [f"answers-{i}" for i in (1, 2, 3, 4)]
+    assert part["augmented"]["count"] == 8
+    assert part["augmented"]["ids"] == [f"answers-{i}" for i in (1, 2, 3, 4)] * 2
     assert record["in_distribution"] == [folder.safe]
     node = {
         "root": None,
@@ -208,7 +211,7 @@ def test_the_record_lists_the_rows_and_finds_them_again(folder: Folder) -> None:
     texts = data.trained_texts(node, json.loads(json.dumps(record)))
     assert set(texts[file]) == {t for n in NOUNS[:4] for t in (safe(n), answer(n))}
     folder.answers(NOUNS[1:5])
-    assert data.row_record(split(config, file)) != record
+    assert data.row_record(split(config, file, repeat=2)) != record
     with pytest.raises(DataError, match="not the texts"):
         data.trained_texts(node, json.loads(json.dumps(record)))
 
@@ -522,26 +525,26 @@ def test_stl_aug_trains_on_the_rows_of_stl_and_the_answers(tmp_path: Path) -> No
         tmp_path / "answers.jsonl",
         [{"id": noun, "prompt": safe(noun), "response": answer(noun)} for noun in nouns],
     )
-    more = ("sft.epochs=1", f"stl_aug.responses={file}")
+    more = ("sft.epochs=1", f"stl_aug.responses={file}", "stl_aug.repeat=2")
     with pytest.raises(ConfigError, match=r"^stage=contrastive method=stl_aug: "):
         tiny_run.settings(tmp_path / "data", "method=stl_aug", "stage=contrastive")
     told = tiny_run.settings(tmp_path / "data", "method=stl_aug", *more)
-    assert len(expected(told)[0].augmented) == len(nouns)  # as a plan counts them
+    assert len(expected(told)[0].augmented) == len(nouns) * 2  # as a plan counts them
     plain = tiny_run.changed(told, "method=stl", "stl_aug.responses=null")
     for settings, name in ((told, "stl_aug"), (plain, "stl")):
         train.train(settings, Run(tmp_path / name))
     records: list[Any] = [Run(tmp_path / name).record()["rows"] for name in ("stl_aug", "stl")]
-    assert records[0].pop("augmented")["ids"] == nouns
+    assert records[0].pop("augmented")["ids"] == nouns * 2
     assert records[0] == records[1]
     steps = [
         {row["step"] for row in runs.read_metrics(Run(tmp_path / name))}
         for name in ("stl_aug", "stl")
     ]
-    assert (len(steps[0]), len(steps[1])) == (5, 4)  # 20 + 8 + 8 and 20 + 8 pairs in steps of 8
+    assert (len(steps[0]), len(steps[1])) == (6, 4)  # 20 + 8 + 16 and 20 + 8 pairs in steps of 8
     assert not (tmp_path / "stl_aug" / "contrastive").exists()
     one, other = (tiny_run.weights(tmp_path / name) for name in ("stl_aug", "stl"))
     assert one.keys() == other.keys()
     assert not tiny_run.same(one, other)
     write(Path(file), [{"id": n, "prompt": safe(n), "response": "Yes."} for n in nouns])
-    with pytest.raises(ConfigError, match=r"made with other rows .*augmented: 8 rows"):
+    with pytest.raises(ConfigError, match=r"made with other rows .*augmented: 16 rows"):
         train.train(told, Run(tmp_path / "stl_aug"))

@@ -46,7 +46,7 @@ BAD_SETTINGS = {
     "dcr.margin=abc": "dcr.margin=abc: give a number",
     "dcr.epochs=1.5": "dcr.epochs=1.5: give a whole number",
     "dcr.epochs=null": "dcr.epochs=null: it needs a value",
-    "sft.gradient_checkpointing=maybe": "sft.gradient_checkpointing=maybe: give true or false",
+    "sft.train_on_prompt=maybe": "sft.train_on_prompt=maybe: give true or false",
     "wandb.tags=a": "wandb.tags=a: give a list, as in key=[a,b]",
     "dcr=3": "dcr=3: it is a group of settings; set one of those inside",
     "dcr.margin=${margin}": "${margin}: there is no such setting to take a value from",

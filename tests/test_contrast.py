@@ -369,5 +369,7 @@ def greedy(policy: Policy, chat: ChatFormat, prompt: str, refusing: ChatFormat |
 
 
 def test_one_way_to_decode_at_a_time() -> None:
+    settings = EvalConfig(gen=GenConfig(self_cd=1.0, adacd=4.5))
+    settings.steering.surgical.refusal_tokens = ["I"]  # else what it is taken from, not resolved
     with pytest.raises(ConfigError, match=r"gen.self_cd=1.0 gen.adacd=4.5: two ways to decode"):
-        checks.check(EvalConfig(gen=GenConfig(self_cd=1.0, adacd=4.5)))
+        checks.check(settings)

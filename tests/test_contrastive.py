@@ -191,6 +191,8 @@ SWITCHES = [
     "dcr.circle.weights=sun2020",
     "dcr.nll.source=general",
     "dcr.optim.lr=1e-4",
+    "dcr.optim.weight_decay=0.1",
+    "dcr.optim.clip=0.01",
     "dcr.precision=mixed",
     "dcr.precision=bf16",
     "seed=1",
@@ -373,7 +375,7 @@ def rank(index: int, meeting: str, results: Any) -> None:
         nll.update(features[:, 0])  # as SFT adds the NLL of each token
     module = ContrastiveModule.__new__(ContrastiveModule)
     torch.nn.Module.__init__(module)
-    module.train_metrics = metrics
+    module.train_metrics, module.identity = metrics, ""
     ContrastiveModule.keep_metrics_in_checkpoints(module)
     checkpoint: dict[str, Any] = {}
     module.on_save_checkpoint(checkpoint)

@@ -91,7 +91,7 @@ def matrix(offset: float) -> dict[str, Any]:
         }
         for k, params in enumerate(("tail-2", "trunk-14"))
     }
-    about = {"top_k": 10, "method": "exact", "kinds": KINDS}
+    about = {"normalise": "observer", "top_k": 10, "method": "exact", "kinds": KINDS}
     return about | {"params": cells}
 
 

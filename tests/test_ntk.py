@@ -328,30 +328,32 @@ def test_a_1_5b_matrix_fits_one_gpu_by_what_is_said_in_advance() -> None:
     assert larger == sorted(larger)
 
 
-def test_norms_are_divided_by_their_observers() -> None:
+def test_normalisers() -> None:
     norms = torch.tensor([[4.0, 1.0], [1.0, 0.25]])
-    assert ntk.normalised(norms).tolist() == [[1.0, 0.25], [4.0, 1.0]]
+    assert ntk.normalised(norms, "observer").tolist() == [[1.0, 0.25], [4.0, 1.0]]
+    assert ntk.normalised(norms, "symmetric").tolist() == [[1.0, 1.0], [1.0, 1.0]]
+    assert ntk.normalised(norms, "none").tolist() == norms.tolist()
     measured = ntk.measure(made("llama biased"), PROMPTS, Settings(top_k=3)).norms
-    own = measured.diagonal()  # Cauchy-Schwarz: no norm is above the geometric mean of both
-    assert (measured / (own[:, None] * own).sqrt()).max() <= 1 + 1e-12
+    assert ntk.normalised(measured, "symmetric").max() <= 1 + 1e-12
 
 
 def test_means_by_kind_are_those_of_loops() -> None:
     matrix = torch.arange(25.0).view(5, 5)
     kinds = ["toxic", "normal", "toxic", "normal", "toxic"]
-    means = ntk.mean_by_kind(matrix, kinds, seed=0)
-    assert list(means) == ["toxic", "normal"]
-    for seen in means:
-        for trained in means[seen]:
-            pairs = [
-                matrix[i, j].item()
-                for i in range(5)
-                for j in range(5)
-                if (kinds[i], kinds[j]) == (seen, trained) and i != j
-            ]
-            found = means[seen][trained]
-            assert found.estimate == pytest.approx(np.mean(pairs))
-            assert found.low <= found.estimate <= found.high
+    for self_pairs in (False, True):
+        means = ntk.mean_by_kind(matrix, kinds, self_pairs, seed=0)
+        assert list(means) == ["toxic", "normal"]
+        for seen in means:
+            for trained in means[seen]:
+                pairs = [
+                    matrix[i, j].item()
+                    for i in range(5)
+                    for j in range(5)
+                    if (kinds[i], kinds[j]) == (seen, trained) and (self_pairs or i != j)
+                ]
+                found = means[seen][trained]
+                assert found.estimate == pytest.approx(np.mean(pairs))
+                assert found.low <= found.estimate <= found.high
     alone = ntk.mean_by_kind(matrix[:1, :1], ["toxic"], seed=0)["toxic"]["toxic"]
     assert math.isnan(alone.estimate)
 

@@ -344,10 +344,10 @@ def test_answers_of_stl_aug_are_counted_without_the_hub(tmp_path: Path) -> None:
     lines = [{"prompt": f"How do I kill process {i}?", "response": "Use kill."} for i in range(3)]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     asked = ("method=stl_aug", "data=paper", f"data.safety.source=[{file}]", "data.safety.count=1")
-    told = settings(*asked, f"stl_aug.responses={file}")
+    told = settings(*asked, f"stl_aug.responses={file}", "stl_aug.repeat=2")
     with_answers, _, _ = plan.expected(told)
     without, _, _ = plan.expected(replace(told, method=Method.stl))
-    assert [len(r.augmented) for r in (with_answers, without)] == [3, 0]
+    assert [len(r.augmented) for r in (with_answers, without)] == [6, 0]
     with pytest.raises(ConfigError, match=r"stl_aug\.responses=null: .* write one with"):
         plan.expected(settings(*asked))
 

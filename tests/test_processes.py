@@ -89,7 +89,7 @@ def same_results(one: Path, several: Path, named: str) -> None:
     ("several", "switches"),
     [
         (["ddp*2", "fsdp*2"], "dcr.nll.weight=0 dcr.batch_size=3"),  # no rank holds both kinds
-        (["ddp*3"], "dcr.nll.weight=0.5 data.validation=0.4"),
+        (["ddp*3"], "dcr.nll.weight=0.5 dcr.optim.clip=0.1 data.validation=0.4"),
         (["ddp*2"], f"{GENERAL} dcr.adapter=lora"),
         (["fsdp*2"], f"{GENERAL} {UNTIED}"),
         (["ddp*3"], "method=stl stage=all sft.batch_size=13"),
@@ -101,7 +101,7 @@ def same_results(one: Path, several: Path, named: str) -> None:
                 f"stage=all dcr.nll.weight=0.5 {UNTIED}",
                 f"stage=all {GENERAL} sft.gradient_checkpointing=true",
                 "stage=all dcr.nll.weight=0 dcr.adapter=lora dcr.lora.rank=3 sft.lora.rank=3",
-                f"stage=all dcr.nll.weight=0.5 dcr.adapter=lora {UNTIED}",
+                f"stage=all dcr.nll.weight=0.5 dcr.adapter=lora dcr.optim.clip=0.1 {UNTIED}",
                 f"stage=all {GENERAL} dcr.adapter=lora sft.micro_tokens=100",
                 "method=stl stage=all sft.batch_size=13 sft.readout.steps=3 sft.readout.lr=1e-4",
             )

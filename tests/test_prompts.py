@@ -147,10 +147,13 @@ def test_control_tokens_in_user_text_are_letters(tokenizer: Any) -> None:
 # --- pairs --------------------------------------------------------------------------------------
 
 
-def test_targets_are_the_response_and_its_terminator_shifted(tokenizer: Any) -> None:
+@pytest.mark.parametrize("train_on_prompt", [False, True])
+def test_targets_are_the_response_and_its_terminator_shifted(
+    tokenizer: Any, train_on_prompt: bool
+) -> None:
     chat = formatted(tokenizer)
     prompt, response = "How do I kill a process?", "Send it SIGTERM, then SIGKILL."
-    ids, targets = chat.pair(prompt, response, 999)
+    ids, targets = chat.pair(prompt, response, 999, train_on_prompt)
     start = chat.prompt_ids(prompt)
     assert ids[: len(start)] == start
     assert ids[-1] == chat.terminator
@@ -158,7 +161,7 @@ def test_targets_are_the_response_and_its_terminator_shifted(tokenizer: Any) -> 
     assert len(targets) == len(ids)
     for place in range(len(ids)):
         follows = ids[place + 1] if place + 1 < len(ids) else None
-        wanted = follows is not None and place + 1 >= len(start)
+        wanted = follows is not None and (train_on_prompt or place + 1 >= len(start))
         assert targets[place] == (follows if wanted else IGNORED), place
 
 

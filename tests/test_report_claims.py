@@ -57,14 +57,16 @@ def probability(curve: Curve, step: int) -> dict[str, Any]:
     return {"phrases": "paper", "kinds": means, "followed": {}, "values": values}
 
 
-def kernel(place: Path, matrix: np.ndarray, params: str = "tail-2") -> dict[str, Any]:
+def kernel(
+    place: Path, matrix: np.ndarray, normalise: str = "observer", params: str = "tail-2"
+) -> dict[str, Any]:
     """The block, with the matrix beside it; its cells are not what claims are read from."""
     (place / "kernel").mkdir(parents=True, exist_ok=True)
     norms = torch.tensor(matrix, dtype=torch.float64)
     save_file({"norms": norms}, place / "kernel" / f"{params}.safetensors", {"ids": "\n".join(IDS)})
     cells = {observer: {trained: [0.5, 0.4, 0.6] for trained in KINDS} for observer in KINDS}
-    return {"top_k": 10, "method": "exact", "kinds": KINDS, "ids": IDS, "of": OF,
-            "params": {params: cells}}  # fmt: skip
+    return {"top_k": 10, "method": "exact", "normalise": normalise, "kinds": KINDS, "ids": IDS,
+            "of": OF, "params": {params: cells}}  # fmt: skip
 
 
 def evaluated(run: Path, weights: str, matrix: np.ndarray, **keys: Any) -> Path:
@@ -278,11 +280,13 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
     return make_run(tmp_path / "dcr", "dcr"), make_run(tmp_path / "base", "base")
 
 
-def test_matrices_are_normalised_by_their_observers(tmp_path: Path) -> None:
+def test_matrices_are_normalised_as_their_block_says(tmp_path: Path) -> None:
     run, base = pair(tmp_path)
-    scales = np.linspace(1, 4, len(IDS))[:, None]  # of observers: these go out again
-    evaluated(base, "base", cells(BEFORE) * scales)
-    evaluated(run, "contrastive", cells(AFTER) * scales * 3)
+    scales = np.linspace(1, 4, len(IDS))
+    # symmetric: norms / √(own of both), so that these scales go out again
+    scaled = np.sqrt(np.outer(scales, scales))
+    evaluated(base, "base", cells(BEFORE) * scaled, normalise="symmetric")
+    evaluated(run, "contrastive", cells(AFTER) * scaled * 3, normalise="symmetric")
     rises = rows_of(run, base)[0]["within_rises"]
     assert [ends(row)[0] for row in rises] == pytest.approx([0.1, 0.1])
 

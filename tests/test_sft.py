@@ -1,4 +1,5 @@
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from tiny_run import (
 from torch import Tensor
 
 from dcr import losses, models, train
-from dcr.config import Method, SFTConfig, Stage, TrainConfig
+from dcr.config import Method, Schedule, SFTConfig, Stage, TrainConfig
 from dcr.data import PairBatch, SafetyData, micro_batches, pair_batch, rows_of
 from dcr.models import Policy
 from dcr.prompts import PairRow
@@ -190,9 +191,17 @@ def test_dropout_follows_from_seed_and_step(policy: Policy) -> None:
 # --- the learning rate ---
 
 
-def test_warm_up_and_decay_by_hand() -> None:
-    factor = rate_factor(total=10, warmup=3)
-    by_hand = [1 / 4, 2 / 4, 3 / 4, 1, 6 / 7, 5 / 7, 4 / 7, 3 / 7, 2 / 7, 1 / 7, 0, 0]
+@pytest.mark.parametrize(
+    ("schedule", "after"),
+    [
+        (Schedule.constant, [1, 1, 1, 1, 1, 1, 1, 1, 1]),
+        (Schedule.linear, [1, 6 / 7, 5 / 7, 4 / 7, 3 / 7, 2 / 7, 1 / 7, 0, 0]),
+        (Schedule.cosine, [math.cos(math.pi / 14 * s) ** 2 for s in range(8)] + [0]),
+    ],
+)
+def test_warm_up_and_decay_by_hand(schedule: Schedule, after: list[float]) -> None:
+    factor = rate_factor(schedule, total=10, warmup=3)
+    by_hand = [1 / 4, 2 / 4, 3 / 4, *after]
     assert [factor(step) for step in range(12)] == pytest.approx(by_hand)
 
 
@@ -271,7 +280,9 @@ def test_the_loss_of_a_step_is_its_token_mean(policy: Policy, tiny: TrainConfig)
     [
         "sft.epochs=1",
         "sft.batch_size=4",
+        "sft.weight_decay=0.5",
         "sft.max_len=50",
+        "sft.train_on_prompt=true",
         "sft.terminator=base_eos",
         "sft.precision=bf16",
         "sft.lora.rank=4",

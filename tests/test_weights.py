@@ -167,7 +167,7 @@ def test_analyses_of_a_run_by_their_own_command(pair: tuple[Run, Run]) -> None:
     (file,) = run.folder.glob("eval/*/kernel/trunk-1-headless.safetensors")
     norms = load_file(file)["norms"]
     assert torch.equal(norms, norms.T) or torch.allclose(norms, norms.T, rtol=1e-4)
-    matrix = ntk.normalised(norms)
+    matrix = ntk.normalised(norms, "observer")
     of = found["kernel"]["of"]
     cells = [
         matrix[i, j].item()

@@ -84,6 +84,7 @@ from dcr.config.schema import (
     RefusalProbabilityConfig,
     SafetyPairsConfig,
     Sampler,
+    Schedule,
     SFTConfig,
     SourceConfig,
     SourcesByKind,

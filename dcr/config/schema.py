@@ -118,6 +118,14 @@ class Phrases(Enum):
     extended = "extended"
 
 
+class Normalise(Enum):
+    """What a kernel's norms are divided by (A.6)."""
+
+    observer = "observer"
+    symmetric = "symmetric"
+    none = "none"
+
+
 class KernelMethod(Enum):
     exact = "exact"
     finite_difference = "finite_difference"
@@ -183,6 +191,7 @@ class AugmentConfig:
     """STL-aug: compliant answers to seemingly toxic prompts, added to the rows of SFT."""
 
     responses: str | None = None  # a JSONL file with prompt and response
+    repeat: int = 1  # how often each answer stands among the rows
 
 
 @dataclass
@@ -211,6 +220,12 @@ class DataConfig:
     drop_contaminated: bool = True  # leave out rows too near a prompt that is evaluated on
 
 
+class Schedule(Enum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
 class Moments(Enum):
     """How AdamW keeps its two moments of each weight."""
 
@@ -221,6 +236,8 @@ class Moments(Enum):
 @dataclass
 class OptimConfig:
     lr: float = 1e-4
+    weight_decay: float = 0.0
+    clip: float | None = None  # norm that gradients are clipped to; null: not
     moments: Moments = Moments.full
 
 
@@ -264,6 +281,7 @@ class ContrastiveConfig:
     circle: CircleConfig = field(default_factory=CircleConfig)
     nll: NLLConfig = field(default_factory=NLLConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: Schedule = Schedule.constant
     precision: Precision = II("precision")
     gradient_checkpointing: bool = False  # less memory for more time
     adapter: Adapter = Adapter.full  # train the blocks' own weights, or a LoRA adapter on them
@@ -288,6 +306,7 @@ class ReadoutConfig:
     blocks: int = 2  # the last so many
     batch_size: int = 32
     lr: float = 1e-3
+    weight_decay: float = 0.01
     drift: float = 1.0  # weight of the KL to the model before the phase on ordinary answers
     # Weight of the contrast of the margin as well, by which greedy decoding decides: above 0 greedy
     # answers need no calibration to refuse one kind and answer the other, and rank a little worse.
@@ -302,8 +321,11 @@ class SFTConfig:
     batch_size: int = II("model.sft_batch_size")  # rows a step
     micro_tokens: int = 2048  # in one pass, padding too; others draw other dropout masks
     lr: float = II("model.sft_lr")
+    weight_decay: float = 0.01
+    schedule: Schedule = Schedule.linear
     warmup: float = 0.03  # share of the steps
     max_len: int = 512  # tokens a row; longer ones are cut
+    train_on_prompt: bool = False  # learn the prompt's tokens too
     # What answers end with; auto: the chat's end where the model knows it.
     terminator: Terminator = Terminator.auto
     precision: Precision = II("precision")
@@ -337,8 +359,10 @@ class KernelConfig:
     # tail:N, trunk:ℓ, all or adapter
     params: list[str] = field(default_factory=lambda: ["tail:2"])
     head: bool = True  # count the head's own matrix
+    normalise: Normalise = Normalise.observer
     method: KernelMethod = KernelMethod.exact  # exact, or the paper's finite differences
     prompts: int = 25  # of each kind
+    self_pairs: bool = False  # count a prompt with itself in the mean of its kind
     budget_gib: float = 4.0  # for the factors of gradients that are held at once
 
 

@@ -132,7 +132,9 @@ class StageRows:
     def _pairs(self, chat: ChatFormat, rows: list[Example], refusal: bool) -> list[PairRow]:
         made, encoded = [], functools.cache(chat.pair)  # a plan's placeholders are all alike
         for row in rows:
-            ids, targets = encoded(row.prompt, row.response or "", self.sft.max_len)
+            ids, targets = encoded(
+                row.prompt, row.response or "", self.sft.max_len, self.sft.train_on_prompt
+            )
             if ids:
                 made.append(PairRow(row.id, ids, targets, refusal))
             else:

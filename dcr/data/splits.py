@@ -323,7 +323,7 @@ def _with_answers(
     seed: int,
     cleaning: Cleaning,
 ) -> Splits:
-    """STL-aug: answers to seemingly toxic prompts.
+    """STL-aug: answers to seemingly toxic prompts, `augment.repeat` times.
 
     They come from the file, all of them, or with the very prompts that stage one would draw.
     Evaluation sets that hold such a prompt become in-distribution.
@@ -349,7 +349,7 @@ def _with_answers(
         )
     return replace(
         rows,
-        augmented=left,
+        augmented=left * augment.repeat,
         in_distribution=sorted({*rows.in_distribution, *cleaning.holding(left)}),
         unseen_groups=sorted({row.group or row.id for row in unseen}),
     )

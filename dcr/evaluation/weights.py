@@ -151,7 +151,7 @@ def kernel(
     flat = [(kind.value, row) for kind, part in rows.items() for row in part]
     encoded = [chat.prompt_ids(row.prompt) for _, row in flat]
     kinds, ids = [kind for kind, _ in flat], [row.id for _, row in flat]
-    method = settings.method.value
+    method, normalise = settings.method.value, settings.normalise.value
     means = {}
     for params in settings.params:
         chosen = ntk.Settings(
@@ -165,8 +165,8 @@ def kernel(
         measured = ntk.measure(policy.model, encoded, chosen, ids=ids, share=share)
         name = params.replace(":", "-") + ("" if settings.head else "-headless")
         _keep(measured, folder / "kernel" / f"{name}.safetensors")
-        matrix = ntk.normalised(measured.norms)
-        by_kind = ntk.mean_by_kind(matrix, kinds, seed=seed)
+        matrix = ntk.normalised(measured.norms, normalise)
+        by_kind = ntk.mean_by_kind(matrix, kinds, settings.self_pairs, seed=seed)
         means[name] = {
             observer: {trained: _finite(cell) for trained, cell in row.items()}
             for observer, row in by_kind.items()
@@ -174,6 +174,7 @@ def kernel(
     return {
         "top_k": settings.top_k,
         "method": method,
+        "normalise": normalise,
         "kinds": [kind.value for kind in rows],
         "ids": ids,
         "of": kinds,

@@ -220,25 +220,34 @@ def _padded_lengths(lengths: Sequence[int], settings: Settings) -> list[int]:
 
 
 def normalised(
-    norms: Float[Tensor, "observer trained"],
+    norms: Float[Tensor, "observer trained"], how: str = "observer"
 ) -> Float[Tensor, "observer trained"]:
-    """The paper's ‖K(x',x)‖ / ‖K(x',x')‖ (A.6): not bounded by 1, and asymmetric by its divisor."""
-    return norms / norms.diagonal()[:, None]
+    """Norms divided by those of K(x',x').
+
+    `observer` is the paper's ‖K(x',x)‖ / ‖K(x',x')‖, not bounded by 1, and all its asymmetry comes
+    from the divisor; `symmetric` is ‖K(x',x)‖ / √(‖K(x',x')‖‖K(x,x)‖), in [0, 1]; `none` leaves
+    them.
+    """
+    own = norms.diagonal()
+    if how == "none":
+        return norms
+    return norms / (own[:, None] if how == "observer" else (own[:, None] * own).sqrt())
 
 
 def mean_by_kind(
     matrix: Float[Tensor, "observer trained"],
     kinds: Sequence[str],
+    self_pairs: bool = False,
     *,
     seed: int,
 ) -> Mapping[str, Mapping[str, Interval]]:
     """Mean over pairs of prompts by kind, `[observer kind][trained kind]`, as in Figure 6.
 
     With percentile bootstrap intervals over prompts: those of each kind are drawn anew, and a
-    prompt drawn twice brings its whole row and column twice. A prompt's pair with itself never
-    counts, also where it is drawn twice: normalised it is 1 whatever the model. The mean is linear,
-    so that of a difference of two kernels over the same prompts is a paired comparison. Kinds stand
-    in the order in which they appear; nan within unbounded ends where a kind has no pair.
+    prompt drawn twice brings its whole row and column twice. A prompt's pair with itself counts
+    only with `self_pairs`, also where it is drawn twice. The mean is linear, so that of a
+    difference of two kernels over the same prompts is a paired comparison. Kinds stand in the
+    order in which they appear; nan within unbounded ends where a kind has no pair.
     """
     values = matrix.double().numpy()
     # one draw for all cells: the same prompts observe and are trained on
@@ -247,7 +256,7 @@ def mean_by_kind(
     for observer in drawn:
         means[observer] = {}
         for trained in drawn:
-            mean, redrawn = kind_mean(values, kinds, (observer, trained), drawn)
+            mean, redrawn = kind_mean(values, kinds, (observer, trained), drawn, self_pairs)
             means[observer][trained] = Interval(mean, *percentiles(redrawn))
     return means
 
@@ -257,6 +266,7 @@ def kind_mean(
     kinds: Sequence[str],
     cell: tuple[str, str],
     drawn: Mapping[str, Int[np.ndarray, "draws own"]],
+    self_pairs: bool = False,
 ) -> tuple[float, Float[np.ndarray, "draws"]]:
     """The mean over pairs of (observer kind, trained kind), and that of every draw.
 
@@ -265,7 +275,7 @@ def kind_mean(
     """
     rows, columns = ([i for i, kind in enumerate(kinds) if kind == wanted] for wanted in cell)
     values, allowed = matrix[np.ix_(rows, columns)], np.ones((len(rows), len(columns)))
-    if cell[0] == cell[1]:
+    if cell[0] == cell[1] and not self_pairs:
         np.fill_diagonal(allowed, 0)
     if not allowed.any():
         return math.nan, np.full(len(drawn[cell[0]]), math.nan)

@@ -94,10 +94,11 @@ class ChatFormat:
         ends = [place for place, token in enumerate(behind) if token in self.stop]
         return behind[: ends[0] + 1 if ends else None][::-1]
 
-    def pair(self, prompt: str, response: str, max_len: int) -> tuple[list[int], list[int]]:
+    def pair(
+        self, prompt: str, response: str, max_len: int, train_on_prompt: bool = False
+    ) -> tuple[list[int], list[int]]:
         """Ids and next-token targets of one training pair, at most `max_len` tokens.
 
-        Targets are the response and its terminator alone, over which Eq. 1 sums.
         A response that does not fit loses its end and with it the terminator, so that the model
         never learns to stop in mid-sentence. An empty list of ids means that not even one
         response token fits behind the prompt.
@@ -108,7 +109,7 @@ class ChatFormat:
         ids = [*start, *answer, self.terminator][:max_len]
         if len(ids) <= len(start):
             return [], []
-        first = len(start) - 1
+        first = 0 if train_on_prompt else len(start) - 1
         return ids, [IGNORED] * first + ids[first + 1 :] + [IGNORED]
 
     def feature_row(self, id: str, prompt: str, label: int, pooling: Pooling) -> PromptRow:

@@ -22,8 +22,8 @@ from dcr.report.records import RunRecord, config_of
 from dcr.results.schema import Estimate, Separability, interval
 from dcr.text import printable
 
-MATRIX = ("figure", "weights", "model", "run", "params", "observer", "trained", "estimate",
-          "low", "high", "source")  # fmt: skip
+MATRIX = ("figure", "weights", "model", "run", "params", "normalise", "observer", "trained",
+          "estimate", "low", "high", "source")  # fmt: skip
 # By weights: the figure, what it shows, and the command that measures it.
 KERNELS = {
     "base": (
@@ -89,8 +89,8 @@ def kernel(figure: str, records: Sequence[RunRecord]) -> Drawing:
 def _matrices(weights: str, records: Sequence[RunRecord]) -> pd.DataFrame:
     """Evaluated, or else tracked at a step with these weights; each once. UserError if none."""
     figure, what, cure = KERNELS[weights]
-    matrices: list[tuple[RunRecord, str, Mapping[str, Mapping[str, Estimate]], str]] = [
-        (run, params, cells, printable(str(e.folder)))
+    matrices: list[tuple[RunRecord, str, str, Mapping[str, Mapping[str, Estimate]], str]] = [
+        (run, params, e.kernel.normalise, cells, printable(str(e.folder)))
         for run in records
         for e in run.evaluations
         if e.weights == weights and e.kernel
@@ -110,16 +110,16 @@ def _matrices(weights: str, records: Sequence[RunRecord]) -> pd.DataFrame:
                     row = tracked.setdefault(params, {}).setdefault(observer, {})
                     row[trained] = curve[at].estimate, curve[at].low, curve[at].high
             source = f"{TRACKED} ({stage})"
-            matrices += [(run, params, cells, source) for params, cells in tracked.items()]
+            matrices += [(run, params, "", cells, source) for params, cells in tracked.items()]
             if tracked:
                 break
     rows, known = [], []
-    for run, params, cells, source in matrices:
+    for run, params, normalise, cells, source in matrices:
         model = config_of(run, "model")
         if (model, params, cells) in known:  # one base model in several folders
             continue
         known.append((model, params, cells))
-        about = (figure, weights, model, printable(str(run.folder)), params)
+        about = (figure, weights, model, printable(str(run.folder)), params, normalise)
         rows += [
             (*about, observer, trained, *vars(interval(cell)).values(), source)
             for observer, row in cells.items()

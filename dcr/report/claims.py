@@ -112,7 +112,7 @@ class MeasuredKernel:
     def terms(self) -> tuple[object, ...]:
         """What two kernels must share to be compared."""
         kernel = self.kernel
-        return tuple(kernel.ids), tuple(kernel.of), kernel.top_k
+        return tuple(kernel.ids), tuple(kernel.of), kernel.top_k, kernel.normalise
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def _paired(
         if not having:
             notes.append(
                 f"claims: {place}: beside it no kernel of the base model over {params} and the "
-                "same prompts and entk.top_k; run python eval.py model=<name> "
+                "same prompts, entk.top_k and entk.normalise; run python eval.py model=<name> "
                 "tasks=[kernel] with the same data and entk settings"
             )
             continue
@@ -230,7 +230,7 @@ def _paired(
 
 
 def normalised(measured: MeasuredKernel, params: str, notes: list[str]) -> np.ndarray | None:
-    """The whole normalised matrix; None, with a note, if it is missing."""
+    """The whole matrix as its evaluation normalised it; None, with a note, if it is missing."""
     path = measured.folder / "kernel" / f"{params}.safetensors"
     try:
         with safe_open(path, "pt") as file:
@@ -238,7 +238,7 @@ def normalised(measured: MeasuredKernel, params: str, notes: list[str]) -> np.nd
             ids = tuple((file.metadata() or {}).get("ids", "").split("\n"))
         if list(ids) != measured.kernel.ids or norms.shape != (len(ids), len(ids)):
             raise ValueError("it is of other prompts than metrics.json tells")
-        matrix = ntk.normalised(norms).numpy()
+        matrix = ntk.normalised(norms, measured.kernel.normalise).numpy()
         if not np.isfinite(matrix).all():
             raise ValueError("it has values that are not finite")
     except FileNotFoundError:

@@ -300,6 +300,7 @@ class Kernel(Record):
 
     top_k: Count | None = None
     method: str = ""
+    normalise: str = ""
     kinds: list[str] = []
     ids: list[str] = []
     of: list[str] = []

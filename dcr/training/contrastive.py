@@ -16,7 +16,7 @@ from dcr.data import NO_CLASS, PairBatch, PromptBatch
 from dcr.models import Policy
 from dcr.prompts import IGNORED
 from dcr.separability import kmeans_accuracy
-from dcr.training.resuming import ResumableModule, adamw, epoch_mean, ranks
+from dcr.training.resuming import ResumableModule, adamw, epoch_mean, ranks, rate_factor
 
 
 def of_all_ranks(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,10 +193,9 @@ class ContrastiveModule(ResumableModule):
         return (source.targets != IGNORED).sum()
 
     def configure_optimizers(self) -> Any:
-        # a constant rate, since the paper names a warm-up for SFT alone; decay would shrink the
-        # embeddings of tokens that no prompt has
+        factor = rate_factor(self.config.schedule, self.total_steps, warmup=0)
         optim = self.config.optim
-        return adamw(self, optim.lr, lambda _: 1.0, weight_decay=0.0, moments=optim.moments)
+        return adamw(self, optim.lr, optim.weight_decay, factor, optim.moments)
 
 
 def _circle_alone(module: ContrastiveModule, batch: PromptBatch) -> tuple[Tensor, Tensor]:

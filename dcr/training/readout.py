@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcr import batching, models, refusal, statistics
-from dcr.config import ConfigError, ReadoutConfig, SFTConfig
+from dcr.config import ConfigError, ReadoutConfig, Schedule, SFTConfig
 from dcr.data import SEEMINGLY_TOXIC, TOXIC, Splits, readout_rows
 from dcr.data.readout import Row
 from dcr.models import Policy
@@ -235,8 +235,8 @@ def _fit(
 ) -> list[float]:
     """The contrast loss of every step."""
     model, blocks = policy.model, models.decoder_blocks(policy.model)[-phase.blocks :]
-    factor = rate_factor(phase.steps, round(WARMUP * phase.steps))
-    tools = adamw(blocks, phase.lr, factor)
+    factor = rate_factor(Schedule.linear, phase.steps, round(WARMUP * phase.steps))
+    tools = adamw(blocks, phase.lr, phase.weight_decay, factor)
     optimizer, rate = tools["optimizer"], tools["lr_scheduler"]["scheduler"]
     found: list[float] = []
     for step, place in enumerate(prepared.steps):

@@ -8,6 +8,7 @@ one bit for bit. A checkpoint is a file with its SHA-256 beside it; both appear 
 import hashlib
 import importlib
 import logging
+import math
 import os
 import re
 import shutil
@@ -30,7 +31,7 @@ from torch.utils.hooks import RemovableHandle
 from torchmetrics import MeanMetric
 
 from dcr import batching, losses, models, storage
-from dcr.config import Moments, UserError
+from dcr.config import Moments, Schedule, UserError
 from dcr.prompts import IGNORED
 from dcr.training import sharding
 
@@ -223,8 +224,15 @@ class ResumableModule(LightningModule):
         self.check_gradients()
 
 
-def rate_factor(total: int, warmup: int) -> Callable[[int], float]:
-    """What to multiply the peak rate by at step 0, 1, …: linear warm-up, then linear to 0.
+SHAPES: dict[Schedule, Callable[[float], float]] = {
+    Schedule.constant: lambda _: 1.0,
+    Schedule.linear: lambda progress: max(0.0, 1.0 - progress),
+    Schedule.cosine: lambda progress: 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress))),
+}
+
+
+def rate_factor(schedule: Schedule, total: int, warmup: int) -> Callable[[int], float]:
+    """What to multiply the peak rate by at step 0, 1, …: linear warm-up, then the shape.
 
     Step `s` of the warm-up has (s + 1) / (warmup + 1), so that no step is wasted at rate 0.
     """
@@ -232,19 +240,16 @@ def rate_factor(total: int, warmup: int) -> Callable[[int], float]:
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / (warmup + 1)
-        return max(0.0, 1.0 - (step - warmup) / max(1, total - warmup))
+        return SHAPES[schedule]((step - warmup) / max(1, total - warmup))
 
     return factor
-
-
-DECAY = 0.01  # AdamW's default in torch; the paper names none
 
 
 def adamw(
     module: torch.nn.Module,
     lr: float,
+    weight_decay: float,
     factor: Callable[[int], float],
-    weight_decay: float = DECAY,
     moments: Moments = Moments.full,
 ) -> dict[str, Any]:
     """AdamW over what trains, as Lightning wants it, its rate `lr` times `factor` of the step."""
@@ -257,6 +262,8 @@ def adamw(
             warnings.simplefilter("ignore")  # of torch's older parts
             made = importlib.import_module("bitsandbytes.optim").AdamW8bit
     optimizer = made(trained, lr=lr, weight_decay=weight_decay)
+    # or Lightning, with an eye to fp16, refuses to clip gradients before a fused step
+    optimizer._step_supports_amp_scaling = False
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
 

@@ -87,4 +87,5 @@ class SFTModule(ResumableModule):
 
     def configure_optimizers(self) -> Any:
         warmup = round(self.config.warmup * self.total_steps)
-        return adamw(self, self.config.lr, rate_factor(self.total_steps, warmup))
+        factor = rate_factor(self.config.schedule, self.total_steps, warmup)
+        return adamw(self, self.config.lr, self.config.weight_decay, factor)

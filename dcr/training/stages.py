@@ -291,6 +291,7 @@ def _trainer(
         log_every_n_steps=1,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
+        gradient_clip_val=settings.dcr.optim.clip if contrastive else None,
         default_root_dir=str(job.run.folder),
     )
 
