@@ -118,7 +118,8 @@ def use(asked: int | None = None, before: int | None = None) -> int:
     import torch
 
     number, why = chosen(asked, before)
-    if number != torch.get_num_threads():
-        torch.set_num_threads(number)
+    # The same number too: a fork renews torch's pool at the first such call, and of the several
+    # threads that load weights, which each make it, one would find none ("Invalid thread pool").
+    torch.set_num_threads(number)
     log.info("threads: %d (%s)", number, why)
     return number

@@ -281,6 +281,7 @@ DAMAGE = {
     "UPDATE trials SET state = 'PRUNED'": "trial 0 was pruned",
     "UPDATE trials SET state = 'x'": "restore",
     "UPDATE trial_user_attributes SET value_json = '{'": "restore",
+    "DELETE FROM trial_user_attributes": "no trial is marked as the point as configured",
     "UPDATE alembic_version SET version_num = 'v0.1'": "restore",
     "DROP TABLE trial_values": "trial 0 has 0 values",
     "ALTER TABLE trials DROP COLUMN state": "restore",

@@ -138,6 +138,8 @@ def read(search: Search, known: optuna.Study) -> list[FrozenTrial]:
         if sorted(trial.number for trial in trials) != list(range(len(trials))):
             wrong = "trials are missing or there twice"
         trials = [t for t in trials if t.state is not FAIL or "fault" in t.user_attrs]
+        if trials and not any("configured" in trial.user_attrs for trial in trials):
+            wrong = wrong or "no trial is marked as the point as configured"
         for trial in trials:
             wrong = wrong or _wrong(search, trial)
     if wrong:

@@ -54,7 +54,7 @@ class Ended:
             return [("not one line", "a progress bar stands before the error")]
         if len(lines) != 1 or not lines[0].startswith("error: "):
             return [("not one line", f"exit {self.code}: {self.err[-300:]!r}")]
-        if self.err.isascii() and not self.err.rstrip("\n").isprintable():
+        if self.err.isascii() and not all(map(str.isprintable, self.err.splitlines())):
             return [("not one line", f"control characters: {self.err[-300:]!r}")]
         return []
 
