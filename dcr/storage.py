@@ -423,6 +423,8 @@ def running_sha256(files: Sequence[Path], named: bool = False) -> list[str]:
         if named:
             digest.update(file.name.encode())
         check_regular(file)
+        if file.is_dir():
+            raise DataError(f"{file}: cannot be read (a folder, not a file); {CURE}")
         with file.open("rb") as handle:
             left = os.fstat(handle.fileno()).st_size  # a file that grows has an end as well
             while piece := handle.read(min(left, 1 << 22)):

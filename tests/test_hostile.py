@@ -188,6 +188,14 @@ def test_only_regular_files_are_read(model: Path, name: str, special: str) -> No
             models.weights_fingerprint(model)
 
 
+def test_a_folder_in_the_place_of_weights_is_named(stranger: Run) -> None:
+    file = stranger.stage("sft") / "adapter_model.safetensors"
+    file.unlink()
+    file.symlink_to("/")
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors: cannot be read .a folder"):
+        storage.check_checksums(stranger.stage("sft"))
+
+
 def test_relink_says_what_it_cannot_read(stranger: Run) -> None:
     file = stranger.stage("sft") / "adapter_config.json"
     file.unlink()

@@ -139,9 +139,12 @@ def run(
 
 def _become(arguments: Sequence[str], place: Path, logs: Path) -> None:
     """In the child: the command, from its first line to the end of the process."""
+    import torch
+
     code = 70
     try:
         os.setpgid(0, 0)
+        torch.set_num_threads(1)  # renews the pool, as in a process that was not forked
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
