@@ -105,9 +105,19 @@ def main(options: Options) -> None:
     with storage.locked(options.out):  # a killed study's last part may still be ending
         failed = carry_out([part for job in planned for part in job.parts()])
     page, (folders, notes) = options.out / f"{options.study}.html", shown(planned, failed)
-    if folders:
-        notes += [f"failed: {job}: {why}" for job, why in failed.items()]
-        print(f"{report.build(folders, page, [study.table], notes=notes)}\n\npage: {page}")
+    while folders:
+        known = [*notes, *(f"failed: {job}: {why}" for job, why in failed.items())]
+        try:
+            print(f"{report.build(folders, page, [study.table], notes=known)}\n\npage: {page}")
+            break
+        except UserError as fault:  # of a job that was done, and whose files were damaged since
+            damaged = next((f for f in folders if str(fault).startswith(f"{f}{os.sep}")), None)
+            if damaged is None:
+                raise
+            folders.remove(damaged)
+            (name,) = (job.name for job in planned if job.run.folder == damaged)
+            failed[name] = single_line(f"report: {fault}")
+            print(f"failed: {failed[name]}", file=sys.stderr, flush=True)
     if failed:
         told = "; ".join(f"{job}: {why}" for job, why in failed.items())
         raise Told(f"{len(failed)} of {len(planned)} jobs failed: {told}", 1)

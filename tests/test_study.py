@@ -171,6 +171,12 @@ def test_no_stage_one_is_taken_from_a_damaged_run_and_damage_stays_with_its_job(
     assert measured(other.run.folder) != []
     assert study.main([f"out={out}", "study=epochs", *words]) == 1
     assert str(stl.evaluated_file) in capfd.readouterr().err.splitlines()[-1]
+    (answers,) = donor.folder.glob("eval/*/demo_toxic_heldout.jsonl")
+    answers.write_text("{\n{}\n")
+    assert study.main([f"out={out}", "study=epochs", *words]) == 1
+    told = capfd.readouterr()
+    assert f"{answers}:2" in told.err.splitlines()[-1]
+    assert "page: " in told.out  # of the jobs that can be read
 
 
 def test_a_killed_study_goes_on_where_it_was(words: list[str], tmp_path: Path) -> None:

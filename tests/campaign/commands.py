@@ -50,8 +50,10 @@ class Ended:
         if self.code == 0:
             return []
         lines = [line for line in self.err.splitlines() if not line.startswith("[")]
-        if "%|" in self.err and lines[-1].startswith("error: "):
+        if self.code < 128 and "%|" in self.err and lines[-1].startswith("error: "):
             return [("not one line", "a progress bar stands before the error")]
+        if self.code >= 128:  # stopped by a signal, where a bar stood
+            lines = [line for line in lines if line.strip() and "%|" not in line]
         if len(lines) != 1 or not lines[0].startswith("error: "):
             return [("not one line", f"exit {self.code}: {self.err[-300:]!r}")]
         if self.err.isascii() and not all(map(str.isprintable, self.err.splitlines())):
