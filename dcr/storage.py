@@ -469,8 +469,7 @@ def locked(folder: Path) -> Iterator[Lease]:
     """Exclusive use of a run folder, cleared of what a killed process left half-written.
 
     A folder in which nothing but the lock came to be is removed again, with the parents that were
-    made for it. Raises UserError when
-    another process has it or it cannot be written.
+    made for it. Raises UserError when another process has it or it cannot be written.
     """
     file = folder / ".lock"
     made = [place for place in (folder, *folder.parents) if not place.exists()] or [folder]
