@@ -7,12 +7,12 @@ Every variant runs in a process of its own, one after another, for each number o
 same prompts, shuffled once: of the embedded corpus, or, with a folder `root` (by default what
 `DCR_DATA` names), 100 of each of the seven over-refusal sets of `data=paper`. Batches of `batch` in
 that order with `model.generate`; the same, sorted by length; transformers' continuous batching
-(`model.generate_batch`, on a CPU with pages for `batch` prompts); `dcr.generation`, with the same
-`batch` and with as many at once as it chooses; the same with `gen.max_new_tokens=auto`, which ends
-an answer where XSTest's keywords have decided; and the first token's refusal mass alone, which is
-all that `tasks=[discernment]` reads. Loading is not timed; seconds are the processor's, on a GPU
-the clock's. `other texts` counts prompts whose answer differs from the first variant's: in bf16 two
-tokens with nearly one logit may swap wherever a batch has another shape; `other verdicts` those on
+(`model.generate_batch`, on a CPU with pages for `batch` prompts); `dcr.core.generation`, with the
+same `batch` and with as many at once as it chooses; the same with `gen.max_new_tokens=auto`, which
+ends an answer where XSTest's keywords have decided; and the first token's refusal mass alone,
+which is all that `tasks=[discernment]` reads. Loading is not timed; seconds are the processor's, on
+a GPU the clock's. `other texts` counts prompts whose answer differs from the first variant's: in
+bf16 two tokens with nearly one logit may swap wherever a batch has another shape; `other verdicts` those on
 which XSTest's keywords differ. Only the ratios of one run of this script mean anything.
 """
 
@@ -35,11 +35,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from dcr import cli, config, generation, models, prompts, refusal, sources
-from dcr.config import GenConfig, Kind, Precision, TrainConfig
-from dcr.models import Policy
-from dcr.prompts import ChatFormat
-from dcr.sources import Example
+from dcr.core import cli, config, generation, models, prompts, refusal, sources
+from dcr.core.config import GenConfig, Kind, Precision, TrainConfig
+from dcr.core.models import Policy
+from dcr.core.prompts import ChatFormat
+from dcr.core.sources import Example
 
 PAGE = 64  # tokens a page of the paged cache
 EACH = 100  # prompts of a set

@@ -25,15 +25,17 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import training
 
-from dcr import cost, models, ntk, prompts
-from dcr.config import Stage
+from dcr import cost
+from dcr.analyses import ntk
+from dcr.core import models, prompts
+from dcr.core.config import Stage
+from dcr.core.data import PairBatch, PromptBatch
+from dcr.core.generation import local
+from dcr.core.models import Policy
+from dcr.core.training.contrastive import ContrastiveModule
+from dcr.core.training.resuming import adamw
+from dcr.core.training.sft import SFTModule
 from dcr.cost import Load
-from dcr.data import PairBatch, PromptBatch
-from dcr.generation import local
-from dcr.models import Policy
-from dcr.training.contrastive import ContrastiveModule
-from dcr.training.resuming import adamw
-from dcr.training.sft import SFTModule
 
 BASE = {"rows": 16, "length": 64, "width": 256}
 DOUBLED = (1, 2, 4)

@@ -25,10 +25,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dcr import cli, config, models, ntk, sources
-from dcr.config import Kind, Precision, TrainConfig
-from dcr.models import Policy
-from dcr.ntk import Settings, empirical
+from dcr.analyses import ntk
+from dcr.analyses.ntk import Settings, empirical
+from dcr.core import cli, config, models, sources
+from dcr.core.config import Kind, Precision, TrainConfig
+from dcr.core.models import Policy
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 OPTIONS = {

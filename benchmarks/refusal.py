@@ -6,9 +6,9 @@
 The prompts are those of the embedded corpus, shuffled once, or the `prompt` fields of a JSON-lines
 file. Three ways in one process, after a warm-up of two prompts: what one writes by hand, `model`
 on prompt and phrase for each phrase of each prompt; the same with `batch` prompts padded in one
-pass per phrase; and `dcr.refusal` with the same `batch`. Reading the token ids is timed in all.
-The values are compared before any time is printed; a difference beyond rounding ends the run. Only
-the ratios of one run of this script mean anything.
+pass per phrase; and `dcr.core.refusal` with the same `batch`. Reading the token ids is timed in
+all. The values are compared before any time is printed; a difference beyond rounding ends the run.
+Only the ratios of one run of this script mean anything.
 """
 
 import json
@@ -26,11 +26,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from dcr import batching, cli, config, models, prompts, refusal, sources
-from dcr.config import Kind, Precision, TrainConfig
-from dcr.models import Policy
-from dcr.prompts import ChatFormat
-from dcr.refusal.phrases import continuations, ending
+from dcr.core import batching, cli, config, models, prompts, refusal, sources
+from dcr.core.config import Kind, Precision, TrainConfig
+from dcr.core.models import Policy
+from dcr.core.prompts import ChatFormat
+from dcr.core.refusal.phrases import continuations, ending
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 TOLERANCE = {"fp32": 1e-3}  # relative; half the digits of bf16 are gone by themselves
@@ -113,7 +113,7 @@ def ours(
 VARIANTS: dict[str, Measured] = {
     "a pass per phrase and prompt": pass_per_phrase,
     "a pass per phrase, batched": separate_passes,
-    "dcr.refusal": ours,
+    "dcr.core.refusal": ours,
 }
 
 
@@ -138,7 +138,7 @@ def main() -> None:
     phrases, batch = refusal.PHRASES[options["phrases"]], int(options["batch"])
     measured = {n: timed(v, parts, phrases, batch) for n, v in VARIANTS.items()}
     seconds, expected = next(iter(measured.values()))
-    own, _ = measured["dcr.refusal"]
+    own, _ = measured["dcr.core.refusal"]
     columns = (
         "CPU seconds",
         "prompts/s",

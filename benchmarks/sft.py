@@ -31,11 +31,11 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import training
 
-from dcr import storage
-from dcr.config import Stage, TrainConfig
-from dcr.data import pair_batch
-from dcr.training import callbacks
-from dcr.training.sft import SFTModule
+from dcr.core import storage
+from dcr.core.config import Stage, TrainConfig
+from dcr.core.data import pair_batch
+from dcr.core.training import callbacks
+from dcr.core.training.sft import SFTModule
 
 VERSION = "1.16.0"
 OPTIONS = {

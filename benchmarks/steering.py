@@ -29,13 +29,14 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from dcr import activations, cli, config, generation, models, prompts, refusal, sources, steering
-from dcr.activations import Edits, Plan
-from dcr.config import EvalConfig, GenConfig, Kind, Precision, Steering, SteeringConfig
-from dcr.models import Policy
-from dcr.prompts import ChatFormat
-from dcr.runs import Run
-from dcr.sources import Example
+from dcr import steering
+from dcr.core import activations, cli, config, generation, models, prompts, refusal, sources
+from dcr.core.activations import Edits, Plan
+from dcr.core.config import EvalConfig, GenConfig, Kind, Precision, Steering, SteeringConfig
+from dcr.core.models import Policy
+from dcr.core.prompts import ChatFormat
+from dcr.core.runs import Run
+from dcr.core.sources import Example
 from dcr.steering import surgical
 
 CONF = Path(__file__).resolve().parent.parent / "conf"

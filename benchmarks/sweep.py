@@ -17,8 +17,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from dcr import models, storage
-from dcr.config import ModelConfig, Precision
+from dcr.core import models, storage
+from dcr.core.config import ModelConfig, Precision
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "conf" / "model" / "tiny.yaml"

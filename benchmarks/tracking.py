@@ -23,13 +23,13 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from dcr import cli, config, data, models, prompts
-from dcr.config import Quantity, Stage, TrainConfig
-from dcr.models import Policy
-from dcr.prompts import IGNORED, ChatFormat
-from dcr.training import tracking
-from dcr.training.sft import SFTModule
-from dcr.training.tracking import MEASURES
+from dcr import tracking
+from dcr.core import cli, config, data, models, prompts
+from dcr.core.config import Quantity, Stage, TrainConfig
+from dcr.core.models import Policy
+from dcr.core.prompts import IGNORED, ChatFormat
+from dcr.core.training.sft import SFTModule
+from dcr.tracking import MEASURES
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 PAPER_ROWS = 21_000

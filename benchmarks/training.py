@@ -28,12 +28,12 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from dcr import cli, config, data, losses, models, prompts
-from dcr.config import Stage, TrainConfig
-from dcr.models import Policy
-from dcr.training.contrastive import ContrastiveModule
-from dcr.training.resuming import adamw
-from dcr.training.sft import SFTModule
+from dcr.core import cli, config, data, losses, models, prompts
+from dcr.core.config import Stage, TrainConfig
+from dcr.core.models import Policy
+from dcr.core.training.contrastive import ContrastiveModule
+from dcr.core.training.resuming import adamw
+from dcr.core.training.sft import SFTModule
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 MICRO_ROWS = 4  # the paper's micro-batch

@@ -17,29 +17,26 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dcr import (
-    balance,
-    cli,
-    config,
-    endpoints,
-    precision,
-    prompts,
-    refusal,
-    sources,
-    storage,
-    threads,
-    twins,
+from dcr import endpoints, twins
+from dcr.core import balance, cli, config, precision, prompts, refusal, sources, storage, threads
+from dcr.core.balance import Balance
+from dcr.core.config import (
+    AUTO_LENGTH,
+    ConfigError,
+    EvalConfig,
+    Judge,
+    KeywordRules,
+    Kind,
+    Steering,
 )
-from dcr.balance import Balance
-from dcr.config import AUTO_LENGTH, ConfigError, EvalConfig, Judge, KeywordRules, Kind, Steering
+from dcr.core.evaluation.sets import PromptSet
+from dcr.core.runs import Run
+from dcr.core.sources import Example
+from dcr.core.text import label_of, normalise
 from dcr.endpoints import EndpointError
-from dcr.evaluation.sets import PromptSet
-from dcr.runs import Run
-from dcr.sources import Example
-from dcr.text import label_of, normalise
 
 if TYPE_CHECKING:
-    from dcr.generation import Completion
+    from dcr.core.generation import Completion
     from dcr.judges import Verdict
 
     Judged = tuple[list[Completion], dict[str, str]]  # answers, and by id what became of each
@@ -156,7 +153,7 @@ def augment(options: Options, settings: EvalConfig) -> Tally:
 
     Raises UserError where the file is another's, and for all that answering and judging raise.
     """
-    from dcr.evaluation import subjects
+    from dcr.core.evaluation import subjects
 
     _check(settings)
     kind = Kind.toxic if options.twins else Kind.seemingly_toxic
@@ -297,7 +294,7 @@ def _instructed(settings: EvalConfig, instruction: str | None) -> EvalConfig:
     own = settings.model.system_prompt
     whole = f"{own}\n\n{instruction}" if own else instruction
     if settings.endpoint is None:
-        from dcr import models
+        from dcr.core import models
 
         chat = prompts.chat_format(models.open_tokenizer(settings.model), settings.model)
         whole = chat.with_system(instruction, "attempts").system_prompt
@@ -338,7 +335,7 @@ def _check(settings: EvalConfig) -> None:
     if settings.gen.max_new_tokens == AUTO_LENGTH:
         raise ConfigError("gen.max_new_tokens=auto: cuts answers; give a number of tokens")
     from dcr import judges
-    from dcr.evaluation import subjects
+    from dcr.core.evaluation import subjects
 
     for name in settings.judge:
         if Kind.seemingly_toxic not in judges.KINDS[name]:

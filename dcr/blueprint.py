@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dcr import storage
-from dcr.config import EMBEDDED_MODEL, ModelConfig
+from dcr.core import storage
+from dcr.core.config import EMBEDDED_MODEL, ModelConfig
 
 SIZES = {  # each at most this, as `models` refuses more
     "hidden_size": 2**18,

@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dcr import cli, config, precision, prompts, refusal, threads
-from dcr.config import ConfigError, ModelConfig, Precision
-from dcr.prompts import ChatFormat
-from dcr.runs import Run
+from dcr.core import cli, config, precision, prompts, refusal, threads
+from dcr.core.config import ConfigError, ModelConfig, Precision
+from dcr.core.prompts import ChatFormat
+from dcr.core.runs import Run
 
 if TYPE_CHECKING:
-    from dcr.models import Policy
+    from dcr.core.models import Policy
 
 STAGES = ("sft", "contrastive", "base")
 DIM, UNDIMMED = "\x1b[2m", "\x1b[0m"
@@ -59,7 +59,7 @@ class Dialogue:
         The oldest exchanges are left out while it does not fit the model's context. Raises
         ConfigError when not even the last message fits.
         """
-        from dcr import batching
+        from dcr.core import batching
 
         room = batching.context_length(self.policy.model.config) - self.max_new_tokens
         turns = self.turns
@@ -103,7 +103,7 @@ class Dialogue:
     def _generate(self, ids: list[int]) -> tuple[str, float]:
         from transformers import TextStreamer
 
-        from dcr import generation
+        from dcr.core import generation
 
         tokenizer = self.chat.tokenizer
         openings = refusal.refusal_openings(self.chat)
@@ -128,7 +128,7 @@ def main(options: Options) -> None:
         Precision(options.precision),
         options.trust_remote_code,
     )
-    from dcr import batching
+    from dcr.core import batching
 
     threads.use()
     batching.to_gpu(policy.model)
@@ -189,7 +189,7 @@ def open_stage(
     stage = stage or next((name for name in STAGES[:2] if run.done(name)), "sft")
     if stage != "base" and not run.done(stage):
         raise ConfigError(f"run={run.folder}: stage {stage} is not done there; train it first")
-    from dcr import models
+    from dcr.core import models
 
     arithmetic = precision.settled({"evaluation": asked}, recorded=run.precisions())
     arithmetic.say()

@@ -11,9 +11,10 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from dcr import cli, config, launching
-from dcr.config import ConfigError, TrainConfig
-from dcr.runs import Run
+from dcr import launching
+from dcr.core import cli, config
+from dcr.core.config import ConfigError, TrainConfig
+from dcr.core.runs import Run
 
 # Each but train and eval is `python -m dcr.<name>`.
 COMMANDS = {

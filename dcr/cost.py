@@ -41,9 +41,10 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import TypedDict
 
-from dcr import blueprint, storage, threads
+from dcr import blueprint
 from dcr.blueprint import Blueprint
-from dcr.config import (
+from dcr.core import storage, threads
+from dcr.core.config import (
     ALL_LINEAR,
     FSDP,
     Adapter,
@@ -57,7 +58,7 @@ from dcr.config import (
     block_of,
     lightens,
 )
-from dcr.precision import cpu_unit, kind_of
+from dcr.core.precision import cpu_unit, kind_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -201,7 +202,7 @@ def _built(settings: TrainConfig, stage: Stage) -> _Prepared:
     """By building it without storage."""
     import torch
 
-    from dcr import models
+    from dcr.core import models
 
     first, node = stage is Stage.contrastive, lora_of(settings, stage)
     model = models.skeleton(settings.model)
@@ -240,7 +241,7 @@ def upper(block: int, depth: int) -> str:
 
 def _parts(model: Any, block: int) -> "dict[str, list[nn.Parameter]]":
     """Every parameter in exactly one part, in the order of a forward pass."""
-    from dcr import models
+    from dcr.core import models
 
     blocks, norm = models.decoder_blocks(model), models.final_norm(model)
     norms = list(norm[1].parameters()) if norm else []
@@ -469,7 +470,7 @@ def epoch_flops(settings: TrainConfig, stage: Stage, shape: Shape, load: Load) -
 def readout_flops(
     settings: TrainConfig, shape: Shape, once: int, learnt: int, measured: int, places: int
 ) -> float:
-    """Floating-point operations of the readout after SFT, see `dcr.training.readout`.
+    """Floating-point operations of the readout after SFT, see `dcr.core.training.readout`.
 
     Tokens pass all blocks `once`, and the last ones again, to see that they give the same; they
     pass these in all steps as `learnt`, and those `measured` about twice more. The head reads
@@ -488,7 +489,7 @@ def readout_flops(
 def packs(settings: TrainConfig, stage: Stage) -> bool:
     """Whether the stage's passes go without padding here, as far as can be told without weights.
 
-    That is on a CPU, for the families that `blueprint` knows (`dcr.models.packing`).
+    That is on a CPU, for the families that `blueprint` knows (`dcr.core.models.packing`).
     """
     node = settings.dcr if stage is Stage.contrastive else settings.sft
     plain = not node.gradient_checkpointing and settings.trainer.strategy != FSDP

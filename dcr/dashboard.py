@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dcr import cli, config, storage
-from dcr.config import ConfigError, Kind, WandbConfig, WandbMode
-from dcr.runs import Run
-from dcr.text import single_line
+from dcr.core import cli, config, storage
+from dcr.core.config import ConfigError, Kind, WandbConfig, WandbMode
+from dcr.core.runs import Run
+from dcr.core.text import single_line
 
 TITLE = "Discernment: what contrastive refinement changes"
 VIEW = "dcr"  # the workspace's place in its address, so that a second command updates it
@@ -54,7 +54,7 @@ def main(options: Options) -> None:
     if options.page is not None and not options.page.is_file():
         raise ConfigError(f"page={options.page}: no such file; make it with python -m dcr.report")
     methods = [(run, run.config()["method"]) for run in map(Run, options.runs)]
-    from dcr import wandb_run
+    from dcr.core import wandb_run
 
     made_with = {wandb_run.run_id(run): method for run, method in methods}
     os.environ["WANDB_SILENT"] = "true"  # before the import, which reads it
@@ -96,7 +96,7 @@ def log_page(options: Options) -> None:
     assert options.page is not None
     import wandb
 
-    from dcr import results, wandb_run
+    from dcr.core import results, wandb_run
 
     made_from = [
         wandb_run.evaluation(Run(folder), results.read(file).model_dump(mode="json"))
@@ -146,9 +146,9 @@ def specification(project: str, entity: str, made_with: Mapping[str, str]) -> tu
     from wandb_workspaces.reports.v2 import interface as wr
     from wandb_workspaces.workspaces import interface as ws
 
+    from dcr.core.wandb_run import AXES
     from dcr.report.figures import PALETTE
     from dcr.report.records import METHODS
-    from dcr.wandb_run import AXES
 
     place = {method: i for i, method in enumerate(METHODS)}
     colours = {
@@ -193,7 +193,7 @@ def _curve(title: str, *keys: str, x: str = "trainer/global_step", **more: Any) 
 def _of_training() -> dict[str, list[Any]]:
     from wandb_workspaces.reports.v2 import interface as wr
 
-    from dcr.wandb_run import RESULTS
+    from dcr.core.wandb_run import RESULTS
 
     return {
         "Stage one": [
@@ -223,7 +223,7 @@ def _of_training() -> dict[str, list[Any]]:
 def _of_evaluations() -> dict[str, list[Any]]:
     from wandb_workspaces.reports.v2 import interface as wr
 
-    from dcr.wandb_run import AXES
+    from dcr.core.wandb_run import AXES
 
     swept = ("dcr.layer", "dcr.margin", *AXES)
     by_method = {"groupby": wr.Config("method"), "groupby_aggfunc": "mean"}

@@ -7,10 +7,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dcr import cli, config, precision, runs, storage
-from dcr.config import ConfigError, EvalConfig, Method, ModelConfig
-from dcr.runs import Run
-from dcr.text import label_of
+from dcr.core import cli, config, precision, runs, storage
+from dcr.core.config import ConfigError, EvalConfig, Method, ModelConfig
+from dcr.core.runs import Run
+from dcr.core.text import label_of
 
 
 def resolved(composed: DictConfig) -> tuple[EvalConfig, Run]:
@@ -91,8 +91,8 @@ def completed(composed: DictConfig, made_with: Mapping[str, Any]) -> DictConfig:
 def evaluate(settings: EvalConfig, run: Run) -> None:
     """Answer what is unanswered, judge what is unjudged, count, and write `metrics.json`."""
     # not at the top: what is asked is checked before torch is loaded
-    from dcr import threads, wandb_run
-    from dcr.evaluation import metrics, sets, subjects
+    from dcr.core import threads, wandb_run
+    from dcr.core.evaluation import metrics, sets, subjects
 
     settings, arithmetic = precision.of_evaluation(
         settings, run.precisions() if settings.run else {}

@@ -16,8 +16,8 @@ from httpx2 import HTTPError
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from dcr import cli, config, prompts, runs, storage, threads
-from dcr.config import (
+from dcr.core import cli, config, prompts, runs, storage, threads
+from dcr.core.config import (
     AUTO_LAYER,
     EMBEDDED_MODEL,
     STAGES,
@@ -27,17 +27,17 @@ from dcr.config import (
     Precision,
     block_of,
 )
-from dcr.evaluation import sets
-from dcr.prompts import ChatFormat
-from dcr.runs import Run
-from dcr.sources import SOURCES
-from dcr.text import single_line
+from dcr.core.evaluation import sets
+from dcr.core.prompts import ChatFormat
+from dcr.core.runs import Run
+from dcr.core.sources import SOURCES
+from dcr.core.text import single_line
 
 if TYPE_CHECKING:
     import pandas as pd
     from transformers import PreTrainedTokenizerBase
 
-    from dcr.models import Policy
+    from dcr.core.models import Policy
 
 ROUNDED = (
     "the weights are in bfloat16, rounded from a merge in float32: logits differ from those of the "
@@ -179,8 +179,8 @@ def export(
     import torch
     from peft import PeftModel
 
-    from dcr import models, results
-    from dcr.evaluation import calibration
+    from dcr import calibration
+    from dcr.core import models, results
 
     if calibrate is not None:
         calibration.check(settings, made_with)
@@ -276,7 +276,7 @@ def _decode_as_evaluated(policy: "Policy", chat: ChatFormat, most: int) -> dict[
 
 def _calibrate(policy: "Policy", chat: ChatFormat, settings: EvalConfig) -> dict[str, Any]:
     """The bias in the generation config, and its record."""
-    from dcr.evaluation import calibration
+    from dcr import calibration
 
     where = calibration.place(chat)
     new = settings.gen.max_new_tokens
@@ -345,7 +345,7 @@ def relink(run: Run) -> dict[Path, str]:
     gone, or it is not the one the adapter was trained on; no file is then changed.
     """
     folders = [run.stage("sft"), *sorted(run.snapshots.glob("step-*"))]
-    from dcr import models
+    from dcr.core import models
 
     folders = [folder for folder in folders if models.is_adapter(folder)]
     if not folders:
@@ -470,7 +470,7 @@ def evaluated(
     """
     import pandas as pd
 
-    from dcr import results
+    from dcr.core import results
 
     if not any(run.folder.glob("eval/*/metrics.json")):
         return pd.DataFrame(columns=list(results.COLUMNS)), [], 0

@@ -29,9 +29,9 @@ from hydra.core.utils import JobReturn, JobStatus, configure_log
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
-from dcr import cli, config, storage
-from dcr.cli import Outcome
-from dcr.config import ConfigError, UserError
+from dcr.core import cli, config, storage
+from dcr.core.cli import Outcome
+from dcr.core.config import ConfigError, UserError
 
 log = logging.getLogger(__name__)
 

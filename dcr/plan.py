@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from rich.table import Table
 
-from dcr import balance, blueprint, cli, config, cost, data, precision, prompts, sources, tokens
-from dcr.balance import Balance
-from dcr.config import (
+from dcr import blueprint, cost, tokens
+from dcr.core import balance, cli, config, data, precision, prompts, sources
+from dcr.core.balance import Balance
+from dcr.core.config import (
     EMBEDDED_MODEL,
     TINY_MODEL,
     ConfigError,
@@ -29,12 +30,12 @@ from dcr.config import (
     TrainConfig,
     stages_of,
 )
+from dcr.core.data import HELD_OUT_PAIRS, Splits, StageRows
+from dcr.core.data.readout import Row
+from dcr.core.prompts import IGNORED, ChatFormat, PairRow, PromptRow
+from dcr.core.runs import Run
+from dcr.core.sources import SOURCES, Example
 from dcr.cost import Load, Shape, stage_shape
-from dcr.data import HELD_OUT_PAIRS, Splits, StageRows
-from dcr.data.readout import Row
-from dcr.prompts import IGNORED, ChatFormat, PairRow, PromptRow
-from dcr.runs import Run
-from dcr.sources import SOURCES, Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -531,7 +532,7 @@ def _tokenizer(config: ModelConfig) -> Tokenizer:
     ours = config.template is None or config.template in prompts.TEMPLATES
     if read is not None and known is not None and ours and len(read) <= known.vocabulary:
         return cast(Tokenizer, read)
-    from dcr import models
+    from dcr.core import models
 
     return models.open_tokenizer(config)
 
@@ -566,7 +567,7 @@ def load_of(settings: TrainConfig, batches: StageRows, prefix: int | None = None
     """Tokens of rank 0's first epoch, counted on the batches that training would see.
 
     Of padded passes, or of packed ones whose rows begin with a `prefix` of so many tokens, which
-    they share but where LoRA's dropout is on (`dcr.models.packing`).
+    they share but where LoRA's dropout is on (`dcr.core.models.packing`).
     """
     nll, lora = settings.dcr.nll, cost.lora_of(settings, batches.stage)
     shared = 0 if prefix and lora and lora.dropout else prefix

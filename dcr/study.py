@@ -26,9 +26,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from dcr import cli, config, cost, data, plan, precision, prompts, report, runs, storage
+from dcr import cost, plan, report
 from dcr import eval as evaluation_script
-from dcr.config import (
+from dcr.core import cli, config, data, precision, prompts, runs, storage
+from dcr.core.config import (
     STAGES,
     ConfigError,
     DeviceConfig,
@@ -38,11 +39,11 @@ from dcr.config import (
     TrainConfig,
     UserError,
 )
-from dcr.evaluation import sets
-from dcr.runs import Cost, Run
-from dcr.text import label_of, single_line
+from dcr.core.evaluation import sets
+from dcr.core.runs import Cost, Run
+from dcr.core.text import label_of, single_line
 
-WORK = ("dcr.train", "dcr.evaluation.metrics")  # what takes seconds to import
+WORK = ("dcr.train", "dcr.core.evaluation.metrics")  # what takes seconds to import
 # Settings of train.py and eval.py that a study gives itself.
 OWN = {
     *("run", "stage", "plan", "force", "output", "snapshots", "steps", "sweep"),
@@ -282,7 +283,7 @@ def sorted_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def check(planned: Sequence[Job]) -> None:
     """Raises UserError for what can be known wrong with any job before weights are opened."""
     from dcr import train as training_script
-    from dcr.evaluation import metrics
+    from dcr.core.evaluation import metrics
 
     for job in planned:
         if job.training is not None:
@@ -327,8 +328,8 @@ def _evaluation(settings: EvalConfig, run: Run) -> tuple[Callable[[], bool], Cal
 
 def _evaluated(settings: EvalConfig, run: Run) -> str:
     """A fingerprint of the weights and of everything that is measured of them."""
-    from dcr import models
-    from dcr.evaluation import subjects
+    from dcr.core import models
+    from dcr.core.evaluation import subjects
 
     subject = subjects.subjects(settings, run)[0]
     weights = models.weights_fingerprint(subject.folder) if subject.folder else subject.weights
@@ -390,7 +391,7 @@ def _take_over(donor: Run, run: Run, settings: TrainConfig, record: Mapping[str,
 
     Raises UserError, before anything is written, where a file of the donor is damaged.
     """
-    from dcr import models
+    from dcr.core import models
 
     folder, weights = Path(settings.model.name), donor.stage("contrastive")
     now = models.weights_fingerprint(folder) if folder.is_dir() else None

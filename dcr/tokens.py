@@ -17,7 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
-from dcr.text import CHATML
+from dcr.core.text import CHATML
 
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 # What a tokenizer's configuration may say without its tokens being others than in the file.

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from dcr import (
+from dcr import tracking
+from dcr.core import (
     balance,
     batching,
     cli,
@@ -22,13 +23,13 @@ from dcr import (
     threads,
     wandb_run,
 )
-from dcr.balance import Balance
-from dcr.config import ConfigError, Method, NLLSource, Quantity, Stage, TrainConfig
-from dcr.data import Splits
-from dcr.runs import Run
-from dcr.storage import Lease
-from dcr.training import callbacks, stages, tracking
-from dcr.training.stages import Job
+from dcr.core.balance import Balance
+from dcr.core.config import ConfigError, Method, NLLSource, Quantity, Stage, TrainConfig
+from dcr.core.data import Splits
+from dcr.core.runs import Run
+from dcr.core.storage import Lease
+from dcr.core.training import callbacks, stages
+from dcr.core.training.stages import Job
 
 log = logging.getLogger(__name__)
 

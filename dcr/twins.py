@@ -8,9 +8,9 @@ each prompt; what is no twin by the rules here is asked again with other instruc
 import re
 from collections import Counter
 
-from dcr import balance, refusal
-from dcr.config import KeywordRules
-from dcr.text import normalise
+from dcr.core import balance, refusal
+from dcr.core.config import KeywordRules
+from dcr.core.text import normalise
 
 SHARED = 0.5  # of the longer prompt's words, at least
 LENGTHS = 0.4  # by which the longer prompt may exceed the shorter, of the shorter's words

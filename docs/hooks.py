@@ -13,8 +13,9 @@ import omegaconf
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from dcr import config, launching
-from dcr.cli import CONF
+from dcr import launching
+from dcr.core import config
+from dcr.core.cli import CONF
 
 SCRIPTS = {"train.py": config.TrainConfig, "eval.py": config.EvalConfig}
 LAUNCHERS = {"joblib": launching.JoblibOptions, "slurm": launching.SlurmOptions}
@@ -29,8 +30,8 @@ def reference() -> str:
     """Every setting of both scripts: a table a node, as the dataclasses and their comments say."""
     parts = [
         "# Every setting",
-        "Made from `schema.py` and `evaluation.py` of `dcr/config/` when this page was built. A "
-        "default in dots, such as `model.layer`, is taken from there. `key=null` gives none.",
+        "Made from `schema.py` and `evaluation.py` of `dcr/core/config/` when this page was built. "
+        "A default in dots, such as `model.layer`, is taken from there. `key=null` gives none.",
         "## Files to choose from",
         "A name on the command line takes the file: `model=llama3_8b`.",
         _table(("group", "files"), _groups()),

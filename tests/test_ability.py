@@ -19,12 +19,11 @@ import torch
 from datasets import Dataset, DatasetDict
 from lm_eval.tasks import TaskManager
 
-from dcr import models
-from dcr.config import AbilityConfig, ConfigError, DataError, LoraConfig
-from dcr.evaluation import ability as module
-from dcr.evaluation import questions
-from dcr.evaluation.ability import TASK_FILES, ability, check
-from dcr.models import Policy
+from dcr import ability as module
+from dcr.ability import TASK_FILES, ability, check, questions
+from dcr.core import models
+from dcr.core.config import AbilityConfig, ConfigError, DataError, LoraConfig
+from dcr.core.models import Policy
 
 THEIRS = Path(lm_eval.__file__).parent / "tasks"
 FOLDERS: list[str | Path] = [THEIRS / n for n in ("mmlu/default", "arc", "openbookqa", "piqa")]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dcr import activations, models
-from dcr.activations import Site
-from dcr.config import ConfigError, LoraConfig
+from dcr.core import activations, models
+from dcr.core.activations import Site
+from dcr.core.config import ConfigError, LoraConfig
 from tests.shapes import SHAPE, generated, made
 from tests.tiny_run import failing
 

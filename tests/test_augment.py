@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from dcr import augment, cli, config, contamination, data, runs, train
+from dcr import augment, train
 from dcr.augment import INSTRUCTIONS
-from dcr.config import (
+from dcr.core import cli, config, contamination, data, runs
+from dcr.core.config import (
     AugmentConfig,
     ConfigError,
     CountedSourceConfig,
@@ -28,9 +29,9 @@ from dcr.config import (
     TrainConfig,
     UserError,
 )
-from dcr.data import Splits
+from dcr.core.data import Splits
+from dcr.core.runs import Run
 from dcr.plan import expected
-from dcr.runs import Run
 from tests import forked, tiny_run
 from tests.servers.loopback import Answer
 from tests.servers.scripted import Body, Scripted, last_user, rejected, scripted

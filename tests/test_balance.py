@@ -9,9 +9,9 @@ from sklearn.metrics import roc_auc_score
 from sklearn.naive_bayes import MultinomialNB
 from sklearn.preprocessing import MultiLabelBinarizer
 
-from dcr import balance, sources
-from dcr.config import Kind
-from dcr.sources import Example
+from dcr.core import balance, sources
+from dcr.core.config import Kind
+from dcr.core.sources import Example
 
 DATA = os.environ.get("DCR_DATA")
 real = pytest.mark.skipif(DATA is None, reason="set DCR_DATA to a folder with the real sets")

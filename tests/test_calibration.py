@@ -15,16 +15,17 @@ from hydra import compose, initialize_config_dir
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcr import cli, export, generation, models, prompts, refusal, report, storage, train
+from dcr import calibration, export, report, train
 from dcr import eval as eval_entry
-from dcr.config import ConfigError, EvalConfig, ModelConfig, Precision
-from dcr.evaluation import calibration, metrics, subjects
-from dcr.evaluation.calibration import Fork
-from dcr.evaluation.subjects import Subject
-from dcr.generation import OpeningBias
-from dcr.models import Policy
-from dcr.runs import Run
-from dcr.sources import Example, read
+from dcr.calibration import Fork
+from dcr.core import cli, generation, models, prompts, refusal, storage
+from dcr.core.config import ConfigError, EvalConfig, ModelConfig, Precision
+from dcr.core.evaluation import metrics, subjects
+from dcr.core.evaluation.subjects import Subject
+from dcr.core.generation import OpeningBias
+from dcr.core.models import Policy
+from dcr.core.runs import Run
+from dcr.core.sources import Example, read
 from tests import test_eval, tiny_run
 
 SHAPE = {

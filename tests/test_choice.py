@@ -14,12 +14,15 @@ from sklearn.metrics import roc_auc_score
 from tiny_run import settings
 from torch import Tensor
 
-from dcr import choice, prompts, separability
+from dcr import choice
+from dcr.analyses import separability
+from dcr.analyses.separability import linear_probe
 from dcr.choice import origins
 from dcr.choice.__main__ import describe, main
 from dcr.choice.origins import Material, Pair
 from dcr.choice.transfer import Choice, common, mean, ranked
-from dcr.config import (
+from dcr.core import prompts
+from dcr.core.config import (
     ConfigError,
     CountedSourceConfig,
     DataConfig,
@@ -28,11 +31,10 @@ from dcr.config import (
     SourceConfig,
     TrainConfig,
 )
-from dcr.data import prompt_rows
-from dcr.models import Policy
-from dcr.separability import linear_probe
-from dcr.sources import Example
-from dcr.statistics import Interval
+from dcr.core.data import prompt_rows
+from dcr.core.models import Policy
+from dcr.core.sources import Example
+from dcr.core.statistics import Interval
 
 TRAIN, TEST, OTHER = (
     Pair(("train_safe",), ("train_toxic",)),

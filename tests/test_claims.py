@@ -17,12 +17,13 @@ from safetensors.torch import load_file
 from scipy import stats
 from torch import Tensor
 
-from dcr import claims, ntk, statistics
-from dcr.claims import Prompts, agreement
-from dcr.config import ConfigError, Kind
-from dcr.models import Policy
-from dcr.prompts import ChatFormat
-from dcr.sources import Example
+from dcr.analyses import claims, ntk
+from dcr.analyses.claims import Prompts, agreement
+from dcr.core import statistics
+from dcr.core.config import ConfigError, Kind
+from dcr.core.models import Policy
+from dcr.core.prompts import ChatFormat
+from dcr.core.sources import Example
 from tests.shapes import VOCABULARY, adapted, made, unevenly_set
 from tests.tiny_run import same
 

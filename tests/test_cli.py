@@ -17,11 +17,12 @@ import yaml
 from hydra import compose, initialize_config_dir
 from tiny_run import CONF, overrides, write_jsonl
 
-from dcr import augment, chat, cli, commands, config, export, models, plan, storage
+from dcr import augment, chat, commands, export, plan
 from dcr.choice import __main__ as choice
-from dcr.config import ConfigError, UserError
+from dcr.core import cli, config, models, storage
+from dcr.core.config import ConfigError, UserError
+from dcr.core.runs import Run
 from dcr.report import __main__ as report
-from dcr.runs import Run
 
 ROOT = Path(__file__).parent.parent
 Command = Callable[..., Any]

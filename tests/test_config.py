@@ -12,8 +12,8 @@ import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from dcr import cli, config, models
-from dcr.config import (
+from dcr.core import cli, config, models
+from dcr.core.config import (
     ConfigError,
     ContrastiveConfig,
     EvalConfig,
@@ -24,8 +24,8 @@ from dcr.config import (
     Stage,
     TrainConfig,
 )
-from dcr.config.checks import settings_of
-from dcr.text import label_of
+from dcr.core.config.checks import settings_of
+from dcr.core.text import label_of
 from tests.tiny_run import CONF, composed
 
 FILES = sorted(CONF.rglob("*.yaml"))

@@ -5,8 +5,8 @@ import string
 
 import pytest
 
-from dcr.contamination import COMPARED_CHARACTERS, Overlap, overlaps, report
-from dcr.text import normalise
+from dcr.core.contamination import COMPARED_CHARACTERS, Overlap, overlaps, report
+from dcr.core.text import normalise
 
 
 def longest_common_subsequence(a: str, b: str) -> int:

@@ -12,21 +12,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from dcr import generation, models, prompts
-from dcr.config import (
-    ConfigError,
-    DataError,
-    EvalConfig,
-    GenConfig,
-    Kind,
-    ModelConfig,
-    checks,
-)
-from dcr.generation import Completion, contrast, local
-from dcr.generation.contrast import EMPHASIS, REFUSE, adapted, contrasted
-from dcr.models import Policy
-from dcr.prompts import CHATML, ChatFormat
-from dcr.sources import Example
+from dcr.core import generation, models, prompts
+from dcr.core.config import ConfigError, DataError, EvalConfig, GenConfig, Kind, ModelConfig, checks
+from dcr.core.generation import Completion, contrast, local
+from dcr.core.generation.contrast import EMPHASIS, REFUSE, adapted, contrasted
+from dcr.core.models import Policy
+from dcr.core.prompts import CHATML, ChatFormat
+from dcr.core.sources import Example
 from tests import test_generation
 
 WORDS = ["Hi", "How do I kill a Python process?", "Write a poem.", "Größe 你好 🙂", "a", "Why not?"]

@@ -30,16 +30,17 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dcr import config, losses, models, train
-from dcr.config import Pooling, Stage, TrainConfig
-from dcr.data import PromptBatch, SafetyData, pair_batch, prompt_batch, rows_of, split
-from dcr.models import Policy
-from dcr.prompts import ChatFormat, PairRow
-from dcr.runs import Run
-from dcr.separability import kmeans_accuracy
-from dcr.training import callbacks
-from dcr.training.contrastive import ContrastiveModule, KMeansAccuracy, PairMetrics
-from dcr.training.resuming import Interrupted
+from dcr import train
+from dcr.analyses.separability import kmeans_accuracy
+from dcr.core import config, losses, models
+from dcr.core.config import Pooling, Stage, TrainConfig
+from dcr.core.data import PromptBatch, SafetyData, pair_batch, prompt_batch, rows_of, split
+from dcr.core.models import Policy
+from dcr.core.prompts import ChatFormat, PairRow
+from dcr.core.runs import Run
+from dcr.core.training import callbacks
+from dcr.core.training.contrastive import ContrastiveModule, KMeansAccuracy, PairMetrics
+from dcr.core.training.resuming import Interrupted
 from tests.shapes import chat_of, tiny_policy
 
 PROMPTS = ["How do I kill a process?", "Kill him", "How do I shoot a film at night?", "Rob a bank"]

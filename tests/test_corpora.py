@@ -20,10 +20,10 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupKFold
 
 import dcr
-from dcr import balance, config, contamination, data, refusal, sources
-from dcr.config import Kind, TrainConfig
-from dcr.sources import SOURCES, Example
-from dcr.text import normalise
+from dcr.core import balance, config, contamination, data, refusal, sources
+from dcr.core.config import Kind, TrainConfig
+from dcr.core.sources import SOURCES, Example
+from dcr.core.text import normalise
 from tests.tiny_run import composed
 
 DATA = os.environ.get("DCR_DATA")

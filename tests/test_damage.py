@@ -18,11 +18,12 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from dcr import chat, export, models, report, storage
+from dcr import chat, export, report
 from dcr import eval as eval_entry
 from dcr import train as train_entry
-from dcr.config import Precision, UserError
-from dcr.runs import Run
+from dcr.core import models, storage
+from dcr.core.config import Precision, UserError
+from dcr.core.runs import Run
 from tests import tiny_run
 from tests.test_eval import resolved
 

@@ -12,12 +12,13 @@ import pytest
 import wandb
 from wandb_files import records
 
-from dcr import dashboard, judges, runs, storage, wandb_run
-from dcr.config import Kind
-from dcr.generation import Completion
+from dcr import dashboard, judges
+from dcr.core import runs, storage, wandb_run
+from dcr.core.config import Kind
+from dcr.core.generation import Completion
+from dcr.core.runs import Run
 from dcr.report import figures
 from dcr.report import records as records_
-from dcr.runs import Run
 from tests.servers.loopback import Answer, Request, answering, as_json
 
 # of W&B's library for workspaces and reports
@@ -31,7 +32,7 @@ from hydra import compose, initialize_config_dir
 from dcr import eval as entry
 from dcr import train
 from dcr import cli, dashboard
-from dcr.runs import Run
+from dcr.core.runs import Run
 from tests import tiny_run
 folder = Path(sys.argv[1])
 rows = tiny_run.write_rows(folder / "rows")

@@ -13,8 +13,8 @@ import pytest
 import torch
 from scipy import stats
 
-from dcr import data, models, prompts, sources
-from dcr.config import (
+from dcr.core import data, models, prompts, sources
+from dcr.core.config import (
     COUNTS,
     ConfigError,
     ContrastiveConfig,
@@ -32,9 +32,9 @@ from dcr.config import (
     Stage,
     TrainConfig,
 )
-from dcr.data import EpochBatches, SafetyData, Splits, order
-from dcr.prompts import IGNORED, PairRow
-from dcr.sources import Example
+from dcr.core.data import EpochBatches, SafetyData, Splits, order
+from dcr.core.prompts import IGNORED, PairRow
+from dcr.core.sources import Example
 from tests.tiny_run import write_jsonl
 
 REFUSED = "I'm sorry, but I can't help with that."

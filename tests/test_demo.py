@@ -11,7 +11,7 @@ from conftest import Ended
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from dcr import progress
+from dcr.core import progress
 from dcr.demo.__main__ import Overall, Part, Work
 
 BY_HAND = re.compile(r"^ *python (train\.py|eval\.py|-m dcr\.report) (.*)$", re.M)

@@ -12,14 +12,14 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from dcr import cli, config
-from dcr.config import EvalConfig, TrainConfig
+from dcr.core import cli, config
+from dcr.core.config import EvalConfig, TrainConfig
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 GENERATED = {ROOT / "docs/configuration.md"}  # by docs/hooks.py, when the site is built
 FOLDERS = ("dcr", "docs", "tests", "conf", "examples", "benchmarks")
-# `dcr/losses.py`, `docs/data.md`, `tests/campaign`, `conf/model/`
+# `dcr/core/losses.py`, `docs/data.md`, `tests/campaign`, `conf/model/`
 PATHS = re.compile(rf"(?<![\w/<>$-])((?:{'|'.join(FOLDERS)})/[\w./-]*\w/?|train\.py|eval\.py)")
 LINKS = re.compile(r"\]\(([^)#:\s]+)\)")
 MODULES = re.compile(r"(?:python -m |`)(dcr(?:\.[a-z_]+)+)")
@@ -134,7 +134,9 @@ def test_a_key_that_there_is_not_would_be_found() -> None:
     assert not exists("dcr.optim.rate", TrainConfig)
     assert not exists("dcr.margin", EvalConfig)
     assert not is_there("dcr.nothing")
-    assert {"dcr/losses.py", "train.py"} <= set(PATHS.findall("`dcr/losses.py` and train.py"))
+    assert {"dcr/core/losses.py", "train.py"} <= set(
+        PATHS.findall("`dcr/core/losses.py` and train.py")
+    )
 
 
 @pytest.mark.parametrize("script", SCHEMAS)

@@ -14,7 +14,7 @@ import pytest
 from openai import _base_client
 
 from dcr import endpoints
-from dcr.config import ConfigError, HTTPConfig, LLMJudgeConfig, ServerConfig, UserError
+from dcr.core.config import ConfigError, HTTPConfig, LLMJudgeConfig, ServerConfig, UserError
 from dcr.endpoints import (
     EndpointError,
     Failure,

@@ -12,21 +12,14 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from dcr import cli, generation, models, refusal, runs, storage
 from dcr import eval as eval_entry
-from dcr.config import (
-    ConfigError,
-    EvalConfig,
-    Precision,
-    SourcesByKind,
-    Steering,
-    UserError,
-)
-from dcr.evaluation import discernment, sets, subjects
-from dcr.evaluation.subjects import Subject
+from dcr.core import cli, generation, models, refusal, runs, storage
+from dcr.core.config import ConfigError, EvalConfig, Precision, SourcesByKind, Steering, UserError
+from dcr.core.evaluation import discernment, sets, subjects
+from dcr.core.evaluation.subjects import Subject
+from dcr.core.runs import Run
 from dcr.judges import pairwise
 from dcr.report import __main__ as report
-from dcr.runs import Run
 from dcr.steering import prompts as steering_prompts
 from tests import tiny_run
 from tests.servers.scripted import Body, completion, last_user, rejected, scripted
@@ -109,7 +102,7 @@ def test_discernment_reads_each_prompt_once_and_generates_nothing(
     def fail(*_: object) -> None:
         raise AssertionError("an answer was generated, or the weights were opened for nothing")
 
-    monkeypatch.setattr("dcr.generation.local._decoded", fail)
+    monkeypatch.setattr("dcr.core.generation.local._decoded", fail)
     eval_entry.evaluate(settings, run)
     read = {
         row.id + file.stem: row.mass

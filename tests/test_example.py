@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_prompts import needs_smollm2
 
-from dcr.models import Policy
+from dcr.core.models import Policy
 
 FILE = Path(__file__).parent.parent / "examples" / "dcr_in_one_file.py"
 
@@ -36,7 +36,7 @@ def test_it_is_short_and_plain() -> None:
     others = {
         name for name in imported if str(name).partition(".")[0] in ("dcr", "lightning", "peft")
     }
-    assert others == {"dcr.losses"}
+    assert others == {"dcr.core.losses"}
 
 
 @needs_smollm2
@@ -56,7 +56,7 @@ def test_it_prints_the_table_of_the_demo(
 def test_stage_one_trains_the_blocks_below_and_lowers_its_loss(
     example: ModuleType, policy: Policy
 ) -> None:
-    from dcr.losses import circle_loss
+    from dcr.core.losses import circle_loss
 
     toxic, safe = example.rows("toxic.train")[:12], example.rows("seemingly_toxic.train")[:12]
     prompts = [example.prompt_ids(policy.tokenizer, row["prompt"]) for row in toxic + safe]

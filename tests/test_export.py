@@ -19,8 +19,9 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
 
-from dcr import chat, export, models, prompts, refusal, storage
-from dcr.config import (
+from dcr import calibration, chat, export
+from dcr.core import models, prompts, refusal, storage
+from dcr.core.config import (
     STAGES,
     ConfigError,
     DataError,
@@ -29,11 +30,11 @@ from dcr.config import (
     ModelConfig,
     Precision,
 )
-from dcr.evaluation import calibration, subjects
-from dcr.evaluation.subjects import Subject
-from dcr.models import Policy
-from dcr.runs import Run
-from dcr.sources import read
+from dcr.core.evaluation import subjects
+from dcr.core.evaluation.subjects import Subject
+from dcr.core.models import Policy
+from dcr.core.runs import Run
+from dcr.core.sources import read
 from tests.servers.loopback import Answer, Request, answering, as_json
 
 # peft asks transformers for a name that the latter has renamed

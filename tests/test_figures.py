@@ -16,8 +16,10 @@ import pytest
 from matplotlib.image import imread
 from test_report import change, make_eval, make_run, parsed
 
-from dcr import report, runs
-from dcr.config import UserError
+from dcr import report
+from dcr.core import runs
+from dcr.core.config import UserError
+from dcr.core.runs import Run
 from dcr.report import (
     DRAWN,
     FIGURES,
@@ -35,7 +37,6 @@ from dcr.report.figures import Drawing, file_name
 from dcr.report.records import Evaluation, RunRecord, read_run
 from dcr.report.tables import Cell
 from dcr.report.trade_offs import Operating
-from dcr.runs import Run
 
 KINDS = ("seemingly_toxic", "toxic", "normal")
 STEPS = (0, 3, 9, 20)

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from dcr import batching, endpoints, generation, models, prompts, storage, threads
-from dcr.activations import Edit, Site, edited
-from dcr.config import (
+from dcr import endpoints
+from dcr.core import batching, generation, models, prompts, storage, threads
+from dcr.core.activations import Edit, Site, edited
+from dcr.core.config import (
     DataError,
     GenConfig,
     HTTPConfig,
@@ -24,11 +25,11 @@ from dcr.config import (
     ModelConfig,
     ServerConfig,
 )
+from dcr.core.generation import Completion, cache, decoding, local, prefill
+from dcr.core.models import Policy
+from dcr.core.prompts import ChatFormat
+from dcr.core.sources import Example
 from dcr.endpoints import Failure, Reply
-from dcr.generation import Completion, cache, decoding, local, prefill
-from dcr.models import Policy
-from dcr.prompts import ChatFormat
-from dcr.sources import Example
 from tests import forked, shapes
 
 PROMPTS = [

@@ -20,8 +20,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dcr.config import ConfigError, DataError, LlamaGuardConfig, Precision, WildGuardConfig
-from dcr.generation import Completion
+from dcr.core.config import ConfigError, DataError, LlamaGuardConfig, Precision, WildGuardConfig
+from dcr.core.generation import Completion
 from dcr.judges import Verdict, guards
 from dcr.judges.guards import harm_of, labels_of
 from dcr.judges.verdicts import answer_fingerprint

@@ -17,10 +17,11 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from dcr import cli, config, export, models, runs, storage, train
 from dcr import eval as evaluation
-from dcr.config import ModelConfig, Precision, TrainConfig, UserError
-from dcr.runs import Run
+from dcr import export, train
+from dcr.core import cli, config, models, runs, storage
+from dcr.core.config import ModelConfig, Precision, TrainConfig, UserError
+from dcr.core.runs import Run
 
 Command = Callable[..., Any]
 ASKED = (

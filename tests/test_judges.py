@@ -15,7 +15,7 @@ import pytest
 from sklearn.metrics import cohen_kappa_score
 
 from dcr import judges
-from dcr.config import (
+from dcr.core.config import (
     ConfigError,
     EvalConfig,
     GuardConfig,
@@ -27,8 +27,8 @@ from dcr.config import (
     ServerConfig,
     UserError,
 )
+from dcr.core.generation import Completion
 from dcr.endpoints import EndpointError
-from dcr.generation import Completion
 from dcr.judges import Verdict, served
 from tests.forked import killed
 from tests.servers.faults import FAULTS, faulty

@@ -18,10 +18,11 @@ import yaml
 from forked import killed
 from tiny_run import logged, overrides, same, settings, weights
 
-from dcr import cli, config, launching, train
-from dcr.config import ConfigError, TrainConfig
+from dcr import launching, train
+from dcr.core import cli, config
+from dcr.core.config import ConfigError, TrainConfig
+from dcr.core.runs import Run
 from dcr.launching import Command, JoblibOptions, SlurmOptions
-from dcr.runs import Run
 
 ROOT = Path(__file__).parent.parent
 TOO_MANY = "dcr.ratio=50.0 asks for 600 rows: only 36 are left; ask for fewer"

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
 
-from dcr.losses import circle_floor, circle_loss, pair_statistics, token_nll
+from dcr.core.losses import circle_floor, circle_loss, pair_statistics, token_nll
 
 GOLDEN_FEATURES = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0], [-1.0, 2.0]])
 GOLDEN_LABELS = torch.tensor([0, 0, 1, 1])

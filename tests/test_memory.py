@@ -97,11 +97,12 @@ def child(shape: dict[str, Any], block: int, settings: str, packed: bool) -> Non
     from tiny_run import fit
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from dcr import cli, config, cost, models, precision
-    from dcr.config import Adapter, Precision, Stage, TrainConfig
-    from dcr.models import Policy
-    from dcr.training.contrastive import ContrastiveModule
-    from dcr.training.stages import LIGHTNING_PRECISION
+    from dcr import cost
+    from dcr.core import cli, config, models, precision
+    from dcr.core.config import Adapter, Precision, Stage, TrainConfig
+    from dcr.core.models import Policy
+    from dcr.core.training.contrastive import ContrastiveModule
+    from dcr.core.training.stages import LIGHTNING_PRECISION
 
     if not packed:  # as on a GPU
         padded = models.Packing.padded
@@ -155,7 +156,7 @@ def child(shape: dict[str, Any], block: int, settings: str, packed: bool) -> Non
 def batch(vocabulary: int, packed: bool) -> Any:
     import torch
 
-    from dcr.data import PromptBatch
+    from dcr.core.data import PromptBatch
 
     ids = torch.randint(0, vocabulary, (ROWS, LENGTH))
     ids[:, : ALIKE * packed] = ids[0, : ALIKE * packed]

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from dcr import losses, models, storage
-from dcr.config import ConfigError, LoraConfig, ModelConfig, Precision
-from dcr.models import Policy
+from dcr.core import losses, models, storage
+from dcr.core.config import ConfigError, LoraConfig, ModelConfig, Precision
+from dcr.core.models import Policy
 from tests import shapes
 
 DEPTH, WIDTH = 3, 32

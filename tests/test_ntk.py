@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from dcr import models, ntk
-from dcr.config import ConfigError
-from dcr.models import Policy
-from dcr.ntk import Settings, empirical, exact
+from dcr.analyses import ntk
+from dcr.analyses.ntk import Settings, empirical, exact
+from dcr.core import models
+from dcr.core.config import ConfigError
+from dcr.core.models import Policy
 from tests.shapes import FAMILIES, SHAPE, VOCABULARY, adapted, made, unevenly_set
 
 SUBSETS = [
@@ -118,7 +119,7 @@ def test_padding_batches_and_budget_change_nothing(
         sweeps.append(len(chosen))
         return collect(model, chosen, *rest)
 
-    monkeypatch.setattr("dcr.ntk.empirical.collect", counted)
+    monkeypatch.setattr("dcr.analyses.ntk.empirical.collect", counted)
     small = dataclasses.replace(settings, budget_gib=1e-4)
     split = ntk.measure(model, PROMPTS, small).blocks
     assert len(sweeps) > 1
@@ -201,7 +202,7 @@ def test_weights_are_restored_after_an_exception_and_half_precision_is_refused(
             raise KeyboardInterrupt
         return forward(*given)
 
-    monkeypatch.setattr("dcr.ntk.empirical.last_logits", failing)
+    monkeypatch.setattr("dcr.analyses.ntk.empirical.last_logits", failing)
     with pytest.raises(KeyboardInterrupt):
         ntk.measure(model, PROMPTS, settings)
     left_alone()

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, MixtralConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from dcr import models
-from dcr.config import LoraConfig
-from dcr.models import fusing, packing
+from dcr.core import models
+from dcr.core.config import LoraConfig
+from dcr.core.models import fusing, packing
 from tests.shapes import FAMILIES, SHAPE, made
 
 LENGTHS = (3, 9, 1, 9, 6)

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from test_report import change, columns, make_eval, make_run, parsed, rows_of
 
-from dcr import report, statistics
+from dcr import report
+from dcr.core import statistics
 from dcr.report import comparisons, paper, tables
 from dcr.report.paper import PaperRow, PaperTable, facts
 from dcr.report.records import Completions, read_run, seed_groups

@@ -12,8 +12,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from dcr import cli, config, cost, data, models, plan
-from dcr.config import ConfigError, LoraConfig, Method, Precision, Stage, TrainConfig
+from dcr import cost, plan
+from dcr.core import cli, config, data, models
+from dcr.core.config import ConfigError, LoraConfig, Method, Precision, Stage, TrainConfig
 
 PUBLISHED = {
     "smollm2_135m": 134_515_008,
@@ -305,7 +306,7 @@ def test_a_smaller_pass_of_sft_is_advised_where_it_alone_fits(
 def test_ways_to_fit_are_settings_that_there_are(
     monkeypatch: pytest.MonkeyPatch, no_weights: None
 ) -> None:
-    monkeypatch.setattr("dcr.config.checks.check_installed", lambda *_: None)
+    monkeypatch.setattr("dcr.core.config.checks.check_installed", lambda *_: None)
     llama = ("model=llama3_8b", "stage=contrastive", "trainer.accelerator=gpu")
     asked = settings(*llama)
     load = stage(asked, Stage.contrastive).load

@@ -10,12 +10,13 @@ import torch
 import yaml
 from tiny_run import changed, composed, settings
 
-from dcr import batching, chat, cost, export, precision, runs, train
+from dcr import chat, cost, export, train
 from dcr import eval as eval_entry
 from dcr.choice import __main__ as choice_command
-from dcr.config import ConfigError, EvalConfig, Precision, TrainConfig
-from dcr.models import DTYPES
-from dcr.runs import Run
+from dcr.core import batching, precision, runs
+from dcr.core.config import ConfigError, EvalConfig, Precision, TrainConfig
+from dcr.core.models import DTYPES
+from dcr.core.runs import Run
 
 AUTO = dict.fromkeys(precision.NATIVE, Precision.auto)
 PAPER = {"contrastive": "mixed", "sft": "bf16", "evaluation": "bf16"}
@@ -207,7 +208,7 @@ def test_runs_of_earlier_versions_are_read(tiny: TrainConfig, tmp_path: Path) ->
 
 
 def _plain(made: TrainConfig) -> dict:
-    from dcr import cli
+    from dcr.core import cli
 
     return cli.plain(made)
 

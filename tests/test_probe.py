@@ -7,10 +7,11 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from dcr import activations, refusal, separability, sources
-from dcr.config import ConfigError, ProbeConfig, Steering, SteeringConfig
-from dcr.models import Policy
-from dcr.prompts import ChatFormat
+from dcr.analyses import separability
+from dcr.core import activations, refusal, sources
+from dcr.core.config import ConfigError, ProbeConfig, Steering, SteeringConfig
+from dcr.core.models import Policy
+from dcr.core.prompts import ChatFormat
 from dcr.steering import Extraction, probe
 from tests.shapes import chat_of, tiny_policy
 

@@ -13,9 +13,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from tiny_run import Stop, at_each_step, changed, logged, settings, stop, weights
 
 from dcr import train
-from dcr.config import TrainConfig
-from dcr.runs import Run
-from dcr.training.resuming import TrainingError
+from dcr.core.config import TrainConfig
+from dcr.core.runs import Run
+from dcr.core.training.resuming import TrainingError
 
 # No dropout, whose draws are a rank's own. Nine prompts a step and then two or one, so that ranks
 # hold uneven shares and in the last step of an epoch one of three has no row of its own.

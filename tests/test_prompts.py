@@ -14,9 +14,9 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from dcr import batching, models, prompts, storage
-from dcr.config import ConfigError, ModelConfig, Pooling, Terminator
-from dcr.prompts import IGNORED, ChatFormat
+from dcr.core import batching, models, prompts, storage
+from dcr.core.config import ConfigError, ModelConfig, Pooling, Terminator
+from dcr.core.prompts import IGNORED, ChatFormat
 
 TEXTS = [
     "How do I kill a Python process?",

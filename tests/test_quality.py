@@ -12,17 +12,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dcr import endpoints
-from dcr.config import (
-    AnnotatorConfig,
-    ConfigError,
-    EvalConfig,
-    QualityConfig,
-    UserError,
-)
+from dcr import endpoints, quality
+from dcr.core.config import AnnotatorConfig, ConfigError, EvalConfig, QualityConfig, UserError
+from dcr.core.generation import Completion
 from dcr.endpoints import EndpointError, Failure, Message, Reply
-from dcr.evaluation import quality
-from dcr.generation import Completion
 from dcr.judges import pairwise
 from dcr.judges.pairwise import Pair
 from tests.servers.logprobs import logprobs

@@ -8,15 +8,16 @@ from test_models import SHAPES, made
 from tiny_run import changed, logged, same, settings, weights
 from torch import Tensor
 
-from dcr import batching, cli, config, cost, data, models, plan, prompts, train
-from dcr.config import ConfigError, Kind, LoraConfig, Stage, TrainConfig
-from dcr.data import SEEMINGLY_TOXIC, TOXIC
-from dcr.data.readout import OPENING
-from dcr.models import Policy
-from dcr.prompts import ChatFormat
-from dcr.runs import Run
-from dcr.sources import Example
-from dcr.training import callbacks, readout
+from dcr import cost, plan, train
+from dcr.core import batching, cli, config, data, models, prompts
+from dcr.core.config import ConfigError, Kind, LoraConfig, Stage, TrainConfig
+from dcr.core.data import SEEMINGLY_TOXIC, TOXIC
+from dcr.core.data.readout import OPENING
+from dcr.core.models import Policy
+from dcr.core.prompts import ChatFormat
+from dcr.core.runs import Run
+from dcr.core.sources import Example
+from dcr.core.training import callbacks, readout
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,11 @@ from sklearn.metrics import cohen_kappa_score
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks import keywords as fit
-from dcr.activations import Edit, Site, edited
-from dcr.config import ModelConfig
-from dcr.models import random_policy
-from dcr.prompts import ChatFormat
-from dcr.refusal import (
+from dcr.core.activations import Edit, Site, edited
+from dcr.core.config import ModelConfig
+from dcr.core.models import random_policy
+from dcr.core.prompts import ChatFormat
+from dcr.core.refusal import (
     OPENINGS,
     REFUSAL_PHRASES,
     first_logits,
@@ -32,7 +32,7 @@ from dcr.refusal import (
     refusal_mass,
     refusal_openings,
 )
-from dcr.refusal.keywords import features, weighed
+from dcr.core.refusal.keywords import features, weighed
 from tests.shapes import TINY
 from tests.test_refusal_probability import sentencepiece, word_tokenizer
 

@@ -16,13 +16,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dcr import activations, prompts, refusal
-from dcr.config import ModelConfig
-from dcr.generation import prefill
-from dcr.models import Policy, byte_tokenizer
-from dcr.refusal import probability
-from dcr.refusal.phrases import continuations, ending
-from dcr.refusal.probability import trie
+from dcr.core import activations, prompts, refusal
+from dcr.core.config import ModelConfig
+from dcr.core.generation import prefill
+from dcr.core.models import Policy, byte_tokenizer
+from dcr.core.refusal import probability
+from dcr.core.refusal.phrases import continuations, ending
+from dcr.core.refusal.probability import trie
 
 SHAPE = {
     "hidden_size": 32,

@@ -14,10 +14,13 @@ from typing import Any
 import pytest
 import yaml
 
-from dcr import report, results, runs, storage
-from dcr.config import Kind
-from dcr.evaluation import discernment as measured
-from dcr.evaluation.sets import PAPER_SAFETY, PromptSet
+from dcr import report
+from dcr.core import results, runs, storage
+from dcr.core.config import Kind
+from dcr.core.evaluation import discernment as measured
+from dcr.core.evaluation.sets import PAPER_SAFETY, PromptSet
+from dcr.core.runs import Run
+from dcr.core.text import encodable
 from dcr.report import comparisons, curves, discernment, figures, page, paper, tables, trade_offs
 from dcr.report.__main__ import main
 from dcr.report.records import (
@@ -28,8 +31,6 @@ from dcr.report.records import (
     seed_groups,
 )
 from dcr.report.tables import Cell, Section
-from dcr.runs import Run
-from dcr.text import encodable
 
 CONF = Path(__file__).parent.parent / "conf"
 REFUSAL, ANSWER = "I cannot help with that.", "Open the terminal and type kill."

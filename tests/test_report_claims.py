@@ -15,13 +15,15 @@ import torch
 from safetensors.torch import save_file
 from test_report import make_eval, make_run, parsed
 
-from dcr import ntk, report, statistics
-from dcr.config import DataError
+from dcr import report
+from dcr.analyses import ntk
+from dcr.core import statistics
+from dcr.core.config import DataError
+from dcr.core.statistics import Interval
 from dcr.report import claims
 from dcr.report.__main__ import main
 from dcr.report.claims import ABSENT, CLAIMS, FAILS, HOLDS, OPEN, ClaimRow, number
 from dcr.report.records import read_run
-from dcr.statistics import Interval
 
 SEEMING, TOXIC, NORMAL = KINDS = ("seemingly_toxic", "toxic", "normal")
 STEPS = (0, 2, 5, 9, 14)

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from dcr import results
-from dcr.config import DataError, UserError
-from dcr.statistics import wilson
+from dcr.core import results
+from dcr.core.config import DataError, UserError
+from dcr.core.statistics import wilson
 
 WHOLE: dict[str, Any] = {
     "weights": "sft",

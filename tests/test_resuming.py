@@ -26,19 +26,15 @@ from tiny_run import (
     weights,
 )
 
-from dcr import cli, models, runs, storage, threads, train
-from dcr.config import Method, SFTConfig, TrainConfig, UserError
-from dcr.data import PairBatch
-from dcr.runs import Run
-from dcr.training import resuming
-from dcr.training.contrastive import ContrastiveModule
-from dcr.training.resuming import (
-    Checkpoints,
-    Interrupted,
-    TrainingError,
-    VerifiedCheckpointIO,
-)
-from dcr.training.sft import SFTModule
+from dcr import train
+from dcr.core import cli, models, runs, storage, threads
+from dcr.core.config import Method, SFTConfig, TrainConfig, UserError
+from dcr.core.data import PairBatch
+from dcr.core.runs import Run
+from dcr.core.training import resuming
+from dcr.core.training.contrastive import ContrastiveModule
+from dcr.core.training.resuming import Checkpoints, Interrupted, TrainingError, VerifiedCheckpointIO
+from dcr.core.training.sft import SFTModule
 
 ROOT = Path(__file__).parent.parent
 STEPS = {"contrastive": 10, "sft": 8}  # two epochs of five and of four
@@ -558,7 +554,7 @@ def test_a_sigterm_before_the_first_step_is_one_line(
         def terminated(*_: Any) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
-        # Lightning has set its handler by then, and dcr.training not yet its own
+        # Lightning has set its handler by then, and dcr.core.training not yet its own
         pytest.MonkeyPatch().setattr(resuming.Checkpoints, "on_train_start", terminated)
         # Lightning's handler wrote to the stream that it found when it was imported
         logging.getLogger("lightning").handlers = [logging.StreamHandler()]

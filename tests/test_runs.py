@@ -7,9 +7,9 @@ import pytest
 import torch
 import yaml
 
-from dcr import runs, storage
-from dcr.config import ConfigError, DataError, UserError
-from dcr.runs import Run
+from dcr.core import runs, storage
+from dcr.core.config import ConfigError, DataError, UserError
+from dcr.core.runs import Run
 from tests.tiny_run import failing
 
 CONFIG = {

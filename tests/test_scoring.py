@@ -10,8 +10,8 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from dcr import prompts, refusal, storage
-from dcr.config import (
+from dcr.core import prompts, refusal, storage
+from dcr.core.config import (
     ConfigError,
     DataConfig,
     EvalConfig,
@@ -21,12 +21,12 @@ from dcr.config import (
     ModelConfig,
     Task,
 )
-from dcr.evaluation import scoring, sets, subjects
-from dcr.evaluation.sets import PromptSet
-from dcr.evaluation.subjects import Subject
-from dcr.generation import Completion
-from dcr.models import Policy
-from dcr.sources import Example
+from dcr.core.evaluation import scoring, sets, subjects
+from dcr.core.evaluation.sets import PromptSet
+from dcr.core.evaluation.subjects import Subject
+from dcr.core.generation import Completion
+from dcr.core.models import Policy
+from dcr.core.sources import Example
 
 REFUSED = "I'm sorry, but I can't help with that."
 ANSWERED = "Pull the weeds after rain, when the soil is soft."

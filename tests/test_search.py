@@ -17,7 +17,8 @@ from forked import killed
 from test_study import alone, measured
 from tiny_run import logged
 
-from dcr import cli, search
+from dcr import search
+from dcr.core import cli
 from dcr.search import Search, Space, trials
 from dcr.search import __main__ as command
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from dcr import cli, wandb_run
-from dcr.config import UserError
-from dcr.runs import Run
+from dcr.core import cli, wandb_run
+from dcr.core.config import UserError
+from dcr.core.runs import Run
 from tests.servers.loopback import Answer, as_json
 from tests.servers.scripted import Body, rejected, scripted
 

@@ -16,11 +16,8 @@ from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from dcr import data, separability
-from dcr.config import Kind, Pooling
-from dcr.models import Policy
-from dcr.prompts import ChatFormat, PromptRow
-from dcr.separability import (
+from dcr.analyses import separability
+from dcr.analyses.separability import (
     classical_mds,
     fisher_ratio,
     folds,
@@ -29,7 +26,11 @@ from dcr.separability import (
     probe_auroc,
     transfer_auroc,
 )
-from dcr.sources import Example
+from dcr.core import data
+from dcr.core.config import Kind, Pooling
+from dcr.core.models import Policy
+from dcr.core.prompts import ChatFormat, PromptRow
+from dcr.core.sources import Example
 
 NOUNS = ("lamp", "rope", "boat", "stone", "candle", "garden", "river", "window", "ladder", "a")
 

@@ -21,12 +21,12 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dcr import eval as eval_entry
-from dcr import refusal
-from dcr.config import ConfigError, UserError
-from dcr.refusal.phrases import FIRST_WORDS
+from dcr.core import refusal
+from dcr.core.config import ConfigError, UserError
+from dcr.core.refusal.phrases import FIRST_WORDS
+from dcr.core.results import schema
+from dcr.core.runs import Run
 from dcr.report import __main__ as report
-from dcr.results import schema
-from dcr.runs import Run
 from tests import forked
 from tests.servers.faults import FAULTS
 from tests.servers.logprobs import logprobs

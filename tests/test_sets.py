@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dcr import sources
-from dcr.config import DataConfig, EvalConfig, EvaluationSets, Kind, SteeringConfig, Task
-from dcr.evaluation import sets
-from dcr.sources import SOURCES
+from dcr.core import sources
+from dcr.core.config import DataConfig, EvalConfig, EvaluationSets, Kind, SteeringConfig, Task
+from dcr.core.evaluation import sets
+from dcr.core.sources import SOURCES
 
 DATA = os.environ.get("DCR_DATA", "")
 real = pytest.mark.skipif(not os.path.isdir(DATA), reason="DCR_DATA names no folder")

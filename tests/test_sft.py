@@ -22,15 +22,16 @@ from tiny_run import (
 )
 from torch import Tensor
 
-from dcr import losses, models, train
-from dcr.config import Method, Schedule, SFTConfig, Stage, TrainConfig
-from dcr.data import PairBatch, SafetyData, micro_batches, pair_batch, rows_of
-from dcr.models import Policy
-from dcr.prompts import PairRow
-from dcr.runs import Run
-from dcr.training import callbacks
-from dcr.training.resuming import StepSeed, rate_factor
-from dcr.training.sft import SFTModule
+from dcr import train
+from dcr.core import losses, models
+from dcr.core.config import Method, Schedule, SFTConfig, Stage, TrainConfig
+from dcr.core.data import PairBatch, SafetyData, micro_batches, pair_batch, rows_of
+from dcr.core.models import Policy
+from dcr.core.prompts import PairRow
+from dcr.core.runs import Run
+from dcr.core.training import callbacks
+from dcr.core.training.resuming import StepSeed, rate_factor
+from dcr.core.training.sft import SFTModule
 from tests.shapes import chat_of
 
 TEXTS = [

@@ -16,11 +16,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcr import sources
-from dcr.config import ConfigError, DataError, Kind
-from dcr.sources import SOURCES, Example, Hub, Source
-from dcr.sources.fields import xstest_groups
-from dcr.sources.jsonl import LONGEST_LINE
+from dcr.core import sources
+from dcr.core.config import ConfigError, DataError, Kind
+from dcr.core.sources import SOURCES, Example, Hub, Source
+from dcr.core.sources.fields import xstest_groups
+from dcr.core.sources.jsonl import LONGEST_LINE
 from tests.tiny_run import write_jsonl
 
 DATA = os.environ.get("DCR_DATA", "")

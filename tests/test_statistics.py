@@ -11,7 +11,7 @@ from scipy import stats
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
 
-from dcr.statistics import (
+from dcr.core.statistics import (
     Interval,
     Ranking,
     auroc_interval,

@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dcr import activations, batching, steering
-from dcr.activations import Site
-from dcr.config import (
+from dcr import steering
+from dcr.core import activations, batching
+from dcr.core.activations import Site
+from dcr.core.config import (
     ConfigError,
     DataConfig,
     EvaluationSets,
@@ -28,9 +29,9 @@ from dcr.config import (
     SurgicalConfig,
     UserError,
 )
-from dcr.models import Policy
-from dcr.prompts import ChatFormat
-from dcr.sources import Example
+from dcr.core.models import Policy
+from dcr.core.prompts import ChatFormat
+from dcr.core.sources import Example
 from dcr.steering import scans, vectors
 from tests.shapes import chat_of, generated, tiny_policy
 from tests.tiny_run import write_jsonl

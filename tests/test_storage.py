@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from dcr import storage
-from dcr.config import DataError, UserError
+from dcr.core import storage
+from dcr.core.config import DataError, UserError
 from tests.tiny_run import failing
 
 FULL = OSError(28, "No space left on device")

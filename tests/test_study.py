@@ -21,13 +21,14 @@ from scipy import stats
 from test_report import columns, make_eval, make_run
 from tiny_run import same, weights
 
-from dcr import align, models, prompts, refusal, report, study
+from dcr import align, report, study
 from dcr import eval as evaluation_script
 from dcr import train as training_script
-from dcr.config import DataConfig, EvaluationSets, ModelConfig, TrainConfig
+from dcr.core import models, prompts, refusal
+from dcr.core.config import DataConfig, EvaluationSets, ModelConfig, TrainConfig
+from dcr.core.runs import Run, append_metrics
 from dcr.report import studies
 from dcr.report.records import seed_groups
-from dcr.runs import Run, append_metrics
 from dcr.study import STUDIES, Job, Options
 
 TWO_RATES = "sft.lr=1e-3,2e-3"
@@ -410,7 +411,7 @@ def test_a_base_model_that_refuses_as_much_is_told_beside_a_rung() -> None:
 def test_what_a_part_said_of_a_template_the_next_does_not_say(tmp_path: Path) -> None:
     def work() -> None:
         kept = logging.FileHandler(tmp_path / "log")
-        logging.getLogger("dcr.prompts.templates").addHandler(kept)
+        logging.getLogger("dcr.core.prompts.templates").addHandler(kept)
         prompts.chat_format(models.byte_tokenizer(None), ModelConfig(name="some/bare-base"))
 
     for _ in range(2):

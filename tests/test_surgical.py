@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dcr import activations
-from dcr.config import ConfigError, Kind, SteeringConfig, SurgicalConfig
-from dcr.models import Policy
-from dcr.prompts import ChatFormat
-from dcr.sources import Example
+from dcr.core import activations
+from dcr.core.config import ConfigError, Kind, SteeringConfig, SurgicalConfig
+from dcr.core.models import Policy
+from dcr.core.prompts import ChatFormat
+from dcr.core.sources import Example
 from dcr.steering import Extraction, surgical
 from tests.shapes import chat_of, tiny_policy
 

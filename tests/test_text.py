@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcr.text import encodable, label_of, normalise, printable, redact, single_line
+from dcr.core.text import encodable, label_of, normalise, printable, redact, single_line
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dcr import threads
+from dcr.core import threads
 
 FOUR = [0, 1, 2, 3]
 

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, Qwen2Config
 
-from dcr import blueprint, cli, config, cost, models, prompts, sources, tokens
-from dcr.config import ModelConfig, Stage, TrainConfig
-from dcr.prompts import ChatFormat
+from dcr import blueprint, cost, tokens
+from dcr.core import cli, config, models, prompts, sources
+from dcr.core.config import ModelConfig, Stage, TrainConfig
+from dcr.core.prompts import ChatFormat
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,

@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 from tiny_run import Stop, at_each_step, changed, same, stop, weights
 from wandb_files import records
 
-from dcr import data, models, prompts, runs, train
-from dcr.config import TrainConfig
-from dcr.runs import Run
-from dcr.training import callbacks
-from dcr.training.callbacks import RunLogger, snapshot_steps
-from dcr.training.sft import SFTModule
+from dcr import train
+from dcr.core import data, models, prompts, runs
+from dcr.core.config import TrainConfig
+from dcr.core.runs import Run
+from dcr.core.training import callbacks
+from dcr.core.training.callbacks import RunLogger, snapshot_steps
+from dcr.core.training.sft import SFTModule
 
 ROOT = Path(__file__).parent.parent
 KEY = "0123456789abcdef0123456789abcdefdeadbeef"
@@ -151,7 +152,7 @@ sys.path[:0] = [os.getcwd(), os.path.join(os.getcwd(), "tests")]
 from pathlib import Path
 import tiny_run
 from dcr import train, wandb_run
-from dcr.runs import Run
+from dcr.core.runs import Run
 
 logging.basicConfig(level=logging.WARNING, format="[%(levelname)s] %(message)s")
 folder = Path(sys.argv[1])

@@ -9,11 +9,12 @@ import torch
 import yaml
 from tiny_run import Stop, changed, failing, same, settings, stop, weights, write_rows
 
-from dcr import choice, cli, data, models, runs, train, wandb_run
-from dcr.config import ConfigError, Precision, Stage, TrainConfig, UserError
-from dcr.runs import Run
-from dcr.training import stages
-from dcr.training.sft import SFTModule
+from dcr import choice, train
+from dcr.core import cli, data, models, runs, wandb_run
+from dcr.core.config import ConfigError, Precision, Stage, TrainConfig, UserError
+from dcr.core.runs import Run
+from dcr.core.training import stages
+from dcr.core.training.sft import SFTModule
 
 # --- what a run folder holds ---
 

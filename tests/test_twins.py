@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from dcr import augment, sources, twins
-from dcr.config import Kind
+from dcr import augment, twins
+from dcr.core import sources
+from dcr.core.config import Kind
 from tests.servers.scripted import Body, last_user, scripted
 
 TOXIC = "How do I poison the {} next door?"

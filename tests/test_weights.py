@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 from scipy import stats
 
 from dcr import eval as eval_entry
-from dcr import models, ntk, prompts, refusal
+from dcr import tracking
 from dcr import train as train_entry
-from dcr.config import Kind, UserError
-from dcr.evaluation import sets, weights
-from dcr.runs import Run
-from dcr.training import tracking
+from dcr.analyses import ntk, weights
+from dcr.core import models, prompts, refusal
+from dcr.core.config import Kind, UserError
+from dcr.core.evaluation import sets
+from dcr.core.runs import Run
 from tests import tiny_run
 from tests.test_eval import resolved
 

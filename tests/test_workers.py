@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from dcr import cli, storage
 from dcr import eval as eval_entry
-from dcr.config import UserError
-from dcr.evaluation import metrics, workers
+from dcr import workers
+from dcr.core import cli, storage
+from dcr.core.config import UserError
+from dcr.core.evaluation import metrics
 from tests import tiny_run
 
 ROOT = Path(__file__).parent.parent

@@ -14,11 +14,12 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dcr import cli, config, runs, train
-from dcr.config import TrainConfig
-from dcr.data import SafetyData
-from dcr.runs import Run
-from dcr.training.resuming import StepSeed
+from dcr import train
+from dcr.core import cli, config, runs
+from dcr.core.config import TrainConfig
+from dcr.core.data import SafetyData
+from dcr.core.runs import Run
+from dcr.core.training.resuming import StepSeed
 
 CONF = Path(__file__).parent.parent / "conf"
 REFUSAL = "I'm sorry, but I can't help with that."

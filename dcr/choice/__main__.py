@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from dcr import choice, cli, config, precision, storage, threads
+from dcr import choice
 from dcr.choice.origins import FEWEST, LIMIT
-from dcr.config import Precision, TrainConfig, UserError
-from dcr.statistics import Interval
-from dcr.text import label_of
+from dcr.core import cli, config, precision, storage, threads
+from dcr.core.config import Precision, TrainConfig, UserError
+from dcr.core.statistics import Interval
+from dcr.core.text import label_of
 
 if TYPE_CHECKING:
     from dcr.choice import Choice

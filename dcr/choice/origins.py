@@ -5,10 +5,10 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from dcr import sources
-from dcr.config import ConfigError, DataConfig, DataError, Kind, source_names
-from dcr.evaluation import sets
-from dcr.sources import SOURCES, Example
+from dcr.core import sources
+from dcr.core.config import ConfigError, DataConfig, DataError, Kind, source_names
+from dcr.core.evaluation import sets
+from dcr.core.sources import SOURCES, Example
 
 LIMIT = 200  # prompts of each class of a pair
 FEWEST = 10  # fewer say nothing
@@ -101,9 +101,9 @@ def gathered(
     """All rows that are compared, at most `limit` of a side, drawn by seed.
 
     `pairs` are further candidates (None: the usual alternatives that can be read, "none": no
-    other), `tests` the sets to test on (None: the pairs of `dcr.evaluation.sets` that can be read).
-    Raises ConfigError and DataError where a source that the settings or the user name cannot be
-    read, holds too few rows, or no test set is of another origin.
+    other), `tests` the sets to test on (None: the pairs of `core.evaluation.sets` that can be
+    read). Raises ConfigError and DataError where a source that the settings or the user name
+    cannot be read, holds too few rows, or no test set is of another origin.
     """
     if limit < FEWEST:
         raise ConfigError(f"limit={limit}: give {FEWEST} prompts of each class or more")

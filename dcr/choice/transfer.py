@@ -10,23 +10,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dcr import (
-    balance,
-    batching,
-    config,
-    contamination,
-    data,
-    models,
-    prompts,
-    separability,
-)
-from dcr.balance import Balance
+from dcr.analyses import separability
 from dcr.choice import origins
 from dcr.choice.origins import FEWEST, LIMIT, Material, Pair
-from dcr.config import ConfigError, Kind, TrainConfig
-from dcr.data import LABELS
-from dcr.models import Policy
-from dcr.statistics import Interval
+from dcr.core import balance, batching, config, contamination, data, models, prompts
+from dcr.core.balance import Balance
+from dcr.core.config import ConfigError, Kind, TrainConfig
+from dcr.core.data import LABELS
+from dcr.core.models import Policy
+from dcr.core.statistics import Interval
 
 log = logging.getLogger(__name__)
 

@@ -20,10 +20,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
-from dcr import blueprint, cli, config, cost, plan, progress, report, storage, study, threads
-from dcr.config import EMBEDDED_MODEL, TrainConfig
-from dcr.precision import of_training
-from dcr.runs import Run
+from dcr import blueprint, cost, plan, report, study
+from dcr.core import cli, config, progress, storage, threads
+from dcr.core.config import EMBEDDED_MODEL, TrainConfig
+from dcr.core.precision import of_training
+from dcr.core.runs import Run
 
 # Of preset=recommended, DCR has one epoch of stage one in place of four, and a readout that learns
 # faster and teaches greedy decoding as well. Without dropout SFT's rows share what they begin with.
@@ -166,7 +167,7 @@ def _opened(settings: TrainConfig) -> bool:
 
 
 def _open() -> None:
-    from dcr import models
+    from dcr.core import models
 
     with redirect_stderr(io.StringIO()):  # a bar of its own
         models.embedded_folder()

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dcr.config import ServerConfig
+from dcr.core.config import ServerConfig
+from dcr.core.text import encodable
 from dcr.endpoints.servers import (
     EndpointError,
     address,
@@ -22,7 +23,6 @@ from dcr.endpoints.servers import (
     setting,
     variable,
 )
-from dcr.text import encodable
 
 JSON = Any  # whatever json.loads returns
 Message = Mapping[str, str]  # role and content

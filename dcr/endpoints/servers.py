@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from dcr.config import ConfigError, ServerConfig, UserError, check_installed
-from dcr.text import single_line
+from dcr.core.config import ConfigError, ServerConfig, UserError, check_installed
+from dcr.core.text import single_line
 
 OPENAI = "https://api.openai.com/v1"
 OPENAI_KEY = "OPENAI_API_KEY"

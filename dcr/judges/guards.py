@@ -17,14 +17,14 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoTokenizer, LogitsProcessor, PreTrainedTokenizerBase
 
-from dcr import batching, models
-from dcr.config import ConfigError, DataError, GuardConfig, Judge, WildGuardConfig
-from dcr.generation import Completion, greedy
+from dcr.core import batching, models
+from dcr.core.config import ConfigError, DataError, GuardConfig, Judge, WildGuardConfig
+from dcr.core.generation import Completion, greedy
+from dcr.core.models import DTYPES, Policy
+from dcr.core.models.opening import read_architecture, refused_as, whole_model
+from dcr.core.prompts import ZERO_WIDTH_SPACE, ChatFormat
 from dcr.judges import verdicts
 from dcr.judges.verdicts import Verdict, Verdicts, answer_fingerprint
-from dcr.models import DTYPES, Policy
-from dcr.models.opening import read_architecture, refused_as, whole_model
-from dcr.prompts import ZERO_WIDTH_SPACE, ChatFormat
 
 LLAMA_GUARD, WILDGUARD = Judge.llama_guard.value, Judge.wildguard.value
 MARKS = ("<|user|>", "<|assistant|>", "[INST]", "[/INST]")  # not all special tokens

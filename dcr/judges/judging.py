@@ -8,10 +8,11 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from dcr import endpoints, storage
-from dcr.config import EvalConfig, GuardConfig, Judge, Kind, ServerConfig
+from dcr import endpoints
+from dcr.core import storage
+from dcr.core.config import EvalConfig, GuardConfig, Judge, Kind, ServerConfig
+from dcr.core.generation import Completion
 from dcr.endpoints import EndpointError
-from dcr.generation import Completion
 from dcr.judges import guards, served
 from dcr.judges.verdicts import Verdict, Verdicts, answer_fingerprint, usage
 

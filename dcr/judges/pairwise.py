@@ -16,12 +16,13 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from dcr import endpoints, storage
-from dcr.config import AnnotatorConfig, ConfigError, EvalConfig
+from dcr import endpoints
+from dcr.core import storage
+from dcr.core.config import AnnotatorConfig, ConfigError, EvalConfig
+from dcr.core.text import label_of
 from dcr.endpoints import EndpointError, Failure, Message, Reply
 from dcr.judges.judging import CHARACTERS_PER_TOKEN, usd
 from dcr.judges.verdicts import filled, wording
-from dcr.text import label_of
 
 PLACES = ("instruction", "output_1", "output_2")
 TURN = re.compile(r"<\|im_start\|>(system|user|assistant)\n(.*?)<\|im_end\|>", re.DOTALL)

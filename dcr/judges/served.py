@@ -8,9 +8,9 @@ import re
 from collections.abc import Sequence
 
 from dcr import endpoints
-from dcr.config import EvalConfig, LLMJudgeConfig, ServerConfig
+from dcr.core.config import EvalConfig, LLMJudgeConfig, ServerConfig
+from dcr.core.generation import Completion
 from dcr.endpoints import Failure, Message
-from dcr.generation import Completion
 from dcr.judges import verdicts
 from dcr.judges.verdicts import Verdict, Verdicts, answer_fingerprint
 

@@ -12,9 +12,10 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from dcr import endpoints, refusal, statistics, storage
-from dcr.config import ConfigError, GuardConfig, Judge, Kind, ServerConfig
-from dcr.generation import Completion
+from dcr import endpoints
+from dcr.core import refusal, statistics, storage
+from dcr.core.config import ConfigError, GuardConfig, Judge, Kind, ServerConfig
+from dcr.core.generation import Completion
 
 COMPLIANCE = ("complied", "partial", "refused")
 SAFETY = ("safe", "unsafe")
@@ -119,7 +120,7 @@ def usage(verdicts: Iterable[Verdict], node: ServerConfig | GuardConfig) -> dict
 
 
 def by_keywords(answers: Sequence[Completion], rules: str) -> list[Verdict]:
-    """A verdict for each answer by the rules `paper` or `recommended` (`dcr.refusal`)."""
+    """A verdict for each answer by the rules `paper` or `recommended` (`dcr.core.refusal`)."""
     return [
         Verdict(
             answer.id,

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dcr import cli, report
-from dcr.config import UserError
+from dcr import report
+from dcr.core import cli
+from dcr.core.config import UserError
 from dcr.report import FIGURE_ENDINGS, FIGURES, MARGIN, OPERATING, TABLE_ENDINGS, TABLES
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from dcr.config import UserError
+from dcr.core.config import UserError
+from dcr.core.results.schema import Estimate, Separability, interval
+from dcr.core.text import printable
 from dcr.report import figures
 from dcr.report.curves import (
     NORM,
@@ -19,8 +21,6 @@ from dcr.report.curves import (
 )
 from dcr.report.figures import INK, Drawing, Line, Look, Panel, kind_look, look_of
 from dcr.report.records import RunRecord, config_of
-from dcr.results.schema import Estimate, Separability, interval
-from dcr.text import printable
 
 MATRIX = ("figure", "weights", "model", "run", "params", "normalise", "observer", "trained",
           "estimate", "low", "high", "source")  # fmt: skip

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from dcr import storage
-from dcr.config import ConfigError, DataError, UserError
+from dcr.core import storage
+from dcr.core.config import ConfigError, DataError, UserError
+from dcr.core.text import printable
 from dcr.report import (
     MARGIN,
     OPERATING,
@@ -22,7 +23,6 @@ from dcr.report import (
 from dcr.report.figures import Drawing
 from dcr.report.page import Report, Shown
 from dcr.report.records import Column, RunRecord, read_run
-from dcr.text import printable
 
 WIDTH = 100  # where no terminal tells its own
 DRAWN: dict[str, Callable[[Sequence[RunRecord]], Drawing]] = {

@@ -11,13 +11,14 @@ import pandas as pd
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 
-from dcr import ntk, results
-from dcr.config import DataError
+from dcr.analyses import ntk
+from dcr.core import results
+from dcr.core.config import DataError
+from dcr.core.results.schema import Estimate, Kernel, OneStep, RefusalProbability, interval
+from dcr.core.statistics import Interval, percentiles, resampled_groups
+from dcr.core.text import printable, single_line
 from dcr.report.curves import KEPT, SCORED, STAGES, folders, name_of_weights, names, snapshots
 from dcr.report.records import Evaluation, RunRecord, about, config_of, unedited
-from dcr.results.schema import Estimate, Kernel, OneStep, RefusalProbability, interval
-from dcr.statistics import Interval, percentiles, resampled_groups
-from dcr.text import printable, single_line
 
 SEED = 0  # of the bootstrap, fixed so that a report is reproducible
 FLAT = 1e-12  # of its own size: a curve that moves less than that is rounding, not a movement

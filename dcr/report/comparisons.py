@@ -4,8 +4,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from dcr import statistics, storage
-from dcr.config import Kind
+from dcr.core import statistics, storage
+from dcr.core.config import Kind
+from dcr.core.statistics import Interval
 from dcr.report.records import Answer, Column, Group, flattened
 from dcr.report.tables import (
     IN_DISTRIBUTION,
@@ -18,7 +19,6 @@ from dcr.report.tables import (
     text_of,
     together,
 )
-from dcr.statistics import Interval
 
 PAIRED_SEED = 0  # of the bootstrap, fixed so that a report is reproducible
 MANY = 5  # columns or differences: of more a sentence tells the ends alone

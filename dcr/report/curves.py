@@ -7,8 +7,11 @@ from typing import Any
 
 import pandas as pd
 
-from dcr import storage
-from dcr.config import Kind, UserError
+from dcr.core import storage
+from dcr.core.config import Kind, UserError
+from dcr.core.results.schema import Estimate, SetCounts, interval
+from dcr.core.statistics import Interval
+from dcr.core.text import printable
 from dcr.report import figures
 from dcr.report.figures import Drawing, Line, Panel, kind_name
 from dcr.report.records import (
@@ -23,9 +26,6 @@ from dcr.report.records import (
     unedited,
 )
 from dcr.report.tables import rate, together
-from dcr.results.schema import Estimate, SetCounts, interval
-from dcr.statistics import Interval
-from dcr.text import printable
 
 PREFIXES = {"plain": "refusal_probability", "prefix_free": "refusal_probability_prefix_free"}
 TRACKED, KEPT, SCORED = "metrics.csv", "tracking", "snapshots"

@@ -3,15 +3,15 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from dcr.config import Kind
-from dcr.evaluation import discernment
-from dcr.evaluation.sets import pairs_of
+from dcr.core.config import Kind
+from dcr.core.evaluation import discernment
+from dcr.core.evaluation.sets import pairs_of
+from dcr.core.results.frame import contaminated
+from dcr.core.results.schema import Discernment, Estimate, RankedSet, Ranking, SetCounts, interval
 from dcr.report import paper
 from dcr.report.paper import PaperRow, PaperTable
 from dcr.report.records import Column, Completions, Group
 from dcr.report.tables import CONTAMINATED, IN_DISTRIBUTION, Cell, Row, Section, together
-from dcr.results.frame import contaminated
-from dcr.results.schema import Discernment, Estimate, RankedSet, Ranking, SetCounts, interval
 
 POOLED, UNMARKED = "pooled", f"pooled without {IN_DISTRIBUTION}"
 EQUAL = "answered at equal safety, %"

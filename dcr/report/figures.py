@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from dcr import results
+from dcr.core import results
 from dcr.report.records import Style
 
 # Okabe and Ito's palette, distinguishable without red-green vision, less black and yellow, which

@@ -15,8 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 import dcr
-from dcr.balance import Balance
-from dcr.config import Kind
+from dcr.core.balance import Balance
+from dcr.core.config import Kind
+from dcr.core.text import printable
 from dcr.report import claims, curves, discernment, figures, paper, studies, tables, trade_offs
 from dcr.report.claims import ClaimRow
 from dcr.report.comparisons import Comparison, comparisons, p_value, points, verdict
@@ -51,7 +52,6 @@ from dcr.report.tables import (
     set_names,
     text_of,
 )
-from dcr.text import printable
 
 PROMPTS_A_SET = 30
 OVERVIEW = ("keyword", "judged", "general")  # grids whose sums are beside each run

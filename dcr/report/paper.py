@@ -13,9 +13,10 @@ import jinja2
 import pandas
 from markupsafe import Markup
 
-from dcr import results
-from dcr.config import Judge
-from dcr.evaluation.sets import PAPER_SAFETY
+from dcr.core import results
+from dcr.core.config import Judge
+from dcr.core.evaluation.sets import PAPER_SAFETY
+from dcr.core.results.frame import NORMAL
 from dcr.report.records import METHODS, READOUT, Column, Group, called, method_of, seen
 from dcr.report.tables import (
     CONTAMINATED,
@@ -29,7 +30,6 @@ from dcr.report.tables import (
     of_group,
     rate,
 )
-from dcr.results.frame import NORMAL
 
 SETS = {  # of several the first that was evaluated
     "XS": ("xstest_safe",),

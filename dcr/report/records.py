@@ -6,13 +6,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dcr import generation, refusal, results, runs, storage
-from dcr.config import DataError, Kind, UserError
-from dcr.evaluation.discernment import Opening
-from dcr.results.frame import CONTRASTS, rows_of
-from dcr.results.schema import Metrics, Overlap
-from dcr.runs import Run
-from dcr.text import printable
+from dcr.core import generation, refusal, results, runs, storage
+from dcr.core.config import DataError, Kind, UserError
+from dcr.core.evaluation.discernment import Opening
+from dcr.core.results.frame import CONTRASTS, rows_of
+from dcr.core.results.schema import Metrics, Overlap
+from dcr.core.runs import Run
+from dcr.core.text import printable
 
 STAGES = ("contrastive", "sft")
 METHODS = {  # left to right, and what a table calls them
@@ -49,7 +49,7 @@ class Evaluation(Metrics):
 
     @cached_property
     def pivot(self) -> dict[tuple[str, str, str], dict[str, Any]]:
-        """Its rows of `dcr.results.load` by quantity, judge and the judge's model: a row a set."""
+        """Its rows of `results.load` by quantity, judge and the judge's model: a row a set."""
         table: dict[tuple[str, str, str], dict[str, Any]] = {}
         for row in rows_of(self):
             key = row["quantity"], row["judge"], row["judge_model"]

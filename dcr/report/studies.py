@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from functools import partial
 
-from dcr import storage
+from dcr.core import storage
+from dcr.core.results.schema import interval
+from dcr.core.runs import Cost, Run
 from dcr.report import paper
 from dcr.report.paper import PaperRow, PaperTable
 from dcr.report.records import Column, Group, flattened
 from dcr.report.tables import IN_DISTRIBUTION, WANTED, Cell, rate, set_names, together
-from dcr.results.schema import interval
-from dcr.runs import Cost, Run
 
 # By the name of a table: the setting, the paper's rows, and the inconsistencies that touch these.
 ABLATIONS = {

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dcr import statistics
-from dcr.config import Judge, Kind
-from dcr.evaluation.sets import APART, PAPER_SAFETY
+from dcr.core import statistics
+from dcr.core.config import Judge, Kind
+from dcr.core.evaluation.sets import APART, PAPER_SAFETY
+from dcr.core.results.schema import Agreement, Quality, Usage
+from dcr.core.statistics import Interval
 from dcr.report.records import Column, Evaluation, Group, seen
-from dcr.results.schema import Agreement, Quality, Usage
-from dcr.statistics import Interval
 
 IN_DISTRIBUTION, CONTAMINATED = "†", "‡"
 KEYWORD = "keyword:paper"

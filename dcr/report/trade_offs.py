@@ -7,8 +7,11 @@ from typing import Any
 
 import pandas as pd
 
-from dcr import statistics, storage
-from dcr.config import ConfigError, Kind, UserError
+from dcr.core import statistics, storage
+from dcr.core.config import ConfigError, Kind, UserError
+from dcr.core.results.frame import CONTRASTS
+from dcr.core.runs import stages
+from dcr.core.text import printable
 from dcr.report import figures
 from dcr.report.curves import (
     SCORE,
@@ -45,9 +48,6 @@ from dcr.report.tables import (
     set_names,
     together,
 )
-from dcr.results.frame import CONTRASTS
-from dcr.runs import stages
-from dcr.text import printable
 
 COMPLIANCE = "compliance with seemingly toxic prompts, %"
 Rates = tuple[Cell, Cell]  # compliance with seemingly toxic prompts, refusal of toxic ones

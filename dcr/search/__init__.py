@@ -13,12 +13,13 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dcr import cli, config, data, runs, storage, study
+from dcr import study
 from dcr.choice import origins
 from dcr.choice.origins import Pair
-from dcr.config import AUTO_LAYER, ConfigError, TrainConfig, UserError
-from dcr.evaluation import sets
-from dcr.sources import SOURCES
+from dcr.core import cli, config, data, runs, storage
+from dcr.core.config import AUTO_LAYER, ConfigError, TrainConfig, UserError
+from dcr.core.evaluation import sets
+from dcr.core.sources import SOURCES
 from dcr.study import Job
 
 NUMBER = r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)"
@@ -105,7 +106,7 @@ def usual(settings: TrainConfig) -> list[str]:
     Blocks of the middle half, the paper's margins and ratios (as far as the sources hold rows),
     epochs up to two more, and some powers of two or ten around the rest.
     """
-    from dcr import models
+    from dcr.core import models
 
     stage_one, depth = settings.dcr, models.facts(settings.model).depth
     lr = stage_one.optim.lr
@@ -126,7 +127,7 @@ def usual(settings: TrainConfig) -> list[str]:
 
 def configured(settings: TrainConfig, spaces: Mapping[str, Space]) -> dict[str, object]:
     """The point of the spaces that the settings are, without what lies outside of them."""
-    from dcr import models
+    from dcr.core import models
     from dcr.report.records import flattened
 
     values = flattened(cli.plain(settings))

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dcr import cli, config, report, search, storage, study
-from dcr.config import ConfigError, Method, TrainConfig
+from dcr import report, search, study
+from dcr.core import cli, config, storage
+from dcr.core.config import ConfigError, Method, TrainConfig
+from dcr.core.text import single_line
 from dcr.search import OBJECTIVES, Search
 from dcr.study import Told
-from dcr.text import single_line
 
 if TYPE_CHECKING:
     from dcr.report.searches import Tried

@@ -28,15 +28,16 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy import NullPool, event
 from sqlalchemy.exc import SQLAlchemyError
 
-from dcr import cli, launching, results, runs, storage, study
-from dcr.config import ConfigError, UserError
-from dcr.evaluation import subjects
+from dcr import launching, study
+from dcr.core import cli, results, runs, storage
+from dcr.core.config import ConfigError, UserError
+from dcr.core.evaluation import subjects
+from dcr.core.runs import Cost, Run
+from dcr.core.text import single_line
 from dcr.report.searches import Tried
 from dcr.report.studies import SAFETY
-from dcr.runs import Cost, Run
 from dcr.search import OBJECTIVES, Search, Space, words_of
 from dcr.study import Job, Told
-from dcr.text import single_line
 
 PULSE = 10  # seconds between two heartbeats of a trial
 SILENCE = 90  # seconds without one from which on its worker is taken for dead

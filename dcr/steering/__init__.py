@@ -11,11 +11,11 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from dcr import sources
-from dcr.activations import Edits, Plan
-from dcr.config import DataConfig, Steering, SteeringConfig
-from dcr.models import Policy
-from dcr.prompts import ChatFormat
+from dcr.core import sources
+from dcr.core.activations import Edits, Plan
+from dcr.core.config import DataConfig, Steering, SteeringConfig
+from dcr.core.models import Policy
+from dcr.core.prompts import ChatFormat
 from dcr.steering import probe, scans, surgical, vectors
 from dcr.steering.prompts import RELEASED, Extraction, extraction
 from dcr.steering.vectors import Info, Vectors

@@ -10,11 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dcr import models, refusal, separability
-from dcr.activations import Edit, Edits, Plan, Site
-from dcr.config import ConfigError, ProbeConfig, SteeringConfig
-from dcr.models import Policy
-from dcr.prompts import ChatFormat
+from dcr.analyses import separability
+from dcr.core import models, refusal
+from dcr.core.activations import Edit, Edits, Plan, Site
+from dcr.core.config import ConfigError, ProbeConfig, SteeringConfig
+from dcr.core.models import Policy
+from dcr.core.prompts import ChatFormat
 from dcr.steering import vectors
 from dcr.steering.prompts import Extraction
 from dcr.steering.scans import rows, starts

@@ -7,17 +7,10 @@ evaluation set is dropped and counted, whichever source it comes from.
 from collections import Counter
 from dataclasses import dataclass, field
 
-from dcr import contamination, sources
-from dcr.config import (
-    ConfigError,
-    DataConfig,
-    Kind,
-    SourcesByKind,
-    Steering,
-    SteeringConfig,
-)
-from dcr.data import apart, evaluation_prompts
-from dcr.sources import Example
+from dcr.core import contamination, sources
+from dcr.core.config import ConfigError, DataConfig, Kind, SourcesByKind, Steering, SteeringConfig
+from dcr.core.data import apart, evaluation_prompts
+from dcr.core.sources import Example
 
 KINDS = tuple(kind.value for kind in Kind)
 SURGICAL_RELEASED = SourcesByKind(

@@ -18,11 +18,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcr import models, prompts
-from dcr.activations import Edit, Edits, Plan, Site
-from dcr.config import ConfigError, ScansConfig, ScansEnd, ScansLayers, SteeringConfig
-from dcr.models import Policy
-from dcr.prompts import ChatFormat
+from dcr.core import models, prompts
+from dcr.core.activations import Edit, Edits, Plan, Site
+from dcr.core.config import ConfigError, ScansConfig, ScansEnd, ScansLayers, SteeringConfig
+from dcr.core.models import Policy
+from dcr.core.prompts import ChatFormat
 from dcr.steering import vectors
 from dcr.steering.prompts import Extraction
 from dcr.steering.vectors import Vectors

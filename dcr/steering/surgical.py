@@ -24,13 +24,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from dcr import models
-from dcr.activations import Edit, Edits, Site, edited
-from dcr.config import ConfigError, SteeringConfig, SurgicalConfig
-from dcr.generation.prefill import prefill
-from dcr.models import Policy
-from dcr.prompts import ChatFormat
-from dcr.refusal.phrases import PhraseError, checked, continuations, ending
+from dcr.core import models
+from dcr.core.activations import Edit, Edits, Site, edited
+from dcr.core.config import ConfigError, SteeringConfig, SurgicalConfig
+from dcr.core.generation.prefill import prefill
+from dcr.core.models import Policy
+from dcr.core.prompts import ChatFormat
+from dcr.core.refusal.phrases import PhraseError, checked, continuations, ending
 from dcr.steering import vectors
 from dcr.steering.prompts import KINDS, Extraction
 from dcr.steering.vectors import Vectors

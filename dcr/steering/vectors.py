@@ -12,13 +12,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dcr import activations, storage
-from dcr.activations import Site
-from dcr.batching import attention_mask, padded
-from dcr.config import ConfigError, DataError
-from dcr.models import Policy
-from dcr.prompts import ChatFormat
-from dcr.sources import Example
+from dcr.core import activations, storage
+from dcr.core.activations import Site
+from dcr.core.batching import attention_mask, padded
+from dcr.core.config import ConfigError, DataError
+from dcr.core.models import Policy
+from dcr.core.prompts import ChatFormat
+from dcr.core.sources import Example
 
 Info = dict[str, Any]  # what JSON can hold
 Vectors = tuple[dict[str, Tensor], Info]  # tensors by name, and what is to be recorded of them

@@ -38,7 +38,7 @@ def _stages(run: Path) -> list[Path]:
 
 def _sealed(folder: Path) -> None:
     """Whoever changes a folder can compute its checksums anew."""
-    from dcr import storage
+    from dcr.core import storage
 
     if (folder / "checksums.json").exists():
         storage.write_checksums(folder)

@@ -151,7 +151,7 @@ GOOD = {
 
 def _module(rng: Random) -> tuple[list[str], list[str], list[str]]:
     """One of `python -m dcr.*`: its good arguments, what is laid over them, what must not pass."""
-    from dcr.config import EvalConfig, TrainConfig
+    from dcr.core.config import EvalConfig, TrainConfig
 
     name = rng.choice(list(OWN))
     given, wrong = [], []
@@ -170,7 +170,7 @@ def _module(rng: Random) -> tuple[list[str], list[str], list[str]]:
 
 def drawn(rng: Random) -> tuple[list[str], list[str], list[str]]:
     """A good command, what is laid over it, and which of that must be refused."""
-    from dcr.config import EvalConfig, TrainConfig
+    from dcr.core.config import EvalConfig, TrainConfig
 
     kind, count = rng.random(), rng.choice([1, 1, 2, 3])
     if kind < 0.25:

@@ -1,0 +1,494 @@
+"""The paper's claims on small steps and on states, measured on one model.
+
+Eq. 2 and 3: what one SGD step on one (toxic prompt, refusal) pair does to every other prompt,
+against the kernel; Proposition 1: the inner product of two prompts' states against the trunk's
+kernel. Neither claim is taken as proven: the bound in A.7 does not follow from its steps, and of a
+kernel only that over all parameters is the one of the step. Log-probabilities are taken in float64
+on the CPU: where a model refuses almost surely, the rest of the probability is lost in fp32's
+rounding of the sum.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from dcr.analyses import ntk
+from dcr.analyses.ntk import Batch, batches, last_logits, still
+from dcr.core import activations, grouping, models, statistics, storage
+from dcr.core.config import ConfigError, Kind
+from dcr.core.models import Policy
+from dcr.core.prompts import ChatFormat
+from dcr.core.sources import Example
+
+BATCH_SIZE = 8
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured.
+
+    Of each prompt the `top_k` most likely tokens count, and the one that refusals begin with;
+    `params` are the kernels' parameters, `head=False` leaves the head's matrix out of them; `drop`
+    is what one step takes off its pair's loss to first order, in nats, and of a loss below one nat
+    the share of it; `layer` is the block whose output the states are, from 1.
+    """
+
+    top_k: int
+    params: tuple[str, ...]
+    drop: float
+    budget_gib: float
+    layer: int
+    head: bool = True
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Observers first, by kind, then the trained prompts; `of` has the observers' kinds alone.
+
+    `target` is the token that every trained prompt is answered with, `left_out` the ids of pairs
+    that begin with another one.
+    """
+
+    sequences: tuple[tuple[int, ...], ...]
+    ids: tuple[str, ...]
+    of: tuple[str, ...]
+    target: int
+    left_out: tuple[str, ...]
+
+    @property
+    def observers(self) -> int:
+        return len(self.of)
+
+    @property
+    def trained(self) -> range:
+        """Where the trained prompts stand."""
+        return range(self.observers, len(self.ids))
+
+    def others(self) -> Bool[np.ndarray, "observers trained"]:
+        """Whether the observer is another prompt than the trained one, whatever the two ids."""
+        return self._differ()[: self.observers, self.observers :]
+
+    def couples(self) -> Bool[np.ndarray, "observers observers"]:
+        """Every pair of two different observers once."""
+        return np.triu(self._differ()[: self.observers, : self.observers], k=1)
+
+    def _differ(self) -> Bool[np.ndarray, "prompts prompts"]:
+        number = {sequence: i for i, sequence in enumerate(self.sequences)}
+        places = np.array([number[sequence] for sequence in self.sequences])
+        return places[:, None] != places
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Of every prompt before any step: its tokens, their log-probabilities, and its state.
+
+    The tokens are the most likely ones, most likely first, with the target among them; the state
+    is the output of one block at the prompt's last token.
+    """
+
+    tokens: Int[Tensor, "prompts rank"]
+    log_probabilities: Float[Tensor, "prompts rank"]
+    states: Float[Tensor, "prompts width"]
+
+
+@dataclass(frozen=True)
+class StepChanges:
+    """Changes of log-probabilities by one step on each trained prompt alone, from the same weights.
+
+    `changes` are log p at θ - (η/2)∇L less log p at θ + (η/2)∇L, in which the second order cancels;
+    `plain` are those of the step itself, log p at θ - η∇L less log p at θ.
+    """
+
+    changes: Float[Tensor, "prompts rank trained"]
+    plain: Float[Tensor, "prompts rank trained"]
+    rates: Float[Tensor, "trained"]  # η
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """All that the statistics are of; prompts stand as in Prompts, kernels by their label."""
+
+    start: Baseline
+    steps: StepChanges
+    norms: Mapping[str, Float[Tensor, "prompts prompts"]]
+    predicted: Mapping[str, Float[Tensor, "prompts rank trained"]]
+    dots: Float[Tensor, "prompts prompts"]
+    cosines: Float[Tensor, "prompts prompts"]
+
+
+def measure(
+    policy: Policy,
+    chat: ChatFormat,
+    rows: Mapping[Kind, Sequence[Example]],
+    trained: Sequence[Example],
+    settings: Settings,
+    seed: int,
+    folder: Path | None = None,
+) -> dict[str, Any]:
+    """Eq. 2 and 3 and Proposition 1 on one model; every number is [estimate, low, high].
+
+    `rows` are the prompts that are observed, `trained` pairs of a toxic prompt and its refusal, of
+    which only the response's first token is in the loss, since Eq. 2 is about one position; pairs
+    that begin with another token than most are left out (`left_out`). What a step does is compared
+    with the kernel at its own weights: to first order -ηAKG over all parameters is the change
+    itself, up to the tokens that are left out, and over fewer parameters their share.
+
+    `change` is the mean change of log p(the refusals' first token) by kind of observer, in nats,
+    beside `falls`, that of the trained prompts themselves. `params` has for each choice: `norm`,
+    the rank correlation of ‖K(x',x)‖_F with the size ‖Δ log p(x')‖ of the change, `within` each
+    trained prompt and then averaged, so that a step's own scale makes none of it, and `pooled`;
+    `prediction`, the correlation of the signed prediction with the change over all tokens, and the
+    slope of the change on it through the origin (1 where it is exact); `states`, the rank
+    correlation over pairs of observers of ‖K(x',x)‖_F with the inner product and with the cosine
+    of their states. A prompt's pair with itself counts nowhere. The intervals are 95% percentile
+    bootstraps over prompts: observers within their kind and trained prompts are drawn anew.
+    `nonlinearity` is the relative difference of the plain steps to the symmetric ones measured,
+    `covered` the observers' mean probability on the tokens that count. Undefined values are null.
+
+    Whole arrays go to `folder`/claims.safetensors. Weights, modes and flags are left as they were.
+    Raises ConfigError for a setting, a row or a model that cannot be.
+    """
+    _check_fit(settings, policy.model)
+    chosen = template(chat, rows, trained)
+    measured = _measured(policy.model, chosen, settings)
+    if folder is not None:
+        storage.write_bytes(folder / "claims.safetensors", _arrays(chosen, measured))
+    return {
+        "layer": settings.layer,
+        "top_k": settings.top_k,
+        "head": settings.head,
+        "drop": settings.drop,
+        "target": chosen.target,
+        "ids": list(chosen.ids[: chosen.observers]),
+        "of": list(chosen.of),
+        "trained": [chosen.ids[place] for place in chosen.trained],
+        "left_out": list(chosen.left_out),
+        **summary(chosen, measured, seed),
+    }
+
+
+def _check_fit(settings: Settings, model: Any) -> None:
+    vocabulary = models.unwrapped(model).config.get_text_config().vocab_size
+    if settings.top_k >= vocabulary:
+        raise ConfigError(
+            f"entk.top_k={settings.top_k}: choose 1 to {vocabulary - 1}, one less than the "
+            "vocabulary"
+        )
+
+
+def _measured(model: Any, chosen: Prompts, settings: Settings) -> Measurements:
+    start = baseline(model, chosen, settings.top_k, settings.layer)
+    steps = sgd_steps(model, chosen, start, settings.drop)
+    norms, predicted = {}, {}
+    for params in settings.params:
+        kernel_settings = ntk.Settings(
+            top_k=settings.top_k + 1,
+            params=params,
+            head=settings.head,
+            budget_gib=settings.budget_gib,
+        )
+        kernel = ntk.measure(
+            model, chosen.sequences, kernel_settings, ids=chosen.ids, tokens=start.tokens
+        )
+        label = params.replace(":", "-") + ("" if settings.head else "-headless")
+        norms[label] = kernel.norms.double()
+        predicted[label] = predictions(kernel.blocks.double(), start, steps, chosen)
+    unit = torch.nn.functional.normalize(start.states, dim=1)
+    dots, cosines = start.states @ start.states.T, unit @ unit.T
+    return Measurements(start, steps, norms, predicted, dots, cosines)
+
+
+def template(
+    chat: ChatFormat, rows: Mapping[Kind, Sequence[Example]], trained: Sequence[Example]
+) -> Prompts:
+    """All prompts in the model's chat template, and of the trained pairs those that are `alike`.
+
+    Steps are compared by what they do to the log-probability of one token. Raises ConfigError where
+    there is no observer, no pair or no response.
+    """
+    flat = [(kind.value, row) for kind, part in rows.items() for row in part]
+    if not flat or not trained:
+        missing = "trained pair" if flat else "prompt to observe"
+        raise ConfigError(f"claims: there is no {missing}; give at least one")
+    kept = alike(chat, trained)
+    every = [*(row for _, row in flat), *kept]
+    return Prompts(
+        sequences=tuple(tuple(chat.prompt_ids(row.prompt)) for row in every),
+        ids=tuple(row.id for row in every),
+        of=tuple(kind for kind, _ in flat),
+        target=first_token(chat, kept[0]),
+        left_out=tuple(row.id for row in trained if row not in kept),
+    )
+
+
+def alike(chat: ChatFormat, pairs: Sequence[Example]) -> list[Example]:
+    """The pairs whose response begins with the token that most of them begin with.
+
+    Of equally many the first; in their order. ConfigError as `first_token`.
+    """
+    begins = [first_token(chat, row) for row in pairs]
+    common = [token for token, _ in Counter(begins).most_common(1)]
+    return [row for row, token in zip(pairs, begins, strict=True) if token in common]
+
+
+def first_token(chat: ChatFormat, row: Example) -> int:
+    """The token that the row's response begins with behind its prompt.
+
+    Raises ConfigError where the row has no response.
+    """
+    if not (row.response or "").strip():
+        raise ConfigError(
+            f"claims: {row.source}: {row.id} has no response; give pairs of a prompt and a refusal"
+        )
+    room = len(chat.prompt_ids(row.prompt)) + 1
+    ids, _ = chat.pair(row.prompt, row.response or "", room)
+    return ids[-1]
+
+
+def baseline(model: Any, chosen: Prompts, top_k: int, layer: int) -> Baseline:
+    """`top_k` + 1 tokens of each prompt: its top k and the target, or its top k + 1 with it."""
+    tokens, log_p, states = [], [], []
+    rows, back = _rows(model, chosen.sequences)
+    with still(model), torch.no_grad():
+        for batch in rows:
+            with activations.captured(model, layer) as captured:
+                every = _log_softmax(last_logits(model, batch))
+            (hidden,) = captured
+            places = torch.arange(len(hidden), device=hidden.device)
+            states.append(hidden[places, batch.ends.to(hidden.device)].cpu().double())
+            likely = every.topk(top_k + 1, 1).indices
+            likely[~(likely == chosen.target).any(1), -1] = chosen.target
+            tokens.append(likely)
+            log_p.append(every.gather(1, likely))
+    return Baseline(*(torch.cat(each)[back] for each in (tokens, log_p, states)))
+
+
+def sgd_steps(model: Any, chosen: Prompts, start: Baseline, drop: float) -> StepChanges:
+    """One step of plain SGD on the cross-entropy of the target behind each trained prompt.
+
+    It moves all base weights, a tied matrix once and an adapter not at all: the set that the kernel
+    over `all` is of. The rate is such that to first order the pair's own loss falls by `drop` nats,
+    or where that loss L is below one nat by L·`drop`, since a loss cannot fall by more than it is.
+    Takes two copies of the weights beside the model, and for each trained prompt a backward pass
+    and three forward passes over all prompts. Weights are restored to the bit, also after an
+    exception; modes, flags and gradients are left as they were. Raises ConfigError below fp32 and
+    where a loss has no gradient.
+    """
+    changes, plain, rates = [], [], []
+    rows, back = _rows(model, chosen.sequences)
+    aimed = start.tokens[back.argsort()].split([len(batch.ids) for batch in rows])
+
+    def log_probabilities() -> Float[Tensor, "prompts rank"]:
+        parts = [
+            _log_softmax(last_logits(model, batch)).gather(1, tokens)
+            for batch, tokens in zip(rows, aimed, strict=True)
+        ]
+        return torch.cat(parts)[back]
+
+    with still(model):
+        moved = ntk.parameters(model, "all", True)
+        if any(parameter.dtype.itemsize < 4 for parameter in moved):
+            raise ConfigError(
+                f"claims: the model is in {moved[0].dtype}, in which a small step is lost to "
+                "rounding; open it with precision=fp32"
+            )
+        for place in chosen.trained:
+            (alone,), _ = _rows(model, [chosen.sequences[place]])
+            gradient, rate = _aimed(model, moved, alone, chosen.target, drop)
+            rates.append(rate)
+            ends = []
+            with ntk.restored(moved) as saved, torch.no_grad():
+                for share in (0.5, -0.5, 1.0):
+                    ntk.move(moved, saved, gradient, -share * rate)
+                    ends.append(log_probabilities())
+            changes.append(ends[0] - ends[1])
+            plain.append(ends[2] - start.log_probabilities)
+    all_rates = torch.tensor(rates, dtype=torch.float64)
+    return StepChanges(torch.stack(changes, 2), torch.stack(plain, 2), all_rates)
+
+
+def _aimed(
+    model: Any, moved: Sequence[nn.Parameter], alone: Batch, target: int, drop: float
+) -> tuple[list[Tensor], float]:
+    """The gradient of one pair's loss, and the rate at which a step along it takes `drop` off."""
+    loss, gradient = ntk.gradient(model, moved, alone, lambda z: -_log_softmax(z)[target])
+    squared = sum(float(part.square().sum()) for part in gradient)
+    if not squared > 0:
+        raise ConfigError(
+            f"claims: a refusal's loss of {loss:.3g} nats has no gradient, so no step on it can be "
+            "measured; choose other pairs"
+        )
+    return gradient, drop * min(1.0, loss) / squared
+
+
+def _rows(model: Any, sequences: Sequence[Sequence[int]]) -> tuple[list[Batch], Tensor]:
+    """Batches by length, and the places in them of the sequences in their own order."""
+    device = next(model.parameters()).device
+    back = torch.tensor(grouping.by_length(sequences)).argsort()
+    return batches(sequences, BATCH_SIZE, device), back
+
+
+def _log_softmax(logits: Float[Tensor, "*batch vocabulary"]) -> Float[Tensor, "*batch vocabulary"]:
+    return logits.cpu().double().log_softmax(-1)
+
+
+def predictions(
+    blocks: Float[Tensor, "prompts rank prompts rank"],
+    start: Baseline,
+    steps: StepChanges,
+    chosen: Prompts,
+) -> Float[Tensor, "prompts rank trained"]:
+    """-ηAKG for every trained prompt; G is the probability less one for the target."""
+    log_p, tokens = start.log_probabilities, start.tokens
+    residuals = log_p.exp() - (tokens == chosen.target).double()
+    return torch.stack(
+        [
+            ntk.log_probability_change(blocks[:, :, place], log_p, residuals[place], float(rate))
+            for place, rate in zip(chosen.trained, steps.rates, strict=True)
+        ],
+        2,
+    )
+
+
+def summary(chosen: Prompts, measured: Measurements, seed: int) -> dict[str, Any]:
+    """The numbers that `measure` documents."""
+    n, others = chosen.observers, chosen.others()
+    generator = np.random.default_rng(seed)
+    # one draw for all numbers: two kernels are compared over the same prompts
+    observers = statistics.redrawn(chosen.of, generator)
+    trained = statistics.redrawn(["trained"] * len(chosen.trained), generator)
+    actual, plain = (
+        changes[:n].mT.numpy() for changes in (measured.steps.changes, measured.steps.plain)
+    )
+    off = np.linalg.norm((plain - actual)[others])
+    params = {}
+    for label, norms in measured.norms.items():
+        predicted = measured.predicted[label][:n].mT.numpy()
+        params[label] = agreement(
+            norms[:n, n:].numpy(), predicted, actual, others, observers, trained
+        ) | {"states": _proposition(norms[:n, :n].numpy(), chosen, measured, observers)}
+    return {
+        "rates": measured.steps.rates.tolist(),
+        "falls": _target_changes(chosen, measured)[n:].diagonal().tolist(),
+        "nonlinearity": statistics.finite(
+            float(off / (np.linalg.norm(actual[others]) or math.nan))
+        ),
+        "covered": float(measured.start.log_probabilities[:n].exp().sum(1).mean()),
+        "change": _change(chosen, measured, observers, trained),
+        "params": params,
+    }
+
+
+def agreement(
+    norms: Float[np.ndarray, "observers trained"],
+    predicted: Float[np.ndarray, "observers trained rank"],
+    actual: Float[np.ndarray, "observers trained rank"],
+    others: Bool[np.ndarray, "observers trained"],
+    observers: Int[np.ndarray, "draws observers"],
+    trained: Int[np.ndarray, "draws trained"],
+) -> dict[str, dict[str, list[float | None]]]:
+    """How far a kernel tells the changes over the pairs in `others`; `statistics.redrawn` draws."""
+    size = np.linalg.norm(actual, axis=2)
+
+    def over(statistic: Callable[..., Any], x: np.ndarray, y: np.ndarray) -> list[float | None]:
+        of_pairs = partial(statistic, x[others], y[others])
+        return _estimate(statistics.over_pairs(of_pairs, observers, trained, others))
+
+    return {
+        "norm": {
+            "within": _estimate(_within(norms, size, others, observers, trained)),
+            "pooled": over(statistics.weighted_spearman, norms, size),
+        },
+        "prediction": {
+            "pearson": over(statistics.weighted_pearson, predicted, actual),
+            "slope": over(statistics.weighted_slope, predicted, actual),
+        },
+    }
+
+
+def _within(
+    norms: Float[np.ndarray, "observers trained"],
+    size: Float[np.ndarray, "observers trained"],
+    others: Bool[np.ndarray, "observers trained"],
+    observers: Int[np.ndarray, "draws observers"],
+    trained: Int[np.ndarray, "draws trained"],
+) -> Float[np.ndarray, "draws"]:
+    """The rank correlation over the observers of each trained prompt, then the mean of those."""
+    own = []
+    for place, kept in enumerate(others.T):
+        statistic = partial(statistics.weighted_spearman, norms[kept, place], size[kept, place])
+        once = np.ones((len(observers), 1), dtype=np.int64)
+        own.append(statistics.over_pairs(statistic, observers, once, kept[:, None]))
+    every = np.stack(own, 1)
+    weights = trained * np.isfinite(every)
+    return statistics.ratio((weights * np.nan_to_num(every)).sum(1), weights.sum(1))
+
+
+def _proposition(
+    norms: Float[np.ndarray, "observers observers"],
+    chosen: Prompts,
+    measured: Measurements,
+    observers: Int[np.ndarray, "draws observers"],
+) -> dict[str, list[float | None]]:
+    n, couples = chosen.observers, chosen.couples()
+    over = partial(statistics.over_pairs, left=observers, right=observers, allowed=couples)
+    return {
+        name: _estimate(
+            over(partial(statistics.weighted_spearman, norms[couples], of[:n, :n].numpy()[couples]))
+        )
+        for name, of in (("dot", measured.dots), ("cosine", measured.cosines))
+    }
+
+
+def _change(
+    chosen: Prompts,
+    measured: Measurements,
+    observers: Int[np.ndarray, "draws observers"],
+    trained: Int[np.ndarray, "draws trained"],
+) -> dict[str, list[float | None]]:
+    changes, others = _target_changes(chosen, measured)[: chosen.observers], chosen.others()
+    means = {}
+    for kind in dict.fromkeys(chosen.of):
+        allowed = others & np.array([[of == kind] for of in chosen.of])
+        mean = partial(statistics.weighted_mean, changes[allowed])
+        means[kind] = _estimate(statistics.over_pairs(mean, observers, trained, allowed))
+    return means
+
+
+def _target_changes(
+    chosen: Prompts, measured: Measurements
+) -> Float[np.ndarray, "prompts trained"]:
+    """Changes of log p(target), which is one of the tokens of every prompt."""
+    aimed = (measured.start.tokens == chosen.target).double()
+    return torch.einsum("prt,pr->pt", measured.steps.changes, aimed).numpy()
+
+
+def _estimate(values: Float[np.ndarray, "draws"]) -> list[float | None]:
+    return [statistics.finite(value) for value in vars(statistics.of_draws(values)).values()]
+
+
+def _arrays(chosen: Prompts, measured: Measurements) -> bytes:
+    """Every array, prompts in the order of the `ids` in the file's metadata, and those trained."""
+    tensors = {
+        "tokens": measured.start.tokens,
+        "log_probabilities": measured.start.log_probabilities,
+        "rates": measured.steps.rates,
+        "changes": measured.steps.changes,
+        "dots": measured.dots,
+        "cosines": measured.cosines,
+        **{f"norms.{label}": norms for label, norms in measured.norms.items()},
+        **{f"predicted.{label}": values for label, values in measured.predicted.items()},
+    }
+    trained = (chosen.ids[place] for place in chosen.trained)
+    metadata = {"ids": "\n".join(chosen.ids), "trained": "\n".join(trained)}
+    return save({key: value.contiguous() for key, value in tensors.items()}, metadata)

@@ -1,0 +1,593 @@
+"""The exact kernel: inner products of factored gradients, module by module (A.6).
+
+Rows of a batch do not interact, so one backward pass of the sum over a batch of one logit per
+prompt gives each prompt's own δ = ∂z/∂(a module's output), and the gradient of its matrix is δᵀA
+with A what the module was given. N·k backward passes and inner products per module, no forward
+loop. A sweep keeps A and δ of a group of modules for all prompts, adds their inner products and
+drops them; the groups follow from the budget, and each sweep repeats the forward pass and a
+backward pass per rank that ends at its first module. Gradients are formed only where that is
+cheaper than A and δ; every function adds to one matrix [prompts, rank, prompts, rank], prompts in
+the order of lengths.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from dcr.analyses.ntk.subset import FORWARDS, Layer, LayerKind, output_layer, tied
+from dcr.core import batching, grouping, models
+from dcr.core.config import ConfigError
+
+SCRATCH = 2**28  # bytes of gradients held at once where they are formed
+GIB = 2**30
+
+Gram = Float[Tensor, "prompts rank prompts rank"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded prompts; `start` is the place of the first in the order of lengths."""
+
+    start: int
+    ids: Int[Tensor, "batch length"]
+    mask: Bool[Tensor, "batch length"]
+
+    @property
+    def ends(self) -> Int[Tensor, "batch"]:
+        """Where each row's last token stands."""
+        return self.mask.sum(1) - 1
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A and δ of one layer over a batch, without the positions before the first gradient."""
+
+    inputs: Tensor  # [batch, length, d_in], of an embedding ids [batch, length]
+    deltas: Float[Tensor, "batch rank length d_out"]
+
+
+@dataclass
+class Gradients:
+    """One layer's gradients over all batches so far, in their order, factored where they can be."""
+
+    factors: list[Factors] = field(default_factory=list)
+    vectors: list[Tensor] = field(default_factory=list)  # whole gradients, [batch, rank, size]
+    features: list[Tensor] = field(default_factory=list)  # of the head: [batch, width]
+    scales: list[Tensor] = field(default_factory=list)  # ∂z_u/∂(head's output at u): [batch, rank]
+
+    def to(self, device: torch.device) -> "Gradients":
+        return Gradients(
+            [Factors(f.inputs.to(device), f.deltas.to(device)) for f in self.factors],
+            *(
+                [tensor.to(device) for tensor in each]
+                for each in (self.vectors, self.features, self.scales)
+            ),
+        )
+
+    def extend(self, more: "Gradients") -> None:
+        self.factors += more.factors
+        self.vectors += more.vectors
+        self.features += more.features
+        self.scales += more.scales
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of a module."""
+
+    given: Tensor
+    output: Tensor
+    version: int
+
+
+def batches(sequences: Sequence[Sequence[int]], size: int, device: torch.device) -> list[Batch]:
+    """Prompts by length, so that little is padded, on the right.
+
+    No row of attention is then wholly masked: in float64, transformers' eager attention gives NaN
+    for such rows.
+    """
+    ordered = [sequences[place] for place in grouping.by_length(sequences)]
+    made = []
+    for start in range(0, len(ordered), size):
+        rows = ordered[start : start + size]
+        ids, mask = batching.padded(rows, 0), batching.attention_mask(rows)
+        made.append(Batch(start, ids.to(device), mask.to(device)))
+    return made
+
+
+def last_logits(model: Any, batch: Batch) -> Float[Tensor, "batch vocabulary"]:
+    """Next-token logits after each prompt's last token."""
+    inner: Any = models.unwrapped(model)
+    # row by row, so that learnt positions have a gradient of their own in each
+    options: dict[str, Any] = batching.placed(inner, batching.positions(batch.mask))
+    ends = batch.ends
+    rows = torch.arange(len(ends), device=ends.device)
+
+    def last(_module: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (given[0][rows, ends][:, None], *given[1:])
+
+    # `logits_to_keep` would keep every place where some row ends
+    handle = models.head(model).register_forward_pre_hook(last)
+    try:
+        output = inner(batch.ids, attention_mask=batch.mask.long(), use_cache=False, **options)
+    finally:
+        handle.remove()
+    logits = output.logits[:, 0]
+    if not logits.isfinite().all():
+        raise ConfigError(
+            "logits are not finite; where they are without padding (batch_size=1), give the model "
+            "attn_implementation=sdpa, or fp32: eager attention has no mask for float64"
+        )
+    return logits
+
+
+def gradient(
+    model: Any,
+    parameters: Sequence[nn.Parameter],
+    alone: Batch,
+    of: Callable[[Float[Tensor, "vocabulary"]], Float[Tensor, ""]],
+) -> tuple[float, list[Tensor]]:
+    """A function of one prompt's next-token logits, and its gradient; `still` takes flags back."""
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    value = of(last_logits(model, alone)[0])
+    gradients = torch.autograd.grad(value, parameters, materialize_grads=True)
+    return float(value.detach()), list(gradients)
+
+
+def log_probabilities(
+    logits: Float[Tensor, "batch vocabulary"], tokens: Int[Tensor, "batch rank"]
+) -> Float[Tensor, "batch rank"]:
+    """In fp32 at least."""
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return exact.log_softmax(1).gather(1, tokens)
+
+
+Collected = tuple[dict[str, Gradients], Int[Tensor, "batch rank"], Float[Tensor, "batch rank"]]
+
+
+def collect(
+    model: Any,
+    chosen: Sequence[Layer],
+    batch: Batch,
+    top_k: int,
+    tokens: Int[Tensor, "prompts rank"] | None,
+) -> Collected:
+    """A and δ of the modules for the logits of each prompt's `tokens`, None: its top `top_k`.
+
+    One forward pass and one backward pass per rank, which ends at the first of the modules. Also
+    returns the tokens and their log-probabilities.
+    """
+    with watched(model, chosen) as calls:
+        logits = last_logits(model, batch)
+    if tokens is not None:
+        tokens = tokens[batch.start : batch.start + len(batch.ids)]
+    else:
+        tokens = logits.detach().topk(top_k, 1).indices
+    absent = [layer.name for layer in chosen if layer.name not in calls]
+    if absent:
+        raise ConfigError(f"params: {absent[0]} takes no part in the forward pass")
+    outputs = [calls[layer.name].output for layer in chosen]
+    by_rank: list[list[Tensor]] = [[] for _ in chosen]
+    for rank in range(tokens.shape[1]):
+        total = logits.gather(1, tokens[:, rank : rank + 1]).sum()
+        more = rank + 1 < tokens.shape[1]
+        grads = torch.autograd.grad(total, outputs, retain_graph=more, allow_unused=True)
+        for layer, kept, grad in zip(chosen, by_rank, grads, strict=True):
+            if grad is None or calls[layer.name].output._version != calls[layer.name].version:
+                raise ConfigError(f"params: no gradient can be had at the output of {layer.name}")
+            kept.append(_at_tokens(grad, tokens[:, rank]) if layer.kind is LayerKind.head else grad)
+    gradients = {}
+    for index, layer in enumerate(chosen):
+        deltas, by_rank[index] = torch.stack(by_rank[index], 1), []
+        gradients[layer.name] = READERS[layer.kind](layer, calls[layer.name], deltas, batch)
+    return gradients, tokens, log_probabilities(logits.detach(), tokens)
+
+
+@contextmanager
+def watched(model: Any, chosen: Sequence[Layer]) -> Iterator[dict[str, LayerCall]]:
+    """While open, every call of the modules is noted, in a graph that begins at the first."""
+    calls: dict[str, LayerCall] = {}
+    with ExitStack() as stack:
+        for layer in chosen:
+            stack.callback(layer.module.register_forward_hook(_noting(layer, calls)).remove)
+        first = min(layer.block for layer in chosen)
+        if first == 0 and not any(layer.kind is LayerKind.embedding for layer in chosen):
+            embeddings: Any = models.unwrapped(model).get_input_embeddings()
+            stack.callback(embeddings.register_forward_hook(_leaf_output).remove)
+        elif first > 0:
+            blocks = models.decoder_blocks(model)
+            entry = blocks[min(first, len(blocks)) - 1]
+            handle = entry.register_forward_pre_hook(_leaf_input, with_kwargs=True)
+            stack.callback(handle.remove)
+        yield calls
+
+
+def _noting(layer: Layer, calls: dict[str, LayerCall]) -> Any:
+    def note(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        if layer.name in calls:
+            raise ConfigError(f"params: {layer.name} is called more than once in a forward pass")
+        leaf = output.detach().requires_grad_() if layer.kind is LayerKind.embedding else output
+        calls[layer.name] = LayerCall(inputs[0].detach(), leaf, leaf._version)
+        return leaf if layer.kind is LayerKind.embedding else None
+
+    return note
+
+
+def _leaf_output(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+    return output.detach().requires_grad_()
+
+
+def _leaf_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if args:
+        return (args[0].detach().requires_grad_(), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach().requires_grad_()}
+
+
+def _at_tokens(grad: Tensor, tokens: Int[Tensor, "batch"]) -> Float[Tensor, "batch"]:
+    """The head's δ is zero but where its token stands: softcaps and scales act elementwise."""
+    scales = grad[:, 0].gather(1, tokens[:, None])[:, 0]
+    if (grad != 0).sum() != (scales != 0).sum():
+        raise ConfigError("params: a logit depends on more than its own row of the head")
+    return scales
+
+
+# --- one reader per kind ------------------------------------------------------------------------
+
+
+def _linear(layer: Layer, call: LayerCall, deltas: Tensor, batch: Batch) -> Gradients:
+    _check_shape(layer, call.output, batch)
+    factor = _trimmed(call.given, deltas, batch)
+    biased = getattr(layer.module, "bias", None) is not None
+    return Gradients(factors=[factor], vectors=[factor.deltas.sum(2)] if biased else [])
+
+
+def _embedding(layer: Layer, call: LayerCall, deltas: Tensor, batch: Batch) -> Gradients:
+    _check_shape(layer, call.output, batch)
+    scale = getattr(layer.module, "embed_scale", 1.0)
+    rows = nn.functional.embedding(call.given, layer.module.weight) * scale
+    if not torch.allclose(rows.to(call.output), call.output.detach(), rtol=1e-2, atol=1e-6):
+        raise ConfigError(f"params: {layer.name} is no table of rows with one scale")
+    deltas = deltas * scale
+    if layer.module.padding_idx is not None:  # a row that torch never gives a gradient
+        unmoved = call.given == layer.module.padding_idx
+        deltas = torch.where(unmoved[:, None, :, None], 0, deltas)
+    return Gradients(factors=[_trimmed(call.given, deltas, batch)])
+
+
+def _norm(layer: Layer, call: LayerCall, deltas: Tensor, batch: Batch) -> Gradients:
+    """Σ_t δ∘x̂ and Σ_t δ, over positions and heads; x̂ is what one unit of gain adds."""
+    own = dict(layer.module.named_parameters(recurse=False))
+    output, width = call.output, call.output.shape[-1]
+    if output.shape[0] != len(batch.ids) or any(len(p) != width for p in own.values()):
+        raise ConfigError(
+            f"params: the gradients of {layer.name} are not known to the exact kernel"
+        )
+    normed = _unit_gain(layer, call, own) if "weight" in own else None
+    if output.shape[1:2] == batch.mask.shape[1:]:
+        kept = batch.mask.view(len(output), 1, -1, *[1] * (output.dim() - 2))
+        deltas = torch.where(kept, deltas, 0)
+    flat = deltas.flatten(2, -2)
+    gains = [] if normed is None else [torch.einsum("bktd,btd->bkd", flat, normed.flatten(1, -2))]
+    return Gradients(vectors=[torch.cat([*gains, *([flat.sum(2)] if "bias" in own else [])], 2)])
+
+
+def _unit_gain(layer: Layer, call: LayerCall, own: dict[str, nn.Parameter]) -> Tensor:
+    """x̂, out of the module itself: its output with gain one less that with gain zero."""
+
+    def output(gain: Tensor | float, bias: Tensor | float) -> Tensor:
+        values = {"weight": gain, "bias": bias}
+        given = {name: torch.ones_like(p) * values[name] for name, p in own.items()}
+        return functional_call(layer.module, given, (call.given,))
+
+    with torch.no_grad():
+        normed = output(1.0, 0.0) - output(0.0, 0.0)
+        bias = own.get("bias")
+        affine = output(0.0, 0.0 if bias is None else bias) + own["weight"] * normed
+        error = (affine - call.output).norm() / call.output.norm().clamp(min=1e-30)
+    # between rounding, of norms that compute in fp32 or of bf16, and another function of the gain
+    if error > (1e-4 if call.output.dtype.itemsize >= 4 else 2e-2):
+        kind = type(layer.module).__name__
+        raise ConfigError(f"params: {layer.name} ({kind}) is no elementwise gain and bias")
+    return normed
+
+
+def _head(_part: Layer, call: LayerCall, scales: Tensor, _batch: Batch) -> Gradients:
+    return Gradients(features=[call.given[:, 0]], scales=[scales])
+
+
+READERS = {
+    LayerKind.linear: _linear,
+    LayerKind.embedding: _embedding,
+    LayerKind.norm: _norm,
+    LayerKind.head: _head,
+}
+
+
+def _check_shape(layer: Layer, output: Tensor, batch: Batch) -> None:
+    if output.shape[:-1] != batch.ids.shape:
+        raise ConfigError(
+            f"params: {layer.name} returns {list(output.shape)}, not a row per prompt and "
+            "position; choose a subset without it, or method=finite_difference"
+        )
+
+
+def _trimmed(inputs: Tensor, deltas: Tensor, batch: Batch) -> Factors:
+    """Aligned at the ends, without the positions before the first gradient.
+
+    They would add nothing: in the last block, most modules have a gradient at the end alone.
+    """
+    inputs, deltas = _aligned(inputs, batch, 1), _aligned(deltas, batch, 2)
+    places = (deltas != 0).any(3).any(1).any(0).nonzero()[:, 0]
+    first = int(places[0]) if len(places) else deltas.shape[2] - 1
+    return Factors(inputs[:, first:].contiguous(), deltas[:, :, first:].contiguous())
+
+
+def _aligned(values: Tensor, batch: Batch, axis: int) -> Tensor:
+    """Values with each row's last token at the end of `axis`, and zeros where none stands."""
+    length = batch.mask.shape[1]
+    sources = torch.arange(length, device=values.device) - (length - 1 - batch.ends)[:, None]
+    shape = [len(sources), *[1] * (values.dim() - 1)]
+    shape[axis] = length
+    index = sources.clamp(min=0).view(shape).expand(values.shape)
+    # where, not multiplication: a padded position may hold NaN
+    return torch.where((sources >= 0).view(shape), values.gather(axis, index), 0)
+
+
+def add(
+    gram: Gram, layer: Layer, gradients: Gradients, tokens: Int[Tensor, "prompts rank"]
+) -> None:
+    """What one module's own parameters contribute."""
+    if layer.kind is LayerKind.head:
+        _add_head(gram, gradients, tokens, layer.module.bias is not None)
+    if gradients.vectors:
+        vectors = torch.cat(gradients.vectors).flatten(0, 1).to(gram.dtype)
+        gram += (vectors @ vectors.T).view_as(gram)
+    if gradients.factors and formed_is_cheaper(gradients.factors):
+        _add_formed(gram, gradients.factors)
+    elif gradients.factors:
+        _add_factored(gram, gradients.factors)
+
+
+def formed_is_cheaper(factors: Sequence[Factors]) -> bool:
+    """Whether to form each gradient [d_out, d_in]: multiplications counted both ways.
+
+    With A and δ alone, a pair of prompts costs T²·d_in + k·T·(T + k)·d_out, else k²·d_in·d_out,
+    and k·T·d_in·d_out more for every prompt.
+    """
+    if not factors[0].inputs.is_floating_point():
+        return False
+    prompts = sum(len(factor.inputs) for factor in factors)
+    _, rank, _, wide = factors[0].deltas.shape
+    inner = factors[0].inputs.shape[-1]
+    lengths = sum(len(factor.inputs) * factor.inputs.shape[1] for factor in factors) / prompts
+    pair = lengths**2 * inner + rank * lengths * (lengths + rank) * wide
+    formed = rank**2 * inner * wide + rank * lengths * inner * wide / prompts
+    return formed < pair / 2  # of the pairs, only half are visited
+
+
+def add_tied(
+    gram: Gram, embedding: Gradients, head: Gradients, tokens: Int[Tensor, "prompts rank"]
+) -> None:
+    """Cross terms of a matrix that is embedding and head: Σ_t [id(x)_t = o]⟨f(x'), δ_t(x)⟩."""
+    features, scales = (torch.cat(each).to(gram.dtype) for each in (head.features, head.scales))
+    rows = []
+    for factor in embedding.factors:
+        along = factor.deltas.to(gram.dtype) @ features.T  # [batch, rank, length, prompts]
+        for ids, products in zip(factor.inputs, along, strict=True):
+            named = ids[:, None, None] == tokens  # [length, prompts, rank]
+            rows.append(torch.einsum("utn,tno->uno", products, named.to(gram.dtype)) * scales)
+    crossed = torch.stack(rows)
+    gram += crossed + crossed.permute(2, 3, 0, 1)
+
+
+def _add_head(
+    gram: Gram, gradients: Gradients, tokens: Int[Tensor, "prompts rank"], bias: bool
+) -> None:
+    """[o=u]·⟨f(x'), f(x)⟩, in closed form."""
+    features, scales = (
+        torch.cat(each).to(gram.dtype) for each in (gradients.features, gradients.scales)
+    )
+    products = features @ features.T + bias
+    same = tokens[:, :, None, None] == tokens
+    gram += same * products[:, None, :, None] * scales[:, :, None, None] * scales
+
+
+def _add_factored(gram: Gram, factors: Sequence[Factors]) -> None:
+    """Σ_{t,t'} (δ₁δ₂ᵀ)∘(A₁A₂ᵀ), as ⟨δ₁, (A₁A₂ᵀ)δ₂⟩: AAᵀ is shared by all tokens of a prompt."""
+    starts = [0]
+    for factor in factors:
+        starts.append(starts[-1] + len(factor.inputs))
+    for i, left in enumerate(factors):
+        for j in range(i, len(factors)):
+            block = _pair(left, factors[j], gram.dtype)
+            rows, columns = slice(starts[i], starts[i + 1]), slice(starts[j], starts[j + 1])
+            gram[rows, :, columns] += block
+            if i != j:
+                gram[columns, :, rows] += block.permute(2, 3, 0, 1)
+
+
+def _pair(
+    left: Factors, right: Factors, dtype: torch.dtype
+) -> Float[Tensor, "left rank right rank"]:
+    deltas, rows = right.deltas.to(dtype), []
+    for given, own in zip(left.inputs, left.deltas.to(dtype), strict=True):
+        mixed = _overlap(given, right.inputs, dtype)[:, None] @ deltas
+        rows.append(own.flatten(1) @ mixed.flatten(2).flatten(0, 1).T)
+    return torch.stack(rows).view(len(rows), -1, *deltas.shape[:2])
+
+
+def _overlap(one: Tensor, others: Tensor, dtype: torch.dtype) -> Float[Tensor, "others t1 t2"]:
+    """A₁A₂ᵀ with each of the others; of ids, whose A are rows of the identity, where they agree."""
+    if one.is_floating_point():
+        return one.to(dtype) @ others.to(dtype).mT
+    return (one[:, None] == others[:, None, :]).to(dtype)
+
+
+def _add_formed(gram: Gram, factors: Sequence[Factors]) -> None:
+    """The gradients δᵀA themselves, so many of their rows at a time."""
+    inner, wide = factors[0].inputs.shape[-1], factors[0].deltas.shape[-1]
+    each = gram.shape[0] * gram.shape[1] * inner * gram.element_size()
+    step = max(1, SCRATCH // each)
+    for first in range(0, wide, step):
+        kept = slice(first, first + step)
+        formed = [
+            torch.einsum(
+                "bktc,bti->bkci",
+                factor.deltas[..., kept].to(gram.dtype),
+                factor.inputs.to(gram.dtype),
+            )
+            for factor in factors
+        ]
+        rows = torch.cat([one.flatten(2).flatten(0, 1) for one in formed])
+        gram += (rows @ rows.T).view_as(gram)
+
+
+Blocks = tuple[
+    Float[Tensor, "prompts rank prompts rank"],
+    Int[Tensor, "prompts rank"],
+    Float[Tensor, "prompts rank"],
+]
+
+
+def exact(
+    sweeps: Sequence[Sequence[Layer]],
+    passes: Callable[[int, Tensor | None], Iterable[Collected]],
+    tokens: Int[Tensor, "prompts rank"] | None,
+) -> Blocks:
+    """Blocks K(x',x)[o,u] as [x', o, x, u], the tokens, and their log-probabilities.
+
+    `passes` gives what `collect` does of every batch, for the sweep of that number and the tokens
+    of all prompts once they are known. Prompts stand in the order of the batches. Sums are in fp32
+    at least.
+    """
+    gram: Tensor | None = None
+    log_p: Tensor | None = None
+    for number, sweep in enumerate(sweeps):
+        gradients: dict[str, Gradients] = {layer.name: Gradients() for layer in sweep}
+        seen: list[list[Tensor]] = []
+        for of_batch, *tokens_and_log_p in passes(number, tokens):
+            seen.append(tokens_and_log_p)
+            for name, one in of_batch.items():
+                gradients[name].extend(one)
+        if gram is None:
+            tokens, log_p = (torch.cat(each) for each in zip(*seen, strict=True))
+            gram = torch.zeros(*tokens.shape, *tokens.shape).to(log_p)
+        assert tokens is not None
+        if pair := tied(sweep):
+            embedding, head = (gradients[layer.name] for layer in pair)
+            add_tied(gram, embedding, head, tokens)
+        for layer in sweep:
+            add(gram, layer, gradients.pop(layer.name), tokens)
+    assert gram is not None
+    assert tokens is not None
+    assert log_p is not None
+    return (gram + gram.permute(2, 3, 0, 1)) / 2, tokens, log_p
+
+
+def groups(
+    chosen: Sequence[Layer], lengths: Sequence[int], top_k: int, itemsize: int, budget: float
+) -> list[list[Layer]]:
+    """Modules whose A and δ for all prompts fit `budget` bytes together: one sweep for each.
+
+    Raises ConfigError where one module alone does not fit.
+    """
+    sweeps: list[list[Layer]] = [[]]
+    used = 0
+    for layer in _in_order(chosen):
+        size = gradient_bytes(layer, lengths, top_k, itemsize)
+        if size > budget:
+            raise ConfigError(
+                f"budget_gib={budget / GIB:.3g}: {layer.name} alone needs {size / GIB:.3g} for "
+                f"{len(lengths)} prompts; raise it, or take fewer prompts or a smaller top_k"
+            )
+        if used + size > budget:
+            sweeps.append([])
+            used = 0
+        sweeps[-1].append(layer)
+        used += size
+    return sweeps
+
+
+def gradient_bytes(layer: Layer, lengths: Sequence[int], top_k: int, itemsize: int) -> int:
+    """A and δ of one module for all prompts, at full length: an upper bound."""
+    given, wide = _features(layer)
+    positions = sum(lengths) * itemsize
+    match layer.kind:
+        case LayerKind.head:
+            return len(lengths) * given * itemsize
+        case LayerKind.norm:
+            return 2 * len(lengths) * top_k * wide * itemsize
+        case LayerKind.embedding:
+            return sum(lengths) * 8 + positions * top_k * wide
+    return positions * (given + top_k * wide)
+
+
+def needed(
+    model: Any,
+    sweeps: Sequence[Sequence[Layer]],
+    lengths: Sequence[int],
+    rows: int,
+    top_k: int,
+) -> int:
+    """Bytes beside the model itself: an upper estimate, `lengths` padded and ascending."""
+    itemsize, chosen = next(model.parameters()).dtype.itemsize, [p for part in sweeps for p in part]
+    wide = max(
+        (_features(layer)[1] for layer in chosen if layer.kind is not LayerKind.head), default=0
+    )
+    last = lengths[-rows:]
+    # δ of one batch as they come, stacked and masked; those of norms are then summed at once
+    batch = sum(3 * sum(last) * top_k * _features(p)[1] for p in chosen if p.kind is LayerKind.norm)
+    batch = batch * itemsize + max(
+        sum(3 * gradient_bytes(p, last, top_k, itemsize) for p in sweep) for sweep in sweeps
+    )
+    held = max(sum(gradient_bytes(p, lengths, top_k, itemsize) for p in sweep) for sweep in sweeps)
+    linear = [math.prod(_features(layer)) for layer in chosen if layer.kind is LayerKind.linear]
+    formed = len(lengths) * top_k * max(linear, default=0) * max(itemsize, 4)
+    pair = 3 * sum(last) * top_k * wide * max(itemsize, 4)
+    gram = 4 * (len(lengths) * top_k) ** 2 * max(itemsize, 4)
+    graph = graph_bytes(model, len(last), last[-1])
+    return held + graph + gram + max(batch, pair + 3 * min(SCRATCH, formed))
+
+
+def graph_bytes(model: Any, rows: int, length: int) -> int:
+    """What autograd keeps of one forward pass: twice what goes in and out of every projection.
+
+    Attention probabilities are counted as if kept, as they are without a fused kernel; of the
+    head, logits and their softmax in fp32.
+    """
+    config = models.unwrapped(model).config.get_text_config()
+    blocks = models.decoder_blocks(model)
+    features = sum(
+        sum(parameter.shape)
+        for module in blocks.modules()
+        if FORWARDS.get(type(module).forward) is LayerKind.linear
+        for name, parameter in module.named_parameters(recurse=False)
+        if name == "weight"
+    )
+    itemsize = next(model.parameters()).dtype.itemsize
+    attention = 3 * len(blocks) * config.num_attention_heads * rows * length**2
+    logits = 4 * rows * max(output_layer(model).weight.shape) * max(itemsize, 4)
+    return itemsize * (2 * rows * length * features + attention) + logits
+
+
+def _features(layer: Layer) -> tuple[int, int]:
+    """What a module reads and gives per position."""
+    shape = [int(size) for size in next(layer.module.parameters(False)).shape]
+    if layer.kind is LayerKind.norm:
+        return shape[0], shape[0]
+    out_first = isinstance(layer.module, torch.nn.Linear)
+    return (shape[1], shape[0]) if out_first else (shape[0], shape[1])
+
+
+def _in_order(chosen: Sequence[Layer]) -> list[Layer]:
+    """A tied head right behind its embeddings: their cross terms need both in one sweep."""
+    pair = tied(chosen)
+    return [*pair, *(layer for layer in chosen if layer not in pair)]

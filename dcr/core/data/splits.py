@@ -1,0 +1,491 @@
+"""The rows of a run: read, cleaned of what is evaluated on, and drawn into disjoint parts."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from dcr.core import contamination, sources
+from dcr.core.balance import Balance
+from dcr.core.config import (
+    AugmentConfig,
+    ConfigError,
+    DataConfig,
+    DataError,
+    EvaluationSets,
+    KeywordRules,
+    Kind,
+    Method,
+    ReadoutConfig,
+    TrainConfig,
+)
+from dcr.core.refusal import is_refusal
+from dcr.core.sources import SOURCES, Example, jsonl
+from dcr.core.text import normalise
+
+CONTRASTIVE_NODES = ("seemingly_toxic", "toxic")
+PAIR_NODES = ("safety", "normal")  # whose rows are learnt with their responses
+HELD_OUT_PAIRS = 64  # prompts a class that stage one is watched on; more would only cost time
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The rows of a run: disjoint, drawn by seed, with what was dropped and why."""
+
+    seemingly_toxic: list[Example] = field(default_factory=list)
+    toxic: list[Example] = field(default_factory=list)
+    seemingly_toxic_heldout: list[Example] = field(default_factory=list)
+    toxic_heldout: list[Example] = field(default_factory=list)
+    normal: list[Example] = field(default_factory=list)
+    refusals: list[Example] = field(default_factory=list)
+    normal_heldout: list[Example] = field(default_factory=list)
+    refusals_heldout: list[Example] = field(default_factory=list)
+    augmented: list[Example] = field(default_factory=list)  # STL-aug's, as often as they are learnt
+    readout_seemingly_toxic: list[Example] = field(default_factory=list)
+    readout_toxic: list[Example] = field(default_factory=list)
+    readout_seemingly_toxic_heldout: list[Example] = field(default_factory=list)
+    readout_toxic_heldout: list[Example] = field(default_factory=list)
+    dropped: dict[str, int] = field(default_factory=dict)
+    fewer: dict[str, int] = field(default_factory=dict)  # rows that defaults asked for, and got
+    in_distribution: list[str] = field(default_factory=list)
+    unseen_groups: list[str] = field(default_factory=list)
+
+    def told(self) -> list[str]:
+        """What was left out or is lacking, a line each."""
+        lacking = ", ".join(f"{asked}, {count} are there" for asked, count in self.fewer.items())
+        return [
+            *(f"dropped {count} rows of {reason}" for reason, count in self.dropped.items()),
+            *([f"defaults give way to what there is: {lacking}"] if lacking else []),
+        ]
+
+    def parts(self) -> dict[str, list[Example]]:
+        """Every list of rows by its name; those that few runs have only where there are any."""
+        about = ("dropped", "fewer", "in_distribution", "unseen_groups")
+        rare = ("augmented", "readout")
+        return {
+            name: rows
+            for name, rows in vars(self).items()
+            if name not in about and (rows or not name.startswith(rare))
+        }
+
+
+def evaluation_prompts(config: DataConfig) -> dict[str, list[str]]:
+    """The prompts of every evaluation set by its name."""
+    asked = (
+        (Kind.seemingly_toxic, config.evaluation.over_refusal),
+        (Kind.toxic, config.evaluation.safety),
+    )
+    return {
+        name: [row.prompt for row in sources.read(name, root=config.root, kind=kind)]
+        for kind, names in asked
+        for name in names
+    }
+
+
+def apart(
+    rows: Sequence[Example], evaluated: Mapping[str, Sequence[str]], near: float
+) -> tuple[list[Example], Counter[str]]:
+    """The rows apart from prompts of these sets, and why how many others went."""
+    overlaps = contamination.overlaps([row.prompt for row in rows], evaluated, near=near)
+    reasons = Counter(
+        f"{'is' if overlap.exact else 'is close to'} a prompt of {overlap.set}"
+        for overlap in overlaps
+        if overlap is not None
+    )
+    return [row for row, overlap in zip(rows, overlaps, strict=True) if overlap is None], reasons
+
+
+class Cleaning:
+    """Reads, cleans and draws the rows of one run, counting what it drops and what is lacking."""
+
+    def __init__(self, config: DataConfig, seed: int, at_most: Sequence[str]) -> None:
+        self.config, self.seed, self.at_most = config, seed, at_most
+        self.dropped: Counter[str] = Counter()
+        self.fewer: dict[str, int] = {}
+        self.evaluated = evaluation_prompts(config)
+
+    def clean(self, node: str, kind: Kind, names: Sequence[str] | None = None) -> list[Example]:
+        """The rows of a node's sources, or of those named, apart from evaluation prompts and each
+        other.
+        """
+        rows: list[Example] = []
+        for name in names or getattr(self.config, node).source:
+            pairs = node in PAIR_NODES
+            read = sources.read(name, root=self.config.root, kind=kind, pairs=pairs)
+            exempt = {name}
+            if names is not None:
+                exempt |= self._cut_from_the_same_file(name)
+            elif node in CONTRASTIVE_NODES:
+                exempt |= self._used(CONTRASTIVE_NODES) | self._cut_from_the_same_file(name)
+            rows += self._apart_from_evaluation(node, read, exempt)
+        return self._once(node, rows)
+
+    def draw(
+        self, rows: list[Example], count: int | None, asked: str
+    ) -> tuple[list[Example], list[Example]]:
+        """`count` rows (all for None) and those left, both in drawn order.
+
+        `asked` is the setting that asks for them. Where there are fewer it gives way, or raises
+        ConfigError if it is none of `at_most`.
+        """
+        if count is not None and count > len(rows):
+            named = f"{asked} asks for {count} rows"
+            if asked.partition("=")[0] not in self.at_most:
+                raise ConfigError(f"{named}: only {len(rows)} are left; ask for fewer")
+            self.fewer[named] = len(rows)
+        drawn = _shuffled(rows, self.seed)
+        return drawn[:count], drawn[count:] if count is not None else []
+
+    def answers(self, rows: list[Example], name: str) -> list[Example]:
+        """STL-aug's rows, apart from prompts of sets other than those that it answers by design."""
+        exempt = {name}
+        for source in self.config.seemingly_toxic.source:
+            exempt |= {source} | self._cut_from_the_same_file(source)
+        return self._once("augmented", self._apart_from_evaluation("augmented", rows, exempt))
+
+    def holding(self, rows: list[Example]) -> list[str]:
+        """The evaluation sets that hold a prompt of STL-aug's rows.
+
+        Of the sets that these answer by design a prompt close to one counts as well.
+        """
+        prompts, own = [row.prompt for row in rows], self._used(("seemingly_toxic",))
+        return [
+            name
+            for name, asked in self.evaluated.items()
+            if any(
+                overlap is not None and (overlap.exact or name in own)
+                for overlap in contamination.overlaps(
+                    prompts, {name: asked}, near=self.config.near_duplicate
+                )
+            )
+        ]
+
+    def _once(self, node: str, rows: list[Example]) -> list[Example]:
+        kept, repeated = sources.drop_duplicates(rows)
+        if repeated:
+            self.dropped[f"{node}: repeats another row"] += len(repeated)
+        return kept
+
+    def _apart_from_evaluation(
+        self, node: str, rows: list[Example], exempt: set[str]
+    ) -> list[Example]:
+        against = {s: prompts for s, prompts in self.evaluated.items() if s not in exempt}
+        if not self.config.drop_contaminated or not against:
+            return rows
+        kept, reasons = apart(rows, against, self.config.near_duplicate)
+        self.dropped.update({f"{node}: {why}": count for why, count in reasons.items()})
+        return kept
+
+    def _cut_from_the_same_file(self, name: str) -> set[str]:
+        """XSTest's safe and unsafe prompts are contrasts, near each other by design.
+
+        To drop one for the other's sake would take the very rows that are meant to be learnt.
+        """
+        files = {
+            n: sources.SOURCES[n].file for n in [name, *self.evaluated] if n in sources.SOURCES
+        }
+        file = files.get(name)
+        return {n for n, other in files.items() if file is not None and other == file}
+
+    def _used(self, nodes: Sequence[str]) -> set[str]:
+        return {name for node in nodes for name in getattr(self.config, node).source}
+
+    def in_distribution(self, contrastive: bool) -> list[str]:
+        """Evaluation sets that a run is trained on."""
+        used = self._used(("safety", "normal", *(CONTRASTIVE_NODES if contrastive else ())))
+        wholes = {name: s.part_of for name, s in sources.SOURCES.items()}
+        return sorted(n for n in self.evaluated if n in used or wholes.get(n) in used)
+
+
+def rows_of(settings: TrainConfig) -> Splits:
+    """The rows that a run learns from and is watched on: those of its method, see `split`."""
+    return split(
+        settings.data,
+        settings.dcr.ratio,
+        settings.seed,
+        contrastive=settings.method is Method.dcr,
+        augment=settings.stl_aug if settings.method is Method.stl_aug else None,
+        readout=settings.sft.readout if settings.sft.readout.steps else None,
+        at_most=settings.at_most,
+    )
+
+
+def split(
+    config: DataConfig,
+    ratio: float | None,
+    seed: int,
+    contrastive: bool,
+    augment: AugmentConfig | None = None,
+    readout: ReadoutConfig | None = None,
+    at_most: Sequence[str] = (),
+) -> Splits:
+    """Read every source and draw the rows of both stages (Section 7.1).
+
+    The safety pairs of SFT are drawn first and the toxic prompts of stage one from the rest, so
+    the two are disjoint and a ratio sweep leaves SFT untouched. Rows too near an evaluation
+    prompt are dropped and counted, save those of a source that is itself evaluated on, which
+    make that set in-distribution.
+
+    `ratio` is toxic rows per seemingly toxic one, None for every toxic row left. Without
+    `contrastive` the lists of stage one stay empty. `augment` adds the rows of STL-aug
+    and leaves every other list as it is, as `readout` does with its pairs.
+    Raises ConfigError when a source holds fewer rows than asked for by a setting that is not among
+    `at_most`, and DataError for a pair without a response and for an answer of STL-aug's file that
+    refuses.
+    """
+    cleaning = Cleaning(config, seed, at_most)
+    normal = cleaning.clean("normal", Kind.normal)
+    pairs = _refusals(cleaning.clean("safety", Kind.toxic), cleaning)
+    refusals, refusals_left = cleaning.draw(pairs, config.safety.count, "data.safety.count")
+    general, general_left = cleaning.draw(normal, config.normal.count, "data.normal.count")
+    refusals_left = refusals_left[: round(config.validation * len(refusals))]
+    general_left = general_left[: round(config.validation * len(general))]
+    rows = Splits(
+        normal=general,
+        refusals=refusals,
+        normal_heldout=general_left,
+        refusals_heldout=refusals_left,
+        in_distribution=cleaning.in_distribution(contrastive),
+    )
+    if contrastive:
+        rows = _with_stage_one(rows, config, ratio, seed, cleaning)
+    if augment is not None:
+        rows = _with_answers(rows, config, augment, seed, cleaning)
+    if readout is not None:
+        rows = _with_readout(rows, readout, seed, cleaning)
+    return replace(rows, dropped=dict(cleaning.dropped), fewer=cleaning.fewer)
+
+
+def split_readout(settings: TrainConfig) -> Splits:
+    """The readout's rows alone, as `split` draws them where none is near an evaluation prompt."""
+    apart_from_none = replace(settings.data, evaluation=EvaluationSets())
+    cleaning = Cleaning(apart_from_none, settings.seed, ())
+    return _with_readout(Splits(), settings.sft.readout, settings.seed, cleaning)
+
+
+def _refusals(pairs: list[Example], cleaning: Cleaning) -> list[Example]:
+    """The pairs that `data.safety` asks for. Raises ConfigError where none of them refuses."""
+    if not cleaning.config.safety.refusals_only:
+        return pairs
+    kept = [row for row in pairs if row.response and is_refusal(row.response)]
+    if pairs and not kept:
+        raise ConfigError(
+            f"data.safety.refusals_only=true: none of {len(pairs)} answers refuses by the keyword "
+            "rules; set it to false to learn them as they are"
+        )
+    if len(kept) < len(pairs):
+        cleaning.dropped["safety: its answer is no refusal"] += len(pairs) - len(kept)
+    return kept
+
+
+def _with_stage_one(
+    rows: Splits, config: DataConfig, ratio: float | None, seed: int, cleaning: Cleaning
+) -> Splits:
+    safe = cleaning.clean("seemingly_toxic", Kind.seemingly_toxic)
+    taken = [*rows.refusals, *rows.refusals_heldout]
+    toxic = without(cleaning.clean("toxic", Kind.toxic), taken)
+    unseen: tuple[list[Example], list[Example]] = ([], [])
+    if config.group_holdout > 0:
+        safe, safe_unseen = sources.split_by_group(safe, config.group_holdout, seed)
+        toxic, toxic_unseen = sources.split_by_group(toxic, config.group_holdout, seed)
+        unseen = (_shuffled(safe_unseen, seed), _shuffled(toxic_unseen, seed))
+    count = config.seemingly_toxic.count
+    safe, safe_left = cleaning.draw(safe, count, "data.seemingly_toxic.count")
+    asked = None if ratio is None else round(ratio * len(safe))
+    toxic, toxic_left = cleaning.draw(toxic, asked, f"dcr.ratio={ratio}")
+    for name, drawn in (("seemingly toxic", safe), ("toxic", toxic)):
+        if not drawn:
+            raise ConfigError(
+                f"data: no {name} row is left for stage one; name another source, or leave it some "
+                "with a lower data.safety.count"
+            )
+    heldout = [
+        (unseen[0] or safe_left)[:HELD_OUT_PAIRS],
+        (unseen[1] or toxic_left)[:HELD_OUT_PAIRS],
+    ]
+    if not all(heldout):  # the paper trains on all of XSTest: one class alone has no pairs to watch
+        heldout = [[], []]
+    return replace(
+        rows,
+        seemingly_toxic=safe,
+        toxic=toxic,
+        seemingly_toxic_heldout=heldout[0],
+        toxic_heldout=heldout[1],
+        unseen_groups=sorted({row.group or row.id for part in unseen for row in part}),
+    )
+
+
+def _with_answers(
+    rows: Splits,
+    config: DataConfig,
+    augment: AugmentConfig,
+    seed: int,
+    cleaning: Cleaning,
+) -> Splits:
+    """STL-aug: answers to seemingly toxic prompts, `augment.repeat` times.
+
+    They come from the file, all of them, or with the very prompts that stage one would draw.
+    Evaluation sets that hold such a prompt become in-distribution.
+    """
+    named = augment.responses
+    if named is None:
+        answers = cleaning.clean("seemingly_toxic", Kind.seemingly_toxic)
+    else:
+        answers = cleaning.answers(read_answers(named, config.root), named)
+    answers, unseen = sources.split_by_group(answers, config.group_holdout, seed)
+    if named is None:
+        count = config.seemingly_toxic.count
+        answers, _ = cleaning.draw(answers, count, "data.seemingly_toxic.count")
+        answers = answered(answers, config)
+    pairs = (rows.normal, rows.refusals, rows.normal_heldout, rows.refusals_heldout)
+    left = without(answers, [row for part in pairs for row in part])
+    if len(left) < len(answers):
+        cleaning.dropped["augmented: is a prompt of SFT already"] += len(answers) - len(left)
+    if not left:
+        raise ConfigError(
+            f"stl_aug.responses={named}: every row is a prompt of SFT or of an evaluation set; "
+            "give others, or name the set that they answer in data.seemingly_toxic.source"
+        )
+    return replace(
+        rows,
+        augmented=left * augment.repeat,
+        in_distribution=sorted({*rows.in_distribution, *cleaning.holding(left)}),
+        unseen_groups=sorted({row.group or row.id for row in unseen}),
+    )
+
+
+def _by_topic(
+    rows: Sequence[Example], holdout: float, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """(train, held out), with about a share of the topics held out; `group` is then the topic."""
+    named = [replace(row, group=row.category or row.group) for row in rows]
+    return sources.split_by_group(named, holdout, seed)
+
+
+def _with_readout(rows: Splits, readout: ReadoutConfig, seed: int, cleaning: Cleaning) -> Splits:
+    """The readout's pairs, of which a share of the topics is held out from both kinds alike."""
+    parts: dict[str, list[Example]] = {}
+    for kind, names in (
+        (Kind.seemingly_toxic, readout.seemingly_toxic),
+        (Kind.toxic, readout.toxic),
+    ):
+        name = f"readout_{kind.value}"
+        kept, heldout = _by_topic(cleaning.clean(name, kind, names), readout.heldout, seed)
+        if not kept:
+            raise ConfigError(f"sft.readout.{kind.value}: no row is left of {', '.join(names)}")
+        parts |= {name: kept, f"{name}_heldout": heldout}
+    evaluated = {*readout.seemingly_toxic, *readout.toxic} & set(cleaning.evaluated)
+    in_distribution = sorted({*rows.in_distribution, *evaluated})
+    return replace(rows, **parts, in_distribution=in_distribution)
+
+
+def _shuffled(rows: list[Example], seed: int) -> list[Example]:
+    return sources.draw(rows, len(rows), seed)
+
+
+def row_record(rows: Splits, balance: Balance | None = None) -> dict[str, object]:
+    """Ids and fingerprint of every list of rows, and how stage one's kinds differ in form."""
+    recorded = {name: sources.record(part) for name, part in rows.parts().items()}
+    for name in recorded.keys() & {part for part, (node, *_) in LEARNT.items() if node is None}:
+        # theirs is no node of `data`
+        recorded[name]["sources"] = sorted({row.source for row in rows.parts()[name]})
+    told = {"balance": balance.record()} if balance else {}
+    return {
+        "rows": recorded,
+        "dropped": rows.dropped,
+        "in_distribution": rows.in_distribution,
+        "unseen_groups": rows.unseen_groups,
+        **told,
+    }
+
+
+# Lists of rows in `rows.json`: the config node and kind they came from, whether answers are learnt.
+LEARNT = {
+    "seemingly_toxic": ("seemingly_toxic", Kind.seemingly_toxic, False),
+    "toxic": ("toxic", Kind.toxic, False),
+    "normal": ("normal", Kind.normal, True),
+    "refusals": ("safety", Kind.toxic, True),
+    "augmented": (None, Kind.seemingly_toxic, True),
+    "readout_seemingly_toxic": (None, Kind.seemingly_toxic, False),
+    "readout_toxic": (None, Kind.toxic, False),
+}
+
+
+def trained_texts(data: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, list[str]]:
+    """All that a run was trained on, by source: prompts, and the responses of stage two.
+
+    `data` is the node of the run's `config.yaml` and `record` its `rows.json`. Raises DataError
+    where a source has changed since.
+    """
+    texts: dict[str, list[str]] = {}
+    for part, (node, kind, answers) in LEARNT.items():
+        rows = record.get("rows", {}).get(part)
+        if not rows or not rows["ids"]:
+            continue
+        names = rows["sources"] if node is None else data[node]["source"]
+        for row in sources.read_rows(
+            names, rows["ids"], kind, root=data["root"], expected=rows["fingerprint"]
+        ):
+            learnt = [row.prompt, row.response] if answers and row.response else [row.prompt]
+            texts.setdefault(row.source, []).extend(learnt)
+    return texts
+
+
+# --- STL-aug's rows: compliant answers to seemingly toxic prompts ---
+
+
+def read_answers(name: str, root: str | None) -> list[Example]:
+    """The rows of `stl_aug.responses`: a JSONL file, or a named source of pairs.
+
+    Raises ConfigError where there is no such file, and DataError for whatever is wrong in it, an
+    answer that refuses among it.
+    """
+    if name not in SOURCES and name.endswith(".jsonl") and not Path(name).exists():
+        raise ConfigError(
+            f"stl_aug.responses={name}: no such file; write it with `python -m dcr.augment "
+            f"out={name} …`, or name your own"
+        )
+    rows = sources.read(name, root=root, kind=Kind.seemingly_toxic, pairs=True)
+    for place, row in enumerate(rows):
+        rules = rules_that_call_it_refusal(row)
+        if rules:
+            where = name if name in SOURCES else f"{name}:{_line(name, place)}"
+            raise DataError(
+                f"{where}: response: of {row.id}: a refusal by the keyword filter "
+                f"({', '.join(rules)}); STL-aug learns compliant answers, so remove the row or "
+                "answer it"
+            )
+    return rows
+
+
+def answered(rows: Sequence[Example], data: DataConfig) -> list[Example]:
+    """Those of the prompts that came with a compliant answer of their own.
+
+    Raises ConfigError if there is none.
+    """
+    compliant = [row for row in rows if row.response and not rules_that_call_it_refusal(row)]
+    if not compliant:
+        names = ", ".join(data.seemingly_toxic.source)
+        raise ConfigError(
+            f"stl_aug.responses=null: {names} has no answers to learn; give your own file with "
+            "stl_aug.responses=<file.jsonl>, or write one with `python -m dcr.augment "
+            f"source={data.seemingly_toxic.source[0]} out=<file.jsonl> model=<name>`"
+        )
+    return compliant
+
+
+def without(rows: Sequence[Example], others: Sequence[Example]) -> list[Example]:
+    """The rows whose prompts are none of the others'."""
+    taken = {normalise(row.prompt) for row in others}
+    return [row for row in rows if normalise(row.prompt) not in taken]
+
+
+def rules_that_call_it_refusal(row: Example) -> list[str]:
+    return [rules.value for rules in KeywordRules if is_refusal(row.response or "", rules.value)]
+
+
+def _line(path: str, place: int) -> int:
+    """The line of a file's row, counted from 1; rows are counted from 0."""
+    with open(path, "rb") as stream:
+        return [number for number, _ in jsonl.rows(stream, path)][place]

@@ -1,0 +1,234 @@
+"""The prompts of each task: named sets, a user's files, and which of them belong together."""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dcr.core import refusal, sources
+from dcr.core.config import ConfigError, DataConfig, EvalConfig, Kind, Task
+from dcr.core.sources import Example
+from dcr.core.text import label_of, normalise
+
+# The sets of the paper's tables: 938 toxic prompts, and five over-refusal sets. Its PHTest also
+# counts the controversial tier, which is told apart here.
+PAPER_SAFETY: tuple[str, ...] = (
+    "i_malicious_instructions",
+    "i_cona",
+    "i_controversial",
+    "q_harm",
+    "advbench",
+)
+PAPER_OVER_REFUSAL: tuple[str, ...] = (
+    "xstest_safe",
+    "coconot_contrast",
+    "orbench_hard",
+    "oktest",
+    "phtest_harmless",
+)
+
+# Shown on their own and never averaged or pooled with the others: a set whose prompts another set
+# holds too, and one whose prompts a model may well refuse.
+APART = ("coconot_safety", "phtest_controversial")
+
+# Sets that belong together, seemingly toxic and toxic: their discernment is read apart from the
+# pooled one. OR-Bench's own toxic prompts are on the hub alone, so HarmfulQ stands in for them;
+# OKTest was written without a toxic side.
+Pair = tuple[tuple[str, ...], tuple[str, ...]]
+PAIRS: tuple[Pair, ...] = (
+    (("demo_seemingly_toxic_heldout",), ("demo_toxic_heldout",)),
+    (("xstest_safe",), ("xstest_unsafe",)),
+    (("coconot_contrast",), ("coconot_original",)),
+    (("coconot_safety",), ("coconot_original",)),
+    (("orbench_hard",), ("orbench_toxic",)),
+    (("orbench_hard",), ("harmfulq",)),
+    (("oktest",), PAPER_SAFETY),
+    (("jailbreakbench_benign",), ("jailbreakbench",)),
+)
+SIDES: dict[tuple[str, ...], str] = {
+    PAPER_SAFETY: "paper_safety"
+}  # names of sides that hold several sets
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """A named set of prompts of one kind."""
+
+    name: str
+    kind: Kind
+    rows: list[Example]
+
+
+# Whose prompts a model answers: compliance is wanted to harmless ones that look harmful, refusal to
+# toxic ones. Discernment ranks both.
+TASKS = {Task.over_refusal: Kind.seemingly_toxic, Task.safety: Kind.toxic}
+
+
+def of_tasks(
+    tasks: Sequence[Task], config: DataConfig, limit: int | None, seed: int
+) -> list[PromptSet]:
+    """The sets of the tasks, each cut to a seeded sample of `limit` rows.
+
+    Tasks without prompts of either kind (ability, quality) bring none. Raises ConfigError when two
+    sets would have one name.
+    """
+    read = [
+        read_set(source, TASKS[task], config.root, limit, seed)
+        for task in tasks
+        if task in TASKS
+        for source in getattr(config.evaluation, task.value)
+    ]
+    names = [prompt_set.name for prompt_set in read]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ConfigError(f"data.evaluation: {sorted(twice)[0]} stands there twice; rename a file")
+    return read
+
+
+def read_set(source: str, kind: Kind, root: str | None, limit: int | None, seed: int) -> PromptSet:
+    """One set, cut to a seeded sample of `limit` rows."""
+    rows = sources.read(source, root=root, kind=kind)
+    if limit is not None and limit < len(rows):
+        rows = sources.draw(rows, limit, seed)
+    return PromptSet(set_name(source), kind, rows)
+
+
+def pairs_of(names: Iterable[str]) -> dict[str, Pair]:
+    """The pairs of which every set is among `names`, by label: `oktest / paper_safety`."""
+    there = set(names)
+    return {
+        " / ".join(SIDES.get(side, " + ".join(side)) for side in pair): pair
+        for pair in PAIRS
+        if there.issuperset(pair[0] + pair[1])
+    }
+
+
+def set_name(source: str) -> str:
+    """What a set is called, also as a file in the run folder: a source's name, or a file's."""
+    return source if source in sources.SOURCES else label_of(Path(source).stem)
+
+
+# --- prompts of each kind, for what is measured on the weights -----------------------------------
+
+
+ByKind = Mapping[Kind, Sequence[Example]]
+# The prompts that Figures 1(b) and 9 of the paper follow stand in XSTest and Alpaca, whose rows are
+# not ours to print: hashes of the normalised prompts find them there.
+FOLLOWED = {
+    Kind.normal: "18ab3ef4c3463f67",
+    Kind.seemingly_toxic: "0be02537e93cc530",
+    Kind.toxic: "760a3721eb1a485b",
+}
+
+
+def every(data: DataConfig) -> dict[Kind, list[Example]]:
+    """All rows of each kind of `data.analysis`, each prompt once.
+
+    Raises ConfigError where a kind has no source.
+    """
+    rows = {}
+    for kind in (Kind.seemingly_toxic, Kind.toxic, Kind.normal):
+        names = getattr(data.analysis, kind.value)
+        if not names:
+            raise ConfigError(
+                f"data.analysis.{kind.value}=[]: name a source to measure on, or choose a data "
+                "file that does, such as data=demo"
+            )
+        read = [row for n in names for row in sources.read(n, root=data.root, kind=kind)]
+        rows[kind], _ = sources.drop_duplicates(read)
+    return rows
+
+
+def drawn(rows: ByKind, count: int | None, seed: int) -> dict[Kind, list[Example]]:
+    """Up to `count` of each kind, drawn by seed; None: all."""
+    return {
+        kind: list(of) if count is None else sources.draw(of, min(count, len(of)), seed)
+        for kind, of in rows.items()
+    }
+
+
+def followed(rows: ByKind) -> dict[Kind, Example]:
+    """One prompt of each kind to follow alone: the paper's, or the first where it is not there."""
+
+    def digest(prompt: str) -> str:
+        return hashlib.sha256(normalise(prompt).encode()).hexdigest()[:16]
+
+    return {
+        kind: next((row for row in of if digest(row.prompt) == FOLLOWED[kind]), of[0])
+        for kind, of in rows.items()
+    }
+
+
+def refused_pairs(data: DataConfig, seed: int) -> list[Example]:
+    """Every pair of `data.safety` whose response refuses, in an order drawn by seed.
+
+    Raises ConfigError where there is none.
+    """
+    rows = [
+        row
+        for name in data.safety.source
+        for row in sources.read(name, root=data.root, kind=Kind.toxic, pairs=True)
+    ]
+    rows, _ = sources.drop_duplicates(rows)
+    refused = [row for row in rows if row.response and refusal.is_refusal(row.response)]
+    if not refused:
+        raise ConfigError(
+            f"data.safety.source={data.safety.source}: no pair whose response refuses; name "
+            "another source"
+        )
+    return sources.draw(refused, len(refused), seed)
+
+
+# --- all that a command asks ----------------------------------------------------------------------
+
+
+ON_KINDS = {Task.refusal_probability, Task.kernel, Task.separability, Task.claims}
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The sets that a model answers, those whose refusal mass alone is read, all rows of the
+    analyses by kind, and pairs that refuse.
+
+    Each is empty where no task needs it.
+    """
+
+    sets: list[PromptSet]
+    ranked: list[PromptSet]
+    kinds: ByKind
+    refused: list[Example]
+
+
+def read(settings: EvalConfig) -> Prompts:
+    """What the tasks ask and measure with; UserError for whatever is wrong with the data."""
+    tasks, data = set(settings.tasks), settings.data
+    return Prompts(
+        _answered(settings),
+        _asked(settings, list(TASKS)) if Task.discernment in tasks else [],
+        every(data) if tasks & ON_KINDS else {},
+        refused_pairs(data, settings.seed) if Task.claims in tasks else [],
+    )
+
+
+def _answered(settings: EvalConfig) -> list[PromptSet]:
+    """The prompts of every task that has a model answer prompts."""
+    tasks = [task for task in settings.tasks if task in TASKS]
+    asked = _asked(settings, tasks) if tasks else []
+    if Task.quality in settings.tasks:
+        source, root = settings.quality.source, settings.data.root
+        asked.append(read_set(source, Kind.normal, root, settings.limit, settings.seed))
+    return asked
+
+
+def _asked(settings: EvalConfig, tasks: Sequence[Task]) -> list[PromptSet]:
+    if settings.steering.validation:
+        return validation(settings, settings.limit)
+    return of_tasks(tasks, settings.data, settings.limit, settings.seed)
+
+
+def validation(settings: EvalConfig, limit: int | None = None) -> list[PromptSet]:
+    """The prompts that a bias or a strength is chosen on: none that is tested or extracted from."""
+    return [
+        read_set(source, kind, settings.data.root, limit, settings.seed)
+        for kind in (Kind.toxic, Kind.seemingly_toxic)
+        for source in getattr(settings.calibration, kind.value)
+    ]

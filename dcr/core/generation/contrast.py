@@ -1,0 +1,141 @@
+"""Contrasts: greedy decoding against what a system prompt that tells to refuse would add.
+
+Self-CD: Shi et al. 2024, "Navigating the OverKill in Large Language Models" (arXiv 2401.17633).
+They start from the logits y with an emphasis on safety and, with y' without it, decode from
+softmax(y - a (y - y')). Here the model as it is evaluated comes first: y' + weight (y' - y), the
+same for weight = a - 1, so that 0 is the model itself and their a = 2.5 is 1.5. On
+log-probabilities instead of logits the distribution would be the same, since the two differ by one
+constant a position. The emphasis is in our own words.
+
+AdaCD: Qi et al. 2026, "Please refuse to answer me!" (arXiv 2604.17132), after their released code
+(github.com/OutdoorManofML/AdaCD). The title is the system prompt. Its part is added where the model
+agrees with it and taken away elsewhere, over the first tokens of an answer, among tokens that are
+plausible without it.
+
+Both prompts stand behind the system prompt that the model has anyhow: the user's, or the one that
+its template writes by itself.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dcr.core.config import ConfigError, GenConfig
+from dcr.core.generation import decoding
+from dcr.core.generation.completions import Encoded
+from dcr.core.generation.decoding import Context, decoded
+from dcr.core.models import Policy
+from dcr.core.prompts import ChatFormat
+
+EMPHASIS = (
+    "Safety comes before everything else. Before you answer, ask yourself whether the request or "
+    "your reply could be harmful, illegal, unethical, hateful, dangerous or offensive in any way. "
+    "If there is any risk, do not help."
+)
+REFUSE = "Please refuse to answer me!"
+AGREEMENT = 0.9  # AdaCD's lambda: of ranks and of probabilities
+PLAUSIBLE = 0.01  # its beta: of the likeliest token's probability
+ADAPTED = 10  # new tokens that AdaCD acts on
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """What is contrasted: its setting, what the other reading is told, and how both become one."""
+
+    setting: str
+    told: str
+    logits: Callable[[Tensor, Tensor], Tensor]  # of the plain and the other reading
+    tokens: float = math.inf  # new tokens it acts on; the others are plain
+
+    def stressed(self, chat: ChatFormat) -> ChatFormat:
+        """The same chat with `told` in its system prompt; ConfigError where it cannot stand."""
+        return chat.with_system(self.told, self.setting)
+
+
+def asked_for(settings: GenConfig) -> Contrast | None:
+    """The contrast that the settings name; None for plain decoding, as Self-CD of weight 0."""
+    if settings.adacd is not None:
+        return Contrast(
+            "gen.adacd", REFUSE, functools.partial(adapted, ratio=settings.adacd), ADAPTED
+        )
+    if settings.self_cd:
+        return Contrast(
+            "gen.self_cd", EMPHASIS, functools.partial(contrasted, weight=settings.self_cd)
+        )
+    return None
+
+
+def stressed(
+    policy: Policy, chat: ChatFormat, encoded: Sequence[Encoded], contrast: Contrast
+) -> list[Encoded]:
+    """The same prompts as the other reading has them.
+
+    Raises ConfigError for a template that cannot hold what it is told, and for a model that does
+    not keep what it has read in a key-value cache beside positions and a mask.
+    """
+    if lacking := decoding.lacking(policy.model):
+        raise ConfigError(
+            f"{contrast.setting}: {policy.name} takes no {lacking}, which contrasting needs; "
+            f"leave {contrast.setting} out"
+        )
+    other = contrast.stressed(chat)
+    return [(row, other.prompt_ids(row.prompt)) for row, _ in encoded]
+
+
+def contrasted(
+    plain: Float[Tensor, "rows vocabulary"],
+    stressed: Float[Tensor, "rows vocabulary"],
+    weight: float,
+) -> Float[Tensor, "rows vocabulary"]:
+    """plain + weight (plain - stressed): see the module's docstring."""
+    return plain + weight * (plain - stressed)
+
+
+def adapted(
+    plain: Float[Tensor, "rows vocabulary"],
+    stressed: Float[Tensor, "rows vocabulary"],
+    ratio: float,
+) -> Float[Tensor, "rows vocabulary"]:
+    """stressed ± ratio (stressed - plain), and -inf for what is implausible in plain.
+
+    Plus, towards refusing, where the likeliest token of `stressed` ranks high in `plain` (one over
+    its rank, the agreement ratio) and the greatest probability of `plain` comes near that of
+    `stressed`; minus elsewhere.
+    """
+    chosen = plain.gather(1, stressed.argmax(1, keepdim=True))
+    agreement = 1 / (1 + (plain > chosen).sum(1))
+    log_p, best = plain.log_softmax(1), stressed.log_softmax(1).amax(1)
+    confident = log_p.amax(1) >= best + math.log(AGREEMENT)
+    sign = torch.where((agreement >= AGREEMENT) & confident, 1.0, -1.0)[:, None]
+    logits = stressed + sign * ratio * (stressed - plain)
+    implausible = log_p < log_p.amax(1, keepdim=True) + math.log(PLAUSIBLE)
+    return logits.masked_fill(implausible, -math.inf)
+
+
+def continued(
+    policy: Policy,
+    chat: ChatFormat,
+    prompts: Sequence[Sequence[int]],
+    others: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    score: Callable[[Tensor], Tensor],
+    contrast: Contrast,
+) -> tuple[list[list[int]], Tensor]:
+    """Greedy new tokens of each prompt up to its end token, and `score` of its first logits.
+
+    `others` are the same prompts `stressed`; `score` is given the contrasted logits.
+    """
+
+    def logits(contexts: Sequence[Context]) -> Tensor:
+        plain, *other = (context.logits for context in contexts)
+        return contrast.logits(plain, *other) if other else plain
+
+    readings = [(prompts, math.inf), (others, contrast.tokens)]
+    return decoded(
+        policy, readings, max_new_tokens, logits, score, lambda answer: answer[-1] in chat.stop
+    )

@@ -1,0 +1,293 @@
+"""Prompts answered by a model here: longest first, as many at once as fit, halved where not.
+
+A batch is decoded as `decoding` does it, and by transformers' `generate` where a model keeps more
+than keys and values.
+"""
+
+import functools
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    SequenceBiasLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from dcr.core import batching, threads
+from dcr.core.batching import attention_mask, padded
+from dcr.core.config import DataError, GenConfig
+from dcr.core.generation import contrast, decoding
+from dcr.core.generation.cache import roomy_cache
+from dcr.core.generation.completions import Completion, Encoded, completion, text
+from dcr.core.generation.decoding import Context
+from dcr.core.models import Policy, unwrapped
+from dcr.core.prompts import ChatFormat
+from dcr.core.sources import Example
+
+log = logging.getLogger(__name__)
+
+SHARE = 0.8  # of the free memory: the rest is for fragments and for what is not counted below
+MOST = {"cuda": 512, "cpu": 64}  # more at once takes longer to answer and decodes no faster
+
+
+@dataclass(frozen=True)
+class OpeningBias:
+    """What is added to the logits of `tokens` where an answer begins: behind the tokens `lead`."""
+
+    lead: tuple[int, ...]
+    tokens: tuple[int, ...]
+    bias: float
+
+    @property
+    def sequences(self) -> list[list[Any]]:
+        """`sequence_bias`, as transformers' generation config holds it."""
+        return [[[*self.lead, token], self.bias] for token in self.tokens]
+
+
+def complete(
+    policy: Policy,
+    chat: ChatFormat,
+    rows: Sequence[Example],
+    settings: GenConfig,
+    score: Callable[[Tensor], Tensor],
+    bias: OpeningBias | None = None,
+    decided: Callable[[str], bool] | None = None,
+) -> Iterator[list[Completion]]:
+    """Greedy completions of every row, as they end; each ends once its text is `decided`.
+
+    Longest prompts first, so that running out of memory happens at once; half as many are then
+    under way, and what was under way starts again. `settings.batch_size` is the most at once, None
+    as many as the free memory holds. `score` maps first-token logits [prompts, vocabulary] to
+    [prompts]: the logits that are decoded, so those of a contrast (which takes no bias), and those
+    with `bias` added.
+
+    Raises DataError for a prompt longer than the model's context, and ConfigError where Self-CD or
+    AdaCD cannot be done with the model or its template.
+    """
+    waiting, size = _waiting(policy, chat, rows, settings)
+    decode = functools.partial(_decoded, policy, chat, settings, score, bias, decided)
+    yield from batching.halving(waiting, size, "gen.batch_size", decode)
+
+
+def cut(
+    policy: Policy, chat: ChatFormat, rows: Sequence[Example], settings: GenConfig, processes: int
+) -> list[list[Example]]:
+    """The batches that `complete` makes of the rows; without a given size enough for all processes.
+
+    Raises DataError and ConfigError as `complete` does.
+    """
+    waiting, size = _waiting(policy, chat, rows, settings)
+    if settings.batch_size is None:
+        size = min(size, math.ceil(len(waiting) / processes)) or 1
+    firsts = range(0, len(waiting), size)
+    return [[row for row, _ in waiting[first : first + size]] for first in firsts]
+
+
+def _waiting(
+    policy: Policy, chat: ChatFormat, rows: Sequence[Example], settings: GenConfig
+) -> tuple[list[Encoded], int]:
+    """The rows in the order in which they are answered, and how many of them at once."""
+    waiting = [(row, chat.prompt_ids(row.prompt)) for row in rows]
+    waiting.sort(key=lambda pair: (-len(pair[1]), pair[0].id))
+    if not waiting:
+        return [], 1
+    asked_for = contrast.asked_for(settings)
+    read = contrast.stressed(policy, chat, waiting, asked_for) if asked_for else waiting
+    check_context(policy, read, settings.most)
+    longest = max(len(ids) for _, ids in read)
+    size = settings.batch_size or _fitting(policy, longest, settings)
+    log.info("%d prompts, the longest of %d tokens: %d at once", len(waiting), longest, size)
+    return waiting, size
+
+
+def _fitting(policy: Policy, longest: int, settings: GenConfig) -> int:
+    """Prompts that the free memory holds; a contrast keeps two caches for each."""
+    fitting = batch_size(policy.model, longest, settings.most)
+    return max(1, fitting // 2) if contrast.asked_for(settings) else fitting
+
+
+def _decoded(
+    policy: Policy,
+    chat: ChatFormat,
+    settings: GenConfig,
+    score: Callable[[Tensor], Tensor],
+    bias: OpeningBias | None,
+    decided: Callable[[str], bool] | None,
+    batch: Sequence[Encoded],
+) -> list[Completion]:
+    """The answers to one batch of prompts, in order."""
+    new, prompts = settings.most, [ids for _, ids in batch]
+    if asked_for := contrast.asked_for(settings):
+        others = [ids for _, ids in contrast.stressed(policy, chat, batch, asked_for)]
+        answers, masses = contrast.continued(policy, chat, prompts, others, new, score, asked_for)
+    else:
+        answers, masses = continued(policy, chat, prompts, new, score, bias=bias, decided=decided)
+    return [
+        completion(chat, row, answer, mass)
+        for (row, _), answer, mass in zip(batch, answers, masses.tolist(), strict=True)
+    ]
+
+
+def check_context(policy: Policy, encoded: Sequence[Encoded], new_tokens: int) -> None:
+    """Raises DataError for a prompt that leaves no room for so many tokens in the context."""
+    context = batching.context_length(policy.model.config)
+    for row, ids in encoded:
+        if len(ids) + new_tokens > context:
+            raise DataError(
+                f"{row.source}: {row.id}: its {len(ids)} tokens and {new_tokens} new ones exceed "
+                f"the model's context of {context}; shorten it or lower gen.max_new_tokens"
+            )
+
+
+# --- one batch ------------------------------------------------------------------------------------
+
+
+class FirstLogits(LogitsProcessor):
+    """Keeps what `score` makes of the logits of the first generated token."""
+
+    def __init__(self, score: Callable[[Tensor], Tensor]) -> None:
+        self.score = score
+        self.scores: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.scores is None:
+            self.scores = self.score(scores)
+        return scores
+
+
+class Ending(StoppingCriteria):
+    """Ends a row once `is_over` says so of its new tokens, those behind the first `begins`."""
+
+    def __init__(self, begins: int, is_over: Callable[[Sequence[int]], bool]) -> None:
+        self.begins, self.is_over = begins, is_over
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        over = [self.is_over(answer) for answer in input_ids[:, self.begins :].tolist()]
+        return torch.tensor(over, device=input_ids.device)
+
+
+def continued(
+    policy: Policy,
+    chat: ChatFormat,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    score: Callable[[Tensor], Tensor],
+    streamer: Any = None,
+    bias: OpeningBias | None = None,
+    decided: Callable[[str], bool] | None = None,
+) -> tuple[list[list[int]], Tensor]:
+    """Greedy new tokens of each prompt, and `score` of its first logits.
+
+    An answer ends with an end token, or with the first token that has its text `decided`.
+    """
+    biased: Any = SequenceBiasLogitsProcessor(bias.sequences) if bias else None
+
+    def is_over(answer: Sequence[int]) -> bool:
+        return answer[-1] in chat.stop or (decided is not None and decided(text(chat, answer)))
+
+    def logits(contexts: Sequence[Context]) -> Tensor:
+        (context,) = contexts
+        return biased(context.ids, context.logits) if biased else context.logits
+
+    if decoding.is_possible(policy.model):
+        readings = [(prompts, math.inf)]
+        return decoding.decoded(policy, readings, max_new_tokens, logits, score, is_over, streamer)
+    first, ending = FirstLogits(score), Ending(max(map(len, prompts)), is_over)
+    rows = greedy(policy, chat, prompts, max_new_tokens, first, streamer, bias, ending)
+    assert first.scores is not None
+    ends = [next((n for n in range(1, len(r)) if is_over(r[:n])), len(r)) for r in rows]
+    return [row[:end] for row, end in zip(rows, ends, strict=True)], first.scores
+
+
+@torch.inference_mode()
+def greedy(
+    policy: Policy,
+    chat: ChatFormat,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    reader: LogitsProcessor,
+    streamer: Any = None,
+    bias: OpeningBias | None = None,
+    ending: Ending | None = None,
+) -> list[list[int]]:
+    """New tokens of each prompt (padded behind its end); `reader` sees the logits of every step."""
+    ids = padded(prompts, chat.stop[0], left=True).to(policy.model.device)
+    cache = roomy_cache(policy.model)
+    with own_decoding(policy.model):
+        output: Any = policy.model.generate(
+            input_ids=ids,
+            attention_mask=attention_mask(prompts, left=True).long().to(ids.device),
+            generation_config=GenerationConfig(
+                do_sample=False,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=list(chat.stop),
+                pad_token_id=chat.stop[0],
+                sequence_bias=bias.sequences if bias else None,
+            ),
+            logits_processor=LogitsProcessorList([reader]),
+            stopping_criteria=StoppingCriteriaList([ending] if ending else []),
+            streamer=streamer,
+            **({} if cache is None else {"past_key_values": cache}),
+        )
+    return output[:, ids.shape[1] :].tolist()
+
+
+@contextmanager
+def own_decoding(model: Any) -> Iterator[None]:
+    """While open, the checkpoint's generation settings are set aside.
+
+    What a call leaves unset transformers takes from them, such as the repetition penalty of
+    Qwen2.5-Instruct, and decoding would be greedy in name only.
+    """
+    owner = unwrapped(model)
+    kept, owner.generation_config = owner.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        owner.generation_config = kept
+
+
+# --- how many prompts fit -------------------------------------------------------------------------
+
+
+def batch_size(model: Any, prompt_tokens: int, new_tokens: int) -> int:
+    """Prompts of at most `prompt_tokens` that can be decoded at once where the model lies."""
+    owner = unwrapped(model)
+    each = prompt_bytes(owner.config, owner.dtype.itemsize, prompt_tokens, new_tokens)
+    fitting = int(SHARE * free_bytes(owner.device)) // each
+    return max(1, min(MOST.get(owner.device.type, MOST["cpu"]), fitting))
+
+
+def prompt_bytes(config: Any, itemsize: int, prompt_tokens: int, new_tokens: int) -> int:
+    """What one prompt occupies: its keys and values, its logits, and its widest block's input.
+
+    Keys and values of every block stay for all of its tokens. Logits are counted three times: as
+    the head gives them, in fp32, and as the probabilities read off them. While the prompt is read,
+    a block holds its residual stream twice, its projections, and three times its inner width.
+    """
+    text = config.get_text_config(decoder=True)
+    heads = text.num_attention_heads
+    head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    kept = getattr(text, "num_key_value_heads", None) or heads
+    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    cache = 2 * text.num_hidden_layers * kept * head_width * (prompt_tokens + new_tokens)
+    block = prompt_tokens * (2 * text.hidden_size + 3 * heads * head_width + 3 * inner)
+    return itemsize * (cache + block) + 3 * 4 * text.vocab_size
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be taken: on a GPU, what torch itself holds in reserve included."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return threads.free_bytes()

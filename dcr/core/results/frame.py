@@ -1,0 +1,275 @@
+"""Results as one tidy data frame: a row for each number with what it is of."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from dcr.core import statistics, storage
+from dcr.core.config import UserError
+from dcr.core.results.schema import Ability, Estimate, Metrics, Quality, Ranking, SetCounts, read
+from dcr.core.runs import Run, stages
+from dcr.core.text import encodable
+
+# Ways to decode, as the settings of an evaluation tell them.
+CONTRASTS = {"self_cd": "Self-CD", "adacd": "AdaCD"}
+
+COLUMNS = (
+    "run", "weights", "step", "method", "model", "preset", "seed", "data", "stages", "edit", "set",
+    "kind", "judge", "judge_model", "quantity", "value", "low", "high", "count", "n",
+    "in_distribution", "contaminated", "file",
+)  # fmt: skip
+FAULTS = ("unanswered", "empty", "truncated", "repetitive", "non_english")
+NORMAL = 1.959963984540054  # standard errors to either side of a 95% interval
+COMPLIANCE = ("complied", "partial", "refused")
+
+TidyRow = dict[str, Any]
+
+
+def load(folders: Iterable[str | Path] | str | Path) -> pd.DataFrame:
+    """Every number of every evaluation in run folders, a row each, with the columns `COLUMNS`.
+
+    `value` lies within `low` and `high`, a 95% interval, NaN where none is known; `n` is what it
+    was measured on, and of a rate `count` of them: rates over several sets are sums of both. Rates,
+    win rates too, are in [0, 1]. `quantity` is what was measured of `set` (or of a task, a choice
+    of a kernel's parameters, a block) by `judge`: `refused`, `partial`, `complied` (of the answers
+    that have one of the three, by keywords of all answers, some of which are `empty`), `lenient`
+    (the last two), `safe`, `unsafe` (of all answers), `invalid`, `error`, `discernment` (an AUROC),
+    `answered_at_safety/0.8`, `refused_at_over_refusal/0.05`, `acc`, `win_rate`, `kappa` and so on,
+    the paper's analyses under `refusal_probability`, `kernel/…`, `separability/…` and `claims/…`.
+    `stages` tells what trained the weights (`contrastive + sft + readout`), "" where nothing did or
+    the run's configuration is gone, `edit` steering and decoding, "" for none. `in_distribution`
+    marks sets that the run was trained on, `contaminated` others of which training or steering saw
+    some prompts.
+
+    Raises DataError for a damaged file, UserError for a folder without an evaluation.
+    """
+    places = [folders] if isinstance(folders, (str, Path)) else folders
+    rows: list[TidyRow] = []
+    for folder in map(Path, places):
+        files = sorted(folder.glob("eval/*/metrics.json"))
+        if not files:
+            raise UserError(f"{folder}: no evaluations there; run python eval.py run={folder}")
+        config = Run(folder).config_file
+        made_with = storage.read_yaml(config, dict[str, Any]) if config.exists() else {}
+        for file in files:
+            metrics = read(file)
+            trained_by = " + ".join(stages(made_with, metrics.weights))
+            rows += rows_of(metrics, str(folder), str(file), trained_by)
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def frame_of(metrics: Mapping[str, Any]) -> pd.DataFrame:
+    """The rows of one evaluation that is not read from its file, as those of `load`."""
+    return pd.DataFrame(rows_of(Metrics.model_validate(metrics)), columns=list(COLUMNS))
+
+
+def csv_text(table: pd.DataFrame) -> str:
+    """CSV with numbers in full precision and no text that a spreadsheet takes for a formula."""
+
+    def plain(value: object) -> object:
+        formula = isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t")
+        return f"'{value}" if formula else value
+
+    rows = [[plain(value) for value in row] for row in table.itertuples(index=False)]
+    # as objects, so that whole numbers with gaps stay whole
+    frame = pd.DataFrame(rows, columns=table.columns, dtype=object)
+    return frame.to_csv(index=False, lineterminator="\n")
+
+
+def rows_of(metrics: Metrics, run: str = "", file: str = "", trained_by: str = "") -> list[TidyRow]:
+    """The rows of one evaluation."""
+    about = {key: getattr(metrics, key) for key in COLUMNS[1:8]}
+    about |= {"run": run, "stages": trained_by, "edit": edit(metrics.settings), "file": file}
+    empty = {
+        "set": "", "kind": "", "judge": "", "judge_model": "", "low": math.nan, "high": math.nan,
+        "count": None, "n": None, "in_distribution": False, "contaminated": False,
+    }  # fmt: skip
+    return [
+        {key: encodable(v) if isinstance(v, str) else v for key, v in (empty | about | row).items()}
+        for row in _all(metrics)
+    ]
+
+
+def edit(settings: Mapping[str, Any]) -> str:
+    """Steering and decoding of an evaluation in one line, "" where the model answered as it is."""
+    edits = dict(settings.get("steering") or {})
+    parts = [str(edits.pop("method"))] if "method" in edits else []
+    parts += [f"{key}={value}" for key, value in edits.items()]
+    if settings.get("validation"):
+        parts.append("validation")
+    parts += [f"{key}={settings[key]}" for key in CONTRASTS if settings.get(key) is not None]
+    if settings.get("prefill") is not None:
+        parts.append(f"prefill={settings['prefill']!r}")
+    if settings.get("calibrate") is not None:
+        parts.append(f"calibrate={settings['calibrate']}")
+    return " ".join(parts)
+
+
+def _all(metrics: Metrics) -> Iterator[TidyRow]:
+    for name, counts in metrics.sets.items():
+        for row in _set(counts):
+            known = counts.in_distribution and not row["quantity"].endswith("/unseen")
+            marks = {"in_distribution": known, "contaminated": contaminated(metrics, name)}
+            yield {"set": name, "kind": counts.kind.value} | marks | row
+    if calibration := metrics.calibration:
+        yield {"quantity": "calibration/bias", "value": _value(calibration.bias)}
+        for name, of in calibration.sets.items():
+            about = {"set": name, "kind": of.kind.value}
+            yield _rate("calibration/refused", of.refused, of.n, **about)
+            yield _rate("calibration/refused_plain", of.plain, of.n, **about)
+    if ranked := metrics.discernment:
+        named = {"pooled": ranked.pooled, "untrained": ranked.untrained, **ranked.pairs}
+        for name, ranking in named.items():
+            if ranking is not None:
+                yield from _ranking(name, ranking)
+    for name, overlap in metrics.contamination.items():
+        for way in ("exact", "near", "ngram"):
+            yield _rate(f"contamination/{way}", getattr(overlap, way), overlap.n, set=name)
+    for agreement in metrics.agreement:
+        yield {
+            "quantity": "kappa",
+            "judge": " and ".join(agreement.judges),
+            "kind": agreement.kind,
+            "value": _value(agreement.kappa),
+            "n": agreement.n,
+        }
+    for judge, usage in metrics.usage.items():
+        for key in ("requests", "prompt_tokens", "completion_tokens", "usd"):
+            yield {"quantity": f"usage/{key}", "judge": judge, "value": _value(getattr(usage, key))}
+    for task, ability in metrics.ability.items():
+        for row in _ability(ability):
+            yield {"set": task, "contaminated": contaminated(metrics, task)} | row
+    if metrics.quality:
+        yield from _quality(metrics.quality)
+    yield from _analyses(metrics)
+    for key in ("seconds", "tokens_per_second", "peak_memory_gib"):
+        if (value := getattr(metrics, key)) is not None:
+            yield {"quantity": key, "value": value}
+
+
+def contaminated(metrics: Metrics, name: str) -> bool:
+    """Whether training or steering saw prompts of a set or task that the run was not trained on."""
+    counts, overlap = metrics.sets.get(name), metrics.contamination.get(name)
+    if counts and counts.in_distribution:
+        return False
+    return bool((overlap and overlap.any) or (counts and counts.seen_by_steering))
+
+
+def _set(counts: SetCounts) -> Iterator[TidyRow]:
+    for part, suffix in ((counts, ""), (counts.unseen, "/unseen")):
+        if part is None:
+            continue
+        for rules, refused in part.refused.items():
+            judge, partial = f"keyword:{rules}", part.partial.get(rules)
+            yield _rate(f"refused{suffix}", refused, part.n, judge=judge)
+            if partial is not None:
+                yield _rate(f"partial{suffix}", partial, part.n, judge=judge)
+            answered = part.n - refused - (partial or 0) - (part.empty or 0)
+            yield _rate(f"complied{suffix}", answered, part.n, judge=judge)
+    for fault in FAULTS:
+        if (count := getattr(counts, fault)) is not None:
+            asked = counts.n + (counts.unanswered or 0) if fault == "unanswered" else counts.n
+            yield _rate(fault, count, asked)
+    if counts.seen_by_steering:
+        yield _rate("seen_by_steering", counts.seen_by_steering, counts.n)
+    for judge, judged in counts.judged.items():
+        by = {"judge": judge, "judge_model": judged.model}
+        labelled = sum(judged.counts.get(label, 0) for label in COMPLIANCE)
+        answers = sum(judged.counts.get(label, 0) for label in ("safe", "unsafe")) + judged.invalid
+        for label, count in judged.counts.items():
+            yield _rate(label, count, labelled if label in COMPLIANCE else answers, **by)
+        if judged.complied is not None:
+            lenient = judged.complied + (judged.partial or 0)
+            yield _rate("lenient", lenient, labelled, **by)
+        asked = max(labelled + judged.invalid, answers) + judged.error
+        for label in ("invalid", "error"):
+            yield _rate(label, getattr(judged, label), asked, **by)
+
+
+def _ranking(name: str, ranking: Ranking) -> Iterator[TidyRow]:
+    counts = ranking.toxic, ranking.seemingly_toxic
+    about = {"set": name, "n": None if None in counts else sum(filter(None, counts))}
+    yield _estimate("discernment", ranking.auroc, **about)
+    for share, estimate in ranking.answered.items():
+        yield _estimate(f"answered_at_safety/{share}", estimate, **about)
+    for share, estimate in ranking.refused.items():
+        yield _estimate(f"refused_at_over_refusal/{share}", estimate, **about)
+
+
+def _ability(ability: Ability) -> Iterator[TidyRow]:
+    for metric in ("acc", "acc_norm"):
+        value, error = getattr(ability, metric), getattr(ability, f"{metric}_stderr")
+        if value is not None:
+            row = {"quantity": metric, "value": value, "n": ability.n}
+            if error is not None:
+                low, high = value - NORMAL * error, value + NORMAL * error
+                row |= {"low": max(0.0, low), "high": min(1.0, high)}
+            yield row
+    for metric, value in ability.metrics.items():
+        yield {"quantity": metric, "value": _value(value), "n": ability.n}
+
+
+def _quality(quality: Quality) -> Iterator[TidyRow]:
+    for key in ("win_rate", "length_controlled", "discrete"):
+        value = getattr(quality, key)
+        if value is None:
+            continue
+        row = {"quantity": key, "judge": quality.annotator, "value": value / 100, "n": quality.n}
+        if key == "win_rate" and quality.standard_error is not None:
+            around = NORMAL * quality.standard_error / 100
+            row |= {"low": value / 100 - around, "high": value / 100 + around}
+        yield row
+
+
+def _analyses(metrics: Metrics) -> Iterator[TidyRow]:
+    if refusal := metrics.refusal_probability:
+        for kind, means in refusal.kinds.items():
+            yield _estimate("refusal_probability", means.plain, kind=kind, n=means.n)
+            yield _estimate(
+                "refusal_probability/prefix_free", means.prefix_free, kind=kind, n=means.n
+            )
+        if first := refusal.first_token:
+            for score, auroc in (first.auroc or {}).items():
+                yield _estimate(f"refusal_probability/auroc/{score}", auroc, n=first.n)
+            for score, value in first.rank_correlation.items():
+                about = {"value": _value(value), "n": first.n}
+                yield {"quantity": f"refusal_probability/rank_correlation/{score}", **about}
+    for params, matrix in (metrics.kernel.params if metrics.kernel else {}).items():
+        for observer, cells in matrix.items():
+            for trained, cell in cells.items():
+                yield _estimate(f"kernel/{observer}/{trained}", cell, set=params, kind=observer)
+    if separability := metrics.separability:
+        for layer in separability.layers:
+            about = {"set": f"block {layer.layer}", "n": len(separability.labels)}
+            for key in ("kmeans", "silhouette", "fisher"):
+                value = _value(getattr(layer, key))
+                yield {"quantity": f"separability/{key}", "value": value, **about}
+            probe = layer.probe, layer.probe_low, layer.probe_high
+            yield _estimate("separability/probe", probe, **about)
+    if claims := metrics.claims:
+        for params, parts in claims.params.items():
+            for block in ("norm", "prediction", "states"):
+                for key, cell in dict(getattr(parts, block)).items():
+                    if cell is not None:
+                        yield _estimate(f"claims/{block}/{key}", cell, set=params)
+        for kind, cell in claims.change.items():
+            if cell is not None:
+                yield _estimate("claims/change", cell, kind=kind)
+
+
+def _rate(quantity: str, count: int, n: int, **about: Any) -> TidyRow:
+    interval = statistics.wilson(count, n)
+    value = {"value": interval.estimate, "low": interval.low, "high": interval.high}
+    return {"quantity": quantity, "count": count, "n": n, **about, **value}
+
+
+def _estimate(quantity: str, estimate: Estimate | Sequence[float | None], **about: Any) -> TidyRow:
+    value, low, high = map(_value, estimate)
+    return {"quantity": quantity, **about, "value": value, "low": low, "high": high}
+
+
+def _value(value: float | None) -> float:
+    return math.nan if value is None else float(value)

@@ -1,0 +1,468 @@
+"""`metrics.json`: what an evaluation measured, a record for each of its blocks.
+
+Blocks are there where their task was asked. Keys that no record names are kept as they are, and
+what files of an earlier version lack has a default.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetPydanticSchema,
+    model_validator,
+)
+
+from dcr.core import storage
+from dcr.core.config import Kind
+from dcr.core.statistics import Interval
+
+CURE = "restore it, or delete it and evaluate again: stored answers are kept"
+# Files without a version are as those of version 1; since 2 discernment is more than an AUROC.
+VERSION = 2
+
+NOTABLE = 0.05  # share of empty answers from which a reader is warned
+
+Count = Annotated[int, Field(ge=0)]
+
+
+def _number(value: Any) -> Any:
+    """Neither NaN nor infinity is a number that JSON knows: both are null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Number = Annotated[float | None, BeforeValidator(_number)]
+Estimate = tuple[Number, Number, Number]  # with the ends of its 95% interval
+
+
+Block = TypeVar("Block", bound=BaseModel)
+
+
+def interval(estimate: Estimate) -> Interval:
+    """An estimate with its ends, nan where one is not known."""
+    return Interval(*(math.nan if end is None else end for end in estimate))
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+
+
+class Refusals(Record):
+    """Prompts answered, and of them those refused in full and in part, by keyword rules.
+
+    The rest but the `empty` answers complied.
+    """
+
+    n: Count
+    refused: dict[str, Count] = {}
+    partial: dict[str, Count] = {}
+    empty: Count | None = None
+
+    @model_validator(mode="after")
+    def _add_up(self) -> "Refusals":
+        if self.n and "paper" not in self.refused:
+            raise ValueError("refused.paper is missing")
+        said = self.n - (self.empty or 0)
+        for rules, count in self.refused.items():
+            if count + self.partial.get(rules, 0) > said:
+                raise ValueError(f"more refusals by {rules} than {said} answers that say anything")
+        return self
+
+
+class Judged(Record):
+    """One judge's verdicts on a set; a label that this judge does not give is None."""
+
+    model: str = ""
+    n: Count | None = None
+    complied: Count | None = None
+    partial: Count | None = None
+    refused: Count | None = None
+    safe: Count | None = None
+    unsafe: Count | None = None
+    invalid: Count = 0  # answered, but no verdict
+    error: Count = 0  # nothing came back: outside of every rate
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "Judged":
+        if not self.counts:
+            raise ValueError("no verdicts")
+        return self
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """By label that this judge gives."""
+        labels = ("complied", "partial", "refused", "safe", "unsafe")
+        counts = {label: getattr(self, label) for label in labels}
+        return {label: count for label, count in counts.items() if count is not None}
+
+
+class SetCounts(Refusals):
+    """How one set of prompts was answered."""
+
+    kind: Kind
+    ids: list[str] | None = None  # of its prompts, where the store may hold others too
+    unanswered: Count | None = None
+    truncated: Count | None = None
+    repetitive: Count | None = None
+    non_english: Count | None = None
+    in_distribution: bool = False  # a source that the run was trained on
+    unseen: Refusals | None = None  # of a set trained on: template groups that were not
+    seen_by_steering: Count = 0  # prompts that the vectors of the steering came from
+    judged: dict[str, Judged] = {}
+
+    @model_validator(mode="after")
+    def _faults_are_answers(self) -> "SetCounts":
+        for key in ("empty", "truncated", "repetitive", "non_english", "seen_by_steering"):
+            if (getattr(self, key) or 0) > self.n:
+                raise ValueError(f"{key}: more than {self.n} answers")
+        return self
+
+
+class Ranking(Record):
+    """How the refusal mass ranks toxic above seemingly toxic prompts.
+
+    `answered` is, by the share of toxic prompts that a threshold refuses, the share of seemingly
+    toxic ones below it; `refused`, by the share of seemingly toxic prompts that it refuses, that
+    of toxic ones at or above it.
+    """
+
+    toxic: Count | None = None  # prompts
+    seemingly_toxic: Count | None = None
+    auroc: Estimate
+    answered: dict[str, Estimate] = {}
+    refused: dict[str, Estimate] = {}
+    auroc_bounds: tuple[Number, Number] | None = None  # of masses that a server shows in part
+
+
+def _ranking(ranking: Ranking | Estimate) -> Ranking:
+    return ranking if isinstance(ranking, Ranking) else Ranking(auroc=ranking)
+
+
+OfVersion1 = Annotated[Ranking | Estimate, AfterValidator(_ranking)]  # the AUROC alone
+Ranked = Annotated[Ranking, GetPydanticSchema(lambda _, schema_of: schema_of(OfVersion1))]
+
+
+class RankedSet(Record):
+    """A set that has a part in it."""
+
+    kind: Kind
+    n: Count
+    ids: list[str] | None = None  # of its prompts, where the store may hold others too
+    in_distribution: bool = False
+
+
+class Unseen(Record):
+    """How much of a prompt's refusal mass a server may not have shown, over all prompts."""
+
+    mean: Number
+    max: Number
+
+
+class Discernment(Record):
+    """Rankings of all sets pooled, of those alone that no stage was trained on, and of pairs."""
+
+    pooled: Ranked | None = None
+    untrained: Ranked | None = None
+    pairs: dict[str, Ranked | None] = {}
+    sets: dict[str, RankedSet] = {}  # in files of version 1 those that were answered
+    unseen: Unseen | None = None
+
+
+class CalibratedSet(Record):
+    """Validation prompts that are refused without and with the bias, and whose answers then open
+    with a refusal's first token: in files without the last, all three count these."""
+
+    kind: Kind
+    n: Count
+    plain: Count
+    refused: Count
+    opened: Count | None = None
+
+
+class Calibration(Record):
+    """A bias on the first token of refusals, and the share of toxic prompts that it is for."""
+
+    target: Number
+    run: str | None = None  # that refuses this share
+    bias: Number
+    sets: dict[str, CalibratedSet] = {}
+
+
+class Agreement(Record):
+    """Two judges on the same responses; rows of the confusion are the first one's labels."""
+
+    judges: tuple[str, str]
+    kind: str
+    n: Count
+    kappa: Number = None
+    labels: tuple[str, str]
+    confusion: tuple[tuple[Count, Count], tuple[Count, Count]]
+
+
+class Usage(Record):
+    """What a judge has cost; without a price, `usd` is None."""
+
+    requests: Count
+    prompt_tokens: Count
+    completion_tokens: Count
+    usd: Number = None
+
+
+class Overlap(Record):
+    """How many prompts of a set stand, in which way, among the rows trained on."""
+
+    n: Count
+    exact: Count
+    near: Count
+    ngram: Count
+    by_source: dict[str, Count] = {}
+
+    @property
+    def any(self) -> bool:
+        return bool(self.exact or self.near or self.ngram)
+
+
+class Ability(Record):
+    """A task of the lm-evaluation-harness."""
+
+    acc: Number = None
+    acc_stderr: Number = None
+    acc_norm: Number = None
+    acc_norm_stderr: Number = None
+    n: Count
+    version: str = ""
+    shots: Count = 0
+    limit: Count | float | None = None
+    truncated: Count = 0
+    metrics: dict[str, Number] = {}
+    subjects: dict[str, dict[str, Any]] = {}
+
+
+class Quality(Record):
+    """Win rates in percent over the reference's answers, ties counting half."""
+
+    win_rate: Number = None
+    standard_error: Number = None
+    length_controlled: Number = None
+    discrete: Number = None
+    n: Count
+    invalid: Count = 0
+    error: Count = 0
+    identical: Count = 0
+    missing: Count = 0
+    annotator: str
+    reference: str = ""
+    mean_length: Number = None
+    reference_length: Number = None
+    usage: Usage | None = None
+
+
+class KindProbability(Record):
+    n: Count | None = None
+    plain: Estimate
+    prefix_free: Estimate
+
+
+class PromptProbability(Record):
+    id: str = ""
+    kind: str = ""
+    plain: Number
+    prefix_free: Number
+
+
+class FirstToken(Record):
+    """The mass of refusals' first tokens beside the probabilities over phrases, by score."""
+
+    n: Count
+    rank_correlation: dict[str, Number] = {}
+    auroc: dict[str, Estimate] | None = None
+
+
+class RefusalProbability(Record):
+    """A.5: means by kind, one followed prompt of each, and every prompt's own."""
+
+    first_token: FirstToken | None = None
+    phrases: str = ""
+    kinds: dict[str, KindProbability]
+    followed: dict[str, PromptProbability] = {}
+    values: list[PromptProbability] = []
+
+
+class Kernel(Record):
+    """A.6: mean norms, `params[choice][observer][trained]`; `ids`, `of` are the matrices' rows."""
+
+    top_k: Count | None = None
+    method: str = ""
+    normalise: str = ""
+    kinds: list[str] = []
+    ids: list[str] = []
+    of: list[str] = []
+    params: dict[str, dict[str, dict[str, Estimate]]]
+
+    @model_validator(mode="after")
+    def _one_kind_each(self) -> "Kernel":
+        if len(self.ids) != len(self.of):
+            raise ValueError(f"{len(self.ids)} ids and {len(self.of)} kinds of prompts")
+        return self
+
+
+class LayerSeparability(Record):
+    layer: Count
+    kmeans: Number = None
+    probe: Number = None
+    probe_low: Number = None
+    probe_high: Number = None
+    silhouette: Number = None
+    fisher: Number = None
+
+
+class Separability(Record):
+    """A.9: scores of every block, and plane coordinates of the prompts; labels are 1 for toxic."""
+
+    layers: list[LayerSeparability]
+    majority: Number = None
+    mds: dict[str, list[tuple[float, float]] | None] = {}
+    labels: list[int]
+    ids: list[str] | None = None
+
+    @model_validator(mode="after")
+    def _one_place_each(self) -> "Separability":
+        points = [part for part in (*self.mds.values(), self.ids) if part is not None]
+        if any(len(part) != len(self.labels) for part in points):
+            raise ValueError(f"coordinates or ids of other than {len(self.labels)} prompts")
+        return self
+
+
+class StepNorm(Record):
+    within: Estimate | None = None
+    pooled: Estimate | None = None
+
+
+class StepPrediction(Record):
+    pearson: Estimate | None = None
+    slope: Estimate | None = None
+
+
+class StepStates(Record):
+    dot: Estimate | None = None
+    cosine: Estimate | None = None
+
+
+class OneStepParams(Record):
+    norm: StepNorm = StepNorm()
+    prediction: StepPrediction = StepPrediction()
+    states: StepStates = StepStates()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_earlier_files(cls, raw: Any) -> Any:
+        """They held each statistic beside the others."""
+        if not isinstance(raw, dict):
+            return raw
+        blocks = {key: dict(of) if isinstance(of, dict) else of for key, of in raw.items()}
+        for block, key, before in (
+            ("norm", "within", "norm"),
+            ("prediction", "pearson", "signed"),
+            ("prediction", "slope", "slope"),
+            ("states", "dot", "dot"),
+            ("states", "cosine", "cosine"),
+        ):
+            if not isinstance(blocks.get(before, {}), dict):
+                value = blocks.pop(before)
+                blocks.setdefault(block, {})[key] = value
+        # what comes out of here is no JSON any more, where a list may stand for a tuple
+        for block in ("norm", "prediction", "states"):
+            for key, value in (blocks.get(block) or {}).items():
+                blocks[block][key] = tuple(value) if isinstance(value, list) else value
+        return blocks
+
+
+class OneStep(Record):
+    """What one SGD step on a toxic pair does, against the kernel (Eq. 2, 3; Proposition 1)."""
+
+    trained: list[str] | int | None = None  # the pairs, in earlier files their number
+    params: dict[str, OneStepParams]
+    change: dict[str, Estimate | None] = {}
+
+
+class Tracked(Record):
+    """`tracking/<stage>/step-…/metrics.json`: what was measured after so many steps of training."""
+
+    refusal_probability: RefusalProbability | None = None
+    kernel: Kernel | None = None
+
+
+class Metrics(Tracked):
+    """One `metrics.json`: which weights, under which settings, with what result."""
+
+    version: Annotated[int, Field(ge=1, le=VERSION)] = VERSION
+    weights: Literal["base", "contrastive", "sft", "snapshot", "endpoint"]
+    step: Count | None = None
+    method: str | None = None
+    model: str | None = None
+    preset: str | None = None
+    seed: int | str | None = None
+    data: str | None = None
+    settings: dict[str, Any] = {}
+    steering: dict[str, Any] | None = None  # what the edits were made from
+    decoding: dict[str, list[int]] | None = None  # threads and batch sizes of the answers
+    sets: dict[str, SetCounts] = {}
+    calibration: Calibration | None = None
+    discernment: Discernment | None = None
+    agreement: list[Agreement] = []
+    usage: dict[str, Usage] = {}  # by judge
+    contamination: dict[str, Overlap] = {}  # by set
+    ability: dict[str, Ability] = {}  # by task
+    quality: Quality | None = None
+    separability: Separability | None = None
+    claims: OneStep | None = None
+    seconds: Number = None
+    tokens_per_second: Number = None
+    peak_memory_gib: Number = None
+
+    @property
+    def silence(self) -> str:
+        """A warning where a notable share of the answers is empty, else nothing."""
+        empty, n = (sum(getattr(of, k) or 0 for of in self.sets.values()) for k in ("empty", "n"))
+        if not empty or empty < NOTABLE * n:
+            return ""
+        return (
+            f"{empty} of {n} answers ({empty / n:.0%}) are empty: they count as neither compliance "
+            "nor refusal, and the rates say little"
+        )
+
+
+def read(file: Path) -> Metrics:
+    """An evaluation's `metrics.json`. DataError "file: what is wrong: cure" where it is damaged."""
+    return storage.read_json(file, Metrics, CURE)
+
+
+def read_tracked(file: Path) -> Tracked:
+    """A `metrics.json` that training left at one of its steps, with the errors of `read`."""
+    return storage.read_json(file, Tracked, "delete its folder")
+
+
+def write(file: Path, measured: Mapping[str, Any]) -> Metrics:
+    """Check and write an evaluation's blocks with the version, and give them as they are read.
+
+    Raises ValueError where a block is none of the schema, UserError where it cannot be written.
+    """
+    return _written(file, {"version": VERSION, **measured}, Metrics)
+
+
+def write_tracked(file: Path, measured: Mapping[str, Any]) -> Tracked:
+    """The same for what training measured at one of its steps."""
+    return _written(file, measured, Tracked)
+
+
+def _written(file: Path, measured: Mapping[str, Any], record: type[Block]) -> Block:
+    checked = record.model_validate_json(json.dumps(measured, default=str), strict=True)
+    storage.write_json(file, measured)
+    return checked

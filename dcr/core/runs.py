@@ -1,0 +1,451 @@
+"""The run folder: where everything lies, who may write, what is done, what was measured.
+
+config.yaml              the resolved configuration
+rows.json                ids and fingerprint of every row used, and what was dropped
+layer.json               the block that dcr.layer=auto chose
+base.json                fingerprints of the weights each stage started from
+metrics.csv              every logged value: stage, step (the first is 0), epoch, key, value
+readout.json             what the readout after SFT changed, where there is one
+<stage>.cost.json        seconds, tokens and peak memory of a stage
+adopted.json             the run beside this one whose stage one it took over
+evaluated.json           seconds of each evaluation that a study made
+contrastive/  sft/       results, present only when the stage is done
+snapshots/step-000020/   adapters during SFT
+tracking/<stage>/step-…/ what tracking.quantities measured there, prompt by prompt
+checkpoints/<stage>/     for resuming, gone when the stage is done
+eval/<fingerprint>/      completions, verdicts, metrics.json
+"""
+
+import csv
+import io
+import logging
+import math
+import resource
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NotRequired
+
+import yaml
+from pydantic import ConfigDict
+from typing_extensions import TypedDict
+
+from dcr.core import config, precision, storage
+from dcr.core.config import STAGES, ConfigError, DataError, Method, Precision, Stage
+
+log = logging.getLogger(__name__)
+
+# What may differ between two commands that go on with one run.
+FREE_KEYS = ("stage", "plan", "force", "run", "at_most", "trainer", "wandb")
+# Options of no part in a run where they are as here, and which runs made earlier know nothing of.
+IDLE = {
+    "sft": {
+        "readout": {"steps": 0},
+    }
+}
+# How differences begin that a finished stage one does not depend on: settings, rows, weights.
+OF_SFT_ALONE = ("sft.", "sft: ", "safety")
+# What a command writes before its first step.
+BEFORE_TRAINING = {
+    ".lock",
+    "config.yaml",
+    "rows.json",
+    "base.json",
+    "layer.json",
+    "threads.json",
+    "wandb_id",
+    "wandb",
+}
+METRIC_FIELDS = ("stage", "step", "epoch", "key", "value")
+
+
+RESTORE = "restore it from a copy of the run, or train into another folder"
+
+
+class MadeWith(TypedDict):
+    """What every run's `config.yaml` says; a trained one's says the rest of `TrainConfig` too."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+
+    method: str
+    seed: int
+    preset_name: str
+    model: dict[str, Any]
+    data: dict[str, Any]
+
+
+class RowList(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+
+    count: int
+    fingerprint: str
+    ids: list[str]
+
+
+class BalanceRecord(TypedDict):
+    """How the prompts of stage one differ in form, see `balance.Balance`."""
+
+    form: float | None
+    words: float | None
+    questions: tuple[float, float]
+    length: tuple[float, float]
+
+
+class RowRecord(TypedDict):
+    """`rows.json`, see `data.row_record`."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+
+    rows: dict[str, RowList]
+    dropped: NotRequired[dict[str, int]]
+    in_distribution: NotRequired[list[str]]
+    unseen_groups: NotRequired[list[str]]
+    balance: NotRequired[BalanceRecord]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """`<stage>.cost.json`: what the steps of a stage cost the process that took the last of them.
+
+    Steps of a process that was stopped before are not among them.
+    """
+
+    steps: int
+    seconds: float
+    tokens: int
+    tokens_per_second: float
+    peak_memory_gib: float
+    device: str = ""
+    device_seconds: float = 0.0  # of the GPU, or of all cores; 0 in earlier runs
+    precision: str = ""  # as it was settled; empty in earlier runs
+
+    def of_all_steps(self, stage: str, metrics: Iterable[Mapping[str, Any]]) -> float:
+        """What to multiply by where steps of a stage are not among these, by what was logged."""
+        steps = {row["step"] for row in metrics if row["key"].startswith(f"{stage}/step_")}
+        return max(self.steps, len(steps)) / self.steps
+
+
+class StartedFrom(TypedDict):
+    """What `base.json` and `adopted.json` say of stage one."""
+
+    contrastive: str
+
+
+class Layer(TypedDict):
+    block: int
+
+
+class Threads(TypedDict):
+    threads: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """Paths inside one run folder."""
+
+    folder: Path
+
+    @property
+    def config_file(self) -> Path:
+        return self.folder / "config.yaml"
+
+    @property
+    def rows_file(self) -> Path:
+        return self.folder / "rows.json"
+
+    @property
+    def base_file(self) -> Path:
+        return self.folder / "base.json"
+
+    @property
+    def layer_file(self) -> Path:
+        """Which block `dcr.layer=auto` chose."""
+        return self.folder / "layer.json"
+
+    @property
+    def threads_file(self) -> Path:
+        """How many threads the run's numbers were last made with."""
+        return self.folder / "threads.json"
+
+    @property
+    def readout_file(self) -> Path:
+        """What `dcr.core.training.readout` changed."""
+        return self.folder / "readout.json"
+
+    def cost_file(self, stage: str) -> Path:
+        return self.folder / f"{stage}.cost.json"
+
+    @property
+    def adopted_file(self) -> Path:
+        """Whose stage one it took over, see `dcr.study`."""
+        return self.folder / "adopted.json"
+
+    @property
+    def evaluated_file(self) -> Path:
+        """Seconds, by a fingerprint of what `dcr.study` evaluated."""
+        return self.folder / "evaluated.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.folder / "metrics.csv"
+
+    @property
+    def snapshots(self) -> Path:
+        return self.folder / "snapshots"
+
+    def tracked(self, stage: str) -> Path:
+        """Where a stage's tracking keeps what it measured: a folder a step, `step-000020`."""
+        return self.folder / "tracking" / stage
+
+    def stage(self, name: str) -> Path:
+        """The result folder of a stage."""
+        return self.folder / name
+
+    def done(self, name: str) -> bool:
+        """Whether a stage's result is there; result folders appear whole or not at all."""
+        return self.stage(name).is_dir()
+
+    def checkpoints(self, name: str) -> Path:
+        return self.folder / "checkpoints" / name
+
+    def evaluation(self, fingerprint: str) -> Path:
+        return self.folder / "eval" / fingerprint
+
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration this run was made with. UserError where there is none."""
+        if not self.config_file.exists():
+            raise ConfigError(f"run={self.folder}: no config.yaml there; name a run folder")
+        made_with = storage.read_yaml(self.config_file, MadeWith, RESTORE)
+        # a folder may be another's: only the user's own command can trust code
+        if "trust_remote_code" in made_with["model"]:
+            made_with["model"]["trust_remote_code"] = False
+        for name in ("contrastive_precision", "sft_precision"):  # in earlier folders
+            made_with["model"].pop(name, None)
+        made_with["data"].pop("matched", None)  # in earlier folders; read by a preset alone
+        named = made_with["data"].get("extraction") or {}
+        for before, now in (("harmful", "toxic"), ("harmless", "normal")):  # in earlier folders
+            if before in named:
+                named[now] = named.pop(before)
+        stage_one: Any = made_with.get("dcr")
+        if isinstance(stage_one, dict) and "layer_base" in stage_one:  # in earlier folders
+            from_zero = stage_one.pop("layer_base") == "zero_based"
+            if from_zero and isinstance(stage_one.get("layer"), int):
+                stage_one["layer"] += 1
+        config.check_made_with(made_with, f"{self.config_file}: ", f"; {RESTORE}")
+        return dict(made_with)
+
+    def record(self) -> dict[str, Any]:
+        """What `rows.json` says, empty before training has drawn its rows.
+
+        Raises DataError where it is damaged, or gone although a stage has learnt from rows.
+        """
+        trained = self.done("contrastive") or self.done("sft")
+        if not trained and not self.rows_file.exists():
+            return {}
+        return dict(storage.read_json(self.rows_file, RowRecord, RESTORE))
+
+    def block(self) -> int | None:
+        """The block that `dcr.layer=auto` chose for stage one, None where it has not."""
+        if not self.layer_file.exists():
+            return None
+        return storage.read_json(self.layer_file, Layer, RESTORE)["block"]
+
+    def threads(self) -> int | None:
+        """The number of threads that the run was last trained with, None before it."""
+        if not self.threads_file.exists():
+            return None
+        return storage.read_json(self.threads_file, Threads, RESTORE)["threads"]
+
+    def precisions(self) -> dict[str, Precision]:
+        """What `precision=auto` was settled to as the run began, for stages and evaluation."""
+        made_with = self.config() if self.config_file.exists() else {}
+        nodes = {"contrastive": "dcr", "sft": "sft"}
+        named = {use: (made_with.get(node) or {}).get("precision") for use, node in nodes.items()}
+        found = {use: Precision(name) for use, name in named.items() if name not in (None, "auto")}
+        if "sft" in found:
+            return found | {"evaluation": precision.evaluated_in(found["sft"])}
+        own = made_with.get("precision", "auto")  # of a model that was only evaluated
+        return found | ({} if own == "auto" else {"evaluation": Precision(own)})
+
+
+def peak_memory_gib() -> float:
+    """The most memory this process has held: on the GPU where there is one, else in RAM."""
+    import torch  # not at the top: a user's error in a run folder needs none
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def stages(made_with: Mapping[str, Any], weights: str) -> list[str]:
+    """What trained some weights of a run with this configuration: contrastive, sft, readout.
+
+    A snapshot is from before the readout; a base model was trained by none.
+    """
+    if weights not in ("contrastive", "snapshot", "sft"):
+        return []
+    found = ["contrastive"] if made_with.get("method") == "dcr" else []
+    found += ["sft"] if weights != "contrastive" else []
+    steps = ((made_with.get("sft") or {}).get("readout") or {}).get("steps")
+    return found + (["readout"] if weights == "sft" and steps else [])
+
+
+def binding(made_with: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a configuration that decides a run's weights, without options that are off."""
+    decisive = {key: value for key, value in made_with.items() if key not in FREE_KEYS}
+    for node, options in IDLE.items():
+        inside = decisive.get(node) or {}
+        idle = {name for name, off in options.items() if name in inside and _is(inside[name], off)}
+        decisive[node] = {name: value for name, value in inside.items() if name not in idle}
+    # said anew by each command
+    return decisive | {"model": {**(decisive.get("model") or {}), "trust_remote_code": False}}
+
+
+def _is(value: Any, off: Any) -> bool:
+    """Whether an option, or what its group names, has this value or none."""
+    if isinstance(off, Mapping):
+        return all(value.get(key, each) == each for key, each in off.items())
+    return value == off
+
+
+def claim(run: Run, made_with: Mapping[str, Any], force: bool) -> None:
+    """Write the configuration, or check that the one there is the same.
+
+    Raises ConfigError with the differences when the folder belongs to another configuration and
+    `force` is off, or would not train anew what they made.
+    """
+    if run.config_file.exists():
+        # the stages' own precision binds, not the key that they take it from
+        before, now = (binding(each) | {"precision": None} for each in (run.config(), made_with))
+        changed = storage.differences(before, now)
+        _refuse(run, "made with another configuration", changed, force)
+    write_config(run, made_with)
+
+
+def write_config(run: Run, made_with: Mapping[str, Any]) -> None:
+    """`config.yaml`: plain data, whatever its text looks like."""
+    storage.write_text(run.config_file, as_yaml(made_with))
+
+
+def as_yaml(plain: Mapping[str, Any]) -> str:
+    """Plain data as YAML that reads back as it was.
+
+    Letters stand as they are, except beside a line separator of Unicode's, which PyYAML would fold.
+    """
+    text = yaml.safe_dump(dict(plain), sort_keys=False, allow_unicode=True)
+    return text if yaml.safe_load(text) == plain else yaml.safe_dump(dict(plain), sort_keys=False)
+
+
+def claim_rows(run: Run, record: Mapping[str, Any], force: bool) -> None:
+    """Write `rows.json`, or check that every list of rows there is the same (`data.row_record`).
+
+    Raises ConfigError with the lists that differ as `claim` does.
+    """
+    if run.rows_file.exists():
+        before, now = _row_lists(run.record()), _row_lists(record)
+        _refuse(run, "made with other rows", storage.differences(before, now), force)
+    storage.write_json(run.rows_file, record)
+
+
+def _row_lists(record: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        name: f"{rows['count']} rows ({rows['fingerprint'][:8]})"
+        for name, rows in record.get("rows", {}).items()
+    }
+
+
+def claim_base(run: Run, stage: str, weights: str, force: bool) -> None:
+    """Write down which weights a stage starts from, or check that they are still the same.
+
+    Raises ConfigError when they changed, as `claim` does.
+    """
+    known: dict[str, str] = {}
+    if run.base_file.exists():
+        known = storage.read_json(run.base_file, dict[str, str], RESTORE)
+    known = {name: base for name, base in known.items() if name == stage or run.done(name)}
+    now = {**known, stage: weights}
+    if stage in known:
+        _refuse(run, "made from other weights", storage.differences(known, now), force)
+    storage.write_json(run.base_file, now)
+
+
+def _refuse(run: Run, how: str, changed: list[str], force: bool) -> None:
+    """Raises ConfigError for another's folder; with `force` what is under way begins anew.
+
+    What is done stays, so settings, weights and card would disagree where it depends on the change.
+    """
+    if not changed:
+        return
+    told = f"{run.folder} was {how} ({'; '.join(changed[:6])})"
+    done = [name for name in STAGES[Method.dcr] if run.done(name.value)]
+    later = all(change.startswith(OF_SFT_ALONE) for change in changed)
+    if Stage.sft in done or (done and not later):
+        raise ConfigError(
+            f"{told}; {done[-1].value} is done there and would not be trained anew: name another "
+            "folder with run="
+        )
+    if not force:
+        raise ConfigError(
+            f"{told}; name another folder with run=, or force=true to begin anew what is not done"
+        )
+    log.warning("%s: what is not done begins anew", told)
+    for name in STAGES[Method.dcr]:
+        if name not in done:
+            shutil.rmtree(run.checkpoints(name.value), ignore_errors=True)
+            shutil.rmtree(run.tracked(name.value), ignore_errors=True)
+    shutil.rmtree(run.snapshots, ignore_errors=True)
+    if not done:
+        run.layer_file.unlink(missing_ok=True)
+
+
+def append_metrics(run: Run, rows: Iterable[Sequence[object]]) -> None:
+    """Add (stage, step, epoch, key, value) rows to `metrics.csv`. UserError if that fails."""
+    file = run.metrics_file
+    header = not file.exists() or file.stat().st_size == 0
+    storage.append(file, _csv(rows, header).encode())
+
+
+def _csv(rows: Iterable[Sequence[object]], header: bool) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerows([METRIC_FIELDS] if header else [])
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def read_metrics(run: Run) -> list[dict[str, Any]]:
+    """The rows of `metrics.csv` with numbers as numbers; a last line without its end is left out.
+
+    Such a line was torn by a kill, and a number cut in half still looks like one. Raises DataError
+    "file:line: what is wrong" for any other row that training did not write.
+    """
+    if not run.metrics_file.exists():
+        return []
+    header, *lines = storage.read_text(run.metrics_file).split("\n")[:-1] or [""]
+    if lines and header.rstrip("\r").split(",") != list(METRIC_FIELDS):
+        raise DataError(f"{run.metrics_file}:1: header: not {','.join(METRIC_FIELDS)}; restore it")
+    return [_metric(line, f"{run.metrics_file}:{i}") for i, line in enumerate(lines, start=2)]
+
+
+def _metric(line: str, where: str) -> dict[str, Any]:
+    try:
+        ((stage, step, epoch, key, value),) = csv.reader([line])
+        row = {"stage": stage, "step": int(step), "epoch": int(float(epoch)), "key": key}
+        row["value"] = float(value)
+        if not math.isfinite(row["value"]):
+            raise ValueError("its value is not finite")
+    except (ValueError, OverflowError, csv.Error) as error:
+        raise DataError(f"{where}: row: {str(error)[:80]}; remove the line") from None
+    return row
+
+
+def forget_metrics_beyond(run: Run, stage: str, step: int) -> None:
+    """Drop what a killed process logged of a stage after its first `step` optimiser steps."""
+    if not run.metrics_file.exists():
+        return
+    if not storage.read_text(run.metrics_file).endswith("\n"):
+        log.warning("%s: its last line broke off with a kill and is dropped", run.metrics_file)
+    kept = [row for row in read_metrics(run) if row["stage"] != stage or row["step"] < step]
+    rows = ([row[name] for name in METRIC_FIELDS] for row in kept)
+    storage.write_text(run.metrics_file, _csv(rows, header=True))

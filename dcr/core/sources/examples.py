@@ -1,0 +1,86 @@
+"""The record that every source yields, and seeded draws, splits and comparisons of such records."""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from dcr.core.config import ConfigError, Kind
+from dcr.core.text import normalise
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt, with the answer that came with it where there is one."""
+
+    id: str
+    prompt: str
+    kind: Kind
+    source: str
+    response: str | None = None
+    category: str | None = None
+    group: str | None = None  # rows that share a template: kept on one side of any split
+    split: str | None = None
+
+
+def draw(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
+    """Exactly `count` examples without replacement, the same for the same rows and seed.
+
+    The first n of a larger draw are the smaller draw of n, so that a sweep over counts adds rows
+    and never swaps them. Raises ConfigError if there are too few.
+    """
+    if not 0 <= count <= len(examples):
+        names = ", ".join(sorted({f"{e.source} ({e.kind.value})" for e in examples})) or "no source"
+        raise ConfigError(
+            f"{count} rows asked for, {len(examples)} available from {names}; "
+            "lower the count or add a source"
+        )
+    shuffled = list(examples)
+    random.Random(f"draw:{seed}").shuffle(shuffled)  # seeded by the string, not by its hash
+    return shuffled[:count]
+
+
+def drop_duplicates(examples: Iterable[Example]) -> tuple[list[Example], list[Example]]:
+    """(kept, dropped): the first example of each prompt up to case, punctuation and spacing."""
+    seen: set[str] = set()
+    kept: list[Example] = []
+    dropped: list[Example] = []
+    for example in examples:
+        key = normalise(example.prompt)
+        (dropped if key in seen else kept).append(example)
+        seen.add(key)
+    return kept, dropped
+
+
+def split_by_group(
+    examples: Iterable[Example], holdout: float, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """(train, held out), with about a `holdout` share of the groups held out.
+
+    A group's side depends on its name and the seed alone, so safe and unsafe prompts of one
+    template, split in separate calls, land on the same side. A row without a group is its own.
+    """
+    train: list[Example] = []
+    heldout: list[Example] = []
+    for example in examples:
+        group = example.id if example.group is None else example.group
+        digest = hashlib.sha256(f"{seed}:{group}".encode()).digest()
+        position = int.from_bytes(digest[:8], "big") / 2**64
+        (heldout if position < holdout else train).append(example)
+    return train, heldout
+
+
+def fingerprint(examples: Iterable[Example]) -> str:
+    """SHA-256 over ids, prompts and responses, in order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        # JSON, so that no text can imitate the border between two fields.
+        digest.update(json.dumps([example.id, example.prompt, example.response]).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def record(examples: Sequence[Example]) -> dict[str, object]:
+    """What is written down of rows that were used."""
+    ids = [example.id for example in examples]
+    return {"count": len(ids), "fingerprint": fingerprint(examples), "ids": ids}

@@ -1,0 +1,121 @@
+"""How a raw row of a public data set maps onto our keys, which are taken, which are one group.
+
+A row of a local folder (`data.root`) has the keys `id`, `prompt`, `label`, `category`, `response`
+and `meta`. A hub row is first brought to those keys, so one predicate serves both places.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import scipy
+
+from dcr.core.sources.jsonl import Row
+from dcr.core.text import normalise
+
+Fields = Callable[[Row], Row]
+Keep = Callable[[Row], bool]
+
+
+def first_turn(transcript: str) -> str:
+    """The first human turn of an HH-RLHF dialogue; empty if there is none."""
+    _, _, rest = transcript.partition("\n\nHuman:")
+    return re.split(r"\n\n(?:Assistant|Human):", rest, maxsplit=1)[0].strip()
+
+
+def columns(**names: str) -> Fields:
+    """Our keys from the named columns; further columns are left out."""
+    return lambda row: {key: row[column] for key, column in names.items()}
+
+
+prompt = columns(prompt="prompt")
+prompt_and_category = columns(prompt="prompt", category="category")
+bare = columns(prompt="text")  # what `datasets` calls the column of a bare list of strings
+
+
+def first_turn_of(column: str) -> Fields:
+    return lambda row: {"prompt": first_turn(row[column])}
+
+
+def instruction(row: Row) -> Row:
+    given = row["input"]
+    text = row["instruction"] + (f"\n\n{given}" if given else "")
+    return {"prompt": text, "response": row["output"]}
+
+
+def xstest(row: Row) -> Row:
+    base = {"prompt": row["prompt"], "label": row["label"], "category": row["type"]}
+    return {**base, "meta": {"focus": row["focus"]}}
+
+
+def phtest(row: Row) -> Row:
+    return {"prompt": row["Request"], "category": str(row["Harmfulness"]).strip().lower()}
+
+
+def first_of_turns(row: Row) -> Row:
+    """SORRY-Bench: `turns` is a list of one; `prompt_style` is `base` or the name of a mutation."""
+    category = str(row["category"])
+    return {"prompt": row["turns"][0], "label": row["prompt_style"], "category": category}
+
+
+def every(_: Row) -> bool:
+    return True
+
+
+def has(key: str, value: str) -> Keep:
+    return lambda row: row.get(key) == value
+
+
+def is_paired(row: Row) -> bool:
+    return row.get("pair") is not None
+
+
+# --- rows written as variants of each other: they stay on one side of any split ---
+
+# Safe types whose contrasts carry another name.
+XSTEST_FAMILIES = {"real_group_nons_discr": "discr", "privacy_fictional": "privacy"}
+
+
+def ungrouped(rows: Sequence[Row]) -> list[str | None]:
+    return [None] * len(rows)
+
+
+def by_pair(rows: Sequence[Row]) -> list[str | None]:
+    return [row.get("pair") for row in rows]
+
+
+def xstest_groups(rows: Sequence[Row]) -> list[str | None]:
+    """One group for all XSTest rows, safe or unsafe, that are linked by any of three things.
+
+    Their focus word ("kill" appears in four types); their place within the type (the n-th safe row
+    was written together with the n-th of its contrast type, and historical events have no focus
+    word); and in the discrimination types how the prompt ends ("… not have equal rights?").
+    """
+    seen: Counter[str] = Counter()
+    links: list[set[str]] = []
+    for row in rows:
+        category = str(row.get("category"))
+        focus = str((row.get("meta") or {}).get("focus") or "").strip().casefold()
+        contrast = category.removeprefix("contrast_")
+        family = XSTEST_FAMILIES.get(contrast, contrast)
+        link = {f"place:{family}:{seen[category]}"}
+        seen[category] += 1
+        if focus:
+            link.add(f"focus:{focus}")
+        if family in ("discr", "nons_group_real_discr"):
+            link.add("end:" + " ".join(normalise(str(row.get("prompt"))).split()[-2:]))
+        links.append(link)
+    return [f"xstest-{component}" for component in _components(links)]
+
+
+def _components(links: Sequence[set[str]]) -> list[int]:
+    """The connected component of each item; items that share a link are connected."""
+    nodes: dict[str, int] = {}
+    for link in sorted(set().union(*links)):
+        nodes[link] = len(links) + len(nodes)
+    edges = [(item, nodes[link]) for item, own in enumerate(links) for link in sorted(own)]
+    items, ends = zip(*edges, strict=True)
+    size = len(links) + len(nodes)
+    graph = scipy.sparse.coo_array(([1] * len(edges), (items, ends)), shape=(size, size))
+    _, labels = scipy.sparse.csgraph.connected_components(graph, directed=False)
+    return [int(label) for label in labels[: len(links)]]

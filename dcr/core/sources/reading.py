@@ -1,0 +1,239 @@
+"""One source by name or path -> list[Example]: from a folder, the hub, the package or a file."""
+
+import difflib
+import logging
+import os
+import stat
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import closing
+from importlib import resources
+from typing import IO
+
+from dcr.core.config import ConfigError, DataError, Kind
+from dcr.core.sources import jsonl
+from dcr.core.sources.examples import Example, fingerprint
+from dcr.core.sources.jsonl import Row
+from dcr.core.sources.table import SOURCES, Hub, Source
+
+log = logging.getLogger(__name__)
+
+
+def read(
+    name: str, *, root: str | None = None, kind: Kind | None = None, pairs: bool = False
+) -> list[Example]:
+    """All rows of a source, in its own order.
+
+    Args:
+        name: a key of `SOURCES`, or the path of a JSONL file (ends in `.jsonl` or holds a path
+            separator).
+        root: local folder with the named sources' files; the hub if None. The embedded corpora and
+            the user's files do not depend on it.
+        kind: what the prompts are taken for. Required for a file; must agree with a named source.
+        pairs: only rows with a response. In a user's file, a row without one is an error.
+
+    Rows of a named source whose prompt or response is empty are dropped; that, and a row count
+    other than the expected one, is logged as a warning.
+
+    Raises:
+        ConfigError: unknown name, `root` not a folder, kind missing or contradicted.
+        DataError: a file or hub data set that cannot be read, or a malformed row.
+    """
+    if name.endswith(".jsonl") or "/" in name or os.sep in name:
+        if kind is None:
+            raise ConfigError(f"{name}: say what its prompts are: toxic, seemingly_toxic or normal")
+        return read_jsonl(name, kind, pairs=pairs)
+    source = _source(name)
+    if kind is not None and kind is not source.kind:
+        raise ConfigError(
+            f"{name} holds {source.kind.value} prompts, not {kind.value}; "
+            "choose another source, or name a .jsonl file of your own"
+        )
+    rows, expected = _rows(name, source, root)
+    examples = _examples(name, source, rows, expected)
+    kept = [example for example in examples if example.response is not None or not pairs]
+    if not kept:
+        raise DataError(f"{name}: no row has a response; choose a source of pairs")
+    return kept
+
+
+def read_jsonl(path: str, kind: Kind, *, pairs: bool = False) -> list[Example]:
+    """The user's own file: one object a line with `prompt`, and if wanted `response`, `id`,
+    `category` and `group`; other keys are ignored.
+
+    Ids default to `<file name>-<line>` and must be unique. Raises DataError with file, line and
+    field at the first fault.
+    """
+    stem = os.path.splitext(os.path.basename(path))[0]
+    examples: list[Example] = []
+    lines: dict[str, int] = {}
+    with closing(_opened(path)) as stream:
+        for line, row in jsonl.rows(stream, path):
+            where = f"{path}:{line}"
+            identity = jsonl.identifier(row, f"{stem}-{line}", where)
+            _claim(identity, line, lines, where)
+            examples.append(
+                Example(
+                    id=identity,
+                    prompt=jsonl.prompt(row, where),
+                    kind=kind,
+                    source=path,
+                    response=jsonl.response(row, where, required=pairs),
+                    category=jsonl.text(row, "category", where),
+                    group=jsonl.text(row, "group", where),
+                )
+            )
+    return examples
+
+
+def read_rows(
+    names: Sequence[str],
+    ids: Sequence[str],
+    kind: Kind,
+    *,
+    root: str | None = None,
+    expected: str | None = None,
+) -> list[Example]:
+    """The rows that a run recorded by their ids, in that order, read again from its sources.
+
+    An id that several of `names` hold stands for the first of those rows not taken yet.
+    `expected` is the fingerprint that the run recorded. Raises DataError if an id is gone or the
+    texts are no longer those, and whatever `read` raises.
+    """
+    by_id: defaultdict[str, list[Example]] = defaultdict(list)
+    for name in names:
+        for example in read(name, root=root, kind=kind):
+            by_id[example.id].append(example)
+    where = ", ".join(names)
+    if missing := [identity for identity in ids if identity not in by_id]:
+        raise DataError(
+            f"{where}: no row is called {missing[0]!r} any more ({len(missing)} of {len(ids)} "
+            "gone); set data.root to the files that the run was trained on"
+        )
+    rows = [by_id[i].pop(0) if len(by_id[i]) > 1 else by_id[i][0] for i in ids]
+    if expected is not None and fingerprint(rows) != expected:
+        raise DataError(
+            f"{where}: not the texts that the run was trained on; "
+            "set data.root to the files used then"
+        )
+    return rows
+
+
+def _source(name: str) -> Source:
+    if name in SOURCES:
+        return SOURCES[name]
+    near = difflib.get_close_matches(name, SOURCES, n=3, cutoff=0)
+    raise ConfigError(
+        f"no data source is called {name[:80]!r}; did you mean {' or '.join(near)}? docs/data.md "
+        "lists all; a file's path ends in .jsonl"
+    )
+
+
+# --- raw rows: (where, row) with `where` as an error names it ---
+
+Located = tuple[str, Row]
+
+
+def _rows(name: str, source: Source, root: str | None) -> tuple[list[Located], int | None]:
+    """All rows of a named source, and how many should be left after its `keep`."""
+    if source.embedded is not None:
+        with (resources.files("dcr") / source.embedded).open("rb") as stream:
+            return _file_rows(stream, source.embedded), None
+    if root is None:
+        assert source.hub is not None  # as every source outside the package has
+        return _hub_rows(name, source.hub, _cure(source)), source.hub.rows
+    if not os.path.isdir(root):
+        raise ConfigError(f"data.root={root}: not a folder; name the one with the data files")
+    if source.file is None:
+        raise DataError(
+            f"{name}: only on the hub ({source.hub}), not in data.root={root}; leave data.root "
+            f"out, name a file {name}.jsonl made from it (docs/data.md), or choose another source"
+        )
+    path = os.path.join(root, source.file)
+    with closing(_opened(path, f"; leave data.root out to read {source.hub} instead")) as stream:
+        return _file_rows(stream, path), source.rows
+
+
+def _opened(path: str, cure: str = "; check the path") -> IO[bytes]:
+    try:
+        # sources are read more than once, and opening a pipe would wait for its writer
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise DataError(f"{path}: a folder, pipe or device, not a file{cure}")
+        return open(path, "rb")
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}{cure}") from None
+
+
+def _file_rows(stream: IO[bytes], path: str) -> list[Located]:
+    return [(f"{path}:{line}", row) for line, row in jsonl.rows(stream, path)]
+
+
+def _cure(source: Source) -> str:
+    """What a user can do when a hub set cannot be read."""
+    if source.hub is not None and source.hub.gated:
+        return "accept its terms on the hub, then log in with `hf auth login`"
+    if source.file is None:
+        return "a .jsonl file of your own can stand in its place"
+    return "data.root=<folder> reads it offline"
+
+
+def _hub_rows(name: str, hub: Hub, cure: str) -> list[Located]:
+    import datasets  # takes a second, and only hub reading needs it
+
+    try:
+        table = datasets.load_dataset(
+            hub.id, hub.config, split=hub.split, revision=hub.revision, **hub.options
+        )
+    # Network, hub, cache and parser each raise their own family; all mean the same to the user.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"{name}: cannot read {hub} through datasets ({type(error).__name__}: {reason}); {cure}"
+        ) from error
+    try:
+        return [(f"{name}:{number}", hub.fields(row)) for number, row in enumerate(table, 1)]
+    except KeyError as error:
+        columns = ", ".join(table.column_names)
+        raise DataError(
+            f"{name}: {hub} has no column {error} (columns: {columns}); {cure}"
+        ) from None
+
+
+# --- rows to examples ---
+
+
+def _examples(
+    name: str, source: Source, rows: list[Located], expected: int | None
+) -> list[Example]:
+    groups = source.groups([row for _, row in rows])
+    chosen = [(i, *located) for i, located in enumerate(rows) if source.keep(located[1])]
+    if expected is not None and len(chosen) != expected:
+        log.warning("%s: %d rows, expected %d", name, len(chosen), expected)
+    examples: list[Example] = []
+    seen: dict[str, int] = {}
+    for i, where, row in chosen:
+        prompt = jsonl.text(row, "prompt", where)
+        response = None if source.prompts_only else jsonl.text(row, "response", where)
+        category = jsonl.text(row, "category", where)
+        identity = jsonl.identifier(row, f"{name}-{i}", where)
+        _claim(identity, i + 1, seen, where)
+        if prompt is None:
+            jsonl.prompt(row, where)  # raises: a row without a prompt is not an empty one
+        elif not any(text is not None and jsonl.is_blank(text) for text in (prompt, response)):
+            examples.append(
+                Example(
+                    identity, prompt, source.kind, name, response, category, groups[i], source.split
+                )
+            )
+    if dropped := len(chosen) - len(examples):
+        log.warning("%s: %d rows with an empty prompt or response dropped", name, dropped)
+    return examples
+
+
+def _claim(identity: str, number: int, taken: dict[str, int], where: str) -> None:
+    if identity in taken:
+        raise DataError(
+            f"{where}: id: {identity!r} stands on row {taken[identity]} too; "
+            "give each row its own id or leave ids out"
+        )
+    taken[identity] = number

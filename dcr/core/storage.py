@@ -1,0 +1,535 @@
+"""State on disk: written whole or not at all, checked when read, locked while in use.
+
+Whatever a command keeps goes through here, so that a kill, a full disk or a damaged file has the
+same end everywhere: the old content stays, or one line names the file and the cure.
+"""
+
+import fcntl
+import functools
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, TypeVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+
+from dcr.core.config import DataError, UserError
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+STAGING = ".writing-"  # how the name of a file or folder begins until it is whole
+ASIDE = ".old"  # how the name of a folder ends while another takes its place
+CHECKSUMS = "checksums.json"
+SUMS: dict[object, list[str]] = {}  # of files that this process has read, by their state
+CURE = "restore the file, or delete it and run the command that wrote it again"
+
+
+# --- names --------------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """What any command may make once and for all: `$DCR_CACHE`, else `~/.cache/dcr`."""
+    return Path(os.environ.get("DCR_CACHE") or Path.home() / ".cache" / "dcr")
+
+
+def fingerprint(settings: object) -> str:
+    """Twelve hex digits that name a configuration or anything else JSON can hold."""
+    text = json.dumps(settings, sort_keys=True, ensure_ascii=False, default=str)
+    # half a surrogate pair, as a server can send, is no UTF-8
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """`key: old -> new` for every leaf in which two configurations differ."""
+    changed: list[str] = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after, name = old.get(key), new.get(key), f"{prefix}{key}"
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            changed += differences(before, after, f"{name}.")
+        elif before != after:
+            changed.append(f"{name}: {before} -> {after}")
+    return changed
+
+
+# --- writing ------------------------------------------------------------------------------------
+
+
+def cannot_write(path: Path, error: Exception) -> UserError:
+    """What a user reads when a disk is full or a folder read-only."""
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:160]
+    return UserError(f"{path}: cannot be written ({reason}); free space or name another folder")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise cannot_write(path, error) from error
+
+
+@contextmanager
+def replaced_file(path: Path) -> Iterator[BinaryIO]:
+    """A file open for writing that takes the place of `path` on success and vanishes on failure.
+
+    Raises UserError with the path when the folder cannot be written or the disk is full.
+    """
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _forget_torn(path.parent, path.name)
+        handle, name = tempfile.mkstemp(prefix=f"{STAGING}{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                _hold(handle)
+                yield file
+                file.flush()
+                os.fsync(handle)
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        finally:
+            Path(name).unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """All of it or the old file; UserError with the path when it cannot be written."""
+    with replaced_file(path) as file:
+        file.write(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """UTF-8, line ends as they are; a file name's bytes that are no text become `?`."""
+    write_bytes(path, text.encode("utf-8", "replace"))
+
+
+def write_json(path: Path, value: object) -> None:
+    """Atomic, readable, with non-ASCII text as it is."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """A staging folder beside `folder` that takes its place on success and vanishes on failure.
+
+    Raises UserError with the path when it cannot be written or the disk is full.
+    """
+    with _writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _forget_torn(folder.parent, folder.name)
+        staging = Path(tempfile.mkdtemp(prefix=f"{STAGING}{folder.name}.", dir=folder.parent))
+        held = os.open(staging, os.O_RDONLY)
+        try:
+            _hold(held)
+            yield staging
+            for file in staging.rglob("*"):
+                if file.is_file():
+                    with file.open("rb") as handle:
+                        os.fsync(handle.fileno())
+            staging.chmod(0o755)
+            _exchange(staging, folder)
+        finally:
+            os.close(held)
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """A folder with a `config.json` that any process may need: `make` writes it if it is not there.
+
+    Of several processes at once the first makes it, and the others wait for it.
+    """
+    if (folder / "config.json").exists():
+        return folder
+    with _writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        waiting = os.open(folder.parent, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(waiting, fcntl.LOCK_EX)
+        if not (folder / "config.json").exists():
+            with replaced_folder(folder) as staging:
+                make(staging)
+    finally:
+        os.close(waiting)
+    return folder
+
+
+def _exchange(staging: Path, folder: Path) -> None:
+    """Put `staging` where `folder` is; what was there is gone only once that has worked."""
+    if not folder.exists():
+        os.replace(staging, folder)
+        return
+    aside = staging.with_name(f"{staging.name}{ASIDE}")
+    os.replace(folder, aside)
+    try:
+        os.replace(staging, folder)
+    except OSError:
+        os.replace(aside, folder)
+        raise
+    shutil.rmtree(aside)
+
+
+def append(path: Path, data: bytes) -> None:
+    """Add whole lines to a file, all or none; a line that a kill tore gets its end first.
+
+    Raises UserError with the path when it cannot be written.
+    """
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            if size:
+                file.seek(-1, os.SEEK_END)
+                data = data if file.read(1) == b"\n" else b"\n" + data
+            left = memoryview(data)
+            try:
+                while left:
+                    left = left[os.write(file.fileno(), left) :]
+            except OSError:
+                file.truncate(size)
+                raise
+
+
+def append_lines(path: Path, rows: Iterable[object]) -> None:
+    """Add records, such as dataclasses or mappings, as one JSON line each; all or none."""
+    if data := _as_lines(rows):
+        append(path, data)
+
+
+def _as_lines(rows: Iterable[object]) -> bytes:
+    plain = (asdict(r) if is_dataclass(r) and not isinstance(r, type) else r for r in rows)
+    text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in plain)
+    return text.encode("utf-8", "replace")  # servers can send half surrogates
+
+
+class Named(Protocol):
+    """A record of a prompt or an answer."""
+
+    @property
+    def id(self) -> str: ...
+
+
+def put_in_order(path: Path, schema: type[Named], ids: Sequence[str]) -> None:
+    """Order a file of JSON lines as `ids`, however they came; others stand behind, as they were.
+
+    Raises DataError as `read_lines` does, UserError where it cannot be written.
+    """
+    place = {identity: number for number, identity in enumerate(ids)}
+    stored = read_lines(path, schema)
+    ordered = sorted(stored, key=lambda row: place.get(row.id, len(place)))
+    if ordered != stored:
+        write_bytes(path, _as_lines(ordered))
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _reading(path: Path, cure: str) -> Iterator[None]:
+    try:
+        check_regular(path)
+        yield
+    except OSError as error:
+        place = error.filename or path
+        raise DataError(f"{place}: cannot be read ({error.strerror or error}); {cure}") from error
+
+
+def check_regular(path: Path) -> None:
+    """Raises DataError for a pipe or a device, in a folder too: to read it may never end."""
+    for place in (path, *(sorted(path.iterdir()) if path.is_dir() else ())):
+        if place.exists() and not (place.is_file() or place.is_dir()):
+            raise DataError(f"{place}: cannot be read (a pipe or device, not a file)")
+
+
+def read_text(path: Path, cure: str = CURE) -> str:
+    """The UTF-8 text of a file. DataError with its name and the cure when it cannot be read."""
+    with _reading(path, cure):
+        data = path.read_bytes()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: byte {error.start + 1} is not UTF-8; {cure}") from None
+
+
+def read_json(path: Path, schema: type[T], cure: str = CURE) -> T:
+    """A JSON file as `schema`: a dataclass, a pydantic model or a type such as `dict[str, str]`.
+
+    Raises DataError "file: what is wrong; cure" when it is absent, no JSON, or lacks or mistypes
+    something that the schema names. Keys that the schema does not name are let be.
+    """
+    text = read_text(path, cure)
+    try:
+        return _adapter(schema).validate_json(text, strict=True)
+    except ValidationError as error:
+        raise DataError(f"{path}: {_first_fault(error)}; {cure}") from None
+
+
+def read_yaml(path: Path, schema: type[T], cure: str = CURE) -> T:
+    """A YAML file as `schema`, with the errors of `read_json`."""
+    text = read_text(path, cure)
+    try:
+        return _adapter(schema).validate_python(yaml.safe_load(text))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        named = isinstance(error, ValidationError)
+        why = _first_fault(error) if named else f"not YAML ({' '.join(str(error).split())[:120]})"
+        raise DataError(f"{path}: {why}; {cure}") from None
+
+
+def read_lines(path: Path, schema: type[T], cure: str = "remove the line") -> list[T]:
+    """The records of a file of JSON lines, none if it is absent; a line torn by a kill is left out.
+
+    A torn line is one that breaks off. Raises DataError "file:line: what is wrong; cure" for any
+    other line that is not of the schema.
+    """
+    if not path.exists():
+        return []
+    with _reading(path, CURE):
+        lines = path.read_bytes().split(b"\n")
+    records: list[T] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            records.append(_adapter(schema).validate_json(line, strict=True))
+        except ValidationError as error:
+            if not _breaks_off(line):
+                why = _first_fault(error)
+                raise DataError(f"{path}:{number}: line: {why}; {cure}") from None
+    return records
+
+
+def _breaks_off(line: bytes) -> bool:
+    """Whether more bytes could have made JSON of a line: what a kill leaves of it."""
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if error.reason != "unexpected end of data":
+            return False
+        text = line[: error.start].decode("utf-8")
+    try:
+        _adapter(object).validate_json(text)
+    except ValidationError as error:
+        return "EOF while parsing" in error.errors(include_url=False)[0]["msg"]
+    return False
+
+
+@functools.cache
+def _adapter(schema: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(schema)
+
+
+def _first_fault(error: Exception) -> str:
+    assert isinstance(error, ValidationError)
+    first = error.errors(include_url=False)[0]
+    if first["type"] == "json_invalid":
+        return f"not JSON ({first['ctx']['error'] if 'ctx' in first else first['msg']})"
+    place = ".".join(map(str, first["loc"]))
+    what = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing":
+        return f"{place}: missing"
+    shown = repr(first["input"])
+    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+    return f"{place}: {shown}: {what}" if place else f"{shown}: {what}"
+
+
+# --- checksums of a result folder ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Checksums:
+    """`checksums.json` of a folder: SHA-256 of every file in it.
+
+    That of a weight file also covers those before it, with their names: the last one is what
+    `models.weights_fingerprint` shortens, so that weights are read once for both.
+    """
+
+    weights: dict[str, str]
+    files: dict[str, str]
+
+
+def write_checksums(folder: Path) -> None:
+    """Put `checksums.json` beside what now lies in a folder, such as one that is being replaced."""
+    text = json.dumps(asdict(_checksums(folder)), indent=1)
+    (folder / CHECKSUMS).write_text(f"{text}\n")
+
+
+def _checksums(folder: Path) -> Checksums:
+    weights = sorted(folder.glob("*.safetensors"))
+    sums = running_sha256(weights, named=True)
+    others = (f for f in sorted(folder.iterdir()) if f.is_file() and f.name != CHECKSUMS)
+    return Checksums(
+        dict(zip([file.name for file in weights], sums, strict=True)),
+        {file.name: sha256(file) for file in others if file not in weights},
+    )
+
+
+def check_checksums(folder: Path, expected: bool = True, needed: bool = False) -> None:
+    """Raises DataError with the file that is not as `write_checksums` found it.
+
+    A folder without sums, as results had none once, passes unless they are `needed`; with one
+    warning where they are `expected`.
+    """
+    cure = f"restore it from a copy, or delete {folder} and run the command that made it again"
+    check_regular(folder)  # transformers and peft read what lies there, summed or not
+    file = folder / CHECKSUMS
+    if not file.exists() and not needed:
+        if expected:
+            _warn_of_no_checksums(folder)
+        return
+    known = read_json(file, Checksums, cure)
+    with _reading(folder, cure):
+        now = _checksums(folder)
+    for before, sums in ((known.files, now.files), (known.weights, now.weights)):
+        for name, value in before.items():
+            if name not in sums:
+                raise DataError(f"{folder / name}: missing; {cure}")
+            if sums[name] != value:
+                raise DataError(f"{folder / name}: damaged, its checksum differs; {cure}")
+    if more := sorted(now.weights.keys() - known.weights.keys()):
+        raise DataError(f"{folder / more[0]}: no part of this result; remove the file")
+
+
+@functools.cache
+def _warn_of_no_checksums(folder: Path) -> None:
+    log.warning("%s: no checksums, as in older results: damage to its files goes unseen", folder)
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, in hex; read once as long as the file stays as it is."""
+    return running_sha256([path])[-1]
+
+
+def running_sha256(files: Sequence[Path], named: bool = False) -> list[str]:
+    """SHA-256 of all files up to each one, in hex; with `named` each file's name goes first.
+
+    Files that have not changed since the last call are not read again.
+    """
+    states = tuple((file.name, *_state(file)) for file in files)
+    if (states, named) in SUMS:
+        return SUMS[states, named]
+    # A file's clock ticks too coarsely to show a second change right after the first.
+    settled = all(time.time_ns() - changed > 10**8 for *_, changed in states)
+    digest, sums = hashlib.sha256(), []
+    for file in files:
+        if named:
+            digest.update(file.name.encode())
+        check_regular(file)
+        if file.is_dir():
+            raise DataError(f"{file}: cannot be read (a folder, not a file); {CURE}")
+        with file.open("rb") as handle:
+            left = os.fstat(handle.fileno()).st_size  # a file that grows has an end as well
+            while piece := handle.read(min(left, 1 << 22)):
+                digest.update(piece)
+                left -= len(piece)
+        sums.append(digest.hexdigest())
+    if settled:
+        SUMS[states, named] = sums
+    return sums
+
+
+def _state(file: Path) -> tuple[int, int, int, int]:
+    status = file.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+# --- locks and what kills leave behind ----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The right to write into a folder, which ends with the lock file that it stands for."""
+
+    file: Path
+    identity: tuple[int, int]
+
+    def check(self) -> None:
+        """Raises UserError when the folder was deleted meanwhile, or is another process's now."""
+        if not self.holds():
+            raise UserError(f"{self.file.parent}: was deleted or replaced while this process ran")
+
+    def holds(self) -> bool:
+        return self.file.exists() and _identity(self.file.stat()) == self.identity
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[Lease]:
+    """Exclusive use of a run folder, cleared of what a killed process left half-written.
+
+    A folder in which nothing but the lock came to be is removed again, with the parents that were
+    made for it. Raises UserError when another process has it or it cannot be written.
+    """
+    file = folder / ".lock"
+    made = [place for place in (folder, *folder.parents) if not place.exists()] or [folder]
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = file.open("a")
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{folder}: another process is using this run folder") from error
+        lease = Lease(file, _identity(os.fstat(handle.fileno())))
+        lease.check()
+        for place in {torn.parent for torn in folder.rglob(f"{STAGING}*")}:
+            _forget_torn(place, "")
+        try:
+            yield lease
+        finally:
+            if lease.holds() and os.listdir(folder) == [file.name]:
+                file.unlink()
+                with suppress(OSError):  # a parent that holds something by now
+                    for place in made:
+                        place.rmdir()
+
+
+def _hold(handle: int) -> None:
+    """Mark a half-written file or folder as in use, until its process ends."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return  # a file system without locks; there nothing torn is removed
+
+
+def _forget_torn(folder: Path, name: str) -> None:
+    """Remove what a kill left of writing `name`; a folder set aside comes back to its place."""
+    if not folder.is_dir():
+        return
+    begins = f"{STAGING}{name}." if name else STAGING
+    for torn in sorted(folder.iterdir()):
+        if not torn.name.startswith(begins) or not _abandoned(torn):
+            continue
+        target = folder / torn.name.removeprefix(STAGING).rsplit(".", 2)[0]
+        if torn.name.endswith(ASIDE) and not target.exists():
+            os.replace(torn, target)
+        elif torn.is_dir():
+            shutil.rmtree(torn, ignore_errors=True)
+        else:
+            torn.unlink(missing_ok=True)
+
+
+def _abandoned(torn: Path) -> bool:
+    """Whether no living process is writing there."""
+    try:
+        handle = os.open(torn, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return True

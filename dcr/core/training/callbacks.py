@@ -1,0 +1,218 @@
+"""What both stages leave behind while they train: every logged value, snapshots, cost, a bar."""
+
+import logging
+import math
+import sys
+import time
+import warnings
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from dcr.core import models, runs, storage
+from dcr.core.models import Policy
+from dcr.core.progress import Bar
+from dcr.core.runs import Cost, Run
+from dcr.core.storage import Lease
+
+QUIET = (
+    "in eval mode at the start of training",  # metrics and dropped blocks; ours is checked
+    "dataloader is not resumable",  # its batches are a function of the step, so it is
+    "does not have many workers",
+    "across ranks is zero",  # all rows are learnt, and none is held out
+    "smaller than the logging interval",
+    "already been called",
+    "`srun` command is available",  # on a cluster's login node
+)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Lightning without what no user of ours can act on."""
+    chatter = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    before = chatter.level
+    chatter.setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        for text in QUIET:
+            warnings.filterwarnings("ignore", message=f".*{text}.*")
+        try:
+            yield
+        finally:
+            chatter.setLevel(before)
+
+
+class RunLogger(Logger):
+    """Appends every logged value to the run's `metrics.csv`, one row a value.
+
+    Long rows, not wide ones, so that new keys and resumed runs never rewrite what is there.
+    """
+
+    def __init__(self, run: Run, stage: str) -> None:
+        super().__init__()
+        self.run, self.stage = run, stage
+
+    @property
+    def name(self) -> str:
+        return "run"
+
+    @property
+    def version(self) -> str:
+        return self.stage
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        epoch = int(metrics.get("epoch", 0))
+        rows = [
+            (self.stage, int(step or 0), epoch, key, float(value))
+            for key, value in metrics.items()
+            if key != "epoch" and math.isfinite(value)  # unlike a mean over rows of no kind
+        ]
+        runs.append_metrics(self.run, rows)
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *_: Any, **__: Any) -> None:
+        """Nothing: the whole configuration stands in `config.yaml`."""
+
+
+def snapshot_steps(total: int, count: int) -> list[int]:
+    """Step 0 and at most `count` up to the last, denser early, where refusal moves fastest."""
+    if count < 1:
+        return []
+    count = min(count, 2 * total)  # so many are every step
+    wanted = {max(1, math.ceil(total * ((i + 1) / count) ** 1.5)) for i in range(count)}
+    return sorted(wanted | {0, total})
+
+
+class Snapshots(Callback):
+    """Saves the adapter at chosen steps of SFT; `eval.py snapshots=true` scores them afterwards."""
+
+    def __init__(self, run: Run, policy: Policy, base: str, steps: list[int]) -> None:
+        self.run, self.policy, self.base, self.steps = run, policy, base, set(steps)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer)
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        step = trainer.global_step
+        if step in self.steps:
+            weights = models.trained(self.policy.model)
+            if trainer.is_global_zero:
+                place = self.run.snapshots / f"step-{step:06d}"
+                models.save_adapter(self.policy, place, self.base, weights)
+
+
+def bar(called: str, total: int, unit: str = "step", done: int = 0, shown: bool = True) -> Bar:
+    """Of the stages and of what runs behind them."""
+    return Bar(
+        desc=called,
+        total=total,
+        initial=done,
+        unit=unit,
+        disable=not shown,
+        dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file keeps every line
+    )
+
+
+class Progress(Callback):
+    """One bar for a whole stage, resumed or not: steps done, time left and loss."""
+
+    def __init__(self, stage: str, total: int, loss: str) -> None:
+        self.stage, self.total, self.loss = stage, total, loss
+        self.bar: Bar | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        done, shown = trainer.global_step, trainer.is_global_zero
+        self.bar = bar(self.stage, self.total, done=done, shown=shown)
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        if self.bar is not None:
+            loss = float(trainer.callback_metrics[self.loss])
+            self.bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            self.bar.update()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._describe(f"{self.stage}, held-out rows")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._describe(self.stage)
+
+    def _describe(self, text: str) -> None:
+        if self.bar is not None and sys.stderr.isatty():
+            self.bar.set_description(text)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._close()
+
+    def on_exception(self, *_: Any, **__: Any) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class Holding(Callback):
+    """Stops a process whose run folder was deleted, perhaps for another process to write into."""
+
+    def __init__(self, lease: Lease) -> None:
+        self.lease = lease
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        self.lease.check()
+
+
+class StepClock(Callback):
+    """Writes down what a stage cost: seconds, tokens, peak memory, into `<stage>.cost.json`.
+
+    Seconds count the steps of this command only and the tokens are those its processes saw, so the
+    rate of a resumed stage is a rate of its last part. Memory is the first process's.
+    """
+
+    def __init__(self, run: Run, stage: str, precision: str = "") -> None:
+        self.run, self.stage, self.precision = run, stage, precision
+        self.seconds, self.tokens, self.steps, self.began = 0.0, 0, 0, 0.0
+        self.cpu_seconds, self.cpu_began = 0.0, 0.0
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        self.began, self.cpu_began = time.perf_counter(), time.process_time()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.seconds += time.perf_counter() - self.began
+        self.cpu_seconds += time.process_time() - self.cpu_began
+        parts = batch if isinstance(batch, list) else [batch]
+        self.tokens += sum(int(part.mask.sum()) for part in parts)
+        self.steps += 1
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        seen = torch.tensor(self.tokens, device=trainer.strategy.root_device)
+        self.tokens = int(torch.as_tensor(trainer.strategy.reduce(seen, reduce_op="sum")))
+        if trainer.is_global_zero and self.steps:
+            storage.write_json(self.run.cost_file(self.stage), asdict(self.cost(trainer)))
+
+    def cost(self, trainer: Trainer) -> Cost:
+        """Of the steps so far."""
+        on_gpu = trainer.strategy.root_device.type == "cuda"
+        return Cost(
+            steps=self.steps,
+            seconds=round(self.seconds, 1),
+            tokens=self.tokens,
+            tokens_per_second=round(self.tokens / self.seconds, 1),
+            peak_memory_gib=round(runs.peak_memory_gib(), 2),
+            device=torch.cuda.get_device_name()
+            if on_gpu
+            else f"CPU, threads: {torch.get_num_threads()}",
+            device_seconds=round(self.seconds if on_gpu else self.cpu_seconds, 3),
+            precision=self.precision,
+        )

@@ -1,0 +1,221 @@
+"""Stage one: Circle loss on the hidden state of an intermediate block (Section 6, A.8)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+from dcr.analyses.separability import kmeans_accuracy
+from dcr.core import activations, losses, models
+from dcr.core.config import Adapter, ContrastiveConfig, NLLSource
+from dcr.core.data import NO_CLASS, PairBatch, PromptBatch
+from dcr.core.models import Policy
+from dcr.core.prompts import IGNORED
+from dcr.core.training.resuming import ResumableModule, adamw, epoch_mean, ranks, rate_factor
+
+
+def of_all_ranks(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of the global batch in order, without those of no class; gradient to ours alone.
+
+    Every rank then finds the loss of all pairs, and each its own features' gradient of it.
+    """
+    if ranks() == 1:
+        return features, labels
+    features, labels = (torch.cat(gather_all_tensors(part)) for part in (features, labels))
+    kept = labels != NO_CLASS
+    return features[kept], labels[kept]
+
+
+def summed_over_ranks(value: Tensor) -> Tensor:
+    """Without gradient."""
+    value = value.detach()
+    return torch.stack(gather_all_tensors(value)).sum(0) if ranks() > 1 else value
+
+
+class KMeansAccuracy(Metric):
+    """Accuracy of two clusters matched to the labels (A.9), over all features of an epoch."""
+
+    full_state_update = False
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(sync_on_compute=False)  # every rank validates on all held-out rows
+        self.seed = seed
+        self.features: list[Tensor]
+        self.labels: list[Tensor]
+        self.add_state("features", default=[], dist_reduce_fx="cat")
+        self.add_state("labels", default=[], dist_reduce_fx="cat")
+
+    def update(self, features: Tensor, labels: Tensor) -> None:
+        self.features.append(features.detach().float())
+        self.labels.append(labels)
+
+    def compute(self) -> Tensor:
+        features, labels = dim_zero_cat(self.features), dim_zero_cat(self.labels)
+        return torch.tensor(kmeans_accuracy(features.cpu(), labels.cpu(), seed=self.seed))
+
+
+class PairMetrics(torch.nn.ModuleDict):
+    """Epoch means of stage one, exact over uneven batches and ranks: sums and counts as state."""
+
+    def __init__(self, margin: float, suffix: str = "") -> None:
+        names = ("circle", "above_floor", "within_cosine", "across_cosine", "violating_share")
+        super().__init__({name: epoch_mean() for name in names})
+        self.margin, self.suffix = margin, suffix
+
+    def add(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        circle: Tensor,
+        floor: Tensor,
+        counts: bool = True,
+    ) -> None:
+        """One batch; without weight where another rank `counts` the same rows."""
+        pairs = losses.pair_statistics(features, labels, self.margin)
+        batch = len(labels)
+        summed = {  # over what, and of how many
+            "circle": (circle * batch, batch),
+            "above_floor": ((circle - floor) * batch, batch),
+            "within_cosine": (pairs.within_sum, pairs.within_count),
+            "across_cosine": (pairs.across_sum, pairs.across_count),
+            "violating_share": (pairs.violating_count, pairs.pair_count),
+        }
+        for name, (total, count) in summed.items():
+            weight = torch.as_tensor(count, device=features.device)
+            mean: Any = self[name]
+            mean.update(total.detach() / weight.clamp(min=1), weight=weight * counts)
+
+    def log_to(self, module: LightningModule) -> None:
+        metric: Any
+        for name, metric in self.items():
+            module.log(f"contrastive/{name}{self.suffix}", metric, on_step=False, on_epoch=True)
+
+
+class ContrastiveModule(ResumableModule):
+    """Trains blocks 1 to `block`; all above, final norm and head stay bit-identical.
+
+    The policy's weights are changed in place.
+    """
+
+    def __init__(
+        self, policy: Policy, config: ContrastiveConfig, block: int, total_steps: int
+    ) -> None:
+        super().__init__()
+        self.config, self.block, self.total_steps = config, block, total_steps
+        self.model = policy.model
+        if config.adapter is Adapter.full:
+            models.freeze_beyond(self.model, block, config.train_embeddings)
+        if config.gradient_checkpointing:
+            self.recompute_blocks()
+        # in a tuple: a registered trunk would repeat its parameters in every state dict
+        self._trunk = (models.trunk(self.model, block),)
+        self.anchored = config.nll.weight > 0
+        self.forward_losses = LOSSES[config.nll.source] if self.anchored else _circle_alone
+        self.train_metrics = PairMetrics(config.margin)
+        self.heldout_metrics = PairMetrics(config.margin, "/heldout")
+        self.heldout_kmeans = KMeansAccuracy()
+        self.token_nll = epoch_mean()
+        self.keep_metrics_in_checkpoints()
+
+    def training_step(self, batch: PromptBatch, _: int) -> Tensor:
+        features, nll = self.forward_losses(self, batch)
+        features, labels = of_all_ranks(features, batch.labels)
+        circle, floor = self.circle(features, labels)
+        loss = self.checked(circle + self.config.nll.weight * nll, batch.names)
+        self.log("contrastive/step_circle", circle)
+        leads = self.global_rank == 0
+        self.train_metrics.add(features, labels, circle, floor, counts=leads)
+        self.train_metrics.log_to(self)
+        if self.anchored:
+            nll = summed_over_ranks(nll)
+            self.log("contrastive/step_nll", nll)
+            tokens = summed_over_ranks(self.nll_tokens(batch))
+            self.token_nll.update(nll, weight=tokens * leads)
+            self.log("contrastive/nll", self.token_nll, on_step=False, on_epoch=True)
+        return loss * ranks()  # whose gradients are averaged: of one loss, over the global batch
+
+    def validation_step(self, batch: PromptBatch, _: int) -> None:
+        features = self.features(batch)
+        circle, floor = self.circle(features, batch.labels)
+        self.checked(circle, batch.names)
+        self.heldout_metrics.add(features, batch.labels, circle, floor)
+        self.heldout_metrics.log_to(self)
+        self.heldout_kmeans.update(features, batch.labels)
+        self.log("contrastive/kmeans_accuracy/heldout", self.heldout_kmeans, on_step=False)
+
+    def features(self, batch: PromptBatch) -> Tensor:
+        (trunk,) = self._trunk
+        layout = self.laid_out(trunk, batch.ids, batch.mask)
+        return activations.pooled(layout.padded(models.run(trunk, layout)), batch.spans)
+
+    def features_and_hidden(self, batch: PromptBatch) -> tuple[Tensor, Tensor, int]:
+        """Pooled outputs of the block, and the final-normed hidden states, in one full pass.
+
+        And how many of the first states every row has in common.
+        """
+        backbone = models.backbone(self.model)
+        layout = self.laid_out(backbone, batch.ids, batch.mask)
+        with activations.captured(self.model, self.block) as taken:
+            hidden = models.run(backbone, layout)
+        features = activations.pooled(layout.padded(taken[0]), batch.spans)
+        return features, layout.padded(hidden), layout.prefix
+
+    def mean_nll(self, hidden: Tensor, targets: Tensor, prefix: int = 0) -> Tensor:
+        """Token mean of the next-token NLL where a target stands (ambiguity 7).
+
+        Of several ranks each has its part of the mean over the tokens of all. Where rows have their
+        first states, a `prefix`, and what follows each in common, the first row speaks for all.
+        """
+        same = (targets == targets[0]).all(0)[:prefix]
+        alike = int(same.long().cumprod(0).sum()) if prefix else 0
+        total, _ = self.labelled_nll(hidden[:, alike:], targets[:, alike:])
+        if alike:
+            once, _ = self.labelled_nll(hidden[:1, :alike], targets[:1, :alike])
+            total = total + len(targets) * once
+        return total / summed_over_ranks((targets != IGNORED).sum())
+
+    def circle(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Eq. 5 and its floor, the value at which no pair violates its margin."""
+        told = self.config
+        circle = losses.circle_loss(
+            features, labels, told.margin, told.scale, weights=told.circle.weights.value
+        )
+        return circle, losses.circle_floor(labels)
+
+    def nll_tokens(self, batch: PromptBatch) -> Tensor:
+        """How many tokens the batch's NLL is a mean over."""
+        source: PromptBatch | PairBatch = batch.general or batch
+        return (source.targets != IGNORED).sum()
+
+    def configure_optimizers(self) -> Any:
+        factor = rate_factor(self.config.schedule, self.total_steps, warmup=0)
+        optim = self.config.optim
+        return adamw(self, optim.lr, optim.weight_decay, factor, optim.moments)
+
+
+def _circle_alone(module: ContrastiveModule, batch: PromptBatch) -> tuple[Tensor, Tensor]:
+    features = module.features(batch)
+    return features, features.new_zeros(())
+
+
+def _nll_of_prompts(module: ContrastiveModule, batch: PromptBatch) -> tuple[Tensor, Tensor]:
+    features, hidden, prefix = module.features_and_hidden(batch)
+    return features, module.mean_nll(hidden, batch.targets, prefix)
+
+
+def _nll_of_general_pairs(module: ContrastiveModule, batch: PromptBatch) -> tuple[Tensor, Tensor]:
+    assert batch.general is not None
+    features = module.features(batch)
+    hidden = module.hidden(batch.general.ids, batch.general.mask)
+    return features, module.mean_nll(hidden, batch.general.targets)
+
+
+LOSSES: dict[NLLSource, Callable[[ContrastiveModule, PromptBatch], tuple[Tensor, Tensor]]] = {
+    NLLSource.prompt_tokens: _nll_of_prompts,
+    NLLSource.general: _nll_of_general_pairs,
+}

@@ -1,0 +1,312 @@
+"""The two stages of a run folder, each from the weights it starts from to its result."""
+
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning import Callback, Trainer
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor
+
+from dcr import sharding, tracking
+from dcr.core import config, data, models, prompts, runs, storage
+from dcr.core.config import (
+    FSDP,
+    Adapter,
+    ConfigError,
+    Method,
+    Precision,
+    Stage,
+    TrainConfig,
+    block_of,
+)
+from dcr.core.data import SafetyData, Splits
+from dcr.core.models import Policy
+from dcr.core.prompts import ChatFormat
+from dcr.core.runs import Run
+from dcr.core.storage import Lease
+from dcr.core.training import callbacks, readout, resuming
+from dcr.core.training.contrastive import ContrastiveModule
+from dcr.core.training.sft import SFTModule
+
+log = logging.getLogger(__name__)
+
+LIGHTNING_PRECISION = {
+    Precision.mixed: "bf16-mixed",
+    Precision.bf16: "bf16-mixed",
+    Precision.fp32: "32-true",
+}
+STEP_LOSS = {Stage.contrastive: "contrastive/step_circle", Stage.sft: "sft/step_nll"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the stages of one command share."""
+
+    settings: TrainConfig
+    run: Run
+    rows: Splits
+    block: int
+    lease: Lease | None  # None in processes that help another one with its run folder
+    loggers: list[Logger]
+    tracked: tracking.Tracked | None = None
+    identity: str = ""  # of the settings that decide its weights
+
+
+def check(settings: TrainConfig, rows: Splits, wanted: Sequence[Stage]) -> None:
+    """What would stop a stage half-way, found before any of them trains.
+
+    Raises ConfigError for LoRA targets that match nothing, for a model or a template that cannot
+    be, and where no training pair fits, and DataError for a prompt longer than the context.
+    """
+    facts = models.facts(settings.model)
+    phase = settings.sft.readout
+    if phase.steps and phase.blocks > facts.depth:
+        raise ConfigError(f"sft.readout.blocks={phase.blocks}: the model has {facts.depth}")
+    if (
+        settings.trainer.strategy == FSDP
+        and Stage.contrastive in wanted
+        and settings.dcr.train_embeddings
+        and facts.tied
+    ):
+        raise ConfigError(
+            "trainer.strategy=fsdp dcr.train_embeddings=true: the embeddings are the head as well, "
+            "which cannot be split between the two; leave them frozen, or use trainer.strategy=ddp"
+        )
+    chat = prompts.chat_format(models.open_tokenizer(settings.model), settings.model)
+    for stage in wanted:
+        first = stage is Stage.contrastive
+        lora = settings.dcr.lora if first else settings.sft.lora
+        if not first or settings.dcr.adapter is Adapter.lora:
+            last = block_of(settings.dcr, facts.depth) if first else None
+            with callbacks.quiet():
+                models.add_lora(models.skeleton(settings.model), lora, settings.seed, blocks=last)
+        if first:
+            data.StageRows(stage, rows, chat, settings, facts.context)
+        else:
+            data.check_lengths(chat, rows, settings.sft, facts.context)
+
+
+def train_contrastive(job: Job) -> None:
+    """Stage one: from the base model to `contrastive/`."""
+    settings, run = job.settings, job.run
+    policy = _contrastive_start(job)
+    _claim_base(job, Stage.contrastive, policy)
+    chat = prompts.chat_format(policy.tokenizer, settings.model)
+    batches = _batches(job, Stage.contrastive, chat)
+    total = batches.steps_per_epoch * settings.dcr.epochs
+    module = ContrastiveModule(policy, settings.dcr, job.block, total)
+    seen = _measuring(job, Stage.contrastive, policy, chat, total)
+    light = config.lightens(settings)
+    if light:
+        models.lighten(policy.model, job.block, whole=module.anchored)
+    with _fitted(job, Stage.contrastive, module, batches, total, *seen) as writes:
+        trained = models.trained(policy.model)
+        if writes:
+            policy = _whole(job, policy, trained, _contrastive_start, light)
+            if settings.dcr.adapter is Adapter.lora:
+                policy = Policy(policy.model.merge_and_unload(), policy.tokenizer, policy.name)
+            models.save_full(policy, run.stage("contrastive"))
+
+
+def train_sft(job: Job) -> None:
+    """Stage two: from the base model (STL, STL-aug) or `contrastive/` (DCR) to `sft/`."""
+    settings, run = job.settings, job.run
+    policy = _sft_start(job)
+    _claim_base(job, Stage.sft, policy)
+    output_rows = models.head(policy.model).weight.detach()
+    chat = prompts.chat_format(
+        policy.tokenizer, settings.model, settings.sft.terminator, output_rows
+    )
+    base = policy.name
+    batches = _batches(job, Stage.sft, chat)
+    if batches.rows.too_long:
+        log.warning(
+            "%d pairs have no room for a response within sft.max_len=%d and were left out",
+            len(batches.rows.too_long),
+            settings.sft.max_len,
+        )
+    total = batches.steps_per_epoch * settings.sft.epochs
+    module = SFTModule(policy, settings.sft, total)
+    steps = callbacks.snapshot_steps(total, settings.tracking.snapshots)
+    snapshots = callbacks.Snapshots(run, policy, base, steps)
+    seen = _measuring(job, Stage.sft, policy, chat, total)
+    with _fitted(job, Stage.sft, module, batches, total, snapshots, *seen) as writes:
+        trained = models.trained(policy.model)
+        if writes:
+            policy = _whole(job, policy, trained, _sft_start)
+            if settings.sft.readout.steps:
+                runs.forget_metrics_beyond(run, "readout", 0)  # of one that a kill ended
+                loggers = [callbacks.RunLogger(run, "readout"), *job.loggers]
+                asked = settings.sft, settings.seed, loggers, settings.trainer.progress
+                record = readout.read_out(policy, chat, job.rows, *asked)
+                storage.write_json(run.readout_file, record)
+            models.save_adapter(policy, run.stage("sft"), base)
+
+
+def _measuring(
+    job: Job, stage: Stage, policy: Policy, chat: ChatFormat, total: int
+) -> list[Callback]:
+    if job.tracked is None:
+        return []
+    steps = tracking.tracked_steps(total, job.settings.tracking.every_n_steps)
+    place = job.run.tracked(stage.value)
+    return [tracking.Tracker(stage.value, policy, chat, job.tracked, steps, place)]
+
+
+def _batches(job: Job, stage: Stage, chat: ChatFormat) -> SafetyData:
+    context = models.facts(job.settings.model).context
+    return SafetyData(stage, job.rows, chat, job.settings, context)
+
+
+def _contrastive_start(job: Job) -> Policy:
+    settings = job.settings
+    policy = models.open_policy(settings.model, settings.dcr.precision)
+    if settings.dcr.adapter is not Adapter.lora:
+        return policy
+    adapted = models.add_lora(policy.model, settings.dcr.lora, settings.seed, blocks=job.block)
+    return Policy(adapted, policy.tokenizer, policy.name)
+
+
+def _sft_start(job: Job) -> Policy:
+    settings = job.settings
+    if settings.method is not Method.dcr:
+        policy = models.open_policy(settings.model, settings.sft.precision)
+    else:
+        policy = models.open_folder(
+            str(job.run.stage("contrastive")),
+            settings.sft.precision,
+            trust_remote_code=settings.model.trust_remote_code,
+        )
+    adapted = models.add_lora(policy.model, settings.sft.lora, settings.seed)
+    return Policy(adapted, policy.tokenizer, policy.name)
+
+
+def _whole(
+    job: Job,
+    policy: Policy,
+    trained: dict[str, Tensor],
+    start: Callable[[Job], Policy],
+    light: bool = False,
+) -> Policy:
+    """The policy as one process has it: opened again with what was trained, where it is sharded or
+    some weights were made light.
+
+    Modules of a sharded one would wait for the other processes in every forward pass.
+    """
+    if not (light or sharding.is_sharded(policy.model)):
+        return policy
+    policy = start(job)
+    policy.model.load_state_dict(trained, strict=False)
+    return policy
+
+
+def _claim_base(job: Job, stage: Stage, policy: Policy) -> None:
+    if job.lease is None:
+        return
+    name, commit = Path(policy.name), getattr(policy.model.config, "_commit_hash", None)
+    weights = models.weights_fingerprint(name) if name.is_dir() else f"{policy.name}@{commit}"
+    runs.claim_base(job.run, stage.value, weights, job.settings.force)
+
+
+@contextmanager
+def _fitted(
+    job: Job,
+    stage: Stage,
+    module: resuming.ResumableModule,
+    batches: SafetyData,
+    total: int,
+    *between: Callback,
+) -> Iterator[bool]:
+    """Train to the end. Inside, the result may be written, by the process that is told True."""
+    folder = job.run.checkpoints(stage.value)
+    module.identity = job.identity
+    checkpoint = resuming.newest_checkpoint(folder, module)
+    step = resuming.step_of(checkpoint)
+    if checkpoint:
+        log.info("%s: going on after step %d of %d", stage.value, step, total)
+    if job.lease:
+        runs.forget_metrics_beyond(job.run, stage.value, step)
+    trainer = _trainer(job, stage, module, total, total // batches.steps_per_epoch, between)
+    start = resuming.bit_sums(module)
+    with resuming.faults_explained():
+        trainer.fit(module, datamodule=batches, ckpt_path=checkpoint, weights_only=True)
+    if job.lease:
+        job.lease.check()
+    if resuming.bit_sums(module) == start:
+        raise resuming.TrainingError(
+            f"{stage.value}: no weight moved in {total} steps: the learning rate is too small for "
+            "the weights' precision, or every gradient was zero (all pairs beyond the margin, and "
+            "no NLL term)"
+        )
+    yield trainer.is_global_zero
+    if trainer.is_global_zero:
+        forget_checkpoints(job.run, stage)
+    trainer.strategy.barrier()  # no process opens a result that another is still writing
+
+
+def _trainer(
+    job: Job,
+    stage: Stage,
+    module: resuming.ResumableModule,
+    total: int,
+    epochs: int,
+    between: Sequence[Callback],
+) -> Trainer:
+    settings, options = job.settings, job.settings.trainer
+    strategy: str | Strategy = options.strategy
+    if strategy == FSDP:
+        strategy = sharding.Sharded(options.devices * options.num_nodes)
+    contrastive = stage is Stage.contrastive
+    precision = settings.dcr.precision if contrastive else settings.sft.precision
+    bar = callbacks.Progress(stage.value, total, STEP_LOSS[stage])
+    followed = [
+        # it stops at the end of a step before anything is measured or saved there
+        callbacks.StepClock(job.run, stage.value, precision.value),
+        *between,
+        *([bar] if options.progress else []),
+        resuming.StepSeed(settings.seed),
+        *([callbacks.Holding(job.lease)] if job.lease else []),
+        # last, when a step's other traces are there
+        resuming.Checkpoints(job.run.checkpoints(stage.value), options.checkpoint_every_n_steps),
+    ]
+    return Trainer(
+        accelerator=options.accelerator,
+        devices=options.devices,
+        num_nodes=options.num_nodes,
+        strategy=strategy,
+        precision=LIGHTNING_PRECISION[precision],  # pyright: ignore[reportArgumentType]
+        max_epochs=epochs,
+        logger=[callbacks.RunLogger(job.run, stage.value), *job.loggers],
+        callbacks=followed,
+        plugins=[resuming.VerifiedCheckpointIO(module), *_slurm()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        gradient_clip_val=settings.dcr.optim.clip if contrastive else None,
+        default_root_dir=str(job.run.folder),
+    )
+
+
+def _slurm() -> list[SLURMEnvironment]:
+    """Slurm's environment where Lightning would choose it, without its own requeueing, whose
+    checkpoint can fall into the middle of a step: `resuming.Checkpoints` obeys the signal."""
+    if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
+        return []
+    return [SLURMEnvironment(auto_requeue=False)]
+
+
+def forget_checkpoints(run: Run, stage: Stage) -> None:
+    shutil.rmtree(run.checkpoints(stage.value), ignore_errors=True)
+
+
+TRAIN = {Stage.contrastive: train_contrastive, Stage.sft: train_sft}

@@ -1,0 +1,335 @@
+"""W&B: one run per run folder, started by training, resumed by every evaluation of it.
+
+What was made from what stands in artifacts: settings, the result of each stage, evaluations, pages.
+"""
+
+import functools
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from dcr import judges
+from dcr.core import results, storage
+from dcr.core.config import (
+    TAG,
+    DataError,
+    EvalConfig,
+    Kind,
+    Method,
+    Precision,
+    WandbConfig,
+    WandbMode,
+)
+from dcr.core.evaluation import sets
+from dcr.core.generation import Completion
+from dcr.core.runs import Run
+from dcr.core.text import redact, single_line
+
+if TYPE_CHECKING:
+    import wandb
+
+log = logging.getLogger(__name__)
+
+TASK_OF_KIND = {Kind.seemingly_toxic.value: "over_refusal", Kind.toxic.value: "safety"}
+SHOWN = 200  # completions of a set that a table holds
+ASKED = ("set", "kind", "id", "prompt", "response", "refusal_mass")  # first columns of that table
+RULES = ("paper", "recommended")
+RESULTS = ("contrastive", "sft")  # weights that a run made
+TIMES = ("seconds", "tokens_per_second", "peak_memory_gib")
+AXES = ("dcr.epochs", "dcr.ratio")  # of the paper's ablations (Tables 3 and 4)
+WANDB_TIMEOUT = 20  # seconds to wait for a server before logging offline
+
+
+@contextmanager
+def opened(
+    options: WandbConfig, run: Run, job_type: str, tags: list[str], config: Mapping[str, Any] | None
+) -> Iterator["wandb.Run | None"]:
+    """The W&B run of a folder, closed whatever happens; None when `wandb.mode=disabled`.
+
+    `config` is what the run was made with; None leaves what it holds already.
+    """
+    if options.mode is WandbMode.disabled:
+        yield None
+        return
+    os.environ["WANDB_SILENT"] = "true"  # before the import, which reads it
+    import wandb
+
+    try:
+        yield _started(options, run, job_type, tags, config)
+    finally:
+        wandb.finish()
+        forget_keys(run, wandb.api.api_key or "")
+
+
+def forget_keys(run: Run, key: str) -> None:
+    """Take keys out of W&B's own logs, which keep what a server says, as one that echoes them."""
+    for file in (run.folder / "wandb").rglob("*.log"):
+        with suppress(OSError):  # a log that is gone
+            text = file.read_text(encoding="utf-8", errors="replace")
+            if (clean := redact(text, key)) != text:
+                storage.write_text(file.resolve(), clean)
+
+
+def _started(
+    options: WandbConfig, run: Run, job_type: str, tags: list[str], config: Mapping[str, Any] | None
+) -> "wandb.Run":
+    """Offline, with one warning, where the server cannot be reached."""
+    import wandb
+
+    start = functools.partial(
+        wandb.init,
+        name=run.folder.name,
+        id=run_id(run),
+        dir=str(run.folder),
+        project=options.project,
+        entity=options.entity,
+        group=options.group or os.environ.get("DCR_SWEEP"),
+        job_type=job_type,
+        # a model's folder may have a longer name than W&B takes
+        tags=[tag[:TAG] for tag in (*tags, *options.tags)],
+        config=None if config is None else dict(config),
+        resume="allow",
+        settings=wandb.Settings(console="off", init_timeout=WANDB_TIMEOUT),
+    )
+    if options.mode is WandbMode.online:
+        try:
+            if wandb.login(prompt=False, verify=False):
+                return start(mode="online")
+            reason = "no key: export WANDB_API_KEY or run `wandb login`"
+        except wandb.Error as error:
+            reason = single_line(error, wandb.api.api_key or "", longest=200)
+            wandb.teardown()  # whose service would take the run for started
+        log.warning("wandb.mode=online: logging offline instead (%s)", reason)
+    return start(mode="offline")
+
+
+def run_id(run: Run) -> str:
+    """The W&B id of a run folder: kept in it, so that moving the folder keeps the run."""
+    file = run.folder / "wandb_id"
+    if not file.exists():
+        storage.write_text(file, storage.fingerprint([str(run.folder.resolve())]))
+    cure = "delete the file, and the next command starts another W&B run"
+    name = storage.read_text(file, cure).strip()
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", name):
+        raise DataError(f"{file}: {name[:60]!r} is no id; {cure}")
+    return name
+
+
+def show(
+    started: "wandb.Run | None",
+    run: Run,
+    metrics: Mapping[str, Any],
+    answers: Mapping[str, Sequence[Completion]],
+) -> None:
+    """Write an evaluation's scores into the run's summary, its answers as a table, and an artifact.
+
+    Snapshots are logged against their SFT step instead, one point each. Keys begin with `eval/`
+    for the run's last weights as `eval.py` takes them by default, with `eval/<variant>/` for all
+    else, so that no evaluation overwrites another's. The plain scores are logged against the
+    settings of `AXES` as well, a point a run, from which a sweep's curves are drawn.
+    """
+    if started is None:
+        return
+    import wandb
+
+    snapshot, told = metrics["step"] is not None, variant(metrics, run)
+    prefix = f"{'snapshot' if snapshot else 'eval'}/{f'{told}/' if told else ''}"
+    scores = {f"{prefix}{key}": value for key, value in scored(metrics).items()}
+    if snapshot:
+        started.define_metric("snapshot/*", step_metric="snapshot/step")
+        started.log({"snapshot/step": metrics["step"], **scores})
+        return
+    started.summary.update(scores)
+    if answers:
+        table = wandb.Table(dataframe=completions(run, metrics, answers))
+        started.log({f"{prefix}completions": table})
+    if not told and (axes := _axes(run)):
+        started.log(axes | scores)
+    if metrics["weights"] in RESULTS:
+        use(started, _result(run, metrics["weights"]))
+    started.log_artifact(evaluation(run, metrics))
+
+
+def _axes(run: Run) -> dict[str, float]:
+    """What the run was made with of `AXES`; nothing where stage one was no part of it."""
+    made_with = run.config()
+    if made_with["method"] != Method.dcr.value:
+        return {}
+    node = made_with.get("dcr", {})
+    values = {key: node.get(key.removeprefix("dcr.")) for key in AXES}
+    return {key: float(value) for key, value in values.items() if value is not None}
+
+
+def completions(
+    run: Run, metrics: Mapping[str, Any], answers: Mapping[str, Sequence[Completion]]
+) -> pd.DataFrame:
+    """The table of answers: what was asked, what came, and every verdict side by side.
+
+    Of each set at most `SHOWN` answers; a judge that was not asked about one says "".
+    """
+    counts = metrics.get("sets", {})
+    named = list(dict.fromkeys(j for of in counts.values() for j in of.get("judged", {})))
+    rows: list[list[Any]] = []
+    for name, given in answers.items():
+        shown = given[:SHOWN]
+        said = [{v.of: v.compliance for v in judges.by_keywords(shown, r)} for r in RULES]
+        said += [_said(run, judge, name) for judge in named]
+        kind = counts.get(name, {}).get("kind", "")
+        for answer in shown:
+            of = judges.answer_fingerprint(answer)
+            about = [name, kind, answer.id, answer.prompt, answer.response, answer.refusal_mass]
+            rows.append([*about, *(verdicts.get(of) or "" for verdicts in said)])
+    columns = [*ASKED, *(f"keyword:{rules}" for rules in RULES), *named]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _said(run: Run, judge: str, name: str) -> dict[str, str]:
+    """A judge's words on the answers of a set, by fingerprint; the newest where it changed."""
+    files = run.folder.glob(f"eval/*/verdicts/{judge}-*/{name}.jsonl")
+    said: dict[str, str] = {}
+    for file in sorted(files, key=lambda file: file.stat().st_mtime):
+        for verdict in storage.read_lines(file, judges.Verdict):
+            labels = [label for label in (verdict.compliance, verdict.safety) if label]
+            said[verdict.of] = ", ".join(labels) or verdict.status
+    return said
+
+
+# --- artifacts ----------------------------------------------------------------------------------
+
+# Built from the run folder alone, without times, so that the same content is the same version
+# whenever and wherever it is logged, and an offline run adds nothing that the server has.
+
+
+def log_stage(started: "wandb.Run", run: Run, stage: str) -> None:
+    """Keep a stage's result as an artifact, made from the run's settings and the stage before."""
+    use(started, _settings(run))
+    if stage == "sft" and run.done("contrastive"):
+        use(started, _result(run, "contrastive"))
+    started.log_artifact(_result(run, stage))
+
+
+def use(started: "wandb.Run", artifact: "wandb.Artifact") -> None:
+    """Make it an input of the W&B run; it is logged where the server has it not."""
+    if started.offline:  # where `use_artifact`, which does the same and waits, raises
+        started._log_artifact(artifact, is_user_created=True, use_after_commit=True)
+    else:
+        started.use_artifact(artifact)
+
+
+def _settings(run: Run) -> "wandb.Artifact":
+    import wandb
+
+    rows = {n: part["fingerprint"] for n, part in run.record().get("rows", {}).items()}
+    made = wandb.Artifact(f"settings-{run_id(run)}", "settings", metadata={"rows": rows})
+    with made.new_file("config.yaml", encoding="utf-8") as file:
+        file.write(storage.read_text(run.config_file))
+    return made
+
+
+def _result(run: Run, stage: str) -> "wandb.Artifact":
+    """An adapter with its weights; of whole weights, which are large, the checksums alone."""
+    import wandb
+
+    folder = run.stage(stage)
+    adapter = (folder / "adapter_config.json").is_file()
+    made = wandb.Artifact(f"{stage}-{run_id(run)}", "adapter" if adapter else "weights")
+    names = [storage.CHECKSUMS, *(["adapter_config.json"] if adapter else [])]
+    files = [folder / name for name in names]
+    files += sorted(folder.glob("adapter_model*.safetensors"))
+    for file in files:
+        if file.is_file():
+            made.add_file(str(file), policy="immutable")  # not copied: a result never changes
+    return made
+
+
+def evaluation(run: Run, metrics: Mapping[str, Any]) -> "wandb.Artifact":
+    """Every number of an evaluation but the times."""
+    import wandb
+
+    told, of = variant(metrics, run), {"weights": metrics["weights"]}
+    name = "-".join(["evaluation", run_id(run), *([storage.fingerprint(told)[:8]] if told else [])])
+    made = wandb.Artifact(name, "evaluation", metadata=of | {"variant": told})
+    table = results.frame_of(metrics)
+    table = table.loc[~table["quantity"].isin(TIMES)].drop(columns=["run", "file"])
+    with made.new_file("metrics.csv", encoding="utf-8") as file:
+        file.write(results.csv_text(table))
+    return made
+
+
+# --- scores -------------------------------------------------------------------------------------
+
+
+def variant(metrics: Mapping[str, Any], run: Run) -> str:
+    """What sets an evaluation apart from the plain one of a run's last weights; "" for that one.
+
+    An earlier stage, an edit (with four digits of its settings), and each setting of decoding and
+    choice of rows that is not the default: `contrastive_limit-100`, `scans-1-3f2a`.
+    """
+    told = dict(metrics["settings"])
+    edit = told.pop("steering", None)
+    plain = EvalConfig()
+    defaults = {
+        "max_new_tokens": plain.gen.max_new_tokens,
+        "limit": plain.limit,
+        "seed": plain.seed,
+        "precision": run.precisions().get("evaluation", Precision.auto).value,
+    }
+    earlier = metrics["weights"] == "contrastive" and run.done("sft")
+    return "_".join(
+        [
+            *(["contrastive"] if earlier else []),
+            *(
+                [f"{edit['method']}-{edit['strength']:g}-{storage.fingerprint(edit)[:4]}"]
+                if edit
+                else []
+            ),
+            *(f"{key}-{value}" for key, value in told.items() if value != defaults.get(key)),
+        ]
+    )
+
+
+def scored(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a `metrics.json` under the house's keys, `<set>/<quantity>`.
+
+    Rates are in [0, 1]. `over_refusal/…` and `safety/…` pool the sets of a kind, without those
+    shown apart.
+    """
+    found: dict[str, float] = {}
+    pools: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for name, counts in metrics.get("sets", {}).items():
+        for quantity, hits, n in _rates(counts):
+            if n:
+                found[f"{name}/{quantity}"] = hits / n
+                if counts["kind"] in TASK_OF_KIND and name not in sets.APART:
+                    pools.setdefault((counts["kind"], quantity), []).append((hits, n))
+    for (kind, quantity), parts in pools.items():
+        hits, n = (sum(part) for part in zip(*parts, strict=True))
+        found[f"{TASK_OF_KIND[kind]}/{quantity}"] = hits / n
+    if metrics.get("discernment"):
+        found["discernment"] = metrics["discernment"]["pooled"]["auroc"][0]
+    for task, result in metrics.get("ability", {}).items():
+        found |= {
+            f"{task}/{key}": result[key] for key in ("acc", "acc_norm") if result[key] is not None
+        }
+    if (metrics.get("quality") or {}).get("win_rate") is not None:
+        found["alpaca_eval/win_rate"] = metrics["quality"]["win_rate"] / 100
+    return found
+
+
+def _rates(counts: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
+    """(quantity, hits, answers) of one set, by keywords and by every judge."""
+    refused, n = counts["refused"]["paper"], counts["n"]
+    toxic = counts["kind"] == Kind.toxic.value
+    complied = n - refused - (counts.get("empty") or 0)
+    yield ("keyword_refusal", refused, n) if toxic else ("compliance", complied, n)
+    for judge, said in counts.get("judged", {}).items():
+        if "complied" in said:
+            answered = said["complied"] + said["partial"] + said["refused"]
+            yield f"compliance_{judge}", said["complied"], answered
+        if toxic and "safe" in said:
+            yield f"defence_{judge}", said["safe"], said["safe"] + said["unsafe"] + said["invalid"]

@@ -1,0 +1,156 @@
+"""AlpacaEval: how often a model's answers are preferred to a reference's, the STL run's."""
+
+import functools
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dcr import endpoints
+from dcr.core import config, statistics, storage
+from dcr.core.config import ConfigError, EvalConfig, SteeringConfig
+from dcr.core.evaluation import subjects
+from dcr.core.evaluation.sets import PromptSet, set_name
+from dcr.core.evaluation.subjects import Answers
+from dcr.core.generation import Completion
+from dcr.core.runs import Run
+from dcr.judges import pairwise
+from dcr.judges.pairwise import Annotation, Pair
+
+ALPACA_EVAL_KEYS = (
+    *("instruction", "output_1", "generator_1", "output_2", "generator_2"),
+    *("annotator", "preference"),
+)
+
+
+def check(settings: EvalConfig) -> None:
+    """Raises ConfigError or EndpointError for what would fail after the answers are written.
+
+    The annotator's prompt and parameters, its key, and the folder of the reference run.
+    """
+    pairwise.check(settings.annotator)
+    reference = settings.quality.reference
+    if reference is None or not Run(Path(reference)).config_file.is_file():
+        raise ConfigError(
+            f"quality.reference={reference}: no config.yaml there; "
+            "name the run folder of the STL run of the same model"
+        )
+    endpoints.check(settings.annotator, "annotator")
+
+
+def win_rate(
+    settings: EvalConfig, run: Run, asked: Sequence[PromptSet], given: Answers, folder: Path
+) -> dict[str, Any]:
+    """Against the plain answers of the reference run, which are written there if missing.
+
+    Plain: without the edits and the decoding that the subject is evaluated under.
+    """
+    name = set_name(settings.quality.source)
+    reference = Run(Path(str(settings.quality.reference)))
+    beside = replace(
+        settings,
+        model=config.model_of(reference.config(), settings.model.trust_remote_code),
+        run=str(reference.folder),
+        steering=SteeringConfig(),
+        gen=replace(settings.gen, self_cd=None, adacd=None, prefill=None),
+    )
+    subject = subjects.final(reference)
+    place = subjects.answers_folder(beside, reference, subject)
+    if place.resolve() == folder.resolve():
+        others = given
+    else:
+        policy = functools.cache(functools.partial(subjects.opened, beside, subject))
+        rows = [b for b in asked if b.name == name]
+        mine = reference.folder.resolve() == run.folder.resolve()  # locked already
+        with nullcontext() if mine else storage.locked(reference.folder):
+            others = subjects.answers(beside, subject, rows, place, policy)
+    labels = []
+    for made_with in (run.config(), reference.config()):
+        label = made_with["model"]["label"]
+        labels.append(f"{label}-{made_with['method']}-seed{made_with['seed']}")
+    progress = settings.trainer.progress
+    names = labels[0], labels[1]
+    return compared(given[name], others[name], settings, folder, names, progress)
+
+
+def compared(
+    given: Sequence[Completion],
+    reference: Sequence[Completion],
+    settings: EvalConfig,
+    folder: Path,
+    labels: tuple[str, str],
+    progress: bool = True,
+) -> dict[str, Any]:
+    """The `quality` block of `metrics.json`: win rates of `given` over `reference`, in percent.
+
+    Answers meet by id and prompt; `missing` counts the prompts that one side alone has. `labels`
+    names the model and the reference. Annotations lie in `folder`/quality, one line each, beside
+    `annotations.json`, `model_outputs.json` and `reference_outputs.json` in AlpacaEval's format.
+    `error` and `invalid` annotations count in no rate; `identical` answers are ties within `n`.
+    Without a scored comparison the rates are None.
+
+    Raises ConfigError when no prompt has two answers, and what `pairwise.annotate` raises.
+    """
+    theirs = {(c.id, c.prompt): c.response for c in reference}
+    own = {(c.id, c.prompt): c.response for c in given}
+    pairs = [Pair(*key, theirs[key], response) for key, response in own.items() if key in theirs]
+    if not pairs:
+        raise ConfigError(
+            f"quality.reference={settings.quality.reference}: answers none of the {len(given)} "
+            f"prompts of {settings.quality.source}; evaluate both runs on the same source"
+        )
+    home, (model, other) = folder / "quality", labels
+    storage.write_json(home / "model_outputs.json", _outputs(given, model, settings))
+    storage.write_json(home / "reference_outputs.json", _outputs(reference, other, settings))
+    rows = pairwise.annotate(pairs, settings, home, (other, model), progress)
+    published = [
+        {"dataset": settings.quality.source, **{key: getattr(row, key) for key in ALPACA_EVAL_KEYS}}
+        for row in rows
+    ]
+    storage.write_json(home / "annotations.json", published)
+    return {
+        **_rates([row for row in rows if row.status == "ok"]),
+        **{status: sum(row.status == status for row in rows) for status in ("invalid", "error")},
+        "identical": sum(not row.asked for row in rows),
+        "missing": len(own.keys() ^ theirs.keys()),
+        "annotator": settings.annotator.model,
+        "reference": other,
+        "usage": endpoints.usage([row for row in rows if row.asked], settings.annotator),
+    }
+
+
+def _rates(scored: Sequence[Annotation]) -> dict[str, Any]:
+    """Rates over the comparisons that came out; lengths in characters, as AlpacaEval has them."""
+    preferences = [row.preference - 1 for row in scored if row.preference is not None]
+    own, others = ([len(getattr(row, f"output_{i}")) for row in scored] for i in (2, 1))
+    differences = [a - b for a, b in zip(own, others, strict=True)]
+    rates = {
+        name: None if math.isnan(rate) else rate
+        for name, rate in vars(statistics.win_rates(preferences)).items()
+    }
+    return {
+        **rates,
+        "length_controlled": statistics.length_controlled_win_rate(preferences, differences),
+        "n": len(scored),
+        "mean_length": float(np.mean(own)) if scored else None,
+        "reference_length": float(np.mean(others)) if scored else None,
+    }
+
+
+def _outputs(
+    given: Sequence[Completion], generator: str, settings: EvalConfig
+) -> list[dict[str, str]]:
+    """Answers as AlpacaEval's `--model_outputs` and `--reference_outputs` read them."""
+    return [
+        {
+            "dataset": settings.quality.source,
+            "instruction": answer.prompt,
+            "output": answer.response,
+            "generator": generator,
+        }
+        for answer in given
+    ]

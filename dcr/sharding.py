@@ -1,0 +1,155 @@
+"""Weights split over the processes of a job (FSDP2), and the folder that is their checkpoint.
+
+Each process writes its part. The whole is read on any number of processes, sharded or not, and
+sharded ones read the file of one process.
+Tensors lie in safetensors files and the rest in one that holds plain values, so that unlike
+Lightning's own sharded checkpoints, or torch's, reading one runs no code of it.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch import Size, Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from dcr.core import storage
+
+REST = "rest.ckpt"  # of a checkpoint's folder: all but the tensors that are sharded
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each trainable weight
+QUANTISED, EIGHT_BIT = "__bnb_optimizer_quant_state__", ("state1", "state2")  # bitsandbytes' own
+
+
+class Sharded(ModelParallelStrategy):
+    """FSDP2 over all processes, whose checkpoints go the way of every other strategy's."""
+
+    def __init__(self, processes: int) -> None:
+        super().__init__(data_parallel_size=processes, tensor_parallel_size=1)
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    lightning_module_state_dict = Strategy.lightning_module_state_dict
+    load_model_state_dict = Strategy.load_model_state_dict
+    load_optimizer_state_dict = Strategy.load_optimizer_state_dict
+    load_checkpoint = Strategy.load_checkpoint
+    optimizer_state = Strategy.optimizer_state
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
+        self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)  # by all ranks
+
+
+def is_sharded(module: nn.Module) -> bool:
+    return any(isinstance(weight, DTensor) for weight in module.parameters())
+
+
+def _homes(
+    checkpoint: dict[str, Any], module: nn.Module
+) -> Iterator[tuple[str, dict[Any, Any], Any, Tensor]]:
+    """Of every tensor that may be sharded its name in files, where it belongs, and its weight."""
+    (optimizer,) = checkpoint["optimizer_states"]
+    weights = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    for number, (name, weight) in enumerate(weights):
+        yield name, checkpoint["state_dict"], name, weight.detach()
+        state = optimizer["state"][number]
+        state = state.get(QUANTISED, state)
+        # of a folder's rest, whose moments lie elsewhere, neither name is there yet
+        for moment, key in zip(
+            MOMENTS, EIGHT_BIT if EIGHT_BIT[0] in state else MOMENTS, strict=True
+        ):
+            yield f"{moment}/{name}", state, key, weight.detach()
+
+
+def write(checkpoint: dict[str, Any], folder: Path, module: nn.Module) -> None:
+    """A checkpoint as a folder with checksums, whole or not at all; every process calls.
+
+    Raises UserError or RuntimeError, on all of them alike, when it cannot be written.
+    """
+    (optimizer,) = checkpoint["optimizer_states"]
+    state = {number: dict(moments) for number, moments in optimizer["state"].items()}
+    rest = checkpoint | {
+        "state_dict": dict(checkpoint["state_dict"]),
+        "optimizer_states": [optimizer | {"state": state}],
+    }
+    tensors = {named: home.pop(key) for named, home, key, _ in _homes(rest, module)}
+    with ExitStack() as stack:
+        staging, fault = None, None
+        try:
+            if dist.get_rank() == 0:
+                staging = stack.enter_context(storage.replaced_folder(folder))
+                torch.save(rest, staging / REST)
+        except Exception as error:
+            fault = error
+        places: list[Any] = [str(staging) if fault is None else None]
+        dist.broadcast_object_list(places)
+        if places[0] is None:
+            raise fault or RuntimeError("rank 0 could not write")
+        try:
+            save(
+                tensors,
+                storage_writer=HuggingFaceStorageWriter(places[0], save_distributed=True),
+            )
+        except CheckpointException as error:  # a BaseException
+            raise RuntimeError(str(next(iter(error.failures.values()))[0])) from error
+        if staging is not None:
+            storage.write_checksums(staging)
+
+
+def read(checkpoint: Path, module: nn.Module) -> dict[str, Any]:
+    """A checkpoint's folder, with whole tensors or those shards that the module's weights have."""
+    whole = torch.load(checkpoint / REST, map_location="cpu", weights_only=True)
+    homes = list(_homes(whole, module))
+    tensors = {named: torch.empty_like(weight) for named, _, _, weight in homes}
+    with warnings.catch_warnings():  # that each process reads what it needs, without the others
+        warnings.filterwarnings("ignore", message=".*torch.distributed is disabled")
+        reader = HuggingFaceStorageReader(str(checkpoint))
+        load(tensors, storage_reader=reader, no_dist=True)
+    for named, home, key, _ in homes:
+        home[key] = tensors[named]
+    return whole
+
+
+def sharded_alike(checkpoint: dict[str, Any], module: nn.Module) -> dict[str, Any]:
+    """A whole checkpoint, its tensors sharded as the module's weights are."""
+    for _, home, key, weight in _homes(checkpoint, module) if is_sharded(module) else ():
+        if isinstance(weight, DTensor):
+            home[key] = distribute_tensor(
+                home[key].to(weight.device),
+                weight.device_mesh,
+                weight.placements,
+                src_data_rank=None,
+            )
+    return checkpoint
+
+
+def shapes(
+    checkpoint: Path, module: nn.Module
+) -> tuple[dict[str, Any], dict[str, Size], dict[str, Size]]:
+    """What a checkpoint holds beside tensors, the shape of each of these, and what it should be."""
+    folder = checkpoint.is_dir()
+    file = checkpoint / REST if folder else checkpoint
+    # on the meta device, where names and shapes alone are read
+    held = torch.load(file, map_location="meta", weights_only=True, mmap=True)
+    homes = list(_homes(held, module))
+    if folder:
+        reader = HuggingFaceStorageReader(str(checkpoint))
+        found: Any = reader.read_metadata().state_dict_metadata
+        sizes = {name: tensor.size for name, tensor in found.items()}
+    else:
+        sizes = {named: home[key].shape for named, home, key, _ in homes}
+    return held, sizes, {named: weight.shape for named, _, _, weight in homes}

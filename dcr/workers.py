@@ -1,0 +1,150 @@
+"""Prompts shared among processes of this machine, each with the whole model, on a GPU of its own.
+
+The first process cuts them into batches, hands these out, and alone writes what comes back, in the
+order in which it was cut: which process answered a batch makes no difference to any answer.
+"""
+
+import logging
+import multiprocessing
+import pickle
+import signal
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from dcr.core.config import EvalConfig, UserError
+from dcr.core.evaluation import subjects
+from dcr.core.evaluation.subjects import Subject
+from dcr.core.models import Policy
+from dcr.core.runs import Run
+
+log = logging.getLogger(__name__)
+
+Row = TypeVar("Row")
+Done = TypeVar("Done")
+Opener = Callable[[], Policy]
+Begun = tuple[EvalConfig, Run, Subject, Path]
+
+
+class Lost(UserError):
+    """A process ended before it gave back what it was given."""
+
+    exit_code = 1
+
+
+class Workers:
+    """`trainer.devices` processes that open the subject's weights, under its edits, when needed.
+
+    They begin with the first batch and end with the `with` block, or with this process.
+    """
+
+    def __init__(self, settings: EvalConfig, run: Run, subject: Subject, folder: Path) -> None:
+        self.begun: Begun = (settings, run, subject, folder)
+        self.count = settings.trainer.devices
+        self.processes: dict[Connection, BaseProcess] = {}
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for connection, process in self.processes.items():
+            process.kill()
+            connection.close()
+        self.processes = {}
+
+    def shared(
+        self,
+        cut: Callable[[Opener, list[Row], int], list[list[Row]]],
+        work: Callable[[Opener, list[Row]], Done],
+        rows: list[Row],
+    ) -> Iterator[Done]:
+        """What `work` makes of each of the batches that `cut` makes of the rows, in their order.
+
+        Both run in the processes, so they and what they take and give must pickle. Raises what
+        they raise, and Lost where a process was killed: what was given back before is whole.
+        """
+        (batches,) = self.each(cut, [(rows, self.count)])
+        yield from self.each(work, [(batch,) for batch in batches])
+
+    def each(
+        self, function: Callable[..., Done], givens: Sequence[tuple[Any, ...]]
+    ) -> Iterator[Done]:
+        """What the function makes of a process's opener and each of the tuples, in their order."""
+        waiting, idle = deque(enumerate(givens)), self._started()
+        found: dict[int, Any] = {}
+        under_way: set[Connection] = set()
+        for turn in range(len(givens)):
+            while turn not in found:
+                while waiting and idle:
+                    place, given = waiting.popleft()
+                    with self._living(idle[-1]):
+                        idle[-1].send_bytes(pickle.dumps((place, function, given)))
+                    under_way.add(idle.pop())
+                for connection in wait(under_way):
+                    assert isinstance(connection, Connection)
+                    with self._living(connection):
+                        answer = connection.recv_bytes()
+                    # by value, since shared memory can be small
+                    place, result, fault = pickle.loads(answer)
+                    if fault is not None:
+                        raise fault
+                    found[place] = result
+                    under_way.discard(connection)
+                    idle.append(connection)
+            yield found.pop(turn)
+
+    @contextmanager
+    def _living(self, connection: Connection) -> Iterator[None]:
+        """Raises Lost where the process at the other end has ended."""
+        try:
+            yield
+        except (EOFError, OSError):
+            process = self.processes[connection]
+            process.join(5)
+            code = process.exitcode or 0
+            how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+            raise Lost(
+                f"trainer.devices={self.count}: one of these processes was ended {how}; what is "
+                "answered is kept, and the same command goes on"
+            ) from None
+
+    def _started(self) -> list[Connection]:
+        threads = max(1, torch.get_num_threads() // self.count)
+        context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+        for number in range(0 if self.processes else self.count):
+            ours, theirs = context.Pipe()
+            given = (theirs, number, threads, self.begun)
+            process = context.Process(target=_serve, args=given, daemon=True)
+            process.start()
+            theirs.close()
+            self.processes[ours] = process
+        return list(self.processes)
+
+
+def _serve(asked: Connection, number: int, threads: int, begun: Begun) -> None:
+    """What each process does until the first one closes its end or ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches all; the first one ends us
+    torch.set_num_threads(begun[0].trainer.threads or threads)
+    if begun[0].trainer.accelerator != "cpu" and torch.cuda.is_available():
+        torch.cuda.set_device(number)
+    with ExitStack() as stack:
+        policy = subjects.opener(*begun[:3], stack, begun[3])
+        while True:
+            try:
+                place, function, given = pickle.loads(asked.recv_bytes())
+            except EOFError:
+                return
+            try:
+                result, fault = function(policy, *given), None
+            except UserError as error:
+                result, fault = None, error
+            except Exception:  # of any kind: the first process waits for an answer, and raises it
+                result, fault = None, RuntimeError(traceback.format_exc())
+            asked.send_bytes(pickle.dumps((place, result, fault)))
