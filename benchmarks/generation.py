@@ -12,8 +12,8 @@ same `batch` and with as many at once as it chooses; the same with `gen.max_new_
 ends an answer where XSTest's keywords have decided; and the first token's refusal mass alone,
 which is all that `tasks=[discernment]` reads. Loading is not timed; seconds are the processor's, on
 a GPU the clock's. `other texts` counts prompts whose answer differs from the first variant's: in
-bf16 two tokens with nearly one logit may swap wherever a batch has another shape; `other verdicts` those on
-which XSTest's keywords differ. Only the ratios of one run of this script mean anything.
+bf16 two tokens with nearly one logit may swap wherever a batch has another shape; `other verdicts`
+those on which XSTest's keywords differ. Only the ratios of one run of this script mean anything.
 """
 
 import json
