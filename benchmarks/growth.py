@@ -4,7 +4,7 @@
 
 Random Llama-shaped models of four blocks; rows, their length and the width are doubled twice, each
 alone. The exponents are slopes of CPU seconds, the least of `rounds`, and of the arithmetic, by
-least squares in logarithms: `dcr.cost` for the stages, 2 x parameters x tokens for generation
+least squares in logarithms: `dcr.plan.cost` for the stages, 2 x parameters x tokens for generation
 (its head for new tokens alone), and what benchmarks/ntk.py derives for the kernel. The second table
 says by the plan alone where memory ends. No ratio: what grows is compared with itself.
 """
@@ -25,7 +25,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import training
 
-from dcr import cost
 from dcr.analyses import ntk
 from dcr.core import models, prompts
 from dcr.core.config import Stage
@@ -35,7 +34,8 @@ from dcr.core.models import Policy
 from dcr.core.training.contrastive import ContrastiveModule
 from dcr.core.training.resuming import adamw
 from dcr.core.training.sft import SFTModule
-from dcr.cost import Load
+from dcr.plan import cost
+from dcr.plan.cost import Load
 
 BASE = {"rows": 16, "length": 64, "width": 256}
 DOUBLED = (1, 2, 4)

@@ -3,8 +3,7 @@
     python benchmarks/startup.py [rounds=5]
 
 Each in a process of its own, the median of `rounds`, with warm file caches: help of a Hydra command
-and of another, a misspelt setting, and a plan. A plan of a day's first measures the machine's speed
-with torch, so one goes before.
+and of another, a misspelt setting, and a plan, which builds the model without storage.
 """
 
 import os

@@ -17,13 +17,14 @@ from typing import Annotated
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from dcr import choice, cost, export, report, study
+from dcr import choice, export, report, study
 from dcr.core import cli, precision, refusal, statistics, storage
 from dcr.core.config import DataConfig, DataError, EvalConfig, Kind, Stage, TrainConfig
 from dcr.core.evaluation import sets
 from dcr.core.runs import Run
 from dcr.core.sources import SOURCES
 from dcr.core.text import single_line
+from dcr.plan import cost
 from dcr.study import Job, Part, Told
 
 LEARNT = 0.5  # of held-out toxic prompts refused, from which on safety counts as learnt

@@ -26,8 +26,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from dcr import cost, plan, report
 from dcr import eval as evaluation_script
+from dcr import plan, report
 from dcr.core import cli, config, data, precision, prompts, runs, storage
 from dcr.core.config import (
     STAGES,
@@ -42,6 +42,7 @@ from dcr.core.config import (
 from dcr.core.evaluation import sets
 from dcr.core.runs import Cost, Run
 from dcr.core.text import label_of, single_line
+from dcr.plan import cost
 
 WORK = ("dcr.train", "dcr.core.evaluation.metrics")  # what takes seconds to import
 # Settings of train.py and eval.py that a study gives itself.

@@ -17,11 +17,12 @@ import yaml
 from hydra import compose, initialize_config_dir
 from tiny_run import CONF, overrides, write_jsonl
 
-from dcr import augment, chat, commands, export, plan
+from dcr import augment, chat, commands, export
 from dcr.choice import __main__ as choice
 from dcr.core import cli, config, models, storage
 from dcr.core.config import ConfigError, UserError
 from dcr.core.runs import Run
+from dcr.plan import __main__ as plan
 from dcr.report import __main__ as report
 
 ROOT = Path(__file__).parent.parent
@@ -502,19 +503,6 @@ def loading(words: Sequence[str], folder: Path) -> tuple[list[str], list[str]]:
     told = [sys.executable, "-W", "ignore", "-c", LOADED, *words]  # modules that are run again
     ended = subprocess.run(told, cwd=folder, capture_output=True, text=True)
     return ended.stdout.splitlines(), ended.stderr.splitlines()
-
-
-def test_a_plan_needs_torch_for_the_machines_speed_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Which the first plan of a day measures."""
-    monkeypatch.setenv("DCR_CACHE", str(tmp_path / "cache"))
-    asked = "train.py model=tiny plan=true"
-    (first, before), (second, then) = (loading([asked], tmp_path) for _ in range(2))
-    assert (before, then) == ([f"{asked} loads torch"], [f"{asked} loads"])
-    moving = re.compile(r"of [\d.]+ GB free")  # memory that other processes take and leave
-    assert [moving.sub("", line) for line in second] == [moving.sub("", line) for line in first]
-    assert [place.name for place in tmp_path.iterdir()] == ["cache"]
 
 
 @pytest.mark.parametrize(

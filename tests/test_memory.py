@@ -97,12 +97,12 @@ def child(shape: dict[str, Any], block: int, settings: str, packed: bool) -> Non
     from tiny_run import fit
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from dcr import cost
     from dcr.core import cli, config, models, precision
     from dcr.core.config import Adapter, Precision, Stage, TrainConfig
     from dcr.core.models import Policy
     from dcr.core.training.contrastive import ContrastiveModule
     from dcr.core.training.stages import LIGHTNING_PRECISION
+    from dcr.plan import cost
 
     if not packed:  # as on a GPU
         padded = models.Packing.padded

@@ -12,9 +12,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from dcr import cost, plan
+from dcr import plan
 from dcr.core import cli, config, data, models
 from dcr.core.config import ConfigError, LoraConfig, Method, Precision, Stage, TrainConfig
+from dcr.plan import cost
+from dcr.plan.__main__ import main
 
 PUBLISHED = {
     "smollm2_135m": 134_515_008,
@@ -357,7 +359,7 @@ def test_answers_of_stl_aug_are_counted_without_the_hub(tmp_path: Path) -> None:
 def test_the_plan_of_a_method_is_of_the_stages_it_trains(
     local: Path, method: Method, no_weights: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert plan.main([f"model.name={local}", f"method={method.value}"]) == 0
+    assert main([f"model.name={local}", f"method={method.value}"]) == 0
     told = capsys.readouterr().out
     chain = {"dcr": "contrastive then sft", "stl": "sft", "stl_aug": "sft"}[method.value]
     assert told.startswith(f"Plan: method={method.value} ({chain}) on ")

@@ -10,13 +10,14 @@ import torch
 import yaml
 from tiny_run import changed, composed, settings
 
-from dcr import chat, cost, export, train
+from dcr import chat, export, train
 from dcr import eval as eval_entry
 from dcr.choice import __main__ as choice_command
 from dcr.core import batching, precision, runs
 from dcr.core.config import ConfigError, EvalConfig, Precision, TrainConfig
 from dcr.core.models import DTYPES
 from dcr.core.runs import Run
+from dcr.plan import cost
 
 AUTO = dict.fromkeys(precision.NATIVE, Precision.auto)
 PAPER = {"contrastive": "mixed", "sft": "bf16", "evaluation": "bf16"}

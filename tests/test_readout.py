@@ -8,7 +8,7 @@ from test_models import SHAPES, made
 from tiny_run import changed, logged, same, settings, weights
 from torch import Tensor
 
-from dcr import cost, plan, train
+from dcr import plan, train
 from dcr.core import batching, cli, config, data, models, prompts
 from dcr.core.config import ConfigError, Kind, LoraConfig, Stage, TrainConfig
 from dcr.core.data import SEEMINGLY_TOXIC, TOXIC
@@ -18,6 +18,7 @@ from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.sources import Example
 from dcr.core.training import callbacks, readout
+from dcr.plan import cost
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
-from dcr import blueprint, cost, plan, report, study
+from dcr import plan, report, study
 from dcr.core import cli, config, progress, storage, threads
 from dcr.core.config import EMBEDDED_MODEL, TrainConfig
 from dcr.core.precision import of_training
 from dcr.core.runs import Run
+from dcr.plan import cost
 
 # Of preset=recommended, DCR has one epoch of stage one in place of four, and a readout that learns
 # faster and teaches greedy decoding as well. Without dropout SFT's rows share what they begin with.
@@ -163,7 +164,7 @@ def _train(settings: TrainConfig, run: Run) -> None:
 
 
 def _opened(settings: TrainConfig) -> bool:
-    return blueprint.folder_of(settings.model) is not None
+    return plan.tokenizer_is_here(settings.model)
 
 
 def _open() -> None:

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,7 +24,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dcr import tokens
 from dcr.core import batching, storage
 from dcr.core.config import (
     EMBEDDED_MODEL,
@@ -45,6 +46,7 @@ DTYPES = {
     Precision.fp32: torch.float32,
 }
 WORDS = "How are you?"  # which every tokenizer of use has tokens for
+BYTE_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|unused|>")
 FLOATING = ("F64", "F32", "F16", "BF16")  # as safetensors spells the types of weights
 # What a configuration must say, each at most this: no model is near, and a typing error in its file
 # must not fill the memory.
@@ -357,9 +359,18 @@ def _convert_gguf(folder: Path) -> None:
 
 def byte_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
     """A tokenizer of the 256 bytes and four special tokens, made in memory."""
-    made = tokens.byte_level(template)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    end, start, end_of_turn, unused = BYTE_SPECIALS
+    vocabulary = {token: index for index, token in enumerate([*BYTE_SPECIALS, *alphabet])}
+    backend = Tokenizer(BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+    backend.decoder = decoders.ByteLevel()  # pyright: ignore
+    backend.add_special_tokens(list(BYTE_SPECIALS))
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=made.backend, additional_special_tokens=list(made.extra), **made.named
+        tokenizer_object=backend,
+        additional_special_tokens=[start, unused],
+        eos_token=end_of_turn,
+        pad_token=end,
     )
     fast.chat_template = template
     return fast

@@ -1,7 +1,7 @@
 """What a stage of training costs: its parameters, and estimates of peak memory and time.
 
-Parameters, trained and frozen, are those of the real architecture: by arithmetic where `blueprint`
-knows it, which takes no torch, else built without storage on torch's meta device.
+Parameters, trained and frozen, are those of the real architecture, built without storage on
+torch's meta device.
 
 Memory, in bytes, is the sum of
     weights      parameters × bytes of their type, LoRA in fp32; under autocast of fp32 weights
@@ -29,36 +29,26 @@ Throughput is a share of the GPU's published dense rate (40%) or, for any other 
 product timed on the spot (50%).
 """
 
+import functools
 import math
-import os
 import time
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from typing_extensions import TypedDict
-
-from dcr import blueprint
-from dcr.blueprint import Blueprint
-from dcr.core import storage, threads
+from dcr.core import threads
 from dcr.core.config import (
-    ALL_LINEAR,
     FSDP,
     Adapter,
-    DataError,
     LoraConfig,
     Moments,
     Precision,
     Stage,
     TrainConfig,
-    UserError,
     block_of,
     lightens,
 )
-from dcr.core.precision import cpu_unit, kind_of
+from dcr.core.precision import kind_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -79,7 +69,7 @@ TRIAL_SECONDS = 0.2
 TRIAL_ROWS = 8, 512  # of a product: at first, and at most
 FREE_SHARE = 0.9  # of free memory, that a planned peak may take
 HALVINGS = 3  # of sft.micro_tokens at most: smaller passes save little and take long
-REMEMBERED = 24 * 3600  # seconds that a measured rate holds
+PACKED = ("llama", "qwen2")  # families that the tests see packed, see dcr.core.models.packing
 # Bytes a block keeps per token and unit of (rows + columns) of its matrices: where a gradient
 # passes, and more where the matrix itself is trained, and where it carries LoRA. Measured with
 # saved-tensor hooks on Llama and Qwen2 blocks, and by the peaks of tests/test_memory.py.
@@ -112,44 +102,43 @@ class Shape:
         return sum(self.parts.values())
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """A model as a stage prepares it, however it was counted; of blocks a number each."""
-
-    parts: dict[str, int]
-    trained: dict[str, int]
-    blocks: list[int]  # parameters
-    saved: list[float]  # bytes kept for the backward pass of one token
-    width: int
-    vocabulary: int
-    tied: bool
-
-
 def stage_shape(settings: TrainConfig, stage: Stage) -> Shape:
     """The model prepared as the stage prepares it.
 
     Raises ConfigError for a block the model does not have and LoRA targets that match nothing.
     """
-    known = blueprint.read(settings.model)
-    lora = lora_of(settings, stage)
-    if known is None or (lora and not _adapted(known, lora)):
-        made = _built(settings, stage)
+    import torch
+
+    from dcr.core import models
+
+    first, lora = stage is Stage.contrastive, lora_of(settings, stage)
+    model = models.skeleton(settings.model)
+    blocks, head = models.decoder_blocks(model), models.head(model).weight
+    block, sizes = block_of(settings.dcr, len(blocks)), [_size(b.parameters()) for b in blocks]
+    tied = head is model.get_input_embeddings().weight
+    parts = _parts(model, block)
+    if lora is None:
+        models.freeze_beyond(model, block, settings.dcr.train_embeddings)
     else:
-        made = _counted(settings, stage, known)
-    block = block_of(settings.dcr, len(made.blocks))
+        own = {id(weight) for part in parts.values() for weight in part}
+        with torch.device("meta"):
+            model = models.add_lora(model, lora, seed=0, blocks=block if first else None)
+        parts["LoRA"] = [weight for weight in model.parameters() if id(weight) not in own]
+    precision = settings.dcr.precision if first else settings.sft.precision
+    saved = [saved_by(each, precision) for each in blocks]
     return Shape(
-        parts=made.parts,
-        trained=made.trained,
+        parts={name: _size(weights) for name, weights in parts.items()},
+        trained={n: _size(w for w in ws if w.requires_grad) for n, ws in parts.items()},
         block=block,
-        depth=len(made.blocks),
-        width=made.width,
-        vocabulary=made.vocabulary,
-        tied=made.tied,
-        trunk=sum(made.blocks[:block]),
-        blocks=sum(made.blocks),
-        head=made.vocabulary * made.width,
-        trunk_saved=sum(made.saved[:block]),
-        full_saved=sum(made.saved),
+        depth=len(blocks),
+        width=head.shape[1],
+        vocabulary=head.shape[0],
+        tied=tied,
+        trunk=sum(sizes[:block]),
+        blocks=sum(sizes),
+        head=head.numel(),
+        trunk_saved=sum(saved[:block]),
+        full_saved=sum(saved),
     )
 
 
@@ -158,85 +147,6 @@ def lora_of(settings: TrainConfig, stage: Stage) -> LoraConfig | None:
     if stage is Stage.sft:
         return settings.sft.lora
     return None if settings.dcr.adapter is Adapter.full else settings.dcr.lora
-
-
-def _adapted(known: Blueprint, lora: LoraConfig) -> set[str]:
-    """The projections of a block that LoRA is added to; none where one of them is not known."""
-    named = set(known.matrices if lora.targets == [ALL_LINEAR] else lora.targets)
-    return named if named <= set(known.matrices) else set()
-
-
-def _counted(settings: TrainConfig, stage: Stage, known: Blueprint) -> _Prepared:
-    """By arithmetic."""
-    first, lora = stage is Stage.contrastive, lora_of(settings, stage)
-    block, adapted = block_of(settings.dcr, known.depth), _adapted(known, lora) if lora else set()
-    matrix = known.vocabulary * known.width
-    parts = {
-        "embeddings": matrix,
-        lower(block): block * known.block,
-        upper(block, known.depth): (known.depth - block) * known.block,
-        "final norm": known.width,
-        "head": 0 if known.tied else matrix,
-    }
-    parts = {name: count for name, count in parts.items() if count or name == "head"}
-    trained = dict.fromkeys(parts, 0)
-    learning = range(block if first else known.depth)  # blocks with anything that trains
-    if lora is None:
-        trained[lower(block)] = parts[lower(block)]
-        asked = settings.dcr.train_embeddings
-        trained["embeddings"] = matrix * ((not known.tied) if asked is None else asked)
-    else:
-        each = lora.rank * sum(sum(known.matrices[name]) for name in adapted)
-        parts["LoRA"] = trained["LoRA"] = each * len(learning)
-    precision = settings.dcr.precision if first else settings.sft.precision
-    sizes = {name: sum(size) for name, size in known.matrices.items()}
-    plain = _saved([(size, False, False) for size in sizes.values()], precision)
-    learns = [(size, lora is None, name in adapted) for name, size in sizes.items()]
-    learnt = _saved(learns, precision)
-    saved = [learnt if index in learning else plain for index in range(known.depth)]
-    blocks = [known.block] * known.depth
-    return _Prepared(parts, trained, blocks, saved, known.width, known.vocabulary, known.tied)
-
-
-def _built(settings: TrainConfig, stage: Stage) -> _Prepared:
-    """By building it without storage."""
-    import torch
-
-    from dcr.core import models
-
-    first, node = stage is Stage.contrastive, lora_of(settings, stage)
-    model = models.skeleton(settings.model)
-    blocks, head = models.decoder_blocks(model), models.head(model).weight
-    sizes = [_size(layer.parameters()) for layer in blocks]
-    block = block_of(settings.dcr, len(blocks))
-    parts = _parts(model, block)
-    if node is None:
-        models.freeze_beyond(model, block, settings.dcr.train_embeddings)
-    else:
-        known = {id(weight) for part in parts.values() for weight in part}
-        with torch.device("meta"):
-            model = models.add_lora(model, node, seed=0, blocks=block if first else None)
-        parts["LoRA"] = [weight for weight in model.parameters() if id(weight) not in known]
-    precision = settings.dcr.precision if first else settings.sft.precision
-    return _Prepared(
-        parts={name: _size(weights) for name, weights in parts.items()},
-        trained={n: _size(w for w in ws if w.requires_grad) for n, ws in parts.items()},
-        blocks=sizes,
-        saved=[saved_by(layer, precision) for layer in blocks],
-        width=head.shape[1],
-        vocabulary=head.shape[0],
-        tied=head is model.get_input_embeddings().weight,
-    )
-
-
-def lower(block: int) -> str:
-    """The name of the part up to ℓ."""
-    return f"blocks 1 to {block}"
-
-
-def upper(block: int, depth: int) -> str:
-    """The name of the part beyond ℓ, which a model cut at its last block does not have."""
-    return f"blocks {block + 1} to {depth}"
 
 
 def _parts(model: Any, block: int) -> "dict[str, list[nn.Parameter]]":
@@ -250,8 +160,8 @@ def _parts(model: Any, block: int) -> "dict[str, list[nn.Parameter]]":
     inside |= {id(weight) for weight in embeddings}
     parts = {
         "embeddings": embeddings,
-        lower(block): list(blocks[:block].parameters()),
-        upper(block, len(blocks)): list(blocks[block:].parameters()),
+        f"blocks 1 to {block}": list(blocks[:block].parameters()),
+        f"blocks {block + 1} to {len(blocks)}": list(blocks[block:].parameters()),
         "final norm": norms,
         "head": [weight for weight in model.parameters() if id(weight) not in inside],
     }
@@ -264,24 +174,15 @@ def _size(weights: "Iterable[nn.Parameter]") -> int:
 
 def saved_by(block: "nn.Module", precision: Precision) -> float:
     """Bytes a block keeps for the backward pass of one token, by the table SAVED."""
-    each = [
-        (sum(weight.shape), weight.requires_grad, False)
-        for name, weight in block.named_parameters()
-        if weight.dim() == 2 and "lora_" not in name
-    ]
-    return _saved(each, precision) + sum(
-        SAVED[precision][2] * sum(module.base_layer.weight.shape)  # pyright: ignore
-        for module in block.modules()
-        if hasattr(module, "lora_A")
-    )
-
-
-def _saved(matrices: Iterable[tuple[int, bool, bool]], precision: Precision) -> float:
-    """Of matrices with rows and columns in all, whether they are trained and carry LoRA."""
     passing, trained, adapted = SAVED[precision]
     return sum(
-        size * (passing + trained * learns + adapted * carries)
-        for size, learns, carries in matrices
+        sum(weight.shape) * (passing + trained * weight.requires_grad)
+        for name, weight in block.named_parameters()
+        if weight.dim() == 2 and "lora_" not in name
+    ) + sum(
+        sum(module.base_layer.weight.shape) * adapted  # pyright: ignore
+        for module in block.modules()
+        if hasattr(module, "lora_A")
     )
 
 
@@ -336,7 +237,7 @@ def memory(settings: TrainConfig, stage: Stage, shape: Shape, load: Load) -> dic
         copied = learnt + shape.head * (bool(load.full) and shape.tied)
         frozen = {name: n for name, n in shape.parts.items() if not shape.trained[name]}
         frozen.pop("embeddings", None)
-        beyond = 0 if load.full else frozen.pop(upper(shape.block, shape.depth), 0)
+        beyond = 0 if load.full else frozen.pop(f"blocks {shape.block + 1} to {shape.depth}", 0)
         weights -= 2 * sum(frozen.values()) + 4 * beyond
     if node.precision is Precision.mixed:
         weights += 2 * copied
@@ -428,17 +329,21 @@ def ways(settings: TrainConfig, load: Load) -> list[Way]:
     }
     split = {"trainer.strategy=fsdp": node, f"trainer.strategy=fsdp {spared}": less}
     trainer = replace(settings.trainer, accelerator="gpu", devices=1, num_nodes=1, strategy="auto")
-    of_eight = _shared(load, 8 / world)
     found: list[Way] = []
+    shapes: dict[tuple[Adapter, Precision], Shape] = {}  # which nothing else changes
     for name, changed in (full | split).items():
+        kind = changed.adapter, changed.precision
+        if kind not in shapes:
+            shapes[kind] = stage_shape(replace(settings, dcr=changed), Stage.contrastive)
         needs: list[float] = []
-        for devices, part in ((1, _shared(load, 1 / world)), (8, of_eight)):
+        for devices in (1, 8):
             strategy = FSDP if name in split else "auto"
             made = replace(
                 settings, dcr=changed, trainer=replace(trainer, devices=devices, strategy=strategy)
             )
-            shape = stage_shape(made, Stage.contrastive)
-            needs.append(sum(memory(made, Stage.contrastive, shape, part).values()) + RESERVED)
+            part = _shared(load, devices / world)
+            held = memory(made, Stage.contrastive, shapes[kind], part)
+            needs.append(sum(held.values()) + RESERVED)
         found.append(Way(name, math.inf if name in split else needs[0], needs[1]))
     return found
 
@@ -489,11 +394,15 @@ def readout_flops(
 def packs(settings: TrainConfig, stage: Stage) -> bool:
     """Whether the stage's passes go without padding here, as far as can be told without weights.
 
-    That is on a CPU, for the families that `blueprint` knows (`dcr.core.models.packing`).
+    That is on a CPU, for families that are known to allow it.
     """
+    from dcr.core import models
+
     node = settings.dcr if stage is Stage.contrastive else settings.sft
     plain = not node.gradient_checkpointing and settings.trainer.strategy != FSDP
-    return plain and device_type(settings) == "cpu" and blueprint.read(settings.model) is not None
+    if not plain or device_type(settings) != "cpu":
+        return False
+    return models.architecture(settings.model).model_type in PACKED
 
 
 def device_type(settings: TrainConfig) -> str:
@@ -504,7 +413,7 @@ def device_type(settings: TrainConfig) -> str:
 def throughput(settings: TrainConfig, precision: Precision, width: int) -> Throughput:
     """Of one device that the command would run on."""
     if device_type(settings) == "cpu":
-        number, rate = _cpu_rate(settings.trainer.threads, precision, width)
+        number, rate = _measured_cpu(settings.trainer.threads, precision, width)
         return Throughput(f"this CPU, {number} threads", MEASURED_SHARE * rate, _measured(rate))
     import torch
 
@@ -515,40 +424,11 @@ def throughput(settings: TrainConfig, precision: Precision, width: int) -> Throu
     return Throughput(name, MEASURED_SHARE * rate, _measured(rate))
 
 
-class Speeds(TypedDict):
-    """What was measured of a CPU, so that the next plan waits neither for torch nor for that."""
-
-    measured: float  # when, in seconds since the epoch
-    threads: int  # that torch takes by itself
-    rates: dict[str, float]  # FLOP/s by precision, width and threads
-
-
-def _cpu_rate(asked: int | None, precision: Precision, width: int) -> tuple[int, float]:
-    """Threads and FLOP/s of this CPU, measured now or within the last day."""
-    facts = [threads.cores(), os.environ.get("OMP_NUM_THREADS"), metadata.version("torch")]
-    facts.append(cpu_unit())
-    file = storage.cache_folder() / f"cpu-{storage.fingerprint(facts)}.json"
-    known = _remembered(file)
-    number, _ = threads.chosen(asked, most=known["threads"] if known else None)
-    called = f"{precision.value}/{width}/{number}"
-    if known is None or called not in known["rates"]:
-        import torch
-
-        own = known["threads"] if known else torch.get_num_threads()
-        rates = known["rates"] if known else {}
-        rates = rates | {called: timed_product("cpu", precision, width, number)}
-        known = Speeds(measured=time.time(), threads=own, rates=rates)
-        with suppress(UserError):  # a disk without room: measured again next time
-            storage.write_json(file, known)
-    return number, known["rates"][called]
-
-
-def _remembered(file: Path) -> Speeds | None:
-    try:
-        known = storage.read_json(file, Speeds)
-    except (DataError, UserError):
-        return None
-    return known if 0 <= time.time() - known["measured"] < REMEMBERED else None
+@functools.cache
+def _measured_cpu(asked: int | None, precision: Precision, width: int) -> tuple[int, float]:
+    """Threads and FLOP/s of this CPU, measured once a process."""
+    number, _ = threads.chosen(asked)
+    return number, timed_product("cpu", precision, width, number)
 
 
 def _measured(rate: float) -> str:

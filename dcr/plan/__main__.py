@@ -1,0 +1,31 @@
+"""`python -m dcr.plan`, which prints what `train.py plan=true` does."""
+
+import sys
+from dataclasses import dataclass
+
+from dcr import plan
+from dcr.core import cli, config
+from dcr.core.config import TrainConfig
+
+
+@dataclass
+class Options:
+    """python -m dcr.plan [any setting of train.py]
+
+    Says what a training command would do, without loading a weight: rows, parameters, steps, and
+    estimates of memory and time. The same as train.py plan=true.
+    """
+
+    settings: list[str] = cli.option(
+        "any setting of train.py; python train.py --cfg job lists them", [], rest=True
+    )
+
+
+@cli.command(Options)
+def main(options: Options) -> None:
+    composed = cli.compose("train", options.settings, Options)
+    print(plan.describe(config.resolve(composed, TrainConfig)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
