@@ -34,7 +34,8 @@ def test_the_contract_fails_when_the_core_imports_an_extension(
     shutil.copytree(ROOT / "dcr", tmp_path / "dcr", ignore=shutil.ignore_patterns("*.jsonl"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     losses = tmp_path / "dcr" / "core" / "losses.py"
-    line = (
+    broken = "import dcr.report\n"
+    line = f"def _broken() -> None:\n    {broken}" if lazily else broken
         "\n\ndef _broken() -> None:\n    import dcr.report\n" if lazily else "import dcr.report\n"
     )
     losses.write_text(losses.read_text() + line)
