@@ -36,8 +36,6 @@ def test_the_contract_fails_when_the_core_imports_an_extension(
     losses = tmp_path / "dcr" / "core" / "losses.py"
     broken = "import dcr.report\n"
     line = f"def _broken() -> None:\n    {broken}" if lazily else broken
-        "\n\ndef _broken() -> None:\n    import dcr.report\n" if lazily else "import dcr.report\n"
-    )
     losses.write_text(losses.read_text() + line)
     checked = subprocess.run(
         [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"],
