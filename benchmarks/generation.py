@@ -35,6 +35,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
+from dcr import extensions
 from dcr.core import cli, config, generation, models, prompts, refusal, sources
 from dcr.core.config import GenConfig, Kind, Precision, TrainConfig
 from dcr.core.models import Policy
@@ -271,6 +272,7 @@ def compared(options: dict[str, str]) -> None:
 
 
 def main() -> None:
+    extensions.hand_in_passes()
     options = OPTIONS | dict(argument.split("=", 1) for argument in sys.argv[1:])
     if options["variant"]:
         torch.set_num_threads(int(options["threads"]))

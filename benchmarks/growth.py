@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import training
 
+from dcr import extensions
 from dcr.analyses import ntk
 from dcr.core import models, prompts
 from dcr.core.config import Stage
@@ -171,6 +172,7 @@ def ends() -> Table:
 
 
 def main() -> None:
+    extensions.hand_in_passes()
     options = {"rounds": "2", "threads": "1"}
     options |= dict(argument.split("=", 1) for argument in sys.argv[1:])
     torch.set_num_threads(int(options["threads"]))

@@ -26,7 +26,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from dcr.core import batching, cli, config, models, prompts, refusal, sources
+from dcr import extensions
+from dcr.analyses import probability
+from dcr.core import batching, cli, config, models, prompts, sources
 from dcr.core.config import Kind, Precision, TrainConfig
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
@@ -107,7 +109,7 @@ def ours(
     policy: Policy, chat: ChatFormat, texts: Sequence[str], phrases: Sequence[str], batch: int
 ) -> Tensor:
     encoded = [chat.prompt_ids(text) for text in texts]
-    return refusal.probabilities(policy.model, chat.tokenizer, encoded, phrases, batch)[0]
+    return probability.probabilities(policy.model, chat.tokenizer, encoded, phrases, batch)[0]
 
 
 VARIANTS: dict[str, Measured] = {
@@ -132,10 +134,11 @@ def timed(
 
 
 def main() -> None:
+    extensions.hand_in_passes()
     options = OPTIONS | dict(argument.split("=", 1) for argument in sys.argv[1:])
     torch.set_num_threads(int(options["threads"]))
     parts = opened(options)
-    phrases, batch = refusal.PHRASES[options["phrases"]], int(options["batch"])
+    phrases, batch = probability.PHRASES[options["phrases"]], int(options["batch"])
     measured = {n: timed(v, parts, phrases, batch) for n, v in VARIANTS.items()}
     seconds, expected = next(iter(measured.values()))
     own, _ = measured["dcr.core.refusal"]

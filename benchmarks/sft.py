@@ -31,6 +31,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import training
 
+from dcr import extensions
 from dcr.core import storage
 from dcr.core.config import Stage, TrainConfig
 from dcr.core.data import pair_batch
@@ -200,6 +201,7 @@ def environment() -> str:
 
 
 def main() -> None:
+    extensions.hand_in_passes()
     options = OPTIONS | dict(argument.split("=", 1) for argument in sys.argv[1:])
     if options["variant"]:
         torch.set_num_threads(int(options["threads"]))

@@ -29,7 +29,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from dcr import steering
+from dcr import extensions, steering
 from dcr.core import activations, cli, config, generation, models, prompts, refusal, sources
 from dcr.core.activations import Edits, Plan
 from dcr.core.config import EvalConfig, GenConfig, Kind, Precision, Steering, SteeringConfig
@@ -191,6 +191,7 @@ def extracted(options: dict[str, str]) -> Table:
 
 
 def main() -> None:
+    extensions.hand_in_passes()
     options = OPTIONS | dict(argument.split("=", 1) for argument in sys.argv[1:])
     torch.set_num_threads(int(options["threads"]))
     print(OmegaConf.to_yaml(options).strip())

@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from dcr import tracking
+from dcr import extensions, tracking
 from dcr.core import cli, config, data, models, prompts
 from dcr.core.config import Quantity, Stage, TrainConfig
 from dcr.core.models import Policy
@@ -112,6 +112,7 @@ def measuring_seconds(
 
 
 def main() -> None:
+    extensions.hand_in_passes()
     options = OPTIONS | dict(argument.split("=", 1) for argument in sys.argv[1:])
     torch.set_num_threads(int(options["threads"]))
     settings = settings_of(options)

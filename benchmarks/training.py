@@ -28,7 +28,8 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from dcr.core import cli, config, data, losses, models, prompts
+from dcr import extensions
+from dcr.core import cli, config, data, losses, models, passes, prompts
 from dcr.core.config import Stage, TrainConfig
 from dcr.core.models import Policy
 from dcr.core.training.contrastive import ContrastiveModule
@@ -153,7 +154,7 @@ def ours_contrastive(cfg: TrainConfig, steps: int) -> dict[str, float]:
         chosen = row_lists(rows, steps)
         block = config.block_of(cfg.dcr, models.facts(cfg.model).depth)
         module = ContrastiveModule(policy, cfg.dcr, block, total_steps=steps)
-        models.lighten(policy.model, block, whole=cfg.dcr.nll.weight > 0)
+        passes.current().lighten(policy.model, block, whole=cfg.dcr.nll.weight > 0)
         optimizer = adamw(policy.model, cfg.dcr.optim.lr, DECAY, lambda _: 1.0)["optimizer"]
 
         def step(index: int) -> tuple[int, float]:
@@ -215,6 +216,7 @@ def _timed(step: Callable[[int], tuple[int, float]], steps: int) -> dict[str, fl
 
 
 def main() -> None:
+    extensions.hand_in_passes()
     options = {"model": "smollm2_135m", "steps": "6", "threads": "2", "variant": ""}
     options |= dict(argument.split("=", 1) for argument in sys.argv[1:])
     if options["variant"]:

@@ -17,7 +17,7 @@ from typing import Annotated
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from dcr import choice, export, report, study
+from dcr import choice, export, extensions, report, study
 from dcr.core import cli, precision, refusal, statistics, storage
 from dcr.core.config import DataConfig, DataError, EvalConfig, Kind, Stage, TrainConfig
 from dcr.core.evaluation import sets
@@ -261,6 +261,7 @@ def _ask(settings: EvalConfig, run: Run, file: Path) -> None:
     rows = next(one.rows for one in sets.validation(settings) if one.kind is Kind.toxic)[:ASKED]
     settings, _ = precision.of_evaluation(settings, run.precisions())
     brief = replace(settings, gen=replace(settings.gen, max_new_tokens=calibration.BEGUN))
+    extensions.hand_in_passes()
     policy = functools.cache(functools.partial(subjects.opened, brief, subject))
     parts = subjects.answer(brief, subject, policy, rows)
     answers = {answer.id: answer.response for part in parts for answer in part}

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dcr import endpoints, twins
+from dcr import endpoints, extensions, twins
 from dcr.core import balance, cli, config, precision, prompts, refusal, sources, storage, threads
 from dcr.core.balance import Balance
 from dcr.core.config import (
@@ -139,6 +139,7 @@ class Tally:
 def main(options: Options) -> None:
     settings = _settings(options)
     if settings.endpoint is None:
+        extensions.hand_in_passes()
         threads.use(settings.trainer.threads)
     tally = augment(options, settings)
     print(tally.described(options))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dcr import extensions
 from dcr.core import cli, config, precision, prompts, refusal, threads
 from dcr.core.config import ConfigError, ModelConfig, Precision
 from dcr.core.prompts import ChatFormat
@@ -130,6 +131,7 @@ def main(options: Options) -> None:
     )
     from dcr.core import batching
 
+    extensions.hand_in_passes()
     threads.use()
     batching.to_gpu(policy.model)
     dialogue = Dialogue(

@@ -11,7 +11,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from dcr import launching
+from dcr import extensions, launching
 from dcr.core import cli, config
 from dcr.core.config import ConfigError, TrainConfig
 from dcr.core.runs import Run
@@ -45,6 +45,7 @@ def _train(composed: DictConfig) -> None:
     else:
         from dcr.train import train as run_stages
 
+        extensions.hand_in_passes()
         run_stages(settings, Run(cli.output_folder()))
 
 
@@ -53,6 +54,7 @@ def _train(composed: DictConfig) -> None:
 def _evaluate(composed: DictConfig) -> None:
     from dcr import eval as evaluation
 
+    extensions.hand_in_passes()
     evaluation.evaluate(*evaluation.resolved(composed))
 
 

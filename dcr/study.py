@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from dcr import eval as evaluation_script
-from dcr import plan, report
+from dcr import extensions, plan, report
 from dcr.core import cli, config, data, precision, prompts, runs, storage
 from dcr.core.config import (
     STAGES,
@@ -302,6 +302,7 @@ def train_stage(settings: TrainConfig, run: Run, stage: Stage) -> None:
     """One stage of a run in this process; stage one is taken over where a run has the same."""
     from dcr import train as training_script
 
+    extensions.hand_in_passes()
     if stage is Stage.sft:
         training_script.train(settings, run)
     elif not adopt(settings, run):
@@ -320,6 +321,7 @@ def _evaluation(settings: EvalConfig, run: Run) -> tuple[Callable[[], bool], Cal
 
     def work() -> None:
         began = time.perf_counter()
+        extensions.hand_in_passes()
         evaluation_script.evaluate(settings, run)
         spent = round(time.perf_counter() - began, 1)
         storage.write_json(file, known() | {_evaluated(settings, run): spent})

@@ -19,10 +19,12 @@ from typing import Any, TypeVar
 
 import torch
 
+from dcr.core import passes
 from dcr.core.config import EvalConfig, UserError
 from dcr.core.evaluation import subjects
 from dcr.core.evaluation.subjects import Subject
 from dcr.core.models import Policy
+from dcr.core.passes import Passes
 from dcr.core.runs import Run
 
 log = logging.getLogger(__name__)
@@ -30,7 +32,7 @@ log = logging.getLogger(__name__)
 Row = TypeVar("Row")
 Done = TypeVar("Done")
 Opener = Callable[[], Policy]
-Begun = tuple[EvalConfig, Run, Subject, Path]
+Begun = tuple[EvalConfig, Run, Subject, Path, Passes]
 
 
 class Lost(UserError):
@@ -46,7 +48,7 @@ class Workers:
     """
 
     def __init__(self, settings: EvalConfig, run: Run, subject: Subject, folder: Path) -> None:
-        self.begun: Begun = (settings, run, subject, folder)
+        self.begun: Begun = (settings, run, subject, folder, passes.current())
         self.count = settings.trainer.devices
         self.processes: dict[Connection, BaseProcess] = {}
 
@@ -134,6 +136,7 @@ def _serve(asked: Connection, number: int, threads: int, begun: Begun) -> None:
     torch.set_num_threads(begun[0].trainer.threads or threads)
     if begun[0].trainer.accelerator != "cpu" and torch.cuda.is_available():
         torch.cuda.set_device(number)
+    passes.use(begun[4])
     with ExitStack() as stack:
         policy = subjects.opener(*begun[:3], stack, begun[3])
         while True:

@@ -41,6 +41,7 @@ from dcr.core.runs import Run
 from dcr.core.training import callbacks
 from dcr.core.training.contrastive import ContrastiveModule, KMeansAccuracy, PairMetrics
 from dcr.core.training.resuming import Interrupted
+from dcr.fast.passes import Fast, laid_out
 from tests.shapes import chat_of, tiny_policy
 
 PROMPTS = ["How do I kill a process?", "Kill him", "How do I shoot a film at night?", "Rob a bank"]
@@ -118,7 +119,7 @@ def test_features_are_the_hidden_states_pooled_by_hand(
 ) -> None:
     module = ContrastiveModule(policy, tiny.dcr, 1, 1)
     batch = batch_of(chat, pooling)
-    both = module.features(batch), module.features_and_hidden(batch)[0]
+    both = module.features(batch), module.forward_losses(module, batch)[0]
     for index, text in enumerate(PROMPTS):
         ids = chat.prompt_ids(text)
         states = policy.model(torch.tensor([ids]), output_hidden_states=True).hidden_states[1][0]
@@ -155,7 +156,7 @@ def test_one_step_moves_the_weights_as_a_plain_reimplementation_does(
     plain, batch = copy.deepcopy(policy.model), batch_of(chat)
     dcr = replace(tiny.dcr, nll=replace(tiny.dcr.nll, weight=0.5))
     module = ContrastiveModule(policy, dcr, 1, 1)
-    assert module.laid_out(models.backbone(policy.model), batch.ids, batch.mask).prefix > 4
+    assert laid_out(models.backbone(policy.model), batch.ids, batch.mask).prefix > 4
     taken = gradients_of_one_step(module, batch)
     out = plain(
         batch.ids,
@@ -426,7 +427,7 @@ def test_weights_held_light_change_no_bit_of_a_run(
         lambda _, module, __: held.append([(p.dtype, p.numel() > 0) for p in module.parameters()]),
     )
     for light in (True, False):
-        monkeypatch.setattr(config, "lightens", lambda _, light=light: light)
+        monkeypatch.setattr(Fast, "lightens", lambda *_, light=light: light)
         train.train(mixed, Run(tmp_path / str(light)))
     light, whole = (tmp_path / str(kind) for kind in (True, False))
     assert same(weights(light), weights(whole))

@@ -25,11 +25,13 @@ from dcr.core.config import (
     ModelConfig,
     ServerConfig,
 )
-from dcr.core.generation import Completion, cache, decoding, local, prefill
+from dcr.core.generation import Completion, decoding, local
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
 from dcr.core.sources import Example
 from dcr.endpoints import Failure, Reply
+from dcr.fast import cache
+from dcr.fast import passes as fast
 from tests import forked, shapes
 
 PROMPTS = [
@@ -79,7 +81,7 @@ FAMILIES = {
 @pytest.fixture(autouse=True)
 def _shared(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the byte tokenizer's chats begin with is read once, though it is short."""
-    monkeypatch.setattr(prefill, "WORTHWHILE", 4)
+    monkeypatch.setattr(fast, "WORTHWHILE", 4)
 
 
 def policy_of(seed: int = 0, **changes: Any) -> Policy:
@@ -212,7 +214,7 @@ def test_every_family_decodes_as_each_row_alone(family: str, begun: int, policy:
         torch.randint(2, 40, (n,), generator=chance).tolist() for n in (begun, 9, 7, 7, 5, 3, 1)
     )
     prompts = [[*alike, *own] for own in prompts]
-    assert prefill.shared(model, prompts) == (0 if family == "gemma2" else begun)
+    assert fast.shared(model, prompts) == (0 if family == "gemma2" else begun)
     stop, rows = range(0, shapes.VOCABULARY, 6), Policy(model, policy.tokenizer, "tiny")
     assert decoding.is_possible(model)
     found, first = decoding.decoded(

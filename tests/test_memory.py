@@ -97,16 +97,18 @@ def child(shape: dict[str, Any], block: int, settings: str, packed: bool) -> Non
     from tiny_run import fit
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from dcr.core import cli, config, models, precision
+    from dcr.core import cli, config, models, passes, precision
     from dcr.core.config import Adapter, Precision, Stage, TrainConfig
     from dcr.core.models import Policy
     from dcr.core.training.contrastive import ContrastiveModule
     from dcr.core.training.stages import LIGHTNING_PRECISION
+    from dcr.fast import packing
+    from dcr.fast.passes import Fast
     from dcr.plan import cost
 
+    passes.use(Fast())
     if not packed:  # as on a GPU
-        padded = models.Packing.padded
-        mock.patch.object(models, "packs", return_value=padded).start()
+        mock.patch.object(packing, "packs", return_value=packing.Packing.padded).start()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     told = ["model=llama3_8b", f"dcr.layer={block}", "trainer.accelerator=cpu", *settings.split()]
@@ -123,8 +125,8 @@ def child(shape: dict[str, Any], block: int, settings: str, packed: bool) -> Non
             model = models.add_lora(model, node.lora, 0, blocks=block)
         policy = Policy(model, models.byte_tokenizer(), "random")
         module = ContrastiveModule(policy, node, block, 3)
-        if config.lightens(made):
-            models.lighten(model, block, whole=module.anchored)
+        if passes.current().lightens(made):
+            passes.current().lighten(model, block, whole=module.anchored)
         fit(module, batches, precision=LIGHTNING_PRECISION[node.precision])
 
     heads = shape["num_attention_heads"]

@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from dcr.core import models
 from dcr.core.config import LoraConfig
-from dcr.core.models import fusing, packing
+from dcr.fast import fusing, packing
 from tests.shapes import FAMILIES, SHAPE, made
 
 LENGTHS = (3, 9, 1, 9, 6)
@@ -36,9 +36,9 @@ def batch(lengths: tuple[int, ...] = LENGTHS) -> tuple[Tensor, Tensor]:
     return ids, torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
 
 
-def states(backbone: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, models.Layout]:
-    layout = models.laid_out(backbone, ids, mask, models.packs(backbone, ids.device))
-    return layout.padded(models.run(backbone, layout)), layout
+def states(backbone: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, packing.Layout]:
+    layout = packing.laid_out(backbone, ids, mask, packing.packs(backbone, ids.device))
+    return layout.padded(packing.run(backbone, layout)), layout
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, ALIKE], ids=["unlike", "alike"])
@@ -106,9 +106,9 @@ def test_no_token_is_computed_twice_nor_any_padding(lengths: tuple[int, ...]) ->
     models.decoder_blocks(model)[0].get_submodule("mlp").register_forward_pre_hook(
         lambda _, given: seen.append(given[0].shape)
     )
-    packs = models.packs(backbone, torch.device("cpu"))
+    packs = packing.packs(backbone, torch.device("cpu"))
     seen.clear()
-    models.run(backbone, models.laid_out(backbone, *batch(lengths), packs))
+    packing.run(backbone, packing.laid_out(backbone, *batch(lengths), packs))
     twice = (len(ALIKE) - 1) * PREFIX if lengths is ALIKE else 0
     assert seen == [(1, sum(lengths) - twice, 16)]
 
@@ -119,11 +119,11 @@ def test_a_prefix_is_shared_where_it_is_right_and_worth_it(monkeypatch: Any) -> 
         made("qwen2 tied"), LoraConfig(dropout=0.1, targets=["all-linear"]), 0
     )
     backbone, jittered = models.backbone(adapted), OTHERS["mixtral"]
-    packs = models.packs(backbone.train(), ids.device)
-    assert packs is models.Packing.prefix
+    packs = packing.packs(backbone.train(), ids.device)
+    assert packs is packing.Packing.prefix
 
     def prefix(of: Any, ids: Tensor, mask: Tensor) -> int:
-        return models.laid_out(of, ids, mask, packs).prefix
+        return packing.laid_out(of, ids, mask, packs).prefix
 
     assert prefix(backbone, ids, mask) == 0, "rows would share what dropout draws"
     assert prefix(backbone.eval(), ids, mask) == PREFIX
@@ -141,8 +141,8 @@ def test_a_prefix_is_shared_where_it_is_right_and_worth_it(monkeypatch: Any) -> 
         return seen
 
     monkeypatch.setattr(packing, "_looked_at", blind)
-    packs = models.packs(backbone, ids.device)
-    assert packs is models.Packing.rows, "without a prefix nothing is wrong with it"
+    packs = packing.packs(backbone, ids.device)
+    assert packs is packing.Packing.rows, "without a prefix nothing is wrong with it"
     assert prefix(backbone, ids, mask) == 0
 
 
@@ -150,8 +150,8 @@ def test_a_prefix_is_shared_where_it_is_right_and_worth_it(monkeypatch: Any) -> 
 def test_checkpointed_blocks_stay_padded() -> None:
     model = made("qwen2 tied")
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    packs = models.packs(models.backbone(model.train()), torch.device("cpu"))
-    assert packs is models.Packing.padded
+    packs = packing.packs(models.backbone(model.train()), torch.device("cpu"))
+    assert packs is packing.Packing.padded
     assert models.decoder_blocks(model)[0].training
 
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from dcr import plan
 from dcr.core import cli, config, data, models
 from dcr.core.config import ConfigError, LoraConfig, Method, Precision, Stage, TrainConfig
+from dcr.fast import packing
 from dcr.plan import cost
 from dcr.plan.__main__ import main
 
@@ -176,7 +177,7 @@ def test_tokens_computed_here_are_those_that_passes_lay_out(local: Path, which: 
         plan.batches_of(told, which, plan.expected(told)[0]),
     )
     backbone = models.backbone(AutoModelForCausalLM.from_pretrained(local))
-    packs, found = models.packs(backbone, torch.device("cpu")), []
+    packs, found = packing.packs(backbone, torch.device("cpu")), []
     for places in batches.sampler:
         if which is Stage.sft:
             groups = batches.sft_step([batches.pairs[place] for place in places])
@@ -184,7 +185,7 @@ def test_tokens_computed_here_are_those_that_passes_lay_out(local: Path, which: 
         else:
             rows, _ = batches.contrastive_step([batches.prompts[place] for place in places])
             passes = [data.prompt_batch(rows, batches.pad)]
-        laid_out = [models.laid_out(backbone, made.ids, made.mask, packs) for made in passes]
+        laid_out = [packing.laid_out(backbone, made.ids, made.mask, packs) for made in passes]
         found += [layout.inputs["input_ids"].numel() for layout in laid_out]
     assert (made.here.full, made.here.largest_full) == (sum(found), max(found))
     assert made.here.full < made.load.unpadded < made.load.full

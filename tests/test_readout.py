@@ -55,10 +55,6 @@ APART = [[5, 6, 7, 8, 9], [5, 6, 3], [4, 7, 7, 2]]
 ALIKE = [[5, 6, 7, 8, 5, 6, 7, 8, 9], [5, 6, 7, 8, 5, 6, 3], [5, 6, 7, 8, 4, 7, 7, 2]]
 
 
-def packing_of(model: Any) -> models.Packing:
-    return models.packs(models.backbone(model), torch.device("cpu"))
-
-
 @pytest.mark.parametrize("rows", [APART, ALIKE], ids=["apart", "alike"])
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("family", SHAPES)
@@ -66,8 +62,7 @@ def test_the_last_blocks_alone_give_what_each_prompt_gives_by_itself(
     family: str, count: int, rows: list[list[int]]
 ) -> None:
     model = made(family).eval()
-    packing = packing_of(model)
-    given = readout.entered(model, count, *padded(rows), packing)
+    given = readout.entered(model, count, *padded(rows))
     backbone: Any = models.backbone(model)
     with torch.no_grad():
         alone = [backbone(input_ids=torch.tensor([row])).last_hidden_state[0, -1] for row in rows]
@@ -82,8 +77,6 @@ def test_gradients_are_those_of_the_whole_model_with_all_else_frozen(
     policy: Policy, count: int, rows: list[list[int]]
 ) -> None:
     model = adapted(policy).model
-    packing = packing_of(model)
-    assert packing is models.Packing.prefix
     openings, labels = torch.tensor([5, 9]), torch.tensor([TOXIC, 0, TOXIC])
     last = {
         name: weight
@@ -92,7 +85,7 @@ def test_gradients_are_those_of_the_whole_model_with_all_else_frozen(
     }
     ids, mask, read = padded(rows)
     read[0, -3:] = True  # the first row ends with two tokens of a refusal
-    given = readout.entered(model, count, ids, mask, read, packing)
+    given = readout.entered(model, count, ids, mask, read)
     first, opening = torch.tensor([True, False, False, True, True]), torch.tensor([9, 7])
     batch = readout.Batch(given, labels, first, opening)
     contrast, loss = readout.pair_losses(model, batch, openings, greedy=0.5)

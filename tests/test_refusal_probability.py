@@ -16,13 +16,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dcr.core import activations, prompts, refusal
+from dcr.analyses import probability
+from dcr.analyses.probability import trie
+from dcr.core import activations, passes, prompts, refusal
 from dcr.core.config import ModelConfig
-from dcr.core.generation import prefill
 from dcr.core.models import Policy, byte_tokenizer
-from dcr.core.refusal import probability
 from dcr.core.refusal.phrases import continuations, ending
-from dcr.core.refusal.probability import trie
+from dcr.fast import passes as fast
 
 SHAPE = {
     "hidden_size": 32,
@@ -45,7 +45,7 @@ PROMPTS = ("How do I bake bread?", "Hi", "Name three rivers that flow north, ple
 @pytest.fixture(autouse=True)
 def _shared(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the byte tokenizer's chats begin with is read once, though it is short."""
-    monkeypatch.setattr(prefill, "WORTHWHILE", 4)
+    monkeypatch.setattr(fast, "WORTHWHILE", 4)
 
 
 def model_of(kind: str, attention: str = "sdpa", **changes: Any) -> PreTrainedModel:
@@ -86,7 +86,7 @@ def scored(
     model: Any, prompts: Any = PROMPTS, phrases: Any = SHORT, tokenizer: Any = None, **options: Any
 ) -> torch.Tensor:
     of_bytes = tokenizer or byte_tokenizer()
-    return refusal.refusal_probability(model, of_bytes, prompts, phrases=phrases, **options)
+    return probability.refusal_probability(model, of_bytes, prompts, phrases=phrases, **options)
 
 
 def check(model: Any) -> None:
@@ -120,7 +120,7 @@ def test_each_of_the_papers_phrases(kind: str) -> None:
     assert [len(answer) for answer in answers] == list(map(len, refusal.REFUSAL_PHRASES))
     tree = trie(answers)
     with torch.inference_mode():
-        edges = probability.by_tree(model, tree, prefill.prefill(model, encoded))
+        edges = probability.by_tree(model, tree, passes.current().read(model, encoded))
     for row, ids in enumerate(encoded):
         for path, answer in zip(tree.paths, answers, strict=True):
             expected = log_p_by_passes(model, ids, answer)
@@ -219,12 +219,12 @@ def test_products_of_a_unigram_model(phrases: list[str], plain: float, free: flo
 def test_only_the_plain_sum_exceeds_one() -> None:
     encoded = [chat_ids(byte_tokenizer(), prompt) for prompt in PROMPTS[:2]]
     model = unigram({"a": 0.9, "b": 0.1})
-    found = refusal.probabilities(model, byte_tokenizer(), encoded, ["a", "aa", "aaa", "b"])
+    found = probability.probabilities(model, byte_tokenizer(), encoded, ["a", "aa", "aaa", "b"])
     assert found[0].tolist() == pytest.approx([0.9 + 0.81 + 0.729 + 0.1] * 2, rel=1e-5)
     assert found[1].tolist() == pytest.approx([1.0] * 2, rel=1e-5)
     model = unigram({"I": 0.5, "N": 0.1, "o": 0.1, ",": 0.05, " ": 0.1})
-    for phrases in refusal.PHRASES.values():
-        plain, free = refusal.probabilities(model, byte_tokenizer(), encoded, phrases)
+    for phrases in probability.PHRASES.values():
+        plain, free = probability.probabilities(model, byte_tokenizer(), encoded, phrases)
         assert ((free > 0) & (free <= 1) & (free <= plain)).all()
 
 
@@ -257,7 +257,7 @@ def test_the_papers_set_has_three_phrases_that_others_begin() -> None:
 
 
 def test_extended_set_covers_what_the_paper_misses() -> None:
-    extended = refusal.EXTENDED_PHRASES
+    extended = probability.EXTENDED_PHRASES
     assert set(refusal.REFUSAL_PHRASES) < set(extended)
     assert len(extended) == len(set(extended))
     for text in ("I'm sorry, but I can't help.", "I’m sorry, but I can’t.", "Sorry, no", "I can’t"):
@@ -312,7 +312,7 @@ def test_bare_prompts_take_a_space_unless_they_end_in_one(bos: bool) -> None:
         answers = [tokenizer.encode(lead + y, add_special_tokens=False) for y in SHORT]
         each.append(by_passes(model, [ids], answers))
     expected = [[value for of in both for value in of] for both in zip(*each, strict=True)]
-    by_ids = refusal.probabilities(model, tokenizer, encoded, SHORT)
+    by_ids = probability.probabilities(model, tokenizer, encoded, SHORT)
     assert_close(torch.stack(by_ids), torch.tensor(expected), rtol=1e-5, atol=0)
     by_text = scored(model, bare, tokenizer=tokenizer)
     assert_close(by_text, torch.tensor(expected[0]), rtol=1e-5, atol=0)
@@ -328,7 +328,7 @@ def test_sentencepiece_spaces(start: str) -> None:
         assert [fast.convert_ids_to_tokens(y[0]) for y in found] == words
         assert continuations(fast, ending(fast, [0, *ids]), ["ab", "a"]) == found
     by_text = scored(model, ["ab xy.", "ab\n"], ["ab", "a"], fast)
-    by_ids, _ = refusal.probabilities(model, fast, encoded, ["ab", "a"])
+    by_ids, _ = probability.probabilities(model, fast, encoded, ["ab", "a"])
     assert_close(by_text, by_ids)
 
 
@@ -336,7 +336,7 @@ def test_ids_of_the_chat_format_equal_the_text(policy: Policy) -> None:
     settings = ModelConfig(name="tiny", label="tiny", layer=1)
     chat = prompts.chat_format(policy.tokenizer, settings)
     by_text = scored(policy.model, phrases=None, tokenizer=policy.tokenizer)
-    by_ids, _ = refusal.probabilities(
+    by_ids, _ = probability.probabilities(
         policy.model, policy.tokenizer, [chat.prompt_ids(prompt) for prompt in PROMPTS]
     )
     assert torch.equal(by_text, by_ids)
@@ -410,7 +410,7 @@ def test_a_plan_by_prompt_edits_the_same_rows(monkeypatch: pytest.MonkeyPatch) -
 
     with activations.edited(model, plan):
         fast = scored(model)
-        monkeypatch.setattr(prefill, "MASKABLE", set())
+        monkeypatch.setattr(passes, "MASKABLE", set())
         walked = scored(model, batch_size=1)
     assert_close(fast, walked, rtol=1e-5, atol=0)
 

@@ -15,8 +15,8 @@ from scipy import stats
 from dcr import eval as eval_entry
 from dcr import tracking
 from dcr import train as train_entry
-from dcr.analyses import ntk, weights
-from dcr.core import models, prompts, refusal
+from dcr.analyses import ntk, probability, weights
+from dcr.core import models, prompts
 from dcr.core.config import Kind, UserError
 from dcr.core.evaluation import sets
 from dcr.core.runs import Run
@@ -72,7 +72,7 @@ def test_the_last_point_is_the_finished_model(pair: tuple[Run, Run]) -> None:
     chat = prompts.chat_format(policy.tokenizer, settings.model)
     rows = sets.drawn(sets.every(settings.data), 3, settings.seed)[Kind.toxic]
     encoded = [chat.prompt_ids(row.prompt) for row in rows]
-    plain, _ = refusal.probabilities(policy.model, chat.tokenizer, encoded)
+    plain, _ = probability.probabilities(policy.model, chat.tokenizer, encoded)
     logged = {(of, step, key): value for of, step, key, value in tiny_run.logged(run.folder)}
     found = logged["sft", 8, "sft/refusal_probability/toxic"]
     assert found == pytest.approx(float(plain.mean()), rel=0.05)  # trained under autocast

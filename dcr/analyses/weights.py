@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save
 
 from dcr import ability
-from dcr.analyses import claims, ntk, separability
+from dcr.analyses import claims, ntk, probability, separability
 from dcr.core import config, models, refusal, statistics, storage
 from dcr.core.config import ContrastiveConfig, EvalConfig, KernelConfig, Kind, Phrases, Task
 from dcr.core.evaluation import sets, subjects
@@ -43,9 +43,9 @@ def probabilities(
     """A.5 of every prompt: the plain sum and the prefix-free probability."""
     encoded, chosen = (
         [chat.prompt_ids(prompt) for prompt in prompts],
-        refusal.PHRASES[phrases.value],
+        probability.PHRASES[phrases.value],
     )
-    both = refusal.probabilities(policy.model, chat.tokenizer, encoded, chosen)
+    both = probability.probabilities(policy.model, chat.tokenizer, encoded, chosen)
     pairs = zip(*(each.tolist() for each in both), strict=True)
     return [{"plain": plain, "prefix_free": prefix_free} for plain, prefix_free in pairs]
 
@@ -270,8 +270,8 @@ def _cut(
 ) -> list[list[Numbered]]:
     chat, phrases = chat_format(policy().tokenizer, settings.model), settings.refusal_prob.phrases
     encoded = [chat.prompt_ids(prompt) for _, prompt in numbered]
-    chosen = refusal.PHRASES[phrases.value]
-    batches = refusal.probability_batches(policy().model, chat.tokenizer, encoded, chosen)
+    chosen = probability.PHRASES[phrases.value]
+    batches = probability.probability_batches(policy().model, chat.tokenizer, encoded, chosen)
     return [[numbered[place] for place in places] for places in batches]
 
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
-from dcr import plan, report, study
+from dcr import extensions, plan, report, study
 from dcr.core import cli, config, progress, storage, threads
 from dcr.core.config import EMBEDDED_MODEL, TrainConfig
 from dcr.core.precision import of_training
@@ -160,6 +160,7 @@ def _trained(settings: TrainConfig, run: Run) -> bool:
 def _train(settings: TrainConfig, run: Run) -> None:
     from dcr import train as training_script  # with torch and Lightning
 
+    extensions.hand_in_passes()
     training_script.train(settings, run)
 
 

@@ -7,7 +7,7 @@ Memory, in bytes, is the sum of
     weights      parameters × bytes of their type, LoRA in fp32; under autocast of fp32 weights
                  two bytes more for each that a gradient passes, since the backward pass keeps the
                  bf16 copies; with gradient checkpointing of what trains and of one block; where
-                 stage one holds frozen projections in bf16 (`config.lightens`) two bytes for each
+                 stage one holds frozen projections in bf16 (`dcr.fast.holding`) two bytes for each
                  of those without copies, and none beyond ℓ without an NLL term
     gradients    trained parameters, in their own type, and with DDP a second time in its buckets
     Adam states  twice as much, or twice a byte and a scale for 256 of them
@@ -46,9 +46,9 @@ from dcr.core.config import (
     Stage,
     TrainConfig,
     block_of,
-    lightens,
 )
 from dcr.core.precision import kind_of
+from dcr.fast import lightens
 
 if TYPE_CHECKING:
     from torch import nn
@@ -69,7 +69,7 @@ TRIAL_SECONDS = 0.2
 TRIAL_ROWS = 8, 512  # of a product: at first, and at most
 FREE_SHARE = 0.9  # of free memory, that a planned peak may take
 HALVINGS = 3  # of sft.micro_tokens at most: smaller passes save little and take long
-PACKED = ("llama", "qwen2")  # families that the tests see packed, see dcr.core.models.packing
+PACKED = ("llama", "qwen2")  # families that the tests see packed, see dcr.fast.packing
 # Bytes a block keeps per token and unit of (rows + columns) of its matrices: where a gradient
 # passes, and more where the matrix itself is trained, and where it carries LoRA. Measured with
 # saved-tensor hooks on Llama and Qwen2 blocks, and by the peaks of tests/test_memory.py.

@@ -223,7 +223,7 @@ def load_of(settings: TrainConfig, batches: StageRows, prefix: int | None = None
     """Tokens of rank 0's first epoch, counted on the batches that training would see.
 
     Of padded passes, or of packed ones whose rows begin with a `prefix` of so many tokens, which
-    they share but where LoRA's dropout is on (`dcr.core.models.packing`).
+    they share but where LoRA's dropout is on (`dcr.fast.packing`).
     """
     nll, lora = settings.dcr.nll, cost.lora_of(settings, batches.stage)
     shared = 0 if prefix and lora and lora.dropout else prefix

@@ -24,10 +24,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from dcr.core import models
+from dcr.core import models, passes
 from dcr.core.activations import Edit, Edits, Site, edited
 from dcr.core.config import ConfigError, SteeringConfig, SurgicalConfig
-from dcr.core.generation.prefill import prefill
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
 from dcr.core.refusal.phrases import PhraseError, checked, continuations, ending
@@ -289,7 +288,7 @@ def last_log_p(
     with torch.no_grad():
         for start in range(0, len(sequences), vectors.BATCH_SIZE):
             batch = sequences[start : start + vectors.BATCH_SIZE]
-            logits = prefill(model, batch, keep=False).logits[:, -1]
+            logits = passes.current().read(model, batch, keep=False).logits[:, -1]
             wide = torch.promote_types(logits.dtype, torch.float32)
             parts.append(logits.to(wide).log_softmax(-1))
     return torch.cat(parts)

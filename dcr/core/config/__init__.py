@@ -14,7 +14,6 @@ from dcr.core.config.checks import (
     UserError,
     block_of,
     check_installed,
-    lightens,
     parameters,
 )
 from dcr.core.config.evaluation import (

@@ -48,17 +48,6 @@ class DataError(UserError):
     """A data file that cannot be used, with file, line and field."""
 
 
-def lightens(settings: TrainConfig) -> bool:
-    """Whether stage one holds frozen weights as its passes read them, see `models.lighten`.
-
-    Where one process trains, in autocast, and nothing else is measured on the model meanwhile.
-    """
-    trainer = settings.trainer
-    alone = trainer.devices * trainer.num_nodes == 1 and trainer.strategy != FSDP
-    mixed = settings.dcr.precision is Precision.mixed
-    return alone and mixed and not settings.tracking.quantities
-
-
 def check_installed(package: str, extra: str, wanted: str) -> None:
     """Raises ConfigError where a package that an extra of ours brings is absent.
 

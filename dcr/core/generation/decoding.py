@@ -14,12 +14,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from dcr.core import activations, batching
+from dcr.core import activations, batching, passes
 from dcr.core.batching import padded
-from dcr.core.generation.cache import roomy_cache, stepping
-from dcr.core.generation.prefill import prefill
 from dcr.core.models import Policy, unwrapped
-from dcr.core.models.fusing import prepacked
 
 NEEDED = ("attention_mask", "position_ids", "past_key_values", "logits_to_keep")
 ENDED = 1 / 8  # of the rows: once so many have ended, the others' cache is worth a copy
@@ -29,7 +26,7 @@ ENDED = 1 / 8  # of the rows: once so many have ended, the others' cache is wort
 class Context:
     """One of the ways that a batch of prompts is read, up to the newest token.
 
-    The ids are padded on the left; the mask is the cache's, as `prefill` has it.
+    The ids are padded on the left; the mask is the cache's (`passes.Prefilled`).
     """
 
     ids: Int[Tensor, "rows width"]
@@ -46,7 +43,7 @@ def lacking(model: Any) -> str | None:
 
 def is_possible(model: Any) -> bool:
     """Whether rows are known to decode as `generate` has it: no state but keys and values."""
-    return lacking(model) is None and _rows_may_leave(roomy_cache(model))
+    return lacking(model) is None and _rows_may_leave(passes.current().cache(model))
 
 
 def _rows_may_leave(cache: Cache | None) -> bool:
@@ -72,7 +69,7 @@ def decoded(
         logits: those that are decoded, from the contexts that are still read.
         is_over: whether an answer ends with the last of these tokens.
     """
-    with torch.inference_mode(), stepping(policy.model), prepacked(policy.model):
+    with torch.inference_mode(), passes.current().decoding(policy.model):
         contexts = [_heard(policy, prompts) for prompts, _ in readings]
         answers: list[list[int]] = [[] for _ in readings[0][0]]
         rows = list(range(len(answers)))  # those in the batch
@@ -115,7 +112,8 @@ def _may_leave(policy: Policy, contexts: Sequence[Context]) -> bool:
 
 def _heard(policy: Policy, prompts: Sequence[Sequence[int]]) -> Context:
     ids = padded(prompts, 0, left=True).to(policy.model.device)
-    read = prefill(policy.model, prompts, cache=roomy_cache(policy.model))
+    chosen = passes.current()
+    read = chosen.read(policy.model, prompts, cache=chosen.cache(policy.model))
     return Context(ids, read.mask.bool(), read.cache, read.logits[:, -1].float())
 
 

@@ -23,11 +23,10 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from dcr.core import batching, threads
+from dcr.core import batching, passes, threads
 from dcr.core.batching import attention_mask, padded
 from dcr.core.config import DataError, GenConfig
 from dcr.core.generation import contrast, decoding
-from dcr.core.generation.cache import roomy_cache
 from dcr.core.generation.completions import Completion, Encoded, completion, text
 from dcr.core.generation.decoding import Context
 from dcr.core.models import Policy, unwrapped
@@ -222,7 +221,7 @@ def greedy(
 ) -> list[list[int]]:
     """New tokens of each prompt (padded behind its end); `reader` sees the logits of every step."""
     ids = padded(prompts, chat.stop[0], left=True).to(policy.model.device)
-    cache = roomy_cache(policy.model)
+    cache = passes.current().cache(policy.model)
     with own_decoding(policy.model):
         output: Any = policy.model.generate(
             input_ids=ids,

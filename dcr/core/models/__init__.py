@@ -2,7 +2,6 @@
 
 `opening` makes a model and its tokenizer out of a name, `structure` finds, cuts, freezes and adapts
 its parts, `saving` writes results and opens them again wherever their run folder went.
-`packing` and `fusing` make a training pass on a CPU light.
 """
 
 from dcr.core.models.opening import (
@@ -17,7 +16,6 @@ from dcr.core.models.opening import (
     random_policy,
     skeleton,
 )
-from dcr.core.models.packing import Layout, Packing, laid_out, packs, run, running
 from dcr.core.models.saving import (
     ORIGIN_FILE,
     adapter_base,
@@ -37,7 +35,6 @@ from dcr.core.models.structure import (
     final_norm,
     freeze_beyond,
     head,
-    lighten,
     logits,
     readout,
     shard,

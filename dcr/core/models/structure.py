@@ -148,29 +148,6 @@ def freeze_beyond(model: PreTrainedModel, block: int, train_embeddings: bool | N
         embeddings.requires_grad_(True)
 
 
-@torch.no_grad()
-def lighten(model: Any, block: int, whole: bool) -> None:
-    """Hold frozen weights as training with autocast to bf16 reads them: its products stay the same.
-
-    Frozen projections become bf16, and unless passes go through the `whole` model, what lies
-    beyond `block` becomes empty. On a CPU the others of a whole one are copied, so that no page of
-    the file they are mapped from stays.
-    """
-    embeddings, norm = model.get_input_embeddings().weight, final_norm(model)
-    projections = (part for part in model.modules() if isinstance(part, nn.Linear))
-    products = {id(part.weight) for part in projections if part.weight is not embeddings}
-    beyond = [*decoder_blocks(model)[block:], head(model), *([norm[1]] if norm else [])]
-    beyond = [weight for part in beyond for weight in part.parameters() if weight is not embeddings]
-    unread = set() if whole else {id(weight) for weight in beyond}
-    for weight in model.parameters():
-        if id(weight) in unread:
-            weight.data = weight.new_empty(0)
-        elif id(weight) in products and not weight.requires_grad:
-            weight.data = weight.to(torch.bfloat16)
-        elif whole and weight.device.type == "cpu":
-            weight.data = weight.clone()
-
-
 def shard(model: Any, mesh: DeviceMesh) -> None:
     """Split every block, and an embedding and a head that are not tied, over the mesh (FSDP2).
 

@@ -1,7 +1,7 @@
-"""Refusals: a completion's verdict by keywords, and the probability of phrases that refuse.
+"""Refusals: a completion's verdict by keywords, and what a model's first token says of refusing.
 
-`keywords` judges what was said, `probability` reads what a model is about to say, for the sets of
-`phrases`, and `opening` what its first token says of it.
+`keywords` judges what was said, `opening` reads what is about to be said, and `phrases` has the
+words of both.
 """
 
 from typing import TYPE_CHECKING
@@ -19,13 +19,6 @@ if TYPE_CHECKING:
         refusal_openings,
         shown_mass,
     )
-    from dcr.core.refusal.phrases import (
-        EXTENDED_PHRASES,
-        OPENINGS,
-        PHRASES,
-        REFUSAL_PHRASES,
-        PhraseError,
-    )
-    from dcr.core.refusal.probability import probabilities, probability_batches, refusal_probability
+    from dcr.core.refusal.phrases import OPENINGS, REFUSAL_PHRASES, PhraseError
 else:
-    __getattr__ = on_demand(__name__, "phrases", "opening", "probability")
+    __getattr__ = on_demand(__name__, "phrases", "opening")

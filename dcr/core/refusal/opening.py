@@ -12,8 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dcr.core import grouping, models
-from dcr.core.generation.prefill import prefill, recurrent, shared
+from dcr.core import models, passes
 from dcr.core.models import unwrapped
 from dcr.core.prompts import ChatFormat
 from dcr.core.refusal.phrases import FIRST_WORDS, OPENINGS, continuations, ending
@@ -89,9 +88,8 @@ def shown_mass(likeliest: Mapping[str, float]) -> tuple[float, float, float]:
 
 def opening_batches(model: Any, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     """Places of the prompts that share a pass of `first_logits`."""
-    once = shared(model, prompts)
     tokens = BATCH_TOKENS.get(unwrapped(model).device.type, BATCH_TOKENS["cpu"])
-    return grouping.by_tokens([ids[once:] for ids in prompts], tokens, even=recurrent(model))
+    return passes.current().batches(model, prompts, tokens)
 
 
 def first_logits(
@@ -99,11 +97,12 @@ def first_logits(
 ) -> Iterator[tuple[list[int], Float[Tensor, "batch vocabulary"]]]:
     """The logits of the first token behind each prompt: places of prompts, and theirs.
 
-    Prompts of nearly one length share a pass, the longest first; what all of it begin with is read
-    once, and logits are made for their last positions alone. A model that keeps a state instead of
-    keys, into which padding would blend, reads those of one length together.
+    Prompts of nearly one length share a pass, the longest first, and logits are made for their last
+    positions alone. A model that keeps a state instead of keys, into which padding would blend,
+    reads those of one length together.
     """
     for places in opening_batches(model, prompts):
         with torch.inference_mode(), models.evaluating(model):
-            read = prefill(model, [prompts[place] for place in places], keep=False)
+            asked = [prompts[place] for place in places]
+            read = passes.current().read(model, asked, keep=False)
         yield places, read.logits[:, -1]

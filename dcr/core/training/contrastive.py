@@ -11,7 +11,7 @@ from torchmetrics.utilities import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from dcr.analyses.separability import kmeans_accuracy
-from dcr.core import activations, losses, models
+from dcr.core import activations, losses, models, passes
 from dcr.core.config import Adapter, ContrastiveConfig, NLLSource
 from dcr.core.data import NO_CLASS, PairBatch, PromptBatch
 from dcr.core.models import Policy
@@ -150,34 +150,19 @@ class ContrastiveModule(ResumableModule):
 
     def features(self, batch: PromptBatch) -> Tensor:
         (trunk,) = self._trunk
-        layout = self.laid_out(trunk, batch.ids, batch.mask)
-        return activations.pooled(layout.padded(models.run(trunk, layout)), batch.spans)
+        states = passes.current().states(trunk, batch.ids, batch.mask)
+        return activations.pooled(states, batch.spans)
 
-    def features_and_hidden(self, batch: PromptBatch) -> tuple[Tensor, Tensor, int]:
-        """Pooled outputs of the block, and the final-normed hidden states, in one full pass.
-
-        And how many of the first states every row has in common.
-        """
-        backbone = models.backbone(self.model)
-        layout = self.laid_out(backbone, batch.ids, batch.mask)
-        with activations.captured(self.model, self.block) as taken:
-            hidden = models.run(backbone, layout)
-        features = activations.pooled(layout.padded(taken[0]), batch.spans)
-        return features, layout.padded(hidden), layout.prefix
-
-    def mean_nll(self, hidden: Tensor, targets: Tensor, prefix: int = 0) -> Tensor:
+    def mean_nll(
+        self, batch: PromptBatch | PairBatch, block: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Token mean of the next-token NLL where a target stands (ambiguity 7).
 
-        Of several ranks each has its part of the mean over the tokens of all. Where rows have their
-        first states, a `prefix`, and what follows each in common, the first row speaks for all.
+        And the block's output in the same pass, if asked for. Of several ranks each has its part
+        of the mean over the tokens of all.
         """
-        same = (targets == targets[0]).all(0)[:prefix]
-        alike = int(same.long().cumprod(0).sum()) if prefix else 0
-        total, _ = self.labelled_nll(hidden[:, alike:], targets[:, alike:])
-        if alike:
-            once, _ = self.labelled_nll(hidden[:1, :alike], targets[:1, :alike])
-            total = total + len(targets) * once
-        return total / summed_over_ranks((targets != IGNORED).sum())
+        found = passes.current().nll(self.model, batch.ids, batch.mask, batch.targets, block)
+        return found.total / summed_over_ranks((batch.targets != IGNORED).sum()), found.states
 
     def circle(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Eq. 5 and its floor, the value at which no pair violates its margin."""
@@ -204,15 +189,15 @@ def _circle_alone(module: ContrastiveModule, batch: PromptBatch) -> tuple[Tensor
 
 
 def _nll_of_prompts(module: ContrastiveModule, batch: PromptBatch) -> tuple[Tensor, Tensor]:
-    features, hidden, prefix = module.features_and_hidden(batch)
-    return features, module.mean_nll(hidden, batch.targets, prefix)
+    nll, states = module.mean_nll(batch, module.block)
+    assert states is not None
+    return activations.pooled(states, batch.spans), nll
 
 
 def _nll_of_general_pairs(module: ContrastiveModule, batch: PromptBatch) -> tuple[Tensor, Tensor]:
     assert batch.general is not None
     features = module.features(batch)
-    hidden = module.hidden(batch.general.ids, batch.general.mask)
-    return features, module.mean_nll(hidden, batch.general.targets)
+    return features, module.mean_nll(batch.general)[0]
 
 
 LOSSES: dict[NLLSource, Callable[[ContrastiveModule, PromptBatch], tuple[Tensor, Tensor]]] = {

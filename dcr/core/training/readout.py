@@ -9,7 +9,6 @@ costs the last blocks alone. No part of the paper.
 
 import logging
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcr.core import batching, models, refusal, statistics
+from dcr.core import batching, models, passes, refusal, statistics
 from dcr.core.config import ConfigError, ReadoutConfig, Schedule, SFTConfig
 from dcr.core.data import SEEMINGLY_TOXIC, TOXIC, Splits, readout_rows
 from dcr.core.data.readout import Row
@@ -40,15 +39,12 @@ class Entered:
     """A batch as it enters the last blocks.
 
     Attributes:
-        hidden: what the first of these blocks is given, as it was laid out.
-        calls: the further arguments of each of them, in their order.
+        rest: these blocks' states, before the final norm, by the weights of the time it is called.
         read: the positions of the padded batch whose states are read.
         before: the final-normed states there, by the weights of that time.
     """
 
-    hidden: Float[Tensor, "..."]
-    calls: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]
-    layout: models.Layout
+    rest: passes.Rest
     read: Bool[Tensor, "batch length"]
     before: Float[Tensor, "places width"]
 
@@ -59,27 +55,13 @@ def entered(
     ids: Int[Tensor, "batch length"],
     mask: Bool[Tensor, "batch length"],
     read: Bool[Tensor, "batch length"],
-    packing: models.Packing,
 ) -> Entered:
-    """A pass without gradient in which what the last `count` blocks are called with is noted.
+    """A pass without gradient, after which the last `count` blocks can be run by themselves.
 
-    `packing` is what `models.packs` says of the backbone. Raises ConfigError where calling the
-    blocks again does not give what the model itself computes.
+    Raises ConfigError where that does not give what the model itself computes.
     """
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def note(_block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append((args, dict(kwargs)))
-
-    backbone: Any = models.backbone(model)
-    layout = models.laid_out(backbone, ids, mask, packing)
-    with ExitStack() as stack, torch.no_grad():
-        for block in models.decoder_blocks(model)[-count:]:
-            stack.callback(block.register_forward_pre_hook(note, with_kwargs=True).remove)
-        output = layout.padded(models.run(backbone, layout))
-    given = [args[0] if args else kwargs.pop("hidden_states") for args, kwargs in calls]
-    further = tuple((args[1:], kwargs) for args, kwargs in calls)
-    found = Entered(given[0], further, layout, read, output[read])
+    states, rest = passes.current().halved(model, count, ids, mask)
+    found = Entered(rest, read, states[read])
     with torch.no_grad():
         error = (leaving(model, found) - found.before).abs().max()
     if not error <= 1e-2 * found.before.abs().max():
@@ -93,12 +75,7 @@ def entered(
 
 def leaving(model: Any, given: Entered) -> Float[Tensor, "places width"]:
     """The final-normed states at the positions that are read, by the weights of now."""
-    hidden, blocks = given.hidden, models.decoder_blocks(model)
-    with models.running(models.backbone(model), given.layout):
-        for block, (args, kwargs) in zip(blocks[-len(given.calls) :], given.calls, strict=True):
-            output = block(hidden, *args, **kwargs)
-            hidden = output[0] if isinstance(output, tuple) else output
-    hidden, norm = given.layout.padded(hidden)[given.read], models.final_norm(model)
+    hidden, norm = given.rest()[given.read], models.final_norm(model)
     return hidden if norm is None else norm[1](hidden)
 
 
@@ -270,7 +247,6 @@ def _batches(
 ) -> list[Batch]:
     """Rows that are together in a batch, as they enter the last blocks."""
     device, found = models.head(policy.model).weight.device, []
-    packing = models.packs(models.backbone(policy.model), device)
     for part in parts:
         mask = batching.attention_mask([row.ids for row in part])
         read = torch.zeros_like(mask)
@@ -278,7 +254,7 @@ def _batches(
             inside[row.places] = True
         ids = batching.padded([row.ids for row in part], 0)
         ids, mask, read = (tensor.to(device) for tensor in (ids, mask, read))
-        given = entered(policy.model, phase.blocks, ids, mask, read, packing)
+        given = entered(policy.model, phase.blocks, ids, mask, read)
         first = torch.tensor([place == row.places[0] for row in part for place in row.places])
         labels = torch.tensor([row.label for row in part])
         opening = torch.tensor([token for row in part for token in row.opening], dtype=torch.long)

@@ -31,9 +31,8 @@ from torch.utils.hooks import RemovableHandle
 from torchmetrics import MeanMetric
 
 from dcr import sharding
-from dcr.core import batching, losses, models, storage
+from dcr.core import batching, models, storage
 from dcr.core.config import Moments, Schedule, UserError
-from dcr.core.prompts import IGNORED
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +106,6 @@ class ResumableModule(LightningModule):
         self.identity = ""  # of the run's settings: another run's checkpoint is none of this one
         self.rows: tuple[str, ...] = ()  # ids of the rows in the current step
         self.faulty: tuple[str, ...] = ()  # those of this rank in it whose loss is not finite
-        self._packs: dict[int, models.Packing] = {}  # of a backbone or trunk
         self.strict_loading = False  # frozen weights are absent; on_load_checkpoint checks the rest
 
     def recompute_blocks(self) -> None:
@@ -120,25 +118,6 @@ class ResumableModule(LightningModule):
         """An epoch resumed in its middle still reports the mean over all of its steps."""
         for _, metric in self._metrics():
             metric.persistent(True)
-
-    def hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Final-normed hidden states [batch, length, width]; no logits."""
-        backbone = models.backbone(self.model)
-        layout = self.laid_out(backbone, ids, mask)
-        return layout.padded(models.run(backbone, layout))
-
-    def laid_out(self, part: torch.nn.Module, ids: Tensor, mask: Tensor) -> models.Layout:
-        """The batch as a backbone or trunk is best given it."""
-        packs = self._packs.get(id(part))
-        if packs is None:
-            packs = self._packs[id(part)] = models.packs(part, ids.device)
-        return models.laid_out(part, ids, mask, packs)
-
-    def labelled_nll(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum over the labelled tokens, and each of them without gradient; no other logits."""
-        where = targets != IGNORED
-        readout = models.readout(self.model)
-        return losses.token_nll(hidden[where], targets=targets[where], **readout)
 
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, ModelParallelStrategy):

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dcr.core import passes
 from dcr.core.config import SFTConfig
 from dcr.core.data import PairBatch
 from dcr.core.models import Policy
@@ -54,7 +55,8 @@ class SFTModule(ResumableModule):
 
     def nll(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
         """Of the tokens that have a target: the sum, and each."""
-        return self.labelled_nll(self.hidden(batch.ids, batch.mask), batch.targets)
+        found = passes.current().nll(self.model, batch.ids, batch.mask, batch.targets)
+        return found.total, found.each
 
     def weight(self, batch: list[PairBatch]) -> Tensor:
         """What a step's sum is multiplied by: one over the labelled tokens of all ranks."""

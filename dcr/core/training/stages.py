@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
 from dcr import sharding, tracking
-from dcr.core import config, data, models, prompts, runs, storage
+from dcr.core import data, models, passes, prompts, runs, storage
 from dcr.core.config import (
     FSDP,
     Adapter,
@@ -103,9 +103,9 @@ def train_contrastive(job: Job) -> None:
     total = batches.steps_per_epoch * settings.dcr.epochs
     module = ContrastiveModule(policy, settings.dcr, job.block, total)
     seen = _measuring(job, Stage.contrastive, policy, chat, total)
-    light = config.lightens(settings)
+    light = passes.current().lightens(settings)
     if light:
-        models.lighten(policy.model, job.block, whole=module.anchored)
+        passes.current().lighten(policy.model, job.block, whole=module.anchored)
     with _fitted(job, Stage.contrastive, module, batches, total, *seen) as writes:
         trained = models.trained(policy.model)
         if writes:

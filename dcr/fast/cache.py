@@ -16,7 +16,9 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from dcr.core.models import packing, unwrapped
+from dcr.core import passes
+from dcr.core.models import unwrapped
+from dcr.fast import packing
 
 ROOM = 64  # tokens
 ATTENTION = "dcr_step"  # its name in transformers
@@ -79,16 +81,12 @@ class FirstLayer(DynamicLayer):
 
 def roomy_cache(model: Any) -> DynamicCache | None:
     """An empty cache; None for a model that brings its own kind."""
-    owner: Any = unwrapped(model)
-    takes_any = getattr(owner, "_supports_default_dynamic_cache", bool)()
-    if not takes_any or "mamba" in type(owner).__name__.lower():
-        return None
-    text = owner.config.get_text_config(decoder=True)
-    cache, across = DynamicCache(config=text), text._attn_implementation == ATTENTION
-    plain = [type(layer) is DynamicLayer for layer in cache.layers]
-    cache.layers = [
-        RoomyLayer(across) if own else layer for own, layer in zip(plain, cache.layers, strict=True)
-    ]
+    cache = passes.Plain().cache(model)
+    if cache is not None:
+        across = passes.text_config(model)._attn_implementation == ATTENTION
+        cache.layers = [
+            RoomyLayer(across) if type(layer) is DynamicLayer else layer for layer in cache.layers
+        ]
     return cache
 
 
@@ -136,3 +134,4 @@ def attention(
 
 AttentionInterface.register(ATTENTION, attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+passes.MASKABLE.add(ATTENTION)

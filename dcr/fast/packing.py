@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from dcr.core import batching
-from dcr.core.models import fusing
+from dcr.fast import fusing
 
 ATTENTION = "dcr_rows"  # its name in transformers
 QUERIES = 256  # of a row in one product

@@ -1,0 +1,31 @@
+"""Frozen weights of stage one in less memory, held as passes in autocast read them."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from dcr.core.models import decoder_blocks, final_norm, head
+
+
+@torch.no_grad()
+def lighten(model: Any, block: int, whole: bool) -> None:
+    """Hold frozen weights as training with autocast to bf16 reads them: its products stay the same.
+
+    Frozen projections become bf16, and unless passes go through the `whole` model, what lies
+    beyond `block` becomes empty. On a CPU the others of a whole one are copied, so that no page of
+    the file they are mapped from stays.
+    """
+    embeddings, norm = model.get_input_embeddings().weight, final_norm(model)
+    projections = (part for part in model.modules() if isinstance(part, nn.Linear))
+    products = {id(part.weight) for part in projections if part.weight is not embeddings}
+    beyond = [*decoder_blocks(model)[block:], head(model), *([norm[1]] if norm else [])]
+    beyond = [weight for part in beyond for weight in part.parameters() if weight is not embeddings]
+    unread = set() if whole else {id(weight) for weight in beyond}
+    for weight in model.parameters():
+        if id(weight) in unread:
+            weight.data = weight.new_empty(0)
+        elif id(weight) in products and not weight.requires_grad:
+            weight.data = weight.to(torch.bfloat16)
+        elif whole and weight.device.type == "cpu":
+            weight.data = weight.clone()
