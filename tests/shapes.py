@@ -137,3 +137,53 @@ def adapted(model: Any) -> PeftModel:
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.3, generator=chance)
     return found
+
+
+REFUSAL, ANSWER = "I can't.", "Yes."
+BRIEF = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}{{ '\nA\n' }}"  # few tokens
+
+
+def refusing_policy() -> Policy:
+    """Four blocks over bytes that say REFUSAL to prompts with enough "!" or "~", else ANSWER.
+
+    "!" writes along one direction and "~" along another, uniform attention carries their share of
+    the prompt to its end, and the head reads both as the refusal's first byte. From there each byte
+    leads to the next, and the last to the end. Speak to it by BRIEF, which dilutes little.
+    """
+    made = tiny_policy(num_hidden_layers=4, intermediate_size=16, tie_word_embeddings=False)
+    generator, width = torch.Generator().manual_seed(0), TINY["hidden_size"]
+    harm, false, constant, *steps = range(width)
+
+    def noise(*shape: int) -> Tensor:
+        return 0.02 * torch.randn(*shape, generator=generator)
+
+    def token(text: str) -> int:
+        return made.tokenizer.encode(text, add_special_tokens=False)[0]
+
+    embedded, head = noise(260, width), noise(260, width)
+    embedded[:, [harm, false]] = 0
+    embedded[:, constant] = 2  # keeps the norms from undoing an ablation
+    embedded[token("!"), harm] = embedded[token("~"), false] = 2
+    embedded[token("~"), harm] = 0.2
+    head[token("I"), [harm, false, constant]] = torch.tensor([2.5, 2.5, 0.2])
+    head[token("Y"), constant] = 1
+    for text in (REFUSAL, ANSWER):
+        for one, next_one in zip(text, [*text[1:], str(made.tokenizer.eos_token)], strict=True):
+            if not embedded[token(one)].amax() > 3:
+                embedded[token(one), steps.pop()] = 4
+            head[token(next_one), embedded[token(one)].argmax()] = 8
+    with torch.no_grad():
+        made.model.model.embed_tokens.weight.copy_(embedded)
+        made.model.lm_head.weight.copy_(head)
+        for block in made.model.model.layers:
+            value, out = noise(16, width), noise(width, width)
+            value[:2] = out[[harm, false]] = 0  # nothing else writes along the two
+            value[0, harm] = value[1, false] = 1
+            out[harm, 0] = out[false, 1] = 0.4
+            block.self_attn.q_proj.weight.zero_()
+            block.self_attn.v_proj.weight.copy_(value)
+            block.self_attn.o_proj.weight.copy_(out)
+            for weight in block.mlp.parameters():
+                weight.copy_(noise(*weight.shape))
+            block.mlp.down_proj.weight[[harm, false]] = 0
+    return made
