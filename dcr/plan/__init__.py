@@ -227,18 +227,15 @@ def _stage_table(settings: TrainConfig, on_gpu: TrainConfig, plans: list[StagePl
 def _fit_table(settings: TrainConfig, plans: list[StagePlan]) -> list[Table]:
     """What makes stage one fit on which GPUs, where it does not fit on the smallest as it is."""
     first = [plan for plan in plans if plan.stage is Stage.contrastive]
-    found = cost.ways(settings, first[0].load) if first else []
-    if not found or found[0].alone <= cost.CARDS[0][1] * 2**30:
+    found = cost.ways(settings, first[0].load) if first else {}
+    if not found or found["as asked"][0] <= cost.CARDS[0][1] * 2**30:
         return []
     heads = [f"{devices}×{size} GB" for devices, size in cost.CARDS]
     table = cli.table("Stage one on GPUs: GB of each, where that fits", ["settings", *heads])
-    for way in found:
-        needs = [way.alone if devices == 1 else way.of_eight for devices, _ in cost.CARDS]
-        cells = [
-            _bytes(need) if need <= size * 2**30 else "-"
-            for need, (_, size) in zip(needs, cost.CARDS, strict=True)
-        ]
-        table.add_row(way.settings, *cells)
+    for name, needs in found.items():
+        fits = [need <= size * 2**30 for need, (_, size) in zip(needs, cost.CARDS, strict=True)]
+        cells = [_bytes(n) if fit else "-" for n, fit in zip(needs, fits, strict=True)]
+        table.add_row(name, *cells)
     return [table]
 
 

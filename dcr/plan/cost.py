@@ -93,13 +93,17 @@ class Shape:
     tied: bool
     trunk: int  # blocks 1 to ℓ
     blocks: int  # all blocks
-    head: int  # the output projection, also where tied
     trunk_saved: float  # bytes kept by blocks 1 to ℓ for the backward pass of one token
     full_saved: float  # by all blocks
 
     @property
     def total(self) -> int:
         return sum(self.parts.values())
+
+    @property
+    def head(self) -> int:
+        """The output projection, also where tied."""
+        return self.vocabulary * self.width
 
 
 def stage_shape(settings: TrainConfig, stage: Stage) -> Shape:
@@ -136,7 +140,6 @@ def stage_shape(settings: TrainConfig, stage: Stage) -> Shape:
         tied=tied,
         trunk=sum(sizes[:block]),
         blocks=sum(sizes),
-        head=head.numel(),
         trunk_saved=sum(saved[:block]),
         full_saved=sum(saved),
     )
@@ -211,65 +214,67 @@ class Throughput:
 
 def memory(settings: TrainConfig, stage: Stage, shape: Shape, load: Load) -> dict[str, float]:
     """Bytes on one device at the peak, by what holds them."""
-    first, gpu = stage is Stage.contrastive, device_type(settings) == "cuda"
+    first, through_all = stage is Stage.contrastive, load.full > 0
     node = settings.dcr if first else settings.sft
     each = 2 if node.precision is Precision.bf16 else 4
     lora = shape.parts.get("LoRA", 0)
     trained = sum(shape.trained.values()) - lora
-    weights = each * (shape.total - lora) + 4 * lora
-    copied = shape.blocks + shape.head if load.full else shape.trunk
     learnt = sum(n for name, n in shape.trained.items() if name.startswith("blocks"))
-    if node.gradient_checkpointing:  # autocast's own cache has those of what trains
-        copied = min(copied, learnt + shape.blocks / shape.depth + shape.head * bool(load.full))
+    weights = each * (shape.total - lora) + 4 * lora
+    copied = shape.blocks + shape.head if through_all else shape.trunk
+    kept = load.largest_trunk * shape.trunk_saved + load.largest_full * shape.full_saved
+    if node.gradient_checkpointing:  # autocast's own cache has copies of what trains
+        copied = min(copied, learnt + shape.blocks / shape.depth + shape.head * through_all)
+        largest = max(load.largest_trunk, load.largest_full)
+        states = load.largest_trunk * shape.block + load.largest_full * shape.depth
+        hidden = 4 if node.precision is Precision.fp32 else 2
+        kept = largest * shape.full_saved / shape.depth + states * shape.width * hidden
     gradients = each * trained + 4 * lora
     small = first and settings.dcr.optim.moments is Moments.int8
     moments = 2 * (INT8_BYTES * (trained + lora) if small else gradients)
-    activations = _activations(settings, stage, shape, load)
     logits = 2 * 4 * min(LOGIT_ROWS, load.labelled) * shape.vocabulary
     world = settings.trainer.devices * settings.trainer.num_nodes
     buckets = gradients if world > 1 else 0
     if settings.trainer.strategy == FSDP:
-        matrices = shape.vocabulary * shape.width * (1 if shape.tied else 2)
+        matrices = shape.head * (1 if shape.tied else 2)
         copied = min(copied, 2 * shape.blocks / shape.depth + matrices)
         weights = weights / world + each * copied
         gradients, moments, buckets = gradients / world, moments / world, 0
     if first and lightens(settings):  # autocast's copies are of what trains, and of a tied head
-        copied = learnt + shape.head * (bool(load.full) and shape.tied)
+        copied = learnt + shape.head * (through_all and shape.tied)
         frozen = {name: n for name, n in shape.parts.items() if not shape.trained[name]}
         frozen.pop("embeddings", None)
-        beyond = 0 if load.full else frozen.pop(f"blocks {shape.block + 1} to {shape.depth}", 0)
-        weights -= 2 * sum(frozen.values()) + 4 * beyond
+        beyond = f"blocks {shape.block + 1} to {shape.depth}"
+        unused = 0 if through_all else frozen.pop(beyond, 0)
+        weights -= 2 * sum(frozen.values()) + 4 * unused
     if node.precision is Precision.mixed:
         weights += 2 * copied
-    parts = {
+    rest = {"process": PROCESS_BYTES}
+    if device_type(settings) == "cuda":
+        rest = {"step": max(0, (0 if small else gradients) - kept - logits)}
+    return {
         "weights": weights,
         "gradients": gradients + buckets,
         "Adam states": moments,
-        "activations": activations,
+        "activations": kept,
         "logits": logits,
+        **rest,
     }
-    if gpu:
-        return parts | {"step": max(0, (0 if small else gradients) - activations - logits)}
-    return parts | {"process": PROCESS_BYTES}
-
-
-def _activations(settings: TrainConfig, stage: Stage, shape: Shape, load: Load) -> float:
-    node = settings.dcr if stage is Stage.contrastive else settings.sft
-    kept = load.largest_trunk * shape.trunk_saved + load.largest_full * shape.full_saved
-    if not node.gradient_checkpointing:
-        return kept
-    each = 4 if node.precision is Precision.fp32 else 2
-    states = load.largest_trunk * shape.block + load.largest_full * shape.depth
-    largest = max(load.largest_trunk, load.largest_full)
-    return largest * shape.full_saved / shape.depth + states * shape.width * each
 
 
 def smaller_passes(settings: TrainConfig, shape: Shape) -> list[str]:
     """The advice of a smaller `sft.micro_tokens` where free memory holds its peak alone.
 
-    Nothing is advised to several processes, which share what is free.
+    Nothing is advised to several processes, which share what is free, nor of a GPU elsewhere.
     """
-    free = _free_bytes(settings)
+    import torch
+
+    gpu = device_type(settings) == "cuda"
+    if settings.trainer.devices * settings.trainer.num_nodes > 1:
+        return []
+    if gpu and not torch.cuda.is_available():
+        return []
+    free = torch.cuda.mem_get_info()[0] if gpu else threads.free_bytes()
 
     def peak(number: int) -> float:
         largest = max(number, settings.sft.max_len)
@@ -278,8 +283,7 @@ def smaller_passes(settings: TrainConfig, shape: Shape) -> list[str]:
 
     sizes = [settings.sft.micro_tokens >> halved for halved in range(HALVINGS + 1)]
     fitting = next((n for n in sizes if n and peak(n) <= FREE_SHARE * free), sizes[0])
-    world = settings.trainer.devices * settings.trainer.num_nodes
-    if fitting == sizes[0] or world > 1:
+    if fitting == sizes[0]:
         return []
     return [
         f"sft.micro_tokens={fitting} plans a peak of {peak(fitting) / 1e9:.1f} GB in SFT, instead "
@@ -287,75 +291,55 @@ def smaller_passes(settings: TrainConfig, shape: Shape) -> list[str]:
     ]
 
 
-def _free_bytes(settings: TrainConfig) -> float:
-    """Where the command would train."""
-    if device_type(settings) == "cpu":
-        return threads.free_bytes()
-    import torch
-
-    # a plan for a GPU elsewhere has no memory to look at
-    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else math.inf
-
-
 # --- what fits where ---
 
 
-@dataclass(frozen=True)
-class Way:
-    """Settings that stage one could be trained with, and bytes a device of one and of eight."""
+def ways(settings: TrainConfig, load: Load) -> dict[str, list[float]]:
+    """Bytes that stage one needs on each of CARDS, as asked and by settings that need less memory.
 
-    settings: str
-    alone: float  # infinite where it takes several devices
-    of_eight: float
-
-
-def ways(settings: TrainConfig, load: Load) -> list[Way]:
-    """What stage one needs on GPUs as asked and with less memory, from the least change on."""
-    node, world = settings.dcr, settings.trainer.devices * settings.trainer.num_nodes
-    spared = "dcr.gradient_checkpointing=true"
-    less = replace(node, gradient_checkpointing=True)
-    small = replace(node.optim, moments=Moments.int8)
-    lora = replace(node, adapter=Adapter.lora)
-    bf16 = replace(lora, precision=Precision.bf16)
-    full = {
-        "as asked": node,
-        spared: less,
-        "dcr.optim.moments=int8": replace(node, optim=small),
-        f"dcr.optim.moments=int8 {spared}": replace(less, optim=small),
+    Infinite where it takes several devices.
+    """
+    world = settings.trainer.devices * settings.trainer.num_nodes
+    small = replace(settings.dcr.optim, moments=Moments.int8)
+    lora, int8, bf16 = {"adapter": Adapter.lora}, {"optim": small}, {"precision": Precision.bf16}
+    changes: dict[str, dict[str, Any]] = {
+        "": {},
+        "dcr.optim.moments=int8": int8,
         "dcr.adapter=lora": lora,
-        f"dcr.adapter=lora {spared}": replace(lora, gradient_checkpointing=True),
-        "dcr.adapter=lora dcr.precision=bf16": bf16,
-        f"dcr.adapter=lora dcr.precision=bf16 {spared}": replace(bf16, gradient_checkpointing=True),
+        "dcr.adapter=lora dcr.precision=bf16": lora | bf16,
+        "trainer.strategy=fsdp": {},
     }
-    split = {"trainer.strategy=fsdp": node, f"trainer.strategy=fsdp {spared}": less}
-    trainer = replace(settings.trainer, accelerator="gpu", devices=1, num_nodes=1, strategy="auto")
-    found: list[Way] = []
+    found: dict[str, list[float]] = {}
     shapes: dict[tuple[Adapter, Precision], Shape] = {}  # which nothing else changes
-    for name, changed in (full | split).items():
-        kind = changed.adapter, changed.precision
-        if kind not in shapes:
-            shapes[kind] = stage_shape(replace(settings, dcr=changed), Stage.contrastive)
-        needs: list[float] = []
-        for devices in (1, 8):
-            strategy = FSDP if name in split else "auto"
-            made = replace(
-                settings, dcr=changed, trainer=replace(trainer, devices=devices, strategy=strategy)
-            )
-            part = _shared(load, devices / world)
-            held = memory(made, Stage.contrastive, shapes[kind], part)
-            needs.append(sum(held.values()) + RESERVED)
-        found.append(Way(name, math.inf if name in split else needs[0], needs[1]))
+    for name, change in changes.items():
+        split = name.endswith(FSDP)
+        for spared in ("", "dcr.gradient_checkpointing=true"):
+            node = replace(settings.dcr, **change)
+            if spared:
+                node = replace(node, gradient_checkpointing=True)
+            made, kind = replace(settings, dcr=node), (node.adapter, node.precision)
+            if kind not in shapes:
+                shapes[kind] = stage_shape(made, Stage.contrastive)
+            needs: list[float] = []
+            for devices, _ in CARDS:
+                trainer = replace(
+                    settings.trainer,
+                    accelerator="gpu",
+                    devices=devices,
+                    num_nodes=1,
+                    strategy=FSDP if split else "auto",
+                )
+                part = replace(
+                    load,
+                    largest_trunk=math.ceil(load.largest_trunk * world / devices),
+                    largest_full=math.ceil(load.largest_full * world / devices),
+                    labelled=math.ceil(load.labelled * world / devices),
+                )
+                one = replace(made, trainer=trainer)
+                held = sum(memory(one, Stage.contrastive, shapes[kind], part).values())
+                needs.append(math.inf if split and devices == 1 else held + RESERVED)
+            found[f"{name} {spared}".strip() or "as asked"] = needs
     return found
-
-
-def _shared(load: Load, devices: float) -> Load:
-    """A rank's part of what one rank has, of so many as many devices."""
-    return replace(
-        load,
-        largest_trunk=math.ceil(load.largest_trunk / devices),
-        largest_full=math.ceil(load.largest_full / devices),
-        labelled=math.ceil(load.labelled / devices),
-    )
 
 
 def epoch_flops(settings: TrainConfig, stage: Stage, shape: Shape, load: Load) -> float:
@@ -414,14 +398,16 @@ def throughput(settings: TrainConfig, precision: Precision, width: int) -> Throu
     """Of one device that the command would run on."""
     if device_type(settings) == "cpu":
         number, rate = _measured_cpu(settings.trainer.threads, precision, width)
-        return Throughput(f"this CPU, {number} threads", MEASURED_SHARE * rate, _measured(rate))
-    import torch
+        name = f"this CPU, {number} threads"
+    else:
+        import torch
 
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ASSUMED_GPU
-    if any(known in name for known in GPUS):
-        return published(name, precision)
-    rate = timed_product("cuda", precision, width, torch.get_num_threads())
-    return Throughput(name, MEASURED_SHARE * rate, _measured(rate))
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else ASSUMED_GPU
+        if any(known in name for known in GPUS):
+            return published(name, precision)
+        rate = timed_product("cuda", precision, width, torch.get_num_threads())
+    basis = f"{MEASURED_SHARE:.0%} of {rate / 1e12:.3g} TFLOP/s measured"
+    return Throughput(name, MEASURED_SHARE * rate, basis)
 
 
 @functools.cache
@@ -431,16 +417,11 @@ def _measured_cpu(asked: int | None, precision: Precision, width: int) -> tuple[
     return number, timed_product("cpu", precision, width, number)
 
 
-def _measured(rate: float) -> str:
-    return f"{MEASURED_SHARE:.0%} of {rate / 1e12:.3g} TFLOP/s measured"
-
-
 def published(name: str, precision: Precision) -> Throughput:
     """What a GPU of that name is assumed to reach."""
     rates = next(rates for known, rates in GPUS.items() if known in name)
     rate = rates[precision is Precision.fp32]
-    basis = f"{GPU_SHARE:.0%} of {rate / 1e12:.0f} TFLOP/s"
-    return Throughput(name, GPU_SHARE * rate, basis)
+    return Throughput(name, GPU_SHARE * rate, f"{GPU_SHARE:.0%} of {rate / 1e12:.0f} TFLOP/s")
 
 
 def timed_product(device: str, precision: Precision, width: int, threads: int) -> float:
