@@ -17,7 +17,7 @@ from typing import Annotated
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from dcr import choice, export, extensions, report, study
+from dcr import choice, entry, export, extensions, report, study
 from dcr.core import cli, precision, refusal, statistics, storage
 from dcr.core.config import DataConfig, DataError, EvalConfig, Kind, Stage, TrainConfig
 from dcr.core.evaluation import sets
@@ -46,14 +46,14 @@ class Options:
     export with its card. What is done is found: the same command goes on after a fault or a kill.
     """
 
-    out: Path = cli.option("where run folders, page and export lie", Path("outputs/align"))
-    plan: bool = cli.option("say what would be done, and how long it takes", False)
-    settings: list[str] = cli.option(
+    out: Path = entry.option("where run folders, page and export lie", Path("outputs/align"))
+    plan: bool = entry.option("say what would be done, and how long it takes", False)
+    settings: list[str] = entry.option(
         "any setting of train.py or eval.py; python train.py --cfg job lists them", [], rest=True
     )
 
 
-@cli.command(Options, goes_on=True)
+@entry.command(Options, goes_on=True)
 def main(options: Options) -> None:
     out = options.out
     training, evaluating = study.sorted_words(options.settings)

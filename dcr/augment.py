@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dcr import endpoints, extensions, twins
+from dcr import endpoints, entry, extensions, twins
 from dcr.core import balance, cli, config, precision, prompts, refusal, sources, storage, threads
 from dcr.core.balance import Balance
 from dcr.core.config import (
@@ -70,22 +70,22 @@ class Options:
     python train.py data.toxic.source=toxic.jsonl data.seemingly_toxic.source=twins.jsonl
     """
 
-    source: str = cli.option("the seemingly toxic prompts: a source's name or a .jsonl file")
-    twins: bool = cli.option(
+    source: str = entry.option("the seemingly toxic prompts: a source's name or a .jsonl file")
+    twins: bool = entry.option(
         "the source's prompts are toxic: harmless twins of them, of the same form and nearly the "
         "same words, are written first, and these are answered; judge=llm reads whether they are",
         False,
     )
-    out: Path = cli.option("where answers go: a .jsonl file, added to where it is this command's")
-    count: int | None = cli.option("prompts, drawn by seed; none: all", None, least=1)
-    attempts: int = cli.option(
+    out: Path = entry.option("where answers go: a .jsonl file, added to where it is this command's")
+    count: int | None = entry.option("prompts, drawn by seed; none: all", None, least=1)
+    attempts: int = entry.option(
         "how often a prompt is asked whose answer was rejected, each time with another "
         "instruction in the system prompt; so is a toxic prompt without a twin",
         1,
         least=1,
         most=len(INSTRUCTIONS),
     )
-    settings: list[str] = cli.option(
+    settings: list[str] = entry.option(
         "model=<name> or endpoint=<url>, and any other setting of eval.py; python eval.py --cfg "
         "job lists them",
         [],
@@ -135,7 +135,7 @@ class Tally:
         return "\n".join(lines)
 
 
-@cli.command(Options, goes_on=True)
+@entry.command(Options, goes_on=True)
 def main(options: Options) -> None:
     settings = _settings(options)
     if settings.endpoint is None:

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dcr import extensions
-from dcr.core import cli, config, precision, prompts, refusal, threads
+from dcr import entry, extensions
+from dcr.core import config, ending, precision, prompts, refusal, threads
 from dcr.core.config import ConfigError, ModelConfig, Precision
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
@@ -26,21 +26,21 @@ class Options:
     dialogue, /quit ends it.
     """
 
-    run: Path = cli.option("the run folder")
-    stage: str | None = cli.option(
+    run: Path = entry.option("the run folder")
+    stage: str | None = entry.option(
         "whose result answers, base being the model before training; none: the last that is done",
         None,
         choices=STAGES,
     )
-    max_new_tokens: int = cli.option(
+    max_new_tokens: int = entry.option(
         "the longest answer, in tokens", 256, least=1, key="gen.max_new_tokens"
     )
-    precision: str = cli.option(
+    precision: str = entry.option(
         "of the model; auto: as the run was trained, else what the device does natively",
         "auto",
         choices=("auto", "bf16", "fp32"),
     )
-    trust_remote_code: bool = cli.option(
+    trust_remote_code: bool = entry.option(
         "run code that comes with the weights; a run's own settings never switch it on", False
     )
 
@@ -120,7 +120,7 @@ class Dialogue:
         return str(text).strip(), float(masses[0])
 
 
-@cli.command(Options)
+@entry.command(Options)
 def main(options: Options) -> None:
     """Converse until /quit or the end of input."""
     policy, model, told = open_stage(
@@ -166,7 +166,7 @@ def _exchange(dialogue: Dialogue, message: str) -> None:
 
 def _aside(text: str) -> None:
     """Print a line, dimmed on a terminal."""
-    terminal = cli.own_output() if sys.stdout.isatty() else None
+    terminal = ending.own_output() if sys.stdout.isatty() else None
     if terminal:
         terminal.write(DIM)
     print(text, flush=True)

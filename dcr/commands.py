@@ -12,7 +12,7 @@ import hydra
 from omegaconf import DictConfig
 
 from dcr import extensions, launching
-from dcr.core import cli, config
+from dcr.core import cli, config, ending
 from dcr.core.config import ConfigError, TrainConfig
 from dcr.core.runs import Run
 
@@ -86,4 +86,4 @@ def main() -> None:
     else:
         near = config.nearest(name, list(COMMANDS))
         offer = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
-        cli.fail(f"{name}: no such command; {offer}", ConfigError.exit_code)
+        ending.fail(f"{name}: no such command; {offer}", ConfigError.exit_code)

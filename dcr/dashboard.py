@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dcr.core import cli, config, storage
+from dcr import entry
+from dcr.core import config, storage
 from dcr.core.config import ConfigError, Kind, WandbConfig, WandbMode
 from dcr.core.runs import Run
 from dcr.core.text import single_line
@@ -41,14 +42,14 @@ class Options:
     as an artifact made from the evaluations of these runs.
     """
 
-    runs: list[Path] = cli.option("runs to draw in the colour of their method", [], rest=True)
-    project: str = cli.option("the W&B project, as wandb.project of the runs", "dcr")
-    entity: str | None = cli.option("you or your team; not given: the account's own", None)
-    out: Path | None = cli.option("a JSON file to write instead of asking W&B", None)
-    page: Path | None = cli.option("a page of python -m dcr.report to keep as an artifact", None)
+    runs: list[Path] = entry.option("runs to draw in the colour of their method", [], rest=True)
+    project: str = entry.option("the W&B project, as wandb.project of the runs", "dcr")
+    entity: str | None = entry.option("you or your team; not given: the account's own", None)
+    out: Path | None = entry.option("a JSON file to write instead of asking W&B", None)
+    page: Path | None = entry.option("a page of python -m dcr.report to keep as an artifact", None)
 
 
-@cli.command(Options)
+@entry.command(Options)
 def main(options: Options) -> None:
     config.check_installed("wandb_workspaces", "dashboard", "python -m dcr.dashboard")
     if options.page is not None and not options.page.is_file():

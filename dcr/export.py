@@ -16,7 +16,8 @@ from httpx2 import HTTPError
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from dcr.core import cli, config, prompts, runs, storage, threads
+from dcr import entry
+from dcr.core import config, prompts, runs, storage, threads
 from dcr.core.config import (
     AUTO_LAYER,
     EMBEDDED_MODEL,
@@ -104,33 +105,33 @@ class Options:
     relink, the adapters of a run folder that has moved name their base weights where they lie now.
     """
 
-    run: Path = cli.option("the run folder")
-    out: Path | None = cli.option("a new folder for the export", None)
-    stage: str = cli.option("whose result", "sft", choices=("sft", "contrastive"))
-    precision: str = cli.option(
+    run: Path = entry.option("the run folder")
+    out: Path | None = entry.option("a new folder for the export", None)
+    stage: str = entry.option("whose result", "sft", choices=("sft", "contrastive"))
+    precision: str = entry.option(
         "of the weights; fp32 gives the logits of the run's adapter, bf16 differs by about 1%; "
         "auto: that of the run's evaluations",
         "auto",
         choices=("auto", "bf16", "fp32"),
     )
-    calibrate: str | None = cli.option(
+    calibrate: str | None = entry.option(
         "a share of toxic prompts to refuse, or a run to be as safe as: a bias on the first token "
         "of refusals in the generation config",
         None,
     )
-    push: str | None = cli.option(
+    push: str | None = entry.option(
         "a model repository of the Hugging Face hub to upload the export to, made where there is "
         "none; the token is HF_TOKEN or that of `hf auth login`",
         None,
     )
-    public: bool = cli.option("a repository that push= makes can be seen by everyone", False)
-    trust_remote_code: bool = cli.option(
+    public: bool = entry.option("a repository that push= makes can be seen by everyone", False)
+    trust_remote_code: bool = entry.option(
         "run code that comes with the weights; a run's own settings never switch it on", False
     )
-    relink: bool = cli.option("mend the adapters' paths instead of exporting", False)
+    relink: bool = entry.option("mend the adapters' paths instead of exporting", False)
 
 
-@cli.command(Options)
+@entry.command(Options)
 def main(options: Options) -> None:
     run = Run(options.run)
     if options.relink:

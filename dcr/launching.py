@@ -29,7 +29,7 @@ from hydra.core.utils import JobReturn, JobStatus, configure_log
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
-from dcr.core import cli, config, storage
+from dcr.core import cli, config, ending, storage
 from dcr.core.cli import Outcome
 from dcr.core.config import ConfigError, UserError
 
@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 LAUNCHER = "hydra_plugins.dcr_launchers.CommandLauncher"
 OF_THE_SWEEP = ("hydra/launcher", "hydra.launcher", "hydra/sweeper", "hydra.sweep", "hydra.mode")
+PARENT = "DCR_LAUNCHED_BY"  # the process without which a job of a sweep ends
+PARENT = "DCR_LAUNCHED_BY"  # the process without which a job of a sweep ends
 RULE = "---- "  # before each attempt in a job's log
 RESULT_SECONDS, QUEUE_SECONDS = 1.0, 10.0  # between two looks at results and at Slurm's queue
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -125,7 +127,12 @@ def _command(context: HydraContext, composed: DictConfig, overrides: list[str]) 
 
 
 def register() -> None:
-    """Give Hydra the settings of both launchers; these it finds in `hydra_plugins`."""
+    """Give Hydra the settings of both launchers; these it finds in `hydra_plugins`.
+
+    A job that a launcher started here ends with it.
+    """
+    if parent := os.environ.pop(PARENT, ""):
+        ending.end_with(int(parent))
     for name, options in {"joblib": JoblibOptions, "slurm": SlurmOptions}.items():
         ConfigStore.instance().store(group="hydra/launcher", name=name, node=options)
 
@@ -191,7 +198,7 @@ def _environments(
             + (f", since {len(gpus)} GPUs are shared by jobs of {devices}" if gpus else "")
         )
     own = {
-        cli.PARENT: str(os.getpid()),
+        PARENT: str(os.getpid()),
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": str(max(1, cpu_count() // number)),
     }
@@ -297,7 +304,7 @@ def run_in_job(command: Command) -> None:
     """
 
     def stop(number: int, _: object) -> None:
-        sys.exit(cli.SIGNALLED + number)
+        sys.exit(ending.SIGNALLED + number)
 
     for number in STOPPING:  # until the command has handlers of its own
         signal.signal(number, stop)
@@ -321,7 +328,7 @@ def run_in_job(command: Command) -> None:
             for stream, before in zip((1, 2), kept, strict=True):
                 (sys.stdout, sys.stderr)[stream - 1].flush()
                 os.dup2(before, stream)
-    if isinstance(code, int) and code > cli.SIGNALLED:
+    if isinstance(code, int) and code > ending.SIGNALLED:
         if job and os.environ.get("SLURM_PROCID", "0") == "0":
             _requeue(job)
         sys.exit(code)

@@ -26,9 +26,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from dcr import entry, extensions, plan, report
 from dcr import eval as evaluation_script
-from dcr import extensions, plan, report
-from dcr.core import cli, config, data, precision, prompts, runs, storage
+from dcr.core import cli, config, data, ending, precision, prompts, runs, storage
 from dcr.core.config import (
     STAGES,
     ConfigError,
@@ -83,16 +83,16 @@ class Options:
     found: the same command goes on after a fault or a kill.
     """
 
-    study: str = cli.option("its name", choices=tuple(STUDIES))
-    seeds: int = cli.option("how many, from seed= (0) on", 1, least=1)
-    out: Path = cli.option("where run folders and pages lie", Path("outputs/study"))
-    plan: bool = cli.option("say what would be done, and how long it takes", False)
-    settings: list[str] = cli.option(
+    study: str = entry.option("its name", choices=tuple(STUDIES))
+    seeds: int = entry.option("how many, from seed= (0) on", 1, least=1)
+    out: Path = entry.option("where run folders and pages lie", Path("outputs/study"))
+    plan: bool = entry.option("say what would be done, and how long it takes", False)
+    settings: list[str] = entry.option(
         "any setting of train.py or eval.py; python train.py --cfg job lists them", [], rest=True
     )
 
 
-@cli.command(Options, goes_on=True)
+@entry.command(Options, goes_on=True)
 def main(options: Options) -> None:
     study = STUDIES[options.study]
     with told_once():
@@ -361,7 +361,7 @@ def adopt(settings: TrainConfig, run: Run) -> bool:
     record = data.row_record(training_script.checked(settings, run))
     for donor in found:
         try:
-            with cli.faults_in_words():
+            with ending.faults_in_words():
                 taken = _take_over(donor, run, settings, record)
         except UserError as fault:
             print(f"no stage one is taken over: {single_line(fault)}", file=sys.stderr, flush=True)
@@ -439,7 +439,7 @@ def carry_out(parts: Sequence[Part]) -> dict[str, str]:
         if part.job in failed:
             continue
         try:
-            with cli.faults_in_words():
+            with ending.faults_in_words():
                 done = part.done()
             if not done:
                 print(f"[{place}/{len(parts)}] {part.job}: {part.name}", flush=True)
@@ -509,9 +509,9 @@ class Told(UserError):
 
 
 def _in_child(work: Callable[[], object], sending: Connection, parent: int) -> None:
-    cli.end_with(parent)
+    ending.end_with(parent)
     try:
-        with cli.faults_in_words():
+        with ending.faults_in_words():
             work()
         sending.send(prompts.UNTEMPLATED)
         return
@@ -542,7 +542,7 @@ def shown(planned: Sequence[Job], failed: dict[str, str]) -> tuple[list[Path], l
         if not any(run.folder.glob("eval/*/metrics.json")):
             continue
         try:
-            with cli.faults_in_words():
+            with ending.faults_in_words():
                 records.read_run(run.folder)
                 donor = storage.read_json(file, runs.StartedFrom) if file.exists() else None
         except UserError as fault:
@@ -556,7 +556,7 @@ def shown(planned: Sequence[Job], failed: dict[str, str]) -> tuple[list[Path], l
 
 def describe(planned: Sequence[Job]) -> str:
     """Jobs and their parts: done, shared, or to be done in an estimated time."""
-    table = cli.table("Jobs", ["job", "stage one", "SFT", "evaluations", "folder"], names=5)
+    table = entry.table("Jobs", ["job", "stage one", "SFT", "evaluations", "folder"], names=5)
     first: dict[str, str] = {}  # job by its stage one
     seconds = [0.0]
     for job in planned:
@@ -566,7 +566,7 @@ def describe(planned: Sequence[Job]) -> str:
         cells.append("done" if done == len(job.evaluations) else f"{answers} answers")
         table.add_row(job.name, *cells, job.run.folder.name)
     total = plan.duration(sum(seconds))
-    return cli.plain_text(table, f"training in all: {total}, an estimate; answers come on top")
+    return entry.plain_text(table, f"training in all: {total}, an estimate; answers come on top")
 
 
 def _stage_cell(job: Job, stage: Stage, first: dict[str, str], seconds: list[float]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from dcr import augment, train
+from dcr import augment, entry, train
 from dcr.augment import INSTRUCTIONS
 from dcr.core import cli, config, contamination, data, runs
 from dcr.core.config import (
@@ -511,7 +511,7 @@ def test_a_stopped_command_that_is_given_again_asks_nothing_twice(
 
 def test_an_instruction_stands_behind_the_system_prompt_that_there_is(folder: Folder) -> None:
     for more, before in ((["model.system_prompt=Mine."], "Mine.\n\n"), ([], "")):
-        options = cli.read(augment.Options, tell(folder, None, "model=tiny", *more))
+        options = entry.read(augment.Options, tell(folder, None, "model=tiny", *more))
         asking = augment._instructed(augment._settings(options), INSTRUCTIONS[1])
         assert asking.model.system_prompt == f"{before}{INSTRUCTIONS[1]}"
 

@@ -31,7 +31,8 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from dcr import eval as entry
 from dcr import train
-from dcr import cli, dashboard
+from dcr import dashboard
+from dcr.core import cli
 from dcr.core.runs import Run
 from tests import tiny_run
 folder = Path(sys.argv[1])

@@ -93,10 +93,11 @@ def test_a_signal_reaches_jobs_side_by_side_once(tmp_path: Path) -> None:
 
 def test_jobs_side_by_side_end_with_a_sweep_that_is_killed(tmp_path: Path) -> None:
     waiting = (
-        "import os, pathlib, time\nfrom dcr import cli\nfile = pathlib.Path(__file__)\n"
+        "import os, pathlib, time\nfrom dcr import launching\nfrom dcr.core import cli\n"
+        "file = pathlib.Path(__file__)\n"
         "def main():\n    file.with_suffix('.up').write_text(str(os.getpid()))\n"
         "    time.sleep(600)\n"
-        "cli.run(main)"
+        "launching.register()\ncli.run(main)"
     )
     jobs, up = [stub(tmp_path, "a", waiting)], tmp_path / "a.up"
     killed(lambda: list(launching._side_by_side(jobs, JoblibOptions(), [])), up.exists)

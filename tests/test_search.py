@@ -17,8 +17,7 @@ from forked import killed
 from test_study import alone, measured
 from tiny_run import logged
 
-from dcr import search
-from dcr.core import cli
+from dcr import entry, search
 from dcr.search import Search, Space, trials
 from dcr.search import __main__ as command
 
@@ -164,7 +163,7 @@ def agrees(row: dict[str, str], made: Search, folder: Path) -> None:
 
 
 def as_asked(order: Sequence[str]) -> Search:
-    return command._asked(cli.read(command.Options, order))[0]
+    return command._asked(entry.read(command.Options, order))[0]
 
 
 def test_a_trial_gives_what_its_run_gives_and_keeps_no_weights(

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from dcr.core import cli, wandb_run
+from dcr import entry
+from dcr.core import cli, ending, wandb_run
 from dcr.core.config import UserError
 from dcr.core.runs import Run
 from tests.servers.loopback import Answer, as_json
@@ -123,7 +124,7 @@ def test_keys_of_the_environment_and_control_codes_reach_no_output(
     monkeypatch.setenv("OTHER_TOKEN", "short")
     hostile = f"\x1b]0;title\x07\x1b[31m {KEY} short basic understanding Basic dXNlcjpzZWNyZXQ="
 
-    @cli.command(Options)
+    @entry.command(Options)
     def main(_: Options) -> None:
         print(hostile)
         logging.getLogger("test").warning(hostile)
@@ -142,7 +143,7 @@ def test_a_traceback_is_printed_without_secrets(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MADE_KEY", KEY)
-    cli.print_traceback(ValueError(f"{HOSTILE} {KEY}"))
+    ending.print_traceback(ValueError(f"{HOSTILE} {KEY}"))
     err = capsys.readouterr().err
     assert "ValueError" in err
     for forbidden in ("\x1b", KEY, SECRET):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from dcr import choice
+from dcr import choice, entry
 from dcr.choice.origins import FEWEST, LIMIT
 from dcr.core import cli, config, precision, storage, threads
 from dcr.core.config import Precision, TrainConfig, UserError
@@ -30,29 +30,29 @@ class Options:
     fitted to them tells toxic from seemingly toxic prompts of another origin.
     """
 
-    limit: int = cli.option(f"prompts of each class of a pair, {FEWEST} or more", LIMIT)
-    pairs: str | None = cli.option(
+    limit: int = entry.option(f"prompts of each class of a pair, {FEWEST} or more", LIMIT)
+    pairs: str | None = entry.option(
         "other candidates, <seemingly toxic>:<toxic>,... with + between sources of one side; "
         "'none': the configured pair alone; not given: the usual ones that can be read",
         None,
     )
-    tests: str | None = cli.option(
+    tests: str | None = entry.option(
         "pairs to test on, written alike; not given: the benchmarks that can be read", None
     )
-    out: Path | None = cli.option(
+    out: Path | None = entry.option(
         "a .json file; not given: outputs/choice/<model>-<data>.json", None
     )
-    precision: str = cli.option(
+    precision: str = entry.option(
         "of the model; auto: what the device does natively",
         "auto",
         choices=[each.value for each in Precision],
     )
-    settings: list[str] = cli.option(
+    settings: list[str] = entry.option(
         "any setting of train.py; python train.py --cfg job lists them", [], rest=True
     )
 
 
-@cli.command(Options)
+@entry.command(Options)
 def main(options: Options) -> None:
     words = [*options.settings, f"precision={options.precision}"]
     settings = config.resolve(cli.compose("train", words, Options), TrainConfig)
@@ -80,7 +80,7 @@ def _out(options: Options, settings: TrainConfig) -> Path:
 def describe(choice: "Choice") -> str:
     """Tables and conclusions, 100 columns wide."""
     reasons = _of_layer(choice), *_of_sources(choice), _selected_on(choice), *choice.notes
-    return cli.plain_text(
+    return entry.plain_text(
         f"Layer and sources for stage one on {choice.model}: AUROC of a linear probe,\n"
         "toxic against seemingly toxic. within: cross-validated on the training sources;\n"
         "transfer: the mean over test sets of another origin. 0.5 is guessing.\n",
@@ -93,7 +93,7 @@ def describe(choice: "Choice") -> str:
 def _layer_table(choice: "Choice") -> Table:
     pair = choice.pairs[0]
     tests = list(pair.best.tests)
-    table = cli.table(f"Layers, {pair.pair}", ["dcr.layer", "within", "transfer", "95%", *tests])
+    table = entry.table(f"Layers, {pair.pair}", ["dcr.layer", "within", "transfer", "95%", *tests])
     for layer in pair.layers:
         marks = [
             *(["best"] if layer.layer == choice.layer else []),
@@ -119,7 +119,7 @@ def _pair_table(choice: "Choice") -> Table:
         "within",
         "transfer",
     ]
-    table = cli.table("Pairs of sources, at the best layer of each", [*heads, "on common sets"])
+    table = entry.table("Pairs of sources, at the best layer of each", [*heads, "on common sets"])
     for pair in choice.by_transfer():
         best, shared = pair.best, pair.on(choice.common)
         table.add_row(

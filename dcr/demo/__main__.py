@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
-from dcr import extensions, plan, report, study
-from dcr.core import cli, config, progress, storage, threads
+from dcr import entry, extensions, plan, report, study
+from dcr.core import cli, config, ending, progress, storage, threads
 from dcr.core.config import EMBEDDED_MODEL, TrainConfig
 from dcr.core.precision import of_training
 from dcr.core.runs import Run
@@ -69,8 +69,8 @@ class Options:
     writes a table and a page. What is done is found: an interrupted demo goes on where it was.
     """
 
-    out: Path = cli.option("where run folders and page lie", Path("outputs/demo"))
-    settings: list[str] = cli.option(
+    out: Path = entry.option("where run folders and page lie", Path("outputs/demo"))
+    settings: list[str] = entry.option(
         "any setting of train.py or eval.py; python train.py --cfg job lists them", [], rest=True
     )
 
@@ -86,7 +86,7 @@ class Part:
     bars: Mapping[str, Work]
 
 
-@cli.command(Options, goes_on=True)
+@entry.command(Options, goes_on=True)
 def main(options: Options) -> None:
     out = options.out
     folders, page = [out / name for name in ("base", *METHODS)], out / "report.html"
@@ -218,7 +218,7 @@ class Overall:
             for name, work in part.bars.items():
                 begins, self.whole = self.whole, self.whole + work.expected(rate, number)
                 self.places[part.name][name] = begins, self.whole
-        console = Console(file=cli.own_output(), highlight=False, markup=False)
+        console = Console(file=ending.own_output(), highlight=False, markup=False)
         self.left = Left()
         columns = BarColumn(), self.left, TextColumn("{task.description}", markup=False)
         self.bar = Progress(*columns, console=console, disable=not console.is_terminal)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from dcr.core import cli, data, precision
+from dcr import entry
+from dcr.core import data, precision
 from dcr.core.balance import Balance
 from dcr.core.config import Method, Precision, Stage, TrainConfig, stages_of
 from dcr.core.data import Splits
@@ -82,7 +83,7 @@ def describe(settings: TrainConfig) -> str:
     drawn, told, more = expected(settings)
     plans = [stage_plan(settings, stage, shape, drawn) for stage, shape in shapes.items()]
     chain = " then ".join(plan.stage.value for plan in plans)
-    return cli.plain_text(
+    return entry.plain_text(
         f"Plan: method={settings.method.value} ({chain}) on {settings.model.name}\n",
         _parameter_table(plans),
         _row_table(drawn),
@@ -156,7 +157,7 @@ def readout_plan(
 
 
 def _parameter_table(plans: list[StagePlan]) -> Table:
-    table = cli.table("Parameters", ["part", "count", *(plan.stage.value for plan in plans)])
+    table = entry.table("Parameters", ["part", "count", *(plan.stage.value for plan in plans)])
     parts = {name: n for plan in plans for name, n in plan.shape.parts.items()}
     for name, count in parts.items():
         tied = name == "head" and plans[0].shape.tied
@@ -178,7 +179,7 @@ def _state(shape: Shape, part: str) -> str:
 
 
 def _row_table(drawn: Splits) -> Table:
-    table = cli.table("Rows", ["list", "rows", "of source"])
+    table = entry.table("Rows", ["list", "rows", "of source"])
     table.columns[2].justify = "left"
     for name, part in drawn.parts().items():
         counts = Counter(row.source for row in part)
@@ -189,14 +190,14 @@ def _row_table(drawn: Splits) -> Table:
 
 
 def _balance_table(told: Balance) -> Table:
-    table = cli.table("Stage one's pairs", ["what may stand in for intent", ""])
+    table = entry.table("Stage one's pairs", ["what may stand in for intent", ""])
     for name, value in told.rows():
         table.add_row(name, value)
     return table
 
 
 def _stage_table(settings: TrainConfig, on_gpu: TrainConfig, plans: list[StagePlan]) -> Table:
-    table = cli.table("Stages", ["", *(plan.stage.value for plan in plans)])
+    table = entry.table("Stages", ["", *(plan.stage.value for plan in plans)])
     chained = settings.method is Method.dcr
     starts = {Stage.sft: "contrastive/" if chained else "the base model"}
     lines = {
@@ -231,7 +232,7 @@ def _fit_table(settings: TrainConfig, plans: list[StagePlan]) -> list[Table]:
     if not found or found["as asked"][0] <= cost.CARDS[0][1] * 2**30:
         return []
     heads = [f"{devices}×{size} GB" for devices, size in cost.CARDS]
-    table = cli.table("Stage one on GPUs: GB of each, where that fits", ["settings", *heads])
+    table = entry.table("Stage one on GPUs: GB of each, where that fits", ["settings", *heads])
     for name, needs in found.items():
         fits = [need <= size * 2**30 for need, (_, size) in zip(needs, cost.CARDS, strict=True)]
         cells = [_bytes(n) if fit else "-" for n, fit in zip(needs, fits, strict=True)]
@@ -271,7 +272,7 @@ def _readout_table(
         return []
     plan, of = found[0]
     assert of is not None
-    table = cli.table("Readout, behind sft", ["", "readout"])
+    table = entry.table("Readout, behind sft", ["", "readout"])
     for name, cell in {
         "prompts of both kinds": f"{of.prompts:,}",
         "prompts a step": f"{phase.batch_size:,}",

@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 
-from dcr import plan
+from dcr import entry, plan
 from dcr.core import cli, config
 from dcr.core.config import TrainConfig
 
@@ -16,12 +16,12 @@ class Options:
     estimates of memory and time. The same as train.py plan=true.
     """
 
-    settings: list[str] = cli.option(
+    settings: list[str] = entry.option(
         "any setting of train.py; python train.py --cfg job lists them", [], rest=True
     )
 
 
-@cli.command(Options)
+@entry.command(Options)
 def main(options: Options) -> None:
     composed = cli.compose("train", options.settings, Options)
     print(plan.describe(config.resolve(composed, TrainConfig)))

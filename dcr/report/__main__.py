@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dcr import report
-from dcr.core import cli
+from dcr import entry, report
 from dcr.core.config import UserError
 from dcr.report import FIGURE_ENDINGS, FIGURES, MARGIN, OPERATING, TABLE_ENDINGS, TABLES
 
@@ -20,39 +19,39 @@ class Options:
     figures beside it.
     """
 
-    folders: list[Path] = cli.option(
+    folders: list[Path] = entry.option(
         "folders of train.py or eval.py that hold an evaluation", [], rest=True
     )
-    table: list[str] = cli.option(
+    table: list[str] = entry.option(
         "one of the paper's tables, ours beside its numbers, or answers at equal safety "
         f"(discernment), as {', '.join(TABLE_ENDINGS)}; repeatable",
         [],
         choices=TABLES,
     )
-    figure: list[str] = cli.option(
+    figure: list[str] = entry.option(
         f"one of the paper's figures, 6 being both of 6a and 6b, as {', '.join(FIGURE_ENDINGS)} "
         "and in the page; repeatable",
         [],
         choices=FIGURES,
     )
-    claims: bool = cli.option(
+    claims: bool = entry.option(
         "measure the paper's claims: in the terminal, the page and claims.csv", False
     )
-    out: Path | None = cli.option(
+    out: Path | None = entry.option(
         "the page; not given: report.html beside the folders, or claims.html", None
     )
-    margin: float = cli.option(
+    margin: float = entry.option(
         "percentage points: how much less safe than STL a point of operating_points may be",
         MARGIN,
         least=0,
         most=100,
     )
-    data: str | None = cli.option(
+    data: str | None = entry.option(
         "label of the data whose evaluations operating_points draws; not given: all", None
     )
 
 
-@cli.command(Options)
+@entry.command(Options)
 def main(options: Options) -> None:
     """Print the table and the files' places."""
     _check(options)

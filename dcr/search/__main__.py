@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dcr import report, search, study
+from dcr import entry, report, search, study
 from dcr.core import cli, config, storage
 from dcr.core.config import ConfigError, Method, TrainConfig
 from dcr.core.text import single_line
@@ -34,27 +34,29 @@ class Options:
     a fault or a kill, and joins in where it is started on another machine with the same storage.
     """
 
-    trials: int = cli.option("how many in all, of all workers", 20, least=1)
-    workers: int = cli.option("processes of this command, each one trial at a time", 1, least=1)
-    objectives: str = cli.option(f"some of {', '.join(OBJECTIVES)}", "auroc,nll,seconds")
-    validation: str | None = cli.option(
+    trials: int = entry.option("how many in all, of all workers", 20, least=1)
+    workers: int = entry.option("processes of this command, each one trial at a time", 1, least=1)
+    objectives: str = entry.option(f"some of {', '.join(OBJECTIVES)}", "auroc,nll,seconds")
+    validation: str | None = entry.option(
         "pairs of sets, <seemingly toxic>:<toxic>,...; not given: the first usual pair that is "
         "neither tested on nor of the origin of what is trained on",
         None,
     )
-    storage: str | None = cli.option("an URL of Optuna; not given: sqlite:///<out>/search.db", None)
-    chosen: str | None = cli.option(
+    storage: str | None = entry.option(
+        "an URL of Optuna; not given: sqlite:///<out>/search.db", None
+    )
+    chosen: str | None = entry.option(
         f"{KNEE} or a trial: train it anew, evaluate on test sets", None
     )
-    seeds: int = cli.option("how many fresh ones the chosen point is trained with", 2, least=1)
-    out: Path = cli.option("where storage, runs, figures and page lie", Path("outputs/search"))
-    plan: bool = cli.option("say what would be searched, and stop", False)
-    settings: list[str] = cli.option(
+    seeds: int = entry.option("how many fresh ones the chosen point is trained with", 2, least=1)
+    out: Path = entry.option("where storage, runs, figures and page lie", Path("outputs/search"))
+    plan: bool = entry.option("say what would be searched, and stop", False)
+    settings: list[str] = entry.option(
         "any setting of train.py or eval.py; python train.py --cfg job lists them", [], rest=True
     )
 
 
-@cli.command(Options, goes_on=True)
+@entry.command(Options, goes_on=True)
 def main(options: Options) -> None:
     config.check_installed("optuna", "search", "python -m dcr.search")
     with study.told_once():
@@ -154,7 +156,7 @@ def _chosen(choice: str, tried: "Sequence[Tried]", asked: Search) -> "Tried":
 def _told(asked: Search, tried: "Sequence[Tried]") -> str:
     """The front and what stands beside it as a table, and how the trials ended."""
     heads = ["trial", "settings", *asked.objectives]
-    table = cli.table("Pareto front, validation prompts", heads, names=2)
+    table = entry.table("Pareto front, validation prompts", heads, names=2)
     for trial in tried:
         if trial.is_of and trial.values:
             marks = [mark for mark in ("configured", "chosen") if mark in trial.is_of]
@@ -165,7 +167,7 @@ def _told(asked: Search, tried: "Sequence[Tried]") -> str:
     counts = Counter(trial.ended for trial in tried)
     ends = ", ".join(f"{count} {ended}" for ended, count in counts.items())
     faults = {trial.fault for trial in tried if trial.fault}
-    return cli.plain_text(table, f"trials: {ends}", *(f"failed: {fault}" for fault in faults))
+    return entry.plain_text(table, f"trials: {ends}", *(f"failed: {fault}" for fault in faults))
 
 
 def _anew(asked: Search, chosen: "Tried", seeds: int, whole: int, notes: Sequence[str] = ()) -> str:

@@ -29,7 +29,7 @@ from sqlalchemy import NullPool, event
 from sqlalchemy.exc import SQLAlchemyError
 
 from dcr import launching, study
-from dcr.core import cli, results, runs, storage
+from dcr.core import ending, results, runs, storage
 from dcr.core.config import ConfigError, UserError
 from dcr.core.evaluation import subjects
 from dcr.core.runs import Cost, Run
@@ -224,7 +224,7 @@ def carry_out(search: Search, workers: int, point: Mapping[str, object]) -> optu
             return known
         else:  # another command's, or one that was killed
             _forget_unbegun(search, known, trials)
-            time.sleep(cli.PATIENCE)
+            time.sleep(ending.PATIENCE)
 
 
 def _forget_unbegun(search: Search, known: optuna.Study, trials: Sequence[FrozenTrial]) -> None:
@@ -299,7 +299,7 @@ def _twin(search: Search, trial: Trial) -> FrozenTrial | None:
     ]:
         if done := [t for t in twins if t.state is COMPLETE]:
             return done[0]
-        time.sleep(cli.PATIENCE)
+        time.sleep(ending.PATIENCE)
     return None
 
 

@@ -1,0 +1,203 @@
+"""How a command ends, and what it prints: a line for a signal, no secrets, no control codes."""
+
+import errno
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any, NoReturn
+
+from omegaconf.errors import OmegaConfBaseException
+
+from dcr.core import config
+from dcr.core.config import ConfigError, EvalConfig, TrainConfig, UserError
+from dcr.core.text import printable, redact, single_line
+
+SCHEMAS = {"train": TrainConfig, "eval": EvalConfig}
+# What the machine rather than the program is to blame for: worth a line, not a traceback.
+DISK_FAULTS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG),
+    *(errno.EEXIST, errno.ENOTDIR),
+}
+SIGNALLED = 128  # exit codes above it say which signal ended the process
+PATIENCE = 1.0  # seconds between two looks at another process
+STOPS: list[signal.Signals] = []  # that this process received and is ending for
+# The overrides of each of Hydra's jobs in this process: before the first, a fault is the command's.
+BEGUN: list[list[str]] = []
+
+
+class SafeRecord(logging.LogRecord):
+    """A log record, also of Hydra's and other libraries', without secrets and control codes."""
+
+    def getMessage(self) -> str:
+        return printable(redact(super().getMessage()))
+
+
+class SafeOutput:
+    """Standard output without secrets and control codes, whoever wrote the text that is printed.
+
+    A model that is talked to, a database or a folder of another's is foreign text as well.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def write(self, text: str) -> int:
+        self.inner.write(printable(redact(text)))
+        return len(text)
+
+
+def own_output() -> Any:
+    """Standard output past SafeOutput, for codes of our own."""
+    return getattr(sys.stdout, "inner", sys.stdout)
+
+
+@contextmanager
+def safe_output() -> Iterator[None]:
+    """Print through SafeOutput, and tracebacks of faults of ours without secrets too."""
+    with redirect_stdout(SafeOutput(sys.stdout)):  # pyright: ignore[reportArgumentType]
+        sys.excepthook = lambda _, error, __: print_traceback(error)
+        yield
+
+
+def print_traceback(error: BaseException) -> None:
+    """On stderr, without secrets and control codes."""
+    print(printable(redact("".join(traceback.format_exception(error)))), file=sys.stderr)
+
+
+def quieten() -> None:
+    """Hide what no user can act on, so that what remains is worth reading.
+
+    What Lightning says while it trains, `training.callbacks.quiet` hides.
+    """
+    # transformers reads these when it is imported, which help and a user's error need not wait for
+    os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    if "transformers" in sys.modules:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+    for name in (
+        "lightning.pytorch.trainer.connectors.signal_connector",  # a signal has one line, ours
+        "lightning.fabric.utilities.seed",
+        "lightning.fabric.utilities.distributed",
+    ):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+
+
+class Stopped(UserError):
+    """A signal ended the command."""
+
+    def __init__(self, number: signal.Signals, goes_on: bool) -> None:
+        then = "goes on" if goes_on else "starts anew"
+        super().__init__(f"stopped by {number.name}; the same command {then}")
+        self.exit_code = SIGNALLED + number
+
+
+@contextmanager
+def stopped_by(goes_on: bool) -> Iterator[None]:
+    """Let the first signal stop a command and ignore the rest, so that it ends in one line.
+
+    Raises UserError with the signal's exit code in place of KeyboardInterrupt.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def stop(number: int, _: object) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
+        STOPS.append(signal.Signals(number))
+        raise KeyboardInterrupt
+
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Stopped(STOPS[-1] if STOPS else signal.SIGINT, goes_on) from error
+    finally:
+        STOPS.clear()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def end_with(parent: int) -> None:
+    """Stop this process, as Ctrl-C does, once the one that started it was killed."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PATIENCE)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """End the process with one line on stderr."""
+    print(f"error: {single_line(message)}", file=sys.stderr)
+    sys.exit(code)
+
+
+@contextmanager
+def faults_in_words() -> Iterator[None]:
+    """Turn what the configuration, the disk or the memory is to blame for into a UserError."""
+    try:
+        try:
+            yield
+        except Exception as error:
+            if STOPS:  # a library that cleaned up behind the signal's exception raised another
+                raise KeyboardInterrupt from error
+            raise
+    except OmegaConfBaseException as error:
+        raise ConfigError(said(error)) from error
+    except (RuntimeError, MemoryError) as error:
+        from dcr.core import batching  # with torch, which only what can fail like this has loaded
+
+        if batching.is_out_of_memory(error):
+            raise OutOfMemory from error
+        raise
+    except OSError as error:
+        # before a job has begun, Hydra makes its folder; what it says itself has no number
+        if error.errno is None or (BEGUN and error.errno not in DISK_FAULTS):
+            raise
+        place = error.filename or "disk"
+        raise UserError(f"{place}: {error.strerror}; free or choose another place") from error
+
+
+def said(error: Exception) -> str:
+    """What is wrong with a setting, be it through the run folder's name, made of all of them."""
+    said = config.one_line(error, *_schemas())
+    named = [word for word in sys.argv[1:] if "${" in word]
+    if not said.startswith("hydra.") or not named:
+        return said
+    return f"{named[0]}: {said.partition(': ')[2]}"
+
+
+def _schemas() -> list[type]:
+    """What the command can be told: the schema of its own script, where that is known."""
+    named = SCHEMAS.get(Path(sys.argv[0]).stem)
+    return [named] if named else list(SCHEMAS.values())
+
+
+class OutOfMemory(UserError):
+    """The device is too small for these settings."""
+
+    exit_code = 1
+
+    def __init__(self) -> None:
+        super().__init__(
+            "out of memory: lower dcr.batch_size, sft.micro_tokens or gen.batch_size, set "
+            "sft.gradient_checkpointing=true, or use dcr.adapter=lora; plan=true estimates the need"
+        )

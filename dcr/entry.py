@@ -1,0 +1,184 @@
+"""The options of every `python -m dcr.<command>`: a dataclass of `option`s, read by OmegaConf.
+
+`command` makes a function of such options a command. Its errors end as those of `train.py` do: one
+line on stderr and exit code 2. `--help` is made from the same dataclass.
+"""
+
+import functools
+import inspect
+import io
+import logging
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import Field, field, fields
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich import box
+from rich.console import Console
+from rich.table import Column, Table
+
+from dcr.core import config
+from dcr.core.config import ConfigError, UserError
+from dcr.core.ending import faults_in_words, safe_output, stopped_by
+from dcr.core.text import single_line
+
+COLUMNS = 100  # of what commands print
+KINDS = {bool: "true/false", int: "integer", float: "number", str: "text", Path: "path"}
+LOG_LINE = "[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"  # as Hydra's scripts have it
+SPELLINGS = "Options are written key=value, --key=value or --key value."
+
+Options = TypeVar("Options")
+
+
+def option(
+    meaning: str,
+    default: Any = MISSING,
+    *,
+    choices: Sequence[str] = (),
+    least: float | None = None,
+    most: float | None = None,
+    rest: bool = False,
+    key: str = "",
+) -> Any:
+    """A field of a command's options; `--help` and every error are made from it.
+
+    Without a default it must be given. A list is given by repeating the option; with `rest` it
+    takes every word that is no option, such as settings of `train.py`. A `key` with dots, as
+    `eval.py` spells the same setting, stands in place of the field's name.
+    """
+    facts = {"meaning": meaning, "choices": choices, "least": least, "most": most, "rest": rest}
+    facts["key"] = key
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=facts)
+    return field(default=default, metadata=facts)
+
+
+def command(
+    schema: type[Options], goes_on: bool = False
+) -> Callable[[Callable[[Options], None]], Callable[[Sequence[str]], int]]:
+    """Make a function of options a command: from the words behind its name to an exit code.
+
+    `goes_on` says of a command that was stopped whether it finds its work again.
+    """
+
+    def made(main: Callable[[Options], None]) -> Callable[[Sequence[str]], int]:
+        @functools.wraps(main)
+        def call(arguments: Sequence[str]) -> int:
+            if {"-h", "--help"} & set(arguments):
+                print(help_of(schema))
+                return 0
+            logging.basicConfig(format=LOG_LINE)
+            try:
+                with safe_output(), stopped_by(goes_on), faults_in_words():
+                    main(read(schema, arguments))
+            except UserError as error:
+                print(f"error: {single_line(error)}", file=sys.stderr)
+                return error.exit_code
+            return 0
+
+        return call
+
+    return made
+
+
+def read(schema: type[Options], arguments: Sequence[str]) -> Options:
+    """The options as `key=value`, `--key=value`, `--key value`, or `--key` for a yes.
+
+    Values are taken as they are written, so that no path is read as YAML. Raises ConfigError for
+    an unknown key, a wrong type, a value outside its range and one that is missing.
+    """
+    known = _entries(schema)
+    rest = next((name for name, entry in known.items() if entry.metadata["rest"]), None)
+    node, words = OmegaConf.structured(schema), iter(arguments)
+    many: dict[str, list[str]] = {entry.name: [] for entry in known.values() if _is_list(entry)}
+    try:
+        for word in words:
+            key, equals, value = word.removeprefix("--").partition("=")
+            if key in known and key != rest and (equals or word.startswith("--")):
+                if not equals:
+                    value = "true" if known[key].type is bool else next(words, "")
+                _check_word(key, value, known[key].metadata["choices"])
+            elif rest is None or word.startswith("-"):
+                near, names = config.nearest(key, list(known)), [n for n in known if n != rest]
+                offer = f"did you mean {' or '.join(near)}?" if near else f"give {', '.join(names)}"
+                raise ConfigError(f"{word}: no such setting; {offer}")
+            else:
+                key, value = rest, word
+            name, plain = known[key].name, value.replace("${", r"\${")  # no interpolation either
+            if name in many:
+                many[name].append(plain)
+                node[name] = many[name]
+            else:
+                node[name] = plain
+                _check_range(known[key], node[name])
+        for key, entry in known.items():
+            if OmegaConf.is_missing(node, entry.name):
+                raise ConfigError(f"{key}: nothing given; it is {entry.metadata['meaning']}")
+        return OmegaConf.to_object(node)  # pyright: ignore[reportReturnType]
+    except OmegaConfBaseException as error:
+        raise ConfigError(config.one_line(error, schema)) from error
+
+
+def _entries(schema: type) -> dict[str, Field[Any]]:
+    return {entry.metadata["key"] or entry.name: entry for entry in fields(schema)}
+
+
+def _is_list(entry: Field[Any]) -> bool:
+    return get_origin(entry.type) is list
+
+
+def _check_word(key: str, value: str, choices: Sequence[str]) -> None:
+    if choices and value not in choices:
+        raise ConfigError(f"{key}={value}: choose one of {', '.join(choices)}")
+    if not value:
+        raise ConfigError(f"{key}=: it needs a value, or leave it out")
+
+
+def _check_range(entry: Field[Any], value: Any) -> None:
+    least, most = entry.metadata["least"], entry.metadata["most"]
+    if least is not None and not least <= value <= (math.inf if most is None else most):
+        key = entry.metadata["key"] or entry.name
+        raise ConfigError(f"{key}={value}: give {_range(least, most)}")
+
+
+def _range(least: float, most: float | None) -> str:
+    return f"{least:g} or more" if most is None else f"{least:g} to {most:g}"
+
+
+def help_of(schema: type) -> str:
+    """What a command does, and each option with type, default and meaning, 100 columns wide."""
+    table = Table("option", "type", "default", Column("meaning", overflow="fold"), box=None)
+    for name, entry in _entries(schema).items():
+        facts = entry.metadata
+        kind = KINDS[(get_args(entry.type) or (entry.type,))[0]]
+        if facts["least"] is not None:
+            kind += f", {_range(facts['least'], facts['most'])}"
+        plain = "none" if _is_list(entry) else str(entry.default)
+        default = {MISSING: "needed", "None": "none", "False": "false"}.get(plain, plain)
+        choices = f"; one of {', '.join(facts['choices'])}" if facts["choices"] else ""
+        shown = f"<{name}> ..." if facts["rest"] else f"{name}="
+        table.add_row(shown, kind, default, f"{facts['meaning']}{choices}")
+    return f"{inspect.getdoc(schema)}\n\n{plain_text(table)}\n\n{SPELLINGS}"
+
+
+def plain_text(*parts: str | Table) -> str:
+    """What a command prints, 100 columns wide, without colour or blanks at line ends."""
+    out = io.StringIO()
+    console = Console(
+        file=out, width=COLUMNS, color_system=None, highlight=False, markup=False, emoji=False
+    )
+    for part in parts:
+        console.print(part)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+
+def table(title: str, heads: Sequence[str], names: int = 1) -> Table:
+    """A table whose columns behind the first `names` hold numbers."""
+    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for place, head in enumerate(heads):
+        made.add_column(head, justify="left" if place < names else "right", overflow="fold")
+    return made
