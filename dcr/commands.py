@@ -54,8 +54,9 @@ def _train(composed: DictConfig) -> None:
 def _evaluate(composed: DictConfig) -> None:
     from dcr import eval as evaluation
 
+    settings, run = evaluation.resolved(composed)
     extensions.hand_in_passes()
-    evaluation.evaluate(*evaluation.resolved(composed))
+    evaluation.evaluate(settings, run)
 
 
 def train() -> None:
