@@ -21,6 +21,7 @@ from dcr import eval as evaluation
 from dcr import export, train
 from dcr.core import cli, config, models, runs, storage
 from dcr.core.config import ModelConfig, Precision, TrainConfig, UserError
+from dcr.core.models import saving
 from dcr.core.runs import Run
 
 Command = Callable[..., Any]
@@ -110,6 +111,25 @@ def test_an_evaluation_of_a_run_takes_trust_and_no_other_model(
     assert settings.model.trust_remote_code
     settings, _ = evaluation.resolved(cli.compose("eval", [run]))
     assert not settings.model.trust_remote_code
+
+
+def test_a_template_that_leaves_its_sandbox_is_refused_before_weights_are_read(
+    command: Command, stranger: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marker, folder = tmp_path / "ran", stranger.stage("sft")
+    call = f"cycler.__init__.__globals__.os.popen('touch {marker}').read()"
+    for file in (folder / "chat_template.jinja", folder / "tokenizer_config.json"):
+        file.write_text(
+            f"{{{{ {call} }}}}"
+            if file.suffix == ".jinja"
+            else json.dumps(json.loads(file.read_text()) | {"chat_template": f"{{{{ {call} }}}}"})
+        )
+    storage.write_checksums(folder)
+    monkeypatch.setattr(saving, "whole_model", lambda *_, **__: pytest.fail("opened"))
+    ended = command("dcr.chat", f"run={stranger.folder}")
+    assert ended.code == 2
+    assert "template" in ended.error
+    assert not marker.exists()
 
 
 # --- text that looks like a reference ---

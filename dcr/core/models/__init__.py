@@ -23,6 +23,7 @@ from dcr.core.models.saving import (
     open_adapter,
     open_folder,
     open_result,
+    result_tokenizer,
     save_adapter,
     save_full,
     weights_fingerprint,

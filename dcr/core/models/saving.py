@@ -10,7 +10,7 @@ from pathlib import Path
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dcr.core import storage
 from dcr.core.config import EMBEDDED_MODEL, ConfigError, Precision
@@ -129,6 +129,12 @@ def open_result(folder: Path, precision: Precision, trust_remote_code: bool = Fa
     return open_folder(str(folder), precision, trust_remote_code)
 
 
+def result_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a stage's result. Raises UserError when it cannot be read."""
+    with refused_as(str(folder)):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
 def open_folder(folder: str, precision: Precision, trust_remote_code: bool = False) -> Policy:
     """A full Hugging Face folder, such as a run's `contrastive/`, in evaluation mode.
 
@@ -138,7 +144,7 @@ def open_folder(folder: str, precision: Precision, trust_remote_code: bool = Fal
     storage.check_checksums(Path(folder))
     with refused_as(folder):
         model = whole_model(folder, DTYPES[precision], trust_remote_code=trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = result_tokenizer(Path(folder), trust_remote_code)
     fitting(folder, tokenizer, model.config.get_text_config().vocab_size)
     return Policy(model, tokenizer, folder)
 
@@ -157,7 +163,7 @@ def open_adapter(folder: Path, precision: Precision, trust_remote_code: bool = F
         model = whole_model(
             base, DTYPES[precision], revision=settings.revision, trust_remote_code=trust_remote_code
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = result_tokenizer(folder, trust_remote_code)
         adapted = _adapted(model, folder, base).eval()
         check_finite(adapted, str(folder))
     fitting(str(folder), tokenizer, model.config.get_text_config().vocab_size)
