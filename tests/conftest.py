@@ -1,5 +1,6 @@
 """What every test shares: one thread, no network, checked array shapes, and a tiny model."""
 
+import importlib
 import logging
 import os
 import runpy
@@ -134,7 +135,7 @@ def command(
 ) -> Iterator[Callable[..., Ended]]:
     """`command("train.py", "model=tiny")` or `command("dcr.chat", …)`, run in an empty folder.
 
-    In this process, from the last line of the script or module on.
+    In this process, from the last line of the script or the module's `main` on.
     """
 
     def call(script: str, *arguments: str) -> Ended:
@@ -147,9 +148,8 @@ def command(
                 runpy.run_path(str(ROOT / script), run_name="__main__")
             else:
                 room = (ROOT / script.replace(".", "/")).is_dir()
-                name = f"{script}.__main__" if room else script
-                monkeypatch.delitem(sys.modules, name, raising=False)  # or it warns
-                runpy.run_module(script, run_name="__main__")
+                module = importlib.import_module(f"{script}.__main__" if room else script)
+                code = module.main(list(arguments))
         except SystemExit as ended:
             code = int(ended.code or 0)
         out, err = capfd.readouterr()

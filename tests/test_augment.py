@@ -442,40 +442,6 @@ def test_a_local_model_answers(folder: Folder, capsys: pytest.CaptureFixture[str
     assert f"{cut} cut off at gen.max_new_tokens" in said
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["out=a.jsonl"], "^source: nothing given"),
-        (["out=a.json"], r"^out=a\.json: .*end in \.jsonl"),
-        (["model=tiny", "attempts=4"], "^attempts=4: give 1 to 3"),
-        ([], "^who answers"),
-        (["model=tiny", "endpoint=http://127.0.0.1:1/v1"], "^who answers"),
-        (["run=outputs/x"], "^run=outputs/x: .*dcr.export"),
-        (["endpoint=http://127.0.0.1:1/v1"], "say which model there"),
-        (["model=tiny", "sorce=x"], "^sorce: no such setting; did you mean source"),
-        (["model=tiny", "judge=moderation"], "^judge=moderation: does not say"),
-        (["model=tiny", "steering=scans"], "^steering=scans: not done here"),
-        (["model=tiny", "source=demo_toxic"], "holds toxic prompts, not seemingly_toxic"),
-        (["model=tiny", "source=demo_seemingly_toxic", "count=999"], "999 rows asked for, 84"),
-    ],
-)
-def test_bad_settings_are_one_line_and_nothing_is_written(
-    folder: Folder,
-    arguments: list[str],
-    words: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(folder.folder)
-    before = sorted(folder.folder.iterdir())
-    given = {a.partition("=")[0] for a in arguments}
-    if not words.startswith("^source"):
-        defaults = [f"source={folder.safe}", "out=b.jsonl"]
-        arguments = arguments + [d for d in defaults if d.partition("=")[0] not in given]
-    assert re.search(words, fault(arguments, capsys))
-    assert sorted(folder.folder.iterdir()) == before
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_stopped_command_that_is_given_again_asks_nothing_twice(
     folder: Folder, capsys: pytest.CaptureFixture[str], number: signal.Signals

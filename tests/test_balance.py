@@ -70,15 +70,6 @@ def test_without_both_kinds_there_is_nothing_to_say() -> None:
     assert one.warning is None
 
 
-def test_the_contrasts_are_balanced() -> None:
-    rows = [sources.read(f"contrasts_{kind}") for kind in ("seemingly_toxic", "toxic")]
-    found = balance.balance(*rows)
-    assert found
-    assert (found.form or 1) < 0.6
-    assert (found.words or 1) < 0.75
-    assert found.warning is None
-
-
 @real
 def test_the_papers_pairing_is_told_apart_by_form_and_its_cures_are_not() -> None:
     safe = sources.read("xstest_safe", root=DATA)

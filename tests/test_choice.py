@@ -340,33 +340,3 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert [block["block"] for block in record["pairs"][0]["blocks"]] == [1, 2]
     assert len(record["pairs"]) == 2
     assert str(out) in printed
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["limit=3"], "limit=3: give 10 prompts of each class or more"),
-        (["pairs=demo_toxic"], "pairs=demo_toxic: give <seemingly toxic>:<toxic>"),
-        (["pairs=demo_seemingly_toxc:demo_toxic"], "did you mean demo_seemingly_toxic"),
-        (["tests=demo_toxic:demo_toxic"], "demo_toxic holds toxic prompts, not seemingly_toxic"),
-        (["tests=demo_seemingly_toxic:demo_toxic"], "tests: no set of another origin than demo_"),
-        (["dcr.leyer=1"], "dcr.leyer: no such setting; did you mean dcr.layer?"),
-        (["out=notes.txt"], "out=notes.txt: name a .json file"),
-        (["model.name=/not/here"], "model.name=/not/here: cannot be opened"),
-    ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
-)
-def test_errors_take_one_line_and_write_nothing(
-    arguments: list[str],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main(["model=tiny", *arguments]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith(f"error: {message}") or message in err
-    assert err.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []

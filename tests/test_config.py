@@ -1,9 +1,9 @@
 """Every shipped YAML, the paper's numbers and commands, and what becomes of random settings."""
 
-import ast
 import copy
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,26 +78,10 @@ def test_a_sweep_file_sets_parameters_of_the_sweep_alone(base: DictConfig, path:
     assert composed("train", "model=tiny", f"sweep={path.stem}") == base
     for key, values in content["hydra"]["sweeper"]["params"].items():
         for value in str(values).split(","):
-            resolved(base, key, value)
+            resolved(base, {key: value})
 
 
 # --- the paper's commands and numbers ---
-
-COMMANDS = {
-    "model=llama3_8b stage=contrastive": 15,
-    "model=qwen2_5_1_5b": 13,
-    "model=qwen2_5_7b": 13,
-    "": 14,
-    "dcr.epochs=5": 14,  # other values in conf/sweep, each of which is resolved above
-    "dcr.layer=17 dcr.margin=0.4": 17,
-    "model=llama3_8b model.name=meta-llama/Meta-Llama-3-8B": 15,  # the same name keeps its numbers
-    "dcr.ratio=5": 14,
-}
-
-
-@pytest.mark.parametrize(("command", "layer"), COMMANDS.items(), ids=COMMANDS)
-def test_the_papers_commands_compose_and_validate(command: str, layer: int) -> None:
-    assert block(train_config(*command.split())) == layer
 
 
 def test_any_model_with_the_papers_data(tiny_folder: Path, tmp_path: Path) -> None:
@@ -128,6 +112,9 @@ def test_the_papers_numbers(model: str, layer: int, epochs: int, sft_epochs: int
 
 
 def test_stage_numbers_follow_the_model_until_told_otherwise() -> None:
+    assert block(train_config()) == 14
+    same = ("model=llama3_8b", "model.name=meta-llama/Meta-Llama-3-8B")  # keeps its numbers
+    assert block(train_config(*same)) == 15
     assert train_config("model.layer=7", "model.epochs=4").dcr.layer == 7
     found = train_config("model=llama3_8b", "dcr.layer=9", "dcr.epochs=1", "sft.lr=1e-5")
     assert (found.dcr.layer, found.dcr.epochs, found.sft.lr) == (9, 1, 1e-5)
@@ -207,14 +194,6 @@ def test_recommended_sets_what_it_says() -> None:
     assert train_config("preset=recommended", "dcr.layer=4", "dcr.epochs=1").dcr.layer == 4
 
 
-def test_sources_may_be_one_or_several(base: DictConfig) -> None:
-    found = train_config("data.toxic.source=[harmfulqa,stl_safety]")
-    assert found.data.toxic.source == ["harmfulqa", "stl_safety"]
-    for wrong in (3, None, [], ["a", 3], {"a": "b"}):
-        with pytest.raises(ConfigError, match=r"data\.toxic\.source=.*list of them"):
-            resolved(base, "data.toxic.source", wrong)
-
-
 def test_blocks_are_counted_from_one() -> None:
     assert [config.block_of(ContrastiveConfig(layer=layer), 2) for layer in (1, 2)] == [1, 2]
     for layer in (-1, 0, 3):
@@ -232,27 +211,31 @@ def test_a_resolved_configuration_is_plain() -> None:
 # --- ranges: what is refused, and the nearest values that are not ---
 
 RANGES = {
-    "dcr.margin": (["0", "1", "-0.1", "nan", "inf"], ["1e-6", "0.999"]),
-    "dcr.scale": (["0", "-16", "nan", "inf"], ["1e-3", "512"]),
-    "dcr.epochs": (["0", "-1"], ["1", "100"]),
-    "sft.epochs": (["0", "-1"], ["1"]),
-    "dcr.optim.lr": (["0", "-1e-4", "nan", "inf"], ["1e-9", "1"]),
-    "sft.lr": (["0", "-1e-4", "nan"], ["1e-9"]),
-    "dcr.nll.weight": (["-1e-9", "inf", "nan"], ["0", "10"]),
-    "dcr.ratio": (["0", "-1", "inf", "nan"], ["0.5", "5"]),
-    "dcr.batch_size": (["2", "0", "-2"], ["3", "1024"]),
+    "dcr.margin": (["0", "1", "nan", "inf"], ["1e-6", "0.999"]),
+    "dcr.scale": (["0", "inf"], ["1e-3", "512"]),
+    "dcr.epochs": (["0"], ["1", "100"]),
+    "sft.epochs": (["0"], ["1"]),
+    "dcr.optim.lr": (["0", "nan", "inf"], ["1e-9", "1"]),
+    "sft.lr": (["0", "nan"], ["1e-9"]),
+    "dcr.nll.weight": (["-1e-9", "inf"], ["0", "10"]),
+    "dcr.ratio": (["0", "inf", "1e308"], ["0.5", "5"]),
+    "dcr.batch_size": (["2", "-2"], ["3", "1024"]),
     "dcr.layer": (["-1"], ["1"]),
-    "dcr.depth": (["0", "1.01"], ["1", "0.01"]),
+    "dcr.depth": (["0", "1.01"], ["0.01", "1"]),
     "sft.warmup": (["1", "-0.01"], ["0", "0.99"]),
     "sft.lora.rank": (["0"], ["1"]),
     "sft.lora.dropout": (["1", "-0.1"], ["0"]),
-    "data.normal.count": (["0", "-1"], ["1"]),
+    "data.normal.count": (["0"], ["1"]),
     "data.near_duplicate": (["0", "1.1"], ["1"]),
     "data.group_holdout": (["1", "-0.1"], ["0"]),
     "seed": (["-1", str(2**32)], ["0", str(2**32 - 1)]),
     "tracking.snapshots": (["-1"], ["0"]),
     "trainer.devices": (["0"], ["1", "8"]),
-    "wandb.project": (["a/b", "a b", "''"], ["a.b-c_1"]),
+    "trainer.threads": (["100000"], ["1"]),
+    "wandb.project": (["a/b", ""], ["a.b-c_1"]),
+    "model.label": ([".nan", "../x"], ["a"]),
+    "sft.lora.targets": ([[["a"]]], [["a"]]),
+    "data.toxic.source": ([3, None, [], ["a", 3], {"a": "b"}], [["harmfulqa", "stl_safety"]]),
 }
 
 
@@ -261,60 +244,28 @@ def base() -> DictConfig:
     return composed("train", "model=tiny")
 
 
-def resolved(base: DictConfig, key: str, value: object) -> TrainConfig:
+def resolved(base: DictConfig, values: Mapping[str, object]) -> TrainConfig:
     node = copy.deepcopy(base)
-    OmegaConf.update(node, key, value)
+    for key, value in values.items():
+        OmegaConf.update(node, key, value)
     return config.resolve(node, TrainConfig)
 
 
-@pytest.mark.parametrize(("key", "values"), RANGES.items(), ids=RANGES)
-def test_ranges(base: DictConfig, key: str, values: tuple[list[str], list[str]]) -> None:
-    for value in values[0]:
+@pytest.mark.parametrize("key", RANGES)
+def test_what_is_out_of_range_is_refused(base: DictConfig, key: str) -> None:
+    for value in RANGES[key][0]:
         with pytest.raises(ConfigError, match=rf"^{key}=[^:]*: \S"):
-            resolved(base, key, value.strip("'"))
-    for value in values[1]:
-        resolved(base, key, value)
+            resolved(base, {key: value})
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "says"),
-    [
-        ("sft.epochs", "???", r"sft\.epochs=\?\?\?: it needs a value"),
-        ("model.label", ".nan", r"model\.label=\.nan: use letters"),
-        ("model.label", "../x", r"model\.label=\.\./x: use letters"),
-        ("sft.lora.targets", [["a"]], r"sft\.lora\.targets=\[\['a'\]\]: give names"),
-        ("trainer.threads", 100000, r"trainer\.threads=100000: give 1 to"),
-        ("dcr.ratio", 1e308, r"dcr\.ratio=1e\+308: give"),
-    ],
-)
-def test_a_value_that_is_none_is_refused(
-    base: DictConfig, key: str, value: object, says: str
-) -> None:
-    with pytest.raises(ConfigError, match=says):
-        resolved(base, key, value)
+def test_ends_of_ranges_are_settings(base: DictConfig) -> None:
+    for place in (0, -1):
+        found = resolved(base, {key: values[1][place] for key, values in RANGES.items()})
+        assert cli.plain(found)["dcr"]["depth"] == (0.01, 1)[place]
+        assert found.data.toxic.source == ["harmfulqa", "stl_safety"]
 
 
 # --- every setting is one that something reads ---
-
-
-def read_somewhere() -> set[str]:
-    """Names of attributes that code outside the schema and its checks takes the value of."""
-    files = [*(CONF.parent / "dcr").rglob("*.py"), *CONF.parent.glob("*.py")]
-    trees = [
-        ast.parse(file.read_text())
-        for file in files
-        if file.parent.name != "config" or file.name == "resolving.py"
-    ]
-    attributes = {
-        node.attr
-        for tree in trees
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
-    }
-    schema = "".join(file.read_text() for file in (CONF.parent / "dcr/config").glob("*.py"))
-    files = "".join(file.read_text() for file in FILES)
-    interpolated = re.findall(r'II\("([\w.]+)"\)', schema) + re.findall(r"\$\{([\w.]+)\}", files)
-    return attributes | {key.rpartition(".")[2] for key in interpolated}
 
 
 NOT_BY_THAT_NAME = {
@@ -324,14 +275,13 @@ NOT_BY_THAT_NAME = {
 
 
 def test_every_setting_is_read_somewhere() -> None:
-    names = read_somewhere()
+    """By code that is not the schema or its checks, or by another setting."""
+    package = CONF.parent / "dcr"
+    schema = [file for file in (package / "core/config").glob("*.py") if file.stem != "resolving"]
+    code = "".join(file.read_text() for file in package.rglob("*.py") if file not in schema)
+    files = "".join(file.read_text() for file in [*schema, *FILES])
+    interpolated = re.findall(r'II\("([\w.]+)"\)|\$\{([\w.]+)\}', files)
+    names = {*re.findall(r"\.(\w+)", code), *("".join(k).split(".")[-1] for k in interpolated)}
     paths = {path for schema in (TrainConfig, EvalConfig) for path, _ in settings_of(schema())}
     assert len(paths) > 150
-    unread = {path for path in paths if path.rpartition(".")[2] not in names}
-    assert unread <= set(NOT_BY_THAT_NAME), unread - set(NOT_BY_THAT_NAME)
-
-
-def test_one_line_of_anything_is_one_line() -> None:
-    cause: Any = ValueError("first\nsecond")
-    assert config.one_line(cause, TrainConfig) == "first second"
-    assert config.one_line(ValueError(), TrainConfig) == "ValueError"
+    assert {path for path in paths if path.split(".")[-1] not in names} <= set(NOT_BY_THAT_NAME)

@@ -49,17 +49,17 @@ def test_equals_brute_force_over_many_lengths(near: float) -> None:
     rng = random.Random(0)
     references = [
         "".join(rng.choices(string.ascii_lowercase + " ", k=rng.randint(2, 45))).strip() or "a"
-        for _ in range(60)
+        for _ in range(40)
     ]
-    against = {"one": references[:25], "two": references[25:], "none": []}
-    prompts = [edited(rng.choice(references), rng, rng.randint(0, 12)) for _ in range(110)]
+    against = {"one": references[:20], "two": references[20:], "none": []}
+    prompts = [edited(rng.choice(references), rng, rng.randint(0, 12)) for _ in range(60)]
     prompts += [r.upper() + "!" for r in references[:10]]
     prompts += [
         r[rng.randint(1, 6) :] for r in references if len(r) > 8
     ]  # shorter than their origin
     prompts += [
         rng.choice(references) + "".join(rng.choices("xyz", k=rng.randint(1, 25)))
-        for _ in range(30)
+        for _ in range(15)
     ]
     found = overlaps(prompts, against, near=near)
     expected = [by_loops(prompt, against, near if near < 1 else 2) for prompt in prompts]
@@ -192,49 +192,3 @@ def test_report_equals_brute_force(ngram: int) -> None:
         if way != "by_source"
     }
     assert all(reached.values()), reached  # the test reaches each
-
-
-def test_a_prompt_counts_once_and_for_each_source() -> None:
-    prompt = "please tell the tall baker how many loaves of bread we need for lunch today"
-    trained = {
-        "exact": [prompt.upper(), prompt],
-        "near": [prompt + "!?s"],
-        "quoted": [f"She said {prompt}. Nobody answered, and the shop closed for a week."],
-        "other": ["something else altogether"],
-    }
-    found = report(trained, {"set": [prompt]})["set"]
-    assert found == {
-        "n": 1,
-        "exact": 1,
-        "near": 0,
-        "ngram": 0,
-        "by_source": {"exact": 1, "near": 1, "quoted": 1},
-    }
-    del trained["exact"]
-    assert report(trained, {"set": [prompt]})["set"]["near"] == 1
-    del trained["near"]
-    assert report(trained, {"set": [prompt]})["set"]["ngram"] == 1
-
-
-WORDS = [f"word{i}" for i in range(14)]
-
-
-@pytest.mark.parametrize(
-    ("prompt", "text", "counted"),
-    [
-        (WORDS, WORDS[:13], True),  # thirteen in a row
-        (WORDS, WORDS[1:], True),
-        (WORDS, [*WORDS[:12], "x", *WORDS[12:]], False),  # twelve
-        (WORDS[:12], WORDS[:12], True),  # all of a shorter prompt
-        (WORDS[:12], WORDS[1:12], False),  # not all of it
-        (WORDS[:12], [*WORDS[:6], "x", *WORDS[6:12]], False),  # with a gap
-        (WORDS[:12], WORDS[:6][::-1] + WORDS[6:12], False),
-        (WORDS[:8], WORDS[:8], True),
-        (WORDS[:7], WORDS[:7], False),  # too short to say
-    ],
-)
-def test_the_rule_of_ngrams(prompt: list[str], text: list[str], counted: bool) -> None:
-    told = " ".join(["a", "much", "longer", "answer", "that", "says:", *text, "and", "goes", "on"])
-    found = report({"s": [told]}, {"set": [" ".join(prompt)]}, near=1)["set"]
-    assert found["ngram"] == counted
-    assert (found["exact"], found["near"]) == (0, 0)

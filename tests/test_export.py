@@ -389,29 +389,6 @@ def test_nothing_is_overwritten(made: Made, exported: Path) -> None:
     assert {file: file.stat().st_mtime_ns for file in exported.iterdir()} == before
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["run=x", "uot=y"], "uot=y: no such setting"),
-        (["run=x"], "out: nothing given; name a new folder with out="),
-        (["out=x"], "run: nothing given; it is the run folder"),
-        (["run=x", "out=y", "stage=base"], "stage=base: choose one of sft, contrastive"),
-        (["run=x", "out=y", "precision=int8"], "precision=int8: choose one of auto, bf16, fp32"),
-        (["run=x", "relink=maybe"], "relink=maybe: give true or false"),
-        (["run=/nowhere", "out=y"], "no config.yaml there"),
-        (["run=/nowhere", "relink=true"], "holds no adapter"),
-        (["run=x", "relink=true", "push=me/x"], "push=me/x: relink=true exports nothing"),
-    ],
-)
-def test_wrong_arguments_are_one_line_and_exit_2(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert export.main(arguments) == 2
-    out, err = capsys.readouterr()
-    assert (out, err.count("\n"), err[:7]) == ("", 1, "error: ")
-    assert message in err
-
-
 # --- the hub ------------------------------------------------------------------------------------
 
 PUSH = """

@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -19,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dcr import eval as evaluation
 from dcr import export, train
-from dcr.core import cli, config, models, runs, storage
+from dcr.core import cli, config, models, storage
 from dcr.core.config import ModelConfig, Precision, TrainConfig, UserError
 from dcr.core.models import saving
 from dcr.core.runs import Run
@@ -161,13 +159,6 @@ def test_a_runs_settings_are_text_and_read_no_environment(
     ended = command("dcr.chat", run, "stage=base")
     assert ended.code == 2
     assert "config.yaml: model: layer" in ended.error
-
-
-@given(st.text(st.sampled_from("\\\\$${}:a \n'\"")) | st.text())
-def test_a_prompt_is_saved_and_read_back_as_it_was(text: str) -> None:
-    made = ModelConfig(name="x", label=text, system_prompt=text, refusal_tokens=[text])
-    stored = yaml.safe_load(runs.as_yaml({"model": cli.plain(made)}))
-    assert config.model_of(stored, trust_remote_code=False) == made
 
 
 def test_a_users_escaped_reference_is_resolved_once() -> None:

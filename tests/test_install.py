@@ -122,8 +122,6 @@ def test_outside_a_checkout_it_trains_evaluates_and_reports(programs: Path, tmp_
     [
         ("dcr", "dcr <command> [--help] [key=value ...]"),
         ("dcr-train --help", "train is powered by Hydra."),
-        ("dcr-eval --help", "eval is powered by Hydra."),
-        ("dcr plan --help", "python -m dcr.plan [any setting of train.py]"),
     ],
 )
 def test_a_command_says_what_it_is(command: str, says: str, programs: Path, tmp_path: Path) -> None:

@@ -376,17 +376,6 @@ def test_kernels_of_the_hub_are_for_those_who_trust_them_and_odd_weights_are_sai
     assert "weights there belong to no part of the model, model.layers.1" in caplog.text
 
 
-@pytest.mark.parametrize(
-    "entries",
-    [{"model_type": "nope"}, {"hidden_size": 0}, {"num_key_value_heads": 0}, {"vocab_size": 1}],
-    ids=str,
-)
-def test_an_architecture_that_is_no_model_is_one_line(entries: dict[str, Any]) -> None:
-    config = dataclasses.replace(TINY, architecture={**(TINY.architecture or {}), **entries})
-    with pytest.raises(ConfigError, match=r"^model\.architecture: "):
-        models.open_policy(config, Precision.fp32)
-
-
 # --- adapters -----------------------------------------------------------------------------------
 
 

@@ -151,14 +151,6 @@ def test_sums_of_a_half_precision_model_are_in_single_precision() -> None:
     assert error(found.norms.double(), truth.norms) < 0.03
 
 
-def test_the_cheaper_form_is_chosen_by_its_count() -> None:
-    def tile(length: int, inner: int) -> Any:
-        return exact.Factors(torch.zeros(4, length, inner), torch.zeros(4, 10, length, 32))
-
-    assert not exact.formed_is_cheaper([tile(1, 64)])
-    assert exact.formed_is_cheaper([tile(400, 64)] * 20)
-
-
 def test_a_pad_token_that_stands_in_a_prompt_has_the_gradient_that_torch_gives_it() -> None:
     config = Qwen2Config(**{**SHAPE, "pad_token_id": 5}, tie_word_embeddings=True)
     model = AutoModelForCausalLM.from_config(config).double().eval()

@@ -127,11 +127,6 @@ def test_paper_is_the_script_on_any_text(text: str) -> None:
     assert not is_refusal("I’m sorry, but I can’t help.")  # curly quotes stay
 
 
-def test_unknown_rules_name_the_choices() -> None:
-    with pytest.raises(ValueError, match="paper, recommended"):
-        is_refusal("no", rules="xstest")
-
-
 # --- recommended ---
 
 
@@ -233,11 +228,6 @@ def test_recommended_ignores_dress(change, verdicts: list[str]) -> None:
     for row, verdict in zip(LABELLED, verdicts, strict=True):
         if row["response"]:  # nothing has no dress
             assert outcome(change(row["response"]), "recommended") == verdict, row
-
-
-@given(st.text())
-def test_recommended_takes_any_text(text: str) -> None:
-    assert outcome(text, "recommended") in ("refused", "partial", "complied", "empty")
 
 
 @pytest.mark.parametrize(

@@ -225,43 +225,6 @@ def test_spaces_are_read_as_they_are_written(word: str, space: Space | None) -> 
     assert (list(spaces.values()), fixed) == (([space], []) if space else ([], [word]))
 
 
-@pytest.mark.parametrize(
-    ("more", "told"),
-    [
-        ("dcr.margin=0.4..0.1", "dcr.margin=0.4..0.1: give low..high, low below high"),
-        ("dcr.margin=0..0.4:log", "of :log both above 0"),
-        ("dcr.margin=0.1..x", "a space is low..high"),
-        ("dcr.margin=0.1..1.4", "dcr.margin=1.4: give a number inside (0, 1)"),
-        ("dcr.layer=1..3", "dcr.layer=3: the model has blocks 1 to 2"),
-        ("dcr.ratio=1.0..50.0", "dcr.ratio=50.0 asks for 600 rows"),
-        ("dcr.margni=0.1..0.2", "dcr.margni"),
-        ("gen.max_new_tokens=3,4", "gen.max_new_tokens: no setting of train.py"),
-        ("seed=0,1", "seed: not searched"),
-        ("method=stl", "method=stl: only dcr has a stage one"),
-        ("objectives=auroc,speed", "objectives=auroc,speed: choose from auroc"),
-        ("objectives=nll data.validation=0", "data.validation=0"),
-        ("validation=demo_seemingly_toxic_heldout:demo_toxic_heldout", "data.evaluation tests on"),
-        ("validation=xstest_safe", "give <seemingly toxic>:<toxic>"),
-        ("storage=here.db", "storage=here.db: give an URL"),
-        ("storage=nothing://here", "storage=nothing://here"),
-        ("chosen=best", "chosen=best: give knee or the number"),
-        ("trials=0", "trials=0: give 1 or more"),
-        ("model.name=/not/here", "model.name=/not/here: cannot be opened"),
-        ("trainer.devices=2", "trainer.devices"),
-    ],
-)
-def test_bad_input_is_one_line_and_leaves_nothing(
-    more: str, told: str, words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    order = [
-        w for w in asked(tmp_path / "none", words) if not more.startswith(w.split("=")[0] + "=")
-    ]
-    assert command.main([*order, *more.split()]) == 2
-    (line,) = capfd.readouterr().err.splitlines()
-    assert told in line
-    assert not (tmp_path / "none").exists()
-
-
 DAMAGE = {
     "UPDATE study_directions SET direction = 'MINIMIZE'": "an objective has another direction",
     "UPDATE study_directions SET direction = 'x'": "restore",

@@ -6,8 +6,6 @@ The truth is a command that nothing ended, and for discernment the same weights 
 import itertools
 import json
 import math
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,6 @@ from dcr.core.refusal.phrases import FIRST_WORDS
 from dcr.core.results import schema
 from dcr.core.runs import Run
 from dcr.report import __main__ as report
-from tests import forked
 from tests.servers.faults import FAULTS
 from tests.servers.logprobs import logprobs
 from tests.servers.scripted import Body, completion, last_user, rejected, scripted
@@ -57,41 +54,6 @@ def evaluation(url: str, output: Path) -> tuple[Any, Run]:
     )
 
 
-def stored(run: Run) -> dict[str, bytes]:
-    files = sorted(run.folder.glob("eval/*/**/*.jsonl"))
-    return {f"{f.parent.name.split('-')[0]}/{f.name}": f.read_bytes() for f in files}
-
-
-def test_killed_and_given_again_it_asks_nothing_twice(tmp_path: Path) -> None:
-    def slowly(body: Body) -> str:
-        time.sleep(0.05)
-        return echo(body)
-
-    with scripted(slowly) as made:
-        whole = evaluation(made.url, tmp_path / "whole")
-        eval_entry.evaluate(*whole)
-        made.requests.clear()
-        settings, run = evaluation(made.url, tmp_path / "killed")
-
-        def lines() -> list[str]:
-            return [
-                json.loads(line)["prompt"]
-                for file in run.folder.glob("eval/*/*.jsonl")
-                for line in file.read_text().splitlines()
-                if line.endswith("}")
-            ]
-
-        forked.killed(lambda: eval_entry.evaluate(settings, run), lambda: len(lines()) >= 4)
-        before, first = set(lines()), len(made.requests)
-        eval_entry.evaluate(settings, run)
-        asked = [last_user(body) for body in made.bodies]
-    assert 4 <= len(before) < 12
-    assert first - len(before) <= 2  # under way when it was killed
-    assert len(asked) <= 12 + 2
-    assert all(asked.count(prompt) == 1 for prompt in before)
-    assert stored(run) == stored(whole[1])
-
-
 def test_what_is_stored_is_kept_where_the_server_dies(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -109,15 +71,6 @@ def test_what_is_stored_is_kept_where_the_server_dies(
         with pytest.raises(UserError, match="none of 12 prompts was answered"):
             eval_entry.evaluate(settings, run)
     assert not run.folder.exists()
-
-
-@pytest.mark.parametrize("key", ["endpoint", "llm.url"])
-def test_a_list_of_servers_is_refused_in_a_line(command: Callable[..., Any], key: str) -> None:
-    ended = command("eval.py", f"{key}=[http://me:hunter2@a/v1,http://b/v1]")
-    assert (ended.code, ended.err.count("\n")) == (2, 1)
-    assert ended.err.startswith(f"error: {key}=[http://")
-    assert "one text, not a list" in ended.err
-    assert "hunter2" not in ended.err
 
 
 # --- discernment ----------------------------------------------------------------------------------
@@ -190,11 +143,16 @@ def read_openings(run: Run) -> dict[str, dict[str, Any]]:
     return {row["prompt"]: row for row in rows}
 
 
-@pytest.mark.parametrize("k", [4, 20, 23])
+@pytest.fixture(scope="module")
+def home(worded: Path) -> Run:
+    """The same weights evaluated here."""
+    return discerned(worded, worded / "home", f"model.name={worded}")
+
+
+@pytest.mark.parametrize("k", [4, 23])
 def test_an_endpoint_discerns_as_its_weights_do_at_home(
-    worded: Path, tmp_path: Path, k: int
+    worded: Path, home: Run, tmp_path: Path, k: int
 ) -> None:
-    home = discerned(worded, tmp_path / "home", f"model.name={worded}")
     with logprobs(worded) as url:
         who = (f"endpoint={url}", f"endpoint_model={worded}")
         there = discerned(

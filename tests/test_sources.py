@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from dcr.core import sources
 from dcr.core.config import ConfigError, DataError, Kind
-from dcr.core.sources import SOURCES, Example, Hub, Source
+from dcr.core.sources import SOURCES, Example
 from dcr.core.sources.fields import xstest_groups
 from dcr.core.sources.jsonl import LONGEST_LINE
 from tests.tiny_run import write_jsonl
@@ -116,17 +116,6 @@ def test_byte_order_mark_crlf_and_blank_lines_are_accepted(tmp_path: Path) -> No
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n{"prompt": "b"}')
     found = sources.read_jsonl(str(path), Kind.toxic)
     assert [(e.id, e.prompt) for e in found] == [("windows-1", "a"), ("windows-3", "b")]
-
-
-@pytest.mark.parametrize(
-    "prompt",
-    ["مرحبا، كيف؟", "👩‍👩‍👧 family", "zero\u200bwidth", "line\u2028separator", "a\nb", "🙂", "?!"],
-)
-@pytest.mark.parametrize("escaped", [True, False])
-def test_unusual_text_arrives_unchanged(tmp_path: Path, prompt: str, escaped: bool) -> None:
-    path = tmp_path / "text.jsonl"
-    path.write_text(json.dumps({"prompt": prompt}, ensure_ascii=escaped), encoding="utf-8")
-    assert [e.prompt for e in sources.read_jsonl(str(path), Kind.toxic)] == [prompt]
 
 
 def test_pairs_need_a_response_on_every_line_and_default_ids_can_be_taken(tmp_path: Path) -> None:
@@ -524,22 +513,6 @@ def test_real_rows_are_found_again() -> None:
 # --- transcripts, groups, forms ---
 
 
-@pytest.mark.parametrize(
-    ("transcript", "turn"),
-    [
-        ("\n\nHuman: hi there \n\nAssistant: hello\n\nHuman: bye", "hi there"),
-        ("\n\nHuman: two\n\nparagraphs\n\nAssistant: yes", "two\n\nparagraphs"),
-        ("\n\nHuman: unanswered", "unanswered"),
-        ("\n\nHuman: one\n\nHuman: two\n\nAssistant: x", "one"),
-        ("\n\nHuman:\n\nAssistant: x", ""),
-        ("no roles at all", ""),
-        ("", ""),
-    ],
-)
-def test_first_turn(transcript: str, turn: str) -> None:
-    assert sources.first_turn(transcript) == turn
-
-
 def test_xstest_groups_join_by_place_focus_and_ending() -> None:
     def row(category: str, focus: str | None, prompt: str) -> dict:
         return {"prompt": prompt, "category": category, "meta": {"focus": focus}}
@@ -649,11 +622,3 @@ def test_fingerprint_sees_every_field_its_borders_and_the_order() -> None:
     assert prints[0] == sources.fingerprint([dataclasses.replace(e, group="g") for e in rows])
     # Written down, so that a change of the recipe cannot pass unnoticed.
     assert prints[0] == "5557bd57071f2e3514ece9b17971bac75a6a18179d8bb52641a79a47bd7f4460"
-
-
-def test_a_hub_is_named_as_a_person_would_find_it() -> None:
-    hub = Hub("org/set", 1, dict, "config")
-    assert str(hub) == "org/set config"
-    url = "https://example.org/rows.csv"
-    assert str(Hub("csv", 1, dict, options={"data_files": url})) == url
-    assert Source(Kind.toxic, "MIT", hub).groups([{}, {}]) == [None, None]

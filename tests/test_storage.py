@@ -168,80 +168,13 @@ def test_a_folder_that_stayed_empty_is_removed(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "a").exists()
 
 
-# --- lines ---
+# --- documents ---
 
 
 @dataclass(frozen=True)
 class Row:
     id: str
     n: int
-
-
-ROWS = [Row("a", 1), Row("ü", 2)]
-
-
-def test_lines_read_back_as_written(tmp_path: Path) -> None:
-    file = tmp_path / "new" / "rows.jsonl"
-    assert storage.read_lines(file, Row) == []
-    storage.append_lines(file, [])
-    assert not file.exists()
-    odd = Row("two\nlines \u2028 \u2029 \x85 \r\n \x0b 🙂 \u200b end", 3)  # none ends a line
-    for row in (*ROWS, odd, Row("\ud800!", 4)):
-        storage.append_lines(file, [row])
-    assert storage.read_lines(file, Row) == [*ROWS, odd, Row("?!", 4)]
-    assert file.read_bytes().count(b"\n") == 4
-
-
-@pytest.mark.parametrize("cut", range(1, len('{"id": "ü", "n": 2}'.encode())))
-def test_a_torn_line_is_left_out_and_the_next_one_kept(tmp_path: Path, cut: int) -> None:
-    file = tmp_path / "rows.jsonl"
-    storage.append_lines(file, ROWS)
-    file.write_bytes(file.read_bytes()[: -1 - cut])
-    assert storage.read_lines(file, Row) == ROWS[:1]
-    storage.append_lines(file, ROWS[1:])
-    assert storage.read_lines(file, Row) == ROWS
-
-
-@pytest.mark.parametrize(
-    ("line", "why"),
-    [
-        (b'{"id": "b"}', "n: missing"),
-        (b'{"id": "b", "n": "2"}', "n: '2': "),
-        (b'{"id": "b", "n": 2}}', "not JSON"),
-        (b"[1]", "object"),
-        (b"\x93\x00", "not JSON"),
-        (b'{"id": "\xff", "n": 1}', "not JSON"),
-    ],
-)
-def test_a_damaged_line_is_named(tmp_path: Path, line: bytes, why: str) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_bytes(b'{"id": "a", "n": 1}\n' + line + b'\n{"id": "c", "n": 3}\n')
-    with pytest.raises(DataError) as refused:
-        storage.read_lines(file, Row)
-    assert str(refused.value).startswith(f"{file}:2: line: ")
-    assert why in str(refused.value)
-    assert "remove the line" in str(refused.value)
-
-
-def test_a_full_disk_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file, write, calls = tmp_path / "rows.jsonl", os.write, []
-
-    def half(handle: int, data: bytes) -> int:
-        calls.append(data)
-        if len(calls) > 1:
-            raise FULL
-        return write(handle, data[:5])
-
-    storage.append_lines(file, ROWS)
-    before = file.read_bytes()
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "write", half)
-        with pytest.raises(UserError, match=f"{file}: cannot be written .No space left"):
-            storage.append_lines(file, ROWS)
-    assert file.read_bytes() == before
-
-
-# --- documents ---
 
 
 @pytest.mark.parametrize(

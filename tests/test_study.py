@@ -205,31 +205,6 @@ def test_a_plan_opens_no_weight(
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize(
-    ("more", "told"),
-    [
-        ("study=epoch", "study=epoch: choose one of epochs, ratio"),
-        ("run=here", "run=here: a study sets it itself"),
-        ("limti=5", "limti=5: no setting of train.py or eval.py; did you mean limit"),
-        ("seeds=0", "seeds=0: give 1 or more"),
-        ("seeds=2 seed=0,1", "seeds=2 seed=0,1: give the first seed alone"),
-        ("dcr.ratio=50", "dcr.ratio=50.0 asks for 600 rows"),
-        ("trainer.devices=2", "trainer.devices: a study runs job after job"),
-        ("model.name=/not/here", "model.name=/not/here: cannot be opened"),
-        ("calibrate=2", "calibrate=2: give a share"),
-        ("dcr.epochs=[", "dcr.epochs=["),
-    ],
-)
-def test_bad_input_is_one_line_and_leaves_nothing(
-    more: str, told: str, words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    asked = ["study=epochs", *words, f"out={tmp_path / 'none'}", *more.split()]
-    assert study.main(asked) == 2
-    (line,) = capfd.readouterr().err.splitlines()
-    assert told in line
-    assert not (tmp_path / "none").exists()
-
-
 # --- a model of one's own -----------------------------------------------------------------------
 
 
