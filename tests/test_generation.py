@@ -1,8 +1,6 @@
 """Batched greedy completions against one prompt at a time; the same of a server; their storage."""
 
-import json
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +30,7 @@ from dcr.core.sources import Example
 from dcr.endpoints import Failure, Reply
 from dcr.fast import cache
 from dcr.fast import passes as fast
-from tests import forked, shapes
+from tests import shapes
 
 PROMPTS = [
     "Hi",
@@ -658,31 +656,3 @@ def test_the_later_of_two_answers_counts(tmp_path: Path) -> None:
     storage.append_lines(file, [old])
     storage.append_lines(file, [new])
     assert generation.stored(file) == {"i": new}
-
-
-def resume(file: Path, pause: float = 0.0) -> None:
-    """Has every prompt answered that the file does not hold, as an evaluation does."""
-    policy = policy_of()
-    done = generation.stored(file)
-    rows = [row for row in ROWS if row.id not in done]
-    settings = GenConfig(max_new_tokens=NEW, batch_size=3)
-    for batch in generation.complete(policy, chat_of(policy), rows, settings, first_token):
-        storage.append_lines(file, batch)
-        time.sleep(pause)
-
-
-def lines(file: Path) -> list[bytes]:
-    return file.read_bytes().split(b"\n")[:-1] if file.is_file() else []
-
-
-def test_a_killed_run_goes_on_without_losing_or_repeating_a_completion(tmp_path: Path) -> None:
-    uninterrupted, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
-    resume(uninterrupted)
-    forked.killed(lambda: resume(killed, 0.1), lambda: len(lines(killed)) >= 4)
-    before = lines(killed)
-    assert 4 <= len(before) < len(ROWS)
-    resume(killed)
-    found = [Completion(**json.loads(line)) for line in lines(killed)]
-    assert lines(killed)[: len(before)] == before
-    assert sorted(c.id for c in found) == sorted(row.id for row in ROWS)  # none twice
-    assert {c.id: c for c in found} == generation.stored(uninterrupted)

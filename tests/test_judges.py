@@ -1,10 +1,7 @@
 """Judges against loopback servers: verdicts, what is asked again and what is not, faults, keys."""
 
 import json
-import re
 import threading
-import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -30,7 +27,6 @@ from dcr.core.config import (
 from dcr.core.generation import Completion
 from dcr.endpoints import EndpointError
 from dcr.judges import Verdict, served
-from tests.forked import killed
 from tests.servers.faults import FAULTS, faulty
 from tests.servers.loopback import Answer
 from tests.servers.scripted import (
@@ -302,30 +298,6 @@ def test_a_kill_between_the_files_of_two_sets_costs_no_request(
     assert judges.judge(Judge.llm, node, answers, tmp_path, False) == first
     assert len(server.requests) == 1
     assert sorted(row["id"] for row in lines(tmp_path)) == ["a", "z"]
-
-
-def test_a_kill_loses_and_repeats_only_what_was_under_way(serve: Serve, tmp_path: Path) -> None:
-    def slowly(body: Body) -> Body | Answer:
-        time.sleep(0.01)
-        return by_response(body)
-
-    server = serve(slowly)
-    rows = [answer(f"r{i}") for i in range(60)]
-
-    def judged() -> list[Verdict]:
-        node = settings(server.url)
-        return judges.judge(Judge.llm, node, {"one": rows}, tmp_path, False)["one"]
-
-    killed(judged, lambda: len(server.requests) >= 25)
-    kept = {row["id"] for row in lines(tmp_path)}
-    before = len(server.requests)
-    assert 25 - 4 <= before - 4 <= len(kept) < 60
-    assert [v.compliance for v in judged()] == ["complied"] * 60
-    assert len(server.requests) == before + 60 - len(kept)
-    asked = Counter(re.findall(r"question r(\d+)\?", text)[0] for text in texts(server))
-    assert set(asked) == {str(i) for i in range(60)}
-    assert max(asked.values()) <= 2
-    assert all(asked[name.removeprefix("r")] == 1 for name in kept)
 
 
 # --- faults ---------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from dcr.core import prompts, refusal, storage
+from dcr.core import prompts, refusal
 from dcr.core.config import (
     ConfigError,
     DataConfig,
@@ -279,29 +279,6 @@ def complete(
             yield [answered(row, f"to {row.prompt}") for row in batch]
 
     return subjects.kept(sets, answer, folder, Completion, "generating", False)
-
-
-def test_a_killed_run_asks_only_what_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[str] = []
-    prompt_set = PromptSet("a", Kind.toxic, rows("a", 10, Kind.toxic))
-    kept = storage.append_lines
-
-    def killed(path: Path, completions: Sequence[Completion]) -> None:
-        kept(path, completions)
-        if len(asked) == 8:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(storage, "append_lines", killed)
-    with pytest.raises(KeyboardInterrupt):
-        complete([prompt_set], tmp_path, asked)
-    monkeypatch.setattr(storage, "append_lines", kept)
-    file = tmp_path / "a.jsonl"
-    file.write_bytes(file.read_bytes()[:-20])  # and the last line is torn
-    done = complete([prompt_set], tmp_path, asked)
-    assert len(asked) == 8 + 2 + 1
-    assert [c.id for c in done["a"]] == [r.id for r in prompt_set.rows]
 
 
 def test_a_row_whose_prompt_changed_is_asked_again(tmp_path: Path) -> None:
