@@ -393,7 +393,8 @@ def test_nothing_is_overwritten(made: Made, exported: Path) -> None:
 
 PUSH = """
 import sys
-from dcr import export, models
+from dcr import export
+from dcr.core import models
 run, out, *cases = sys.argv[1:]
 opened = []
 real = models.open_result
