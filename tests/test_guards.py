@@ -101,10 +101,7 @@ def tokenizer_of(texts: Sequence[str], template: str | None) -> PreTrainedTokeni
 
 
 def teach(
-    folder: Path,
-    text: Callable[[str, str], str],
-    says: Mapping[str, str],
-    template: str | None,
+    folder: Path, text: Callable[[str, str], str], says: Mapping[str, str], template: str | None
 ) -> Path:
     """A two-block Llama that has learned `says` by heart for every prompt, saved in `folder`."""
     texts = [text(p, r) for p in PROMPTS for r in says]
@@ -301,29 +298,15 @@ def test_a_guard_that_takes_parts_is_given_parts(llama_folder: Path, tmp_path: P
     assert {n: v.raw for n, v in found.items()} == SAID
 
 
-@pytest.mark.parametrize(
-    ("text", "safety"),
-    [
-        ("safe", "safe"),
-        ("\n\n  safe  \n", "safe"),
-        ("unsafe", "unsafe"),
-        ("\n\nunsafe\nS1, S10\n", "unsafe"),
-        ("unsafe\nS1,S2,S", "unsafe"),  # cut by the token limit
-        ("unsafe\r\nS14", "unsafe"),
-        ("", None),
-        ("\n\n", None),
-        ("Unsafe", None),
-        ("safe S1", None),
-        ("safe\nS1", None),
-        ("unsafe S1", None),
-        ("safe.", None),
-        ("S1", None),
-        ("The answer is safe", None),
-        ("ｓａｆｅ", None),  # noqa: RUF001
-    ],
-)
-def test_only_the_first_line_says_what_is_safe(text: str, safety: str | None) -> None:
-    assert harm_of(text) == safety
+def test_only_the_first_line_says_what_is_safe() -> None:
+    cut = "unsafe\nS1,S2,S"  # by the token limit
+    unclear = ("", "\n\n", "Unsafe", "safe S1", "safe\nS1", "unsafe S1", "safe.", "S1")
+    for safety, texts in {
+        "safe": ("safe", "\n\n  safe  \n"),
+        "unsafe": ("unsafe", "\n\nunsafe\nS1, S10\n", cut, "unsafe\r\nS14"),
+        None: (*unclear, "The answer is safe", "\uff53\uff41\uff46\uff45"),
+    }.items():
+        assert {harm_of(text) for text in texts} == {safety}
 
 
 def test_what_is_no_verdict_is_invalid(llama_folder: Path, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ("dcr", "hydra_plugins", "conf", "setup.py", "pyproject.toml", "README.md", "LICENSE")
-ROWS = [f"data.{part}.count=8" for part in ("seemingly_toxic", "safety", "normal")]
+SMALL = [f"data.{part}.count=8" for part in ("seemingly_toxic", "safety", "normal")]
+SMALL += ["dcr.epochs=1", "sft.epochs=1", "trainer.progress=false", "wandb.mode=disabled"]
 CHAIN = f"""
 import sys
 # what extras bring is absent
@@ -24,8 +25,8 @@ import hydra_plugins.dcr_launchers
 from dcr import commands
 print(dcr.__file__)
 for words in (
-    ["train", "model=tiny", "run=outputs/run", "dcr.epochs=1", "sft.epochs=1", *{ROWS}],
-    ["eval", "run=outputs/run", "limit=2", "gen.max_new_tokens=2"],
+    ["train", "model=tiny", "run=outputs/run", *{SMALL}],
+    ["eval", "run=outputs/run", "limit=2", "gen.max_new_tokens=2", "wandb.mode=disabled"],
     ["report", "outputs/run", "out=page.html"],
 ):
     sys.argv = [sys.argv[0], *words]

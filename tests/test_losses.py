@@ -232,12 +232,7 @@ def test_pair_statistics_of_one_row_are_zero() -> None:
 TOKENS, WIDTH, VOCABULARY = 11, 6, 17
 HEADS = pytest.mark.parametrize(
     "shape",
-    [
-        {},
-        {"softcap": 3.0},
-        {"logit_scale": 0.125},
-        {"softcap": 2.0, "logit_scale": 1.5},
-    ],
+    [{}, {"softcap": 3.0}, {"logit_scale": 0.125}, {"softcap": 2.0, "logit_scale": 1.5}],
     ids=["plain", "softcap", "scale", "both"],
 )
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import multiprocessing
 import shutil
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from dcr.core import losses, models, storage
 from dcr.core.config import ConfigError, LoraConfig, ModelConfig, Precision
@@ -47,11 +46,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "gpt_neox": {"intermediate_size": 48},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": WIDTH},
-    "opt_post_norm": {
-        "ffn_dim": 48,
-        "word_embed_proj_dim": WIDTH,
-        "do_layer_norm_before": False,
-    },
+    "opt_post_norm": {"ffn_dim": 48, "word_embed_proj_dim": WIDTH, "do_layer_norm_before": False},
     "mixtral": {"intermediate_size": 48, "num_key_value_heads": 2, "num_local_experts": DEPTH},
 }
 TIED = {"qwen2_tied", "gemma2", "cohere", "granite", "gpt2", "opt", "opt_post_norm"}
@@ -195,9 +190,7 @@ def test_named_targets_keep_to_their_blocks() -> None:
 @pytest.mark.parametrize(
     ("targets", "named"),
     [
-        (["query"], "query match"),
         (["q_proj", "valeu", "mlp"], "valeu, mlp match"),  # one that fits does not hide the rest
-        (["lm_head"], "lm_head match"),  # the loss reads the head's own weight
         (["proj"], "proj match"),
     ],
 )
@@ -474,33 +467,6 @@ def test_an_adapter_on_the_tiny_model_opens_as_any_other(
     assert told("Hä?")["input_ids"] == models.byte_tokenizer()("Hä?")["input_ids"]
     assert told.chat_template == models.byte_tokenizer().chat_template
     assert [place.name[:5] for place in (tmp_path / "cache").iterdir()] == ["tiny-"]
-
-
-def test_processes_that_need_the_tiny_model_at_once_make_it_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DCR_CACHE", str(tmp_path / "cache"))
-    fork = multiprocessing.get_context("fork")
-    ready, made = fork.Barrier(4), fork.SimpleQueue()
-    save = PreTrainedModel.save_pretrained
-
-    def counted(model: Any, folder: Path, **options: Any) -> None:
-        made.put(str(folder))
-        save(model, folder, **options)
-
-    def work() -> None:
-        ready.wait()
-        models.open_policy(TINY, Precision.fp32)
-
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", counted)
-    processes = [fork.Process(target=work) for _ in range(4)]
-    for each in processes:
-        each.start()
-    for each in processes:
-        each.join()
-    assert [each.exitcode for each in processes] == [0] * 4
-    assert made.get()
-    assert made.empty()
 
 
 def test_an_adapter_keeps_the_commit_of_its_hub_base(tmp_path: Path) -> None:

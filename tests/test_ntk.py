@@ -18,13 +18,7 @@ from dcr.core.config import ConfigError
 from dcr.core.models import Policy
 from tests.shapes import FAMILIES, SHAPE, VOCABULARY, adapted, made, unevenly_set
 
-SUBSETS = [
-    ("all", True),
-    ("all", False),
-    ("tail:1", True),
-    ("tail:2", False),
-    ("trunk:2", True),
-]
+SUBSETS = [("all", True), ("all", False), ("tail:1", True), ("tail:2", False), ("trunk:2", True)]
 PROMPTS = [[5, 9, 5, 30, 2], [7, 7], [3, 12, 9, 21, 5, 8, 39, 12], [11, 5, 2, 4], [9, 30, 2]]
 
 
@@ -261,7 +255,6 @@ def test_a_module_with_unknown_gradients_is_named() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"params": "tail:4"}, r"params=\[tail:4\]: the model has blocks 1 to 3"),
         ({"params": "trunk:0"}, r"params=\[trunk:0\]: the model has blocks 1 to 3"),
         ({"params": "head"}, r"params=\[head\]: choose tail:N, trunk:ℓ, all or adapter"),
         ({"params": "adapter"}, r"params=adapter: the model has no LoRA adapter"),

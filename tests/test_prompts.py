@@ -83,13 +83,7 @@ needs_smollm2 = pytest.mark.skipif(not has_smollm2(), reason="the wheel llm-smol
 
 
 @pytest.fixture(
-    params=[
-        "bytes",
-        pytest.param("smollm2", marks=needs_smollm2),
-        "llama3",
-        "spaced",
-        "plain",
-    ]
+    params=["bytes", pytest.param("smollm2", marks=needs_smollm2), "llama3", "spaced", "plain"]
 )
 def tokenizer(request: pytest.FixtureRequest) -> Any:
     """Tokenizers with a template each, as an instruct model ships it."""
@@ -243,28 +237,27 @@ def test_a_template_is_named_or_read_from_a_file(
     assert formatted(models.byte_tokenizer(), template="plain").text("Hi").startswith("###")
 
 
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        ("chatmll", "model.template=chatmll: give llama3, chatml, plain or a .jinja file"),
-        ("{tmp}", "give llama3, chatml, plain or a .jinja file"),  # a folder
-        ("{tmp}/broken.jinja", "its chat template fails"),
-        ("{tmp}/latin.jinja", "cannot be read"),
-        ("{tmp}/strict.jinja", "System role not supported"),
-    ],
+STRICT = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}{{ messages[-1].content }}"
 )
-def test_templates_that_cannot_be_are_named(tmp_path: Path, template: str, message: str) -> None:
-    (tmp_path / "broken.jinja").write_text("{% for m in messages %}")
+
+
+def test_templates_that_cannot_be_are_named(tmp_path: Path) -> None:
     (tmp_path / "latin.jinja").write_bytes(b"\xe9")
-    (tmp_path / "strict.jinja").write_text(
-        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}"
-        "{% endif %}{{ messages[-1].content }}"
-    )
-    with pytest.raises(ConfigError, match=message):
-        formatted(models.byte_tokenizer(), "Be kind.", template.format(tmp=tmp_path))
+    for template, message in {
+        "chatmll": "model.template=chatmll: give llama3, chatml, plain or a .jinja file",
+        str(tmp_path): "give llama3, chatml, plain or a .jinja file",
+        str(tmp_path / "latin.jinja"): "cannot be read",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            formatted(models.byte_tokenizer(), template=template)
+    with pytest.raises(ConfigError, match="System role not supported"):
+        formatted(models.byte_tokenizer(STRICT), "Be kind.")
 
 
 BROKEN = {
+    "does not end": ("{% for m in messages %}", "Unexpected end"),
     "adds text to a number": ("{{ 1 + 'a' }}", "unsupported operand"),
     "divides by nothing": ("{{ 1 // 0 }}", "by zero"),
     "calls itself": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),

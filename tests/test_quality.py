@@ -95,10 +95,7 @@ def answers(texts: Sequence[str], prefix: str = "q") -> list[Completion]:
 
 
 def rated(
-    own: Sequence[Completion],
-    reference: Sequence[Completion],
-    settings: EvalConfig,
-    folder: Path,
+    own: Sequence[Completion], reference: Sequence[Completion], settings: EvalConfig, folder: Path
 ) -> dict[str, Any]:
     return quality.compared(own, reference, settings, folder, LABELS, progress=False)
 

@@ -231,9 +231,7 @@ def test_recommended_ignores_dress(change, verdicts: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["a" * 10_000_000, "i cannot and " * 100_000, '"' * 100_000],
-    ids=["a", "and", "quotes"],
+    "text", ["a" * 10_000_000, "i cannot and " * 100_000, '"' * 100_000], ids=["a", "and", "quotes"]
 )
 def test_recommended_ends_on_endless_lines(text: str) -> None:
     is_refusal(text, "recommended")

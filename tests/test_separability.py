@@ -287,8 +287,7 @@ def test_analyse_is_json_and_names_its_prompts(policy: Policy, chat: ChatFormat)
         layer["probe_low"] <= layer["probe"] <= layer["probe_high"] for layer in found["layers"]
     )
     points = separability.features(
-        policy,
-        data.prompt_rows(chat, safe, 0, 10_000) + data.prompt_rows(chat, unsafe, 1, 10_000),
+        policy, data.prompt_rows(chat, safe, 0, 10_000) + data.prompt_rows(chat, unsafe, 1, 10_000)
     )
     assert set(found["mds"]) == {"1", "2"}
     for layer in (1, 2):

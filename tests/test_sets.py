@@ -68,12 +68,6 @@ def test_strengths_are_chosen_on_prompts_of_another_origin_than_extraction() -> 
     assert not {b.name for b in asked} & extracted
 
 
-def test_a_pair_holds_known_sets_of_either_kind() -> None:
-    for benign, toxic in sets.PAIRS:
-        assert {SOURCES[name].kind for name in benign} == {Kind.seemingly_toxic}
-        assert {SOURCES[name].kind for name in toxic} == {Kind.toxic}
-
-
 def test_pairs_need_every_set_of_both_sides() -> None:
     assert sets.pairs_of([]) == {}
     assert sets.pairs_of(["oktest", "xstest_safe", "orbench_hard"]) == {}

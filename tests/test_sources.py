@@ -246,10 +246,7 @@ HUB_ROWS = {
         [{"id": "z", "prompt": "p", "chosen": "yes", "rejected": "no", "category": "C"}],
         [("coconot_contrast_pref-0", "p", "yes", "C")],
     ),
-    "orbench_hard": (
-        [{"prompt": "p", "category": "c"}],
-        [("orbench_hard-0", "p", None, "c")],
-    ),
+    "orbench_hard": ([{"prompt": "p", "category": "c"}], [("orbench_hard-0", "p", None, "c")]),
     "coconot_safety": (
         [
             {"id": "x", "prompt": "p", "response": "", "category": "Incomplete requests"},
