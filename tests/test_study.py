@@ -369,8 +369,8 @@ def test_costs_are_scaled_to_all_steps_and_told_once(tmp_path: Path) -> None:
 
 
 def test_a_base_model_that_refuses_as_much_is_told_beside_a_rung() -> None:
-    def asked(count: int) -> list[align.Asked]:
-        return [align.Asked(f"prompt {i}", "x" * 99 * (i > 0), i < count) for i in range(40)]
+    def asked(count: int) -> list[align.HeldOut]:
+        return [align.HeldOut(f"prompt {i}", "x" * 99 * (i > 0), i < count) for i in range(40)]
 
     told = align.compared(asked(9), asked(11))
     assert told == (
