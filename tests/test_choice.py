@@ -20,7 +20,7 @@ from dcr.analyses.separability import linear_probe
 from dcr.choice import origins
 from dcr.choice.__main__ import describe, main
 from dcr.choice.origins import Material, Pair
-from dcr.choice.transfer import Choice, common, mean, ranked
+from dcr.choice.transfer import Choice, mean, ranked
 from dcr.core import prompts
 from dcr.core.config import (
     ConfigError,
@@ -125,7 +125,7 @@ def test_pairs_are_compared_on_the_sets_that_all_were_tested_on() -> None:
     first, second = ranked(found, planted(found, axes), seed=0, near=0.9)
     assert list(first.best.tests) == ["hard"]
     assert list(second.best.tests) == ["easy", "hard"]
-    assert common([first, second]) == ["hard"]
+    assert Choice("m", [first, second], 1, []).common == ["hard"]
     assert second.on(["hard"]) == mean([second.best.tests["hard"]])
     assert second.on([]) is None
 
@@ -144,7 +144,7 @@ def test_test_prompts_close_to_training_prompts_do_not_count() -> None:
     assert apart.best.transfer.estimate > 0.99
     found.rows[side] = copies
     features[side] = features[side][:, :20]
-    with pytest.raises(ConfigError, match="too few prompts of elsewhere are apart from"):
+    with pytest.raises(ConfigError, match="too few prompts of elsewhere differ from"):
         ranked(found, features, seed=0, near=0.9)
 
 
@@ -306,13 +306,13 @@ def test_table_and_record_name_the_settings_to_use_and_why() -> None:
     pairs = ranked(made, planted(made, axes), seed=0, near=0.9)
     found = Choice("a/model", pairs, configured=1, notes=["something was left out"])
     told = " ".join(describe(found).split())
-    assert "- dcr.layer=3: the probe fitted there to train_safe / train_toxic" in told
+    assert "- dcr.layer=3: the probe on train_safe / train_toxic transfers best" in told
     assert "3 best" in told
     assert "1 configured" in told
-    assert "data.seemingly_toxic.source=train_safe data.toxic.source=train_toxic transfers" in told
+    assert "data.seemingly_toxic.source=[train_safe] data.toxic.source=[train_toxic] trans" in told
     assert "100% / 0%" in told
     assert "- something was left out" in told
-    assert "the labels of elsewhere were looked at" in told
+    assert "scores on elsewhere are no longer blind" in told
     assert all(len(line) <= 100 for line in describe(found).splitlines())
     record = found.record()
     assert json.loads(json.dumps(record, allow_nan=False)) == record
