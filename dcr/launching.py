@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 LAUNCHER = "hydra_plugins.dcr_launchers.CommandLauncher"
 SWEEP_ALONE = ("hydra/launcher", "hydra.launcher", "hydra/sweeper", "hydra.sweep", "hydra.mode")
+PARENT = "DCR_LAUNCHED_BY"  # the process without which a job of a sweep ends
 RULE = "---- "  # before each attempt in a job's log
 RESULT_SECONDS, QUEUE_SECONDS = 1.0, 10.0  # between two looks at results and at Slurm's queue
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -122,7 +123,12 @@ def _command(context: HydraContext, composed: DictConfig, overrides: list[str]) 
 
 
 def register() -> None:
-    """Give Hydra the settings of both launchers, whose class lies in `hydra_plugins`."""
+    """Give Hydra the settings of both launchers, whose class lies in `hydra_plugins`.
+
+    A job that a launcher started here ends with it.
+    """
+    if parent := os.environ.pop(PARENT, ""):
+        ending.end_with(int(parent))
     for name, options in {"joblib": JoblibOptions, "slurm": SlurmOptions}.items():
         ConfigStore.instance().store(group="hydra/launcher", name=name, node=options)
 
