@@ -53,7 +53,7 @@ class Untrained:
 
 
 def made_up(_: Search, job: Untrained) -> list[float]:
-    """What a trial measures, without training: a number for each objective."""
+    """A number for each objective, without training."""
     folder = job.run.folder
     folder.mkdir(parents=True)  # a second measurement of the same point stops here
     margin = job.point["dcr.margin"]
@@ -172,7 +172,7 @@ def test_trials_of_one_point_are_measured_once(
 
 
 def agrees(row: dict[str, str], made: Search, folder: Path) -> None:
-    """Whether a trial's values are those of its run, trained and evaluated alone."""
+    """Asserts that a trial's values are those of its run, trained and evaluated alone."""
     run = alone(made.trial({key: row[key] for key in SEARCHED if key in row}), folder)
     (metrics,) = measured(run.folder)
     assert metrics["discernment"]["pooled"]["auroc"][0] == float(row["auroc"])

@@ -180,7 +180,7 @@ def _check_validation(settings: TrainConfig, pair: Pair) -> None:
 
 @dataclass(frozen=True)
 class Search:
-    """What a search varies, measures and trains, and where its files and its database lie."""
+    """The spaces, objectives and settings of a search, and the places of its files and database."""
 
     out: Path
     url: str

@@ -22,7 +22,7 @@ from filelock import FileLock
 from optuna.exceptions import ExperimentalWarning, OptunaError
 from optuna.samplers import TPESampler
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
-from optuna.study import StudyDirection
+from optuna.study import MaxTrialsCallback, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy import NullPool, event
 from sqlalchemy.exc import SQLAlchemyError
@@ -229,12 +229,13 @@ def _forget_unbegun(search: Search, shared: optuna.Study, trial: FrozenTrial) ->
 
 
 def _work(search: Search, place: int, number: int) -> None:
-    """Do so many trials, one after the other."""
+    """Do `number` trials one after the other, or fewer if other commands do the rest."""
     if gpus := launching.gpus():
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[place % len(gpus)]
     shared, objective = opened(search, place), functools.partial(_objective, search)
     try:
-        shared.optimize(objective, n_trials=number, catch=(UserError,))
+        enough = MaxTrialsCallback(search.trials)
+        shared.optimize(objective, n_trials=number, catch=(UserError,), callbacks=[enough])
     except (OptunaError, SQLAlchemyError):
         with _in_one_line(search.url):
             raise
