@@ -17,7 +17,7 @@ from forked import killed
 from test_study import alone, measured
 from tiny_run import logged
 
-from dcr import search
+from dcr import entry, search
 from dcr.core.runs import Run
 from dcr.search import Search, Space, trials
 from dcr.search import __main__ as command
