@@ -98,9 +98,10 @@ def _aligned(
     dcr = study.job_of(out, "DCR", [READOUT, *rung, *chosen, *training], evaluating)
     target = out / f"{dcr.run.folder.name}-export"
     safe = str(stl.run.folder)
-    dcr, base = (_also_as_safe(job, safe) for job in (dcr, base))
     for job in (stl, dcr, base):
-        study.do_all(job.parts())
+        more = [replace(settings, calibrate=safe) for settings in job.evaluations]
+        at_equal_safety = replace(job, evaluations=(*job.evaluations, *more))
+        study.do_all((job if job is stl else at_equal_safety).parts())
     folders = [job.run.folder for job in (base, stl, dcr)]
     print(report.build(folders, out / "align.html", [discernment.NAME], notes=[*notes, why]))
     trusted = settings.model.trust_remote_code
@@ -109,12 +110,6 @@ def _aligned(
     )
     study.do_all([Part("DCR", "export", (target / "config.json").exists, written)])
     return target
-
-
-def _also_as_safe(job: Job, safe: str) -> Job:
-    """The job evaluated once more, with a bias that makes it refuse as much as the run `safe`."""
-    more = (replace(settings, calibrate=safe) for settings in job.evaluations)
-    return replace(job, evaluations=(*job.evaluations, *more))
 
 
 def elsewhere(data: DataConfig) -> bool:

@@ -237,7 +237,9 @@ def _answered(
             if row.id in accepted
         ]  # fmt: skip
         if accepted:
-            storage.write_text(out, "".join(map(_line, found)))
+            lines = ({k: v for k, v in asdict(each).items() if v is not None} for each in found)
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            storage.write_text(out, text)
         rejected = {i: reason for i, reason in why.items() if reason not in NOT_REJECTED}
         tally.accepted += len(accepted)
         tally.unanswered += len(missing) - len(accepted) - len(rejected)
@@ -443,11 +445,6 @@ def known_answers(path: Path, author: str, rows: Sequence[Example]) -> list[Answ
             continue
         raise ConfigError(f"{found}; name another file")
     return answers
-
-
-def _line(answer: Answer) -> str:
-    row = {key: value for key, value in asdict(answer).items() if value is not None}
-    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 if __name__ == "__main__":

