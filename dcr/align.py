@@ -80,8 +80,6 @@ def _aligned(
     out: Path, base: Job, dcr: Job, training: Sequence[str], evaluating: Sequence[str]
 ) -> Path:
     """Do all parts in order and write the page with the reasons; returns the export's folder."""
-    from dcr.report import discernment
-
     study.do_all(base.parts())
     stl, notes = _safe(out, base, training, evaluating)
     settings = _training(dcr)
@@ -103,7 +101,7 @@ def _aligned(
         at_equal_safety = replace(job, evaluations=(*job.evaluations, *more))
         study.do_all((job if job is stl else at_equal_safety).parts())
     folders = [job.run.folder for job in (base, stl, dcr)]
-    print(report.build(folders, out / "align.html", [discernment.NAME], notes=[*notes, why]))
+    print(report.build(folders, out / "align.html", ["discernment"], notes=[*notes, why]))
     trusted = settings.model.trust_remote_code
     written = functools.partial(
         export.export, dcr.run, target, calibrate=safe, trust_remote_code=trusted

@@ -17,7 +17,7 @@ from dcr.search import OBJECTIVES, Search
 from dcr.study import StudyError
 
 if TYPE_CHECKING:
-    from dcr.report.searches import Tried
+    from dcr.search.drawings import Tried
 
 KNEE = "knee"
 ENOUGH = 4  # trials that importances are computed from
@@ -67,8 +67,9 @@ def main(options: Options) -> None:
         print(f"{single_line(asked.url)}, {asked.name}")
         if options.plan:
             return
-        from dcr.report import figures, searches
+        from dcr.report import figures
         from dcr.search import trials
+        from dcr.search.drawings import front, importances
 
         asked.out.mkdir(parents=True, exist_ok=True)
         try:
@@ -84,9 +85,9 @@ def main(options: Options) -> None:
             chosen = _chosen(options.chosen, whole, asked)
             tried = [replace(t, chosen=t.number == chosen.number) for t in tried]
         heads = {name: OBJECTIVES[name].words for name in asked.objectives}
-        enough, drawings = len(whole) >= ENOUGH, [searches.front(tried, heads)]
+        enough, drawings = len(whole) >= ENOUGH, [front(tried, heads)]
         shares = trials.importances(shared, asked.objectives) if enough else {}
-        drawings += [searches.importances(shares)] if shares else []
+        drawings += [importances(shares)] if shares else []
         absent = ", ".join(words for words in heads.values() if words not in shares)
         why = "the same in every trial" if enough else f"{len(whole)} of {ENOUGH} trials ended"
         notes = [f"no importances for {absent}: {why}"] if absent else []
@@ -175,8 +176,6 @@ def _retrained(
     asked: Search, chosen: "Tried", seeds: int, number: int, notes: Sequence[str]
 ) -> str:
     """Train the chosen point and the configured one with fresh seeds; one page on the test sets."""
-    from dcr.report import discernment
-
     words, first = search.words_of(chosen.settings), asked.settings.seed + 1
     jobs = [asked.base()]
     for seed in range(first, first + seeds):
@@ -190,7 +189,7 @@ def _retrained(
         f"on {validation} with seed {first - 1}, trained anew with others"
     )
     page = asked.out / "search.html"
-    text = report.build(list(by_folder), page, [discernment.NAME], notes=[note, *notes])
+    text = report.build(list(by_folder), page, ["discernment"], notes=[note, *notes])
     return f"\n{text}\n\npage: {page}\npython train.py {' '.join([*asked.training, *words])}"
 
 

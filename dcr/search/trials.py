@@ -33,9 +33,9 @@ from dcr.core.config import ConfigError, UserError
 from dcr.core.evaluation import subjects
 from dcr.core.runs import Cost
 from dcr.core.text import single_line
-from dcr.report.searches import Tried
-from dcr.report.studies import SAFETY
+from dcr.report.paper import SAFETY_SHARE
 from dcr.search import OBJECTIVES, Search, Space, words_of
+from dcr.search.drawings import Tried
 from dcr.study import Job, StudyError
 
 PULSE = 10  # seconds between two heartbeats of a trial
@@ -303,7 +303,7 @@ def _values(search: Search, job: Job) -> list[float]:
     ranked = found.discernment and found.discernment.pooled
     values = {
         "auroc": ranked.auroc[0] if ranked else None,
-        "answered": ranked.answered[str(SAFETY)][0] if ranked else None,
+        "answered": ranked.answered[str(SAFETY_SHARE)][0] if ranked else None,
         "nll": nll[-1] if nll else None,
         "ability": sum(scores) / len(scores) if scores else None,
         "seconds": sum(c.device_seconds * c.of_all_steps(s, metrics) for s, c in costs.items()),

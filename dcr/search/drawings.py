@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from dcr.report import figures
-from dcr.report.figures import INK, PALETTE, Drawing, Line, Look, Panel
+from dcr.report.figures import INK, PALETTE, Curve, Drawing, Look, Panel
 
 PALE: Look = {"color": PALETTE[0], "marker": "o", "linestyle": "", "alpha": 0.5, "markersize": 3}
 FRONT: Look = {"color": PALETTE[1], "marker": "o", "linestyle": "", "markersize": 5}
@@ -45,14 +45,14 @@ def front(tried: Sequence[Tried], heads: Mapping[str, str]) -> Drawing:
     panels = []
     for x, y in pairs or [(None, 0)]:
         axes = {"xlabel": "trial" if x is None else words[x], "ylabel": words[y]}
-        lines = [
+        drawn = [
             _points(whole, x, y, PALE),
             _points([t for t in whole if t.front], x, y, FRONT, numbered=True),
             _points([t for t in whole if t.configured], x, y, CONFIGURED),
             _points([t for t in whole if t.chosen], x, y, CHOSEN),
         ]
         margins = {"xmargin": 0.12, "ymargin": 0.12}
-        panels.append(Panel([line for line in lines if len(line.values)], axes=axes | margins))
+        panels.append(Panel([curve for curve in drawn if len(curve.values)], axes=axes | margins))
     keys = list(dict.fromkeys(key for trial in tried for key in trial.settings))
     rows = [
         (t.number, t.ended, *map(int, (t.front, t.configured, t.chosen)),
@@ -76,10 +76,10 @@ def front(tried: Sequence[Tried], heads: Mapping[str, str]) -> Drawing:
 
 def _points(
     tried: Sequence[Tried], x: int | None, y: int, look: Look, numbered: bool = False
-) -> Line:
+) -> Curve:
     places = [(t.number if x is None else t.values[x], t.values[y]) for t in tried]
     words = [(place, str(t.number), (4.0, 4.0)) for place, t in enumerate(tried)]
-    return Line(pd.DataFrame(places, columns=["x", "y"]), look, words=words if numbered else ())
+    return Curve(pd.DataFrame(places, columns=["x", "y"]), look, words=words if numbered else ())
 
 
 def importances(explained: Mapping[str, Mapping[str, float]]) -> Drawing:
@@ -88,13 +88,13 @@ def importances(explained: Mapping[str, Mapping[str, float]]) -> Drawing:
     bar: dict[str, Any] = {"color": PALETTE[1], "linewidth": 6, "solid_capstyle": "butt"}
     panels = []
     for place, (objective, shares) in enumerate(explained.items()):
-        lines = [
-            Line(pd.DataFrame({"x": [0, share], "y": [keys.index(key)] * 2}), bar)
+        drawn = [
+            Curve(pd.DataFrame({"x": [0, share], "y": [keys.index(key)] * 2}), bar)
             for key, share in shares.items()
         ]
         axes = {"xlim": (0, 1), "ylim": (-0.6, len(keys) - 0.4), "yticks": range(len(keys)),
                 "yticklabels": [] if place else keys, "xlabel": "share of variance"}  # fmt: skip
-        panels.append(Panel(lines, figures.folded(objective, 30), axes))
+        panels.append(Panel(drawn, figures.folded(objective, 30), axes))
     rows = [
         (objective, key, share) for objective, by in explained.items() for key, share in by.items()
     ]
