@@ -32,8 +32,10 @@ typechecked = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a f
 # Before any module of ours is imported: shapes and types in signatures are checked from here on,
 # in every module that handles tensors.
 CHECKED = (
-    *("activations", "claims", "contamination", "data", "generation", "losses"),
-    *("models", "ntk", "prompts", "refusal", "separability", "statistics", "steering", "training"),
+    *(f"analyses.{name}" for name in ("claims", "ntk", "probability", "separability")),
+    *("fast", "steering", "core.activations", "core.contamination", "core.data"),
+    *("core.generation", "core.losses", "core.models", "core.passes", "core.prompts"),
+    *("core.refusal", "core.statistics", "core.training"),
 )
 hook = install_import_hook([f"dcr.{name}" for name in CHECKED], f"{__name__}.typechecked")
 

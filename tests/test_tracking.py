@@ -151,7 +151,8 @@ import logging, os, sys
 sys.path[:0] = [os.getcwd(), os.path.join(os.getcwd(), "tests")]
 from pathlib import Path
 import tiny_run
-from dcr import train, wandb_run
+from dcr import train
+from dcr.core import wandb_run
 from dcr.core.runs import Run
 
 logging.basicConfig(level=logging.WARNING, format="[%(levelname)s] %(message)s")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -58,6 +58,7 @@ class Prefilled:
 Rest = Callable[[], Float[Tensor, "batch length width"]]
 
 
+@runtime_checkable
 class Passes(Protocol):
     """How batches go through a model. Batches for training are padded on the right."""
 
@@ -182,22 +183,23 @@ _used: list[Passes] = [Plain()]
 
 def current() -> Passes:
     """The passes that this process uses: plain ones, unless `use` was told others."""
-    return _used[-1]
+    return _used[0]
 
 
 def use(passes: Passes) -> None:
     """From now on all passes of this process, and of those that it forks, are these."""
-    _used[:] = [passes]
+    _used[0] = passes
 
 
 @contextmanager
 def using(passes: Passes) -> Iterator[None]:
     """While open, passes are these."""
-    _used.append(passes)
+    before = current()
+    use(passes)
     try:
         yield
     finally:
-        _used.remove(passes)
+        use(before)
 
 
 # --- parts of a pass, for whoever implements `Passes` ---------------------------------------------

@@ -9,16 +9,3 @@ once for decoding. `cache`: keys and values of a decoding batch, in room made ah
 frozen weights of stage one in bf16. Off the CPU batches stay padded; prompts still share what they
 begin with.
 """
-
-from dcr.core.config import FSDP, Precision, TrainConfig
-
-
-def lightens(settings: TrainConfig) -> bool:
-    """Whether frozen weights of stage one are held in less memory, see `holding`.
-
-    Where one process trains, in autocast, and nothing else is measured on the model meanwhile.
-    """
-    trainer = settings.trainer
-    alone = trainer.devices * trainer.num_nodes == 1 and trainer.strategy != FSDP
-    mixed = settings.dcr.precision is Precision.mixed
-    return alone and mixed and not settings.tracking.quantities

@@ -5,7 +5,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from dcr.core.config import FSDP, Precision, TrainConfig
 from dcr.core.models import decoder_blocks, final_norm, head
+
+
+def lightens(settings: TrainConfig) -> bool:
+    """Whether frozen weights of stage one are held in less memory.
+
+    Where one process trains, in autocast, and nothing else is measured on the model meanwhile.
+    """
+    trainer = settings.trainer
+    alone = trainer.devices * trainer.num_nodes == 1 and trainer.strategy != FSDP
+    mixed = settings.dcr.precision is Precision.mixed
+    return alone and mixed and not settings.tracking.quantities
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from dcr.core.config import TrainConfig
 from dcr.core.models import unwrapped
 from dcr.core.passes import Labelled, Prefilled
 from dcr.core.prompts import IGNORED
-from dcr.fast import cache, fusing, holding, lightens, packing
+from dcr.fast import cache, fusing, holding, packing
 from dcr.fast.packing import Layout, Packing
 
 BY_LENGTH = {"dynamic", "longrope"}  # rotations that depend on how much a pass reads
@@ -58,7 +58,7 @@ class Fast:
         return states, rest
 
     def lightens(self, settings: TrainConfig) -> bool:
-        return lightens(settings)
+        return holding.lightens(settings)
 
     def lighten(self, model: Any, block: int, whole: bool) -> None:
         holding.lighten(model, block, whole)

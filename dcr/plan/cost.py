@@ -36,6 +36,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from dcr import extensions
 from dcr.core import threads
 from dcr.core.config import (
     FSDP,
@@ -48,7 +49,6 @@ from dcr.core.config import (
     block_of,
 )
 from dcr.core.precision import kind_of
-from dcr.fast import lightens
 
 if TYPE_CHECKING:
     from torch import nn
@@ -240,7 +240,8 @@ def memory(settings: TrainConfig, stage: Stage, shape: Shape, load: Load) -> dic
         copied = min(copied, 2 * shape.blocks / shape.depth + matrices)
         weights = weights / world + each * copied
         gradients, moments, buckets = gradients / world, moments / world, 0
-    if first and lightens(settings):  # autocast's copies are of what trains, and of a tied head
+    if first and extensions.fast_passes().lightens(settings):
+        # autocast's copies are of what trains, and of a tied head
         copied = learnt + shape.head * (through_all and shape.tied)
         frozen = {name: n for name, n in shape.parts.items() if not shape.trained[name]}
         frozen.pop("embeddings", None)

@@ -16,12 +16,11 @@ from dcr.report.curves import (
     TRACKED,
     folders,
     name_of_weights,
-    named,
+    names,
     tracked_kernels,
 )
-from dcr.report.figures import INK, Curve, Drawing, Look, Panel, kind_look, look_of
+from dcr.report.figures import INK, Drawing, Line, Look, Panel, kind_look, look_of
 from dcr.report.records import RunRecord, config_of
-from dcr.report.sections import Selection
 
 MATRIX = ("figure", "weights", "model", "run", "params", "normalise", "observer", "trained",
           "estimate", "low", "high", "source")  # fmt: skip
@@ -46,9 +45,9 @@ KERNEL_FIGURES = {  # by figure: its parts, and when they were measured
 }
 
 
-def kernel(chosen: Selection, figure: str) -> Drawing:
+def kernel(figure: str, records: Sequence[RunRecord]) -> Drawing:
     """The 3×3 matrices before, after stage one, or both: a row a choice of parameters."""
-    records, (parts, when) = chosen.records, KERNEL_FIGURES[figure]
+    parts, when = KERNEL_FIGURES[figure]
     values = pd.concat([_matrices(weights, records) for weights in parts], ignore_index=True)
     runs = [set(own["run"]) for _, own in figures.parts(values, "weights")]
     rows = [
@@ -147,7 +146,7 @@ def _separability(figure: str, records: Sequence[RunRecord]) -> list[tuple[About
     every = [
         (name_of_weights(name, run, e), config_of(run, "model"), e, e.separability)
         for stage in STAGES
-        for run, name in named(records)
+        for name, run in zip(names(records), records, strict=True)
         for e in run.evaluations
         if e.weights == stage and e.separability
     ]
@@ -164,9 +163,9 @@ def _separability(figure: str, records: Sequence[RunRecord]) -> list[tuple[About
     ]
 
 
-def accuracies(chosen: Selection) -> Drawing:
+def accuracies(records: Sequence[RunRecord]) -> Drawing:
     """Figure 7: k-means accuracy over layers, with the majority class."""
-    by_weights = _separability("7", chosen.records)
+    by_weights = _separability("7", records)
     values = figures.frame(
         [
             (*about, scores.layer, *(getattr(scores, key) for key in LAYER_SCORES), of.majority)
@@ -175,11 +174,11 @@ def accuracies(chosen: Selection) -> Drawing:
         ],
         *("run", "weights", "model", "layer", *LAYER_SCORES, "majority"),
     )
-    drawn, legend = [], []
+    lines, legend = [], []
     for place, ((name, *_), of) in enumerate(by_weights):
         look: Look = look_of(place) | {"linestyle": ("-", "--", "-.")[place % 3]}
         points = [(s.layer, s.kmeans) for s in of.layers if s.kmeans is not None]
-        drawn.append(Curve(pd.DataFrame(points, columns=["x", "y"]), look))
+        lines.append(Line(pd.DataFrame(points, columns=["x", "y"]), look))
         legend.append((name, look))
     dotted: Look = {"color": INK, "linestyle": ":", "linewidth": 1}
     majorities = dict.fromkeys(of.majority for _, of in by_weights if of.majority is not None)
@@ -189,7 +188,7 @@ def accuracies(chosen: Selection) -> Drawing:
     return Drawing(
         "figure7",
         "Figure 7: k-means accuracy per layer",
-        {"": [Panel(drawn, axes=axes, steps=5, levels=levels)]},
+        {"": [Panel(lines, axes=axes, steps=5, levels=levels)]},
         values,
         "Accuracy of k-means with two clusters, matched to seemingly toxic and toxic prompts, on "
         "the features after each block; dotted: the share of the larger class, which takes no "
@@ -201,12 +200,12 @@ def accuracies(chosen: Selection) -> Drawing:
     )
 
 
-def scaling(chosen: Selection) -> Drawing:
+def scaling(records: Sequence[RunRecord]) -> Drawing:
     """Figure 8: classical MDS of the features, a panel a layer."""
     values = figures.frame(
         [
             (*about, int(layer), identity, CLASSES[label], x, y)
-            for about, of in _separability("8", chosen.records)
+            for about, of in _separability("8", records)
             for layer, points in of.mds.items()
             if points
             for identity, label, (x, y) in zip(
@@ -216,7 +215,7 @@ def scaling(chosen: Selection) -> Drawing:
         *("run", "weights", "model", "layer", "id", "kind", "x", "y"),
     )
     if values.empty:
-        raise UserError(f"figure 8: no MDS coordinates in {folders(chosen.records)}; {CURE}")
+        raise UserError(f"figure 8: no MDS coordinates in {folders(records)}; {CURE}")
     dots = {"linestyle": "", "markersize": 1.8, "markeredgewidth": 0, "alpha": 0.7,
             "rasterized": len(values) > DRAWN_AS_VECTORS}  # fmt: skip
     bare = {"xticks": [], "yticks": [], "xmargin": 0.08, "ymargin": 0.08}
@@ -224,7 +223,7 @@ def scaling(chosen: Selection) -> Drawing:
         name: [
             Panel(
                 [
-                    Curve(points.filter(["x", "y"]), {**kind_look(kind), **dots})
+                    Line(points.filter(["x", "y"]), {**kind_look(kind), **dots})
                     for kind, points in figures.parts(own, "kind")
                 ],
                 f"layer {layer}",
