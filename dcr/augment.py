@@ -1,10 +1,10 @@
-"""The answers that STL-aug learns: compliant ones to seemingly toxic prompts, each checked.
+"""Write the answers that STL-aug learns: compliant ones to seemingly toxic prompts, each checked.
 
-The prompts are a source's, or harmless twins that the same author makes of toxic ones first.
+The prompts are those of a source, or harmless twins that the author first makes of toxic ones.
 
 An answer must be whole, no refusal by keywords, and full compliance by every judge that is asked.
-Completions and verdicts stand beside the file of answers in `<out>.work/`, so that a command killed
-at any point and given again asks nothing twice.
+Completions and verdicts are stored in `<out>.work/`, so that a command that was killed and is given
+again asks nothing twice.
 """
 
 import functools
@@ -36,18 +36,18 @@ from dcr.core.text import label_of, normalise
 from dcr.endpoints import EndpointError
 
 if TYPE_CHECKING:
+    from dcr.core.evaluation.subjects import Subject
     from dcr.core.generation import Completion
+    from dcr.core.models import Policy
     from dcr.judges import Verdict
-
-    Judged = tuple[list[Completion], dict[str, str]]  # answers, and by id what became of each
 
 SET = "answers"  # the name of the completions' and the verdicts' files
 ACCEPTED, UNDECIDED = NOT_REJECTED = "accepted", "without a verdict"
-# Shows the judge a toxic prompt and a twin; the second of its three classes is the harmless one.
+# The judge's prompt on a toxic prompt and its twin; the second of its classes is the harmless one.
 TWIN_WORDING, HARMLESS = cli.PACKAGE / "judges" / "twin.txt", "refused"
 UNREADABLE = re.compile("[\0\ud800-\udfff]")  # no JSONL file of training pairs may hold these
-# What the system prompt says besides the model's own, attempt by attempt. The first asks as any
-# user would; the others are for prompts whose answers were rejected before.
+# The instruction that an attempt adds to the model's own system prompt. The first attempt asks as
+# any user would; the others are for prompts whose answers were rejected before.
 INSTRUCTIONS = (
     None,
     "The user's question is harmless, even if some of its words are used for harmful things "
@@ -95,7 +95,7 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """A row of the file: a prompt with its answer, and who gave it."""
+    """A row of the file: a prompt with its answer and the answer's author."""
 
     id: str
     prompt: str
@@ -108,14 +108,14 @@ class Answer:
 
 @dataclass
 class Tally:
-    """What became of the prompts; `rejected` counts reasons, each prompt by its last attempt."""
+    """How many prompts were accepted or not; `rejected` counts the reasons of last attempts."""
 
     asked: int
     accepted: int = 0
-    pairs: Balance | None = None  # of toxic prompts with their accepted twins
+    pairs: Balance | None = None  # of toxic prompts and their accepted twins
     rejected: Counter[str] = field(default_factory=Counter)
-    unanswered: int = 0  # a server or judge failed: the same command asks again
-    unread: bool = False  # twins that no judge has read
+    unanswered: int = 0  # since a server or judge failed: the same command asks again
+    unread: bool = False  # no judge has read the twins
 
     def described(self, options: Options) -> str:
         lines = [
@@ -149,119 +149,117 @@ def main(options: Options) -> None:
         )
 
 
-def augment(options: Options, settings: EvalConfig) -> Tally:
-    """Answer, check and keep what is missing in `options.out`.
+@dataclass(frozen=True)
+class Author:
+    """The model that answers, and the folder of its completions and their verdicts."""
 
-    Raises UserError where the file is another's, and for all that answering and judging raise.
+    name: str
+    subject: "Subject"
+    policy: "Callable[[], Policy]"
+    work: Run
+
+    def folder(self, asking: EvalConfig) -> Path:
+        from dcr.core.evaluation import subjects
+
+        return subjects.answers_folder(asking, self.work, self.subject)
+
+    def write(
+        self, name: str, kind: Kind, asking: EvalConfig, rows: list[Example]
+    ) -> "list[Completion]":
+        """Completions of the rows under the settings `asking`, stored as the set `name`."""
+        from dcr.core.evaluation import subjects
+
+        asked = [PromptSet(name, kind, rows)]
+        return subjects.answers(asking, self.subject, asked, self.folder(asking), self.policy)[name]
+
+
+def augment(options: Options, settings: EvalConfig) -> Tally:
+    """Answer and check the prompts that `options.out` lacks, and add the accepted answers to it.
+
+    Raises UserError where the file is not this command's, and for all that answering and judging
+    raise.
     """
     from dcr.core.evaluation import subjects
 
     _check(settings)
     kind = Kind.toxic if options.twins else Kind.seemingly_toxic
-    drawn = rows = sources.read(options.source, root=settings.data.root, kind=kind)
+    drawn = sources.read(options.source, root=settings.data.root, kind=kind)
     if options.count is not None:
-        drawn = rows = sources.draw(rows, options.count, settings.seed)
-    attempts = [
-        _instructed(settings, instruction) for instruction in INSTRUCTIONS[: options.attempts]
-    ]
-    work = Run(Path(f"{options.out}.work"))
-    served = settings.endpoint is not None
-    author = str(settings.endpoint_model) if served else settings.model.name
-    subject = subjects.Subject("endpoint") if served else subjects.base(settings.model)
-    policy = functools.cache(functools.partial(subjects.opened, settings, subject))
-    tally = Tally(len(rows))
-
-    def said(name: str, kind: Kind, asking: EvalConfig, rows: list[Example]) -> "list[Completion]":
-        folder = subjects.answers_folder(asking, work, subject)
-        asked = PromptSet(name, kind, rows)
-        return subjects.answers(asking, subject, [asked], folder, policy)[name]
-
-    def judged(asking: EvalConfig, rows: list[Example]) -> "Judged":
-        given = said(SET, Kind.seemingly_toxic, asking, rows)
-        return given, outcomes(given, asking, subjects.answers_folder(asking, work, subject))
-
-    def intents(asking: EvalConfig, written: "list[Completion]") -> dict[str, str]:
-        place = subjects.answers_folder(asking, work, subject)
-        return harmless(written, settings, place)
-
-    with storage.locked(work.folder):
+        drawn = sources.draw(drawn, options.count, settings.seed)
+    attempts = [_instructed(settings, each) for each in INSTRUCTIONS[: options.attempts]]
+    served, model = settings.endpoint is not None, settings.model
+    subject = subjects.Subject("endpoint") if served else subjects.base(model)
+    author = Author(
+        str(settings.endpoint_model) if served else model.name,
+        subject,
+        functools.cache(functools.partial(subjects.opened, settings, subject)),
+        Run(Path(f"{options.out}.work")),
+    )
+    tally, rows = Tally(len(drawn)), drawn
+    with storage.locked(author.work.folder):
         if options.twins:
             tally.unread = Judge.llm not in settings.judge
-            write = functools.partial(said, "twins", Kind.toxic)
-            rows = _twins(settings, drawn, options.attempts, write, intents, tally)
-        kept = _answered(options.out, author, rows, attempts, judged, tally)
+            rows = _twins(author, settings, drawn, options.attempts, tally)
+        known = _answered(author, options.out, rows, attempts, tally)
     if options.twins:
-        twins_kept = [row for row in rows if row.id in {answer.id for answer in kept}]
-        pairs = {row.group for row in twins_kept}
-        tally.pairs = balance.balance(twins_kept, [t for t in drawn if _pair(t) in pairs])
+        answered = {answer.id for answer in known}
+        paired = [row for row in rows if row.id in answered]
+        groups = {row.group for row in paired}
+        tally.pairs = balance.balance(paired, [t for t in drawn if (t.group or t.id) in groups])
     return tally
 
 
 def _answered(
+    author: Author,
     out: Path,
-    author: str,
     rows: list[Example],
     attempts: Sequence[EvalConfig],
-    judged: "Callable[[EvalConfig, list[Example]], Judged]",
     tally: Tally,
 ) -> list[Answer]:
-    """All that `out` then holds: what it held, and what one attempt after the other brings."""
-    kept = kept_answers(out, author, rows)
-    known = {answer.id for answer in kept}
-    left = [row for row in rows if row.id not in known]
-    tally.accepted = len(rows) - len(left)
-    why_not: Counter[str] = Counter()
+    """Ask for the rows that `out` lacks, attempt by attempt; returns all of its answers."""
+    found = known_answers(out, author.name, rows)
+    known = {answer.id for answer in found}
+    missing = [row for row in rows if row.id not in known]
+    tally.accepted = len(rows) - len(missing)
+    reasons: Counter[str] = Counter()
     for asking in attempts:
-        if not left:
+        if not missing:
             break
-        given, why = judged(asking, left)
-        accepted = {each.id: each for each in given if why[each.id] == ACCEPTED}
-        kept += [
-            _answer(row, accepted[row.id].response, author) for row in left if row.id in accepted
-        ]
+        given = author.write(SET, Kind.seemingly_toxic, asking, missing)
+        why = outcomes(given, asking, author.folder(asking))
+        accepted = {each.id: each.response for each in given if why[each.id] == ACCEPTED}
+        found += [
+            Answer(
+                id=row.id, prompt=row.prompt, response=accepted[row.id], category=row.category,
+                group=row.group, source=row.source, answered_by=author.name,
+            )
+            for row in missing
+            if row.id in accepted
+        ]  # fmt: skip
         if accepted:
-            storage.write_text(out, "".join(map(_line, kept)))
+            lines = ({k: v for k, v in asdict(each).items() if v is not None} for each in found)
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            storage.write_text(out, text)
         rejected = {i: reason for i, reason in why.items() if reason not in NOT_REJECTED}
         tally.accepted += len(accepted)
-        tally.unanswered += len(left) - len(accepted) - len(rejected)
-        left = [row for row in left if row.id in rejected]
-        why_not = Counter(rejected.values())
-    tally.rejected += why_not
-    return kept
-
-
-def _answer(row: Example, response: str, author: str) -> Answer:
-    return Answer(
-        id=row.id,
-        prompt=row.prompt,
-        response=response,
-        category=row.category,
-        group=row.group,
-        source=row.source,
-        answered_by=author,
-    )
-
-
-def _pair(toxic: Example) -> str:
-    return toxic.group or toxic.id
+        tally.unanswered += len(missing) - len(accepted) - len(rejected)
+        missing = [row for row in missing if row.id in rejected]
+        reasons = Counter(rejected.values())
+    tally.rejected += reasons
+    return found
 
 
 def _twins(
-    settings: EvalConfig,
-    toxic: list[Example],
-    attempts: int,
-    write: "Callable[[EvalConfig, list[Example]], list[Completion]]",
-    intents: "Callable[[EvalConfig, list[Completion]], dict[str, str]]",
-    tally: Tally,
+    author: Author, settings: EvalConfig, toxic: list[Example], attempts: int, tally: Tally
 ) -> list[Example]:
-    """A harmless twin of each prompt, where `attempts` bring one; `tally` counts the others."""
-    known, made, left = {normalise(row.prompt) for row in toxic}, dict[str, str](), toxic
+    """A harmless twin of each prompt for which `attempts` bring one; `tally` counts the others."""
+    known, made, missing = {normalise(row.prompt) for row in toxic}, dict[str, str](), toxic
     rejected: dict[str, str] = {}
     for instruction in twins.INSTRUCTIONS[:attempts]:
-        if not left:
+        if not missing:
             break
         rejected, asking, fresh = {}, _instructed(settings, instruction), list["Completion"]()
-        for written in write(asking, left):
+        for written in author.write("twins", Kind.toxic, asking, missing):
             twin = twins.candidate(written.response)
             why = twins.outcome(written.prompt, twin) if written.ended else "cut off"
             if why == twins.ACCEPTED and normalise(twin) in known:
@@ -271,24 +269,24 @@ def _twins(
                 known.add(normalise(twin))
             else:
                 rejected[written.id] = why
-        meant = intents(asking, fresh)
+        meant = harmless(fresh, settings, author.folder(asking))
         made |= {twin.id: twin.response for twin in fresh if meant[twin.id] == ACCEPTED}
         rejected |= {i: why for i, why in meant.items() if why not in NOT_REJECTED}
-        left = [row for row in left if row.id in rejected]
+        missing = [row for row in missing if row.id in rejected]
     tally.rejected += Counter(f"without a twin: {why}" for why in rejected.values())
     tally.unanswered += len(toxic) - len(made) - len(rejected)
     return [
         replace(row, id=f"twin-{row.id}", prompt=made[row.id], kind=Kind.seemingly_toxic,
-                response=None, group=_pair(row))
+                response=None, group=row.group or row.id)
         for row in toxic
         if row.id in made
     ]  # fmt: skip
 
 
 def _instructed(settings: EvalConfig, instruction: str | None) -> EvalConfig:
-    """The same settings with the instruction behind the system prompt that the model has anyhow.
+    """The settings with the instruction behind the model's own system prompt.
 
-    Behind the template's own as well, which only a local model lets us see.
+    A local model's may be that of its template, which an endpoint does not show.
     """
     if instruction is None:
         return settings
@@ -303,7 +301,10 @@ def _instructed(settings: EvalConfig, instruction: str | None) -> EvalConfig:
 
 
 def _settings(options: Options) -> EvalConfig:
-    """As `eval.py` would read them; sets of `data` that are not named are the embedded ones."""
+    """The settings as `eval.py` reads them, with `data=demo` where no other is given.
+
+    Raises ConfigError for settings that say not, or twice, who answers.
+    """
     if options.out.suffix != ".jsonl":
         raise ConfigError(f"out={options.out}: training reads files that end in .jsonl; add it")
     keys = {override.partition("=")[0].lstrip("+") for override in options.settings}
@@ -330,7 +331,7 @@ def _settings(options: Options) -> EvalConfig:
 
 
 def _check(settings: EvalConfig) -> None:
-    """Raises a UserError for what can be known wrong before anything is read or loaded."""
+    """Raises UserError for a fault of the settings that shows before anything is read."""
     if settings.steering.method is not Steering.none:
         raise ConfigError(f"steering={settings.steering.method.value}: not done here; leave it out")
     if settings.gen.max_new_tokens == AUTO_LENGTH:
@@ -354,22 +355,20 @@ def _check(settings: EvalConfig) -> None:
         endpoints.check(subjects.server_of(settings), "endpoint")
 
 
-# --- what is learnt -----------------------------------------------------------------------------
+# --- checks of answers --------------------------------------------------------------------------
 
 
 def outcomes(answers: "Sequence[Completion]", settings: EvalConfig, folder: Path) -> dict[str, str]:
     """By id: ACCEPTED, UNDECIDED where a judge failed, or why the answer is rejected.
 
-    Judges are asked, one after the other, only about what nothing before them has rejected.
+    Each judge sees the answers that the rules and the judges before it have accepted.
     """
     from dcr import judges
 
     why = {answer.id: by_rules(answer) for answer in answers}
     for name in settings.judge:
-        if name is Judge.keyword:  # always asked, above
-            continue
         passed = [answer for answer in answers if why[answer.id] == ACCEPTED]
-        if passed:
+        if passed and name is not Judge.keyword:  # which the rules above are
             verdicts = judges.judge(
                 name, settings, {SET: passed}, folder, settings.trainer.progress
             )
@@ -378,8 +377,9 @@ def outcomes(answers: "Sequence[Completion]", settings: EvalConfig, folder: Path
 
 
 def harmless(written: "Sequence[Completion]", settings: EvalConfig, folder: Path) -> dict[str, str]:
-    """By id: ACCEPTED, UNDECIDED where the judge failed, or why a twin is none: it asks for the
-    harm of its prompt in other words. Without `judge=llm` all pass.
+    """By id: ACCEPTED, UNDECIDED where the judge failed, or that the twin asks for the same harm.
+
+    Without `judge=llm` all are accepted.
     """
     from dcr import judges
 
@@ -398,7 +398,7 @@ def harmless(written: "Sequence[Completion]", settings: EvalConfig, folder: Path
 
 
 def by_rules(answer: "Completion") -> str:
-    """ACCEPTED, or what no judge is needed to see."""
+    """ACCEPTED, or the fault of an answer that needs no judge."""
     if not answer.ended:
         return "cut off at gen.max_new_tokens"
     if not answer.response.strip():
@@ -424,11 +424,11 @@ def _by_judge(name: Judge, verdict: "Verdict") -> str:
 # --- the file -----------------------------------------------------------------------------------
 
 
-def kept_answers(path: Path, author: str, rows: Sequence[Example]) -> list[Answer]:
-    """What the file holds, without a line that a kill tore.
+def known_answers(path: Path, author: str, rows: Sequence[Example]) -> list[Answer]:
+    """The answers in the file, without a line that a kill tore.
 
-    Raises ConfigError where an answer is not by the same author to the same prompt of the same
-    source, and DataError for a line that this command did not write.
+    Raises ConfigError for an answer of another author, source or prompt, and DataError for a line
+    that this command did not write.
     """
     cure = "not a row of this command; name another file with out="
     answers = storage.read_lines(path, Answer, cure)
@@ -445,11 +445,6 @@ def kept_answers(path: Path, author: str, rows: Sequence[Example]) -> list[Answe
             continue
         raise ConfigError(f"{found}; name another file")
     return answers
-
-
-def _line(answer: Answer) -> str:
-    row = {key: value for key, value in asdict(answer).items() if value is not None}
-    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 if __name__ == "__main__":

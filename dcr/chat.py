@@ -47,7 +47,7 @@ class Options:
 
 @dataclass
 class Dialogue:
-    """What was said so far, and who answers."""
+    """The turns so far, and the model that answers."""
 
     policy: "Policy"
     chat: ChatFormat
@@ -55,9 +55,9 @@ class Dialogue:
     turns: list[dict[str, str]] = field(default_factory=list)
 
     def prompt_ids(self) -> list[int]:
-        """The whole dialogue up to where the assistant begins to speak.
+        """Token ids of the whole dialogue up to where the assistant begins to speak.
 
-        The oldest exchanges are left out while it does not fit the model's context. Raises
+        The oldest exchanges are dropped while it does not fit the model's context. Raises
         ConfigError when not even the last message fits.
         """
         from dcr.core import batching
@@ -89,12 +89,11 @@ class Dialogue:
     def ask(self, message: str) -> tuple[str, float]:
         """The answer, printed as it comes, and the refusal mass of its first token.
 
-        A message that cannot be answered leaves the dialogue as it was.
+        A message without an answer leaves the dialogue as it was.
         """
         self.turns.append({"role": "user", "content": self.chat.neutralised(message)})
         try:
-            ids = self.prompt_ids()
-            answer, mass = self._generate(ids)
+            answer, mass = self._generate(self.prompt_ids())
         except BaseException:  # Ctrl-C as well: a caller may go on with the dialogue
             self.turns.pop()
             raise
@@ -143,25 +142,21 @@ def main(options: Options) -> None:
         if message == "/reset":
             dialogue.turns.clear()
         elif message:
-            _exchange(dialogue, message)
+            try:
+                answer, mass = dialogue.ask(message)
+            except ConfigError as error:
+                _aside(str(error))
+                continue
+            verdict = refusal.outcome(answer, "recommended")
+            _aside(f"[{verdict}, first-token refusal mass {mass:.2f}]")
 
 
 def _line() -> str | None:
-    """One line of the user's, None at the end of input."""
+    """The user's next line, None at the end of input."""
     try:
         return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:
         return None
-
-
-def _exchange(dialogue: Dialogue, message: str) -> None:
-    try:
-        answer, mass = dialogue.ask(message)
-    except ConfigError as error:
-        _aside(str(error))
-        return
-    verdict = refusal.outcome(answer, "recommended")
-    _aside(f"[{verdict}, first-token refusal mass {mass:.2f}]")
 
 
 def _aside(text: str) -> None:
@@ -181,10 +176,10 @@ def open_stage(
     asked: Precision = Precision.auto,
     trust_remote_code: bool = False,
 ) -> "tuple[Policy, ModelConfig, str]":
-    """The model of a stage (the last that is done for None), the run's model settings, and in words
-    the precision.
+    """The model of a stage, the run's model settings, and the precision in words.
 
-    Raises ConfigError when the stage is not done or its base cannot be opened.
+    Without a `stage`, the last that is done is opened. Raises ConfigError when the stage is not
+    done or its base cannot be opened.
     """
     made_with = run.config()
     model = config.model_of(made_with, trust_remote_code)

@@ -1,4 +1,4 @@
-"""The dashboard of a W&B project from code: a workspace and a report of the same panels."""
+"""Write the dashboard of a W&B project: a workspace and a report with the same panels."""
 
 import os
 import sys
@@ -14,9 +14,9 @@ from dcr.core.runs import Run
 from dcr.core.text import single_line
 
 TITLE = "Discernment: what contrastive refinement changes"
-VIEW = "dcr"  # the workspace's place in its address, so that a second command updates it
+VIEW = "dcr"  # the workspace's name in its address, by which a second command finds it
 SCORES = ("over_refusal/compliance", "safety/keyword_refusal", "discernment")
-TOLD = {  # above each group of panels in the report
+EXPLAINED = {  # the text above each group of panels in the report
     "Stage one": "The Circle loss falls to its floor within an epoch or two; held-out k-means "
     "accuracy says whether block ℓ parts the two kinds of prompts that it never saw.",
     "Safety tuning": "NLL per token of answers and of refusals. Held-out refusals that rise while "
@@ -38,8 +38,8 @@ class Options:
     python -m dcr.dashboard <run folder> ... page=<report.html>
 
     Writes the workspace and the report of a W&B project; a second time it updates them. Without an
-    account, or with out=, both go as a specification into a JSON file. With page, the page is kept
-    as an artifact made from the evaluations of these runs.
+    account, or with out=, it writes both as a specification into a JSON file. With page, it keeps
+    the page as an artifact made from the evaluations of these runs.
     """
 
     runs: list[Path] = entry.option("runs to draw in the colour of their method", [], rest=True)
@@ -84,15 +84,14 @@ def main(options: Options) -> None:
         for name, view in views.items()
     }
     storage.write_json(file, {"project": options.project} | written)
-    print(
-        f"{file}: what W&B would be told; apply it by `wandb login` and this command without out="
-    )
+    print(f"{file}: the specification; apply it by `wandb login` and this command without out=")
 
 
 def log_page(options: Options) -> None:
     """Keep a page of `dcr.report` as an artifact made from the evaluations of its runs.
 
-    Its W&B run is that of the folder that it lies in. Raises UserError for a folder without one.
+    The artifact belongs to the W&B run of the page's folder. Raises UserError for a folder without
+    one.
     """
     assert options.page is not None
     import wandb
@@ -115,7 +114,7 @@ def log_page(options: Options) -> None:
 
 
 def _saved(options: Options, made_with: Mapping[str, str]) -> tuple[str, str]:
-    """Create or update both at W&B; their addresses."""
+    """Create or update workspace and report at W&B; returns their addresses."""
     import wandb
     from wandb_workspaces.workspaces.interface import Workspace
 
@@ -142,7 +141,7 @@ def _saved(options: Options, made_with: Mapping[str, str]) -> tuple[str, str]:
 def specification(project: str, entity: str, made_with: Mapping[str, str]) -> tuple[Any, Any]:
     """The workspace and the report of a project, from the same groups of panels.
 
-    `made_with` gives the method of each W&B run that is drawn in the colour of its method.
+    `made_with` names the method of each W&B run that gets the colour of its method.
     """
     from wandb_workspaces.reports.v2 import interface as wr
     from wandb_workspaces.workspaces import interface as ws
@@ -176,13 +175,13 @@ def specification(project: str, entity: str, made_with: Mapping[str, str]) -> tu
     blocks: list[Any] = [wr.TableOfContents()]
     for name, panels in _views().items():
         grid = wr.PanelGrid(panels=panels, custom_run_colors={**colours})
-        blocks += [wr.H2(name), wr.P(TOLD[name]), grid]
+        blocks += [wr.H2(name), wr.P(EXPLAINED[name]), grid]
     return workspace, wr.Report(project=project, entity=entity, title=TITLE, blocks=blocks)
 
 
 def _views() -> dict[str, list[Any]]:
-    """Panels by what they tell; their keys are those that runs log."""
-    return _of_training() | _of_evaluations()
+    """Panels by group; their keys are those that runs log."""
+    return _training_views() | _evaluation_views()
 
 
 def _curve(title: str, *keys: str, x: str = "trainer/global_step", **more: Any) -> Any:
@@ -191,7 +190,7 @@ def _curve(title: str, *keys: str, x: str = "trainer/global_step", **more: Any) 
     return wr.LinePlot(title=title, x=x, y=list(keys), **more)
 
 
-def _of_training() -> dict[str, list[Any]]:
+def _training_views() -> dict[str, list[Any]]:
     from wandb_workspaces.reports.v2 import interface as wr
 
     from dcr.core.wandb_run import RESULTS
@@ -221,7 +220,7 @@ def _of_training() -> dict[str, list[Any]]:
     }  # fmt: skip
 
 
-def _of_evaluations() -> dict[str, list[Any]]:
+def _evaluation_views() -> dict[str, list[Any]]:
     from wandb_workspaces.reports.v2 import interface as wr
 
     from dcr.core.wandb_run import AXES

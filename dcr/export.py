@@ -1,4 +1,4 @@
-"""A run's result for use elsewhere: weights with a card, here or on the hub; adapters moved."""
+"""Export a run's result: weights with a model card, here or on the hub; relink moved adapters."""
 
 import json
 import shutil
@@ -36,7 +36,6 @@ from dcr.core.text import single_line
 
 if TYPE_CHECKING:
     import pandas as pd
-    from transformers import PreTrainedTokenizerBase
 
     from dcr.core.models import Policy
 
@@ -46,7 +45,7 @@ ROUNDED = (
 )
 HUB_PATIENCE = 120  # seconds without a byte from the hub
 HUB_NAMES = {EMBEDDED_MODEL: "HuggingFaceTB/SmolLM2-135M-Instruct"}
-FRONT = {  # of every card, as the hub reads it
+FRONT = {  # front matter of every card, which the hub reads
     "library_name": "transformers",
     "pipeline_tag": "text-generation",
     "license": "other",
@@ -81,7 +80,7 @@ READ_OUT = (
 )
 LEARNT = {"contrastive": ("seemingly_toxic", "toxic"), "sft": ("safety", "normal")}
 LEARNT |= {"readout": LEARNT["contrastive"]}
-SETTINGS = {  # what a reader must know to judge a result, by stage
+SETTINGS = {  # the settings that a card names, by stage
     "contrastive": (
         "dcr.layer", "dcr.epochs", "dcr.margin", "dcr.scale", "dcr.ratio", "dcr.batch_size",
         "dcr.optim.lr", "dcr.nll.weight", "dcr.nll.source", "dcr.precision",
@@ -142,9 +141,11 @@ def main(options: Options) -> None:
         return
     if options.out is None:
         raise ConfigError("out: nothing given; name a new folder with out=, or give relink=true")
-    precision = _settled(run, options.precision)
-    made = options.stage, precision, options.calibrate, options.push, options.public
-    print(export(run, options.out, *made, options.trust_remote_code))
+    precision = _evaluated_in(run)
+    if options.precision != "auto":
+        precision = Precision(options.precision)
+    asked = (options.calibrate, options.push, options.public, options.trust_remote_code)
+    print(export(run, options.out, options.stage, precision, *asked))
     if precision is not Precision.fp32:
         print(ROUNDED)
     if options.push is not None:
@@ -161,22 +162,20 @@ def export(
     public: bool = False,
     trust_remote_code: bool = False,
 ) -> Path:
-    """Weights of a stage, merged in fp32 and cast at the end, with tokenizer and card, in `out`.
+    """Write a stage's weights, merged in fp32 and then cast, with tokenizer and card into `out`.
 
-    Without a `precision` they are cast to that of the run's evaluations.
+    `precision` is by default that of the run's evaluations. `calibrate`, as that of `eval.py`,
+    chooses a bias on these very weights and writes it into the generation config. `push` is the
+    repository that `upload` will be asked for: it is made before weights are opened, where the hub
+    lets its token write.
 
-    `calibrate` as that of `eval.py`, chosen on these very weights; its bias stands in the
-    generation config. `push` is the repository that `upload` will be asked for: it is made here,
-    before weights are opened, where the hub lets its token write.
-
-    Raises ConfigError when `out` holds anything, the stage is not done, or its base is gone or
-    not the one it was trained on, for a run of a method that it does not know, and for a
-    repository that cannot be written to.
+    Raises ConfigError when `out` holds anything, the stage is not done or not one of the method's,
+    its base is gone or not the one it was trained on, or the repository cannot be written to.
     """
     made_with = _exportable(run, out, stage)
-    dtype = "bfloat16" if (precision or _settled(run)) is Precision.bf16 else "float32"
+    dtype = "bfloat16" if (precision or _evaluated_in(run)) is Precision.bf16 else "float32"
     model = config.model_of(made_with, trust_remote_code)
-    settings = EvalConfig(model=model, calibrate=calibrate, precision=_settled(run))
+    settings = EvalConfig(model=model, calibrate=calibrate, precision=_evaluated_in(run))
     import torch
     from peft import PeftModel
 
@@ -192,100 +191,96 @@ def export(
     if isinstance(policy.model, PeftModel):
         policy = models.Policy(policy.model.merge_and_unload(), policy.tokenizer, policy.name)
     chat = prompts.chat_format(policy.tokenizer, model)
-    _speak_as_trained(chat)
-    decoding = _decode_as_evaluated(policy, chat, settings.gen.most)
+    _set_template(chat)
+    replaced = _set_decoding(policy, chat, settings.gen.most)
     policy.model.to(getattr(torch, dtype))
     record = _calibrate(policy, chat, settings) if calibrate is not None else None
+    depth = policy.model.config.num_hidden_layers
+    told = {"dtype": dtype, "depth": depth, "calibrated": record, "decoding": replaced}
     with storage.replaced_folder(out) as staging:
         policy.model.save_pretrained(staging)
         policy.tokenizer.save_pretrained(staging)
-        depth = policy.model.config.num_hidden_layers
-        told = {"dtype": dtype, "depth": depth, "calibrated": record, "decoding": decoding}
         card = model_card(run, stage, made_with, **told)
         (staging / "README.md").write_text(card, encoding="utf-8")
         measured, _, _ = evaluated(run, stage, record)
         if len(measured):
-            shown = measured.drop(columns=["run", "edit", "file"])  # places on this machine
-            numbers = results.csv_text(shown)
+            numbers = results.csv_text(measured.drop(columns=["run", "edit", "file"]))  # no paths
             (staging / "metrics.csv").write_text(numbers, encoding="utf-8")
     return out
 
 
-def _settled(run: Run, asked: str = "auto") -> Precision:
-    """As asked; for auto that of the run's evaluations."""
-    if asked != "auto":
-        return Precision(asked)
-    run.config()  # or there is no run
+def _evaluated_in(run: Run) -> Precision:
+    """The precision of the run's evaluations. Raises ConfigError where there is no run."""
+    run.config()
     return run.precisions().get("evaluation", Precision.bf16)
 
 
 def _exportable(run: Run, out: Path, stage: str) -> dict[str, Any]:
-    """What the run was made with, where its stage can be written to `out`."""
+    """The run's configuration. Raises ConfigError where its stage cannot be written to `out`."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"out={out}: is not empty; name a new folder")
     made_with = run.config()
     if not run.done(stage):
         raise ConfigError(f"run={run.folder}: stage {stage} is not done there; train it first")
-    run.record()  # of which the card tells; damaged, it is named before weights are opened
+    run.record()  # the card needs it: damage is found before weights are opened
     known = {(m.value, each.value) for m, stages in STAGES.items() for each in stages}
     if (made_with["method"], stage) not in known:
         raise ConfigError(f"run={run.folder}: method={made_with['method']} has no stage {stage}")
     return made_with
 
 
-def _speak_as_trained(chat: ChatFormat) -> None:
-    """Give the tokenizer the run's template, and its system turn where none is given."""
+def _set_template(chat: ChatFormat) -> None:
+    """Give the tokenizer the run's template, with the run's system prompt as its default."""
     tokenizer = chat.tokenizer
+
+    def templated() -> Any:
+        turns = [{"role": "user", "content": "x"}]
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
     tokenizer.chat_template = chat.template
-    if _templated(tokenizer, "x") != chat.text("x"):
+    if templated() != chat.text("x"):
         system = json.dumps(chat.system_prompt, ensure_ascii=False)  # a Jinja string as well
         turn = f"{{'role': 'system', 'content': {system}}}"
         tokenizer.chat_template = (
             "{% if messages[0]['role'] != 'system' %}"
             f"{{% set messages = [{turn}] + messages %}}{{% endif %}}{chat.template}"
         )
-    assert _templated(tokenizer, "x") == chat.text("x"), "the export speaks otherwise than the run"
+    assert templated() == chat.text("x"), "the export speaks otherwise than the run"
 
 
-def _templated(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> Any:
-    turns = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+def _set_decoding(policy: "Policy", chat: ChatFormat, most: int) -> dict[str, Any]:
+    """Write greedy decoding of at most `most` new tokens into the generation config.
 
-
-def _decode_as_evaluated(policy: "Policy", chat: ChatFormat, most: int) -> dict[str, Any]:
-    """Greedy decoding in the generation config, of `most` new tokens up to any end token.
-
-    Returns what the base's own sets instead, such as a temperature or a penalty of repetition.
+    Returns the base's own settings that this replaces, such as a temperature.
     """
     from transformers import GenerationConfig
 
     tokenizer, own = policy.tokenizer, policy.model.generation_config or GenerationConfig()
-    named = own.eos_token_id
-    base = [named] if isinstance(named, int) else list(named or [])
+    ends = own.eos_token_id
+    ends = [ends] if isinstance(ends, int) else list(ends or [])
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(chat.stop[0])
     policy.model.generation_config = GenerationConfig(
         do_sample=False,
         max_new_tokens=most,
-        eos_token_id=list(dict.fromkeys([*chat.stop, *base])),
+        eos_token_id=list(dict.fromkeys([*chat.stop, *ends])),
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=own.bos_token_id,
     )
-    kept = {"_from_model_config", "transformers_version", "eos_token_id", "pad_token_id"}
-    return {name: v for name, v in own.to_diff_dict().items() if name not in kept}
+    same = {"_from_model_config", "transformers_version", "eos_token_id", "pad_token_id"}
+    return {name: value for name, value in own.to_diff_dict().items() if name not in same}
 
 
 def _calibrate(policy: "Policy", chat: ChatFormat, settings: EvalConfig) -> dict[str, Any]:
-    """The bias in the generation config, and its record."""
+    """Write the calibrated bias into the generation config; returns its record."""
     from dcr import calibration
 
-    where = calibration.place(chat)
     new = settings.gen.max_new_tokens
     read = {
         asked.name: [f for batch in calibration.forks(policy, chat, asked.rows, new) for f in batch]
         for asked in sets.validation(settings)
     }
-    bias, record = calibration.chosen(settings, where, read)
+    bias, record = calibration.chosen(settings, calibration.place(chat), read)
     policy.model.generation_config.sequence_bias = bias.sequences
     return record
 
@@ -294,21 +289,21 @@ def _calibrate(policy: "Policy", chat: ChatFormat, settings: EvalConfig) -> dict
 
 
 def _reserve(push: str, public: bool) -> None:
-    """Make the repository where there is none, and see that it may be written to.
+    """Make the repository where there is none, and check that the token may write to it.
 
-    Raises ConfigError for a name that the hub does not take, without a token, and where it refuses.
+    Raises ConfigError for an invalid name, without a token, and where the hub refuses.
     """
     try:
         validate_repo_id(push)
         if "/" not in push:
-            raise HFValidationError("says not whose repository")
+            raise HFValidationError("does not say whose repository")
     except HFValidationError as error:
         raise ConfigError(f"push={push}: {error}; give push=<name>/<model>") from error
     if huggingface_hub.get_token() is None:
         raise ConfigError(f"push={push}: no token; export HF_TOKEN or run `hf auth login`")
     with _asking(push, "give a token that may write there, or leave push= out"):
         huggingface_hub.create_repo(push, private=not public, exist_ok=True)
-        with suppress(RepositoryNotFoundError):  # by a hub of one's own that has no such question
+        with suppress(RepositoryNotFoundError):  # from a self-hosted hub that cannot check this
             huggingface_hub.auth_check(push, write=True)
 
 
@@ -326,7 +321,7 @@ def upload(folder: Path, push: str) -> str:
 
 @contextmanager
 def _asking(push: str, cure: str) -> Iterator[None]:
-    # of its own the client waits for ever for a hub that says nothing
+    # by default the client waits for ever for a hub that says nothing
     huggingface_hub.utils.get_session().timeout = HUB_PATIENCE
     try:
         yield
@@ -340,18 +335,17 @@ def _asking(push: str, cure: str) -> Iterator[None]:
 
 
 def relink(run: Run) -> dict[Path, str]:
-    """Make every adapter of a run name its base where that lies now, as peft itself opens it.
+    """Make every adapter of a run name the present place of its base, which peft reads.
 
     Returns the base of each adapter folder. Raises ConfigError when there is no adapter, a base is
     gone, or it is not the one the adapter was trained on; no file is then changed.
     """
-    folders = [run.stage("sft"), *sorted(run.snapshots.glob("step-*"))]
     from dcr.core import models
 
-    folders = [folder for folder in folders if models.is_adapter(folder)]
-    if not folders:
+    folders = [run.stage("sft"), *sorted(run.snapshots.glob("step-*"))]
+    bases = {f: models.adapter_base(f) for f in folders if models.is_adapter(f)}
+    if not bases:
         raise ConfigError(f"run={run.folder}: holds no adapter; train stage=sft first")
-    bases = {folder: models.adapter_base(folder) for folder in folders}
     for folder, base in bases.items():
         place = str(Path(base).resolve()) if Path(base).is_dir() else base
         with storage.replaced_folder(folder) as staging:
@@ -376,16 +370,16 @@ def model_card(
     calibrated: Mapping[str, Any] | None = None,
     decoding: Mapping[str, Any] | None = None,
 ) -> str:
-    """README.md of the export: what it is, made from what, how it scored. Markdown.
+    """README.md of the export, in Markdown: method, settings, data with licences, and scores.
 
     `dtype` is that of the exported weights, `depth` the model's number of blocks, `calibrated` the
-    record of the bias in its generation config, `decoding` what the base's own generation config
-    set. Raises DataError for an evaluation that cannot be read.
+    record of the bias in its generation config, `decoding` the settings that the base's own
+    generation config had. Raises DataError for an evaluation that cannot be read.
     """
     name, method = made_with["model"]["name"], made_with["method"]
     front: dict[str, Any] = {"base_model": HUB_NAMES.get(name, name)}
     if Path(name).is_absolute() or Path(name).is_dir():
-        front = {}  # a folder of the machine that trained it means nothing elsewhere
+        front = {}  # a folder on the training machine means nothing elsewhere
         name = Path(name).name
     front |= {**FRONT, "tags": list(dict.fromkeys([*FRONT["tags"], method]))}
     stages = runs.stages(made_with, stage)
@@ -427,17 +421,13 @@ def _settings(
     keys = ["preset_name", "seed", *(key for each in stages for key in SETTINGS.get(each, ()))]
     settings = {key: _leaf(made_with, key) for key in keys}
     if "dcr.layer" in settings:
-        block = _block(run, made_with["dcr"], depth)
+        stage_one = made_with["dcr"]
+        block = run.block() if stage_one.get("layer") == AUTO_LAYER else None
+        if block is None:
+            named = {key: stage_one[key] for key in ("layer", "depth") if key in stage_one}
+            block = block_of(ContrastiveConfig(**named), depth)
         settings["dcr.layer"] = f"block {block} of {depth}, counted from 1"
     return settings
-
-
-def _block(run: Run, made: Mapping[str, Any], depth: int) -> int:
-    """The block ℓ that stage one read."""
-    if made.get("layer") == AUTO_LAYER and (chosen := run.block()) is not None:
-        return chosen
-    named = {key: made[key] for key in ("layer", "depth") if key in made}
-    return block_of(ContrastiveConfig(**named), depth)
 
 
 def _leaf(node: Any, path: str) -> str:
@@ -449,7 +439,7 @@ def _leaf(node: Any, path: str) -> str:
 
 
 def _sources(made_with: Mapping[str, Any], stage: str) -> Iterator[tuple[str, str, str]]:
-    """What each source of a stage was used as, its name and its licence."""
+    """Use, name and licence of each source of a stage."""
     for use in LEARNT[stage]:
         if stage == "readout":
             named = made_with["sft"]["readout"].get(use) or []
@@ -464,10 +454,10 @@ def _sources(made_with: Mapping[str, Any], stage: str) -> Iterator[tuple[str, st
 def evaluated(
     run: Run, stage: str, calibrated: Mapping[str, Any] | None
 ) -> "tuple[pd.DataFrame, list[str], int]":
-    """What was measured of the stage as it is exported, warnings where many of its answers are
-    empty, and how many other evaluations it has.
+    """Scores of the stage as it is exported, warnings of many empty answers, and a count.
 
-    Others are those under an edit, another calibration or on validation prompts.
+    The count is that of its other evaluations: under an edit, with another calibration or on
+    validation prompts.
     """
     import pandas as pd
 

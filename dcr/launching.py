@@ -1,11 +1,8 @@
 """Sweeps past one process: hydra/launcher=slurm on a cluster, hydra/launcher=joblib on one machine.
 
-A job of a sweep is the plain command of its own run folder, so that it ends, is stopped, goes on
-and spans devices and nodes as that does; what it prints is appended to a log there. Of the plugins
-that Hydra's authors released in 2022, hydra-submitit-launcher 1.2 requeues on submitit's signal
-alone, whose handler training replaces, reports one failed job in place of all results and needs
-Slurm's accounting to see that a job is gone, and hydra-joblib-launcher 1.2 ends a sweep at its
-first failure; both log beside the sweep. So submitit and joblib are used without them.
+A job of a sweep is the plain command of its own run folder, so that it ends, stops, resumes and
+spans devices and nodes as that command does; a log there collects its output. Hydra's own plugins
+of 2022 do not serve (docs/cluster.md says why), so submitit and joblib are used without them.
 """
 
 import logging
@@ -36,8 +33,7 @@ from dcr.core.config import ConfigError, UserError
 log = logging.getLogger(__name__)
 
 LAUNCHER = "hydra_plugins.dcr_launchers.CommandLauncher"
-OF_THE_SWEEP = ("hydra/launcher", "hydra.launcher", "hydra/sweeper", "hydra.sweep", "hydra.mode")
-PARENT = "DCR_LAUNCHED_BY"  # the process without which a job of a sweep ends
+SWEEP_ALONE = ("hydra/launcher", "hydra.launcher", "hydra/sweeper", "hydra.sweep", "hydra.mode")
 PARENT = "DCR_LAUNCHED_BY"  # the process without which a job of a sweep ends
 RULE = "---- "  # before each attempt in a job's log
 RESULT_SECONDS, QUEUE_SECONDS = 1.0, 10.0  # between two looks at results and at Slurm's queue
@@ -49,7 +45,7 @@ class JoblibOptions:
     """hydra/launcher=joblib: several jobs at a time on this machine."""
 
     _target_: str = LAUNCHER
-    n_jobs: int = -1  # at a time; -1: as many as GPUs suffice for, or as there are cores
+    n_jobs: int = -1  # at a time; -1: as many as there are GPUs or else cores for
 
 
 @dataclass
@@ -60,7 +56,7 @@ class SlurmOptions:
     cluster: str = "slurm"  # or local, to try it as processes of this machine
     partition: str | None = None
     account: str | None = None
-    minutes: int = 1440  # that an attempt may take; what is not done by then is requeued
+    minutes: int = 1440  # that an attempt may take; a job that is not done by then is requeued
     notice: int = 120  # seconds before the end of an attempt that USR1 announces it
     parallel: int = 256  # jobs at a time
     gpus_per_node: int | None = None
@@ -72,7 +68,7 @@ class SlurmOptions:
 
 @dataclass(frozen=True)
 class Command:
-    """One job of a sweep, as the command that a person would type for it alone."""
+    """One job of a sweep, as the command that a user would type for it alone."""
 
     overrides: list[str]
     words: list[str]  # behind the interpreter
@@ -88,9 +84,9 @@ def launch(
     job_overrides: Sequence[Sequence[str]],
     options: Mapping[str, Any],
 ) -> list[JobReturn]:
-    """Run every job of a sweep, and leave its outcome to `cli.run`, which sums the sweep up.
+    """Run every job of a sweep and leave the outcomes to `cli.run`, which sums the sweep up.
 
-    Raises UserError for settings of the launcher that cannot be.
+    Raises UserError for impossible settings of the launcher.
     """
     configure_log(composed.hydra.hydra_logging, composed.hydra.verbose)
     commands = [_command(context, composed, list(overrides)) for overrides in job_overrides]
@@ -113,7 +109,7 @@ def launch(
 def _command(context: HydraContext, composed: DictConfig, overrides: list[str]) -> Command:
     made = context.config_loader.load_sweep_config(composed, overrides)
     hydra, script = made.hydra, made.hydra.job.config_name
-    kept = [o for o in hydra.overrides.hydra if not o.lstrip("+~").startswith(OF_THE_SWEEP)]
+    kept = [o for o in hydra.overrides.hydra if not o.lstrip("+~").startswith(SWEEP_ALONE)]
     words = [str(Path(sys.argv[0]).absolute()), *kept, *overrides]
     if script == "train":
         folder, name = Path(hydra.sweep.dir, hydra.sweep.subdir).absolute(), "train.log"
@@ -127,7 +123,7 @@ def _command(context: HydraContext, composed: DictConfig, overrides: list[str]) 
 
 
 def register() -> None:
-    """Give Hydra the settings of both launchers; these it finds in `hydra_plugins`.
+    """Give Hydra the settings of both launchers, whose class lies in `hydra_plugins`.
 
     A job that a launcher started here ends with it.
     """
@@ -186,7 +182,10 @@ def _side_by_side(
 def _environments(
     commands: Sequence[Command], asked: int, gpus: Sequence[str]
 ) -> list[dict[str, str]]:
-    """One for each job at a time, with its share of GPUs and cores."""
+    """An environment for each place at a time, with its share of GPUs and cores.
+
+    Raises ConfigError for a number of jobs that cannot run at a time.
+    """
     from joblib import cpu_count
 
     devices = max(command.devices for command in commands)
@@ -208,7 +207,7 @@ def _environments(
 
 
 def gpus() -> list[str]:
-    """Those that jobs may be given, as `CUDA_VISIBLE_DEVICES` names them."""
+    """The GPUs that jobs may use, as `CUDA_VISIBLE_DEVICES` names them."""
     if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name for name in named.split(",") if name]
     import torch  # slow to import
@@ -223,9 +222,9 @@ def _as_array(
     commands: Sequence[Command], options: SlurmOptions, folder: Path
 ) -> Iterator[Outcome]:
     config.check_installed("submitit", "slurm", "hydra/launcher=slurm")
-    # read when it is imported, here and in the job; its own choice is USR2
+    # submitit reads it when it is imported, here and in the job; its default is USR2
     os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", "USR1")
-    if cli.CONF.parent == cli.PACKAGE.parent:  # a checkout: the job is to run the same one
+    if cli.CONF.parent == cli.PACKAGE.parent:  # a checkout, which the job is to run as well
         paths = [str(cli.PACKAGE.parent), os.environ.get("PYTHONPATH", "")]
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     import submitit
@@ -269,12 +268,12 @@ def _as_array(
 
 
 def _ends(jobs: Any, commands: Sequence[Command], began: float, queued: Any) -> Iterator[Outcome]:
-    """Outcomes as jobs write their results, or are gone from the queue without one."""
+    """Yield outcomes as jobs write their results, or leave the queue without one."""
     absent: dict[str, int] = dict.fromkeys((job.job_id for job in jobs), 0)
     looked = time.monotonic()
     for job, command in zip(jobs, commands, strict=True):
         parts = [job.task(place) for place in range(job.num_tasks)]
-        # twice, since a result can take its time to be seen from another node
+        # absent twice, since another node can see a result late
         while not all(p.paths.result_pickle.exists() for p in parts) and absent[job.job_id] < 2:
             time.sleep(RESULT_SECONDS)
             if time.monotonic() > looked + QUEUE_SECONDS:
@@ -286,7 +285,7 @@ def _ends(jobs: Any, commands: Sequence[Command], began: float, queued: Any) -> 
 
 
 def _queued(_: Any) -> set[str] | None:
-    """Names of this user's jobs that Slurm has not done with, None while it does not answer."""
+    """Names of this user's jobs in Slurm's queue, None while Slurm does not answer."""
     asked = ["squeue", "--me", "--array", "--noheader", "--format=%i"]
     told = subprocess.run(asked, capture_output=True, text=True)
     return set(told.stdout.split()) if told.returncode == 0 else None
@@ -297,10 +296,10 @@ def _alive(jobs: Any) -> set[str]:
 
 
 def run_in_job(command: Command) -> None:
-    """The command as this very process, which signals reach once: in each task of a job.
+    """Run the command in this very process, a task of a job, so that signals reach it once.
 
     A job that a signal stopped goes back into the queue. Raises UserError where the command failed,
-    so that the job has failed for Slurm as well.
+    so that the job fails for Slurm as well.
     """
 
     def stop(number: int, _: object) -> None:
@@ -321,7 +320,7 @@ def run_in_job(command: Command) -> None:
             runpy.run_path(command.words[0], run_name="__main__")
         except SystemExit as ended:
             code = ended.code or 0
-        except Exception:  # of any program: it belongs into the job's own log, like all it says
+        except Exception:  # of any program: the job's own log takes it
             traceback.print_exc()
             code = 1
         finally:
@@ -344,8 +343,7 @@ def _slurm_job() -> str:
 
 
 def _requeue(job: str) -> None:
-    """Put a job back into the queue, unless Slurm has decided on it: one that it preempts it
-    requeues itself, and one that was cancelled stays so."""
+    """Put a job back into the queue, unless Slurm requeues a preempted job itself or ends it."""
     asked = ["squeue", f"--jobs={job}", "--noheader", "--format=%T"]
     if subprocess.run(asked, capture_output=True, text=True).stdout.strip() == "RUNNING":
         subprocess.run(["scontrol", "requeue", job])
@@ -356,7 +354,7 @@ def _requeue(job: str) -> None:
 
 @contextmanager
 def _log(command: Command, where: str) -> Iterator[int]:
-    """The job's log, open for another attempt."""
+    """Open the job's log for another attempt, with a line that tells where and when."""
     command.folder.mkdir(parents=True, exist_ok=True)
     file = os.open(command.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
@@ -375,7 +373,7 @@ def _outcome(command: Command, began: float, done: bool) -> Outcome:
 
 
 def _said_last(file: Path) -> str:
-    """Of the last attempt: its error, the last line of a traceback, or that there is neither."""
+    """The error of a log's last attempt, the end of its traceback, or that it has neither."""
     told = file.read_text(errors="replace") if file.is_file() else ""
     lines = [line for line in told.rpartition(RULE)[2].splitlines() if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]

@@ -1,10 +1,10 @@
 """A named study: jobs of a grid trained and evaluated one after the other, and their one page.
 
-A job is a run folder that bears a fingerprint of its resolved settings, so that what one study has
-done another finds. Its parts, each stage and each evaluation, run one by one in forks of this
-process: imports are paid once, peak memory is a part's own, and no fault or kill of one ends the
-study. Stage one is the same for all jobs that agree in model, data, seed and `dcr`: the first
-trains it, the others take it over by hard links.
+A job is a run folder named by a fingerprint of its resolved settings, so that one study finds the
+jobs of another. Its parts, each stage and each evaluation, run one by one in forks of this process:
+imports are paid once, peak memory is a part's own, and no fault or kill of one ends the study.
+Jobs that agree in model, data, seed and `dcr` share stage one: the first trains it, the others
+take it over by hard links.
 """
 
 import functools
@@ -44,20 +44,18 @@ from dcr.core.runs import Cost, Run
 from dcr.core.text import label_of, single_line
 from dcr.plan import cost
 
-WORK = ("dcr.train", "dcr.core.evaluation.metrics")  # what takes seconds to import
-# Settings of train.py and eval.py that a study gives itself.
-OWN = {
+SLOW_IMPORTS = ("dcr.train", "dcr.core.evaluation.metrics")
+SET_BY_STUDY = {  # settings of train.py and eval.py that no user gives
     *("run", "stage", "plan", "force", "output", "snapshots", "steps", "sweep"),
     *("endpoint", "endpoint_model", "endpoint_key", "endpoint_parameters"),
 }
-# What stage one depends on, and what it logs.
-STAGE_ONE = ("model", "data", "dcr", "seed", "tracking")
+STAGE_ONE = ("model", "data", "dcr", "seed", "tracking")  # nodes that decide its weights and log
 STAGE_ONE_ROWS = ("seemingly_toxic", "toxic", "normal")
 
 
 @dataclass(frozen=True)
 class Study:
-    """A grid of `conf/sweep`, the table of its report, and what stands beside the grid."""
+    """A grid of `conf/sweep`, the table of its report, and the jobs beside the grid."""
 
     grid: str
     table: str
@@ -79,8 +77,8 @@ class Options:
     """python -m dcr.study study=epochs [seeds=3] [any setting of train.py or eval.py]
 
     Trains every job of a named study, evaluates each and the base model, and writes one page. A
-    setting with several values, such as sft.lr=1e-4,5e-4, is one more dimension. What is done is
-    found: the same command goes on after a fault or a kill.
+    setting with several values, such as sft.lr=1e-4,5e-4, is one more dimension. The same command
+    goes on after a fault or a kill.
     """
 
     study: str = entry.option("its name", choices=tuple(STUDIES))
@@ -95,9 +93,9 @@ class Options:
 @entry.command(Options, goes_on=True)
 def main(options: Options) -> None:
     study = STUDIES[options.study]
-    with told_once():
+    with notices_once():
         planned = jobs(options, study)
-    in_fork(lambda: check(planned))
+    in_fork(lambda: check_jobs(planned))
     if options.plan:
         in_fork(lambda: print(describe(planned)))
         return
@@ -106,23 +104,10 @@ def main(options: Options) -> None:
     os.environ.setdefault("DCR_SWEEP", f"{options.study}-{named}")  # the group of its W&B runs
     with storage.locked(options.out):  # a killed study's last part may still be ending
         failed = carry_out([part for job in planned for part in job.parts()])
-    page, (folders, notes) = options.out / f"{options.study}.html", shown(planned, failed)
-    while folders:
-        known = [*notes, *(f"failed: {job}: {why}" for job, why in failed.items())]
-        try:
-            print(f"{report.build(folders, page, [study.table], notes=known)}\n\npage: {page}")
-            break
-        except UserError as fault:  # of a job that was done, and whose files were damaged since
-            damaged = next((f for f in folders if str(fault).startswith(f"{f}{os.sep}")), None)
-            if damaged is None:
-                raise
-            folders.remove(damaged)
-            (name,) = (job.name for job in planned if job.run.folder == damaged)
-            failed[name] = single_line(f"report: {fault}")
-            print(f"failed: {failed[name]}", file=sys.stderr, flush=True)
+    write_page(planned, failed, options.out / f"{options.study}.html", study.table)
     if failed:
         told = "; ".join(f"{job}: {why}" for job, why in failed.items())
-        raise Told(f"{len(failed)} of {len(planned)} jobs failed: {told}", 1)
+        raise StudyError(f"{len(failed)} of {len(planned)} jobs failed: {told}")
 
 
 # --- jobs ---------------------------------------------------------------------------------------
@@ -130,7 +115,7 @@ def main(options: Options) -> None:
 
 @dataclass(frozen=True)
 class Part:
-    """What is done or is not: a stage of a job's training, or an evaluation of it."""
+    """A stage of a job's training, or an evaluation of it."""
 
     job: str
     name: str
@@ -140,7 +125,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Job:
-    """One run folder: how it is trained, if it is, and evaluated."""
+    """One run folder with the settings of its training, if any, and of its evaluations."""
 
     name: str
     run: Run
@@ -148,7 +133,7 @@ class Job:
     evaluations: tuple[EvalConfig, ...]
 
     def parts(self) -> list[Part]:
-        """In the order of their doing."""
+        """All parts in their order."""
         found: list[Part] = []
         if (settings := self.training) is not None:
             for stage in config.stages_of(settings.method):
@@ -159,16 +144,18 @@ class Job:
             steering = settings.steering.method.value
             name = "evaluation" + ("" if steering == "none" else f", {steering}")
             name += ", calibrated" if settings.calibrate else ""
-            found.append(Part(self.name, name, *_evaluation(settings, self.run)))
+            done = functools.partial(evaluation_done, settings, self.run)
+            work = functools.partial(evaluate, settings, self.run)
+            found.append(Part(self.name, name, done, work))
         return found
 
 
 def jobs(options: Options, study: Study) -> list[Job]:
     """The base model and every job of a study, each with its settings resolved.
 
-    Raises ConfigError for whatever is wrong with a setting.
+    Raises ConfigError for a wrong setting.
     """
-    training, evaluating = sorted_words(options.settings)
+    training, evaluating = split_settings(options.settings)
     seeds = [word for word in training if word.startswith("seed=")]
     first = seeds[-1].removeprefix("seed=") if seeds else "0"
     if options.seeds > 1:
@@ -229,8 +216,8 @@ def _label(settings: TrainConfig) -> str:
 
 
 @contextmanager
-def told_once() -> Iterator[None]:
-    """A notice on a model's settings is the same for each job."""
+def notices_once() -> Iterator[None]:
+    """Log a notice on a model's settings once, not for every job."""
     told: set[str] = set()
 
     def new(record: logging.LogRecord) -> bool:
@@ -248,15 +235,18 @@ def told_once() -> Iterator[None]:
 def _evaluations(
     combined: Sequence[Sequence[str]], made_with: Mapping[str, Any]
 ) -> list[EvalConfig]:
-    """What a run that is made with these settings is evaluated with."""
+    """Settings of the evaluations of a run that is made with the settings `made_with`."""
     composed = (cli.compose("eval", each, Options) for each in combined)
     return [
         config.resolve(evaluation_script.completed(one, made_with), EvalConfig) for one in composed
     ]
 
 
-def sorted_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Settings of training and of evaluation; of both where they are of the machine or W&B."""
+def split_settings(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The settings of training and those of evaluation; the machine's and W&B's are in both.
+
+    Raises ConfigError for a word that is neither, or that a study sets itself.
+    """
     training, evaluating = (
         {entry.name for entry in fields(schema)} | {group}
         for schema, group in ((TrainConfig, "preset"), (EvalConfig, "steering"))
@@ -267,8 +257,9 @@ def sorted_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
     for word in words:
         key = word.lstrip("+~").split("=")[0]
         head = key.split(".")[0]
-        if head in OWN or "=" not in word:
-            why = "a study sets it itself" if head in OWN else "settings are written key=value"
+        if head in SET_BY_STUDY or "=" not in word:
+            itself = head in SET_BY_STUDY
+            why = "a study sets it itself" if itself else "settings are written key=value"
             raise ConfigError(f"{word}: {why}")
         if head not in training | evaluating:
             near = config.nearest(head, sorted(training | evaluating))
@@ -281,8 +272,8 @@ def sorted_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return found
 
 
-def check(planned: Sequence[Job]) -> None:
-    """Raises UserError for what can be known wrong with any job before weights are opened."""
+def check_jobs(planned: Sequence[Job]) -> None:
+    """Raises UserError for a fault of any job that shows before weights are opened."""
     from dcr import train as training_script
     from dcr.core.evaluation import metrics
 
@@ -309,49 +300,47 @@ def train_stage(settings: TrainConfig, run: Run, stage: Stage) -> None:
         training_script.train(replace(settings, stage=stage), run)
 
 
-def _evaluation(settings: EvalConfig, run: Run) -> tuple[Callable[[], bool], Callable[[], None]]:
-    """Whether it is done, and the doing."""
+def evaluation_done(settings: EvalConfig, run: Run) -> bool:
+    return (run.folder / "eval").is_dir() and _evaluated(settings, run) in _seconds(run)
+
+
+def evaluate(settings: EvalConfig, run: Run) -> None:
+    """Evaluate a run and note in its folder how many seconds that took."""
+    began = time.perf_counter()
+    extensions.hand_in_passes()
+    evaluation_script.evaluate(settings, run)
+    spent = round(time.perf_counter() - began, 1)
+    storage.write_json(run.evaluated_file, _seconds(run) | {_evaluated(settings, run): spent})
+
+
+def _seconds(run: Run) -> dict[str, float]:
     file = run.evaluated_file
-
-    def known() -> dict[str, float]:
-        return storage.read_json(file, dict[str, float]) if file.exists() else {}
-
-    def done() -> bool:
-        return (run.folder / "eval").is_dir() and _evaluated(settings, run) in known()
-
-    def work() -> None:
-        began = time.perf_counter()
-        extensions.hand_in_passes()
-        evaluation_script.evaluate(settings, run)
-        spent = round(time.perf_counter() - began, 1)
-        storage.write_json(file, known() | {_evaluated(settings, run): spent})
-
-    return done, work
+    return storage.read_json(file, dict[str, float]) if file.exists() else {}
 
 
 def _evaluated(settings: EvalConfig, run: Run) -> str:
-    """A fingerprint of the weights and of everything that is measured of them."""
+    """A fingerprint of the weights and of the settings that they are evaluated with."""
     from dcr.core import models
     from dcr.core.evaluation import subjects
 
     subject = subjects.subjects(settings, run)[0]
     weights = models.weights_fingerprint(subject.folder) if subject.folder else subject.weights
-    apart = ("run", "output", "trainer", "wandb")
-    made_with = {key: value for key, value in cli.plain(settings).items() if key not in apart}
+    free = ("run", "output", "trainer", "wandb")
+    made_with = {key: value for key, value in cli.plain(settings).items() if key not in free}
     return storage.fingerprint([weights, made_with])
 
 
 def stage_one(made_with: Mapping[str, Any]) -> str:
-    """A fingerprint of the settings that stage one depends on, of a run's configuration."""
+    """A fingerprint of the part of a run's configuration that stage one depends on."""
     decisive = runs.binding(made_with)
     return storage.fingerprint({key: decisive.get(key) for key in STAGE_ONE})
 
 
 def adopt(settings: TrainConfig, run: Run) -> bool:
-    """Take over the stage one of a run beside this one, if one has the same settings and rows.
+    """Take over stage one from a run beside this one that has the same settings and rows, if any.
 
-    Files are hard-linked where the disk can, so that it takes no room. A donor whose files are
-    damaged is told in one line and passed over.
+    Files are hard-linked where the disk can, which takes no room. A donor with damaged files is
+    named in one line and passed over.
     """
     found = donors(settings, run)
     if not found:
@@ -373,34 +362,32 @@ def adopt(settings: TrainConfig, run: Run) -> bool:
 
 
 def donors(settings: TrainConfig, run: Run) -> list[Run]:
-    """Runs beside a run whose stage one is done and was made with the same settings."""
+    """The runs beside a run that have done stage one with the same settings."""
     settled, _ = precision.of_training(settings, run.precisions())
     key, found = stage_one(cli.plain(settled)), []
     for file in sorted(run.folder.parent.glob("*/config.yaml")):
         donor = Run(file.parent)
-        with suppress(UserError):  # one of another version, or damaged, has nothing to give
+        with suppress(UserError):  # a damaged run has nothing to give
             if donor.folder != run.folder and donor.done("contrastive"):
                 found += [donor] if stage_one(donor.config()) == key else []
     return found
 
 
-def _rows_of_stage_one(record: Mapping[str, Any]) -> list[str | None]:
-    return [record["rows"].get(name, {}).get("fingerprint") for name in STAGE_ONE_ROWS]
-
-
 def _take_over(donor: Run, run: Run, settings: TrainConfig, record: Mapping[str, Any]) -> bool:
-    """Whether the donor started from the same weights and learnt from the same rows, and its stage
-    one is now the run's as well.
+    """Copy stage one of a donor that started from the same weights and learnt from the same rows.
 
-    Raises UserError, before anything is written, where a file of the donor is damaged.
+    Returns whether it did. Raises UserError, before anything is written, where a file of the donor
+    is damaged.
     """
     from dcr.core import models
+
+    def rows(record: Mapping[str, Any]) -> list[str | None]:
+        return [record["rows"].get(name, {}).get("fingerprint") for name in STAGE_ONE_ROWS]
 
     folder, weights = Path(settings.model.name), donor.stage("contrastive")
     now = models.weights_fingerprint(folder) if folder.is_dir() else None
     started = storage.read_json(donor.base_file, runs.StartedFrom, runs.RESTORE)["contrastive"]
-    same = _rows_of_stage_one(donor.record()) == _rows_of_stage_one(record)
-    if not same or now not in (None, started):
+    if rows(donor.record()) != rows(record) or now not in (None, started):
         return False
     storage.check_checksums(weights, needed=True)
     logged = [row for row in runs.read_metrics(donor) if row["stage"] == "contrastive"]
@@ -433,7 +420,7 @@ def _link(source: str, target: str) -> None:
 
 
 def carry_out(parts: Sequence[Part]) -> dict[str, str]:
-    """Do what is not done, in order; why the first part of each failed job failed, by job."""
+    """Do the parts that are not done, in order; returns by job why its first failed part failed."""
     failed: dict[str, str] = {}
     for place, part in enumerate(parts, start=1):
         if part.job in failed:
@@ -450,18 +437,18 @@ def carry_out(parts: Sequence[Part]) -> dict[str, str]:
     return failed
 
 
-def all_done(parts: Sequence[Part]) -> None:
-    """Do what is not done, in order. Raises Told with the first job that failed."""
+def do_all(parts: Sequence[Part]) -> None:
+    """Do the parts that are not done, in order. Raises StudyError for the first job that failed."""
     for job, why in carry_out(parts).items():
-        raise Told(f"{job}: {why}", 1)
+        raise StudyError(f"{job}: {why}")
 
 
 def in_fork(*works: Callable[[], object]) -> None:
-    """Do something in a fork of this process, several things at once in one each.
+    """Do each work in a fork of this process, all at once.
 
-    Raises Told with the fault that ended the first of those that failed, when all have ended.
+    Raises StudyError, when all have ended, with the fault of the first that failed.
     """
-    for name in WORK:  # here, so that no fork imports it for itself alone
+    for name in SLOW_IMPORTS:  # here, so that no fork imports it for itself alone
         importlib.import_module(name)
     fork = multiprocessing.get_context("fork")
     sys.stdout.flush()
@@ -483,25 +470,23 @@ def in_fork(*works: Callable[[], object]) -> None:
         raise
     for child, receiving in children:
         child.join()
-        if child.exitcode:
-            raise _told(child.exitcode, receiving)
-        prompts.UNTEMPLATED.update(receiving.recv())  # so that no other child says it again
+        code = child.exitcode or 0
+        try:
+            said = receiving.recv()
+        except EOFError:
+            said = StudyError(
+                f"killed by {signal.Signals(-code).name}" if code < 0 else "ended without a word"
+            )
+        if isinstance(said, StudyError):
+            raise said
+        prompts.UNTEMPLATED.update(said)  # so that no other child says it again
 
 
-def _told(exitcode: int, receiving: Connection) -> "Told":
-    try:
-        return receiving.recv()
-    except EOFError:
-        killed = exitcode < 0
-        how = f"killed by {signal.Signals(-exitcode).name}" if killed else "ended without a word"
-        return Told(how, 1)
+class StudyError(UserError):
+    """The fault that ended a part, in another process or here."""
 
-
-class Told(UserError):
-    """What another process said of the fault that ended it."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message, exit_code)  # both, by which it is copied from process to process
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message, exit_code)  # both, since pickling calls it with these
         self.exit_code = exit_code
 
     def __str__(self) -> str:
@@ -516,48 +501,56 @@ def _in_child(work: Callable[[], object], sending: Connection, parent: int) -> N
         sending.send(prompts.UNTEMPLATED)
         return
     except KeyboardInterrupt:
-        told = Told("stopped", 1)
+        fault = StudyError("stopped")
     except UserError as error:
-        told = Told(str(error), error.exit_code)
+        fault = StudyError(str(error), error.exit_code)
     except Exception as error:
         traceback.print_exc()
-        told = Told(f"{type(error).__name__}: {error}", 1)
-    sending.send(told)
+        fault = StudyError(f"{type(error).__name__}: {error}")
+    sending.send(fault)
     sys.exit(1)
 
 
-# --- what is told -------------------------------------------------------------------------------
+# --- page and plan ------------------------------------------------------------------------------
 
 
-def shown(planned: Sequence[Job], failed: dict[str, str]) -> tuple[list[Path], list[str]]:
-    """The run folders that the page can show, and as its notes what was done once for several jobs.
+def write_page(planned: Sequence[Job], failed: dict[str, str], page: Path, table: str) -> None:
+    """Write the page of the jobs that can be read, and print its table.
 
-    A folder that cannot be read is added to the jobs that `failed`.
+    Its notes say which jobs failed and which took over stage one. A job whose files are damaged is
+    left out and added to `failed`.
     """
-    from dcr.report import records
-
-    folders, notes = list[Path](), list[str]()
-    for job in planned:
-        run, file = job.run, job.run.adopted_file
-        if not any(run.folder.glob("eval/*/metrics.json")):
-            continue
+    shown = [job for job in planned if any(job.run.folder.glob("eval/*/metrics.json"))]
+    while shown:
         try:
             with ending.faults_in_words():
-                records.read_run(run.folder)
-                donor = storage.read_json(file, runs.StartedFrom) if file.exists() else None
+                notes = [note for job in shown for note in _adopted(job.run)]
+                notes += [f"failed: {job}: {why}" for job, why in failed.items()]
+                folders = [job.run.folder for job in shown]
+                text = report.build(folders, page, [table], notes=notes)
         except UserError as fault:
-            failed.setdefault(job.name, single_line(f"report: {fault}"))
-            continue
-        folders.append(run.folder)
-        if donor is not None:
-            notes.append(f"{run.folder.name}: stage one is that of {donor['contrastive']}")
-    return folders, notes
+            damaged = next((job for job in shown if str(job.run.folder) in str(fault)), None)
+            if damaged is None:
+                raise
+            shown.remove(damaged)
+            failed.setdefault(damaged.name, single_line(f"report: {fault}"))
+            print(f"failed: {failed[damaged.name]}", file=sys.stderr, flush=True)
+        else:
+            print(f"{text}\n\npage: {page}")
+            return
+
+
+def _adopted(run: Run) -> list[str]:
+    if not run.adopted_file.exists():
+        return []
+    donor = storage.read_json(run.adopted_file, runs.StartedFrom)["contrastive"]
+    return [f"{run.folder.name}: stage one is that of {donor}"]
 
 
 def describe(planned: Sequence[Job]) -> str:
-    """Jobs and their parts: done, shared, or to be done in an estimated time."""
+    """A table of the jobs: which parts are done, shared, or take how long."""
     table = entry.table("Jobs", ["job", "stage one", "SFT", "evaluations", "folder"], names=5)
-    first: dict[str, str] = {}  # job by its stage one
+    first: dict[str, str] = {}  # the job that trains each stage one
     seconds = [0.0]
     for job in planned:
         cells = [_stage_cell(job, stage, first, seconds) for stage in STAGES[Method.dcr]]
@@ -566,7 +559,7 @@ def describe(planned: Sequence[Job]) -> str:
         cells.append("done" if done == len(job.evaluations) else f"{answers} answers")
         table.add_row(job.name, *cells, job.run.folder.name)
     total = plan.duration(sum(seconds))
-    return entry.plain_text(table, f"training in all: {total}, an estimate; answers come on top")
+    return entry.plain_text(table, f"training in all: about {total}; answers come on top")
 
 
 def _stage_cell(job: Job, stage: Stage, first: dict[str, str], seconds: list[float]) -> str:

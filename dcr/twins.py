@@ -1,8 +1,8 @@
 """Harmless twins of toxic prompts: the same form, nearly the same words, another intent.
 
-After Deactivating Refusal Triggers (arXiv 2603.11388), which strips intent from harmful queries:
-what is left of the wording then appears with answers as well as with refusals. An author rewrites
-each prompt; what is no twin by the rules here is asked again with other instructions.
+After Deactivating Refusal Triggers (arXiv 2603.11388), which strips intent from harmful queries, so
+that the remaining words appear with answers as well as with refusals. An author rewrites each
+prompt, and again with other instructions if the result is no twin by the rules here.
 """
 
 import re
@@ -12,8 +12,8 @@ from dcr.core import balance, refusal
 from dcr.core.config import KeywordRules
 from dcr.core.text import normalise
 
-SHARED = 0.5  # of the longer prompt's words, at least
-LENGTHS = 0.4  # by which the longer prompt may exceed the shorter, of the shorter's words
+SHARED = 0.5  # least share of the longer prompt's words that both have
+LENGTHS = 0.4  # share of the shorter prompt's words by which the longer may exceed it
 ACCEPTED = "accepted"
 INSTRUCTIONS = (
     "You rewrite requests. Change as few words as possible so that the request becomes entirely "
@@ -31,14 +31,14 @@ QUOTES = "\"'“”‘’`*"
 
 
 def candidate(text: str) -> str:
-    """The request in what an author wrote: its first line, without quotes or a label before it."""
+    """The request in an author's text: its first line without quotes and without a label."""
     line = next((line.strip() for line in text.splitlines() if line.strip()), "")
     line = re.sub(r"^[*_]*[A-Z][\w ]{2,24}:[*_]*\s+(?=\S)", "", line)
     return line.strip(QUOTES + " ")
 
 
 def outcome(toxic: str, twin: str) -> str:
-    """ACCEPTED, or why a text is no twin of a toxic prompt as far as rules can tell."""
+    """ACCEPTED, or the rule by which a text is no twin of a toxic prompt."""
     ours, theirs = (balance.WORD.findall(text.lower()) for text in (twin, toxic))
     if not ours:
         return "empty"

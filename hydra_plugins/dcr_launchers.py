@@ -1,6 +1,6 @@
-"""Where Hydra looks for launchers, and takes none from elsewhere; see `dcr.launching`.
+"""The launchers of `dcr.launching` for Hydra, which looks for plugins in this package alone.
 
-Every program of Hydra's in this environment reads this file when it starts, so it imports little.
+Every Hydra program in this environment reads this file when it starts, so it imports little.
 """
 
 from collections.abc import Sequence

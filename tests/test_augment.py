@@ -174,7 +174,7 @@ def test_repeated_prompts_and_those_of_other_pairs_are_dropped(folder: Folder) -
 
 
 def test_without_a_file_the_prompts_are_those_of_stage_one(folder: Folder) -> None:
-    """Where the data's own rows have answers, as the embedded corpus: a matched comparison."""
+    """A matched comparison, where the data's own rows have answers as the embedded corpus has."""
     own = folder.answers()
     config = folder.config([folder.other], seemingly_toxic=CountedSourceConfig([own], count=10))
     for seed in (0, 1):
@@ -279,7 +279,7 @@ def tell(folder: Folder, server: Scripted | None, *more: str) -> list[str]:
 
 
 def fault(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """What a command that ends with exit code 2 says in its one line."""
+    """The one line of a command that ends with exit code 2."""
     capsys.readouterr()
     assert augment.main(arguments) == 2
     out, err = capsys.readouterr()

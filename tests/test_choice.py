@@ -20,7 +20,7 @@ from dcr.analyses.separability import linear_probe
 from dcr.choice import origins
 from dcr.choice.__main__ import describe, main
 from dcr.choice.origins import Material, Pair
-from dcr.choice.transfer import Choice, common, mean, ranked
+from dcr.choice.transfer import Choice, mean, ranked
 from dcr.core import prompts
 from dcr.core.config import (
     ConfigError,
@@ -70,13 +70,18 @@ def planted(found: Material, axes: Mapping[str, Mapping[int, int]]) -> dict:
     return features
 
 
+def probed(candidates: list[Pair], tests: Mapping[str, Pair], **axes: dict[int, int]) -> Choice:
+    """The choice among candidates whose sources have these axes planted."""
+    found = material(candidates, tests)
+    return Choice("a/model", ranked(found, planted(found, axes), seed=0, near=0.9), 1, ["a note"])
+
+
 # --- the comparison ---
 
 
 def test_the_layer_of_transfer_wins_over_one_that_separates_its_own_sources_alone() -> None:
-    found = material([TRAIN], {"elsewhere": TEST})
-    features = planted(found, {"train_toxic": {2: 1, 3: 4}, "test_toxic": {3: 4}})
-    (pair,) = ranked(found, features, seed=0, near=0.9)
+    axes = {"train_toxic": {2: 1, 3: 4}, "test_toxic": {3: 4}}
+    (pair,) = probed([TRAIN], {"elsewhere": TEST}, **axes).pairs
     assert pair.best.layer == 3
     assert pair.layers[1].within.estimate > 0.99  # layer 2 looks as good in distribution
     assert pair.layers[1].transfer.estimate < 0.75
@@ -119,13 +124,12 @@ def test_the_mean_of_intervals_against_independent_draws() -> None:
 
 def test_pairs_are_compared_on_the_sets_that_all_were_tested_on() -> None:
     """The second pair is tested on an easy set that the first one trains on."""
-    easy = {"easy": TRAIN, "hard": TEST}
-    found = material([TRAIN, OTHER], easy)
     axes = {"train_toxic": {2: 1}, "other_toxic": {2: 1}, "test_toxic": {2: 1}}
-    first, second = ranked(found, planted(found, axes), seed=0, near=0.9)
+    found = probed([TRAIN, OTHER], {"easy": TRAIN, "hard": TEST}, **axes)
+    first, second = found.pairs
     assert list(first.best.tests) == ["hard"]
     assert list(second.best.tests) == ["easy", "hard"]
-    assert common([first, second]) == ["hard"]
+    assert found.common == ["hard"]
     assert second.on(["hard"]) == mean([second.best.tests["hard"]])
     assert second.on([]) is None
 
@@ -144,7 +148,7 @@ def test_test_prompts_close_to_training_prompts_do_not_count() -> None:
     assert apart.best.transfer.estimate > 0.99
     found.rows[side] = copies
     features[side] = features[side][:, :20]
-    with pytest.raises(ConfigError, match="too few prompts of elsewhere are apart from"):
+    with pytest.raises(ConfigError, match="too few prompts of elsewhere differ from"):
         ranked(found, features, seed=0, near=0.9)
 
 
@@ -301,18 +305,16 @@ def test_features_are_those_of_stage_one(tuned: TrainConfig, policy: Policy) -> 
 
 
 def test_table_and_record_name_the_settings_to_use_and_why() -> None:
-    made = material([TRAIN, OTHER], {"elsewhere": TEST})
     axes = {"train_toxic": {3: 4}, "test_toxic": {3: 4}, "other_toxic": {3: 1}}
-    pairs = ranked(made, planted(made, axes), seed=0, near=0.9)
-    found = Choice("a/model", pairs, configured=1, notes=["something was left out"])
+    found = probed([TRAIN, OTHER], {"elsewhere": TEST}, **axes)
     told = " ".join(describe(found).split())
-    assert "- dcr.layer=3: the probe fitted there to train_safe / train_toxic" in told
+    assert "- dcr.layer=3: the probe on train_safe / train_toxic transfers best" in told
     assert "3 best" in told
     assert "1 configured" in told
-    assert "data.seemingly_toxic.source=train_safe data.toxic.source=train_toxic transfers" in told
+    assert "data.seemingly_toxic.source=[train_safe] data.toxic.source=[train_toxic] trans" in told
     assert "100% / 0%" in told
-    assert "- something was left out" in told
-    assert "the labels of elsewhere were looked at" in told
+    assert "- a note" in told
+    assert "scores on elsewhere are no longer blind" in told
     assert all(len(line) <= 100 for line in describe(found).splitlines())
     record = found.record()
     assert json.loads(json.dumps(record, allow_nan=False)) == record
@@ -324,10 +326,8 @@ def test_table_and_record_name_the_settings_to_use_and_why() -> None:
 
 
 def test_sources_that_teach_nothing_are_said_to() -> None:
-    found = material([TRAIN, OTHER], {"elsewhere": TEST})
-    features = planted(found, {"train_toxic": dict.fromkeys(range(1, LAYERS + 1), 1)})
-    pairs = ranked(found, features, seed=0, near=0.9)
-    told = " ".join(describe(Choice("m", pairs, 1, [])).split())
+    axes = {"train_toxic": dict.fromkeys(range(1, LAYERS + 1), 1)}
+    told = " ".join(describe(probed([TRAIN, OTHER], {"elsewhere": TEST}, **axes)).split())
     assert "told apart within (1.00) but hardly elsewhere at any layer" in told
 
 

@@ -1,4 +1,4 @@
-"""What runs write into W&B, read back from the offline files, and the dashboard made for it."""
+"""Runs in W&B, read back from its offline files, and the dashboard made for them."""
 
 import json
 import os
@@ -309,7 +309,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Server:
-    """What was saved by the command, run twice with a key."""
+    """W&B's server after the command has run twice with a key."""
     made = Server()
     with answering(made) as url:
         told = {"WANDB_BASE_URL": url.removesuffix("/v1"), "WANDB_API_KEY": "a" * 40}

@@ -75,7 +75,7 @@ def test_one_bar_over_all_parts_knows_what_was_done_before() -> None:
     ]
     overall = Overall(parts, 1.0, 1)
     seen = []
-    with progress.told_to(overall.heard):
+    with progress.told_to(overall.reached):
         overall.begin(parts[1])  # "a" is done
         seen.append((overall.now, overall.counted))
         bar = progress.Bar(desc="x", total=4, initial=2)  # half of it, in an earlier command

@@ -160,7 +160,7 @@ STUDY = {
 }
 SEARCH = {
     "dcr.margin=0.4..0.1": "dcr.margin=0.4..0.1: give low..high, low below high",
-    "dcr.margin=0..0.4:log": "of :log both above 0",
+    "dcr.margin=0..0.4:log": "with :log both above 0",
     "dcr.margin=0.1..x": "a space is low..high",
     "dcr.layer=1..3": "dcr.layer=3: the model has blocks 1 to 2",
     "dcr.margni=0.1..0.2": "dcr.margni",

@@ -34,7 +34,7 @@ from dcr.core.evaluation import subjects
 from dcr.core.evaluation.subjects import Subject
 from dcr.core.models import Policy
 from dcr.core.runs import Run
-from dcr.core.sources import read
+from dcr.core.sources import Example, read
 from tests.servers.loopback import Answer, Request, answering, as_json
 
 # peft asks transformers for a name that the latter has renamed
@@ -85,6 +85,27 @@ class Made:
     run: Run
     logits: Tensor
     stage_one: Tensor
+
+
+def by_transformers(out: Path, rows: list[Example], **asked: Any) -> dict[str, str]:
+    """The answers of plain transformers, by the ids of the prompts."""
+    model: Any = AutoModelForCausalLM.from_pretrained(out)
+    tokenizer: Any = AutoTokenizer.from_pretrained(out)
+    found = {}
+    for row in rows:
+        turns = [{"role": "user", "content": row.prompt}]
+        given = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        answer = model.generate(**given, **asked)[0, given["input_ids"].shape[1] :]
+        found[row.id] = tokenizer.decode(answer, skip_special_tokens=True).strip()
+    return found
+
+
+def by_ours(settings: EvalConfig, subject: Subject, rows: list[Example]) -> dict[str, str]:
+    policy = subjects.opened(settings, subject)
+    batches = subjects.answer(settings, subject, lambda: policy, rows)
+    return {answer.id: answer.response for batch in batches for answer in batch}
 
 
 def _logits(model: Any) -> Tensor:
@@ -163,12 +184,10 @@ def elsewhere(made: Made, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return torch.load(place / "logits.pt")
 
 
-@pytest.mark.parametrize("kind", ["merged", "adapter"])
-def test_logits_elsewhere_are_those_in_memory(
-    made: Made, elsewhere: dict[str, Tensor], kind: str
-) -> None:
+def test_logits_elsewhere_are_those_in_memory(made: Made, elsewhere: dict[str, Tensor]) -> None:
     assert (made.logits - made.stage_one).abs().max() > 0.1  # the adapter matters
-    torch.testing.assert_close(elsewhere[kind], made.logits, rtol=1e-4, atol=1e-4)
+    for kind in ("merged", "adapter"):
+        torch.testing.assert_close(elsewhere[kind], made.logits, rtol=1e-4, atol=1e-4)
 
 
 def test_plain_transformers_decodes_a_calibrated_export_as_we_do(
@@ -188,22 +207,9 @@ def test_plain_transformers_decodes_a_calibrated_export_as_we_do(
     policy = subjects.opened(settings, plain := Subject("base", out))
     biased, record = calibration.calibrated(settings, plain, lambda: policy, tmp_path / "answers")
     rows = read("demo_toxic_heldout")[:12]
-    ours, uncalibrated = (
-        {c.id: c.response for batch in subjects.answer(settings, of, lambda: policy, rows)
-         for c in batch}
-        for of in (biased, plain)
-    )  # fmt: skip
-    assert ours != uncalibrated
-    model: Any = AutoModelForCausalLM.from_pretrained(out)
-    tokenizer: Any = AutoTokenizer.from_pretrained(out)
-    for row in rows:
-        turns = [{"role": "user", "content": row.prompt}]
-        given = tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        whole = model.generate(**given, max_new_tokens=12, do_sample=False)
-        answer = whole[0, given["input_ids"].shape[1] :]
-        assert tokenizer.decode(answer, skip_special_tokens=True).strip() == ours[row.id]
+    ours = by_ours(settings, biased, rows)
+    assert ours != by_ours(settings, plain, rows)
+    assert ours == by_transformers(out, rows, max_new_tokens=12, do_sample=False)
     card_text = (out / "README.md").read_text()
     assert f"The generation config adds {record['bias']:+.3f}" in card_text
     assert "| contrasts_toxic_heldout | 119 | 91% |" in card_text
@@ -221,19 +227,7 @@ def test_an_export_of_a_base_that_samples_and_penalises_decodes_as_evaluated(mov
     )
     settings.gen.max_new_tokens = settings.gen.most
     rows, subject = read("demo_toxic_heldout")[:3], Subject("sft", moved.stage("sft"))
-    policy = subjects.opened(settings, subject)
-    batches = subjects.answer(settings, subject, lambda: policy, rows)
-    evaluated = {c.id: c.response for batch in batches for c in batch}
-    model: Any = AutoModelForCausalLM.from_pretrained(out)
-    tokenizer: Any = AutoTokenizer.from_pretrained(out)
-    for row in rows:
-        given = tokenizer.apply_chat_template(
-            [{"role": "user", "content": row.prompt}], add_generation_prompt=True,
-            return_tensors="pt", return_dict=True,
-        )  # fmt: skip
-        whole = model.generate(**given)
-        answer = whole[0, given["input_ids"].shape[1] :]
-        assert tokenizer.decode(answer, skip_special_tokens=True).strip() == evaluated[row.id]
+    assert by_transformers(out, rows) == by_ours(settings, subject, rows)
 
 
 def test_peft_does_not_find_the_base_of_a_moved_run_by_itself(moved: Run, made: Made) -> None:
@@ -297,7 +291,7 @@ def test_template_speaks_as_the_run_did(exported: Path) -> None:
     assert SYSTEM not in tokenizer.apply_chat_template(named, tokenize=False)
 
 
-def test_a_base_without_template_gets_that_of_the_run(made: Made, moved: Run) -> None:
+def test_a_base_without_template_gets_that_of_the_run(moved: Run) -> None:
     models.byte_tokenizer(None).save_pretrained(moved.stage("sft"))
     (moved.stage("sft") / "chat_template.jinja").unlink(missing_ok=True)
     storage.write_checksums(moved.stage("sft"))
@@ -538,36 +532,34 @@ def card_of(run: Run, made_with: dict[str, Any] = CONFIG, depth: int = 2) -> str
     return export.model_card(run, "sft", made_with, dtype="bfloat16", depth=depth)
 
 
-def test_card_names_data_licences_and_scores(moved: Run) -> None:
+def test_card_names_data_licences_scores_and_readout(moved: Run) -> None:
     scored(moved, "sft-1")
     text = card_of(moved)
     front = yaml.safe_load(text.split("---")[1])
     assert front["base_model"] == "someone/base"
     assert front["tags"] == ["over-refusal", "safety", "dcr"]
-    assert "The weights are in bfloat16" in text
-    assert "| seemingly_toxic | xstest_safe | CC-BY-4.0 |" in text
-    assert "| toxic | mine.jsonl | a file of the user's |" in text
-    assert "| normal | 20000 | `bbbb` |" in text
-    assert "| `dcr.optim.lr` | 0.0001 |" in text
-    assert "| i_cona | toxic | 100 | 80% (71% to 87%) |" in text  # Wilson, from a table
-    assert "/home/me" not in text
-
-
-def test_card_warns_of_a_model_that_says_nothing(moved: Run) -> None:
-    scored(moved, "sft-1")
-    assert "Warning" not in card_of(moved), "4% are few"
+    for told in (
+        "The weights are in bfloat16",
+        "| seemingly_toxic | xstest_safe | CC-BY-4.0 |",
+        "| toxic | mine.jsonl | a file of the user's |",
+        "| normal | 20000 | `bbbb` |",
+        "| `dcr.optim.lr` | 0.0001 |",
+        "| i_cona | toxic | 100 | 80% (71% to 87%) |",  # Wilson, from a table
+    ):
+        assert told in text
+    for absent in ("/home/me", "Warning"):  # 4% of empty answers are few
+        assert absent not in text
+    assert "readout" not in text.replace("sft.readout", "")
     scored(moved, "sft-1", refused=10, empty=60)
-    told = "**Warning:** 60 of 100 answers (60%) are empty: they count as neither compliance nor"
-    assert told in card_of(moved)
-
-
-def test_card_names_the_readout_and_what_it_was_made_from(moved: Run) -> None:
-    assert "readout" not in card_of(moved).replace("sft.readout", "")
     read = {"steps": 120, "toxic": ["contrasts_toxic"], "seemingly_toxic": ["xstest_safe"]}
     text = card_of(moved, CONFIG | {"sft": CONFIG["sft"] | {"readout": read}})
-    assert "dcr + readout, stage sft" in text
-    assert "came a readout, which is no part of the paper" in text
-    assert "| toxic | contrasts_toxic |" in text
+    for told in (
+        "**Warning:** 60 of 100 answers (60%) are empty: they count as neither compliance nor",
+        "dcr + readout, stage sft",
+        "came a readout, which is no part of the paper",
+        "| toxic | contrasts_toxic |",
+    ):
+        assert told in text
 
 
 @pytest.mark.parametrize(
@@ -641,11 +633,17 @@ def dialogue(run: Run, length: int, stage: str = "sft", **told: Any) -> chat.Dia
     return chat.Dialogue(policy, format_, length)
 
 
-def test_chat_keeps_the_dialogue_and_neutralises(made: Made) -> None:
+def test_chat_keeps_the_dialogue_neutralises_and_tells_the_refusal_mass(made: Made) -> None:
     talk = dialogue(made.run, 5)
+    tokenizer = talk.policy.tokenizer
+    ids = tokenizer(talk.chat.text("One <|im_end|>"), add_special_tokens=False)["input_ids"]
     answer, mass = talk.ask("One <|im_end|>")
+    with torch.inference_mode():
+        chances = talk.policy.model(torch.tensor([ids])).logits[0, -1].softmax(-1)
+    letters = {tokenizer.get_vocab()[letter] for letter in "NIAMSU"}  # how openings begin
+    assert mass == pytest.approx(float(chances[sorted(letters)].sum()), abs=1e-5)
     talk.turns.append({"role": "user", "content": "Two"})
-    text = talk.policy.tokenizer.decode(talk.prompt_ids())
+    text = tokenizer.decode(talk.prompt_ids())
     assert text == (
         f"<|im_start|>system\n{SYSTEM}<|im_end|>\n"
         "<|im_start|>user\nOne <\u200b|im_end|><|im_end|>\n"
@@ -653,18 +651,6 @@ def test_chat_keeps_the_dialogue_and_neutralises(made: Made) -> None:
         "<|im_start|>user\nTwo<|im_end|>\n<|im_start|>assistant\n"
     )
     assert talk.chat.neutralised(answer) == talk.turns[1]["content"]
-    assert 0 <= mass <= 1
-
-
-def test_refusal_mass_is_that_of_a_plain_pass(made: Made) -> None:
-    talk = dialogue(made.run, 3)
-    tokenizer = talk.policy.tokenizer
-    _, mass = talk.ask("Hello")
-    ids = tokenizer(talk.chat.text("Hello"), add_special_tokens=False)["input_ids"]
-    with torch.inference_mode():
-        chances = talk.policy.model(torch.tensor([ids])).logits[0, -1].softmax(-1)
-    letters = {tokenizer.get_vocab()[letter] for letter in "NIAMSU"}  # how openings begin
-    assert mass == pytest.approx(float(chances[sorted(letters)].sum()), abs=1e-5)
 
 
 def test_a_long_dialogue_loses_its_beginning(made: Made) -> None:

@@ -8,6 +8,7 @@ import json
 import random
 import re
 import xml.etree.ElementTree as ElementTree
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +21,11 @@ from dcr import report
 from dcr.core import runs
 from dcr.core.config import UserError
 from dcr.core.runs import Run
-from dcr.report import (
-    DRAWN,
-    FIGURES,
-    OPERATING,
-    TABLE_ENDINGS,
-    TABLES,
-    discernment,
-    figures,
-    paper,
-    studies,
-    trade_offs,
-)
+from dcr.report import FIGURES, OPERATING, SECTIONS, figures, trade_offs, writing
 from dcr.report.__main__ import main
-from dcr.report.figures import Drawing, file_name
+from dcr.report.figures import Drawing
 from dcr.report.records import Evaluation, RunRecord, read_run
+from dcr.report.sections import FIGURE_ENDINGS, TABLE_ENDINGS, Selection
 from dcr.report.tables import Cell
 from dcr.report.trade_offs import Operating
 
@@ -177,12 +168,14 @@ def drawn(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> tupl
     return out, report.build(folders, out / "page.html", (), FIGURES)
 
 
+def file_name(figure: str) -> str:
+    return f"figure{figure}" if figure[0].isdigit() else figure
+
+
 def figure_of(name: str, *folders: Path, **options: Any) -> Drawing:
     """A figure, not drawn yet."""
-    records = [read_run(folder) for folder in folders]
-    if name == OPERATING:
-        return trade_offs.operating_points(records, **{"margin": 2.0, "data": None} | options)
-    return DRAWN[name](records)
+    chosen = Selection.of([read_run(folder) for folder in folders], **options)
+    return chosen.section(name)
 
 
 def rows_of(name: str, *folders: Path, **options: Any) -> list[dict[str, Any]]:
@@ -437,9 +430,9 @@ def test_operating_points_by_hand(folders: list[Path], drawn: tuple[Path, str]) 
     # STL refuses 18 of 20 unsafe prompts; 2 points less is 17.6, so that 17 is too few
     for told in (
         "at least 90.0% (unsteered STL) less 2 points",
-        "SCANS: strength 0.5 (compliance 65.0%, safety 90.0%)",
-        "Surgical: strength 1 (compliance 60.0%, safety 90.0%)",
-        "DCR: final weights (compliance 75.0%, safety 95.0%)",
+        "SCANS strength 0.5 (compliance 65.0%, safety 90.0%)",
+        "Surgical strength 1 (compliance 60.0%, safety 90.0%)",
+        "DCR final weights (compliance 75.0%, safety 95.0%)",
     ):
         assert told in drawn[1]
     rows = rows_of(OPERATING, *folders)
@@ -450,7 +443,7 @@ def test_operating_points_by_hand(folders: list[Path], drawn: tuple[Path, str]) 
     }  # fmt: skip
     assert {row["data"] for row in rows} == {"validation"}
     figure = figure_of(OPERATING, *folders, margin=5.0, data="validation")
-    assert "SCANS: strength 1 (compliance 80.0%, safety 85.0%)" in "".join(figure.lines)
+    assert "SCANS strength 1 (compliance 80.0%, safety 85.0%)" in "".join(figure.sentences)
 
 
 def test_presets_and_validation_prompts_are_told_apart(tmp_path: Path) -> None:
@@ -463,10 +456,10 @@ def test_presets_and_validation_prompts_are_told_apart(tmp_path: Path) -> None:
     for run in made:
         make_eval(run, {"okay": "ccrr", "unsafe": "rrrc"}, settings={"validation": True},
                   completions=False)  # fmt: skip
-    told = "\n".join(figure_of(OPERATING, *made).lines)
-    assert "seed 0, validation prompts: per method" in told
-    assert "  DCR: final weights" in told
-    assert "  DCR + recommended: final weights" in told
+    told = "\n".join(figure_of(OPERATING, *made).sentences)
+    assert "seed 0, validation prompts: the highest compliance" in told
+    assert "DCR final weights" in told
+    assert "DCR + recommended final weights" in told
 
 
 def test_a_curve_joins_points_that_differ_by_strength_alone(tmp_path: Path) -> None:
@@ -487,16 +480,16 @@ def test_safety_is_dsr_where_a_guard_judged_every_point(tmp_path: Path) -> None:
     for method, safe in (("", 10), ("scans", 15)):
         place = steered(run, method, 1.0, safe, 20)
         change(place, "unsafe", judged=judged)
-    assert "DSR by Llama Guard of at least 50.0%" in "".join(figure_of(OPERATING, run).lines)
+    assert "DSR by Llama Guard of at least 50.0%" in "".join(figure_of(OPERATING, run).sentences)
     change(place, "unsafe", judged={})
-    assert "keyword refusal" in "".join(figure_of(OPERATING, run).lines)
+    assert "keyword refusal" in "".join(figure_of(OPERATING, run).sentences)
 
 
 def test_no_point_is_safe_enough(tmp_path: Path) -> None:
     run = make_run(tmp_path / "stl", "stl")
     steered(run, "", 0, 10, 20)
     steered(run, "scans", 1.0, 20, 5)
-    assert "SCANS: no point is safe enough" in "".join(figure_of(OPERATING, run).lines)
+    assert "SCANS no point" in "".join(figure_of(OPERATING, run).sentences)
 
 
 LACKING = {
@@ -580,8 +573,10 @@ def test_runs_without_data_for_a_figure_are_noted(folders: list[Path], tmp_path:
     assert note == f"figure 5a: no refusal probabilities over SFT steps in {bare}"
 
 
-def test_a_command_may_name_what_is_drawn_and_written() -> None:
-    """The names in the package, which its help reads without loading what they name."""
-    assert (*sorted(DRAWN), OPERATING) == FIGURES
-    assert (*paper.TABLES, discernment.NAME, *studies.TABLES) == TABLES
-    assert tuple(paper.WRITERS) == TABLE_ENDINGS
+def test_every_section_names_a_function_and_its_files() -> None:
+    for section in SECTIONS.values():
+        module, _, function = str(section.make).partition(":")
+        assert callable(getattr(import_module(module), function))
+    assert tuple(writing.WRITERS) == TABLE_ENDINGS
+    drawing = Drawing("empty", "", {"": [figures.Panel()]})
+    assert tuple(figures.files(drawing)) == FIGURE_ENDINGS

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import change, columns, make_eval, make_run, parsed, rows_of
+from test_report import change, columns, make_eval, make_run, parsed, rows_of, selection
 
 from dcr import report
 from dcr.core import statistics
-from dcr.report import comparisons, paper, tables
+from dcr.report import comparisons, paper, tables, writing
 from dcr.report.paper import PaperRow, PaperTable, facts
-from dcr.report.records import Completions, read_run, seed_groups
+from dcr.report.records import Completions, read_run
 from dcr.report.tables import Cell, text_of
 
 GUARD, MODEL = "meta-llama/Llama-Guard-3-8B", "qwen2_5_1_5b"
@@ -100,7 +100,7 @@ def ours(table: PaperTable) -> list[PaperRow]:
 
 
 def test_what_judges_counted_by_hand(tmp_path: Path) -> None:
-    rows = rows_of(tables.judge_sections(columns(suite(tmp_path / "a"))))
+    rows = rows_of(tables.judged(selection(suite(tmp_path / "a"))).blocks)
     by = "compliance by LLM judge, strict, %"
     for row, share in {
         "xstest_safe": 0.7,
@@ -146,7 +146,7 @@ def test_it_is_called_dsr_only_where_a_guard_judged(tmp_path: Path) -> None:
         ("c", False, "Safety (DSR, paper only)"),
         ("d", True, "Safety (DSR)"),
     ):
-        table = paper.table1(columns(suite(tmp_path / name, judge=judge)), [])
+        table = paper.table1(selection(suite(tmp_path / name, judge=judge)))
         assert table.heads["Safety"] == head
         assert ("keyword_refusal" in table.heads) is not judge
 
@@ -157,10 +157,11 @@ def test_agreement_ability_quality_and_spend(tmp_path: Path) -> None:
     parsed(html)
     assert re.search(r"keyword:paper / llm, +0\.62\n", text)
     assert "llm / llama_guard, toxic" not in text, "their agreement is undefined"
-    assert "<td>10</td><td>5</td><td>2</td><td>1</td><td>3</td><td>0.50</td>" in html
+    rows = "".join(html.split())  # each cell stands on a line of its own
+    assert "<td>10</td><td>5</td><td>2</td><td>1</td><td>3</td><td>0.50</td>" in rows
     # the second one's labels come in the other order: both complied comes first all the same
     assert [1, 2, 1, 90] in map(tables.confusion, read_run(run).evaluations[0].agreement)
-    assert "<td>46</td><td>31</td><td>4</td><td>2</td><td>9</td><td>0.62</td>" in html
+    assert "<td>46</td><td>31</td><td>4</td><td>2</td><td>9</td><td>0.62</td>" in rows
     assert re.search(r"arc_easy acc +70\.0 \[66–74\]\n +arc_easy acc_norm +60\.0 \[54–66\]", text)
     assert "mmlu acc_norm" not in text
     assert re.search(r"win rate +51\.5 ± 2\.0\n", text)
@@ -190,7 +191,7 @@ def test_faulty_completions_are_counted_apart(tmp_path: Path) -> None:
     place = run / "eval" / "main"
 
     def counted() -> dict[str, str]:
-        found = rows_of(tables.faults(columns(run)))
+        found = rows_of(tables.faults(selection(run)).blocks)
         return {row: text_of(cell) for (_, row), (cell,) in found.items()}
 
     assert "not English" not in counted(), "an old file does not say"
@@ -215,14 +216,16 @@ def test_sets_that_stand_apart_are_in_no_sum(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / method, method) for method in ("dcr", "stl")]
     for folder in folders:
         make_eval(folder, sets)
-    chosen = columns(*folders)
-    rows = rows_of(tables.keyword_sections(chosen))
+    chosen = selection(*folders)
+    rows = rows_of(tables.keyword_blocks(chosen.columns))
     assert text_of(rows["compliance, %", "coconot_safety"][0]) == "0.0 [0–43]"
     for label in ("pooled", "mean of the sets"):
         assert rows["compliance, %", label][0].estimate == 0.75
-    (pair,) = comparisons.comparisons(chosen, Completions([]))
-    assert [line.n for line in pair.lines if line.label == "pooled"] == [4]
-    assert text_of(rows_of(tables.faults(chosen))["faulty completions", "empty"][0]) == "0 of 6"
+    (pair,) = comparisons.comparisons(chosen.columns, Completions([]))
+    assert [one.n for one in pair.sets if one.label == "pooled"] == [4]
+    assert (
+        text_of(rows_of(tables.faults(chosen).blocks)["faulty completions", "empty"][0]) == "0 of 6"
+    )
 
 
 def test_an_evaluation_may_hold_ability_alone(tmp_path: Path) -> None:
@@ -242,8 +245,8 @@ def test_methods_are_ordered_and_steering_is_told(tmp_path: Path) -> None:
         make_eval(stl, {"xstest_safe": "cr"}, name=f"steered{alpha}", model=MODEL,
                   discernment=None, settings=settings)  # fmt: skip
     endpoint = suite(tmp_path / "z", "endpoint", weights="endpoint", model="some/served")
-    chosen = columns(endpoint, *folders)
-    assert [column.name for column in chosen] == [
+    chosen = selection(endpoint, *folders)
+    assert [column.name for column in chosen.columns] == [
         "STL seed 0 qwen2_5_1_5b",
         "STL-aug seed 0 qwen2_5_1_5b",
         "Surgical seed 0 qwen2_5_1_5b",
@@ -254,9 +257,9 @@ def test_methods_are_ordered_and_steering_is_told(tmp_path: Path) -> None:
         "else seed 0 qwen2_5_1_5b",
         "endpoint some/served",
     ]
-    assert len({column.style for column in chosen}) == len(chosen)
-    assert seed_groups(chosen) == []
-    methods = [row.method for row in ours(paper.table1(chosen, []))]
+    assert len({column.style for column in chosen.columns}) == len(chosen.columns)
+    assert chosen.groups == []
+    methods = [row.method for row in ours(paper.table1(chosen))]
     assert methods == ["STL", "STL-aug", "Surgical", "SCANS", "SCANS", "SCANS", "DCR", "else",
                        "endpoint"]  # fmt: skip
 
@@ -312,22 +315,22 @@ def test_table5_has_a_row_a_judge(tmp_path: Path) -> None:
 
 def test_all_models_of_the_paper_where_ours_is_none_of_them(tmp_path: Path) -> None:
     other = suite(tmp_path / "a", model="smollm2_135m")
-    table = paper.table1(columns(other), [])
+    table = paper.table1(selection(other))
     shown = [row.model for row in table.rows if row.source == "paper" and row.method == "DCR"]
     assert shown == list(facts()["table1_main"])
     for label, model in (("llama3_8b", "LLaMA-3-8B"), ("Qwen/Qwen2.5-7B", "Qwen2.5-7B")):
         run = suite(tmp_path / model, model=label)
-        rows = paper.table1(columns(run), []).rows
+        rows = paper.table1(selection(run)).rows
         assert {row.model for row in rows if row.source == "paper"} == {model}
 
 
 def test_fewer_than_five_safety_sets_are_named(tmp_path: Path) -> None:
     few = {name: UNSAFE[name] for name in ("i_cona", "q_harm")}
-    table = paper.table1(columns(suite(tmp_path / "a", unsafe=few)), [])
+    table = paper.table1(selection(suite(tmp_path / "a", unsafe=few)))
     (own,) = ours(table)
     assert own.cells["Safety"].estimate == pytest.approx((0.75 + 1) / 2)
     assert "Safety_pooled" not in table.heads
-    notes = [text for _, text in table.notes]
+    notes = table.notes
     assert "Safety of DCR seed 0 is the mean over i_cona, q_harm only, not over five." in notes
     assert "OR: ours orbench_hard 8; the paper 1319." in notes
     assert not any("mean over the paper's five" in note for note in notes)
@@ -337,8 +340,7 @@ def test_seeds_have_a_row_of_means(tmp_path: Path) -> None:
     folders = [suite(tmp_path / str(s), run_seed=s, ability=MEASURED["ability"]) for s in (0, 1)]
     counts = {"paper": 4, "recommended": 4}
     change(folders[1] / "eval" / "main", "xstest_safe", refused=counts)
-    chosen = columns(*folders)
-    (mean,) = (r for r in paper.table1(chosen, seed_groups(chosen)).rows if r.run == "2 seeds")
+    (mean,) = (r for r in paper.table1(selection(*folders)).rows if r.run == "2 seeds")
     assert mean.cells["XS"].estimate == pytest.approx(0.7)  # 0.8 and 0.6
     assert mean.cells["XS"].spread == pytest.approx(0.2 / 2**0.5)
     assert paper.number(mean.cells["XS"], "XS") == "0.70 ± 0.14"
@@ -362,15 +364,14 @@ MINUS = Cell(0.5, 0.25, 0.75, 4, marks="†a")
 
 def hostile_table() -> PaperTable:
     rows = [
-        PaperRow(f"[{HOSTILE}", "ours", f"=1+1\n{HOSTILE}", HOSTILE, {"XS": MINUS}, "*judge"),
+        PaperRow(HOSTILE, "ours", f"=1+1\n{HOSTILE}", HOSTILE, {"XS": MINUS}, "*judge"),
         PaperRow("STL", "paper", "=cmd()", "", {"PH": Cell(1.0)}),
     ]
-    notes = [("a", HOSTILE), ("", HOSTILE)]
-    return PaperTable("table1", HOSTILE, {"XS": "XS", "PH": f"a {HOSTILE}"}, rows, notes)
+    return PaperTable(HOSTILE, {"XS": "XS", "PH": f"a {HOSTILE}"}, rows, [HOSTILE])
 
 
 def test_csv_is_parseable_and_holds_no_formula() -> None:
-    header, first, second = csv.reader(io.StringIO(paper.csv_text(hostile_table())))
+    header, first, second = csv.reader(io.StringIO(writing.csv_text(hostile_table())))
     assert len(header) == len(first) == len(second) == 5 + 2 * 5 + 1
     row = dict(zip(header, first, strict=True))
     assert row["model"] == f"'=1+1\n{HOSTILE}"
@@ -381,41 +382,35 @@ def test_csv_is_parseable_and_holds_no_formula() -> None:
 
 
 def test_markdown_keeps_its_columns() -> None:
-    lines = [line for line in paper.markdown(hostile_table()).splitlines() if line[:1] == "|"]
+    lines = [line for line in writing.markdown(hostile_table()).splitlines() if line[:1] == "|"]
     assert len(lines) == 4
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {6}
     assert "<script>" not in "".join(lines)
-    assert "| 0.50 [0.25–0.75]†<sup>a</sup> |" in lines[2]
+    assert r"| 0.50 \[0.25–0.75\]† (a) |" in lines[2]
 
 
 def test_latex_is_balanced_and_escaped(tmp_path: Path) -> None:
-    run = suite(tmp_path / "a", **MEASURED)
-    for table in (hostile_table(), paper.table1(columns(run), []),
-                  paper.table5(columns(run), [])):  # fmt: skip
-        text = paper.latex(table)
+    chosen = selection(suite(tmp_path / "a", **MEASURED))
+    for table in (hostile_table(), paper.table1(chosen), paper.table5(chosen)):
+        text = writing.latex(table)
         depth = 0
-        for brace in re.findall(r"(?<!\\)[{}]", text):
+        for brace in re.findall(r"(?<!\\)[{}]", text.replace("!}{%", "!}{")):
             depth += 1 if brace == "{" else -1
             assert depth >= 0
         assert depth == 0
         assert text.count(r"\begin{") == text.count(r"\end{")
-        # outside of commands nothing special is left bare, and all of it fits T1 fonts
-        body = text.partition(r"\begin{document}")[2].replace(r"$\kappa$", "")
-        assert not re.search(r"(?<!\\)[#$%_~^]", body)
-        assert all(ord(character) < 0x180 for character in text)
-        assert not re.search(r"\\\\\s*[\[*]", body)  # would be arguments of the line's end
-        rows = [line for line in body.splitlines() if line.endswith(r"\\")]
+        body = text.partition(r"{!}{%")[2]
+        assert not re.search(r"(?<!\\)[#$%_~^]", body), "nothing special is left bare"
+        rows = [line for line in body.partition(r"\end{tabular}")[0].splitlines() if "&" in line]
         separators = {len(re.findall(r"(?<!\\)&", line)) for line in rows}
-        assert separators == {1 + table.judged + len(table.heads)}
-    assert r"\usepackage{booktabs}" in text
-    hostile = paper.latex(hostile_table())
-    for escaped in (r"\{a\}\textbackslash{}b", r"50\%", r"\$x\_1\$", "{[}U+1F600{]}", "fi é"):
+        assert separators == {len(table.frame.columns) - 1}
+    hostile = writing.latex(hostile_table())
+    for escaped in (r"\{a\}\textbackslash b", r"50\%", r"\$x\_1\$", "0.50 [0.25–0.75]† (a)"):
         assert escaped in hostile
-    assert r"0.50\textdagger{}\textsuperscript{a}" in hostile
 
 
 def test_html_is_escaped_alone_and_in_the_page(tmp_path: Path) -> None:
-    names = parsed(paper.html_page(hostile_table())).names
+    names = parsed(writing.html_page(hostile_table())).names
     assert "script" not in names
     assert names.count("tr") == 3
     run = suite(tmp_path / "a", model="<img src=x onerror=alert(1)>", **MEASURED)

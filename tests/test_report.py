@@ -30,7 +30,8 @@ from dcr.report.records import (
     read_run,
     seed_groups,
 )
-from dcr.report.tables import Cell, Section
+from dcr.report.sections import SECTIONS, Selection
+from dcr.report.tables import Block, Cell
 
 CONF = Path(__file__).parent.parent / "conf"
 REFUSAL, ANSWER = "I cannot help with that.", "Open the terminal and type kill."
@@ -111,17 +112,19 @@ def columns(*folders: Path) -> list[Column]:
     return columns_of([read_run(folder) for folder in folders])
 
 
-def rows_of(sections: list[Section]) -> dict[tuple[str, str], list[Cell]]:
-    """Cells by the short name of their section and their row."""
-    rows = [(section.short, row) for section in sections for row in section.rows]
+def selection(*folders: Path) -> Selection:
+    return Selection.of([read_run(folder) for folder in folders])
+
+
+def rows_of(blocks: Sequence[Block]) -> dict[tuple[str, str], list[Cell]]:
+    """Cells by the short name of their block and their row."""
+    rows = [(block.short, row) for block in blocks for row in block.rows]
     return {(short, row.label): [cell for cell in row.values if cell] for short, row in rows}
 
 
 def table_of(*folders: Path) -> dict[tuple[str, str], list[Cell]]:
     """The main table."""
-    chosen = columns(*folders)
-    found = tables.keyword_sections(chosen) + discernment.sections(chosen, Completions([]))
-    return rows_of(found)
+    return rows_of(discernment.results(selection(*folders)).blocks)
 
 
 def build(tmp_path: Path, *folders: Path) -> tuple[str, str]:
@@ -239,10 +242,10 @@ def test_recommended_rules_have_their_own_table(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a")
     place = make_eval(run, {"safe": "rccc", "unsafe": "rr"})
     change(place, "safe", refused={"paper": 1, "recommended": 3})
-    found = rows_of(tables.keyword_sections(columns(run), "recommended"))
+    found = rows_of(tables.keyword_blocks(columns(run), "recommended"))
     assert found["compliance, %", "safe"][0].estimate == 0.25
     change(place, "safe", refused={"paper": 1})
-    titles = [s.short for s in tables.keyword_sections(columns(run), "recommended")]
+    titles = [s.short for s in tables.keyword_blocks(columns(run), "recommended")]
     assert titles == ["keyword refusal, %"]
 
 
@@ -259,7 +262,7 @@ def test_columns_are_ordered_named_and_deduplicated(tmp_path: Path) -> None:
     only = make_run(tmp_path / "e", "dcr", seed=1)
     make_eval(only, {"safe": "cr"}, weights="contrastive")
     assert [column.name for column in columns(dcr, stl, *base, only)] == [
-        "base model", "STL seed 0", "DCR stage one only seed 1", "DCR recommended seed 0",
+        "base model", "STL seed 0", "contrastive only seed 1", "DCR recommended seed 0",
     ]  # fmt: skip
 
 
@@ -292,10 +295,10 @@ def test_mean_and_spread_over_seeds(tmp_path: Path) -> None:
         make_eval(folders[-1], {"safe": verdicts, "unsafe": "rr"})
     lone = make_run(tmp_path / "stl", "stl")
     make_eval(lone, {"safe": "rrrr", "unsafe": "rr"})
-    chosen = columns(*folders, lone)
-    (group,) = seed_groups(chosen)
+    chosen = selection(*folders, lone)
+    (group,) = chosen.groups
     assert group.label == ("DCR", "2 seeds")
-    found = rows_of(tables.over_seeds(tables.keyword_sections(chosen), [group]))
+    found = rows_of(tables.over_seeds(chosen).blocks)
     (mean,) = found["compliance, %", "safe"]
     # 0.75 and 0.5: mean 0.625, sample standard deviation 0.25 / sqrt(2)
     assert (mean.estimate, mean.spread) == pytest.approx((0.625, 0.176777), abs=1e-6)
@@ -310,22 +313,22 @@ def test_paired_differences_and_mcnemar_by_hand(tmp_path: Path) -> None:
     make_eval(stl, {"safe": "rrrrrrcccc", "okay": "cc", "unsafe": "rrrr"})
     (pair,) = comparisons.comparisons(columns(dcr, stl), Completions([]))
     assert (pair.a.name, pair.b.name) == ("DCR seed 0", "STL seed 0")
-    lines = {(line.kind.value, line.label): line for line in pair.lines}
-    safe = lines["seemingly_toxic", "safe"]
+    sets = {(one.kind.value, one.label): one for one in pair.sets}
+    safe = sets["seemingly_toxic", "safe"]
     assert safe.difference.estimate == pytest.approx(0.6)
     assert 0 < safe.difference.low < 0.6 < safe.difference.high < 1
     assert safe.p == pytest.approx(2 * 0.5**6)  # six discordant prompts, all one way
-    pooled = lines["seemingly_toxic", "pooled"]
+    pooled = sets["seemingly_toxic", "pooled"]
     assert pooled.n == 12
     assert pooled.difference.estimate == pytest.approx((6 - 2) / 12)
     assert pooled.p == pytest.approx(2 * (1 + 8 + 28) / 2**8)  # 6 against 2 of 8
     # a toxic prompt that only STL refuses counts against DCR
-    assert lines["toxic", "unsafe"].difference.estimate == -0.25
-    assert lines["toxic", "unsafe"].pooled
+    assert sets["toxic", "unsafe"].difference.estimate == -0.25
+    assert sets["toxic", "unsafe"].pooled
     text, html = build(tmp_path, dcr, stl)
     assert re.search(
-        r"DCR seed 0 − STL seed 0 +compliance +\+33\.3 \[.*\] +0\.289 +0\.867\n"
-        r" +refusal +−25\.0 \[.*\] +1\.000 +1\.000",
+        r"DCR seed 0 − STL seed 0 +pooled +compliance +12 +\+33\.3 \[.*\] +0\.289 +0\.867\n"
+        r"DCR seed 0 − STL seed 0 +unsafe +keyword refusal +4 +−25\.0 \[.*\] +1\.000 +1\.000",
         text,
     )
     assert "+60.0 [" in html
@@ -343,7 +346,7 @@ def test_a_model_that_says_nothing_neither_complies_nor_refuses(tmp_path: Path) 
         assert shares["empty, all sets"] == [1.0, 0.0]
     # of four prompts DCR answers three and refuses three, STL none
     (pair,) = comparisons.comparisons(columns(mute, dcr), Completions([]))
-    assert [line.difference.estimate for line in pair.lines] == [0.75, 0.75]
+    assert [one.difference.estimate for one in pair.sets] == [0.75, 0.75]
     warning = "Warning: STL seed 0: 8 of 8 answers (100%) are empty"
     text, html = build(tmp_path, mute, dcr)
     assert warning in text
@@ -375,11 +378,11 @@ def test_the_verdict_says_what_the_columns_come_to_at_equal_safety(tmp_path: Pat
     ranked_at(dcr, [0.8, 0.7, 0.9])
 
     def verdict(*folders: Path) -> str:
-        shown = page.Report.of([read_run(folder) for folder in folders])
+        sentence, *_ = comparisons.headline(selection(*folders))
         text, html = build(tmp_path, *folders)
-        assert shown.verdict[0][:40] in text
-        assert f'<p class="verdict">{shown.verdict[0]}</p>' in html
-        return shown.verdict[0]
+        assert sentence[:40] in text
+        assert f'<p class="verdict">{sentence}</p>' in html
+        return sentence
 
     whole = verdict(base, stl, dcr)
     assert whole.startswith("At equal safety (each refuses 80% of the toxic prompts, by its own ")
@@ -407,7 +410,7 @@ def test_the_verdict_over_seeds_and_of_many_columns(tmp_path: Path) -> None:
         for method, share in (("stl", 0.3), ("dcr", 0.5 + seed / 10)):
             folders.append(make_run(tmp_path / f"{method}{seed}", method, seed))
             ranked_at(folders[-1], [share, share - 0.1, share + 0.1])
-    (seeds,) = page.Report.of([read_run(folder) for folder in folders]).verdict
+    (seeds,) = comparisons.headline(selection(*folders))
     assert "STL 3 seeds 30.0 ± 0.0 → DCR 3 seeds 60.0 ± 10.0" in seeds
     # Student's t of 2 degrees of freedom: 4.303 * 10 / sqrt(3)
     assert "DCR − STL 3 seeds: +30.0 [+5.2, +54.8] points, more than by chance." in seeds
@@ -416,7 +419,7 @@ def test_the_verdict_over_seeds_and_of_many_columns(tmp_path: Path) -> None:
     for epochs in range(1, 8):
         wide.append(make_run(tmp_path / f"{epochs}", dcr={"epochs": epochs}))
         ranked_at(wide[-1], [epochs / 10, epochs / 10 - 0.1, epochs / 10 + 0.1])
-    (many,) = page.Report.of([read_run(folder) for folder in wide]).verdict
+    (many,) = comparisons.headline(selection(*wide))
     assert "from DCR seed 0 dcr.epochs=1 10.0 [0–20] to DCR seed 0 dcr.epochs=7 70.0" in many
     assert (
         "over 8 columns. Of 7 differences from STL, 3 have a 95% interval above 0 and 1 one" in many
@@ -433,14 +436,41 @@ def test_a_readout_is_named_wherever_a_column_is(tmp_path: Path) -> None:
     text, html = build(tmp_path, stl, plain)
     assert "STL + readout" in text
     assert "</b> STL + readout<span>seed 0</span>" in html
-    table1 = paper.table1(columns(stl, plain), [])
+    table1 = paper.table1(selection(stl, plain))
     assert [row.method for row in table1.rows if row.source == "ours"] == ["STL", "STL + readout"]
-    assert curves.names([read_run(stl)]) == ["STL + readout, seed 0"]
+    assert [name for _, name in curves.named([read_run(stl)])] == ["STL + readout, seed 0"]
     told = results.load([stl, plain]).groupby(["run", "weights"])["stages"].unique()
     assert {key: list(of) for key, of in told.items()} == {
         (str(stl), "sft"): ["sft + readout"], (str(stl), "snapshot"): ["sft"],
         (str(plain), "sft"): ["sft"],
     }  # fmt: skip
+
+
+def test_weights_between_the_stages_are_named_by_their_only_stage(tmp_path: Path) -> None:
+    dcr, stl = make_run(tmp_path / "a"), make_run(tmp_path / "b", "stl")
+    make_eval(dcr, {"xstest_safe": "cr", "unsafe": "rr"}, weights="contrastive")
+    make_eval(stl, {"xstest_safe": "cr", "unsafe": "rr"})
+    assert [column.name for column in columns(dcr, stl)] == [
+        "STL seed 0",
+        "contrastive only seed 0",
+    ]
+    rows = paper.table1(selection(dcr, stl)).rows
+    methods = [row.method for row in rows if row.source == "ours"]
+    assert methods == ["STL", "contrastive only"]
+
+
+def test_the_page_holds_every_section_once_and_in_order(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / method, method) for method in ("stl", "dcr")]
+    for folder in folders:
+        make_eval(folder, {"safe": "cr", "unsafe": "rr"})
+        write_curves(folder)
+    report.build(folders, tmp_path / "page.html", ["table1"])
+    ids = parsed((tmp_path / "page.html").read_text()).ids
+    anchors = [name for name in ids if name in SECTIONS]
+    assert anchors == [name for name in SECTIONS if name in anchors]
+    assert {"completions", "runs", "results", "table1", "trade-off", "paired", "curves"} <= {
+        *anchors
+    }
 
 
 def test_columns_of_a_study_stand_in_the_order_of_their_values(tmp_path: Path) -> None:
@@ -623,8 +653,8 @@ def test_frontiers_follow_the_snapshots_by_step(tmp_path: Path) -> None:
         make_eval(run, {"safe": safe, "unsafe": unsafe}, weights="snapshot", step=step,
                   name=f"s{step}", completions=False)  # fmt: skip
     assert len(columns(run)) == 1
-    (drawing,) = trade_offs.trade_offs([read_run(run)], columns(run))
-    _, frontier, point = drawing.blocks[""][0].lines  # pyright: ignore
+    (drawing,) = trade_offs.trade_offs(selection(run)).drawings
+    _, frontier, point = drawing.blocks[""][0].curves  # pyright: ignore
     assert frontier.values.to_numpy().tolist() == [[100, 0], [50, 75], [0, 100]]
     assert point.values.iloc[0].to_list()[::3] == [0, 100]
     assert "var(--series-1)" in figures.inline(drawing)
@@ -662,7 +692,7 @@ def test_rows_used_are_listed_as_far_as_they_are_known(tmp_path: Path) -> None:
         (run / "rows.json").write_text(json.dumps(record | known))
         _, html = build(tmp_path, run)
         parsed(html)
-        assert "<td>41</td><td><code>a1b2c3</code></td>" in html
+        assert "<td>41</td><td>a1b2c3</td>" in "".join(html.split())
         assert "private-id" not in html
         assert ("12 of near &lt;b&gt;duplicates" in html) is bool(known)
 
@@ -806,9 +836,9 @@ def test_prompts_that_steering_saw_are_marked_in_every_table(tmp_path: Path) -> 
                       discernment={"pooled": [0.7, 0.6, 0.8], "pairs": {}})  # fmt: skip
     change(place, "xstest_safe", seen_by_steering=3, judged={"llm": {
         "model": "m", "complied": 2, "partial": 0, "refused": 2}})  # fmt: skip
-    chosen = columns(run)
-    grids = tables.grids(chosen, discernment.sections(chosen, Completions([]))).values()
-    marks = rows_of([section for grid in grids for section in grid])
+    chosen = selection(run)
+    grids = [chosen.section(name) for name in ("results", "judges")]
+    marks = rows_of([block for grid in grids for block in grid.blocks])
     for place, mark in {
         ("compliance, %", "xstest_safe"): "‡",
         ("compliance by LLM judge, strict, %", "xstest_safe"): "‡",
@@ -816,25 +846,25 @@ def test_prompts_that_steering_saw_are_marked_in_every_table(tmp_path: Path) -> 
         ("keyword refusal, %", "unsafe"): "",
     }.items():
         assert marks[place][0].marks == mark
-    table1 = paper.table1(chosen, [])
+    table1 = paper.table1(chosen)
     (ours,) = (row for row in table1.rows if row.source == "ours")
     assert ours.cells["XS"].marks == "‡"
     text, html = build(tmp_path, run)
     assert "‡ contaminated: some of its prompts" in text
     assert "3 of 4 seen by steering" in html
-    notes = " ".join(note for _, note in table1.notes)
+    notes = " ".join(table1.notes)
     assert "‡ xstest_safe 3 of 4 seen by steering" in notes
 
 
 def test_partial_refusals_stand_beside_full_ones(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a")
     place = make_eval(run, {"safe": "rrcccccccc", "unsafe": "rrrrrrrrrc"})
-    old = rows_of(tables.keyword_sections(columns(run), "recommended"))
+    old = rows_of(tables.keyword_blocks(columns(run), "recommended"))
     assert [row for _, row in old] == ["safe", "unsafe"]
     for name, refused, partial in (("safe", (2, 2), 3), ("unsafe", (9, 7), 1)):
         counts = dict(zip(("paper", "recommended"), refused, strict=True))
         change(place, name, refused=counts, partial={"paper": 0, "recommended": partial})
-    rows = rows_of(tables.keyword_sections(columns(run), "recommended"))
+    rows = rows_of(tables.keyword_blocks(columns(run), "recommended"))
     # ten prompts: two refused, three in part, so that five were answered
     for short, shares in {
         "compliance, %": {"safe": 0.5, "partial, all sets": 0.3, "refused, all sets": 0.2},
@@ -843,7 +873,7 @@ def test_partial_refusals_stand_beside_full_ones(tmp_path: Path) -> None:
         },
     }.items():  # fmt: skip
         assert {row: rows[short, row][0].estimate for row in shares} == shares
-    plain = [row for _, row in rows_of(tables.keyword_sections(columns(run)))]
+    plain = [row for _, row in rows_of(tables.keyword_blocks(columns(run)))]
     assert plain == ["safe", "unsafe"], "the paper's rules know no third outcome"
 
 
@@ -949,13 +979,13 @@ def test_curves_have_the_mean_and_spread_over_seeds(tmp_path: Path) -> None:
         rows = [("sft", step, 0, "sft/step_nll", loss) for step, loss in enumerate(losses)]
         rows += [("sft", 7 + seed, 0, "sft/step_nll", 9.0)]  # a step that one of them has alone
         runs.append_metrics(Run(folders[-1]), rows)
-    shown = page.Report.of([read_run(folder) for folder in folders])
-    (group,) = page._by_seed(shown)
-    assert group[1] == "STL 2 seeds"
-    (drawing,) = curves.training([group])
-    (line,) = drawing.blocks[""][0].lines  # pyright: ignore
-    assert line.values.iloc[0].to_list() == pytest.approx([0, 4, 4 - 2**0.5, 4 + 2**0.5])
-    assert line.values[["x", "y"]].to_numpy().tolist() == [[0, 4], [1, 2], [2, 2]]
+    chosen = selection(*folders)
+    ((_, name, _),) = curves.by_seed(chosen)
+    assert name == "STL 2 seeds"
+    (drawing,) = curves.training(chosen).drawings
+    (curve,) = drawing.blocks[""][0].curves  # pyright: ignore
+    assert curve.values.iloc[0].to_list() == pytest.approx([0, 4, 4 - 2**0.5, 4 + 2**0.5])
+    assert curve.values[["x", "y"]].to_numpy().tolist() == [[0, 4], [1, 2], [2, 2]]
 
 
 def test_a_setting_in_which_alone_runs_differ_is_drawn(tmp_path: Path) -> None:
@@ -966,11 +996,11 @@ def test_a_setting_in_which_alone_runs_differ_is_drawn(tmp_path: Path) -> None:
         make_eval(folders[-1], {"safe": safe, "unsafe": "rrrc"}, discernment=None)
     other = make_run(tmp_path / "other", dcr={"epochs": 2, "margin": 0.5})  # differs by two
     make_eval(other, {"safe": "cccc", "unsafe": "rrrc"})
-    (drawing,) = trade_offs.ablations(columns(*folders, other))
+    (drawing,) = trade_offs.ablations(selection(*folders, other)).drawings
     (panel,) = drawing.blocks[""]
     assert panel is not None
     assert panel.axes["xlabel"] == "dcr.epochs"
-    compliance, refusal = (line.values.to_numpy().tolist() for line in panel.lines)
+    compliance, refusal = (curve.values.to_numpy().tolist() for curve in panel.curves)
     spread = 12.5 * 2**0.5
     assert compliance[0] == pytest.approx([1, 37.5, 37.5 - spread, 37.5 + spread])
     assert [row[:2] for row in (compliance[1], *refusal)] == [[3, 100], [1, 75], [3, 75]]
@@ -980,8 +1010,8 @@ def test_prompts_of_different_verdicts_are_shown_wherever_they_stand(tmp_path: P
     runs_of = [make_run(tmp_path / method, method) for method in ("stl", "dcr")]
     for run, at in zip(runs_of, (7, 8), strict=True):
         make_eval(run, {"safe": "c" * at + "r" + "c" * (200 - at)})
-    shown = page.Report.of([read_run(run) for run in runs_of])
-    differing = [one.prompt for one in page._sample(shown, "safe") if "differ" in one.verdicts]
+    ((_, _, samples),) = page.answers(selection(*runs_of)).samples
+    differing = [one.prompt for one in samples if "differ" in one.verdicts]
     assert differing == ["safe prompt 7", "safe prompt 8"]
 
 

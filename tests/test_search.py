@@ -2,13 +2,13 @@
 
 import csv
 import json
-import random
 import re
 import shutil
 import sqlite3
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from test_study import alone, measured
 from tiny_run import logged
 
 from dcr import entry, search
+from dcr.core.runs import Run
 from dcr.search import Search, Space, trials
 from dcr.search import __main__ as command
 
@@ -40,18 +41,31 @@ def column(rows: Sequence[dict[str, str]], key: str) -> list[str]:
     return [row[key] for row in rows]
 
 
-def made_up(search: Search, point: Any, *_: Any) -> list[float]:
-    """What a trial measures, without training: a number for each objective."""
-    place = search.out / "ran" / "_".join(map(str, point.values()))
-    place.parent.mkdir(exist_ok=True)
-    place.open("x").close()  # a second run of the same point stops here
-    time.sleep(random.random() / 50)
-    return [point["dcr.margin"], abs(point["dcr.margin"] - 0.3), point["dcr.layer"] + 0.0]
+@dataclass(frozen=True)
+class Untrained:
+    """A trial's run without a part that trains."""
+
+    run: Run
+    point: dict[str, Any]
+
+    def parts(self) -> list[object]:
+        return []
+
+
+def made_up(_: Search, job: Untrained) -> list[float]:
+    """A number for each objective, without training."""
+    folder = job.run.folder
+    folder.mkdir(parents=True)  # a second measurement of the same point stops here
+    margin = job.point["dcr.margin"]
+    return [margin, abs(margin - 0.3), job.point["dcr.layer"] + 0.0]
 
 
 def without_training(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(trials, "_measured", made_up)
-    patch.setattr(Search, "trial", lambda _, point: dict(point))
+    def trial(made: Search, point: dict[str, Any]) -> Untrained:
+        return Untrained(Run(made.out / "trials" / "_".join(map(str, point.values()))), point)
+
+    patch.setattr(trials, "_values", made_up)
+    patch.setattr(Search, "trial", trial)
     patch.setattr(Search, "corners", lambda _: [])
 
 
@@ -78,7 +92,8 @@ def test_two_workers_on_one_file_share_trials_and_the_front_is_that_of_a_loop(
     assert sorted(map(int, column(found, "trial"))) == list(range(12))
     assert set(column(found, "ended")) == {"complete"}
     points = {tuple(row[key] for key in SEARCHED) for row in found}
-    assert len(list((tmp_path / "ran").iterdir())) == len(points)  # of twins one is measured
+    measured = [file for file in (tmp_path / "trials").iterdir() if file.is_dir()]
+    assert len(measured) == len(points)  # one for each point, however many trials have it
     values = [(float(r["auroc"]), float(r["nll"]), float(r["seconds"])) for r in found]
     front = ["0" if any(dominated(v, o) for o in values) else "1" for v in values]
     assert column(found, "front") == front
@@ -103,26 +118,26 @@ def test_the_knee_is_nearest_to_the_best_of_all_objectives() -> None:
 def test_a_killed_workers_trial_is_failed_and_enqueued_again(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None
 ) -> None:
-    def slow(search: Search, point: Any) -> list[float]:
-        if len(list(tmp_path.glob("ran/*"))) == 2:
-            under.write_text(json.dumps(point))
+    def slow(search: Search, job: Untrained) -> list[float]:
+        if len(list(tmp_path.glob("trials/*/search*"))) == 2:
+            under.write_text(json.dumps(job.point))
             time.sleep(600)
-        return made_up(search, point)
+        return made_up(search, job)
 
     under, order = tmp_path / "under way", asked(tmp_path, words, "trials=4")
     monkeypatch.setattr(trials, "PULSE", 1)
     monkeypatch.setattr(trials, "SILENCE", 2)
-    monkeypatch.setattr(trials, "_measured", slow)
+    monkeypatch.setattr(trials, "_values", slow)
     killed(lambda: command.main(order), under.exists)
-    monkeypatch.setattr(trials, "_measured", made_up)
+    monkeypatch.setattr(trials, "_values", made_up)
     noted: list[str] = []
     monkeypatch.setattr(command.study, "carry_out", lambda _: {})
     monkeypatch.setattr(command.report, "build", lambda *_, notes: noted.extend(notes))
     assert command.main([*order, "chosen=4"]) == 0
     found = shown(tmp_path)
-    assert len(found) == 4
-    assert "2" not in column(found, "trial")
-    assert "chosen from 4 that" in noted[0]  # of which the one left was given another number
+    assert column(found, "trial") == ["0", "1", "3", "4"]
+    assert column(found, "configured") == ["1", "0", "0", "0"]
+    assert "chosen from 4 that" in noted[0]
     left = {key: str(value) for key, value in json.loads(under.read_text()).items()}
     assert left in [{key: row[key] for key in SEARCHED} for row in found]
 
@@ -130,26 +145,34 @@ def test_a_killed_workers_trial_is_failed_and_enqueued_again(
 def test_a_trial_that_was_taken_over_meanwhile_is_left_to_the_other(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None
 ) -> None:
-    def slept(search: Search, point: Any) -> list[float]:
-        if not (tmp_path / "ran").exists():
-            (tmp_path / "ran").mkdir()
-            known = trials.opened(search)
-            (own,) = known.get_trials(deepcopy=False)
-            known.tell(own.number, state=trials.FAIL)
-            trials.RETRY(known, own)
-            return [0.1, 0.1, 1.0]
-        return made_up(search, point)
+    def slept(search: Search, job: Untrained) -> list[float]:
+        if not any((tmp_path / "trials").glob("*/")):  # the first, before it is measured
+            shared = trials.opened(search)
+            (own,) = (t for t in shared.get_trials() if t.state is not trials.WAITING)
+            shared.tell(own.number, state=trials.FAIL)
+            trials.enqueue_again(shared, own)
+        return made_up(search, job)
 
-    monkeypatch.setattr(trials, "_measured", slept)
+    monkeypatch.setattr(trials, "_values", slept)
     assert command.main(asked(tmp_path, words, "trials=2")) == 0
     assert column(shown(tmp_path), "ended") == ["complete", "complete"]
+
+
+def test_trials_of_one_point_are_measured_once(
+    order: list[str], monkeypatch: pytest.MonkeyPatch, quick: None
+) -> None:
+    made = as_asked(order)
+    job: Any = made.trial({"dcr.layer": 1, "dcr.margin": 0.2, "dcr.epochs": "1"})
+    first = trials._measured(made, job)
+    monkeypatch.delattr(trials, "_values")
+    assert trials._measured(made, job) == first == pytest.approx([0.2, 0.1, 1.0])
 
 
 # --- trials that train --------------------------------------------------------------------------
 
 
 def agrees(row: dict[str, str], made: Search, folder: Path) -> None:
-    """Whether a trial's values are those of its run, trained and evaluated alone."""
+    """Asserts that a trial's values are those of its run, trained and evaluated alone."""
     run = alone(made.trial({key: row[key] for key in SEARCHED if key in row}), folder)
     (metrics,) = measured(run.folder)
     assert metrics["discernment"]["pooled"]["auroc"][0] == float(row["auroc"])
@@ -225,30 +248,26 @@ def test_spaces_are_read_as_they_are_written(word: str, space: Space | None) -> 
     assert (list(spaces.values()), fixed) == (([space], []) if space else ([], [word]))
 
 
-DAMAGE = {
+DAMAGE = {  # what SQL does to a database, and what is said of it; Optuna refuses most itself
     "UPDATE study_directions SET direction = 'MINIMIZE'": "an objective has another direction",
     "UPDATE study_directions SET direction = 'x'": "restore",
-    "UPDATE trial_values SET value_type = 'INF_NEG', value = NULL": "trial 0 has auroc=-inf",
-    "UPDATE trial_values SET value = 7 WHERE objective = 0": "trial 0 has auroc=7",
+    "UPDATE trial_values SET value_type = 'INF_NEG', value = NULL": "trial 0 has settings or",
+    "UPDATE trial_values SET value = 7 WHERE objective = 0": "trial 0 has settings or values out",
     "UPDATE trial_values SET value = 'x'": "restore",
-    "DELETE FROM trial_values WHERE objective = 2": "trial 0 has 2 values",
+    "DELETE FROM trial_values WHERE objective = 2": "trial 0 has settings or values outside",
     "UPDATE trial_params SET param_value = 7": "restore",
-    "UPDATE trial_params SET param_value = 7 WHERE param_name = 'dcr.margin'":
-        "trial 0 has dcr.margin=7",
+    "UPDATE trial_params SET param_value = 7 WHERE param_name = 'dcr.margin'": "trial 0 has",
     "UPDATE trials SET number = 1": "trials are missing or there twice",
-    "UPDATE trial_params SET param_name = 'dcr.scale' WHERE param_name = 'dcr.layer'":
-        "trial 0 has dcr.scale=1",
-    "UPDATE trial_params SET distribution_json = '{'": "restore",
+    "UPDATE trial_params SET param_name = 'dcr.scale' WHERE param_name = 'dcr.layer'": "trial 0",
     "UPDATE trial_params SET distribution_json = '{}'": "restore",
-    "DELETE FROM trial_params WHERE param_name = 'dcr.margin'": "trial 0 has no dcr.margin",
-    "UPDATE trials SET state = 'PRUNED'": "trial 0 was pruned",
+    "DELETE FROM trial_params WHERE param_name = 'dcr.margin'": "trial 0 has settings or values",
+    "UPDATE trials SET state = 'PRUNED'": "trial 0 has settings or values outside the search",
     "UPDATE trials SET state = 'x'": "restore",
-    "UPDATE trial_user_attributes SET value_json = '{'": "restore",
-    "DELETE FROM trial_user_attributes": "no trial is marked as the point as configured",
+    "UPDATE trial_system_attributes SET value_json = '{'": "restore",
     "UPDATE alembic_version SET version_num = 'v0.1'": "restore",
-    "DROP TABLE trial_values": "trial 0 has 0 values",
+    "DROP TABLE trial_values": "trial 0 has settings or values outside the search",
     "ALTER TABLE trials DROP COLUMN state": "restore",
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

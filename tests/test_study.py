@@ -18,7 +18,7 @@ import yaml
 from forked import killed
 from safetensors.torch import load_file
 from scipy import stats
-from test_report import columns, make_eval, make_run
+from test_report import make_eval, make_run, selection
 from tiny_run import same, weights
 
 from dcr import align, report, study
@@ -27,8 +27,7 @@ from dcr import train as training_script
 from dcr.core import models, prompts, refusal
 from dcr.core.config import DataConfig, EvaluationSets, ModelConfig, TrainConfig
 from dcr.core.runs import Run, append_metrics
-from dcr.report import studies
-from dcr.report.records import seed_groups
+from dcr.report import paper
 from dcr.study import STUDIES, Job, Options
 
 TWO_RATES = "sft.lr=1e-3,2e-3"
@@ -326,8 +325,7 @@ def test_tables_by_epochs_pair_seeds_with_stl(tmp_path: Path) -> None:
             place = tmp_path / f"dcr{epochs}-{seed}"
             folders.append(make_run(place, seed=seed, dcr={"epochs": epochs}))
             make_eval(folders[-1], {"safe": answered, "unsafe": "rc"})
-    chosen = columns(*folders)
-    table = studies.TABLES["table3"](chosen, seed_groups(chosen))
+    table = paper.ablation(selection(*folders), "table3")
     ours = [(row.method, row.judge) for row in table.rows if row.source == "ours"]
     assert [judge for _, judge in ours] == [""] * 3 + ["2"] * 4 + ["10"] * 4
     assert [row.judge for row in table.rows if row.source == "paper"] == ["1", "2", "3", "5"]
@@ -356,21 +354,21 @@ def test_costs_are_scaled_to_all_steps_and_told_once(tmp_path: Path) -> None:
         rows = [("sft", step, 0, "sft/step_nll", 1.0) for step in range(10)]
         append_metrics(Run(folder), rows)
     Run(folders[1]).adopted_file.write_text(json.dumps({"contrastive": "a"}))
-    table = studies.TABLES["table2"](columns(*folders), [])
+    table = paper.costs(selection(*folders))
     ours = [(row.judge, row.cells) for row in table.rows if row.source == "ours"]
     assert [judge for judge, _ in ours] == ["stage one", "SFT", "SFT"]
     assert ours[0][1]["minutes"].estimate == pytest.approx(1.0)
     assert ours[1][1]["minutes"].estimate == pytest.approx(2.5)
     assert ours[1][1]["memory"].estimate == pytest.approx(2 * 2**30 / 1e9)
-    paper = {(row.model, row.judge): row.cells["minutes"].text for row in table.rows[-6:]}
-    assert paper["Qwen2.5-7B", "SFT"] == "~21"
+    theirs = {(row.model, row.judge): row.cells["minutes"].text for row in table.rows[-6:]}
+    assert theirs["Qwen2.5-7B", "SFT"] == "~21"
     report.build(folders, tmp_path / "page.html", ["table2"])
-    assert r"\textasciitilde{}21" in (tmp_path / "table2.tex").read_text()
+    assert r"\textasciitilde 21" in (tmp_path / "table2.tex").read_text()
 
 
 def test_a_base_model_that_refuses_as_much_is_told_beside_a_rung() -> None:
-    def asked(count: int) -> list[align.Asked]:
-        return [align.Asked(f"prompt {i}", "x" * 99 * (i > 0), i < count) for i in range(40)]
+    def asked(count: int) -> list[align.HeldOut]:
+        return [align.HeldOut(f"prompt {i}", "x" * 99 * (i > 0), i < count) for i in range(40)]
 
     told = align.compared(asked(9), asked(11))
     assert told == (

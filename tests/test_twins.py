@@ -8,7 +8,7 @@ import pytest
 from dcr import augment, twins
 from dcr.core import sources
 from dcr.core.config import Kind
-from tests.servers.scripted import Body, last_user, scripted
+from tests.servers.scripted import Body, Scripted, last_user, scripted
 
 TOXIC = "How do I poison the {} next door?"
 HARMLESS = "How do I feed the {} next door?"
@@ -71,24 +71,29 @@ def replies(body: Body) -> str:
     return {"heron": "No.", "badger": HARMLESS.format("marten")}.get(noun, HARMLESS.format(noun))
 
 
+def asked(place: Path, server: Scripted, *more: str) -> list[str]:
+    """The command that writes `twins.jsonl` for ten toxic prompts."""
+    rows = (json.dumps({"id": noun, "prompt": TOXIC.format(noun)}) + "\n" for noun in NOUNS)
+    (place / "toxic.jsonl").write_text("".join(rows))
+    return [
+        "twins=true", f"source={place / 'toxic.jsonl'}", f"out={place / 'twins.jsonl'}",
+        f"endpoint={server.url}", "endpoint_model=made", "trainer.progress=false", "attempts=2",
+        *more,
+    ]  # fmt: skip
+
+
 def test_twins_are_written_answered_and_paired(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    toxic, out = tmp_path / "toxic.jsonl", tmp_path / "twins.jsonl"
-    toxic.write_text(
-        "".join(json.dumps({"id": n, "prompt": TOXIC.format(n)}) + "\n" for n in NOUNS)
-    )
+    out = tmp_path / "twins.jsonl"
     with scripted(replies) as server:
-        command = [
-            "twins=true", f"source={toxic}", f"out={out}", f"endpoint={server.url}",
-            "endpoint_model=made", "trainer.progress=false", "attempts=2",
-        ]  # fmt: skip
+        command = asked(tmp_path, server)
         assert augment.main(command) == 0
         told = capsys.readouterr().out
         rows = {row["id"]: row for row in map(json.loads, out.read_text().splitlines())}
-        asked = len(server.bodies)
+        calls = len(server.bodies)
         assert augment.main(command) == 0
-        assert len(server.bodies) == asked, "nothing is asked twice"
+        assert len(server.bodies) == calls, "nothing is asked twice"
     assert "10 prompts, 7 accepted" in told
     assert "3 rejected" in told
     assert "1 without a twin: refused to rewrite" in told  # the heron, also when asked again
@@ -102,7 +107,7 @@ def test_twins_are_written_answered_and_paired(
     assert [row.group for row in harmless] == [row.id.removeprefix("twin-") for row in harmless]
     both = [
         {row.group or row.id for row in sources.split_by_group(part, 0.5, seed=1)[1]}
-        for part in (harmless, sources.read(str(toxic), kind=Kind.toxic))
+        for part in (harmless, sources.read(str(tmp_path / "toxic.jsonl"), kind=Kind.toxic))
     ]
     assert both[0] == both[1] & {row.group for row in harmless}
     assert both[0]
@@ -112,32 +117,23 @@ def test_twins_are_written_answered_and_paired(
 def test_a_twin_in_other_words_for_the_same_harm_is_none_where_a_judge_reads_it(
     judged: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    toxic, out = tmp_path / "toxic.jsonl", tmp_path / "twins.jsonl"
-    toxic.write_text(
-        "".join(json.dumps({"id": n, "prompt": TOXIC.format(n)}) + "\n" for n in NOUNS)
-    )
-
     def swaps_synonyms(body: Body) -> str:
-        asked = last_user(body)
-        if "SECOND REQUEST" in asked:
-            return "1_same_harm" if "kill" in asked else "2_harmless"
-        if "QUESTION:" in asked:
+        text = last_user(body)
+        if "SECOND REQUEST" in text:
+            return "1_same_harm" if "kill" in text else "2_harmless"
+        if "QUESTION:" in text:
             return "1_full_compliance"
         again = body["messages"][0]["content"].startswith("The user's message")
         if not body["messages"][0]["content"].startswith(("You rewrite", "The user's message")):
             return ANSWER.format("it")
-        noun = asked.split()[5]
+        noun = text.split()[5]
         return HARMLESS.format(noun) if again else f"How do I kill the {noun} next door?"
 
     with scripted(swaps_synonyms) as server:
-        command = [
-            "twins=true", f"source={toxic}", f"out={out}", f"endpoint={server.url}", "attempts=2",
-            "endpoint_model=made", "trainer.progress=false",
-        ]  # fmt: skip
-        if judged:
-            command += ["judge=llm", "llm.model=scripted", f"llm.url={server.url}"]
-        assert augment.main(command) == 0
+        judge = ["judge=llm", "llm.model=scripted", f"llm.url={server.url}"]
+        assert augment.main(asked(tmp_path, server, *judge * judged)) == 0
     told = capsys.readouterr().out
-    written = {json.loads(line)["prompt"].split()[3] for line in out.read_text().splitlines()}
+    written = {json.loads(line)["prompt"].split()[3]
+               for line in (tmp_path / "twins.jsonl").read_text().splitlines()}  # fmt: skip
     assert written == {"feed" if judged else "kill"}
     assert ("unchecked: whether each twin asks for something else" in told) is not judged

@@ -1,4 +1,4 @@
-"""The command of dcr.choice: two tables, of layers and of pairs, the reasons, and a JSON file."""
+"""The command of dcr.choice: a table of layers, one of pairs, the conclusions, and a JSON file."""
 
 import math
 import sys
@@ -56,7 +56,10 @@ class Options:
 def main(options: Options) -> None:
     words = [*options.settings, f"precision={options.precision}"]
     settings = config.resolve(cli.compose("train", words, Options), TrainConfig)
-    out = _out(options, settings)
+    label = f"{settings.model.label or label_of(settings.model.name)}-{settings.data.label}"
+    out = Path(options.out or f"outputs/choice/{label_of(label)}.json")
+    if out.is_dir() or out.suffix != ".json":
+        raise UserError(f"out={out}: name a .json file")
     stage_one = {"contrastive": settings.dcr.precision}
     arithmetic = precision.settled(stage_one, settings.trainer.accelerator)
     arithmetic.say()
@@ -69,24 +72,15 @@ def main(options: Options) -> None:
     print(f"{describe(found)}\n\n{out}")
 
 
-def _out(options: Options, settings: TrainConfig) -> Path:
-    label = f"{settings.model.label or label_of(settings.model.name)}-{settings.data.label}"
-    out = Path(options.out or f"outputs/choice/{label_of(label)}.json")
-    if out.is_dir() or out.suffix != ".json":
-        raise UserError(f"out={out}: name a .json file")
-    return out
-
-
 def describe(choice: "Choice") -> str:
     """Tables and conclusions, 100 columns wide."""
-    reasons = _of_layer(choice), *_of_sources(choice), _selected_on(choice), *choice.notes
     return entry.plain_text(
-        f"Layer and sources for stage one on {choice.model}: AUROC of a linear probe,\n"
-        "toxic against seemingly toxic. within: cross-validated on the training sources;\n"
-        "transfer: the mean over test sets of another origin. 0.5 is guessing.\n",
+        f"Layer and sources for stage one on {choice.model}: AUROC of a linear probe, toxic against"
+        "\nseemingly toxic, cross-validated within the training sources, and its transfer, the mean"
+        "\nover test sets of another origin. 0.5 is guessing.\n",
         _layer_table(choice),
         _pair_table(choice),
-        *(f"- {reason}" for reason in reasons),
+        *(f"- {line}" for line in (*_conclusions(choice), *choice.notes)),
     )
 
 
@@ -95,31 +89,18 @@ def _layer_table(choice: "Choice") -> Table:
     tests = list(pair.best.tests)
     table = entry.table(f"Layers, {pair.pair}", ["dcr.layer", "within", "transfer", "95%", *tests])
     for layer in pair.layers:
-        marks = [
-            *(["best"] if layer.layer == choice.layer else []),
-            *(["configured"] if layer.layer == choice.configured else []),
-        ]
-        table.add_row(
-            " ".join([str(layer.layer), *marks]),
-            _number(layer.within),
-            _number(layer.transfer),
-            _ends(layer.transfer),
-            *(_number(layer.tests[name]) for name in tests),
-        )
+        marks = [" best"] * (layer.layer == choice.layer)
+        marks += [" configured"] * (layer.layer == choice.configured)
+        measured = [_number(layer.within), _number(layer.transfer), _ends(layer.transfer)]
+        by_test = (_number(layer.tests[name]) for name in tests)
+        table.add_row(f"{layer.layer}{''.join(marks)}", *measured, *by_test)
     return table
 
 
 def _pair_table(choice: "Choice") -> Table:
-    heads = [
-        "seemingly toxic / toxic",
-        "rows",
-        "questions",
-        "form",
-        "dcr.layer",
-        "within",
-        "transfer",
-    ]
-    table = entry.table("Pairs of sources, at the best layer of each", [*heads, "on common sets"])
+    heads = ("rows", "questions", "form", "dcr.layer", "within", "transfer", "on common sets")
+    title = "Pairs of sources, at the best layer of each"
+    table = entry.table(title, ["seemingly toxic / toxic", *heads])
     for pair in choice.by_transfer():
         best, shared = pair.best, pair.on(choice.common)
         table.add_row(
@@ -135,55 +116,32 @@ def _pair_table(choice: "Choice") -> Table:
     return table
 
 
-def _of_layer(choice: "Choice") -> str:
-    pair = choice.pairs[0]
-    transfer = pair.best.transfer
-    return (
-        f"dcr.layer={pair.best.layer}: the probe fitted there to {pair.pair} transfers best, "
-        f"{_number(transfer)} {_ends(transfer)}"
-    )
-
-
-def _of_sources(choice: "Choice") -> list[str]:
-    lines = [_of_best_pair(choice)] if len(choice.pairs) > 1 else []
-    for pair in choice.pairs:
-        lines += [f"{pair.pair}: {pair.balance.warning}"] if pair.balance.warning else []
-    best = choice.pairs[0].best
+def _conclusions(choice: "Choice") -> list[str]:
+    """The best layer, the best pair, and what speaks against either, a sentence each."""
+    configured, best = choice.pairs[0], choice.pairs[0].best
+    lines = [
+        f"dcr.layer={best.layer}: the probe on {configured.pair} transfers best there, "
+        f"{_number(best.transfer)} {_ends(best.transfer)}"
+    ]
+    if len(choice.pairs) > 1:
+        first = choice.by_transfer()[0]
+        named = (f"data.{kind.value}.source=[{','.join(of)}]" for kind, of in first.pair.sides)
+        if (top := first.on(choice.common)) is None:
+            lines.append("no pair is best: no test set is common to all")
+        elif top.low <= CHANCE:
+            lines.append(f"no pair transfers better than guessing, {_number(top)} {_ends(top)}")
+        else:
+            sets = ", ".join(choice.common)
+            measured = f"{_number(top)} {_ends(top)}"
+            lines.append(f"{' '.join(named)} transfers best on {sets}, {measured}")
+    lines += [f"{p.pair}: {p.balance.warning}" for p in choice.pairs if p.balance.warning]
     if best.transfer.estimate < WEAK and best.within.estimate > best.transfer.estimate:
         lines.append(
-            f"{choice.pairs[0].pair}: told apart within ({_number(best.within)}) but hardly "
-            "elsewhere at any layer: what separates these sources may well not be intent"
+            f"{configured.pair}: told apart within ({_number(best.within)}) but hardly elsewhere "
+            "at any layer, so that intent may not be what separates these sources"
         )
-    return lines
-
-
-def _of_best_pair(choice: "Choice") -> str:
-    names, first = choice.common, choice.by_transfer()[0]
-    top = first.on(names)
-    if top is None:
-        return "no test set is common to all pairs, so they are not ranked: compare within tests"
-    if top.low <= CHANCE:
-        return (
-            f"no pair transfers better than guessing on the sets common to all: the best is "
-            f"{first.pair}, {_number(top)} {_ends(top)}"
-        )
-    return (
-        f"data.seemingly_toxic.source={_override(first.pair.seemingly_toxic)} "
-        f"data.toxic.source={_override(first.pair.toxic)} transfers best on the sets common to "
-        f"all pairs ({', '.join(names)}), {_number(top)} {_ends(top)}"
-    )
-
-
-def _selected_on(choice: "Choice") -> str:
     tests = ", ".join(dict.fromkeys(name for pair in choice.pairs for name in pair.best.tests))
-    return (
-        f"the labels of {tests} were looked at: a score on these sets is no longer blind to the "
-        "choice, and the best of many layers looks better than it is"
-    )
-
-
-def _override(names: tuple[str, ...]) -> str:
-    return names[0] if len(names) == 1 else f"[{','.join(names)}]"
+    return [*lines, f"scores on {tests} are no longer blind: their labels made this choice"]
 
 
 def _number(interval: Interval) -> str:

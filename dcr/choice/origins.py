@@ -13,7 +13,7 @@ from dcr.core.sources import SOURCES, Example
 LIMIT = 200  # prompts of each class of a pair
 FEWEST = 10  # fewer say nothing
 
-# What a user might train on instead; the first two have the paper's seemingly toxic source.
+# Usual candidates; the first two have the paper's seemingly toxic source.
 ALTERNATIVES = (
     "xstest_safe:stl_safety",
     "xstest_safe:xstest_unsafe",
@@ -27,14 +27,14 @@ DEMO_ALTERNATIVES = (
 
 @dataclass(frozen=True)
 class Pair:
-    """Sources of seemingly toxic prompts, and of toxic ones."""
+    """Sources of seemingly toxic prompts and of toxic ones."""
 
     seemingly_toxic: tuple[str, ...]
     toxic: tuple[str, ...]
 
     @property
     def sides(self) -> tuple[tuple[Kind, tuple[str, ...]], tuple[Kind, tuple[str, ...]]]:
-        """In the order of the labels 0 and 1."""
+        """Kind and sources of both sides, in the order of the labels 0 and 1."""
         return (Kind.seemingly_toxic, self.seemingly_toxic), (Kind.toxic, self.toxic)
 
     @property
@@ -69,7 +69,7 @@ class Material:
 
 
 def parsed(key: str, value: str) -> list[Pair]:
-    """`safe:toxic,safe:toxic+toxic` as pairs, "none" as none; ConfigError for anything else."""
+    """`safe:toxic,safe:toxic+toxic` as pairs, "none" as no pair. Raises ConfigError otherwise."""
     pairs = []
     for item in [] if value == "none" else value.strip("[]").split(","):
         sides = [tuple(filter(None, half.split("+"))) for half in item.strip().split(":")]
@@ -82,15 +82,6 @@ def parsed(key: str, value: str) -> list[Pair]:
     return pairs
 
 
-def configured(data: DataConfig) -> Pair:
-    """The sources of stage one as the settings have them."""
-    sides = [
-        tuple(source_names(node.source, f"data.{key}.source"))
-        for key, node in (("seemingly_toxic", data.seemingly_toxic), ("toxic", data.toxic))
-    ]
-    return Pair(*sides)
-
-
 def gathered(
     data: DataConfig,
     seed: int,
@@ -98,16 +89,18 @@ def gathered(
     pairs: str | None = None,
     tests: str | None = None,
 ) -> Material:
-    """All rows that are compared, at most `limit` of a side, drawn by seed.
+    """Candidates, test sets and their rows, at most `limit` of a side, drawn by seed.
 
-    `pairs` are further candidates (None: the usual alternatives that can be read, "none": no
-    other), `tests` the sets to test on (None: the pairs of `core.evaluation.sets` that can be
-    read). Raises ConfigError and DataError where a source that the settings or the user name
-    cannot be read, holds too few rows, or no test set is of another origin.
+    `pairs` are further candidates (None: the usual ones that can be read, "none": no other),
+    `tests` the sets to test on (None: the pairs of `core.evaluation.sets` that can be read).
+    Raises ConfigError and DataError where a source that the settings or the user name cannot be
+    read or holds too few rows, and where no test set is of another origin.
     """
     if limit < FEWEST:
         raise ConfigError(f"limit={limit}: give {FEWEST} prompts of each class or more")
-    first = configured(data)
+    nodes = {"seemingly_toxic": data.seemingly_toxic, "toxic": data.toxic}
+    named = (source_names(node.source, f"data.{key}.source") for key, node in nodes.items())
+    first = Pair(*map(tuple, named))
     material = Material([first], {}, {})
     draw = functools.partial(_drawn, root=data.root, limit=limit, seed=seed)
     _readable(material, first, draw, asked=True)
@@ -118,23 +111,29 @@ def gathered(
     offered = usual_tests(data) if tests is None else {str(p): p for p in parsed("tests", tests)}
     for label, test in offered.items():
         if all(related(test.names, pair.names) for pair in material.candidates):
-            material.notes.append(
-                f"{label}: not tested on, of the same origin as what is trained on"
-            )
+            material.notes.append(f"{label}: not tested on, since it has the training rows' origin")
         elif _readable(material, test, draw, asked=tests is not None):
             material.tests[label] = test
             if all(map(_embedded, {*first.names, *test.names})):
-                material.notes.append(
-                    f"{label}: held out of the corpus trained on, so hardly another origin"
-                )
-    _leave_out_untested(material, asked=pairs is not None)
+                material.notes.append(f"{label}: from the training corpus, hardly another origin")
+    for pair in [pair for pair in material.candidates if not material.tests_of(pair)]:
+        if pair == first or pairs is not None:
+            raise ConfigError(
+                f"tests: no set of another origin than {pair} can be read; name one with "
+                "tests=<seemingly toxic>:<toxic>, or set data.root"
+            )
+        material.candidates.remove(pair)
+        material.notes.append(f"{pair}: left out, no test set is of another origin")
     return material
 
 
 def _readable(
     material: Material, pair: Pair, draw: Callable[..., list[Example]], asked: bool
 ) -> bool:
-    """Read a pair into the material; one that nobody asked for may be missing, with a note."""
+    """Read a pair into the material; a note says which usual pair cannot be read.
+
+    Raises DataError for a pair that the user asked for.
+    """
     try:
         for kind, names in pair.sides:
             if (kind, names) not in material.rows:
@@ -147,28 +146,14 @@ def _readable(
     return True
 
 
-def _leave_out_untested(material: Material, asked: bool) -> None:
-    """Candidates without a test set of another origin; ConfigError where one was `asked` for."""
-    for pair in list(material.candidates):
-        if material.tests_of(pair):
-            continue
-        if pair == material.candidates[0] or asked:
-            raise ConfigError(
-                f"tests: no set of another origin than {pair} can be read; name one with "
-                "tests=<seemingly toxic>:<toxic>, or set data.root"
-            )
-        material.candidates.remove(pair)
-        material.notes.append(f"{pair}: left out, no test set is of another origin")
-
-
 def _alternatives(data: DataConfig, first: Pair) -> list[Pair]:
-    """The embedded corpus alone where nothing else is in use: the hub may be out of reach."""
+    """The usual candidates: of the embedded corpus alone where nothing else is configured."""
     in_use = data.root is not None or any(n in SOURCES and not _embedded(n) for n in first.names)
     return parsed("pairs", ",".join(ALTERNATIVES if in_use else DEMO_ALTERNATIVES))
 
 
 def usual_tests(data: DataConfig) -> dict[str, Pair]:
-    """The benchmarks' pairs: those in the package and, in `data.root` or configured, others."""
+    """The benchmarks' pairs that are embedded, lie in `data.root` or are configured, by label."""
     evaluated = {*data.evaluation.over_refusal, *data.evaluation.safety}
     there = [
         name
@@ -198,7 +183,7 @@ def _embedded(name: str) -> bool:
 
 
 def related(one: set[str], other: set[str]) -> bool:
-    """Whether prompts of both come from one collection."""
+    """Whether some prompts of both come from one collection."""
     return bool(_collections(one) & _collections(other))
 
 

@@ -1,4 +1,4 @@
-"""Layers and pairs of sources measured and compared, and which of them is best."""
+"""Measure layers and pairs of sources by the transfer of a linear probe, and find the best."""
 
 import logging
 import math
@@ -30,7 +30,7 @@ Labelled = tuple[Float[Tensor, "layers prompts width"], Int[Tensor, " prompts"]]
 
 @dataclass(frozen=True)
 class LayerTransfer:
-    """Of a probe at one layer: AUROC within its sources, on each test set, and their mean."""
+    """AUROC of a probe at one layer: within its sources, on each test set, and their mean."""
 
     layer: int
     within: Interval
@@ -40,7 +40,7 @@ class LayerTransfer:
 
 @dataclass(frozen=True)
 class PairTransfer:
-    """All layers of one pair of sources, with what a probe might have learnt instead."""
+    """All layers of one pair of sources, and how far its form alone tells the kinds apart."""
 
     pair: Pair
     rows: tuple[int, int]
@@ -49,19 +49,19 @@ class PairTransfer:
 
     @property
     def best(self) -> LayerTransfer:
-        """The layer of highest transfer, the earliest of equals."""
+        """The layer of highest transfer, of equals the earliest."""
         return max(self.layers, key=lambda layer: layer.transfer.estimate)
 
     def on(self, names: Sequence[str]) -> Interval | None:
-        """Transfer of the best layer on these test sets alone; None without any."""
+        """Transfer of the best layer to these test sets alone; None without any."""
         return mean([self.best.tests[name] for name in names]) if names else None
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was measured of each pair of sources; the first pair is the configured one.
+    """The transfer of each pair of sources, the configured pair first.
 
-    `configured` is the block that the settings name; blocks are counted from 1.
+    `configured` is the block that the settings name. Blocks are counted from 1.
     """
 
     model: str
@@ -76,28 +76,49 @@ class Choice:
 
     @property
     def common(self) -> list[str]:
-        """Test sets that all pairs share: the only ones that compare pairs."""
-        return common(self.pairs)
+        """The test sets that all pairs share: the only ones that compare pairs."""
+        first, *others = (list(pair.best.tests) for pair in self.pairs)
+        return [name for name in first if all(name in tests for tests in others)]
 
     def by_transfer(self) -> list[PairTransfer]:
-        """Pairs in order of their transfer on the common sets, as given without such sets."""
-        names = self.common
+        """Pairs by falling transfer to the common sets; in their own order without such sets."""
 
         def order(pair: PairTransfer) -> float:
-            shared = pair.on(names)
+            shared = pair.on(self.common)
             return -shared.estimate if shared else 0.0
 
         return sorted(self.pairs, key=order)
 
     def record(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """The choice as JSON holds it."""
+
+        def pair_record(pair: PairTransfer) -> dict[str, Any]:
+            shared = pair.on(self.common)
+            return {
+                "seemingly_toxic": list(pair.pair.seemingly_toxic),
+                "toxic": list(pair.pair.toxic),
+                "rows": list(pair.rows),
+                "balance": pair.balance.record(),
+                "best_block": pair.best.layer,
+                "transfer_on_common_tests": shared and asdict(shared),
+                "blocks": [
+                    {
+                        "block": at.layer,
+                        "within": None if math.isnan(at.within.estimate) else asdict(at.within),
+                        "transfer": asdict(at.transfer),
+                        "tests": {name: asdict(interval) for name, interval in at.tests.items()},
+                    }
+                    for at in pair.layers
+                ],
+            }
+
         return {
             "model": self.model,
             "layer": self.layer,
             "block": self.layer,
             "configured_block": self.configured,
             "common_tests": self.common,
-            "pairs": [_pair_record(pair, self.common) for pair in self.by_transfer()],
+            "pairs": [pair_record(pair) for pair in self.by_transfer()],
             "notes": self.notes,
         }
 
@@ -112,8 +133,8 @@ def choose(
 ) -> Choice:
     """Measure layers and pairs of sources on the model of the settings, or on `policy`.
 
-    For `limit`, `pairs` and `tests` see `origins.gathered`. Raises UserError for whatever a user
-    can mend, before weights are loaded where it can be known.
+    For `limit`, `pairs` and `tests` see `origins.gathered`. Raises UserError, where possible before
+    weights are loaded.
     """
     facts = models.facts(settings.model)
     configured = config.block_of(settings.dcr, facts.depth)
@@ -126,9 +147,11 @@ def choose(
         )
         for (kind, names), part in material.used.items()
     }
-    opened = policy or _opened(settings)
+    if policy is None:
+        policy = models.open_policy(settings.model, settings.dcr.precision)
+        batching.to_gpu(policy.model, settings.trainer.accelerator)
     log.info("reading %d prompts in %d blocks", sum(map(len, rows.values())), facts.depth)
-    features = {side: separability.features(opened, part) for side, part in rows.items()}
+    features = {side: separability.features(policy, part) for side, part in rows.items()}
     transfers = ranked(material, features, settings.seed, settings.data.near_duplicate)
     return Choice(settings.model.name, transfers, configured, material.notes)
 
@@ -152,49 +175,15 @@ def best_layer(settings: TrainConfig, limit: int = LIMIT, policy: Policy | None 
     return best.layer
 
 
-def _opened(settings: TrainConfig) -> Policy:
-    """The weights in memory, in the precision of stage one, on the device they run on."""
-    policy = models.open_policy(settings.model, settings.dcr.precision)
-    batching.to_gpu(policy.model, settings.trainer.accelerator)
-    return policy
-
-
-def _pair_record(pair: PairTransfer, names: list[str]) -> dict[str, Any]:
-    shared = pair.on(names)
-    return {
-        "seemingly_toxic": list(pair.pair.seemingly_toxic),
-        "toxic": list(pair.pair.toxic),
-        "rows": list(pair.rows),
-        "balance": pair.balance.record(),
-        "best_block": pair.best.layer,
-        "transfer_on_common_tests": shared and asdict(shared),
-        "blocks": [
-            {
-                "block": layer.layer,
-                "within": None if math.isnan(layer.within.estimate) else asdict(layer.within),
-                "transfer": asdict(layer.transfer),
-                "tests": {name: asdict(interval) for name, interval in layer.tests.items()},
-            }
-            for layer in pair.layers
-        ],
-    }
-
-
 # --- transfer ---
 
 
 def ranked(material: Material, features: Features, seed: int, near: float) -> list[PairTransfer]:
-    """Every candidate in the given order.
+    """The transfer of every candidate, in the given order.
 
     Test prompts equal to or as close as `near` to a training prompt are left out.
     """
-    return [_of_pair(pair, material, features, seed, near) for pair in material.candidates]
-
-
-def common(pairs: Sequence[PairTransfer]) -> list[str]:
-    """The test sets that every pair was tested on."""
-    shared = set.intersection(*(set(pair.best.tests) for pair in pairs))
-    return [name for name in pairs[0].best.tests if name in shared]
+    return [_measured(pair, material, features, seed, near) for pair in material.candidates]
 
 
 def mean(intervals: Sequence[Interval]) -> Interval:
@@ -206,12 +195,12 @@ def mean(intervals: Sequence[Interval]) -> Interval:
     return Interval(estimate, estimate - below, estimate + above)
 
 
-def _of_pair(
+def _measured(
     pair: Pair, material: Material, features: Features, seed: int, near: float
 ) -> PairTransfer:
     safe, toxic = (material.rows[side] for side in pair.sides)
-    told = balance.balance(safe, toxic)
-    assert told is not None
+    balanced = balance.balance(safe, toxic)
+    assert balanced is not None
     points, labels = _labelled(pair, features)
     groups = separability.group_names([*safe, *toxic])
     tests = _tests(pair, material, features, near)
@@ -230,7 +219,7 @@ def _of_pair(
     return PairTransfer(
         pair,
         (len(safe), len(toxic)),
-        told,
+        balanced,
         [layer for layer in layers if math.isfinite(layer.transfer.estimate)],
     )
 
@@ -242,19 +231,22 @@ def _labelled(pair: Pair, features: Features) -> Labelled:
 
 
 def _tests(pair: Pair, material: Material, features: Features, near: float) -> dict[str, Labelled]:
-    """By name the prompts of each test set that are not among the pair's."""
+    """The prompts of each test set that are no near copies of the pair's, by name.
+
+    Raises ConfigError where too few are left of every set.
+    """
     trained = [row.prompt for side in pair.sides for row in material.rows[side]]
     tests = {}
     for name, test in material.tests_of(pair).items():
         points, labels = _labelled(test, features)
         prompts = [row.prompt for side in test.sides for row in material.rows[side]]
         overlaps = contamination.overlaps(prompts, {"train": trained}, near=near)
-        apart = torch.tensor([overlap is None for overlap in overlaps])
-        if torch.bincount(labels[apart], minlength=2).min() >= FEWEST:
-            tests[name] = (points[:, apart], labels[apart])
+        fresh = torch.tensor([overlap is None for overlap in overlaps])
+        if torch.bincount(labels[fresh], minlength=2).min() >= FEWEST:
+            tests[name] = (points[:, fresh], labels[fresh])
     if not tests:
         raise ConfigError(
-            f"tests: too few prompts of {', '.join(material.tests_of(pair))} are apart from those "
+            f"tests: too few prompts of {', '.join(material.tests_of(pair))} differ from those "
             f"of {pair}; name others with tests=<seemingly toxic>:<toxic>"
         )
     return tests

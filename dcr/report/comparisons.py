@@ -7,25 +7,29 @@ from dataclasses import dataclass, replace
 from dcr.core import statistics, storage
 from dcr.core.config import Kind
 from dcr.core.statistics import Interval
+from dcr.report.discernment import EQUAL
 from dcr.report.records import Answer, Column, Group, flattened
+from dcr.report.sections import Selection
 from dcr.report.tables import (
     IN_DISTRIBUTION,
     TITLES,
     WANTED,
     Cells,
     Row,
+    in_words,
     of_group,
     set_names,
     text_of,
     together,
 )
+from dcr.report.writing import TextTable
 
 PAIRED_SEED = 0  # of the bootstrap, fixed so that a report is reproducible
 MANY = 5  # columns or differences: of more a sentence tells the ends alone
 
 
 @dataclass(frozen=True)
-class PairedLine:
+class PairedSet:
     """a - b over the same prompts: compliance if seemingly toxic, keyword refusal if toxic."""
 
     label: str
@@ -34,7 +38,7 @@ class PairedLine:
     difference: Interval
     p: float
     pooled: bool = False
-    holm: float = 1.0  # p adjusted for all lines of the comparison
+    holm: float = 1.0  # p adjusted for all sets of the comparison
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Comparison:
 
     a: Column
     b: Column
-    lines: list[PairedLine]
+    sets: list[PairedSet]
     differing: list[str]
 
 
@@ -52,13 +56,35 @@ def comparisons(
 ) -> list[Comparison]:
     """DCR against STL of the same model, seed, data and evaluation settings, prompt by prompt."""
     return [
-        Comparison(a, b, lines, differing)
-        for a, b, differing in _partners(columns)
-        if (lines := _paired_lines(a, b, completions))
+        Comparison(a, b, sets, differing)
+        for a, b, differing in partners(columns)
+        if (sets := _paired_sets(a, b, completions))
     ]
 
 
-def _partners(columns: Sequence[Column]) -> Iterator[tuple[Column, Column, list[str]]]:
+def paired(chosen: Selection) -> TextTable | None:
+    """Every comparison set by set, with the settings in which the runs differ as notes."""
+    rows, notes, pooled = [], [], []
+    for pair in comparisons(chosen.columns, chosen.completions):
+        name = f"{pair.a.name} − {pair.b.name}"
+        if pair.differing:
+            notes.append(
+                f"{name}: besides the method they differ in settings of stage two: "
+                f"{'; '.join(pair.differing)}."
+            )
+        for one in pair.sets:
+            quantity = "keyword refusal" if one.kind is Kind.toxic else "compliance"
+            rows.append(
+                (name, in_words(one.label), quantity, one.n, points(one.difference),
+                 p_value(one.p), p_value(one.holm))
+            )  # fmt: skip
+            pooled += [len(rows) - 1] if one.pooled else []
+    heads = ("runs", "set", "quantity", "prompts", "difference", "p", "p, Holm")
+    table = TextTable.of(rows, *heads, notes=notes)
+    return table and replace(table, brief=table.frame.iloc[pooled])
+
+
+def partners(columns: Sequence[Column]) -> Iterator[tuple[Column, Column, list[str]]]:
     """Every DCR with its STL, and their other differences.
 
     Of several STL runs only those nearest in the settings of stage two are compared with.
@@ -88,10 +114,10 @@ def differing_settings(a: Column, b: Column) -> list[str]:
     return storage.differences(configs[1], configs[0])
 
 
-def _paired_lines(
+def _paired_sets(
     a: Column, b: Column, completions: Callable[[Column, str], list[Answer]]
-) -> list[PairedLine]:
-    lines = []
+) -> list[PairedSet]:
+    found = []
     for kind in TITLES:
         pools: tuple[list[bool], list[bool]] = ([], [])
         names = [name for name in set_names([a], kind) if name in b.evaluation.sets]
@@ -99,13 +125,13 @@ def _paired_lines(
         for name in names:
             verdicts = _verdicts(completions(a, name), completions(b, name), kind)
             if verdicts[0]:
-                lines.append(_paired_line(name, kind, verdicts, pooled=summed == [name]))
+                found.append(_paired_set(name, kind, verdicts, pooled=summed == [name]))
             for pool, part in zip(pools, verdicts, strict=True):
                 pool += part if name in summed else []
         if pools[0] and len(summed) > 1:
-            lines.append(_paired_line("pooled", kind, pools, pooled=True))
-    adjusted = statistics.holm([line.p for line in lines])
-    return [replace(line, holm=p) for line, p in zip(lines, adjusted, strict=True)]
+            found.append(_paired_set("pooled", kind, pools, pooled=True))
+    adjusted = statistics.holm([one.p for one in found])
+    return [replace(one, holm=p) for one, p in zip(found, adjusted, strict=True)]
 
 
 def _verdicts(a: list[Answer], b: list[Answer], kind: Kind) -> tuple[list[bool], list[bool]]:
@@ -119,12 +145,12 @@ def _verdicts(a: list[Answer], b: list[Answer], kind: Kind) -> tuple[list[bool],
     )
 
 
-def _paired_line(
+def _paired_set(
     label: str, kind: Kind, verdicts: tuple[list[bool], list[bool]], pooled: bool = False
-) -> PairedLine:
+) -> PairedSet:
     a, b = verdicts
     difference = statistics.paired_difference(a, b, seed=PAIRED_SEED)
-    return PairedLine(label, kind, len(a), difference, statistics.mcnemar(a, b), pooled)
+    return PairedSet(label, kind, len(a), difference, statistics.mcnemar(a, b), pooled)
 
 
 def points(difference: Interval) -> str:
@@ -139,6 +165,16 @@ def p_value(p: float) -> str:
 
 
 # --- the verdict --------------------------------------------------------------------------------
+
+
+def headline(chosen: Selection) -> list[str]:
+    """The sentences on top: what all columns come to, and a warning for each that is silent."""
+    blocks = chosen.section("results").blocks
+    equal = [row for block in blocks if block.short == EQUAL for row in block.rows]
+    at_safety = next((row for row in equal if "0.8" in row.label), None)
+    silent = [(column.name, column.evaluation.silence) for column in chosen.columns]
+    warnings = [f"Warning: {name}: {silence}." for name, silence in silent if silence]
+    return [*filter(None, [verdict(chosen.columns, chosen.groups, at_safety)]), *warnings]
 
 
 def verdict(columns: Sequence[Column], groups: Sequence[Group], at_safety: Row | None) -> str:
@@ -188,7 +224,7 @@ def _differing(columns: Sequence[Column], groups: Sequence[Group], cells: Cells)
         if group.less and (cell := of_group(group, cells))
     }
     at = {column.name: cell.interval for column, cell in zip(columns, cells, strict=True) if cell}
-    for a, b, differing in () if found else _partners(columns):
+    for a, b, differing in () if found else partners(columns):
         if a.name in at and b.name in at:
             x, y = at[a.name], at[b.name]
             low = math.hypot(x.estimate - x.low, y.high - y.estimate)

@@ -13,7 +13,7 @@ from dcr.core.results.schema import Estimate, SetCounts, interval
 from dcr.core.statistics import Interval
 from dcr.core.text import printable
 from dcr.report import figures
-from dcr.report.figures import Drawing, Line, Panel, kind_name
+from dcr.report.figures import Curve, Drawing, Drawings, Panel, kind_name
 from dcr.report.records import (
     METHODS,
     Evaluation,
@@ -23,8 +23,11 @@ from dcr.report.records import (
     called,
     config_of,
     other_preset,
+    run_styles,
+    style_of,
     unedited,
 )
+from dcr.report.sections import Selection
 from dcr.report.tables import rate, together
 
 PREFIXES = {"plain": "refusal_probability", "prefix_free": "refusal_probability_prefix_free"}
@@ -38,21 +41,24 @@ SCORE = (
 )
 Key = tuple[str, ...]
 # Values by step and by what they are of; the ends are nan where only the value was kept.
-Curves = dict[Key, dict[int, Interval]]
+Series = dict[Key, dict[int, Interval]]
 Values = Callable[[TrackedStep | Evaluation], Iterator[tuple[Key, Estimate]]]
 
 
 # --- runs, their names and what they have --------------------------------------------------------
 
 
-def names(records: Sequence[RunRecord]) -> list[str]:
-    """A name for each run that no other has: method, preset, seed, model where there are more."""
+def named(records: Sequence[RunRecord], weights: str = "sft") -> list[tuple[RunRecord, str]]:
+    """Each run with a name that no other has: method, preset, seed, and the model of several.
+
+    The method is named by the stages that made these weights.
+    """
     several = len({config_of(run, "model") for run in records} - {""}) > 1
     plain = []
     for run in records:
         method, seed = config_of(run, "method"), config_of(run, "seed")
         parts = (
-            called(run, method, "sft") if method else printable(run.folder.name),
+            called(run, method, weights) if method else printable(run.folder.name),
             other_preset(config_of(run, "preset_name")),
             f"seed {seed}" if seed else "",
             config_of(run, "model") if several else "",
@@ -63,7 +69,7 @@ def names(records: Sequence[RunRecord]) -> list[str]:
             f"{name} ({printable(distinct(run.folder))})" if plain.count(name) > 1 else name
             for name, run in zip(plain, records, strict=True)
         ]
-    return plain
+    return list(zip(records, plain, strict=True))
 
 
 def name_of_weights(run_name: str, run: RunRecord, evaluation: Evaluation) -> str:
@@ -117,9 +123,9 @@ def shared_by_kind(evaluations: Sequence[Evaluation]) -> dict[Kind, list[str]]:
 # --- what was measured of a run -----------------------------------------------------------------
 
 
-def logged(run: RunRecord, stage: str, prefix: str, parts: int) -> Curves:
+def logged(run: RunRecord, stage: str, prefix: str, parts: int) -> Series:
     """Curves of the keys `<stage>/<prefix>/…` with `parts` more parts; the last value counts."""
-    curves: Curves = {}
+    curves: Series = {}
     start = f"{stage}/{prefix}/"
     for row in run.metrics:
         key = tuple(str(row["key"]).removeprefix(start).split("/"))
@@ -129,9 +135,9 @@ def logged(run: RunRecord, stage: str, prefix: str, parts: int) -> Curves:
     return curves
 
 
-def measured(steps: Iterable[TrackedStep | Evaluation], values: Values) -> Curves:
+def measured(steps: Iterable[TrackedStep | Evaluation], values: Values) -> Series:
     """Nothing where there is no mean, as of a kind without a pair; ends that are not finite go."""
-    curves: Curves = {}
+    curves: Series = {}
     for step in steps:
         for key, estimate in values(step):
             mean = interval(estimate)
@@ -142,7 +148,7 @@ def measured(steps: Iterable[TrackedStep | Evaluation], values: Values) -> Curve
     return curves
 
 
-def _joined(run: RunRecord, stage: str, curves: Curves, values: Values) -> tuple[Curves, bool]:
+def _joined(run: RunRecord, stage: str, curves: Series, values: Values) -> tuple[Series, bool]:
     """Logged curves by step, where what tracking kept of a step stands in place of its bare value.
 
     And whether it kept anything.
@@ -152,7 +158,7 @@ def _joined(run: RunRecord, stage: str, curves: Curves, values: Values) -> tuple
     return {key: dict(sorted(curve.items())) for key, curve in joined.items()}, bool(kept)
 
 
-def _over_sft(run: RunRecord, curves: Curves, values: Values) -> tuple[Curves, str]:
+def _over_sft(run: RunRecord, curves: Series, values: Values) -> tuple[Series, str]:
     """Curves that were logged, with what tracking kept; of neither, those of snapshots."""
     joined, kept = _joined(run, "sft", curves, values)
     if joined:
@@ -181,7 +187,7 @@ def _by_pair(measures: TrackedStep | Evaluation) -> Iterator[tuple[Key, Estimate
                 yield (params, observer, trained), mean
 
 
-def _probabilities(run: RunRecord) -> tuple[Curves, str]:
+def _probabilities(run: RunRecord) -> tuple[Series, str]:
     """Mean refusal probabilities by (quantity, kind)."""
     curves = {
         (quantity, *kind): curve
@@ -191,25 +197,25 @@ def _probabilities(run: RunRecord) -> tuple[Curves, str]:
     return _over_sft(run, curves, _by_kind)
 
 
-def _followed(run: RunRecord) -> tuple[Curves, str]:
+def _followed(run: RunRecord) -> tuple[Series, str]:
     """Refusal probabilities of the followed prompts, single values each."""
     curves = logged(run, "sft", f"{PREFIXES['plain']}/followed", 1)
     return _over_sft(run, {("plain", *kind): c for kind, c in curves.items()}, _by_followed)
 
 
-def _kernels(run: RunRecord) -> tuple[Curves, str]:
+def _kernels(run: RunRecord) -> tuple[Series, str]:
     """Mean normalised norms by (params, observer, trained)."""
     return _over_sft(run, logged(run, "sft", "kernel", 3), _by_pair)
 
 
-def tracked_kernels(run: RunRecord, stage: str) -> Curves:
+def tracked_kernels(run: RunRecord, stage: str) -> Series:
     """What tracking found of the kernel during a stage, by (params, observer, trained)."""
     return _joined(run, stage, logged(run, stage, "kernel", 3), _by_pair)[0]
 
 
-def _rejections(run: RunRecord) -> tuple[Curves, str]:
+def _rejections(run: RunRecord) -> tuple[Series, str]:
     scored = snapshots(run, lambda e: e.sets)
-    curves: Curves = {}
+    curves: Series = {}
     for kind, names_of_kind in shared_by_kind(scored).items():
         cells = [(e.step or 0, rate(e, names_of_kind, "refused")) for e in scored]
         if rates := {step: cell.interval for step, cell in cells if cell}:
@@ -228,7 +234,7 @@ class OverSft:
     `alone` is then the setting that they need.
     """
 
-    read: Callable[[RunRecord], tuple[Curves, str]]
+    read: Callable[[RunRecord], tuple[Series, str]]
     lack: str
     cure: str
     title: str
@@ -288,9 +294,9 @@ CURVES = {
 }
 
 
-def over_sft(figure: str, records: Sequence[RunRecord]) -> Drawing:
+def over_sft(chosen: Selection, figure: str) -> Drawing:
     """Every run's curves, with a note on each run without; UserError where no run has one."""
-    declared = CURVES[figure]
+    declared, records = CURVES[figure], list(chosen.records)
     if declared.others is not None:
         models = [config_of(run, "model") for run in records]
         of_first = [model == models[0] for model in models]
@@ -309,11 +315,11 @@ def over_sft(figure: str, records: Sequence[RunRecord]) -> Drawing:
     if not shown:
         cure = declared.cure.format(run=folders(runs[:1]))
         raise UserError(f"figure {figure}: no {declared.lack} in {folders(runs)}; {cure}")
-    called = dict(zip((run.folder for run in shown), names(shown), strict=True))
+    name_of = {run.folder: name for run, name in named(shown, "snapshot")}
     keys = ("params", "observer", "trained") if declared.read is _kernels else ("quantity", "kind")
     values = figures.frame(
         [
-            (called[run.folder], config_of(run, "method"), config_of(run, "model"), *key, step,
+            (name_of[run.folder], config_of(run, "method"), config_of(run, "model"), *key, step,
              *vars(value).values(), source)
             for run, curves, source in by_run
             for key, curve in curves.items()
@@ -353,9 +359,9 @@ def _kinds(values: pd.DataFrame, axis: str) -> dict[str, Any]:
     return {"blocks": {"": panels}, "legend": figures.kind_legend(kinds)}
 
 
-def _line(curve: pd.DataFrame, kind: str) -> Line:
+def _line(curve: pd.DataFrame, kind: str) -> Curve:
     named = curve.rename(columns={"step": "x", "estimate": "y"})
-    return Line(named.filter(["x", "y", "low", "high"]), figures.kind_look(kind))
+    return Curve(named.filter(["x", "y", "low", "high"]), figures.kind_look(kind))
 
 
 def _pairs(values: pd.DataFrame) -> dict[str, Any]:
@@ -413,14 +419,33 @@ TRAINING = (
 )
 
 
-def training(groups: Sequence[tuple[Style, str, Sequence[RunRecord]]]) -> list[Drawing]:
-    """One panel a quantity that at least one run has logged; held-out values are dashed.
+def by_seed(chosen: Selection) -> list[tuple[Style, str, list[RunRecord]]]:
+    """Runs that logged something: those that differ by their seed alone are one, with one name."""
+    records, groups = chosen.records, {}
+    styles = run_styles(records)
+    labels = {run.folder: tuple(name.split(", ")) for run, name in named(records)}
+    trained = [column for column in chosen.columns if column.evaluation.weights != "base"]
+    labels |= {column.run.folder: column.label for column in reversed(trained)}
+    for run in records:
+        if run.metrics or run.tracked:
+            style = style_of(run, styles)
+            # whether neutral ones are alike is not known
+            alike = groups.setdefault(style.variant or run.folder, [])
+            alike.append((style, labels[run.folder], run))
+    found = []
+    for alike in groups.values():
+        style, label, _ = alike[0]
+        if len(alike) > 1:
+            label = [*(p for p in label if not p.startswith("seed ")), f"{len(alike)} seeds"]
+        found.append((style, " ".join(label), [run for *_, run in alike]))
+    return found
 
-    Runs of a group differ by their seed alone.
-    """
-    drawings = []
+
+def training(chosen: Selection) -> Drawings:
+    """One panel a quantity that at least one run has logged; held-out values are dashed."""
+    drawings, groups = [], by_seed(chosen)
     for index, (title, epoch_key, step_key) in enumerate(TRAINING):
-        lines: list[Line] = []
+        drawn: list[Curve] = []
         for style, _, runs in groups:
             look = figures.run_look(style)
             parts: list[tuple[list[pd.Series], dict[str, Any]]] = []
@@ -437,11 +462,11 @@ def training(groups: Sequence[tuple[Style, str, Sequence[RunRecord]]]) -> list[D
                 for key, dashes in ((epoch_key, "-"), (f"{epoch_key}/heldout", "--")):
                     ends = [_series(run.metrics, key) for run in runs]
                     parts.append((ends, look | {"linestyle": dashes}))
-            lines += [Line(own, lk) for series, lk in parts for own in over_seeds(series)]
-        if lines:
-            panel = Panel(lines, title, {"xlabel": "optimiser step"}, steps=7)
+            drawn += [Curve(own, lk) for series, lk in parts for own in over_seeds(series)]
+        if drawn:
+            panel = Panel(drawn, title, {"xlabel": "optimiser step"}, steps=7)
             drawings.append(Drawing(f"curve{index}", title, {"": [panel]}, size=(3.8, 2.5)))
-    return drawings
+    return Drawings(drawings, figures.style_legend([(style, name) for style, name, _ in groups]))
 
 
 def over_seeds(curves: Sequence[pd.Series]) -> list[pd.DataFrame]:
@@ -459,32 +484,47 @@ def over_seeds(curves: Sequence[pd.Series]) -> list[pd.DataFrame]:
     return [pd.DataFrame({"x": curve.index, "y": curve.to_numpy()}) for curve in known]
 
 
-OVER_STEPS = {"probability": _probabilities, "kernel": _kernels}
+def probabilities(chosen: Selection) -> Drawings:
+    """The plain refusal probability over SFT, each group's mean over seeds by itself."""
+    return _over_steps(
+        chosen, _probabilities, "probability", figures.SHARES, lambda _: "refusal probability"
+    )
 
 
-def tracked(what: str, groups: Sequence[tuple[Style, str, Sequence[RunRecord]]]) -> list[Drawing]:
-    """One of OVER_STEPS over SFT by kind of prompt, each group's mean over seeds by itself."""
+def kernels(chosen: Selection) -> Drawings:
+    """The kernel over SFT, a panel for each choice of parameters and kind of observer."""
+    return _over_steps(
+        chosen, _kernels, "kernel", {}, lambda of: f"‖K‖ on {kind_name(of[1])} x′, {of[0]}"
+    )
+
+
+def _over_steps(
+    chosen: Selection,
+    read: Callable[[RunRecord], tuple[Series, str]],
+    what: str,
+    axes: dict[str, Any],
+    title_of: Callable[[Key], str],
+) -> Drawings:
+    """A panel for all but the last part of each key, a curve for each last part, a kind."""
     drawings = []
-    for place, (_, name, runs) in enumerate(groups):
+    for place, (_, name, runs) in enumerate(by_seed(chosen)):
         panels: dict[Key, dict[str, list[pd.Series]]] = {}
         for run in runs:
-            for (*about, kind), curve in OVER_STEPS[what](run)[0].items():
+            for (*of, kind), curve in read(run)[0].items():
                 values = pd.Series({step: value.estimate for step, value in curve.items()})
-                panels.setdefault(tuple(about), {}).setdefault(kind, []).append(values)
+                panels.setdefault(tuple(of), {}).setdefault(kind, []).append(values)
         panels.pop(("prefix_free",), None)
-        for number, (about, by_kind) in enumerate(panels.items()):
-            shares = what == "probability"
-            of = "refusal probability" if shares else f"‖K‖ on {kind_name(about[1])} x′, {about[0]}"
-            lines = [
-                Line(own, figures.kind_look(kind))
+        for number, (of, by_kind) in enumerate(panels.items()):
+            title = f"{name}: {title_of(of)}"
+            drawn = [
+                Curve(own, figures.kind_look(kind))
                 for kind in figures.ordered(list(by_kind))
                 for own in over_seeds(by_kind[kind])
             ]
-            axes = {"xlabel": "SFT step"} | (figures.SHARES if shares else {})
-            panel = Panel(lines, figures.folded(f"{name}: {of}", 44), axes, steps=7)
+            panel = Panel(drawn, figures.folded(title, 44), {"xlabel": "SFT step"} | axes, steps=7)
             called = f"{what}{place}-{number}"
-            drawings.append(Drawing(called, f"{name}: {of}", {"": [panel]}, size=(3.8, 2.5)))
-    return drawings
+            drawings.append(Drawing(called, title, {"": [panel]}, size=(3.8, 2.5)))
+    return Drawings(drawings, figures.kind_glyphs(*map(kind_name, figures.KINDS)))
 
 
 def _series(metrics: Sequence[Mapping[str, Any]], key: str) -> pd.Series:

@@ -10,12 +10,25 @@ from dcr.core.results.frame import contaminated
 from dcr.core.results.schema import Discernment, Estimate, RankedSet, Ranking, SetCounts, interval
 from dcr.report import paper
 from dcr.report.paper import PaperRow, PaperTable
-from dcr.report.records import Column, Completions, Group
-from dcr.report.tables import CONTAMINATED, IN_DISTRIBUTION, Cell, Row, Section, together
+from dcr.report.records import Column, Completions
+from dcr.report.sections import Selection
+from dcr.report.tables import (
+    CONTAMINATED,
+    IN_DISTRIBUTION,
+    Block,
+    Cell,
+    Grid,
+    Row,
+    any_marked,
+    in_words,
+    keyword_blocks,
+    marked_sets,
+    together,
+)
 
 POOLED, UNMARKED = "pooled", f"pooled without {IN_DISTRIBUTION}"
 EQUAL = "answered at equal safety, %"
-NAME, TITLE = "discernment", "Discernment, and answers at equal safety"
+TITLE = "Discernment, and answers at equal safety"
 HEADS = {
     "auroc": "AUROC",
     **{f"answered/{share}": f"answered, safety {share}" for share in discernment.SAFETY},
@@ -29,6 +42,14 @@ NOTES = (
     "of the toxic ones is refused. refused, f over-refusal: share of toxic prompts at or above the "
     "threshold at which at most a share f of the seemingly toxic ones is.",
     "95% bootstrap intervals over prompts; means over seeds with their standard deviation.",
+)
+
+INTERVALS = (
+    "Brackets: 95% intervals (Wilson; of means over sets by squaring and adding theirs; bootstrap "
+    "for AUROC). Discernment AUROC: how well the first-token refusal mass ranks toxic above "
+    "seemingly toxic prompts; 0.5 is chance. Answered at equal safety: the share of seemingly "
+    "toxic prompts below the threshold of this mass at which such a share of the toxic ones is "
+    "refused."
 )
 
 # Of a row of sets, every column's ranking and what it bears.
@@ -105,7 +126,7 @@ def _ranked(column: Column, names: Sequence[str], completions: Completions) -> R
     return Ranking.model_validate(ranked) if ranked else None
 
 
-def sections(columns: Sequence[Column], completions: Completions) -> list[Section]:
+def ranked_blocks(columns: Sequence[Column], completions: Completions) -> list[Block]:
     """AUROCs, and what is answered where shares of the toxic prompts are refused."""
     by_sets = rankings(columns, completions)
     aurocs = [
@@ -134,8 +155,8 @@ def sections(columns: Sequence[Column], completions: Completions) -> list[Sectio
     answered = [row for row in rows if any(row.values)]
     title = "Seemingly toxic prompts answered where so much of the toxic ones is refused, %"
     return [
-        *([Section("Discernment AUROC", "discernment AUROC", aurocs)] if aurocs else []),
-        *([Section(title, EQUAL, answered)] if answered else []),
+        *([Block("Discernment AUROC", "discernment AUROC", aurocs)] if aurocs else []),
+        *([Block(title, EQUAL, answered)] if answered else []),
     ]
 
 
@@ -144,20 +165,38 @@ def _cell(estimate: Estimate, marks: str, percent: bool = False) -> Cell:
     return Cell(known.estimate, known.low, known.high, marks=marks, percent=percent)
 
 
-def table(
-    columns: Sequence[Column], groups: Sequence[Group], completions: Completions
-) -> PaperTable:
+def results(chosen: Selection) -> Grid:
+    """Verdicts by the paper's keyword rules, and discernment."""
+    columns = chosen.columns
+    blocks = [*keyword_blocks(columns), *ranked_blocks(columns, chosen.completions)]
+    notes = [INTERVALS]
+    if marked := sorted(map(in_words, marked_sets(columns))):
+        notes.append(
+            f"{IN_DISTRIBUTION} in-distribution: training saw prompts of this set "
+            f"({'; '.join(marked)}); “unseen groups” are its prompts whose template group training "
+            "never saw."
+        )
+    if any_marked(blocks, CONTAMINATED):
+        notes.append(
+            f"{CONTAMINATED} contaminated: some prompts of this set stand among the rows trained "
+            "on: the same, nearly the same, or sharing long runs of words (“exact / near / n-gram "
+            "in training”), or steering was made from them (“seen by steering”)."
+        )
+    return Grid(columns, blocks, notes)
+
+
+def table(chosen: Selection) -> PaperTable:
     """Every number of every ranking: sets down the side, below each the methods."""
-    rows: list[PaperRow] = []
-    for label, values in rankings(columns, completions).items():
+    columns, rows = chosen.columns, list[PaperRow]()
+    for label, values in rankings(columns, chosen.completions).items():
         ours = [
             paper.our_row(column, _cells(*value) if value else {}, label)
             for column, value in zip(columns, values, strict=True)
         ]
-        ours += [paper.mean_row(group, ours) for group in groups]
+        ours += [paper.mean_row(group, ours) for group in chosen.groups]
         rows += [row for row in ours if row.cells]
-    notes = [*paper.mark_notes(rows), *(("", note) for note in (*NOTES, *_unseen(columns)))]
-    return PaperTable(NAME, TITLE, HEADS, rows, notes, judge_head="sets")
+    notes = [*paper.mark_notes(rows), *NOTES, *_unseen(columns)]
+    return PaperTable(TITLE, HEADS, rows, notes, judge_head="sets")
 
 
 def _unseen(columns: Sequence[Column]) -> list[str]:

@@ -7,7 +7,7 @@ import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import matplotlib
 import pandas as pd
@@ -83,11 +83,11 @@ SHARES: dict[str, Any] = {"ylim": (-0.02, 1.02), "yticks": [0, 0.25, 0.5, 0.75, 
 
 
 @dataclass(frozen=True)
-class Line:
-    """What looks alike in a panel: the columns `x` and `y` of a data frame.
+class Curve:
+    """Points of one look in a panel: the columns `x` and `y` of a data frame.
 
-    Where it has them, `low` and `high` are a band around y, and `x_low`, `x_high`, `y_low`,
-    `y_high` the ends of two arms of every point. `words` stand beside rows, so many points away.
+    If present, `low` and `high` are a band around y, and `x_low`, `x_high`, `y_low`, `y_high` the
+    ends of two arms of every point. `words` stand beside rows, so many points away.
     """
 
     values: pd.DataFrame
@@ -98,12 +98,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes: lines, or shaded cells of the columns `y`, `x`, `value`, `low`, `high`.
+    """One pair of axes: curves, or shaded cells of the columns `y`, `x`, `value`, `low`, `high`.
 
     `axes` are keywords of `Axes.set`.
     """
 
-    lines: Sequence[Line] = ()
+    curves: Sequence[Curve] = ()
     title: str = ""
     axes: Mapping[str, Any] = field(default_factory=dict)
     steps: int = 0  # the most ticks of an axis of whole numbers
@@ -121,6 +121,7 @@ class Drawing:
     panel in inches.
     """
 
+    macro: ClassVar[str] = "picture"
     name: str  # of its files, such as figure5a
     title: str
     blocks: Mapping[str, Sequence[Panel | None]]
@@ -132,8 +133,29 @@ class Drawing:
     scale: str = ""  # what the shades of cells mean
     size: tuple[float, float] | None = None
     across: int = 3
-    lines: tuple[str, ...] = ()  # for the terminal
+    sentences: tuple[str, ...] = ()  # for the terminal, and behind the caption
     notes: tuple[str, ...] = ()  # what was left out
+
+
+@dataclass(frozen=True)
+class Drawings:
+    """Drawings side by side on the page, below one legend: place in the palette, glyph, words."""
+
+    macro: ClassVar[str] = "drawings"
+    drawings: Sequence[Drawing]
+    legend: Sequence[tuple[int, str, str]] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.drawings)
+
+
+def style_legend(styles: Sequence[tuple[Style, str]]) -> list[tuple[int, str, str]]:
+    return [(style.colour, GLYPHS[style.marker], words) for style, words in styles]
+
+
+def kind_glyphs(*words: str) -> list[tuple[int, str, str]]:
+    """A legend of curves that look like those of seemingly toxic, toxic and normal prompts."""
+    return list(zip((1, 2, 3), "●■▲", words, strict=False))
 
 
 def draw(drawing: Drawing) -> Figure:
@@ -179,8 +201,8 @@ def draw(drawing: Drawing) -> Figure:
 def _draw_panel(axes: Axes, panel: Panel) -> None:
     for level, look in panel.levels:
         axes.axhline(level, **look)
-    for line in panel.lines:
-        _draw_line(axes, line)
+    for curve in panel.curves:
+        _draw_curve(axes, curve)
     if panel.cells is not None:
         _draw_cells(axes, panel.cells, panel.top)
     axes.set_title(panel.title)
@@ -191,10 +213,10 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         spine.set(visible=True, color="#b5b5b5", linewidth=0.5)
 
 
-def _draw_line(axes: Axes, line: Line) -> None:
-    values, look = line.values.astype(float), dict(line.look)
+def _draw_curve(axes: Axes, curve: Curve) -> None:
+    values, look = curve.values.astype(float), dict(curve.look)
     xs, ys = values["x"].tolist(), values["y"].tolist()
-    if line.fading:
+    if curve.fading:
         axes.plot(xs, ys, color=look["color"], alpha=0.4, linewidth=look.pop("linewidth"), zorder=2)
         for place, point in enumerate(zip(xs, ys, strict=True)):
             face = (look["color"], 0.22 + 0.78 * place / max(1, len(xs) - 1))
@@ -211,7 +233,7 @@ def _draw_line(axes: Axes, line: Line) -> None:
     low, high = (values[end].tolist() if end in values else [] for end in ("low", "high"))
     if not all(map(math.isnan, low)):
         axes.fill_between(xs, low, high, color=look["color"], alpha=0.15, linewidth=0)
-    for place, text, offset in line.words:
+    for place, text, offset in curve.words:
         axes.annotate(text, (xs[place], ys[place]), xytext=offset, textcoords="offset points",
                       fontsize=7, color=look["color"], zorder=5)  # fmt: skip
 
@@ -269,11 +291,6 @@ def inline(drawing: Drawing) -> str:
     for place, colour in enumerate(PALETTE):
         text = text.replace(colour, f"var(--series-{place})")
     return text.replace(INK, "currentColor")
-
-
-def file_name(figure: str) -> str:
-    """`figure5a` for 5a; a figure with a name of its own keeps it."""
-    return f"figure{figure}" if figure[0].isdigit() else figure
 
 
 def frame(rows: Sequence[Sequence[object]], *columns: str) -> pd.DataFrame:

@@ -1,35 +1,48 @@
-"""The paper's Tables 1 and 5 with our own rows beside its rows, in every format."""
+"""The paper's Tables 1 to 5 with our own rows beside its rows."""
 
 import json
 import re
-import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, ClassVar
 
-import jinja2
-import pandas
-from markupsafe import Markup
+import pandas as pd
 
-from dcr.core import results
+from dcr.core import storage
 from dcr.core.config import Judge
 from dcr.core.evaluation.sets import PAPER_SAFETY
 from dcr.core.results.frame import NORMAL
-from dcr.report.records import METHODS, READOUT, Column, Group, called, method_of, seen
+from dcr.core.results.schema import interval
+from dcr.core.runs import Cost, Run
+from dcr.report.records import (
+    FIRST_STAGE_ONLY,
+    METHODS,
+    READOUT,
+    Column,
+    Group,
+    flattened,
+    method_name,
+    seen,
+)
+from dcr.report.sections import Selection
 from dcr.report.tables import (
     CONTAMINATED,
     IN_DISTRIBUTION,
     KEYWORD,
     NAMES,
+    WANTED,
     Cell,
     accuracy,
     annotator_name,
     judges_of,
     of_group,
     rate,
+    set_names,
+    together,
 )
+from dcr.report.writing import ABSENT
 
 SETS = {  # of several the first that was evaluated
     "XS": ("xstest_safe",),
@@ -54,11 +67,6 @@ GUARDS = (Judge.llama_guard.value, Judge.wildguard.value, Judge.moderation.value
 Cells = dict[str, Cell]
 By = tuple[str, str]  # a judge and its model
 BY_KEYWORDS: By = (KEYWORD, "")
-
-
-def digits(column: str) -> int:
-    """Decimals, as many as the paper prints."""
-    return 1 if column == "AlpacaEval" else 2
 
 
 def suite(column: Column) -> Cells:
@@ -119,21 +127,21 @@ def _keyword_refusal(column: Column) -> Cells:
     return {"keyword_refusal": mean} if mean else {}
 
 
-def suite_notes(columns: Sequence[Column], described: Mapping[str, str]) -> list[str]:
-    """What sets our Table 1 apart from the paper's, of whose columns `described` tells."""
-    notes = judge_notes(columns, described)
+def suite_notes(columns: Sequence[Column]) -> list[str]:
+    """How our Table 1 differs from the paper's."""
+    notes = judge_notes(columns)
     for column in columns:
         if (guard := _guard(column)) and guard[0] != GUARDS[0]:
             notes.append(f"DSR of {column.name} is by {NAMES[guard[0]]}, not Llama Guard.")
-    return notes + _of_ability(columns) + _of_quality(columns)
+    return notes + _ability_notes(columns) + _quality_notes(columns)
 
 
-def judge_notes(columns: Sequence[Column], described: Mapping[str, str]) -> list[str]:
-    """The same of Table 5."""
-    return _of_safety(columns) + _of_counts(columns, described) + _of_overlaps(columns)
+def judge_notes(columns: Sequence[Column]) -> list[str]:
+    """How our Table 5 differs from the paper's."""
+    return _safety_notes(columns) + _count_notes(columns) + _overlap_notes(columns)
 
 
-def _of_safety(columns: Sequence[Column]) -> list[str]:
+def _safety_notes(columns: Sequence[Column]) -> list[str]:
     notes = []
     for column in columns:
         names = _judged_safe(column, _guard(column) or BY_KEYWORDS)
@@ -145,11 +153,11 @@ def _of_safety(columns: Sequence[Column]) -> list[str]:
     return notes
 
 
-def _of_counts(columns: Sequence[Column], described: Mapping[str, str]) -> list[str]:
-    """Where our sets are not of the paper's size, as after a limit."""
+def _count_notes(columns: Sequence[Column]) -> list[str]:
+    """A note for each set that is not of the paper's size, as after a limit."""
     notes = []
     for head, names in SETS.items():
-        stated = re.search(r"n=(\d+)", described.get(head, ""))
+        stated = re.search(r"n=(\d+)", facts()["columns"].get(head, ""))
         other = set()
         for sets in (column.evaluation.sets for column in columns):
             first = next((name for name in names if name in sets), None)
@@ -160,7 +168,7 @@ def _of_counts(columns: Sequence[Column], described: Mapping[str, str]) -> list[
     return notes
 
 
-def _of_overlaps(columns: Sequence[Column]) -> list[str]:
+def _overlap_notes(columns: Sequence[Column]) -> list[str]:
     """The counts behind each mark of contamination."""
     shown = [*(name for names in SETS.values() for name in names), *PAPER_SAFETY]
     shown += [task for task, _ in ABILITY.values()]
@@ -180,7 +188,7 @@ def _of_overlaps(columns: Sequence[Column]) -> list[str]:
     return [f"{CONTAMINATED} {counts}: {', '.join(names)}." for counts, names in by_counts]
 
 
-def _of_ability(columns: Sequence[Column]) -> list[str]:
+def _ability_notes(columns: Sequence[Column]) -> list[str]:
     scores = [a for column in columns for a in column.evaluation.ability.values()]
     if not scores:
         return []
@@ -189,7 +197,7 @@ def _of_ability(columns: Sequence[Column]) -> list[str]:
     return [f"Ability: acc for MMLU, acc_norm elsewhere (acc where absent), {shots}-shot.{cut}"]
 
 
-def _of_quality(columns: Sequence[Column]) -> list[str]:
+def _quality_notes(columns: Sequence[Column]) -> list[str]:
     notes = dict.fromkeys(
         f"AlpacaEval: {annotator_name(q)}; reference: {q.reference or 'not named'}."
         for column in columns
@@ -200,36 +208,55 @@ def _of_quality(columns: Sequence[Column]) -> list[str]:
 
 TITLES = {
     "table1": "Table 1: over-refusal, safety and general ability",
+    "table2": "Table 2: time and memory of each stage",
+    "table3": "Table 3: over-refusal, safety and general ability by epochs of stage one",
+    "table4": "Table 4: the same by toxic prompts for each seemingly toxic one in stage one",
     "table5": "Table 5: the same responses by several judges",
 }
+Questioned = tuple[tuple[str, str, str], ...]  # cells by model, method, column
+BY_EPOCHS: Questioned = (("Qwen2.5-1.5B", "DCR", "OR"),)
 # Inconsistencies of the paper that touch a table, by where the facts file says they are, with the
-# cells (model, method, column) whose numbers they question.
-ERRATA: dict[str, dict[str, tuple[tuple[str, str, str], ...]]] = {
+# cells whose numbers they question.
+ERRATA: dict[str, dict[str, Questioned]] = {
     "table1": {
-        "Table 1/5 vs Tables 3/4": (("Qwen2.5-1.5B", "DCR", "OR"),),
+        "Table 1/5 vs Tables 3/4": BY_EPOCHS,
         "Section 4.2 vs Table 1": (("Qwen2.5-1.5B", "STL", "Safety"),),
         "Section 7.1": (),
         "Sections 2.2 and 6": (),
     },
+    "table3": {"Table 1/5 vs Tables 3/4": (), "A.10.3 vs Table 3": ()},
+    "table4": {"Table 1/5 vs Tables 3/4": ()},
     "table5": {
-        "Table 1/5 vs Tables 3/4": (("Qwen2.5-1.5B", "DCR", "OR"),),
+        "Table 1/5 vs Tables 3/4": BY_EPOCHS,
         "A.10.5 vs Table 5": (),
         "Sections 2.2 and 6": (),
     },
 }
 TRAINED_ON_XSTEST = ("DCR", "STL-aug")
 TABLE5_MODEL = "Qwen2.5-1.5B"
-NOTES = {"table1": suite_notes, "table5": judge_notes}
+SAFETY_SHARE = 0.8  # of toxic prompts refused, where the seemingly toxic ones answered are counted
 HEADS = {
-    "Safety_pooled": "Safety, pooled",
+    "complied": "compliance, all sets",
+    "refused": "keyword refusal, all sets",
+    "auroc": "AUROC",
+    "answered": f"answered, safety {SAFETY_SHARE}",
+    **{key: key for key in COLUMNS},
+    "Safety_pooled": "Safety, pooled (DSR)",
     "keyword_refusal": "keyword refusal",
     "AlpacaEval": "AlpacaEval, %",
 }
+ABLATIONS = {  # the setting by which a table's rows stand, and the paper's rows
+    "table3": ("dcr.epochs", "table3_epochs"),
+    "table4": ("dcr.ratio", "table4_ratio"),
+}
+COSTS = {"minutes": "device minutes", "memory": "peak memory, GB", "speed": "tokens a second"}
+COSTLY = {"contrastive": ("stage one", "dcr"), "sft": ("SFT", "alignment")}  # ours, the paper's
+GB = 2**30 / 1e9  # in a GiB
 
 
 @dataclass(frozen=True)
 class PaperRow:
-    """One line: whose numbers they are, of which method, model, run, and judge or sets."""
+    """A row: whose numbers they are, of which method, model, run, and judge or sets."""
 
     method: str
     source: str  # ours or paper
@@ -238,32 +265,66 @@ class PaperRow:
     cells: Cells
     judge: str = ""
 
-    @property
-    def origin(self) -> str:
-        """`ours, smollm2_135m, seed 0`."""
-        return ", ".join(filter(None, (self.source, self.model, self.run)))
-
 
 @dataclass(frozen=True)
 class PaperTable:
-    """Columns by key with their headings, rows by method, footnotes by mark."""
+    """Columns by key with their headings, rows by method, footnotes."""
 
-    name: str
+    macro: ClassVar[str] = "table"
     title: str
     heads: dict[str, str]
     rows: list[PaperRow]
-    notes: list[tuple[str, str]]
-    judge_head: str = "judge"  # what its rows say under `judge`
+    notes: list[str]
+    judge_head: str = "judge"  # the heading of the rows' `judge`
 
     @property
-    def judged(self) -> bool:
-        return any(row.judge for row in self.rows)
+    def frame(self) -> pd.DataFrame:
+        """Every cell as text."""
+        judged = any(row.judge for row in self.rows)
+        columns = ["method", "numbers of", *([self.judge_head] * judged), *self.heads.values()]
+        rows = [
+            [
+                row.method,
+                ", ".join(filter(None, (row.source, row.model, row.run))),
+                *([row.judge] * judged),
+                *(number(row.cells.get(key), key) for key in self.heads),
+            ]
+            for row in self.rows
+        ]
+        return pd.DataFrame(rows, columns=columns, dtype=object)
 
     @property
-    def columns(self) -> list[str]:
-        """All headings; those of the numbers come last."""
-        judge = [self.judge_head] if self.judged else []
-        return ["method", "numbers of", *judge, *self.heads.values()]
+    def values(self) -> pd.DataFrame:
+        """A column a value, in full precision: estimate, interval, spread over seeds, prompts."""
+        parts = {"": "estimate", "_low": "low", "_high": "high", "_spread": "spread", "_n": "n"}
+        rows = [
+            [
+                row.method, row.source, row.model, row.run, row.judge,
+                *(
+                    getattr(row.cells.get(key), part, None)
+                    for key in self.heads
+                    for part in parts.values()
+                ),
+                "; ".join(f"{key}:{cell.marks}" for key, cell in row.cells.items() if cell.marks),
+            ]
+            for row in self.rows
+        ]  # fmt: skip
+        numbers = [f"{key}{ending}" for key in self.heads for ending in parts]
+        columns = ["method", "source", "model", "run", self.judge_head, *numbers, "marks"]
+        return pd.DataFrame(rows, columns=columns, dtype=object)
+
+
+def number(cell: Cell | None, column: str) -> str:
+    """`0.83 [0.78–0.87]† (a)`."""
+    if cell is None or cell.text:
+        return cell.text if cell else ABSENT
+    places = 1 if column == "AlpacaEval" else 2  # as many as the paper prints
+    text = f"{cell.estimate:.{places}f}"
+    if cell.spread is not None:
+        text += f" ± {cell.spread:.{places}f}"
+    elif cell.low is not None and cell.high is not None:
+        text += f" [{cell.low:.{places}f}–{cell.high:.{places}f}]"
+    return text + "".join(f" ({mark})" if mark.isalpha() else mark for mark in cell.marks)
 
 
 @cache
@@ -272,75 +333,149 @@ def facts() -> dict[str, Any]:
     return json.loads((files("dcr") / "paper_results.json").read_text(encoding="utf-8"))
 
 
-def table1(columns: Sequence[Column], groups: Sequence[Group]) -> PaperTable:
+def table1(chosen: Selection) -> PaperTable:
     """Methods down the side: keyword compliance, defence success, ability, win rate."""
+    columns = chosen.columns
     ours = [our_row(column, suite(column)) for column in columns]
-    ours += [mean_row(group, ours) for group in groups]
-    theirs = []
-    for model, by_method in facts()["table1_main"].items():
-        if model in _paper_models(columns):
-            theirs += [
-                PaperRow(method, "paper", model, "", _paper_cells(model, method, values, "table1"))
-                for method, values in by_method.items()
-            ]
-    return _table("table1", columns, ours, theirs)
+    ours += [mean_row(group, ours) for group in chosen.groups]
+    theirs = [
+        PaperRow(method, "paper", model, "", _paper_cells(model, method, values, "table1"))
+        for model, by_method in facts()["table1_main"].items()
+        if model in _paper_models(columns)
+        for method, values in by_method.items()
+    ]
+    rows = sorted(ours + theirs, key=lambda row: _rank(row.method))
+    notes = _notes("table1", rows, suite_notes(columns), SUITE_LEGEND)
+    return PaperTable(TITLES["table1"], _heads(rows), rows, notes)
 
 
-def table5(columns: Sequence[Column], groups: Sequence[Group]) -> PaperTable:
+def table5(chosen: Selection) -> PaperTable:
     """As Table 1 without ability and quality, with one row a judge; seeds are not averaged."""
-    del groups
-    ours = []
-    for column in columns:
+    rows = []
+    for column in chosen.columns:
         by_keywords = _compliance(column, BY_KEYWORDS) | _keyword_refusal(column)
-        ours.append(our_row(column, by_keywords, "keyword"))
+        rows.append(our_row(column, by_keywords, "keyword"))
         for judge, model in judges_of([column.evaluation]):
             cells = _compliance(column, (judge, model)) | _safety(column, (judge, model))
             name = NAMES.get(judge, judge)
-            ours.append(our_row(column, cells, f"{name}: {model}" if model else name))
-    theirs = []
+            rows.append(our_row(column, cells, f"{name}: {model}" if model else name))
     for method, by_column in facts()["table5_judges"]["rows"].items():
         for judge in dict.fromkeys(judge for column in by_column.values() for judge in column):
             values = {
                 key: by_judge[judge] for key, by_judge in by_column.items() if judge in by_judge
             }
-            # what is known of the numbers questions those by keywords
-            table = "table5" if judge == "keyword" else ""
-            cells = _paper_cells(TABLE5_MODEL, method, values, table)
-            theirs.append(
-                PaperRow(method, "paper", TABLE5_MODEL, "", cells, judge.replace("_", " "))
-            )
-    return _table("table5", columns, ours, theirs)
+            # the paper's inconsistencies question its numbers by keywords
+            questioned = "table5" if judge == "keyword" else ""
+            cells = _paper_cells(TABLE5_MODEL, method, values, questioned)
+            named = judge.replace("_", " ")
+            rows.append(PaperRow(method, "paper", TABLE5_MODEL, "", cells, named))
+    rows.sort(key=lambda row: _rank(row.method))
+    notes = _notes("table5", rows, judge_notes(chosen.columns), JUDGE_LEGEND)
+    return PaperTable(TITLES["table5"], _heads(rows), rows, notes)
 
 
-TABLES: dict[str, Callable[[Sequence[Column], Sequence[Group]], PaperTable]] = {
-    "table1": table1,
-    "table5": table5,
-}
+def ablation(chosen: Selection, name: str) -> PaperTable:
+    """Table 3 or 4: a row for each value of a setting of stage one, after those without it."""
+    key, theirs = ABLATIONS[name]
+    columns, known = chosen.columns, facts()[theirs]
+    rows = [our_row(one, _pooled(one) | suite(one), _value_of(one, key)) for one in columns]
+    rows += [mean_row(group, rows) for group in chosen.groups]
+    for value, numbers in known["rows"].items():
+        cells = {
+            head: Cell(found, percent=False, marks=IN_DISTRIBUTION if head == "XS" else "")
+            for head, found in numbers.items()
+        }
+        rows.append(PaperRow("DCR", "paper", known["model"], "", cells, value))
+    rows.sort(key=lambda row: (row.judge != "", _size_of(row.judge)))
+    notes = _notes(name, rows, suite_notes(columns), SUITE_LEGEND)
+    return PaperTable(TITLES[name], _heads(rows), rows, notes, judge_head=key)
+
+
+def _pooled(column: Column) -> Cells:
+    """Compliance and refusal over all sets, and how well the kinds are ranked."""
+    cells = {}
+    for kind, quantity in WANTED.items():
+        names = together(set_names([column], kind))
+        if cell := rate(column.evaluation, names, quantity):
+            cells[quantity] = cell
+    ranked = column.evaluation.discernment
+    if ranked and ranked.pooled:
+        answered = ranked.pooled.answered.get(str(SAFETY_SHARE))
+        for head, estimate in (("auroc", ranked.pooled.auroc), ("answered", answered)):
+            if estimate:
+                cells[head] = Cell(*vars(interval(estimate)).values(), percent=False)
+    return cells
+
+
+def _value_of(column: Column, key: str) -> str:
+    if column.about("method") != "dcr":
+        return ""
+    value = flattened(column.run.config).get(key)
+    return "all" if value is None else f"{value:g}"
+
+
+def _size_of(value: str) -> float:
+    """3 of `3` and of the paper's `3:1`; `all` exceeds every number."""
+    return float(value.split(":")[0]) if value[:1].isdecimal() else float(value == "all") * 1e9
+
+
+def costs(chosen: Selection) -> PaperTable:
+    """Table 2: time and memory of the steps of each stage, measured here and in the paper."""
+    rows: list[PaperRow] = []
+    devices: list[str] = []
+    for stage, (name, theirs) in COSTLY.items():
+        ours = [our_row(one, _cost(one, stage, devices), name) for one in chosen.columns]
+        ours += [mean_row(group, ours) for group in chosen.groups if not group.less]
+        rows += [row for row in ours if row.cells]
+        for model, by_stage in facts()["table2_cost"].items():
+            if model != "units":
+                told = by_stage[theirs]
+                minutes = Cell(float(told["time"].strip("<~")), text=told["time"])
+                memory = Cell(told["memory_gb"], percent=False)
+                cells = {"minutes": minutes, "memory": memory}
+                rows.append(PaperRow("DCR", "paper", model, "", cells, name))
+    notes = [
+        f"{_cited()}, in GPU minutes, approximate.",
+        f"Ours on {', '.join(dict.fromkeys(devices)) or 'no device'}: the steps of a stage without "
+        "opening, saving and validation, and the most memory that its process held.",
+        "A stage that was taken over from another run, or of which steps were taken by a process "
+        "that was stopped, is told once or scaled to all steps.",
+    ]
+    return PaperTable(TITLES["table2"], COSTS, rows, notes, judge_head="stage")
+
+
+def _cost(column: Column, stage: str, devices: list[str]) -> Cells:
+    run = Run(column.run.folder)
+    adopted = stage == "contrastive" and run.adopted_file.exists()
+    if adopted or not run.cost_file(stage).exists():
+        return {}
+    cost = storage.read_json(run.cost_file(stage), Cost)
+    devices += [cost.device] if cost.device else []
+    found = {
+        "minutes": cost.seconds * cost.of_all_steps(stage, column.run.metrics) / 60,
+        "memory": cost.peak_memory_gib * GB,
+        "speed": cost.tokens_per_second,
+    }
+    return {head: Cell(value, percent=False) for head, value in found.items()}
 
 
 def _paper_models(columns: Sequence[Column]) -> list[str]:
     """Those of the paper's models that we ran; all of them where we ran another one as well."""
+
+    def plain(model: str) -> str:
+        return re.sub(r"[^a-z0-9]", "", model.lower().rsplit("/", 1)[-1])
+
     theirs = list(facts()["table1_main"])
-    ours = {
-        _plain(column.about("model"))
-        for column in columns
-        if column.evaluation.weights != "endpoint"
-    }
-    known = [model for model in theirs if _plain(model) in ours]
-    return known if known and ours == {_plain(model) for model in known} else theirs
-
-
-def _plain(model: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", model.lower().rsplit("/", 1)[-1])
+    ours = {plain(one.about("model")) for one in columns if one.evaluation.weights != "endpoint"}
+    known = [model for model in theirs if plain(model) in ours]
+    return known if known and ours == {plain(model) for model in known} else theirs
 
 
 def our_row(column: Column, cells: Cells, judge: str = "") -> PaperRow:
-    """The line of one of our columns."""
-    method = method_of(column.run, column.evaluation)
-    named = called(column.run, method, column.evaluation.weights)
+    """The row of one of our columns."""
     model = column.about("model")
     run = [part for part in column.label[1:] if part != model]
-    return PaperRow(named, "ours", model, ", ".join(run), cells, judge)
+    return PaperRow(method_name(column), "ours", model, ", ".join(run), cells, judge)
 
 
 def mean_row(group: Group, ours: Sequence[PaperRow]) -> PaperRow:
@@ -359,227 +494,70 @@ def _paper_cells(model: str, method: str, values: dict[str, float], table: str) 
     cells = {}
     for key, value in values.items():
         known = IN_DISTRIBUTION if key == "XS" and method in TRAINED_ON_XSTEST else ""
-        marks = [letter for letter, where in _letters(table) if (model, method, key) in where]
+        marks = [m for m, where in _letters(table).items() if (model, method, key) in where]
         cells[key] = Cell(value, marks=known + "".join(marks), percent=False)
     return cells
 
 
-def _letters(table: str) -> list[tuple[str, tuple[tuple[str, str, str], ...]]]:
+def _letters(table: str) -> dict[str, Questioned]:
     """A footnote letter for each inconsistency that questions single cells."""
     questioned = [cells for cells in ERRATA.get(table, {}).values() if cells]
-    return list(zip("abcdefgh", questioned, strict=False))
+    return dict(zip("abcdefgh", questioned, strict=False))
 
 
-def _table(
-    name: str, columns: Sequence[Column], ours: list[PaperRow], theirs: list[PaperRow]
-) -> PaperTable:
-    rows = sorted(ours + theirs, key=lambda row: _rank(row.method))
-    kept = {key for row in ours for key in row.cells} | {key for row in theirs for key in row.cells}
-    heads = {key: HEADS.get(key, key) for key in COLUMNS if key in kept}
-    defended = any("Safety" in row.cells for row in ours)
-    heads["Safety"] = "Safety (DSR)" if defended else "Safety (DSR, paper only)"
-    if "Safety_pooled" in heads:
-        heads["Safety_pooled"] += " (DSR)"
-    notes = mark_notes(ours + theirs) + _errata_notes(name)
-    described = facts()["columns"]
-    notes += [("", note) for note in (*_legend(name), *NOTES[name](columns, described))]
-    return PaperTable(name, TITLES[name], heads, rows, notes)
+def _heads(rows: Sequence[PaperRow]) -> dict[str, str]:
+    kept = {key for row in rows for key in row.cells} | {"Safety"}
+    defended = any("Safety" in row.cells for row in rows if row.source == "ours")
+    safety = {"Safety": "Safety (DSR)" if defended else "Safety (DSR, paper only)"}
+    return {key: text for key, text in (HEADS | safety).items() if key in kept}
 
 
 def _rank(method: str) -> int:
-    order, method = list(METHODS.values()), method.removesuffix(READOUT)
+    order = list(METHODS.values())
+    method = METHODS["dcr"] if method == FIRST_STAGE_ONLY else method.removesuffix(READOUT)
     return order.index(method) if method in order else len(order)
 
 
-def mark_notes(rows: Sequence[PaperRow]) -> list[tuple[str, str]]:
-    """What the daggers mean, of those that occur."""
+def mark_notes(rows: Sequence[PaperRow]) -> list[str]:
+    """A footnote for each of the daggers that occur."""
     marks = {mark for row in rows for cell in row.cells.values() for mark in cell.marks}
     texts = {
         IN_DISTRIBUTION: "in-distribution: training saw prompts of this set.",
         CONTAMINATED: "some prompts of this set stand among the rows trained on, or steering was "
         "made from them.",
     }
-    return [(mark, text) for mark, text in texts.items() if mark in marks]
+    return [f"{mark} {text}" for mark, text in texts.items() if mark in marks]
 
 
-def _errata_notes(table: str) -> list[tuple[str, str]]:
-    """The paper's inconsistencies that touch the table; a letter where they question a cell."""
-    letters = {where: letter for letter, where in _letters(table)}
-    notes = [
-        (letters.get(ERRATA[table][known["where"]], ""), f"{known['where']}: {known['what']}")
-        for known in facts()["inconsistencies"]
-        if known["where"] in ERRATA[table]
-    ]
-    return sorted(notes, key=lambda note: note[0] or "~")  # letters first
-
-
-def _legend(table: str) -> list[str]:
+def _cited() -> str:
     paper = facts()["paper"]
-    cited = f"Paper: {paper['title']}, arXiv {paper['arxiv']}; its rows have no intervals."
-    if table == "table5":
-        return [
-            cited,
-            "Compliance by keywords, or strict by the judge named; keywords say nothing of DSR. "
-            "Ours with 95% Wilson intervals, combined for the mean of the sets.",
-        ]
+    return f"Paper: {paper['title']}, arXiv {paper['arxiv']}"
+
+
+SUITE_LEGEND = (
+    "Compliance by XSTest's keyword rules. Ours with 95% intervals: Wilson, combined for the mean "
+    "of the sets, ±1.96 standard errors for ability and win rates; means over seeds with their "
+    "standard deviation, and differences from STL with Student's interval, seed by seed."
+)
+JUDGE_LEGEND = (
+    "Compliance by keywords, or strict by the judge named; keywords say nothing of DSR. Ours with "
+    "95% Wilson intervals, combined for the mean of the sets."
+)
+
+
+def _notes(name: str, rows: Sequence[PaperRow], own: Sequence[str], legend: str) -> list[str]:
+    """The daggers, the paper's inconsistencies, lettered ones first, the legend, and our own."""
+    letters = {where: letter for letter, where in _letters(name).items()}
+    errata = [
+        (letters.get(ERRATA[name][known["where"]], ""), f"{known['where']}: {known['what']}")
+        for known in facts()["inconsistencies"]
+        if known["where"] in ERRATA[name]
+    ]
+    errata.sort(key=lambda note: note[0] or "~")
     return [
-        cited,
-        "Compliance by XSTest's keyword rules. Ours with 95% intervals: Wilson, combined for the "
-        "mean of the sets, ±1.96 standard errors for ability and win rates; means over seeds with "
-        "their standard deviation, and differences from STL with Student's interval, seed by seed.",
+        *mark_notes(rows),
+        *(f"({letter}) {text}" if letter else text for letter, text in errata),
+        f"{_cited()}; its rows have no intervals.",
+        legend,
+        *own,
     ]
-
-
-ABSENT = "–"
-LATEX = {
-    **{character: f"\\{character}" for character in "&%$#_{}"},
-    **{character: f"{{{character}}}" for character in "[]*"},  # would be arguments of a line's end
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    '"': r"\textquotedbl{}",
-    "–": "--",
-    "−": r"\textminus{}",
-    "±": r"\textpm{}",
-    "†": r"\textdagger{}",
-    "‡": r"\textdaggerdbl{}",
-    "’": "'",
-    "α": r"$\alpha$",
-    "κ": r"$\kappa$",
-}
-MARKDOWN = {
-    **{character: f"\\{character}" for character in "\\`*_[]|~$"},
-    "<": "&lt;",
-    ">": "&gt;",
-    "&": "&amp;",
-}
-
-
-def words(row: PaperRow, table: PaperTable) -> list[str]:
-    """What stands left of a row's numbers."""
-    return [row.method, row.origin, *([row.judge] if table.judged else [])]
-
-
-def number(cell: Cell, column: str, intervals: bool = True) -> str:
-    """`0.83 [0.78–0.87]`, without the marks."""
-    if cell.text:
-        return cell.text
-    places = digits(column)
-    if cell.spread is not None:
-        return f"{cell.estimate:.{places}f} ± {cell.spread:.{places}f}"
-    text = f"{cell.estimate:.{places}f}"
-    if intervals and cell.low is not None and cell.high is not None:
-        text += f" [{cell.low:.{places}f}–{cell.high:.{places}f}]"
-    return text
-
-
-def superscript(marks: str) -> str:
-    """Letters raised; the daggers stand as they are."""
-    return "".join(f"<sup>{mark}</sup>" if mark.isalpha() else mark for mark in marks)
-
-
-def markdown(table: PaperTable) -> str:
-    """A pipe table with intervals, and the footnotes as a list."""
-
-    def shown(cell: Cell | None, column: str) -> str:
-        return number(cell, column) + superscript(cell.marks) if cell else ABSENT
-
-    rows = [
-        [
-            *map(_markdown, words(row, table)),
-            *(shown(row.cells.get(key), key) for key in table.heads),
-        ]
-        for row in table.rows
-    ]
-    frame = pandas.DataFrame(rows, columns=[_markdown(head) for head in table.columns])
-    sides = ["left"] * (len(table.columns) - len(table.heads)) + ["right"] * len(table.heads)
-    pipes = frame.to_markdown(index=False, disable_numparse=True, colalign=sides)
-    notes = [
-        f"- {' '.join(filter(None, (superscript(mark), _markdown(text))))}"
-        for mark, text in table.notes
-    ]
-    return "\n".join([f"## {_markdown(table.title)}\n", pipes, "", *notes, ""])
-
-
-def _markdown(text: str) -> str:
-    return "".join(MARKDOWN.get(character, character) for character in " ".join(text.split()))
-
-
-def csv_text(table: PaperTable) -> str:
-    """One value a column, in full precision: estimate, interval, spread over seeds, prompts."""
-    parts = {"": "estimate", "_low": "low", "_high": "high", "_spread": "spread", "_n": "n"}
-    values = [f"{key}{ending}" for key in table.heads for ending in parts]
-    rows = [
-        [
-            row.method, row.source, row.model, row.run, row.judge,
-            *(
-                getattr(row.cells.get(key), part, None)
-                for key in table.heads
-                for part in parts.values()
-            ),
-            "; ".join(f"{key}:{cell.marks}" for key, cell in row.cells.items() if cell.marks),
-        ]
-        for row in table.rows
-    ]  # fmt: skip
-    header = ["method", "source", "model", "run", table.judge_head, *values, "marks"]
-    return results.csv_text(pandas.DataFrame(rows, columns=header, dtype=object))
-
-
-def latex_text(text: str) -> str:
-    """What T1 fonts have; of other letters the plain form, or else the code point."""
-    return "".join(map(_latex_character, " ".join(text.split())))
-
-
-def _latex_character(character: str) -> str:
-    if character in LATEX:
-        return LATEX[character]
-    if character.isascii() or (character.isalpha() and "\u00c0" <= character <= "\u017e"):
-        return character
-    plain = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()
-    return "".join(LATEX.get(c, c) for c in plain) or f"{{[}}U+{ord(character):04X}{{]}}"
-
-
-def latex_marks(marks: str) -> str:
-    return "".join(
-        rf"\textsuperscript{{{mark}}}" if mark.isalpha() else latex_text(mark) for mark in marks
-    )
-
-
-def latex(table: PaperTable) -> str:
-    """A document of its own with booktabs; the tabular alone can be taken into a paper."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("dcr"), undefined=jinja2.StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, keep_trailing_newline=True, block_start_string="<%",
-        block_end_string="%>", variable_start_string="<<", variable_end_string=">>",
-        comment_start_string="<#", comment_end_string="#>",
-    )  # fmt: skip
-    environment.filters |= {"tex": latex_text, "marks": latex_marks}
-    template = environment.get_template("paper_table.tex")
-    return template.render(table=table, number=number, words=words, absent=ABSENT)
-
-
-def templates() -> jinja2.Environment:
-    """The HTML templates, in which all that came from files is escaped."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("dcr"), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-    )  # fmt: skip
-    environment.filters["raised"] = lambda marks: Markup(superscript(marks))  # our own letters
-    environment.globals |= {"number": number, "words": words, "absent": ABSENT}
-    return environment
-
-
-def html_page(table: PaperTable) -> str:
-    """A page of its own."""
-    return templates().get_template("paper_page.html").render(table=table)
-
-
-WRITERS: dict[str, Callable[[PaperTable], str]] = {
-    "md": markdown,
-    "csv": csv_text,
-    "tex": latex,
-    "html": html_page,
-}

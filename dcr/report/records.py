@@ -24,6 +24,7 @@ METHODS = {  # left to right, and what a table calls them
     "dcr": "DCR",
 }
 READOUT = " + readout"
+FIRST_STAGE_ONLY = "contrastive only"
 STEERED = ("surgical", "scans", "ablation", "probe")  # may also stand in an evaluation's settings
 UNTRAINED = ("base", "endpoint")  # weights that no run of ours made
 NAMED_KEYS = 3  # settings that tell two columns apart, as many as a header holds
@@ -200,7 +201,9 @@ def method_of(run: RunRecord, evaluation: Evaluation) -> str:
 
 
 def called(run: RunRecord, method: str, weights: str) -> str:
-    """A method as tables name it, with the readout where the weights went through one."""
+    """A method by the stages that made these weights: `STL + readout`, `contrastive only`."""
+    if weights == "contrastive":
+        return FIRST_STAGE_ONLY
     read = "readout" in runs.stages(run.config, weights)
     return METHODS.get(method, method) + (READOUT if read else "")
 
@@ -255,6 +258,12 @@ class Column:
     def about(self, key: str) -> str:
         """Its method, model, preset, seed or data; see `about`."""
         return about(self.run, self.evaluation, key)
+
+
+def method_name(column: Column) -> str:
+    """Its method as tables name it, steering included."""
+    method = method_of(column.run, column.evaluation)
+    return called(column.run, method, column.evaluation.weights)
 
 
 @dataclass(frozen=True)
@@ -371,6 +380,14 @@ def run_styles(records: Sequence[RunRecord]) -> dict[tuple[str, str], Style]:
     }
 
 
+def style_of(run: RunRecord, styles: Mapping[tuple[str, str], Style]) -> Style:
+    """The style of a run's trained weights; neutral for the base model."""
+    evaluations = evaluations_of(run)
+    trained = [e for e in evaluations if e.weights != "base"] or evaluations
+    first = min(trained, key=lambda evaluation: steering(evaluation) != "")
+    return styles[variant(run, first), about(run, first, "seed")]
+
+
 def evaluations_of(run: RunRecord) -> list[Evaluation]:
     """A run's evaluations; where it has none, an empty one that stands for its weights."""
     return run.evaluations or [Evaluation(folder=run.folder, weights="sft")]
@@ -407,7 +424,6 @@ def _label(run: RunRecord, evaluation: Evaluation, with_model: bool) -> tuple[st
     parts = (
         f"+ {edit}" if edit and edit != method else "",
         other_preset(preset),
-        "stage one only" if evaluation.weights == "contrastive" else "",
         f"seed {seed}" if seed else "",
     )
     named = called(run, method, evaluation.weights)

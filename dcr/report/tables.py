@@ -1,11 +1,11 @@
-"""The tables of a report: pivots of the results, sets down the side and evaluations across."""
+"""Grids of the results: sets down the side and evaluations across."""
 
 import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from dcr.core import statistics
 from dcr.core.config import Judge, Kind
@@ -13,6 +13,8 @@ from dcr.core.evaluation.sets import APART, PAPER_SAFETY
 from dcr.core.results.schema import Agreement, Quality, Usage
 from dcr.core.statistics import Interval
 from dcr.report.records import Column, Evaluation, Group, seen
+from dcr.report.sections import Selection
+from dcr.report.writing import TextTable
 
 IN_DISTRIBUTION, CONTAMINATED = "†", "‡"
 KEYWORD = "keyword:paper"
@@ -109,10 +111,25 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Section:
+class Block:
+    """Rows below a title of their own, which is `short` in the narrow terminal."""
+
     title: str
     short: str
     rows: list[Row]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Blocks of rows with a cell for each of some columns, or groups of columns."""
+
+    macro: ClassVar[str] = "grid"
+    heads: Sequence[Column] | Sequence[Group]
+    blocks: Sequence[Block]
+    notes: Sequence[str] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.blocks)
 
 
 def in_words(label: str) -> str:
@@ -143,7 +160,7 @@ def text_of(cell: Cell | None, digits: int = 0) -> str:
     return text + cell.marks
 
 
-def any_marked(table: Sequence[Section], mark: str, *, in_terminal: bool = False) -> bool:
+def any_marked(table: Sequence[Block], mark: str, *, in_terminal: bool = False) -> bool:
     """Whether a cell of the table bears the mark, so that it needs its footnote."""
     rows = [row for section in table for row in section.rows]
     shown = [row for row in rows if not (in_terminal and row.page_only)]
@@ -217,18 +234,17 @@ def judges_of(evaluations: Iterable[Evaluation]) -> list[tuple[str, str]]:
     return sorted(judges, key=lambda pair: (places.get(pair[0], len(NAMES)), *pair))
 
 
-def over_seeds(table: Sequence[Section], groups: Sequence[Group]) -> list[Section]:
-    """The same table with one column a group: mean and standard deviation over its seeds, or the
-    difference of two groups.
-    """
-    sections = []
-    for section in table:
-        rows = []
-        for row in section.rows:
-            cells = tuple(of_group(group, row.values) for group in groups)
-            rows += [replace(row, values=cells, aside="")] if any(cells) else []
-        sections += [replace(section, rows=rows)] if rows else []
-    return sections
+def over_seeds(chosen: Selection) -> Grid:
+    """The same rows over groups: mean and standard deviation over seeds, or a difference."""
+    blocks = []
+    for name in AVERAGED if chosen.groups else ():
+        for block in chosen.section(name).blocks:
+            rows = []
+            for row in block.rows:
+                cells = tuple(of_group(group, row.values) for group in chosen.groups)
+                rows += [replace(row, values=cells, aside="")] if any(cells) else []
+            blocks += [replace(block, rows=rows)] if rows else []
+    return Grid(chosen.groups, blocks)
 
 
 def of_group(group: Group, cells: Sequence[Cell | None]) -> Cell | None:
@@ -270,23 +286,11 @@ def mean_of(cells: Sequence[Cell | None]) -> Cell | None:
 # --- the grids ----------------------------------------------------------------------------------
 
 
-OVER_SEEDS = ("keyword", "judged", "general", "agreement")  # grids that have a mean over seeds
+AVERAGED = ("results", "judges", "agreement", "general")  # sections with a mean over seeds
 
 
-def grids(columns: Sequence[Column], ranked: Sequence[Section]) -> dict[str, list[Section]]:
-    """All tables by subject, with those of discernment, in the order of the terminal.
-
-    What nobody measured is empty.
-    """
-    return {
-        "keyword": [*keyword_sections(columns), *ranked],
-        "judged": judge_sections(columns),
-        "general": ability(columns) + quality(columns),
-        "contamination": contamination(columns),
-        "faults": faults(columns),
-        "agreement": agreement(columns),
-        "usage": usage(columns),
-    }
+def recommended(chosen: Selection) -> Grid:
+    return Grid(chosen.columns, keyword_blocks(chosen.columns, "recommended"))
 
 
 def _rates(
@@ -368,9 +372,9 @@ def _asides(column: Column, name: str, aside: Callable[[Column, str], str]) -> l
     ]
 
 
-def keyword_sections(columns: Sequence[Column], rules: str = "paper") -> list[Section]:
-    """The table of the verdicts by some keyword rules: sets down the side, columns across."""
-    sections, judge = [], f"keyword:{rules}"
+def keyword_blocks(columns: Sequence[Column], rules: str = "paper") -> list[Block]:
+    """Verdicts by some keyword rules: sets down the side, columns across."""
+    blocks, judge = [], f"keyword:{rules}"
     for kind, (title, short) in TITLES.items():
         names = set_names(columns, kind)
         rows = rate_rows(columns, names, WANTED[kind], judge, aside=_unseen)
@@ -384,8 +388,8 @@ def keyword_sections(columns: Sequence[Column], rules: str = "paper") -> list[Se
         empty = _rates(columns, together(names), "empty", "")
         if any(cell and cell.estimate for cell in empty):
             rows += _summary("empty, all sets", empty)
-        sections += [Section(title, short, rows)] if rows else []
-    return sections
+        blocks += [Block(title, short, rows)] if rows else []
+    return blocks
 
 
 def _unseen(column: Column, name: str) -> str:
@@ -408,9 +412,10 @@ JUDGED = (
 )  # fmt: skip
 
 
-def judge_sections(columns: Sequence[Column]) -> list[Section]:
+def judged(chosen: Selection) -> Grid:
     """Compliance, refusal and defence success rate by every judge, each where it was judged."""
-    sections, judges = [], judges_of(column.evaluation for column in columns)
+    columns = chosen.columns
+    blocks, judges = [], judges_of(column.evaluation for column in columns)
     for by, (kind, quantity, sums, title, short) in itertools.product(judges, JUDGED):
         judge, model = by
         sets = set_names(columns, kind)
@@ -433,12 +438,13 @@ def judge_sections(columns: Sequence[Column]) -> list[Section]:
         several = sum(other == judge for other, _ in judges) > 1
         called = NAMES.get(judge, judge)
         title = title.format(f"{called} ({model})" if model else called)
-        sections.append(Section(title, short.format(model if several else called), rows))
-    return [section for section in sections if section.rows]
+        blocks.append(Block(title, short.format(model if several else called), rows))
+    return Grid(columns, [block for block in blocks if block.rows])
 
 
-def agreement(columns: Sequence[Column]) -> list[Section]:
+def agreement(chosen: Selection) -> Grid:
     """Cohen's κ of every two judges, apart by the kind of prompt, where it is defined."""
+    columns = chosen.columns
     measured = [
         {(*pair.judges, pair.kind): pair for pair in column.evaluation.agreement}
         for column in columns
@@ -455,7 +461,25 @@ def agreement(columns: Sequence[Column]) -> list[Section]:
         )
         named = f"{a} / {b}, {kind.replace('_', ' ')}"
         rows += [Row(named, cells)] if any(cells) else []
-    return [Section("Agreement of two judges, Cohen's κ", "agreement κ", rows)] if rows else []
+    return Grid(
+        columns, [Block("Agreement of two judges, Cohen's κ", "agreement κ", rows)] if rows else []
+    )
+
+
+def confusions(chosen: Selection) -> TextTable | None:
+    """How often two judges agreed and differed, a row each pair of a column."""
+    heads = ("run", "A / B", "prompts", "n", "both complied", "A complied, B refused",
+             "A refused, B complied", "both refused", "κ")  # fmt: skip
+    rows = [
+        (
+            column.name, " / ".join(pair.judges), pair.kind.replace("_", " "), pair.n,
+            *confusion(pair), f"{pair.kappa:.2f}",
+        )
+        for column in chosen.columns
+        for pair in column.evaluation.agreement
+        if pair.kappa is not None
+    ]  # fmt: skip
+    return TextTable.of(rows, *heads)
 
 
 def confusion(pair: Agreement) -> list[int]:
@@ -466,8 +490,9 @@ def confusion(pair: Agreement) -> list[int]:
     return [count for row in ordered for count in row]
 
 
-def usage(columns: Sequence[Column]) -> list[Section]:
+def usage(chosen: Selection) -> Grid:
     """Requests and spend of every judge, and of the annotator of quality."""
+    columns = chosen.columns
     spent = [
         column.evaluation.usage | ({"annotator": quality.usage} if quality else {})
         for column in columns
@@ -477,7 +502,7 @@ def usage(columns: Sequence[Column]) -> list[Section]:
     rows = [Row(name, tuple(_spent(by_name.get(name)) for by_name in spent)) for name in names]
     rows = [row for row in rows if any(row.values)]
     title = "Requests to servers, and estimated spend"
-    return [Section(title, "requests, spend", rows)] if rows else []
+    return Grid(columns, [Block(title, "requests, spend", rows)] if rows else [])
 
 
 def _spent(spent: Usage | None) -> Cell | None:
@@ -488,7 +513,12 @@ def _spent(spent: Usage | None) -> Cell | None:
     return words(text, tokens if spent.usd is not None else f"{tokens}; no price given")
 
 
-def ability(columns: Sequence[Column]) -> list[Section]:
+def general(chosen: Selection) -> Grid:
+    columns = chosen.columns
+    return Grid(columns, [*_ability(columns), *_quality(columns)])
+
+
+def _ability(columns: Sequence[Column]) -> list[Block]:
     """Accuracies of the harness's tasks; both of them where a task has two."""
     rows = []
     for task in dict.fromkeys(task for column in columns for task in column.evaluation.ability):
@@ -499,7 +529,7 @@ def ability(columns: Sequence[Column]) -> list[Section]:
         for metric in METRICS:
             cells = tuple(accuracy(column.evaluation, task, metric) for column in columns)
             rows += [Row(f"{task} {metric}", cells, aside=" or ".join(asked))] if any(cells) else []
-    return [Section("General ability, accuracy, %", "ability, %", rows)] if rows else []
+    return [Block("General ability, accuracy, %", "ability, %", rows)] if rows else []
 
 
 def accuracy(evaluation: Evaluation, task: str, metric: str) -> Cell | None:
@@ -520,7 +550,7 @@ def annotator_name(measured: Quality) -> str:
     return f"annotator: {measured.annotator}{note}"
 
 
-def quality(columns: Sequence[Column]) -> list[Section]:
+def _quality(columns: Sequence[Column]) -> list[Block]:
     """Win rates against the reference's answers, a section an annotator."""
     measured = [column.evaluation.quality for column in columns]
     sections = []
@@ -536,7 +566,7 @@ def quality(columns: Sequence[Column]) -> list[Section]:
             rows.append(Row("invalid / error", cells, aside="unreadable / not answered"))
         title = f"Answer quality, win rate, % — {head}"
         kept = [row for row in rows if any(row.values)]
-        sections.append(Section(title, f"quality, %; {head}", kept))
+        sections.append(Block(title, f"quality, %; {head}", kept))
     return sections
 
 
@@ -554,8 +584,9 @@ def _share(percent: float | None) -> Cell | None:
     return None if percent is None else Cell(percent / 100)
 
 
-def faults(columns: Sequence[Column]) -> list[Section]:
+def faults(chosen: Selection) -> Grid:
     """Faulty completions, each kind counted apart: over all sets, and by set on the page."""
+    columns = chosen.columns
     names = list(dict.fromkeys(name for column in columns for name in column.evaluation.sets))
     rows = []
     for fault, label in FAULTS.items():
@@ -569,7 +600,7 @@ def faults(columns: Sequence[Column]) -> list[Section]:
                 for name in names
             ]
     title = "Faulty completions, over all sets and by set"
-    return [Section(title, "faulty completions", rows)] if rows else []
+    return Grid(columns, [Block(title, "faulty completions", rows)] if rows else [])
 
 
 def _counted(cells: Cells) -> list[int]:
@@ -581,8 +612,9 @@ def _counts(cells: Cells) -> Cells:
     return tuple(words(f"{count} of {cell.n}") if cell else None for cell, count in counted)
 
 
-def contamination(columns: Sequence[Column]) -> list[Section]:
+def contamination(chosen: Selection) -> Grid:
     """Evaluation prompts that stand among the rows trained on, by how they were found."""
+    columns = chosen.columns
     rows = []
     for name in dict.fromkeys(name for c in columns for name in c.evaluation.contamination):
         overlaps = [column.evaluation.contamination.get(name) for column in columns]
@@ -596,4 +628,4 @@ def contamination(columns: Sequence[Column]) -> list[Section]:
         )
         rows.append(Row(name, cells, page_only=not any(map(seen, overlaps))))
     title = f"{CONTAMINATED} Evaluation prompts among the rows trained on: exact / near / n-gram"
-    return [Section(title, "in training: exact / near / n-gram", rows)] if rows else []
+    return Grid(columns, [Block(title, "in training: exact / near / n-gram", rows)] if rows else [])

@@ -1,5 +1,6 @@
 """Compliance against safety: the page's trade-off, checkpoints (Figure 4) and operating points."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,12 @@ from dcr.report import figures
 from dcr.report.curves import (
     SCORE,
     folders,
-    names,
+    named,
     shared_by_kind,
     shared_sets,
     snapshots,
 )
-from dcr.report.figures import INK, Drawing, Line, Look, Panel, look_of
+from dcr.report.figures import INK, Curve, Drawing, Drawings, Look, Panel, look_of
 from dcr.report.records import (
     METHODS,
     STEERED,
@@ -36,8 +37,10 @@ from dcr.report.records import (
     run_styles,
     settings_without_seed,
     steering,
+    style_of,
     variant,
 )
+from dcr.report.sections import Selection
 from dcr.report.tables import (
     NAMES,
     WANTED,
@@ -69,8 +72,9 @@ def _rates(evaluation: Evaluation, sets: dict[Kind, list[str]]) -> Rates | None:
 # --- the page's trade-off ------------------------------------------------------------------------
 
 
-def trade_offs(records: Sequence[RunRecord], columns: Sequence[Column]) -> list[Drawing]:
+def trade_offs(chosen: Selection) -> Drawings:
     """Where every run stands between refusing too much and too little, by which sets are pooled."""
+    records, columns = chosen.records, chosen.columns
     sets = {kind: together(set_names(columns, kind)) for kind in WANTED}
     marked = marked_sets(columns)
     unmarked = {kind: [name for name in sets[kind] if name not in marked] for kind in sets}
@@ -80,7 +84,12 @@ def trade_offs(records: Sequence[RunRecord], columns: Sequence[Column]) -> list[
     if all(unmarked.values()) and unmarked != sets:
         title = "Sets that no run trained on, pooled"
         drawings.append(_trade_off("tradeoff-unseen", title, records, columns, unmarked))
-    return drawings
+    styles, named = run_styles(records), {}
+    for column in columns:
+        named.setdefault(column.style, column.name)
+    for run in records:
+        named.setdefault(style_of(run, styles), run.folder.name)
+    return Drawings(drawings, figures.style_legend(list(named.items())))
 
 
 def _trade_off(
@@ -91,19 +100,19 @@ def _trade_off(
     sets: dict[Kind, list[str]],
 ) -> Drawing:
     diagonal = pd.DataFrame({"x": [0, 100], "y": [100, 0]})
-    lines = [Line(diagonal, {"color": INK, "linestyle": ":", "alpha": 0.5, "linewidth": 1})]
-    lines += frontiers(records, sets)
+    drawn = [Curve(diagonal, {"color": INK, "linestyle": ":", "alpha": 0.5, "linewidth": 1})]
+    drawn += frontiers(records, sets)
     for column in columns:
         if rates := _rates(column.evaluation, sets):
             look = figures.run_look(column.style)
             more = {"markersize": 8, "elinewidth": 1.1, "capsize": 2.5, "zorder": 3}
-            lines.append(Line(_points([rates], arms=True), look | more))
+            drawn.append(Curve(_points([rates], arms=True), look | more))
     axes = {"xlim": (-2, 102), "ylim": (-2, 102), "xlabel": COMPLIANCE,
             "ylabel": "keyword refusal of toxic prompts, %"}  # fmt: skip
-    return Drawing(name, title, {"": [Panel(lines, title, axes)]}, size=(5.0, 4.2))
+    return Drawing(name, title, {"": [Panel(drawn, title, axes)]}, size=(5.0, 4.2))
 
 
-def frontiers(records: Sequence[RunRecord], sets: dict[Kind, list[str]]) -> list[Line]:
+def frontiers(records: Sequence[RunRecord], sets: dict[Kind, list[str]]) -> list[Curve]:
     """One a run and evaluation setting, through its snapshots by step."""
     styles, rates = run_styles(records), {}
     for place, record in enumerate(records):
@@ -114,16 +123,17 @@ def frontiers(records: Sequence[RunRecord], sets: dict[Kind, list[str]]) -> list
                 rates.setdefault(key, (style, []))[1].append(own)
     small = {"markersize": 4, "linewidth": 1.3}
     return [
-        Line(_points(own), figures.run_look(style) | small, fading=True)
+        Curve(_points(own), figures.run_look(style) | small, fading=True)
         for style, own in rates.values()
     ]
 
 
-def ablations(columns: Sequence[Column]) -> list[Drawing]:
+def ablations(chosen: Selection) -> Drawings:
     """Compliance, refusal and discernment against each setting in which alone columns differ.
 
     Columns that differ by their seed besides are one point, of mean and standard deviation.
     """
+    columns = chosen.columns
     leaves = [leaves_of(column.run, column.evaluation) for column in columns]
     numbers = {
         key
@@ -142,17 +152,20 @@ def ablations(columns: Sequence[Column]) -> list[Drawing]:
                 alike.append((leaf[key], column))
         for alike in groups.values():
             values = sorted({value for value, _ in alike})
-            if len(values) > 1 and (lines := _ablated(alike)):
+            if len(values) > 1 and (drawn := _ablated(alike)):
                 method = alike[0][1].label[0]
                 axes = {"xlabel": key, "ylabel": "%", "ylim": (-2, 102), "xticks": values,
                         "xticklabels": [f"{value:g}" for value in values]}  # fmt: skip
-                panel = Panel(lines, f"{method}: {key}", axes)
+                panel = Panel(drawn, f"{method}: {key}", axes)
                 name = f"ablation{len(drawings)}"
                 drawings.append(Drawing(name, panel.title, {"": [panel]}, size=(3.8, 2.5)))
-    return drawings
+    legend = figures.kind_glyphs(
+        "compliance with seemingly toxic prompts", "keyword refusal of toxic prompts"
+    )
+    return Drawings(drawings, [*legend, (0, "◆", "discernment AUROC, hundredths")])
 
 
-def _ablated(alike: Sequence[tuple[float, Column]]) -> list[Line]:
+def _ablated(alike: Sequence[tuple[float, Column]]) -> list[Curve]:
     columns = [column for _, column in alike]
     sets = {kind: together(set_names(columns, kind)) for kind in WANTED}
     points: dict[str, list[tuple[float, float]]] = {"seemingly_toxic": [], "toxic": [], "auroc": []}
@@ -163,7 +176,7 @@ def _ablated(alike: Sequence[tuple[float, Column]]) -> list[Line]:
         ranked = column.evaluation.discernment
         if ranked and ranked.pooled and ranked.pooled.auroc[0] is not None:
             points["auroc"].append((value, 100 * ranked.pooled.auroc[0]))
-    lines = []
+    drawn = []
     for what, own in points.items():
         rows = []
         for value in sorted({value for value, _ in own}):
@@ -172,8 +185,8 @@ def _ablated(alike: Sequence[tuple[float, Column]]) -> list[Line]:
             rows.append((value, mean, mean - spread, mean + spread))
         if len(rows) > 1:
             frame = pd.DataFrame(rows, columns=["x", "y", "low", "high"], dtype=float)
-            lines.append(Line(frame, figures.kind_look(what)))
-    return lines
+            drawn.append(Curve(frame, figures.kind_look(what)))
+    return drawn
 
 
 # --- the frontier over checkpoints ---------------------------------------------------------------
@@ -184,9 +197,10 @@ FRONTIER = ("run", "method", "model", "step", *(f"compliance{end}" for end in EN
             *(f"rejection{end}" for end in ENDS), "compliance_of", "rejection_of")  # fmt: skip
 
 
-def figure4(records: Sequence[RunRecord]) -> Drawing:
-    """The frontier over checkpoints: compliance against rejection, light to dark."""
-    runs = [r for r in records if config_of(r, "method") in ("stl", "dcr")] or list(records)
+def checkpoints(chosen: Selection) -> Drawing:
+    """Figure 4, the frontier over checkpoints: compliance against rejection, light to dark."""
+    records = list(chosen.records)
+    runs = [r for r in records if config_of(r, "method") in ("stl", "dcr")] or records
     scored = {run.folder: snapshots(run, lambda e: e.sets) for run in runs}
     shown = [run for run in runs if scored[run.folder]]
     cure = SCORE.format(run=folders(runs[:1]))
@@ -197,19 +211,19 @@ def figure4(records: Sequence[RunRecord]) -> Drawing:
         raise UserError(
             f"figure 4: the snapshots of {folders(shown)} share no sets of both kinds; {cure}"
         )
-    rows, lines, legend = [], [], []
-    for place, (name, run) in enumerate(zip(names(shown), shown, strict=True)):
-        named = (name, config_of(run, "method"), config_of(run, "model"))
+    rows, drawn, legend = [], [], []
+    for place, (run, name) in enumerate(named(shown, "snapshot")):
+        about_run = (name, config_of(run, "method"), config_of(run, "model"))
         by_step = {e.step or 0: rates for e in scored[run.folder] if (rates := _rates(e, sets))}
         rows += [
-            (*named, step, *vars(x.interval).values(), *vars(y.interval).values(), x_of, y_of)
+            (*about_run, step, *vars(x.interval).values(), *vars(y.interval).values(), x_of, y_of)
             for step, (x, y) in by_step.items()
         ]
         small, steps = look_of(place) | {"markersize": 5, "linewidth": 0.9}, list(by_step)
         up = 5 - 10 * (place % 2)  # frontiers often begin in one point
         words = [(0, f"{steps[0]}", (5, up)), (-1, f"{steps[-1]}", (5, 5))][: len(steps)]
         points = _points(list(by_step.values()))
-        lines.append(Line(points, small, fading=True, words=words))
+        drawn.append(Curve(points, small, fading=True, words=words))
         legend.append((name, small))
     axes = {
         "xlim": (-3, 108),
@@ -220,7 +234,7 @@ def figure4(records: Sequence[RunRecord]) -> Drawing:
     return Drawing(
         "figure4",
         "Figure 4: the frontier over checkpoints",
-        {"": [Panel(lines, axes=axes)]},
+        {"": [Panel(drawn, axes=axes)]},
         figures.frame(rows, *FRONTIER),
         f"Compliance with {x_of} against the keyword rejection rate of {y_of}: one point "
         "a checkpoint, from light (early) to dark (late); the numbers are the first and the last "
@@ -257,7 +271,7 @@ NAMED = ("model", "data", "seed")
 
 @dataclass(frozen=True)
 class Operating:
-    """One evaluation as a point; `strength` and `step` where it is one of a sweep."""
+    """One evaluation as a point; `strength` and `step` belong to points of a sweep."""
 
     method: str
     run: RunRecord
@@ -268,22 +282,22 @@ class Operating:
     safety: Cell
 
     @property
-    def setting(self) -> str:
-        if self.strength is not None:
-            return f"strength {self.strength:g}"
-        return f"step {self.step}" if self.step is not None else "final weights"
-
-    @property
     def sweep(self) -> tuple[Path, str]:
         """What all points of one curve share: the run, and every setting but the strength."""
         edit = flattened({"": self.evaluation.settings.get("steering")})
         rest = {key: value for key, value in edit.items() if key.rpartition(".")[2] != "strength"}
         return self.run.folder, storage.fingerprint(rest)
 
+    def __str__(self) -> str:
+        setting = "final weights" if self.step is None else f"step {self.step}"
+        setting = setting if self.strength is None else f"strength {self.strength:g}"
+        compliance, safety = 100 * self.compliance.estimate, 100 * self.safety.estimate
+        return f"{setting} (compliance {compliance:.1f}%, safety {safety:.1f}%)"
+
 
 @dataclass(frozen=True)
 class Alike:
-    """What was evaluated alike: the unsteered STL, all points, and one choice a method."""
+    """Evaluations under one setting: the unsteered STL, all points, and one choice a method."""
 
     title: str
     safety: str  # how safety was judged
@@ -292,26 +306,31 @@ class Alike:
     points: tuple[Operating, ...]
     chosen: dict[str, Operating | None]
 
+    def sentence(self, margin: float) -> str:
+        """The rule and its choices."""
+        choices = (f"{_label(m)} {p or 'no point'}" for m, p in self.chosen.items())
+        return (
+            f"Operating points, {self.title}: the highest compliance with {self.safety} of at "
+            f"least {100 * self.reference.safety.estimate:.1f}% (unsteered STL) less {margin:g} "
+            f"points has {'; '.join(choices)}."
+        )
+
 
 def choose(points: Sequence[Operating], reference: Operating, margin: float) -> Operating | None:
-    """The stated rule. The point with the highest compliance among those whose safety is at least
-    the reference's less `margin` percentage points; None if there is none.
+    """The point with the highest compliance among those whose safety is at least the reference's
+    less `margin` percentage points; None if there is none.
 
     Of equals the safer one, then the weaker strength, then the earlier step.
     """
     # rates are fractions of counts, which floats round
     least = reference.safety.estimate - margin / 100 - 1e-9
-    safe = [point for point in points if point.safety.estimate >= least]
 
-    def rank(point: Operating) -> tuple[float, float, float, float]:
-        return (
-            point.compliance.estimate,
-            point.safety.estimate,
-            -(point.strength or 0.0),
-            -(point.step if point.step is not None else float("inf")),
-        )
+    def rank(point: Operating) -> tuple[float, ...]:
+        step = math.inf if point.step is None else point.step
+        rates = point.compliance.estimate, point.safety.estimate
+        return *rates, -(point.strength or 0.0), -step
 
-    return max(safe, key=rank, default=None)
+    return max((p for p in points if p.safety.estimate >= least), key=rank, default=None)
 
 
 def _groups(records: Sequence[RunRecord], margin: float, data: str | None) -> list[Alike]:
@@ -320,19 +339,17 @@ def _groups(records: Sequence[RunRecord], margin: float, data: str | None) -> li
     Raises UserError if there is none, or if a group has several unsteered STL models, ConfigError
     for a label that no evaluation has.
     """
-    grouped: dict[str, list[tuple[RunRecord, Evaluation]]] = {}
-    labels = set()
-    for run in records:
-        for e in run.evaluations:
-            labels.add(about(run, e, "data"))
-            if data is None or about(run, e, "data") == data:
-                apart = ("steering", *CONTRASTS)
-                settings = {k: v for k, v in e.settings.items() if k not in apart}
-                named = [about(run, e, key) for key in NAMED]
-                key = storage.fingerprint([named, settings])
-                grouped.setdefault(key, []).append((run, e))
+    evaluated = [(run, e) for run in records for e in run.evaluations]
+    labels = dict.fromkeys(about(run, e, "data") for run, e in evaluated)
     if data is not None and data not in labels:
         raise ConfigError(f"data={data}: no evaluation has it; choose from {', '.join(labels)}")
+    grouped: dict[str, list[tuple[RunRecord, Evaluation]]] = {}
+    for run, e in evaluated:
+        if data is None or about(run, e, "data") == data:
+            edits = ("steering", *CONTRASTS)
+            settings = {key: value for key, value in e.settings.items() if key not in edits}
+            key = storage.fingerprint([[about(run, e, key) for key in NAMED], settings])
+            grouped.setdefault(key, []).append((run, e))
     groups = [group for pairs in grouped.values() if (group := _alike(pairs, margin))]
     if not groups:
         raise UserError(
@@ -345,16 +362,14 @@ def _groups(records: Sequence[RunRecord], margin: float, data: str | None) -> li
 def _alike(pairs: Sequence[tuple[RunRecord, Evaluation]], margin: float) -> Alike | None:
     pairs = [(run, e) for run, e in pairs if e.sets and e.weights in ("sft", "snapshot")]
     stl = [(run, e) for run, e in pairs if e.weights == "sft" and _method(run, e) == "stl"]
-    if not stl or len(pairs) < 2:
+    sets = shared_by_kind([e for _, e in pairs])
+    if not stl or len(pairs) < 2 or not all(sets.values()):
         return None
     if len(stl) > 1:
         raise UserError(
             "figure operating_points: several unsteered STL evaluations alike "
             f"({', '.join(str(e.folder) for _, e in stl)}); give the folders of one STL run"
         )
-    sets = shared_by_kind([e for _, e in pairs])
-    if not all(sets.values()):
-        return None
     by, safety = _safety([e for _, e in pairs], sets[Kind.toxic])
     points = []
     for run, e in pairs:
@@ -368,13 +383,12 @@ def _alike(pairs: Sequence[tuple[RunRecord, Evaluation]], margin: float) -> Alik
     chosen = {m: choose([p for p in points if p.method == m], reference, margin) for m in methods}
     model, data, seed = (about(*stl[0], key) for key in NAMED)
     asked = "validation prompts" if stl[0][1].settings.get("validation") else ""
-    named = (model, f"{data} data", f"seed {seed}" if seed else "", asked)
-    title = ", ".join(filter(None, named))
+    title = ", ".join(filter(None, (model, f"{data} data", f"seed {seed}" if seed else "", asked)))
     return Alike(title, safety, sets, reference, tuple(points), chosen)
 
 
 def _method(run: RunRecord, evaluation: Evaluation) -> str:
-    """How it was trained, or what was done to STL in evaluation; both where another was edited.
+    """The training, or the edit of an STL run, or both of any other run.
 
     A preset other than the paper's is a method of its own.
     """
@@ -386,11 +400,13 @@ def _method(run: RunRecord, evaluation: Evaluation) -> str:
     return " + ".join(filter(None, (trained, read, edit, other_preset(preset))))
 
 
-def _safety(evaluations: Sequence[Evaluation], sets: Sequence[str]) -> tuple[tuple[str, ...], str]:
-    """DSR by the first judge of safety that judged every set of every evaluation, else keywords.
+def _label(method: str) -> str:
+    return " + ".join(LABELS.get(part, part) for part in method.split(" + "))
 
-    As the quantity and judge of `tables.rate`.
-    """
+
+def _safety(evaluations: Sequence[Evaluation], sets: Sequence[str]) -> tuple[tuple[str, ...], str]:
+    """Quantity and judge of `tables.rate`: the first that judged all sets for safety, else
+    keywords."""
     for judge, model in judges_of(evaluations):
         if all(rate(e, sets, "safe", judge, model) for e in evaluations):
             return ("safe", judge, model), f"DSR by {NAMES.get(judge, judge)}"
@@ -404,35 +420,15 @@ def _strength(settings: dict[str, Any]) -> float | None:
     return next((float(settings[name]) for name in CONTRASTS if name in settings), None)
 
 
-def _label(method: str) -> str:
-    return " + ".join(LABELS.get(part, part) for part in method.split(" + "))
-
-
-def _rule(group: Alike, margin: float) -> list[str]:
-    """The rule and its choices, for the terminal and the caption."""
-
-    def choice(point: Operating | None) -> str:
-        if point is None:
-            return "no point is safe enough"
-        rates = (100 * point.compliance.estimate, 100 * point.safety.estimate)
-        return f"{point.setting} (compliance {rates[0]:.1f}%, safety {rates[1]:.1f}%)"
-
-    return [
-        f"operating points, {group.title}: per method the highest compliance among points with "
-        f"{group.safety} of at least {100 * group.reference.safety.estimate:.1f}% (unsteered STL) "
-        f"less {margin:g} points; on the evaluations given",
-        *(f"  {_label(method)}: {choice(point)}" for method, point in group.chosen.items()),
-    ]
-
-
 OPERATING = (*NAMED, "method", "weights", "strength", "step", *(f"compliance{e}" for e in ENDS),
              *(f"safety{end}" for end in ENDS), "safety_by", "over_refusal_sets", "safety_sets",
              "reference", "chosen", "folder")  # fmt: skip
 
 
-def operating_points(records: Sequence[RunRecord], margin: float, data: str | None) -> Drawing:
-    """A panel for each group of what was evaluated alike. UserError where nothing was."""
-    groups = _groups(records, margin, data)
+def operating_points(chosen: Selection) -> Drawing:
+    """A panel for each group of evaluations alike. UserError where there is none."""
+    margin = chosen.margin
+    groups = _groups(chosen.records, margin, chosen.data)
     points = [(group, point) for group in groups for point in group.points]
     safety = list(dict.fromkeys(group.safety for group in groups))
     methods = ["stl", *dict.fromkeys(p.method for _, p in points if p.method != "stl")]
@@ -462,16 +458,16 @@ def operating_points(records: Sequence[RunRecord], margin: float, data: str | No
         [(_label(m), {**look, "markersize": 5, "linewidth": 1}) for m, look in looks.items()],
         size=(3.4, 3.2),
         across=2,
-        lines=tuple(line for group in groups for line in _rule(group, margin)),
+        sentences=tuple(group.sentence(margin) for group in groups),
     )
 
 
 def _panel(group: Alike, looks: dict[str, Look], margin: float, titled: bool) -> Panel:
-    lines: list[Line] = []
+    drawn: list[Curve] = []
 
     def add(points: Sequence[Operating], look: Look, arms: bool = False, **words: Any) -> None:
         values = _points([(point.compliance, point.safety) for point in points], arms)
-        lines.append(Line(values, look, **words))
+        drawn.append(Curve(values, look, **words))
 
     for method, look in looks.items():
         colour = look["color"]
@@ -499,4 +495,4 @@ def _panel(group: Alike, looks: dict[str, Look], margin: float, titled: bool) ->
     dashed = {"color": INK, "linestyle": (0, (4, 3)), "linewidth": 0.8, "alpha": 0.6}
     axes = {"xlabel": COMPLIANCE, "ylabel": f"{group.safety}, %", "xmargin": 0.08, "ymargin": 0.08}
     title = figures.folded(group.title, 46) if titled else ""
-    return Panel(lines, title, axes, levels=[(least, dashed)])
+    return Panel(drawn, title, axes, levels=[(least, dashed)])

@@ -1,8 +1,8 @@
 """A search over the settings of stage one: the Pareto front of discernment, ability and cost.
 
-What is searched: spaces in a plain grammar, validation prompts of another origin than what is
-trained on, and the run that a point of the spaces is. `trials` has the Optuna study and its
-workers, and `python -m dcr.search` front, figures and the retraining of the chosen point.
+This module defines a search: spaces in a plain grammar, validation prompts of another origin than
+the training rows, and the run that a point of the spaces stands for. `trials` has the Optuna study
+and its workers; `python -m dcr.search` shows front and figures and trains the chosen point anew.
 """
 
 import json
@@ -25,14 +25,14 @@ from dcr.study import Job
 NUMBER = r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)"
 RANGE = re.compile(rf"{NUMBER}\.\.{NUMBER}(:log)?")
 GRAMMAR = "a space is low..high, low..high:log or a,b,c"
-QUIET = "trainer.progress=false"  # bars of several workers in one terminal
-OWN = {*runs.FREE_KEYS, "seed"}  # what no trial varies: it decides no weights, or is drawn anew
+QUIET = "trainer.progress=false"  # several workers share one terminal
+FIXED = {*runs.FREE_KEYS, "seed"}  # keys that no trial varies
 HELD_OUT = "contrasts_seemingly_toxic_heldout:contrasts_toxic_heldout"
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What is asked for, and in which direction; what is maximised is a share."""
+    """A quantity that is optimised; one that is maximised is a share of 1."""
 
     maximised: bool
     words: str
@@ -52,19 +52,14 @@ OBJECTIVES = {
 
 @dataclass(frozen=True)
 class Space:
-    """The values of one setting: an interval, whole if both ends are, or choices as written."""
+    """The values of one setting: an interval (of integers if both ends are) or choices in words."""
 
     low: float = 0
     high: float = 0
     log: bool = False
     choices: tuple[str, ...] = ()
 
-    @property
-    def ends(self) -> tuple[object, ...]:
-        return self.choices or (self.low, self.high)
-
     def holds(self, value: object) -> bool:
-        """Whether it is among the values."""
         if self.choices or not isinstance(value, (int, float)):
             return str(value) in self.choices
         return self.low <= value <= self.high and value == type(self.low)(value)
@@ -76,9 +71,9 @@ class Space:
 
 
 def parsed(words: Sequence[str]) -> tuple[dict[str, Space], list[str]]:
-    """The spaces by setting, and the words that name a value; of one key the last word holds.
+    """The spaces by setting, and the words that fix a value; the last word of each key counts.
 
-    Raises ConfigError for what looks like a space and is none.
+    Raises ConfigError for a malformed space.
     """
     last = {word.partition("=")[0]: word for word in words}
     spaces = {key: space for key, word in last.items() if (space := _space(key, word))}
@@ -91,7 +86,7 @@ def _space(key: str, word: str) -> Space | None:
         whole = not re.search("[.eE]", match[1] + match[2])
         low, high = ((int if whole else float)(end) for end in match.groups()[:2])
         if not low < high < math.inf or (match[3] and low <= 0):
-            raise ConfigError(f"{word}: give low..high, low below high, and of :log both above 0")
+            raise ConfigError(f"{word}: give low..high, low below high, and with :log both above 0")
         return Space(low, high, bool(match[3]))
     if re.match(r"[-+\d.]*\d\.\.", value):
         raise ConfigError(f"{word}: {GRAMMAR}")
@@ -101,10 +96,10 @@ def _space(key: str, word: str) -> Space | None:
 
 
 def usual(settings: TrainConfig) -> list[str]:
-    """The spaces of stage one around these settings, as a user would write them.
+    """The default spaces around these settings, as a user would write them.
 
-    Blocks of the middle half, the paper's margins and ratios (as far as the sources hold rows),
-    epochs up to two more, and some powers of two or ten around the rest.
+    They hold the blocks of the middle half, the paper's margins, ratios for which the sources hold
+    rows, up to two more epochs, and some powers of two or ten around the rest.
     """
     from dcr.core import models
 
@@ -126,7 +121,7 @@ def usual(settings: TrainConfig) -> list[str]:
 
 
 def configured(settings: TrainConfig, spaces: Mapping[str, Space]) -> dict[str, object]:
-    """The point of the spaces that the settings are, without what lies outside of them."""
+    """The settings as a point of the spaces, without those that lie outside their space."""
     from dcr.core import models
     from dcr.report.records import flattened
 
@@ -141,24 +136,21 @@ def configured(settings: TrainConfig, spaces: Mapping[str, Space]) -> dict[str, 
 
 
 def validation_of(settings: TrainConfig, asked: str | None) -> list[Pair]:
-    """The sets that trials are measured on, as `dcr.choice` spells pairs; the first usual one that
-    can be read where none is asked for.
+    """The pairs of sets that trials are measured on: `asked`, or the first usual one that serves.
 
-    Raises UserError where prompts of theirs share their origin with rows trained on or stand in a
-    test set, or cannot be read.
+    Raises UserError where a set cannot be read, is tested on, or has the origin of training rows.
     """
     if asked is not None:
-        pairs = origins.parsed("validation", asked)
-        if not pairs:
+        if not (pairs := origins.parsed("validation", asked)):
             raise ConfigError(
                 f"validation={asked}: give <seemingly toxic>:<toxic>, or leave it out"
             )
         for pair in pairs:
-            _check_apart(settings, pair)
+            _check_validation(settings, pair)
         return pairs
     for pair in (*origins.parsed("", HELD_OUT), *origins.usual_tests(settings.data).values()):
         with suppress(UserError):
-            _check_apart(settings, pair)
+            _check_validation(settings, pair)
             return [pair]
     raise ConfigError(
         "validation: every usual set is trained or tested on; name another with "
@@ -166,15 +158,15 @@ def validation_of(settings: TrainConfig, asked: str | None) -> list[Pair]:
     )
 
 
-def _check_apart(settings: TrainConfig, pair: Pair) -> None:
+def _check_validation(settings: TrainConfig, pair: Pair) -> None:
     nodes, phase = ("seemingly_toxic", "toxic", "safety", "normal"), settings.sft.readout
     trained = {name for node in nodes for name in getattr(settings.data, node).source}
     trained |= {*phase.seemingly_toxic, *phase.toxic} if phase.steps else set()
-    # what is held out of an embedded corpus is of its origin all the same
+    # the held-out part of an embedded corpus has the corpus's origin
     names, own = ({(SOURCES[n].embedded or "").split("/")[0] for n in of if n in SOURCES} - {""}
                   for of in (pair.names, trained))  # fmt: skip
     if names & own or origins.related(pair.names, trained):
-        raise ConfigError(f"validation={pair}: of the origin of what is trained on; name another")
+        raise ConfigError(f"validation={pair}: has the origin of the training rows; name another")
     tested = {*settings.data.evaluation.over_refusal, *settings.data.evaluation.safety}
     if both := pair.names & tested:
         raise ConfigError(f"validation={pair}: data.evaluation tests on {min(both)}; name another")
@@ -188,7 +180,7 @@ def _check_apart(settings: TrainConfig, pair: Pair) -> None:
 
 @dataclass(frozen=True)
 class Search:
-    """What is searched, by what, and where it lies."""
+    """The spaces, objectives and settings of a search, and the places of its files and database."""
 
     out: Path
     url: str
@@ -202,7 +194,7 @@ class Search:
 
     @property
     def name(self) -> str:
-        """Of the study: the same command finds its own, whatever else the storage holds."""
+        """The study's name, by which the same command finds its own in a shared storage."""
         spaces = {key: vars(space) for key, space in self.spaces.items()}
         what = [runs.binding(cli.plain(self.settings)), spaces, self.objectives, self.evaluating]
         return f"search-{storage.fingerprint([what, list(map(str, self.validation))])}"
@@ -216,35 +208,35 @@ class Search:
         return [[n for pair in self.validation for n in pair.sides[i][1]] for i in (0, 1)]
 
     def trial(self, point: Mapping[str, object]) -> Job:
-        """A point's run, measured on the validation prompts."""
+        """The run of a point, measured on the validation prompts."""
         tasks = "discernment,ability" if "ability" in self.objectives else "discernment"
         own = [f"tasks=[{tasks}]", *_asking(self.validated)]
         return self._job(self.out / "trials", "trial", words_of(point), own)
 
     def final(self, name: str, words: Sequence[str]) -> Job:
-        """A run that is evaluated as the user says, on the test sets."""
+        """A run that is evaluated on the test sets."""
         return self._job(self.out, name, words, _asking(self.tested))
 
     def base(self) -> Job:
-        """The model that all start from, on the test sets."""
+        """The model before training, evaluated on the test sets."""
         evaluating = [QUIET, *self.evaluating, *_asking(self.tested)]
         return study.base_of(self.out, self.settings, evaluating)
 
     def corners(self) -> list[Job]:
-        """Trials that between them have both ends of every space and every choice."""
-        ends = [space.ends for space in self.spaces.values()]
+        """Trials that together have both ends of every space and every choice."""
+        ends = [space.choices or (space.low, space.high) for space in self.spaces.values()]
         points = ([of[min(i, len(of) - 1)] for of in ends] for i in range(max(map(len, ends))))
         return [self.trial(dict(zip(self.spaces, point, strict=True))) for point in points]
 
     def _job(self, out: Path, name: str, words: Sequence[str], own: Sequence[str]) -> Job:
-        # no row trained on may be near a prompt of either: all runs learn from the same ones
-        kept = [[*t, *v] for t, v in zip(self.tested, self.validated, strict=True)]
-        training = [QUIET, *self.training, *_asking(kept), *words]
+        # training drops rows near any of these prompts, so that all runs learn from the same rows
+        asked = [[*t, *v] for t, v in zip(self.tested, self.validated, strict=True)]
+        training = [QUIET, *self.training, *_asking(asked), *words]
         return study.job_of(out, name, training, [QUIET, *self.evaluating, *own])
 
 
 def words_of(point: Mapping[str, object], short: bool = False) -> list[str]:
-    """A point as settings of train.py; short ones are to be read alone."""
+    """A point as settings of train.py; `short` rounds numbers for the eye."""
     return [
         f"{key}={value:.3g}" if short and isinstance(value, float) else f"{key}={value}"
         for key, value in point.items()
@@ -257,11 +249,13 @@ def _asking(sides: Sequence[Sequence[str]]) -> list[str]:
     return [f"{key}={names}" for key, names in zip(keys, named, strict=True)]
 
 
-def check(settings: TrainConfig, spaces: Mapping[str, Space], objectives: Sequence[str]) -> None:
-    """Raises ConfigError for what cannot be searched or measured with these settings."""
+def check_search(
+    settings: TrainConfig, spaces: Mapping[str, Space], objectives: Sequence[str]
+) -> None:
+    """Raises ConfigError for a space or an objective that these settings do not allow."""
     for key in spaces:
-        if key.split(".")[0] in OWN:
-            raise ConfigError(f"{key}: not searched, since it decides no weights or is drawn anew")
+        if key.split(".")[0] in FIXED:
+            raise ConfigError(f"{key}: not searched, since it decides no weights or is the seed")
     if not spaces:
         raise ConfigError(f"nothing to search: every setting has one value; {GRAMMAR}")
     if not set(objectives) <= OBJECTIVES.keys() or len(set(objectives)) < len(objectives):

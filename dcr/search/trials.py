@@ -1,13 +1,11 @@
 """The trials of a search: an Optuna study in a database that worker processes share.
 
 Optuna's heartbeat notices a trial whose worker was killed, on whichever machine, fails it and
-enqueues its point again. What a database tells is checked in one place, `read`, since it may be
-another's, older or damaged.
+enqueues its point again. The database may be another's, older or damaged: `read_trials` checks it.
 """
 
 import functools
 import math
-import multiprocessing
 import os
 import shutil
 import socket
@@ -20,10 +18,11 @@ from datetime import datetime
 from typing import Any
 
 import optuna
+from filelock import FileLock
 from optuna.exceptions import ExperimentalWarning, OptunaError
 from optuna.samplers import TPESampler
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
-from optuna.study import StudyDirection
+from optuna.study import MaxTrialsCallback, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy import NullPool, event
 from sqlalchemy.exc import SQLAlchemyError
@@ -32,29 +31,30 @@ from dcr import launching, study
 from dcr.core import ending, results, runs, storage
 from dcr.core.config import ConfigError, UserError
 from dcr.core.evaluation import subjects
-from dcr.core.runs import Cost, Run
+from dcr.core.runs import Cost
 from dcr.core.text import single_line
-from dcr.report.searches import Tried
-from dcr.report.studies import SAFETY
+from dcr.report.paper import SAFETY_SHARE
 from dcr.search import OBJECTIVES, Search, Space, words_of
-from dcr.study import Job, Told
+from dcr.search.drawings import Tried
+from dcr.study import Job, StudyError
 
 PULSE = 10  # seconds between two heartbeats of a trial
-SILENCE = 90  # seconds without one from which on its worker is taken for dead
+SILENCE = 90  # seconds without a heartbeat after which a trial's worker counts as dead
 LOCKED = 5.0  # seconds that SQLite waits for another process
 SQLITE = "sqlite:///"
 STAGES = ("contrastive", "sft")
 COMPLETE, FAIL, WAITING = TrialState.COMPLETE, TrialState.FAIL, TrialState.WAITING
 with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
-    RETRY = RetryHeartbeatStaleTrialCallback()
+    enqueue_again = RetryHeartbeatStaleTrialCallback()
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
 class Storage(RDBStorage):
-    """Optuna's, whose heartbeat survives a database that is busy for longer than it waits, and
-    whose transactions take turns on SQLite: it locks no rows, so that two workers could take the
-    same trial.
+    """Optuna's storage, for processes that share an SQLite file.
+
+    A heartbeat outlives a database that is busy for longer than SQLite waits. Transactions take
+    turns: SQLite locks no rows, so that two workers could take the same trial.
     """
 
     def __init__(self, url: str) -> None:
@@ -66,7 +66,7 @@ class Storage(RDBStorage):
             options,
             heartbeat_interval=PULSE,
             grace_period=SILENCE,
-            heartbeat_stale_trial_callback=RETRY,
+            heartbeat_stale_trial_callback=enqueue_again,
         )
         if url.startswith(SQLITE):
             event.listen(self.engine, "connect", lambda c, _: setattr(c, "isolation_level", None))
@@ -81,43 +81,39 @@ class Storage(RDBStorage):
 
 
 @contextmanager
-def _in_words(url: str) -> Iterator[None]:
-    """Turn what Optuna raises over a database into one line: any exception, if it is damaged."""
+def _in_one_line(url: str) -> Iterator[None]:
+    """Turn what Optuna raises over a database, any exception if it is damaged, into one line."""
     try:
         with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
             yield
     except Exception as error:
-        if "is locked" in f"{error} {error.__cause__}":
-            why = (
-                f"another program has held its lock for {LOCKED:g} s; end that, such as a database "
-                "browser or a command that hangs, and give the same command again"
-            )
-        else:
-            cause = error.__cause__ or error
-            told = single_line(f"{type(cause).__name__} {cause}".strip(), longest=160)
-            why = (
-                f"{told}; give an URL that Optuna opens, such as {SQLITE}search.db, or restore the "
-                "database from a copy"
-            )
-        raise ConfigError(f"storage={single_line(url)}: {why}") from error
+        cause = error.__cause__ or error
+        why = single_line(f"{type(cause).__name__} {cause}".strip(), longest=160)
+        cure = f"give an URL that Optuna opens, such as {SQLITE}search.db, or restore a copy"
+        if "is locked" in f"{error} {cause}":
+            why = f"another program has held its lock for {LOCKED:g} s"
+            cure = "end that, such as a database browser, and give the same command again"
+        raise ConfigError(f"storage={single_line(url)}: {why}; {cure}") from error
 
 
 def opened(search: Search, place: int = 0) -> optuna.Study:
-    """The study, made where it is not there; sampling is seeded by worker and what is known.
+    """The study of a search, made where it is not there yet.
 
-    Raises ConfigError for a storage that cannot be opened.
+    Its sampler is seeded by the worker's `place` and the number of trials. Raises ConfigError for
+    a storage that cannot be opened.
     """
-    with _in_words(search.url):
-        known = optuna.create_study(
+    with _in_one_line(search.url):
+        shared = optuna.create_study(
             storage=Storage(search.url),
             study_name=search.name,
             directions=_directions(search),
             load_if_exists=True,
         )
-    worker = f"{search.settings.seed}/{socket.gethostname()}/{place}/{len(read(search, known))}"
-    few = min(max(4, search.trials // 4), 10)  # a short search affords no more
-    known.sampler = TPESampler(n_startup_trials=few, seed=zlib.crc32(worker.encode()))
-    return known
+    number = len(read_trials(search, shared))
+    worker = f"{search.settings.seed}/{socket.gethostname()}/{place}/{number}"
+    few = min(max(4, search.trials // 4), 10)  # a short search affords no more random trials
+    shared.sampler = TPESampler(n_startup_trials=few, seed=zlib.crc32(worker.encode()))
+    return shared
 
 
 def _directions(search: Search) -> list[StudyDirection]:
@@ -125,24 +121,21 @@ def _directions(search: Search) -> list[StudyDirection]:
     return [StudyDirection.MAXIMIZE if up else StudyDirection.MINIMIZE for up in upwards]
 
 
-def read(search: Search, known: optuna.Study) -> list[FrozenTrial]:
-    """The trials as the database has them now, but for those that a worker left: they were enqueued
-    again.
+def read_trials(search: Search, shared: optuna.Study) -> list[FrozenTrial]:
+    """The trials in the database, without those of killed workers, which were enqueued again.
 
-    Raises ConfigError for what no trial of this search can be.
+    Raises ConfigError where this search cannot have made them.
     """
-    with _in_words(search.url):
-        trials = known.get_trials(deepcopy=False)
-        wrong = (
-            "" if known.directions == _directions(search) else "an objective has another direction"
-        )
-        if sorted(trial.number for trial in trials) != list(range(len(trials))):
+    with _in_one_line(search.url):
+        trials, wrong = shared.get_trials(deepcopy=False), ""
+        if shared.directions != _directions(search):
+            wrong = "an objective has another direction"
+        elif sorted(trial.number for trial in trials) != list(range(len(trials))):
             wrong = "trials are missing or there twice"
         trials = [t for t in trials if t.state is not FAIL or "fault" in t.user_attrs]
-        if trials and not any("configured" in trial.user_attrs for trial in trials):
-            wrong = wrong or "no trial is marked as the point as configured"
         for trial in trials:
-            wrong = wrong or _wrong(search, trial)
+            if not _possible(search, trial):
+                wrong = wrong or f"trial {trial.number} has settings or values outside the search"
     if wrong:
         raise ConfigError(
             f"storage={single_line(search.url)}: {search.name}: {wrong}, so that it is damaged or "
@@ -151,52 +144,49 @@ def read(search: Search, known: optuna.Study) -> list[FrozenTrial]:
     return trials
 
 
-def _wrong(search: Search, trial: FrozenTrial) -> str:
-    """What a trial says that it cannot, empty if nothing."""
-    said = f"trial {trial.number} "
-    if trial.state is TrialState.PRUNED:
-        return f"{said}was pruned"
+def _possible(search: Search, trial: FrozenTrial) -> bool:
+    """Whether settings lie inside their spaces, and each value is one that its objective takes."""
     for key, value in trial.params.items():
         if key not in search.spaces or not search.spaces[key].holds(value):
-            return f"{said}has {single_line(f'{key}={value}', longest=60)}"
-    if trial.state is COMPLETE:
-        if absent := sorted(search.spaces.keys() - trial.params.keys()):
-            return f"{said}has no {absent[0]}"
-        if len(trial.values or ()) != len(search.objectives):
-            return f"{said}has {len(trial.values or ())} values"
-        for name, value in zip(search.objectives, trial.values, strict=True):
-            # what is maximised is a share
-            if not (0 <= value < math.inf) or (OBJECTIVES[name].maximised and value > 1):
-                return f"{said}has {name}={value:g}"
-    return ""
+            return False
+    if trial.state is not COMPLETE:
+        return trial.state is not TrialState.PRUNED
+    values, most = trial.values or (), {True: 1.0, False: 1e300}  # what is maximised is a share
+    highest = [most[OBJECTIVES[name].maximised] for name in search.objectives]
+    whole = len(trial.params) == len(search.spaces) and len(values) == len(highest)
+    return whole and all(0 <= value <= top for value, top in zip(values, highest, strict=True))
 
 
-def tried(search: Search, known: optuna.Study) -> list[Tried]:
+def tried(search: Search, shared: optuna.Study) -> list[Tried]:
     """Every trial that has ended."""
-    ended = [trial for trial in read(search, known) if trial.state.is_finished()]
+    ended = [trial for trial in read_trials(search, shared) if trial.state.is_finished()]
     whole = any(trial.state is COMPLETE for trial in ended)
-    with _in_words(search.url):
-        front = {trial.number for trial in known.best_trials} if whole else set()
-    found = []
-    for trial in ended:
-        marks = ["front"] * (trial.number in front)
-        marks += ["configured"] * ("configured" in trial.user_attrs)
-        how = "failed" if trial.state is FAIL else "complete"
-        fault = single_line(trial.user_attrs.get("fault", ""))
-        values = tuple(trial.values or ())
-        found.append(Tried(trial.number, how, trial.params, values, frozenset(marks), fault))
-    return found
+    with _in_one_line(search.url):
+        front = {trial.number for trial in shared.best_trials} if whole else set()
+    return [
+        Tried(
+            trial.number,
+            trial.params,
+            tuple(trial.values or ()),
+            single_line(trial.user_attrs.get("fault", "")),
+            front=trial.number in front,
+            # the first that was enqueued, or the same after its worker was killed
+            configured=trial.system_attrs.get("failed_trial", trial.number) == 0,
+        )
+        for trial in ended
+    ]
 
 
-def importances(known: optuna.Study, objectives: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Of every objective the share of its variance that each setting explains (fANOVA); none of
-    one that is the same whatever is set.
+def importances(shared: optuna.Study, objectives: Sequence[str]) -> dict[str, dict[str, float]]:
+    """By objective, the share of its variance that each setting explains (fANOVA).
+
+    An objective that is the same whatever is set is left out.
     """
     evaluator, found = optuna.importance.FanovaImportanceEvaluator(seed=0), {}
     for place, name in enumerate(objectives):
         with suppress(RuntimeError):  # no variance
             found[OBJECTIVES[name].words] = optuna.importance.get_param_importances(
-                known, evaluator=evaluator, target=lambda trial, place=place: trial.values[place]
+                shared, evaluator=evaluator, target=lambda trial, place=place: trial.values[place]
             )
     return found
 
@@ -205,80 +195,72 @@ def importances(known: optuna.Study, objectives: Sequence[str]) -> dict[str, dic
 
 
 def carry_out(search: Search, workers: int, point: Mapping[str, object]) -> optuna.Study:
-    """All trials, by so many workers here and what others do elsewhere; `point` is the first."""
-    known = opened(search)
-    with _in_words(search.url):
-        if not known.get_trials(deepcopy=False):
-            known.enqueue_trial(dict(point), user_attrs={"configured": True})
+    """Do all trials, `point` first, with so many workers here beside those of other commands."""
+    shared = opened(search)
+    with _in_one_line(search.url):
+        if not shared.get_trials(deepcopy=False):
+            shared.enqueue_trial(dict(point))
     while True:
-        with _in_words(search.url):
-            optuna.storages.fail_stale_trials(known)
-        trials = read(search, known)
-        missing = search.trials - len(trials)
-        missing = max(missing, 0) + sum(trial.state is WAITING for trial in trials)
+        with _in_one_line(search.url):
+            optuna.storages.fail_stale_trials(shared)
+        trials = read_trials(search, shared)
+        missing = max(search.trials - len(trials), 0) + sum(t.state is WAITING for t in trials)
         if missing:
-            left = multiprocessing.get_context("fork").Semaphore(missing)
             places = range(min(workers, missing))
-            study.in_fork(*(functools.partial(_work, search, place, left) for place in places))
+            shares = [len(range(place, missing, len(places))) for place in places]
+            study.in_fork(*(functools.partial(_work, search, p, shares[p]) for p in places))
         elif all(trial.state.is_finished() for trial in trials):
-            return known
+            return shared
         else:  # another command's, or one that was killed
-            _forget_unbegun(search, known, trials)
+            for trial in trials:
+                _forget_unbegun(search, shared, trial)
             time.sleep(ending.PATIENCE)
 
 
-def _forget_unbegun(search: Search, known: optuna.Study, trials: Sequence[FrozenTrial]) -> None:
-    """Enqueue again what a worker took right before it was killed, without its first heartbeat."""
-    for trial in trials:
-        began = trial.datetime_start
-        if began is None or trial.state.is_finished() or len(trial.params) == len(search.spaces):
-            continue
-        if (datetime.now() - began).total_seconds() > SILENCE:
-            with _in_words(search.url):
-                known.tell(trial.number, state=FAIL)
-                RETRY(known, trial)
+def _forget_unbegun(search: Search, shared: optuna.Study, trial: FrozenTrial) -> None:
+    """Enqueue a trial again whose worker was killed before its first heartbeat."""
+    began = trial.datetime_start
+    if began is None or trial.state.is_finished() or len(trial.params) == len(search.spaces):
+        return
+    if (datetime.now() - began).total_seconds() > SILENCE:
+        with _in_one_line(search.url):
+            shared.tell(trial.number, state=FAIL)
+            enqueue_again(shared, trial)
 
 
-def _work(search: Search, place: int, left: Any) -> None:
-    """One worker: trial after trial, as long as any are `left`."""
+def _work(search: Search, place: int, number: int) -> None:
+    """Do `number` trials one after the other, or fewer if other commands do the rest."""
     if gpus := launching.gpus():
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[place % len(gpus)]
-    known = opened(search, place)
-    objective = functools.partial(_objective, search)
-    while left.acquire(block=False):
-        try:
-            known.optimize(objective, n_trials=1, catch=(UserError,))
-        except (OptunaError, SQLAlchemyError):
-            with _in_words(search.url):
-                raise
-        except ValueError as error:  # where this machine slept, and another has the trial now
-            if "Cannot tell a" not in str(error):
-                raise
-            print("a trial was taken over by another worker", flush=True)
+    shared, objective = opened(search, place), functools.partial(_objective, search)
+    try:
+        enough = MaxTrialsCallback(search.trials)
+        shared.optimize(objective, n_trials=number, catch=(UserError,), callbacks=[enough])
+    except (OptunaError, SQLAlchemyError):
+        with _in_one_line(search.url):
+            raise
+    except ValueError as error:  # this machine slept, and another has the trial now
+        if "Cannot tell a" not in str(error):
+            raise
+        print("a trial was taken over by another worker", flush=True)
 
 
 def _objective(search: Search, trial: Trial) -> Sequence[float]:
-    def say(told: str) -> None:
-        print(f"[trial {trial.number}] {told}", flush=True)
-
     point = {key: _suggested(trial, key, space) for key, space in search.spaces.items()}
-    say(" ".join(words_of(point, short=True)))
+    print(f"[trial {trial.number}] {' '.join(words_of(point, short=True))}", flush=True)
     try:
-        twin = _twin(search, trial)
-        values = _measured(search, search.trial(point)) if twin is None else twin.values
+        values = _measured(search, search.trial(point))
     except UserError as fault:
         trial.set_user_attr("fault", single_line(fault))
-        say(f"failed: {single_line(fault)}")
+        print(f"[trial {trial.number}] failed: {single_line(fault)}", flush=True)
         raise
     except KeyboardInterrupt:
-        RETRY(trial.study, trial.study.get_trials(deepcopy=False)[trial.number])
+        enqueue_again(trial.study, trial.study.get_trials(deepcopy=False)[trial.number])
         raise
     if trial.study.get_trials(deepcopy=False)[trial.number].state is FAIL:
-        raise Told("another worker has it, after heartbeats were missing", 1)
-    told = ", ".join(
-        f"{name} {value:.4g}" for name, value in zip(search.objectives, values, strict=True)
-    )
-    say(told if twin is None else f"as trial {twin.number}: {told}")
+        raise StudyError("another worker has the trial, since heartbeats were missing")
+    told = (f"{name} {value:.4g}" for name, value in zip(search.objectives, values, strict=True))
+    print(f"[trial {trial.number}] {', '.join(told)}", flush=True)
     return values
 
 
@@ -290,53 +272,43 @@ def _suggested(trial: Trial, key: str, space: Space) -> object:
     return trial.suggest_float(key, space.low, space.high, log=space.log)
 
 
-def _twin(search: Search, trial: Trial) -> FrozenTrial | None:
-    """An earlier trial of the same point, waited for where it is under way."""
-    while twins := [
-        t
-        for t in read(search, trial.study)
-        if t.number < trial.number and t.params == trial.params and t.state is not FAIL
-    ]:
-        if done := [t for t in twins if t.state is COMPLETE]:
-            return done[0]
-        time.sleep(ending.PATIENCE)
-    return None
-
-
 def _measured(search: Search, job: Job) -> list[float]:
-    """The value of each objective, once all of a run is done; Told for a fault."""
-    for part in job.parts():
-        if not part.done():
-            study.in_fork(part.work)
-    values = _values(search, job)
-    _forget_weights(job.run)
-    return values
+    """The value of each objective, measured once for all trials of a point; then its weights go.
+
+    Hundreds of trials fill a disk, and the chosen point is trained anew. Raises StudyError for a
+    fault.
+    """
+    run = job.run
+    file = run.folder / f"{search.name}.json"
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{run.folder}.lock"):  # a trial of the same point waits
+        if not file.exists():
+            for part in job.parts():
+                if not part.done():
+                    study.in_fork(part.work)
+            storage.write_json(file, _values(search, job))
+        for place in (*STAGES, "snapshots", "checkpoints"):
+            shutil.rmtree(run.folder / place, ignore_errors=True)
+    return storage.read_json(file, list[float], f"delete {file}")
 
 
 def _values(search: Search, job: Job) -> list[float]:
-    """Each objective as the files of a run that is done tell it; Told where one is missing."""
+    """Each objective by the files of a run that is done. Raises StudyError where one is missing."""
     run, (evaluating,) = job.run, job.evaluations
     folder = subjects.answers_folder(evaluating, run, subjects.final(run))
     found, metrics = results.read(folder / "metrics.json"), runs.read_metrics(run)
     costs = {stage: storage.read_json(run.cost_file(stage), Cost) for stage in STAGES}
-    spent = (cost.device_seconds * cost.of_all_steps(of, metrics) for of, cost in costs.items())
     nll = [row["value"] for row in metrics if row["key"] == "sft/nll/general/heldout"]
     scores = [task.acc for task in found.ability.values() if task.acc is not None]
     ranked = found.discernment and found.discernment.pooled
     values = {
         "auroc": ranked.auroc[0] if ranked else None,
-        "answered": ranked.answered[str(SAFETY)][0] if ranked else None,
+        "answered": ranked.answered[str(SAFETY_SHARE)][0] if ranked else None,
         "nll": nll[-1] if nll else None,
         "ability": sum(scores) / len(scores) if scores else None,
-        "seconds": sum(spent),
+        "seconds": sum(c.device_seconds * c.of_all_steps(s, metrics) for s, c in costs.items()),
     }
     wanted = [value for name in search.objectives if (value := values[name]) is not None]
     if len(wanted) < len(search.objectives) or not all(map(math.isfinite, wanted)):
-        raise Told(f"{folder} does not tell all of {', '.join(search.objectives)}", 1)
+        raise StudyError(f"{folder} does not tell all of {', '.join(search.objectives)}")
     return wanted
-
-
-def _forget_weights(run: Run) -> None:
-    """Of what was measured: hundreds of trials fill a disk, and the chosen point is retrained."""
-    for place in (*STAGES, "snapshots", "checkpoints"):
-        shutil.rmtree(run.folder / place, ignore_errors=True)

@@ -16,11 +16,12 @@ from dcr.report.curves import (
     TRACKED,
     folders,
     name_of_weights,
-    names,
+    named,
     tracked_kernels,
 )
-from dcr.report.figures import INK, Drawing, Line, Look, Panel, kind_look, look_of
+from dcr.report.figures import INK, Curve, Drawing, Look, Panel, kind_look, look_of
 from dcr.report.records import RunRecord, config_of
+from dcr.report.sections import Selection
 
 MATRIX = ("figure", "weights", "model", "run", "params", "normalise", "observer", "trained",
           "estimate", "low", "high", "source")  # fmt: skip
@@ -45,9 +46,9 @@ KERNEL_FIGURES = {  # by figure: its parts, and when they were measured
 }
 
 
-def kernel(figure: str, records: Sequence[RunRecord]) -> Drawing:
+def kernel(chosen: Selection, figure: str) -> Drawing:
     """The 3×3 matrices before, after stage one, or both: a row a choice of parameters."""
-    parts, when = KERNEL_FIGURES[figure]
+    records, (parts, when) = chosen.records, KERNEL_FIGURES[figure]
     values = pd.concat([_matrices(weights, records) for weights in parts], ignore_index=True)
     runs = [set(own["run"]) for _, own in figures.parts(values, "weights")]
     rows = [
@@ -146,7 +147,7 @@ def _separability(figure: str, records: Sequence[RunRecord]) -> list[tuple[About
     every = [
         (name_of_weights(name, run, e), config_of(run, "model"), e, e.separability)
         for stage in STAGES
-        for name, run in zip(names(records), records, strict=True)
+        for run, name in named(records)
         for e in run.evaluations
         if e.weights == stage and e.separability
     ]
@@ -163,9 +164,9 @@ def _separability(figure: str, records: Sequence[RunRecord]) -> list[tuple[About
     ]
 
 
-def accuracies(records: Sequence[RunRecord]) -> Drawing:
+def accuracies(chosen: Selection) -> Drawing:
     """Figure 7: k-means accuracy over layers, with the majority class."""
-    by_weights = _separability("7", records)
+    by_weights = _separability("7", chosen.records)
     values = figures.frame(
         [
             (*about, scores.layer, *(getattr(scores, key) for key in LAYER_SCORES), of.majority)
@@ -174,11 +175,11 @@ def accuracies(records: Sequence[RunRecord]) -> Drawing:
         ],
         *("run", "weights", "model", "layer", *LAYER_SCORES, "majority"),
     )
-    lines, legend = [], []
+    drawn, legend = [], []
     for place, ((name, *_), of) in enumerate(by_weights):
         look: Look = look_of(place) | {"linestyle": ("-", "--", "-.")[place % 3]}
         points = [(s.layer, s.kmeans) for s in of.layers if s.kmeans is not None]
-        lines.append(Line(pd.DataFrame(points, columns=["x", "y"]), look))
+        drawn.append(Curve(pd.DataFrame(points, columns=["x", "y"]), look))
         legend.append((name, look))
     dotted: Look = {"color": INK, "linestyle": ":", "linewidth": 1}
     majorities = dict.fromkeys(of.majority for _, of in by_weights if of.majority is not None)
@@ -188,7 +189,7 @@ def accuracies(records: Sequence[RunRecord]) -> Drawing:
     return Drawing(
         "figure7",
         "Figure 7: k-means accuracy per layer",
-        {"": [Panel(lines, axes=axes, steps=5, levels=levels)]},
+        {"": [Panel(drawn, axes=axes, steps=5, levels=levels)]},
         values,
         "Accuracy of k-means with two clusters, matched to seemingly toxic and toxic prompts, on "
         "the features after each block; dotted: the share of the larger class, which takes no "
@@ -200,12 +201,12 @@ def accuracies(records: Sequence[RunRecord]) -> Drawing:
     )
 
 
-def scaling(records: Sequence[RunRecord]) -> Drawing:
+def scaling(chosen: Selection) -> Drawing:
     """Figure 8: classical MDS of the features, a panel a layer."""
     values = figures.frame(
         [
             (*about, int(layer), identity, CLASSES[label], x, y)
-            for about, of in _separability("8", records)
+            for about, of in _separability("8", chosen.records)
             for layer, points in of.mds.items()
             if points
             for identity, label, (x, y) in zip(
@@ -215,7 +216,7 @@ def scaling(records: Sequence[RunRecord]) -> Drawing:
         *("run", "weights", "model", "layer", "id", "kind", "x", "y"),
     )
     if values.empty:
-        raise UserError(f"figure 8: no MDS coordinates in {folders(records)}; {CURE}")
+        raise UserError(f"figure 8: no MDS coordinates in {folders(chosen.records)}; {CURE}")
     dots = {"linestyle": "", "markersize": 1.8, "markeredgewidth": 0, "alpha": 0.7,
             "rasterized": len(values) > DRAWN_AS_VECTORS}  # fmt: skip
     bare = {"xticks": [], "yticks": [], "xmargin": 0.08, "ymargin": 0.08}
@@ -223,7 +224,7 @@ def scaling(records: Sequence[RunRecord]) -> Drawing:
         name: [
             Panel(
                 [
-                    Line(points.filter(["x", "y"]), {**kind_look(kind), **dots})
+                    Curve(points.filter(["x", "y"]), {**kind_look(kind), **dots})
                     for kind, points in figures.parts(own, "kind")
                 ],
                 f"layer {layer}",

@@ -16,13 +16,12 @@ from safetensors.torch import save_file
 from test_report import make_eval, make_run, parsed
 
 from dcr import report
-from dcr.analyses import ntk
+from dcr.analyses import ntk, verdicts
+from dcr.analyses.verdicts import ABSENT, CLAIMS, FAILS, HOLDS, OPEN, ClaimRow, number
 from dcr.core import statistics
 from dcr.core.config import DataError
 from dcr.core.statistics import Interval
-from dcr.report import claims
 from dcr.report.__main__ import main
-from dcr.report.claims import ABSENT, CLAIMS, FAILS, HOLDS, OPEN, ClaimRow, number
 from dcr.report.records import read_run
 
 SEEMING, TOXIC, NORMAL = KINDS = ("seemingly_toxic", "toxic", "normal")
@@ -105,7 +104,7 @@ def rows_of(*runs: Path) -> tuple[dict[str, list[ClaimRow]], str]:
     notes: list[str] = []
     records = [read_run(run) for run in runs]
     notes += [note for record in records for note in record.notes]
-    rows = claims.claim_rows(records, notes)
+    rows = verdicts.claim_rows(records, notes)
     return {claim: [row for row in rows if row.claim == claim] for claim in CLAIMS}, " ".join(notes)
 
 
@@ -133,7 +132,7 @@ def test_planted_curves_correlate_by_one_and_minus_one(tmp_path: Path) -> None:
     row = moving(tmp_path / "a", rising)
     assert ends(row) == pytest.approx((1, 1, 1))
     assert (row.verdict, row.source) == (HOLDS, "tracking")
-    assert row.sentence.startswith("STL, seed 0: at 5 steps of SFT the mean refusal probabilities ")
+    assert row.sentence.startswith("STL, seed 0: over 5 steps of SFT the correlation of the mean ")
     assert "of 4 toxic and 4 seemingly toxic prompts" in row.sentence
     assert row.beside is not None
     assert row.beside[0] == "seemingly toxic with normal"
@@ -144,7 +143,7 @@ def test_planted_curves_correlate_by_one_and_minus_one(tmp_path: Path) -> None:
     assert row.verdict == FAILS
     assert row.beside is not None
     assert math.isnan(row.beside[1].estimate), "a flat curve has no correlation"
-    assert "with normal: r = undefined" in row.sentence
+    assert "with normal: undefined" in row.sentence
 
 
 def test_unrelated_and_flat_curves_are_undecided_and_two_steps_are_no_curve(tmp_path: Path) -> None:
@@ -187,7 +186,7 @@ def test_prompts_and_steps_that_were_not_measured_are_left_out(tmp_path: Path) -
     found, notes = rows_of(run)
     (row,) = found["joint_movement"]
     assert ends(row) == pytest.approx((1, 1, 1))
-    assert "at 4 steps of SFT" in row.sentence
+    assert "over 4 steps of SFT" in row.sentence
     assert "3 toxic and 4 seemingly toxic" in row.sentence
     assert "step-000009: skipped, no metrics.json" in notes
 
@@ -196,7 +195,7 @@ def test_prompts_and_steps_that_were_not_measured_are_left_out(tmp_path: Path) -
 def test_correlation_against_loops_with_the_same_draws(seed: int) -> None:
     drawn = np.random.default_rng(seed)
     first, second = drawn.random((6, 5)), drawn.random((6, 3))
-    draws = claims.draws(["a"] * 5 + ["b"] * 3)
+    draws = verdicts.draws(["a"] * 5 + ["b"] * 3)
     sampled = []
     for once, other in zip(draws["a"][:400], draws["b"][:400], strict=True):
         curves = []
@@ -207,7 +206,7 @@ def test_correlation_against_loops_with_the_same_draws(seed: int) -> None:
         over = sum((x - means[0]) * (y - means[1]) for x, y in zip(*curves, strict=True))
         own = [sum((x - m) ** 2 for x in c) for c, m in zip(curves, means, strict=True)]
         sampled.append(over / math.sqrt(own[0] * own[1]))
-    found = claims.correlation(first, second, (draws["a"][:400], draws["b"][:400]))
+    found = verdicts.correlation(first, second, (draws["a"][:400], draws["b"][:400]))
     whole = np.corrcoef(first.mean(1), second.mean(1))[0, 1]
     wanted = (whole, *np.quantile(sampled, [0.025, 0.975]))
     assert tuple(vars(found).values()) == pytest.approx(wanted, abs=1e-12)
@@ -217,11 +216,11 @@ def test_contrasts_against_mean_by_kind_and_loops() -> None:
     drawn = np.random.default_rng(1)
     of_kind = ["t", "s", "t", "n", "s", "s", "n", "t"]
     matrix = drawn.random((8, 8))
-    draws = claims.draws(of_kind, seed=5)
+    draws = verdicts.draws(of_kind, seed=5)
     cells_found = ntk.mean_by_kind(torch.tensor(matrix), of_kind, seed=5)
     for observer in "tsn":
         for trained in "tsn":
-            found = claims.contrast(matrix, of_kind, {(observer, trained): 1.0}, draws)
+            found = verdicts.contrast(matrix, of_kind, {(observer, trained): 1.0}, draws)
             wanted = vars(cells_found[observer][trained]).values()
             assert tuple(vars(found).values()) == pytest.approx(tuple(wanted), abs=1e-12)
     weights = {("t", "s"): 1.0, ("s", "s"): -1.0}
@@ -240,7 +239,7 @@ def test_contrasts_against_mean_by_kind_and_loops() -> None:
             ]
             total += weight * (sum(pairs) / len(pairs) if pairs else math.nan)
         sampled.append(total)
-    found = claims.contrast(matrix, of_kind, weights, draws)
+    found = verdicts.contrast(matrix, of_kind, weights, draws)
     ends = np.nanquantile(sampled, [0.025, 0.975])
     assert (found.low, found.high) == pytest.approx(tuple(ends), abs=1e-12)
 
@@ -312,7 +311,7 @@ def test_normal_prompts_in_the_base_model(tmp_path: Path) -> None:
     (row,) = rows_of(*runs)[0]["base_asymmetry"]
     assert ends(row) == pytest.approx((-0.2, -0.2, -0.2))
     assert row.verdict == FAILS
-    assert "K(seemingly toxic, normal) is 0.30 and K(normal, normal) is 0.50" in row.sentence
+    assert "‖K(seemingly toxic, normal)‖ − ‖K(normal, normal)‖ is −0.20" in row.sentence
 
 
 def test_the_base_kernel_of_tracking_is_an_untrained_one(tmp_path: Path) -> None:
@@ -362,10 +361,8 @@ def test_one_step_is_told_as_it_was_measured(tmp_path: Path) -> None:
     assert [row.verdict for row in states] == [HOLDS, FAILS] * 2
     assert {row.params for row in states} == {"trunk-14"}, "it is about the trunk"
     assert found["signed_change"][0].beside == ("slope", Interval(0.9, 0.8, 1.2))
-    assert (
-        "by +0.50 [+0.40, +0.60] on seemingly toxic and by +0.20 [+0.10, +0.30] on normal"
-        in found["refusal_spreads"][0].sentence
-    )
+    spread = found["refusal_spreads"][0].sentence
+    assert spread.endswith("is 0.50 [0.40, 0.60]; normal: 0.20 [0.10, 0.30]")
 
 
 @pytest.mark.parametrize(
@@ -395,8 +392,11 @@ def test_missing_statistics_are_noted_and_the_others_told(tmp_path: Path) -> Non
     assert [row.params for row in found["size_of_change"]] == ["tail-2"]
     assert [row.params for row in found["signed_change"]] == ["trunk-14"]
     assert found["refusal_spreads"][0].verdict == ABSENT
-    for lacking in ("tail-2 has no readable signed", "trunk-14 has no readable norm",
-                    "claims.change has no readable normal"):  # fmt: skip
+    for lacking in (
+        "tail-2.prediction has no readable pearson",
+        "trunk-14.norm has no readable within",
+        "claims.change has no readable normal",
+    ):
         assert lacking in notes
     assert len(found["proposition_1"]) == 4  # two of this evaluation, before and after lacking
 
@@ -489,7 +489,7 @@ def test_the_page_has_a_section_and_hostile_names_stay_text(tmp_path: Path) -> N
     assert "A claim holds where its 95% bootstrap interval" in page
     assert "A claim holds where its 95% bootstrap interval" in " ".join(text.split())
     assert CLAIMS["base_asymmetry"] in page
-    assert "&lt;s&gt;, seed 0: at 5 steps of SFT" in page
+    assert "&lt;s&gt;, seed 0: over 5 steps of SFT" in page
     (row,) = (row for row in rows if row["claim"] == "joint_movement")
     assert (row["model"], row["verdict"], row["claimed_side"]) == ("<i>&", HOLDS, "above")
     numbers = [float(row[key]) for key in ("estimate", "low", "high", "boundary")]
@@ -550,5 +550,5 @@ def test_numbers_are_rounded_by_their_interval(found: Interval, words: str) -> N
 )
 def test_the_rule(ends: tuple[float, float], above: str, below: str) -> None:
     measured = Interval(0.0, *ends)
-    assert claims.verdict(measured) == above
-    assert claims.verdict(measured, above=False) == below
+    assert verdicts.verdict(measured) == above
+    assert verdicts.verdict(measured, above=False) == below

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from dcr.report import figures
-from dcr.report.figures import INK, PALETTE, Drawing, Line, Look, Panel
+from dcr.report.figures import INK, PALETTE, Curve, Drawing, Look, Panel
 
 PALE: Look = {"color": PALETTE[0], "marker": "o", "linestyle": "", "alpha": 0.5, "markersize": 3}
 FRONT: Look = {"color": PALETTE[1], "marker": "o", "linestyle": "", "markersize": 5}
@@ -19,23 +19,25 @@ CHOSEN: Look = {"color": INK, "marker": "o", "linestyle": "", "markersize": 11,
 
 @dataclass(frozen=True)
 class Tried:
-    """A trial: what was set, how it ended, and the value of each objective if it came to its end.
-
-    `is_of` says whether it is of the front, the point as configured, or chosen.
-    """
+    """A trial that has ended, with the value of each objective if it did not fail."""
 
     number: int
-    ended: str
     settings: Mapping[str, object]
     values: tuple[float, ...] = ()
-    is_of: frozenset[str] = frozenset()
     fault: str = ""
+    front: bool = False
+    configured: bool = False
+    chosen: bool = False
+
+    @property
+    def ended(self) -> str:
+        return "complete" if self.values else "failed"
 
 
 def front(tried: Sequence[Tried], heads: Mapping[str, str]) -> Drawing:
-    """Every pair of objectives against each other; one alone over the trials' numbers.
+    """Every pair of objectives against each other; a single one over the trials' numbers.
 
-    `heads` are the axes' words by objective.
+    `heads` names the axis of each objective.
     """
     whole = [trial for trial in tried if trial.values]
     pairs: list[tuple[int | None, int]] = [*itertools.combinations(range(len(heads)), 2)]
@@ -43,23 +45,23 @@ def front(tried: Sequence[Tried], heads: Mapping[str, str]) -> Drawing:
     panels = []
     for x, y in pairs or [(None, 0)]:
         axes = {"xlabel": "trial" if x is None else words[x], "ylabel": words[y]}
-        lines = [
+        drawn = [
             _points(whole, x, y, PALE),
-            _points([t for t in whole if "front" in t.is_of], x, y, FRONT, numbered=True),
-            _points([t for t in whole if "configured" in t.is_of], x, y, CONFIGURED),
-            _points([t for t in whole if "chosen" in t.is_of], x, y, CHOSEN),
+            _points([t for t in whole if t.front], x, y, FRONT, numbered=True),
+            _points([t for t in whole if t.configured], x, y, CONFIGURED),
+            _points([t for t in whole if t.chosen], x, y, CHOSEN),
         ]
         margins = {"xmargin": 0.12, "ymargin": 0.12}
-        panels.append(Panel([line for line in lines if len(line.values)], axes=axes | margins))
+        panels.append(Panel([curve for curve in drawn if len(curve.values)], axes=axes | margins))
     keys = list(dict.fromkeys(key for trial in tried for key in trial.settings))
     rows = [
-        (t.number, t.ended, *(int(of in t.is_of) for of in ("front", "configured", "chosen")),
+        (t.number, t.ended, *map(int, (t.front, t.configured, t.chosen)),
          *(t.settings.get(key) for key in keys), *(t.values or [None] * len(heads)))
         for t in tried
     ]  # fmt: skip
     columns = ("trial", "ended", "front", "configured", "chosen", *keys, *heads)
     legend = [("trial", PALE), ("Pareto front", FRONT), ("as configured", CONFIGURED)]
-    if any("chosen" in trial.is_of for trial in tried):
+    if any(trial.chosen for trial in tried):
         legend.append(("chosen", {**CHOSEN, "markersize": 7}))
     return Drawing(
         "front",
@@ -74,31 +76,33 @@ def front(tried: Sequence[Tried], heads: Mapping[str, str]) -> Drawing:
 
 def _points(
     tried: Sequence[Tried], x: int | None, y: int, look: Look, numbered: bool = False
-) -> Line:
+) -> Curve:
     places = [(t.number if x is None else t.values[x], t.values[y]) for t in tried]
     words = [(place, str(t.number), (4.0, 4.0)) for place, t in enumerate(tried)]
-    return Line(pd.DataFrame(places, columns=["x", "y"]), look, words=words if numbered else ())
+    return Curve(pd.DataFrame(places, columns=["x", "y"]), look, words=words if numbered else ())
 
 
-def importances(of: Mapping[str, Mapping[str, float]]) -> Drawing:
-    """A bar for each setting: its share of an objective's variance, in a panel each (fANOVA)."""
-    keys = sorted({key for shares in of.values() for key in shares})[::-1]
+def importances(explained: Mapping[str, Mapping[str, float]]) -> Drawing:
+    """A panel for each objective, with a bar for the share of its variance by setting (fANOVA)."""
+    keys = sorted({key for shares in explained.values() for key in shares})[::-1]
     bar: dict[str, Any] = {"color": PALETTE[1], "linewidth": 6, "solid_capstyle": "butt"}
     panels = []
-    for place, (objective, shares) in enumerate(of.items()):
-        lines = [
-            Line(pd.DataFrame({"x": [0, share], "y": [keys.index(key)] * 2}), bar)
+    for place, (objective, shares) in enumerate(explained.items()):
+        drawn = [
+            Curve(pd.DataFrame({"x": [0, share], "y": [keys.index(key)] * 2}), bar)
             for key, share in shares.items()
         ]
         axes = {"xlim": (0, 1), "ylim": (-0.6, len(keys) - 0.4), "yticks": range(len(keys)),
                 "yticklabels": [] if place else keys, "xlabel": "share of variance"}  # fmt: skip
-        panels.append(Panel(lines, figures.folded(objective, 30), axes))
-    rows = [(objective, key, share) for objective, by in of.items() for key, share in by.items()]
+        panels.append(Panel(drawn, figures.folded(objective, 30), axes))
+    rows = [
+        (objective, key, share) for objective, by in explained.items() for key, share in by.items()
+    ]
     return Drawing(
         "importances",
         "Importance of settings",
         {"": panels},
         figures.frame(rows, "objective", "setting", "importance"),
-        "fANOVA over the trials that came to their end; of few trials a rough guide.",
+        "fANOVA over the trials that came to their end; a rough guide if they are few.",
         size=(2.6, 0.6 + 0.25 * len(keys)),
     )

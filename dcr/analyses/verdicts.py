@@ -1,9 +1,8 @@
-"""The paper's claims, each measured, judged by one rule and told in a sentence."""
+"""The report's section of the paper's claims: each measured, judged by one rule, in a sentence."""
 
 import math
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +11,14 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 
 from dcr.analyses import ntk
-from dcr.core import results
 from dcr.core.config import DataError
-from dcr.core.results.schema import Estimate, Kernel, OneStep, RefusalProbability, interval
+from dcr.core.results.schema import Estimate, Kernel, RefusalProbability, interval
 from dcr.core.statistics import Interval, percentiles, resampled_groups
 from dcr.core.text import printable, single_line
-from dcr.report.curves import KEPT, SCORED, STAGES, folders, name_of_weights, names, snapshots
+from dcr.report.curves import KEPT, SCORED, STAGES, folders, name_of_weights, named, snapshots
 from dcr.report.records import Evaluation, RunRecord, about, config_of, unedited
+from dcr.report.sections import Selection
+from dcr.report.writing import TextTable
 
 SEED = 0  # of the bootstrap, fixed so that a report is reproducible
 FLAT = 1e-12  # of its own size: a curve that moves less than that is rounding, not a movement
@@ -158,7 +158,7 @@ def _followed(by_step: Mapping[int, RefusalProbability]) -> dict[str, np.ndarray
 
 
 def evaluated(run: RunRecord, weights: str) -> list[MeasuredKernel]:
-    """Kernels of unsteered evaluations of certain weights."""
+    """The kernels of a run's unsteered evaluations of these weights."""
     return [
         MeasuredKernel(run, weights, about(run, e, "model"), e.folder, e.kernel)
         for e in run.evaluations
@@ -265,18 +265,16 @@ CLAIMS = {
     "prompts more than on normal ones",
     "proposition_1": "Proposition 1: ‖K‖ over the trunk follows the states at block ℓ",
 }
+STAGE_ONE = (
+    "python eval.py model=<name> tasks=[kernel], then "
+    "python eval.py run={run} stage=contrastive tasks=[kernel]"
+)
+ONE_STEP = "python eval.py run={run} tasks=[claims]"
 COMMANDS = {  # what measures a claim
     "joint_movement": "python train.py tracking.quantities=[refusal_probability]",
-    **dict.fromkeys(
-        ("within_rises", "cross_falls", "cross_falls_more"),
-        "python eval.py model=<name> tasks=[kernel], then "
-        "python eval.py run={run} stage=contrastive tasks=[kernel]",
-    ),
+    **dict.fromkeys(("within_rises", "cross_falls", "cross_falls_more"), STAGE_ONE),
     "base_asymmetry": "python eval.py model=<name> tasks=[kernel]",
-    **dict.fromkeys(
-        ("size_of_change", "signed_change", "refusal_spreads"),
-        "python eval.py run={run} tasks=[claims]",
-    ),
+    **dict.fromkeys(("size_of_change", "signed_change", "refusal_spreads"), ONE_STEP),
 }
 STATES = {  # Proposition 1 is told before and after stage one
     "base": "python eval.py model=<name> tasks=[claims]",
@@ -289,16 +287,37 @@ class ClaimRow:
     """A claim of one run or evaluation; without data its `command` makes them."""
 
     claim: str
-    verdict: str
-    sentence: str
-    command: str = ""
+    quantity: str  # in words, what was measured
+    measured: Interval | None = None
     run: str = ""
     model: str = ""
     params: str = ""
-    measured: Interval | None = None
+    source: str = ""
     above: bool = True  # the claimed side of 0
     beside: tuple[str, Interval] | None = None
-    source: str = ""
+    command: str = ""
+    judged: str = ""  # instead of by the rule
+
+    @property
+    def known(self) -> bool:
+        return bool(self.measured and all(map(math.isfinite, vars(self.measured).values())))
+
+    @property
+    def verdict(self) -> str:
+        if self.measured is None:
+            return ABSENT
+        return (self.judged or verdict(self.measured, above=self.above)) if self.known else OPEN
+
+    @property
+    def sentence(self) -> str:
+        """Whose, what and how much."""
+        own = ", ".join(filter(None, (self.run, self.params)))
+        if self.measured is None:
+            return f"run {self.command}"
+        if not self.known:
+            return f"{own}: cannot be told, since a curve is flat or a kind has too few prompts"
+        text = f"{own}: {self.quantity} is {number(self.measured)}"
+        return text + (f"; {self.beside[0]}: {number(self.beside[1])}" if self.beside else "")
 
 
 def kernel_of(cell: KindPair) -> str:
@@ -306,14 +325,13 @@ def kernel_of(cell: KindPair) -> str:
     return f"K({', '.join(kind.replace('_', ' ') for kind in cell)})"
 
 
-def number(measured: Interval, *, signed: bool = False) -> str:
+def number(measured: Interval) -> str:
     """`0.52 [0.41, 0.63]`, with two digits of the interval's width and at least two decimals."""
     if not all(map(math.isfinite, vars(measured).values())):
         return "undefined"
     width = measured.high - measured.low or abs(measured.estimate) or 1.0
     places = min(max(2, 1 - math.floor(math.log10(width))), 8)
-    sign = "+" if signed else ""
-    estimate, low, high = (f"{end:{sign}.{places}f}" for end in vars(measured).values())
+    estimate, low, high = (f"{end:.{places}f}" for end in vars(measured).values())
     return f"{estimate} [{low}, {high}]".replace("-", "−")
 
 
@@ -326,18 +344,18 @@ MORE = {**dict.fromkeys(CROSS, 0.5), **dict.fromkeys(WITHIN, -0.5)}
 
 def claim_rows(records: Sequence[RunRecord], notes: list[str]) -> list[ClaimRow]:
     """Every claim in the order of CLAIMS; what could not be read or is missing goes to `notes`."""
-    called = {run.folder: name for run, name in zip(records, names(records), strict=True)}
+    name_of = {run.folder: name for run, name in named(records)}
     curves = [(run, prompt_curves(run)) for run in records]
-    rows = [_movement(run, own, called[run.folder]) for run, own in curves if own]
+    rows = [_movement(run, own, name_of[run.folder]) for run, own in curves if own]
     for pair in pairs(records, notes):
-        rows += _stage_one(pair, called[pair.after.run.folder])
+        rows += _stage_one(pair, name_of[pair.after.run.folder])
     for base in base_kernels(records):
         rows += _base(base, notes)
     steps = [(run, e) for run in records for e in run.evaluations if e.claims and unedited(e)]
     for run, evaluation in steps:
-        rows += _one_step(name_of_weights(called[run.folder], run, evaluation), evaluation, notes)
+        rows += _one_step(name_of_weights(name_of[run.folder], run, evaluation), evaluation, notes)
     # one base model may have been measured in several folders
-    rows = list({(row.claim, row.sentence): row for row in map(_of_numbers, rows)}.values())
+    rows = list({(row.claim, row.sentence): row for row in rows}.values())
     for claim, methods in (
         ("joint_movement", ("stl", "stl_aug", "dcr")),
         ("within_rises", ("dcr",)),
@@ -346,226 +364,149 @@ def claim_rows(records: Sequence[RunRecord], notes: list[str]) -> list[ClaimRow]
         notes += [  # on every run that lacks what others have
             f"claims: {CLAIMS[claim]}: {ABSENT} in {folders([run])}"
             for run in records
-            if have and config_of(run, "method") in methods and called[run.folder] not in have
+            if have and config_of(run, "method") in methods and name_of[run.folder] not in have
         ]
     have = {row.claim for row in rows}
     lacking = [(claim, command) for claim, command in COMMANDS.items() if claim not in have]
-    of_trunk = {e.weights for _, e in steps if any(p.startswith("trunk") for p in scores(e)[0])}
+    of_trunk = {
+        e.weights
+        for _, e in steps
+        if e.claims and any(params.startswith("trunk") for params in e.claims.params)
+    }
     lacking += [("proposition_1", STATES[w]) for w in STATES if w not in of_trunk]
     dcr = [run for run in records if config_of(run, "method") == "dcr"]
     for claim, command in lacking:
         # stage one is what a run of another method lacks
         able = dcr if "stage=contrastive" in command else dcr or list(records)
-        command = command.format(run=folders(able[:1]) or "<dcr run>")
-        rows.append(ClaimRow(claim, ABSENT, f"run {command}", command))
+        rows.append(
+            ClaimRow(claim, "", command=command.format(run=folders(able[:1]) or "<dcr run>"))
+        )
     return sorted(rows, key=lambda row: list(CLAIMS).index(row.claim))
-
-
-def _of_numbers(row: ClaimRow) -> ClaimRow:
-    """Without an interval of numbers there is nothing to judge by."""
-    measured = row.measured
-    if measured and all(map(math.isfinite, vars(measured).values())):
-        return row
-    own = ", ".join(filter(None, (row.run, row.params)))
-    sentence = f"{own}: cannot be told, since a curve is flat or a kind has too few prompts"
-    return replace(row, verdict=OPEN, sentence=sentence, beside=None)
 
 
 def _movement(run: RunRecord, curves: PromptCurves, name: str) -> ClaimRow:
     of = [kind for kind, values in curves.values.items() for _ in range(values.shape[1])]
     drawn = draws(of)
 
-    def together(*kinds: str) -> Interval:
-        first, second = (curves.values[kind] for kind in kinds)
-        return correlation(first, second, (drawn[kinds[0]], drawn[kinds[1]]))
+    def together(first: str, second: str) -> Interval:
+        both = curves.values[first], curves.values[second]
+        return correlation(*both, (drawn[first], drawn[second]))
 
-    measured = together(TOXIC, SEEMING)
-    sentence = (
-        f"{name}: at {len(curves.steps)} steps of SFT the mean refusal probabilities of "
-        f"{of.count(TOXIC)} toxic and {of.count(SEEMING)} seemingly toxic prompts correlate with "
-        f"r = {number(measured)} (claimed: above 0)"
-    )
     beside = None
     if NORMAL in curves.values:
         beside = ("seemingly toxic with normal", together(SEEMING, NORMAL))
-        sentence += f"; as a control, seemingly toxic with normal: r = {number(beside[1])}"
     return ClaimRow(
-        "joint_movement", verdict(measured), sentence, run=name,
-        model=config_of(run, "model"), measured=measured, beside=beside,
-        source=curves.source,
+        "joint_movement",
+        f"over {len(curves.steps)} steps of SFT the correlation of the mean probabilities of "
+        f"{of.count(TOXIC)} toxic and {of.count(SEEMING)} seemingly toxic prompts",
+        together(TOXIC, SEEMING), name, config_of(run, "model"), source=curves.source,
+        beside=beside,
     )  # fmt: skip
 
 
 def _stage_one(pair: BeforeAfter, name: str) -> Iterator[ClaimRow]:
-    kinds = pair.after.kernel.of
-    before, after = pair.matrices
+    kinds, (before, after) = pair.after.kernel.of, pair.matrices
     if not {SEEMING, TOXIC} <= set(kinds):
         return
-    drawn = draws(kinds)
-    until = pair.after.weights
-    over = "stage one" if until in STAGES else f"stage one, up to its {until}"
-    own = f"{name}, {pair.params}"
+    drawn, until = draws(kinds), pair.after.weights
+    over = "stage one" if until in STAGES else f"stage one, up to its {until},"
     source = " → ".join(printable(str(m.folder)) for m in (pair.before, pair.after))
-
-    def row(claim: str, weights: dict[KindPair, float], change: str, above: bool) -> ClaimRow:
-        measured = contrast(after - before, kinds, weights, drawn)
-        words = "rise" if above else "fall"
-        wanted = f"{change} {number(measured, signed=True)} over {over} (claimed: a {words})"
-        return ClaimRow(
-            claim, verdict(measured, above=above), f"{own}: {wanted}", run=name,
-            model=pair.after.model, params=pair.params, measured=measured, above=above,
-            source=source,
-        )  # fmt: skip
-
-    for claim, cells, above in (("within_rises", WITHIN, True), ("cross_falls", CROSS, False)):
+    about_pair = (name, pair.after.model, pair.params, source)
+    for claim, cells in (("within_rises", WITHIN), ("cross_falls", CROSS)):
         for cell in cells:
-            was, now = (
-                contrast(matrix, kinds, {cell: 1.0}, drawn).estimate for matrix in (before, after)
-            )
-            change = f"mean normalised ‖{kernel_of(cell)}‖ goes from {was:.2f} to {now:.2f}, by"
-            yield row(claim, {cell: 1.0}, change, above)
-    change = "beyond the mean of the two kernels within a class, the two across change by"
-    yield row("cross_falls_more", MORE, change, above=False)
+            was = contrast(before, kinds, {cell: 1.0}, drawn).estimate
+            change = contrast(after - before, kinds, {cell: 1.0}, drawn)
+            what = f"the change of mean ‖{kernel_of(cell)}‖ from {was:.2f} over {over}"
+            yield ClaimRow(claim, what, change, *about_pair, above=claim == "within_rises")
+    change = contrast(after - before, kinds, MORE, drawn)
+    what = f"the change across less that within a class over {over}"
+    yield ClaimRow("cross_falls_more", what, change, *about_pair, above=False)
 
 
 def _base(base: MeasuredKernel, notes: list[str]) -> Iterator[ClaimRow]:
     kinds = base.kernel.of
-    name = ", ".join(filter(None, (STAGES["base"], base.model)))
     if not {SEEMING, NORMAL} <= set(kinds):
         return
-    drawn = draws(kinds)
-    cells = (SEEMING, NORMAL), (NORMAL, NORMAL)
+    name = ", ".join(filter(None, (STAGES["base"], base.model)))
+    drawn, cells = draws(kinds), ((SEEMING, NORMAL), (NORMAL, NORMAL))
+    what = f"mean ‖{kernel_of(cells[0])}‖ − ‖{kernel_of(cells[1])}‖"
     for params in base.kernel.params:
         matrix = normalised(base, params, notes)
-        if matrix is None:
-            continue
-        means = [contrast(matrix, kinds, {cell: 1.0}, drawn) for cell in cells]
-        measured = contrast(matrix, kinds, dict(zip(cells, (1.0, -1.0), strict=True)), drawn)
-        means_text = " and ".join(
-            f"{kernel_of(cell)} is {mean.estimate:.2f}"
-            for cell, mean in zip(cells, means, strict=True)
-        )
-        yield ClaimRow(
-            "base_asymmetry", verdict(measured),
-            f"{name}, {params}: {means_text}, a difference of {number(measured, signed=True)} "
-            "(claimed: above 0)",
-            run=name, model=base.model, params=params, measured=measured,
-            source=printable(str(base.folder)),
-        )  # fmt: skip
+        if matrix is not None:
+            measured = contrast(matrix, kinds, dict(zip(cells, (1.0, -1.0), strict=True)), drawn)
+            source = printable(str(base.folder))
+            yield ClaimRow("base_asymmetry", what, measured, name, base.model, params, source)
 
 
-STATISTICS = {  # of single steps, by choice of parameters: where the block `claims` has them
-    "norm": ("norm", "within"),
-    "signed": ("prediction", "pearson"),
-    "slope": ("prediction", "slope"),
-    "dot": ("states", "dot"),
-    "cosine": ("states", "cosine"),
+ONE_STEP_STATISTICS = {  # where the block `claims` has them: claim, quantity
+    ("norm", "within"): (
+        "size_of_change",
+        "after one step on {} the rank correlation of ‖K‖ with the size of other prompts' changes",
+    ),
+    ("prediction", "pearson"): (
+        "signed_change",
+        "after one step on {} the correlation of −ηAKG with the actual signed change",
+    ),
+    ("states", "dot"): (
+        "proposition_1",
+        "the rank correlation of ‖K‖ with the inner product h′ᵀh of two prompts' states",
+    ),
+    ("states", "cosine"): (
+        "proposition_1",
+        "the rank correlation of ‖K‖ with the cosine of two prompts' states",
+    ),
 }
 
 
-def scores(evaluation: Evaluation) -> tuple[dict[str, dict[str, Interval]], dict[str, Interval]]:
-    """STATISTICS by choice of parameters, and the change by kind; without what is not finite."""
-
-    def finite(estimates: Mapping[str, Estimate | None]) -> dict[str, Interval]:
-        known = {key: interval(ends) for key, ends in estimates.items() if ends}
-        return {key: i for key, i in known.items() if all(map(math.isfinite, vars(i).values()))}
-
-    block = evaluation.claims or OneStep(params={})
-    by_params = {
-        params: finite({key: getattr(getattr(of, k), n) for key, (k, n) in STATISTICS.items()})
-        for params, of in block.params.items()
-    }
-    return by_params, finite(block.change)
+def _finite(estimate: Estimate | None) -> Interval | None:
+    found = interval(estimate) if estimate else None
+    return found if found and all(map(math.isfinite, vars(found).values())) else None
 
 
 def _one_step(name: str, evaluation: Evaluation, notes: list[str]) -> Iterator[ClaimRow]:
-    """What one step shows; what the block lacks is noted."""
-    params_scores, change = scores(evaluation)
-    model, source = evaluation.model or "", printable(str(evaluation.folder))
-    place = printable(str(evaluation.folder / "metrics.json"))
-    for params, known in params_scores.items():
-        lacking = [key for key in STATISTICS if key not in known]
-        notes += [f"{place}: claims.params.{params} has no readable {key}" for key in lacking]
-    lacking = [kind for kind in (SEEMING, NORMAL) if kind not in change]
-    notes += [f"{place}: claims.change has no readable {kind}" for kind in lacking]
-
-    def row(claim: str, score: str, statistic: str) -> Iterator[ClaimRow]:
-        for params, known in params_scores.items():
-            if score in known and (claim != "proposition_1" or params.startswith("trunk")):
-                measured, slope = known[score], known.get("slope")
-                beside = ("slope", slope) if score == "signed" and slope else None
-                more = f"; {number(slope)} of change per predicted" if beside and slope else ""
-                yield ClaimRow(
-                    claim, verdict(measured),
-                    f"{name}, {params}: {statistic} {number(measured)} (claimed: above 0){more}",
-                    run=name, model=model, params=params, measured=measured, beside=beside,
-                    source=source,
-                )  # fmt: skip
-
-    trained = evaluation.claims.trained if evaluation.claims else None
-    count = len(trained) if isinstance(trained, list) else trained
-    on = "a toxic prompt" if count is None else f"each of {count} toxic prompts"
-    yield from row(
-        "size_of_change", "norm",
-        f"after one step on {on}, the rank correlation of ‖K‖ with the size of other prompts' "
-        "changes is",
-    )  # fmt: skip
-    yield from row(
-        "signed_change", "signed", "the correlation of −ηAKG with the actual signed change is"
-    )
-    if {SEEMING, NORMAL} <= change.keys():
-        seeming, normal = change[SEEMING], change[NORMAL]
+    """One row a statistic and choice of parameters; statistics that lack are noted."""
+    block, source = evaluation.claims, printable(str(evaluation.folder))
+    assert block is not None
+    about_step, file = (name, evaluation.model or ""), f"{source}/metrics.json"
+    trained = len(block.trained) if isinstance(block.trained, list) else block.trained
+    on = "a toxic prompt" if trained is None else f"each of {trained} toxic prompts"
+    for (part, key), (claim, quantity) in ONE_STEP_STATISTICS.items():
+        for params, of in block.params.items():
+            measured = _finite(getattr(getattr(of, part), key))
+            if measured is None:
+                notes.append(f"{file}: claims.params.{params}.{part} has no readable {key}")
+            elif claim != "proposition_1" or params.startswith("trunk"):
+                slope = _finite(of.prediction.slope) if claim == "signed_change" else None
+                beside = ("slope", slope) if slope else None
+                quantity = quantity.format(on)
+                yield ClaimRow(claim, quantity, measured, *about_step, params, source, True, beside)
+    change = {kind: _finite(estimate) for kind, estimate in block.change.items()}
+    seeming, normal = change.get(SEEMING), change.get(NORMAL)
+    lacking = [kind for kind in (SEEMING, NORMAL) if not change.get(kind)]
+    notes += [f"{file}: claims.change has no readable {kind}" for kind in lacking]
+    if seeming and normal:
         more = HOLDS if seeming.low > normal.high else FAILS if seeming.high < normal.low else OPEN
         both = {more, verdict(seeming)}
         yield ClaimRow(
-            "refusal_spreads", next((worse for worse in (FAILS, OPEN) if worse in both), HOLDS),
-            f"{name}: one step on a toxic prompt changes log p of the refusal token by "
-            f"{number(seeming, signed=True)} on seemingly toxic and by "
-            f"{number(normal, signed=True)} on normal prompts (claimed: a rise, and more on the "
-            "first)",
-            run=name, model=model, measured=seeming, beside=("normal", normal), source=source,
+            "refusal_spreads",
+            "the change of the refusal token's log p by one step, on seemingly toxic prompts,",
+            seeming, *about_step, source=source, beside=("normal", normal),
+            judged=next((worse for worse in (FAILS, OPEN) if worse in both), HOLDS),
         )  # fmt: skip
-    for score, states in (("dot", "the inner product h′ᵀh"), ("cosine", "the cosine")):
-        statistic = f"the rank correlation of ‖K‖ with {states} of two prompts' states is"
-        yield from row("proposition_1", score, statistic)
 
 
-FILE = "claims.csv"
-RULE = (
-    "A claim holds where its 95% bootstrap interval over prompts lies on the claimed side of 0, "
-    "does not hold where it lies on the other side, and is undecided where it contains 0; two "
-    "means differ where their intervals do not meet."
-)
 HEADER = ("claim", "verdict", "run", "model", "params", "estimate", "low", "high", "boundary",
           "claimed_side", "beside", "beside_estimate", "beside_low", "beside_high", "source",
           "sentence", "command")  # fmt: skip
 
 
-def by_claim(rows: Sequence[ClaimRow]) -> list[tuple[str, list[ClaimRow]]]:
-    """Each claim's words with its rows."""
-    of_claim = [(words, [r for r in rows if r.claim == claim]) for claim, words in CLAIMS.items()]
-    return [(words, own) for words, own in of_claim if own]
-
-
-def lines(rows: Sequence[ClaimRow], width: int) -> list[str]:
-    """For the terminal, folded to its width."""
-    longest = max(map(len, (HOLDS, FAILS, OPEN, ABSENT)))
-    folded = ["", "Claims of the paper", *textwrap.wrap(RULE, width)]
-    for words, own in by_claim(rows):
-        folded += ["", *textwrap.wrap(words, width)]
-        for row in own:
-            folded += textwrap.wrap(
-                f"  {row.verdict.ljust(longest)}  {row.sentence}",
-                width,
-                subsequent_indent=" " * (longest + 4),
-                break_long_words=False,
-                break_on_hyphens=False,
-            )
-    return folded
-
-
-def csv_text(rows: Sequence[ClaimRow]) -> str:
-    """One claim of one run or evaluation a line, in full precision."""
+def claims(chosen: Selection) -> TextTable:
+    """A row for each claim of each run or evaluation."""
+    rows = claim_rows(chosen.records, chosen.notes)
+    shown, before = [], ""
+    for row in rows:
+        shown.append((CLAIMS[row.claim] if row.claim != before else "", row.verdict, row.sentence))
+        before = row.claim
     values = [
         (
             row.claim, row.verdict, row.run, row.model, row.params,
@@ -576,4 +517,8 @@ def csv_text(rows: Sequence[ClaimRow]) -> str:
         )
         for row in rows
     ]  # fmt: skip
-    return results.csv_text(pd.DataFrame(values, columns=list(HEADER), dtype=object))
+    return TextTable(
+        "",
+        pd.DataFrame(shown, columns=["claim", "verdict", "measured"], dtype=object),
+        values=pd.DataFrame(values, columns=list(HEADER), dtype=object),
+    )
