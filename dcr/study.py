@@ -389,7 +389,7 @@ def _take_over(donor: Run, run: Run, settings: TrainConfig, record: Mapping[str,
     started = storage.read_json(donor.base_file, runs.StartedFrom, runs.RESTORE)["contrastive"]
     if rows(donor.record()) != rows(record) or now not in (None, started):
         return False
-    storage.check_checksums(weights, needed=True)
+    storage.check_checksums(weights)
     logged = [row for row in runs.read_metrics(donor) if row["stage"] == "contrastive"]
     block, cost_file = donor.block(), donor.cost_file("contrastive")
     spent = storage.read_json(cost_file, Cost) if cost_file.exists() else None

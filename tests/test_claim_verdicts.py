@@ -325,10 +325,13 @@ def test_the_base_kernel_of_tracking_is_an_untrained_one(tmp_path: Path) -> None
 
 def one_step(**change: list[float]) -> dict[str, Any]:
     """The block `claims`."""
-    tail = {"norm": [0.7, 0.5, 0.8], "signed": [-0.3, -0.5, -0.1], "slope": [0.9, 0.8, 1.2],
-            "dot": [0.9, 0.8, 0.95], "cosine": [0.9, 0.8, 0.95]}  # fmt: skip
-    trunk = {"norm": [0.1, -0.1, 0.3], "signed": [0.2, 0.1, 0.4], "slope": [0.9, 0.8, 1.2],
-             "dot": [0.4, 0.2, 0.6], "cosine": [-0.3, -0.4, -0.2]}  # fmt: skip
+    slope = [0.9, 0.8, 1.2]
+    tail = {"norm": {"within": [0.7, 0.5, 0.8]},
+            "prediction": {"pearson": [-0.3, -0.5, -0.1], "slope": slope},
+            "states": {"dot": [0.9, 0.8, 0.95], "cosine": [0.9, 0.8, 0.95]}}  # fmt: skip
+    trunk = {"norm": {"within": [0.1, -0.1, 0.3]},
+             "prediction": {"pearson": [0.2, 0.1, 0.4], "slope": slope},
+             "states": {"dot": [0.4, 0.2, 0.6], "cosine": [-0.3, -0.4, -0.2]}}  # fmt: skip
     means = {SEEMING: [0.5, 0.4, 0.6], TOXIC: [0.7, 0.6, 0.8], NORMAL: [0.2, 0.1, 0.3]} | change
     return {"layer": 14, "trained": list("abcdef"), "drop": 0.02, "target": " I",
             "nonlinearity": 0.01, "params": {"tail-2": tail, "trunk-14": trunk},
@@ -385,8 +388,8 @@ def test_the_refusal_token_must_rise_and_rise_more(
 
 def test_missing_statistics_are_noted_and_the_others_told(tmp_path: Path) -> None:
     block = one_step()
-    del block["params"]["tail-2"]["signed"]
-    block["params"]["trunk-14"]["norm"] = None
+    del block["params"]["tail-2"]["prediction"]["pearson"]
+    block["params"]["trunk-14"]["norm"]["within"] = None
     block["change"][NORMAL] = [None, None, None]
     found, notes = rows_of(stepped(make_run(tmp_path / "dcr", "dcr"), "sft", block))
     assert [row.params for row in found["size_of_change"]] == ["tail-2"]

@@ -5,7 +5,6 @@ A finished run is damaged file by file in every way that a disk, an editor or a 
 
 import errno
 import json
-import logging
 import os
 import re
 import shutil
@@ -20,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from dcr import chat, export, report
 from dcr import eval as eval_entry
 from dcr import train as train_entry
-from dcr.core import storage
-from dcr.core.config import UserError
+from dcr.core import models, storage
+from dcr.core.config import DataError, Precision, UserError
 from dcr.core.runs import Run
 from tests import tiny_run
 from tests.test_eval import resolved
@@ -157,7 +156,6 @@ def _json(change: Callable[[Any], object]) -> Damage:
 def test_every_file_of_a_result_is_checked(finished: tuple[Run, Any], stage: str) -> None:
     run, _ = finished
     for file in run.stage(stage).iterdir():
-        # the sums themselves: an older result has none, so one that was deleted is none's fault
         more = {} if file.name == storage.CHECKSUMS else {"flipped": _flipped}
         for how, damage in (BYTES | more).items():
             with damaged(file, damage), pytest.raises(UserError) as told:
@@ -191,26 +189,12 @@ def test_stage_two_does_not_start_from_a_damaged_stage_one(
     assert not run.done("sft")
 
 
-@pytest.fixture(scope="module")
-def without_sums(finished: tuple[Run, Any], tmp_path_factory: pytest.TempPathFactory) -> Run:
-    run = Run(tmp_path_factory.mktemp("older") / "run")
-    shutil.copytree(finished[0].folder, run.folder)
-    for stage in ("contrastive", "sft"):
-        (run.stage(stage) / storage.CHECKSUMS).unlink()
-    return run
-
-
-def test_older_results_have_no_sums_and_open_with_one_line(
-    without_sums: Run, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.WARNING):
-        chat.open_stage(without_sums)
-        chat.open_stage(without_sums)
-    told = [record.getMessage() for record in caplog.records]
-    assert sum("no checksums" in line for line in told) == 1, told
-    damages = FEW | {"no key": _json(dict.clear)}
-    for name in ("dcr.json", "adapter_config.json"):
-        assert _faults(without_sums, without_sums.stage("sft") / name, damages, ["chat"]) == []
+@pytest.mark.parametrize("stage", ["contrastive", "sft"])
+def test_a_result_without_its_checksums_is_damaged(finished: tuple[Run, Any], stage: str) -> None:
+    file = finished[0].stage(stage) / storage.CHECKSUMS
+    with damaged(file, lambda file: file.unlink()), pytest.raises(DataError) as refused:
+        models.open_result(file.parent, Precision.fp32)
+    assert str(refused.value).startswith(f"{file}: cannot be read (No such file")
 
 
 @pytest.mark.parametrize("stage", ["contrastive", "sft"])
@@ -224,12 +208,12 @@ def test_weights_that_are_no_numbers_are_refused(
     name = sorted(tensors)[-1]
     tensors[name].view(-1)[-1] = float("nan")
     save_file(tensors, file, metadata={"format": "pt"})
-    for place in ("contrastive", "sft"):
-        (run.stage(place) / storage.CHECKSUMS).unlink()
     if stage == "contrastive":
         origin = json.loads((run.stage("sft") / "dcr.json").read_text())
         origin |= {"base": str(run.stage("contrastive")), "fingerprint": None}
         (run.stage("sft") / "dcr.json").write_text(json.dumps(origin))
+    for place in ("contrastive", "sft"):
+        storage.write_checksums(run.stage(place))
     with pytest.raises(UserError, match=f"{stage}.*not finite"):
         chat.open_stage(run)
 

@@ -199,26 +199,10 @@ def test_the_folder_s_name_is_the_same_on_every_machine(monkeypatch: pytest.Monk
     assert name("model=tiny", "precision=fp32") not in names
 
 
-def test_runs_of_earlier_versions_are_read(tiny: TrainConfig, tmp_path: Path) -> None:
-    """Their precision stood under `model`, and decided the stages' own as well."""
-    run = Run(tmp_path)
-    runs.claim(run, _earlier(tiny), force=False)
-    assert "sft_precision" not in run.config()["model"]
-    assert run.precisions()["sft"] is Precision.fp32
-    runs.claim(run, _plain(tiny), force=False)
-
-
 def _plain(made: TrainConfig) -> dict:
     from dcr.core import cli
 
     return cli.plain(made)
-
-
-def _earlier(made: TrainConfig) -> dict:
-    plain = _plain(made)
-    del plain["precision"]
-    plain["model"] |= {"sft_precision": "fp32", "contrastive_precision": "fp32"}
-    return plain
 
 
 def test_guards_follow_the_device_and_an_endpoint_has_no_precision(

@@ -73,13 +73,21 @@ def make_eval(
             (place / f"{set_name}.jsonl").write_text("".join(rows))
     config = yaml.safe_load((folder / "config.yaml").read_text())
     metrics = {
-        "weights": weights, "step": step, "settings": SETTINGS, "method": config["method"],
+        "weights": weights, "step": step, "settings": SETTINGS,
+        "method": config["method"],
         "model": "tiny", "preset": config["preset_name"], "seed": str(config["seed"]),
         "data": "demo", "sets": sets, "seconds": 12.5, "tokens_per_second": 99.0,
         "discernment": {"pooled": [0.72, 0.61, 0.83], "pairs": {"safe / unsafe": [0.8, 0.7, 0.9]}},
     } | about  # fmt: skip
+    if found := metrics["discernment"]:
+        pairs = {name: ranking(each) for name, each in found.get("pairs", {}).items()}
+        metrics["discernment"] = found | {"pooled": ranking(found["pooled"]), "pairs": pairs}
     (place / "metrics.json").write_text(json.dumps(metrics))
     return place
+
+
+def ranking(known: Any) -> Any:
+    return {"auroc": known} if isinstance(known, list) else known
 
 
 def answer(identity: str, prompt: str, response: str, mass: float | None = 0.5) -> str:
@@ -913,9 +921,8 @@ LONG = "x" * 300
 
 @pytest.mark.parametrize(
     "arguments",
-    [[f"good/{LONG}"], ["a\0b"], ["good", f"out={LONG}.html"], ["good", "out=a\0b.html"],
-     ["good", f"out={LONG}/{LONG}/r.html"], [f"{LONG}=1"], ["good", "a\0=b"],
-     ["good", "out=" + "y/" * 3000 + "r.html"], ["good", "out=\udcff\0"]],
+    [[f"good/{LONG}"], ["good", f"out={LONG}.html"], ["good", f"out={LONG}/{LONG}/r.html"],
+     [f"{LONG}=1"], ["good", "out=" + "y/" * 3000 + "r.html"], ["good", "out=\udcff/r.html"]],
 )  # fmt: skip
 def test_impossible_paths_end_in_one_line_and_exit_2(
     arguments: list[str], refused: Refused

@@ -14,7 +14,7 @@ from dcr.core.config import DataError, UserError
 from dcr.core.statistics import wilson
 
 WHOLE: dict[str, Any] = {
-    "weights": "sft",
+    "version": results.VERSION, "weights": "sft",
     "step": None,
     "method": "dcr",
     "model": "tiny",
@@ -35,7 +35,7 @@ WHOLE: dict[str, Any] = {
                    "judged": {"guard": {"model": "g", "safe": 3, "unsafe": 1, "invalid": 1}}},
     },
     "calibration": {"target": 0.8, "run": None, "bias": 1.5, "sets": {
-        "held": {"kind": "toxic", "n": 10, "plain": 3, "refused": 8}}},
+        "held": {"kind": "toxic", "n": 10, "plain": 3, "refused": 8, "opened": 8}}},
     "discernment": {
         "pooled": {"toxic": 5, "seemingly_toxic": 8, "auroc": [0.75, 0.5, 0.875],
                    "answered": {"0.8": [0.5, 0.25, 0.75]}, "refused": {"0.05": [0.25, 0.0, 0.5]}},
@@ -78,12 +78,9 @@ def written(folder: Path, found: Any = WHOLE) -> Path:
 def test_what_is_written_is_read_back_whole(tmp_path: Path) -> None:
     file = tmp_path / "metrics.json"
     found = results.write(file, WHOLE)
-    assert json.loads(file.read_text()) == {"version": results.VERSION, **WHOLE}
+    assert json.loads(file.read_text()) == WHOLE
     assert results.read(file) == found
-    assert found.model_dump(mode="json", exclude_unset=True) == {
-        "version": results.VERSION,
-        **WHOLE,
-    }
+    assert found.model_dump(mode="json", exclude_unset=True) == WHOLE
 
 
 def test_a_block_that_could_not_be_read_back_is_not_written(tmp_path: Path) -> None:
@@ -173,22 +170,6 @@ def test_runs_stand_below_each_other(tmp_path: Path) -> None:
         results.load([tmp_path / "a", tmp_path / "none"])
 
 
-def test_earlier_files_are_read(tmp_path: Path) -> None:
-    """Statistics of one step stood beside each other, and sets had no partial refusals.
-
-    Of discernment the AUROC alone was kept.
-    """
-    step = {"trained": 4, "params": {"all": {"norm": [0.5, 0.25, 0.75], "dot": [0.1, 0.0, 0.2]}}}
-    sets = {"a": {"kind": "toxic", "n": 2, "refused": {"paper": 1}, "unseen": None}}
-    minimal = {"weights": "base", "claims": {**step, "change": {}}, "sets": sets}
-    minimal["discernment"] = {"pooled": [0.75, 0.5, None], "pairs": {"a / b": None}}
-    table = results.load(written(tmp_path, minimal).parents[2])
-    assert row(table, "claims/norm/within").value == 0.5
-    assert row(table, "claims/states/dot").high == 0.2
-    assert row(table, "discernment", set="pooled").low == 0.5
-    assert row(table, "refused", judge="keyword:paper").value == 0.5
-
-
 def changed(*path: str, to: Any) -> Callable[[Any], None]:
     def change(found: Any) -> None:
         for key in path[:-1]:
@@ -202,7 +183,7 @@ def changed(*path: str, to: Any) -> Callable[[Any], None]:
     ("change", "place"),
     [
         (changed("weights", to="other"), "weights"),
-        (changed("version", to=99), "version"),
+        (changed("version", to=1), "version"),
         (changed("sets", to=[]), "sets"),
         (changed("sets", "safe", "n", to="8"), "sets.safe.n"),
         (changed("sets", "safe", "n", to=1), "sets.safe"),

@@ -40,19 +40,6 @@ def test_a_claim_writes_plain_yaml_that_reads_back(tmp_path: Path) -> None:
     runs.claim(run, CONFIG | dict.fromkeys(runs.FREE_KEYS, "other"), force=False)
 
 
-def test_a_folder_made_under_earlier_names_goes_on(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    now = {"toxic": ["a"], "seemingly_toxic": ["b"], "normal": ["c"]}
-    earlier = {"harmful": ["a"], "seemingly_toxic": ["b"], "harmless": ["c"]}
-    data = {"label": "demo", "extraction": earlier, "matched": "demo_toxic_matched"}
-    runs.claim(run, CONFIG | {"data": data}, force=False)
-    assert run.config()["data"] == {"label": "demo", "extraction": now}
-    runs.claim(run, CONFIG | {"data": {"label": "demo", "extraction": now}}, force=False)
-    from_zero = CONFIG | {"dcr": {"layer": 13, "layer_base": "zero_based"}}
-    runs.claim(run, from_zero, force=True)
-    assert run.config()["dcr"] == {"layer": 14}
-
-
 def test_another_configuration_is_refused_with_the_differences(tmp_path: Path) -> None:
     run = Run(tmp_path)
     runs.claim(run, CONFIG, force=False)

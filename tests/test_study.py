@@ -344,7 +344,12 @@ def test_tables_by_epochs_pair_seeds_with_stl(tmp_path: Path) -> None:
 
 def test_costs_are_scaled_to_all_steps_and_told_once(tmp_path: Path) -> None:
     cost = {"steps": 4, "seconds": 60.0, "tokens": 800, "tokens_per_second": 13.3}
-    cost |= {"peak_memory_gib": 2.0, "device": "CPU, threads: 1"}
+    cost |= {
+        "peak_memory_gib": 2.0,
+        "device": "CPU, threads: 1",
+        "device_seconds": 60.0,
+        "precision": "fp32",
+    }
     folders = [make_run(tmp_path / name, dcr={"epochs": place}) for place, name in enumerate("ab")]
     for folder in folders:
         make_eval(folder, {"safe": "rc", "unsafe": "rr"})

@@ -468,8 +468,7 @@ def _one_step(name: str, evaluation: Evaluation, notes: list[str]) -> Iterator[C
     block, source = evaluation.claims, printable(str(evaluation.folder))
     assert block is not None
     about_step, file = (name, evaluation.model or ""), f"{source}/metrics.json"
-    trained = len(block.trained) if isinstance(block.trained, list) else block.trained
-    on = "a toxic prompt" if trained is None else f"each of {trained} toxic prompts"
+    on = f"each of {len(block.trained)} toxic prompts"
     for (part, key), (claim, quantity) in ONE_STEP_STATISTICS.items():
         for params, of in block.params.items():
             measured = _finite(getattr(getattr(of, part), key))

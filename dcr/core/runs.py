@@ -116,9 +116,9 @@ class Cost:
     tokens: int
     tokens_per_second: float
     peak_memory_gib: float
-    device: str = ""
-    device_seconds: float = 0.0  # of the GPU, or of all cores; 0 in earlier runs
-    precision: str = ""  # as it was settled; empty in earlier runs
+    device: str
+    device_seconds: float  # of the GPU, or of all cores
+    precision: str  # as it was settled
 
     def of_all_steps(self, stage: str, metrics: Iterable[Mapping[str, Any]]) -> float:
         """What to multiply by where steps of a stage are not among these, by what was logged."""
@@ -220,18 +220,6 @@ class Run:
         # a folder may be another's: only the user's own command can trust code
         if "trust_remote_code" in made_with["model"]:
             made_with["model"]["trust_remote_code"] = False
-        for name in ("contrastive_precision", "sft_precision"):  # in earlier folders
-            made_with["model"].pop(name, None)
-        made_with["data"].pop("matched", None)  # in earlier folders; read by a preset alone
-        named = made_with["data"].get("extraction") or {}
-        for before, now in (("harmful", "toxic"), ("harmless", "normal")):  # in earlier folders
-            if before in named:
-                named[now] = named.pop(before)
-        stage_one: Any = made_with.get("dcr")
-        if isinstance(stage_one, dict) and "layer_base" in stage_one:  # in earlier folders
-            from_zero = stage_one.pop("layer_base") == "zero_based"
-            if from_zero and isinstance(stage_one.get("layer"), int):
-                stage_one["layer"] += 1
         config.check_made_with(made_with, f"{self.config_file}: ", f"; {RESTORE}")
         return dict(made_with)
 

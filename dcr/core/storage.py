@@ -372,18 +372,15 @@ def _checksums(folder: Path) -> Checksums:
     )
 
 
-def check_checksums(folder: Path, expected: bool = True, needed: bool = False) -> None:
+def check_checksums(folder: Path, needed: bool = True) -> None:
     """Raises DataError with the file that is not as `write_checksums` found it.
 
-    A folder without sums, as results had none once, passes unless they are `needed`; with one
-    warning where they are `expected`.
+    A folder without sums, such as a model of another's, passes unless they are `needed`.
     """
     cure = f"restore it from a copy, or delete {folder} and run the command that made it again"
     check_regular(folder)  # transformers and peft read what lies there, summed or not
     file = folder / CHECKSUMS
-    if not file.exists() and not needed:
-        if expected:
-            _warn_of_no_checksums(folder)
+    if not needed and not file.exists():
         return
     known = read_json(file, Checksums, cure)
     with _reading(folder, cure):
@@ -396,11 +393,6 @@ def check_checksums(folder: Path, expected: bool = True, needed: bool = False) -
                 raise DataError(f"{folder / name}: damaged, its checksum differs; {cure}")
     if more := sorted(now.weights.keys() - known.weights.keys()):
         raise DataError(f"{folder / more[0]}: no part of this result; remove the file")
-
-
-@functools.cache
-def _warn_of_no_checksums(folder: Path) -> None:
-    log.warning("%s: no checksums, as in older results: damage to its files goes unseen", folder)
 
 
 def sha256(path: Path) -> str:

@@ -133,7 +133,7 @@ def check_made_with(made_with: Mapping[str, Any], before: str, after: str) -> No
             raise DataError(f"{before}{name}: missing{after}")
         try:
             node = made_with.get(name, {})
-            if keys:  # a run of another version may have been trained with others, since gone
+            if keys:
                 node = {key: node[key] for key in keys if key in node}
             merged: Any = OmegaConf.merge(OmegaConf.structured(schema), literal(node))
             for key in node:  # what our own defaults refer to is not there

@@ -93,7 +93,7 @@ def adapter_base(folder: Path) -> str:
     Raises UserError when the folder is damaged, or they are gone, are damaged or are not those it
     was trained on.
     """
-    storage.check_checksums(folder)
+    storage.check_checksums(folder, needed=(folder / ORIGIN_FILE).exists())
     named = storage.read_json(folder / "adapter_config.json", AdapterSettings)
     if not (folder / ORIGIN_FILE).exists():
         return named.base_model_name_or_path
@@ -106,7 +106,7 @@ def adapter_base(folder: Path) -> str:
         base = embedded_folder()  # each machine converts its own
     if base is None:
         raise ConfigError(f"{folder}: its base weights {place} are gone; restore them")
-    storage.check_checksums(base.resolve(), expected=False)
+    storage.check_checksums(base.resolve(), needed=False)
     if weights_fingerprint(base) != origin.fingerprint:
         raise ConfigError(
             f"{folder}: {base.resolve()} is not the base this adapter was trained on; restore that"

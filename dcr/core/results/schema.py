@@ -1,7 +1,7 @@
 """`metrics.json`: what an evaluation measured, a record for each of its blocks.
 
-Blocks are there where their task was asked. Keys that no record names are kept as they are, and
-what files of an earlier version lack has a default.
+Blocks are there where their task was asked. Keys that no record names are kept as they are. A file
+of another version is refused.
 """
 
 import json
@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    GetPydanticSchema,
     model_validator,
 )
 
@@ -25,8 +23,7 @@ from dcr.core.config import Kind
 from dcr.core.statistics import Interval
 
 CURE = "restore it, or delete it and evaluate again: stored answers are kept"
-# Files without a version are as those of version 1; since 2 discernment is more than an AUROC.
-VERSION = 2
+VERSION: Literal[2] = 2  # of the file's layout
 
 NOTABLE = 0.05  # share of empty answers from which a reader is warned
 
@@ -141,14 +138,6 @@ class Ranking(Record):
     auroc_bounds: tuple[Number, Number] | None = None  # of masses that a server shows in part
 
 
-def _ranking(ranking: Ranking | Estimate) -> Ranking:
-    return ranking if isinstance(ranking, Ranking) else Ranking(auroc=ranking)
-
-
-OfVersion1 = Annotated[Ranking | Estimate, AfterValidator(_ranking)]  # the AUROC alone
-Ranked = Annotated[Ranking, GetPydanticSchema(lambda _, schema_of: schema_of(OfVersion1))]
-
-
 class RankedSet(Record):
     """A set that has a part in it."""
 
@@ -168,22 +157,22 @@ class Unseen(Record):
 class Discernment(Record):
     """Rankings of all sets pooled, of those alone that no stage was trained on, and of pairs."""
 
-    pooled: Ranked | None = None
-    untrained: Ranked | None = None
-    pairs: dict[str, Ranked | None] = {}
-    sets: dict[str, RankedSet] = {}  # in files of version 1 those that were answered
+    pooled: Ranking | None = None
+    untrained: Ranking | None = None
+    pairs: dict[str, Ranking | None] = {}
+    sets: dict[str, RankedSet] = {}
     unseen: Unseen | None = None
 
 
 class CalibratedSet(Record):
     """Validation prompts that are refused without and with the bias, and whose answers then open
-    with a refusal's first token: in files without the last, all three count these."""
+    with a refusal's first token."""
 
     kind: Kind
     n: Count
     plain: Count
     refused: Count
-    opened: Count | None = None
+    opened: Count
 
 
 class Calibration(Record):
@@ -360,34 +349,11 @@ class OneStepParams(Record):
     prediction: StepPrediction = StepPrediction()
     states: StepStates = StepStates()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _of_earlier_files(cls, raw: Any) -> Any:
-        """They held each statistic beside the others."""
-        if not isinstance(raw, dict):
-            return raw
-        blocks = {key: dict(of) if isinstance(of, dict) else of for key, of in raw.items()}
-        for block, key, before in (
-            ("norm", "within", "norm"),
-            ("prediction", "pearson", "signed"),
-            ("prediction", "slope", "slope"),
-            ("states", "dot", "dot"),
-            ("states", "cosine", "cosine"),
-        ):
-            if not isinstance(blocks.get(before, {}), dict):
-                value = blocks.pop(before)
-                blocks.setdefault(block, {})[key] = value
-        # what comes out of here is no JSON any more, where a list may stand for a tuple
-        for block in ("norm", "prediction", "states"):
-            for key, value in (blocks.get(block) or {}).items():
-                blocks[block][key] = tuple(value) if isinstance(value, list) else value
-        return blocks
-
 
 class OneStep(Record):
     """What one SGD step on a toxic pair does, against the kernel (Eq. 2, 3; Proposition 1)."""
 
-    trained: list[str] | int | None = None  # the pairs, in earlier files their number
+    trained: list[str]  # ids of the pairs
     params: dict[str, OneStepParams]
     change: dict[str, Estimate | None] = {}
 
@@ -402,7 +368,7 @@ class Tracked(Record):
 class Metrics(Tracked):
     """One `metrics.json`: which weights, under which settings, with what result."""
 
-    version: Annotated[int, Field(ge=1, le=VERSION)] = VERSION
+    version: Literal[2] = VERSION  # a file of another one is refused
     weights: Literal["base", "contrastive", "sft", "snapshot", "endpoint"]
     step: Count | None = None
     method: str | None = None

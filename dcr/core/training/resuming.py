@@ -334,8 +334,8 @@ def _checksum_file(checkpoint: Path) -> Path:
 def _is_whole(checkpoint: Path) -> bool:
     try:
         if checkpoint.is_dir():
-            storage.check_checksums(checkpoint, expected=False)
-            return (checkpoint / storage.CHECKSUMS).is_file()
+            storage.check_checksums(checkpoint)
+            return True
         known = _checksum_file(checkpoint).read_bytes().strip()
         return known == storage.sha256(checkpoint).encode()
     except (OSError, UserError):  # not there, not to be read, or another file's
