@@ -2,11 +2,13 @@
 
 import base64
 import csv
+import hashlib
 import html
 import io
 import json
 import random
 import re
+import sys
 import xml.etree.ElementTree as ElementTree
 from importlib import import_module
 from pathlib import Path
@@ -580,3 +582,86 @@ def test_every_section_names_a_function_and_its_files() -> None:
     assert tuple(writing.WRITERS) == TABLE_ENDINGS
     drawing = Drawing("empty", "", {"": [figures.Panel()]})
     assert tuple(figures.files(drawing)) == FIGURE_ENDINGS
+
+
+OWN = """
+from dataclasses import dataclass
+from dcr.report.figures import Curve, Drawing, Panel, frame, look_of
+from dcr.report.sections import Figure, Selection, Table
+
+@dataclass
+class Rates(Figure):
+    height: float = 3.0
+
+    def draw(self, chosen: Selection) -> Drawing:
+        rows = chosen.frame[chosen.frame.quantity == self.quantity]
+        values = rows.assign(x=range(len(rows)), y=rows.value)
+        curve = Curve(values[["x", "y"]], look_of(0))
+        size = (3.0, self.height)
+        return Drawing("rates", "Rates", {"": [Panel([curve])]}, values[["set", "y"]], size=size)
+
+    quantity: str = "complied"
+
+@dataclass
+class Means(Table):
+    \"\"\"Means of <all>.\"\"\"
+
+    def frame(self, chosen: Selection):
+        return chosen.frame.groupby("quantity").value.mean().reset_index()
+
+class Plain(Figure):
+    pass
+"""
+
+
+def of_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str = OWN) -> None:
+    """A run, and a file of the user's own beside it, from which commands are then called."""
+    make_eval(make_run(tmp_path / "good", "stl"), {"safe": "cccr", "unsafe": "r"})
+    (tmp_path / "my_lab.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_lab", raising=False)
+
+
+def test_a_figure_and_a_table_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    of_own(tmp_path, monkeypatch)
+    asked = ["--figure", "my_lab:Rates", "--table", "my_lab:Means", "own.Rates.height=4"]
+    assert main(["good", *asked]) == 0
+    told = capsys.readouterr().out
+    assert "Rates: Rates.{png,svg,csv}" in told
+    assert "Means: Means.{md,csv,tex,html}" in told
+    with Path("Rates.csv").open() as file:
+        assert [row["y"] for row in csv.DictReader(file) if row["set"] == "safe"] == ["0.75", "0.75"]
+    svg, digest = Path("Rates.svg").read_text(), hashlib.sha256(OWN.encode()).hexdigest()
+    assert f"my_lab:Rates, source sha256 {digest}" in svg
+    assert float(ElementTree.fromstring(svg).get("height", "0")[:-2]) > 4 * 72
+    assert digest in Path("Means.md").read_text()
+    page = Path("report.html").read_text()
+    assert "--figure my_lab:Rates" in page
+    assert '<h2 id="Means">Means of &lt;all&gt;.</h2>' in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("--figure my_lib:Rates", "figure=my_lib:Rates: no module my_lib"),
+        ("--figure my_lab:Rate", "my_lab has no Rate; it has Rates"),
+        ("--figure my_lab:Plain", "Plain must be a dataclass that subclasses dcr.report.sections."),
+        ("--table my_lab:Rates", "Rates must be a dataclass that subclasses dcr.report.sections.T"),
+        ("--figure my_lab:Rates own.Rates.height=tall", "own.Rates.height=tall: "),
+        ("--figure my_lab:Rates own.Rates.width=3", "own.Rates.width: no such setting; it has hei"),
+        ("own.Rates.height=3", "own.Rates: no class of this name is asked for"),
+    ],
+)
+def test_each_mistake_with_ones_own_is_one_line(
+    arguments: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    of_own(tmp_path, monkeypatch)
+    assert main(["good", *arguments.split()]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert told in error
+    assert not Path("report.html").exists()

@@ -922,7 +922,7 @@ LONG = "x" * 300
 @pytest.mark.parametrize(
     "arguments",
     [[f"good/{LONG}"], ["good", f"out={LONG}.html"], ["good", f"out={LONG}/{LONG}/r.html"],
-     [f"{LONG}=1"], ["good", "out=" + "y/" * 3000 + "r.html"],],
+     [f"{LONG}=1"], ["good", "out=" + "y/" * 3000 + "r.html"]],
 )  # fmt: skip
 def test_impossible_paths_end_in_one_line_and_exit_2(
     arguments: list[str], refused: Refused
@@ -948,11 +948,11 @@ def test_prompts_are_chosen_evenly() -> None:
         ("good out=good", "out=good: name a file"),
         ("good out=good/config.yaml/r.html", "cannot be written"),
         ("good --table table9", "table=table9: choose one of table1, table5, discernment"),
-        ("good --table=", "table=: choose one of table1"),
-        ("good --table", "table=: choose one of table1"),
+        ("good --table=", "table=: it needs a value"),
+        ("good --table", "table=: it needs a value"),
         ("good --table table1 out=table1.html", "out=table1.html: --table writes a file"),
         ("good --claims out=claims.csv", "--claims writes a file of this name"),
-        ("good --figure", "figure=: choose one of 1a, 1b, "),
+        ("good --figure", "figure=: it needs a value"),
         ("good --figure 2", "figure=2: choose one of 1a, 1b, 3, 4, 5a, "),
         ("good margin=3", "margin=3: only --figure operating_points takes it"),
         ("good --figure=operating_points margin=x", "margin=x: give a number"),

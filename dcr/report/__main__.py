@@ -2,12 +2,12 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from dcr import entry, report
-from dcr.core.config import UserError
+from dcr.core.config import ConfigError, UserError
 from dcr.report.sections import (
     FIGURE_ENDINGS,
     FIGURES,
@@ -16,6 +16,7 @@ from dcr.report.sections import (
     SECTIONS,
     TABLE_ENDINGS,
     TABLES,
+    Section,
 )
 
 
@@ -31,16 +32,14 @@ class Options:
         "folders of train.py or eval.py that hold an evaluation", [], rest=True
     )
     table: list[str] = entry.option(
-        "one of the paper's tables, ours beside its numbers, or answers at equal safety "
-        f"(discernment), as {', '.join(TABLE_ENDINGS)}; repeatable",
+        f"one of {', '.join(TABLES)}: the paper's beside ours, or answers at equal safety; or your "
+        f"own, as module:Class; as {', '.join(TABLE_ENDINGS)}; repeatable",
         [],
-        choices=TABLES,
     )
     figure: list[str] = entry.option(
-        f"one of the paper's figures, 6 being both of 6a and 6b, as {', '.join(FIGURE_ENDINGS)} "
-        "and in the page; repeatable",
+        f"one of {', '.join(FIGURES)}, 6 being both of 6a and 6b; or your own, as module:Class; as "
+        f"{', '.join(FIGURE_ENDINGS)} and in the page; repeatable",
         [],
-        choices=FIGURES,
     )
     claims: bool = entry.option(
         "measure the paper's claims: in the terminal, the page and claims.csv", False
@@ -62,16 +61,30 @@ class Options:
 @entry.command(Options)
 def main(options: Options) -> None:
     """Print the table and the files' places."""
+    words = [str(folder) for folder in options.folders if _is_own(folder)]
+    options.folders = [folder for folder in options.folders if not _is_own(folder)]
     _check(options)
-    names = tuple(dict.fromkeys(options.figure))
-    out = _page(options, names)
+    tables, figures = (
+        [name for name in names if ":" in name] for names in (options.table, options.figure)
+    )
+    own = {}
+    if words or tables or figures:
+        from dcr.report.own import sections
+
+        own = sections(tables, figures, words)
+    out = _page(options, own)
     table = report.build(
-        options.folders, out, options.table, names, options.claims,
-        margin=options.margin, data=options.data,
+        options.folders, out, options.table, options.figure, options.claims,
+        margin=options.margin, data=options.data, own=own,
     )  # fmt: skip
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # pyright: ignore
     print(f"{table}\n\npage: {out}")
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether a word sets a field of a user's own figure or table."""
+    return str(folder).startswith("own.") and "=" in str(folder) and not folder.exists()
 
 
 def _check(options: Options) -> None:
@@ -81,6 +94,15 @@ def _check(options: Options) -> None:
             raise UserError(f"{folder}: neither a folder nor a setting (out, margin, data)")
     if not options.folders:
         raise UserError("no run folder given; see python -m dcr.report --help")
+    for key, names, known in (
+        ("table", options.table, TABLES),
+        ("figure", options.figure, FIGURES),
+    ):
+        for name in names:
+            if name not in known and ":" not in name:
+                raise ConfigError(
+                    f"{key}={name}: choose one of {', '.join(known)}, or your own as module:Class"
+                )
     if OPERATING not in options.figure:
         for key, value in (("margin", options.margin), ("data", options.data)):
             if value not in (None, MARGIN):
@@ -88,7 +110,7 @@ def _check(options: Options) -> None:
                 raise UserError(f"{key}={value}: only --figure {OPERATING} takes it; add that")
 
 
-def _page(options: Options, names: Sequence[str]) -> Path:
+def _page(options: Options, own: Mapping[str, Section]) -> Path:
     """The page, which nothing that is written beside it may replace."""
     out = options.out
     if out is not None and (out.is_dir() or not out.name):
@@ -96,9 +118,9 @@ def _page(options: Options, names: Sequence[str]) -> Path:
     if out is None:  # a page of claims is another one than that of the runs
         parent = os.path.commonpath([folder.resolve().parent for folder in options.folders])
         out = Path(os.path.relpath(parent)) / ("claims.html" if options.claims else "report.html")
-    for name in (*options.table, *names, *(["claims"] if options.claims else [])):
-        section = SECTIONS[name]
-        for ending in section.endings:
+    asked = {*options.table, *options.figure, *own, *(["claims"] if options.claims else [])}
+    for name, section in {**SECTIONS, **own}.items():
+        for ending in section.endings if name in asked else ():
             if out.name in (f"{name}.{ending}", f"figure{name}.{ending}"):
                 raise UserError(
                     f"out={out}: --{section.option} writes a file of this name; name another"

@@ -100,7 +100,8 @@ def _part(name: str, section: Section, made: Any, chosen: Selection) -> Part:
     if not section.endings:
         return Part(name, section, made, {})
     folders = [str(run.folder) for run in chosen.records]
-    command = f"python -m dcr.report {shlex.join(folders)} --{section.option} {name}"
+    named = getattr(made, "origin", "").partition(",")[0] or name  # a user's own by its path
+    command = f"python -m dcr.report {shlex.join(folders)} --{section.option} {named}"
     if name == OPERATING:
         label = "" if chosen.data is None else f" data={shlex.quote(chosen.data)}"
         command += f" margin={chosen.margin:g}{label}"

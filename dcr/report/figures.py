@@ -134,7 +134,8 @@ class Drawing:
     size: tuple[float, float] | None = None
     across: int = 3
     sentences: tuple[str, ...] = ()  # for the terminal, and behind the caption
-    notes: tuple[str, ...] = ()  # what was left out
+    notes: tuple[str, ...] = ()  # on runs that were left out
+    origin: str = ""  # path and source hash of a user's own
 
 
 @dataclass(frozen=True)
@@ -265,8 +266,9 @@ def files(drawing: Drawing) -> dict[str, bytes]:
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # of names in other scripts
         figure = draw(drawing)
         png, svg = io.BytesIO(), io.BytesIO()
-        figure.savefig(png, format="png", dpi=DPI, metadata={"Software": None})
-        figure.savefig(svg, format="svg", dpi=DPI, metadata={"Date": None})
+        origin = {"Source": drawing.origin} if drawing.origin else {}
+        figure.savefig(png, format="png", dpi=DPI, metadata={"Software": None, **origin})
+        figure.savefig(svg, format="svg", dpi=DPI, metadata={"Date": None, **origin})
     return {
         "png": png.getvalue(),
         "svg": svg.getvalue(),
