@@ -155,8 +155,8 @@ def _chosen(record: Chosen, settings: TrainConfig) -> tuple[list[str], str]:
             words += [f"data.{kind}.source=[{','.join(names)}]"]
             words += ["dcr.ratio=null" if kind == "toxic" else f"data.{kind}.count=null"]
     shared, tests = best["transfer_on_common_tests"], ", ".join(record["common_tests"])
-    told = f", AUROC {shared['estimate']:.2f} on {tests}" if shared else ""
-    return words, f"stage one: {' '.join(words)}, where a linear probe transfers best{told}"
+    measured = f", AUROC {shared['estimate']:.2f} on {tests}" if shared else ""
+    return words, f"stage one: {' '.join(words)}, where a linear probe transfers best{measured}"
 
 
 # --- whether safety was learnt ------------------------------------------------------------------
@@ -201,9 +201,9 @@ def _safe(
             continue
         study.do_all([*replace(stl, evaluations=()).parts()])
         found = _answers(stl)
-        told = f"{' '.join(rung) or 'with the settings given'}: {compared(before, found)}"
-        print(told, *examples(before, found), sep="\n", flush=True)
-        tried[stl.run.folder] = told
+        line = f"{' '.join(rung) or 'with the settings given'}: {compared(before, found)}"
+        print(line, *examples(before, found), sep="\n", flush=True)
+        tried[stl.run.folder] = line
         if sum(each.refused for each in found) >= LEARNT * len(found):
             return stl, [f"safety after SFT {line}" for line in tried.values()]
     raise StudyError(
@@ -228,13 +228,13 @@ def compared(before: Sequence[HeldOut], found: Sequence[HeldOut]) -> str:
 
 def examples(before: Sequence[HeldOut], found: Sequence[HeldOut]) -> list[str]:
     """The first few prompts with both answers, each cut to a line."""
-    told: list[str] = []
+    lines: list[str] = []
     for then, now in list(zip(before, found, strict=True))[:EXAMPLES]:
-        told.append(f"  {single_line(now.prompt, longest=SHOWN)}")
+        lines.append(f"  {single_line(now.prompt, longest=SHOWN)}")
         for name, one in (("base", then), ("STL", now)):
             answer = single_line(one.response, longest=SHOWN) or "(empty)"
-            told.append(f"    {name}, {'refused' if one.refused else 'not refused'}: {answer}")
-    return told
+            lines.append(f"    {name}, {'refused' if one.refused else 'not refused'}: {answer}")
+    return lines
 
 
 def _answers(job: Job) -> list[HeldOut]:

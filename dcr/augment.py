@@ -181,7 +181,7 @@ def augment(options: Options, settings: EvalConfig) -> Tally:
     """
     from dcr.core.evaluation import subjects
 
-    _check(settings)
+    _check_settings(settings)
     kind = Kind.toxic if options.twins else Kind.seemingly_toxic
     drawn = sources.read(options.source, root=settings.data.root, kind=kind)
     if options.count is not None:
@@ -330,7 +330,7 @@ def _settings(options: Options) -> EvalConfig:
     return settings
 
 
-def _check(settings: EvalConfig) -> None:
+def _check_settings(settings: EvalConfig) -> None:
     """Raises UserError for a fault of the settings that shows before anything is read."""
     if settings.steering.method is not Steering.none:
         raise ConfigError(f"steering={settings.steering.method.value}: not done here; leave it out")

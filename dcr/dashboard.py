@@ -66,7 +66,7 @@ def main(options: Options) -> None:
         log_page(options)
     if options.out is None and wandb.login(prompt=False, verify=False):
         try:
-            print(*_saved(options, made_with), sep="\n")
+            print(*_save(options, made_with), sep="\n")
         except (wandb.Error, WandbApiFailedError, ValueError, OSError) as error:
             reason = single_line(str(error) or repr(error), wandb.api.api_key or "", longest=200)
             raise ConfigError(
@@ -113,7 +113,7 @@ def log_page(options: Options) -> None:
         started.log_artifact(page)
 
 
-def _saved(options: Options, made_with: Mapping[str, str]) -> tuple[str, str]:
+def _save(options: Options, made_with: Mapping[str, str]) -> tuple[str, str]:
     """Create or update workspace and report at W&B; returns their addresses."""
     import wandb
     from wandb_workspaces.workspaces.interface import Workspace

@@ -196,11 +196,11 @@ def export(
     policy.model.to(getattr(torch, dtype))
     record = _calibrate(policy, chat, settings) if calibrate is not None else None
     depth = policy.model.config.num_hidden_layers
-    told = {"dtype": dtype, "depth": depth, "calibrated": record, "decoding": replaced}
+    details = {"dtype": dtype, "depth": depth, "calibrated": record, "decoding": replaced}
     with storage.replaced_folder(out) as staging:
         policy.model.save_pretrained(staging)
         policy.tokenizer.save_pretrained(staging)
-        card = model_card(run, stage, made_with, **told)
+        card = model_card(run, stage, made_with, **details)
         (staging / "README.md").write_text(card, encoding="utf-8")
         measured, _, _ = evaluated(run, stage, record)
         if len(measured):

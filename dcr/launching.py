@@ -109,8 +109,8 @@ def launch(
 def _command(context: HydraContext, composed: DictConfig, overrides: list[str]) -> Command:
     made = context.config_loader.load_sweep_config(composed, overrides)
     hydra, script = made.hydra, made.hydra.job.config_name
-    kept = [o for o in hydra.overrides.hydra if not o.lstrip("+~").startswith(SWEEP_ALONE)]
-    words = [str(Path(sys.argv[0]).absolute()), *kept, *overrides]
+    own = [o for o in hydra.overrides.hydra if not o.lstrip("+~").startswith(SWEEP_ALONE)]
+    words = [str(Path(sys.argv[0]).absolute()), *own, *overrides]
     if script == "train":
         folder, name = Path(hydra.sweep.dir, hydra.sweep.subdir).absolute(), "train.log"
         quoted = str(folder).replace("\\", r"\\").replace("'", r"\'")
@@ -287,8 +287,8 @@ def _ends(jobs: Any, commands: Sequence[Command], began: float, queued: Any) -> 
 def _queued(_: Any) -> set[str] | None:
     """Names of this user's jobs in Slurm's queue, None while Slurm does not answer."""
     asked = ["squeue", "--me", "--array", "--noheader", "--format=%i"]
-    told = subprocess.run(asked, capture_output=True, text=True)
-    return set(told.stdout.split()) if told.returncode == 0 else None
+    listed = subprocess.run(asked, capture_output=True, text=True)
+    return set(listed.stdout.split()) if listed.returncode == 0 else None
 
 
 def _alive(jobs: Any) -> set[str]:
@@ -311,7 +311,7 @@ def run_in_job(command: Command) -> None:
     job, attempt = _slurm_job(), int(os.environ.get("SLURM_RESTART_COUNT", 0)) + 1
     code: Any = 0
     with _log(command, f"Slurm job {job}, attempt {attempt}: " if job else "") as file:
-        kept = [os.dup(stream) for stream in (1, 2)]
+        streams = [os.dup(stream) for stream in (1, 2)]
         for stream in (1, 2):
             os.dup2(file, stream)
         try:
@@ -324,7 +324,7 @@ def run_in_job(command: Command) -> None:
             traceback.print_exc()
             code = 1
         finally:
-            for stream, before in zip((1, 2), kept, strict=True):
+            for stream, before in zip((1, 2), streams, strict=True):
                 (sys.stdout, sys.stderr)[stream - 1].flush()
                 os.dup2(before, stream)
     if isinstance(code, int) and code > ending.SIGNALLED:
@@ -332,7 +332,7 @@ def run_in_job(command: Command) -> None:
             _requeue(job)
         sys.exit(code)
     if code:
-        raise UserError(f"exit code {code}; what it said stands in {command.log}")
+        raise UserError(f"exit code {code}; see {command.log}")
 
 
 def _slurm_job() -> str:
@@ -359,8 +359,8 @@ def _log(command: Command, where: str) -> Iterator[int]:
     file = os.open(command.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         host, now = os.uname().nodename, time.strftime("%Y-%m-%d %H:%M:%S")
-        said = f"{RULE}{now} {host}, {where}{shlex.join(command.words)}\n"
-        os.write(file, said.encode(errors="replace"))
+        header = f"{RULE}{now} {host}, {where}{shlex.join(command.words)}\n"
+        os.write(file, header.encode(errors="replace"))
         yield file
     finally:
         os.close(file)
@@ -368,14 +368,14 @@ def _log(command: Command, where: str) -> Iterator[int]:
 
 def _outcome(command: Command, began: float, done: bool) -> Outcome:
     spent = time.perf_counter() - began
-    error = None if done else UserError(_said_last(command.log))
+    error = None if done else UserError(_last_error(command.log))
     return Outcome(command.overrides, command.folder, spent, error)
 
 
-def _said_last(file: Path) -> str:
+def _last_error(file: Path) -> str:
     """The error of a log's last attempt, the end of its traceback, or that it has neither."""
-    told = file.read_text(errors="replace") if file.is_file() else ""
-    lines = [line for line in told.rpartition(RULE)[2].splitlines() if line.strip()]
+    text = file.read_text(errors="replace") if file.is_file() else ""
+    lines = [line for line in text.rpartition(RULE)[2].splitlines() if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     if not errors and any(line.startswith("Traceback") for line in lines):
         errors = lines[-1:]

@@ -106,8 +106,8 @@ def main(options: Options) -> None:
         failed = carry_out([part for job in planned for part in job.parts()])
     write_page(planned, failed, options.out / f"{options.study}.html", study.table)
     if failed:
-        told = "; ".join(f"{job}: {why}" for job, why in failed.items())
-        raise StudyError(f"{len(failed)} of {len(planned)} jobs failed: {told}")
+        reasons = "; ".join(f"{job}: {why}" for job, why in failed.items())
+        raise StudyError(f"{len(failed)} of {len(planned)} jobs failed: {reasons}")
 
 
 # --- jobs ---------------------------------------------------------------------------------------
@@ -218,11 +218,11 @@ def _label(settings: TrainConfig) -> str:
 @contextmanager
 def notices_once() -> Iterator[None]:
     """Log a notice on a model's settings once, not for every job."""
-    told: set[str] = set()
+    seen: set[str] = set()
 
     def new(record: logging.LogRecord) -> bool:
         message = record.getMessage()
-        return not (message in told or told.add(message))
+        return not (message in seen or seen.add(message))
 
     notices = logging.getLogger(config.leave_numbers_of_another_model.__module__)
     notices.addFilter(new)
@@ -472,14 +472,14 @@ def in_fork(*works: Callable[[], object]) -> None:
         child.join()
         code = child.exitcode or 0
         try:
-            said = receiving.recv()
+            sent = receiving.recv()
         except EOFError:
-            said = StudyError(
+            sent = StudyError(
                 f"killed by {signal.Signals(-code).name}" if code < 0 else "ended without a word"
             )
-        if isinstance(said, StudyError):
-            raise said
-        prompts.UNTEMPLATED.update(said)  # so that no other child says it again
+        if isinstance(sent, StudyError):
+            raise sent
+        prompts.UNTEMPLATED.update(sent)  # so that no other child says it again
 
 
 class StudyError(UserError):

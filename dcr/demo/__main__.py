@@ -194,11 +194,11 @@ class TimeLeft(ProgressColumn):
 
     due = 0.0  # the expected end, in seconds of the monotonic clock
 
-    def told(self) -> str:
+    def words(self) -> str:
         return f"{plan.duration(max(1.0, self.due - time.monotonic()))} left"
 
     def render(self, task: Task) -> Text:
-        return Text(self.told())
+        return Text(self.words())
 
 
 class Overall:
@@ -220,7 +220,7 @@ class Overall:
         columns = BarColumn(), self.left, TextColumn("{task.description}", markup=False)
         self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
         self.task = self.bar.add_task("", total=self.whole)
-        self.part, self.began, self.said = parts[0].name, time.monotonic(), 0.0
+        self.part, self.began, self.printed = parts[0].name, time.monotonic(), 0.0
 
     def begin(self, part: Part) -> None:
         self.part = part.name
@@ -244,9 +244,9 @@ class Overall:
         pace = (clock - self.began + LINE_SECONDS) / (self.counted + LINE_SECONDS)
         self.left.due = clock + pace * (self.whole - to)
         self.bar.update(self.task, completed=to, description=doing)
-        if self.bar.disable and clock > self.said + LINE_SECONDS:
-            self.said = clock
-            print(f"{100 * to / self.whole:.0f}% {doing}, {self.left.told()}", flush=True)
+        if self.bar.disable and clock > self.printed + LINE_SECONDS:
+            self.printed = clock
+            print(f"{100 * to / self.whole:.0f}% {doing}, {self.left.words()}", flush=True)
 
 
 @contextmanager

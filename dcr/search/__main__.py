@@ -17,7 +17,7 @@ from dcr.search import OBJECTIVES, Search
 from dcr.study import StudyError
 
 if TYPE_CHECKING:
-    from dcr.search.drawings import Tried
+    from dcr.search.drawings import EndedTrial
 
 KNEE = "knee"
 ENOUGH = 4  # trials that importances are computed from
@@ -60,7 +60,7 @@ class Options:
 def main(options: Options) -> None:
     config.check_installed("optuna", "search", "python -m dcr.search")
     with study.notices_once():
-        asked, point = _asked(options)
+        asked, point = _resolved(options)
         study.in_fork(lambda: study.check_jobs([*asked.corners(), asked.base()]))
         print(*search.words_of(asked.spaces))
         print(f"validation: {', '.join(map(str, asked.validation))}")
@@ -76,7 +76,7 @@ def main(options: Options) -> None:
             shared = trials.carry_out(asked, options.workers, point)
         finally:
             cli.forget_empty(asked.out)  # where the storage cannot be opened
-        tried = trials.tried(asked, shared)
+        tried = trials.ended_trials(asked, shared)
         whole = [trial for trial in tried if trial.values]
         if not whole:
             raise StudyError(f"no trial came to its end: {tried[0].fault}")
@@ -101,7 +101,7 @@ def main(options: Options) -> None:
                 print(_retrained(asked, chosen, options.seeds, len(whole), notes))
 
 
-def _asked(options: Options) -> tuple[Search, dict[str, object]]:
+def _resolved(options: Options) -> tuple[Search, dict[str, object]]:
     """The search that the options ask for, checked, and its point as configured."""
     given, fixed = search.parsed(options.settings)
     training, evaluating = study.split_settings(fixed)
@@ -143,7 +143,7 @@ def knee(points: Sequence[Sequence[float]], maximised: Sequence[bool]) -> int:
     return int(np.linalg.norm(lacks / np.where(spread, spread, 1), axis=1).argmin())
 
 
-def _chosen(choice: str, whole: "Sequence[Tried]", asked: Search) -> "Tried":
+def _chosen(choice: str, whole: "Sequence[EndedTrial]", asked: Search) -> "EndedTrial":
     if choice == KNEE:
         front = [trial for trial in whole if trial.front]
         up = [OBJECTIVES[name].maximised for name in asked.objectives]
@@ -155,7 +155,7 @@ def _chosen(choice: str, whole: "Sequence[Tried]", asked: Search) -> "Tried":
     raise ConfigError(f"chosen={choice}: no trial that came to its end; choose from {numbers}")
 
 
-def _summary(asked: Search, tried: "Sequence[Tried]") -> str:
+def _summary(asked: Search, tried: "Sequence[EndedTrial]") -> str:
     """The front, the configured and the chosen trial as a table, and how the trials ended."""
     heads = ["trial", "settings", *asked.objectives]
     table = entry.table("Pareto front, validation prompts", heads, names=2)
@@ -173,7 +173,7 @@ def _summary(asked: Search, tried: "Sequence[Tried]") -> str:
 
 
 def _retrained(
-    asked: Search, chosen: "Tried", seeds: int, number: int, notes: Sequence[str]
+    asked: Search, chosen: "EndedTrial", seeds: int, number: int, notes: Sequence[str]
 ) -> str:
     """Train the chosen point and the configured one with fresh seeds; one page on the test sets."""
     words, first = search.words_of(chosen.settings), asked.settings.seed + 1

@@ -18,7 +18,7 @@ CHOSEN: Look = {"color": INK, "marker": "o", "linestyle": "", "markersize": 11,
 
 
 @dataclass(frozen=True)
-class Tried:
+class EndedTrial:
     """A trial that has ended, with the value of each objective if it did not fail."""
 
     number: int
@@ -34,7 +34,7 @@ class Tried:
         return "complete" if self.values else "failed"
 
 
-def front(tried: Sequence[Tried], heads: Mapping[str, str]) -> Drawing:
+def front(tried: Sequence[EndedTrial], heads: Mapping[str, str]) -> Drawing:
     """Every pair of objectives against each other; a single one over the trials' numbers.
 
     `heads` names the axis of each objective.
@@ -75,7 +75,7 @@ def front(tried: Sequence[Tried], heads: Mapping[str, str]) -> Drawing:
 
 
 def _points(
-    tried: Sequence[Tried], x: int | None, y: int, look: Look, numbered: bool = False
+    tried: Sequence[EndedTrial], x: int | None, y: int, look: Look, numbered: bool = False
 ) -> Curve:
     places = [(t.number if x is None else t.values[x], t.values[y]) for t in tried]
     words = [(place, str(t.number), (4.0, 4.0)) for place, t in enumerate(tried)]

@@ -35,7 +35,7 @@ from dcr.core.runs import Cost
 from dcr.core.text import single_line
 from dcr.report.paper import SAFETY_SHARE
 from dcr.search import OBJECTIVES, Search, Space, words_of
-from dcr.search.drawings import Tried
+from dcr.search.drawings import EndedTrial
 from dcr.study import Job, StudyError
 
 PULSE = 10  # seconds between two heartbeats of a trial
@@ -157,14 +157,14 @@ def _possible(search: Search, trial: FrozenTrial) -> bool:
     return whole and all(0 <= value <= top for value, top in zip(values, highest, strict=True))
 
 
-def tried(search: Search, shared: optuna.Study) -> list[Tried]:
+def ended_trials(search: Search, shared: optuna.Study) -> list[EndedTrial]:
     """Every trial that has ended."""
     ended = [trial for trial in read_trials(search, shared) if trial.state.is_finished()]
     whole = any(trial.state is COMPLETE for trial in ended)
     with _in_one_line(search.url):
         front = {trial.number for trial in shared.best_trials} if whole else set()
     return [
-        Tried(
+        EndedTrial(
             trial.number,
             trial.params,
             tuple(trial.values or ()),
@@ -259,8 +259,10 @@ def _objective(search: Search, trial: Trial) -> Sequence[float]:
         raise
     if trial.study.get_trials(deepcopy=False)[trial.number].state is FAIL:
         raise StudyError("another worker has the trial, since heartbeats were missing")
-    told = (f"{name} {value:.4g}" for name, value in zip(search.objectives, values, strict=True))
-    print(f"[trial {trial.number}] {', '.join(told)}", flush=True)
+    measured = (
+        f"{name} {value:.4g}" for name, value in zip(search.objectives, values, strict=True)
+    )
+    print(f"[trial {trial.number}] {', '.join(measured)}", flush=True)
     return values
 
 
