@@ -194,7 +194,7 @@ def open_stage(
     if stage == "base":
         policy = models.open_policy(model, found)
     else:
-        # a template that cannot be is told before weights are read
+        # an impossible template is refused before weights are read
         prompts.chat_format(models.result_tokenizer(run.stage(stage), trust_remote_code), model)
         policy = models.open_result(run.stage(stage), found, trust_remote_code)
     return policy, model, arithmetic.told
