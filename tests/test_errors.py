@@ -172,7 +172,7 @@ SEARCH = {
     "validation=contrasts_seemingly_toxic:contrasts_toxic "
     "data.evaluation.safety=[contrasts_toxic]": "data.evaluation tests on",
     "validation=xstest_safe": "give <seemingly toxic>:<toxic>",
-    "storage=here.db": "storage=here.db: give an URL",
+    "storage=here.db": "storage=here.db: give a URL",
     "storage=nothing://here": "storage=nothing://here",
     "chosen=best": "chosen=best: give knee or the number",
     "trials=0": "trials=0: give 1 or more",

@@ -43,7 +43,7 @@ class Options:
         None,
     )
     storage: str | None = entry.option(
-        "an URL of Optuna; not given: sqlite:///<out>/search.db", None
+        "a URL of Optuna; not given: sqlite:///<out>/search.db", None
     )
     chosen: str | None = entry.option(
         f"{KNEE} or a trial: train it anew, evaluate on test sets", None
@@ -113,7 +113,7 @@ def _resolved(options: Options) -> tuple[Search, dict[str, object]]:
     url = options.storage or f"sqlite:///{options.out / 'search.db'}"
     if "://" not in url or url in ("sqlite://", "sqlite:///:memory:"):
         raise ConfigError(
-            f"storage={single_line(url)}: give an URL of a database that processes can share, such "
+            f"storage={single_line(url)}: give a URL of a database that processes can share, such "
             "as sqlite:///search.db"
         )
     settings = config.resolve(cli.compose("train", training, Options), TrainConfig)

@@ -89,7 +89,7 @@ def _in_one_line(url: str) -> Iterator[None]:
     except Exception as error:
         cause = error.__cause__ or error
         why = single_line(f"{type(cause).__name__} {cause}".strip(), longest=160)
-        cure = f"give an URL that Optuna opens, such as {SQLITE}search.db, or restore a copy"
+        cure = f"give a URL that Optuna opens, such as {SQLITE}search.db, or restore a copy"
         if "is locked" in f"{error} {cause}":
             why = f"another program has held its lock for {LOCKED:g} s"
             cure = "end that, such as a database browser, and give the same command again"
