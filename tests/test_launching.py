@@ -248,6 +248,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         subprocess.run([script, "stop", folder], check=True)
 
 
+def started(place: Path, *words: str) -> subprocess.Popen[str]:
+    """A sweep of training that runs beside the test."""
+    command = [sys.executable, ROOT / "train.py", "-m", *words]
+    return subprocess.Popen(command, cwd=place, stderr=subprocess.PIPE, text=True)
+
+
 def job_of(run: Path) -> str:
     return re.findall(r"Slurm job (\S+), attempt", (run / "train.log").read_text())[-1]
 
@@ -265,19 +271,7 @@ def test_a_sweep_on_slurm_with_preempted_jobs_and_one_that_fails(
     long = ["dcr.epochs=40", "sft.epochs=40", "trainer.threads=1"]
     rows = overrides(tmp_path / "rows", *long)
     asked = ["hydra/launcher=slurm", "hydra.launcher.cpus_per_task=2", "hydra.launcher.minutes=30"]
-    sweep = subprocess.Popen(
-        [
-            sys.executable,
-            ROOT / "train.py",
-            "-m",
-            *rows,
-            f"dcr.ratio={','.join(ratios)},50",
-            *asked,
-        ],
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    sweep = started(tmp_path, *rows, f"dcr.ratio={','.join(ratios)},50", *asked)
     multirun = tmp_path / "multirun"
 
     def stopped(stage: str, number: signal.Signals, ask: Callable[[str], object]) -> Path:
@@ -340,12 +334,7 @@ def test_one_job_spans_two_nodes_and_comes_back(cluster: None, tmp_path: Path) -
         *("hydra.launcher.cpus_per_task=1", "hydra.launcher.minutes=30"),
         "hydra.launcher.setup=['export MASTER_ADDR=127.0.0.1']",
     ]
-    sweep = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", "-m", *rows, *spread, *asked],
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    sweep = started(tmp_path, *rows, *spread, *asked)
     written = "multirun/tiny-*/checkpoints/sft/step-*.sha256"
     file = until(lambda: sweep.poll() is not None or next(tmp_path.glob(written), None))
     assert file is not True, sweep.communicate()

@@ -248,24 +248,22 @@ def test_spaces_are_read_as_they_are_written(word: str, space: Space | None) -> 
     assert (list(spaces.values()), fixed) == (([space], []) if space else ([], [word]))
 
 
-DAMAGE = {  # what SQL does to a database, and what is said of it; Optuna refuses most itself
+OUTSIDE = "trial 0 has settings or values outside the search"
+DAMAGE = {  # what SQL does to a database, and what is said of it
     "UPDATE study_directions SET direction = 'MINIMIZE'": "an objective has another direction",
-    "UPDATE study_directions SET direction = 'x'": "restore",
-    "UPDATE trial_values SET value_type = 'INF_NEG', value = NULL": "trial 0 has settings or",
-    "UPDATE trial_values SET value = 7 WHERE objective = 0": "trial 0 has settings or values out",
-    "UPDATE trial_values SET value = 'x'": "restore",
-    "DELETE FROM trial_values WHERE objective = 2": "trial 0 has settings or values outside",
-    "UPDATE trial_params SET param_value = 7": "restore",
-    "UPDATE trial_params SET param_value = 7 WHERE param_name = 'dcr.margin'": "trial 0 has",
+    "UPDATE trial_values SET value_type = 'INF_NEG', value = NULL": OUTSIDE,
+    "UPDATE trial_values SET value = 7 WHERE objective = 0": OUTSIDE,
+    "DELETE FROM trial_values WHERE objective = 2": OUTSIDE,
+    "UPDATE trial_params SET param_value = 7 WHERE param_name = 'dcr.margin'": OUTSIDE,
+    "UPDATE trial_params SET param_name = 'dcr.scale' WHERE param_name = 'dcr.layer'": OUTSIDE,
+    "DELETE FROM trial_params WHERE param_name = 'dcr.margin'": OUTSIDE,
+    "UPDATE trials SET state = 'PRUNED'": OUTSIDE,
     "UPDATE trials SET number = 1": "trials are missing or there twice",
-    "UPDATE trial_params SET param_name = 'dcr.scale' WHERE param_name = 'dcr.layer'": "trial 0",
+    # Optuna's own refusals
+    "UPDATE trial_params SET param_value = 7": "restore",
     "UPDATE trial_params SET distribution_json = '{}'": "restore",
-    "DELETE FROM trial_params WHERE param_name = 'dcr.margin'": "trial 0 has settings or values",
-    "UPDATE trials SET state = 'PRUNED'": "trial 0 has settings or values outside the search",
     "UPDATE trials SET state = 'x'": "restore",
-    "UPDATE trial_system_attributes SET value_json = '{'": "restore",
     "UPDATE alembic_version SET version_num = 'v0.1'": "restore",
-    "DROP TABLE trial_values": "trial 0 has settings or values outside the search",
     "ALTER TABLE trials DROP COLUMN state": "restore",
 }
 
