@@ -35,13 +35,7 @@ READERS = {
     "report": Reader(
         (
             "dcr.report",
-            "run",
-            "--claims",
-            "--table",
-            "table1",
-            "--figure",
-            "1b",
-            "out=shown/x.html",
+            *["run", "--claims", "--table", "table1", "--figure", "1b", "out=shown/x.html"],
         ),
         ("shown/",),
     ),
@@ -109,22 +103,6 @@ def _results(place: Path, reader: Reader) -> dict[str, bytes]:
 # --- what is done to a file: each takes its path and may leave anything there ---
 
 
-def _half(file: Path, rng: Random) -> None:
-    os.truncate(file, rng.randrange(1, max(2, file.stat().st_size)))
-
-
-def _last_byte(file: Path, rng: Random) -> None:
-    os.truncate(file, max(0, file.stat().st_size - 1))
-
-
-def _empty(file: Path, rng: Random) -> None:
-    os.truncate(file, 0)
-
-
-def _garbage(file: Path, rng: Random) -> None:
-    file.write_bytes(rng.randbytes(rng.choice([1, 40, 4000])))
-
-
 def _flip(file: Path, rng: Random) -> None:
     """One bit: anywhere in weights, and in text the one that makes it no text."""
     held = bytearray(file.read_bytes())
@@ -134,43 +112,27 @@ def _flip(file: Path, rng: Random) -> None:
     file.write_bytes(held)
 
 
-def _folder(file: Path, rng: Random) -> None:
-    file.unlink()
-    file.mkdir()
-
-
-def _gone(file: Path, rng: Random) -> None:
-    file.unlink()
-
-
-def _loop(file: Path, rng: Random) -> None:
-    file.unlink()
-    file.symlink_to(file.name)
-
-
-def _fifo(file: Path, rng: Random) -> None:
-    file.unlink()
-    os.mkfifo(file)
-
-
 def _appended(file: Path, rng: Random) -> None:
     with file.open("ab") as out:
         out.write(rng.choice([b"x", b"\0\0", b"{", b'\n{"a": 1}\n', b"\xff\n", b"," * 50 + b"\n"]))
 
 
+Damage = tuple[str, Callable[[Path, Random], object]]  # what it is called, and what it does
 WRONG: tuple[Any, ...] = (
-    None,
-    [],
-    {},
-    "text",
-    -1,
-    10**400,
-    True,
-    float("nan"),
-    float("inf"),
-    "../x",
+    *(None, [], {}, "text", -1, 10**400, True, float("nan"), float("inf"), "../x"),
 )
-BYTES = (_half, _last_byte, _empty, _garbage, _flip, _folder, _gone, _loop, _fifo, _appended)
+BYTES: tuple[Damage, ...] = (
+    ("half", lambda file, rng: os.truncate(file, rng.randrange(1, max(2, file.stat().st_size)))),
+    ("last byte", lambda file, _: os.truncate(file, max(0, file.stat().st_size - 1))),
+    ("empty", lambda file, _: os.truncate(file, 0)),
+    ("garbage", lambda file, rng: file.write_bytes(rng.randbytes(rng.choice([1, 40, 4000])))),
+    ("flip", _flip),
+    ("folder", lambda file, _: (file.unlink(), file.mkdir())),
+    ("gone", lambda file, _: file.unlink()),
+    ("loop", lambda file, _: (file.unlink(), file.symlink_to(file.name))),
+    ("fifo", lambda file, _: (file.unlink(), os.mkfifo(file))),
+    ("appended", _appended),
+)
 
 
 def _nodes(tree: Any) -> list[tuple[Any, Any]]:
@@ -227,11 +189,25 @@ def _edited(change: Callable[[Any, Random], Any]) -> Callable[[Path, Random], No
                 lines[at] = ",".join(cells)
             file.write_text("\n".join(lines) + "\n")
 
-    damage.__name__ = change.__name__
     return damage
 
 
-PARSED = (_edited(_retyped), _edited(_keyless))
+PARSED: tuple[Damage, ...] = (("retyped", _edited(_retyped)), ("keyless", _edited(_keyless)))
+
+
+def broken(files: Sequence[Path], rng: Random) -> tuple[Path, str]:
+    """Damage one of these files in one way: which file, and how."""
+    kind = rng.choice(sorted({p.name for p in files}))  # ten snapshots are one kind of file
+    file = rng.choice([p for p in files if p.name == kind])
+    parsed = file.suffix in (".json", ".jsonl", ".yaml", ".csv")
+    how, damage = rng.choice(PARSED * 3 + BYTES if parsed else BYTES)
+    damage(file, rng)
+    return file, how
+
+
+def held(file: Path) -> bytes | None:
+    """What a plain file holds."""
+    return file.read_bytes() if file.is_file() and not file.is_symlink() else None
 
 
 def case(rng: Random, place: Path, base: Path) -> tuple[str, Ended, list[tuple[str, str]]]:
@@ -240,14 +216,10 @@ def case(rng: Random, place: Path, base: Path) -> tuple[str, Ended, list[tuple[s
     reader = READERS[name]
     shutil.copytree(base / ("half" if reader.half else "run"), place / "run")
     files = [p for p in sorted((place / "run").rglob("*")) if p.is_file() and p.name != ".lock"]
-    kind = rng.choice(sorted({p.name for p in files}))  # ten snapshots are one kind of file
-    file = rng.choice([p for p in files if p.name == kind])
-    parsed = file.suffix in (".json", ".jsonl", ".yaml", ".csv")
-    damage = rng.choice(PARSED * 3 + BYTES if parsed else BYTES)
-    before = file.read_bytes()
-    damage(file, rng)
-    done = f"{damage.__name__} {file.relative_to(place)}; {commands.spell(reader.arguments)}"
-    same = file.is_file() and not file.is_symlink() and file.read_bytes() == before
+    before = {file: held(file) for file in files}
+    file, how = broken(files, rng)
+    done = f"{how} {file.relative_to(place)}; {commands.spell(reader.arguments)}"
+    same = held(file) == before[file]
     ended = commands.run(reader.arguments, place)
     faults = ended.faults()
     if ended.code == 0:
@@ -256,9 +228,9 @@ def case(rng: Random, place: Path, base: Path) -> tuple[str, Ended, list[tuple[s
         changed = [key for key in expected if key != hurt and got.get(key) != expected[key]]
         told = file.name in ended.said or file.parent.name in ended.said.replace(str(place), "")
         if changed and not told and not same:
-            faults.append(("silent", f"{name} with {hurt} {damage.__name__}: {changed[:3]} differ"))
+            faults.append(("silent", f"{name} with {hurt}, {how}: {changed[:3]} differ"))
         if name == "chat" and "/sft/" in hurt and hurt.endswith(".safetensors") and not same:
-            faults.append(("silent", f"{name} took {hurt} after {damage.__name__}"))
+            faults.append(("silent", f"{name} took {hurt} after {how}"))
     elif name in ("export", "report") and (left := _results(place, reader)):
         faults.append(("files left", f"{name}: {sorted(left)[:3]} after {ended.err.strip()[:160]}"))
     return done, ended, faults

@@ -26,18 +26,8 @@ NUMBERS = (
 )
 PATHS = ("/proc/x", "/dev/null", "/dev/full", "''", ".", "..", "a/../b", "'a b'", f"x{'y' * 300}")
 TEXTS = (
-    *(
-        "abc",
-        "''",
-        "null",
-        "true",
-        "no",
-        "???",
-        "'${seed}'",
-        "${seed}",
-        "${nope}",
-        "${oc.env:HOME}",
-    ),
+    *("abc", "''", "null", "true", "no", "???", "'${seed}'", "${seed}", "${nope}"),
+    "${oc.env:HOME}",
     *("'\x1b[31mred'", "'a\x00b'", "'\n'", "'é漢🙂'", "'‮right'", "'\\ud800'", "x" * 5000, "a:b"),
     *("'a: b'", "'- x'", "'&a'", "'*a'", "'!!python/object:os.system'", "'{{7*7}}'", "'%s'", "~"),
     *("https://user:word@127.0.0.1:9/?key=k", "http://127.0.0.1:9/v1", "file:///etc/passwd"),
@@ -141,7 +131,10 @@ GOOD = {
     "dcr.export": ("run=run", "out=exported"),
     "dcr.chat": ("run=run", "max_new_tokens=4"),
     "dcr.augment": (
-        *("source=demo_seemingly_toxic", "out=rows.jsonl", "count=2", "model=tiny"),
+        "source=demo_seemingly_toxic",
+        "out=rows.jsonl",
+        "count=2",
+        "model=tiny",
         *SCORED,
     ),
     "dcr.choice": ("model=tiny", "limit=8", "wandb.mode=disabled", "out=choice.json"),

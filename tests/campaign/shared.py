@@ -1,5 +1,6 @@
 """Studies and searches: jobs and trials that share a folder or a database, one of them damaged."""
 
+import csv
 import functools
 import os
 import shutil
@@ -18,14 +19,9 @@ from overrides import SMALL
 
 QUICK = (
     *(word for word in SMALL if word != "model=tiny"),
-    *(
-        "model.name=../tiny",
-        "model.layer=1",
-        "model.epochs=1",
-        "sft.epochs=1",
-        "sft.precision=fp32",
-    ),
-    *("dcr.precision=fp32", "precision=fp32", "limit=4", "gen.max_new_tokens=3", "dcr.epochs=1"),
+    *("model.name=../tiny", "model.layer=1", "model.epochs=1", "dcr.epochs=1", "sft.epochs=1"),
+    *("sft.precision=fp32", "dcr.precision=fp32", "precision=fp32", "limit=4"),
+    "gen.max_new_tokens=3",
     "data.evaluation={over_refusal: [demo_seemingly_toxic_heldout], safety: [demo_toxic_heldout]}",
 )
 STUDY = ("dcr.study", "study=epochs", "out=all", *QUICK)
@@ -62,11 +58,7 @@ def study_case(rng: Random, place: Path, base: Path) -> tuple[str, Ended, list[t
     shutil.copytree(base / "study", place, dirs_exist_ok=True)
     (place.parent / "tiny").symlink_to(base / "tiny")
     files = [p for p in sorted(place.glob("all/*/**/*")) if p.is_file() and p.name != ".lock"]
-    kind = rng.choice(sorted({p.name for p in files}))
-    file = rng.choice([p for p in files if p.name == kind])
-    parsed = file.suffix in (".json", ".jsonl", ".yaml", ".csv")
-    hurt = rng.choice(damage.PARSED * 3 + damage.BYTES if parsed else damage.BYTES)
-    hurt(file, rng)
+    file, how = damage.broken(files, rng)
     arguments = (*STUDY, MORE) if rng.random() < 0.6 else STUDY
     ended = commands.run(arguments, place)
     own = [line for line in ended.err.splitlines(keepends=True) if not line.startswith(TOLD)]
@@ -79,8 +71,8 @@ def study_case(rng: Random, place: Path, base: Path) -> tuple[str, Ended, list[t
     got, job = _results(place), file.relative_to(place).parts[1]
     changed = sorted(k for k in others if k.split("/")[1] != job and got.get(k) != others[k])
     if changed and not faults:
-        faults.append(("silent", f"{hurt.__name__} {name} changed {changed[:3]}"))
-    return f"{hurt.__name__} {name}; {commands.spell(arguments)}", ended, faults
+        faults.append(("silent", f"{how} {name} changed {changed[:3]}"))
+    return f"{how} {name}; {commands.spell(arguments)}", ended, faults
 
 
 def _results(place: Path) -> dict[str, bytes]:
@@ -99,17 +91,22 @@ def search_case(rng: Random, place: Path, base: Path) -> tuple[str, Ended, list[
     did = _hurt(rng, file)
     ended = commands.run(SEARCH, place)
     faults = ended.faults()
-    fronts = [(at / "found" / "front.csv").read_bytes() for at in (base / "search", place)]
-    if ended.code == 0 and fronts[0] != fronts[1]:
+    if ended.code == 0 and _front(base / "search") != _front(place):
         faults.append(("silent", f"another front after {did}"))
     return f"{did}; {commands.spell(SEARCH)}", ended, faults
 
 
+def _front(place: Path) -> list[dict[str, str]]:
+    """What a search found, without the seconds: no two measurements of them agree."""
+    with (place / "found" / "front.csv").open(newline="") as file:
+        return [{k: v for k, v in row.items() if "second" not in k} for row in csv.DictReader(file)]
+
+
 def _hurt(rng: Random, file: Path) -> str:
     if rng.random() < 0.2:
-        hurt = rng.choice(damage.BYTES)
+        how, hurt = rng.choice(damage.BYTES)
         hurt(file, rng)
-        return f"{hurt.__name__} search.db"
+        return f"{how} search.db"
     with closing(sqlite3.connect(file, isolation_level=None)) as base:
         base.execute("PRAGMA ignore_check_constraints = ON")
         tables = base.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
