@@ -5,11 +5,9 @@ schema of the hub's data sets.
 """
 
 import json
-import os
 import random
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import lm_eval
@@ -24,6 +22,7 @@ from dcr.ability import ability, check, questions
 from dcr.core import models
 from dcr.core.config import AbilityConfig, ConfigError, DataError, LoraConfig
 from dcr.core.models import Policy
+from tests.tiny_run import DATA, real
 
 THEIRS = Path(lm_eval.__file__).parent / "tasks"
 FOLDERS: list[str | Path] = [THEIRS / n for n in ("mmlu/default", "arc", "openbookqa", "piqa")]
@@ -200,12 +199,11 @@ def test_prompts_options_and_targets_are_the_harness_s_own(
         assert continuation.startswith(" ")
 
 
-@pytest.mark.skipif("DCR_DATA" not in os.environ, reason="DCR_DATA names no folder of real rows")
+@real
 @pytest.mark.parametrize("name", questions.SETS)
 def test_prompts_of_the_real_rows_are_the_harness_s_own(name: str, serve: Any) -> None:
-    real = Path(os.environ["DCR_DATA"])
-    serve(hub_of(real, name))
-    local, hub = both(name, real)
+    serve(hub_of(Path(DATA), name))
+    local, hub = both(name, Path(DATA))
     limit = 10 if name == "mmlu" else None  # of each subject: all 14,042 take half a minute
     ours = requests(local, 0, limit)
     assert ours == requests(hub, 0, limit)
@@ -372,29 +370,6 @@ def test_prompts_longer_than_the_context_are_counted(
     assert "1 of 3 questions exceed" in caplog.text
 
 
-def test_only_the_model_s_bar_is_shown_and_only_on_demand(
-    policy: Policy, whole_root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    settings = AbilityConfig(tasks=["piqa"])
-    ability(policy, settings, str(whole_root), tmp_path / "quiet", 0, False)
-    assert capfd.readouterr() == ("", "")
-    ability(policy, settings, str(whole_root), tmp_path / "loud", 0, True)
-    out, err = capfd.readouterr()
-    assert out == ""
-    assert "Running loglikelihood requests: 100%" in err
-    assert "Tokenizing" not in err
-    assert "lm_eval" not in err
-
-
-def test_a_tag_gives_its_tasks(policy: Policy, whole_hub: Any, tmp_path: Path, serve: Any) -> None:
-    serve(whole_hub)
-    settings = AbilityConfig(tasks=["ai2_arc"], limit=2)
-    check(settings, None)
-    found = ability(policy, settings, None, tmp_path, 0, False)
-    assert sorted(found) == ["arc_challenge", "arc_easy"]
-    assert found["arc_easy"]["n"] == 2
-
-
 # --- faults, before any model -------------------------------------------------------------------
 
 
@@ -469,12 +444,3 @@ def test_malformed_rows_are_named_by_line_and_field(
     file.write_text("\n".join(lines))
     with pytest.raises(DataError, match=f"{file.name}:3: {field}"):
         check(AbilityConfig(tasks=[name]), str(root))
-
-
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [("UNSAFE_CODE", "runs code that the model writes"), ("MULTIMODAL", "asks about images")],
-)
-def test_tasks_that_cannot_run_here(kind: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=f"ability.tasks=strange: {message}"):
-        module._check_task("strange", SimpleNamespace(**{kind: True}), 0)

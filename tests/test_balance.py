@@ -1,6 +1,5 @@
 """What else than intent tells kinds apart, against scikit-learn and pairings known for it."""
 
-import os
 from typing import Any
 
 import numpy as np
@@ -12,9 +11,7 @@ from sklearn.preprocessing import MultiLabelBinarizer
 from dcr.core import balance, sources
 from dcr.core.config import Kind
 from dcr.core.sources import Example
-
-DATA = os.environ.get("DCR_DATA")
-real = pytest.mark.skipif(DATA is None, reason="set DCR_DATA to a folder with the real sets")
+from tests.tiny_run import DATA, real
 
 
 def examples(*prompts: str, kind: Kind = Kind.toxic) -> list[Example]:

@@ -84,19 +84,6 @@ def test_more_rows_than_a_block_keep_their_places() -> None:
     assert [i for i, overlap in enumerate(near) if overlap] == [1234]
 
 
-def test_exact_is_preferred_and_the_earlier_set_wins_a_tie() -> None:
-    against = {
-        "near": ["how do i get there now"],
-        "b": ["How do I get there?"],
-        "c": ["how do i get there"],
-    }
-    assert overlaps(["How do I get there"], against, near=0.8) == [Overlap("b", 0, True, 1.0)]
-    twice = {"a": ["nothing", "how do i get here"], "b": ["how do i get here"]}
-    (found,) = overlaps(["how do i get there"], twice, near=0.9)
-    assert found is not None
-    assert (found.set, found.index, found.exact) == ("a", 1, False)
-
-
 def test_long_texts_are_exact_over_all_and_near_over_their_start() -> None:
     start = "".join(random.Random(1).choices(string.ascii_lowercase, k=COMPARED_CHARACTERS))
     (found,) = overlaps([start + "a" * 300], {"set": [start + "b" * 3000]}, near=0.99)

@@ -5,7 +5,6 @@ project: scikit-learn on features that tell no intent.
 """
 
 import json
-import os
 import re
 from collections import Counter
 from itertools import chain
@@ -24,9 +23,8 @@ from dcr.core import balance, config, contamination, data, refusal, sources
 from dcr.core.config import Kind, TrainConfig
 from dcr.core.sources import SOURCES, Example
 from dcr.core.text import normalise
-from tests.tiny_run import composed
+from tests.tiny_run import DATA, composed, real
 
-DATA = os.environ.get("DCR_DATA")
 FOLDER = Path(dcr.__file__).parent / "demo"
 SPLITS = ("", "_heldout")
 KINDS = [kind.value for kind in Kind]
@@ -96,7 +94,7 @@ def test_what_is_held_out_is_not_near_what_is_trained_on() -> None:
     assert near(CONTRASTS, {"demo": prompts(CORPORA["demo"])}) == []
 
 
-@pytest.mark.skipif(DATA is None, reason="set DCR_DATA to a folder with the real sets")
+@real
 def test_no_public_prompt_stands_among_the_contrasts_exactly_or_nearly() -> None:
     public = {
         name: prompts(sources.read(name, root=DATA))

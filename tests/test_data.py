@@ -1,7 +1,6 @@
 """Splits over made-up files, orders of rows against counting, and tensors against loops."""
 
 import dataclasses
-import json
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -283,15 +282,6 @@ def test_groups_stay_whole_and_contrasts_together(files: Files) -> None:
     assert 4 <= len(rows.unseen_groups) <= 20
 
 
-def test_the_record_names_every_row(files: Files) -> None:
-    rows = split(files.config())
-    record: Any = json.loads(json.dumps(data.row_record(rows)))
-    assert record["rows"].keys() == rows.parts().keys()
-    for name, part in rows.parts().items():
-        own = {"count": len(part), "fingerprint": sources.fingerprint(part), "ids": ids(part)}
-        assert record["rows"][name] == own
-
-
 # --- orders of rows -----------------------------------------------------------------------------
 
 LABELS = [0] * 40 + [1] * 200
@@ -319,17 +309,6 @@ def test_proportional_draws_go_through_all_rows() -> None:
         assert sorted(rows[start : start + 240]) == list(range(240))
     assert len(set(rows[480:])) == 20
     assert rows[:240] != rows[240:480]
-
-
-def test_draws_follow_from_seed_and_epoch() -> None:
-    for sampler in Sampler:
-        assert drawn(sampler, 99) == drawn(sampler, 99) != drawn(sampler, 99, seed=1)
-    first = {
-        (seed, epoch): tuple(data.Chance(seed, epoch).permutation(99))
-        for seed in range(20)
-        for epoch in range(20)
-    }
-    assert len(set(first.values())) == 400
 
 
 @pytest.mark.parametrize("seeds", [(0,), (0, 7), (3, 2**40, 5)])

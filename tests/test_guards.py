@@ -251,25 +251,6 @@ def test_batches_come_longest_first_and_change_nothing(llama_folder: Path) -> No
         assert verdict.p_unsafe == pytest.approx(other.p_unsafe, abs=1e-5)
 
 
-def test_out_of_memory_halves_the_batch(
-    llama_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    generate: Any = LlamaForCausalLM.generate  # pyright: ignore
-    sizes: list[int] = []
-
-    def small(self: Any, **options: Any) -> Any:
-        sizes.append(len(options["input_ids"]))
-        if sizes[-1] > 2:
-            raise torch.OutOfMemoryError("full")
-        return generate(self, **options)
-
-    monkeypatch.setattr(LlamaForCausalLM, "generate", small)
-    found = by_id(guards.llama_guard(llama_of(llama_folder, batch_size=5), ANSWERS))
-    assert sizes == [5, 2, 2, 2]
-    assert {n: v.raw for n, v in found.items()} == SAID
-    assert "llama_guard.batch_size is now 2" in caplog.text
-
-
 @pytest.mark.parametrize("where", ["prompt", "response"])
 def test_control_tokens_stay_inside_their_turn(
     llama_folder: Path, asked: list[list[int]], where: str

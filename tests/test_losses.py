@@ -223,12 +223,6 @@ def test_pair_statistics_equal_loops(seed: int) -> None:
     assert found.violating_count == violating
 
 
-def test_pair_statistics_of_one_row_are_zero() -> None:
-    found = pair_statistics(torch.ones(1, 3), torch.tensor([0]), 0.25)
-    assert (found.within_sum, found.across_sum, found.violating_count) == (0, 0, 0)
-    assert found.pair_count == 0
-
-
 TOKENS, WIDTH, VOCABULARY = 11, 6, 17
 HEADS = pytest.mark.parametrize(
     "shape",

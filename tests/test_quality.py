@@ -278,18 +278,6 @@ def test_only_errors_changed_answers_and_other_annotators_are_asked_again(
     assert len(list((tmp_path / "quality").glob("judge-8b-*.jsonl"))) == 1
 
 
-def test_a_stored_annotation_serves_the_same_request_with_the_sides_traded(
-    settings: EvalConfig, tmp_path: Path, install: Callable[..., Annotator]
-) -> None:
-    install(longer_wins)
-    own, other = answers([f"longer {i}" for i in range(20)]), answers(["short"] * 20)
-    rated(own, other, settings, tmp_path)
-    again = install(longer_wins)
-    found = rated(other, own, replace(settings, seed=7), tmp_path)
-    assert 0 < len(again.asked) < 20
-    assert found["win_rate"] == pytest.approx(20)
-
-
 def test_files_are_in_the_format_of_alpaca_eval(
     settings: EvalConfig, tmp_path: Path, install: Callable[..., Annotator]
 ) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,12 +34,7 @@ from dcr.core.refusal import (
 from dcr.core.refusal.keywords import features, weighed
 from tests.shapes import TINY
 from tests.test_refusal_probability import sentencepiece, word_tokenizer
-
-DATA = os.environ.get("DCR_DATA", "")
-real = pytest.mark.skipif(
-    not os.path.isdir(os.path.join(DATA, "xstest_completions")),
-    reason="DCR_DATA names no folder with xstest_completions",
-)
+from tests.tiny_run import DATA, real
 
 # XSTest's list, typed here a second time.
 PREFIXES = [

@@ -1,7 +1,6 @@
 """Which sets are asked, which belong together, and that the paper's totals come out."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -11,9 +10,8 @@ from dcr.core import sources
 from dcr.core.config import DataConfig, EvalConfig, EvaluationSets, Kind, SteeringConfig, Task
 from dcr.core.evaluation import sets
 from dcr.core.sources import SOURCES
+from tests.tiny_run import DATA, real
 
-DATA = os.environ.get("DCR_DATA", "")
-real = pytest.mark.skipif(not os.path.isdir(DATA), reason="DCR_DATA names no folder")
 PAPER = yaml.safe_load((Path(__file__).parent.parent / "conf/data/paper.yaml").read_text())
 KINDS = {"over_refusal": Kind.seemingly_toxic, "safety": Kind.toxic}
 

@@ -21,10 +21,7 @@ from dcr.core.config import ConfigError, DataError, Kind
 from dcr.core.sources import SOURCES, Example
 from dcr.core.sources.fields import xstest_groups
 from dcr.core.sources.jsonl import LONGEST_LINE
-from tests.tiny_run import write_jsonl
-
-DATA = os.environ.get("DCR_DATA", "")
-real = pytest.mark.skipif(not os.path.isdir(DATA), reason="DCR_DATA names no folder")
+from tests.tiny_run import DATA, real, write_jsonl
 
 
 def example(id: str, prompt: str = "p", **fields: str | None) -> Example:
@@ -406,14 +403,6 @@ def test_every_source_lives_somewhere_and_states_its_licence() -> None:
             assert re.fullmatch(commit, source.hub.revision or "0" * 40), name
             url = source.hub.options.get("data_files")
             assert url is None or re.match(rf"https://[^/]+/[^/]+/[^/]+/{commit}/.", url), name
-
-
-def test_parts_belong_to_a_source_of_their_kind() -> None:
-    parts = {name: source.part_of for name, source in SOURCES.items() if source.part_of}
-    assert parts == {"coconot_safety": "coconot_contrast"}
-    for name, whole in parts.items():
-        assert SOURCES[name].kind is SOURCES[whole].kind
-        assert SOURCES[name].file == SOURCES[whole].file
 
 
 @real

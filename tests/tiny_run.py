@@ -1,6 +1,7 @@
-"""What the training tests share: settings of a run that takes a second, and its data."""
+"""Settings of a run that takes a second and its data, and the real data where they are."""
 
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -23,6 +24,8 @@ from dcr.core.training.resuming import StepSeed
 
 CONF = Path(__file__).parent.parent / "conf"
 REFUSAL = "I'm sorry, but I can't help with that."
+DATA = os.environ.get("DCR_DATA", "")
+real = pytest.mark.skipif(not os.path.isdir(DATA), reason="DCR_DATA names no folder of real rows")
 
 
 def write_jsonl(file: Path, rows: Iterable[object]) -> str:
