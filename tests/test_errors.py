@@ -107,6 +107,7 @@ WHOLE = {
     "eval.py model=tiny gen.max_new_tokens=auto judge=[llm]": "gen.max_new_tokens=auto "
     "judge=[llm]: answers end where XSTest's keywords have decided; give a number of tokens",
     "eval.py model=tiny gen.max_new_tokens=all": "gen.max_new_tokens=all: give a number of tokens",
+    "eval.py model=tiny calibrate=2": "calibrate=2: give a share of toxic prompts",
     "eval.py model=tiny limit=0": "limit=0: give 1 or more, or null for whole sets",
     "eval.py model=tiny dcr.margin=0.3": "dcr.margin: no such setting",
 }
@@ -143,7 +144,6 @@ STUDY = {
     "seeds=0": "seeds=0: give 1 or more",
     "seeds=2 seed=0,1": "seeds=2 seed=0,1: give the first seed alone",
     "trainer.devices=2": "trainer.devices: a study runs job after job",
-    "calibrate=2": "calibrate=2: give a share",
     "dcr.epochs=[": "dcr.epochs=[",
 }
 SEARCH = {
