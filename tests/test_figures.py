@@ -633,7 +633,8 @@ def test_a_figure_and_a_table_of_ones_own(
     assert "Rates: Rates.{png,svg,csv}" in told
     assert "Means: Means.{md,csv,tex,html}" in told
     with Path("Rates.csv").open() as file:
-        assert [row["y"] for row in csv.DictReader(file) if row["set"] == "safe"] == ["0.75", "0.75"]
+        shares = [row["y"] for row in csv.DictReader(file) if row["set"] == "safe"]
+    assert shares == ["0.75", "0.75"]
     svg, digest = Path("Rates.svg").read_text(), hashlib.sha256(OWN.encode()).hexdigest()
     assert f"my_lab:Rates, source sha256 {digest}" in svg
     assert float(ElementTree.fromstring(svg).get("height", "0")[:-2]) > 4 * 72

@@ -111,7 +111,7 @@ class MeasuredKernel:
 
     @property
     def terms(self) -> tuple[object, ...]:
-        """What two kernels must share to be compared."""
+        """The settings that two kernels must share to be compared."""
         kernel = self.kernel
         return tuple(kernel.ids), tuple(kernel.of), kernel.top_k, kernel.normalise
 
@@ -127,7 +127,7 @@ class BeforeAfter:
 
 
 def prompt_curves(run: RunRecord) -> PromptCurves | None:
-    """Over SFT, from tracking or else from snapshots; None of fewer than three steps."""
+    """Reads the curves from tracking or else from snapshots; None with fewer than three steps."""
     measured = {
         KEPT: [tracked for tracked in run.tracked if tracked.stage == "sft"],
         SCORED: snapshots(run, lambda e: e.refusal_probability),
@@ -176,7 +176,7 @@ def tracked(run: RunRecord, stage: str) -> list[MeasuredKernel]:
 
 
 def base_kernels(records: Sequence[RunRecord]) -> list[MeasuredKernel]:
-    """Of base models: evaluations, or else what tracking kept before a stage took a step.
+    """Kernels of base models, from evaluations or else from tracking before a first step.
 
     One a model and choice of prompts, the first.
     """
@@ -310,7 +310,7 @@ class ClaimRow:
 
     @property
     def sentence(self) -> str:
-        """Whose, what and how much."""
+        """Says whose quantity it is, which, and how much."""
         own = ", ".join(filter(None, (self.run, self.params)))
         if self.measured is None:
             return f"run {self.command}"

@@ -96,7 +96,7 @@ def build(
 
 
 def _part(name: str, section: Section, made: Any, chosen: Selection) -> Part:
-    """With its files by ending, and the command that makes it."""
+    """Writes the files of a section, and the command that asks for it."""
     if not section.endings:
         return Part(name, section, made, {})
     folders = [str(run.folder) for run in chosen.records]
@@ -160,7 +160,7 @@ def _title(chosen: Selection) -> str:
 def _chunks(
     width: int, labels: Sequence[tuple[str, ...]], blocks: Sequence[Block]
 ) -> list[Table | Text]:
-    """As few tables as the width allows, each with as many columns as fit, at least one."""
+    """Splits columns over as few tables as the width allows, at least one column each."""
     blocks = [block for block in blocks if not all(row.page_only for row in block.rows)]
     rows = [row for block in blocks for row in block.rows if not row.page_only]
     names = max((len(in_words(row.label)) + 2 for row in rows), default=0)

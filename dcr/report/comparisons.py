@@ -135,7 +135,7 @@ def _paired_sets(
 
 
 def _verdicts(a: list[Answer], b: list[Answer], kind: Kind) -> tuple[list[bool], list[bool]]:
-    """What is wanted of a kind of prompt, for the prompts that both runs answered."""
+    """Tells for each prompt that both runs answered whether its verdict is the wanted one."""
     others = {(completion.id, completion.prompt): completion for completion in b}
     both = [(c, others[c.id, c.prompt]) for c in a if (c.id, c.prompt) in others]
     wanted = WANTED[kind]
@@ -178,7 +178,7 @@ def headline(chosen: Selection) -> list[str]:
 
 
 def verdict(columns: Sequence[Column], groups: Sequence[Group], at_safety: Row | None) -> str:
-    """What all columns come to in a sentence or two; "" without any.
+    """Sums up all columns in a sentence or two; "" without any.
 
     `at_safety` holds the answers where all are equally safe; where nobody measured them, it is
     said.

@@ -112,7 +112,7 @@ def shared_sets(evaluations: Sequence[Evaluation]) -> dict[str, SetCounts]:
 
 
 def shared_by_kind(evaluations: Sequence[Evaluation]) -> dict[Kind, list[str]]:
-    """Those of them that may be summed up, by kind."""
+    """The shared sets that may be summed up, by kind."""
     shared = shared_sets(evaluations)
     return {
         kind: together(name for name, counts in shared.items() if counts.kind is kind)
@@ -209,7 +209,7 @@ def _kernels(run: RunRecord) -> tuple[Series, str]:
 
 
 def tracked_kernels(run: RunRecord, stage: str) -> Series:
-    """What tracking found of the kernel during a stage, by (params, observer, trained)."""
+    """The kernel that tracking measured during a stage, by (params, observer, trained)."""
     return _joined(run, stage, logged(run, stage, "kernel", 3), _by_pair)[0]
 
 

@@ -200,7 +200,7 @@ def table(chosen: Selection) -> PaperTable:
 
 
 def _unseen(columns: Sequence[Column]) -> list[str]:
-    """What is not known of masses that a server showed in part."""
+    """Notes on the masses that a server showed in part."""
     return [
         f"{column.name}: its server shows the likeliest tokens alone; of a prompt's mass "
         f"{mean:.2g} on average, {most:.2g} at most, may be unseen, so that the pooled AUROC of "

@@ -1,4 +1,4 @@
-"""How figures are drawn: panels of data frames, one palette; SVG for the page, files for print."""
+"""Draws panels of data frames in one palette: SVG for the page, files for print."""
 
 import io
 import math
@@ -160,7 +160,7 @@ def kind_glyphs(*words: str) -> list[tuple[int, str, str]]:
 
 
 def draw(drawing: Drawing) -> Figure:
-    """By the settings of matplotlib that hold; a row of cells shares its scale."""
+    """Draws with the current settings of matplotlib; a row of cells shares its scale."""
     blocks = list(drawing.blocks.values())
     across = min(drawing.across, max(map(len, blocks)))
     rows = [math.ceil(len(block) / across) for block in blocks]
@@ -261,7 +261,7 @@ def _draw_cells(axes: Axes, cells: pd.DataFrame, top: float) -> None:
 
 
 def files(drawing: Drawing) -> dict[str, bytes]:
-    """By ending; the same bytes whenever the values are the same."""
+    """The files by ending; equal values give equal bytes."""
     with matplotlib.rc_context(PRINT), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # of names in other scripts
         figure = draw(drawing)
@@ -325,7 +325,7 @@ def kind_legend(kinds: Sequence[str]) -> list[tuple[str, Look]]:
 
 
 def ordered(kinds: Sequence[str]) -> list[str]:
-    """In the paper's order, others after."""
+    """Sorts kinds by the paper's order, others after them."""
     known = [kind for kind in KINDS if kind in kinds]
     return known + [kind for kind in dict.fromkeys(kinds) if kind not in known]
 

@@ -26,7 +26,7 @@ OVERVIEW = ("results", "judges", "general")  # grids whose sums are beside each 
 
 @dataclass(frozen=True)
 class Part:
-    """What one section made: its anchor, its files by ending, and the command that asks for it."""
+    """The result of one section, with its anchor, its files by ending, and the command for it."""
 
     name: str
     section: Section
@@ -135,7 +135,7 @@ def evenly(items: Sequence[Any], count: int) -> list[Any]:
 
 @dataclass(frozen=True)
 class Overview:
-    """What sums up each grid, by its block and row: a value a column."""
+    """The summary rows of each grid, by block and row, with a value a column."""
 
     macro: ClassVar[str] = "overview"
     sums: list[tuple[str, str, list[Cell | None]]]

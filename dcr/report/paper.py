@@ -117,7 +117,7 @@ def _safety(column: Column, by: By) -> Cells:
 
 
 def _judged_safe(column: Column, by: By) -> list[str]:
-    """Those of the paper's five sets that were judged, or by keywords evaluated."""
+    """Selects the paper's five sets that were judged, or evaluated by keywords."""
     quantity = "refused" if by == BY_KEYWORDS else "safe"
     return [name for name in PAPER_SAFETY if rate(column.evaluation, [name], quantity, *by)]
 
@@ -128,7 +128,7 @@ def _keyword_refusal(column: Column) -> Cells:
 
 
 def suite_notes(columns: Sequence[Column]) -> list[str]:
-    """How our Table 1 differs from the paper's."""
+    """Notes on how our Table 1 differs from the paper's."""
     notes = judge_notes(columns)
     for column in columns:
         if (guard := _guard(column)) and guard[0] != GUARDS[0]:
@@ -137,7 +137,7 @@ def suite_notes(columns: Sequence[Column]) -> list[str]:
 
 
 def judge_notes(columns: Sequence[Column]) -> list[str]:
-    """How our Table 5 differs from the paper's."""
+    """Notes on how our Table 5 differs from the paper's."""
     return _safety_notes(columns) + _count_notes(columns) + _overlap_notes(columns)
 
 
@@ -350,7 +350,7 @@ def table1(chosen: Selection) -> PaperTable:
 
 
 def table5(chosen: Selection) -> PaperTable:
-    """As Table 1 without ability and quality, with one row a judge; seeds are not averaged."""
+    """Table 1 without ability and quality, with one row a judge; seeds are not averaged."""
     rows = []
     for column in chosen.columns:
         by_keywords = _compliance(column, BY_KEYWORDS) | _keyword_refusal(column)
@@ -460,7 +460,7 @@ def _cost(column: Column, stage: str, devices: list[str]) -> Cells:
 
 
 def _paper_models(columns: Sequence[Column]) -> list[str]:
-    """Those of the paper's models that we ran; all of them where we ran another one as well."""
+    """Selects the paper's models that we ran; all of them if we ran another one as well."""
 
     def plain(model: str) -> str:
         return re.sub(r"[^a-z0-9]", "", model.lower().rsplit("/", 1)[-1])

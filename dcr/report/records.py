@@ -1,4 +1,4 @@
-"""What run folders say, and the columns that a report makes of them, with names and styles."""
+"""Run folders read into records, and the columns of a report with their names and styles."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -59,7 +59,7 @@ class Evaluation(Metrics):
 
 
 class TrackedStep(results.Tracked):
-    """What was measured after so many steps of a stage; None for what was not."""
+    """The measurements after so many steps of a stage; a quantity that was not measured is None."""
 
     folder: Path
     stage: str
@@ -80,7 +80,7 @@ class RunRecord:
 
 
 def seen(overlap: Overlap | None) -> str:
-    """How many prompts stand among the rows trained on; empty where none does."""
+    """Counts the prompts that stand among the rows trained on; empty if there is none."""
     if overlap is None or not overlap.any:
         return ""
     return f"{overlap.exact} / {overlap.near} / {overlap.ngram} in training"
@@ -130,7 +130,7 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def read_tracked(run: Run, notes: list[str]) -> list[TrackedStep]:
-    """By stage and step; a step that was not finished is noted. DataError for a damaged file."""
+    """The steps by stage and number; unfinished ones are noted. DataError for a damaged file."""
     steps = []
     for stage in STAGES:
         for folder in sorted(run.tracked(stage).glob("step-*/")):
@@ -227,7 +227,7 @@ COLOURS, MARKERS = 6, 6  # of figures, beside the neutral colour
 
 @dataclass(frozen=True)
 class Style:
-    """How a run is drawn in every figure: by its variant, of which 0 is neutral, and its seed."""
+    """The look of a run in every figure, by its variant, of which 0 is neutral, and its seed."""
 
     variant: int
     seed: int
@@ -289,7 +289,7 @@ def columns_of(records: Sequence[RunRecord]) -> list[Column]:
 
 
 def _shown(records: Sequence[RunRecord]) -> list[Evaluated]:
-    """What the table holds: base and final weights; stage one where there is nothing after it.
+    """Selects base and final weights, and stage one where no later weights were evaluated.
 
     The base model is shown once, however many folders hold the same evaluation of it.
     """
@@ -509,7 +509,7 @@ class Answer:
 
     @property
     def verdict(self) -> str:
-        """By the paper's rules."""
+        """The outcome by the paper's rules."""
         return self.outcome["paper"]
 
 

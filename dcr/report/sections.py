@@ -240,7 +240,7 @@ class Selection:
         return results.load([run.folder for run in self.records if run.evaluations])
 
     def section(self, name: str, section: Section | None = None) -> Any:
-        """What a section makes of these runs, made once; an empty result is falsy."""
+        """Makes a section of these runs once and remembers it; an empty result is falsy."""
         section = section or SECTIONS[name]
         if name not in self.made:
             make = section.make

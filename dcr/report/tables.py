@@ -204,7 +204,7 @@ def rate(
 
 
 def marks_of(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What a number bears in which these rows of results have a part."""
+    """The marks of a number that is computed from these rows of results."""
     known = IN_DISTRIBUTION if any(row["in_distribution"] for row in rows) else ""
     return known + (CONTAMINATED if any(row["contaminated"] for row in rows) else "")
 
@@ -248,7 +248,7 @@ def over_seeds(chosen: Selection) -> Grid:
 
 
 def of_group(group: Group, cells: Sequence[Cell | None]) -> Cell | None:
-    """Over the seeds of a group the mean with its spread, or a difference with its interval."""
+    """The mean over the seeds of a group with its spread, or a difference with its interval."""
     own = [cells[place] for place in group.places]
     if not group.less:
         return mean_of(own)
@@ -362,7 +362,7 @@ def _n_of(cells: Cells) -> str:
 
 
 def _asides(column: Column, name: str, aside: Callable[[Column, str], str]) -> list[str]:
-    """What else is known of a set, and how much of it training and steering saw."""
+    """Words beside a set: its counts, and how much of it training and steering saw."""
     counts = column.evaluation.sets[name]
     steered = counts.seen_by_steering
     return [
@@ -467,7 +467,7 @@ def agreement(chosen: Selection) -> Grid:
 
 
 def confusions(chosen: Selection) -> TextTable | None:
-    """How often two judges agreed and differed, a row each pair of a column."""
+    """Counts how often two judges agreed and differed, a row for each pair of a column."""
     heads = ("run", "A / B", "prompts", "n", "both complied", "A complied, B refused",
              "A refused, B complied", "both refused", "κ")  # fmt: skip
     rows = [
@@ -543,7 +543,7 @@ def accuracy(evaluation: Evaluation, task: str, metric: str) -> Cell | None:
 
 
 def annotator_name(measured: Quality) -> str:
-    """Whether it is none of OpenAI's GPT models, of which the paper used one, is said."""
+    """Names the annotator, and says if it is none of OpenAI's GPT models, as the paper's was."""
     name = measured.annotator.rsplit("/", 1)[-1].lower()
     local = not name.startswith(("gpt-", "chatgpt-")) or name.startswith("gpt-oss")
     note = " (local annotator, not GPT-4o-mini)" if local else ""

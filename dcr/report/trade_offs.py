@@ -58,7 +58,7 @@ ARMS = ("x", "x_low", "x_high", "y", "y_low", "y_high")
 
 
 def _points(rates: Sequence[Rates], arms: bool = False) -> pd.DataFrame:
-    """In percent."""
+    """Converts rates to points in percent."""
     ends = [(c.estimate, c.low, c.high, r.estimate, r.low, r.high) for c, r in rates]
     points = 100 * pd.DataFrame(ends, columns=list(ARMS), dtype=float)
     return points if arms else points.filter(["x", "y"])
@@ -73,7 +73,7 @@ def _rates(evaluation: Evaluation, sets: dict[Kind, list[str]]) -> Rates | None:
 
 
 def trade_offs(chosen: Selection) -> Drawings:
-    """Where every run stands between refusing too much and too little, by which sets are pooled."""
+    """Places every run between refusing too much and too little, by which sets are pooled."""
     records, columns = chosen.records, chosen.columns
     sets = {kind: together(set_names(columns, kind)) for kind in WANTED}
     marked = marked_sets(columns)
@@ -283,7 +283,7 @@ class Operating:
 
     @property
     def sweep(self) -> tuple[Path, str]:
-        """What all points of one curve share: the run, and every setting but the strength."""
+        """The key of one curve: the run, and every setting but the strength."""
         edit = flattened({"": self.evaluation.settings.get("steering")})
         rest = {key: value for key, value in edit.items() if key.rpartition(".")[2] != "strength"}
         return self.run.folder, storage.fingerprint(rest)

@@ -28,7 +28,7 @@ DOCUMENT = r"""% LuaLaTeX or XeLaTeX know every letter; a tabular alone can be t
 
 
 class Written(Protocol):
-    """What can be written: texts by row and heading, footnotes, and the numbers of a CSV file."""
+    """Anything with texts by row and heading, footnotes, and the numbers of a CSV file."""
 
     @property
     def title(self) -> str: ...
