@@ -8,7 +8,7 @@ stages share, which pads them.
 from typing import TYPE_CHECKING
 
 from dcr import on_demand
-from dcr.core.data.order import DRAWS, Chance, EpochBatches, share
+from dcr.core.data.order import DRAWS, EpochBatches, generator, permutation, share
 from dcr.core.data.readout import ReadoutRows, readout_prompts, readout_rows
 from dcr.core.data.rows import (
     LABELS,

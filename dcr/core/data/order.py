@@ -1,16 +1,13 @@
-"""In which order a stage sees its rows: a function of seed and epoch, the same on every rank.
-
-Drawn as torch's CPU generator would draw, bit for bit and without torch, so that a plan counts the
-batches of training without waiting for it.
-"""
+"""In which order a stage sees its rows: a function of seed and epoch, the same on every rank."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
-
-import numpy as np
+from typing import TYPE_CHECKING, TypeVar
 
 from dcr.core.config import Sampler
+
+if TYPE_CHECKING:
+    from torch import Generator
 
 Row = TypeVar("Row")
 
@@ -23,44 +20,34 @@ def mixed(*seeds: int) -> int:
     return seed
 
 
-class Chance:
-    """The stream of `torch.Generator().manual_seed(mixed(*seeds))`: a Mersenne Twister."""
+def generator(*seeds: int) -> "Generator":
+    """Torch's generator on the CPU, seeded by all of the numbers: the same on every machine."""
+    import torch  # help and a user's error need none
 
-    def __init__(self, *seeds: int) -> None:
-        self.stream = np.random.RandomState(mixed(*seeds) % 2**32)
-
-    def _numbers(self, count: int) -> np.ndarray:
-        return self.stream.randint(0, 2**32, size=count, dtype=np.uint32)
-
-    def permutation(self, count: int) -> list[int]:
-        """As `torch.randperm`."""
-        order = list(range(count))
-        for place, number in enumerate(self._numbers(max(count - 1, 0)).tolist()):
-            other = place + number % (count - place)
-            order[place], order[other] = order[other], order[place]
-        return order
-
-    def choices(self, weights: Sequence[float] | np.ndarray, draws: int) -> list[int]:
-        """As `torch.multinomial` with replacement of weights in float64."""
-        halves = self._numbers(2 * draws).astype(np.uint64)
-        wholes = (halves[0::2] << np.uint64(32)) | halves[1::2]
-        uniform = (wholes & np.uint64(2**53 - 1)).astype(np.float64) * 2.0**-53
-        up_to = np.cumsum(weights)
-        up_to /= up_to[-1]
-        up_to[-1] = 1.0
-        return np.searchsorted(up_to, uniform).tolist()
+    return torch.Generator().manual_seed(mixed(*seeds))
 
 
-def balanced_draws(labels: Sequence[int], draws: int, chance: Chance) -> list[int]:
+def permutation(count: int, generator: "Generator") -> list[int]:
+    """The numbers below `count` in drawn order."""
+    import torch
+
+    return torch.randperm(count, generator=generator).tolist()
+
+
+def balanced_draws(labels: Sequence[int], draws: int, generator: "Generator") -> list[int]:
     """With replacement, weight one over the class count: the classes come up equally often."""
-    _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    return chance.choices(1.0 / counts[classes], draws)
+    import torch
+
+    of = torch.as_tensor(labels)
+    _, classes, counts = torch.unique(of, return_inverse=True, return_counts=True)
+    weights = 1 / counts.double()[classes]
+    return torch.multinomial(weights, draws, replacement=True, generator=generator).tolist()
 
 
-def proportional_draws(labels: Sequence[int], draws: int, chance: Chance) -> list[int]:
+def proportional_draws(labels: Sequence[int], draws: int, generator: "Generator") -> list[int]:
     """Every row once in random order, again and again: classes come up as often as they are."""
     rounds = math.ceil(draws / len(labels))
-    return [row for _ in range(rounds) for row in chance.permutation(len(labels))][:draws]
+    return [row for _ in range(rounds) for row in permutation(len(labels), generator)][:draws]
 
 
 DRAWS = {
@@ -78,7 +65,7 @@ class EpochBatches:
     """
 
     def __init__(
-        self, order: Callable[[Chance], list[int]], draws: int, batch_size: int, seed: int
+        self, order: "Callable[[Generator], list[int]]", draws: int, batch_size: int, seed: int
     ) -> None:
         self.order, self.draws, self.batch_size, self.seed = order, draws, batch_size, seed
         self.start, self.epoch = 0, 0
@@ -91,7 +78,7 @@ class EpochBatches:
         return math.ceil(self.draws / self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        rows = self.order(Chance(self.seed, self.epoch))
+        rows = self.order(generator(self.seed, self.epoch))
         passed = min(max(self.start - self.epoch * len(self), 0), len(self))
         for index in range(passed, len(self)):
             yield rows[index * self.batch_size : (index + 1) * self.batch_size]

@@ -3,15 +3,19 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from dcr.core import grouping
 from dcr.core.config import SFTConfig
-from dcr.core.data.order import Chance
+from dcr.core.data.order import generator, permutation
 from dcr.core.data.rows import NO_CLASS, SEEMINGLY_TOXIC, TOXIC
 from dcr.core.data.splits import Splits
 from dcr.core.prompts import IGNORED, ChatFormat
 from dcr.core.refusal import is_refusal
 from dcr.core.sources import Example
+
+if TYPE_CHECKING:
+    from torch import Generator
 
 GENERAL_ROWS = 2  # instruction rows in a step, to whose answers the model is held
 OPENING = 4  # tokens of a refusal: those that tell "I can't help" from "I can help"
@@ -54,19 +58,19 @@ class ReadoutRows:
 
 def readout_rows(chat: ChatFormat, rows: Splits, config: SFTConfig, seed: int) -> ReadoutRows:
     """All batches of the readout that `config.readout` asks for; they follow from `seed`."""
-    phase, chance = config.readout, Chance(seed, config.readout.steps)
+    phase, drawing = config.readout, generator(seed, config.readout.steps)
     learnt = _alternating(
         readout_prompts(chat, rows.readout_toxic, TOXIC),
         readout_prompts(chat, rows.readout_seemingly_toxic, SEEMINGLY_TOXIC),
-        chance,
+        drawing,
     )
     watched = readout_prompts(chat, rows.readout_toxic_heldout, TOXIC)
     watched += readout_prompts(chat, rows.readout_seemingly_toxic_heldout, SEEMINGLY_TOXIC)
     pairs = _parted(learnt, phase.batch_size)
-    general = _general(chat, rows, config, len(pairs), chance)
-    answers = _answers(chat, rows.normal_heldout, HELD_OUT_ROWS, config.max_len, chance)
+    general = _general(chat, rows, config, len(pairs), drawing)
+    answers = _answers(chat, rows.normal_heldout, HELD_OUT_ROWS, config.max_len, drawing)
     rounds = math.ceil(phase.steps / len(pairs))
-    steps = [place for _ in range(rounds) for place in chance.permutation(len(pairs))]
+    steps = [place for _ in range(rounds) for place in permutation(len(pairs), drawing)]
     return ReadoutRows(
         steps=steps[: phase.steps],
         pairs=pairs,
@@ -90,14 +94,14 @@ def readout_prompts(chat: ChatFormat, rows: Sequence[Example], label: int) -> li
 
 
 def _general(
-    chat: ChatFormat, rows: Splits, config: SFTConfig, steps: int, chance: Chance
+    chat: ChatFormat, rows: Splits, config: SFTConfig, steps: int, drawing: "Generator"
 ) -> list[Sequence[Row]]:
     """What the model is held to in each of as many steps: answers of instruction rows, how a
     refusal goes on once it has begun, and a harmless prompt's answer behind its first token.
     """
     harmless = [row for row in rows.readout_seemingly_toxic if row.response]
     kinds = [
-        _answers(chat, part, GENERAL_ROWS * steps, config.max_len, chance, skipped)
+        _answers(chat, part, GENERAL_ROWS * steps, config.max_len, drawing, skipped)
         for part, skipped in ((rows.normal, 0), (rows.refusals, OPENING), (harmless, 1))
     ]
     kinds[0] = _by_length(kinds[0])
@@ -118,7 +122,7 @@ def _answers(
     rows: Sequence[Example],
     count: int,
     max_len: int,
-    chance: Chance,
+    drawing: "Generator",
     skipped: int = 0,
 ) -> list[Row]:
     """The first rows, read at the first answer token that is not `skipped` and some behind it."""
@@ -127,14 +131,14 @@ def _answers(
         ids, targets = chat.pair(row.prompt, row.response or "", max_len)
         answer = [place for place, target in enumerate(targets) if target != IGNORED]
         places = answer[skipped : skipped + ANSWER]
-        drawn = chance.permutation(len(places))[:ANSWER_PLACES]
+        drawn = permutation(len(places), drawing)[:ANSWER_PLACES]
         if places:
             chosen = sorted({0, *drawn})
             found.append(Row(ids[: places[-1] + 1], [places[i] for i in chosen]))
     return found
 
 
-def _alternating(toxic: Sequence[Row], safe: Sequence[Row], chance: Chance) -> list[Row]:
+def _alternating(toxic: Sequence[Row], safe: Sequence[Row], drawing: "Generator") -> list[Row]:
     """As many of both kinds in turn, each in a drawn order, the fewer of them more than once.
 
     In batches of one kind, or of one length, nearly nothing is learnt in as many steps.
@@ -143,7 +147,7 @@ def _alternating(toxic: Sequence[Row], safe: Sequence[Row], chance: Chance) -> l
     drawn = []
     for rows in (toxic, safe):
         rounds = math.ceil(count / len(rows))
-        order = [place for _ in range(rounds) for place in chance.permutation(len(rows))]
+        order = [place for _ in range(rounds) for place in permutation(len(rows), drawing)]
         drawn.append([rows[place] for place in order[:count]])
     return [row for both in zip(*drawn, strict=True) for row in both]
 

@@ -16,7 +16,7 @@ from dcr.core.config import (
     Stage,
     TrainConfig,
 )
-from dcr.core.data.order import DRAWS, Chance, EpochBatches, share
+from dcr.core.data.order import DRAWS, EpochBatches, generator, permutation, share
 from dcr.core.data.splits import Splits
 from dcr.core.prompts import IGNORED, ChatFormat, PairRow, PromptRow
 from dcr.core.sources import Example
@@ -146,9 +146,11 @@ class StageRows:
             labels = [row.label for row in self.prompts]
             draws, drawn = self.dcr.draws or len(labels), DRAWS[self.dcr.sampler]
             size = self.dcr.batch_size
-            return EpochBatches(lambda chance: drawn(labels, draws, chance), draws, size, self.seed)
+            return EpochBatches(
+                lambda drawing: drawn(labels, draws, drawing), draws, size, self.seed
+            )
         count, size = len(self.pairs), self.sft.batch_size
-        return EpochBatches(lambda chance: chance.permutation(count), count, size, self.seed)
+        return EpochBatches(lambda drawing: permutation(count, drawing), count, size, self.seed)
 
     def sft_step(self, rows: Sequence[PairRow]) -> list[list[PairRow]]:
         """Of a step's pairs the micro-batches of this rank, as many as of any where it is sharded.
@@ -170,8 +172,8 @@ class StageRows:
     ) -> tuple[Sequence[PromptRow], list[PairRow]]:
         """Of a step's prompts those of this rank, and the general pairs that anchor them."""
         # the anchor's rows follow from the prompts drawn, so that a resumed run repeats them
-        chance = Chance(self.seed, *(len(row.ids) for row in rows))
-        chosen = chance.permutation(len(self.general))[: self.dcr.nll.general_batch_size]
+        drawing = generator(self.seed, *(len(row.ids) for row in rows))
+        chosen = permutation(len(self.general), drawing)[: self.dcr.nll.general_batch_size]
         unlearnt = replace(rows[0], label=NO_CLASS, nll=[IGNORED] * len(rows[0].ids))
         mine = share(rows, self.rank, self.world) or [unlearnt]
         general = [self.general[place] for place in chosen]
