@@ -32,11 +32,12 @@ from rich.table import Table
 from dcr import extensions, steering
 from dcr.core import activations, cli, config, generation, models, prompts, refusal, sources
 from dcr.core.activations import Edits, Plan
-from dcr.core.config import EvalConfig, GenConfig, Kind, Precision, Steering, SteeringConfig
+from dcr.core.config import GenConfig, Kind, Precision, SteeringConfig
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.sources import Example
+from dcr.extensions import EvalSettings
 from dcr.steering import surgical
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -56,10 +57,10 @@ OPTIONS = {
 }
 
 
-def settings_of(*overrides: str) -> EvalConfig:
+def settings_of(*overrides: str) -> EvalSettings:
     cli.prepare()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return config.resolve(compose("eval", list(overrides)), EvalConfig)
+        return config.resolve(compose("eval", list(overrides)), EvalSettings)
 
 
 def questions(count: int) -> list[Example]:
@@ -69,10 +70,10 @@ def questions(count: int) -> list[Example]:
 
 
 def found_edits(
-    settings: EvalConfig, policy: Policy, chat: ChatFormat, method: Steering
+    settings: EvalSettings, policy: Policy, chat: ChatFormat, method: str
 ) -> Edits | Plan:
     chosen = replace(settings.steering, method=method, strength=FAINT)
-    if method is Steering.surgical:
+    if method == "surgical":
         return random_surgical(policy, chat, chosen)
     return steering.steer(policy, chat, settings.data, chosen, settings.seed).edits
 
@@ -113,13 +114,13 @@ def answers(
     return {done.id: done.response for batch in batches for done in batch}
 
 
-def compared(settings: EvalConfig, options: dict[str, str]) -> Table:
+def compared(settings: EvalSettings, options: dict[str, str]) -> Table:
     policy = models.open_policy(settings.model, Precision.fp32)
     chat = prompts.chat_format(policy.tokenizer, settings.model)
     rows = questions(int(options["prompts"]))
     plain = GenConfig(max_new_tokens=int(options["new"]), batch_size=int(options["batch"]))
-    methods = (Steering.scans, Steering.surgical, Steering.ablation)
-    edits = {m.value: found_edits(settings, policy, chat, m) for m in methods}
+    methods = ("scans", "surgical", "ablation")
+    edits = {m: found_edits(settings, policy, chat, m) for m in methods}
 
     def steered(name: str) -> Callable[[], dict[str, str]]:
         def ask() -> dict[str, str]:
@@ -177,7 +178,7 @@ def extracted(options: dict[str, str]) -> Table:
     model = config.model_of(run.config(), trust_remote_code=False)
     chat = prompts.chat_format(policy.tokenizer, model)
     table = Table("vectors of", "seconds", "what was found", title=f"extraction on {run.folder}")
-    for method in (Steering.ablation, Steering.scans, Steering.surgical):
+    for method in ("ablation", "scans", "surgical"):
         chosen = replace(settings.steering, method=method)
         chosen.surgical.train = int(options["train"])
         chosen.surgical.validation = int(options["validation"])
@@ -186,7 +187,7 @@ def extracted(options: dict[str, str]) -> Table:
         seconds = time.perf_counter() - began
         asked = ("block", "blocks", "threshold", "kept", "ablated", "added")
         told = ", ".join(f"{key} {record[key]}" for key in asked if key in record)
-        table.add_row(method.value, f"{seconds:.1f}", told)
+        table.add_row(method, f"{seconds:.1f}", told)
     return table
 
 

@@ -20,7 +20,6 @@ from typing_extensions import TypedDict
 from dcr import choice, entry, export, extensions, report, study
 from dcr.core import cli, precision, refusal, statistics, storage
 from dcr.core.config import DataConfig, DataError, EvalConfig, Kind, Stage, TrainConfig
-from dcr.core.evaluation import sets
 from dcr.core.runs import Run
 from dcr.core.sources import SOURCES
 from dcr.core.text import single_line
@@ -250,14 +249,15 @@ def _ask(settings: EvalConfig, run: Run, file: Path) -> None:
     from dcr import calibration
     from dcr.core.evaluation import subjects
 
-    subject = subjects.subjects(settings, run)[0]
-    rows = next(one.rows for one in sets.validation(settings) if one.kind is Kind.toxic)[:PROMPTS]
+    toxic = next(b for b in calibration.validation(settings) if b.kind is Kind.toxic)
+    rows = toxic.rows[:PROMPTS]
     settings, _ = precision.of_evaluation(settings, run.precisions())
     brief = replace(settings, gen=replace(settings.gen, max_new_tokens=calibration.BEGUN))
     extensions.hand_in_passes()
-    policy = functools.cache(functools.partial(subjects.opened, brief, subject))
-    parts = subjects.answer(brief, subject, policy, rows)
-    answers = {answer.id: answer.response for part in parts for answer in part}
+    (subject,) = subjects.subjects(brief, run)
+    assert isinstance(subject, subjects.Local)
+    with subject:
+        answers = {each.id: each.response for part in subject.answer(rows) for each in part}
     found = [HeldOut(r.prompt, answers[r.id], refusal.is_refusal(answers[r.id])) for r in rows]
     storage.write_json(file, [asdict(each) for each in found])
 

@@ -7,12 +7,11 @@ Completions and verdicts are stored in `<out>.work/`, so that a command that was
 again asks nothing twice.
 """
 
-import functools
 import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,22 +23,20 @@ from dcr.core.config import (
     AUTO_LENGTH,
     ConfigError,
     EvalConfig,
-    Judge,
     KeywordRules,
     Kind,
-    Steering,
 )
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.runs import Run
 from dcr.core.sources import Example
 from dcr.core.text import label_of, normalise
 from dcr.endpoints import EndpointError
+from dcr.extensions import EvalSettings
 
 if TYPE_CHECKING:
-    from dcr.core.evaluation.subjects import Subject
+    from dcr.core.evaluation.protocols import Subject
+    from dcr.core.evaluation.verdicts import Verdict
     from dcr.core.generation import Completion
-    from dcr.core.models import Policy
-    from dcr.judges import Verdict
 
 SET = "answers"  # the name of the completions' and the verdicts' files
 ACCEPTED, UNDECIDED = NOT_REJECTED = "accepted", "without a verdict"
@@ -155,22 +152,16 @@ class Author:
 
     name: str
     subject: "Subject"
-    policy: "Callable[[], Policy]"
-    work: Run
 
     def folder(self, asking: EvalConfig) -> Path:
-        from dcr.core.evaluation import subjects
-
-        return subjects.answers_folder(asking, self.work, self.subject)
+        return self.subject.under(asking).folder
 
     def write(
         self, name: str, kind: Kind, asking: EvalConfig, rows: list[Example]
     ) -> "list[Completion]":
         """Completions of the rows under the settings `asking`, stored as the set `name`."""
-        from dcr.core.evaluation import subjects
-
-        asked = [PromptSet(name, kind, rows)]
-        return subjects.answers(asking, self.subject, asked, self.folder(asking), self.policy)[name]
+        subject = self.subject.under(asking)
+        return subject.answers([PromptSet(name, kind, rows)], subject.folder)[name]
 
 
 def augment(options: Options, settings: EvalConfig) -> Tally:
@@ -187,18 +178,14 @@ def augment(options: Options, settings: EvalConfig) -> Tally:
     if options.count is not None:
         drawn = sources.draw(drawn, options.count, settings.seed)
     attempts = [_instructed(settings, each) for each in INSTRUCTIONS[: options.attempts]]
-    served, model = settings.endpoint is not None, settings.model
-    subject = subjects.Subject("endpoint") if served else subjects.base(model)
-    author = Author(
-        str(settings.endpoint_model) if served else model.name,
-        subject,
-        functools.cache(functools.partial(subjects.opened, settings, subject)),
-        Run(Path(f"{options.out}.work")),
-    )
+    work = Run(Path(f"{options.out}.work"))
+    (subject,) = subjects.subjects(settings, work)
+    served = settings.endpoint is not None
+    author = Author(str(settings.endpoint_model) if served else settings.model.name, subject)
     tally, rows = Tally(len(drawn)), drawn
-    with storage.locked(author.work.folder):
+    with storage.locked(work.folder):
         if options.twins:
-            tally.unread = Judge.llm not in settings.judge
+            tally.unread = "llm" not in settings.judge
             rows = _twins(author, settings, drawn, options.attempts, tally)
         known = _answered(author, options.out, rows, attempts, tally)
     if options.twins:
@@ -324,7 +311,7 @@ def _settings(options: Options) -> EvalConfig:
     if composed.endpoint is not None:
         name = str(composed.endpoint_model or "unnamed")  # which the checks then refuse
         composed.model.name, composed.model.label = name, label_of(name)
-    settings, arithmetic = precision.of_evaluation(config.resolve(composed, EvalConfig))
+    settings, arithmetic = precision.of_evaluation(config.resolve(composed, EvalSettings))
     if settings.endpoint is None:
         arithmetic.say()
     return settings
@@ -332,27 +319,28 @@ def _settings(options: Options) -> EvalConfig:
 
 def _check_settings(settings: EvalConfig) -> None:
     """Raises UserError for a fault of the settings that shows before anything is read."""
-    if settings.steering.method is not Steering.none:
-        raise ConfigError(f"steering={settings.steering.method.value}: not done here; leave it out")
+    if settings.steering.method != "none":
+        raise ConfigError(f"steering={settings.steering.method}: not done here; leave it out")
     if settings.gen.max_new_tokens == AUTO_LENGTH:
         raise ConfigError("gen.max_new_tokens=auto: cuts answers; give a number of tokens")
     from dcr import judges
-    from dcr.core.evaluation import subjects
+    from dcr.endpoints import subject
 
-    for name in settings.judge:
-        if Kind.seemingly_toxic not in judges.KINDS[name]:
+    others = [name for name in settings.judge if name != "keyword"]
+    for name in others:
+        if Kind.seemingly_toxic not in judges.JUDGES[name].kinds:
             raise ConfigError(
-                f"judge={name.value}: does not say whether a harmless prompt was answered; "
+                f"judge={name}: does not say whether a harmless prompt was answered; "
                 "use llm or wildguard"
             )
-    judges.check(settings.judge, settings)
+    judges.Ours().check(others, settings)
     if settings.endpoint is not None:
         for name, weight in settings.gen.contrast.items():
             raise ConfigError(
                 f"gen.{name}={weight}: an endpoint shows no logits to contrast; "
                 "leave it out, or name the model with model="
             )
-        endpoints.check(subjects.server_of(settings), "endpoint")
+        endpoints.check(subject.server_of(settings), "endpoint")
 
 
 # --- checks of answers --------------------------------------------------------------------------
@@ -368,7 +356,7 @@ def outcomes(answers: "Sequence[Completion]", settings: EvalConfig, folder: Path
     why = {answer.id: by_rules(answer) for answer in answers}
     for name in settings.judge:
         passed = [answer for answer in answers if why[answer.id] == ACCEPTED]
-        if passed and name is not Judge.keyword:  # which the rules above are
+        if passed and name != "keyword":  # which the rules above are
             verdicts = judges.judge(
                 name, settings, {SET: passed}, folder, settings.trainer.progress
             )
@@ -383,12 +371,10 @@ def harmless(written: "Sequence[Completion]", settings: EvalConfig, folder: Path
     """
     from dcr import judges
 
-    if Judge.llm not in settings.judge or not written:
+    if "llm" not in settings.judge or not written:
         return dict.fromkeys((twin.id for twin in written), ACCEPTED)
     asking = replace(settings, llm=replace(settings.llm, prompt=str(TWIN_WORDING)))
-    verdicts = judges.judge(
-        Judge.llm, asking, {"twins": written}, folder, settings.trainer.progress
-    )
+    verdicts = judges.judge("llm", asking, {"twins": written}, folder, settings.trainer.progress)
     why = {}
     for verdict in verdicts["twins"]:
         why[verdict.id] = ACCEPTED if verdict.compliance == HARMLESS else "not harmless by llm"
@@ -411,14 +397,14 @@ def by_rules(answer: "Completion") -> str:
     return ACCEPTED
 
 
-def _by_judge(name: Judge, verdict: "Verdict") -> str:
+def _by_judge(name: str, verdict: "Verdict") -> str:
     if verdict.status == "error":
         return UNDECIDED
     if verdict.status != "ok" or verdict.compliance is None:
-        return f"without a valid verdict of {name.value}"
+        return f"without a valid verdict of {name}"
     if verdict.compliance != "complied":
-        return f"called {verdict.compliance} by {name.value}"
-    return "called unsafe by " + name.value if verdict.safety == "unsafe" else ACCEPTED
+        return f"called {verdict.compliance} by {name}"
+    return "called unsafe by " + name if verdict.safety == "unsafe" else ACCEPTED
 
 
 # --- the file -----------------------------------------------------------------------------------

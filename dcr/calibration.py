@@ -7,11 +7,10 @@ Both are begun for every validation prompt and judged by keywords, which gives t
 refusals under every bias at once.
 """
 
-import functools
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,12 @@ from typing import Any
 from pydantic import FiniteFloat
 from typing_extensions import TypedDict
 
-from dcr.core import config, generation, prompts, refusal, storage
+from dcr.core import config, generation, refusal, storage
 from dcr.core.config import STAGES, ConfigError, EvalConfig, Kind, SteeringConfig
-from dcr.core.evaluation import subjects
-from dcr.core.evaluation.sets import PromptSet, set_name, validation
-from dcr.core.evaluation.subjects import Subject
+from dcr.core.evaluation import store, subjects
+from dcr.core.evaluation.protocols import Change
+from dcr.core.evaluation.sets import PromptSet, read_set, set_name
+from dcr.core.evaluation.subjects import Local
 from dcr.core.generation import OpeningBias
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
@@ -75,7 +75,7 @@ def check(settings: EvalConfig, made_with: Mapping[str, Any]) -> None:
     `made_with` is the configuration of the run that is calibrated.
     """
     if _share(settings) is None and _exported(settings) is None:
-        subjects.final(_reference(settings))
+        subjects.final(settings, _reference(settings))
     if made_with["method"] not in {method.value for method in STAGES}:
         return
     learnt = {
@@ -143,32 +143,50 @@ def _reference(settings: EvalConfig) -> Run:
     return run
 
 
-def calibrated(
-    settings: EvalConfig, subject: Subject, policy: Callable[[], Policy], folder: Path
-) -> tuple[Subject, dict[str, Any]]:
-    """The subject with its bias, and `calibration` of `metrics.json`.
+class Calibrated(Change):
+    """Answers that begin under the bias that `calibrate` asks for."""
 
-    `folder` is that of its plain answers: what is read of the validation prompts is kept there.
-    """
-    read = _kept(settings, policy, validation(settings), folder)
-    file = folder / "opening.json"  # else a command whose answers are all there opened the weights
-    if not file.is_file():
-        chat = prompts.chat_format(policy().tokenizer, settings.model)
-        storage.write_json(file, place(chat))
-    bias, record = chosen(settings, storage.read_json(file, Place), read)
-    return replace(subject, bias=bias), record
+    def check(self, settings: EvalConfig, run: Run) -> None:
+        check(settings, run.config() if settings.run else {"method": "base"})
+
+    def told(self, settings: EvalConfig) -> dict[str, Any]:
+        return {"calibrate": label(settings)}
+
+    def identity(self, subject: Local) -> dict[str, object]:
+        return {}  # the bias itself, of which the subject tells
+
+    def prepared(self, subject: Local) -> dict[str, Any]:
+        """Gives the subject its bias, read of validation prompts beside its plain answers."""
+        plain = subject.folder
+        read = _kept(subject, validation(subject.settings), plain)
+        file = plain / "opening.json"  # else a command whose answers are there opened the weights
+        if not file.is_file():
+            storage.write_json(file, place(subject.plain_chat()))
+        where = storage.read_json(file, Place)
+        subject.bias, record = chosen(subject.settings, where, read)
+        for edits in plain.glob("steering.json"):
+            storage.write_bytes(subject.folder / edits.name, edits.read_bytes())
+        return {"calibration": record}
 
 
-def _kept(
-    settings: EvalConfig, policy: Callable[[], Policy], sets: Sequence[PromptSet], folder: Path
-) -> dict[str, list[Fork]]:
-    """The forks of every prompt, kept in `folder`; only what is missing is read, by `policy()`."""
+def validation(settings: EvalConfig, limit: int | None = None) -> list[PromptSet]:
+    """The prompts that a bias or a strength is chosen on: none that is tested or extracted from."""
+    return [
+        read_set(source, kind, settings.data.root, limit, settings.seed)
+        for kind in (Kind.toxic, Kind.seemingly_toxic)
+        for source in getattr(settings.calibration, kind.value)
+    ]
+
+
+def _kept(subject: Local, sets: Sequence[PromptSet], folder: Path) -> dict[str, list[Fork]]:
+    """The forks of every prompt, kept in `folder`; only what is missing is read."""
 
     def ask(rows: list[Example]) -> Iterator[list[Fork]]:
-        chat = prompts.chat_format(policy().tokenizer, settings.model)
-        return forks(policy(), chat, rows, settings.gen.most)
+        most = subject.settings.gen.most
+        return forks(subject.policy(), subject.plain_chat(), rows, most)
 
-    return subjects.kept(sets, ask, folder / "forks", Fork, "reading", settings.trainer.progress)
+    progress = subject.settings.trainer.progress
+    return store.kept(sets, ask, folder / "forks", Fork, "reading", progress)
 
 
 def forks(
@@ -315,11 +333,11 @@ def _refused(settings: EvalConfig) -> float:
         run=str(run.folder),
         steering=SteeringConfig(),
     )
-    subject = subjects.final(run)
-    policy = functools.cache(functools.partial(subjects.opened, beside, subject))
     toxic = [b for b in validation(settings) if b.kind is Kind.toxic]
-    folder = subjects.answers_folder(beside, run, subject)
-    read = [fork for forks in _kept(beside, policy, toxic, folder).values() for fork in forks]
+    subject = subjects.final(beside, run)
+    with subject:
+        found = _kept(subject, toxic, subject.folder)
+    read = [fork for forks in found.values() for fork in forks]
     refused = sum(fork.refused(0) for fork in read)
     if not refused:
         raise ConfigError(

@@ -15,6 +15,7 @@ from dcr import extensions, launching
 from dcr.core import cli, config, ending
 from dcr.core.config import ConfigError, TrainConfig
 from dcr.core.runs import Run
+from dcr.extensions import EvalSettings
 
 # Each but train and eval is `python -m dcr.<name>`.
 COMMANDS = {
@@ -54,7 +55,7 @@ def _train(composed: DictConfig) -> None:
 def _evaluate(composed: DictConfig) -> None:
     from dcr import eval as evaluation
 
-    settings, run = evaluation.resolved(composed)
+    settings, run = evaluation.resolved(composed, EvalSettings)
     extensions.hand_in_passes()
     evaluation.evaluate(settings, run)
 

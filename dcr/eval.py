@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -12,14 +12,17 @@ from dcr.core.config import ConfigError, EvalConfig, Method, ModelConfig
 from dcr.core.runs import Run
 from dcr.core.text import label_of
 
+Settings = TypeVar("Settings", bound=EvalConfig)
 
-def resolved(composed: DictConfig) -> tuple[EvalConfig, Run]:
+
+def resolved(composed: DictConfig, schema: type[Settings]) -> tuple[Settings, Run]:
     """The settings of an evaluation and the folder it is for, as `eval.py` composes them.
 
-    Raises ConfigError where it is not clear what is to be evaluated.
+    `schema` holds the core's settings, the extensions' and their table. Raises ConfigError where it
+    is not clear what is to be evaluated.
     """
     run = _run_of(composed)
-    return config.resolve(_completed(composed, run), EvalConfig), run
+    return config.resolve(_completed(composed, run), schema), run
 
 
 def _run_of(composed: DictConfig) -> Run:
@@ -92,7 +95,7 @@ def evaluate(settings: EvalConfig, run: Run) -> None:
     """Answer what is unanswered, judge what is unjudged, count, and write `metrics.json`."""
     # not at the top: what is asked is checked before torch is loaded
     from dcr.core import threads, wandb_run
-    from dcr.core.evaluation import metrics, sets, subjects
+    from dcr.core.evaluation import metrics, subjects
 
     settings, arithmetic = precision.of_evaluation(
         settings, run.precisions() if settings.run else {}
@@ -101,12 +104,12 @@ def evaluate(settings: EvalConfig, run: Run) -> None:
         arithmetic.say()
     found = subjects.subjects(settings, run)
     metrics.check(settings, run)
-    prompts = sets.read(settings)
+    asked = metrics.read(settings)
     threads.use(settings.trainer.threads)
     with storage.locked(run.folder), _claimed(settings, run), ExitStack() as stack:
         shown = None
         for subject in found:
-            measured, answers = metrics.measure(settings, run, subject, prompts)
+            measured, answers = metrics.measure(settings, run, subject, asked)
             if shown is None:  # not before there is something to show
                 tags = [run.config()["method"], settings.model.label]
                 opening = wandb_run.opened(settings.wandb, run, "eval", tags, None)

@@ -28,11 +28,11 @@ from dcr.core.config import (
     Precision,
     block_of,
 )
-from dcr.core.evaluation import sets
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.sources import SOURCES
 from dcr.core.text import single_line
+from dcr.extensions import EvalSettings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -175,7 +175,7 @@ def export(
     made_with = _exportable(run, out, stage)
     dtype = "bfloat16" if (precision or _evaluated_in(run)) is Precision.bf16 else "float32"
     model = config.model_of(made_with, trust_remote_code)
-    settings = EvalConfig(model=model, calibrate=calibrate, precision=_evaluated_in(run))
+    settings = EvalSettings(model=model, calibrate=calibrate, precision=_evaluated_in(run))
     import torch
     from peft import PeftModel
 
@@ -278,7 +278,7 @@ def _calibrate(policy: "Policy", chat: ChatFormat, settings: EvalConfig) -> dict
     new = settings.gen.max_new_tokens
     read = {
         asked.name: [f for batch in calibration.forks(policy, chat, asked.rows, new) for f in batch]
-        for asked in sets.validation(settings)
+        for asked in calibration.validation(settings)
     }
     bias, record = calibration.chosen(settings, calibration.place(chat), read)
     policy.model.generation_config.sequence_bias = bias.sequences

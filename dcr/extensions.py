@@ -1,9 +1,50 @@
-"""The extensions that the entry points hand to the core, in one table."""
+"""The one table of our extensions: what each name of a setting stands for.
 
-from typing import TYPE_CHECKING
+Whoever evaluates hands `EvalSettings` to the core, which knows `EvalConfig` alone.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from dcr.core import ending
+from dcr.core.config import EvalConfig, Part, Table
 
 if TYPE_CHECKING:
     from dcr.core.passes import Passes
+
+TABLE = Table(
+    tasks={
+        "ability": "dcr.ability:Ability",
+        "quality": "dcr.quality:Quality",
+        "refusal_probability": "dcr.analyses.weights:RefusalProbability",
+        "kernel": "dcr.analyses.weights:Kernel",
+        "separability": "dcr.analyses.weights:Separability",
+        "claims": "dcr.analyses.weights:Claims",
+    },
+    judges=("llm", "llama_guard", "wildguard", "moderation"),
+    judging="dcr.judges:Ours",
+    changes=(
+        Part(
+            "dcr.steering:Steering",
+            lambda of: of.steering.method != "none" or of.steering.validation,
+        ),
+        Part("dcr.contrast:Contrasted", lambda of: bool(of.gen.contrast)),
+        Part("dcr.core.evaluation.subjects:Prefilled", lambda of: of.gen.prefill is not None),
+        Part("dcr.calibration:Calibrated", lambda of: of.calibrate is not None),
+    ),
+    endpoint="dcr.endpoints.subject:Served",
+    sharing="dcr.workers:Workers",
+)
+
+
+@dataclass
+class EvalSettings(EvalConfig):
+    """Everything `eval.py` can be told."""
+
+    table: ClassVar[Table] = TABLE
+
+
+ending.SCHEMAS["eval"] = EvalSettings
 
 
 def fast_passes() -> "Passes":

@@ -1,6 +1,5 @@
 """AlpacaEval: how often a model's answers are preferred to a reference's, the STL run's."""
 
-import functools
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -12,10 +11,10 @@ import numpy as np
 
 from dcr import endpoints
 from dcr.core import config, statistics, storage
-from dcr.core.config import ConfigError, EvalConfig, SteeringConfig
+from dcr.core.config import ConfigError, EvalConfig, Kind, SteeringConfig
 from dcr.core.evaluation import subjects
-from dcr.core.evaluation.sets import PromptSet, set_name
-from dcr.core.evaluation.subjects import Answers
+from dcr.core.evaluation.protocols import Answers, Task, Work
+from dcr.core.evaluation.sets import PromptSet, read_set, set_name
 from dcr.core.generation import Completion
 from dcr.core.runs import Run
 from dcr.judges import pairwise
@@ -25,6 +24,22 @@ ALPACA_EVAL_KEYS = (
     *("instruction", "output_1", "generator_1", "output_2", "generator_2"),
     *("annotator", "preference"),
 )
+
+
+class Quality(Task):
+    """The win rate of `tasks=[quality]`, of answers to ordinary instructions."""
+
+    closed = True
+
+    def check(self, settings: EvalConfig, run: Run) -> None:
+        check(settings)
+
+    def prompts(self, settings: EvalConfig) -> list[PromptSet]:
+        source, root = settings.quality.source, settings.data.root
+        return [read_set(source, Kind.normal, root, settings.limit, settings.seed)]
+
+    def measure(self, work: Work) -> dict[str, Any]:
+        return win_rate(work.settings, work.run, work.asked, work.answers, work.folder)
 
 
 def check(settings: EvalConfig) -> None:
@@ -58,16 +73,15 @@ def win_rate(
         steering=SteeringConfig(),
         gen=replace(settings.gen, self_cd=None, adacd=None, prefill=None),
     )
-    subject = subjects.final(reference)
-    place = subjects.answers_folder(beside, reference, subject)
+    subject = subjects.final(beside, reference)
+    place = subject.folder
     if place.resolve() == folder.resolve():
         others = given
     else:
-        policy = functools.cache(functools.partial(subjects.opened, beside, subject))
         rows = [b for b in asked if b.name == name]
         mine = reference.folder.resolve() == run.folder.resolve()  # locked already
-        with nullcontext() if mine else storage.locked(reference.folder):
-            others = subjects.answers(beside, subject, rows, place, policy)
+        with nullcontext() if mine else storage.locked(reference.folder), subject:
+            others = subject.answers(rows, place)
     labels = []
     for made_with in (run.config(), reference.config()):
         label = made_with["model"]["label"]

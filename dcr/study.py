@@ -39,9 +39,9 @@ from dcr.core.config import (
     TrainConfig,
     UserError,
 )
-from dcr.core.evaluation import sets
 from dcr.core.runs import Cost, Run
 from dcr.core.text import label_of, single_line
+from dcr.extensions import EvalSettings
 from dcr.plan import cost
 
 SLOW_IMPORTS = ("dcr.train", "dcr.core.evaluation.metrics")
@@ -141,7 +141,7 @@ class Job:
                 work = functools.partial(train_stage, settings, self.run, stage)
                 found.append(Part(self.name, stage.value, done, work))
         for settings in self.evaluations:
-            steering = settings.steering.method.value
+            steering = settings.steering.method
             name = "evaluation" + ("" if steering == "none" else f", {steering}")
             name += ", calibrated" if settings.calibrate else ""
             done = functools.partial(evaluation_done, settings, self.run)
@@ -237,9 +237,8 @@ def _evaluations(
 ) -> list[EvalConfig]:
     """Settings of the evaluations of a run that is made with the settings `made_with`."""
     composed = (cli.compose("eval", each, Options) for each in combined)
-    return [
-        config.resolve(evaluation_script.completed(one, made_with), EvalConfig) for one in composed
-    ]
+    whole = (evaluation_script.completed(one, made_with) for one in composed)
+    return [config.resolve(one, EvalSettings) for one in whole]
 
 
 def split_settings(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -249,7 +248,7 @@ def split_settings(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """
     training, evaluating = (
         {entry.name for entry in fields(schema)} | {group}
-        for schema, group in ((TrainConfig, "preset"), (EvalConfig, "steering"))
+        for schema, group in ((TrainConfig, "preset"), (EvalSettings, "steering"))
     )
     evaluating -= {"model", "data", "seed"}  # the run's own
     machine = {f"trainer.{entry.name}" for entry in fields(DeviceConfig)}
@@ -281,7 +280,7 @@ def check_jobs(planned: Sequence[Job]) -> None:
         if job.training is not None:
             training_script.checked(job.training, job.run)
         for settings in job.evaluations:
-            sets.read(settings)
+            metrics.read(settings)
             if job.training is None:
                 metrics.check(settings, job.run)
 
@@ -324,7 +323,7 @@ def _evaluated(settings: EvalConfig, run: Run) -> str:
     from dcr.core.evaluation import subjects
 
     subject = subjects.subjects(settings, run)[0]
-    weights = models.weights_fingerprint(subject.folder) if subject.folder else subject.weights
+    weights = models.weights_fingerprint(subject.source) if subject.source else subject.weights
     free = ("run", "output", "trainer", "wandb")
     made_with = {key: value for key, value in cli.plain(settings).items() if key not in free}
     return storage.fingerprint([weights, made_with])
@@ -549,13 +548,15 @@ def _adopted(run: Run) -> list[str]:
 
 def describe(planned: Sequence[Job]) -> str:
     """A table of the jobs: which parts are done, shared, or take how long."""
+    from dcr.core.evaluation import metrics
+
     table = entry.table("Jobs", ["job", "stage one", "SFT", "evaluations", "folder"], names=5)
     first: dict[str, str] = {}  # the job that trains each stage one
     seconds = [0.0]
     for job in planned:
         cells = [_stage_cell(job, stage, first, seconds) for stage in STAGES[Method.dcr]]
         done = sum(part.done() for part in job.parts()[-len(job.evaluations) :])
-        answers = sum(len(one.rows) for e in job.evaluations for one in sets.read(e).sets)
+        answers = sum(len(one.rows) for e in job.evaluations for one in metrics.read(e).sets)
         cells.append("done" if done == len(job.evaluations) else f"{answers} answers")
         table.add_row(job.name, *cells, job.run.folder.name)
     total = plan.duration(sum(seconds))

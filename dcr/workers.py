@@ -4,6 +4,7 @@ The first process cuts them into batches, hands these out, and alone writes what
 order in which it was cut: which process answered a batch makes no difference to any answer.
 """
 
+import copy
 import logging
 import multiprocessing
 import pickle
@@ -11,28 +12,22 @@ import signal
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from dcr.core import passes
-from dcr.core.config import EvalConfig, UserError
-from dcr.core.evaluation import subjects
-from dcr.core.evaluation.subjects import Subject
-from dcr.core.models import Policy
+from dcr.core.config import UserError
+from dcr.core.evaluation.subjects import Local
 from dcr.core.passes import Passes
-from dcr.core.runs import Run
 
 log = logging.getLogger(__name__)
 
 Row = TypeVar("Row")
 Done = TypeVar("Done")
-Opener = Callable[[], Policy]
-Begun = tuple[EvalConfig, Run, Subject, Path, Passes]
 
 
 class Lost(UserError):
@@ -47,9 +42,9 @@ class Workers:
     They begin with the first batch and end with the `with` block, or with this process.
     """
 
-    def __init__(self, settings: EvalConfig, run: Run, subject: Subject, folder: Path) -> None:
-        self.begun: Begun = (settings, run, subject, folder, passes.current())
-        self.count = settings.trainer.devices
+    def __init__(self, subject: Local) -> None:
+        self.subject = subject
+        self.count = subject.settings.trainer.devices
         self.processes: dict[Connection, BaseProcess] = {}
 
     def __enter__(self) -> "Workers":
@@ -63,22 +58,22 @@ class Workers:
 
     def shared(
         self,
-        cut: Callable[[Opener, list[Row], int], list[list[Row]]],
-        work: Callable[[Opener, list[Row]], Done],
+        cut: Callable[[Local, list[Row], int], list[list[Row]]],
+        work: Callable[[Local, list[Row]], Iterator[list[Done]]],
         rows: list[Row],
-    ) -> Iterator[Done]:
-        """What `work` makes of each of the batches that `cut` makes of the rows, in their order.
+    ) -> Iterator[list[Done]]:
+        """What `work` gives of each of the batches that `cut` makes of the rows, in their order.
 
         Both run in the processes, so they and what they take and give must pickle. Raises what
         they raise, and Lost where a process was killed: what was given back before is whole.
         """
         (batches,) = self.each(cut, [(rows, self.count)])
-        yield from self.each(work, [(batch,) for batch in batches])
+        yield from self.each(_whole, [(work, batch) for batch in batches])
 
     def each(
         self, function: Callable[..., Done], givens: Sequence[tuple[Any, ...]]
     ) -> Iterator[Done]:
-        """What the function makes of a process's opener and each of the tuples, in their order."""
+        """What the function makes of a process's subject and each of the tuples, in their order."""
         waiting, idle = deque(enumerate(givens)), self._started()
         found: dict[int, Any] = {}
         under_way: set[Connection] = set()
@@ -122,7 +117,7 @@ class Workers:
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         for number in range(0 if self.processes else self.count):
             ours, theirs = context.Pipe()
-            given = (theirs, number, threads, self.begun)
+            given = (theirs, number, threads, copy.copy(self.subject), passes.current())
             process = context.Process(target=_serve, args=given, daemon=True)
             process.start()
             theirs.close()
@@ -130,24 +125,29 @@ class Workers:
         return list(self.processes)
 
 
-def _serve(asked: Connection, number: int, threads: int, begun: Begun) -> None:
+def _whole(
+    subject: Local, work: Callable[[Local, list[Row]], Iterator[list[Done]]], batch: list[Row]
+) -> list[Done]:
+    return [each for part in work(subject, batch) for each in part]
+
+
+def _serve(asked: Connection, number: int, threads: int, subject: Local, told: Passes) -> None:
     """What each process does until the first one closes its end or ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches all; the first one ends us
-    torch.set_num_threads(begun[0].trainer.threads or threads)
-    if begun[0].trainer.accelerator != "cpu" and torch.cuda.is_available():
+    trainer = subject.settings.trainer
+    torch.set_num_threads(trainer.threads or threads)
+    if trainer.accelerator != "cpu" and torch.cuda.is_available():
         torch.cuda.set_device(number)
-    passes.use(begun[4])
-    with ExitStack() as stack:
-        policy = subjects.opener(*begun[:3], stack, begun[3])
-        while True:
-            try:
-                place, function, given = pickle.loads(asked.recv_bytes())
-            except EOFError:
-                return
-            try:
-                result, fault = function(policy, *given), None
-            except UserError as error:
-                result, fault = None, error
-            except Exception:  # of any kind: the first process waits for an answer, and raises it
-                result, fault = None, RuntimeError(traceback.format_exc())
-            asked.send_bytes(pickle.dumps((place, result, fault)))
+    passes.use(told)
+    while True:
+        try:
+            place, function, given = pickle.loads(asked.recv_bytes())
+        except EOFError:
+            return
+        try:
+            result, fault = function(subject, *given), None
+        except UserError as error:
+            result, fault = None, error
+        except Exception:  # of any kind: the first process waits for an answer, and raises it
+            result, fault = None, RuntimeError(traceback.format_exc())
+        asked.send_bytes(pickle.dumps((place, result, fault)))

@@ -16,8 +16,9 @@ from mkdocs.structure.files import File, Files
 from dcr import launching
 from dcr.core import config
 from dcr.core.cli import CONF
+from dcr.extensions import EvalSettings
 
-SCRIPTS = {"train.py": config.TrainConfig, "eval.py": config.EvalConfig}
+SCRIPTS = {"train.py": config.TrainConfig, "eval.py": EvalSettings}
 LAUNCHERS = {"joblib": launching.JoblibOptions, "slurm": launching.SlurmOptions}
 
 

@@ -19,13 +19,13 @@ from dcr import calibration, export, report, train
 from dcr import eval as eval_entry
 from dcr.calibration import Fork
 from dcr.core import cli, generation, models, prompts, refusal, storage
-from dcr.core.config import ConfigError, EvalConfig, ModelConfig, Precision
+from dcr.core.config import ConfigError, ModelConfig, Precision
 from dcr.core.evaluation import metrics, subjects
-from dcr.core.evaluation.subjects import Subject
 from dcr.core.generation import OpeningBias
 from dcr.core.models import Policy
 from dcr.core.runs import Run
 from dcr.core.sources import Example, read
+from dcr.extensions import EvalSettings
 from tests import test_eval, tiny_run
 
 SHAPE = {
@@ -181,17 +181,15 @@ def test_a_tie_opens_as_greedy_decoding_has_it(
 
 
 def test_a_prefilled_answer_goes_on_from_its_words_and_out_of_reach_of_a_bias(
-    policy: Policy, rows: list[Example]
+    policy: Policy, rows: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = EvalConfig(model=MODEL)
+    settings = EvalSettings(model=MODEL)
     settings.gen.max_new_tokens, settings.gen.prefill = NEW, "Sure, here is"
-    biased = Subject("base", bias=placed(policy, 50.0))
-    asked = rows[:6]
-    given = {
-        c.id: c.response
-        for batch in subjects.answer(settings, biased, lambda: policy, asked)
-        for c in batch
-    }
+    monkeypatch.setattr(subjects, "opened", lambda _: policy)
+    run, asked = Run(Path("anywhere")), rows[:6]
+    biased = subjects.base(settings, run)
+    biased.bias = placed(policy, 50.0)
+    given = {c.id: c.response for batch in biased.answer(asked) for c in batch}
     chat = prompts.chat_format(policy.tokenizer, MODEL)
     for row in asked:
         ids = [*chat.prompt_ids(row.prompt), *policy.tokenizer.encode("Sure, here is")]
@@ -201,10 +199,9 @@ def test_a_prefilled_answer_goes_on_from_its_words_and_out_of_reach_of_a_bias(
                 logits = policy.model(input_ids=torch.tensor([ids + answer])).logits[0, -1]
             answer.append(int(logits.argmax()))
         assert given[row.id] == generation.text(chat, answer)
-    plain, other = Subject("base"), EvalConfig(model=MODEL)
+    other = EvalSettings(model=MODEL)
     other.gen.max_new_tokens = NEW
-    run = Run(Path("anywhere"))
-    assert len({subjects.answers_folder(s, run, plain) for s in (settings, other)}) == 2
+    assert len({subjects.base(told, run).folder for told in (settings, other)}) == 2
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -216,7 +213,7 @@ def openings_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(refusal, "is_refusal", lambda text, *_: text[:1] in ("I", *"NAMSU"))
 
 
-def resolved(folder: Path, *overrides: str) -> tuple[EvalConfig, Run]:
+def resolved(folder: Path, *overrides: str) -> tuple[EvalSettings, Run]:
     files = tiny_run.write_rows(folder / "rows")
     given = [
         "model=tiny", f"output={folder / 'base'}", "precision=fp32", "limit=4",
@@ -225,7 +222,7 @@ def resolved(folder: Path, *overrides: str) -> tuple[EvalConfig, Run]:
     ]  # fmt: skip
     cli.prepare()
     with initialize_config_dir(str(tiny_run.CONF), version_base="1.3"):
-        return eval_entry.resolved(compose("eval", given))
+        return eval_entry.resolved(compose("eval", given), EvalSettings)
 
 
 def measured(run: Run) -> list[dict[str, Any]]:
@@ -326,7 +323,7 @@ def test_an_endpoint_is_not_calibrated(tmp_path: Path) -> None:
 
 
 def test_prompts_that_were_trained_on_calibrate_nothing() -> None:
-    settings = EvalConfig(calibrate="0.9")
+    settings = EvalSettings(calibrate="0.9")
     data = {"toxic": {"source": "contrasts_toxic_heldout"}}
     with pytest.raises(ConfigError, match=r"trained on it \(data.toxic\); name prompts of another"):
         calibration.check(settings, {"method": "dcr", "data": data})

@@ -16,7 +16,6 @@ from dcr.core import cli, config, models
 from dcr.core.config import (
     ConfigError,
     ContrastiveConfig,
-    EvalConfig,
     LoraConfig,
     Method,
     ModelConfig,
@@ -26,6 +25,7 @@ from dcr.core.config import (
 )
 from dcr.core.config.checks import settings_of
 from dcr.core.text import label_of
+from dcr.extensions import EvalSettings
 from tests.tiny_run import CONF, composed
 
 FILES = sorted(CONF.rglob("*.yaml"))
@@ -52,14 +52,14 @@ def test_every_file_composes_and_resolves(path: Path) -> None:
         script, choice = "eval", ["model=tiny", f"steering={path.stem}"]
     else:
         script, choice = "train", [f"{path.parent.relative_to(CONF)}={path.stem}"]
-    schema = {"train": TrainConfig, "eval": EvalConfig}[script]
-    if schema is EvalConfig:
+    schema = {"train": TrainConfig, "eval": EvalSettings}[script]
+    if schema is EvalSettings:
         choice.append("data=demo")
     found = config.resolve(composed(script, *choice), schema)
     assert isinstance(found, schema)
     if path.parent.name == "steering":
-        assert isinstance(found, EvalConfig)
-        assert found.steering.method.value == path.stem
+        assert isinstance(found, EvalSettings)
+        assert found.steering.method == path.stem
     if isinstance(found, TrainConfig):
         assert 1 <= block(found) <= models.facts(found.model).depth
     if path.parent.name == "model":
@@ -150,7 +150,7 @@ def test_a_copy_of_a_model_keeps_its_numbers(tmp_path: Path) -> None:
     assert isinstance(again, DictConfig)
     assert config.resolve(again, TrainConfig).model == found.model
     told = ("model=llama3_8b", f"model.name={tmp_path}", "steering=surgical", "data=demo")
-    surgical = config.resolve(composed("eval", *told), EvalConfig).steering.surgical
+    surgical = config.resolve(composed("eval", *told), EvalSettings).steering.surgical
     assert (surgical.add, surgical.ablate) == (0.5, 0.3)
 
 
@@ -282,6 +282,6 @@ def test_every_setting_is_read_somewhere() -> None:
     files = "".join(file.read_text() for file in [*schema, *FILES])
     interpolated = re.findall(r'II\("([\w.]+)"\)|\$\{([\w.]+)\}', files)
     names = {*re.findall(r"\.(\w+)", code), *("".join(k).split(".")[-1] for k in interpolated)}
-    paths = {path for schema in (TrainConfig, EvalConfig) for path, _ in settings_of(schema())}
+    paths = {path for schema in (TrainConfig, EvalSettings) for path, _ in settings_of(schema())}
     assert len(paths) > 150
     assert {path for path in paths if path.split(".")[-1] not in names} <= set(NOT_BY_THAT_NAME)

@@ -12,13 +12,15 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from dcr import contrast
+from dcr.contrast import EMPHASIS, REFUSE, adapted, contrasted
 from dcr.core import generation, models, prompts
-from dcr.core.config import ConfigError, DataError, EvalConfig, GenConfig, Kind, ModelConfig, checks
-from dcr.core.generation import Completion, contrast, local
-from dcr.core.generation.contrast import EMPHASIS, REFUSE, adapted, contrasted
+from dcr.core.config import ConfigError, DataError, GenConfig, Kind, ModelConfig, checks
+from dcr.core.generation import Completion, local
 from dcr.core.models import Policy
 from dcr.core.prompts import CHATML, ChatFormat
 from dcr.core.sources import Example
+from dcr.extensions import EvalSettings
 from tests import test_generation
 
 WORDS = ["Hi", "How do I kill a Python process?", "Write a poem.", "Größe 你好 🙂", "a", "Why not?"]
@@ -72,7 +74,13 @@ def top(logits: Tensor) -> Tensor:
 
 def run(policy: Policy, chat: ChatFormat, weight: float | None, batch: int | None, new: int = NEW):
     settings = GenConfig(max_new_tokens=new, batch_size=batch, self_cd=weight)
-    made = [c for b in generation.complete(policy, chat, ROWS, settings, top) for c in b]
+    made = [
+        c
+        for b in generation.complete(
+            policy, chat, ROWS, settings, top, decoding=contrast.asked_for(settings)
+        )
+        for c in b
+    ]
     assert len(made) == len(ROWS)
     return {c.id: c for c in made}
 
@@ -335,7 +343,11 @@ def test_adacd_decodes_ten_tokens_against_the_prompt_and_then_plainly(
     chat = chat_of(policy)
     refusing = chat_of(policy, REFUSE)
     settings = GenConfig(max_new_tokens=NEW, batch_size=4, adacd=4.5)
-    list(generation.complete(policy, chat, ROWS, settings, top))
+    list(
+        generation.complete(
+            policy, chat, ROWS, settings, top, decoding=contrast.asked_for(settings)
+        )
+    )
     plain = {row.id: greedy(policy, chat, row.prompt, None) for row in ROWS}
     for row in ROWS:
         assert decoded[row.id] == greedy(policy, chat, row.prompt, refusing), row.id
@@ -361,7 +373,7 @@ def greedy(policy: Policy, chat: ChatFormat, prompt: str, refusing: ChatFormat |
 
 
 def test_one_way_to_decode_at_a_time() -> None:
-    settings = EvalConfig(gen=GenConfig(self_cd=1.0, adacd=4.5))
+    settings = EvalSettings(gen=GenConfig(self_cd=1.0, adacd=4.5))
     settings.steering.surgical.refusal_tokens = ["I"]  # else what it is taken from, not resolved
     with pytest.raises(ConfigError, match=r"gen.self_cd=1.0 gen.adacd=4.5: two ways to decode"):
         checks.check(settings)

@@ -12,9 +12,10 @@ import pytest
 import wandb
 from wandb_files import records
 
-from dcr import dashboard, judges
+from dcr import dashboard
 from dcr.core import runs, storage, wandb_run
 from dcr.core.config import Kind
+from dcr.core.evaluation import verdicts
 from dcr.core.generation import Completion
 from dcr.core.runs import Run
 from dcr.report import figures
@@ -33,6 +34,7 @@ from dcr import eval as entry
 from dcr import train
 from dcr import dashboard
 from dcr.core import cli
+from dcr.extensions import EvalSettings
 from dcr.core.runs import Run
 from tests import tiny_run
 folder = Path(sys.argv[1])
@@ -47,7 +49,7 @@ with initialize_config_dir(str(tiny_run.CONF), version_base="1.3"):
         "wandb.mode=offline", f"data.evaluation.over_refusal=[{rows['seemingly_toxic']}]",
         f"data.evaluation.safety=[{rows['toxic']}]"])
 for _ in range(2):
-    entry.evaluate(*entry.resolved(composed))
+    entry.evaluate(*entry.resolved(composed, EvalSettings))
 (page := folder / "shown/report.html").parent.mkdir()
 page.write_text("a page")
 assert dashboard.main([str(run.folder), f"page={page}", f"out={folder / 'board.json'}"]) == 0
@@ -246,10 +248,10 @@ def test_the_table_has_every_verdict_beside_the_answer(tmp_path: Path) -> None:
         Completion(str(i), f"Question {i}", text, 9, True, 0.5)
         for i, text in enumerate(["I'm sorry, but I can't help.", "Sure: first, water the rose."])
     ]
-    of = [judges.answer_fingerprint(answer) for answer in answers]
+    of = [verdicts.answer_fingerprint(answer) for answer in answers]
     storage.append_lines(
         run.evaluation("sft-1") / "verdicts/wildguard-aa/a.jsonl",
-        [judges.Verdict("0", of[0], "ok", compliance="refused", safety="safe")],
+        [verdicts.Verdict("0", of[0], "ok", compliance="refused", safety="safe")],
     )
     counts = {"a": {"kind": "toxic", "judged": {"wildguard": {}}}}
     table = wandb_run.completions(run, {"sets": counts}, {"a": answers})

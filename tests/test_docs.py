@@ -12,7 +12,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from dcr.core import config
-from dcr.core.config import EvalConfig, TrainConfig
+from dcr.core.config import TrainConfig
+from dcr.extensions import EvalSettings
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -24,7 +25,7 @@ LINKS = re.compile(r"\]\(([^)#:\s]+)\)")
 MODULES = re.compile(r"(?:python -m |`)(dcr(?:\.[a-z_]+)+)")
 COMMANDS = re.compile(r"python (train|eval)\.py ([^\n`]*)")
 GROUPS = ("model", "data", "preset", "sweep", "steering")
-SCHEMAS = {"train": TrainConfig, "eval": EvalConfig}
+SCHEMAS = {"train": TrainConfig, "eval": EvalSettings}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -127,9 +128,9 @@ def test_no_page_of_the_site_loads_anything_from_elsewhere(tmp_path: Path) -> No
 
 def test_a_key_that_there_is_not_would_be_found() -> None:
     assert exists("dcr.optim.lr", TrainConfig)
-    assert exists("llm.parameters.top_p", EvalConfig)
+    assert exists("llm.parameters.top_p", EvalSettings)
     assert not exists("dcr.optim.rate", TrainConfig)
-    assert not exists("dcr.margin", EvalConfig)
+    assert not exists("dcr.margin", EvalSettings)
     assert not is_there("dcr.nothing")
     assert {"dcr/core/losses.py", "train.py"} <= set(
         PATHS.findall("`dcr/core/losses.py` and train.py")

@@ -14,10 +14,10 @@ from omegaconf import DictConfig
 
 from dcr import eval as eval_entry
 from dcr.core import cli, generation, models, refusal, runs, storage
-from dcr.core.config import ConfigError, EvalConfig, Precision, SourcesByKind, Steering, UserError
-from dcr.core.evaluation import discernment, sets, subjects
-from dcr.core.evaluation.subjects import Subject
+from dcr.core.config import ConfigError, Precision, SourcesByKind, UserError
+from dcr.core.evaluation import discernment, metrics, subjects
 from dcr.core.runs import Run
+from dcr.extensions import EvalSettings
 from dcr.judges import pairwise
 from dcr.report import __main__ as report
 from dcr.steering import prompts as steering_prompts
@@ -33,8 +33,8 @@ def composed(*overrides: str) -> DictConfig:
         )
 
 
-def resolved(*overrides: str) -> tuple[EvalConfig, Run]:
-    return eval_entry.resolved(composed(*overrides))
+def resolved(*overrides: str) -> tuple[EvalSettings, Run]:
+    return eval_entry.resolved(composed(*overrides), EvalSettings)
 
 
 def test_naming_one_source_leaves_its_sisters() -> None:
@@ -177,9 +177,8 @@ def test_some_snapshots_can_be_named(trained: Run) -> None:
 
 def test_a_stage_in_between_can_be_named(trained: Run, tmp_path: Path) -> None:
     settings, run = resolved(f"run={trained.folder}", "stage=contrastive")
-    assert subjects.subjects(settings, run) == [
-        Subject("contrastive", trained.stage("contrastive"))
-    ]
+    (subject,) = subjects.subjects(settings, run)
+    assert (subject.weights, subject.source) == ("contrastive", trained.stage("contrastive"))
     (tmp_path / "config.yaml").write_text((trained.folder / "config.yaml").read_text())
     settings, run = resolved(f"run={tmp_path}", "stage=sft")
     with pytest.raises(ConfigError, match=r"stage=sft: .* holds no sft/; train that stage first"):
@@ -277,16 +276,15 @@ def test_the_reference_of_alpaca_eval_answers_plainly(
     settings, run = resolved(*common, *changed)
     eval_entry.evaluate(settings, run)
     plain, _ = resolved(*common)
-    (subject,) = subjects.subjects(plain, run)
-    own = generation.stored(subjects.answers_folder(settings, run, subject) / f"{asked.stem}.jsonl")
-    other = generation.stored(subjects.answers_folder(plain, run, subject) / f"{asked.stem}.jsonl")
+    own, other = (
+        generation.stored(answers_of(one, run) / f"{asked.stem}.jsonl") for one in (settings, plain)
+    )
     assert len(own) == len(other) == len(compared) == 4
     for pair in compared:
         assert (pair.reference, pair.answer) == (other[pair.id].response, own[pair.id].response)
-    policy = subjects.opened(plain, subject)
-    rows = [row for b in sets.read(plain).sets for row in b.rows]
-    batches = subjects.answer(plain, subject, lambda: policy, rows)
-    assert {c.id: c for batch in batches for c in batch} == other
+    rows = [row for b in metrics.read(plain).sets for row in b.rows]
+    answered = subjects.final(plain, run).answer(rows)
+    assert {c.id: c for batch in answered for c in batch} == other
 
 
 def test_the_record_of_an_edit_outlives_a_command_that_opens_nothing(
@@ -312,7 +310,7 @@ def test_sets_that_hold_prompts_of_the_released_code_say_so(
     fresh: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     named = SourcesByKind(toxic=["demo_toxic_heldout"], normal=["demo_normal"])
-    monkeypatch.setitem(steering_prompts.RELEASED, Steering.scans, named)
+    monkeypatch.setitem(steering_prompts.RELEASED, "scans", named)
     common = (f"run={fresh.folder}", "data=demo", "data.near_duplicate=1", *STEERED)
     common = (*common, "tasks=[over_refusal,safety]", "limit=12")
     seen = {}
@@ -332,15 +330,15 @@ def test_sets_that_hold_prompts_of_the_released_code_say_so(
     assert sorted(seen.values())[:-1] == [0, 0, 0]
 
 
-def in_folder(folder: Path, *overrides: str) -> tuple[EvalConfig, Run]:
+def in_folder(folder: Path, *overrides: str) -> tuple[EvalSettings, Run]:
     output = folder.parent / "output"
     common = (f"model.name={folder}", f"output={output}", "limit=2", "precision=fp32")
     return resolved(*common, "tasks=[over_refusal]", *overrides)
 
 
-def answers_of(settings: EvalConfig, run: Run) -> Path:
+def answers_of(settings: EvalSettings, run: Run) -> Path:
     (subject,) = subjects.subjects(settings, run)
-    return subjects.answers_folder(settings, run, subject)
+    return subject.folder
 
 
 def test_a_folder_is_known_by_what_it_holds(tiny_folder: Path, tmp_path: Path) -> None:
@@ -421,7 +419,7 @@ def test_no_bar_stands_before_the_line_of_a_model_that_cannot_be_opened(
     assert "prompt" not in capsys.readouterr().err
 
 
-def served(url: str, output: Path, *overrides: str) -> tuple[EvalConfig, Run]:
+def served(url: str, output: Path, *overrides: str) -> tuple[EvalSettings, Run]:
     return resolved(
         *(f"endpoint={url}", "endpoint_model=there", f"output={output}", "http.retries=0"),
         *("data=demo", "tasks=[over_refusal,safety]", "limit=3", *overrides),

@@ -25,16 +25,15 @@ from dcr.core.config import (
     STAGES,
     ConfigError,
     DataError,
-    EvalConfig,
     LoraConfig,
     ModelConfig,
     Precision,
 )
 from dcr.core.evaluation import subjects
-from dcr.core.evaluation.subjects import Subject
 from dcr.core.models import Policy
 from dcr.core.runs import Run
 from dcr.core.sources import Example, read
+from dcr.extensions import EvalSettings
 from tests.servers.loopback import Answer, Request, answering, as_json
 
 # peft asks transformers for a name that the latter has renamed
@@ -102,10 +101,8 @@ def by_transformers(out: Path, rows: list[Example], **asked: Any) -> dict[str, s
     return found
 
 
-def by_ours(settings: EvalConfig, subject: Subject, rows: list[Example]) -> dict[str, str]:
-    policy = subjects.opened(settings, subject)
-    batches = subjects.answer(settings, subject, lambda: policy, rows)
-    return {answer.id: answer.response for batch in batches for answer in batch}
+def by_ours(subject: subjects.Local, rows: list[Example]) -> dict[str, str]:
+    return {answer.id: answer.response for batch in subject.answer(rows) for answer in batch}
 
 
 def _logits(model: Any) -> Tensor:
@@ -202,13 +199,13 @@ def test_plain_transformers_decodes_a_calibrated_export_as_we_do(
     asked = [f"run={moved.folder}", f"out={out}", "precision=fp32", "calibrate=0.9"]
     assert export.main(asked) == 0
     node = ModelConfig(name=str(out), template="chatml", system_prompt=SYSTEM)
-    settings = EvalConfig(model=node, calibrate="0.9", precision=Precision.fp32)
+    settings = EvalSettings(model=node, calibrate="0.9", precision=Precision.fp32)
     settings.gen.max_new_tokens = 12
-    policy = subjects.opened(settings, plain := Subject("base", out))
-    biased, record = calibration.calibrated(settings, plain, lambda: policy, tmp_path / "answers")
-    rows = read("demo_toxic_heldout")[:12]
-    ours = by_ours(settings, biased, rows)
-    assert ours != by_ours(settings, plain, rows)
+    subject, rows = subjects.base(settings, Run(tmp_path)), read("demo_toxic_heldout")[:12]
+    plain = by_ours(subject, rows)
+    record = calibration.Calibrated().prepared(subject)["calibration"]
+    ours = by_ours(subject, rows)
+    assert ours != plain
     assert ours == by_transformers(out, rows, max_new_tokens=12, do_sample=False)
     card_text = (out / "README.md").read_text()
     assert f"The generation config adds {record['bias']:+.3f}" in card_text
@@ -222,12 +219,12 @@ def test_an_export_of_a_base_that_samples_and_penalises_decodes_as_evaluated(mov
     out = export.export(moved, moved.folder / "out", precision=Precision.fp32)
     card = (out / "README.md").read_text()
     assert all(f"| `{name}` | `{json.dumps(value)}` |" in card for name, value in own.items())
-    settings = EvalConfig(
+    settings = EvalSettings(
         model=ModelConfig(name="someone/base", system_prompt=SYSTEM), precision=Precision.fp32
     )
     settings.gen.max_new_tokens = settings.gen.most
-    rows, subject = read("demo_toxic_heldout")[:3], Subject("sft", moved.stage("sft"))
-    assert by_transformers(out, rows) == by_ours(settings, subject, rows)
+    rows, subject = read("demo_toxic_heldout")[:3], subjects.final(settings, moved)
+    assert by_transformers(out, rows) == by_ours(subject, rows)
 
 
 def test_peft_does_not_find_the_base_of_a_moved_run_by_itself(moved: Run, made: Made) -> None:

@@ -27,7 +27,7 @@ from dcr.core.generation import Completion, decoding, local
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
 from dcr.core.sources import Example
-from dcr.endpoints import Failure, Reply
+from dcr.endpoints import Failure, Reply, subject
 from dcr.fast import cache
 from dcr.fast import passes as fast
 from tests import shapes
@@ -610,7 +610,7 @@ def test_a_servers_answers_are_completions_without_a_mass(
     asked: list[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = GenConfig(max_new_tokens=NEW)
-    batches = generation.complete_remote(SERVER, HTTPConfig(), ROWS, settings, "Be brief.")
+    batches = subject.complete(SERVER, HTTPConfig(), ROWS, settings, "Be brief.")
     done = {c.id: c for batch in batches for c in batch}
     assert done["p2"] == Completion("p2", PROMPTS[2], "and so on", NEW, False, None)
     assert done["p3"] == Completion("p3", PROMPTS[3], f"to {PROMPTS[3]}", 3, True, None)
@@ -639,7 +639,7 @@ def test_a_users_parameters_come_before_ours(
 ) -> None:
     server = ServerConfig(model="there", parameters=given)
     settings = GenConfig(max_new_tokens=NEW)
-    list(generation.complete_remote(server, HTTPConfig(), ROWS[5:6], settings))
+    list(subject.complete(server, HTTPConfig(), ROWS[5:6], settings))
     ((server_asked, conversations, _),) = asked
     assert server_asked.parameters == sent
     assert server.parameters == given  # the config itself stays as it was

@@ -21,10 +21,10 @@ from transformers import (
 )
 
 from dcr.core.config import ConfigError, DataError, LlamaGuardConfig, Precision, WildGuardConfig
+from dcr.core.evaluation.verdicts import Verdict, answer_fingerprint
 from dcr.core.generation import Completion
-from dcr.judges import Verdict, guards
+from dcr.judges import guards
 from dcr.judges.guards import harm_of, labels_of
-from dcr.judges.verdicts import answer_fingerprint
 
 END, HEAD = "<|im_end|>", "<|im_start|>"
 SPECIALS = ["<|endoftext|>", HEAD, END]

@@ -21,6 +21,7 @@ from dcr.core import cli, config, models, storage
 from dcr.core.config import ModelConfig, Precision, TrainConfig, UserError
 from dcr.core.models import saving
 from dcr.core.runs import Run
+from dcr.extensions import EvalSettings
 
 Command = Callable[..., Any]
 ASKED = (
@@ -105,9 +106,9 @@ def test_an_evaluation_of_a_run_takes_trust_and_no_other_model(
     assert ended.code == 2
     assert "model.template=chatml: a run brings its own; leave it out" in ended.error
     composed = cli.compose("eval", [run, "model.trust_remote_code=true"])
-    settings, _ = evaluation.resolved(composed)
+    settings, _ = evaluation.resolved(composed, EvalSettings)
     assert settings.model.trust_remote_code
-    settings, _ = evaluation.resolved(cli.compose("eval", [run]))
+    settings, _ = evaluation.resolved(cli.compose("eval", [run]), EvalSettings)
     assert not settings.model.trust_remote_code
 
 

@@ -14,19 +14,26 @@ from sklearn.metrics import cohen_kappa_score
 from dcr import judges
 from dcr.core.config import (
     ConfigError,
-    EvalConfig,
     GuardConfig,
     HTTPConfig,
-    Judge,
     Kind,
     LLMJudgeConfig,
     ModerationConfig,
     ServerConfig,
     UserError,
 )
+from dcr.core.evaluation.verdicts import (
+    COMPLIANCE,
+    SAFETY,
+    Verdict,
+    agreements,
+    answer_fingerprint,
+    by_keywords,
+)
 from dcr.core.generation import Completion
 from dcr.endpoints import EndpointError
-from dcr.judges import Verdict, served
+from dcr.extensions import TABLE, EvalSettings
+from dcr.judges import served
 from tests.servers.faults import FAULTS, faulty
 from tests.servers.loopback import Answer
 from tests.servers.scripted import (
@@ -63,10 +70,10 @@ def by_response(body: Body) -> Body:
     return completion(label, tokens=(100, 5))
 
 
-def settings(url: str, **llm_: Any) -> EvalConfig:
+def settings(url: str, **llm_: Any) -> EvalSettings:
     node: dict[str, Any] = {"url": url, "model": "judge-1", "key": "JUDGE_TEST_KEY"}
-    return EvalConfig(
-        judge=[Judge.llm],
+    return EvalSettings(
+        judge=["llm"],
         http=HTTPConfig(concurrency=4, timeout=60.0, retries=0),
         llm=LLMJudgeConfig(**node | llm_),
         moderation=ModerationConfig(url=url, model="moderation-latest", key="JUDGE_TEST_KEY"),
@@ -172,32 +179,28 @@ def test_a_wording_that_cannot_be_used_is_named(
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(ConfigError, match=f"llm.prompt={file}: {message}") as found:
-        judges.check([Judge.llm], settings("http://127.0.0.1:1/v1", prompt=str(file)))
+        judges.Ours().check(["llm"], settings("http://127.0.0.1:1/v1", prompt=str(file)))
     assert "\n" not in str(found.value)
 
 
-def test_checks_name_what_is_missing_and_keywords_need_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_checks_name_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    judges.check([Judge.keyword], EvalConfig())
     with pytest.raises(UserError, match=r"llm\.key=OPENAI_API_KEY"):
-        judges.check([Judge.keyword, Judge.llm], EvalConfig())
+        judges.Ours().check(["llm"], EvalSettings())
     with pytest.raises(UserError, match=r"moderation\.key=OPENAI_API_KEY"):
-        judges.check([Judge.moderation], EvalConfig())
-    for name in (Judge.llama_guard, Judge.wildguard):
-        wrong = EvalConfig()
-        getattr(wrong, name.value).model = str(tmp_path / "nowhere")
-        with pytest.raises(UserError, match=rf"{name.value}\.model"):
-            judges.check([name], wrong)
+        judges.Ours().check(["moderation"], EvalSettings())
+    for name in ("llama_guard", "wildguard"):
+        wrong = EvalSettings()
+        getattr(wrong, name).model = str(tmp_path / "nowhere")
+        with pytest.raises(UserError, match=rf"{name}\.model"):
+            judges.Ours().check([name], wrong)
 
 
 def test_every_judge_has_its_place_in_the_tables() -> None:
-    assert set(judges.KINDS) == set(judges.LABELS) == set(Judge)
-    assert set(judges.JUDGES) == set(Judge) - {Judge.keyword}
-    for name in Judge:
-        safety_alone = name in (Judge.llama_guard, Judge.moderation)
-        assert judges.KINDS[name] == ((Kind.toxic,) if safety_alone else tuple(Kind))
+    assert set(judges.JUDGES) == set(TABLE.judges)
+    for name, judge in judges.JUDGES.items():
+        safety_alone = name in ("llama_guard", "moderation")
+        assert judge.kinds == ((Kind.toxic,) if safety_alone else tuple(Kind))
 
 
 # --- asking and storing ---------------------------------------------------------------------------
@@ -212,7 +215,7 @@ def test_verdicts_are_stored_and_never_asked_for_again(
         "one": [answer("a"), answer("b", "zebra"), answer("c", "a lemur")],
         "two": [answer("b2", "zebra", "question b?"), answer("d")],
     }
-    first = judges.judge(Judge.llm, node, answers, tmp_path, progress=False)
+    first = judges.judge("llm", node, answers, tmp_path, progress=False)
     labels = {name: [v.compliance for v in rows] for name, rows in first.items()}
     assert labels == {"one": ["complied", "refused", "partial"], "two": ["refused", "complied"]}
     assert {name: [v.id for v in rows] for name, rows in first.items()} == {
@@ -231,7 +234,7 @@ def test_verdicts_are_stored_and_never_asked_for_again(
     # 4 x 100 tokens at 2 USD and 4 x 5 at 10 USD a million
     assert "4 requests, 400 tokens in, 20 out, 0.0010 USD" in said_after
 
-    again = judges.judge(Judge.llm, node, answers, tmp_path, progress=False)
+    again = judges.judge("llm", node, answers, tmp_path, progress=False)
     assert again == first
     assert len(server.requests) == 4
     assert capsys.readouterr().out == "llm: 4 verdicts, all stored\n"
@@ -244,7 +247,7 @@ def test_a_changed_response_is_judged_anew_and_the_old_one_is_remembered(
     node = settings(server.url)
 
     def verdict(response: str) -> str | None:
-        found = judges.judge(Judge.llm, node, {"one": [answer("a", response)]}, tmp_path, False)
+        found = judges.judge("llm", node, {"one": [answer("a", response)]}, tmp_path, False)
         return found["one"][0].compliance
 
     assert [verdict("plain"), verdict("zebra"), verdict("plain")] == [
@@ -269,20 +272,20 @@ def test_wording_parameters_and_model_have_a_store_of_their_own(
         settings(server.url, parameters={"temperature": 1}),
     ]
     for number, node in enumerate(variants, start=1):
-        judges.judge(Judge.llm, node, answers, tmp_path / "run", False)
+        judges.judge("llm", node, answers, tmp_path / "run", False)
         assert len(server.requests) == number
     assert texts(server)[1] == "Mine: question a? / answer a\nCLASS:"
     file.write_text("Changed: {question} / {response}\nCLASS:\n")
-    judges.judge(Judge.llm, variants[1], answers, tmp_path / "run", False)
+    judges.judge("llm", variants[1], answers, tmp_path / "run", False)
     assert texts(server)[4] == "Changed: question a? / answer a\nCLASS:"
     assert len(list((tmp_path / "run" / "verdicts").iterdir())) == 5
     # neither prices nor the way of calling change a verdict
     cheap = replace(variants[0], http=HTTPConfig(concurrency=1, retries=3))
     cheap.llm.input_price = 1.0
-    judges.judge(Judge.llm, cheap, answers, tmp_path / "run", False)
+    judges.judge("llm", cheap, answers, tmp_path / "run", False)
     # a parameter set to null is not sent, so that it changes nothing either
     unset = settings(server.url, parameters={"temperature": 0, "max_tokens": 16, "top_p": None})
-    judges.judge(Judge.llm, unset, answers, tmp_path / "run", False)
+    judges.judge("llm", unset, answers, tmp_path / "run", False)
     assert len(server.requests) == 5
 
 
@@ -292,10 +295,10 @@ def test_a_kill_between_the_files_of_two_sets_costs_no_request(
     server = serve(by_response)
     node = settings(server.url)
     answers = {"one": [answer("a")], "two": [answer("z", "answer a", "question a?")]}
-    first = judges.judge(Judge.llm, node, answers, tmp_path, False)
+    first = judges.judge("llm", node, answers, tmp_path, False)
     (file,) = tmp_path.rglob("two.jsonl")
     file.unlink()
-    assert judges.judge(Judge.llm, node, answers, tmp_path, False) == first
+    assert judges.judge("llm", node, answers, tmp_path, False) == first
     assert len(server.requests) == 1
     assert sorted(row["id"] for row in lines(tmp_path)) == ["a", "z"]
 
@@ -337,7 +340,7 @@ def test_faults_are_counted_apart_and_only_the_unanswered_are_asked_again(
         node.http.concurrency = 10  # so that the faults in a row do not look like a dead server
 
         def judged() -> dict[str, Verdict]:
-            found = judges.judge(Judge.llm, node, {"one": rows}, tmp_path, False)["one"]
+            found = judges.judge("llm", node, {"one": rows}, tmp_path, False)["one"]
             return {v.id: v for v in found}
 
         first = judged()
@@ -345,7 +348,7 @@ def test_faults_are_counted_apart_and_only_the_unanswered_are_asked_again(
         labels = {name: v.compliance for name, v in first.items() if v.compliance}
         assert labels == {"x": "complied", "y": "refused"}
         assert all(v.raw for v in first.values())
-        block = judges.counts(list(first.values()), "judge-1", Judge.llm)
+        block = judges.counts(list(first.values()), "judge-1", COMPLIANCE)
         counted = ("n", "complied", "partial", "refused", "invalid", "error")
         assert [block[key] for key in counted] == [18, 1, 0, 1, 11, 5]
         before = len(server.requests)
@@ -359,10 +362,8 @@ def test_faults_are_counted_apart_and_only_the_unanswered_are_asked_again(
         assert len(server.requests) - before == 5
 
 
-@pytest.mark.parametrize("name", [Judge.llm, Judge.moderation])
-def test_a_judge_that_answers_nothing_is_no_judge(
-    serve: Serve, tmp_path: Path, name: Judge
-) -> None:
+@pytest.mark.parametrize("name", ["llm", "moderation"])
+def test_a_judge_that_answers_nothing_is_no_judge(serve: Serve, tmp_path: Path, name: str) -> None:
     """Its errors are kept; with one verdict, of now or earlier, the rest may be asked again."""
     broken = threading.Event()
     broken.set()
@@ -370,10 +371,10 @@ def test_a_judge_that_answers_nothing_is_no_judge(
     def reply(body: Body) -> Body | Answer:
         if broken.is_set():
             return FAULTS["server_error"]
-        return by_response(body) if name is Judge.llm else moderated(violence=True)
+        return by_response(body) if name == "llm" else moderated(violence=True)
 
     node, rows = settings(serve(reply).url), [answer("a"), answer("b")]
-    with pytest.raises(EndpointError, match=rf"^{name.value}: none of 2 .*HTTP 500.* same command"):
+    with pytest.raises(EndpointError, match=rf"^{name}: none of 2 .*HTTP 500.* same command"):
         judges.judge(name, node, {"one": rows}, tmp_path, False)
     assert [row["status"] for row in lines(tmp_path)] == ["error"] * 2
     broken.clear()
@@ -389,7 +390,7 @@ def test_a_parameter_that_is_refused_stops_with_its_name_and_marks_no_row(
     server = serve(lambda _: FAULTS["unsupported"])
     answers = {"one": [answer(f"r{i}") for i in range(30)]}
     with pytest.raises(EndpointError, match=r"llm\.parameters\.max_tokens"):
-        judges.judge(Judge.llm, settings(server.url), answers, tmp_path, False)
+        judges.judge("llm", settings(server.url), answers, tmp_path, False)
     assert not list(tmp_path.rglob("*.*"))  # neither a verdict nor who would have given it
     assert len(server.requests) <= 8  # not one request a row
 
@@ -405,19 +406,19 @@ def test_a_judge_that_fails_midway_keeps_what_it_said(serve: Serve, tmp_path: Pa
     server = serve(script)
     rows = [answer(f"r{i}") for i in range(20)]
     with pytest.raises(EndpointError, match=r"llm\.key=JUDGE_TEST_KEY"):
-        judges.judge(Judge.llm, settings(server.url), {"one": rows}, tmp_path, False)
+        judges.judge("llm", settings(server.url), {"one": rows}, tmp_path, False)
     assert [row["status"] for row in lines(tmp_path)] == ["ok"] * 6
 
 
 def test_verdicts_that_cannot_be_written_end_the_spending(serve: Serve, tmp_path: Path) -> None:
     server = serve(by_response)
     node = settings(server.url)
-    judges.judge(Judge.llm, node, {"two": [answer("x")]}, tmp_path, False)
+    judges.judge("llm", node, {"two": [answer("x")]}, tmp_path, False)
     (place,) = (tmp_path / "verdicts").iterdir()
     (place / "one.jsonl").symlink_to(tmp_path / "nowhere" / "one.jsonl")
     rows = [answer(f"r{i}") for i in range(30)]
     with pytest.raises(UserError, match=r"one\.jsonl: cannot be written"):
-        judges.judge(Judge.llm, node, {"one": rows}, tmp_path, False)
+        judges.judge("llm", node, {"one": rows}, tmp_path, False)
     assert len(server.requests) <= 1 + node.http.concurrency
 
 
@@ -428,11 +429,11 @@ def test_moderation_sees_the_response_alone(serve: Serve, tmp_path: Path) -> Non
     server = serve(lambda body: moderated(violence="zebra" in body["input"], hate=False))
     rows = [answer("a", prompt="zebra?"), answer("b", "zebra"), answer("c", " \n")]
     node = settings(server.url)
-    found = judges.judge(Judge.moderation, node, {"one": rows}, tmp_path, False)["one"]
+    found = judges.judge("moderation", node, {"one": rows}, tmp_path, False)["one"]
     assert [v.safety for v in found] == ["safe", "unsafe", "safe"]
     assert [v.raw for v in found] == ["", "violence", "empty"]
     assert sorted(texts(server)) == ["answer a", "zebra"]  # nothing to see, nothing to ask
-    assert judges.counts(found, "moderation-latest", Judge.moderation) == {
+    assert judges.counts(found, "moderation-latest", SAFETY) == {
         "model": "scripted-moderation",
         "n": 3,
         "safe": 2,
@@ -441,11 +442,11 @@ def test_moderation_sees_the_response_alone(serve: Serve, tmp_path: Path) -> Non
         "error": 0,
     }
     assert judges.usage(found, node.moderation)["requests"] == 2
-    judges.judge(Judge.moderation, node, {"one": rows}, tmp_path, False)
+    judges.judge("moderation", node, {"one": rows}, tmp_path, False)
     assert len(server.requests) == 2
     failing = serve(lambda body: {"results": [{}]} if "a" in body["input"] else FAULTS["garbage"])
     node = settings(failing.url)
-    found = judges.judge(Judge.moderation, node, {"one": rows}, tmp_path / "two", False)["one"]
+    found = judges.judge("moderation", node, {"one": rows}, tmp_path / "two", False)["one"]
     assert [(v.status, v.safety) for v in found[:2]] == [("invalid", None)] * 2
 
 
@@ -459,7 +460,7 @@ def test_counts_of_a_judge_that_says_both() -> None:
         Verdict("c", "3", "ok", "complied", None),
         Verdict("d", "4", "invalid"),
     ]
-    assert judges.counts(found, "w", Judge.wildguard) == {
+    assert judges.counts(found, "w", COMPLIANCE + SAFETY) == {
         "model": "w",
         "n": 4,
         "complied": 2,
@@ -502,7 +503,7 @@ def test_agreement_equals_scikit_learn_and_a_count_by_hand() -> None:
     second = {"one": verdicts("cprc"), "two": verdicts("rreir"), "safe": verdicts("cc")}
     guard = {"one": verdicts("usse", "safety"), "two": verdicts("sssss", "safety")}
     given = {"keyword:paper": first, "llm": second, "llama_guard": guard}
-    found = {(*entry["judges"], entry["kind"]): entry for entry in judges.agreements(kinds, given)}
+    found = {(*entry["judges"], entry["kind"]): entry for entry in agreements(kinds, given)}
     assert list(found) == [
         ("keyword:paper", "llm", "toxic"),
         ("keyword:paper", "llm", "seemingly_toxic"),
@@ -534,7 +535,7 @@ def test_a_judge_of_both_is_compared_by_what_the_other_judges() -> None:
         "llm": {"one": verdicts("crr")},
         "llama_guard": {"one": verdicts("uus", "safety")},
     }
-    entries = judges.agreements({"one": Kind.toxic}, given)
+    entries = agreements({"one": Kind.toxic}, given)
     found = {tuple(e["judges"]): (e["labels"], e["confusion"]) for e in entries}
     assert found == {
         ("wildguard", "llm"): (["complied", "refused"], [[1, 1], [0, 1]]),
@@ -545,11 +546,11 @@ def test_a_judge_of_both_is_compared_by_what_the_other_judges() -> None:
 
 def test_judges_that_never_both_answered_have_no_kappa() -> None:
     given = {"a": {"one": verdicts("cie")}, "b": {"one": verdicts("erc")}}
-    (entry,) = judges.agreements({"one": Kind.toxic}, given)
+    (entry,) = agreements({"one": Kind.toxic}, given)
     assert (entry["n"], entry["kappa"], entry["confusion"]) == (0, None, [[0, 0], [0, 0]])
     given = {"a": {"one": verdicts("cc")}, "b": {"one": verdicts("c")}}
     with pytest.raises(ValueError, match="different answers"):
-        judges.agreements({"one": Kind.toxic}, given)
+        agreements({"one": Kind.toxic}, given)
 
 
 def test_keyword_verdicts_are_those_of_the_counts() -> None:
@@ -561,16 +562,16 @@ def test_keyword_verdicts_are_those_of_the_counts() -> None:
         )
     )
     for rules, last in (("paper", "complied"), ("recommended", "partial")):
-        found = judges.by_keywords(rows, rules)
+        found = by_keywords(rows, rules)
         assert [v.compliance for v in found] == ["refused", "complied", last]
-        assert [v.of for v in found] == [judges.answer_fingerprint(a) for a in rows]
+        assert [v.of for v in found] == [answer_fingerprint(a) for a in rows]
 
 
 def test_the_weights_of_a_guard_in_a_folder_are_part_of_what_is_kept_apart(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"one")
-    node = EvalConfig()
+    node = EvalSettings()
     node.llama_guard.model = str(tmp_path)
-    identity = judges.JUDGES[Judge.llama_guard].identity
+    identity = judges.JUDGES["llama_guard"].identity
     first = identity(node)
     (tmp_path / "model.safetensors").write_bytes(b"two")
     second = identity(node)

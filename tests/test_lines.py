@@ -19,13 +19,12 @@ from dcr.core import storage
 from dcr.core.config import (
     AnnotatorConfig,
     DataError,
-    EvalConfig,
     HTTPConfig,
-    Judge,
     LLMJudgeConfig,
     UserError,
 )
 from dcr.core.generation import Completion
+from dcr.extensions import EvalSettings
 from dcr.judges import pairwise
 from dcr.judges.pairwise import Pair
 from tests import forked
@@ -124,13 +123,13 @@ def _evaluated(url: str, folder: Path) -> None:
 
 def _judged(url: str, folder: Path) -> None:
     rows = [Completion(f"r{i}", f"item {i}?", "Yes.", 3, True, 0.0) for i in range(ASKED)]
-    settings = EvalConfig(judge=[Judge.llm], http=HTTP, llm=LLMJudgeConfig(url=url, model="j"))
-    judges.judge(Judge.llm, settings, {"one": rows}, folder, progress=False)
+    settings = EvalSettings(judge=["llm"], http=HTTP, llm=LLMJudgeConfig(url=url, model="j"))
+    judges.judge("llm", settings, {"one": rows}, folder, progress=False)
 
 
 def _compared(url: str, folder: Path) -> None:
     pairs = [Pair(f"r{i}", f"item {i}?", "This.", "Or that.") for i in range(ASKED)]
-    settings = EvalConfig(http=HTTP, annotator=AnnotatorConfig(url=url))
+    settings = EvalSettings(http=HTTP, annotator=AnnotatorConfig(url=url))
     pairwise.annotate(pairs, settings, folder, ("a", "b"), progress=False)
 
 

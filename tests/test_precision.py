@@ -14,9 +14,10 @@ from dcr import chat, export, train
 from dcr import eval as eval_entry
 from dcr.choice import __main__ as choice_command
 from dcr.core import batching, precision, runs
-from dcr.core.config import ConfigError, EvalConfig, Precision, TrainConfig
+from dcr.core.config import ConfigError, Precision, TrainConfig
 from dcr.core.models import DTYPES
 from dcr.core.runs import Run
+from dcr.extensions import EvalSettings
 from dcr.plan import cost
 
 AUTO = dict.fromkeys(precision.NATIVE, Precision.auto)
@@ -161,13 +162,13 @@ def test_a_run_is_made_in_what_auto_was_settled_to_and_keeps_it(
     words = [f"run={run.folder}", "limit=2", "gen.max_new_tokens=2", "tasks=[over_refusal]"]
     words += ["data=demo", "wandb.mode=disabled", "trainer.progress=false"]
     elsewhere, _ = precision.of_evaluation(
-        eval_entry.resolved(composed("eval", *words))[0], run.precisions()
+        eval_entry.resolved(composed("eval", *words), EvalSettings)[0], run.precisions()
     )
     assert elsewhere.precision.value == second
-    eval_entry.evaluate(*eval_entry.resolved(composed("eval", *words)))
+    eval_entry.evaluate(*eval_entry.resolved(composed("eval", *words), EvalSettings))
     (folder,) = (run.folder / "eval").iterdir()
     monkeypatch.setattr(precision, "cpu_unit", lambda: unit)
-    eval_entry.evaluate(*eval_entry.resolved(composed("eval", *words)))
+    eval_entry.evaluate(*eval_entry.resolved(composed("eval", *words), EvalSettings))
     assert list((run.folder / "eval").iterdir()) == [folder]  # the same answers on both
     measured = runs.storage.read_json(folder / "metrics.json", dict)
     assert measured["settings"]["precision"] == second
@@ -209,7 +210,7 @@ def test_guards_follow_the_device_and_an_endpoint_has_no_precision(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(precision, "cpu_unit", lambda: None)
-    asked = EvalConfig(endpoint="http://there", precision=Precision.auto)
+    asked = EvalSettings(endpoint="http://there", precision=Precision.auto)
     asked.trainer.accelerator, asked.wildguard.precision = "cpu", Precision.bf16
     found, _ = precision.of_evaluation(asked, {"evaluation": Precision.bf16})
     assert found.precision is Precision.auto

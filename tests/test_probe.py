@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dcr.analyses import separability
 from dcr.core import activations, refusal, sources
-from dcr.core.config import ConfigError, ProbeConfig, Steering, SteeringConfig
+from dcr.core.config import ConfigError, ProbeConfig, SteeringConfig
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
 from dcr.steering import Extraction, probe
@@ -33,7 +33,7 @@ def chat(policy: Policy) -> ChatFormat:
 
 
 def settings(strength: float, layer: int | None = 3) -> SteeringConfig:
-    return SteeringConfig(Steering.probe, strength, probe=ProbeConfig(layer))
+    return SteeringConfig("probe", strength, probe=ProbeConfig(layer))
 
 
 @pytest.fixture(scope="module")

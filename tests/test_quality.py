@@ -13,9 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dcr import endpoints, quality
-from dcr.core.config import AnnotatorConfig, ConfigError, EvalConfig, QualityConfig, UserError
+from dcr.core.config import AnnotatorConfig, ConfigError, QualityConfig, UserError
 from dcr.core.generation import Completion
 from dcr.endpoints import EndpointError, Failure, Message, Reply
+from dcr.extensions import EvalSettings
 from dcr.judges import pairwise
 from dcr.judges.pairwise import Pair
 from tests.servers.logprobs import logprobs
@@ -63,13 +64,13 @@ def shown(conversation: Sequence[Message]) -> tuple[str, str, str]:
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> EvalConfig:
+def settings(tmp_path: Path) -> EvalSettings:
     prompt = tmp_path / "prompt.txt"
     prompt.write_text(PROMPT)
     run = tmp_path / "stl"
     run.mkdir()
     (run / "config.yaml").write_text("method: stl\n")
-    return EvalConfig(
+    return EvalSettings(
         quality=QualityConfig(reference=str(run)),
         annotator=AnnotatorConfig(
             url="http://127.0.0.1:9/v1", prompt=str(prompt), input_price=0.15, output_price=0.6
@@ -95,7 +96,7 @@ def answers(texts: Sequence[str], prefix: str = "q") -> list[Completion]:
 
 
 def rated(
-    own: Sequence[Completion], reference: Sequence[Completion], settings: EvalConfig, folder: Path
+    own: Sequence[Completion], reference: Sequence[Completion], settings: EvalSettings, folder: Path
 ) -> dict[str, Any]:
     return quality.compared(own, reference, settings, folder, LABELS, progress=False)
 
@@ -141,7 +142,7 @@ def test_the_order_is_a_fair_coin_that_stays_as_it_fell() -> None:
 
 
 def test_the_longer_answer_wins_in_whichever_order_it_is_shown(
-    settings: EvalConfig, tmp_path: Path, install: Callable[..., Annotator]
+    settings: EvalSettings, tmp_path: Path, install: Callable[..., Annotator]
 ) -> None:
     annotator = install(longer_wins)
     own, other = ["long answer"] * 30 + ["short"] * 10, ["middling"] * 40
@@ -166,7 +167,7 @@ def test_the_longer_answer_wins_in_whichever_order_it_is_shown(
 
 
 def test_a_model_against_itself_is_50_without_a_request(
-    settings: EvalConfig, tmp_path: Path, install: Callable[..., Annotator]
+    settings: EvalSettings, tmp_path: Path, install: Callable[..., Annotator]
 ) -> None:
     annotator = install(lambda *_: reply(0.99))
     own = answers([f"text {'x' * i}" for i in range(33)])
@@ -182,7 +183,7 @@ def test_a_model_against_itself_is_50_without_a_request(
 
 
 def test_trading_sides_gives_the_rest_of_100(
-    settings: EvalConfig, tmp_path: Path, install: Callable[..., Annotator]
+    settings: EvalSettings, tmp_path: Path, install: Callable[..., Annotator]
 ) -> None:
     def by_content(instruction: str, first: str, second: str) -> Reply:
         # leans to length, and to the answers whose text begins with "good"
@@ -201,7 +202,7 @@ def test_trading_sides_gives_the_rest_of_100(
 
 
 def test_failures_and_strange_answers_are_counted_apart(
-    settings: EvalConfig, tmp_path: Path, install: Callable[..., Annotator]
+    settings: EvalSettings, tmp_path: Path, install: Callable[..., Annotator]
 ) -> None:
     strange = {
         "Explain item 0.": Failure("error", "HTTP 503"),
@@ -220,7 +221,7 @@ def test_failures_and_strange_answers_are_counted_apart(
 
 
 def test_an_annotator_that_answers_nothing_is_none(
-    settings: EvalConfig, tmp_path: Path, install: Callable[..., Annotator]
+    settings: EvalSettings, tmp_path: Path, install: Callable[..., Annotator]
 ) -> None:
     install(lambda *_: Failure("error", "HTTP 500"))
     with pytest.raises(EndpointError, match=r"^annotator: none of 3 .*HTTP 500.* same command"):
@@ -228,7 +229,7 @@ def test_an_annotator_that_answers_nothing_is_none(
 
 
 def test_answers_meet_by_id_and_prompt(
-    settings: EvalConfig, tmp_path: Path, install: Callable[..., Annotator]
+    settings: EvalSettings, tmp_path: Path, install: Callable[..., Annotator]
 ) -> None:
     annotator = install(longer_wins)
     own, reference = answers(["long answer"] * 4), answers(["short"] * 6)[::-1]
@@ -246,7 +247,7 @@ def test_answers_meet_by_id_and_prompt(
 
 
 def test_only_errors_changed_answers_and_other_annotators_are_asked_again(
-    settings: EvalConfig, tmp_path: Path, install: Callable[..., Annotator]
+    settings: EvalSettings, tmp_path: Path, install: Callable[..., Annotator]
 ) -> None:
     own, other = answers([f"longer {i}" for i in range(6)]), answers(["short"] * 6)
     fails = {"Explain item 0.": "error", "Explain item 1.": "invalid"}
@@ -279,7 +280,7 @@ def test_only_errors_changed_answers_and_other_annotators_are_asked_again(
 
 
 def test_files_are_in_the_format_of_alpaca_eval(
-    settings: EvalConfig, tmp_path: Path, install: Callable[..., Annotator]
+    settings: EvalSettings, tmp_path: Path, install: Callable[..., Annotator]
 ) -> None:
     install(longer_wins)
     own, other = answers(["the longer ✓ one", "a", "same"]), answers(["short", "b2", "same"])
@@ -315,7 +316,7 @@ def test_files_are_in_the_format_of_alpaca_eval(
 
 @pytest.mark.parametrize("top", [None, (), ({"m": -0.1},)])
 def test_a_server_without_log_probabilities_stops_at_once(
-    top: Any, settings: EvalConfig, tmp_path: Path, install: Callable[..., Annotator]
+    top: Any, settings: EvalSettings, tmp_path: Path, install: Callable[..., Annotator]
 ) -> None:
     annotator = install(lambda *_: Reply("m", "length", top, 40, 1))
     with pytest.raises(EndpointError, match=r"^annotator\.model=gpt-4o-mini.*log-probabilities"):
@@ -340,7 +341,7 @@ def test_what_would_fail_after_the_answers_are_written_is_named_before(
     key: str,
     value: Any,
     fault: str,
-    settings: EvalConfig,
+    settings: EvalSettings,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -362,7 +363,7 @@ def test_what_would_fail_after_the_answers_are_written_is_named_before(
 
 
 def test_the_own_prompt_shows_the_first_answer_as_m_and_keeps_quoted_placeholders(
-    tmp_path: Path, settings: EvalConfig, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, settings: EvalSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent: list[Sequence[Message]] = []
 
@@ -406,7 +407,7 @@ def test_a_prompt_file_in_the_format_of_alpaca_eval_becomes_turns(tmp_path: Path
 
 
 def test_a_real_model_prefers_what_its_own_logits_say(
-    settings: EvalConfig, tmp_path: Path, tiny_folder: Path
+    settings: EvalSettings, tmp_path: Path, tiny_folder: Path
 ) -> None:
     own, other = answers([f"own {i}" for i in range(6)]), answers([f"other {i}" for i in range(6)])
     whole = {**settings.annotator.parameters, "top_logprobs": 260}

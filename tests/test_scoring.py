@@ -14,19 +14,18 @@ from dcr.core import prompts, refusal
 from dcr.core.config import (
     ConfigError,
     DataConfig,
-    EvalConfig,
     EvaluationSets,
     GenConfig,
     Kind,
     ModelConfig,
-    Task,
 )
-from dcr.core.evaluation import scoring, sets, subjects
+from dcr.core.evaluation import scoring, sets, store, subjects
 from dcr.core.evaluation.sets import PromptSet
-from dcr.core.evaluation.subjects import Subject
 from dcr.core.generation import Completion
 from dcr.core.models import Policy
+from dcr.core.runs import Run
 from dcr.core.sources import Example
+from dcr.extensions import EvalSettings
 
 REFUSED = "I'm sorry, but I can't help with that."
 ANSWERED = "Pull the weeds after rain, when the soil is soft."
@@ -234,7 +233,7 @@ def test_sets_are_read_by_task_and_sampled_by_seed(tmp_path: Path) -> None:
     config.evaluation = EvaluationSets(
         [written(tmp_path, "safe", 30)], [written(tmp_path, "bad", 5)]
     )
-    both = [Task.over_refusal, Task.safety]
+    both = ["over_refusal", "safety"]
     found = sets.of_tasks(both, config, None, seed=0)
     assert [(b.name, b.kind, len(b.rows)) for b in found] == [
         ("safe", Kind.seemingly_toxic, 30),
@@ -243,14 +242,14 @@ def test_sets_are_read_by_task_and_sampled_by_seed(tmp_path: Path) -> None:
     drawn = [sets.of_tasks(both, config, 10, seed)[0].rows for seed in (0, 0, 1)]
     assert [len(sample) for sample in drawn] == [10] * 3
     assert drawn[0] == drawn[1] != drawn[2]
-    assert sets.of_tasks([Task.safety], config, 10, seed=0)[0].rows == found[1].rows
+    assert sets.of_tasks(["safety"], config, 10, seed=0)[0].rows == found[1].rows
 
 
 def test_a_users_file_stays_in_the_run_folder(tmp_path: Path) -> None:
     """Its set is called after the file, since its path would lead out of the folder."""
     path = written(tmp_path / "my data", "odd näme", 3)
     config = DataConfig(label="made", evaluation=EvaluationSets([path], []))
-    (prompt_set,) = sets.of_tasks([Task.over_refusal], config, None, seed=0)
+    (prompt_set,) = sets.of_tasks(["over_refusal"], config, None, seed=0)
     assert prompt_set.name == "odd-n-me"
     found = scored([prompt_set], [[REFUSED] * 3], in_distribution=[path])
     assert found["sets"]["odd-n-me"]["in_distribution"] is True
@@ -261,7 +260,7 @@ def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
     paths = [written(tmp_path / place, "mine", 3) for place in ("a", "b")]
     config = DataConfig(label="made", evaluation=EvaluationSets(paths, []))
     with pytest.raises(ConfigError, match="mine stands there twice"):
-        sets.of_tasks([Task.over_refusal], config, None, seed=0)
+        sets.of_tasks(["over_refusal"], config, None, seed=0)
 
 
 # --- generating ---------------------------------------------------------------------------------
@@ -278,7 +277,7 @@ def complete(
             asked.extend(row.prompt for row in batch)
             yield [answered(row, f"to {row.prompt}") for row in batch]
 
-    return subjects.kept(sets, answer, folder, Completion, "generating", False)
+    return store.kept(sets, answer, folder, Completion, "generating", False)
 
 
 def test_a_row_whose_prompt_changed_is_asked_again(tmp_path: Path) -> None:
@@ -315,22 +314,25 @@ def test_a_row_without_an_answer_is_asked_again(tmp_path: Path) -> None:
         asked.extend(row.prompt for row in rows)
         yield [answered(rows[0], "here")]
 
-    first = subjects.kept([prompt_set], failing, tmp_path, Completion, "generating", False)
+    first = store.kept([prompt_set], failing, tmp_path, Completion, "generating", False)
     assert [c.id for c in first["a"]] == ["a-0"]
     asked.clear()
-    second = subjects.kept([prompt_set], failing, tmp_path, Completion, "generating", False)
+    second = store.kept([prompt_set], failing, tmp_path, Completion, "generating", False)
     assert asked == ["a prompt 1", "a prompt 2"]
     assert [c.id for c in second["a"]] == ["a-0", "a-1"]
     found = scoring.score([prompt_set], second, [], [], seed=0)
     assert (found["sets"]["a"]["n"], found["sets"]["a"]["unanswered"]) == (2, 1)
 
 
-def test_refusal_mass_is_read_off_the_model(policy: Policy, tmp_path: Path) -> None:
+def test_refusal_mass_is_read_off_the_model(
+    policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subjects, "opened", lambda _: policy)
     prompt_set = PromptSet("a", Kind.toxic, rows("a", 3, Kind.toxic))
-    settings = EvalConfig(
+    settings = EvalSettings(
         model=ModelConfig(name="tiny"), gen=GenConfig(max_new_tokens=3, batch_size=4)
     )
-    done = subjects.answers(settings, Subject("base"), [prompt_set], tmp_path, lambda: policy)
+    done = subjects.base(settings, Run(tmp_path)).answers([prompt_set], tmp_path)
     chat = prompts.chat_format(policy.tokenizer, ModelConfig(name="tiny"))
     openings = refusal.refusal_openings(chat)
     for row, completion in zip(prompt_set.rows, done["a"], strict=True):

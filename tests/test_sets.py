@@ -7,9 +7,10 @@ import pytest
 import yaml
 
 from dcr.core import sources
-from dcr.core.config import DataConfig, EvalConfig, EvaluationSets, Kind, SteeringConfig, Task
-from dcr.core.evaluation import sets
+from dcr.core.config import DataConfig, EvaluationSets, Kind, SteeringConfig
+from dcr.core.evaluation import metrics, sets
 from dcr.core.sources import SOURCES
+from dcr.extensions import TABLE, EvalSettings
 from tests.tiny_run import DATA, real
 
 PAPER = yaml.safe_load((Path(__file__).parent.parent / "conf/data/paper.yaml").read_text())
@@ -42,22 +43,22 @@ def test_the_totals_are_the_papers() -> None:
 @real
 def test_real_sets_are_read_whole_and_sampled(caplog: pytest.LogCaptureFixture) -> None:
     config = DataConfig(label="paper", root=DATA, evaluation=EvaluationSets(**PAPER["evaluation"]))
-    found = sets.of_tasks([Task.over_refusal, Task.safety], config, None, seed=0)
+    found = sets.of_tasks(["over_refusal", "safety"], config, None, seed=0)
     assert [(b.name, b.kind) for b in found] == paper_sets()
     sizes = {b.name: len(b.rows) for b in found}
     assert sum(sizes[name] for name in sets.PAPER_SAFETY) == 938
     assert sizes["coconot_safety"] == 149
     assert sizes["phtest_controversial"] == 180
     assert not [m for m in caplog.messages if "expected" in m]
-    few = sets.of_tasks([Task.safety], config, 30, seed=0)
+    few = sets.of_tasks(["safety"], config, 30, seed=0)
     assert {len(b.rows) for b in few} == {30}
     whole = {b.name: {row.id for row in b.rows} for b in found}
     assert all({row.id for row in b.rows} <= whole[b.name] for b in few)
 
 
 def test_strengths_are_chosen_on_prompts_of_another_origin_than_extraction() -> None:
-    settings = EvalConfig(steering=SteeringConfig(validation=True), limit=5)
-    asked = sets.read(settings).sets
+    settings = EvalSettings(steering=SteeringConfig(validation=True), limit=5)
+    asked = metrics.read(settings).sets
     assert {(b.name, b.kind, len(b.rows)) for b in asked} == {
         ("contrasts_toxic_heldout", Kind.toxic, 5),
         ("contrasts_seemingly_toxic_heldout", Kind.seemingly_toxic, 5),
@@ -93,9 +94,9 @@ def test_tasks_without_prompts_bring_none(tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_text(json.dumps({"prompt": "How do I dye wool?"}) + "\n")
     config = DataConfig(label="made", evaluation=EvaluationSets([str(path)], []))
-    (mine,) = sets.of_tasks(list(Task), config, None, seed=0)
+    (mine,) = sets.of_tasks(["over_refusal", "safety", *TABLE.tasks], config, None, seed=0)
     assert (mine.name, mine.kind) == ("mine", Kind.seemingly_toxic)
-    assert sets.of_tasks([Task.ability, Task.quality], config, None, seed=0) == []
+    assert sets.of_tasks(["ability", "quality"], config, None, seed=0) == []
 
 
 def test_a_file_named_like_a_hub_set_takes_its_place_in_pairs(tmp_path: Path) -> None:
@@ -103,6 +104,6 @@ def test_a_file_named_like_a_hub_set_takes_its_place_in_pairs(tmp_path: Path) ->
     path.write_text(json.dumps({"prompt": "Do harm."}) + "\n")
     assert SOURCES["orbench_toxic"].file is None
     config = DataConfig(label="made", evaluation=EvaluationSets([], [str(path)]))
-    (found,) = sets.of_tasks([Task.safety], config, None, seed=0)
+    (found,) = sets.of_tasks(["safety"], config, None, seed=0)
     assert "orbench_hard / orbench_toxic" in sets.pairs_of([found.name, "orbench_hard"])
     assert sources.read(str(path), kind=Kind.toxic) == found.rows

@@ -24,7 +24,6 @@ from dcr.core.config import (
     ScansEnd,
     ScansLayers,
     SourcesByKind,
-    Steering,
     SteeringConfig,
     SurgicalConfig,
     UserError,
@@ -41,7 +40,7 @@ def rows(kind: Kind, texts: Sequence[str]) -> list[Example]:
     return [Example(f"{kind.value}-{i}", text, kind, "test") for i, text in enumerate(texts)]
 
 
-def settings(method: Steering = Steering.scans, strength: float = 1.0, **given: Any) -> Any:
+def settings(method: str = "scans", strength: float = 1.0, **given: Any) -> Any:
     chosen = {"layers": ScansLayers.middle_third, "anchors": 4} | given
     return SteeringConfig(
         method=method,
@@ -277,8 +276,8 @@ def test_a_threshold_is_calibrated_on_anchors_held_out(deep: Policy) -> None:
 
 def test_full_ablation_is_orthogonalised_weights(deep: Policy) -> None:
     """Arditi et al., section 4.1: no weight that writes to the stream can write along v."""
-    chat, told = chat_of(deep), settings(Steering.ablation)
-    method = steering.STEERING[Steering.ablation]
+    chat, told = chat_of(deep), settings("ablation")
+    method = steering.STEERING["ablation"]
     found = method.find(deep, chat, DRAWN, told)
     v, texts = found[0]["vector"], ["Ruin the pond!", "Bake"]
     means = []
@@ -340,7 +339,7 @@ def texts(examples: Sequence[Example]) -> list[str]:
 
 
 def test_evaluation_prompts_are_dropped_and_counted(data: DataConfig) -> None:
-    found = steering.extraction(data, settings(Steering.surgical), 0)
+    found = steering.extraction(data, settings("surgical"), 0)
     assert [len(part) for part in (found.toxic, found.seemingly_toxic, found.normal)] == [6] * 3
     assert {key.rpartition("/")[0].rpartition(" ")[0]: n for key, n in found.dropped.items()} == {
         "toxic: is a prompt of": 1,
@@ -350,10 +349,10 @@ def test_evaluation_prompts_are_dropped_and_counted(data: DataConfig) -> None:
     assert found.leaked == {}
     assert set(texts(found.toxic)) < set(invented("Wreck", 12)[2:])
     # by seed, and the smaller draw is the head of the larger
-    again = steering.extraction(data, settings(Steering.surgical), 0)
+    again = steering.extraction(data, settings("surgical"), 0)
     assert again == found
-    assert steering.extraction(data, settings(Steering.surgical), 1).toxic != found.toxic
-    fewer = steering.extraction(data, settings(Steering.scans), 0)
+    assert steering.extraction(data, settings("surgical"), 1).toxic != found.toxic
+    fewer = steering.extraction(data, settings("scans"), 0)
     assert fewer.toxic == found.toxic[:4]
     assert fewer.seemingly_toxic == []
 
@@ -367,7 +366,7 @@ def test_evaluation_prompts_are_dropped_and_counted(data: DataConfig) -> None:
             r"^steering\.scans\.anchors=6 asks for 12 toxic prompts",
         ),
         (
-            replace(settings(Steering.surgical), surgical=SurgicalConfig(train=9, validation=3)),
+            replace(settings("surgical"), surgical=SurgicalConfig(train=9, validation=3)),
             r"train=9 with .*validation=3 asks for 12 toxic .*data\.extraction\.toxic$",
         ),
     ],
@@ -399,7 +398,7 @@ def test_released_prompts_are_read_and_leaks_counted(tmp_path: Path, data: DataC
 
 
 def test_strength_zero_and_none_edit_nothing(deep: Policy, data: DataConfig) -> None:
-    for told in (settings(strength=0.0), settings(Steering.none, 2.0)):
+    for told in (settings(strength=0.0), settings("none", 2.0)):
         found = steering.steer(deep, chat_of(deep), data, told, 0)
         assert (found.edits, found.record) == ((), {})
         assert steering.identity(data, told, 0) == {}
@@ -415,7 +414,7 @@ def test_what_a_completion_depends_on(data: DataConfig) -> None:
         settings(strength=2.0),
         settings(threshold=None),
         settings(s1=ScansEnd.prompt_last),
-        settings(Steering.ablation),
+        settings("ablation"),
         replace(settings(), released_data=True),
     ]
     found = [base, *(steering.identity(data, told, 0) for told in others)]
@@ -425,7 +424,7 @@ def test_what_a_completion_depends_on(data: DataConfig) -> None:
     assert len({json.dumps(entry, sort_keys=True) for entry in found}) == len(found)
     assert base == steering.identity(data, settings(), 0)
     surgical = [
-        replace(settings(Steering.surgical), surgical=SurgicalConfig(add=add, ablate=0.5))
+        replace(settings("surgical"), surgical=SurgicalConfig(add=add, ablate=0.5))
         for add in (0.1, 0.2)
     ]
     one, two = (steering.identity(data, told, 0) for told in surgical)
@@ -435,9 +434,9 @@ def test_what_a_completion_depends_on(data: DataConfig) -> None:
     assert steering.identity(data, unused, 0) == base
 
 
-@pytest.mark.parametrize("method", [Steering.scans, Steering.ablation])
+@pytest.mark.parametrize("method", ["scans", "ablation"])
 def test_vectors_are_kept_for_other_strengths(
-    deep: Policy, data: DataConfig, tmp_path: Path, method: Steering, monkeypatch: Any
+    deep: Policy, data: DataConfig, tmp_path: Path, method: str, monkeypatch: Any
 ) -> None:
     chat, folder = chat_of(deep), tmp_path / "vectors"
     told = settings(method)
@@ -445,7 +444,7 @@ def test_vectors_are_kept_for_other_strengths(
     (file,) = folder.iterdir()
     assert file.suffix == ".safetensors"
     json.dumps(made.record)
-    assert made.record["method"] == method.value
+    assert made.record["method"] == method
     assert made.record["prompts"]["toxic"]["count"] == 4
     assert sum(made.record["dropped"].values()) == 3
     calls: list[object] = []
@@ -489,11 +488,11 @@ def test_damaged_vectors_are_named(tmp_path: Path, damage: str) -> None:
 
 
 def test_evaluations_that_differ_in_any_setting_are_told_apart() -> None:
-    plain = SteeringConfig(method=Steering.surgical)
+    plain = SteeringConfig(method="surgical")
     other = replace(plain, surgical=replace(plain.surgical, add=0.5))
     assert steering.summary(plain) != steering.summary(other)
     assert steering.summary(other)["add"] == 0.5
-    assert steering.summary(plain) == steering.summary(SteeringConfig(method=Steering.surgical))
-    scans = SteeringConfig(method=Steering.scans, strength=2.0)
+    assert steering.summary(plain) == steering.summary(SteeringConfig(method="surgical"))
+    scans = SteeringConfig(method="scans", strength=2.0)
     assert steering.summary(scans) != steering.summary(replace(scans, strength=3.0))
     assert steering.summary(scans)["layers"] == "absolute"

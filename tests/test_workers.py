@@ -16,7 +16,7 @@ from dcr import eval as eval_entry
 from dcr import workers
 from dcr.core import cli, storage
 from dcr.core.config import UserError
-from dcr.core.evaluation import metrics
+from dcr.extensions import EvalSettings
 from tests import tiny_run
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +30,8 @@ ASKED = (
 
 def evaluated(folder: Path, *overrides: str) -> dict[str, bytes]:
     """The files of an evaluation that answers are kept in, and the refusal probabilities."""
-    eval_entry.evaluate(*eval_entry.resolved(tiny_run.composed("eval", *told(folder, *overrides))))
+    composed = tiny_run.composed("eval", *told(folder, *overrides))
+    eval_entry.evaluate(*eval_entry.resolved(composed, EvalSettings))
     return written(folder)
 
 
@@ -93,7 +94,7 @@ def test_a_killed_process_ends_the_command_and_the_next_one_goes_on(
         for process in begun[0].processes.values():
             os.kill(process.pid or 0, signal.SIGKILL)
 
-    monkeypatch.setattr(metrics, "Workers", Noted)
+    monkeypatch.setattr(workers, "Workers", Noted)
     monkeypatch.setattr(storage, "append_lines", append_and_kill)
     with pytest.raises(UserError, match=r"trainer.devices=2: .* ended by SIGKILL; .* goes on"):
         evaluated(tmp_path, "trainer.devices=2")

@@ -24,8 +24,10 @@ from typing_extensions import TypedDict
 
 from dcr.ability import questions
 from dcr.core import models, storage
-from dcr.core.config import AbilityConfig, ConfigError, check_installed
+from dcr.core.config import AbilityConfig, ConfigError, EvalConfig, check_installed
+from dcr.core.evaluation.protocols import Task, Work
 from dcr.core.models import Policy
+from dcr.core.runs import Run
 from dcr.core.text import label_of
 
 log = logging.getLogger(__name__)
@@ -38,6 +40,19 @@ class Stored(TypedDict):
 
     made_with: dict[str, Any]
     scores: dict[str, dict[str, Any]]
+
+
+class Ability(Task):
+    """What the harness says of the tasks asked, beside what it said of others before."""
+
+    def check(self, settings: EvalConfig, run: Run) -> None:
+        check(settings.ability, settings.data.root)
+
+    def measure(self, work: Work) -> dict[str, Any]:
+        told, options = work.settings, work.settings.ability
+        root, seed, progress = told.data.root, told.seed, told.trainer.progress
+        scores = ability(work.policy(), options, root, work.folder, seed, progress)
+        return work.before.get("ability", {}) | scores
 
 
 def check(settings: AbilityConfig, root: str | None) -> None:

@@ -1,16 +1,16 @@
-"""What is measured on the weights themselves: ability, and the paper's analyses.
+"""The paper's analyses, measured on the weights themselves.
 
 Refusal probability, empirical NTK and separability take prompts by kind and give a block of
 `metrics.json`; evaluation calls them on a finished model, `tracking` the first two while one
-trains. `MEASURED` is the table of tasks.
+trains.
 """
 
 import functools
-import itertools
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import astuple
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,23 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
-from dcr import ability
 from dcr.analyses import claims, ntk, probability, separability
-from dcr.core import config, models, refusal, statistics, storage
-from dcr.core.config import ContrastiveConfig, EvalConfig, KernelConfig, Kind, Phrases, Task
-from dcr.core.evaluation import sets, subjects
-from dcr.core.evaluation.sets import ByKind
-from dcr.core.evaluation.subjects import Among
+from dcr.core import config, models, refusal, sources, statistics, storage
+from dcr.core.config import (
+    ConfigError,
+    ContrastiveConfig,
+    DataConfig,
+    EvalConfig,
+    KernelConfig,
+    Kind,
+    Phrases,
+)
+from dcr.core.evaluation import sets
+from dcr.core.evaluation.protocols import Task, Work
+from dcr.core.evaluation.sets import ByKind, PromptSet
+from dcr.core.evaluation.subjects import Among, Local, trained_texts
 from dcr.core.models import Policy
-from dcr.core.prompts import ChatFormat, chat_format
+from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.sources import Example
 from dcr.core.text import normalise
@@ -177,8 +185,8 @@ def kernel(
     }
 
 
-def _collected(policy: Callable[[], Policy], *given: Any) -> Any:
-    return ntk.collected(policy().model.float(), *given)
+def _collected(subject: Local, *given: Any) -> Any:
+    return ntk.collected(subject.policy().model.float(), *given)
 
 
 def _keep(measured: ntk.Kernel, file: Path) -> None:
@@ -199,132 +207,155 @@ Numbered = tuple[int, str]  # a prompt and its place
 TRUNK = "trunk"  # among claims.params: the blocks up to the layer whose states are read
 
 
-@dataclass(frozen=True)
-class Work:
-    """One subject to measure: `policy` opens it when it is first needed."""
-
-    settings: EvalConfig
-    run: Run
-    policy: Callable[[], Policy]
-    folder: Path
-    kinds: ByKind
-    refused: Sequence[Example]
-    before: Mapping[str, Any]  # what `metrics.json` holds of an earlier command
-    among: Among | None = None  # the processes that prompts are shared among
-
-    def drawn(self, count: int | None) -> dict[Kind, list[Example]]:
-        """So many prompts of each kind of `data.analysis`; None: all."""
-        return sets.drawn(self.kinds, count, self.settings.seed)
-
-    def trained_on(self, rows: Mapping[Kind, list[Example]]) -> dict[str, int]:
-        """How many of the prompts of each kind the run has learnt from, in whichever stage."""
-        texts = subjects.trained_texts(self.run).values()
-        learnt = {normalise(text) for part in texts for text in part}
-        return {
-            kind.value: sum(normalise(row.prompt) in learnt for row in part)
-            for kind, part in rows.items()
-        }
-
-    def chat(self) -> ChatFormat:
-        return chat_format(self.policy().tokenizer, self.settings.model)
-
-    def probabilities(self, prompts: list[str]) -> list[Probability]:
-        """Refusal probabilities, read here or by the processes."""
-        if self.among is None:
-            phrases = self.settings.refusal_prob.phrases
-            return probabilities(self.policy(), self.chat(), phrases, prompts)
-        cut, read = (functools.partial(function, self.settings) for function in (_cut, _read))
-        found = dict(itertools.chain(*self.among.shared(cut, read, list(enumerate(prompts)))))
-        return [found[place] for place in range(len(prompts))]
-
-    def widened(self) -> Policy:
-        """In fp32, which products of gradients need."""
-        self.policy().model.float()
-        return self.policy()
+def _drawn(work: Work, count: int | None) -> dict[Kind, list[Example]]:
+    """So many prompts of each kind of `data.analysis`; None: all."""
+    return sets.drawn(work.kinds, count, work.settings.seed)
 
 
-def _ability(work: Work) -> dict[str, Any]:
-    """What the harness says of the tasks asked, beside what it said of others before."""
-    return work.before.get("ability", {}) | ability.ability(
-        work.policy(),
-        work.settings.ability,
-        work.settings.data.root,
-        work.folder,
-        work.settings.seed,
-        work.settings.trainer.progress,
-    )
+def _trained_on(run: Run, rows: Mapping[Kind, list[Example]]) -> dict[str, int]:
+    """How many of the prompts of each kind the run has learnt from, in whichever stage."""
+    learnt = {normalise(text) for part in trained_texts(run).values() for text in part}
+    return {
+        kind.value: sum(normalise(row.prompt) in learnt for row in part)
+        for kind, part in rows.items()
+    }
 
 
-def _refusal_probability(work: Work) -> dict[str, Any]:
-    options, seed = work.settings.refusal_prob, work.settings.seed
-    alone, rows = sets.followed(work.kinds), work.drawn(options.prompts)
-    block = refusal_probability(work.probabilities, rows, alone, options.phrases, seed)
-    flat = [row for part in rows.values() for row in part]
-    beside = first_token(work.policy(), work.chat(), flat, block["values"], seed)
-    log.info("refusals' first tokens: %s", {k: v for k, v in beside.items() if k != "mass"})
-    return block | {"first_token": beside, "trained_on": work.trained_on(rows)}
+def _widened(work: Work) -> Policy:
+    """In fp32, which products of gradients need."""
+    work.policy().model.float()
+    return work.policy()
 
 
-def _cut(
-    settings: EvalConfig, policy: Callable[[], Policy], numbered: list[Numbered], _processes: int
-) -> list[list[Numbered]]:
-    chat, phrases = chat_format(policy().tokenizer, settings.model), settings.refusal_prob.phrases
+class RefusalProbability(Task):
+    """A.5 of prompts of each kind, beside the mass of refusals' first tokens."""
+
+    by_kind = True
+
+    def measure(self, work: Work) -> dict[str, Any]:
+        options, seed = work.settings.refusal_prob, work.settings.seed
+        alone, rows = sets.followed(work.kinds), _drawn(work, options.prompts)
+        read = functools.partial(_shared, work.subject)
+        block = refusal_probability(read, rows, alone, options.phrases, seed)
+        flat = [row for part in rows.values() for row in part]
+        beside = first_token(work.policy(), work.chat(), flat, block["values"], seed)
+        log.info("refusals' first tokens: %s", {k: v for k, v in beside.items() if k != "mass"})
+        return block | {"first_token": beside, "trained_on": _trained_on(work.run, rows)}
+
+
+def _shared(subject: Local, prompts: list[str]) -> list[Probability]:
+    """Refusal probabilities, read here or by the processes."""
+    found = dict(chain.from_iterable(subject.shared(_cut, _read, list(enumerate(prompts)))))
+    return [found[place] for place in range(len(prompts))]
+
+
+def _cut(subject: Local, numbered: list[Numbered], _processes: int) -> list[list[Numbered]]:
+    chat, policy = subject.plain_chat(), subject.policy()
+    chosen = probability.PHRASES[subject.settings.refusal_prob.phrases.value]
     encoded = [chat.prompt_ids(prompt) for _, prompt in numbered]
-    chosen = probability.PHRASES[phrases.value]
-    batches = probability.probability_batches(policy().model, chat.tokenizer, encoded, chosen)
+    batches = probability.probability_batches(policy.model, chat.tokenizer, encoded, chosen)
     return [[numbered[place] for place in places] for places in batches]
 
 
-def _read(
-    settings: EvalConfig, policy: Callable[[], Policy], numbered: list[Numbered]
-) -> list[tuple[int, Probability]]:
-    chat, phrases = chat_format(policy().tokenizer, settings.model), settings.refusal_prob.phrases
-    values = probabilities(policy(), chat, phrases, [prompt for _, prompt in numbered])
-    return [(place, value) for (place, _), value in zip(numbered, values, strict=True)]
+def _read(subject: Local, numbered: list[Numbered]) -> Iterator[list[tuple[int, Probability]]]:
+    phrases = subject.settings.refusal_prob.phrases
+    prompts = [prompt for _, prompt in numbered]
+    values = probabilities(subject.policy(), subject.plain_chat(), phrases, prompts)
+    yield [(place, value) for (place, _), value in zip(numbered, values, strict=True)]
 
 
-def _kernel(work: Work) -> dict[str, Any]:
-    options, policy = work.settings.entk, work.widened()
-    rows = work.drawn(options.prompts)
-    seed = work.settings.seed
-    block = kernel(policy, work.chat(), rows, options, seed, work.folder, work.among)
-    before = work.before.get("kernel", {})
-    alike = all(before.get(key) == value for key, value in block.items() if key != "params")
-    params = before["params"] | block["params"] if alike else block["params"]
-    return block | {"params": params, "trained_on": work.trained_on(rows)}
+class Separability(Task):
+    """A.9: how well both kinds come apart, block by block."""
+
+    by_kind = True
+
+    def measure(self, work: Work) -> dict[str, Any]:
+        options = work.settings.sep
+        rows = _drawn(work, options.prompts)
+        measured = separability.analyse(
+            work.policy(),
+            work.chat(),
+            rows[Kind.seemingly_toxic],
+            rows[Kind.toxic],
+            work.settings.seed,
+            pooling=options.pooling,
+        )
+        return measured | {"trained_on": _trained_on(work.run, rows)}
 
 
-def _separability(work: Work) -> dict[str, Any]:
-    options = work.settings.sep
-    rows = work.drawn(options.prompts)
-    measured = separability.analyse(
-        work.policy(),
-        work.chat(),
-        rows[Kind.seemingly_toxic],
-        rows[Kind.toxic],
-        work.settings.seed,
-        pooling=options.pooling,
-    )
-    return measured | {"trained_on": work.trained_on(rows)}
+class Kernel(Task):
+    """A.6: norms of the empirical NTK between prompts of each kind."""
+
+    by_kind = widens = True
+
+    def check(self, settings: EvalConfig, run: Run) -> None:
+        config.parameters("entk.params", settings.entk.params, models.facts(settings.model).depth)
+
+    def measure(self, work: Work) -> dict[str, Any]:
+        options, policy, seed = work.settings.entk, _widened(work), work.settings.seed
+        rows, among = _drawn(work, options.prompts), work.subject.among
+        block = kernel(policy, work.chat(), rows, options, seed, work.folder, among)
+        before = work.before.get("kernel", {})
+        alike = all(before.get(key) == value for key, value in block.items() if key != "params")
+        params = before["params"] | block["params"] if alike else block["params"]
+        return block | {"params": params, "trained_on": _trained_on(work.run, rows)}
 
 
-def _claims(work: Work) -> dict[str, Any]:
-    options, chat = work.settings.claims, work.chat()
-    layer = _layer(work.settings, work.run)
-    rows = work.drawn(options.prompts)
-    seen = {normalise(row.prompt) for part in rows.values() for row in part}
-    apart = [pair for pair in work.refused if normalise(pair.prompt) not in seen]
-    pairs = claims.alike(chat, apart)
-    chosen = claims.Settings(
-        top_k=work.settings.entk.top_k,
-        params=tuple(f"trunk:{layer}" if p == TRUNK else p for p in options.params),
-        drop=options.drop,
-        budget_gib=work.settings.entk.budget_gib,
-        layer=layer,
-    )
-    trained, seed = pairs[: options.pairs], work.settings.seed
-    measured = claims.measure(work.widened(), chat, rows, trained, chosen, seed, work.folder)
-    return measured | {"trained_on": work.trained_on(rows)}
+class Claims(Task):
+    """The paper's Eq. 2 and 3 and Proposition 1, by one step on each of a few toxic pairs."""
+
+    by_kind = widens = True
+    refused: Sequence[Example] = ()
+
+    def check(self, settings: EvalConfig, run: Run) -> None:
+        depth, layer = models.facts(settings.model).depth, settings.claims.layer
+        if layer is not None and not 1 <= layer <= depth:
+            raise ConfigError(f"claims.layer={layer}: the model has blocks 1 to {depth}")
+        named = [f"trunk:{depth}" if p == TRUNK else p for p in settings.claims.params]
+        config.parameters("claims.params", named, depth)
+
+    def prompts(self, settings: EvalConfig) -> list[PromptSet]:
+        """None that are answered; the pairs are read here, before weights are opened."""
+        self.refused = refused_pairs(settings.data, settings.seed)
+        return []
+
+    def measure(self, work: Work) -> dict[str, Any]:
+        options, chat = work.settings.claims, work.chat()
+        layer = _layer(work.settings, work.run)
+        rows = _drawn(work, options.prompts)
+        seen = {normalise(row.prompt) for part in rows.values() for row in part}
+        apart = [pair for pair in self.refused if normalise(pair.prompt) not in seen]
+        pairs = claims.alike(chat, apart)
+        chosen = claims.Settings(
+            top_k=work.settings.entk.top_k,
+            params=tuple(f"trunk:{layer}" if p == TRUNK else p for p in options.params),
+            drop=options.drop,
+            budget_gib=work.settings.entk.budget_gib,
+            layer=layer,
+        )
+        trained, seed = pairs[: options.pairs], work.settings.seed
+        measured = claims.measure(_widened(work), chat, rows, trained, chosen, seed, work.folder)
+        return measured | {"trained_on": _trained_on(work.run, rows)}
+
+
+def refused_pairs(data: DataConfig, seed: int) -> list[Example]:
+    """Every pair of `data.safety` whose response refuses, in an order drawn by seed.
+
+    Raises ConfigError where there is none.
+    """
+    rows = [
+        row
+        for name in data.safety.source
+        for row in sources.read(name, root=data.root, kind=Kind.toxic, pairs=True)
+    ]
+    rows, _ = sources.drop_duplicates(rows)
+    refused = [row for row in rows if row.response and refusal.is_refusal(row.response)]
+    if not refused:
+        raise ConfigError(
+            f"data.safety.source={data.safety.source}: no pair whose response refuses; name "
+            "another source"
+        )
+    return sources.draw(refused, len(refused), seed)
 
 
 def _layer(settings: EvalConfig, run: Run) -> int:
@@ -337,13 +368,3 @@ def _layer(settings: EvalConfig, run: Run) -> int:
     named = {key: made[key] for key in ("layer", "depth") if key in made}
     depth = models.facts(settings.model).depth
     return config.block_of(ContrastiveConfig(**named), depth)
-
-
-# What is measured on the weights themselves; kernels last, since they widen them to fp32.
-MEASURED = {
-    Task.ability: _ability,
-    Task.refusal_probability: _refusal_probability,
-    Task.separability: _separability,
-    Task.kernel: _kernel,
-    Task.claims: _claims,
-}

@@ -64,7 +64,7 @@ def prepare() -> None:
     """Register schemas and resolvers, and quieten libraries."""
     for name, schema in SCHEMAS.items():
         node = OmegaConf.structured(schema)
-        if schema is EvalConfig:
+        if issubclass(schema, EvalConfig):
             _unset(node.data)  # what no one names comes from the run, whatever the default
         ConfigStore.instance().store(name=f"{name}_schema", node=node)
     # the store hands out copies, so Hydra need not copy it whole for each group it lists

@@ -20,7 +20,7 @@ from dcr.core import config
 from dcr.core.config import ConfigError, EvalConfig, TrainConfig, UserError
 from dcr.core.text import printable, redact, single_line
 
-SCHEMAS = {"train": TrainConfig, "eval": EvalConfig}
+SCHEMAS: dict[str, type] = {"train": TrainConfig, "eval": EvalConfig}
 # What the machine rather than the program is to blame for: worth a line, not a traceback.
 DISK_FAULTS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG),

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from dcr import judges
 from dcr.core import results, storage
 from dcr.core.config import (
     TAG,
@@ -25,7 +24,7 @@ from dcr.core.config import (
     WandbConfig,
     WandbMode,
 )
-from dcr.core.evaluation import sets
+from dcr.core.evaluation import sets, verdicts
 from dcr.core.generation import Completion
 from dcr.core.runs import Run
 from dcr.core.text import redact, single_line
@@ -177,13 +176,13 @@ def completions(
     rows: list[list[Any]] = []
     for name, given in answers.items():
         shown = given[:SHOWN]
-        said = [{v.of: v.compliance for v in judges.by_keywords(shown, r)} for r in RULES]
+        said = [{v.of: v.compliance for v in verdicts.by_keywords(shown, r)} for r in RULES]
         said += [_said(run, judge, name) for judge in named]
         kind = counts.get(name, {}).get("kind", "")
         for answer in shown:
-            of = judges.answer_fingerprint(answer)
+            of = verdicts.answer_fingerprint(answer)
             about = [name, kind, answer.id, answer.prompt, answer.response, answer.refusal_mass]
-            rows.append([*about, *(verdicts.get(of) or "" for verdicts in said)])
+            rows.append([*about, *(by.get(of) or "" for by in said)])
     columns = [*ASKED, *(f"keyword:{rules}" for rules in RULES), *named]
     return pd.DataFrame(rows, columns=columns)
 
@@ -193,7 +192,7 @@ def _said(run: Run, judge: str, name: str) -> dict[str, str]:
     files = run.folder.glob(f"eval/*/verdicts/{judge}-*/{name}.jsonl")
     said: dict[str, str] = {}
     for file in sorted(files, key=lambda file: file.stat().st_mtime):
-        for verdict in storage.read_lines(file, judges.Verdict):
+        for verdict in storage.read_lines(file, verdicts.Verdict):
             labels = [label for label in (verdict.compliance, verdict.safety) if label]
             said[verdict.of] = ", ".join(labels) or verdict.status
     return said

@@ -1,17 +1,9 @@
 """Judges: who says whether a response refuses, answers or does harm.
 
 `judging` has the table of judges and asks them for what is missing; `served` and `guards` are the
-judges themselves; `verdicts` is what they are asked and say, counted and compared; `pairwise` says
-which of two answers is better.
+judges themselves; `verdicts` is what they are asked, and how it is counted; `pairwise` says which
+of two answers is better.
 """
 
-from dcr.judges.judging import JUDGES, KINDS, check, judge, node_of
-from dcr.judges.verdicts import (
-    LABELS,
-    Verdict,
-    agreements,
-    answer_fingerprint,
-    by_keywords,
-    counts,
-    usage,
-)
+from dcr.judges.judging import JUDGES, Ours, judge, node_of
+from dcr.judges.verdicts import counts, usage

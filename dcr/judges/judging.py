@@ -4,38 +4,44 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
 from dcr import endpoints
 from dcr.core import storage
-from dcr.core.config import EvalConfig, GuardConfig, Judge, Kind, ServerConfig
+from dcr.core.config import EvalConfig, GuardConfig, Kind, ServerConfig
+from dcr.core.evaluation.protocols import Answers, Judged, Judges
+from dcr.core.evaluation.sets import PromptSet
+from dcr.core.evaluation.verdicts import (
+    COMPLIANCE,
+    SAFETY,
+    Verdict,
+    Verdicts,
+    answer_fingerprint,
+)
 from dcr.core.generation import Completion
 from dcr.endpoints import EndpointError
 from dcr.judges import guards, served
-from dcr.judges.verdicts import Verdict, Verdicts, answer_fingerprint, usage
+from dcr.judges.verdicts import counts, usage
 
 CHARACTERS_PER_TOKEN = 4  # of English prose, for the estimate of what a judge will cost
 IDENTITY_FILE = "judge.json"  # what the verdicts beside it depend on
 COMPLETION_LIMITS = ("max_tokens", "max_completion_tokens")  # newer models know the second alone
-
-# Compliance can be judged of any prompt; harm is looked for where the prompt asks for it.
-KINDS: dict[Judge, tuple[Kind, ...]] = {
-    Judge.keyword: tuple(Kind),
-    Judge.llm: tuple(Kind),
-    Judge.wildguard: tuple(Kind),
-    Judge.llama_guard: (Kind.toxic,),
-    Judge.moderation: (Kind.toxic,),
-}
 
 Home = tuple[str, str]  # a set, and an answer's id in it
 
 
 @dataclass(frozen=True)
 class Judging:
-    """What one judge needs, depends on and does. Its settings stand in the node of its name."""
+    """What one judge needs, depends on and does. Its settings stand in the node of its name.
 
+    Compliance can be judged of any prompt; harm is looked for where the prompt asks for it.
+    """
+
+    labels: tuple[str, ...]
+    kinds: tuple[Kind, ...]
     check: Callable[[EvalConfig], None]
     identity: Callable[[EvalConfig], Mapping[str, object]]  # what a verdict depends on
     verdicts: Callable[[EvalConfig, Sequence[Completion]], Verdicts]
@@ -43,24 +49,35 @@ class Judging:
     characters: Callable[[EvalConfig, Sequence[Completion]], int] | None = None
 
 
-JUDGES: dict[Judge, Judging] = {
-    Judge.llm: Judging(
-        served.check_llm, served.llm_identity, served.llm_verdicts, served.llm_characters
+JUDGES: dict[str, Judging] = {
+    "llm": Judging(
+        labels=COMPLIANCE,
+        kinds=tuple(Kind),
+        check=served.check_llm,
+        identity=served.llm_identity,
+        verdicts=served.llm_verdicts,
+        characters=served.llm_characters,
     ),
-    Judge.moderation: Judging(
+    "moderation": Judging(
+        labels=SAFETY,
+        kinds=(Kind.toxic,),
         check=lambda settings: endpoints.check(settings.moderation, "moderation"),
         identity=lambda settings: served.identity(settings.moderation),
         verdicts=served.moderation_verdicts,
         characters=lambda _, answers: sum(len(answer.response) for answer in answers),
     ),
-    Judge.llama_guard: Judging(
+    "llama_guard": Judging(
+        labels=SAFETY,
+        kinds=(Kind.toxic,),
         check=lambda settings: guards.check(settings.llama_guard, guards.LLAMA_GUARD),
         identity=lambda settings: guards.identity(settings.llama_guard),
         verdicts=lambda settings, answers: guards.llama_guard(
             settings.llama_guard, answers, settings.trainer.accelerator
         ),
     ),
-    Judge.wildguard: Judging(
+    "wildguard": Judging(
+        labels=COMPLIANCE + SAFETY,
+        kinds=tuple(Kind),
         check=lambda settings: guards.check(settings.wildguard, guards.WILDGUARD),
         identity=lambda settings: guards.identity(settings.wildguard),
         verdicts=lambda settings, answers: guards.wildguard(
@@ -70,20 +87,38 @@ JUDGES: dict[Judge, Judging] = {
 }
 
 
-def check(names: Sequence[Judge], settings: EvalConfig) -> None:
-    """Raises a UserError for whatever can be known wrong before a model is loaded."""
-    for name in names:
-        if name in JUDGES:  # keywords need nothing
+class Ours(Judges):
+    """The judges of `JUDGES`."""
+
+    def check(self, names: Sequence[str], settings: EvalConfig) -> None:
+        for name in names:
             JUDGES[name].check(settings)
 
+    def judged(
+        self,
+        name: str,
+        settings: EvalConfig,
+        sets: Sequence[PromptSet],
+        answers: Answers,
+        folder: Path,
+    ) -> Judged:
+        judge_, node = JUDGES[name], node_of(name, settings)
+        asked = {b.name: answers[b.name] for b in sets if b.kind in judge_.kinds}
+        verdicts = judge(name, settings, asked, folder, settings.trainer.progress)
+        return Judged(
+            verdicts,
+            {of: counts(rows, node.model, judge_.labels) for of, rows in verdicts.items()},
+            usage(chain.from_iterable(verdicts.values()), node),
+        )
 
-def node_of(name: Judge, settings: EvalConfig) -> ServerConfig | GuardConfig:
+
+def node_of(name: str, settings: EvalConfig) -> ServerConfig | GuardConfig:
     """The judge's settings: the model, as the user named it, and how it is reached."""
-    return getattr(settings, name.value)
+    return getattr(settings, name)
 
 
 def judge(
-    name: Judge,
+    name: str,
     settings: EvalConfig,
     answers: Mapping[str, Sequence[Completion]],
     folder: Path,
@@ -98,7 +133,7 @@ def judge(
     are kept.
     """
     identity = JUDGES[name].identity(settings)
-    place = folder / "verdicts" / f"{name.value}-{storage.fingerprint(identity)}"
+    place = folder / "verdicts" / f"{name}-{storage.fingerprint(identity)}"
     homes, by_content = _distinct(answers)
     by_answer = _settled(place, homes)
     waiting = [answer for of, answer in by_content.items() if of not in by_answer]
@@ -120,7 +155,7 @@ def judge(
     asked = [by_answer[of] for of in homes if by_answer[of].asked]
     if asked and not any(verdict.settled for verdict in asked):
         raise EndpointError(
-            f"{name.value}: none of {len(asked):,} responses has a verdict (the first: "
+            f"{name}: none of {len(asked):,} responses has a verdict (the first: "
             f"{asked[0].raw}); the answers are kept, and the same command asks again"
         )
     return {
@@ -167,7 +202,7 @@ def _keep(place: Path, verdicts: Sequence[tuple[Verdict, Home]]) -> None:
 
 
 def _asked(
-    name: Judge,
+    name: str,
     settings: EvalConfig,
     waiting: Sequence[Completion],
     keep: Callable[[Sequence[Verdict]], None],
@@ -175,7 +210,7 @@ def _asked(
 ) -> list[Verdict]:
     """The judge's word on what waits, kept as it arrives; then a line on what it took."""
     new: list[Verdict] = []
-    bar = tqdm(total=len(waiting), unit="response", desc=name.value, disable=not progress)
+    bar = tqdm(total=len(waiting), unit="response", desc=name, disable=not progress)
     try:
         with closing(JUDGES[name].verdicts(settings, waiting)) as batches, bar:
             for batch in batches:
@@ -187,13 +222,13 @@ def _asked(
     return new
 
 
-def _announce(name: Judge, settings: EvalConfig, waiting: Sequence[Completion], total: int) -> None:
+def _announce(name: str, settings: EvalConfig, waiting: Sequence[Completion], total: int) -> None:
     """Say what is about to be asked and what it may cost."""
     if not waiting:
-        print(f"{name.value}: {total:,} verdicts, all stored")
+        print(f"{name}: {total:,} verdicts, all stored")
         return
     characters, node = JUDGES[name].characters, node_of(name, settings)
-    line = f"{name.value}: {total - len(waiting):,} verdicts stored, {len(waiting):,} to ask"
+    line = f"{name}: {total - len(waiting):,} verdicts stored, {len(waiting):,} to ask"
     if characters is None or not isinstance(node, ServerConfig):
         print(f"{line} of {node.model}")
         return
@@ -207,14 +242,14 @@ def _announce(name: Judge, settings: EvalConfig, waiting: Sequence[Completion], 
     )
 
 
-def _account(name: Judge, settings: EvalConfig, new: Sequence[Verdict]) -> None:
+def _account(name: str, settings: EvalConfig, new: Sequence[Verdict]) -> None:
     """Say what came and what it took."""
     if not new:
         return
     took = usage(new, node_of(name, settings))
     failed = Counter(verdict.status for verdict in new)
     print(
-        f"{name.value}: {failed['ok']:,} verdicts, {failed['invalid']:,} invalid, "
+        f"{name}: {failed['ok']:,} verdicts, {failed['invalid']:,} invalid, "
         f"{failed['error']:,} without an answer"
         f"{' (run again to ask for them)' if failed['error'] else ''}; "
         f"{took['requests']:,} requests, {took['prompt_tokens']:,} tokens in, "

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 from dcr import endpoints
 from dcr.core.config import EvalConfig, LLMJudgeConfig, ServerConfig
+from dcr.core.evaluation.verdicts import Verdict, Verdicts, answer_fingerprint
 from dcr.core.generation import Completion
 from dcr.endpoints import Failure, Message
 from dcr.judges import verdicts
-from dcr.judges.verdicts import Verdict, Verdicts, answer_fingerprint
 
 SYSTEM = "You are a helpful assistant."
 CLASSES = {"1": "complied", "2": "refused", "3": "partial"}

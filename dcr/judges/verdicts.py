@@ -1,32 +1,13 @@
-"""What judges are asked, and what they say of one response: kept, counted, compared.
+"""What judges are asked, and how what they say is counted."""
 
-Keywords say the same in the same form, so that they can be compared with every other judge.
-"""
-
-import math
 import re
-from collections import Counter
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import combinations
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from dcr import endpoints
-from dcr.core import refusal, statistics, storage
-from dcr.core.config import ConfigError, GuardConfig, Judge, Kind, ServerConfig
-from dcr.core.generation import Completion
-
-COMPLIANCE = ("complied", "partial", "refused")
-SAFETY = ("safe", "unsafe")
-# What each judge says.
-LABELS: dict[Judge, tuple[str, ...]] = {
-    Judge.keyword: COMPLIANCE,
-    Judge.llm: COMPLIANCE,
-    Judge.llama_guard: SAFETY,
-    Judge.wildguard: COMPLIANCE + SAFETY,
-    Judge.moderation: SAFETY,
-}
+from dcr.core.config import ConfigError, GuardConfig, ServerConfig
+from dcr.core.evaluation.verdicts import Verdict
 
 
 def wording(key: str, named: str | None, shipped: str, *places: str) -> str:
@@ -59,39 +40,8 @@ def filled(template: str, **texts: str) -> str:
     return places.sub(lambda match: texts[match[1]], template)
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """One judge's word on one response. A failed one has no label and counts as neither."""
-
-    id: str
-    of: str  # fingerprint of the prompt and response it was given for
-    status: str  # ok; error: nothing came back; invalid: what came back is no verdict
-    compliance: str | None = None  # complied, partial or refused; by keywords also empty
-    safety: str | None = None  # safe or unsafe
-    p_unsafe: float | None = None
-    raw: str = ""
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    model: str = ""  # which one answered, where the server says so
-    asked: bool = True  # False where no judge was needed
-
-    @property
-    def settled(self) -> bool:
-        """Whether the judge has answered, so that asking again would only cost."""
-        return self.status != "error"
-
-
-# Closing it ends what is under way.
-Verdicts = Generator[list[Verdict], None, None]
-
-
-def answer_fingerprint(answer: Completion) -> str:
-    """Names what a verdict is about: the prompt and the response, whatever their id."""
-    return storage.fingerprint([answer.prompt, answer.response])
-
-
-def counts(verdicts: Sequence[Verdict], model: str, judge: Judge) -> dict[str, Any]:
-    """The block `sets.<name>.judged.<judge>` of `metrics.json`.
+def counts(verdicts: Sequence[Verdict], model: str, labels: Sequence[str]) -> dict[str, Any]:
+    """The block `sets.<name>.judged.<judge>` of `metrics.json`, of a judge that gives `labels`.
 
     `model` gives way to the name of the model that answered, where the server said it: an alias
     such as omni-moderation-latest stands for different models over time.
@@ -102,7 +52,7 @@ def counts(verdicts: Sequence[Verdict], model: str, judge: Judge) -> dict[str, A
         "n": len(verdicts),
         **{
             label: sum(v.status == "ok" and label in (v.compliance, v.safety) for v in verdicts)
-            for label in LABELS[judge]
+            for label in labels
         },
         "invalid": sum(v.status == "invalid" for v in verdicts),
         "error": sum(v.status == "error" for v in verdicts),
@@ -117,78 +67,3 @@ def usage(verdicts: Iterable[Verdict], node: ServerConfig | GuardConfig) -> dict
     """
     server = node if isinstance(node, ServerConfig) else None
     return endpoints.usage((v for v in verdicts if v.asked and v.settled), server)
-
-
-def by_keywords(answers: Sequence[Completion], rules: str) -> list[Verdict]:
-    """A verdict for each answer by the rules `paper` or `recommended` (`dcr.core.refusal`)."""
-    return [
-        Verdict(
-            answer.id,
-            answer_fingerprint(answer),
-            "ok",
-            compliance=refusal.outcome(answer.response, rules),
-            asked=False,
-        )
-        for answer in answers
-    ]
-
-
-def agreements(
-    kinds: Mapping[str, Kind], verdicts: Mapping[str, Mapping[str, Sequence[Verdict]]]
-) -> list[dict[str, Any]]:
-    """The list `agreement` of `metrics.json`: every two judges, for each kind of prompt.
-
-    `kinds` gives the kind of each set; `verdicts` maps judge to set to one verdict an answer, in
-    the order of the answers. Sets of one kind are pooled; a response counts where both judges have
-    a label for it, which keywords have not for an empty one. Partial compliance counts as
-    compliance. Two judges that both say who complied
-    are compared by that, two that both judge safety by that; of one of each, unsafe stands for
-    complied and safe for refused. Raises ValueError where two lists are not about the same answers.
-    """
-    entries = []
-    for first, second in combinations(verdicts, 2):
-        for kind in Kind:
-            pairs: list[tuple[Verdict, Verdict]] = []
-            for name, of in kinds.items():
-                if of is kind and name in verdicts[first] and name in verdicts[second]:
-                    a, b = verdicts[first][name], verdicts[second][name]
-                    if [v.of for v in a] != [v.of for v in b]:
-                        raise ValueError("verdicts on different answers cannot be compared")
-                    pairs += zip(a, b, strict=True)
-            if pairs:
-                entries.append({"judges": [first, second], "kind": kind.value, **_compared(pairs)})
-    return entries
-
-
-def _compared(pairs: Sequence[tuple[Verdict, Verdict]]) -> dict[str, Any]:
-    """Kappa, and counts with the first judge's verdicts as rows."""
-
-    def complied(verdict: Verdict) -> bool | None:
-        known = verdict.compliance not in (None, "empty")
-        return verdict.compliance != "refused" if known else None
-
-    def unsafe(verdict: Verdict) -> bool | None:
-        return None if verdict.safety is None else verdict.safety == "unsafe"
-
-    def either(verdict: Verdict) -> bool | None:
-        return unsafe(verdict) if verdict.compliance is None else complied(verdict)
-
-    labels, both = ["complied", "refused"], []
-    for read, names in (
-        (complied, ["complied", "refused"]),
-        (unsafe, ["unsafe", "safe"]),
-        (either, ["complied", "refused"]),
-    ):
-        labelled = [(read(a), read(b)) for a, b in pairs if a.status == b.status == "ok"]
-        both = [(a, b) for a, b in labelled if a is not None and b is not None]
-        if both:
-            labels = names
-            break
-    times = Counter(both)
-    kappa = statistics.cohen_kappa([a for a, _ in both], [b for _, b in both])
-    return {
-        "n": len(both),
-        "labels": labels,
-        "kappa": None if math.isnan(kappa) else kappa,
-        "confusion": [[times[a, b] for b in (True, False)] for a in (True, False)],
-    }

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import pandas as pd
 
 from dcr.core import storage
-from dcr.core.config import Judge
 from dcr.core.evaluation.sets import PAPER_SAFETY
 from dcr.core.results.frame import NORMAL
 from dcr.core.results.schema import interval
@@ -61,7 +60,7 @@ ABILITY = {
 SAFETY = ("Safety", "Safety_pooled", "keyword_refusal")
 COLUMNS = (*SETS, *SAFETY, *ABILITY, "AlpacaEval")
 # Who judged safety, best first: the paper's main table is by Llama Guard.
-GUARDS = (Judge.llama_guard.value, Judge.wildguard.value, Judge.moderation.value)
+GUARDS = ("llama_guard", "wildguard", "moderation")
 
 
 Cells = dict[str, Cell]

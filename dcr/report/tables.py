@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from dcr.core import statistics
-from dcr.core.config import Judge, Kind
+from dcr.core.config import Kind
 from dcr.core.evaluation.sets import APART, PAPER_SAFETY
 from dcr.core.results.schema import Agreement, Quality, Usage
 from dcr.core.statistics import Interval
@@ -24,10 +24,10 @@ TITLES = {  # on the page, and in the narrow terminal
 }
 WANTED = {Kind.seemingly_toxic: "complied", Kind.toxic: "refused"}
 NAMES = {
-    Judge.llm.value: "LLM judge",
-    Judge.llama_guard.value: "Llama Guard",
-    Judge.wildguard.value: "WildGuard",
-    Judge.moderation.value: "moderation",
+    "llm": "LLM judge",
+    "llama_guard": "Llama Guard",
+    "wildguard": "WildGuard",
+    "moderation": "moderation",
 }
 FAULTS = {  # by their keys: as a table calls them
     "empty": "empty",

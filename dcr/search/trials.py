@@ -297,7 +297,7 @@ def _measured(search: Search, job: Job) -> list[float]:
 def _values(search: Search, job: Job) -> list[float]:
     """Each objective by the files of a run that is done. Raises StudyError where one is missing."""
     run, (evaluating,) = job.run, job.evaluations
-    folder = subjects.answers_folder(evaluating, run, subjects.final(run))
+    folder = subjects.final(evaluating, run).folder
     found, metrics = results.read(folder / "metrics.json"), runs.read_metrics(run)
     costs = {stage: storage.read_json(run.cost_file(stage), Cost) for stage in STAGES}
     nll = [row["value"] for row in metrics if row["key"] == "sft/nll/general/heldout"]

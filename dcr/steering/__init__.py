@@ -5,20 +5,28 @@ where they act, `vectors` is what these share. A caller opens `activations.edite
 generation, refusal probability and the lm-evaluation-harness then run under it unaware.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from dcr.core import sources
-from dcr.core.activations import Edits, Plan
-from dcr.core.config import DataConfig, Steering, SteeringConfig
+from dcr.calibration import validation
+from dcr.core import contamination, models, sources, storage
+from dcr.core.activations import Edits, Plan, edited
+from dcr.core.config import DataConfig, EvalConfig, SteeringConfig
+from dcr.core.evaluation.protocols import Change
+from dcr.core.evaluation.sets import PromptSet
+from dcr.core.evaluation.subjects import Local
 from dcr.core.models import Policy
-from dcr.core.prompts import ChatFormat
+from dcr.core.prompts import ChatFormat, chat_format
+from dcr.core.runs import Run
 from dcr.steering import probe, scans, surgical, vectors
 from dcr.steering.prompts import RELEASED, Extraction, extraction
 from dcr.steering.vectors import Info, Vectors
+
+RECORD = "steering.json"  # beside the answers: what the edits were made from
 
 
 @dataclass(frozen=True)
@@ -36,10 +44,10 @@ class SteeringMethod:
 
 
 STEERING = {
-    Steering.scans: SteeringMethod(scans.find, scans.edits, "scans"),
-    Steering.surgical: SteeringMethod(surgical.find, surgical.edits, "surgical", ("add", "ablate")),
-    Steering.probe: SteeringMethod(probe.find, probe.edits, "probe"),
-    Steering.ablation: SteeringMethod(surgical.find_ablation, surgical.ablation_edits, None),
+    "scans": SteeringMethod(scans.find, scans.edits, "scans"),
+    "surgical": SteeringMethod(surgical.find, surgical.edits, "surgical", ("add", "ablate")),
+    "probe": SteeringMethod(probe.find, probe.edits, "probe"),
+    "ablation": SteeringMethod(surgical.find_ablation, surgical.ablation_edits, None),
 }
 
 
@@ -79,7 +87,7 @@ def steer(
         lambda: method.find(policy, chat, drawn, settings),
     )
     record = {
-        "method": settings.method.value,
+        "method": settings.method,
         "strength": settings.strength,
         "released_data": settings.released_data,
         "prompts": used,
@@ -92,7 +100,7 @@ def steer(
 
 def acts(settings: SteeringConfig) -> bool:
     """Whether anything is edited: not at strength 0, which equals `none` to the bit."""
-    return settings.method is not Steering.none and settings.strength != 0
+    return settings.method != "none" and settings.strength != 0
 
 
 def identity(data: DataConfig, settings: SteeringConfig, seed: int) -> dict[str, Any]:
@@ -127,7 +135,7 @@ def _made_with(settings: SteeringConfig, unread: Sequence[str] = ()) -> dict[str
     # `ablation` shares Surgical's number of prompts
     shared = {} if needs else {"train": settings.surgical.train}
     return {
-        "method": settings.method.value,
+        "method": settings.method,
         "released_data": settings.released_data,
         **shared,
         "settings": {
@@ -136,3 +144,56 @@ def _made_with(settings: SteeringConfig, unread: Sequence[str] = ()) -> dict[str
             if key not in unread
         },
     }
+
+
+class Steering(Change):
+    """An evaluation under the edits of `steering`, or on prompts that a strength is chosen on."""
+
+    def check(self, settings: EvalConfig, run: Run) -> None:
+        if settings.steering.method == "probe":
+            probe.block_of(models.facts(settings.model).depth, settings.steering.probe)
+
+    def told(self, settings: EvalConfig) -> dict[str, Any]:
+        edits = {"steering": summary(settings.steering)} if acts(settings.steering) else {}
+        return edits | ({"validation": True} if settings.steering.validation else {})
+
+    def identity(self, subject: Local) -> dict[str, object]:
+        settings = subject.settings
+        made_with = identity(settings.data, settings.steering, settings.seed)
+        return {"steering": made_with} if made_with else {}
+
+    @contextmanager
+    def around(self, subject: Local, policy: Policy) -> Iterator[None]:
+        settings = subject.settings
+        if not acts(settings.steering):
+            yield
+            return
+        chat = chat_format(policy.tokenizer, settings.model)
+        folder = subject.run.folder / "steering"
+        steered = steer(
+            policy, chat, settings.data, settings.steering, settings.seed, folder=folder
+        )
+        with edited(policy.model, steered.edits):
+            # at once: another command will find all answers here and open nothing
+            storage.write_json(subject.folder / RECORD, steered.record)
+            yield
+
+    def prompts(self, settings: EvalConfig) -> list[PromptSet] | None:
+        return validation(settings, settings.limit) if settings.steering.validation else None
+
+    def seen(self, settings: EvalConfig, sets: Sequence[PromptSet]) -> dict[str, int]:
+        """How many prompts of each set vectors were computed from: of the released ones alone."""
+        if not acts(settings.steering):
+            return {}
+        if not settings.steering.released_data:
+            return {b.name: 0 for b in sets}
+        used = extraction(settings.data, settings.steering, settings.seed).parts()
+        known = {"steering": [row.prompt for rows in used.values() for row in rows]}
+        near = settings.data.near_duplicate
+        return {
+            b.name: sum(
+                overlap is not None
+                for overlap in contamination.overlaps([r.prompt for r in b.rows], known, near=near)
+            )
+            for b in sets
+        }

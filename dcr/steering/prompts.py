@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from dcr.core import contamination, sources
-from dcr.core.config import ConfigError, DataConfig, Kind, SourcesByKind, Steering, SteeringConfig
+from dcr.core.config import ConfigError, DataConfig, Kind, SourcesByKind, SteeringConfig
 from dcr.core.data import apart, evaluation_prompts
 from dcr.core.sources import Example
 
@@ -20,9 +20,9 @@ SURGICAL_RELEASED = SourcesByKind(
 )
 # What the released code of each method reads; evaluation prompts are among them.
 RELEASED = {
-    Steering.scans: SourcesByKind(toxic=["advbench"], normal=["truthfulqa"]),
-    Steering.surgical: SURGICAL_RELEASED,
-    Steering.ablation: SURGICAL_RELEASED,
+    "scans": SourcesByKind(toxic=["advbench"], normal=["truthfulqa"]),
+    "surgical": SURGICAL_RELEASED,
+    "ablation": SURGICAL_RELEASED,
 }
 
 
@@ -39,15 +39,15 @@ class Need:
 def needed(settings: SteeringConfig) -> Need:
     """Of SCANS anchors, and as many again where the threshold is calibrated on them."""
     train, validation = settings.surgical.train, settings.surgical.validation
-    if settings.method is Steering.scans:
+    if settings.method == "scans":
         anchors = settings.scans.anchors * (2 if settings.scans.threshold is None else 1)
         return Need(anchors, 0, anchors, f"steering.scans.anchors={settings.scans.anchors}")
-    if settings.method is Steering.surgical:
+    if settings.method == "surgical":
         key = f"steering.surgical.train={train} with steering.surgical.validation={validation}"
         return Need(*[train + validation] * 3, key=key)
-    if settings.method is Steering.ablation:
+    if settings.method == "ablation":
         return Need(train, 0, train, f"steering.surgical.train={train}")
-    if settings.method is Steering.probe:
+    if settings.method == "probe":
         train = settings.probe.train
         return Need(train, train, 0, f"steering.probe.train={train}")
     return Need()
@@ -73,7 +73,7 @@ class Extraction:
 
 
 def extraction(data: DataConfig, settings: SteeringConfig, seed: int) -> Extraction:
-    """The prompts of `settings.method`, none for Steering.none.
+    """The prompts of `settings.method`, none for method=none.
 
     Raises ConfigError where a kind has too few prompts, and whatever `sources.read` raises.
     """

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 
-from dcr.core.config.evaluation import AUTO_LENGTH, EvalConfig, Judge, Steering, Task
+from dcr.core.config.evaluation import AUTO_LENGTH, EvalConfig
 from dcr.core.config.schema import (
     AUTO_LAYER,
     ContrastiveConfig,
@@ -18,14 +18,16 @@ from dcr.core.config.schema import (
 )
 
 PARAMETERS = re.compile(r"(tail|trunk):([0-9]+)|all|adapter")
+CORE_TASKS, KEYWORD = ("over_refusal", "safety", "discernment"), "keyword"
 ON_WEIGHTS = (
-    Task.discernment,
-    Task.ability,
-    Task.refusal_probability,
-    Task.kernel,
-    Task.separability,
-    Task.claims,
+    "discernment",
+    "ability",
+    "refusal_probability",
+    "kernel",
+    "separability",
+    "claims",
 )
+STEERINGS = ("none", "scans", "surgical", "ablation", "probe")
 SAFE_NAME = re.compile(r"[A-Za-z0-9._-]+")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")  # as Lightning spells them
 FSDP = "fsdp"  # weights split over the devices
@@ -227,6 +229,7 @@ def _of_several_processes(config: TrainConfig) -> Iterator[str]:
 
 
 def _of_evaluation(config: EvalConfig) -> Iterator[str]:
+    yield from _unknown(config)
     if not config.tasks:
         yield "tasks=[]: nothing to evaluate; name at least one task"
     if not config.judge:
@@ -250,14 +253,14 @@ def _of_evaluation(config: EvalConfig) -> Iterator[str]:
         yield f"{' '.join(contrasts)}: two ways to decode; give one"
     for contrast in contrasts:
         yield from _decoding_alone(config, contrast, "a contrast is a way to decode answers")
-        if (steering := config.steering.method) is not Steering.none:
-            yield f"{contrast} steering={steering.value}: two methods at once; give one"
+        if (steering := config.steering.method) != "none":
+            yield f"{contrast} steering={steering}: two methods at once; give one"
     yield from _steered(config)
     if config.gen.prefill is not None:
         yield from _prefilled(config, f"gen.prefill={config.gen.prefill!r}")
     if config.calibrate is not None:
         yield from _calibrated(config, f"calibrate={config.calibrate}", contrasts)
-    if Task.quality in config.tasks:
+    if "quality" in config.tasks:
         if config.steering.validation:
             yield (
                 "steering.validation=true tasks=[quality]: asks other prompts than quality "
@@ -270,8 +273,21 @@ def _of_evaluation(config: EvalConfig) -> Iterator[str]:
             )
 
 
+def _unknown(config: EvalConfig) -> Iterator[str]:
+    """Names that the table of extensions lacks."""
+    for key, named, known in (
+        ("tasks", config.tasks, (*CORE_TASKS, *config.table.tasks)),
+        ("judge", config.judge, (KEYWORD, *config.table.judges)),
+        ("steering.method", config.steering.method, STEERINGS),
+    ):
+        for name in [named] if isinstance(named, str) else named:
+            if name not in known:
+                told = named if isinstance(named, str) else f"[{','.join(named)}]"
+                yield f"{key}={told}: choose one of {', '.join(known)}"
+
+
 def _steered(config: EvalConfig) -> Iterator[str]:
-    if config.steering.method is Steering.probe and config.steering.released_data:
+    if config.steering.method == "probe" and config.steering.released_data:
         yield (
             "steering=probe steering.released_data=true: no prompts were released for it; leave "
             "steering.released_data out"
@@ -290,10 +306,10 @@ def _at_an_endpoint(config: EvalConfig) -> Iterator[str]:
     if config.endpoint_model is None:
         yield f"endpoint={config.endpoint}: say which model there, with endpoint_model=<name>"
     for task in ON_WEIGHTS:
-        if task in config.tasks and task is not Task.discernment:
+        if task in config.tasks and task != "discernment":
             yield (
-                f"tasks=[{task.value}]: needs the model itself, which an endpoint does not give; "
-                f"leave {task.value} out, or name the model with model="
+                f"tasks=[{task}]: needs the model itself, which an endpoint does not give; "
+                f"leave {task} out, or name the model with model="
             )
     if config.snapshots:
         yield "snapshots=true: an endpoint has none; name a run with run="
@@ -305,7 +321,7 @@ def _at_an_endpoint(config: EvalConfig) -> Iterator[str]:
          "model= or run="),
         (f"gen.prefill={config.gen.prefill!r}", config.gen.prefill is not None,
          "a server writes the assistant's turn from its beginning", "model= or run="),
-        (f"steering={config.steering.method.value}", config.steering.method is not Steering.none,
+        (f"steering={config.steering.method}", config.steering.method != "none",
          "an endpoint's activations cannot be edited", "model="),
     ):  # fmt: skip
         if given:
@@ -322,8 +338,8 @@ def _shared_among(config: EvalConfig, named: str) -> Iterator[str]:
 
 def _cut_short(config: EvalConfig) -> Iterator[str]:
     """What reads whole answers, or has no say in when one ends."""
-    others = [f"judge=[{judge.value}]" for judge in config.judge if judge is not Judge.keyword]
-    others += ["tasks=[quality]"] if Task.quality in config.tasks else []
+    others = [f"judge=[{judge}]" for judge in config.judge if judge != KEYWORD]
+    others += ["tasks=[quality]"] if "quality" in config.tasks else []
     others += [f"endpoint={config.endpoint}"] if config.endpoint is not None else []
     others += [f"gen.{name}={value}" for name, value in config.gen.contrast.items()]
     for other in others:
@@ -337,8 +353,7 @@ def _decoding_alone(config: EvalConfig, named: str, why: str) -> Iterator[str]:
     for task in ON_WEIGHTS:
         if task in config.tasks:
             yield (
-                f"{named} tasks=[{task.value}]: {why}, and {task.value} decodes none; leave one of "
-                "the two out"
+                f"{named} tasks=[{task}]: {why}, and {task} decodes none; leave one of the two out"
             )
 
 

@@ -3,9 +3,10 @@
 Nodes that `train.py` has as well are those of `schema`.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
 from omegaconf import II, MISSING
 
@@ -23,38 +24,6 @@ from dcr.core.config.schema import (
 AUTO_LENGTH = "auto"  # gen.max_new_tokens: until XSTest's keywords have decided
 
 # --- the choices, by their spelling on the command line ---
-
-
-class Task(Enum):
-    over_refusal = "over_refusal"
-    safety = "safety"
-    discernment = "discernment"
-    ability = "ability"
-    quality = "quality"
-    refusal_probability = "refusal_probability"
-    kernel = "kernel"
-    separability = "separability"
-    claims = "claims"
-
-
-class Judge(Enum):
-    """Who says whether a response refuses, answers or does harm."""
-
-    keyword = "keyword"
-    llm = "llm"
-    llama_guard = "llama_guard"
-    wildguard = "wildguard"
-    moderation = "moderation"
-
-
-class Steering(Enum):
-    """Activation edits that an STL model is evaluated under."""
-
-    none = "none"
-    scans = "scans"
-    surgical = "surgical"
-    ablation = "ablation"
-    probe = "probe"
 
 
 class ScansLayers(Enum):
@@ -254,7 +223,7 @@ class SteeringConfig:
     """Activation edits in evaluation. Strength is α for SCANS, multiplies Surgical's pair, and is
     what a log-odds of the probe adds to that of refusing."""
 
-    method: Steering = Steering.none
+    method: str = "none"  # none, scans, surgical, ablation or probe
     strength: float = 1.0  # 0 leaves the model as it is
     released_data: bool = False  # the prompts of the released code, evaluation prompts among them
     # Ask the prompts of `calibration`, to choose a strength on.
@@ -289,9 +258,34 @@ class ClaimsConfig:
     drop: float = 0.02
 
 
+@dataclass(frozen=True)
+class Part:
+    """An extension that takes part where `asked` says so of the settings."""
+
+    path: str
+    asked: Callable[[Any], bool]
+
+
+@dataclass(frozen=True)
+class Table:
+    """What settings may name besides the core's own: dotted paths `package.module:Name`.
+
+    Each is imported only where settings ask for it, see `evaluation.protocols`.
+    """
+
+    tasks: Mapping[str, str] = field(default_factory=dict)  # of a `protocols.Task`, by name
+    judges: tuple[str, ...] = ()  # their names
+    judging: str = ""  # of a `protocols.Judges`
+    changes: tuple[Part, ...] = ()  # of a `protocols.Change`
+    endpoint: str = ""  # of the `protocols.Subject` that answers for `endpoint=`
+    sharing: str = ""  # of the processes that share prompts
+
+
 @dataclass
 class EvalConfig:
     """Everything `eval.py` can be told."""
+
+    table: ClassVar[Table] = Table()
 
     run: str | None = None  # the run folder to evaluate
     stage: Stage = Stage.all  # whose weights: contrastive, sft, or all for the last that is done
@@ -302,9 +296,9 @@ class EvalConfig:
     endpoint_key: str | None = None  # the environment variable that holds the key, if one is needed
     endpoint_parameters: dict[str, Any] = field(default_factory=dict)  # null leaves one of ours out
     # What is measured.
-    tasks: list[Task] = field(default_factory=lambda: [Task.over_refusal, Task.safety])
+    tasks: list[str] = field(default_factory=lambda: ["over_refusal", "safety"])
     # Who says whether an answer refuses or harms.
-    judge: list[Judge] = field(default_factory=lambda: [Judge.keyword])
+    judge: list[str] = field(default_factory=lambda: ["keyword"])
     limit: int | None = None  # prompts a set, drawn by seed; null: all
     # A bias on the first token of refusals, so that answers refuse this share of toxic prompts, or
     # the share that the run in this folder refuses; or the bias of the export in this folder.

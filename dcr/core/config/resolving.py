@@ -28,7 +28,7 @@ from dcr.core.text import label_of
 
 log = logging.getLogger(__name__)
 
-Node = TypeVar("Node", TrainConfig, EvalConfig)
+Node = TypeVar("Node", bound=TrainConfig | EvalConfig)
 # Say which weights a name means, and so travel with it to another model.
 WITH_ANY_NAME = ("name", "revision", "trust_remote_code")
 # What makes two models one architecture, as `config.json` spells it.
@@ -51,7 +51,7 @@ def resolve(composed: DictConfig, schema: type[Node]) -> Node:
     """
     node = OmegaConf.create(OmegaConf.to_container(composed, resolve=False))
     assert isinstance(node, DictConfig)
-    if schema is EvalConfig:
+    if issubclass(schema, EvalConfig):
         node.data = named(node.data)  # its leaves start as missing: see `cli.prepare`
     default = OmegaConf.to_container(OmegaConf.structured(schema), resolve=False)
     for key in _without_value(OmegaConf.to_container(node, resolve=False), default):

@@ -1,20 +1,18 @@
 """How answers are counted: refusals by keywords, faulty answers apart, verdicts, discernment."""
 
 import functools
-import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dcr import judges, steering
-from dcr.core import contamination, refusal
-from dcr.core.config import AUTO_LENGTH, DataConfig, EvalConfig, Judge
-from dcr.core.evaluation import discernment, subjects
+from dcr.core import contamination, extending, refusal
+from dcr.core.config import AUTO_LENGTH, DataConfig, EvalConfig
+from dcr.core.evaluation import discernment, protocols, subjects
+from dcr.core.evaluation.protocols import Answers, Judged, Judges
 from dcr.core.evaluation.sets import PromptSet, set_name
-from dcr.core.evaluation.subjects import Answers
+from dcr.core.evaluation.verdicts import KEYWORD, Verdict, agreements, by_keywords
 from dcr.core.generation import Completion
 from dcr.core.runs import Run
-from dcr.judges import Verdict
 
 REPEATED_SHARE = 0.5  # of 4-grams that repeat an earlier one: the text goes in circles
 # Rules that count, of whole answers and of those that end where the paper's have decided.
@@ -26,17 +24,7 @@ def scores(
     settings: EvalConfig, run: Run, sets: list[PromptSet], given: Answers, folder: Path
 ) -> dict[str, Any]:
     """Counts by keywords and by every judge asked, agreement, discernment, contamination."""
-    verdicts = {
-        name: judges.judge(
-            name,
-            settings,
-            {b.name: given[b.name] for b in sets if b.kind in judges.KINDS[name]},
-            folder,
-            settings.trainer.progress,
-        )
-        for name in settings.judge
-        if name is not Judge.keyword
-    }
+    judged = {name: _judged(name, settings, sets, given, folder) for name in others(settings)}
     record, whole = run.record(), settings.gen.max_new_tokens != AUTO_LENGTH
     metrics = score(
         sets,
@@ -46,39 +34,30 @@ def scores(
         settings.seed,
         whole=whole,
     )
-    for name, by_set in verdicts.items():
-        for asked, rows in by_set.items():
-            counted = judges.counts(rows, judges.node_of(name, settings).model, name)
-            metrics["sets"][asked].setdefault("judged", {})[name.value] = counted
-    if steering.acts(settings.steering):
-        for asked, seen in _seen_by_steering(settings, sets).items():
+    for name, of in judged.items():
+        for asked, counted in of.counts.items():
+            metrics["sets"][asked].setdefault("judged", {})[name] = counted
+    for change in protocols.changes(settings):
+        for asked, seen in change.seen(settings, sets).items():
             metrics["sets"][asked]["seen_by_steering"] = seen
+    verdicts = {name: of.verdicts for name, of in judged.items()}
     return metrics | {
         "agreement": _agreement(sets, given, verdicts, COUNTED[whole]),
-        "usage": {
-            name.value: judges.usage(
-                itertools.chain(*by_set.values()), judges.node_of(name, settings)
-            )
-            for name, by_set in verdicts.items()
-        },
+        "usage": {name: of.usage for name, of in judged.items()},
         "contamination": _contamination(run, sets),
     }
 
 
-def _seen_by_steering(settings: EvalConfig, sets: list[PromptSet]) -> dict[str, int]:
-    """How many prompts of each set vectors were computed from: of the released prompts alone."""
-    if not settings.steering.released_data:
-        return {b.name: 0 for b in sets}
-    used = steering.extraction(settings.data, settings.steering, settings.seed).parts()
-    known = {"steering": [row.prompt for rows in used.values() for row in rows]}
-    near = settings.data.near_duplicate
-    return {
-        b.name: sum(
-            overlap is not None
-            for overlap in contamination.overlaps([r.prompt for r in b.rows], known, near=near)
-        )
-        for b in sets
-    }
+def others(settings: EvalConfig) -> list[str]:
+    """The judges that are asked besides keywords."""
+    return [name for name in settings.judge if name != KEYWORD]
+
+
+def _judged(
+    name: str, settings: EvalConfig, sets: list[PromptSet], given: Answers, folder: Path
+) -> Judged:
+    judges: Judges = extending.ours(settings.table.judging)()
+    return judges.judged(name, settings, sets, given, folder)
 
 
 def _contamination(run: Run, sets: list[PromptSet]) -> dict[str, Any]:
@@ -95,15 +74,14 @@ def _contamination(run: Run, sets: list[PromptSet]) -> dict[str, Any]:
 def _agreement(
     sets: list[PromptSet],
     given: Answers,
-    verdicts: Mapping[Judge, Mapping[str, list[Verdict]]],
+    verdicts: Mapping[str, Mapping[str, list[Verdict]]],
     counted: Sequence[str],
 ) -> list[dict[str, Any]]:
-    by_keywords = {
-        f"keyword:{rules}": {b.name: judges.by_keywords(given[b.name], rules) for b in sets}
+    keywords = {
+        f"keyword:{rules}": {b.name: by_keywords(given[b.name], rules) for b in sets}
         for rules in counted
     }
-    asked = {name.value: by_set for name, by_set in verdicts.items()}
-    return judges.agreements({b.name: b.kind for b in sets}, by_keywords | asked)
+    return agreements({b.name: b.kind for b in sets}, {**keywords, **verdicts})
 
 
 # --- counts of one set ----------------------------------------------------------------------------

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dcr.core import refusal, sources
-from dcr.core.config import ConfigError, DataConfig, EvalConfig, Kind, Task
+from dcr.core import sources
+from dcr.core.config import ConfigError, DataConfig, Kind
 from dcr.core.sources import Example
 from dcr.core.text import label_of, normalise
 
@@ -61,11 +61,12 @@ class PromptSet:
 
 # Whose prompts a model answers: compliance is wanted to harmless ones that look harmful, refusal to
 # toxic ones. Discernment ranks both.
-TASKS = {Task.over_refusal: Kind.seemingly_toxic, Task.safety: Kind.toxic}
+TASKS = {"over_refusal": Kind.seemingly_toxic, "safety": Kind.toxic}
+DISCERNMENT = "discernment"
 
 
 def of_tasks(
-    tasks: Sequence[Task], config: DataConfig, limit: int | None, seed: int
+    tasks: Sequence[str], config: DataConfig, limit: int | None, seed: int
 ) -> list[PromptSet]:
     """The sets of the tasks, each cut to a seeded sample of `limit` rows.
 
@@ -76,7 +77,7 @@ def of_tasks(
         read_set(source, TASKS[task], config.root, limit, seed)
         for task in tasks
         if task in TASKS
-        for source in getattr(config.evaluation, task.value)
+        for source in getattr(config.evaluation, task)
     ]
     names = [prompt_set.name for prompt_set in read]
     if twice := {name for name in names if names.count(name) > 1}:
@@ -156,79 +157,3 @@ def followed(rows: ByKind) -> dict[Kind, Example]:
         kind: next((row for row in of if digest(row.prompt) == FOLLOWED[kind]), of[0])
         for kind, of in rows.items()
     }
-
-
-def refused_pairs(data: DataConfig, seed: int) -> list[Example]:
-    """Every pair of `data.safety` whose response refuses, in an order drawn by seed.
-
-    Raises ConfigError where there is none.
-    """
-    rows = [
-        row
-        for name in data.safety.source
-        for row in sources.read(name, root=data.root, kind=Kind.toxic, pairs=True)
-    ]
-    rows, _ = sources.drop_duplicates(rows)
-    refused = [row for row in rows if row.response and refusal.is_refusal(row.response)]
-    if not refused:
-        raise ConfigError(
-            f"data.safety.source={data.safety.source}: no pair whose response refuses; name "
-            "another source"
-        )
-    return sources.draw(refused, len(refused), seed)
-
-
-# --- all that a command asks ----------------------------------------------------------------------
-
-
-ON_KINDS = {Task.refusal_probability, Task.kernel, Task.separability, Task.claims}
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """The sets that a model answers, those whose refusal mass alone is read, all rows of the
-    analyses by kind, and pairs that refuse.
-
-    Each is empty where no task needs it.
-    """
-
-    sets: list[PromptSet]
-    ranked: list[PromptSet]
-    kinds: ByKind
-    refused: list[Example]
-
-
-def read(settings: EvalConfig) -> Prompts:
-    """What the tasks ask and measure with; UserError for whatever is wrong with the data."""
-    tasks, data = set(settings.tasks), settings.data
-    return Prompts(
-        _answered(settings),
-        _asked(settings, list(TASKS)) if Task.discernment in tasks else [],
-        every(data) if tasks & ON_KINDS else {},
-        refused_pairs(data, settings.seed) if Task.claims in tasks else [],
-    )
-
-
-def _answered(settings: EvalConfig) -> list[PromptSet]:
-    """The prompts of every task that has a model answer prompts."""
-    tasks = [task for task in settings.tasks if task in TASKS]
-    asked = _asked(settings, tasks) if tasks else []
-    if Task.quality in settings.tasks:
-        source, root = settings.quality.source, settings.data.root
-        asked.append(read_set(source, Kind.normal, root, settings.limit, settings.seed))
-    return asked
-
-
-def _asked(settings: EvalConfig, tasks: Sequence[Task]) -> list[PromptSet]:
-    if settings.steering.validation:
-        return validation(settings, settings.limit)
-    return of_tasks(tasks, settings.data, settings.limit, settings.seed)
-
-
-def validation(settings: EvalConfig, limit: int | None = None) -> list[PromptSet]:
-    """The prompts that a bias or a strength is chosen on: none that is tested or extracted from."""
-    return [
-        read_set(source, kind, settings.data.root, limit, settings.seed)
-        for kind in (Kind.toxic, Kind.seemingly_toxic)
-        for source in getattr(settings.calibration, kind.value)
-    ]

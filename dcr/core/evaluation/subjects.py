@@ -1,22 +1,21 @@
-"""What is evaluated, and its answers: the weights of a run, a model by name, or an endpoint.
+"""Whose weights are evaluated, and what they answer: those of a run, or of a model by name.
 
 What is stored is kept, what is missing is asked for, and the weights are opened for that alone.
 """
 
-import functools
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from typing_extensions import TypedDict
 
-from dcr import steering
-from dcr.core import activations, batching, data, generation, models, prompts, refusal, storage
+from dcr.core import batching, data, extending, generation, models, prompts, refusal, storage
 from dcr.core.config import (
     AUTO_LENGTH,
     EMBEDDED_MODEL,
@@ -24,22 +23,20 @@ from dcr.core.config import (
     ConfigError,
     DataError,
     EvalConfig,
-    ModelConfig,
-    ServerConfig,
     Stage,
-    UserError,
 )
+from dcr.core.evaluation import discernment, protocols, store
+from dcr.core.evaluation.discernment import Opening
+from dcr.core.evaluation.protocols import Answers, Change, Masses, Subject
 from dcr.core.evaluation.sets import PromptSet
-from dcr.core.generation import Completion, OpeningBias
+from dcr.core.generation import Completion, Decoding, OpeningBias
 from dcr.core.models import Policy
-from dcr.core.progress import Bar
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.sources import Example
 
 log = logging.getLogger(__name__)
 
-Answers = dict[str, list[Completion]]
 DECODING = "decoding.json"  # beside the answers
 
 
@@ -53,42 +50,30 @@ class Made(TypedDict):
     batch_size: list[int]
 
 
-@dataclass(frozen=True)
-class Subject:
-    """Which weights (base, contrastive, sft, snapshot, endpoint), where they lie, at which step.
-
-    `bias` is what calibration adds where their answers begin.
-    """
-
-    weights: str
-    folder: Path | None = None
-    step: int | None = None
-    bias: OpeningBias | None = None
-
-
-def subjects(settings: EvalConfig, run: Run) -> list[Subject]:
+def subjects(settings: EvalConfig, run: Run) -> Sequence[Subject]:
     """All that a command evaluates. ConfigError where a run has nothing to evaluate yet."""
     if settings.endpoint is not None:
-        return [Subject("endpoint")]
+        return [extending.ours(settings.table.endpoint)(settings, run)]
     if settings.run is None:
-        return [base(settings.model)]
+        return [base(settings, run)]
     if settings.snapshots:
         return _snapshots(settings, run)
     if settings.stage is Stage.all:
-        return [final(run)]
+        return [final(settings, run)]
     stage = settings.stage.value
     if not run.done(stage):
         raise ConfigError(f"stage={stage}: {run.folder} holds no {stage}/; train that stage first")
-    return [Subject(stage, run.stage(stage))]
+    return [Local(settings, run, stage, run.stage(stage))]
 
 
-def base(model: ModelConfig) -> Subject:
-    """A model by name, with its folder where the name is one's."""
-    local = model.name not in (TINY_MODEL, EMBEDDED_MODEL) and Path(model.name).is_dir()
-    return Subject("base", Path(model.name) if local else None)
+def base(settings: EvalConfig, run: Run) -> "Local":
+    """The model by name, with its folder where the name is one's."""
+    name = settings.model.name
+    local = name not in (TINY_MODEL, EMBEDDED_MODEL) and Path(name).is_dir()
+    return Local(settings, run, "base", Path(name) if local else None)
 
 
-def _snapshots(settings: EvalConfig, run: Run) -> list[Subject]:
+def _snapshots(settings: EvalConfig, run: Run) -> list["Local"]:
     saved = {int(f.name.removeprefix("step-")): f for f in sorted(run.snapshots.glob("step-*"))}
     if not saved:
         raise ConfigError(
@@ -100,54 +85,201 @@ def _snapshots(settings: EvalConfig, run: Run) -> list[Subject]:
             f"steps={settings.steps}: {run.folder} holds no snapshot of step {missing[0]}; choose "
             f"from {', '.join(map(str, saved))}"
         )
-    return [Subject("snapshot", saved[step], step) for step in wanted]
+    return [Local(settings, run, "snapshot", saved[step], step) for step in wanted]
 
 
-def final(run: Run) -> Subject:
+def final(settings: EvalConfig, run: Run) -> "Local":
     """The last stage that a run has finished. ConfigError if there is none."""
     for stage in ("sft", "contrastive"):
         if run.done(stage):
-            return Subject(stage, run.stage(stage))
+            return Local(settings, run, stage, run.stage(stage))
     raise ConfigError(f"run={run.folder}: no stage is done there; train it first")
 
 
-def answers_folder(settings: EvalConfig, run: Run, subject: Subject) -> Path:
-    """Where the completions lie: named by all that they depend on besides the prompt."""
-    label = subject.weights if subject.step is None else f"snapshot-{subject.step:06d}"
-    return run.evaluation(f"{label}-{storage.fingerprint(_identity(settings, subject))}")
+# --- weights that are here ------------------------------------------------------------------------
 
 
-def _identity(settings: EvalConfig, subject: Subject) -> dict[str, object]:
-    model = settings.model
-    if subject.weights == "endpoint":
-        server = server_of(settings)
-        return {
-            "endpoint": [server.url, server.model, server.parameters],
-            "system": model.system_prompt,
+class Among(Protocol):
+    """Processes that share rows, each with a subject of its own, as `dcr.workers.Workers`."""
+
+    def shared(self, cut: Any, work: Any, rows: list[Any]) -> Iterator[Any]: ...
+
+    def each(self, function: Any, givens: Sequence[tuple[Any, ...]]) -> Iterator[Any]: ...
+
+
+class Local(Subject):
+    """Weights in memory, opened when they are first needed, under the changes asked for.
+
+    `bias` is what calibration adds where their answers begin. With `among` prompts are shared
+    among processes; the weights are then opened there.
+    """
+
+    bias: OpeningBias | None = None
+    among: Among | None = None
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self._open: dict[str, Policy] = {}
+        self._contexts = ExitStack()
+
+    def under(self, settings: EvalConfig) -> "Local":
+        """The same weights, opened once for both, under other settings."""
+        other = Local.__new__(Local)
+        vars(other).update(vars(self), settings=settings)
+        return other
+
+    def __enter__(self) -> None:
+        if self.settings.trainer.devices > 1:
+            sharing = extending.ours(self.settings.table.sharing)
+            self.among = self._contexts.enter_context(sharing(self))
+
+    def __exit__(self, *fault: Any) -> None:
+        self.among = None
+        self._open.clear()  # a guard of eight billion parameters may need the room
+        self._contexts.close()
+
+    def __reduce__(self) -> Any:
+        """Without what is open, for another process."""
+        known = (self.settings, self.run, self.weights, self.source, self.step)
+        return Local, known, {"bias": self.bias}
+
+    @cached_property
+    def _content(self) -> object:
+        """What tells these weights from others."""
+        if self.source is None:
+            return [self.settings.model.name, self.settings.model.revision]
+        if self.weights == "base":
+            return _content(self.source)
+        return models.weights_fingerprint(self.source)
+
+    def identity(self) -> dict[str, object]:
+        model, settings = self.settings.model, self.settings
+        file = Path(model.template) if model.template else None
+        template = file.read_text(encoding="utf-8") if file and file.is_file() else model.template
+        identity: dict[str, object] = {
+            "weights": self._content,
+            "chat": [model.system_prompt, template],
             "max_new_tokens": settings.gen.max_new_tokens,
+            "precision": settings.precision.value,
         }
-    if subject.folder is None:
-        weights: object = [model.name, model.revision]
-    elif subject.weights == "base":
-        weights = _content(subject.folder)
+        for change in protocols.changes(settings):
+            identity |= change.identity(self)
+        if self.bias is not None:
+            identity["opening_bias"] = asdict(self.bias)
+        return identity
+
+    def policy(self) -> Policy:
+        """The weights under the changes asked for; remembered until the subject is closed."""
+        if not self._open:
+            policy = opened(self)
+            for change in protocols.changes(self.settings):
+                self._contexts.enter_context(change.around(self, policy))
+            self._open["policy"] = policy
+        return self._open["policy"]
+
+    def plain_chat(self) -> ChatFormat:
+        """How prompts are put to the model; answers begin with nothing."""
+        return prompts.chat_format(self.policy().tokenizer, self.settings.model)
+
+    def chat(self) -> ChatFormat:
+        """The same where answers begin as `gen.prefill` says."""
+        return replace(self.plain_chat(), prefill=self.settings.gen.prefill or "")
+
+    def decoding(self) -> Decoding | None:
+        """Another way to decode than plainly, where a change brings one."""
+        brought = (change.decoding(self.settings) for change in protocols.changes(self.settings))
+        return next(filter(None, brought), None)
+
+    def answers(self, asked: Sequence[PromptSet], folder: Path) -> Answers:
+        """By this process, or by those `among` which the rows are then shared."""
+        sizes: set[int] = set()
+
+        def noted(batch: list[Completion]) -> list[Completion]:
+            sizes.add(len(batch))
+            return batch
+
+        def ask(rows: list[Example]) -> Iterator[list[Completion]]:
+            return map(noted, self.shared(Local.cut, Local.answer, rows))
+
+        progress = self.settings.trainer.progress
+        given = store.kept(asked, ask, folder, Completion, "generating", progress)
+        if sizes:
+            _note_decoding(folder, self.settings.trainer.devices, max(sizes))
+        return given
+
+    def shared(self, cut: Any, work: Callable[..., Iterator[Any]], rows: list[Any]) -> Any:
+        """What `work` makes of the rows, here or by the processes."""
+        if self.among is None:
+            return work(self, rows)  # which opens the weights now, as `kept` expects
+        return self.among.shared(cut, work, rows)
+
+    def cut(self, rows: list[Example], processes: int) -> list[list[Example]]:
+        """The batches in which so many processes answer the rows."""
+        gen, decoding = self.settings.gen, self.decoding()
+        return generation.cut(self.policy(), self.chat(), rows, gen, processes, decoding)
+
+    def answer(self, rows: list[Example]) -> Iterator[list[Completion]]:
+        """Completions of the rows, as they end."""
+        settings, chat = self.settings.gen, self.chat()
+        openings = refusal.refusal_openings(chat)
+        return generation.complete(
+            self.policy(),
+            chat,
+            rows,
+            settings,
+            score=lambda logits: refusal.refusal_mass(logits, openings),
+            bias=self.bias,
+            decoding=self.decoding(),
+            decided=refusal.is_decided if settings.max_new_tokens == AUTO_LENGTH else None,
+        )
+
+    def masses(self, asked: Sequence[PromptSet], folder: Path) -> tuple[Masses, None]:
+        """Those of one forward pass a prompt, kept in `folder`."""
+
+        def ask(rows: list[Example]) -> Iterator[list[Opening]]:
+            return self.shared(Local.cut_openings, Local.openings, rows)
+
+        place, progress = folder / "openings", self.settings.trainer.progress
+        read = store.kept(asked, ask, place, Opening, "reading", progress)
+        return {name: {row.id: row.mass for row in rows} for name, rows in read.items()}, None
+
+    def cut_openings(self, rows: list[Example], _processes: int) -> list[list[Example]]:
+        """The batches in which processes read the rows' first tokens."""
+        chat = self.plain_chat()
+        encoded = [chat.prompt_ids(row.prompt) for row in rows]
+        batches = refusal.opening_batches(self.policy().model, encoded)
+        return [[rows[place] for place in places] for places in batches]
+
+    def openings(self, rows: Sequence[Example]) -> Iterator[list[Opening]]:
+        """The first answer token of each row, as `discernment.read`."""
+        return discernment.read(self.policy(), self.plain_chat(), rows)
+
+
+def opened(subject: Local) -> Policy:
+    """The weights in memory as they are, on the device they run on."""
+    settings, source = subject.settings, subject.source
+    trusted = settings.model.trust_remote_code
+    if source is not None and models.is_adapter(source):
+        policy = models.open_adapter(source, settings.precision, trust_remote_code=trusted)
+    elif source is None or subject.weights == "base":
+        policy = models.open_policy(settings.model, settings.precision)
     else:
-        weights = models.weights_fingerprint(subject.folder)
-    file = Path(model.template) if model.template else None
-    template = file.read_text(encoding="utf-8") if file and file.is_file() else model.template
-    identity: dict[str, object] = {
-        "weights": weights,
-        "chat": [model.system_prompt, template],
-        "max_new_tokens": settings.gen.max_new_tokens,
-        "precision": settings.precision.value,
-    }
-    if edits := steering.identity(settings.data, settings.steering, settings.seed):
-        identity["steering"] = edits
-    identity |= settings.gen.contrast
-    if settings.gen.prefill is not None:
-        identity["prefill"] = settings.gen.prefill
-    if subject.bias is not None:
-        identity["opening_bias"] = asdict(subject.bias)
-    return identity
+        policy = models.open_folder(str(source), settings.precision, trust_remote_code=trusted)
+    if getattr(policy.model.generation_config, "sequence_bias", None):
+        log.warning(
+            "%s: its generation config holds a sequence_bias, which a calibrated export decodes "
+            "with; here it is set aside, calibrate=<share> chooses one",
+            policy.name,
+        )
+    batching.to_gpu(policy.model, settings.trainer.accelerator)
+    return policy
+
+
+class Prefilled(Change):
+    """Answers that begin with the words of `gen.prefill`."""
+
+    def told(self, settings: EvalConfig) -> dict[str, Any]:
+        return {"prefill": settings.gen.prefill}
 
 
 def _content(folder: Path) -> list[str]:
@@ -166,106 +298,6 @@ def _content(folder: Path) -> list[str]:
     return content
 
 
-def server_of(settings: EvalConfig) -> ServerConfig:
-    """The server that `endpoint=` names, as every other server is described."""
-    return ServerConfig(
-        url=settings.endpoint,
-        model=str(settings.endpoint_model),
-        key=settings.endpoint_key,
-        parameters=settings.endpoint_parameters,
-    )
-
-
-def opened(settings: EvalConfig, subject: Subject) -> Policy:
-    """The weights in memory, on the device they run on."""
-    trusted = settings.model.trust_remote_code
-    if subject.folder is not None and models.is_adapter(subject.folder):
-        policy = models.open_adapter(subject.folder, settings.precision, trust_remote_code=trusted)
-    elif subject.folder is None or subject.weights == "base":
-        policy = models.open_policy(settings.model, settings.precision)
-    else:
-        policy = models.open_folder(
-            str(subject.folder), settings.precision, trust_remote_code=trusted
-        )
-    if getattr(policy.model.generation_config, "sequence_bias", None):
-        log.warning(
-            "%s: its generation config holds a sequence_bias, which a calibrated export decodes "
-            "with; here it is set aside, calibrate=<share> chooses one",
-            policy.name,
-        )
-    batching.to_gpu(policy.model, settings.trainer.accelerator)
-    return policy
-
-
-def opener(settings: EvalConfig, run: Run, subject: Subject, stack: ExitStack, folder: Path) -> Any:
-    """Opens the weights, under the edits asked for, when they are first needed; then remembers."""
-
-    @functools.cache
-    def remembered() -> Policy:
-        policy = opened(settings, subject)
-        if steering.acts(settings.steering):
-            chat = prompts.chat_format(policy.tokenizer, settings.model)
-            vectors = run.folder / "steering"
-            steered = steering.steer(
-                policy, chat, settings.data, settings.steering, settings.seed, folder=vectors
-            )
-            stack.enter_context(activations.edited(policy.model, steered.edits))
-            # at once: another command will find all answers here and open nothing
-            storage.write_json(folder / "steering.json", steered.record)
-        return policy
-
-    return remembered
-
-
-def trained_texts(run: Run) -> dict[str, list[str]]:
-    """All that a run was trained on, by source; empty, with a warning, where a source has changed.
-
-    Empty as well for what was not trained here.
-    """
-    try:
-        return data.trained_texts(run.config()["data"], run.record())
-    except DataError as error:
-        log.warning("what was trained on is not known: %s", error)
-        return {}
-
-
-# --- answers --------------------------------------------------------------------------------------
-
-
-def answers(
-    settings: EvalConfig,
-    subject: Subject,
-    asked: Sequence[PromptSet],
-    folder: Path,
-    policy: Callable[[], Policy],
-    among: "Among | None" = None,
-) -> Answers:
-    """The subject's completions of every set, kept in `folder`; only what is missing is asked.
-
-    Of this process, or of those `among` which the rows are then shared.
-    """
-    ask = functools.partial(answer, settings, subject, policy)
-    if among is not None:
-        cut = functools.partial(cut_answers, settings, subject)
-        work = functools.partial(all_answers, settings, subject)
-        ask = functools.partial(among.shared, cut, work)
-    sizes: set[int] = set()
-
-    def noted(batch: list[Completion]) -> list[Completion]:
-        sizes.add(len(batch))
-        return batch
-
-    def counted(rows: list[Example]) -> Iterator[list[Completion]]:
-        return map(noted, ask(rows))  # which opens the weights now, as `kept` expects
-
-    given = kept(asked, counted, folder, Completion, "generating", settings.trainer.progress)
-    if subject.weights == "endpoint":
-        put_in_order(asked, folder, Completion)
-    elif sizes:
-        _note_decoding(folder, settings.trainer.devices, max(sizes))
-    return given
-
-
 def _note_decoding(folder: Path, processes: int, largest: int) -> None:
     """Keep with how many threads, and how many prompts at once, answers in `folder` were made.
 
@@ -278,142 +310,13 @@ def _note_decoding(folder: Path, processes: int, largest: int) -> None:
     storage.write_json(file, Made(threads=sorted(threads), batch_size=sorted(sizes)))
 
 
-class Among(Protocol):
-    """Processes that share rows, `workers.Workers`."""
+def trained_texts(run: Run) -> dict[str, list[str]]:
+    """All that a run was trained on, by source; empty, with a warning, where a source has changed.
 
-    def shared(self, cut: Any, work: Any, rows: list[Any]) -> Iterator[Any]: ...
-
-    def each(self, function: Any, givens: Sequence[tuple[Any, ...]]) -> Iterator[Any]: ...
-
-
-def cut_answers(
-    settings: EvalConfig,
-    subject: Subject,
-    policy: Callable[[], Policy],
-    rows: list[Example],
-    processes: int,
-) -> list[list[Example]]:
-    """The batches in which so many processes answer the rows."""
-    chat = _chat(settings, policy())
-    return generation.cut(policy(), chat, rows, settings.gen, processes)
-
-
-def all_answers(
-    settings: EvalConfig, subject: Subject, policy: Callable[[], Policy], rows: list[Example]
-) -> list[Completion]:
-    """What `answer` gives, at once."""
-    return [each for batch in answer(settings, subject, policy, rows) for each in batch]
-
-
-def _chat(settings: EvalConfig, policy: Policy) -> ChatFormat:
-    chat = prompts.chat_format(policy.tokenizer, settings.model)
-    return replace(chat, prefill=settings.gen.prefill or "")
-
-
-def answer(
-    settings: EvalConfig, subject: Subject, policy: Callable[[], Policy], rows: list[Example]
-) -> Iterator[list[Completion]]:
-    """Completions of the rows; the weights are opened only where there are rows to answer."""
-    if subject.weights == "endpoint":
-        return generation.complete_remote(
-            server_of(settings), settings.http, rows, settings.gen, settings.model.system_prompt
-        )
-    chat = _chat(settings, policy())
-    openings = refusal.refusal_openings(chat)
-    return generation.complete(
-        policy(),
-        chat,
-        rows,
-        settings.gen,
-        score=lambda logits: refusal.refusal_mass(logits, openings),
-        bias=subject.bias,
-        decided=refusal.is_decided if settings.gen.max_new_tokens == AUTO_LENGTH else None,
-    )
-
-
-class OfPrompt(Protocol):
-    """A record of what a model does with one prompt."""
-
-    @property
-    def id(self) -> str: ...
-
-    @property
-    def prompt(self) -> str: ...
-
-
-Record = TypeVar("Record", bound=OfPrompt)
-
-
-def kept(
-    prompt_sets: Sequence[PromptSet],
-    ask: Callable[[list[Example]], Iterator[list[Record]]],
-    folder: Path,
-    schema: type[Record],
-    doing: str,
-    progress: bool,
-) -> dict[str, list[Record]]:
-    """Every record of each set's file in `folder`; what is missing is asked for and stored.
-
-    The sets are asked together, so that batches stay full and of one length. A row that `ask`
-    leaves out (a server that failed) is absent from the result, and asked next time.
+    Empty as well for what was not trained here.
     """
-    homes: dict[str, list[tuple[str, str]]] = {}  # a prompt may stand in several sets
-    rows: dict[str, Example] = {}
-    for prompt_set in prompt_sets:
-        done = {record.id for record in _of_rows(folder, prompt_set, schema)}
-        for row in prompt_set.rows:
-            if row.id not in done:
-                homes.setdefault(row.prompt, []).append((prompt_set.name, row.id))
-                rows.setdefault(row.prompt, row)
-    # first what opens the weights and may fail: a bar would stand before the line that says so
-    batches = ask(list(rows.values())) if rows else ()
-    hidden = not (progress and rows)
-    with Bar(total=len(rows), unit="prompt", desc=doing, disable=hidden) as bar:
-        for batch in batches:
-            by_set: dict[str, list[Any]] = {}
-            for record in batch:
-                for name, identity in homes[record.prompt]:
-                    copied: Any = record
-                    by_set.setdefault(name, []).append(replace(copied, id=identity))
-            for name, records in by_set.items():
-                storage.append_lines(folder / f"{name}.jsonl", records)
-            bar.update(len(batch))
-    return {b.name: _of_rows(folder, b, schema) for b in prompt_sets}
-
-
-def put_in_order(asked: Sequence[PromptSet], folder: Path, schema: type[OfPrompt]) -> None:
-    """Let the files of `kept` hold their rows in order, whichever server answered first."""
-    for prompt_set in asked:
-        file = folder / f"{prompt_set.name}.jsonl"
-        storage.put_in_order(file, schema, [row.id for row in prompt_set.rows])
-
-
-def _of_rows(folder: Path, prompt_set: PromptSet, schema: type[Record]) -> list[Record]:
-    """The stored records of the set's rows, in their order; none of a prompt that has changed."""
-    lines = storage.read_lines(folder / f"{prompt_set.name}.jsonl", schema)
-    done = {record.id: record for record in lines}
-    return [
-        done[row.id]
-        for row in prompt_set.rows
-        if row.id in done and done[row.id].prompt == row.prompt
-    ]
-
-
-class Unanswered(UserError):
-    """Not one prompt brought an answer."""
-
-    exit_code = 1
-
-
-def check_answered(asked: Sequence[PromptSet], given: Mapping[str, Sequence[OfPrompt]]) -> None:
-    """Say which sets lack answers, as where a server failed; Unanswered where all of them do."""
-    lacking = {b.name: (len(b.rows) - len(given[b.name]), len(b.rows)) for b in asked}
-    missing, total = (sum(counts[i] for counts in lacking.values()) for i in (0, 1))
-    if total and missing == total:
-        raise Unanswered(
-            f"none of {total} prompts was answered, so there is nothing to count; see to the "
-            "reason above, and give the same command again"
-        )
-    for name, (without, of) in lacking.items():
-        if without:
-            log.warning("%s: %d of %d prompts without an answer", name, without, of)
+    try:
+        return data.trained_texts(run.config()["data"], run.record())
+    except DataError as error:
+        log.warning("what was trained on is not known: %s", error)
+        return {}

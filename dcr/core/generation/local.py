@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from transformers import (
 from dcr.core import batching, passes, threads
 from dcr.core.batching import attention_mask, padded
 from dcr.core.config import DataError, GenConfig
-from dcr.core.generation import contrast, decoding
+from dcr.core.generation import decoding as steps
 from dcr.core.generation.completions import Completion, Encoded, completion, text
 from dcr.core.generation.decoding import Context
 from dcr.core.models import Policy, unwrapped
@@ -53,6 +53,26 @@ class OpeningBias:
         return [[[*self.lead, token], self.bias] for token in self.tokens]
 
 
+@runtime_checkable
+class Decoding(Protocol):
+    """A way to decode in place of plain greedy decoding, which may read each prompt twice."""
+
+    def read(self, policy: Policy, chat: ChatFormat, encoded: Sequence[Encoded]) -> list[Encoded]:
+        """The prompts in their longest reading; ConfigError where it cannot be."""
+        ...
+
+    def answered(
+        self,
+        policy: Policy,
+        chat: ChatFormat,
+        batch: Sequence[Encoded],
+        max_new_tokens: int,
+        score: Callable[[Tensor], Tensor],
+    ) -> tuple[list[list[int]], Tensor]:
+        """As `continued`."""
+        ...
+
+
 def complete(
     policy: Policy,
     chat: ChatFormat,
@@ -60,6 +80,7 @@ def complete(
     settings: GenConfig,
     score: Callable[[Tensor], Tensor],
     bias: OpeningBias | None = None,
+    decoding: Decoding | None = None,
     decided: Callable[[str], bool] | None = None,
 ) -> Iterator[list[Completion]]:
     """Greedy completions of every row, as they end; each ends once its text is `decided`.
@@ -67,25 +88,30 @@ def complete(
     Longest prompts first, so that running out of memory happens at once; half as many are then
     under way, and what was under way starts again. `settings.batch_size` is the most at once, None
     as many as the free memory holds. `score` maps first-token logits [prompts, vocabulary] to
-    [prompts]: the logits that are decoded, so those of a contrast (which takes no bias), and those
-    with `bias` added.
+    [prompts]: the logits that are decoded, so those of another `decoding`, which takes no bias,
+    and those with `bias` added.
 
-    Raises DataError for a prompt longer than the model's context, and ConfigError where Self-CD or
-    AdaCD cannot be done with the model or its template.
+    Raises DataError for a prompt longer than the model's context, and ConfigError where the
+    decoding cannot be done with the model or its template.
     """
-    waiting, size = _waiting(policy, chat, rows, settings)
-    decode = functools.partial(_decoded, policy, chat, settings, score, bias, decided)
+    waiting, size = _waiting(policy, chat, rows, settings, decoding)
+    decode = functools.partial(_decoded, policy, chat, settings, score, bias, decoding, decided)
     yield from batching.halving(waiting, size, "gen.batch_size", decode)
 
 
 def cut(
-    policy: Policy, chat: ChatFormat, rows: Sequence[Example], settings: GenConfig, processes: int
+    policy: Policy,
+    chat: ChatFormat,
+    rows: Sequence[Example],
+    settings: GenConfig,
+    processes: int,
+    decoding: Decoding | None = None,
 ) -> list[list[Example]]:
     """The batches that `complete` makes of the rows; without a given size enough for all processes.
 
     Raises DataError and ConfigError as `complete` does.
     """
-    waiting, size = _waiting(policy, chat, rows, settings)
+    waiting, size = _waiting(policy, chat, rows, settings, decoding)
     if settings.batch_size is None:
         size = min(size, math.ceil(len(waiting) / processes)) or 1
     firsts = range(0, len(waiting), size)
@@ -93,26 +119,25 @@ def cut(
 
 
 def _waiting(
-    policy: Policy, chat: ChatFormat, rows: Sequence[Example], settings: GenConfig
+    policy: Policy,
+    chat: ChatFormat,
+    rows: Sequence[Example],
+    settings: GenConfig,
+    decoding: Decoding | None,
 ) -> tuple[list[Encoded], int]:
     """The rows in the order in which they are answered, and how many of them at once."""
     waiting = [(row, chat.prompt_ids(row.prompt)) for row in rows]
     waiting.sort(key=lambda pair: (-len(pair[1]), pair[0].id))
     if not waiting:
         return [], 1
-    asked_for = contrast.asked_for(settings)
-    read = contrast.stressed(policy, chat, waiting, asked_for) if asked_for else waiting
+    read = decoding.read(policy, chat, waiting) if decoding else waiting
     check_context(policy, read, settings.most)
     longest = max(len(ids) for _, ids in read)
-    size = settings.batch_size or _fitting(policy, longest, settings)
+    size = settings.batch_size or batch_size(policy.model, longest, settings.most)
+    if decoding and not settings.batch_size:
+        size = max(1, size // 2)  # two readings keep two caches
     log.info("%d prompts, the longest of %d tokens: %d at once", len(waiting), longest, size)
     return waiting, size
-
-
-def _fitting(policy: Policy, longest: int, settings: GenConfig) -> int:
-    """Prompts that the free memory holds; a contrast keeps two caches for each."""
-    fitting = batch_size(policy.model, longest, settings.most)
-    return max(1, fitting // 2) if contrast.asked_for(settings) else fitting
 
 
 def _decoded(
@@ -121,15 +146,15 @@ def _decoded(
     settings: GenConfig,
     score: Callable[[Tensor], Tensor],
     bias: OpeningBias | None,
+    decoding: Decoding | None,
     decided: Callable[[str], bool] | None,
     batch: Sequence[Encoded],
 ) -> list[Completion]:
     """The answers to one batch of prompts, in order."""
-    new, prompts = settings.most, [ids for _, ids in batch]
-    if asked_for := contrast.asked_for(settings):
-        others = [ids for _, ids in contrast.stressed(policy, chat, batch, asked_for)]
-        answers, masses = contrast.continued(policy, chat, prompts, others, new, score, asked_for)
+    if decoding:
+        answers, masses = decoding.answered(policy, chat, batch, settings.most, score)
     else:
+        new, prompts = settings.most, [ids for _, ids in batch]
         answers, masses = continued(policy, chat, prompts, new, score, bias=bias, decided=decided)
     return [
         completion(chat, row, answer, mass)
@@ -198,9 +223,9 @@ def continued(
         (context,) = contexts
         return biased(context.ids, context.logits) if biased else context.logits
 
-    if decoding.is_possible(policy.model):
+    if steps.is_possible(policy.model):
         readings = [(prompts, math.inf)]
-        return decoding.decoded(policy, readings, max_new_tokens, logits, score, is_over, streamer)
+        return steps.decoded(policy, readings, max_new_tokens, logits, score, is_over, streamer)
     first, ending = FirstLogits(score), Ending(max(map(len, prompts)), is_over)
     rows = greedy(policy, chat, prompts, max_new_tokens, first, streamer, bias, ending)
     assert first.scores is not None

@@ -25,7 +25,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dcr.core.config import ConfigError, GenConfig
+from dcr.core.config import ConfigError, EvalConfig, GenConfig
+from dcr.core.evaluation.protocols import Change
 from dcr.core.generation import decoding
 from dcr.core.generation.completions import Encoded
 from dcr.core.generation.decoding import Context, decoded
@@ -55,6 +56,33 @@ class Contrast:
     def stressed(self, chat: ChatFormat) -> ChatFormat:
         """The same chat with `told` in its system prompt; ConfigError where it cannot stand."""
         return chat.with_system(self.told, self.setting)
+
+    def read(self, policy: Policy, chat: ChatFormat, encoded: Sequence[Encoded]) -> list[Encoded]:
+        """The reading with `told`, which is the longer one."""
+        return stressed(policy, chat, encoded, self)
+
+    def answered(
+        self,
+        policy: Policy,
+        chat: ChatFormat,
+        batch: Sequence[Encoded],
+        max_new_tokens: int,
+        score: Callable[[Tensor], Tensor],
+    ) -> tuple[list[list[int]], Tensor]:
+        """As `continued`, of prompts as they are encoded."""
+        prompts = [ids for _, ids in batch]
+        others = [ids for _, ids in stressed(policy, chat, batch, self)]
+        return continued(policy, chat, prompts, others, max_new_tokens, score, self)
+
+
+class Contrasted(Change):
+    """Answers decoded by the contrast that `gen.self_cd` or `gen.adacd` names."""
+
+    def told(self, settings: EvalConfig) -> dict[str, float]:
+        return settings.gen.contrast
+
+    def decoding(self, settings: EvalConfig) -> Contrast | None:
+        return asked_for(settings.gen)
 
 
 def asked_for(settings: GenConfig) -> Contrast | None:

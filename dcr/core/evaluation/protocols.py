@@ -1,0 +1,197 @@
+"""What extensions can be to an evaluation: who answers, what changes that, a task, judges.
+
+Ours stand in the table of the settings' schema (`config.Table`), a user's own is named by its path.
+"""
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from dcr.core import extending, storage
+from dcr.core.config import EvalConfig
+from dcr.core.runs import Run
+
+if TYPE_CHECKING:
+    from dcr.core.evaluation.sets import ByKind, PromptSet
+    from dcr.core.evaluation.verdicts import Verdict
+    from dcr.core.generation import Completion, Decoding
+    from dcr.core.models import Policy
+    from dcr.core.prompts import ChatFormat
+
+Answers = Mapping[str, "list[Completion]"]  # by set
+Masses = Mapping[str, Mapping[str, float]]  # refusal masses by set, and by id of its prompts
+
+
+class Subject(ABC):
+    """What answers: which weights (base, contrastive, sft, snapshot, endpoint), of which step.
+
+    A `with` block around it ends what it has opened.
+    """
+
+    def __init__(
+        self,
+        settings: EvalConfig,
+        run: Run,
+        weights: str,
+        source: Path | None = None,
+        step: int | None = None,
+    ) -> None:
+        self.settings, self.run = settings, run
+        self.weights, self.source, self.step = weights, source, step
+
+    def __enter__(self) -> None:  # noqa: B027
+        """What is opened stays open until the block ends."""
+
+    def __exit__(self, *_: object) -> None:  # noqa: B027
+        """Close it."""
+
+    def check(self) -> None:  # noqa: B027
+        """Raises a UserError for what can be known wrong before anything is opened."""
+
+    @abstractmethod
+    def under(self, settings: EvalConfig) -> "Subject":
+        """The same, opened once for both, under other settings."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, object]:
+        """All that an answer depends on besides the prompt."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the answers lie: named by `identity`."""
+        label = self.weights if self.step is None else f"snapshot-{self.step:06d}"
+        return self.run.evaluation(f"{label}-{storage.fingerprint(self.identity())}")
+
+    @abstractmethod
+    def answers(self, asked: Sequence["PromptSet"], folder: Path) -> Answers:
+        """The completions of every set, kept in `folder`; only what is missing is asked."""
+
+    @abstractmethod
+    def masses(self, asked: Sequence["PromptSet"], folder: Path) -> tuple[Masses, Masses | None]:
+        """Refusal masses of first answer tokens, and the most they can be where they are bounds."""
+
+
+class Change(ABC):
+    """Something that changes how weights answer: an edit of activations, a bias, a way to decode.
+
+    One that the settings do not ask for changes nothing: `told` is then empty.
+    """
+
+    def check(self, settings: EvalConfig, run: Run) -> None:  # noqa: B027
+        """Raises a UserError for what can be known wrong before a model is loaded."""
+
+    @abstractmethod
+    def told(self, settings: EvalConfig) -> dict[str, Any]:
+        """What tells these answers from plain ones, as `metrics.json` has it in its settings."""
+
+    def identity(self, subject: Any) -> dict[str, object]:
+        """All that answers depend on because of it, for their fingerprint."""
+        return self.told(subject.settings)
+
+    def prepared(self, subject: Any) -> dict[str, Any]:
+        """Blocks of `metrics.json`, measured before the changed subject is asked anything."""
+        return {}
+
+    def around(self, subject: Any, policy: "Policy") -> contextlib.AbstractContextManager[Any]:
+        """Is open around the weights as long as they are."""
+        return contextlib.nullcontext()
+
+    def decoding(self, settings: EvalConfig) -> "Decoding | None":
+        """A way to decode in place of plain greedy decoding."""
+        return None
+
+    def prompts(self, settings: EvalConfig) -> "list[PromptSet] | None":
+        """Sets that are asked in place of those of `data.evaluation`."""
+        return None
+
+    def seen(self, settings: EvalConfig, sets: Sequence["PromptSet"]) -> dict[str, int]:
+        """How many prompts of each set it was made from, where it may have been."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Work:
+    """One subject to measure, its answers, and prompts of each kind where a task reads them."""
+
+    settings: EvalConfig
+    run: Run
+    subject: Any  # with weights that are here: `subjects.Local`
+    folder: Path
+    asked: Sequence["PromptSet"]
+    answers: Answers
+    kinds: "ByKind"
+    before: Mapping[str, Any]  # what `metrics.json` holds of an earlier command
+
+    def policy(self) -> "Policy":
+        """The weights, under all changes, opened when they are first needed."""
+        return self.subject.policy()
+
+    def chat(self) -> "ChatFormat":
+        """The chat format that the prompts are put in."""
+        return self.subject.plain_chat()
+
+
+class Task(ABC):
+    """What is measured of a subject: a block of `metrics.json` under the task's name."""
+
+    by_kind: ClassVar[bool] = False  # it reads the rows of `data.analysis`
+    widens: ClassVar[bool] = False  # it leaves the weights in fp32: measured behind the others
+    closed: ClassVar[bool] = False  # it reads answers alone, once the weights are closed
+
+    def check(self, settings: EvalConfig, run: Run) -> None:  # noqa: B027
+        """Raises a UserError for what can be known wrong before a model is loaded."""
+
+    def prompts(self, settings: EvalConfig) -> "list[PromptSet]":
+        """Sets whose answers it needs beside those of over-refusal and safety."""
+        return []
+
+    @abstractmethod
+    def measure(self, work: Work) -> Any:
+        """The block, of plain JSON."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A judge's verdicts by set, their counts by set, and what they took, for `metrics.json`."""
+
+    verdicts: "Mapping[str, list[Verdict]]"
+    counts: Mapping[str, Mapping[str, Any]]
+    usage: Mapping[str, Any]
+
+
+class Judges(ABC):
+    """All judges but keywords."""
+
+    @abstractmethod
+    def check(self, names: Sequence[str], settings: EvalConfig) -> None:
+        """Raises a UserError for what can be known wrong before a model is loaded."""
+
+    @abstractmethod
+    def judged(
+        self,
+        name: str,
+        settings: EvalConfig,
+        sets: Sequence["PromptSet"],
+        answers: Answers,
+        folder: Path,
+    ) -> Judged:
+        """The word of one judge on the answers to the sets that it judges."""
+
+
+def changes(settings: EvalConfig) -> Iterator[Change]:
+    """All that the settings ask for, in the table's order."""
+    for change in settings.table.changes:
+        if change.asked(settings):
+            yield extending.ours(change.path)()
+
+
+def tasks(settings: EvalConfig) -> dict[str, Task]:
+    """What the settings ask for besides answers to sets of prompts, in the order of measuring."""
+    paths = settings.table.tasks
+    found: dict[str, Task] = {
+        name: extending.ours(paths[name])() for name in paths if name in settings.tasks
+    }
+    return dict(sorted(found.items(), key=lambda entry: (entry[1].closed, entry[1].widens)))

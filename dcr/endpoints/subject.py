@@ -1,0 +1,176 @@
+"""A model behind an OpenAI-compatible server, evaluated by its answers and their first tokens."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dcr import endpoints
+from dcr.core import refusal
+from dcr.core.config import ConfigError, EvalConfig, GenConfig, HTTPConfig, ServerConfig
+from dcr.core.evaluation import store
+from dcr.core.evaluation.protocols import Answers, Masses, Subject
+from dcr.core.evaluation.sets import PromptSet
+from dcr.core.generation import Completion
+from dcr.core.runs import Run
+from dcr.core.sources import Example
+from dcr.endpoints import EndpointError, Failure, Reply
+
+log = logging.getLogger(__name__)
+
+LIKELIEST = 20  # tokens that a server is asked to show: as many as OpenAI's and vLLM's give unasked
+GREETING = "Hello."  # whether a server shows any is tried on
+
+
+@dataclass(frozen=True)
+class ShownOpening:
+    """The same as a server shows it, by `refusal.shown_mass`: the mass is at least `mass`."""
+
+    id: str
+    prompt: str
+    mass: float
+    margin: float
+    most: float
+
+
+class Served(Subject):
+    """The model of `endpoint=`. A row without an answer is asked again by the next command."""
+
+    def __init__(self, settings: EvalConfig, run: Run) -> None:
+        super().__init__(settings, run, "endpoint")
+
+    def under(self, settings: EvalConfig) -> "Served":
+        """The same under other settings."""
+        return Served(settings, self.run)
+
+    def check(self) -> None:
+        endpoints.check(server_of(self.settings), "endpoint")
+
+    def identity(self) -> dict[str, object]:
+        server = server_of(self.settings)
+        return {
+            "endpoint": [server.url, server.model, server.parameters],
+            "system": self.settings.model.system_prompt,
+            "max_new_tokens": self.settings.gen.max_new_tokens,
+        }
+
+    def answers(self, asked: Sequence[PromptSet], folder: Path) -> Answers:
+        """In the files as they arrive, which are then put in order."""
+        settings = self.settings
+
+        def ask(rows: list[Example]) -> Iterator[list[Completion]]:
+            server, system = server_of(settings), settings.model.system_prompt
+            return complete(server, settings.http, rows, settings.gen, system)
+
+        progress = settings.trainer.progress
+        given = store.kept(asked, ask, folder, Completion, "generating", progress)
+        store.put_in_order(asked, folder, Completion)
+        return given
+
+    def masses(self, asked: Sequence[PromptSet], folder: Path) -> tuple[Masses, Masses]:
+        """The least and the most that each can be, of the tokens that the server shows.
+
+        Raises ConfigError, before any prompt is sent, where it shows none; Unanswered where no
+        prompt brought an answer.
+        """
+        settings, server = self.settings, server_of(self.settings)
+        given = {"temperature": 1, "top_logprobs": LIKELIEST} | server.parameters
+        limit = "max_completion_tokens" if "max_completion_tokens" in given else "max_tokens"
+        one_token = replace(server, parameters=given | {limit: 1, "logprobs": True})
+
+        def ask(rows: list[Example]) -> Iterator[list[ShownOpening]]:
+            check_shown(one_token, settings.http)
+            system = settings.model.system_prompt
+            for row, reply in replies(one_token, settings.http, rows, system):
+                if reply.top and reply.top[0]:
+                    yield [ShownOpening(row.id, row.prompt, *refusal.shown_mass(reply.top[0]))]
+
+        place, progress = folder / "openings", settings.trainer.progress
+        seen = store.kept(asked, ask, place, ShownOpening, "reading", progress)
+        store.put_in_order(asked, place, ShownOpening)
+        store.check_answered(asked, seen)
+        least = {name: {row.id: row.mass for row in rows} for name, rows in seen.items()}
+        return least, {name: {row.id: row.most for row in rows} for name, rows in seen.items()}
+
+
+def server_of(settings: EvalConfig) -> ServerConfig:
+    """The server that `endpoint=` names, as every other server is described."""
+    return ServerConfig(
+        url=settings.endpoint,
+        model=str(settings.endpoint_model),
+        key=settings.endpoint_key,
+        parameters=settings.endpoint_parameters,
+    )
+
+
+def check_shown(server: ServerConfig, http: HTTPConfig) -> None:
+    """Raises ConfigError where the server shows no likeliest tokens; one that fails may recover."""
+    why = ""
+    try:
+        greeting = [[{"role": "user", "content": GREETING}]]
+        once = replace(http, retries=0)
+        ((_, reply),) = endpoints.chats(server, once, greeting, node="endpoint")
+    except EndpointError as error:
+        if "logprobs" not in str(error):
+            raise
+        reply, why = None, f" ({error})"
+    if reply is None or (isinstance(reply, Reply) and len(reply.top[0] if reply.top else ()) < 2):
+        raise ConfigError(
+            f"tasks=[discernment] endpoint={server.url}: answers without log-probabilities of "
+            f"several first tokens{why}; leave discernment out, or ask a server that gives them, "
+            "such as vLLM"
+        )
+
+
+def complete(
+    server: ServerConfig,
+    http: HTTPConfig,
+    rows: Sequence[Example],
+    settings: GenConfig,
+    system_prompt: str | None = None,
+) -> Iterator[list[Completion]]:
+    """Completions of the rows as they arrive, one at a time; the server applies its own template.
+
+    A row without an answer yields nothing, so that a rerun asks it again: neither one that failed
+    after all retries nor one whose answer the server withheld (a content filter's doing, not the
+    model's). A last line of the log counts both. Raises EndpointError where every request would
+    fail.
+    """
+    # greedy and as long as here, unless the user says otherwise (null leaves a parameter out)
+    ours: dict[str, object] = {"temperature": 0, "max_tokens": settings.max_new_tokens}
+    if "max_completion_tokens" in server.parameters:  # its successor: servers refuse both at once
+        del ours["max_tokens"]
+    theirs = {k: v for k, v in server.parameters.items() if k not in ("logprobs", "top_logprobs")}
+    asked = replace(server, parameters=ours | theirs)
+    for row, answer in replies(asked, http, rows, system_prompt):
+        text, ended = answer.text.strip(), answer.finish == "stop"
+        yield [Completion(row.id, row.prompt, text, answer.completion_tokens, ended, None)]
+
+
+def replies(
+    server: ServerConfig, http: HTTPConfig, rows: Sequence[Example], system_prompt: str | None
+) -> Iterator[tuple[Example, Reply]]:
+    """Rows with what the server says to them as a user's first words, as it arrives.
+
+    What is left out, told and raised is as in `complete`.
+    """
+    first = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    conversations = [[*first, {"role": "user", "content": row.prompt}] for row in rows]
+    failures: Counter[str] = Counter()
+    reason = ""
+    arriving = endpoints.chats(server, http, conversations, node="endpoint")
+    with closing(arriving):  # a caller who stops early ends what is under way
+        for index, answer in arriving:
+            if isinstance(answer, Failure):
+                failures[answer.status] += 1
+                reason = reason or answer.reason
+                continue
+            yield rows[index], answer
+    if failures:
+        log.warning(
+            "endpoint: %d of %d prompts without an answer (error: %d, invalid: %d; the first: %s); "
+            "the same command asks them again",
+            *(failures.total(), len(rows), failures["error"], failures["invalid"], reason),
+        )
