@@ -10,7 +10,6 @@ import random
 import re
 import sys
 import xml.etree.ElementTree as ElementTree
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from matplotlib.image import imread
 from test_report import change, make_eval, make_run, parsed
 
 from dcr import report
-from dcr.core import runs
+from dcr.core import extending, runs
 from dcr.core.config import UserError
 from dcr.core.runs import Run
 from dcr.report import FIGURES, OPERATING, SECTIONS, figures, trade_offs, writing
@@ -577,8 +576,7 @@ def test_runs_without_data_for_a_figure_are_noted(folders: list[Path], tmp_path:
 
 def test_every_section_names_a_function_and_its_files() -> None:
     for section in SECTIONS.values():
-        module, _, function = str(section.make).partition(":")
-        assert callable(getattr(import_module(module), function))
+        assert callable(extending.ours(str(section.make)))
     assert tuple(writing.WRITERS) == TABLE_ENDINGS
     drawing = Drawing("empty", "", {"": [figures.Panel()]})
     assert tuple(figures.files(drawing)) == FIGURE_ENDINGS

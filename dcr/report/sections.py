@@ -6,8 +6,9 @@ its path and imported when it is made, so that help and a user's error load none
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from dcr.core import extending
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -244,9 +245,7 @@ class Selection:
         section = section or SECTIONS[name]
         if name not in self.made:
             make = section.make
-            if isinstance(make, str):
-                module, _, function = make.partition(":")
-                make = getattr(import_module(module), function)
+            make = extending.ours(make) if isinstance(make, str) else make
             self.made[name] = make(self, *section.arguments)
         return self.made[name]
 
