@@ -71,13 +71,6 @@ def test_auto_is_what_the_device_does_natively(
     assert settled.slow is None
 
 
-@pytest.mark.skipif(not precision.CPUINFO.is_file(), reason="not Linux")
-def test_torch_and_linux_tell_of_the_same_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    by_torch = precision._flags() & precision.UNITS.keys()
-    monkeypatch.setattr(precision, "sys", SimpleNamespace(modules={}))
-    assert precision._flags() & precision.UNITS.keys() == by_torch
-
-
 def test_an_older_torch_is_asked_by_its_own_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     for there in (True, False):

@@ -11,23 +11,18 @@ memory on an older GPU, since weights and optimiser states stay in fp32.
 
 import logging
 import os
-import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from dcr.core.config import EvalConfig, Precision, TrainConfig, stages_of
 
 log = logging.getLogger(__name__)
 
 NATIVE = {"contrastive": Precision.mixed, "sft": Precision.bf16, "evaluation": Precision.bf16}
-# Units by their flags, which Linux and torch spell alike.
+# Units by their flags, as torch spells them.
 UNITS = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512-bf16", "bf16": "ARM bf16"}
 # Parts of names of oneDNN's instruction sets that have bf16, or are no limit.
 UNLIMITED = ("BF16", "FP16", "AMX", "AVX10", "DEFAULT", "ALL")
-# Of NVIDIA, AMD and Windows' subsystem: where Linux has none of these, torch need not be asked.
-GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
-CPUINFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
@@ -48,22 +43,14 @@ class Device:
 
 
 def kind_of(accelerator: str = "auto") -> str:
-    """cpu, cuda or mps, as Lightning takes `trainer.accelerator`; no torch where none is needed."""
+    """cpu, cuda or mps, as Lightning takes `trainer.accelerator`."""
     if accelerator != "auto":
         return "cuda" if accelerator == "gpu" else accelerator
-    if _without_gpu():
-        return "cpu"
     import torch
 
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def _without_gpu() -> bool:
-    """Whether that is known without torch."""
-    linux = "torch" not in sys.modules and sys.platform == "linux"
-    return linux and not any(map(os.path.exists, GPU_FILES))
 
 
 def device(accelerator: str = "auto") -> Device:
@@ -74,13 +61,10 @@ def device(accelerator: str = "auto") -> Device:
     if kind == "cpu":
         unit = cpu_unit()
         return Device(kind, unit is not None, f"this CPU has {unit or 'no bf16 unit'}")
-    elsewhere = Device(kind, True, "a GPU that is not here")
-    if _without_gpu():
-        return elsewhere
     import torch
 
     if not torch.cuda.is_available():
-        return elsewhere
+        return Device(kind, True, "a GPU that is not here")
     major, minor = torch.cuda.get_device_capability()
     native = major >= 8 or torch.version.hip is not None
     return Device(kind, native, f"{torch.cuda.get_device_name()}, capability {major}.{minor}")
@@ -99,11 +83,7 @@ def cpu_unit() -> str | None:
 
 
 def _flags() -> set[str]:
-    """What the processor can do: by torch, or by Linux where a plan has not loaded torch."""
-    if "torch" not in sys.modules and CPUINFO.is_file():
-        with CPUINFO.open(encoding="utf-8", errors="replace") as lines:
-            found = (line for line in lines if line.startswith(("flags", "Features")))
-            return set(next(found, "").partition(":")[2].split())
+    """What the processor can do, by torch."""
     import torch
 
     if not torch.backends.mkldnn.is_available():  # on a Mac's CPU nothing else multiplies bf16

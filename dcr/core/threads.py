@@ -83,23 +83,20 @@ def _left_in(group: Path) -> int:
 
 def own() -> int:
     """As many as torch takes by itself."""
-    import torch  # a plan that knows need not wait for it
+    import torch
 
     return torch.get_num_threads()
 
 
-def chosen(
-    asked: int | None, before: int | None = None, most: int | None = None
-) -> tuple[int, str]:
+def chosen(asked: int | None, before: int | None = None) -> tuple[int, str]:
     """How many threads, and why.
 
     `asked` is `trainer.threads`; without it OMP_NUM_THREADS, then as many as a run had `before` it
-    was stopped, which its numbers depend on to the last bit, then what is free. `most` are torch's
-    own, where they are known.
+    was stopped, which its numbers depend on to the last bit, then what is free.
     """
     if asked:
         return asked, "trainer.threads"
-    most = own() if most is None else most
+    most = own()
     if os.environ.get("OMP_NUM_THREADS"):
         return most, "OMP_NUM_THREADS"
     mine = cores()
