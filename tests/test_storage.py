@@ -29,7 +29,10 @@ def test_a_fingerprint_follows_values_not_their_order() -> None:
 def test_a_second_user_of_a_folder_is_refused_and_a_lease_ends_with_it(tmp_path: Path) -> None:
     run = tmp_path / "run"
     for _ in range(2):  # it is free again
-        with storage.locked(run), pytest.raises(UserError, match=f"{run}: another process"):
+        with (
+            storage.locked(run),
+            pytest.raises(UserError, match=f"{run}: another process.*process {os.getpid()} on"),
+        ):
             storage.locked(run).__enter__()
     with storage.locked(run) as lease:
         lease.check()

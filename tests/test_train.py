@@ -116,7 +116,7 @@ def test_force_begins_anew_what_is_not_done(
         train.train(changed(tiny, "dcr.margin=0.3", "force=true"), run)
     train.train(slower, run)
     at_once = Run(tmp_path / "at_once")
-    shutil.copytree(half, at_once.folder, ignore=shutil.ignore_patterns("sft*", "check*"))
+    shutil.copytree(half, at_once.folder, ignore=shutil.ignore_patterns("sft*", "checkpoints"))
     train.train(slower, at_once)
     named = "sft/adapter_model.safetensors"
     assert (run.folder / named).read_bytes() == (at_once.folder / named).read_bytes()

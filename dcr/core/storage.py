@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -461,18 +462,27 @@ def locked(folder: Path) -> Iterator[Lease]:
     """Exclusive use of a run folder, cleared of what a killed process left half-written.
 
     A folder in which nothing but the lock came to be is removed again, with the parents that were
-    made for it. Raises UserError when another process has it or it cannot be written.
+    made for it. A kill frees it, and a fork of the killed holder that still writes keeps it until
+    it ends, which filelock, closing its file in forks, would not. Raises UserError when another
+    process has it, with what that wrote into `.lock`, or it cannot be written.
     """
     file = folder / ".lock"
     made = [place for place in (folder, *folder.parents) if not place.exists()] or [folder]
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        handle = file.open("a")
+        handle = file.open("a+", encoding="utf-8", errors="replace")
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f"{folder}: another process is using this run folder") from error
+            handle.seek(0)
+            holder = handle.read(200).strip()
+            told = f"another process is using this run folder{holder and f' ({holder})'}"
+            raise UserError(f"{folder}: {told}; wait for it, or end it") from error
+        with _writing(file):
+            handle.truncate(0)
+            handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            handle.flush()
         lease = Lease(file, _identity(os.fstat(handle.fileno())))
         lease.check()
         for place in {torn.parent for torn in folder.rglob(f"{STAGING}*")}:
