@@ -17,7 +17,7 @@ from typing import Annotated
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from dcr import choice, entry, export, extensions, report, study
+from dcr import choice, entry, export, extensions, inference, report, study
 from dcr.core import cli, precision, refusal, statistics, storage
 from dcr.core.config import DataConfig, DataError, EvalConfig, Kind, Stage, TrainConfig
 from dcr.core.runs import Run
@@ -221,7 +221,7 @@ def compared(before: Sequence[HeldOut], found: Sequence[HeldOut]) -> str:
         f"{sum(one)} of {len(one)} ({end.low:.0%} to {end.high:.0%})"
         for one, end in zip(refused, ends, strict=True)
     )
-    chance = statistics.mcnemar(*refused)
+    chance = inference.mcnemar(*refused)
     return f"{now} held-out toxic prompts refused, by the base model {then}, p {chance:.2g}"
 
 

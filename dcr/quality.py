@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from dcr import endpoints
-from dcr.core import config, statistics, storage
+from dcr import endpoints, inference
+from dcr.core import config, storage
 from dcr.core.config import ConfigError, EvalConfig, Kind, SteeringConfig
 from dcr.core.evaluation import subjects
 from dcr.core.evaluation.protocols import Answers, Task, Work
@@ -144,11 +144,11 @@ def _rates(scored: Sequence[Annotation]) -> dict[str, Any]:
     differences = [a - b for a, b in zip(own, others, strict=True)]
     rates = {
         name: None if math.isnan(rate) else rate
-        for name, rate in vars(statistics.win_rates(preferences)).items()
+        for name, rate in vars(inference.win_rates(preferences)).items()
     }
     return {
         **rates,
-        "length_controlled": statistics.length_controlled_win_rate(preferences, differences),
+        "length_controlled": inference.length_controlled_win_rate(preferences, differences),
         "n": len(scored),
         "mean_length": float(np.mean(own)) if scored else None,
         "reference_length": float(np.mean(others)) if scored else None,

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from scipy import stats
 from torch import Tensor
 
+from dcr import inference
 from dcr.analyses import claims, ntk
 from dcr.analyses.claims import Prompts, agreement
 from dcr.core import statistics
@@ -199,10 +200,10 @@ def test_weighted_statistics_are_those_of_the_repeated_pairs() -> None:
     wide, narrow = chance.normal(size=(30, 3)) + 4, chance.normal(size=(30, 3))
     narrow += wide
     weights = chance.integers(0, 4, size=(20, 30)).astype(float)
-    spearman = statistics.weighted_spearman(x, y, weights)
-    pearson = statistics.weighted_pearson(wide, narrow, weights)
-    slope = statistics.weighted_slope(wide, narrow, weights)
-    mean = statistics.weighted_mean(x, weights)
+    spearman = inference.weighted_spearman(x, y, weights)
+    pearson = inference.weighted_pearson(wide, narrow, weights)
+    slope = inference.weighted_slope(wide, narrow, weights)
+    mean = inference.weighted_mean(x, weights)
     for row, times in enumerate(weights.astype(int)):
         first, second = x.repeat(times), y.repeat(times)
         truth: Any = stats.spearmanr(first, second)
@@ -215,24 +216,24 @@ def test_weighted_statistics_are_those_of_the_repeated_pairs() -> None:
 
 def test_a_draw_is_of_prompts_within_their_group(monkeypatch: pytest.MonkeyPatch) -> None:
     groups = [*"aaabbbbb"]
-    counts = statistics.redrawn(groups, np.random.default_rng(1))
+    counts = inference.redrawn(groups, np.random.default_rng(1))
     assert counts.shape == (statistics.RESAMPLES + 1, 8)
     assert counts[0].tolist() == [1] * 8
     assert (counts[:, :3].sum(1) == 3).all()
     assert (counts[:, 3:].sum(1) == 5).all()
     np.testing.assert_allclose(counts[1:].mean(0), 1, atol=0.1)
-    assert np.array_equal(counts, statistics.redrawn(groups, np.random.default_rng(1)))
-    assert not np.array_equal(counts, statistics.redrawn(groups, np.random.default_rng(2)))
+    assert np.array_equal(counts, inference.redrawn(groups, np.random.default_rng(1)))
+    assert not np.array_equal(counts, inference.redrawn(groups, np.random.default_rng(2)))
     # a prompt's pair with itself stays out also where it is drawn twice
     matrix = np.random.default_rng(3).normal(size=(8, 8))
     allowed = np.triu(np.ones((8, 8), bool), 1)
 
     def mean(weights: np.ndarray) -> np.ndarray:
-        return statistics.weighted_mean(matrix[allowed], weights)
+        return inference.weighted_mean(matrix[allowed], weights)
 
-    found = statistics.over_pairs(mean, counts, counts, allowed)
+    found = inference.over_pairs(mean, counts, counts, allowed)
     monkeypatch.setattr(statistics, "CHUNK", 100)  # three draws at once
-    np.testing.assert_allclose(statistics.over_pairs(mean, counts, counts, allowed), found)
+    np.testing.assert_allclose(inference.over_pairs(mean, counts, counts, allowed), found)
     for draw in (0, 1, 2, 500):
         places = np.arange(8).repeat(counts[draw])
         values = [
@@ -252,8 +253,8 @@ def test_a_kernel_that_tells_nothing_is_told_so(planted: bool) -> None:
     others = np.ones((30, 6), bool)
     others[2, 4] = False
     observers, trained = (
-        statistics.redrawn(["o"] * 30, chance),
-        statistics.redrawn(["t"] * 6, chance),
+        inference.redrawn(["o"] * 30, chance),
+        inference.redrawn(["t"] * 6, chance),
     )
     found: Any = agreement(norms, predicted, actual, others, observers, trained)
     within, signed = found["norm"]["within"], found["prediction"]["pearson"]
@@ -272,7 +273,7 @@ def test_the_interval_within_is_over_trained_prompts_too() -> None:
     norms, others = chance.lognormal(size=(12, 5)), np.ones((12, 5), bool)
     actual = norms[:, :, None] * chance.lognormal(size=(12, 5, 1))
     observers = np.ones((statistics.RESAMPLES + 1, 12), dtype=np.int64)
-    trained = statistics.redrawn(["t"] * 5, chance)
+    trained = inference.redrawn(["t"] * 5, chance)
     found: Any = agreement(norms, actual, actual, others, observers, trained)
     own = np.array([spearman(norms[:, j], actual[:, j, 0]) for j in range(5)])
     ends = np.quantile(trained[1:] @ own / 5, [0.025, 0.975])

@@ -11,19 +11,14 @@ from scipy import stats
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
 
-from dcr.core.statistics import (
-    Interval,
-    Ranking,
-    auroc_interval,
-    cohen_kappa,
+from dcr.core.statistics import Interval, Ranking, auroc_interval, cohen_kappa, ranking, wilson
+from dcr.inference import (
     holm,
     length_controlled_win_rate,
     mcnemar,
     mean_and_spread,
     paired_difference,
     paired_over_seeds,
-    ranking,
-    wilson,
     win_rates,
 )
 

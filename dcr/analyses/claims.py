@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from dcr import inference
 from dcr.analyses import ntk
 from dcr.analyses.ntk import Batch, batches, last_logits, still
 from dcr.core import activations, grouping, models, statistics, storage
@@ -365,8 +366,8 @@ def summary(chosen: Prompts, measured: Measurements, seed: int) -> dict[str, Any
     n, others = chosen.observers, chosen.others()
     generator = np.random.default_rng(seed)
     # one draw for all numbers: two kernels are compared over the same prompts
-    observers = statistics.redrawn(chosen.of, generator)
-    trained = statistics.redrawn(["trained"] * len(chosen.trained), generator)
+    observers = inference.redrawn(chosen.of, generator)
+    trained = inference.redrawn(["trained"] * len(chosen.trained), generator)
     actual, plain = (
         changes[:n].mT.numpy() for changes in (measured.steps.changes, measured.steps.plain)
     )
@@ -397,21 +398,21 @@ def agreement(
     observers: Int[np.ndarray, "draws observers"],
     trained: Int[np.ndarray, "draws trained"],
 ) -> dict[str, dict[str, list[float | None]]]:
-    """How far a kernel tells the changes over the pairs in `others`; `statistics.redrawn` draws."""
+    """How far a kernel tells the changes over the pairs in `others`; `inference.redrawn` draws."""
     size = np.linalg.norm(actual, axis=2)
 
     def over(statistic: Callable[..., Any], x: np.ndarray, y: np.ndarray) -> list[float | None]:
         of_pairs = partial(statistic, x[others], y[others])
-        return _estimate(statistics.over_pairs(of_pairs, observers, trained, others))
+        return _estimate(inference.over_pairs(of_pairs, observers, trained, others))
 
     return {
         "norm": {
             "within": _estimate(_within(norms, size, others, observers, trained)),
-            "pooled": over(statistics.weighted_spearman, norms, size),
+            "pooled": over(inference.weighted_spearman, norms, size),
         },
         "prediction": {
-            "pearson": over(statistics.weighted_pearson, predicted, actual),
-            "slope": over(statistics.weighted_slope, predicted, actual),
+            "pearson": over(inference.weighted_pearson, predicted, actual),
+            "slope": over(inference.weighted_slope, predicted, actual),
         },
     }
 
@@ -426,9 +427,9 @@ def _within(
     """The rank correlation over the observers of each trained prompt, then the mean of those."""
     own = []
     for place, kept in enumerate(others.T):
-        statistic = partial(statistics.weighted_spearman, norms[kept, place], size[kept, place])
+        statistic = partial(inference.weighted_spearman, norms[kept, place], size[kept, place])
         once = np.ones((len(observers), 1), dtype=np.int64)
-        own.append(statistics.over_pairs(statistic, observers, once, kept[:, None]))
+        own.append(inference.over_pairs(statistic, observers, once, kept[:, None]))
     every = np.stack(own, 1)
     weights = trained * np.isfinite(every)
     return statistics.ratio((weights * np.nan_to_num(every)).sum(1), weights.sum(1))
@@ -441,10 +442,10 @@ def _proposition(
     observers: Int[np.ndarray, "draws observers"],
 ) -> dict[str, list[float | None]]:
     n, couples = chosen.observers, chosen.couples()
-    over = partial(statistics.over_pairs, left=observers, right=observers, allowed=couples)
+    over = partial(inference.over_pairs, left=observers, right=observers, allowed=couples)
     return {
         name: _estimate(
-            over(partial(statistics.weighted_spearman, norms[couples], of[:n, :n].numpy()[couples]))
+            over(partial(inference.weighted_spearman, norms[couples], of[:n, :n].numpy()[couples]))
         )
         for name, of in (("dot", measured.dots), ("cosine", measured.cosines))
     }
@@ -460,8 +461,8 @@ def _change(
     means = {}
     for kind in dict.fromkeys(chosen.of):
         allowed = others & np.array([[of == kind] for of in chosen.of])
-        mean = partial(statistics.weighted_mean, changes[allowed])
-        means[kind] = _estimate(statistics.over_pairs(mean, observers, trained, allowed))
+        mean = partial(inference.weighted_mean, changes[allowed])
+        means[kind] = _estimate(inference.over_pairs(mean, observers, trained, allowed))
     return means
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
+from dcr import inference
 from dcr.analyses import claims, ntk, probability, separability
 from dcr.core import config, models, refusal, sources, statistics, storage
 from dcr.core.config import (
@@ -90,7 +91,7 @@ def refusal_probability(
 def _means(every: Sequence[Mapping[str, Any]], kind: str, seed: int) -> dict[str, Any]:
     of_kind = [row for row in every if row["kind"] == kind]
     return {"n": len(of_kind)} | {
-        name: list(astuple(statistics.mean_interval([row[name] for row in of_kind], seed=seed)))
+        name: list(astuple(inference.mean_interval([row[name] for row in of_kind], seed=seed)))
         for name in ("plain", "prefix_free")
     }
 
@@ -122,7 +123,7 @@ def first_token(
 
     def correlation(name: str) -> float | None:
         x, y = (np.array([of[key] for of in (*toxic, *safe)]) for key in ("mass", name))
-        rank = statistics.weighted_spearman(x, y, np.ones((1, len(x))))
+        rank = inference.weighted_spearman(x, y, np.ones((1, len(x))))
         return statistics.finite(float(rank[0]))
 
     def auroc(name: str) -> list[float]:

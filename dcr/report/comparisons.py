@@ -4,7 +4,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from dcr.core import statistics, storage
+from dcr import inference
+from dcr.core import storage
 from dcr.core.config import Kind
 from dcr.core.statistics import Interval
 from dcr.report.discernment import EQUAL
@@ -130,7 +131,7 @@ def _paired_sets(
                 pool += part if name in summed else []
         if pools[0] and len(summed) > 1:
             found.append(_paired_set("pooled", kind, pools, pooled=True))
-    adjusted = statistics.holm([one.p for one in found])
+    adjusted = inference.holm([one.p for one in found])
     return [replace(one, holm=p) for one, p in zip(found, adjusted, strict=True)]
 
 
@@ -149,8 +150,8 @@ def _paired_set(
     label: str, kind: Kind, verdicts: tuple[list[bool], list[bool]], pooled: bool = False
 ) -> PairedSet:
     a, b = verdicts
-    difference = statistics.paired_difference(a, b, seed=PAIRED_SEED)
-    return PairedSet(label, kind, len(a), difference, statistics.mcnemar(a, b), pooled)
+    difference = inference.paired_difference(a, b, seed=PAIRED_SEED)
+    return PairedSet(label, kind, len(a), difference, inference.mcnemar(a, b), pooled)
 
 
 def points(difference: Interval) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from dcr import inference
 from dcr.core import statistics
 from dcr.core.config import Kind
 from dcr.core.evaluation.sets import APART, PAPER_SAFETY
@@ -259,7 +260,7 @@ def of_group(group: Group, cells: Sequence[Cell | None]) -> Cell | None:
     ]
     if len(both) < 2:
         return None
-    found = statistics.paired_over_seeds(
+    found = inference.paired_over_seeds(
         [one.estimate for one, _ in both], [other.estimate for _, other in both]
     )
     marks = "".join(dict.fromkeys(mark for pair in both for cell in pair for mark in cell.marks))
@@ -273,7 +274,7 @@ def mean_of(cells: Sequence[Cell | None]) -> Cell | None:
     known = [cell for cell in cells if cell and not cell.text]
     if not known:
         return None
-    mean, spread = statistics.mean_and_spread([cell.estimate for cell in known])
+    mean, spread = inference.mean_and_spread([cell.estimate for cell in known])
     return Cell(
         mean,
         spread=spread if len(known) > 1 else None,

@@ -8,7 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from dcr.core import statistics, storage
+from dcr import inference
+from dcr.core import storage
 from dcr.core.config import ConfigError, Kind, UserError
 from dcr.core.results.frame import CONTRASTS
 from dcr.core.runs import stages
@@ -181,7 +182,7 @@ def _ablated(alike: Sequence[tuple[float, Column]]) -> list[Curve]:
         rows = []
         for value in sorted({value for value, _ in own}):
             rates = [share for at, share in own if at == value]
-            mean, spread = statistics.mean_and_spread(rates)
+            mean, spread = inference.mean_and_spread(rates)
             rows.append((value, mean, mean - spread, mean + spread))
         if len(rows) > 1:
             frame = pd.DataFrame(rows, columns=["x", "y", "low", "high"], dtype=float)

@@ -29,7 +29,8 @@ from dcr.analyses.ntk.exact import (
 )
 from dcr.core import grouping, models
 from dcr.core.config import ConfigError
-from dcr.core.statistics import Interval, percentiles, ratio, resampled_groups
+from dcr.core.statistics import Interval, percentiles, ratio
+from dcr.inference import resampled_groups
 
 
 @dataclass(frozen=True)
@@ -270,7 +271,7 @@ def kind_mean(
 ) -> tuple[float, Float[np.ndarray, "draws"]]:
     """The mean over pairs of (observer kind, trained kind), and that of every draw.
 
-    `drawn` are of `statistics.resampled_groups`; nan where there is no pair, as in a draw of one
+    `drawn` are of `inference.resampled_groups`; nan where there is no pair, as in a draw of one
     prompt alone.
     """
     rows, columns = ([i for i, kind in enumerate(kinds) if kind == wanted] for wanted in cell)
