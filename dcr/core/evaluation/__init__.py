@@ -1,9 +1,7 @@
-"""From a run, a model or an endpoint to `metrics.json`.
+"""From a run or a model to `metrics.json`.
 
-`subjects` says whose weights answer, opens them and keeps what they say, `sets` which prompts they
-are asked. `scoring` counts answers and verdicts, `discernment` ranks prompts by the refusal mass of
-the first answer token, `calibration` moves its logits, `quality` compares answers with a
-reference's (AlpacaEval), `ability` runs the lm-evaluation-harness on `questions` of a local folder
-or the hub, `weights` measures what a model would say without letting it speak. `metrics` is all of
-it for one subject.
+`subjects` opens weights and has them answer, `store` keeps what they say, `sets` names the prompts
+that they are asked. `scoring` counts answers and `verdicts`, `discernment` ranks prompts by the
+refusal mass of the first answer token, `metrics` is all of it for one subject. `protocols` is what
+an extension can be: another subject, a change of its answers, a task, judges.
 """
