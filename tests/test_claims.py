@@ -232,7 +232,7 @@ def test_a_draw_is_of_prompts_within_their_group(monkeypatch: pytest.MonkeyPatch
         return inference.weighted_mean(matrix[allowed], weights)
 
     found = inference.over_pairs(mean, counts, counts, allowed)
-    monkeypatch.setattr(statistics, "CHUNK", 100)  # three draws at once
+    monkeypatch.setattr(inference, "CHUNK", 100)  # three draws at once
     np.testing.assert_allclose(inference.over_pairs(mean, counts, counts, allowed), found)
     for draw in (0, 1, 2, 500):
         places = np.arange(8).repeat(counts[draw])
