@@ -19,7 +19,7 @@ from pydantic import FiniteFloat
 from typing_extensions import TypedDict
 
 from dcr.core import config, generation, refusal, storage
-from dcr.core.config import STAGES, ConfigError, EvalConfig, Kind, SteeringConfig
+from dcr.core.config import ConfigError, EvalConfig, Kind, Method, SteeringConfig
 from dcr.core.evaluation import store, subjects
 from dcr.core.evaluation.protocols import Change
 from dcr.core.evaluation.sets import PromptSet, read_set, set_name
@@ -76,7 +76,7 @@ def check(settings: EvalConfig, made_with: Mapping[str, Any]) -> None:
     """
     if _share(settings) is None and _exported(settings) is None:
         subjects.final(settings, _reference(settings))
-    if made_with["method"] not in {method.value for method in STAGES}:
+    if made_with["method"] not in {method.value for method in Method}:
         return
     learnt = {
         f"data.{node}": made_with["data"].get(node, {}).get("source") or []

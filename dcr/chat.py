@@ -14,13 +14,13 @@ from dcr.core.runs import Run
 if TYPE_CHECKING:
     from dcr.core.models import Policy
 
-STAGES = ("sft", "contrastive", "base")
+STAGES = ("readout", "sft", "contrastive", "base")  # the last first
 DIM, UNDIMMED = "\x1b[2m", "\x1b[0m"
 
 
 @dataclass
 class Options:
-    """python -m dcr.chat run=<folder> [stage=sft|contrastive|base] [gen.max_new_tokens=256]
+    """python -m dcr.chat run=<folder> [stage=readout|sft|contrastive|base] [gen.max_new_tokens=256]
 
     Talk to a run's result. Lines are read from the terminal or a pipe; /reset forgets the
     dialogue, /quit ends it.
@@ -183,7 +183,7 @@ def open_stage(
     """
     made_with = run.config()
     model = config.model_of(made_with, trust_remote_code)
-    stage = stage or next((name for name in STAGES[:2] if run.done(name)), "sft")
+    stage = stage or next((name for name in STAGES[:-1] if run.done(name)), "sft")
     if stage != "base" and not run.done(stage):
         raise ConfigError(f"run={run.folder}: stage {stage} is not done there; train it first")
     from dcr.core import models

@@ -88,14 +88,14 @@ SETTINGS = {  # the settings that a card names, by stage
     "sft": (
         "sft.epochs", "sft.batch_size", "sft.lr", "sft.lora.rank", "sft.lora.alpha",
         "sft.lora.targets", "sft.max_len", "sft.precision",
-        "sft.readout.steps", "sft.readout.greedy",
     ),
+    "readout": ("sft.readout.steps", "sft.readout.greedy"),
 }  # fmt: skip
 
 
 @dataclass
 class Options:
-    """python -m dcr.export run=<folder> out=<folder> [stage=sft|contrastive] [precision=fp32]
+    """python -m dcr.export run=<folder> out=<folder> [stage=readout|sft|contrastive]
     python -m dcr.export run=<folder> out=<folder> push=<name>/<model>
     python -m dcr.export run=<folder> relink=true
 
@@ -106,7 +106,9 @@ class Options:
 
     run: Path = entry.option("the run folder")
     out: Path | None = entry.option("a new folder for the export", None)
-    stage: str = entry.option("whose result", "sft", choices=("sft", "contrastive"))
+    stage: str | None = entry.option(
+        "whose result; none: that of the run's last stage", None, choices=[s.value for s in STAGES]
+    )
     precision: str = entry.option(
         "of the weights; fp32 gives the logits of the run's adapter, bf16 differs by about 1%; "
         "auto: that of the run's evaluations",
@@ -155,7 +157,7 @@ def main(options: Options) -> None:
 def export(
     run: Run,
     out: Path,
-    stage: str = "sft",
+    stage: str | None = None,
     precision: Precision | None = None,
     calibrate: str | None = None,
     push: str | None = None,
@@ -164,15 +166,15 @@ def export(
 ) -> Path:
     """Write a stage's weights, merged in fp32 and then cast, with tokenizer and card into `out`.
 
-    `precision` is by default that of the run's evaluations. `calibrate`, as that of `eval.py`,
-    chooses a bias on these very weights and writes it into the generation config. `push` is the
-    repository that `upload` will be asked for: it is made before weights are opened, where the hub
-    lets its token write.
+    `stage` is by default the run's last, `precision` that of the run's evaluations. `calibrate`, as
+    that of `eval.py`, chooses a bias on these very weights and writes it into the generation
+    config. `push` is the repository that `upload` will be asked for: it is made before weights are
+    opened, where the hub lets its token write.
 
     Raises ConfigError when `out` holds anything, the stage is not done or not one of the method's,
     its base is gone or not the one it was trained on, or the repository cannot be written to.
     """
-    made_with = _exportable(run, out, stage)
+    made_with, stage = _exportable(run, out, stage)
     dtype = "bfloat16" if (precision or _evaluated_in(run)) is Precision.bf16 else "float32"
     model = config.model_of(made_with, trust_remote_code)
     settings = EvalSettings(model=model, calibrate=calibrate, precision=_evaluated_in(run))
@@ -215,18 +217,18 @@ def _evaluated_in(run: Run) -> Precision:
     return run.precisions().get("evaluation", Precision.bf16)
 
 
-def _exportable(run: Run, out: Path, stage: str) -> dict[str, Any]:
-    """The run's configuration. Raises ConfigError where its stage cannot be written to `out`."""
+def _exportable(run: Run, out: Path, stage: str | None) -> tuple[dict[str, Any], str]:
+    """The run's configuration, and its stage. Raises ConfigError where `out` cannot hold that."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"out={out}: is not empty; name a new folder")
     made_with = run.config()
+    stage = stage or runs.last_stage(made_with)
     if not run.done(stage):
         raise ConfigError(f"run={run.folder}: stage {stage} is not done there; train it first")
     run.record()  # the card needs it: damage is found before weights are opened
-    known = {(m.value, each.value) for m, stages in STAGES.items() for each in stages}
-    if (made_with["method"], stage) not in known:
+    if made_with["method"] not in config.Method.__members__ or not runs.stages(made_with, stage):
         raise ConfigError(f"run={run.folder}: method={made_with['method']} has no stage {stage}")
-    return made_with
+    return made_with, stage
 
 
 def _set_template(chat: ChatFormat) -> None:
@@ -342,7 +344,7 @@ def relink(run: Run) -> dict[Path, str]:
     """
     from dcr.core import models
 
-    folders = [run.stage("sft"), *sorted(run.snapshots.glob("step-*"))]
+    folders = [run.stage("sft"), run.stage("readout"), *sorted(run.snapshots.glob("step-*"))]
     bases = {f: models.adapter_base(f) for f in folders if models.is_adapter(f)}
     if not bases:
         raise ConfigError(f"run={run.folder}: holds no adapter; train stage=sft first")
@@ -397,7 +399,7 @@ def model_card(
         front=yaml.safe_dump(front, sort_keys=False),
         title=f"{made_with['model'].get('label') or name}, {method}{read}, stage {stage}",
         base=HUB_NAMES.get(name, name),
-        method=METHODS[method, stage] + (READ_OUT if read else ""),
+        method=METHODS[method, "sft" if read else stage] + (READ_OUT if read else ""),
         system=made_with["model"].get("system_prompt"),
         dtype=dtype,
         calibrated=calibrated,

@@ -3,8 +3,8 @@
 A job is a run folder named by a fingerprint of its resolved settings, so that one study finds the
 jobs of another. Its parts, each stage and each evaluation, run one by one in forks of this process:
 imports are paid once, peak memory is a part's own, and no fault or kill of one ends the study.
-Jobs that agree in model, data, seed and `dcr` share stage one: the first trains it, the others
-take it over by hard links.
+Jobs that agree in model, data, seed and `dcr` share stage one, and those that agree in everything
+but the readout share SFT: the first trains it, the others take it over by hard links.
 """
 
 import functools
@@ -32,6 +32,7 @@ from dcr.core import cli, config, data, ending, precision, prompts, runs, storag
 from dcr.core.config import (
     STAGES,
     ConfigError,
+    DataError,
     DeviceConfig,
     EvalConfig,
     Method,
@@ -51,6 +52,7 @@ SET_BY_STUDY = {  # settings of train.py and eval.py that no user gives
 }
 STAGE_ONE = ("model", "data", "dcr", "seed", "tracking")  # nodes that decide its weights and log
 STAGE_ONE_ROWS = ("seemingly_toxic", "toxic", "normal")
+NAMES = {Stage.contrastive: "stage one", Stage.sft: "SFT", Stage.readout: "readout"}
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ class Job:
         """All parts in their order."""
         found: list[Part] = []
         if (settings := self.training) is not None:
-            for stage in config.stages_of(settings.method):
+            for stage in config.stages_of(settings):
                 done = functools.partial(self.run.done, stage.value)
                 work = functools.partial(train_stage, settings, self.run, stage)
                 found.append(Part(self.name, stage.value, done, work))
@@ -289,14 +291,14 @@ def check_jobs(planned: Sequence[Job]) -> None:
 
 
 def train_stage(settings: TrainConfig, run: Run, stage: Stage) -> None:
-    """One stage of a run in this process; stage one is taken over where a run has the same."""
+    """One stage of a run in this process, or taken over where another run has the same."""
     from dcr import train as training_script
 
     extensions.hand_in_passes()
-    if stage is Stage.sft:
-        training_script.train(settings, run)
-    elif not adopt(settings, run):
-        training_script.train(replace(settings, stage=stage), run)
+    last = stage is config.stages_of(settings)[-1]
+    adopted = stage is not Stage.readout and adopt(settings, run, stage)
+    if last or not adopted:
+        training_script.train(settings if last else replace(settings, stage=stage), run)
 
 
 def evaluation_done(settings: EvalConfig, run: Run) -> bool:
@@ -329,19 +331,22 @@ def _evaluated(settings: EvalConfig, run: Run) -> str:
     return storage.fingerprint([weights, made_with])
 
 
-def stage_one(made_with: Mapping[str, Any]) -> str:
-    """A fingerprint of the part of a run's configuration that stage one depends on."""
+def made_of(made_with: Mapping[str, Any], stage: Stage) -> str:
+    """A fingerprint of the part of a run's configuration that a shared stage depends on."""
     decisive = runs.binding(made_with)
-    return storage.fingerprint({key: decisive.get(key) for key in STAGE_ONE})
+    if stage is Stage.contrastive:
+        return storage.fingerprint({key: decisive.get(key) for key in STAGE_ONE})
+    sft = {key: value for key, value in decisive["sft"].items() if key != "readout"}
+    return storage.fingerprint(decisive | {"sft": sft})
 
 
-def adopt(settings: TrainConfig, run: Run) -> bool:
-    """Take over stage one from a run beside this one that has the same settings and rows, if any.
+def adopt(settings: TrainConfig, run: Run, stage: Stage) -> bool:
+    """Take over a stage from a run beside this one that has the same settings and rows, if any.
 
     Files are hard-linked where the disk can, which takes no room. A donor with damaged files is
     named in one line and passed over.
     """
-    found = donors(settings, run)
+    found = donors(settings, run, stage)
     if not found:
         return False
     from dcr import train as training_script
@@ -350,9 +355,10 @@ def adopt(settings: TrainConfig, run: Run) -> bool:
     for donor in found:
         try:
             with ending.faults_in_words():
-                taken = _take_over(donor, run, settings, record)
+                taken = _take_over(donor, run, settings, record, stage)
         except UserError as fault:
-            print(f"no stage one is taken over: {single_line(fault)}", file=sys.stderr, flush=True)
+            told = f"no {NAMES[stage]} is taken over: {single_line(fault)}"
+            print(told, file=sys.stderr, flush=True)
             continue
         if taken:
             print(f"taken over from {donor.folder}")
@@ -360,55 +366,72 @@ def adopt(settings: TrainConfig, run: Run) -> bool:
     return False
 
 
-def donors(settings: TrainConfig, run: Run) -> list[Run]:
-    """The runs beside a run that have done stage one with the same settings."""
+def donors(settings: TrainConfig, run: Run, stage: Stage) -> list[Run]:
+    """The runs beside a run that have done this stage with the same settings."""
     settled, _ = precision.of_training(settings, run.precisions())
-    key, found = stage_one(cli.plain(settled)), []
+    key, found = made_of(cli.plain(settled), stage), []
     for file in sorted(run.folder.parent.glob("*/config.yaml")):
         donor = Run(file.parent)
         with suppress(UserError):  # a damaged run has nothing to give
-            if donor.folder != run.folder and donor.done("contrastive"):
-                found += [donor] if stage_one(donor.config()) == key else []
+            if donor.folder != run.folder and donor.done(stage.value):
+                found += [donor] if made_of(donor.config(), stage) == key else []
     return found
 
 
-def _take_over(donor: Run, run: Run, settings: TrainConfig, record: Mapping[str, Any]) -> bool:
-    """Copy stage one of a donor that started from the same weights and learnt from the same rows.
+def _rows_of(record: Mapping[str, Any], stage: Stage) -> dict[str, str]:
+    """The fingerprints of the rows that a shared stage depends on."""
+    rows = record["rows"]
+    names = [name for name in rows if not name.startswith("readout")]
+    if stage is Stage.contrastive:
+        names = [name for name in STAGE_ONE_ROWS if name in rows]
+    return {name: rows[name]["fingerprint"] for name in names}
+
+
+def _take_over(
+    donor: Run, run: Run, settings: TrainConfig, record: Mapping[str, Any], stage: Stage
+) -> bool:
+    """Copy a stage of a donor that started from the same weights and learnt from the same rows.
 
     Returns whether it did. Raises UserError, before anything is written, where a file of the donor
     is damaged.
     """
     from dcr.core import models
 
-    def rows(record: Mapping[str, Any]) -> list[str | None]:
-        return [record["rows"].get(name, {}).get("fingerprint") for name in STAGE_ONE_ROWS]
-
-    folder, weights = Path(settings.model.name), donor.stage("contrastive")
+    name, weights = stage.value, donor.stage(stage.value)
+    first = stage is config.stages_of(settings)[0]
+    folder = Path(settings.model.name) if first else run.stage("contrastive")
     now = models.weights_fingerprint(folder) if folder.is_dir() else None
-    started = storage.read_json(donor.base_file, runs.StartedFrom, runs.RESTORE)["contrastive"]
-    if rows(donor.record()) != rows(record) or now not in (None, started):
+    started = storage.read_json(donor.base_file, dict[str, str], runs.RESTORE).get(name)
+    if started is None:
+        raise DataError(f"{donor.base_file}: {name}: missing; {runs.RESTORE}")
+    if _rows_of(donor.record(), stage) != _rows_of(record, stage) or now not in (None, started):
         return False
     storage.check_checksums(weights)
-    logged = [row for row in runs.read_metrics(donor) if row["stage"] == "contrastive"]
-    block, cost_file = donor.block(), donor.cost_file("contrastive")
+    logged = [row for row in runs.read_metrics(donor) if row["stage"] == name]
+    block, cost_file = donor.block(), donor.cost_file(name)
     spent = storage.read_json(cost_file, Cost) if cost_file.exists() else None
     with storage.locked(run.folder):
-        storage.write_json(run.adopted_file, {"contrastive": donor.folder.name})
-        storage.write_json(run.base_file, {"contrastive": started})
-        runs.forget_metrics_beyond(run, "contrastive", 0)
+        for file, known in ((run.adopted_file, donor.folder.name), (run.base_file, started)):
+            storage.write_json(file, _known(file) | {name: known})
+        runs.forget_metrics_beyond(run, name, 0)
         runs.append_metrics(run, ([row[key] for key in runs.METRIC_FIELDS] for row in logged))
-        if block is not None:
+        if block is not None and stage is Stage.contrastive:
             storage.write_json(run.layer_file, {"block": block})
         if spent is not None:
-            storage.write_json(run.cost_file("contrastive"), asdict(spent))
+            storage.write_json(run.cost_file(name), asdict(spent))
         for source, target in (
-            (donor.tracked("contrastive"), run.tracked("contrastive")),
-            (weights, run.stage("contrastive")),  # last: with it the stage is done
+            (donor.tracked(name), run.tracked(name)),
+            *([(donor.snapshots, run.snapshots)] if stage is Stage.sft else []),
+            (weights, run.stage(name)),  # last: with it the stage is done
         ):
             if source.is_dir():
                 with storage.replaced_folder(target) as staging:
                     shutil.copytree(source, staging, copy_function=_link, dirs_exist_ok=True)
     return True
+
+
+def _known(file: Path) -> dict[str, str]:
+    return storage.read_json(file, dict[str, str]) if file.exists() else {}
 
 
 def _link(source: str, target: str) -> None:
@@ -540,21 +563,24 @@ def write_page(planned: Sequence[Job], failed: dict[str, str], page: Path, table
 
 
 def _adopted(run: Run) -> list[str]:
-    if not run.adopted_file.exists():
-        return []
-    donor = storage.read_json(run.adopted_file, runs.StartedFrom)["contrastive"]
-    return [f"{run.folder.name}: stage one is that of {donor}"]
+    return [
+        f"{run.folder.name}: {NAMES[Stage(stage)]} is that of {donor}"
+        for stage, donor in _known(run.adopted_file).items()
+    ]
 
 
 def describe(planned: Sequence[Job]) -> str:
     """A table of the jobs: which parts are done, shared, or take how long."""
     from dcr.core.evaluation import metrics
 
-    table = entry.table("Jobs", ["job", "stage one", "SFT", "evaluations", "folder"], names=5)
-    first: dict[str, str] = {}  # the job that trains each stage one
+    chains = [config.stages_of(job.training) for job in planned if job.training]
+    named = [stage for stage in STAGES if any(stage in chain for chain in chains)]
+    heads = ["job", *(NAMES[stage] for stage in named), "evaluations", "folder"]
+    table = entry.table("Jobs", heads, names=len(heads))
+    first: dict[str, str] = {}  # the job that trains each shared stage
     seconds = [0.0]
     for job in planned:
-        cells = [_stage_cell(job, stage, first, seconds) for stage in STAGES[Method.dcr]]
+        cells = [_stage_cell(job, stage, first, seconds) for stage in named]
         done = sum(part.done() for part in job.parts()[-len(job.evaluations) :])
         answers = sum(len(one.rows) for e in job.evaluations for one in metrics.read(e).sets)
         cells.append("done" if done == len(job.evaluations) else f"{answers} answers")
@@ -565,20 +591,21 @@ def describe(planned: Sequence[Job]) -> str:
 
 def _stage_cell(job: Job, stage: Stage, first: dict[str, str], seconds: list[float]) -> str:
     settings = job.training
-    if settings is None or stage not in STAGES[settings.method]:
+    if settings is None or stage not in config.stages_of(settings):
         return "–"
     if job.run.done(stage.value):
         return "done"
-    if stage is Stage.contrastive:
-        key = stage_one(cli.plain(settings))
-        if key in first or donors(settings, job.run):
+    if stage is not Stage.readout:
+        key = made_of(cli.plain(settings), stage)
+        if key in first or donors(settings, job.run, stage):
             return f"that of {first.get(key, 'an earlier run')}"
         first[key] = job.name
     settings, _ = precision.of_training(settings, job.run.precisions())
     drawn, *_ = plan.expected(settings)
-    of = plan.stage_plan(settings, stage, cost.stage_shape(settings, stage), drawn)
+    counted = Stage.sft if stage is Stage.readout else stage  # a plan has the two together
+    of = plan.stage_plan(settings, counted, cost.stage_shape(settings, counted), drawn)
     rate = cost.throughput(settings, of.precision, of.shape.width)
-    flops = of.flops + (of.readout.flops if of.readout else 0)
+    flops = of.flops if stage is counted else of.readout.flops if of.readout else 0
     seconds.append(flops / rate.flops)
     return plan.duration(seconds[-1])
 

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -45,7 +46,7 @@ def train(settings: TrainConfig, run: Run) -> None:
     Raises UserError for anything a user can mend, before weights are loaded where it can be known,
     TrainingError when training had to stop and Interrupted after a signal.
     """
-    wanted = config.stages_of(settings.method, settings.stage)
+    wanted = config.stages_of(settings)
     settings, arithmetic = precision.of_training(settings, run.precisions())
     rows = checked(settings, run)
     if not all(run.done(stage.value) for stage in wanted):
@@ -86,7 +87,7 @@ def checked(settings: TrainConfig, run: Run) -> Splits:
             raise ConfigError(
                 f"tracking.entk.top_k={kernel.top_k}: the model has {facts.vocabulary} tokens"
             )
-    wanted = config.stages_of(settings.method, settings.stage)
+    wanted = config.stages_of(settings)
     rows = data.rows_of(settings)
     _check_input(settings, run, wanted, rows)
     stages.check(settings, rows, [stage for stage in wanted if not run.done(stage.value)])
@@ -123,7 +124,8 @@ def _check_devices(settings: TrainConfig) -> None:
     processes = options.devices * options.num_nodes
     sizes = {Stage.contrastive: ("dcr", settings.dcr.batch_size)}
     sizes[Stage.sft] = "sft", settings.sft.batch_size
-    for name, size in (sizes[stage] for stage in config.stages_of(settings.method, settings.stage)):
+    for stage in config.stages_of(settings):
+        name, size = sizes.get(stage, ("", processes))  # the readout's batches are not shared
         if size < processes:
             raise ConfigError(
                 f"{name}.batch_size={size}: is the batch of all {processes} processes of "
@@ -137,11 +139,13 @@ def _check_devices(settings: TrainConfig) -> None:
 
 
 def _check_input(settings: TrainConfig, run: Run, wanted: tuple[Stage, ...], rows: Splits) -> None:
-    missing = Stage.contrastive not in wanted and not run.done("contrastive")
-    if settings.method is Method.dcr and missing:
+    chain = config.stages_of(replace(settings, stage=Stage.all))
+    first = chain.index(wanted[0])
+    before = chain[first - 1].value if first else None
+    if before and not run.done(before):
         raise ConfigError(
-            f"stage=sft: {run.folder} holds no contrastive/ to start from; run stage=contrastive "
-            "or stage=all with the same settings first"
+            f"stage={wanted[0].value}: {run.folder} holds no {before}/ to start from; run "
+            f"stage={before} or stage=all with the same settings first"
         )
     anchor = settings.dcr.nll
     anchored = anchor.source is NLLSource.general and anchor.weight > 0

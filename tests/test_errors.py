@@ -113,7 +113,7 @@ WHOLE = {
 }
 EXPORT = {
     "uot=y": "uot=y: no such setting",
-    "stage=base": "stage=base: choose one of sft, contrastive",
+    "stage=base": "stage=base: choose one of contrastive, sft, readout",
     "precision=int8": "precision=int8: choose one of auto, bf16, fp32",
     "run=nowhere": "no config.yaml there",
 }

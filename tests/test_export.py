@@ -22,10 +22,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from dcr import calibration, chat, export
 from dcr.core import models, prompts, refusal, storage
 from dcr.core.config import (
-    STAGES,
     ConfigError,
     DataError,
     LoraConfig,
+    Method,
     ModelConfig,
     Precision,
 )
@@ -316,7 +316,7 @@ def test_a_run_of_stl_aug_can_be_exported(moved: Run) -> None:
     text = (export.export(moved, moved.folder / "out") / "README.md").read_text()
     assert "Safety fine-tuning with augmented data" in text
     assert yaml.safe_load(text.split("---")[1])["tags"][-1] == "stl_aug"
-    known = {(method.value, stage.value) for method in STAGES for stage in STAGES[method]}
+    known = {(method.value, "sft") for method in Method} | {("dcr", "contrastive")}
     assert set(export.METHODS) == known
 
 
@@ -525,8 +525,10 @@ def scored(
     storage.write_json(run.evaluation(name) / "metrics.json", metrics)
 
 
-def card_of(run: Run, made_with: dict[str, Any] = CONFIG, depth: int = 2) -> str:
-    return export.model_card(run, "sft", made_with, dtype="bfloat16", depth=depth)
+def card_of(
+    run: Run, made_with: dict[str, Any] = CONFIG, depth: int = 2, stage: str = "sft"
+) -> str:
+    return export.model_card(run, stage, made_with, dtype="bfloat16", depth=depth)
 
 
 def test_card_names_data_licences_scores_and_readout(moved: Run) -> None:
@@ -549,10 +551,11 @@ def test_card_names_data_licences_scores_and_readout(moved: Run) -> None:
     assert "readout" not in text.replace("sft.readout", "")
     scored(moved, "sft-1", refused=10, empty=60)
     read = {"steps": 120, "toxic": ["contrasts_toxic"], "seemingly_toxic": ["xstest_safe"]}
-    text = card_of(moved, CONFIG | {"sft": CONFIG["sft"] | {"readout": read}})
+    scored(moved, "readout-1", refused=10, empty=60, weights="readout")
+    text = card_of(moved, CONFIG | {"sft": CONFIG["sft"] | {"readout": read}}, stage="readout")
     for told in (
         "**Warning:** 60 of 100 answers (60%) are empty: they count as neither compliance nor",
-        "dcr + readout, stage sft",
+        "dcr + readout, stage readout",
         "came a readout, which is no part of the paper",
         "| toxic | contrasts_toxic |",
     ):

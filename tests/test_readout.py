@@ -1,24 +1,39 @@
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_models import SHAPES, made
-from tiny_run import changed, logged, same, settings, weights
+from tiny_run import (
+    Stop,
+    at_each_step,
+    changed,
+    failing,
+    logged,
+    same,
+    settings,
+    stop,
+    weights,
+)
 from torch import Tensor
 
 from dcr import plan, train
-from dcr.core import batching, cli, config, data, models, prompts
+from dcr.core import batching, cli, config, data, models, prompts, runs
 from dcr.core.config import ConfigError, Kind, LoraConfig, Stage, TrainConfig
-from dcr.core.data import SEEMINGLY_TOXIC, TOXIC
+from dcr.core.data import SEEMINGLY_TOXIC, TOXIC, ReadoutBatch
 from dcr.core.data.readout import OPENING
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.sources import Example
 from dcr.core.training import callbacks, readout
+from dcr.core.training.readout import ReadoutModule
 from dcr.plan import cost
+
+ADAPTER = "adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +53,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny: TrainConfig) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "run"
     train.train(tiny, Run(folder))
     return folder
+
+
+@pytest.fixture
+def sft(whole: Path, tmp_path: Path) -> Path:
+    """A run whose SFT is done and whose readout has not begun."""
+    left = shutil.ignore_patterns("readout*", "checkpoints", ".lock")
+    shutil.copytree(whole, tmp_path / "run", ignore=left)
+    runs.forget_metrics_beyond(Run(tmp_path / "run"), "readout", 0)
+    return tmp_path / "run"
 
 
 def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,13 +107,20 @@ def test_gradients_are_those_of_the_whole_model_with_all_else_frozen(
         for name, weight in models.decoder_blocks(model)[-count:].named_parameters()
         if weight.requires_grad
     }
+    moving = {n for n, w in model.named_parameters() if any(w is each for each in last.values())}
     ids, mask, read = padded(rows)
     read[0, -3:] = True  # the first row ends with two tokens of a refusal
-    given = readout.entered(model, count, ids, mask, read)
     first, opening = torch.tensor([True, False, False, True, True]), torch.tensor([9, 7])
-    batch = readout.Batch(given, labels, first, opening)
-    contrast, loss = readout.pair_losses(model, batch, openings, greedy=0.5)
+    batch = ReadoutBatch(ids, mask, read, labels, first, opening, ("a", "b", "c"), 0)
+    asked = config.ReadoutConfig(blocks=count, greedy=0.5)
+    module = ReadoutModule(Policy(model, policy.tokenizer, ""), asked, openings)
+    module.entered[0] = readout.entered(model, count, ids, mask, read)
+    contrast, wording = module.contrast(batch)
+    loss = contrast + readout.WORDING * wording
+    assert {name for name, w in model.named_parameters() if w.requires_grad} == moving
     found = torch.autograd.grad(loss, list(last.values()))
+    for weight in model.parameters():
+        weight.requires_grad = True
 
     expected = torch.zeros(())
     for row, label in zip([rows[0][:-2], *rows[1:]], labels.tolist(), strict=True):
@@ -129,51 +160,88 @@ def test_drift_is_the_kl_divergence_to_before() -> None:
     assert not readout.drift(before, before).any()
 
 
-# --- the phase ---
+# --- the stage ---
 
 
 def test_only_the_adapter_in_the_last_blocks_moves_and_the_record_says_how_far(
-    tiny: TrainConfig, whole: Path, tmp_path: Path
+    whole: Path,
 ) -> None:
-    train.train(changed(tiny, "sft.readout.steps=0"), Run(tmp_path / "run"))
-    before, after = weights(tmp_path / "run"), weights(whole)
+    before, after = (load_file(whole / stage / ADAPTER) for stage in ("sft", "readout"))
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {name for name in before if ".layers.1." in name}
     record = json.loads((whole / "readout.json").read_text())
     assert record["loss"]["last"] < record["loss"]["first"]
     assert record["drift"]["answer_tokens"] > 0
-    assert not (tmp_path / "run" / "readout.json").exists()
+    cost = json.loads((whole / "readout.cost.json").read_text())
+    assert cost["steps"] == 24
+    assert cost["tokens"] > 0
 
 
-def test_a_larger_weight_keeps_drift_smaller(
-    tiny: TrainConfig, whole: Path, tmp_path: Path
-) -> None:
-    train.train(changed(tiny, "sft.readout.drift=100"), Run(tmp_path / "run"))
-    one, other = (json.loads((f / "readout.json").read_text()) for f in (tmp_path / "run", whole))
+def test_held_out_rows_are_measured_in_equal_rounds_and_as_the_record_says(whole: Path) -> None:
+    told = [row for row in logged(whole) if row[0] == "readout"]
+    by_key = {key: [(s, v) for _, s, k, v in told if k == key] for key in {row[2] for row in told}}
+    assert [step for step, _ in by_key["readout/step_contrast"]] == list(range(24))
+    assert [step for step, _ in by_key["readout/step_drift"]] == list(range(24))
+    record = json.loads((whole / "readout.json").read_text())
+    for key, last in (
+        ("readout/auroc/heldout", record["heldout_auroc"]["after"][0]),
+        ("readout/drift/heldout", record["drift"]["answer_tokens"]),
+    ):
+        assert [step for step, _ in by_key[key]] == list(range(2, 24, 3))
+        assert by_key[key][-1][1] == pytest.approx(last, rel=1e-6)
+
+
+def test_a_larger_weight_keeps_drift_smaller(tiny: TrainConfig, whole: Path, sft: Path) -> None:
+    train.train(changed(tiny, "sft.readout.drift=100"), Run(sft))
+    one, other = (json.loads((f / "readout.json").read_text()) for f in (sft, whole))
     assert one["drift"]["answer_tokens"] < other["drift"]["answer_tokens"] / 2
 
 
-def test_killed_in_the_phase_a_run_ends_as_if_nothing_had_been(
-    tiny: TrainConfig, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("where", [1, 11, 12, 23, "preparing", "measuring", "saving"])
+def test_stopped_anywhere_a_run_ends_as_if_nothing_had_been(
+    tiny: TrainConfig, whole: Path, sft: Path, monkeypatch: pytest.MonkeyPatch, where: int | str
 ) -> None:
-    def killed(*_: Any) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patched:
-        patched.setattr(readout, "_moved", killed)  # all steps are made
-        with pytest.raises(KeyboardInterrupt):
-            train.train(tiny, Run(tmp_path / "run"))
-    assert not (tmp_path / "run" / "sft").exists()
-    train.train(tiny, Run(tmp_path / "run"))
-    assert same(weights(tmp_path / "run"), weights(whole))
-    assert (tmp_path / "run" / "readout.json").read_bytes() == (whole / "readout.json").read_bytes()
-    told = [row for row in logged(tmp_path / "run") if row[0] == "readout"]
-    assert told == [row for row in logged(whole) if row[0] == "readout"]
-    assert [step for _, step, key, _ in told if key == "readout/contrast"] == list(range(24))
+        if isinstance(where, int):
+            at_each_step(patched, lambda trainer, *_: trainer.global_step == where and stop())
+        else:
+            owner, name = {
+                "preparing": (readout, "entered"),
+                "measuring": (ReadoutModule, "record"),
+                "saving": (models, "save_adapter"),
+            }[where]
+            patched.setattr(owner, name, failing(Stop()))
+        with pytest.raises(Stop):
+            train.train(tiny, Run(sft))
+    assert not (sft / "readout").exists()
+    train.train(changed(tiny, "stage=readout"), Run(sft))
+    assert_same_run(sft, whole)
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert same(weights(one), weights(other))
+    assert (one / "readout.json").read_bytes() == (other / "readout.json").read_bytes()
+    assert logged(one) == logged(other)
+    assert not list((one / "checkpoints").rglob("*.*"))
+
+
+def test_a_readout_follows_a_finished_sft_and_needs_one(
+    tiny: TrainConfig, whole: Path, tmp_path: Path
+) -> None:
+    run = Run(tmp_path / "run")
+    alone = changed(tiny, "stage=readout")
+    with pytest.raises(ConfigError, match=r"stage=readout: .* holds no sft/ to start from"):
+        train.train(alone, run)
+    train.train(changed(tiny, "sft.readout.steps=0"), run)
+    assert not (run.folder / "readout.json").exists()
+    train.train(alone, run)
+    assert_same_run(run.folder, whole)
+    with pytest.raises(ConfigError, match=r"sft\.readout.*readout is done there and would not"):
+        train.train(changed(tiny, "sft.readout.lr=1e-3"), run)
 
 
 def test_only_the_batches_that_steps_take_are_prepared_and_each_once(
-    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+    tiny: TrainConfig, sft: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     few, prepared = changed(tiny, "sft.readout.steps=2", "trainer.progress=true"), []
     tokens: list[int] = []
@@ -185,7 +253,7 @@ def test_only_the_batches_that_steps_take_are_prepared_and_each_once(
         return original(model, count, ids, *others)
 
     monkeypatch.setattr(readout, "entered", counted)
-    train.train(few, Run(tmp_path / "run"))
+    train.train(few, Run(sft))
     chat = prompts.chat_format(models.open_tokenizer(few.model), few.model)
     drawn = data.readout_rows(chat, data.rows_of(few), few.sft, few.seed)
     assert len(set(drawn.steps)) == len(drawn.steps) == 2 < len(drawn.pairs) == len(drawn.general)
@@ -201,17 +269,6 @@ def test_only_the_batches_that_steps_take_are_prepared_and_each_once(
     told = capfd.readouterr().err
     assert f"readout, preparing: 100%|██████████| {len(prepared)}/{len(prepared)}" in told
     assert "readout: 100%|██████████| 2/2" in told
-
-
-def test_a_run_made_before_the_phase_was_known_goes_on(tiny: TrainConfig, tmp_path: Path) -> None:
-    plain, run = changed(tiny, "sft.readout.steps=0"), Run(tmp_path / "run")
-    train.train(plain, run)
-    made_with = run.config()
-    del made_with["sft"]["readout"]
-    run.config_file.write_text(json.dumps(made_with))
-    train.train(plain, run)
-    with pytest.raises(ConfigError, match=r"sft\.readout"):
-        train.train(tiny, run)
 
 
 def test_more_blocks_than_the_model_has_are_refused(tiny: TrainConfig, tmp_path: Path) -> None:

@@ -383,7 +383,7 @@ def test_the_verdict_says_what_the_columns_come_to_at_equal_safety(tmp_path: Pat
     ranked_at(stl, [0.3, 0.2, 0.4])
     read: dict[str, Any] = {"sft": {"readout": {"steps": 120}}}
     dcr = make_run(tmp_path / "dcr", **read)
-    ranked_at(dcr, [0.8, 0.7, 0.9])
+    ranked_at(dcr, [0.8, 0.7, 0.9], weights="readout")
 
     def verdict(*folders: Path) -> str:
         sentence, *_ = comparisons.headline(selection(*folders))
@@ -401,9 +401,9 @@ def test_the_verdict_says_what_the_columns_come_to_at_equal_safety(tmp_path: Pat
     told = "+50.0 [+35.9, +64.1] points, more than by chance."
     named = "DCR + readout seed 0 − STL seed 0 (also apart in sft.readout): "
     assert whole.endswith(named + told)
-    ranked_at(make_run(tmp_path / "near", **read), [0.35, 0.2, 0.5])
+    ranked_at(make_run(tmp_path / "near", **read), [0.35, 0.2, 0.5], weights="readout")
     assert "which may be chance (0 is in the interval)" in verdict(stl, tmp_path / "near")
-    ranked_at(make_run(tmp_path / "less", **read), [0.05, 0.0, 0.1])
+    ranked_at(make_run(tmp_path / "less", **read), [0.05, 0.0, 0.1], weights="readout")
     assert "fewer than by chance" in verdict(stl, tmp_path / "less")
     assert verdict(dcr).endswith("80.0 [70–90]. There is nothing beside it to compare with.")
     assert "No two of them are DCR and STL" in verdict(base, dcr)
@@ -437,7 +437,7 @@ def test_the_verdict_over_seeds_and_of_many_columns(tmp_path: Path) -> None:
 def test_a_readout_is_named_wherever_a_column_is(tmp_path: Path) -> None:
     read: dict[str, Any] = {"sft": {"readout": {"steps": 120}}}
     stl, plain = make_run(tmp_path / "a", "stl", **read), make_run(tmp_path / "b", "stl")
-    make_eval(stl, {"xstest_safe": "cr", "unsafe": "rr"})
+    make_eval(stl, {"xstest_safe": "cr", "unsafe": "rr"}, weights="readout")
     make_eval(stl, {"xstest_safe": "cr"}, weights="snapshot", step=4, name="snapshot")
     make_eval(plain, {"xstest_safe": "cr", "unsafe": "rr"})
     assert {column.name for column in columns(stl, plain)} == {"STL seed 0", "STL + readout seed 0"}
@@ -449,7 +449,7 @@ def test_a_readout_is_named_wherever_a_column_is(tmp_path: Path) -> None:
     assert [name for _, name in curves.named([read_run(stl)])] == ["STL + readout, seed 0"]
     told = results.load([stl, plain]).groupby(["run", "weights"])["stages"].unique()
     assert {key: list(of) for key, of in told.items()} == {
-        (str(stl), "sft"): ["sft + readout"], (str(stl), "snapshot"): ["sft"],
+        (str(stl), "readout"): ["sft + readout"], (str(stl), "snapshot"): ["sft"],
         (str(plain), "sft"): ["sft"],
     }  # fmt: skip
 
@@ -637,6 +637,7 @@ def write_curves(run: Path) -> None:
     for step in range(1, 5):
         rows.append(("contrastive", step, 0, "contrastive/step_circle", 9.0 - step))
         rows.append(("sft", step, 0, "sft/step_nll", 3.0 - step / 10))
+        rows.append(("readout", step, 0, "readout/step_contrast", 2.0 - step / 10))
     for suffix in ("", "/heldout"):
         for name, value in (("circle", 6.5), ("above_floor", 1.5), ("within_cosine", 0.9)):
             rows.append(("contrastive", 4, 1, f"contrastive/{name}{suffix}", value))

@@ -19,13 +19,13 @@ from forked import killed
 from safetensors.torch import load_file
 from scipy import stats
 from test_report import make_eval, make_run, selection
-from tiny_run import same, weights
+from tiny_run import logged, same, weights
 
 from dcr import align, report, study
 from dcr import eval as evaluation_script
 from dcr import train as training_script
 from dcr.core import models, prompts, refusal
-from dcr.core.config import DataConfig, EvaluationSets, ModelConfig, TrainConfig
+from dcr.core.config import DataConfig, EvaluationSets, ModelConfig, Stage, TrainConfig
 from dcr.core.runs import Run, append_metrics
 from dcr.report import paper
 from dcr.study import STUDIES, Job, Options
@@ -83,6 +83,32 @@ def test_a_study_gives_what_its_jobs_give_alone_and_shares_stage_one(
     assert study.main([*asked[:1], "study=epochs", *words, TWO_RATES]) == 0
     assert "] " not in capfd.readouterr().out.split("tiny-llama")[0]
     assert files[0].stat().st_mtime_ns == seen
+
+
+def test_jobs_that_differ_in_the_readout_share_the_stages_before_it(
+    words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    swept = [*words, "sft.readout.steps=0,2,3", "sft.readout.blocks=1"]
+    jobs = [job for job in planned(tmp_path, swept, "methods").values() if job.training]
+    jobs = [replace(job, evaluations=()) for job in jobs if "stl_aug" not in job.name]
+    assert len(jobs) == 6  # of STL and of DCR
+    told = study.describe(jobs)
+    assert told.count("that of") == 2 + 4
+    assert study.carry_out([part for job in jobs for part in job.parts()]) == {}
+    assert capfd.readouterr().out.count("taken over from") == 2 + 4
+    for method in ("stl", "dcr"):
+        plain, *read = (job for job in jobs if trained(job).method.value == method)
+        stages = ["contrastive", "sft"] if method == "dcr" else ["sft"]
+        for job in read:
+            assert list(json.loads(job.run.adopted_file.read_text())) == stages
+            files = [run.stage("sft") / "adapter_model.safetensors" for run in (plain.run, job.run)]
+            assert os.path.samefile(*files)
+            assert job.run.done("readout")
+        assert not plain.run.done("readout")
+    alone(jobs[-1], tmp_path / "alone")
+    assert same(weights(tmp_path / "alone"), weights(jobs[-1].run.folder))
+    rows = [row for row in logged(tmp_path / "alone") if "seconds" not in row[2]]
+    assert rows == [row for row in logged(jobs[-1].run.folder) if "seconds" not in row[2]]
 
 
 @pytest.mark.parametrize("how", ["fault", "kill"])
@@ -155,7 +181,7 @@ def test_no_stage_one_is_taken_from_a_damaged_run_and_damage_stays_with_its_job(
         shutil.copytree(donor.folder, place / "donor")
         damage(place / "donor" / name)
         capfd.readouterr()
-        assert not study.adopt(trained(other), Run(place / "run"))
+        assert not study.adopt(trained(other), Run(place / "run"), Stage.contrastive)
         told = capfd.readouterr()
         assert name == "rows.json" or name in " ".join(told.err.split()), told
         assert not (place / "run").exists()

@@ -117,7 +117,8 @@ def changed(settings: TrainConfig, *dotted: str) -> TrainConfig:
 
 def weights(run: Path) -> dict[str, Tensor]:
     """Every tensor of every result in a run folder."""
-    files = sorted(run.glob("contrastive/*.safetensors")) + sorted(run.glob("sft/*.safetensors"))
+    stages = ("contrastive", "sft", "readout")
+    files = [file for stage in stages for file in sorted(run.glob(f"{stage}/*.safetensors"))]
     return {f"{f.parent.name}/{k}": v for f in files for k, v in load_file(f).items()}
 
 

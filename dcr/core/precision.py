@@ -14,7 +14,7 @@ import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
-from dcr.core.config import EvalConfig, Precision, TrainConfig, stages_of
+from dcr.core.config import EvalConfig, Precision, Stage, TrainConfig, stages_of
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +156,9 @@ def of_training(
     """The settings with what `auto` is for each stage and for the run's evaluations."""
     dcr, sft = settings.dcr, settings.sft
     stages = {"contrastive": dcr.precision, "sft": sft.precision}
-    trained = {stage.value for stage in stages_of(settings.method, settings.stage)}
+    trained = {  # the readout in what SFT was
+        "contrastive" if stage is Stage.contrastive else "sft" for stage in stages_of(settings)
+    }
     found = settled(stages, settings.trainer.accelerator, recorded, unused=stages.keys() - trained)
     first, second = found.precisions["contrastive"], found.precisions["sft"]
     top = evaluated_in(second) if settings.precision is Precision.auto else settings.precision

@@ -5,11 +5,11 @@ rows.json                ids and fingerprint of every row used, and what was dro
 layer.json               the block that dcr.layer=auto chose
 base.json                fingerprints of the weights each stage started from
 metrics.csv              every logged value: stage, step (the first is 0), epoch, key, value
-readout.json             what the readout after SFT changed, where there is one
+readout.json             what the readout changed, where there is one
 <stage>.cost.json        seconds, tokens and peak memory of a stage
-adopted.json             the run beside this one whose stage one it took over
+adopted.json             the runs beside this one whose stages it took over
 evaluated.json           seconds of each evaluation that a study made
-contrastive/  sft/       results, present only when the stage is done
+contrastive/  sft/  readout/  results, present only when the stage is done
 snapshots/step-000020/   adapters during SFT
 tracking/<stage>/step-…/ what tracking.quantities measured there, prompt by prompt
 checkpoints/<stage>/     for resuming, gone when the stage is done
@@ -25,14 +25,14 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import Any, Literal, NotRequired
 
 import yaml
 from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from dcr.core import config, precision, storage
-from dcr.core.config import STAGES, ConfigError, DataError, Method, Precision, Stage
+from dcr.core.config import STAGES, ConfigError, DataError, Precision
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +44,9 @@ IDLE = {
         "readout": {"steps": 0},
     }
 }
-# How differences begin that a finished stage one does not depend on: settings, rows, weights.
-OF_SFT_ALONE = ("sft.", "sft: ", "safety")
+# How differences of settings, rows and weights begin that a finished stage does not depend on.
+OF_READOUT = ("sft.readout", "readout")
+OF_LATER = {"contrastive": ("sft.", "sft: ", "safety", *OF_READOUT), "sft": OF_READOUT}
 # What a command writes before its first step.
 BEFORE_TRAINING = {
     ".lock",
@@ -126,12 +127,6 @@ class Cost:
         return max(self.steps, len(steps)) / self.steps
 
 
-class StartedFrom(TypedDict):
-    """What `base.json` and `adopted.json` say of stage one."""
-
-    contrastive: str
-
-
 class Layer(TypedDict):
     block: int
 
@@ -178,7 +173,7 @@ class Run:
 
     @property
     def adopted_file(self) -> Path:
-        """Whose stage one it took over, see `dcr.study`."""
+        """Whose stages it took over, see `dcr.study`."""
         return self.folder / "adopted.json"
 
     @property
@@ -228,7 +223,7 @@ class Run:
 
         Raises DataError where it is damaged, or gone although a stage has learnt from rows.
         """
-        trained = self.done("contrastive") or self.done("sft")
+        trained = any(self.done(stage.value) for stage in STAGES)
         if not trained and not self.rows_file.exists():
             return {}
         return dict(storage.read_json(self.rows_file, RowRecord, RESTORE))
@@ -269,14 +264,19 @@ def peak_memory_gib() -> float:
 def stages(made_with: Mapping[str, Any], weights: str) -> list[str]:
     """What trained some weights of a run with this configuration: contrastive, sft, readout.
 
-    A snapshot is from before the readout; a base model was trained by none.
+    A snapshot is one of SFT; a base model was trained by none.
     """
-    if weights not in ("contrastive", "snapshot", "sft"):
-        return []
-    found = ["contrastive"] if made_with.get("method") == "dcr" else []
-    found += ["sft"] if weights != "contrastive" else []
+    last = "sft" if weights == "snapshot" else weights
+    order = [stage.value for stage in STAGES if stage.value != "contrastive"]
+    if made_with.get("method") == "dcr":
+        order = ["contrastive", *order]
+    return order[: order.index(last) + 1] if last in order else []
+
+
+def last_stage(made_with: Mapping[str, Any]) -> Literal["sft", "readout"]:
+    """The stage whose result a run of this configuration ends with."""
     steps = ((made_with.get("sft") or {}).get("readout") or {}).get("steps")
-    return found + (["readout"] if weights == "sft" and steps else [])
+    return "readout" if steps else "sft"
 
 
 def binding(made_with: Mapping[str, Any]) -> dict[str, Any]:
@@ -366,23 +366,26 @@ def _refuse(run: Run, how: str, changed: list[str], force: bool) -> None:
     if not changed:
         return
     told = f"{run.folder} was {how} ({'; '.join(changed[:6])})"
-    done = [name for name in STAGES[Method.dcr] if run.done(name.value)]
-    later = all(change.startswith(OF_SFT_ALONE) for change in changed)
-    if Stage.sft in done or (done and not later):
+    done = [stage.value for stage in STAGES if run.done(stage.value)]
+    of_later = OF_LATER.get(done[-1], ()) if done else ()
+    if done and not all(change.startswith(of_later) for change in changed):
         raise ConfigError(
-            f"{told}; {done[-1].value} is done there and would not be trained anew: name another "
+            f"{told}; {done[-1]} is done there and would not be trained anew: name another "
             "folder with run="
         )
+    if done[-1:] == ["sft"] and not run.checkpoints("readout").exists():
+        return  # a readout that follows a finished SFT
     if not force:
         raise ConfigError(
             f"{told}; name another folder with run=, or force=true to begin anew what is not done"
         )
     log.warning("%s: what is not done begins anew", told)
-    for name in STAGES[Method.dcr]:
-        if name not in done:
-            shutil.rmtree(run.checkpoints(name.value), ignore_errors=True)
-            shutil.rmtree(run.tracked(name.value), ignore_errors=True)
-    shutil.rmtree(run.snapshots, ignore_errors=True)
+    for stage in STAGES:
+        if stage.value not in done:
+            shutil.rmtree(run.checkpoints(stage.value), ignore_errors=True)
+            shutil.rmtree(run.tracked(stage.value), ignore_errors=True)
+    if "sft" not in done:
+        shutil.rmtree(run.snapshots, ignore_errors=True)
     if not done:
         run.layer_file.unlink(missing_ok=True)
 

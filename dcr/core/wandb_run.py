@@ -15,6 +15,7 @@ import pandas as pd
 
 from dcr.core import results, storage
 from dcr.core.config import (
+    STAGES,
     TAG,
     DataError,
     EvalConfig,
@@ -38,7 +39,7 @@ TASK_OF_KIND = {Kind.seemingly_toxic.value: "over_refusal", Kind.toxic.value: "s
 SHOWN = 200  # completions of a set that a table holds
 ASKED = ("set", "kind", "id", "prompt", "response", "refusal_mass")  # first columns of that table
 RULES = ("paper", "recommended")
-RESULTS = ("contrastive", "sft")  # weights that a run made
+RESULTS = tuple(stage.value for stage in STAGES)  # weights that a run made
 TIMES = ("seconds", "tokens_per_second", "peak_memory_gib")
 AXES = ("dcr.epochs", "dcr.ratio")  # of the paper's ablations (Tables 3 and 4)
 WANDB_TIMEOUT = 20  # seconds to wait for a server before logging offline
@@ -207,8 +208,10 @@ def _said(run: Run, judge: str, name: str) -> dict[str, str]:
 def log_stage(started: "wandb.Run", run: Run, stage: str) -> None:
     """Keep a stage's result as an artifact, made from the run's settings and the stage before."""
     use(started, _settings(run))
-    if stage == "sft" and run.done("contrastive"):
-        use(started, _result(run, "contrastive"))
+    for before in RESULTS[: RESULTS.index(stage)][::-1]:
+        if run.done(before):
+            use(started, _result(run, before))
+            break
     started.log_artifact(_result(run, stage))
 
 
@@ -278,10 +281,11 @@ def variant(metrics: Mapping[str, Any], run: Run) -> str:
         "seed": plain.seed,
         "precision": run.precisions().get("evaluation", Precision.auto).value,
     }
-    earlier = metrics["weights"] == "contrastive" and run.done("sft")
+    weights = metrics["weights"]
+    later = RESULTS[RESULTS.index(weights) + 1 :] if weights in RESULTS else ()
     return "_".join(
         [
-            *(["contrastive"] if earlier else []),
+            *([weights] if any(map(run.done, later)) else []),
             *(
                 [f"{edit['method']}-{edit['strength']:g}-{storage.fingerprint(edit)[:4]}"]
                 if edit

@@ -151,7 +151,7 @@ def _command(script: str, words: Sequence[str]) -> str:
 
 def _trained(settings: TrainConfig, run: Run) -> bool:
     """Whether the run is trained. Raises ConfigError where its settings or rows were others."""
-    if not all(run.done(stage.value) for stage in config.stages_of(settings.method)):
+    if not all(run.done(stage.value) for stage in config.stages_of(settings)):
         return False
     with redirect_stdout(io.StringIO()):
         _train(settings, run)

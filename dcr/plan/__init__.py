@@ -70,7 +70,9 @@ def describe(settings: TrainConfig) -> str:
 
     Raises UserError for whatever training would refuse before it loads weights.
     """
-    stages = stages_of(settings.method, settings.stage)
+    chain = stages_of(settings)
+    # the readout is counted behind SFT
+    stages = [stage for stage in chain if stage is not Stage.readout] or [Stage.sft]
     on_gpu, _ = precision.of_training(
         replace(settings, trainer=replace(settings.trainer, accelerator="gpu"))
     )
@@ -78,19 +80,20 @@ def describe(settings: TrainConfig) -> str:
     settings, arithmetic = precision.of_training(settings, recorded)
     notes = [f"precision: {arithmetic.told}", *([arithmetic.slow] if arithmetic.slow else [])]
     shapes = {stage: stage_shape(settings, stage) for stage in stages}
-    if Stage.sft in stages:
+    if Stage.sft in chain:
         notes += cost.smaller_passes(settings, shapes[Stage.sft])
     drawn, told, more = expected(settings)
     plans = [stage_plan(settings, stage, shape, drawn) for stage, shape in shapes.items()]
-    chain = " then ".join(plan.stage.value for plan in plans)
+    shown = [plan for plan in plans if plan.stage in chain]
+    named = " then ".join(stage.value for stage in chain)
     return entry.plain_text(
-        f"Plan: method={settings.method.value} ({chain}) on {settings.model.name}\n",
-        _parameter_table(plans),
+        f"Plan: method={settings.method.value} ({named}) on {settings.model.name}\n",
+        *([_parameter_table(shown)] if shown else []),
         _row_table(drawn),
         *([_balance_table(told)] if told else []),
-        _stage_table(settings, on_gpu, plans),
-        *_readout_table(settings, on_gpu, plans),
-        *_fit_table(on_gpu, plans),
+        *([_stage_table(settings, on_gpu, shown)] if shown else []),
+        *(_readout_table(settings, on_gpu, plans) if Stage.readout in chain else []),
+        *_fit_table(on_gpu, shown),
         *(f"- {note}" for note in [*more, *notes, *_notes(settings, plans)]),
     )
 
@@ -300,9 +303,9 @@ def _notes(settings: TrainConfig, plans: list[StagePlan]) -> list[str]:
         plan.stage is Stage.sft and plan.readout is None for plan in plans
     ):
         notes.append("sft.readout: its rows are on the hub, so that it is in no estimate")
-    for plan in plans:
-        if settings.run and Run(Path(settings.run)).done(plan.stage.value):
-            notes.append(f"{plan.stage.value} is done in {settings.run} and would be skipped")
+    for stage in stages_of(settings):
+        if settings.run and Run(Path(settings.run)).done(stage.value):
+            notes.append(f"{stage.value} is done in {settings.run} and would be skipped")
     return notes
 
 

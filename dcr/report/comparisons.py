@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from dcr import inference
 from dcr.core import storage
 from dcr.core.config import Kind
+from dcr.core.runs import stages
 from dcr.core.statistics import Interval
 from dcr.report.discernment import EQUAL
 from dcr.report.records import Answer, Column, Group, flattened
@@ -101,7 +102,10 @@ def partners(columns: Sequence[Column]) -> Iterator[tuple[Column, Column, list[s
 def _comparable(a: Column, b: Column) -> bool:
     same = all(a.about(key) == b.about(key) for key in ("model", "seed", "data"))
     one, other = a.evaluation, b.evaluation
-    return same and (one.weights, one.settings) == (other.weights, other.settings)
+    ends = {one.weights, other.weights}
+    return (
+        same and (len(ends) == 1 or ends == {"sft", "readout"}) and one.settings == other.settings
+    )
 
 
 def differing_settings(a: Column, b: Column) -> list[str]:
@@ -110,7 +114,10 @@ def differing_settings(a: Column, b: Column) -> list[str]:
     for column in (a, b):
         config = column.run.config
         data = node if isinstance(node := config.get("data"), dict) else {}
-        parts = {"sft": config.get("sft"), "data.safety": data.get("safety")}
+        sft = dict(config.get("sft") or {})
+        if "readout" not in stages(config, column.evaluation.weights):
+            sft["readout"] = {"steps": 0}
+        parts = {"sft": sft, "data.safety": data.get("safety")}
         configs.append(flattened(parts | {"data.normal": data.get("normal")}))
     return storage.differences(configs[1], configs[0])
 

@@ -10,6 +10,7 @@ import pandas as pd
 from dcr.core import storage
 from dcr.core.config import Kind, UserError
 from dcr.core.results.schema import Estimate, SetCounts, interval
+from dcr.core.runs import last_stage
 from dcr.core.statistics import Interval
 from dcr.core.text import printable
 from dcr.report import figures
@@ -32,7 +33,10 @@ from dcr.report.tables import rate, together
 
 PREFIXES = {"plain": "refusal_probability", "prefix_free": "refusal_probability_prefix_free"}
 TRACKED, KEPT, SCORED = "metrics.csv", "tracking", "snapshots"
-STAGES = {"base": "base model", "contrastive": "after stage one", "sft": "after SFT"}
+STAGES = {
+    **{"base": "base model", "contrastive": "after stage one"},
+    **{"sft": "after SFT", "readout": "after the readout"},
+}
 BOTH = (Kind.seemingly_toxic, Kind.toxic)
 NORM = "mean normalised ‖K‖"
 SCORE = (
@@ -48,17 +52,19 @@ Values = Callable[[TrackedStep | Evaluation], Iterator[tuple[Key, Estimate]]]
 # --- runs, their names and what they have --------------------------------------------------------
 
 
-def named(records: Sequence[RunRecord], weights: str = "sft") -> list[tuple[RunRecord, str]]:
+def named(records: Sequence[RunRecord], weights: str | None = None) -> list[tuple[RunRecord, str]]:
     """Each run with a name that no other has: method, preset, seed, and the model of several.
 
-    The method is named by the stages that made these weights.
+    The method is named by the stages that made these weights, by default those of the run's last.
     """
     several = len({config_of(run, "model") for run in records} - {""}) > 1
     plain = []
     for run in records:
         method, seed = config_of(run, "method"), config_of(run, "seed")
         parts = (
-            called(run, method, weights) if method else printable(run.folder.name),
+            called(run, method, weights or last_stage(run.config))
+            if method
+            else printable(run.folder.name),
             other_preset(config_of(run, "preset_name")),
             f"seed {seed}" if seed else "",
             config_of(run, "model") if several else "",
@@ -416,6 +422,7 @@ TRAINING = (
     ("Stage two: SFT loss of each step", None, "sft/step_nll"),
     ("Stage two: NLL a token, general rows", "sft/nll/general", None),
     ("Stage two: NLL a token, refusal rows", "sft/nll/refusal", None),
+    ("Stage three: readout's contrast of each step", None, "readout/step_contrast"),
 )
 
 

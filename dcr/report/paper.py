@@ -445,8 +445,9 @@ def costs(chosen: Selection) -> PaperTable:
 
 def _cost(column: Column, stage: str, devices: list[str]) -> Cells:
     run = Run(column.run.folder)
-    adopted = stage == "contrastive" and run.adopted_file.exists()
-    if adopted or not run.cost_file(stage).exists():
+    taken = run.adopted_file
+    adopted = storage.read_json(taken, dict[str, str]) if taken.exists() else {}
+    if stage in adopted or not run.cost_file(stage).exists():
         return {}
     cost = storage.read_json(run.cost_file(stage), Cost)
     devices += [cost.device] if cost.device else []

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dcr.core import generation, refusal, results, runs, storage
+from dcr.core import config, generation, refusal, results, runs, storage
 from dcr.core.config import DataError, Kind, UserError
 from dcr.core.evaluation.discernment import Opening
 from dcr.core.results.frame import CONTRASTS, rows_of
@@ -14,7 +14,7 @@ from dcr.core.results.schema import Metrics, Overlap
 from dcr.core.runs import Run
 from dcr.core.text import printable
 
-STAGES = ("contrastive", "sft")
+STAGES = tuple(stage.value for stage in config.STAGES)
 METHODS = {  # left to right, and what a table calls them
     "base": "base model",
     "stl": "STL",
@@ -298,8 +298,8 @@ def _shown(records: Sequence[RunRecord]) -> list[Evaluated]:
         scored = [evaluation for evaluation in run.evaluations if evaluation.scored]
         final = {evaluation.weights for evaluation in scored}
         for evaluation in scored:
-            stage_one = evaluation.weights == "contrastive" and not final & {"sft", "snapshot"}
-            if evaluation.weights not in ("base", "sft", "endpoint") and not stage_one:
+            earlier = evaluation.weights == "contrastive" and final & {"sft", "readout", "snapshot"}
+            if evaluation.weights == "snapshot" or earlier:
                 continue
             if evaluation.weights == "base":
                 identity = storage.fingerprint(
@@ -390,7 +390,7 @@ def style_of(run: RunRecord, styles: Mapping[tuple[str, str], Style]) -> Style:
 
 def evaluations_of(run: RunRecord) -> list[Evaluation]:
     """A run's evaluations; where it has none, an empty one that stands for its weights."""
-    return run.evaluations or [Evaluation(folder=run.folder, weights="sft")]
+    return run.evaluations or [Evaluation(folder=run.folder, weights=runs.last_stage(run.config))]
 
 
 def _labels(pairs: Sequence[Evaluated]) -> list[tuple[str, ...]]:

@@ -361,7 +361,7 @@ def _groups(records: Sequence[RunRecord], margin: float, data: str | None) -> li
 
 
 def _alike(pairs: Sequence[tuple[RunRecord, Evaluation]], margin: float) -> Alike | None:
-    pairs = [(run, e) for run, e in pairs if e.sets and e.weights in ("sft", "snapshot")]
+    pairs = [(run, e) for run, e in pairs if e.sets and e.weights in ("sft", "readout", "snapshot")]
     stl = [(run, e) for run, e in pairs if e.weights == "sft" and _method(run, e) == "stl"]
     sets = shared_by_kind([e for _, e in pairs])
     if not stl or len(pairs) < 2 or not all(sets.values()):

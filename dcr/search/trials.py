@@ -28,8 +28,8 @@ from sqlalchemy import NullPool, event
 from sqlalchemy.exc import SQLAlchemyError
 
 from dcr import launching, study
-from dcr.core import ending, results, runs, storage
-from dcr.core.config import ConfigError, UserError
+from dcr.core import config, ending, results, runs, storage
+from dcr.core.config import STAGES, ConfigError, UserError
 from dcr.core.evaluation import subjects
 from dcr.core.runs import Cost
 from dcr.core.text import single_line
@@ -42,7 +42,6 @@ PULSE = 10  # seconds between two heartbeats of a trial
 SILENCE = 90  # seconds without a heartbeat after which a trial's worker counts as dead
 LOCKED = 5.0  # seconds that SQLite waits for another process
 SQLITE = "sqlite:///"
-STAGES = ("contrastive", "sft")
 COMPLETE, FAIL, WAITING = TrialState.COMPLETE, TrialState.FAIL, TrialState.WAITING
 with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
     enqueue_again = RetryHeartbeatStaleTrialCallback()
@@ -289,7 +288,7 @@ def _measured(search: Search, job: Job) -> list[float]:
                 if not part.done():
                     study.in_fork(part.work)
             storage.write_json(file, _values(search, job))
-        for place in (*STAGES, "snapshots", "checkpoints"):
+        for place in (*(stage.value for stage in STAGES), "snapshots", "checkpoints"):
             shutil.rmtree(run.folder / place, ignore_errors=True)
     return storage.read_json(file, list[float], f"delete {file}")
 
@@ -299,7 +298,9 @@ def _values(search: Search, job: Job) -> list[float]:
     run, (evaluating,) = job.run, job.evaluations
     folder = subjects.final(evaluating, run).folder
     found, metrics = results.read(folder / "metrics.json"), runs.read_metrics(run)
-    costs = {stage: storage.read_json(run.cost_file(stage), Cost) for stage in STAGES}
+    assert job.training is not None
+    stages = [stage.value for stage in config.stages_of(job.training)]
+    costs = {stage: storage.read_json(run.cost_file(stage), Cost) for stage in stages}
     nll = [row["value"] for row in metrics if row["key"] == "sft/nll/general/heldout"]
     scores = [task.acc for task in found.ability.values() if task.acc is not None]
     ranked = found.discernment and found.discernment.pooled

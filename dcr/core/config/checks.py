@@ -13,6 +13,7 @@ from dcr.core.config.schema import (
     Kind,
     Moments,
     Precision,
+    Stage,
     TrainConfig,
     stages_of,
 )
@@ -184,11 +185,13 @@ def _of_both(config: TrainConfig | EvalConfig) -> Iterator[str]:
 
 def _of_training(config: TrainConfig) -> Iterator[str]:
     dcr = config.dcr
-    if not stages_of(config.method, config.stage):
-        yield (
-            f"stage=contrastive method={config.method.value}: it has no contrastive stage; use "
-            "method=dcr"
-        )
+    if not stages_of(config):
+        lacking = {
+            Stage.contrastive: f"method={config.method.value}: it has no contrastive stage; use "
+            "method=dcr",
+            Stage.readout: "sft.readout.steps=0: there is no readout; give its steps, such as 120",
+        }
+        yield f"stage={config.stage.value} {lacking[config.stage]}"
     if dcr.layer not in (None, AUTO_LAYER) and type(dcr.layer) is not int:
         yield f"dcr.layer={dcr.layer}: give a block's number, auto, or null for dcr.depth"
     if dcr.batch_size < 3:

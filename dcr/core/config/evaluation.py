@@ -288,7 +288,8 @@ class EvalConfig:
     table: ClassVar[Table] = Table()
 
     run: str | None = None  # the run folder to evaluate
-    stage: Stage = Stage.all  # whose weights: contrastive, sft, or all for the last that is done
+    # Whose weights: contrastive, sft, readout, or all for the last that is done.
+    stage: Stage = Stage.all
     snapshots: bool = False  # score every adapter snapshot of the run, for the frontier
     steps: list[int] | None = None  # of which snapshots; null: all
     endpoint: str | None = None  # an OpenAI-compatible server to evaluate instead of a model

@@ -39,20 +39,23 @@ class Stage(Enum):
     all = "all"
     contrastive = "contrastive"
     sft = "sft"
+    readout = "readout"
 
 
-# Which stages a method has, in the order they are trained: the one table of training, plan, export
-# and evaluation.
-STAGES = {
-    Method.dcr: (Stage.contrastive, Stage.sft),
-    Method.stl: (Stage.sft,),
-    Method.stl_aug: (Stage.sft,),
-}
+STAGES = (Stage.contrastive, Stage.sft, Stage.readout)  # in the order they are trained
 
 
-def stages_of(method: Method, stage: Stage = Stage.all) -> tuple[Stage, ...]:
-    """The stages that a command trains, in order; none where the method has no such stage."""
-    return tuple(each for each in STAGES[method] if stage in (Stage.all, each))
+def stages_of(settings: "TrainConfig") -> tuple[Stage, ...]:
+    """The stages that a command trains, in order: the one table of training, plan and studies.
+
+    There are none where `stage` names one that the method does not have.
+    """
+    chain = {
+        Stage.contrastive: settings.method is Method.dcr,
+        Stage.sft: True,
+        Stage.readout: settings.sft.readout.steps > 0,
+    }
+    return tuple(each for each in STAGES if chain[each] and settings.stage in (Stage.all, each))
 
 
 class Weights(Enum):
@@ -290,7 +293,7 @@ class ContrastiveConfig:
 
 @dataclass
 class ReadoutConfig:
-    """After SFT its adapter in the last blocks learns on at the first answer token alone.
+    """Stage three: SFT's adapter in the last blocks learns on how an answer begins.
 
     No part of the paper: see `dcr.core.training.readout`.
     """
@@ -301,13 +304,13 @@ class ReadoutConfig:
     )
     # Harmful sides of the pairs, of the same topics.
     toxic: list[str] = field(default_factory=lambda: ["contrasts_toxic", "demo_toxic"])
-    steps: int = 0  # 0: no such phase
+    steps: int = 0  # 0: no such stage
     heldout: float = 0.1  # share of topics that are only measured on
     blocks: int = 2  # the last so many
     batch_size: int = 32
     lr: float = 1e-3
     weight_decay: float = 0.01
-    drift: float = 1.0  # weight of the KL to the model before the phase on ordinary answers
+    drift: float = 1.0  # weight of the KL to the model before the stage on ordinary answers
     # Weight of the contrast of the margin as well, by which greedy decoding decides: above 0 greedy
     # answers need no calibration to refuse one kind and answer the other, and rank a little worse.
     greedy: float = 0.0

@@ -1,8 +1,8 @@
 """Which rows each stage sees, in which order, as which tensors.
 
 `splits` cleans sources and draws disjoint rows, `order` says when each comes up, `rows` tokenises
-them, `readout` those of the readout after SFT, and `module` is the LightningDataModule that both
-stages share, which pads them.
+them, `readout` those of the third stage, and `module` is the LightningDataModule that all stages
+share, which pads them.
 """
 
 from typing import TYPE_CHECKING
@@ -35,6 +35,14 @@ from dcr.core.data.splits import (
 )
 
 if TYPE_CHECKING:
-    from dcr.core.data.module import PairBatch, PromptBatch, SafetyData, pair_batch, prompt_batch
+    from dcr.core.data.module import (
+        PairBatch,
+        PromptBatch,
+        ReadoutBatch,
+        SafetyData,
+        pair_batch,
+        prompt_batch,
+        readout_batch,
+    )
 else:
     __getattr__ = on_demand(__name__, "module")

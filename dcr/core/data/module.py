@@ -1,7 +1,7 @@
-"""The LightningDataModule of both stages: a stage's rows, padded for one forward pass."""
+"""The LightningDataModule of all stages: a stage's rows, padded for one forward pass."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from dcr.core.batching import attention_mask, padded
 from dcr.core.config import Stage, TrainConfig
+from dcr.core.data.readout import Rounds, Row, readout_rows
 from dcr.core.data.rows import StageRows
 from dcr.core.data.splits import Splits
 from dcr.core.prompts import IGNORED, ChatFormat, PairRow, PromptRow
@@ -51,6 +52,31 @@ class PromptBatch:
         return PromptBatch(*moved, names=self.names, general=general)
 
 
+@dataclass(frozen=True)
+class ReadoutBatch:
+    """Right-padded rows of the readout, prompts or answers, and the positions that are read.
+
+    Attributes:
+        first: which of the positions that are read are the first of their row.
+        opening: the tokens of refusals behind the others, where rows are prompts.
+        number: by which the batch is known among all of the stage.
+    """
+
+    ids: Int[Tensor, "batch length"]
+    mask: Bool[Tensor, "batch length"]
+    read: Bool[Tensor, "batch length"]
+    labels: Int[Tensor, "batch"]
+    first: Bool[Tensor, "places"]
+    opening: Int[Tensor, "tokens"]
+    names: tuple[str, ...]
+    number: int
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "ReadoutBatch":
+        tensors = {name: each for name, each in vars(self).items() if isinstance(each, Tensor)}
+        moved = {name: t.to(device, non_blocking=non_blocking) for name, t in tensors.items()}
+        return replace(self, **moved)
+
+
 def _tensors(batch: PairBatch | PromptBatch) -> list[Tensor]:
     return [value for value in vars(batch).values() if isinstance(value, Tensor)]
 
@@ -81,12 +107,30 @@ def prompt_batch(
     )
 
 
-class SafetyData(LightningDataModule):
-    """Batches of one stage, for either LightningModule.
+def readout_batch(rows: Sequence[Row], number: int) -> ReadoutBatch:
+    """Rows of the readout as one batch."""
+    mask = attention_mask([row.ids for row in rows])
+    read = torch.zeros_like(mask)
+    for inside, row in zip(read, rows, strict=True):
+        inside[row.places] = True
+    return ReadoutBatch(
+        padded([row.ids for row in rows], 0),
+        mask,
+        read,
+        torch.tensor([row.label for row in rows]),
+        torch.tensor([place == row.places[0] for row in rows for place in row.places]),
+        torch.tensor([token for row in rows for token in row.opening], dtype=torch.long),
+        tuple(row.id for row in rows),
+        number,
+    )
 
-    Stage one yields PromptBatch, SFT a list of PairBatch (the micro-batches of one step, behind a
-    PromptBatch where stage one's loss is kept on), of this rank's part of `rows`. Called like
-    `StageRows`, with its errors.
+
+class SafetyData(LightningDataModule):
+    """Batches of one stage, for its LightningModule.
+
+    Stage one yields PromptBatch, SFT a list of PairBatch (the micro-batches of one step), each of
+    this rank's part of the rows. The readout yields a list of ReadoutBatch (prompts, and answers
+    where there are any), whole on every rank. Called like `StageRows`, with its errors.
     """
 
     def __init__(
@@ -98,30 +142,54 @@ class SafetyData(LightningDataModule):
         context: int | None = None,
     ) -> None:
         super().__init__()
-        self.rows = StageRows(stage, rows, chat, settings, context)
-        self.contrastive = stage is Stage.contrastive
+        self.stage = stage
+        if stage is Stage.readout:
+            self.readout = readout_rows(chat, rows, settings.sft, settings.seed)
+            self.sampler = Rounds(self.readout.steps)
+        else:
+            self.rows = StageRows(stage, rows, chat, settings, context)
+            self.sampler = self.rows.sampler
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps of one epoch, the same on every rank."""
-        return len(self.rows.sampler)
+        return len(self.sampler)
 
     def train_dataloader(self) -> DataLoader:
-        rows = self.rows
         if self.trainer is not None:
-            rows.rank, rows.world = self.trainer.global_rank, self.trainer.world_size
-            rows.sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
-            rows.sampler.start = self.trainer.global_step
-        return DataLoader(
-            rows.prompts if self.contrastive else rows.pairs,  # pyright: ignore[reportArgumentType]
-            batch_sampler=rows.sampler,
-            collate_fn=self._collate_prompts if self.contrastive else self._collate_pairs,
-        )
+            self.sampler.start = self.trainer.global_step
+        if self.stage is Stage.readout:
+            drawn, collate = range(len(self.readout.pairs)), self._collate_readout
+        else:
+            rows, trainer = self.rows, self.trainer
+            if trainer is not None:
+                rows.rank, rows.world = trainer.global_rank, trainer.world_size
+                rows.sharded = isinstance(trainer.strategy, ModelParallelStrategy)
+            prompts = self.stage is Stage.contrastive
+            drawn = rows.prompts if prompts else rows.pairs
+            collate = self._collate_prompts if prompts else self._collate_pairs
+        loaded: Any = drawn  # what has a length and items is a dataset to torch
+        return DataLoader(loaded, batch_sampler=self.sampler, collate_fn=collate)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
-        batch: Any = prompt_batch if self.contrastive else pair_batch
-        passes = [batch(rows, self.rows.pad) for rows in self.rows.heldout_passes()]
+        if self.stage is Stage.readout:
+            passes: list[Any] = self.heldout_readout()
+        else:
+            batch: Any = prompt_batch if self.stage is Stage.contrastive else pair_batch
+            passes = [batch(rows, self.rows.pad) for rows in self.rows.heldout_passes()]
         return DataLoader(passes, batch_size=None) if passes else []  # pyright: ignore[reportArgumentType]
+
+    def trained_readout(self) -> list[ReadoutBatch]:
+        """The batches that the readout's steps take, each once."""
+        used = [self.readout.of_step(place) for place in sorted(set(self.readout.steps))]
+        return [self._of_readout(number) for kind in zip(*used, strict=True) for number in kind]
+
+    def heldout_readout(self) -> list[ReadoutBatch]:
+        """The readout's held-out prompts, then its held-out answers."""
+        return [self._of_readout(number) for number in self.readout.measured]
+
+    def _of_readout(self, number: int) -> ReadoutBatch:
+        return readout_batch(self.readout.batches[number], number)
 
     def _collate_pairs(self, rows: list[PairRow]) -> list[PairBatch]:
         return [pair_batch(group, self.rows.pad) for group in self.rows.sft_step(rows)]
@@ -129,3 +197,7 @@ class SafetyData(LightningDataModule):
     def _collate_prompts(self, rows: list[PromptRow]) -> PromptBatch:
         mine, general = self.rows.contrastive_step(rows)
         return prompt_batch(mine, self.rows.pad, general)
+
+    def _collate_readout(self, places: list[int]) -> list[ReadoutBatch]:
+        (place,) = places
+        return [self._of_readout(number) for number in self.readout.of_step(place)]

@@ -1,7 +1,7 @@
 """The readout's batches, and which of them its steps take: drawn before a model is opened."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,19 +22,44 @@ OPENING = 4  # tokens of a refusal: those that tell "I can't help" from "I can h
 ANSWER = 64  # tokens of an answer that may be looked at
 ANSWER_PLACES = 24  # of them are, drawn once, and the first always
 HELD_OUT_ROWS = 64  # on which drift is measured
+ROUNDS = 8  # parts of the steps, at most, after each of which held-out rows are measured
 
 
 @dataclass(frozen=True)
 class Row:
-    """Token ids, the positions that are read, and of a prompt its class.
+    """A row's id, its tokens, the positions that are read, and of a prompt its class.
 
     `opening` has the tokens that a refusal goes on with behind all positions but the first.
     """
 
+    id: str
     ids: list[int]
     places: list[int]
     label: int = NO_CLASS
     opening: tuple[int, ...] = ()
+
+
+class Rounds:
+    """One place a step, in equal rounds of steps; Lightning's epochs are these rounds.
+
+    `start` and `sampler` are as those of `EpochBatches`.
+    """
+
+    def __init__(self, places: Sequence[int]) -> None:
+        self.places, self.start, self.epoch = places, 0, 0
+        self.rounds = max(n for n in range(1, ROUNDS + 1) if len(places) % n == 0)
+        self.sampler = self
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.places) // self.rounds
+
+    def __iter__(self) -> Iterator[list[int]]:
+        first = len(self) * self.epoch
+        for step in range(max(first, self.start), first + len(self)):
+            yield [self.places[step]]
 
 
 @dataclass(frozen=True)
@@ -54,6 +79,21 @@ class ReadoutRows:
     general: list[Sequence[Row]]
     watched: list[Sequence[Row]]
     ordinary: list[Sequence[Row]]
+
+    @property
+    def batches(self) -> list[Sequence[Row]]:
+        """Every batch; its place here is its number."""
+        return [*self.pairs, *self.general, *self.watched, *self.ordinary]
+
+    def of_step(self, place: int) -> list[int]:
+        """The numbers of the batches of a step: of prompts, and of answers where there are any."""
+        return [place, len(self.pairs) + place] if self.general else [place]
+
+    @property
+    def measured(self) -> range:
+        """The numbers of the held-out batches."""
+        held = len(self.watched) + len(self.ordinary)
+        return range(len(self.batches) - held, len(self.batches))
 
 
 def readout_rows(chat: ChatFormat, rows: Splits, config: SFTConfig, seed: int) -> ReadoutRows:
@@ -89,7 +129,8 @@ def readout_prompts(chat: ChatFormat, rows: Sequence[Example], label: int) -> li
             whole, _ = chat.pair(row.prompt, row.response, len(ids) + OPENING)
             opening = whole[len(ids) :]
         places = range(len(ids) - 1, len(ids) + max(1, len(opening)) - 1)
-        found.append(Row([*ids, *opening[:-1]], list(places), label, tuple(opening[1:])))
+        asked = [*ids, *opening[:-1]]
+        found.append(Row(row.id, asked, list(places), label, tuple(opening[1:])))
     return found
 
 
@@ -134,7 +175,7 @@ def _answers(
         drawn = permutation(len(places), drawing)[:ANSWER_PLACES]
         if places:
             chosen = sorted({0, *drawn})
-            found.append(Row(ids[: places[-1] + 1], [places[i] for i in chosen]))
+            found.append(Row(row.id, ids[: places[-1] + 1], [places[i] for i in chosen]))
     return found
 
 

@@ -19,6 +19,7 @@ from dcr.core import batching, data, extending, generation, models, prompts, ref
 from dcr.core.config import (
     AUTO_LENGTH,
     EMBEDDED_MODEL,
+    STAGES,
     TINY_MODEL,
     ConfigError,
     DataError,
@@ -90,9 +91,9 @@ def _snapshots(settings: EvalConfig, run: Run) -> list["Local"]:
 
 def final(settings: EvalConfig, run: Run) -> "Local":
     """The last stage that a run has finished. ConfigError if there is none."""
-    for stage in ("sft", "contrastive"):
-        if run.done(stage):
-            return Local(settings, run, stage, run.stage(stage))
+    for stage in reversed(STAGES):
+        if run.done(stage.value):
+            return Local(settings, run, stage.value, run.stage(stage.value))
     raise ConfigError(f"run={run.folder}: no stage is done there; train it first")
 
 

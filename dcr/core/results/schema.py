@@ -369,7 +369,7 @@ class Metrics(Tracked):
     """One `metrics.json`: which weights, under which settings, with what result."""
 
     version: Literal[2] = VERSION  # a file of another one is refused
-    weights: Literal["base", "contrastive", "sft", "snapshot", "endpoint"]
+    weights: Literal["base", "contrastive", "sft", "readout", "snapshot", "endpoint"]
     step: Count | None = None
     method: str | None = None
     model: str | None = None

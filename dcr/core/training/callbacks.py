@@ -1,4 +1,4 @@
-"""What both stages leave behind while they train: every logged value, snapshots, cost, a bar."""
+"""What all stages leave behind while they train: every logged value, snapshots, cost, a bar."""
 
 import logging
 import math

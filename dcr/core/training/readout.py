@@ -1,4 +1,4 @@
-"""The readout: SFT's adapter in the last blocks, trained on for how an answer begins.
+"""Stage three, the readout: SFT's adapter in the last blocks learns on how an answer begins.
 
 After SFT the state from which the first answer token is read tells toxic prompts from seemingly
 toxic ones far better than the first tokens of refusals do (docs/results.md). A contrast between
@@ -7,31 +7,27 @@ well. What lies below the last blocks stays as it is, so each prompt passes it o
 costs the last blocks alone. No part of the paper.
 """
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from lightning.pytorch.loggers import Logger
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcr.core import batching, models, passes, refusal, statistics
-from dcr.core.config import ConfigError, ReadoutConfig, Schedule, SFTConfig
-from dcr.core.data import SEEMINGLY_TOXIC, TOXIC, Splits, readout_rows
-from dcr.core.data.readout import Row
+from dcr.core import models, passes, refusal, statistics
+from dcr.core.config import ConfigError, ReadoutConfig, Schedule
+from dcr.core.data import NO_CLASS, SEEMINGLY_TOXIC, TOXIC, ReadoutBatch, SafetyData
 from dcr.core.models import Policy
-from dcr.core.prompts import ChatFormat
 from dcr.core.training import callbacks
-from dcr.core.training.resuming import TrainingError, adamw, rate_factor
+from dcr.core.training.resuming import ResumableModule, adamw, rate_factor
 
-log = logging.getLogger(__name__)
-
-# Of their NLL beside the contrast. At 1 "can't" spreads into all answers, which then go in circles.
+# Weight of how refusals go on. At 1 "can't" spreads into all answers, which then go in circles.
 WORDING = 0.1
 WARMUP = 0.05
+
+Scores = dict[int, list[float]]  # log-odds of refusing held-out prompts, by class
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,205 +94,163 @@ def drift(
     return (old.exp() * (old - new)).sum(-1)
 
 
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """Rows as they enter the last blocks, with their classes.
+class ReadoutModule(ResumableModule):
+    """Trains the adapter in the last `config.blocks` blocks; all else stays bit-identical.
 
-    Attributes:
-        first: which of the positions that are read are the first of their row.
-        opening: the tokens of refusals behind the others, where rows are prompts.
+    Every batch passes the whole model once, before the first step and again where training is
+    resumed, by the weights of SFT, which the policy must have; a step then costs the last blocks
+    alone. Dropout is off throughout, or answers would seem to move by it. Each of several processes
+    takes the same steps, which are too small to be shared. `openings` are the first tokens of
+    refusals, and `progress` shows a bar while batches are prepared.
     """
 
-    entered: Entered
-    labels: Int[Tensor, "rows"]
-    first: Bool[Tensor, "places"]
-    opening: Int[Tensor, "tokens"]
+    openings: Tensor
+
+    def __init__(
+        self,
+        policy: Policy,
+        config: ReadoutConfig,
+        openings: Int[Tensor, "tokens"],
+        progress: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config, self.model, self.progress = config, policy.model.eval(), progress
+        self.register_buffer("openings", openings, persistent=False)
+        for weight in self.model.parameters():
+            weight.requires_grad = False
+        for name, weight in models.decoder_blocks(self.model)[-config.blocks :].named_parameters():
+            weight.requires_grad = ".lora_" in name
+        self.entered: dict[int, Entered] = {}  # batches by their numbers
+        self.scores: Scores = {TOXIC: [], SEEMINGLY_TOXIC: []}
+        self.moved: list[list[float]] = []
+
+    def setup(self, stage: str) -> None:
+        """Prepares every batch; no checkpoint has been loaded yet."""
+        trainer: Any = self.trainer
+        self.prepare(trainer.datamodule, trainer.strategy.root_device, trainer.is_global_zero)
+
+    def prepare(self, batches: SafetyData, device: torch.device, leads: bool = True) -> None:
+        self.place = device
+        self.to(device)
+        taken, heldout = batches.trained_readout(), batches.heldout_readout()
+        shown = self.progress and leads
+        with callbacks.bar("readout, preparing", len(taken + heldout), "batch", shown=shown) as bar:
+            for batch in taken + heldout:
+                given = batch.to(device)
+                self.entered[batch.number] = entered(
+                    self.model, self.config.blocks, given.ids, given.mask, given.read
+                )
+                bar.update()
+        prompts = [batch for batch in heldout if _asks(batch)]
+        self.before, _ = self.heldout(prompts)
+
+    def on_fit_start(self) -> None:
+        self.model.eval()
+
+    def training_step(self, batch: list[ReadoutBatch], _: int) -> Tensor:
+        prompts, *answers = batch
+        contrast, wording = self.contrast(prompts)
+        loss = contrast + WORDING * wording
+        self.log("readout/step_contrast", contrast)
+        for held in answers:
+            moved = self.drifted(held).mean()
+            self.log("readout/step_drift", moved)
+            loss = loss + self.config.drift * moved
+        return self.checked(loss, tuple(name for part in batch for name in part.names))
+
+    def contrast(self, batch: ReadoutBatch) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """The contrast at the first answer token, and the NLL of how refusals go on.
+
+        The contrast is that of the mass of refusals' first tokens, which ranks prompts, and as
+        `greedy` weighs it of their margin, by which greedy decoding decides.
+        """
+        logits = self.logits(batch)
+        first = logits[batch.first]
+        contrast = contrast_loss(refusal.refusal_log_odds(first, self.openings), batch.labels)
+        if self.config.greedy:
+            margin = refusal.refusal_margin(first, self.openings)
+            contrast = contrast + self.config.greedy * contrast_loss(margin, batch.labels)
+        if not len(batch.opening):
+            return contrast, contrast.new_zeros(())
+        return contrast, F.cross_entropy(logits[~batch.first].float(), batch.opening)
+
+    def drifted(self, batch: ReadoutBatch) -> Float[Tensor, "places"]:
+        """How far the next token has moved at each place of some answers, in nats."""
+        with torch.no_grad():
+            before = models.logits(self.model, self.entered[batch.number].before)
+        return drift(before, self.logits(batch))
+
+    def logits(self, batch: ReadoutBatch) -> Float[Tensor, "places vocabulary"]:
+        return models.logits(self.model, leaving(self.model, self.entered[batch.number]))
+
+    def validation_step(self, batch: ReadoutBatch, _: int = 0) -> None:
+        if not _asks(batch):
+            rows = self.drifted(batch).split(batch.read.sum(1).tolist())
+            self.moved += [row.tolist() for row in rows]
+            return
+        states = leaving(self.model, self.entered[batch.number])[batch.first]
+        scores = refusal.refusal_log_odds(models.logits(self.model, states), self.openings)
+        for score, label in zip(scores.tolist(), batch.labels.tolist(), strict=True):
+            self.scores[label].append(score)
+
+    def on_validation_epoch_end(self) -> None:
+        scores, moved = self.heldout(())
+        if all(scores.values()):
+            auroc = statistics.auroc(scores[TOXIC], scores[SEEMINGLY_TOXIC])
+            self.log("readout/auroc/heldout", auroc, sync_dist=True)
+        if moved:
+            values = [value for row in moved for value in row]
+            self.log("readout/drift/heldout", sum(values) / len(values), sync_dist=True)
+
+    @torch.no_grad()
+    def heldout(self, batches: Iterable[ReadoutBatch]) -> tuple[Scores, list[list[float]]]:
+        """Of held-out rows measured so far, and of `batches`: scores by class, drift by row."""
+        for batch in batches:
+            self.validation_step(batch.to(self.device))
+        found = self.scores, self.moved
+        self.scores, self.moved = {TOXIC: [], SEEMINGLY_TOXIC: []}, []
+        return found
+
+    def record(self, batches: SafetyData, contrasts: Sequence[float], seed: int) -> dict[str, Any]:
+        """What came of training, whose steps had these `contrasts`; for `readout.json`.
+
+        Losses are means over the first and the last quarter of the steps, AUROCs those of refusing
+        toxic prompts before others, with their intervals, None without both kinds.
+        """
+        self.to(self.place)
+        after, moved = self.heldout(batches.heldout_readout())
+        quarter = max(1, len(contrasts) // 4)
+        return {
+            "steps": len(contrasts),
+            "loss": {"first": _mean(contrasts[:quarter]), "last": _mean(contrasts[-quarter:])},
+            "heldout_auroc": {
+                "before": _auroc(self.before, seed),
+                "after": _auroc(after, seed),
+                "prompts": sum(map(len, after.values())),
+            },
+            "drift": {
+                "answer_tokens": _mean([value for row in moved for value in row]),
+                "first_token": _mean([row[0] for row in moved]),
+            },
+        }
+
+    def configure_optimizers(self) -> Any:
+        config = self.config
+        factor = rate_factor(Schedule.linear, config.steps, round(WARMUP * config.steps))
+        return adamw(self, config.lr, config.weight_decay, factor)
 
 
-def pair_losses(
-    model: Any, batch: Batch, openings: Int[Tensor, "tokens"], greedy: float = 0.0
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """The contrast at the first answer token; and with it the NLL of how refusals go on.
-
-    `openings` are the first tokens of refusals. The contrast is that of their mass, which ranks
-    prompts, and as `greedy` weighs it of their margin, by which greedy decoding decides.
-    """
-    logits = models.logits(model, leaving(model, batch.entered))
-    first = logits[batch.first]
-    contrast = contrast_loss(refusal.refusal_log_odds(first, openings), batch.labels)
-    if greedy:
-        decided = contrast_loss(refusal.refusal_margin(first, openings), batch.labels)
-        contrast = contrast + greedy * decided
-    if not len(batch.opening):
-        return contrast, contrast
-    wording = F.cross_entropy(logits[~batch.first].float(), batch.opening)
-    return contrast, contrast + WORDING * wording
+def _asks(batch: ReadoutBatch) -> bool:
+    """Whether its rows are prompts, not answers."""
+    return bool((batch.labels != NO_CLASS).all())
 
 
-def read_out(
-    policy: Policy,
-    chat: ChatFormat,
-    rows: Splits,
-    config: SFTConfig,
-    seed: int,
-    loggers: Sequence[Logger] = (),
-    progress: bool = False,
-) -> dict[str, Any]:
-    """Train on, in place, what trains in the last blocks; returns the record of what came of it.
-
-    Each step takes `batch_size` prompts and the answers of a few instruction rows, at whose tokens
-    the model is held to what it predicted before. Everything follows from the weights, the rows
-    and `seed`. `loggers` are told the losses of every step, and `progress` shows bars. Raises
-    ConfigError for a model whose last blocks cannot be run by themselves, and TrainingError for a
-    loss that is not finite.
-    """
-    phase, drawn = config.readout, readout_rows(chat, rows, config, seed)
-    used = sorted(set(drawn.steps))
-    pairs = [drawn.pairs[place] for place in used]
-    general = [drawn.general[place] for place in used] if drawn.general else []
-    asked = [*pairs, *general, *drawn.watched, *drawn.ordinary]
-    log.info(
-        "readout: %d steps of %d prompts; they take %d of %d batches, each prepared once",
-        *(phase.steps, phase.batch_size, len(used), len(drawn.pairs)),
-    )
-    with models.evaluating(policy.model):
-        with callbacks.bar("readout, preparing", len(asked), "batch", shown=progress) as bar:
-            made = _batches(policy, phase, bar, asked)
-        ordinary = made[len(asked) - len(drawn.ordinary) :]
-        watched = made[len(pairs) + len(general) :][: len(drawn.watched)]
-        openings = refusal.refusal_openings(chat)
-        before = _discernment(policy, watched, openings, seed)
-        prepared = Prepared(
-            drawn.steps,
-            dict(zip(used, made[: len(pairs)], strict=True)),
-            dict(zip(used, made[len(pairs) :][: len(general)], strict=False)),
-        )
-        with callbacks.bar("readout", phase.steps, shown=progress) as bar:
-            losses = _fit(policy, prepared, openings, phase, loggers, bar)
-        moved, first = _moved(policy, ordinary)
-        after = _discernment(policy, watched, openings, seed)
-    quarter = max(1, phase.steps // 4)
-    record = {
-        "steps": phase.steps,
-        "loss": {  # means of the first and of the last quarter of the steps
-            "first": sum(losses[:quarter]) / quarter,
-            "last": sum(losses[-quarter:]) / quarter,
-        },
-        "heldout_auroc": {
-            "before": before,
-            "after": after,
-            "prompts": sum(len(part) for part in drawn.watched),
-        },
-        "drift": {"answer_tokens": moved, "first_token": first},
-    }
-    log.info("readout: %s", record)
-    return record
-
-
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """Of each step the place of its batches, and these by their places."""
-
-    steps: Sequence[int]
-    pairs: dict[int, Batch]
-    general: dict[int, Batch]
-
-
-def _fit(
-    policy: Policy,
-    prepared: Prepared,
-    openings: Tensor,
-    phase: ReadoutConfig,
-    loggers: Sequence[Logger],
-    bar: Any,
-) -> list[float]:
-    """The contrast loss of every step."""
-    model, blocks = policy.model, models.decoder_blocks(policy.model)[-phase.blocks :]
-    factor = rate_factor(Schedule.linear, phase.steps, round(WARMUP * phase.steps))
-    tools = adamw(blocks, phase.lr, phase.weight_decay, factor)
-    optimizer, rate = tools["optimizer"], tools["lr_scheduler"]["scheduler"]
-    found: list[float] = []
-    for step, place in enumerate(prepared.steps):
-        contrast, loss = pair_losses(model, prepared.pairs[place], openings, phase.greedy)
-        told = {"readout/contrast": contrast.item()}
-        if prepared.general:
-            moved = _drifted(model, prepared.general[place]).mean()
-            loss = loss + phase.drift * moved
-            told["readout/drift"] = moved.item()
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"readout: loss is {loss.item()} at step {step}: lower sft.readout.lr"
-            )
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        rate.step()
-        found.append(contrast.item())
-        for logger in loggers:
-            logger.log_metrics(told, step)
-        bar.set_postfix_str(f"loss {found[-1]:.3f}", refresh=False)
-        bar.update()
-    return found
-
-
-# --- rows at the door of the last blocks --------------------------------------------------------
-
-
-def _batches(
-    policy: Policy, phase: ReadoutConfig, bar: Any, parts: Sequence[Sequence[Row]]
-) -> list[Batch]:
-    """Rows that are together in a batch, as they enter the last blocks."""
-    device, found = models.head(policy.model).weight.device, []
-    for part in parts:
-        mask = batching.attention_mask([row.ids for row in part])
-        read = torch.zeros_like(mask)
-        for inside, row in zip(read, part, strict=True):
-            inside[row.places] = True
-        ids = batching.padded([row.ids for row in part], 0)
-        ids, mask, read = (tensor.to(device) for tensor in (ids, mask, read))
-        given = entered(policy.model, phase.blocks, ids, mask, read)
-        first = torch.tensor([place == row.places[0] for row in part for place in row.places])
-        labels = torch.tensor([row.label for row in part])
-        opening = torch.tensor([token for row in part for token in row.opening], dtype=torch.long)
-        found.append(Batch(given, labels.to(device), first.to(device), opening.to(device)))
-        bar.update()
-    return found
-
-
-# --- what is measured ---------------------------------------------------------------------------
-
-
-def _drifted(model: Any, answers: Batch) -> Float[Tensor, "places"]:
-    with torch.no_grad():
-        before = models.logits(model, answers.entered.before)
-    return drift(before, models.logits(model, leaving(model, answers.entered)))
-
-
-def _moved(policy: Policy, ordinary: Sequence[Batch]) -> tuple[float | None, float | None]:
-    """Mean drift over all answer positions that are looked at, and over the first of each row."""
-    everywhere: list[float] = []
-    first: list[float] = []
-    with torch.no_grad():
-        for answers in ordinary:
-            rows = _drifted(policy.model, answers).split(answers.entered.read.sum(1).tolist())
-            everywhere += [value for row in rows for value in row.tolist()]
-            first += [row[0].item() for row in rows]
-    if not first:
-        return None, None
-    return sum(everywhere) / len(everywhere), sum(first) / len(first)
-
-
-def _discernment(
-    policy: Policy, heldout: Sequence[Batch], openings: Tensor, seed: int
-) -> tuple[float, ...] | None:
-    """AUROC of refusing toxic prompts before the others, its interval; None without both kinds."""
-    found: dict[int, list[float]] = {TOXIC: [], SEEMINGLY_TOXIC: []}
-    with torch.no_grad():
-        for batch in heldout:
-            states = leaving(policy.model, batch.entered)[batch.first]
-            scores = refusal.refusal_log_odds(models.logits(policy.model, states), openings)
-            for score, label in zip(scores.tolist(), batch.labels.tolist(), strict=True):
-                found[label].append(score)
-    if not all(found.values()):
+def _auroc(scores: Scores, seed: int) -> tuple[float, ...] | None:
+    if not all(scores.values()):
         return None
-    return astuple(statistics.auroc_interval(found[TOXIC], found[SEEMINGLY_TOXIC], seed=seed))
+    found = statistics.auroc_interval(scores[TOXIC], scores[SEEMINGLY_TOXIC], seed=seed)
+    return astuple(found)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

@@ -1,9 +1,8 @@
-"""The two stages of a run folder, each from the weights it starts from to its result."""
+"""The stages of a run folder, each from the weights it starts from to its result."""
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +11,9 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
-from torch import Tensor
 
 from dcr import sharding, tracking
-from dcr.core import data, models, passes, prompts, runs, storage
+from dcr.core import data, models, passes, prompts, refusal, runs, storage
 from dcr.core.config import (
     FSDP,
     Adapter,
@@ -31,8 +29,9 @@ from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.storage import Lease
-from dcr.core.training import callbacks, readout, resuming
+from dcr.core.training import callbacks, resuming
 from dcr.core.training.contrastive import ContrastiveModule
+from dcr.core.training.readout import ReadoutModule
 from dcr.core.training.sft import SFTModule
 
 log = logging.getLogger(__name__)
@@ -42,7 +41,11 @@ LIGHTNING_PRECISION = {
     Precision.bf16: "bf16-mixed",
     Precision.fp32: "32-true",
 }
-STEP_LOSS = {Stage.contrastive: "contrastive/step_circle", Stage.sft: "sft/step_nll"}
+STEP_LOSS = {
+    Stage.contrastive: "contrastive/step_circle",
+    Stage.sft: "sft/step_nll",
+    Stage.readout: "readout/step_contrast",
+}
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ def check(settings: TrainConfig, rows: Splits, wanted: Sequence[Stage]) -> None:
         )
     chat = prompts.chat_format(models.open_tokenizer(settings.model), settings.model)
     for stage in wanted:
+        if stage is Stage.readout:
+            continue
         first = stage is Stage.contrastive
         lora = settings.dcr.lora if first else settings.sft.lora
         if not first or settings.dcr.adapter is Adapter.lora:
@@ -106,13 +111,16 @@ def train_contrastive(job: Job) -> None:
     light = passes.current().lightens(settings)
     if light:
         passes.current().lighten(policy.model, job.block, whole=module.anchored)
-    with _fitted(job, Stage.contrastive, module, batches, total, *seen) as writes:
-        trained = models.trained(policy.model)
-        if writes:
-            policy = _whole(job, policy, trained, _contrastive_start, light)
-            if settings.dcr.adapter is Adapter.lora:
-                policy = Policy(policy.model.merge_and_unload(), policy.tokenizer, policy.name)
-            models.save_full(policy, run.stage("contrastive"))
+    trainer = _fit(job, Stage.contrastive, module, batches, total, *seen)
+    trained = models.trained(policy.model)
+    if trainer.is_global_zero:
+        if light or sharding.is_sharded(policy.model):  # weights that are not whole here
+            policy = _contrastive_start(job)
+            policy.model.load_state_dict(trained, strict=False)
+        if settings.dcr.adapter is Adapter.lora:
+            policy = Policy(policy.model.merge_and_unload(), policy.tokenizer, policy.name)
+        models.save_full(policy, run.stage("contrastive"))
+    _end(job, Stage.contrastive, trainer)
 
 
 def train_sft(job: Job) -> None:
@@ -120,10 +128,7 @@ def train_sft(job: Job) -> None:
     settings, run = job.settings, job.run
     policy = _sft_start(job)
     _claim_base(job, Stage.sft, policy)
-    output_rows = models.head(policy.model).weight.detach()
-    chat = prompts.chat_format(
-        policy.tokenizer, settings.model, settings.sft.terminator, output_rows
-    )
+    chat = _chat_of_answers(job, policy)
     base = policy.name
     batches = _batches(job, Stage.sft, chat)
     if batches.rows.too_long:
@@ -137,17 +142,34 @@ def train_sft(job: Job) -> None:
     steps = callbacks.snapshot_steps(total, settings.tracking.snapshots)
     snapshots = callbacks.Snapshots(run, policy, base, steps)
     seen = _measuring(job, Stage.sft, policy, chat, total)
-    with _fitted(job, Stage.sft, module, batches, total, snapshots, *seen) as writes:
-        trained = models.trained(policy.model)
-        if writes:
-            policy = _whole(job, policy, trained, _sft_start)
-            if settings.sft.readout.steps:
-                runs.forget_metrics_beyond(run, "readout", 0)  # of one that a kill ended
-                loggers = [callbacks.RunLogger(run, "readout"), *job.loggers]
-                asked = settings.sft, settings.seed, loggers, settings.trainer.progress
-                record = readout.read_out(policy, chat, job.rows, *asked)
-                storage.write_json(run.readout_file, record)
-            models.save_adapter(policy, run.stage("sft"), base)
+    trainer = _fit(job, Stage.sft, module, batches, total, snapshots, *seen)
+    trained = models.trained(policy.model)
+    if trainer.is_global_zero:
+        models.save_adapter(policy, run.stage("sft"), base, trained)
+    _end(job, Stage.sft, trainer)
+
+
+def train_readout(job: Job) -> None:
+    """Stage three: from the adapter in `sft/` to `readout/`, on the same base."""
+    settings, run = job.settings, job.run
+    before, phase = run.stage("sft"), settings.sft.readout
+    trusted = settings.model.trust_remote_code
+    policy = models.open_adapter(before, settings.sft.precision, trust_remote_code=trusted)
+    _claim_base(job, Stage.readout, policy)
+    chat = _chat_of_answers(job, policy)
+    batches = _batches(job, Stage.readout, chat)
+    openings = refusal.refusal_openings(chat)
+    module = ReadoutModule(policy, phase, openings, settings.trainer.progress)
+    seen = _measuring(job, Stage.readout, policy, chat, phase.steps)
+    trainer = _fit(job, Stage.readout, module, batches, phase.steps, *seen)
+    if trainer.is_global_zero:
+        rows = runs.read_metrics(run)
+        contrasts = [row["value"] for row in rows if row["key"] == STEP_LOSS[Stage.readout]]
+        record = module.record(batches, contrasts, settings.seed)
+        log.info("readout: %s", record)
+        storage.write_json(run.readout_file, record)
+        models.save_adapter(policy, run.stage("readout"), models.adapter_base(before))
+    _end(job, Stage.readout, trainer)
 
 
 def _measuring(
@@ -163,6 +185,12 @@ def _measuring(
 def _batches(job: Job, stage: Stage, chat: ChatFormat) -> SafetyData:
     context = models.facts(job.settings.model).context
     return SafetyData(stage, job.rows, chat, job.settings, context)
+
+
+def _chat_of_answers(job: Job, policy: Policy) -> ChatFormat:
+    output_rows = models.head(policy.model).weight.detach()
+    terminator = job.settings.sft.terminator
+    return prompts.chat_format(policy.tokenizer, job.settings.model, terminator, output_rows)
 
 
 def _contrastive_start(job: Job) -> Policy:
@@ -188,25 +216,6 @@ def _sft_start(job: Job) -> Policy:
     return Policy(adapted, policy.tokenizer, policy.name)
 
 
-def _whole(
-    job: Job,
-    policy: Policy,
-    trained: dict[str, Tensor],
-    start: Callable[[Job], Policy],
-    light: bool = False,
-) -> Policy:
-    """The policy as one process has it: opened again with what was trained, where it is sharded or
-    some weights were made light.
-
-    Modules of a sharded one would wait for the other processes in every forward pass.
-    """
-    if not (light or sharding.is_sharded(policy.model)):
-        return policy
-    policy = start(job)
-    policy.model.load_state_dict(trained, strict=False)
-    return policy
-
-
 def _claim_base(job: Job, stage: Stage, policy: Policy) -> None:
     if job.lease is None:
         return
@@ -215,16 +224,18 @@ def _claim_base(job: Job, stage: Stage, policy: Policy) -> None:
     runs.claim_base(job.run, stage.value, weights, job.settings.force)
 
 
-@contextmanager
-def _fitted(
+def _fit(
     job: Job,
     stage: Stage,
     module: resuming.ResumableModule,
     batches: SafetyData,
     total: int,
     *between: Callback,
-) -> Iterator[bool]:
-    """Train to the end. Inside, the result may be written, by the process that is told True."""
+) -> Trainer:
+    """Train to the end, from the newest checkpoint on; the checkpoints are left until `_end`.
+
+    Raises TrainingError where no weight moved.
+    """
     folder = job.run.checkpoints(stage.value)
     module.identity = job.identity
     checkpoint = resuming.newest_checkpoint(folder, module)
@@ -245,7 +256,11 @@ def _fitted(
             "the weights' precision, or every gradient was zero (all pairs beyond the margin, and "
             "no NLL term)"
         )
-    yield trainer.is_global_zero
+    return trainer
+
+
+def _end(job: Job, stage: Stage, trainer: Trainer) -> None:
+    """The stage is done: its result is written."""
     if trainer.is_global_zero:
         forget_checkpoints(job.run, stage)
     trainer.strategy.barrier()  # no process opens a result that another is still writing
@@ -260,11 +275,16 @@ def _trainer(
     between: Sequence[Callback],
 ) -> Trainer:
     settings, options = job.settings, job.settings.trainer
+    processes = options.devices * options.num_nodes
     strategy: str | Strategy = options.strategy
-    if strategy == FSDP:
-        strategy = sharding.Sharded(options.devices * options.num_nodes)
+    if strategy == FSDP and stage is Stage.readout:  # whose last blocks run by themselves
+        strategy = "ddp" if processes > 1 else "auto"
+    elif strategy == FSDP:
+        strategy = sharding.Sharded(processes)
     contrastive = stage is Stage.contrastive
     precision = settings.dcr.precision if contrastive else settings.sft.precision
+    # the readout reads states of a whole pass, which was made without autocast
+    arithmetic = Precision.fp32 if stage is Stage.readout else precision
     bar = callbacks.Progress(stage.value, total, STEP_LOSS[stage])
     followed = [
         # it stops at the end of a step before anything is measured or saved there
@@ -281,7 +301,7 @@ def _trainer(
         devices=options.devices,
         num_nodes=options.num_nodes,
         strategy=strategy,
-        precision=LIGHTNING_PRECISION[precision],  # pyright: ignore[reportArgumentType]
+        precision=LIGHTNING_PRECISION[arithmetic],  # pyright: ignore[reportArgumentType]
         max_epochs=epochs,
         logger=[callbacks.RunLogger(job.run, stage.value), *job.loggers],
         callbacks=followed,
@@ -309,4 +329,8 @@ def forget_checkpoints(run: Run, stage: Stage) -> None:
     shutil.rmtree(run.checkpoints(stage.value), ignore_errors=True)
 
 
-TRAIN = {Stage.contrastive: train_contrastive, Stage.sft: train_sft}
+TRAIN = {
+    Stage.contrastive: train_contrastive,
+    Stage.sft: train_sft,
+    Stage.readout: train_readout,
+}
