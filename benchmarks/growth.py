@@ -81,7 +81,7 @@ def stage(which: Stage, rows: int, length: int, width: int) -> Made:
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             if first:
-                features, nll = module.forward_losses(module, batch)
+                features, nll = module.features_and_nll(batch)
                 loss = module.circle(features, batch.labels)[0] + nll
             else:
                 loss = module.nll(batch)[0]

@@ -160,7 +160,7 @@ def ours_contrastive(cfg: TrainConfig, steps: int) -> dict[str, float]:
         def step(index: int) -> tuple[int, float]:
             batch = data.prompt_batch([rows.prompts[i] for i in chosen[index]], rows.pad)
             with torch.autocast("cpu", torch.bfloat16):
-                features, nll = module.forward_losses(module, batch)
+                features, nll = module.features_and_nll(batch)
                 circle, _ = module.circle(features, batch.labels)
             loss = circle + cfg.dcr.nll.weight * nll
             loss.backward()

@@ -119,7 +119,7 @@ def test_features_are_the_hidden_states_pooled_by_hand(
 ) -> None:
     module = ContrastiveModule(policy, tiny.dcr, 1, 1)
     batch = batch_of(chat, pooling)
-    both = module.features(batch), module.forward_losses(module, batch)[0]
+    both = module.features(batch), module.features_and_nll(batch)[0]
     for index, text in enumerate(PROMPTS):
         ids = chat.prompt_ids(text)
         states = policy.model(torch.tensor([ids]), output_hidden_states=True).hidden_states[1][0]
@@ -144,7 +144,7 @@ def test_nll_of_general_pairs_is_transformers_loss_on_responses(
         labels[index, : len(chat.prompt_ids(prompt))] = -100
     expected = policy.model(pairs.ids, attention_mask=pairs.mask, labels=labels).loss
     module = ContrastiveModule(policy, dcr, 1, 1)
-    features, nll = module.forward_losses(module, batch)
+    features, nll = module.features_and_nll(batch)
     torch.testing.assert_close(nll, expected)
     torch.testing.assert_close(features, module.features(batch))
     assert module.nll_tokens(batch) == (labels != -100).sum()
@@ -345,8 +345,7 @@ def test_an_epoch_logs_the_measures_of_all_its_batches(
     with torch.no_grad():
         trained_on = [(module.features(batch), batch.labels) for batch in seen]
         nll = [
-            (module.forward_losses(module, b)[1].item(), int(b.mask.sum()) - len(b.names))
-            for b in seen
+            (module.features_and_nll(b)[1].item(), int(b.mask.sum()) - len(b.names)) for b in seen
         ]
         heldout: Any = batches.val_dataloader()
         unseen = [(module.features(batch), batch.labels) for batch in heldout]

@@ -267,7 +267,7 @@ class LoraConfig:
 
 @dataclass
 class ContrastiveConfig:
-    """Stage one (Section 6, A.8): full fine-tuning of the blocks up to `layer`."""
+    """Stage one (Section 5, A.8): full fine-tuning of the blocks up to `layer`."""
 
     layer: Any = II("model.layer")  # a block, null for `depth`, or auto: see `checks.block_of`
     depth: float = DEFAULT_RELATIVE_DEPTH  # where `layer` falls when neither model nor user sets it
@@ -318,7 +318,7 @@ class ReadoutConfig:
 
 @dataclass
 class SFTConfig:
-    """Stage two, safety-tuned fine-tuning (Section 7.1)."""
+    """Stage two, safety-tuned fine-tuning (A.3)."""
 
     epochs: int = II("model.sft_epochs")
     batch_size: int = II("model.sft_batch_size")  # rows a step

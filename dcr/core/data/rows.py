@@ -21,7 +21,7 @@ from dcr.core.data.splits import Splits
 from dcr.core.prompts import IGNORED, ChatFormat, PairRow, PromptRow
 from dcr.core.sources import Example
 
-TOXIC, SEEMINGLY_TOXIC = 1, 0  # class labels of stage one (Section 6)
+TOXIC, SEEMINGLY_TOXIC = 1, 0  # class labels of stage one (Section 5)
 LABELS = {Kind.seemingly_toxic: SEEMINGLY_TOXIC, Kind.toxic: TOXIC}
 NO_CLASS = -1  # of a row that only keeps a rank in step with the others: no loss looks at it
 HELD_OUT_BATCH = 16  # rows of one validation pass

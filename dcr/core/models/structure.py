@@ -135,7 +135,7 @@ def logits(model: Any, hidden: Float[Tensor, "places width"]) -> Float[Tensor, "
 
 
 def freeze_beyond(model: PreTrainedModel, block: int, train_embeddings: bool | None) -> None:
-    """Leave only blocks 1 to `block` trainable (Section 6), and the input embeddings as told.
+    """Leave only blocks 1 to `block` trainable (Section 5), and the input embeddings as told.
 
     `train_embeddings=None` trains them when untied and freezes them when tied, since the tied
     matrix is the head and the head is part of the frozen tail.

@@ -1,6 +1,5 @@
-"""Stage one: Circle loss on the hidden state of an intermediate block (Section 6, A.8)."""
+"""Stage one: Circle loss on the hidden state of an intermediate block (Section 5, A.8)."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 
 from dcr.analyses.separability import kmeans_accuracy
 from dcr.core import activations, losses, models, passes
-from dcr.core.config import Adapter, ContrastiveConfig, NLLSource
+from dcr.core.config import Adapter, ContrastiveConfig
 from dcr.core.data import NO_CLASS, PairBatch, PromptBatch
 from dcr.core.models import Policy
 from dcr.core.prompts import IGNORED
@@ -115,7 +114,6 @@ class ContrastiveModule(ResumableModule):
         # in a tuple: a registered trunk would repeat its parameters in every state dict
         self._trunk = (models.trunk(self.model, block),)
         self.anchored = config.nll.weight > 0
-        self.forward_losses = LOSSES[config.nll.source] if self.anchored else _circle_alone
         self.train_metrics = PairMetrics(config.margin)
         self.heldout_metrics = PairMetrics(config.margin, "/heldout")
         self.heldout_kmeans = KMeansAccuracy()
@@ -123,7 +121,7 @@ class ContrastiveModule(ResumableModule):
         self.keep_metrics_in_checkpoints()
 
     def training_step(self, batch: PromptBatch, _: int) -> Tensor:
-        features, nll = self.forward_losses(self, batch)
+        features, nll = self.features_and_nll(batch)
         features, labels = of_all_ranks(features, batch.labels)
         circle, floor = self.circle(features, labels)
         loss = self.checked(circle + self.config.nll.weight * nll, batch.names)
@@ -147,6 +145,18 @@ class ContrastiveModule(ResumableModule):
         self.heldout_metrics.log_to(self)
         self.heldout_kmeans.update(features, batch.labels)
         self.log("contrastive/kmeans_accuracy/heldout", self.heldout_kmeans, on_step=False)
+
+    def features_and_nll(self, batch: PromptBatch) -> tuple[Tensor, Tensor]:
+        """The prompts' features, and the NLL that anchors language: 0 without `dcr.nll.weight`."""
+        if not self.anchored:
+            features = self.features(batch)
+            return features, features.new_zeros(())
+        if batch.general is not None:
+            features = self.features(batch)
+            return features, self.mean_nll(batch.general)[0]
+        nll, states = self.mean_nll(batch, self.block)
+        assert states is not None
+        return activations.pooled(states, batch.spans), nll
 
     def features(self, batch: PromptBatch) -> Tensor:
         (trunk,) = self._trunk
@@ -181,26 +191,3 @@ class ContrastiveModule(ResumableModule):
         factor = rate_factor(self.config.schedule, self.total_steps, warmup=0)
         optim = self.config.optim
         return adamw(self, optim.lr, optim.weight_decay, factor, optim.moments)
-
-
-def _circle_alone(module: ContrastiveModule, batch: PromptBatch) -> tuple[Tensor, Tensor]:
-    features = module.features(batch)
-    return features, features.new_zeros(())
-
-
-def _nll_of_prompts(module: ContrastiveModule, batch: PromptBatch) -> tuple[Tensor, Tensor]:
-    nll, states = module.mean_nll(batch, module.block)
-    assert states is not None
-    return activations.pooled(states, batch.spans), nll
-
-
-def _nll_of_general_pairs(module: ContrastiveModule, batch: PromptBatch) -> tuple[Tensor, Tensor]:
-    assert batch.general is not None
-    features = module.features(batch)
-    return features, module.mean_nll(batch.general)[0]
-
-
-LOSSES: dict[NLLSource, Callable[[ContrastiveModule, PromptBatch], tuple[Tensor, Tensor]]] = {
-    NLLSource.prompt_tokens: _nll_of_prompts,
-    NLLSource.general: _nll_of_general_pairs,
-}

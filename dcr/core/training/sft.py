@@ -1,4 +1,4 @@
-"""Stage two: LoRA fine-tuning on instructions plus refusals (STL, Section 7.1)."""
+"""Stage two: LoRA fine-tuning on instructions plus refusals (STL, A.3)."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
