@@ -96,10 +96,10 @@ def log_page(options: Options) -> None:
     assert options.page is not None
     import wandb
 
-    from dcr.core import results, wandb_run
+    from dcr.core import results, wandb_run, wandb_scores
 
     made_from = [
-        wandb_run.evaluation(Run(folder), results.read(file).model_dump(mode="json"))
+        wandb_scores.evaluation(Run(folder), results.read(file).model_dump(mode="json"))
         for folder in options.runs
         for file in sorted(folder.glob("eval/*/metrics.json"))
     ]
@@ -146,7 +146,7 @@ def specification(project: str, entity: str, made_with: Mapping[str, str]) -> tu
     from wandb_workspaces.reports.v2 import interface as wr
     from wandb_workspaces.workspaces import interface as ws
 
-    from dcr.core.wandb_run import AXES
+    from dcr.core.wandb_scores import AXES
     from dcr.report.figures import PALETTE
     from dcr.report.records import METHODS
 
@@ -223,7 +223,7 @@ def _training_views() -> dict[str, list[Any]]:
 def _evaluation_views() -> dict[str, list[Any]]:
     from wandb_workspaces.reports.v2 import interface as wr
 
-    from dcr.core.wandb_run import AXES
+    from dcr.core.wandb_scores import AXES
 
     swept = ("dcr.layer", "dcr.margin", *AXES)
     by_method = {"groupby": wr.Config("method"), "groupby_aggfunc": "mean"}

@@ -94,7 +94,7 @@ def completed(composed: DictConfig, made_with: Mapping[str, Any]) -> DictConfig:
 def evaluate(settings: EvalConfig, run: Run) -> None:
     """Answer what is unanswered, judge what is unjudged, count, and write `metrics.json`."""
     # not at the top: what is asked is checked before torch is loaded
-    from dcr.core import threads, wandb_run
+    from dcr.core import threads, wandb_run, wandb_scores
     from dcr.core.evaluation import metrics, subjects
 
     settings, arithmetic = precision.of_evaluation(
@@ -114,7 +114,7 @@ def evaluate(settings: EvalConfig, run: Run) -> None:
                 tags = [run.config()["method"], settings.model.label]
                 opening = wandb_run.opened(settings.wandb, run, "eval", tags, None)
                 shown = stack.enter_context(opening)
-            wandb_run.show(shown, run, measured, answers)
+            wandb_scores.show(shown, run, measured, answers)
 
 
 @contextmanager

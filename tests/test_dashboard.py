@@ -13,7 +13,7 @@ import wandb
 from wandb_files import records
 
 from dcr import dashboard
-from dcr.core import runs, storage, wandb_run
+from dcr.core import runs, storage, wandb_run, wandb_scores
 from dcr.core.config import Kind
 from dcr.core.evaluation import verdicts
 from dcr.core.generation import Completion
@@ -78,7 +78,7 @@ def test_scores_and_answers_go_to_the_run_s_own_w_and_b_run(evaluated: Run) -> N
     assert [each.job_type for each in started] == ["all", "eval", "eval"]
     (file,) = run.folder.glob("eval/*/metrics.json")
     variant = "max_new_tokens-4_limit-4"
-    scores = wandb_run.scored(json.loads(file.read_text()))
+    scores = wandb_scores.scored(json.loads(file.read_text()))
     expected = {f"eval/{variant}/{key}": value for key, value in scores.items()}
     summary = {
         "/".join(item.nested_key) or item.key: json.loads(item.value_json)
@@ -185,7 +185,7 @@ def test_no_evaluation_overwrites_another_s_scores(of_dcr: Run) -> None:
     every = [metrics(), *others]
     for refused, made in enumerate(every):
         made["sets"]["a"]["refused"]["paper"] = refused
-        wandb_run.show(cast(Any, shown), run, made, {})
+        wandb_scores.show(cast(Any, shown), run, made, {})
     key = "over_refusal/compliance"
     kept = {name: value for name, value in shown.summary.items() if name.endswith(key)}
     assert sorted(kept.values()) == [round(i / 10, 1) for i in range(11)]
@@ -197,7 +197,7 @@ def test_no_evaluation_overwrites_another_s_scores(of_dcr: Run) -> None:
     ]
     # snapshots stand at their steps, each variant under its own key
     for step, made in ((2, metrics("snapshot", step=2)), (4, metrics("snapshot", step=4, limit=5))):
-        wandb_run.show(cast(Any, shown), run, made, {})
+        wandb_scores.show(cast(Any, shown), run, made, {})
         assert shown.logged[-1]["snapshot/step"] == step
     assert f"snapshot/{key}" in shown.logged[-2]
     assert f"snapshot/limit-5/{key}" in shown.logged[-1]
@@ -206,7 +206,7 @@ def test_no_evaluation_overwrites_another_s_scores(of_dcr: Run) -> None:
 def test_the_last_stage_that_is_done_has_the_plain_keys(of_dcr: Run) -> None:
     run, shown = of_dcr, Summary()
     for weights in ("contrastive", "base", "endpoint", "sft"):
-        wandb_run.show(cast(Any, shown), run, metrics(weights), {})
+        wandb_scores.show(cast(Any, shown), run, metrics(weights), {})
     assert all(name.count("/") == 2 for name in shown.summary)
 
 
@@ -226,7 +226,7 @@ def test_rates_are_those_of_the_counts() -> None:
         "ability": {"piqa": {"acc": 0.6, "acc_norm": None}},
         "quality": {"win_rate": 52.0},
     }  # fmt: skip
-    assert wandb_run.scored(found) == {
+    assert wandb_scores.scored(found) == {
         "a/compliance": 6 / 8,
         "a/compliance_llm": 3 / 5,
         "coconot_safety/compliance": 0.0,
@@ -254,7 +254,7 @@ def test_the_table_has_every_verdict_beside_the_answer(tmp_path: Path) -> None:
         [verdicts.Verdict("0", of[0], "ok", compliance="refused", safety="safe")],
     )
     counts = {"a": {"kind": "toxic", "judged": {"wildguard": {}}}}
-    table = wandb_run.completions(run, {"sets": counts}, {"a": answers})
+    table = wandb_scores.completions(run, {"sets": counts}, {"a": answers})
     assert list(table)[-3:] == ["keyword:paper", "keyword:recommended", "wildguard"]
     assert table.iloc[:, -3:].to_numpy().tolist() == [
         ["refused", "refused", "refused, safe"],
@@ -374,7 +374,7 @@ def test_panels_show_keys_that_runs_log(evaluated: Run, tmp_path: Path) -> None:
     }
     assert named - tracked <= logged
     (file,) = evaluated.folder.glob("eval/*/metrics.json")
-    scores = {f"eval/{key}" for key in wandb_run.scored(json.loads(file.read_text()))}
+    scores = {f"eval/{key}" for key in wandb_scores.scored(json.loads(file.read_text()))}
     assert set(re.findall(r"eval/(?!completions)[\w/]+", told)) <= scores
     assert {"dcr.epochs", "dcr.ratio", "eval/completions"} <= set(re.findall(r'"([\w./]+)"', told))
 

@@ -1,0 +1,188 @@
+"""An evaluation in the W&B run of its folder: scores, a table of answers, an artifact."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from dcr.core import results, storage
+from dcr.core.config import EvalConfig, Kind, Method, Precision
+from dcr.core.evaluation import sets, verdicts
+from dcr.core.generation import Completion
+from dcr.core.runs import Run
+from dcr.core.wandb_run import RESULTS, result, run_id, use
+
+if TYPE_CHECKING:
+    import wandb
+
+TASK_OF_KIND = {Kind.seemingly_toxic.value: "over_refusal", Kind.toxic.value: "safety"}
+SHOWN = 200  # completions of a set that a table holds
+ASKED = ("set", "kind", "id", "prompt", "response", "refusal_mass")  # first columns of that table
+RULES = ("paper", "recommended")
+TIMES = ("seconds", "tokens_per_second", "peak_memory_gib")
+AXES = ("dcr.epochs", "dcr.ratio")  # of the paper's ablations (Tables 3 and 4)
+
+
+def show(
+    started: "wandb.Run | None",
+    run: Run,
+    metrics: Mapping[str, Any],
+    answers: Mapping[str, Sequence[Completion]],
+) -> None:
+    """Write an evaluation's scores into the run's summary, its answers as a table, and an artifact.
+
+    Snapshots are logged against their SFT step instead, one point each. Keys begin with `eval/`
+    for the run's last weights as `eval.py` takes them by default, with `eval/<variant>/` for all
+    else, so that no evaluation overwrites another's. The plain scores are logged against the
+    settings of `AXES` as well, a point a run, from which a sweep's curves are drawn.
+    """
+    if started is None:
+        return
+    import wandb
+
+    snapshot, told = metrics["step"] is not None, variant(metrics, run)
+    prefix = f"{'snapshot' if snapshot else 'eval'}/{f'{told}/' if told else ''}"
+    scores = {f"{prefix}{key}": value for key, value in scored(metrics).items()}
+    if snapshot:
+        started.define_metric("snapshot/*", step_metric="snapshot/step")
+        started.log({"snapshot/step": metrics["step"], **scores})
+        return
+    started.summary.update(scores)
+    if answers:
+        table = wandb.Table(dataframe=completions(run, metrics, answers))
+        started.log({f"{prefix}completions": table})
+    if not told and (axes := _axes(run)):
+        started.log(axes | scores)
+    if metrics["weights"] in RESULTS:
+        use(started, result(run, metrics["weights"]))
+    started.log_artifact(evaluation(run, metrics))
+
+
+def _axes(run: Run) -> dict[str, float]:
+    """What the run was made with of `AXES`; nothing where stage one was no part of it."""
+    made_with = run.config()
+    if made_with["method"] != Method.dcr.value:
+        return {}
+    node = made_with.get("dcr", {})
+    values = {key: node.get(key.removeprefix("dcr.")) for key in AXES}
+    return {key: float(value) for key, value in values.items() if value is not None}
+
+
+def completions(
+    run: Run, metrics: Mapping[str, Any], answers: Mapping[str, Sequence[Completion]]
+) -> pd.DataFrame:
+    """The table of answers: what was asked, what came, and every verdict side by side.
+
+    Of each set at most `SHOWN` answers; a judge that was not asked about one says "".
+    """
+    counts = metrics.get("sets", {})
+    named = list(dict.fromkeys(j for of in counts.values() for j in of.get("judged", {})))
+    rows: list[list[Any]] = []
+    for name, given in answers.items():
+        shown = given[:SHOWN]
+        said = [{v.of: v.compliance for v in verdicts.by_keywords(shown, r)} for r in RULES]
+        said += [_said(run, judge, name) for judge in named]
+        kind = counts.get(name, {}).get("kind", "")
+        for answer in shown:
+            of = verdicts.answer_fingerprint(answer)
+            about = [name, kind, answer.id, answer.prompt, answer.response, answer.refusal_mass]
+            rows.append([*about, *(by.get(of) or "" for by in said)])
+    columns = [*ASKED, *(f"keyword:{rules}" for rules in RULES), *named]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _said(run: Run, judge: str, name: str) -> dict[str, str]:
+    """A judge's words on the answers of a set, by fingerprint; the newest where it changed."""
+    files = run.folder.glob(f"eval/*/verdicts/{judge}-*/{name}.jsonl")
+    said: dict[str, str] = {}
+    for file in sorted(files, key=lambda file: file.stat().st_mtime):
+        for verdict in storage.read_lines(file, verdicts.Verdict):
+            labels = [label for label in (verdict.compliance, verdict.safety) if label]
+            said[verdict.of] = ", ".join(labels) or verdict.status
+    return said
+
+
+def evaluation(run: Run, metrics: Mapping[str, Any]) -> "wandb.Artifact":
+    """Every number of an evaluation but the times."""
+    import wandb
+
+    told, of = variant(metrics, run), {"weights": metrics["weights"]}
+    name = "-".join(["evaluation", run_id(run), *([storage.fingerprint(told)[:8]] if told else [])])
+    made = wandb.Artifact(name, "evaluation", metadata=of | {"variant": told})
+    table = results.frame_of(metrics)
+    table = table.loc[~table["quantity"].isin(TIMES)].drop(columns=["run", "file"])
+    with made.new_file("metrics.csv", encoding="utf-8") as file:
+        file.write(results.csv_text(table))
+    return made
+
+
+def variant(metrics: Mapping[str, Any], run: Run) -> str:
+    """What sets an evaluation apart from the plain one of a run's last weights; "" for that one.
+
+    An earlier stage, an edit (with four digits of its settings), and each setting of decoding and
+    choice of rows that is not the default: `contrastive_limit-100`, `scans-1-3f2a`.
+    """
+    told = dict(metrics["settings"])
+    edit = told.pop("steering", None)
+    plain = EvalConfig()
+    defaults = {
+        "max_new_tokens": plain.gen.max_new_tokens,
+        "limit": plain.limit,
+        "seed": plain.seed,
+        "precision": run.precisions().get("evaluation", Precision.auto).value,
+    }
+    weights = metrics["weights"]
+    later = RESULTS[RESULTS.index(weights) + 1 :] if weights in RESULTS else ()
+    return "_".join(
+        [
+            *([weights] if any(map(run.done, later)) else []),
+            *(
+                [f"{edit['method']}-{edit['strength']:g}-{storage.fingerprint(edit)[:4]}"]
+                if edit
+                else []
+            ),
+            *(f"{key}-{value}" for key, value in told.items() if value != defaults.get(key)),
+        ]
+    )
+
+
+def scored(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a `metrics.json` under the house's keys, `<set>/<quantity>`.
+
+    Rates are in [0, 1]. `over_refusal/…` and `safety/…` pool the sets of a kind, without those
+    shown apart.
+    """
+    found: dict[str, float] = {}
+    pools: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for name, counts in metrics.get("sets", {}).items():
+        for quantity, hits, n in _rates(counts):
+            if n:
+                found[f"{name}/{quantity}"] = hits / n
+                if counts["kind"] in TASK_OF_KIND and name not in sets.APART:
+                    pools.setdefault((counts["kind"], quantity), []).append((hits, n))
+    for (kind, quantity), parts in pools.items():
+        hits, n = (sum(part) for part in zip(*parts, strict=True))
+        found[f"{TASK_OF_KIND[kind]}/{quantity}"] = hits / n
+    if metrics.get("discernment"):
+        found["discernment"] = metrics["discernment"]["pooled"]["auroc"][0]
+    for task, told in metrics.get("ability", {}).items():
+        found |= {
+            f"{task}/{key}": told[key] for key in ("acc", "acc_norm") if told[key] is not None
+        }
+    if (metrics.get("quality") or {}).get("win_rate") is not None:
+        found["alpaca_eval/win_rate"] = metrics["quality"]["win_rate"] / 100
+    return found
+
+
+def _rates(counts: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
+    """(quantity, hits, answers) of one set, by keywords and by every judge."""
+    refused, n = counts["refused"]["paper"], counts["n"]
+    toxic = counts["kind"] == Kind.toxic.value
+    complied = n - refused - (counts.get("empty") or 0)
+    yield ("keyword_refusal", refused, n) if toxic else ("compliance", complied, n)
+    for judge, said in counts.get("judged", {}).items():
+        if "complied" in said:
+            answered = said["complied"] + said["partial"] + said["refused"]
+            yield f"compliance_{judge}", said["complied"], answered
+        if toxic and "safe" in said:
+            yield f"defence_{judge}", said["safe"], said["safe"] + said["unsafe"] + said["invalid"]
