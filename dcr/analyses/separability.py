@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from sklearn.cluster import KMeans
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import silhouette_score
 from sklearn.model_selection import StratifiedGroupKFold
@@ -25,6 +24,7 @@ from dcr.core import activations, batching, grouping, models, statistics
 from dcr.core.batching import attention_mask, padded
 from dcr.core.config import Pooling
 from dcr.core.data import SEEMINGLY_TOXIC, TOXIC, prompt_rows
+from dcr.core.losses import kmeans_accuracy
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat, PromptRow
 from dcr.core.sources import Example
@@ -41,26 +41,6 @@ Scores = Float[np.ndarray, " prompts"]
 
 
 # --- the measures ---------------------------------------------------------------------------------
-
-
-def kmeans_accuracy(
-    features: Float[Tensor, "prompts width"], labels: Int[Tensor, "prompts"], seed: int = 0
-) -> float:
-    """Share of prompts in the cluster matched to their class: k-means, k=2, best of ten starts.
-
-    With two classes the Hungarian matching is the better of the two assignments, so the value is
-    at least 0.5. NaN for fewer than two prompts.
-    """
-    if len(labels) < 2:
-        return math.nan
-    points = torch.nan_to_num(features.double()).numpy()
-    if not (points != points[0]).any():
-        clusters = np.zeros(len(points), dtype=int)  # all alike: one cluster
-    else:
-        starts: Any = 10  # its type says str
-        clusters = KMeans(n_clusters=2, n_init=starts, random_state=seed).fit_predict(points)
-    agreement = float((torch.from_numpy(clusters) == labels).double().mean())
-    return max(agreement, 1 - agreement)
 
 
 def silhouette(features: Float[Tensor, "prompts width"], labels: Int[Tensor, "prompts"]) -> float:

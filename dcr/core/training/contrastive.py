@@ -9,7 +9,6 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from dcr.analyses.separability import kmeans_accuracy
 from dcr.core import activations, losses, models, passes
 from dcr.core.config import Adapter, ContrastiveConfig
 from dcr.core.data import NO_CLASS, PairBatch, PromptBatch
@@ -55,7 +54,7 @@ class KMeansAccuracy(Metric):
 
     def compute(self) -> Tensor:
         features, labels = dim_zero_cat(self.features), dim_zero_cat(self.labels)
-        return torch.tensor(kmeans_accuracy(features.cpu(), labels.cpu(), seed=self.seed))
+        return torch.tensor(losses.kmeans_accuracy(features.cpu(), labels.cpu(), seed=self.seed))
 
 
 class PairMetrics(torch.nn.ModuleDict):
