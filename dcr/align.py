@@ -18,7 +18,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from dcr import choice, entry, export, extensions, inference, report, study
-from dcr.core import cli, precision, refusal, statistics, storage
+from dcr.core import config, precision, refusal, statistics, storage
 from dcr.core.config import DataConfig, DataError, EvalConfig, Kind, Stage, TrainConfig
 from dcr.core.runs import Run
 from dcr.core.sources import SOURCES
@@ -82,7 +82,7 @@ def _aligned(
     study.do_all(base.parts())
     stl, notes = _safe(out, base, training, evaluating)
     settings = _training(dcr)
-    key = [cli.plain(settings.model), cli.plain(settings.data), settings.seed]
+    key = [config.plain(settings.model), config.plain(settings.data), settings.seed]
     file = out / f"choice-{storage.fingerprint(key)}.json"
     chosen, why = [], f"stage one as configured: {NOT_CHOSEN}"
     if elsewhere(settings.data):

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 SET = "answers"  # the name of the completions' and the verdicts' files
 ACCEPTED, UNDECIDED = NOT_REJECTED = "accepted", "without a verdict"
 # The judge's prompt on a toxic prompt and its twin; the second of its classes is the harmless one.
-TWIN_WORDING, HARMLESS = cli.PACKAGE / "judges" / "twin.txt", "refused"
+TWIN_WORDING, HARMLESS = config.PACKAGE / "judges" / "twin.txt", "refused"
 UNREADABLE = re.compile("[\0\ud800-\udfff]")  # no JSONL file of training pairs may hold these
 # The instruction that an attempt adds to the model's own system prompt. The first attempt asks as
 # any user would; the others are for prompts whose answers were rejected before.

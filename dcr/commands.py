@@ -35,7 +35,7 @@ COMMANDS = {
 }
 
 
-@hydra.main(version_base="1.3", config_path=str(cli.CONF), config_name="train")
+@hydra.main(version_base="1.3", config_path=str(config.CONF), config_name="train")
 @cli.job
 def _train(composed: DictConfig) -> None:
     settings = config.resolve(composed, TrainConfig)
@@ -50,7 +50,7 @@ def _train(composed: DictConfig) -> None:
         run_stages(settings, Run(cli.output_folder()))
 
 
-@hydra.main(version_base="1.3", config_path=str(cli.CONF), config_name="eval")
+@hydra.main(version_base="1.3", config_path=str(config.CONF), config_name="eval")
 @cli.job
 def _evaluate(composed: DictConfig) -> None:
     from dcr import eval as evaluation

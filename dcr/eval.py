@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
-from dcr.core import cli, config, precision, runs, storage
+from dcr.core import config, precision, runs, storage
 from dcr.core.config import ConfigError, EvalConfig, Method, ModelConfig
 from dcr.core.runs import Run
 from dcr.core.text import label_of
@@ -86,7 +86,7 @@ def completed(composed: DictConfig, made_with: Mapping[str, Any]) -> DictConfig:
         merged.model.label = label_of(str(merged.model.name))
     if OmegaConf.is_missing(composed.data, "label"):
         own = config.literal(made_with.get("data"))
-        base = own or OmegaConf.load(cli.CONF / "data" / "demo.yaml")
+        base = own or OmegaConf.load(config.CONF / "data" / "demo.yaml")
         merged.data = OmegaConf.merge(base, config.named(composed.data))
     return merged
 
@@ -136,8 +136,8 @@ def _claimed(settings: EvalConfig, run: Run) -> Iterator[None]:
             made: dict[str, Any] = {"method": method, "seed": settings.seed, "preset_name": "-"}
             if settings.endpoint is None:
                 made["precision"] = settings.precision.value
-            whole = made | {"model": cli.plain(settings.model), "data": cli.plain(settings.data)}
-            runs.write_config(run, whole)
+            made |= {"model": config.plain(settings.model), "data": config.plain(settings.data)}
+            runs.write_config(run, made)
         yield
     except BaseException:
         if settings.run is None and _kept(run) == kept:

@@ -224,8 +224,8 @@ def _as_array(
     config.check_installed("submitit", "slurm", "hydra/launcher=slurm")
     # submitit reads it when it is imported, here and in the job; its default is USR2
     os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", "USR1")
-    if cli.CONF.parent == cli.PACKAGE.parent:  # a checkout, which the job is to run as well
-        paths = [str(cli.PACKAGE.parent), os.environ.get("PYTHONPATH", "")]
+    if config.CONF.parent == config.PACKAGE.parent:  # a checkout, which the job is to run as well
+        paths = [str(config.PACKAGE.parent), os.environ.get("PYTHONPATH", "")]
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     import submitit
     from submitit.core.utils import FailedJobError

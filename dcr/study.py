@@ -165,7 +165,7 @@ def jobs(options: Options, study: Study) -> list[Job]:
             raise ConfigError(f"seeds={options.seeds} seed={first}: give the first seed alone")
         numbers = range(int(first), int(first) + options.seeds)
         training.append(f"seed={','.join(map(str, numbers))}")
-    grid = storage.read_yaml(cli.CONF / "sweep" / f"{study.grid}.yaml", dict[str, Any])
+    grid = storage.read_yaml(config.CONF / "sweep" / f"{study.grid}.yaml", dict[str, Any])
     swept = grid["hydra"]["sweeper"]["params"]
     beside = [word for word in training if word.split("=")[0] not in {*swept, "method"}]
     combined = cli.combinations(["method=stl", *beside]) if study.with_stl else []
@@ -193,7 +193,7 @@ def job_of(
     settings = config.resolve(cli.compose("train", words, Options), TrainConfig)
     if settings.trainer.devices * settings.trainer.num_nodes > 1:
         raise ConfigError("trainer.devices: a study runs job after job, each on one device")
-    made_with = cli.plain(settings)
+    made_with = config.plain(settings)
     named = storage.fingerprint(runs.binding(made_with))
     run = Run(out / f"{_label(settings)}-{settings.method.value}-{named}")
     combined = cli.combinations(evaluating)
@@ -207,7 +207,7 @@ def job_of(
 
 def base_of(out: Path, settings: TrainConfig, evaluating: Sequence[str]) -> Job:
     """The model that a job starts from, evaluated as the job is."""
-    made_with = cli.plain(settings)
+    made_with = config.plain(settings)
     named = f"{_label(settings)}-base-{storage.fingerprint(made_with['model'])}"
     evaluations = _evaluations(cli.combinations(evaluating), made_with)
     return Job(f"base model {_label(settings)}", Run(out / named), None, tuple(evaluations))
@@ -327,7 +327,7 @@ def _evaluated(settings: EvalConfig, run: Run) -> str:
     subject = subjects.subjects(settings, run)[0]
     weights = models.weights_fingerprint(subject.source) if subject.source else subject.weights
     free = ("run", "output", "trainer", "wandb")
-    made_with = {key: value for key, value in cli.plain(settings).items() if key not in free}
+    made_with = {key: value for key, value in config.plain(settings).items() if key not in free}
     return storage.fingerprint([weights, made_with])
 
 
@@ -369,7 +369,7 @@ def adopt(settings: TrainConfig, run: Run, stage: Stage) -> bool:
 def donors(settings: TrainConfig, run: Run, stage: Stage) -> list[Run]:
     """The runs beside a run that have done this stage with the same settings."""
     settled, _ = precision.of_training(settings, run.precisions())
-    key, found = made_of(cli.plain(settled), stage), []
+    key, found = made_of(config.plain(settled), stage), []
     for file in sorted(run.folder.parent.glob("*/config.yaml")):
         donor = Run(file.parent)
         with suppress(UserError):  # a damaged run has nothing to give
@@ -596,7 +596,7 @@ def _stage_cell(job: Job, stage: Stage, first: dict[str, str], seconds: list[flo
     if job.run.done(stage.value):
         return "done"
     if stage is not Stage.readout:
-        key = made_of(cli.plain(settings), stage)
+        key = made_of(config.plain(settings), stage)
         if key in first or donors(settings, job.run, stage):
             return f"that of {first.get(key, 'an earlier run')}"
         first[key] = job.name

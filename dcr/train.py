@@ -60,7 +60,7 @@ def train(settings: TrainConfig, run: Run) -> None:
         number = threads.use(settings.trainer.threads, run.threads())
         if _leads() and not all(run.done(stage.value) for stage in wanted):
             storage.write_json(run.threads_file, {"threads": number})
-        made_of = storage.fingerprint(runs.binding(cli.plain(settings)))
+        made_of = storage.fingerprint(runs.binding(config.plain(settings)))
         block = _block(settings, run)
         job = Job(settings, run, rows, block, lease, [*loggers], tracked, made_of)
         for stage in wanted:
@@ -162,7 +162,7 @@ def _claimed(settings: TrainConfig, run: Run, rows: Splits) -> Iterator[Lease | 
     before = set(os.listdir(run.folder)) if run.folder.is_dir() else set()
     with storage.locked(run.folder) as lease:
         try:
-            runs.claim(run, cli.plain(settings), settings.force)
+            runs.claim(run, config.plain(settings), settings.force)
             found = balance.balance(rows.seemingly_toxic, rows.toxic)
             runs.claim_rows(run, data.row_record(rows, found), settings.force)
             _say_rows(rows, found)
@@ -199,7 +199,7 @@ def _wandb(settings: TrainConfig, run: Run) -> Iterator[list[WandbLogger]]:
         yield []
         return
     tags = [settings.method.value, settings.model.label or "model"]
-    made_with = cli.plain(settings)
+    made_with = config.plain(settings)
     with wandb_run.opened(settings.wandb, run, settings.stage.value, tags, made_with) as started:
         if started is None:
             yield []

@@ -15,7 +15,7 @@ from mkdocs.structure.files import File, Files
 
 from dcr import launching
 from dcr.core import config
-from dcr.core.cli import CONF
+from dcr.core.config import CONF
 from dcr.extensions import EvalSettings
 
 SCRIPTS = {"train.py": config.TrainConfig, "eval.py": EvalSettings}

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from dcr import calibration, export, report, train
 from dcr import eval as eval_entry
 from dcr.calibration import Fork
-from dcr.core import cli, generation, models, prompts, refusal, storage
+from dcr.core import cli, config, generation, models, prompts, refusal, storage
 from dcr.core.config import ConfigError, ModelConfig, Precision
 from dcr.core.evaluation import metrics, subjects
 from dcr.core.generation import OpeningBias
@@ -254,7 +254,7 @@ def test_a_run_can_be_the_target(tmp_path: Path) -> None:
     reference = Run(tmp_path / "stl")
     models.save_full(models.random_policy(settings.model, 5), reference.stage("contrastive"))
     made = {"method": "dcr", "seed": 0, "preset_name": "-", "dcr": {}, "sft": {}}
-    made |= {"model": cli.plain(settings.model), "data": {"toxic": {"source": ["harmfulqa"]}}}
+    made |= {"model": config.plain(settings.model), "data": {"toxic": {"source": ["harmfulqa"]}}}
     reference.config_file.write_text(yaml.safe_dump(made))
     settings, run = resolved(tmp_path, f"calibrate={reference.folder}")
     policy = models.open_folder(str(reference.stage("contrastive")), Precision.fp32)

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from dcr.core import cli, config, models
+from dcr.core import config, models
 from dcr.core.config import (
     ConfigError,
     ContrastiveConfig,
@@ -63,7 +63,7 @@ def test_every_file_composes_and_resolves(path: Path) -> None:
     if isinstance(found, TrainConfig):
         assert 1 <= block(found) <= models.facts(found.model).depth
     if path.parent.name == "model":
-        arrived = cli.plain(found.model)
+        arrived = config.plain(found.model)
         for key, written in yaml.safe_load(path.read_text()).items():
             value = arrived[key]
             assert value == (float(written) if isinstance(value, float) else written), key
@@ -146,7 +146,7 @@ def test_a_copy_of_a_model_keeps_its_numbers(tmp_path: Path) -> None:
     assert found.model == replace(named, **name, architecture=None)
     assert (found.sft.epochs, found.model.template, found.model.scans_alpha) == (4, "llama3", 0.1)
     # as eval.py does with the run's own config.yaml
-    again = OmegaConf.create(cli.plain(found))
+    again = OmegaConf.create(config.plain(found))
     assert isinstance(again, DictConfig)
     assert config.resolve(again, TrainConfig).model == found.model
     told = ("model=llama3_8b", f"model.name={tmp_path}", "steering=surgical", "data=demo")
@@ -204,7 +204,7 @@ def test_blocks_are_counted_from_one() -> None:
 def test_a_resolved_configuration_is_plain() -> None:
     found = train_config()
     assert (found.method, found.stage) == (Method.dcr, Stage.all)
-    again: Any = OmegaConf.create(yaml.safe_dump(cli.plain(found)))
+    again: Any = OmegaConf.create(yaml.safe_dump(config.plain(found)))
     assert config.resolve(again, TrainConfig) == found
 
 
@@ -261,7 +261,7 @@ def test_what_is_out_of_range_is_refused(base: DictConfig, key: str) -> None:
 def test_ends_of_ranges_are_settings(base: DictConfig) -> None:
     for place in (0, -1):
         found = resolved(base, {key: values[1][place] for key, values in RANGES.items()})
-        assert cli.plain(found)["dcr"]["depth"] == (0.01, 1)[place]
+        assert config.plain(found)["dcr"]["depth"] == (0.01, 1)[place]
         assert found.data.toxic.source == ["harmfulqa", "stl_safety"]
 
 

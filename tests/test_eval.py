@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from dcr import eval as eval_entry
-from dcr.core import cli, generation, models, refusal, runs, storage
+from dcr.core import cli, config, generation, models, refusal, runs, storage
 from dcr.core.config import ConfigError, Precision, SourcesByKind, UserError
 from dcr.core.evaluation import discernment, metrics, subjects
 from dcr.core.runs import Run
@@ -235,7 +235,7 @@ def test_nothing_to_evaluate_is_said(overrides: tuple[str, ...], words: str) -> 
 
 def test_run_without_a_stage_is_said(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    made = cli.plain(tiny_run.settings(tmp_path / "rows"))
+    made = config.plain(tiny_run.settings(tmp_path / "rows"))
     storage.write_text(run.config_file, json.dumps(made))
     settings, _ = resolved(f"run={tmp_path}")
     with pytest.raises(ConfigError, match="no stage is done"):

@@ -166,7 +166,7 @@ def test_a_users_escaped_reference_is_resolved_once() -> None:
     composed = cli.compose("train", ["model=tiny", r"model.system_prompt='\${oc.env:HOME}'"])
     settings = config.resolve(composed, config.TrainConfig)
     assert settings.model.system_prompt == "${oc.env:HOME}"
-    assert cli.plain(settings)["model"]["system_prompt"] == "${oc.env:HOME}"
+    assert config.plain(settings)["model"]["system_prompt"] == "${oc.env:HOME}"
     renamed = ["model.name=/other", r"model.system_prompt='\${oc.env:HOME}'"]
     settings = config.resolve(cli.compose("train", renamed), config.TrainConfig)
     assert settings.model.system_prompt == "${oc.env:HOME}"

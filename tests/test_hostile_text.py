@@ -277,7 +277,7 @@ def test_text_is_kept_as_it_is(text: str, tmp_path: Path) -> None:
     storage.append_lines(tmp_path / "store.jsonl", [answer])
     assert storage.read_lines(tmp_path / "store.jsonl", Completion) == [answer]
     made = ModelConfig(name="x", label=text, system_prompt=text, refusal_tokens=[text])
-    stored = yaml.safe_load(runs.as_yaml({"model": cli.plain(made)}))
+    stored = yaml.safe_load(runs.as_yaml({"model": config.plain(made)}))
     assert config.model_of(stored, trust_remote_code=False) == made
     assert filled("({prompt})({response})", prompt=text, response=text) == f"({text})({text})"
 

@@ -13,7 +13,7 @@ from tiny_run import changed, composed, settings
 from dcr import chat, export, train
 from dcr import eval as eval_entry
 from dcr.choice import __main__ as choice_command
-from dcr.core import batching, precision, runs
+from dcr.core import batching, config, precision, runs
 from dcr.core.config import ConfigError, Precision, TrainConfig
 from dcr.core.models import DTYPES
 from dcr.core.runs import Run
@@ -194,9 +194,8 @@ def test_the_folder_s_name_is_the_same_on_every_machine(monkeypatch: pytest.Monk
 
 
 def _plain(made: TrainConfig) -> dict:
-    from dcr.core import cli
 
-    return cli.plain(made)
+    return config.plain(made)
 
 
 def test_guards_follow_the_device_and_an_endpoint_has_no_precision(

@@ -27,7 +27,7 @@ from tiny_run import (
 )
 
 from dcr import train
-from dcr.core import cli, models, runs, storage, threads
+from dcr.core import config, models, runs, storage, threads
 from dcr.core.config import Method, SFTConfig, TrainConfig, UserError
 from dcr.core.data import PairBatch
 from dcr.core.runs import Run
@@ -342,7 +342,7 @@ def place(run: Path) -> tuple[Path, Path]:
 def module_of(tiny: TrainConfig) -> ContrastiveModule:
     policy = models.open_policy(tiny.model, tiny.dcr.precision)
     module = ContrastiveModule(policy, tiny.dcr, 1, 10)
-    module.identity = storage.fingerprint(runs.binding(cli.plain(tiny)))
+    module.identity = storage.fingerprint(runs.binding(config.plain(tiny)))
     return module
 
 

@@ -10,7 +10,7 @@ import yaml
 from tiny_run import Stop, changed, failing, same, settings, stop, weights, write_rows
 
 from dcr import choice, train
-from dcr.core import cli, data, models, runs, wandb_run
+from dcr.core import config, data, models, runs, wandb_run
 from dcr.core.config import ConfigError, Precision, Stage, TrainConfig, UserError
 from dcr.core.runs import Run
 from dcr.core.training import stages
@@ -20,7 +20,7 @@ from dcr.core.training.sft import SFTModule
 
 
 def test_the_folder_holds_what_made_it(tiny: TrainConfig, whole: Path) -> None:
-    assert yaml.safe_load((whole / "config.yaml").read_text()) == cli.plain(tiny)
+    assert yaml.safe_load((whole / "config.yaml").read_text()) == config.plain(tiny)
     record = json.loads((whole / "rows.json").read_text())["rows"]
     rows = data.rows_of(tiny)
     assert {name: part["ids"] for name, part in record.items()} == {

@@ -12,9 +12,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from enum import Enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +54,6 @@ REFUSED_OPTIONS = {
     "config_path": "its files could name code to run, as Hydra's callbacks",
     "config_name": "each script has one of its own",
 }
-PACKAGE = Path(__file__).parent.parent
-# within an installed package; beside it in a checkout
-CONF = next(p / "conf" for p in (PACKAGE, PACKAGE.parent) if (p / "conf" / "train.yaml").is_file())
 
 
 def prepare() -> None:
@@ -289,17 +285,6 @@ def forget_empty(folder: Path) -> None:
             return
 
 
-def plain(config: Any) -> Any:
-    """A dataclass tree as plain YAML values; text stays as it is, `${` refers to nothing there."""
-    if isinstance(config, Enum):
-        return config.name
-    if is_dataclass(config):
-        return {entry.name: plain(getattr(config, entry.name)) for entry in fields(config)}
-    if isinstance(config, Mapping):
-        return {str(key): plain(value) for key, value in config.items()}
-    return [plain(value) for value in config] if isinstance(config, list) else config
-
-
 def combinations(overrides: Sequence[str]) -> list[list[str]]:
     """Every combination of the values that overrides list, as `-m` runs them; of one key the last.
 
@@ -324,7 +309,7 @@ def compose(script: str, overrides: Sequence[str], *own: type) -> DictConfig:
             raise ConfigError(f"{override}: settings are written key=value")
     prepare()
     try:
-        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        with initialize_config_dir(version_base="1.3", config_dir=str(config.CONF)):
             composed = hydra.compose(script, list(overrides))
     except (HydraException, ValueError, AttributeError) as error:
         raise ConfigError(config.one_line(error, SCHEMAS[script], *own)) from error

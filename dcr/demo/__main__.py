@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
 from dcr import entry, extensions, plan, report, study
-from dcr.core import cli, config, ending, progress, storage, threads
+from dcr.core import config, ending, progress, storage, threads
 from dcr.core.config import EMBEDDED_MODEL, TrainConfig
 from dcr.core.precision import of_training
 from dcr.core.runs import Run
@@ -144,7 +144,7 @@ def _parts(out: Path, given: Sequence[str]) -> tuple[TrainConfig, list[Part]]:
 
 def _command(script: str, words: Sequence[str]) -> str:
     """The command that does a part by hand, in a checkout or with the installed commands."""
-    checkout = cli.CONF.parent == cli.PACKAGE.parent or script.startswith("-m")
+    checkout = config.CONF.parent == config.PACKAGE.parent or script.startswith("-m")
     begins = f"python {script}" if checkout else f"dcr-{script.removesuffix('.py')}"
     return f"{begins} {shlex.join(words)}"
 

@@ -125,7 +125,7 @@ def configured(settings: TrainConfig, spaces: Mapping[str, Space]) -> dict[str, 
     from dcr.core import models
     from dcr.report.records import flattened
 
-    values = flattened(cli.plain(settings))
+    values = flattened(config.plain(settings))
     if settings.dcr.layer != AUTO_LAYER:
         values["dcr.layer"] = config.block_of(settings.dcr, models.facts(settings.model).depth)
     held = {key: values.get(key) for key, space in spaces.items() if space.holds(values.get(key))}
@@ -196,7 +196,7 @@ class Search:
     def name(self) -> str:
         """The study's name, by which the same command finds its own in a shared storage."""
         spaces = {key: vars(space) for key, space in self.spaces.items()}
-        what = [runs.binding(cli.plain(self.settings)), spaces, self.objectives, self.evaluating]
+        what = [runs.binding(config.plain(self.settings)), spaces, self.objectives, self.evaluating]
         return f"search-{storage.fingerprint([what, list(map(str, self.validation))])}"
 
     @property

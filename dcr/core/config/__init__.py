@@ -41,6 +41,8 @@ from dcr.core.config.evaluation import (
     WildGuardConfig,
 )
 from dcr.core.config.resolving import (
+    CONF,
+    PACKAGE,
     check_made_with,
     leave_numbers_of_another_model,
     literal,
@@ -49,6 +51,7 @@ from dcr.core.config.resolving import (
     names_another_model,
     nearest,
     one_line,
+    plain,
     resolve,
     source_names,
 )

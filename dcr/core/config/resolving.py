@@ -4,8 +4,9 @@ import json
 import logging
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from difflib import SequenceMatcher
+from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +28,10 @@ from dcr.core.config.schema import (
 from dcr.core.text import label_of
 
 log = logging.getLogger(__name__)
+
+PACKAGE = Path(__file__).parents[2]
+# within an installed package; beside it in a checkout
+CONF = next(p / "conf" for p in (PACKAGE, PACKAGE.parent) if (p / "conf" / "train.yaml").is_file())
 
 Node = TypeVar("Node", bound=TrainConfig | EvalConfig)
 # Say which weights a name means, and so travel with it to another model.
@@ -115,6 +120,17 @@ def literal(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     return re.sub(r"(\\*)\$\{", lambda found: rf"{found[1] * 2}\${{", value)
+
+
+def plain(config: Any) -> Any:
+    """A dataclass tree as plain YAML values; text stays as it is, `${` refers to nothing there."""
+    if isinstance(config, Enum):
+        return config.name
+    if is_dataclass(config):
+        return {entry.name: plain(getattr(config, entry.name)) for entry in fields(config)}
+    if isinstance(config, Mapping):
+        return {str(key): plain(value) for key, value in config.items()}
+    return [plain(value) for value in config] if isinstance(config, list) else config
 
 
 def check_made_with(made_with: Mapping[str, Any], before: str, after: str) -> None:
