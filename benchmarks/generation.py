@@ -37,10 +37,11 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from dcr import extensions
 from dcr.core import cli, config, generation, models, prompts, refusal, sources
-from dcr.core.config import GenConfig, Kind, Precision, TrainConfig
+from dcr.core.config import GenConfig, Kind, Precision
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
 from dcr.core.sources import Example
+from dcr.extensions import TrainSettings
 
 PAGE = 64  # tokens a page of the paged cache
 EACH = 100  # prompts of a set
@@ -74,7 +75,7 @@ def opened(options: dict[str, str]) -> tuple[Policy, ChatFormat, list[Example]]:
     cli.prepare()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         given = [f"model={options['model']}", "data=paper"]
-        cfg = config.resolve(compose("train", given), TrainConfig)
+        cfg = config.resolve(compose("train", given), TrainSettings)
     policy = models.open_policy(cfg.model, Precision(options["precision"]))
     if options["device"] == "cuda" or (options["device"] == "auto" and torch.cuda.is_available()):
         policy.model.to("cuda")

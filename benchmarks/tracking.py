@@ -29,6 +29,7 @@ from dcr.core.config import Quantity, Stage, TrainConfig
 from dcr.core.models import Policy
 from dcr.core.prompts import IGNORED, ChatFormat
 from dcr.core.training.sft import SFTModule
+from dcr.extensions import TrainSettings
 from dcr.tracking import MEASURES
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -60,7 +61,7 @@ def settings_of(options: dict[str, str]) -> TrainConfig:
         f"tracking.entk.prompts={options['kernel']}",
     ]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return config.resolve(compose("train", ["precision=bf16", *overrides]), TrainConfig)
+        return config.resolve(compose("train", ["precision=bf16", *overrides]), TrainSettings)
 
 
 def step_seconds(

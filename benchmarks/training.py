@@ -35,6 +35,7 @@ from dcr.core.models import Policy
 from dcr.core.training.contrastive import ContrastiveModule
 from dcr.core.training.resuming import adamw
 from dcr.core.training.sft import SFTModule
+from dcr.extensions import TrainSettings
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 MICRO_ROWS = 4  # the paper's micro-batch
@@ -54,7 +55,7 @@ def settings(model: str, *overrides: str) -> TrainConfig:
     cli.prepare()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         named = [f"model={model}", "dcr.precision=mixed", "sft.precision=bf16", *overrides]
-        return config.resolve(compose("train", named), TrainConfig)
+        return config.resolve(compose("train", named), TrainSettings)
 
 
 @contextmanager

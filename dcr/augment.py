@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dcr import endpoints, entry, extensions, twins
-from dcr.core import balance, cli, config, precision, prompts, refusal, sources, storage, threads
-from dcr.core.balance import Balance
+from dcr import balance, endpoints, entry, extensions, twins
+from dcr.balance import Balance
+from dcr.core import cli, config, precision, prompts, refusal, sources, storage, threads
 from dcr.core.config import (
     AUTO_LENGTH,
     ConfigError,

@@ -13,9 +13,9 @@ from omegaconf import DictConfig
 
 from dcr import extensions, launching
 from dcr.core import cli, config, ending
-from dcr.core.config import ConfigError, TrainConfig
+from dcr.core.config import ConfigError
 from dcr.core.runs import Run
-from dcr.extensions import EvalSettings
+from dcr.extensions import EvalSettings, TrainSettings
 
 # Each but train and eval is `python -m dcr.<name>`.
 COMMANDS = {
@@ -38,7 +38,7 @@ COMMANDS = {
 @hydra.main(version_base="1.3", config_path=str(config.CONF), config_name="train")
 @cli.job
 def _train(composed: DictConfig) -> None:
-    settings = config.resolve(composed, TrainConfig)
+    settings = config.resolve(composed, TrainSettings)
     if settings.plan:
         from dcr import plan
 

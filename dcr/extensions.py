@@ -1,13 +1,14 @@
 """The one table of our extensions: what each name of a setting stands for.
 
-Whoever evaluates hands `EvalSettings` to the core, which knows `EvalConfig` alone.
+Whoever trains hands `TrainSettings` to the core, which knows `TrainConfig` alone, and whoever
+evaluates `EvalSettings`.
 """
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from dcr.core import ending
-from dcr.core.config import EvalConfig, Part, Table
+from dcr.core.config import EvalConfig, Part, Table, TrainConfig, TrainTable
 
 if TYPE_CHECKING:
     from dcr.core.passes import Passes
@@ -44,7 +45,19 @@ class EvalSettings(EvalConfig):
     table: ClassVar[Table] = TABLE
 
 
-ending.SCHEMAS["eval"] = EvalSettings
+@dataclass
+class TrainSettings(TrainConfig):
+    """Everything `train.py` can be told."""
+
+    table: ClassVar[TrainTable] = TrainTable(
+        examining="dcr.balance:examined",
+        best_layer="dcr.choice:best_layer",
+        watching="dcr.tracking:watching",
+        sharding="dcr.sharding:Shards",
+    )
+
+
+ending.SCHEMAS |= {"train": TrainSettings, "eval": EvalSettings}
 
 
 def fast_passes() -> "Passes":

@@ -7,7 +7,6 @@ Lightning's own sharded checkpoints, or torch's, reading one runs no code of it.
 """
 
 import warnings
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
-from torch import Size, Tensor, nn
+from torch import Size, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
@@ -25,11 +24,10 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from dcr.core import storage
+from dcr.core import models, storage
+from dcr.core.training.resuming import homes
 
 REST = "rest.ckpt"  # of a checkpoint's folder: all but the tensors that are sharded
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each trainable weight
-QUANTISED, EIGHT_BIT = "__bnb_optimizer_quant_state__", ("state1", "state2")  # bitsandbytes' own
 
 
 class Sharded(ModelParallelStrategy):
@@ -54,27 +52,6 @@ class Sharded(ModelParallelStrategy):
         self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)  # by all ranks
 
 
-def is_sharded(module: nn.Module) -> bool:
-    return any(isinstance(weight, DTensor) for weight in module.parameters())
-
-
-def _homes(
-    checkpoint: dict[str, Any], module: nn.Module
-) -> Iterator[tuple[str, dict[Any, Any], Any, Tensor]]:
-    """Of every tensor that may be sharded its name in files, where it belongs, and its weight."""
-    (optimizer,) = checkpoint["optimizer_states"]
-    weights = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    for number, (name, weight) in enumerate(weights):
-        yield name, checkpoint["state_dict"], name, weight.detach()
-        state = optimizer["state"][number]
-        state = state.get(QUANTISED, state)
-        # of a folder's rest, whose moments lie elsewhere, neither name is there yet
-        for moment, key in zip(
-            MOMENTS, EIGHT_BIT if EIGHT_BIT[0] in state else MOMENTS, strict=True
-        ):
-            yield f"{moment}/{name}", state, key, weight.detach()
-
-
 def write(checkpoint: dict[str, Any], folder: Path, module: nn.Module) -> None:
     """A checkpoint as a folder with checksums, whole or not at all; every process calls.
 
@@ -86,7 +63,7 @@ def write(checkpoint: dict[str, Any], folder: Path, module: nn.Module) -> None:
         "state_dict": dict(checkpoint["state_dict"]),
         "optimizer_states": [optimizer | {"state": state}],
     }
-    tensors = {named: home.pop(key) for named, home, key, _ in _homes(rest, module)}
+    tensors = {named: home.pop(key) for named, home, key, _ in homes(rest, module)}
     with ExitStack() as stack:
         staging, fault = None, None
         try:
@@ -113,20 +90,20 @@ def write(checkpoint: dict[str, Any], folder: Path, module: nn.Module) -> None:
 def read(checkpoint: Path, module: nn.Module) -> dict[str, Any]:
     """A checkpoint's folder, with whole tensors or those shards that the module's weights have."""
     whole = torch.load(checkpoint / REST, map_location="cpu", weights_only=True)
-    homes = list(_homes(whole, module))
-    tensors = {named: torch.empty_like(weight) for named, _, _, weight in homes}
+    places = list(homes(whole, module))
+    tensors = {named: torch.empty_like(weight) for named, _, _, weight in places}
     with warnings.catch_warnings():  # that each process reads what it needs, without the others
         warnings.filterwarnings("ignore", message=".*torch.distributed is disabled")
         reader = HuggingFaceStorageReader(str(checkpoint))
         load(tensors, storage_reader=reader, no_dist=True)
-    for named, home, key, _ in homes:
+    for named, home, key, _ in places:
         home[key] = tensors[named]
     return whole
 
 
-def sharded_alike(checkpoint: dict[str, Any], module: nn.Module) -> dict[str, Any]:
+def alike(checkpoint: dict[str, Any], module: nn.Module) -> dict[str, Any]:
     """A whole checkpoint, its tensors sharded as the module's weights are."""
-    for _, home, key, weight in _homes(checkpoint, module) if is_sharded(module) else ():
+    for _, home, key, weight in homes(checkpoint, module) if models.is_sharded(module) else ():
         if isinstance(weight, DTensor):
             home[key] = distribute_tensor(
                 home[key].to(weight.device),
@@ -140,16 +117,17 @@ def sharded_alike(checkpoint: dict[str, Any], module: nn.Module) -> dict[str, An
 def shapes(
     checkpoint: Path, module: nn.Module
 ) -> tuple[dict[str, Any], dict[str, Size], dict[str, Size]]:
-    """What a checkpoint holds beside tensors, the shape of each of these, and what it should be."""
-    folder = checkpoint.is_dir()
-    file = checkpoint / REST if folder else checkpoint
+    """What a folder holds beside tensors, the shape of each of these, and what it should be."""
     # on the meta device, where names and shapes alone are read
-    held = torch.load(file, map_location="meta", weights_only=True, mmap=True)
-    homes = list(_homes(held, module))
-    if folder:
-        reader = HuggingFaceStorageReader(str(checkpoint))
-        found: Any = reader.read_metadata().state_dict_metadata
-        sizes = {name: tensor.size for name, tensor in found.items()}
-    else:
-        sizes = {named: home[key].shape for named, home, key, _ in homes}
-    return held, sizes, {named: weight.shape for named, _, _, weight in homes}
+    held = torch.load(checkpoint / REST, map_location="meta", weights_only=True, mmap=True)
+    found: Any = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
+    wanted = {named: weight.shape for named, _, _, weight in homes(held, module)}
+    return held, {name: tensor.size for name, tensor in found.items()}, wanted
+
+
+class Shards:
+    """`protocols.Shards`, as the table of extensions names it."""
+
+    strategy = Sharded
+    write, read = staticmethod(write), staticmethod(read)
+    alike, shapes = staticmethod(alike), staticmethod(shapes)

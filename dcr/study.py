@@ -42,7 +42,7 @@ from dcr.core.config import (
 )
 from dcr.core.runs import Cost, Run
 from dcr.core.text import label_of, single_line
-from dcr.extensions import EvalSettings
+from dcr.extensions import EvalSettings, TrainSettings
 from dcr.plan import cost
 
 SLOW_IMPORTS = ("dcr.train", "dcr.core.evaluation.metrics")
@@ -190,7 +190,7 @@ def job_of(
     steered: Sequence[str] = (),
 ) -> Job:
     """A run under `out`, trained with the settings `words` and evaluated, STL also `steered`."""
-    settings = config.resolve(cli.compose("train", words, Options), TrainConfig)
+    settings = config.resolve(cli.compose("train", words, Options), TrainSettings)
     if settings.trainer.devices * settings.trainer.num_nodes > 1:
         raise ConfigError("trainer.devices: a study runs job after job, each on one device")
     made_with = config.plain(settings)
@@ -250,7 +250,7 @@ def split_settings(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """
     training, evaluating = (
         {entry.name for entry in fields(schema)} | {group}
-        for schema, group in ((TrainConfig, "preset"), (EvalSettings, "steering"))
+        for schema, group in ((TrainSettings, "preset"), (EvalSettings, "steering"))
     )
     evaluating -= {"model", "data", "seed"}  # the run's own
     machine = {f"trainer.{entry.name}" for entry in fields(DeviceConfig)}

@@ -13,13 +13,23 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from dcr.analyses import weights
-from dcr.core import results
-from dcr.core.config import DataConfig, Kind, Quantity, TrackingConfig
+from dcr.core import config, models, results
+from dcr.core.config import (
+    ConfigError,
+    DataConfig,
+    Kind,
+    Quantity,
+    Stage,
+    TrackingConfig,
+    TrainConfig,
+)
 from dcr.core.evaluation import sets
 from dcr.core.evaluation.sets import ByKind
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
+from dcr.core.runs import Run
 from dcr.core.sources import Example
+from dcr.core.training.protocols import Watched
 
 BETWEEN = 20  # steps at which a curve is measured between its first and its last
 
@@ -62,6 +72,31 @@ def tracked(config: TrackingConfig, data: DataConfig, seed: int) -> Tracked | No
     every = sets.every(data)
     rows = {q: sets.drawn(every, counts[q], seed) for q in config.quantities}
     return Tracked(config, rows, sets.followed(every), seed)
+
+
+def watching(settings: TrainConfig) -> Watched:
+    """Trackers for the stages of a run, on prompts that are read now.
+
+    Raises ConfigError for parameters and tokens that the model does not have, and as `tracked`.
+    """
+    facts, kernel = models.facts(settings.model), settings.tracking.entk
+    if Quantity.kernel in settings.tracking.quantities:
+        config.parameters("tracking.entk.params", kernel.params, facts.depth)
+        if kernel.top_k > facts.vocabulary:
+            raise ConfigError(
+                f"tracking.entk.top_k={kernel.top_k}: the model has {facts.vocabulary} tokens"
+            )
+    found = tracked(settings.tracking, settings.data, settings.seed)
+
+    def callbacks(
+        run: Run, stage: Stage, policy: Policy, chat: ChatFormat, total: int
+    ) -> list[Callback]:
+        if found is None:
+            return []
+        steps = tracked_steps(total, settings.tracking.every_n_steps)
+        return [Tracker(stage.value, policy, chat, found, steps, run.tracked(stage.value))]
+
+    return callbacks
 
 
 class Tracker(Callback):

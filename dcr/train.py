@@ -10,13 +10,12 @@ from dataclasses import replace
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from dcr import tracking
 from dcr.core import (
-    balance,
     batching,
     cli,
     config,
     data,
+    extending,
     models,
     precision,
     runs,
@@ -24,12 +23,12 @@ from dcr.core import (
     threads,
     wandb_run,
 )
-from dcr.core.balance import Balance
-from dcr.core.config import ConfigError, Method, NLLSource, Quantity, Stage, TrainConfig
+from dcr.core.config import ConfigError, Method, NLLSource, Stage, TrainConfig
 from dcr.core.data import Splits
 from dcr.core.runs import Run
 from dcr.core.storage import Lease
 from dcr.core.training import callbacks, stages
+from dcr.core.training.protocols import Examine, Watch
 from dcr.core.training.stages import Job
 
 log = logging.getLogger(__name__)
@@ -51,7 +50,10 @@ def train(settings: TrainConfig, run: Run) -> None:
     rows = checked(settings, run)
     if not all(run.done(stage.value) for stage in wanted):
         arithmetic.say()
-    tracked = tracking.tracked(settings.tracking, settings.data, settings.seed)
+    watched = None
+    if settings.tracking.quantities:
+        watch: Watch = extending.ours(settings.table.watching)
+        watched = watch(settings)
     with (
         callbacks.quiet(),
         _claimed(settings, run, rows) as lease,
@@ -62,7 +64,7 @@ def train(settings: TrainConfig, run: Run) -> None:
             storage.write_json(run.threads_file, {"threads": number})
         made_of = storage.fingerprint(runs.binding(config.plain(settings)))
         block = _block(settings, run)
-        job = Job(settings, run, rows, block, lease, [*loggers], tracked, made_of)
+        job = Job(settings, run, rows, block, lease, [*loggers], watched, made_of)
         for stage in wanted:
             if run.done(stage.value):
                 log.info("%s: done in %s, skipped", stage.value, run.stage(stage.value))
@@ -79,14 +81,7 @@ def train(settings: TrainConfig, run: Run) -> None:
 def checked(settings: TrainConfig, run: Run) -> Splits:
     """The rows of a run, and a UserError for all that can be known wrong before weights open."""
     _check_devices(settings)
-    facts, kernel = models.facts(settings.model), settings.tracking.entk
-    config.block_of(settings.dcr, facts.depth)
-    if Quantity.kernel in settings.tracking.quantities:
-        config.parameters("tracking.entk.params", kernel.params, facts.depth)
-        if kernel.top_k > facts.vocabulary:
-            raise ConfigError(
-                f"tracking.entk.top_k={kernel.top_k}: the model has {facts.vocabulary} tokens"
-            )
+    config.block_of(settings.dcr, models.facts(settings.model).depth)
     wanted = config.stages_of(settings)
     rows = data.rows_of(settings)
     _check_input(settings, run, wanted, rows)
@@ -100,9 +95,7 @@ def _block(settings: TrainConfig, run: Run) -> int:
         return config.block_of(settings.dcr, models.facts(settings.model).depth)
     if (known := run.block()) is not None:
         return known
-    from dcr import choice
-
-    block = choice.best_layer(settings)
+    block: int = extending.ours(settings.table.best_layer)(settings)
     if _leads():
         storage.write_json(run.layer_file, {"block": block})
     return block
@@ -163,9 +156,10 @@ def _claimed(settings: TrainConfig, run: Run, rows: Splits) -> Iterator[Lease | 
     with storage.locked(run.folder) as lease:
         try:
             runs.claim(run, config.plain(settings), settings.force)
-            found = balance.balance(rows.seemingly_toxic, rows.toxic)
-            runs.claim_rows(run, data.row_record(rows, found), settings.force)
-            _say_rows(rows, found)
+            examine: Examine | None = extending.ours(settings.table.examining)
+            about, warnings = examine(rows) if examine else ({}, [])
+            runs.claim_rows(run, data.row_record(rows, about), settings.force)
+            _say_rows(rows, warnings)
             yield lease
         except BaseException:
             _take_back(run, before)
@@ -183,13 +177,13 @@ def _take_back(run: Run, before: set[str]) -> None:
         run.folder.rmdir()
 
 
-def _say_rows(rows: Splits, found: Balance | None) -> None:
+def _say_rows(rows: Splits, warnings: list[str]) -> None:
     counts = {name: len(part) for name, part in rows.parts().items() if part}
     log.info("rows: %s", ", ".join(f"{count} {name}" for name, count in counts.items()))
     for line in rows.told():
         log.info(line)
-    if found and found.warning:
-        log.warning(found.warning)
+    for line in warnings:
+        log.warning(line)
 
 
 @contextmanager

@@ -8,7 +8,8 @@ prompt, and again with other instructions if the result is no twin by the rules 
 import re
 from collections import Counter
 
-from dcr.core import balance, refusal
+from dcr import balance
+from dcr.core import refusal
 from dcr.core.config import KeywordRules
 from dcr.core.text import normalise
 

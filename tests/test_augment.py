@@ -26,11 +26,11 @@ from dcr.core.config import (
     EvaluationSets,
     SafetyPairsConfig,
     SourceConfig,
-    TrainConfig,
     UserError,
 )
 from dcr.core.data import Splits
 from dcr.core.runs import Run
+from dcr.extensions import TrainSettings
 from dcr.plan import expected
 from tests import forked, tiny_run
 from tests.servers.loopback import Answer
@@ -219,7 +219,7 @@ def test_the_record_lists_the_rows_and_finds_them_again(folder: Folder) -> None:
 
 def test_the_embedded_corpus_has_its_answers() -> None:
     composed = cli.compose("train", ["model=tiny", "data=demo"])
-    demo = config.resolve(composed, TrainConfig).data
+    demo = config.resolve(composed, TrainSettings).data
     rows = split(demo)
     assert len(rows.augmented) == 40
     assert all(row.response for row in rows.augmented)

@@ -8,7 +8,8 @@ from sklearn.metrics import roc_auc_score
 from sklearn.naive_bayes import MultinomialNB
 from sklearn.preprocessing import MultiLabelBinarizer
 
-from dcr.core import balance, sources
+from dcr import balance
+from dcr.core import sources
 from dcr.core.config import Kind
 from dcr.core.sources import Example
 from tests.tiny_run import DATA, real

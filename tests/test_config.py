@@ -25,14 +25,14 @@ from dcr.core.config import (
 )
 from dcr.core.config.checks import settings_of
 from dcr.core.text import label_of
-from dcr.extensions import EvalSettings
+from dcr.extensions import EvalSettings, TrainSettings
 from tests.tiny_run import CONF, composed
 
 FILES = sorted(CONF.rglob("*.yaml"))
 
 
 def train_config(*overrides: str) -> TrainConfig:
-    return config.resolve(composed("train", *overrides), TrainConfig)
+    return config.resolve(composed("train", *overrides), TrainSettings)
 
 
 def block(found: TrainConfig) -> int:
@@ -148,7 +148,7 @@ def test_a_copy_of_a_model_keeps_its_numbers(tmp_path: Path) -> None:
     # as eval.py does with the run's own config.yaml
     again = OmegaConf.create(config.plain(found))
     assert isinstance(again, DictConfig)
-    assert config.resolve(again, TrainConfig).model == found.model
+    assert config.resolve(again, TrainSettings).model == found.model
     told = ("model=llama3_8b", f"model.name={tmp_path}", "steering=surgical", "data=demo")
     surgical = config.resolve(composed("eval", *told), EvalSettings).steering.surgical
     assert (surgical.add, surgical.ablate) == (0.5, 0.3)
@@ -174,7 +174,7 @@ def test_what_the_user_sets_survives_another_model() -> None:
     assert (found.dcr.layer, found.sft.lr, found.sft.lora.targets) == (5, 3e-4, ["x"])
     node = composed("train", "model.name=other", "model.template=llama3", "model.sft_epochs=7")
     config.leave_numbers_of_another_model(node, ["name", "template", "sft_epochs"])
-    found = config.resolve(node, TrainConfig)
+    found = config.resolve(node, TrainSettings)
     assert (found.model.template, found.sft.epochs, found.dcr.layer) == ("llama3", 7, None)
 
 
@@ -205,7 +205,7 @@ def test_a_resolved_configuration_is_plain() -> None:
     found = train_config()
     assert (found.method, found.stage) == (Method.dcr, Stage.all)
     again: Any = OmegaConf.create(yaml.safe_dump(config.plain(found)))
-    assert config.resolve(again, TrainConfig) == found
+    assert config.resolve(again, TrainSettings) == found
 
 
 # --- ranges: what is refused, and the nearest values that are not ---
@@ -248,7 +248,7 @@ def resolved(base: DictConfig, values: Mapping[str, object]) -> TrainConfig:
     node = copy.deepcopy(base)
     for key, value in values.items():
         OmegaConf.update(node, key, value)
-    return config.resolve(node, TrainConfig)
+    return config.resolve(node, TrainSettings)
 
 
 @pytest.mark.parametrize("key", RANGES)

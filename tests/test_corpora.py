@@ -19,10 +19,12 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupKFold
 
 import dcr
-from dcr.core import balance, config, contamination, data, refusal, sources
-from dcr.core.config import Kind, TrainConfig
+from dcr import balance
+from dcr.core import config, contamination, data, refusal, sources
+from dcr.core.config import Kind
 from dcr.core.sources import SOURCES, Example
 from dcr.core.text import normalise
+from dcr.extensions import TrainSettings
 from tests.tiny_run import DATA, composed, real
 
 FOLDER = Path(dcr.__file__).parent / "demo"
@@ -160,7 +162,7 @@ def test_refusals_do_not_all_open_alike() -> None:
 
 @pytest.mark.parametrize("ratio", [1, 2, 3, 5])
 def test_every_ratio_has_its_rows(ratio: float) -> None:
-    demo = config.resolve(composed("train", "model=tiny"), TrainConfig).data
+    demo = config.resolve(composed("train", "model=tiny"), TrainSettings).data
     rows = data.split(demo, ratio, 0, True)
     assert (len(rows.seemingly_toxic), len(rows.toxic)) == (40, 40 * ratio)
     assert len(rows.refusals) == 80

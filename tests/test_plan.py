@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from dcr import plan
 from dcr.core import cli, config, data, models
 from dcr.core.config import ConfigError, LoraConfig, Method, Precision, Stage, TrainConfig
+from dcr.extensions import TrainSettings
 from dcr.fast import packing
 from dcr.plan import cost
 from dcr.plan.__main__ import main
@@ -32,7 +33,7 @@ PAPER = "dcr.precision=mixed", "sft.precision=bf16"  # what auto is follows the 
 
 def settings(*overrides: str) -> TrainConfig:
     told = ["trainer.accelerator=cpu", "trainer.threads=1", *PAPER, *overrides]
-    return config.resolve(cli.compose("train", told), TrainConfig)
+    return config.resolve(cli.compose("train", told), TrainSettings)
 
 
 def stage(told: TrainConfig, which: Stage) -> plan.StagePlan:

@@ -21,6 +21,7 @@ from dcr.core.config import TrainConfig
 from dcr.core.data import SafetyData
 from dcr.core.runs import Run
 from dcr.core.training.resuming import StepSeed
+from dcr.extensions import TrainSettings
 
 CONF = Path(__file__).parent.parent / "conf"
 REFUSAL = "I'm sorry, but I can't help with that."
@@ -95,7 +96,7 @@ def composed(script: str, *overrides: str, hydra: bool = False) -> DictConfig:
 
 def settings(folder: Path, *more: str) -> TrainConfig:
     """The overrides composed and resolved as `train.py` would."""
-    return config.resolve(composed("train", *overrides(folder, *more)), TrainConfig)
+    return config.resolve(composed("train", *overrides(folder, *more)), TrainSettings)
 
 
 def trained(folder: Path, *more: str) -> tuple[Run, TrainConfig]:

@@ -11,9 +11,10 @@ from rich.table import Table
 from dcr import choice, entry
 from dcr.choice.origins import FEWEST, LIMIT
 from dcr.core import cli, config, precision, storage, threads
-from dcr.core.config import Precision, TrainConfig, UserError
+from dcr.core.config import Precision, UserError
 from dcr.core.statistics import Interval
 from dcr.core.text import label_of
+from dcr.extensions import TrainSettings
 
 if TYPE_CHECKING:
     from dcr.choice import Choice
@@ -55,7 +56,7 @@ class Options:
 @entry.command(Options)
 def main(options: Options) -> None:
     words = [*options.settings, f"precision={options.precision}"]
-    settings = config.resolve(cli.compose("train", words, Options), TrainConfig)
+    settings = config.resolve(cli.compose("train", words, Options), TrainSettings)
     label = f"{settings.model.label or label_of(settings.model.name)}-{settings.data.label}"
     out = Path(options.out or f"outputs/choice/{label_of(label)}.json")
     if out.is_dir() or out.suffix != ".json":

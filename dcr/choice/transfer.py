@@ -10,11 +10,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dcr import balance
 from dcr.analyses import separability
+from dcr.balance import Balance
 from dcr.choice import origins
 from dcr.choice.origins import FEWEST, LIMIT, Material, Pair
-from dcr.core import balance, batching, config, contamination, data, models, prompts
-from dcr.core.balance import Balance
+from dcr.core import batching, config, contamination, data, models, prompts
 from dcr.core.config import ConfigError, Kind, TrainConfig
 from dcr.core.data import LABELS
 from dcr.core.models import Policy

@@ -5,6 +5,8 @@ from typing import Any
 
 
 def ours(path: str) -> Any:
-    """What a path of our own tables names."""
+    """What a path of our own tables names; None for no path."""
+    if not path:
+        return None
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)

@@ -11,8 +11,8 @@ from pathlib import Path
 from rich.table import Table
 
 from dcr import entry
+from dcr.balance import Balance
 from dcr.core import data, precision
-from dcr.core.balance import Balance
 from dcr.core.config import Method, Precision, Stage, TrainConfig, stages_of
 from dcr.core.data import Splits
 from dcr.core.runs import Run

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from dcr import entry, plan
 from dcr.core import cli, config
-from dcr.core.config import TrainConfig
+from dcr.extensions import TrainSettings
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Options:
 @entry.command(Options)
 def main(options: Options) -> None:
     composed = cli.compose("train", options.settings, Options)
-    print(plan.describe(config.resolve(composed, TrainConfig)))
+    print(plan.describe(config.resolve(composed, TrainSettings)))
 
 
 if __name__ == "__main__":

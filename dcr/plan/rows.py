@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dcr.core import balance, data, prompts, sources, storage
-from dcr.core.balance import Balance
+from dcr import balance
+from dcr.balance import Balance
+from dcr.core import data, prompts, sources, storage
 from dcr.core.config import (
     EMBEDDED_MODEL,
     TINY_MODEL,

@@ -11,7 +11,7 @@ import yaml
 from markupsafe import Markup
 
 import dcr
-from dcr.core.balance import Balance
+from dcr.balance import Balance
 from dcr.core.config import Kind
 from dcr.core.text import printable
 from dcr.report import comparisons, figures

@@ -93,6 +93,7 @@ from dcr.core.config.schema import (
     Terminator,
     TrackingConfig,
     TrainConfig,
+    TrainTable,
     WandbConfig,
     WandbMode,
     Weights,

@@ -7,7 +7,7 @@ Numbers of the paper that do not vary by model are defaults here (section refere
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
 from omegaconf import II, MISSING
 
@@ -394,9 +394,24 @@ class WandbConfig:
     tags: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class TrainTable:
+    """The extensions of training: dotted paths `package.module:Name`, see `training.protocols`.
+
+    Each is imported only where settings ask for it.
+    """
+
+    examining: str = ""  # of a `protocols.Examine`: looks at the rows of a run
+    best_layer: str = ""  # of a `protocols.FindLayer`: for `dcr.layer=auto`
+    watching: str = ""  # of a `protocols.Watch`: measures while stages train
+    sharding: str = ""  # of a `protocols.Shards`: weights split over processes
+
+
 @dataclass
 class TrainConfig:
     """Everything `train.py` can be told."""
+
+    table: ClassVar[TrainTable] = TrainTable()
 
     # What is trained: DCR, SFT alone, or SFT with answers to harmless prompts.
     method: Method = Method.dcr

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from dcr.core import contamination, sources
-from dcr.core.balance import Balance
 from dcr.core.config import (
     AugmentConfig,
     ConfigError,
@@ -384,19 +383,18 @@ def _shuffled(rows: list[Example], seed: int) -> list[Example]:
     return sources.draw(rows, len(rows), seed)
 
 
-def row_record(rows: Splits, balance: Balance | None = None) -> dict[str, object]:
-    """Ids and fingerprint of every list of rows, and how stage one's kinds differ in form."""
+def row_record(rows: Splits, about: Mapping[str, Any] | None = None) -> dict[str, object]:
+    """Ids and fingerprint of every list of rows, and what else is told `about` them."""
     recorded = {name: sources.record(part) for name, part in rows.parts().items()}
     for name in recorded.keys() & {part for part, (node, *_) in LEARNT.items() if node is None}:
         # theirs is no node of `data`
         recorded[name]["sources"] = sorted({row.source for row in rows.parts()[name]})
-    told = {"balance": balance.record()} if balance else {}
     return {
         "rows": recorded,
         "dropped": rows.dropped,
         "in_distribution": rows.in_distribution,
         "unseen_groups": rows.unseen_groups,
-        **told,
+        **(about or {}),
     }
 
 

@@ -36,6 +36,7 @@ from dcr.core.models.structure import (
     final_norm,
     freeze_beyond,
     head,
+    is_sharded,
     logits,
     readout,
     shard,

@@ -163,6 +163,11 @@ def shard(model: Any, mesh: DeviceMesh) -> None:
     fully_shard(owner, mesh=mesh, ignored_params=left)
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Whether this process holds parts of its weights alone."""
+    return any(isinstance(weight, DTensor) for weight in module.parameters())
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The tensor itself, or all of one that is sharded: every process must call then."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

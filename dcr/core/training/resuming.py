@@ -30,9 +30,9 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from torchmetrics import MeanMetric
 
-from dcr import sharding
-from dcr.core import batching, models, storage
+from dcr.core import batching, extending, models, storage
 from dcr.core.config import Moments, Schedule, UserError
+from dcr.core.training.protocols import Shards
 
 log = logging.getLogger(__name__)
 
@@ -103,10 +103,16 @@ class ResumableModule(LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
+        self.sharding = ""  # of the extension that splits weights
         self.identity = ""  # of the run's settings: another run's checkpoint is none of this one
         self.rows: tuple[str, ...] = ()  # ids of the rows in the current step
         self.faulty: tuple[str, ...] = ()  # those of this rank in it whose loss is not finite
         self.strict_loading = False  # frozen weights are absent; on_load_checkpoint checks the rest
+
+    @property
+    def shards(self) -> Shards:
+        """The extension that splits weights over processes, imported where one is asked for."""
+        return extending.ours(self.sharding)
 
     def recompute_blocks(self) -> None:
         """Keep a hidden state of each block for the backward pass, and compute the rest again."""
@@ -265,13 +271,34 @@ class StepSeed(Callback):
         torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big"))
 
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each trainable weight
+QUANTISED, EIGHT_BIT = "__bnb_optimizer_quant_state__", ("state1", "state2")  # bitsandbytes' own
+
+
+def homes(
+    checkpoint: dict[str, Any], module: torch.nn.Module
+) -> Iterator[tuple[str, dict[Any, Any], Any, Tensor]]:
+    """Each tensor that may be sharded: its name in files, its dict and key, and its weight."""
+    (optimizer,) = checkpoint["optimizer_states"]
+    weights = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    for number, (name, weight) in enumerate(weights):
+        yield name, checkpoint["state_dict"], name, weight.detach()
+        state = optimizer["state"][number]
+        state = state.get(QUANTISED, state)
+        # of a folder's rest, whose moments lie elsewhere, neither name is there yet
+        for moment, key in zip(
+            MOMENTS, EIGHT_BIT if EIGHT_BIT[0] in state else MOMENTS, strict=True
+        ):
+            yield f"{moment}/{name}", state, key, weight.detach()
+
+
 class VerifiedCheckpointIO(CheckpointIO):
     """Atomic writes with a checksum; loads tensors and plain values only, never pickled code.
 
-    Of a `module` whose weights are sharded each process writes its own, into a folder.
+    Each process writes its own part, into a folder, where the weights of `module` are sharded.
     """
 
-    def __init__(self, module: torch.nn.Module) -> None:
+    def __init__(self, module: Any) -> None:
         self.module = module
 
     def save_checkpoint(
@@ -279,8 +306,8 @@ class VerifiedCheckpointIO(CheckpointIO):
     ) -> None:
         target = Path(path)
         try:
-            if sharding.is_sharded(self.module):
-                sharding.write(checkpoint, target, self.module)
+            if models.is_sharded(self.module):
+                self.module.shards.write(checkpoint, target, self.module)
                 return
             for place in (target, _checksum_file(target)):
                 if place.is_dir():  # whatever it is, no checkpoint of ours
@@ -301,9 +328,11 @@ class VerifiedCheckpointIO(CheckpointIO):
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         if Path(path).is_dir():
-            return sharding.read(Path(path), self.module)
+            return self.module.shards.read(Path(path), self.module)
         whole = torch.load(path, map_location=map_location or "cpu", weights_only=True)
-        return sharding.sharded_alike(whole, self.module)
+        if models.is_sharded(self.module):
+            return self.module.shards.alike(whole, self.module)
+        return whole
 
     def remove_checkpoint(self, path: str | Path) -> None:
         for place in (Path(path), _checksum_file(Path(path))):
@@ -345,7 +374,13 @@ def _is_whole(checkpoint: Path) -> bool:
 def _fits(checkpoint: Path, module: "ResumableModule") -> bool:
     """Whether a whole file is one of this run's stage: its weights, their moments, its step."""
     try:
-        held, shapes, wanted = sharding.shapes(checkpoint, module)
+        if checkpoint.is_dir():
+            held, shapes, wanted = module.shards.shapes(checkpoint, module)
+        else:  # on the meta device, where names and shapes alone are read
+            held = torch.load(checkpoint, map_location="meta", weights_only=True, mmap=True)
+            found = list(homes(held, module))
+            shapes = {named: home[key].shape for named, home, key, _ in found}
+            wanted = {named: weight.shape for named, _, _, weight in found}
         return (
             held["global_step"] == step_of(checkpoint)
             and module.identity in ("", held.get("run", module.identity))  # absent in earlier ones

@@ -12,8 +12,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 
-from dcr import sharding, tracking
-from dcr.core import data, models, passes, prompts, refusal, runs, storage
+from dcr.core import data, extending, models, passes, prompts, refusal, runs, storage
 from dcr.core.config import (
     FSDP,
     Adapter,
@@ -31,6 +30,7 @@ from dcr.core.runs import Run
 from dcr.core.storage import Lease
 from dcr.core.training import callbacks, resuming
 from dcr.core.training.contrastive import ContrastiveModule
+from dcr.core.training.protocols import Watched
 from dcr.core.training.readout import ReadoutModule
 from dcr.core.training.sft import SFTModule
 
@@ -58,7 +58,7 @@ class Job:
     block: int
     lease: Lease | None  # None in processes that help another one with its run folder
     loggers: list[Logger]
-    tracked: tracking.Tracked | None = None
+    watched: Watched | None = None  # None where nothing is measured meanwhile
     identity: str = ""  # of the settings that decide its weights
 
 
@@ -114,7 +114,7 @@ def train_contrastive(job: Job) -> None:
     trainer = _fit(job, Stage.contrastive, module, batches, total, *seen)
     trained = models.trained(policy.model)
     if trainer.is_global_zero:
-        if light or sharding.is_sharded(policy.model):  # weights that are not whole here
+        if light or models.is_sharded(policy.model):  # weights that are not whole here
             policy = _contrastive_start(job)
             policy.model.load_state_dict(trained, strict=False)
         if settings.dcr.adapter is Adapter.lora:
@@ -175,11 +175,7 @@ def train_readout(job: Job) -> None:
 def _measuring(
     job: Job, stage: Stage, policy: Policy, chat: ChatFormat, total: int
 ) -> list[Callback]:
-    if job.tracked is None:
-        return []
-    steps = tracking.tracked_steps(total, job.settings.tracking.every_n_steps)
-    place = job.run.tracked(stage.value)
-    return [tracking.Tracker(stage.value, policy, chat, job.tracked, steps, place)]
+    return job.watched(job.run, stage, policy, chat, total) if job.watched else []
 
 
 def _batches(job: Job, stage: Stage, chat: ChatFormat) -> SafetyData:
@@ -237,7 +233,7 @@ def _fit(
     Raises TrainingError where no weight moved.
     """
     folder = job.run.checkpoints(stage.value)
-    module.identity = job.identity
+    module.identity, module.sharding = job.identity, job.settings.table.sharding
     checkpoint = resuming.newest_checkpoint(folder, module)
     step = resuming.step_of(checkpoint)
     if checkpoint:
@@ -280,7 +276,7 @@ def _trainer(
     if strategy == FSDP and stage is Stage.readout:  # whose last blocks run by themselves
         strategy = "ddp" if processes > 1 else "auto"
     elif strategy == FSDP:
-        strategy = sharding.Sharded(processes)
+        strategy = extending.ours(settings.table.sharding).strategy(processes)
     contrastive = stage is Stage.contrastive
     precision = settings.dcr.precision if contrastive else settings.sft.precision
     # the readout reads states of a whole pass, which was made without autocast

@@ -8,8 +8,10 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from dcr.core import statistics
+from dcr.core.data import Splits
 from dcr.core.sources import Example
 
 FOLDS = 5
@@ -78,6 +80,14 @@ def balance(seemingly_toxic: Sequence[Example], toxic: Sequence[Example]) -> Bal
         questions=(question_share(seemingly_toxic), question_share(toxic)),
         length=(sum(lengths[0]) / len(seemingly_toxic), sum(lengths[1]) / len(toxic)),
     )
+
+
+def examined(rows: Splits) -> tuple[dict[str, Any], list[str]]:
+    """A run's rows of stage one as `rows.json` tells of them, and what to warn of."""
+    found = balance(rows.seemingly_toxic, rows.toxic)
+    if found is None:
+        return {}, []
+    return {"balance": found.record()}, [found.warning] if found.warning else []
 
 
 def _group(row: Example) -> str:
