@@ -11,6 +11,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
+from transformers import AutoModelForCausalLM
 
 from dcr import eval as eval_entry
 from dcr.core import cli, config, generation, models, refusal, runs, storage
@@ -348,9 +349,9 @@ def test_a_folder_is_known_by_what_it_holds(tiny_folder: Path, tmp_path: Path) -
     before = answers_of(*in_folder(folder))
     assert answers_of(*in_folder(folder)) == before
     assert answers_of(*in_folder(elsewhere)).name == before.name
-    policy = models.open_folder(str(folder), Precision.fp32)
-    policy.model.model.layers[0].mlp.up_proj.weight.data += 1
-    policy.model.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.model.layers[0].mlp.up_proj.weight.data += 1
+    model.save_pretrained(folder)
     after = answers_of(*in_folder(folder))
     assert after != before
     (folder / "chat_template.jinja").write_text("{{ messages[-1].content }}")
