@@ -30,15 +30,16 @@ from rich.console import Console
 from rich.table import Table
 
 from dcr import extensions, steering
-from dcr.core import activations, cli, config, generation, models, prompts, refusal, sources
-from dcr.core.activations import Edits, Plan
+from dcr.core import cli, config, generation, models, prompts, refusal, sources
 from dcr.core.config import GenConfig, Kind, Precision, SteeringConfig
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.sources import Example
 from dcr.extensions import EvalSettings
+from dcr.steering import edits as editing
 from dcr.steering import surgical
+from dcr.steering.edits import Edits, Plan
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 FAINT = 1e-6  # a strength that changes no token
@@ -124,7 +125,7 @@ def compared(settings: EvalSettings, options: dict[str, str]) -> Table:
 
     def steered(name: str) -> Callable[[], dict[str, str]]:
         def ask() -> dict[str, str]:
-            with activations.edited(policy.model, edits[name]):
+            with editing.edited(policy.model, edits[name]):
                 return answers(policy, chat, rows, plain)
 
         return ask

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from dcr.core import activations, models
 from dcr.core.activations import Site
 from dcr.core.config import ConfigError, LoraConfig
+from dcr.steering import edits as editing
 from tests.shapes import SHAPE, generated, made
 from tests.tiny_run import failing
 
@@ -120,9 +121,9 @@ def test_an_edit_is_what_a_loop_over_the_blocks_does(family: Any, site: Site) ->
             new[0, t] = x - factor * sum(x[i] * w[i] for i in range(WIDTH)) * w + factor * r
         return new
 
-    told = activations.Edit(site, 2, add=r, ablate=w, scale=factor, start=torch.tensor([2]))
+    told = editing.Edit(site, 2, add=r, ablate=w, scale=factor, start=torch.tensor([2]))
     plain = family(input_ids=ROW[None]).logits[0]
-    with activations.edited(family, [told]):
+    with editing.edited(family, [told]):
         found = family(input_ids=ROW[None]).logits[0]
     torch.testing.assert_close(plain, by_hand(family, ROW, lambda _s, _b, h: h))
     torch.testing.assert_close(found, by_hand(family, ROW, edit))
@@ -134,8 +135,8 @@ def test_an_edit_is_what_a_loop_over_the_blocks_does(family: Any, site: Site) ->
 def test_full_ablation_leaves_no_component_at_any_site(family: Any) -> None:
     w = vector(1, unit=True)
     sites = (Site.block_input, Site.attention_output, Site.mlp_output)
-    edits = [activations.Edit(s, b, ablate=w) for b in (1, 2, 3) for s in sites]
-    with activations.edited(family, edits):
+    edits = [editing.Edit(s, b, ablate=w) for b in (1, 2, 3) for s in sites]
+    with editing.edited(family, edits):
         seen = {
             site: activations.states(family, IDS, MASK.bool(), torch.tensor([[0, 2]] * 2), site)
             for site in Site
@@ -147,15 +148,15 @@ def test_full_ablation_leaves_no_component_at_any_site(family: Any) -> None:
     assert (plain @ w).abs().max() > 0.1
 
 
-def edits_by_row(starts: list[int]) -> list[activations.Edit]:
+def edits_by_row(starts: list[int]) -> list[editing.Edit]:
     scale, start = torch.tensor([1.5, -0.5]), torch.tensor(starts)
     return [
-        activations.Edit(Site.block_output, 2, add=vector(3), scale=scale, start=start),
-        activations.Edit(Site.mlp_output, 1, ablate=vector(1, unit=True), scale=scale, start=start),
+        editing.Edit(Site.block_output, 2, add=vector(3), scale=scale, start=start),
+        editing.Edit(Site.mlp_output, 1, ablate=vector(1, unit=True), scale=scale, start=start),
     ]
 
 
-def one_of(edits: list[activations.Edit], row: int, start: int) -> list[activations.Edit]:
+def one_of(edits: list[editing.Edit], row: int, start: int) -> list[editing.Edit]:
     scale = [1.5, -0.5][row]
     return [replace(edit, scale=scale, start=torch.tensor([start])) for edit in edits]
 
@@ -167,11 +168,11 @@ LEFT_MASK = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
 @torch.no_grad()
 def test_rows_padded_on_the_left_are_edited_as_alone(family: Any) -> None:
     edits = edits_by_row([4, 3])
-    with activations.edited(family, edits):
+    with editing.edited(family, edits):
         assert activations.per_row(family)
         batch = generated(family, LEFT, LEFT_MASK)[1]
     for row, (prompt, start) in enumerate([(LEFT[:1], 4), (LEFT[1:, 2:], 1)]):
-        with activations.edited(family, one_of(edits, row, start)):
+        with editing.edited(family, one_of(edits, row, start)):
             alone = generated(family, prompt, torch.ones_like(prompt))[1]
         torch.testing.assert_close(batch[row], alone[0])
 
@@ -180,7 +181,7 @@ def test_rows_padded_on_the_left_are_edited_as_alone(family: Any) -> None:
 def test_cached_generation_equals_recomputation(family: Any) -> None:
     ids, mask = LEFT[:1].repeat(2, 1), torch.ones(2, 5, dtype=torch.long)
     edits = edits_by_row([4, 2])
-    with activations.edited(family, edits):
+    with editing.edited(family, edits):
         cached = generated(family, ids, mask)[1]
         for step in range(4):  # each time a prefill, whose later positions lie behind `start`
             logits = family(input_ids=ids, use_cache=False).logits[:, -1]
@@ -192,12 +193,12 @@ def test_cached_generation_equals_recomputation(family: Any) -> None:
 def test_a_scale_of_zero_changes_no_bit(family: Any) -> None:
     plain = family(input_ids=LEFT, attention_mask=LEFT_MASK).logits
     for scale in (0.0, torch.zeros(2)):
-        edits = [activations.Edit(s, 2, vector(3), vector(1, True), scale) for s in Site]
-        with activations.edited(family, edits):
+        edits = [editing.Edit(s, 2, vector(3), vector(1, True), scale) for s in Site]
+        with editing.edited(family, edits):
             found = family(input_ids=LEFT, attention_mask=LEFT_MASK).logits
         assert torch.equal(found, plain)
-    edit = activations.Edit(Site.block_output, 1, vector(3), scale=torch.tensor([0.0, 1.0]))
-    with activations.edited(family, [edit]):
+    edit = editing.Edit(Site.block_output, 1, vector(3), scale=torch.tensor([0.0, 1.0]))
+    with editing.edited(family, [edit]):
         found = family(input_ids=LEFT, attention_mask=LEFT_MASK).logits
     assert torch.equal(found[0], plain[0])
     assert not torch.equal(found[1], plain[1])
@@ -210,20 +211,20 @@ def hooks_of(model: Any) -> int:
 @torch.no_grad()
 def test_edits_are_undone_also_after_an_exception(family: Any) -> None:
     before, plain = hooks_of(family), family(input_ids=ROW[None]).logits
-    edits = [activations.Edit(site, 1, vector(3)) for site in Site]
+    edits = [editing.Edit(site, 1, vector(3)) for site in Site]
 
     def fail(edited: bool) -> None:
         assert torch.equal(family(input_ids=ROW[None]).logits, plain) != edited
         raise RuntimeError("inside")
 
-    with pytest.raises(RuntimeError, match="inside"), activations.edited(family, edits):
+    with pytest.raises(RuntimeError, match="inside"), editing.edited(family, edits):
         fail(edited=True)
     with pytest.raises(RuntimeError, match="inside"), activations.captured(family, 2):
         fail(edited=False)
     assert hooks_of(family) == before
     assert torch.equal(family(input_ids=ROW[None]).logits, plain)
     planned: Any = failing(RuntimeError("planned"))
-    with pytest.raises(RuntimeError, match="planned"), activations.edited(family, planned):
+    with pytest.raises(RuntimeError, match="planned"), editing.edited(family, planned):
         family(input_ids=ROW[None])
     assert hooks_of(family) == before
 
@@ -233,18 +234,18 @@ def test_a_plan_sees_each_prefill_and_its_own_passes_are_plain(model: Any) -> No
     seen: list[tuple[Tensor, Tensor | None]] = []
     states: list[Tensor] = []
 
-    def plan(ids: Tensor, mask: Tensor | None) -> list[activations.Edit]:
+    def plan(ids: Tensor, mask: Tensor | None) -> list[editing.Edit]:
         seen.append((ids, mask))
         whole = torch.ones_like(ids).bool() if mask is None else mask.bool()
         states.append(activations.states(model, ids, whole, torch.tensor([[-1]] * len(ids))))
         scale = ids[:, 0].float() - 4  # 3 and 0: down by one and by four
-        return [activations.Edit(Site.block_output, 2, add=vector(3), scale=scale)]
+        return [editing.Edit(Site.block_output, 2, add=vector(3), scale=scale)]
 
-    fixed = activations.Edit(Site.block_output, 2, vector(3), scale=torch.tensor([-1.0, -4.0]))
-    with activations.edited(model, [fixed]):
+    fixed = editing.Edit(Site.block_output, 2, vector(3), scale=torch.tensor([-1.0, -4.0]))
+    with editing.edited(model, [fixed]):
         expected = generated(model, LEFT, LEFT_MASK)[1]
     plain = model(input_ids=LEFT, attention_mask=LEFT_MASK, output_hidden_states=True)
-    with activations.edited(model, plan):
+    with editing.edited(model, plan):
         assert activations.per_row(model)
         found = generated(model, LEFT, LEFT_MASK)[1]
         assert len(seen) == 1  # the passes behind the cache hold no new prompt
@@ -265,11 +266,11 @@ def test_edits_reach_an_adapted_model(model: Any) -> None:
     adapted = models.add_lora(model, LoraConfig(targets=["q_proj"]), seed=0)
     plain = model(input_ids=ROW[None]).logits
 
-    def plan(_ids: Tensor, _mask: Tensor | None) -> list[activations.Edit]:
-        return [activations.Edit(Site.attention_output, 2, vector(3))]
+    def plan(_ids: Tensor, _mask: Tensor | None) -> list[editing.Edit]:
+        return [editing.Edit(Site.attention_output, 2, vector(3))]
 
     for edits in (plan, plan(ROW, None)):
-        with activations.edited(adapted, edits):
+        with editing.edited(adapted, edits):
             found = adapted(input_ids=ROW[None]).logits
             assert activations.per_row(adapted) is callable(edits)
         assert not torch.equal(found, plain)
@@ -277,20 +278,20 @@ def test_edits_reach_an_adapted_model(model: Any) -> None:
 
 
 def test_contexts_nest_but_no_plan_inside_rows(model: Any) -> None:
-    one, two = (activations.Edit(Site.block_output, b, vector(b)) for b in (1, 2))
-    with torch.no_grad(), activations.edited(model, [one, two]):
+    one, two = (editing.Edit(Site.block_output, b, vector(b)) for b in (1, 2))
+    with torch.no_grad(), editing.edited(model, [one, two]):
         expected = model(input_ids=ROW[None]).logits
-    with torch.no_grad(), activations.edited(model, [one]):
-        with activations.edited(model, lambda _ids, _mask: [two]):
+    with torch.no_grad(), editing.edited(model, [one]):
+        with editing.edited(model, lambda _ids, _mask: [two]):
             assert torch.equal(model(input_ids=ROW[None]).logits, expected)
             with pytest.raises(ValueError, match="another batch"):
-                activations.edited(model, lambda _ids, _mask: []).__enter__()
+                editing.edited(model, lambda _ids, _mask: []).__enter__()
         assert not activations.per_row(model)
 
 
 def test_rows_of_another_batch_are_refused(model: Any) -> None:
     with (
-        activations.edited(model, edits_by_row([0, 0])),
+        editing.edited(model, edits_by_row([0, 0])),
         pytest.raises(ValueError, match="2 rows met a batch of 1"),
     ):
         model(input_ids=ROW[None])
@@ -300,12 +301,12 @@ def test_rows_of_another_batch_are_refused(model: Any) -> None:
 def test_a_block_without_the_part_is_refused_by_name() -> None:
     shape = AutoConfig.for_model("bloom", hidden_size=16, n_layer=2, n_head=2, vocab_size=11)
     bloom = AutoModelForCausalLM.from_config(shape)
-    edit = activations.Edit(Site.attention_output, 1, vector(1))
+    edit = editing.Edit(Site.attention_output, 1, vector(1))
     with pytest.raises(ConfigError, match=r"^model\.name: Bloom.* adds the residual"):
-        activations.edited(bloom, [edit]).__enter__()
+        editing.edited(bloom, [edit]).__enter__()
     bloom.transformer.h[0].self_attention = None
     with pytest.raises(ConfigError, match=r"^model\.name: a block of Bloom.* has 0 parts"):
-        activations.edited(bloom, [edit]).__enter__()
+        editing.edited(bloom, [edit]).__enter__()
 
 
 @torch.no_grad()
@@ -315,7 +316,7 @@ def test_bf16_is_edited_in_fp32_and_rounded_once(model: Any) -> None:
     with activations.captured(low, 1) as taken:
         low(input_ids=ROW[None])
     with (
-        activations.edited(low, [activations.Edit(Site.block_output, 1, r, w, 0.3)]),
+        editing.edited(low, [editing.Edit(Site.block_output, 1, r, w, 0.3)]),
         activations.captured(low, 1) as edited,
     ):
         low(input_ids=ROW[None])

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer
 
 from dcr import endpoints
 from dcr.core import batching, generation, models, prompts, storage, threads
-from dcr.core.activations import Edit, Site, edited
+from dcr.core.activations import Site
 from dcr.core.config import (
     DataError,
     GenConfig,
@@ -30,6 +30,7 @@ from dcr.core.sources import Example
 from dcr.endpoints import Failure, Reply, subject
 from dcr.fast import cache
 from dcr.fast import passes as fast
+from dcr.steering.edits import Edit, edited
 from tests import shapes
 
 PROMPTS = [

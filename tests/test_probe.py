@@ -8,11 +8,11 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from dcr.analyses import separability
-from dcr.core import activations, refusal, sources
+from dcr.core import refusal, sources
 from dcr.core.config import ConfigError, ProbeConfig, SteeringConfig
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
-from dcr.steering import Extraction, probe
+from dcr.steering import Extraction, edits, probe
 from tests.shapes import chat_of, tiny_policy
 
 ROWS = {kind: sources.read(f"contrasts_{kind}")[:24] for kind in ("toxic", "seemingly_toxic")}
@@ -80,7 +80,7 @@ def test_a_little_strength_adds_as_much_log_odds_as_the_probe_says(
 ) -> None:
     plain, told = log_odds(policy, chat, ASKED), says(policy, chat, made, ASKED)
     strength = 0.02 / told.abs().mean().item()
-    with activations.edited(policy.model, probe.edits(policy, chat, made, settings(strength))):
+    with edits.edited(policy.model, probe.edits(policy, chat, made, settings(strength))):
         gained = log_odds(policy, chat, ASKED) - plain
     assert (gained.sign() == told.sign()).all()
     # 1 a log-odds on average over the prompts it was fitted to
@@ -92,7 +92,7 @@ def test_much_strength_leaves_the_probe_alone_to_decide(
     policy: Policy, chat: ChatFormat, made: Any
 ) -> None:
     told = says(policy, chat, made, ASKED)
-    with activations.edited(policy.model, probe.edits(policy, chat, made, settings(3))):
+    with edits.edited(policy.model, probe.edits(policy, chat, made, settings(3))):
         found = log_odds(policy, chat, ASKED)
     agreement: Any = spearmanr(found, told)
     assert agreement.statistic > 0.9
@@ -111,7 +111,7 @@ def test_nothing_behind_the_first_answer_token_is_edited(
         return [first.logits, second.logits]
 
     plain = passes()
-    with activations.edited(policy.model, probe.edits(policy, chat, made, settings(5))):
+    with edits.edited(policy.model, probe.edits(policy, chat, made, settings(5))):
         edited = passes()
     assert not torch.equal(plain[0][:, -1], edited[0][:, -1])
     assert torch.equal(plain[0][:, :-1], edited[0][:, :-1])

@@ -15,7 +15,7 @@ from sklearn.metrics import cohen_kappa_score
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks import keywords as fit
-from dcr.core.activations import Edit, Site, edited
+from dcr.core.activations import Site
 from dcr.core.config import ModelConfig
 from dcr.core.models import random_policy
 from dcr.core.prompts import ChatFormat
@@ -32,6 +32,7 @@ from dcr.core.refusal import (
     refusal_openings,
 )
 from dcr.core.refusal.keywords import features, weighed
+from dcr.steering.edits import Edit, edited
 from tests.shapes import TINY
 from tests.test_refusal_probability import sentencepiece, word_tokenizer
 from tests.tiny_run import DATA, real

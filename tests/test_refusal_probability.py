@@ -23,6 +23,7 @@ from dcr.core.config import ModelConfig
 from dcr.core.models import Policy, byte_tokenizer
 from dcr.core.refusal.phrases import continuations, ending
 from dcr.fast import passes as fast
+from dcr.steering import edits
 
 SHAPE = {
     "hidden_size": 32,
@@ -389,8 +390,8 @@ def test_adapters_count_and_modes_stay() -> None:
 def test_edits_of_activations_hold() -> None:
     model = model_of("llama")
     plain = scored(model)
-    edit = activations.Edit(activations.Site.block_output, 1, add=torch.linspace(-2, 2, 32))
-    with activations.edited(model, [edit]):
+    edit = edits.Edit(activations.Site.block_output, 1, add=torch.linspace(-2, 2, 32))
+    with edits.edited(model, [edit]):
         check(model)
         edited = scored(model)
     assert (edited / plain - 1).abs().max() > 0.01
@@ -400,15 +401,15 @@ def test_a_plan_by_prompt_edits_the_same_rows(monkeypatch: pytest.MonkeyPatch) -
     """Each prompt steered by its own length, only from its last position on."""
     model = model_of("llama")
 
-    def plan(ids: torch.Tensor, mask: torch.Tensor | None) -> list[activations.Edit]:
+    def plan(ids: torch.Tensor, mask: torch.Tensor | None) -> list[edits.Edit]:
         assert mask is not None
         last = torch.full((len(ids),), ids.shape[1] - 1)
         vector = torch.linspace(-2, 2, 32)
         scale = mask.sum(1) / 50
         site = activations.Site.block_output
-        return [activations.Edit(site, 1, add=vector, scale=scale, start=last)]
+        return [edits.Edit(site, 1, add=vector, scale=scale, start=last)]
 
-    with activations.edited(model, plan):
+    with edits.edited(model, plan):
         fast = scored(model)
         monkeypatch.setattr(passes, "MASKABLE", set())
         walked = scored(model, batch_size=1)

@@ -31,6 +31,7 @@ from dcr.core.config import (
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
 from dcr.core.sources import Example
+from dcr.steering import edits as editing
 from dcr.steering import scans, vectors
 from tests.shapes import chat_of, generated, tiny_policy
 from tests.tiny_run import write_jsonl
@@ -164,7 +165,7 @@ def test_a_batch_is_steered_as_each_prompt_alone(deep: Policy) -> None:
     chat, texts = chat_of(deep), ["Ruin the pond!", "Where is the city of Rome?", "Bake"]
     told = settings(strength=3.0, threshold=None, anchors=2)
     found = scans.find(deep, chat, DRAWN, told)
-    with activations.edited(deep.model, scans.edits(deep, chat, found, told)):
+    with editing.edited(deep.model, scans.edits(deep, chat, found, told)):
         assert activations.per_row(deep.model)
         tokens, logits = answered(deep, chat, texts)
         for i, text in enumerate(texts):
@@ -181,7 +182,7 @@ def test_one_further_pass_a_prompt_and_nothing_more(deep: Policy) -> None:
     calls: list[str] = []
     deep.model.model.layers[0].register_forward_hook(lambda *_: calls.append("first"))
     deep.model.lm_head.register_forward_hook(lambda *_: calls.append("head"))
-    with activations.edited(deep.model, scans.edits(deep, chat, found, settings())):
+    with editing.edited(deep.model, scans.edits(deep, chat, found, settings())):
         answered(deep, chat, ["Ruin the pond!", "Bake"])
     assert (calls.count("first"), calls.count("head")) == (1 + 6, 6)
 
@@ -203,7 +204,7 @@ def test_text_without_a_mask_is_scored_without_its_padding(deep: Policy) -> None
     assert edits[0].scale.tolist() == signs
     assert edits[0].start.tolist() == [0, 0, 0]
     assert scans.rows(torch.zeros(1, 3, dtype=torch.long), None) == [[0]]
-    with activations.edited(deep.model, plan), torch.no_grad():
+    with editing.edited(deep.model, plan), torch.no_grad():
         assert deep.model(ids).logits.isfinite().all()
 
 
@@ -286,7 +287,7 @@ def test_full_ablation_is_orthogonalised_weights(deep: Policy) -> None:
         means.append(torch.stack(last).mean(0))
     assert found[1] == {"block": 4}
     torch.testing.assert_close(v, (w := means[0] - means[1]) / w.norm(), rtol=1e-3, atol=1e-4)
-    with activations.edited(deep.model, method.edits(deep, chat, found, told)):
+    with editing.edited(deep.model, method.edits(deep, chat, found, told)):
         tokens, logits = answered(deep, chat, texts)
     plain, _ = answered(deep, chat, texts)
     off = torch.eye(32) - v[:, None] * v[None]
@@ -402,7 +403,7 @@ def test_strength_zero_and_none_edit_nothing(deep: Policy, data: DataConfig) -> 
         found = steering.steer(deep, chat_of(deep), data, told, 0)
         assert (found.edits, found.record) == ((), {})
         assert steering.identity(data, told, 0) == {}
-        with activations.edited(deep.model, found.edits):
+        with editing.edited(deep.model, found.edits):
             steered = answered(deep, chat_of(deep), ["Bake"])[1]
         assert torch.equal(steered, answered(deep, chat_of(deep), ["Bake"])[1])
 
@@ -455,7 +456,7 @@ def test_vectors_are_kept_for_other_strengths(
     assert again.record == made.record | {"strength": 2.0}
     results = []
     for edits in (made.edits, again.edits):
-        with activations.edited(deep.model, edits):
+        with editing.edited(deep.model, edits):
             results.append(answered(deep, chat, ["Ruin the pond!"])[1])
     assert not torch.equal(results[0], results[1])
     calls.clear()

@@ -12,12 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dcr.core import activations
 from dcr.core.config import ConfigError, Kind, SteeringConfig, SurgicalConfig
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
 from dcr.core.sources import Example
-from dcr.steering import Extraction, surgical
+from dcr.steering import Extraction, edits, surgical
 from tests.shapes import chat_of, tiny_policy
 
 DEPTH, WIDTH, BLOCKS, TRAIN, HELD = 4, 32, 3, 9, 3
@@ -364,7 +363,7 @@ def test_edits_are_the_formula_at_every_site(planted: Policy, found: Any) -> Non
     chat = brief(planted)
     told = asked(strength=0.5, add=0.6, ablate=0.4)
     ids = chat.prompt_ids("Sing of rain~~~")
-    with activations.edited(planted.model, surgical.edits(planted, chat, found, told)):
+    with edits.edited(planted.model, surgical.edits(planted, chat, found, told)):
         steered = distribution(planted, ids)
     places, block = ablating(found[0]["ablated"], 0.2), found[1]["added"]["block"]
     projected = places["input", block]

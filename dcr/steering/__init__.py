@@ -1,7 +1,7 @@
 """Activation edits that over-refusal and safety are traded with: prompts in, edits out.
 
 `prompts` draws what vectors are computed from, `scans`, `surgical` and `probe` compute them and say
-where they act, `vectors` is what these share. A caller opens `activations.edited` with the result;
+where they act, `vectors` is what these share. A caller opens `editing.edited` with the result;
 generation, refusal probability and the lm-evaluation-harness then run under it unaware.
 """
 
@@ -14,7 +14,6 @@ from typing import Any
 
 from dcr.calibration import validation
 from dcr.core import contamination, models, sources, storage
-from dcr.core.activations import Edits, Plan, edited
 from dcr.core.config import DataConfig, EvalConfig, SteeringConfig
 from dcr.core.evaluation.protocols import Change
 from dcr.core.evaluation.sets import PromptSet
@@ -22,7 +21,9 @@ from dcr.core.evaluation.subjects import Local
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat, chat_format
 from dcr.core.runs import Run
+from dcr.steering import edits as editing
 from dcr.steering import probe, scans, surgical, vectors
+from dcr.steering.edits import Edits, Plan, edited
 from dcr.steering.prompts import RELEASED, Extraction, extraction
 from dcr.steering.vectors import Info, Vectors
 

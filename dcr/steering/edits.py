@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from dcr.core import models
-from dcr.core.activations.reading import Site, hook
+from dcr.core.activations import Site, hook, per_row
 from dcr.core.config import ConfigError
 
 
@@ -70,15 +70,6 @@ def edited(model: Any, edits: Edits | Plan) -> Iterator[None]:
         yield
     finally:
         session.close()
-
-
-def per_row(model: Any) -> bool:
-    """Whether an open edit depends on the row or on what is its prompt.
-
-    Rows must then stay in their batch and place, and a prompt be read in one pass.
-    """
-    hooks = models.backbone(model)._forward_pre_hooks.values()
-    return any(isinstance(session, _Session) and session.per_row for session in hooks)
 
 
 @dataclass(eq=False)

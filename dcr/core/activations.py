@@ -152,3 +152,12 @@ def states(
         placed = batching.placed(trunk, batching.positions(mask))
         trunk(input_ids=ids, attention_mask=mask.long(), use_cache=False, **placed)
     return torch.stack(taken)
+
+
+def per_row(model: Any) -> bool:
+    """Whether an open edit depends on the row or on what is its prompt.
+
+    Rows must then stay in their batch and place, and a prompt be read in one pass.
+    """
+    hooks = models.backbone(model)._forward_pre_hooks.values()
+    return any(getattr(session, "per_row", False) for session in hooks)
