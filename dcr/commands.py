@@ -39,6 +39,11 @@ COMMANDS = {
 @cli.job
 def _train(composed: DictConfig) -> None:
     settings = config.resolve(composed, TrainSettings)
+    if settings.trainer.devices * settings.trainer.num_nodes > 1 and cli.is_sweep():
+        raise ConfigError(
+            f"trainer.devices={settings.trainer.devices} in a sweep: its processes would run the "
+            "whole sweep again; use one device a job, or run the jobs one by one"
+        )
     if settings.plan:
         from dcr import plan
 

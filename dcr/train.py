@@ -12,7 +12,6 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from dcr.core import (
     batching,
-    cli,
     config,
     data,
     extending,
@@ -124,11 +123,6 @@ def _check_devices(settings: TrainConfig) -> None:
                 f"{name}.batch_size={size}: is the batch of all {processes} processes of "
                 "trainer.devices and trainer.num_nodes, of which each needs a row; give more"
             )
-    if processes > 1 and cli.is_sweep():
-        raise ConfigError(
-            f"trainer.devices={options.devices} in a sweep: its processes would run the whole "
-            "sweep again; use one device a job, or run the jobs one by one"
-        )
 
 
 def _check_input(settings: TrainConfig, run: Run, wanted: tuple[Stage, ...], rows: Splits) -> None:
