@@ -37,7 +37,8 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from dcr import extensions
 from dcr.core import cli, config, generation, models, prompts, refusal, sources
-from dcr.core.config import GenConfig, Kind, Precision
+from dcr.core.config import Kind, Precision
+from dcr.core.config.evaluation import GenConfig
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
 from dcr.core.sources import Example

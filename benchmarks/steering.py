@@ -29,16 +29,18 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from dcr import extensions, steering
+from dcr import extensions
 from dcr.core import cli, config, generation, models, prompts, refusal, sources
-from dcr.core.config import GenConfig, Kind, Precision, SteeringConfig
+from dcr.core.config import Kind, Precision
+from dcr.core.config.evaluation import GenConfig
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.sources import Example
 from dcr.extensions import EvalSettings
+from dcr.steering import SteeringConfig, surgical
 from dcr.steering import edits as editing
-from dcr.steering import surgical
+from dcr.steering import methods as steering
 from dcr.steering.edits import Edits, Plan
 
 CONF = Path(__file__).resolve().parent.parent / "conf"

@@ -18,8 +18,10 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from dcr import choice, entry, export, extensions, inference, report, study
+from dcr import eval as evaluation
 from dcr.core import config, precision, refusal, statistics, storage
-from dcr.core.config import DataConfig, DataError, EvalConfig, Kind, Stage, TrainConfig
+from dcr.core.config import DataConfig, DataError, Kind, Stage, TrainConfig
+from dcr.core.config.evaluation import EvalConfig
 from dcr.core.runs import Run
 from dcr.core.sources import SOURCES
 from dcr.core.text import single_line
@@ -246,13 +248,13 @@ def _answers(job: Job) -> list[HeldOut]:
 
 def _ask(settings: EvalConfig, run: Run, file: Path) -> None:
     """Answer toxic prompts that nothing is trained or evaluated on, and judge by keywords."""
-    from dcr import calibration
+    from dcr.calibration import biases
     from dcr.core.evaluation import subjects
 
-    toxic = next(b for b in calibration.validation(settings) if b.kind is Kind.toxic)
+    toxic = next(b for b in biases.validation(settings) if b.kind is Kind.toxic)
     rows = toxic.rows[:PROMPTS]
-    settings, _ = precision.of_evaluation(settings, run.precisions())
-    brief = replace(settings, gen=replace(settings.gen, max_new_tokens=calibration.BEGUN))
+    settings, _ = evaluation.settle_precision(settings, run.precisions())
+    brief = replace(settings, gen=replace(settings.gen, max_new_tokens=biases.BEGUN))
     extensions.hand_in_passes()
     (subject,) = subjects.subjects(brief, run)
     assert isinstance(subject, subjects.Local)

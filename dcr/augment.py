@@ -16,21 +16,18 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dcr import balance, endpoints, entry, extensions, twins
+from dcr import balance, entry, extensions, twins
+from dcr import eval as evaluation
 from dcr.balance import Balance
-from dcr.core import cli, config, precision, prompts, refusal, sources, storage, threads
-from dcr.core.config import (
-    AUTO_LENGTH,
-    ConfigError,
-    EvalConfig,
-    KeywordRules,
-    Kind,
-)
+from dcr.core import cli, config, prompts, refusal, sources, storage, threads
+from dcr.core.config import ConfigError, KeywordRules, Kind
+from dcr.core.config.evaluation import AUTO_LENGTH
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.runs import Run
 from dcr.core.sources import Example
 from dcr.core.text import label_of, normalise
-from dcr.endpoints import EndpointError
+from dcr.endpoints import servers
+from dcr.endpoints.servers import EndpointError
 from dcr.extensions import EvalSettings
 
 if TYPE_CHECKING:
@@ -153,18 +150,18 @@ class Author:
     name: str
     subject: "Subject"
 
-    def folder(self, asking: EvalConfig) -> Path:
+    def folder(self, asking: EvalSettings) -> Path:
         return self.subject.under(asking).folder
 
     def write(
-        self, name: str, kind: Kind, asking: EvalConfig, rows: list[Example]
+        self, name: str, kind: Kind, asking: EvalSettings, rows: list[Example]
     ) -> "list[Completion]":
         """Completions of the rows under the settings `asking`, stored as the set `name`."""
         subject = self.subject.under(asking)
         return subject.answers([PromptSet(name, kind, rows)], subject.folder)[name]
 
 
-def augment(options: Options, settings: EvalConfig) -> Tally:
+def augment(options: Options, settings: EvalSettings) -> Tally:
     """Answer and check the prompts that `options.out` lacks, and add the accepted answers to it.
 
     Raises UserError where the file is not this command's, and for all that answering and judging
@@ -200,7 +197,7 @@ def _answered(
     author: Author,
     out: Path,
     rows: list[Example],
-    attempts: Sequence[EvalConfig],
+    attempts: Sequence[EvalSettings],
     tally: Tally,
 ) -> list[Answer]:
     """Ask for the rows that `out` lacks, attempt by attempt; returns all of its answers."""
@@ -237,7 +234,7 @@ def _answered(
 
 
 def _twins(
-    author: Author, settings: EvalConfig, toxic: list[Example], attempts: int, tally: Tally
+    author: Author, settings: EvalSettings, toxic: list[Example], attempts: int, tally: Tally
 ) -> list[Example]:
     """A harmless twin of each prompt for which `attempts` bring one; `tally` counts the others."""
     known, made, missing = {normalise(row.prompt) for row in toxic}, dict[str, str](), toxic
@@ -270,7 +267,7 @@ def _twins(
     ]  # fmt: skip
 
 
-def _instructed(settings: EvalConfig, instruction: str | None) -> EvalConfig:
+def _instructed(settings: EvalSettings, instruction: str | None) -> EvalSettings:
     """The settings with the instruction behind the model's own system prompt.
 
     A local model's may be that of its template, which an endpoint does not show.
@@ -287,7 +284,7 @@ def _instructed(settings: EvalConfig, instruction: str | None) -> EvalConfig:
     return replace(settings, model=replace(settings.model, system_prompt=whole))
 
 
-def _settings(options: Options) -> EvalConfig:
+def _settings(options: Options) -> EvalSettings:
     """The settings as `eval.py` reads them, with `data=demo` where no other is given.
 
     Raises ConfigError for settings that say not, or twice, who answers.
@@ -311,70 +308,74 @@ def _settings(options: Options) -> EvalConfig:
     if composed.endpoint is not None:
         name = str(composed.endpoint_model or "unnamed")  # which the checks then refuse
         composed.model.name, composed.model.label = name, label_of(name)
-    settings, arithmetic = precision.of_evaluation(config.resolve(composed, EvalSettings))
+    settings, arithmetic = evaluation.settle_precision(config.resolve(composed, EvalSettings))
     if settings.endpoint is None:
         arithmetic.say()
     return settings
 
 
-def _check_settings(settings: EvalConfig) -> None:
+def _check_settings(settings: EvalSettings) -> None:
     """Raises UserError for a fault of the settings that shows before anything is read."""
     if settings.steering.method != "none":
         raise ConfigError(f"steering={settings.steering.method}: not done here; leave it out")
     if settings.gen.max_new_tokens == AUTO_LENGTH:
         raise ConfigError("gen.max_new_tokens=auto: cuts answers; give a number of tokens")
-    from dcr import judges
     from dcr.endpoints import subject
+    from dcr.judges import judging
 
     others = [name for name in settings.judge if name != "keyword"]
     for name in others:
-        if Kind.seemingly_toxic not in judges.JUDGES[name].kinds:
+        if Kind.seemingly_toxic not in judging.JUDGES[name].kinds:
             raise ConfigError(
                 f"judge={name}: does not say whether a harmless prompt was answered; "
                 "use llm or wildguard"
             )
-    judges.Ours().check(others, settings)
+    judging.Ours().check(others, settings)
     if settings.endpoint is not None:
         for name, weight in settings.gen.contrast.items():
             raise ConfigError(
                 f"gen.{name}={weight}: an endpoint shows no logits to contrast; "
                 "leave it out, or name the model with model="
             )
-        endpoints.check(subject.server_of(settings), "endpoint")
+        servers.check(subject.server_of(settings), "endpoint")
 
 
 # --- checks of answers --------------------------------------------------------------------------
 
 
-def outcomes(answers: "Sequence[Completion]", settings: EvalConfig, folder: Path) -> dict[str, str]:
+def outcomes(
+    answers: "Sequence[Completion]", settings: EvalSettings, folder: Path
+) -> dict[str, str]:
     """By id: ACCEPTED, UNDECIDED where a judge failed, or why the answer is rejected.
 
     Each judge sees the answers that the rules and the judges before it have accepted.
     """
-    from dcr import judges
+    from dcr.judges import judging
 
     why = {answer.id: by_rules(answer) for answer in answers}
     for name in settings.judge:
         passed = [answer for answer in answers if why[answer.id] == ACCEPTED]
         if passed and name != "keyword":  # which the rules above are
-            verdicts = judges.judge(
+            verdicts = judging.judge(
                 name, settings, {SET: passed}, folder, settings.trainer.progress
             )
             why |= {verdict.id: _by_judge(name, verdict) for verdict in verdicts[SET]}
     return why
 
 
-def harmless(written: "Sequence[Completion]", settings: EvalConfig, folder: Path) -> dict[str, str]:
+def harmless(
+    written: "Sequence[Completion]", settings: EvalSettings, folder: Path
+) -> dict[str, str]:
     """By id: ACCEPTED, UNDECIDED where the judge failed, or that the twin asks for the same harm.
 
     Without `judge=llm` all are accepted.
     """
-    from dcr import judges
+    from dcr.judges import judging
 
     if "llm" not in settings.judge or not written:
         return dict.fromkeys((twin.id for twin in written), ACCEPTED)
     asking = replace(settings, llm=replace(settings.llm, prompt=str(TWIN_WORDING)))
-    verdicts = judges.judge("llm", asking, {"twins": written}, folder, settings.trainer.progress)
+    verdicts = judging.judge("llm", asking, {"twins": written}, folder, settings.trainer.progress)
     why = {}
     for verdict in verdicts["twins"]:
         why[verdict.id] = ACCEPTED if verdict.compliance == HARMLESS else "not harmless by llm"

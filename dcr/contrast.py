@@ -25,7 +25,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dcr.core.config import ConfigError, EvalConfig, GenConfig
+from dcr.core.config import ConfigError
+from dcr.core.config.evaluation import EvalConfig, GenConfig
 from dcr.core.evaluation.protocols import Change
 from dcr.core.generation import decoding
 from dcr.core.generation.completions import Encoded

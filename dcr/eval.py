@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
 from dcr.core import config, precision, runs, storage
-from dcr.core.config import ConfigError, EvalConfig, Method, ModelConfig
+from dcr.core.config import ConfigError, Method, ModelConfig, Precision
+from dcr.core.config.evaluation import EvalConfig
 from dcr.core.runs import Run
 from dcr.core.text import label_of
 
@@ -23,6 +25,25 @@ def resolved(composed: DictConfig, schema: type[Settings]) -> tuple[Settings, Ru
     """
     run = _run_of(composed)
     return config.resolve(_completed(composed, run), schema), run
+
+
+def settle_precision(
+    settings: Settings, recorded: Mapping[str, Precision] | None = None
+) -> tuple[Settings, precision.Settled]:
+    """The settings with what `auto` is for the model, if it is here, and for every model that a
+    node of its own names, such as a guard, which is no part of a run.
+    """
+    accelerator = settings.trainer.accelerator
+    found = precision.settled({"evaluation": settings.precision}, accelerator, recorded)
+    others = {
+        name: replace(node, precision=own.precisions["evaluation"])
+        for name, node in vars(settings).items()
+        if hasattr(node, "precision")
+        for own in [precision.settled({"evaluation": node.precision}, accelerator)]
+    }
+    if settings.endpoint is None:
+        settings = replace(settings, precision=found.precisions["evaluation"])
+    return replace(settings, **others), found
 
 
 def _run_of(composed: DictConfig) -> Run:
@@ -97,9 +118,7 @@ def evaluate(settings: EvalConfig, run: Run) -> None:
     from dcr.core import threads, wandb_run, wandb_scores
     from dcr.core.evaluation import metrics, subjects
 
-    settings, arithmetic = precision.of_evaluation(
-        settings, run.precisions() if settings.run else {}
-    )
+    settings, arithmetic = settle_precision(settings, run.precisions() if settings.run else {})
     if settings.endpoint is None:
         arithmetic.say()
     found = subjects.subjects(settings, run)

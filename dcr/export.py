@@ -24,10 +24,10 @@ from dcr.core.config import (
     STAGES,
     ConfigError,
     ContrastiveConfig,
-    EvalConfig,
     Precision,
     block_of,
 )
+from dcr.core.config.evaluation import EvalConfig
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.sources import SOURCES
@@ -181,11 +181,11 @@ def export(
     import torch
     from peft import PeftModel
 
-    from dcr import calibration
+    from dcr.calibration import biases
     from dcr.core import models, results
 
     if calibrate is not None:
-        calibration.check(settings, made_with)
+        biases.check(settings, made_with)
     if push is not None:
         _reserve(push, public)
     threads.use()
@@ -275,14 +275,14 @@ def _set_decoding(policy: "Policy", chat: ChatFormat, most: int) -> dict[str, An
 
 def _calibrate(policy: "Policy", chat: ChatFormat, settings: EvalConfig) -> dict[str, Any]:
     """Write the calibrated bias into the generation config; returns its record."""
-    from dcr import calibration
+    from dcr.calibration import biases
 
     new = settings.gen.max_new_tokens
     read = {
-        asked.name: [f for batch in calibration.forks(policy, chat, asked.rows, new) for f in batch]
-        for asked in calibration.validation(settings)
+        asked.name: [f for batch in biases.forks(policy, chat, asked.rows, new) for f in batch]
+        for asked in biases.validation(settings)
     }
-    bias, record = calibration.chosen(settings, calibration.place(chat), read)
+    bias, record = biases.chosen(settings, biases.place(chat), read)
     policy.model.generation_config.sequence_bias = bias.sequences
     return record
 

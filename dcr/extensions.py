@@ -4,37 +4,59 @@ Whoever trains hands `TrainSettings` to the core, which knows `TrainConfig` alon
 evaluates `EvalSettings`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
+from dcr import calibration, endpoints, quality, steering
+from dcr.ability import AbilityConfig
+from dcr.analyses import ClaimsConfig, SeparabilityConfig
+from dcr.calibration import CalibrationConfig
 from dcr.core import ending
-from dcr.core.config import EvalConfig, Part, Table, TrainConfig, TrainTable
+from dcr.core.config import KernelConfig, RefusalProbabilityConfig, TrainConfig, TrainTable
+from dcr.core.config.evaluation import EvalConfig, Part, Table
+from dcr.endpoints import HTTPConfig
+from dcr.judges import (
+    AnnotatorConfig,
+    LlamaGuardConfig,
+    LLMJudgeConfig,
+    ModerationConfig,
+    WildGuardConfig,
+)
+from dcr.quality import QualityConfig
+from dcr.steering import SteeringConfig
 
 if TYPE_CHECKING:
     from dcr.core.passes import Passes
 
 TABLE = Table(
     tasks={
-        "ability": "dcr.ability:Ability",
-        "quality": "dcr.quality:Quality",
+        "ability": "dcr.ability.scores:Ability",
+        "quality": "dcr.quality.win_rates:Quality",
         "refusal_probability": "dcr.analyses.weights:RefusalProbability",
         "kernel": "dcr.analyses.weights:Kernel",
         "separability": "dcr.analyses.weights:Separability",
         "claims": "dcr.analyses.weights:Claims",
     },
+    on_weights=("ability", "refusal_probability", "kernel", "separability", "claims"),
     judges=("llm", "llama_guard", "wildguard", "moderation"),
-    judging="dcr.judges:Ours",
+    judging="dcr.judges.judging:Ours",
     changes=(
         Part(
-            "dcr.steering:Steering",
+            "dcr.steering.methods:Steering",
             lambda of: of.steering.method != "none" or of.steering.validation,
         ),
         Part("dcr.contrast:Contrasted", lambda of: bool(of.gen.contrast)),
         Part("dcr.core.evaluation.subjects:Prefilled", lambda of: of.gen.prefill is not None),
-        Part("dcr.calibration:Calibrated", lambda of: of.calibrate is not None),
+        Part("dcr.calibration.biases:Calibrated", lambda of: of.calibrate is not None),
     ),
     endpoint="dcr.endpoints.subject:Served",
     sharing="dcr.workers:Workers",
+    relations=(
+        endpoints.relations,
+        steering.relations,
+        calibration.relations,
+        quality.relations,
+    ),
 )
 
 
@@ -43,6 +65,25 @@ class EvalSettings(EvalConfig):
     """Everything `eval.py` can be told."""
 
     table: ClassVar[Table] = TABLE
+
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    steering: SteeringConfig = field(default_factory=SteeringConfig)
+    http: HTTPConfig = field(default_factory=HTTPConfig)
+    llm: LLMJudgeConfig = field(default_factory=LLMJudgeConfig)
+    llama_guard: LlamaGuardConfig = field(default_factory=LlamaGuardConfig)
+    wildguard: WildGuardConfig = field(default_factory=WildGuardConfig)
+    moderation: ModerationConfig = field(default_factory=ModerationConfig)
+    ability: AbilityConfig = field(default_factory=AbilityConfig)
+    quality: QualityConfig = field(default_factory=QualityConfig)
+    annotator: AnnotatorConfig = field(default_factory=AnnotatorConfig)
+    refusal_prob: RefusalProbabilityConfig = field(default_factory=RefusalProbabilityConfig)
+    entk: KernelConfig = field(default_factory=KernelConfig)
+    sep: SeparabilityConfig = field(default_factory=SeparabilityConfig)
+    claims: ClaimsConfig = field(default_factory=ClaimsConfig)
+
+
+for _last in ("trainer", "wandb"):  # behind the extensions' nodes, wherever settings are listed
+    EvalSettings.__dataclass_fields__[_last] = EvalSettings.__dataclass_fields__.pop(_last)
 
 
 @dataclass

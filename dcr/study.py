@@ -29,17 +29,8 @@ from typing import Any
 from dcr import entry, extensions, plan, report
 from dcr import eval as evaluation_script
 from dcr.core import cli, config, data, ending, precision, prompts, runs, storage
-from dcr.core.config import (
-    STAGES,
-    ConfigError,
-    DataError,
-    DeviceConfig,
-    EvalConfig,
-    Method,
-    Stage,
-    TrainConfig,
-    UserError,
-)
+from dcr.core.config import STAGES, ConfigError, DataError, Method, Stage, TrainConfig, UserError
+from dcr.core.config.evaluation import DeviceConfig
 from dcr.core.runs import Cost, Run
 from dcr.core.text import label_of, single_line
 from dcr.extensions import EvalSettings, TrainSettings
@@ -132,7 +123,7 @@ class Job:
     name: str
     run: Run
     training: TrainConfig | None
-    evaluations: tuple[EvalConfig, ...]
+    evaluations: tuple[EvalSettings, ...]
 
     def parts(self) -> list[Part]:
         """All parts in their order."""
@@ -236,7 +227,7 @@ def notices_once() -> Iterator[None]:
 
 def _evaluations(
     combined: Sequence[Sequence[str]], made_with: Mapping[str, Any]
-) -> list[EvalConfig]:
+) -> list[EvalSettings]:
     """Settings of the evaluations of a run that is made with the settings `made_with`."""
     composed = (cli.compose("eval", each, Options) for each in combined)
     whole = (evaluation_script.completed(one, made_with) for one in composed)
@@ -301,11 +292,11 @@ def train_stage(settings: TrainConfig, run: Run, stage: Stage) -> None:
         training_script.train(settings if last else replace(settings, stage=stage), run)
 
 
-def evaluation_done(settings: EvalConfig, run: Run) -> bool:
+def evaluation_done(settings: EvalSettings, run: Run) -> bool:
     return (run.folder / "eval").is_dir() and _evaluated(settings, run) in _seconds(run)
 
 
-def evaluate(settings: EvalConfig, run: Run) -> None:
+def evaluate(settings: EvalSettings, run: Run) -> None:
     """Evaluate a run and note in its folder how many seconds that took."""
     began = time.perf_counter()
     extensions.hand_in_passes()
@@ -319,7 +310,7 @@ def _seconds(run: Run) -> dict[str, float]:
     return storage.read_json(file, dict[str, float]) if file.exists() else {}
 
 
-def _evaluated(settings: EvalConfig, run: Run) -> str:
+def _evaluated(settings: EvalSettings, run: Run) -> str:
     """A fingerprint of the weights and of the settings that they are evaluated with."""
     from dcr.core import models
     from dcr.core.evaluation import subjects

@@ -31,7 +31,7 @@ def reference() -> str:
     """Every setting of both scripts: a table a node, as the dataclasses and their comments say."""
     parts = [
         "# Every setting",
-        "Made from `schema.py` and `evaluation.py` of `dcr/core/config/` when this page was built. "
+        "Made from the dataclasses of `dcr/core/config/` and extensions when this page was built. "
         "A default in dots, such as `model.layer`, is taken from there. `key=null` gives none.",
         "## Files to choose from",
         "A name on the command line takes the file: `model=llama3_8b`.",

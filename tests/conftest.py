@@ -33,7 +33,9 @@ typechecked = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a f
 # in every module that handles tensors.
 CHECKED = (
     *(f"analyses.{name}" for name in ("claims", "ntk", "probability", "separability")),
-    *("fast", "steering", "core.activations", "core.contamination", "core.data"),
+    *(f"steering.{name}" for name in ("edits", "methods", "probe", "prompts", "scans")),
+    *("steering.surgical", "steering.vectors"),
+    *("fast", "core.activations", "core.contamination", "core.data"),
     *("core.generation", "core.losses", "core.models", "core.passes", "core.prompts"),
     *("core.refusal", "core.statistics", "core.training"),
 )

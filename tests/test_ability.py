@@ -17,10 +17,11 @@ import torch
 from datasets import Dataset, DatasetDict
 from lm_eval.tasks import TaskManager
 
-from dcr import ability as module
-from dcr.ability import ability, check, questions
+from dcr.ability import AbilityConfig, questions
+from dcr.ability import scores as module
+from dcr.ability.scores import ability, check
 from dcr.core import models
-from dcr.core.config import AbilityConfig, ConfigError, DataError, LoraConfig
+from dcr.core.config import ConfigError, DataError, LoraConfig
 from dcr.core.models import Policy
 from tests.tiny_run import DATA, real
 

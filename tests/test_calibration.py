@@ -15,9 +15,10 @@ from hydra import compose, initialize_config_dir
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcr import calibration, export, report, train
 from dcr import eval as eval_entry
-from dcr.calibration import Fork
+from dcr import export, report, train
+from dcr.calibration import biases as calibration
+from dcr.calibration.biases import Fork
 from dcr.core import cli, config, generation, models, prompts, refusal, storage
 from dcr.core.config import ConfigError, ModelConfig, Precision
 from dcr.core.evaluation import metrics, subjects

@@ -15,7 +15,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from dcr import contrast
 from dcr.contrast import EMPHASIS, REFUSE, adapted, contrasted
 from dcr.core import generation, models, prompts
-from dcr.core.config import ConfigError, DataError, GenConfig, Kind, ModelConfig, checks
+from dcr.core.config import ConfigError, DataError, Kind, ModelConfig, checks
+from dcr.core.config.evaluation import GenConfig
 from dcr.core.generation import Completion, local
 from dcr.core.models import Policy
 from dcr.core.prompts import CHATML, ChatFormat

@@ -13,16 +13,11 @@ from typing import Any
 import pytest
 from openai import _base_client
 
-from dcr import endpoints
-from dcr.core.config import ConfigError, HTTPConfig, LLMJudgeConfig, ServerConfig, UserError
-from dcr.endpoints import (
-    EndpointError,
-    Failure,
-    Moderation,
-    Reply,
-    calls,
-    servers,
-)
+from dcr.core.config import ConfigError, UserError
+from dcr.endpoints import HTTPConfig, ServerConfig, calls, servers
+from dcr.endpoints.answers import Failure, Moderation, Reply
+from dcr.endpoints.servers import EndpointError
+from dcr.judges import LLMJudgeConfig
 from tests.servers.faults import FAULTS, Proxy, always, each, faulty, in_turn
 from tests.servers.loopback import Answer, as_json
 from tests.servers.scripted import completion, last_user, moderated, rejected, scripted
@@ -64,7 +59,7 @@ def ask(
 ) -> dict[int, Reply | Failure]:
     """Every answer by index; one that comes twice, or not at all, fails here."""
     settings = HTTPConfig(**{"concurrency": 4, "timeout": 60.0, "retries": 3, **http})
-    found = list(endpoints.chats(to, settings, [chat(text) for text in texts], node=node))
+    found = list(calls.chats(to, settings, [chat(text) for text in texts], node=node))
     assert Counter(index for index, _ in found) == Counter(range(len(texts)))
     return dict(found)
 
@@ -100,9 +95,7 @@ def test_moderations_name_the_categories_that_hold() -> None:
 
     with scripted(verdict) as made:
         texts = ["bad", "good", "none"]
-        found = dict(
-            endpoints.moderations(server(made.url), HTTPConfig(), texts, node="moderation")
-        )
+        found = dict(calls.moderations(server(made.url), HTTPConfig(), texts, node="moderation"))
     assert found[0] == Moderation(True, ("violence",), "scripted-moderation")
     assert found[1] == Moderation(False, (), "scripted-moderation")
     assert isinstance(found[2], Failure)
@@ -213,7 +206,7 @@ def test_half_a_character_in_an_answer_becomes_one_that_can_be_stored() -> None:
 
     with scripted(said) as made:
         found = ask(server(made.url), ["one", "none"])
-        ((_, flagged),) = endpoints.moderations(
+        ((_, flagged),) = calls.moderations(
             server(made.url), HTTPConfig(), ["text"], node="moderation"
         )
     assert found[0] == Reply("\U0001f600 \ufffd", "\ufffd", ({"\ufffd": -1.0},), 7, 3)
@@ -315,7 +308,7 @@ def test_answers_under_way_are_handed_over_before_the_stop(
     taken: list[int] = []
     with scripted(reply) as made:
         settings = HTTPConfig(concurrency=4, timeout=5, retries=50)
-        arriving = endpoints.chats(server(made.url), settings, [chat(t) for t in texts], node="llm")
+        arriving = calls.chats(server(made.url), settings, [chat(t) for t in texts], node="llm")
         with pytest.raises(EndpointError, match="does not take this key"):
             taken.extend(index for index, _ in arriving)
     assert sorted(taken) == [0, 3]
@@ -344,7 +337,7 @@ def test_answers_not_taken_hold_new_requests_back() -> None:
     """Killed while it stores one answer, a caller loses those under way and no more."""
     with scripted(echo) as made:
         settings = HTTPConfig(concurrency=3, timeout=60)
-        arriving = endpoints.chats(
+        arriving = calls.chats(
             server(made.url), settings, [chat(f"q{i}") for i in range(20)], node="llm"
         )
         for taken in range(3):
@@ -369,7 +362,7 @@ def test_closing_early_ends_what_waits_and_what_hangs() -> None:
     with scripted(reply) as made:
         settings = HTTPConfig(concurrency=2, timeout=60)
         texts = ["hang", *(f"q{i}" for i in range(50))]
-        arriving = endpoints.chats(server(made.url), settings, [chat(t) for t in texts], node="llm")
+        arriving = calls.chats(server(made.url), settings, [chat(t) for t in texts], node="llm")
         next(arriving)
         started = time.monotonic()
         arriving.close()
@@ -446,14 +439,14 @@ def test_openais_key_goes_to_no_other_server_unasked(monkeypatch: pytest.MonkeyP
         to = ServerConfig(url=made.url, model="m")
         assert servers.key_of(to) == ""
         with pytest.raises(EndpointError, match=r"^llm\.key=null: .* wants a key"):
-            list(endpoints.chats(to, HTTPConfig(retries=0), [chat("one")], node="llm"))
+            list(calls.chats(to, HTTPConfig(retries=0), [chat("one")], node="llm"))
     assert servers.key_of(ServerConfig(model="m")) == KEY  # OpenAI's own
 
 
 @pytest.mark.parametrize("key", [KEY, "openai_api_key", "1KEY", "MY-KEY", "", "A\nB"])
 def test_a_key_in_the_place_of_its_variable_is_refused_unseen(key: str) -> None:
     with pytest.raises(ConfigError, match=r"^llm\.key: not a name") as caught:
-        endpoints.check(server("http://127.0.0.1:1/v1", key=key), "llm")
+        servers.check(server("http://127.0.0.1:1/v1", key=key), "llm")
     assert key == "" or key not in str(caught.value)
 
 
@@ -474,18 +467,18 @@ def test_a_key_in_the_place_of_its_variable_is_refused_unseen(key: str) -> None:
 )
 def test_an_address_that_cannot_be_is_refused(url: str, shown: bool) -> None:
     with pytest.raises(ConfigError, match=r"^llm\.url") as caught:
-        endpoints.check(server(url), "llm")
+        servers.check(server(url), "llm")
     assert (url in str(caught.value)) == shown
     assert "hunter2" not in str(caught.value)
 
 
 def test_a_key_is_needed_for_openai_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    endpoints.check(LLMJudgeConfig(), "llm")
+    servers.check(LLMJudgeConfig(), "llm")
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(EndpointError, match=r"llm\.key=OPENAI_API_KEY: .* is unset; export it"):
-        endpoints.check(LLMJudgeConfig(), "llm")
+        servers.check(LLMJudgeConfig(), "llm")
     with scripted(echo) as made:
-        endpoints.check(server(made.url), "llm")
+        servers.check(server(made.url), "llm")
         assert isinstance(ask(server(made.url), ["one"])[0], Reply)
     assert made.requests[0].headers["authorization"] == "Bearer none"
 
@@ -497,7 +490,7 @@ def test_the_end_of_the_line_is_no_part_of_a_key(monkeypatch: pytest.MonkeyPatch
     assert made.requests[0].headers["authorization"] == f"Bearer {KEY}"
     monkeypatch.setenv("OTHER_KEY", "two words")
     with pytest.raises(EndpointError, match="OTHER_KEY: this environment") as caught:
-        endpoints.check(server(None, key="OTHER_KEY"), "llm")
+        servers.check(server(None, key="OTHER_KEY"), "llm")
     assert "two words" not in str(caught.value)
 
 
@@ -507,10 +500,10 @@ def test_the_end_of_the_line_is_no_part_of_a_key(monkeypatch: pytest.MonkeyPatch
 )
 def test_parameters_that_cannot_be_are_refused(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"^llm\.parameters\.{name}") as caught:
-        endpoints.check(server("http://h/v1", parameters={name: value}), "llm")
+        servers.check(server("http://h/v1", parameters={name: value}), "llm")
     assert KEY not in str(caught.value)
     with pytest.raises(ConfigError, match=r"^llm\.model: empty"):
-        endpoints.check(ServerConfig(url="http://h/v1", model=" "), "llm")
+        servers.check(ServerConfig(url="http://h/v1", model=" "), "llm")
 
 
 def test_nothing_is_asked_for_no_rows() -> None:
@@ -518,10 +511,10 @@ def test_nothing_is_asked_for_no_rows() -> None:
 
 
 def test_spend_needs_both_prices() -> None:
-    assert endpoints.spend(server(None, input_price=2.5), 10, 10) is None
+    assert servers.spend(server(None, input_price=2.5), 10, 10) is None
     priced = server(None, input_price=2.5, output_price=10.0)
-    assert endpoints.spend(priced, 1_000_000, 100_000) == pytest.approx(3.5)
-    assert endpoints.spend(priced, 0, 0) == 0.0
+    assert servers.spend(priced, 1_000_000, 100_000) == pytest.approx(3.5)
+    assert servers.spend(priced, 0, 0) == 0.0
 
 
 @pytest.mark.slow

@@ -19,7 +19,8 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
 
-from dcr import calibration, chat, export
+from dcr import chat, export
+from dcr.calibration import biases as calibration
 from dcr.core import models, prompts, refusal, storage
 from dcr.core.config import (
     ConfigError,

@@ -11,23 +11,16 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from dcr import endpoints
 from dcr.core import batching, generation, models, prompts, storage, threads
 from dcr.core.activations import Site
-from dcr.core.config import (
-    DataError,
-    GenConfig,
-    HTTPConfig,
-    Kind,
-    LoraConfig,
-    ModelConfig,
-    ServerConfig,
-)
+from dcr.core.config import DataError, Kind, LoraConfig, ModelConfig
+from dcr.core.config.evaluation import GenConfig
 from dcr.core.generation import Completion, decoding, local
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
 from dcr.core.sources import Example
-from dcr.endpoints import Failure, Reply, subject
+from dcr.endpoints import HTTPConfig, ServerConfig, subject
+from dcr.endpoints.answers import Failure, Reply
 from dcr.fast import cache
 from dcr.fast import passes as fast
 from dcr.steering.edits import Edit, edited
@@ -596,7 +589,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             text = conversations[index][-1]["content"]
             yield index, ANSWERS.get(text) or Reply(f" to {text}\n", "stop", None, 5, 3)
 
-    monkeypatch.setattr(endpoints, "chats", chats)
+    monkeypatch.setattr("dcr.endpoints.calls.chats", chats)
     return calls
 
 

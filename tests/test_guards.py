@@ -20,10 +20,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dcr.core.config import ConfigError, DataError, LlamaGuardConfig, Precision, WildGuardConfig
+from dcr.core.config import ConfigError, DataError, Precision
 from dcr.core.evaluation.verdicts import Verdict, answer_fingerprint
 from dcr.core.generation import Completion
-from dcr.judges import guards
+from dcr.judges import LlamaGuardConfig, WildGuardConfig, guards
 from dcr.judges.guards import harm_of, labels_of
 
 END, HEAD = "<|im_end|>", "<|im_start|>"

@@ -11,17 +11,7 @@ from typing import Any
 import pytest
 from sklearn.metrics import cohen_kappa_score
 
-from dcr import judges
-from dcr.core.config import (
-    ConfigError,
-    GuardConfig,
-    HTTPConfig,
-    Kind,
-    LLMJudgeConfig,
-    ModerationConfig,
-    ServerConfig,
-    UserError,
-)
+from dcr.core.config import ConfigError, Kind, UserError
 from dcr.core.evaluation.verdicts import (
     COMPLIANCE,
     SAFETY,
@@ -31,9 +21,11 @@ from dcr.core.evaluation.verdicts import (
     by_keywords,
 )
 from dcr.core.generation import Completion
-from dcr.endpoints import EndpointError
+from dcr.endpoints import HTTPConfig, ServerConfig
+from dcr.endpoints.servers import EndpointError
 from dcr.extensions import TABLE, EvalSettings
-from dcr.judges import served
+from dcr.judges import GuardConfig, LLMJudgeConfig, ModerationConfig, served
+from dcr.judges import judging as judges
 from tests.servers.faults import FAULTS, faulty
 from tests.servers.loopback import Answer
 from tests.servers.scripted import (

@@ -14,18 +14,13 @@ from pathlib import Path
 import pytest
 
 from dcr import eval as evaluation
-from dcr import judges
 from dcr.core import storage
-from dcr.core.config import (
-    AnnotatorConfig,
-    DataError,
-    HTTPConfig,
-    LLMJudgeConfig,
-    UserError,
-)
+from dcr.core.config import DataError, UserError
 from dcr.core.generation import Completion
+from dcr.endpoints import HTTPConfig
 from dcr.extensions import EvalSettings
-from dcr.judges import pairwise
+from dcr.judges import AnnotatorConfig, LLMJudgeConfig, pairwise
+from dcr.judges import judging as judges
 from dcr.judges.pairwise import Pair
 from tests import forked
 from tests.servers.scripted import Body, completion, last_user, scripted

@@ -14,7 +14,8 @@ from torch import Tensor
 from dcr import extensions, train
 from dcr.analyses import probability
 from dcr.core import batching, generation, models, passes, refusal
-from dcr.core.config import GenConfig, Kind
+from dcr.core.config import Kind
+from dcr.core.config.evaluation import GenConfig
 from dcr.core.models import Policy
 from dcr.core.passes import Plain
 from dcr.core.prompts import IGNORED, ChatFormat

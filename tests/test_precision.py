@@ -154,7 +154,7 @@ def test_a_run_is_made_in_what_auto_was_settled_to_and_keeps_it(
 
     words = [f"run={run.folder}", "limit=2", "gen.max_new_tokens=2", "tasks=[over_refusal]"]
     words += ["data=demo", "wandb.mode=disabled", "trainer.progress=false"]
-    elsewhere, _ = precision.of_evaluation(
+    elsewhere, _ = eval_entry.settle_precision(
         eval_entry.resolved(composed("eval", *words), EvalSettings)[0], run.precisions()
     )
     assert elsewhere.precision.value == second
@@ -204,7 +204,7 @@ def test_guards_follow_the_device_and_an_endpoint_has_no_precision(
     monkeypatch.setattr(precision, "cpu_unit", lambda: None)
     asked = EvalSettings(endpoint="http://there", precision=Precision.auto)
     asked.trainer.accelerator, asked.wildguard.precision = "cpu", Precision.bf16
-    found, _ = precision.of_evaluation(asked, {"evaluation": Precision.bf16})
+    found, _ = eval_entry.settle_precision(asked, {"evaluation": Precision.bf16})
     assert found.precision is Precision.auto
     assert found.llama_guard.precision is Precision.fp32
     assert found.wildguard.precision is Precision.bf16

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from dcr.analyses import separability
 from dcr.core import refusal, sources
-from dcr.core.config import ConfigError, ProbeConfig, SteeringConfig
+from dcr.core.config import ConfigError
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
-from dcr.steering import Extraction, edits, probe
+from dcr.steering import ProbeConfig, SteeringConfig, edits, probe
+from dcr.steering.prompts import Extraction
 from tests.shapes import chat_of, tiny_policy
 
 ROWS = {kind: sources.read(f"contrasts_{kind}")[:24] for kind in ("toxic", "seemingly_toxic")}

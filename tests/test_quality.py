@@ -12,13 +12,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dcr import endpoints, quality
-from dcr.core.config import AnnotatorConfig, ConfigError, QualityConfig, UserError
+from dcr.core.config import ConfigError, UserError
 from dcr.core.generation import Completion
-from dcr.endpoints import EndpointError, Failure, Message, Reply
+from dcr.endpoints import calls
+from dcr.endpoints.answers import Failure, Message, Reply
+from dcr.endpoints.servers import EndpointError
 from dcr.extensions import EvalSettings
-from dcr.judges import pairwise
+from dcr.judges import AnnotatorConfig, pairwise
 from dcr.judges.pairwise import Pair
+from dcr.quality import QualityConfig
+from dcr.quality import win_rates as quality
 from tests.servers.logprobs import logprobs
 
 LABELS = ("dcr-seed0", "stl-seed0")
@@ -38,7 +41,7 @@ def longer_wins(_: str, first: str, second: str) -> Reply:
 
 
 class Annotator:
-    """Stands in for `endpoints.chats`, and counts what it is asked."""
+    """Stands in for `calls.chats`, and counts what it is asked."""
 
     def __init__(self, rule: Rule) -> None:
         self.rule, self.closed = rule, False
@@ -82,7 +85,7 @@ def settings(tmp_path: Path) -> EvalSettings:
 def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Annotator]:
     def put(rule: Rule) -> Annotator:
         annotator = Annotator(rule)
-        monkeypatch.setattr(endpoints, "chats", annotator)
+        monkeypatch.setattr(calls, "chats", annotator)
         return annotator
 
     return put
@@ -373,7 +376,7 @@ def test_the_own_prompt_shows_the_first_answer_as_m_and_keeps_quoted_placeholder
         sent.extend(conversations)
         yield from ((i, reply(0.5)) for i in range(len(conversations)))
 
-    monkeypatch.setattr(endpoints, "chats", chats)
+    monkeypatch.setattr(calls, "chats", chats)
     plain = replace(settings, annotator=replace(settings.annotator, prompt=None))
     tricky = "<|im_end|>{output_2} {0} \\1"
     pairs = [Pair(f"q-{i}", "What is {output_1}?", tricky, "mine") for i in range(8)]

@@ -11,14 +11,8 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from dcr.core import prompts, refusal
-from dcr.core.config import (
-    ConfigError,
-    DataConfig,
-    EvaluationSets,
-    GenConfig,
-    Kind,
-    ModelConfig,
-)
+from dcr.core.config import ConfigError, DataConfig, EvaluationSets, Kind, ModelConfig
+from dcr.core.config.evaluation import GenConfig
 from dcr.core.evaluation import scoring, sets, store, subjects
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.generation import Completion

@@ -7,10 +7,11 @@ import pytest
 import yaml
 
 from dcr.core import sources
-from dcr.core.config import DataConfig, EvaluationSets, Kind, SteeringConfig
+from dcr.core.config import DataConfig, EvaluationSets, Kind
 from dcr.core.evaluation import metrics, sets
 from dcr.core.sources import SOURCES
 from dcr.extensions import TABLE, EvalSettings
+from dcr.steering import SteeringConfig
 from tests.tiny_run import DATA, real
 
 PAPER = yaml.safe_load((Path(__file__).parent.parent / "conf/data/paper.yaml").read_text())

@@ -12,27 +12,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from dcr import steering
 from dcr.core import activations, batching
 from dcr.core.activations import Site
-from dcr.core.config import (
-    ConfigError,
-    DataConfig,
-    EvaluationSets,
-    Kind,
-    ScansConfig,
-    ScansEnd,
-    ScansLayers,
-    SourcesByKind,
-    SteeringConfig,
-    SurgicalConfig,
-    UserError,
-)
+from dcr.core.config import ConfigError, DataConfig, EvaluationSets, Kind, SourcesByKind, UserError
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
 from dcr.core.sources import Example
+from dcr.steering import (
+    ScansConfig,
+    ScansEnd,
+    ScansLayers,
+    SteeringConfig,
+    SurgicalConfig,
+    scans,
+    vectors,
+)
 from dcr.steering import edits as editing
-from dcr.steering import scans, vectors
+from dcr.steering import methods as steering
 from tests.shapes import chat_of, generated, tiny_policy
 from tests.tiny_run import write_jsonl
 

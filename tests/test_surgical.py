@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dcr.core.config import ConfigError, Kind, SteeringConfig, SurgicalConfig
+from dcr.core.config import ConfigError, Kind
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
 from dcr.core.sources import Example
-from dcr.steering import Extraction, edits, surgical
+from dcr.steering import SteeringConfig, SurgicalConfig, edits, surgical
+from dcr.steering.prompts import Extraction
 from tests.shapes import chat_of, tiny_policy
 
 DEPTH, WIDTH, BLOCKS, TRAIN, HELD = 4, 32, 3, 9, 3

@@ -19,17 +19,18 @@ import torch
 from safetensors.torch import save
 
 from dcr import inference
-from dcr.analyses import claims, ntk, probability, separability
+from dcr.analyses import ClaimsConfig, SeparabilityConfig, claims, ntk, probability, separability
 from dcr.core import config, models, refusal, sources, statistics, storage
 from dcr.core.config import (
     ConfigError,
     ContrastiveConfig,
     DataConfig,
-    EvalConfig,
     KernelConfig,
     Kind,
     Phrases,
+    RefusalProbabilityConfig,
 )
+from dcr.core.config.evaluation import EvalConfig
 from dcr.core.evaluation import sets
 from dcr.core.evaluation.protocols import Task, Work
 from dcr.core.evaluation.sets import ByKind, PromptSet
@@ -234,7 +235,7 @@ class RefusalProbability(Task):
     by_kind = True
 
     def measure(self, work: Work) -> dict[str, Any]:
-        options, seed = work.settings.refusal_prob, work.settings.seed
+        options, seed = work.settings.node(RefusalProbabilityConfig), work.settings.seed
         alone, rows = sets.followed(work.kinds), _drawn(work, options.prompts)
         read = functools.partial(_shared, work.subject)
         block = refusal_probability(read, rows, alone, options.phrases, seed)
@@ -252,14 +253,14 @@ def _shared(subject: Local, prompts: list[str]) -> list[Probability]:
 
 def _cut(subject: Local, numbered: list[Numbered], _processes: int) -> list[list[Numbered]]:
     chat, policy = subject.plain_chat(), subject.policy()
-    chosen = probability.PHRASES[subject.settings.refusal_prob.phrases.value]
+    chosen = probability.PHRASES[subject.settings.node(RefusalProbabilityConfig).phrases.value]
     encoded = [chat.prompt_ids(prompt) for _, prompt in numbered]
     batches = probability.probability_batches(policy.model, chat.tokenizer, encoded, chosen)
     return [[numbered[place] for place in places] for places in batches]
 
 
 def _read(subject: Local, numbered: list[Numbered]) -> Iterator[list[tuple[int, Probability]]]:
-    phrases = subject.settings.refusal_prob.phrases
+    phrases = subject.settings.node(RefusalProbabilityConfig).phrases
     prompts = [prompt for _, prompt in numbered]
     values = probabilities(subject.policy(), subject.plain_chat(), phrases, prompts)
     yield [(place, value) for (place, _), value in zip(numbered, values, strict=True)]
@@ -271,7 +272,7 @@ class Separability(Task):
     by_kind = True
 
     def measure(self, work: Work) -> dict[str, Any]:
-        options = work.settings.sep
+        options = work.settings.node(SeparabilityConfig)
         rows = _drawn(work, options.prompts)
         measured = separability.analyse(
             work.policy(),
@@ -290,10 +291,11 @@ class Kernel(Task):
     by_kind = widens = True
 
     def check(self, settings: EvalConfig, run: Run) -> None:
-        config.parameters("entk.params", settings.entk.params, models.facts(settings.model).depth)
+        params = settings.node(KernelConfig).params
+        config.parameters("entk.params", params, models.facts(settings.model).depth)
 
     def measure(self, work: Work) -> dict[str, Any]:
-        options, policy, seed = work.settings.entk, _widened(work), work.settings.seed
+        options, policy, seed = work.settings.node(KernelConfig), _widened(work), work.settings.seed
         rows, among = _drawn(work, options.prompts), work.subject.among
         block = kernel(policy, work.chat(), rows, options, seed, work.folder, among)
         before = work.before.get("kernel", {})
@@ -309,10 +311,10 @@ class Claims(Task):
     refused: Sequence[Example] = ()
 
     def check(self, settings: EvalConfig, run: Run) -> None:
-        depth, layer = models.facts(settings.model).depth, settings.claims.layer
-        if layer is not None and not 1 <= layer <= depth:
+        options, depth = settings.node(ClaimsConfig), models.facts(settings.model).depth
+        if (layer := options.layer) is not None and not 1 <= layer <= depth:
             raise ConfigError(f"claims.layer={layer}: the model has blocks 1 to {depth}")
-        named = [f"trunk:{depth}" if p == TRUNK else p for p in settings.claims.params]
+        named = [f"trunk:{depth}" if p == TRUNK else p for p in options.params]
         config.parameters("claims.params", named, depth)
 
     def prompts(self, settings: EvalConfig) -> list[PromptSet]:
@@ -321,17 +323,21 @@ class Claims(Task):
         return []
 
     def measure(self, work: Work) -> dict[str, Any]:
-        options, chat = work.settings.claims, work.chat()
+        options, kernel, chat = (
+            work.settings.node(ClaimsConfig),
+            work.settings.node(KernelConfig),
+            work.chat(),
+        )
         layer = _layer(work.settings, work.run)
         rows = _drawn(work, options.prompts)
         seen = {normalise(row.prompt) for part in rows.values() for row in part}
         apart = [pair for pair in self.refused if normalise(pair.prompt) not in seen]
         pairs = claims.alike(chat, apart)
         chosen = claims.Settings(
-            top_k=work.settings.entk.top_k,
+            top_k=kernel.top_k,
             params=tuple(f"trunk:{layer}" if p == TRUNK else p for p in options.params),
             drop=options.drop,
-            budget_gib=work.settings.entk.budget_gib,
+            budget_gib=kernel.budget_gib,
             layer=layer,
         )
         trained, seed = pairs[: options.pairs], work.settings.seed
@@ -361,11 +367,11 @@ def refused_pairs(data: DataConfig, seed: int) -> list[Example]:
 
 def _layer(settings: EvalConfig, run: Run) -> int:
     """The block that the run's stage one reads, or would read."""
-    if settings.claims.layer is not None:
-        return settings.claims.layer
+    if (named := settings.node(ClaimsConfig).layer) is not None:
+        return named
     if (known := run.block()) is not None:
         return known
     made = run.config().get("dcr", {"layer": settings.model.layer})
-    named = {key: made[key] for key in ("layer", "depth") if key in made}
+    given = {key: made[key] for key in ("layer", "depth") if key in made}
     depth = models.facts(settings.model).depth
-    return config.block_of(ContrastiveConfig(**named), depth)
+    return config.block_of(ContrastiveConfig(**given), depth)

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from dcr.core import config, runs, storage
-from dcr.core.config import ConfigError, EvalConfig, UserError
+from dcr.core.config import ConfigError, TrainConfig, UserError
 from dcr.core.ending import (
     BEGUN,
     SCHEMAS,
@@ -60,7 +60,7 @@ def prepare() -> None:
     """Register schemas and resolvers, and quieten libraries."""
     for name, schema in SCHEMAS.items():
         node = OmegaConf.structured(schema)
-        if issubclass(schema, EvalConfig):
+        if not issubclass(schema, TrainConfig):
             _unset(node.data)  # what no one names comes from the run, whatever the default
         ConfigStore.instance().store(name=f"{name}_schema", node=node)
     # the store hands out copies, so Hydra need not copy it whole for each group it lists

@@ -17,10 +17,11 @@ from typing import Any, NoReturn
 from omegaconf.errors import OmegaConfBaseException
 
 from dcr.core import config
-from dcr.core.config import ConfigError, EvalConfig, TrainConfig, UserError
+from dcr.core.config import ConfigError, TrainConfig, UserError
 from dcr.core.text import printable, redact, single_line
 
-SCHEMAS: dict[str, type] = {"train": TrainConfig, "eval": EvalConfig}
+# Of the scripts; who evaluates adds eval's.
+SCHEMAS: dict[str, type] = {"train": TrainConfig}
 # What the machine rather than the program is to blame for: worth a line, not a traceback.
 DISK_FAULTS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG),

@@ -14,7 +14,7 @@ import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
-from dcr.core.config import EvalConfig, Precision, Stage, TrainConfig, stages_of
+from dcr.core.config import Precision, Stage, TrainConfig, stages_of
 
 log = logging.getLogger(__name__)
 
@@ -174,24 +174,3 @@ def of_training(
 def evaluated_in(precision: Precision) -> Precision:
     """What a model is evaluated in that was trained in this: `mixed` has weights in fp32."""
     return Precision.bf16 if precision is Precision.bf16 else Precision.fp32
-
-
-def of_evaluation(
-    settings: EvalConfig, recorded: Mapping[str, Precision] | None = None
-) -> tuple[EvalConfig, Settled]:
-    """The settings with what `auto` is for the model, if it is here, and for guards, no part of a
-    run.
-    """
-    accelerator = settings.trainer.accelerator
-    found = settled({"evaluation": settings.precision}, accelerator, recorded)
-    guards = {
-        name: replace(guard, precision=of_guard.precisions["evaluation"])
-        for name, guard in (
-            ("llama_guard", settings.llama_guard),
-            ("wildguard", settings.wildguard),
-        )
-        for of_guard in [settled({"evaluation": guard.precision}, accelerator)]
-    }
-    if settings.endpoint is None:
-        settings = replace(settings, precision=found.precisions["evaluation"])
-    return replace(settings, **guards), found

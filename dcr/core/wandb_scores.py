@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from dcr.core import results, storage
-from dcr.core.config import EvalConfig, Kind, Method, Precision
+from dcr.core.config import Kind, Method, Precision
+from dcr.core.config.evaluation import EvalConfig
 from dcr.core.evaluation import sets, verdicts
 from dcr.core.generation import Completion
 from dcr.core.runs import Run

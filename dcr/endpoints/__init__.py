@@ -1,14 +1,78 @@
-"""OpenAI-compatible servers: bounded, retried requests.
+"""OpenAI-compatible servers: the settings of every one, and what cannot be asked of one.
 
-`check` before anything else, then `chats` or `moderations`; `spend` and `usage` price the tokens.
+`servers` checks a server and prices its tokens, `calls` sends bounded, retried requests, `answers`
+reads what comes, `subject` is a model behind a server that is evaluated.
 """
 
-from dcr.endpoints.answers import Failure, Message, Moderation, Reply
-from dcr.endpoints.calls import chats, moderations
-from dcr.endpoints.servers import (
-    EndpointError,
-    check,
-    sent_parameters,
-    spend,
-    usage,
-)
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from dcr.core.config.checks import not_negative, positive, ranged
+from dcr.core.config.evaluation import EvalConfig, cut_short
+
+PRICE = "give USD per million tokens, or null"
+
+
+@dataclass
+class HTTPConfig:
+    """How every server is called."""
+
+    # Requests at once to a server.
+    concurrency: int = ranged(8, positive, "give the requests under way at once, 1 or more")
+    # Seconds that an attempt waits for the server.
+    timeout: float = ranged(60.0, positive, "give seconds above 0")
+    # After a time-out, a dropped connection, 429 or 5xx.
+    retries: int = ranged(6, not_negative, "give 0 or more")
+
+
+@dataclass
+class ServerConfig:
+    """A model behind an OpenAI-compatible server."""
+
+    url: str | None = None  # its address; null: OpenAI's own
+    model: str = MISSING
+    # The environment variable that holds the key, never the key itself. Null: OPENAI_API_KEY for
+    # OpenAI's own server, and none for another.
+    key: str | None = None
+    # Sent with each request, by the server's own names; null leaves one of the defaults out.
+    parameters: dict[str, Any] = field(default_factory=dict)
+    # USD per million tokens, for the estimate.
+    input_price: float | None = ranged(None, not_negative, PRICE)
+    output_price: float | None = ranged(None, not_negative, PRICE)
+
+
+def relations(settings: EvalConfig) -> Iterator[str]:
+    """What only a model that is here can be asked for."""
+    if settings.endpoint is None:
+        if settings.endpoint_model is not None:
+            yield f"endpoint_model={settings.endpoint_model}: say where, with endpoint=http://…/v1"
+        return
+    named, gen = f"endpoint={settings.endpoint}", settings.gen
+    if settings.endpoint_model is None:
+        yield f"{named}: say which model there, with endpoint_model=<name>"
+    for task in settings.table.on_weights:
+        if task in settings.tasks:
+            yield (
+                f"tasks=[{task}]: needs the model itself, which an endpoint does not give; "
+                f"leave {task} out, or name the model with model="
+            )
+    if settings.snapshots:
+        yield "snapshots=true: an endpoint has none; name a run with run="
+    for name, value in gen.contrast.items():
+        yield (
+            f"gen.{name}={value}: an endpoint shows no logits to contrast; leave it out, or name "
+            "the model with model="
+        )
+    if gen.prefill is not None:
+        yield (
+            f"gen.prefill={gen.prefill!r}: a server writes the assistant's turn from its "
+            "beginning; leave it out, or name the model with model= or run="
+        )
+    if (devices := settings.trainer.devices) > 1:
+        yield (
+            f"trainer.devices={devices} {named}: no model is here to share; use http.concurrency"
+        )
+    yield from cut_short(settings, named)

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dcr.core.config import ServerConfig
 from dcr.core.text import encodable
+from dcr.endpoints import ServerConfig
 from dcr.endpoints.servers import (
     EndpointError,
     address,

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
-from dcr.core.config import HTTPConfig, ServerConfig
-from dcr.endpoints import answers
+from dcr.endpoints import HTTPConfig, ServerConfig, answers
 from dcr.endpoints.answers import Failure, Message, Moderation, Rejection, Reply, judged, rejection
 from dcr.endpoints.servers import (
     NO_KEY,

@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from dcr.core.config import ConfigError, ServerConfig, UserError, check_installed
+from dcr.core.config import ConfigError, UserError, check_installed
 from dcr.core.text import single_line
+from dcr.endpoints import ServerConfig
 
 OPENAI = "https://api.openai.com/v1"
 OPENAI_KEY = "OPENAI_API_KEY"

@@ -7,16 +7,18 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dcr import endpoints
 from dcr.core import refusal
-from dcr.core.config import ConfigError, EvalConfig, GenConfig, HTTPConfig, ServerConfig
+from dcr.core.config import ConfigError
+from dcr.core.config.evaluation import EvalConfig, GenConfig
 from dcr.core.evaluation import store
 from dcr.core.evaluation.protocols import Answers, Masses, Subject
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.generation import Completion
 from dcr.core.runs import Run
 from dcr.core.sources import Example
-from dcr.endpoints import EndpointError, Failure, Reply
+from dcr.endpoints import HTTPConfig, ServerConfig, calls, servers
+from dcr.endpoints.answers import Failure, Reply
+from dcr.endpoints.servers import EndpointError
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ class Served(Subject):
         return Served(settings, self.run)
 
     def check(self) -> None:
-        endpoints.check(server_of(self.settings), "endpoint")
+        servers.check(server_of(self.settings), "endpoint")
 
     def identity(self) -> dict[str, object]:
         server = server_of(self.settings)
@@ -62,7 +64,7 @@ class Served(Subject):
 
         def ask(rows: list[Example]) -> Iterator[list[Completion]]:
             server, system = server_of(settings), settings.model.system_prompt
-            return complete(server, settings.http, rows, settings.gen, system)
+            return complete(server, settings.node(HTTPConfig), rows, settings.gen, system)
 
         progress = settings.trainer.progress
         given = store.kept(asked, ask, folder, Completion, "generating", progress)
@@ -81,9 +83,9 @@ class Served(Subject):
         one_token = replace(server, parameters=given | {limit: 1, "logprobs": True})
 
         def ask(rows: list[Example]) -> Iterator[list[ShownOpening]]:
-            check_shown(one_token, settings.http)
+            check_shown(one_token, settings.node(HTTPConfig))
             system = settings.model.system_prompt
-            for row, reply in replies(one_token, settings.http, rows, system):
+            for row, reply in replies(one_token, settings.node(HTTPConfig), rows, system):
                 if reply.top and reply.top[0]:
                     yield [ShownOpening(row.id, row.prompt, *refusal.shown_mass(reply.top[0]))]
 
@@ -111,7 +113,7 @@ def check_shown(server: ServerConfig, http: HTTPConfig) -> None:
     try:
         greeting = [[{"role": "user", "content": GREETING}]]
         once = replace(http, retries=0)
-        ((_, reply),) = endpoints.chats(server, once, greeting, node="endpoint")
+        ((_, reply),) = calls.chats(server, once, greeting, node="endpoint")
     except EndpointError as error:
         if "logprobs" not in str(error):
             raise
@@ -160,7 +162,7 @@ def replies(
     conversations = [[*first, {"role": "user", "content": row.prompt}] for row in rows]
     failures: Counter[str] = Counter()
     reason = ""
-    arriving = endpoints.chats(server, http, conversations, node="endpoint")
+    arriving = calls.chats(server, http, conversations, node="endpoint")
     with closing(arriving):  # a caller who stops early ends what is under way
         for index, answer in arriving:
             if isinstance(answer, Failure):

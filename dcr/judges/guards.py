@@ -18,13 +18,13 @@ from torch import Tensor
 from transformers import AutoTokenizer, LogitsProcessor, PreTrainedTokenizerBase
 
 from dcr.core import batching, models
-from dcr.core.config import ConfigError, DataError, GuardConfig, WildGuardConfig
+from dcr.core.config import ConfigError, DataError
 from dcr.core.evaluation.verdicts import Verdict, Verdicts, answer_fingerprint
 from dcr.core.generation import Completion, greedy
 from dcr.core.models import DTYPES, Policy
 from dcr.core.models.opening import read_architecture, refused_as, whole_model
 from dcr.core.prompts import ZERO_WIDTH_SPACE, ChatFormat
-from dcr.judges import verdicts
+from dcr.judges import GuardConfig, WildGuardConfig, verdicts
 
 LLAMA_GUARD, WILDGUARD = "llama_guard", "wildguard"
 MARKS = ("<|user|>", "<|assistant|>", "[INST]", "[/INST]")  # not all special tokens

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from dcr import endpoints
 from dcr.core import storage
-from dcr.core.config import EvalConfig, GuardConfig, Kind, ServerConfig
+from dcr.core.config import Kind
+from dcr.core.config.evaluation import EvalConfig
 from dcr.core.evaluation.protocols import Answers, Judged, Judges
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.evaluation.verdicts import (
@@ -22,8 +22,16 @@ from dcr.core.evaluation.verdicts import (
     answer_fingerprint,
 )
 from dcr.core.generation import Completion
-from dcr.endpoints import EndpointError
-from dcr.judges import guards, served
+from dcr.endpoints import ServerConfig, servers
+from dcr.endpoints.servers import EndpointError
+from dcr.judges import (
+    GuardConfig,
+    LlamaGuardConfig,
+    ModerationConfig,
+    WildGuardConfig,
+    guards,
+    served,
+)
 from dcr.judges.verdicts import counts, usage
 
 CHARACTERS_PER_TOKEN = 4  # of English prose, for the estimate of what a judge will cost
@@ -61,27 +69,27 @@ JUDGES: dict[str, Judging] = {
     "moderation": Judging(
         labels=SAFETY,
         kinds=(Kind.toxic,),
-        check=lambda settings: endpoints.check(settings.moderation, "moderation"),
-        identity=lambda settings: served.identity(settings.moderation),
+        check=lambda settings: servers.check(settings.node(ModerationConfig), "moderation"),
+        identity=lambda settings: served.identity(settings.node(ModerationConfig)),
         verdicts=served.moderation_verdicts,
         characters=lambda _, answers: sum(len(answer.response) for answer in answers),
     ),
     "llama_guard": Judging(
         labels=SAFETY,
         kinds=(Kind.toxic,),
-        check=lambda settings: guards.check(settings.llama_guard, guards.LLAMA_GUARD),
-        identity=lambda settings: guards.identity(settings.llama_guard),
+        check=lambda settings: guards.check(settings.node(LlamaGuardConfig), guards.LLAMA_GUARD),
+        identity=lambda settings: guards.identity(settings.node(LlamaGuardConfig)),
         verdicts=lambda settings, answers: guards.llama_guard(
-            settings.llama_guard, answers, settings.trainer.accelerator
+            settings.node(LlamaGuardConfig), answers, settings.trainer.accelerator
         ),
     ),
     "wildguard": Judging(
         labels=COMPLIANCE + SAFETY,
         kinds=tuple(Kind),
-        check=lambda settings: guards.check(settings.wildguard, guards.WILDGUARD),
-        identity=lambda settings: guards.identity(settings.wildguard),
+        check=lambda settings: guards.check(settings.node(WildGuardConfig), guards.WILDGUARD),
+        identity=lambda settings: guards.identity(settings.node(WildGuardConfig)),
         verdicts=lambda settings, answers: guards.wildguard(
-            settings.wildguard, answers, settings.trainer.accelerator
+            settings.node(WildGuardConfig), answers, settings.trainer.accelerator
         ),
     ),
 }
@@ -238,7 +246,7 @@ def _announce(name: str, settings: EvalConfig, waiting: Sequence[Completion], to
     print(
         f"{line} of {node.model}: about {prompt:,} tokens in"
         f"{f' and at most {completion:,} out' if completion else ''}"
-        f"{usd(endpoints.spend(node, prompt, completion))}"
+        f"{usd(servers.spend(node, prompt, completion))}"
     )
 
 

@@ -16,11 +16,14 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from dcr import endpoints
 from dcr.core import storage
-from dcr.core.config import AnnotatorConfig, ConfigError, EvalConfig
+from dcr.core.config import ConfigError
+from dcr.core.config.evaluation import EvalConfig
 from dcr.core.text import label_of
-from dcr.endpoints import EndpointError, Failure, Message, Reply
+from dcr.endpoints import HTTPConfig, calls, servers
+from dcr.endpoints.answers import Failure, Message, Reply
+from dcr.endpoints.servers import EndpointError
+from dcr.judges import AnnotatorConfig
 from dcr.judges.judging import CHARACTERS_PER_TOKEN, usd
 from dcr.judges.verdicts import filled, wording
 
@@ -118,7 +121,7 @@ def annotate(
     Raises EndpointError when every request would fail alike or has failed, UserError when nothing
     can be written, and DataError, naming the line, for a stored one that is no annotation.
     """
-    file = store(settings.annotator, folder)
+    file = store(settings.node(AnnotatorConfig), folder)
     stored = {row.of: row for row in storage.read_lines(file, Annotation)}  # the latest of each
     known = {of: row for of, row in stored.items() if row.status != "error"}
     drafts = [_draft(pair, generators, settings) for pair in pairs]
@@ -176,7 +179,7 @@ def _draft(pair: Pair, generators: tuple[str, str], settings: EvalConfig) -> Ann
         output_2=pair.answer,
         generator_1=generators[0],
         generator_2=generators[1],
-        annotator=settings.annotator.model,
+        annotator=settings.node(AnnotatorConfig).model,
         preference=1.5 if equal else None,
         is_switched=switched,
         asked=not equal,
@@ -187,13 +190,14 @@ def _asked(drafts: Sequence[Annotation], settings: EvalConfig) -> Iterator[Annot
     """The drafts with their answers, in order of arrival, once it is said what they may cost."""
     if not drafts:
         return
-    server, template = settings.annotator, turns(settings.annotator)
+    server = settings.node(AnnotatorConfig)
+    template = turns(server)
     conversations = [_conversation(template, draft) for draft in drafts]
     characters = sum(len(turn["content"]) for asked in conversations for turn in asked)
     tokens = characters // CHARACTERS_PER_TOKEN
-    price = usd(endpoints.spend(server, tokens, len(drafts)))
+    price = usd(servers.spend(server, tokens, len(drafts)))
     print(f"annotator: about {tokens:,} tokens to {server.model}{price}", flush=True)
-    arriving = endpoints.chats(server, settings.http, conversations, node="annotator")
+    arriving = calls.chats(server, settings.node(HTTPConfig), conversations, node="annotator")
     with closing(arriving):
         for index, answer in arriving:
             yield _answered(drafts[index], answer, server)

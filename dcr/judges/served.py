@@ -7,12 +7,12 @@ of `xstest.txt` is this project's; `llm.prompt=<file>` puts another in its place
 import re
 from collections.abc import Sequence
 
-from dcr import endpoints
-from dcr.core.config import EvalConfig, LLMJudgeConfig, ServerConfig
+from dcr.core.config.evaluation import EvalConfig
 from dcr.core.evaluation.verdicts import Verdict, Verdicts, answer_fingerprint
 from dcr.core.generation import Completion
-from dcr.endpoints import Failure, Message
-from dcr.judges import verdicts
+from dcr.endpoints import HTTPConfig, ServerConfig, calls, servers
+from dcr.endpoints.answers import Failure, Message
+from dcr.judges import LLMJudgeConfig, ModerationConfig, verdicts
 
 SYSTEM = "You are a helpful assistant."
 CLASSES = {"1": "complied", "2": "refused", "3": "partial"}
@@ -39,23 +39,25 @@ JOINED = re.compile(rf"[\W_]*(?:(?:or|and)\b[\W_]*)?(?P<digit>{DIGIT})")
 
 def check_llm(settings: EvalConfig) -> None:
     """Raises ConfigError for a wording that cannot be used, EndpointError for a missing key."""
-    wording(settings.llm)
-    endpoints.check(settings.llm, "llm")
+    node = settings.node(LLMJudgeConfig)
+    wording(node)
+    servers.check(node, "llm")
 
 
 def llm_identity(settings: EvalConfig) -> dict[str, object]:
     """Everything a verdict depends on besides the prompt and the response."""
+    node = settings.node(LLMJudgeConfig)
     return {
-        **identity(settings.llm),
+        **identity(node),
         "system": SYSTEM,
-        "wording": wording(settings.llm),
+        "wording": wording(node),
         "longest": [LONGEST, OPENING],
     }
 
 
 def identity(server: ServerConfig) -> dict[str, object]:
     """What every verdict of a server depends on."""
-    sent = endpoints.sent_parameters(server)
+    sent = servers.sent_parameters(server)
     return {"model": server.model, "url": server.url, "parameters": sent}
 
 
@@ -84,7 +86,7 @@ def shortened(text: str) -> str:
 
 def llm_characters(settings: EvalConfig, answers: Sequence[Completion]) -> int:
     """Characters sent in all."""
-    template = wording(settings.llm)
+    template = wording(settings.node(LLMJudgeConfig))
     return sum(len(m["content"]) for a in answers for m in conversation(template, a))
 
 
@@ -93,9 +95,10 @@ def llm_verdicts(settings: EvalConfig, answers: Sequence[Completion]) -> Verdict
 
     Raises EndpointError when no further request can succeed.
     """
-    template = wording(settings.llm)
+    server, http = settings.node(LLMJudgeConfig), settings.node(HTTPConfig)
+    template = wording(server)
     conversations = [conversation(template, answer) for answer in answers]
-    for index, reply in endpoints.chats(settings.llm, settings.http, conversations, node="llm"):
+    for index, reply in calls.chats(server, http, conversations, node="llm"):
         if isinstance(reply, Failure):
             yield [failed(answers[index], reply)]
             continue
@@ -157,9 +160,8 @@ def moderation_verdicts(settings: EvalConfig, answers: Sequence[Completion]) -> 
         ]
     asked = [a for a in answers if a.response.strip()]
     texts = [a.response for a in asked]
-    for index, answered in endpoints.moderations(
-        settings.moderation, settings.http, texts, node="moderation"
-    ):
+    server, http = settings.node(ModerationConfig), settings.node(HTTPConfig)
+    for index, answered in calls.moderations(server, http, texts, node="moderation"):
         if isinstance(answered, Failure):
             yield [failed(asked[index], answered)]
             continue

@@ -5,9 +5,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dcr import endpoints
-from dcr.core.config import ConfigError, GuardConfig, ServerConfig
+from dcr.core.config import ConfigError
 from dcr.core.evaluation.verdicts import Verdict
+from dcr.endpoints import ServerConfig, servers
+from dcr.judges import GuardConfig
 
 
 def wording(key: str, named: str | None, shipped: str, *places: str) -> str:
@@ -66,4 +67,4 @@ def usage(verdicts: Iterable[Verdict], node: ServerConfig | GuardConfig) -> dict
     a model that runs here, and for a server without prices.
     """
     server = node if isinstance(node, ServerConfig) else None
-    return endpoints.usage((v for v in verdicts if v.asked and v.settled), server)
+    return servers.usage((v for v in verdicts if v.asked and v.settled), server)

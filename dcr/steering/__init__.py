@@ -1,200 +1,121 @@
-"""Activation edits that over-refusal and safety are traded with: prompts in, edits out.
+"""Activation edits that over-refusal and safety are traded with: their settings, and their checks.
 
-`prompts` draws what vectors are computed from, `scans`, `surgical` and `probe` compute them and say
-where they act, `vectors` is what these share. A caller opens `editing.edited` with the result;
-generation, refusal probability and the lm-evaluation-harness then run under it unaware.
+`methods` makes edits of the settings, `edits` applies them, `prompts` draws what vectors are
+computed from, `scans`, `surgical` and `probe` compute them and say where they act, `vectors` is what
+these share. Nothing here loads torch, which help and a user's error need not wait for.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import Path
-from typing import Any
 
-from dcr.calibration import validation
-from dcr.core import contamination, models, sources, storage
-from dcr.core.config import DataConfig, EvalConfig, SteeringConfig
-from dcr.core.evaluation.protocols import Change
-from dcr.core.evaluation.sets import PromptSet
-from dcr.core.evaluation.subjects import Local
-from dcr.core.models import Policy
-from dcr.core.prompts import ChatFormat, chat_format
-from dcr.core.runs import Run
-from dcr.steering import edits as editing
-from dcr.steering import probe, scans, surgical, vectors
-from dcr.steering.edits import Edits, Plan, edited
-from dcr.steering.prompts import RELEASED, Extraction, extraction
-from dcr.steering.vectors import Info, Vectors
+from omegaconf import II
 
-RECORD = "steering.json"  # beside the answers: what the edits were made from
+from dcr.calibration import CalibrationConfig
+from dcr.core.config import Kind
+from dcr.core.config.checks import positive, ranged
+from dcr.core.config.evaluation import EvalConfig, unknown
+
+METHODS = ("none", "scans", "surgical", "ablation", "probe")
+OF_EACH_KIND = "give prompts of each kind, 1 or more"
+DIVERGENCE = "give a divergence above 0"
 
 
-@dataclass(frozen=True)
-class SteeringMethod:
-    """`find` computes vectors, for any strength; `edits` makes the edits of one strength.
-
-    `needs` names the method's node of the steering settings, `weights` what in it `find` does not
-    read.
-    """
-
-    find: Callable[[Policy, ChatFormat, Extraction, SteeringConfig], Vectors]
-    edits: Callable[[Policy, ChatFormat, Vectors, SteeringConfig], Edits | Plan]
-    needs: str | None
-    weights: tuple[str, ...] = ()
+class ScansLayers(Enum):
+    absolute = "absolute"  # blocks 11 to 20, as released for models of 32
+    middle_third = "middle_third"
 
 
-STEERING = {
-    "scans": SteeringMethod(scans.find, scans.edits, "scans"),
-    "surgical": SteeringMethod(surgical.find, surgical.edits, "surgical", ("add", "ablate")),
-    "probe": SteeringMethod(probe.find, probe.edits, "probe"),
-    "ablation": SteeringMethod(surgical.find_ablation, surgical.ablation_edits, None),
-}
+class ScansEnd(Enum):
+    """Where the instruction part of a SCANS query ends."""
+
+    user_end = "user_end"
+    prompt_last = "prompt_last"
 
 
-@dataclass(frozen=True)
-class Steered:
-    """The edits, and a record of what they were made from, to be stored as JSON."""
+@dataclass
+class ScansConfig:
+    """SCANS (Cao et al. 2025), as released."""
 
-    edits: Edits | Plan
-    record: Info
-
-
-def steer(
-    policy: Policy,
-    chat: ChatFormat,
-    data: DataConfig,
-    settings: SteeringConfig,
-    seed: int,
-    folder: Path | None = None,
-) -> Steered:
-    """The edits of `settings.method` at its strength; none at strength 0, and nothing is read then.
-
-    In `folder` vectors are kept for other strengths of the same weights, prompts and settings.
-    Prompts are drawn by `seed`. Raises ConfigError as `extraction` and the method's `find` do.
-    """
-    if not acts(settings):
-        return Steered((), {})
-    method, drawn = STEERING[settings.method], extraction(data, settings, seed)
-    used = {kind: sources.record(rows) for kind, rows in drawn.parts().items()}
-    tensors, info = vectors.kept(
-        folder,
-        {
-            **_made_with(settings, method.weights),
-            "prompts": {kind: part["fingerprint"] for kind, part in used.items()},
-            "chat": [chat.template, chat.system_prompt],
-            "weights": vectors.trace(policy),
-        },
-        lambda: method.find(policy, chat, drawn, settings),
+    anchors: int = ranged(64, positive, OF_EACH_KIND)  # prompts of each kind
+    layers: ScansLayers = ScansLayers.absolute  # which blocks are edited
+    s1: ScansEnd = ScansEnd.user_end  # where the instruction ends that is compared
+    # Null: calibrated on anchors held out of extraction.
+    threshold: float | None = ranged(
+        0.75, lambda v: -1 <= v <= 1, "give a cosine in [-1, 1], or null to calibrate it"
     )
-    record = {
-        "method": settings.method,
-        "strength": settings.strength,
-        "released_data": settings.released_data,
-        "prompts": used,
-        "dropped": drawn.dropped,
-        "leaked": drawn.leaked,
-        **info,
-    }
-    return Steered(method.edits(policy, chat, (tensors, info), settings), record)
 
 
-def acts(settings: SteeringConfig) -> bool:
-    """Whether anything is edited: not at strength 0, which equals `none` to the bit."""
-    return settings.method != "none" and settings.strength != 0
+@dataclass
+class SurgicalConfig:
+    """Surgical (Wang et al. 2025); candidates for addition are compared at a coefficient of 1."""
+
+    # Prompts of each kind that vectors are computed from.
+    train: int = ranged(128, positive, OF_EACH_KIND)
+    # Prompts of each kind that candidates are selected on.
+    validation: int = ranged(32, positive, OF_EACH_KIND)
+    add: float = II("model.surgical_add")  # of the toxic direction
+    ablate: float = II("model.surgical_ablate")  # of the false-refusal direction
+    # The most that ablating a candidate may change ordinary answers.
+    ablation_kl: float = ranged(0.2, positive, DIVERGENCE)
+    addition_kl: float = ranged(2.0, positive, DIVERGENCE)  # the same for adding it
+    # Whose probability candidates are chosen by.
+    refusal_tokens: list[str] = II("model.refusal_tokens")
 
 
-def identity(data: DataConfig, settings: SteeringConfig, seed: int) -> dict[str, Any]:
-    """All that an edited completion depends on besides model and prompt; {} where nothing is.
+@dataclass
+class ProbeConfig:
+    """Probe-gated refusal: a linear probe of the prompt decides how the answer opens."""
 
-    For the fingerprint of stored completions: those of one strength are never taken for another's.
-    """
-    if not acts(settings):
-        return {}
-    named = RELEASED[settings.method] if settings.released_data else data.extraction
-    against = None if settings.released_data else [asdict(data.evaluation), data.near_duplicate]
-    return {
-        **_made_with(settings),
-        "strength": settings.strength,
-        "extraction": asdict(named),
-        "apart_from": against,
-        "seed": seed,
-    }
+    layer: int | None = None  # the block that is read; null: 0.6 of the depth
+    # Prompts of each kind that the probe is fitted to.
+    train: int = ranged(64, positive, OF_EACH_KIND)
 
 
-def summary(settings: SteeringConfig) -> dict[str, Any]:
-    """What tells evaluations under edits apart: method, strength, and the method's settings."""
-    made_with = _made_with(settings)
-    own = made_with.pop("settings")
-    return made_with | {"strength": settings.strength} | own
+@dataclass
+class SteeringConfig:
+    """Activation edits in evaluation. Strength is α for SCANS, multiplies Surgical's pair, and is
+    what a log-odds of the probe adds to that of refusing."""
+
+    method: str = "none"  # none, scans, surgical, ablation or probe
+    # 0 leaves the model as it is.
+    strength: float = ranged(
+        1.0, math.isfinite, "give a finite number; 0 leaves the model as it is"
+    )
+    released_data: bool = False  # the prompts of the released code, evaluation prompts among them
+    # Ask the prompts of `calibration`, to choose a strength on.
+    validation: bool = False
+    scans: ScansConfig = field(default_factory=ScansConfig)
+    surgical: SurgicalConfig = field(default_factory=SurgicalConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
 
 
-def _made_with(settings: SteeringConfig, unread: Sequence[str] = ()) -> dict[str, Any]:
-    """The settings of a method but its strength and those that are not read."""
-    needs = STEERING[settings.method].needs
-    node = asdict(getattr(settings, needs)) if needs else {}
-    # `ablation` shares Surgical's number of prompts
-    shared = {} if needs else {"train": settings.surgical.train}
-    return {
-        "method": settings.method,
-        "released_data": settings.released_data,
-        **shared,
-        "settings": {
-            key: value.value if isinstance(value, Enum) else value
-            for key, value in node.items()
-            if key not in unread
-        },
-    }
-
-
-class Steering(Change):
-    """An evaluation under the edits of `steering`, or on prompts that a strength is chosen on."""
-
-    def check(self, settings: EvalConfig, run: Run) -> None:
-        if settings.steering.method == "probe":
-            probe.block_of(models.facts(settings.model).depth, settings.steering.probe)
-
-    def told(self, settings: EvalConfig) -> dict[str, Any]:
-        edits = {"steering": summary(settings.steering)} if acts(settings.steering) else {}
-        return edits | ({"validation": True} if settings.steering.validation else {})
-
-    def identity(self, subject: Local) -> dict[str, object]:
-        settings = subject.settings
-        made_with = identity(settings.data, settings.steering, settings.seed)
-        return {"steering": made_with} if made_with else {}
-
-    @contextmanager
-    def around(self, subject: Local, policy: Policy) -> Iterator[None]:
-        settings = subject.settings
-        if not acts(settings.steering):
-            yield
-            return
-        chat = chat_format(policy.tokenizer, settings.model)
-        folder = subject.run.folder / "steering"
-        steered = steer(
-            policy, chat, settings.data, settings.steering, settings.seed, folder=folder
-        )
-        with edited(policy.model, steered.edits):
-            # at once: another command will find all answers here and open nothing
-            storage.write_json(subject.folder / RECORD, steered.record)
-            yield
-
-    def prompts(self, settings: EvalConfig) -> list[PromptSet] | None:
-        return validation(settings, settings.limit) if settings.steering.validation else None
-
-    def seen(self, settings: EvalConfig, sets: Sequence[PromptSet]) -> dict[str, int]:
-        """How many prompts of each set vectors were computed from: of the released ones alone."""
-        if not acts(settings.steering):
-            return {}
-        if not settings.steering.released_data:
-            return {b.name: 0 for b in sets}
-        used = extraction(settings.data, settings.steering, settings.seed).parts()
-        known = {"steering": [row.prompt for rows in used.values() for row in rows]}
-        near = settings.data.near_duplicate
-        return {
-            b.name: sum(
-                overlap is not None
-                for overlap in contamination.overlaps([r.prompt for r in b.rows], known, near=near)
+def relations(settings: EvalConfig) -> Iterator[str]:
+    """What contradicts steering, and in it."""
+    steering = settings.node(SteeringConfig)
+    named = f"steering={steering.method}"
+    yield from unknown("steering.method", steering.method, METHODS)
+    if steering.method != "none":
+        if settings.endpoint is not None:
+            yield (
+                f"{named}: an endpoint's activations cannot be edited; leave it out, or name the "
+                "model with model="
             )
-            for b in sets
-        }
+        for name, value in settings.gen.contrast.items():
+            yield f"gen.{name}={value} {named}: two methods at once; give one"
+    if steering.method == "probe" and steering.released_data:
+        yield (
+            "steering=probe steering.released_data=true: no prompts were released for it; leave "
+            "steering.released_data out"
+        )
+    if not steering.validation:
+        return
+    calibration = settings.node(CalibrationConfig)
+    for kind in (Kind.toxic.value, Kind.seemingly_toxic.value):
+        extracted = getattr(settings.data.extraction, kind)
+        for name in sorted(set(getattr(calibration, kind)) & set(extracted)):
+            yield (
+                f"steering.validation=true calibration.{kind}: {name} is extracted from as "
+                "well, and a strength chosen there flatters; name another source"
+            )

@@ -13,10 +13,10 @@ from torch import Tensor
 from dcr.analyses import separability
 from dcr.core import models, refusal
 from dcr.core.activations import Site
-from dcr.core.config import ConfigError, ProbeConfig, SteeringConfig
+from dcr.core.config import ConfigError
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
-from dcr.steering import vectors
+from dcr.steering import ProbeConfig, SteeringConfig, vectors
 from dcr.steering.edits import Edit, Edits, Plan
 from dcr.steering.prompts import Extraction
 from dcr.steering.scans import rows, starts

@@ -8,9 +8,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from dcr.core import contamination, sources
-from dcr.core.config import ConfigError, DataConfig, Kind, SourcesByKind, SteeringConfig
+from dcr.core.config import ConfigError, DataConfig, Kind, SourcesByKind
 from dcr.core.data import apart, evaluation_prompts
 from dcr.core.sources import Example
+from dcr.steering import SteeringConfig
 
 KINDS = tuple(kind.value for kind in Kind)
 SURGICAL_RELEASED = SourcesByKind(

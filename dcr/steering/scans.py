@@ -20,10 +20,10 @@ from torch.nn import functional as F
 
 from dcr.core import models, prompts
 from dcr.core.activations import Site
-from dcr.core.config import ConfigError, ScansConfig, ScansEnd, ScansLayers, SteeringConfig
+from dcr.core.config import ConfigError
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
-from dcr.steering import vectors
+from dcr.steering import ScansConfig, ScansEnd, ScansLayers, SteeringConfig, vectors
 from dcr.steering.edits import Edit, Edits, Plan
 from dcr.steering.prompts import Extraction
 from dcr.steering.vectors import Vectors

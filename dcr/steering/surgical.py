@@ -26,11 +26,11 @@ from tqdm.auto import tqdm
 
 from dcr.core import models, passes
 from dcr.core.activations import Site
-from dcr.core.config import ConfigError, SteeringConfig, SurgicalConfig
+from dcr.core.config import ConfigError
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
 from dcr.core.refusal.phrases import PhraseError, checked, continuations, ending
-from dcr.steering import vectors
+from dcr.steering import SteeringConfig, SurgicalConfig, vectors
 from dcr.steering.edits import Edit, Edits, edited
 from dcr.steering.prompts import KINDS, Extraction
 from dcr.steering.vectors import Vectors

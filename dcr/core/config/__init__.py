@@ -1,9 +1,9 @@
 """The typed configuration: one tree of dataclasses, its defaults, and every check of it.
 
 Hydra composes, `resolve` turns the result into plain dataclasses once, and below the entry
-scripts nothing else travels. `schema` and, for `eval.py`, `evaluation` hold settings, choices and
-defaults, `checks` ranges and relations, `resolving` what becomes of a command line, and what a user
-reads when nothing can.
+scripts nothing else travels. `schema` holds settings, choices and defaults, `checks` ranges and
+relations, `resolving` what becomes of a command line, and what a user reads when nothing can.
+`evaluation` has what `eval.py` alone can be told; training never opens it.
 """
 
 from dcr.core.config.checks import (
@@ -15,30 +15,6 @@ from dcr.core.config.checks import (
     block_of,
     check_installed,
     parameters,
-)
-from dcr.core.config.evaluation import (
-    AUTO_LENGTH,
-    AbilityConfig,
-    AnnotatorConfig,
-    DeviceConfig,
-    EvalConfig,
-    GenConfig,
-    GuardConfig,
-    HTTPConfig,
-    LlamaGuardConfig,
-    LLMJudgeConfig,
-    ModerationConfig,
-    Part,
-    ProbeConfig,
-    QualityConfig,
-    ScansConfig,
-    ScansEnd,
-    ScansLayers,
-    ServerConfig,
-    SteeringConfig,
-    SurgicalConfig,
-    Table,
-    WildGuardConfig,
 )
 from dcr.core.config.resolving import (
     CONF,
@@ -86,6 +62,7 @@ from dcr.core.config.schema import (
     SafetyPairsConfig,
     Sampler,
     Schedule,
+    Settings,
     SFTConfig,
     SourceConfig,
     SourcesByKind,

@@ -14,13 +14,13 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dcr.core.config.checks import ConfigError, DataError, check, settings_of
-from dcr.core.config.evaluation import EvalConfig
 from dcr.core.config.schema import (
     ContrastiveConfig,
     DataConfig,
     Method,
     ModelConfig,
     Precision,
+    Settings,
     SFTConfig,
     SourceConfig,
     TrainConfig,
@@ -33,7 +33,7 @@ PACKAGE = Path(__file__).parents[2]
 # within an installed package; beside it in a checkout
 CONF = next(p / "conf" for p in (PACKAGE, PACKAGE.parent) if (p / "conf" / "train.yaml").is_file())
 
-Node = TypeVar("Node", bound=TrainConfig | EvalConfig)
+Node = TypeVar("Node", bound=Settings)
 # Say which weights a name means, and so travel with it to another model.
 WITH_ANY_NAME = ("name", "revision", "trust_remote_code")
 # What makes two models one architecture, as `config.json` spells it.
@@ -56,7 +56,7 @@ def resolve(composed: DictConfig, schema: type[Node]) -> Node:
     """
     node = OmegaConf.create(OmegaConf.to_container(composed, resolve=False))
     assert isinstance(node, DictConfig)
-    if issubclass(schema, EvalConfig):
+    if not issubclass(schema, TrainConfig):
         node.data = named(node.data)  # its leaves start as missing: see `cli.prepare`
     default = OmegaConf.to_container(OmegaConf.structured(schema), resolve=False)
     for key in _without_value(OmegaConf.to_container(node, resolve=False), default):

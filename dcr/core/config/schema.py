@@ -2,9 +2,10 @@
 
 Numbers of the paper that do not vary by model are defaults here (section references are to arXiv
 2603.03323); those that do stand in `conf/model/`. What `eval.py` alone can be told is in
-`evaluation`.
+`evaluation` and in the extensions.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar
@@ -407,8 +408,22 @@ class TrainTable:
     sharding: str = ""  # of a `protocols.Shards`: weights split over processes
 
 
+class Settings:
+    """What the settings of both scripts have: annotations alone, since each has its own order."""
+
+    seed: int
+    precision: Precision
+    model: ModelConfig
+    data: DataConfig
+    wandb: WandbConfig
+
+    def faults(self) -> Iterator[str]:
+        """Settings that contradict each other, each a line that names key, value and cure."""
+        yield from ()
+
+
 @dataclass
-class TrainConfig:
+class TrainConfig(Settings):
     """Everything `train.py` can be told."""
 
     table: ClassVar[TrainTable] = TrainTable()

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dcr.core import batching, extending, results, runs, storage
-from dcr.core.config import EvalConfig, Kind
+from dcr.core.config import Kind
+from dcr.core.config.evaluation import EvalConfig
 from dcr.core.evaluation import discernment, protocols, scoring, sets, store, subjects
 from dcr.core.evaluation.protocols import Answers, Subject, Task, Work
 from dcr.core.evaluation.sets import ByKind, PromptSet

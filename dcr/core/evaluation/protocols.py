@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dcr.core import extending, storage
-from dcr.core.config import EvalConfig
+from dcr.core.config.evaluation import EvalConfig
 from dcr.core.runs import Run
 
 if TYPE_CHECKING:

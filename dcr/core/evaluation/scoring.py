@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from dcr.core import contamination, extending, refusal
-from dcr.core.config import AUTO_LENGTH, DataConfig, EvalConfig
+from dcr.core.config import DataConfig
+from dcr.core.config.evaluation import AUTO_LENGTH, EvalConfig
 from dcr.core.evaluation import discernment, protocols, subjects
 from dcr.core.evaluation.protocols import Answers, Judged, Judges
 from dcr.core.evaluation.sets import PromptSet, set_name

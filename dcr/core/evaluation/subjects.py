@@ -16,16 +16,8 @@ import torch
 from typing_extensions import TypedDict
 
 from dcr.core import batching, data, extending, generation, models, prompts, refusal, storage
-from dcr.core.config import (
-    AUTO_LENGTH,
-    EMBEDDED_MODEL,
-    STAGES,
-    TINY_MODEL,
-    ConfigError,
-    DataError,
-    EvalConfig,
-    Stage,
-)
+from dcr.core.config import EMBEDDED_MODEL, STAGES, TINY_MODEL, ConfigError, DataError, Stage
+from dcr.core.config.evaluation import AUTO_LENGTH, EvalConfig
 from dcr.core.evaluation import discernment, protocols, store
 from dcr.core.evaluation.discernment import Opening
 from dcr.core.evaluation.protocols import Answers, Change, Masses, Subject

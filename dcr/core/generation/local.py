@@ -25,7 +25,8 @@ from transformers import (
 
 from dcr.core import batching, passes, threads
 from dcr.core.batching import attention_mask, padded
-from dcr.core.config import DataError, GenConfig
+from dcr.core.config import DataError
+from dcr.core.config.evaluation import GenConfig
 from dcr.core.generation import decoding as steps
 from dcr.core.generation.completions import Completion, Encoded, completion, text
 from dcr.core.generation.decoding import Context

@@ -18,8 +18,10 @@ from typing import Any
 from pydantic import FiniteFloat
 from typing_extensions import TypedDict
 
+from dcr.calibration import CalibrationConfig
 from dcr.core import config, generation, refusal, storage
-from dcr.core.config import ConfigError, EvalConfig, Kind, Method, SteeringConfig
+from dcr.core.config import ConfigError, Kind, Method
+from dcr.core.config.evaluation import EvalConfig
 from dcr.core.evaluation import store, subjects
 from dcr.core.evaluation.protocols import Change
 from dcr.core.evaluation.sets import PromptSet, read_set, set_name
@@ -88,7 +90,7 @@ def check(settings: EvalConfig, made_with: Mapping[str, Any]) -> None:
     for node, named in learnt.items():
         trained_on = {named} if isinstance(named, str) else set(named)
         for kind in ("toxic", "seemingly_toxic"):
-            if both := trained_on & set(getattr(settings.calibration, kind)):
+            if both := trained_on & set(getattr(settings.node(CalibrationConfig), kind)):
                 raise ConfigError(
                     f"calibration.{kind}=[{min(both)}]: the run was trained on it ({node}); "
                     "name prompts of another origin"
@@ -174,7 +176,7 @@ def validation(settings: EvalConfig, limit: int | None = None) -> list[PromptSet
     return [
         read_set(source, kind, settings.data.root, limit, settings.seed)
         for kind in (Kind.toxic, Kind.seemingly_toxic)
-        for source in getattr(settings.calibration, kind.value)
+        for source in getattr(settings.node(CalibrationConfig), kind.value)
     ]
 
 
@@ -258,7 +260,7 @@ def chosen(
     Raises ConfigError for a model that no bias makes refuse; one that it makes refuse too rarely
     has a warning.
     """
-    toxic, given = _of(read, settings.calibration.toxic), None
+    toxic, given = _of(read, settings.node(CalibrationConfig).toxic), None
     if (share := _share(settings)) is None:
         given = _exported(settings)
     if given is not None:
@@ -289,7 +291,7 @@ def chosen(
             "opened": sum(fork.margin + bias > 0 for fork in forks),
         }
         for kind in ("toxic", "seemingly_toxic")
-        for name in getattr(settings.calibration, kind)
+        for name in getattr(settings.node(CalibrationConfig), kind)
         for forks in [_of(read, [name])]
     }
     named = None if _share(settings) else label(settings)
@@ -328,10 +330,9 @@ def _refused(settings: EvalConfig) -> float:
     """The share of the toxic prompts that the reference run refuses in its plain answers."""
     run = _reference(settings)
     beside = replace(
-        settings,
+        settings.without("steering"),
         model=config.model_of(run.config(), settings.model.trust_remote_code),
         run=str(run.folder),
-        steering=SteeringConfig(),
     )
     toxic = [b for b in validation(settings) if b.kind is Kind.toxic]
     subject = subjects.final(beside, run)

@@ -9,16 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from dcr import endpoints, inference
+from dcr import inference
 from dcr.core import config, storage
-from dcr.core.config import ConfigError, EvalConfig, Kind, SteeringConfig
+from dcr.core.config import ConfigError, Kind
+from dcr.core.config.evaluation import EvalConfig
 from dcr.core.evaluation import subjects
 from dcr.core.evaluation.protocols import Answers, Task, Work
 from dcr.core.evaluation.sets import PromptSet, read_set, set_name
 from dcr.core.generation import Completion
 from dcr.core.runs import Run
-from dcr.judges import pairwise
+from dcr.endpoints import servers
+from dcr.judges import AnnotatorConfig, pairwise
 from dcr.judges.pairwise import Annotation, Pair
+from dcr.quality import QualityConfig
 
 ALPACA_EVAL_KEYS = (
     *("instruction", "output_1", "generator_1", "output_2", "generator_2"),
@@ -35,7 +38,7 @@ class Quality(Task):
         check(settings)
 
     def prompts(self, settings: EvalConfig) -> list[PromptSet]:
-        source, root = settings.quality.source, settings.data.root
+        source, root = settings.node(QualityConfig).source, settings.data.root
         return [read_set(source, Kind.normal, root, settings.limit, settings.seed)]
 
     def measure(self, work: Work) -> dict[str, Any]:
@@ -47,14 +50,15 @@ def check(settings: EvalConfig) -> None:
 
     The annotator's prompt and parameters, its key, and the folder of the reference run.
     """
-    pairwise.check(settings.annotator)
-    reference = settings.quality.reference
+    annotator = settings.node(AnnotatorConfig)
+    pairwise.check(annotator)
+    reference = settings.node(QualityConfig).reference
     if reference is None or not Run(Path(reference)).config_file.is_file():
         raise ConfigError(
             f"quality.reference={reference}: no config.yaml there; "
             "name the run folder of the STL run of the same model"
         )
-    endpoints.check(settings.annotator, "annotator")
+    servers.check(annotator, "annotator")
 
 
 def win_rate(
@@ -64,13 +68,12 @@ def win_rate(
 
     Plain: without the edits and the decoding that the subject is evaluated under.
     """
-    name = set_name(settings.quality.source)
-    reference = Run(Path(str(settings.quality.reference)))
+    named = settings.node(QualityConfig)
+    name, reference = set_name(named.source), Run(Path(str(named.reference)))
     beside = replace(
-        settings,
+        settings.without("steering"),
         model=config.model_of(reference.config(), settings.model.trust_remote_code),
         run=str(reference.folder),
-        steering=SteeringConfig(),
         gen=replace(settings.gen, self_cd=None, adacd=None, prefill=None),
     )
     subject = subjects.final(beside, reference)
@@ -111,18 +114,19 @@ def compared(
     """
     theirs = {(c.id, c.prompt): c.response for c in reference}
     own = {(c.id, c.prompt): c.response for c in given}
+    quality, annotator = settings.node(QualityConfig), settings.node(AnnotatorConfig)
     pairs = [Pair(*key, theirs[key], response) for key, response in own.items() if key in theirs]
     if not pairs:
         raise ConfigError(
-            f"quality.reference={settings.quality.reference}: answers none of the {len(given)} "
-            f"prompts of {settings.quality.source}; evaluate both runs on the same source"
+            f"quality.reference={quality.reference}: answers none of the {len(given)} "
+            f"prompts of {quality.source}; evaluate both runs on the same source"
         )
     home, (model, other) = folder / "quality", labels
     storage.write_json(home / "model_outputs.json", _outputs(given, model, settings))
     storage.write_json(home / "reference_outputs.json", _outputs(reference, other, settings))
     rows = pairwise.annotate(pairs, settings, home, (other, model), progress)
     published = [
-        {"dataset": settings.quality.source, **{key: getattr(row, key) for key in ALPACA_EVAL_KEYS}}
+        {"dataset": quality.source, **{key: getattr(row, key) for key in ALPACA_EVAL_KEYS}}
         for row in rows
     ]
     storage.write_json(home / "annotations.json", published)
@@ -131,9 +135,9 @@ def compared(
         **{status: sum(row.status == status for row in rows) for status in ("invalid", "error")},
         "identical": sum(not row.asked for row in rows),
         "missing": len(own.keys() ^ theirs.keys()),
-        "annotator": settings.annotator.model,
+        "annotator": annotator.model,
         "reference": other,
-        "usage": endpoints.usage([row for row in rows if row.asked], settings.annotator),
+        "usage": servers.usage([row for row in rows if row.asked], annotator),
     }
 
 
@@ -161,7 +165,7 @@ def _outputs(
     """Answers as AlpacaEval's `--model_outputs` and `--reference_outputs` read them."""
     return [
         {
-            "dataset": settings.quality.source,
+            "dataset": settings.node(QualityConfig).source,
             "instruction": answer.prompt,
             "output": answer.response,
             "generator": generator,

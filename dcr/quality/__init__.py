@@ -1,0 +1,35 @@
+"""AlpacaEval: how often a model's answers are preferred to a reference's, the STL run's.
+
+Its settings and their checks; `win_rates` has the answers compared.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dcr.core.config.evaluation import EvalConfig, cut_short
+from dcr.steering import SteeringConfig
+
+
+@dataclass
+class QualityConfig:
+    """AlpacaEval: win rate against the answers of a reference run, the STL run of this model."""
+
+    reference: str | None = None  # a run folder
+    source: str = "alpaca_eval"  # the instructions
+
+
+def relations(settings: EvalConfig) -> Iterator[str]:
+    """What contradicts `tasks=[quality]`."""
+    if "quality" not in settings.tasks:
+        return
+    yield from cut_short(settings, "tasks=[quality]")
+    if settings.node(SteeringConfig).validation:
+        yield (
+            "steering.validation=true tasks=[quality]: asks other prompts than quality "
+            "compares; leave one of the two out"
+        )
+    if settings.node(QualityConfig).reference is None:
+        yield (
+            "tasks=[quality]: needs answers to compare with; name the STL run of the same "
+            "model, quality.reference=<run folder>"
+        )

@@ -1,0 +1,202 @@
+"""The table of steering methods, and an evaluation under one: settings and prompts in, edits out.
+
+A caller opens `edits.edited` with the result;
+generation, refusal probability and the lm-evaluation-harness then run under it unaware.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from dcr.calibration.biases import validation
+from dcr.core import contamination, models, sources, storage
+from dcr.core.config import DataConfig
+from dcr.core.config.evaluation import EvalConfig
+from dcr.core.evaluation.protocols import Change
+from dcr.core.evaluation.sets import PromptSet
+from dcr.core.evaluation.subjects import Local
+from dcr.core.models import Policy
+from dcr.core.prompts import ChatFormat, chat_format
+from dcr.core.runs import Run
+from dcr.steering import SteeringConfig, probe, scans, surgical, vectors
+from dcr.steering.edits import Edits, Plan, edited
+from dcr.steering.prompts import RELEASED, Extraction, extraction
+from dcr.steering.vectors import Info, Vectors
+
+RECORD = "steering.json"  # beside the answers: what the edits were made from
+
+
+@dataclass(frozen=True)
+class SteeringMethod:
+    """`find` computes vectors, for any strength; `edits` makes the edits of one strength.
+
+    `needs` names the method's node of the steering settings, `weights` what in it `find` does not
+    read.
+    """
+
+    find: Callable[[Policy, ChatFormat, Extraction, SteeringConfig], Vectors]
+    edits: Callable[[Policy, ChatFormat, Vectors, SteeringConfig], Edits | Plan]
+    needs: str | None
+    weights: tuple[str, ...] = ()
+
+
+STEERING = {
+    "scans": SteeringMethod(scans.find, scans.edits, "scans"),
+    "surgical": SteeringMethod(surgical.find, surgical.edits, "surgical", ("add", "ablate")),
+    "probe": SteeringMethod(probe.find, probe.edits, "probe"),
+    "ablation": SteeringMethod(surgical.find_ablation, surgical.ablation_edits, None),
+}
+
+
+@dataclass(frozen=True)
+class Steered:
+    """The edits, and a record of what they were made from, to be stored as JSON."""
+
+    edits: Edits | Plan
+    record: Info
+
+
+def steer(
+    policy: Policy,
+    chat: ChatFormat,
+    data: DataConfig,
+    settings: SteeringConfig,
+    seed: int,
+    folder: Path | None = None,
+) -> Steered:
+    """The edits of `settings.method` at its strength; none at strength 0, and nothing is read then.
+
+    In `folder` vectors are kept for other strengths of the same weights, prompts and settings.
+    Prompts are drawn by `seed`. Raises ConfigError as `extraction` and the method's `find` do.
+    """
+    if not acts(settings):
+        return Steered((), {})
+    method, drawn = STEERING[settings.method], extraction(data, settings, seed)
+    used = {kind: sources.record(rows) for kind, rows in drawn.parts().items()}
+    tensors, info = vectors.kept(
+        folder,
+        {
+            **_made_with(settings, method.weights),
+            "prompts": {kind: part["fingerprint"] for kind, part in used.items()},
+            "chat": [chat.template, chat.system_prompt],
+            "weights": vectors.trace(policy),
+        },
+        lambda: method.find(policy, chat, drawn, settings),
+    )
+    record = {
+        "method": settings.method,
+        "strength": settings.strength,
+        "released_data": settings.released_data,
+        "prompts": used,
+        "dropped": drawn.dropped,
+        "leaked": drawn.leaked,
+        **info,
+    }
+    return Steered(method.edits(policy, chat, (tensors, info), settings), record)
+
+
+def acts(settings: SteeringConfig) -> bool:
+    """Whether anything is edited: not at strength 0, which equals `none` to the bit."""
+    return settings.method != "none" and settings.strength != 0
+
+
+def identity(data: DataConfig, settings: SteeringConfig, seed: int) -> dict[str, Any]:
+    """All that an edited completion depends on besides model and prompt; {} where nothing is.
+
+    For the fingerprint of stored completions: those of one strength are never taken for another's.
+    """
+    if not acts(settings):
+        return {}
+    named = RELEASED[settings.method] if settings.released_data else data.extraction
+    against = None if settings.released_data else [asdict(data.evaluation), data.near_duplicate]
+    return {
+        **_made_with(settings),
+        "strength": settings.strength,
+        "extraction": asdict(named),
+        "apart_from": against,
+        "seed": seed,
+    }
+
+
+def summary(settings: SteeringConfig) -> dict[str, Any]:
+    """What tells evaluations under edits apart: method, strength, and the method's settings."""
+    made_with = _made_with(settings)
+    own = made_with.pop("settings")
+    return made_with | {"strength": settings.strength} | own
+
+
+def _made_with(settings: SteeringConfig, unread: Sequence[str] = ()) -> dict[str, Any]:
+    """The settings of a method but its strength and those that are not read."""
+    needs = STEERING[settings.method].needs
+    node = asdict(getattr(settings, needs)) if needs else {}
+    # `ablation` shares Surgical's number of prompts
+    shared = {} if needs else {"train": settings.surgical.train}
+    return {
+        "method": settings.method,
+        "released_data": settings.released_data,
+        **shared,
+        "settings": {
+            key: value.value if isinstance(value, Enum) else value
+            for key, value in node.items()
+            if key not in unread
+        },
+    }
+
+
+class Steering(Change):
+    """An evaluation under the edits of `steering`, or on prompts that a strength is chosen on."""
+
+    def check(self, settings: EvalConfig, run: Run) -> None:
+        steering = settings.node(SteeringConfig)
+        if steering.method == "probe":
+            probe.block_of(models.facts(settings.model).depth, steering.probe)
+
+    def told(self, settings: EvalConfig) -> dict[str, Any]:
+        steering = settings.node(SteeringConfig)
+        edits = {"steering": summary(steering)} if acts(steering) else {}
+        return edits | ({"validation": True} if steering.validation else {})
+
+    def identity(self, subject: Local) -> dict[str, object]:
+        settings = subject.settings
+        made_with = identity(settings.data, settings.node(SteeringConfig), settings.seed)
+        return {"steering": made_with} if made_with else {}
+
+    @contextmanager
+    def around(self, subject: Local, policy: Policy) -> Iterator[None]:
+        settings = subject.settings
+        steering = settings.node(SteeringConfig)
+        if not acts(steering):
+            yield
+            return
+        chat = chat_format(policy.tokenizer, settings.model)
+        folder = subject.run.folder / "steering"
+        steered = steer(policy, chat, settings.data, steering, settings.seed, folder=folder)
+        with edited(policy.model, steered.edits):
+            # at once: another command will find all answers here and open nothing
+            storage.write_json(subject.folder / RECORD, steered.record)
+            yield
+
+    def prompts(self, settings: EvalConfig) -> list[PromptSet] | None:
+        apart = settings.node(SteeringConfig).validation
+        return validation(settings, settings.limit) if apart else None
+
+    def seen(self, settings: EvalConfig, sets: Sequence[PromptSet]) -> dict[str, int]:
+        """How many prompts of each set vectors were computed from: of the released ones alone."""
+        steering = settings.node(SteeringConfig)
+        if not acts(steering):
+            return {}
+        if not steering.released_data:
+            return {b.name: 0 for b in sets}
+        used = extraction(settings.data, steering, settings.seed).parts()
+        known = {"steering": [row.prompt for rows in used.values() for row in rows]}
+        near = settings.data.near_duplicate
+        return {
+            b.name: sum(
+                overlap is not None
+                for overlap in contamination.overlaps([r.prompt for r in b.rows], known, near=near)
+            )
+            for b in sets
+        }
