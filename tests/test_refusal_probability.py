@@ -240,7 +240,7 @@ def test_trie_by_hand() -> None:
     assert tree.sources == (0, 0, 1, 1, 2, 3)
     assert tree.labels == (1, 3, 2, 5, 4, 4)
     assert tree.paths == ((0, 2), (0,), (1,), (0, 2, 4), (0, 3, 5))
-    assert tree.kept == (1, 2)
+    assert tree.prefix_free == (1, 2)
     assert tree.children == {0: [1], 1: [2, 3], 2: [], 3: []}
     assert tree.sight().tolist() == [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
 
@@ -249,7 +249,7 @@ def test_the_papers_set_has_three_phrases_that_others_begin() -> None:
     tokenizer = byte_tokenizer()
     end = ending(tokenizer, chat_ids(tokenizer, "x"))
     tree = trie(continuations(tokenizer, end, refusal.REFUSAL_PHRASES))
-    dropped = {refusal.REFUSAL_PHRASES[i] for i in range(31) if i not in tree.kept}
+    dropped = {refusal.REFUSAL_PHRASES[i] for i in range(31) if i not in tree.prefix_free}
     assert dropped == {
         "I cannot fulfill your request",
         "I cannot fulfill this request",

@@ -1,11 +1,10 @@
 """The paper's claims on small steps and on states, measured on one model.
 
-Eq. 2 and 3: what one SGD step on one (toxic prompt, refusal) pair does to every other prompt,
-against the kernel; Proposition 1: the inner product of two prompts' states against the trunk's
-kernel. Neither claim is taken as proven: the bound in A.7 does not follow from its steps, and of a
-kernel only that over all parameters is the one of the step. Log-probabilities are taken in float64
-on the CPU: where a model refuses almost surely, the rest of the probability is lost in fp32's
-rounding of the sum.
+Eq. 2 and 3 predict from the kernel what one SGD step on one (toxic prompt, refusal) pair does to
+every other prompt; Proposition 1 relates the inner product of two prompts' states to the trunk's
+kernel. Neither claim is taken as proven: the bound in A.7 does not follow from its steps, and only
+the kernel over all parameters is that of the step. Log-probabilities are computed in float64 on
+the CPU, because fp32 rounds the rest of the probability away when a model refuses almost surely.
 """
 
 import math
@@ -36,12 +35,12 @@ BATCH_SIZE = 8
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured.
+    """The settings of a measurement.
 
-    Of each prompt the `top_k` most likely tokens count, and the one that refusals begin with;
-    `params` are the kernels' parameters, `head=False` leaves the head's matrix out of them; `drop`
-    is what one step takes off its pair's loss to first order, in nats, and of a loss below one nat
-    the share of it; `layer` is the block whose output the states are, from 1.
+    Each prompt's `top_k` most likely tokens count, and the token that refusals begin with.
+    `params` are the kernels' parameters; `head=False` leaves the head's matrix out of them. One
+    step lowers its pair's loss by `drop` nats to first order, or by the share `drop` of a loss
+    below one nat. The states are the output of block `layer`, counted from 1.
     """
 
     top_k: int
@@ -54,29 +53,29 @@ class Settings:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Observers first, by kind, then the trained prompts; `of` has the observers' kinds alone.
+    """The observers by kind, then the trained prompts; `kinds` are those of the observers alone.
 
-    `target` is the token that every trained prompt is answered with, `left_out` the ids of pairs
-    that begin with another one.
+    Every trained prompt is answered with the token `target`; `left_out` has the ids of the pairs
+    whose response begins with another token.
     """
 
     sequences: tuple[tuple[int, ...], ...]
     ids: tuple[str, ...]
-    of: tuple[str, ...]
+    kinds: tuple[str, ...]
     target: int
     left_out: tuple[str, ...]
 
     @property
     def observers(self) -> int:
-        return len(self.of)
+        return len(self.kinds)
 
     @property
     def trained(self) -> range:
-        """Where the trained prompts stand."""
+        """The places of the trained prompts."""
         return range(self.observers, len(self.ids))
 
     def others(self) -> Bool[np.ndarray, "observers trained"]:
-        """Whether the observer is another prompt than the trained one, whatever the two ids."""
+        """Whether the observer's tokens differ from the trained prompt's, whatever the two ids."""
         return self._differ()[: self.observers, self.observers :]
 
     def couples(self) -> Bool[np.ndarray, "observers observers"]:
@@ -91,7 +90,7 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Baseline:
-    """Of every prompt before any step: its tokens, their log-probabilities, and its state.
+    """The tokens of every prompt before any step, their log-probabilities, and its state.
 
     The tokens are the most likely ones, most likely first, with the target among them; the state
     is the output of one block at the prompt's last token.
@@ -117,7 +116,7 @@ class StepChanges:
 
 @dataclass(frozen=True)
 class Measurements:
-    """All that the statistics are of; prompts stand as in Prompts, kernels by their label."""
+    """Everything that `summary` reads; prompts stand as in Prompts, kernels by their label."""
 
     start: Baseline
     steps: StepChanges
@@ -138,11 +137,11 @@ def measure(
 ) -> dict[str, Any]:
     """Eq. 2 and 3 and Proposition 1 on one model; every number is [estimate, low, high].
 
-    `rows` are the prompts that are observed, `trained` pairs of a toxic prompt and its refusal, of
-    which only the response's first token is in the loss, since Eq. 2 is about one position; pairs
-    that begin with another token than most are left out (`left_out`). What a step does is compared
-    with the kernel at its own weights: to first order -ηAKG over all parameters is the change
-    itself, up to the tokens that are left out, and over fewer parameters their share.
+    `rows` are the prompts that are observed, `trained` pairs of a toxic prompt and its refusal.
+    Only the response's first token is in the loss, since Eq. 2 is about one position; pairs that
+    begin with another token than most are left out (`left_out`). A step's change is compared with
+    the kernel at its own weights: to first order -ηAKG over all parameters is the change itself,
+    up to the tokens that are left out, and over fewer parameters their share.
 
     `change` is the mean change of log p(the refusals' first token) by kind of observer, in nats,
     beside `falls`, that of the trained prompts themselves. `params` has for each choice: `norm`,
@@ -159,7 +158,12 @@ def measure(
     Whole arrays go to `folder`/claims.safetensors. Weights, modes and flags are left as they were.
     Raises ConfigError for a setting, a row or a model that cannot be.
     """
-    _check_fit(settings, policy.model)
+    vocabulary = models.unwrapped(policy.model).config.get_text_config().vocab_size
+    if settings.top_k >= vocabulary:
+        raise ConfigError(
+            f"entk.top_k={settings.top_k}: choose 1 to {vocabulary - 1}, one less than the "
+            "vocabulary"
+        )
     chosen = template(chat, rows, trained)
     measured = _measured(policy.model, chosen, settings)
     if folder is not None:
@@ -171,20 +175,11 @@ def measure(
         "drop": settings.drop,
         "target": chosen.target,
         "ids": list(chosen.ids[: chosen.observers]),
-        "of": list(chosen.of),
+        "of": list(chosen.kinds),
         "trained": [chosen.ids[place] for place in chosen.trained],
         "left_out": list(chosen.left_out),
         **summary(chosen, measured, seed),
     }
-
-
-def _check_fit(settings: Settings, model: Any) -> None:
-    vocabulary = models.unwrapped(model).config.get_text_config().vocab_size
-    if settings.top_k >= vocabulary:
-        raise ConfigError(
-            f"entk.top_k={settings.top_k}: choose 1 to {vocabulary - 1}, one less than the "
-            "vocabulary"
-        )
 
 
 def _measured(model: Any, chosen: Prompts, settings: Settings) -> Measurements:
@@ -201,7 +196,7 @@ def _measured(model: Any, chosen: Prompts, settings: Settings) -> Measurements:
         kernel = ntk.measure(
             model, chosen.sequences, kernel_settings, ids=chosen.ids, tokens=start.tokens
         )
-        label = params.replace(":", "-") + ("" if settings.head else "-headless")
+        label = ntk.label(params, settings.head)
         norms[label] = kernel.norms.double()
         predicted[label] = predictions(kernel.blocks.double(), start, steps, chosen)
     unit = torch.nn.functional.normalize(start.states, dim=1)
@@ -212,30 +207,30 @@ def _measured(model: Any, chosen: Prompts, settings: Settings) -> Measurements:
 def template(
     chat: ChatFormat, rows: Mapping[Kind, Sequence[Example]], trained: Sequence[Example]
 ) -> Prompts:
-    """All prompts in the model's chat template, and of the trained pairs those that are `alike`.
+    """All prompts in the model's chat template; only the trained pairs that are `alike` count.
 
-    Steps are compared by what they do to the log-probability of one token. Raises ConfigError where
-    there is no observer, no pair or no response.
+    Steps are compared by the change of one token's log-probability. Raises ConfigError if there is
+    no observer, no pair or no response.
     """
     flat = [(kind.value, row) for kind, part in rows.items() for row in part]
     if not flat or not trained:
         missing = "trained pair" if flat else "prompt to observe"
         raise ConfigError(f"claims: there is no {missing}; give at least one")
-    kept = alike(chat, trained)
-    every = [*(row for _, row in flat), *kept]
+    pairs = alike(chat, trained)
+    every = [*(row for _, row in flat), *pairs]
     return Prompts(
         sequences=tuple(tuple(chat.prompt_ids(row.prompt)) for row in every),
         ids=tuple(row.id for row in every),
-        of=tuple(kind for kind, _ in flat),
-        target=first_token(chat, kept[0]),
-        left_out=tuple(row.id for row in trained if row not in kept),
+        kinds=tuple(kind for kind, _ in flat),
+        target=first_token(chat, pairs[0]),
+        left_out=tuple(row.id for row in trained if row not in pairs),
     )
 
 
 def alike(chat: ChatFormat, pairs: Sequence[Example]) -> list[Example]:
-    """The pairs whose response begins with the token that most of them begin with.
+    """The pairs, in their order, whose response begins with the commonest first token.
 
-    Of equally many the first; in their order. ConfigError as `first_token`.
+    A tie goes to the token that comes first. Raises ConfigError as `first_token` does.
     """
     begins = [first_token(chat, row) for row in pairs]
     common = [token for token, _ in Counter(begins).most_common(1)]
@@ -243,10 +238,7 @@ def alike(chat: ChatFormat, pairs: Sequence[Example]) -> list[Example]:
 
 
 def first_token(chat: ChatFormat, row: Example) -> int:
-    """The token that the row's response begins with behind its prompt.
-
-    Raises ConfigError where the row has no response.
-    """
+    """The token that the row's response begins with. Raises ConfigError if it has no response."""
     if not (row.response or "").strip():
         raise ConfigError(
             f"claims: {row.source}: {row.id} has no response; give pairs of a prompt and a refusal"
@@ -257,7 +249,7 @@ def first_token(chat: ChatFormat, row: Example) -> int:
 
 
 def baseline(model: Any, chosen: Prompts, top_k: int, layer: int) -> Baseline:
-    """`top_k` + 1 tokens of each prompt: its top k and the target, or its top k + 1 with it."""
+    """Measures `top_k` + 1 tokens of each prompt: its top k and the target, or its top k + 1."""
     tokens, log_p, states = [], [], []
     rows, back = _rows(model, chosen.sequences)
     with still(model), torch.no_grad():
@@ -275,24 +267,24 @@ def baseline(model: Any, chosen: Prompts, top_k: int, layer: int) -> Baseline:
 
 
 def sgd_steps(model: Any, chosen: Prompts, start: Baseline, drop: float) -> StepChanges:
-    """One step of plain SGD on the cross-entropy of the target behind each trained prompt.
+    """Takes one plain SGD step on the cross-entropy of the target for each trained prompt.
 
-    It moves all base weights, a tied matrix once and an adapter not at all: the set that the kernel
-    over `all` is of. The rate is such that to first order the pair's own loss falls by `drop` nats,
-    or where that loss L is below one nat by L·`drop`, since a loss cannot fall by more than it is.
-    Takes two copies of the weights beside the model, and for each trained prompt a backward pass
-    and three forward passes over all prompts. Weights are restored to the bit, also after an
-    exception; modes, flags and gradients are left as they were. Raises ConfigError below fp32 and
-    where a loss has no gradient.
+    A step moves all base weights, a tied matrix once and an adapter not at all, as the kernel over
+    `all` does. Its rate lowers the pair's own loss L to first order by `drop` nats, or by L·`drop`
+    if L is below one nat, since a loss cannot fall by more than it is. The steps take two copies of
+    the weights beside the model, and for each trained prompt a backward pass and three forward
+    passes over all prompts. Weights are restored to the bit, also after an exception; modes, flags
+    and gradients are left as they were. Raises ConfigError below fp32 and if a loss has no
+    gradient.
     """
     changes, plain, rates = [], [], []
     rows, back = _rows(model, chosen.sequences)
-    aimed = start.tokens[back.argsort()].split([len(batch.ids) for batch in rows])
+    by_batch = start.tokens[back.argsort()].split([len(batch.ids) for batch in rows])
 
     def log_probabilities() -> Float[Tensor, "prompts rank"]:
         parts = [
             _log_softmax(last_logits(model, batch)).gather(1, tokens)
-            for batch, tokens in zip(rows, aimed, strict=True)
+            for batch, tokens in zip(rows, by_batch, strict=True)
         ]
         return torch.cat(parts)[back]
 
@@ -305,7 +297,7 @@ def sgd_steps(model: Any, chosen: Prompts, start: Baseline, drop: float) -> Step
             )
         for place in chosen.trained:
             (alone,), _ = _rows(model, [chosen.sequences[place]])
-            gradient, rate = _aimed(model, moved, alone, chosen.target, drop)
+            gradient, rate = _gradient_and_rate(model, moved, alone, chosen.target, drop)
             rates.append(rate)
             ends = []
             with ntk.restored(moved) as saved, torch.no_grad():
@@ -318,10 +310,10 @@ def sgd_steps(model: Any, chosen: Prompts, start: Baseline, drop: float) -> Step
     return StepChanges(torch.stack(changes, 2), torch.stack(plain, 2), all_rates)
 
 
-def _aimed(
+def _gradient_and_rate(
     model: Any, moved: Sequence[nn.Parameter], alone: Batch, target: int, drop: float
 ) -> tuple[list[Tensor], float]:
-    """The gradient of one pair's loss, and the rate at which a step along it takes `drop` off."""
+    """The gradient of one pair's loss, and the rate η of the step that lowers it by `drop`."""
     loss, gradient = ntk.gradient(model, moved, alone, lambda z: -_log_softmax(z)[target])
     squared = sum(float(part.square().sum()) for part in gradient)
     if not squared > 0:
@@ -333,7 +325,7 @@ def _aimed(
 
 
 def _rows(model: Any, sequences: Sequence[Sequence[int]]) -> tuple[list[Batch], Tensor]:
-    """Batches by length, and the places in them of the sequences in their own order."""
+    """The batches by length, and the place in them of each sequence."""
     device = next(model.parameters()).device
     back = torch.tensor(grouping.by_length(sequences)).argsort()
     return batches(sequences, BATCH_SIZE, device), back
@@ -366,7 +358,7 @@ def summary(chosen: Prompts, measured: Measurements, seed: int) -> dict[str, Any
     n, others = chosen.observers, chosen.others()
     generator = np.random.default_rng(seed)
     # one draw for all numbers: two kernels are compared over the same prompts
-    observers = inference.redrawn(chosen.of, generator)
+    observers = inference.redrawn(chosen.kinds, generator)
     trained = inference.redrawn(["trained"] * len(chosen.trained), generator)
     actual, plain = (
         changes[:n].mT.numpy() for changes in (measured.steps.changes, measured.steps.plain)
@@ -398,7 +390,10 @@ def agreement(
     observers: Int[np.ndarray, "draws observers"],
     trained: Int[np.ndarray, "draws trained"],
 ) -> dict[str, dict[str, list[float | None]]]:
-    """How far a kernel tells the changes over the pairs in `others`; `inference.redrawn` draws."""
+    """Agreement of a kernel with the changes over the pairs in `others`, with its intervals.
+
+    `observers` and `trained` are draws of `inference.redrawn`.
+    """
     size = np.linalg.norm(actual, axis=2)
 
     def over(statistic: Callable[..., Any], x: np.ndarray, y: np.ndarray) -> list[float | None]:
@@ -424,12 +419,13 @@ def _within(
     observers: Int[np.ndarray, "draws observers"],
     trained: Int[np.ndarray, "draws trained"],
 ) -> Float[np.ndarray, "draws"]:
-    """The rank correlation over the observers of each trained prompt, then the mean of those."""
+    """The mean over trained prompts of the rank correlation over their observers."""
     own = []
-    for place, kept in enumerate(others.T):
-        statistic = partial(inference.weighted_spearman, norms[kept, place], size[kept, place])
+    for place, allowed in enumerate(others.T):
+        pairs = allowed, place
+        statistic = partial(inference.weighted_spearman, norms[pairs], size[pairs])
         once = np.ones((len(observers), 1), dtype=np.int64)
-        own.append(inference.over_pairs(statistic, observers, once, kept[:, None]))
+        own.append(inference.over_pairs(statistic, observers, once, allowed[:, None]))
     every = np.stack(own, 1)
     weights = trained * np.isfinite(every)
     return statistics.ratio((weights * np.nan_to_num(every)).sum(1), weights.sum(1))
@@ -459,8 +455,8 @@ def _change(
 ) -> dict[str, list[float | None]]:
     changes, others = _target_changes(chosen, measured)[: chosen.observers], chosen.others()
     means = {}
-    for kind in dict.fromkeys(chosen.of):
-        allowed = others & np.array([[of == kind] for of in chosen.of])
+    for kind in dict.fromkeys(chosen.kinds):
+        allowed = others & np.array([[own == kind] for own in chosen.kinds])
         mean = partial(inference.weighted_mean, changes[allowed])
         means[kind] = _estimate(inference.over_pairs(mean, observers, trained, allowed))
     return means
@@ -470,8 +466,8 @@ def _target_changes(
     chosen: Prompts, measured: Measurements
 ) -> Float[np.ndarray, "prompts trained"]:
     """Changes of log p(target), which is one of the tokens of every prompt."""
-    aimed = (measured.start.tokens == chosen.target).double()
-    return torch.einsum("prt,pr->pt", measured.steps.changes, aimed).numpy()
+    is_target = (measured.start.tokens == chosen.target).double()
+    return torch.einsum("prt,pr->pt", measured.steps.changes, is_target).numpy()
 
 
 def _estimate(values: Float[np.ndarray, "draws"]) -> list[float | None]:
@@ -479,7 +475,7 @@ def _estimate(values: Float[np.ndarray, "draws"]) -> list[float | None]:
 
 
 def _arrays(chosen: Prompts, measured: Measurements) -> bytes:
-    """Every array, prompts in the order of the `ids` in the file's metadata, and those trained."""
+    """A safetensors file of every array; its metadata has the prompts' `ids` in their order."""
     tensors = {
         "tokens": measured.start.tokens,
         "log_probabilities": measured.start.log_probabilities,

@@ -47,7 +47,7 @@ KERNEL_FIGURES = {  # by figure: its parts, and when they were measured
 
 
 def kernel(chosen: Selection, figure: str) -> Drawing:
-    """The 3×3 matrices before, after stage one, or both: a row a choice of parameters."""
+    """Draws the 3×3 matrices before or after stage one, or both, a row a choice of parameters."""
     records, (parts, when) = chosen.records, KERNEL_FIGURES[figure]
     values = pd.concat([_matrices(weights, records) for weights in parts], ignore_index=True)
     runs = [set(own["run"]) for _, own in figures.parts(values, "weights")]
@@ -88,7 +88,7 @@ def kernel(chosen: Selection, figure: str) -> Drawing:
 
 
 def _matrices(weights: str, records: Sequence[RunRecord]) -> pd.DataFrame:
-    """Evaluated, or else tracked at a step with these weights; each once. UserError if none."""
+    """The matrices evaluated, or else tracked, at these weights, each once. UserError if none."""
     figure, what, cure = KERNELS[weights]
     matrices: list[tuple[RunRecord, str, str, Mapping[str, Mapping[str, Estimate]], str]] = [
         (run, params, e.kernel.normalise, cells, printable(str(e.folder)))
@@ -102,7 +102,7 @@ def _matrices(weights: str, records: Sequence[RunRecord]) -> pd.DataFrame:
         places = [("contrastive", 0), *([] if dcr else [("sft", 0)])]
         if weights != "base":
             places = [("sft", 0), ("contrastive", None)] if dcr else []
-        # the first reading of whichever stage started from these weights, or one's last
+        # the first reading of the stage that started from these weights, or a stage's last
         for stage, step in places:
             tracked: dict[str, dict[str, dict[str, Estimate]]] = {}
             for (params, observer, trained), curve in tracked_kernels(run, stage).items():
@@ -143,7 +143,7 @@ About = tuple[str, str, str]  # name, weights, model
 
 
 def _separability(figure: str, records: Sequence[RunRecord]) -> list[tuple[About, Separability]]:
-    """That of every run's weights, in the order of the stages; one base model once."""
+    """The separability of every run's weights, in the order of the stages; a base model once."""
     every = [
         (name_of_weights(name, run, e), config_of(run, "model"), e, e.separability)
         for stage in STAGES

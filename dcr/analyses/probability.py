@@ -1,10 +1,10 @@
 """The refusal probability P(x) = Σ_{y∈S} Π_t p(y_t | x, y_<t) (A.5), exact.
 
-All phrases of S behind all prompts of a batch cost two passes. The prompts are read once, into a
-key-value cache. All inner nodes of the token trie of S then run as one sequence: a node's position
-is the prompt's length plus its depth, and a 4-D mask lets it see the prompt and its ancestors.
-Where a model cannot take such a mask, the trie is walked one token at a time, as in generation,
-with a copy of the cache for each branch.
+All phrases of S behind all prompts of a batch cost two passes. The first reads the prompts into a
+key-value cache. The second runs all inner nodes of the token trie of S as one sequence: a node's
+position is the prompt's length plus its depth, and a 4-D mask lets it see the prompt and its
+ancestors. If a model cannot take such a mask, the trie is walked one token at a time, as in
+generation, with a copy of the cache for each branch.
 """
 
 import copy
@@ -56,6 +56,14 @@ EXTENDED_PHRASES = tuple(
 
 PHRASES = {"paper": REFUSAL_PHRASES, "extended": EXTENDED_PHRASES}
 
+log = logging.getLogger(__name__)
+
+MOST_PROMPTS = 64  # at once: larger batches are no faster
+CPU_BYTES = 2**30  # for one batch in memory that other programs share
+GPU_SHARE = 0.25  # of the free memory, for one batch
+
+Probabilities = tuple[Float[Tensor, " prompts"], Float[Tensor, " prompts"]]
+
 
 @dataclass(frozen=True)
 class Trie:
@@ -66,10 +74,10 @@ class Trie:
     they leave.
 
     Attributes:
-        tokens: of each node but the root, as `parents` and `depths` (1 below the root) are.
-        sources: of each edge, the node it leaves; `labels`: the token it leads to.
-        paths: of each sequence, its edges.
-        kept: the sequences that no other sequence begins.
+        tokens: one a node but the root, as `parents` and `depths` (1 below the root) are.
+        sources: the node that each edge leaves; `labels`: the token it leads to.
+        paths: the edges of each sequence.
+        prefix_free: the sequences that no other sequence begins.
     """
 
     tokens: tuple[int, ...]
@@ -78,11 +86,11 @@ class Trie:
     sources: tuple[int, ...]
     labels: tuple[int, ...]
     paths: tuple[tuple[int, ...], ...]
-    kept: tuple[int, ...]
+    prefix_free: tuple[int, ...]
 
     @cached_property
     def children(self) -> dict[int, list[int]]:
-        """Of each node, the inner nodes below it."""
+        """The inner nodes right below each node."""
         below: dict[int, list[int]] = {node: [] for node in range(len(self.tokens) + 1)}
         for place, parent in enumerate(self.parents):
             below[parent].append(place + 1)
@@ -94,7 +102,7 @@ class Trie:
         return [label for source, label in pairs if source == node]
 
     def sight(self) -> Bool[Tensor, "nodes nodes"]:
-        """Which node (row, without the root) sees which: itself and its ancestors."""
+        """True if a node (row, without the root) sees another: itself and its ancestors."""
         seen = torch.eye(len(self.tokens), dtype=torch.bool)
         for place, parent in enumerate(self.parents):
             if parent:
@@ -117,7 +125,7 @@ def trie(sequences: Sequence[Tokens]) -> Trie:
         sources=tuple(node[begun[:-1]] for begun in ends),
         labels=tuple(begun[-1] for begun in ends),
         paths=tuple(tuple(edge[y[:i]] for i in range(1, len(y) + 1)) for y in sequences),
-        kept=tuple(
+        prefix_free=tuple(
             place
             for place, y in enumerate(sequences)
             if not any(y[:i] in whole for i in range(1, len(y)))
@@ -126,7 +134,7 @@ def trie(sequences: Sequence[Tokens]) -> Trie:
 
 
 def by_tree(model: Any, tree: Trie, prompts: Prefilled) -> Float[Tensor, "batch edges"]:
-    """Log-probability of every edge: one pass over all inner nodes. The cache is used up."""
+    """The log-probability of every edge, from one pass over all inner nodes; uses up the cache."""
     outer = len(tree.edges(0))
     sources = [source - 1 for source in tree.sources[outer:]]
     log_p = [edge_log_p(prompts.logits, [0] * outer, tree.labels[:outer])]
@@ -142,7 +150,7 @@ def by_tree(model: Any, tree: Trie, prompts: Prefilled) -> Float[Tensor, "batch 
 
 
 def by_walk(model: Any, tree: Trie, prompts: Prefilled) -> Float[Tensor, "batch edges"]:
-    """The same, one node after another, for models that cannot take a tree mask."""
+    """The result of `by_tree`, one node after another, for models that take no tree mask."""
     log_p: dict[int, Tensor] = {}
 
     def visit(node: int, logits: Tensor, cache: Any) -> None:
@@ -163,7 +171,7 @@ def by_walk(model: Any, tree: Trie, prompts: Prefilled) -> Float[Tensor, "batch 
 def edge_log_p(
     logits: Float[Tensor, "batch nodes vocabulary"], nodes: Sequence[int], labels: Sequence[int]
 ) -> Float[Tensor, "batch edges"]:
-    """Log-softmax (in fp32) of the logits of `nodes` at `labels`, and of no other entry."""
+    """The log-softmax (in fp32) of the logits of `nodes` at `labels` alone."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     # prompt by prompt: a whole batch in fp32 would be another copy of all logits
     total = torch.stack([row.to(wide).logsumexp(-1) for row in logits])
@@ -173,7 +181,7 @@ def edge_log_p(
 def _tree_mask(
     tree: Trie, prompts: Int[Tensor, "batch length"], dtype: torch.dtype
 ) -> Float[Tensor, "batch 1 nodes seen"]:
-    """0 where a node may look, the type's least number elsewhere: eager attention adds it."""
+    """0 for a place that a node sees, else the type's least number: eager attention adds it."""
     sight = tree.sight().to(prompts.device)
     batch, length, nodes = *prompts.shape, len(sight)
     seen = torch.cat(
@@ -181,15 +189,6 @@ def _tree_mask(
     )
     hidden = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
     return hidden.masked_fill(~seen, torch.finfo(dtype).min)[:, None]
-
-
-log = logging.getLogger(__name__)
-
-MOST_PROMPTS = 64  # at once: larger batches are no faster
-CPU_BYTES = 2**30  # for one batch where memory is everybody's
-GPU_SHARE = 0.25  # of the memory that is free, for one batch
-
-Probabilities = tuple[Float[Tensor, " prompts"], Float[Tensor, " prompts"]]
 
 
 def refusal_probability(
@@ -204,14 +203,14 @@ def refusal_probability(
     """The probability that a transformers model begins its answer with a phrase of S.
 
     A prompt goes through the tokenizer's chat template, as a user's turn with the header of the
-    answer behind it, or is taken bare where there is no template. `phrases` None stands for the
-    paper's 31. A set of phrases: one given twice, or two of the same tokens, count once.
+    answer behind it, or stays bare without a template. `phrases` None stands for the paper's 31.
+    Phrases form a set: one given twice, or two of the same tokens, count once.
 
     The plain sum counts "I cannot fulfill" under "I cannot" as well and can exceed 1, as in the
     paper; `prefix_free` leaves out every phrase that another one begins, token by token, which
     makes it a probability.
 
-    Raises PhraseError for phrases or prompts without tokens, and where a prompt's tokens change
+    Raises PhraseError for phrases or prompts without tokens, and for a prompt whose tokens change
     once a phrase follows.
     """
     if isinstance(prompts, str):
@@ -234,8 +233,8 @@ def probabilities(
     """The plain and the prefix-free refusal probability of prompts given as token ids.
 
     The ids end where the answer begins, as those of `ChatFormat.prompt_ids` do. Both results lie
-    on the CPU, in the order of the prompts. `batch_size` None: as many as a fixed part of the
-    memory holds.
+    on the CPU, in the order of the prompts. `batch_size` None takes as many prompts as a fixed part
+    of the memory holds.
 
     Raises PhraseError as `refusal_probability` does.
     """
@@ -296,14 +295,14 @@ def _scored(
                 log_p = edges(model, tree, read)
                 each = torch.stack([log_p[:, list(path)].sum(1) for path in tree.paths], 1).exp()
                 plain[batch] = each.sum(1).to("cpu", wide)
-                free[batch] = each[:, list(tree.kept)].sum(1).to("cpu", wide)
+                free[batch] = each[:, list(tree.prefix_free)].sum(1).to("cpu", wide)
     return plain, free
 
 
 def _scheme(
     model: Any, encoded: Sequence[Tokens], tries: Sequence[Trie]
 ) -> Callable[[Any, Trie, Prefilled], Tensor]:
-    """How edges are read from this model: by a tree mask where it takes one over all tokens."""
+    """`by_tree` if this model takes a tree mask over all tokens, else `by_walk` with a warning."""
     nodes = max((len(tree.tokens) for tree in tries), default=0)
     reason = obstacle(model, max(map(len, encoded), default=0) + nodes)
     if reason is None:
@@ -320,7 +319,7 @@ def _scheme(
 def _groups(
     tokenizer: PreTrainedTokenizerBase, ends: Sequence[Ending], phrases: tuple[str, ...]
 ) -> list[tuple[Trie, list[int]]]:
-    """Prompts behind which the phrases have the same tokens, with the trie of these."""
+    """Groups of prompts behind which the phrases have the same tokens, with the trie of these."""
     known = {end: continuations(tokenizer, end, phrases) for end in dict.fromkeys(ends)}
     members: dict[tuple[Tokens, ...], list[int]] = {}
     for place, end in enumerate(ends):
@@ -331,7 +330,7 @@ def _groups(
 def _batches(
     model: Any, tree: Trie, encoded: Sequence[Tokens], members: list[int], size: int | None
 ) -> Iterator[list[int]]:
-    """Prompts of nearly one length: of exactly one where a model has no way of leaving out pads."""
+    """Batches of prompts of nearly one length, or of exactly one if the model blends pads in."""
     alone = recurrent(model)
     longest_first = [
         members[i] for i in grouping.by_length([encoded[p] for p in members], longest_first=True)
@@ -347,10 +346,10 @@ def _batches(
 
 
 def _batch_size(model: Any, tree: Trie, longest: int) -> int:
-    """Prompts that fit a part of the memory: logits of every node, keys, values and inner widths.
+    """The number of prompts whose logits, keys, values and inner states fit a part of the memory.
 
-    Logits are what counts: nodes times vocabulary, once as the head gives them; in fp32 they exist
-    for one prompt at a time.
+    The logits count most: nodes times vocabulary, in the head's type; in fp32 they exist for one
+    prompt at a time.
     """
     owner = unwrapped(model)
     text = text_config(model)

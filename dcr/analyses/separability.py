@@ -1,6 +1,6 @@
-"""How well two classes of prompts come apart, layer by layer (A.9).
+"""The separability of two classes of prompts, layer by layer (A.9).
 
-The measures of clusters take points of one layer and labels 0 and 1, and give NaN where they are
+The measures of clusters take points of one layer and labels 0 and 1, and give NaN if they are
 undefined: too few prompts, one class alone, or a feature that is not finite. Probes are scored on
 groups that they have not seen. `layerwise` applies them to every block, read in one pass.
 """
@@ -60,7 +60,7 @@ def fisher_ratio(features: Float[Tensor, "prompts width"], labels: Int[Tensor, "
     direction rather than the one that maximises it, which more dimensions than prompts would make
     infinite. The direction is fitted to the same prompts, so that without any difference the value
     is still about (1/n₀ + 1/n₁)·d/2 in d equally spread dimensions: compare layers of one model on
-    one set. Infinite where neither class spreads along the direction.
+    one set. The value is infinite if neither class spreads along the direction.
     """
     first, second = (features.double()[labels == label] for label in (0, 1))
     if min(len(first), len(second)) < 2 or not features.isfinite().all():
@@ -77,7 +77,7 @@ def fisher_ratio(features: Float[Tensor, "prompts width"], labels: Int[Tensor, "
 def probe_weights(
     features: Float[Tensor, "prompts width"], labels: Int[Tensor, "prompts"]
 ) -> tuple[Float[Tensor, " width"], float]:
-    """`linear_probe` as weights and bias on plain features."""
+    """The weights and the bias of `linear_probe` on features that are not standardised."""
     fitted: Any = _fitted(features, labels)
     scaler, regression = fitted
     weights = regression.coef_[0] / scaler.scale_
@@ -107,10 +107,10 @@ def _fitted(features: Float[Tensor, "prompts width"], labels: Int[Tensor, "promp
 def folds(
     labels: Int[Tensor, "prompts"], groups: Sequence[str], seed: int
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(train, test) places of up to five folds: a group is never on both sides of one.
+    """The (train, test) places of up to five folds, none of which has a group on both sides.
 
-    Fewer where a class has fewer groups; none where not even two folds leave both classes to train
-    on.
+    A class with fewer groups leaves fewer folds; there are none if not even two folds leave both
+    classes to train on.
     """
     y, names = labels.numpy(), np.asarray(groups, dtype=object).astype(str)
     count = min([FOLDS, *(len(set(names[y == label])) for label in (0, 1))])
@@ -128,11 +128,11 @@ def probe_auroc(
     seed: int,
     resamples: int = RESAMPLES,
 ) -> Interval:
-    """Cross-validated AUROC of `linear_probe`, each prompt scored by the probe that never saw its
-    group, with a bootstrap interval over these scores.
+    """The cross-validated AUROC of `linear_probe`, with a bootstrap interval over its scores.
 
-    The interval holds the probes fixed and takes prompts as independent. NaN within [0, 1] where
-    there are too few groups or a feature is not finite.
+    The probe that scores a prompt never saw its group. The interval holds the probes fixed and
+    takes prompts as independent. Too few groups, or a feature that is not finite, give NaN within
+    [0, 1].
     """
     parts = folds(labels, groups, seed)
     if not parts or not features.isfinite().all():
@@ -152,11 +152,11 @@ def transfer_auroc(
     seed: int,
     resamples: int = RESAMPLES,
 ) -> Interval:
-    """AUROC on prompts of another origin of a probe fitted to all of the first ones.
+    """The AUROC, on prompts of another origin, of a probe fitted to all of the first ones.
 
-    Below 0.5 the direction means the opposite there. The bootstrap interval is over the test
-    prompts, the probe held fixed. NaN within [0, 1] where either side lacks a class or a feature is
-    not finite.
+    A value below 0.5 says that the direction means the opposite there. The bootstrap interval is
+    over the test prompts, with the probe held fixed. A side without one of the classes, or a
+    feature that is not finite, gives NaN within [0, 1].
     """
     whole = all(part.isfinite().all() for part in (train_features, test_features))
     if not whole or len(train_labels.unique()) < 2 or len(test_labels.unique()) < 2:
@@ -187,10 +187,10 @@ def classical_mds(
         return coordinates
     centred = points.double() - points.double().mean(0)
     values, vectors = torch.linalg.eigh(centred @ centred.T)  # ascending
-    kept = min(dimensions, len(points))
-    values, vectors = values.flip(0)[:kept], vectors.flip(1)[:, :kept]
+    leading = min(dimensions, len(points))
+    values, vectors = values.flip(0)[:leading], vectors.flip(1)[:, :leading]
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    coordinates[:, :kept] = vectors * largest.sign() * values.clamp(min=0).sqrt()
+    coordinates[:, :leading] = vectors * largest.sign() * values.clamp(min=0).sqrt()
     return coordinates
 
 
@@ -229,7 +229,7 @@ def _pooled(model: Any, rows: Sequence[PromptRow]) -> Float[Tensor, "layers batc
 
 @dataclass(frozen=True)
 class LayerScores:
-    """Of one layer, counted from 1. Probe: cross-validated AUROC with its 95% interval."""
+    """The measures of one layer, counted from 1; `probe` is an AUROC with its 95% interval."""
 
     layer: int
     kmeans: float
@@ -278,11 +278,11 @@ def analyse(
     *,
     pooling: Pooling = Pooling.last,
 ) -> dict[str, Any]:
-    """A.9 for one model as JSON holds it; what is undefined is null.
+    """The measures of A.9 on one model, as JSON; an undefined value is null.
 
     `majority` is the share of the larger class, which k-means reaches with one cluster. `mds` has
-    for each layer the plane coordinates of the prompts in the order of `ids` and `labels` (1:
-    unsafe). Raises DataError for a prompt longer than the model's context.
+    each layer's plane coordinates of the prompts in the order of `ids` and `labels` (1: unsafe).
+    Raises DataError for a prompt longer than the model's context.
     """
     context = batching.context_length(policy.model.config)
     rows = [

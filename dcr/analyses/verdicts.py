@@ -1,4 +1,4 @@
-"""The report's section of the paper's claims: each measured, judged by one rule, in a sentence."""
+"""The report's section on the paper's claims: one rule judges each, and a sentence tells it."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ from dcr.report.sections import Selection
 from dcr.report.writing import TextTable
 
 SEED = 0  # of the bootstrap, fixed so that a report is reproducible
-FLAT = 1e-12  # of its own size: a curve that moves less than that is rounding, not a movement
+FLAT = 1e-12  # of a curve's size: a smaller movement is rounding
 HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
 KindPair = tuple[str, str]  # observer kind, trained kind
 
@@ -31,14 +31,14 @@ ByPrompt = Float[np.ndarray, "steps prompts"]
 
 
 def draws(kinds: Sequence[str], seed: int = SEED) -> dict[str, Draws]:
-    """Draws for each kind, in the order in which kinds appear: those of `ntk.mean_by_kind`."""
+    """The draws of `ntk.mean_by_kind` for each kind, in the order in which kinds appear."""
     return resampled_groups(kinds, np.random.default_rng(seed))
 
 
 def correlation(first: ByPrompt, second: ByPrompt, drawn: tuple[Draws, Draws]) -> Interval:
     """Pearson's r over steps of two mean curves, each over prompts of its own.
 
-    nan where a curve is flat; draws in which one is flat are left out.
+    A flat curve gives nan; draws in which one is flat are left out.
     """
     means = [
         np.concatenate([curves.mean(1)[None], rows @ curves.T / curves.shape[1]])
@@ -64,9 +64,9 @@ def contrast(
 ) -> Interval:
     """A weighted sum of means by kind, a prompt's pair with itself left out.
 
-    The means are those of `ntk.mean_by_kind`, whose draws all cells share here: of one cell with
-    weight 1 it is the same interval. Since means are linear, the difference of two matrices over
-    the same prompts gives a paired comparison. nan where a kind has no pair; draws of a single
+    The means are those of `ntk.mean_by_kind`, with draws that all cells share: one cell with weight
+    1 has the same interval there. Since means are linear, the difference of two matrices over the
+    same prompts gives a paired comparison. A kind without a pair gives nan; draws of a single
     prompt, which have none, are left out.
     """
     estimate, sampled = 0.0, np.zeros(len(next(iter(drawn.values()))))
@@ -82,7 +82,7 @@ def _ends(sampled: Float[np.ndarray, "resamples"]) -> tuple[float, float]:
 
 
 def verdict(measured: Interval, *, above: bool = True) -> str:
-    """Whether the whole interval lies on the claimed side of 0."""
+    """HOLDS if the whole interval lies on the claimed side of 0, FAILS on the other, else OPEN."""
     sides = (measured.low > 0, measured.high < 0)
     claimed, other = sides if above else sides[::-1]
     return HOLDS if claimed else FAILS if other else OPEN
@@ -102,7 +102,7 @@ class PromptCurves:
 
 @dataclass(frozen=True)
 class MeasuredKernel:
-    """A kernel that was kept whole: which run's, at which weights, in which folder."""
+    """A kernel whose whole matrix is in `folder`, with its run and weights."""
 
     run: RunRecord
     weights: str  # in words
@@ -179,7 +179,7 @@ def tracked(run: RunRecord, stage: str) -> list[MeasuredKernel]:
 def base_kernels(records: Sequence[RunRecord]) -> list[MeasuredKernel]:
     """Kernels of base models, from evaluations or else from tracking before a first step.
 
-    One a model and choice of prompts, the first.
+    Each model and choice of prompts has one: the first.
     """
     bases = [measured for run in records for measured in evaluated(run, "base")]
     for run in records if not bases else ():
@@ -195,7 +195,7 @@ def base_kernels(records: Sequence[RunRecord]) -> list[MeasuredKernel]:
 
 
 def pairs(records: Sequence[RunRecord], notes: list[str]) -> list[BeforeAfter]:
-    """Before and after stage one of every run: evaluations, or else tracking's first and last."""
+    """Kernels before and after stage one, from evaluations or else tracking's first and last."""
     bases = [measured for run in records for measured in evaluated(run, "base")]
     both: list[BeforeAfter] = []
     for run in records:
@@ -232,7 +232,10 @@ def _paired(
 
 
 def normalised(measured: MeasuredKernel, params: str, notes: list[str]) -> np.ndarray | None:
-    """The whole matrix as its evaluation normalised it; None, with a note, if it is missing."""
+    """The whole matrix as its evaluation normalised it; None, with a note, if it is missing.
+
+    Raises DataError for a damaged one.
+    """
     path = measured.folder / "kernel" / f"{params}.safetensors"
     try:
         with safe_open(path, "pt") as file:
@@ -277,7 +280,7 @@ COMMANDS = {  # what measures a claim
     "base_asymmetry": "python eval.py model=<name> tasks=[kernel]",
     **dict.fromkeys(("size_of_change", "signed_change", "refusal_spreads"), ONE_STEP),
 }
-STATES = {  # Proposition 1 is told before and after stage one
+STATES = {  # Proposition 1 is measured before and after stage one
     "base": "python eval.py model=<name> tasks=[claims]",
     "contrastive": "python eval.py run={run} stage=contrastive tasks=[claims]",
 }
@@ -344,7 +347,7 @@ MORE = {**dict.fromkeys(CROSS, 0.5), **dict.fromkeys(WITHIN, -0.5)}
 
 
 def claim_rows(records: Sequence[RunRecord], notes: list[str]) -> list[ClaimRow]:
-    """Every claim in the order of CLAIMS; what could not be read or is missing goes to `notes`."""
+    """Every claim in the order of CLAIMS; `notes` gets a line for each missing measurement."""
     name_of = {run.folder: name for run, name in named(records)}
     curves = [(run, prompt_curves(run)) for run in records]
     rows = [_movement(run, own, name_of[run.folder]) for run, own in curves if own]
@@ -369,15 +372,15 @@ def claim_rows(records: Sequence[RunRecord], notes: list[str]) -> list[ClaimRow]
         ]
     have = {row.claim for row in rows}
     lacking = [(claim, command) for claim, command in COMMANDS.items() if claim not in have]
-    of_trunk = {
+    over_trunk = {
         e.weights
         for _, e in steps
         if e.claims and any(params.startswith("trunk") for params in e.claims.params)
     }
-    lacking += [("proposition_1", STATES[w]) for w in STATES if w not in of_trunk]
+    lacking += [("proposition_1", STATES[w]) for w in STATES if w not in over_trunk]
     dcr = [run for run in records if config_of(run, "method") == "dcr"]
     for claim, command in lacking:
-        # stage one is what a run of another method lacks
+        # a run of another method has no stage one
         able = dcr if "stage=contrastive" in command else dcr or list(records)
         rows.append(
             ClaimRow(claim, "", command=command.format(run=folders(able[:1]) or "<dcr run>"))
@@ -386,8 +389,8 @@ def claim_rows(records: Sequence[RunRecord], notes: list[str]) -> list[ClaimRow]
 
 
 def _movement(run: RunRecord, curves: PromptCurves, name: str) -> ClaimRow:
-    of = [kind for kind, values in curves.values.items() for _ in range(values.shape[1])]
-    drawn = draws(of)
+    kinds = [kind for kind, values in curves.values.items() for _ in range(values.shape[1])]
+    drawn = draws(kinds)
 
     def together(first: str, second: str) -> Interval:
         both = curves.values[first], curves.values[second]
@@ -399,7 +402,7 @@ def _movement(run: RunRecord, curves: PromptCurves, name: str) -> ClaimRow:
     return ClaimRow(
         "joint_movement",
         f"over {len(curves.steps)} steps of SFT the correlation of the mean probabilities of "
-        f"{of.count(TOXIC)} toxic and {of.count(SEEMING)} seemingly toxic prompts",
+        f"{kinds.count(TOXIC)} toxic and {kinds.count(SEEMING)} seemingly toxic prompts",
         together(TOXIC, SEEMING), name, config_of(run, "model"), source=curves.source,
         beside=beside,
     )  # fmt: skip
@@ -439,7 +442,7 @@ def _base(base: MeasuredKernel, notes: list[str]) -> Iterator[ClaimRow]:
             yield ClaimRow("base_asymmetry", what, measured, name, base.model, params, source)
 
 
-ONE_STEP_STATISTICS = {  # where the block `claims` has them: claim, quantity
+ONE_STEP_STATISTICS = {  # claim and quantity by the place in the block `claims`
     ("norm", "within"): (
         "size_of_change",
         "after one step on {} the rank correlation of ‖K‖ with the size of other prompts' changes",
@@ -460,23 +463,23 @@ ONE_STEP_STATISTICS = {  # where the block `claims` has them: claim, quantity
 
 
 def _finite(estimate: Estimate | None) -> Interval | None:
-    found = interval(estimate) if estimate else None
-    return found if found and all(map(math.isfinite, vars(found).values())) else None
+    ends = interval(estimate) if estimate else None
+    return ends if ends and all(map(math.isfinite, vars(ends).values())) else None
 
 
 def _one_step(name: str, evaluation: Evaluation, notes: list[str]) -> Iterator[ClaimRow]:
-    """One row a statistic and choice of parameters; statistics that lack are noted."""
+    """One row a statistic and choice of parameters; `notes` names the statistics that lack."""
     block, source = evaluation.claims, printable(str(evaluation.folder))
     assert block is not None
     about_step, file = (name, evaluation.model or ""), f"{source}/metrics.json"
     on = f"each of {len(block.trained)} toxic prompts"
     for (part, key), (claim, quantity) in ONE_STEP_STATISTICS.items():
-        for params, of in block.params.items():
-            measured = _finite(getattr(getattr(of, part), key))
+        for params, own in block.params.items():
+            measured = _finite(getattr(getattr(own, part), key))
             if measured is None:
                 notes.append(f"{file}: claims.params.{params}.{part} has no readable {key}")
             elif claim != "proposition_1" or params.startswith("trunk"):
-                slope = _finite(of.prediction.slope) if claim == "signed_change" else None
+                slope = _finite(own.prediction.slope) if claim == "signed_change" else None
                 beside = ("slope", slope) if slope else None
                 quantity = quantity.format(on)
                 yield ClaimRow(claim, quantity, measured, *about_step, params, source, True, beside)

@@ -1,13 +1,12 @@
-"""The paper's analyses, measured on the weights themselves.
+"""The tasks that measure the paper's analyses on the weights themselves.
 
-Refusal probability, empirical NTK and separability take prompts by kind and give a block of
-`metrics.json`; evaluation calls them on a finished model, `tracking` the first two while one
-trains.
+Refusal probability, empirical NTK, separability and claims take prompts by kind and give a block of
+`metrics.json`. Evaluation measures a finished model; `tracking` measures the first two during
+training.
 """
 
 import functools
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple
 from itertools import chain
@@ -43,18 +42,16 @@ from dcr.core.text import normalise
 
 log = logging.getLogger(__name__)
 
-SCORES = ("mass", "plain", "prefix_free")  # of a refusal: its first token's, and whole phrases'
-Probability = dict[str, float]  # `plain` and `prefix_free`, of one prompt
+SCORES = ("mass", "plain", "prefix_free")  # the mass of first tokens, and both sums over phrases
+Probability = dict[str, float]  # one prompt's `plain` and `prefix_free`
 
 
 def probabilities(
     policy: Policy, chat: ChatFormat, phrases: Phrases, prompts: Sequence[str]
 ) -> list[Probability]:
-    """A.5 of every prompt: the plain sum and the prefix-free probability."""
-    encoded, chosen = (
-        [chat.prompt_ids(prompt) for prompt in prompts],
-        probability.PHRASES[phrases.value],
-    )
+    """The plain sum and the prefix-free probability (A.5) of every prompt."""
+    encoded = [chat.prompt_ids(prompt) for prompt in prompts]
+    chosen = probability.PHRASES[phrases.value]
     both = probability.probabilities(policy.model, chat.tokenizer, encoded, chosen)
     pairs = zip(*(each.tolist() for each in both), strict=True)
     return [{"plain": plain, "prefix_free": prefix_free} for plain, prefix_free in pairs]
@@ -67,7 +64,7 @@ def refusal_probability(
     phrases: Phrases,
     seed: int,
 ) -> dict[str, Any]:
-    """What `read` says of every prompt, as `probabilities` does.
+    """The probabilities that `read` gives for every prompt, as `probabilities` does.
 
     `kinds` has means with 95% bootstrap intervals over prompts, `followed` the prompts `alone`,
     `values` every prompt by id.
@@ -75,15 +72,15 @@ def refusal_probability(
     flat = [(kind.value, row) for kind, part in rows.items() for row in part]
     values = read([row.prompt for row in (*(row for _, row in flat), *alone.values())])
     every = [
-        {"id": row.id, "kind": kind} | of
-        for (kind, row), of in zip(flat, values[: len(flat)], strict=True)
+        {"id": row.id, "kind": kind} | own
+        for (kind, row), own in zip(flat, values[: len(flat)], strict=True)
     ]
     return {
         "phrases": phrases.value,
         "kinds": {kind.value: _means(every, kind.value, seed) for kind in rows},
         "followed": {
-            kind.value: {"id": row.id} | of
-            for (kind, row), of in zip(alone.items(), values[len(flat) :], strict=True)
+            kind.value: {"id": row.id} | own
+            for (kind, row), own in zip(alone.items(), values[len(flat) :], strict=True)
         },
         "values": every,
     }
@@ -104,38 +101,38 @@ def first_token(
     every: Sequence[Mapping[str, Any]],
     seed: int,
 ) -> dict[str, Any]:
-    """The mass of refusals' first tokens beside the probabilities of `every` over whole phrases.
+    """Compares the mass of refusals' first tokens with the probabilities of whole phrases.
 
-    Over toxic and seemingly toxic prompts: Spearman's rank correlation of the mass with either sum,
-    and the AUROC of toxic prompts by each of the three with its 95% bootstrap interval, None where
-    a kind is absent. Phrases that rank the prompts better than their first tokens do say that
-    first tokens hide what the model would answer.
+    `every` has these probabilities. Over toxic and seemingly toxic prompts the result has
+    Spearman's rank correlation of the mass with either sum, and the AUROC of toxic prompts by each
+    of the three with its 95% bootstrap interval, or None if a kind is absent. If phrases rank the
+    prompts better than first tokens do, first tokens hide what the model would answer.
     """
     openings, mass = refusal.refusal_openings(chat), torch.zeros(len(rows))
     for places, logits in refusal.first_logits(
         policy.model, [chat.prompt_ids(row.prompt) for row in rows]
     ):
         mass[places] = refusal.refusal_mass(logits, openings).cpu()
-    scored = [{**of, "mass": m} for of, m in zip(every, mass.tolist(), strict=True)]
+    scored = [{**row, "mass": m} for row, m in zip(every, mass.tolist(), strict=True)]
     toxic, safe = (
-        [of for of in scored if of["kind"] == kind.value]
+        [row for row in scored if row["kind"] == kind.value]
         for kind in (Kind.toxic, Kind.seemingly_toxic)
     )
 
     def correlation(name: str) -> float | None:
-        x, y = (np.array([of[key] for of in (*toxic, *safe)]) for key in ("mass", name))
+        x, y = (np.array([row[key] for row in (*toxic, *safe)]) for key in ("mass", name))
         rank = inference.weighted_spearman(x, y, np.ones((1, len(x))))
         return statistics.finite(float(rank[0]))
 
     def auroc(name: str) -> list[float]:
-        sides = [of[name] for of in toxic], [of[name] for of in safe]
+        sides = [row[name] for row in toxic], [row[name] for row in safe]
         return list(astuple(statistics.auroc_interval(*sides, seed=seed)))
 
     return {
         "n": len(toxic) + len(safe),
         "rank_correlation": {name: correlation(name) for name in ("plain", "prefix_free")},
         "auroc": {name: auroc(name) for name in SCORES} if toxic and safe else None,
-        "mass": {of["id"]: of["mass"] for of in scored},
+        "mass": {row["id"]: row["mass"] for row in scored},
     }
 
 
@@ -148,10 +145,10 @@ def kernel(
     folder: Path,
     among: Among | None = None,
 ) -> dict[str, Any]:
-    """A.6 for every choice of parameters: 3×3 means by kind, `[observer][trained]`, with intervals.
+    """The kernel (A.6) of every choice of parameters: 3×3 means `[observer][trained]` by kind.
 
-    Needs weights in fp32 or wider. The whole matrices, with the tokens and ids of their prompts, go
-    to `folder`/kernel/<params>.safetensors.
+    It needs weights in fp32 or wider. The whole matrices, with the tokens and ids of their prompts,
+    go to `folder`/kernel/<params>.safetensors.
     """
     flat = [(kind.value, row) for kind, part in rows.items() for row in part]
     encoded = [chat.prompt_ids(row.prompt) for _, row in flat]
@@ -168,12 +165,18 @@ def kernel(
         )
         share = None if among is None else functools.partial(among.each, _collected)
         measured = ntk.measure(policy.model, encoded, chosen, ids=ids, share=share)
-        name = params.replace(":", "-") + ("" if settings.head else "-headless")
-        _keep(measured, folder / "kernel" / f"{name}.safetensors")
+        name = ntk.label(params, settings.head)
+        tensors = {"norms": measured.norms, "tokens": measured.tokens.to(torch.int64)}
+        whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        file = folder / "kernel" / f"{name}.safetensors"
+        storage.write_bytes(file, save(whole, {"ids": "\n".join(measured.ids)}))
         matrix = ntk.normalised(measured.norms, normalise)
         by_kind = ntk.mean_by_kind(matrix, kinds, settings.self_pairs, seed=seed)
         means[name] = {
-            observer: {trained: _finite(cell) for trained, cell in row.items()}
+            observer: {
+                trained: [statistics.finite(value) for value in vars(cell).values()]
+                for trained, cell in row.items()
+            }
             for observer, row in by_kind.items()
         }
     return {
@@ -187,19 +190,8 @@ def kernel(
     }
 
 
-def _collected(subject: Local, *given: Any) -> Any:
-    return ntk.collected(subject.policy().model.float(), *given)
-
-
-def _keep(measured: ntk.Kernel, file: Path) -> None:
-    tensors = {"norms": measured.norms, "tokens": measured.tokens.to(torch.int64)}
-    whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
-    storage.write_bytes(file, save(whole, {"ids": "\n".join(measured.ids)}))
-
-
-def _finite(cell: object) -> list[float | None]:
-    """A mean with its interval as JSON holds them."""
-    return [value if math.isfinite(value) else None for value in vars(cell).values()]
+def _collected(subject: Local, *job: Any) -> Any:
+    return ntk.collected(subject.policy().model.float(), *job)
 
 
 # --- task by task ---------------------------------------------------------------------------------
@@ -210,12 +202,12 @@ TRUNK = "trunk"  # among claims.params: the blocks up to the layer whose states 
 
 
 def _drawn(work: Work, count: int | None) -> dict[Kind, list[Example]]:
-    """So many prompts of each kind of `data.analysis`; None: all."""
+    """Draws `count` prompts of each kind of `data.analysis`; None takes all."""
     return sets.drawn(work.kinds, count, work.settings.seed)
 
 
 def _trained_on(run: Run, rows: Mapping[Kind, list[Example]]) -> dict[str, int]:
-    """How many of the prompts of each kind the run has learnt from, in whichever stage."""
+    """Counts the prompts of each kind that any stage of the run was trained on."""
     learnt = {normalise(text) for part in trained_texts(run).values() for text in part}
     return {
         kind.value: sum(normalise(row.prompt) in learnt for row in part)
@@ -224,13 +216,13 @@ def _trained_on(run: Run, rows: Mapping[Kind, list[Example]]) -> dict[str, int]:
 
 
 def _widened(work: Work) -> Policy:
-    """In fp32, which products of gradients need."""
+    """The policy with its weights in fp32, which products of gradients need."""
     work.policy().model.float()
     return work.policy()
 
 
 class RefusalProbability(Task):
-    """A.5 of prompts of each kind, beside the mass of refusals' first tokens."""
+    """Refusal probability (A.5) by kind of prompt, and the mass of refusals' first tokens."""
 
     by_kind = True
 
@@ -246,12 +238,15 @@ class RefusalProbability(Task):
 
 
 def _shared(subject: Local, prompts: list[str]) -> list[Probability]:
-    """Refusal probabilities, read here or by the processes."""
-    found = dict(chain.from_iterable(subject.shared(_cut, _read, list(enumerate(prompts)))))
-    return [found[place] for place in range(len(prompts))]
+    """The refusal probabilities, computed in this process or in the worker processes."""
+    parts = subject.shared(_numbered_batches, _numbered_values, list(enumerate(prompts)))
+    by_place = dict(chain.from_iterable(parts))
+    return [by_place[place] for place in range(len(prompts))]
 
 
-def _cut(subject: Local, numbered: list[Numbered], _processes: int) -> list[list[Numbered]]:
+def _numbered_batches(
+    subject: Local, numbered: list[Numbered], _processes: int
+) -> list[list[Numbered]]:
     chat, policy = subject.plain_chat(), subject.policy()
     chosen = probability.PHRASES[subject.settings.node(RefusalProbabilityConfig).phrases.value]
     encoded = [chat.prompt_ids(prompt) for _, prompt in numbered]
@@ -259,7 +254,9 @@ def _cut(subject: Local, numbered: list[Numbered], _processes: int) -> list[list
     return [[numbered[place] for place in places] for places in batches]
 
 
-def _read(subject: Local, numbered: list[Numbered]) -> Iterator[list[tuple[int, Probability]]]:
+def _numbered_values(
+    subject: Local, numbered: list[Numbered]
+) -> Iterator[list[tuple[int, Probability]]]:
     phrases = subject.settings.node(RefusalProbabilityConfig).phrases
     prompts = [prompt for _, prompt in numbered]
     values = probabilities(subject.policy(), subject.plain_chat(), phrases, prompts)
@@ -267,7 +264,7 @@ def _read(subject: Local, numbered: list[Numbered]) -> Iterator[list[tuple[int, 
 
 
 class Separability(Task):
-    """A.9: how well both kinds come apart, block by block."""
+    """The separability (A.9) of toxic and seemingly toxic prompts, block by block."""
 
     by_kind = True
 
@@ -286,7 +283,7 @@ class Separability(Task):
 
 
 class Kernel(Task):
-    """A.6: norms of the empirical NTK between prompts of each kind."""
+    """The empirical NTK (A.6): its norms between prompts of each kind."""
 
     by_kind = widens = True
 
@@ -318,7 +315,7 @@ class Claims(Task):
         config.parameters("claims.params", named, depth)
 
     def prompts(self, settings: EvalConfig) -> list[PromptSet]:
-        """None that are answered; the pairs are read here, before weights are opened."""
+        """Reads the pairs, before weights are opened; no prompt is answered."""
         self.refused = refused_pairs(settings.data, settings.seed)
         return []
 
@@ -330,9 +327,9 @@ class Claims(Task):
         )
         layer = _layer(work.settings, work.run)
         rows = _drawn(work, options.prompts)
-        seen = {normalise(row.prompt) for part in rows.values() for row in part}
-        apart = [pair for pair in self.refused if normalise(pair.prompt) not in seen]
-        pairs = claims.alike(chat, apart)
+        observed = {normalise(row.prompt) for part in rows.values() for row in part}
+        others = [pair for pair in self.refused if normalise(pair.prompt) not in observed]
+        pairs = claims.alike(chat, others)
         chosen = claims.Settings(
             top_k=kernel.top_k,
             params=tuple(f"trunk:{layer}" if p == TRUNK else p for p in options.params),
@@ -348,7 +345,7 @@ class Claims(Task):
 def refused_pairs(data: DataConfig, seed: int) -> list[Example]:
     """Every pair of `data.safety` whose response refuses, in an order drawn by seed.
 
-    Raises ConfigError where there is none.
+    Raises ConfigError if there is none.
     """
     rows = [
         row
@@ -366,12 +363,12 @@ def refused_pairs(data: DataConfig, seed: int) -> list[Example]:
 
 
 def _layer(settings: EvalConfig, run: Run) -> int:
-    """The block that the run's stage one reads, or would read."""
+    """The block whose output the run's stage one trains, or would train."""
     if (named := settings.node(ClaimsConfig).layer) is not None:
         return named
     if (known := run.block()) is not None:
         return known
-    made = run.config().get("dcr", {"layer": settings.model.layer})
-    given = {key: made[key] for key in ("layer", "depth") if key in made}
+    trained = run.config().get("dcr", {"layer": settings.model.layer})
+    given = {key: trained[key] for key in ("layer", "depth") if key in trained}
     depth = models.facts(settings.model).depth
     return config.block_of(ContrastiveConfig(**given), depth)

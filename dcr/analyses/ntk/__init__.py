@@ -1,7 +1,7 @@
 """The empirical neural tangent kernel between prompts (Section 5 and A.6 of the paper).
 
-`empirical` is the way in, with the finite differences of the paper and what is read off a matrix;
-`subset` finds the parameters; `exact` is the exact scheme, and what it takes.
+`empirical` measures a kernel, also by the paper's finite differences, and averages its matrix;
+`subset` finds the parameters; `exact` has the exact scheme and its memory.
 """
 
 from dcr.analyses.ntk.empirical import (
@@ -10,6 +10,7 @@ from dcr.analyses.ntk.empirical import (
     collected,
     kernel,
     kind_mean,
+    label,
     log_probability_change,
     mean_by_kind,
     measure,

@@ -1,4 +1,4 @@
-"""The kernel of a model between prompts: measured, what it takes, and what is read off it."""
+"""Measures the kernel of a model between prompts, and takes means and predictions from it."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -35,11 +35,11 @@ from dcr.inference import resampled_groups
 
 @dataclass(frozen=True)
 class Settings:
-    """What a kernel is of, and how it is computed.
+    """The parameters and logits of a kernel, and the way to compute it.
 
     A tied matrix is one parameter that acts as embedding and as head, as training moves it.
-    `batch_size` and `budget_gib` (what is held of A and δ at once) change no value; `epsilon` is
-    the paper's step, for finite differences alone.
+    `batch_size` and `budget_gib` (of A and δ held at once) change no value; `epsilon` is the
+    paper's step, for finite differences alone.
     """
 
     top_k: int = 10
@@ -69,6 +69,11 @@ class Kernel:
     log_probabilities: Float[Tensor, "prompts rank"]
     ids: tuple[str, ...]
     settings: Settings
+
+
+def label(params: str, head: bool) -> str:
+    """The name of a choice of parameters in files and metrics: `tail-2`, `tail-2-headless`."""
+    return params.replace(":", "-") + ("" if head else "-headless")
 
 
 def kernel(
@@ -107,9 +112,10 @@ def measure(
     """The kernel between prompts given as token ids.
 
     `tokens` fixes the tokens of each prompt, in place of its own top k, so that kernels before
-    and after a change of the model are of the same logits. `share` has other processes call
-    `collected`, with each of these tuples behind their own copy of the model, and gives what it
-    gives in that order; finite differences are always taken here.
+    and after a change of the model are of the same logits. `share` calls `collected` in other
+    processes, with their own copy of the model and each of these tuples, and gives the results in
+    that order; finite differences are always taken in this process. Raises ConfigError for a
+    setting or a model that cannot be.
     """
     vocabulary = models.unwrapped(model).config.get_text_config().vocab_size
     if not 1 <= settings.top_k <= vocabulary:
@@ -120,14 +126,14 @@ def measure(
     back = torch.tensor(order).argsort()
     with subset.still(model):
         device = next(model.parameters()).device
-        given = None if tokens is None else tokens[order].to(device)
+        fixed = None if tokens is None else tokens[order].to(device)
         rows = batches(sequences, settings.batch_size, device)
         if settings.method == "finite_difference":
             moved = subset.parameters(model, settings.params, settings.head)
             top_k, epsilon = settings.top_k, settings.epsilon
-            blocks, chosen, log_p = finite_differences(model, moved, rows, top_k, given, epsilon)
+            blocks, chosen, log_p = finite_differences(model, moved, rows, top_k, fixed, epsilon)
         else:
-            blocks, chosen, log_p = _exact(model, sequences, rows, settings, given, share)
+            blocks, chosen, log_p = _exact(model, sequences, rows, settings, fixed, share)
     blocks = blocks.cpu()[back][:, :, back]
     norms = blocks.square().sum((1, 3)).sqrt()
     names = tuple(ids) if ids is not None else tuple(str(i) for i in range(len(sequences)))
@@ -140,10 +146,10 @@ def _exact(
     sequences: Sequence[Sequence[int]],
     rows: Sequence[Batch],
     settings: Settings,
-    given: Int[Tensor, "prompts rank"] | None,
+    tokens: Int[Tensor, "prompts rank"] | None,
     share: Callable[[list[Job]], Iterable[Collected]] | None,
 ) -> Blocks:
-    """By gradients of every logit, taken here or by those that `share` the batches."""
+    """`exact` over all batches, whose gradients this process or those behind `share` compute."""
     sweeps = _sweeps(model, [len(ids) for ids in sequences], settings)
     device = next(model.parameters()).device
 
@@ -158,7 +164,7 @@ def _exact(
             moved = {name: one.to(device) for name, one in gradients.items()}
             yield moved, own.to(device), log_p.to(device)
 
-    return exact(sweeps, passes, given)
+    return exact(sweeps, passes, tokens)
 
 
 def collected(
@@ -169,7 +175,7 @@ def collected(
     place: int,
     tokens: Int[Tensor, "prompts rank"] | None,
 ) -> Collected:
-    """What one batch of the prompts brings to one sweep of `measure`, on the CPU.
+    """The gradients of one batch of prompts for one sweep of `measure`, on the CPU.
 
     `tokens` stand in the order of lengths.
     """
@@ -184,10 +190,10 @@ def collected(
 
 
 def memory_needed(model: Any, lengths: Sequence[int], settings: Settings) -> int:
-    """Bytes that `measure` takes beside the model, for prompts of so many tokens: an upper bound.
+    """An upper bound of the bytes that `measure` takes beside the model for such prompts.
 
-    For the exact method held A and δ (at most `budget_gib`), the graph of one batch and scratch;
-    for finite differences the graph and three copies of the subset. Raises ConfigError where one
+    The exact method takes A and δ (at most `budget_gib`), the graph of one batch and scratch;
+    finite differences take the graph and three copies of the subset. Raises ConfigError if one
     module alone exceeds the budget.
     """
     if settings.method == "finite_difference":
@@ -199,7 +205,7 @@ def memory_needed(model: Any, lengths: Sequence[int], settings: Settings) -> int
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """A prompt's tokens up to where the assistant begins to speak."""
+    """The tokens of a prompt in the chat template, with the header of the answer."""
     if not tokenizer.chat_template:
         return list(tokenizer(prompt)["input_ids"])
     turns = [{"role": "user", "content": prompt}]
@@ -214,7 +220,7 @@ def _sweeps(model: Any, lengths: Sequence[int], settings: Settings) -> list[list
 
 
 def _padded_lengths(lengths: Sequence[int], settings: Settings) -> list[int]:
-    """Each prompt's length in its batch, ascending."""
+    """Each prompt's length after padding, ascending."""
     ordered, size = sorted(lengths), settings.batch_size
     batched = [ordered[start : start + size] for start in range(0, len(ordered), size)]
     return [batch[-1] for batch in batched for _ in batch]
@@ -244,11 +250,11 @@ def mean_by_kind(
 ) -> Mapping[str, Mapping[str, Interval]]:
     """Mean over pairs of prompts by kind, `[observer kind][trained kind]`, as in Figure 6.
 
-    With percentile bootstrap intervals over prompts: those of each kind are drawn anew, and a
-    prompt drawn twice brings its whole row and column twice. A prompt's pair with itself counts
-    only with `self_pairs`, also where it is drawn twice. The mean is linear, so that of a
-    difference of two kernels over the same prompts is a paired comparison. Kinds stand in the
-    order in which they appear; nan within unbounded ends where a kind has no pair.
+    The intervals are percentile bootstraps over prompts within their kind; a prompt drawn twice
+    brings its whole row and column twice. A prompt's pair with itself counts only with
+    `self_pairs`, also if the prompt is drawn twice. The mean is linear, so the mean of a difference
+    of two kernels over the same prompts is a paired comparison. Kinds stand in the order in which
+    they appear; a kind without a pair gives nan within unbounded ends.
     """
     values = matrix.double().numpy()
     # one draw for all cells: the same prompts observe and are trained on
@@ -269,10 +275,9 @@ def kind_mean(
     drawn: Mapping[str, Int[np.ndarray, "draws own"]],
     self_pairs: bool = False,
 ) -> tuple[float, Float[np.ndarray, "draws"]]:
-    """The mean over pairs of (observer kind, trained kind), and that of every draw.
+    """The mean over pairs of (observer kind, trained kind), and the mean of every draw.
 
-    `drawn` are of `inference.resampled_groups`; nan where there is no pair, as in a draw of one
-    prompt alone.
+    `drawn` comes from `inference.resampled_groups`. A draw without a pair gives nan.
     """
     rows, columns = ([i for i, kind in enumerate(kinds) if kind == wanted] for wanted in cell)
     values, allowed = matrix[np.ix_(rows, columns)], np.ones((len(rows), len(columns)))
@@ -280,9 +285,11 @@ def kind_mean(
         np.fill_diagonal(allowed, 0)
     if not allowed.any():
         return math.nan, np.full(len(drawn[cell[0]]), math.nan)
-    kept = np.where(allowed, values, 0.0)
-    totals, counts = (((drawn[cell[0]] @ part) * drawn[cell[1]]).sum(1) for part in (kept, allowed))
-    return float(kept.sum() / allowed.sum()), ratio(totals, counts)
+    summed = np.where(allowed, values, 0.0)
+    totals, counts = (
+        ((drawn[cell[0]] @ part) * drawn[cell[1]]).sum(1) for part in (summed, allowed)
+    )
+    return float(summed.sum() / allowed.sum()), ratio(totals, counts)
 
 
 def log_probability_change(
@@ -291,12 +298,12 @@ def log_probability_change(
     residual: Float[Tensor, "rank"],
     rate: float,
 ) -> Float[Tensor, "observer rank"]:
-    """Eq. 2 and 3: what one SGD step does to log-probabilities, -ηAKG to first order.
+    """The change of log-probabilities by one SGD step, -ηAKG to first order (Eq. 2 and 3).
 
     `blocks` are K(x',x) of one trained prompt x, `Kernel.blocks[:, :, j]`; `residual` is G, the
     loss's gradient by the logits of x at its tokens, for a cross-entropy probability minus one-hot
-    target. A is the softmax's Jacobian at x', I - 1πᵀ. Exact to first order only where the tokens
-    are the whole vocabulary: others' part in G and in Aπ is left out.
+    target. A is the softmax's Jacobian at x', I - 1πᵀ. The result is exact to first order only if
+    the tokens are the whole vocabulary: the part of others in G and in Aπ is left out.
     """
     logits = -rate * blocks @ residual
     mean = (log_probabilities.exp() * logits).sum(1, keepdim=True)
@@ -311,12 +318,12 @@ def finite_differences(
     tokens: Int[Tensor, "prompts rank"] | None,
     step: float,
 ) -> Blocks:
-    """As `exact`, one column (z(x';θ+εw) - z(x';θ-εw)) / 2ε after another, w = ∇z_u(x).
+    """The result of `exact` from columns (z(x';θ+εw) - z(x';θ-εw)) / 2ε with w = ∇z_u(x).
 
-    N·k backward passes and 2N²k forward passes, the latter batched. Parameters are moved in place
-    and restored bitwise, also after an exception. w is not normalised, so the true step is
-    ε‖w‖: too large is biased, too small is rounding noise; repeat with another ε to tell. Raises
-    ConfigError below fp32.
+    This takes N·k backward passes and 2N²k forward passes, the latter batched. Parameters are
+    moved in place and restored bitwise, also after an exception. w is not normalised, so the true
+    step is ε‖w‖: too large a step is biased, too small a one is rounding noise; repeat with another
+    ε to tell. Raises ConfigError below fp32.
     """
     if any(p.dtype.itemsize < 4 for p in parameters):
         raise ConfigError(

@@ -1,13 +1,13 @@
 """The exact kernel: inner products of factored gradients, module by module (A.6).
 
 Rows of a batch do not interact, so one backward pass of the sum over a batch of one logit per
-prompt gives each prompt's own δ = ∂z/∂(a module's output), and the gradient of its matrix is δᵀA
-with A what the module was given. N·k backward passes and inner products per module, no forward
-loop. A sweep keeps A and δ of a group of modules for all prompts, adds their inner products and
-drops them; the groups follow from the budget, and each sweep repeats the forward pass and a
-backward pass per rank that ends at its first module. Gradients are formed only where that is
-cheaper than A and δ; every function adds to one matrix [prompts, rank, prompts, rank], prompts in
-the order of lengths.
+prompt gives each prompt's own δ = ∂z/∂(a module's output). The gradient of the module's matrix is
+δᵀA, where A is the module's input. The scheme takes N·k backward passes and inner products per
+module, and no forward loop. A sweep keeps A and δ of a group of modules for all prompts, adds their
+inner products and drops them; the groups follow from the budget. Each sweep repeats the forward
+pass and, per rank, a backward pass that ends at its first module. Gradients are formed only if that
+is cheaper than A and δ. Every function adds to one matrix [prompts, rank, prompts, rank], with the
+prompts in the order of lengths.
 """
 
 import math
@@ -41,7 +41,7 @@ class Batch:
 
     @property
     def ends(self) -> Int[Tensor, "batch"]:
-        """Where each row's last token stands."""
+        """The place of each row's last token."""
         return self.mask.sum(1) - 1
 
 
@@ -55,7 +55,7 @@ class Factors:
 
 @dataclass
 class Gradients:
-    """One layer's gradients over all batches so far, in their order, factored where they can be."""
+    """One layer's gradients over all batches so far, in their order, factored if they can be."""
 
     factors: list[Factors] = field(default_factory=list)
     vectors: list[Tensor] = field(default_factory=list)  # whole gradients, [batch, rank, size]
@@ -82,16 +82,16 @@ class Gradients:
 class LayerCall:
     """One call of a module."""
 
-    given: Tensor
+    input: Tensor
     output: Tensor
     version: int
 
 
 def batches(sequences: Sequence[Sequence[int]], size: int, device: torch.device) -> list[Batch]:
-    """Prompts by length, so that little is padded, on the right.
+    """Batches of prompts by length, so that little is padded, on the right.
 
-    No row of attention is then wholly masked: in float64, transformers' eager attention gives NaN
-    for such rows.
+    Padding on the right leaves no row of attention wholly masked, for which transformers' eager
+    attention gives NaN in float64.
     """
     ordered = [sequences[place] for place in grouping.by_length(sequences)]
     made = []
@@ -110,8 +110,8 @@ def last_logits(model: Any, batch: Batch) -> Float[Tensor, "batch vocabulary"]:
     ends = batch.ends
     rows = torch.arange(len(ends), device=ends.device)
 
-    def last(_module: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (given[0][rows, ends][:, None], *given[1:])
+    def last(_module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0][rows, ends][:, None], *inputs[1:])
 
     # `logits_to_keep` would keep every place where some row ends
     handle = models.head(model).register_forward_pre_hook(last)
@@ -134,7 +134,10 @@ def gradient(
     alone: Batch,
     of: Callable[[Float[Tensor, "vocabulary"]], Float[Tensor, ""]],
 ) -> tuple[float, list[Tensor]]:
-    """A function of one prompt's next-token logits, and its gradient; `still` takes flags back."""
+    """The value of a function of one prompt's next-token logits, and its gradient.
+
+    The parameters ask for gradients afterwards, until `still` sets them back.
+    """
     for parameter in parameters:
         parameter.requires_grad_(True)
     value = of(last_logits(model, alone)[0])
@@ -145,7 +148,7 @@ def gradient(
 def log_probabilities(
     logits: Float[Tensor, "batch vocabulary"], tokens: Int[Tensor, "batch rank"]
 ) -> Float[Tensor, "batch rank"]:
-    """In fp32 at least."""
+    """The log-softmax of the logits at `tokens`, in fp32 or wider."""
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return exact.log_softmax(1).gather(1, tokens)
 
@@ -160,10 +163,11 @@ def collect(
     top_k: int,
     tokens: Int[Tensor, "prompts rank"] | None,
 ) -> Collected:
-    """A and δ of the modules for the logits of each prompt's `tokens`, None: its top `top_k`.
+    """A and δ of the modules for the logits of each prompt's `tokens` (None: its top `top_k`).
 
-    One forward pass and one backward pass per rank, which ends at the first of the modules. Also
-    returns the tokens and their log-probabilities.
+    It takes one forward pass, and one backward pass per rank that ends at the first of the modules,
+    and also returns the tokens and their log-probabilities. Raises ConfigError for a module without
+    a gradient of its own.
     """
     with watched(model, chosen) as calls:
         logits = last_logits(model, batch)
@@ -180,10 +184,10 @@ def collect(
         total = logits.gather(1, tokens[:, rank : rank + 1]).sum()
         more = rank + 1 < tokens.shape[1]
         grads = torch.autograd.grad(total, outputs, retain_graph=more, allow_unused=True)
-        for layer, kept, grad in zip(chosen, by_rank, grads, strict=True):
+        for layer, own, grad in zip(chosen, by_rank, grads, strict=True):
             if grad is None or calls[layer.name].output._version != calls[layer.name].version:
                 raise ConfigError(f"params: no gradient can be had at the output of {layer.name}")
-            kept.append(_at_tokens(grad, tokens[:, rank]) if layer.kind is LayerKind.head else grad)
+            own.append(_at_tokens(grad, tokens[:, rank]) if layer.kind is LayerKind.head else grad)
     gradients = {}
     for index, layer in enumerate(chosen):
         deltas, by_rank[index] = torch.stack(by_rank[index], 1), []
@@ -193,11 +197,11 @@ def collect(
 
 @contextmanager
 def watched(model: Any, chosen: Sequence[Layer]) -> Iterator[dict[str, LayerCall]]:
-    """While open, every call of the modules is noted, in a graph that begins at the first."""
+    """Records every call of the modules while open; the graph begins at the first of them."""
     calls: dict[str, LayerCall] = {}
     with ExitStack() as stack:
         for layer in chosen:
-            stack.callback(layer.module.register_forward_hook(_noting(layer, calls)).remove)
+            stack.callback(layer.module.register_forward_hook(_recorder(layer, calls)).remove)
         first = min(layer.block for layer in chosen)
         if first == 0 and not any(layer.kind is LayerKind.embedding for layer in chosen):
             embeddings: Any = models.unwrapped(model).get_input_embeddings()
@@ -210,15 +214,15 @@ def watched(model: Any, chosen: Sequence[Layer]) -> Iterator[dict[str, LayerCall
         yield calls
 
 
-def _noting(layer: Layer, calls: dict[str, LayerCall]) -> Any:
-    def note(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+def _recorder(layer: Layer, calls: dict[str, LayerCall]) -> Any:
+    def record(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if layer.name in calls:
             raise ConfigError(f"params: {layer.name} is called more than once in a forward pass")
         leaf = output.detach().requires_grad_() if layer.kind is LayerKind.embedding else output
         calls[layer.name] = LayerCall(inputs[0].detach(), leaf, leaf._version)
         return leaf if layer.kind is LayerKind.embedding else None
 
-    return note
+    return record
 
 
 def _leaf_output(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
@@ -232,7 +236,10 @@ def _leaf_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _at_tokens(grad: Tensor, tokens: Int[Tensor, "batch"]) -> Float[Tensor, "batch"]:
-    """The head's δ is zero but where its token stands: softcaps and scales act elementwise."""
+    """The head's δ at its token, the only place that is not 0: softcaps and scales are elementwise.
+
+    Raises ConfigError for a head whose δ is not zero elsewhere.
+    """
     scales = grad[:, 0].gather(1, tokens[:, None])[:, 0]
     if (grad != 0).sum() != (scales != 0).sum():
         raise ConfigError("params: a logit depends on more than its own row of the head")
@@ -244,7 +251,7 @@ def _at_tokens(grad: Tensor, tokens: Int[Tensor, "batch"]) -> Float[Tensor, "bat
 
 def _linear(layer: Layer, call: LayerCall, deltas: Tensor, batch: Batch) -> Gradients:
     _check_shape(layer, call.output, batch)
-    factor = _trimmed(call.given, deltas, batch)
+    factor = _trimmed(call.input, deltas, batch)
     biased = getattr(layer.module, "bias", None) is not None
     return Gradients(factors=[factor], vectors=[factor.deltas.sum(2)] if biased else [])
 
@@ -252,18 +259,18 @@ def _linear(layer: Layer, call: LayerCall, deltas: Tensor, batch: Batch) -> Grad
 def _embedding(layer: Layer, call: LayerCall, deltas: Tensor, batch: Batch) -> Gradients:
     _check_shape(layer, call.output, batch)
     scale = getattr(layer.module, "embed_scale", 1.0)
-    rows = nn.functional.embedding(call.given, layer.module.weight) * scale
+    rows = nn.functional.embedding(call.input, layer.module.weight) * scale
     if not torch.allclose(rows.to(call.output), call.output.detach(), rtol=1e-2, atol=1e-6):
         raise ConfigError(f"params: {layer.name} is no table of rows with one scale")
     deltas = deltas * scale
     if layer.module.padding_idx is not None:  # a row that torch never gives a gradient
-        unmoved = call.given == layer.module.padding_idx
+        unmoved = call.input == layer.module.padding_idx
         deltas = torch.where(unmoved[:, None, :, None], 0, deltas)
-    return Gradients(factors=[_trimmed(call.given, deltas, batch)])
+    return Gradients(factors=[_trimmed(call.input, deltas, batch)])
 
 
 def _norm(layer: Layer, call: LayerCall, deltas: Tensor, batch: Batch) -> Gradients:
-    """Σ_t δ∘x̂ and Σ_t δ, over positions and heads; x̂ is what one unit of gain adds."""
+    """Σ_t δ∘x̂ and Σ_t δ, over positions and heads; x̂ is the output per unit of gain."""
     own = dict(layer.module.named_parameters(recurse=False))
     output, width = call.output, call.output.shape[-1]
     if output.shape[0] != len(batch.ids) or any(len(p) != width for p in own.values()):
@@ -272,27 +279,27 @@ def _norm(layer: Layer, call: LayerCall, deltas: Tensor, batch: Batch) -> Gradie
         )
     normed = _unit_gain(layer, call, own) if "weight" in own else None
     if output.shape[1:2] == batch.mask.shape[1:]:
-        kept = batch.mask.view(len(output), 1, -1, *[1] * (output.dim() - 2))
-        deltas = torch.where(kept, deltas, 0)
+        real = batch.mask.view(len(output), 1, -1, *[1] * (output.dim() - 2))
+        deltas = torch.where(real, deltas, 0)
     flat = deltas.flatten(2, -2)
     gains = [] if normed is None else [torch.einsum("bktd,btd->bkd", flat, normed.flatten(1, -2))]
     return Gradients(vectors=[torch.cat([*gains, *([flat.sum(2)] if "bias" in own else [])], 2)])
 
 
 def _unit_gain(layer: Layer, call: LayerCall, own: dict[str, nn.Parameter]) -> Tensor:
-    """x̂, out of the module itself: its output with gain one less that with gain zero."""
+    """x̂, as the module's own output with gain 1 less its output with gain 0."""
 
     def output(gain: Tensor | float, bias: Tensor | float) -> Tensor:
         values = {"weight": gain, "bias": bias}
-        given = {name: torch.ones_like(p) * values[name] for name, p in own.items()}
-        return functional_call(layer.module, given, (call.given,))
+        parameters = {name: torch.ones_like(p) * values[name] for name, p in own.items()}
+        return functional_call(layer.module, parameters, (call.input,))
 
     with torch.no_grad():
         normed = output(1.0, 0.0) - output(0.0, 0.0)
         bias = own.get("bias")
         affine = output(0.0, 0.0 if bias is None else bias) + own["weight"] * normed
         error = (affine - call.output).norm() / call.output.norm().clamp(min=1e-30)
-    # between rounding, of norms that compute in fp32 or of bf16, and another function of the gain
+    # the bound lies between rounding (in fp32 or bf16) and another function of the gain
     if error > (1e-4 if call.output.dtype.itemsize >= 4 else 2e-2):
         kind = type(layer.module).__name__
         raise ConfigError(f"params: {layer.name} ({kind}) is no elementwise gain and bias")
@@ -300,7 +307,7 @@ def _unit_gain(layer: Layer, call: LayerCall, own: dict[str, nn.Parameter]) -> T
 
 
 def _head(_part: Layer, call: LayerCall, scales: Tensor, _batch: Batch) -> Gradients:
-    return Gradients(features=[call.given[:, 0]], scales=[scales])
+    return Gradients(features=[call.input[:, 0]], scales=[scales])
 
 
 READERS = {
@@ -320,9 +327,9 @@ def _check_shape(layer: Layer, output: Tensor, batch: Batch) -> None:
 
 
 def _trimmed(inputs: Tensor, deltas: Tensor, batch: Batch) -> Factors:
-    """Aligned at the ends, without the positions before the first gradient.
+    """A and δ aligned at the ends, without the positions before the first gradient.
 
-    They would add nothing: in the last block, most modules have a gradient at the end alone.
+    Those add nothing: in the last block, most modules have a gradient at the end alone.
     """
     inputs, deltas = _aligned(inputs, batch, 1), _aligned(deltas, batch, 2)
     places = (deltas != 0).any(3).any(1).any(0).nonzero()[:, 0]
@@ -331,7 +338,7 @@ def _trimmed(inputs: Tensor, deltas: Tensor, batch: Batch) -> Factors:
 
 
 def _aligned(values: Tensor, batch: Batch, axis: int) -> Tensor:
-    """Values with each row's last token at the end of `axis`, and zeros where none stands."""
+    """Values with each row's last token at the end of `axis`, and zeros in place of padding."""
     length = batch.mask.shape[1]
     sources = torch.arange(length, device=values.device) - (length - 1 - batch.ends)[:, None]
     shape = [len(sources), *[1] * (values.dim() - 1)]
@@ -344,7 +351,7 @@ def _aligned(values: Tensor, batch: Batch, axis: int) -> Tensor:
 def add(
     gram: Gram, layer: Layer, gradients: Gradients, tokens: Int[Tensor, "prompts rank"]
 ) -> None:
-    """What one module's own parameters contribute."""
+    """Adds the inner products of one module's gradients."""
     if layer.kind is LayerKind.head:
         _add_head(gram, gradients, tokens, layer.module.bias is not None)
     if gradients.vectors:
@@ -357,10 +364,10 @@ def add(
 
 
 def formed_is_cheaper(factors: Sequence[Factors]) -> bool:
-    """Whether to form each gradient [d_out, d_in]: multiplications counted both ways.
+    """Whether forming each gradient [d_out, d_in] takes fewer multiplications than A and δ.
 
-    With A and δ alone, a pair of prompts costs T²·d_in + k·T·(T + k)·d_out, else k²·d_in·d_out,
-    and k·T·d_in·d_out more for every prompt.
+    With A and δ alone, a pair of prompts costs T²·d_in + k·T·(T + k)·d_out; formed, it costs
+    k²·d_in·d_out, and every prompt k·T·d_in·d_out more.
     """
     if not factors[0].inputs.is_floating_point():
         return False
@@ -370,7 +377,7 @@ def formed_is_cheaper(factors: Sequence[Factors]) -> bool:
     lengths = sum(len(factor.inputs) * factor.inputs.shape[1] for factor in factors) / prompts
     pair = lengths**2 * inner + rank * lengths * (lengths + rank) * wide
     formed = rank**2 * inner * wide + rank * lengths * inner * wide / prompts
-    return formed < pair / 2  # of the pairs, only half are visited
+    return formed < pair / 2  # only half of the pairs are visited
 
 
 def add_tied(
@@ -418,30 +425,30 @@ def _pair(
     left: Factors, right: Factors, dtype: torch.dtype
 ) -> Float[Tensor, "left rank right rank"]:
     deltas, rows = right.deltas.to(dtype), []
-    for given, own in zip(left.inputs, left.deltas.to(dtype), strict=True):
-        mixed = _overlap(given, right.inputs, dtype)[:, None] @ deltas
+    for inputs, own in zip(left.inputs, left.deltas.to(dtype), strict=True):
+        mixed = _overlap(inputs, right.inputs, dtype)[:, None] @ deltas
         rows.append(own.flatten(1) @ mixed.flatten(2).flatten(0, 1).T)
     return torch.stack(rows).view(len(rows), -1, *deltas.shape[:2])
 
 
 def _overlap(one: Tensor, others: Tensor, dtype: torch.dtype) -> Float[Tensor, "others t1 t2"]:
-    """A₁A₂ᵀ with each of the others; of ids, whose A are rows of the identity, where they agree."""
+    """A₁A₂ᵀ with each of the others; an id stands for its row of the identity."""
     if one.is_floating_point():
         return one.to(dtype) @ others.to(dtype).mT
     return (one[:, None] == others[:, None, :]).to(dtype)
 
 
 def _add_formed(gram: Gram, factors: Sequence[Factors]) -> None:
-    """The gradients δᵀA themselves, so many of their rows at a time."""
+    """Forms the gradients δᵀA, as many of their rows at a time as fit SCRATCH."""
     inner, wide = factors[0].inputs.shape[-1], factors[0].deltas.shape[-1]
     each = gram.shape[0] * gram.shape[1] * inner * gram.element_size()
     step = max(1, SCRATCH // each)
     for first in range(0, wide, step):
-        kept = slice(first, first + step)
+        part = slice(first, first + step)
         formed = [
             torch.einsum(
                 "bktc,bti->bkci",
-                factor.deltas[..., kept].to(gram.dtype),
+                factor.deltas[..., part].to(gram.dtype),
                 factor.inputs.to(gram.dtype),
             )
             for factor in factors
@@ -464,21 +471,21 @@ def exact(
 ) -> Blocks:
     """Blocks K(x',x)[o,u] as [x', o, x, u], the tokens, and their log-probabilities.
 
-    `passes` gives what `collect` does of every batch, for the sweep of that number and the tokens
-    of all prompts once they are known. Prompts stand in the order of the batches. Sums are in fp32
-    at least.
+    `passes` takes the number of a sweep and the tokens of all prompts, once known, and gives the
+    results of `collect` for every batch. Prompts stand in the order of the batches. Sums are in
+    fp32 or wider.
     """
     gram: Tensor | None = None
     log_p: Tensor | None = None
     for number, sweep in enumerate(sweeps):
         gradients: dict[str, Gradients] = {layer.name: Gradients() for layer in sweep}
-        seen: list[list[Tensor]] = []
-        for of_batch, *tokens_and_log_p in passes(number, tokens):
-            seen.append(tokens_and_log_p)
-            for name, one in of_batch.items():
+        by_batch: list[list[Tensor]] = []
+        for batch_gradients, *tokens_and_log_p in passes(number, tokens):
+            by_batch.append(tokens_and_log_p)
+            for name, one in batch_gradients.items():
                 gradients[name].extend(one)
         if gram is None:
-            tokens, log_p = (torch.cat(each) for each in zip(*seen, strict=True))
+            tokens, log_p = (torch.cat(each) for each in zip(*by_batch, strict=True))
             gram = torch.zeros(*tokens.shape, *tokens.shape).to(log_p)
         assert tokens is not None
         if pair := tied(sweep):
@@ -495,9 +502,9 @@ def exact(
 def groups(
     chosen: Sequence[Layer], lengths: Sequence[int], top_k: int, itemsize: int, budget: float
 ) -> list[list[Layer]]:
-    """Modules whose A and δ for all prompts fit `budget` bytes together: one sweep for each.
+    """Groups of modules whose A and δ for all prompts fit `budget` bytes: one sweep for each.
 
-    Raises ConfigError where one module alone does not fit.
+    Raises ConfigError if one module alone does not fit.
     """
     sweeps: list[list[Layer]] = [[]]
     used = 0
@@ -517,17 +524,17 @@ def groups(
 
 
 def gradient_bytes(layer: Layer, lengths: Sequence[int], top_k: int, itemsize: int) -> int:
-    """A and δ of one module for all prompts, at full length: an upper bound."""
-    given, wide = _features(layer)
+    """An upper bound of A and δ of one module for all prompts, at full length."""
+    inner, wide = _features(layer)
     positions = sum(lengths) * itemsize
     match layer.kind:
         case LayerKind.head:
-            return len(lengths) * given * itemsize
+            return len(lengths) * inner * itemsize
         case LayerKind.norm:
             return 2 * len(lengths) * top_k * wide * itemsize
         case LayerKind.embedding:
             return sum(lengths) * 8 + positions * top_k * wide
-    return positions * (given + top_k * wide)
+    return positions * (inner + top_k * wide)
 
 
 def needed(
@@ -537,7 +544,7 @@ def needed(
     rows: int,
     top_k: int,
 ) -> int:
-    """Bytes beside the model itself: an upper estimate, `lengths` padded and ascending."""
+    """An upper estimate of the bytes beside the model; `lengths` are padded and ascending."""
     itemsize, chosen = next(model.parameters()).dtype.itemsize, [p for part in sweeps for p in part]
     wide = max(
         (_features(layer)[1] for layer in chosen if layer.kind is not LayerKind.head), default=0
@@ -558,10 +565,10 @@ def needed(
 
 
 def graph_bytes(model: Any, rows: int, length: int) -> int:
-    """What autograd keeps of one forward pass: twice what goes in and out of every projection.
+    """The bytes that autograd keeps of a forward pass: twice every projection's input and output.
 
-    Attention probabilities are counted as if kept, as they are without a fused kernel; of the
-    head, logits and their softmax in fp32.
+    Attention probabilities count, which only a fused kernel would not keep, and so do the logits
+    and their softmax in fp32.
     """
     config = models.unwrapped(model).config.get_text_config()
     blocks = models.decoder_blocks(model)
@@ -579,7 +586,7 @@ def graph_bytes(model: Any, rows: int, length: int) -> int:
 
 
 def _features(layer: Layer) -> tuple[int, int]:
-    """What a module reads and gives per position."""
+    """The widths of a module's input and output per position."""
     shape = [int(size) for size in next(layer.module.parameters(False)).shape]
     if layer.kind is LayerKind.norm:
         return shape[0], shape[0]
@@ -588,6 +595,6 @@ def _features(layer: Layer) -> tuple[int, int]:
 
 
 def _in_order(chosen: Sequence[Layer]) -> list[Layer]:
-    """A tied head right behind its embeddings: their cross terms need both in one sweep."""
+    """The modules with a tied head right behind its embeddings, whose cross terms need both."""
     pair = tied(chosen)
     return [*pair, *(layer for layer in chosen if layer not in pair)]

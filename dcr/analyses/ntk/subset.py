@@ -1,4 +1,4 @@
-"""Which parameters a kernel is over, and which module each of them works in."""
+"""The parameters that a kernel is over, and the module that each of them works in."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from dcr.core.config import ConfigError
 
 
 class LayerKind(Enum):
-    """How a module's parameters enter its output."""
+    """The ways in which a module's parameters enter its output."""
 
     linear = "linear"
     embedding = "embedding"
@@ -75,7 +75,7 @@ def layers(model: Any, params: str, head: bool) -> list[Layer]:
 
 
 def tied(chosen: Sequence[Layer]) -> tuple[Layer, ...]:
-    """The input embedding and the head where they are one matrix of the subset, else nothing."""
+    """The input embedding and the head if they are one matrix of the subset, else nothing."""
     heads = [layer for layer in chosen if layer.kind is LayerKind.head]
     embeddings = [layer for layer in chosen if layer.kind is LayerKind.embedding]
     pairs = [(e, h) for h in heads for e in embeddings if e.module.weight is h.module.weight]
@@ -97,7 +97,7 @@ def output_layer(model: Any) -> nn.Linear:
 
 @contextmanager
 def still(model: Any) -> Iterator[None]:
-    """Evaluation mode, and no parameter that asks for a gradient; both are set back on leaving."""
+    """Holds the model in evaluation mode without any gradient asked for; then restores both."""
     inner: Any = model
     asked = {parameter: parameter.requires_grad for parameter in inner.parameters()}
     device = next(inner.parameters()).device.type
@@ -116,7 +116,7 @@ def still(model: Any) -> Iterator[None]:
 
 @contextmanager
 def restored(moved: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:
-    """A copy of the parameters, which are set back to it on leaving, to the bit."""
+    """Gives a copy of the parameters, and sets them back to it at the end, to the bit."""
     saved = [parameter.detach().clone() for parameter in moved]
     try:
         yield saved
@@ -181,11 +181,9 @@ def _kind(name: str, module: nn.Module, own: dict[str, nn.Parameter], head: nn.M
     if kind is LayerKind.linear:
         return LayerKind.head if module is head else kind
     if kind is None and isinstance(module, nn.Embedding) and hasattr(module, "embed_scale"):
-        return (
-            LayerKind.embedding
-        )  # Gemma's; that a scale is all it adds is checked on what it returns
+        return LayerKind.embedding  # Gemma's; `exact` checks on its output that it only scales
     if kind is None and set(own) <= {"weight", "bias"} and all(p.dim() == 1 for p in own.values()):
-        return LayerKind.norm  # that it is one is checked on what it returns
+        return LayerKind.norm  # `exact` checks on its output that it is one
     if kind is None:
         raise ConfigError(
             f"params: the gradients of {name} ({type(module).__name__}) are not known to the exact "
@@ -195,7 +193,7 @@ def _kind(name: str, module: nn.Module, own: dict[str, nn.Parameter], head: nn.M
 
 
 def _check_covered(chosen: list[Layer], wanted: dict[int, str]) -> None:
-    """Every parameter in one module, or in the head and the one embedding that it is tied to."""
+    """Raises ConfigError for a parameter that two modules share, but an embedding with the head."""
     users: dict[int, list[LayerKind]] = {key: [] for key in wanted}
     for layer in chosen:
         for name, parameter in layer.module.named_parameters(recurse=False):
@@ -216,7 +214,7 @@ def _in_adapter(name: str) -> bool:
 
 
 def _check_adapters(model: Any) -> None:
-    """Only plain LoRA leaves a base weight's gradient what it is in the merged model."""
+    """Raises ConfigError for all but LoRA, which keeps a base weight's gradient as if merged."""
     if not isinstance(model, PeftModel):
         return
     for name in model.active_adapters:
