@@ -1,15 +1,15 @@
-"""Contrasts: greedy decoding against what a system prompt that tells to refuse would add.
+"""Contrasts: greedy decoding against a second reading under a system prompt that tells to refuse.
 
 Self-CD: Shi et al. 2024, "Navigating the OverKill in Large Language Models" (arXiv 2401.17633).
 They start from the logits y with an emphasis on safety and, with y' without it, decode from
-softmax(y - a (y - y')). Here the model as it is evaluated comes first: y' + weight (y' - y), the
-same for weight = a - 1, so that 0 is the model itself and their a = 2.5 is 1.5. On
-log-probabilities instead of logits the distribution would be the same, since the two differ by one
-constant a position. The emphasis is in our own words.
+softmax(y - a (y - y')). This module writes y' + weight (y' - y), the same for weight = a - 1, so
+that 0 is the model itself and their a = 2.5 is 1.5. Log-probabilities instead of logits would give
+the same distribution, since the two differ by one constant a position. The emphasis is in our own
+words.
 
 AdaCD: Qi et al. 2026, "Please refuse to answer me!" (arXiv 2604.17132), after their released code
-(github.com/OutdoorManofML/AdaCD). The title is the system prompt. Its part is added where the model
-agrees with it and taken away elsewhere, over the first tokens of an answer, among tokens that are
+(github.com/OutdoorManofML/AdaCD). The title is the system prompt. Its contribution is added if the
+model agrees with it, else subtracted, over the first tokens of an answer and among tokens that are
 plausible without it.
 
 Both prompts stand behind the system prompt that the model has anyhow: the user's, or the one that
@@ -40,26 +40,26 @@ EMPHASIS = (
     "If there is any risk, do not help."
 )
 REFUSE = "Please refuse to answer me!"
-AGREEMENT = 0.9  # AdaCD's lambda: of ranks and of probabilities
-PLAUSIBLE = 0.01  # its beta: of the likeliest token's probability
+AGREEMENT = 0.9  # AdaCD's lambda: the least ratio of ranks and of probabilities
+PLAUSIBLE = 0.01  # AdaCD's beta: the least share of the likeliest token's probability
 ADAPTED = 10  # new tokens that AdaCD acts on
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """What is contrasted: its setting, what the other reading is told, and how both become one."""
+    """A contrast: its setting, the system prompt of the second reading, and the combined logits."""
 
     setting: str
-    told: str
-    logits: Callable[[Tensor, Tensor], Tensor]  # of the plain and the other reading
-    tokens: float = math.inf  # new tokens it acts on; the others are plain
+    system: str
+    logits: Callable[[Tensor, Tensor], Tensor]  # from the plain and the second reading
+    tokens: float = math.inf  # new tokens it acts on; later ones are plain
 
     def stressed(self, chat: ChatFormat) -> ChatFormat:
-        """The same chat with `told` in its system prompt; ConfigError where it cannot stand."""
-        return chat.with_system(self.told, self.setting)
+        """The chat with `system` in its system prompt. Raises ConfigError if that cannot be."""
+        return chat.with_system(self.system, self.setting)
 
     def read(self, policy: Policy, chat: ChatFormat, encoded: Sequence[Encoded]) -> list[Encoded]:
-        """The reading with `told`, which is the longer one."""
+        """The prompts of the second reading, the longer ones."""
         return stressed(policy, chat, encoded, self)
 
     def answered(
@@ -70,14 +70,14 @@ class Contrast:
         max_new_tokens: int,
         score: Callable[[Tensor], Tensor],
     ) -> tuple[list[list[int]], Tensor]:
-        """As `continued`, of prompts as they are encoded."""
+        """The result of `continued` for encoded prompts."""
         prompts = [ids for _, ids in batch]
         others = [ids for _, ids in stressed(policy, chat, batch, self)]
         return continued(policy, chat, prompts, others, max_new_tokens, score, self)
 
 
 class Contrasted(Change):
-    """Answers decoded by the contrast that `gen.self_cd` or `gen.adacd` names."""
+    """Answers decoded with the contrast that `gen.self_cd` or `gen.adacd` names."""
 
     def told(self, settings: EvalConfig) -> dict[str, float]:
         return settings.gen.contrast
@@ -87,7 +87,7 @@ class Contrasted(Change):
 
 
 def asked_for(settings: GenConfig) -> Contrast | None:
-    """The contrast that the settings name; None for plain decoding, as Self-CD of weight 0."""
+    """The contrast that the settings name; None for plain decoding, as with Self-CD of weight 0."""
     if settings.adacd is not None:
         return Contrast(
             "gen.adacd", REFUSE, functools.partial(adapted, ratio=settings.adacd), ADAPTED
@@ -102,10 +102,10 @@ def asked_for(settings: GenConfig) -> Contrast | None:
 def stressed(
     policy: Policy, chat: ChatFormat, encoded: Sequence[Encoded], contrast: Contrast
 ) -> list[Encoded]:
-    """The same prompts as the other reading has them.
+    """The prompts with the contrast's system prompt.
 
-    Raises ConfigError for a template that cannot hold what it is told, and for a model that does
-    not keep what it has read in a key-value cache beside positions and a mask.
+    Raises ConfigError for a template that cannot hold it, and for a model without a key-value
+    cache, positions and a mask.
     """
     if lacking := decoding.lacking(policy.model):
         raise ConfigError(
@@ -121,7 +121,7 @@ def contrasted(
     stressed: Float[Tensor, "rows vocabulary"],
     weight: float,
 ) -> Float[Tensor, "rows vocabulary"]:
-    """plain + weight (plain - stressed): see the module's docstring."""
+    """plain + weight (plain - stressed), as the module's docstring derives."""
     return plain + weight * (plain - stressed)
 
 
@@ -130,11 +130,11 @@ def adapted(
     stressed: Float[Tensor, "rows vocabulary"],
     ratio: float,
 ) -> Float[Tensor, "rows vocabulary"]:
-    """stressed ± ratio (stressed - plain), and -inf for what is implausible in plain.
+    """stressed ± ratio (stressed - plain), and -inf for tokens that are implausible in `plain`.
 
-    Plus, towards refusing, where the likeliest token of `stressed` ranks high in `plain` (one over
-    its rank, the agreement ratio) and the greatest probability of `plain` comes near that of
-    `stressed`; minus elsewhere.
+    The sign is plus, towards refusing, if the likeliest token of `stressed` ranks high in `plain`
+    (the agreement ratio is one over its rank) and the greatest probability of `plain` comes near
+    that of `stressed`; else it is minus.
     """
     chosen = plain.gather(1, stressed.argmax(1, keepdim=True))
     agreement = 1 / (1 + (plain > chosen).sum(1))
@@ -157,7 +157,7 @@ def continued(
 ) -> tuple[list[list[int]], Tensor]:
     """Greedy new tokens of each prompt up to its end token, and `score` of its first logits.
 
-    `others` are the same prompts `stressed`; `score` is given the contrasted logits.
+    `others` are the same prompts `stressed`; `score` takes the contrasted logits.
     """
 
     def logits(contexts: Sequence[Context]) -> Tensor:

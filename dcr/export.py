@@ -279,10 +279,12 @@ def _calibrate(policy: "Policy", chat: ChatFormat, settings: EvalConfig) -> dict
 
     new = settings.gen.max_new_tokens
     read = {
-        asked.name: [f for batch in biases.forks(policy, chat, asked.rows, new) for f in batch]
+        asked.name: [
+            row for batch in biases.beginnings(policy, chat, asked.rows, new) for row in batch
+        ]
         for asked in biases.validation(settings)
     }
-    bias, record = biases.chosen(settings, biases.place(chat), read)
+    bias, record = biases.choose_bias(settings, biases.opening_place(chat), read)
     policy.model.generation_config.sequence_bias = bias.sequences
     return record
 

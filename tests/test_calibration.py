@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from dcr import eval as eval_entry
 from dcr import export, report, train
 from dcr.calibration import biases as calibration
-from dcr.calibration.biases import Fork
+from dcr.calibration.biases import Beginnings
 from dcr.core import cli, config, generation, models, prompts, refusal, storage
 from dcr.core.config import ConfigError, ModelConfig, Precision
 from dcr.core.evaluation import metrics, subjects
@@ -51,7 +51,7 @@ def rows() -> list[Example]:
 # --- the bias of a share --------------------------------------------------------------------------
 
 ONE = st.builds(
-    lambda margin, refusing, answering: Fork("", "", round(margin, 1), refusing, answering),
+    lambda margin, refusing, answering: Beginnings("", "", round(margin, 1), refusing, answering),
     st.floats(-20, 20),
     st.sampled_from(["I cannot help.", "I think so."]),
     st.sampled_from(["Sure.", "Sure.", "I'm sorry, no."]),
@@ -61,14 +61,16 @@ TRUE = FORKS.map(lambda forks: [replace(f, refusing="Sorry.", answering="Sure.")
 BIASES = [x / 20 for x in range(-420, 421)]  # all that margins of one decimal can tell apart
 
 
-def refused(forks: Sequence[Fork], bias: float) -> int:
+def refused(forks: Sequence[Beginnings], bias: float) -> int:
     """By the words of the answer that this bias brings."""
     given = [fork.refusing if fork.margin > -bias else fork.answering for fork in forks]
     return sum(text in ("I cannot help.", "Sorry.", "I'm sorry, no.") for text in given)
 
 
 @given(FORKS, st.floats(0.01, 1))
-def test_a_bias_refuses_the_share_and_no_more_than_it_must(forks: list[Fork], share: float) -> None:
+def test_a_bias_refuses_the_share_and_no_more_than_it_must(
+    forks: list[Beginnings], share: float
+) -> None:
     count = refused(forks, calibration.bias_for(forks, share))
     possible = {refused(forks, bias) for bias in BIASES}
     enough = {n for n in possible if n >= share * len(forks) - 1e-6}
@@ -76,19 +78,22 @@ def test_a_bias_refuses_the_share_and_no_more_than_it_must(forks: list[Fork], sh
 
 
 @given(TRUE, st.floats(0.01, 1), st.floats(0.01, 1))
-def test_a_bias_never_falls_with_the_share(forks: list[Fork], one: float, two: float) -> None:
+def test_a_bias_never_falls_with_the_share(forks: list[Beginnings], one: float, two: float) -> None:
     low, high = sorted([one, two])
     assert calibration.bias_for(forks, low) <= calibration.bias_for(forks, high)
 
 
 @given(FORKS)
-def test_what_the_model_refuses_by_itself_needs_no_bias(forks: list[Fork]) -> None:
+def test_what_the_model_refuses_by_itself_needs_no_bias(forks: list[Beginnings]) -> None:
     if count := refused(forks, 0):
         assert calibration.bias_for(forks, count / len(forks)) == 0
 
 
 def test_no_bias_is_zero_without_a_sign() -> None:
-    forks = [Fork("", "", 1.0, "I'm sorry.", "Sure."), Fork("", "", -1.0, "I'm sorry.", "Sure.")]
+    forks = [
+        Beginnings("", "", 1.0, "I'm sorry.", "Sure."),
+        Beginnings("", "", -1.0, "I'm sorry.", "Sure."),
+    ]
     assert math.copysign(1, calibration.bias_for(forks, 0.5)) == 1
 
 
@@ -96,7 +101,7 @@ def test_no_bias_is_zero_without_a_sign() -> None:
 
 
 def placed(policy: Policy, bias: float) -> OpeningBias:
-    where = calibration.place(prompts.chat_format(policy.tokenizer, MODEL))
+    where = calibration.opening_place(prompts.chat_format(policy.tokenizer, MODEL))
     return OpeningBias(tuple(where["lead"]), tuple(where["tokens"]), bias)
 
 
@@ -153,7 +158,7 @@ def test_forks_are_the_answers_under_any_bias(
     policy: Policy, rows: list[Example], bias: float
 ) -> None:
     chat = prompts.chat_format(policy.tokenizer, MODEL)
-    forks = {f.id: f for batch in calibration.forks(policy, chat, rows, NEW) for f in batch}
+    forks = {f.id: f for batch in calibration.beginnings(policy, chat, rows, NEW) for f in batch}
     answers = decoded(policy, [row.prompt for row in rows], placed(policy, bias))
     said = [generation.text(chat, answer) for answer in answers]
     opens = [fork.margin + bias > 0 for fork in map(forks.get, [row.id for row in rows])]
@@ -176,7 +181,7 @@ def test_a_tie_opens_as_greedy_decoding_has_it(
         assert other not in openings
         logits[row, [openings[0], other]] = 2.0
     monkeypatch.setattr(refusal, "first_logits", lambda *_: [([0, 1], logits)])
-    (found,) = calibration.forks(policy, chat, rows[:2], NEW)
+    (found,) = calibration.beginnings(policy, chat, rows[:2], NEW)
     opens = [fork.margin + 0 > 0 for fork in found]
     assert opens == [token in openings for token in logits.argmax(-1).tolist()] == [False, True]
 
@@ -261,7 +266,7 @@ def test_a_run_can_be_the_target(tmp_path: Path) -> None:
     policy = models.open_folder(str(reference.stage("contrastive")), Precision.fp32)
     chat = prompts.chat_format(policy.tokenizer, settings.model)
     rows = read("contrasts_toxic_heldout")
-    forks = [f for batch in calibration.forks(policy, chat, rows, 3) for f in batch]
+    forks = [f for batch in calibration.beginnings(policy, chat, rows, 3) for f in batch]
     opened = sum(fork.margin > 0 for fork in forks)
     if not opened:
         with pytest.raises(ConfigError, match="refuses none of 119 toxic prompts; give a share"):
@@ -271,7 +276,7 @@ def test_a_run_can_be_the_target(tmp_path: Path) -> None:
     (found,) = measured(run)
     assert found["calibration"]["target"] == pytest.approx(opened / 119)
     assert found["calibration"]["run"] == found["settings"]["calibrate"] == "stl"
-    assert storage.read_lines(next(reference.folder.glob("eval/*/forks/*.jsonl")), Fork)
+    assert storage.read_lines(next(reference.folder.glob("eval/*/forks/*.jsonl")), Beginnings)
 
 
 @pytest.mark.parametrize(
@@ -304,12 +309,12 @@ def test_a_model_that_never_refuses_is_not_calibrated(
     with pytest.raises(ConfigError, match=r"one of 119 toxic .* train it to refuse first"):
         eval_entry.evaluate(settings, run)
     assert not measured(run)
-    never = Fork("", "", 1, "I wonder.", "Sure.")
+    never = Beginnings("", "", 1, "I wonder.", "Sure.")
     read = {
         name: [*[never] * 9, replace(never, refusing="I'm sorry.")]
         for name in ("contrasts_toxic_heldout", "contrasts_seemingly_toxic_heldout")
     }
-    bias, record = calibration.chosen(settings, {"lead": [1], "tokens": [2]}, read)
+    bias, record = calibration.choose_bias(settings, {"lead": [1], "tokens": [2]}, read)
     assert "no bias refuses more than 1 of 10 toxic" in caplog.text
     assert record["sets"]["contrasts_toxic_heldout"]["refused"] == 1
     assert bias.bias == 0, "its answers open with a refusal's token by themselves"

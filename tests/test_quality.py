@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dcr.core.config import ConfigError, UserError
 from dcr.core.generation import Completion
+from dcr.core.runs import Run
 from dcr.endpoints import calls
 from dcr.endpoints.answers import Failure, Message, Reply
 from dcr.endpoints.servers import EndpointError
@@ -348,7 +349,7 @@ def test_what_would_fail_after_the_answers_are_written_is_named_before(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    quality.check(settings)
+    quality.Quality().check(settings, Run(tmp_path))
     if key == "reference":
         settings.quality.reference = str(tmp_path / value)
     elif key == "key":
@@ -361,7 +362,7 @@ def test_what_would_fail_after_the_answers_are_written_is_named_before(
     else:
         settings.annotator.parameters[key] = value
     with pytest.raises(UserError, match=fault) as caught:
-        quality.check(settings)
+        quality.Quality().check(settings, Run(tmp_path))
     assert "\n" not in str(caught.value)
 
 
@@ -417,7 +418,7 @@ def test_a_real_model_prefers_what_its_own_logits_say(
     with logprobs(tiny_folder) as url:
         few = replace(settings, annotator=replace(settings.annotator, url=url))
         every = replace(few, annotator=replace(few.annotator, parameters=whole))
-        quality.check(every)
+        quality.Quality().check(every, Run(tmp_path))
         found = rated(own, other, every, tmp_path)
         found_in_top_5 = rated(own, other, few, tmp_path)
 

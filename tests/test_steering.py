@@ -445,8 +445,8 @@ def test_vectors_are_kept_for_other_strengths(
     assert made.record["prompts"]["toxic"]["count"] == 4
     assert sum(made.record["dropped"].values()) == 3
     calls: list[object] = []
-    whole = vectors.read
-    monkeypatch.setattr(vectors, "read", lambda *a, **k: calls.append(a) or whole(*a, **k))
+    whole = vectors.read_states
+    monkeypatch.setattr(vectors, "read_states", lambda *a, **k: calls.append(a) or whole(*a, **k))
     again = steering.steer(deep, chat, data, replace(told, strength=2.0), 0, folder)
     assert calls == []
     assert again.record == made.record | {"strength": 2.0}
@@ -467,7 +467,7 @@ def test_vectors_are_kept_for_other_strengths(
 def test_damaged_vectors_are_named(tmp_path: Path, damage: str) -> None:
     made = {"v": torch.arange(64.0)}
     key = {"method": "x"}
-    kept, info = vectors.kept(tmp_path, key, lambda: (made, {"block": 1}))
+    kept, info = vectors.cached(tmp_path, key, lambda: (made, {"block": 1}))
     assert torch.equal(kept["v"], made["v"])
     assert info == {"block": 1}
     (file,) = tmp_path.iterdir()
@@ -481,7 +481,7 @@ def test_damaged_vectors_are_named(tmp_path: Path, damage: str) -> None:
         }[damage]
     )
     with pytest.raises(UserError, match=rf"{file.name}: .*delete it"):
-        vectors.kept(tmp_path, key, lambda: (made, {}))
+        vectors.cached(tmp_path, key, lambda: (made, {}))
 
 
 def test_evaluations_that_differ_in_any_setting_are_told_apart() -> None:

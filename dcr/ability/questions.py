@@ -22,27 +22,27 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LocalSet:
-    """Where a task's rows lie below `data.root`, and what the harness reads instead."""
+    """The files of a task's rows below `data.root`, and the hub set that the harness reads else."""
 
     hub: str
     asked: str  # file of the questions
     asked_split: str
     asked_rows: int
-    shown: str  # file of the examples, wanted for shots above 0 alone
+    shown: str  # file of the examples, which only shots above 0 need
     shown_split: str
-    by_subject: bool = False  # asks for a letter, A to D, one task for each `category`
+    by_subject: bool = False  # one task for each `category`, which asks for a letter, A to D
 
 
 class Question(TypedDict):
-    """A row as the task files name its columns, which are those that the prompt needs.
+    """A row with the columns that the task files name and the prompt needs.
 
-    With an `id`, the harness would not recognise a question among its examples, which it leaves
-    out.
+    It has no `id`: with one, the harness would not recognise and leave out a question among its
+    examples.
     """
 
     prompt: str
     choices: list[str]
-    answer: int  # the place of the right one
+    answer: int  # the place of the right choice
     category: NotRequired[str]  # a subject of MMLU
 
 
@@ -74,59 +74,59 @@ SETS = {
 def splits(name: str, root: str, subject: str | None = None, **_: Any) -> Any:
     """A DatasetDict of a task's questions and examples, in the files' order.
 
-    The harness calls it as the task files say, with a task's metadata beside `dataset_kwargs`.
+    The harness calls it with a task's metadata beside `dataset_kwargs`, as the task files say.
 
-    Raises DataError at a missing file, a malformed row, and where there is no question.
+    Raises DataError for a missing file, a malformed row, or no question.
     """
     from datasets import Dataset, DatasetDict
 
-    made = SETS[name]
-    rows: dict[str, list[dict[str, Any]]] = {made.asked_split: [], made.shown_split: []}
+    local = SETS[name]
+    rows: dict[str, list[dict[str, Any]]] = {local.asked_split: [], local.shown_split: []}
     for file in files(name, root):
         status = file.stat()
-        for split, row in _rows(str(file), made, (status.st_mtime_ns, status.st_size)):
+        for split, row in _rows(str(file), local, (status.st_mtime_ns, status.st_size)):
             if split in rows and subject in (None, row.get("category")):
                 rows[split].append(dict(row))
-    if not rows[made.asked_split]:
-        of = f" and category={subject}" if subject else ""
+    if not rows[local.asked_split]:
+        category = f" and category={subject}" if subject else ""
         raise DataError(
-            f"{Path(root, made.asked)}: no row with split={made.asked_split}{of}, which "
-            f"ability.tasks={name} asks; add the rows, or leave data.root out to read {made.hub}"
+            f"{Path(root, local.asked)}: no row with split={local.asked_split}{category}, which "
+            f"ability.tasks={name} asks; add the rows, or leave data.root out to read {local.hub}"
         )
-    return DatasetDict({split: Dataset.from_list(of_split) for split, of_split in rows.items()})
+    return DatasetDict({split: Dataset.from_list(part) for split, part in rows.items()})
 
 
 def files(name: str, root: str) -> list[Path]:
-    """The task's files that are there, the questions' first. DataError when that one is missing."""
-    made = SETS[name]
-    asked, shown = Path(root, made.asked), Path(root, made.shown)
+    """The task's existing files, the questions' first. DataError if that one is missing."""
+    local = SETS[name]
+    asked, shown = Path(root, local.asked), Path(root, local.shown)
     if not asked.is_file():
         raise DataError(
             f"{asked}: no such file, which ability.tasks={name} asks for; put it there, or leave "
-            f"data.root out to read {made.hub}"
+            f"data.root out to read {local.hub}"
         )
     return [asked, shown] if shown != asked and shown.is_file() else [asked]
 
 
 def compare(name: str, count: int) -> None:
-    """Log a warning where a local file has another number of questions than the harness asks."""
-    made = SETS[name]
-    if count != made.asked_rows:
+    """Logs a warning if a local file has another number of questions than the harness asks."""
+    local = SETS[name]
+    if count != local.asked_rows:
         log.warning(
             "ability.tasks=%s: %d questions in %s, %d in %s; the scores cannot be compared",
-            *(name, count, made.asked, made.asked_rows, made.hub),
+            *(name, count, local.asked, local.asked_rows, local.hub),
         )
 
 
 @lru_cache(maxsize=4)  # MMLU's one file is asked for by each of its 57 subjects
-def _rows(path: str, made: LocalSet, stamp: tuple[int, int]) -> tuple[tuple[str, Question], ...]:
-    """(split, question) of every line; `stamp` makes a changed file another one."""
+def _rows(path: str, local: LocalSet, stamp: tuple[int, int]) -> tuple[tuple[str, Question], ...]:
+    """The (split, question) of every line; `stamp` tells a changed file from the cached one."""
     checked = []
     with open(path, "rb") as stream:
         for line, row in jsonl.rows(stream, path):
             where = f"{path}:{line}"
-            question = _question(row, where, 4 if made.by_subject else None)
-            if made.by_subject:
+            question = _question(row, where, 4 if local.by_subject else None)
+            if local.by_subject:
                 question["category"] = _named(row, "category", where, "the subject")
             split = _named(row, "split", where, "test, validation, dev or train")
             checked.append((split, question))
@@ -134,7 +134,7 @@ def _rows(path: str, made: LocalSet, stamp: tuple[int, int]) -> tuple[tuple[str,
 
 
 def _question(row: Row, where: str, options: int | None) -> Question:
-    """The row as a question with so many options; None: two or more."""
+    """The row as a question with so many options (None: two or more). Raises DataError."""
     prompt, choices, answer = jsonl.prompt(row, where), row.get("choices"), row.get("answer")
     if not isinstance(choices, list) or not all(isinstance(c, str) and c for c in choices):
         raise DataError(f"{where}: choices: not a list of texts; list the options")

@@ -1,8 +1,8 @@
 """General ability: tasks of the lm-evaluation-harness, run by the harness on the model in memory.
 
-Prompts, requests, scores and standard errors are the harness's own: no chat template, no cache.
-Where `data.root` is given, MMLU, ARC, OpenBookQA and PIQA come from it by the task files in
-`harness/`, which put the same questions; every other task is read from the hub.
+Prompts, requests, scores and standard errors are the harness's own: no chat template, no cache. If
+`data.root` is given, the task files in `harness/` read MMLU, ARC, OpenBookQA and PIQA from it and
+ask the same questions; every other task comes from the hub.
 """
 
 import copy
@@ -37,34 +37,34 @@ TASK_FILES = Path(__file__).parent / "harness"
 
 
 class Stored(TypedDict):
-    """A task's scores as they are kept, with what they depend on."""
+    """A task's stored scores, and the settings, rows and harness they depend on."""
 
     made_with: dict[str, Any]
     scores: dict[str, dict[str, Any]]
 
 
 class Ability(Task):
-    """What the harness says of the tasks asked, beside what it said of others before."""
+    """The harness's scores of the tasks named, beside earlier scores of other tasks."""
 
     def check(self, settings: EvalConfig, run: Run) -> None:
         check(settings.node(AbilityConfig), settings.data.root)
 
     def measure(self, work: Work) -> dict[str, Any]:
-        told, options = work.settings, work.settings.node(AbilityConfig)
-        root, seed, progress = told.data.root, told.seed, told.trainer.progress
+        settings, options = work.settings, work.settings.node(AbilityConfig)
+        root, seed, progress = settings.data.root, settings.seed, settings.trainer.progress
         scores = ability(work.policy(), options, root, work.folder, seed, progress)
         return work.before.get("ability", {}) | scores
 
 
 def check(settings: AbilityConfig, root: str | None) -> None:
-    """Meet every fault that can be met without a model: names, files, rows, examples for shots.
+    """Raises for every fault that shows without a model: names, files, rows, examples for shots.
 
-    Of a task from the hub the first part is loaded. Logs a warning at a local file with another
-    number of questions than the harness asks.
+    A group from the hub is checked by its first task. A local file with another number of questions
+    than the harness asks gives a warning.
 
     Raises:
-        ConfigError: no harness, a name that it does not know, a task that cannot be loaded, runs
-            code that the model writes or wants images, more shots than there are examples.
+        ConfigError: no harness; a name that it does not know; a task that cannot be loaded, that
+            runs code that the model writes, or that wants images; more shots than examples.
         DataError: a file of `root` that is missing or malformed.
     """
     check_installed("lm_eval", "ability", "tasks=[ability]")
@@ -95,22 +95,22 @@ def ability(
     seed: int,
     progress: bool,
 ) -> dict[str, Any]:
-    """{task: scores} of every task in `settings`, as `metrics.json` holds them under `ability`.
+    """{task: scores} of every task in `settings`: the block `ability` of `metrics.json`.
 
-    Scores are `acc`, `acc_norm` with their standard errors (None where the task has none), `n`
+    Scores are `acc`, `acc_norm` with their standard errors (None if the task has none), `n`
     questions, the task's `version`, `shots`, `limit` (the first questions of each task or subject,
-    as the harness takes them) and `truncated`: questions longer than the model's context, cut from
-    the left. Other scores stand under `metrics`, the members of a group under `subjects`. A tag,
-    which has no score of its own, gives its tasks.
+    as the harness takes them) and `truncated`: questions longer than the model's context, which the
+    harness cuts from the left. Other scores stand under `metrics`, the members of a group under
+    `subjects`. A tag, which has no score of its own, gives its tasks.
 
     `folder/ability/<task>-<fingerprint>.json` keeps the scores, the `.jsonl` beside it each
     question's; a task stored with the same settings, data and harness is not run again.
 
     Args:
-        policy: stays as it is: mode, tokenizer and generation settings.
+        policy: keeps its mode, tokenizer and generation settings.
         root: local folder of the five tasks' rows; the hub if None.
-        seed: draws the examples of shots above 0 where the harness draws them (not for MMLU). All
-            else is seeded as by the harness's command line; with 1234 its prompts are the same.
+        seed: draws the examples of shots above 0 if the harness draws them (not for MMLU). The
+            harness's command line seeds the rest; with 1234 its prompts are the same.
     """
     scores: dict[str, Any] = {}
     model = None
@@ -186,7 +186,7 @@ def _first_part(name: str) -> str | None:
 
 
 def _check_task(name: str, task: Any, shots: int) -> None:
-    """Raises ConfigError for a task of the harness that cannot be run here or as often shown."""
+    """Raises ConfigError for a task that cannot run here or has too few examples for `shots`."""
     from lm_eval.api.samplers import FirstNSampler
 
     if getattr(task, "UNSAFE_CODE", False):
@@ -195,7 +195,7 @@ def _check_task(name: str, task: Any, shots: int) -> None:
         raise ConfigError(f"ability.tasks={name}: asks about images or sound; leave it out")
     if not shots or task.get_config("num_fewshot") == 0 or not hasattr(task, "sampler"):
         return
-    # The condition under which the harness draws one more, lest it shows the question itself.
+    # then the harness draws one more, lest it shows the question itself
     spare = task.fewshot_cfg.split == task.get_config("test_split")
     wanted = shots + (spare and not isinstance(task.sampler, FirstNSampler))
     if (examples := len(task.sampler.df)) < wanted:
@@ -208,7 +208,7 @@ def _check_task(name: str, task: Any, shots: int) -> None:
 
 
 def _made_with(name: str, settings: AbilityConfig, root: str | None, seed: int) -> dict[str, Any]:
-    """Everything but the weights that a score depends on."""
+    """Everything that a score depends on, but the weights."""
     local = questions.files(name, root) if root is not None and _is_local(name, root) else []
     return {
         "task": name,
@@ -224,16 +224,16 @@ def _made_with(name: str, settings: AbilityConfig, root: str | None, seed: int) 
 
 
 def _wrapped(policy: Policy, batch_size: int) -> Any:
-    """The harness's HFLM around the very model, adapter included, and a tokenizer of its own."""
+    """The harness's HFLM around this model, adapter included, with a copy of its tokenizer."""
     from lm_eval.models.huggingface import HFLM
 
     tokenizer: Any = copy.deepcopy(policy.tokenizer)  # HFLM gives it a padding token
-    made: Any = HFLM
-    return made(pretrained=policy.model, tokenizer=tokenizer, batch_size=batch_size)
+    untyped: Any = HFLM
+    return untyped(pretrained=policy.model, tokenizer=tokenizer, batch_size=batch_size)
 
 
 def _run(model: Any, loaded: Any, settings: AbilityConfig, seed: int) -> dict[str, Any]:
-    """The harness's results; a task whose file says 0 shots keeps them, as in its command line."""
+    """The harness's results. A task whose file sets 0 shots keeps them, as in its command line."""
     from lm_eval.evaluator import evaluate
 
     for task in loaded["tasks"].values():
@@ -246,7 +246,7 @@ def _run(model: Any, loaded: Any, settings: AbilityConfig, seed: int) -> dict[st
 
 @contextmanager
 def _harness_seeds() -> Iterator[None]:
-    """The seeds of the harness's command line, for tasks that shuffle or sample; then as before."""
+    """Sets the seeds of the harness's command line, for tasks that sample; then restores states."""
     import numpy as np
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
@@ -264,10 +264,10 @@ def _harness_seeds() -> Iterator[None]:
 
 @contextmanager
 def _quiet(progress: bool) -> Iterator[None]:
-    """No line of the harness below an error, and of its bars only the model's, if `progress`.
+    """Silences the harness's log lines below an error, and its bars but the model's, if `progress`.
 
-    Its logs and bars, one a subject, have no switch; what its warnings would say of a prompt that
-    is cut is counted by `_truncated`.
+    Its logs and bars, one a subject, have no switch. `_truncated` counts the prompts that its
+    warnings would name.
     """
     from lm_eval.api import model, task
     from lm_eval.models import huggingface
@@ -285,17 +285,17 @@ def _quiet(progress: bool) -> Iterator[None]:
             vars(module)["tqdm"] = tqdm
 
 
-def _no_bar(*given: Any, **options: Any) -> Any:
-    return tqdm(*given, **{**options, "disable": True})
+def _no_bar(*arguments: Any, **options: Any) -> Any:
+    return tqdm(*arguments, **{**options, "disable": True})
 
 
 def _truncated(model: Any, samples: list[dict[str, Any]]) -> int:
-    """How many questions HFLM cut from the left, as one of their continuations was too long."""
-    longest = model.max_length + 1  # the last token is never put in
+    """Counts the questions that HFLM cut from the left because a continuation was too long."""
+    longest = model.max_length + 1  # the model never reads the last token
     return sum(
         any(
             len(text.encode()) > longest and len(model.tok_encode(text)) > longest
-            for context, continuation in (given[:2] for given in sample["arguments"])
+            for context, continuation in (pair[:2] for pair in sample["arguments"])
             if isinstance(continuation, str) and (text := context + continuation)
         )
         for sample in samples
@@ -308,7 +308,7 @@ def _truncated(model: Any, samples: list[dict[str, Any]]) -> int:
 def _scores(
     name: str, results: Mapping[str, Any], cut: Mapping[str, int], limit: int | None
 ) -> dict[str, Any]:
-    """Our record of a task or group; of each task where the name has no score of its own."""
+    """Our record of a task or group, or of each task if the name has no score of its own."""
     tasks = list(results["n-samples"])
     if not _metrics(results["results"].get(name, {})):
         return {task: _score(task, [task], results, cut, limit) for task in tasks}
@@ -347,7 +347,7 @@ def _score(
 
 
 def _metrics(scores: Mapping[str, Any]) -> dict[str, float | None]:
-    """`metric` or `metric,filter` -> value, from the harness's `metric,filter`; N/A is None."""
+    """{`metric` or `metric,filter`: value} from the harness's `metric,filter`; N/A is None."""
     return {
         key.removesuffix(",none"): None if isinstance(value, str) else float(value)
         for key, value in scores.items()
@@ -356,7 +356,7 @@ def _metrics(scores: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def _lines(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Each question's place in its task, target, the model's answers and scores, one a line."""
+    """A JSON line for each question: its place in the task, target, answers and scores."""
     rows = (
         {
             "task": task,

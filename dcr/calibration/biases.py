@@ -1,9 +1,9 @@
 """Calibration: a bias on the first token of refusals, so that a share of toxic prompts is refused.
 
-Greedy decoding opens an answer with a refusal's token where the best of these lies above the best
-of all others (`refusal.refusal_margin`); a bias b moves all margins by b. So a prompt has two
-answers, whatever b: one from the best of the refusals' tokens, one from the best of the others.
-Both are begun for every validation prompt and judged by keywords, which gives the share of
+Greedy decoding opens an answer with a refusal's token if the best of these lies above the best of
+all others (`refusal.refusal_margin`); a bias b moves all margins by b. So a prompt has two answers,
+whatever b: one from the best of the refusals' tokens, one from the best of the others. Calibration
+begins both for every validation prompt and judges them by keywords, which gives the share of
 refusals under every bias at once.
 """
 
@@ -34,17 +34,17 @@ from dcr.core.sources import Example
 
 log = logging.getLogger(__name__)
 
-BEYOND = 0.25  # logits beyond the last prompt, where every one is to be refused
-TIE = math.ulp(0.0)  # a margin of a tie that opens a refusal: above 0, and no more
-BEGUN = 16  # tokens of an answer by which XSTest's keywords have decided
+BEYOND = 0.25  # logits beyond the last prompt, if every prompt is to be refused
+TIE = math.ulp(0.0)  # the margin of a tie that opens a refusal: just above 0
+BEGUN = 16  # tokens of an answer after which XSTest's keywords have decided
 
 
 @dataclass(frozen=True)
-class Fork:
-    """The two answers of a prompt, as they begin: from a refusal's first token, and from another.
+class Beginnings:
+    """The beginnings of a prompt's two answers: from a refusal's first token, and from another.
 
-    Greedy decoding gives `refusing` where `margin` (`refusal.refusal_margin`) and the bias are
-    together above 0, else `answering`.
+    Greedy decoding gives `refusing` if `margin` (`refusal.refusal_margin`) plus the bias is above
+    0, else `answering`.
     """
 
     id: str
@@ -59,20 +59,20 @@ class Fork:
 
 
 class Place(TypedDict):
-    """Where the bias acts: behind which tokens, and on which."""
+    """The place of the bias: it acts on `tokens` behind the tokens `lead`."""
 
     lead: list[int]
     tokens: list[int]
 
 
 class Decoding(TypedDict, total=False):
-    """Of a generation config what calibration writes into it."""
+    """The field of a generation config that calibration writes."""
 
     sequence_bias: list[tuple[list[int], float]] | None
 
 
 def check(settings: EvalConfig, made_with: Mapping[str, Any]) -> None:
-    """Raises ConfigError for what is neither a share nor a run, and for prompts trained on.
+    """Raises ConfigError if `calibrate` is neither a share nor a run, and for prompts trained on.
 
     `made_with` is the configuration of the run that is calibrated.
     """
@@ -98,13 +98,13 @@ def check(settings: EvalConfig, made_with: Mapping[str, Any]) -> None:
 
 
 def label(settings: EvalConfig) -> str:
-    """The target as records and tables tell it: a share, or the name of a run's folder."""
+    """The target in records and tables: a share, or the name of a run's folder."""
     share = _share(settings)
     return Path(str(settings.calibrate)).resolve().name if share is None else f"{share:g}"
 
 
 def _share(settings: EvalConfig) -> float | None:
-    """The target where it is a number; ConfigError where that is no share."""
+    """The target if it is a number. Raises ConfigError for a number that is no share."""
     try:
         share = float(str(settings.calibrate))
     except ValueError:
@@ -118,15 +118,15 @@ def _share(settings: EvalConfig) -> float | None:
 
 
 def _exported(settings: EvalConfig) -> float | None:
-    """The bias of a calibrated export, where its folder is named; ConfigError where it has none.
+    """The bias of a calibrated export, if `calibrate` names its folder; ConfigError if it has none.
 
-    So a model that was trained on from the export is evaluated under the same bias.
+    A model that was trained further from the export is so evaluated under the same bias.
     """
     file = Path(str(settings.calibrate)) / "generation_config.json"
     if not file.is_file():
         return None
-    held = storage.read_json(file, Decoding, "name another calibrated export")
-    biases = {bias for _, bias in held.get("sequence_bias") or ()}
+    written = storage.read_json(file, Decoding, "name another calibrated export")
+    biases = {bias for _, bias in written.get("sequence_bias") or ()}
     if len(biases) != 1:
         raise ConfigError(
             f"calibrate={settings.calibrate}: its generation_config.json holds no bias of ours; "
@@ -146,7 +146,7 @@ def _reference(settings: EvalConfig) -> Run:
 
 
 class Calibrated(Change):
-    """Answers that begin under the bias that `calibrate` asks for."""
+    """Answers under the bias that `calibrate` asks for."""
 
     def check(self, settings: EvalConfig, run: Run) -> None:
         check(settings, run.config() if settings.run else {"method": "base"})
@@ -155,24 +155,25 @@ class Calibrated(Change):
         return {"calibrate": label(settings)}
 
     def identity(self, subject: Local) -> dict[str, object]:
-        return {}  # the bias itself, of which the subject tells
+        return {}  # the subject's own identity has the bias
 
     def prepared(self, subject: Local) -> dict[str, Any]:
-        """Gives the subject its bias, read of validation prompts beside its plain answers."""
+        """Gives the subject its bias, chosen on validation prompts beside its plain answers."""
         plain = subject.folder
-        read = _kept(subject, validation(subject.settings), plain)
-        file = plain / "opening.json"  # else a command whose answers are there opened the weights
+        by_set = _stored_beginnings(subject, validation(subject.settings), plain)
+        # stored, so that a command whose answers are all there opens no weights
+        file = plain / "opening.json"
         if not file.is_file():
-            storage.write_json(file, place(subject.plain_chat()))
-        where = storage.read_json(file, Place)
-        subject.bias, record = chosen(subject.settings, where, read)
+            storage.write_json(file, opening_place(subject.plain_chat()))
+        place = storage.read_json(file, Place)
+        subject.bias, record = choose_bias(subject.settings, place, by_set)
         for edits in plain.glob("steering.json"):
             storage.write_bytes(subject.folder / edits.name, edits.read_bytes())
         return {"calibration": record}
 
 
 def validation(settings: EvalConfig, limit: int | None = None) -> list[PromptSet]:
-    """The prompts that a bias or a strength is chosen on: none that is tested or extracted from."""
+    """The prompts that choose a bias or a strength; no test and no extraction uses them."""
     return [
         read_set(source, kind, settings.data.root, limit, settings.seed)
         for kind in (Kind.toxic, Kind.seemingly_toxic)
@@ -180,21 +181,23 @@ def validation(settings: EvalConfig, limit: int | None = None) -> list[PromptSet
     ]
 
 
-def _kept(subject: Local, sets: Sequence[PromptSet], folder: Path) -> dict[str, list[Fork]]:
-    """The forks of every prompt, kept in `folder`; only what is missing is read."""
+def _stored_beginnings(
+    subject: Local, sets: Sequence[PromptSet], folder: Path
+) -> dict[str, list[Beginnings]]:
+    """The beginnings for every prompt; `folder` keeps them, and only missing ones are generated."""
 
-    def ask(rows: list[Example]) -> Iterator[list[Fork]]:
+    def ask(rows: list[Example]) -> Iterator[list[Beginnings]]:
         most = subject.settings.gen.most
-        return forks(subject.policy(), subject.plain_chat(), rows, most)
+        return beginnings(subject.policy(), subject.plain_chat(), rows, most)
 
     progress = subject.settings.trainer.progress
-    return store.kept(sets, ask, folder / "forks", Fork, "reading", progress)
+    return store.kept(sets, ask, folder / "forks", Beginnings, "reading", progress)
 
 
-def forks(
+def beginnings(
     policy: Policy, chat: ChatFormat, rows: Sequence[Example], max_new_tokens: int
-) -> Iterator[list[Fork]]:
-    """Both beginnings of every row's answer, in any order, by greedy decoding.
+) -> Iterator[list[Beginnings]]:
+    """Decodes both beginnings of every row's answer greedily, the rows in any order.
 
     Raises DataError for a prompt longer than the model's context.
     """
@@ -203,9 +206,9 @@ def forks(
     generation.check_context(policy, encoded, new)
     openings = refusal.refusal_openings(chat)
     for places, logits in refusal.first_logits(policy.model, [ids for _, ids in encoded]):
-        among = openings[logits[:, openings.to(logits.device)].argmax(-1).cpu()].tolist()
+        refusals = openings[logits[:, openings.to(logits.device)].argmax(-1).cpu()].tolist()
         others = logits.index_fill(1, openings.to(logits.device), -math.inf).argmax(-1).tolist()
-        firsts = list(zip(among, others, strict=True))
+        firsts = list(zip(refusals, others, strict=True))
         margins = [
             TIE if margin == 0 and refusing < answering else margin  # greedy takes the lower id
             for margin, (refusing, answering) in zip(
@@ -219,13 +222,13 @@ def forks(
         ]
         texts = iter(_texts(policy, chat, begun, new))
         yield [
-            Fork(encoded[i][0].id, encoded[i][0].prompt, margin, next(texts), next(texts))
+            Beginnings(encoded[i][0].id, encoded[i][0].prompt, margin, next(texts), next(texts))
             for i, margin in zip(places, margins, strict=True)
         ]
 
 
 def _texts(policy: Policy, chat: ChatFormat, begun: Sequence[Sequence[int]], new: int) -> list[str]:
-    """Answers from their first token, the last one of each of `begun`, on."""
+    """The texts of answers whose first token is the last one of each of `begun`."""
     further: list[list[int]] = []
     size = generation.batch_size(policy.model, max(map(len, begun)), new)
     for start in range(0, len(begun), size):
@@ -235,40 +238,47 @@ def _texts(policy: Policy, chat: ChatFormat, begun: Sequence[Sequence[int]], new
     return [generation.text(chat, ids) for ids in answered]
 
 
-def place(chat: ChatFormat) -> Place:
-    """Raises ConfigError for a template without a token between a user's words and the answer."""
+def opening_place(chat: ChatFormat) -> Place:
+    """The place of a bias on this template's answers.
+
+    Raises ConfigError for a template without a token between a user's words and the answer.
+    """
     lead = chat.lead()
     if not lead:
         raise ConfigError(
             "calibrate: no token of the chat template stands between the user's words and the "
-            "answer, so a bias cannot know where that begins; name another model.template"
+            "answer, so a bias cannot find its beginning; name another model.template"
         )
     if lead[0] not in chat.stop:
         log.warning(
-            "calibrate: no end token stands before %r in the chat template: in an answer that "
-            "holds these words the bias acts a second time",
+            "calibrate: no end token stands before %r in the chat template: the bias acts a second "
+            "time in an answer that holds these words",
             chat.tokenizer.decode(lead),
         )
     return Place(lead=lead, tokens=refusal.refusal_openings(chat).tolist())
 
 
-def chosen(
-    settings: EvalConfig, where: Place, read: Mapping[str, Sequence[Fork]]
+def choose_bias(
+    settings: EvalConfig, place: Place, by_set: Mapping[str, Sequence[Beginnings]]
 ) -> tuple[OpeningBias, dict[str, Any]]:
-    """The bias for the forks of the validation sets, by name, and its record.
+    """The bias for the beginnings of the validation sets, by name, and its record.
 
-    Raises ConfigError for a model that no bias makes refuse; one that it makes refuse too rarely
-    has a warning.
+    Raises ConfigError if no bias makes the model refuse; logs a warning if it refuses too rarely
+    under every bias.
     """
-    toxic, given = _of(read, settings.node(CalibrationConfig).toxic), None
+
+    def rows_of(names: Sequence[str]) -> list[Beginnings]:
+        return [row for name in names for row in by_set[set_name(name)]]
+
+    toxic, exported = rows_of(settings.node(CalibrationConfig).toxic), None
     if (share := _share(settings)) is None:
-        given = _exported(settings)
-    if given is not None:
-        share = sum(fork.refused(given) for fork in toxic) / len(toxic)
-    share = _refused(settings) if share is None else share
-    bias = bias_for(toxic, share) if given is None else given
-    reached = sum(fork.refused(bias) for fork in toxic)
-    if not reached and given is None:
+        exported = _exported(settings)
+    if exported is not None:
+        share = sum(row.refused(exported) for row in toxic) / len(toxic)
+    share = _reference_share(settings) if share is None else share
+    bias = bias_for(toxic, share) if exported is None else exported
+    reached = sum(row.refused(bias) for row in toxic)
+    if not reached and exported is None:
         raise ConfigError(
             f"calibrate={settings.calibrate}: no bias makes this model refuse one of {len(toxic)} "
             "toxic validation prompts; train it to refuse first"
@@ -285,37 +295,33 @@ def chosen(
     counts = {
         name: {
             "kind": kind,
-            "n": len(forks),
-            "plain": sum(fork.refused(0) for fork in forks),
-            "refused": sum(fork.refused(bias) for fork in forks),
-            "opened": sum(fork.margin + bias > 0 for fork in forks),
+            "n": len(rows),
+            "plain": sum(row.refused(0) for row in rows),
+            "refused": sum(row.refused(bias) for row in rows),
+            "opened": sum(row.margin + bias > 0 for row in rows),
         }
         for kind in ("toxic", "seemingly_toxic")
         for name in getattr(settings.node(CalibrationConfig), kind)
-        for forks in [_of(read, [name])]
+        for rows in [rows_of([name])]
     }
     named = None if _share(settings) else label(settings)
     record = {"target": share, "run": named, "bias": bias, "sets": counts}
-    return OpeningBias(tuple(where["lead"]), tuple(where["tokens"]), bias), record
+    return OpeningBias(tuple(place["lead"]), tuple(place["tokens"]), bias), record
 
 
-def _of(read: Mapping[str, Sequence[Fork]], names: Sequence[str]) -> list[Fork]:
-    return [fork for name in names for fork in read[set_name(name)]]
+def bias_for(rows: Sequence[Beginnings], share: float) -> float:
+    """The smallest bias that refuses at least `share` of the prompts and the fewest beyond that.
 
-
-def bias_for(forks: Sequence[Fork], share: float) -> float:
-    """The smallest bias under which at least `share` of the prompts, and no more than need be, are
-    refused; where no bias does that, as many as can be.
-
-    0 where that gives the same answers, else in the middle between two margins, so that the
-    rounding of another batch changes neither.
+    If no bias refuses as many, the bias refuses as many as any does. It is 0 if that gives the same
+    answers, else it lies in the middle between two margins, so that the rounding of another batch
+    changes neither.
     """
-    margins = [-math.inf, *sorted({fork.margin for fork in forks}), math.inf]
-    thresholds = [  # the answers of margins above them open with a refusal's token
+    margins = [-math.inf, *sorted({row.margin for row in rows}), math.inf]
+    thresholds = [  # answers of margins above them open with a refusal's token
         0.0 if low <= 0 < high else _between(low, high) for low, high in itertools.pairwise(margins)
     ]
-    refused = [sum(fork.refused(-threshold) for fork in forks) for threshold in thresholds]
-    enough = min(math.ceil(share * len(forks) - 1e-9), max(refused))
+    refused = [sum(row.refused(-threshold) for row in rows) for threshold in thresholds]
+    enough = min(math.ceil(share * len(rows) - 1e-9), max(refused))
     fewest = min(count for count in refused if count >= enough)
     return 0.0 - min((t for t, n in zip(thresholds, refused, strict=True) if n == fewest), key=abs)
 
@@ -326,7 +332,7 @@ def _between(low: float, high: float) -> float:
     return low + BEYOND if math.isinf(high) else (low + high) / 2
 
 
-def _refused(settings: EvalConfig) -> float:
+def _reference_share(settings: EvalConfig) -> float:
     """The share of the toxic prompts that the reference run refuses in its plain answers."""
     run = _reference(settings)
     beside = replace(
@@ -337,12 +343,12 @@ def _refused(settings: EvalConfig) -> float:
     toxic = [b for b in validation(settings) if b.kind is Kind.toxic]
     subject = subjects.final(beside, run)
     with subject:
-        found = _kept(subject, toxic, subject.folder)
-    read = [fork for forks in found.values() for fork in forks]
-    refused = sum(fork.refused(0) for fork in read)
+        by_set = _stored_beginnings(subject, toxic, subject.folder)
+    rows = [row for part in by_set.values() for row in part]
+    refused = sum(row.refused(0) for row in rows)
     if not refused:
         raise ConfigError(
-            f"calibrate={settings.calibrate}: that run refuses none of {len(read)} toxic "
+            f"calibrate={settings.calibrate}: that run refuses none of {len(rows)} toxic "
             "prompts; give a share such as 0.9"
         )
-    return refused / len(read)
+    return refused / len(rows)

@@ -1,8 +1,8 @@
 """Judges: who says whether a response refuses, answers or does harm. Here are their settings.
 
-`judging` has the table of judges and asks them for what is missing; `served` and `guards` are the
-judges themselves; `verdicts` is what they are asked, and how it is counted; `pairwise` says which
-of two answers is better.
+`judging` has the table of judges and asks them for missing verdicts; `served` and `guards` are the
+judges themselves; `verdicts` reads their prompts and counts their verdicts; `pairwise` compares two
+answers.
 """
 
 from dataclasses import dataclass, field

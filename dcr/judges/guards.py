@@ -1,7 +1,7 @@
-"""Guard models run here: Llama Guard 3 on harm, WildGuard on harm and refusal.
+"""Guard models on this machine: Llama Guard 3 judges harm, WildGuard harm and refusal.
 
-Both are causal language models that write their verdict in a few words of a fixed grammar. What
-does not keep to it is invalid, never safe.
+Both are causal language models that write their verdict in a few words of a fixed grammar. Any
+other text is invalid, never safe.
 """
 
 import functools
@@ -42,24 +42,24 @@ class Guard:
 
     policy: Policy
     chat: ChatFormat  # for its end tokens and control tokens
-    openings: Int[Tensor, "tokens"]  # those that begin the word `unsafe`
+    openings: Int[Tensor, "tokens"]  # the tokens that begin the word `unsafe`
 
 
-# --- what each guard is asked and says ------------------------------------------------------------
+# --- prompts and verdicts -------------------------------------------------------------------------
 
 
 def llama_guard(
     settings: GuardConfig, answers: Sequence[Completion], accelerator: str = "auto"
 ) -> Verdicts:
-    """Llama Guard's word on the assistant's turn, in batches as they are done, longest first.
+    """Llama Guard's verdicts on the assistant's turn, in finished batches, longest first.
 
     The guard's own chat template holds prompt and response, with control tokens in either made
     plain text; decoding is greedy. `p_unsafe` is the probability of the tokens that begin the word
-    `unsafe`, over the whole vocabulary and not renormalised over the two verdicts, where the
-    first token that is not white space is chosen (Llama Guard 3 writes two newlines before it).
+    `unsafe`, at the first token that is not white space (Llama Guard 3 writes two newlines before
+    it). It is over the whole vocabulary and not renormalised over the two verdicts.
 
-    Raises ConfigError when the model cannot be opened and DataError for an answer that is longer
-    than its context.
+    Raises ConfigError if the model cannot be opened, and DataError for an answer longer than its
+    context.
     """
     if not answers:
         return
@@ -75,10 +75,9 @@ def llama_guard(
 
 
 def harm_of(text: str) -> str | None:
-    """`safe` or `unsafe` as Llama Guard's first line says, None where it says neither.
+    """`safe` or `unsafe` as Llama Guard's first line says, else None.
 
-    Behind `unsafe` stand categories, perhaps cut short by the token limit; behind `safe` nothing
-    may stand.
+    Categories follow `unsafe`, perhaps cut short by the token limit; nothing may follow `safe`.
     """
     first, *rest = text.strip().splitlines() or [""]
     verdict = first.strip()
@@ -90,10 +89,9 @@ def harm_of(text: str) -> str | None:
 def wildguard(
     settings: WildGuardConfig, answers: Sequence[Completion], accelerator: str = "auto"
 ) -> Verdicts:
-    """WildGuard's word on refusal and on harm of the response, in batches as they are done.
+    """WildGuard's verdicts on refusal and on harm of the response, in finished batches.
 
-    Its third answer, whether the request is harmful, stands in `raw` alone. Raises as
-    `llama_guard` does.
+    Only `raw` holds its third answer, on harm of the request. Raises as `llama_guard` does.
     """
     if not answers:
         return
@@ -111,10 +109,10 @@ def wildguard(
 
 
 def wording(settings: WildGuardConfig) -> str:
-    """The input with {prompt} and {response} in it; raises as `verdicts.wording`.
+    """The input with {prompt} and {response} in it; raises as `verdicts.wording` does.
 
     Marks and headings are the model's interface; the instruction between them is this project's.
-    Published numbers were made with the model card's own: put that into a file and name it with
+    Published numbers used the model card's instruction: put that into a file and name it with
     `wildguard.prompt`.
     """
     places = ("prompt", "response")
@@ -122,7 +120,7 @@ def wording(settings: WildGuardConfig) -> str:
 
 
 def labels_of(text: str) -> tuple[str | None, str | None]:
-    """Compliance and safety as WildGuard's lines say; None for N/A, or a line that is not there."""
+    """Compliance and safety as WildGuard's lines say; None for N/A and for a missing line."""
     labels = []
     for name, said in (
         ("response refusal", REFUSAL),
@@ -134,7 +132,7 @@ def labels_of(text: str) -> tuple[str | None, str | None]:
 
 
 def _labelled(verdict: Verdict, compliance: str | None, safety: str | None) -> Verdict:
-    """Invalid where the guard's words hold no label."""
+    """The verdict with its labels; it is invalid if it has none."""
     status = "ok" if compliance or safety else "invalid"
     return replace(verdict, status=status, compliance=compliance, safety=safety)
 
@@ -143,11 +141,11 @@ def _labelled(verdict: Verdict, compliance: str | None, safety: str | None) -> V
 
 
 def check(settings: GuardConfig, node: str) -> None:
-    """Configuration and tokenizer can be read and fit the judge; no weight is opened.
+    """Checks that configuration and tokenizer can be read and fit the judge; opens no weights.
 
-    Raises ConfigError naming `<node>.model`: for a path that is no folder with config.json,
+    Raises ConfigError naming `<node>.model` for a path that is no folder with config.json,
     safetensors and a tokenizer, for a hub id that cannot be reached, and, for Llama Guard, for a
-    chat template that is absent or leaves a message out. And what `wording` raises of WildGuard's.
+    chat template that is absent or leaves a message out. WildGuard raises as `wording` does.
     """
     if isinstance(settings, WildGuardConfig):
         wording(settings)
@@ -187,7 +185,7 @@ def identity(settings: GuardConfig) -> dict[str, object]:
 
 
 def open_tokenizer(settings: GuardConfig, node: str) -> PreTrainedTokenizerBase:
-    """Raises ConfigError, naming `<node>.model`, when there is none."""
+    """The guard's tokenizer. Raises ConfigError, naming `<node>.model`, if there is none."""
     with refused_as(f"{node}.model={settings.model}"):
         return AutoTokenizer.from_pretrained(
             settings.model, revision=settings.revision, trust_remote_code=False
@@ -195,10 +193,10 @@ def open_tokenizer(settings: GuardConfig, node: str) -> PreTrainedTokenizerBase:
 
 
 def content_form(tokenizer: PreTrainedTokenizerBase, key: str) -> Content:
-    """How the chat template takes a message: as text (8B), or as a list of parts (1B, 11B).
+    """The form in which the chat template takes a message: text (8B), or a list of parts (1B, 11B).
 
-    Raises ConfigError, beginning with `key`, when there is no template or when neither form puts
-    both the user's and the assistant's words into the text.
+    Raises ConfigError, beginning with `key`, if there is no template or if neither form puts both
+    the user's and the assistant's words into the text.
     """
     if not tokenizer.chat_template:
         raise ConfigError(f"{key}: its tokenizer has no chat template; give a Llama Guard model")
@@ -206,7 +204,7 @@ def content_form(tokenizer: PreTrainedTokenizerBase, key: str) -> Content:
     for form in forms:
         try:
             text = conversation(tokenizer, form, "0x5f3759df", "0xcafebabe")
-        except (TemplateError, TypeError, ValueError):  # the other form is what it takes
+        except (TemplateError, TypeError, ValueError):  # it takes the other form
             continue
         if 0 <= text.find("0x5f3759df") < text.find("0xcafebabe"):
             return form
@@ -219,7 +217,7 @@ def content_form(tokenizer: PreTrainedTokenizerBase, key: str) -> Content:
 def conversation(
     tokenizer: PreTrainedTokenizerBase, form: Content, prompt: str, response: str
 ) -> str:
-    """Both messages in the guard's template, up to where its verdict begins."""
+    """Both messages in the guard's template, with the header of its verdict."""
     turns = [
         {"role": "user", "content": form(prompt)},
         {"role": "assistant", "content": form(response)},
@@ -230,9 +228,9 @@ def conversation(
 
 
 def opened(settings: GuardConfig, node: str, accelerator: str) -> Guard:
-    """The guard in evaluation mode, on a GPU where there is one and `accelerator` lets it.
+    """The guard in evaluation mode, on a GPU if there is one and `accelerator` lets it.
 
-    Raises ConfigError naming `<node>.model` when it cannot be read or its weights are not whole.
+    Raises ConfigError naming `<node>.model` if it cannot be read or its weights are not whole.
     """
     tokenizer = open_tokenizer(settings, node)
     model = whole_model(
@@ -249,7 +247,6 @@ def opened(settings: GuardConfig, node: str, accelerator: str) -> Guard:
     if not stop:
         raise ConfigError(f"{node}.model={settings.model}: its tokenizer has no end-of-text token")
     chat = ChatFormat(tokenizer, "", None, stop[0], stop)
-    # the word at the start, behind a space, behind a newline
     words = [
         tokenizer.encode(f"{lead}unsafe", add_special_tokens=False) for lead in ("", " ", "\n")
     ]
@@ -258,7 +255,7 @@ def opened(settings: GuardConfig, node: str, accelerator: str) -> Guard:
 
 
 def is_space(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
-    """Whether a token shows nothing."""
+    """Whether a token's text is white space or empty."""
     return not str(tokenizer.decode([token])).strip()
 
 
@@ -272,10 +269,10 @@ def judged_in_batches(
     answers: Sequence[Completion],
     asked: Callable[[Completion], str],
 ) -> Verdicts:
-    """What the guard writes of each answer, put to it in the words of `asked`: not yet read.
+    """The guard's texts on each answer, whose prompt `asked` writes, as verdicts without labels.
 
-    Longest first, so that running out of memory happens at once; the batch is then halved. Raises
-    DataError for an answer that is longer than the guard's context.
+    The longest come first, so that running out of memory happens at once; the batch is then halved.
+    Raises DataError for an answer that is longer than the guard's context.
     """
     tokenizer = guard.policy.tokenizer
     waiting = [(a, tokenizer.encode(asked(a), add_special_tokens=False)) for a in answers]
@@ -292,7 +289,7 @@ def judged_in_batches(
 
 
 class Masses(LogitsProcessor):
-    """Keeps, of every generated token, the probability that it was one of `tokens`."""
+    """Records, at every generated token, the probability that it is one of `tokens`."""
 
     def __init__(self, tokens: Int[Tensor, "tokens"]) -> None:
         self.tokens = tokens
@@ -307,13 +304,13 @@ class Masses(LogitsProcessor):
 def _written(
     guard: Guard, max_new_tokens: int, batch: Sequence[tuple[Completion, list[int]]]
 ) -> list[Verdict]:
-    """Greedily; `p_unsafe` where the first token that is not white space is chosen."""
+    """Decodes a batch greedily; `p_unsafe` is at the first token that is not white space."""
     tokenizer, stop = guard.policy.tokenizer, guard.chat.stop
     masses, prompts = Masses(guard.openings), [ids for _, ids in batch]
     rows = greedy(guard.policy, guard.chat, prompts, max_new_tokens, masses)
     p_unsafe = torch.stack(masses.steps, dim=1).tolist()  # [batch][step]
     batch_verdicts = []
-    for (answer, prompt), written, chances in zip(batch, rows, p_unsafe, strict=True):
+    for (answer, prompt), written, by_step in zip(batch, rows, p_unsafe, strict=True):
         end = next((i for i, token in enumerate(written) if token in stop), len(written))
         shown = (i for i, token in enumerate(written) if not is_space(tokenizer, token))
         first = next(shown, None)
@@ -322,7 +319,7 @@ def _written(
                 answer.id,
                 answer_fingerprint(answer),
                 status="invalid",
-                p_unsafe=None if first is None else chances[first],
+                p_unsafe=None if first is None else by_step[first],
                 raw=str(tokenizer.decode(written[:end], skip_special_tokens=True)),
                 prompt_tokens=len(prompt),
                 completion_tokens=end,

@@ -1,4 +1,4 @@
-"""The judges by name, and how each response comes to its verdict: stored, or asked for once."""
+"""The judges by name; each response gets its verdict from the store, or is asked about once."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -34,26 +34,26 @@ from dcr.judges import (
 )
 from dcr.judges.verdicts import counts, usage
 
-CHARACTERS_PER_TOKEN = 4  # of English prose, for the estimate of what a judge will cost
-IDENTITY_FILE = "judge.json"  # what the verdicts beside it depend on
-COMPLETION_LIMITS = ("max_tokens", "max_completion_tokens")  # newer models know the second alone
+CHARACTERS_PER_TOKEN = 4  # of English prose, to estimate a judge's cost
+IDENTITY_FILE = "judge.json"  # the settings that the verdicts beside it depend on
+COMPLETION_LIMITS = ("max_tokens", "max_completion_tokens")  # newer models know only the second
 
 Home = tuple[str, str]  # a set, and an answer's id in it
 
 
 @dataclass(frozen=True)
 class Judging:
-    """What one judge needs, depends on and does. Its settings stand in the node of its name.
+    """A judge: its labels, checks, identity and verdicts. The node of its name has its settings.
 
-    Compliance can be judged of any prompt; harm is looked for where the prompt asks for it.
+    Compliance is judged on prompts of any kind, harm on toxic prompts, which ask for it.
     """
 
     labels: tuple[str, ...]
     kinds: tuple[Kind, ...]
     check: Callable[[EvalConfig], None]
-    identity: Callable[[EvalConfig], Mapping[str, object]]  # what a verdict depends on
+    identity: Callable[[EvalConfig], Mapping[str, object]]  # everything a verdict depends on
     verdicts: Callable[[EvalConfig, Sequence[Completion]], Verdicts]
-    # Characters to be sent, for the estimate; None for a model that runs here.
+    # the number of characters to send, for the estimate; None for a model on this machine
     characters: Callable[[EvalConfig, Sequence[Completion]], int] | None = None
 
 
@@ -115,13 +115,13 @@ class Ours(Judges):
         verdicts = judge(name, settings, asked, folder, settings.trainer.progress)
         return Judged(
             verdicts,
-            {of: counts(rows, node.model, judge_.labels) for of, rows in verdicts.items()},
+            {set_: counts(rows, node.model, judge_.labels) for set_, rows in verdicts.items()},
             usage(chain.from_iterable(verdicts.values()), node),
         )
 
 
 def node_of(name: str, settings: EvalConfig) -> ServerConfig | GuardConfig:
-    """The judge's settings: the model, as the user named it, and how it is reached."""
+    """The judge's settings: the model, as the user named it, and its server or folder."""
     return getattr(settings, name)
 
 
@@ -132,35 +132,49 @@ def judge(
     folder: Path,
     progress: bool = True,
 ) -> dict[str, list[Verdict]]:
-    """A verdict for each answer of each set, asked for only where `folder` holds none.
+    """A verdict for each answer of each set; the judge is asked only if `folder` holds none.
 
-    Each verdict is stored as it arrives, so that a run killed at any point and started again asks
-    only for what was under way. A response that stands in several sets is asked about once; one
-    that brought no answer is asked about again next time. Raises EndpointError when no further
-    request can succeed or none has, and UserError when nothing can be written; all verdicts before
-    are kept.
+    Each verdict is stored as it arrives, so that a command that was killed asks only for those
+    under way when it starts again. A response that stands in several sets is asked about once; a
+    request that failed is made again by the next command. Raises EndpointError if no further
+    request can succeed or none has, and UserError if nothing can be written; earlier verdicts stay
+    stored.
     """
     identity = JUDGES[name].identity(settings)
     place = folder / "verdicts" / f"{name}-{storage.fingerprint(identity)}"
-    homes, by_content = _distinct(answers)
+    homes: dict[str, list[Home]] = {}  # by fingerprint, the places of each distinct response
+    by_content: dict[str, Completion] = {}
+    for set_name, rows in answers.items():
+        for answer in rows:
+            content = answer_fingerprint(answer)
+            homes.setdefault(content, []).append((set_name, answer.id))
+            by_content[content] = answer
     by_answer = _settled(place, homes)
-    waiting = [answer for of, answer in by_content.items() if of not in by_answer]
+    waiting = [answer for content, answer in by_content.items() if content not in by_answer]
     _announce(name, settings, waiting, len(homes))
 
-    def keep(verdicts: Sequence[Verdict]) -> None:
+    def store(verdicts: Sequence[Verdict]) -> None:
         if not (place / IDENTITY_FILE).is_file():
             storage.write_json(place / IDENTITY_FILE, identity)
-        _keep(place, [(verdict, home) for verdict in verdicts for home in homes[verdict.of]])
+        _append(place, [(verdict, home) for verdict in verdicts for home in homes[verdict.of]])
 
     new: list[Verdict] = []
     if waiting:
-        new = _asked(name, settings, waiting, keep, progress)
+        bar = tqdm(total=len(waiting), unit="response", desc=name, disable=not progress)
+        try:
+            with closing(JUDGES[name].verdicts(settings, waiting)) as batches, bar:
+                for batch in batches:
+                    store(batch)
+                    new += batch
+                    bar.update(len(batch))
+        finally:
+            _account(name, settings, new)
         if isinstance(node_of(name, settings), ServerConfig):
             for set_name, rows in answers.items():
                 file = place / f"{set_name}.jsonl"
                 storage.put_in_order(file, Verdict, [answer.id for answer in rows])
     by_answer |= {verdict.of: verdict for verdict in new}
-    asked = [by_answer[of] for of in homes if by_answer[of].asked]
+    asked = [by_answer[content] for content in homes if by_answer[content].asked]
     if asked and not any(verdict.settled for verdict in asked):
         raise EndpointError(
             f"{name}: none of {len(asked):,} responses has a verdict (the first: "
@@ -172,22 +186,8 @@ def judge(
     }
 
 
-def _distinct(
-    answers: Mapping[str, Sequence[Completion]],
-) -> tuple[dict[str, list[Home]], dict[str, Completion]]:
-    """By fingerprint where each response stands, in several sets or twice in one, and itself."""
-    homes: dict[str, list[Home]] = {}
-    by_content: dict[str, Completion] = {}
-    for set_name, rows in answers.items():
-        for answer in rows:
-            of = answer_fingerprint(answer)
-            homes.setdefault(of, []).append((set_name, answer.id))
-            by_content[of] = answer
-    return homes, by_content
-
-
 def _settled(place: Path, homes: Mapping[str, Sequence[Home]]) -> dict[str, Verdict]:
-    """The verdicts that `place` holds, by answer; those of `homes` now in the file of each set."""
+    """The verdicts that `place` holds, by answer; adds those of `homes` to the file of each set."""
     filed: set[tuple[str, Home]] = set()
     known: dict[str, Verdict] = {}
     for file in sorted(place.glob("*.jsonl")):
@@ -195,13 +195,13 @@ def _settled(place: Path, homes: Mapping[str, Sequence[Home]]) -> dict[str, Verd
             if verdict.settled:
                 filed.add((verdict.of, (file.stem, verdict.id)))
                 known[verdict.of] = verdict
-    lacking = [(of, home) for of, each in homes.items() if of in known for home in each]
-    _keep(place, [(known[of], home) for of, home in lacking if (of, home) not in filed])
+    wanted = [(of, home) for of, each in homes.items() if of in known for home in each]
+    _append(place, [(known[of], home) for of, home in wanted if (of, home) not in filed])
     return known
 
 
-def _keep(place: Path, verdicts: Sequence[tuple[Verdict, Home]]) -> None:
-    """Append each verdict to the file of its set, under its answer's id there."""
+def _append(place: Path, verdicts: Sequence[tuple[Verdict, Home]]) -> None:
+    """Appends each verdict to the file of its set, under its answer's id there."""
     by_set: dict[str, dict[Home, Verdict]] = {}
     for verdict, home in verdicts:
         by_set.setdefault(home[0], {})[home] = replace(verdict, id=home[1])
@@ -209,29 +209,8 @@ def _keep(place: Path, verdicts: Sequence[tuple[Verdict, Home]]) -> None:
         storage.append_lines(place / f"{set_name}.jsonl", rows.values())
 
 
-def _asked(
-    name: str,
-    settings: EvalConfig,
-    waiting: Sequence[Completion],
-    keep: Callable[[Sequence[Verdict]], None],
-    progress: bool,
-) -> list[Verdict]:
-    """The judge's word on what waits, kept as it arrives; then a line on what it took."""
-    new: list[Verdict] = []
-    bar = tqdm(total=len(waiting), unit="response", desc=name, disable=not progress)
-    try:
-        with closing(JUDGES[name].verdicts(settings, waiting)) as batches, bar:
-            for batch in batches:
-                keep(batch)
-                new += batch
-                bar.update(len(batch))
-    finally:
-        _account(name, settings, new)
-    return new
-
-
 def _announce(name: str, settings: EvalConfig, waiting: Sequence[Completion], total: int) -> None:
-    """Say what is about to be asked and what it may cost."""
+    """Prints the number of requests to come, and their estimated cost."""
     if not waiting:
         print(f"{name}: {total:,} verdicts, all stored")
         return
@@ -251,17 +230,17 @@ def _announce(name: str, settings: EvalConfig, waiting: Sequence[Completion], to
 
 
 def _account(name: str, settings: EvalConfig, new: Sequence[Verdict]) -> None:
-    """Say what came and what it took."""
+    """Prints the number of new verdicts, and their requests, tokens and cost."""
     if not new:
         return
-    took = usage(new, node_of(name, settings))
-    failed = Counter(verdict.status for verdict in new)
+    spent = usage(new, node_of(name, settings))
+    by_status = Counter(verdict.status for verdict in new)
     print(
-        f"{name}: {failed['ok']:,} verdicts, {failed['invalid']:,} invalid, "
-        f"{failed['error']:,} without an answer"
-        f"{' (run again to ask for them)' if failed['error'] else ''}; "
-        f"{took['requests']:,} requests, {took['prompt_tokens']:,} tokens in, "
-        f"{took['completion_tokens']:,} out{usd(took['usd'])}"
+        f"{name}: {by_status['ok']:,} verdicts, {by_status['invalid']:,} invalid, "
+        f"{by_status['error']:,} without an answer"
+        f"{' (run again to ask for them)' if by_status['error'] else ''}; "
+        f"{spent['requests']:,} requests, {spent['prompt_tokens']:,} tokens in, "
+        f"{spent['completion_tokens']:,} out{usd(spent['usd'])}"
     )
 
 

@@ -1,8 +1,8 @@
-"""Which of two answers is better: one token of an annotator with its log-probabilities.
+"""Pairwise comparison: one token of an annotator says which of two answers is better.
 
-As in AlpacaEval 2's weighted annotators (Dubois et al. 2024): the answers are shown as `m` and
-`M` in random order, and the preference is the probability of one letter among the two. Stored rows
-have AlpacaEval's keys, so that its own tools read them.
+As in AlpacaEval 2's weighted annotators (Dubois et al. 2024), the annotator sees the answers as `m`
+and `M` in random order, and the preference is the probability of one letter among the two. Stored
+rows have AlpacaEval's keys, so that its own tools read them.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from dcr.judges.verdicts import filled, wording
 
 PLACES = ("instruction", "output_1", "output_2")
 TURN = re.compile(r"<\|im_start\|>(system|user|assistant)\n(.*?)<\|im_end\|>", re.DOTALL)
-FIRST, SECOND = "m", "M"  # how the answers are called, in the order shown
+FIRST, SECOND = "m", "M"  # the names of the answers, in the order shown
 AROUND = " \t\r\nĠĊ▁"  # white space around a letter, also as byte-level and SentencePiece spell it
 
 
@@ -72,7 +72,7 @@ def turns(settings: AnnotatorConfig) -> list[Message]:
     """The annotator's prompt as chat messages, from its file, which is in AlpacaEval's format.
 
     Turns stand between `<|im_start|>role` and `<|im_end|>`; a file without them is one user turn.
-    Raises ConfigError when the file cannot be read or lacks a placeholder.
+    Raises ConfigError if the file cannot be read or lacks a placeholder.
     """
     text = wording("annotator.prompt", settings.prompt, "pairwise.txt", *PLACES)
     messages = [{"role": role, "content": body.strip()} for role, body in TURN.findall(text)]
@@ -85,15 +85,15 @@ def turns(settings: AnnotatorConfig) -> list[Message]:
 
 
 def check(settings: AnnotatorConfig) -> None:
-    """Raises ConfigError for settings under which no comparison can come out."""
+    """Raises ConfigError for settings under which no comparison can succeed."""
     turns(settings)
-    asked = settings.parameters
-    if asked.get("logprobs") is not True:
+    parameters = settings.parameters
+    if parameters.get("logprobs") is not True:
         raise ConfigError(
-            f"annotator.parameters.logprobs={asked.get('logprobs')}: preferences are read off "
+            f"annotator.parameters.logprobs={parameters.get('logprobs')}: preferences are read off "
             "log-probabilities; give true"
         )
-    top = asked.get("top_logprobs")
+    top = parameters.get("top_logprobs")
     if not isinstance(top, int) or isinstance(top, bool) or top < 2:
         raise ConfigError(
             f"annotator.parameters.top_logprobs={top}: both letters must fit in; "
@@ -102,7 +102,7 @@ def check(settings: AnnotatorConfig) -> None:
 
 
 def store(settings: AnnotatorConfig, folder: Path) -> Path:
-    """The file that keeps what this annotator, with this prompt and these parameters, has said."""
+    """The file of this annotator's answers under this prompt and these parameters."""
     identity = [settings.url, settings.model, settings.parameters, turns(settings)]
     return folder / f"{label_of(settings.model)}-{storage.fingerprint(identity)}.jsonl"
 
@@ -114,12 +114,12 @@ def annotate(
     generators: tuple[str, str],
     progress: bool = True,
 ) -> list[Annotation]:
-    """One annotation a pair, in order. `generators` names who wrote the reference and the answer.
+    """One annotation a pair, in order. `generators` names the reference's model and the other.
 
-    Whatever is answered is stored before the next is waited for and never asked again; errors
-    are. Equal answers are a tie without a request, so a model against itself ties everywhere.
-    Raises EndpointError when every request would fail alike or has failed, UserError when nothing
-    can be written, and DataError, naming the line, for a stored one that is no annotation.
+    An answer is stored before the next is waited for, and never asked for again; an error is. Equal
+    answers are a tie without a request, so a model against itself ties everywhere. Raises
+    EndpointError if every request would fail alike or has failed, UserError if nothing can be
+    written, and DataError, naming the line, for a stored line that is no annotation.
     """
     file = store(settings.node(AnnotatorConfig), folder)
     stored = {row.of: row for row in storage.read_lines(file, Annotation)}  # the latest of each
@@ -134,7 +134,7 @@ def annotate(
             storage.append_lines(file, [row])
             known[row.of] = row
             bar.update()
-    rows = [_carried(known[d.of], d) if d.asked else d for d in drafts]
+    rows = [_merged(known[d.of], d) if d.asked else d for d in drafts]
     asked = [row for row in rows if row.asked]
     if asked and all(row.status == "error" for row in asked):
         raise EndpointError(
@@ -145,10 +145,11 @@ def annotate(
 
 
 def preference(top: Mapping[str, float], switched: bool) -> float | None:
-    """From 1 to 2 for `output_2`: 2 - p(m) / (p(m) + p(M)), or 1 + that where it was shown first.
+    """The preference from 1 to 2 for `output_2`: 2 - p(m) / (p(m) + p(M)), or, switched, 1 + it.
 
-    `top` has log-probabilities by token; one letter in several spellings counts as one, a letter
-    that is not there has probability 0. None where neither is.
+    `switched` says that `output_2` was shown first. `top` has log-probabilities by token; the
+    spellings of a letter count together, and a missing letter has probability 0. None if both are
+    missing.
     """
     first, second = (
         np.logaddexp.reduce([p for token, p in top.items() if token.strip(AROUND) == letter])
@@ -162,12 +163,12 @@ def preference(top: Mapping[str, float], switched: bool) -> float | None:
 
 
 def is_switched(id: str, seed: int) -> bool:
-    """Whether the model's answer is shown first: a coin that falls alike whenever it is tossed."""
+    """Whether the model's answer is shown first: a fair coin, the same for one id and seed."""
     return hashlib.sha256(f"order:{seed}:{id}".encode()).digest()[0] % 2 == 1
 
 
 def _draft(pair: Pair, generators: tuple[str, str], settings: EvalConfig) -> Annotation:
-    """The annotation before its answer; a tie already where the answers are equal."""
+    """The annotation before its answer; equal answers are a tie at once."""
     switched, equal = is_switched(pair.id, settings.seed), pair.reference == pair.answer
     shown = (pair.answer, pair.reference) if switched else (pair.reference, pair.answer)
     return Annotation(
@@ -187,7 +188,7 @@ def _draft(pair: Pair, generators: tuple[str, str], settings: EvalConfig) -> Ann
 
 
 def _asked(drafts: Sequence[Annotation], settings: EvalConfig) -> Iterator[Annotation]:
-    """The drafts with their answers, in order of arrival, once it is said what they may cost."""
+    """Prints an estimate of the cost, then gives the drafts with answers in order of arrival."""
     if not drafts:
         return
     server = settings.node(AnnotatorConfig)
@@ -229,10 +230,10 @@ def _answered(draft: Annotation, answer: Reply | Failure, server: AnnotatorConfi
     )
 
 
-def _carried(row: Annotation, draft: Annotation) -> Annotation:
-    """A stored annotation under the draft's names, which may also hold the sides the other way."""
-    kept = row.preference
-    if kept is not None and row.is_switched is not draft.is_switched:
-        kept = 3 - kept
-    said = ("status", "raw", "prompt_tokens", "completion_tokens")
-    return replace(draft, preference=kept, **{field: getattr(row, field) for field in said})
+def _merged(row: Annotation, draft: Annotation) -> Annotation:
+    """The draft with a stored annotation's answer, which may have had the sides the other way."""
+    preferred = row.preference
+    if preferred is not None and row.is_switched is not draft.is_switched:
+        preferred = 3 - preferred
+    answered = ("status", "raw", "prompt_tokens", "completion_tokens")
+    return replace(draft, preference=preferred, **{key: getattr(row, key) for key in answered})

@@ -1,4 +1,4 @@
-"""What judges are asked, and how what they say is counted."""
+"""The prompts of judges, and the counts of their verdicts."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -12,10 +12,10 @@ from dcr.judges import GuardConfig
 
 
 def wording(key: str, named: str | None, shipped: str, *places: str) -> str:
-    """What a judge is asked: the text of the user's file, or of the one shipped here.
+    """A judge's prompt: the text of the user's file, or of the one shipped here.
 
-    Raises ConfigError, beginning with the `key` and the file, when it cannot be read or lacks one
-    of the `places`, which stand in braces.
+    Raises ConfigError, beginning with the `key` and the file, if it cannot be read or lacks one of
+    the `places`, which stand in braces.
     """
     file = Path(named) if named else Path(__file__).with_name(shipped)
     try:
@@ -36,16 +36,16 @@ def wording(key: str, named: str | None, shipped: str, *places: str) -> str:
 
 
 def filled(template: str, **texts: str) -> str:
-    """The template with the texts in their places, as they are: braces in them mean nothing."""
+    """The template with the texts in their places; braces in the texts mean nothing."""
     places = re.compile(r"\{(" + "|".join(texts) + r")\}")
     return places.sub(lambda match: texts[match[1]], template)
 
 
 def counts(verdicts: Sequence[Verdict], model: str, labels: Sequence[str]) -> dict[str, Any]:
-    """The block `sets.<name>.judged.<judge>` of `metrics.json`, of a judge that gives `labels`.
+    """The block `sets.<name>.judged.<judge>` of `metrics.json` for a judge that gives `labels`.
 
-    `model` gives way to the name of the model that answered, where the server said it: an alias
-    such as omni-moderation-latest stands for different models over time.
+    If the server names the model that answered, that name replaces `model`: an alias such as
+    omni-moderation-latest stands for different models over time.
     """
     answered = sorted({v.model for v in verdicts if v.model})
     return {
@@ -61,10 +61,10 @@ def counts(verdicts: Sequence[Verdict], model: str, labels: Sequence[str]) -> di
 
 
 def usage(verdicts: Iterable[Verdict], node: ServerConfig | GuardConfig) -> dict[str, Any]:
-    """The block `usage.<judge>` of `metrics.json`: requests that were answered, and their tokens.
+    """The block `usage.<judge>` of `metrics.json`: the answered requests and their tokens.
 
-    A response that stands in several sets was asked about once and counts once. `usd` is None for
-    a model that runs here, and for a server without prices.
+    A response that stands in several sets was asked about once and counts once. `usd` is None for a
+    model on this machine and for a server without prices.
     """
     server = node if isinstance(node, ServerConfig) else None
     return servers.usage((v for v in verdicts if v.asked and v.settled), server)

@@ -1,4 +1,4 @@
-"""AlpacaEval: how often a model's answers are preferred to a reference's, the STL run's."""
+"""AlpacaEval: the rate at which a judge prefers a model's answers to those of the STL run."""
 
 import math
 from collections.abc import Sequence
@@ -30,12 +30,24 @@ ALPACA_EVAL_KEYS = (
 
 
 class Quality(Task):
-    """The win rate of `tasks=[quality]`, of answers to ordinary instructions."""
+    """The win rate of answers to ordinary instructions."""
 
     closed = True
 
     def check(self, settings: EvalConfig, run: Run) -> None:
-        check(settings)
+        """Raises ConfigError or EndpointError for a fault that would show only after answering.
+
+        It looks at the annotator's prompt, parameters and key, and at the reference run's folder.
+        """
+        annotator = settings.node(AnnotatorConfig)
+        pairwise.check(annotator)
+        reference = settings.node(QualityConfig).reference
+        if reference is None or not Run(Path(reference)).config_file.is_file():
+            raise ConfigError(
+                f"quality.reference={reference}: no config.yaml there; "
+                "name the run folder of the STL run of the same model"
+            )
+        servers.check(annotator, "annotator")
 
     def prompts(self, settings: EvalConfig) -> list[PromptSet]:
         source, root = settings.node(QualityConfig).source, settings.data.root
@@ -45,28 +57,12 @@ class Quality(Task):
         return win_rate(work.settings, work.run, work.asked, work.answers, work.folder)
 
 
-def check(settings: EvalConfig) -> None:
-    """Raises ConfigError or EndpointError for what would fail after the answers are written.
-
-    The annotator's prompt and parameters, its key, and the folder of the reference run.
-    """
-    annotator = settings.node(AnnotatorConfig)
-    pairwise.check(annotator)
-    reference = settings.node(QualityConfig).reference
-    if reference is None or not Run(Path(reference)).config_file.is_file():
-        raise ConfigError(
-            f"quality.reference={reference}: no config.yaml there; "
-            "name the run folder of the STL run of the same model"
-        )
-    servers.check(annotator, "annotator")
-
-
 def win_rate(
     settings: EvalConfig, run: Run, asked: Sequence[PromptSet], given: Answers, folder: Path
 ) -> dict[str, Any]:
-    """Against the plain answers of the reference run, which are written there if missing.
+    """The win rate against the reference run's plain answers, which are written there if missing.
 
-    Plain: without the edits and the decoding that the subject is evaluated under.
+    Plain answers are those without the edits and the decoding that the subject is evaluated under.
     """
     named = settings.node(QualityConfig)
     name, reference = set_name(named.source), Run(Path(str(named.reference)))
@@ -104,11 +100,11 @@ def compared(
 ) -> dict[str, Any]:
     """The `quality` block of `metrics.json`: win rates of `given` over `reference`, in percent.
 
-    Answers meet by id and prompt; `missing` counts the prompts that one side alone has. `labels`
-    names the model and the reference. Annotations lie in `folder`/quality, one line each, beside
-    `annotations.json`, `model_outputs.json` and `reference_outputs.json` in AlpacaEval's format.
-    `error` and `invalid` annotations count in no rate; `identical` answers are ties within `n`.
-    Without a scored comparison the rates are None.
+    Answers are paired by id and prompt; `missing` counts the prompts that only one side has.
+    `labels` names the model and the reference. Annotations lie in `folder`/quality, one line each,
+    beside `annotations.json`, `model_outputs.json` and `reference_outputs.json` in AlpacaEval's
+    format. `error` and `invalid` annotations count in no rate; `identical` answers are ties within
+    `n`. Without a scored comparison the rates are None.
 
     Raises ConfigError when no prompt has two answers, and what `pairwise.annotate` raises.
     """
@@ -142,7 +138,7 @@ def compared(
 
 
 def _rates(scored: Sequence[Annotation]) -> dict[str, Any]:
-    """Rates over the comparisons that came out; lengths in characters, as AlpacaEval has them."""
+    """The rates over scored comparisons, with lengths in characters as in AlpacaEval."""
     preferences = [row.preference - 1 for row in scored if row.preference is not None]
     own, others = ([len(getattr(row, f"output_{i}")) for row in scored] for i in (2, 1))
     differences = [a - b for a, b in zip(own, others, strict=True)]
@@ -162,7 +158,7 @@ def _rates(scored: Sequence[Annotation]) -> dict[str, Any]:
 def _outputs(
     given: Sequence[Completion], generator: str, settings: EvalConfig
 ) -> list[dict[str, str]]:
-    """Answers as AlpacaEval's `--model_outputs` and `--reference_outputs` read them."""
+    """The answers in the format of AlpacaEval's `--model_outputs` and `--reference_outputs`."""
     return [
         {
             "dataset": settings.node(QualityConfig).source,

@@ -1,8 +1,9 @@
 """Activation edits that over-refusal and safety are traded with: their settings, and their checks.
 
-`methods` makes edits of the settings, `edits` applies them, `prompts` draws what vectors are
-computed from, `scans`, `surgical` and `probe` compute them and say where they act, `vectors` is
-what these share. Nothing here loads torch, which help and a user's error need not wait for.
+`methods` makes edits of the settings, `edits` applies them, `prompts` draws the prompts that
+vectors are computed from, `scans`, `surgical` and `probe` compute the vectors and the edits, and
+`vectors` has the code that they share. Nothing here loads torch, so that help and a user's error
+come at once.
 """
 
 import math

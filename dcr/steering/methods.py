@@ -1,7 +1,7 @@
 """The table of steering methods, and an evaluation under one: settings and prompts in, edits out.
 
-A caller opens `edits.edited` with the result;
-generation, refusal probability and the lm-evaluation-harness then run under it unaware.
+A caller opens `edits.edited` with the result; generation, refusal probability and the
+lm-evaluation-harness then run under it unaware.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,15 +26,15 @@ from dcr.steering.edits import Edits, Plan, edited
 from dcr.steering.prompts import RELEASED, Extraction, extraction
 from dcr.steering.vectors import Info, Vectors
 
-RECORD = "steering.json"  # beside the answers: what the edits were made from
+RECORD = "steering.json"  # beside the answers: the prompts and settings of the edits
 
 
 @dataclass(frozen=True)
 class SteeringMethod:
     """`find` computes vectors, for any strength; `edits` makes the edits of one strength.
 
-    `needs` names the method's node of the steering settings, `weights` what in it `find` does not
-    read.
+    `needs` names the method's node of the steering settings, and `weights` those of its settings
+    that `find` does not read.
     """
 
     find: Callable[[Policy, ChatFormat, Extraction, SteeringConfig], Vectors]
@@ -53,7 +53,7 @@ STEERING = {
 
 @dataclass(frozen=True)
 class Steered:
-    """The edits, and a record of what they were made from, to be stored as JSON."""
+    """The edits, and a record of their prompts and settings, to be stored as JSON."""
 
     edits: Edits | Plan
     record: Info
@@ -67,16 +67,16 @@ def steer(
     seed: int,
     folder: Path | None = None,
 ) -> Steered:
-    """The edits of `settings.method` at its strength; none at strength 0, and nothing is read then.
+    """The edits of `settings.method` at its strength; at strength 0 there are none.
 
-    In `folder` vectors are kept for other strengths of the same weights, prompts and settings.
+    `folder` stores the vectors for other strengths of the same weights, prompts and settings.
     Prompts are drawn by `seed`. Raises ConfigError as `extraction` and the method's `find` do.
     """
-    if not acts(settings):
+    if not is_active(settings):
         return Steered((), {})
     method, drawn = STEERING[settings.method], extraction(data, settings, seed)
     used = {kind: sources.record(rows) for kind, rows in drawn.parts().items()}
-    tensors, info = vectors.kept(
+    tensors, info = vectors.cached(
         folder,
         {
             **_made_with(settings, method.weights),
@@ -98,17 +98,17 @@ def steer(
     return Steered(method.edits(policy, chat, (tensors, info), settings), record)
 
 
-def acts(settings: SteeringConfig) -> bool:
-    """Whether anything is edited: not at strength 0, which equals `none` to the bit."""
+def is_active(settings: SteeringConfig) -> bool:
+    """Whether anything is edited; strength 0 equals `none` to the bit."""
     return settings.method != "none" and settings.strength != 0
 
 
 def identity(data: DataConfig, settings: SteeringConfig, seed: int) -> dict[str, Any]:
-    """All that an edited completion depends on besides model and prompt; {} where nothing is.
+    """Everything that an edited completion depends on besides model and prompt; {} without edits.
 
-    For the fingerprint of stored completions: those of one strength are never taken for another's.
+    It enters the fingerprint of stored completions, so one strength never takes another's.
     """
-    if not acts(settings):
+    if not is_active(settings):
         return {}
     named = RELEASED[settings.method] if settings.released_data else data.extraction
     against = None if settings.released_data else [asdict(data.evaluation), data.near_duplicate]
@@ -122,14 +122,14 @@ def identity(data: DataConfig, settings: SteeringConfig, seed: int) -> dict[str,
 
 
 def summary(settings: SteeringConfig) -> dict[str, Any]:
-    """What tells evaluations under edits apart: method, strength, and the method's settings."""
+    """The settings that tell evaluations apart: method, strength, and the method's own."""
     made_with = _made_with(settings)
     own = made_with.pop("settings")
     return made_with | {"strength": settings.strength} | own
 
 
 def _made_with(settings: SteeringConfig, unread: Sequence[str] = ()) -> dict[str, Any]:
-    """The settings of a method but its strength and those that are not read."""
+    """The settings of a method without its strength and without those in `unread`."""
     needs = STEERING[settings.method].needs
     node = asdict(getattr(settings, needs)) if needs else {}
     # `ablation` shares Surgical's number of prompts
@@ -147,7 +147,7 @@ def _made_with(settings: SteeringConfig, unread: Sequence[str] = ()) -> dict[str
 
 
 class Steering(Change):
-    """An evaluation under the edits of `steering`, or on prompts that a strength is chosen on."""
+    """Evaluates under the edits of `steering`, or on the prompts that choose a strength."""
 
     def check(self, settings: EvalConfig, run: Run) -> None:
         steering = settings.node(SteeringConfig)
@@ -156,7 +156,7 @@ class Steering(Change):
 
     def told(self, settings: EvalConfig) -> dict[str, Any]:
         steering = settings.node(SteeringConfig)
-        edits = {"steering": summary(steering)} if acts(steering) else {}
+        edits = {"steering": summary(steering)} if is_active(steering) else {}
         return edits | ({"validation": True} if steering.validation else {})
 
     def identity(self, subject: Local) -> dict[str, object]:
@@ -168,14 +168,14 @@ class Steering(Change):
     def around(self, subject: Local, policy: Policy) -> Iterator[None]:
         settings = subject.settings
         steering = settings.node(SteeringConfig)
-        if not acts(steering):
+        if not is_active(steering):
             yield
             return
         chat = chat_format(policy.tokenizer, settings.model)
         folder = subject.run.folder / "steering"
         steered = steer(policy, chat, settings.data, steering, settings.seed, folder=folder)
         with edited(policy.model, steered.edits):
-            # at once: another command will find all answers here and open nothing
+            # now, since a later command that finds all answers here opens nothing
             storage.write_json(subject.folder / RECORD, steered.record)
             yield
 
@@ -184,9 +184,9 @@ class Steering(Change):
         return validation(settings, settings.limit) if apart else None
 
     def seen(self, settings: EvalConfig, sets: Sequence[PromptSet]) -> dict[str, int]:
-        """How many prompts of each set vectors were computed from: of the released ones alone."""
+        """Counts each set's prompts among the released ones that vectors were computed from."""
         steering = settings.node(SteeringConfig)
-        if not acts(steering):
+        if not is_active(steering):
             return {}
         if not steering.released_data:
             return {b.name: 0 for b in sets}

@@ -1,9 +1,9 @@
-"""Probe-gated refusal: what a linear probe says of the prompt decides how the answer opens.
+"""Probe-gated refusal: a linear probe on the prompt decides how the answer opens.
 
-The bar that training must beat: a logistic regression on the stream at the prompt's last token
-tells toxic from seemingly toxic prompts, and the last block's output is moved there by as much as
-the log-odds of refusals' first tokens shall change. Nothing else is edited, no later token either.
-Not of the paper.
+This is the bar that training must beat; it is not from the paper. A logistic regression on the
+stream at the prompt's last token tells toxic from seemingly toxic prompts. Its log-odds move the
+last block's output there, along the direction that changes the log-odds of refusals' first tokens.
+Nothing else is edited, no later token either.
 """
 
 import torch
@@ -22,12 +22,12 @@ from dcr.steering.prompts import Extraction
 from dcr.steering.scans import rows, starts
 from dcr.steering.vectors import Vectors
 
-RELATIVE_DEPTH = 0.6  # where probes transfer best (docs/analyses.md)
-STEP = 1e-2  # of the direction's length by the stream's, for the slope of the log-odds
+RELATIVE_DEPTH = 0.6  # probes transfer best there (docs/analyses.md)
+STEP = 1e-2  # share of the stream's length, for the slope of the log-odds
 
 
 def block_of(depth: int, settings: ProbeConfig) -> int:
-    """The block that is read. ConfigError where the model has none of that number."""
+    """The block that the probe reads. Raises ConfigError if the model has no such block."""
     if settings.layer is None:
         return max(1, round(depth * RELATIVE_DEPTH))
     if not 1 <= settings.layer <= depth:
@@ -40,26 +40,28 @@ def block_of(depth: int, settings: ProbeConfig) -> int:
 def find(
     policy: Policy, chat: ChatFormat, extraction: Extraction, settings: SteeringConfig
 ) -> Vectors:
-    """Tensors `probe` and `direction` [width]: the log-odds of a prompt are x·probe + `bias`, and a
-    direction added to the last block's output raises those of refusals' first tokens by about 1.
+    """Tensors `probe` and `direction`, both [width]: a prompt's log-odds are x·probe + `bias`.
+
+    `direction`, added to the last block's output, raises the log-odds of refusals' first tokens by
+    about 1.
     """
     model = policy.model
     depth = len(models.decoder_blocks(model))
     block = block_of(depth, settings.probe)
     asked = vectors.encoded(chat, [*extraction.seemingly_toxic, *extraction.toxic])
-    read = vectors.read(model, asked, [[-1]] * len(asked))[:, :, 0]
+    states = vectors.read_states(model, asked, [[-1]] * len(asked))[:, :, 0]
     labels = torch.tensor(
         [0] * len(extraction.seemingly_toxic) + [1] * len(extraction.toxic), dtype=torch.long
     )
-    weights, bias = separability.probe_weights(read[block - 1].cpu(), labels)
-    direction = _towards_refusal(model, chat, read[depth - 1])
+    weights, bias = separability.probe_weights(states[block - 1].cpu(), labels)
+    direction = _towards_refusal(model, chat, states[depth - 1])
     return {"probe": weights, "direction": direction}, {"block": block, "bias": bias}
 
 
 def _towards_refusal(
     model: object, chat: ChatFormat, last: Float[Tensor, "prompts width"]
 ) -> Float[Tensor, " width"]:
-    """Of the length that raises the log-odds of refusals' first tokens by 1, over the prompts."""
+    """The direction whose sum raises the mean log-odds of refusals' first tokens by 1."""
     openings, norm = refusal.refusal_openings(chat), models.final_norm(model)
     head = models.head(model).weight.detach().float()
     direction = head[openings.to(head.device)].mean(0) - head.mean(0)
@@ -80,9 +82,9 @@ def _towards_refusal(
 
 
 def edits(policy: Policy, chat: ChatFormat, made: Vectors, settings: SteeringConfig) -> Plan:
-    """At the last prompt token the last block's output moves by strength × the probe's log-odds.
+    """Moves the last block's output at the last prompt token by strength × the probe's log-odds.
 
-    One further pass up to the probe's block for each batch of prompts. Texts without a mask, as
+    Each batch of prompts takes one further pass up to the probe's block. Texts without a mask, as
     the lm-evaluation-harness scores them, have no first answer token and stay unedited.
     """
     del chat
@@ -94,13 +96,11 @@ def edits(policy: Policy, chat: ChatFormat, made: Vectors, settings: SteeringCon
         if mask is None:
             return []
         prompts, block = rows(ids, mask), info["block"]
-        read = vectors.read(model, prompts, [[-1]] * len(prompts), until=block, size=len(prompts))
-        scale = settings.strength * (read[block - 1, :, 0] @ probe + info["bias"])
-        where = starts(ids, mask)
-        return [
-            Edit(
-                Site.block_output, depth, tensors["direction"], scale=scale, start=where, once=True
-            )
-        ]
+        last = [[-1]] * len(prompts)
+        states = vectors.read_states(model, prompts, last, until=block, size=len(prompts))
+        scale = settings.strength * (states[block - 1, :, 0] @ probe + info["bias"])
+        start = starts(ids, mask)
+        add = tensors["direction"]
+        return [Edit(Site.block_output, depth, add, scale=scale, start=start, once=True)]
 
     return plan

@@ -1,7 +1,7 @@
 """The prompts that steering vectors are computed from.
 
-Leak-free unless the released prompts are asked for: whatever is equal or close to a prompt of an
-evaluation set is dropped and counted, whichever source it comes from.
+A prompt that is equal or close to one of an evaluation set is dropped and counted, whichever source
+it comes from, unless the settings ask for the released prompts.
 """
 
 from collections import Counter
@@ -19,7 +19,7 @@ SURGICAL_RELEASED = SourcesByKind(
     seemingly_toxic=["surgical_orbench_train"],
     normal=["alpaca"],
 )
-# What the released code of each method reads; evaluation prompts are among them.
+# The sources that each method's released code reads; they contain evaluation prompts.
 RELEASED = {
     "scans": SourcesByKind(toxic=["advbench"], normal=["truthfulqa"]),
     "surgical": SURGICAL_RELEASED,
@@ -28,8 +28,8 @@ RELEASED = {
 
 
 @dataclass(frozen=True)
-class Need:
-    """How many prompts of each kind a method computes its vectors from, and the key to lower."""
+class PromptCounts:
+    """The number of prompts of each kind that a method needs, and the key to lower."""
 
     toxic: int = 0
     seemingly_toxic: int = 0
@@ -37,29 +37,30 @@ class Need:
     key: str = ""
 
 
-def needed(settings: SteeringConfig) -> Need:
-    """Of SCANS anchors, and as many again where the threshold is calibrated on them."""
+def needed(settings: SteeringConfig) -> PromptCounts:
+    """The counts of `settings.method`; SCANS needs twice the anchors to calibrate its threshold."""
     train, validation = settings.surgical.train, settings.surgical.validation
     if settings.method == "scans":
         anchors = settings.scans.anchors * (2 if settings.scans.threshold is None else 1)
-        return Need(anchors, 0, anchors, f"steering.scans.anchors={settings.scans.anchors}")
+        key = f"steering.scans.anchors={settings.scans.anchors}"
+        return PromptCounts(anchors, 0, anchors, key)
     if settings.method == "surgical":
         key = f"steering.surgical.train={train} with steering.surgical.validation={validation}"
-        return Need(*[train + validation] * 3, key=key)
+        return PromptCounts(*[train + validation] * 3, key=key)
     if settings.method == "ablation":
-        return Need(train, 0, train, f"steering.surgical.train={train}")
+        return PromptCounts(train, 0, train, f"steering.surgical.train={train}")
     if settings.method == "probe":
         train = settings.probe.train
-        return Need(train, train, 0, f"steering.probe.train={train}")
-    return Need()
+        return PromptCounts(train, train, 0, f"steering.probe.train={train}")
+    return PromptCounts()
 
 
 @dataclass(frozen=True)
 class Extraction:
-    """Prompts in drawn order, as many as the method needs, with what was dropped and why.
+    """Prompts in drawn order, as many as the method needs, and the counts of dropped ones.
 
-    `leaked` counts the prompts that stand in an evaluation set all the same, by set: of the
-    released prompts alone.
+    `leaked` counts, by evaluation set, the prompts that stand in it all the same; only released
+    prompts do.
     """
 
     toxic: list[Example] = field(default_factory=list)
@@ -69,14 +70,14 @@ class Extraction:
     leaked: dict[str, int] = field(default_factory=dict)
 
     def parts(self) -> dict[str, list[Example]]:
-        """What vectors are computed from, by kind."""
+        """The prompts by kind."""
         return {kind: getattr(self, kind) for kind in KINDS}
 
 
 def extraction(data: DataConfig, settings: SteeringConfig, seed: int) -> Extraction:
     """The prompts of `settings.method`, none for method=none.
 
-    Raises ConfigError where a kind has too few prompts, and whatever `sources.read` raises.
+    Raises ConfigError if a kind has too few prompts, and whatever `sources.read` raises.
     """
     need, evaluated = needed(settings), evaluation_prompts(data)
     clean: dict[str, list[Example]] = {}
@@ -98,20 +99,20 @@ def extraction(data: DataConfig, settings: SteeringConfig, seed: int) -> Extract
             cure = f"name more in data.extraction.{kind}"
             if named is not data.extraction:
                 cure = "leave steering.released_data out"
-            gone = sum(count for why, count in dropped.items() if why.startswith(f"{kind}:"))
-            lost = f" ({gone} more stand in evaluation sets)" if gone else ""
+            count = sum(n for why, n in dropped.items() if why.startswith(f"{kind}:"))
+            more = f" ({count} more stand in evaluation sets)" if count else ""
             raise ConfigError(
                 f"{need.key} asks for {getattr(need, kind)} {kind} prompts: "
-                f"{', '.join(getattr(named, kind)) or 'no source'} has {len(rows)}{lost}; "
+                f"{', '.join(getattr(named, kind)) or 'no source'} has {len(rows)}{more}; "
                 f"lower it, or {cure}"
             )
-    taken = {kind: rows[: getattr(need, kind)] for kind, rows in drawn.items()}
-    used = [row for rows in taken.values() for row in rows]
+    chosen = {kind: rows[: getattr(need, kind)] for kind, rows in drawn.items()}
+    used = [row for rows in chosen.values() for row in rows]
     overlaps = contamination.overlaps(
         [row.prompt for row in used], evaluated, near=data.near_duplicate
     )
     return Extraction(
-        **taken,
+        **chosen,
         dropped=dict(dropped),
         leaked=dict(Counter(overlap.set for overlap in overlaps if overlap is not None)),
     )

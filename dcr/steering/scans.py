@@ -1,11 +1,11 @@
-"""SCANS (Cao et al., AAAI 2025): towards refusal where a query moves like a toxic one, else away.
+"""SCANS (Cao et al., AAAI 2025): steers a query that moves like a toxic one to refusal, else away.
 
-From two kinds of anchors: a unit vector for each steered block, and how the stream of a toxic
-prompt moves when the answer begins with " Sure". A query that moves alike counts as toxic.
+Two kinds of anchors give a unit vector for each steered block, and the reference: how the stream of
+a toxic prompt moves when the answer begins with " Sure". A query that moves alike counts as toxic.
 
-Departures from the released code: one threshold for all test sets; prompts drawn by seed; queries
-are compared up to the last block in models of every size; after it the stream before the final
-norm, where HF's hidden state is normed.
+Departures from the released code: one threshold serves all test sets; prompts are drawn by seed;
+queries are compared up to the last block in models of every size; the last block's output is taken
+before the final norm, where HF's hidden state is normed.
 """
 
 from collections.abc import Sequence
@@ -30,15 +30,15 @@ from dcr.steering.vectors import Vectors
 
 SUFFIX = " Sure"
 ABSOLUTE = range(11, 21)  # 0-based outputs [10, 20) of the released code, for models of 32 blocks
-LAST, END, SURE = 0, 1, 2  # places read of each prompt: its last token, s1, s2
+LAST, END, SURE = 0, 1, 2  # the places of each prompt: its last token, s1, s2
 
 
 @dataclass(frozen=True)
 class Query:
-    """What is read of a prompt: its last token, s1, and s2, the last token of the suffix.
+    """The suffix, whose last token is s2, and the `tail` from the user's end token (s1) on.
 
-    `tail` are the tokens from the user's end token on. Where a prompt does not end with them, as
-    in text without a chat template, s1 is its last token; so it is always with an empty tail.
+    A prompt that does not end with the tail, as in text without a chat template, has s1 at its last
+    token; so has every prompt if the tail is empty.
     """
 
     suffix: list[int]
@@ -50,14 +50,14 @@ def find(
 ) -> Vectors:
     """Tensors `vectors` [steered blocks, width] and `reference` [compared blocks, width].
 
-    One pass an anchor. Anchors beyond the first `scans.anchors` of each kind calibrate the
+    Each anchor takes one pass. Anchors beyond the first `scans.anchors` of each kind calibrate the
     threshold. Raises ConfigError as `steered_blocks` and `query` do.
     """
     scans, depth = settings.scans, len(models.decoder_blocks(policy.model))
     steered, asked = steered_blocks(depth, scans), query(chat, scans)
     compared = range(steered[0], depth + 1)
     states = {
-        kind: read(policy.model, asked, vectors.encoded(chat, rows))
+        kind: read_places(policy.model, asked, vectors.encoded(chat, rows))
         for kind, rows in (("toxic", extraction.toxic), ("normal", extraction.normal))
     }
     inside = [block - 1 for block in steered]
@@ -66,8 +66,8 @@ def find(
     reference = moved["toxic"][:, : scans.anchors].mean(1)
     threshold, accuracy = scans.threshold, None
     if threshold is None:
-        held = {k: similarity(m[:, scans.anchors :], reference) for k, m in moved.items()}
-        threshold, accuracy = calibrated(held["toxic"].tolist(), held["normal"].tolist())
+        scores = {k: similarity(m[:, scans.anchors :], reference) for k, m in moved.items()}
+        threshold, accuracy = calibrated(scores["toxic"].tolist(), scores["normal"].tolist())
     directions = vectors.unit(means["toxic"] - means["normal"], "toxic and normal prompts")
     info = {
         "blocks": [steered[0], steered[-1]],
@@ -79,14 +79,14 @@ def find(
 
 
 def edits(policy: Policy, chat: ChatFormat, made: Vectors, settings: SteeringConfig) -> Plan:
-    """At each block steered x ← x + σ·α·v from the last prompt token on, σ = ±1 by row.
+    """Edits x ← x + σ·α·v at each steered block from the last prompt token on, σ = ±1 by row.
 
-    For each batch of prompts one further pass, which computes no logits.
+    Each batch of prompts takes one further pass, which computes no logits.
 
-    Without a mask (the lm-evaluation-harness scores texts so, padded on the right with id 0) each
-    row's text without its trailing zeros is the query, and is compared inside the chat template,
-    as the reference was taken: bare text moves otherwise. Every position is then steered: where
-    instruction ends and answer begins cannot be told, and so no scored token goes unsteered.
+    The lm-evaluation-harness scores texts without a mask, padded on the right with id 0. Each row's
+    text without its trailing zeros is then the query, compared inside the chat template, as the
+    reference was, since bare text moves otherwise. Nobody can tell there where the instruction
+    ends, so every position is steered and no scored token goes unsteered.
     """
     tensors, info = made
     device, asked = policy.model.device, query(chat, settings.scans)
@@ -98,7 +98,7 @@ def edits(policy: Policy, chat: ChatFormat, made: Vectors, settings: SteeringCon
         if mask is None:
             texts = chat.tokenizer.batch_decode(prompts, skip_special_tokens=True)
             prompts = [chat.prompt_ids(text) for text in texts]
-        moved = transitions(read(policy.model, asked, prompts, len(prompts)), compared)
+        moved = transitions(read_places(policy.model, asked, prompts, len(prompts)), compared)
         toxic = similarity(moved, reference) >= info["threshold"]
         scale = torch.where(toxic, settings.strength, -settings.strength)
         common = Edit(Site.block_output, 1, scale=scale, start=starts(ids, mask))
@@ -113,8 +113,8 @@ def edits(policy: Policy, chat: ChatFormat, made: Vectors, settings: SteeringCon
 def steered_blocks(depth: int, scans: ScansConfig) -> range:
     """The blocks (from 1) whose output is steered.
 
-    `absolute`: 11 to 20, whatever the depth. `middle_third`: 10 to 18 of 28. Raises ConfigError
-    where a model has no block 20.
+    `absolute` gives 11 to 20, whatever the depth; `middle_third` gives 10 to 18 of 28. Raises
+    ConfigError for `absolute` in a model without a block 20.
     """
     if scans.layers is ScansLayers.middle_third:
         return range(depth // 3 + 1, max(2 * depth // 3, depth // 3 + 1) + 1)
@@ -127,12 +127,12 @@ def steered_blocks(depth: int, scans: ScansConfig) -> range:
 
 
 def query(chat: ChatFormat, scans: ScansConfig) -> Query:
-    """Raises ConfigError where the template ends the user's turn without a token of its own."""
+    """The places to read. Raises ConfigError if no token of its own ends the user's turn."""
     tokenizer = chat.tokenizer
     suffix = tokenizer.encode(SUFFIX, add_special_tokens=False)
     if scans.s1 is ScansEnd.prompt_last:
         return Query(suffix, [])
-    ids = vectors.behind(chat)
+    ids = vectors.tokens_after_prompt(chat)
     special = prompts.special_tokens(tokenizer).values()
     first = next((place for place, token in enumerate(ids) if token in special), None)
     tail = [] if first is None else ids[first:]
@@ -144,16 +144,16 @@ def query(chat: ChatFormat, scans: ScansConfig) -> Query:
     return Query(suffix, tail)
 
 
-def read(
+def read_places(
     model: Any, asked: Query, prompts: Sequence[Sequence[int]], size: int = vectors.BATCH_SIZE
 ) -> Float[Tensor, "blocks prompts 3 width"]:
-    """Outputs of all blocks at the three places of each prompt, suffix appended."""
+    """Outputs of all blocks at the three places of each prompt with the suffix appended."""
     offsets, added = [], len(asked.suffix)
     for prompt in prompts:
         ends = bool(asked.tail) and list(prompt[-len(asked.tail) :]) == asked.tail
         end = len(asked.tail) if ends else 1
         offsets.append([-added - 1, -added - end, -1])
-    return vectors.read(model, [[*p, *asked.suffix] for p in prompts], offsets, size=size)
+    return vectors.read_states(model, [[*p, *asked.suffix] for p in prompts], offsets, size=size)
 
 
 def transitions(
@@ -174,16 +174,16 @@ def similarity(
 def calibrated(toxic: Sequence[float], normal: Sequence[float]) -> tuple[float, float]:
     """The threshold T of the highest balanced accuracy of "toxic if c ≥ T", and that accuracy.
 
-    Halfway between two scores; of equally good ones in the widest gap, then the lowest. The lowest
-    score of all, which takes every query for toxic, only where nothing beats it.
+    T lies halfway between two scores; a tie goes to the widest gap, then to the lowest T. The
+    lowest score of all, which takes every query for toxic, wins only if nothing beats it.
     """
     scores = sorted({*toxic, *normal})
     gaps = [(high - low, (high + low) / 2) for low, high in pairwise(scores)]
 
     def accuracy(threshold: float) -> float:
-        caught = sum(score >= threshold for score in toxic) / len(toxic)
-        let = sum(score < threshold for score in normal) / len(normal)
-        return (caught + let) / 2
+        true_positive = sum(score >= threshold for score in toxic) / len(toxic)
+        true_negative = sum(score < threshold for score in normal) / len(normal)
+        return (true_positive + true_negative) / 2
 
     candidates = [(0.0, scores[0]), *gaps]
     _, best = max(candidates, key=lambda c: (accuracy(c[1]), c[0], -c[1]))
@@ -191,7 +191,7 @@ def calibrated(toxic: Sequence[float], normal: Sequence[float]) -> tuple[float, 
 
 
 def rows(ids: Int[Tensor, "batch length"], mask: Tensor | None) -> list[list[int]]:
-    """The prompts without their padding; without a mask, without trailing zeros."""
+    """The prompts without their padding, or without trailing zeros if there is no mask."""
     if mask is not None:
         return [row[keep].tolist() for row, keep in zip(ids, mask.bool(), strict=True)]
     texts = []
@@ -204,7 +204,7 @@ def rows(ids: Int[Tensor, "batch length"], mask: Tensor | None) -> list[list[int
 
 
 def starts(ids: Int[Tensor, "batch length"], mask: Tensor | None) -> Int[Tensor, " batch"]:
-    """The last prompt token of each row, where the instruction ends; without a mask the first."""
+    """The place of each row's last prompt token; without a mask, of its first token."""
     if mask is None:
         return torch.zeros(len(ids), dtype=torch.long, device=ids.device)
     places = torch.arange(ids.shape[1], device=ids.device)

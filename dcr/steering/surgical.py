@@ -1,16 +1,15 @@
-"""Directions taken out of the stream: Surgical, and plain ablation to compare with.
+"""Directions ablated from the stream: Surgical, and plain ablation to compare with.
 
-Surgical (Wang et al., ICLR 2025): the seemingly toxic direction, which a false refusal follows, is
-taken out, the toxic one put in.
-Directions come from every block and template position (`directions`), each is tried on validation
-prompts (`select_ablation`, `select_addition`) by how strongly the model is about to refuse
-(`refusal_scores`). Departures from the released code: scores and divergences are computed from
-log-probabilities without its 1e-8 and 1e-6, and the share of a direction that is ablated is a
-setting for both.
+Surgical (Wang et al., ICLR 2025) ablates the seemingly toxic direction, which a false refusal
+follows, and adds the toxic one. Directions come from every block and template position
+(`directions`); validation prompts choose among them (`select_ablation`, `select_addition`) by how
+strongly the model is about to refuse (`refusal_scores`). Departures from the released code: scores
+and divergences are computed from log-probabilities without its 1e-8 and 1e-6, and the ablated share
+of a direction is a setting for both.
 
-Plain ablation of the refusal direction (Arditi et al., NeurIPS 2024): the difference of means of
-toxic and normal prompts at their last token. Where the authors select layer and position on a
-validation set, one layer stands here for all models.
+Plain ablation removes the refusal direction (Arditi et al., NeurIPS 2024): the difference of means
+of toxic and normal prompts at their last token. The authors select layer and position on a
+validation set; here one relative depth serves all models.
 """
 
 import logging
@@ -40,13 +39,12 @@ log = logging.getLogger(__name__)
 Tokens = list[int]
 
 FEWEST = 8  # prompts of a kind: with fewer, the mean says more about them than about the kind
-# A vector that is shorter than this share of those it is a difference of is their rounding.
+# A difference shorter than this share of its two vectors is their rounding.
 ROUNDING = 1e-6
 # The released config's λ: 1 removes the whole component along the toxic direction.
 ORTHOGONALISED = 1.0
-CANDIDATES_BELOW = 0.8  # of the depth, as released: no candidate is taken from the last blocks
-# Of the depth; the layers that the authors select lie between 0.3 and 0.65 of it, by model.
-RELATIVE_DEPTH = 0.6
+CANDIDATES_BELOW = 0.8  # of the depth, as released: the last blocks give no candidate
+RELATIVE_DEPTH = 0.6  # the authors select layers between 0.3 and 0.65 of the depth, by model
 SITES = (Site.block_input, Site.attention_output, Site.mlp_output)
 
 # From a candidate and its block to (KL on normal prompts, mean refusal score).
@@ -55,7 +53,7 @@ Trial = Callable[[Tensor, int], tuple[float, float]]
 
 @dataclass(frozen=True)
 class Validation:
-    """Validation prompts; `clean` is what the unedited model says to the normal ones."""
+    """Validation prompts; `clean` are the unedited model's log-probabilities on the normal ones."""
 
     model: Any
     normal: Sequence[Tokens]
@@ -66,7 +64,7 @@ class Validation:
 
 @dataclass(frozen=True)
 class Selected:
-    """A candidate: at `place` among the positions and the input of `block` (from 1)."""
+    """The chosen candidate: the position `place` and the input of `block` (from 1)."""
 
     place: int
     block: int
@@ -76,7 +74,7 @@ class Selected:
     survivors: int
 
     def record(self, names: Sequence[str]) -> dict[str, Any]:
-        """For a record of the run; `position` counts from the prompt's end (-1: last token)."""
+        """The choice as JSON; `position` counts from the prompt's end (-1: last token)."""
         return {
             "block": self.block,
             "position": self.place - len(names),
@@ -93,27 +91,33 @@ def find(
 ) -> Vectors:
     """Tensors `ablated` (w', of length 1) and `added` (r, as it was measured), both [width].
 
-    Of each kind the first `train` prompts give the means and the next `validation` choose among
-    candidates: (template tokens behind the instruction) × ⌊0.8·depth⌋ for either
-    vector. Two passes over the former, and for each candidate up to three over the latter.
+    The first `train` prompts of each kind give the means, and the next `validation` choose among
+    the candidates of either vector: (template tokens behind the instruction) × ⌊0.8·depth⌋. This
+    takes two passes over the former, and for each candidate up to three over the latter.
 
-    Raises ConfigError where fewer than FEWEST training prompts of a kind pass the filter, no
-    candidate survives, the template has no token behind the instruction, or the words for refusals
-    cannot follow it.
+    Raises ConfigError if fewer than FEWEST training prompts of a kind pass the filter, if no
+    candidate survives, if the template has no token behind the instruction, or if the words for
+    refusals cannot follow it.
     """
     options, model = settings.surgical, policy.model
-    blocks = _blocks(len(models.decoder_blocks(model)))
+    depth = len(models.decoder_blocks(model))
+    blocks = int(CANDIDATES_BELOW * depth)  # the first ones, which give candidates
+    if blocks < 2:  # before the first block no token has seen another
+        raise ConfigError(
+            f"model.name: leaves {blocks} of {depth} blocks to take vectors from, which lie below "
+            f"{CANDIDATES_BELOW} of the depth and behind the first; Surgical needs 3 blocks or more"
+        )
     refusals = openings(chat, options.refusal_tokens).to(model.device)
     train, held = _split(chat, extraction, options)
-    behind = tail(chat, [ids for part in (train, held) for rows in part.values() for ids in rows])
-    kept = _filtered(model, train, refusals, options)
-    toxic, seemingly_toxic = directions(model, kept, len(behind), blocks)
+    template = tail(chat, [ids for part in (train, held) for rows in part.values() for ids in rows])
+    used = _filtered(model, train, refusals, options)
+    toxic, seemingly_toxic = directions(model, used, len(template), blocks)
     pure = orthogonalised(seemingly_toxic, toxic, ORTHOGONALISED)
     clean = {kind: last_log_p(model, rows) for kind, rows in held.items()}
     bench = Validation(model, held["normal"], held["seemingly_toxic"], clean["normal"], refusals)
     log.info(
         "surgical: %d positions × %d blocks are tried, for either vector on %d prompts or fewer",
-        *(len(behind), blocks, sum(map(len, held.values()))),
+        *(len(template), blocks, sum(map(len, held.values()))),
     )
     ablated = select_ablation(bench, pure, options.ablation_kl)
     added = select_addition(bench, toxic, options.addition_kl)
@@ -121,20 +125,20 @@ def find(
         "ablated": pure[ablated.place, ablated.block - 1],
         "added": toxic[added.place, added.block - 1],
     }
-    names = [str(chat.tokenizer.convert_ids_to_tokens(token)) for token in behind]
+    names = [str(chat.tokenizer.convert_ids_to_tokens(token)) for token in template]
     before = {kind: refusal_scores(rows, refusals).mean().item() for kind, rows in clean.items()}
     return tensors, {
-        "kept": {kind: [len(kept[kind]), len(train[kind])] for kind in KINDS},
+        "kept": {kind: [len(used[kind]), len(train[kind])] for kind in KINDS},
         "ablated": ablated.record(names) | {"clean_score": before["seemingly_toxic"]},
         "added": added.record(names) | {"clean_score": before["normal"]},
     }
 
 
 def edits(policy: Policy, _chat: ChatFormat, made: Vectors, settings: SteeringConfig) -> Edits:
-    """x ← x − s·b·(x·w')w' at three sites of every block, then x ← x + s·a·r at r's block input.
+    """Edits x ← x − s·b·(x·w')w' at three sites of every block, then x ← x + s·a·r at r's block.
 
-    s is the strength, a `add`, b `ablate`; at all positions, of prompt and answer. With s·b < 1
-    removal compounds over sites and depth, and what is left is not a share of 1 − s·b.
+    s is the strength, a `add`, b `ablate`; the edits act at all positions of prompt and answer. If
+    s·b < 1, removal compounds over sites and depth: the rest is not the share 1 − s·b.
     """
     tensors, info = made
     options, depth = settings.surgical, len(models.decoder_blocks(policy.model))
@@ -147,28 +151,17 @@ def edits(policy: Policy, _chat: ChatFormat, made: Vectors, settings: SteeringCo
     return [*everywhere(depth, tensors["ablated"], settings.strength * options.ablate), added]
 
 
-def _blocks(depth: int) -> int:
-    """How many blocks, from the first, candidates are taken from."""
-    blocks = int(CANDIDATES_BELOW * depth)
-    if blocks < 2:  # before the first block no token has seen another
-        raise ConfigError(
-            f"model.name: leaves {blocks} of {depth} blocks to take vectors from, which lie below "
-            f"{CANDIDATES_BELOW} of the depth and behind the first; Surgical needs 3 blocks or more"
-        )
-    return blocks
-
-
 def _split(
     chat: ChatFormat, extraction: Extraction, options: SurgicalConfig
 ) -> tuple[dict[str, list[Tokens]], dict[str, list[Tokens]]]:
-    """Training and validation prompts of each kind, each by length: so little is padding."""
+    """Training and validation prompts of each kind, ordered by length so that little is padded."""
     train, held = {}, {}
     for kind in KINDS:
         rows = vectors.encoded(
             chat, getattr(extraction, kind)[: options.train + options.validation]
         )
         train[kind] = sorted(rows[: options.train], key=len)
-        if kind != "toxic":  # no choice is made on these
+        if kind != "toxic":  # no choice depends on these
             held[kind] = sorted(rows[options.train :], key=len)
     empty = [kind for kind, rows in held.items() if not rows]
     if empty:
@@ -186,13 +179,13 @@ def _filtered(
     options: SurgicalConfig,
 ) -> dict[str, list[Tokens]]:
     """Prompts that the model is about to refuse, and normal ones that it is not."""
-    kept: dict[str, list[Tokens]] = {}
+    used: dict[str, list[Tokens]] = {}
     for kind, rows in train.items():
         sign = -1 if kind == "normal" else 1
         scores = sign * refusal_scores(last_log_p(model, rows), refusals)
-        kept[kind] = [ids for ids, score in zip(rows, scores.tolist(), strict=True) if score > 0]
-    if min(map(len, kept.values())) < FEWEST:
-        counts = ", ".join(f"{len(kept[kind])} of {len(train[kind])} {kind}" for kind in KINDS)
+        used[kind] = [ids for ids, score in zip(rows, scores.tolist(), strict=True) if score > 0]
+    if min(map(len, used.values())) < FEWEST:
+        counts = ", ".join(f"{len(used[kind])} of {len(train[kind])} {kind}" for kind in KINDS)
         raise ConfigError(
             f"steering.surgical.train={options.train}: {counts} prompts are left where the model "
             f"refuses the first two kinds and answers the third, of each {FEWEST} are needed; "
@@ -200,19 +193,19 @@ def _filtered(
             f"steering.surgical.refusal_tokens (now {', '.join(options.refusal_tokens)}), or take "
             "a model that refuses more"
         )
-    return kept
+    return used
 
 
 # --- directions that are tried --------------------------------------------------------------------
 
 
 def tail(chat: ChatFormat, sequences: Sequence[Tokens]) -> Tokens:
-    """The template's tokens behind the instruction, the assistant's header with them.
+    """The template's tokens behind the instruction that every one of `sequences` ends with.
 
-    Only those that every one of `sequences` ends with: some tokenizers join the end of an
-    instruction with the beginning of what follows. Raises ConfigError where there is none.
+    The assistant's header is among them. Some tokenizers join the end of an instruction with the
+    beginning of the text behind it. Raises ConfigError if there is no such token.
     """
-    behind = vectors.behind(chat)
+    behind = vectors.tokens_after_prompt(chat)
     shared = len(behind)
     while any(ids[len(ids) - shared :] != behind[len(behind) - shared :] for ids in sequences):
         shared -= 1
@@ -225,17 +218,18 @@ def tail(chat: ChatFormat, sequences: Sequence[Tokens]) -> Tokens:
 
 
 def directions(
-    model: Any, kept: Mapping[str, Sequence[Tokens]], positions: int, blocks: int
+    model: Any, prompts: Mapping[str, Sequence[Tokens]], positions: int, blocks: int
 ) -> tuple[Float[Tensor, "positions blocks width"], Float[Tensor, "positions blocks width"]]:
-    """r = toxic − normal and w = seemingly toxic − normal, of the inputs of blocks.
+    """r = toxic − normal and w = seemingly toxic − normal, as differences of mean block inputs.
 
-    At the last `positions` tokens of each prompt and the first `blocks` blocks, in fp32 on the CPU
-    (means in fp64). NaN where the kinds do not differ, as at the first block's input.
+    The means are over the last `positions` tokens of each prompt and the first `blocks` blocks, in
+    fp32 on the CPU (summed in fp64). Kinds that do not differ, as at the first block's input, give
+    NaN.
     """
     means = {}
-    for kind, rows in kept.items():
+    for kind, rows in prompts.items():
         offsets = [list(range(-positions, 0))] * len(rows)
-        states = vectors.read(model, rows, offsets, Site.block_input, blocks)
+        states = vectors.read_states(model, rows, offsets, Site.block_input, blocks)
         means[kind] = states.cpu().mean(1, dtype=torch.float64).transpose(0, 1)
     toxic, seemingly_toxic = (
         _or_nan(means[kind] - means["normal"], means["normal"]).float()
@@ -249,18 +243,18 @@ def orthogonalised(
     toxic: Float[Tensor, "positions blocks width"],
     share: float,
 ) -> Float[Tensor, "positions blocks width"]:
-    """w' = w − λ(w·r / r·r)r of each place, then scaled to length 1; NaN where nothing is left."""
+    """w' = w − λ(w·r / r·r)r of each place, scaled to length 1; NaN if only rounding is left."""
     w, r = seemingly_toxic.double(), toxic.double()
     along = (w * r).sum(-1, keepdim=True) / (r * r).sum(-1, keepdim=True)
-    left = _or_nan(w - share * along * r, w)
-    return (left / left.norm(dim=-1, keepdim=True)).float()
+    rest = _or_nan(w - share * along * r, w)
+    return (rest / rest.norm(dim=-1, keepdim=True)).float()
 
 
 def _or_nan(
-    difference: Float[Tensor, "*places width"], of: Float[Tensor, "*places width"]
+    difference: Float[Tensor, "*places width"], term: Float[Tensor, "*places width"]
 ) -> Float[Tensor, "*places width"]:
     length = difference.norm(dim=-1, keepdim=True)
-    real = length > ROUNDING * of.norm(dim=-1, keepdim=True)
+    real = length > ROUNDING * term.norm(dim=-1, keepdim=True)
     return torch.where(real, difference, torch.nan)
 
 
@@ -268,10 +262,10 @@ def _or_nan(
 
 
 def openings(chat: ChatFormat, words: Sequence[str]) -> Int[Tensor, " refusals"]:
-    """The distinct first tokens of `words` where the assistant begins to speak, ascending.
+    """The distinct first tokens of `words` at the beginning of an answer, ascending.
 
     A word that the tokenizer splits counts by its first part. Raises ConfigError for no word or an
-    empty one, and where the template's own tokens change once a word follows.
+    empty one, and if the template's own tokens change once a word follows.
     """
     end = ending(chat.tokenizer, chat.prompt_ids("x"))
     try:
@@ -329,9 +323,9 @@ def everywhere(depth: int, direction: Float[Tensor, " width"], share: float) -> 
 def select_ablation(
     held: Validation, candidates: Float[Tensor, "positions blocks width"], bound: float
 ) -> Selected:
-    """The lowest mean refusal score on seemingly toxic prompts, under full ablation.
+    """The candidate of the lowest mean refusal score on seemingly toxic prompts when ablated.
 
-    Of candidates whose ablation moves the answer to normal prompts by no more than `bound`.
+    Only candidates count whose ablation moves the answer to normal prompts by at most `bound` (KL).
     """
     depth = len(models.decoder_blocks(held.model))
 
@@ -351,10 +345,11 @@ def select_ablation(
 def select_addition(
     held: Validation, candidates: Float[Tensor, "positions blocks width"], bound: float
 ) -> Selected:
-    """The highest mean refusal score on normal prompts, with r at r's block input.
+    """The candidate of the highest mean refusal score on normal prompts when added at its block.
 
-    Of candidates whose addition moves the answer to these prompts by no more than `bound`. The
-    released code compares them at a coefficient of 0, where all are equal and the first stays.
+    Only candidates count whose addition moves the answer to these prompts by at most `bound` (KL).
+    The released code compares them at a coefficient of 0, which makes all equal and keeps the
+    first.
     """
 
     def addition(direction: Tensor, block: int) -> tuple[float, float]:
@@ -374,24 +369,23 @@ def _select(
     bound: float,
     sign: int,
 ) -> Selected:
-    """The survivor with the lowest sign·score; of equal ones that of the first position and block.
+    """The survivor with the lowest sign·score; a tie goes to the first position and block.
 
-    Raises ConfigError where none survives.
+    Raises ConfigError if none survives.
     """
     real = (~candidates.isnan().any(-1)).nonzero().tolist()
     tried = []
-    # no bar where nobody watches
     for place, index in tqdm(real, unit="candidate", desc=f"surgical {name}", disable=None):
         kl, score = trial(candidates[place, index], index + 1)
         tried.append((place, index + 1, kl, score))
     alive = [entry for entry in tried if entry[2] <= bound and not math.isnan(entry[3])]
     if not alive:
-        raise ConfigError(_nothing_left(name, [entry[2] for entry in tried], bound))
+        raise ConfigError(_no_survivor(name, [entry[2] for entry in tried], bound))
     place, block, kl, score = min(alive, key=lambda entry: sign * entry[3])
     return Selected(place, block, score, kl, candidates[..., 0].numel(), len(alive))
 
 
-def _nothing_left(name: str, tried: Sequence[float], bound: float) -> str:
+def _no_survivor(name: str, tried: Sequence[float], bound: float) -> str:
     if not tried:
         return (
             "data.extraction: toxic, seemingly toxic and normal prompts leave no direction to "
@@ -418,7 +412,7 @@ def find_ablation(
     means = []
     for rows in (extraction.toxic, extraction.normal):
         prompts, last = vectors.encoded(chat, rows), [[-1]] * len(rows)
-        states = vectors.read(policy.model, prompts, last, Site.block_input, block)
+        states = vectors.read_states(policy.model, prompts, last, Site.block_input, block)
         means.append(states[-1, :, 0].mean(0))
     vector = vectors.unit(means[0] - means[1], "toxic and normal prompts")
     return {"vector": vector}, {"block": block}
@@ -427,6 +421,6 @@ def find_ablation(
 def ablation_edits(
     policy: Policy, _chat: ChatFormat, made: Vectors, settings: SteeringConfig
 ) -> Edits:
-    """At three sites of every block, x ← x − strength·(x·v)v at all positions."""
+    """Edits x ← x − strength·(x·v)v at three sites of every block and at all positions."""
     depth = len(models.decoder_blocks(policy.model))
     return everywhere(depth, made[0]["vector"], settings.strength)

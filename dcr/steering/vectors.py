@@ -1,4 +1,4 @@
-"""What the methods share: prompts read in batches, directions between their means, and a store."""
+"""Code that the methods share: hidden states of prompts, unit directions, and stored vectors."""
 
 import hashlib
 import json
@@ -20,24 +20,24 @@ from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
 from dcr.core.sources import Example
 
-Info = dict[str, Any]  # what JSON can hold
-Vectors = tuple[dict[str, Tensor], Info]  # tensors by name, and what is to be recorded of them
+Info = dict[str, Any]  # JSON
+Vectors = tuple[dict[str, Tensor], Info]  # tensors by name, and their record
 BATCH_SIZE = 8  # prompts of one pass
 PLACEHOLDER = "0x5f3759df"  # a prompt that no template holds
 
 
 def encoded(chat: ChatFormat, rows: Sequence[Example]) -> list[list[int]]:
-    """The templated prompts up to where the assistant begins to speak."""
+    """The token ids of the templated prompts, with the header of the answer."""
     return [chat.prompt_ids(row.prompt) for row in rows]
 
 
-def behind(chat: ChatFormat) -> list[int]:
-    """The template's tokens behind the user's words, the assistant's header with them."""
+def tokens_after_prompt(chat: ChatFormat) -> list[int]:
+    """The template's tokens behind the user's words, including the assistant's header."""
     text = chat.text(PLACEHOLDER).rpartition(PLACEHOLDER)[2]
     return chat.tokenizer.encode(text, add_special_tokens=False)
 
 
-def read(
+def read_states(
     model: Any,
     sequences: Sequence[Sequence[int]],
     offsets: Sequence[Sequence[int]],
@@ -47,7 +47,8 @@ def read(
 ) -> Float[Tensor, "blocks rows places width"]:
     """Hidden states of each sequence at `offsets[row]`, counted from its end (-1: last token).
 
-    Blocks 1 to `until` (None: all) in one pass a batch, in fp32 on the model's device.
+    One pass a batch reads blocks 1 to `until` (None: all); the result is fp32 on the model's
+    device.
     """
     parts = []
     for start in range(0, len(sequences), size):
@@ -60,7 +61,7 @@ def read(
 
 
 def unit(vectors: Float[Tensor, "*places width"], what: str) -> Float[Tensor, "*places width"]:
-    """Each vector scaled to length 1. ConfigError where one has no direction."""
+    """Each vector scaled to length 1. Raises ConfigError if one has no direction."""
     norms = vectors.norm(dim=-1, keepdim=True)
     if not bool((norms > 0).all() and norms.isfinite().all()):
         raise ConfigError(
@@ -70,10 +71,11 @@ def unit(vectors: Float[Tensor, "*places width"], what: str) -> Float[Tensor, "*
     return vectors / norms
 
 
-def kept(folder: Path | None, key: Mapping[str, object], find: Callable[[], Vectors]) -> Vectors:
-    """What `find` gives, from `folder` where it was stored under the same key, else stored there.
+def cached(folder: Path | None, key: Mapping[str, object], find: Callable[[], Vectors]) -> Vectors:
+    """The vectors that `folder` holds under `key`, or those of `find`, which it then stores.
 
-    `key` is all that the tensors depend on. Without a folder nothing is stored.
+    `key` is everything that the tensors depend on. Without a folder nothing is stored. Raises
+    DataError for a damaged file.
     """
     if folder is None:
         return find()
@@ -82,14 +84,14 @@ def kept(folder: Path | None, key: Mapping[str, object], find: Callable[[], Vect
         tensors, info = find()
         plain = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         recorded = json.dumps(info)
-        sha256 = _sum(plain, json.loads(recorded))
+        sha256 = _checksum(plain, json.loads(recorded))
         storage.write_bytes(file, save(plain, metadata={"info": recorded, "sha256": sha256}))
     try:
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata()
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         info = json.loads(metadata["info"])
-        if metadata["sha256"] != _sum(tensors, info):
+        if metadata["sha256"] != _checksum(tensors, info):
             raise ValueError("another checksum")
     except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
         raise DataError(
@@ -98,8 +100,8 @@ def kept(folder: Path | None, key: Mapping[str, object], find: Callable[[], Vect
     return tensors, info
 
 
-def _sum(tensors: Mapping[str, Tensor], info: Info) -> str:
-    """SHA-256 of what a file of vectors holds."""
+def _checksum(tensors: Mapping[str, Tensor], info: Info) -> str:
+    """The SHA-256 of a file's tensors and record."""
     digest = hashlib.sha256(json.dumps(info, sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(
