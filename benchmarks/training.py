@@ -155,7 +155,7 @@ def ours_contrastive(cfg: TrainConfig, steps: int) -> dict[str, float]:
         chosen = row_lists(rows, steps)
         block = config.block_of(cfg.dcr, models.facts(cfg.model).depth)
         module = ContrastiveModule(policy, cfg.dcr, block, total_steps=steps)
-        passes.current().lighten(policy.model, block, whole=cfg.dcr.nll.weight > 0)
+        passes.current().shrink_frozen(policy.model, block, whole=cfg.dcr.nll.weight > 0)
         optimizer = adamw(policy.model, cfg.dcr.optim.lr, DECAY, lambda _: 1.0)["optimizer"]
 
         def step(index: int) -> tuple[int, float]:

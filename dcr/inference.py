@@ -18,7 +18,7 @@ from dcr.core.statistics import (
     resampled,
 )
 
-SLOPE_PENALTY = 0.1  # keeps the slope finite where one side wins whenever it is the longer one
+SLOPE_PENALTY = 0.1  # keeps the slope finite if one side wins whenever it is the longer one
 CHUNK = 2**21  # weights held at once
 FEWEST_FOR_LENGTHS = 20  # comparisons, ten per coefficient
 
@@ -28,7 +28,7 @@ Statistic = Callable[[np.ndarray], np.ndarray]  # of weights [draws, pairs], one
 
 @dataclass(frozen=True)
 class WinRate:
-    """Over pairwise comparisons, in percent. Rates are nan of none, the error of fewer than two."""
+    """Win rates over comparisons, in percent; nan without one, the error also with only one."""
 
     win_rate: float
     standard_error: float
@@ -46,9 +46,9 @@ def resampled_groups(
 def redrawn(
     groups: Sequence[str], generator: np.random.Generator
 ) -> Int[np.ndarray, "draws prompts"]:
-    """How often each prompt is in each resample, those of a group drawn among themselves.
+    """The count of each prompt in each resample, drawn within its group.
 
-    The first row is no draw but the prompts as they are, once each.
+    The first row is no draw but has each prompt once.
     """
     counts = np.ones((1 + RESAMPLES, len(groups)), dtype=np.int64)
     for group, own in resampled_groups(groups, generator).items():
@@ -83,14 +83,14 @@ def paired_difference(
 ) -> Interval:
     """mean(a) - mean(b) over the same prompts, with a percentile bootstrap interval over prompts.
 
-    Verdicts count as 0 and 1. Of no prompts: nan, unbounded. Raises ValueError if the lengths
-    differ.
+    Verdicts count as 0 and 1. Without prompts it is nan, unbounded. Raises ValueError if the
+    lengths differ.
     """
     check_paired(a, b)
     if not len(a):
         return Interval(math.nan, -math.inf, math.inf)
     differences = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
-    # As for AUROC, counts per distinct difference; verdicts have three.
+    # counts per distinct difference, as for AUROC; verdicts have three
     values, counts = np.unique(differences, return_counts=True)
     generator = np.random.default_rng(seed)
     drawn = resampled(counts, generator) @ values / len(a)
@@ -98,7 +98,7 @@ def paired_difference(
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (n - 1), as over seeds; nan where too few to tell."""
+    """The mean and the sample standard deviation (n - 1); nan for too few values."""
     mean = float(np.mean(values)) if len(values) else math.nan
     return mean, float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
@@ -133,10 +133,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def win_rates(preferences: Sequence[float]) -> WinRate:
-    """Mean preference, its standard error (n - 1), and the share of wins with ties as half a win.
+    """The mean preference, its standard error (n - 1), and the share of wins; a tie is half a win.
 
-    A preference in [0, 1] is how far a comparison goes to the one side rather than the other.
-    Raises ValueError for one outside.
+    A preference in [0, 1] tells how far a comparison goes to one side. Raises ValueError for one
+    outside.
     """
     values = _preferences(preferences)
     if not len(values):
@@ -151,15 +151,15 @@ def length_controlled_win_rate(
 ) -> float | None:
     """The win rate in percent had both sides answered at equal length (Dubois et al. 2024).
 
-    Logistic regression of the preferences in [0, 1] on an intercept and tanh(difference /
+    It is a logistic regression of the preferences in [0, 1] on an intercept and tanh(difference /
     standard deviation of the differences), read at difference 0; a difference is this side's
-    length minus the other's. Trading sides gives 100 minus the rate. Departs from the source in
-    two ways. Its term for an instruction's difficulty is left out, since that is estimated over a
-    whole leaderboard. The penalty is a ridge on the slope alone, where the source has a
+    length minus the other's. Trading sides gives 100 minus the rate. It departs from the source in
+    two ways: it leaves out the term for an instruction's difficulty, which is estimated over a
+    whole leaderboard, and its penalty is a ridge on the slope alone, while the source has a
     cross-validated lasso and extra annotations of padded baselines.
 
-    None where the lengths cannot be told from the sides: of fewer than 20 comparisons, all with
-    one and the same difference, or without convergence. Raises ValueError if the lengths of the
+    The result is None if lengths cannot be told from sides: with fewer than 20 comparisons, with
+    one difference throughout, or without convergence. Raises ValueError if the lengths of the
     sequences differ or a preference lies outside [0, 1].
     """
     check_paired(preferences, differences)
@@ -198,9 +198,9 @@ def _preferences(values: Sequence[float]) -> np.ndarray:
 
 # --- statistics over pairs of prompts ---
 #
-# Pairs are not independent, prompts are: those are drawn anew, and a pair counts as often as both
-# of its prompts were drawn together. Every statistic is therefore a function of weighted pairs,
-# and of the whole weights 1, 1, … it is the estimate itself.
+# Prompts are independent, pairs are not: a resample draws prompts, and a pair counts as often as
+# both of its prompts were drawn together. Every statistic is therefore a function of weighted
+# pairs, and the weights 1, 1, … give the estimate itself.
 
 
 def over_pairs(
@@ -209,15 +209,15 @@ def over_pairs(
     right: Int[np.ndarray, "draws right"],
     allowed: Bool[np.ndarray, "left right"],
 ) -> Float[np.ndarray, "draws"]:
-    """A statistic of the allowed pairs in every draw; those stand in the order of `x[allowed]`."""
+    """A statistic of the allowed pairs, in the order of `x[allowed]`, in every draw."""
     rows, columns = allowed.nonzero()
     if not len(rows):
         return np.full(len(left), math.nan)
     step = max(1, CHUNK // len(rows))
     values = []
     for first in range(0, len(left), step):
-        kept = slice(first, first + step)
-        values.append(statistic((left[kept][:, rows] * right[kept][:, columns]).astype(float)))
+        part = slice(first, first + step)
+        values.append(statistic((left[part][:, rows] * right[part][:, columns]).astype(float)))
     return np.concatenate(values)
 
 
@@ -228,7 +228,7 @@ def weighted_mean(x: Float[np.ndarray, "pairs"], weights: Weights) -> Float[np.n
 def weighted_spearman(
     x: Float[np.ndarray, "pairs"], y: Float[np.ndarray, "pairs"], weights: Weights
 ) -> Float[np.ndarray, "draws"]:
-    """Rank correlation, ties at their middle, as if each pair stood there as often as it weighs."""
+    """The rank correlation, ties at their middle rank; a pair counts as often as it weighs."""
     first, second = _ranks(x, weights), _ranks(y, weights)
     total = weights.sum(1, keepdims=True)
     first, second = (
@@ -241,8 +241,8 @@ def weighted_spearman(
 def weighted_pearson(
     x: Float[np.ndarray, "pairs values"], y: Float[np.ndarray, "pairs values"], weights: Weights
 ) -> Float[np.ndarray, "draws"]:
-    """Correlation over all values of all pairs."""
-    x, y = x - x.mean(), y - y.mean()  # for the sake of rounding alone
+    """The correlation over all values of all pairs."""
+    x, y = x - x.mean(), y - y.mean()  # only against rounding
     count = weights.sum(1) * x.shape[1]
     a, b, aa, bb, ab = (ratio(weights @ each.sum(1), count) for each in (x, y, x * x, y * y, x * y))
     return ratio(ab - a * b, np.sqrt(np.maximum((aa - a * a) * (bb - b * b), 0)))
@@ -251,7 +251,7 @@ def weighted_pearson(
 def weighted_slope(
     x: Float[np.ndarray, "pairs values"], y: Float[np.ndarray, "pairs values"], weights: Weights
 ) -> Float[np.ndarray, "draws"]:
-    """Of y on x by least squares through the origin."""
+    """The slope of y on x by least squares through the origin."""
     return ratio(weights @ (x * y).sum(1), weights @ (x * x).sum(1))
 
 

@@ -426,7 +426,7 @@ def test_weights_held_light_change_no_bit_of_a_run(
         lambda _, module, __: held.append([(p.dtype, p.numel() > 0) for p in module.parameters()]),
     )
     for light in (True, False):
-        monkeypatch.setattr(Fast, "lightens", lambda *_, light=light: light)
+        monkeypatch.setattr(Fast, "shrinks_frozen", lambda *_, light=light: light)
         train.train(mixed, Run(tmp_path / str(light)))
     light, whole = (tmp_path / str(kind) for kind in (True, False))
     assert same(weights(light), weights(whole))

@@ -206,7 +206,7 @@ def test_every_family_decodes_as_each_row_alone(family: str, begun: int, policy:
         torch.randint(2, 40, (n,), generator=chance).tolist() for n in (begun, 9, 7, 7, 5, 3, 1)
     )
     prompts = [[*alike, *own] for own in prompts]
-    assert fast.shared(model, prompts) == (0 if family == "gemma2" else begun)
+    assert fast.shared_prefix(model, prompts) == (0 if family == "gemma2" else begun)
     stop, rows = range(0, shapes.VOCABULARY, 6), Policy(model, policy.tokenizer, "tiny")
     assert decoding.is_possible(model)
     found, first = decoding.decoded(
@@ -250,7 +250,7 @@ def test_room_made_ahead_holds_what_joining_does(
 
 def test_what_goes_no_further_is_not_kept() -> None:
     """Joined as transformers' own layer joins it, and gone: a large model's would fill a GPU."""
-    ours, theirs = cache.FirstLayer(), DynamicLayer()
+    ours, theirs = cache.PrefixLayer(), DynamicLayer()
     first, *later = torch.randn(3, 4, 2, 5, 3)
     assert all(torch.equal(given, first) for given in ours.update(first, first))
     for new in later:

@@ -80,7 +80,7 @@ def test_states_and_gradients_are_those_of_each_row_alone(
         return models.trunk(whole, block) if block else models.backbone(whole)
 
     found, layout = states(cut(model), ids, mask)
-    assert (layout.taken is not None) == (family not in PADDED)
+    assert (layout.places is not None) == (family not in PADDED)
     assert layout.prefix == (PREFIX if lengths is ALIKE and family not in PADDED else 0)
     (found * weight)[mask].sum().backward()
     for row, length in enumerate(lengths):
@@ -133,14 +133,14 @@ def test_a_prefix_is_shared_where_it_is_right_and_worth_it(monkeypatch: Any) -> 
     noisy = models.backbone(AutoModelForCausalLM.from_config(jittered))
     assert prefix(noisy.train(), ids, mask) == 0
     assert prefix(noisy.eval(), ids, mask) == PREFIX
-    own = packing._looked_at
+    own = packing._with_prefix
 
     def blind(group: packing.Group, kept: int, given: Tensor) -> Tensor:
         seen = own(group, kept, given)
         seen[:, : group.before] = 0
         return seen
 
-    monkeypatch.setattr(packing, "_looked_at", blind)
+    monkeypatch.setattr(packing, "_with_prefix", blind)
     packs = packing.packs(backbone, ids.device)
     assert packs is packing.Packing.rows, "without a prefix nothing is wrong with it"
     assert prefix(backbone, ids, mask) == 0
@@ -163,13 +163,13 @@ def test_a_lora_layer_is_peft_s(dtype: torch.dtype, chance: float, monkeypatch: 
     settings = lora.LoraConfig(r=3, lora_alpha=12, lora_dropout=chance)
     layer: Any = lora.Linear(base, "default", config=settings, r=3, lora_alpha=12)
     nn.init.normal_(layer.lora_B["default"].weight)
-    kept = fusing.kept_places(8 * 6, chance) if chance else None
-    monkeypatch.setattr(fusing, "kept_places", lambda *_: kept)
+    kept = fusing.dropout_bits(8 * 6, chance) if chance else None
+    monkeypatch.setattr(fusing, "dropout_bits", lambda *_: kept)
     x = torch.randn(2, 4, 6).to(dtype).float().requires_grad_()
     given, found = torch.randn(2, 4, 5), []
     for ours in (True, False):
         if not ours and kept is not None:
-            mask = fusing.left(torch.ones(2, 4, 6), kept) / (1 - chance)
+            mask = fusing.dropped_out(torch.ones(2, 4, 6), kept) / (1 - chance)
             layer.lora_dropout["default"].forward = lambda value, mask=mask: value * mask
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             out = fusing.lora_linear(layer, x) if ours else layer(x)
@@ -185,18 +185,18 @@ def test_a_lora_layer_is_peft_s(dtype: torch.dtype, chance: float, monkeypatch: 
 
 def test_dropout_keeps_what_it_should_and_follows_from_the_seed() -> None:
     torch.manual_seed(3)
-    ones, drawn = torch.ones(999, 333), fusing.kept_places(999 * 333, 0.05)
+    ones, drawn = torch.ones(999, 333), fusing.dropout_bits(999 * 333, 0.05)
     assert len(drawn) == -(-999 * 333 // 8), "a bit for each"
-    left = fusing.left(ones, drawn)
+    left = fusing.dropped_out(ones, drawn)
     assert set(left.unique().tolist()) == {0, 1}
     deviation = (0.05 * 0.95 / left.numel()) ** 0.5
     assert abs((left == 0).double().mean() - 0.05) < 4 * deviation
     for step in (1, 8):  # values beside each other, and at one place of neighbouring bytes
         neighbours = ((left[:, step:] == 0) & (left[:, :-step] == 0)).double().mean()
         assert neighbours == pytest.approx(0.05**2, rel=0.1)
-    assert torch.equal(left.bfloat16(), fusing.left(ones.bfloat16(), drawn))
+    assert torch.equal(left.bfloat16(), fusing.dropped_out(ones.bfloat16(), drawn))
     torch.manual_seed(3)
-    assert torch.equal(drawn, fusing.kept_places(999 * 333, 0.05))
+    assert torch.equal(drawn, fusing.dropout_bits(999 * 333, 0.05))
 
 
 @pytest.mark.parametrize("adapted", [True, False], ids=["LoRA", "all weights"])

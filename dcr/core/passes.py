@@ -96,11 +96,11 @@ class Passes(Protocol):
         """
         ...
 
-    def lightens(self, settings: TrainConfig) -> bool:
-        """Whether `lighten` is to be called before stage one trains with these settings."""
+    def shrinks_frozen(self, settings: TrainConfig) -> bool:
+        """Whether `shrink_frozen` is to be called before stage one trains with these settings."""
         ...
 
-    def lighten(self, model: Any, block: int, whole: bool) -> None:
+    def shrink_frozen(self, model: Any, block: int, whole: bool) -> None:
         """Hold the weights that are frozen beyond `block` in less memory, for training alone.
 
         They are then no result; passes go through the `whole` model, or to the block.
@@ -150,10 +150,10 @@ class Plain:
             states = self.states(models.backbone(model), ids, mask)
         return states, partial(called, model, calls)
 
-    def lightens(self, settings: TrainConfig) -> bool:
+    def shrinks_frozen(self, settings: TrainConfig) -> bool:
         return False
 
-    def lighten(self, model: Any, block: int, whole: bool) -> None:
+    def shrink_frozen(self, model: Any, block: int, whole: bool) -> None:
         pass
 
     def batches(self, model: Any, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:

@@ -1,7 +1,7 @@
-"""OpenAI-compatible servers: the settings of every one, and what cannot be asked of one.
+"""OpenAI-compatible servers: the settings of each, and the checks of what a server cannot do.
 
 `servers` checks a server and prices its tokens, `calls` sends bounded, retried requests, `answers`
-reads what comes, `subject` is a model behind a server that is evaluated.
+reads replies, and `subject` evaluates a model behind a server.
 """
 
 from collections.abc import Iterator
@@ -45,7 +45,7 @@ class ServerConfig:
 
 
 def relations(settings: EvalConfig) -> Iterator[str]:
-    """What only a model that is here can be asked for."""
+    """The contradictions between an endpoint and settings that need the model itself."""
     if settings.endpoint is None:
         if settings.endpoint_model is not None:
             yield f"endpoint_model={settings.endpoint_model}: say where, with endpoint=http://…/v1"

@@ -1,8 +1,8 @@
-"""What comes back from an OpenAI-compatible server: replies, and what an error status means.
+"""The answers of an OpenAI-compatible server: replies, and the meaning of an error status.
 
-Servers differ in what they leave out, so that only what is used is required, and bodies are read
-as plain JSON rather than as the client's own types. Of an error, the order of the rules is the
-contract: a passing fault, this row alone, or every request. Codes are OpenAI's
+Servers leave out different fields, so only the fields in use are required, and bodies are read as
+plain JSON rather than as the client's own types. The order of the rules decides whether an error is
+a passing fault, concerns this row alone, or concerns every request. Codes are OpenAI's
 (platform.openai.com/docs/guides/error-codes); the wordings are those of servers that send no code,
 such as vLLM and llama.cpp.
 """
@@ -24,16 +24,16 @@ from dcr.endpoints.servers import (
     variable,
 )
 
-JSON = Any  # whatever json.loads returns
+JSON = Any  # a result of json.loads
 Message = Mapping[str, str]  # role and content
 
-PASSING = {408, 409, 429}  # and everything from 500: the client has asked again, to no avail
+PASSING = {408, 409, 429}  # and all from 500; the client has already asked again, to no avail
 FILTERED = {"content_filter", "content_policy_violation", "moderation_blocked"}
 FILTER_WORDS = re.compile(r"content[ _-]?(filter|management policy|policy)|\bflagged\b", re.I)
 TOO_LONG = re.compile(r"context[ _-]?(length|window)|maximum context|too many tokens", re.I)
 UNSUPPORTED = {"unsupported_parameter", "unsupported_value", "unknown_parameter"}
 NO_QUOTA = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
-CONTENT = {"messages", "input"}  # the row itself, by its place in a request
+CONTENT = {"messages", "input"}  # the places of the row itself in a request
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Moderation:
-    """What a moderation model says of a text."""
+    """A moderation model's verdict on a text."""
 
     flagged: bool
     categories: tuple[str, ...]
@@ -58,9 +58,9 @@ class Moderation:
 
 @dataclass(frozen=True)
 class Failure:
-    """One request that brought nothing usable.
+    """One request without a usable answer.
 
-    `error`: no answer after all retries. `invalid`: an answer that is not what was asked for
+    `error`: no answer came after all retries. `invalid`: the answer is not of the kind asked for
     (not JSON, no choices, stopped by a content filter).
     """
 
@@ -69,10 +69,10 @@ class Failure:
 
 
 def reply(body: JSON) -> Reply | Failure:
-    """A chat completion, of its first choice.
+    """The first choice of a chat completion.
 
-    Failure("invalid") without choices or text, for a refusal in the server's own field, and
-    where a content filter cut the answer off. Text may be empty: some models answer nothing.
+    An answer without choices or text, with a refusal in the server's own field, or cut off by a
+    content filter is Failure("invalid"). Text may be empty: some models answer nothing.
     """
     choice = _first(_field(body, "choices"))
     message = _field(choice, "message")
@@ -98,7 +98,7 @@ def reply(body: JSON) -> Reply | Failure:
 
 
 def moderation(body: JSON) -> Moderation | Failure:
-    """The verdict on the one text sent; Failure("invalid") where the body holds none."""
+    """The verdict on the one text sent; Failure("invalid") if the body holds none."""
     result = _first(_field(body, "results"))
     flagged = _field(result, "flagged")
     if not isinstance(flagged, bool):
@@ -113,7 +113,7 @@ def moderation(body: JSON) -> Moderation | Failure:
 
 
 def _field(value: JSON, name: str) -> JSON:
-    """A member of an object; text without half characters, which no file could hold."""
+    """A member of an object; lone surrogates, which no file could hold, are replaced in text."""
     member = value.get(name) if isinstance(value, Mapping) else None
     return encodable(member) if isinstance(member, str) else member
 
@@ -138,9 +138,9 @@ def _text(content: JSON) -> str | None:
 
 
 def _top(choice: JSON) -> tuple[Mapping[str, float], ...] | None:
-    """Log-probabilities per generated token, None where the server gave none.
+    """The log-probabilities per generated token; None if the server gave none.
 
-    Of two tokens that read alike, such as halves of a character, the likelier one.
+    If two tokens read alike, such as halves of a character, the likelier one counts.
     """
     content = _field(_field(choice, "logprobs"), "content")
     if not isinstance(content, list):
@@ -160,7 +160,7 @@ def _top(choice: JSON) -> tuple[Mapping[str, float], ...] | None:
 
 @dataclass(frozen=True)
 class Rejection:
-    """An answer with an error status, by the parts that servers agree on."""
+    """The parts of an answer with an error status that servers agree on."""
 
     status: int
     code: str
@@ -189,13 +189,13 @@ def rejection(status: int, body: Any, headers: Mapping[str, str]) -> Rejection:
 
 
 def judged(rejected: Rejection, server: ServerConfig, node: str) -> Failure:
-    """The failure that `rejected`, an answer of `server`, is to its row.
+    """The failure of the row whose request `server` has `rejected`.
 
-    Raises EndpointError, which names setting and cure, where every request would end the same.
+    Raises EndpointError, which names setting and cure, if every request would end the same way.
     """
     words = redacted(rejected.message, server)
     reason = f"HTTP {rejected.status}: {words}"
-    key = _key(server, node)
+    key = f"{setting(node, 'key')}={variable(server) or 'null'}"
     if rejected.code in NO_QUOTA or rejected.status == 402:
         raise EndpointError(
             f"{key}: the account behind this key has no quota left ({words}); add credit, or name "
@@ -207,17 +207,13 @@ def judged(rejected: Rejection, server: ServerConfig, node: str) -> Failure:
         return Failure("invalid", f"content filter, {reason}")
     if rejected.code == "context_length_exceeded" or TOO_LONG.search(rejected.message):
         return Failure("invalid", reason)
-    _raise_where_hopeless(rejected, words, server, node)
+    _raise_if_hopeless(rejected, words, server, node)
     about_row = re.split(r"[.\[]", rejected.param)[0] in CONTENT or rejected.status == 413
     return Failure("invalid" if about_row else "error", reason)
 
 
-def _key(server: ServerConfig, node: str) -> str:
-    return f"{setting(node, 'key')}={variable(server) or 'null'}"
-
-
-def _raise_where_hopeless(rejected: Rejection, words: str, server: ServerConfig, node: str) -> None:
-    """EndpointError for a redirect, or a key, model, address or parameter that is not taken."""
+def _raise_if_hopeless(rejected: Rejection, words: str, server: ServerConfig, node: str) -> None:
+    """Raises EndpointError for a redirect, or a refused key, model, address or parameter."""
     where = address(server)
     if 300 <= rejected.status < 400:
         target = redacted(rejected.target, server) or "nowhere"
@@ -225,7 +221,8 @@ def _raise_where_hopeless(rejected: Rejection, words: str, server: ServerConfig,
             f"{setting(node, 'url')}={where}: redirects to {target} (HTTP "
             f"{rejected.status}), which is not followed; give the address that answers itself"
         )
-    key, model = _key(server, node), setting(node, "model")
+    key = f"{setting(node, 'key')}={variable(server) or 'null'}"
+    model = setting(node, "model")
     if rejected.status == 401:
         says, cure = "does not take this", "export the right one"
         if variable(server) is None:
@@ -264,7 +261,7 @@ def _raise_where_hopeless(rejected: Rejection, words: str, server: ServerConfig,
 def _blamed(rejected: Rejection, sent: Iterable[str]) -> str | None:
     """The parameter that a rejection names: by field, by place, or by words.
 
-    One that was not sent counts only where the code says so (such as a role in `messages`).
+    A parameter that was not sent counts only if the code says so (such as a role in `messages`).
     """
     names = list(sent)
     root = re.split(r"[.\[]", rejected.param)[0]

@@ -1,15 +1,16 @@
 """Chats and moderations: many requests to one server, a bounded number of them at once.
 
 The OpenAI client asks again after a dropped connection, a time-out, 408, 409, 429 and 5xx, and
-waits as long as the server says (`Retry-After`) or each time longer. What the client takes for an
-answer and is no JSON, such as a proxy's page, is asked again here.
+waits as long as the server says (`Retry-After`) or each time longer. This module asks again after
+an answer that is no JSON, such as a proxy's page.
 
-Requests run on an event loop in a thread of its own, which lives as long as the iterator, so that
-leaving it can end requests midway and callers may run an event loop themselves.
+Requests run on an event loop in a thread of its own, which lives as long as the iterator. Leaving
+the iterator can so end requests midway, and callers may run an event loop themselves.
 """
 
 import asyncio
 import json
+import logging
 from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
@@ -29,18 +30,17 @@ from dcr.endpoints.servers import (
     key_of,
     redacted,
     sent_parameters,
-    silence_client,
 )
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
-PAUSE = 1.0  # seconds before an answer that is no JSON is asked for again
-LONGEST_WAIT = 120.0  # seconds that the client waits before it asks again, whatever a server says
-HOPELESS_ROUNDS = 2  # of `concurrency` requests in a row, none answered even when asked again
+PAUSE = 1.0  # seconds before a request is repeated whose answer was no JSON
+LONGEST_WAIT = 120.0  # seconds that the client waits at most before it asks again
+HOPELESS_ROUNDS = 2  # rounds of `concurrency` requests in a row without an answer, retries included
 
 Answer = TypeVar("Answer", Reply, Moderation)
-# Each with the index of its request. Closing it ends what is under way.
+# answers with the index of their request; closing it ends requests under way
 Arrivals = Generator[tuple[int, Answer | Failure], None, None]
 
 
@@ -55,9 +55,9 @@ def chats(
 
     At most `http.concurrency` requests are under way, or answered and not yet taken: a caller who
     stores each answer before asking for the next loses no more than these when killed. A request is
-    asked again up to `http.retries` times. Every index comes up once, as a Failure at the worst;
-    once two rounds of `http.concurrency` requests in a row have ended in errors, the rest is not
-    asked. `node` is the configuration node of `server`, for messages.
+    repeated up to `http.retries` times. Every index comes up once, as a Failure at the worst; once
+    two rounds of `http.concurrency` requests in a row have ended in errors, the rest is not asked.
+    `node` is the configuration node of `server`, for messages.
 
     Raises ConfigError or EndpointError as `check` does, and EndpointError once an answer shows
     that every request would fail, after handing over the answers that were under way.
@@ -77,7 +77,7 @@ def chats(
 def moderations(
     server: ServerConfig, http: HTTPConfig, texts: Sequence[str], *, node: str
 ) -> Arrivals[Moderation]:
-    """The verdicts on `texts`, a request each; otherwise as `chats`."""
+    """The verdicts on `texts`, a request each; the rest is as in `chats`."""
 
     async def ask(client: "AsyncOpenAI", index: int) -> bytes:
         raw = await client.moderations.with_raw_response.create(
@@ -99,16 +99,19 @@ def _arrivals(
     check(server, node)
     if not requests:
         return
-    left = iter(range(requests))
+    waiting = iter(range(requests))
     under_way: dict[Future[Answer | Failure], int] = {}
-    unanswered, end = 0, None  # requests in a row that ended in an error; what ends all
+    unanswered, end = (
+        0,
+        None,
+    )  # the last requests in a row without an answer; the error that ends all
     with _connected(server, http) as (portal, client):
         try:
             while True:
-                for index in islice(left, 0 if end else http.concurrency - len(under_way)):
+                for index in islice(waiting, 0 if end else http.concurrency - len(under_way)):
                     asked = partial(ask, client, index), read, server, node, http
                     under_way[portal.start_task_soon(_answer, *asked)] = index
-                # After the end an answer that was paid for may come, but no retry is waited for.
+                # after the end, an answer that was paid for may come, but nobody waits for retries
                 done = wait(under_way, http.timeout if end else None, FIRST_COMPLETED).done
                 if not done:
                     break
@@ -123,7 +126,7 @@ def _arrivals(
                 unanswered = unanswered + 1 if failed else 0
                 if unanswered >= HOPELESS_ROUNDS * http.concurrency:
                     reason = f"not asked: {unanswered} requests in a row had no answer"
-                    yield from ((index, Failure("error", reason)) for index in left)
+                    yield from ((index, Failure("error", reason)) for index in waiting)
         finally:
             for future in under_way:
                 future.cancel()
@@ -138,13 +141,14 @@ def _connected(
     """The server's client, and the running loop it lives on; leaving ends both."""
     from openai import AsyncOpenAI, DefaultAsyncHttpxClient  # takes a second
 
-    silence_client()
+    for name in ("httpx", "httpx2", "openai"):  # a line per request would hide everything else
+        logging.getLogger(name).setLevel(logging.WARNING)
     client = AsyncOpenAI(
         api_key=key_of(server) or NO_KEY,
         base_url=address(server),
         max_retries=http.retries,
         timeout=http.timeout,
-        # A redirect may turn a POST into a GET, and sends prompts where the user did not.
+        # a redirect may turn a POST into a GET, and sends prompts to an address nobody named
         http_client=DefaultAsyncHttpxClient(follow_redirects=False),
     )
     with (
@@ -164,30 +168,30 @@ async def _answer(
     """The answer to one request as `read` understands it. Raises EndpointError as `judged` does."""
     from openai import APIConnectionError, APIStatusError, APITimeoutError
 
-    # `http.timeout` is between two parts of an answer to the client; a server that goes on sending
-    # a little now and then is left after the longest time that all attempts could take.
+    # to the client, `http.timeout` is the pause between two parts of an answer; this limit also
+    # ends a server that goes on sending a little now and then
     longest = (http.retries + 1) * (http.timeout + LONGEST_WAIT)
-    brought: bytes | Rejection = b""
+    received: bytes | Rejection = b""
     for _ in range(http.retries + 1):
         try:
             async with asyncio.timeout(longest):
-                brought = await ask()
+                received = await ask()
         except (TimeoutError, APITimeoutError):
             return Failure("error", f"no whole answer within {http.timeout:g} s")
         except UnicodeEncodeError as error:  # half a character: JSON allows it and UTF-8 does not
             return Failure("invalid", f"the text cannot be sent: {error.reason}")
         except APIStatusError as error:
-            brought = rejection(error.status_code, error.body, error.response.headers)
+            received = rejection(error.status_code, error.body, error.response.headers)
         except APIConnectionError as error:
             cause = error.__cause__ or error
             reason = redacted(f"{type(cause).__name__}: {cause}", server)
             return Failure("error", f"connection failed: {reason}")
-        if isinstance(brought, Rejection):
-            # Outside an except clause: the client's exception, with the request and its key, would
-            # be chained to the one raised here.
-            return judged(brought, server, node)
+        if isinstance(received, Rejection):
+            # outside an except clause, or the client's exception, with the request and its key,
+            # would be chained to the one raised here
+            return judged(received, server, node)
         try:
-            body = json.loads(brought)
+            body = json.loads(received)
         except (ValueError, RecursionError):
             await asyncio.sleep(PAUSE)
             continue
@@ -195,5 +199,5 @@ async def _answer(
         if isinstance(answered, Failure):
             return Failure(answered.status, redacted(answered.reason, server))
         return answered
-    start = brought[:60].decode(errors="replace")
+    start = received[:60].decode(errors="replace")
     return Failure("invalid", redacted(f"the answer is not JSON: {start!r}", server))

@@ -1,7 +1,6 @@
-"""A server's address, key, parameters and prices: checked early, and kept out of every text."""
+"""A server's address, key, parameters and prices: checked early; no text ever holds the key."""
 
 import json
-import logging
 import os
 import re
 from collections.abc import Iterable
@@ -14,9 +13,9 @@ from dcr.endpoints import ServerConfig
 
 OPENAI = "https://api.openai.com/v1"
 OPENAI_KEY = "OPENAI_API_KEY"
-NO_KEY = "none"  # sent where the variable is unset: local servers want a header, not a key
-LONGEST_TEXT = 240  # characters of a server's own words that are passed on
-OURS = {"model", "messages", "input", "stream", "stream_options"}  # never left to the user
+NO_KEY = "none"  # sent if the variable is unset: local servers want a header, not a key
+LONGEST_TEXT = 240  # characters of a server's own words that a message quotes
+OURS = {"model", "messages", "input", "stream", "stream_options"}  # the program sets these
 SECRET = {"api_key", "key", "authorization", "headers", "extra_headers"}
 # The node `endpoint` is spread over EvalConfig's top level; every other node holds its settings.
 SPELLINGS = {
@@ -30,7 +29,7 @@ SPELLINGS = {
 
 
 class EndpointError(UserError):
-    """Every further request would fail the same way: no key, no such model, a parameter refused."""
+    """Every further request would fail the same way: no key, no such model, a refused parameter."""
 
 
 def setting(node: str, field: str) -> str:
@@ -39,34 +38,34 @@ def setting(node: str, field: str) -> str:
 
 
 def address(server: ServerConfig) -> str:
-    """Where requests go, without a slash at the end."""
+    """The address of the requests, without a slash at the end."""
     return (server.url or OPENAI).rstrip("/")
 
 
 def variable(server: ServerConfig) -> str | None:
-    """The environment variable that holds the key: OpenAI's own goes to no other server unasked."""
+    """The environment variable of the key; OpenAI's own goes to no other server unasked."""
     if server.key is not None:
         return server.key
     return OPENAI_KEY if server.url is None else None
 
 
 def key_of(server: ServerConfig) -> str:
-    """The key itself, empty where there is none."""
+    """The key itself, empty if there is none."""
     named = variable(server)
     return os.environ.get(named, "").strip() if named else ""
 
 
 def sent_parameters(server: ServerConfig) -> dict[str, object]:
-    """The parameters of each request: null leaves one out, as overrides cannot remove a default."""
+    """The parameters of each request; null leaves one out, since overrides remove no default."""
     return {name: value for name, value in server.parameters.items() if value is not None}
 
 
 def check(server: ServerConfig, node: str) -> None:
-    """What can be known of a server before anything is sent or loaded.
+    """Checks a server's settings before anything is sent or loaded.
 
-    Raises ConfigError where a setting cannot be or the client is not installed, and EndpointError
-    where OpenAI's own server is meant and the variable with its key is unset. Neither quotes a key,
-    nor what may be one.
+    Raises ConfigError for a setting that cannot be or a client that is not installed, and
+    EndpointError if the server is OpenAI's own and the variable with its key is unset. Neither
+    quotes a key, nor a text that may be one.
     """
     check_installed("openai", "judges", node)
     _check_key(server, node)
@@ -75,12 +74,6 @@ def check(server: ServerConfig, node: str) -> None:
     if not server.model.strip():
         raise ConfigError(f"{setting(node, 'model')}: empty; name a model of {address(server)}")
     _check_parameters(server, node)
-
-
-def silence_client() -> None:
-    """A line per request, and per retry, would hide everything else."""
-    for name in ("httpx", "httpx2", "openai"):
-        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _check_parameters(server: ServerConfig, node: str) -> None:
@@ -145,12 +138,12 @@ def _check_url(url: str, node: str) -> None:
 
 
 def redacted(text: object, server: ServerConfig) -> str:
-    """`text` as one short line without keys: this server's, and whatever else looks like one."""
+    """`text` as one short line without this server's key and all else that looks like a key."""
     return single_line(text, key_of(server), longest=LONGEST_TEXT)
 
 
 def spend(server: ServerConfig, prompt_tokens: int, completion_tokens: int) -> float | None:
-    """USD for these tokens, or None while a price is missing."""
+    """The price of these tokens in USD; None if a price is missing."""
     if server.input_price is None or server.output_price is None:
         return None
     cost = prompt_tokens * server.input_price + completion_tokens * server.output_price
@@ -158,7 +151,7 @@ def spend(server: ServerConfig, prompt_tokens: int, completion_tokens: int) -> f
 
 
 class Counted(Protocol):
-    """The record of one request: the fingerprint of what was asked, and its tokens."""
+    """The record of one request: the fingerprint `of` its content, and its tokens."""
 
     @property
     def of(self) -> str: ...
@@ -171,7 +164,7 @@ class Counted(Protocol):
 
 
 def usage(records: Iterable[Counted], server: ServerConfig | None) -> dict[str, Any]:
-    """A `usage` of `metrics.json`: what these requests took, in this run or an earlier one.
+    """A `usage` of `metrics.json`: the cost of these requests, in this run or an earlier one.
 
     Several records of one request count once. `usd` is None without a server or its prices.
     """

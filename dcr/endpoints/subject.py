@@ -22,13 +22,13 @@ from dcr.endpoints.servers import EndpointError
 
 log = logging.getLogger(__name__)
 
-LIKELIEST = 20  # tokens that a server is asked to show: as many as OpenAI's and vLLM's give unasked
-GREETING = "Hello."  # whether a server shows any is tried on
+LIKELIEST = 20  # tokens with log-probabilities: OpenAI's and vLLM's default limit
+GREETING = "Hello."  # the prompt that tries whether a server shows log-probabilities
 
 
 @dataclass(frozen=True)
 class ShownOpening:
-    """The same as a server shows it, by `refusal.shown_mass`: the mass is at least `mass`."""
+    """The refusal mass as far as a server shows it (`refusal.shown_mass`): at least `mass`."""
 
     id: str
     prompt: str
@@ -44,7 +44,7 @@ class Served(Subject):
         super().__init__(settings, run, "endpoint")
 
     def under(self, settings: EvalConfig) -> "Served":
-        """The same under other settings."""
+        """The same model under other settings."""
         return Served(settings, self.run)
 
     def check(self) -> None:
@@ -59,7 +59,7 @@ class Served(Subject):
         }
 
     def answers(self, asked: Sequence[PromptSet], folder: Path) -> Answers:
-        """In the files as they arrive, which are then put in order."""
+        """Stores the answers as they arrive, then puts the files in order."""
         settings = self.settings
 
         def ask(rows: list[Example]) -> Iterator[list[Completion]]:
@@ -72,15 +72,15 @@ class Served(Subject):
         return given
 
     def masses(self, asked: Sequence[PromptSet], folder: Path) -> tuple[Masses, Masses]:
-        """The least and the most that each can be, of the tokens that the server shows.
+        """The least and the most that each mass can be, from the tokens that the server shows.
 
-        Raises ConfigError, before any prompt is sent, where it shows none; Unanswered where no
-        prompt brought an answer.
+        Raises ConfigError, before any prompt is sent, if it shows none, and Unanswered if no prompt
+        brought an answer.
         """
         settings, server = self.settings, server_of(self.settings)
-        given = {"temperature": 1, "top_logprobs": LIKELIEST} | server.parameters
-        limit = "max_completion_tokens" if "max_completion_tokens" in given else "max_tokens"
-        one_token = replace(server, parameters=given | {limit: 1, "logprobs": True})
+        parameters = {"temperature": 1, "top_logprobs": LIKELIEST} | server.parameters
+        limit = "max_completion_tokens" if "max_completion_tokens" in parameters else "max_tokens"
+        one_token = replace(server, parameters=parameters | {limit: 1, "logprobs": True})
 
         def ask(rows: list[Example]) -> Iterator[list[ShownOpening]]:
             check_shown(one_token, settings.node(HTTPConfig))
@@ -90,15 +90,15 @@ class Served(Subject):
                     yield [ShownOpening(row.id, row.prompt, *refusal.shown_mass(reply.top[0]))]
 
         place, progress = folder / "openings", settings.trainer.progress
-        seen = store.kept(asked, ask, place, ShownOpening, "reading", progress)
+        by_set = store.kept(asked, ask, place, ShownOpening, "reading", progress)
         store.put_in_order(asked, place, ShownOpening)
-        store.check_answered(asked, seen)
-        least = {name: {row.id: row.mass for row in rows} for name, rows in seen.items()}
-        return least, {name: {row.id: row.most for row in rows} for name, rows in seen.items()}
+        store.check_answered(asked, by_set)
+        least = {name: {row.id: row.mass for row in rows} for name, rows in by_set.items()}
+        return least, {name: {row.id: row.most for row in rows} for name, rows in by_set.items()}
 
 
 def server_of(settings: EvalConfig) -> ServerConfig:
-    """The server that `endpoint=` names, as every other server is described."""
+    """The settings of the server that `endpoint=` names."""
     return ServerConfig(
         url=settings.endpoint,
         model=str(settings.endpoint_model),
@@ -108,7 +108,7 @@ def server_of(settings: EvalConfig) -> ServerConfig:
 
 
 def check_shown(server: ServerConfig, http: HTTPConfig) -> None:
-    """Raises ConfigError where the server shows no likeliest tokens; one that fails may recover."""
+    """Raises ConfigError if the server shows no likeliest tokens; a failed request is no proof."""
     why = ""
     try:
         greeting = [[{"role": "user", "content": GREETING}]]
@@ -135,14 +135,13 @@ def complete(
 ) -> Iterator[list[Completion]]:
     """Completions of the rows as they arrive, one at a time; the server applies its own template.
 
-    A row without an answer yields nothing, so that a rerun asks it again: neither one that failed
-    after all retries nor one whose answer the server withheld (a content filter's doing, not the
-    model's). A last line of the log counts both. Raises EndpointError where every request would
-    fail.
+    A row without an answer yields nothing, so that a rerun asks it again: its request failed after
+    all retries, or a content filter withheld the answer. A last line of the log counts both. Raises
+    EndpointError if every request would fail.
     """
     # greedy and as long as here, unless the user says otherwise (null leaves a parameter out)
     ours: dict[str, object] = {"temperature": 0, "max_tokens": settings.max_new_tokens}
-    if "max_completion_tokens" in server.parameters:  # its successor: servers refuse both at once
+    if "max_completion_tokens" in server.parameters:  # its successor; servers refuse both at once
         del ours["max_tokens"]
     theirs = {k: v for k, v in server.parameters.items() if k not in ("logprobs", "top_logprobs")}
     asked = replace(server, parameters=ours | theirs)
@@ -154,9 +153,9 @@ def complete(
 def replies(
     server: ServerConfig, http: HTTPConfig, rows: Sequence[Example], system_prompt: str | None
 ) -> Iterator[tuple[Example, Reply]]:
-    """Rows with what the server says to them as a user's first words, as it arrives.
+    """Rows with the server's replies to them as a user's first turn, in order of arrival.
 
-    What is left out, told and raised is as in `complete`.
+    It leaves out, logs and raises as `complete` does.
     """
     first = [{"role": "system", "content": system_prompt}] if system_prompt else []
     conversations = [[*first, {"role": "user", "content": row.prompt}] for row in rows]

@@ -1,7 +1,7 @@
-"""Keys and values of a decoding batch, and how one new token a row looks at them.
+"""Keys and values of a decoding batch, and the attention of one new token a row to them.
 
-transformers joins old and new ones anew with every token; here they are written into room that is
-made ahead. On a CPU the keys lie across, as a product with a single query reads them.
+transformers concatenates old and new ones with every token; this cache writes them into room made
+ahead. On a CPU the keys are transposed, as a product with a single query reads them.
 """
 
 from collections.abc import Iterator
@@ -25,11 +25,11 @@ ATTENTION = "dcr_step"  # its name in transformers
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values are views of the room; after a change from outside it is made anew."""
+    """Keys and values are views of the room; after a change from outside it makes a new one."""
 
-    def __init__(self, across: bool = False) -> None:
+    def __init__(self, transposed: bool = False) -> None:
         super().__init__()
-        self.across = across
+        self.transposed = transposed
         self.rooms: list[Tensor | None] = [None, None]
 
     def update(
@@ -50,7 +50,7 @@ class RoomyLayer(DynamicLayer):
         same = held is not None and room is not None and room.data_ptr() == held.data_ptr()
         if room is None or not same or room.shape[-2] < end or room.shape[:-2] != new.shape[:-2]:
             *outer, _, width = new.shape
-            if self.across and which == 0:
+            if self.transposed and which == 0:
                 room = new.new_empty(*outer, width, end + ROOM).mT
             else:
                 room = new.new_empty(*outer, end + ROOM, width)
@@ -61,15 +61,15 @@ class RoomyLayer(DynamicLayer):
         return room[..., :end, :]
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """The rows at these places alone, as they lie."""
-        if self.across and self.keys is not None and self.values is not None:
+        """Keeps only the rows at these places; keys stay transposed."""
+        if self.transposed and self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys.mT[indices].mT, self.values[indices]
         else:
             super().batch_select_indices(indices)
 
 
-class FirstLayer(DynamicLayer):
-    """What it is given first is kept; what is joined to it later is not."""
+class PrefixLayer(DynamicLayer):
+    """Keeps the first keys and values; later ones are concatenated and not kept."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
@@ -83,16 +83,17 @@ def roomy_cache(model: Any) -> DynamicCache | None:
     """An empty cache; None for a model that brings its own kind."""
     cache = passes.Plain().cache(model)
     if cache is not None:
-        across = passes.text_config(model)._attn_implementation == ATTENTION
+        transposed = passes.text_config(model)._attn_implementation == ATTENTION
         cache.layers = [
-            RoomyLayer(across) if type(layer) is DynamicLayer else layer for layer in cache.layers
+            RoomyLayer(transposed) if type(layer) is DynamicLayer else layer
+            for layer in cache.layers
         ]
     return cache
 
 
 @contextmanager
-def stepping(model: Any) -> Iterator[None]:
-    """While open, a model on a CPU looks back with `attention` where it did with torch's sdpa."""
+def decoding_attention(model: Any) -> Iterator[None]:
+    """Replaces torch's sdpa by `attention` in a model on a CPU while open."""
     owner: Any = unwrapped(model)
     text = owner.config.get_text_config(decoder=True)
     known = getattr(owner, "_supports_attention_backend", False)
@@ -113,10 +114,10 @@ def attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Float[Tensor, "rows new heads other"], None]:
-    """Of one new token a row: the heads that share keys in one product; softmax in fp32.
+    """Attention of one new token a row, with heads that share keys in one product; fp32 softmax.
 
-    torch's kernel, which is made for many queries, takes nearly twice as long on a CPU. It is asked
-    for more tokens than one, and for what is not known here.
+    torch's kernel, which is made for many queries, takes nearly twice as long on a CPU. It still
+    computes more than one token, and masks and biases of other kinds.
     """
     rows, heads, new, width = query.shape
     mask = attention_mask

@@ -1,4 +1,4 @@
-"""Frozen weights of stage one in less memory, held as passes in autocast read them."""
+"""Frozen weights of stage one in less memory: bf16, as passes under autocast read them."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ from dcr.core.config import FSDP, Precision, TrainConfig
 from dcr.core.models import decoder_blocks, final_norm, head
 
 
-def lightens(settings: TrainConfig) -> bool:
-    """Whether frozen weights of stage one are held in less memory.
+def shrinks_frozen(settings: TrainConfig) -> bool:
+    """Whether stage one holds frozen weights in less memory.
 
-    Where one process trains, in autocast, and nothing else is measured on the model meanwhile.
+    It does if one process trains under autocast and nothing else is measured on the model.
     """
     trainer = settings.trainer
     alone = trainer.devices * trainer.num_nodes == 1 and trainer.strategy != FSDP
@@ -21,12 +21,12 @@ def lightens(settings: TrainConfig) -> bool:
 
 
 @torch.no_grad()
-def lighten(model: Any, block: int, whole: bool) -> None:
-    """Hold frozen weights as training with autocast to bf16 reads them: its products stay the same.
+def shrink_frozen(model: Any, block: int, whole: bool) -> None:
+    """Holds frozen weights as training with autocast to bf16 reads them: products stay the same.
 
-    Frozen projections become bf16, and unless passes go through the `whole` model, what lies
-    beyond `block` becomes empty. On a CPU the others of a whole one are copied, so that no page of
-    the file they are mapped from stays.
+    Frozen projections become bf16, and weights beyond `block` become empty unless passes go through
+    the `whole` model. On a CPU the other weights of a whole model are copied, so that no page of
+    their memory-mapped file stays.
     """
     embeddings, norm = model.get_input_embeddings().weight, final_norm(model)
     projections = (part for part in model.modules() if isinstance(part, nn.Linear))

@@ -1,6 +1,6 @@
-"""Parts of a model as one step each, for a CPU: less kept while training, fewer passes.
+"""Fused parts of a model for a CPU, which save less for the backward pass and read memory less.
 
-What they compute is what PEFT and transformers compute, rounded less often.
+They compute the same as PEFT and transformers, rounded less often.
 """
 
 import functools
@@ -18,8 +18,8 @@ from dcr.core import precision
 from dcr.core.models.structure import evaluating
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-# Of every byte of `kept_places` the masks of its eight values, by their size; as complex numbers,
-# the widest that torch looks up.
+# The masks of the eight values that a byte of `dropout_bits` stands for, by the values' size; as
+# complex numbers, the widest type that torch looks up.
 MASKS = {
     size: (torch.arange(256)[:, None] >> torch.arange(8))
     .bitwise_and_(1)
@@ -29,27 +29,27 @@ MASKS = {
     .squeeze(1)
     for size, bits in BITS.items()
 }
-# Of eight bytes seen as one number: the i-th bit of the i-th byte, and the lowest bit of each.
+# In eight bytes as one number: the i-th bit of the i-th byte, and the lowest bit of each byte.
 DIAGONAL, ONES = 0x8040201008040201 - 2**64, 0x0101010101010101
-COPIES = 2**30  # bytes, of a small model's weights; larger ones are not held twice
-ROWS = 16  # that packed weights are laid out for; others are multiplied too
-NARROW = 64  # what has a side below it, such as a LoRA weight, is not packed
+COPIES = 2**30  # bytes of weights; a larger model is not held twice
+ROWS = 16  # the batch that packed weights are laid out for; other sizes work too
+NARROW = 64  # a weight with a shorter side, such as LoRA's, is not packed
 
 
 @contextmanager
 def fused(model: nn.Module) -> Iterator[None]:
-    """While open, LoRA layers, RMS norms and SwiGLU of a model on a CPU run as one step each."""
+    """Computes a model's LoRA layers, RMS norms and SwiGLU on a CPU in one step each while open."""
     changed: list[nn.Module] = []
-    alike: dict[type, bool] = {}
+    same: dict[type, bool] = {}
     try:
         for module in model.modules():
             kind = type(module)
             named = next((ours for ours in SAME if kind.__name__.endswith(ours)), None)
-            if named and kind not in alike:
-                alike[kind] = SAME[named][0](module)
+            if named and kind not in same:
+                same[kind] = SAME[named][0](module)
             if kind is lora.Linear and _is_plain(module):
                 module.forward = functools.partial(lora_linear, module)
-            elif named and alike[kind]:
+            elif named and same[kind]:
                 module.forward = functools.partial(SAME[named][1], module)
             else:
                 continue
@@ -64,7 +64,7 @@ def fused(model: nn.Module) -> Iterator[None]:
 
 
 def _is_plain(layer: Any) -> bool:
-    """One adapter without variants on a frozen linear layer."""
+    """Whether the layer has one adapter without variants on a frozen linear layer."""
     base, active = layer.base_layer, layer.active_adapters
     return (
         type(base) is nn.Linear
@@ -79,41 +79,42 @@ def _is_plain(layer: Any) -> bool:
 
 
 def lora_linear(layer: Any, x: Float[Tensor, "*rows inside"]) -> Float[Tensor, "*rows outside"]:
-    """x W' + b + s dropout(x) A' B', of a PEFT layer; in autocast's dtype, if on."""
+    """A PEFT layer's x W' + b + s dropout(x) A' B', in autocast's dtype if it is on."""
     (name,) = layer.active_adapters
     base, dropout = layer.base_layer, layer.lora_dropout[name]
     dtype = base.weight.dtype
     if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-    chance = getattr(dropout, "p", 0.0) if dropout.training else 0.0
+    p = getattr(dropout, "p", 0.0) if dropout.training else 0.0
     weights = (base.weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight)
     parts = [None if w is None else w.to(dtype) for w in weights]
     flat = x.to(dtype).reshape(-1, x.shape[-1])
-    kept = kept_places(flat.numel(), chance) if chance else None
-    out: Any = _LoraLinear.apply(flat, *parts, layer.scaling[name] / (1 - chance), kept)
+    bits = dropout_bits(flat.numel(), p) if p else None
+    out: Any = _LoraLinear.apply(flat, *parts, layer.scaling[name] / (1 - p), bits)
     return out.view(*x.shape[:-1], -1)
 
 
-def kept_places(count: int, chance: float) -> UInt8[Tensor, "bytes"]:
-    """A bit for each of `count` values, set where dropout leaves it, by torch's generator.
+def dropout_bits(count: int, p: float) -> UInt8[Tensor, "bytes"]:
+    """A bit for each of `count` values, 1 if dropout with probability `p` keeps it.
 
-    A quarter of the draws that `bernoulli_` makes: 15 bits for each, so `chance` is met to 2e-5.
+    It draws a quarter of the numbers that `bernoulli_` draws from torch's generator, 15 bits for
+    each value, so `p` is met to 2e-5.
     """
     drawn = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)
     places = torch.zeros(-(-count // 8) * 8, dtype=torch.int8)
-    below = drawn.view(torch.int16)[:count].bitwise_and_(2**15 - 1).sub_(round(chance * 2**15))
-    places[:count] = below.bitwise_right_shift_(15).bitwise_not_()  # -1 where it is left
+    below = drawn.view(torch.int16)[:count].bitwise_and_(2**15 - 1).sub_(round(p * 2**15))
+    places[:count] = below.bitwise_right_shift_(15).bitwise_not_()  # -1 for a kept value
     packed = places.view(torch.int64).bitwise_and_(DIAGONAL).mul_(ONES).bitwise_right_shift_(56)
     return packed.bitwise_and_(255).to(torch.uint8)
 
 
-def left(x: Float[Tensor, "*places"], kept: UInt8[Tensor, "bytes"] | None) -> Tensor:
-    """What dropout leaves of values, 0 for the others."""
-    if kept is None:
+def dropped_out(x: Float[Tensor, "*places"], bits: UInt8[Tensor, "bytes"] | None) -> Tensor:
+    """The values whose bit is 1, and 0 for the others; None keeps all."""
+    if bits is None:
         return x
-    bits, masks = BITS[x.element_size()], MASKS[x.element_size()]
-    mask = masks.index_select(0, kept.to(torch.int32)).view(bits).flatten()[: x.numel()]
-    return mask.view(x.shape).bitwise_and_(x.view(bits)).view(x.dtype)
+    integer, masks = BITS[x.element_size()], MASKS[x.element_size()]
+    mask = masks.index_select(0, bits.to(torch.int32)).view(integer).flatten()[: x.numel()]
+    return mask.view(x.shape).bitwise_and_(x.view(integer)).view(x.dtype)
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -126,13 +127,13 @@ class _LoraLinear(torch.autograd.Function):
         down: Tensor,
         up: Tensor,
         scale: float,
-        kept: Tensor | None,
+        bits: Tensor | None,
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            inner = left(x, kept) @ down.t()
+            inner = dropped_out(x, bits) @ down.t()
             out = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
             out.addmm_(inner, up.t(), alpha=scale)
-        ctx.save_for_backward(x, weight, down, up, kept, inner)
+        ctx.save_for_backward(x, weight, down, up, bits, inner)
         ctx.scale = scale
         return out
 
@@ -141,16 +142,16 @@ class _LoraLinear(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator's stub
         ctx: Any, *outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
-        (given,) = outputs
-        x, weight, down, up, kept, inner = ctx.saved_tensors
+        (grad,) = outputs
+        x, weight, down, up, bits, inner = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
-            through = (given @ up).mul_(ctx.scale)
-            of_up = (inner.t() @ given).t() * ctx.scale
-            of_down = through.t() @ left(x, kept)
-            of_x = None
+            grad_inner = (grad @ up).mul_(ctx.scale)
+            grad_up = (inner.t() @ grad).t() * ctx.scale
+            grad_down = grad_inner.t() @ dropped_out(x, bits)
+            grad_x = None
             if ctx.needs_input_grad[0]:
-                of_x = (given @ weight).add_(left(through @ down, kept))
-        return of_x, None, None, of_down, of_up, None, None
+                grad_x = (grad @ weight).add_(dropped_out(grad_inner @ down, bits))
+        return grad_x, None, None, grad_down, grad_up, None, None
 
 
 # --- RMS norm ---
@@ -167,7 +168,7 @@ def _epsilon(module: Any) -> Any:
 
 
 def _is_rms_norm(module: Any) -> bool:
-    """Whether one of that name does the same: Gemma's adds 1 to its weight, say."""
+    """Whether a module of that name computes the same; Gemma's adds 1 to its weight, say."""
     if getattr(module, "weight", None) is None or not isinstance(_epsilon(module), float):
         return False
     x = torch.linspace(-0.01, 0.02, 4 * len(module.weight), dtype=module.weight.dtype)
@@ -190,27 +191,27 @@ class _RMSNorm(torch.autograd.Function):
         ctx: Any, *outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
         x, weight, rate = ctx.saved_tensors
-        given, normal = outputs[0].to(torch.float32), x.to(torch.float32) * rate
-        of_weight = None
+        grad, normal = outputs[0].to(torch.float32), x.to(torch.float32) * rate
+        grad_weight = None
         if ctx.needs_input_grad[1]:
-            of_weight = (given * normal).flatten(0, -2).sum(0).to(weight.dtype)
-        given = given * weight
-        along = (given * normal).mean(-1, keepdim=True)
-        return given.addcmul_(normal, along, value=-1).mul_(rate).to(x.dtype), of_weight, None
+            grad_weight = (grad * normal).flatten(0, -2).sum(0).to(weight.dtype)
+        grad = grad * weight
+        along = (grad * normal).mean(-1, keepdim=True)
+        return grad.addcmul_(normal, along, value=-1).mul_(rate).to(x.dtype), grad_weight, None
 
 
 # --- SwiGLU ---
 
 
 def swiglu(module: Any, x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
-    """down(silu(gate(x)) up(x)), of which gate(x), up(x) and what down is given are kept."""
+    """down(silu(gate(x)) up(x)), which saves gate(x), up(x) and down's input for the backward."""
     inner: Any = _SwiGLU.apply(module.gate_proj(x), module.up_proj(x))
     return module.down_proj(inner)
 
 
 @torch.no_grad()
 def _is_swiglu(module: Any) -> bool:
-    """Whether one of that name does the same: it may scale its gate, or use another function."""
+    """Whether a module of that name computes the same; it may scale its gate, say."""
     if not all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj")):
         return False
     weight = next(module.parameters())
@@ -231,11 +232,11 @@ class _SwiGLU(torch.autograd.Function):
         ctx: Any, *outputs: Tensor
     ) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        of_up = F.silu(gate).mul_(outputs[0])
-        return torch.ops.aten.silu_backward(outputs[0] * up, gate), of_up
+        grad_up = F.silu(gate).mul_(outputs[0])
+        return torch.ops.aten.silu_backward(outputs[0] * up, gate), grad_up
 
 
-# Modules by the end of their class's name: whether one does the same as ours, and ours.
+# By the end of a class's name: the test that it computes the same as ours, and ours.
 SAME = {"RMSNorm": (_is_rms_norm, rms_norm), "MLP": (_is_swiglu, swiglu)}
 
 
@@ -244,10 +245,10 @@ SAME = {"RMSNorm": (_is_rms_norm, rms_norm), "MLP": (_is_swiglu, swiglu)}
 
 @contextmanager
 def prepacked(model: nn.Module) -> Iterator[None]:
-    """While open, linear layers of a model on a CPU multiply by copies of their weights.
+    """Lets a model's linear layers on a CPU multiply by packed copies of their weights while open.
 
-    oneDNN lays weights out anew for each product of few rows, which here it does once. No gradient
-    passes. Nothing changes where the copies would take more than `COPIES` bytes.
+    oneDNN would lay weights out again for each product of few rows. No gradient passes. Nothing
+    changes if the copies would take more than `COPIES` bytes.
     """
     layers = model.modules() if torch.backends.mkldnn.is_available() else ()
     kinds = {torch.float32, *([torch.bfloat16] if precision.cpu_unit() else [])}
@@ -265,7 +266,7 @@ def prepacked(model: nn.Module) -> Iterator[None]:
 
 
 def _is_packable(layer: Any, kinds: set[torch.dtype]) -> bool:
-    """A plain one that is worth it, of a type that oneDNN multiplies here."""
+    """Whether a layer is a plain, wide one of a type that oneDNN multiplies here."""
     if type(layer) is not nn.Linear or "forward" in vars(layer):
         return False
     weight = layer.weight

@@ -1,10 +1,9 @@
 """Passes over rows of unlike length that compute no padding and no token twice, on a CPU.
 
-The rows of a batch lie one behind another in one sequence, and what all of them begin with, such as
-a chat template's system turn, stands once before them. Attention alone sees them apart: as
-products over a few rows of like length, which a CPU multiplies several times faster than torch's
-fused kernel does backwards. On other devices, and for models of which this is not known to be
-right, a batch stays padded.
+The rows of a batch lie one behind another in one sequence, after one copy of their common prefix,
+such as a chat template's system turn. Only attention separates them: its products run over a few
+rows of like length, which a CPU multiplies several times faster than torch's fused kernel does in
+the backward pass. On other devices, and for models that fail a trial, a batch stays padded.
 """
 
 import itertools
@@ -26,29 +25,29 @@ ATTENTION = "dcr_rows"  # its name in transformers
 QUERIES = 256  # of a row in one product
 SCORES = 2**18  # of a head in one product
 ALIKE = 4  # tokens; a prefix of fewer is not worth its own products
-# What attention may depend on beyond a row's tokens, as transformers calls it.
+# transformers' names of attention's arguments that this attention does not compute
 UNKNOWN = ("softcap", "s_aux", "position_bias", "cache", "head_mask", "alibi")
 WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
-# Of settings that let chance into a pass while training, and of heads that are not asked for.
-CHANCE, OTHER_HEADS = ("drop", "jitter"), ("classifier", "summary")
+# parts of names: settings that make a training pass random, and settings of other heads
+RANDOM, OTHER_HEADS = ("drop", "jitter"), ("classifier", "summary")
 
 
 class Packing(IntEnum):
-    """How a batch may be laid out for a model."""
+    """The layouts of a batch that a model may take."""
 
     padded = 0
-    rows = 1  # behind one another
-    prefix = 2  # the same, behind what they have in common
+    rows = 1  # one behind another
+    prefix = 2  # one behind another, after their common prefix
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Rows behind one another that attention takes together, padded to the longest.
+    """Consecutive rows that attention takes together, padded to the longest.
 
     Attributes:
         start, stop: their tokens in the packed sequence.
-        back: the place of each token in the padded group; None where no row is padded.
-        before: tokens at the front of the sequence that each row goes on from.
+        back: the place of each token in the padded group; None if no row is padded.
+        before: tokens of the prefix at the front of the sequence.
     """
 
     start: int
@@ -61,27 +60,27 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """A batch as a model is given it, and the way back.
+    """A model's inputs for a batch, and the way back from its outputs.
 
     Attributes:
-        inputs: what the model is called with.
-        taken: the places of the padded batch behind the prefix, flat, in the order of the packed
-            one; None where nothing was packed.
-        prefix: the first tokens of every row that the packed batch has once, at its front.
+        inputs: the model's arguments.
+        places: the flat places of the packed tokens in the padded batch without the prefix; None
+            if nothing is packed.
+        prefix: the number of first tokens of every row that the packed batch has once, in front.
     """
 
     inputs: dict[str, Any]
     shape: torch.Size
-    taken: Int[Tensor, "tokens"] | None = None
+    places: Int[Tensor, "tokens"] | None = None
     prefix: int = 0
 
     def padded(self, states: Float[Tensor, "..."]) -> Float[Tensor, "batch length width"]:
-        """What the model gave, as of a padded batch; zero where it was not asked."""
-        if self.taken is None:
+        """The model's output as that of a padded batch, with zero for padding."""
+        if self.places is None:
             return states
         (rows, length), width = self.shape, states.shape[-1]
         own = states.new_zeros(rows * (length - self.prefix), width)
-        own = own.index_copy(0, self.taken, states[0, self.prefix :]).view(rows, -1, width)
+        own = own.index_copy(0, self.places, states[0, self.prefix :]).view(rows, -1, width)
         return torch.cat([states[:, : self.prefix].expand(rows, -1, -1), own], 1)
 
 
@@ -91,10 +90,10 @@ def laid_out(
     mask: Bool[Tensor, "batch length"],
     packing: Packing,
 ) -> Layout:
-    """A right-padded batch, if so told (`packs`) and where its rows allow it without padding.
+    """The layout of a right-padded batch under the furthest `packing` that its rows allow.
 
-    What every row begins with is laid out once, of which each row keeps a token of its own; not
-    where dropout is on, since the rows would then share its draws.
+    A common prefix is laid out once, of which each row keeps a last token of its own. It is not
+    shared while dropout is on, since the rows would then share its draws.
     """
     config: Any = module.config
     text, longest = config.get_text_config(), ids.shape[1]
@@ -109,36 +108,36 @@ def laid_out(
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     lengths = [lengths[row] for row in order]
     own, own_mask = ids[:, prefix:], mask[:, prefix:]
-    taken = torch.cat([row * own.shape[1] + own_mask[row].nonzero()[:, 0] for row in order])
-    places = [torch.arange(prefix), *(prefix + torch.arange(length) for length in lengths)]
+    places = torch.cat([row * own.shape[1] + own_mask[row].nonzero()[:, 0] for row in order])
+    positions = [torch.arange(prefix), *(prefix + torch.arange(length) for length in lengths)]
     inputs = {
-        "input_ids": torch.cat([ids[0, :prefix], own.flatten()[taken]])[None],
+        "input_ids": torch.cat([ids[0, :prefix], own.flatten()[places]])[None],
         # of four dimensions, or transformers would make one of tokens times tokens
         "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool),
         "rows": _groups(lengths, prefix),
     }
-    inputs |= batching.placed(module, torch.cat(places)[None])
-    return Layout(inputs, ids.shape, taken, prefix)
+    inputs |= batching.placed(module, torch.cat(positions)[None])
+    return Layout(inputs, ids.shape, places, prefix)
 
 
 def _draws(module: nn.Module) -> bool:
-    """Whether chance has a part in what a module computes as it is."""
+    """Whether a pass of the module in its present mode draws random numbers."""
     config: Any = module.config
-    told = any(
-        value and any(word in name for word in CHANCE) and not name.startswith(OTHER_HEADS)
+    configured = any(
+        value and any(word in name for word in RANDOM) and not name.startswith(OTHER_HEADS)
         for name, value in vars(config.get_text_config()).items()
     )
     return any(
-        part.training and (told or (isinstance(part, nn.Dropout) and part.p > 0))
+        part.training and (configured or (isinstance(part, nn.Dropout) and part.p > 0))
         for part in module.modules()
     )
 
 
 @contextmanager
 def running(module: nn.Module, layout: Layout) -> Iterator[None]:
-    """While open, a backbone or trunk, or blocks of it, take what was laid out."""
+    """Lets a backbone or trunk, or blocks of it, take the layout while open."""
     with ExitStack() as stack:
-        if layout.taken is not None:
+        if layout.places is not None:
             stack.enter_context(attending(module, ATTENTION))
             if torch.is_grad_enabled():
                 stack.enter_context(fusing.fused(module))
@@ -146,17 +145,17 @@ def running(module: nn.Module, layout: Layout) -> Iterator[None]:
 
 
 def run(module: nn.Module, layout: Layout) -> Float[Tensor, "..."]:
-    """The last hidden states of a backbone or trunk, laid out as its inputs are."""
+    """The last hidden states of a backbone or trunk, in the layout of its inputs."""
     with running(module, layout):
         return module(**layout.inputs, use_cache=False).last_hidden_state
 
 
 @torch.no_grad()
 def packs(module: nn.Module, device: torch.device) -> Packing:
-    """The furthest packing with which a backbone or trunk gives the same for two short rows.
+    """The furthest packing under which a backbone or trunk gives the same for two short rows.
 
-    Always padded off the CPU, for weights that ranks share among them, and with gradient
-    checkpointing, which calls blocks once more when the pass is over.
+    It is padded off the CPU, for sharded weights, and with gradient checkpointing, which calls
+    blocks once more when the pass is over.
     """
     config: Any = module.config
     text = config.get_text_config()
@@ -175,11 +174,11 @@ def packs(module: nn.Module, device: torch.device) -> Packing:
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
-        theirs = run(module, Layout({"input_ids": ids, "attention_mask": mask}, ids.shape))[mask]
+        expected = run(module, Layout({"input_ids": ids, "attention_mask": mask}, ids.shape))[mask]
         for packing in (Packing.prefix, Packing.rows):
             layout = laid_out(module, ids, mask, packing)
-            ours = layout.padded(run(module, layout))[mask]
-            if (ours - theirs).abs().max() <= 0.03 * theirs.abs().max():
+            states = layout.padded(run(module, layout))[mask]
+            if (states - expected).abs().max() <= 0.03 * expected.abs().max():
                 return packing
     except (TypeError, ValueError, KeyError):  # a module that takes other arguments
         pass
@@ -191,20 +190,20 @@ def packs(module: nn.Module, device: torch.device) -> Packing:
 
 @contextmanager
 def attending(module: nn.Module, name: str) -> Iterator[None]:
-    """While open, a model attends with the function of that name in transformers."""
+    """Lets a model attend with transformers' function of that name while open."""
     configs = [part.config for part in module.modules() if hasattr(part, "config")]
-    kept = [config._attn_implementation_internal for config in configs]  # pyright: ignore
+    names = [config._attn_implementation_internal for config in configs]  # pyright: ignore
     try:
         for config in configs:
             config._attn_implementation_internal = name  # pyright: ignore
         yield
     finally:
-        for config, before in zip(configs, kept, strict=True):
+        for config, before in zip(configs, names, strict=True):
             config._attn_implementation_internal = before  # pyright: ignore
 
 
 def _groups(lengths: Sequence[int], before: int) -> tuple[Group, ...]:
-    """The prefix, if any, and rows behind it, the longest first, in groups of few enough scores."""
+    """Groups of few enough scores: the prefix, if any, then the rows, the longest first."""
     groups, start, first = [], before, 0
     if before:
         groups.append(Group(0, before, 1, before, None))
@@ -233,17 +232,17 @@ def attention(
     dropout: float = 0.0,
     **options: Any,
 ) -> tuple[Float[Tensor, "1 tokens heads other"], None]:
-    """Causal attention inside each row and to its prefix, as transformers calls such functions.
+    """Causal attention inside each row and to its prefix, with transformers' signature.
 
     Scores and their softmax are in fp32, products in the dtype of the query (autocast's, if on).
-    Raises ValueError for what it does not know.
+    Raises ValueError for an argument that it does not compute.
     """
     if dropout or any(options.get(name) is not None for name in UNKNOWN):
         raise ValueError("attention by rows knows neither dropout nor biases nor caps")
     kind, dtype = query.device.type, query.dtype
     if torch.is_autocast_enabled(kind) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
-    parts = (given[0].transpose(0, 1).to(dtype) for given in (query, key, value))
+    parts = (each[0].transpose(0, 1).to(dtype) for each in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     output: Any = _RowAttention.apply(*parts, rows, scale)
     return output[None], None
@@ -253,26 +252,26 @@ AttentionInterface.register(ATTENTION, attention)
 
 
 class _RowAttention(torch.autograd.Function):
-    """Of queries, keys and values alone it keeps what its backward pass needs."""
+    """Attention by groups, which saves only queries, keys and values for its backward pass."""
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, groups: Sequence[Group], scale: float
     ) -> Tensor:
         ctx.save_for_backward(query, key, value)
-        ctx.groups, ctx.scale, kept = groups, scale, key.shape[1]
+        ctx.groups, ctx.scale, heads = groups, scale, key.shape[1]
         output = query.new_empty(*query.shape[:2], value.shape[-1])
         with torch.autocast(query.device.type, enabled=False), _exact_sums(query.dtype):
             for group in groups:
-                q = _apart(group, kept, query)
-                keys, values = (_looked_at(group, kept, given) for given in (key, value))
+                q = _grouped(group, heads, query)
+                keys, values = (_with_prefix(group, heads, each) for each in (key, value))
                 mixed = q.new_empty(*q.shape[:4], value.shape[-1])
                 for part in _blocks(group.longest):
                     end = group.before + part.stop
-                    shares = _shares(q[..., part, :], keys[:, :end], scale).to(values.dtype)
-                    made = shares @ values[:, :end]
-                    mixed[..., part, :] = made.view(*q.shape[:3], -1, value.shape[-1])
-                _put_back(output, group, mixed)
+                    weights = _weights(q[..., part, :], keys[:, :end], scale).to(values.dtype)
+                    product = weights @ values[:, :end]
+                    mixed[..., part, :] = product.view(*q.shape[:3], -1, value.shape[-1])
+                _ungroup(output, group, mixed)
         return output
 
     @staticmethod
@@ -281,39 +280,39 @@ class _RowAttention(torch.autograd.Function):
         ctx: Any, *outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
-        found = tuple(torch.empty_like(given) for given in (query, key, value))
-        scale, kept = ctx.scale, key.shape[1]
+        grads = tuple(torch.empty_like(each) for each in (query, key, value))
+        scale, heads = ctx.scale, key.shape[1]
         with torch.autocast(query.device.type, enabled=False), _exact_sums(query.dtype):
             for group in ctx.groups:
-                q, given = (_apart(group, kept, t) for t in (query, outputs[0]))
-                keys, values = (_looked_at(group, kept, t) for t in (key, value))
+                q, grad = (_grouped(group, heads, t) for t in (query, outputs[0]))
+                keys, values = (_with_prefix(group, heads, t) for t in (key, value))
                 dq, dk, dv = torch.empty_like(q), torch.zeros_like(keys), torch.zeros_like(values)
                 for part in _blocks(group.longest):
                     end = group.before + part.stop
-                    asked = q[..., part, :].reshape(len(keys), -1, q.shape[-1])
-                    here = given[..., part, :].reshape(len(keys), -1, value.shape[-1])
-                    shares = _shares(q[..., part, :], keys[:, :end], scale)
-                    dv[:, :end] += shares.to(values.dtype).mT @ here
-                    slope = (here @ values[:, :end].mT).to(shares.dtype)
-                    slope = torch.ops.aten._softmax_backward_data(slope, shares, -1, shares.dtype)
+                    queries = q[..., part, :].reshape(len(keys), -1, q.shape[-1])
+                    here = grad[..., part, :].reshape(len(keys), -1, value.shape[-1])
+                    weights = _weights(q[..., part, :], keys[:, :end], scale)
+                    dv[:, :end] += weights.to(values.dtype).mT @ here
+                    slope = (here @ values[:, :end].mT).to(weights.dtype)
+                    slope = torch.ops.aten._softmax_backward_data(slope, weights, -1, weights.dtype)
                     slope = slope.mul_(scale).to(q.dtype)
-                    dk[:, :end] += slope.mT @ asked
+                    dk[:, :end] += slope.mT @ queries
                     dq[..., part, :] = (slope @ keys[:, :end]).view(*q.shape[:3], -1, q.shape[-1])
-                _put_back(found[0], group, dq)
-                for whole, of_keys in zip(found[1:], (dk, dv), strict=True):
-                    apart = of_keys.view(group.rows, kept, 1, -1, of_keys.shape[-1])
-                    _put_back(whole, group, apart[..., group.before :, :])
-                    # the prefix's own group came first and has written what this adds to
-                    of_prefix = apart[..., : group.before, :].sum((0, 2))
-                    whole[: group.before] += of_prefix.transpose(0, 1)
-        return *found, None, None
+                _ungroup(grads[0], group, dq)
+                for whole, part_grad in zip(grads[1:], (dk, dv), strict=True):
+                    by_row = part_grad.view(group.rows, heads, 1, -1, part_grad.shape[-1])
+                    _ungroup(whole, group, by_row[..., group.before :, :])
+                    # the prefix's own group came first and has written the rows this adds to
+                    prefix_grad = by_row[..., : group.before, :].sum((0, 2))
+                    whole[: group.before] += prefix_grad.transpose(0, 1)
+        return *grads, None, None
 
 
 @contextmanager
 def _exact_sums(dtype: torch.dtype) -> Iterator[None]:
-    """While open, fp32 products of values that are bf16 anyway are made by bf16's faster way.
+    """Lets oneDNN compute fp32 products of values that are bf16 anyway in bf16 while open.
 
-    It multiplies them exactly and adds up in fp32, as ever.
+    It multiplies them exactly and adds up in fp32, as it does without.
     """
     backend: Any = torch.backends.mkldnn
     settings = backend.matmul
@@ -331,36 +330,40 @@ def _blocks(longest: int) -> list[slice]:
     return [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
 
 
-def _apart(group: Group, kept: int, given: Tensor) -> Tensor:
-    """Of [tokens, heads, width] a group's as [rows, kept, shared, longest, width], 0 as padding."""
-    part = given[group.start : group.stop]
+def _grouped(group: Group, heads: int, states: Tensor) -> Tensor:
+    """A group's part of `states` [tokens, all heads, width], padded with 0.
+
+    The result is [rows, heads, shared, longest, width]: `shared` query heads read each of the
+    `heads` of keys.
+    """
+    part = states[group.start : group.stop]
     if group.back is not None:
         padded = part.new_zeros(group.rows * group.longest, *part.shape[1:])
         part = padded.index_copy_(0, group.back, part)
-    return part.view(group.rows, group.longest, kept, -1, part.shape[-1]).permute(0, 2, 3, 1, 4)
+    return part.view(group.rows, group.longest, heads, -1, part.shape[-1]).permute(0, 2, 3, 1, 4)
 
 
-def _looked_at(group: Group, kept: int, given: Tensor) -> Tensor:
-    """Keys or values of a group behind the prefix's, [rows * kept, before + longest, width]."""
-    own, before = _apart(group, kept, given), given[: group.before].transpose(0, 1)[:, None]
+def _with_prefix(group: Group, heads: int, states: Tensor) -> Tensor:
+    """Keys or values of a group behind the prefix's, [rows * heads, before + longest, width]."""
+    own, before = _grouped(group, heads, states), states[: group.before].transpose(0, 1)[:, None]
     return torch.cat([before.expand(group.rows, -1, -1, -1, -1), own], 3).flatten(0, 2)
 
 
-def _put_back(whole: Tensor, group: Group, part: Tensor) -> None:
-    """Write what was apart to where its tokens are."""
+def _ungroup(whole: Tensor, group: Group, part: Tensor) -> None:
+    """Writes a group's part, as `_grouped` gives it, to its tokens in the packed sequence."""
     flat = part.permute(0, 3, 1, 2, 4).reshape(group.rows * group.longest, -1, part.shape[-1])
     whole[group.start : group.stop] = flat if group.back is None else flat[group.back]
 
 
-def _shares(asked: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """Softmax of the scores of some queries, [rows * kept, shared * queries, keys].
+def _weights(query: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """The attention weights of some queries, [rows * heads, shared * queries, keys].
 
     The last query is at the place of the last key.
     """
-    rows, kept, shared, queries, width = asked.shape
-    wide, seen = torch.promote_types(asked.dtype, torch.float32), keys.shape[1]
-    flat = asked.reshape(rows * kept, shared * queries, width).to(wide)
+    rows, heads, shared, queries, width = query.shape
+    wide, length = torch.promote_types(query.dtype, torch.float32), keys.shape[1]
+    flat = query.reshape(rows * heads, shared * queries, width).to(wide)
     scores = (flat * scale) @ keys.to(wide).mT
-    later = torch.full((queries, seen), float("-inf"), dtype=wide).triu_(1 + seen - queries)
-    scores.view(rows * kept, shared, queries, seen).add_(later)
+    later = torch.full((queries, length), float("-inf"), dtype=wide).triu_(1 + length - queries)
+    scores.view(rows * heads, shared, queries, length).add_(later)
     return scores.softmax(-1)

@@ -7,7 +7,7 @@ Memory, in bytes, is the sum of
     weights      parameters × bytes of their type, LoRA in fp32; under autocast of fp32 weights
                  two bytes more for each that a gradient passes, since the backward pass keeps the
                  bf16 copies; with gradient checkpointing of what trains and of one block; where
-                 stage one holds frozen projections in bf16 (`dcr.fast.holding`) two bytes for each
+                 stage one holds frozen projections in bf16 (`dcr.fast.frozen`) two bytes for each
                  of those without copies, and none beyond ℓ without an NLL term
     gradients    trained parameters, in their own type, and with DDP a second time in its buckets
     Adam states  twice as much, or twice a byte and a scale for 256 of them
@@ -240,7 +240,7 @@ def memory(settings: TrainConfig, stage: Stage, shape: Shape, load: Load) -> dic
         copied = min(copied, 2 * shape.blocks / shape.depth + matrices)
         weights = weights / world + each * copied
         gradients, moments, buckets = gradients / world, moments / world, 0
-    if first and extensions.fast_passes().lightens(settings):
+    if first and extensions.fast_passes().shrinks_frozen(settings):
         # autocast's copies are of what trains, and of a tied head
         copied = learnt + shape.head * (through_all and shape.tied)
         frozen = {name: n for name, n in shape.parts.items() if not shape.trained[name]}

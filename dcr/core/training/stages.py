@@ -108,9 +108,9 @@ def train_contrastive(job: Job) -> None:
     total = batches.steps_per_epoch * settings.dcr.epochs
     module = ContrastiveModule(policy, settings.dcr, job.block, total)
     seen = _measuring(job, Stage.contrastive, policy, chat, total)
-    light = passes.current().lightens(settings)
+    light = passes.current().shrinks_frozen(settings)
     if light:
-        passes.current().lighten(policy.model, job.block, whole=module.anchored)
+        passes.current().shrink_frozen(policy.model, job.block, whole=module.anchored)
     trainer = _fit(job, Stage.contrastive, module, batches, total, *seen)
     trained = models.trained(policy.model)
     if trainer.is_global_zero:
