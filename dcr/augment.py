@@ -325,7 +325,8 @@ def _check_settings(settings: EvalSettings) -> None:
 
     others = [name for name in settings.judge if name != "keyword"]
     for name in others:
-        if Kind.seemingly_toxic not in judging.JUDGES[name].kinds:
+        asked = judging.judging_of(name)
+        if Kind.seemingly_toxic not in asked.kinds or "complied" not in asked.labels:
             raise ConfigError(
                 f"judge={name}: does not say whether a harmless prompt was answered; "
                 "use llm or wildguard"

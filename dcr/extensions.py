@@ -12,7 +12,13 @@ from dcr.ability import AbilityConfig
 from dcr.analyses import ClaimsConfig, SeparabilityConfig
 from dcr.calibration import CalibrationConfig
 from dcr.core import ending
-from dcr.core.config import KernelConfig, RefusalProbabilityConfig, TrainConfig, TrainTable
+from dcr.core.config import (
+    KernelConfig,
+    RefusalProbabilityConfig,
+    TrainConfig,
+    TrainTable,
+    is_path,
+)
 from dcr.core.config.evaluation import EvalConfig, Part, Table
 from dcr.endpoints import HTTPConfig
 from dcr.judges import (
@@ -45,6 +51,7 @@ TABLE = Table(
             "dcr.steering.methods:Steering",
             lambda of: of.steering.method != "none" or of.steering.validation,
         ),
+        Part("dcr.steering.methods:Own", lambda of: is_path(of.steering.method)),
         Part("dcr.contrast:Contrasted", lambda of: bool(of.gen.contrast)),
         Part("dcr.core.evaluation.subjects:Prefilled", lambda of: of.gen.prefill is not None),
         Part("dcr.calibration.biases:Calibrated", lambda of: of.calibrate is not None),
@@ -82,7 +89,11 @@ class EvalSettings(EvalConfig):
     claims: ClaimsConfig = field(default_factory=ClaimsConfig)
 
 
-for _last in ("trainer", "wandb"):  # behind the extensions' nodes, wherever settings are listed
+for _last in (
+    "own",
+    "trainer",
+    "wandb",
+):  # behind the extensions' nodes, wherever settings are listed
     EvalSettings.__dataclass_fields__[_last] = EvalSettings.__dataclass_fields__.pop(_last)
 
 

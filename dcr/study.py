@@ -13,6 +13,7 @@ import importlib
 import logging
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -247,6 +248,8 @@ def split_settings(words: Sequence[str]) -> tuple[list[str], list[str]]:
     machine = {f"trainer.{entry.name}" for entry in fields(DeviceConfig)}
     found: tuple[list[str], list[str]] = ([], [])
     for word in words:
+        if word.startswith("own."):
+            continue
         key = word.lstrip("+~").split("=")[0]
         head = key.split(".")[0]
         if head in SET_BY_STUDY or "=" not in word:
@@ -261,6 +264,12 @@ def split_settings(words: Sequence[str]) -> tuple[list[str], list[str]]:
             found[0].append(word)
         if head in evaluating and (head != "trainer" or key in machine):
             found[1].append(word)
+    for word in words:  # settings of a user's own class go where the class is named
+        if word.startswith("own."):
+            own = re.compile(rf":{re.escape(word.split('=')[0].split('.')[1])}\b")
+            there = [side for side in found if any(own.search(other) for other in side)]
+            for side in there or found[:1]:
+                side.append(word)
     return found
 
 
@@ -375,7 +384,8 @@ def _rows_of(record: Mapping[str, Any], stage: Stage) -> dict[str, str]:
     names = [name for name in rows if not name.startswith("readout")]
     if stage is Stage.contrastive:
         names = [name for name in STAGE_ONE_ROWS if name in rows]
-    return {name: rows[name]["fingerprint"] for name in names}
+    own = {path: made["sha256"] for path, made in record.get("own", {}).items()}
+    return {name: rows[name]["fingerprint"] for name in names} | own
 
 
 def _take_over(

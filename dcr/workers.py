@@ -5,28 +5,32 @@ order in which it was cut: which process answered a batch makes no difference to
 """
 
 import copy
+import logging
 import multiprocessing
-import os
+import pickle
 import signal
+import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 import torch
 
-from dcr.core import ending, passes
+from dcr.core import extending, passes
 from dcr.core.config import UserError
 from dcr.core.evaluation.subjects import Local
 from dcr.core.passes import Passes
 
+log = logging.getLogger(__name__)
+
 Row = TypeVar("Row")
 Done = TypeVar("Done")
 
-SUBJECT: list[Local] = []  # of a worker process
 
-
-class WorkerEnded(UserError):
+class Lost(UserError):
     """A process ended before it gave back what it was given."""
 
     exit_code = 1
@@ -41,17 +45,16 @@ class Workers:
     def __init__(self, subject: Local) -> None:
         self.subject = subject
         self.count = subject.settings.trainer.devices
-        self.pool: ProcessPoolExecutor | None = None
+        self.processes: dict[Connection, BaseProcess] = {}
 
     def __enter__(self) -> "Workers":
-        self.others = set(multiprocessing.active_children())
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in set(multiprocessing.active_children()) - self.others:
-            process.kill()  # which may be in the middle of a long batch
-        if self.pool:
-            self.pool.shutdown(cancel_futures=True)
+        for connection, process in self.processes.items():
+            process.kill()
+            connection.close()
+        self.processes = {}
 
     def shared(
         self,
@@ -62,7 +65,7 @@ class Workers:
         """What `work` gives of each of the batches that `cut` makes of the rows, in their order.
 
         Both run in the processes, so they and what they take and give must pickle. Raises what
-        they raise, and WorkerEnded where a process was killed: what was given before is whole.
+        they raise, and Lost where a process was killed: what was given back before is whole.
         """
         (batches,) = self.each(cut, [(rows, self.count)])
         yield from self.each(_whole, [(work, batch) for batch in batches])
@@ -71,42 +74,89 @@ class Workers:
         self, function: Callable[..., Done], givens: Sequence[tuple[Any, ...]]
     ) -> Iterator[Done]:
         """What the function makes of a process's subject and each of the tuples, in their order."""
-        self.pool = self.pool or self._started()
+        waiting, idle = deque(enumerate(givens)), self._started()
+        found: dict[int, Any] = {}
+        under_way: set[Connection] = set()
+        for turn in range(len(givens)):
+            while turn not in found:
+                while waiting and idle:
+                    place, given = waiting.popleft()
+                    with self._living(idle[-1]):
+                        idle[-1].send_bytes(pickle.dumps((place, function, given)))
+                    under_way.add(idle.pop())
+                for connection in wait(under_way):
+                    assert isinstance(connection, Connection)
+                    with self._living(connection):
+                        answer = connection.recv_bytes()
+                    # by value, since shared memory can be small
+                    place, result, fault = pickle.loads(answer)
+                    if fault is not None:
+                        raise fault
+                    found[place] = result
+                    under_way.discard(connection)
+                    idle.append(connection)
+            yield found.pop(turn)
+
+    @contextmanager
+    def _living(self, connection: Connection) -> Iterator[None]:
+        """Raises Lost where the process at the other end has ended."""
         try:
-            yield from self.pool.map(_call, [function] * len(givens), givens)
-        except BrokenProcessPool as error:
-            raise WorkerEnded(
-                f"trainer.devices={self.count}: one of these processes was killed, as where memory "
-                "runs out; what is answered is kept, and the same command goes on"
-            ) from error
+            yield
+        except (EOFError, OSError):
+            process = self.processes[connection]
+            process.join(5)
+            code = process.exitcode or 0
+            how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+            raise Lost(
+                f"trainer.devices={self.count}: one of these processes was ended {how}; what is "
+                "answered is kept, and the same command goes on"
+            ) from None
 
-    def _started(self) -> ProcessPoolExecutor:
-        context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-        numbers = context.SimpleQueue()
-        for number in range(self.count):
-            numbers.put(number)
+    def _started(self) -> list[Connection]:
         threads = max(1, torch.get_num_threads() // self.count)
-        given = (os.getpid(), numbers, threads, copy.copy(self.subject), passes.current())
-        return ProcessPoolExecutor(self.count, context, _begin, given)
-
-
-def _begin(parent: int, numbers: Any, threads: int, subject: Local, told: Passes) -> None:
-    """Make a new process ready: one GPU, its share of threads, the subject."""
-    ending.end_with(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches all; the first one ends us
-    trainer, number = subject.settings.trainer, numbers.get()
-    torch.set_num_threads(trainer.threads or threads)
-    if trainer.accelerator != "cpu" and torch.cuda.is_available():
-        torch.cuda.set_device(number)
-    passes.use(told)
-    SUBJECT[:] = [subject]
-
-
-def _call(function: Callable[..., Done], given: tuple[Any, ...]) -> Done:
-    return function(SUBJECT[0], *given)
+        context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+        for number in range(0 if self.processes else self.count):
+            ours, theirs = context.Pipe()
+            named = extending.NAMED
+            given = (theirs, number, threads, copy.copy(self.subject), passes.current(), named)
+            process = context.Process(target=_serve, args=given, daemon=True)
+            process.start()
+            theirs.close()
+            self.processes[ours] = process
+        return list(self.processes)
 
 
 def _whole(
     subject: Local, work: Callable[[Local, list[Row]], Iterator[list[Done]]], batch: list[Row]
 ) -> list[Done]:
     return [each for part in work(subject, batch) for each in part]
+
+
+def _serve(
+    asked: Connection,
+    number: int,
+    threads: int,
+    subject: Local,
+    told: Passes,
+    named: dict[str, dict[str, Any]],
+) -> None:
+    """What each process does until the first one closes its end or ends."""
+    extending.NAMED.update(named)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches all; the first one ends us
+    trainer = subject.settings.trainer
+    torch.set_num_threads(trainer.threads or threads)
+    if trainer.accelerator != "cpu" and torch.cuda.is_available():
+        torch.cuda.set_device(number)
+    passes.use(told)
+    while True:
+        try:
+            place, function, given = pickle.loads(asked.recv_bytes())
+        except EOFError:
+            return
+        try:
+            result, fault = function(subject, *given), None
+        except UserError as error:
+            result, fault = None, error
+        except Exception:  # of any kind: the first process waits for an answer, and raises it
+            result, fault = None, RuntimeError(traceback.format_exc())
+        asked.send_bytes(pickle.dumps((place, result, fault)))

@@ -30,7 +30,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Column, Table
 
-from dcr.core import config, runs, storage
+from dcr.core import config, extending, runs, storage
 from dcr.core.config import ConfigError, TrainConfig, UserError
 from dcr.core.ending import (
     BEGUN,
@@ -62,6 +62,7 @@ def prepare() -> None:
         node = OmegaConf.structured(schema)
         if not issubclass(schema, TrainConfig):
             _unset(node.data)  # what no one names comes from the run, whatever the default
+        OmegaConf.set_struct(node.own, False)  # its keys are the user's
         ConfigStore.instance().store(name=f"{name}_schema", node=node)
     # the store hands out copies, so Hydra need not copy it whole for each group it lists
     ConfigStore.__deepcopy__ = lambda store, _: store  # pyright: ignore
@@ -116,7 +117,11 @@ def _fields_of_model(overrides: Sequence[str]) -> list[str]:
 
 
 def _own_to(composed: DictConfig, overrides: Sequence[str]) -> None:
-    """What depends on which settings the command names: the others give way. Changes `composed`."""
+    """What depends on which settings the command names: the others give way, and paths of a user's
+    own parts may be imported. Changes `composed`.
+    """
+    plain: Any = OmegaConf.to_container(composed, resolve=False)
+    extending.hear(plain)
     config.leave_numbers_of_another_model(composed, _fields_of_model(overrides))
     given = {override.lstrip("+~").split("=")[0] for override in overrides}
     if "at_most" in composed and "at_most" not in given:

@@ -1,7 +1,36 @@
-"""How an extension is found by its dotted path, `package.module:Name`."""
+"""How an extension is found by its dotted path, `package.module:Name`: ours, or a user's own part.
 
+A part is a dataclass below one of our bases in a file outside the package: `protocols.Judge`,
+`Task` and `Change`, `sources.Rows`, the report's `Figure` and `Table`. Its fields are its settings,
+`own.<Name>.<field>=value`. Only what the user's own command or YAML names is imported: see `hear`.
+"""
+
+import dataclasses
+import functools
+import hashlib
 import importlib
-from typing import Any
+import inspect
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from dcr.core.config import ConfigError, DataError, class_of, is_path, nearest
+from dcr.core.text import single_line
+
+Part = TypeVar("Part")
+CURES = {  # by the beginning of pydantic's name for a wrong type
+    "int": "give a whole number",
+    "float": "give a number",
+    "bool": "give true or false",
+    "string": "give one text",
+    "list": "give a list, as in key=[a,b]",
+    "dict": "give pairs, as in key={a:1}",
+}
+NAMED: dict[str, dict[str, Any]] = {}  # paths that this process's user has named: their settings
 
 
 def ours(path: str) -> Any:
@@ -10,3 +39,111 @@ def ours(path: str) -> Any:
         return None
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)
+
+
+def hear(composed: Mapping[str, Any]) -> None:
+    """Note the paths that composed settings name, before a run's own `config.yaml` joins them.
+
+    `composed` are plain values. Raises ConfigError for settings of a class that nothing names.
+    """
+    named = {text: class_of(text) for text in _texts(composed) if is_path(text)}
+    given = composed.get("own") or {}
+    for name, settings in given.items():
+        if name not in named.values():
+            near = nearest(name, list(named.values()))
+            hint = f"did you mean own.{near[0]}?" if near else "name it as package.module:Class"
+            raise ConfigError(f"own.{name}: no setting names a class of this name; {hint}")
+        if not isinstance(settings, Mapping):
+            raise ConfigError(f"own.{name}={settings}: set its fields, as own.{name}.<field>=value")
+    NAMED.update({path: dict(given.get(name, {})) for path, name in named.items()})
+
+
+def _texts(node: Any) -> Iterator[str]:
+    if isinstance(node, str):
+        yield node
+    elif isinstance(node, (Mapping, list)):
+        for each in node.values() if isinstance(node, Mapping) else node:
+            yield from _texts(each)
+
+
+def made(path: str, base: type[Part], key: str = "") -> Part:
+    """An instance of the part that the user has named by this path, with its settings.
+
+    `key` is the setting that names it. Raises ConfigError for each mistake in one line, and
+    DataError for a path that only a run's `config.yaml` names, which imports nothing.
+    """
+    if path not in NAMED:
+        raise DataError(
+            f"{path}: stands in a run's config.yaml, which imports nothing; where you trust it, "
+            f"name it in this command too, such as data.toxic.source={path}"
+        )
+    return with_settings(load(path, base, key), NAMED[path])
+
+
+@functools.cache  # what is hashed is what was imported, though the file may change meanwhile
+def load(path: str, base: type[Part], key: str = "") -> type[Part]:
+    """The class that `module:Class` names. ConfigError unless it is a dataclass below `base`."""
+    module_name, _, name = path.partition(":")
+    told, here = f"{key}={path}".lstrip("="), os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)  # last: a file there stands in for no library's module
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        absent = getattr(error, "name", "") if isinstance(error, ModuleNotFoundError) else ""
+        if absent and f"{module_name}.".startswith(f"{absent}."):
+            raise ConfigError(f"{told}: no module {absent} in {here} or the environment") from error
+        why = f"{type(error).__name__}: {single_line(error)}"
+        raise ConfigError(f"{told}: {module_name} cannot be imported ({why})") from error
+    own = getattr(module, name, None)
+    needed = f"{base.__module__}.{base.__qualname__}"
+    if own is None:
+        known = [
+            n for n, of in vars(module).items() if isinstance(of, type) and issubclass(of, base)
+        ]
+        offer = ", ".join(n for n in known if n != base.__name__) or f"no subclass of {needed}"
+        raise ConfigError(f"{told}: {module_name} has no {name}; it has {offer}")
+    if not (isinstance(own, type) and issubclass(own, base) and dataclasses.is_dataclass(own)):
+        raise ConfigError(f"{told}: {name} must be a dataclass that subclasses {needed}")
+    if lacking := sorted(getattr(own, "__abstractmethods__", ())):
+        raise ConfigError(f"{told}: {name} must define {', '.join(lacking)}")
+    sha256(own)
+    return own
+
+
+@functools.cache
+def sha256(own: type) -> str:
+    """Of the source file of a user's class, as it is when the class is loaded."""
+    return hashlib.sha256(Path(inspect.getsourcefile(own) or "").read_bytes()).hexdigest()
+
+
+def with_settings(own: type[Part], given: Mapping[str, Any]) -> Part:
+    """An instance. ConfigError for settings that the class does not have, take or lack."""
+    known = [field.name for field in dataclasses.fields(own)]  # pyright: ignore[reportArgumentType]
+    for field in given:
+        if field not in known:
+            near = nearest(field, known)
+            offer = f"did you mean {near[0]}?" if near else f"it has {', '.join(known) or 'none'}"
+            raise ConfigError(f"own.{own.__name__}.{field}: no such setting; {offer}")
+    try:
+        return TypeAdapter(own).validate_python(dict(given))
+    except ValidationError as error:
+        first = error.errors()[0]
+        field, *within = map(str, first["loc"])
+        if first["type"] == "missing":
+            said = f"{field}: it needs a value"
+        else:
+            place = "".join(f" ({each})" for each in within)
+            cure = CURES.get(first["type"].split("_")[0]) or single_line(first["msg"])
+            said = f"{field}={given.get(field)}{place}: {cure}"
+        raise ConfigError(f"own.{own.__name__}.{said}") from error
+
+
+def origin(part: Any) -> dict[str, Any]:
+    """What tells a part from others, and from other versions of itself: for fingerprints."""
+    own = type(part)
+    return {
+        "path": f"{own.__module__}:{own.__qualname__}",
+        "sha256": sha256(own),
+        "settings": dataclasses.asdict(part),
+    }

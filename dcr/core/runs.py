@@ -93,6 +93,14 @@ class BalanceRecord(TypedDict):
     length: tuple[float, float]
 
 
+class OwnSource(TypedDict):
+    """A user's own source, see `extending.origin`."""
+
+    path: str
+    sha256: str
+    settings: dict[str, Any]
+
+
 class RowRecord(TypedDict):
     """`rows.json`, see `data.row_record`."""
 
@@ -103,6 +111,7 @@ class RowRecord(TypedDict):
     in_distribution: NotRequired[list[str]]
     unseen_groups: NotRequired[list[str]]
     balance: NotRequired[BalanceRecord]
+    own: NotRequired[dict[str, OwnSource]]
 
 
 @dataclass(frozen=True)
@@ -282,6 +291,8 @@ def last_stage(made_with: Mapping[str, Any]) -> Literal["sft", "readout"]:
 def binding(made_with: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a configuration that decides a run's weights, without options that are off."""
     decisive = {key: value for key, value in made_with.items() if key not in FREE_KEYS}
+    if not decisive.get("own"):
+        decisive.pop("own", None)
     for node, options in IDLE.items():
         inside = decisive.get(node) or {}
         idle = {name for name, off in options.items() if name in inside and _is(inside[name], off)}
@@ -326,7 +337,8 @@ def as_yaml(plain: Mapping[str, Any]) -> str:
 
 
 def claim_rows(run: Run, record: Mapping[str, Any], force: bool) -> None:
-    """Write `rows.json`, or check that every list of rows there is the same (`data.row_record`).
+    """Write `rows.json`, or check that every list of rows there is the same (`data.row_record`),
+    and every source of a user's own.
 
     Raises ConfigError with the lists that differ as `claim` does.
     """
@@ -337,10 +349,12 @@ def claim_rows(run: Run, record: Mapping[str, Any], force: bool) -> None:
 
 
 def _row_lists(record: Mapping[str, Any]) -> dict[str, str]:
-    return {
+    lists = {
         name: f"{rows['count']} rows ({rows['fingerprint'][:8]})"
         for name, rows in record.get("rows", {}).items()
     }
+    own = record.get("own", {}).items()
+    return lists | {path: f"source sha256 {made['sha256'][:8]}" for path, made in own}
 
 
 def claim_base(run: Run, stage: str, weights: str, force: bool) -> None:

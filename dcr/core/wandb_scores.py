@@ -99,7 +99,8 @@ def _said(run: Run, judge: str, name: str) -> dict[str, str]:
     for file in sorted(files, key=lambda file: file.stat().st_mtime):
         for verdict in storage.read_lines(file, verdicts.Verdict):
             labels = [label for label in (verdict.compliance, verdict.safety) if label]
-            said[verdict.of] = ", ".join(labels) or verdict.status
+            own = verdict.raw if verdict.status == "ok" else ""
+            said[verdict.of] = ", ".join(labels) or own or verdict.status
     return said
 
 
@@ -170,6 +171,9 @@ def scored(metrics: Mapping[str, Any]) -> dict[str, float]:
         found |= {
             f"{task}/{key}": told[key] for key in ("acc", "acc_norm") if told[key] is not None
         }
+    for name, measured in metrics.get("own", {}).items():
+        numbers = results.OwnTask.model_validate(measured).numbers
+        found |= {"/".join([name, *keys]): value for keys, (value, _, _) in numbers.items()}
     if (metrics.get("quality") or {}).get("win_rate") is not None:
         found["alpaca_eval/win_rate"] = metrics["quality"]["win_rate"] / 100
     return found
@@ -187,3 +191,6 @@ def _rates(counts: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
             yield f"compliance_{judge}", said["complied"], answered
         if toxic and "safe" in said:
             yield f"defence_{judge}", said["safe"], said["safe"] + said["unsafe"] + said["invalid"]
+        labels = said.get("labels", {})
+        for label, count in labels.items():
+            yield f"{label}_{judge}", count, sum(labels.values()) + said["invalid"]

@@ -1,18 +1,19 @@
 """The judges by name; each response gets its verdict from the store, or is asked about once."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from dcr.core import storage
-from dcr.core.config import Kind
+from dcr.core import extending, storage
+from dcr.core.config import ConfigError, Kind, class_of, is_path
 from dcr.core.config.evaluation import EvalConfig
-from dcr.core.evaluation.protocols import Answers, Judged, Judges
+from dcr.core.evaluation.protocols import Answers, Judge, Judged, Judges
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.evaluation.verdicts import (
     COMPLIANCE,
@@ -32,9 +33,11 @@ from dcr.judges import (
     guards,
     served,
 )
-from dcr.judges.verdicts import counts, usage
+from dcr.judges.verdicts import counts, own_counts, usage
 
 CHARACTERS_PER_TOKEN = 4  # of English prose, to estimate a judge's cost
+KEPT_AT_ONCE = 64  # verdicts of a user's own judge
+LABEL = re.compile(r"[\w-]+")  # it names a column and a score
 IDENTITY_FILE = "judge.json"  # the settings that the verdicts beside it depend on
 COMPLETION_LIMITS = ("max_tokens", "max_completion_tokens")  # newer models know only the second
 
@@ -95,12 +98,56 @@ JUDGES: dict[str, Judging] = {
 }
 
 
+def judging_of(name: str) -> Judging:
+    """One of ours by its name, or a user's own by its path."""
+    if not is_path(name):
+        return JUDGES[name]
+    own = extending.made(name, Judge, "judge")
+    labels = getattr(own, "labels", ())
+    if not (isinstance(labels, tuple) and labels and all(map(LABEL.fullmatch, map(str, labels)))):
+        raise ConfigError(
+            f"judge={name}: needs labels, a tuple of all that it can say, of letters, digits, '_' "
+            "and '-'"
+        )
+    return Judging(
+        labels=own.labels,
+        kinds=own.kinds,
+        check=own.check,
+        identity=lambda _: extending.origin(own),
+        verdicts=lambda _, answers: _by_own(name, own, answers),
+    )
+
+
+def _by_own(name: str, judge: Judge, answers: Sequence[Completion]) -> Verdicts:
+    """The word of a user's own judge, whose label stands in `raw` whatever it says."""
+    labels = iter(judge.judge(answers))
+    for start in range(0, len(answers), KEPT_AT_ONCE):
+        batch = answers[start : start + KEPT_AT_ONCE]
+        said = list(islice(labels, len(batch)))
+        if len(said) < len(batch):
+            raise ConfigError(f"judge={name}: gives no label for {batch[len(said)].id}; say None")
+        if unknown := [label for label in said if label not in (None, *judge.labels)]:
+            raise ConfigError(f"judge={name}: says {unknown[0]!r}, which is none of its labels")
+        yield [
+            Verdict(
+                answer.id,
+                answer_fingerprint(answer),
+                "invalid" if label is None else "ok",
+                compliance=label if label in COMPLIANCE else None,
+                safety=label if label in SAFETY else None,
+                raw=label or "",
+                asked=False,
+            )
+            for answer, label in zip(batch, said, strict=True)
+        ]
+
+
 class Ours(Judges):
-    """The judges of `JUDGES`."""
+    """The judges of `JUDGES`, and a user's own."""
 
     def check(self, names: Sequence[str], settings: EvalConfig) -> None:
         for name in names:
-            JUDGES[name].check(settings)
+            judging_of(name).check(settings)
 
     def judged(
         self,
@@ -110,9 +157,14 @@ class Ours(Judges):
         answers: Answers,
         folder: Path,
     ) -> Judged:
-        judge_, node = JUDGES[name], node_of(name, settings)
+        judge_ = judging_of(name)
         asked = {b.name: answers[b.name] for b in sets if b.kind in judge_.kinds}
         verdicts = judge(name, settings, asked, folder, settings.trainer.progress)
+        if is_path(name):
+            made = {"model": name, "own": judge_.identity(settings)}
+            counted = {of: made | own_counts(rows, judge_.labels) for of, rows in verdicts.items()}
+            return Judged(verdicts, counted, {})
+        node = node_of(name, settings)
         return Judged(
             verdicts,
             {set_: counts(rows, node.model, judge_.labels) for set_, rows in verdicts.items()},
@@ -140,8 +192,9 @@ def judge(
     request can succeed or none has, and UserError if nothing can be written; earlier verdicts stay
     stored.
     """
-    identity = JUDGES[name].identity(settings)
-    place = folder / "verdicts" / f"{name}-{storage.fingerprint(identity)}"
+    judging = judging_of(name)
+    identity = judging.identity(settings)
+    place = folder / "verdicts" / f"{class_of(name)}-{storage.fingerprint(identity)}"
     homes: dict[str, list[Home]] = {}  # by fingerprint, the places of each distinct response
     by_content: dict[str, Completion] = {}
     for set_name, rows in answers.items():
@@ -160,16 +213,17 @@ def judge(
 
     new: list[Verdict] = []
     if waiting:
-        bar = tqdm(total=len(waiting), unit="response", desc=name, disable=not progress)
+        told = class_of(name)
+        bar = tqdm(total=len(waiting), unit="response", desc=told, disable=not progress)
         try:
-            with closing(JUDGES[name].verdicts(settings, waiting)) as batches, bar:
+            with closing(judging.verdicts(settings, waiting)) as batches, bar:
                 for batch in batches:
                     store(batch)
                     new += batch
                     bar.update(len(batch))
         finally:
             _account(name, settings, new)
-        if isinstance(node_of(name, settings), ServerConfig):
+        if judging.characters:  # a server, whose answers come in any order
             for set_name, rows in answers.items():
                 file = place / f"{set_name}.jsonl"
                 storage.put_in_order(file, Verdict, [answer.id for answer in rows])
@@ -212,10 +266,13 @@ def _append(place: Path, verdicts: Sequence[tuple[Verdict, Home]]) -> None:
 def _announce(name: str, settings: EvalConfig, waiting: Sequence[Completion], total: int) -> None:
     """Prints the number of requests to come, and their estimated cost."""
     if not waiting:
-        print(f"{name}: {total:,} verdicts, all stored")
+        print(f"{class_of(name)}: {total:,} verdicts, all stored")
+        return
+    line = f"{class_of(name)}: {total - len(waiting):,} verdicts stored, {len(waiting):,} to ask"
+    if is_path(name):
+        print(f"{line} of {name}")
         return
     characters, node = JUDGES[name].characters, node_of(name, settings)
-    line = f"{name}: {total - len(waiting):,} verdicts stored, {len(waiting):,} to ask"
     if characters is None or not isinstance(node, ServerConfig):
         print(f"{line} of {node.model}")
         return
@@ -231,7 +288,7 @@ def _announce(name: str, settings: EvalConfig, waiting: Sequence[Completion], to
 
 def _account(name: str, settings: EvalConfig, new: Sequence[Verdict]) -> None:
     """Prints the number of new verdicts, and their requests, tokens and cost."""
-    if not new:
+    if not new or is_path(name):
         return
     spent = usage(new, node_of(name, settings))
     by_status = Counter(verdict.status for verdict in new)

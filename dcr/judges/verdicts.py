@@ -1,12 +1,13 @@
 """The prompts of judges, and the counts of their verdicts."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from dcr.core.config import ConfigError
-from dcr.core.evaluation.verdicts import Verdict
+from dcr.core.evaluation.verdicts import COMPLIANCE, SAFETY, Verdict
 from dcr.endpoints import ServerConfig, servers
 from dcr.judges import GuardConfig
 
@@ -57,6 +58,22 @@ def counts(verdicts: Sequence[Verdict], model: str, labels: Sequence[str]) -> di
         },
         "invalid": sum(v.status == "invalid" for v in verdicts),
         "error": sum(v.status == "error" for v in verdicts),
+    }
+
+
+def own_counts(verdicts: Sequence[Verdict], labels: Sequence[str]) -> dict[str, Any]:
+    """The same of a user's own judge: labels that no other judge gives stand under `labels`."""
+    said = Counter(verdict.raw for verdict in verdicts if verdict.status == "ok")
+    others = [label for label in labels if label not in (*COMPLIANCE, *SAFETY)]
+    shared = [
+        label for family in (COMPLIANCE, SAFETY) if set(family) & {*labels} for label in family
+    ]
+    return {
+        "n": len(verdicts),
+        **{label: said[label] for label in shared},
+        **({"labels": {label: said[label] for label in others}} if others else {}),
+        "invalid": sum(verdict.status == "invalid" for verdict in verdicts),
+        "error": 0,
     }
 
 

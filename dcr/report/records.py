@@ -180,6 +180,9 @@ def about(run: RunRecord, evaluation: Evaluation, key: str) -> str:
 
 def steering(evaluation: Evaluation) -> str:
     """The activation edit that an evaluation was made under; empty where there was none."""
+    node = evaluation.settings.get("steering")
+    if isinstance(node, Mapping) and "sha256" in node:  # a user's own
+        return str(node.get("method"))
     return next((name for name in STEERED if name in _edit(evaluation)), "")
 
 
@@ -356,7 +359,10 @@ def _binding(run: RunRecord) -> dict[str, Any]:
 
 def leaves_of(run: RunRecord, evaluation: Evaluation) -> dict[str, Any]:
     """Every setting that may tell two columns apart: `dcr.epochs`, `eval.limit`."""
-    return flattened(_binding(run)) | flattened({"eval": evaluation.settings})
+    settings = evaluation.settings
+    if steering(evaluation) and isinstance(settings["steering"], Mapping):
+        settings = settings | {"steering": results.steering(settings)}
+    return flattened(_binding(run)) | flattened({"eval": settings})
 
 
 def settings_without_seed(evaluation: Evaluation) -> dict[str, Any]:

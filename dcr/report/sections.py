@@ -104,6 +104,12 @@ SECTIONS: dict[str, Section] = {
         "answers, ± one standard error; 50 is a draw.",
         in_terminal=True,
     ),
+    "own": Section(
+        "By tasks of one's own",
+        "dcr.report.tables:own_tasks",
+        "Brackets are 95% intervals where the task gives them.",
+        in_terminal=True,
+    ),
     "contamination": Section(
         "Contamination",
         "dcr.report.tables:contamination",

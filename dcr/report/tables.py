@@ -3,7 +3,7 @@
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -417,7 +417,8 @@ def judged(chosen: Selection) -> Grid:
     """Compliance, refusal and defence success rate by every judge, each where it was judged."""
     columns = chosen.columns
     blocks, judges = [], judges_of(column.evaluation for column in columns)
-    for by, (kind, quantity, sums, title, short) in itertools.product(judges, JUDGED):
+    wanted = [(by, each) for by in judges for each in (*JUDGED, *_own_labels(columns, by[0]))]
+    for by, (kind, quantity, sums, title, short) in wanted:
         judge, model = by
         sets = set_names(columns, kind)
         names = [name for name in sets if any(_rates(columns, [name], quantity, *by))]
@@ -441,6 +442,20 @@ def judged(chosen: Selection) -> Grid:
         title = title.format(f"{called} ({model})" if model else called)
         blocks.append(Block(title, short.format(model if several else called), rows))
     return Grid(columns, [block for block in blocks if block.rows])
+
+
+def _own_labels(
+    columns: Sequence[Column], judge: str
+) -> Iterator[tuple[Kind, str, tuple[str, ...], str, str]]:
+    """The same of labels that a user's own judge alone gives."""
+    sets = [of for column in columns for of in column.evaluation.sets.values()]
+    labels = dict.fromkeys(
+        label for of in sets if judge in of.judged for label in of.judged[judge].labels
+    )
+    for label, kind in itertools.product(labels, WANTED):
+        told = kind.value.replace("_", " ")
+        title = f"Answers to {told} prompts that are {label} by {{}}, %"
+        yield kind, label, (), title, f"{label}, {told}, by {{}}, %"
 
 
 def agreement(chosen: Selection) -> Grid:
@@ -517,6 +532,31 @@ def _spent(spent: Usage | None) -> Cell | None:
 def general(chosen: Selection) -> Grid:
     columns = chosen.columns
     return Grid(columns, [*_ability(columns), *_quality(columns)])
+
+
+def own_tasks(chosen: Selection) -> Grid:
+    """Every number of a user's own tasks, a block a task."""
+    columns = chosen.columns
+    measured = [column.evaluation.own for column in columns]
+    blocks = []
+    for name in dict.fromkeys(name for by_name in measured for name in by_name):
+        found = [by_name[name].numbers if name in by_name else {} for by_name in measured]
+        rows = [
+            Row(" ".join(keys), tuple(_number(of.get(keys)) for of in found))
+            for keys in dict.fromkeys(keys for of in found for keys in of)
+        ]
+        made = {
+            f"{of[name].path}, source sha256 {of[name].sha256}" for of in measured if name in of
+        }
+        blocks += [Block(f"{name} ({'; '.join(sorted(made))})", name, rows)] if rows else []
+    return Grid(columns, blocks)
+
+
+def _number(known: tuple[float, float, float] | None) -> Cell | None:
+    if known is None or math.isnan(known[0]):
+        return None
+    low, high = (None if math.isnan(end) else end for end in known[1:])
+    return Cell(known[0], low, high, percent=False)
 
 
 def _ability(columns: Sequence[Column]) -> list[Block]:

@@ -416,7 +416,7 @@ def _safety(evaluations: Sequence[Evaluation], sets: Sequence[str]) -> tuple[tup
 
 def _strength(settings: dict[str, Any]) -> float | None:
     node = settings.get("steering")
-    if isinstance(node, dict) and node.get("method") in STEERED:
+    if isinstance(node, dict) and (node.get("method") in STEERED or "sha256" in node):
         return float(node["strength"])
     return next((float(settings[name]) for name in CONTRASTS if name in settings), None)
 

@@ -79,7 +79,7 @@ class SteeringConfig:
     """Activation edits in evaluation. Strength is α for SCANS, multiplies Surgical's pair, and is
     what a log-odds of the probe adds to that of refusing."""
 
-    method: str = "none"  # none, scans, surgical, ablation or probe
+    method: str = "none"  # none, scans, surgical, ablation, probe, or package.module:Class
     # 0 leaves the model as it is.
     strength: float = ranged(
         1.0, math.isfinite, "give a finite number; 0 leaves the model as it is"

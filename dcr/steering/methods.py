@@ -5,19 +5,20 @@ lm-evaluation-harness then run under it unaware.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from dcr.calibration.biases import validation
-from dcr.core import contamination, models, sources, storage
+from dcr.core import contamination, extending, models, sources, storage
 from dcr.core.config import DataConfig
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.evaluation.protocols import Change
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.evaluation.subjects import Local
+from dcr.core.generation import Decoding
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat, chat_format
 from dcr.core.runs import Run
@@ -99,8 +100,8 @@ def steer(
 
 
 def is_active(settings: SteeringConfig) -> bool:
-    """Whether anything is edited; strength 0 equals `none` to the bit."""
-    return settings.method != "none" and settings.strength != 0
+    """Whether one of these edits; strength 0 equals `none` to the bit."""
+    return settings.method in STEERING and settings.strength != 0
 
 
 def identity(data: DataConfig, settings: SteeringConfig, seed: int) -> dict[str, Any]:
@@ -200,3 +201,41 @@ class Steering(Change):
             )
             for b in sets
         }
+
+
+class Own(Change):
+    """A user's own edit, named by its path as the method, unless its strength is 0."""
+
+    def part(self, settings: EvalConfig) -> Change:
+        """The user's, or one that changes nothing."""
+        steering = settings.node(SteeringConfig)
+        own = extending.made(steering.method, Change, "steering.method")
+        return own if steering.strength != 0 else Change()
+
+    def check(self, settings: EvalConfig, run: Run) -> None:
+        self.part(settings).check(settings, run)
+
+    def told(self, settings: EvalConfig) -> dict[str, Any]:
+        own, strength = self.part(settings), settings.node(SteeringConfig).strength
+        if strength == 0:
+            return {}
+        made = {"method": type(own).__name__, "strength": strength, **extending.origin(own)}
+        return own.told(settings) | {"steering": made}
+
+    def identity(self, subject: Local) -> dict[str, object]:
+        return self.part(subject.settings).identity(subject) | self.told(subject.settings)
+
+    def prepared(self, subject: Local) -> dict[str, Any]:
+        return self.part(subject.settings).prepared(subject)
+
+    def around(self, subject: Local, policy: Policy) -> AbstractContextManager[Any]:
+        return self.part(subject.settings).around(subject, policy)
+
+    def decoding(self, settings: EvalConfig) -> Decoding | None:
+        return self.part(settings).decoding(settings)
+
+    def prompts(self, settings: EvalConfig) -> list[PromptSet] | None:
+        return self.part(settings).prompts(settings)
+
+    def seen(self, settings: EvalConfig, sets: Sequence[PromptSet]) -> dict[str, int]:
+        return self.part(settings).seen(settings, sets)

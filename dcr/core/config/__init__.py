@@ -14,6 +14,8 @@ from dcr.core.config.checks import (
     UserError,
     block_of,
     check_installed,
+    class_of,
+    is_path,
     parameters,
 )
 from dcr.core.config.resolving import (

@@ -20,6 +20,7 @@ from dcr.core.config.schema import (
 
 PARAMETERS = re.compile(r"(tail|trunk):([0-9]+)|all|adapter")
 SAFE_NAME = re.compile(r"[A-Za-z0-9._-]+")
+OWN = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")  # a user's own, package.module:Class
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")  # as Lightning spells them
 FSDP = "fsdp"  # weights split over the devices
 STRATEGIES = ("auto", "ddp", FSDP)
@@ -49,6 +50,16 @@ def check_installed(package: str, extra: str, wanted: str) -> None:
     """
     if importlib.util.find_spec(package) is None:
         raise ConfigError(f"{wanted}: needs {package}; run pip install 'dcr[{extra}]'")
+
+
+def is_path(name: str) -> bool:
+    """Whether a name is the path of a user's own part, `package.module:Class`."""
+    return OWN.fullmatch(name) is not None
+
+
+def class_of(name: str) -> str:
+    """The class that a path names; any other name as it is."""
+    return name.rpartition(":")[2] if is_path(name) else name
 
 
 def positive(value: float) -> bool:

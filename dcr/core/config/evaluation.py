@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self, TypeVar
 
-from dcr.core.config.checks import unfit_machine
+from dcr.core.config.checks import class_of, is_path, unfit_machine
 from dcr.core.config.schema import (
     DataConfig,
     ModelConfig,
@@ -100,9 +100,9 @@ class EvalConfig(Settings):
     endpoint_model: str | None = None  # its name there
     endpoint_key: str | None = None  # the environment variable that holds the key, if one is needed
     endpoint_parameters: dict[str, Any] = field(default_factory=dict)  # null leaves one of ours out
-    # What is measured.
+    # What is measured. A user's own by its path, package.module:Class.
     tasks: list[str] = field(default_factory=lambda: ["over_refusal", "safety"])
-    # Who says whether an answer refuses or harms.
+    # Who says whether an answer refuses or harms. A user's own is named as a task's is.
     judge: list[str] = field(default_factory=lambda: ["keyword"])
     limit: int | None = None  # prompts a set, drawn by seed; null: all
     # A bias on the first token of refusals, so that answers refuse this share of toxic prompts, or
@@ -115,6 +115,7 @@ class EvalConfig(Settings):
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     gen: GenConfig = field(default_factory=GenConfig)
+    own: dict[str, Any] = field(default_factory=dict)  # settings of a user's own classes, by name
     trainer: DeviceConfig = field(default_factory=DeviceConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
@@ -169,11 +170,15 @@ def _faults(config: EvalConfig) -> Iterator[str]:
 
 
 def unknown(key: str, named: str | Sequence[str], known: Sequence[str]) -> Iterator[str]:
-    """Names, or one name, that are not known under this key."""
+    """Names, or one name, that are neither known under this key nor the path of a user's own."""
+    names = [named] if isinstance(named, str) else named
     told = named if isinstance(named, str) else f"[{','.join(named)}]"
-    for name in [named] if isinstance(named, str) else named:
-        if name not in known:
+    classes = [class_of(name) for name in names]
+    for name, own in zip(names, classes, strict=True):
+        if name not in known and not is_path(name):
             yield f"{key}={told}: choose one of {', '.join(known)}"
+        if is_path(name) and (own in known or classes.count(own) > 1):
+            yield f"{key}={told}: two are called {own}; rename the class"
 
 
 def cut_short(config: EvalConfig, *others: str) -> Iterator[str]:

@@ -444,6 +444,7 @@ class TrainConfig(Settings):
     dcr: ContrastiveConfig = field(default_factory=ContrastiveConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     stl_aug: AugmentConfig = field(default_factory=AugmentConfig)
+    own: dict[str, Any] = field(default_factory=dict)  # settings of a user's own classes, by name
     # Counts that no one set: where a source has fewer rows, all of them. Commands fill this in.
     at_most: list[str] = field(default_factory=list)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

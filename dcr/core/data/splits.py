@@ -389,12 +389,15 @@ def row_record(rows: Splits, about: Mapping[str, Any] | None = None) -> dict[str
     for name in recorded.keys() & {part for part, (node, *_) in LEARNT.items() if node is None}:
         # theirs is no node of `data`
         recorded[name]["sources"] = sorted({row.source for row in rows.parts()[name]})
+    named = sorted({row.source for part in rows.parts().values() for row in part})
+    own = {name: made for name in named if (made := sources.origin(name))}
     return {
         "rows": recorded,
         "dropped": rows.dropped,
         "in_distribution": rows.in_distribution,
         "unseen_groups": rows.unseen_groups,
         **(about or {}),
+        **({"own": own} if own else {}),
     }
 
 

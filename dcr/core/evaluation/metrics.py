@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 # What the prompts of over-refusal and safety are counted and ranked into.
 SCORES = ("sets", "discernment", "agreement", "usage", "contamination")
+OWN = "own"  # what a user's own tasks measured
 
 
 def check(settings: EvalConfig, run: Run) -> None:
@@ -89,11 +90,11 @@ def measure(
         work = Work(settings, run, subject, folder, asked.sets, given, asked.kinds, before)
         for name, task in asked.tasks.items():
             if not task.closed:
-                blocks[name] = task.measure(work)
+                _measure(name, task, work, blocks)
                 _write(subject, folder, blocks, began)
     for name, task in asked.tasks.items():
         if task.closed:
-            blocks[name] = task.measure(work)
+            _measure(name, task, work, blocks)
     judged = [b for b in asked.sets if b.kind is not Kind.normal]
     if judged:
         counted = scoring.scores(settings, run, judged, given, folder)
@@ -107,12 +108,24 @@ def measure(
     return metrics, given
 
 
+def _measure(name: str, task: Task, work: Work, blocks: dict[str, Any]) -> None:
+    """Adds the block of a task; those of a user's own tasks share one, with what made each."""
+    if name in work.settings.table.tasks:
+        blocks[name] = task.measure(work)
+    else:
+        own = extending.origin(task) | {"measured": task.measure(work)}
+        blocks.setdefault(OWN, {})[name] = own
+
+
 def _write(
     subject: Subject, folder: Path, blocks: Mapping[str, Any], began: float
 ) -> dict[str, Any]:
     """`metrics.json`, of what was measured so far and of what earlier commands measured."""
     origin = _origin(subject)
-    metrics = origin | _kept(subject, folder, origin["settings"]) | dict(blocks)
+    kept = _kept(subject, folder, origin["settings"])
+    metrics = origin | kept | dict(blocks)
+    if own := kept.get(OWN, {}) | blocks.get(OWN, {}):
+        metrics[OWN] = own
     if (edits := folder / "steering.json").is_file():
         metrics["steering"] = storage.read_json(edits, dict[str, Any])
     if (made := folder / subjects.DECODING).is_file():
@@ -168,7 +181,7 @@ def _kept(subject: Subject, folder: Path, settings: dict[str, Any]) -> dict[str,
     alone = (*subject.settings.table.tasks, "steering")
     kept = {key: before[key] for key in alone if key in before}
     if before.get("settings") == settings:
-        kept |= {key: before[key] for key in SCORES if key in before}
+        kept |= {key: before[key] for key in (*SCORES, OWN) if key in before}
     return kept
 
 

@@ -1,16 +1,18 @@
 """What extensions can be to an evaluation: who answers, what changes that, a task, judges.
 
-Ours stand in the table of the settings' schema (`config.Table`), a user's own is named by its path.
+Ours stand in the table of the settings' schema (`config.Table`). A user's own is a dataclass below
+`Change`, `Task` or `Judge` that its path names, see `extending`.
 """
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dcr.core import extending, storage
+from dcr.core.config import ConfigError, Kind, class_of, is_path
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.runs import Run
 
@@ -74,18 +76,18 @@ class Subject(ABC):
         """Refusal masses of first answer tokens, and the most they can be where they are bounds."""
 
 
-class Change(ABC):
+class Change:
     """Something that changes how weights answer: an edit of activations, a bias, a way to decode.
 
     One that the settings do not ask for changes nothing: `told` is then empty.
     """
 
-    def check(self, settings: EvalConfig, run: Run) -> None:  # noqa: B027
+    def check(self, settings: EvalConfig, run: Run) -> None:
         """Raises a UserError for what can be known wrong before a model is loaded."""
 
-    @abstractmethod
     def told(self, settings: EvalConfig) -> dict[str, Any]:
         """What tells these answers from plain ones, as `metrics.json` has it in its settings."""
+        return {}
 
     def identity(self, subject: Any) -> dict[str, object]:
         """All that answers depend on because of it, for their fingerprint."""
@@ -126,7 +128,15 @@ class Work:
     before: Mapping[str, Any]  # what `metrics.json` holds of an earlier command
 
     def policy(self) -> "Policy":
-        """The weights, under all changes, opened when they are first needed."""
+        """The weights, under all changes, opened when they are first needed.
+
+        Raises ConfigError for an endpoint, which gives none.
+        """
+        if self.settings.endpoint is not None:
+            raise ConfigError(
+                f"endpoint={self.settings.endpoint}: a task needs the model itself; leave it out, "
+                "or name the model with model="
+            )
         return self.subject.policy()
 
     def chat(self) -> "ChatFormat":
@@ -162,6 +172,24 @@ class Judged:
     usage: Mapping[str, Any]
 
 
+class Judge(ABC):
+    """The base of a judge of a user's own.
+
+    `labels` are all that it can say. Those of `verdicts.COMPLIANCE` or `SAFETY` are counted and
+    compared as other judges' are, any others by their own names.
+    """
+
+    labels: ClassVar[tuple[str, ...]]
+    kinds: ClassVar[tuple[Kind, ...]] = tuple(Kind)  # of prompts whose answers it judges
+
+    def check(self, settings: EvalConfig) -> None:  # noqa: B027
+        """Raises a UserError for what can be known wrong before a model is loaded."""
+
+    @abstractmethod
+    def judge(self, answers: "Sequence[Completion]") -> "Iterable[str | None]":
+        """A label for each answer, in their order; None where there is none."""
+
+
 class Judges(ABC):
     """All judges but keywords."""
 
@@ -194,4 +222,6 @@ def tasks(settings: EvalConfig) -> dict[str, Task]:
     found: dict[str, Task] = {
         name: extending.ours(paths[name])() for name in paths if name in settings.tasks
     }
+    for path in filter(is_path, settings.tasks):
+        found[class_of(path)] = extending.made(path, Task, "tasks")
     return dict(sorted(found.items(), key=lambda entry: (entry[1].closed, entry[1].widens)))

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dcr.core import contamination, extending, refusal
-from dcr.core.config import DataConfig
+from dcr.core import contamination, extending, refusal, sources
+from dcr.core.config import DataConfig, class_of
 from dcr.core.config.evaluation import AUTO_LENGTH, EvalConfig
 from dcr.core.evaluation import discernment, protocols, subjects
 from dcr.core.evaluation.protocols import Answers, Judged, Judges
@@ -25,7 +25,9 @@ def scores(
     settings: EvalConfig, run: Run, sets: list[PromptSet], given: Answers, folder: Path
 ) -> dict[str, Any]:
     """Counts by keywords and by every judge asked, agreement, discernment, contamination."""
-    judged = {name: _judged(name, settings, sets, given, folder) for name in others(settings)}
+    judged = {
+        class_of(name): _judged(name, settings, sets, given, folder) for name in others(settings)
+    }
     record, whole = run.record(), settings.gen.max_new_tokens != AUTO_LENGTH
     metrics = score(
         sets,
@@ -41,10 +43,13 @@ def scores(
     for change in protocols.changes(settings):
         for asked, seen in change.seen(settings, sets).items():
             metrics["sets"][asked]["seen_by_steering"] = seen
+    for of in sets:
+        if made := sources.origin(of.rows[0].source) if of.rows else None:
+            metrics["sets"][of.name]["own"] = made
     verdicts = {name: of.verdicts for name, of in judged.items()}
     return metrics | {
         "agreement": _agreement(sets, given, verdicts, COUNTED[whole]),
-        "usage": {name: of.usage for name, of in judged.items()},
+        "usage": {name: of.usage for name, of in judged.items() if of.usage},
         "contamination": _contamination(run, sets),
     }
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dcr.core import sources
-from dcr.core.config import ConfigError, DataConfig, Kind
+from dcr.core.config import ConfigError, DataConfig, Kind, class_of, is_path
 from dcr.core.sources import Example
 from dcr.core.text import label_of, normalise
 
@@ -81,7 +81,7 @@ def of_tasks(
     ]
     names = [prompt_set.name for prompt_set in read]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise ConfigError(f"data.evaluation: {sorted(twice)[0]} stands there twice; rename a file")
+        raise ConfigError(f"data.evaluation: {sorted(twice)[0]} stands there twice; rename one")
     return read
 
 
@@ -104,8 +104,11 @@ def pairs_of(names: Iterable[str]) -> dict[str, Pair]:
 
 
 def set_name(source: str) -> str:
-    """What a set is called, also as a file in the run folder: a source's name, or a file's."""
-    return source if source in sources.SOURCES else label_of(Path(source).stem)
+    """What a set is called, also as a file in the run folder: a source's name, or a file's, or a
+    user's own class's.
+    """
+    known = source in sources.SOURCES or is_path(source)
+    return class_of(source) if known else label_of(Path(source).stem)
 
 
 # --- prompts of each kind, for what is measured on the weights -----------------------------------

@@ -5,10 +5,11 @@ table = dcr.core.results.load(["outputs/a", "outputs/b"])
 table[table.quantity == "refused"].pivot_table("value", ["run", "judge"], "set")
 """
 
-from dcr.core.results.frame import COLUMNS, csv_text, frame_of, load
+from dcr.core.results.frame import COLUMNS, csv_text, frame_of, load, steering
 from dcr.core.results.schema import (
     VERSION,
     Metrics,
+    OwnTask,
     Tracked,
     read,
     read_tracked,
@@ -20,12 +21,14 @@ __all__ = [
     "COLUMNS",
     "VERSION",
     "Metrics",
+    "OwnTask",
     "Tracked",
     "csv_text",
     "frame_of",
     "load",
     "read",
     "read_tracked",
+    "steering",
     "write",
     "write_tracked",
 ]

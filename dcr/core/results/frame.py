@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from dcr.core import statistics, storage
-from dcr.core.config import UserError
+from dcr.core.config import Kind, UserError
 from dcr.core.results.schema import Ability, Estimate, Metrics, Quality, Ranking, SetCounts, read
 from dcr.core.runs import Run, stages
 from dcr.core.text import encodable
@@ -38,7 +38,8 @@ def load(folders: Iterable[str | Path] | str | Path) -> pd.DataFrame:
     that have one of the three, by keywords of all answers, some of which are `empty`), `lenient`
     (the last two), `safe`, `unsafe` (of all answers), `invalid`, `error`, `discernment` (an AUROC),
     `answered_at_safety/0.8`, `refused_at_over_refusal/0.05`, `acc`, `win_rate`, `kappa` and so on,
-    the paper's analyses under `refusal_probability`, `kernel/…`, `separability/…` and `claims/…`.
+    the paper's analyses under `refusal_probability`, `kernel/…`, `separability/…` and `claims/…`, a
+    user's own task under `<Class>/…`.
     `stages` tells what trained the weights (`contrastive + sft + readout`), "" where nothing did or
     the run's configuration is gone, `edit` steering and decoding, "" for none. `in_distribution`
     marks sets that the run was trained on, `contaminated` others of which training or steering saw
@@ -95,7 +96,7 @@ def rows_of(metrics: Metrics, run: str = "", file: str = "", trained_by: str = "
 
 def edit(settings: Mapping[str, Any]) -> str:
     """Steering and decoding of an evaluation in one line, "" where the model answered as it is."""
-    edits = dict(settings.get("steering") or {})
+    edits = steering(settings)
     parts = [str(edits.pop("method"))] if "method" in edits else []
     parts += [f"{key}={value}" for key, value in edits.items()]
     if settings.get("validation"):
@@ -106,6 +107,15 @@ def edit(settings: Mapping[str, Any]) -> str:
     if settings.get("calibrate") is not None:
         parts.append(f"calibrate={settings['calibrate']}")
     return " ".join(parts)
+
+
+def steering(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Method, strength and settings of the steering; a user's own with its source's hash."""
+    edits = dict(settings.get("steering") or {})
+    if version := edits.pop("sha256", None):
+        path, own = edits.pop("path"), edits.pop("settings")
+        edits = own | edits | {"method": f"{path}@{version[:8]}"}
+    return edits
 
 
 def _all(metrics: Metrics) -> Iterator[TidyRow]:
@@ -144,6 +154,7 @@ def _all(metrics: Metrics) -> Iterator[TidyRow]:
             yield {"set": task, "contaminated": contaminated(metrics, task)} | row
     if metrics.quality:
         yield from _quality(metrics.quality)
+    yield from _own(metrics)
     yield from _analyses(metrics)
     for key in ("seconds", "tokens_per_second", "peak_memory_gib"):
         if (value := getattr(metrics, key)) is not None:
@@ -178,7 +189,8 @@ def _set(counts: SetCounts) -> Iterator[TidyRow]:
     for judge, judged in counts.judged.items():
         by = {"judge": judge, "judge_model": judged.model}
         labelled = sum(judged.counts.get(label, 0) for label in COMPLIANCE)
-        answers = sum(judged.counts.get(label, 0) for label in ("safe", "unsafe")) + judged.invalid
+        named = ("safe", "unsafe", *judged.labels)
+        answers = sum(judged.counts.get(label, 0) for label in named) + judged.invalid
         for label, count in judged.counts.items():
             yield _rate(label, count, labelled if label in COMPLIANCE else answers, **by)
         if judged.complied is not None:
@@ -222,6 +234,18 @@ def _quality(quality: Quality) -> Iterator[TidyRow]:
             around = NORMAL * quality.standard_error / 100
             row |= {"low": value / 100 - around, "high": value / 100 + around}
         yield row
+
+
+def _own(metrics: Metrics) -> Iterator[TidyRow]:
+    """Numbers of a user's own tasks; keys that name a set or a kind are told in those columns."""
+    kinds = {kind.value for kind in Kind}
+    for name, task in metrics.own.items():
+        for keys, (value, low, high) in task.numbers.items():
+            of = next((key for key in keys if key in metrics.sets), "")
+            kind = next((key for key in keys if key in kinds), "")
+            quantity = "/".join([name, *(key for key in keys if key not in (of, kind))])
+            about = {"quantity": quantity, "set": of, "kind": kind}
+            yield about | {"value": value, "low": low, "high": high}
 
 
 def _analyses(metrics: Metrics) -> Iterator[TidyRow]:

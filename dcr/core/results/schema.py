@@ -6,7 +6,7 @@ of another version is refused.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -83,6 +83,7 @@ class Judged(Record):
     refused: Count | None = None
     safe: Count | None = None
     unsafe: Count | None = None
+    labels: dict[str, Count] = {}  # of a user's own judge: those that no other judge gives
     invalid: Count = 0  # answered, but no verdict
     error: Count = 0  # nothing came back: outside of every rate
 
@@ -97,7 +98,7 @@ class Judged(Record):
         """By label that this judge gives."""
         labels = ("complied", "partial", "refused", "safe", "unsafe")
         counts = {label: getattr(self, label) for label in labels}
-        return {label: count for label, count in counts.items() if count is not None}
+        return {label: count for label, count in counts.items() if count is not None} | self.labels
 
 
 class SetCounts(Refusals):
@@ -253,6 +254,35 @@ class Quality(Record):
     usage: Usage | None = None
 
 
+class OwnTask(Record):
+    """What a user's own task measured, and which: its path, source and settings."""
+
+    path: str
+    sha256: str
+    settings: dict[str, Any] = {}
+    measured: Any = None
+
+    @property
+    def numbers(self) -> dict[tuple[str, ...], tuple[float, float, float]]:
+        """Every number of the block by its keys, with its ends where it is an estimate."""
+        return dict(_numbers(self.measured, ()))
+
+
+def _numbers(
+    node: Any, keys: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], tuple[float, float, float]]]:
+    if isinstance(node, Mapping):
+        for key, each in node.items():
+            yield from _numbers(each, (*keys, str(key)))
+    elif isinstance(node, (int, float)):
+        yield keys, (float(node), math.nan, math.nan)
+    elif (
+        isinstance(node, list) and len(node) == 3 and all(isinstance(n, int | float) for n in node)
+    ):
+        value, low, high = map(float, node)
+        yield keys, (value, low, high)
+
+
 class KindProbability(Record):
     n: Count | None = None
     plain: Estimate
@@ -387,6 +417,7 @@ class Metrics(Tracked):
     contamination: dict[str, Overlap] = {}  # by set
     ability: dict[str, Ability] = {}  # by task
     quality: Quality | None = None
+    own: dict[str, OwnTask] = {}  # by class of a user's own task
     separability: Separability | None = None
     claims: OneStep | None = None
     seconds: Number = None

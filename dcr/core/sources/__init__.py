@@ -13,5 +13,5 @@ from dcr.core.sources.examples import (
     split_by_group,
 )
 from dcr.core.sources.fields import first_turn
-from dcr.core.sources.reading import read, read_jsonl, read_rows
+from dcr.core.sources.reading import Rows, origin, read, read_jsonl, read_rows
 from dcr.core.sources.table import SOURCES, Hub, Source

@@ -4,17 +4,20 @@ import difflib
 import logging
 import os
 import stat
+from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from importlib import resources
-from typing import IO
+from typing import IO, Any
 
-from dcr.core.config import ConfigError, DataError, Kind
+from dcr.core import extending
+from dcr.core.config import ConfigError, DataError, Kind, UserError, class_of, is_path
 from dcr.core.sources import jsonl
 from dcr.core.sources.examples import Example, fingerprint
 from dcr.core.sources.jsonl import Row
 from dcr.core.sources.table import SOURCES, Hub, Source
+from dcr.core.text import single_line
 
 log = logging.getLogger(__name__)
 
@@ -25,8 +28,8 @@ def read(
     """All rows of a source, in its own order.
 
     Args:
-        name: a key of `SOURCES`, or the path of a JSONL file (ends in `.jsonl` or holds a path
-            separator).
+        name: a key of `SOURCES`, the path of a JSONL file (ends in `.jsonl` or holds a path
+            separator), or `package.module:Class` of a user's own `Rows`.
         root: local folder with the named sources' files; the hub if None. The embedded corpora and
             the user's files do not depend on it.
         kind: what the prompts are taken for. Required for a file; must agree with a named source.
@@ -39,10 +42,11 @@ def read(
         ConfigError: unknown name, `root` not a folder, kind missing or contradicted.
         DataError: a file or hub data set that cannot be read, or a malformed row.
     """
-    if name.endswith(".jsonl") or "/" in name or os.sep in name:
+    own = is_path(name)
+    if own or name.endswith(".jsonl") or "/" in name or os.sep in name:
         if kind is None:
             raise ConfigError(f"{name}: say what its prompts are: toxic, seemingly_toxic or normal")
-        return read_jsonl(name, kind, pairs=pairs)
+        return (_read_own if own else read_jsonl)(name, kind, pairs=pairs)
     source = _source(name)
     if kind is not None and kind is not source.kind:
         raise ConfigError(
@@ -65,24 +69,63 @@ def read_jsonl(path: str, kind: Kind, *, pairs: bool = False) -> list[Example]:
     field at the first fault.
     """
     stem = os.path.splitext(os.path.basename(path))[0]
+    with closing(_opened(path)) as stream:
+        return _of_user(jsonl.rows(stream, path), path, stem, kind, pairs)
+
+
+class Rows(ABC):
+    """The base of a source of a user's own: a dataclass whose fields are its settings."""
+
+    @abstractmethod
+    def rows(self, kind: Kind) -> Iterable[Mapping[str, Any]]:
+        """Rows of a kind with the keys of a JSONL file's: `prompt`, and if wanted `response`, `id`,
+        `category` and `group`. The same ones each time: a run finds its rows again by their ids.
+        """
+
+
+def origin(name: str) -> dict[str, Any] | None:
+    """What tells a user's own source from its other versions; None for any other."""
+    return extending.origin(extending.made(name, Rows)) if is_path(name) else None
+
+
+def _read_own(path: str, kind: Kind, pairs: bool) -> list[Example]:
+    """The rows of a user's own class, checked as those of a file. Its faults are DataErrors."""
+    source = extending.made(path, Rows)
+    try:
+        given = list(enumerate(source.rows(kind), 1))
+    except UserError:
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {single_line(error)}"
+        raise DataError(f"{path}: {kind.value} rows cannot be read ({why})") from error
+    for number, row in given:
+        if not isinstance(row, Mapping):
+            raise DataError(f"{path}:{number}: a {type(row).__name__}, not a row with a prompt")
+    if not given:
+        raise DataError(f"{path}: gives no {kind.value} rows")
+    return _of_user(given, path, class_of(path), kind, pairs)
+
+
+def _of_user(
+    rows: Iterable[tuple[int, Row]], path: str, stem: str, kind: Kind, pairs: bool
+) -> list[Example]:
     examples: list[Example] = []
     lines: dict[str, int] = {}
-    with closing(_opened(path)) as stream:
-        for line, row in jsonl.rows(stream, path):
-            where = f"{path}:{line}"
-            identity = jsonl.identifier(row, f"{stem}-{line}", where)
-            _claim(identity, line, lines, where)
-            examples.append(
-                Example(
-                    id=identity,
-                    prompt=jsonl.prompt(row, where),
-                    kind=kind,
-                    source=path,
-                    response=jsonl.response(row, where, required=pairs),
-                    category=jsonl.text(row, "category", where),
-                    group=jsonl.text(row, "group", where),
-                )
+    for line, row in rows:
+        where = f"{path}:{line}"
+        identity = jsonl.identifier(row, f"{stem}-{line}", where)
+        _claim(identity, line, lines, where)
+        examples.append(
+            Example(
+                id=identity,
+                prompt=jsonl.prompt(row, where),
+                kind=kind,
+                source=path,
+                response=jsonl.response(row, where, required=pairs),
+                category=jsonl.text(row, "category", where),
+                group=jsonl.text(row, "group", where),
             )
+        )
     return examples
 
 
