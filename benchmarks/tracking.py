@@ -23,14 +23,16 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from dcr import extensions, tracking
+from dcr import extensions
 from dcr.core import cli, config, data, models, prompts
-from dcr.core.config import Quantity, Stage, TrainConfig
+from dcr.core.config import Stage, TrainConfig
 from dcr.core.models import Policy
 from dcr.core.prompts import IGNORED, ChatFormat
 from dcr.core.training.sft import SFTModule
 from dcr.extensions import TrainSettings
-from dcr.tracking import MEASURES
+from dcr.tracking import Quantity, TrackingConfig
+from dcr.tracking import curves as tracking
+from dcr.tracking.curves import MEASURES
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 PAPER_ROWS = 21_000
@@ -100,7 +102,7 @@ def measuring_seconds(
     settings: TrainConfig, policy: Policy, chat: ChatFormat
 ) -> dict[Quantity, float]:
     """Seconds of one measurement of each quantity, under autocast as while training."""
-    tracked = tracking.tracked(settings.tracking, settings.data, settings.seed)
+    tracked = tracking.tracked(settings.node(TrackingConfig), settings.data, settings.seed)
     assert tracked is not None
     found = {}
     with tempfile.TemporaryDirectory() as folder, torch.autocast("cpu", torch.bfloat16):

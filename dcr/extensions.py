@@ -7,19 +7,14 @@ evaluates `EvalSettings`.
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from dcr import calibration, endpoints, quality, steering
+from dcr import calibration, endpoints, quality, steering, tracking
 from dcr.ability import AbilityConfig
-from dcr.analyses import ClaimsConfig, SeparabilityConfig
+from dcr.analyses import ClaimsConfig, KernelConfig, RefusalProbabilityConfig, SeparabilityConfig
 from dcr.calibration import CalibrationConfig
 from dcr.core import ending
-from dcr.core.config import (
-    KernelConfig,
-    RefusalProbabilityConfig,
-    TrainConfig,
-    TrainTable,
-    is_path,
-)
-from dcr.core.config.evaluation import EvalConfig, Part, Table
+from dcr.core.config import Part, TrainConfig, TrainTable, is_path
+from dcr.core.config.checks import listed_last
+from dcr.core.config.evaluation import EvalConfig, Table
 from dcr.endpoints import HTTPConfig
 from dcr.judges import (
     AnnotatorConfig,
@@ -30,6 +25,7 @@ from dcr.judges import (
 )
 from dcr.quality import QualityConfig
 from dcr.steering import SteeringConfig
+from dcr.tracking import TrackingConfig
 
 if TYPE_CHECKING:
     from dcr.core.passes import Passes
@@ -67,6 +63,7 @@ TABLE = Table(
 )
 
 
+@listed_last("own", "trainer", "wandb")
 @dataclass
 class EvalSettings(EvalConfig):
     """Everything `eval.py` can be told."""
@@ -89,14 +86,6 @@ class EvalSettings(EvalConfig):
     claims: ClaimsConfig = field(default_factory=ClaimsConfig)
 
 
-for _last in (
-    "own",
-    "trainer",
-    "wandb",
-):  # behind the extensions' nodes, wherever settings are listed
-    EvalSettings.__dataclass_fields__[_last] = EvalSettings.__dataclass_fields__.pop(_last)
-
-
 @dataclass
 class TrainSettings(TrainConfig):
     """Everything `train.py` can be told."""
@@ -104,8 +93,14 @@ class TrainSettings(TrainConfig):
     table: ClassVar[TrainTable] = TrainTable(
         examining="dcr.balance:examined",
         best_layer="dcr.choice:best_layer",
-        watching="dcr.tracking:watching",
+        watching=Part("dcr.tracking.curves:watching", lambda of: bool(of.tracking.quantities)),
         sharding="dcr.sharding:Shards",
+        relations=(tracking.relations,),
+    )
+
+    # wider than the core's, and only read once commands hand it on
+    tracking: TrackingConfig = field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default_factory=TrackingConfig
     )
 
 

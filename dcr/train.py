@@ -50,8 +50,8 @@ def train(settings: TrainConfig, run: Run) -> None:
     if not all(run.done(stage.value) for stage in wanted):
         arithmetic.say()
     watched = None
-    if settings.tracking.quantities:
-        watch: Watch = extending.ours(settings.table.watching)
+    if (part := settings.table.watching) and part.asked(settings):
+        watch: Watch = extending.ours(part.path)
         watched = watch(settings)
     with (
         callbacks.quiet(),

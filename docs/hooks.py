@@ -14,11 +14,10 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 from dcr import launching
-from dcr.core import config
 from dcr.core.config import CONF
-from dcr.extensions import EvalSettings
+from dcr.extensions import EvalSettings, TrainSettings
 
-SCRIPTS = {"train.py": config.TrainConfig, "eval.py": EvalSettings}
+SCRIPTS = {"train.py": TrainSettings, "eval.py": EvalSettings}
 LAUNCHERS = {"joblib": launching.JoblibOptions, "slurm": launching.SlurmOptions}
 
 

@@ -52,7 +52,7 @@ def test_every_file_composes_and_resolves(path: Path) -> None:
         script, choice = "eval", ["model=tiny", f"steering={path.stem}"]
     else:
         script, choice = "train", [f"{path.parent.relative_to(CONF)}={path.stem}"]
-    schema = {"train": TrainConfig, "eval": EvalSettings}[script]
+    schema = {"train": TrainSettings, "eval": EvalSettings}[script]
     if schema is EvalSettings:
         choice.append("data=demo")
     found = config.resolve(composed(script, *choice), schema)
@@ -282,8 +282,9 @@ def test_every_setting_is_read_somewhere() -> None:
     files = "".join(file.read_text() for file in [*schema, *FILES])
     interpolated = re.findall(r'II\("([\w.]+)"\)|\$\{([\w.]+)\}', files)
     names = {*re.findall(r"\.(\w+)", code), *("".join(k).split(".")[-1] for k in interpolated)}
-    by_class = {f"node({type(node).__name__})": key for key, node in vars(EvalSettings()).items()}
+    every = (*vars(EvalSettings()).items(), *vars(TrainSettings()).items())
+    by_class = {f"node({type(node).__name__})": key for key, node in every}
     names |= {key for asked, key in by_class.items() if asked in code}
-    paths = {path for schema in (TrainConfig, EvalSettings) for path, _ in settings_of(schema())}
+    paths = {path for schema in (TrainSettings, EvalSettings) for path, _ in settings_of(schema())}
     assert len(paths) > 150
     assert {path for path in paths if path.split(".")[-1] not in names} <= set(NOT_BY_THAT_NAME)

@@ -12,8 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from dcr.core import config
-from dcr.core.config import TrainConfig
-from dcr.extensions import EvalSettings
+from dcr.extensions import EvalSettings, TrainSettings
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -25,7 +24,7 @@ LINKS = re.compile(r"\]\(([^)#:\s]+)\)")
 MODULES = re.compile(r"(?:python -m |`)(dcr(?:\.[a-z_]+)+)")
 COMMANDS = re.compile(r"python (train|eval)\.py ([^\n`]*)")
 GROUPS = ("model", "data", "preset", "sweep", "steering")
-SCHEMAS = {"train": TrainConfig, "eval": EvalSettings}
+SCHEMAS = {"train": TrainSettings, "eval": EvalSettings}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -36,7 +35,7 @@ def test_every_file_and_module_named_is_there(document: Path) -> None:
     missing = [str(path.relative_to(ROOT)) for path in named | linked if not path.exists()]
     assert not missing
     dotted = MODULES.findall(text)  # a module, what is in one, or a setting of stage one
-    assert not [d for d in dotted if not is_there(d) and not exists(d, TrainConfig)]
+    assert not [d for d in dotted if not is_there(d) and not exists(d, TrainSettings)]
 
 
 def is_there(dotted: str) -> bool:
@@ -127,9 +126,9 @@ def test_no_page_of_the_site_loads_anything_from_elsewhere(tmp_path: Path) -> No
 
 
 def test_a_key_that_there_is_not_would_be_found() -> None:
-    assert exists("dcr.optim.lr", TrainConfig)
+    assert exists("dcr.optim.lr", TrainSettings)
     assert exists("llm.parameters.top_p", EvalSettings)
-    assert not exists("dcr.optim.rate", TrainConfig)
+    assert not exists("dcr.optim.rate", TrainSettings)
     assert not exists("dcr.margin", EvalSettings)
     assert not is_there("dcr.nothing")
     assert {"dcr/core/losses.py", "train.py"} <= set(

@@ -20,8 +20,9 @@ from tiny_run import logged, overrides, same, settings, weights
 
 from dcr import launching, train
 from dcr.core import cli, config
-from dcr.core.config import ConfigError, TrainConfig
+from dcr.core.config import ConfigError
 from dcr.core.runs import Run
+from dcr.extensions import TrainSettings
 from dcr.launching import Command, JoblibOptions, SlurmOptions
 
 ROOT = Path(__file__).parent.parent
@@ -210,7 +211,7 @@ def test_examples_of_other_schedulers_are_yaml_with_a_command_that_there_is() ->
     for words in (pod["command"], run.split()):
         told = [word for word in words if "=" in word]
         assert len(told) >= 3
-        config.resolve(cli.compose("train", told), TrainConfig)
+        config.resolve(cli.compose("train", told), TrainSettings)
 
 
 # --- a real Slurm ---

@@ -98,10 +98,11 @@ def child(shape: dict[str, Any], block: int, settings: str, packed: bool) -> Non
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from dcr.core import cli, config, models, passes, precision
-    from dcr.core.config import Adapter, Precision, Stage, TrainConfig
+    from dcr.core.config import Adapter, Precision, Stage
     from dcr.core.models import Policy
     from dcr.core.training.contrastive import ContrastiveModule
     from dcr.core.training.stages import LIGHTNING_PRECISION
+    from dcr.extensions import TrainSettings
     from dcr.fast import packing
     from dcr.fast.passes import Fast
     from dcr.plan import cost
@@ -112,7 +113,7 @@ def child(shape: dict[str, Any], block: int, settings: str, packed: bool) -> Non
     torch.set_num_threads(1)
     torch.manual_seed(0)
     told = ["model=llama3_8b", f"dcr.layer={block}", "trainer.accelerator=cpu", *settings.split()]
-    made, _ = precision.of_training(config.resolve(cli.compose("train", told), TrainConfig))
+    made, _ = precision.of_training(config.resolve(cli.compose("train", told), TrainSettings))
     made.model.architecture = shape
     node, batches = made.dcr, [batch(shape["vocab_size"], packed) for _ in range(3)]
 

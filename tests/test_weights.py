@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from scipy import stats
 
 from dcr import eval as eval_entry
-from dcr import tracking
 from dcr import train as train_entry
 from dcr.analyses import ntk, probability, weights
 from dcr.core import models, prompts
 from dcr.core.config import Kind, UserError
 from dcr.core.evaluation import sets
 from dcr.core.runs import Run
+from dcr.tracking import curves as tracking
 from tests import tiny_run
 from tests.test_eval import resolved
 

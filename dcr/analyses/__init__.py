@@ -1,14 +1,61 @@
 """The paper's analyses of a model's weights: refusal probability, kernel, separability, claims.
 
-Here are the settings of those that training does not follow; `schema` has the others'.
+Here are their settings, which `tracking` has as well; `weights` has the tasks of an evaluation.
 """
 
+import re
 from dataclasses import dataclass, field
+from enum import Enum
 
-from dcr.core.config import Pooling
+from dcr.core.config import ConfigError, Pooling
 from dcr.core.config.checks import positive, ranged
 
 OF_EACH_KIND = "give prompts of each kind, 1 or more"
+PARAMETERS = re.compile(r"(tail|trunk):([0-9]+)|all|adapter")
+
+
+class Phrases(Enum):
+    """Refusals whose probability is summed: the paper's 31 (A.5), or with plain and curly forms."""
+
+    paper = "paper"
+    extended = "extended"
+
+
+class Normalise(Enum):
+    """What a kernel's norms are divided by (A.6)."""
+
+    observer = "observer"
+    symmetric = "symmetric"
+    none = "none"
+
+
+class KernelMethod(Enum):
+    exact = "exact"
+    finite_difference = "finite_difference"
+
+
+@dataclass
+class RefusalProbabilityConfig:
+    phrases: Phrases = Phrases.paper
+    # Of each kind; null: all.
+    prompts: int | None = ranged(300, positive, OF_EACH_KIND)
+
+
+@dataclass
+class KernelConfig:
+    """The empirical NTK at the first answer token (A.6)."""
+
+    # Tokens of the first answer position that the kernel is taken over.
+    top_k: int = ranged(10, positive, "give tokens of each prompt, 1 or more")
+    # tail:N, trunk:ℓ, all or adapter
+    params: list[str] = field(default_factory=lambda: ["tail:2"])
+    head: bool = True  # count the head's own matrix
+    normalise: Normalise = Normalise.observer
+    method: KernelMethod = KernelMethod.exact  # exact, or the paper's finite differences
+    prompts: int = ranged(25, positive, OF_EACH_KIND)  # of each kind
+    self_pairs: bool = False  # count a prompt with itself in the mean of its kind
+    # For the factors of gradients that are held at once.
+    budget_gib: float = ranged(4.0, positive, "give GiB above 0")
 
 
 @dataclass
@@ -36,3 +83,15 @@ class ClaimsConfig:
     # Nats, or of a loss below one nat the share of it, that one step takes off its own pair's loss
     # to first order.
     drop: float = ranged(0.02, positive, "give nats above 0")
+
+
+def check_parameters(key: str, names: list[str], depth: int) -> None:
+    """Raises ConfigError unless each names parameters of a model `depth` deep (A.6)."""
+    if not names:
+        raise ConfigError(f"{key}=[]: name parameters, such as tail:2 or trunk:{depth // 2}")
+    for name in names:
+        match = PARAMETERS.fullmatch(name)
+        if match is None:
+            raise ConfigError(f"{key}=[{name}]: choose tail:N, trunk:ℓ, all or adapter")
+        if match[2] and not 1 <= int(match[2]) <= depth:
+            raise ConfigError(f"{key}=[{name}]: the model has blocks 1 to {depth}")

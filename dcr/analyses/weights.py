@@ -18,17 +18,20 @@ import torch
 from safetensors.torch import save
 
 from dcr import inference
-from dcr.analyses import ClaimsConfig, SeparabilityConfig, claims, ntk, probability, separability
-from dcr.core import config, models, refusal, sources, statistics, storage
-from dcr.core.config import (
-    ConfigError,
-    ContrastiveConfig,
-    DataConfig,
+from dcr.analyses import (
+    ClaimsConfig,
     KernelConfig,
-    Kind,
     Phrases,
     RefusalProbabilityConfig,
+    SeparabilityConfig,
+    check_parameters,
+    claims,
+    ntk,
+    probability,
+    separability,
 )
+from dcr.core import config, models, refusal, sources, statistics, storage
+from dcr.core.config import ConfigError, ContrastiveConfig, DataConfig, Kind
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.evaluation import sets
 from dcr.core.evaluation.protocols import Task, Work
@@ -289,7 +292,7 @@ class Kernel(Task):
 
     def check(self, settings: EvalConfig, run: Run) -> None:
         params = settings.node(KernelConfig).params
-        config.parameters("entk.params", params, models.facts(settings.model).depth)
+        check_parameters("entk.params", params, models.facts(settings.model).depth)
 
     def measure(self, work: Work) -> dict[str, Any]:
         options, policy, seed = work.settings.node(KernelConfig), _widened(work), work.settings.seed
@@ -312,7 +315,7 @@ class Claims(Task):
         if (layer := options.layer) is not None and not 1 <= layer <= depth:
             raise ConfigError(f"claims.layer={layer}: the model has blocks 1 to {depth}")
         named = [f"trunk:{depth}" if p == TRUNK else p for p in options.params]
-        config.parameters("claims.params", named, depth)
+        check_parameters("claims.params", named, depth)
 
     def prompts(self, settings: EvalConfig) -> list[PromptSet]:
         """Reads the pairs, before weights are opened; no prompt is answered."""

@@ -7,6 +7,7 @@ from torch import nn
 
 from dcr.core.config import FSDP, Precision, TrainConfig
 from dcr.core.models import decoder_blocks, final_norm, head
+from dcr.tracking import TrackingConfig
 
 
 def shrinks_frozen(settings: TrainConfig) -> bool:
@@ -17,7 +18,7 @@ def shrinks_frozen(settings: TrainConfig) -> bool:
     trainer = settings.trainer
     alone = trainer.devices * trainer.num_nodes == 1 and trainer.strategy != FSDP
     mixed = settings.dcr.precision is Precision.mixed
-    return alone and mixed and not settings.tracking.quantities
+    return alone and mixed and not settings.node(TrackingConfig).quantities
 
 
 @torch.no_grad()

@@ -144,8 +144,7 @@ GOOD = {
 
 def _module(rng: Random) -> tuple[list[str], list[str], list[str]]:
     """One of `python -m dcr.*`: its good arguments, what is laid over them, what must not pass."""
-    from dcr.core.config import TrainConfig
-    from dcr.extensions import EvalSettings
+    from dcr.extensions import EvalSettings, TrainSettings
 
     name = rng.choice(list(OWN))
     given, wrong = [], []
@@ -154,7 +153,7 @@ def _module(rng: Random) -> tuple[list[str], list[str], list[str]]:
         given += [option, chosen] if option.startswith("--") else [f"{option}={chosen}"]
         if option == "nope":
             wrong.append(given[-1])
-    schemas = {"dcr.augment": EvalSettings, "dcr.choice": TrainConfig, "dcr.plan": TrainConfig}
+    schemas = {"dcr.augment": EvalSettings, "dcr.choice": TrainSettings, "dcr.plan": TrainSettings}
     schema = schemas.get(name)
     if schema is not None and rng.random() < 0.6:
         more, refused = draw(schema, rng, 1)
@@ -164,8 +163,7 @@ def _module(rng: Random) -> tuple[list[str], list[str], list[str]]:
 
 def drawn(rng: Random) -> tuple[list[str], list[str], list[str]]:
     """A good command, what is laid over it, and which of that must be refused."""
-    from dcr.core.config import TrainConfig
-    from dcr.extensions import EvalSettings
+    from dcr.extensions import EvalSettings, TrainSettings
 
     kind, count = rng.random(), rng.choice([1, 1, 2, 3])
     if kind < 0.25:
@@ -174,7 +172,7 @@ def drawn(rng: Random) -> tuple[list[str], list[str], list[str]]:
         subject = rng.choice([["run=run"], ["model=tiny", "output=base"]])
         good, schema = ["eval.py", *subject, *SCORED], EvalSettings
     else:
-        good, schema = ["train.py", *SMALL, "run=new"], TrainConfig
+        good, schema = ["train.py", *SMALL, "run=new"], TrainSettings
         if kind < 0.85:
             good.append("plan=true")
     if rng.random() < 0.1:

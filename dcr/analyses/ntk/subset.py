@@ -12,7 +12,8 @@ from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from dcr.core import config, models
+from dcr.analyses import check_parameters
+from dcr.core import models
 from dcr.core.config import ConfigError
 
 
@@ -141,7 +142,7 @@ def _wanted(model: Any, params: str, head: bool) -> dict[int, str]:
     layer = output_layer(model)
     if params == ADAPTER:
         return _of_adapters(model)
-    config.parameters("params", [params], len(blocks))
+    check_parameters("params", [params], len(blocks))
     part, _, number = params.partition(":")
     count = int(number or len(blocks))
     norm = models.final_norm(model)

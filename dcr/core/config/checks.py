@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import Field, field, fields, is_dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from dcr.core.config.schema import (
     AUTO_LAYER,
@@ -18,7 +18,7 @@ from dcr.core.config.schema import (
     stages_of,
 )
 
-PARAMETERS = re.compile(r"(tail|trunk):([0-9]+)|all|adapter")
+Node = TypeVar("Node")
 SAFE_NAME = re.compile(r"[A-Za-z0-9._-]+")
 OWN = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")  # a user's own, package.module:Class
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")  # as Lightning spells them
@@ -75,6 +75,21 @@ def ranged(default: Any, holds: Callable[[float], bool], cure: str) -> Any:
     return field(default=default, metadata={"range": (holds, cure)})
 
 
+def listed_last(*names: str) -> Callable[[type[Node]], type[Node]]:
+    """A dataclass with these fields behind all others, wherever its settings are listed.
+
+    An extension's would else stand behind those of the node that it adds to.
+    """
+
+    def moved(node: type[Node]) -> type[Node]:
+        entries: dict[str, Any] = vars(node)["__dataclass_fields__"]
+        for name in names:
+            entries[name] = entries.pop(name)
+        return node
+
+    return moved
+
+
 def _share(value: float) -> bool:
     return 0 <= value < 1
 
@@ -111,13 +126,9 @@ RANGES = {
         ("limit", positive, "give 1 or more, or null for whole sets"),
         ("self_cd", not_negative, "give a weight of 0 or more, or null"),
         ("adacd", positive, "give a ratio above 0, or null"),
-        ("prompts", positive, "give prompts of each kind, 1 or more"),
-        ("top_k", positive, "give tokens of each prompt, 1 or more"),
-        ("budget_gib", positive, "give GiB above 0"),
         ("sft.readout.steps", lambda v: 0 <= v <= 10**6, "give 1 to 1000000, or 0 for no readout"),
         ("heldout", _share, "give a share of the topics in [0, 1)"),
         ("blocks", positive, "give 1 or more of the last blocks"),
-        ("every_n_steps", positive, "give 1 or more, or null"),
         ("seed", lambda v: 0 <= v < 2**32, "give a whole number in [0, 2**32)"),
     )
     for name in names.split()
@@ -137,8 +148,8 @@ def check(config: Settings) -> None:
             holds, cure = entry.metadata.get("range") or known or (math.isfinite, FINITE)
             if not (math.isfinite(value) and holds(value)):
                 raise ConfigError(f"{key}={value}: {cure}")
-    own = _of_training(config) if isinstance(config, TrainConfig) else config.faults()
-    for fault in (*_of_both(config), *own):
+    training = _of_training(config) if isinstance(config, TrainConfig) else ()
+    for fault in (*_of_both(config), *training, *config.faults()):
         raise ConfigError(fault)
 
 
@@ -220,12 +231,6 @@ def _of_several_processes(config: TrainConfig) -> Iterator[str]:
         yield f"{strategy}: choose one of {', '.join(STRATEGIES)}"
     if trainer.accelerator == "mps" and (processes > 1 or trainer.strategy != "auto"):
         yield f"{strategy} trainer.accelerator=mps: it trains in one process; use cpu or gpu"
-    if trainer.strategy == FSDP and config.tracking.quantities:
-        yield (
-            f"{strategy} tracking.quantities=[{config.tracking.quantities[0].value}]: is measured "
-            "by one process, which holds a part of the weights; take tracking.snapshots=<number> "
-            "and eval.py snapshots=true, or trainer.strategy=ddp"
-        )
 
 
 def block_of(config: ContrastiveConfig, depth: int) -> int:
@@ -239,15 +244,3 @@ def block_of(config: ContrastiveConfig, depth: int) -> int:
     if not 1 <= config.layer <= depth:
         raise ConfigError(f"dcr.layer={config.layer}: the model has blocks 1 to {depth}")
     return config.layer
-
-
-def parameters(key: str, names: list[str], depth: int) -> None:
-    """Raises ConfigError unless each names parameters of a model `depth` deep (A.6)."""
-    if not names:
-        raise ConfigError(f"{key}=[]: name parameters, such as tail:2 or trunk:{depth // 2}")
-    for name in names:
-        match = PARAMETERS.fullmatch(name)
-        if match is None:
-            raise ConfigError(f"{key}=[{name}]: choose tail:N, trunk:ℓ, all or adapter")
-        if match[2] and not 1 <= int(match[2]) <= depth:
-            raise ConfigError(f"{key}=[{name}]: the model has blocks 1 to {depth}")

@@ -3,15 +3,17 @@
 Nodes that `train.py` has as well are those of `schema`; an extension brings its own, see `Table`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self
 
 from dcr.core.config.checks import class_of, is_path, unfit_machine
 from dcr.core.config.schema import (
     DataConfig,
     ModelConfig,
+    Part,
     Precision,
+    Relations,
     Settings,
     Stage,
     WandbConfig,
@@ -19,8 +21,6 @@ from dcr.core.config.schema import (
 
 AUTO_LENGTH = "auto"  # gen.max_new_tokens: until XSTest's keywords have decided
 CORE_TASKS, KEYWORD = ("over_refusal", "safety", "discernment"), "keyword"
-
-Node = TypeVar("Node")
 
 
 @dataclass
@@ -60,19 +60,10 @@ class DeviceConfig:
 
 
 @dataclass(frozen=True)
-class Part:
-    """An extension that takes part where `asked` says so of the settings."""
-
-    path: str
-    asked: Callable[[Any], bool]
-
-
-@dataclass(frozen=True)
 class Table:
     """What settings may name besides the core's own: dotted paths `package.module:Name`.
 
-    Each is imported only where settings ask for it, see `evaluation.protocols`. What the settings
-    of an extension contradict is known without torch: its function in `relations` says so.
+    Each is imported only where settings ask for it, see `evaluation.protocols`.
     """
 
     tasks: Mapping[str, str] = field(default_factory=dict)  # of a `protocols.Task`, by name
@@ -82,7 +73,7 @@ class Table:
     changes: tuple[Part, ...] = ()  # of a `protocols.Change`
     endpoint: str = ""  # of the `protocols.Subject` that answers for `endpoint=`
     sharing: str = ""  # of the processes that share prompts
-    relations: tuple[Callable[[Any], Iterator[str]], ...] = ()
+    relations: tuple[Relations, ...] = ()
 
 
 @dataclass
@@ -119,10 +110,6 @@ class EvalConfig(Settings):
     trainer: DeviceConfig = field(default_factory=DeviceConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
-    def node(self, kind: type[Node]) -> Node:
-        """The node of an extension, by its class."""
-        return next(node for node in vars(self).values() if type(node) is kind)
-
     def without(self, *keys: str) -> Self:
         """The same with these settings at their defaults."""
         plain = type(self)()
@@ -130,8 +117,7 @@ class EvalConfig(Settings):
 
     def faults(self) -> Iterator[str]:
         yield from _faults(self)
-        for relations in self.table.relations:
-            yield from relations(self)
+        yield from super().faults()
 
 
 def _faults(config: EvalConfig) -> Iterator[str]:

@@ -5,10 +5,10 @@ Numbers of the paper that do not vary by model are defaults here (section refere
 `evaluation` and in the extensions.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from omegaconf import II, MISSING
 
@@ -106,33 +106,6 @@ class WandbMode(Enum):
     offline = "offline"
     online = "online"
     disabled = "disabled"
-
-
-class Quantity(Enum):
-    """What can be watched while a stage trains."""
-
-    refusal_probability = "refusal_probability"
-    kernel = "kernel"
-
-
-class Phrases(Enum):
-    """Refusals whose probability is summed: the paper's 31 (A.5), or with plain and curly forms."""
-
-    paper = "paper"
-    extended = "extended"
-
-
-class Normalise(Enum):
-    """What a kernel's norms are divided by (A.6)."""
-
-    observer = "observer"
-    symmetric = "symmetric"
-    none = "none"
-
-
-class KernelMethod(Enum):
-    exact = "exact"
-    finite_difference = "finite_difference"
 
 
 # --- what training can be told ---
@@ -350,40 +323,8 @@ class TrainerConfig:
 
 
 @dataclass
-class RefusalProbabilityConfig:
-    phrases: Phrases = Phrases.paper
-    prompts: int | None = 300  # of each kind; null: all
-
-
-@dataclass
-class KernelConfig:
-    """The empirical NTK at the first answer token (A.6)."""
-
-    top_k: int = 10  # tokens of the first answer position that the kernel is taken over
-    # tail:N, trunk:ℓ, all or adapter
-    params: list[str] = field(default_factory=lambda: ["tail:2"])
-    head: bool = True  # count the head's own matrix
-    normalise: Normalise = Normalise.observer
-    method: KernelMethod = KernelMethod.exact  # exact, or the paper's finite differences
-    prompts: int = 25  # of each kind
-    self_pairs: bool = False  # count a prompt with itself in the mean of its kind
-    budget_gib: float = 4.0  # for the factors of gradients that are held at once
-
-
-@dataclass
-class TrackingConfig:
-    """What is measured while a stage trains, and adapter snapshots to be scored afterwards.
-
-    Steps: 0, the last, and at least 20 between, denser early, unless `every_n_steps` is given.
-    """
-
-    quantities: list[Quantity] = field(default_factory=list)
-    every_n_steps: int | None = None
+class SnapshotConfig:
     snapshots: int = 0  # adapters kept over SFT, for the frontier
-    refusal_prob: RefusalProbabilityConfig = field(
-        default_factory=lambda: RefusalProbabilityConfig(prompts=25)
-    )
-    entk: KernelConfig = field(default_factory=lambda: KernelConfig(prompts=5))
 
 
 @dataclass
@@ -396,6 +337,19 @@ class WandbConfig:
 
 
 @dataclass(frozen=True)
+class Part:
+    """An extension that takes part where `asked` says so of the settings."""
+
+    path: str
+    asked: Callable[[Any], bool]
+
+
+# What the settings of an extension contradict, each a line that names key, value and cure: known
+# before torch is loaded.
+Relations = Callable[[Any], Iterator[str]]
+
+
+@dataclass(frozen=True)
 class TrainTable:
     """The extensions of training: dotted paths `package.module:Name`, see `training.protocols`.
 
@@ -404,27 +358,37 @@ class TrainTable:
 
     examining: str = ""  # of a `protocols.Examine`: looks at the rows of a run
     best_layer: str = ""  # of a `protocols.FindLayer`: for `dcr.layer=auto`
-    watching: str = ""  # of a `protocols.Watch`: measures while stages train
+    watching: Part | None = None  # of a `protocols.Watch`: measures while stages train
     sharding: str = ""  # of a `protocols.Shards`: weights split over processes
+    relations: tuple[Relations, ...] = ()
+
+
+Node = TypeVar("Node")
 
 
 class Settings:
     """What the settings of both scripts have: annotations alone, since each has its own order."""
 
+    table: ClassVar[Any]
     seed: int
     precision: Precision
     model: ModelConfig
     data: DataConfig
     wandb: WandbConfig
 
+    def node(self, kind: type[Node]) -> Node:
+        """The node of an extension, by its class."""
+        return next(node for node in vars(self).values() if type(node) is kind)
+
     def faults(self) -> Iterator[str]:
         """Settings that contradict each other, each a line that names key, value and cure."""
-        yield from ()
+        for relations in self.table.relations:
+            yield from relations(self)
 
 
 @dataclass
 class TrainConfig(Settings):
-    """Everything `train.py` can be told."""
+    """Everything `train.py` can be told without extensions."""
 
     table: ClassVar[TrainTable] = TrainTable()
 
@@ -448,5 +412,5 @@ class TrainConfig(Settings):
     # Counts that no one set: where a source has fewer rows, all of them. Commands fill this in.
     at_most: list[str] = field(default_factory=list)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    tracking: SnapshotConfig = field(default_factory=SnapshotConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)

@@ -12,17 +12,9 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from dcr.analyses import weights
-from dcr.core import config, models, results
-from dcr.core.config import (
-    ConfigError,
-    DataConfig,
-    Kind,
-    Quantity,
-    Stage,
-    TrackingConfig,
-    TrainConfig,
-)
+from dcr.analyses import check_parameters, weights
+from dcr.core import models, results
+from dcr.core.config import ConfigError, DataConfig, Kind, Stage, TrainConfig
 from dcr.core.evaluation import sets
 from dcr.core.evaluation.sets import ByKind
 from dcr.core.models import Policy
@@ -30,6 +22,7 @@ from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.sources import Example
 from dcr.core.training.protocols import Watched
+from dcr.tracking import Quantity, TrackingConfig
 
 BETWEEN = 20  # steps at which a curve is measured between its first and its last
 
@@ -79,21 +72,22 @@ def watching(settings: TrainConfig) -> Watched:
 
     Raises ConfigError for parameters and tokens that the model does not have, and as `tracked`.
     """
-    facts, kernel = models.facts(settings.model), settings.tracking.entk
-    if Quantity.kernel in settings.tracking.quantities:
-        config.parameters("tracking.entk.params", kernel.params, facts.depth)
+    facts, tracking = models.facts(settings.model), settings.node(TrackingConfig)
+    kernel = tracking.entk
+    if Quantity.kernel in tracking.quantities:
+        check_parameters("tracking.entk.params", kernel.params, facts.depth)
         if kernel.top_k > facts.vocabulary:
             raise ConfigError(
                 f"tracking.entk.top_k={kernel.top_k}: the model has {facts.vocabulary} tokens"
             )
-    found = tracked(settings.tracking, settings.data, settings.seed)
+    found = tracked(tracking, settings.data, settings.seed)
 
     def callbacks(
         run: Run, stage: Stage, policy: Policy, chat: ChatFormat, total: int
     ) -> list[Callback]:
         if found is None:
             return []
-        steps = tracked_steps(total, settings.tracking.every_n_steps)
+        steps = tracked_steps(total, tracking.every_n_steps)
         return [Tracker(stage.value, policy, chat, found, steps, run.tracked(stage.value))]
 
     return callbacks

@@ -1,0 +1,43 @@
+"""The paper's quantities as curves over a stage: their settings; `curves` measures them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+
+from dcr.analyses import KernelConfig, RefusalProbabilityConfig
+from dcr.core.config import FSDP, SnapshotConfig, TrainConfig
+from dcr.core.config.checks import listed_last, positive, ranged
+
+
+class Quantity(Enum):
+    """What can be watched while a stage trains."""
+
+    refusal_probability = "refusal_probability"
+    kernel = "kernel"
+
+
+@listed_last("snapshots", "refusal_prob", "entk")
+@dataclass
+class TrackingConfig(SnapshotConfig):
+    """What is measured while a stage trains, and adapter snapshots to be scored afterwards.
+
+    Steps: 0, the last, and at least 20 between, denser early, unless `every_n_steps` is given.
+    """
+
+    quantities: list[Quantity] = field(default_factory=list)
+    every_n_steps: int | None = ranged(None, positive, "give 1 or more, or null")
+    refusal_prob: RefusalProbabilityConfig = field(
+        default_factory=lambda: RefusalProbabilityConfig(prompts=25)
+    )
+    entk: KernelConfig = field(default_factory=lambda: KernelConfig(prompts=5))
+
+
+def relations(settings: TrainConfig) -> Iterator[str]:
+    """What contradicts measuring while a stage trains."""
+    quantities, strategy = settings.node(TrackingConfig).quantities, settings.trainer.strategy
+    if strategy == FSDP and quantities:
+        yield (
+            f"trainer.strategy={strategy} tracking.quantities=[{quantities[0].value}]: is measured "
+            "by one process, which holds a part of the weights; take tracking.snapshots=<number> "
+            "and eval.py snapshots=true, or trainer.strategy=ddp"
+        )
