@@ -1,7 +1,7 @@
 """The options of every `python -m dcr.<command>`: a dataclass of `option`s, read by OmegaConf.
 
 `command` makes a function of such options a command. Its errors end as those of `train.py` do: one
-line on stderr and exit code 2. `--help` is made from the same dataclass.
+line on stderr and exit code 2. The same dataclass gives the text of `--help`.
 """
 
 import functools
@@ -26,9 +26,9 @@ from dcr.core.config import ConfigError, UserError
 from dcr.core.ending import faults_in_words, safe_output, stopped_by
 from dcr.core.text import single_line
 
-COLUMNS = 100  # of what commands print
+COLUMNS = 100  # of commands' output
 KINDS = {bool: "true/false", int: "integer", float: "number", str: "text", Path: "path"}
-LOG_LINE = "[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"  # as Hydra's scripts have it
+LOG_LINE = "[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"  # the format of Hydra's scripts
 SPELLINGS = "Options are written key=value, --key=value or --key value."
 
 Options = TypeVar("Options")
@@ -44,28 +44,28 @@ def option(
     rest: bool = False,
     key: str = "",
 ) -> Any:
-    """A field of a command's options; `--help` and every error are made from it.
+    """A field of a command's options, with its text for `--help` and errors.
 
-    Without a default it must be given. A list is given by repeating the option; with `rest` it
-    takes every word that is no option, such as settings of `train.py`. A `key` with dots, as
-    `eval.py` spells the same setting, stands in place of the field's name.
+    An option without a default must be given. A list is given by repeating the option; with `rest`
+    it takes every word that is no option, such as settings of `train.py`. A `key` with dots, as
+    `eval.py` spells the same setting, replaces the field's name.
     """
-    facts = {"meaning": meaning, "choices": choices, "least": least, "most": most, "rest": rest}
-    facts["key"] = key
+    metadata = {"meaning": meaning, "choices": choices, "least": least, "most": most, "rest": rest}
+    metadata["key"] = key
     if isinstance(default, list):
-        return field(default_factory=default.copy, metadata=facts)
-    return field(default=default, metadata=facts)
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def command(
     schema: type[Options], goes_on: bool = False
 ) -> Callable[[Callable[[Options], None]], Callable[[Sequence[str]], int]]:
-    """Make a function of options a command: from the words behind its name to an exit code.
+    """Makes a function of options a command: it takes the words behind its name to an exit code.
 
-    `goes_on` says of a command that was stopped whether it finds its work again.
+    `goes_on` says whether the command continues its work after it was stopped.
     """
 
-    def made(main: Callable[[Options], None]) -> Callable[[Sequence[str]], int]:
+    def decorate(main: Callable[[Options], None]) -> Callable[[Sequence[str]], int]:
         @functools.wraps(main)
         def call(arguments: Sequence[str]) -> int:
             if {"-h", "--help"} & set(arguments):
@@ -74,7 +74,7 @@ def command(
             logging.basicConfig(format=LOG_LINE)
             try:
                 with safe_output(), stopped_by(goes_on), faults_in_words():
-                    main(read(schema, arguments))
+                    main(parse(schema, arguments))
             except UserError as error:
                 print(f"error: {single_line(error)}", file=sys.stderr)
                 return error.exit_code
@@ -82,14 +82,14 @@ def command(
 
         return call
 
-    return made
+    return decorate
 
 
-def read(schema: type[Options], arguments: Sequence[str]) -> Options:
-    """The options as `key=value`, `--key=value`, `--key value`, or `--key` for a yes.
+def parse(schema: type[Options], arguments: Sequence[str]) -> Options:
+    """The options from `key=value`, `--key=value`, `--key value`, or `--key` for a yes.
 
-    Values are taken as they are written, so that no path is read as YAML. Raises ConfigError for
-    an unknown key, a wrong type, a value outside its range and one that is missing.
+    Values stay as they are written, so that no path is read as YAML. Raises ConfigError for an
+    unknown key, a wrong type, a value outside its range and a missing value.
     """
     known = _entries(schema)
     rest = next((name for name, entry in known.items() if entry.metadata["rest"]), None)
@@ -150,23 +150,23 @@ def _range(least: float, most: float | None) -> str:
 
 
 def help_of(schema: type) -> str:
-    """What a command does, and each option with type, default and meaning, 100 columns wide."""
+    """The command's purpose, and each option with type, default and meaning, 100 columns wide."""
     table = Table("option", "type", "default", Column("meaning", overflow="fold"), box=None)
     for name, entry in _entries(schema).items():
-        facts = entry.metadata
+        metadata = entry.metadata
         kind = KINDS[(get_args(entry.type) or (entry.type,))[0]]
-        if facts["least"] is not None:
-            kind += f", {_range(facts['least'], facts['most'])}"
+        if metadata["least"] is not None:
+            kind += f", {_range(metadata['least'], metadata['most'])}"
         plain = "none" if _is_list(entry) else str(entry.default)
         default = {MISSING: "needed", "None": "none", "False": "false"}.get(plain, plain)
-        choices = f"; one of {', '.join(facts['choices'])}" if facts["choices"] else ""
-        shown = f"<{name}> ..." if facts["rest"] else f"{name}="
-        table.add_row(shown, kind, default, f"{facts['meaning']}{choices}")
+        choices = f"; one of {', '.join(metadata['choices'])}" if metadata["choices"] else ""
+        shown = f"<{name}> ..." if metadata["rest"] else f"{name}="
+        table.add_row(shown, kind, default, f"{metadata['meaning']}{choices}")
     return f"{inspect.getdoc(schema)}\n\n{plain_text(table)}\n\n{SPELLINGS}"
 
 
 def plain_text(*parts: str | Table) -> str:
-    """What a command prints, 100 columns wide, without colour or blanks at line ends."""
+    """The parts as a command prints them: 100 columns, without colour or blanks at line ends."""
     out = io.StringIO()
     console = Console(
         file=out, width=COLUMNS, color_system=None, highlight=False, markup=False, emoji=False
@@ -178,7 +178,7 @@ def plain_text(*parts: str | Table) -> str:
 
 def table(title: str, heads: Sequence[str], names: int = 1) -> Table:
     """A table whose columns behind the first `names` hold numbers."""
-    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    columns = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for place, head in enumerate(heads):
-        made.add_column(head, justify="left" if place < names else "right", overflow="fold")
-    return made
+        columns.add_column(head, justify="left" if place < names else "right", overflow="fold")
+    return columns

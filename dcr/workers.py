@@ -1,37 +1,33 @@
 """Prompts shared among processes of this machine, each with the whole model, on a GPU of its own.
 
-The first process cuts them into batches, hands these out, and alone writes what comes back, in the
-order in which it was cut: which process answered a batch makes no difference to any answer.
+The first process hands out batches, and alone writes the results, in the order of the batches. No
+answer depends on the process that gave it.
 """
 
 import copy
-import logging
 import multiprocessing
-import pickle
+import os
 import signal
-import traceback
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 import torch
 
-from dcr.core import extending, passes
+from dcr.core import ending, extending, passes
 from dcr.core.config import UserError
 from dcr.core.evaluation.subjects import Local
 from dcr.core.passes import Passes
 
-log = logging.getLogger(__name__)
-
 Row = TypeVar("Row")
 Done = TypeVar("Done")
 
+SUBJECT: list[Local] = []  # the subject of a worker process
 
-class Lost(UserError):
-    """A process ended before it gave back what it was given."""
+
+class WorkerEnded(UserError):
+    """A process ended before it returned its result."""
 
     exit_code = 1
 
@@ -45,16 +41,17 @@ class Workers:
     def __init__(self, subject: Local) -> None:
         self.subject = subject
         self.count = subject.settings.trainer.devices
-        self.processes: dict[Connection, BaseProcess] = {}
+        self.pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> "Workers":
+        self.others = set(multiprocessing.active_children())
         return self
 
     def __exit__(self, *_: object) -> None:
-        for connection, process in self.processes.items():
-            process.kill()
-            connection.close()
-        self.processes = {}
+        for process in set(multiprocessing.active_children()) - self.others:
+            process.kill()  # it may be in the middle of a long batch
+        if self.pool:
+            self.pool.shutdown(cancel_futures=True)
 
     def shared(
         self,
@@ -62,101 +59,63 @@ class Workers:
         work: Callable[[Local, list[Row]], Iterator[list[Done]]],
         rows: list[Row],
     ) -> Iterator[list[Done]]:
-        """What `work` gives of each of the batches that `cut` makes of the rows, in their order.
+        """The results of `work` for each batch that `cut` makes of the rows, in their order.
 
-        Both run in the processes, so they and what they take and give must pickle. Raises what
-        they raise, and Lost where a process was killed: what was given back before is whole.
+        Both run in the processes, so they, their arguments and their results must pickle. Raises
+        their exceptions, and WorkerEnded if a process was killed; earlier results are whole.
         """
         (batches,) = self.each(cut, [(rows, self.count)])
         yield from self.each(_whole, [(work, batch) for batch in batches])
 
     def each(
-        self, function: Callable[..., Done], givens: Sequence[tuple[Any, ...]]
+        self, function: Callable[..., Done], jobs: Sequence[tuple[Any, ...]]
     ) -> Iterator[Done]:
-        """What the function makes of a process's subject and each of the tuples, in their order."""
-        waiting, idle = deque(enumerate(givens)), self._started()
-        found: dict[int, Any] = {}
-        under_way: set[Connection] = set()
-        for turn in range(len(givens)):
-            while turn not in found:
-                while waiting and idle:
-                    place, given = waiting.popleft()
-                    with self._living(idle[-1]):
-                        idle[-1].send_bytes(pickle.dumps((place, function, given)))
-                    under_way.add(idle.pop())
-                for connection in wait(under_way):
-                    assert isinstance(connection, Connection)
-                    with self._living(connection):
-                        answer = connection.recv_bytes()
-                    # by value, since shared memory can be small
-                    place, result, fault = pickle.loads(answer)
-                    if fault is not None:
-                        raise fault
-                    found[place] = result
-                    under_way.discard(connection)
-                    idle.append(connection)
-            yield found.pop(turn)
-
-    @contextmanager
-    def _living(self, connection: Connection) -> Iterator[None]:
-        """Raises Lost where the process at the other end has ended."""
+        """The results of the function for a process's subject and each job, in their order."""
+        self.pool = self.pool or self._started()
         try:
-            yield
-        except (EOFError, OSError):
-            process = self.processes[connection]
-            process.join(5)
-            code = process.exitcode or 0
-            how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-            raise Lost(
-                f"trainer.devices={self.count}: one of these processes was ended {how}; what is "
-                "answered is kept, and the same command goes on"
-            ) from None
+            yield from self.pool.map(_call, [function] * len(jobs), jobs)
+        except BrokenProcessPool as error:
+            raise WorkerEnded(
+                f"trainer.devices={self.count}: one of these processes was killed, perhaps for "
+                "lack of memory; what is answered is kept, and the same command goes on"
+            ) from error
 
-    def _started(self) -> list[Connection]:
-        threads = max(1, torch.get_num_threads() // self.count)
+    def _started(self) -> ProcessPoolExecutor:
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-        for number in range(0 if self.processes else self.count):
-            ours, theirs = context.Pipe()
-            named = extending.NAMED
-            given = (theirs, number, threads, copy.copy(self.subject), passes.current(), named)
-            process = context.Process(target=_serve, args=given, daemon=True)
-            process.start()
-            theirs.close()
-            self.processes[ours] = process
-        return list(self.processes)
+        numbers = context.SimpleQueue()
+        for number in range(self.count):
+            numbers.put(number)
+        threads = max(1, torch.get_num_threads() // self.count)
+        subject, current = copy.copy(self.subject), passes.current()
+        arguments = (os.getpid(), numbers, threads, subject, current, extending.NAMED)
+        return ProcessPoolExecutor(self.count, context, _begin, arguments)
+
+
+def _begin(
+    parent: int,
+    numbers: Any,
+    threads: int,
+    subject: Local,
+    current: Passes,
+    named: dict[str, dict[str, Any]],
+) -> None:
+    """Prepares a new process: one GPU, its share of threads, the subject, a user's own parts."""
+    extending.NAMED.update(named)
+    ending.end_with(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches all; the first one ends us
+    trainer, number = subject.settings.trainer, numbers.get()
+    torch.set_num_threads(trainer.threads or threads)
+    if trainer.accelerator != "cpu" and torch.cuda.is_available():
+        torch.cuda.set_device(number)
+    passes.use(current)
+    SUBJECT[:] = [subject]
+
+
+def _call(function: Callable[..., Done], job: tuple[Any, ...]) -> Done:
+    return function(SUBJECT[0], *job)
 
 
 def _whole(
     subject: Local, work: Callable[[Local, list[Row]], Iterator[list[Done]]], batch: list[Row]
 ) -> list[Done]:
     return [each for part in work(subject, batch) for each in part]
-
-
-def _serve(
-    asked: Connection,
-    number: int,
-    threads: int,
-    subject: Local,
-    told: Passes,
-    named: dict[str, dict[str, Any]],
-) -> None:
-    """What each process does until the first one closes its end or ends."""
-    extending.NAMED.update(named)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches all; the first one ends us
-    trainer = subject.settings.trainer
-    torch.set_num_threads(trainer.threads or threads)
-    if trainer.accelerator != "cpu" and torch.cuda.is_available():
-        torch.cuda.set_device(number)
-    passes.use(told)
-    while True:
-        try:
-            place, function, given = pickle.loads(asked.recv_bytes())
-        except EOFError:
-            return
-        try:
-            result, fault = function(subject, *given), None
-        except UserError as error:
-            result, fault = None, error
-        except Exception:  # of any kind: the first process waits for an answer, and raises it
-            result, fault = None, RuntimeError(traceback.format_exc())
-        asked.send_bytes(pickle.dumps((place, result, fault)))

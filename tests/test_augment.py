@@ -477,7 +477,7 @@ def test_a_stopped_command_that_is_given_again_asks_nothing_twice(
 
 def test_an_instruction_stands_behind_the_system_prompt_that_there_is(folder: Folder) -> None:
     for more, before in ((["model.system_prompt=Mine."], "Mine.\n\n"), ([], "")):
-        options = entry.read(augment.Options, tell(folder, None, "model=tiny", *more))
+        options = entry.parse(augment.Options, tell(folder, None, "model=tiny", *more))
         asking = augment._instructed(augment._settings(options), INSTRUCTIONS[1])
         assert asking.model.system_prompt == f"{before}{INSTRUCTIONS[1]}"
 

@@ -266,9 +266,9 @@ class Open(Options):
 
 def test_options_are_read_in_every_spelling_and_as_they_are_written() -> None:
     given = ["place=a b:[c] ${x} #1", "--count", "3", "--many=x=y", "--loud", "many={z: 1}"]
-    read = entry.read(Options, given)
+    read = entry.parse(Options, given)
     assert read == Options(Path("a b:[c] ${x} #1"), 3, 0.5, "a", ["x=y", "{z: 1}"], True)
-    rest = entry.read(Open, ["one", "two=2", "place=p", "loud=false", "--share", "1", "dcr/x"])
+    rest = entry.parse(Open, ["one", "two=2", "place=p", "loud=false", "--share", "1", "dcr/x"])
     assert rest == Open(Path("p"), None, 1.0, words=["one", "two=2", "dcr/x"])
 
 
@@ -292,7 +292,7 @@ def test_options_are_read_in_every_spelling_and_as_they_are_written() -> None:
 )
 def test_options_that_cannot_be_name_key_value_and_cure(given: list[str], says: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(says)):
-        entry.read(Options, given)
+        entry.parse(Options, given)
 
 
 LISTS = (list[str], list[Path])

@@ -314,7 +314,7 @@ def test_ways_to_fit_are_settings_that_there_are(
     llama = ("model=llama3_8b", "stage=contrastive", "trainer.accelerator=gpu")
     asked = settings(*llama)
     load = stage(asked, Stage.contrastive).load
-    found = cost.ways(asked, load)
+    found = cost.memory_by_settings(asked, load)
     for name, needs in found.items():
         told = asked if name == "as asked" else settings(*llama, *name.split())
         shape = cost.stage_shape(told, Stage.contrastive)

@@ -186,7 +186,7 @@ def agrees(row: dict[str, str], made: Search, folder: Path) -> None:
 
 
 def as_asked(order: Sequence[str]) -> Search:
-    return command._resolved(entry.read(command.Options, order))[0]
+    return command._resolved(entry.parse(command.Options, order))[0]
 
 
 def test_a_trial_gives_what_its_run_gives_and_keeps_no_weights(

@@ -36,7 +36,7 @@ from dcr.core.config.evaluation import EvalConfig
 from dcr.core.evaluation import sets
 from dcr.core.evaluation.protocols import Task, Work
 from dcr.core.evaluation.sets import ByKind, PromptSet
-from dcr.core.evaluation.subjects import Among, Local, trained_texts
+from dcr.core.evaluation.subjects import Local, WorkerPool, trained_texts
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
@@ -146,7 +146,7 @@ def kernel(
     settings: KernelConfig,
     seed: int,
     folder: Path,
-    among: Among | None = None,
+    workers: WorkerPool | None = None,
 ) -> dict[str, Any]:
     """The kernel (A.6) of every choice of parameters: 3×3 means `[observer][trained]` by kind.
 
@@ -166,7 +166,7 @@ def kernel(
             method=method,
             budget_gib=settings.budget_gib,
         )
-        share = None if among is None else functools.partial(among.each, _collected)
+        share = None if workers is None else functools.partial(workers.each, _collected)
         measured = ntk.measure(policy.model, encoded, chosen, ids=ids, share=share)
         name = ntk.label(params, settings.head)
         tensors = {"norms": measured.norms, "tokens": measured.tokens.to(torch.int64)}
@@ -296,8 +296,8 @@ class Kernel(Task):
 
     def measure(self, work: Work) -> dict[str, Any]:
         options, policy, seed = work.settings.node(KernelConfig), _widened(work), work.settings.seed
-        rows, among = _drawn(work, options.prompts), work.subject.among
-        block = kernel(policy, work.chat(), rows, options, seed, work.folder, among)
+        rows, workers = _drawn(work, options.prompts), work.subject.workers
+        block = kernel(policy, work.chat(), rows, options, seed, work.folder, workers)
         before = work.before.get("kernel", {})
         alike = all(before.get(key) == value for key, value in block.items() if key != "params")
         params = before["params"] | block["params"] if alike else block["params"]

@@ -42,7 +42,7 @@ from dcr.core.ending import (
     print_traceback,
     quieten,
     safe_output,
-    said,
+    setting_fault,
     stopped_by,
 )
 from dcr.core.text import label_of, single_line
@@ -203,7 +203,7 @@ def run(main: Callable[[], Any]) -> None:
     except (HydraException, ValueError, TypeError, AttributeError) as error:
         if BEGUN:
             raise
-        fail(said(error), ConfigError.exit_code)
+        fail(setting_fault(error), ConfigError.exit_code)
     finally:
         if sweep:
             _forget_sweep()

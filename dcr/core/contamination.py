@@ -1,7 +1,7 @@
-"""What was trained on against what is evaluated on: equal, near and overlapping texts.
+"""Overlap of training with evaluation: equal, near and overlapping texts.
 
-Plain strings in, plain records out; the caller decides what to drop and which sets of a method
-are in-distribution by design (XSTest safe for stage one) and only to be marked.
+The functions take plain strings and give plain records. The caller decides which prompts to drop,
+and which sets are in-distribution by design (XSTest safe for stage one) and only marked.
 """
 
 from bisect import bisect_left, bisect_right
@@ -18,7 +18,7 @@ COMPARED_CHARACTERS = 512  # of a normalised prompt: bounds the quadratic cost o
 ROWS_AT_ONCE = 512  # with 20,000 candidates a block of scores takes 40 MB
 NGRAM = 13  # words in a row (Brown et al. 2020, appendix C)
 SHORTEST = 8  # words; a shorter prompt stands in many an unrelated text
-WAYS = ("exact", "near", "ngram")  # to share a prompt, the strongest first
+WAYS = ("exact", "near", "ngram")  # of sharing a prompt, the strongest first
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Overlap:
 def overlaps(
     prompts: Sequence[str], against: Mapping[str, Sequence[str]], *, near: float = 0.9
 ) -> list[Overlap | None]:
-    """For each prompt its closest relative in `against`, or None if none is close enough.
+    """Each prompt's closest relative in `against`, or None if none is close enough.
 
     Exact means equal after `normalise`, over the whole text. Near means a normalised indel
     similarity, 2·LCS/(a + b), of at least `near` over the first 512 normalised characters. The
-    earlier set and row wins a tie. `near`, above 0, leaves exact duplicates only where it is 1.
+    earlier set and row wins a tie. `near` lies above 0; 1 leaves only exact duplicates.
     """
     places = [(name, index) for name, texts in against.items() for index in range(len(texts))]
     references = [normalise(text) for texts in against.values() for text in texts]
@@ -63,7 +63,7 @@ def report(
     near: float = 0.9,
     ngram: int = NGRAM,
 ) -> dict[str, dict[str, int | dict[str, int]]]:
-    """How many prompts of each evaluation set a run has seen, `metrics.json`'s `contamination`.
+    """Counts the prompts of each evaluation set that a run has seen: `contamination` in metrics.
 
     `trained` holds by source every text trained on: prompts, and the responses of SFT. A prompt
     counts once, by the strongest of three ways:
@@ -78,7 +78,7 @@ def report(
     """
     prompts = [prompt for texts in evaluated.values() for prompt in texts]
     index = _phrases([normalise(prompt).split() for prompt in prompts], ngram)
-    ways: list[dict[str, int]] = [{} for _ in prompts]  # of each prompt: source -> place in WAYS
+    ways: list[dict[str, int]] = [{} for _ in prompts]  # one a prompt: source -> place in WAYS
     for source, texts in trained.items():
         distinct = list(dict.fromkeys(texts))
         for place in _sharing(distinct, index, min(ngram, SHORTEST)):
@@ -101,12 +101,12 @@ def _counted(ways: Sequence[Mapping[str, int]]) -> dict[str, int | dict[str, int
 
 
 Phrase = tuple[str, ...]
-# By its first words: each phrase with the places of the prompts that it stands in.
+# by first words, each phrase with the places of the prompts that hold it
 Index = Mapping[Phrase, Mapping[Phrase, list[int]]]
 
 
 def _phrases(prompts: Sequence[Sequence[str]], ngram: int) -> Index:
-    """What counts as overlap with each prompt: its n-grams, or all of one with fewer words."""
+    """The phrases that count as overlap with each prompt: its n-grams, or all of a shorter one."""
     shortest = min(ngram, SHORTEST)
     index: dict[Phrase, dict[Phrase, list[int]]] = defaultdict(lambda: defaultdict(list))
     for place, words in enumerate(prompts):
@@ -134,7 +134,7 @@ def _sharing(texts: Iterable[str], index: Index, shortest: int) -> set[int]:
 def _closest(
     queries: list[str], references: list[str], near: float
 ) -> Iterator[tuple[int, int, float]]:
-    """Yield (query, best reference, similarity) for each query that has one within `near`.
+    """Yields (query, best reference, similarity) for each query with a reference within `near`.
 
     Similarity cannot exceed 2·min/(a + b), so only references of about a query's length are
     scored: both sides are sorted by length and compared a block against its window.
@@ -163,10 +163,10 @@ def _closest(
 
 
 def _blocks(order: list[int], queries: list[str], shrink: float) -> Iterator[list[int]]:
-    """Cut length-sorted queries into blocks of similar length and at most `ROWS_AT_ONCE`."""
+    """Cuts length-sorted queries into blocks of similar length and at most `ROWS_AT_ONCE`."""
     block: list[int] = []
     for i in order:
-        # A block's window spans all its lengths, so a wide block would waste the sorting.
+        # a block's window spans all its lengths, so a wide block would waste the sorting
         full = len(block) == ROWS_AT_ONCE
         if block and (full or len(queries[i]) * shrink > len(queries[block[0]]) + 1):
             yield block

@@ -1,4 +1,4 @@
-"""How a command ends, and what it prints: a line for a signal, no secrets, no control codes."""
+"""The end and the output of a command: a line for a signal, no secrets, no control codes."""
 
 import errno
 import logging
@@ -22,15 +22,15 @@ from dcr.core.text import printable, redact, single_line
 
 # Of the scripts; who evaluates adds eval's.
 SCHEMAS: dict[str, type] = {"train": TrainConfig}
-# What the machine rather than the program is to blame for: worth a line, not a traceback.
+# faults of the machine rather than the program, which get a line and no traceback
 DISK_FAULTS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG),
     *(errno.EEXIST, errno.ENOTDIR),
 }
 SIGNALLED = 128  # exit codes above it say which signal ended the process
 PATIENCE = 1.0  # seconds between two looks at another process
-STOPS: list[signal.Signals] = []  # that this process received and is ending for
-# The overrides of each of Hydra's jobs in this process: before the first, a fault is the command's.
+STOPS: list[signal.Signals] = []  # signals that this process is ending for
+# the overrides of each of Hydra's jobs in this process; before the first, a fault is the command's
 BEGUN: list[list[str]] = []
 
 
@@ -42,9 +42,9 @@ class SafeRecord(logging.LogRecord):
 
 
 class SafeOutput:
-    """Standard output without secrets and control codes, whoever wrote the text that is printed.
+    """Standard output without secrets and control codes, whatever the source of the text.
 
-    A model that is talked to, a database or a folder of another's is foreign text as well.
+    Answers of a model, a database and others' folders are foreign text as well.
     """
 
     def __init__(self, inner: Any) -> None:
@@ -59,29 +59,29 @@ class SafeOutput:
 
 
 def own_output() -> Any:
-    """Standard output past SafeOutput, for codes of our own."""
+    """The standard output behind SafeOutput, for our own control codes."""
     return getattr(sys.stdout, "inner", sys.stdout)
 
 
 @contextmanager
 def safe_output() -> Iterator[None]:
-    """Print through SafeOutput, and tracebacks of faults of ours without secrets too."""
+    """Prints through SafeOutput, and also prints tracebacks without secrets."""
     with redirect_stdout(SafeOutput(sys.stdout)):  # pyright: ignore[reportArgumentType]
         sys.excepthook = lambda _, error, __: print_traceback(error)
         yield
 
 
 def print_traceback(error: BaseException) -> None:
-    """On stderr, without secrets and control codes."""
+    """Prints a traceback on stderr, without secrets and control codes."""
     print(printable(redact("".join(traceback.format_exception(error)))), file=sys.stderr)
 
 
 def quieten() -> None:
-    """Hide what no user can act on, so that what remains is worth reading.
+    """Hides messages that no user can act on.
 
-    What Lightning says while it trains, `training.callbacks.quiet` hides.
+    `training.callbacks.quiet` hides those of Lightning's trainer.
     """
-    # transformers reads these when it is imported, which help and a user's error need not wait for
+    # transformers reads these when it is imported, for which help and a user's error do not wait
     os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     if "transformers" in sys.modules:
         from transformers.utils import logging as transformers_logging
@@ -109,9 +109,9 @@ class Stopped(UserError):
 
 @contextmanager
 def stopped_by(goes_on: bool) -> Iterator[None]:
-    """Let the first signal stop a command and ignore the rest, so that it ends in one line.
+    """Lets the first signal stop a command and ignores the rest, so that it ends in one line.
 
-    Raises UserError with the signal's exit code in place of KeyboardInterrupt.
+    Raises Stopped with the signal's exit code in place of KeyboardInterrupt.
     """
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     before = {number: signal.getsignal(number) for number in numbers}
@@ -135,7 +135,7 @@ def stopped_by(goes_on: bool) -> Iterator[None]:
 
 
 def end_with(parent: int) -> None:
-    """Stop this process, as Ctrl-C does, once the one that started it was killed."""
+    """Stops this process, as Ctrl-C does, once its parent has ended."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -146,50 +146,45 @@ def end_with(parent: int) -> None:
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """End the process with one line on stderr."""
+    """Ends the process with one line on stderr."""
     print(f"error: {single_line(message)}", file=sys.stderr)
     sys.exit(code)
 
 
 @contextmanager
 def faults_in_words() -> Iterator[None]:
-    """Turn what the configuration, the disk or the memory is to blame for into a UserError."""
+    """Turns faults of the configuration, the disk or the memory into a UserError."""
     try:
         try:
             yield
         except Exception as error:
-            if STOPS:  # a library that cleaned up behind the signal's exception raised another
+            if STOPS:  # a library raised another exception while it cleaned up after the signal
                 raise KeyboardInterrupt from error
             raise
     except OmegaConfBaseException as error:
-        raise ConfigError(said(error)) from error
+        raise ConfigError(setting_fault(error)) from error
     except (RuntimeError, MemoryError) as error:
-        from dcr.core import batching  # with torch, which only what can fail like this has loaded
+        from dcr.core import batching  # imports torch, which a process that fails so has loaded
 
         if batching.is_out_of_memory(error):
             raise OutOfMemory from error
         raise
     except OSError as error:
-        # before a job has begun, Hydra makes its folder; what it says itself has no number
+        # before a job has begun, Hydra makes its folder; Hydra's own errors have no number
         if error.errno is None or (BEGUN and error.errno not in DISK_FAULTS):
             raise
         place = error.filename or "disk"
         raise UserError(f"{place}: {error.strerror}; free or choose another place") from error
 
 
-def said(error: Exception) -> str:
-    """What is wrong with a setting, be it through the run folder's name, made of all of them."""
-    said = config.one_line(error, *_schemas())
+def setting_fault(error: Exception) -> str:
+    """A line on a setting's fault, which may show only in the run folder's name."""
+    schema = SCHEMAS.get(Path(sys.argv[0]).stem)
+    line = config.one_line(error, *([schema] if schema else SCHEMAS.values()))
     named = [word for word in sys.argv[1:] if "${" in word]
-    if not said.startswith("hydra.") or not named:
-        return said
-    return f"{named[0]}: {said.partition(': ')[2]}"
-
-
-def _schemas() -> list[type]:
-    """What the command can be told: the schema of its own script, where that is known."""
-    named = SCHEMAS.get(Path(sys.argv[0]).stem)
-    return [named] if named else list(SCHEMAS.values())
+    if not line.startswith("hydra.") or not named:
+        return line
+    return f"{named[0]}: {line.partition(': ')[2]}"
 
 
 class OutOfMemory(UserError):

@@ -51,9 +51,9 @@ def circle_loss(
 
 
 def circle_floor(labels: Int[Tensor, "batch"]) -> Float[Tensor, ""]:
-    """Circle loss, with `paper` weights, of a batch in which every pair meets its margin.
+    """The Circle loss, with `paper` weights, of a batch in which every pair meets its margin.
 
-    Such a pair has exponent 0, so an anchor keeps log(1 + |P| |N|): the least value that the loss
+    Such a pair has exponent 0, so an anchor keeps log(1 + |P| |N|), the least value that the loss
     of this batch can take. With `sun2020` weights the loss can fall below it.
     """
     exponents = torch.zeros(len(labels), len(labels), device=labels.device)
@@ -62,7 +62,7 @@ def circle_floor(labels: Int[Tensor, "batch"]) -> Float[Tensor, ""]:
 
 @dataclass(frozen=True)
 class PairStatistics:
-    """Sums over the pairs i < j of one batch, to be added up over batches before dividing."""
+    """Sums over the pairs i < j of one batch; add them up over batches before dividing."""
 
     within_sum: Float[Tensor, ""]  # of cosines between prompts of one class
     within_count: Int[Tensor, ""]
@@ -76,9 +76,9 @@ class PairStatistics:
 def pair_statistics(
     features: Float[Tensor, "batch width"], labels: Int[Tensor, "batch"], margin: float
 ) -> PairStatistics:
-    """Cosines within and across classes, and how many pairs miss the margin (Eq. 5).
+    """The cosines within and across classes, and the number of pairs that miss the margin (Eq. 5).
 
-    A pair violates when it is within a class and its cosine is below 1 - margin, or across classes
+    A pair misses it if it is within a class and its cosine is below 1 - margin, or across classes
     and above margin.
     """
     with torch.autocast(features.device.type, enabled=False):
@@ -105,19 +105,19 @@ def token_nll(
     logit_scale: float = 1.0,
     chunk: int = 256,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "tokens"]]:
-    """Sum of the next-token NLL in nats, differentiable, and the NLL of each token, detached.
+    """The sum of the next-token NLL in nats, differentiable, and each token's NLL, detached.
 
     Logits are softcap * tanh(logit_scale * (hidden @ head_weight.T + bias) / softcap), multiplied
     in the head's dtype (autocast's, if on) and normalised in at least fp32. At most `chunk` rows
-    of them exist at a time. With a frozen head the gradient is found during the forward pass, two
-    head products in all and no logits kept; a trainable head recomputes each chunk's logits.
+    of them exist at a time. With a frozen head the forward pass computes the gradient, with two
+    head products in all and no stored logits; a trainable head recomputes each chunk's logits.
 
-    Pass labelled positions only: every target must be a valid row of the head, which is not
-    checked here, since that would wait for the device.
+    Pass labelled positions only: every target must be a valid row of the head. Checking that would
+    wait for the device.
     """
     trainable = head_weight.requires_grad or (bias is not None and bias.requires_grad)
     dtype = _product_dtype(head_weight)
-    # Cast the head once here; autocast would cast it anew for every chunk.
+    # cast once, since autocast would cast the head for every chunk
     head = _Head(
         head_weight.to(dtype), None if bias is None else bias.to(dtype), softcap, logit_scale
     )
@@ -161,9 +161,9 @@ class _FrozenHeadNLL(torch.autograd.Function):
 def _nll_and_gradient(
     hidden: Tensor, head: _Head, targets: Tensor, chunk: int, *, with_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """NLL per token and, if asked, d(sum)/d(hidden) = (softmax - onehot) @ W. Not for autograd."""
+    """The NLL per token and, if asked, d(sum)/d(hidden) = (softmax - onehot) @ W; no autograd."""
     rows = min(chunk, len(hidden))
-    # Fresh logits for every chunk would cost more in page faults on CPU than the softmax does.
+    # fresh logits for every chunk would cost more in page faults on a CPU than the softmax does
     product = head.weight.new_empty(rows, len(head.weight))
     wide_dtype = torch.promote_types(product.dtype, torch.float32)
     wide = product if product.dtype == wide_dtype else torch.empty_like(product, dtype=wide_dtype)
@@ -188,13 +188,13 @@ def _nll_and_gradient(
             residual = logits.div_(normaliser).scatter_(1, target, torch.expm1(-nll))
             if slope is not None:
                 residual.mul_(slope)
-            raw.copy_(residual)  # back to the head's dtype; no cost where both are one buffer
+            raw.copy_(residual)  # back to the head's dtype; free if both are one buffer
             gradient[part] = (raw @ head.weight).mul_(head.scale)
     return per_token, gradient
 
 
 def _scale_and_cap_(logits: Tensor, head: _Head, *, with_slope: bool) -> Tensor | None:
-    """Scale and cap in place; the slope of the cap at each logit, if asked and if there is one."""
+    """Scales and caps in place; returns the slope of the cap at each logit, if asked and capped."""
     if head.scale != 1:
         logits.mul_(head.scale)
     if head.softcap is None:
@@ -214,7 +214,7 @@ def _recomputed_nll(hidden: Tensor, head: _Head, targets: Tensor, chunk: int) ->
         return F.cross_entropy(logits, target.long(), reduction="none")
 
     parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    # Nothing here draws random numbers, so there is no generator state to restore.
+    # nothing here draws random numbers, so there is no generator state to restore
     recompute = partial(checkpoint, nll, use_reentrant=False, preserve_rng_state=False)
     return torch.cat(
         [recompute(inputs, head.weight, head.bias, target) for inputs, target in parts]
@@ -223,7 +223,7 @@ def _recomputed_nll(hidden: Tensor, head: _Head, targets: Tensor, chunk: int) ->
 
 def _product_dtype(weight: Tensor) -> torch.dtype:
     kind = weight.device.type
-    # Autocast leaves float64 alone.
+    # autocast does not cast float64
     if weight.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return weight.dtype
@@ -231,8 +231,8 @@ def _product_dtype(weight: Tensor) -> torch.dtype:
 
 def _cosine_matrix(features: Tensor) -> Float[Tensor, "batch batch"]:
     features = features.to(torch.promote_types(features.dtype, torch.float32))
-    # Dividing by the largest entry first keeps squares from overflowing or vanishing. It leaves
-    # the direction and so the gradient unchanged, hence a constant.
+    # Dividing by the largest entry first keeps squares from overflowing or vanishing. It changes
+    # neither the direction nor its gradient, so it may be a constant.
     largest = features.detach().abs().amax(1, keepdim=True)
     features = features / largest.masked_fill(largest == 0, 1)
     norms = torch.linalg.vector_norm(features, dim=1, keepdim=True)
@@ -243,7 +243,7 @@ def _cosine_matrix(features: Tensor) -> Float[Tensor, "batch batch"]:
 def _pair_masks(
     labels: Tensor,
 ) -> tuple[Bool[Tensor, "batch batch"], Bool[Tensor, "batch batch"]]:
-    """Which ordered pairs share a label, a row with itself excepted, and which do not."""
+    """The masks of ordered pairs that share a label, a row with itself excepted, and of others."""
     same = labels[:, None] == labels[None, :]
     itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     return same & ~itself, ~same
@@ -260,13 +260,13 @@ def _mean_over_anchors(
         _masked_logsumexp(positive_exponents, positive)
         + _masked_logsumexp(negative_exponents, negative)
     )
-    # an anchor without a pair of either kind has none
+    # an anchor without a positive or without a negative has no loss
     losses = losses * (positive.any(1) & negative.any(1))
     return losses.sum() / max(len(losses), 1)
 
 
 def _masked_logsumexp(exponents: Tensor, mask: Tensor) -> Tensor:
-    # Finite: a row of -inf alone has NaN gradients. A quarter, so that the sum of two is finite.
+    # finite, since a row of only -inf has NaN gradients; a quarter, so that the sum of two is too
     absent = torch.finfo(exponents.dtype).min / 4
     return exponents.masked_fill(~mask, absent).logsumexp(1)
 

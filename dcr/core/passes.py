@@ -1,4 +1,4 @@
-"""Batches through a model, behind one seam: all that trains, decodes or measures asks `current()`.
+"""Passes of batches through a model: training, decoding and measurement all ask `current()`.
 
 `Plain` is transformers' own way: a padded batch, a cache that grows token by token. An entry point
 may hand in other `Passes` (`use`) that give the same up to rounding and take less time, as
@@ -23,19 +23,19 @@ from dcr.core.config import ConfigError, TrainConfig
 from dcr.core.models import unwrapped
 from dcr.core.prompts import IGNORED
 
-MASKABLE = {"sdpa", "eager"}  # attention that adds whatever mask it is given
+MASKABLE = {"sdpa", "eager"}  # attention that adds any mask
 WINDOWED = {"sliding_attention", "chunked_attention"}
 WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
 CACHES = ("past_key_values", "cache_params")
 
 
 class Labelled(NamedTuple):
-    """The next-token NLL of a batch in nats, and what one block gave on the way.
+    """The next-token NLL of a batch in nats, and the output of one block.
 
     Attributes:
-        total: the sum over the tokens that have a target, differentiable.
+        total: the sum over the tokens with a target, differentiable.
         each: the NLL of each of them, row by row, detached.
-        states: the output of the block that was asked for, [batch, length, width].
+        states: the output of the block asked for, [batch, length, width].
     """
 
     total: Float[Tensor, ""]
@@ -45,9 +45,9 @@ class Labelled(NamedTuple):
 
 @dataclass(frozen=True)
 class Prefilled:
-    """Prompts as the model has read them: their cache and the logits at their last positions.
+    """The cache of prompts that the model has read, and the logits at their last positions.
 
-    The mask is the cache's: 0 where it holds padding.
+    The mask is the cache's, with 0 for padding.
     """
 
     cache: Any
@@ -60,7 +60,7 @@ Rest = Callable[[], Float[Tensor, "batch length width"]]
 
 @runtime_checkable
 class Passes(Protocol):
-    """How batches go through a model. Batches for training are padded on the right."""
+    """The ways of batches through a model. Batches for training are padded on the right."""
 
     def states(
         self,
@@ -68,7 +68,7 @@ class Passes(Protocol):
         ids: Int[Tensor, "batch length"],
         mask: Bool[Tensor, "batch length"],
     ) -> Float[Tensor, "batch length width"]:
-        """The last hidden states of a backbone or trunk; those of padding mean nothing."""
+        """The last hidden states of a backbone or trunk; padding has no meaningful ones."""
         ...
 
     def nll(
@@ -89,35 +89,33 @@ class Passes(Protocol):
         ids: Int[Tensor, "batch length"],
         mask: Bool[Tensor, "batch length"],
     ) -> tuple[Float[Tensor, "batch length width"], Rest]:
-        """The final-normed states, without gradient, and the pass's last `count` blocks.
+        """The final-normed states, without gradient, and a function for the last `count` blocks.
 
-        The latter give their states, before the final norm, by the weights of the time they are
-        called.
+        The function gives their states before the final norm, by the weights at its call.
         """
         ...
 
     def shrinks_frozen(self, settings: TrainConfig) -> bool:
-        """Whether `shrink_frozen` is to be called before stage one trains with these settings."""
+        """Whether stage one should call `shrink_frozen` before it trains with these settings."""
         ...
 
     def shrink_frozen(self, model: Any, block: int, whole: bool) -> None:
-        """Hold the weights that are frozen beyond `block` in less memory, for training alone.
+        """Holds the weights that are frozen beyond `block` in less memory, only for training.
 
-        They are then no result; passes go through the `whole` model, or to the block.
+        They are then no result. Passes go through the `whole` model, or to the block.
         """
         ...
 
     def batches(self, model: Any, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
-        """Places of prompts that are read together, which computes at most so many tokens."""
+        """Groups of places of prompts, so that a pass computes at most so many tokens."""
         ...
 
     def read(
         self, model: Any, prompts: Sequence[Sequence[int]], keep: bool = True, cache: Any = None
     ) -> Prefilled:
-        """Reads prompts, with logits for their last positions alone.
+        """Reads prompts, with logits only for their last positions.
 
-        Without `keep` no cache is made for those who go no further; else an empty `cache` is
-        filled.
+        With `keep` it fills an empty `cache` to go on from; without, it makes none.
         """
         ...
 
@@ -126,7 +124,7 @@ class Passes(Protocol):
         ...
 
     def decoding(self, model: Any) -> AbstractContextManager[None]:
-        """Open while a batch is decoded; its cache is made inside."""
+        """A context around the decoding of a batch, whose cache is made inside."""
         ...
 
 
@@ -139,16 +137,16 @@ class Plain:
     def nll(
         self, model: Any, ids: Tensor, mask: Tensor, targets: Tensor, block: int | None = None
     ) -> Labelled:
-        with activations.captured(model, block) if block else nullcontext([None]) as taken:
+        with activations.captured(model, block) if block else nullcontext([None]) as captured:
             hidden = self.states(models.backbone(model), ids, mask)
-        return Labelled(*labelled(model, hidden, targets), taken[0])
+        return Labelled(*labelled(model, hidden, targets), captured[0])
 
     def halved(
         self, model: Any, count: int, ids: Tensor, mask: Tensor
     ) -> tuple[Tensor, Callable[[], Tensor]]:
-        with noted(model, count) as calls, torch.no_grad():
+        with recorded_calls(model, count) as calls, torch.no_grad():
             states = self.states(models.backbone(model), ids, mask)
-        return states, partial(called, model, calls)
+        return states, partial(repeated_calls, model, calls)
 
     def shrinks_frozen(self, settings: TrainConfig) -> bool:
         return False
@@ -182,18 +180,18 @@ _used: list[Passes] = [Plain()]
 
 
 def current() -> Passes:
-    """The passes that this process uses: plain ones, unless `use` was told others."""
+    """The passes that this process uses: plain ones, unless `use` has set others."""
     return _used[0]
 
 
 def use(passes: Passes) -> None:
-    """From now on all passes of this process, and of those that it forks, are these."""
+    """Sets the passes of this process, and of those that it forks."""
     _used[0] = passes
 
 
 @contextmanager
 def using(passes: Passes) -> Iterator[None]:
-    """While open, passes are these."""
+    """Sets the passes of this process while open."""
     before = current()
     use(passes)
     try:
@@ -202,48 +200,48 @@ def using(passes: Passes) -> Iterator[None]:
         use(before)
 
 
-# --- parts of a pass, for whoever implements `Passes` ---------------------------------------------
+# --- parts of a pass, for implementations of `Passes` ---------------------------------------------
 
 
 def labelled(
     model: Any, hidden: Float[Tensor, "batch length width"], targets: Int[Tensor, "batch length"]
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "tokens"]]:
     """The NLL at final-normed states with a target: the sum, and each without gradient."""
-    where = targets != IGNORED
-    return losses.token_nll(hidden[where], targets=targets[where], **models.readout(model))
+    counted = targets != IGNORED
+    return losses.token_nll(hidden[counted], targets=targets[counted], **models.readout(model))
 
 
 Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 @contextmanager
-def noted(model: Any, count: int) -> Iterator[Calls]:
-    """While open, notes what each of the last `count` blocks is called with, in their order.
+def recorded_calls(model: Any, count: int) -> Iterator[Calls]:
+    """Records the arguments of each of the last `count` blocks, in their order, while open.
 
-    The hidden states are those of the first alone; each of the others is given what one gives.
+    Only the first call keeps its hidden states, since each later block takes the previous output.
     """
     calls: Calls = []
 
-    def note(_block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def record(_block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         further = dict(kwargs)
         hidden = args[0] if args else further.pop("hidden_states")
         calls.append((args[1:] if calls else (hidden, *args[1:]), further))
 
     with ExitStack() as stack:
         for block in models.decoder_blocks(model)[-count:]:
-            stack.callback(block.register_forward_pre_hook(note, with_kwargs=True).remove)
+            stack.callback(block.register_forward_pre_hook(record, with_kwargs=True).remove)
         yield calls
 
 
-def called(model: Any, calls: Calls) -> Float[Tensor, "..."]:
-    """The last blocks called once more as `noted`, by the weights of now."""
-    given: Any = ()
+def repeated_calls(model: Any, calls: Calls) -> Float[Tensor, "..."]:
+    """The output of the last blocks, called again with recorded arguments and present weights."""
+    hidden: Any = ()
     for block, (args, kwargs) in zip(
         models.decoder_blocks(model)[-len(calls) :], calls, strict=True
     ):
-        output = block(*given, *args, **kwargs)
-        given = (output[0] if isinstance(output, tuple) else output,)
-    return given[0]
+        output = block(*hidden, *args, **kwargs)
+        hidden = (output[0] if isinstance(output, tuple) else output,)
+    return hidden[0]
 
 
 def prefilled(
@@ -253,7 +251,7 @@ def prefilled(
     keep: bool,
     cache: Any,
 ) -> Prefilled:
-    """Prompts once their last tokens, `ids` padded on the left, are read behind a cache's."""
+    """Reads the last tokens of prompts, `ids` padded on the left, behind a cache's tokens."""
     options: dict[str, int] = {"use_cache": keep or cache is not None}
     if "logits_to_keep" in _parameters(model):
         options["logits_to_keep"] = 1
@@ -265,18 +263,18 @@ def prefilled(
 def forward(
     model: Any, ids: Tensor, mask: Tensor, places: Tensor, cache: Any, options: dict[str, int]
 ) -> Any:
-    """A model's output for new tokens at these places behind what the cache holds."""
+    """A model's output for new tokens at these places behind the tokens of the cache."""
     placed = batching.placed(unwrapped(model), places)
-    kept = {} if cache is None else {cache_name(model): cache}
-    given = {"use_cache": True} | placed | kept | options
-    return model(input_ids=ids, attention_mask=mask, return_dict=True, **given)
+    cached = {} if cache is None else {cache_name(model): cache}
+    arguments = {"use_cache": True} | placed | cached | options
+    return model(input_ids=ids, attention_mask=mask, return_dict=True, **arguments)
 
 
 # --- what a model can take ------------------------------------------------------------------------
 
 
 def obstacle(model: Any, tokens: int) -> str | None:
-    """Why a model cannot take a tree mask over `tokens` positions; None where it can."""
+    """The reason why a model cannot take a tree mask over `tokens` positions; None if it can."""
     text = text_config(model)
     if recurrent(model):
         return "not all of its layers are attention over all keys"
@@ -293,7 +291,7 @@ def obstacle(model: Any, tokens: int) -> str | None:
 
 
 def recurrent(model: Any) -> bool:
-    """Whether some layer keeps a state instead of keys, into which padding would blend."""
+    """Whether some layer keeps a state instead of keys, which would absorb padding."""
     kinds = set(getattr(text_config(model), "layer_types", None) or ())
     stateful = getattr(unwrapped(model), "_is_stateful", False)
     keyless = CACHES[0] not in _parameters(model)
@@ -301,12 +299,12 @@ def recurrent(model: Any) -> bool:
 
 
 def text_config(model: Any) -> Any:
-    """The configuration of the decoder of text."""
+    """The configuration of the text decoder."""
     return unwrapped(model).config.get_text_config(decoder=True)
 
 
 def cache_name(model: Any) -> str:
-    """The argument by which a model is given its cache; ConfigError where it keeps none."""
+    """The argument that takes a model's cache. Raises ConfigError if the model keeps none."""
     name = next((name for name in CACHES if name in _parameters(model)), None)
     if name is None:
         kind = type(unwrapped(model)).__name__

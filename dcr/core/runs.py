@@ -1,17 +1,17 @@
-"""The run folder: where everything lies, who may write, what is done, what was measured.
+"""The run folder: its paths, its writers, finished stages and measurements.
 
 config.yaml              the resolved configuration
-rows.json                ids and fingerprint of every row used, and what was dropped
+rows.json                ids and fingerprint of every row used, and counts of dropped ones
 layer.json               the block that dcr.layer=auto chose
 base.json                fingerprints of the weights each stage started from
 metrics.csv              every logged value: stage, step (the first is 0), epoch, key, value
-readout.json             what the readout changed, where there is one
+readout.json             the changes by the readout, if there is one
 <stage>.cost.json        seconds, tokens and peak memory of a stage
-adopted.json             the runs beside this one whose stages it took over
+adopted.json             the neighbouring runs whose stages it took over
 evaluated.json           seconds of each evaluation that a study made
 contrastive/  sft/  readout/  results, present only when the stage is done
 snapshots/step-000020/   adapters during SFT
-tracking/<stage>/step-…/ what tracking.quantities measured there, prompt by prompt
+tracking/<stage>/step-…/ measurements of tracking.quantities, prompt by prompt
 checkpoints/<stage>/     for resuming, gone when the stage is done
 eval/<fingerprint>/      completions, verdicts, metrics.json
 """
@@ -36,18 +36,18 @@ from dcr.core.config import STAGES, ConfigError, DataError, Precision
 
 log = logging.getLogger(__name__)
 
-# What may differ between two commands that go on with one run.
+# keys that may differ between two commands that continue one run
 FREE_KEYS = ("stage", "plan", "force", "run", "at_most", "trainer", "wandb")
-# Options of no part in a run where they are as here, and which runs made earlier know nothing of.
+# options that change nothing with these values, and that earlier runs do not have
 IDLE = {
     "sft": {
         "readout": {"steps": 0},
     }
 }
-# How differences of settings, rows and weights begin that a finished stage does not depend on.
+# prefixes of differences of settings, rows and weights that a finished stage does not depend on
 OF_READOUT = ("sft.readout", "readout")
 OF_LATER = {"contrastive": ("sft.", "sft: ", "safety", *OF_READOUT), "sft": OF_READOUT}
-# What a command writes before its first step.
+# files that a command writes before its first step
 BEFORE_TRAINING = {
     ".lock",
     "config.yaml",
@@ -65,7 +65,7 @@ RESTORE = "restore it from a copy of the run, or train into another folder"
 
 
 class MadeWith(TypedDict):
-    """What every run's `config.yaml` says; a trained one's says the rest of `TrainConfig` too."""
+    """The keys of every run's `config.yaml`; a trained run has the rest of `TrainConfig` too."""
 
     __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
 
@@ -85,7 +85,7 @@ class RowList(TypedDict):
 
 
 class BalanceRecord(TypedDict):
-    """How the prompts of stage one differ in form, see `balance.Balance`."""
+    """The differences in form of stage one's prompts, see `balance.Balance`."""
 
     form: float | None
     words: float | None
@@ -116,9 +116,9 @@ class RowRecord(TypedDict):
 
 @dataclass(frozen=True)
 class Cost:
-    """`<stage>.cost.json`: what the steps of a stage cost the process that took the last of them.
+    """`<stage>.cost.json`: the cost of a stage's steps in the process that took the last of them.
 
-    Steps of a process that was stopped before are not among them.
+    It does not contain the steps of a process that was stopped before.
     """
 
     steps: int
@@ -128,10 +128,10 @@ class Cost:
     peak_memory_gib: float
     device: str
     device_seconds: float  # of the GPU, or of all cores
-    precision: str  # as it was settled
+    precision: str  # never auto
 
     def of_all_steps(self, stage: str, metrics: Iterable[Mapping[str, Any]]) -> float:
-        """What to multiply by where steps of a stage are not among these, by what was logged."""
+        """The factor from these steps to all steps of the stage in the logged metrics."""
         steps = {row["step"] for row in metrics if row["key"].startswith(f"{stage}/step_")}
         return max(self.steps, len(steps)) / self.steps
 
@@ -164,17 +164,17 @@ class Run:
 
     @property
     def layer_file(self) -> Path:
-        """Which block `dcr.layer=auto` chose."""
+        """The block that `dcr.layer=auto` chose."""
         return self.folder / "layer.json"
 
     @property
     def threads_file(self) -> Path:
-        """How many threads the run's numbers were last made with."""
+        """The number of threads of the run's last training."""
         return self.folder / "threads.json"
 
     @property
     def readout_file(self) -> Path:
-        """What `dcr.core.training.readout` changed."""
+        """The changes by `dcr.core.training.readout`."""
         return self.folder / "readout.json"
 
     def cost_file(self, stage: str) -> Path:
@@ -182,12 +182,12 @@ class Run:
 
     @property
     def adopted_file(self) -> Path:
-        """Whose stages it took over, see `dcr.study`."""
+        """The runs whose stages it took over, see `dcr.study`."""
         return self.folder / "adopted.json"
 
     @property
     def evaluated_file(self) -> Path:
-        """Seconds, by a fingerprint of what `dcr.study` evaluated."""
+        """The seconds of each evaluation by `dcr.study`, by fingerprint."""
         return self.folder / "evaluated.json"
 
     @property
@@ -199,7 +199,7 @@ class Run:
         return self.folder / "snapshots"
 
     def tracked(self, stage: str) -> Path:
-        """Where a stage's tracking keeps what it measured: a folder a step, `step-000020`."""
+        """The folder of a stage's tracking, with a folder a step: `step-000020`."""
         return self.folder / "tracking" / stage
 
     def stage(self, name: str) -> Path:
@@ -207,7 +207,7 @@ class Run:
         return self.folder / name
 
     def done(self, name: str) -> bool:
-        """Whether a stage's result is there; result folders appear whole or not at all."""
+        """Whether a stage has its result; result folders appear whole or not at all."""
         return self.stage(name).is_dir()
 
     def checkpoints(self, name: str) -> Path:
@@ -217,20 +217,20 @@ class Run:
         return self.folder / "eval" / fingerprint
 
     def config(self) -> dict[str, Any]:
-        """The resolved configuration this run was made with. UserError where there is none."""
+        """The resolved configuration of this run. Raises UserError if there is none."""
         if not self.config_file.exists():
             raise ConfigError(f"run={self.folder}: no config.yaml there; name a run folder")
         made_with = storage.read_yaml(self.config_file, MadeWith, RESTORE)
-        # a folder may be another's: only the user's own command can trust code
+        # a folder may come from someone else, and only the user's own command can trust code
         if "trust_remote_code" in made_with["model"]:
             made_with["model"]["trust_remote_code"] = False
         config.check_made_with(made_with, f"{self.config_file}: ", f"; {RESTORE}")
         return dict(made_with)
 
     def record(self) -> dict[str, Any]:
-        """What `rows.json` says, empty before training has drawn its rows.
+        """The content of `rows.json`, empty before training has drawn its rows.
 
-        Raises DataError where it is damaged, or gone although a stage has learnt from rows.
+        Raises DataError if it is damaged, or missing although a stage was trained.
         """
         trained = any(self.done(stage.value) for stage in STAGES)
         if not trained and not self.rows_file.exists():
@@ -238,32 +238,32 @@ class Run:
         return dict(storage.read_json(self.rows_file, RowRecord, RESTORE))
 
     def block(self) -> int | None:
-        """The block that `dcr.layer=auto` chose for stage one, None where it has not."""
+        """The block that `dcr.layer=auto` chose for stage one; None if it has not."""
         if not self.layer_file.exists():
             return None
         return storage.read_json(self.layer_file, Layer, RESTORE)["block"]
 
     def threads(self) -> int | None:
-        """The number of threads that the run was last trained with, None before it."""
+        """The number of threads of the run's last training; None before it."""
         if not self.threads_file.exists():
             return None
         return storage.read_json(self.threads_file, Threads, RESTORE)["threads"]
 
     def precisions(self) -> dict[str, Precision]:
-        """What `precision=auto` was settled to as the run began, for stages and evaluation."""
+        """The precisions of stages and evaluation, after `precision=auto` was settled."""
         made_with = self.config() if self.config_file.exists() else {}
         nodes = {"contrastive": "dcr", "sft": "sft"}
         named = {use: (made_with.get(node) or {}).get("precision") for use, node in nodes.items()}
-        found = {use: Precision(name) for use, name in named.items() if name not in (None, "auto")}
-        if "sft" in found:
-            return found | {"evaluation": precision.evaluated_in(found["sft"])}
+        known = {use: Precision(name) for use, name in named.items() if name not in (None, "auto")}
+        if "sft" in known:
+            return known | {"evaluation": precision.evaluated_in(known["sft"])}
         own = made_with.get("precision", "auto")  # of a model that was only evaluated
-        return found | ({} if own == "auto" else {"evaluation": Precision(own)})
+        return known | ({} if own == "auto" else {"evaluation": Precision(own)})
 
 
 def peak_memory_gib() -> float:
-    """The most memory this process has held: on the GPU where there is one, else in RAM."""
-    import torch  # not at the top: a user's error in a run folder needs none
+    """The most memory that this process has held, on the GPU if there is one, else in RAM."""
+    import torch  # not at the top: a user's error in a run folder does not wait for it
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
@@ -271,9 +271,9 @@ def peak_memory_gib() -> float:
 
 
 def stages(made_with: Mapping[str, Any], weights: str) -> list[str]:
-    """What trained some weights of a run with this configuration: contrastive, sft, readout.
+    """The stages that trained some weights of a run with this configuration.
 
-    A snapshot is one of SFT; a base model was trained by none.
+    They are among contrastive, sft and readout. A snapshot is one of SFT; a base model has none.
     """
     last = "sft" if weights == "snapshot" else weights
     order = [stage.value for stage in STAGES if stage.value != "contrastive"]
@@ -297,25 +297,25 @@ def binding(made_with: Mapping[str, Any]) -> dict[str, Any]:
         inside = decisive.get(node) or {}
         idle = {name for name, off in options.items() if name in inside and _is(inside[name], off)}
         decisive[node] = {name: value for name, value in inside.items() if name not in idle}
-    # said anew by each command
+    # each command sets it for itself
     return decisive | {"model": {**(decisive.get("model") or {}), "trust_remote_code": False}}
 
 
 def _is(value: Any, off: Any) -> bool:
-    """Whether an option, or what its group names, has this value or none."""
+    """Whether an option, or every option of a group, has this value or is absent."""
     if isinstance(off, Mapping):
         return all(value.get(key, each) == each for key, each in off.items())
     return value == off
 
 
 def claim(run: Run, made_with: Mapping[str, Any], force: bool) -> None:
-    """Write the configuration, or check that the one there is the same.
+    """Writes the configuration, or checks that the one in the folder is the same.
 
-    Raises ConfigError with the differences when the folder belongs to another configuration and
-    `force` is off, or would not train anew what they made.
+    Raises ConfigError with the differences if the folder belongs to another configuration and
+    `force` is off, or a finished stage depends on them.
     """
     if run.config_file.exists():
-        # the stages' own precision binds, not the key that they take it from
+        # only the stages' own precision matters, not the key that they take it from
         before, now = (binding(each) | {"precision": None} for each in (run.config(), made_with))
         changed = storage.differences(before, now)
         _refuse(run, "made with another configuration", changed, force)
@@ -323,24 +323,25 @@ def claim(run: Run, made_with: Mapping[str, Any], force: bool) -> None:
 
 
 def write_config(run: Run, made_with: Mapping[str, Any]) -> None:
-    """`config.yaml`: plain data, whatever its text looks like."""
+    """Writes `config.yaml` as plain data."""
     storage.write_text(run.config_file, as_yaml(made_with))
 
 
 def as_yaml(plain: Mapping[str, Any]) -> str:
-    """Plain data as YAML that reads back as it was.
+    """Plain data as YAML that reads back the same.
 
-    Letters stand as they are, except beside a line separator of Unicode's, which PyYAML would fold.
+    Non-ASCII letters stay, except beside a Unicode line separator, which PyYAML would fold.
     """
     text = yaml.safe_dump(dict(plain), sort_keys=False, allow_unicode=True)
     return text if yaml.safe_load(text) == plain else yaml.safe_dump(dict(plain), sort_keys=False)
 
 
 def claim_rows(run: Run, record: Mapping[str, Any], force: bool) -> None:
-    """Write `rows.json`, or check that every list of rows there is the same (`data.row_record`),
-    and every source of a user's own.
+    """Writes `rows.json`, or checks that its lists of rows are the same (`data.row_record`).
 
-    Raises ConfigError with the lists that differ as `claim` does.
+    The lists include every source of a user's own.
+
+    Raises ConfigError with the lists that differ, as `claim` does.
     """
     if run.rows_file.exists():
         before, now = _row_lists(run.record()), _row_lists(record)
@@ -358,9 +359,9 @@ def _row_lists(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def claim_base(run: Run, stage: str, weights: str, force: bool) -> None:
-    """Write down which weights a stage starts from, or check that they are still the same.
+    """Records the weights that a stage starts from, or checks that they are still the same.
 
-    Raises ConfigError when they changed, as `claim` does.
+    Raises ConfigError if they changed, as `claim` does.
     """
     known: dict[str, str] = {}
     if run.base_file.exists():
@@ -373,27 +374,28 @@ def claim_base(run: Run, stage: str, weights: str, force: bool) -> None:
 
 
 def _refuse(run: Run, how: str, changed: list[str], force: bool) -> None:
-    """Raises ConfigError for another's folder; with `force` what is under way begins anew.
+    """Raises ConfigError for a folder of other settings; `force` lets unfinished stages begin anew.
 
-    What is done stays, so settings, weights and card would disagree where it depends on the change.
+    A finished stage stays, so `force` does not help if it depends on the change: settings, weights
+    and card would disagree.
     """
     if not changed:
         return
-    told = f"{run.folder} was {how} ({'; '.join(changed[:6])})"
+    fault = f"{run.folder} was {how} ({'; '.join(changed[:6])})"
     done = [stage.value for stage in STAGES if run.done(stage.value)]
     of_later = OF_LATER.get(done[-1], ()) if done else ()
     if done and not all(change.startswith(of_later) for change in changed):
         raise ConfigError(
-            f"{told}; {done[-1]} is done there and would not be trained anew: name another "
+            f"{fault}; {done[-1]} is done there and would not be trained anew: name another "
             "folder with run="
         )
     if done[-1:] == ["sft"] and not run.checkpoints("readout").exists():
         return  # a readout that follows a finished SFT
     if not force:
         raise ConfigError(
-            f"{told}; name another folder with run=, or force=true to begin anew what is not done"
+            f"{fault}; name another folder with run=, or force=true to begin anew what is not done"
         )
-    log.warning("%s: what is not done begins anew", told)
+    log.warning("%s: what is not done begins anew", fault)
     for stage in STAGES:
         if stage.value not in done:
             shutil.rmtree(run.checkpoints(stage.value), ignore_errors=True)
@@ -405,7 +407,7 @@ def _refuse(run: Run, how: str, changed: list[str], force: bool) -> None:
 
 
 def append_metrics(run: Run, rows: Iterable[Sequence[object]]) -> None:
-    """Add (stage, step, epoch, key, value) rows to `metrics.csv`. UserError if that fails."""
+    """Adds (stage, step, epoch, key, value) rows to `metrics.csv`. Raises UserError on failure."""
     file = run.metrics_file
     header = not file.exists() or file.stat().st_size == 0
     storage.append(file, _csv(rows, header).encode())
@@ -422,8 +424,8 @@ def _csv(rows: Iterable[Sequence[object]], header: bool) -> str:
 def read_metrics(run: Run) -> list[dict[str, Any]]:
     """The rows of `metrics.csv` with numbers as numbers; a last line without its end is left out.
 
-    Such a line was torn by a kill, and a number cut in half still looks like one. Raises DataError
-    "file:line: what is wrong" for any other row that training did not write.
+    A kill tore such a line, and a number cut in half still looks like one. Raises DataError
+    "file:line: fault" for any other row that training did not write.
     """
     if not run.metrics_file.exists():
         return []
@@ -446,11 +448,11 @@ def _metric(line: str, where: str) -> dict[str, Any]:
 
 
 def forget_metrics_beyond(run: Run, stage: str, step: int) -> None:
-    """Drop what a killed process logged of a stage after its first `step` optimiser steps."""
+    """Drops the metrics that a killed process logged after the first `step` optimiser steps."""
     if not run.metrics_file.exists():
         return
     if not storage.read_text(run.metrics_file).endswith("\n"):
         log.warning("%s: its last line broke off with a kill and is dropped", run.metrics_file)
-    kept = [row for row in read_metrics(run) if row["stage"] != stage or row["step"] < step]
-    rows = ([row[name] for name in METRIC_FIELDS] for row in kept)
+    before = [row for row in read_metrics(run) if row["stage"] != stage or row["step"] < step]
+    rows = ([row[name] for name in METRIC_FIELDS] for row in before)
     storage.write_text(run.metrics_file, _csv(rows, header=True))

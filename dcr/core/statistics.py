@@ -1,4 +1,4 @@
-"""Rates, rankings and agreement with their intervals: what every evaluation counts."""
+"""Rates, rankings and agreement with their intervals, which every evaluation computes."""
 
 import math
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Ranking:
-    """How scores rank positives above negatives, as a whole and at some thresholds.
+    """The ranking of positives above negatives by scores, as a whole and at some thresholds.
 
     Attributes:
         auroc: the probability that a positive scores above a negative.
@@ -40,7 +40,7 @@ class Ranking:
 
 
 def wilson(successes: int, total: int) -> Interval:
-    """A rate with its Wilson score interval; of nothing, nan within [0, 1]."""
+    """A rate with its Wilson score interval; nan within [0, 1] for a total of 0."""
     if total == 0:
         return Interval(math.nan, 0.0, 1.0)
     ends = scipy.stats.binomtest(successes, total).proportion_ci(CONFIDENCE, method="wilson")
@@ -50,9 +50,9 @@ def wilson(successes: int, total: int) -> Interval:
 def resampled(
     counts: Sequence[int] | np.ndarray, generator: np.random.Generator, resamples: int = RESAMPLES
 ) -> Int[np.ndarray, "draws values"]:
-    """The bootstrap: how often each value is in each resample, where it stands `counts` times.
+    """The bootstrap counts of each value in each resample, for values that stand `counts` times.
 
-    Drawing rows with replacement is, per distinct value, a multinomial draw of counts.
+    Drawing rows with replacement is a multinomial draw of counts of distinct values.
     """
     total = int(np.sum(counts))
     return generator.multinomial(total, np.asarray(counts) / total, size=resamples)
@@ -69,7 +69,7 @@ def percentiles(drawn: np.ndarray) -> tuple[float, float]:
 
 
 def of_draws(values: Float[np.ndarray, "draws"]) -> Interval:
-    """The estimate, first of the values, with percentiles of the others; unbounded where nan."""
+    """The first value as estimate, with percentiles of the others; a nan estimate is unbounded."""
     estimate = float(values[0])
     drawn = values[1:] if math.isfinite(estimate) else values[:0]
     return Interval(estimate, *percentiles(drawn))
@@ -88,10 +88,10 @@ def auroc_interval(
     resamples: int = RESAMPLES,
     seed: int,
 ) -> Interval:
-    """AUROC with a percentile bootstrap interval over the scores within each class.
+    """The AUROC with a percentile bootstrap interval over the scores within each class.
 
-    The probability that a positive scores above a negative, ties counting half. If either class is
-    empty: nan within [0, 1]. Raises ValueError if a score is NaN.
+    It is the probability that a positive scores above a negative, ties counting half. An empty
+    class gives nan within [0, 1]. Raises ValueError if a score is NaN.
     """
     positives, negatives = _counts_by_score(positive, negative)
     if not len(positive) or not len(negative):
@@ -108,17 +108,18 @@ def ranking(
     alarms: Sequence[float],
     seed: int,
 ) -> Ranking:
-    """AUROC, negatives spared where shares of positives are `caught`, and positives caught where
-    shares of negatives are false `alarms`; each with the bootstrap interval of `auroc_interval`.
+    """The `Ranking` of the scores, with bootstrap intervals as in `auroc_interval`.
 
-    If either class is empty: nan within [0, 1]. Raises ValueError if a score is NaN.
+    `caught` are the shares of positives at which negatives are spared, `alarms` the shares of
+    negatives at which positives are caught. An empty class gives nan within [0, 1]. Raises
+    ValueError if a score is NaN.
     """
     positives, negatives = _counts_by_score(positive, negative)
     if not len(positive) or not len(negative):
         unknown = Interval(math.nan, 0.0, 1.0)
         return Ranking(unknown, dict.fromkeys(caught, unknown), dict.fromkeys(alarms, unknown))
     drawn = _drawn_counts(positives, negatives, RESAMPLES, seed)
-    # at or above each score, which falls with the score; at the last place nothing is left
+    # the counts at or above each score; at the last place there is none
     reached, alarmed = (
         np.pad(side[:, ::-1].cumsum(1)[:, ::-1], ((0, 0), (0, 1))) for side in drawn
     )
@@ -136,7 +137,7 @@ def ranking(
 def _drawn_counts(
     positives: np.ndarray, negatives: np.ndarray, resamples: int, seed: int
 ) -> list[np.ndarray]:
-    """Both classes' counts in each resample; the first row is no draw but the counts themselves."""
+    """The counts of both classes in each resample, after a first row of the counts themselves."""
     generator = np.random.default_rng(seed)
     return [
         np.concatenate([counts[None], resampled(counts, generator, resamples)])
@@ -145,14 +146,14 @@ def _drawn_counts(
 
 
 def cohen_kappa(a: Sequence[bool], b: Sequence[bool]) -> float:
-    """Agreement of two judges' verdicts beyond chance; nan if both give one and the same verdict.
+    """The agreement of two judges' verdicts beyond chance; nan if all verdicts are the same.
 
     Raises ValueError if the lengths differ.
     """
     check_paired(a, b)
     if not len(a):
         return math.nan
-    import torch  # with what is below two seconds, which a plan need not wait for
+    import torch  # both imports take two seconds
     from torchmetrics.functional.classification import binary_cohen_kappa
 
     first, second = torch.tensor(a, dtype=torch.int64), torch.tensor(b, dtype=torch.int64)
@@ -162,7 +163,7 @@ def cohen_kappa(a: Sequence[bool], b: Sequence[bool]) -> float:
 def _counts_by_score(
     positive: Sequence[float], negative: Sequence[float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """How often either class has each distinct score, in ascending order of score."""
+    """The counts of each distinct score in either class, in ascending order of score."""
     scores = np.concatenate([np.asarray(side, dtype=float) for side in (positive, negative)])
     if np.isnan(scores).any():
         raise ValueError("a score is NaN, so there is no ranking")
@@ -173,7 +174,7 @@ def _counts_by_score(
 
 
 def _auroc_of_counts(positives: np.ndarray, negatives: np.ndarray) -> np.ndarray:
-    """AUROC per row of counts by ascending score: negatives below, and half of those level."""
+    """The AUROC per row of counts by ascending score: negatives below, and half of those level."""
     below = np.cumsum(negatives, axis=1) - negatives / 2
     wins = (positives * below).sum(axis=1)
     return ratio(wins, positives.sum(axis=1) * negatives.sum(axis=1))
@@ -185,10 +186,10 @@ def check_paired(a: Sequence[object], b: Sequence[object]) -> None:
 
 
 def finite(value: float) -> float | None:
-    """As JSON holds it: what is undefined is null."""
+    """The value for JSON, which has null for an undefined one."""
     return value if math.isfinite(value) else None
 
 
 def ratio(over: np.ndarray, under: np.ndarray) -> np.ndarray:
-    """Their quotients, nan where nothing is divided by."""
+    """The quotients, with nan for a divisor that is not positive."""
     return np.divide(over, under, out=np.full(over.shape, math.nan), where=under > 0)

@@ -1,7 +1,7 @@
 """State on disk: written whole or not at all, checked when read, locked while in use.
 
-Whatever a command keeps goes through here, so that a kill, a full disk or a damaged file has the
-same end everywhere: the old content stays, or one line names the file and the cure.
+Every file that a command keeps goes through here, so that a kill, a full disk or a damaged file has
+the same end everywhere: the old content stays, or one line names the file and the cure.
 """
 
 import fcntl
@@ -29,10 +29,10 @@ from dcr.core.config import DataError, UserError
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-STAGING = ".writing-"  # how the name of a file or folder begins until it is whole
-ASIDE = ".old"  # how the name of a folder ends while another takes its place
+STAGING = ".writing-"  # prefix of the name of a file or folder until it is whole
+ASIDE = ".old"  # suffix of the name of a folder while another takes its place
 CHECKSUMS = "checksums.json"
-SUMS: dict[object, list[str]] = {}  # of files that this process has read, by their state
+SUMS: dict[object, list[str]] = {}  # checksums of files that this process has read, by their state
 CURE = "restore the file, or delete it and run the command that wrote it again"
 
 
@@ -40,14 +40,14 @@ CURE = "restore the file, or delete it and run the command that wrote it again"
 
 
 def cache_folder() -> Path:
-    """What any command may make once and for all: `$DCR_CACHE`, else `~/.cache/dcr`."""
+    """The folder of files that a machine makes once: `$DCR_CACHE`, else `~/.cache/dcr`."""
     return Path(os.environ.get("DCR_CACHE") or Path.home() / ".cache" / "dcr")
 
 
 def fingerprint(settings: object) -> str:
-    """Twelve hex digits that name a configuration or anything else JSON can hold."""
+    """Twelve hex digits that name a configuration or any other JSON value."""
     text = json.dumps(settings, sort_keys=True, ensure_ascii=False, default=str)
-    # half a surrogate pair, as a server can send, is no UTF-8
+    # a lone surrogate, which a server can send, is no UTF-8
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
@@ -67,7 +67,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 
 def cannot_write(path: Path, error: Exception) -> UserError:
-    """What a user reads when a disk is full or a folder read-only."""
+    """The error of a full disk or a read-only folder."""
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:160]
     return UserError(f"{path}: cannot be written ({reason}); free space or name another folder")
 
@@ -82,17 +82,17 @@ def _writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replaced_file(path: Path) -> Iterator[BinaryIO]:
-    """A file open for writing that takes the place of `path` on success and vanishes on failure.
+    """Opens a file that takes the place of `path` on success and vanishes on failure.
 
-    Raises UserError with the path when the folder cannot be written or the disk is full.
+    Raises UserError with the path if the folder cannot be written or the disk is full.
     """
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _forget_torn(path.parent, path.name)
+        _remove_abandoned(path.parent, path.name)
         handle, name = tempfile.mkstemp(prefix=f"{STAGING}{path.name}.", dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as file:
-                _hold(handle)
+                _mark_in_use(handle)
                 yield file
                 file.flush()
                 os.fsync(handle)
@@ -103,34 +103,34 @@ def replaced_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """All of it or the old file; UserError with the path when it cannot be written."""
+    """Writes all bytes or keeps the old file. Raises UserError with the path if it cannot."""
     with replaced_file(path) as file:
         file.write(data)
 
 
 def write_text(path: Path, text: str) -> None:
-    """UTF-8, line ends as they are; a file name's bytes that are no text become `?`."""
+    """Writes UTF-8 with line ends as they are; a file name's bytes that are no text become `?`."""
     write_bytes(path, text.encode("utf-8", "replace"))
 
 
 def write_json(path: Path, value: object) -> None:
-    """Atomic, readable, with non-ASCII text as it is."""
+    """Writes indented JSON with non-ASCII text as it is."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
 
 
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
-    """A staging folder beside `folder` that takes its place on success and vanishes on failure.
+    """Gives a staging folder that takes the place of `folder` on success and vanishes on failure.
 
-    Raises UserError with the path when it cannot be written or the disk is full.
+    Raises UserError with the path if it cannot be written or the disk is full.
     """
     with _writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _forget_torn(folder.parent, folder.name)
+        _remove_abandoned(folder.parent, folder.name)
         staging = Path(tempfile.mkdtemp(prefix=f"{STAGING}{folder.name}.", dir=folder.parent))
-        held = os.open(staging, os.O_RDONLY)
+        marked = os.open(staging, os.O_RDONLY)
         try:
-            _hold(held)
+            _mark_in_use(marked)
             yield staging
             for file in staging.rglob("*"):
                 if file.is_file():
@@ -139,14 +139,14 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
             staging.chmod(0o755)
             _exchange(staging, folder)
         finally:
-            os.close(held)
+            os.close(marked)
             shutil.rmtree(staging, ignore_errors=True)
 
 
 def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
-    """A folder with a `config.json` that any process may need: `make` writes it if it is not there.
+    """A folder with a `config.json` that any process may need; `make` writes it if it is missing.
 
-    Of several processes at once the first makes it, and the others wait for it.
+    The first of several processes makes it, and the others wait for it.
     """
     if (folder / "config.json").exists():
         return folder
@@ -165,7 +165,7 @@ def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
 
 
 def _exchange(staging: Path, folder: Path) -> None:
-    """Put `staging` where `folder` is; what was there is gone only once that has worked."""
+    """Puts `staging` in the place of `folder`; the old content goes only after that has worked."""
     if not folder.exists():
         os.replace(staging, folder)
         return
@@ -180,9 +180,9 @@ def _exchange(staging: Path, folder: Path) -> None:
 
 
 def append(path: Path, data: bytes) -> None:
-    """Add whole lines to a file, all or none; a line that a kill tore gets its end first.
+    """Adds whole lines to a file, all or none; a line that a kill tore gets its end first.
 
-    Raises UserError with the path when it cannot be written.
+    Raises UserError with the path if it cannot be written.
     """
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -191,17 +191,17 @@ def append(path: Path, data: bytes) -> None:
             if size:
                 file.seek(-1, os.SEEK_END)
                 data = data if file.read(1) == b"\n" else b"\n" + data
-            left = memoryview(data)
+            rest = memoryview(data)
             try:
-                while left:
-                    left = left[os.write(file.fileno(), left) :]
+                while rest:
+                    rest = rest[os.write(file.fileno(), rest) :]
             except OSError:
                 file.truncate(size)
                 raise
 
 
 def append_lines(path: Path, rows: Iterable[object]) -> None:
-    """Add records, such as dataclasses or mappings, as one JSON line each; all or none."""
+    """Adds records, such as dataclasses or mappings, as one JSON line each, all or none."""
     if data := _as_lines(rows):
         append(path, data)
 
@@ -209,7 +209,7 @@ def append_lines(path: Path, rows: Iterable[object]) -> None:
 def _as_lines(rows: Iterable[object]) -> bytes:
     plain = (asdict(r) if is_dataclass(r) and not isinstance(r, type) else r for r in rows)
     text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in plain)
-    return text.encode("utf-8", "replace")  # servers can send half surrogates
+    return text.encode("utf-8", "replace")  # servers can send lone surrogates
 
 
 class Named(Protocol):
@@ -220,9 +220,9 @@ class Named(Protocol):
 
 
 def put_in_order(path: Path, schema: type[Named], ids: Sequence[str]) -> None:
-    """Order a file of JSON lines as `ids`, however they came; others stand behind, as they were.
+    """Orders a file of JSON lines as `ids`, with other lines behind in their old order.
 
-    Raises DataError as `read_lines` does, UserError where it cannot be written.
+    Raises DataError as `read_lines` does, and UserError if the file cannot be written.
     """
     place = {identity: number for number, identity in enumerate(ids)}
     stored = read_lines(path, schema)
@@ -245,14 +245,14 @@ def _reading(path: Path, cure: str) -> Iterator[None]:
 
 
 def check_regular(path: Path) -> None:
-    """Raises DataError for a pipe or a device, in a folder too: to read it may never end."""
+    """Raises DataError for a pipe or a device, also in a folder: reading it may never end."""
     for place in (path, *(sorted(path.iterdir()) if path.is_dir() else ())):
         if place.exists() and not (place.is_file() or place.is_dir()):
             raise DataError(f"{place}: cannot be read (a pipe or device, not a file)")
 
 
 def read_text(path: Path, cure: str = CURE) -> str:
-    """The UTF-8 text of a file. DataError with its name and the cure when it cannot be read."""
+    """The UTF-8 text of a file. Raises DataError with its name and the cure if unreadable."""
     with _reading(path, cure):
         data = path.read_bytes()
     try:
@@ -264,8 +264,8 @@ def read_text(path: Path, cure: str = CURE) -> str:
 def read_json(path: Path, schema: type[T], cure: str = CURE) -> T:
     """A JSON file as `schema`: a dataclass, a pydantic model or a type such as `dict[str, str]`.
 
-    Raises DataError "file: what is wrong; cure" when it is absent, no JSON, or lacks or mistypes
-    something that the schema names. Keys that the schema does not name are let be.
+    Raises DataError "file: fault; cure" if it is absent, no JSON, or lacks or mistypes something
+    that the schema names. Other keys are ignored.
     """
     text = read_text(path, cure)
     try:
@@ -288,8 +288,8 @@ def read_yaml(path: Path, schema: type[T], cure: str = CURE) -> T:
 def read_lines(path: Path, schema: type[T], cure: str = "remove the line") -> list[T]:
     """The records of a file of JSON lines, none if it is absent; a line torn by a kill is left out.
 
-    A torn line is one that breaks off. Raises DataError "file:line: what is wrong; cure" for any
-    other line that is not of the schema.
+    A torn line breaks off. Raises DataError "file:line: fault; cure" for any other line that is not
+    of the schema.
     """
     if not path.exists():
         return []
@@ -309,7 +309,7 @@ def read_lines(path: Path, schema: type[T], cure: str = "remove the line") -> li
 
 
 def _breaks_off(line: bytes) -> bool:
-    """Whether more bytes could have made JSON of a line: what a kill leaves of it."""
+    """Whether more bytes could have made JSON of a line, as after a kill."""
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -347,10 +347,10 @@ def _first_fault(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Checksums:
-    """`checksums.json` of a folder: SHA-256 of every file in it.
+    """`checksums.json` of a folder: the SHA-256 of every file in it.
 
-    That of a weight file also covers those before it, with their names: the last one is what
-    `models.weights_fingerprint` shortens, so that weights are read once for both.
+    A weight file's checksum also covers the weight files before it, with their names:
+    `models.weights_fingerprint` shortens the last one, so that weights are read once for both.
     """
 
     weights: dict[str, str]
@@ -358,7 +358,7 @@ class Checksums:
 
 
 def write_checksums(folder: Path) -> None:
-    """Put `checksums.json` beside what now lies in a folder, such as one that is being replaced."""
+    """Writes `checksums.json` of the files that now lie in a folder, such as a staging folder."""
     text = json.dumps(asdict(_checksums(folder)), indent=1)
     (folder / CHECKSUMS).write_text(f"{text}\n")
 
@@ -374,12 +374,12 @@ def _checksums(folder: Path) -> Checksums:
 
 
 def check_checksums(folder: Path, needed: bool = True) -> None:
-    """Raises DataError with the file that is not as `write_checksums` found it.
+    """Raises DataError with the file that differs from its checksum.
 
-    A folder without sums, such as a model of another's, passes unless they are `needed`.
+    A folder without checksums, such as another's model, passes unless they are `needed`.
     """
     cure = f"restore it from a copy, or delete {folder} and run the command that made it again"
-    check_regular(folder)  # transformers and peft read what lies there, summed or not
+    check_regular(folder)  # transformers and peft read every file there
     file = folder / CHECKSUMS
     if not needed and not file.exists():
         return
@@ -397,19 +397,19 @@ def check_checksums(folder: Path, needed: bool = True) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content, in hex; read once as long as the file stays as it is."""
+    """The SHA-256 of a file's content, in hex; an unchanged file is read once."""
     return running_sha256([path])[-1]
 
 
 def running_sha256(files: Sequence[Path], named: bool = False) -> list[str]:
-    """SHA-256 of all files up to each one, in hex; with `named` each file's name goes first.
+    """The SHA-256 of all files up to each one, in hex; with `named` each file's name goes first.
 
     Files that have not changed since the last call are not read again.
     """
     states = tuple((file.name, *_state(file)) for file in files)
     if (states, named) in SUMS:
         return SUMS[states, named]
-    # A file's clock ticks too coarsely to show a second change right after the first.
+    # a file's clock ticks too coarsely to show a second change right after the first
     settled = all(time.time_ns() - changed > 10**8 for *_, changed in states)
     digest, sums = hashlib.sha256(), []
     for file in files:
@@ -419,10 +419,10 @@ def running_sha256(files: Sequence[Path], named: bool = False) -> list[str]:
         if file.is_dir():
             raise DataError(f"{file}: cannot be read (a folder, not a file); {CURE}")
         with file.open("rb") as handle:
-            left = os.fstat(handle.fileno()).st_size  # a file that grows has an end as well
-            while piece := handle.read(min(left, 1 << 22)):
+            rest = os.fstat(handle.fileno()).st_size  # so that a growing file ends as well
+            while piece := handle.read(min(rest, 1 << 22)):
                 digest.update(piece)
-                left -= len(piece)
+                rest -= len(piece)
         sums.append(digest.hexdigest())
     if settled:
         SUMS[states, named] = sums
@@ -434,18 +434,18 @@ def _state(file: Path) -> tuple[int, int, int, int]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-# --- locks and what kills leave behind ----------------------------------------------------------
+# --- locks, and files of killed processes -------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Lease:
-    """The right to write into a folder, which ends with the lock file that it stands for."""
+    """The right to write into a folder, which ends with its lock file."""
 
     file: Path
     identity: tuple[int, int]
 
     def check(self) -> None:
-        """Raises UserError when the folder was deleted meanwhile, or is another process's now."""
+        """Raises UserError if the folder was deleted meanwhile, or is another process's now."""
         if not self.holds():
             raise UserError(f"{self.file.parent}: was deleted or replaced while this process ran")
 
@@ -459,12 +459,12 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[Lease]:
-    """Exclusive use of a run folder, cleared of what a killed process left half-written.
+    """Gives exclusive use of a run folder, without the half-written files of killed processes.
 
-    A folder in which nothing but the lock came to be is removed again, with the parents that were
-    made for it. A kill frees it, and a fork of the killed holder that still writes keeps it until
-    it ends, which filelock, closing its file in forks, would not. Raises UserError when another
-    process has it, with what that wrote into `.lock`, or it cannot be written.
+    If nothing but the lock was written, the folder is removed again, with the parents made for it.
+    A kill frees the lock, but a fork of the killed process that still writes keeps it until its
+    end; filelock, which closes its file in forks, would not. Raises UserError if another process
+    has the lock, with its words in `.lock`, or if the folder cannot be written.
     """
     file = folder / ".lock"
     made = [place for place in (folder, *folder.parents) if not place.exists()] or [folder]
@@ -477,8 +477,8 @@ def locked(folder: Path) -> Iterator[Lease]:
         except OSError as error:
             handle.seek(0)
             holder = handle.read(200).strip()
-            told = f"another process is using this run folder{holder and f' ({holder})'}"
-            raise UserError(f"{folder}: {told}; wait for it, or end it") from error
+            fault = f"another process is using this run folder{holder and f' ({holder})'}"
+            raise UserError(f"{folder}: {fault}; wait for it, or end it") from error
         with _writing(file):
             handle.truncate(0)
             handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -486,7 +486,7 @@ def locked(folder: Path) -> Iterator[Lease]:
         lease = Lease(file, _identity(os.fstat(handle.fileno())))
         lease.check()
         for place in {torn.parent for torn in folder.rglob(f"{STAGING}*")}:
-            _forget_torn(place, "")
+            _remove_abandoned(place, "")
         try:
             yield lease
         finally:
@@ -497,16 +497,14 @@ def locked(folder: Path) -> Iterator[Lease]:
                         place.rmdir()
 
 
-def _hold(handle: int) -> None:
-    """Mark a half-written file or folder as in use, until its process ends."""
-    try:
+def _mark_in_use(handle: int) -> None:
+    """Locks a half-written file or folder until its process ends."""
+    with suppress(OSError):  # a file system without locks; nothing abandoned is removed there
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return  # a file system without locks; there nothing torn is removed
 
 
-def _forget_torn(folder: Path, name: str) -> None:
-    """Remove what a kill left of writing `name`; a folder set aside comes back to its place."""
+def _remove_abandoned(folder: Path, name: str) -> None:
+    """Removes half-written files of killed writers of `name`; a folder set aside comes back."""
     if not folder.is_dir():
         return
     begins = f"{STAGING}{name}." if name else STAGING
@@ -523,7 +521,7 @@ def _forget_torn(folder: Path, name: str) -> None:
 
 
 def _abandoned(torn: Path) -> bool:
-    """Whether no living process is writing there."""
+    """Whether no living process writes there."""
     try:
         handle = os.open(torn, os.O_RDONLY)
     except OSError:

@@ -48,12 +48,12 @@ class Fast:
     ) -> tuple[Tensor, Callable[[], Tensor]]:
         backbone = models.backbone(model)
         layout = laid_out(backbone, ids, mask)
-        with passes.noted(model, count) as calls, torch.no_grad():
+        with passes.recorded_calls(model, count) as calls, torch.no_grad():
             states = layout.padded(packing.run(backbone, layout))
 
         def rest() -> Tensor:
             with packing.running(backbone, layout):
-                return layout.padded(passes.called(model, calls))
+                return layout.padded(passes.repeated_calls(model, calls))
 
         return states, rest
 

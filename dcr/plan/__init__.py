@@ -1,6 +1,6 @@
-"""What a training command would do, read from architecture and rows: no weight is loaded.
+"""The plan of a training command, computed from architecture and rows: no weight is loaded.
 
-Rows, batches and steps are those that training uses, parameters, memory and time come from
+Rows, batches and steps are those that training uses; parameters, memory and time come from
 `dcr.plan.cost`. `train.py plan=true` and `python -m dcr.plan` print the same.
 """
 
@@ -31,7 +31,7 @@ from dcr.plan.rows import (
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What one stage would do, on one rank where ranks share the work."""
+    """The plan of one stage, on one rank if ranks share the work."""
 
     stage: Stage
     precision: Precision
@@ -41,9 +41,9 @@ class StagePlan:
     epochs: int
     batch_size: int
     steps_per_epoch: int  # optimiser steps
-    warmup: int  # of them
+    warmup: int  # optimiser steps
     memory: dict[str, float]  # bytes, on the device at hand
-    flops: float  # of all epochs, there
+    flops: float  # of all epochs, on the device at hand
     padded_flops: float
     readout: "ReadoutPlan | None" = None  # behind SFT
 
@@ -54,7 +54,7 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class ReadoutPlan:
-    """What the readout would do, in tokens unless said otherwise."""
+    """The plan of the readout."""
 
     prompts: int  # of both kinds, in batches
     batches: int
@@ -68,7 +68,7 @@ class ReadoutPlan:
 def describe(settings: TrainConfig) -> str:
     """The plan of a command, 100 columns wide.
 
-    Raises UserError for whatever training would refuse before it loads weights.
+    Raises UserError as training does before it loads weights.
     """
     chain = stages_of(settings)
     # the readout is counted behind SFT
@@ -99,7 +99,7 @@ def describe(settings: TrainConfig) -> str:
 
 
 def stage_plan(settings: TrainConfig, stage: Stage, shape: Shape, drawn: Splits) -> StagePlan:
-    """Everything known of one stage."""
+    """The plan of one stage over these rows."""
     first = stage is Stage.contrastive
     node = settings.dcr if first else settings.sft
     batches, prefix = batches_of(settings, stage, drawn)
@@ -229,14 +229,14 @@ def _stage_table(settings: TrainConfig, on_gpu: TrainConfig, plans: list[StagePl
 
 
 def _fit_table(settings: TrainConfig, plans: list[StagePlan]) -> list[Table]:
-    """What makes stage one fit on which GPUs, where it does not fit on the smallest as it is."""
+    """The settings under which stage one fits on GPUs, unless it fits on the smallest as it is."""
     first = [plan for plan in plans if plan.stage is Stage.contrastive]
-    found = cost.ways(settings, first[0].load) if first else {}
-    if not found or found["as asked"][0] <= cost.CARDS[0][1] * 2**30:
+    by_settings = cost.memory_by_settings(settings, first[0].load) if first else {}
+    if not by_settings or by_settings["as asked"][0] <= cost.CARDS[0][1] * 2**30:
         return []
     heads = [f"{devices}×{size} GB" for devices, size in cost.CARDS]
     table = entry.table("Stage one on GPUs: GB of each, where that fits", ["settings", *heads])
-    for name, needs in found.items():
+    for name, needs in by_settings.items():
         fits = [need <= size * 2**30 for need, (_, size) in zip(needs, cost.CARDS, strict=True)]
         cells = [_bytes(n) if fit else "-" for n, fit in zip(needs, fits, strict=True)]
         table.add_row(name, *cells)
@@ -246,7 +246,7 @@ def _fit_table(settings: TrainConfig, plans: list[StagePlan]) -> list[Table]:
 def _times(
     settings: TrainConfig, on_gpu: TrainConfig, plans: list[StagePlan]
 ) -> dict[str, list[str]]:
-    """A row for the device at hand and one for a GPU, where that is another."""
+    """A row for the device at hand and one for a GPU, if that is another."""
     rows: dict[str, list[str]] = {}
     for plan in plans:
         for name, cell in _time_of(settings, on_gpu, plan, plan).items():
@@ -255,16 +255,16 @@ def _times(
 
 
 def _time_of(
-    settings: TrainConfig, on_gpu: TrainConfig, plan: StagePlan, of: StagePlan | ReadoutPlan
+    settings: TrainConfig, on_gpu: TrainConfig, plan: StagePlan, part: StagePlan | ReadoutPlan
 ) -> dict[str, str]:
     here = cost.throughput(settings, plan.precision, plan.shape.width)
     node = on_gpu.dcr if plan.stage is Stage.contrastive else on_gpu.sft
-    there = cost.published(cost.ASSUMED_GPU, node.precision)
-    found: dict[str, str] = {}
+    there = cost.published_throughput(cost.ASSUMED_GPU, node.precision)
+    times: dict[str, str] = {}
     for rate in {here.device: here, there.device: there}.values():
-        flops = of.flops if rate is here else of.padded_flops
-        found[f"time on {rate.device}"] = f"{duration(flops / rate.flops)} ({rate.basis})"
-    return found
+        flops = part.flops if rate is here else part.padded_flops
+        times[f"time on {rate.device}"] = f"{duration(flops / rate.flops)} ({rate.basis})"
+    return times
 
 
 def _readout_table(
@@ -314,7 +314,7 @@ def _bytes(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """As a plan tells it: `3.2 min`."""
+    """Seconds in a readable unit: `3.2 min`."""
     for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:,.1f} {unit}"

@@ -1,4 +1,4 @@
-"""`python -m dcr.plan`, which prints what `train.py plan=true` does."""
+"""`python -m dcr.plan`, which prints the same as `train.py plan=true`."""
 
 import sys
 from dataclasses import dataclass

@@ -1,32 +1,31 @@
-"""What a stage of training costs: its parameters, and estimates of peak memory and time.
+"""The cost of a training stage: its parameters, and estimates of peak memory and time.
 
 Parameters, trained and frozen, are those of the real architecture, built without storage on
 torch's meta device.
 
 Memory, in bytes, is the sum of
-    weights      parameters × bytes of their type, LoRA in fp32; under autocast of fp32 weights
-                 two bytes more for each that a gradient passes, since the backward pass keeps the
-                 bf16 copies; with gradient checkpointing of what trains and of one block; where
-                 stage one holds frozen projections in bf16 (`dcr.fast.frozen`) two bytes for each
-                 of those without copies, and none beyond ℓ without an NLL term
+    weights      parameters × bytes of their type, LoRA in fp32. Autocast of fp32 weights adds two
+                 bytes for each weight that a gradient passes, since the backward pass keeps the
+                 bf16 copies; with gradient checkpointing it adds them for trained weights and one
+                 block. If stage one holds frozen projections in bf16 (`dcr.fast.frozen`), these
+                 take two bytes without copies, and without an NLL term none beyond ℓ
     gradients    trained parameters, in their own type, and with DDP a second time in its buckets
     Adam states  twice as much, or twice a byte and a scale for 256 of them
-    activations  tokens of the largest pass × what the blocks keep for a token, which is
-                 SAVED × the sum of (rows + columns) over their matrices; with gradient
-                 checkpointing one block's, and a hidden state for every block
+    activations  tokens of the largest pass × the bytes that the blocks save for a token, SAVED ×
+                 the sum of (rows + columns) over their matrices; with gradient checkpointing those
+                 of one block, and a hidden state for every block
     logits       one chunk of losses.token_nll, fp32 values and as many gradients
-    step         on a GPU AdamW's temporaries, a copy of what trains, as far as they exceed the
-                 activations, which are gone by then
+    step         on a GPU, AdamW's temporary copy of the trained weights, as far as it exceeds the
+                 activations, which are freed by then
     process      0.5 GB of libraries, on a CPU
-Under FSDP weights, gradients and states are split over the devices, and two blocks and the
-embeddings are gathered at a time.
-Tokens are padded ones, or on a CPU those that `packs` leaves.
-Time is FLOPs over throughput: for every token 2 · parameters of the blocks it runs through
-going forward, as much again for the gradient of activations, and 2 · trained parameters of the
-blocks for theirs; for every labelled token 4 · parameters of the head; and one forward pass an
-epoch over held-out rows. The attention product itself is left out: it is small at these lengths.
-Throughput is a share of the GPU's published dense rate (40%) or, for any other device, of a matrix
-product timed on the spot (50%).
+FSDP splits weights, gradients and states over the devices, and gathers two blocks and the
+embeddings at a time. Tokens are padded ones, or on a CPU the packed ones if the stage `packs`.
+Time is FLOPs over throughput. Every token takes 2 · the parameters of its blocks for the forward
+pass, as much again for the gradient of activations, and 2 · the trained parameters of its blocks;
+every labelled token takes 4 · the parameters of the head; held-out rows take one forward pass an
+epoch. The attention product itself is left out: it is small at these lengths. Throughput is a share
+of the GPU's published dense rate (40%) or, for any other device, of a matrix product timed on the
+spot (50%).
 """
 
 import functools
@@ -55,7 +54,7 @@ if TYPE_CHECKING:
 
 LOGIT_ROWS = 256  # the chunk of losses.token_nll
 PROCESS_BYTES = 0.5e9
-RESERVED = 1.5e9  # CUDA's context, its libraries' workspaces, and what fragments
+RESERVED = 1.5e9  # CUDA's context, its libraries' workspaces, and fragmentation
 INT8_BYTES = 1 + 4 / 256  # a moment of bitsandbytes': a byte, and a scale for 256
 CARDS = ((1, 24), (1, 40), (1, 80), (8, 80))  # devices, and GiB of each
 GPU_SHARE, MEASURED_SHARE = 0.4, 0.5  # of the peak rate that training reaches
@@ -70,9 +69,9 @@ TRIAL_ROWS = 8, 512  # of a product: at first, and at most
 FREE_SHARE = 0.9  # of free memory, that a planned peak may take
 HALVINGS = 3  # of sft.micro_tokens at most: smaller passes save little and take long
 PACKED = ("llama", "qwen2")  # families that the tests see packed, see dcr.fast.packing
-# Bytes a block keeps per token and unit of (rows + columns) of its matrices: where a gradient
-# passes, and more where the matrix itself is trained, and where it carries LoRA. Measured with
-# saved-tensor hooks on Llama and Qwen2 blocks, and by the peaks of tests/test_memory.py.
+# Bytes that a block saves per token and unit of (rows + columns) of its matrices: for a matrix that
+# a gradient passes, more if it is trained, and more if it carries LoRA. Measured with saved-tensor
+# hooks on Llama and Qwen2 blocks, and by the peaks of tests/test_memory.py.
 SAVED = {
     Precision.mixed: (2.0, 0.5, 1.9),
     Precision.bf16: (1.8, 0.3, 1.8),
@@ -82,9 +81,9 @@ SAVED = {
 
 @dataclass(frozen=True)
 class Shape:
-    """The model as one stage would train it. Counts of parameters unless said otherwise."""
+    """The parameter counts of the model as one stage would train it."""
 
-    parts: dict[str, int]  # disjoint, tied weights in the first part that holds them
+    parts: dict[str, int]  # disjoint; tied weights are in the first part that holds them
     trained: dict[str, int]  # of each part
     block: int  # ℓ, 1-based
     depth: int
@@ -93,8 +92,8 @@ class Shape:
     tied: bool
     trunk: int  # blocks 1 to ℓ
     blocks: int  # all blocks
-    trunk_saved: float  # bytes kept by blocks 1 to ℓ for the backward pass of one token
-    full_saved: float  # by all blocks
+    trunk_saved: float  # bytes that blocks 1 to ℓ save for the backward pass of one token
+    full_saved: float  # bytes that all blocks save
 
     @property
     def total(self) -> int:
@@ -102,7 +101,7 @@ class Shape:
 
     @property
     def head(self) -> int:
-        """The output projection, also where tied."""
+        """The output projection, tied or not."""
         return self.vocabulary * self.width
 
 
@@ -146,14 +145,14 @@ def stage_shape(settings: TrainConfig, stage: Stage) -> Shape:
 
 
 def lora_of(settings: TrainConfig, stage: Stage) -> LoraConfig | None:
-    """The adapter that the stage trains, None where it trains the weights themselves."""
+    """The adapter that the stage trains; None if it trains the weights themselves."""
     if stage is Stage.sft:
         return settings.sft.lora
     return None if settings.dcr.adapter is Adapter.full else settings.dcr.lora
 
 
 def _parts(model: Any, block: int) -> "dict[str, list[nn.Parameter]]":
-    """Every parameter in exactly one part, in the order of a forward pass."""
+    """The parameters by part, each in exactly one, in the order of a forward pass."""
     from dcr.core import models
 
     blocks, norm = models.decoder_blocks(model), models.final_norm(model)
@@ -176,7 +175,7 @@ def _size(weights: "Iterable[nn.Parameter]") -> int:
 
 
 def saved_by(block: "nn.Module", precision: Precision) -> float:
-    """Bytes a block keeps for the backward pass of one token, by the table SAVED."""
+    """The bytes that a block saves for the backward pass of one token, by the table SAVED."""
     passing, trained, adapted = SAVED[precision]
     return sum(
         sum(weight.shape) * (passing + trained * weight.requires_grad)
@@ -194,7 +193,7 @@ def saved_by(block: "nn.Module", precision: Precision) -> float:
 
 @dataclass(frozen=True)
 class Load:
-    """One rank's first epoch, in tokens that passes compute unless said otherwise."""
+    """The tokens that the passes of one rank's first epoch compute."""
 
     trunk: int  # passes that end at block ℓ
     full: int  # passes through every block
@@ -208,12 +207,12 @@ class Load:
 @dataclass(frozen=True)
 class Throughput:
     device: str
-    flops: float  # a second, as training reaches them
+    flops: float  # a second, in training
     basis: str
 
 
 def memory(settings: TrainConfig, stage: Stage, shape: Shape, load: Load) -> dict[str, float]:
-    """Bytes on one device at the peak, by what holds them."""
+    """The bytes on one device at the peak, by their use."""
     first, through_all = stage is Stage.contrastive, load.full > 0
     node = settings.dcr if first else settings.sft
     each = 2 if node.precision is Precision.bf16 else 4
@@ -222,13 +221,13 @@ def memory(settings: TrainConfig, stage: Stage, shape: Shape, load: Load) -> dic
     learnt = sum(n for name, n in shape.trained.items() if name.startswith("blocks"))
     weights = each * (shape.total - lora) + 4 * lora
     copied = shape.blocks + shape.head if through_all else shape.trunk
-    kept = load.largest_trunk * shape.trunk_saved + load.largest_full * shape.full_saved
-    if node.gradient_checkpointing:  # autocast's own cache has copies of what trains
+    activations = load.largest_trunk * shape.trunk_saved + load.largest_full * shape.full_saved
+    if node.gradient_checkpointing:  # autocast's own cache has copies of trained weights
         copied = min(copied, learnt + shape.blocks / shape.depth + shape.head * through_all)
         largest = max(load.largest_trunk, load.largest_full)
         states = load.largest_trunk * shape.block + load.largest_full * shape.depth
         hidden = 4 if node.precision is Precision.fp32 else 2
-        kept = largest * shape.full_saved / shape.depth + states * shape.width * hidden
+        activations = largest * shape.full_saved / shape.depth + states * shape.width * hidden
     gradients = each * trained + 4 * lora
     small = first and settings.dcr.optim.moments is Moments.int8
     moments = 2 * (INT8_BYTES * (trained + lora) if small else gradients)
@@ -241,7 +240,7 @@ def memory(settings: TrainConfig, stage: Stage, shape: Shape, load: Load) -> dic
         weights = weights / world + each * copied
         gradients, moments, buckets = gradients / world, moments / world, 0
     if first and extensions.fast_passes().shrinks_frozen(settings):
-        # autocast's copies are of what trains, and of a tied head
+        # autocast copies trained weights, and a tied head
         copied = learnt + shape.head * (through_all and shape.tied)
         frozen = {name: n for name, n in shape.parts.items() if not shape.trained[name]}
         frozen.pop("embeddings", None)
@@ -252,21 +251,21 @@ def memory(settings: TrainConfig, stage: Stage, shape: Shape, load: Load) -> dic
         weights += 2 * copied
     rest = {"process": PROCESS_BYTES}
     if device_type(settings) == "cuda":
-        rest = {"step": max(0, (0 if small else gradients) - kept - logits)}
+        rest = {"step": max(0, (0 if small else gradients) - activations - logits)}
     return {
         "weights": weights,
         "gradients": gradients + buckets,
         "Adam states": moments,
-        "activations": kept,
+        "activations": activations,
         "logits": logits,
         **rest,
     }
 
 
 def smaller_passes(settings: TrainConfig, shape: Shape) -> list[str]:
-    """The advice of a smaller `sft.micro_tokens` where free memory holds its peak alone.
+    """Advises a smaller `sft.micro_tokens` if free memory holds only its peak.
 
-    Nothing is advised to several processes, which share what is free, nor of a GPU elsewhere.
+    There is no advice for several processes, which share free memory, nor for a GPU elsewhere.
     """
     import torch
 
@@ -295,10 +294,10 @@ def smaller_passes(settings: TrainConfig, shape: Shape) -> list[str]:
 # --- what fits where ---
 
 
-def ways(settings: TrainConfig, load: Load) -> dict[str, list[float]]:
-    """Bytes that stage one needs on each of CARDS, as asked and by settings that need less memory.
+def memory_by_settings(settings: TrainConfig, load: Load) -> dict[str, list[float]]:
+    """The bytes that stage one needs on each of CARDS, as asked and by settings that need less.
 
-    Infinite where it takes several devices.
+    A setting that takes several devices needs infinite memory on one.
     """
     world = settings.trainer.devices * settings.trainer.num_nodes
     small = replace(settings.dcr.optim, moments=Moments.int8)
@@ -310,17 +309,17 @@ def ways(settings: TrainConfig, load: Load) -> dict[str, list[float]]:
         "dcr.adapter=lora dcr.precision=bf16": lora | bf16,
         "trainer.strategy=fsdp": {},
     }
-    found: dict[str, list[float]] = {}
-    shapes: dict[tuple[Adapter, Precision], Shape] = {}  # which nothing else changes
+    by_settings: dict[str, list[float]] = {}
+    shapes: dict[tuple[Adapter, Precision], Shape] = {}  # no other setting changes them
     for name, change in changes.items():
         split = name.endswith(FSDP)
         for spared in ("", "dcr.gradient_checkpointing=true"):
             node = replace(settings.dcr, **change)
             if spared:
                 node = replace(node, gradient_checkpointing=True)
-            made, kind = replace(settings, dcr=node), (node.adapter, node.precision)
+            changed, kind = replace(settings, dcr=node), (node.adapter, node.precision)
             if kind not in shapes:
-                shapes[kind] = stage_shape(made, Stage.contrastive)
+                shapes[kind] = stage_shape(changed, Stage.contrastive)
             needs: list[float] = []
             for devices, _ in CARDS:
                 trainer = replace(
@@ -336,15 +335,15 @@ def ways(settings: TrainConfig, load: Load) -> dict[str, list[float]]:
                     largest_full=math.ceil(load.largest_full * world / devices),
                     labelled=math.ceil(load.labelled * world / devices),
                 )
-                one = replace(made, trainer=trainer)
-                held = sum(memory(one, Stage.contrastive, shapes[kind], part).values())
-                needs.append(math.inf if split and devices == 1 else held + RESERVED)
-            found[f"{name} {spared}".strip() or "as asked"] = needs
-    return found
+                one = replace(changed, trainer=trainer)
+                peak = sum(memory(one, Stage.contrastive, shapes[kind], part).values())
+                needs.append(math.inf if split and devices == 1 else peak + RESERVED)
+            by_settings[f"{name} {spared}".strip() or "as asked"] = needs
+    return by_settings
 
 
 def epoch_flops(settings: TrainConfig, stage: Stage, shape: Shape, load: Load) -> float:
-    """Floating-point operations of one rank in one epoch."""
+    """The floating-point operations of one rank in one epoch."""
     in_blocks = [n for name, n in shape.trained.items() if name.startswith(("blocks", "LoRA"))]
     node = settings.dcr if stage is Stage.contrastive else settings.sft
     passes = 3 if node.gradient_checkpointing else 2
@@ -360,11 +359,11 @@ def epoch_flops(settings: TrainConfig, stage: Stage, shape: Shape, load: Load) -
 def readout_flops(
     settings: TrainConfig, shape: Shape, once: int, learnt: int, measured: int, places: int
 ) -> float:
-    """Floating-point operations of the readout after SFT, see `dcr.core.training.readout`.
+    """The floating-point operations of the readout, see `dcr.core.training.readout`.
 
-    Tokens pass all blocks `once`, and the last ones again, to see that they give the same; they
-    pass these in all steps as `learnt`, and those `measured` about twice more. The head reads
-    `places`, forward and back, and once by the weights of before.
+    `once` tokens pass all blocks, and the last ones again, which checks that they give the same;
+    `learnt` tokens pass the last blocks in the steps, and `measured` ones about twice more. The
+    head reads `places` forward and back, and once with the weights from before.
     """
     part = settings.sft.readout.blocks / shape.depth
     last, lora = part * shape.blocks, part * shape.trained.get("LoRA", 0)
@@ -377,9 +376,9 @@ def readout_flops(
 
 
 def packs(settings: TrainConfig, stage: Stage) -> bool:
-    """Whether the stage's passes go without padding here, as far as can be told without weights.
+    """Whether the stage's passes are packed here, as far as the architecture tells.
 
-    That is on a CPU, for families that are known to allow it.
+    They are on a CPU, for families that are known to allow it.
     """
     from dcr.core import models
 
@@ -391,12 +390,12 @@ def packs(settings: TrainConfig, stage: Stage) -> bool:
 
 
 def device_type(settings: TrainConfig) -> str:
-    """`cuda`, or `cpu` for everything else that the trainer may be told."""
+    """`cuda`, or `cpu` for every other accelerator."""
     return "cuda" if kind_of(settings.trainer.accelerator) == "cuda" else "cpu"
 
 
 def throughput(settings: TrainConfig, precision: Precision, width: int) -> Throughput:
-    """Of one device that the command would run on."""
+    """The throughput of one device that the command would run on."""
     if device_type(settings) == "cpu":
         number, rate = _measured_cpu(settings.trainer.threads, precision, width)
         name = f"this CPU, {number} threads"
@@ -405,7 +404,7 @@ def throughput(settings: TrainConfig, precision: Precision, width: int) -> Throu
 
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else ASSUMED_GPU
         if any(known in name for known in GPUS):
-            return published(name, precision)
+            return published_throughput(name, precision)
         rate = timed_product("cuda", precision, width, torch.get_num_threads())
     basis = f"{MEASURED_SHARE:.0%} of {rate / 1e12:.3g} TFLOP/s measured"
     return Throughput(name, MEASURED_SHARE * rate, basis)
@@ -413,22 +412,22 @@ def throughput(settings: TrainConfig, precision: Precision, width: int) -> Throu
 
 @functools.cache
 def _measured_cpu(asked: int | None, precision: Precision, width: int) -> tuple[int, float]:
-    """Threads and FLOP/s of this CPU, measured once a process."""
+    """The threads and the FLOP/s of this CPU, measured once a process."""
     number, _ = threads.chosen(asked)
     return number, timed_product("cpu", precision, width, number)
 
 
-def published(name: str, precision: Precision) -> Throughput:
-    """What a GPU of that name is assumed to reach."""
+def published_throughput(name: str, precision: Precision) -> Throughput:
+    """The throughput assumed for a GPU of that name."""
     rates = next(rates for known, rates in GPUS.items() if known in name)
     rate = rates[precision is Precision.fp32]
     return Throughput(name, GPU_SHARE * rate, f"{GPU_SHARE:.0%} of {rate / 1e12:.0f} TFLOP/s")
 
 
 def timed_product(device: str, precision: Precision, width: int, threads: int) -> float:
-    """FLOP/s of a product in the stage's type, the best of several rounds.
+    """The FLOP/s of a matrix product in the stage's type, the best of several rounds.
 
-    The first has few rows, and no later one takes longer than TRIAL_SECONDS.
+    The first round has few rows, and no later one takes longer than TRIAL_SECONDS.
     """
     import torch
 

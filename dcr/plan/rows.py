@@ -1,4 +1,4 @@
-"""The rows and tokens that a plan counts: read where that needs no network, else placeholders."""
+"""The rows and tokens that a plan counts: read if that needs no network, else placeholders."""
 
 import math
 from collections.abc import Sequence
@@ -38,9 +38,9 @@ COUNTING_TEMPLATE = (
 
 
 def expected(settings: TrainConfig) -> tuple[Splits, Balance | None, list[str]]:
-    """The rows a run would draw, read where that needs no network, else placeholders; how those of
-    stage one that were read differ in form; and notes.
+    """The rows a run would draw, the balance of stage one's rows in form, and notes.
 
+    The rows are read if that needs no network, else they are placeholders without a balance.
     Raises UserError for data that training would refuse.
     """
     if settings.data.root is None and _need_the_hub(settings):
@@ -72,7 +72,7 @@ def _need_the_hub(settings: TrainConfig) -> bool:
 
 
 def _placeholders(settings: TrainConfig) -> Splits:
-    """As many rows as `data.split` would draw if it dropped none."""
+    """Placeholders for as many rows as `data.split` would draw if it dropped none."""
     node, share = settings.data, settings.data.validation
     refusals, refusals_left = _drawn(settings, "safety", Kind.toxic, node.safety.count)
     normal, normal_left = _drawn(settings, "normal", Kind.normal, node.normal.count)
@@ -102,7 +102,7 @@ def _placeholders(settings: TrainConfig) -> Splits:
 
 
 def _readout_rows(settings: TrainConfig) -> dict[str, Any]:
-    """The readout's rows where its sources are here, none of them dropped."""
+    """The readout's rows, if its sources are on this machine; none is dropped."""
     phase = settings.sft.readout
     names = [*phase.toxic, *phase.seemingly_toxic]
     if not phase.steps or any(name in SOURCES and SOURCES[name].hub for name in names):
@@ -112,7 +112,7 @@ def _readout_rows(settings: TrainConfig) -> dict[str, Any]:
 
 
 def _answers(settings: TrainConfig) -> list[Example]:
-    """STL-aug's rows, which never come from the hub: a file's, or those that sources here bring."""
+    """STL-aug's rows, which never come from the hub: a file's, or those of local sources."""
     node, named = settings.data.seemingly_toxic, settings.stl_aug.responses
     if named is not None:
         answers = data.read_answers(named, settings.data.root)
@@ -122,7 +122,7 @@ def _answers(settings: TrainConfig) -> list[Example]:
 
 
 def _here(names: Sequence[str], kind: Kind) -> list[Example]:
-    """The rows of those sources that reading needs no hub for."""
+    """The rows of the sources that need no hub."""
     here = [name for name in names if name not in SOURCES or not SOURCES[name].hub]
     return [row for name in here for row in sources.read(name, kind=kind)]
 
@@ -135,18 +135,18 @@ def _drawn(
     taken: int = 0,
     unseen: float = 0.0,
 ) -> tuple[int, int]:
-    """Rows drawn and held out, of a node's sources without those `taken` already.
+    """The numbers of rows drawn and held out from a node's sources without those `taken` already.
 
-    `unseen` is the share of template groups held out, taken for a share of the rows.
+    `unseen` is the share of template groups held out, counted as a share of the rows.
     """
     there = sum(_count(source, kind) for source in getattr(settings.data, name).source) - taken
     heldout = round(unseen * there)
-    left = there - heldout
+    rest = there - heldout
     asked = "dcr.ratio" if name == "toxic" else f"data.{name}.count"
-    if wanted is not None and wanted > left and asked not in settings.at_most:
-        raise ConfigError(f"data.{name}: {wanted} rows asked for, {left} there; ask for fewer")
-    drawn = left if wanted is None else min(wanted, left)
-    return drawn, heldout or left - drawn
+    if wanted is not None and wanted > rest and asked not in settings.at_most:
+        raise ConfigError(f"data.{name}: {wanted} rows asked for, {rest} there; ask for fewer")
+    drawn = rest if wanted is None else min(wanted, rest)
+    return drawn, heldout or rest - drawn
 
 
 def _count(name: str, kind: Kind) -> int:
@@ -167,19 +167,19 @@ def _rows(kind: Kind, node: SourceConfig, count: int) -> list[Example]:
 
 
 def tokenizer_is_here(config: ModelConfig) -> bool:
-    """Whether opening it needs neither the network nor a conversion of weights."""
+    """Whether the tokenizer opens without the network and without a conversion of weights."""
     if config.name == EMBEDDED_MODEL:
         return (storage.cache_folder() / EMBEDDED_MODEL / "config.json").is_file()
     return config.name == TINY_MODEL or Path(config.name).is_dir()
 
 
 def batches_of(settings: TrainConfig, stage: Stage, rows: Splits) -> tuple[StageRows, int]:
-    """A stage's rows in order, and how many tokens the chat template begins all of them with.
+    """A stage's rows in order, and the number of template tokens that all of them begin with.
 
-    They are training's own, or with a token counted as four characters.
+    The rows are training's own, or have a token for every four characters.
     """
     if stage is Stage.contrastive and not _anchored(settings):
-        rows = replace(rows, normal=[])  # training tokenises them and looks at none
+        rows = replace(rows, normal=[])  # training tokenises them but uses none
     chat, rows = chat_of(settings.model, rows)
     batches = StageRows(stage, rows, chat, settings)
     batches.world = settings.trainer.devices * settings.trainer.num_nodes
@@ -188,11 +188,11 @@ def batches_of(settings: TrainConfig, stage: Stage, rows: Splits) -> tuple[Stage
 
 
 def chat_of(config: ModelConfig, rows: Splits) -> tuple[ChatFormat, Splits]:
-    """How the model is spoken to, and the rows; or a format that counts, and rows as short."""
+    """The model's chat format and the rows, or a format and shortened rows for counting."""
     from dcr.core import models
 
     if tokenizer_is_here(config):
-        tiny = config.name == TINY_MODEL  # whose folder is made with weights
+        tiny = config.name == TINY_MODEL  # its folder would be made with weights
         tokenizer = models.byte_tokenizer() if tiny else models.open_tokenizer(config)
         return prompts.chat_format(tokenizer, config), rows
     system = _short(config.system_prompt) if config.system_prompt else None
@@ -216,15 +216,15 @@ def _short(text: str) -> str:
 
 
 def _anchored(settings: TrainConfig) -> bool:
-    """Whether stage one's NLL is that of general pairs, in a pass of their own."""
+    """Whether stage one's NLL is on general pairs, in a pass of their own."""
     return settings.dcr.nll.source.value == "general" and settings.dcr.nll.weight > 0
 
 
 def load_of(settings: TrainConfig, batches: StageRows, prefix: int | None = None) -> Load:
-    """Tokens of rank 0's first epoch, counted on the batches that training would see.
+    """The tokens of rank 0's first epoch, counted on training's own batches.
 
-    Of padded passes, or of packed ones whose rows begin with a `prefix` of so many tokens, which
-    they share but where LoRA's dropout is on (`dcr.fast.packing`).
+    Passes are padded without a `prefix`. With one they are packed, and rows share so many first
+    tokens unless LoRA's dropout is on (`dcr.fast.packing`).
     """
     nll, lora = settings.dcr.nll, cost.lora_of(settings, batches.stage)
     shared = 0 if prefix and lora and lora.dropout else prefix
@@ -255,7 +255,7 @@ def load_of(settings: TrainConfig, batches: StageRows, prefix: int | None = None
 
 
 def computed(rows: Sequence[PromptRow | PairRow | Row], prefix: int | None) -> int:
-    """Tokens of one forward pass, padded or with a prefix computed once."""
+    """The tokens of one forward pass, padded or with a prefix computed once."""
     lengths = [len(row.ids) for row in rows]
     if prefix is None:
         return len(rows) * max(lengths)

@@ -92,23 +92,23 @@ def final(settings: EvalConfig, run: Run) -> "Local":
 # --- weights that are here ------------------------------------------------------------------------
 
 
-class Among(Protocol):
+class WorkerPool(Protocol):
     """Processes that share rows, each with a subject of its own, as `dcr.workers.Workers`."""
 
     def shared(self, cut: Any, work: Any, rows: list[Any]) -> Iterator[Any]: ...
 
-    def each(self, function: Any, givens: Sequence[tuple[Any, ...]]) -> Iterator[Any]: ...
+    def each(self, function: Any, jobs: Sequence[tuple[Any, ...]]) -> Iterator[Any]: ...
 
 
 class Local(Subject):
     """Weights in memory, opened when they are first needed, under the changes asked for.
 
-    `bias` is what calibration adds where their answers begin. With `among` prompts are shared
-    among processes; the weights are then opened there.
+    Calibration adds `bias` at the beginning of answers. With `workers`, prompts are shared among
+    processes, which then open the weights.
     """
 
     bias: OpeningBias | None = None
-    among: Among | None = None
+    workers: WorkerPool | None = None
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
@@ -124,10 +124,10 @@ class Local(Subject):
     def __enter__(self) -> None:
         if self.settings.trainer.devices > 1:
             sharing = extending.ours(self.settings.table.sharing)
-            self.among = self._contexts.enter_context(sharing(self))
+            self.workers = self._contexts.enter_context(sharing(self))
 
     def __exit__(self, *fault: Any) -> None:
-        self.among = None
+        self.workers = None
         self._open.clear()  # a guard of eight billion parameters may need the room
         self._contexts.close()
 
@@ -184,7 +184,7 @@ class Local(Subject):
         return next(filter(None, brought), None)
 
     def answers(self, asked: Sequence[PromptSet], folder: Path) -> Answers:
-        """By this process, or by those `among` which the rows are then shared."""
+        """The answers by this process, or by the `workers` that share the rows."""
         sizes: set[int] = set()
 
         def noted(batch: list[Completion]) -> list[Completion]:
@@ -201,10 +201,10 @@ class Local(Subject):
         return given
 
     def shared(self, cut: Any, work: Callable[..., Iterator[Any]], rows: list[Any]) -> Any:
-        """What `work` makes of the rows, here or by the processes."""
-        if self.among is None:
+        """The results of `work` for the rows, by this process or by the `workers`."""
+        if self.workers is None:
             return work(self, rows)  # which opens the weights now, as `kept` expects
-        return self.among.shared(cut, work, rows)
+        return self.workers.shared(cut, work, rows)
 
     def cut(self, rows: list[Example], processes: int) -> list[list[Example]]:
         """The batches in which so many processes answer the rows."""

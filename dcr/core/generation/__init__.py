@@ -1,7 +1,6 @@
-"""Greedy completions of a model here, stored as they come.
+"""Greedy completions of a model on this machine, stored as they come.
 
-`local` has a model's prompts answered, as many at once as memory holds. `completions` is what that
-gives, and its files.
+`local` answers prompts, as many at once as memory holds; `completions` has the records and files.
 """
 
 from dcr.core.generation.completions import Completion, stored, text

@@ -1,7 +1,4 @@
-"""What a model answered, and the files that keep it.
-
-The files hold one JSON object a line and are only appended to.
-"""
+"""The completions of a model, and their files of one JSON object a line, only appended to."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,10 +15,10 @@ Encoded = tuple[Example, list[int]]  # a row and its prompt's token ids
 
 @dataclass(frozen=True)
 class Completion:
-    """What a model answered.
+    """A model's answer to a prompt.
 
-    `refusal_mass` is whatever the caller reads off the first token's logits; None where a server
-    answered, which is asked for these apart from its answers.
+    `refusal_mass` is the caller's score of the first token's logits; None for an answer of a
+    server, which is asked for those separately.
     """
 
     id: str
@@ -33,22 +30,22 @@ class Completion:
 
 
 def completion(chat: ChatFormat, row: Example, answer: Sequence[int], mass: float) -> Completion:
-    """The record of an answer's token ids; what stands behind an end token does not count."""
+    """The record of an answer's token ids; tokens behind an end token do not count."""
     end = next((i for i, token in enumerate(answer) if token in chat.stop), len(answer))
     return Completion(row.id, row.prompt, text(chat, answer), end, end < len(answer), mass)
 
 
 def text(chat: ChatFormat, answer: Sequence[int]) -> str:
-    """What the token ids of an answer say up to its end token."""
+    """The text of an answer's token ids up to its end token."""
     end = next((i for i, token in enumerate(answer) if token in chat.stop), len(answer))
-    said = chat.tokenizer.decode(list(answer[:end]), skip_special_tokens=True)
-    assert isinstance(said, str)
-    return said.strip()
+    decoded = chat.tokenizer.decode(list(answer[:end]), skip_special_tokens=True)
+    assert isinstance(decoded, str)
+    return decoded.strip()
 
 
 def stored(path: Path) -> dict[str, Completion]:
-    """Completions already in a file, by id; a line torn by a kill is left out.
+    """The completions in a file, by id; a line torn by a kill is left out.
 
-    Raises DataError, naming the line, for another that is no completion.
+    Raises DataError, naming the line, for any other line that is no completion.
     """
     return {row.id: row for row in storage.read_lines(path, Completion)}

@@ -1,7 +1,7 @@
-"""Greedy decoding token by token, of prompts that are read in one way or in two.
+"""Greedy decoding token by token, from one or two readings of each prompt.
 
-Rows that have ended leave the batch; transformers' `generate` carries them along until the longest
-answer ends.
+Rows that have ended leave the batch; transformers' `generate` keeps them until the longest answer
+ends.
 """
 
 import inspect
@@ -19,12 +19,12 @@ from dcr.core.batching import padded
 from dcr.core.models import Policy, unwrapped
 
 NEEDED = ("attention_mask", "position_ids", "past_key_values", "logits_to_keep")
-ENDED = 1 / 8  # of the rows: once so many have ended, the others' cache is worth a copy
+ENDED = 1 / 8  # share of ended rows from which a copy of the others' cache is worth its cost
 
 
 @dataclass(frozen=True)
 class Context:
-    """One of the ways that a batch of prompts is read, up to the newest token.
+    """One reading of a batch of prompts, up to the newest token.
 
     The ids are padded on the left; the mask is the cache's (`passes.Prefilled`).
     """
@@ -42,7 +42,7 @@ def lacking(model: Any) -> str | None:
 
 
 def is_possible(model: Any) -> bool:
-    """Whether rows are known to decode as `generate` has it: no state but keys and values."""
+    """Whether rows decode as under `generate`, since the model keeps only keys and values."""
     return lacking(model) is None and _rows_may_leave(passes.current().cache(model))
 
 
@@ -61,16 +61,16 @@ def decoded(
     is_over: Callable[[Sequence[int]], bool],
     streamer: Any = None,
 ) -> tuple[list[list[int]], Tensor]:
-    """Greedy new tokens of each row, at most `most`, and `score` of the first logits.
+    """The greedy new tokens of each row, at most `most`, and `score` of the first logits.
 
     Args:
-        readings: the same prompts in each way that they are read, and for how many new tokens; the
-            first way is read to the end.
-        logits: those that are decoded, from the contexts that are still read.
+        readings: each reading of the prompts, and its number of new tokens; the first one is read
+            to the end.
+        logits: gives the logits to decode from the contexts that are still read.
         is_over: whether an answer ends with the last of these tokens.
     """
     with torch.inference_mode(), passes.current().decoding(policy.model):
-        contexts = [_heard(policy, prompts) for prompts, _ in readings]
+        contexts = [_read(policy, prompts) for prompts, _ in readings]
         answers: list[list[int]] = [[] for _ in readings[0][0]]
         rows = list(range(len(answers)))  # those in the batch
         under_way = set(rows)
@@ -94,11 +94,11 @@ def decoded(
             tokens = max(map(len, answers))
             contexts = [c for c, (_, end) in zip(contexts, readings, strict=False) if tokens < end]
             if len(under_way) <= (1 - ENDED) * len(rows) and _may_leave(policy, contexts):
-                left = [place for place, row in enumerate(rows) if row in under_way]
-                rows = [rows[place] for place in left]
-                places = torch.tensor(left, device=newest.device)
+                staying = [place for place, row in enumerate(rows) if row in under_way]
+                rows = [rows[place] for place in staying]
+                places = torch.tensor(staying, device=newest.device)
                 newest = newest[places]
-                contexts = [_kept(context, places) for context in contexts]
+                contexts = [_selected(context, places) for context in contexts]
             contexts = [_stepped(policy, context, newest) for context in contexts]
             scores = logits(contexts)
         if streamer is not None:
@@ -110,10 +110,10 @@ def _may_leave(policy: Policy, contexts: Sequence[Context]) -> bool:
     return all(_rows_may_leave(c.cache) for c in contexts) and not activations.per_row(policy.model)
 
 
-def _heard(policy: Policy, prompts: Sequence[Sequence[int]]) -> Context:
+def _read(policy: Policy, prompts: Sequence[Sequence[int]]) -> Context:
     ids = padded(prompts, 0, left=True).to(policy.model.device)
-    chosen = passes.current()
-    read = chosen.read(policy.model, prompts, cache=chosen.cache(policy.model))
+    current = passes.current()
+    read = current.read(policy.model, prompts, cache=current.cache(policy.model))
     return Context(ids, read.mask.bool(), read.cache, read.logits[:, -1].float())
 
 
@@ -132,7 +132,7 @@ def _stepped(policy: Policy, context: Context, newest: Int[Tensor, "rows"]) -> C
     return Context(ids, mask, output.past_key_values, output.logits[:, -1].float())
 
 
-def _kept(context: Context, places: Int[Tensor, "left"]) -> Context:
-    """The context of these rows; their cache takes the place of the whole one."""
+def _selected(context: Context, places: Int[Tensor, "rows"]) -> Context:
+    """The context of these rows alone; the cache drops the others."""
     context.cache.batch_select_indices(places)
     return Context(context.ids[places], context.mask[places], context.cache, context.logits[places])

@@ -1,7 +1,6 @@
-"""Prompts answered by a model here: longest first, as many at once as fit, halved where not.
+"""Answers of a model on this machine: longest prompts first, as many at once as memory holds.
 
-A batch is decoded as `decoding` does it, and by transformers' `generate` where a model keeps more
-than keys and values.
+`decoding` decodes a batch, or transformers' `generate` if a model keeps more than keys and values.
 """
 
 import functools
@@ -36,13 +35,13 @@ from dcr.core.sources import Example
 
 log = logging.getLogger(__name__)
 
-SHARE = 0.8  # of the free memory: the rest is for fragments and for what is not counted below
-MOST = {"cuda": 512, "cpu": 64}  # more at once takes longer to answer and decodes no faster
+SHARE = 0.8  # of the free memory; fragments and uncounted tensors take the rest
+MOST = {"cuda": 512, "cpu": 64}  # more prompts at once take longer and decode no faster
 
 
 @dataclass(frozen=True)
 class OpeningBias:
-    """What is added to the logits of `tokens` where an answer begins: behind the tokens `lead`."""
+    """A bias on the logits of `tokens` at the beginning of an answer, behind the tokens `lead`."""
 
     lead: tuple[int, ...]
     tokens: tuple[int, ...]
@@ -50,16 +49,16 @@ class OpeningBias:
 
     @property
     def sequences(self) -> list[list[Any]]:
-        """`sequence_bias`, as transformers' generation config holds it."""
+        """The value of `sequence_bias` in transformers' generation config."""
         return [[[*self.lead, token], self.bias] for token in self.tokens]
 
 
 @runtime_checkable
 class Decoding(Protocol):
-    """A way to decode in place of plain greedy decoding, which may read each prompt twice."""
+    """A replacement of plain greedy decoding, which may read each prompt twice."""
 
     def read(self, policy: Policy, chat: ChatFormat, encoded: Sequence[Encoded]) -> list[Encoded]:
-        """The prompts in their longest reading; ConfigError where it cannot be."""
+        """The prompts in their longest reading. Raises ConfigError if the model cannot read it."""
         ...
 
     def answered(
@@ -70,7 +69,7 @@ class Decoding(Protocol):
         max_new_tokens: int,
         score: Callable[[Tensor], Tensor],
     ) -> tuple[list[list[int]], Tensor]:
-        """As `continued`."""
+        """The new tokens and the scores of a batch, as `continued` gives them."""
         ...
 
 
@@ -84,16 +83,15 @@ def complete(
     decoding: Decoding | None = None,
     decided: Callable[[str], bool] | None = None,
 ) -> Iterator[list[Completion]]:
-    """Greedy completions of every row, as they end; each ends once its text is `decided`.
+    """Greedy completions of every row, batch by batch; each ends once its text is `decided`.
 
-    Longest prompts first, so that running out of memory happens at once; half as many are then
-    under way, and what was under way starts again. `settings.batch_size` is the most at once, None
-    as many as the free memory holds. `score` maps first-token logits [prompts, vocabulary] to
-    [prompts]: the logits that are decoded, so those of another `decoding`, which takes no bias,
-    and those with `bias` added.
+    The longest prompts come first, so that running out of memory happens at once; the batch is then
+    halved and starts again. `settings.batch_size` is the most at once; None takes as many as the
+    free memory holds. `score` maps the decoded first-token logits [prompts, vocabulary] to
+    [prompts]; they include `bias`, or come from another `decoding`, which takes no bias.
 
-    Raises DataError for a prompt longer than the model's context, and ConfigError where the
-    decoding cannot be done with the model or its template.
+    Raises DataError for a prompt longer than the model's context, and ConfigError if the model or
+    its template does not allow the decoding.
     """
     waiting, size = _waiting(policy, chat, rows, settings, decoding)
     decode = functools.partial(_decoded, policy, chat, settings, score, bias, decoding, decided)
@@ -108,7 +106,7 @@ def cut(
     processes: int,
     decoding: Decoding | None = None,
 ) -> list[list[Example]]:
-    """The batches that `complete` makes of the rows; without a given size enough for all processes.
+    """The batches that `complete` makes of the rows; without a set size, enough for all processes.
 
     Raises DataError and ConfigError as `complete` does.
     """
@@ -126,7 +124,7 @@ def _waiting(
     settings: GenConfig,
     decoding: Decoding | None,
 ) -> tuple[list[Encoded], int]:
-    """The rows in the order in which they are answered, and how many of them at once."""
+    """The rows in the order of their answers, and the batch size."""
     waiting = [(row, chat.prompt_ids(row.prompt)) for row in rows]
     waiting.sort(key=lambda pair: (-len(pair[1]), pair[0].id))
     if not waiting:
@@ -164,7 +162,7 @@ def _decoded(
 
 
 def check_context(policy: Policy, encoded: Sequence[Encoded], new_tokens: int) -> None:
-    """Raises DataError for a prompt that leaves no room for so many tokens in the context."""
+    """Raises DataError for a prompt that leaves no room in the context for so many new tokens."""
     context = batching.context_length(policy.model.config)
     for row, ids in encoded:
         if len(ids) + new_tokens > context:
@@ -178,7 +176,7 @@ def check_context(policy: Policy, encoded: Sequence[Encoded], new_tokens: int) -
 
 
 class FirstLogits(LogitsProcessor):
-    """Keeps what `score` makes of the logits of the first generated token."""
+    """Keeps the `score` of the logits of the first generated token."""
 
     def __init__(self, score: Callable[[Tensor], Tensor]) -> None:
         self.score = score
@@ -191,7 +189,7 @@ class FirstLogits(LogitsProcessor):
 
 
 class Ending(StoppingCriteria):
-    """Ends a row once `is_over` says so of its new tokens, those behind the first `begins`."""
+    """Ends a row once `is_over` holds for its new tokens, those behind the first `begins`."""
 
     def __init__(self, begins: int, is_over: Callable[[Sequence[int]], bool]) -> None:
         self.begins, self.is_over = begins, is_over
@@ -211,9 +209,9 @@ def continued(
     bias: OpeningBias | None = None,
     decided: Callable[[str], bool] | None = None,
 ) -> tuple[list[list[int]], Tensor]:
-    """Greedy new tokens of each prompt, and `score` of its first logits.
+    """The greedy new tokens of each prompt, and `score` of its first logits.
 
-    An answer ends with an end token, or with the first token that has its text `decided`.
+    An answer ends with an end token, or with the first token after which its text is `decided`.
     """
     biased: Any = SequenceBiasLogitsProcessor(bias.sequences) if bias else None
 
@@ -245,7 +243,7 @@ def greedy(
     bias: OpeningBias | None = None,
     ending: Ending | None = None,
 ) -> list[list[int]]:
-    """New tokens of each prompt (padded behind its end); `reader` sees the logits of every step."""
+    """The new tokens of each prompt, padded behind its end; `reader` sees every step's logits."""
     ids = padded(prompts, chat.stop[0], left=True).to(policy.model.device)
     cache = passes.current().cache(policy.model)
     with own_decoding(policy.model):
@@ -269,24 +267,24 @@ def greedy(
 
 @contextmanager
 def own_decoding(model: Any) -> Iterator[None]:
-    """While open, the checkpoint's generation settings are set aside.
+    """Sets the checkpoint's generation settings aside while open.
 
-    What a call leaves unset transformers takes from them, such as the repetition penalty of
+    transformers takes from them all that a call leaves unset, such as the repetition penalty of
     Qwen2.5-Instruct, and decoding would be greedy in name only.
     """
     owner = unwrapped(model)
-    kept, owner.generation_config = owner.generation_config, GenerationConfig()
+    before, owner.generation_config = owner.generation_config, GenerationConfig()
     try:
         yield
     finally:
-        owner.generation_config = kept
+        owner.generation_config = before
 
 
-# --- how many prompts fit -------------------------------------------------------------------------
+# --- the size of a batch --------------------------------------------------------------------------
 
 
 def batch_size(model: Any, prompt_tokens: int, new_tokens: int) -> int:
-    """Prompts of at most `prompt_tokens` that can be decoded at once where the model lies."""
+    """The number of prompts of at most `prompt_tokens` to decode at once on the model's device."""
     owner = unwrapped(model)
     each = prompt_bytes(owner.config, owner.dtype.itemsize, prompt_tokens, new_tokens)
     fitting = int(SHARE * free_bytes(owner.device)) // each
@@ -294,24 +292,24 @@ def batch_size(model: Any, prompt_tokens: int, new_tokens: int) -> int:
 
 
 def prompt_bytes(config: Any, itemsize: int, prompt_tokens: int, new_tokens: int) -> int:
-    """What one prompt occupies: its keys and values, its logits, and its widest block's input.
+    """The bytes of one prompt: its keys and values, its logits, and its widest block's input.
 
-    Keys and values of every block stay for all of its tokens. Logits are counted three times: as
-    the head gives them, in fp32, and as the probabilities read off them. While the prompt is read,
-    a block holds its residual stream twice, its projections, and three times its inner width.
+    Keys and values of every block stay for all of its tokens. Logits count three times: in the
+    head's type, in fp32, and as probabilities. While the prompt is read, a block holds its residual
+    stream twice, its projections, and three times its inner width.
     """
     text = config.get_text_config(decoder=True)
     heads = text.num_attention_heads
     head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
-    kept = getattr(text, "num_key_value_heads", None) or heads
+    key_heads = getattr(text, "num_key_value_heads", None) or heads
     inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    cache = 2 * text.num_hidden_layers * kept * head_width * (prompt_tokens + new_tokens)
+    cache = 2 * text.num_hidden_layers * key_heads * head_width * (prompt_tokens + new_tokens)
     block = prompt_tokens * (2 * text.hidden_size + 3 * heads * head_width + 3 * inner)
     return itemsize * (cache + block) + 3 * 4 * text.vocab_size
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be taken: on a GPU, what torch itself holds in reserve included."""
+    """The memory that is still free; on a GPU it includes torch's own reserve."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

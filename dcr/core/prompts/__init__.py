@@ -1,7 +1,7 @@
-"""From words to token ids: chat templates, terminators and label masks.
+"""Prompts as token ids: chat templates, terminators and label masks.
 
-Every prompt of every stage and evaluation passes through `ChatFormat`, so that what stage one
-reads, what stage two trains on and what generation continues from are the same tokens.
+Every prompt of every stage and evaluation passes through `ChatFormat`, so that stage one, stage two
+and generation see the same tokens.
 """
 
 from dcr.core.prompts.chat import (

@@ -1,4 +1,4 @@
-"""One model's way of being spoken to: prompts and pairs as token ids."""
+"""The chat format of one model: prompts and pairs as token ids."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -43,17 +43,17 @@ class PairRow:
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How this model is spoken to: template, system turn, terminator and stop set."""
+    """The chat format of a model: template, system turn, terminator and stop set."""
 
     tokenizer: Tokenizer
     template: str
     system_prompt: str | None
     terminator: int
     stop: tuple[int, ...]
-    prefill: str = ""  # how every answer to `prompt_ids` has begun
+    prefill: str = ""  # the beginning of every answer, which `prompt_ids` include
 
     def text(self, prompt: str) -> str:
-        """The templated prompt up to where the assistant begins to speak."""
+        """The templated prompt with the header of the answer."""
         return self._render(self._turns(prompt), generate=True)
 
     def prompt_ids(self, prompt: str) -> list[int]:
@@ -61,11 +61,11 @@ class ChatFormat:
         return [*ids, *self._encode(self.prefill)] if self.prefill else ids
 
     def with_system(self, words: str, asked: str) -> "ChatFormat":
-        """The same chat with `words` behind the system prompt that the model has anyhow.
+        """The same chat with `words` behind the model's own system prompt.
 
-        That is the user's, or the one that the template writes by itself: what a dialogue without
-        a system turn has in the place of that turn's words. Raises ConfigError that names the
-        setting `asked` for a template that refuses a system prompt or leaves it out.
+        That prompt is the user's, or the one that the template writes into a dialogue without a
+        system turn. Raises ConfigError, naming the setting `asked`, for a template that refuses a
+        system prompt or leaves it out.
         """
         other = replace(self, system_prompt=words)
         cure = f"leave {asked} out, or name another model.template"
@@ -85,7 +85,7 @@ class ChatFormat:
     def lead(self) -> list[int]:
         """The last tokens of every prompt, behind which an answer begins.
 
-        From the end token before them where the template puts one there: no answer holds it.
+        They start at the last end token if the template has one there, since no answer holds it.
         """
         rows = [self.prompt_ids(words)[::-1] for words in (PLACEHOLDER, "x", "Why?", "a\nb")]
         alike = [len(set(column)) == 1 for column in zip(*rows, strict=False)]
@@ -97,11 +97,11 @@ class ChatFormat:
     def pair(
         self, prompt: str, response: str, max_len: int, train_on_prompt: bool = False
     ) -> tuple[list[int], list[int]]:
-        """Ids and next-token targets of one training pair, at most `max_len` tokens.
+        """The ids and next-token targets of one training pair, at most `max_len` tokens.
 
         A response that does not fit loses its end and with it the terminator, so that the model
-        never learns to stop in mid-sentence. An empty list of ids means that not even one
-        response token fits behind the prompt.
+        never learns to stop in mid-sentence. If not even one response token fits behind the prompt,
+        both lists are empty.
         """
         lead = self.text(prompt)
         start = self._encode(lead)
@@ -147,7 +147,7 @@ class ChatFormat:
         return list(ids)  # pyright: ignore[reportArgumentType]
 
     def neutralised(self, text: str) -> str:
-        """User text in which a chat control token is only its letters.
+        """User text whose chat control tokens are plain letters.
 
         A zero-width space after the first letter keeps the text readable and stops the tokenizer
         from seeing a control token.
@@ -166,9 +166,9 @@ def chat_format(
 ) -> ChatFormat:
     """The format for a tokenizer: its own template, the one the config names, or a plain one.
 
-    `output_rows` ([vocabulary, width], the head's weight) lets `auto` tell whether the chat-end
-    token was ever trained.
-    Raises ConfigError for a template that is neither known nor a file, or fails to render.
+    `output_rows` ([vocabulary, width], the head's weight) show `auto` whether the chat-end token
+    was ever trained. Raises ConfigError for a template that is neither known nor a file, or fails
+    to render.
     """
     template = chosen_template(tokenizer, config.template, config.name)
     probe = ChatFormat(tokenizer, template, config.system_prompt, 0, ())
@@ -190,7 +190,7 @@ def chat_format(
 
 
 def _chat_end(probe: ChatFormat) -> int | None:
-    """The special token that the template puts after what the assistant said."""
+    """The special token that the template puts behind the assistant's words."""
     lead = probe.text("x")
     whole = probe._render([*probe._turns("x"), {"role": "assistant", "content": "y"}], False)
     if not whole.startswith(lead):

@@ -1,4 +1,4 @@
-"""Chat templates, the model's own, one of ours or the user's file, and how a turn ends in them."""
+"""Chat templates (the model's own, one of ours, or the user's file) and the ends of turns."""
 
 import logging
 import math
@@ -32,17 +32,17 @@ PLAIN = (
     "{% else %}### Response:\n{{ m.content }}{{ eos_token or '' }}\n\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}### Response:\n{% endif %}"
 )
-# of common bases, which an instruct tokenizer no longer names as its end of text
+# end-of-text tokens of common bases, which an instruct tokenizer no longer names as its own
 BASE_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>")
-UNTEMPLATED: set[str] = set()  # models of which this command has said that they have no template
+UNTEMPLATED: set[str] = set()  # models that this command has warned have no template
 TEMPLATES = {"llama3": LLAMA3, "chatml": CHATML, "plain": PLAIN}
 
 
 def chosen_template(tokenizer: Tokenizer, named: str | None, model: str) -> str:
     """The template that `model.template` names, else the tokenizer's own, else the plain one.
 
-    That the last is taken is said once of each `model`. Raises ConfigError for a name that is
-    neither known nor a file.
+    A warning, once a `model`, tells that the plain one is used. Raises ConfigError for a name that
+    is neither known nor a file.
     """
     if named is None:
         shipped: Any = tokenizer.chat_template
@@ -61,9 +61,9 @@ def chosen_template(tokenizer: Tokenizer, named: str | None, model: str) -> str:
                 "format (model.template=chatml, llama3 or a .jinja file gives another)",
                 model,
             )
-        return _begun(tokenizer, PLAIN)
+        return _with_begin_token(tokenizer, PLAIN)
     if named in TEMPLATES:
-        return _begun(tokenizer, TEMPLATES[named])
+        return _with_begin_token(tokenizer, TEMPLATES[named])
     if Path(named).is_file():
         try:
             return Path(named).read_text(encoding="utf-8")
@@ -72,10 +72,10 @@ def chosen_template(tokenizer: Tokenizer, named: str | None, model: str) -> str:
     raise ConfigError(f"model.template={named}: give {', '.join(TEMPLATES)} or a .jinja file")
 
 
-def _begun(tokenizer: Tokenizer, template: str) -> str:
+def _with_begin_token(tokenizer: Tokenizer, template: str) -> str:
     """A template of ours behind the token that this tokenizer begins every text with, if any.
 
-    Llama-3's own template writes it too; Gemma and Llama lose their footing without it.
+    Llama-3's own template writes it too; Gemma and Llama answer badly without it.
     """
     begins: Any = tokenizer("x")["input_ids"]
     begun = tokenizer.bos_token_id is not None and begins[0] == tokenizer.bos_token_id
@@ -83,13 +83,13 @@ def _begun(tokenizer: Tokenizer, template: str) -> str:
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
-    """Every control token of a tokenizer by what it is written as."""
+    """The ids of a tokenizer's control tokens, by their text."""
     added = tokenizer.added_tokens_decoder.items()
     named = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
     return {token.content: index for index, token in added if token.special} | dict(named)
 
 
-# --- how a turn ends: what a response is trained to end with, and what stops one ---
+# --- the end of a turn: the token that training responses end with, and the stop tokens ---
 
 
 def stop_tokens(tokenizer: Tokenizer, chat_end: int | None) -> tuple[int, ...]:
@@ -109,8 +109,8 @@ def chosen_end(
 ) -> int:
     """The token that training responses end with: the chat's end, or the base's end of text.
 
-    `auto` takes the latter where the output row of the former looks untrained, since LoRA leaves
-    the head alone and would never learn to emit it.
+    `auto` takes the latter if the output row of the former looks untrained, since LoRA leaves the
+    head alone and would never learn to emit it.
     """
     end = stop[0]
     # an instruct tokenizer names the chat end as its end of text: its base's own comes after it
@@ -131,7 +131,7 @@ def chosen_end(
 
 
 def unused_tokens(tokenizer: Tokenizer, rows: int) -> list[int]:
-    """Token ids no training text can have held: padding rows and reserved names."""
+    """The token ids that no training text can have held: padding rows and reserved names."""
     padding = list(range(len(tokenizer), rows))
     reserved = [
         index
@@ -144,8 +144,8 @@ def unused_tokens(tokenizer: Tokenizer, rows: int) -> list[int]:
 def looks_trained(rows: Float[Tensor, "vocabulary width"], token: int, unused: list[int]) -> bool:
     """Whether a token's output row differs from rows that training never touched.
 
-    An untouched row either has hardly any norm, or lies as near the mean of the unused rows as
-    they lie themselves.
+    An untouched row either has hardly any norm, or lies as near to the mean of the unused rows as
+    they do.
     """
     norms = rows.detach().float().norm(dim=1)
     if norms[token] < 0.25 * norms.median():
@@ -155,8 +155,8 @@ def looks_trained(rows: Float[Tensor, "vocabulary width"], token: int, unused: l
         return True
     reference = rows[others].detach().float()
     centre = reference.mean(0)
-    # rows of one random initialisation lie at nearly one distance from their mean in high
-    # dimension, nearer to one they had a part in than a row that had none
+    # in high dimension, rows of one random initialisation lie at nearly one distance from their
+    # mean, and a row that is part of the mean lies nearer to it than one that is not
     part = math.sqrt((len(others) + 1) / (len(others) - 1))
     spread = part * (reference - centre).norm(dim=1).median()
     return bool((rows[token].detach().float() - centre).norm() > 1.25 * spread + 1e-6)

@@ -1,6 +1,6 @@
-"""Refusals: a completion's verdict by keywords, and what a model's first token says of refusing.
+"""Refusals: a completion's verdict by keywords, and the refusal mass of its first token.
 
-`keywords` judges what was said, `opening` reads what is about to be said, and `phrases` has the
+`keywords` judges completions, `opening` reads the logits of the first token, and `phrases` has the
 words of both.
 """
 

@@ -1,7 +1,4 @@
-"""The sets S of refusals (A.5) and their tokens behind a prompt.
-
-Canonical tokens only, no end of text.
-"""
+"""The sets S of refusals (A.5) and their canonical tokens behind a prompt, without end of text."""
 
 import re
 from collections.abc import Sequence
@@ -29,9 +26,9 @@ REFUSAL_PHRASES = (
 )
 # fmt: on
 
-# Missing from S though GPT-4 and Llama open with them.
+# S lacks the last four, with which GPT-4 and Llama open.
 OPENINGS = (*REFUSAL_PHRASES, "Sorry", "I'm sorry", "I am sorry", "Unfortunately")
-# Their first tokens by text, where no tokenizer is at hand: each is a token of any large one.
+# their first tokens by text, for servers without a tokenizer; any large tokenizer has them
 FIRST_WORDS = frozenset(re.split(r"\W", opening)[0] for opening in OPENINGS)
 
 
@@ -44,13 +41,12 @@ class PhraseError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class Ending:
-    """As much of a prompt's end as decides the tokens of what follows it.
+    """The end of a prompt that decides the tokens of a text behind it.
 
     Attributes:
         ids: the prompt's last tokens.
-        text: what they spell.
-        spaced: whether a space stands between them and what follows: not after white space and
-            not after a special token.
+        text: their text.
+        spaced: whether a space follows them; none follows white space or a special token.
     """
 
     ids: Tokens
@@ -61,10 +57,10 @@ class Ending:
 def ending(
     tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], text: str | None = None
 ) -> Ending:
-    """The ending of a tokenised prompt; `text` is what it was tokenised from, where known.
+    """The ending of a tokenised prompt, whose original `text` may be known.
 
-    Tokenizers cut text at special tokens before anything else, so that what stands before the
-    last one has no part in the tokens that follow.
+    Tokenizers first cut text at special tokens, so text before the last one does not change the
+    tokens behind it.
     """
     ids = tuple(prompt_ids)
     added = tokenizer.added_tokens_decoder.items()
@@ -73,7 +69,7 @@ def ending(
     options = [(ids, text)] if text is not None else [(ids, _spelled(tokenizer, ids))]
     if last > 0:
         options.insert(0, (ids[last:], _spelled(tokenizer, ids[last:])))
-    elif last == 0:  # begin-of-text, after which some tokenizers do not spell what they read
+    elif last == 0:  # begin-of-text, behind which some tokenizers do not decode what they encoded
         options.append((ids[1:], _spelled(tokenizer, ids[1:])))
     exact = (option for option in options if _encoded(tokenizer, [option[1]])[0] == option[0])
     tail, words = next(exact, options[-1])
