@@ -231,7 +231,7 @@ def test_from_a_file_of_ones_own_to_every_result(lab: Path) -> None:
 
 def test_a_run_imports_nothing(lab: Path, tmp_path: Path) -> None:
     """What its `config.yaml` names is imported only where the command names it too."""
-    with pytest.raises(AssertionError, match="Harmless: stands in a run's config"):
+    with pytest.raises(AssertionError, match="Harmless: this command does not name it"):
         command(lab, "eval.py", "run=run", *QUIET)
 
     (tmp_path / "trap.py").write_text(f"open({str(tmp_path / 'sprung')!r}, 'w')\n")
@@ -244,7 +244,7 @@ def test_a_run_imports_nothing(lab: Path, tmp_path: Path) -> None:
     made |= {"judge": ["trap:Judge"], "tasks": ["trap:Task"], "steering": {"method": "trap:Steer"}}
     file.write_text(yaml.safe_dump(made))
     command(tmp_path, "eval.py", "run=run", "tasks=[safety]", *QUIET)
-    with pytest.raises(AssertionError, match="trap:Rows: stands in a run's config"):
+    with pytest.raises(AssertionError, match="trap:Rows: this command does not name it"):
         command(tmp_path, "eval.py", "run=run", "tasks=[over_refusal]", *QUIET)
     assert not (tmp_path / "sprung").exists()
 

@@ -74,8 +74,8 @@ def made(path: str, base: type[Part], key: str = "") -> Part:
     """
     if path not in NAMED:
         raise DataError(
-            f"{path}: stands in a run's config.yaml, which imports nothing; where you trust it, "
-            f"name it in this command too, such as data.toxic.source={path}"
+            f"{path}: this command does not name it, and a run's config.yaml imports nothing; "
+            f"where you trust it, write it out, such as data.toxic.source={path}"
         )
     return with_settings(load(path, base, key), NAMED[path])
 
