@@ -13,7 +13,7 @@ class AbilityConfig:
     tasks: list[str] = field(
         default_factory=lambda: ["mmlu", "arc_easy", "arc_challenge", "openbookqa", "piqa"]
     )
-    # Worked examples before each question.
+    # worked examples before each question
     shots: int = ranged(0, not_negative, "give 0 or more examples")
     limit: int | None = None  # questions a task, or a subject of MMLU; null: all
     batch_size: int = 16  # questions at once

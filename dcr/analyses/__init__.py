@@ -37,7 +37,7 @@ class KernelMethod(Enum):
 @dataclass
 class RefusalProbabilityConfig:
     phrases: Phrases = Phrases.paper
-    # Of each kind; null: all.
+    # of each kind; null: all
     prompts: int | None = ranged(300, positive, OF_EACH_KIND)
 
 
@@ -45,7 +45,7 @@ class RefusalProbabilityConfig:
 class KernelConfig:
     """The empirical NTK at the first answer token (A.6)."""
 
-    # Tokens of the first answer position that the kernel is taken over.
+    # tokens of the first answer position that the kernel is taken over
     top_k: int = ranged(10, positive, "give tokens of each prompt, 1 or more")
     # tail:N, trunk:ℓ, all or adapter
     params: list[str] = field(default_factory=lambda: ["tail:2"])
@@ -54,7 +54,7 @@ class KernelConfig:
     method: KernelMethod = KernelMethod.exact  # exact, or the paper's finite differences
     prompts: int = ranged(25, positive, OF_EACH_KIND)  # of each kind
     self_pairs: bool = False  # count a prompt with itself in the mean of its kind
-    # For the factors of gradients that are held at once.
+    # for the factors of gradients that are held at once
     budget_gib: float = ranged(4.0, positive, "give GiB above 0")
 
 
@@ -63,7 +63,7 @@ class SeparabilityConfig:
     """How well two classes come apart, block by block (A.9)."""
 
     pooling: Pooling = Pooling.last
-    # Of each kind; null: all.
+    # of each kind; null: all
     prompts: int | None = ranged(None, positive, OF_EACH_KIND)
 
 
@@ -75,7 +75,7 @@ class ClaimsConfig:
     """
 
     layer: int | None = None  # the block ℓ of the states; null: the run's, or the model's own
-    # Toxic prompts with a refusal, one SGD step on each.
+    # toxic prompts with a refusal, one SGD step on each
     pairs: int = ranged(6, positive, "give pairs to take a step on, 1 or more")
     prompts: int = ranged(10, positive, OF_EACH_KIND)  # observers of each kind
     # tail:N, trunk:ℓ or all; the bare word trunk is trunk:ℓ of the layer

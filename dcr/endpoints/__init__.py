@@ -20,11 +20,11 @@ PRICE = "give USD per million tokens, or null"
 class HTTPConfig:
     """How every server is called."""
 
-    # Requests at once to a server.
+    # requests at once to a server
     concurrency: int = ranged(8, positive, "give the requests under way at once, 1 or more")
-    # Seconds that an attempt waits for the server.
+    # seconds that an attempt waits for the server
     timeout: float = ranged(60.0, positive, "give seconds above 0")
-    # After a time-out, a dropped connection, 429 or 5xx.
+    # after a time-out, a dropped connection, 429 or 5xx
     retries: int = ranged(6, not_negative, "give 0 or more")
 
 
@@ -39,7 +39,7 @@ class ServerConfig:
     key: str | None = None
     # Sent with each request, by the server's own names; null leaves one of the defaults out.
     parameters: dict[str, Any] = field(default_factory=dict)
-    # USD per million tokens, for the estimate.
+    # USD per million tokens, for the estimate
     input_price: float | None = ranged(None, not_negative, PRICE)
     output_price: float | None = ranged(None, not_negative, PRICE)
 

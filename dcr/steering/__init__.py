@@ -42,7 +42,7 @@ class ScansConfig:
     anchors: int = ranged(64, positive, OF_EACH_KIND)  # prompts of each kind
     layers: ScansLayers = ScansLayers.absolute  # which blocks are edited
     s1: ScansEnd = ScansEnd.user_end  # where the instruction ends that is compared
-    # Null: calibrated on anchors held out of extraction.
+    # null: calibrated on anchors held out of extraction
     threshold: float | None = ranged(
         0.75, lambda v: -1 <= v <= 1, "give a cosine in [-1, 1], or null to calibrate it"
     )
@@ -52,13 +52,13 @@ class ScansConfig:
 class SurgicalConfig:
     """Surgical (Wang et al. 2025); candidates for addition are compared at a coefficient of 1."""
 
-    # Prompts of each kind that vectors are computed from.
+    # prompts of each kind that vectors are computed from
     train: int = ranged(128, positive, OF_EACH_KIND)
-    # Prompts of each kind that candidates are selected on.
+    # prompts of each kind that candidates are selected on
     validation: int = ranged(32, positive, OF_EACH_KIND)
     add: float = II("model.surgical_add")  # of the toxic direction
     ablate: float = II("model.surgical_ablate")  # of the false-refusal direction
-    # The most that ablating a candidate may change ordinary answers.
+    # the most that ablating a candidate may change ordinary answers
     ablation_kl: float = ranged(0.2, positive, DIVERGENCE)
     addition_kl: float = ranged(2.0, positive, DIVERGENCE)  # the same for adding it
     # Whose probability candidates are chosen by.
@@ -70,7 +70,7 @@ class ProbeConfig:
     """Probe-gated refusal: a linear probe of the prompt decides how the answer opens."""
 
     layer: int | None = None  # the block that is read; null: 0.6 of the depth
-    # Prompts of each kind that the probe is fitted to.
+    # prompts of each kind that the probe is fitted to
     train: int = ranged(64, positive, OF_EACH_KIND)
 
 
@@ -80,7 +80,7 @@ class SteeringConfig:
     what a log-odds of the probe adds to that of refusing."""
 
     method: str = "none"  # none, scans, surgical, ablation, probe, or package.module:Class
-    # 0 leaves the model as it is.
+    # 0 leaves the model as it is
     strength: float = ranged(
         1.0, math.isfinite, "give a finite number; 0 leaves the model as it is"
     )

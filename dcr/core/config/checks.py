@@ -25,7 +25,6 @@ ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")  # as Lightning spells them
 FSDP = "fsdp"  # weights split over the devices
 STRATEGIES = ("auto", "ddp", FSDP)
 THREADS = 1024  # torch starts as many as it is told, until it crashes
-FINITE = "give a finite number"
 TAG, PROJECT = 64, 128  # characters that W&B takes
 
 
@@ -145,7 +144,9 @@ def check(config: Settings) -> None:
     for key, entry, value in every:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             known = RANGES.get(key) or RANGES.get(entry.name)
-            holds, cure = entry.metadata.get("range") or known or (math.isfinite, FINITE)
+            holds, cure = (
+                entry.metadata.get("range") or known or (math.isfinite, "give a finite number")
+            )
             if not (math.isfinite(value) and holds(value)):
                 raise ConfigError(f"{key}={value}: {cure}")
     training = _of_training(config) if isinstance(config, TrainConfig) else ()

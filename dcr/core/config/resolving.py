@@ -235,22 +235,19 @@ REASONS = (
     (r"could not be converted to Float", "give a number"),
     (r"could not be converted to Integer", "give a whole number"),
     (r"is not a valid bool", "give true or false"),
-    (r"is not Optional", "it needs a value"),
-    (r"is not a ListConfig, list or tuple", "give a list, as in key=[a,b]"),
-    (r"is not a subclass of", "it is a group of settings; set one of those inside"),
+    (r"is not Optional|[Mm]issing mandatory value", "it needs a value"),
+    (
+        r"is not a subclass of|=\s*\[[\s\S]*Cannot merge DictConfig",
+        "it is a group of settings; set one of those inside",
+    ),
+    (r"is not a ListConfig, list or tuple|Cannot merge DictConfig", "give a list, as in key=[a,b]"),
     (r"Cannot convert .* to string", "give one text, not a list"),
     (r"Cannot assign .* to Dict", "give pairs, as in key={a:1}"),
-    (r"=\s*\[[\s\S]*Cannot merge DictConfig", "it is a group of settings; set one of those inside"),
-    (r"Cannot merge DictConfig", "give a list, as in key=[a,b]"),
     (
         r"no viable alternative at input '\$\{'|mismatched input|token recognition error",
         r"its ${ opens no ${name}; write \${ for the characters themselves",
     ),
-    (
-        r"Unsupported interpolation type (\S+)",
-        r"no resolver \1; write oc.env:NAME or a key",
-    ),
-    (r"[Mm]issing mandatory value", "it needs a value"),
+    (r"Unsupported interpolation type (\S+)", r"no resolver \1; write oc.env:NAME or a key"),
     (r"'NoneType' object has no attribute", "it is null here; only a file in conf/ can give it"),
 )
 
