@@ -1,7 +1,7 @@
-"""From run folders to one table in the terminal and one self-contained HTML page.
+"""Makes one table in the terminal and one self-contained HTML page from run folders.
 
-`build` makes the sections that `dcr.report.sections` lists: the page, with the paper's tables and
-figures and the claims beside it where they are asked for.
+`build` makes the sections that `dcr.report.sections` lists: the page, and beside it, if asked for,
+the paper's tables and figures and the claims.
 """
 
 from typing import TYPE_CHECKING

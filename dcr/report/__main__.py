@@ -60,7 +60,7 @@ class Options:
 
 @entry.command(Options)
 def main(options: Options) -> None:
-    """Print the table and the files' places."""
+    """Prints the table and the files' places."""
     words = [str(folder) for folder in options.folders if _is_own(folder)]
     options.folders = [folder for folder in options.folders if not _is_own(folder)]
     _check(options)
@@ -88,7 +88,7 @@ def _is_own(folder: Path) -> bool:
 
 
 def _check(options: Options) -> None:
-    """Raises UserError, with the choices there are, for what no folder or setting is."""
+    """Raises UserError, naming the choices, for a word that is neither a folder nor a setting."""
     for folder in options.folders:
         if "=" in str(folder) and not folder.exists():  # a sweep's folders may hold one
             raise UserError(f"{folder}: neither a folder nor a setting (out, margin, data)")
@@ -111,7 +111,7 @@ def _check(options: Options) -> None:
 
 
 def _page(options: Options, own: Mapping[str, Section]) -> Path:
-    """The page, which nothing that is written beside it may replace."""
+    """The page's path. Raises UserError if another file of this report would replace it."""
     out = options.out
     if out is not None and (out.is_dir() or not out.name):
         raise UserError(f"out={out}: name a file, such as out=report.html")

@@ -1,4 +1,4 @@
-"""All sections made in their order: the page, the files beside it, and the terminal's text."""
+"""Makes all sections in their order: the page, the files beside it, and the terminal's text."""
 
 import shlex
 import shutil
@@ -27,7 +27,7 @@ from dcr.report.tables import (
     text_of,
 )
 
-WIDTH = 100  # where no terminal tells its own
+WIDTH = 100  # columns without a terminal
 INTERVALS = (
     "Brackets: 95% intervals (Wilson; over five sets combined; bootstrap for AUROC; ±1.96 standard "
     "errors for ability). ± after a win rate: its standard error."
@@ -52,12 +52,12 @@ def build(
     notes: Sequence[str] = (),
     own: Mapping[str, Section] | None = None,
 ) -> str:
-    """Write the page to `out`, and what else is wanted beside it, each file whole or not.
+    """Writes the page to `out` and the other wanted files beside it, each whole or not at all.
 
-    `margin` (percentage points) and the label of the data are of operating points; `notes` are what
-    the page says beside its own; a figure without data is one more; `own` are sections of a user's.
+    `margin` (percentage points) and the label `data` belong to operating points. `notes` go to the
+    page beside its own, which also name every figure without data. `own` are a user's sections.
     Returns the terminal's text. Raises UserError for a folder that is no run's, for a damaged file,
-    or where a file cannot be written.
+    and if a file cannot be written.
     """
     distinct = {folder.resolve(): folder for folder in folders}.values()
     chosen = Selection.of([read_run(folder) for folder in distinct], margin, data)
@@ -75,7 +75,7 @@ def build(
                 continue
             if made:
                 parts.append(_part(name, section, made, chosen))
-    for column in chosen.columns:  # read first, so that the page can tell what was skipped
+    for column in chosen.columns:  # read first, so that the page can name skipped files
         for name in column.evaluation.sets:
             chosen.completions(column, name)
     chosen.notes.extend(
@@ -83,7 +83,7 @@ def build(
     )
     files = {out: page.render(chosen, parts).encode("utf-8", "replace")}
     for part in parts:
-        files |= {out.parent / f"{part.name}.{end}": of for end, of in part.files.items()}
+        files |= {out.parent / f"{part.name}.{end}": content for end, content in part.files.items()}
     for path, content in files.items():
         storage.write_bytes(path, content)
     width = shutil.get_terminal_size((WIDTH, 24)).columns
@@ -96,7 +96,7 @@ def build(
 
 
 def _part(name: str, section: Section, made: Any, chosen: Selection) -> Part:
-    """Writes the files of a section, and the command that asks for it."""
+    """A section's result with the content of its files and the command that asks for it."""
     if not section.endings:
         return Part(name, section, made, {})
     folders = [str(run.folder) for run in chosen.records]
@@ -116,7 +116,7 @@ def _part(name: str, section: Section, made: Any, chosen: Selection) -> Part:
 
 
 def plain_text(chosen: Selection, parts: Sequence[Part], width: int) -> str:
-    """The sections of the terminal as text of at most `width` columns where the names allow it."""
+    """The sections of the terminal as text of at most `width` columns, if the names allow it."""
     console, shown = writing.console(width), [p for p in parts if p.section.in_terminal]
     console.print(_title(chosen), *comparisons.headline(chosen), sep="\n")
     grids = [part.made for part in shown if isinstance(part.made, Grid)]

@@ -27,7 +27,7 @@ from dcr.report.tables import (
 from dcr.report.writing import TextTable
 
 PAIRED_SEED = 0  # of the bootstrap, fixed so that a report is reproducible
-MANY = 5  # columns or differences: of more a sentence tells the ends alone
+MANY = 5  # columns or differences; a sentence names only the ends of more
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,9 @@ def paired(chosen: Selection) -> TextTable | None:
 
 
 def partners(columns: Sequence[Column]) -> Iterator[tuple[Column, Column, list[str]]]:
-    """Every DCR with its STL, and their other differences.
+    """Every DCR run with its STL run, and their other differences.
 
-    Of several STL runs only those nearest in the settings of stage two are compared with.
+    If there are several STL runs, only those nearest in the settings of stage two count.
     """
     for a in columns:
         if a.about("method") == "dcr":
@@ -143,7 +143,7 @@ def _paired_sets(
 
 
 def _verdicts(a: list[Answer], b: list[Answer], kind: Kind) -> tuple[list[bool], list[bool]]:
-    """Tells for each prompt that both runs answered whether its verdict is the wanted one."""
+    """Whether each prompt that both runs answered has the wanted verdict, run by run."""
     others = {(completion.id, completion.prompt): completion for completion in b}
     both = [(c, others[c.id, c.prompt]) for c in a if (c.id, c.prompt) in others]
     wanted = WANTED[kind]
@@ -176,7 +176,7 @@ def p_value(p: float) -> str:
 
 
 def headline(chosen: Selection) -> list[str]:
-    """The sentences on top: what all columns come to, and a warning for each that is silent."""
+    """The sentences on top: a summary of all columns, and a warning for each that is silent."""
     blocks = chosen.section("results").blocks
     equal = [row for block in blocks if block.short == EQUAL for row in block.rows]
     at_safety = next((row for row in equal if "0.8" in row.label), None)
@@ -186,10 +186,9 @@ def headline(chosen: Selection) -> list[str]:
 
 
 def verdict(columns: Sequence[Column], groups: Sequence[Group], at_safety: Row | None) -> str:
-    """Sums up all columns in a sentence or two; "" without any.
+    """A summary of all columns in a sentence or two; "" without any.
 
-    `at_safety` holds the answers where all are equally safe; where nobody measured them, it is
-    said.
+    `at_safety` holds the answers at equal safety; without it the sentence names the command.
     """
     if not columns or not at_safety:
         lack = (
@@ -221,18 +220,18 @@ def verdict(columns: Sequence[Column], groups: Sequence[Group], at_safety: Row |
 
 
 def _differing(columns: Sequence[Column], groups: Sequence[Group], cells: Cells) -> str:
-    """Differences seed by seed where there are several, else of DCR less STL from their intervals.
+    """The differences seed by seed if there are several, else of DCR less STL by their intervals.
 
-    Those are put together by squaring and adding (see `tables.rate`), as if each had been asked
-    other prompts.
+    The latter combine both intervals by squaring and adding (see `tables.rate`), as for independent
+    prompts.
     """
-    found = {
+    differences = {
         " ".join(group.label[:-1]): cell.interval
         for group in groups
         if group.less and (cell := of_group(group, cells))
     }
     at = {column.name: cell.interval for column, cell in zip(columns, cells, strict=True) if cell}
-    for a, b, differing in () if found else partners(columns):
+    for a, b, differing in () if differences else partners(columns):
         if a.name in at and b.name in at:
             x, y = at[a.name], at[b.name]
             low = math.hypot(x.estimate - x.low, y.high - y.estimate)
@@ -242,28 +241,28 @@ def _differing(columns: Sequence[Column], groups: Sequence[Group], cells: Cells)
             nodes = ", ".join(dict.fromkeys(map(".".join, keys)))
             beside = f" (also apart in {nodes})" if nodes else ""
             name = f"{a.name} − {b.name}{beside}"
-            found[name] = Interval(middle, middle - low, middle + high)
-    if not found:
+            differences[name] = Interval(middle, middle - low, middle + high)
+    if not differences:
         why = "No two of them are DCR and STL of one model, seed, data and evaluation"
         alone = "There is nothing beside it to compare with"
         return f"{why}, so no difference is tested" if len(columns) > 1 else alone
     above, below = (
-        sum(of.low > 0 for of in found.values()),
-        sum(of.high < 0 for of in found.values()),
+        sum(each.low > 0 for each in differences.values()),
+        sum(each.high < 0 for each in differences.values()),
     )
-    if len(found) > MANY:
+    if len(differences) > MANY:
         return (
-            f"Of {len(found)} differences from STL, {above} have a 95% interval above 0 and "
+            f"Of {len(differences)} differences from STL, {above} have a 95% interval above 0 and "
             f"{below} one below"
         )
     return "; ".join(
-        f"{name}: {points(of)} points, "
+        f"{name}: {points(each)} points, "
         + (
             "more than by chance"
-            if of.low > 0
+            if each.low > 0
             else "fewer than by chance"
-            if of.high < 0
+            if each.high < 0
             else "which may be chance (0 is in the interval)"
         )
-        for name, of in found.items()
+        for name, each in differences.items()
     )

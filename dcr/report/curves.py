@@ -44,18 +44,18 @@ SCORE = (
     "tasks=[over_refusal,safety]"
 )
 Key = tuple[str, ...]
-# Values by step and by what they are of; the ends are nan where only the value was kept.
+# values by key and step; the ends are nan if only the value is known
 Series = dict[Key, dict[int, Interval]]
 Values = Callable[[TrackedStep | Evaluation], Iterator[tuple[Key, Estimate]]]
 
 
-# --- runs, their names and what they have --------------------------------------------------------
+# --- runs, their names and their evaluations -----------------------------------------------------
 
 
 def named(records: Sequence[RunRecord], weights: str | None = None) -> list[tuple[RunRecord, str]]:
-    """Each run with a name that no other has: method, preset, seed, and the model of several.
+    """Each run with a name that no other has: method, preset, seed, and, of several, the model.
 
-    The method is named by the stages that made these weights, by default those of the run's last.
+    The stages that made `weights` name the method; by default these are the run's last weights.
     """
     several = len({config_of(run, "model") for run in records} - {""}) > 1
     plain = []
@@ -79,7 +79,7 @@ def named(records: Sequence[RunRecord], weights: str | None = None) -> list[tupl
 
 
 def name_of_weights(run_name: str, run: RunRecord, evaluation: Evaluation) -> str:
-    """Which weights were evaluated: of a run after a stage or step of SFT, or the base model."""
+    """The name of the evaluated weights: a run after a stage or step of SFT, or the base model."""
     if evaluation.weights == "base":
         model = evaluation.model or config_of(run, "model")
         return ", ".join(filter(None, (STAGES["base"], model)))
@@ -96,11 +96,11 @@ def folders(records: Iterable[RunRecord]) -> str:
 
 
 def snapshots(run: RunRecord, has: Callable[[Evaluation], object]) -> list[Evaluation]:
-    """Unsteered evaluations of snapshots by step, all under one setting: that of the most steps."""
+    """Unsteered evaluations of snapshots by step, under the one setting with the most steps."""
     by_setting: dict[str, dict[int, Evaluation]] = {}
     for e in run.evaluations:
-        of_step = e.weights == "snapshot" and e.step is not None
-        if of_step and unedited(e) and has(e):
+        has_step = e.weights == "snapshot" and e.step is not None
+        if has_step and unedited(e) and has(e):
             setting = storage.fingerprint([e.settings, e.data])
             by_setting.setdefault(setting, {})[e.step or 0] = e
     most = max(by_setting.values(), key=len, default={})
@@ -108,7 +108,7 @@ def snapshots(run: RunRecord, has: Callable[[Evaluation], object]) -> list[Evalu
 
 
 def shared_sets(evaluations: Sequence[Evaluation]) -> dict[str, SetCounts]:
-    """The sets that all of these were evaluated on, with the first one's counts."""
+    """The sets that all these evaluations share, with the first one's counts."""
     if not evaluations:
         return {}
     first, *others = evaluations
@@ -126,11 +126,11 @@ def shared_by_kind(evaluations: Sequence[Evaluation]) -> dict[Kind, list[str]]:
     }
 
 
-# --- what was measured of a run -----------------------------------------------------------------
+# --- measurements of a run ----------------------------------------------------------------------
 
 
 def logged(run: RunRecord, stage: str, prefix: str, parts: int) -> Series:
-    """Curves of the keys `<stage>/<prefix>/…` with `parts` more parts; the last value counts."""
+    """The curves of keys `<stage>/<prefix>/…` with `parts` more parts; the last value counts."""
     curves: Series = {}
     start = f"{stage}/{prefix}/"
     for row in run.metrics:
@@ -142,7 +142,7 @@ def logged(run: RunRecord, stage: str, prefix: str, parts: int) -> Series:
 
 
 def measured(steps: Iterable[TrackedStep | Evaluation], values: Values) -> Series:
-    """Nothing where there is no mean, as of a kind without a pair; ends that are not finite go."""
+    """The curves of the steps' values without means that are not finite; such ends become nan."""
     curves: Series = {}
     for step in steps:
         for key, estimate in values(step):
@@ -155,9 +155,9 @@ def measured(steps: Iterable[TrackedStep | Evaluation], values: Values) -> Serie
 
 
 def _joined(run: RunRecord, stage: str, curves: Series, values: Values) -> tuple[Series, bool]:
-    """Logged curves by step, where what tracking kept of a step stands in place of its bare value.
+    """The logged curves by step, and whether tracking kept anything.
 
-    And whether it kept anything.
+    Tracking's value of a step, with its interval, replaces the logged value.
     """
     kept = measured((tracked for tracked in run.tracked if tracked.stage == stage), values)
     joined = {key: curves.get(key, {}) | kept.get(key, {}) for key in {**curves, **kept}}
@@ -165,7 +165,7 @@ def _joined(run: RunRecord, stage: str, curves: Series, values: Values) -> tuple
 
 
 def _over_sft(run: RunRecord, curves: Series, values: Values) -> tuple[Series, str]:
-    """Curves that were logged, with what tracking kept; of neither, those of snapshots."""
+    """The logged curves joined with tracking's, or, without either, those of snapshots."""
     joined, kept = _joined(run, "sft", curves, values)
     if joined:
         return joined, KEPT if kept else TRACKED
@@ -204,7 +204,7 @@ def _probabilities(run: RunRecord) -> tuple[Series, str]:
 
 
 def _followed(run: RunRecord) -> tuple[Series, str]:
-    """Refusal probabilities of the followed prompts, single values each."""
+    """The refusal probabilities of the followed prompts, single values each."""
     curves = logged(run, "sft", f"{PREFIXES['plain']}/followed", 1)
     return _over_sft(run, {("plain", *kind): c for kind, c in curves.items()}, _by_followed)
 
@@ -234,10 +234,10 @@ def _rejections(run: RunRecord) -> tuple[Series, str]:
 
 @dataclass(frozen=True)
 class OverSft:
-    """A figure over the steps of SFT: what it reads of which runs, and what measures that.
+    """A figure over the steps of SFT: its curves, its runs, and the command that measures them.
 
-    Without runs of its `method` it shows every run, unless that method's runs alone can be shown:
-    `alone` is then the setting that they need.
+    Without runs of its `method` it shows every run. If it can only show that method's runs, `alone`
+    is the setting that they need.
     """
 
     read: Callable[[RunRecord], tuple[Series, str]]
@@ -248,7 +248,7 @@ class OverSft:
     axis: str
     method: str = "stl"
     alone: str = ""
-    others: bool | None = None  # the models beside that of the first folder; or that one alone
+    others: bool | None = None  # True: without the first folder's model; False: only that model
 
 
 REFUSAL_QUANTITY = "tracking.quantities=[refusal_probability]"
@@ -301,13 +301,13 @@ CURVES = {
 
 
 def over_sft(chosen: Selection, figure: str) -> Drawing:
-    """Every run's curves, with a note on each run without; UserError where no run has one."""
+    """Draws every run's curves, with a note on each run without. UserError if no run has one."""
     declared, records = CURVES[figure], list(chosen.records)
     if declared.others is not None:
         models = [config_of(run, "model") for run in records]
         of_first = [model == models[0] for model in models]
         pairs = zip(records, of_first, strict=True)
-        # of one model alone there are no others
+        # with a single model there are no others
         records = [run for run, first in pairs if first != declared.others] or records
     runs = of_method(records, declared.method)
     if declared.alone and not runs:
@@ -427,7 +427,7 @@ TRAINING = (
 
 
 def by_seed(chosen: Selection) -> list[tuple[Style, str, list[RunRecord]]]:
-    """Runs that logged something: those that differ by their seed alone are one, with one name."""
+    """Runs that logged something; those that differ only by their seed share one name."""
     records, groups = chosen.records, {}
     styles = run_styles(records)
     labels = {run.folder: tuple(name.split(", ")) for run, name in named(records)}
@@ -436,7 +436,7 @@ def by_seed(chosen: Selection) -> list[tuple[Style, str, list[RunRecord]]]:
     for run in records:
         if run.metrics or run.tracked:
             style = style_of(run, styles)
-            # whether neutral ones are alike is not known
+            # neutral ones may differ
             alike = groups.setdefault(style.variant or run.folder, [])
             alike.append((style, labels[run.folder], run))
     found = []
@@ -477,9 +477,9 @@ def training(chosen: Selection) -> Drawings:
 
 
 def over_seeds(curves: Sequence[pd.Series]) -> list[pd.DataFrame]:
-    """The mean at the places that all share, within one standard deviation; one alone as it is.
+    """The mean at the places that all share, within one standard deviation.
 
-    Each by itself where they share fewer than two places.
+    A single curve stays as it is, and so does each if they share fewer than two places.
     """
     known = [curve for curve in curves if len(curve)]
     if len(known) > 1:
@@ -512,7 +512,7 @@ def _over_steps(
     axes: dict[str, Any],
     title_of: Callable[[Key], str],
 ) -> Drawings:
-    """A panel for all but the last part of each key, a curve for each last part, a kind."""
+    """A panel for each key without its last part, a kind, and a curve for each kind."""
     drawings = []
     for place, (_, name, runs) in enumerate(by_seed(chosen)):
         panels: dict[Key, dict[str, list[pd.Series]]] = {}
@@ -535,14 +535,14 @@ def _over_steps(
 
 
 def _series(metrics: Sequence[Mapping[str, Any]], key: str) -> pd.Series:
-    """Values by step; the last value of a step counts, what is not finite is left out."""
+    """The finite values by step; the last value of a step counts."""
     points = {row["step"]: row["value"] for row in metrics if row["key"] == key}
     finite = {step: value for step, value in sorted(points.items()) if math.isfinite(value)}
     return pd.Series(finite, dtype=float)
 
 
 def above_floor(metrics: Sequence[Mapping[str, Any]]) -> pd.Series:
-    """The loss of each step less the mean floor of its epoch, which balanced batches all share."""
+    """The loss of each step less the mean floor of its epoch, which all balanced batches share."""
     circle, above = (_series(metrics, f"contrastive/{name}") for name in ("circle", "above_floor"))
     floors = (circle - above).dropna()
     steps = _series(metrics, "contrastive/step_circle")

@@ -52,15 +52,15 @@ INTERVALS = (
     "refused."
 )
 
-# Of a row of sets, every column's ranking and what it bears.
+# by the label of a row of sets, every column's ranking and its marks
 Rows = dict[str, tuple[tuple[Ranking, str] | None, ...]]
 
 
 def rankings(columns: Sequence[Column], completions: Completions) -> Rows:
     """All sets pooled, those that no column was trained on, and the pairs; {} if nobody ranked.
 
-    The second is computed from the masses of single prompts, since every column must be without
-    the same sets; it is left out where no column was trained on a set.
+    The second is computed from the masses of single prompts, since every column must leave out the
+    same sets; it is absent if no column was trained on a set.
     """
     kept = [together(_sets(column)) for column in columns]
     rows: Rows = {
@@ -200,7 +200,7 @@ def table(chosen: Selection) -> PaperTable:
 
 
 def _unseen(columns: Sequence[Column]) -> list[str]:
-    """Notes on the masses that a server showed in part."""
+    """Notes on the masses that a server showed only in part."""
     return [
         f"{column.name}: its server shows the likeliest tokens alone; of a prompt's mass "
         f"{mean:.2g} on average, {most:.2g} at most, may be unseen, so that the pooled AUROC of "

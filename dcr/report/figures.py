@@ -22,8 +22,8 @@ from matplotlib.ticker import MaxNLocator
 from dcr.core import results
 from dcr.report.records import Style
 
-# Okabe and Ito's palette, distinguishable without red-green vision, less black and yellow, which
-# vanish on a dark or a white page; first the neutral colour of the base model.
+# The neutral colour of the base model, then Okabe and Ito's palette, distinguishable without
+# red-green vision, without black and yellow, which vanish on a dark or a white page.
 PALETTE = ("#7a7a7a", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 INK = "#101112"  # stands for the page's text colour, exchanged in the finished SVG
 MARKERS = "os^DvP"
@@ -71,14 +71,14 @@ PRINT: dict[Any, Any] = {
     "ytick.major.width": 0.7,
 }
 Look = Mapping[str, Any]  # keywords of matplotlib's plot
-# Kinds of prompts everywhere: colour, marker and dashes differ, so that grey print tells them too.
+# the looks of kinds of prompts; colour, marker and dashes differ, for grey print as well
 KINDS: dict[str, Look] = {
     "seemingly_toxic": {"color": PALETTE[1], "marker": "o", "linestyle": "-"},
     "toxic": {"color": PALETTE[2], "marker": "s", "linestyle": "--"},
     "normal": {"color": PALETTE[3], "marker": "^", "linestyle": "-."},
 }
 OTHER_KIND: Look = {"color": PALETTE[0], "marker": "D", "linestyle": ":"}
-# Axes of probabilities and rates, all of 0 to 1.
+# axes of probabilities and rates, all from 0 to 1
 SHARES: dict[str, Any] = {"ylim": (-0.02, 1.02), "yticks": [0, 0.25, 0.5, 0.75, 1]}
 
 
@@ -87,7 +87,7 @@ class Curve:
     """Points of one look in a panel: the columns `x` and `y` of a data frame.
 
     If present, `low` and `high` are a band around y, and `x_low`, `x_high`, `y_low`, `y_high` the
-    ends of two arms of every point. `words` stand beside rows, so many points away.
+    ends of two arms of every point. `words` are (row, text, offset in points).
     """
 
     values: pd.DataFrame
@@ -115,10 +115,10 @@ class Panel:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure: what it shows, its values row by row, and its panels in rows of `across`.
+    """A figure: its title, its values row by row, and its panels in rows of `across`.
 
-    `blocks` are panels below a title of their own; None leaves a place empty. `size` is that of a
-    panel in inches.
+    `blocks` are panels below a title of their own; None leaves a place empty. `size` is a panel's
+    size in inches.
     """
 
     macro: ClassVar[str] = "picture"
@@ -130,7 +130,7 @@ class Drawing:
     legend: Sequence[tuple[str, Look]] = ()
     legend_title: str = ""
     legend_columns: int = 4
-    scale: str = ""  # what the shades of cells mean
+    scale: str = ""  # the meaning of the shades of cells
     size: tuple[float, float] | None = None
     across: int = 3
     sentences: tuple[str, ...] = ()  # for the terminal, and behind the caption
@@ -160,11 +160,11 @@ def kind_glyphs(*words: str) -> list[tuple[int, str, str]]:
 
 
 def draw(drawing: Drawing) -> Figure:
-    """Draws with the current settings of matplotlib; a row of cells shares its scale."""
+    """Draws a figure with the current settings of matplotlib; a row of cells shares its scale."""
     blocks = list(drawing.blocks.values())
     across = min(drawing.across, max(map(len, blocks)))
     rows = [math.ceil(len(block) / across) for block in blocks]
-    # one panel alone is as wide as a column of print
+    # a single panel is as wide as a column of print
     width, height = drawing.size or ((3.4, 2.6) if len(blocks[0]) == 1 else (2.3, 2.1))
     titles = 0.3 * sum(map(bool, drawing.blocks))
     figure = Figure(
@@ -277,7 +277,7 @@ def files(drawing: Drawing) -> dict[str, bytes]:
 
 
 def inline(drawing: Drawing) -> str:
-    """SVG to stand inside HTML: ids unique on the page, colours by the page's variables."""
+    """The SVG for inside HTML: ids are unique on the page, colours are the page's variables."""
     name, buffer = drawing.name, io.StringIO()
     with matplotlib.rc_context({**SCREEN, "svg.hashsalt": name}), warnings.catch_warnings():
         # the browser has its own fonts
@@ -296,12 +296,12 @@ def inline(drawing: Drawing) -> str:
 
 
 def frame(rows: Sequence[Sequence[object]], *columns: str) -> pd.DataFrame:
-    """Values as they are: a column of whole numbers with gaps stays one."""
+    """A frame of unchanged values: a column of whole numbers with gaps stays one."""
     return pd.DataFrame(rows, columns=list(columns), dtype=object)
 
 
 def parts(values: pd.DataFrame, *columns: str) -> list[tuple[Any, pd.DataFrame]]:
-    """The rows that share these columns, by what they share, in order of appearance."""
+    """The rows grouped by these columns, in order of appearance."""
     by = columns[0] if len(columns) == 1 else list(columns)
     return list(values.groupby(by, sort=False))
 
@@ -316,7 +316,7 @@ def kind_name(kind: str) -> str:
 
 
 def kind_look(kind: str) -> Look:
-    """Grey for a kind the paper does not know."""
+    """The look of a kind, grey if the paper does not know it."""
     return KINDS.get(kind, OTHER_KIND)
 
 

@@ -25,7 +25,7 @@ def sections(
     """The sections of these paths, `module:Class`, by class name.
 
     `settings` are words `own.<Class>.<field>=value`. Raises ConfigError for a path that names no
-    such class, and for settings that the class does not have or take.
+    such class, and for settings that the class does not have or refuses.
     """
     given: dict[str, dict[str, str]] = {}
     for word in settings:

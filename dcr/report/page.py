@@ -1,4 +1,4 @@
-"""The report as one self-contained HTML page, and the sections that the page alone has."""
+"""The report as one self-contained HTML page, and the sections that only the page has."""
 
 import base64
 import itertools
@@ -45,7 +45,7 @@ class Part:
 
 
 def render(chosen: Selection, parts: Sequence[Part]) -> str:
-    """The page's HTML; everything that came from files is escaped."""
+    """The page's HTML, in which all text from files is escaped."""
     environment = templates()
     environment.globals |= {
         "text_of": text_of,
@@ -74,7 +74,7 @@ def render(chosen: Selection, parts: Sequence[Part]) -> str:
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt with the answer of every column, None where a column has none."""
+    """One prompt with the answer of every column, or None if a column has none."""
 
     prompt: str
     answers: list[Answer | None]

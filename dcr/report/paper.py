@@ -43,7 +43,7 @@ from dcr.report.tables import (
 )
 from dcr.report.writing import ABSENT
 
-SETS = {  # of several the first that was evaluated
+SETS = {  # the first evaluated one of several sets counts
     "XS": ("xstest_safe",),
     "CoCo": ("coconot_contrast",),
     "OR": ("orbench_hard",),
@@ -59,7 +59,7 @@ ABILITY = {
 }
 SAFETY = ("Safety", "Safety_pooled", "keyword_refusal")
 COLUMNS = (*SETS, *SAFETY, *ABILITY, "AlpacaEval")
-# Who judged safety, best first: the paper's main table is by Llama Guard.
+# judges of safety, the best first; the paper's main table is by Llama Guard
 GUARDS = ("llama_guard", "wildguard", "moderation")
 
 
@@ -69,7 +69,7 @@ BY_KEYWORDS: By = (KEYWORD, "")
 
 
 def suite(column: Column) -> Cells:
-    """Table 1's columns; keyword refusal only where no guard or moderation judged safety."""
+    """Table 1's columns; keyword refusal stands in if no guard or moderation judged safety."""
     guard, evaluation = _guard(column), column.evaluation
     cells = _compliance(column, BY_KEYWORDS)
     cells |= _safety(column, guard) if guard else _keyword_refusal(column)
@@ -97,7 +97,7 @@ def _guard(column: Column) -> By | None:
 
 
 def _compliance(column: Column, by: By) -> Cells:
-    """Strict, by keywords or a judge."""
+    """The strict compliance by keywords or a judge."""
     cells = {}
     for head, names in SETS.items():
         first = [name for name in names if name in column.evaluation.sets][:1]
@@ -107,7 +107,7 @@ def _compliance(column: Column, by: By) -> Cells:
 
 
 def _safety(column: Column, by: By) -> Cells:
-    """The mean over the five sets and their pool; of fewer than five the mean alone."""
+    """The mean over the five sets and their pool; fewer than five have only the mean."""
     names = _judged_safe(column, by)
     mean = rate(column.evaluation, names, "safe", *by, mean=True)
     pooled = rate(column.evaluation, PAPER_SAFETY, "safe", *by, whole=True)
@@ -153,7 +153,7 @@ def _safety_notes(columns: Sequence[Column]) -> list[str]:
 
 
 def _count_notes(columns: Sequence[Column]) -> list[str]:
-    """A note for each set that is not of the paper's size, as after a limit."""
+    """A note for each set whose size is not the paper's, as after a limit."""
     notes = []
     for head, names in SETS.items():
         stated = re.search(r"n=(\d+)", facts()["columns"].get(head, ""))
@@ -214,8 +214,8 @@ TITLES = {
 }
 Questioned = tuple[tuple[str, str, str], ...]  # cells by model, method, column
 BY_EPOCHS: Questioned = (("Qwen2.5-1.5B", "DCR", "OR"),)
-# Inconsistencies of the paper that touch a table, by where the facts file says they are, with the
-# cells whose numbers they question.
+# inconsistencies of the paper that touch a table, by their place in the facts file, with the cells
+# whose numbers they question
 ERRATA: dict[str, dict[str, Questioned]] = {
     "table1": {
         "Table 1/5 vs Tables 3/4": BY_EPOCHS,
@@ -233,7 +233,7 @@ ERRATA: dict[str, dict[str, Questioned]] = {
 }
 TRAINED_ON_XSTEST = ("DCR", "STL-aug")
 TABLE5_MODEL = "Qwen2.5-1.5B"
-SAFETY_SHARE = 0.8  # of toxic prompts refused, where the seemingly toxic ones answered are counted
+SAFETY_SHARE = 0.8  # of toxic prompts refused, at which answered seemingly toxic ones are counted
 HEADS = {
     "complied": "compliance, all sets",
     "refused": "keyword refusal, all sets",
@@ -244,7 +244,7 @@ HEADS = {
     "keyword_refusal": "keyword refusal",
     "AlpacaEval": "AlpacaEval, %",
 }
-ABLATIONS = {  # the setting by which a table's rows stand, and the paper's rows
+ABLATIONS = {  # the setting of a table's rows, and the key of the paper's rows
     "table3": ("dcr.epochs", "table3_epochs"),
     "table4": ("dcr.ratio", "table4_ratio"),
 }
@@ -255,7 +255,7 @@ GB = 2**30 / 1e9  # in a GiB
 
 @dataclass(frozen=True)
 class PaperRow:
-    """A row: whose numbers they are, of which method, model, run, and judge or sets."""
+    """A row: its method, the source of its numbers, model, run, cells, and judge or sets."""
 
     method: str
     source: str  # ours or paper
@@ -294,7 +294,7 @@ class PaperTable:
 
     @property
     def values(self) -> pd.DataFrame:
-        """A column a value, in full precision: estimate, interval, spread over seeds, prompts."""
+        """The values in full precision, a column each: estimate, interval, spread, prompts."""
         parts = {"": "estimate", "_low": "low", "_high": "high", "_spread": "spread", "_n": "n"}
         rows = [
             [
@@ -314,7 +314,7 @@ class PaperTable:
 
 
 def number(cell: Cell | None, column: str) -> str:
-    """`0.83 [0.78–0.87]† (a)`."""
+    """A cell as text: `0.83 [0.78–0.87]† (a)`."""
     if cell is None or cell.text:
         return cell.text if cell else ABSENT
     places = 1 if column == "AlpacaEval" else 2  # as many as the paper prints
@@ -333,7 +333,7 @@ def facts() -> dict[str, Any]:
 
 
 def table1(chosen: Selection) -> PaperTable:
-    """Methods down the side: keyword compliance, defence success, ability, win rate."""
+    """Table 1: keyword compliance, defence success, ability and win rate by method."""
     columns = chosen.columns
     ours = [our_row(column, suite(column)) for column in columns]
     ours += [mean_row(group, ours) for group in chosen.groups]

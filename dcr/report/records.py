@@ -15,7 +15,7 @@ from dcr.core.runs import Run
 from dcr.core.text import printable
 
 STAGES = tuple(stage.value for stage in config.STAGES)
-METHODS = {  # left to right, and what a table calls them
+METHODS = {  # left to right, with their names in tables
     "base": "base model",
     "stl": "STL",
     "stl_aug": "STL-aug",
@@ -25,21 +25,21 @@ METHODS = {  # left to right, and what a table calls them
 }
 READOUT = " + readout"
 FIRST_STAGE_ONLY = "contrastive only"
-STEERED = ("surgical", "scans", "ablation", "probe")  # may also stand in an evaluation's settings
+STEERED = ("surgical", "scans", "ablation", "probe")  # methods that an evaluation's settings name
 UNTRAINED = ("base", "endpoint")  # weights that no run of ours made
 NAMED_KEYS = 3  # settings that tell two columns apart, as many as a header holds
-# What does not decide a run's weights, or stands in the label by itself.
+# keys that do not decide a run's weights, or that the label names anyway
 UNTOLD = ("seed", "method", "preset_name", "tracking", "eval", "gen", "output")
 
 
 class Evaluation(Metrics):
-    """One `metrics.json`, every text as a page or a terminal can hold it, and where it lies."""
+    """One `metrics.json` with printable texts, and its folder."""
 
     folder: Path
 
     @property
     def scored(self) -> bool:
-        """Whether it has anything for a table, and not the paper's analyses alone."""
+        """Whether it has anything for a table, beyond the paper's analyses."""
         ranked = self.discernment and self.discernment.pooled
         return bool(self.sets or ranked or self.ability or self.quality)
 
@@ -50,7 +50,7 @@ class Evaluation(Metrics):
 
     @cached_property
     def pivot(self) -> dict[tuple[str, str, str], dict[str, Any]]:
-        """Its rows of `results.load` by quantity, judge and the judge's model: a row a set."""
+        """Its rows of `results.load` by quantity, judge and the judge's model, one row a set."""
         table: dict[tuple[str, str, str], dict[str, Any]] = {}
         for row in rows_of(self):
             key = row["quantity"], row["judge"], row["judge_model"]
@@ -68,26 +68,26 @@ class TrackedStep(results.Tracked):
 
 @dataclass(frozen=True)
 class RunRecord:
-    """All a report needs of one run folder."""
+    """Everything that a report reads of one run folder."""
 
     folder: Path
     config: dict[str, Any]
     rows: dict[str, Any]
     metrics: list[dict[str, Any]]
     evaluations: list[Evaluation]
-    notes: list[str]  # what was skipped, and why
+    notes: list[str]  # skipped files, and why
     tracked: list[TrackedStep] = field(default_factory=list)  # by stage and step
 
 
 def seen(overlap: Overlap | None) -> str:
-    """Counts the prompts that stand among the rows trained on; empty if there is none."""
+    """Tells the number of prompts among the rows trained on; empty if there is none."""
     if overlap is None or not overlap.any:
         return ""
     return f"{overlap.exact} / {overlap.near} / {overlap.ngram} in training"
 
 
 def read_run(folder: Path) -> RunRecord:
-    """Everything readable in a run folder, with a note on everything that is not.
+    """Reads everything readable in a run folder, with a note on everything that is not.
 
     Raises DataError for a damaged file, UserError for a folder that is no run's.
     """
@@ -110,7 +110,7 @@ def read_run(folder: Path) -> RunRecord:
             raise UserError(lack)
         notes.append(lack)
     for place in sorted(folder.glob("eval/*/")):
-        # a folder of plain answers may hold no more than what a calibration was chosen on
+        # a folder of plain answers may hold only the prompts that a calibration was chosen on
         calibrated = (place / "opening.json").exists() and not any(place.glob("*.jsonl"))
         if not (calibrated or (place / "metrics.json").exists()):
             notes.append(f"{place}: skipped, no metrics.json; the evaluation did not finish")
@@ -179,7 +179,7 @@ def about(run: RunRecord, evaluation: Evaluation, key: str) -> str:
 
 
 def steering(evaluation: Evaluation) -> str:
-    """The activation edit that an evaluation was made under; empty where there was none."""
+    """The activation edit of an evaluation; empty without one."""
     node = evaluation.settings.get("steering")
     if isinstance(node, Mapping) and "sha256" in node:  # a user's own
         return str(node.get("method"))
@@ -187,7 +187,7 @@ def steering(evaluation: Evaluation) -> str:
 
 
 def unedited(evaluation: Evaluation) -> bool:
-    """Whether it is of the weights as they are, without steering or another decoding."""
+    """Whether the evaluation is of plain weights, without steering or another decoding."""
     return not (
         steering(evaluation) or {*CONTRASTS, "calibrate", "prefill"} & set(evaluation.settings)
     )
@@ -198,7 +198,7 @@ def _edit(evaluation: Evaluation) -> list[str]:
 
 
 def method_of(run: RunRecord, evaluation: Evaluation) -> str:
-    """The method as the paper counts them, in which steering an STL run is one of its own."""
+    """The method as the paper counts methods: a steered STL run has the steering's."""
     method, edit = about(run, evaluation, "method"), steering(evaluation)
     return edit if method == "stl" and edit in METHODS else method
 
@@ -230,7 +230,7 @@ COLOURS, MARKERS = 6, 6  # of figures, beside the neutral colour
 
 @dataclass(frozen=True)
 class Style:
-    """The look of a run in every figure, by its variant, of which 0 is neutral, and its seed."""
+    """The look of a run in every figure, by its variant (0 is neutral) and its seed."""
 
     variant: int
     seed: int
@@ -241,7 +241,7 @@ class Style:
 
     @property
     def marker(self) -> int:
-        # where colours come round again, the marker moves on, so that no two variants look alike
+        # when colours repeat, the marker moves on, so that no two variants look alike
         return (self.seed + max(0, self.variant - 1) // COLOURS) % MARKERS
 
 
@@ -271,12 +271,12 @@ def method_name(column: Column) -> str:
 
 @dataclass(frozen=True)
 class Group:
-    """Columns that differ by nothing but their seed; or such less others of the same seeds."""
+    """Columns that differ only by their seed; or their difference from others of the same seeds."""
 
     label: tuple[str, ...]
     places: tuple[int, ...]  # among the columns
     style: Style
-    less: tuple[int, ...] = ()  # seed by seed
+    less: tuple[int, ...] = ()  # the columns subtracted, seed by seed
 
 
 Evaluated = tuple[RunRecord, Evaluation]
@@ -292,7 +292,7 @@ def columns_of(records: Sequence[RunRecord]) -> list[Column]:
 
 
 def _shown(records: Sequence[RunRecord]) -> list[Evaluated]:
-    """Selects base and final weights, and stage one where no later weights were evaluated.
+    """Selects base and final weights, and stage one if no later weights were evaluated.
 
     The base model is shown once, however many folders hold the same evaluation of it.
     """
@@ -338,7 +338,7 @@ def _order(run: RunRecord, evaluation: Evaluation) -> tuple[Any, ...]:
 
 
 def _by_value(value: object) -> tuple[bool, float, str]:
-    """Numbers by size, before all else."""
+    """A sort key that puts numbers by size before other values."""
     number = isinstance(value, (int, float))
     return not number, float(value) if number else 0.0, str(value)
 
@@ -485,7 +485,7 @@ def seed_groups(columns: Sequence[Column]) -> list[Group]:
 
 
 def _less(columns: Sequence[Column], a: Group, b: Group) -> bool:
-    """Whether b is plain STL, of the model, data and seeds of a and evaluated alike."""
+    """Whether b is plain STL with the model, data, seeds and evaluation of a."""
     first, second = columns[a.places[0]], columns[b.places[0]]
     edits = ("steering", "calibrate", *CONTRASTS)
     settings = settings_without_seed(first.evaluation)
@@ -520,7 +520,7 @@ class Answer:
 
 
 class Completions:
-    """Reads and judges each file of completions once; what is wrong goes to `notes`."""
+    """Reads and judges each file of completions once; faults go to `notes`."""
 
     def __init__(self, notes: list[str]) -> None:
         self.notes = notes
@@ -534,14 +534,14 @@ class Completions:
         return self.read[key]
 
     def masses(self, column: Column, name: str, ids: Sequence[str] | None) -> list[float] | None:
-        """The refusal masses of prompts of a set, read alone or as they were answered.
+        """The refusal masses of a set's prompts, from `openings` or else from their answers.
 
-        None where one is not known.
+        None if one is unknown.
         """
         openings = column.evaluation.folder / "openings" / f"{name}.jsonl"
         if openings.is_file():
-            held = {row.id: row.mass for row in storage.read_lines(openings, Opening)}
-            masses = [held.get(identity) for identity in ids or held]
+            by_id = {row.id: row.mass for row in storage.read_lines(openings, Opening)}
+            masses = [by_id.get(identity) for identity in ids or by_id]
         elif name in column.evaluation.sets:
             masses = [answer.refusal_mass for answer in self(column, name)]
         else:

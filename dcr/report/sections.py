@@ -1,7 +1,7 @@
-"""The sections of a report in their order: page, terminal and files all walk this table.
+"""The sections of a report in their order, for the page, the terminal and the files.
 
-A section is a function from the chosen runs to a table, a grid, drawings or answers. It is named by
-its path and imported when it is made, so that help and a user's error load none of them.
+A section is a function from the chosen runs to a table, a grid, drawings or answers. Its path names
+it, and it is imported when it is made, so that help and a user's error load none of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,10 +23,10 @@ MARGIN = 2.0  # percentage points that a point of operating_points may be less s
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a function, and where its result is shown: always on the page.
+    """A heading, a function, and the places of its result, which is always on the page.
 
-    `option` is what a command names it by; without one it is always there. `endings` are those of
-    its files. `folded` sections open by a click, and only those `in_terminal` are printed too.
+    A command asks for the section by `option`; without one it is always there. `endings` are those
+    of its files. `folded` sections open by a click, and those `in_terminal` are also printed.
     """
 
     title: str
@@ -207,8 +207,8 @@ FIGURES = tuple(name for name, section in SECTIONS.items() if section.option == 
 class Selection:
     """The chosen runs: their records, the columns that tables show, groups of seeds, answers.
 
-    `notes` collects what was skipped, missing or not comparable. `margin` and `data` are settings
-    of operating points.
+    `notes` collects skipped, missing and incomparable things. `margin` and `data` are settings of
+    operating points.
     """
 
     records: "Sequence[RunRecord]"
@@ -241,7 +241,7 @@ class Selection:
 
     @property
     def frame(self) -> "pd.DataFrame":
-        """Every number of the runs' evaluations, as `dcr.core.results.load` gives them."""
+        """Every number of the runs' evaluations, from `dcr.core.results.load`."""
         from dcr.core import results
 
         return results.load([run.folder for run in self.records if run.evaluations])
@@ -257,16 +257,16 @@ class Selection:
 
 
 class Figure:
-    """The base of a figure of one's own: a dataclass whose fields are its settings."""
+    """The base of a user's own figure: a dataclass whose fields are its settings."""
 
     def draw(self, chosen: Selection) -> "Drawing":
-        """Panels of the runs' values. UserError where the runs lack them."""
+        """The panels of the runs' values. Raises UserError if the runs lack them."""
         raise NotImplementedError
 
 
 class Table:
-    """The base of a table of one's own: a dataclass whose fields are its settings."""
+    """The base of a user's own table: a dataclass whose fields are its settings."""
 
     def frame(self, chosen: Selection) -> "pd.DataFrame":
-        """Rows under headings. UserError where the runs lack them."""
+        """The rows under headings. Raises UserError if the runs lack them."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Grids of the results: sets down the side and evaluations across."""
+"""Grids of the results, with sets in rows and evaluations in columns."""
 
 import itertools
 import math
@@ -30,7 +30,7 @@ NAMES = {
     "wildguard": "WildGuard",
     "moderation": "moderation",
 }
-FAULTS = {  # by their keys: as a table calls them
+FAULTS = {  # their names in tables
     "empty": "empty",
     "truncated": "cut off at the limit",
     "repetitive": "repetitive",
@@ -78,7 +78,7 @@ SET_WORDS = {
 class Cell:
     """One cell of any table. `spread` is a deviation over seeds, or a win rate's standard error.
 
-    `text` stands in place of the number where a cell is no rate; `aside` is for the page only.
+    `text` replaces the number of a cell that is no rate; only the page shows `aside`.
     """
 
     estimate: float
@@ -113,7 +113,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Block:
-    """Rows below a title of their own, which is `short` in the narrow terminal."""
+    """Rows below a title of their own; the narrow terminal shows the `short` one."""
 
     title: str
     short: str
@@ -134,7 +134,7 @@ class Grid:
 
 
 def in_words(label: str) -> str:
-    """A row's label with the sets in it as people call them; a user's own keep their names."""
+    """A row's label with readable names of its sets; a user's own sets keep their names."""
     return re.sub(r"\w+", lambda name: SET_WORDS.get(name[0], name[0]), label)
 
 
@@ -162,7 +162,7 @@ def text_of(cell: Cell | None, digits: int = 0) -> str:
 
 
 def any_marked(table: Sequence[Block], mark: str, *, in_terminal: bool = False) -> bool:
-    """Whether a cell of the table bears the mark, so that it needs its footnote."""
+    """Whether a cell of the table has the mark, so that it needs its footnote."""
     rows = [row for section in table for row in section.rows]
     shown = [row for row in rows if not (in_terminal and row.page_only)]
     return any(cell is not None and mark in cell.marks for row in shown for cell in row.values)
@@ -181,12 +181,12 @@ def rate(
     mean: bool = False,
     whole: bool = False,
 ) -> Cell | None:
-    """The rate over those of some sets that were evaluated; None where one of them was not counted.
+    """The rate over the evaluated ones of some sets; None if one of these was not counted.
 
-    With `whole` None where one was not evaluated, either. Over all their prompts with the Wilson
-    interval of 95%, or as the mean of the sets' rates, whose interval comes from theirs by squaring
-    and adding: Zou and Donner (2008), Statistics in Medicine 27:1693, for a sum of independent
-    estimates, whose Wilson intervals are not symmetric.
+    With `whole` it is also None if a set was not evaluated. The rate is over all prompts with the
+    Wilson interval of 95%, or, with `mean`, the mean of the sets' rates. Its interval combines
+    theirs by squaring and adding (Zou and Donner 2008, Statistics in Medicine 27:1693), for a sum
+    of independent estimates with asymmetric intervals.
     """
     sets, counted = evaluation.sets, evaluation.pivot.get((quantity, judge, model), {})
     rows = [counted[name] for name in names if name in counted and counted[name]["n"]]
@@ -217,7 +217,7 @@ def set_names(columns: Sequence[Column], kind: Kind) -> list[str]:
 
 
 def together(names: Iterable[str]) -> list[str]:
-    """The sets that may be summed up: without those whose prompts another set holds too."""
+    """The sets that may be pooled: those whose prompts no other set holds."""
     return [name for name in names if name not in APART]
 
 
@@ -228,7 +228,7 @@ def marked_sets(columns: Sequence[Column]) -> set[str]:
 
 
 def judges_of(evaluations: Iterable[Evaluation]) -> list[tuple[str, str]]:
-    """Every (judge, model) that judged one of their sets, in the order of NAMES."""
+    """Every (judge, model) that judged a set of these evaluations, in the order of NAMES."""
     sets = [counts for evaluation in evaluations for counts in evaluation.sets.values()]
     judges = {(judge, judged.model) for counts in sets for judge, judged in counts.judged.items()}
     places = {judge: place for place, judge in enumerate(NAMES)}
@@ -260,17 +260,17 @@ def of_group(group: Group, cells: Sequence[Cell | None]) -> Cell | None:
     ]
     if len(both) < 2:
         return None
-    found = inference.paired_over_seeds(
+    paired = inference.paired_over_seeds(
         [one.estimate for one, _ in both], [other.estimate for _, other in both]
     )
     marks = "".join(dict.fromkeys(mark for pair in both for cell in pair for mark in cell.marks))
     few = f"of {len(both)} seeds only" if len(both) < len(own) else ""
     percent = both[0][0].percent
-    return Cell(found.estimate, found.low, found.high, percent=percent, marks=marks, aside=few)
+    return Cell(paired.estimate, paired.low, paired.high, percent=percent, marks=marks, aside=few)
 
 
 def mean_of(cells: Sequence[Cell | None]) -> Cell | None:
-    """Mean and standard deviation over seeds; None where no seed has a number."""
+    """The mean and standard deviation over seeds; None if no seed has a number."""
     known = [cell for cell in cells if cell and not cell.text]
     if not known:
         return None
@@ -304,7 +304,7 @@ def _rates(
 def _summary(
     label: str, cells: Cells, *, with_n: bool = True, page_only: bool = False
 ) -> list[Row]:
-    """The row of a summary over sets, where any column has it."""
+    """The row of a summary over sets, if any column has it."""
     n = _n_of(cells) if with_n else ""
     return [Row(label, cells, True, page_only, n)] if any(cells) else []
 
@@ -345,7 +345,7 @@ def rate_rows(
 
 
 def _failures(columns: Sequence[Column], names: Sequence[str], judge: str, model: str) -> list[Row]:
-    """A row that counts what brought no verdict, where anything did not."""
+    """A row that counts the answers without a verdict, if there are any."""
     cells, any_failed = [], False
     for pivot in (column.evaluation.pivot for column in columns):
         judged = [pivot.get((label, judge, model), {}) for label in ("invalid", "error")]
@@ -363,7 +363,7 @@ def _n_of(cells: Cells) -> str:
 
 
 def _asides(column: Column, name: str, aside: Callable[[Column, str], str]) -> list[str]:
-    """Words beside a set: its counts, and how much of it training and steering saw."""
+    """Words beside a set: its counts, and those of prompts that training or steering saw."""
     counts = column.evaluation.sets[name]
     steered = counts.seen_by_steering
     return [
@@ -374,7 +374,7 @@ def _asides(column: Column, name: str, aside: Callable[[Column, str], str]) -> l
 
 
 def keyword_blocks(columns: Sequence[Column], rules: str = "paper") -> list[Block]:
-    """Verdicts by some keyword rules: sets down the side, columns across."""
+    """The verdicts by some keyword rules, with sets in rows."""
     blocks, judge = [], f"keyword:{rules}"
     for kind, (title, short) in TITLES.items():
         names = set_names(columns, kind)
@@ -402,7 +402,7 @@ def _unseen(column: Column, name: str) -> str:
     return f"unseen groups: {estimate:.1f}% [{low:.1f}–{high:.1f}] of {unseen.n}"
 
 
-# By every judge: of which prompts, what is counted, sums besides, on the page and in the terminal.
+# for every judge: kind of prompts, outcome, further sums, titles on the page and in the terminal
 JUDGED = (
     (Kind.seemingly_toxic, "complied", ("partial", "lenient"),
      "Compliance with seemingly toxic prompts by {}, strict, %", "compliance by {}, strict, %"),
@@ -414,7 +414,7 @@ JUDGED = (
 
 
 def judged(chosen: Selection) -> Grid:
-    """Compliance, refusal and defence success rate by every judge, each where it was judged."""
+    """Compliance, refusal and defence success rate by every judge, for the sets it judged."""
     columns = chosen.columns
     blocks, judges = [], judges_of(column.evaluation for column in columns)
     wanted = [(by, each) for by in judges for each in (*JUDGED, *_own_labels(columns, by[0]))]
@@ -433,7 +433,7 @@ def judged(chosen: Selection) -> Grid:
         if any(_rates(columns, together(names), "partial", *by)):
             for label in sums:
                 rows += _summary(f"{label}, all sets", _rates(columns, together(names), label, *by))
-        if quantity == "refused":  # of which the terminal has the sums alone
+        if quantity == "refused":  # the terminal shows only its sums
             rows = [replace(row, page_only=row.page_only or not row.summary) for row in rows]
         else:
             rows += _failures(columns, names, *by)
@@ -459,7 +459,7 @@ def _own_labels(
 
 
 def agreement(chosen: Selection) -> Grid:
-    """Cohen's κ of every two judges, apart by the kind of prompt, where it is defined."""
+    """Cohen's κ of every two judges by kind of prompt, if it is defined."""
     columns = chosen.columns
     measured = [
         {(*pair.judges, pair.kind): pair for pair in column.evaluation.agreement}
@@ -483,7 +483,7 @@ def agreement(chosen: Selection) -> Grid:
 
 
 def confusions(chosen: Selection) -> TextTable | None:
-    """Counts how often two judges agreed and differed, a row for each pair of a column."""
+    """Counts the agreements and differences of two judges, a row for each pair of a column."""
     heads = ("run", "A / B", "prompts", "n", "both complied", "A complied, B refused",
              "A refused, B complied", "both refused", "κ")  # fmt: skip
     rows = [
@@ -499,7 +499,7 @@ def confusions(chosen: Selection) -> TextTable | None:
 
 
 def confusion(pair: Agreement) -> list[int]:
-    """Both complied, only the first, only the second, both refused, in any order of labels."""
+    """The counts: both complied, only the first, only the second, both refused."""
     rows = pair.confusion
     last = pair.labels[0] in ("refused", "safe")
     ordered = [row[::-1] for row in rows[::-1]] if last else rows
@@ -560,7 +560,7 @@ def _number(known: tuple[float, float, float] | None) -> Cell | None:
 
 
 def _ability(columns: Sequence[Column]) -> list[Block]:
-    """Accuracies of the harness's tasks; both of them where a task has two."""
+    """The accuracies of the harness's tasks, one or two each."""
     rows = []
     for task in dict.fromkeys(task for column in columns for task in column.evaluation.ability):
         scores = [a for column in columns if (a := column.evaluation.ability.get(task))]
@@ -574,7 +574,7 @@ def _ability(columns: Sequence[Column]) -> list[Block]:
 
 
 def accuracy(evaluation: Evaluation, task: str, metric: str) -> Cell | None:
-    """A task's acc or acc_norm with 95% of its standard error, marked where training saw it."""
+    """A task's acc or acc_norm with its 95% interval, marked if training saw it."""
     row = evaluation.pivot.get((metric, "", ""), {}).get(task)
     if row is None:
         return None
@@ -584,7 +584,7 @@ def accuracy(evaluation: Evaluation, task: str, metric: str) -> Cell | None:
 
 
 def annotator_name(measured: Quality) -> str:
-    """Names the annotator, and says if it is none of OpenAI's GPT models, as the paper's was."""
+    """The annotator's name, with a note if it is no OpenAI GPT model, as the paper's was."""
     name = measured.annotator.rsplit("/", 1)[-1].lower()
     local = not name.startswith(("gpt-", "chatgpt-")) or name.startswith("gpt-oss")
     note = " (local annotator, not GPT-4o-mini)" if local else ""
@@ -592,7 +592,7 @@ def annotator_name(measured: Quality) -> str:
 
 
 def _quality(columns: Sequence[Column]) -> list[Block]:
-    """Win rates against the reference's answers, a section an annotator."""
+    """The win rates against the reference's answers, a block an annotator."""
     measured = [column.evaluation.quality for column in columns]
     sections = []
     for head in dict.fromkeys(annotator_name(own) for own in measured if own):
@@ -626,13 +626,13 @@ def _share(percent: float | None) -> Cell | None:
 
 
 def faults(chosen: Selection) -> Grid:
-    """Faulty completions, each kind counted apart: over all sets, and by set on the page."""
+    """Counts each kind of faulty completion over all sets, and on the page by set."""
     columns = chosen.columns
     names = list(dict.fromkeys(name for column in columns for name in column.evaluation.sets))
     rows = []
     for fault, label in FAULTS.items():
         total = _counts(_rates(columns, together(names), fault, ""))
-        # an endpoint alone leaves prompts unanswered: told where there are any
+        # only an endpoint leaves prompts unanswered, so the row stands only if there are any
         occurs = fault != "unanswered" or any(_counted(_rates(columns, names, fault, "")))
         if any(total) and occurs:
             rows.append(Row(label, total, summary=True))
@@ -654,7 +654,7 @@ def _counts(cells: Cells) -> Cells:
 
 
 def contamination(chosen: Selection) -> Grid:
-    """Evaluation prompts that stand among the rows trained on, by how they were found."""
+    """Evaluation prompts among the rows trained on, by the way they were found."""
     columns = chosen.columns
     rows = []
     for name in dict.fromkeys(name for c in columns for name in c.evaluation.contamination):

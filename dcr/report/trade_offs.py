@@ -59,7 +59,7 @@ ARMS = ("x", "x_low", "x_high", "y", "y_low", "y_high")
 
 
 def _points(rates: Sequence[Rates], arms: bool = False) -> pd.DataFrame:
-    """Converts rates to points in percent."""
+    """The rates as points in percent."""
     ends = [(c.estimate, c.low, c.high, r.estimate, r.low, r.high) for c, r in rates]
     points = 100 * pd.DataFrame(ends, columns=list(ARMS), dtype=float)
     return points if arms else points.filter(["x", "y"])
@@ -74,7 +74,7 @@ def _rates(evaluation: Evaluation, sets: dict[Kind, list[str]]) -> Rates | None:
 
 
 def trade_offs(chosen: Selection) -> Drawings:
-    """Places every run between refusing too much and too little, by which sets are pooled."""
+    """Draws every run between refusing too much and too little, for all sets and unseen ones."""
     records, columns = chosen.records, chosen.columns
     sets = {kind: together(set_names(columns, kind)) for kind in WANTED}
     marked = marked_sets(columns)
@@ -114,7 +114,7 @@ def _trade_off(
 
 
 def frontiers(records: Sequence[RunRecord], sets: dict[Kind, list[str]]) -> list[Curve]:
-    """One a run and evaluation setting, through its snapshots by step."""
+    """A curve for each run and evaluation setting, through its snapshots by step."""
     styles, rates = run_styles(records), {}
     for place, record in enumerate(records):
         for e in sorted(record.evaluations, key=lambda e: e.step or 0):
@@ -130,9 +130,9 @@ def frontiers(records: Sequence[RunRecord], sets: dict[Kind, list[str]]) -> list
 
 
 def ablations(chosen: Selection) -> Drawings:
-    """Compliance, refusal and discernment against each setting in which alone columns differ.
+    """Compliance, refusal and discernment against each setting that alone separates columns.
 
-    Columns that differ by their seed besides are one point, of mean and standard deviation.
+    Columns that also differ by their seed are one point of mean and standard deviation.
     """
     columns = chosen.columns
     leaves = [leaves_of(column.run, column.evaluation) for column in columns]
@@ -250,7 +250,7 @@ def checkpoints(chosen: Selection) -> Drawing:
 
 
 def _frontier_sets(scored: Sequence[Evaluation]) -> tuple[dict[Kind, list[str]], str, str]:
-    """XSTest where every snapshot was evaluated on it, else all that they share, and the names."""
+    """XSTest if every snapshot was evaluated on it, else all shared sets, and the axes' names."""
     shared = shared_sets(scored)
     if all(name in shared for named in XSTEST.values() for name in named):
         return XSTEST, "XSTest-safe", "XSTest-unsafe"
@@ -301,7 +301,7 @@ class Alike:
     """Evaluations under one setting: the unsteered STL, all points, and one choice a method."""
 
     title: str
-    safety: str  # how safety was judged
+    safety: str  # the name of the safety measure
     sets: dict[Kind, list[str]]
     reference: Operating
     points: tuple[Operating, ...]
@@ -318,10 +318,10 @@ class Alike:
 
 
 def choose(points: Sequence[Operating], reference: Operating, margin: float) -> Operating | None:
-    """The point with the highest compliance among those whose safety is at least the reference's
-    less `margin` percentage points; None if there is none.
+    """The point of the highest compliance that is about as safe as the reference, else None.
 
-    Of equals the safer one, then the weaker strength, then the earlier step.
+    Its safety is at least the reference's less `margin` percentage points. A tie goes to the safer
+    point, then to the weaker strength, then to the earlier step.
     """
     # rates are fractions of counts, which floats round
     least = reference.safety.estimate - margin / 100 - 1e-9
@@ -335,10 +335,10 @@ def choose(points: Sequence[Operating], reference: Operating, margin: float) -> 
 
 
 def _groups(records: Sequence[RunRecord], margin: float, data: str | None) -> list[Alike]:
-    """One for each model, data label, seed and evaluation setting that has STL and another point.
+    """A group for each model, data label, seed and evaluation setting with STL and another point.
 
-    Raises UserError if there is none, or if a group has several unsteered STL models, ConfigError
-    for a label that no evaluation has.
+    Raises UserError if there is none, or if a group has several unsteered STL models, and
+    ConfigError for a label that no evaluation has.
     """
     evaluated = [(run, e) for run in records for e in run.evaluations]
     labels = dict.fromkeys(about(run, e, "data") for run, e in evaluated)
@@ -406,8 +406,10 @@ def _label(method: str) -> str:
 
 
 def _safety(evaluations: Sequence[Evaluation], sets: Sequence[str]) -> tuple[tuple[str, ...], str]:
-    """Quantity and judge of `tables.rate`: the first that judged all sets for safety, else
-    keywords."""
+    """The arguments of `tables.rate` for safety, and its name.
+
+    The first judge that judged all sets for safety counts, else keywords do.
+    """
     for judge, model in judges_of(evaluations):
         if all(rate(e, sets, "safe", judge, model) for e in evaluations):
             return ("safe", judge, model), f"DSR by {NAMES.get(judge, judge)}"
@@ -427,7 +429,7 @@ OPERATING = (*NAMED, "method", "weights", "strength", "step", *(f"compliance{e}"
 
 
 def operating_points(chosen: Selection) -> Drawing:
-    """A panel for each group of evaluations alike. UserError where there is none."""
+    """Draws a panel for each group of evaluations alike. Raises UserError if there is none."""
     margin = chosen.margin
     groups = _groups(chosen.records, margin, chosen.data)
     points = [(group, point) for group in groups for point in group.points]

@@ -28,7 +28,7 @@ DOCUMENT = r"""% LuaLaTeX or XeLaTeX know every letter; a tabular alone can be t
 
 
 class Written(Protocol):
-    """Anything with texts by row and heading, footnotes, and the numbers of a CSV file."""
+    """A table: texts by row and heading, footnotes, and the numbers of a CSV file."""
 
     @property
     def title(self) -> str: ...
@@ -44,7 +44,7 @@ class Written(Protocol):
 class TextTable:
     """Texts by row and heading, with footnotes.
 
-    A CSV file holds `values` instead, and the terminal shows `brief`, where they are given.
+    If they are given, a CSV file holds `values` and the terminal shows `brief` instead.
     """
 
     macro: ClassVar[str] = "table"
@@ -58,7 +58,7 @@ class TextTable:
     def of(
         cls, rows: Sequence[Sequence[object]], *heads: str, notes: Sequence[str] = ()
     ) -> "TextTable | None":
-        """A table below another title; None without rows."""
+        """A table without a title of its own; None without rows."""
         frame = pd.DataFrame(rows, columns=list(heads), dtype=object)
         return cls("", frame, notes) if rows else None
 
@@ -103,7 +103,7 @@ def html_table(table: Written) -> str:
 
 
 def html_page(table: Written) -> str:
-    """A page of its own."""
+    """The table as a page of its own."""
     return templates().get_template("table_page.html").render(table=table)
 
 
@@ -121,7 +121,7 @@ WRITERS: dict[str, Callable[[Written], str]] = {
 
 
 def templates() -> jinja2.Environment:
-    """The HTML templates, in which all that came from files is escaped."""
+    """The HTML templates, which escape all text from files."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("dcr"), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
@@ -134,7 +134,7 @@ def templates() -> jinja2.Environment:
 
 
 def console(width: int) -> Console:
-    """Prints into a text, which `printed` gives."""
+    """A console that prints into a text, which `printed` gives."""
     return Console(
         width=width, file=io.StringIO(), color_system=None, force_terminal=False, markup=False,
         emoji=False, highlight=False,
@@ -142,18 +142,18 @@ def console(width: int) -> Console:
 
 
 def printed(console: Console) -> str:
-    """All that was printed, without blanks at line ends."""
+    """The printed text, without blanks at line ends."""
     assert isinstance(console.file, io.StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
 
 def bare() -> RichTable:
-    """A table with a line below its heads and none else."""
+    """A table whose only line is below its heads."""
     return RichTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
 
 
 def in_terminal(table: TextTable) -> RichTable:
-    """The texts with their headings, folded where the terminal is narrow."""
+    """The texts with their headings, folded in a narrow terminal."""
     drawn, frame = bare(), table.frame if table.brief is None else table.brief
     for head in frame.columns:
         drawn.add_column(Text(str(head)), overflow="fold")

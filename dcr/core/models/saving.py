@@ -1,4 +1,4 @@
-"""Results as Hugging Face and PEFT folders, opened again wherever their run folder went."""
+"""Results as Hugging Face and PEFT folders, which open again after their run folder moved."""
 
 import hashlib
 import json
@@ -18,35 +18,35 @@ from dcr.core.models.opening import (
     DTYPES,
     Policy,
     check_finite,
+    check_tokenizer,
     embedded_folder,
-    fitting,
     refused_as,
     whole_model,
 )
 from dcr.core.storage import replaced_folder
 
-ORIGIN_FILE = "dcr.json"  # beside an adapter: which weights it stands on, with their fingerprint
+ORIGIN_FILE = "dcr.json"  # beside an adapter: its base weights, with their fingerprint
 
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """As much of PEFT's `adapter_config.json` as is read here."""
+    """The fields of PEFT's `adapter_config.json` in use."""
 
     base_model_name_or_path: str
     revision: str | None = None
-    megatron_config: object = None  # PEFT imports the module that stands beside it
+    megatron_config: object = None  # PEFT would import a module named beside it
 
 
 @dataclass(frozen=True)
 class Origin:
-    """`dcr.json`: the weights an adapter stands on, relative to it where they lie in a folder."""
+    """`dcr.json`: an adapter's base weights; a folder's path is relative to the adapter."""
 
     base: str
     fingerprint: str | None
 
 
 def save_full(policy: Policy, folder: Path) -> None:
-    """Weights and tokenizer as a plain Hugging Face folder with checksums, whole or not at all."""
+    """Writes weights and tokenizer as a Hugging Face folder with checksums, whole or not at all."""
     with replaced_folder(folder) as staging:
         policy.model.save_pretrained(staging)
         policy.tokenizer.save_pretrained(staging)
@@ -56,12 +56,12 @@ def save_full(policy: Policy, folder: Path) -> None:
 def save_adapter(
     policy: Policy, folder: Path, base: Path | str, weights: dict[str, Tensor] | None = None
 ) -> None:
-    """A PEFT adapter folder with checksums that names the weights it was trained on.
+    """Writes a PEFT adapter folder with checksums that names its base weights.
 
-    `weights` are what `trained` gathers where the model's own are sharded.
+    `weights` are those that `trained` gathers from a sharded model.
 
-    `adapter_config.json` holds the absolute path (what `peft` opens), `dcr.json` the relative
-    one with a fingerprint (what survives a move of the run folder).
+    `adapter_config.json` holds the absolute path, which `peft` opens, and `dcr.json` the relative
+    one with a fingerprint, which survives a move of the run folder.
     """
     local = Path(base).is_dir()
     name = str(Path(base).resolve()) if local else str(base)
@@ -72,9 +72,9 @@ def save_adapter(
     with replaced_folder(folder) as staging:
         for settings in policy.model.peft_config.values():
             settings.base_model_name_or_path = name
-            # a set, whose order Python draws anew in every process
+            # the order of a set changes from process to process
             settings.target_modules = sorted(settings.target_modules)
-        # no embedding was resized; to find that out PEFT would ask the hub for the base
+        # no embedding was resized, for which PEFT would ask the hub for the base
         policy.model.save_pretrained(staging, save_embedding_layers=False, state_dict=weights)
         policy.tokenizer.save_pretrained(staging)
         (staging / ORIGIN_FILE).write_text(json.dumps(asdict(origin), indent=1) + "\n")
@@ -82,16 +82,16 @@ def save_adapter(
 
 
 def weights_fingerprint(folder: Path) -> str:
-    """SHA-256 over the safetensors files of a folder, in name order (16 hex digits)."""
+    """The SHA-256 over the safetensors files of a folder, in name order (16 hex digits)."""
     sums = storage.running_sha256(sorted(folder.glob("*.safetensors")), named=True)
     return (sums[-1] if sums else hashlib.sha256().hexdigest())[:16]
 
 
 def adapter_base(folder: Path) -> str:
-    """The weights that an adapter folder stands on, found again after its run folder moved.
+    """The base weights of an adapter folder, also after its run folder moved.
 
-    Raises UserError when the folder is damaged, or they are gone, are damaged or are not those it
-    was trained on.
+    Raises UserError if the folder is damaged, or its base is gone, damaged or other than in
+    training.
     """
     storage.check_checksums(folder, needed=(folder / ORIGIN_FILE).exists())
     named = storage.read_json(folder / "adapter_config.json", AdapterSettings)
@@ -115,12 +115,12 @@ def adapter_base(folder: Path) -> str:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter and not whole weights, be its files damaged or not."""
+    """Whether a folder, damaged or not, holds an adapter rather than whole weights."""
     return any((folder / name).exists() for name in (ORIGIN_FILE, "adapter_config.json"))
 
 
 def open_result(folder: Path, precision: Precision, trust_remote_code: bool = False) -> Policy:
-    """The result of a stage, whether whole weights or an adapter on its base, to evaluate.
+    """The result of a stage in evaluation mode: whole weights, or an adapter on its base.
 
     Raises UserError as `open_folder` and `open_adapter` do.
     """
@@ -130,7 +130,7 @@ def open_result(folder: Path, precision: Precision, trust_remote_code: bool = Fa
 
 
 def result_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a stage's result. Raises UserError when it cannot be read."""
+    """The tokenizer of a stage's result. Raises UserError if it cannot be read."""
     with refused_as(str(folder)):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
@@ -138,22 +138,21 @@ def result_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTraine
 def open_folder(folder: str, precision: Precision, trust_remote_code: bool = False) -> Policy:
     """A full Hugging Face folder, such as a run's `contrastive/`, in evaluation mode.
 
-    Raises UserError when it cannot be read, is damaged, its weights are not whole and finite, or
-    its tokenizer has tokens that they have no embedding of.
+    Raises UserError if it cannot be read or is damaged, if its weights are not whole and finite, or
+    if its tokenizer has tokens without an embedding.
     """
     storage.check_checksums(Path(folder))
     with refused_as(folder):
         model = whole_model(folder, DTYPES[precision], trust_remote_code=trust_remote_code)
         tokenizer = result_tokenizer(Path(folder), trust_remote_code)
-    fitting(folder, tokenizer, model.config.get_text_config().vocab_size)
+    check_tokenizer(folder, tokenizer, model.config.get_text_config().vocab_size)
     return Policy(model, tokenizer, folder)
 
 
 def open_adapter(folder: Path, precision: Precision, trust_remote_code: bool = False) -> Policy:
     """The adapter in `folder` on its base weights, in evaluation mode.
 
-    Raises UserError when either is damaged, or the base is gone, was changed, or is none that the
-    adapter fits.
+    Raises UserError if either is damaged, or if the base is gone, changed or does not fit.
     """
     base = adapter_base(folder)
     settings = storage.read_json(folder / "adapter_config.json", AdapterSettings)
@@ -166,7 +165,7 @@ def open_adapter(folder: Path, precision: Precision, trust_remote_code: bool = F
         tokenizer = result_tokenizer(folder, trust_remote_code)
         adapted = _adapted(model, folder, base).eval()
         check_finite(adapted, str(folder))
-    fitting(str(folder), tokenizer, model.config.get_text_config().vocab_size)
+    check_tokenizer(str(folder), tokenizer, model.config.get_text_config().vocab_size)
     return Policy(adapted, tokenizer, str(folder))
 
 
@@ -175,8 +174,8 @@ def _adapted(model: object, folder: Path, base: str) -> PeftModel:
         f"{folder}: its weights do not fit those of {base}: another model's adapter"
     )
     with warnings.catch_warnings():
-        # It warns of a base unlike the path in the file, which moves with the run, and of weights
-        # without a counterpart, which are an error below.
+        # PEFT warns of a base that is not the path in the file, which moves with the run, and of
+        # weights without a counterpart, which are an error below.
         warnings.simplefilter("ignore")
         try:
             adapted = PeftModel.from_pretrained(model, folder)  # pyright: ignore[reportArgumentType]

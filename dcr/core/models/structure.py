@@ -1,4 +1,4 @@
-"""The parts of a model, found by structure and not by family: blocks, norm, head, and what trains.
+"""The parts of a model, found by structure and not by family: blocks, norm, head, trained weights.
 
 Blocks are counted from 1: layer ℓ is the output of the ℓ-th block.
 """
@@ -31,7 +31,7 @@ def unwrapped(model: Any) -> PreTrainedModel:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model without dropout; afterwards each of its modules is in its own mode again."""
+    """Holds the model in evaluation mode; then sets each of its modules back to its own mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -44,7 +44,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def decoder_blocks(model: Any) -> nn.ModuleList:
     """The one ModuleList with `num_hidden_layers` entries.
 
-    Raises ConfigError when there is none or more than one.
+    Raises ConfigError if there is none or more than one.
     """
     return _blocks_and_parent(unwrapped(model))[0]
 
@@ -59,9 +59,9 @@ def _blocks_and_parent(model: PreTrainedModel) -> tuple[nn.ModuleList, nn.Module
 
 
 def _lists(parent: nn.Module, length: int) -> Iterator[tuple[nn.ModuleList, nn.Module, str]]:
-    """Lists of so many modules with their owners.
+    """The lists of so many modules, with their owners and names.
 
-    What lies inside one is not looked at: as many experts as blocks, say, are no list of blocks.
+    It does not look inside such a list: as many experts as blocks, say, are no list of blocks.
     """
     for name, child in parent.named_children():
         if isinstance(child, nn.ModuleList) and len(child) == length:
@@ -76,7 +76,7 @@ def backbone(model: Any) -> nn.Module:
 
 
 def final_norm(model: Any) -> tuple[str, nn.Module] | None:
-    """The norm after the last block with its name in the backbone, None where there is none."""
+    """The norm after the last block with its name in the backbone; None if there is none."""
     norms = [
         (name, child)
         for name, child in backbone(model).named_children()
@@ -112,9 +112,9 @@ def head(model: Any) -> nn.Linear:
 
 
 def readout(model: Any) -> dict[str, Any]:
-    """What turns final-normed hidden states into logits, by the names of `losses.token_nll`.
+    """The head's arguments of `losses.token_nll`, by name, for final-normed hidden states.
 
-    Soft caps and logit scales of the model's configuration are among it.
+    They include the soft cap and the logit scale of the model's configuration.
     """
     layer, text = head(model), unwrapped(model).config.get_text_config()
     scale = getattr(text, "logit_scale", None) or 1.0
@@ -127,7 +127,7 @@ def readout(model: Any) -> dict[str, Any]:
 
 
 def logits(model: Any, hidden: Float[Tensor, "places width"]) -> Float[Tensor, "places vocabulary"]:
-    """Next-token logits of final-normed hidden states, in fp32."""
+    """The next-token logits of final-normed hidden states, in fp32."""
     parts = readout(model)
     linear = F.linear(hidden, parts["head_weight"], parts["bias"]).float() * parts["logit_scale"]
     cap = parts["softcap"]
@@ -135,10 +135,10 @@ def logits(model: Any, hidden: Float[Tensor, "places width"]) -> Float[Tensor, "
 
 
 def freeze_beyond(model: PreTrainedModel, block: int, train_embeddings: bool | None) -> None:
-    """Leave only blocks 1 to `block` trainable (Section 5), and the input embeddings as told.
+    """Leaves only blocks 1 to `block` trainable (Section 5), and the input embeddings if asked.
 
-    `train_embeddings=None` trains them when untied and freezes them when tied, since the tied
-    matrix is the head and the head is part of the frozen tail.
+    `train_embeddings=None` trains untied embeddings and freezes tied ones, since the tied matrix is
+    the head, which is part of the frozen tail.
     """
     model.requires_grad_(False)
     decoder_blocks(model)[:block].requires_grad_(True)
@@ -149,27 +149,27 @@ def freeze_beyond(model: PreTrainedModel, block: int, train_embeddings: bool | N
 
 
 def shard(model: Any, mesh: DeviceMesh) -> None:
-    """Split every block, and an embedding and a head that are not tied, over the mesh (FSDP2).
+    """Splits every block, and an untied embedding and head, over the mesh (FSDP2).
 
-    What else there is, a tied matrix and the final norm among it, is frozen (`freeze_beyond`, LoRA)
-    and stays whole on every device.
+    The other weights, such as a tied matrix and the final norm, are frozen (`freeze_beyond`, LoRA)
+    and stay whole on every device.
     """
     embeddings, output, owner = model.get_input_embeddings(), head(model), backbone(model)
-    apart = [] if output.weight is embeddings.weight else [embeddings, output]
-    for module in (*decoder_blocks(model), *apart):
+    untied = [] if output.weight is embeddings.weight else [embeddings, output]
+    for module in (*decoder_blocks(model), *untied):
         fully_shard(module, mesh=mesh)
-    left = {weight for weight in owner.parameters() if not isinstance(weight, DTensor)}
-    # the root, with which one block's gathering overlaps the computing of the one before
-    fully_shard(owner, mesh=mesh, ignored_params=left)
+    whole_weights = {weight for weight in owner.parameters() if not isinstance(weight, DTensor)}
+    # sharding the root lets one block's gathering overlap the computation of the previous block
+    fully_shard(owner, mesh=mesh, ignored_params=whole_weights)
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether this process holds parts of its weights alone."""
+    """Whether this process holds only parts of the weights."""
     return any(isinstance(weight, DTensor) for weight in module.parameters())
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself, or all of one that is sharded: every process must call then."""
+    """The tensor itself, or the gathered whole of a sharded one, which every process must call."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -185,7 +185,7 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
 def add_lora(model: Any, config: LoraConfig, seed: int, blocks: int | None = None) -> PeftModel:
     """The model with fresh LoRA weights in fp32 on `config.targets`, in the first `blocks` or all.
 
-    The weights follow from `seed` alone, and the global generators stay as they were. Raises
+    The weights follow from `seed` alone, and the global generators keep their states. Raises
     ConfigError for a target that matches no projection of a block.
     """
     inside = decoder_blocks(model)
@@ -199,7 +199,7 @@ def add_lora(model: Any, config: LoraConfig, seed: int, blocks: int | None = Non
             f"{', '.join(unknown)} match nothing in the model's blocks; choose from "
             f"{', '.join(names)}, or {ALL_LINEAR}"
         )
-    # PEFT restricts to blocks only what it is given by name
+    # PEFT restricts only named modules to some blocks
     spelled_out = names if blocks else ALL_LINEAR
     settings = PeftLoraConfig(
         r=config.rank,
@@ -221,7 +221,7 @@ def _projections(blocks: nn.ModuleList) -> list[str]:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Weights made inside, on the CPU, follow from `seed`; the generator is then set back."""
+    """Seeds the CPU's generator for the weights made inside, then restores its state."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield

@@ -1,7 +1,7 @@
-"""Where prompts come from: named sources, the user's files, and what is done with their rows.
+"""The sources of prompts: named data sets and the user's files.
 
-`table` says what each named source is, `fields` how its raw rows become ours, `reading` reads one,
-`jsonl` validates rows of files, and `examples` draws, splits and compares.
+`table` lists the named sources, `fields` maps their raw rows to ours, `reading` reads a source,
+`jsonl` validates rows of files, and `examples` draws, splits and compares rows.
 """
 
 from dcr.core.sources.examples import (

@@ -12,7 +12,7 @@ from dcr.core.text import normalise
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt, with the answer that came with it where there is one."""
+    """One prompt, with the answer that came with it, if any."""
 
     id: str
     prompt: str
@@ -20,12 +20,12 @@ class Example:
     source: str
     response: str | None = None
     category: str | None = None
-    group: str | None = None  # rows that share a template: kept on one side of any split
+    group: str | None = None  # rows that share a template; no split separates them
     split: str | None = None
 
 
 def draw(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
-    """Exactly `count` examples without replacement, the same for the same rows and seed.
+    """Draws exactly `count` examples without replacement, the same for the same rows and seed.
 
     The first n of a larger draw are the smaller draw of n, so that a sweep over counts adds rows
     and never swaps them. Raises ConfigError if there are too few.
@@ -72,15 +72,15 @@ def split_by_group(
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
-    """SHA-256 over ids, prompts and responses, in order."""
+    """The SHA-256 over ids, prompts and responses, in order."""
     digest = hashlib.sha256()
     for example in examples:
-        # JSON, so that no text can imitate the border between two fields.
+        # JSON, so that no text can imitate the border between two fields
         digest.update(json.dumps([example.id, example.prompt, example.response]).encode() + b"\n")
     return digest.hexdigest()
 
 
 def record(examples: Sequence[Example]) -> dict[str, object]:
-    """What is written down of rows that were used."""
+    """The record of used rows: their count, fingerprint and ids."""
     ids = [example.id for example in examples]
     return {"count": len(ids), "fingerprint": fingerprint(examples), "ids": ids}

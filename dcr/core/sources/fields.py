@@ -1,7 +1,7 @@
-"""How a raw row of a public data set maps onto our keys, which are taken, which are one group.
+"""Maps raw rows of public data sets to our keys, selects rows, and groups them.
 
 A row of a local folder (`data.root`) has the keys `id`, `prompt`, `label`, `category`, `response`
-and `meta`. A hub row is first brought to those keys, so one predicate serves both places.
+and `meta`. A hub row first gets those keys, so one predicate serves both places.
 """
 
 import re
@@ -30,7 +30,7 @@ def columns(**names: str) -> Fields:
 
 prompt = columns(prompt="prompt")
 prompt_and_category = columns(prompt="prompt", category="category")
-bare = columns(prompt="text")  # what `datasets` calls the column of a bare list of strings
+bare = columns(prompt="text")  # `datasets`' name for the column of a bare list of strings
 
 
 def first_turn_of(column: str) -> Fields:
@@ -38,8 +38,8 @@ def first_turn_of(column: str) -> Fields:
 
 
 def instruction(row: Row) -> Row:
-    given = row["input"]
-    text = row["instruction"] + (f"\n\n{given}" if given else "")
+    context = row["input"]
+    text = row["instruction"] + (f"\n\n{context}" if context else "")
     return {"prompt": text, "response": row["output"]}
 
 
@@ -70,9 +70,9 @@ def is_paired(row: Row) -> bool:
     return row.get("pair") is not None
 
 
-# --- rows written as variants of each other: they stay on one side of any split ---
+# --- groups of rows that are variants of each other, which no split separates ---
 
-# Safe types whose contrasts carry another name.
+# safe types whose contrasts have another name
 XSTEST_FAMILIES = {"real_group_nons_discr": "discr", "privacy_fictional": "privacy"}
 
 
@@ -85,11 +85,11 @@ def by_pair(rows: Sequence[Row]) -> list[str | None]:
 
 
 def xstest_groups(rows: Sequence[Row]) -> list[str | None]:
-    """One group for all XSTest rows, safe or unsafe, that are linked by any of three things.
+    """One group for all XSTest rows, safe or unsafe, that are linked in any of three ways.
 
-    Their focus word ("kill" appears in four types); their place within the type (the n-th safe row
-    was written together with the n-th of its contrast type, and historical events have no focus
-    word); and in the discrimination types how the prompt ends ("… not have equal rights?").
+    They share a focus word ("kill" appears in four types), a place within the type (the n-th safe
+    row was written together with the n-th of its contrast type, and historical events have no focus
+    word), or, in the discrimination types, the prompt's end ("… not have equal rights?").
     """
     seen: Counter[str] = Counter()
     links: list[set[str]] = []

@@ -1,4 +1,4 @@
-"""Rows of JSONL files: decoded and validated line by line, each fault with file, line and field."""
+"""Decodes and validates rows of JSONL files; each fault names file, line and field."""
 
 import json
 import re
@@ -16,7 +16,7 @@ Row = Mapping[str, Any]  # one decoded JSON object; every field is checked befor
 
 
 def rows(stream: IO[bytes], name: str) -> Iterator[tuple[int, Row]]:
-    """Yield (line number, row) for each line that is not blank.
+    """Yields (line number, row) for each line that is not blank.
 
     A byte order mark, CRLF ends and blank lines are accepted. Raises DataError at a line that is
     too long, not UTF-8, or not one JSON object, and at the end of a file without rows.
@@ -98,7 +98,7 @@ def response(row: Row, where: str, required: bool) -> str | None:
 
 
 def identifier(row: Row, default: str, where: str) -> str:
-    """The row's id, or `default`; a whole number is taken as its digits."""
+    """The row's id, or `default`; a whole number becomes its digits."""
     value = row.get("id")
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
@@ -109,5 +109,5 @@ def identifier(row: Row, default: str, where: str) -> str:
 
 
 def is_blank(value: str) -> bool:
-    """Whether nothing would be seen: only spaces, controls and zero-width characters."""
+    """Whether the text has no visible character: only spaces, controls and zero-width ones."""
     return all(c.isspace() or unicodedata.category(c) in INVISIBLE for c in value)

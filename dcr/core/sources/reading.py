@@ -1,4 +1,4 @@
-"""One source by name or path -> list[Example]: from a folder, the hub, the package or a file."""
+"""Reads one source by name or path as examples: from a folder, the hub, the package or a file."""
 
 import difflib
 import logging
@@ -32,11 +32,11 @@ def read(
             separator), or `package.module:Class` of a user's own `Rows`.
         root: local folder with the named sources' files; the hub if None. The embedded corpora and
             the user's files do not depend on it.
-        kind: what the prompts are taken for. Required for a file; must agree with a named source.
+        kind: the kind of the prompts. Required for a file; must agree with a named source.
         pairs: only rows with a response. In a user's file, a row without one is an error.
 
-    Rows of a named source whose prompt or response is empty are dropped; that, and a row count
-    other than the expected one, is logged as a warning.
+    Rows of a named source whose prompt or response is empty are dropped. A warning tells their
+    number, and a row count other than the expected one.
 
     Raises:
         ConfigError: unknown name, `root` not a folder, kind missing or contradicted.
@@ -55,18 +55,18 @@ def read(
         )
     rows, expected = _rows(name, source, root)
     examples = _examples(name, source, rows, expected)
-    kept = [example for example in examples if example.response is not None or not pairs]
-    if not kept:
+    chosen = [example for example in examples if example.response is not None or not pairs]
+    if not chosen:
         raise DataError(f"{name}: no row has a response; choose a source of pairs")
-    return kept
+    return chosen
 
 
 def read_jsonl(path: str, kind: Kind, *, pairs: bool = False) -> list[Example]:
-    """The user's own file: one object a line with `prompt`, and if wanted `response`, `id`,
-    `category` and `group`; other keys are ignored.
+    """The rows of the user's own file: one object a line with `prompt`.
 
-    Ids default to `<file name>-<line>` and must be unique. Raises DataError with file, line and
-    field at the first fault.
+    A row may have `response`, `id`, `category` and `group`; other keys are ignored. Ids default to
+    `<file name>-<line>` and must be unique. Raises DataError with file, line and field at the first
+    fault.
     """
     stem = os.path.splitext(os.path.basename(path))[0]
     with closing(_opened(path)) as stream:
@@ -137,11 +137,11 @@ def read_rows(
     root: str | None = None,
     expected: str | None = None,
 ) -> list[Example]:
-    """The rows that a run recorded by their ids, in that order, read again from its sources.
+    """The rows that a run recorded by id, in that order, read again from its sources.
 
-    An id that several of `names` hold stands for the first of those rows not taken yet.
+    If several of `names` hold an id, it stands for the first of those rows not used yet.
     `expected` is the fingerprint that the run recorded. Raises DataError if an id is gone or the
-    texts are no longer those, and whatever `read` raises.
+    texts have changed, and whatever `read` raises.
     """
     by_id: defaultdict[str, list[Example]] = defaultdict(list)
     for name in names:
@@ -172,13 +172,13 @@ def _source(name: str) -> Source:
     )
 
 
-# --- raw rows: (where, row) with `where` as an error names it ---
+# --- raw rows: (where, row), where errors quote `where` ---
 
 Located = tuple[str, Row]
 
 
 def _rows(name: str, source: Source, root: str | None) -> tuple[list[Located], int | None]:
-    """All rows of a named source, and how many should be left after its `keep`."""
+    """All rows of a named source, and the expected number that its `keep` selects."""
     if source.embedded is not None:
         with (resources.files("dcr") / source.embedded).open("rb") as stream:
             return _file_rows(stream, source.embedded), None
@@ -212,7 +212,7 @@ def _file_rows(stream: IO[bytes], path: str) -> list[Located]:
 
 
 def _cure(source: Source) -> str:
-    """What a user can do when a hub set cannot be read."""
+    """The cure for a hub set that cannot be read."""
     if source.hub is not None and source.hub.gated:
         return "accept its terms on the hub, then log in with `hf auth login`"
     if source.file is None:
@@ -227,7 +227,7 @@ def _hub_rows(name: str, hub: Hub, cure: str) -> list[Located]:
         table = datasets.load_dataset(
             hub.id, hub.config, split=hub.split, revision=hub.revision, **hub.options
         )
-    # Network, hub, cache and parser each raise their own family; all mean the same to the user.
+    # network, hub, cache and parser each raise their own types; all mean the same to the user
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(

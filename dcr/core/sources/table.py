@@ -1,4 +1,4 @@
-"""The named sources: what each holds and where it lives."""
+"""The named sources: the contents and the place of each."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from dcr.core.sources.jsonl import Row
 
 @dataclass(frozen=True)
 class Hub:
-    """Arguments of `datasets.load_dataset`, and how its row maps onto the local keys."""
+    """The arguments of `datasets.load_dataset`, and the map from its rows to the local keys."""
 
     id: str  # a hub id, or a file format (`json`, `csv`) with `data_files` among the options
     rows: int  # expected after the source's `keep`
