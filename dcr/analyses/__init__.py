@@ -22,7 +22,7 @@ class Phrases(Enum):
 
 
 class Normalise(Enum):
-    """What a kernel's norms are divided by (A.6)."""
+    """The divisor of a kernel's norms (A.6)."""
 
     observer = "observer"
     symmetric = "symmetric"
@@ -60,7 +60,7 @@ class KernelConfig:
 
 @dataclass
 class SeparabilityConfig:
-    """How well two classes come apart, block by block (A.9)."""
+    """The separability of two classes, block by block (A.9)."""
 
     pooling: Pooling = Pooling.last
     # of each kind; null: all

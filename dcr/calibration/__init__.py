@@ -21,7 +21,7 @@ class CalibrationConfig:
 
 
 def relations(settings: EvalConfig) -> Iterator[str]:
-    """What contradicts `calibrate`."""
+    """The contradictions of `calibrate` with other settings."""
     if settings.calibrate is None:
         return
     named, prompts = f"calibrate={settings.calibrate}", settings.node(CalibrationConfig)

@@ -1,6 +1,6 @@
-"""Where a block can be read and edited, and hidden states taken out of a forward pass.
+"""Reads and edits blocks at their sites, and takes hidden states out of a forward pass.
 
-Places are found by structure, not by family. HF's `hidden_states[ℓ]` is the output of block ℓ for
+Sites are found by structure, not by family. HF's `hidden_states[ℓ]` is the output of block ℓ for
 every ℓ below the depth; after the last block HF applies the final norm and this module does not.
 """
 
@@ -44,10 +44,10 @@ Change = Callable[[Tensor], Tensor | None]
 
 
 def hook(model: Any, site: Site, block: int, change: Change) -> RemovableHandle:
-    """From now on `change` sees each tensor at the site, and what it returns takes its place.
+    """Lets `change` replace each tensor at the site by its result, until the handle is removed.
 
-    None leaves the tensor. `block` counts from 1. Raises ConfigError where a block has no such
-    part.
+    A result of None leaves the tensor. `block` counts from 1. Raises ConfigError if a block has no
+    such part.
     """
     module: nn.Module = models.decoder_blocks(model)[block - 1]
     if site is Site.block_input:
@@ -100,14 +100,15 @@ def _part(model: Any, block: nn.Module, site: Site) -> nn.Module:
 
 @contextmanager
 def captured(model: Any, block: int) -> Iterator[list[Tensor]]:
-    """While open, every forward pass appends the output of `block` ([batch, length, width]).
+    """Gives a list to which every forward pass appends the output of `block` while open.
 
-    The tensors stay in the autograd graph; the hook is gone on leaving, also by an exception.
+    The outputs, [batch, length, width], stay in the autograd graph. The hook goes at the end, also
+    after an exception.
     """
-    taken: list[Tensor] = []
-    handle = hook(model, Site.block_output, block, taken.append)
+    outputs: list[Tensor] = []
+    handle = hook(model, Site.block_output, block, outputs.append)
     try:
-        yield taken
+        yield outputs
     finally:
         handle.remove()
 
@@ -131,18 +132,18 @@ def states(
     site: Site = Site.block_output,
     until: int | None = None,
 ) -> Float[Tensor, "blocks batch places width"]:
-    """What stands at `places` (indices into the padded rows) in blocks 1 to `until` (None: all).
+    """The hidden states at `places` (indices into the padded rows) of blocks 1 to `until`.
 
-    One forward pass without gradient that ends at block `until` and computes no logits. In fp32,
-    on the device of the ids.
+    `until` None reads all blocks. One forward pass without gradient ends at block `until` and
+    computes no logits. The states are fp32 on the device of the ids.
     """
     last = until or len(models.decoder_blocks(model))
-    taken: list[Tensor] = []
+    by_block: list[Tensor] = []
     rows = torch.arange(len(ids))[:, None]
 
     def take(hidden: Tensor) -> None:
         here = hidden.device
-        taken.append(hidden[rows.to(here), places.to(here)].float().to(ids.device))
+        by_block.append(hidden[rows.to(here), places.to(here)].float().to(ids.device))
 
     with ExitStack() as stack, torch.no_grad():
         for block in range(1, last + 1):
@@ -151,7 +152,7 @@ def states(
         # the first token of each row is at position 0 however it is padded
         placed = batching.placed(trunk, batching.positions(mask))
         trunk(input_ids=ids, attention_mask=mask.long(), use_cache=False, **placed)
-    return torch.stack(taken)
+    return torch.stack(by_block)
 
 
 def per_row(model: Any) -> bool:

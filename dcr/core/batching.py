@@ -1,4 +1,4 @@
-"""What every batch needs: padding, positions, a context's room, and less when memory ends."""
+"""Helpers of every batch: padding, positions, the context's length, and halving without memory."""
 
 import inspect
 import logging
@@ -37,37 +37,37 @@ def padded(
 def attention_mask(
     sequences: Sequence[Sequence[int]], left: bool = False
 ) -> Bool[Tensor, "batch length"]:
-    """True where a token stands. Never derived from ids: a pad id can be a real end token."""
+    """True for a token, False for padding; not derived from ids, as a pad id can be a token."""
     return padded([[1] * len(s) for s in sequences], 0, left).bool()
 
 
 def positions(
     mask: Shaped[Tensor, "batch length"],
 ) -> Int[Tensor, "batch length"]:
-    """Of each token its place in its row: the first is at 0 however the row is padded."""
+    """Each token's position in its row; the first token has 0 whatever the padding."""
     return (mask.long().cumsum(1) - 1).clamp(min=0)
 
 
 def placed(module: Any, places: Int[Tensor, "batch length"]) -> dict[str, Tensor]:
-    """The positions as an argument of a module's `forward`; none where it takes none."""
+    """The positions as an argument of a module's `forward`, or nothing if it takes none."""
     takes = "position_ids" in inspect.signature(module.forward).parameters
     return {"position_ids": places} if takes else {}
 
 
 def context_length(config: Any) -> int:
-    """How many tokens a transformers model can read; `UNLIMITED` where its config has no end."""
+    """The number of tokens that a model can read; `UNLIMITED` if its config names none."""
     return getattr(config.get_text_config(), "max_position_embeddings", None) or UNLIMITED
 
 
 def to_gpu(model: Any, accelerator: str = "auto") -> None:
-    """Moves a model there, NVIDIA's or Apple's, if there is one and the accelerator lets it."""
+    """Moves a model to a GPU, NVIDIA's or Apple's, if there is one and the accelerator lets it."""
     kind = precision.kind_of(accelerator)
     if kind == "mps" or (kind == "cuda" and torch.cuda.is_available()):
         model.to(kind)
 
 
 def check_devices(accelerator: str, devices: int) -> None:
-    """Raises ConfigError where this machine has fewer of `trainer.devices`."""
+    """Raises ConfigError if this machine has fewer devices than `trainer.devices`."""
     named = f"trainer.accelerator={accelerator} trainer.devices={devices}"
     found, cores = torch.cuda.device_count(), os.cpu_count() or 1
     if accelerator in ("gpu", "cuda") or (accelerator == "auto" and found):
@@ -83,7 +83,7 @@ def check_devices(accelerator: str, devices: int) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a smaller batch might do: torch has no error type of its own for the CPU."""
+    """Whether the error is a lack of memory, for which torch has no type of its own on a CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
@@ -92,9 +92,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 def halving(
     rows: Sequence[Row], size: int, setting: str, work: Callable[[Sequence[Row]], Done]
 ) -> Iterator[Done]:
-    """What `work` makes of `size` rows after the other; of half as many once memory runs out.
+    """Yields `work` of `size` rows at a time, and halves the size whenever memory runs out.
 
-    That is logged under the name of the `setting` that gave the size.
+    A warning names the `setting` that gave the size.
     """
     while rows:
         try:
@@ -103,7 +103,7 @@ def halving(
             if size == 1 or not is_out_of_memory(error):
                 raise
             done = None
-        if done is None:  # out here, where the error no longer holds on to tensors of its frames
+        if done is None:  # outside the clause, whose error would hold tensors of its frames
             torch.cuda.empty_cache()
             size = max(1, min(size, len(rows)) // 2)
             log.warning("out of memory: %s is now %d", setting, size)

@@ -1,4 +1,4 @@
-"""Arithmetic that follows the device: what it multiplies natively, and what `auto` settles to.
+"""The precision that `auto` settles to, by the types that the device multiplies natively.
 
     device                                   stage one   SFT, evaluation
     CUDA, compute capability 8.0 or more     mixed       bf16              as the paper
@@ -27,18 +27,18 @@ UNLIMITED = ("BF16", "FP16", "AMX", "AVX10", "DEFAULT", "ALL")
 
 @dataclass(frozen=True)
 class Device:
-    """What decides: cpu, cuda or mps, whether it multiplies bf16 natively, and that in words."""
+    """A device: cpu, cuda or mps, whether it multiplies bf16 natively, and the reason in words."""
 
     kind: str
     bf16: bool
     why: str
 
     def auto(self, use: str) -> Precision:
-        """What `auto` is for `contrastive`, `sft` or `evaluation`."""
+        """The precision of `auto` for `contrastive`, `sft` or `evaluation`."""
         return NATIVE[use] if self.bf16 else Precision.fp32
 
     def emulates(self, precision: Precision) -> bool:
-        """Whether its products are slow here; of Apple's GPU that is not known."""
+        """Whether products in this precision are emulated and slow; unknown for Apple's GPU."""
         return precision is not Precision.fp32 and not self.bf16 and self.kind != "mps"
 
 
@@ -54,7 +54,7 @@ def kind_of(accelerator: str = "auto") -> str:
 
 
 def device(accelerator: str = "auto") -> Device:
-    """The one that a command computes on. A GPU that is planned for and not here has bf16."""
+    """The device that a command computes on. A GPU that is planned for but absent has bf16."""
     kind = kind_of(accelerator)
     if kind == "mps":
         return Device(kind, False, "Apple's GPU")
@@ -71,9 +71,9 @@ def device(accelerator: str = "auto") -> Device:
 
 
 def cpu_unit() -> str | None:
-    """What multiplies bf16 in this CPU; None where nothing does, or oneDNN is kept off it.
+    """The unit that multiplies bf16 in this CPU; None without one, or if oneDNN may not use it.
 
-    `torch.ops.mkldnn._is_mkldnn_bf16_supported` says yes as well where AVX-512 emulates it.
+    `torch.ops.mkldnn._is_mkldnn_bf16_supported` is also true if AVX-512 only emulates it.
     """
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "ALL"
     if not any(part in limit.upper() for part in UNLIMITED):
@@ -83,7 +83,7 @@ def cpu_unit() -> str | None:
 
 
 def _flags() -> set[str]:
-    """What the processor can do, by torch."""
+    """The processor's instruction sets, by torch."""
     import torch
 
     if not torch.backends.mkldnn.is_available():  # on a Mac's CPU nothing else multiplies bf16
@@ -99,7 +99,7 @@ def _flags() -> set[str]:
 
 @dataclass(frozen=True)
 class Settled:
-    """The arithmetic of each use, and what a user is told of it."""
+    """The precision of each use, with a line for the user."""
 
     precisions: dict[str, Precision]
     told: str
@@ -117,9 +117,9 @@ def settled(
     recorded: Mapping[str, Precision] | None = None,
     unused: Collection[str] = (),
 ) -> Settled:
-    """By use, as named; else as the run it belongs to has it `recorded`; else as the device has it.
+    """The precision of each use: as asked, else as `recorded` by its run, else the device's.
 
-    Uses are `contrastive`, `sft` and `evaluation`; those `unused` are not spoken of.
+    Uses are `contrastive`, `sft` and `evaluation`; the line for the user leaves out those `unused`.
     """
     here, recorded = device(accelerator), recorded or {}
     reasons: dict[str, dict[str, Precision]] = {}
@@ -153,7 +153,7 @@ def _listed(precisions: Mapping[str, Precision]) -> str:
 def of_training(
     settings: TrainConfig, recorded: Mapping[str, Precision] | None = None
 ) -> tuple[TrainConfig, Settled]:
-    """The settings with what `auto` is for each stage and for the run's evaluations."""
+    """The settings with the precision of `auto` for each stage and for the run's evaluations."""
     dcr, sft = settings.dcr, settings.sft
     stages = {"contrastive": dcr.precision, "sft": sft.precision}
     trained = {  # the readout in what SFT was
@@ -172,5 +172,5 @@ def of_training(
 
 
 def evaluated_in(precision: Precision) -> Precision:
-    """What a model is evaluated in that was trained in this: `mixed` has weights in fp32."""
+    """The precision that evaluates a model trained in this one; `mixed` has weights in fp32."""
     return Precision.bf16 if precision is Precision.bf16 else Precision.fp32

@@ -1,6 +1,6 @@
-"""How many threads torch computes with: what a process may really use, and others leave free.
+"""The number of threads for torch: the cores that a process may use and others leave free.
 
-So too of memory.
+Free memory is counted in the same way.
 
 A step of two threads where another process holds one of two cores takes many times that of one
 thread, since every product waits for the slower half.
@@ -21,7 +21,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def cores() -> list[int]:
-    """Those this process may run on, by number."""
+    """The numbers of the cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
@@ -30,7 +30,7 @@ def cores() -> list[int]:
 def control_groups(root: Path = CGROUPS, own: Path = Path("/proc/self/cgroup")) -> list[Path]:
     """This process's control groups (version 2), the innermost first, as in a container or a job.
 
-    Each one's limits hold. None where there are no control groups.
+    The limits of each one hold. The list is empty without control groups.
     """
     lines = own.read_text().splitlines() if own.is_file() else []
     path = next((line.removeprefix("0::") for line in lines if line.startswith("0::")), "/")
@@ -39,7 +39,7 @@ def control_groups(root: Path = CGROUPS, own: Path = Path("/proc/self/cgroup")) 
 
 
 def quota(groups: Sequence[Path]) -> float:
-    """Cores' worth of time that control groups grant; infinite where none sets a limit."""
+    """The cores' worth of time that control groups grant; infinite if none sets a limit."""
     least = math.inf
     for file in (group / "cpu.max" for group in groups):
         most, period = file.read_text().split() if file.is_file() else ("max", "")
@@ -48,24 +48,24 @@ def quota(groups: Sequence[Path]) -> float:
 
 
 def taken(mine: list[int]) -> float:
-    """How many of these cores other processes hold: over the last minute, and still now.
+    """The number of these cores that other processes have held for a minute and still hold.
 
-    One that held them and has ended, as the command before this one, takes none.
+    A process that has ended, such as the command before this one, holds none.
     """
     now = psutil.cpu_percent(interval=LOOK, percpu=True)
     return min(sum(now[core] for core in mine if core < len(now)) / 100, os.getloadavg()[0])
 
 
 def free_bytes() -> int:
-    """Of the machine's memory what this process may still take."""
+    """The bytes of the machine's memory that this process may still take."""
     return min(psutil.virtual_memory().available, bytes_left(control_groups()))
 
 
 def bytes_left(groups: Sequence[Path]) -> int:
-    """What the limits of control groups leave, as in a container or a Slurm job.
+    """The bytes that the limits of control groups leave, as in a container or a Slurm job.
 
-    Beyond such a limit the kernel kills, and no error can be caught. The machine's free memory
-    says nothing of it.
+    Beyond such a limit the kernel kills the process, which can catch no error. The machine's free
+    memory does not show the limit.
     """
     return min(map(_left_in, groups), default=2**62)
 
@@ -82,17 +82,17 @@ def _left_in(group: Path) -> int:
 
 
 def own() -> int:
-    """As many as torch takes by itself."""
+    """The number of threads that torch takes by itself."""
     import torch
 
     return torch.get_num_threads()
 
 
 def chosen(asked: int | None, before: int | None = None) -> tuple[int, str]:
-    """How many threads, and why.
+    """The number of threads, and its reason.
 
-    `asked` is `trainer.threads`; without it OMP_NUM_THREADS, then as many as a run had `before` it
-    was stopped, which its numbers depend on to the last bit, then what is free.
+    `asked`, which is `trainer.threads`, comes first, then OMP_NUM_THREADS, then the number of a run
+    `before` it was stopped, on which its results depend to the last bit, then the free cores.
     """
     if asked:
         return asked, "trainer.threads"
@@ -111,7 +111,7 @@ def chosen(asked: int | None, before: int | None = None) -> tuple[int, str]:
 
 
 def use(asked: int | None = None, before: int | None = None) -> int:
-    """Have torch compute with the `chosen` number of threads, say so in one line, and return it."""
+    """Sets torch to the `chosen` number of threads, logs it in one line, and returns it."""
     import torch
 
     number, why = chosen(asked, before)

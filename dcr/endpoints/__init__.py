@@ -18,7 +18,7 @@ PRICE = "give USD per million tokens, or null"
 
 @dataclass
 class HTTPConfig:
-    """How every server is called."""
+    """The limits of requests to every server."""
 
     # requests at once to a server
     concurrency: int = ranged(8, positive, "give the requests under way at once, 1 or more")

@@ -53,7 +53,7 @@ class WildGuardConfig(GuardConfig):
 
 @dataclass
 class AnnotatorConfig(ServerConfig):
-    """Who compares two answers: one token with its log-probabilities, as in AlpacaEval 2."""
+    """The annotator that compares two answers by one token's log-probabilities (AlpacaEval 2)."""
 
     model: str = "gpt-4o-mini-2024-07-18"
     parameters: dict[str, Any] = field(

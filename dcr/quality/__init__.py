@@ -19,7 +19,7 @@ class QualityConfig:
 
 
 def relations(settings: EvalConfig) -> Iterator[str]:
-    """What contradicts `tasks=[quality]`."""
+    """The contradictions of `tasks=[quality]` with other settings."""
     if "quality" not in settings.tasks:
         return
     yield from cut_short(settings, "tasks=[quality]")

@@ -29,7 +29,7 @@ class ScansLayers(Enum):
 
 
 class ScansEnd(Enum):
-    """Where the instruction part of a SCANS query ends."""
+    """The end of the instruction part of a SCANS query."""
 
     user_end = "user_end"
     prompt_last = "prompt_last"
@@ -93,7 +93,7 @@ class SteeringConfig:
 
 
 def relations(settings: EvalConfig) -> Iterator[str]:
-    """What contradicts steering, and in it."""
+    """The contradictions of steering with other settings, and within it."""
     steering = settings.node(SteeringConfig)
     named = f"steering={steering.method}"
     yield from unknown("steering.method", steering.method, METHODS)

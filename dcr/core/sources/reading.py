@@ -84,7 +84,7 @@ class Rows(ABC):
 
 
 def origin(name: str) -> dict[str, Any] | None:
-    """What tells a user's own source from its other versions; None for any other."""
+    """The hash that tells a user's own source from its other versions; None for other sources."""
     return extending.origin(extending.made(name, Rows)) if is_path(name) else None
 
 
