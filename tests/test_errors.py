@@ -104,6 +104,7 @@ WHOLE = {
     "eval.py model=tiny tasks=[claims] claims.layer=3": "claims.layer=3: the model has blocks",
     "eval.py model=tiny tasks=[kernel] entk.params=[tail:4]": "entk.params=[tail:4]: the model has",
     "eval.py model=tiny tasks=[foo]": "tasks=[foo]: choose one of over_refusal, safety",
+    "eval.py model=tiny judge=[[a]]": "judge=[['a']]: give names, as in judge=[a,b]",
     "eval.py model=tiny gen.max_new_tokens=auto judge=[llm]": "gen.max_new_tokens=auto "
     "judge=[llm]: answers end where XSTest's keywords have decided; give a number of tokens",
     "eval.py model=tiny gen.max_new_tokens=all": "gen.max_new_tokens=all: give a number of tokens",

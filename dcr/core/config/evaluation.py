@@ -158,6 +158,9 @@ def _faults(config: EvalConfig) -> Iterator[str]:
 def unknown(key: str, named: str | Sequence[str], known: Sequence[str]) -> Iterator[str]:
     """Names, or one name, that are neither known under this key nor the path of a user's own."""
     names = [named] if isinstance(named, str) else named
+    if not all(isinstance(name, str) for name in names):
+        yield f"{key}={named}: give names, as in {key}=[a,b]"
+        return
     told = named if isinstance(named, str) else f"[{','.join(named)}]"
     classes = [class_of(name) for name in names]
     for name, own in zip(names, classes, strict=True):
