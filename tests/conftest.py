@@ -14,6 +14,7 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "WANDB_MODE": "offline",
     "TOKENIZERS_PARALLELISM": "false",
+    "COLUMNS": "100",  # which pytest-xdist sets to 80
 }
 
 from pathlib import Path
