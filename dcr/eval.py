@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 
 from dcr.core import config, precision, runs, storage
-from dcr.core.config import ConfigError, Method, ModelConfig, Precision
+from dcr.core.config import ConfigError, DataError, Method, ModelConfig, Precision
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.runs import Run
 from dcr.core.text import label_of
@@ -124,6 +124,9 @@ def evaluate(settings: EvalConfig, run: Run) -> None:
     found = subjects.subjects(settings, run)
     metrics.check(settings, run)
     asked = metrics.read(settings)
+    place = run.folder / "eval"
+    if place.exists() and not place.is_dir():
+        raise DataError(f"{place}: a file or a device, not a folder; move it away")
     threads.use(settings.trainer.threads)
     with storage.locked(run.folder), _claimed(settings, run), ExitStack() as stack:
         shown = None

@@ -125,10 +125,22 @@ def test_a_template_that_leaves_its_sandbox_is_refused_before_weights_are_read(
         )
     storage.write_checksums(folder)
     monkeypatch.setattr(saving, "whole_model", lambda *_, **__: pytest.fail("opened"))
-    ended = command("dcr.chat", f"run={stranger.folder}")
+    for words in (("dcr.chat",), ("dcr.export", "out=out")):
+        ended = command(*words, f"run={stranger.folder}")
+        assert ended.code == 2
+        assert "template" in ended.error
+        assert not marker.exists()
+
+
+def test_a_device_in_the_place_of_answers_is_refused_before_weights_are_read(
+    command: Command, stranger: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(stranger.folder / "eval", ignore_errors=True)
+    (stranger.folder / "eval").symlink_to("/dev/zero")
+    monkeypatch.setattr(saving, "whole_model", lambda *_, **__: pytest.fail("opened"))
+    ended = command("eval.py", f"run={stranger.folder}", *ASKED)
     assert ended.code == 2
-    assert "template" in ended.error
-    assert not marker.exists()
+    assert "eval: a file or a device, not a folder; move it away" in ended.error
 
 
 # --- text that looks like a reference ---
