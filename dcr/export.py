@@ -189,7 +189,8 @@ def export(
     if push is not None:
         _reserve(push, public)
     threads.use()
-    # a template that cannot be is told before weights are read
+    # evaluations and a template that cannot be are told before weights are read
+    evaluated(run, stage, None)
     prompts.chat_format(models.result_tokenizer(run.stage(stage), trust_remote_code), model)
     policy = models.open_result(run.stage(stage), Precision.fp32, trust_remote_code)
     if isinstance(policy.model, PeftModel):

@@ -143,6 +143,17 @@ def test_a_device_in_the_place_of_answers_is_refused_before_weights_are_read(
     assert "eval: a file or a device, not a folder; move it away" in ended.error
 
 
+def test_a_damaged_evaluation_ends_an_export_before_weights_are_read(
+    command: Command, stranger: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = stranger.evaluation("sft-damaged") / "metrics.json"
+    storage.write_text(file, "{")
+    monkeypatch.setattr(saving, "whole_model", lambda *_, **__: pytest.fail("opened"))
+    ended = command("dcr.export", f"run={stranger.folder}", "out=out")
+    assert ended.code == 2
+    assert str(file) in ended.error
+
+
 # --- text that looks like a reference ---
 
 
