@@ -35,11 +35,11 @@ class Balance:
     length: tuple[float, float]  # mean words a prompt
 
     def record(self) -> dict[str, object]:
-        """As JSON holds it."""
+        """The fields as JSON holds them."""
         return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
 
     def rows(self) -> list[tuple[str, str]]:
-        """What it holds, as a table tells it."""
+        """The fields as rows of a table."""
         return [
             ("form alone tells the kinds apart (AUROC)", _told(self.form)),
             ("single words alone (AUROC)", _told(self.words)),

@@ -34,7 +34,7 @@ NAMED: dict[str, dict[str, Any]] = {}  # paths that this process's user has name
 
 
 def ours(path: str) -> Any:
-    """What a path of our own tables names; None for no path."""
+    """The object that a path of our own tables names; None for no path."""
     if not path:
         return None
     module, _, name = path.partition(":")
@@ -113,7 +113,7 @@ def load(path: str, base: type[Part], key: str = "") -> type[Part]:
 
 @functools.cache
 def sha256(own: type) -> str:
-    """Of the source file of a user's class, as it is when the class is loaded."""
+    """The hash of the source file of a user's class, as it is when the class is loaded."""
     return hashlib.sha256(Path(inspect.getsourcefile(own) or "").read_bytes()).hexdigest()
 
 

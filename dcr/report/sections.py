@@ -4,6 +4,7 @@ A section is a function from the chosen runs to a table, a grid, drawings or ans
 it, and it is imported when it is made, so that help and a user's error load none of them.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -256,17 +257,17 @@ class Selection:
         return self.made[name]
 
 
-class Figure:
+class Figure(ABC):
     """The base of a user's own figure: a dataclass whose fields are its settings."""
 
+    @abstractmethod
     def draw(self, chosen: Selection) -> "Drawing":
         """The panels of the runs' values. Raises UserError if the runs lack them."""
-        raise NotImplementedError
 
 
-class Table:
+class Table(ABC):
     """The base of a user's own table: a dataclass whose fields are its settings."""
 
+    @abstractmethod
     def frame(self, chosen: Selection) -> "pd.DataFrame":
         """The rows under headings. Raises UserError if the runs lack them."""
-        raise NotImplementedError

@@ -51,7 +51,7 @@ class GenConfig:
 
 @dataclass
 class DeviceConfig:
-    """Where a model is evaluated."""
+    """The device that a model is evaluated on."""
 
     accelerator: str = "auto"
     devices: int = 1  # processes that share the prompts, each with the whole model on a GPU or CPU

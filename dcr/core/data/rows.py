@@ -153,7 +153,7 @@ class StageRows:
         return EpochBatches(lambda drawing: permutation(count, drawing), count, size, self.seed)
 
     def sft_step(self, rows: Sequence[PairRow]) -> list[list[PairRow]]:
-        """Of a step's pairs the micro-batches of this rank, as many as of any where it is sharded.
+        """The micro-batches of this rank among a step's pairs, equally many on all if sharded.
 
         Ranks gather weights together then, in every forward and backward pass.
         """
@@ -170,7 +170,7 @@ class StageRows:
     def contrastive_step(
         self, rows: Sequence[PromptRow]
     ) -> tuple[Sequence[PromptRow], list[PairRow]]:
-        """Of a step's prompts those of this rank, and the general pairs that anchor them."""
+        """The prompts of this rank among a step's, and the general pairs that anchor them."""
         # the anchor's rows follow from the prompts drawn, so that a resumed run repeats them
         drawing = generator(self.seed, *(len(row.ids) for row in rows))
         chosen = permutation(len(self.general), drawing)[: self.dcr.nll.general_batch_size]

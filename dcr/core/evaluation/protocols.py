@@ -63,7 +63,7 @@ class Subject(ABC):
 
     @property
     def folder(self) -> Path:
-        """Where the answers lie: named by `identity`."""
+        """The folder of the answers, named by `identity`."""
         label = self.weights if self.step is None else f"snapshot-{self.step:06d}"
         return self.run.evaluation(f"{label}-{storage.fingerprint(self.identity())}")
 

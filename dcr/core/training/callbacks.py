@@ -1,4 +1,4 @@
-"""What all stages leave behind while they train: every logged value, snapshots, cost, a bar."""
+"""Callbacks of all stages: they leave every logged value, snapshots, cost and a bar."""
 
 import logging
 import math
@@ -111,7 +111,7 @@ class Snapshots(Callback):
 
 
 def bar(called: str, total: int, unit: str = "step", done: int = 0, shown: bool = True) -> Bar:
-    """Of the stages and of what runs behind them."""
+    """The bar of a stage or of its preparation."""
     return Bar(
         desc=called,
         total=total,
@@ -202,7 +202,7 @@ class StepClock(Callback):
             storage.write_json(self.run.cost_file(self.stage), asdict(self.cost(trainer)))
 
     def cost(self, trainer: Trainer) -> Cost:
-        """Of the steps so far."""
+        """The cost of the steps so far."""
         on_gpu = trainer.strategy.root_device.type == "cuda"
         return Cost(
             steps=self.steps,

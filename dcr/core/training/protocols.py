@@ -1,4 +1,4 @@
-"""What extensions give to training, named in the table of its settings (`config.TrainTable`)."""
+"""Protocols of training's extensions, which `config.TrainTable` names."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -204,7 +204,7 @@ class ReadoutModule(ResumableModule):
 
     @torch.no_grad()
     def heldout(self, batches: Iterable[ReadoutBatch]) -> tuple[Scores, list[list[float]]]:
-        """Of held-out rows measured so far, and of `batches`: scores by class, drift by row."""
+        """Scores by class and drift by row, of `batches` and of held-out rows measured so far."""
         for batch in batches:
             self.validation_step(batch.to(self.device))
         found = self.scores, self.moved
@@ -212,7 +212,7 @@ class ReadoutModule(ResumableModule):
         return found
 
     def record(self, batches: SafetyData, contrasts: Sequence[float], seed: int) -> dict[str, Any]:
-        """What came of training, whose steps had these `contrasts`; for `readout.json`.
+        """The outcome of training, whose steps had these `contrasts`; for `readout.json`.
 
         Losses are means over the first and the last quarter of the steps, AUROCs those of refusing
         toxic prompts before others, with their intervals, None without both kinds.

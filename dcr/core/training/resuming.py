@@ -217,7 +217,7 @@ SHAPES: dict[Schedule, Callable[[float], float]] = {
 
 
 def rate_factor(schedule: Schedule, total: int, warmup: int) -> Callable[[int], float]:
-    """What to multiply the peak rate by at step 0, 1, …: linear warm-up, then the shape.
+    """The factor of the peak rate at step 0, 1, …: linear warm-up, then the shape.
 
     Step `s` of the warm-up has (s + 1) / (warmup + 1), so that no step is wasted at rate 0.
     """
@@ -383,7 +383,7 @@ def _fits(checkpoint: Path, module: "ResumableModule") -> bool:
             wanted = {named: weight.shape for named, _, _, weight in found}
         return (
             held["global_step"] == step_of(checkpoint)
-            and module.identity in ("", held.get("run", module.identity))  # absent in earlier ones
+            and module.identity in ("", held["run"])
             and held.keys() >= {"epoch", "loops", "lr_schedulers", "callbacks"}
             and shapes == wanted
             # each of a weight and its moments
@@ -520,7 +520,7 @@ class Checkpoints(Callback):
             self._restore()
 
     def _take_back(self, trainer: Trainer, module: Any) -> None:
-        """What a step that is left unfinished has counted; no weight has moved in it."""
+        """Undo the counts of a step that is left unfinished; no weight has moved in it."""
         progress = trainer.fit_loop.epoch_loop.batch_progress
         progress.is_last_batch = False
         for count in (progress.total, progress.current):

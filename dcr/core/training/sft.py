@@ -54,12 +54,12 @@ class SFTModule(ResumableModule):
         self.log_nll(self.heldout_nll, "/heldout")
 
     def nll(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
-        """Of the tokens that have a target: the sum, and each."""
+        """The NLL of the tokens that have a target: its sum, and each."""
         found = passes.current().nll(self.model, batch.ids, batch.mask, batch.targets)
         return found.total, found.each
 
     def weight(self, batch: list[PairBatch]) -> Tensor:
-        """What a step's sum is multiplied by: one over the labelled tokens of all ranks."""
+        """The factor of a step's sum: one over the labelled tokens of all ranks."""
         tokens = torch.stack([(micro.targets != IGNORED).sum() for micro in batch]).sum().float()
         return 1.0 / torch.as_tensor(self.trainer.strategy.reduce(tokens, reduce_op="sum"))
 

@@ -50,7 +50,7 @@ STEP_LOSS = {
 
 @dataclass(frozen=True)
 class Job:
-    """What the stages of one command share."""
+    """The parts that all stages of one command share."""
 
     settings: TrainConfig
     run: Run
