@@ -63,6 +63,7 @@ STUDIES = {
     "layer_margin": Study("layer_margin", "table1"),
     "methods": Study("methods", "table1", with_stl=False, steered=("scans", "surgical")),
     "cost": Study("methods", "table2", with_stl=False),
+    "arms": Study("arms", "table1", with_stl=False),
 }
 
 

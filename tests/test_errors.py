@@ -23,7 +23,7 @@ TRAIN = {
     "model.label=${nope}": "model.label=${nope}: there is no such setting to take a value from",
     "model=qwen3": "model=qwen3: choose one of llama3_8b, qwen2_5_1_5b, qwen2_5_7b, smollm2_135m, "
     "tiny; any other: model.name=<folder or hub id>",
-    "sweep=seeds": "sweep=seeds: choose one of epochs, layer_margin, methods, ratio",
+    "sweep=seeds": "sweep=seeds: choose one of arms, epochs, layer_margin, methods, ratio",
     "dcr.margin=abc": "dcr.margin=abc: give a number",
     "dcr.epochs=1.5": "dcr.epochs=1.5: give a whole number",
     "dcr.epochs=null": "dcr.epochs=null: it needs a value",
