@@ -28,6 +28,7 @@ COMMANDS = {
     "augment": "the answers that STL-aug learns, each checked",
     "search": "a search over stage one: front, importances, the chosen point on test sets",
     "study": "a named study from its jobs to its table and page",
+    "frontier": "arms of a plan compared on generated answers at equal achieved safety",
     "report": "tables, figures and a page from run folders",
     "dashboard": "the workspace and the report of a W&B project",
     "export": "merged weights with tokenizer and model card from a run",

@@ -7,7 +7,7 @@ evaluates `EvalSettings`.
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from dcr import calibration, endpoints, quality, steering, tracking
+from dcr import calibration, endpoints, looks, quality, steering, tracking
 from dcr.ability import AbilityConfig
 from dcr.analyses import ClaimsConfig, KernelConfig, RefusalProbabilityConfig, SeparabilityConfig
 from dcr.calibration import CalibrationConfig
@@ -23,6 +23,7 @@ from dcr.judges import (
     ModerationConfig,
     WildGuardConfig,
 )
+from dcr.looks import FinalConfig
 from dcr.quality import QualityConfig
 from dcr.steering import SteeringConfig
 from dcr.tracking import TrackingConfig
@@ -38,6 +39,7 @@ TABLE = Table(
         "kernel": "dcr.analyses.weights:Kernel",
         "separability": "dcr.analyses.weights:Separability",
         "claims": "dcr.analyses.weights:Claims",
+        "frontier": "dcr.frontier.answers:Frontier",
     },
     on_weights=("ability", "refusal_probability", "kernel", "separability", "claims"),
     judges=("llm", "llama_guard", "wildguard", "moderation"),
@@ -51,6 +53,7 @@ TABLE = Table(
         Part("dcr.contrast:Contrasted", lambda of: bool(of.gen.contrast)),
         Part("dcr.core.evaluation.subjects:Prefilled", lambda of: of.gen.prefill is not None),
         Part("dcr.calibration.biases:Calibrated", lambda of: of.calibrate is not None),
+        Part("dcr.looks:Counted", lambda of: of.final.plan is not None),
     ),
     endpoint="dcr.endpoints.subject:Served",
     sharing="dcr.workers:Workers",
@@ -59,6 +62,7 @@ TABLE = Table(
         steering.relations,
         calibration.relations,
         quality.relations,
+        looks.relations,
     ),
 )
 
@@ -84,6 +88,7 @@ class EvalSettings(EvalConfig):
     entk: KernelConfig = field(default_factory=KernelConfig)
     sep: SeparabilityConfig = field(default_factory=SeparabilityConfig)
     claims: ClaimsConfig = field(default_factory=ClaimsConfig)
+    final: FinalConfig = field(default_factory=FinalConfig)
 
 
 @dataclass

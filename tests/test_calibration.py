@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,13 +21,14 @@ from dcr import export, report, train
 from dcr.calibration import biases as calibration
 from dcr.calibration.biases import Beginnings
 from dcr.core import cli, config, generation, models, prompts, refusal, storage
-from dcr.core.config import ConfigError, ModelConfig, Precision
+from dcr.core.config import ConfigError, EvaluationSets, ModelConfig, Precision
 from dcr.core.evaluation import metrics, subjects
 from dcr.core.generation import OpeningBias
 from dcr.core.models import Policy
 from dcr.core.runs import Run
 from dcr.core.sources import Example, read
 from dcr.extensions import EvalSettings
+from dcr.frontier import answers as frontier
 from tests import test_eval, tiny_run
 
 SHAPE = {
@@ -168,6 +170,37 @@ def test_forks_are_the_answers_under_any_bias(
     ]
     if bias == 1:
         assert len(set(opens)) == 2, "both kinds of answers are looked at"
+
+
+@pytest.mark.parametrize("bias", [-2.0, 0.0, 4.0])
+def test_both_whole_answers_are_kept_and_judged_under_any_bias(
+    policy: Policy, rows: list[Example], bias: float, tmp_path: Path
+) -> None:
+    """Against answers decoded under the bias itself."""
+    settings = EvalSettings(model=MODEL)
+    settings.gen.max_new_tokens = NEW
+    settings.data.evaluation = EvaluationSets([], ["contrasts_toxic_heldout"])
+    settings.limit, settings.trainer.progress = 12, False
+    chat = prompts.chat_format(policy.tokenizer, MODEL)
+    work: Any = SimpleNamespace(
+        settings=settings,
+        folder=tmp_path,
+        chat=lambda: chat,
+        policy=lambda: policy,
+        subject=SimpleNamespace(bias=placed(policy, bias)),
+    )
+    block = frontier.Frontier().measure(work)
+    kept = storage.read_lines(tmp_path / "frontier/contrasts_toxic_heldout.jsonl", frontier.Pair)
+    answers = decoded(policy, [pair.prompt for pair in kept], placed(policy, bias))
+    ended = [any(token in chat.stop for token in answer) for answer in answers]
+    texts = [generation.text(chat, answer) for answer in answers]
+    assert [pair.under(bias) for pair in kept] == list(zip(texts, ended, strict=True))
+    assert block["calibrated"]["bias"] == bias
+    counts = block["calibrated"]["sets"]["contrasts_toxic_heldout"]
+    assert counts["refused"] == sum(map(refusal.is_refusal, texts))
+    assert counts["n"] == 12
+    work.policy = None  # all is stored
+    assert frontier.Frontier().measure(work) == block
 
 
 def test_a_tie_opens_as_greedy_decoding_has_it(

@@ -99,7 +99,7 @@ def test_what_is_held_out_is_not_near_what_is_trained_on() -> None:
 @real
 def test_no_public_prompt_stands_among_the_contrasts_exactly_or_nearly() -> None:
     public = {
-        name: prompts(sources.read(name, root=DATA))
+        name: prompts(sources.read(name, root=DATA, scored=True))
         for name, source in SOURCES.items()
         if source.file and name not in ("alpaca", "hh_rlhf_harmless_base")
     }

@@ -201,7 +201,40 @@ def beginnings(
 
     Raises DataError for a prompt longer than the model's context.
     """
-    new = min(max_new_tokens, BEGUN)
+    for batch in both_answers(policy, chat, rows, min(max_new_tokens, BEGUN)):
+        yield [
+            Beginnings(
+                two.row.id,
+                two.row.prompt,
+                two.margin,
+                generation.text(chat, two.refusing),
+                generation.text(chat, two.answering),
+            )
+            for two in batch
+        ]
+
+
+@dataclass(frozen=True)
+class Two:
+    """The token ids of a prompt's two answers: from a refusal's first token, and from another.
+
+    `margin` and `mass` are the prompt's `refusal.refusal_margin` and `refusal.refusal_mass`.
+    """
+
+    row: Example
+    margin: float
+    mass: float
+    refusing: list[int]
+    answering: list[int]
+
+
+def both_answers(
+    policy: Policy, chat: ChatFormat, rows: Sequence[Example], new: int
+) -> Iterator[list[Two]]:
+    """Decodes both answers of every row greedily, `new` tokens each, the rows in any order.
+
+    Raises DataError for a prompt longer than the model's context.
+    """
     encoded = [(row, chat.prompt_ids(row.prompt)) for row in rows]
     generation.check_context(policy, encoded, new)
     openings = refusal.refusal_openings(chat)
@@ -215,27 +248,29 @@ def beginnings(
                 refusal.refusal_margin(logits, openings).tolist(), firsts, strict=True
             )
         ]
+        masses = refusal.refusal_mass(logits, openings).tolist()
         begun = [
             [*encoded[i][1], token]
             for i, both in zip(places, firsts, strict=True)
             for token in both
         ]
-        texts = iter(_texts(policy, chat, begun, new))
+        answers = iter(_answers(policy, chat, begun, new))
         yield [
-            Beginnings(encoded[i][0].id, encoded[i][0].prompt, margin, next(texts), next(texts))
-            for i, margin in zip(places, margins, strict=True)
+            Two(encoded[i][0], margin, mass, next(answers), next(answers))
+            for i, margin, mass in zip(places, margins, masses, strict=True)
         ]
 
 
-def _texts(policy: Policy, chat: ChatFormat, begun: Sequence[Sequence[int]], new: int) -> list[str]:
-    """The texts of answers whose first token is the last one of each of `begun`."""
+def _answers(
+    policy: Policy, chat: ChatFormat, begun: Sequence[Sequence[int]], new: int
+) -> list[list[int]]:
+    """The token ids of answers whose first token is the last one of each of `begun`."""
     further: list[list[int]] = []
     size = generation.batch_size(policy.model, max(map(len, begun)), new)
     for start in range(0, len(begun), size):
         batch = begun[start : start + size]
         further += generation.continued(policy, chat, batch, new, lambda logits: logits[:, 0])[0]
-    answered = ([ids[-1], *more][:new] for ids, more in zip(begun, further, strict=True))
-    return [generation.text(chat, ids) for ids in answered]
+    return [[ids[-1], *more][:new] for ids, more in zip(begun, further, strict=True)]
 
 
 def opening_place(chat: ChatFormat) -> Place:

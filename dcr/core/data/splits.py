@@ -76,7 +76,7 @@ def evaluation_prompts(config: DataConfig) -> dict[str, list[str]]:
         (Kind.toxic, config.evaluation.safety),
     )
     return {
-        name: [row.prompt for row in sources.read(name, root=config.root, kind=kind)]
+        name: [row.prompt for row in sources.read(name, root=config.root, kind=kind, scored=True)]
         for kind, names in asked
         for name in names
     }

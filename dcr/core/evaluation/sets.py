@@ -74,7 +74,7 @@ def of_tasks(
     sets would have one name.
     """
     read = [
-        read_set(source, TASKS[task], config.root, limit, seed)
+        read_set(source, TASKS[task], config.root, limit, seed, scored=True)
         for task in tasks
         if task in TASKS
         for source in getattr(config.evaluation, task)
@@ -85,9 +85,16 @@ def of_tasks(
     return read
 
 
-def read_set(source: str, kind: Kind, root: str | None, limit: int | None, seed: int) -> PromptSet:
-    """One set, cut to a seeded sample of `limit` rows."""
-    rows = sources.read(source, root=root, kind=kind)
+def read_set(
+    source: str,
+    kind: Kind,
+    root: str | None,
+    limit: int | None,
+    seed: int,
+    scored: bool = False,
+) -> PromptSet:
+    """One set, cut to a seeded sample of `limit` rows; `scored` as in `sources.read`."""
+    rows = sources.read(source, root=root, kind=kind, scored=scored)
     if limit is not None and limit < len(rows):
         rows = sources.draw(rows, limit, seed)
     return PromptSet(set_name(source), kind, rows)

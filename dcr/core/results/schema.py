@@ -419,6 +419,7 @@ class Metrics(Tracked):
     quality: Quality | None = None
     own: dict[str, OwnTask] = {}  # by class of a user's own task
     separability: Separability | None = None
+    frontier: dict[str, Any] | None = None  # answers under each bias, see `dcr.frontier`
     claims: OneStep | None = None
     seconds: Number = None
     tokens_per_second: Number = None

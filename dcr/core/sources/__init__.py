@@ -1,9 +1,11 @@
 """The sources of prompts: named data sets and the user's files.
 
 `table` lists the named sources, `fields` maps their raw rows to ours, `reading` reads a source,
-`jsonl` validates rows of files, and `examples` draws, splits and compares rows.
+`jsonl` validates rows of files, `examples` draws, splits and compares rows, and `apart` knows those
+that are kept apart.
 """
 
+from dcr.core.sources.apart import is_final
 from dcr.core.sources.examples import (
     Example,
     draw,

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from dcr.core import extending
 from dcr.core.config import ConfigError, DataError, Kind, UserError, class_of, is_path
-from dcr.core.sources import jsonl
+from dcr.core.sources import apart, jsonl
 from dcr.core.sources.examples import Example, fingerprint
 from dcr.core.sources.jsonl import Row
 from dcr.core.sources.table import SOURCES, Hub, Source
@@ -23,7 +23,12 @@ log = logging.getLogger(__name__)
 
 
 def read(
-    name: str, *, root: str | None = None, kind: Kind | None = None, pairs: bool = False
+    name: str,
+    *,
+    root: str | None = None,
+    kind: Kind | None = None,
+    pairs: bool = False,
+    scored: bool = False,
 ) -> list[Example]:
     """All rows of a source, in its own order.
 
@@ -34,14 +39,31 @@ def read(
             the user's files do not depend on it.
         kind: the kind of the prompts. Required for a file; must agree with a named source.
         pairs: only rows with a response. In a user's file, a row without one is an error.
+        scored: with the rows kept apart for `data=final`, which nothing may learn from or be chosen
+            on; else they are left out, with a warning.
 
     Rows of a named source whose prompt or response is empty are dropped. A warning tells their
     number, and a row count other than the expected one.
 
     Raises:
         ConfigError: unknown name, `root` not a folder, kind missing or contradicted.
-        DataError: a file or hub data set that cannot be read, or a malformed row.
+        DataError: a file or hub data set that cannot be read, a malformed row, or nothing but rows
+            kept apart.
     """
+    rows = _read(name, root, kind, pairs)
+    if scored:
+        return rows
+    usable = [row for row in rows if not apart.is_final(row.prompt)]
+    if kept := len(rows) - len(usable):
+        if not usable:
+            raise DataError(
+                f"{name}: kept apart to be scored once, with data=final; name another source"
+            )
+        log.warning("%s: %d rows are kept apart for data=final and left out", name, kept)
+    return usable
+
+
+def _read(name: str, root: str | None, kind: Kind | None, pairs: bool) -> list[Example]:
     own = is_path(name)
     if own or name.endswith(".jsonl") or "/" in name or os.sep in name:
         if kind is None:
@@ -145,7 +167,7 @@ def read_rows(
     """
     by_id: defaultdict[str, list[Example]] = defaultdict(list)
     for name in names:
-        for example in read(name, root=root, kind=kind):
+        for example in read(name, root=root, kind=kind, scored=True):
             by_id[example.id].append(example)
     where = ", ".join(names)
     if missing := [identity for identity in ids if identity not in by_id]:

@@ -1,11 +1,12 @@
 """The named sources: the contents and the place of each."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dcr.core.config import Kind
 from dcr.core.sources import fields
+from dcr.core.sources.apart import kept_apart, not_kept_apart
 from dcr.core.sources.fields import Fields, Keep, by_pair, every, has, ungrouped, xstest_groups
 from dcr.core.sources.jsonl import Row
 
@@ -40,6 +41,7 @@ class Source:
     split: str | None = None
     prompts_only: bool = False  # what stands under `response` is not for training
     part_of: str | None = None  # the source that holds all of this one's prompts
+    final: bool = False  # its rows are kept apart, see `apart`
 
 
 NOT_STATED = "not stated at the source"
@@ -324,3 +326,34 @@ SOURCES: dict[str, Source] = {
     "surgical_orbench_val": _surgical_orbench("val", 132),
     "surgical_orbench_test": _surgical_orbench("test", 132),
 }
+
+
+def _parts(name: str, tested: int, kept: int) -> dict[str, Source]:
+    """The rows of a set that results here have looked at, and those kept apart for `data=final`."""
+    whole = SOURCES[name]
+
+    def part(keep: Keep, rows: int, final: bool) -> Source:
+        hub = None if whole.hub is None else replace(whole.hub, rows=rows)
+        return replace(
+            whole,
+            hub=hub,
+            rows=rows,
+            keep=lambda row: whole.keep(row) and keep(row),
+            part_of=name,
+            final=final,
+        )
+
+    return {
+        f"{name}_test": part(not_kept_apart, tested, False),
+        f"{name}_final": part(kept_apart, kept, True),
+    }
+
+
+SOURCES |= (
+    _parts("coconot_contrast", 200, 179)
+    | _parts("orbench_hard", 514, 805)
+    | _parts("oktest", 203, 97)
+    | _parts("phtest_harmless", 754, 1323)
+    | _parts("advbench", 267, 253)
+    | _parts("harmfulqa", 1555, 405)
+)

@@ -1,0 +1,136 @@
+"""Looks at the rows kept apart for `data=final`: each needs a plan, and each is counted.
+
+A plan is a YAML file that is written before the first look. The ledger lies beside it, one line a
+look. Whoever reads a result can so tell how often its prompts were looked at, and for what.
+"""
+
+import datetime
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dcr.core import sources, storage
+from dcr.core.config.evaluation import EvalConfig
+from dcr.core.evaluation.protocols import Change, Subject
+from dcr.core.evaluation.sets import TASKS, PromptSet, of_tasks
+from dcr.core.runs import Run
+
+CURE = "write all keys that docs/evidence.md lists"
+
+
+@dataclass
+class FinalConfig:
+    """What the rows kept apart are looked at for."""
+
+    plan: str | None = None  # a YAML file with the keys of `Plan`
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is decided before the rows kept apart are looked at.
+
+    `arms` are what is compared, by name; `primary` is the one comparison that decides, and the
+    others are corrected for their number.
+    """
+
+    question: str
+    arms: dict[str, str]
+    seeds: list[int]
+    metric: str
+    margin: str
+    primary: str
+    others: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Look:
+    """One look: the weights, and the sets with how many of their rows."""
+
+    at: str
+    plan: str  # the SHA-256 of the plan's bytes, 12 digits
+    run: str
+    weights: str
+    tasks: list[str]
+    sets: dict[str, int]
+
+    def repeats(self, other: "Look") -> bool:
+        """Whether both look at the same rows of the same weights for the same tasks."""
+        one, two = ({**vars(look), "at": None} for look in (self, other))
+        return one == two
+
+
+def relations(settings: EvalConfig) -> Iterator[str]:
+    """The contradictions of `final.plan` with the sets."""
+    kept, plan = _kept_apart(settings), settings.node(FinalConfig).plan
+    if kept and plan is None:
+        yield (
+            f"data.evaluation: {kept[0]} is kept apart to be scored once; write a plan "
+            "(docs/evidence.md) and give final.plan=<file>, or choose data=test"
+        )
+    if plan is not None and not kept:
+        yield f"final.plan={plan}: none of the sets is kept apart; choose data=final"
+
+
+def _kept_apart(settings: EvalConfig) -> list[str]:
+    named = (name for task in TASKS for name in getattr(settings.data.evaluation, task))
+    return [name for name in named if name in sources.SOURCES and sources.SOURCES[name].final]
+
+
+def ledger(plan: Path) -> Path:
+    """The file of the looks that a plan led to."""
+    return plan.with_suffix(".looks.jsonl")
+
+
+class Counted(Change):
+    """Answers to rows kept apart, and the line of the ledger that says so."""
+
+    def check(self, settings: EvalConfig, run: Run) -> None:
+        """Raises DataError for a plan that cannot be read or lacks a key."""
+        file = _plan(settings)
+        storage.read_yaml(file, Plan, CURE)
+        _looks(file)
+
+    def told(self, settings: EvalConfig) -> dict[str, Any]:
+        file = _plan(settings)
+        return {"plan": f"{file.name}@{_digest(file)}"}
+
+    def identity(self, subject: Any) -> dict[str, object]:
+        return {}  # answers do not depend on what they are for
+
+    def prepared(self, subject: Subject) -> dict[str, Any]:
+        """Counts the look, unless an earlier command of the same look was broken off."""
+        settings, file = subject.settings, _plan(subject.settings)
+        asked = of_tasks(list(TASKS), settings.data, settings.limit, settings.seed)
+        look = Look(
+            datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            _digest(file),
+            subject.run.folder.name,
+            storage.fingerprint(subject.identity()),
+            sorted(settings.tasks),
+            _sizes(asked),
+        )
+        with storage.locked(file.parent):
+            if not any(look.repeats(before) for before in _looks(file)):
+                storage.append_lines(ledger(file), [look])
+        return {}
+
+
+def _sizes(asked: Sequence[PromptSet]) -> dict[str, int]:
+    """How many rows kept apart each set asks, by name, where it asks any."""
+    sizes = {b.name: sum(sources.is_final(row.prompt) for row in b.rows) for b in asked}
+    return {name: size for name, size in sizes.items() if size}
+
+
+def _plan(settings: EvalConfig) -> Path:
+    return Path(str(settings.node(FinalConfig).plan))
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+
+
+def _looks(file: Path) -> list[Look]:
+    there = ledger(file)
+    return storage.read_lines(there, Look) if there.exists() else []
