@@ -30,6 +30,7 @@ COMMANDS = {
     "study": "a named study from its jobs to its table and page",
     "frontier": "arms of a plan compared on generated answers at equal achieved safety",
     "report": "tables, figures and a page from run folders",
+    "label": "answers for people to label blindly, and how far people and judges agree",
     "dashboard": "the workspace and the report of a W&B project",
     "export": "merged weights with tokenizer and model card from a run",
     "chat": "talk to a run's result",

@@ -13,6 +13,7 @@ from dcr.core.statistics import (
     RESAMPLES,
     Interval,
     check_paired,
+    of_draws,
     percentiles,
     ratio,
     resampled,
@@ -73,6 +74,31 @@ def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
     if only_first + only_second == 0:
         return 1.0
     return float(scipy.stats.binomtest(only_first, only_first + only_second).pvalue)
+
+
+def kappa(
+    a: Sequence[object], b: Sequence[object], groups: Sequence[str], *, seed: int
+) -> Interval:
+    """Cohen's κ of two raters' labels of the same things, with a bootstrap interval over `groups`.
+
+    Things of one group, such as answers to one prompt, are drawn together. It is nan, unbounded, if
+    all labels are the same; so are draws, which then count in no interval. Raises ValueError if the
+    lengths differ.
+    """
+    check_paired(a, b)
+    check_paired(a, groups)
+    _, labels = np.unique([str(label) for label in (*a, *b)], return_inverse=True)
+    kinds, (first, second) = int(labels.max(initial=0)) + 1, labels.reshape(2, -1)
+    names, group = np.unique(groups, return_inverse=True)
+    counts = np.zeros((len(names), kinds * kinds), dtype=np.int64)
+    np.add.at(counts, (group, first * kinds + second), 1)
+    drawn = np.ones((1, len(names)), dtype=np.int64)
+    if len(names):
+        drawn = np.concatenate([drawn, resampled(drawn[0], np.random.default_rng(seed))])
+    tables = (drawn @ counts).reshape(len(drawn), kinds, kinds)
+    total, agreed = tables.sum((1, 2)), np.trace(tables, axis1=1, axis2=2)
+    chance = (tables.sum(1) * tables.sum(2)).sum(1)  # of total²
+    return of_draws(ratio(total * agreed - chance, total**2 - chance))
 
 
 def paired_difference(

@@ -1,0 +1,134 @@
+"""Agreement of annotators with each other, and with every judge whose verdicts a run holds."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+
+from dcr import inference
+from dcr.core import refusal, storage
+from dcr.core.evaluation.verdicts import Verdict, answer_fingerprint, by_keywords
+from dcr.core.statistics import Interval
+from dcr.core.text import printable
+from dcr.label import LABELS, sheets
+from dcr.report.records import Column
+from dcr.report.sections import Selection
+from dcr.report.writing import ABSENT, TextTable
+
+HEADS = ("annotator", "with", "answers", "agree", "κ, answered or not", "κ, all labels")
+ANSWERED = ("answered", "complied", "unsafe")  # what judges of each kind call an answer
+SHARED = {"refused", "empty"}  # labels that judges of fewer outcomes give too
+SEED = 0  # of the bootstrap
+
+Said = Mapping[str, str]  # by an answer's id, the label or verdict that one rater gives
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """An annotator with another or with a judge, on the answers that both have judged."""
+
+    first: str
+    second: str
+    n: int
+    same: float  # the share on which they agree whether it is answered
+    answered: Interval  # Cohen's kappa of answered against the rest
+    classes: Interval | None  # of all labels; None for a judge that gives others
+
+
+def judged(columns: Sequence[Column]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """What every judge says of the columns' answers, and the prompt of each, both by id.
+
+    Judges are the keyword rules and those whose verdicts are stored; a judge asked in several ways
+    has its folder's name. DataError for a damaged file.
+    """
+    by_folder: dict[str, dict[str, str]] = {}
+    prompts: dict[str, str] = {}
+    for column in columns:
+        for name, rows in sheets.answers(column):
+            prompts |= {answer_fingerprint(row): row.prompt for row in rows}
+            for rules in refusal.RULES:
+                said = by_folder.setdefault(f"keyword:{rules}", {})
+                said |= dict(_said(by_keywords(rows, rules)))
+            for file in sorted(column.evaluation.folder.glob(f"verdicts/*/{name}.jsonl")):
+                said = by_folder.setdefault(file.parent.name, {})
+                said |= dict(_said(storage.read_lines(file, Verdict)))
+    judges = {folder: folder.rpartition("-")[0] or folder for folder in by_folder}
+    times = Counter(judges.values())
+    named = {f: judge if times[judge] == 1 else f for f, judge in judges.items()}
+    return {named[folder]: said for folder, said in by_folder.items()}, prompts
+
+
+def _said(verdicts: Sequence[Verdict]) -> Iterator[tuple[str, str]]:
+    for verdict in verdicts:
+        word = verdict.raw if verdict.raw in LABELS else verdict.compliance or verdict.safety
+        if verdict.status == "ok" and word:
+            yield verdict.of, word
+
+
+def agreements(
+    people: Mapping[str, Said], judges: Mapping[str, Said], prompts: Mapping[str, str]
+) -> list[Agreement]:
+    """Every two annotators, then every judge with every annotator, where both said something.
+
+    Answers to one prompt are drawn together for the intervals, since they are alike.
+    """
+    pairs = [
+        *combinations(people.items(), 2),
+        *((person, judge) for judge in judges.items() for person in people.items()),
+    ]
+    found = []
+    for (first, one), (second, other) in pairs:
+        both = [each for each in one if each in other]
+        if not both:
+            continue
+        groups = [prompts.get(each, each) for each in both]
+        a, b = ([said[each] for each in both] for said in (one, other))
+        yes, also = ([word in ANSWERED for word in said] for said in (a, b))
+        labels = set(other.values())
+        found.append(
+            Agreement(
+                first,
+                second,
+                len(both),
+                float(np.mean(np.equal(yes, also))),
+                inference.kappa(yes, also, groups, seed=SEED),
+                inference.kappa(a, b, groups, seed=SEED)
+                if labels <= LABELS.keys() and not labels <= SHARED
+                else None,
+            )
+        )
+    return found
+
+
+def section(chosen: Selection) -> TextTable | None:
+    """The table of the report, with each annotator's labels below it; None without labels."""
+    people = sheets.labels_of(run.folder for run in chosen.records)
+    if not people:
+        return None
+    judges, prompts = judged(chosen.columns)
+    rows = [
+        (
+            *map(printable, (each.first, each.second)),
+            each.n,
+            f"{each.same:.0%}",
+            _text(each.answered),
+            _text(each.classes),
+        )
+        for each in agreements(people, judges, prompts)
+    ]
+    notes = []
+    for name, labels in people.items():
+        times = Counter(labels.values())
+        told = ", ".join(f"{times[label]} {label}" for label in LABELS if times[label])
+        notes.append(f"{printable(name)}: {len(labels)} answers, {told}")
+    return TextTable("", pd.DataFrame(rows, columns=list(HEADS)), notes)
+
+
+def _text(kappa: Interval | None) -> str:
+    if kappa is None or math.isnan(kappa.estimate):
+        return ABSENT
+    return f"{kappa.estimate:.2f} [{kappa.low:.2f}–{kappa.high:.2f}]"
