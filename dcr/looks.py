@@ -6,7 +6,7 @@ look. Whoever reads a result can so tell how often its prompts were looked at, a
 
 import datetime
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,18 +103,20 @@ class Counted(Change):
         """Counts the look, unless an earlier command of the same look was broken off."""
         settings, file = subject.settings, _plan(subject.settings)
         asked = of_tasks(list(TASKS), settings.data, settings.limit, settings.seed)
-        look = Look(
-            datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            _digest(file),
-            subject.run.folder.name,
-            storage.fingerprint(subject.identity()),
-            sorted(settings.tasks),
-            _sizes(asked),
-        )
-        with storage.locked(file.parent):
-            if not any(look.repeats(before) for before in _looks(file)):
-                storage.append_lines(ledger(file), [look])
+        weights = storage.fingerprint(subject.identity())
+        count(file, subject.run.folder.name, weights, settings.tasks, _sizes(asked))
         return {}
+
+
+def count(
+    plan: Path, run: str, weights: str, tasks: Sequence[str], sizes: Mapping[str, int]
+) -> None:
+    """Adds a look to the ledger of a plan, unless the same one stands there."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    look = Look(now, _digest(plan), run, weights, sorted(tasks), dict(sizes))
+    with storage.locked(plan.parent):
+        if not any(look.repeats(before) for before in _looks(plan)):
+            storage.append_lines(ledger(plan), [look])
 
 
 def _sizes(asked: Sequence[PromptSet]) -> dict[str, int]:

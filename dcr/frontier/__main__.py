@@ -52,10 +52,10 @@ class Measured:
 def main(options: Options) -> None:
     plan = storage.read_yaml(options.plan, Plan, looks.CURE)
     there = _by_arm(plan, [Run(folder) for word in options.runs for folder in _folders(Path(word))])
-    measured = {key: _measured(run, options.data) for key, run in there.items()}
-    first = next(iter(measured.values()))
+    found = {key: measured(run, options.data) for key, run in there.items()}
+    first = next(iter(found.values()))
     asked = arms.prompts_of(first.given, first.kinds)
-    models = {key: arms.model_of(of.given, asked, outcome, of.bias) for key, of in measured.items()}
+    models = {key: arms.model_of(of.given, asked, outcome, of.bias) for key, of in found.items()}
     record = table_of(plan, models, asked, options.safety, options.seed)
     print(entry.plain_text(*_tables(record, options.safety)))
     if options.out is not None:
@@ -107,7 +107,8 @@ def _is(made_with: dict[str, Any], words: str) -> bool:
     return True
 
 
-def _measured(run: Run, label: str) -> Measured:
+def measured(run: Run, label: str) -> Measured:
+    """The one evaluation of a run on data of a label. DataError where there is none, or several."""
     found: list[Measured] = []
     for file in sorted((run.folder / "eval").glob("*/metrics.json")):
         metrics = results.read(file)

@@ -69,7 +69,7 @@ class Model:
 
 def prompts_of(given: Mapping[str, Sequence[Pair]], kinds: Mapping[str, Kind]) -> Prompts:
     """The prompts of a model's answers by set."""
-    rows = [(name, pair) for name, pairs in sorted(given.items()) for pair in _sorted(pairs)]
+    rows = [(name, pair) for name, pairs in sorted(given.items()) for pair in in_order(pairs)]
     return Prompts(
         [pair.id for _, pair in rows],
         [name for name, _ in rows],
@@ -82,7 +82,7 @@ def model_of(
     given: Mapping[str, Sequence[Pair]], asked: Prompts, verdict: Verdict, bias: float | None
 ) -> Model:
     """A model's answers judged by `verdict`. DataError where it was asked other prompts."""
-    pairs = [pair for _, of in sorted(given.items()) for pair in _sorted(of)]
+    pairs = [pair for _, of in sorted(given.items()) for pair in in_order(of)]
     if [pair.id for pair in pairs] != asked.ids:
         raise DataError(
             "the models were asked different prompts; evaluate them with the same data, limit "
@@ -105,7 +105,8 @@ def model_of(
     )
 
 
-def _sorted(pairs: Sequence[Pair]) -> list[Pair]:
+def in_order(pairs: Sequence[Pair]) -> list[Pair]:
+    """A set's pairs in the order in which `prompts_of` has them."""
     return sorted(pairs, key=lambda pair: pair.id)
 
 
