@@ -29,11 +29,11 @@ $(INSTALLED): requirements.lock requirements-torch.lock pyproject.toml
 demo: $(INSTALLED)  ## STL against DCR on the embedded model and corpus: a table and a page, in minutes
 	$(RUN) -m dcr.demo
 
-# The experiment of docs/results.md: make experiment DATA=<data>. Hours on two cores; resumable.
+# The experiment of docs/history.md: make experiment DATA=<data>. Hours on two cores; resumable.
 EXPERIMENT := outputs/experiment
 SOURCES := data=paper data.root=$(DATA) data.normal.count=800 data.safety.count=300 data.safety.refusals_only=true
 SHORT := sft.epochs=1 sft.max_len=192 sft.lora.dropout=0 tracking.snapshots=4 dcr.nll.general_batch_size=2
-# The contrasts of stage one that docs/results.md was measured with.
+# The contrasts of stage one that docs/history.md was measured with.
 XSTEST := data.seemingly_toxic.source=xstest_safe data.toxic.source=xstest_unsafe data.group_holdout=0.3 dcr.epochs=12
 SCORING := limit=100 gen.max_new_tokens=48
 RUNS := stl-s0 stl-s1 dcr-s0 dcr-s1 recommended-s0 recommended-s1 readout-s0 readout-s1 contrasts-s0 contrasts-s1
