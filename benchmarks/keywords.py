@@ -7,7 +7,7 @@ the weights of `recommended` are fitted to the two others, to the invented compl
 tests/refusal_labelled.jsonl, all but its part `unseen`, and to the demo corpus. Cohen's kappa is
 that with the labels of the model left out, of full refusals against all else and of the three
 classes; once more without the prompts of the tested completions. `--write` fits to all three and
-writes dcr/core/refusal/recommended.json.
+writes dcr/keywords/weights.json.
 """
 
 import argparse
@@ -24,10 +24,10 @@ from sklearn.feature_extraction import DictVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import cohen_kappa_score
 
-from dcr.core.refusal import keywords
+from dcr import keywords
 
 ROOT = Path(__file__).resolve().parent.parent
-WEIGHTS = ROOT / "dcr/core/refusal/recommended.json"
+WEIGHTS = ROOT / "dcr/keywords/weights.json"
 OUTCOMES = {"1": "complied", "2": "refused", "3": "partial"}  # by the labels' first character
 STRENGTH = 0.1  # of the fit to the data against the penalty; 0.05 to 0.2 agree within 0.02
 FOLDS = 5

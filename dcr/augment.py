@@ -16,11 +16,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dcr import balance, entry, extensions, twins
+from dcr import balance, entry, extensions, keywords, twins
 from dcr import eval as evaluation
 from dcr.balance import Balance
-from dcr.core import cli, config, prompts, refusal, sources, storage, threads
-from dcr.core.config import ConfigError, KeywordRules, Kind
+from dcr.core import cli, config, prompts, sources, storage, threads
+from dcr.core.config import ConfigError, Kind
 from dcr.core.config.evaluation import AUTO_LENGTH
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.runs import Run
@@ -393,9 +393,8 @@ def by_rules(answer: "Completion") -> str:
         return "empty"
     if UNREADABLE.search(answer.response):
         return "not text"
-    for rules in KeywordRules:
-        if refusal.is_refusal(answer.response, rules.value):
-            return f"refused by the keyword rules {rules.value}"
+    if refusing := keywords.refusing_rules(answer.response):
+        return f"refused by the keyword rules {refusing[0]}"
     return ACCEPTED
 
 

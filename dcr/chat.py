@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dcr import entry, extensions
+from dcr import entry, extensions, keywords
 from dcr.core import config, ending, precision, prompts, refusal, threads
 from dcr.core.config import ConfigError, ModelConfig, Precision
 from dcr.core.prompts import ChatFormat
@@ -147,7 +147,7 @@ def main(options: Options) -> None:
             except ConfigError as error:
                 _aside(str(error))
                 continue
-            verdict = refusal.outcome(answer, "recommended")
+            verdict = keywords.recommended(answer)
             _aside(f"[{verdict}, first-token refusal mass {mass:.2f}]")
 
 

@@ -96,7 +96,8 @@ def log_page(options: Options) -> None:
     assert options.page is not None
     import wandb
 
-    from dcr.core import results, wandb_run, wandb_scores
+    from dcr import wandb_scores
+    from dcr.core import results, wandb_run
 
     made_from = [
         wandb_scores.evaluation(Run(folder), results.read(file).model_dump(mode="json"))
@@ -146,9 +147,9 @@ def specification(project: str, entity: str, made_with: Mapping[str, str]) -> tu
     from wandb_workspaces.reports.v2 import interface as wr
     from wandb_workspaces.workspaces import interface as ws
 
-    from dcr.core.wandb_scores import AXES
     from dcr.report.figures import PALETTE
     from dcr.report.records import METHODS
+    from dcr.wandb_scores import AXES
 
     place = {method: i for i, method in enumerate(METHODS)}
     colours = {
@@ -223,7 +224,7 @@ def _training_views() -> dict[str, list[Any]]:
 def _evaluation_views() -> dict[str, list[Any]]:
     from wandb_workspaces.reports.v2 import interface as wr
 
-    from dcr.core.wandb_scores import AXES
+    from dcr.wandb_scores import AXES
 
     swept = ("dcr.layer", "dcr.margin", *AXES)
     by_method = {"groupby": wr.Config("method"), "groupby_aggfunc": "mean"}

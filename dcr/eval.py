@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
-from dcr.core import config, precision, runs, storage
+from dcr.core import config, extending, precision, runs, storage
 from dcr.core.config import ConfigError, DataError, Method, ModelConfig, Precision
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.runs import Run
@@ -115,7 +115,7 @@ def completed(composed: DictConfig, made_with: Mapping[str, Any]) -> DictConfig:
 def evaluate(settings: EvalConfig, run: Run) -> None:
     """Answer what is unanswered, judge what is unjudged, count, and write `metrics.json`."""
     # not at the top: what is asked is checked before torch is loaded
-    from dcr.core import threads, wandb_run, wandb_scores
+    from dcr.core import threads
     from dcr.core.evaluation import metrics, subjects
 
     settings, arithmetic = settle_precision(settings, run.precisions() if settings.run else {})
@@ -129,14 +129,12 @@ def evaluate(settings: EvalConfig, run: Run) -> None:
         raise DataError(f"{place}: a file or a device, not a folder; move it away")
     threads.use(settings.trainer.threads)
     with storage.locked(run.folder), _claimed(settings, run), ExitStack() as stack:
-        shown = None
+        showing = extending.ours(settings.table.showing)
+        show = stack.enter_context(showing(settings, run)) if showing else None
         for subject in found:
             measured, answers = metrics.measure(settings, run, subject, asked)
-            if shown is None:  # not before there is something to show
-                tags = [run.config()["method"], settings.model.label]
-                opening = wandb_run.opened(settings.wandb, run, "eval", tags, None)
-                shown = stack.enter_context(opening)
-            wandb_scores.show(shown, run, measured, answers)
+            if show:
+                show(measured, answers)
 
 
 @contextmanager

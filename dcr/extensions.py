@@ -43,6 +43,7 @@ TABLE = Table(
     },
     on_weights=("ability", "refusal_probability", "kernel", "separability", "claims"),
     judges=("llm", "llama_guard", "wildguard", "moderation"),
+    rules={"recommended": "dcr.keywords:recommended"},
     judging="dcr.judges.judging:Ours",
     changes=(
         Part(
@@ -57,6 +58,8 @@ TABLE = Table(
     ),
     endpoint="dcr.endpoints.subject:Served",
     sharing="dcr.workers:Workers",
+    contamination="dcr.contamination:measured",
+    showing="dcr.wandb_scores:showing",
     relations=(
         endpoints.relations,
         steering.relations,
@@ -96,6 +99,7 @@ class TrainSettings(TrainConfig):
     """Everything `train.py` can be told."""
 
     table: ClassVar[TrainTable] = TrainTable(
+        rows={"stl_aug": "dcr.stl_aug:added"},
         examining="dcr.balance:examined",
         best_layer="dcr.choice:best_layer",
         watching=Part("dcr.tracking.curves:watching", lambda of: bool(of.tracking.quantities)),

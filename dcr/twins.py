@@ -8,9 +8,7 @@ prompt, and again with other instructions if the result is no twin by the rules 
 import re
 from collections import Counter
 
-from dcr import balance
-from dcr.core import refusal
-from dcr.core.config import KeywordRules
+from dcr import balance, keywords
 from dcr.core.text import normalise
 
 SHARED = 0.5  # least share of the longer prompt's words that both have
@@ -43,7 +41,7 @@ def outcome(toxic: str, twin: str) -> str:
     ours, theirs = (balance.WORD.findall(text.lower()) for text in (twin, toxic))
     if not ours:
         return "empty"
-    if any(refusal.is_refusal(twin, rules.value) for rules in KeywordRules):
+    if keywords.refusing_rules(twin):
         return "refused to rewrite"
     if normalise(twin) == normalise(toxic):
         return "the same as the toxic prompt"

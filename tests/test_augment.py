@@ -1,5 +1,6 @@
 """STL-aug: which rows it adds and which it leaves alone, and the command that writes answers."""
 
+import functools
 import json
 import os
 import re
@@ -14,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from dcr import augment, entry, train
+from dcr import augment, entry, stl_aug, train
 from dcr.augment import INSTRUCTIONS
-from dcr.core import cli, config, contamination, data, runs
+from dcr.contamination import texts_of
+from dcr.core import cli, config, data, runs
 from dcr.core.config import (
     AugmentConfig,
     ConfigError,
@@ -28,6 +30,7 @@ from dcr.core.config import (
     SourceConfig,
     UserError,
 )
+from dcr.core.contamination import overlaps
 from dcr.core.data import Splits
 from dcr.core.runs import Run
 from dcr.extensions import TrainSettings
@@ -108,8 +111,8 @@ def folder(tmp_path: Path) -> Folder:
 def split(
     config: DataConfig, responses: str | None = None, repeat: int = 1, seed: int = 0
 ) -> Splits:
-    told = AugmentConfig(responses, repeat)
-    return data.split(config, 1.0, seed, False, told)
+    told = TrainSettings(stl_aug=AugmentConfig(responses, repeat))
+    return data.split(config, 1.0, seed, False, functools.partial(stl_aug.added, told))
 
 
 def stl(config: DataConfig, seed: int = 0, dcr: bool = False) -> Splits:
@@ -135,9 +138,7 @@ def test_only_sets_whose_prompts_are_learnt_become_in_distribution(folder: Folde
     assert split(config, folder.answers()).in_distribution == [folder.safe]
     loud = {"prompt": safe("amber").upper() + "!!", "response": answer("amber")}
     close = {"prompt": safe("glacier").replace("left", "has left"), "response": answer("glacier")}
-    (found,) = contamination.overlaps(
-        [close["prompt"]], {"safe": [safe(n) for n in NOUNS]}, near=0.9
-    )
+    (found,) = overlaps([close["prompt"]], {"safe": [safe(n) for n in NOUNS]}, near=0.9)
     assert found is not None
     assert not found.exact
     for row in (loud, close):  # equal once normalised; near
@@ -209,12 +210,12 @@ def test_the_record_lists_the_rows_and_finds_them_again(folder: Folder) -> None:
         "root": None,
         **{n: {"source": getattr(config, n).source} for n in ("normal", "safety")},
     }
-    texts = data.trained_texts(node, json.loads(json.dumps(record)))
+    texts = texts_of(node, json.loads(json.dumps(record)))
     assert set(texts[file]) == {t for n in NOUNS[:4] for t in (safe(n), answer(n))}
     folder.answers(NOUNS[1:5])
     assert data.row_record(split(config, file, repeat=2)) != record
     with pytest.raises(DataError, match="not the texts"):
-        data.trained_texts(node, json.loads(json.dumps(record)))
+        texts_of(node, json.loads(json.dumps(record)))
 
 
 def test_the_embedded_corpus_has_its_answers() -> None:

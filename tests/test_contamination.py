@@ -5,7 +5,8 @@ import string
 
 import pytest
 
-from dcr.core.contamination import COMPARED_CHARACTERS, Overlap, overlaps, report
+from dcr.contamination import report
+from dcr.core.contamination import COMPARED_CHARACTERS, Overlap, overlaps
 from dcr.core.text import normalise
 
 

@@ -20,7 +20,7 @@ from sklearn.model_selection import GroupKFold
 
 import dcr
 from dcr import balance
-from dcr.core import config, contamination, data, refusal, sources
+from dcr.core import config, contamination, data, sources
 from dcr.core.config import Kind
 from dcr.core.sources import SOURCES, Example
 from dcr.core.text import normalise
@@ -84,7 +84,7 @@ def test_texts_are_clean_and_prompts_and_ids_unique(rows: list[Example]) -> None
 def test_answers_answer_and_refusals_refuse(rows: list[Example], rules: str) -> None:
     for row in rows:
         if row.response:
-            refused = refusal.is_refusal(row.response, rules)
+            refused = keywords.outcome(row.response, rules) == "refused"
             assert refused == (row.kind is Kind.toxic), (row.id, row.response)
 
 

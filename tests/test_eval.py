@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from transformers import AutoModelForCausalLM
 
 from dcr import eval as eval_entry
+from dcr import keywords
 from dcr.core import cli, config, generation, models, refusal, runs, storage
 from dcr.core.config import ConfigError, Precision, SourcesByKind, UserError
 from dcr.core.evaluation import discernment, metrics, subjects
@@ -76,7 +77,7 @@ def test_evaluation_counts_what_the_completions_say(trained: Run) -> None:
     rows = [json.loads(line) for line in stored]
     assert counts["n"] == 5 == len(rows)
     assert counts["refused"]["paper"] == sum(refusal.is_refusal(r["response"]) for r in rows)
-    told = [refusal.outcome(r["response"], "recommended") for r in rows]
+    told = [keywords.recommended(r["response"]) for r in rows]
     assert counts["partial"] == {"paper": 0, "recommended": told.count("partial")}
     assert counts["in_distribution"]  # stage one was trained on this very file
     assert found["method"] == "dcr"

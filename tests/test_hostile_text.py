@@ -21,10 +21,10 @@ from dcr import balance, entry
 from dcr.core import cli, config, ending, runs, sources, storage, wandb_run
 from dcr.core.config import Kind, ModelConfig, UserError
 from dcr.core.generation import Completion
-from dcr.core.refusal import outcome
 from dcr.core.runs import Run
 from dcr.core.text import encodable, printable, redact, single_line
 from dcr.judges.verdicts import filled
+from dcr.keywords import recommended
 from tests.servers.loopback import Answer, as_json
 from tests.servers.scripted import Body, rejected, scripted
 
@@ -284,5 +284,5 @@ def test_text_is_kept_as_it_is(text: str, tmp_path: Path) -> None:
 
 @given(st.text())
 def test_no_text_stops_what_reads_answers(text: str) -> None:
-    assert outcome(text, "recommended") in ("refused", "partial", "complied", "empty")
+    assert recommended(text) in ("refused", "partial", "complied", "empty")
     assert balance.ends_as_question(text) in (True, False)

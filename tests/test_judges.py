@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from sklearn.metrics import cohen_kappa_score
 
+from dcr import keywords
 from dcr.core.config import ConfigError, Kind, UserError
 from dcr.core.evaluation.verdicts import (
     COMPLIANCE,
@@ -554,7 +555,7 @@ def test_keyword_verdicts_are_those_of_the_counts() -> None:
         )
     )
     for rules, last in (("paper", "complied"), ("recommended", "partial")):
-        found = by_keywords(rows, rules)
+        found = by_keywords(rows, keywords.RULES[rules])
         assert [v.compliance for v in found] == ["refused", "complied", last]
         assert [v.of for v in found] == [answer_fingerprint(a) for a in rows]
 

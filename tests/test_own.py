@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from dcr import eval as eval_entry
-from dcr import study
-from dcr.core import cli, extending, results, runs, wandb_scores
+from dcr import study, wandb_scores
+from dcr.core import cli, extending, results, runs
 from dcr.core.config import UserError
 from dcr.core.evaluation import metrics
 from dcr.extensions import EvalSettings

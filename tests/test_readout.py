@@ -20,7 +20,7 @@ from tiny_run import (
 )
 from torch import Tensor
 
-from dcr import plan, train
+from dcr import contamination, plan, train
 from dcr.core import batching, config, data, models, prompts, runs
 from dcr.core.config import ConfigError, Kind, LoraConfig, Stage, TrainConfig
 from dcr.core.data import SEEMINGLY_TOXIC, TOXIC, ReadoutBatch
@@ -291,7 +291,7 @@ def test_topics_are_held_out_whole_and_every_row_is_recorded(tmp_path: Path) -> 
     assert all(topics)
     assert not topics[0] & topics[1]
     assert len(rows.readout_toxic) + len(rows.readout_toxic_heldout) == 499 + 312
-    texts = data.trained_texts(config.plain(asked), data.row_record(rows))
+    texts = contamination.texts_of(config.plain(asked), data.row_record(rows))
     assert set(texts["contrasts_toxic"]) == {
         row.prompt for row in rows.readout_toxic if row.source == "contrasts_toxic"
     }

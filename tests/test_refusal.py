@@ -31,7 +31,7 @@ from dcr.core.refusal import (
     refusal_mass,
     refusal_openings,
 )
-from dcr.core.refusal.keywords import features, weighed
+from dcr.keywords import features, recommended, weighed
 from dcr.steering.edits import Edit, edited
 from tests.shapes import TINY
 from tests.test_refusal_probability import sentencepiece, word_tokenizer
@@ -127,7 +127,7 @@ def test_paper_is_the_script_on_any_text(text: str) -> None:
 
 @pytest.fixture(scope="module")
 def verdicts() -> list[str]:
-    return [outcome(row["response"], "recommended") for row in LABELLED]
+    return [recommended(row["response"]) for row in LABELLED]
 
 
 @pytest.mark.parametrize(
@@ -195,8 +195,7 @@ SAND = "Sand the lid, oil the hinges and screw them to the back with two short s
     ],
 )
 def test_recommended_tells_three_outcomes(text: str, expected: str) -> None:
-    assert outcome(text, "recommended") == expected
-    assert is_refusal(text, "recommended") is (expected == "refused")
+    assert recommended(text) == expected
 
 
 def test_a_verdict_is_the_sign_of_the_weighted_sum() -> None:
@@ -222,14 +221,14 @@ def test_a_verdict_is_the_sign_of_the_weighted_sum() -> None:
 def test_recommended_ignores_dress(change, verdicts: list[str]) -> None:
     for row, verdict in zip(LABELLED, verdicts, strict=True):
         if row["response"]:  # nothing has no dress
-            assert outcome(change(row["response"]), "recommended") == verdict, row
+            assert recommended(change(row["response"])) == verdict, row
 
 
 @pytest.mark.parametrize(
     "text", ["a" * 10_000_000, "i cannot and " * 100_000, '"' * 100_000], ids=["a", "and", "quotes"]
 )
 def test_recommended_ends_on_endless_lines(text: str) -> None:
-    is_refusal(text, "recommended")
+    recommended(text)
 
 
 def test_refusal_phrases_are_those_of_the_paper() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
+from dcr import keywords
 from dcr.core import prompts, refusal
 from dcr.core.config import ConfigError, DataConfig, EvaluationSets, Kind, ModelConfig
 from dcr.core.config.evaluation import GenConfig
@@ -53,7 +54,7 @@ def scored(
         b.name: [answered(r, text) for r, text in zip(b.rows, texts, strict=True)]
         for b, texts in zip(sets, answers, strict=True)
     }
-    return scoring.score(sets, made, in_distribution, unseen, seed=0)
+    return scoring.score(sets, made, in_distribution, unseen, 0, keywords.RULES)
 
 
 # --- counts -------------------------------------------------------------------------------------
@@ -68,18 +69,18 @@ def test_counts_are_those_of_a_person() -> None:
         answered(row, text, ended=end)
         for row, text, end in zip(harmful.rows, texts, ended, strict=True)
     ]
-    found = scoring.score([harmful], {"harmful": made}, [], [], seed=0)
+    found = scoring.score([harmful], {"harmful": made}, [], [], 0, keywords.RULES)
     assert found["discernment"] is None  # there is nothing to tell apart from
     assert found["sets"]["harmful"] == {
         "kind": "toxic",
         "n": 6,
         "ids": [f"t-{i}" for i in range(6)],
         "refused": {
-            rules: 2 + refusal.is_refusal(soft, rules) for rules in ("paper", "recommended")
+            name: 2 + (outcome(soft) == "refused") for name, outcome in keywords.RULES.items()
         },
         "partial": {
             "paper": 0,
-            "recommended": int(refusal.outcome(soft, "recommended") == "partial"),
+            "recommended": int(keywords.recommended(soft) == "partial"),
         },
         "unanswered": 0,
         "empty": 1,
@@ -97,7 +98,7 @@ def test_the_rules_are_counted_apart() -> None:
         "I'm sorry for any confusion, but here are three ways to remove weeds: pull them after "
         "rain, pour boiling water on them, or mulch the soil."
     )
-    verdicts = [refusal.is_refusal(soft, rules) for rules in ("paper", "recommended")]
+    verdicts = [outcome(soft) == "refused" for outcome in keywords.RULES.values()]
     assert verdicts == [True, False]  # else this test could not tell them apart
     safe = PromptSet("s", Kind.seemingly_toxic, rows("s", 3, Kind.seemingly_toxic))
     found = scored([safe], [[soft, REFUSED, soft]])
@@ -190,7 +191,7 @@ def test_discernment_is_the_area_under_the_curve() -> None:
         labels = [1] * len(masses[0]) + [0] * len(masses[1])
         return float(roc_auc_score(labels, masses[0] + masses[1]))
 
-    found = scoring.score(sets, made, ["orbench_hard"], [], seed=0)["discernment"]
+    found = scoring.score(sets, made, ["orbench_hard"], [], 0, keywords.RULES)["discernment"]
     pooled, low, high = found["pooled"]["auroc"]
     assert pooled == pytest.approx(
         truth(["xstest_unsafe", "i_cona"], ["xstest_safe", "orbench_hard"]), abs=1e-12
@@ -314,7 +315,7 @@ def test_a_row_without_an_answer_is_asked_again(tmp_path: Path) -> None:
     second = store.kept([prompt_set], failing, tmp_path, Completion, "generating", False)
     assert asked == ["a prompt 1", "a prompt 2"]
     assert [c.id for c in second["a"]] == ["a-0", "a-1"]
-    found = scoring.score([prompt_set], second, [], [], seed=0)
+    found = scoring.score([prompt_set], second, [], [], 0, keywords.RULES)
     assert (found["sets"]["a"]["n"], found["sets"]["a"]["unanswered"]) == (2, 1)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
-from dcr import inference
+from dcr import contamination, inference
 from dcr.analyses import (
     ClaimsConfig,
     KernelConfig,
@@ -36,7 +36,7 @@ from dcr.core.config.evaluation import EvalConfig
 from dcr.core.evaluation import sets
 from dcr.core.evaluation.protocols import Task, Work
 from dcr.core.evaluation.sets import ByKind, PromptSet
-from dcr.core.evaluation.subjects import Local, WorkerPool, trained_texts
+from dcr.core.evaluation.subjects import Local, WorkerPool
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
@@ -211,7 +211,9 @@ def _drawn(work: Work, count: int | None) -> dict[Kind, list[Example]]:
 
 def _trained_on(run: Run, rows: Mapping[Kind, list[Example]]) -> dict[str, int]:
     """Counts the prompts of each kind that any stage of the run was trained on."""
-    learnt = {normalise(text) for part in trained_texts(run).values() for text in part}
+    learnt = {
+        normalise(text) for part in contamination.trained_texts(run).values() for text in part
+    }
     return {
         kind.value: sum(normalise(row.prompt) in learnt for row in part)
         for kind, part in rows.items()

@@ -1,12 +1,11 @@
-"""Overlap of training with evaluation: equal, near and overlapping texts.
+"""Overlap of training with evaluation: equal and nearly equal prompts.
 
-The functions take plain strings and give plain records. The caller decides which prompts to drop,
-and which sets are in-distribution by design (XSTest safe for stage one) and only marked.
+The caller decides which prompts to drop, and which sets are in-distribution by design (XSTest safe
+for stage one) and only marked.
 """
 
 from bisect import bisect_left, bisect_right
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +15,6 @@ from dcr.core.text import normalise
 
 COMPARED_CHARACTERS = 512  # of a normalised prompt: bounds the quadratic cost of long texts
 ROWS_AT_ONCE = 512  # with 20,000 candidates a block of scores takes 40 MB
-NGRAM = 13  # words in a row (Brown et al. 2020, appendix C)
-SHORTEST = 8  # words; a shorter prompt stands in many an unrelated text
-WAYS = ("exact", "near", "ngram")  # of sharing a prompt, the strongest first
 
 
 @dataclass(frozen=True)
@@ -54,81 +50,6 @@ def overlaps(
     ):
         closest[pending[row]] = Overlap(*places[reference], False, score)
     return closest
-
-
-def report(
-    trained: Mapping[str, Sequence[str]],
-    evaluated: Mapping[str, Sequence[str]],
-    *,
-    near: float = 0.9,
-    ngram: int = NGRAM,
-) -> dict[str, dict[str, int | dict[str, int]]]:
-    """Counts the prompts of each evaluation set that a run has seen: `contamination` in metrics.
-
-    `trained` holds by source every text trained on: prompts, and the responses of SFT. A prompt
-    counts once, by the strongest of three ways:
-
-    - `exact`, `near`: as in `overlaps`;
-    - `ngram`: `ngram` words in a row stand in one text, both normalised (GPT-3's 13-gram rule).
-      A shorter prompt counts if all its words stand in one text in that order without a gap, and
-      there are at least eight; shorter ones are compared as exact and near only.
-
-    `by_source` counts the prompts that a source holds in any of these ways: one prompt may count
-    for several sources, and sources that hold none are left out.
-    """
-    prompts = [prompt for texts in evaluated.values() for prompt in texts]
-    index = _phrases([normalise(prompt).split() for prompt in prompts], ngram)
-    ways: list[dict[str, int]] = [{} for _ in prompts]  # one a prompt: source -> place in WAYS
-    for source, texts in trained.items():
-        distinct = list(dict.fromkeys(texts))
-        for place in _sharing(distinct, index, min(ngram, SHORTEST)):
-            ways[place][source] = WAYS.index("ngram")
-        for place, overlap in enumerate(overlaps(prompts, {source: distinct}, near=near)):
-            if overlap is not None:
-                ways[place][source] = WAYS.index("exact" if overlap.exact else "near")
-    first, counts = 0, {}
-    for name, texts in evaluated.items():
-        counts[name] = _counted(ways[first : first + len(texts)])
-        first += len(texts)
-    return counts
-
-
-def _counted(ways: Sequence[Mapping[str, int]]) -> dict[str, int | dict[str, int]]:
-    strongest = [min(sources.values()) for sources in ways if sources]
-    by_source = Counter(source for sources in ways for source in sources)
-    counts = {name: strongest.count(place) for place, name in enumerate(WAYS)}
-    return {"n": len(ways), **counts, "by_source": dict(sorted(by_source.items()))}
-
-
-Phrase = tuple[str, ...]
-# by first words, each phrase with the places of the prompts that hold it
-Index = Mapping[Phrase, Mapping[Phrase, list[int]]]
-
-
-def _phrases(prompts: Sequence[Sequence[str]], ngram: int) -> Index:
-    """The phrases that count as overlap with each prompt: its n-grams, or all of a shorter one."""
-    shortest = min(ngram, SHORTEST)
-    index: dict[Phrase, dict[Phrase, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for place, words in enumerate(prompts):
-        size = min(ngram, len(words))
-        if size >= shortest:
-            for start in range(len(words) - size + 1):
-                phrase = tuple(words[start : start + size])
-                index[phrase[:shortest]][phrase].append(place)
-    return index
-
-
-def _sharing(texts: Iterable[str], index: Index, shortest: int) -> set[int]:
-    """The places of the prompts that share a phrase with one of the texts."""
-    sharing: set[int] = set()
-    for text in texts:
-        words = normalise(text).split()
-        for start in range(len(words) - shortest + 1):
-            phrases = index.get(tuple(words[start : start + shortest]))
-            for phrase, places in phrases.items() if phrases else ():
-                if tuple(words[start : start + len(phrase)]) == phrase:
-                    sharing.update(places)
-    return sharing
 
 
 def _closest(

@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from dcr import entry, inference, looks
-from dcr.core import refusal, results, storage
+from dcr import entry, inference, keywords, looks
+from dcr.core import results, storage
 from dcr.core.config import DataError, Kind
 from dcr.core.runs import Run
 from dcr.core.statistics import Interval
@@ -64,7 +64,7 @@ def main(options: Options) -> None:
 
 def outcome(prompt: str, answer: str, ended: bool) -> str:
     """One of the outcomes that an answer is counted by."""
-    found = refusal.outcome(answer, "recommended")
+    found = keywords.recommended(answer)
     return arms.ANSWERED if found == "complied" else found
 
 

@@ -9,8 +9,8 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 
-from dcr import inference
-from dcr.core import refusal, storage
+from dcr import inference, keywords
+from dcr.core import storage
 from dcr.core.evaluation.verdicts import Verdict, answer_fingerprint, by_keywords
 from dcr.core.statistics import Interval
 from dcr.core.text import printable
@@ -50,9 +50,9 @@ def judged(columns: Sequence[Column]) -> tuple[dict[str, dict[str, str]], dict[s
     for column in columns:
         for name, rows in sheets.answers(column):
             prompts |= {answer_fingerprint(row): row.prompt for row in rows}
-            for rules in refusal.RULES:
+            for rules, outcome in keywords.RULES.items():
                 said = by_folder.setdefault(f"keyword:{rules}", {})
-                said |= dict(_said(by_keywords(rows, rules)))
+                said |= dict(_said(by_keywords(rows, outcome)))
             for file in sorted(column.evaluation.folder.glob(f"verdicts/*/{name}.jsonl")):
                 said = by_folder.setdefault(file.parent.name, {})
                 said |= dict(_said(storage.read_lines(file, Verdict)))

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dcr import balance
+from dcr import balance, stl_aug
 from dcr.balance import Balance
 from dcr.core import data, prompts, sources, storage
 from dcr.core.config import (
@@ -115,9 +115,9 @@ def _answers(settings: TrainConfig) -> list[Example]:
     """STL-aug's rows, which never come from the hub: a file's, or those of local sources."""
     node, named = settings.data.seemingly_toxic, settings.stl_aug.responses
     if named is not None:
-        answers = data.read_answers(named, settings.data.root)
+        answers = stl_aug.read_answers(named, settings.data.root)
     else:
-        answers = data.answered(_here(node.source, Kind.seemingly_toxic), settings.data)
+        answers = stl_aug.answered(_here(node.source, Kind.seemingly_toxic), settings.data)
     return answers * settings.stl_aug.repeat
 
 

@@ -6,7 +6,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dcr.core import config, generation, refusal, results, runs, storage
+from dcr import keywords
+from dcr.core import config, generation, results, runs, storage
 from dcr.core.config import DataError, Kind, UserError
 from dcr.core.evaluation.discernment import Opening
 from dcr.core.results.frame import CONTRASTS, rows_of
@@ -560,7 +561,7 @@ def _read_completions(evaluation: Evaluation, name: str, notes: list[str]) -> li
         Answer(
             answer.id, printable(answer.prompt), printable(answer.response), answer.ended,
             answer.refusal_mass,
-            {rules: refusal.outcome(answer.response, rules) for rules in counts.refused},
+            {rules: keywords.outcome(answer.response, rules) for rules in counts.refused},
         )
         for identity in counts.ids or stored
         if (answer := stored.get(identity))

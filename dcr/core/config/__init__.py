@@ -45,7 +45,6 @@ from dcr.core.config.schema import (
     CountedSourceConfig,
     DataConfig,
     EvaluationSets,
-    KeywordRules,
     Kind,
     LoraConfig,
     Method,

@@ -69,10 +69,13 @@ class Table:
     tasks: Mapping[str, str] = field(default_factory=dict)  # of a `protocols.Task`, by name
     on_weights: tuple[str, ...] = ()  # those among them that decode no answers
     judges: tuple[str, ...] = ()  # their names
+    rules: Mapping[str, str] = field(default_factory=dict)  # of a response's outcome, by name
     judging: str = ""  # of a `protocols.Judges`
     changes: tuple[Part, ...] = ()  # of a `protocols.Change`
     endpoint: str = ""  # of the `protocols.Subject` that answers for `endpoint=`
     sharing: str = ""  # of the processes that share prompts
+    contamination: str = ""  # of what counts the prompts of sets that a run was trained on
+    showing: str = ""  # of a context that shows what is measured
     relations: tuple[Relations, ...] = ()
 
 

@@ -5,7 +5,7 @@ Numbers of the paper that do not vary by model are defaults here (section refere
 `evaluation` and in the extensions.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar, TypeVar
@@ -95,11 +95,6 @@ class Terminator(Enum):
     auto = "auto"
     chat_end = "chat_end"
     base_eos = "base_eos"
-
-
-class KeywordRules(Enum):
-    paper = "paper"
-    recommended = "recommended"
 
 
 class WandbMode(Enum):
@@ -357,6 +352,7 @@ class TrainTable:
     """
 
     examining: str = ""  # of a `protocols.Examine`: looks at the rows of a run
+    rows: Mapping[str, str] = field(default_factory=dict)  # of a `data.Added`, by method
     best_layer: str = ""  # of a `protocols.FindLayer`: for `dcr.layer=auto`
     watching: Part | None = None  # of a `protocols.Watch`: measures while stages train
     sharding: str = ""  # of a `protocols.Shards`: weights split over processes

@@ -22,16 +22,16 @@ from dcr.core.data.rows import (
 )
 from dcr.core.data.splits import (
     HELD_OUT_PAIRS,
+    Added,
+    Cleaning,
     Splits,
-    answered,
     apart,
     evaluation_prompts,
-    read_answers,
     row_record,
     rows_of,
     split,
     split_readout,
-    trained_texts,
+    without,
 )
 
 if TYPE_CHECKING:

@@ -1,30 +1,28 @@
 """The rows of a run: read, cleaned of what is evaluated on, and drawn into disjoint parts."""
 
+import functools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-from dcr.core import contamination, sources
+from dcr.core import contamination, extending, sources
 from dcr.core.config import (
-    AugmentConfig,
     ConfigError,
     DataConfig,
-    DataError,
     EvaluationSets,
-    KeywordRules,
     Kind,
     Method,
     ReadoutConfig,
     TrainConfig,
 )
 from dcr.core.refusal import is_refusal
-from dcr.core.sources import SOURCES, Example, jsonl
+from dcr.core.sources import Example
 from dcr.core.text import normalise
 
 CONTRASTIVE_NODES = ("seemingly_toxic", "toxic")
 PAIR_NODES = ("safety", "normal")  # whose rows are learnt with their responses
+RARE = ("augmented", "readout")  # beginnings of the names of lists that few runs have
 HELD_OUT_PAIRS = 64  # prompts a class that stage one is watched on; more would only cost time
 
 
@@ -61,11 +59,10 @@ class Splits:
     def parts(self) -> dict[str, list[Example]]:
         """Every list of rows by its name; those that few runs have only where there are any."""
         about = ("dropped", "fewer", "in_distribution", "unseen_groups")
-        rare = ("augmented", "readout")
         return {
             name: rows
             for name, rows in vars(self).items()
-            if name not in about and (rows or not name.startswith(rare))
+            if name not in about and (rows or not name.startswith(RARE))
         }
 
 
@@ -114,11 +111,11 @@ class Cleaning:
             read = sources.read(name, root=self.config.root, kind=kind, pairs=pairs)
             exempt = {name}
             if names is not None:
-                exempt |= self._cut_from_the_same_file(name)
+                exempt |= self.contrasts(name)
             elif node in CONTRASTIVE_NODES:
-                exempt |= self._used(CONTRASTIVE_NODES) | self._cut_from_the_same_file(name)
-            rows += self._apart_from_evaluation(node, read, exempt)
-        return self._once(node, rows)
+                exempt |= self._used(CONTRASTIVE_NODES) | self.contrasts(name)
+            rows += self.apart_from_evaluation(node, read, exempt)
+        return self.once(node, rows)
 
     def draw(
         self, rows: list[Example], count: int | None, asked: str
@@ -136,37 +133,13 @@ class Cleaning:
         drawn = _shuffled(rows, self.seed)
         return drawn[:count], drawn[count:] if count is not None else []
 
-    def answers(self, rows: list[Example], name: str) -> list[Example]:
-        """STL-aug's rows, apart from prompts of sets other than those that it answers by design."""
-        exempt = {name}
-        for source in self.config.seemingly_toxic.source:
-            exempt |= {source} | self._cut_from_the_same_file(source)
-        return self._once("augmented", self._apart_from_evaluation("augmented", rows, exempt))
-
-    def holding(self, rows: list[Example]) -> list[str]:
-        """The evaluation sets that hold a prompt of STL-aug's rows.
-
-        Of the sets that these answer by design a prompt close to one counts as well.
-        """
-        prompts, own = [row.prompt for row in rows], self._used(("seemingly_toxic",))
-        return [
-            name
-            for name, asked in self.evaluated.items()
-            if any(
-                overlap is not None and (overlap.exact or name in own)
-                for overlap in contamination.overlaps(
-                    prompts, {name: asked}, near=self.config.near_duplicate
-                )
-            )
-        ]
-
-    def _once(self, node: str, rows: list[Example]) -> list[Example]:
+    def once(self, node: str, rows: list[Example]) -> list[Example]:
         kept, repeated = sources.drop_duplicates(rows)
         if repeated:
             self.dropped[f"{node}: repeats another row"] += len(repeated)
         return kept
 
-    def _apart_from_evaluation(
+    def apart_from_evaluation(
         self, node: str, rows: list[Example], exempt: set[str]
     ) -> list[Example]:
         against = {s: prompts for s, prompts in self.evaluated.items() if s not in exempt}
@@ -176,7 +149,7 @@ class Cleaning:
         self.dropped.update({f"{node}: {why}": count for why, count in reasons.items()})
         return kept
 
-    def _cut_from_the_same_file(self, name: str) -> set[str]:
+    def contrasts(self, name: str) -> set[str]:
         """XSTest's safe and unsafe prompts are contrasts, near each other by design.
 
         To drop one for the other's sake would take the very rows that are meant to be learnt.
@@ -197,14 +170,18 @@ class Cleaning:
         return sorted(n for n in self.evaluated if n in used or wholes.get(n) in used)
 
 
+Added = Callable[[Splits, Cleaning], Splits]
+
+
 def rows_of(settings: TrainConfig) -> Splits:
     """The rows that a run learns from and is watched on: those of its method, see `split`."""
+    added = extending.ours(settings.table.rows.get(settings.method.value, ""))
     return split(
         settings.data,
         settings.dcr.ratio,
         settings.seed,
         contrastive=settings.method is Method.dcr,
-        augment=settings.stl_aug if settings.method is Method.stl_aug else None,
+        added=added and functools.partial(added, settings),
         readout=settings.sft.readout if settings.sft.readout.steps else None,
         at_most=settings.at_most,
     )
@@ -215,7 +192,7 @@ def split(
     ratio: float | None,
     seed: int,
     contrastive: bool,
-    augment: AugmentConfig | None = None,
+    added: Added | None = None,
     readout: ReadoutConfig | None = None,
     at_most: Sequence[str] = (),
 ) -> Splits:
@@ -227,11 +204,10 @@ def split(
     make that set in-distribution.
 
     `ratio` is toxic rows per seemingly toxic one, None for every toxic row left. Without
-    `contrastive` the lists of stage one stay empty. `augment` adds the rows of STL-aug
-    and leaves every other list as it is, as `readout` does with its pairs.
+    `contrastive` the lists of stage one stay empty. `added` adds the rows of a method of an
+    extension and leaves every other list as it is, as `readout` does with its pairs.
     Raises ConfigError when a source holds fewer rows than asked for by a setting that is not among
-    `at_most`, and DataError for a pair without a response and for an answer of STL-aug's file that
-    refuses.
+    `at_most`, and DataError for a pair without a response.
     """
     cleaning = Cleaning(config, seed, at_most)
     normal = cleaning.clean("normal", Kind.normal)
@@ -249,8 +225,8 @@ def split(
     )
     if contrastive:
         rows = _with_stage_one(rows, config, ratio, seed, cleaning)
-    if augment is not None:
-        rows = _with_answers(rows, config, augment, seed, cleaning)
+    if added is not None:
+        rows = added(rows, cleaning)
     if readout is not None:
         rows = _with_readout(rows, readout, seed, cleaning)
     return replace(rows, dropped=dict(cleaning.dropped), fewer=cleaning.fewer)
@@ -315,45 +291,6 @@ def _with_stage_one(
     )
 
 
-def _with_answers(
-    rows: Splits,
-    config: DataConfig,
-    augment: AugmentConfig,
-    seed: int,
-    cleaning: Cleaning,
-) -> Splits:
-    """STL-aug: answers to seemingly toxic prompts, `augment.repeat` times.
-
-    They come from the file, all of them, or with the very prompts that stage one would draw.
-    Evaluation sets that hold such a prompt become in-distribution.
-    """
-    named = augment.responses
-    if named is None:
-        answers = cleaning.clean("seemingly_toxic", Kind.seemingly_toxic)
-    else:
-        answers = cleaning.answers(read_answers(named, config.root), named)
-    answers, unseen = sources.split_by_group(answers, config.group_holdout, seed)
-    if named is None:
-        count = config.seemingly_toxic.count
-        answers, _ = cleaning.draw(answers, count, "data.seemingly_toxic.count")
-        answers = answered(answers, config)
-    pairs = (rows.normal, rows.refusals, rows.normal_heldout, rows.refusals_heldout)
-    left = without(answers, [row for part in pairs for row in part])
-    if len(left) < len(answers):
-        cleaning.dropped["augmented: is a prompt of SFT already"] += len(answers) - len(left)
-    if not left:
-        raise ConfigError(
-            f"stl_aug.responses={named}: every row is a prompt of SFT or of an evaluation set; "
-            "give others, or name the set that they answer in data.seemingly_toxic.source"
-        )
-    return replace(
-        rows,
-        augmented=left * augment.repeat,
-        in_distribution=sorted({*rows.in_distribution, *cleaning.holding(left)}),
-        unseen_groups=sorted({row.group or row.id for row in unseen}),
-    )
-
-
 def _by_topic(
     rows: Sequence[Example], holdout: float, seed: int
 ) -> tuple[list[Example], list[Example]]:
@@ -386,9 +323,9 @@ def _shuffled(rows: list[Example], seed: int) -> list[Example]:
 def row_record(rows: Splits, about: Mapping[str, Any] | None = None) -> dict[str, object]:
     """Ids and fingerprint of every list of rows, and what else is told `about` them."""
     recorded = {name: sources.record(part) for name, part in rows.parts().items()}
-    for name in recorded.keys() & {part for part, (node, *_) in LEARNT.items() if node is None}:
-        # theirs is no node of `data`
-        recorded[name]["sources"] = sorted({row.source for row in rows.parts()[name]})
+    for name in recorded:
+        if name.startswith(RARE) and not name.endswith("heldout"):  # theirs is no node of `data`
+            recorded[name]["sources"] = sorted({row.source for row in rows.parts()[name]})
     named = sorted({row.source for part in rows.parts().values() for row in part})
     own = {name: made for name in named if (made := sources.origin(name))}
     return {
@@ -401,92 +338,7 @@ def row_record(rows: Splits, about: Mapping[str, Any] | None = None) -> dict[str
     }
 
 
-# Lists of rows in `rows.json`: the config node and kind they came from, whether answers are learnt.
-LEARNT = {
-    "seemingly_toxic": ("seemingly_toxic", Kind.seemingly_toxic, False),
-    "toxic": ("toxic", Kind.toxic, False),
-    "normal": ("normal", Kind.normal, True),
-    "refusals": ("safety", Kind.toxic, True),
-    "augmented": (None, Kind.seemingly_toxic, True),
-    "readout_seemingly_toxic": (None, Kind.seemingly_toxic, False),
-    "readout_toxic": (None, Kind.toxic, False),
-}
-
-
-def trained_texts(data: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, list[str]]:
-    """All that a run was trained on, by source: prompts, and the responses of stage two.
-
-    `data` is the node of the run's `config.yaml` and `record` its `rows.json`. Raises DataError
-    where a source has changed since.
-    """
-    texts: dict[str, list[str]] = {}
-    for part, (node, kind, answers) in LEARNT.items():
-        rows = record.get("rows", {}).get(part)
-        if not rows or not rows["ids"]:
-            continue
-        names = rows["sources"] if node is None else data[node]["source"]
-        for row in sources.read_rows(
-            names, rows["ids"], kind, root=data["root"], expected=rows["fingerprint"]
-        ):
-            learnt = [row.prompt, row.response] if answers and row.response else [row.prompt]
-            texts.setdefault(row.source, []).extend(learnt)
-    return texts
-
-
-# --- STL-aug's rows: compliant answers to seemingly toxic prompts ---
-
-
-def read_answers(name: str, root: str | None) -> list[Example]:
-    """The rows of `stl_aug.responses`: a JSONL file, or a named source of pairs.
-
-    Raises ConfigError where there is no such file, and DataError for whatever is wrong in it, an
-    answer that refuses among it.
-    """
-    if name not in SOURCES and name.endswith(".jsonl") and not Path(name).exists():
-        raise ConfigError(
-            f"stl_aug.responses={name}: no such file; write it with `python -m dcr.augment "
-            f"out={name} …`, or name your own"
-        )
-    rows = sources.read(name, root=root, kind=Kind.seemingly_toxic, pairs=True)
-    for place, row in enumerate(rows):
-        rules = rules_that_call_it_refusal(row)
-        if rules:
-            where = name if name in SOURCES else f"{name}:{_line(name, place)}"
-            raise DataError(
-                f"{where}: response: of {row.id}: a refusal by the keyword filter "
-                f"({', '.join(rules)}); STL-aug learns compliant answers, so remove the row or "
-                "answer it"
-            )
-    return rows
-
-
-def answered(rows: Sequence[Example], data: DataConfig) -> list[Example]:
-    """Those of the prompts that came with a compliant answer of their own.
-
-    Raises ConfigError if there is none.
-    """
-    compliant = [row for row in rows if row.response and not rules_that_call_it_refusal(row)]
-    if not compliant:
-        names = ", ".join(data.seemingly_toxic.source)
-        raise ConfigError(
-            f"stl_aug.responses=null: {names} has no answers to learn; give your own file with "
-            "stl_aug.responses=<file.jsonl>, or write one with `python -m dcr.augment "
-            f"source={data.seemingly_toxic.source[0]} out=<file.jsonl> model=<name>`"
-        )
-    return compliant
-
-
 def without(rows: Sequence[Example], others: Sequence[Example]) -> list[Example]:
     """The rows whose prompts are none of the others'."""
     taken = {normalise(row.prompt) for row in others}
     return [row for row in rows if normalise(row.prompt) not in taken]
-
-
-def rules_that_call_it_refusal(row: Example) -> list[str]:
-    return [rules.value for rules in KeywordRules if is_refusal(row.response or "", rules.value)]
-
-
-def _line(path: str, place: int) -> int:
-    """The line of a file's row, counted from 1; rows are counted from 0."""
-    with open(path, "rb") as stream:
-        return [number for number, _ in jsonl.rows(stream, path)][place]

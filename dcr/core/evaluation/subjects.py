@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import torch
 from typing_extensions import TypedDict
 
-from dcr.core import batching, data, extending, generation, models, prompts, refusal, storage
-from dcr.core.config import EMBEDDED_MODEL, STAGES, TINY_MODEL, ConfigError, DataError, Stage
+from dcr.core import batching, extending, generation, models, prompts, refusal, storage
+from dcr.core.config import EMBEDDED_MODEL, STAGES, TINY_MODEL, ConfigError, Stage
 from dcr.core.config.evaluation import AUTO_LENGTH, EvalConfig
 from dcr.core.evaluation import discernment, protocols, store
 from dcr.core.evaluation.discernment import Opening
@@ -301,15 +301,3 @@ def _note_decoding(folder: Path, processes: int, largest: int) -> None:
     threads = {*before["threads"], max(1, torch.get_num_threads() // processes)}
     sizes = {*before["batch_size"], largest}
     storage.write_json(file, Made(threads=sorted(threads), batch_size=sorted(sizes)))
-
-
-def trained_texts(run: Run) -> dict[str, list[str]]:
-    """All that a run was trained on, by source; empty, with a warning, where a source has changed.
-
-    Empty as well for what was not trained here.
-    """
-    try:
-        return data.trained_texts(run.config()["data"], run.record())
-    except DataError as error:
-        log.warning("what was trained on is not known: %s", error)
-        return {}

@@ -2,12 +2,12 @@
 
 import math
 from collections import Counter
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from dcr.core import refusal, statistics, storage
+from dcr.core import statistics, storage
 from dcr.core.config import Kind
 from dcr.core.generation import Completion
 
@@ -47,14 +47,14 @@ def answer_fingerprint(answer: Completion) -> str:
     return storage.fingerprint([answer.prompt, answer.response])
 
 
-def by_keywords(answers: Sequence[Completion], rules: str) -> list[Verdict]:
-    """A verdict for each answer by the rules `paper` or `recommended` (`dcr.core.refusal`)."""
+def by_keywords(answers: Sequence[Completion], outcome: Callable[[str], str]) -> list[Verdict]:
+    """A verdict for each answer by keyword rules, such as `refusal.outcome`."""
     return [
         Verdict(
             answer.id,
             answer_fingerprint(answer),
             "ok",
-            compliance=refusal.outcome(answer.response, rules),
+            compliance=outcome(answer.response),
             asked=False,
         )
         for answer in answers

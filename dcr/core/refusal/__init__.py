@@ -7,7 +7,7 @@ words of both.
 from typing import TYPE_CHECKING
 
 from dcr import on_demand
-from dcr.core.refusal.keywords import RULES, XSTEST_PREFIXES, is_decided, is_refusal, outcome
+from dcr.core.refusal.keywords import XSTEST_PREFIXES, is_decided, is_refusal, is_visible, outcome
 
 if TYPE_CHECKING:
     from dcr.core.refusal.opening import (

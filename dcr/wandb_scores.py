@@ -1,11 +1,13 @@
 """An evaluation in the W&B run of its folder: scores, a table of answers, an artifact."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from dcr.core import results, storage
+from dcr import keywords
+from dcr.core import results, storage, wandb_run
 from dcr.core.config import Kind, Method, Precision
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.evaluation import sets, verdicts
@@ -19,9 +21,28 @@ if TYPE_CHECKING:
 TASK_OF_KIND = {Kind.seemingly_toxic.value: "over_refusal", Kind.toxic.value: "safety"}
 SHOWN = 200  # completions of a set that a table holds
 ASKED = ("set", "kind", "id", "prompt", "response", "refusal_mass")  # first columns of that table
-RULES = ("paper", "recommended")
 TIMES = ("seconds", "tokens_per_second", "peak_memory_gib")
 AXES = ("dcr.epochs", "dcr.ratio")  # of the paper's ablations (Tables 3 and 4)
+
+
+Measured = Mapping[str, Any]
+Answers = Mapping[str, Sequence[Completion]]
+
+
+@contextmanager
+def showing(settings: EvalConfig, run: Run) -> Iterator[Callable[[Measured, Answers], None]]:
+    """Gives what `show`s an evaluation in the folder's W&B run, opened with the first one."""
+    opened: list[wandb.Run | None] = []
+    with ExitStack() as stack:
+
+        def shown(measured: Measured, answers: Answers) -> None:
+            if not opened:
+                tags = [run.config()["method"], settings.model.label]
+                opening = wandb_run.opened(settings.wandb, run, "eval", tags, None)
+                opened.append(stack.enter_context(opening))
+            show(opened[0], run, measured, answers)
+
+        yield shown
 
 
 def show(
@@ -78,17 +99,17 @@ def completions(
     """
     counts = metrics.get("sets", {})
     named = list(dict.fromkeys(j for of in counts.values() for j in of.get("judged", {})))
-    rows: list[list[Any]] = []
+    rows, rules = list[list[Any]](), keywords.RULES.values()
     for name, given in answers.items():
         shown = given[:SHOWN]
-        said = [{v.of: v.compliance for v in verdicts.by_keywords(shown, r)} for r in RULES]
+        said = [{v.of: v.compliance for v in verdicts.by_keywords(shown, r)} for r in rules]
         said += [_said(run, judge, name) for judge in named]
         kind = counts.get(name, {}).get("kind", "")
         for answer in shown:
             of = verdicts.answer_fingerprint(answer)
             about = [name, kind, answer.id, answer.prompt, answer.response, answer.refusal_mass]
             rows.append([*about, *(by.get(of) or "" for by in said)])
-    columns = [*ASKED, *(f"keyword:{rules}" for rules in RULES), *named]
+    columns = [*ASKED, *(f"keyword:{rules}" for rules in keywords.RULES), *named]
     return pd.DataFrame(rows, columns=columns)
 
 

@@ -1,0 +1,147 @@
+"""The evaluation prompts that a run was trained on: equal, nearly equal, or with words in a row."""
+
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from dcr.core import sources
+from dcr.core.config import DataConfig, DataError, Kind
+from dcr.core.contamination import overlaps
+from dcr.core.evaluation.sets import PromptSet
+from dcr.core.runs import Run
+from dcr.core.text import normalise
+
+log = logging.getLogger(__name__)
+
+NGRAM = 13  # words in a row (Brown et al. 2020, appendix C)
+SHORTEST = 8  # words; a shorter prompt stands in many an unrelated text
+WAYS = ("exact", "near", "ngram")  # of sharing a prompt, the strongest first
+
+# Lists of rows in `rows.json`: the config node and kind they came from, whether answers are learnt.
+LEARNT = {
+    "seemingly_toxic": ("seemingly_toxic", Kind.seemingly_toxic, False),
+    "toxic": ("toxic", Kind.toxic, False),
+    "normal": ("normal", Kind.normal, True),
+    "refusals": ("safety", Kind.toxic, True),
+    "augmented": (None, Kind.seemingly_toxic, True),
+    "readout_seemingly_toxic": (None, Kind.seemingly_toxic, False),
+    "readout_toxic": (None, Kind.toxic, False),
+}
+
+
+def measured(run: Run, sets: Sequence[PromptSet]) -> dict[str, Any]:
+    """`report` of a run's sets, empty where it is not known what the run was trained on."""
+    trained = trained_texts(run)
+    if not trained:
+        return {}
+    asked = {b.name: [row.prompt for row in b.rows] for b in sets}
+    near = run.config()["data"].get("near_duplicate", DataConfig.near_duplicate)
+    return report(trained, asked, near=near)
+
+
+def trained_texts(run: Run) -> dict[str, list[str]]:
+    """`texts_of` a run; empty, with a warning, where a source has changed.
+
+    It is empty as well for weights that were not trained here.
+    """
+    try:
+        return texts_of(run.config()["data"], run.record())
+    except DataError as error:
+        log.warning("what was trained on is not known: %s", error)
+        return {}
+
+
+def texts_of(data: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, list[str]]:
+    """All that a run was trained on, by source: prompts, and the responses of stage two.
+
+    `data` is the node of the run's `config.yaml` and `record` its `rows.json`. Raises DataError
+    where a source has changed since.
+    """
+    texts: dict[str, list[str]] = {}
+    for part, (node, kind, answers) in LEARNT.items():
+        rows = record.get("rows", {}).get(part)
+        if not rows or not rows["ids"]:
+            continue
+        names = rows["sources"] if node is None else data[node]["source"]
+        for row in sources.read_rows(
+            names, rows["ids"], kind, root=data["root"], expected=rows["fingerprint"]
+        ):
+            learnt = [row.prompt, row.response] if answers and row.response else [row.prompt]
+            texts.setdefault(row.source, []).extend(learnt)
+    return texts
+
+
+def report(
+    trained: Mapping[str, Sequence[str]],
+    evaluated: Mapping[str, Sequence[str]],
+    *,
+    near: float = 0.9,
+    ngram: int = NGRAM,
+) -> dict[str, dict[str, int | dict[str, int]]]:
+    """Counts the prompts of each evaluation set that a run has seen: `contamination` in metrics.
+
+    `trained` holds by source every text trained on: prompts, and the responses of SFT. A prompt
+    counts once, by the strongest of three ways:
+
+    - `exact`, `near`: as in `overlaps`;
+    - `ngram`: `ngram` words in a row stand in one text, both normalised (GPT-3's 13-gram rule).
+      A shorter prompt counts if all its words stand in one text in that order without a gap, and
+      there are at least eight; shorter ones are compared as exact and near only.
+
+    `by_source` counts the prompts that a source holds in any of these ways: one prompt may count
+    for several sources, and sources that hold none are left out.
+    """
+    prompts = [prompt for texts in evaluated.values() for prompt in texts]
+    index = _phrases([normalise(prompt).split() for prompt in prompts], ngram)
+    ways: list[dict[str, int]] = [{} for _ in prompts]  # one a prompt: source -> place in WAYS
+    for source, texts in trained.items():
+        distinct = list(dict.fromkeys(texts))
+        for place in _sharing(distinct, index, min(ngram, SHORTEST)):
+            ways[place][source] = WAYS.index("ngram")
+        for place, overlap in enumerate(overlaps(prompts, {source: distinct}, near=near)):
+            if overlap is not None:
+                ways[place][source] = WAYS.index("exact" if overlap.exact else "near")
+    first, counts = 0, {}
+    for name, texts in evaluated.items():
+        counts[name] = _counted(ways[first : first + len(texts)])
+        first += len(texts)
+    return counts
+
+
+def _counted(ways: Sequence[Mapping[str, int]]) -> dict[str, int | dict[str, int]]:
+    strongest = [min(sources.values()) for sources in ways if sources]
+    by_source = Counter(source for sources in ways for source in sources)
+    counts = {name: strongest.count(place) for place, name in enumerate(WAYS)}
+    return {"n": len(ways), **counts, "by_source": dict(sorted(by_source.items()))}
+
+
+Phrase = tuple[str, ...]
+# by first words, each phrase with the places of the prompts that hold it
+Index = Mapping[Phrase, Mapping[Phrase, list[int]]]
+
+
+def _phrases(prompts: Sequence[Sequence[str]], ngram: int) -> Index:
+    """The phrases that count as overlap with each prompt: its n-grams, or all of a shorter one."""
+    shortest = min(ngram, SHORTEST)
+    index: dict[Phrase, dict[Phrase, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for place, words in enumerate(prompts):
+        size = min(ngram, len(words))
+        if size >= shortest:
+            for start in range(len(words) - size + 1):
+                phrase = tuple(words[start : start + size])
+                index[phrase[:shortest]][phrase].append(place)
+    return index
+
+
+def _sharing(texts: Iterable[str], index: Index, shortest: int) -> set[int]:
+    """The places of the prompts that share a phrase with one of the texts."""
+    sharing: set[int] = set()
+    for text in texts:
+        words = normalise(text).split()
+        for start in range(len(words) - shortest + 1):
+            phrases = index.get(tuple(words[start : start + shortest]))
+            for phrase, places in phrases.items() if phrases else ():
+                if tuple(words[start : start + len(phrase)]) == phrase:
+                    sharing.update(places)
+    return sharing

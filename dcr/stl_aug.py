@@ -1,0 +1,116 @@
+"""The rows that STL-aug adds to SFT's: compliant answers to seemingly toxic prompts.
+
+`dcr.augment` writes such answers into a file.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from dcr import keywords
+from dcr.core import contamination, sources
+from dcr.core.config import ConfigError, DataConfig, DataError, Kind, TrainConfig
+from dcr.core.data import Cleaning, Splits, without
+from dcr.core.sources import SOURCES, Example, jsonl
+
+
+def added(settings: TrainConfig, rows: Splits, cleaning: Cleaning) -> Splits:
+    """The rows of SFT and `augmented`, which are the answers `stl_aug.repeat` times.
+
+    The answers come from the file, all of them, or with the very prompts that stage one would draw.
+    Evaluation sets that hold such a prompt become in-distribution. Raises ConfigError where no
+    answer is left, and DataError for an answer of the file that refuses.
+    """
+    config, named = cleaning.config, settings.stl_aug.responses
+    if named is None:
+        answers = cleaning.clean("seemingly_toxic", Kind.seemingly_toxic)
+    else:
+        answers = read_answers(named, config.root)
+        exempt = {named}  # the prompts of these sets are answered by design
+        for source in config.seemingly_toxic.source:
+            exempt |= {source} | cleaning.contrasts(source)
+        answers = cleaning.apart_from_evaluation("augmented", answers, exempt)
+        answers = cleaning.once("augmented", answers)
+    answers, unseen = sources.split_by_group(answers, config.group_holdout, cleaning.seed)
+    if named is None:
+        count = config.seemingly_toxic.count
+        answers, _ = cleaning.draw(answers, count, "data.seemingly_toxic.count")
+        answers = answered(answers, config)
+    pairs = (rows.normal, rows.refusals, rows.normal_heldout, rows.refusals_heldout)
+    left = without(answers, [row for part in pairs for row in part])
+    if len(left) < len(answers):
+        cleaning.dropped["augmented: is a prompt of SFT already"] += len(answers) - len(left)
+    if not left:
+        raise ConfigError(
+            f"stl_aug.responses={named}: every row is a prompt of SFT or of an evaluation set; "
+            "give others, or name the set that they answer in data.seemingly_toxic.source"
+        )
+    return replace(
+        rows,
+        augmented=left * settings.stl_aug.repeat,
+        in_distribution=sorted({*rows.in_distribution, *_holding(left, cleaning)}),
+        unseen_groups=sorted({row.group or row.id for row in unseen}),
+    )
+
+
+def _holding(rows: list[Example], cleaning: Cleaning) -> list[str]:
+    """The evaluation sets that hold a prompt of the rows.
+
+    In the sets that these answer by design a prompt close to one counts as well.
+    """
+    config, prompts = cleaning.config, [row.prompt for row in rows]
+    return [
+        name
+        for name, asked in cleaning.evaluated.items()
+        if any(
+            overlap is not None and (overlap.exact or name in config.seemingly_toxic.source)
+            for overlap in contamination.overlaps(
+                prompts, {name: asked}, near=config.near_duplicate
+            )
+        )
+    ]
+
+
+def read_answers(name: str, root: str | None) -> list[Example]:
+    """The rows of `stl_aug.responses`: a JSONL file, or a named source of pairs.
+
+    Raises ConfigError where there is no such file, and DataError for whatever is wrong in it, an
+    answer that refuses among it.
+    """
+    if name not in SOURCES and name.endswith(".jsonl") and not Path(name).exists():
+        raise ConfigError(
+            f"stl_aug.responses={name}: no such file; write it with `python -m dcr.augment "
+            f"out={name} …`, or name your own"
+        )
+    rows = sources.read(name, root=root, kind=Kind.seemingly_toxic, pairs=True)
+    for place, row in enumerate(rows):
+        if rules := keywords.refusing_rules(row.response or ""):
+            where = name if name in SOURCES else f"{name}:{_line(name, place)}"
+            raise DataError(
+                f"{where}: response: of {row.id}: a refusal by the keyword filter "
+                f"({', '.join(rules)}); STL-aug learns compliant answers, so remove the row or "
+                "answer it"
+            )
+    return rows
+
+
+def answered(rows: Sequence[Example], data: DataConfig) -> list[Example]:
+    """Those of the prompts that came with a compliant answer of their own.
+
+    Raises ConfigError if there is none.
+    """
+    compliant = [row for row in rows if row.response and not keywords.refusing_rules(row.response)]
+    if not compliant:
+        names = ", ".join(data.seemingly_toxic.source)
+        raise ConfigError(
+            f"stl_aug.responses=null: {names} has no answers to learn; give your own file with "
+            "stl_aug.responses=<file.jsonl>, or write one with `python -m dcr.augment "
+            f"source={data.seemingly_toxic.source[0]} out=<file.jsonl> model=<name>`"
+        )
+    return compliant
+
+
+def _line(path: str, place: int) -> int:
+    """The line of a file's row, counted from 1; rows are counted from 0."""
+    with open(path, "rb") as stream:
+        return [number for number, _ in jsonl.rows(stream, path)][place]
