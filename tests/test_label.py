@@ -246,8 +246,11 @@ def test_labels_of_one_name_are_not_replaced_unasked(
 ) -> None:
     for label in ("refused", "answered"):
         saved(Path(f"{label}.csv"), [row | {"label": label, "annotator": "x y"} for row in sheet])
-    assert command("dcr.label", "run", "read=refused.csv").code == 0
-    assert command("dcr.label", "run", "read=refused.csv").code == 0
+    file = Path("half.csv")
+    half = [row | {"label": "refused", "annotator": "x y"} for row in sheet[:3]]
+    assert command("dcr.label", "run", f"read={saved(file, half)}", "partial=true").code == 0
+    assert command("dcr.label", "run", "read=refused.csv").code == 0  # the rest of it
+    assert "other labels" in command("dcr.label", "run", "read=half.csv", "partial=true").error
     ended = command("dcr.label", "run", "read=answered.csv")
     assert "x y has given this sheet other labels before; rename" in ended.error
     (file,) = run.glob("labels/*/annotators/*.json")

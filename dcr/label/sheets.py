@@ -252,13 +252,14 @@ def sheets_of(run: Path) -> dict[str, Sheet]:
 def store(runs: Iterable[Path], labelled: Labelled, replace: bool = False) -> None:
     """Keeps the labels in every run that has the sheet.
 
-    Raises ConfigError where someone of that name has given other labels, unless `replace`.
+    Raises ConfigError where someone of that name has given other labels, or more of them, unless
+    `replace`.
     """
     places = [place for run in runs if (place := home(run, labelled.sheet)).is_dir()]
     files = [place / "annotators" / f"{labelled.annotator}.json" for place in places]
     for file in files:
-        before = _labels(file) if file.exists() and not replace else labelled.labels
-        if before != labelled.labels:
+        before = _labels(file) if file.exists() and not replace else {}
+        if not before.items() <= labelled.labels.items():
             raise ConfigError(
                 f"{file}: {labelled.annotator} has given this sheet other labels before; rename "
                 "the file of another person, or give replace=true"
