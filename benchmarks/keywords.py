@@ -45,6 +45,7 @@ class Row:
     model: str = ""
     category: str = ""
     prompt: int = 0
+    asked: str = ""  # the prompt's text
 
 
 def completions(data: Path) -> list[Row]:
@@ -55,7 +56,8 @@ def completions(data: Path) -> list[Row]:
             outcome = OUTCOMES[row["meta"]["human_label"][0]]
             number = int(row["id"].split("-")[2])
             labels = (row["response"], outcome == "refused", outcome)
-            rows.append(Row(*labels, row["meta"]["model"], row["category"], number))
+            about = (row["meta"]["model"], row["category"], number, row["prompt"])
+            rows.append(Row(*labels, *about))
     return rows
 
 
