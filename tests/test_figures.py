@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.image import imread
-from test_report import change, make_eval, make_run, parsed
+from test_report import change, make_eval, make_run, parsed, selection
 
 from dcr import report
 from dcr.core import extending, runs
@@ -166,7 +166,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def drawn(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Where every figure of these runs lies, drawn once, and what the terminal said."""
     out = tmp_path_factory.mktemp("drawn")
-    return out, report.build(folders, out / "page.html", (), FIGURES)
+    return out, report.build(folders, out / "page.html", FIGURES)
 
 
 def file_name(figure: str) -> str:
@@ -294,18 +294,6 @@ def test_tracked_curves_have_intervals_where_they_were_kept(tmp_path: Path) -> N
     assert {row["estimate"] for row in followed if row["step"] == 9} == {0.5, 0.25}
 
 
-def test_unfinished_tracking_leaves_the_logged_curve(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", "stl")
-    track(run, "sft", probabilities(0.1))
-    for step in STEPS:
-        keep(run, "sft", step, {"refusal_probability": probability_block(0.5)}).unlink()
-    notes = " ".join(read_run(run).notes)
-    assert notes.count("skipped, no metrics.json; measuring did not finish") == len(STEPS)
-    rows = rows_of("5a", run)
-    assert {(row["source"], row["low"]) for row in rows} == {("metrics.csv", None)}
-    assert len(rows) == 2 * 3 * len(STEPS)
-
-
 def test_kept_kernels_are_drawn_without_a_log_and_without_pairs(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", "stl")
     for step in (0, 4):
@@ -369,42 +357,13 @@ def test_figure_4_pools_other_sets_where_xstest_was_not_evaluated(tmp_path: Path
         assert "XSTest not evaluated" in told
 
 
-def test_matrices_hold_means_and_intervals(folders: list[Path]) -> None:
-    rows = rows_of("6", *folders)
-    assert len(rows) == 2 * 2 * 9
-    assert rows == rows_of("6a", *folders) + rows_of("6b", *folders)
-    row = only(rows, figure="6b", params="trunk-14", observer="normal", trained="toxic")
-    assert ends(row) == pytest.approx((0.3 + 0.2 + 0.03 + 1, 0.5, 0.7))
-    assert row["weights"] == "contrastive"
-
-
-def test_a_column_of_matrices_is_not_cut(tmp_path: Path) -> None:
-    block = matrix(0.1)
-    block["params"]["tail-2-headless"] = block["params"]["tail-2"]
-    run = make_run(tmp_path / "base", "base")
-    make_eval(run, {}, weights="base", name="b", kernel=block)
-    assert blank_edges(figures.files(figure_of("6a", run))["png"])
-
-
-def test_layers_hold_every_score_and_point(folders: list[Path]) -> None:
-    layers = rows_of("7", *folders)
-    assert [row["weights"] for row in layers] == ["base"] * 8 + ["contrastive"] * 8
-    assert layers[11]["kmeans"] == 0.55 + 0.1 + 0.2 * 4 / 8
-    assert (layers[11]["probe"], layers[11]["silhouette"]) == (0.8, None)
-    points = rows_of("8", *folders)
-    assert len(points) == 2 * 7 * 20  # layer 2 has no coordinates
-    point = only(points, weights="base", layer=5, id="p13")
-    assert [point["x"], point["y"]] == separable(8)["mds"]["5"][13]
-    assert point["kind"] == "toxic"
-
-
 def point(
     compliance: float, safety: float, strength: float | None, step: int | None = None
 ) -> Operating:
     run = RunRecord(Path("r"), {}, {}, [], [], [])
     found = Evaluation(folder=Path("e"), weights="sft", step=step)
     x, y = (Cell(value, value, value) for value in (compliance, safety))
-    return Operating("scans", run, found, strength, step, x, y)
+    return Operating("scans", run, found, strength, x, y)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -447,22 +406,6 @@ def test_operating_points_by_hand(folders: list[Path], drawn: tuple[Path, str]) 
     assert "SCANS strength 1 (compliance 80.0%, safety 85.0%)" in "".join(figure.sentences)
 
 
-def test_presets_and_validation_prompts_are_told_apart(tmp_path: Path) -> None:
-    made = [
-        make_run(tmp_path / name, method, preset=preset)
-        for name, method, preset in (
-            ("stl", "stl", "paper"), ("dcr", "dcr", "paper"), ("rec", "dcr", "recommended")
-        )
-    ]  # fmt: skip
-    for run in made:
-        make_eval(run, {"okay": "ccrr", "unsafe": "rrrc"}, settings={"validation": True},
-                  completions=False)  # fmt: skip
-    told = "\n".join(figure_of(OPERATING, *made).sentences)
-    assert "seed 0, validation prompts: the highest compliance" in told
-    assert "DCR final weights" in told
-    assert "DCR + recommended final weights" in told
-
-
 def test_a_curve_joins_points_that_differ_by_strength_alone(tmp_path: Path) -> None:
     run = make_run(tmp_path / "stl", "stl")
     steered(run, "", 0, 10, 18)
@@ -486,24 +429,11 @@ def test_safety_is_dsr_where_a_guard_judged_every_point(tmp_path: Path) -> None:
     assert "keyword refusal" in "".join(figure_of(OPERATING, run).sentences)
 
 
-def test_no_point_is_safe_enough(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "stl", "stl")
-    steered(run, "", 0, 10, 20)
-    steered(run, "scans", 1.0, 20, 5)
-    assert "SCANS no point" in "".join(figure_of(OPERATING, run).sentences)
-
-
 LACKING = {
     "1a": "figure 1a: no scored snapshots in {}; train with tracking.snapshots=20",
-    "1b": "figure 1b: no refusal probabilities of followed prompts over SFT steps in {}; train",
-    "3": "figure 3: no kernels over SFT steps in {}; train with tracking.quantities=[kernel]",
     "4": "figure 4: no scored snapshots in {}; train with tracking.snapshots=20, then run",
-    "5a": "figure 5a: no refusal probabilities over SFT steps in {}; train with "
-    "tracking.quantities=[refusal_probability]",
     "5b": "figure 5b: no DCR run among {}; train one with method=dcr",
     "6": "figure 6a: no kernel of the base model in {}; run python eval.py model=<name>",
-    "6b": "figure 6b: no kernel after stage one in {}; run python eval.py run=",
-    "7": "figure 7: no separability in {}; run python eval.py run=<run> tasks=[separability]",
     "8": "figure 8: no separability in {}; run python eval.py",
     "operating_points": "figure operating_points: no unsteered STL evaluation with",
 }
@@ -525,28 +455,12 @@ def test_two_stl_models_evaluated_alike_are_refused(tmp_path: Path) -> None:
         figure_of(OPERATING, one, two)
 
 
-def test_the_command_prints_where_the_files_are(
-    folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    wanted = ["--figure", "7", "--table", "table1", "--table=table5", "--table", "table1"]
-    assert main([*map(str, folders), *wanted, "--claims", f"out={tmp_path / 'r.html'}"]) == 0
-    told = capsys.readouterr().out
-    files = {"r.html", "claims.csv"}
-    assert f"claims: {tmp_path / 'claims'}.csv" in told
-    for name, endings in {"figure7": ("png", "svg", "csv"),
-                          "table1": ("md", "csv", "tex", "html"),
-                          "table5": ("md", "csv", "tex", "html")}.items():  # fmt: skip
-        assert f"{name}: {tmp_path / name}.{{{','.join(endings)}}}" in told
-        files |= {f"{name}.{ending}" for ending in endings}
-    assert {path.name for path in tmp_path.iterdir()} == files
-
-
 def test_hostile_names_stay_text(tmp_path: Path) -> None:
     run = make_run(tmp_path / '<b>"$x$&', "stl", model={"label": "<i>&$m$ \u6f22"})
     other = make_run(tmp_path / "other", "stl", model={"label": "=1+1"})
     for folder in (run, other):
         track(folder, "sft", probabilities(0.1))
-    report.build([run, other], tmp_path / "page.html", (), ("5a",))
+    report.build([run, other], tmp_path / "page.html", ["5a"])
     svg = (tmp_path / "figure5a.svg").read_text(encoding="utf-8")
     told = " ".join(t.text or "" for t in ElementTree.fromstring(svg).findall(f".//{SVG}text"))
     assert "<i>&$m$" in told
@@ -558,20 +472,12 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     assert models == {"<i>&$m$ \u6f22", "'=1+1"}
 
 
-def test_analyses_alone_are_no_column(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", "stl")
-    make_eval(run, {}, name="a", kernel=matrix(0.1), discernment=None)
-    make_eval(run, {"safe": "cc", "unsafe": "rr"}, name="b")
-    page = tmp_path / "page.html"
-    report.build([run], page)
-    assert "1 evaluation side by side" in page.read_text(encoding="utf-8")
-
-
 def test_runs_without_data_for_a_figure_are_noted(folders: list[Path], tmp_path: Path) -> None:
     bare = make_run(tmp_path / "bare", "stl", seed=3)
     make_eval(bare, {"safe": "c", "unsafe": "r"})
-    (note,) = figure_of("5a", *folders, bare).notes
-    assert note == f"figure 5a: no refusal probabilities over SFT steps in {bare}"
+    chosen = selection(*folders, bare)
+    chosen.section("5a")
+    assert chosen.notes[-1] == f"figure 5a: no refusal probabilities over SFT steps in {bare}"
 
 
 def test_every_section_names_a_function_and_its_files() -> None:
@@ -645,11 +551,9 @@ def test_a_figure_and_a_table_of_ones_own(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ("--figure my_lib:Rates", "figure=my_lib:Rates: no module my_lib"),
         ("--figure my_lab:Rate", "my_lab has no Rate; it has Rates"),
         ("--figure my_lab:Plain", "Plain must be a dataclass that subclasses dcr.report.sections."),
         ("--table my_lab:Rates", "Rates must be a dataclass that subclasses dcr.report.sections.T"),
-        ("--figure my_lab:Rates own.Rates.height=tall", "own.Rates.height=tall: "),
         ("--figure my_lab:Rates own.Rates.width=3", "own.Rates.width: no such setting; it has hei"),
         ("own.Rates.height=3", "own.Rates: no class of this name is asked for"),
     ],

@@ -13,9 +13,10 @@ from test_report import change, columns, make_eval, make_run, parsed, rows_of, s
 from dcr import report
 from dcr.core import statistics
 from dcr.report import comparisons, paper, tables, writing
-from dcr.report.paper import PaperRow, PaperTable, facts
-from dcr.report.records import Completions, read_run
+from dcr.report.paper import PaperRow, facts
+from dcr.report.records import read_run
 from dcr.report.tables import Cell, text_of
+from dcr.report.writing import TextTable
 
 GUARD, MODEL = "meta-llama/Llama-Guard-3-8B", "qwen2_5_1_5b"
 # by set: prompts, of them refused by keywords; complied, partial, refused by the LLM judge
@@ -70,8 +71,6 @@ MEASURED = {
         {"judges": ["llama_guard", "moderation"], "kind": "toxic", "n": 10, "kappa": 0.5,
          "labels": ["unsafe", "safe"], "confusion": [[5, 2], [1, 3]]},
     ],
-    "usage": {"llm": {"requests": 1094, "prompt_tokens": 12345, "completion_tokens": 99,
-                      "usd": 1.239}},
     "ability": {
         "mmlu": {"acc": 0.5, "acc_stderr": 0.01, "acc_norm": None, "acc_norm_stderr": None,
                  "n": 100, "version": "2", "shots": 0, "limit": None},
@@ -81,9 +80,7 @@ MEASURED = {
     "quality": {"win_rate": 51.5, "standard_error": 2.0, "length_controlled": 50.0,
                 "discrete": 52.0, "n": 100, "invalid": 1, "error": 2,
                 "annotator": "some/Model-7B", "reference": "stl", "mean_length": 10.0,
-                "reference_length": 11.0,
-                "usage": {"requests": 97, "prompt_tokens": 5, "completion_tokens": 7,
-                          "usd": None}},
+                "reference_length": 11.0},
     "contamination": {"q_harm": {"n": 10, "exact": 3, "near": 2, "ngram": 1,
                                  "by_source": {"hh": 6}},
                       "advbench": {"n": 50, "exact": 0, "near": 0, "ngram": 0, "by_source": {}}},
@@ -95,8 +92,9 @@ def built(tmp_path: Path, *folders: Path, tables: tuple[str, ...] = ()) -> tuple
     return report.build(list(folders), out, tables), out.read_text(encoding="utf-8")
 
 
-def ours(table: PaperTable) -> list[PaperRow]:
-    return [row for row in table.rows if row.source == "ours"]
+def rows_by(table: TextTable, source: str = "ours") -> list[dict[str, Any]]:
+    assert table.values is not None
+    return [row for row in table.values.to_dict("records") if row["source"] == source]
 
 
 def test_what_judges_counted_by_hand(tmp_path: Path) -> None:
@@ -142,16 +140,13 @@ def test_it_is_called_dsr_only_where_a_guard_judged(tmp_path: Path) -> None:
     guarded = built(tmp_path / "b", suite(tmp_path / "b" / "run"))
     assert "DSR by Llama Guard, %" in guarded[0]
     assert f"judged safe by Llama Guard ({GUARD}), %" in guarded[1]
-    for name, judge, head in (
-        ("c", False, "Safety (DSR, paper only)"),
-        ("d", True, "Safety (DSR)"),
-    ):
-        table = paper.table1(selection(suite(tmp_path / name, judge=judge)))
-        assert table.heads["Safety"] == head
-        assert ("keyword_refusal" in table.heads) is not judge
+    for name, head in (("a", "Safety (DSR, paper only)"), ("b", "Safety (DSR)")):
+        heads = paper.table1(selection(tmp_path / name / "run")).frame.columns
+        assert head in heads
+        assert ("keyword refusal" in heads) is (name == "a")
 
 
-def test_agreement_ability_quality_and_spend(tmp_path: Path) -> None:
+def test_agreement_ability_and_quality(tmp_path: Path) -> None:
     run = suite(tmp_path / "a", **MEASURED)
     text, html = built(tmp_path, run)
     parsed(html)
@@ -165,7 +160,6 @@ def test_agreement_ability_quality_and_spend(tmp_path: Path) -> None:
     assert re.search(r"arc_easy acc +70\.0 \[66–74\]\n +arc_easy acc_norm +60\.0 \[54–66\]", text)
     assert "mmlu acc_norm" not in text
     assert re.search(r"win rate +51\.5 ± 2\.0\n", text)
-    assert re.search(r"llm +1,094, \$1\.24\n +annotator +97\n", text)
     assert "annotator: some/Model-7B (local annotator, not GPT-4o-mini)" in html
     quality = read_run(run).evaluations[0].quality
     assert quality is not None
@@ -183,7 +177,6 @@ def test_contamination_stands_with_the_score_it_touches(tmp_path: Path) -> None:
     assert "‡ contaminated" in text
     assert "3 / 2 / 1 in training" in html
     assert "hh 6" in html
-    assert "‡ q_harm 3 / 2 / 1 of 10 in training (exact / near / n-gram): DCR seed 0." in html
 
 
 def test_faulty_completions_are_counted_apart(tmp_path: Path) -> None:
@@ -219,19 +212,13 @@ def test_sets_that_stand_apart_are_in_no_sum(tmp_path: Path) -> None:
     chosen = selection(*folders)
     rows = rows_of(tables.keyword_blocks(chosen.columns))
     assert text_of(rows["compliance, %", "coconot_safety"][0]) == "0.0 [0–43]"
-    for label in ("pooled", "mean of the sets"):
-        assert rows["compliance, %", label][0].estimate == 0.75
-    (pair,) = comparisons.comparisons(chosen.columns, Completions([]))
-    assert [one.n for one in pair.sets if one.label == "pooled"] == [4]
+    assert rows["compliance, %", "pooled"][0].estimate == 0.75
+    table = comparisons.paired(chosen)
+    assert table is not None
+    assert list(table.frame[table.frame.set == "pooled"].prompts) == [4]
     assert (
         text_of(rows_of(tables.faults(chosen).blocks)["faulty completions", "empty"][0]) == "0 of 6"
     )
-
-
-def test_an_evaluation_may_hold_ability_alone(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "a")
-    make_eval(run, {}, discernment=None, ability=MEASURED["ability"])
-    assert re.search(r"mmlu acc +50\.0 \[48–52\]", built(tmp_path, run)[0])
 
 
 def test_methods_are_ordered_and_steering_is_told(tmp_path: Path) -> None:
@@ -259,7 +246,7 @@ def test_methods_are_ordered_and_steering_is_told(tmp_path: Path) -> None:
     ]
     assert len({column.style for column in chosen.columns}) == len(chosen.columns)
     assert chosen.groups == []
-    methods = [row.method for row in ours(paper.table1(chosen))]
+    methods = [row["method"] for row in rows_by(paper.table1(chosen))]
     assert methods == ["STL", "STL-aug", "Surgical", "SCANS", "SCANS", "SCANS", "DCR", "else",
                        "endpoint"]  # fmt: skip
 
@@ -291,9 +278,8 @@ def test_table1_in_csv_by_hand(tmp_path: Path) -> None:
     assert {row["model"] for row in theirs.values()} == {"Qwen2.5-1.5B"}
     for method, values in facts()["table1_main"]["Qwen2.5-1.5B"].items():
         assert {key: float(theirs[method][key]) for key in values} == values
-    assert theirs["DCR"]["marks"] == "XS:†; OR:a"
-    assert theirs["STL"]["marks"] == "Safety:b"
-    assert theirs["STL-aug"]["marks"] == "XS:†"
+    marks = {method: row["marks"] for method, row in theirs.items() if row["marks"]}
+    assert marks == {"DCR": "XS:†", "STL-aug": "XS:†"}
 
 
 def test_table5_has_a_row_a_judge(tmp_path: Path) -> None:
@@ -316,20 +302,20 @@ def test_table5_has_a_row_a_judge(tmp_path: Path) -> None:
 def test_all_models_of_the_paper_where_ours_is_none_of_them(tmp_path: Path) -> None:
     other = suite(tmp_path / "a", model="smollm2_135m")
     table = paper.table1(selection(other))
-    shown = [row.model for row in table.rows if row.source == "paper" and row.method == "DCR"]
+    shown = [row["model"] for row in rows_by(table, "paper") if row["method"] == "DCR"]
     assert shown == list(facts()["table1_main"])
     for label, model in (("llama3_8b", "LLaMA-3-8B"), ("Qwen/Qwen2.5-7B", "Qwen2.5-7B")):
         run = suite(tmp_path / model, model=label)
-        rows = paper.table1(selection(run)).rows
-        assert {row.model for row in rows if row.source == "paper"} == {model}
+        rows = rows_by(paper.table1(selection(run)), "paper")
+        assert {row["model"] for row in rows} == {model}
 
 
 def test_fewer_than_five_safety_sets_are_named(tmp_path: Path) -> None:
     few = {name: UNSAFE[name] for name in ("i_cona", "q_harm")}
     table = paper.table1(selection(suite(tmp_path / "a", unsafe=few)))
-    (own,) = ours(table)
-    assert own.cells["Safety"].estimate == pytest.approx((0.75 + 1) / 2)
-    assert "Safety_pooled" not in table.heads
+    (own,) = rows_by(table)
+    assert own["Safety"] == pytest.approx((0.75 + 1) / 2)
+    assert "Safety_pooled" not in own
     notes = table.notes
     assert "Safety of DCR seed 0 is the mean over i_cona, q_harm only, not over five." in notes
     assert "OR: ours orbench_hard 8; the paper 1319." in notes
@@ -340,34 +326,29 @@ def test_seeds_have_a_row_of_means(tmp_path: Path) -> None:
     folders = [suite(tmp_path / str(s), run_seed=s, ability=MEASURED["ability"]) for s in (0, 1)]
     counts = {"paper": 4, "recommended": 4}
     change(folders[1] / "eval" / "main", "xstest_safe", refused=counts)
-    (mean,) = (r for r in paper.table1(selection(*folders)).rows if r.run == "2 seeds")
-    assert mean.cells["XS"].estimate == pytest.approx(0.7)  # 0.8 and 0.6
-    assert mean.cells["XS"].spread == pytest.approx(0.2 / 2**0.5)
-    assert paper.number(mean.cells["XS"], "XS") == "0.70 ± 0.14"
+    table = paper.table1(selection(*folders))
+    (mean,) = (row for row in rows_by(table) if row["run"] == "2 seeds")
+    assert mean["XS"] == pytest.approx(0.7)  # 0.8 and 0.6
+    assert mean["XS_spread"] == pytest.approx(0.2 / 2**0.5)
+    assert "0.70 ± 0.14" in set(table.frame["XS"])
 
 
-def test_every_inconsistency_named_exists_and_its_cells_too() -> None:
-    places = [told["where"] for told in facts()["inconsistencies"]]
-    for name, errata in paper.ERRATA.items():
-        assert set(errata) <= set(places)
-        for where, cells in errata.items():
-            for model, method, column in cells:
-                value = facts()["table1_main"][model][method][column]
-                text = next(t["what"] for t in facts()["inconsistencies"] if t["where"] == where)
-                assert f"{value:.2f}" in text, name
+def test_every_inconsistency_named_exists() -> None:
+    places = {told["where"] for told in facts()["inconsistencies"]}
+    assert all(set(errata) <= places for errata in paper.ERRATA.values())
     assert set(facts()["columns"]) <= set(paper.COLUMNS)
 
 
 HOSTILE = r"""<script>alert(1)</script> | & $x_1$ # 50% {a}\b ~ ^ * ` " [1] 😀 κ ﬁ é"""
-MINUS = Cell(0.5, 0.25, 0.75, 4, marks="†a")
+MINUS = Cell(0.5, 0.25, 0.75, 4, marks="†")
 
 
-def hostile_table() -> PaperTable:
+def hostile_table() -> TextTable:
     rows = [
         PaperRow(HOSTILE, "ours", f"=1+1\n{HOSTILE}", HOSTILE, {"XS": MINUS}, "*judge"),
         PaperRow("STL", "paper", "=cmd()", "", {"PH": Cell(1.0)}),
     ]
-    return PaperTable(HOSTILE, {"XS": "XS", "PH": f"a {HOSTILE}"}, rows, [HOSTILE])
+    return paper.written(HOSTILE, {"XS": "XS", "PH": f"a {HOSTILE}"}, rows, [HOSTILE])
 
 
 def test_csv_is_parseable_and_holds_no_formula() -> None:
@@ -386,7 +367,7 @@ def test_markdown_keeps_its_columns() -> None:
     assert len(lines) == 4
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {6}
     assert "<script>" not in "".join(lines)
-    assert r"| 0.50 \[0.25–0.75\]† (a) |" in lines[2]
+    assert r"| 0.50 \[0.25–0.75\]† |" in lines[2]
 
 
 def test_latex_is_balanced_and_escaped(tmp_path: Path) -> None:
@@ -405,7 +386,7 @@ def test_latex_is_balanced_and_escaped(tmp_path: Path) -> None:
         separators = {len(re.findall(r"(?<!\\)&", line)) for line in rows}
         assert separators == {len(table.frame.columns) - 1}
     hostile = writing.latex(hostile_table())
-    for escaped in (r"\{a\}\textbackslash b", r"50\%", r"\$x\_1\$", "0.50 [0.25–0.75]† (a)"):
+    for escaped in (r"\{a\}\textbackslash b", r"50\%", r"\$x\_1\$", "0.50 [0.25–0.75]†"):
         assert escaped in hostile
 
 

@@ -215,8 +215,6 @@ def test_rates_and_intervals_by_hand(tmp_path: Path) -> None:
     # Wilson by its formula with z = 1.959964, n = 10, p = 0.8
     assert (safe.low, safe.high) == pytest.approx((0.490162, 0.943318), abs=1e-5)
     assert pooled.estimate == pytest.approx(11 / 14)
-    mean = table["compliance, %", "mean of the sets"][0]
-    assert mean.estimate == pytest.approx((0.8 + 0.75) / 2)
     assert table["keyword refusal, %", "unsafe"][0].estimate == 0.9
     (auroc,) = table["discernment AUROC", "pooled"]
     assert (auroc.estimate, auroc.low, auroc.high, auroc.percent) == (0.72, 0.61, 0.83, False)
@@ -243,18 +241,7 @@ def test_in_distribution_sets_are_marked_and_left_out_of_a_second_pool(tmp_path:
     text, html = build(tmp_path, run, other)
     assert re.search(r"safe +0\.0 \[0–28\] +0\.0 \[0–28\]†", text)
     assert "† in-distribution" in text
-    assert "unseen groups: 75.0% [30.1–95.4] of 4" in html
-
-
-def test_recommended_rules_have_their_own_table(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "a")
-    place = make_eval(run, {"safe": "rccc", "unsafe": "rr"})
-    change(place, "safe", refused={"paper": 1, "recommended": 3})
-    found = rows_of(tables.keyword_blocks(columns(run), "recommended"))
-    assert found["compliance, %", "safe"][0].estimate == 0.25
-    change(place, "safe", refused={"paper": 1})
-    titles = [s.short for s in tables.keyword_blocks(columns(run), "recommended")]
-    assert titles == ["keyword refusal, %"]
+    assert "unseen groups, %: 75.0 [30.1–95.4] of 4" in html
 
 
 def test_columns_are_ordered_named_and_deduplicated(tmp_path: Path) -> None:
@@ -274,7 +261,7 @@ def test_columns_are_ordered_named_and_deduplicated(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_columns_of_a_sweep_are_told_apart_by_the_swept_key(tmp_path: Path) -> None:
+def test_columns_are_told_apart_by_the_swept_key_or_else_by_their_folders(tmp_path: Path) -> None:
     folders = []
     for epochs in (1, 3):
         keys = {"epochs": epochs, "margin": 0.25}
@@ -284,16 +271,12 @@ def test_columns_of_a_sweep_are_told_apart_by_the_swept_key(tmp_path: Path) -> N
     assert {c.name for c in chosen} == {"DCR seed 0 dcr.epochs=1", "DCR seed 0 dcr.epochs=3"}
     assert seed_groups(chosen) == []
     assert len({column.style for column in chosen}) == 2
+    again = make_run(tmp_path / "again", dcr={"epochs": 1, "margin": 0.25})
+    make_eval(again, {"safe": "cr"})
+    alike = [column.name for column in columns(folders[0], again)]
+    assert alike == ["DCR seed 0 again/main", "DCR seed 0 dcr.epochs=1/main"]
     # such folder names are no settings
     assert main([*map(str, folders), f"out={tmp_path / 'r.html'}"]) == 0
-
-
-def test_identical_runs_keep_distinct_names(tmp_path: Path) -> None:
-    folders = [make_run(tmp_path / name) for name in ("a", "b")]
-    for folder in folders:
-        make_eval(folder, {"safe": "cr"})
-    names = [column.name for column in columns(*folders)]
-    assert names == ["DCR seed 0 a/main", "DCR seed 0 b/main"]
 
 
 def test_mean_and_spread_over_seeds(tmp_path: Path) -> None:
@@ -319,9 +302,10 @@ def test_paired_differences_and_mcnemar_by_hand(tmp_path: Path) -> None:
     dcr, stl = make_run(tmp_path / "a"), make_run(tmp_path / "b", "stl")
     make_eval(dcr, {"safe": "cccccccccc", "okay": "rr", "unsafe": "rrrc"})
     make_eval(stl, {"safe": "rrrrrrcccc", "okay": "cc", "unsafe": "rrrr"})
-    (pair,) = comparisons.comparisons(columns(dcr, stl), Completions([]))
-    assert (pair.a.name, pair.b.name) == ("DCR seed 0", "STL seed 0")
-    sets = {(one.kind.value, one.label): one for one in pair.sets}
+    ((a, b, differing),) = comparisons.partners(columns(dcr, stl))
+    assert (a.name, b.name, differing) == ("DCR seed 0", "STL seed 0", [])
+    paired = comparisons.paired_sets(a, b, Completions([]))
+    sets = {(one.kind.value, one.label): one for one in paired}
     safe = sets["seemingly_toxic", "safe"]
     assert safe.difference.estimate == pytest.approx(0.6)
     assert 0 < safe.difference.low < 0.6 < safe.difference.high < 1
@@ -353,8 +337,9 @@ def test_a_model_that_says_nothing_neither_complies_nor_refuses(tmp_path: Path) 
         assert shares[{"c": "safe", "k": "unsafe"}[short[0]]] == [0.0, 0.75]
         assert shares["empty, all sets"] == [1.0, 0.0]
     # of four prompts DCR answers three and refuses three, STL none
-    (pair,) = comparisons.comparisons(columns(mute, dcr), Completions([]))
-    assert [one.difference.estimate for one in pair.sets] == [0.75, 0.75]
+    stl, own = columns(dcr, mute)
+    paired = comparisons.paired_sets(own, stl, Completions([]))
+    assert [one.difference.estimate for one in paired] == [0.75, 0.75]
     warning = "Warning: STL seed 0: 8 of 8 answers (100%) are empty"
     text, html = build(tmp_path, mute, dcr)
     assert warning in text
@@ -434,6 +419,13 @@ def test_the_verdict_over_seeds_and_of_many_columns(tmp_path: Path) -> None:
     )
 
 
+def methods_of(*folders: Path) -> list[str]:
+    """Our rows of Table 1."""
+    values = paper.table1(selection(*folders)).values
+    assert values is not None
+    return list(values[values.source == "ours"].method)
+
+
 def test_a_readout_is_named_wherever_a_column_is(tmp_path: Path) -> None:
     read: dict[str, Any] = {"sft": {"readout": {"steps": 120}}}
     stl, plain = make_run(tmp_path / "a", "stl", **read), make_run(tmp_path / "b", "stl")
@@ -444,27 +436,16 @@ def test_a_readout_is_named_wherever_a_column_is(tmp_path: Path) -> None:
     text, html = build(tmp_path, stl, plain)
     assert "STL + readout" in text
     assert "</b> STL + readout<span>seed 0</span>" in html
-    table1 = paper.table1(selection(stl, plain))
-    assert [row.method for row in table1.rows if row.source == "ours"] == ["STL", "STL + readout"]
+    assert methods_of(stl, plain) == ["STL", "STL + readout"]
     assert [name for _, name in curves.named([read_run(stl)])] == ["STL + readout, seed 0"]
+    first = make_run(tmp_path / "c")
+    make_eval(first, {"xstest_safe": "cr", "unsafe": "rr"}, weights="contrastive")
+    assert methods_of(first, plain) == ["STL", "contrastive only"]
     told = results.load([stl, plain]).groupby(["run", "weights"])["stages"].unique()
     assert {key: list(of) for key, of in told.items()} == {
         (str(stl), "readout"): ["sft + readout"], (str(stl), "snapshot"): ["sft"],
         (str(plain), "sft"): ["sft"],
     }  # fmt: skip
-
-
-def test_weights_between_the_stages_are_named_by_their_only_stage(tmp_path: Path) -> None:
-    dcr, stl = make_run(tmp_path / "a"), make_run(tmp_path / "b", "stl")
-    make_eval(dcr, {"xstest_safe": "cr", "unsafe": "rr"}, weights="contrastive")
-    make_eval(stl, {"xstest_safe": "cr", "unsafe": "rr"})
-    assert [column.name for column in columns(dcr, stl)] == [
-        "STL seed 0",
-        "contrastive only seed 0",
-    ]
-    rows = paper.table1(selection(dcr, stl)).rows
-    methods = [row.method for row in rows if row.source == "ours"]
-    assert methods == ["STL", "contrastive only"]
 
 
 def test_the_page_holds_every_section_once_and_in_order(tmp_path: Path) -> None:
@@ -506,23 +487,7 @@ def test_sets_are_named_in_words_beside_their_ids(tmp_path: Path) -> None:
         assert told in html, told
     shipped = [yaml.safe_load(file.read_text()) for file in (CONF / "data").glob("*.yaml")]
     named = {name for data in shipped for names in data["evaluation"].values() for name in names}
-    assert named <= tables.SET_WORDS.keys()
-
-
-def test_judges_whose_agreement_is_undefined_have_no_table(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "a")
-    pair = {"judges": ["keyword:paper", "llm"], "kind": "toxic", "n": 2, "kappa": None,
-            "labels": ["complied", "refused"], "confusion": [[2, 0], [0, 0]]}  # fmt: skip
-    place = make_eval(run, {"safe": "cr", "unsafe": "rr"}, agreement=[pair])
-    text, html = build(tmp_path, run)
-    assert "κ" not in text
-    assert "Agreement of the judges" not in html
-    metrics = json.loads((place / "metrics.json").read_text())
-    more = pair | {"kind": "seemingly_toxic", "kappa": 0.25}
-    (place / "metrics.json").write_text(json.dumps(metrics | {"agreement": [pair, more]}))
-    text, html = build(tmp_path, run)
-    assert re.search(r"agreement κ\n +keyword:paper / llm", text)
-    assert len(re.findall("<td>keyword:paper / llm</td>", html)) == 1
+    assert all(tables.in_words(name) != name for name in named)
 
 
 def test_a_run_without_evaluation_and_a_figure_without_data_are_notes(
@@ -542,19 +507,6 @@ def test_a_run_without_evaluation_and_a_figure_without_data_are_notes(
     assert "without a final evaluation" in capsys.readouterr().out
 
 
-def test_claims_leave_the_page_of_the_runs_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    make_eval(make_run(Path("a"), "stl"), {"safe": "c", "unsafe": "r"})
-    assert main(["a"]) == 0
-    before = Path("report.html").read_bytes()
-    assert main(["a", "--claims"]) == 0
-    assert Path("report.html").read_bytes() == before
-    assert "Claims of the paper" in Path("claims.html").read_text()
-    assert "claims: claims.csv\n\npage: claims.html" in capsys.readouterr().out
-
-
 def test_unequal_sets_are_told(tmp_path: Path) -> None:
     a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b", "stl")
     make_eval(a, {"safe": "cr", "unsafe": "rr"})
@@ -569,9 +521,9 @@ def test_pairs_need_the_same_seed_and_tell_of_other_settings(tmp_path: Path) -> 
     other = make_run(tmp_path / "d", "stl", seed=1, sft={"lr": 0.1})
     for folder in (dcr, near, far, other):
         make_eval(folder, {"safe": "cr"})
-    (pair,) = comparisons.comparisons(columns(dcr, near, far, other), Completions([]))
-    assert pair.b.run.folder == near
-    assert pair.differing == ["sft.lr: 0.2 -> 0.1"]
+    ((_, b, differing),) = comparisons.partners(columns(dcr, near, far, other))
+    assert b.run.folder == near
+    assert differing == ["sft.lr: 0.2 -> 0.1"]
 
 
 HOSTILE = [
@@ -704,17 +656,6 @@ def test_rows_used_are_listed_as_far_as_they_are_known(tmp_path: Path) -> None:
         assert "<td>41</td><td>a1b2c3</td>" in "".join(html.split())
         assert "private-id" not in html
         assert ("12 of near &lt;b&gt;duplicates" in html) is bool(known)
-
-
-def test_metrics_alone_are_enough(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "a")
-    make_eval(run, {"safe": "cr", "unsafe": "rr"}, completions=False, discernment=None)
-    (run / "config.yaml").unlink()
-    text, html = build(tmp_path, run)
-    assert "50.0 [9–91]" in text
-    assert "discernment AUROC" not in text
-    assert "config.yaml: missing" in text
-    parsed(html)
 
 
 def test_a_store_may_hold_more_than_the_set(tmp_path: Path) -> None:
@@ -856,13 +797,12 @@ def test_prompts_that_steering_saw_are_marked_in_every_table(tmp_path: Path) -> 
     }.items():
         assert marks[place][0].marks == mark
     table1 = paper.table1(chosen)
-    (ours,) = (row for row in table1.rows if row.source == "ours")
-    assert ours.cells["XS"].marks == "‡"
+    assert table1.values is not None
+    assert list(table1.values[table1.values.source == "ours"].marks) == ["XS:‡"]
     text, html = build(tmp_path, run)
     assert "‡ contaminated: some of its prompts" in text
     assert "3 of 4 seen by steering" in html
-    notes = " ".join(table1.notes)
-    assert "‡ xstest_safe 3 of 4 seen by steering" in notes
+    assert any(note.startswith("‡ contaminated") for note in table1.notes)
 
 
 def test_partial_refusals_stand_beside_full_ones(tmp_path: Path) -> None:
@@ -893,15 +833,11 @@ MADE = "method: dcr\nseed: 0\npreset_name: paper\nmodel: {}\ndata: {}\ndcr: {}\n
     ("file", "text", "told"),
     [
         ("eval/main/metrics.json", '{"weights": "sft", "se', "eval/main/metrics.json: "),
-        ("eval/main/metrics.json", "[1]", "eval/main/metrics.json: "),
         ("eval/main/metrics.json", '{"weights": "sft", "sets": {"safe": 3}}', "sets.safe"),
-        ("eval/main/metrics.json", "[" * 100_000, "eval/main/metrics.json: "),
         ("eval/main/safe.jsonl", answer("1", "", "") + "3\n", "safe.jsonl:2: "),
         ("eval/main/safe.jsonl", '{"id": "1", "prompt": "?"}\n', "safe.jsonl:1: "),
-        ("eval/main/safe.jsonl", "[" * 100_000 + "\n", "safe.jsonl:1: "),
         ("config.yaml", "method: [dcr", "config.yaml: "),
         ("config.yaml", MADE + "a: &a [*a]", "config.yaml: "),
-        ("config.yaml", "1: 2\nb: 3", "config.yaml: "),
         ("rows.json", "[1", "rows.json: "),
         ("tracking/sft/step-000001/metrics.json", "[1]", "step-000001/metrics.json: "),
         ("tracking/sft/step-x/metrics.json", "{}", "step-x"),
@@ -917,20 +853,6 @@ def test_damaged_files_end_in_one_line_and_exit_2(
     assert len(error) < 400
 
 
-LONG = "x" * 300
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [[f"good/{LONG}"], ["good", f"out={LONG}.html"], ["good", f"out={LONG}/{LONG}/r.html"],
-     [f"{LONG}=1"], ["good", "out=" + "y/" * 3000 + "r.html"]],
-)  # fmt: skip
-def test_impossible_paths_end_in_one_line_and_exit_2(
-    arguments: list[str], refused: Refused
-) -> None:
-    refused(*arguments)
-
-
 def test_prompts_are_chosen_evenly() -> None:
     assert page.evenly(range(5), 30) == [0, 1, 2, 3, 4]
     chosen = page.evenly(range(100), 30)
@@ -944,22 +866,16 @@ def test_prompts_are_chosen_evenly() -> None:
         ("", "no run folder given"),
         ("nowhere", "nowhere: no such folder"),
         ("nothing", "nothing: no evaluations there; run python eval.py run=nothing"),
-        ("good nothing", "nothing: no evaluations there"),
         ("good outt=x.html", "outt=x.html: neither a folder nor a setting"),
         ("good out=good", "out=good: name a file"),
         ("good out=good/config.yaml/r.html", "cannot be written"),
         ("good --table table9", "table=table9: choose one of table1, table5, discernment"),
         ("good --table=", "table=: it needs a value"),
-        ("good --table", "table=: it needs a value"),
         ("good --table table1 out=table1.html", "out=table1.html: --table writes a file"),
-        ("good --claims out=claims.csv", "--claims writes a file of this name"),
-        ("good --figure", "figure=: it needs a value"),
         ("good --figure 2", "figure=2: choose one of 1a, 1b, 3, 4, 5a, "),
         ("good margin=3", "margin=3: only --figure operating_points takes it"),
         ("good --figure=operating_points margin=x", "margin=x: give a number"),
-        ("good --figure=operating_points margin=nan", "margin=nan: give 0 to 100"),
         ("good --figure=operating_points data=q", "data=q: no evaluation has it; choose from demo"),
-        ("good --figure=4 out=figure4.svg", "out=figure4.svg: --figure writes a file of this"),
     ],
 )
 def test_bad_commands_end_in_one_line_and_exit_2(
@@ -1018,7 +934,7 @@ def test_prompts_of_different_verdicts_are_shown_wherever_they_stand(tmp_path: P
     runs_of = [make_run(tmp_path / method, method) for method in ("stl", "dcr")]
     for run, at in zip(runs_of, (7, 8), strict=True):
         make_eval(run, {"safe": "c" * at + "r" + "c" * (200 - at)})
-    ((_, _, samples),) = page.answers(selection(*runs_of)).samples
+    ((_, _, samples),) = page.answers(selection(*runs_of)).held
     differing = [one.prompt for one in samples if "differ" in one.verdicts]
     assert differing == ["safe prompt 7", "safe prompt 8"]
 

@@ -351,17 +351,17 @@ def test_tables_by_epochs_pair_seeds_with_stl(tmp_path: Path) -> None:
             place = tmp_path / f"dcr{epochs}-{seed}"
             folders.append(make_run(place, seed=seed, dcr={"epochs": epochs}))
             make_eval(folders[-1], {"safe": answered, "unsafe": "rc"})
-    table = paper.ablation(selection(*folders), "table3")
-    ours = [(row.method, row.judge) for row in table.rows if row.source == "ours"]
-    assert [judge for _, judge in ours] == [""] * 3 + ["2"] * 4 + ["10"] * 4
-    assert [row.judge for row in table.rows if row.source == "paper"] == ["1", "2", "3", "5"]
-    less = {row.judge: row.cells for row in table.rows if row.method == "DCR − STL"}
+    values = paper.ablation(selection(*folders), "table3").values
+    assert values is not None
+    epochs = {source: list(own["dcr.epochs"]) for source, own in values.groupby("source")}
+    assert epochs["ours"] == [""] * 3 + ["2"] * 4 + ["10"] * 4
+    assert epochs["paper"] == ["1", "2", "3", "5"]
+    less = values[values.method == "DCR − STL"].set_index("dcr.epochs")
+    ends = ["complied", "complied_low", "complied_high"]
     # compliance of 3/4 and 4/4 with two epochs, of STL 1/4 and 2/4
-    assert less["2"]["complied"].estimate == pytest.approx(0.5)
-    assert (less["2"]["complied"].low, less["2"]["complied"].high) == pytest.approx((0.5, 0.5))
+    assert list(less.loc["2", ends]) == pytest.approx([0.5] * 3)
     low, high = stats.ttest_rel([1, 1], [0.25, 0.5]).confidence_interval(0.95)
-    found = less["10"]["complied"]
-    assert (found.estimate, found.low, found.high) == pytest.approx((0.625, low, high))
+    assert list(less.loc["10", ends]) == pytest.approx([0.625, low, high])
     text = report.build(folders, tmp_path / "page.html", ["table3"])
     assert "DCR − STL" in text
     assert "50.0 [50–50]" in text
@@ -386,13 +386,14 @@ def test_costs_are_scaled_to_all_steps_and_told_once(tmp_path: Path) -> None:
         append_metrics(Run(folder), rows)
     Run(folders[1]).adopted_file.write_text(json.dumps({"contrastive": "a"}))
     table = paper.costs(selection(*folders))
-    ours = [(row.judge, row.cells) for row in table.rows if row.source == "ours"]
-    assert [judge for judge, _ in ours] == ["stage one", "SFT", "SFT"]
-    assert ours[0][1]["minutes"].estimate == pytest.approx(1.0)
-    assert ours[1][1]["minutes"].estimate == pytest.approx(2.5)
-    assert ours[1][1]["memory"].estimate == pytest.approx(2 * 2**30 / 1e9)
-    theirs = {(row.model, row.judge): row.cells["minutes"].text for row in table.rows[-6:]}
-    assert theirs["Qwen2.5-7B", "SFT"] == "~21"
+    assert table.values is not None
+    ours = table.values[table.values.source == "ours"]
+    assert list(ours.stage) == ["stage one", "SFT", "SFT"]
+    assert list(ours.minutes) == pytest.approx([1.0, 2.5, 2.5])
+    assert ours.memory.iloc[0] == pytest.approx(2 * 2**30 / 1e9)
+    theirs = table.frame.to_dict("records")
+    (found,) = (r for r in theirs if (r["numbers of"], r["stage"]) == ("paper, Qwen2.5-7B", "SFT"))
+    assert found["device minutes"] == "~21"
     report.build(folders, tmp_path / "page.html", ["table2"])
     assert r"\textasciitilde 21" in (tmp_path / "table2.tex").read_text()
 

@@ -137,23 +137,22 @@ def measure(
 ) -> dict[str, Any]:
     """Eq. 2 and 3 and Proposition 1 on one model; every number is [estimate, low, high].
 
-    `rows` are the prompts that are observed, `trained` pairs of a toxic prompt and its refusal.
-    Only the response's first token is in the loss, since Eq. 2 is about one position; pairs that
-    begin with another token than most are left out (`left_out`). A step's change is compared with
-    the kernel at its own weights: to first order -ηAKG over all parameters is the change itself,
-    up to the tokens that are left out, and over fewer parameters their share.
+    `rows` are the prompts that are observed, `trained` pairs of a toxic prompt and its refusal, of
+    which those count that begin with the commonest token (the others are `left_out`): only the
+    response's first token is in the loss, since Eq. 2 is about one position. A step's change is
+    compared with the kernel at its own weights: to first order -ηAKG over all parameters is the
+    change itself, up to the tokens that are left out, and over fewer parameters their share.
 
-    `change` is the mean change of log p(the refusals' first token) by kind of observer, in nats,
-    beside `falls`, that of the trained prompts themselves. `params` has for each choice: `norm`,
-    the rank correlation of ‖K(x',x)‖_F with the size ‖Δ log p(x')‖ of the change, `within` each
-    trained prompt and then averaged, so that a step's own scale makes none of it, and `pooled`;
-    `prediction`, the correlation of the signed prediction with the change over all tokens, and the
-    slope of the change on it through the origin (1 where it is exact); `states`, the rank
-    correlation over pairs of observers of ‖K(x',x)‖_F with the inner product and with the cosine
-    of their states. A prompt's pair with itself counts nowhere. The intervals are 95% percentile
-    bootstraps over prompts: observers within their kind and trained prompts are drawn anew.
-    `nonlinearity` is the relative difference of the plain steps to the symmetric ones measured,
-    `covered` the observers' mean probability on the tokens that count. Undefined values are null.
+    `change` is the mean change of log p(that token) by kind of observer, in nats, beside `falls`,
+    that of the trained prompts themselves. `params` has for each choice `norm`, the rank
+    correlation of ‖K(x',x)‖_F with the size ‖Δ log p(x')‖ of the change, `within` each trained
+    prompt and then averaged, and `pooled`; `prediction`, the correlation of the signed prediction
+    with the change, and the slope of the change on it (1 where it is exact); `states`, the rank
+    correlation over pairs of observers of ‖K(x',x)‖_F with the inner product and the cosine of
+    their states. A prompt's pair with itself counts nowhere. The intervals are 95% percentile
+    bootstraps over prompts. `nonlinearity` is the relative difference of the plain steps to the
+    symmetric ones measured, `covered` the observers' mean probability on the tokens that count.
+    Undefined values are null.
 
     Whole arrays go to `folder`/claims.safetensors. Weights, modes and flags are left as they were.
     Raises ConfigError for a setting, a row or a model that cannot be.
@@ -164,8 +163,24 @@ def measure(
             f"entk.top_k={settings.top_k}: choose 1 to {vocabulary - 1}, one less than the "
             "vocabulary"
         )
-    chosen = template(chat, rows, trained)
-    measured = _measured(policy.model, chosen, settings)
+    model, chosen = policy.model, template(chat, rows, trained)
+    start = baseline(model, chosen, settings.top_k, settings.layer)
+    steps = sgd_steps(model, chosen, start, settings.drop)
+    norms, predicted = {}, {}
+    for params in settings.params:
+        kernel = ntk.measure(
+            model,
+            chosen.sequences,
+            ntk.Settings(settings.top_k + 1, params, settings.head, budget_gib=settings.budget_gib),
+            ids=chosen.ids,
+            tokens=start.tokens,
+        )
+        label = ntk.label(params, settings.head)
+        norms[label] = kernel.norms.double()
+        predicted[label] = predictions(kernel.blocks.double(), start, steps, chosen)
+    unit = torch.nn.functional.normalize(start.states, dim=1)
+    dots, cosines = start.states @ start.states.T, unit @ unit.T
+    measured = Measurements(start, steps, norms, predicted, dots, cosines)
     if folder is not None:
         storage.write_bytes(folder / "claims.safetensors", _arrays(chosen, measured))
     return {
@@ -180,28 +195,6 @@ def measure(
         "left_out": list(chosen.left_out),
         **summary(chosen, measured, seed),
     }
-
-
-def _measured(model: Any, chosen: Prompts, settings: Settings) -> Measurements:
-    start = baseline(model, chosen, settings.top_k, settings.layer)
-    steps = sgd_steps(model, chosen, start, settings.drop)
-    norms, predicted = {}, {}
-    for params in settings.params:
-        kernel_settings = ntk.Settings(
-            top_k=settings.top_k + 1,
-            params=params,
-            head=settings.head,
-            budget_gib=settings.budget_gib,
-        )
-        kernel = ntk.measure(
-            model, chosen.sequences, kernel_settings, ids=chosen.ids, tokens=start.tokens
-        )
-        label = ntk.label(params, settings.head)
-        norms[label] = kernel.norms.double()
-        predicted[label] = predictions(kernel.blocks.double(), start, steps, chosen)
-    unit = torch.nn.functional.normalize(start.states, dim=1)
-    dots, cosines = start.states @ start.states.T, unit @ unit.T
-    return Measurements(start, steps, norms, predicted, dots, cosines)
 
 
 def template(
@@ -355,29 +348,45 @@ def predictions(
 
 def summary(chosen: Prompts, measured: Measurements, seed: int) -> dict[str, Any]:
     """The numbers that `measure` documents."""
-    n, others = chosen.observers, chosen.others()
+    n, others, couples = chosen.observers, chosen.others(), chosen.couples()
     generator = np.random.default_rng(seed)
     # one draw for all numbers: two kernels are compared over the same prompts
     observers = inference.redrawn(chosen.kinds, generator)
     trained = inference.redrawn(["trained"] * len(chosen.trained), generator)
-    actual, plain = (
-        changes[:n].mT.numpy() for changes in (measured.steps.changes, measured.steps.plain)
-    )
+    steps = measured.steps
+    actual, plain = (changes[:n].mT.numpy() for changes in (steps.changes, steps.plain))
     off = np.linalg.norm((plain - actual)[others])
     params = {}
     for label, norms in measured.norms.items():
         predicted = measured.predicted[label][:n].mT.numpy()
         params[label] = agreement(
             norms[:n, n:].numpy(), predicted, actual, others, observers, trained
-        ) | {"states": _proposition(norms[:n, :n].numpy(), chosen, measured, observers)}
+        )
+        x = norms[:n, :n].numpy()[couples]
+        params[label]["states"] = {
+            name: _estimate(
+                inference.over_pairs(
+                    partial(inference.weighted_spearman, x, of[:n, :n].numpy()[couples]),
+                    observers,
+                    observers,
+                    couples,
+                )
+            )
+            for name, of in (("dot", measured.dots), ("cosine", measured.cosines))
+        }
+    changes, means = _target_changes(chosen, measured), {}
+    for kind in dict.fromkeys(chosen.kinds):
+        allowed = others & np.array([[own == kind] for own in chosen.kinds])
+        mean = partial(inference.weighted_mean, changes[:n][allowed])
+        means[kind] = _estimate(inference.over_pairs(mean, observers, trained, allowed))
     return {
-        "rates": measured.steps.rates.tolist(),
-        "falls": _target_changes(chosen, measured)[n:].diagonal().tolist(),
+        "rates": steps.rates.tolist(),
+        "falls": changes[n:].diagonal().tolist(),
         "nonlinearity": statistics.finite(
             float(off / (np.linalg.norm(actual[others]) or math.nan))
         ),
         "covered": float(measured.start.log_probabilities[:n].exp().sum(1).mean()),
-        "change": _change(chosen, measured, observers, trained),
+        "change": means,
         "params": params,
     }
 
@@ -429,37 +438,6 @@ def _within(
     every = np.stack(own, 1)
     weights = trained * np.isfinite(every)
     return statistics.ratio((weights * np.nan_to_num(every)).sum(1), weights.sum(1))
-
-
-def _proposition(
-    norms: Float[np.ndarray, "observers observers"],
-    chosen: Prompts,
-    measured: Measurements,
-    observers: Int[np.ndarray, "draws observers"],
-) -> dict[str, list[float | None]]:
-    n, couples = chosen.observers, chosen.couples()
-    over = partial(inference.over_pairs, left=observers, right=observers, allowed=couples)
-    return {
-        name: _estimate(
-            over(partial(inference.weighted_spearman, norms[couples], of[:n, :n].numpy()[couples]))
-        )
-        for name, of in (("dot", measured.dots), ("cosine", measured.cosines))
-    }
-
-
-def _change(
-    chosen: Prompts,
-    measured: Measurements,
-    observers: Int[np.ndarray, "draws observers"],
-    trained: Int[np.ndarray, "draws trained"],
-) -> dict[str, list[float | None]]:
-    changes, others = _target_changes(chosen, measured)[: chosen.observers], chosen.others()
-    means = {}
-    for kind in dict.fromkeys(chosen.kinds):
-        allowed = others & np.array([[own == kind] for own in chosen.kinds])
-        mean = partial(inference.weighted_mean, changes[allowed])
-        means[kind] = _estimate(inference.over_pairs(mean, observers, trained, allowed))
-    return means
 
 
 def _target_changes(

@@ -1,23 +1,26 @@
 """Figures 6, 7 and 8: the kernel between kinds of prompts, and their separability by layer."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from dcr.core.config import UserError
-from dcr.core.results.schema import Estimate, Separability, interval
+from dcr.core.results.schema import Separability, interval
 from dcr.core.text import printable
 from dcr.report import figures
 from dcr.report.curves import (
+    KERNELS,
     NORM,
+    SCORED,
     STAGES,
     TRACKED,
+    curves,
     folders,
     name_of_weights,
     named,
-    tracked_kernels,
 )
 from dcr.report.figures import INK, Curve, Drawing, Look, Panel, kind_look, look_of
 from dcr.report.records import RunRecord, config_of
@@ -25,18 +28,16 @@ from dcr.report.sections import Selection
 
 MATRIX = ("figure", "weights", "model", "run", "params", "normalise", "observer", "trained",
           "estimate", "low", "high", "source")  # fmt: skip
-# By weights: the figure, what it shows, and the command that measures it.
-KERNELS = {
+# By weights: the figure, and the message that tells what measures it.
+LACKING = {
     "base": (
         "6a",
-        "kernel of the base model",
-        "run python eval.py model=<name> tasks=[kernel]",
+        "no kernel of the base model in {}; run python eval.py model=<name> tasks=[kernel]",
     ),
     "contrastive": (
         "6b",
-        "kernel after stage one",
-        "run python eval.py run=<dcr run> stage=contrastive tasks=[kernel], or train "
-        "method=dcr with tracking.quantities=[kernel]",
+        "no kernel after stage one in {}; run python eval.py run=<dcr run> stage=contrastive "
+        "tasks=[kernel], or train method=dcr with tracking.quantities=[kernel]",
     ),
 }
 KERNEL_FIGURES = {  # by figure: its parts, and when they were measured
@@ -51,9 +52,8 @@ def kernel(chosen: Selection, figure: str) -> Drawing:
     records, (parts, when) = chosen.records, KERNEL_FIGURES[figure]
     values = pd.concat([_matrices(weights, records) for weights in parts], ignore_index=True)
     runs = [set(own["run"]) for _, own in figures.parts(values, "weights")]
-    rows = [
-        figures.parts(own, "weights", "run", "source") for _, own in figures.parts(values, "params")
-    ]
+    by_params = figures.parts(values, "params")
+    rows = [figures.parts(own, "weights", "run", "source") for _, own in by_params]
     across = max(map(len, rows))
     panels: list[Panel | None] = []
     for row in rows:
@@ -89,45 +89,42 @@ def kernel(chosen: Selection, figure: str) -> Drawing:
 
 def _matrices(weights: str, records: Sequence[RunRecord]) -> pd.DataFrame:
     """The matrices evaluated, or else tracked, at these weights, each once. UserError if none."""
-    figure, what, cure = KERNELS[weights]
-    matrices: list[tuple[RunRecord, str, str, Mapping[str, Mapping[str, Estimate]], str]] = [
-        (run, params, e.kernel.normalise, cells, printable(str(e.folder)))
-        for run in records
-        for e in run.evaluations
-        if e.weights == weights and e.kernel
-        for params, cells in e.kernel.params.items()
-    ]
+    # run, choice of parameters, normalisation, source, and rows of observer, trained and mean
+    matrices: list[tuple[RunRecord, str, str, str, list[tuple[Any, ...]]]] = []
+    for run in records:
+        for e in run.evaluations:
+            if e.weights == weights and e.kernel:
+                normalise, source = e.kernel.normalise, printable(str(e.folder))
+                for params, by_observer in e.kernel.params.items():
+                    cells = [
+                        (observer, trained, *vars(interval(cell)).values())
+                        for observer, row in by_observer.items()
+                        for trained, cell in row.items()
+                    ]
+                    matrices.append((run, params, normalise, source, cells))
     for run in records if not matrices else ():
         dcr = config_of(run, "method") == "dcr"
-        places = [("contrastive", 0), *([] if dcr else [("sft", 0)])]
-        if weights != "base":
-            places = [("sft", 0), ("contrastive", None)] if dcr else []
+        before, after = ["contrastive", *([] if dcr else ["sft"])], ["sft", "contrastive"]
         # the first reading of the stage that started from these weights, or a stage's last
-        for stage, step in places:
-            tracked: dict[str, dict[str, dict[str, Estimate]]] = {}
-            for (params, observer, trained), curve in tracked_kernels(run, stage).items():
-                at = list(curve)[-1] if step is None else step
-                if at in curve:
-                    row = tracked.setdefault(params, {}).setdefault(observer, {})
-                    row[trained] = curve[at].estimate, curve[at].low, curve[at].high
-            source = f"{TRACKED} ({stage})"
-            matrices += [(run, params, "", cells, source) for params, cells in tracked.items()]
-            if tracked:
+        for stage in before if weights == "base" else after if dcr else ():
+            last = weights != "base" and stage == "contrastive"
+            read = [row for row in curves(run, KERNELS, stage) if row[-1] != SCORED]
+            at = {row[:3]: row for row in read if last or row[3] == 0}
+            for params in dict.fromkeys(key[0] for key in at):
+                cells = [(*key[1:], *row[4:7]) for key, row in at.items() if key[0] == params]
+                matrices.append((run, params, "", f"{TRACKED} ({stage})", cells))
+            if at:
                 break
+    figure, lack = LACKING[weights]
     rows, known = [], []
-    for run, params, normalise, cells, source in matrices:
+    for run, params, normalise, source, cells in matrices:
         model = config_of(run, "model")
-        if (model, params, cells) in known:  # one base model in several folders
-            continue
-        known.append((model, params, cells))
-        about = (figure, weights, model, printable(str(run.folder)), params, normalise)
-        rows += [
-            (*about, observer, trained, *vars(interval(cell)).values(), source)
-            for observer, row in cells.items()
-            for trained, cell in row.items()
-        ]
+        if (identity := (model, params, repr(cells))) not in known:  # one base in several folders
+            known.append(identity)
+            about = (figure, weights, model, printable(str(run.folder)), params, normalise)
+            rows += [(*about, *cell, source) for cell in cells]
     if not rows:
-        raise UserError(f"figure {figure}: no {what} in {folders(records)}; {cure}")
+        raise UserError(f"figure {figure}: {lack.format(folders(records))}")
     return figures.frame(rows, *MATRIX)
 
 
@@ -192,9 +189,8 @@ def accuracies(chosen: Selection) -> Drawing:
         {"": [Panel(drawn, axes=axes, steps=5, levels=levels)]},
         values,
         "Accuracy of k-means with two clusters, matched to seemingly toxic and toxic prompts, on "
-        "the features after each block; dotted: the share of the larger class, which takes no "
-        "features. The CSV adds the linear probe's cross-validated AUROC, silhouette and Fisher "
-        "ratio: prompts that k-means mixes up may still be linearly separable.",
+        "the features after each block; dotted: the share of the larger class. The CSV adds a "
+        "linear probe's cross-validated AUROC, silhouette and Fisher ratio.",
         legend,
         legend_columns=2,
         size=(4.4, 2.9),

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from dcr.analyses import ntk
 from dcr.core.config import DataError
-from dcr.core.results.schema import Estimate, Kernel, RefusalProbability, interval
+from dcr.core.results.schema import Estimate, Kernel, interval
 from dcr.core.statistics import Interval, percentiles
 from dcr.core.text import printable, single_line
 from dcr.inference import resampled_groups
@@ -88,18 +88,6 @@ def verdict(measured: Interval, *, above: bool = True) -> str:
     return HOLDS if claimed else FAILS if other else OPEN
 
 
-FEWEST_STEPS = 3  # two points always lie on a line
-
-
-@dataclass(frozen=True)
-class PromptCurves:
-    """The plain refusal probability of single prompts: `values[kind][step, prompt]`."""
-
-    steps: tuple[int, ...]
-    values: dict[str, np.ndarray]
-    source: str
-
-
 @dataclass(frozen=True)
 class MeasuredKernel:
     """A kernel whose whole matrix is in `folder`, with its run and weights."""
@@ -112,50 +100,33 @@ class MeasuredKernel:
 
     @property
     def terms(self) -> tuple[object, ...]:
-        """The settings that two kernels must share to be compared."""
+        """The model and the settings that two kernels must share to be compared."""
         kernel = self.kernel
-        return tuple(kernel.ids), tuple(kernel.of), kernel.top_k, kernel.normalise
+        return self.model, tuple(kernel.ids), tuple(kernel.of), kernel.top_k, kernel.normalise
 
 
-@dataclass(frozen=True)
-class BeforeAfter:
-    """A kernel before and after stage one over the same prompts, as normalised matrices."""
+def prompt_curves(run: RunRecord) -> tuple[int, dict[str, np.ndarray], str] | None:
+    """Plain refusal probabilities `[step, prompt]` by kind, their number of steps and source.
 
-    before: MeasuredKernel
-    after: MeasuredKernel
-    params: str
-    matrices: tuple[np.ndarray, np.ndarray]
-
-
-def prompt_curves(run: RunRecord) -> PromptCurves | None:
-    """Reads the curves from tracking or else from snapshots; None with fewer than three steps."""
-    measured = {
-        KEPT: [tracked for tracked in run.tracked if tracked.stage == "sft"],
-        SCORED: snapshots(run, lambda e: e.refusal_probability),
-    }
-    for source, steps in measured.items():
-        by_step = {s.step or 0: s.refusal_probability for s in steps if s.refusal_probability}
-        values = _followed(by_step)
-        if len(by_step) >= FEWEST_STEPS and {"toxic", "seemingly_toxic"} <= values.keys():
-            return PromptCurves(tuple(sorted(by_step)), values, source)
-    return None
-
-
-def _followed(by_step: Mapping[int, RefusalProbability]) -> dict[str, np.ndarray]:
-    """The plain probabilities of the prompts that were measured at every step, by kind."""
-    steps: list[dict[tuple[str, str], float]] = [
-        {
-            (prompt.kind, prompt.id): prompt.plain
-            for prompt in by_step[step].values
-            if prompt.plain is not None
+    They are tracking's or else those of snapshots, of the prompts that every step measured. None
+    with fewer than three steps, since two points always lie on a line.
+    """
+    tracked = [step for step in run.tracked if step.stage == "sft"]
+    scored = snapshots(run, lambda e: e.refusal_probability)
+    for source, measures in ((KEPT, tracked), (SCORED, scored)):
+        by_step = {m.step or 0: m.refusal_probability for m in measures if m.refusal_probability}
+        steps: list[dict[tuple[str, str], float]] = [
+            {(p.kind, p.id): p.plain for p in by_step[step].values if p.plain is not None}
+            for step in sorted(by_step)
+        ]
+        shared = [key for key in (steps[0] if steps else ()) if all(key in of for of in steps)]
+        values = {
+            kind: np.array([[of[key] for key in shared if key[0] == kind] for of in steps])
+            for kind in dict.fromkeys(kind for kind, _ in shared)
         }
-        for step in sorted(by_step)
-    ]
-    shared = [key for key in (steps[0] if steps else ()) if all(key in step for step in steps)]
-    return {
-        kind: np.array([[step[key] for key in shared if key[0] == kind] for step in steps])
-        for kind in dict.fromkeys(kind for kind, _ in shared)
-    }
+        if len(steps) > 2 and {TOXIC, SEEMING} <= values.keys():
+            return len(steps), values, source
+    return None
 
 
 def evaluated(run: RunRecord, weights: str) -> list[MeasuredKernel]:
@@ -189,46 +160,34 @@ def base_kernels(records: Sequence[RunRecord]) -> list[MeasuredKernel]:
         bases += [measured for measured in first if measured.weights == "step 0"]
     distinct: dict[tuple[object, ...], MeasuredKernel] = {}
     for measured in bases:
-        key = (measured.model, *measured.terms, tuple(measured.kernel.params))
-        distinct.setdefault(key, measured)
+        distinct.setdefault((*measured.terms, *measured.kernel.params), measured)
     return list(distinct.values())
 
 
-def pairs(records: Sequence[RunRecord], notes: list[str]) -> list[BeforeAfter]:
-    """Kernels before and after stage one, from evaluations or else tracking's first and last."""
+def pairs(
+    records: Sequence[RunRecord], notes: list[str]
+) -> Iterator[tuple[MeasuredKernel, MeasuredKernel, str]]:
+    """Kernels before and after stage one with what both are over, from evaluations or tracking."""
     bases = [measured for run in records for measured in evaluated(run, "base")]
-    both: list[BeforeAfter] = []
     for run in records:
-        own = [p for after in evaluated(run, "contrastive") for p in _paired(after, bases, notes)]
-        steps = tracked(run, "contrastive")
-        if not own and len(steps) > 1 and steps[0].weights == "step 0":
-            own = _paired(steps[-1], steps[:1], notes)
-        both += own
-    return both
-
-
-def _paired(
-    after: MeasuredKernel, bases: Sequence[MeasuredKernel], notes: list[str]
-) -> list[BeforeAfter]:
-    alike = [base for base in bases if (base.model, base.terms) == (after.model, after.terms)]
-    place, both = printable(str(after.folder)), []
-    for params in after.kernel.params:
-        having = [base for base in alike if params in base.kernel.params]
-        if not having:
-            notes.append(
-                f"claims: {place}: beside it no kernel of the base model over {params} and the "
-                "same prompts, entk.top_k and entk.normalise; run python eval.py model=<name> "
-                "tasks=[kernel] with the same data and entk settings"
-            )
-            continue
-        if others := ", ".join(printable(str(base.folder)) for base in having[1:]):
-            first = printable(str(having[0].folder))
-            note = f"claims: {first} is the base model for {place}; {others} would do as well"
-            notes += [note] if note not in notes else []
-        before, now = (normalised(kernel, params, notes) for kernel in (having[0], after))
-        if before is not None and now is not None:
-            both.append(BeforeAfter(having[0], after, params, (before, now)))
-    return both
+        found, steps = False, tracked(run, "contrastive")
+        for after in evaluated(run, "contrastive"):
+            for params in after.kernel.params:
+                before = [b for b in bases if b.terms == after.terms and params in b.kernel.params]
+                if before:
+                    found = True
+                    yield before[0], after, params
+                else:
+                    notes.append(
+                        f"claims: {printable(str(after.folder))}: beside it no kernel of the base "
+                        f"model over {params} and the same prompts, entk.top_k and "
+                        "entk.normalise; run python eval.py model=<name> tasks=[kernel] with the "
+                        "same data and entk settings"
+                    )
+        if not found and len(steps) > 1 and steps[0].weights == "step 0":
+            for params in steps[-1].kernel.params:
+                if steps[0].terms == steps[-1].terms and params in steps[0].kernel.params:
+                    yield steps[0], steps[-1], params
 
 
 def normalised(measured: MeasuredKernel, params: str, notes: list[str]) -> np.ndarray | None:
@@ -257,32 +216,39 @@ def normalised(measured: MeasuredKernel, params: str, notes: list[str]) -> np.nd
 
 
 ABSENT = "not measured"
-CLAIMS = {
-    "joint_movement": "Refusal of toxic and of seemingly toxic prompts moves together over SFT",
-    "within_rises": "The kernel within a class rises in stage one",
-    "cross_falls": "The kernel across the two classes falls in stage one",
-    "cross_falls_more": "The kernel across the classes falls more than the kernel within them",
-    "base_asymmetry": "In the base model K(seemingly toxic, normal) exceeds K(normal, normal)",
-    "size_of_change": "‖K‖ predicts how much one SGD step changes other prompts (Eq. 2, 3)",
-    "signed_change": "−ηAKG predicts the signed change by one SGD step (Eq. 2, 3)",
-    "refusal_spreads": "One step on a toxic prompt raises the refusal token on seemingly toxic "
-    "prompts more than on normal ones",
-    "proposition_1": "Proposition 1: ‖K‖ over the trunk follows the states at block ℓ",
-}
-STAGE_ONE = (
-    "python eval.py model=<name> tasks=[kernel], then "
-    "python eval.py run={run} stage=contrastive tasks=[kernel]"
-)
+TRACK = "python train.py tracking.quantities=[refusal_probability]"
+BASE = "python eval.py model=<name> tasks=[kernel]"
+STAGE_ONE = f"{BASE}, then python eval.py run={{run}} stage=contrastive tasks=[kernel]"
 ONE_STEP = "python eval.py run={run} tasks=[claims]"
-COMMANDS = {  # what measures a claim
-    "joint_movement": "python train.py tracking.quantities=[refusal_probability]",
-    **dict.fromkeys(("within_rises", "cross_falls", "cross_falls_more"), STAGE_ONE),
-    "base_asymmetry": "python eval.py model=<name> tasks=[kernel]",
-    **dict.fromkeys(("size_of_change", "signed_change", "refusal_spreads"), ONE_STEP),
-}
-STATES = {  # Proposition 1 is measured before and after stage one
-    "base": "python eval.py model=<name> tasks=[claims]",
-    "contrastive": "python eval.py run={run} stage=contrastive tasks=[claims]",
+CLAIMS = {  # in words, and the command that measures it
+    "joint_movement": (
+        "Refusal of toxic and of seemingly toxic prompts moves together over SFT",
+        TRACK,
+    ),
+    "within_rises": ("The kernel within a class rises in stage one", STAGE_ONE),
+    "cross_falls": ("The kernel across the two classes falls in stage one", STAGE_ONE),
+    "cross_falls_more": (
+        "The kernel across the classes falls more than the kernel within them",
+        STAGE_ONE,
+    ),
+    "base_asymmetry": (
+        "In the base model K(seemingly toxic, normal) exceeds K(normal, normal)",
+        BASE,
+    ),
+    "size_of_change": (
+        "‖K‖ predicts how much one SGD step changes other prompts (Eq. 2, 3)",
+        ONE_STEP,
+    ),
+    "signed_change": ("−ηAKG predicts the signed change by one SGD step (Eq. 2, 3)", ONE_STEP),
+    "refusal_spreads": (
+        "One step on a toxic prompt raises the refusal token on seemingly toxic prompts more than "
+        "on normal ones",
+        ONE_STEP,
+    ),
+    "proposition_1": (
+        "Proposition 1: ‖K‖ over the trunk follows the states at block ℓ",
+        "python eval.py run={run} stage=contrastive tasks=[claims]",
+    ),
 }
 
 
@@ -303,40 +269,40 @@ class ClaimRow:
     judged: str = ""  # instead of by the rule
 
     @property
-    def known(self) -> bool:
-        return bool(self.measured and all(map(math.isfinite, vars(self.measured).values())))
-
-    @property
     def verdict(self) -> str:
         if self.measured is None:
             return ABSENT
-        return (self.judged or verdict(self.measured, above=self.above)) if self.known else OPEN
+        return self.judged or verdict(self.measured, above=self.above)
 
     @property
     def sentence(self) -> str:
         """Says whose quantity it is, which, and how much."""
-        own = ", ".join(filter(None, (self.run, self.params)))
         if self.measured is None:
             return f"run {self.command}"
-        if not self.known:
+        own = ", ".join(filter(None, (self.run, self.params)))
+        if not _known(self.measured):
             return f"{own}: cannot be told, since a curve is flat or a kind has too few prompts"
         text = f"{own}: {self.quantity} is {number(self.measured)}"
         return text + (f"; {self.beside[0]}: {number(self.beside[1])}" if self.beside else "")
 
 
-def kernel_of(cell: KindPair) -> str:
-    """`K(toxic, normal)`: observer, then trained."""
-    return f"K({', '.join(kind.replace('_', ' ') for kind in cell)})"
+def _known(measured: Interval) -> bool:
+    return all(map(math.isfinite, vars(measured).values()))
 
 
 def number(measured: Interval) -> str:
     """`0.52 [0.41, 0.63]`, with two digits of the interval's width and at least two decimals."""
-    if not all(map(math.isfinite, vars(measured).values())):
+    if not _known(measured):
         return "undefined"
     width = measured.high - measured.low or abs(measured.estimate) or 1.0
     places = min(max(2, 1 - math.floor(math.log10(width))), 8)
     estimate, low, high = (f"{end:.{places}f}" for end in vars(measured).values())
     return f"{estimate} [{low}, {high}]".replace("-", "−")
+
+
+def kernel_of(cell: KindPair) -> str:
+    """`K(toxic, normal)`: observer, then trained."""
+    return f"K({', '.join(kind.replace('_', ' ') for kind in cell)})"
 
 
 SEEMING, TOXIC, NORMAL = "seemingly_toxic", "toxic", "normal"
@@ -349,80 +315,65 @@ MORE = {**dict.fromkeys(CROSS, 0.5), **dict.fromkeys(WITHIN, -0.5)}
 def claim_rows(records: Sequence[RunRecord], notes: list[str]) -> list[ClaimRow]:
     """Every claim in the order of CLAIMS; `notes` gets a line for each missing measurement."""
     name_of = {run.folder: name for run, name in named(records)}
-    curves = [(run, prompt_curves(run)) for run in records]
-    rows = [_movement(run, own, name_of[run.folder]) for run, own in curves if own]
-    for pair in pairs(records, notes):
-        rows += _stage_one(pair, name_of[pair.after.run.folder])
+    rows = [row for run in records for row in _movement(run, name_of[run.folder])]
+    for before, after, params in pairs(records, notes):
+        rows += _stage_one(before, after, params, name_of[after.run.folder], notes)
     for base in base_kernels(records):
         rows += _base(base, notes)
-    steps = [(run, e) for run in records for e in run.evaluations if e.claims and unedited(e)]
-    for run, evaluation in steps:
-        rows += _one_step(name_of_weights(name_of[run.folder], run, evaluation), evaluation, notes)
+    for run in records:
+        for e in run.evaluations:
+            if e.claims and unedited(e):
+                rows += _one_step(name_of_weights(name_of[run.folder], run, e), e)
     # one base model may have been measured in several folders
     rows = list({(row.claim, row.sentence): row for row in rows}.values())
-    for claim, methods in (
-        ("joint_movement", ("stl", "stl_aug", "dcr")),
-        ("within_rises", ("dcr",)),
-    ):
-        have = {row.run for row in rows if row.claim == claim}
-        notes += [  # on every run that lacks what others have
-            f"claims: {CLAIMS[claim]}: {ABSENT} in {folders([run])}"
-            for run in records
-            if have and config_of(run, "method") in methods and name_of[run.folder] not in have
-        ]
-    have = {row.claim for row in rows}
-    lacking = [(claim, command) for claim, command in COMMANDS.items() if claim not in have]
-    over_trunk = {
-        e.weights
-        for _, e in steps
-        if e.claims and any(params.startswith("trunk") for params in e.claims.params)
-    }
-    lacking += [("proposition_1", STATES[w]) for w in STATES if w not in over_trunk]
     dcr = [run for run in records if config_of(run, "method") == "dcr"]
-    for claim, command in lacking:
+    for claim in CLAIMS.keys() - {row.claim for row in rows}:
+        command = CLAIMS[claim][1]
         # a run of another method has no stage one
         able = dcr if "stage=contrastive" in command else dcr or list(records)
-        rows.append(
-            ClaimRow(claim, "", command=command.format(run=folders(able[:1]) or "<dcr run>"))
-        )
+        command = command.format(run=folders(able[:1]) or "<dcr run>")
+        rows.append(ClaimRow(claim, "", command=command))
     return sorted(rows, key=lambda row: list(CLAIMS).index(row.claim))
 
 
-def _movement(run: RunRecord, curves: PromptCurves, name: str) -> ClaimRow:
-    kinds = [kind for kind, values in curves.values.items() for _ in range(values.shape[1])]
+def _movement(run: RunRecord, name: str) -> Iterator[ClaimRow]:
+    if (measured := prompt_curves(run)) is None:
+        return
+    steps, values, source = measured
+    kinds = [kind for kind, curves in values.items() for _ in range(curves.shape[1])]
     drawn = draws(kinds)
 
     def together(first: str, second: str) -> Interval:
-        both = curves.values[first], curves.values[second]
-        return correlation(*both, (drawn[first], drawn[second]))
+        return correlation(values[first], values[second], (drawn[first], drawn[second]))
 
     beside = None
-    if NORMAL in curves.values:
+    if NORMAL in values:
         beside = ("seemingly toxic with normal", together(SEEMING, NORMAL))
-    return ClaimRow(
-        "joint_movement",
-        f"over {len(curves.steps)} steps of SFT the correlation of the mean probabilities of "
-        f"{kinds.count(TOXIC)} toxic and {kinds.count(SEEMING)} seemingly toxic prompts",
-        together(TOXIC, SEEMING), name, config_of(run, "model"), source=curves.source,
-        beside=beside,
-    )  # fmt: skip
+    what = (
+        f"over {steps} steps of SFT the correlation of the mean probabilities of "
+        f"{kinds.count(TOXIC)} toxic and {kinds.count(SEEMING)} seemingly toxic prompts"
+    )
+    about_run, both = (name, config_of(run, "model")), together(TOXIC, SEEMING)
+    yield ClaimRow("joint_movement", what, both, *about_run, source=source, beside=beside)
 
 
-def _stage_one(pair: BeforeAfter, name: str) -> Iterator[ClaimRow]:
-    kinds, (before, after) = pair.after.kernel.of, pair.matrices
-    if not {SEEMING, TOXIC} <= set(kinds):
+def _stage_one(
+    before: MeasuredKernel, after: MeasuredKernel, params: str, name: str, notes: list[str]
+) -> Iterator[ClaimRow]:
+    kinds, drawn = after.kernel.of, draws(after.kernel.of)
+    was, now = (normalised(kernel, params, notes) for kernel in (before, after))
+    if was is None or now is None or not {SEEMING, TOXIC} <= set(kinds):
         return
-    drawn, until = draws(kinds), pair.after.weights
-    over = "stage one" if until in STAGES else f"stage one, up to its {until},"
-    source = " → ".join(printable(str(m.folder)) for m in (pair.before, pair.after))
-    about_pair = (name, pair.after.model, pair.params, source)
+    over = "stage one" if after.weights in STAGES else f"stage one, up to its {after.weights},"
+    source = " → ".join(printable(str(m.folder)) for m in (before, after))
+    about_pair = (name, after.model, params, source)
     for claim, cells in (("within_rises", WITHIN), ("cross_falls", CROSS)):
         for cell in cells:
-            was = contrast(before, kinds, {cell: 1.0}, drawn).estimate
-            change = contrast(after - before, kinds, {cell: 1.0}, drawn)
-            what = f"the change of mean ‖{kernel_of(cell)}‖ from {was:.2f} over {over}"
+            start = contrast(was, kinds, {cell: 1.0}, drawn).estimate
+            change = contrast(now - was, kinds, {cell: 1.0}, drawn)
+            what = f"the change of mean ‖{kernel_of(cell)}‖ from {start:.2f} over {over}"
             yield ClaimRow(claim, what, change, *about_pair, above=claim == "within_rises")
-    change = contrast(after - before, kinds, MORE, drawn)
+    change = contrast(now - was, kinds, MORE, drawn)
     what = f"the change across less that within a class over {over}"
     yield ClaimRow("cross_falls_more", what, change, *about_pair, above=False)
 
@@ -442,60 +393,44 @@ def _base(base: MeasuredKernel, notes: list[str]) -> Iterator[ClaimRow]:
             yield ClaimRow("base_asymmetry", what, measured, name, base.model, params, source)
 
 
-ONE_STEP_STATISTICS = {  # claim and quantity by the place in the block `claims`
-    ("norm", "within"): (
-        "size_of_change",
-        "after one step on {} the rank correlation of ‖K‖ with the size of other prompts' changes",
-    ),
-    ("prediction", "pearson"): (
-        "signed_change",
-        "after one step on {} the correlation of −ηAKG with the actual signed change",
-    ),
-    ("states", "dot"): (
-        "proposition_1",
-        "the rank correlation of ‖K‖ with the inner product h′ᵀh of two prompts' states",
-    ),
-    ("states", "cosine"): (
-        "proposition_1",
-        "the rank correlation of ‖K‖ with the cosine of two prompts' states",
-    ),
-}
+ONE_STEP_STATISTICS = (  # claim, its place in the block `claims`, and the quantity in words
+    ("size_of_change", "norm", "within",
+     "rank correlation of ‖K‖ with the size of other prompts' changes"),
+    ("signed_change", "prediction", "pearson",
+     "correlation of −ηAKG with the actual signed change"),
+    ("proposition_1", "states", "dot",
+     "the rank correlation of ‖K‖ with the inner product h′ᵀh of two prompts' states"),
+    ("proposition_1", "states", "cosine",
+     "the rank correlation of ‖K‖ with the cosine of two prompts' states"),
+)  # fmt: skip
 
 
-def _finite(estimate: Estimate | None) -> Interval | None:
-    ends = interval(estimate) if estimate else None
-    return ends if ends and all(map(math.isfinite, vars(ends).values())) else None
-
-
-def _one_step(name: str, evaluation: Evaluation, notes: list[str]) -> Iterator[ClaimRow]:
-    """One row a statistic and choice of parameters; `notes` names the statistics that lack."""
+def _one_step(name: str, evaluation: Evaluation) -> Iterator[ClaimRow]:
+    """One row a readable statistic and choice of parameters."""
     block, source = evaluation.claims, printable(str(evaluation.folder))
     assert block is not None
-    about_step, file = (name, evaluation.model or ""), f"{source}/metrics.json"
-    on = f"each of {len(block.trained)} toxic prompts"
-    for (part, key), (claim, quantity) in ONE_STEP_STATISTICS.items():
+
+    def finite(estimate: Estimate | None) -> Interval | None:
+        known = interval(estimate) if estimate else None
+        return known if known and _known(known) else None
+
+    about_step = (name, evaluation.model or "")
+    after = f"after one step on each of {len(block.trained)} toxic prompts the "
+    for claim, part, key, quantity in ONE_STEP_STATISTICS:
         for params, own in block.params.items():
-            measured = _finite(getattr(getattr(own, part), key))
-            if measured is None:
-                notes.append(f"{file}: claims.params.{params}.{part} has no readable {key}")
-            elif claim != "proposition_1" or params.startswith("trunk"):
-                slope = _finite(own.prediction.slope) if claim == "signed_change" else None
-                beside = ("slope", slope) if slope else None
-                quantity = quantity.format(on)
-                yield ClaimRow(claim, quantity, measured, *about_step, params, source, True, beside)
-    change = {kind: _finite(estimate) for kind, estimate in block.change.items()}
-    seeming, normal = change.get(SEEMING), change.get(NORMAL)
-    lacking = [kind for kind in (SEEMING, NORMAL) if not change.get(kind)]
-    notes += [f"{file}: claims.change has no readable {kind}" for kind in lacking]
+            measured, of_states = finite(getattr(getattr(own, part), key)), part == "states"
+            if measured and (params.startswith("trunk") or not of_states):
+                slope = finite(own.prediction.slope) if claim == "signed_change" else None
+                beside, what = slope and ("slope", slope), ("" if of_states else after) + quantity
+                yield ClaimRow(claim, what, measured, *about_step, params, source, True, beside)
+    seeming, normal = (finite(block.change.get(kind)) for kind in (SEEMING, NORMAL))
     if seeming and normal:
         more = HOLDS if seeming.low > normal.high else FAILS if seeming.high < normal.low else OPEN
         both = {more, verdict(seeming)}
-        yield ClaimRow(
-            "refusal_spreads",
-            "the change of the refusal token's log p by one step, on seemingly toxic prompts,",
-            seeming, *about_step, source=source, beside=("normal", normal),
-            judged=next((worse for worse in (FAILS, OPEN) if worse in both), HOLDS),
-        )  # fmt: skip
+        judged = FAILS if FAILS in both else OPEN if OPEN in both else HOLDS
+        what = "the change of the refusal token's log p by one step, on seemingly toxic prompts,"
+        beside = {"source": source, "beside": ("normal", normal), "judged": judged}
+        yield ClaimRow("refusal_spreads", what, seeming, *about_step, **beside)
 
 
 HEADER = ("claim", "verdict", "run", "model", "params", "estimate", "low", "high", "boundary",
@@ -504,11 +439,17 @@ HEADER = ("claim", "verdict", "run", "model", "params", "estimate", "low", "high
 
 
 def claims(chosen: Selection) -> TextTable:
-    """A row for each claim of each run or evaluation."""
+    """Claims of the paper.
+
+    A claim holds where its 95% bootstrap interval over prompts lies on the claimed side of 0, does
+    not hold where it lies on the other side, and is undecided where it contains 0; two means differ
+    where their intervals do not meet.
+    """
     rows = claim_rows(chosen.records, chosen.notes)
     shown, before = [], ""
     for row in rows:
-        shown.append((CLAIMS[row.claim] if row.claim != before else "", row.verdict, row.sentence))
+        words = CLAIMS[row.claim][0] if row.claim != before else ""
+        shown.append((words, row.verdict, row.sentence))
         before = row.claim
     values = [
         (

@@ -80,7 +80,7 @@ def _take(options: Options, chosen: "Selection") -> None:
     assert table is not None
     console = writing.console(entry.COLUMNS)
     console.print(
-        "", writing.in_terminal(table), *table.notes, "", SECTIONS["labels"].about, sep="\n"
+        "", writing.in_terminal(table), *table.notes, "", SECTIONS["labels"].words[1], sep="\n"
     )
     print(writing.printed(console))
 

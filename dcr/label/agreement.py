@@ -105,7 +105,13 @@ def agreements(
 
 
 def section(chosen: Selection) -> TextTable | None:
-    """The table of the report, with each annotator's labels below it; None without labels."""
+    """Labels by people.
+
+    Cohen's κ with 95% bootstrap intervals over prompts. Answered, complied and unsafe count as
+    answered, every other label and verdict, partial ones too, as not. All labels are compared with
+    a judge that gives them. A sheet is drawn evenly over kinds of prompts, sets and columns, so κ
+    is that of such a mixture.
+    """
     people = sheets.labels_of(run.folder for run in chosen.records)
     if not people:
         return None

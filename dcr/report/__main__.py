@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,30 +61,28 @@ class Options:
 @entry.command(Options)
 def main(options: Options) -> None:
     """Prints the table and the files' places."""
-    words = [str(folder) for folder in options.folders if _is_own(folder)]
-    options.folders = [folder for folder in options.folders if not _is_own(folder)]
+    words = [
+        str(folder)
+        for folder in options.folders
+        if str(folder).startswith("own.") and "=" in str(folder) and not folder.exists()
+    ]
+    options.folders = [folder for folder in options.folders if str(folder) not in words]
     _check(options)
-    tables, figures = (
-        [name for name in names if ":" in name] for names in (options.table, options.figure)
-    )
-    own = {}
-    if words or tables or figures:
+    own, wanted = {}, [*options.table, *options.figure, *(["claims"] if options.claims else [])]
+    if words or any(":" in name for name in wanted):
         from dcr.report.own import sections
 
+        tables, figures = (
+            [name for name in names if ":" in name] for names in (options.table, options.figure)
+        )
         own = sections(tables, figures, words)
-    out = _page(options, own)
+    out = _page(options, {*wanted, *own}, own)
     table = report.build(
-        options.folders, out, options.table, options.figure, options.claims,
-        margin=options.margin, data=options.data, own=own,
-    )  # fmt: skip
+        options.folders, out, wanted, margin=options.margin, data=options.data, own=own
+    )
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # pyright: ignore
     print(f"{table}\n\npage: {out}")
-
-
-def _is_own(folder: Path) -> bool:
-    """Whether a word sets a field of a user's own figure or table."""
-    return str(folder).startswith("own.") and "=" in str(folder) and not folder.exists()
 
 
 def _check(options: Options) -> None:
@@ -110,7 +108,7 @@ def _check(options: Options) -> None:
                 raise UserError(f"{key}={value}: only --figure {OPERATING} takes it; add that")
 
 
-def _page(options: Options, own: Mapping[str, Section]) -> Path:
+def _page(options: Options, asked: Collection[str], own: Mapping[str, Section]) -> Path:
     """The page's path. Raises UserError if another file of this report would replace it."""
     out = options.out
     if out is not None and (out.is_dir() or not out.name):
@@ -118,7 +116,6 @@ def _page(options: Options, own: Mapping[str, Section]) -> Path:
     if out is None:  # a page of claims is another one than that of the runs
         parent = os.path.commonpath([folder.resolve().parent for folder in options.folders])
         out = Path(os.path.relpath(parent)) / ("claims.html" if options.claims else "report.html")
-    asked = {*options.table, *options.figure, *own, *(["claims"] if options.claims else [])}
     for name, section in {**SECTIONS, **own}.items():
         for ending in section.endings if name in asked else ():
             if out.name in (f"{name}.{ending}", f"figure{name}.{ending}"):

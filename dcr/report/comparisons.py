@@ -14,8 +14,8 @@ from dcr.report.records import Answer, Column, Group, flattened
 from dcr.report.sections import Selection
 from dcr.report.tables import (
     IN_DISTRIBUTION,
-    TITLES,
     WANTED,
+    Cell,
     Cells,
     Row,
     in_words,
@@ -39,48 +39,29 @@ class PairedSet:
     n: int
     difference: Interval
     p: float
-    pooled: bool = False
-    holm: float = 1.0  # p adjusted for all sets of the comparison
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """DCR minus STL, with the settings besides method in which they differ."""
-
-    a: Column
-    b: Column
-    sets: list[PairedSet]
-    differing: list[str]
-
-
-def comparisons(
-    columns: Sequence[Column], completions: Callable[[Column, str], list[Answer]]
-) -> list[Comparison]:
-    """DCR against STL of the same model, seed, data and evaluation settings, prompt by prompt."""
-    return [
-        Comparison(a, b, sets, differing)
-        for a, b, differing in partners(columns)
-        if (sets := _paired_sets(a, b, completions))
-    ]
+    pooled: bool
 
 
 def paired(chosen: Selection) -> TextTable | None:
-    """Every comparison set by set, with the settings in which the runs differ as notes."""
+    """DCR against STL on the same prompts.
+
+    Differences in percentage points over the prompts both answered, with bootstrap 95% intervals,
+    and the exact two-sided p of McNemar's test, also adjusted by Holm for all sets of one
+    comparison. Above zero DCR answers more seemingly toxic prompts, or refuses more toxic ones.
+    """
     rows, notes, pooled = [], [], []
-    for pair in comparisons(chosen.columns, chosen.completions):
-        name = f"{pair.a.name} − {pair.b.name}"
-        if pair.differing:
+    for a, b, differing in partners(chosen.columns):
+        name, sets = f"{a.name} − {b.name}", paired_sets(a, b, chosen.completions)
+        if differing and sets:
             notes.append(
                 f"{name}: besides the method they differ in settings of stage two: "
-                f"{'; '.join(pair.differing)}."
+                f"{'; '.join(differing)}."
             )
-        for one in pair.sets:
+        for one, holm in zip(sets, inference.holm([one.p for one in sets]), strict=True):
             quantity = "keyword refusal" if one.kind is Kind.toxic else "compliance"
-            rows.append(
-                (name, in_words(one.label), quantity, one.n, points(one.difference),
-                 p_value(one.p), p_value(one.holm))
-            )  # fmt: skip
-            pooled += [len(rows) - 1] if one.pooled else []
+            numbers = points(one.difference), p_value(one.p), p_value(holm)
+            pooled += [len(rows)] * one.pooled
+            rows.append((name, in_words(one.label), quantity, one.n, *numbers))
     heads = ("runs", "set", "quantity", "prompts", "difference", "p", "p, Holm")
     table = TextTable.of(rows, *heads, notes=notes)
     return table and replace(table, brief=table.frame.iloc[pooled])
@@ -122,43 +103,30 @@ def differing_settings(a: Column, b: Column) -> list[str]:
     return storage.differences(configs[1], configs[0])
 
 
-def _paired_sets(
+def paired_sets(
     a: Column, b: Column, completions: Callable[[Column, str], list[Answer]]
 ) -> list[PairedSet]:
+    """Each set that both answered, and all that may be pooled, by kind."""
     found = []
-    for kind in TITLES:
-        pools: tuple[list[bool], list[bool]] = ([], [])
+    for kind, wanted in WANTED.items():
         names = [name for name in set_names([a], kind) if name in b.evaluation.sets]
-        summed = together(names)
+        pool, both = together(names), dict[str, list[tuple[bool, bool]]]()
         for name in names:
-            verdicts = _verdicts(completions(a, name), completions(b, name), kind)
-            if verdicts[0]:
-                found.append(_paired_set(name, kind, verdicts, pooled=summed == [name]))
-            for pool, part in zip(pools, verdicts, strict=True):
-                pool += part if name in summed else []
-        if pools[0] and len(summed) > 1:
-            found.append(_paired_set("pooled", kind, pools, pooled=True))
-    adjusted = inference.holm([one.p for one in found])
-    return [replace(one, holm=p) for one, p in zip(found, adjusted, strict=True)]
-
-
-def _verdicts(a: list[Answer], b: list[Answer], kind: Kind) -> tuple[list[bool], list[bool]]:
-    """Whether each prompt that both runs answered has the wanted verdict, run by run."""
-    others = {(completion.id, completion.prompt): completion for completion in b}
-    both = [(c, others[c.id, c.prompt]) for c in a if (c.id, c.prompt) in others]
-    wanted = WANTED[kind]
-    return (
-        [first.verdict == wanted for first, _ in both],
-        [second.verdict == wanted for _, second in both],
-    )
-
-
-def _paired_set(
-    label: str, kind: Kind, verdicts: tuple[list[bool], list[bool]], pooled: bool = False
-) -> PairedSet:
-    a, b = verdicts
-    difference = inference.paired_difference(a, b, seed=PAIRED_SEED)
-    return PairedSet(label, kind, len(a), difference, inference.mcnemar(a, b), pooled)
+            others = {(c.id, c.prompt): c.verdict for c in completions(b, name)}
+            both[name] = [
+                (c.verdict == wanted, others[c.id, c.prompt] == wanted)
+                for c in completions(a, name)
+                if (c.id, c.prompt) in others
+            ]
+        if len(pool) > 1:
+            both["pooled"] = [pair for name in pool for pair in both[name]]
+        for label, pairs in both.items():
+            if pairs:
+                first, second = ([bool(pair[side]) for pair in pairs] for side in (0, 1))
+                difference = inference.paired_difference(first, second, seed=PAIRED_SEED)
+                p, whole = inference.mcnemar(first, second), label == "pooled" or pool == [label]
+                found.append(PairedSet(label, kind, len(pairs), difference, p, whole))
+    return found
 
 
 def points(difference: Interval) -> str:
@@ -180,29 +148,24 @@ def headline(chosen: Selection) -> list[str]:
     blocks = chosen.section("results").blocks
     equal = [row for block in blocks if block.short == EQUAL for row in block.rows]
     at_safety = next((row for row in equal if "0.8" in row.label), None)
+    sentences = []
+    if at_safety:
+        sentences.append(verdict(chosen.columns, chosen.groups, at_safety))
+    elif chosen.columns:
+        command = "python eval.py tasks=[discernment]"
+        sentences.append(f"Nothing is known at equal safety, which {command} measures.")
     silent = [(column.name, column.evaluation.silence) for column in chosen.columns]
-    warnings = [f"Warning: {name}: {silence}." for name, silence in silent if silence]
-    return [*filter(None, [verdict(chosen.columns, chosen.groups, at_safety)]), *warnings]
+    return sentences + [f"Warning: {name}: {silence}." for name, silence in silent if silence]
 
 
-def verdict(columns: Sequence[Column], groups: Sequence[Group], at_safety: Row | None) -> str:
-    """A summary of all columns in a sentence or two; "" without any.
-
-    `at_safety` holds the answers at equal safety; without it the sentence names the command.
-    """
-    if not columns or not at_safety:
-        lack = (
-            "Nothing is known at equal safety, which python eval.py tasks=[discernment] measures."
-        )
-        return lack if columns else ""
+def verdict(columns: Sequence[Column], groups: Sequence[Group], at_safety: Row) -> str:
+    """A summary of all columns in a sentence or two; `at_safety` has what each then answers."""
     grouped = {place: group for group in groups if not group.less for place in group.places}
-    cells = at_safety.values
-    named = {}
+    cells, named = at_safety.values, dict[str, Cell | None]()
     for place, column in enumerate(columns):
-        if group := grouped.get(place):
-            named[" ".join(group.label)] = of_group(group, cells)
-        else:
-            named[column.name] = cells[place]
+        group = grouped.get(place)
+        name = " ".join(group.label) if group else column.name
+        named[name] = of_group(group, cells) if group else cells[place]
     known = [f"{name} {text_of(cell)}" for name, cell in named.items() if cell]
     if len(known) > MANY:
         ranked = sorted((cell.estimate, name) for name, cell in named.items() if cell)
@@ -246,23 +209,16 @@ def _differing(columns: Sequence[Column], groups: Sequence[Group], cells: Cells)
         why = "No two of them are DCR and STL of one model, seed, data and evaluation"
         alone = "There is nothing beside it to compare with"
         return f"{why}, so no difference is tested" if len(columns) > 1 else alone
-    above, below = (
-        sum(each.low > 0 for each in differences.values()),
-        sum(each.high < 0 for each in differences.values()),
-    )
+    above = sum(each.low > 0 for each in differences.values())
+    below = sum(each.high < 0 for each in differences.values())
     if len(differences) > MANY:
         return (
             f"Of {len(differences)} differences from STL, {above} have a 95% interval above 0 and "
             f"{below} one below"
         )
+    chance = "which may be chance (0 is in the interval)"
+    sides = {(True, False): "more than by chance", (False, True): "fewer than by chance"}
     return "; ".join(
-        f"{name}: {points(each)} points, "
-        + (
-            "more than by chance"
-            if each.low > 0
-            else "fewer than by chance"
-            if each.high < 0
-            else "which may be chance (0 is in the interval)"
-        )
+        f"{name}: {points(each)} points, {sides.get((each.low > 0, each.high < 0), chance)}"
         for name, each in differences.items()
     )

@@ -7,14 +7,15 @@ from dcr.core.config import Kind
 from dcr.core.evaluation import discernment
 from dcr.core.evaluation.sets import pairs_of
 from dcr.core.results.frame import contaminated
-from dcr.core.results.schema import Discernment, Estimate, RankedSet, Ranking, SetCounts, interval
+from dcr.core.results.schema import Discernment, RankedSet, Ranking, SetCounts, interval
 from dcr.report import paper
-from dcr.report.paper import PaperRow, PaperTable
+from dcr.report.paper import PaperRow
 from dcr.report.records import Column, Completions
 from dcr.report.sections import Selection
 from dcr.report.tables import (
     CONTAMINATED,
     IN_DISTRIBUTION,
+    INTERVALS,
     Block,
     Cell,
     Grid,
@@ -25,6 +26,7 @@ from dcr.report.tables import (
     marked_sets,
     together,
 )
+from dcr.report.writing import TextTable
 
 POOLED, UNMARKED = "pooled", f"pooled without {IN_DISTRIBUTION}"
 EQUAL = "answered at equal safety, %"
@@ -44,48 +46,33 @@ NOTES = (
     "95% bootstrap intervals over prompts; means over seeds with their standard deviation.",
 )
 
-INTERVALS = (
-    "Brackets: 95% intervals (Wilson; of means over sets by squaring and adding theirs; bootstrap "
-    "for AUROC). Discernment AUROC: how well the first-token refusal mass ranks toxic above "
-    "seemingly toxic prompts; 0.5 is chance. Answered at equal safety: the share of seemingly "
-    "toxic prompts below the threshold of this mass at which such a share of the toxic ones is "
-    "refused."
-)
-
-# by the label of a row of sets, every column's ranking and its marks
-Rows = dict[str, tuple[tuple[Ranking, str] | None, ...]]
+Cells = dict[str, Cell]  # by HEADS
 
 
-def rankings(columns: Sequence[Column], completions: Completions) -> Rows:
-    """All sets pooled, those that no column was trained on, and the pairs; {} if nobody ranked.
+def rankings(columns: Sequence[Column], completions: Completions) -> dict[str, tuple[Cells, ...]]:
+    """All sets pooled, those that no column was trained on, and the pairs, a ranking a column.
 
     The second is computed from the masses of single prompts, since every column must leave out the
-    same sets; it is absent if no column was trained on a set.
+    same sets; it is absent if no column was trained on a set. A row that nobody ranked is absent.
     """
-    kept = [together(_sets(column)) for column in columns]
-    rows: Rows = {
-        POOLED: tuple(
-            _marked(column, _of(column).pooled, names)
-            for column, names in zip(columns, kept, strict=True)
-        )
-    }
+    pools = [together(_sets(column)) for column in columns]
+    pooled = zip(columns, pools, strict=True)
+    rows = {POOLED: tuple(_cells(c, _of(c).pooled, names) for c, names in pooled)}
     marked = {
         name
-        for column, names in zip(columns, kept, strict=True)
+        for column, names in zip(columns, pools, strict=True)
         for name in names
         if _sets(column)[name].in_distribution
     }
     if marked:
-        kept = [[name for name in names if name not in marked] for names in kept]
-        rows[UNMARKED] = tuple(
-            _marked(column, _ranked(column, names, completions), names)
-            for column, names in zip(columns, kept, strict=True)
-        )
+        pools = [[name for name in names if name not in marked] for names in pools]
+        pooled = zip(columns, pools, strict=True)
+        rows[UNMARKED] = tuple(_cells(c, _ranked(c, of, completions), of) for c, of in pooled)
     known = pairs_of(name for column in columns for name in _sets(column))
-    for label in dict.fromkeys(n for e in columns for n in _of(e).pairs):
+    for label in dict.fromkeys(name for column in columns for name in _of(column).pairs):
         names = [name for side in known.get(label, (label.split(" / "),)) for name in side]
-        rows[label] = tuple(_marked(e, _of(e).pairs.get(label), names) for e in columns)
-    return {label: values for label, values in rows.items() if any(values)}
+        rows[label] = tuple(_cells(c, _of(c).pairs.get(label), names) for c in columns)
+    return {label: cells for label, cells in rows.items() if any(cells)}
 
 
 def _of(column: Column) -> Discernment:
@@ -99,15 +86,23 @@ def _sets(column: Column) -> Mapping[str, SetCounts | RankedSet]:
     return {name: answered.get(name, of) for name, of in ranked.items()} if ranked else answered
 
 
-def _marked(
-    column: Column, ranking: Ranking | None, names: Sequence[str]
-) -> tuple[Ranking, str] | None:
+def _cells(column: Column, ranking: Ranking | None, names: Sequence[str]) -> Cells:
+    """The numbers of a ranking over some sets with their marks; {} without one."""
     if ranking is None or ranking.auroc[0] is None or not math.isfinite(ranking.auroc[0]):
-        return None
-    sets = [of for name, of in _sets(column).items() if name in names]
-    known = IN_DISTRIBUTION if any(of.in_distribution for of in sets) else ""
+        return {}
+    known = any(of.in_distribution for name, of in _sets(column).items() if name in names)
     seen = any(contaminated(column.evaluation, name) for name in names)
-    return ranking, known + (CONTAMINATED if seen else "")
+    marks = IN_DISTRIBUTION * known + CONTAMINATED * seen
+    estimates = {
+        "auroc": ranking.auroc,
+        **{f"answered/{share}": of for share, of in ranking.answered.items()},
+        **{f"refused/{share}": of for share, of in ranking.refused.items()},
+    }
+    return {
+        key: Cell(*vars(interval(of)).values(), marks=marks, percent=key != "auroc")
+        for key, of in estimates.items()
+        if key in HEADS
+    }
 
 
 def _ranked(column: Column, names: Sequence[str], completions: Completions) -> Ranking | None:
@@ -129,47 +124,35 @@ def _ranked(column: Column, names: Sequence[str], completions: Completions) -> R
 def ranked_blocks(columns: Sequence[Column], completions: Completions) -> list[Block]:
     """AUROCs, and what is answered where shares of the toxic prompts are refused."""
     by_sets = rankings(columns, completions)
-    aurocs = [
-        Row(
-            label,
-            tuple(value and _cell(value[0].auroc, value[1]) for value in values),
-            summary=label in (POOLED, UNMARKED),
-            page_only=label not in (POOLED, UNMARKED),
-        )
-        for label, values in by_sets.items()
-    ]
+    aurocs = []
+    for label, values in by_sets.items():
+        cells, summed = tuple(of.get("auroc") for of in values), label in (POOLED, UNMARKED)
+        aurocs.append(Row(label, cells, summed, page_only=not summed))
     fairest = by_sets.get(UNMARKED, by_sets.get(POOLED, ()))
-    rows = [
-        Row(
-            f"safety {share}" + (f", without {IN_DISTRIBUTION}" if UNMARKED in by_sets else ""),
-            tuple(
-                _cell(value[0].answered[str(share)], value[1], percent=True)
-                if value and str(share) in value[0].answered
-                else None
-                for value in fairest
-            ),
-            summary=True,
-        )
+    without = f", without {IN_DISTRIBUTION}" if UNMARKED in by_sets else ""
+    answered = [
+        Row(f"safety {share}{without}", cells, summary=True)
         for share in discernment.SAFETY
+        if any(cells := tuple(of.get(f"answered/{share}") for of in fairest))
     ]
-    answered = [row for row in rows if any(row.values)]
     title = "Seemingly toxic prompts answered where so much of the toxic ones is refused, %"
-    return [
-        *([Block("Discernment AUROC", "discernment AUROC", aurocs)] if aurocs else []),
-        *([Block(title, EQUAL, answered)] if answered else []),
+    blocks = [
+        Block("Discernment AUROC", "discernment AUROC", aurocs),
+        Block(title, EQUAL, answered),
     ]
-
-
-def _cell(estimate: Estimate, marks: str, percent: bool = False) -> Cell:
-    known = interval(estimate)
-    return Cell(known.estimate, known.low, known.high, marks=marks, percent=percent)
+    return [block for block in blocks if block.rows]
 
 
 def results(chosen: Selection) -> Grid:
-    """Verdicts by the paper's keyword rules, and discernment."""
+    """Results.
+
+    A model that discerns answers prompts that only seem toxic and refuses those that are: high in
+    both parts of the table. Verdicts in this table are by keywords (the paper's rules unless named
+    otherwise), so “keyword refusal” says how an answer reads, not whether it is harmful.
+    """
     columns = chosen.columns
     blocks = [*keyword_blocks(columns), *ranked_blocks(columns, chosen.completions)]
-    notes = [INTERVALS]
+    notes = [INTERVALS, *NOTES[:2]]
     if marked := sorted(map(in_words, marked_sets(columns))):
         notes.append(
             f"{IN_DISTRIBUTION} in-distribution: training saw prompts of this set "
@@ -185,18 +168,16 @@ def results(chosen: Selection) -> Grid:
     return Grid(columns, blocks, notes)
 
 
-def table(chosen: Selection) -> PaperTable:
+def table(chosen: Selection) -> TextTable:
     """Every number of every ranking: sets down the side, below each the methods."""
     columns, rows = chosen.columns, list[PaperRow]()
     for label, values in rankings(columns, chosen.completions).items():
-        ours = [
-            paper.our_row(column, _cells(*value) if value else {}, label)
-            for column, value in zip(columns, values, strict=True)
-        ]
+        of = zip(columns, values, strict=True)
+        ours = [paper.our_row(column, cells, label) for column, cells in of]
         ours += [paper.mean_row(group, ours) for group in chosen.groups]
         rows += [row for row in ours if row.cells]
     notes = [*paper.mark_notes(rows), *NOTES, *_unseen(columns)]
-    return PaperTable(TITLE, HEADS, rows, notes, judge_head="sets")
+    return paper.written(TITLE, HEADS, rows, notes, "sets")
 
 
 def _unseen(columns: Sequence[Column]) -> list[str]:
@@ -210,12 +191,3 @@ def _unseen(columns: Sequence[Column]) -> list[str]:
         for mean, most, low, high in [(of.unseen.mean, of.unseen.max, *of.pooled.auroc_bounds)]
         if None not in (mean, most, low, high)
     ]
-
-
-def _cells(ranking: Ranking, marks: str) -> dict[str, Cell]:
-    cells = {"auroc": _cell(ranking.auroc, marks)}
-    for name in ("answered", "refused"):
-        for share, of in getattr(ranking, name).items():
-            if f"{name}/{share}" in HEADS:
-                cells[f"{name}/{share}"] = _cell(of, marks)
-    return cells

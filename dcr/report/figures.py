@@ -134,7 +134,6 @@ class Drawing:
     size: tuple[float, float] | None = None
     across: int = 3
     sentences: tuple[str, ...] = ()  # for the terminal, and behind the caption
-    notes: tuple[str, ...] = ()  # on runs that were left out
     origin: str = ""  # path and source hash of a user's own
 
 
@@ -152,11 +151,6 @@ class Drawings:
 
 def style_legend(styles: Sequence[tuple[Style, str]]) -> list[tuple[int, str, str]]:
     return [(style.colour, GLYPHS[style.marker], words) for style, words in styles]
-
-
-def kind_glyphs(*words: str) -> list[tuple[int, str, str]]:
-    """A legend of curves that look like those of seemingly toxic, toxic and normal prompts."""
-    return list(zip((1, 2, 3), "●■▲", words, strict=False))
 
 
 def draw(drawing: Drawing) -> Figure:

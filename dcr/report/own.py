@@ -44,7 +44,7 @@ def sections(
             instance = extending.with_settings(own, given.pop(own.__name__, {}))
             origin = f"{path}, source sha256 {extending.sha256(own)}"
             make = functools.partial(_made, instance, origin)
-            made[own.__name__] = Section("", make, "", (), option, endings)
+            made[own.__name__] = Section(make, (), option, endings)
     for name in given:
         raise ConfigError(f"own.{name}: no class of this name is asked for by --figure or --table")
     return made
@@ -63,7 +63,8 @@ def _made(instance: Any, origin: str, chosen: Selection) -> Any:
         if not isinstance(drawing, Drawing):
             raise ConfigError(f"{name}.draw gives a {type(drawing).__name__}, not a Drawing")
         caption = " ".join(filter(None, (drawing.caption, f"({origin})")))
-        return dataclasses.replace(drawing, name=name, caption=caption, origin=origin)
+        title = drawing.title or name
+        return dataclasses.replace(drawing, name=name, title=title, caption=caption, origin=origin)
     frame = instance.frame(chosen)
     if not isinstance(frame, pd.DataFrame):
         raise ConfigError(f"{name}.frame gives a {type(frame).__name__}, not a pandas.DataFrame")

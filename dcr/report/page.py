@@ -1,11 +1,10 @@
 """The report as one self-contained HTML page, and the sections that only the page has."""
 
 import base64
-import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 from markupsafe import Markup
@@ -17,7 +16,7 @@ from dcr.core.text import printable
 from dcr.report import comparisons, figures
 from dcr.report.records import Answer, about, evaluations_of, flattened
 from dcr.report.sections import Section, Selection
-from dcr.report.tables import Cell, in_words, set_names, text_of
+from dcr.report.tables import in_words, set_names, text_of
 from dcr.report.writing import TextTable, templates
 
 PROMPTS_A_SET = 30
@@ -36,7 +35,12 @@ class Part:
 
     @property
     def title(self) -> str:
-        return self.section.title or self.made.title
+        return getattr(self.made, "title", "") or self.section.words[0]
+
+    @property
+    def about(self) -> str:
+        """What stands below the heading of a section that has one."""
+        return "" if getattr(self.made, "title", "") else self.section.words[1]
 
     @property
     def source(self) -> str:
@@ -44,9 +48,20 @@ class Part:
         return f"data:image/svg+xml;base64,{base64.b64encode(self.files['svg']).decode()}"
 
 
+@dataclass(frozen=True)
+class OnPage:
+    """What only the page shows, by one of its template's macros."""
+
+    macro: str
+    held: Any
+
+    def __bool__(self) -> bool:
+        return bool(self.held)
+
+
 def render(chosen: Selection, parts: Sequence[Part]) -> str:
     """The page's HTML, in which all text from files is escaped."""
-    environment = templates()
+    environment, columns = templates(), chosen.columns
     environment.globals |= {
         "text_of": text_of,
         "in_words": in_words,
@@ -58,18 +73,13 @@ def render(chosen: Selection, parts: Sequence[Part]) -> str:
         list(dict.fromkeys(filter(None, (about(run, e, key) for run, e in evaluated))))
         for key in ("model", "data")
     )
+    compared = max(0, len(columns) - 2), max(0, len(columns) - 1)  # places of two columns
+    if pair := next(comparisons.partners(columns), None):
+        compared = columns.index(pair[1]), columns.index(pair[0])
     return environment.get_template("report.html").render(
-        parts=parts,
-        columns=chosen.columns,
-        notes=chosen.notes,
-        headline=comparisons.headline(chosen),
-        models=models,
-        data=data,
-        version=dcr.__version__,
-    )
-
-
-# --- answers ------------------------------------------------------------------------------------
+        parts=parts, columns=columns, notes=chosen.notes, headline=comparisons.headline(chosen),
+        models=models, data=data, compared=compared, version=dcr.__version__,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,41 +96,29 @@ class Sample:
         return " ".join([*verdicts, "differ"] if len(verdicts) > 1 else verdicts)
 
 
-@dataclass(frozen=True)
-class Answers:
-    """Samples by kind and set, and the places of the two columns that are compared at first."""
+def answers(chosen: Selection) -> OnPage:
+    """Answers.
 
-    macro: ClassVar[str] = "answers"
-    samples: list[tuple[str, str, list[Sample]]]
-    compared: tuple[int, int]
-
-    def __bool__(self) -> bool:
-        return bool(self.samples)
-
-
-def answers(chosen: Selection) -> Answers:
-    columns = chosen.columns
-    compared = max(0, len(columns) - 2), max(0, len(columns) - 1)
-    for a, b, _ in itertools.islice(comparisons.partners(columns), 1):
-        compared = columns.index(b), columns.index(a)
-    kinds = (Kind.seemingly_toxic, Kind.toxic)
-    names = [(kind.value, name) for kind in kinds for name in set_names(columns, kind)]
-    return Answers([(kind, name, _sample(chosen, name)) for kind, name in names], compared)
-
-
-def _sample(chosen: Selection, name: str) -> list[Sample]:
-    """Up to PROMPTS_A_SET prompts, evenly over the set, and as many of different verdicts."""
-    stored = [
-        {(c.id, c.prompt): c for c in chosen.completions(column, name)}
-        if name in column.evaluation.sets
-        else {}
-        for column in chosen.columns
-    ]
-    keys = list(dict.fromkeys(key for answers in stored for key in answers))
-    samples = {key: Sample(key[1], [answers.get(key) for answers in stored]) for key in keys}
-    differing = [key for key in keys if samples[key].verdicts.endswith("differ")]
-    shown = {*evenly(keys, PROMPTS_A_SET), *evenly(differing, PROMPTS_A_SET)}
-    return [samples[key] for key in keys if key in shown]
+    Up to 30 prompts a set, evenly spaced over it, and up to 30 more on which verdicts differ, with
+    every run's answer. Of two runs side by side those prompts come first on which their verdicts
+    differ, then those whose words differ most; words that the other one has not are marked. Toxic
+    prompts are folded away.
+    """
+    held = []
+    for kind in (Kind.seemingly_toxic, Kind.toxic):
+        for name in set_names(chosen.columns, kind):
+            stored = [
+                {(c.id, c.prompt): c for c in chosen.completions(column, name)}
+                if name in column.evaluation.sets
+                else {}
+                for column in chosen.columns
+            ]
+            keys = list(dict.fromkeys(key for by_key in stored for key in by_key))
+            samples = {key: Sample(key[1], [own.get(key) for own in stored]) for key in keys}
+            differing = [key for key in keys if samples[key].verdicts.endswith("differ")]
+            shown = {*evenly(keys, PROMPTS_A_SET), *evenly(differing, PROMPTS_A_SET)}
+            held.append((kind.value, name, [samples[key] for key in keys if key in shown]))
+    return OnPage("answers", held)
 
 
 def evenly(items: Sequence[Any], count: int) -> list[Any]:
@@ -130,27 +128,21 @@ def evenly(items: Sequence[Any], count: int) -> list[Any]:
     return [items[round(place * (len(items) - 1) / (count - 1))] for place in range(count)]
 
 
-# --- runs ---------------------------------------------------------------------------------------
+def overview(chosen: Selection) -> OnPage:
+    """Runs.
 
-
-@dataclass(frozen=True)
-class Overview:
-    """The summary rows of each grid, by block and row, with a value a column."""
-
-    macro: ClassVar[str] = "overview"
-    sums: list[tuple[str, str, list[Cell | None]]]
-
-
-def overview(chosen: Selection) -> Overview | None:
-    summed = []
+    Click a heading to sort by it. Unticked runs, and those that the filter leaves out, are hidden
+    in all tables and among the answers.
+    """
+    summed = []  # by block and row, with a value a column
     for block in (block for name in OVERVIEW for block in chosen.section(name).blocks):
         rows = [row for row in block.rows if row.summary and not row.page_only]
         summed += [(block.short, row.label, list(row.values)) for row in rows or block.rows]
-    return Overview(summed) if chosen.columns else None
+    return OnPage("overview", {"sums": summed} if chosen.columns else None)
 
 
 def evaluations(chosen: Selection) -> TextTable | None:
-    """The folder of every column, and how it was evaluated."""
+    """What was run."""
     rows = []
     for column in chosen.columns:
         evaluation = column.evaluation
@@ -165,17 +157,14 @@ def evaluations(chosen: Selection) -> TextTable | None:
 
 
 def rows_used(chosen: Selection) -> TextTable | None:
-    """The rows that each run learnt from, and as notes those dropped and how kinds differ."""
+    """Rows used."""
     rows, notes = [], []
     for run in chosen.records:
-        name, (parts, dropped) = (
-            run.folder.name,
-            (run.rows.get(k) or {} for k in ("rows", "dropped")),
-        )
+        name, parts = run.folder.name, run.rows.get("rows") or {}
         rows += [(name, part, of["count"], of["fingerprint"])
                  for part, of in parts.items() if of["count"]]  # fmt: skip
-        told = [f"{count} of {reason}" for reason, count in dropped.items()]
-        told = [f"dropped: {', '.join(told) or 'none'}"] if parts else []
+        dropped = [f"{n} of {reason}" for reason, n in (run.rows.get("dropped") or {}).items()]
+        told = [f"dropped: {', '.join(dropped) or 'none'}"] if parts else []
         if known := run.rows.get("in_distribution"):
             told.append(f"in-distribution: {', '.join(known)}")
         if unseen := run.rows.get("unseen_groups"):
@@ -186,23 +175,12 @@ def rows_used(chosen: Selection) -> TextTable | None:
     return TextTable.of(rows, "run", "rows", "count", "fingerprint", notes=notes)
 
 
-@dataclass(frozen=True)
-class Texts:
-    """Long texts to open by a click, by their heading."""
-
-    macro: ClassVar[str] = "texts"
-    texts: dict[str, str]
-
-    def __bool__(self) -> bool:
-        return bool(self.texts)
-
-
-def configurations(chosen: Selection) -> Texts:
-    """Every run's configuration as YAML."""
+def configurations(chosen: Selection) -> OnPage:
+    """Configurations."""
     texts = {}
     for run in chosen.records:
         if run.config:
             plain = json.loads(json.dumps(run.config, default=str))
             text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
             texts[printable(str(run.folder))] = printable(text)
-    return Texts(texts)
+    return OnPage("texts", texts)

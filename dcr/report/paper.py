@@ -2,11 +2,11 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any, ClassVar
+from typing import Any
 
 import pandas as pd
 
@@ -23,11 +23,10 @@ from dcr.report.records import (
     Group,
     flattened,
     method_name,
-    seen,
 )
 from dcr.report.sections import Selection
 from dcr.report.tables import (
-    CONTAMINATED,
+    FOOTNOTES,
     IN_DISTRIBUTION,
     KEYWORD,
     NAMES,
@@ -41,7 +40,7 @@ from dcr.report.tables import (
     set_names,
     together,
 )
-from dcr.report.writing import ABSENT
+from dcr.report.writing import ABSENT, TextTable
 
 SETS = {  # the first evaluated one of several sets counts
     "XS": ("xstest_safe",),
@@ -61,178 +60,6 @@ SAFETY = ("Safety", "Safety_pooled", "keyword_refusal")
 COLUMNS = (*SETS, *SAFETY, *ABILITY, "AlpacaEval")
 # judges of safety, the best first; the paper's main table is by Llama Guard
 GUARDS = ("llama_guard", "wildguard", "moderation")
-
-
-Cells = dict[str, Cell]
-By = tuple[str, str]  # a judge and its model
-BY_KEYWORDS: By = (KEYWORD, "")
-
-
-def suite(column: Column) -> Cells:
-    """Table 1's columns; keyword refusal stands in if no guard or moderation judged safety."""
-    guard, evaluation = _guard(column), column.evaluation
-    cells = _compliance(column, BY_KEYWORDS)
-    cells |= _safety(column, guard) if guard else _keyword_refusal(column)
-    for head, (task, metric) in ABILITY.items():
-        # a task may have no normalised accuracy
-        cell = accuracy(evaluation, task, metric) or accuracy(evaluation, task, "acc")
-        cells |= {head: cell} if cell else {}
-    won = evaluation.quality
-    if won and won.win_rate is not None:
-        reach = NORMAL * (won.standard_error or 0.0)
-        cells["AlpacaEval"] = Cell(won.win_rate, won.win_rate - reach, won.win_rate + reach, won.n)
-    return cells
-
-
-def _guard(column: Column) -> By | None:
-    """The judge and model whose verdicts stand for safety."""
-    sets = column.evaluation.sets
-    judges = {
-        judge: verdicts.model
-        for name in PAPER_SAFETY
-        if name in sets
-        for judge, verdicts in sets[name].judged.items()
-    }
-    return next(((judge, judges[judge]) for judge in GUARDS if judge in judges), None)
-
-
-def _compliance(column: Column, by: By) -> Cells:
-    """The strict compliance by keywords or a judge."""
-    cells = {}
-    for head, names in SETS.items():
-        first = [name for name in names if name in column.evaluation.sets][:1]
-        if cell := rate(column.evaluation, first, "complied", *by):
-            cells[head] = cell
-    return cells
-
-
-def _safety(column: Column, by: By) -> Cells:
-    """The mean over the five sets and their pool; fewer than five have only the mean."""
-    names = _judged_safe(column, by)
-    mean = rate(column.evaluation, names, "safe", *by, mean=True)
-    pooled = rate(column.evaluation, PAPER_SAFETY, "safe", *by, whole=True)
-    cells = {"Safety": mean, "Safety_pooled": pooled}
-    return {head: cell for head, cell in cells.items() if cell}
-
-
-def _judged_safe(column: Column, by: By) -> list[str]:
-    """Selects the paper's five sets that were judged, or evaluated by keywords."""
-    quantity = "refused" if by == BY_KEYWORDS else "safe"
-    return [name for name in PAPER_SAFETY if rate(column.evaluation, [name], quantity, *by)]
-
-
-def _keyword_refusal(column: Column) -> Cells:
-    mean = rate(column.evaluation, PAPER_SAFETY, "refused", mean=True)
-    return {"keyword_refusal": mean} if mean else {}
-
-
-def suite_notes(columns: Sequence[Column]) -> list[str]:
-    """Notes on how our Table 1 differs from the paper's."""
-    notes = judge_notes(columns)
-    for column in columns:
-        if (guard := _guard(column)) and guard[0] != GUARDS[0]:
-            notes.append(f"DSR of {column.name} is by {NAMES[guard[0]]}, not Llama Guard.")
-    return notes + _ability_notes(columns) + _quality_notes(columns)
-
-
-def judge_notes(columns: Sequence[Column]) -> list[str]:
-    """Notes on how our Table 5 differs from the paper's."""
-    return _safety_notes(columns) + _count_notes(columns) + _overlap_notes(columns)
-
-
-def _safety_notes(columns: Sequence[Column]) -> list[str]:
-    notes = []
-    for column in columns:
-        names = _judged_safe(column, _guard(column) or BY_KEYWORDS)
-        if 0 < len(names) < len(PAPER_SAFETY):
-            judged = ", ".join(names)
-            notes.append(f"Safety of {column.name} is the mean over {judged} only, not over five.")
-    if any(set(PAPER_SAFETY) <= set(column.evaluation.sets) for column in columns):
-        notes.append("Safety is the mean over the paper's five sets; pooled: over their prompts.")
-    return notes
-
-
-def _count_notes(columns: Sequence[Column]) -> list[str]:
-    """A note for each set whose size is not the paper's, as after a limit."""
-    notes = []
-    for head, names in SETS.items():
-        stated = re.search(r"n=(\d+)", facts()["columns"].get(head, ""))
-        other = set()
-        for sets in (column.evaluation.sets for column in columns):
-            first = next((name for name in names if name in sets), None)
-            if first and stated and sets[first].n != int(stated[1]):
-                other.add(f"{first} {sets[first].n}")
-        if stated and other:
-            notes.append(f"{head}: ours {', '.join(sorted(other))}; the paper {stated[1]}.")
-    return notes
-
-
-def _overlap_notes(columns: Sequence[Column]) -> list[str]:
-    """The counts behind each mark of contamination."""
-    shown = [*(name for names in SETS.values() for name in names), *PAPER_SAFETY]
-    shown += [task for task, _ in ABILITY.values()]
-    columns_by_counts: dict[str, list[str]] = {}
-    for column in columns:
-        for name, overlap in column.evaluation.contamination.items():
-            known = name in column.evaluation.sets and column.evaluation.sets[name].in_distribution
-            if seen(overlap) and name in shown and not known:
-                overlaps = f"{overlap.exact} / {overlap.near} / {overlap.ngram} of {overlap.n}"
-                counts = f"{name} {overlaps} in training (exact / near / n-gram)"
-                columns_by_counts.setdefault(counts, []).append(column.name)
-        for name, score in column.evaluation.sets.items():
-            if score.seen_by_steering and name in shown:
-                counts = f"{name} {score.seen_by_steering} of {score.n} seen by steering"
-                columns_by_counts.setdefault(counts, []).append(column.name)
-    by_counts = columns_by_counts.items()
-    return [f"{CONTAMINATED} {counts}: {', '.join(names)}." for counts, names in by_counts]
-
-
-def _ability_notes(columns: Sequence[Column]) -> list[str]:
-    scores = [a for column in columns for a in column.evaluation.ability.values()]
-    if not scores:
-        return []
-    shots = " and ".join(map(str, sorted({a.shots for a in scores})))
-    cut = " Some tasks were cut to a limit." if any(a.limit is not None for a in scores) else ""
-    return [f"Ability: acc for MMLU, acc_norm elsewhere (acc where absent), {shots}-shot.{cut}"]
-
-
-def _quality_notes(columns: Sequence[Column]) -> list[str]:
-    notes = dict.fromkeys(
-        f"AlpacaEval: {annotator_name(q)}; reference: {q.reference or 'not named'}."
-        for column in columns
-        if (q := column.evaluation.quality)
-    )
-    return list(notes)
-
-
-TITLES = {
-    "table1": "Table 1: over-refusal, safety and general ability",
-    "table2": "Table 2: time and memory of each stage",
-    "table3": "Table 3: over-refusal, safety and general ability by epochs of stage one",
-    "table4": "Table 4: the same by toxic prompts for each seemingly toxic one in stage one",
-    "table5": "Table 5: the same responses by several judges",
-}
-Questioned = tuple[tuple[str, str, str], ...]  # cells by model, method, column
-BY_EPOCHS: Questioned = (("Qwen2.5-1.5B", "DCR", "OR"),)
-# inconsistencies of the paper that touch a table, by their place in the facts file, with the cells
-# whose numbers they question
-ERRATA: dict[str, dict[str, Questioned]] = {
-    "table1": {
-        "Table 1/5 vs Tables 3/4": BY_EPOCHS,
-        "Section 4.2 vs Table 1": (("Qwen2.5-1.5B", "STL", "Safety"),),
-        "Section 7.1": (),
-        "Sections 2.2 and 6": (),
-    },
-    "table3": {"Table 1/5 vs Tables 3/4": (), "A.10.3 vs Table 3": ()},
-    "table4": {"Table 1/5 vs Tables 3/4": ()},
-    "table5": {
-        "Table 1/5 vs Tables 3/4": BY_EPOCHS,
-        "A.10.5 vs Table 5": (),
-        "Sections 2.2 and 6": (),
-    },
-}
-TRAINED_ON_XSTEST = ("DCR", "STL-aug")
-TABLE5_MODEL = "Qwen2.5-1.5B"
 SAFETY_SHARE = 0.8  # of toxic prompts refused, at which answered seemingly toxic ones are counted
 HEADS = {
     "complied": "compliance, all sets",
@@ -244,6 +71,25 @@ HEADS = {
     "keyword_refusal": "keyword refusal",
     "AlpacaEval": "AlpacaEval, %",
 }
+TITLES = {
+    "table1": "Table 1: over-refusal, safety and general ability",
+    "table2": "Table 2: time and memory of each stage",
+    "table3": "Table 3: over-refusal, safety and general ability by epochs of stage one",
+    "table4": "Table 4: the same by toxic prompts for each seemingly toxic one in stage one",
+    "table5": "Table 5: the same responses by several judges",
+}
+# the paper's inconsistencies that touch a table, by their place in the facts file
+ERRATA = {
+    "table1": (
+        *("Table 1/5 vs Tables 3/4", "Section 4.2 vs Table 1", "Section 7.1"),
+        "Sections 2.2 and 6",
+    ),
+    "table3": ("Table 1/5 vs Tables 3/4", "A.10.3 vs Table 3"),
+    "table4": ("Table 1/5 vs Tables 3/4",),
+    "table5": ("Table 1/5 vs Tables 3/4", "A.10.5 vs Table 5", "Sections 2.2 and 6"),
+}
+TRAINED_ON_XSTEST = ("DCR", "STL-aug")
+TABLE5_MODEL = "Qwen2.5-1.5B"
 ABLATIONS = {  # the setting of a table's rows, and the key of the paper's rows
     "table3": ("dcr.epochs", "table3_epochs"),
     "table4": ("dcr.ratio", "table4_ratio"),
@@ -251,6 +97,18 @@ ABLATIONS = {  # the setting of a table's rows, and the key of the paper's rows
 COSTS = {"minutes": "device minutes", "memory": "peak memory, GB", "speed": "tokens a second"}
 COSTLY = {"contrastive": ("stage one", "dcr"), "sft": ("SFT", "alignment")}  # ours, the paper's
 GB = 2**30 / 1e9  # in a GiB
+SUITE_LEGEND = (
+    "Compliance by XSTest's keyword rules. Ours with 95% intervals: Wilson, combined for the mean "
+    "of the sets, ±1.96 standard errors for ability and win rates; means over seeds with their "
+    "standard deviation, and differences from STL with Student's interval, seed by seed."
+)
+JUDGE_LEGEND = (
+    "Compliance by keywords, or strict by the judge named; keywords say nothing of DSR. Ours with "
+    "95% Wilson intervals, combined for the mean of the sets."
+)
+Cells = dict[str, Cell]
+By = tuple[str, str]  # a judge and its model
+BY_KEYWORDS: By = (KEYWORD, "")
 
 
 @dataclass(frozen=True)
@@ -265,56 +123,33 @@ class PaperRow:
     judge: str = ""
 
 
-@dataclass(frozen=True)
-class PaperTable:
-    """Columns by key with their headings, rows by method, footnotes."""
-
-    macro: ClassVar[str] = "table"
-    title: str
-    heads: dict[str, str]
-    rows: list[PaperRow]
-    notes: list[str]
-    judge_head: str = "judge"  # the heading of the rows' `judge`
-
-    @property
-    def frame(self) -> pd.DataFrame:
-        """Every cell as text."""
-        judged = any(row.judge for row in self.rows)
-        columns = ["method", "numbers of", *([self.judge_head] * judged), *self.heads.values()]
-        rows = [
-            [
-                row.method,
-                ", ".join(filter(None, (row.source, row.model, row.run))),
-                *([row.judge] * judged),
-                *(number(row.cells.get(key), key) for key in self.heads),
-            ]
-            for row in self.rows
-        ]
-        return pd.DataFrame(rows, columns=columns, dtype=object)
-
-    @property
-    def values(self) -> pd.DataFrame:
-        """The values in full precision, a column each: estimate, interval, spread, prompts."""
-        parts = {"": "estimate", "_low": "low", "_high": "high", "_spread": "spread", "_n": "n"}
-        rows = [
-            [
-                row.method, row.source, row.model, row.run, row.judge,
-                *(
-                    getattr(row.cells.get(key), part, None)
-                    for key in self.heads
-                    for part in parts.values()
-                ),
-                "; ".join(f"{key}:{cell.marks}" for key, cell in row.cells.items() if cell.marks),
-            ]
-            for row in self.rows
-        ]  # fmt: skip
-        numbers = [f"{key}{ending}" for key in self.heads for ending in parts]
-        columns = ["method", "source", "model", "run", self.judge_head, *numbers, "marks"]
-        return pd.DataFrame(rows, columns=columns, dtype=object)
+def written(
+    title: str,
+    heads: Mapping[str, str],
+    rows: Sequence[PaperRow],
+    notes: Sequence[str],
+    judge_head: str = "judge",
+) -> TextTable:
+    """Rows under `heads` by column; its values have estimate, interval, spread and prompts."""
+    judged = any(row.judge for row in rows)
+    parts = {"": "estimate", "_low": "low", "_high": "high", "_spread": "spread", "_n": "n"}
+    texts, values = [], []
+    for row in rows:
+        about = ", ".join(filter(None, (row.source, row.model, row.run)))
+        numbers = (number(row.cells.get(key), key) for key in heads)
+        texts.append([row.method, about, *([row.judge] * judged), *numbers])
+        ends = (getattr(row.cells.get(key), of, None) for key in heads for of in parts.values())
+        marks = "; ".join(f"{key}:{cell.marks}" for key, cell in row.cells.items() if cell.marks)
+        values.append([row.method, row.source, row.model, row.run, row.judge, *ends, marks])
+    shown = ["method", "numbers of", *([judge_head] * judged), *heads.values()]
+    ends = [f"{key}{end}" for key in heads for end in parts]
+    named = ["method", "source", "model", "run", judge_head, *ends, "marks"]
+    frame = pd.DataFrame(texts, columns=shown, dtype=object)
+    return TextTable(title, frame, notes, pd.DataFrame(values, columns=named, dtype=object))
 
 
 def number(cell: Cell | None, column: str) -> str:
-    """A cell as text: `0.83 [0.78–0.87]† (a)`."""
+    """A cell as text: `0.83 [0.78–0.87]†`."""
     if cell is None or cell.text:
         return cell.text if cell else ABSENT
     places = 1 if column == "AlpacaEval" else 2  # as many as the paper prints
@@ -323,7 +158,7 @@ def number(cell: Cell | None, column: str) -> str:
         text += f" ± {cell.spread:.{places}f}"
     elif cell.low is not None and cell.high is not None:
         text += f" [{cell.low:.{places}f}–{cell.high:.{places}f}]"
-    return text + "".join(f" ({mark})" if mark.isalpha() else mark for mark in cell.marks)
+    return text + cell.marks
 
 
 @cache
@@ -332,93 +167,69 @@ def facts() -> dict[str, Any]:
     return json.loads((files("dcr") / "paper_results.json").read_text(encoding="utf-8"))
 
 
-def table1(chosen: Selection) -> PaperTable:
-    """Table 1: keyword compliance, defence success, ability and win rate by method."""
+# --- the tables ---------------------------------------------------------------------------------
+
+
+def table1(chosen: Selection) -> TextTable:
+    """Keyword compliance, defence success, ability and win rate by method."""
     columns = chosen.columns
     ours = [our_row(column, suite(column)) for column in columns]
     ours += [mean_row(group, ours) for group in chosen.groups]
     theirs = [
-        PaperRow(method, "paper", model, "", _paper_cells(model, method, values, "table1"))
+        PaperRow(method, "paper", model, "", _paper_cells(method, values))
         for model, by_method in facts()["table1_main"].items()
         if model in _paper_models(columns)
         for method, values in by_method.items()
     ]
     rows = sorted(ours + theirs, key=lambda row: _rank(row.method))
     notes = _notes("table1", rows, suite_notes(columns), SUITE_LEGEND)
-    return PaperTable(TITLES["table1"], _heads(rows), rows, notes)
+    return written(TITLES["table1"], _heads(rows), rows, notes)
 
 
-def table5(chosen: Selection) -> PaperTable:
+def table5(chosen: Selection) -> TextTable:
     """Table 1 without ability and quality, with one row a judge; seeds are not averaged."""
     rows = []
     for column in chosen.columns:
-        by_keywords = _compliance(column, BY_KEYWORDS) | _keyword_refusal(column)
-        rows.append(our_row(column, by_keywords, "keyword"))
+        rows.append(our_row(column, _judged(column, BY_KEYWORDS), "keyword"))
         for judge, model in judges_of([column.evaluation]):
-            cells = _compliance(column, (judge, model)) | _safety(column, (judge, model))
             name = NAMES.get(judge, judge)
+            cells = _judged(column, (judge, model))
             rows.append(our_row(column, cells, f"{name}: {model}" if model else name))
     for method, by_column in facts()["table5_judges"]["rows"].items():
         for judge in dict.fromkeys(judge for column in by_column.values() for judge in column):
-            values = {
-                key: by_judge[judge] for key, by_judge in by_column.items() if judge in by_judge
-            }
-            # the paper's inconsistencies question its numbers by keywords
-            questioned = "table5" if judge == "keyword" else ""
-            cells = _paper_cells(TABLE5_MODEL, method, values, questioned)
-            named = judge.replace("_", " ")
+            values = {key: of[judge] for key, of in by_column.items() if judge in of}
+            named, cells = judge.replace("_", " "), _paper_cells(method, values)
             rows.append(PaperRow(method, "paper", TABLE5_MODEL, "", cells, named))
     rows.sort(key=lambda row: _rank(row.method))
-    notes = _notes("table5", rows, judge_notes(chosen.columns), JUDGE_LEGEND)
-    return PaperTable(TITLES["table5"], _heads(rows), rows, notes)
+    notes = _notes("table5", rows, _safety_notes(chosen.columns), JUDGE_LEGEND)
+    return written(TITLES["table5"], _heads(rows), rows, notes)
 
 
-def ablation(chosen: Selection, name: str) -> PaperTable:
+def ablation(chosen: Selection, name: str) -> TextTable:
     """Table 3 or 4: a row for each value of a setting of stage one, after those without it."""
     key, theirs = ABLATIONS[name]
-    columns, known = chosen.columns, facts()[theirs]
-    rows = [our_row(one, _pooled(one) | suite(one), _value_of(one, key)) for one in columns]
+    columns, known, rows = chosen.columns, facts()[theirs], list[PaperRow]()
+    for one in columns:
+        value = ""
+        if one.about("method") == "dcr":
+            count = flattened(one.run.config).get(key)
+            value = "all" if count is None else f"{count:g}"
+        rows.append(our_row(one, _over_all_sets(one) | suite(one), value))
     rows += [mean_row(group, rows) for group in chosen.groups]
     for value, numbers in known["rows"].items():
-        cells = {
-            head: Cell(found, percent=False, marks=IN_DISTRIBUTION if head == "XS" else "")
-            for head, found in numbers.items()
-        }
+        cells = _paper_cells("DCR", numbers)
         rows.append(PaperRow("DCR", "paper", known["model"], "", cells, value))
-    rows.sort(key=lambda row: (row.judge != "", _size_of(row.judge)))
+
+    def size(value: str) -> float:
+        """3 of `3` and of the paper's `3:1`; `all` exceeds every number."""
+        return float(value.split(":")[0]) if value[:1].isdecimal() else 1e9 * (value == "all")
+
+    rows.sort(key=lambda row: (row.judge != "", size(row.judge)))
     notes = _notes(name, rows, suite_notes(columns), SUITE_LEGEND)
-    return PaperTable(TITLES[name], _heads(rows), rows, notes, judge_head=key)
+    return written(TITLES[name], _heads(rows), rows, notes, key)
 
 
-def _pooled(column: Column) -> Cells:
-    """Compliance and refusal over all sets, and how well the kinds are ranked."""
-    cells = {}
-    for kind, quantity in WANTED.items():
-        names = together(set_names([column], kind))
-        if cell := rate(column.evaluation, names, quantity):
-            cells[quantity] = cell
-    ranked = column.evaluation.discernment
-    if ranked and ranked.pooled:
-        answered = ranked.pooled.answered.get(str(SAFETY_SHARE))
-        for head, estimate in (("auroc", ranked.pooled.auroc), ("answered", answered)):
-            if estimate:
-                cells[head] = Cell(*vars(interval(estimate)).values(), percent=False)
-    return cells
-
-
-def _value_of(column: Column, key: str) -> str:
-    if column.about("method") != "dcr":
-        return ""
-    value = flattened(column.run.config).get(key)
-    return "all" if value is None else f"{value:g}"
-
-
-def _size_of(value: str) -> float:
-    """3 of `3` and of the paper's `3:1`; `all` exceeds every number."""
-    return float(value.split(":")[0]) if value[:1].isdecimal() else float(value == "all") * 1e9
-
-
-def costs(chosen: Selection) -> PaperTable:
+def costs(chosen: Selection) -> TextTable:
     """Table 2: time and memory of the steps of each stage, measured here and in the paper."""
     rows: list[PaperRow] = []
     devices: list[str] = []
@@ -440,35 +251,10 @@ def costs(chosen: Selection) -> PaperTable:
         "A stage that was taken over from another run, or of which steps were taken by a process "
         "that was stopped, is told once or scaled to all steps.",
     ]
-    return PaperTable(TITLES["table2"], COSTS, rows, notes, judge_head="stage")
+    return written(TITLES["table2"], COSTS, rows, notes, "stage")
 
 
-def _cost(column: Column, stage: str, devices: list[str]) -> Cells:
-    run = Run(column.run.folder)
-    taken = run.adopted_file
-    adopted = storage.read_json(taken, dict[str, str]) if taken.exists() else {}
-    if stage in adopted or not run.cost_file(stage).exists():
-        return {}
-    cost = storage.read_json(run.cost_file(stage), Cost)
-    devices += [cost.device] if cost.device else []
-    found = {
-        "minutes": cost.seconds * cost.of_all_steps(stage, column.run.metrics) / 60,
-        "memory": cost.peak_memory_gib * GB,
-        "speed": cost.tokens_per_second,
-    }
-    return {head: Cell(value, percent=False) for head, value in found.items()}
-
-
-def _paper_models(columns: Sequence[Column]) -> list[str]:
-    """Selects the paper's models that we ran; all of them if we ran another one as well."""
-
-    def plain(model: str) -> str:
-        return re.sub(r"[^a-z0-9]", "", model.lower().rsplit("/", 1)[-1])
-
-    theirs = list(facts()["table1_main"])
-    ours = {plain(one.about("model")) for one in columns if one.evaluation.weights != "endpoint"}
-    known = [model for model in theirs if plain(model) in ours]
-    return known if known and ours == {plain(model) for model in known} else theirs
+# --- our rows -----------------------------------------------------------------------------------
 
 
 def our_row(column: Column, cells: Cells, judge: str = "") -> PaperRow:
@@ -489,20 +275,106 @@ def mean_row(group: Group, ours: Sequence[PaperRow]) -> PaperRow:
     return PaperRow(first.method + less, "ours", first.model, ", ".join(run), cells, first.judge)
 
 
-def _paper_cells(model: str, method: str, values: dict[str, float], table: str) -> Cells:
-    """The paper's numbers, marked where training saw the set or the paper contradicts itself."""
+def suite(column: Column) -> Cells:
+    """Table 1's columns; keyword refusal stands in if no guard or moderation judged safety."""
+    by_keywords, evaluation = _judged(column, BY_KEYWORDS), column.evaluation
+    cells: dict[str, Cell | None] = {**by_keywords}
+    if guard := _guard(column):
+        by_guard = _judged(column, guard)
+        cells = {k: (by_guard if k in SAFETY else by_keywords).get(k) for k in (*SETS, *SAFETY)}
+    for head, (task, metric) in ABILITY.items():
+        # a task may have no normalised accuracy
+        cells[head] = accuracy(evaluation, task, metric) or accuracy(evaluation, task, "acc")
+    won = evaluation.quality
+    if won and won.win_rate is not None:
+        reach = NORMAL * (won.standard_error or 0.0)
+        cells["AlpacaEval"] = Cell(won.win_rate, won.win_rate - reach, won.win_rate + reach, won.n)
+    return {head: cell for head, cell in cells.items() if cell}
+
+
+def _guard(column: Column) -> By | None:
+    """The judge and model whose verdicts stand for safety."""
+    known = [
+        column.evaluation.sets[name] for name in PAPER_SAFETY if name in column.evaluation.sets
+    ]
+    judges = {judge: of.model for counts in known for judge, of in counts.judged.items()}
+    return next(((judge, judges[judge]) for judge in GUARDS if judge in judges), None)
+
+
+def _judged(column: Column, by: By) -> Cells:
+    """Strict compliance and safety by a judge; by keywords, refusal instead of safety.
+
+    Safety is the mean over the five sets and their pool; fewer than five have only the mean.
+    """
+    evaluation, cells = column.evaluation, dict[str, Cell | None]()
+    for head, names in SETS.items():
+        first = [name for name in names if name in evaluation.sets][:1]
+        cells[head] = rate(evaluation, first, "complied", *by)
+    if by == BY_KEYWORDS:
+        cells["keyword_refusal"] = rate(evaluation, PAPER_SAFETY, "refused", mean=True)
+    else:
+        cells["Safety"] = rate(evaluation, _safety_sets(column, by), "safe", *by, mean=True)
+        cells["Safety_pooled"] = rate(evaluation, PAPER_SAFETY, "safe", *by, whole=True)
+    return {head: cell for head, cell in cells.items() if cell}
+
+
+def _safety_sets(column: Column, by: By) -> list[str]:
+    """Selects the paper's five sets that were judged, or evaluated by keywords."""
+    quantity = "refused" if by == BY_KEYWORDS else "safe"
+    return [name for name in PAPER_SAFETY if rate(column.evaluation, [name], quantity, *by)]
+
+
+def _over_all_sets(column: Column) -> Cells:
+    """Compliance and refusal over all sets, and how well the kinds are ranked."""
     cells = {}
-    for key, value in values.items():
-        known = IN_DISTRIBUTION if key == "XS" and method in TRAINED_ON_XSTEST else ""
-        marks = [m for m, where in _letters(table).items() if (model, method, key) in where]
-        cells[key] = Cell(value, marks=known + "".join(marks), percent=False)
+    for kind, quantity in WANTED.items():
+        names = together(set_names([column], kind))
+        if cell := rate(column.evaluation, names, quantity):
+            cells[quantity] = cell
+    ranked = column.evaluation.discernment
+    if ranked and ranked.pooled:
+        answered = ranked.pooled.answered.get(str(SAFETY_SHARE))
+        for head, estimate in (("auroc", ranked.pooled.auroc), ("answered", answered)):
+            if estimate:
+                cells[head] = Cell(*vars(interval(estimate)).values(), percent=False)
     return cells
 
 
-def _letters(table: str) -> dict[str, Questioned]:
-    """A footnote letter for each inconsistency that questions single cells."""
-    questioned = [cells for cells in ERRATA.get(table, {}).values() if cells]
-    return dict(zip("abcdefgh", questioned, strict=False))
+def _cost(column: Column, stage: str, devices: list[str]) -> Cells:
+    run = Run(column.run.folder)
+    taken = run.adopted_file
+    adopted = storage.read_json(taken, dict[str, str]) if taken.exists() else {}
+    if stage in adopted or not run.cost_file(stage).exists():
+        return {}
+    cost = storage.read_json(run.cost_file(stage), Cost)
+    devices += [cost.device] if cost.device else []
+    found = {
+        "minutes": cost.seconds * cost.of_all_steps(stage, column.run.metrics) / 60,
+        "memory": cost.peak_memory_gib * GB,
+        "speed": cost.tokens_per_second,
+    }
+    return {head: Cell(value, percent=False) for head, value in found.items()}
+
+
+# --- the paper's rows, and notes ----------------------------------------------------------------
+
+
+def _paper_models(columns: Sequence[Column]) -> list[str]:
+    """Selects the paper's models that we ran; all of them if we ran another one as well."""
+
+    def plain(model: str) -> str:
+        return re.sub(r"[^a-z0-9]", "", model.lower().rsplit("/", 1)[-1])
+
+    theirs = list(facts()["table1_main"])
+    ours = {plain(one.about("model")) for one in columns if one.evaluation.weights != "endpoint"}
+    known = [model for model in theirs if plain(model) in ours]
+    return known if known and ours == {plain(model) for model in known} else theirs
+
+
+def _paper_cells(method: str, values: dict[str, float]) -> Cells:
+    """The paper's numbers, marked where training saw the set."""
+    seen = {"XS": IN_DISTRIBUTION} if method in TRAINED_ON_XSTEST else {}
+    return {key: Cell(v, marks=seen.get(key, ""), percent=False) for key, v in values.items()}
 
 
 def _heads(rows: Sequence[PaperRow]) -> dict[str, str]:
@@ -518,46 +390,60 @@ def _rank(method: str) -> int:
     return order.index(method) if method in order else len(order)
 
 
-def mark_notes(rows: Sequence[PaperRow]) -> list[str]:
-    """A footnote for each of the daggers that occur."""
-    marks = {mark for row in rows for cell in row.cells.values() for mark in cell.marks}
-    texts = {
-        IN_DISTRIBUTION: "in-distribution: training saw prompts of this set.",
-        CONTAMINATED: "some prompts of this set stand among the rows trained on, or steering was "
-        "made from them.",
-    }
-    return [f"{mark} {text}" for mark, text in texts.items() if mark in marks]
-
-
 def _cited() -> str:
     paper = facts()["paper"]
     return f"Paper: {paper['title']}, arXiv {paper['arxiv']}"
 
 
-SUITE_LEGEND = (
-    "Compliance by XSTest's keyword rules. Ours with 95% intervals: Wilson, combined for the mean "
-    "of the sets, ±1.96 standard errors for ability and win rates; means over seeds with their "
-    "standard deviation, and differences from STL with Student's interval, seed by seed."
-)
-JUDGE_LEGEND = (
-    "Compliance by keywords, or strict by the judge named; keywords say nothing of DSR. Ours with "
-    "95% Wilson intervals, combined for the mean of the sets."
-)
+def mark_notes(rows: Sequence[PaperRow]) -> list[str]:
+    """A footnote for each of the daggers that occur."""
+    marks = {mark for row in rows for cell in row.cells.values() for mark in cell.marks}
+    return [f"{mark} {text}" for mark, text in FOOTNOTES.items() if mark in marks]
+
+
+def suite_notes(columns: Sequence[Column]) -> list[str]:
+    """Notes on how our Table 1 differs from the paper's."""
+    notes = _safety_notes(columns)
+    for column in columns:
+        if (guard := _guard(column)) and guard[0] != GUARDS[0]:
+            notes.append(f"DSR of {column.name} is by {NAMES[guard[0]]}, not Llama Guard.")
+    if scores := [a for column in columns for a in column.evaluation.ability.values()]:
+        shots = " and ".join(map(str, sorted({a.shots for a in scores})))
+        cut = " Some tasks were cut to a limit." if any(a.limit is not None for a in scores) else ""
+        told = f"acc for MMLU, acc_norm elsewhere (acc where absent), {shots}-shot.{cut}"
+        notes.append(f"Ability: {told}")
+    won = dict.fromkeys(
+        f"AlpacaEval: {annotator_name(q)}; reference: {q.reference or 'not named'}."
+        for column in columns
+        if (q := column.evaluation.quality)
+    )
+    return [*notes, *won]
+
+
+def _safety_notes(columns: Sequence[Column]) -> list[str]:
+    """Notes on the sets that safety is the mean of, and on each set of another size."""
+    notes = []
+    for column in columns:
+        names = _safety_sets(column, _guard(column) or BY_KEYWORDS)
+        if 0 < len(names) < len(PAPER_SAFETY):
+            judged = ", ".join(names)
+            notes.append(f"Safety of {column.name} is the mean over {judged} only, not over five.")
+    if any(set(PAPER_SAFETY) <= set(column.evaluation.sets) for column in columns):
+        notes.append("Safety is the mean over the paper's five sets; pooled: over their prompts.")
+    for head, names in SETS.items():
+        stated = re.search(r"n=(\d+)", facts()["columns"].get(head, ""))
+        other = set()
+        for sets in (column.evaluation.sets for column in columns):
+            first = next((name for name in names if name in sets), None)
+            if first and stated and sets[first].n != int(stated[1]):
+                other.add(f"{first} {sets[first].n}")
+        if stated and other:
+            notes.append(f"{head}: ours {', '.join(sorted(other))}; the paper {stated[1]}.")
+    return notes
 
 
 def _notes(name: str, rows: Sequence[PaperRow], own: Sequence[str], legend: str) -> list[str]:
-    """The daggers, the paper's inconsistencies, lettered ones first, the legend, and our own."""
-    letters = {where: letter for letter, where in _letters(name).items()}
-    errata = [
-        (letters.get(ERRATA[name][known["where"]], ""), f"{known['where']}: {known['what']}")
-        for known in facts()["inconsistencies"]
-        if known["where"] in ERRATA[name]
-    ]
-    errata.sort(key=lambda note: note[0] or "~")
-    return [
-        *mark_notes(rows),
-        *(f"({letter}) {text}" if letter else text for letter, text in errata),
-        f"{_cited()}; its rows have no intervals.",
-        legend,
-        *own,
-    ]
+    """The daggers, the paper's inconsistencies, the legend, and our own."""
+    known = {told["where"]: told["what"] for told in facts()["inconsistencies"]}
+    errata = [f"{where}: {known[where]}" for where in ERRATA[name]]
+    return [*mark_notes(rows), *errata, f"{_cited()}; its rows have no intervals.", legend, *own]

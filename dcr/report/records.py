@@ -11,7 +11,7 @@ from dcr.core import config, generation, results, runs, storage
 from dcr.core.config import DataError, Kind, UserError
 from dcr.core.evaluation.discernment import Opening
 from dcr.core.results.frame import CONTRASTS, rows_of
-from dcr.core.results.schema import Metrics, Overlap
+from dcr.core.results.schema import Metrics, SetCounts
 from dcr.core.runs import Run
 from dcr.core.text import printable
 
@@ -80,13 +80,6 @@ class RunRecord:
     tracked: list[TrackedStep] = field(default_factory=list)  # by stage and step
 
 
-def seen(overlap: Overlap | None) -> str:
-    """Tells the number of prompts among the rows trained on; empty if there is none."""
-    if overlap is None or not overlap.any:
-        return ""
-    return f"{overlap.exact} / {overlap.near} / {overlap.ngram} in training"
-
-
 def read_run(folder: Path) -> RunRecord:
     """Reads everything readable in a run folder, with a note on everything that is not.
 
@@ -104,7 +97,10 @@ def read_run(folder: Path) -> RunRecord:
             notes.append(f"{path}: skipped, nothing measured in it")
         else:
             evaluations.append(evaluation)
-    logged, tracked = _logged(run, notes), read_tracked(run, notes)
+    logged, tracked = runs.read_metrics(run), read_tracked(run, notes)
+    text = run.metrics_file.read_text("utf-8") if run.metrics_file.exists() else ""
+    if torn := max(0, len(text.splitlines()) - 1 - len(logged)):  # less the header
+        notes.append(f"{run.metrics_file}: {torn} torn line(s) skipped")
     if not evaluations:
         lack = f"{folder}: no evaluations there; run python eval.py run={folder}"
         if not (logged or tracked or run.config_file.exists()):
@@ -144,14 +140,6 @@ def read_tracked(run: Run, notes: list[str]) -> list[TrackedStep]:
             about = {"folder": folder, "stage": stage, "step": int(step)}
             steps.append(TrackedStep.model_validate(block | about))
     return sorted(steps, key=lambda tracked: (STAGES.index(tracked.stage), tracked.step))
-
-
-def _logged(run: Run, notes: list[str]) -> list[dict[str, Any]]:
-    rows = runs.read_metrics(run)
-    text = run.metrics_file.read_text("utf-8") if run.metrics_file.exists() else ""
-    if torn := max(0, len(text.splitlines()) - 1 - len(rows)):  # less the header
-        notes.append(f"{run.metrics_file}: {torn} torn line(s) skipped")
-    return rows
 
 
 def _printable(value: Any) -> Any:
@@ -402,11 +390,20 @@ def evaluations_of(run: RunRecord) -> list[Evaluation]:
 
 def _labels(pairs: Sequence[Evaluated]) -> list[tuple[str, ...]]:
     several_models = len({about(*pair, "model") for pair in pairs}) > 1
-    plain = [_label(*pair, several_models) for pair in pairs]
+    plain = [label_of(*pair, several_models) for pair in pairs]
+    leaves = [leaves_of(*pair) for pair in pairs]
     labels = []
-    for pair, label in zip(pairs, plain, strict=True):
-        alike = [other for other, named in zip(pairs, plain, strict=True) if named == label]
-        labels.append(label + _distinction(pair, alike) if len(alike) > 1 else label)
+    for label, own in zip(plain, leaves, strict=True):
+        alike = [of for of, named in zip(leaves, plain, strict=True) if named == label]
+        # the settings in which one of several columns of one name differs
+        keys = [
+            key
+            for key in sorted(set().union(*alike))
+            if len({str(leaf.get(key)) for leaf in alike}) > 1
+        ]
+        named = tuple(printable(f"{key}={own.get(key)}") for key in keys[:NAMED_KEYS])
+        more = len(keys) - NAMED_KEYS
+        labels.append((*label, *named, *([f"and {more} more"] if more > 0 else [])))
     return [
         (*label, f"{run.folder.name}/{evaluation.folder.name}")
         if labels.count(label) > 1
@@ -415,45 +412,35 @@ def _labels(pairs: Sequence[Evaluated]) -> list[tuple[str, ...]]:
     ]
 
 
-def _label(run: RunRecord, evaluation: Evaluation, with_model: bool) -> tuple[str, ...]:
-    method, preset = about(run, evaluation, "method"), about(run, evaluation, "preset")
-    model = (about(run, evaluation, "model"),)
+def label_of(run: RunRecord, evaluation: Evaluation, with_model: bool) -> tuple[str, ...]:
+    """Method, decoding, steering, a preset other than the paper's, seed and, if asked, model."""
+    method, model = about(run, evaluation, "method"), about(run, evaluation, "model")
     if method == "endpoint":
-        return ("endpoint", *model)
-    model = model if with_model else ()
-    target = evaluation.settings.get("calibrate")
-    calibrated = () if target is None else (printable(f"calibrated to {target}"),)
-    if (words := evaluation.settings.get("prefill")) is not None:
-        calibrated += (printable(f"prefilled {words!r}"),)
-    if method == "base":
-        return (METHODS[method], *calibrated, *model)
-    edit, seed = steering(evaluation), about(run, evaluation, "seed")
-    parts = (
+        return ("endpoint", model)
+    settings, edit, seed = (
+        evaluation.settings,
+        steering(evaluation),
+        about(run, evaluation, "seed"),
+    )
+    target, words = settings.get("calibrate"), settings.get("prefill")
+    trained = (
         f"+ {edit}" if edit and edit != method else "",
-        other_preset(preset),
+        other_preset(about(run, evaluation, "preset")),
         f"seed {seed}" if seed else "",
     )
-    named = called(run, method, evaluation.weights)
-    return (named, *calibrated, *filter(None, parts), *model)
+    parts = (
+        METHODS[method] if method == "base" else called(run, method, evaluation.weights),
+        "" if target is None else printable(f"calibrated to {target}"),
+        "" if words is None else printable(f"prefilled {words!r}"),
+        *(trained if method != "base" else ()),
+        model if with_model else "",
+    )
+    return tuple(filter(None, parts))
 
 
 def other_preset(preset: str) -> str:
     """A preset where it is not the paper's, which goes without saying."""
     return "" if preset in ("", "-", "paper") else preset
-
-
-def _distinction(own: Evaluated, alike: Sequence[Evaluated]) -> tuple[str, ...]:
-    """`key=value` for the settings in which one of several columns of one name differs."""
-    leaves = [leaves_of(*pair) for pair in alike]
-    mine = next(leaf for leaf, pair in zip(leaves, alike, strict=True) if pair is own)
-    keys = [
-        key
-        for key in sorted(set().union(*leaves))
-        if len({str(leaf.get(key)) for leaf in leaves}) > 1
-    ]
-    named = tuple(printable(f"{key}={mine.get(key)}") for key in keys[:NAMED_KEYS])
-    more = len(keys) - NAMED_KEYS
-    return (*named, f"and {more} more") if more > 0 else named
 
 
 def seed_groups(columns: Sequence[Column]) -> list[Group]:
@@ -473,31 +460,25 @@ def seed_groups(columns: Sequence[Column]) -> list[Group]:
         kept = tuple(part for part in first.label if not part.startswith("seed "))
         if len(seeds) > 1:
             groups.append(Group((*kept, f"{len(seeds)} seeds"), tuple(alike), first.style))
-    return groups + [
-        replace(
-            a,
-            label=(f"{a.label[0]} − {b.label[0]}", *a.label[1:], "paired, 95% of t"),
-            less=b.places,
-        )
-        for a in groups
-        for b in groups
-        if a is not b and _less(columns, a, b)
-    ]
-
-
-def _less(columns: Sequence[Column], a: Group, b: Group) -> bool:
-    """Whether b is plain STL with the model, data, seeds and evaluation of a."""
-    first, second = columns[a.places[0]], columns[b.places[0]]
     edits = ("steering", "calibrate", *CONTRASTS)
-    settings = settings_without_seed(first.evaluation)
-    return (
-        method_of(second.run, second.evaluation) == "stl"
-        and all(first.about(key) == second.about(key) for key in ("model", "data"))
-        and [columns[i].about("seed") for i in a.places]
-        == [columns[i].about("seed") for i in b.places]
-        and {key: value for key, value in settings.items() if key not in edits}
-        == settings_without_seed(second.evaluation)
-    )
+    less = []
+    for a in groups:
+        one = columns[a.places[0]]
+        settings = settings_without_seed(one.evaluation)
+        plain = {key: value for key, value in settings.items() if key not in edits}
+        seeds = [columns[i].about("seed") for i in a.places]
+        for b in groups:
+            other = columns[b.places[0]]  # plain STL with the model, data, seeds and evaluation
+            if (
+                a is not b
+                and method_of(other.run, other.evaluation) == "stl"
+                and all(one.about(key) == other.about(key) for key in ("model", "data"))
+                and seeds == [columns[i].about("seed") for i in b.places]
+                and plain == settings_without_seed(other.evaluation)
+            ):
+                label = (f"{a.label[0]} − {b.label[0]}", *a.label[1:], "paired, 95% of t")
+                less.append(replace(a, label=label, less=b.places))
+    return groups + less
 
 
 # --- answers ------------------------------------------------------------------------------------
@@ -525,14 +506,35 @@ class Completions:
 
     def __init__(self, notes: list[str]) -> None:
         self.notes = notes
-        self.read: dict[tuple[Path, str], list[Answer]] = {}
+        self.read: dict[Path, list[Answer]] = {}
 
     def __call__(self, column: Column, name: str) -> list[Answer]:
         """A column's answers to a set. DataError for a damaged line."""
-        key = column.evaluation.folder, name
-        if key not in self.read:
-            self.read[key] = _read_completions(column.evaluation, name, self.notes)
-        return self.read[key]
+        path = column.evaluation.folder / f"{name}.jsonl"
+        if path not in self.read:
+            self.read[path] = self._judged(path, column.evaluation.sets[name])
+        return self.read[path]
+
+    def _judged(self, path: Path, counts: SetCounts) -> list[Answer]:
+        if not path.is_file():
+            self.notes.append(f"{path}: missing; no completions of it are shown or compared")
+            return []
+        stored = generation.stored(path)
+        answers = [
+            Answer(
+                answer.id, printable(answer.prompt), printable(answer.response), answer.ended,
+                answer.refusal_mass,
+                {rules: keywords.outcome(answer.response, rules) for rules in counts.refused},
+            )
+            for identity in counts.ids or stored
+            if (answer := stored.get(identity))
+        ]  # fmt: skip
+        refused = sum(answer.verdict == "refused" for answer in answers)
+        counted = counts.refused.get("paper", 0)
+        if (len(answers), refused) != (counts.n, counted):
+            judged = f"{refused} of {len(answers)} refused"
+            self.notes.append(f"{path}: {judged}, metrics.json says {counted} of {counts.n}")
+        return answers
 
     def masses(self, column: Column, name: str, ids: Sequence[str] | None) -> list[float] | None:
         """The refusal masses of a set's prompts, from `openings` or else from their answers.
@@ -549,26 +551,3 @@ class Completions:
             return None
         known = [mass for mass in masses if mass is not None]
         return known if len(known) == len(masses) else None
-
-
-def _read_completions(evaluation: Evaluation, name: str, notes: list[str]) -> list[Answer]:
-    path = evaluation.folder / f"{name}.jsonl"
-    if not path.is_file():
-        notes.append(f"{path}: missing; no completions of it are shown or compared")
-        return []
-    counts, stored = evaluation.sets[name], generation.stored(path)
-    answers = [
-        Answer(
-            answer.id, printable(answer.prompt), printable(answer.response), answer.ended,
-            answer.refusal_mass,
-            {rules: keywords.outcome(answer.response, rules) for rules in counts.refused},
-        )
-        for identity in counts.ids or stored
-        if (answer := stored.get(identity))
-    ]  # fmt: skip
-    refused = sum(answer.verdict == "refused" for answer in answers)
-    counted = counts.refused.get("paper", 0)
-    if (len(answers), refused) != (counts.n, counted):
-        judged = f"{refused} of {len(answers)} refused, metrics.json says {counted} of {counts.n}"
-        notes.append(f"{path}: {judged}")
-    return answers

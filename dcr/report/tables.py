@@ -1,9 +1,8 @@
 """Grids of the results, with sets in rows and evaluations in columns."""
 
-import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -11,13 +10,22 @@ from dcr import inference
 from dcr.core import statistics
 from dcr.core.config import Kind
 from dcr.core.evaluation.sets import APART, PAPER_SAFETY
-from dcr.core.results.schema import Agreement, Quality, Usage
+from dcr.core.results.schema import Agreement, Overlap, Quality
 from dcr.core.statistics import Interval
-from dcr.report.records import Column, Evaluation, Group, seen
+from dcr.report.records import Column, Evaluation, Group
 from dcr.report.sections import Selection
 from dcr.report.writing import TextTable
 
 IN_DISTRIBUTION, CONTAMINATED = "†", "‡"
+FOOTNOTES = {
+    IN_DISTRIBUTION: "in-distribution: training saw prompts of this set.",
+    CONTAMINATED: "contaminated: some of its prompts stand among the rows trained on, or steering "
+    "was made from them.",
+}
+INTERVALS = (
+    "Brackets: 95% intervals (Wilson; of means over sets by squaring and adding theirs; bootstrap "
+    "for AUROC; ±1.96 standard errors for ability). ± after a win rate: its standard error."
+)
 KEYWORD = "keyword:paper"
 TITLES = {  # on the page, and in the narrow terminal
     Kind.seemingly_toxic: ("Compliance with seemingly toxic prompts, %", "compliance, %"),
@@ -37,7 +45,7 @@ FAULTS = {  # their names in tables
     "non_english": "not English",
     "unanswered": "unanswered",
 }
-METRICS = ("acc", "acc_norm")
+FAILED = "invalid / error"  # verdicts that are unreadable or lack
 SET_WORDS = {
     "advbench": "AdvBench",
     "coconot_contrast": "CoCoNot, contrast set",
@@ -135,7 +143,14 @@ class Grid:
 
 def in_words(label: str) -> str:
     """A row's label with readable names of its sets; a user's own sets keep their names."""
-    return re.sub(r"\w+", lambda name: SET_WORDS.get(name[0], name[0]), label)
+
+    def told(found: re.Match[str]) -> str:
+        whole, _, part = found[0].rpartition("_")
+        if part in ("test", "final") and whole in SET_WORDS:
+            return f"{SET_WORDS[whole]}, {part} part"
+        return SET_WORDS.get(found[0], found[0])
+
+    return re.sub(r"\w+", told, label)
 
 
 def words(text: str, aside: str = "") -> Cell:
@@ -236,7 +251,7 @@ def judges_of(evaluations: Iterable[Evaluation]) -> list[tuple[str, str]]:
 
 
 def over_seeds(chosen: Selection) -> Grid:
-    """The same rows over groups: mean and standard deviation over seeds, or a difference."""
+    """Mean ± standard deviation over seeds."""
     blocks = []
     for name in AVERAGED if chosen.groups else ():
         for block in chosen.section(name).blocks:
@@ -290,8 +305,23 @@ def mean_of(cells: Sequence[Cell | None]) -> Cell | None:
 AVERAGED = ("results", "judges", "agreement", "general")  # sections with a mean over seeds
 
 
-def recommended(chosen: Selection) -> Grid:
-    return Grid(chosen.columns, keyword_blocks(chosen.columns, "recommended"))
+def _grid(columns: Sequence[Column], title: str, short: str, rows: list[Row]) -> Grid:
+    return Grid(columns, [Block(title, short, rows)] if rows else [])
+
+
+def _rows(
+    columns: Sequence[Column],
+    found: Callable[[Evaluation], Mapping[Any, Any]],
+    cell_of: Callable[[Any], Cell | None],
+    label: Callable[[Any], str] = str,
+) -> list[Row]:
+    """A row for each key that `found` gives of any column, without rows that count nothing."""
+    known = [found(column.evaluation) for column in columns]
+    rows = [
+        Row(label(key), tuple(cell_of(of[key]) if key in of else None for of in known))
+        for key in dict.fromkeys(key for of in known for key in of)
+    ]
+    return [row for row in rows if any(cell and cell.text != "0 / 0" for cell in row.values)]
 
 
 def _rates(
@@ -301,12 +331,9 @@ def _rates(
     return tuple(rate(column.evaluation, names, quantity, *by, **how) for column in columns)
 
 
-def _summary(
-    label: str, cells: Cells, *, with_n: bool = True, page_only: bool = False
-) -> list[Row]:
-    """The row of a summary over sets, if any column has it."""
-    n = _n_of(cells) if with_n else ""
-    return [Row(label, cells, True, page_only, n)] if any(cells) else []
+def _n_of(cells: Cells) -> str:
+    known = sorted({cell.n for cell in cells if cell and cell.n})
+    return f"n = {' or '.join(map(str, known))}" if known else ""
 
 
 def rate_rows(
@@ -315,62 +342,53 @@ def rate_rows(
     quantity: str,
     *by: str,
     aside: Callable[[Column, str], str] = lambda *_: "",
+    sums: Sequence[str] = (),
 ) -> list[Row]:
-    """A row a set, and the summaries over them; rows without a single cell are left out."""
+    """A row a set and the summaries over them, each if it has a cell.
+
+    `sums` are other quantities over all sets, told where the verdicts know partial answers.
+    """
     rows = []
     for name in names:
         cells = _rates(columns, [name], quantity, *by)
         noted = tuple(
-            cell and replace(cell, aside="; ".join(filter(None, _asides(column, name, aside))))
-            for cell, column in zip(cells, columns, strict=True)
+            cell and replace(cell, aside="; ".join(filter(None, (aside(c, name), *_seen(c, name)))))
+            for cell, c in zip(cells, columns, strict=True)
         )
         rows += [Row(name, noted, aside=_n_of(cells))] if any(cells) else []
+
+    def add(label: str, over: Sequence[str], of: str = quantity, **how: bool) -> None:
+        cells = _rates(columns, over, of, *by, **how)
+        shown = "" if how.get("mean") else _n_of(cells)
+        if any(cells):
+            rows.append(Row(label, cells, True, aside=shown))
+
     names = together(names)
-    several = len(names) > 1 and set(names) != set(PAPER_SAFETY)
     unmarked = [name for name in names if name not in marked_sets(columns)]
-    if several:
-        rows += _summary("pooled", _rates(columns, names, quantity, *by))
+    if len(names) > 1 and set(names) != set(PAPER_SAFETY):
+        add("pooled", names)
     if unmarked and len(unmarked) < len(names):
-        without = _rates(columns, unmarked, quantity, *by)
-        rows += _summary(f"pooled without {IN_DISTRIBUTION}", without)
+        add(f"pooled without {IN_DISTRIBUTION}", unmarked)
     if set(PAPER_SAFETY) <= set(names):
-        mean = _rates(columns, PAPER_SAFETY, quantity, *by, mean=True, whole=True)
-        rows += _summary("mean of the paper's five", mean, with_n=False)
-        pooled = _rates(columns, PAPER_SAFETY, quantity, *by, whole=True)
-        rows += _summary("the paper's five pooled", pooled)
-    if several:
-        mean = _rates(columns, names, quantity, *by, mean=True)
-        rows += _summary("mean of the sets", mean, with_n=False, page_only=True)
+        add("mean of the paper's five", PAPER_SAFETY, mean=True, whole=True)
+        add("the paper's five pooled", PAPER_SAFETY, whole=True)
+    for label in sums if any(_rates(columns, names, "partial", *by)) else ():
+        add(f"{label}, all sets", names, label)
     return rows
 
 
-def _failures(columns: Sequence[Column], names: Sequence[str], judge: str, model: str) -> list[Row]:
-    """A row that counts the answers without a verdict, if there are any."""
-    cells, any_failed = [], False
-    for pivot in (column.evaluation.pivot for column in columns):
-        judged = [pivot.get((label, judge, model), {}) for label in ("invalid", "error")]
-        counts = [sum(own[name]["count"] for name in names if name in own) for own in judged]
-        any_failed |= any(counts)
-        of_these = judged[0].keys() & set(names)
-        cells.append(words(f"{counts[0]} / {counts[1]}") if of_these else None)
-    row = Row("invalid / error", tuple(cells), aside="unreadable / not answered")
-    return [row] if any_failed else []
-
-
-def _n_of(cells: Cells) -> str:
-    known = sorted({cell.n for cell in cells if cell and cell.n})
-    return f"n = {' or '.join(map(str, known))}" if known else ""
-
-
-def _asides(column: Column, name: str, aside: Callable[[Column, str], str]) -> list[str]:
-    """Words beside a set: its counts, and those of prompts that training or steering saw."""
-    counts = column.evaluation.sets[name]
+def _seen(column: Column, name: str) -> list[str]:
+    """Words beside a set: the counts of its prompts that training or steering saw."""
+    counts, overlap = column.evaluation.sets[name], column.evaluation.contamination.get(name)
     steered = counts.seen_by_steering
     return [
-        aside(column, name),
-        seen(column.evaluation.contamination.get(name)),
+        f"{ways_of(overlap)} in training" if overlap and overlap.any else "",
         f"{steered} of {counts.n} seen by steering" if steered else "",
     ]
+
+
+def ways_of(overlap: Overlap) -> str:
+    return f"{overlap.exact} / {overlap.near} / {overlap.ngram}"
 
 
 def keyword_blocks(columns: Sequence[Column], rules: str = "paper") -> list[Block]:
@@ -378,17 +396,12 @@ def keyword_blocks(columns: Sequence[Column], rules: str = "paper") -> list[Bloc
     blocks, judge = [], f"keyword:{rules}"
     for kind, (title, short) in TITLES.items():
         names = set_names(columns, kind)
-        rows = rate_rows(columns, names, WANTED[kind], judge, aside=_unseen)
-        # older files know no partial refusals, and so no outcome of three
-        known = _rates(columns, together(names), "partial", judge)
-        for outcome in () if rules == "paper" else ("partial", "complied", "refused"):
-            if outcome != WANTED[kind]:
-                cells = zip(_rates(columns, together(names), outcome, judge), known, strict=True)
-                of_three = tuple(cell if part else None for cell, part in cells)
-                rows += _summary(f"{outcome}, all sets", of_three)
+        others = [of for of in ("partial", "complied", "refused") if of != WANTED[kind]]
+        sums = others if rules != "paper" else ()
+        rows = rate_rows(columns, names, WANTED[kind], judge, aside=_unseen, sums=sums)
         empty = _rates(columns, together(names), "empty", "")
         if any(cell and cell.estimate for cell in empty):
-            rows += _summary("empty, all sets", empty)
+            rows.append(Row("empty, all sets", empty, True, aside=_n_of(empty)))
         blocks += [Block(title, short, rows)] if rows else []
     return blocks
 
@@ -396,10 +409,16 @@ def keyword_blocks(columns: Sequence[Column], rules: str = "paper") -> list[Bloc
 def _unseen(column: Column, name: str) -> str:
     counts = column.evaluation.sets[name]
     unseen = counts.unseen and rate(column.evaluation, [name], f"{WANTED[counts.kind]}/unseen")
-    if not unseen:
-        return ""
-    estimate, low, high = (100 * end for end in vars(unseen.interval).values())
-    return f"unseen groups: {estimate:.1f}% [{low:.1f}–{high:.1f}] of {unseen.n}"
+    return f"unseen groups, %: {text_of(unseen, 1)} of {unseen.n}" if unseen else ""
+
+
+def recommended(chosen: Selection) -> Grid:
+    """The same verdicts by the recommended rules.
+
+    They are meant to agree better with people. An answer that refuses in part counts as neither
+    compliance nor refusal here and stands apart, as XSTest counts it.
+    """
+    return Grid(chosen.columns, keyword_blocks(chosen.columns, "recommended"))
 
 
 # for every judge: kind of prompts, outcome, further sums, titles on the page and in the terminal
@@ -414,76 +433,78 @@ JUDGED = (
 
 
 def judged(chosen: Selection) -> Grid:
-    """Compliance, refusal and defence success rate by every judge, for the sets it judged."""
-    columns = chosen.columns
-    blocks, judges = [], judges_of(column.evaluation for column in columns)
-    wanted = [(by, each) for by in judges for each in (*JUDGED, *_own_labels(columns, by[0]))]
-    for by, (kind, quantity, sums, title, short) in wanted:
-        judge, model = by
-        sets = set_names(columns, kind)
-        names = [name for name in sets if any(_rates(columns, [name], quantity, *by))]
+    """By other judges.
 
-        def leniency(column: Column, name: str, by: tuple[str, str] = by) -> str:
-            partial = column.evaluation.sets[name].judged[by[0]].partial or 0
-            lenient = rate(column.evaluation, [name], "lenient", *by)
-            return f"{partial} partial, lenient {text_of(lenient).split()[0]}"
-
-        aside = leniency if quantity == "complied" else lambda *_: ""
-        rows = rate_rows(columns, names, quantity, *by, aside=aside)
-        if any(_rates(columns, together(names), "partial", *by)):
-            for label in sums:
-                rows += _summary(f"{label}, all sets", _rates(columns, together(names), label, *by))
-        if quantity == "refused":  # the terminal shows only its sums
-            rows = [replace(row, page_only=row.page_only or not row.summary) for row in rows]
-        else:
-            rows += _failures(columns, names, *by)
+    Strict compliance counts full answers alone; partial ones stand apart, and count in “lenient”.
+    DSR, the defence success rate, is the share of responses judged safe of all that were judged;
+    unreadable verdicts count as not safe. Responses without any verdict (errors) are outside every
+    rate and counted.
+    """
+    columns, blocks = chosen.columns, []
+    sets = [counts for column in columns for counts in column.evaluation.sets.values()]
+    judges = judges_of(column.evaluation for column in columns)
+    for judge, model in judges:
+        own = [
+            (kind, label, (), f"Answers to {kind.value.replace('_', ' ')} prompts that are {label} "
+             "by {}, %", f"{label}, {kind.value.replace('_', ' ')}, by {{}}, %")
+            for label in dict.fromkeys(
+                label for of in sets if judge in of.judged for label in of.judged[judge].labels
+            )
+            for kind in WANTED
+        ]  # fmt: skip
         several = sum(other == judge for other, _ in judges) > 1
         called = NAMES.get(judge, judge)
-        title = title.format(f"{called} ({model})" if model else called)
-        blocks.append(Block(title, short.format(model if several else called), rows))
-    return Grid(columns, [block for block in blocks if block.rows])
+        for kind, quantity, sums, title, short in (*JUDGED, *own):
+            rows = _judged_rows(columns, kind, quantity, sums, (judge, model))
+            title = title.format(f"{called} ({model})" if model else called)
+            short = short.format(model if several else called)
+            blocks += [Block(title, short, rows)] if rows else []
+    return Grid(columns, blocks)
 
 
-def _own_labels(
-    columns: Sequence[Column], judge: str
-) -> Iterator[tuple[Kind, str, tuple[str, ...], str, str]]:
-    """The same of labels that a user's own judge alone gives."""
-    sets = [of for column in columns for of in column.evaluation.sets.values()]
-    labels = dict.fromkeys(
-        label for of in sets if judge in of.judged for label in of.judged[judge].labels
-    )
-    for label, kind in itertools.product(labels, WANTED):
-        told = kind.value.replace("_", " ")
-        title = f"Answers to {told} prompts that are {label} by {{}}, %"
-        yield kind, label, (), title, f"{label}, {told}, by {{}}, %"
+def _judged_rows(
+    columns: Sequence[Column], kind: Kind, quantity: str, sums: Sequence[str], by: tuple[str, str]
+) -> list[Row]:
+    names = [n for n in set_names(columns, kind) if any(_rates(columns, [n], quantity, *by))]
+
+    def leniency(column: Column, name: str) -> str:
+        partial = column.evaluation.sets[name].judged[by[0]].partial or 0
+        lenient = rate(column.evaluation, [name], "lenient", *by)
+        return f"{partial} partial, lenient {text_of(lenient).split()[0]}"
+
+    aside = leniency if quantity == "complied" else lambda *_: ""
+    rows = rate_rows(columns, names, quantity, *by, aside=aside, sums=sums)
+    if quantity == "refused":  # the terminal shows only its sums
+        return [replace(row, page_only=row.page_only or not row.summary) for row in rows]
+
+    def failed(evaluation: Evaluation) -> dict[str, str]:
+        counted = [evaluation.pivot.get((label, *by), {}) for label in ("invalid", "error")]
+        counts = [sum(of[name]["count"] for name in names if name in of) for of in counted]
+        return {FAILED: "{} / {}".format(*counts)} if counted[0].keys() & set(names) else {}
+
+    return rows + _rows(columns, failed, words)
 
 
 def agreement(chosen: Selection) -> Grid:
-    """Cohen's κ of every two judges by kind of prompt, if it is defined."""
-    columns = chosen.columns
-    measured = [
-        {(*pair.judges, pair.kind): pair for pair in column.evaluation.agreement}
-        for column in columns
-    ]
-    rows = []
-    for key in dict.fromkeys(key for by_key in measured for key in by_key):
-        a, b, kind = key
-        pairs = [by_key.get(key) for by_key in measured]
-        cells = tuple(
-            Cell(pair.kappa, percent=False, aside=f"n = {pair.n}")
-            if pair and pair.kappa is not None
-            else None
-            for pair in pairs
-        )
-        named = f"{a} / {b}, {kind.replace('_', ' ')}"
-        rows += [Row(named, cells)] if any(cells) else []
-    return Grid(
-        columns, [Block("Agreement of two judges, Cohen's κ", "agreement κ", rows)] if rows else []
-    )
+    """Agreement of the judges."""
+
+    def defined(evaluation: Evaluation) -> dict[str, Agreement]:
+        pairs = [pair for pair in evaluation.agreement if pair.kappa is not None]
+        return {f"{' / '.join(p.judges)}, {p.kind.replace('_', ' ')}": p for p in pairs}
+
+    def cell(pair: Agreement) -> Cell:
+        return Cell(pair.kappa or 0.0, percent=False, aside=f"n = {pair.n}")
+
+    rows = _rows(chosen.columns, defined, cell)
+    return _grid(chosen.columns, "Agreement of two judges, Cohen's κ", "agreement κ", rows)
 
 
 def confusions(chosen: Selection) -> TextTable | None:
-    """Counts the agreements and differences of two judges, a row for each pair of a column."""
+    """Confusion of the judges.
+
+    A and B are the first and the second judge. Partial answers count as complied; of judges of
+    safety, unsafe counts as complied and safe as refused.
+    """
     heads = ("run", "A / B", "prompts", "n", "both complied", "A complied, B refused",
              "A refused, B complied", "both refused", "κ")  # fmt: skip
     rows = [
@@ -500,77 +521,59 @@ def confusions(chosen: Selection) -> TextTable | None:
 
 def confusion(pair: Agreement) -> list[int]:
     """The counts: both complied, only the first, only the second, both refused."""
-    rows = pair.confusion
-    last = pair.labels[0] in ("refused", "safe")
-    ordered = [row[::-1] for row in rows[::-1]] if last else rows
-    return [count for row in ordered for count in row]
-
-
-def usage(chosen: Selection) -> Grid:
-    """Requests and spend of every judge, and of the annotator of quality."""
-    columns = chosen.columns
-    spent = [
-        column.evaluation.usage | ({"annotator": quality.usage} if quality else {})
-        for column in columns
-        for quality in [column.evaluation.quality]
-    ]
-    names = dict.fromkeys(name for by_name in spent for name in by_name)
-    rows = [Row(name, tuple(_spent(by_name.get(name)) for by_name in spent)) for name in names]
-    rows = [row for row in rows if any(row.values)]
-    title = "Requests to servers, and estimated spend"
-    return Grid(columns, [Block(title, "requests, spend", rows)] if rows else [])
-
-
-def _spent(spent: Usage | None) -> Cell | None:
-    if spent is None:
-        return None
-    text = f"{spent.requests:,}" + ("" if spent.usd is None else f", ${spent.usd:,.2f}")
-    tokens = f"tokens: {spent.prompt_tokens:,} in, {spent.completion_tokens:,} out"
-    return words(text, tokens if spent.usd is not None else f"{tokens}; no price given")
-
-
-def general(chosen: Selection) -> Grid:
-    columns = chosen.columns
-    return Grid(columns, [*_ability(columns), *_quality(columns)])
+    counts = [count for row in pair.confusion for count in row]
+    return counts[::-1] if pair.labels[0] in ("refused", "safe") else counts
 
 
 def own_tasks(chosen: Selection) -> Grid:
-    """Every number of a user's own tasks, a block a task."""
-    columns = chosen.columns
-    measured = [column.evaluation.own for column in columns]
-    blocks = []
-    for name in dict.fromkeys(name for by_name in measured for name in by_name):
-        found = [by_name[name].numbers if name in by_name else {} for by_name in measured]
-        rows = [
-            Row(" ".join(keys), tuple(_number(of.get(keys)) for of in found))
-            for keys in dict.fromkeys(keys for of in found for keys in of)
-        ]
-        made = {
-            f"{of[name].path}, source sha256 {of[name].sha256}" for of in measured if name in of
-        }
+    """By tasks of one's own.
+
+    Brackets are 95% intervals where the task gives them.
+    """
+    columns, blocks = chosen.columns, []
+    found = [column.evaluation.own for column in columns]
+
+    def cell(known: tuple[float, float, float]) -> Cell | None:
+        value, low, high = (None if math.isnan(end) else end for end in known)
+        return None if value is None else Cell(value, low, high, percent=False)
+
+    for name in dict.fromkeys(name for by_name in found for name in by_name):
+        made = {f"{of[name].path}, source sha256 {of[name].sha256}" for of in found if name in of}
+        rows = _rows(
+            columns, lambda e, n=name: e.own[n].numbers if n in e.own else {}, cell, " ".join
+        )
         blocks += [Block(f"{name} ({'; '.join(sorted(made))})", name, rows)] if rows else []
     return Grid(columns, blocks)
 
 
-def _number(known: tuple[float, float, float] | None) -> Cell | None:
-    if known is None or math.isnan(known[0]):
-        return None
-    low, high = (None if math.isnan(end) else end for end in known[1:])
-    return Cell(known[0], low, high, percent=False)
+def general(chosen: Selection) -> Grid:
+    """Ability and quality.
 
-
-def _ability(columns: Sequence[Column]) -> list[Block]:
-    """The accuracies of the harness's tasks, one or two each."""
-    rows = []
+    Ability: brackets are ±1.96 standard errors. Quality: win rate over the reference's answers, ±
+    one standard error; 50 is a draw.
+    """
+    columns, ability, blocks = chosen.columns, [], []
     for task in dict.fromkeys(task for column in columns for task in column.evaluation.ability):
         scores = [a for column in columns if (a := column.evaluation.ability.get(task))]
         asked = dict.fromkeys(
             f"{a.shots}-shot, n = {a.n}{' (cut)' if a.limit is not None else ''}" for a in scores
         )
-        for metric in METRICS:
+        for metric in ("acc", "acc_norm"):
             cells = tuple(accuracy(column.evaluation, task, metric) for column in columns)
-            rows += [Row(f"{task} {metric}", cells, aside=" or ".join(asked))] if any(cells) else []
-    return [Block("General ability, accuracy, %", "ability, %", rows)] if rows else []
+            if any(cells):
+                ability.append(Row(f"{task} {metric}", cells, aside=" or ".join(asked)))
+    if ability:
+        blocks.append(Block("General ability, accuracy, %", "ability, %", ability))
+    measured = [column.evaluation.quality for column in columns]
+    for head in dict.fromkeys(annotator_name(own) for own in measured if own):
+
+        def rates(evaluation: Evaluation, head: str = head) -> dict[str, Cell]:
+            own = evaluation.quality
+            return _win_rates(own) if own and annotator_name(own) == head else {}
+
+        title = f"Answer quality, win rate, % — {head}"
+        blocks.append(Block(title, f"quality, %; {head}", _rows(columns, rates, lambda cell: cell)))
+    return Grid(columns, blocks)
 
 
 def accuracy(evaluation: Evaluation, task: str, metric: str) -> Cell | None:
@@ -579,7 +582,8 @@ def accuracy(evaluation: Evaluation, task: str, metric: str) -> Cell | None:
     if row is None:
         return None
     low, high = (None if math.isnan(end) else end for end in (row["low"], row["high"]))
-    touched = seen(evaluation.contamination.get(task))
+    overlap = evaluation.contamination.get(task)
+    touched = f"{ways_of(overlap)} in training" if overlap and overlap.any else ""
     return Cell(row["value"], low, high, n=row["n"], marks=marks_of([row]), aside=touched)
 
 
@@ -591,82 +595,56 @@ def annotator_name(measured: Quality) -> str:
     return f"annotator: {measured.annotator}{note}"
 
 
-def _quality(columns: Sequence[Column]) -> list[Block]:
-    """The win rates against the reference's answers, a block an annotator."""
-    measured = [column.evaluation.quality for column in columns]
-    sections = []
-    for head in dict.fromkeys(annotator_name(own) for own in measured if own):
-        chosen = [q if q and annotator_name(q) == head else None for q in measured]
-        rows = [
-            Row("win rate", tuple(q and _win_rate(q) for q in chosen)),
-            Row("length-controlled", tuple(q and _share(q.length_controlled) for q in chosen)),
-            Row("discrete", tuple(q and _share(q.discrete) for q in chosen)),
-        ]
-        if any(q and (q.invalid or q.error) for q in chosen):
-            cells = tuple(words(f"{q.invalid} / {q.error}") if q else None for q in chosen)
-            rows.append(Row("invalid / error", cells, aside="unreadable / not answered"))
-        title = f"Answer quality, win rate, % — {head}"
-        kept = [row for row in rows if any(row.values)]
-        sections.append(Block(title, f"quality, %; {head}", kept))
-    return sections
-
-
-def _win_rate(own: Quality) -> Cell | None:
+def _win_rates(own: Quality) -> dict[str, Cell]:
+    """The win rates against the reference's answers, and the comparisons that failed."""
     asides = [f"against {own.reference}" if own.reference else "", f"n\u00a0=\u00a0{own.n}"]
-    lengths = (own.mean_length, own.reference_length)
-    if None not in lengths:
-        asides.append("{:.0f} characters, theirs {:.0f}".format(*lengths))
-    cell = _share(own.win_rate)
-    spread = (own.standard_error or 0.0) / 100
-    return cell and replace(cell, spread=spread, aside="; ".join(filter(None, asides)))
-
-
-def _share(percent: float | None) -> Cell | None:
-    return None if percent is None else Cell(percent / 100)
+    if own.mean_length is not None and own.reference_length is not None:
+        asides.append(f"{own.mean_length:.0f} characters, theirs {own.reference_length:.0f}")
+    cells = {}
+    if own.win_rate is not None:
+        spread, told = (own.standard_error or 0.0) / 100, "; ".join(filter(None, asides))
+        cells["win rate"] = Cell(own.win_rate / 100, spread=spread, aside=told)
+    others = {"length-controlled": own.length_controlled, "discrete": own.discrete}
+    cells |= {label: Cell(rate / 100) for label, rate in others.items() if rate is not None}
+    return cells | {FAILED: words(f"{own.invalid} / {own.error}")}
 
 
 def faults(chosen: Selection) -> Grid:
-    """Counts each kind of faulty completion over all sets, and on the page by set."""
-    columns = chosen.columns
+    """Faulty completions: empty, cut off, repetitive, not English."""
+    columns, rows = chosen.columns, []
     names = list(dict.fromkeys(name for column in columns for name in column.evaluation.sets))
-    rows = []
+
+    def counts(over: Sequence[str], fault: str) -> Cells:
+        cells = _rates(columns, over, fault, "")
+        return tuple(c and words(f"{round(c.estimate * (c.n or 0))} of {c.n}") for c in cells)
+
     for fault, label in FAULTS.items():
-        total = _counts(_rates(columns, together(names), fault, ""))
+        total, by_set = counts(together(names), fault), [counts([name], fault) for name in names]
         # only an endpoint leaves prompts unanswered, so the row stands only if there are any
-        occurs = fault != "unanswered" or any(_counted(_rates(columns, names, fault, "")))
-        if any(total) and occurs:
+        told = [cell for cells in by_set for cell in cells if cell and cell.text[:2] != "0 "]
+        if any(total) and (told or fault != "unanswered"):
             rows.append(Row(label, total, summary=True))
-            rows += [
-                Row(name, _counts(_rates(columns, [name], fault, "")), page_only=True)
-                for name in names
-            ]
+            rows += [Row(*of, page_only=True) for of in zip(names, by_set, strict=True)]
     title = "Faulty completions, over all sets and by set"
-    return Grid(columns, [Block(title, "faulty completions", rows)] if rows else [])
-
-
-def _counted(cells: Cells) -> list[int]:
-    return [round(cell.estimate * (cell.n or 0)) if cell else 0 for cell in cells]
-
-
-def _counts(cells: Cells) -> Cells:
-    counted = zip(cells, _counted(cells), strict=True)
-    return tuple(words(f"{count} of {cell.n}") if cell else None for cell, count in counted)
+    return _grid(columns, title, "faulty completions", rows)
 
 
 def contamination(chosen: Selection) -> Grid:
-    """Evaluation prompts among the rows trained on, by the way they were found."""
-    columns = chosen.columns
-    rows = []
-    for name in dict.fromkeys(name for c in columns for name in c.evaluation.contamination):
-        overlaps = [column.evaluation.contamination.get(name) for column in columns]
-        cells = tuple(
-            overlap
-            and words(
-                f"{overlap.exact} / {overlap.near} / {overlap.ngram} of {overlap.n}",
-                ", ".join(f"{source} {n}" for source, n in overlap.by_source.items()),
-            )
-            for overlap in overlaps
+    """Contamination.
+
+    Evaluation prompts found among the rows that the run was trained on: the same text, nearly the
+    same, or sharing long runs of words.
+    """
+    columns, overlaps = chosen.columns, [c.evaluation.contamination for c in chosen.columns]
+    touched = {name for by_name in overlaps for name, of in by_name.items() if of.any}
+
+    def cell(of: Overlap) -> Cell:
+        return words(
+            f"{ways_of(of)} of {of.n}",
+            ", ".join(f"{source} {n}" for source, n in of.by_source.items()),
         )
-        rows.append(Row(name, cells, page_only=not any(map(seen, overlaps))))
+
+    rows = _rows(columns, lambda e: e.contamination, cell)
+    rows = [replace(row, page_only=row.label not in touched) for row in rows]
     title = f"{CONTAMINATED} Evaluation prompts among the rows trained on: exact / near / n-gram"
-    return Grid(columns, [Block(title, "in training: exact / near / n-gram", rows)] if rows else [])
+    return _grid(columns, title, "in training: exact / near / n-gram", rows)

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -15,14 +14,7 @@ from dcr.core.results.frame import CONTRASTS
 from dcr.core.runs import stages
 from dcr.core.text import printable
 from dcr.report import figures
-from dcr.report.curves import (
-    SCORE,
-    folders,
-    named,
-    shared_by_kind,
-    shared_sets,
-    snapshots,
-)
+from dcr.report.curves import SCORE, folders, named, shared_by_kind, snapshots
 from dcr.report.figures import INK, Curve, Drawing, Drawings, Look, Panel, look_of
 from dcr.report.records import (
     METHODS,
@@ -74,7 +66,11 @@ def _rates(evaluation: Evaluation, sets: dict[Kind, list[str]]) -> Rates | None:
 
 
 def trade_offs(chosen: Selection) -> Drawings:
-    """Draws every run between refusing too much and too little, for all sets and unseen ones."""
+    """The refusal trade-off.
+
+    Top right is best. On the dotted line a model refuses toxic and seemingly toxic prompts alike.
+    Thin lines run through snapshots of stage two, from light (early) to dark (late).
+    """
     records, columns = chosen.records, chosen.columns
     sets = {kind: together(set_names(columns, kind)) for kind in WANTED}
     marked = marked_sets(columns)
@@ -130,9 +126,10 @@ def frontiers(records: Sequence[RunRecord], sets: dict[Kind, list[str]]) -> list
 
 
 def ablations(chosen: Selection) -> Drawings:
-    """Compliance, refusal and discernment against each setting that alone separates columns.
+    """Against a setting.
 
-    Columns that also differ by their seed are one point of mean and standard deviation.
+    Runs that differ by one setting alone; several seeds are one point, in a band of one standard
+    deviation.
     """
     columns = chosen.columns
     leaves = [leaves_of(column.run, column.evaluation) for column in columns]
@@ -154,35 +151,36 @@ def ablations(chosen: Selection) -> Drawings:
         for alike in groups.values():
             values = sorted({value for value, _ in alike})
             if len(values) > 1 and (drawn := _ablated(alike)):
-                method = alike[0][1].label[0]
                 axes = {"xlabel": key, "ylabel": "%", "ylim": (-2, 102), "xticks": values,
                         "xticklabels": [f"{value:g}" for value in values]}  # fmt: skip
-                panel = Panel(drawn, f"{method}: {key}", axes)
+                panel = Panel(drawn, f"{alike[0][1].label[0]}: {key}", axes)
                 name = f"ablation{len(drawings)}"
                 drawings.append(Drawing(name, panel.title, {"": [panel]}, size=(3.8, 2.5)))
-    legend = figures.kind_glyphs(
-        "compliance with seemingly toxic prompts", "keyword refusal of toxic prompts"
-    )
-    return Drawings(drawings, [*legend, (0, "◆", "discernment AUROC, hundredths")])
+    legend = [
+        (1, "●", "compliance with seemingly toxic prompts"),
+        (2, "■", "keyword refusal of toxic prompts"),
+        (0, "◆", "discernment AUROC, hundredths"),
+    ]
+    return Drawings(drawings, legend)
 
 
 def _ablated(alike: Sequence[tuple[float, Column]]) -> list[Curve]:
     columns = [column for _, column in alike]
     sets = {kind: together(set_names(columns, kind)) for kind in WANTED}
-    points: dict[str, list[tuple[float, float]]] = {"seemingly_toxic": [], "toxic": [], "auroc": []}
+    points = []
     for value, column in alike:
         if rates := _rates(column.evaluation, sets):
-            for kind, cell in zip(WANTED, rates, strict=True):
-                points[kind.value].append((value, 100 * cell.estimate))
+            of = zip(WANTED, rates, strict=True)
+            points += [(kind.value, value, 100 * cell.estimate) for kind, cell in of]
         ranked = column.evaluation.discernment
         if ranked and ranked.pooled and ranked.pooled.auroc[0] is not None:
-            points["auroc"].append((value, 100 * ranked.pooled.auroc[0]))
+            points.append(("auroc", value, 100 * ranked.pooled.auroc[0]))
     drawn = []
-    for what, own in points.items():
+    every = figures.frame(points, "what", "x", "y")
+    for what in (*(kind.value for kind in WANTED), "auroc"):
         rows = []
-        for value in sorted({value for value, _ in own}):
-            rates = [share for at, share in own if at == value]
-            mean, spread = inference.mean_and_spread(rates)
+        for value, own in every[every.what == what].groupby("x"):
+            mean, spread = inference.mean_and_spread([*own["y"]])
             rows.append((value, mean, mean - spread, mean + spread))
         if len(rows) > 1:
             frame = pd.DataFrame(rows, columns=["x", "y", "low", "high"], dtype=float)
@@ -207,11 +205,17 @@ def checkpoints(chosen: Selection) -> Drawing:
     cure = SCORE.format(run=folders(runs[:1]))
     if not shown:
         raise UserError(f"figure 4: no scored snapshots in {folders(runs)}; {cure}")
-    sets, x_of, y_of = _frontier_sets([e for run in shown for e in scored[run.folder]])
+    sets = shared_by_kind([e for run in shown for e in scored[run.folder]])
     if not all(sets.values()):
         raise UserError(
             f"figure 4: the snapshots of {folders(shown)} share no sets of both kinds; {cure}"
         )
+    x_of, y_of = (
+        f"{kind} prompts ({'one set' if len(names) == 1 else 'sets pooled'}, XSTest not evaluated)"
+        for kind, names in zip(("seemingly toxic", "toxic"), sets.values(), strict=True)
+    )
+    if all(set(names) <= set(sets[kind]) for kind, names in XSTEST.items()):
+        sets, x_of, y_of = XSTEST, "XSTest-safe", "XSTest-unsafe"
     rows, drawn, legend = [], [], []
     for place, (run, name) in enumerate(named(shown, "snapshot")):
         about_run = (name, config_of(run, "method"), config_of(run, "model"))
@@ -223,43 +227,23 @@ def checkpoints(chosen: Selection) -> Drawing:
         small, steps = look_of(place) | {"markersize": 5, "linewidth": 0.9}, list(by_step)
         up = 5 - 10 * (place % 2)  # frontiers often begin in one point
         words = [(0, f"{steps[0]}", (5, up)), (-1, f"{steps[-1]}", (5, 5))][: len(steps)]
-        points = _points(list(by_step.values()))
-        drawn.append(Curve(points, small, fading=True, words=words))
+        drawn.append(Curve(_points(list(by_step.values())), small, fading=True, words=words))
         legend.append((name, small))
-    axes = {
-        "xlim": (-3, 108),
-        "ylim": (-3, 106),
-        "xlabel": f"compliance with {x_of}, %".replace(" (", "\n("),
-        "ylabel": f"rejection of {y_of}, %".replace(" (", "\n("),
-    }
+    axes = {"xlim": (-3, 108), "ylim": (-3, 106),
+            "xlabel": f"compliance with {x_of}, %".replace(" (", "\n("),
+            "ylabel": f"rejection of {y_of}, %".replace(" (", "\n(")}  # fmt: skip
+    lacking = [run for run in runs if run not in shown]
+    chosen.notes.extend(f"figure 4: no scored snapshots in {folders([run])}" for run in lacking)
     return Drawing(
         "figure4",
         "Figure 4: the frontier over checkpoints",
         {"": [Panel(drawn, axes=axes)]},
         figures.frame(rows, *FRONTIER),
-        f"Compliance with {x_of} against the keyword rejection rate of {y_of}: one point "
-        "a checkpoint, from light (early) to dark (late); the numbers are the first and the last "
-        "step.",
+        f"Compliance with {x_of} against the keyword rejection rate of {y_of}, a point a "
+        "checkpoint, from light (early) to dark (late), with the first and the last step.",
         legend,
         legend_columns=2,
         size=(3.8, 3.5),
-        notes=tuple(
-            f"figure 4: no scored snapshots in {folders([run])}" for run in runs if run not in shown
-        ),
-    )
-
-
-def _frontier_sets(scored: Sequence[Evaluation]) -> tuple[dict[Kind, list[str]], str, str]:
-    """XSTest if every snapshot was evaluated on it, else all shared sets, and the axes' names."""
-    shared = shared_sets(scored)
-    if all(name in shared for named in XSTEST.values() for name in named):
-        return XSTEST, "XSTest-safe", "XSTest-unsafe"
-    sets = shared_by_kind(scored)
-    x, y = ("one set" if len(named) == 1 else "sets pooled" for named in sets.values())
-    return (
-        sets,
-        f"seemingly toxic prompts ({x}, XSTest not evaluated)",
-        f"toxic prompts ({y}, XSTest not evaluated)",
     )
 
 
@@ -272,25 +256,25 @@ NAMED = ("model", "data", "seed")
 
 @dataclass(frozen=True)
 class Operating:
-    """One evaluation as a point; `strength` and `step` belong to points of a sweep."""
+    """One evaluation as a point; a `strength` belongs to points of a sweep."""
 
     method: str
     run: RunRecord
     evaluation: Evaluation
     strength: float | None
-    step: int | None
     compliance: Cell
     safety: Cell
 
     @property
-    def sweep(self) -> tuple[Path, str]:
+    def sweep(self) -> str:
         """The key of one curve: the run, and every setting but the strength."""
         edit = flattened({"": self.evaluation.settings.get("steering")})
         rest = {key: value for key, value in edit.items() if key.rpartition(".")[2] != "strength"}
-        return self.run.folder, storage.fingerprint(rest)
+        return storage.fingerprint([str(self.run.folder), rest])
 
     def __str__(self) -> str:
-        setting = "final weights" if self.step is None else f"step {self.step}"
+        step = self.evaluation.step
+        setting = "final weights" if step is None else f"step {step}"
         setting = setting if self.strength is None else f"strength {self.strength:g}"
         compliance, safety = 100 * self.compliance.estimate, 100 * self.safety.estimate
         return f"{setting} (compliance {compliance:.1f}%, safety {safety:.1f}%)"
@@ -307,15 +291,6 @@ class Alike:
     points: tuple[Operating, ...]
     chosen: dict[str, Operating | None]
 
-    def sentence(self, margin: float) -> str:
-        """The rule and its choices."""
-        choices = (f"{_label(m)} {p or 'no point'}" for m, p in self.chosen.items())
-        return (
-            f"Operating points, {self.title}: the highest compliance with {self.safety} of at "
-            f"least {100 * self.reference.safety.estimate:.1f}% (unsteered STL) less {margin:g} "
-            f"points has {'; '.join(choices)}."
-        )
-
 
 def choose(points: Sequence[Operating], reference: Operating, margin: float) -> Operating | None:
     """The point of the highest compliance that is about as safe as the reference, else None.
@@ -327,7 +302,7 @@ def choose(points: Sequence[Operating], reference: Operating, margin: float) -> 
     least = reference.safety.estimate - margin / 100 - 1e-9
 
     def rank(point: Operating) -> tuple[float, ...]:
-        step = math.inf if point.step is None else point.step
+        step = math.inf if point.evaluation.step is None else point.evaluation.step
         rates = point.compliance.estimate, point.safety.estimate
         return *rates, -(point.strength or 0.0), -step
 
@@ -363,7 +338,8 @@ def _groups(records: Sequence[RunRecord], margin: float, data: str | None) -> li
 def _alike(pairs: Sequence[tuple[RunRecord, Evaluation]], margin: float) -> Alike | None:
     pairs = [(run, e) for run, e in pairs if e.sets and e.weights in ("sft", "readout", "snapshot")]
     stl = [(run, e) for run, e in pairs if e.weights == "sft" and _method(run, e) == "stl"]
-    sets = shared_by_kind([e for _, e in pairs])
+    evaluations = [e for _, e in pairs]
+    sets = shared_by_kind(evaluations)
     if not stl or len(pairs) < 2 or not all(sets.values()):
         return None
     if len(stl) > 1:
@@ -371,14 +347,18 @@ def _alike(pairs: Sequence[tuple[RunRecord, Evaluation]], margin: float) -> Alik
             "figure operating_points: several unsteered STL evaluations alike "
             f"({', '.join(str(e.folder) for _, e in stl)}); give the folders of one STL run"
         )
-    by, safety = _safety([e for _, e in pairs], sets[Kind.toxic])
+    # the first judge that judged all sets for safety counts, else keywords do
+    by, safety = ("refused",), "keyword refusal of toxic prompts"
+    for judge in judges_of(evaluations)[::-1]:
+        if all(rate(e, sets[Kind.toxic], "safe", *judge) for e in evaluations):
+            by, safety = ("safe", *judge), f"DSR by {NAMES.get(judge[0], judge[0])}"
     points = []
     for run, e in pairs:
         compliance = rate(e, sets[Kind.seemingly_toxic], "complied")
         refusal = rate(e, sets[Kind.toxic], *by)
         if compliance and refusal:
             strength = _strength(e.settings)
-            points.append(Operating(_method(run, e), run, e, strength, e.step, compliance, refusal))
+            points.append(Operating(_method(run, e), run, e, strength, compliance, refusal))
     reference = next(point for point in points if point.evaluation is stl[0][1])
     methods = dict.fromkeys(point.method for point in points if point.method != "stl")
     chosen = {m: choose([p for p in points if p.method == m], reference, margin) for m in methods}
@@ -405,17 +385,6 @@ def _label(method: str) -> str:
     return " + ".join(LABELS.get(part, part) for part in method.split(" + "))
 
 
-def _safety(evaluations: Sequence[Evaluation], sets: Sequence[str]) -> tuple[tuple[str, ...], str]:
-    """The arguments of `tables.rate` for safety, and its name.
-
-    The first judge that judged all sets for safety counts, else keywords do.
-    """
-    for judge, model in judges_of(evaluations):
-        if all(rate(e, sets, "safe", judge, model) for e in evaluations):
-            return ("safe", judge, model), f"DSR by {NAMES.get(judge, judge)}"
-    return ("refused",), "keyword refusal of toxic prompts"
-
-
 def _strength(settings: dict[str, Any]) -> float | None:
     node = settings.get("steering")
     if isinstance(node, dict) and (node.get("method") in STEERED or "sha256" in node):
@@ -434,15 +403,13 @@ def operating_points(chosen: Selection) -> Drawing:
     groups = _groups(chosen.records, margin, chosen.data)
     points = [(group, point) for group in groups for point in group.points]
     safety = list(dict.fromkeys(group.safety for group in groups))
-    methods = ["stl", *dict.fromkeys(p.method for _, p in points if p.method != "stl")]
-    looks: dict[str, Look] = {
-        method: look_of(place - 1) if place else {"color": INK, "marker": "X"}
-        for place, method in enumerate(methods)
-    }
+    methods = dict.fromkeys(p.method for _, p in points if p.method != "stl")
+    looks: dict[str, Look] = {"stl": {"color": INK, "marker": "X"}}
+    looks |= {method: look_of(place) for place, method in enumerate(methods)}
     rows = [
         (
             *(about(p.run, p.evaluation, key) for key in NAMED),
-            p.method, p.evaluation.weights, p.strength, p.step,
+            p.method, p.evaluation.weights, p.strength, p.evaluation.step,
             *vars(p.compliance.interval).values(), *vars(p.safety.interval).values(), group.safety,
             " ".join(group.sets[Kind.seemingly_toxic]), " ".join(group.sets[Kind.toxic]),
             int(p is group.reference), int(any(p is other for other in group.chosen.values())),
@@ -450,6 +417,16 @@ def operating_points(chosen: Selection) -> Drawing:
         )
         for group, p in points
     ]  # fmt: skip
+    sentences = []
+    for group in groups:
+        least = (
+            f"{100 * group.reference.safety.estimate:.1f}% (unsteered STL) less {margin:g} points"
+        )
+        choices = "; ".join(f"{_label(m)} {p or 'no point'}" for m, p in group.chosen.items())
+        sentences.append(
+            f"Operating points, {group.title}: the highest compliance with {group.safety} of at "
+            f"least {least} less {margin:g} points has {choices}."
+        )
     return Drawing(
         "operating_points",
         "Operating points",
@@ -461,7 +438,7 @@ def operating_points(chosen: Selection) -> Drawing:
         [(_label(m), {**look, "markersize": 5, "linewidth": 1}) for m, look in looks.items()],
         size=(3.4, 3.2),
         across=2,
-        sentences=tuple(group.sentence(margin) for group in groups),
+        sentences=tuple(sentences),
     )
 
 
@@ -479,7 +456,7 @@ def _panel(group: Alike, looks: dict[str, Look], margin: float, titled: bool) ->
         for sweep in dict.fromkeys(point.sweep for point in swept):
             curve = [point for point in swept if point.sweep == sweep]
             steered = all(point.strength for point in curve)
-            if steered and group.reference.run.folder == sweep[0]:  # its own run, unsteered
+            if steered and group.reference.run is curve[0].run:  # its own run, unsteered
                 curve = [group.reference, *curve]
             add(curve, {"color": colour, "linewidth": 1.2, "zorder": 2})
         # intervals of every checkpoint would hide all else

@@ -4,7 +4,7 @@ import html
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import jinja2
 import pandas as pd
@@ -25,19 +25,6 @@ DOCUMENT = r"""% LuaLaTeX or XeLaTeX know every letter; a tabular alone can be t
 \begin{document}
 \noindent\resizebox{\linewidth}{!}{%
 """
-
-
-class Written(Protocol):
-    """A table: texts by row and heading, footnotes, and the numbers of a CSV file."""
-
-    @property
-    def title(self) -> str: ...
-    @property
-    def frame(self) -> pd.DataFrame: ...
-    @property
-    def notes(self) -> Sequence[str]: ...
-    @property
-    def values(self) -> pd.DataFrame | None: ...
 
 
 @dataclass(frozen=True)
@@ -77,14 +64,14 @@ def _in_markdown(text: str) -> str:
     return "".join(f"\\{sign}" if sign in "\\`*_[]|~$" else sign for sign in plain)
 
 
-def markdown(table: Written) -> str:
+def markdown(table: TextTable) -> str:
     """A heading, a pipe table, and the footnotes as a list."""
     pipes = _mapped(table.frame, _in_markdown).to_markdown(index=False, disable_numparse=True)
     notes = [f"- {_in_markdown(note)}" for note in table.notes]
     return "\n".join([f"## {_in_markdown(table.title)}\n", pipes, "", *notes, ""])
 
 
-def latex(table: Written) -> str:
+def latex(table: TextTable) -> str:
     """A document of two tabulars with booktabs: the table, and its title above its footnotes."""
     notes = _mapped(pd.DataFrame({table.title: table.notes}, dtype=object))
     wide = r"p{.95\linewidth}"
@@ -97,22 +84,22 @@ def latex(table: Written) -> str:
     )
 
 
-def html_table(table: Written) -> str:
+def html_table(table: TextTable) -> str:
     """The table alone, everything in it escaped."""
     return _mapped(table.frame).to_html(index=False, border=0, justify="unset")
 
 
-def html_page(table: Written) -> str:
+def html_page(table: TextTable) -> str:
     """The table as a page of its own."""
     return templates().get_template("table_page.html").render(table=table)
 
 
-def csv_text(table: Written) -> str:
+def csv_text(table: TextTable) -> str:
     """The values in full precision."""
     return results.csv_text(table.frame if table.values is None else table.values)
 
 
-WRITERS: dict[str, Callable[[Written], str]] = {
+WRITERS: dict[str, Callable[[TextTable], str]] = {
     "md": markdown,
     "csv": csv_text,
     "tex": latex,
@@ -134,7 +121,7 @@ def templates() -> jinja2.Environment:
 
 
 def console(width: int) -> Console:
-    """A console that prints into a text, which `printed` gives."""
+    """A console that prints into a text, which `printed` gives without blanks at line ends."""
     return Console(
         width=width, file=io.StringIO(), color_system=None, force_terminal=False, markup=False,
         emoji=False, highlight=False,
@@ -142,7 +129,6 @@ def console(width: int) -> Console:
 
 
 def printed(console: Console) -> str:
-    """The printed text, without blanks at line ends."""
     assert isinstance(console.file, io.StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
