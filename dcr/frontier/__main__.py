@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from dcr import entry, inference, keywords, looks
+from dcr import entry, inference, looks
 from dcr.core import results, storage
 from dcr.core.config import DataError, Kind
 from dcr.core.runs import Run
@@ -16,6 +16,7 @@ from dcr.frontier import arms
 from dcr.frontier.answers import PLACE, Pair
 from dcr.frontier.arms import Comparison, Model, Prompts
 from dcr.looks import Plan
+from dcr.outcomes import outcome
 
 CURE = "evaluate it with tasks=[frontier], docs/evidence.md"
 
@@ -60,12 +61,6 @@ def main(options: Options) -> None:
     print(entry.plain_text(*_tables(record, options.safety)))
     if options.out is not None:
         storage.write_json(options.out, record)
-
-
-def outcome(prompt: str, answer: str, ended: bool) -> str:
-    """One of the outcomes that an answer is counted by."""
-    found = keywords.recommended(answer)
-    return arms.ANSWERED if found == "complied" else found
 
 
 def _folders(place: Path) -> list[Path]:
