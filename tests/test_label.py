@@ -259,6 +259,24 @@ def test_labels_of_one_name_are_not_replaced_unasked(
     assert set(json.loads(file.read_text()).values()) == {"answered"}
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [("{", "not JSON"), ('{"a": 1}', "a: 1"), ('{"a": "fine"}', "'fine' is no label")],
+)
+def test_damaged_labels_are_named(
+    command: Any, run: Path, sheet: list[dict[str, str]], content: str, told: str
+) -> None:
+    file = sheets.home(run, sheet[0]["sheet"]) / "annotators" / "anna.json"
+    file.parent.mkdir()
+    file.write_text(content)
+    for words in (("dcr.report", "run"), ("dcr.label", "run", "read=x.csv")):
+        saved(Path("x.csv"), [row | {"label": "refused"} for row in sheet])
+        ended = command(*words)
+        assert ended.code == 2
+        assert "anna.json: " in ended.error
+        assert told in ended.error
+
+
 def test_what_someone_has_begun_to_fill_in_is_not_written_again(command: Any, run: Path) -> None:
     assert command("dcr.label", "run", "count=5").code == 0
     (file,) = run.glob("labels/*/sheet.csv")
