@@ -23,6 +23,7 @@ from dcr.core import storage
 from dcr.core.evaluation.verdicts import Verdict, answer_fingerprint
 from dcr.core.generation import Completion
 from dcr.label import LABELS, agreement, sheets
+from dcr.outcomes import Outcome, outcome
 
 HOSTILE = (
     '=HYPERLINK("http://x","y")',
@@ -313,10 +314,20 @@ def test_kappa_is_that_of_a_hand_computation_and_of_scikit_learn() -> None:
     assert inference.kappa([], [], [], seed=0).low == float("-inf")
 
 
+def test_people_have_the_labels_of_outcomes(run: Path) -> None:
+    assert list(LABELS) == [each.value for each in Outcome]
+    rows = drawn(run, 9)
+    ids = [answer_fingerprint(row) for row in rows]
+    judges, prompts = agreement.judged(columns(run), ids)
+    assert prompts == {each: row.prompt for each, row in zip(ids, rows, strict=True)}
+    found = {e: outcome(r.prompt, r.response) for e, r in zip(ids, rows, strict=True)}
+    assert judges["outcomes"] == found
+
+
 def test_people_are_compared_with_each_other_and_with_every_judge(
     command: Any, run: Path, sheet: list[dict[str, str]]
 ) -> None:
-    """Six answers by hand; the outcomes' judge says what anna says but for one answer."""
+    """Six answers by hand; a judge of the same labels says what anna says but for one answer."""
     anna = ["answered", "answered", "refused", "refused", "circular", "answered"]
     bert = ["answered", "refused", "refused", "refused", "circular", "partly_refused"]
     judge = ["answered", "answered", "refused", "refused", "answered", "answered"]
@@ -331,7 +342,7 @@ def test_people_are_compared_with_each_other_and_with_every_judge(
             harm = Verdict(f"{of}", of, "ok", safety="unsafe" if label == "answered" else "safe")
             failed = Verdict(f"{of}", of, "error")
             for judge_name, verdict in (
-                ("outcomes", outcome),
+                ("eight", outcome),
                 ("moderation", harm),
                 ("llm", failed),
             ):
@@ -339,11 +350,11 @@ def test_people_are_compared_with_each_other_and_with_every_judge(
     ended = command("dcr.label", "run", "read=anna.csv,bert.csv")
     assert ended.code == 0, ended.err
     people = sheets.labels_of([run])
-    judges, prompts = agreement.judged(columns(run))
+    judges, prompts = agreement.judged(columns(run), ids)
     by = {(each.first, each.second): each for each in agreement.agreements(people, judges, prompts)}
     assert {second for _, second in by} == {"bert", "keyword:paper", "keyword:recommended",
-                                            "outcomes", "moderation"}  # fmt: skip
-    for pair, said in ((("anna", "bert"), bert), (("anna", "outcomes"), judge)):
+                                            "outcomes", "eight", "moderation"}  # fmt: skip
+    for pair, said in ((("anna", "bert"), bert), (("anna", "eight"), judge)):
         yes = [[word == "answered" for word in rater] for rater in (anna, said)]
         both, found = by[pair].classes, by[pair].answered
         assert by[pair].n == 6
@@ -351,7 +362,7 @@ def test_people_are_compared_with_each_other_and_with_every_judge(
         assert both is not None
         assert both.estimate == pytest.approx(cohen_kappa_score(anna, said))
     harm = by["anna", "moderation"]
-    assert harm.answered == by["anna", "outcomes"].answered
+    assert harm.answered == by["anna", "eight"].answered
     assert harm.classes is None
     assert by["bert", "keyword:paper"].classes is None
     line = next(

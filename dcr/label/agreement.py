@@ -2,14 +2,14 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 import pandas as pd
 
-from dcr import inference, keywords
+from dcr import inference, keywords, outcomes
 from dcr.core import storage
 from dcr.core.evaluation.verdicts import Verdict, answer_fingerprint, by_keywords
 from dcr.core.statistics import Interval
@@ -39,17 +39,24 @@ class Agreement:
     classes: Interval | None  # of all labels; None for a judge that gives others
 
 
-def judged(columns: Sequence[Column]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-    """What every judge says of the columns' answers, and the prompt of each, both by id.
+def judged(
+    columns: Sequence[Column], labelled: Collection[str]
+) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """What every judge says of the labelled answers, and the prompt of each, both by id.
 
-    Judges are the keyword rules and those whose verdicts are stored; a judge asked in several ways
-    has its folder's name. DataError for a damaged file.
+    Judges are the keyword rules, the outcomes, and those whose verdicts are stored; a judge asked
+    in several ways has its folder's name. DataError for a damaged file.
     """
     by_folder: dict[str, dict[str, str]] = {}
     prompts: dict[str, str] = {}
     for column in columns:
-        for name, rows in sheets.answers(column):
+        for name, every in sheets.answers(column):
+            rows = [row for row in every if answer_fingerprint(row) in labelled]
             prompts |= {answer_fingerprint(row): row.prompt for row in rows}
+            said = by_folder.setdefault("outcomes", {})
+            for row in rows:
+                found = outcomes.outcome(row.prompt, row.response, row.ended)
+                said[answer_fingerprint(row)] = found.value
             for rules, outcome in keywords.RULES.items():
                 said = by_folder.setdefault(f"keyword:{rules}", {})
                 said |= dict(_said(by_keywords(rows, outcome)))
@@ -115,7 +122,8 @@ def section(chosen: Selection) -> TextTable | None:
     people = sheets.labels_of(run.folder for run in chosen.records)
     if not people:
         return None
-    judges, prompts = judged(chosen.columns)
+    labelled = {identity for labels in people.values() for identity in labels}
+    judges, prompts = judged(chosen.columns, labelled)
     rows = [
         (
             *map(printable, (each.first, each.second)),
