@@ -423,17 +423,9 @@ def test_a_faulty_matrix_is_named(tmp_path: Path, fault: str) -> None:
     assert found["within_rises"][0].verdict == ABSENT
     assert notes.count(f"{path}: missing") == 1
     assert found["base_asymmetry"][0].verdict != ABSENT
-
-
-def test_other_prompts_are_no_pair(tmp_path: Path) -> None:
-    run, base = pair(tmp_path)
-    evaluated(run, "contrastive", cells(AFTER))
-    place = evaluated(base, "base", cells(BEFORE))
-    block = json.loads((place / "metrics.json").read_text())["kernel"]
-    change(place, kernel=block | {"top_k": 5})
-    found, notes = rows_of(run, base)
-    assert found["within_rises"][0].verdict == ABSENT
-    assert "no kernel of the base model over tail-2 and the same prompts" in notes
+    block = json.loads((run / "eval/contrastive/metrics.json").read_text())["kernel"]
+    change(run / "eval/contrastive", kernel=block | {"top_k": 5})
+    assert "no kernel of the base model over tail-2 and the same prompts" in rows_of(run, base)[1]
 
 
 def test_of_several_base_models_the_first_is_taken(tmp_path: Path) -> None:

@@ -294,18 +294,6 @@ def test_tracked_curves_have_intervals_where_they_were_kept(tmp_path: Path) -> N
     assert {row["estimate"] for row in followed if row["step"] == 9} == {0.5, 0.25}
 
 
-def test_kept_kernels_are_drawn_without_a_log_and_without_pairs(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", "stl")
-    for step in (0, 4):
-        block = matrix(0.3)
-        block["params"]["tail-2"]["toxic"]["toxic"] = [None, None, None]  # a single toxic prompt
-        keep(run, "sft", step, {"kernel": block})
-    figure = figure_of("3", run)
-    assert list(figure.values["source"]) == ["tracking"] * 2 * (9 + 8)
-    lines = [len(axes.lines) for axes in figures.draw(figure).axes]
-    assert lines == [3, 2, 3, 3, 3, 3], "a line a kind trained on, a panel a kind of observer"
-
-
 def test_matrices_of_tracking_have_intervals_where_they_were_kept(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", "dcr")
     track(run, "contrastive", kernels(0.5))

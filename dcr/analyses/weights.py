@@ -156,21 +156,16 @@ def kernel(
     flat = [(kind.value, row) for kind, part in rows.items() for row in part]
     encoded = [chat.prompt_ids(row.prompt) for _, row in flat]
     kinds, ids = [kind for kind, _ in flat], [row.id for _, row in flat]
+    top_k, head, budget = settings.top_k, settings.head, settings.budget_gib
     method, normalise = settings.method.value, settings.normalise.value
+    share = None if workers is None else functools.partial(workers.each, _collected)
     means = {}
     for params in settings.params:
-        chosen = ntk.Settings(
-            settings.top_k,
-            params,
-            settings.head,
-            method=method,
-            budget_gib=settings.budget_gib,
-        )
-        share = None if workers is None else functools.partial(workers.each, _collected)
+        chosen = ntk.Settings(top_k, params, head, method=method, budget_gib=budget)
         measured = ntk.measure(policy.model, encoded, chosen, ids=ids, share=share)
-        name = ntk.label(params, settings.head)
-        tensors = {"norms": measured.norms, "tokens": measured.tokens.to(torch.int64)}
-        whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        name = ntk.label(params, head)
+        tokens = measured.tokens.to(torch.int64)
+        whole = {"norms": measured.norms.contiguous(), "tokens": tokens.contiguous()}
         file = folder / "kernel" / f"{name}.safetensors"
         storage.write_bytes(file, save(whole, {"ids": "\n".join(measured.ids)}))
         matrix = ntk.normalised(measured.norms, normalise)
@@ -183,9 +178,7 @@ def kernel(
             for observer, row in by_kind.items()
         }
     return {
-        "top_k": settings.top_k,
-        "method": method,
-        "normalise": normalise,
+        **{"top_k": top_k, "method": method, "normalise": normalise},
         "kinds": [kind.value for kind in rows],
         "ids": ids,
         "of": kinds,
@@ -276,13 +269,9 @@ class Separability(Task):
     def measure(self, work: Work) -> dict[str, Any]:
         options = work.settings.node(SeparabilityConfig)
         rows = _drawn(work, options.prompts)
+        sides, seed = (rows[Kind.seemingly_toxic], rows[Kind.toxic]), work.settings.seed
         measured = separability.analyse(
-            work.policy(),
-            work.chat(),
-            rows[Kind.seemingly_toxic],
-            rows[Kind.toxic],
-            work.settings.seed,
-            pooling=options.pooling,
+            work.policy(), work.chat(), *sides, seed, pooling=options.pooling
         )
         return measured | {"trained_on": _trained_on(work.run, rows)}
 
@@ -325,12 +314,8 @@ class Claims(Task):
         return []
 
     def measure(self, work: Work) -> dict[str, Any]:
-        options, kernel, chat = (
-            work.settings.node(ClaimsConfig),
-            work.settings.node(KernelConfig),
-            work.chat(),
-        )
-        layer = _layer(work.settings, work.run)
+        options, kernel = work.settings.node(ClaimsConfig), work.settings.node(KernelConfig)
+        chat, layer = work.chat(), _layer(work.settings, work.run)
         rows = _drawn(work, options.prompts)
         observed = {normalise(row.prompt) for part in rows.values() for row in part}
         others = [pair for pair in self.refused if normalise(pair.prompt) not in observed]

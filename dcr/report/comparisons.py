@@ -70,23 +70,24 @@ def paired(chosen: Selection) -> TextTable | None:
 def partners(columns: Sequence[Column]) -> Iterator[tuple[Column, Column, list[str]]]:
     """Every DCR run with its STL run, and their other differences.
 
-    If there are several STL runs, only those nearest in the settings of stage two count.
+    Both have the model, seed, data and evaluation settings, and the last weights of stage two, with
+    a readout or without. If there are several STL runs, only those nearest in the settings of stage
+    two count.
     """
     for a in columns:
-        if a.about("method") == "dcr":
-            alike = [b for b in columns if b.about("method") == "stl" and _comparable(a, b)]
-            partners = [(a, b, differing_settings(a, b)) for b in alike]
-            fewest = min((len(differing) for *_, differing in partners), default=0)
-            yield from (partner for partner in partners if len(partner[2]) == fewest)
-
-
-def _comparable(a: Column, b: Column) -> bool:
-    same = all(a.about(key) == b.about(key) for key in ("model", "seed", "data"))
-    one, other = a.evaluation, b.evaluation
-    ends = {one.weights, other.weights}
-    return (
-        same and (len(ends) == 1 or ends == {"sft", "readout"}) and one.settings == other.settings
-    )
+        alike = []
+        for b in columns if a.about("method") == "dcr" else ():
+            one, other = a.evaluation, b.evaluation
+            ends = {one.weights, other.weights}
+            if (
+                b.about("method") == "stl"
+                and all(a.about(key) == b.about(key) for key in ("model", "seed", "data"))
+                and (len(ends) == 1 or ends == {"sft", "readout"})
+                and one.settings == other.settings
+            ):
+                alike.append((a, b, differing_settings(a, b)))
+        fewest = min((len(differing) for *_, differing in alike), default=0)
+        yield from (pair for pair in alike if len(pair[2]) == fewest)
 
 
 def differing_settings(a: Column, b: Column) -> list[str]:

@@ -84,11 +84,6 @@ def latex(table: TextTable) -> str:
     )
 
 
-def html_table(table: TextTable) -> str:
-    """The table alone, everything in it escaped."""
-    return _mapped(table.frame).to_html(index=False, border=0, justify="unset")
-
-
 def html_page(table: TextTable) -> str:
     """The table as a page of its own."""
     return templates().get_template("table_page.html").render(table=table)
@@ -113,7 +108,9 @@ def templates() -> jinja2.Environment:
         loader=jinja2.PackageLoader("dcr"), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    environment.filters["table"] = lambda table: Markup(html_table(table))
+    environment.filters["table"] = lambda table: Markup(  # everything in it is escaped
+        _mapped(table.frame).to_html(index=False, border=0, justify="unset")
+    )
     return environment
 
 
