@@ -30,7 +30,7 @@ from dcr.report.records import (
     read_run,
     seed_groups,
 )
-from dcr.report.sections import SECTIONS, Selection
+from dcr.report.sections import SECTIONS, Section, Selection
 from dcr.report.tables import Block, Cell
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -460,6 +460,25 @@ def test_the_page_holds_every_section_once_and_in_order(tmp_path: Path) -> None:
     assert {"completions", "runs", "results", "table1", "trade-off", "paired", "curves"} <= {
         *anchors
     }
+
+
+def shares(chosen: Selection) -> figures.Drawings:
+    """Shares of answers.
+
+    A bar a column.
+    """
+    names = [column.name for column in chosen.columns]
+    panel = figures.Panel(paint=lambda axes: axes.barh(names, [0.5] * len(names)))
+    return figures.Drawings([figures.Drawing("shares", "Shares", {"": [panel]})])
+
+
+def test_a_section_is_one_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SECTIONS, "shares", Section(shares))
+    run = make_run(tmp_path / "a")
+    make_eval(run, {"safe": "cr"})
+    _, html = build(tmp_path, run)
+    assert '<h2 id="shares">Shares of answers</h2>\n<p>A bar a column.</p>' in html
+    assert '<figure role="img" aria-label="Shares"><svg' in html
 
 
 def test_columns_of_a_study_stand_in_the_order_of_their_values(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import math
 import re
 import textwrap
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -100,7 +100,7 @@ class Curve:
 class Panel:
     """One pair of axes: curves, or shaded cells of the columns `y`, `x`, `value`, `low`, `high`.
 
-    `axes` are keywords of `Axes.set`.
+    `axes` are keywords of `Axes.set`. `paint` draws anything else, such as bars, on the axes.
     """
 
     curves: Sequence[Curve] = ()
@@ -111,6 +111,7 @@ class Panel:
     boxed: bool = False
     cells: pd.DataFrame | None = None
     top: float = 1.0  # the darkest cell's value
+    paint: Callable[[Axes], object] | None = None
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,8 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         _draw_curve(axes, curve)
     if panel.cells is not None:
         _draw_cells(axes, panel.cells, panel.top)
+    if panel.paint is not None:
+        panel.paint(axes)
     axes.set_title(panel.title)
     axes.set(**panel.axes)
     if panel.steps:
