@@ -1,4 +1,4 @@
-"""The campaign runs, and knows a fault when it sees one; its counts are for `make campaign`."""
+"""A few cases of each section of the campaign; hundreds are for `make campaign`."""
 
 import subprocess
 import sys
@@ -13,6 +13,6 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.timeout(1200)
 def test_a_short_campaign_finds_nothing() -> None:
     ended = subprocess.run(
-        [sys.executable, ROOT / "tests/campaign", "--cases", "5"], capture_output=True, text=True
+        [sys.executable, ROOT / "tests/campaign", "--cases", "3"], capture_output=True, text=True
     )
     assert ended.returncode == 0, ended.stdout

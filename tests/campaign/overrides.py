@@ -194,10 +194,6 @@ def case(rng: Random, place: Path, base: Path) -> tuple[str, Ended, list[tuple[s
         faults.append(("files left", f"a file changed after: {ended.err.strip()[:160]}"))
     if ended.code == 0 and wrong and not _later_wins(given):
         faults.append(("silent", f"accepted {wrong}"))
-    if faults and len(given) > 1:
-        faults = [
-            (kind, f"{detail} | alone: {_alone(good, given, place)}") for kind, detail in faults
-        ]
     return commands.spell([*good, *given]), ended, faults
 
 
@@ -205,8 +201,3 @@ def _later_wins(given: list[str]) -> bool:
     """Whether one key is set twice, or something ends the command before settings are read."""
     keys = [argument.partition("=")[0] for argument in given]
     return len(set(keys)) < len(keys) or any(key.startswith("--") for key in keys)
-
-
-def _alone(good: list[str], given: list[str], place: Path) -> list[str]:
-    """Which of the overrides fail by themselves, in the place as it now is."""
-    return [one for one in given if commands.run([*good, one], place).faults()]
