@@ -58,18 +58,23 @@ REFUSED_OPTIONS = {
 
 def prepare() -> None:
     """Register schemas and resolvers, and quieten libraries."""
-    for name, schema in SCHEMAS.items():
-        node = OmegaConf.structured(schema)
-        if not issubclass(schema, TrainConfig):
-            _unset(node.data)  # what no one names comes from the run, whatever the default
-        OmegaConf.set_struct(node.own, False)  # its keys are the user's
-        ConfigStore.instance().store(name=f"{name}_schema", node=node)
+    _register(*SCHEMAS.items())
     # the store hands out copies, so Hydra need not copy it whole for each group it lists
     ConfigStore.__deepcopy__ = lambda store, _: store  # pyright: ignore
     OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
     OmegaConf.register_new_resolver("choice", _choice, replace=True)
     quieten()
     logging.setLogRecordFactory(SafeRecord)
+
+
+@functools.cache  # a study composes dozens of settings, and this takes half the time of one
+def _register(*schemas: tuple[str, type]) -> None:
+    for name, schema in schemas:
+        node = OmegaConf.structured(schema)
+        if not issubclass(schema, TrainConfig):
+            _unset(node.data)  # what no one names comes from the run, whatever the default
+        OmegaConf.set_struct(node.own, False)  # its keys are the user's
+        ConfigStore.instance().store(name=f"{name}_schema", node=node)
 
 
 def _unset(node: DictConfig) -> None:
