@@ -42,7 +42,7 @@ TABLE = Table(
         "frontier": "dcr.frontier.answers:Frontier",
     },
     on_weights=("ability", "refusal_probability", "kernel", "separability", "claims"),
-    judges=("llm", "llama_guard", "wildguard", "moderation"),
+    judges=("llm", "llama_guard", "wildguard", "moderation", "outcome"),
     rules={"recommended": "dcr.keywords:recommended"},
     judging="dcr.judges.judging:Ours",
     changes=(

@@ -33,7 +33,8 @@ from dcr.judges import (
     guards,
     served,
 )
-from dcr.judges.verdicts import counts, own_counts, usage
+from dcr.judges.verdicts import counts, outcome_counts, outcomes, own_counts, usage
+from dcr.outcomes import Outcome, version
 
 CHARACTERS_PER_TOKEN = 4  # of English prose, to estimate a judge's cost
 KEPT_AT_ONCE = 64  # verdicts of a user's own judge
@@ -61,6 +62,13 @@ class Judging:
 
 
 JUDGES: dict[str, Judging] = {
+    "outcome": Judging(
+        labels=tuple(Outcome),
+        kinds=tuple(Kind),
+        check=lambda _: None,
+        identity=lambda _: {"outcomes": version()},
+        verdicts=lambda _, answers: outcomes(answers),
+    ),
     "llm": Judging(
         labels=COMPLIANCE,
         kinds=tuple(Kind),
@@ -164,6 +172,8 @@ class Ours(Judges):
             made = {"model": name, "own": judge_.identity(settings)}
             counted = {of: made | own_counts(rows, judge_.labels) for of, rows in verdicts.items()}
             return Judged(verdicts, counted, {})
+        if name == "outcome":
+            return Judged(verdicts, {of: outcome_counts(rows) for of, rows in verdicts.items()}, {})
         node = node_of(name, settings)
         return Judged(
             verdicts,
@@ -269,7 +279,7 @@ def _announce(name: str, settings: EvalConfig, waiting: Sequence[Completion], to
         print(f"{class_of(name)}: {total:,} verdicts, all stored")
         return
     line = f"{class_of(name)}: {total - len(waiting):,} verdicts stored, {len(waiting):,} to ask"
-    if is_path(name):
+    if is_path(name) or name == "outcome":
         print(f"{line} of {name}")
         return
     characters, node = JUDGES[name].characters, node_of(name, settings)
@@ -288,7 +298,7 @@ def _announce(name: str, settings: EvalConfig, waiting: Sequence[Completion], to
 
 def _account(name: str, settings: EvalConfig, new: Sequence[Verdict]) -> None:
     """Prints the number of new verdicts, and their requests, tokens and cost."""
-    if not new or is_path(name):
+    if not new or is_path(name) or name == "outcome":
         return
     spent = usage(new, node_of(name, settings))
     by_status = Counter(verdict.status for verdict in new)

@@ -7,9 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from dcr.core.config import ConfigError
-from dcr.core.evaluation.verdicts import COMPLIANCE, SAFETY, Verdict
+from dcr.core.evaluation.verdicts import (
+    COMPLIANCE,
+    SAFETY,
+    Verdict,
+    Verdicts,
+    answer_fingerprint,
+)
+from dcr.core.generation import Completion
 from dcr.endpoints import ServerConfig, servers
 from dcr.judges import GuardConfig
+from dcr.outcomes import Outcome, outcome
 
 
 def wording(key: str, named: str | None, shipped: str, *places: str) -> str:
@@ -75,6 +83,36 @@ def own_counts(verdicts: Sequence[Verdict], labels: Sequence[str]) -> dict[str, 
         "invalid": sum(verdict.status == "invalid" for verdict in verdicts),
         "error": 0,
     }
+
+
+STANCES = {  # for comparison with judges of XSTest's three classes
+    Outcome.answered: "complied",
+    Outcome.partly_refused: "partial",
+    Outcome.refused_but_helped: "partial",
+    Outcome.refused: "refused",
+}
+
+
+def outcomes(answers: Sequence[Completion]) -> Verdicts:
+    """The outcome of each answer, which stands in `raw`."""
+    said = [outcome(answer.prompt, answer.response, answer.ended) for answer in answers]
+    yield [
+        Verdict(
+            answer.id,
+            answer_fingerprint(answer),
+            "ok",
+            compliance=STANCES.get(kind),
+            raw=kind.value,
+            asked=False,
+        )
+        for answer, kind in zip(answers, said, strict=True)
+    ]
+
+
+def outcome_counts(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """The block of the outcomes: all eight, each a share of all answers."""
+    said = Counter(verdict.raw for verdict in verdicts)
+    return {"n": len(verdicts), "labels": {kind.value: said[kind.value] for kind in Outcome}}
 
 
 def usage(verdicts: Iterable[Verdict], node: ServerConfig | GuardConfig) -> dict[str, Any]:

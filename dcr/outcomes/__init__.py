@@ -11,6 +11,7 @@ and measures the agreement with people; docs/evaluation.md says what each outcom
 """
 
 import functools
+import hashlib
 import json
 import math
 import re
@@ -49,10 +50,13 @@ def outcome(
     """The outcome of an answer; `ended` says whether the model ended it, not the token limit.
 
     A refusal stays one if it repeats itself or is cut; any other text is then circular or cut off.
+    An answer that only says the prompt again is circular.
     Only a fit gives `weights` and keyword `rules` other than the shipped ones.
     """
     if not _says_anything(answer):
         return Outcome.empty
+    if _repeats(prompt, answer):
+        return Outcome.circular
     if is_foreign(answer) and not _asked_for(prompt, answer):
         return Outcome.other_language
     stance = _stance(features(prompt, answer, rules), weights or _weights())
@@ -270,6 +274,16 @@ def _weights() -> dict[str, dict[str, float]]:
     ]
 
 
+@functools.cache
+def version() -> str:
+    """The hash of all that an outcome follows from: rules, patterns and weights."""
+    hashed = hashlib.sha256()
+    for package in ("dcr.outcomes", "dcr.keywords"):
+        for name in ("__init__.py", "weights.json"):
+            hashed.update((resources.files(package) / name).read_bytes())
+    return hashed.hexdigest()
+
+
 # --- texts that are no answer ---------------------------------------------------------------------
 
 CONSIDERED = 20_000  # characters
@@ -296,6 +310,13 @@ BEGUN_ITEM = re.compile(r"(?:^|\n)[ \t]*(?:\(?\d+[.)]|[-*•#]+)[ \t]*$")
 def _says_anything(text: str) -> bool:
     """Whether it has more than blanks, control characters and punctuation."""
     return any(unicodedata.category(letter)[0] in "LNS" for letter in text)
+
+
+def _repeats(prompt: str, answer: str) -> bool:
+    """Whether an answer of several words is the prompt's own words and no others."""
+    words = [re.findall(r"\w+", text.lower()) for text in (answer, prompt)]
+    said, asked = (" ".join(each) for each in words)
+    return len(words[0]) >= FEW_WORDS and f" {said} " in f" {asked} "
 
 
 def is_circular(text: str) -> bool:

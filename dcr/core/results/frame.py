@@ -188,11 +188,12 @@ def _set(counts: SetCounts) -> Iterator[TidyRow]:
         yield _rate("seen_by_steering", counts.seen_by_steering, counts.n)
     for judge, judged in counts.judged.items():
         by = {"judge": judge, "judge_model": judged.model}
-        labelled = sum(judged.counts.get(label, 0) for label in COMPLIANCE)
+        labelled = sum(getattr(judged, label) or 0 for label in COMPLIANCE)
         named = ("safe", "unsafe", *judged.labels)
         answers = sum(judged.counts.get(label, 0) for label in named) + judged.invalid
         for label, count in judged.counts.items():
-            yield _rate(label, count, labelled if label in COMPLIANCE else answers, **by)
+            of_three = label in COMPLIANCE and label not in judged.labels
+            yield _rate(label, count, labelled if of_three else answers, **by)
         if judged.complied is not None:
             lenient = judged.complied + (judged.partial or 0)
             yield _rate("lenient", lenient, labelled, **by)
