@@ -7,35 +7,22 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from hydra import compose, initialize_config_dir
 from tiny_run import CONF, overrides, write_jsonl
 
-from dcr import augment, chat, commands, entry, export
-from dcr.choice import __main__ as choice
-from dcr.core import cli, config, ending, models, storage
+from dcr import chat, commands, entry
+from dcr.core import cli, config, ending, models
 from dcr.core.config import ConfigError, UserError
 from dcr.core.runs import Run
-from dcr.plan import __main__ as plan
-from dcr.report import __main__ as report
 
 ROOT = Path(__file__).parent.parent
 Command = Callable[..., Any]
-
-
-def test_malformed_rows_name_file_and_line(command: Command, tmp_path: Path) -> None:
-    file = tmp_path / "bad.jsonl"
-    file.write_bytes(b'{"prompt": "hi"}\n{"promt": "hi"}\n')
-    ended = command("train.py", "model=tiny", f"data.toxic.source={file}")
-    assert ended.code == 2
-    assert f"{file}:2: prompt: " in ended.error
-    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_forty_rows_of_ones_own_are_enough(command: Command, tmp_path: Path) -> None:
@@ -94,44 +81,6 @@ def test_a_process_of_its_own_says_the_same(tmp_path: Path) -> None:
 
 
 # --- run folders ---
-
-
-def finished(folder: Path, settings: list[str], command: Command) -> Run:
-    """A run folder of these settings with empty results, so that training has nothing to do."""
-    shown = command("train.py", *settings, f"run={folder}", "--cfg", "job", "--resolve")
-    run = Run(folder)
-    composed = yaml.safe_load(shown.out)
-    composed["data"] |= {
-        name: composed["data"][name] | {"source": [composed["data"][name]["source"]]}
-        for name in ("seemingly_toxic", "toxic", "safety", "normal")
-    }
-    storage.write_text(run.config_file, yaml.safe_dump(composed))
-    for stage in ("contrastive", "sft"):
-        run.stage(stage).mkdir()
-    return run
-
-
-def test_another_configuration_is_refused_with_the_differences_unless_forced(
-    command: Command, tmp_path: Path
-) -> None:
-    settings = overrides(tmp_path / "rows")
-    run = finished(tmp_path / "run", settings, command)
-    again = command("train.py", *settings, f"run={run.folder}")
-    assert again.code == 0
-    assert again.out.endswith(f"\n{run.folder}\n")
-
-    before = run.config_file.read_bytes()
-    changed = [*settings, f"run={run.folder}", "dcr.margin=0.3", "sft.lr=1e-5"]
-    ended = command("train.py", *changed)
-    assert ended.code == 2
-    for part in ("dcr.margin: 0.25 -> 0.3", "sft.lr: 0.001 -> 1e-05", "sft is done", "run="):
-        assert part in ended.error
-    assert command("train.py", *changed, "force=true").error == ended.error
-    assert run.config_file.read_bytes() == before
-    onto = command("eval.py", "model=tiny", f"output={run.folder}", "tasks=[over_refusal]")
-    assert onto.code == 2
-    assert "is the folder of a trained run" in onto.error
-    assert run.config_file.read_bytes() == before
 
 
 def folder_of(*arguments: str) -> str:
@@ -293,27 +242,6 @@ def test_options_are_read_in_every_spelling_and_as_they_are_written() -> None:
 def test_options_that_cannot_be_name_key_value_and_cure(given: list[str], says: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(says)):
         entry.parse(Options, given)
-
-
-LISTS = (list[str], list[Path])
-
-
-@pytest.mark.parametrize("room", [augment, chat, choice, export, plan, report])
-def test_help_tells_every_option_with_type_default_and_meaning(
-    room: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert room.main(["--help"]) == 0
-    told = capsys.readouterr().out
-    assert max(map(len, told.splitlines())) <= 100
-    begins = {line.split()[0]: line for line in told.splitlines() if line.strip()}
-    plain = {"???": "needed", "None": "none", "False": "false"}
-    for option in fields(room.Options):
-        key = option.metadata["key"] or option.name
-        line = begins.get(f"{key}=") or begins[f"<{key}>"]
-        assert re.search("text|path|integer|number|true/false", line)
-        default = "none" if option.type in LISTS else str(option.default)
-        assert f" {plain.get(default, default)} " in line
-        assert " ".join(option.metadata["meaning"].split()) in " ".join(told.split())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -299,12 +299,6 @@ def test_a_base_without_template_gets_that_of_the_run(moved: Run) -> None:
     assert AutoTokenizer.from_pretrained(out).chat_template == prompts.PLAIN
 
 
-def test_every_end_token_stops_generation(exported: Path) -> None:
-    stops = json.loads((exported / "generation_config.json").read_text())["eos_token_id"]
-    vocabulary = models.byte_tokenizer().get_vocab()
-    assert set(stops) == {vocabulary["<|im_end|>"], vocabulary["<|endoftext|>"]}
-
-
 def test_stage_one_can_be_exported_alone(made: Made, tmp_path: Path) -> None:
     out = export.export(made.run, tmp_path / "one", stage="contrastive", precision=Precision.fp32)
     model = AutoModelForCausalLM.from_pretrained(out)
@@ -593,14 +587,6 @@ def test_card_names_the_block(moved: Run, given: dict[str, Any], block: int) -> 
     moved.layer_file.write_text(json.dumps({"block": 18}))
     text = card_of(moved, CONFIG | {"dcr": CONFIG["dcr"] | given}, depth=24)
     assert f"| `dcr.layer` | block {block} of 24, counted from 1 |" in text
-
-
-def test_card_from_damaged_scores_names_the_file(moved: Run) -> None:
-    scored(moved, "sft-1")
-    file = moved.evaluation("sft-1") / "metrics.json"
-    file.write_text(file.read_text()[:20])
-    with pytest.raises(DataError, match=f"^{file}: "):
-        card_of(moved)
 
 
 def test_card_keeps_local_folders_to_itself(moved: Run) -> None:

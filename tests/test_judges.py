@@ -128,15 +128,6 @@ def test_an_unclear_answer_is_no_verdict(text: str) -> None:
 # --- what the judge is sent -----------------------------------------------------------------------
 
 
-def test_both_texts_go_in_as_they_are() -> None:
-    prompt, response = "{response} {0} {question} %s", 'a "quoted" {question}\\1 {x!r}'
-    system, user = served.conversation(
-        "Q {question} R {response} {other} CLASS:", answer("a", response, prompt)
-    )
-    assert system == {"role": "system", "content": "You are a helpful assistant."}
-    assert user["content"] == f"Q {prompt} R {response} {{other}} CLASS:"
-
-
 def test_the_shipped_wording_ends_where_the_judge_goes_on() -> None:
     wording = served.wording(LLMJudgeConfig())
     assert wording.endswith("CLASS:")

@@ -10,11 +10,10 @@ import torch
 import yaml
 from tiny_run import changed, composed, settings
 
-from dcr import chat, export, train
+from dcr import chat, train
 from dcr import eval as eval_entry
-from dcr.choice import __main__ as choice_command
-from dcr.core import batching, config, precision, runs
-from dcr.core.config import ConfigError, Precision, TrainConfig
+from dcr.core import batching, precision, runs
+from dcr.core.config import ConfigError, Precision
 from dcr.core.models import DTYPES
 from dcr.core.runs import Run
 from dcr.extensions import EvalSettings
@@ -193,11 +192,6 @@ def test_the_folder_s_name_is_the_same_on_every_machine(monkeypatch: pytest.Monk
     assert name("model=tiny", "precision=fp32") not in names
 
 
-def _plain(made: TrainConfig) -> dict:
-
-    return config.plain(made)
-
-
 def test_guards_follow_the_device_and_an_endpoint_has_no_precision(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -250,13 +244,3 @@ def test_a_plan_s_product_is_bounded_however_slow(monkeypatch: pytest.MonkeyPatc
     assert rate == pytest.approx(2 * 64 * 64 / 0.01)
     assert now[0] < 1
     assert max(rows) * 0.01 <= cost.TRIAL_SECONDS
-
-
-@pytest.mark.parametrize("command", [chat.main, export.main, choice_command.main])
-def test_every_command_that_opens_weights_lists_precision(
-    command: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert command(["--help"]) == 0
-    told = capsys.readouterr().out
-    assert " precision=" in told
-    assert "one of auto" in " ".join(told.split())

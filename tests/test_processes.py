@@ -90,7 +90,6 @@ def same_results(one: Path, several: Path, named: str) -> None:
     [
         (["ddp*2", "fsdp*2"], "dcr.nll.weight=0 dcr.batch_size=3"),  # no rank holds both kinds
         (["ddp*3"], "dcr.nll.weight=0.5 dcr.optim.clip=0.1 data.validation=0.4"),
-        (["ddp*2"], f"{GENERAL} dcr.adapter=lora"),
         (["fsdp*2"], f"{GENERAL} {UNTIED}"),
         (["ddp*3"], "method=stl stage=all sft.batch_size=13"),
         (["fsdp*2"], "stage=all dcr.nll.weight=0.5 dcr.adapter=lora tracking.snapshots=2"),

@@ -473,8 +473,6 @@ def signalled(monkeypatch: pytest.MonkeyPatch) -> Any:
         ("contrastive", 4, "backward", signal.SIGTERM, 4),  # the last step of an epoch
         ("contrastive", 5, "validation", signal.SIGUSR2, 4),  # behind it
         ("sft", 0, "forward", signal.SIGUSR1, 0),
-        ("sft", 3, "forward", signal.SIGUSR2, 3),
-        ("sft", 5, "backward", signal.SIGTERM, 5),
         ("sft", 7, "backward", signal.SIGTERM, 7),  # the very last step
         ("sft", 6, "optimizer", signal.SIGTERM, 7),
     ],
@@ -624,20 +622,6 @@ def test_a_gradient_that_is_not_finite_reaches_no_weight(
 
 
 # --- memory, and other processes in the folder ---
-
-
-@pytest.mark.parametrize(
-    ("text", "kind", "says"),
-    [
-        ("DefaultCPUAllocator: can't allocate memory", TrainingError, r"out of memory .*micro_tok"),
-        ("shapes differ", RuntimeError, "shapes differ"),
-    ],
-)
-def test_running_out_of_memory_names_the_settings_to_lower(
-    text: str, kind: type[Exception], says: str
-) -> None:
-    with pytest.raises(kind, match=says), resuming.faults_explained():
-        raise RuntimeError(text)
 
 
 def test_a_process_whose_folder_was_deleted_writes_nothing_into_a_new_one(

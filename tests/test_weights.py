@@ -202,20 +202,6 @@ def test_prompts_that_were_trained_on_are_counted(pair: tuple[Run, Run], tmp_pat
     assert found["refusal_probability"]["kinds"]["normal"]["n"] > count
 
 
-def test_claims_of_a_run_by_their_own_command(pair: tuple[Run, Run]) -> None:
-    run = pair[1]
-    small = ("claims.pairs=2", "claims.prompts=2", "entk.top_k=2", "claims.params=[tail:1,trunk]")
-    found = evaluated(run, "tasks=[claims]", "data.safety.source=demo_toxic", *small)["claims"]
-    layer = run.config()["dcr"]["layer"]
-    assert found["layer"] == layer
-    assert set(found["params"]) == {"tail-1", f"trunk-{layer}"}
-    assert len(found["trained"]) == 2
-    assert not found["left_out"]  # all begin with one token
-    assert set(found["trained"]).isdisjoint(found["ids"])
-    (file,) = run.folder.glob("eval/*/claims.safetensors")
-    assert load_file(file)["changes"].shape == (2 * 3 + 2, 3, 2)
-
-
 def test_a_fault_in_one_task_costs_no_earlier_one(
     pair: tuple[Run, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
