@@ -377,7 +377,7 @@ def test_the_rule_against_brute_force(seed: int) -> None:
 def test_operating_points_by_hand(folders: list[Path], drawn: tuple[Path, str]) -> None:
     # STL refuses 18 of 20 unsafe prompts; 2 points less is 17.6, so that 17 is too few
     for told in (
-        "at least 90.0% (unsteered STL) less 2 points",
+        "at least 90.0% (unsteered STL) less 2 points has ",
         "SCANS strength 0.5 (compliance 65.0%, safety 90.0%)",
         "Surgical strength 1 (compliance 60.0%, safety 90.0%)",
         "DCR final weights (compliance 75.0%, safety 95.0%)",

@@ -419,9 +419,7 @@ def operating_points(chosen: Selection) -> Drawing:
     ]  # fmt: skip
     sentences = []
     for group in groups:
-        least = (
-            f"{100 * group.reference.safety.estimate:.1f}% (unsteered STL) less {margin:g} points"
-        )
+        least = f"{100 * group.reference.safety.estimate:.1f}% (unsteered STL)"
         choices = "; ".join(f"{_label(m)} {p or 'no point'}" for m, p in group.chosen.items())
         sentences.append(
             f"Operating points, {group.title}: the highest compliance with {group.safety} of at "
