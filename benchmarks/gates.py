@@ -24,9 +24,9 @@ from sklearn.pipeline import make_pipeline, make_union
 
 from dcr import looks
 from dcr.analyses import separability
-from dcr.core import config, models, prompts, sources
+from dcr.core import models, prompts, sources
 from dcr.core.batching import attention_mask, padded
-from dcr.core.config import ModelConfig, Precision
+from dcr.core.config import ModelConfig, Precision, resolving
 from dcr.core.models import Policy
 from dcr.core.runs import Run
 from dcr.frontier import __main__ as frontier
@@ -135,7 +135,7 @@ def main() -> None:
         texts = [
             pair.prompt for _, of in sorted(measured.given.items()) for pair in arms.in_order(of)
         ]
-        node = config.model_of(run.config(), False)
+        node = resolving.model_of(run.config(), False)
         gates = {"TF-IDF": words} | on_weights(run, node)
         sizes = {name: asked.sets.count(name) for name in dict.fromkeys(asked.sets)}
         rows: list[dict[str, Any]] = [{"gate": "none", **figures(own, asked, given.safety)}]

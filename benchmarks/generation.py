@@ -36,8 +36,8 @@ from rich.table import Table
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from dcr import extensions
-from dcr.core import cli, config, generation, models, prompts, refusal, sources
-from dcr.core.config import Kind, Precision
+from dcr.core import cli, generation, models, prompts, refusal, sources
+from dcr.core.config import Kind, Precision, resolving
 from dcr.core.config.evaluation import GenConfig
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
@@ -76,7 +76,7 @@ def opened(options: dict[str, str]) -> tuple[Policy, ChatFormat, list[Example]]:
     cli.prepare()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         given = [f"model={options['model']}", "data=paper"]
-        cfg = config.resolve(compose("train", given), TrainSettings)
+        cfg = resolving.resolve(compose("train", given), TrainSettings)
     policy = models.open_policy(cfg.model, Precision(options["precision"]))
     if options["device"] == "cuda" or (options["device"] == "auto" and torch.cuda.is_available()):
         policy.model.to("cuda")

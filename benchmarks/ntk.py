@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dcr.analyses import ntk
 from dcr.analyses.ntk import Settings, empirical
-from dcr.core import cli, config, models, sources
-from dcr.core.config import Kind, Precision
+from dcr.core import cli, models, sources
+from dcr.core.config import Kind, Precision, resolving
 from dcr.core.models import Policy
 from dcr.extensions import TrainSettings
 
@@ -63,7 +63,7 @@ def opened(options: dict[str, str]) -> tuple[Policy, Callable[[int], Rows]]:
     """
     cli.prepare()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = config.resolve(compose("train", [f"model={options['model']}"]), TrainSettings)
+        cfg = resolving.resolve(compose("train", [f"model={options['model']}"]), TrainSettings)
     policy = models.open_policy(cfg.model, Precision.fp32)
     parts = ("_heldout", "")
     texts = [

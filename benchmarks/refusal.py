@@ -28,8 +28,8 @@ from torch import Tensor
 
 from dcr import extensions
 from dcr.analyses import probability
-from dcr.core import batching, cli, config, models, prompts, sources
-from dcr.core.config import Kind, Precision
+from dcr.core import batching, cli, models, prompts, sources
+from dcr.core.config import Kind, Precision, resolving
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
 from dcr.core.refusal.phrases import continuations, ending
@@ -54,7 +54,7 @@ def opened(options: dict[str, str]) -> tuple[Policy, ChatFormat, list[str]]:
     """The model where it is to run, and the prompts in one shuffled order."""
     cli.prepare()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = config.resolve(compose("train", [f"model={options['model']}"]), TrainSettings)
+        cfg = resolving.resolve(compose("train", [f"model={options['model']}"]), TrainSettings)
     policy = models.open_policy(cfg.model, Precision(options["precision"]))
     policy.model.eval()
     if options["device"] == "cuda" or (options["device"] == "auto" and torch.cuda.is_available()):

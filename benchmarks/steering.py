@@ -30,8 +30,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dcr import extensions
-from dcr.core import cli, config, generation, models, prompts, refusal, sources
-from dcr.core.config import Kind, Precision
+from dcr.core import cli, generation, models, prompts, refusal, sources
+from dcr.core.config import Kind, Precision, resolving
 from dcr.core.config.evaluation import GenConfig
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
@@ -63,7 +63,7 @@ OPTIONS = {
 def settings_of(*overrides: str) -> EvalSettings:
     cli.prepare()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return config.resolve(compose("eval", list(overrides)), EvalSettings)
+        return resolving.resolve(compose("eval", list(overrides)), EvalSettings)
 
 
 def questions(count: int) -> list[Example]:
@@ -178,7 +178,7 @@ def extracted(options: dict[str, str]) -> Table:
     sets = ["data=paper", f"data.root={options['root']}"] if options["root"] else ["data=demo"]
     settings = settings_of(f"model={options['model']}", *sets)
     policy = models.open_adapter(run.stage("sft"), Precision.bf16)
-    model = config.model_of(run.config(), trust_remote_code=False)
+    model = resolving.model_of(run.config(), trust_remote_code=False)
     chat = prompts.chat_format(policy.tokenizer, model)
     table = Table("vectors of", "seconds", "what was found", title=f"extraction on {run.folder}")
     for method in ("ablation", "scans", "surgical"):

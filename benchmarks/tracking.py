@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dcr import extensions
-from dcr.core import cli, config, data, models, prompts
-from dcr.core.config import Stage, TrainConfig
+from dcr.core import cli, data, models, prompts
+from dcr.core.config import Stage, TrainConfig, resolving
 from dcr.core.models import Policy
 from dcr.core.prompts import IGNORED, ChatFormat
 from dcr.core.training.sft import SFTModule
@@ -63,7 +63,7 @@ def settings_of(options: dict[str, str]) -> TrainConfig:
         f"tracking.entk.prompts={options['kernel']}",
     ]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return config.resolve(compose("train", ["precision=bf16", *overrides]), TrainSettings)
+        return resolving.resolve(compose("train", ["precision=bf16", *overrides]), TrainSettings)
 
 
 def step_seconds(

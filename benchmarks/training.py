@@ -30,12 +30,13 @@ from rich.table import Table
 
 from dcr import extensions
 from dcr.core import cli, config, data, losses, models, passes, prompts
-from dcr.core.config import Stage, TrainConfig
+from dcr.core.config import Stage, TrainConfig, resolving
 from dcr.core.models import Policy
 from dcr.core.training.contrastive import ContrastiveModule
 from dcr.core.training.resuming import adamw
 from dcr.core.training.sft import SFTModule
 from dcr.extensions import TrainSettings
+from dcr.fast import nll
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 MICRO_ROWS = 4  # the paper's micro-batch
@@ -55,7 +56,7 @@ def settings(model: str, *overrides: str) -> TrainConfig:
     cli.prepare()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         named = [f"model={model}", "dcr.precision=mixed", "sft.precision=bf16", *overrides]
-        return config.resolve(compose("train", named), TrainSettings)
+        return resolving.resolve(compose("train", named), TrainSettings)
 
 
 @contextmanager
@@ -188,7 +189,7 @@ def head_values() -> None:
     ids = torch.randint(4, 250, (2, 12))
     hidden = models.backbone(policy.model)(input_ids=ids).last_hidden_state
     labelled = {"hidden": hidden[:, :-1].flatten(0, 1), "targets": ids[:, 1:].flatten()}
-    total, _ = losses.token_nll(**labelled, **models.readout(policy.model))
+    total, _ = nll.token_nll(**labelled, **models.readout(policy.model))
     torch.testing.assert_close(total / 22, policy.model(ids, labels=ids).loss)
 
 

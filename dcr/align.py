@@ -19,7 +19,7 @@ from typing_extensions import TypedDict
 
 from dcr import choice, entry, export, extensions, inference, report, study
 from dcr import eval as evaluation
-from dcr.core import config, precision, refusal, statistics, storage
+from dcr.core import config, machine, refusal, statistics, storage
 from dcr.core.config import DataConfig, DataError, Kind, Stage, TrainConfig
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.runs import Run
@@ -124,7 +124,7 @@ def _choose(settings: TrainConfig, file: Path) -> None:
     """Choose block and sources; the block alone where the sources are a user's own files."""
     named = {*settings.data.seemingly_toxic.source, *settings.data.toxic.source}
     candidates = None if named <= SOURCES.keys() else "none"
-    settings, _ = precision.of_training(settings)
+    settings, _ = machine.of_training(settings)
     storage.write_json(file, choice.choose(settings, pairs=candidates).record())
 
 
@@ -192,7 +192,7 @@ def _safe(
     Raises StudyError where none does.
     """
     first = study.job_of(out, "STL", ["method=stl", *training], evaluating)
-    counted, _ = precision.of_training(_training(first))
+    counted, _ = machine.of_training(_training(first))
     parameters = cost.stage_shape(counted, Stage.sft).total
     before, tried = _answers(base), dict[Path, str]()
     for rung in ladder(parameters, _training(first)):

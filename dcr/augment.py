@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 from dcr import balance, entry, extensions, keywords, twins
 from dcr import eval as evaluation
 from dcr.balance import Balance
-from dcr.core import cli, config, prompts, sources, storage, threads
-from dcr.core.config import ConfigError, Kind
+from dcr.core import cli, config, machine, prompts, sources, storage
+from dcr.core.config import ConfigError, Kind, resolving
 from dcr.core.config.evaluation import AUTO_LENGTH
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.runs import Run
@@ -134,7 +134,7 @@ def main(options: Options) -> None:
     settings = _settings(options)
     if settings.endpoint is None:
         extensions.hand_in_passes()
-        threads.use(settings.trainer.threads)
+        machine.use_threads(settings.trainer.threads)
     tally = augment(options, settings)
     print(tally.described(options))
     if tally.asked and tally.unanswered == tally.asked:
@@ -277,10 +277,11 @@ def _instructed(settings: EvalSettings, instruction: str | None) -> EvalSettings
     own = settings.model.system_prompt
     whole = f"{own}\n\n{instruction}" if own else instruction
     if settings.endpoint is None:
+        from dcr.contrast import with_system
         from dcr.core import models
 
         chat = prompts.chat_format(models.open_tokenizer(settings.model), settings.model)
-        whole = chat.with_system(instruction, "attempts").system_prompt
+        whole = with_system(chat, instruction, "attempts").system_prompt
     return replace(settings, model=replace(settings.model, system_prompt=whole))
 
 
@@ -308,7 +309,7 @@ def _settings(options: Options) -> EvalSettings:
     if composed.endpoint is not None:
         name = str(composed.endpoint_model or "unnamed")  # which the checks then refuse
         composed.model.name, composed.model.label = name, label_of(name)
-    settings, arithmetic = evaluation.settle_precision(config.resolve(composed, EvalSettings))
+    settings, arithmetic = evaluation.settle_precision(resolving.resolve(composed, EvalSettings))
     if settings.endpoint is None:
         arithmetic.say()
     return settings
@@ -331,7 +332,7 @@ def _check_settings(settings: EvalSettings) -> None:
                 f"judge={name}: does not say whether a harmless prompt was answered; "
                 "use llm or wildguard"
             )
-    judging.Ours().check(others, settings)
+    judging.JudgeTable().check(others, settings)
     if settings.endpoint is not None:
         for name, weight in settings.gen.contrast.items():
             raise ConfigError(

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dcr import entry, extensions, keywords
-from dcr.core import config, ending, precision, prompts, refusal, threads
-from dcr.core.config import ConfigError, ModelConfig, Precision
+from dcr.core import ending, machine, prompts, refusal
+from dcr.core.config import ConfigError, ModelConfig, Precision, resolving
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 
@@ -60,9 +60,9 @@ class Dialogue:
         The oldest exchanges are dropped while it does not fit the model's context. Raises
         ConfigError when not even the last message fits.
         """
-        from dcr.core import batching
+        from dcr.core import models
 
-        room = batching.context_length(self.policy.model.config) - self.max_new_tokens
+        room = models.context_length(self.policy.model.config) - self.max_new_tokens
         turns = self.turns
         while len(ids := self._encoded(turns)) > room:
             if len(turns) < 3:
@@ -128,11 +128,10 @@ def main(options: Options) -> None:
         Precision(options.precision),
         options.trust_remote_code,
     )
-    from dcr.core import batching
 
     extensions.hand_in_passes()
-    threads.use()
-    batching.to_gpu(policy.model)
+    machine.use_threads()
+    machine.to_gpu(policy.model)
     dialogue = Dialogue(
         policy, prompts.chat_format(policy.tokenizer, model), options.max_new_tokens
     )
@@ -182,13 +181,13 @@ def open_stage(
     done or its base cannot be opened.
     """
     made_with = run.config()
-    model = config.model_of(made_with, trust_remote_code)
+    model = resolving.model_of(made_with, trust_remote_code)
     stage = stage or next((name for name in STAGES[:-1] if run.done(name)), "sft")
     if stage != "base" and not run.done(stage):
         raise ConfigError(f"run={run.folder}: stage {stage} is not done there; train it first")
     from dcr.core import models
 
-    arithmetic = precision.settled({"evaluation": asked}, recorded=run.precisions())
+    arithmetic = machine.settled({"evaluation": asked}, recorded=run.precisions())
     arithmetic.say()
     found = arithmetic.precisions["evaluation"]
     if stage == "base":

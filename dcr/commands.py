@@ -13,8 +13,9 @@ from omegaconf import DictConfig
 
 from dcr import extensions, launching
 from dcr.core import cli, config, ending
-from dcr.core.config import ConfigError
+from dcr.core.config import ConfigError, resolving
 from dcr.core.runs import Run
+from dcr.core.text import nearest
 from dcr.extensions import EvalSettings, TrainSettings
 
 # Each but train and eval is `python -m dcr.<name>`.
@@ -40,7 +41,7 @@ COMMANDS = {
 @hydra.main(version_base="1.3", config_path=str(config.CONF), config_name="train")
 @cli.job
 def _train(composed: DictConfig) -> None:
-    settings = config.resolve(composed, TrainSettings)
+    settings = resolving.resolve(composed, TrainSettings)
     if settings.trainer.devices * settings.trainer.num_nodes > 1 and cli.is_sweep():
         raise ConfigError(
             f"trainer.devices={settings.trainer.devices} in a sweep: its processes would run the "
@@ -93,6 +94,6 @@ def main() -> None:
         sys.argv = sys.argv[1:]
         runpy.run_module(f"dcr.{name}", run_name="__main__", alter_sys=True)
     else:
-        near = config.nearest(name, list(COMMANDS))
+        near = nearest(name, list(COMMANDS))
         offer = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
         ending.fail(f"{name}: no such command; {offer}", ConfigError.exit_code)

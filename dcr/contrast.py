@@ -19,10 +19,11 @@ its template writes by itself.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
+from jinja2 import TemplateError
 from torch import Tensor
 
 from dcr.core.config import ConfigError
@@ -45,6 +46,29 @@ PLAUSIBLE = 0.01  # AdaCD's beta: the least share of the likeliest token's proba
 ADAPTED = 10  # new tokens that AdaCD acts on
 
 
+def with_system(chat: ChatFormat, words: str, asked: str) -> ChatFormat:
+    """The chat with `words` behind the model's own system prompt.
+
+    That prompt is the user's, or the one that the template writes into a dialogue without a
+    system turn. Raises ConfigError, naming the setting `asked`, for a template that refuses a
+    system prompt or leaves it out.
+    """
+    other = replace(chat, system_prompt=words)
+    cure = f"leave {asked} out, or name another model.template"
+    try:
+        plain, (before, shown, behind) = chat.text("x"), other.text("x").partition(words)
+    except TemplateError as error:
+        raise ConfigError(
+            f"{asked}: the chat template takes no system prompt ({error}); {cure}"
+        ) from error
+    if not shown:
+        raise ConfigError(f"{asked}: the chat template leaves the system prompt out; {cure}")
+    own = chat.system_prompt or ""
+    if not own and plain.startswith(before) and plain.endswith(behind):
+        own = plain[len(before) : len(plain) - len(behind)].strip()
+    return replace(chat, system_prompt=f"{own}\n\n{words}") if own else other
+
+
 @dataclass(frozen=True)
 class Contrast:
     """A contrast: its setting, the system prompt of the second reading, and the combined logits."""
@@ -56,7 +80,7 @@ class Contrast:
 
     def stressed(self, chat: ChatFormat) -> ChatFormat:
         """The chat with `system` in its system prompt. Raises ConfigError if that cannot be."""
-        return chat.with_system(self.system, self.setting)
+        return with_system(chat, self.system, self.setting)
 
     def read(self, policy: Policy, chat: ChatFormat, encoded: Sequence[Encoded]) -> list[Encoded]:
         """The prompts of the second reading, the longer ones."""
@@ -79,7 +103,7 @@ class Contrast:
 class Contrasted(Change):
     """Answers decoded with the contrast that `gen.self_cd` or `gen.adacd` names."""
 
-    def told(self, settings: EvalConfig) -> dict[str, float]:
+    def recorded(self, settings: EvalConfig) -> dict[str, float]:
         return settings.gen.contrast
 
     def decoding(self, settings: EvalConfig) -> Contrast | None:

@@ -21,10 +21,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
-from dcr.core import config
-from dcr.core.config import ConfigError, UserError
+from dcr.core.config import ConfigError, UserError, resolving
 from dcr.core.ending import faults_in_words, safe_output, stopped_by
-from dcr.core.text import single_line
+from dcr.core.text import nearest, single_line
 
 COLUMNS = 100  # of commands' output
 KINDS = {bool: "true/false", int: "integer", float: "number", str: "text", Path: "path"}
@@ -103,7 +102,7 @@ def parse(schema: type[Options], arguments: Sequence[str]) -> Options:
                     value = "true" if known[key].type is bool else next(words, "")
                 _check_word(key, value, known[key].metadata["choices"])
             elif rest is None or word.startswith("-"):
-                near, names = config.nearest(key, list(known)), [n for n in known if n != rest]
+                near, names = nearest(key, list(known)), [n for n in known if n != rest]
                 offer = f"did you mean {' or '.join(near)}?" if near else f"give {', '.join(names)}"
                 raise ConfigError(f"{word}: no such setting; {offer}")
             else:
@@ -120,7 +119,7 @@ def parse(schema: type[Options], arguments: Sequence[str]) -> Options:
                 raise ConfigError(f"{key}: nothing given; it is {entry.metadata['meaning']}")
         return OmegaConf.to_object(node)  # pyright: ignore[reportReturnType]
     except OmegaConfBaseException as error:
-        raise ConfigError(config.one_line(error, schema)) from error
+        raise ConfigError(resolving.one_line(error, schema)) from error
 
 
 def _entries(schema: type) -> dict[str, Field[Any]]:

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
-from dcr.core import config, extending, precision, runs, storage
-from dcr.core.config import ConfigError, DataError, Method, ModelConfig, Precision
+from dcr.core import config, extending, machine, runs, storage
+from dcr.core.config import ConfigError, DataError, Method, ModelConfig, Precision, resolving
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.runs import Run
 from dcr.core.text import label_of
@@ -24,22 +24,23 @@ def resolved(composed: DictConfig, schema: type[Settings]) -> tuple[Settings, Ru
     is not clear what is to be evaluated.
     """
     run = _run_of(composed)
-    return config.resolve(_completed(composed, run), schema), run
+    own = resolving.own_paths(composed)  # before those of the run join them
+    return resolving.resolve(_completed(composed, run), schema, own), run
 
 
 def settle_precision(
     settings: Settings, recorded: Mapping[str, Precision] | None = None
-) -> tuple[Settings, precision.Settled]:
+) -> tuple[Settings, machine.Settled]:
     """The settings with what `auto` is for the model, if it is here, and for every model that a
     node of its own names, such as a guard, which is no part of a run.
     """
     accelerator = settings.trainer.accelerator
-    found = precision.settled({"evaluation": settings.precision}, accelerator, recorded)
+    found = machine.settled({"evaluation": settings.precision}, accelerator, recorded)
     others = {
         name: replace(node, precision=own.precisions["evaluation"])
         for name, node in vars(settings).items()
         if hasattr(node, "precision")
-        for own in [precision.settled({"evaluation": node.precision}, accelerator)]
+        for own in [machine.settled({"evaluation": node.precision}, accelerator)]
     }
     if settings.endpoint is None:
         settings = replace(settings, precision=found.precisions["evaluation"])
@@ -108,14 +109,13 @@ def completed(composed: DictConfig, made_with: Mapping[str, Any]) -> DictConfig:
     if OmegaConf.is_missing(composed.data, "label"):
         own = config.literal(made_with.get("data"))
         base = own or OmegaConf.load(config.CONF / "data" / "demo.yaml")
-        merged.data = OmegaConf.merge(base, config.named(composed.data))
+        merged.data = OmegaConf.merge(base, resolving.named(composed.data))
     return merged
 
 
 def evaluate(settings: EvalConfig, run: Run) -> None:
     """Answer what is unanswered, judge what is unjudged, count, and write `metrics.json`."""
     # not at the top: what is asked is checked before torch is loaded
-    from dcr.core import threads
     from dcr.core.evaluation import metrics, subjects
 
     settings, arithmetic = settle_precision(settings, run.precisions() if settings.run else {})
@@ -127,7 +127,7 @@ def evaluate(settings: EvalConfig, run: Run) -> None:
     place = run.folder / "eval"
     if place.exists() and not place.is_dir():
         raise DataError(f"{place}: a file or a device, not a folder; move it away")
-    threads.use(settings.trainer.threads)
+    machine.use_threads(settings.trainer.threads)
     with storage.locked(run.folder), _claimed(settings, run), ExitStack() as stack:
         showing = extending.ours(settings.table.showing)
         show = stack.enter_context(showing(settings, run)) if showing else None

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from dcr import entry
-from dcr.core import config, prompts, runs, storage, threads
+from dcr.core import config, machine, prompts, runs, storage
 from dcr.core.config import (
     AUTO_LAYER,
     EMBEDDED_MODEL,
@@ -26,6 +26,7 @@ from dcr.core.config import (
     ContrastiveConfig,
     Precision,
     block_of,
+    resolving,
 )
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.prompts import ChatFormat
@@ -176,7 +177,7 @@ def export(
     """
     made_with, stage = _exportable(run, out, stage)
     dtype = "bfloat16" if (precision or _evaluated_in(run)) is Precision.bf16 else "float32"
-    model = config.model_of(made_with, trust_remote_code)
+    model = resolving.model_of(made_with, trust_remote_code)
     settings = EvalSettings(model=model, calibrate=calibrate, precision=_evaluated_in(run))
     import torch
     from peft import PeftModel
@@ -188,7 +189,7 @@ def export(
         biases.check(settings, made_with)
     if push is not None:
         _reserve(push, public)
-    threads.use()
+    machine.use_threads()
     # evaluations and a template that cannot be are told before weights are read
     evaluated(run, stage, None)
     prompts.chat_format(models.result_tokenizer(run.stage(stage), trust_remote_code), model)

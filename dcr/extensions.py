@@ -4,8 +4,9 @@ Whoever trains hands `TrainSettings` to the core, which knows `TrainConfig` alon
 evaluates `EvalSettings`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from dcr import calibration, endpoints, looks, quality, steering, tracking
 from dcr.ability import AbilityConfig
@@ -13,7 +14,6 @@ from dcr.analyses import ClaimsConfig, KernelConfig, RefusalProbabilityConfig, S
 from dcr.calibration import CalibrationConfig
 from dcr.core import ending
 from dcr.core.config import Part, TrainConfig, TrainTable, is_path
-from dcr.core.config.checks import listed_last
 from dcr.core.config.evaluation import EvalConfig, Table
 from dcr.endpoints import HTTPConfig
 from dcr.judges import (
@@ -31,6 +31,8 @@ from dcr.tracking import TrackingConfig
 if TYPE_CHECKING:
     from dcr.core.passes import Passes
 
+Node = TypeVar("Node")
+
 TABLE = Table(
     tasks={
         "ability": "dcr.ability.scores:Ability",
@@ -44,7 +46,7 @@ TABLE = Table(
     on_weights=("ability", "refusal_probability", "kernel", "separability", "claims"),
     judges=("llm", "llama_guard", "wildguard", "moderation", "outcome"),
     rules={"recommended": "dcr.keywords:recommended"},
-    judging="dcr.judges.judging:Ours",
+    judging="dcr.judges.judging:JudgeTable",
     changes=(
         Part(
             "dcr.steering.methods:Steering",
@@ -68,6 +70,21 @@ TABLE = Table(
         looks.relations,
     ),
 )
+
+
+def listed_last(*names: str) -> Callable[[type[Node]], type[Node]]:
+    """A dataclass with these fields behind all others, wherever its settings are listed.
+
+    An extension's would else stand behind those of the node that it adds to.
+    """
+
+    def moved(node: type[Node]) -> type[Node]:
+        entries: dict[str, Any] = vars(node)["__dataclass_fields__"]
+        for name in names:
+            entries[name] = entries.pop(name)
+        return node
+
+    return moved
 
 
 @listed_last("own", "trainer", "wandb")
@@ -94,6 +111,7 @@ class EvalSettings(EvalConfig):
     final: FinalConfig = field(default_factory=FinalConfig)
 
 
+@listed_last("wandb")
 @dataclass
 class TrainSettings(TrainConfig):
     """Everything `train.py` can be told."""
@@ -102,15 +120,15 @@ class TrainSettings(TrainConfig):
         rows={"stl_aug": "dcr.stl_aug:added"},
         examining="dcr.balance:examined",
         best_layer="dcr.choice:best_layer",
-        watching=Part("dcr.tracking.curves:watching", lambda of: bool(of.tracking.quantities)),
+        watching=Part(
+            "dcr.tracking.curves:watching",
+            lambda of: bool(of.tracking.quantities or of.tracking.snapshots),
+        ),
         sharding="dcr.sharding:Shards",
         relations=(tracking.relations,),
     )
 
-    # wider than the core's, and only read once commands hand it on
-    tracking: TrackingConfig = field(  # pyright: ignore[reportIncompatibleVariableOverride]
-        default_factory=TrackingConfig
-    )
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
 ending.SCHEMAS |= {"train": TrainSettings, "eval": EvalSettings}

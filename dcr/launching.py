@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dcr.core import cli, config, ending, storage
 from dcr.core.cli import Outcome
-from dcr.core.config import ConfigError, UserError
+from dcr.core.config import ConfigError, UserError, resolving
 
 log = logging.getLogger(__name__)
 
@@ -258,7 +258,7 @@ def _as_array(
         )
         jobs = executor.map_array(run_in_job, commands)
     except (RuntimeError, ValueError, AssertionError, FailedJobError) as no:
-        raise UserError(f"hydra/launcher=slurm: {config.one_line(no)}") from no
+        raise UserError(f"hydra/launcher=slurm: {resolving.one_line(no)}") from no
     names = [job.job_id for job in jobs]
     log.info("%d jobs: %s", len(jobs), " ".join(names))
     if slurm:

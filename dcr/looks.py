@@ -92,7 +92,7 @@ class Counted(Change):
         storage.read_yaml(file, Plan, CURE)
         _looks(file)
 
-    def told(self, settings: EvalConfig) -> dict[str, Any]:
+    def recorded(self, settings: EvalConfig) -> dict[str, Any]:
         file = _plan(settings)
         return {"plan": f"{file.name}@{_digest(file)}"}
 

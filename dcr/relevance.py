@@ -18,7 +18,7 @@ from jaxtyping import Float
 from pydantic import FiniteFloat
 from torch import Tensor
 
-from dcr.core import batching, models, passes, statistics, storage
+from dcr.core import batching, machine, models, passes, statistics, storage
 from dcr.core.config import EMBEDDED_MODEL, ConfigError, ModelConfig, Precision
 from dcr.core.config.evaluation import EvalConfig, cut_short
 from dcr.core.evaluation import store
@@ -89,7 +89,7 @@ class Relevance(Task):
         def ask(rows: list[Example]) -> Iterator[list[Score]]:
             if not opened:
                 opened.append(models.open_policy(ModelConfig(name=MODEL), Precision.fp32))
-                batching.to_gpu(opened[0].model, work.settings.trainer.accelerator)
+                machine.to_gpu(opened[0].model, work.settings.trainer.accelerator)
             return self.read(opened[0], [answers[row.id] for row in rows], prompts)
 
         texts = [[answer.prompt, answer.response] for answer in answers.values()]

@@ -7,6 +7,7 @@ Lightning's own sharded checkpoints, or torch's, reading one runs no code of it.
 """
 
 import warnings
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
-from torch import Size, nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
@@ -22,12 +23,15 @@ from torch.distributed.checkpoint.hf_storage import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dcr.core import models, storage
-from dcr.core.training.resuming import homes
 
 REST = "rest.ckpt"  # of a checkpoint's folder: all but the tensors that are sharded
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each trainable weight
+QUANTISED, EIGHT_BIT = "__bnb_optimizer_quant_state__", ("state1", "state2")  # bitsandbytes' own
 
 
 class Sharded(ModelParallelStrategy):
@@ -50,6 +54,39 @@ class Sharded(ModelParallelStrategy):
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
         self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)  # by all ranks
+
+
+def split(model: Any, mesh: DeviceMesh) -> None:
+    """Splits every block, and an untied embedding and head, over the mesh (FSDP2).
+
+    The other weights, such as a tied matrix and the final norm, are frozen (`freeze_beyond`, LoRA)
+    and stay whole on every device.
+    """
+    embeddings, output = model.get_input_embeddings(), models.head(model)
+    owner = models.backbone(model)
+    untied = [] if output.weight is embeddings.weight else [embeddings, output]
+    for module in (*models.decoder_blocks(model), *untied):
+        fully_shard(module, mesh=mesh)
+    whole_weights = {weight for weight in owner.parameters() if not isinstance(weight, DTensor)}
+    # sharding the root lets one block's gathering overlap the computation of the previous block
+    fully_shard(owner, mesh=mesh, ignored_params=whole_weights)
+
+
+def homes(
+    checkpoint: dict[str, Any], module: nn.Module
+) -> Iterator[tuple[str, dict[Any, Any], Any, Tensor]]:
+    """Each tensor that may be sharded: its name in files, its dict and key, and its weight."""
+    (optimizer,) = checkpoint["optimizer_states"]
+    weights = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    for number, (name, weight) in enumerate(weights):
+        yield name, checkpoint["state_dict"], name, weight.detach()
+        state = optimizer["state"][number]
+        state = state.get(QUANTISED, state)
+        # of a folder's rest, whose moments lie elsewhere, neither name is there yet
+        for moment, key in zip(
+            MOMENTS, EIGHT_BIT if EIGHT_BIT[0] in state else MOMENTS, strict=True
+        ):
+            yield f"{moment}/{name}", state, key, weight.detach()
 
 
 def write(checkpoint: dict[str, Any], folder: Path, module: nn.Module) -> None:
@@ -114,20 +151,22 @@ def alike(checkpoint: dict[str, Any], module: nn.Module) -> dict[str, Any]:
     return checkpoint
 
 
-def shapes(
-    checkpoint: Path, module: nn.Module
-) -> tuple[dict[str, Any], dict[str, Size], dict[str, Size]]:
-    """What a folder holds beside tensors, the shape of each of these, and what it should be."""
-    # on the meta device, where names and shapes alone are read
+def rest_of(checkpoint: Path, module: nn.Module) -> dict[str, Any]:
+    """What a folder holds beside tensors, read without any. Raises ValueError if these do not fit.
+
+    A tensor fits that has the shape of the weight, or of the weight whose moment it is.
+    """
     held = torch.load(checkpoint / REST, map_location="meta", weights_only=True, mmap=True)
     found: Any = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
     wanted = {named: weight.shape for named, _, _, weight in homes(held, module)}
-    return held, {name: tensor.size for name, tensor in found.items()}, wanted
+    if {name: tensor.size for name, tensor in found.items()} != wanted:
+        raise ValueError("its tensors are not those of the module")
+    return held
 
 
 class Shards:
-    """`protocols.Shards`, as the table of extensions names it."""
+    """`dcr.core.training.Shards`, as the table of extensions names it."""
 
-    strategy = Sharded
+    strategy, split = Sharded, staticmethod(split)
     write, read = staticmethod(write), staticmethod(read)
-    alike, shapes = staticmethod(alike), staticmethod(shapes)
+    alike, rest = staticmethod(alike), staticmethod(rest_of)

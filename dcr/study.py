@@ -29,11 +29,20 @@ from typing import Any
 
 from dcr import entry, extensions, plan, report
 from dcr import eval as evaluation_script
-from dcr.core import cli, config, data, ending, precision, prompts, runs, storage
-from dcr.core.config import STAGES, ConfigError, DataError, Method, Stage, TrainConfig, UserError
+from dcr.core import cli, config, data, ending, machine, prompts, runs, storage
+from dcr.core.config import (
+    STAGES,
+    ConfigError,
+    DataError,
+    Method,
+    Stage,
+    TrainConfig,
+    UserError,
+    resolving,
+)
 from dcr.core.config.evaluation import DeviceConfig
 from dcr.core.runs import Cost, Run
-from dcr.core.text import label_of, single_line
+from dcr.core.text import label_of, nearest, single_line
 from dcr.extensions import EvalSettings, TrainSettings
 from dcr.plan import cost
 
@@ -183,7 +192,7 @@ def job_of(
     steered: Sequence[str] = (),
 ) -> Job:
     """A run under `out`, trained with the settings `words` and evaluated, STL also `steered`."""
-    settings = config.resolve(cli.compose("train", words, Options), TrainSettings)
+    settings = resolving.resolve(cli.compose("train", words, Options), TrainSettings)
     if settings.trainer.devices * settings.trainer.num_nodes > 1:
         raise ConfigError("trainer.devices: a study runs job after job, each on one device")
     made_with = config.plain(settings)
@@ -219,7 +228,7 @@ def notices_once() -> Iterator[None]:
         message = record.getMessage()
         return not (message in seen or seen.add(message))
 
-    notices = logging.getLogger(config.leave_numbers_of_another_model.__module__)
+    notices = logging.getLogger(resolving.leave_numbers_of_another_model.__module__)
     notices.addFilter(new)
     try:
         yield
@@ -232,8 +241,15 @@ def _evaluations(
 ) -> list[EvalSettings]:
     """Settings of the evaluations of a run that is made with the settings `made_with`."""
     composed = (cli.compose("eval", each, Options) for each in combined)
-    whole = (evaluation_script.completed(one, made_with) for one in composed)
-    return [config.resolve(one, EvalSettings) for one in whole]
+    trained_on = resolving.own_paths(made_with)
+    return [
+        resolving.resolve(
+            evaluation_script.completed(one, made_with),
+            EvalSettings,
+            trained_on | resolving.own_paths(one),
+        )
+        for one in composed
+    ]
 
 
 def split_settings(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -258,7 +274,7 @@ def split_settings(words: Sequence[str]) -> tuple[list[str], list[str]]:
             why = "a study sets it itself" if itself else "settings are written key=value"
             raise ConfigError(f"{word}: {why}")
         if head not in training | evaluating:
-            near = config.nearest(head, sorted(training | evaluating))
+            near = nearest(head, sorted(training | evaluating))
             offer = f"; did you mean {' or '.join(near)}?" if near else ""
             raise ConfigError(f"{word}: no setting of train.py or eval.py{offer}")
         if head in training:
@@ -369,7 +385,7 @@ def adopt(settings: TrainConfig, run: Run, stage: Stage) -> bool:
 
 def donors(settings: TrainConfig, run: Run, stage: Stage) -> list[Run]:
     """The runs beside a run that have done this stage with the same settings."""
-    settled, _ = precision.of_training(settings, run.precisions())
+    settled, _ = machine.of_training(settings, run.precisions())
     key, found = made_of(config.plain(settled), stage), []
     for file in sorted(run.folder.parent.glob("*/config.yaml")):
         donor = Run(file.parent)
@@ -602,7 +618,7 @@ def _stage_cell(job: Job, stage: Stage, first: dict[str, str], seconds: list[flo
         if key in first or donors(settings, job.run, stage):
             return f"that of {first.get(key, 'an earlier run')}"
         first[key] = job.name
-    settings, _ = precision.of_training(settings, job.run.precisions())
+    settings, _ = machine.of_training(settings, job.run.precisions())
     drawn, *_ = plan.expected(settings)
     counted = Stage.sft if stage is Stage.readout else stage  # a plan has the two together
     of = plan.stage_plan(settings, counted, cost.stage_shape(settings, counted), drawn)

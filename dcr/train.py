@@ -10,29 +10,17 @@ from dataclasses import replace
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from dcr.core import (
-    batching,
-    config,
-    data,
-    extending,
-    models,
-    precision,
-    runs,
-    storage,
-    threads,
-    wandb_run,
-)
+from dcr.core import config, data, extending, machine, models, runs, storage, wandb_run
 from dcr.core.config import ConfigError, Method, NLLSource, Stage, TrainConfig
 from dcr.core.data import Splits
 from dcr.core.runs import Run
 from dcr.core.storage import Lease
-from dcr.core.training import callbacks, stages
-from dcr.core.training.protocols import Examine, Watch
+from dcr.core.training import Examine, Watch, callbacks, stages
 from dcr.core.training.stages import Job
 
 log = logging.getLogger(__name__)
 
-# By which a process finds its place among the nodes: torchrun's, Slurm's, MPI's, LSF's, by hand.
+# Variables that give a process its place among the nodes: torchrun's, Slurm's, MPI's, LSF's, ours.
 LAUNCHED = {
     *("TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "LSB_JOBID", "NODE_RANK"),
 }
@@ -45,7 +33,7 @@ def train(settings: TrainConfig, run: Run) -> None:
     TrainingError when training had to stop and Interrupted after a signal.
     """
     wanted = config.stages_of(settings)
-    settings, arithmetic = precision.of_training(settings, run.precisions())
+    settings, arithmetic = machine.of_training(settings, run.precisions())
     rows = checked(settings, run)
     if not all(run.done(stage.value) for stage in wanted):
         arithmetic.say()
@@ -58,7 +46,7 @@ def train(settings: TrainConfig, run: Run) -> None:
         _claimed(settings, run, rows) as lease,
         _wandb(settings, run) as loggers,
     ):
-        number = threads.use(settings.trainer.threads, run.threads())
+        number = machine.use_threads(settings.trainer.threads, run.threads())
         if _leads() and not all(run.done(stage.value) for stage in wanted):
             storage.write_json(run.threads_file, {"threads": number})
         made_of = storage.fingerprint(runs.binding(config.plain(settings)))
@@ -107,7 +95,7 @@ def _leads() -> bool:
 
 def _check_devices(settings: TrainConfig) -> None:
     options = settings.trainer
-    batching.check_devices(options.accelerator, options.devices)
+    machine.check_devices(options.accelerator, options.devices)
     if options.num_nodes > 1 and not LAUNCHED & os.environ.keys():
         raise ConfigError(
             f"trainer.num_nodes={options.num_nodes}: no launcher says which node this is, and the "

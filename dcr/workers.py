@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from dcr.core import ending, extending, passes
+from dcr.core import ending, passes
 from dcr.core.config import UserError
 from dcr.core.evaluation.subjects import Local
 from dcr.core.passes import Passes
@@ -87,7 +87,7 @@ class Workers:
             numbers.put(number)
         threads = max(1, torch.get_num_threads() // self.count)
         subject, current = copy.copy(self.subject), passes.current()
-        arguments = (os.getpid(), numbers, threads, subject, current, extending.NAMED)
+        arguments = (os.getpid(), numbers, threads, subject, current)
         return ProcessPoolExecutor(self.count, context, _begin, arguments)
 
 
@@ -97,10 +97,8 @@ def _begin(
     threads: int,
     subject: Local,
     current: Passes,
-    named: dict[str, dict[str, Any]],
 ) -> None:
-    """Prepares a new process: one GPU, its share of threads, the subject, a user's own parts."""
-    extending.NAMED.update(named)
+    """Prepares a new process: one GPU, its share of threads, the subject."""
     ending.end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches all; the first one ends us
     trainer, number = subject.settings.trainer, numbers.get()

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dcr.core import activations, models
-from dcr.core.activations import Site
+from dcr import activations
+from dcr.activations import Site
+from dcr.core import models, passes
 from dcr.core.config import ConfigError, LoraConfig
 from dcr.steering import edits as editing
 from tests.shapes import SHAPE, generated, made
@@ -22,7 +23,7 @@ MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
 
 @pytest.mark.parametrize("block", [1, 2, 3])
 def test_capture_is_the_hidden_state_of_its_number(model: Any, block: int) -> None:
-    with activations.captured(model, block) as taken:
+    with passes.captured(model, block) as taken:
         whole = model(input_ids=IDS, attention_mask=MASK, output_hidden_states=True)
     (hidden,) = taken
     if block == 3:  # before the final norm
@@ -37,7 +38,7 @@ def test_pooling_is_a_mean_over_each_rows_span_whatever_stands_outside() -> None
     hidden.requires_grad_()
     spans = [(0, 6), (5, 6), (1, 4), (2, 3)]
     means = [hidden[i, a:b].mean(0) for i, (a, b) in enumerate(spans)]
-    pooled = activations.pooled(hidden, torch.tensor(spans))
+    pooled = passes.pooled(hidden, torch.tensor(spans))
     torch.testing.assert_close(pooled, torch.stack(means))
     (gradient,) = torch.autograd.grad(pooled.sum(), hidden)
     torch.testing.assert_close(gradient[2, :, 0], torch.tensor([0, 1, 1, 1, 0, 0]) / 3)
@@ -45,7 +46,7 @@ def test_pooling_is_a_mean_over_each_rows_span_whatever_stands_outside() -> None
 
 def test_pooling_of_bf16_is_fp32() -> None:
     hidden = torch.full((1, 1000, 1), 1.0, dtype=torch.bfloat16)
-    pooled = activations.pooled(hidden, torch.tensor([[0, 1000]]))
+    pooled = passes.pooled(hidden, torch.tensor([[0, 1000]]))
     assert pooled.dtype is torch.float32
     assert pooled.item() == 1.0  # a sum in bf16 would have stopped at 256
 
@@ -169,7 +170,7 @@ LEFT_MASK = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
 def test_rows_padded_on_the_left_are_edited_as_alone(family: Any) -> None:
     edits = edits_by_row([4, 3])
     with editing.edited(family, edits):
-        assert activations.per_row(family)
+        assert passes.per_row(family)
         batch = generated(family, LEFT, LEFT_MASK)[1]
     for row, (prompt, start) in enumerate([(LEFT[:1], 4), (LEFT[1:, 2:], 1)]):
         with editing.edited(family, one_of(edits, row, start)):
@@ -219,7 +220,7 @@ def test_edits_are_undone_also_after_an_exception(family: Any) -> None:
 
     with pytest.raises(RuntimeError, match="inside"), editing.edited(family, edits):
         fail(edited=True)
-    with pytest.raises(RuntimeError, match="inside"), activations.captured(family, 2):
+    with pytest.raises(RuntimeError, match="inside"), passes.captured(family, 2):
         fail(edited=False)
     assert hooks_of(family) == before
     assert torch.equal(family(input_ids=ROW[None]).logits, plain)
@@ -246,12 +247,12 @@ def test_a_plan_sees_each_prefill_and_its_own_passes_are_plain(model: Any) -> No
         expected = generated(model, LEFT, LEFT_MASK)[1]
     plain = model(input_ids=LEFT, attention_mask=LEFT_MASK, output_hidden_states=True)
     with editing.edited(model, plan):
-        assert activations.per_row(model)
+        assert passes.per_row(model)
         found = generated(model, LEFT, LEFT_MASK)[1]
         assert len(seen) == 1  # the passes behind the cache hold no new prompt
         generated(model, LEFT[:1], LEFT_MASK[:1])  # transformers drops a mask of ones
         model(input_ids=LEFT)
-    assert not activations.per_row(model)
+    assert not passes.per_row(model)
     torch.testing.assert_close(found, expected)
     assert torch.equal(seen[0][0], LEFT)
     masks: list[Any] = [mask for _, mask in seen]
@@ -272,7 +273,7 @@ def test_edits_reach_an_adapted_model(model: Any) -> None:
     for edits in (plan, plan(ROW, None)):
         with editing.edited(adapted, edits):
             found = adapted(input_ids=ROW[None]).logits
-            assert activations.per_row(adapted) is callable(edits)
+            assert passes.per_row(adapted) is callable(edits)
         assert not torch.equal(found, plain)
     assert torch.equal(adapted(input_ids=ROW[None]).logits, plain)
 
@@ -286,7 +287,7 @@ def test_contexts_nest_but_no_plan_inside_rows(model: Any) -> None:
             assert torch.equal(model(input_ids=ROW[None]).logits, expected)
             with pytest.raises(ValueError, match="another batch"):
                 editing.edited(model, lambda _ids, _mask: []).__enter__()
-        assert not activations.per_row(model)
+        assert not passes.per_row(model)
 
 
 def test_rows_of_another_batch_are_refused(model: Any) -> None:
@@ -313,11 +314,11 @@ def test_a_block_without_the_part_is_refused_by_name() -> None:
 def test_bf16_is_edited_in_fp32_and_rounded_once(model: Any) -> None:
     low = model.to(torch.bfloat16)
     w, r = vector(1, unit=True), vector(2)
-    with activations.captured(low, 1) as taken:
+    with passes.captured(low, 1) as taken:
         low(input_ids=ROW[None])
     with (
         editing.edited(low, [editing.Edit(Site.block_output, 1, r, w, 0.3)]),
-        activations.captured(low, 1) as edited,
+        passes.captured(low, 1) as edited,
     ):
         low(input_ids=ROW[None])
     x = taken[0].double()

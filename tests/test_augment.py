@@ -18,7 +18,7 @@ import pytest
 from dcr import augment, entry, stl_aug, train
 from dcr.augment import INSTRUCTIONS
 from dcr.contamination import texts_of
-from dcr.core import cli, config, data, runs
+from dcr.core import cli, data, runs
 from dcr.core.config import (
     AugmentConfig,
     ConfigError,
@@ -29,6 +29,7 @@ from dcr.core.config import (
     SafetyPairsConfig,
     SourceConfig,
     UserError,
+    resolving,
 )
 from dcr.core.contamination import overlaps
 from dcr.core.data import Splits
@@ -220,7 +221,7 @@ def test_the_record_lists_the_rows_and_finds_them_again(folder: Folder) -> None:
 
 def test_the_embedded_corpus_has_its_answers() -> None:
     composed = cli.compose("train", ["model=tiny", "data=demo"])
-    demo = config.resolve(composed, TrainSettings).data
+    demo = resolving.resolve(composed, TrainSettings).data
     rows = split(demo)
     assert len(rows.augmented) == 40
     assert all(row.response for row in rows.augmented)

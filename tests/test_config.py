@@ -22,17 +22,19 @@ from dcr.core.config import (
     NLLSource,
     Stage,
     TrainConfig,
+    resolving,
 )
-from dcr.core.config.checks import settings_of
+from dcr.core.config.resolving import settings_of
 from dcr.core.text import label_of
 from dcr.extensions import EvalSettings, TrainSettings
+from dcr.tracking import TrackingConfig
 from tests.tiny_run import CONF, composed
 
 FILES = sorted(CONF.rglob("*.yaml"))
 
 
 def train_config(*overrides: str) -> TrainConfig:
-    return config.resolve(composed("train", *overrides), TrainSettings)
+    return resolving.resolve(composed("train", *overrides), TrainSettings)
 
 
 def block(found: TrainConfig) -> int:
@@ -55,7 +57,7 @@ def test_every_file_composes_and_resolves(path: Path) -> None:
     schema = {"train": TrainSettings, "eval": EvalSettings}[script]
     if schema is EvalSettings:
         choice.append("data=demo")
-    found = config.resolve(composed(script, *choice), schema)
+    found = resolving.resolve(composed(script, *choice), schema)
     assert isinstance(found, schema)
     if path.parent.name == "steering":
         assert isinstance(found, EvalSettings)
@@ -148,9 +150,9 @@ def test_a_copy_of_a_model_keeps_its_numbers(tmp_path: Path) -> None:
     # as eval.py does with the run's own config.yaml
     again = OmegaConf.create(config.plain(found))
     assert isinstance(again, DictConfig)
-    assert config.resolve(again, TrainSettings).model == found.model
+    assert resolving.resolve(again, TrainSettings).model == found.model
     told = ("model=llama3_8b", f"model.name={tmp_path}", "steering=surgical", "data=demo")
-    surgical = config.resolve(composed("eval", *told), EvalSettings).steering.surgical
+    surgical = resolving.resolve(composed("eval", *told), EvalSettings).steering.surgical
     assert (surgical.add, surgical.ablate) == (0.5, 0.3)
 
 
@@ -173,8 +175,8 @@ def test_what_the_user_sets_survives_another_model() -> None:
     found = train_config("model.name=other", "dcr.layer=5", "sft.lr=3e-4", "sft.lora.targets=[x]")
     assert (found.dcr.layer, found.sft.lr, found.sft.lora.targets) == (5, 3e-4, ["x"])
     node = composed("train", "model.name=other", "model.template=llama3", "model.sft_epochs=7")
-    config.leave_numbers_of_another_model(node, ["name", "template", "sft_epochs"])
-    found = config.resolve(node, TrainSettings)
+    resolving.leave_numbers_of_another_model(node, ["name", "template", "sft_epochs"])
+    found = resolving.resolve(node, TrainSettings)
     assert (found.model.template, found.sft.epochs, found.dcr.layer) == ("llama3", 7, None)
 
 
@@ -205,7 +207,7 @@ def test_a_resolved_configuration_is_plain() -> None:
     found = train_config()
     assert (found.method, found.stage) == (Method.dcr, Stage.all)
     again: Any = OmegaConf.create(yaml.safe_dump(config.plain(found)))
-    assert config.resolve(again, TrainSettings) == found
+    assert resolving.resolve(again, TrainSettings) == found
 
 
 # --- ranges: what is refused, and the nearest values that are not ---
@@ -248,7 +250,7 @@ def resolved(base: DictConfig, values: Mapping[str, object]) -> TrainConfig:
     node = copy.deepcopy(base)
     for key, value in values.items():
         OmegaConf.update(node, key, value)
-    return config.resolve(node, TrainSettings)
+    return resolving.resolve(node, TrainSettings)
 
 
 @pytest.mark.parametrize("key", RANGES)
@@ -288,3 +290,8 @@ def test_every_setting_is_read_somewhere() -> None:
     paths = {path for schema in (TrainSettings, EvalSettings) for path, _ in settings_of(schema())}
     assert len(paths) > 150
     assert {path for path in paths if path.split(".")[-1] not in names} <= set(NOT_BY_THAT_NAME)
+
+
+def test_a_node_that_the_schema_lacks_is_named() -> None:
+    with pytest.raises(LookupError, match="EvalSettings has no node of type TrackingConfig"):
+        EvalSettings().node(TrackingConfig)

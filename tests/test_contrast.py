@@ -15,7 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from dcr import contrast
 from dcr.contrast import EMPHASIS, REFUSE, adapted, contrasted
 from dcr.core import generation, models, prompts
-from dcr.core.config import ConfigError, DataError, Kind, ModelConfig, checks
+from dcr.core.config import ConfigError, DataError, Kind, ModelConfig, resolving
 from dcr.core.config.evaluation import GenConfig
 from dcr.core.generation import Completion, local
 from dcr.core.models import Policy
@@ -377,4 +377,4 @@ def test_one_way_to_decode_at_a_time() -> None:
     settings = EvalSettings(gen=GenConfig(self_cd=1.0, adacd=4.5))
     settings.steering.surgical.refusal_tokens = ["I"]  # else what it is taken from, not resolved
     with pytest.raises(ConfigError, match=r"gen.self_cd=1.0 gen.adacd=4.5: two ways to decode"):
-        checks.check(settings)
+        resolving.check(settings)

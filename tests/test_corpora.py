@@ -19,9 +19,9 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupKFold
 
 import dcr
-from dcr import balance
-from dcr.core import config, contamination, data, sources
-from dcr.core.config import Kind
+from dcr import balance, keywords
+from dcr.core import contamination, data, sources
+from dcr.core.config import Kind, resolving
 from dcr.core.sources import SOURCES, Example
 from dcr.core.text import normalise
 from dcr.extensions import TrainSettings
@@ -162,7 +162,7 @@ def test_refusals_do_not_all_open_alike() -> None:
 
 @pytest.mark.parametrize("ratio", [1, 2, 3, 5])
 def test_every_ratio_has_its_rows(ratio: float) -> None:
-    demo = config.resolve(composed("train", "model=tiny"), TrainSettings).data
+    demo = resolving.resolve(composed("train", "model=tiny"), TrainSettings).data
     rows = data.split(demo, ratio, 0, True)
     assert (len(rows.seemingly_toxic), len(rows.toxic)) == (40, 40 * ratio)
     assert len(rows.refusals) == 80

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from dcr.core import config, storage
-from dcr.core.config import DataError, Kind
+from dcr.core.config import DataError, Kind, resolving
 from dcr.extensions import TrainSettings
 from dcr.frontier import __main__ as command
 from dcr.frontier import arms
@@ -104,7 +104,7 @@ def run(place: Path, method: str, seed: int) -> None:
     """A run folder with the answers of an evaluation on `final`, calibrated to a bias of 0.25."""
     answers = given(seed if method == "stl" else seed + 10)
     words = ["model=tiny", f"method={method}", f"seed={seed}"]
-    made_with = config.plain(config.resolve(composed("train", *words), TrainSettings))
+    made_with = config.plain(resolving.resolve(composed("train", *words), TrainSettings))
     folder = place / f"{method}-{seed}"
     storage.write_text(folder / "config.yaml", yaml.safe_dump(made_with))
     evaluation = folder / "eval" / "sft-1"

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from dcr.core import batching, generation, models, prompts, storage, threads
-from dcr.core.activations import Site
+from dcr.activations import Site
+from dcr.core import batching, generation, machine, models, prompts, storage
 from dcr.core.config import DataError, Kind, LoraConfig, ModelConfig
 from dcr.core.config.evaluation import GenConfig
 from dcr.core.generation import Completion, decoding, local
@@ -490,8 +490,8 @@ def test_one_prompt_too_many_and_other_errors_are_raised(size: int, error: Excep
 def test_torchs_own_shortage_of_memory_is_known() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**52, dtype=torch.uint8)
-    assert batching.is_out_of_memory(caught.value)
-    assert not batching.is_out_of_memory(RuntimeError("size mismatch"))
+    assert machine.is_out_of_memory(caught.value)
+    assert not machine.is_out_of_memory(RuntimeError("size mismatch"))
 
 
 def test_a_prompts_memory_is_what_a_hand_counts_and_its_cache_holds(policy: Policy) -> None:
@@ -563,13 +563,13 @@ def test_a_control_groups_limit_bounds_what_is_free(tmp_path: Path) -> None:
         (folder / "memory.current").write_text(f"{used}\n")
         (folder / "memory.stat").write_text(f"anon 1\ninactive_file {files}\n")
 
-    assert threads.bytes_left(threads.control_groups(root, own)) == 2**62  # no such folders
+    assert machine.bytes_left(machine.control_groups(root, own)) == 2**62  # no such folders
     group("slice/job", "max", 10, 0)
-    assert threads.bytes_left(threads.control_groups(root, own)) == 2**62
+    assert machine.bytes_left(machine.control_groups(root, own)) == 2**62
     group("slice", "1000", 400, 50)
-    assert threads.bytes_left(threads.control_groups(root, own)) == 650
+    assert machine.bytes_left(machine.control_groups(root, own)) == 650
     group("slice/job", "500", 10, 0)
-    assert threads.bytes_left(threads.control_groups(root, own)) == 490
+    assert machine.bytes_left(machine.control_groups(root, own)) == 490
     assert 0 < local.free_bytes(torch.device("cpu")) < 2**50
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from dcr import eval as evaluation
 from dcr import export, train
 from dcr.core import cli, config, models, storage
-from dcr.core.config import ModelConfig, Precision, TrainConfig, UserError
+from dcr.core.config import ModelConfig, Precision, TrainConfig, UserError, resolving
 from dcr.core.models import saving
 from dcr.core.runs import Run
 from dcr.extensions import EvalSettings, TrainSettings
@@ -187,11 +187,11 @@ def test_a_runs_settings_are_text_and_read_no_environment(
 
 def test_a_users_escaped_reference_is_resolved_once() -> None:
     composed = cli.compose("train", ["model=tiny", r"model.system_prompt='\${oc.env:HOME}'"])
-    settings = config.resolve(composed, TrainSettings)
+    settings = resolving.resolve(composed, TrainSettings)
     assert settings.model.system_prompt == "${oc.env:HOME}"
     assert config.plain(settings)["model"]["system_prompt"] == "${oc.env:HOME}"
     renamed = ["model.name=/other", r"model.system_prompt='\${oc.env:HOME}'"]
-    settings = config.resolve(cli.compose("train", renamed), TrainSettings)
+    settings = resolving.resolve(cli.compose("train", renamed), TrainSettings)
     assert settings.model.system_prompt == "${oc.env:HOME}"
 
 

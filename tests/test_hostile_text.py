@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from dcr import balance, entry
 from dcr.core import cli, config, ending, runs, sources, storage, wandb_run
-from dcr.core.config import Kind, ModelConfig, UserError
+from dcr.core.config import Kind, ModelConfig, UserError, resolving
 from dcr.core.generation import Completion
 from dcr.core.runs import Run
 from dcr.core.text import encodable, printable, redact, single_line
@@ -278,7 +278,7 @@ def test_text_is_kept_as_it_is(text: str, tmp_path: Path) -> None:
     assert storage.read_lines(tmp_path / "store.jsonl", Completion) == [answer]
     made = ModelConfig(name="x", label=text, system_prompt=text, refusal_tokens=[text])
     stored = yaml.safe_load(runs.as_yaml({"model": config.plain(made)}))
-    assert config.model_of(stored, trust_remote_code=False) == made
+    assert resolving.model_of(stored, trust_remote_code=False) == made
     assert filled("({prompt})({response})", prompt=text, response=text) == f"({text})({text})"
 
 

@@ -163,21 +163,21 @@ def test_a_wording_that_cannot_be_used_is_named(
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(ConfigError, match=f"llm.prompt={file}: {message}") as found:
-        judges.Ours().check(["llm"], settings("http://127.0.0.1:1/v1", prompt=str(file)))
+        judges.JudgeTable().check(["llm"], settings("http://127.0.0.1:1/v1", prompt=str(file)))
     assert "\n" not in str(found.value)
 
 
 def test_checks_name_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(UserError, match=r"llm\.key=OPENAI_API_KEY"):
-        judges.Ours().check(["llm"], EvalSettings())
+        judges.JudgeTable().check(["llm"], EvalSettings())
     with pytest.raises(UserError, match=r"moderation\.key=OPENAI_API_KEY"):
-        judges.Ours().check(["moderation"], EvalSettings())
+        judges.JudgeTable().check(["moderation"], EvalSettings())
     for name in ("llama_guard", "wildguard"):
         wrong = EvalSettings()
         getattr(wrong, name).model = str(tmp_path / "nowhere")
         with pytest.raises(UserError, match=rf"{name}\.model"):
-            judges.Ours().check([name], wrong)
+            judges.JudgeTable().check([name], wrong)
 
 
 def test_every_judge_has_its_place_in_the_tables() -> None:

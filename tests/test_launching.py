@@ -19,8 +19,8 @@ from forked import killed
 from tiny_run import logged, overrides, same, settings, weights
 
 from dcr import launching, train
-from dcr.core import cli, config
-from dcr.core.config import ConfigError
+from dcr.core import cli
+from dcr.core.config import ConfigError, resolving
 from dcr.core.runs import Run
 from dcr.extensions import TrainSettings
 from dcr.launching import Command, JoblibOptions, SlurmOptions
@@ -211,7 +211,7 @@ def test_examples_of_other_schedulers_are_yaml_with_a_command_that_there_is() ->
     for words in (pod["command"], run.split()):
         told = [word for word in words if "=" in word]
         assert len(told) >= 3
-        config.resolve(cli.compose("train", told), TrainSettings)
+        resolving.resolve(cli.compose("train", told), TrainSettings)
 
 
 # --- a real Slurm ---

@@ -113,7 +113,7 @@ def test_a_look_is_counted_once_for_each_of_the_weights(rows: Path) -> None:
     assert [line["run"] for line in look("b")] == ["a", "b"]
     plan.write_text(plan.read_text() + "others: [x]\n")
     assert len(look("a")) == 3, "another plan is another look"
-    assert looks.Counted().told(settings)["plan"].startswith("plan.yaml@")
+    assert looks.Counted().recorded(settings)["plan"].startswith("plan.yaml@")
 
 
 @real

@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
 
-from dcr.core.losses import circle_floor, circle_loss, pair_statistics, token_nll
+from dcr.core import losses
+from dcr.core.losses import circle_floor, circle_loss, pair_statistics
+from dcr.fast.nll import token_nll
 
 GOLDEN_FEATURES = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0], [-1.0, 2.0]])
 GOLDEN_LABELS = torch.tensor([0, 0, 1, 1])
@@ -260,8 +262,9 @@ def nll_from_all_logits(
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("trainable", [False, True])
 @pytest.mark.parametrize("chunk", [1, 4, 256])
+@pytest.mark.parametrize("token_nll", [losses.token_nll, token_nll], ids=["plain", "fast"])
 def test_equals_all_logits(
-    shape: dict[str, float], with_bias: bool, trainable: bool, chunk: int
+    shape: dict[str, float], with_bias: bool, trainable: bool, chunk: int, token_nll: Any
 ) -> None:
     given = random_head()
     (hidden, *ours), (states, *theirs) = ([x.clone() for x in given[:3]] for _ in range(2))

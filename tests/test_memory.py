@@ -15,6 +15,8 @@ from unittest import mock
 
 import pytest
 
+from dcr.core.config import resolving
+
 LLAMA3_8B = {
     **{"model_type": "llama", "hidden_size": 512, "intermediate_size": 1792, "vocab_size": 16032},
     **{"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
@@ -97,7 +99,7 @@ def child(shape: dict[str, Any], block: int, settings: str, packed: bool) -> Non
     from tiny_run import fit
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from dcr.core import cli, config, models, passes, precision
+    from dcr.core import cli, machine, models, passes
     from dcr.core.config import Adapter, Precision, Stage
     from dcr.core.models import Policy
     from dcr.core.training.contrastive import ContrastiveModule
@@ -113,7 +115,7 @@ def child(shape: dict[str, Any], block: int, settings: str, packed: bool) -> Non
     torch.set_num_threads(1)
     torch.manual_seed(0)
     told = ["model=llama3_8b", f"dcr.layer={block}", "trainer.accelerator=cpu", *settings.split()]
-    made, _ = precision.of_training(config.resolve(cli.compose("train", told), TrainSettings))
+    made, _ = machine.of_training(resolving.resolve(cli.compose("train", told), TrainSettings))
     made.model.architecture = shape
     node, batches = made.dcr, [batch(shape["vocab_size"], packed) for _ in range(3)]
 

@@ -319,10 +319,8 @@ def test_precision_is_the_weights_dtype(tmp_path: Path) -> None:
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "a number as text": ({"hidden_size": "32"}, "hidden_size"),
     "a negative size": ({"hidden_size": -16}, "hidden_size is -16"),
-    "no block": ({"num_hidden_layers": 0}, "num_hidden_layers is 0; it must be 1 to 1000"),
-    "a million blocks": ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000"),
+    "no block": ({"num_hidden_layers": 0}, "num_hidden_layers is 0; it must be 1 or more"),
     "no head": ({"num_attention_heads": 0}, "cannot be opened|num_attention_heads"),
-    "uneven heads": ({"num_key_value_heads": 3, "num_attention_heads": 4}, "is no multiple of"),
     "an unknown type": ({"model_type": "nope"}, "nope"),
     "a list for a type": ({"model_type": [1]}, "cannot be opened"),
     "an encoder-decoder": ({"model_type": "t5"}, "cannot be opened|num_hidden"),

@@ -16,7 +16,7 @@ from dcr.core.evaluation.sets import PromptSet
 from dcr.core.generation import Completion
 from dcr.core.results.frame import frame_of
 from dcr.extensions import EvalSettings
-from dcr.judges.judging import Ours
+from dcr.judges.judging import JudgeTable
 from dcr.outcomes import Outcome, is_circular, outcome
 from tests.tiny_run import DATA, real
 
@@ -232,7 +232,7 @@ def test_as_a_judge_it_gives_the_share_of_each_outcome_among_all_answers(tmp_pat
     sets = [PromptSet("box", Kind.seemingly_toxic, [])]
     settings = EvalSettings(judge=["outcome"])
     made, of = (  # the second time from the store
-        Ours().judged("outcome", settings, sets, {"box": answers}, tmp_path) for _ in range(2)
+        JudgeTable().judged("outcome", settings, sets, {"box": answers}, tmp_path) for _ in range(2)
     )
     assert made == of
     assert [verdict.raw for verdict in of.verdicts["box"]] == [kind for kind, _, _ in asked]

@@ -1,8 +1,10 @@
 """A user's own judge, task, steering and source: a file outside the package, named by its path."""
 
+import copy
 import csv
 import hashlib
 import json
+import pickle
 import re
 import shutil
 import sys
@@ -15,8 +17,8 @@ import yaml
 
 from dcr import eval as eval_entry
 from dcr import study, wandb_scores
-from dcr.core import cli, extending, results, runs
-from dcr.core.config import UserError
+from dcr.core import cli, config, extending, results, runs
+from dcr.core.config import UserError, resolving
 from dcr.core.evaluation import metrics
 from dcr.extensions import EvalSettings
 from dcr.report import __main__ as report
@@ -91,8 +93,7 @@ ASKED = (
 
 
 def forget() -> None:
-    """As in a new process, nothing of a user's own is named or imported."""
-    extending.NAMED.clear()
+    """As in a new process, nothing of a user's own is imported."""
     extending.load.cache_clear()
     sys.modules.pop("own_lab", None)
 
@@ -255,6 +256,13 @@ def test_rows_of_another_version_of_a_source_are_refused(lab: Path) -> None:
     newer = record | {"own": {path: record["own"][path] | {"sha256": "0" * 64}}}
     with pytest.raises(UserError, match=rf"{path}: source sha256 \w+ -> source sha256 00000000"):
         runs.claim_rows(runs.Run(lab / "run"), newer, force=False)
+
+
+def test_a_path_carries_its_settings_to_other_processes_and_is_text_on_disk() -> None:
+    named = resolving.own_paths({"judge": ["lab:Tone"], "own": {"Tone": {"least": 2}}})["lab:Tone"]
+    for copied in (pickle.loads(pickle.dumps(named)), copy.deepcopy(named)):
+        assert (copied, copied.settings) == ("lab:Tone", {"least": 2})
+    assert type(config.plain({"judge": [named]})["judge"][0]) is str
 
 
 def checked(*words: str) -> None:

@@ -2,7 +2,8 @@
 
 import ast
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,11 +31,19 @@ PROMPTS = [BEGUN + end for end in ("why", "how a kite flies", "who", "when the r
 Found = TypeVar("Found")
 
 
+@contextmanager
+def using(given: Any) -> Iterator[None]:
+    """These passes in place of those of the session."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(passes, "_used", [given])
+        yield
+
+
 def both(work: Callable[[], Found]) -> tuple[Found, Found]:
     """What is found with plain passes, and with fast ones."""
-    with passes.using(Plain()):
+    with using(Plain()):
         plain = work()
-    with passes.using(Fast()):
+    with using(Fast()):
         return plain, work()
 
 
@@ -143,6 +152,6 @@ def test_nothing_but_the_table_imports_the_fast_passes() -> None:
 
 
 def test_an_entry_point_hands_in_the_fast_ones() -> None:
-    with passes.using(Plain()):
+    with using(Plain()):
         extensions.hand_in_passes()
         assert isinstance(passes.current(), Fast)

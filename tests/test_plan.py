@@ -13,8 +13,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from dcr import plan
-from dcr.core import cli, config, data, models
-from dcr.core.config import ConfigError, LoraConfig, Method, Precision, Stage, TrainConfig
+from dcr.core import cli, data, models
+from dcr.core.config import (
+    ConfigError,
+    LoraConfig,
+    Method,
+    Precision,
+    Stage,
+    TrainConfig,
+    resolving,
+)
 from dcr.extensions import TrainSettings
 from dcr.fast import packing
 from dcr.plan import cost
@@ -33,7 +41,7 @@ PAPER = "dcr.precision=mixed", "sft.precision=bf16"  # what auto is follows the 
 
 def settings(*overrides: str) -> TrainConfig:
     told = ["trainer.accelerator=cpu", "trainer.threads=1", *PAPER, *overrides]
-    return config.resolve(cli.compose("train", told), TrainSettings)
+    return resolving.resolve(cli.compose("train", told), TrainSettings)
 
 
 def stage(told: TrainConfig, which: Stage) -> plan.StagePlan:
@@ -287,7 +295,7 @@ def test_a_smaller_pass_of_sft_is_advised_where_it_alone_fits(
     monkeypatch: pytest.MonkeyPatch, no_weights: None
 ) -> None:
     free = [0.0]
-    monkeypatch.setattr(cost.threads, "free_bytes", lambda: free[0])
+    monkeypatch.setattr(cost.machine, "free_bytes", lambda: free[0])
     told = settings("model=smollm2_135m", "method=stl")
 
     def peak(tokens: int) -> float:
@@ -310,7 +318,7 @@ def test_a_smaller_pass_of_sft_is_advised_where_it_alone_fits(
 def test_ways_to_fit_are_settings_that_there_are(
     monkeypatch: pytest.MonkeyPatch, no_weights: None
 ) -> None:
-    monkeypatch.setattr("dcr.core.config.checks.check_installed", lambda *_: None)
+    monkeypatch.setattr("dcr.core.config.resolving.check_installed", lambda *_: None)
     llama = ("model=llama3_8b", "stage=contrastive", "trainer.accelerator=gpu")
     asked = settings(*llama)
     load = stage(asked, Stage.contrastive).load

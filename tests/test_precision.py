@@ -12,20 +12,20 @@ from tiny_run import changed, composed, settings
 
 from dcr import chat, train
 from dcr import eval as eval_entry
-from dcr.core import batching, precision, runs
+from dcr.core import machine, runs
 from dcr.core.config import ConfigError, Precision
 from dcr.core.models import DTYPES
 from dcr.core.runs import Run
 from dcr.extensions import EvalSettings
 from dcr.plan import cost
 
-AUTO = dict.fromkeys(precision.NATIVE, Precision.auto)
+AUTO = dict.fromkeys(machine.NATIVE, Precision.auto)
 PAPER = {"contrastive": "mixed", "sft": "bf16", "evaluation": "bf16"}
 FP32 = dict.fromkeys(PAPER, "fp32")
 
 
 def on_cpu(patch: pytest.MonkeyPatch, *flags: str) -> None:
-    patch.setattr(precision, "_flags", lambda: {"avx2", "fma", *flags})
+    patch.setattr(machine, "_flags", lambda: {"avx2", "fma", *flags})
     patch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     patch.delenv("DNNL_MAX_CPU_ISA", raising=False)
 
@@ -64,7 +64,7 @@ def test_auto_is_what_the_device_does_natively(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fake(monkeypatch)
-    settled = precision.settled(AUTO, accelerator)
+    settled = machine.settled(AUTO, accelerator)
     assert {use: each.value for use, each in settled.precisions.items()} == found
     assert why in settled.told
     assert settled.slow is None
@@ -76,9 +76,9 @@ def test_an_older_torch_is_asked_by_its_own_checks(monkeypatch: pytest.MonkeyPat
         check = lambda there=there: there  # noqa: E731
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", check, raising=False)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
-        assert precision._flags() == ({"avx512_bf16"} if there else set())
+        assert machine._flags() == ({"avx512_bf16"} if there else set())
     monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
-    assert precision._flags() == set()
+    assert machine._flags() == set()
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_a_limit_of_onednn_takes_the_unit_away(
 ) -> None:
     on_cpu(monkeypatch, "avx512_bf16")
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
-    assert precision.cpu_unit() == unit
+    assert machine.cpu_unit() == unit
 
 
 def test_a_named_value_wins_then_the_run_s_then_the_device_s(
@@ -104,9 +104,7 @@ def test_a_named_value_wins_then_the_run_s_then_the_device_s(
 ) -> None:
     on_cpu(monkeypatch)
     asked = {"contrastive": Precision.mixed, "sft": Precision.auto, "evaluation": Precision.auto}
-    settled = precision.settled(
-        asked, "cpu", {"contrastive": Precision.fp32, "sft": Precision.bf16}
-    )
+    settled = machine.settled(asked, "cpu", {"contrastive": Precision.fp32, "sft": Precision.bf16})
     assert [each.value for each in settled.precisions.values()] == ["mixed", "bf16", "fp32"]
     assert settled.told == (
         "mixed (as named); bf16 (as the run was made); fp32 (this CPU has no bf16 unit)"
@@ -114,7 +112,7 @@ def test_a_named_value_wins_then_the_run_s_then_the_device_s(
     assert settled.slow is not None
     assert "contrastive mixed, sft bf16 is emulated and slow here (this CPU has no" in settled.slow
     on_cpu(monkeypatch, "bf16")
-    assert precision.settled(asked, "cpu").slow is None
+    assert machine.settled(asked, "cpu").slow is None
 
 
 # --- runs -----------------------------------------------------------------------------------------
@@ -129,7 +127,7 @@ def test_a_run_is_made_in_what_auto_was_settled_to_and_keeps_it(
 ) -> None:
     """Stage one on a processor of one kind, SFT and evaluation on one of the other."""
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(precision, "cpu_unit", lambda: unit)
+    monkeypatch.setattr(machine, "cpu_unit", lambda: unit)
     auto, run = settings(tmp_path / "rows", "precision=auto"), Run(tmp_path / "run")
     first, second = ("mixed", "bf16") if unit else ("fp32", "fp32")
     train.train(changed(auto, "stage=contrastive"), run)
@@ -137,7 +135,7 @@ def test_a_run_is_made_in_what_auto_was_settled_to_and_keeps_it(
     assert [made_with[node]["precision"] for node in ("dcr", "sft")] == [first, second]
     assert made_with["precision"] == second
     assert f"precision: {first} (this CPU has {unit or 'no bf16 unit'})" in caplog.messages
-    monkeypatch.setattr(precision, "cpu_unit", lambda: None if unit else "AMX")
+    monkeypatch.setattr(machine, "cpu_unit", lambda: None if unit else "AMX")
     train.train(auto, run)
     assert yaml.safe_load(run.config_file.read_text()) == made_with | {"stage": "all"}
     costs = [runs.storage.read_json(run.cost_file(s), runs.Cost) for s in ("contrastive", "sft")]
@@ -159,7 +157,7 @@ def test_a_run_is_made_in_what_auto_was_settled_to_and_keeps_it(
     assert elsewhere.precision.value == second
     eval_entry.evaluate(*eval_entry.resolved(composed("eval", *words), EvalSettings))
     (folder,) = (run.folder / "eval").iterdir()
-    monkeypatch.setattr(precision, "cpu_unit", lambda: unit)
+    monkeypatch.setattr(machine, "cpu_unit", lambda: unit)
     eval_entry.evaluate(*eval_entry.resolved(composed("eval", *words), EvalSettings))
     assert list((run.folder / "eval").iterdir()) == [folder]  # the same answers on both
     measured = runs.storage.read_json(folder / "metrics.json", dict)
@@ -175,8 +173,8 @@ def test_this_machine_trains_and_answers_in_what_it_does_natively(
     caplog.set_level(logging.INFO)
     run = Run(tmp_path / "run")
     train.train(settings(tmp_path / "rows", "precision=auto"), run)
-    here = precision.device("cpu")
-    assert run.precisions() == {use: here.auto(use) for use in precision.NATIVE}
+    here = machine.device("cpu")
+    assert run.precisions() == {use: here.auto(use) for use in machine.NATIVE}
     assert sum(here.why in text for text in caplog.messages) == 1
 
 
@@ -186,7 +184,7 @@ def test_the_folder_s_name_is_the_same_on_every_machine(monkeypatch: pytest.Monk
 
     names = set()
     for unit in ("AMX", None):
-        monkeypatch.setattr(precision, "cpu_unit", lambda unit=unit: unit)
+        monkeypatch.setattr(machine, "cpu_unit", lambda unit=unit: unit)
         names.add(name("model=tiny"))
     assert len(names) == 1
     assert name("model=tiny", "precision=fp32") not in names
@@ -195,7 +193,7 @@ def test_the_folder_s_name_is_the_same_on_every_machine(monkeypatch: pytest.Monk
 def test_guards_follow_the_device_and_an_endpoint_has_no_precision(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(precision, "cpu_unit", lambda: None)
+    monkeypatch.setattr(machine, "cpu_unit", lambda: None)
     asked = EvalSettings(endpoint="http://there", precision=Precision.auto)
     asked.trainer.accelerator, asked.wildguard.precision = "cpu", Precision.bf16
     found, _ = eval_entry.settle_precision(asked, {"evaluation": Precision.bf16})
@@ -225,7 +223,7 @@ def test_evaluation_goes_where_training_goes(
 ) -> None:
     fake(monkeypatch)
     to: list[str] = []
-    batching.to_gpu(SimpleNamespace(to=to.append), accelerator)
+    machine.to_gpu(SimpleNamespace(to=to.append), accelerator)
     assert to == moved
 
 

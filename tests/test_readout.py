@@ -86,12 +86,12 @@ def test_the_last_blocks_alone_give_what_each_prompt_gives_by_itself(
     family: str, count: int, rows: list[list[int]]
 ) -> None:
     model = made(family).eval()
-    given = readout.entered(model, count, *padded(rows))
+    given = readout.half_pass(model, count, *padded(rows))
     backbone: Any = models.backbone(model)
     with torch.no_grad():
         alone = [backbone(input_ids=torch.tensor([row])).last_hidden_state[0, -1] for row in rows]
     torch.testing.assert_close(
-        readout.leaving(model, given), torch.stack(alone), rtol=1e-4, atol=1e-5
+        readout.final_states(model, given), torch.stack(alone), rtol=1e-4, atol=1e-5
     )
 
 
@@ -114,7 +114,7 @@ def test_gradients_are_those_of_the_whole_model_with_all_else_frozen(
     batch = ReadoutBatch(ids, mask, read, labels, first, opening, ("a", "b", "c"), 0)
     asked = config.ReadoutConfig(blocks=count, greedy=0.5)
     module = ReadoutModule(Policy(model, policy.tokenizer, ""), asked, openings)
-    module.entered[0] = readout.entered(model, count, ids, mask, read)
+    module.half_passes[0] = readout.half_pass(model, count, ids, mask, read)
     contrast, wording = module.contrast(batch)
     loss = contrast + readout.WORDING * wording
     assert {name for name, w in model.named_parameters() if w.requires_grad} == moving
@@ -206,7 +206,7 @@ def test_stopped_anywhere_a_run_ends_as_if_nothing_had_been(
             at_each_step(patched, lambda trainer, *_: trainer.global_step == where and stop())
         else:
             owner, name = {
-                "preparing": (readout, "entered"),
+                "preparing": (readout, "half_pass"),
                 "measuring": (ReadoutModule, "record"),
                 "saving": (models, "save_adapter"),
             }[where]
@@ -245,14 +245,14 @@ def test_only_the_batches_that_steps_take_are_prepared_and_each_once(
 ) -> None:
     few, prepared = changed(tiny, "sft.readout.steps=2", "trainer.progress=true"), []
     tokens: list[int] = []
-    original = readout.entered
+    original = readout.half_pass
 
-    def counted(model: Any, count: int, ids: Tensor, *others: Any) -> readout.Entered:
+    def counted(model: Any, count: int, ids: Tensor, *others: Any) -> readout.HalfPass:
         prepared.append(len(ids))
         tokens.append(ids.numel())
         return original(model, count, ids, *others)
 
-    monkeypatch.setattr(readout, "entered", counted)
+    monkeypatch.setattr(readout, "half_pass", counted)
     train.train(few, Run(sft))
     chat = prompts.chat_format(models.open_tokenizer(few.model), few.model)
     drawn = data.readout_rows(chat, data.rows_of(few), few.sft, few.seed)

@@ -15,7 +15,7 @@ from sklearn.metrics import cohen_kappa_score
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks import keywords as fit
-from dcr.core.activations import Site
+from dcr.activations import Site
 from dcr.core.config import ModelConfig
 from dcr.core.models import random_policy
 from dcr.core.prompts import ChatFormat

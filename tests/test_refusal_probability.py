@@ -16,9 +16,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from dcr import activations
 from dcr.analyses import probability
 from dcr.analyses.probability import trie
-from dcr.core import activations, passes, prompts, refusal
+from dcr.core import passes, prompts, refusal
 from dcr.core.config import ModelConfig
 from dcr.core.models import Policy, byte_tokenizer
 from dcr.core.refusal.phrases import continuations, ending

@@ -27,7 +27,7 @@ from tiny_run import (
 )
 
 from dcr import train
-from dcr.core import config, models, runs, storage, threads
+from dcr.core import config, machine, models, runs, storage
 from dcr.core.config import Method, SFTConfig, TrainConfig, UserError
 from dcr.core.data import PairBatch
 from dcr.core.runs import Run
@@ -241,7 +241,7 @@ def test_passes_follow_from_the_settings_however_little_memory_is_free(
     tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another number would draw other dropout masks, and weights would tell of the machine."""
-    monkeypatch.setattr(threads, "free_bytes", lambda: 0)
+    monkeypatch.setattr(machine, "free_bytes", lambda: 0)
     sft, run = replace(tiny.sft, micro_tokens=SFTConfig().micro_tokens), Run(tmp_path / "run")
     passes: list[int] = []
     kept = SFTModule.training_step

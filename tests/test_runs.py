@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from dcr.core import runs, storage
+from dcr.core import machine, runs, storage
 from dcr.core.config import ConfigError, DataError, UserError
 from dcr.core.runs import Run
 from tests.tiny_run import failing
@@ -200,4 +200,4 @@ def test_peak_memory_is_that_of_this_process(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # else it is the GPU's
     status = Path("/proc/self/status").read_text()
     peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
-    assert runs.peak_memory_gib() == pytest.approx(peak / 2**20, rel=0.05)
+    assert machine.peak_memory_gib() == pytest.approx(peak / 2**20, rel=0.05)

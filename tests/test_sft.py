@@ -23,7 +23,7 @@ from tiny_run import (
 from torch import Tensor
 
 from dcr import train
-from dcr.core import losses, models
+from dcr.core import models
 from dcr.core.config import Method, Schedule, SFTConfig, Stage, TrainConfig
 from dcr.core.data import PairBatch, SafetyData, micro_batches, pair_batch, rows_of
 from dcr.core.models import Policy
@@ -32,6 +32,7 @@ from dcr.core.runs import Run
 from dcr.core.training import callbacks
 from dcr.core.training.resuming import StepSeed, rate_factor
 from dcr.core.training.sft import SFTModule
+from dcr.fast import passes as fast_passes
 from tests.shapes import chat_of
 
 TEXTS = [
@@ -132,14 +133,14 @@ def test_logits_exist_for_labelled_tokens_alone(
 ) -> None:
     policy = adapted(policy, tiny.sft)
     given: list[Tensor] = []
-    before = losses.token_nll
+    before = fast_passes.token_nll
 
     def spy(hidden: Tensor, targets: Tensor, **readout: Any) -> Any:
         assert hidden.shape[0] == len(targets)
         given.append(targets)
         return before(hidden, targets=targets, **readout)
 
-    monkeypatch.setattr(losses, "token_nll", spy)
+    monkeypatch.setattr(fast_passes, "token_nll", spy)
     whole_head_ran: Any = failing(AssertionError("the whole head ran"))
     models.head(policy.model).register_forward_pre_hook(whole_head_ran)
     rows = pair_rows(policy)

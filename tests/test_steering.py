@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dcr.core import activations, batching
-from dcr.core.activations import Site
+from dcr.activations import Site
+from dcr.core import batching, passes
 from dcr.core.config import ConfigError, DataConfig, EvaluationSets, Kind, SourcesByKind, UserError
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
@@ -162,7 +162,7 @@ def test_a_batch_is_steered_as_each_prompt_alone(deep: Policy) -> None:
     told = settings(strength=3.0, threshold=None, anchors=2)
     found = scans.find(deep, chat, DRAWN, told)
     with editing.edited(deep.model, scans.edits(deep, chat, found, told)):
-        assert activations.per_row(deep.model)
+        assert passes.per_row(deep.model)
         tokens, logits = answered(deep, chat, texts)
         for i, text in enumerate(texts):
             alone, truth = answered(deep, chat, [text])

@@ -416,7 +416,7 @@ def test_a_base_model_that_refuses_as_much_is_told_beside_a_rung() -> None:
 def test_what_a_part_said_of_a_template_the_next_does_not_say(tmp_path: Path) -> None:
     def work() -> None:
         kept = logging.FileHandler(tmp_path / "log")
-        logging.getLogger("dcr.core.prompts.templates").addHandler(kept)
+        logging.getLogger("dcr.core.prompts").addHandler(kept)
         prompts.chat_format(models.byte_tokenizer(None), ModelConfig(name="some/bare-base"))
 
     for _ in range(2):

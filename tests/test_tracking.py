@@ -19,8 +19,9 @@ from dcr.core import data, models, prompts, runs
 from dcr.core.config import TrainConfig
 from dcr.core.runs import Run
 from dcr.core.training import callbacks
-from dcr.core.training.callbacks import RunLogger, snapshot_steps
+from dcr.core.training.callbacks import RunLogger
 from dcr.core.training.sft import SFTModule
+from dcr.tracking.curves import snapshot_steps
 
 ROOT = Path(__file__).parent.parent
 KEY = "0123456789abcdef0123456789abcdefdeadbeef"

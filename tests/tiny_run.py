@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dcr import train
-from dcr.core import cli, config, runs
-from dcr.core.config import TrainConfig
+from dcr.core import cli, runs
+from dcr.core.config import TrainConfig, resolving
 from dcr.core.data import SafetyData
 from dcr.core.runs import Run
 from dcr.core.training.resuming import StepSeed
@@ -96,7 +96,7 @@ def composed(script: str, *overrides: str, hydra: bool = False) -> DictConfig:
 
 def settings(folder: Path, *more: str) -> TrainConfig:
     """The overrides composed and resolved as `train.py` would."""
-    return config.resolve(composed("train", *overrides(folder, *more)), TrainSettings)
+    return resolving.resolve(composed("train", *overrides(folder, *more)), TrainSettings)
 
 
 def trained(folder: Path, *more: str) -> tuple[Run, TrainConfig]:

@@ -20,7 +20,8 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from dcr.core import activations, batching, grouping, models, statistics
+from dcr import activations
+from dcr.core import batching, models, statistics
 from dcr.core.batching import attention_mask, padded
 from dcr.core.config import Pooling
 from dcr.core.data import SEEMINGLY_TOXIC, TOXIC, prompt_rows
@@ -208,7 +209,7 @@ def features(
     depth = len(models.decoder_blocks(policy.model))
     width = models.unwrapped(policy.model).config.get_text_config().hidden_size
     points = torch.empty(depth, len(rows), width)
-    for places in grouping.by_tokens([row.ids for row in rows], batch_tokens):
+    for places in batching.by_tokens([row.ids for row in rows], batch_tokens):
         points[:, places] = _pooled(policy.model, [rows[place] for place in places]).cpu()
     return points
 
@@ -284,7 +285,7 @@ def analyse(
     each layer's plane coordinates of the prompts in the order of `ids` and `labels` (1: unsafe).
     Raises DataError for a prompt longer than the model's context.
     """
-    context = batching.context_length(policy.model.config)
+    context = models.context_length(policy.model.config)
     rows = [
         row
         for label, part in ((SEEMINGLY_TOXIC, safe), (TOXIC, unsafe))

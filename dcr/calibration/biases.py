@@ -19,8 +19,8 @@ from pydantic import FiniteFloat
 from typing_extensions import TypedDict
 
 from dcr.calibration import CalibrationConfig
-from dcr.core import config, generation, refusal, storage
-from dcr.core.config import ConfigError, Kind, Method
+from dcr.core import generation, refusal, storage
+from dcr.core.config import ConfigError, Kind, Method, resolving
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.evaluation import store, subjects
 from dcr.core.evaluation.protocols import Change
@@ -151,7 +151,7 @@ class Calibrated(Change):
     def check(self, settings: EvalConfig, run: Run) -> None:
         check(settings, run.config() if settings.run else {"method": "base"})
 
-    def told(self, settings: EvalConfig) -> dict[str, Any]:
+    def recorded(self, settings: EvalConfig) -> dict[str, Any]:
         return {"calibrate": label(settings)}
 
     def identity(self, subject: Local) -> dict[str, object]:
@@ -372,7 +372,7 @@ def _reference_share(settings: EvalConfig) -> float:
     run = _reference(settings)
     beside = replace(
         settings.without("steering"),
-        model=config.model_of(run.config(), settings.model.trust_remote_code),
+        model=resolving.model_of(run.config(), settings.model.trust_remote_code),
         run=str(run.folder),
     )
     toxic = [b for b in validation(settings) if b.kind is Kind.toxic]

@@ -10,8 +10,8 @@ from rich.table import Table
 
 from dcr import choice, entry
 from dcr.choice.origins import FEWEST, LIMIT
-from dcr.core import cli, config, precision, storage, threads
-from dcr.core.config import Precision, UserError
+from dcr.core import cli, machine, storage
+from dcr.core.config import Precision, UserError, resolving
 from dcr.core.statistics import Interval
 from dcr.core.text import label_of
 from dcr.extensions import TrainSettings
@@ -56,17 +56,17 @@ class Options:
 @entry.command(Options)
 def main(options: Options) -> None:
     words = [*options.settings, f"precision={options.precision}"]
-    settings = config.resolve(cli.compose("train", words, Options), TrainSettings)
+    settings = resolving.resolve(cli.compose("train", words, Options), TrainSettings)
     label = f"{settings.model.label or label_of(settings.model.name)}-{settings.data.label}"
     out = Path(options.out or f"outputs/choice/{label_of(label)}.json")
     if out.is_dir() or out.suffix != ".json":
         raise UserError(f"out={out}: name a .json file")
     stage_one = {"contrastive": settings.dcr.precision}
-    arithmetic = precision.settled(stage_one, settings.trainer.accelerator)
+    arithmetic = machine.settled(stage_one, settings.trainer.accelerator)
     arithmetic.say()
     node = replace(settings.dcr, precision=arithmetic.precisions["contrastive"])
     settings = replace(settings, dcr=node)
-    threads.use(settings.trainer.threads)
+    machine.use_threads(settings.trainer.threads)
     found = choice.choose(settings, limit=options.limit, pairs=options.pairs, tests=options.tests)
     found = replace(found, notes=[*found.notes, f"precision: {arithmetic.told}"])
     storage.write_json(out, found.record())

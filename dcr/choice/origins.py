@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from dcr.core import sources
-from dcr.core.config import ConfigError, DataConfig, DataError, Kind, source_names
+from dcr.core.config import ConfigError, DataConfig, DataError, Kind
+from dcr.core.config.resolving import source_names
 from dcr.core.evaluation import sets
 from dcr.core.sources import SOURCES, Example
 

@@ -15,7 +15,7 @@ from dcr.analyses import separability
 from dcr.balance import Balance
 from dcr.choice import origins
 from dcr.choice.origins import FEWEST, LIMIT, Material, Pair
-from dcr.core import batching, config, contamination, data, models, prompts
+from dcr.core import config, contamination, data, machine, models, prompts
 from dcr.core.config import ConfigError, Kind, TrainConfig
 from dcr.core.data import LABELS
 from dcr.core.models import Policy
@@ -150,7 +150,7 @@ def choose(
     }
     if policy is None:
         policy = models.open_policy(settings.model, settings.dcr.precision)
-        batching.to_gpu(policy.model, settings.trainer.accelerator)
+        machine.to_gpu(policy.model, settings.trainer.accelerator)
     log.info("reading %d prompts in %d blocks", sum(map(len, rows.values())), facts.depth)
     features = {side: separability.features(policy, part) for side, part in rows.items()}
     transfers = ranked(material, features, settings.seed, settings.data.near_duplicate)

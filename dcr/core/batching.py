@@ -1,9 +1,8 @@
-"""Helpers of every batch: padding, positions, the context's length, and halving without memory."""
+"""Batches of token sequences: grouped by length, padded, and halved where memory runs out."""
 
 import inspect
 import logging
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any, TypeVar
 
 import torch
@@ -11,19 +10,38 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dcr.core import precision
-from dcr.core.config import ConfigError
+from dcr.core.machine import is_out_of_memory
 
 log = logging.getLogger(__name__)
 
-OUT_OF_MEMORY = (
-    *("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED"),
-)
-UNLIMITED = 2**30
-PROCESSES_A_CORE = 4  # slow, but a way to try several; more is a slip of the finger
 
 Row = TypeVar("Row")
 Done = TypeVar("Done")
+
+
+def by_length(sequences: Sequence[Sized], longest_first: bool = False) -> list[int]:
+    """Places of sequences by length, so that little is padded; those of one length keep theirs.
+
+    Longest first, running out of memory happens at once.
+    """
+    sign = -1 if longest_first else 1
+    return sorted(range(len(sequences)), key=lambda place: sign * len(sequences[place]))
+
+
+def by_tokens(sequences: Sequence[Sized], tokens: int, even: bool = False) -> list[list[int]]:
+    """Groups of places of sequences, the longest first, of at most `tokens` padded tokens each.
+
+    A sequence longer than that is alone in its group; with `even` a group is of one length.
+    """
+    groups: list[list[int]] = []
+    for place in by_length(sequences, longest_first=True):
+        longest = len(sequences[groups[-1][0]]) if groups else 0
+        fits = groups and (len(groups[-1]) + 1) * longest <= tokens
+        if fits and not (even and len(sequences[place]) < longest):
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+    return groups
 
 
 def padded(
@@ -52,41 +70,6 @@ def placed(module: Any, places: Int[Tensor, "batch length"]) -> dict[str, Tensor
     """The positions as an argument of a module's `forward`, or nothing if it takes none."""
     takes = "position_ids" in inspect.signature(module.forward).parameters
     return {"position_ids": places} if takes else {}
-
-
-def context_length(config: Any) -> int:
-    """The number of tokens that a model can read; `UNLIMITED` if its config names none."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or UNLIMITED
-
-
-def to_gpu(model: Any, accelerator: str = "auto") -> None:
-    """Moves a model to a GPU, NVIDIA's or Apple's, if there is one and the accelerator lets it."""
-    kind = precision.kind_of(accelerator)
-    if kind == "mps" or (kind == "cuda" and torch.cuda.is_available()):
-        model.to(kind)
-
-
-def check_devices(accelerator: str, devices: int) -> None:
-    """Raises ConfigError if this machine has fewer devices than `trainer.devices`."""
-    named = f"trainer.accelerator={accelerator} trainer.devices={devices}"
-    found, cores = torch.cuda.device_count(), os.cpu_count() or 1
-    if accelerator in ("gpu", "cuda") or (accelerator == "auto" and found):
-        if found < devices:
-            raise ConfigError(
-                f"{named}: this machine has {found} GPUs; lower trainer.devices or use "
-                "trainer.accelerator=cpu"
-            )
-    elif devices > PROCESSES_A_CORE * cores:
-        raise ConfigError(f"{named}: this machine has {cores} cores; lower trainer.devices")
-    if accelerator == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError(f"{named}: this machine has none; use trainer.accelerator=cpu")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the error is a lack of memory, for which torch has no type of its own on a CPU."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def halving(

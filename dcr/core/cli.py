@@ -30,8 +30,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Column, Table
 
-from dcr.core import config, extending, runs, storage
-from dcr.core.config import ConfigError, TrainConfig, UserError
+from dcr.core import config, runs, storage
+from dcr.core.config import ConfigError, TrainConfig, UserError, resolving
 from dcr.core.ending import (
     BEGUN,
     SCHEMAS,
@@ -101,7 +101,7 @@ def _run_folder(parent: str = "", *, _root_: DictConfig) -> str:
     settings = runs.binding({str(k): v for k, v in plain.items() if k != "hydra"})
     model = _root_.model
     given = "label" in _fields_of_model(_overrides(_root_.hydra))
-    of_another = config.names_another_model(model) and not given
+    of_another = resolving.names_another_model(model) and not given
     label = label_of(str((not of_another and model.get("label")) or model.name))
     method = getattr(_root_.method, "name", _root_.method)
     name = f"{label}-{method}-{storage.fingerprint(settings)}"
@@ -109,7 +109,7 @@ def _run_folder(parent: str = "", *, _root_: DictConfig) -> str:
 
 
 def _overrides(hydra: Any) -> list[str]:
-    """What the command, or this job of a sweep, sets: as written, interpolations and all."""
+    """The overrides of the command, or of this job of a sweep, as written."""
     written = OmegaConf.to_container(hydra.overrides.task, resolve=False)
     assert isinstance(written, list)
     return [str(override) for override in written]
@@ -121,13 +121,9 @@ def _fields_of_model(overrides: Sequence[str]) -> list[str]:
     return [key.split(".")[1] for key in keys if key.startswith("model.")]
 
 
-def _own_to(composed: DictConfig, overrides: Sequence[str]) -> None:
-    """What depends on which settings the command names: the others give way, and paths of a user's
-    own parts may be imported. Changes `composed`.
-    """
-    plain: Any = OmegaConf.to_container(composed, resolve=False)
-    extending.hear(plain)
-    config.leave_numbers_of_another_model(composed, _fields_of_model(overrides))
+def _give_way(composed: DictConfig, overrides: Sequence[str]) -> None:
+    """Change what depends on which settings the command names: the others give way to them."""
+    resolving.leave_numbers_of_another_model(composed, _fields_of_model(overrides))
     given = {override.lstrip("+~").split("=")[0] for override in overrides}
     if "at_most" in composed and "at_most" not in given:
         composed.at_most = [
@@ -164,7 +160,7 @@ def job(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
         kept = Exception if _sweeps(here=True) else UserError
         try:
             with faults_in_words():
-                _own_to(composed, overrides)
+                _give_way(composed, overrides)
                 function(composed)
         except kept as caught:
             if _sweeps(here=False):
@@ -305,7 +301,7 @@ def combinations(overrides: Sequence[str]) -> list[list[str]]:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
         (found,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     except (HydraException, ValueError) as error:
-        raise ConfigError(config.one_line(error, *SCHEMAS.values())) from error
+        raise ConfigError(resolving.one_line(error, *SCHEMAS.values())) from error
     return found
 
 
@@ -322,6 +318,6 @@ def compose(script: str, overrides: Sequence[str], *own: type) -> DictConfig:
         with initialize_config_dir(version_base="1.3", config_dir=str(config.CONF)):
             composed = hydra.compose(script, list(overrides))
     except (HydraException, ValueError, AttributeError) as error:
-        raise ConfigError(config.one_line(error, SCHEMAS[script], *own)) from error
-    _own_to(composed, overrides)
+        raise ConfigError(resolving.one_line(error, SCHEMAS[script], *own)) from error
+    _give_way(composed, overrides)
     return composed

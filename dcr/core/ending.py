@@ -16,11 +16,11 @@ from typing import Any, NoReturn
 
 from omegaconf.errors import OmegaConfBaseException
 
-from dcr.core import config
-from dcr.core.config import ConfigError, TrainConfig, UserError
+from dcr.core import machine
+from dcr.core.config import ConfigError, TrainConfig, UserError, resolving
 from dcr.core.text import printable, redact, single_line
 
-# Of the scripts; who evaluates adds eval's.
+# The schemas of the scripts; `dcr.extensions` puts in its own, and that of eval.
 SCHEMAS: dict[str, type] = {"train": TrainConfig}
 # faults of the machine rather than the program, which get a line and no traceback
 DISK_FAULTS = {
@@ -164,9 +164,7 @@ def faults_in_words() -> Iterator[None]:
     except OmegaConfBaseException as error:
         raise ConfigError(setting_fault(error)) from error
     except (RuntimeError, MemoryError) as error:
-        from dcr.core import batching  # imports torch, which a process that fails so has loaded
-
-        if batching.is_out_of_memory(error):
+        if machine.is_out_of_memory(error):
             raise OutOfMemory from error
         raise
     except OSError as error:
@@ -180,7 +178,7 @@ def faults_in_words() -> Iterator[None]:
 def setting_fault(error: Exception) -> str:
     """A line on a setting's fault, which may show only in the run folder's name."""
     schema = SCHEMAS.get(Path(sys.argv[0]).stem)
-    line = config.one_line(error, *([schema] if schema else SCHEMAS.values()))
+    line = resolving.one_line(error, *([schema] if schema else SCHEMAS.values()))
     named = [word for word in sys.argv[1:] if "${" in word]
     if not line.startswith("hydra.") or not named:
         return line

@@ -2,7 +2,8 @@
 
 A part is a dataclass below one of our bases in a file outside the package: `protocols.Judge`,
 `Task` and `Change`, `sources.Rows`, the report's `Figure` and `Table`. Its fields are its settings,
-`own.<Name>.<field>=value`. Only what the user's own command or YAML names is imported: see `hear`.
+`own.<Name>.<field>=value`. Only what the user's own command or YAML names is imported: its path is
+a `config.OwnPath`, which carries the settings of its class.
 """
 
 import dataclasses
@@ -12,14 +13,14 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from dcr.core.config import ConfigError, DataError, class_of, is_path, nearest
-from dcr.core.text import single_line
+from dcr.core.config import ConfigError, DataError, OwnPath
+from dcr.core.text import nearest, single_line
 
 Part = TypeVar("Part")
 CURES = {  # by the beginning of pydantic's name for a wrong type
@@ -30,7 +31,6 @@ CURES = {  # by the beginning of pydantic's name for a wrong type
     "list": "give a list, as in key=[a,b]",
     "dict": "give pairs, as in key={a:1}",
 }
-NAMED: dict[str, dict[str, Any]] = {}  # paths that this process's user has named: their settings
 
 
 def ours(path: str) -> Any:
@@ -41,43 +41,18 @@ def ours(path: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def hear(composed: Mapping[str, Any]) -> None:
-    """Note the paths that composed settings name, before a run's own `config.yaml` joins them.
-
-    `composed` are plain values. Raises ConfigError for settings of a class that nothing names.
-    """
-    named = {text: class_of(text) for text in _texts(composed) if is_path(text)}
-    given = composed.get("own") or {}
-    for name, settings in given.items():
-        if name not in named.values():
-            near = nearest(name, list(named.values()))
-            hint = f"did you mean own.{near[0]}?" if near else "name it as package.module:Class"
-            raise ConfigError(f"own.{name}: no setting names a class of this name; {hint}")
-        if not isinstance(settings, Mapping):
-            raise ConfigError(f"own.{name}={settings}: set its fields, as own.{name}.<field>=value")
-    NAMED.update({path: dict(given.get(name, {})) for path, name in named.items()})
-
-
-def _texts(node: Any) -> Iterator[str]:
-    if isinstance(node, str):
-        yield node
-    elif isinstance(node, (Mapping, list)):
-        for each in node.values() if isinstance(node, Mapping) else node:
-            yield from _texts(each)
-
-
 def made(path: str, base: type[Part], key: str = "") -> Part:
     """An instance of the part that the user has named by this path, with its settings.
 
     `key` is the setting that names it. Raises ConfigError for each mistake in one line, and
     DataError for a path that only a run's `config.yaml` names, which imports nothing.
     """
-    if path not in NAMED:
+    if not isinstance(path, OwnPath):
         raise DataError(
             f"{path}: this command does not name it, and a run's config.yaml imports nothing; "
             f"where you trust it, write it out, such as data.toxic.source={path}"
         )
-    return with_settings(load(path, base, key), NAMED[path])
+    return with_settings(load(path, base, key), path.settings)
 
 
 @functools.cache  # what is hashed is what was imported, though the file may change meanwhile
@@ -140,7 +115,7 @@ def with_settings(own: type[Part], given: Mapping[str, Any]) -> Part:
 
 
 def origin(part: Any) -> dict[str, Any]:
-    """What tells a part from others, and from other versions of itself: for fingerprints."""
+    """Path, source hash and settings of a part: they tell its versions apart in fingerprints."""
     own = type(part)
     return {
         "path": f"{own.__module__}:{own.__qualname__}",

@@ -1,4 +1,4 @@
-"""The two losses of stage one: Circle loss over prompt features and chunked next-token NLL."""
+"""The two losses of stage one: Circle loss over prompt features and next-token NLL."""
 
 import math
 from collections.abc import Callable
@@ -109,119 +109,32 @@ def token_nll(
 
     Logits are softcap * tanh(logit_scale * (hidden @ head_weight.T + bias) / softcap), multiplied
     in the head's dtype (autocast's, if on) and normalised in at least fp32. At most `chunk` rows
-    of them exist at a time. With a frozen head the forward pass computes the gradient, with two
-    head products in all and no stored logits; a trainable head recomputes each chunk's logits.
+    of them exist at a time; the backward pass computes them again.
 
     Pass labelled positions only: every target must be a valid row of the head. Checking that would
     wait for the device.
     """
-    trainable = head_weight.requires_grad or (bias is not None and bias.requires_grad)
-    dtype = _product_dtype(head_weight)
-    # cast once, since autocast would cast the head for every chunk
-    head = _Head(
-        head_weight.to(dtype), None if bias is None else bias.to(dtype), softcap, logit_scale
-    )
-    with torch.autocast(hidden.device.type, enabled=False):
-        if not torch.is_grad_enabled() or not (trainable or hidden.requires_grad):
-            per_token, _ = _nll_and_gradient(hidden, head, targets, chunk, with_gradient=False)
-            return per_token.sum(), per_token
-        if trainable:
-            per_token = _recomputed_nll(hidden, head, targets, chunk)
-            return per_token.sum(), per_token.detach()
-        return _FrozenHeadNLL.apply(hidden, head, targets, chunk)
 
-
-@dataclass(frozen=True)
-class _Head:
-    weight: Tensor
-    bias: Tensor | None
-    softcap: float | None
-    scale: float
-
-
-class _FrozenHeadNLL(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, head: _Head, targets: Tensor, chunk: int
-    ) -> tuple[Tensor, Tensor]:
-        per_token, gradient = _nll_and_gradient(hidden, head, targets, chunk, with_gradient=True)
-        ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(per_token)
-        return per_token.sum(), per_token
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator's stub
-        ctx: Any, *outputs: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * outputs[0], None, None, None
-
-
-def _nll_and_gradient(
-    hidden: Tensor, head: _Head, targets: Tensor, chunk: int, *, with_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The NLL per token and, if asked, d(sum)/d(hidden) = (softmax - onehot) @ W; no autograd."""
-    rows = min(chunk, len(hidden))
-    # fresh logits for every chunk would cost more in page faults on a CPU than the softmax does
-    product = head.weight.new_empty(rows, len(head.weight))
-    wide_dtype = torch.promote_types(product.dtype, torch.float32)
-    wide = product if product.dtype == wide_dtype else torch.empty_like(product, dtype=wide_dtype)
-    per_token = wide.new_empty(len(hidden))
-    gradient = torch.empty_like(hidden) if with_gradient else None
-    for start in range(0, len(hidden), chunk):
-        part = slice(start, start + chunk)
-        inputs, target = hidden[part].to(product.dtype), targets[part].long()[:, None]
-        logits, raw = wide[: len(inputs)], product[: len(inputs)]
-        torch.mm(inputs, head.weight.t(), out=raw)
-        if head.bias is not None:
-            raw.add_(head.bias)
-        if logits is not raw:
-            logits.copy_(raw)
-        slope = _scale_and_cap_(logits, head, with_slope=with_gradient)
-        logits.sub_(logits.amax(1, keepdim=True))
-        target_logit = logits.gather(1, target)
-        normaliser = logits.exp_().sum(1, keepdim=True)
-        nll = normaliser.log() - target_logit
-        per_token[part] = nll[:, 0]
-        if gradient is not None:
-            residual = logits.div_(normaliser).scatter_(1, target, torch.expm1(-nll))
-            if slope is not None:
-                residual.mul_(slope)
-            raw.copy_(residual)  # back to the head's dtype; free if both are one buffer
-            gradient[part] = (raw @ head.weight).mul_(head.scale)
-    return per_token, gradient
-
-
-def _scale_and_cap_(logits: Tensor, head: _Head, *, with_slope: bool) -> Tensor | None:
-    """Scales and caps in place; returns the slope of the cap at each logit, if asked and capped."""
-    if head.scale != 1:
-        logits.mul_(head.scale)
-    if head.softcap is None:
-        return None
-    logits.div_(head.softcap).tanh_()
-    slope = logits.square().neg_().add_(1) if with_slope else None
-    logits.mul_(head.softcap)
-    return slope
-
-
-def _recomputed_nll(hidden: Tensor, head: _Head, targets: Tensor, chunk: int) -> Tensor:
     def nll(inputs: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
         logits = F.linear(inputs.to(weight.dtype), weight, bias)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * head.scale
-        if head.softcap is not None:
-            logits = head.softcap * torch.tanh(logits / head.softcap)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * logit_scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
         return F.cross_entropy(logits, target.long(), reduction="none")
 
+    # cast once, since autocast would cast the head for every chunk
+    dtype = product_dtype(head_weight)
+    weight, bias = head_weight.to(dtype), None if bias is None else bias.to(dtype)
     parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
     # nothing here draws random numbers, so there is no generator state to restore
     recompute = partial(checkpoint, nll, use_reentrant=False, preserve_rng_state=False)
-    return torch.cat(
-        [recompute(inputs, head.weight, head.bias, target) for inputs, target in parts]
-    )
+    with torch.autocast(hidden.device.type, enabled=False):
+        per_token = torch.cat([recompute(inputs, weight, bias, target) for inputs, target in parts])
+    return per_token.sum(), per_token.detach()
 
 
-def _product_dtype(weight: Tensor) -> torch.dtype:
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """The type in which a product with this weight is computed: autocast's, if on, or its own."""
     kind = weight.device.type
     # autocast does not cast float64
     if weight.dtype != torch.float64 and torch.is_autocast_enabled(kind):

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from dcr.core import activations, batching, grouping, losses, models
+from dcr.core import batching, losses, models
 from dcr.core.batching import attention_mask, padded
 from dcr.core.config import ConfigError, TrainConfig
 from dcr.core.models import unwrapped
@@ -137,9 +137,11 @@ class Plain:
     def nll(
         self, model: Any, ids: Tensor, mask: Tensor, targets: Tensor, block: int | None = None
     ) -> Labelled:
-        with activations.captured(model, block) if block else nullcontext([None]) as captured:
+        with captured(model, block) if block else nullcontext([None]) as outputs:
             hidden = self.states(models.backbone(model), ids, mask)
-        return Labelled(*labelled(model, hidden, targets), captured[0])
+        counted = targets != IGNORED
+        nll = losses.token_nll(hidden[counted], targets=targets[counted], **models.readout(model))
+        return Labelled(*nll, outputs[0])
 
     def halved(
         self, model: Any, count: int, ids: Tensor, mask: Tensor
@@ -155,7 +157,7 @@ class Plain:
         pass
 
     def batches(self, model: Any, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
-        return grouping.by_tokens(prompts, tokens, even=recurrent(model))
+        return batching.by_tokens(prompts, tokens, even=recurrent(model))
 
     def read(
         self, model: Any, prompts: Sequence[Sequence[int]], keep: bool = True, cache: Any = None
@@ -189,26 +191,49 @@ def use(passes: Passes) -> None:
     _used[0] = passes
 
 
+# --- hidden states -------------------------------------------------------------------------------
+
+
 @contextmanager
-def using(passes: Passes) -> Iterator[None]:
-    """Sets the passes of this process while open."""
-    before = current()
-    use(passes)
+def captured(model: Any, block: int) -> Iterator[list[Tensor]]:
+    """Gives a list to which every forward pass appends the output of `block` (from 1) while open.
+
+    The outputs, [batch, length, width], stay in the autograd graph. They are before the final norm,
+    also behind the last block. The hook goes at the end, also after an exception.
+    """
+    outputs: list[Tensor] = []
+
+    def take(_module: Any, _inputs: Any, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = models.decoder_blocks(model)[block - 1].register_forward_hook(take)
     try:
-        yield
+        yield outputs
     finally:
-        use(before)
+        handle.remove()
+
+
+def pooled(
+    hidden: Float[Tensor, "batch length width"], spans: Int[Tensor, "batch 2"]
+) -> Float[Tensor, "batch width"]:
+    """Mean over the positions `spans[i, 0]` up to but without `spans[i, 1]`, in fp32."""
+    places = torch.arange(hidden.shape[1], device=hidden.device)
+    inside: Bool[Tensor, "batch length"] = (places >= spans[:, :1]) & (places < spans[:, 1:])
+    # where, not multiplication: a padded position may hold NaN and 0 * NaN is NaN
+    kept = torch.where(inside[:, :, None], hidden.float(), 0.0)
+    return kept.sum(1) / inside.sum(1, keepdim=True)
+
+
+def per_row(model: Any) -> bool:
+    """Whether an open edit depends on the row or on what is its prompt.
+
+    Rows must then stay in their batch and place, and a prompt be read in one pass.
+    """
+    hooks = models.backbone(model)._forward_pre_hooks.values()
+    return any(getattr(session, "per_row", False) for session in hooks)
 
 
 # --- parts of a pass, for implementations of `Passes` ---------------------------------------------
-
-
-def labelled(
-    model: Any, hidden: Float[Tensor, "batch length width"], targets: Int[Tensor, "batch length"]
-) -> tuple[Float[Tensor, ""], Float[Tensor, "tokens"]]:
-    """The NLL at final-normed states with a target: the sum, and each without gradient."""
-    counted = targets != IGNORED
-    return losses.token_nll(hidden[counted], targets=targets[counted], **models.readout(model))
 
 
 Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]

@@ -3,6 +3,7 @@
 config.yaml              the resolved configuration
 rows.json                ids and fingerprint of every row used, and counts of dropped ones
 layer.json               the block that dcr.layer=auto chose
+threads.json             the number of threads of the last training
 base.json                fingerprints of the weights each stage started from
 metrics.csv              every logged value: stage, step (the first is 0), epoch, key, value
 readout.json             the changes by the readout, if there is one
@@ -21,7 +22,6 @@ import csv
 import io
 import logging
 import math
-import resource
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,19 +32,13 @@ import yaml
 from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
-from dcr.core import config, precision, storage
+from dcr.core import config, machine, storage
 from dcr.core.config import STAGES, ConfigError, DataError, Precision
 
 log = logging.getLogger(__name__)
 
 # keys that may differ between two commands that continue one run
 FREE_KEYS = ("stage", "plan", "force", "run", "at_most", "trainer", "wandb")
-# options that change nothing with these values, and that earlier runs do not have
-IDLE = {
-    "sft": {
-        "readout": {"steps": 0},
-    }
-}
 # prefixes of differences of settings, rows and weights that a finished stage does not depend on
 OF_READOUT = ("sft.readout", "readout")
 OF_LATER = {"contrastive": ("sft.", "sft: ", "safety", *OF_READOUT), "sft": OF_READOUT}
@@ -137,12 +131,14 @@ class Cost:
         return max(self.steps, len(steps)) / self.steps
 
 
-class Layer(TypedDict):
-    block: int
+class Place:
+    """A file or folder of a run by its name, see above."""
 
+    def __init__(self, name: str) -> None:
+        self.name = name
 
-class Threads(TypedDict):
-    threads: int
+    def __get__(self, run: Any, _: type) -> Path:
+        return run.folder / self.name
 
 
 @dataclass(frozen=True)
@@ -151,53 +147,14 @@ class Run:
 
     folder: Path
 
-    @property
-    def config_file(self) -> Path:
-        return self.folder / "config.yaml"
-
-    @property
-    def rows_file(self) -> Path:
-        return self.folder / "rows.json"
-
-    @property
-    def base_file(self) -> Path:
-        return self.folder / "base.json"
-
-    @property
-    def layer_file(self) -> Path:
-        """The block that `dcr.layer=auto` chose."""
-        return self.folder / "layer.json"
-
-    @property
-    def threads_file(self) -> Path:
-        """The number of threads of the run's last training."""
-        return self.folder / "threads.json"
-
-    @property
-    def readout_file(self) -> Path:
-        """The changes by `dcr.core.training.readout`."""
-        return self.folder / "readout.json"
+    config_file, rows_file, base_file = Place("config.yaml"), Place("rows.json"), Place("base.json")
+    layer_file, threads_file = Place("layer.json"), Place("threads.json")
+    metrics_file, readout_file = Place("metrics.csv"), Place("readout.json")
+    adopted_file, evaluated_file = Place("adopted.json"), Place("evaluated.json")
+    snapshots = Place("snapshots")
 
     def cost_file(self, stage: str) -> Path:
         return self.folder / f"{stage}.cost.json"
-
-    @property
-    def adopted_file(self) -> Path:
-        """The runs whose stages it took over, see `dcr.study`."""
-        return self.folder / "adopted.json"
-
-    @property
-    def evaluated_file(self) -> Path:
-        """The seconds of each evaluation by `dcr.study`, by fingerprint."""
-        return self.folder / "evaluated.json"
-
-    @property
-    def metrics_file(self) -> Path:
-        return self.folder / "metrics.csv"
-
-    @property
-    def snapshots(self) -> Path:
-        return self.folder / "snapshots"
 
     def tracked(self, stage: str) -> Path:
         """The folder of a stage's tracking, with a folder a step: `step-000020`."""
@@ -240,15 +197,19 @@ class Run:
 
     def block(self) -> int | None:
         """The block that `dcr.layer=auto` chose for stage one; None if it has not."""
-        if not self.layer_file.exists():
-            return None
-        return storage.read_json(self.layer_file, Layer, RESTORE)["block"]
+        return self._number(self.layer_file, "block")
 
     def threads(self) -> int | None:
         """The number of threads of the run's last training; None before it."""
-        if not self.threads_file.exists():
+        return self._number(self.threads_file, "threads")
+
+    def _number(self, file: Path, key: str) -> int | None:
+        if not file.exists():
             return None
-        return storage.read_json(self.threads_file, Threads, RESTORE)["threads"]
+        found = storage.read_json(file, dict[str, int], RESTORE)
+        if key not in found:
+            raise DataError(f"{file}: {key}: missing; {RESTORE}")
+        return found[key]
 
     def precisions(self) -> dict[str, Precision]:
         """The precisions of stages and evaluation, after `precision=auto` was settled."""
@@ -257,18 +218,9 @@ class Run:
         named = {use: (made_with.get(node) or {}).get("precision") for use, node in nodes.items()}
         known = {use: Precision(name) for use, name in named.items() if name not in (None, "auto")}
         if "sft" in known:
-            return known | {"evaluation": precision.evaluated_in(known["sft"])}
+            return known | {"evaluation": machine.evaluated_in(known["sft"])}
         own = made_with.get("precision", "auto")  # of a model that was only evaluated
         return known | ({} if own == "auto" else {"evaluation": Precision(own)})
-
-
-def peak_memory_gib() -> float:
-    """The most memory that this process has held, on the GPU if there is one, else in RAM."""
-    import torch  # not at the top: a user's error in a run folder does not wait for it
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def stages(made_with: Mapping[str, Any], weights: str) -> list[str]:
@@ -294,19 +246,12 @@ def binding(made_with: Mapping[str, Any]) -> dict[str, Any]:
     decisive = {key: value for key, value in made_with.items() if key not in FREE_KEYS}
     if not decisive.get("own"):
         decisive.pop("own", None)
-    for node, options in IDLE.items():
-        inside = decisive.get(node) or {}
-        idle = {name for name, off in options.items() if name in inside and _is(inside[name], off)}
-        decisive[node] = {name: value for name, value in inside.items() if name not in idle}
+    sft = dict(decisive.get("sft") or {})
+    if not (sft.get("readout") or {}).get("steps"):
+        sft.pop("readout", None)
+    decisive["sft"] = sft
     # each command sets it for itself
     return decisive | {"model": {**(decisive.get("model") or {}), "trust_remote_code": False}}
-
-
-def _is(value: Any, off: Any) -> bool:
-    """Whether an option, or every option of a group, has this value or is absent."""
-    if isinstance(off, Mapping):
-        return all(value.get(key, each) == each for key, each in off.items())
-    return value == off
 
 
 def claim(run: Run, made_with: Mapping[str, Any], force: bool) -> None:

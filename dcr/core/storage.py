@@ -66,18 +66,15 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 # --- writing ------------------------------------------------------------------------------------
 
 
-def cannot_write(path: Path, error: Exception) -> UserError:
-    """The error of a full disk or a read-only folder."""
-    reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:160]
-    return UserError(f"{path}: cannot be written ({reason}); free space or name another folder")
-
-
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise cannot_write(path, error) from error
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{path}: cannot be written ({reason}); free space or name another folder"
+        ) from error
 
 
 @contextmanager

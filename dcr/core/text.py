@@ -8,12 +8,16 @@ lone surrogates), `redact` (no secrets) or `single_line` (all of it in one line)
 import os
 import re
 import unicodedata
+from collections.abc import Sequence
+from difflib import SequenceMatcher
 from pathlib import PurePath
 
 CHATML = (  # for tokenizers without a chat template
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+LIKENESS = 0.6  # below it, the nearest name is no help
+NEAREST = 3  # names to offer when they are equally near
 DROPPED_CATEGORIES = "PC"  # punctuation; control, format and the like
 # the rule of `normalise` as a table for ASCII, three times as fast
 ASCII_DROPPED = {
@@ -119,3 +123,14 @@ def single_line(text: object, *secrets: str, longest: int | None = None) -> str:
         return line if len(line) <= longest else f"{line[:longest]}…"
     half = LONGEST_LINE // 2
     return line if len(line) <= LONGEST_LINE else f"{line[:half]} … {line[-half:]}"
+
+
+def nearest(key: str, known: Sequence[str]) -> list[str]:
+    """The names most like a misspelt one; a right name in the wrong place counts as near."""
+    leaf = key.split(".")[-1]
+    scores: dict[str, float] = {}
+    for name in known:
+        whole = SequenceMatcher(None, key, name).ratio()
+        scores[name] = max(whole, 0.9 * SequenceMatcher(None, leaf, name.split(".")[-1]).ratio())
+    best = max(scores.values(), default=0.0)
+    return sorted(k for k, v in scores.items() if v == best >= LIKENESS)[:NEAREST]

@@ -21,9 +21,9 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
 from dcr import entry, extensions, plan, report, study
-from dcr.core import config, ending, progress, storage, threads
+from dcr.core import config, ending, machine, progress, storage
 from dcr.core.config import EMBEDDED_MODEL, TrainConfig
-from dcr.core.precision import of_training
+from dcr.core.machine import of_training
 from dcr.core.runs import Run
 from dcr.plan import cost
 
@@ -177,7 +177,7 @@ def _open() -> None:
 
 def _speed(settings: TrainConfig, waiting: Sequence[Part]) -> tuple[float, int]:
     """Operations a second of a product, and threads; prints the time that all parts will take."""
-    number, _ = threads.chosen(settings.trainer.threads)
+    number, _ = machine.chosen_threads(settings.trainer.threads)
     settings, _ = of_training(settings)
     precision = settings.sft.precision
     rate = cost.timed_product(cost.device_type(settings), precision, WIDTH, number)

@@ -14,7 +14,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dcr.core import precision
+from dcr.core import machine
 from dcr.core.models.structure import evaluating
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -251,7 +251,7 @@ def prepacked(model: nn.Module) -> Iterator[None]:
     changes if the copies would take more than `COPIES` bytes.
     """
     layers = model.modules() if torch.backends.mkldnn.is_available() else ()
-    kinds = {torch.float32, *([torch.bfloat16] if precision.cpu_unit() else [])}
+    kinds = {torch.float32, *([torch.bfloat16] if machine.cpu_unit() else [])}
     changed: list[Any] = [layer for layer in layers if _is_packable(layer, kinds)]
     if sum(layer.weight.nbytes for layer in changed) > COPIES:
         changed = []

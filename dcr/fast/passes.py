@@ -10,13 +10,14 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from dcr.core import activations, batching, grouping, models, passes
+from dcr.core import batching, models, passes
 from dcr.core.batching import attention_mask, padded
 from dcr.core.config import TrainConfig
 from dcr.core.models import unwrapped
 from dcr.core.passes import Labelled, Prefilled
 from dcr.core.prompts import IGNORED
 from dcr.fast import cache, frozen, fusing, packing
+from dcr.fast.nll import token_nll
 from dcr.fast.packing import Layout, Packing
 
 BY_LENGTH = {"dynamic", "longrope"}  # rotations that depend on the length of a pass
@@ -38,7 +39,7 @@ class Fast:
     ) -> Labelled:
         backbone = models.backbone(model)
         layout = laid_out(backbone, ids, mask)
-        with activations.captured(model, block) if block else nullcontext() as captured:
+        with passes.captured(model, block) if block else nullcontext() as captured:
             hidden = layout.padded(packing.run(backbone, layout))
         states = layout.padded(captured[0]) if captured else None
         return Labelled(*nll_with_prefix(model, hidden, targets, layout.prefix), states)
@@ -66,7 +67,7 @@ class Fast:
     def batches(self, model: Any, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
         prefix = shared_prefix(model, prompts)
         rests = [ids[prefix:] for ids in prompts]
-        return grouping.by_tokens(rests, tokens, even=passes.recurrent(model))
+        return batching.by_tokens(rests, tokens, even=passes.recurrent(model))
 
     def read(
         self, model: Any, prompts: Sequence[Sequence[int]], keep: bool = True, cache: Any = None
@@ -95,21 +96,27 @@ def laid_out(
 def nll_with_prefix(
     model: Any, hidden: Tensor, targets: Int[Tensor, "batch length"], prefix: int
 ) -> tuple[Tensor, Tensor]:
-    """The result of `passes.labelled` for rows whose first `prefix` states are the same.
+    """The NLL of the tokens with a target in rows whose first `prefix` states are the same.
 
-    The NLL of common targets is computed for the first row and multiplied by the rows.
+    It is the sum and each, as in `passes.Labelled`. That of common targets is computed for the
+    first row and multiplied by the rows.
     """
     rows = len(targets)
     alike = int((targets[:, :prefix] == targets[:1, :prefix]).all(0).long().cumprod(0).sum())
-    total, each = passes.labelled(model, hidden[:, alike:], targets[:, alike:])
+    total, each = _labelled(model, hidden[:, alike:], targets[:, alike:])
     counted = targets != IGNORED
     if not counted[0, :alike].any():
         return total, each
-    row_total, row_each = passes.labelled(model, hidden[:1, :alike], targets[:1, :alike])
+    row_total, row_each = _labelled(model, hidden[:1, :alike], targets[:1, :alike])
     placed = each.new_zeros(targets.shape)
     placed[:, :alike][counted[:, :alike]] = row_each.repeat(rows)
     placed[:, alike:][counted[:, alike:]] = each
     return total + rows * row_total, placed[counted]
+
+
+def _labelled(model: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    counted = targets != IGNORED
+    return token_nll(hidden[counted], targets=targets[counted], **models.readout(model))
 
 
 # --- prompts --------------------------------------------------------------------------------------
@@ -130,10 +137,10 @@ def shared_prefix(model: Any, prompts: Sequence[Sequence[int]]) -> int:
     rotated = getattr(passes.text_config(model), "rope_parameters", None) or {}
     unshared = (
         alike < WORTHWHILE
-        or passes.obstacle(model, batching.UNLIMITED) is not None
+        or passes.obstacle(model, models.UNLIMITED) is not None
         or cache.roomy_cache(model) is None
         or rotated.get("rope_type") in BY_LENGTH
-        or activations.per_row(model)
+        or passes.per_row(model)
     )
     return 0 if unshared else alike
 

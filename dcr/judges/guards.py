@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoTokenizer, LogitsProcessor, PreTrainedTokenizerBase
 
-from dcr.core import batching, models
+from dcr.core import batching, machine, models
 from dcr.core.config import ConfigError, DataError
 from dcr.core.evaluation.verdicts import Verdict, Verdicts, answer_fingerprint
 from dcr.core.generation import Completion, greedy
@@ -240,7 +240,7 @@ def opened(settings: GuardConfig, node: str, accelerator: str) -> Guard:
         quantised=True,
         revision=settings.revision,
     )
-    batching.to_gpu(model, accelerator)
+    machine.to_gpu(model, accelerator)
     named = model.generation_config.eos_token_id
     ends = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
     stop = tuple(dict.fromkeys(int(token) for token in ends if token is not None))
@@ -277,7 +277,7 @@ def judged_in_batches(
     tokenizer = guard.policy.tokenizer
     waiting = [(a, tokenizer.encode(asked(a), add_special_tokens=False)) for a in answers]
     waiting.sort(key=lambda pair: (-len(pair[1]), pair[0].id))
-    context = batching.context_length(guard.policy.model.config)
+    context = models.context_length(guard.policy.model.config)
     if (longest := len(waiting[0][1])) + NEW_TOKENS[node] > context:
         raise DataError(
             f"{waiting[0][0].id}: its {longest} tokens and {NEW_TOKENS[node]} new ones "

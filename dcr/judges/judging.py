@@ -150,7 +150,7 @@ def _by_own(name: str, judge: Judge, answers: Sequence[Completion]) -> Verdicts:
         ]
 
 
-class Ours(Judges):
+class JudgeTable(Judges):
     """The judges of `JUDGES`, and a user's own."""
 
     def check(self, names: Sequence[str], settings: EvalConfig) -> None:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from dcr import entry
 from dcr.balance import Balance
-from dcr.core import data, precision
+from dcr.core import data, machine
 from dcr.core.config import Method, Precision, Stage, TrainConfig, stages_of
 from dcr.core.data import Splits
 from dcr.core.runs import Run
@@ -73,11 +73,11 @@ def describe(settings: TrainConfig) -> str:
     chain = stages_of(settings)
     # the readout is counted behind SFT
     stages = [stage for stage in chain if stage is not Stage.readout] or [Stage.sft]
-    on_gpu, _ = precision.of_training(
+    on_gpu, _ = machine.of_training(
         replace(settings, trainer=replace(settings.trainer, accelerator="gpu"))
     )
     recorded = Run(Path(settings.run)).precisions() if settings.run else {}
-    settings, arithmetic = precision.of_training(settings, recorded)
+    settings, arithmetic = machine.of_training(settings, recorded)
     notes = [f"precision: {arithmetic.told}", *([arithmetic.slow] if arithmetic.slow else [])]
     shapes = {stage: stage_shape(settings, stage) for stage in stages}
     if Stage.sft in chain:

@@ -4,7 +4,8 @@ import sys
 from dataclasses import dataclass
 
 from dcr import entry, plan
-from dcr.core import cli, config
+from dcr.core import cli
+from dcr.core.config import resolving
 from dcr.extensions import TrainSettings
 
 
@@ -24,7 +25,7 @@ class Options:
 @entry.command(Options)
 def main(options: Options) -> None:
     composed = cli.compose("train", options.settings, Options)
-    print(plan.describe(config.resolve(composed, TrainSettings)))
+    print(plan.describe(resolving.resolve(composed, TrainSettings)))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dcr import extensions
-from dcr.core import threads
+from dcr.core import machine
 from dcr.core.config import (
     FSDP,
     Adapter,
@@ -47,7 +47,7 @@ from dcr.core.config import (
     TrainConfig,
     block_of,
 )
-from dcr.core.precision import kind_of
+from dcr.core.machine import kind_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -274,7 +274,7 @@ def smaller_passes(settings: TrainConfig, shape: Shape) -> list[str]:
         return []
     if gpu and not torch.cuda.is_available():
         return []
-    free = torch.cuda.mem_get_info()[0] if gpu else threads.free_bytes()
+    free = torch.cuda.mem_get_info()[0] if gpu else machine.free_bytes()
 
     def peak(number: int) -> float:
         largest = max(number, settings.sft.max_len)
@@ -413,7 +413,7 @@ def throughput(settings: TrainConfig, precision: Precision, width: int) -> Throu
 @functools.cache
 def _measured_cpu(asked: int | None, precision: Precision, width: int) -> tuple[int, float]:
     """The threads and the FLOP/s of this CPU, measured once a process."""
-    number, _ = threads.chosen(asked)
+    number, _ = machine.chosen_threads(asked)
     return number, timed_product("cpu", precision, width, number)
 
 

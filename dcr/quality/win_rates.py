@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from dcr import inference
-from dcr.core import config, storage
-from dcr.core.config import ConfigError, Kind
+from dcr.core import storage
+from dcr.core.config import ConfigError, Kind, resolving
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.evaluation import subjects
 from dcr.core.evaluation.protocols import Answers, Task, Work
@@ -68,7 +68,7 @@ def win_rate(
     name, reference = set_name(named.source), Run(Path(str(named.reference)))
     beside = replace(
         settings.without("steering"),
-        model=config.model_of(reference.config(), settings.model.trust_remote_code),
+        model=resolving.model_of(reference.config(), settings.model.trust_remote_code),
         run=str(reference.folder),
         gen=replace(settings.gen, self_cd=None, adacd=None, prefill=None),
     )

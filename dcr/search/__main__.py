@@ -11,7 +11,7 @@ import numpy as np
 
 from dcr import entry, report, search, study
 from dcr.core import cli, config, storage
-from dcr.core.config import ConfigError, Method
+from dcr.core.config import ConfigError, Method, resolving
 from dcr.core.text import single_line
 from dcr.extensions import TrainSettings
 from dcr.search import OBJECTIVES, Search
@@ -117,7 +117,7 @@ def _resolved(options: Options) -> tuple[Search, dict[str, object]]:
             f"storage={single_line(url)}: give a URL of a database that processes can share, such "
             "as sqlite:///search.db"
         )
-    settings = config.resolve(cli.compose("train", training, Options), TrainSettings)
+    settings = resolving.resolve(cli.compose("train", training, Options), TrainSettings)
     if settings.method is not Method.dcr:
         raise ConfigError(f"method={settings.method.value}: only dcr has a stage one to search")
     objectives, fixed_keys = options.objectives.split(","), {w.partition("=")[0] for w in training}

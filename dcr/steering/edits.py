@@ -10,9 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from dcr.activations import Site, hook
 from dcr.core import models
-from dcr.core.activations import Site, hook, per_row
 from dcr.core.config import ConfigError
+from dcr.core.passes import per_row
 
 
 @dataclass(frozen=True, eq=False)

@@ -155,7 +155,7 @@ class Steering(Change):
         if steering.method == "probe":
             probe.block_of(models.facts(settings.model).depth, steering.probe)
 
-    def told(self, settings: EvalConfig) -> dict[str, Any]:
+    def recorded(self, settings: EvalConfig) -> dict[str, Any]:
         steering = settings.node(SteeringConfig)
         edits = {"steering": summary(steering)} if is_active(steering) else {}
         return edits | ({"validation": True} if steering.validation else {})
@@ -184,7 +184,7 @@ class Steering(Change):
         apart = settings.node(SteeringConfig).validation
         return validation(settings, settings.limit) if apart else None
 
-    def seen(self, settings: EvalConfig, sets: Sequence[PromptSet]) -> dict[str, int]:
+    def made_from(self, settings: EvalConfig, sets: Sequence[PromptSet]) -> dict[str, int]:
         """Counts each set's prompts among the released ones that vectors were computed from."""
         steering = settings.node(SteeringConfig)
         if not is_active(steering):
@@ -215,15 +215,15 @@ class Own(Change):
     def check(self, settings: EvalConfig, run: Run) -> None:
         self.part(settings).check(settings, run)
 
-    def told(self, settings: EvalConfig) -> dict[str, Any]:
+    def recorded(self, settings: EvalConfig) -> dict[str, Any]:
         own, strength = self.part(settings), settings.node(SteeringConfig).strength
         if strength == 0:
             return {}
         made = {"method": type(own).__name__, "strength": strength, **extending.origin(own)}
-        return own.told(settings) | {"steering": made}
+        return own.recorded(settings) | {"steering": made}
 
     def identity(self, subject: Local) -> dict[str, object]:
-        return self.part(subject.settings).identity(subject) | self.told(subject.settings)
+        return self.part(subject.settings).identity(subject) | self.recorded(subject.settings)
 
     def prepared(self, subject: Local) -> dict[str, Any]:
         return self.part(subject.settings).prepared(subject)
@@ -237,5 +237,5 @@ class Own(Change):
     def prompts(self, settings: EvalConfig) -> list[PromptSet] | None:
         return self.part(settings).prompts(settings)
 
-    def seen(self, settings: EvalConfig, sets: Sequence[PromptSet]) -> dict[str, int]:
-        return self.part(settings).seen(settings, sets)
+    def made_from(self, settings: EvalConfig, sets: Sequence[PromptSet]) -> dict[str, int]:
+        return self.part(settings).made_from(settings, sets)

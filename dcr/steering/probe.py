@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dcr.activations import Site
 from dcr.analyses import separability
 from dcr.core import models, refusal
-from dcr.core.activations import Site
 from dcr.core.config import ConfigError
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat

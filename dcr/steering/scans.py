@@ -18,8 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from dcr.activations import Site
 from dcr.core import models, prompts
-from dcr.core.activations import Site
 from dcr.core.config import ConfigError
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat

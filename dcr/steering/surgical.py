@@ -23,8 +23,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from dcr.activations import Site
 from dcr.core import models, passes
-from dcr.core.activations import Site
 from dcr.core.config import ConfigError
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat

@@ -12,8 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dcr.core import activations, storage
-from dcr.core.activations import Site
+from dcr import activations
+from dcr.activations import Site
+from dcr.core import storage
 from dcr.core.batching import attention_mask, padded
 from dcr.core.config import ConfigError, DataError
 from dcr.core.models import Policy

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from dcr.analyses import KernelConfig, RefusalProbabilityConfig
-from dcr.core.config import FSDP, SnapshotConfig, TrainConfig
-from dcr.core.config.checks import listed_last, positive, ranged
+from dcr.core.config import FSDP, TrainConfig
+from dcr.core.config.schema import not_negative, positive, ranged
 
 
 class Quantity(Enum):
@@ -16,9 +16,8 @@ class Quantity(Enum):
     kernel = "kernel"
 
 
-@listed_last("snapshots", "refusal_prob", "entk")
 @dataclass
-class TrackingConfig(SnapshotConfig):
+class TrackingConfig:
     """What is measured while a stage trains, and adapter snapshots to be scored afterwards.
 
     Steps: 0, the last, and at least 20 between, denser early, unless `every_n_steps` is given.
@@ -26,6 +25,9 @@ class TrackingConfig(SnapshotConfig):
 
     quantities: list[Quantity] = field(default_factory=list)
     every_n_steps: int | None = ranged(None, positive, "give 1 or more, or null")
+    snapshots: int = ranged(
+        0, not_negative, "give 0 or more"
+    )  # adapters kept over SFT, for the frontier
     refusal_prob: RefusalProbabilityConfig = field(
         default_factory=lambda: RefusalProbabilityConfig(prompts=25)
     )

@@ -1,7 +1,8 @@
-"""The paper's quantities as curves over a stage: refusal probability and kernel at chosen steps."""
+"""The paper's quantities as curves over a stage, and SFT's adapter, at chosen steps."""
 
 import copy
 import functools
+import math
 import shutil
 import time
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.sources import Example
-from dcr.core.training.protocols import Watched
+from dcr.core.training import Watched
 from dcr.tracking import Quantity, TrackingConfig
 
 BETWEEN = 20  # steps at which a curve is measured between its first and its last
@@ -68,7 +69,7 @@ def tracked(config: TrackingConfig, data: DataConfig, seed: int) -> Tracked | No
 
 
 def watching(settings: TrainConfig) -> Watched:
-    """Trackers for the stages of a run, on prompts that are read now.
+    """Trackers and snapshots for the stages of a run, on prompts that are read now.
 
     Raises ConfigError for parameters and tokens that the model does not have, and as `tracked`.
     """
@@ -85,12 +86,45 @@ def watching(settings: TrainConfig) -> Watched:
     def callbacks(
         run: Run, stage: Stage, policy: Policy, chat: ChatFormat, total: int
     ) -> list[Callback]:
-        if found is None:
-            return []
-        steps = tracked_steps(total, tracking.every_n_steps)
-        return [Tracker(stage.value, policy, chat, found, steps, run.tracked(stage.value))]
+        made: list[Callback] = []
+        if stage is Stage.sft:
+            made.append(Snapshots(run, policy, snapshot_steps(total, tracking.snapshots)))
+        if found is not None:
+            steps = tracked_steps(total, tracking.every_n_steps)
+            made.append(Tracker(stage.value, policy, chat, found, steps, run.tracked(stage.value)))
+        return made
 
     return callbacks
+
+
+def snapshot_steps(total: int, count: int) -> list[int]:
+    """Step 0 and at most `count` up to the last, denser early, where refusal moves fastest."""
+    if count < 1:
+        return []
+    count = min(count, 2 * total)  # so many are every step
+    wanted = {max(1, math.ceil(total * ((i + 1) / count) ** 1.5)) for i in range(count)}
+    return sorted(wanted | {0, total})
+
+
+class Snapshots(Callback):
+    """Saves the adapter at chosen steps of SFT; `eval.py snapshots=true` scores them afterwards."""
+
+    def __init__(self, run: Run, policy: Policy, steps: list[int]) -> None:
+        self.run, self.policy, self.steps = run, policy, set(steps)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer)
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        step = trainer.global_step
+        if step in self.steps:
+            weights = models.trained(self.policy.model)
+            if trainer.is_global_zero:
+                place = self.run.snapshots / f"step-{step:06d}"
+                models.save_adapter(self.policy, place, self.policy.name, weights)
 
 
 class Tracker(Callback):

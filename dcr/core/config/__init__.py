@@ -1,37 +1,13 @@
 """The typed configuration: one tree of dataclasses, its defaults, and every check of it.
 
-Hydra composes, `resolve` turns the result into plain dataclasses once, and below the entry
-scripts nothing else travels. `schema` holds settings, choices and defaults, `checks` ranges and
-relations, `resolving` what becomes of a command line, and what a user reads when nothing can.
-`evaluation` has what `eval.py` alone can be told; training never opens it.
+Hydra composes, `resolving.resolve` makes plain dataclasses of the result once, and below the entry
+scripts nothing else travels. `schema` holds settings, choices and defaults, `resolving` the ranges
+and relations of them as well, and `evaluation` the settings of `eval.py` alone: training opens
+neither of the two.
 """
 
-from dcr.core.config.checks import (
-    FSDP,
-    TAG,
-    ConfigError,
-    DataError,
-    UserError,
-    block_of,
-    check_installed,
-    class_of,
-    is_path,
-)
-from dcr.core.config.resolving import (
-    CONF,
-    PACKAGE,
-    check_made_with,
-    leave_numbers_of_another_model,
-    literal,
-    model_of,
-    named,
-    names_another_model,
-    nearest,
-    one_line,
-    plain,
-    resolve,
-    source_names,
-)
+from pathlib import Path
+
 from dcr.core.config.schema import (
     ALL_LINEAR,
     AUTO_LAYER,
@@ -61,7 +37,6 @@ from dcr.core.config.schema import (
     Schedule,
     Settings,
     SFTConfig,
-    SnapshotConfig,
     SourceConfig,
     SourcesByKind,
     Stage,
@@ -73,3 +48,22 @@ from dcr.core.config.schema import (
     Weights,
     stages_of,
 )
+from dcr.core.config.values import (
+    FSDP,
+    TAG,
+    ConfigError,
+    DataError,
+    OwnPath,
+    UserError,
+    block_of,
+    check_installed,
+    check_made_with,
+    class_of,
+    is_path,
+    literal,
+    plain,
+)
+
+PACKAGE = Path(__file__).parents[2]
+# within an installed package; beside it in a checkout
+CONF = next(p / "conf" for p in (PACKAGE, PACKAGE.parent) if (p / "conf" / "train.yaml").is_file())

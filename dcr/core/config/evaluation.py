@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
-from dcr.core.config.checks import class_of, is_path, unfit_machine
+from dcr.core.config.resolving import unfit_machine
 from dcr.core.config.schema import (
     DataConfig,
     ModelConfig,
@@ -18,6 +18,7 @@ from dcr.core.config.schema import (
     Stage,
     WandbConfig,
 )
+from dcr.core.config.values import class_of, is_path
 
 AUTO_LENGTH = "auto"  # gen.max_new_tokens: until XSTest's keywords have decided
 CORE_TASKS, KEYWORD = ("over_refusal", "safety", "discernment"), "keyword"
@@ -61,7 +62,7 @@ class DeviceConfig:
 
 @dataclass(frozen=True)
 class Table:
-    """What settings may name besides the core's own: dotted paths `package.module:Name`.
+    """The extensions of evaluation: dotted paths `package.module:Name`.
 
     Each is imported only where settings ask for it, see `evaluation.protocols`.
     """

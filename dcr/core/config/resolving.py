@@ -1,59 +1,61 @@
-"""From what Hydra composed to plain dataclasses, once; what it refuses in one line."""
+"""Makes checked dataclasses of what Hydra composed, once, and one line of what is refused."""
 
 import json
 import logging
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import fields, is_dataclass, replace
-from difflib import SequenceMatcher
-from enum import Enum
+from dataclasses import Field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dcr.core.config.checks import ConfigError, DataError, check, settings_of
 from dcr.core.config.schema import (
-    ContrastiveConfig,
-    DataConfig,
-    Method,
+    AUTO_LAYER,
     ModelConfig,
+    Moments,
     Precision,
     Settings,
-    SFTConfig,
     SourceConfig,
+    Stage,
     TrainConfig,
+    not_negative,
+    positive,
+    stages_of,
 )
-from dcr.core.text import label_of
+from dcr.core.config.values import (
+    FSDP,
+    TAG,
+    ConfigError,
+    OwnPath,
+    check_installed,
+    class_of,
+    is_path,
+    literal,
+)
+from dcr.core.text import label_of, nearest
 
 log = logging.getLogger(__name__)
 
-PACKAGE = Path(__file__).parents[2]
-# within an installed package; beside it in a checkout
-CONF = next(p / "conf" for p in (PACKAGE, PACKAGE.parent) if (p / "conf" / "train.yaml").is_file())
-
 Node = TypeVar("Node", bound=Settings)
-# Say which weights a name means, and so travel with it to another model.
+# Fields that belong to the name, and so stay when another model is named.
 WITH_ANY_NAME = ("name", "revision", "trust_remote_code")
-# What makes two models one architecture, as `config.json` spells it.
+# Entries of `config.json` that make two models one architecture.
 SHAPE = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")
 
-# What later commands read of a run's `config.yaml`, and of its nodes if not all.
-READ_AGAIN: dict[str, tuple[type, tuple[str, ...]]] = {
-    "model": (ModelConfig, ()),
-    "data": (DataConfig, ()),
-    "dcr": (ContrastiveConfig, ("layer", "depth", "precision")),
-    "sft": (SFTConfig, ("precision",)),
-}
 
-
-def resolve(composed: DictConfig, schema: type[Node]) -> Node:
+def resolve(
+    composed: DictConfig, schema: type[Node], own: Mapping[str, OwnPath] | None = None
+) -> Node:
     """The composed configuration as dataclasses to read only, checked as far as it can be alone.
 
+    `own` are the paths that the user named, where a run's settings stand among the composed ones.
     Raises ConfigError for an unknown key, a wrong type, a value outside its range and settings
     that contradict each other.
     """
+    own = own_paths(composed) if own is None else own
     node = OmegaConf.create(OmegaConf.to_container(composed, resolve=False))
     assert isinstance(node, DictConfig)
     if not issubclass(schema, TrainConfig):
@@ -77,11 +79,55 @@ def resolve(composed: DictConfig, schema: type[Node]) -> Node:
     if isinstance(config, TrainConfig) and re.fullmatch(r"-?\d+", str(config.dcr.layer)):
         config.dcr.layer = int(config.dcr.layer)  # a node of no one type leaves it text
     check(config)
+    if own:
+        config = _with_own(config, own)
+        assert isinstance(config, schema)
     return config
 
 
+def own_paths(composed: Any) -> dict[str, OwnPath]:
+    """The paths of a user's own parts in composed settings, or in plain ones, by their text.
+
+    Raises ConfigError for settings of a class that nothing names.
+    """
+    if isinstance(composed, DictConfig):
+        composed = OmegaConf.to_container(composed, resolve=False)
+    found = {text: OwnPath(text) for text in _texts(composed) if is_path(text)}
+    given = composed.get("own") or {}
+    classes = [class_of(path) for path in found]
+    for name, settings in given.items():
+        if name not in classes:
+            near = nearest(name, classes)
+            hint = f"did you mean own.{near[0]}?" if near else "name it as package.module:Class"
+            raise ConfigError(f"own.{name}: no setting names a class of this name; {hint}")
+        if not isinstance(settings, Mapping):
+            raise ConfigError(f"own.{name}={settings}: set its fields, as own.{name}.<field>=value")
+    for path in found.values():
+        path.settings = dict(given.get(class_of(path), {}))
+    return found
+
+
+def _texts(node: Any) -> Iterator[str]:
+    if isinstance(node, str):
+        yield node
+    elif isinstance(node, (Mapping, list)):
+        for each in node.values() if isinstance(node, Mapping) else node:
+            yield from _texts(each)
+
+
+def _with_own(node: Any, own: Mapping[str, OwnPath]) -> Any:
+    """The settings with the user's paths in the place of their texts."""
+    if is_dataclass(node) and not isinstance(node, type):
+        return replace(
+            node, **{f.name: _with_own(getattr(node, f.name), own) for f in fields(node)}
+        )
+    if isinstance(node, list):
+        return [_with_own(each, own) for each in node]
+    return own.get(node, node) if isinstance(node, str) else node
+
+
 def named(data: DictConfig) -> Any:
-    """What a command or a data file sets of an evaluation's data; all else is left as missing."""
+    """The settings of an evaluation's data without those that are left as missing."""
 
     def given(node: Any) -> Any:
         if not isinstance(node, dict):
@@ -106,57 +152,6 @@ def model_of(made_with: Mapping[str, Any], trust_remote_code: bool) -> ModelConf
     model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), named))
     assert isinstance(model, ModelConfig)
     return replace(model, trust_remote_code=trust_remote_code)
-
-
-def literal(value: Any) -> Any:
-    """Plain values for OmegaConf to take as they are written: nothing in them is interpolated.
-
-    So a run's own file cannot put the environment of who reads it into prompts or names.
-    """
-    if isinstance(value, Mapping):
-        return {key: literal(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [literal(each) for each in value]
-    if not isinstance(value, str):
-        return value
-    return re.sub(r"(\\*)\$\{", lambda found: rf"{found[1] * 2}\${{", value)
-
-
-def plain(config: Any) -> Any:
-    """A dataclass tree as plain YAML values; text stays as it is, `${` refers to nothing there."""
-    if isinstance(config, Enum):
-        return config.name
-    if is_dataclass(config):
-        return {entry.name: plain(getattr(config, entry.name)) for entry in fields(config)}
-    if isinstance(config, Mapping):
-        return {str(key): plain(value) for key, value in config.items()}
-    return [plain(value) for value in config] if isinstance(config, list) else config
-
-
-def check_made_with(made_with: Mapping[str, Any], before: str, after: str) -> None:
-    """Raises DataError where what is read again of a run's `config.yaml` is none of our settings.
-
-    `before` and `after` stand around what is wrong: the file, the cure.
-    """
-    own = str(made_with.get("precision", Precision.auto.value))
-    if own not in Precision.__members__:
-        raise DataError(
-            f"{before}precision={own}: none of {', '.join(Precision.__members__)}{after}"
-        )
-    trained = made_with.get("method") in Method.__members__
-    for name, (schema, keys) in READ_AGAIN.items():
-        if trained and name not in made_with:
-            raise DataError(f"{before}{name}: missing{after}")
-        try:
-            node = made_with.get(name, {})
-            if keys:
-                node = {key: node[key] for key in keys if key in node}
-            merged: Any = OmegaConf.merge(OmegaConf.structured(schema), literal(node))
-            for key in node:  # what our own defaults refer to is not there
-                if OmegaConf.is_config(value := merged[key]):  # a leaf is resolved by now
-                    OmegaConf.to_container(value, resolve=True)
-        except (OmegaConfBaseException, ValueError, TypeError) as error:
-            raise DataError(f"{before}{name}: {one_line(error)}{after}") from error
 
 
 def source_names(value: object, key: str) -> list[str]:
@@ -211,7 +206,7 @@ def leave_numbers_of_another_model(config: DictConfig, keep: Collection[str] = (
 
 
 def _unlike(model: DictConfig, name: str) -> str | None:
-    """In what the folder `name` is another architecture than the model's; None if in nothing."""
+    """The reason why the folder `name` is no copy of the model's architecture; None if it is."""
     try:
         read = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
         shape = {key: (read.get("text_config") or read).get(key) for key in SHAPE}
@@ -224,10 +219,161 @@ def _unlike(model: DictConfig, name: str) -> str | None:
     return None
 
 
-# --- Hydra's and OmegaConf's several lines as one that names key, value and cure ---
+# --- checks: a range for every number, and the relations between settings ---
 
-LIKENESS = 0.6  # below it, the nearest name is no help
-NEAREST = 3  # names to offer when they are equally near
+SAFE_NAME = re.compile(r"[A-Za-z0-9._-]+")
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")  # as Lightning spells them
+STRATEGIES = ("auto", "ddp", FSDP)
+THREADS = 1024  # torch starts as many as it is told, until it crashes
+PROJECT = 128  # characters of a project that W&B takes
+
+
+def _share(value: float) -> bool:
+    return 0 <= value < 1
+
+
+# Numeric fields by path, or by name wherever they stand: what each is besides finite. A node of an
+# extension says it where the field stands, see `ranged`.
+RANGES = {
+    name: (holds, cure)
+    for names, holds, cure in (
+        ("epochs", lambda v: 0 < v <= 10**6, "give 1 or more, at most 1000000"),
+        ("margin", lambda v: 0 < v < 1, "give a number inside (0, 1)"),
+        ("scale", positive, "give a number above 0"),
+        ("ratio", lambda v: 0 < v <= 1e6, "give toxic rows per seemingly toxic row, above 0"),
+        ("draws", lambda v: 0 < v <= 10**7, "give the prompts drawn per epoch, 1 to 10000000"),
+        ("batch_size general_batch_size max_new_tokens repeat", positive, "give 1 or more"),
+        ("devices num_nodes checkpoint_every_n_steps", positive, "give 1 or more"),
+        ("micro_tokens", positive, "give the padded tokens of one forward pass, above 0"),
+        ("depth", lambda v: 0 < v <= 1, "give a share of the depth inside (0, 1]"),
+        ("layer", not_negative, "blocks are counted from 1"),
+        ("lr", lambda v: 0 < v <= 1, "give a learning rate above 0, at most 1"),
+        ("weight weight_decay drift greedy", not_negative, "give 0 or more"),
+        ("dropout", _share, "give a number in [0, 1)"),
+        ("clip", positive, "give a gradient norm above 0, or null"),
+        ("rank", lambda v: 0 < v <= 2**16, "give 1 to 65536"),
+        ("alpha", lambda v: 0 < v <= 2**24, "give 1 to 16777216"),
+        ("warmup", _share, "give a share of the steps in [0, 1)"),
+        ("max_len", lambda v: v >= 8, "give 8 tokens or more"),
+        ("count", positive, "give 1 or more, or null for all rows"),
+        ("data.safety.count", not_negative, "give 0 or more, or null for all rows"),
+        ("group_holdout", _share, "give a share of the template groups in [0, 1)"),
+        ("validation", _share, "give a share of the rows in [0, 1)"),
+        ("near_duplicate", lambda v: 0 < v <= 1, "give a similarity inside (0, 1]"),
+        ("threads", lambda v: 0 < v <= THREADS, f"give 1 to {THREADS}, or null"),
+        ("limit", positive, "give 1 or more, or null for whole sets"),
+        ("self_cd", not_negative, "give a weight of 0 or more, or null"),
+        ("adacd", positive, "give a ratio above 0, or null"),
+        ("sft.readout.steps", lambda v: 0 <= v <= 10**6, "give 1 to 1000000, or 0 for no readout"),
+        ("heldout", _share, "give a share of the topics in [0, 1)"),
+        ("blocks", positive, "give 1 or more of the last blocks"),
+        ("seed", lambda v: 0 <= v < 2**32, "give a whole number in [0, 2**32)"),
+    )
+    for name in names.split()
+}
+
+
+def check(config: Settings) -> None:
+    """Raises ConfigError, naming key, value and cure, for the first setting that cannot be."""
+    every = list(_entries(config))
+    for key, entry, value in every:
+        # an interpolation may give text where a list belongs, which would be read by letter
+        if "list[" in str(entry.type) and not isinstance(value, (list, type(None))):
+            raise ConfigError(f"{key}={value}: give a list, as in {key}=[a,b]")
+    for key, entry, value in every:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            known = RANGES.get(key) or RANGES.get(entry.name)
+            holds, cure = (
+                entry.metadata.get("range") or known or (math.isfinite, "give a finite number")
+            )
+            if not (math.isfinite(value) and holds(value)):
+                raise ConfigError(f"{key}={value}: {cure}")
+    training = _of_training(config) if isinstance(config, TrainConfig) else ()
+    for fault in (*_of_both(config), *training, *config.faults()):
+        raise ConfigError(fault)
+
+
+def settings_of(node: object) -> Iterator[tuple[str, object]]:
+    """Path and value of every setting, groups among them."""
+    return ((key, value) for key, _, value in _entries(node))
+
+
+def _entries(node: object, prefix: str = "") -> "Iterator[tuple[str, Field[Any], object]]":
+    assert is_dataclass(node)
+    for entry in fields(node):
+        value, key = getattr(node, entry.name), prefix + entry.name
+        yield key, entry, value
+        if is_dataclass(value):
+            yield from _entries(value, f"{key}.")
+
+
+def unfit_machine(accelerator: str) -> Iterator[str]:
+    """A line for a device that Lightning has no name for."""
+    if accelerator not in ACCELERATORS:
+        yield f"trainer.accelerator={accelerator}: choose one of {', '.join(ACCELERATORS)}"
+
+
+def _of_both(config: Settings) -> Iterator[str]:
+    label, project = config.model.label, config.wandb.project
+    if label and (label[0] == "." or not SAFE_NAME.fullmatch(label)):
+        yield f"model.label={label}: use letters, digits, '.', '_' and '-', and no '.' in front"
+    for key, items in settings_of(config):
+        if isinstance(items, list) and any(isinstance(item, (list, dict)) for item in items):
+            yield f"{key}={items}: give names, as in {key}=[a,b]"
+    if not SAFE_NAME.fullmatch(project) or len(project) > PROJECT:
+        yield (
+            f"wandb.project={project}: use letters, digits, '.', '_' and '-' only, "
+            f"{PROJECT} at most"
+        )
+    for tag in config.wandb.tags:
+        if not 1 <= len(tag) <= TAG:
+            yield f"wandb.tags=[{tag!r:.60}]: give 1 to {TAG} characters each"
+
+
+def _of_training(config: TrainConfig) -> Iterator[str]:
+    dcr = config.dcr
+    yield from unfit_machine(config.trainer.accelerator)
+    if not stages_of(config):
+        lacking = {
+            Stage.contrastive: f"method={config.method.value}: it has no contrastive stage; use "
+            "method=dcr",
+            Stage.readout: "sft.readout.steps=0: there is no readout; give its steps, such as 120",
+        }
+        yield f"stage={config.stage.value} {lacking[config.stage]}"
+    if dcr.layer not in (None, AUTO_LAYER) and type(dcr.layer) is not int:
+        yield f"dcr.layer={dcr.layer}: give a block's number, auto, or null for dcr.depth"
+    if dcr.batch_size < 3:
+        yield (
+            f"dcr.batch_size={dcr.batch_size}: a prompt needs one of its own class and one of the "
+            "other beside it; give 3 or more"
+        )
+    if dcr.precision is Precision.bf16 and dcr.optim.lr < 1e-6:
+        yield (
+            f"dcr.optim.lr={dcr.optim.lr}: too small to move bf16 weights; use dcr.precision=mixed"
+        )
+    yield from _of_several_processes(config)
+    if dcr.optim.moments is Moments.int8:
+        check_installed("bitsandbytes", "memory", "dcr.optim.moments=int8")
+        if config.trainer.strategy == FSDP:
+            yield "dcr.optim.moments=int8 trainer.strategy=fsdp: choose one of them"
+    for name, node in (("dcr", dcr), ("sft", config.sft)):
+        if not node.lora.targets:
+            yield f"{name}.lora.targets=[]: name modules, or [all-linear]"
+    for kind in ("seemingly_toxic", "toxic"):
+        if not getattr(config.sft.readout, kind):
+            yield f"sft.readout.{kind}=[]: name sources, or leave it out"
+
+
+def _of_several_processes(config: TrainConfig) -> Iterator[str]:
+    trainer, strategy = config.trainer, f"trainer.strategy={config.trainer.strategy}"
+    processes = trainer.devices * trainer.num_nodes
+    if trainer.strategy not in STRATEGIES:
+        yield f"{strategy}: choose one of {', '.join(STRATEGIES)}"
+    if trainer.accelerator == "mps" and (processes > 1 or trainer.strategy != "auto"):
+        yield f"{strategy} trainer.accelerator=mps: it trains in one process; use cpu or gpu"
+
+
+# --- Hydra's and OmegaConf's several lines as one that names key, value and cure ---
 
 # OmegaConf's reason -> ours, with the groups of the pattern put in.
 REASONS = (
@@ -252,7 +398,7 @@ REASONS = (
 )
 
 
-# What stands anywhere in a message -> all there is to say.
+# A pattern anywhere in a message -> the whole line, with the groups of the pattern put in.
 SAYINGS = (
     (
         r"(?:Ambiguous value for argument|Sweep parameters) '(.*)'",
@@ -275,7 +421,7 @@ SAYINGS = (
 
 
 def one_line(error: Exception, *schemas: type) -> str:
-    """What is wrong with an override, and what to write instead."""
+    """A line that says what is wrong with an override, and what to write instead."""
     texts = []
     cause: BaseException | None = error
     while cause is not None:
@@ -336,14 +482,3 @@ def _value(text: str) -> str | None:
             return f"{what}: {reason.expand(cure)}"
     reason = next(line for line in text.splitlines() if not line.startswith("Error merging"))
     return f"{what}: {reason}"
-
-
-def nearest(key: str, known: list[str]) -> list[str]:
-    """The names most like a misspelt one; a right name in the wrong place counts as near."""
-    leaf = key.split(".")[-1]
-    scores: dict[str, float] = {}
-    for name in known:
-        whole = SequenceMatcher(None, key, name).ratio()
-        scores[name] = max(whole, 0.9 * SequenceMatcher(None, leaf, name.split(".")[-1]).ratio())
-    best = max(scores.values(), default=0.0)
-    return sorted(k for k, v in scores.items() if v == best >= LIKENESS)[:NEAREST]

@@ -19,11 +19,25 @@ ALL_LINEAR = "all-linear"  # lora.targets: PEFT's word for every projection but 
 COUNTS = ("data.seemingly_toxic.count", "data.safety.count", "data.normal.count", "dcr.ratio")
 DEFAULT_RELATIVE_DEPTH = 14 / 30  # 13/28 and 15/32 in Section 7.1 are 0.464 and 0.469
 
+
+def positive(value: float) -> bool:
+    return value > 0
+
+
+def not_negative(value: float) -> bool:
+    return value >= 0
+
+
+def ranged(default: Any, holds: Callable[[float], bool], cure: str) -> Any:
+    """A numeric field of an extension's node: its default, what it must be, and what to give."""
+    return field(default=default, metadata={"range": (holds, cure)})
+
+
 # --- the choices, by their spelling on the command line ---
 
 
 class Kind(Enum):
-    """What a prompt is."""
+    """The kind of a prompt."""
 
     toxic = "toxic"
     seemingly_toxic = "seemingly_toxic"
@@ -80,7 +94,7 @@ class Sampler(Enum):
 
 
 class Precision(Enum):
-    auto = "auto"  # what the device does natively, see `dcr.core.precision`
+    auto = "auto"  # what the device does natively, see `dcr.core.machine`
     mixed = "mixed"  # fp32 weights and optimiser states, bf16 autocast
     bf16 = "bf16"
     fp32 = "fp32"
@@ -238,7 +252,7 @@ class LoraConfig:
 class ContrastiveConfig:
     """Stage one (Section 5, A.8): full fine-tuning of the blocks up to `layer`."""
 
-    layer: Any = II("model.layer")  # a block, null for `depth`, or auto: see `checks.block_of`
+    layer: Any = II("model.layer")  # a block, null for `depth`, or auto: see `block_of`
     depth: float = DEFAULT_RELATIVE_DEPTH  # where `layer` falls when neither model nor user sets it
     epochs: int = II("model.epochs")
     margin: float = 0.25  # of the Circle loss (Eq. 5)
@@ -318,11 +332,6 @@ class TrainerConfig:
 
 
 @dataclass
-class SnapshotConfig:
-    snapshots: int = 0  # adapters kept over SFT, for the frontier
-
-
-@dataclass
 class WandbConfig:
     mode: WandbMode = WandbMode.offline
     project: str = "dcr"
@@ -339,23 +348,23 @@ class Part:
     asked: Callable[[Any], bool]
 
 
-# What the settings of an extension contradict, each a line that names key, value and cure: known
-# before torch is loaded.
+# Finds settings of an extension that contradict each other, before torch is loaded: for each a line
+# that names key, value and cure.
 Relations = Callable[[Any], Iterator[str]]
 
 
 @dataclass(frozen=True)
 class TrainTable:
-    """The extensions of training: dotted paths `package.module:Name`, see `training.protocols`.
+    """The extensions of training: dotted paths `package.module:Name`, see `dcr.core.training`.
 
     Each is imported only where settings ask for it.
     """
 
-    examining: str = ""  # of a `protocols.Examine`: looks at the rows of a run
+    examining: str = ""  # of an `Examine`: looks at the rows of a run
     rows: Mapping[str, str] = field(default_factory=dict)  # of a `data.Added`, by method
-    best_layer: str = ""  # of a `protocols.FindLayer`: for `dcr.layer=auto`
-    watching: Part | None = None  # of a `protocols.Watch`: measures while stages train
-    sharding: str = ""  # of a `protocols.Shards`: weights split over processes
+    best_layer: str = ""  # of a `FindLayer`: for `dcr.layer=auto`
+    watching: Part | None = None  # of a `Watch`: measures while stages train
+    sharding: str = ""  # of `Shards`: weights split over processes
     relations: tuple[Relations, ...] = ()
 
 
@@ -363,7 +372,7 @@ Node = TypeVar("Node")
 
 
 class Settings:
-    """What the settings of both scripts have: annotations alone, since each has its own order."""
+    """The settings that both scripts have: annotations alone, since each has its own order."""
 
     table: ClassVar[Any]
     seed: int
@@ -373,8 +382,11 @@ class Settings:
     wandb: WandbConfig
 
     def node(self, kind: type[Node]) -> Node:
-        """The node of an extension, by its class."""
-        return next(node for node in vars(self).values() if type(node) is kind)
+        """The node of an extension, by its class. Raises LookupError where the schema lacks it."""
+        for node in vars(self).values():
+            if type(node) is kind:
+                return node
+        raise LookupError(f"{type(self).__name__} has no node of type {kind.__name__}")
 
     def faults(self) -> Iterator[str]:
         """Settings that contradict each other, each a line that names key, value and cure."""
@@ -408,5 +420,4 @@ class TrainConfig(Settings):
     # Counts that no one set: where a source has fewer rows, all of them. Commands fill this in.
     at_most: list[str] = field(default_factory=list)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    tracking: SnapshotConfig = field(default_factory=SnapshotConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)

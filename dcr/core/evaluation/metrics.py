@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dcr.core import batching, extending, results, runs, storage
+from dcr.core import extending, machine, results, storage
 from dcr.core.config import Kind
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.evaluation import discernment, protocols, scoring, sets, store, subjects
@@ -24,7 +24,7 @@ OWN = "own"  # what a user's own tasks measured
 
 def check(settings: EvalConfig, run: Run) -> None:
     """Raises a UserError for all that can be known wrong before a model is loaded."""
-    batching.check_devices(settings.trainer.accelerator, settings.trainer.devices)
+    machine.check_devices(settings.trainer.accelerator, settings.trainer.devices)
     if others := scoring.others(settings):
         extending.ours(settings.table.judging)().check(others, settings)
     for subject in subjects.subjects(settings, run):
@@ -131,7 +131,7 @@ def _write(
     if (made := folder / subjects.DECODING).is_file():
         metrics["decoding"] = storage.read_json(made, subjects.Made)
     metrics["seconds"] = round(time.perf_counter() - began, 1)
-    metrics["peak_memory_gib"] = round(runs.peak_memory_gib(), 2)
+    metrics["peak_memory_gib"] = round(machine.peak_memory_gib(), 2)
     _set_aside(folder, origin["settings"])
     results.write(folder / "metrics.json", metrics)
     return metrics
@@ -145,7 +145,7 @@ def _origin(subject: Subject) -> dict[str, Any]:
     changed = {
         key: value
         for change in protocols.changes(settings)
-        for key, value in change.told(settings).items()
+        for key, value in change.recorded(settings).items()
     }
     return {
         "weights": subject.weights,

@@ -79,19 +79,19 @@ class Subject(ABC):
 class Change:
     """Something that changes how weights answer: an edit of activations, a bias, a way to decode.
 
-    One that the settings do not ask for changes nothing: `told` is then empty.
+    One that the settings do not ask for changes nothing: `recorded` is then empty.
     """
 
     def check(self, settings: EvalConfig, run: Run) -> None:
         """Raises a UserError for what can be known wrong before a model is loaded."""
 
-    def told(self, settings: EvalConfig) -> dict[str, Any]:
-        """What tells these answers from plain ones, as `metrics.json` has it in its settings."""
+    def recorded(self, settings: EvalConfig) -> dict[str, Any]:
+        """The entries of `metrics.json`'s settings that tell these answers from plain ones."""
         return {}
 
     def identity(self, subject: Any) -> dict[str, object]:
         """All that answers depend on because of it, for their fingerprint."""
-        return self.told(subject.settings)
+        return self.recorded(subject.settings)
 
     def prepared(self, subject: Any) -> dict[str, Any]:
         """Blocks of `metrics.json`, measured before the changed subject is asked anything."""
@@ -109,8 +109,8 @@ class Change:
         """Sets that are asked in place of those of `data.evaluation`."""
         return None
 
-    def seen(self, settings: EvalConfig, sets: Sequence["PromptSet"]) -> dict[str, int]:
-        """How many prompts of each set it was made from, where it may have been."""
+    def made_from(self, settings: EvalConfig, sets: Sequence["PromptSet"]) -> dict[str, int]:
+        """The number of prompts of each set that it was made from."""
         return {}
 
 

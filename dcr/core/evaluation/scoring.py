@@ -46,7 +46,7 @@ def scores(
         for asked, counted in of.counts.items():
             metrics["sets"][asked].setdefault("judged", {})[name] = counted
     for change in protocols.changes(settings):
-        for asked, seen in change.seen(settings, sets).items():
+        for asked, seen in change.made_from(settings, sets).items():
             metrics["sets"][asked]["seen_by_steering"] = seen
     for of in sets:
         if made := sources.origin(of.rows[0].source) if of.rows else None:

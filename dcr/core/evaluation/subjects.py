@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from typing_extensions import TypedDict
 
-from dcr.core import batching, extending, generation, models, prompts, refusal, storage
+from dcr.core import extending, generation, machine, models, prompts, refusal, storage
 from dcr.core.config import EMBEDDED_MODEL, STAGES, TINY_MODEL, ConfigError, Stage
 from dcr.core.config.evaluation import AUTO_LENGTH, EvalConfig
 from dcr.core.evaluation import discernment, protocols, store
@@ -264,14 +264,14 @@ def opened(subject: Local) -> Policy:
             "with; here it is set aside, calibrate=<share> chooses one",
             policy.name,
         )
-    batching.to_gpu(policy.model, settings.trainer.accelerator)
+    machine.to_gpu(policy.model, settings.trainer.accelerator)
     return policy
 
 
 class Prefilled(Change):
     """Answers that begin with the words of `gen.prefill`."""
 
-    def told(self, settings: EvalConfig) -> dict[str, Any]:
+    def recorded(self, settings: EvalConfig) -> dict[str, Any]:
         return {"prefill": settings.gen.prefill}
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from dcr.core import activations, batching, passes
+from dcr.core import batching, passes
 from dcr.core.batching import padded
 from dcr.core.models import Policy, unwrapped
 
@@ -107,7 +107,7 @@ def decoded(
 
 
 def _may_leave(policy: Policy, contexts: Sequence[Context]) -> bool:
-    return all(_rows_may_leave(c.cache) for c in contexts) and not activations.per_row(policy.model)
+    return all(_rows_may_leave(c.cache) for c in contexts) and not passes.per_row(policy.model)
 
 
 def _read(policy: Policy, prompts: Sequence[Sequence[int]]) -> Context:

@@ -22,7 +22,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from dcr.core import batching, passes, threads
+from dcr.core import batching, machine, models, passes
 from dcr.core.batching import attention_mask, padded
 from dcr.core.config import DataError
 from dcr.core.config.evaluation import GenConfig
@@ -163,7 +163,7 @@ def _decoded(
 
 def check_context(policy: Policy, encoded: Sequence[Encoded], new_tokens: int) -> None:
     """Raises DataError for a prompt that leaves no room in the context for so many new tokens."""
-    context = batching.context_length(policy.model.config)
+    context = models.context_length(policy.model.config)
     for row, ids in encoded:
         if len(ids) + new_tokens > context:
             raise DataError(
@@ -313,4 +313,4 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return threads.free_bytes()
+    return machine.free_bytes()

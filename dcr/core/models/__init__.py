@@ -29,8 +29,10 @@ from dcr.core.models.saving import (
     weights_fingerprint,
 )
 from dcr.core.models.structure import (
+    UNLIMITED,
     add_lora,
     backbone,
+    context_length,
     decoder_blocks,
     evaluating,
     final_norm,
@@ -39,7 +41,6 @@ from dcr.core.models.structure import (
     is_sharded,
     logits,
     readout,
-    shard,
     trained,
     trunk,
     unwrapped,

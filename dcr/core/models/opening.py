@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dcr.core import batching, storage
+from dcr.core import storage
 from dcr.core.config import (
     EMBEDDED_MODEL,
     TINY_MODEL,
@@ -34,7 +34,7 @@ from dcr.core.config import (
     Precision,
     UserError,
 )
-from dcr.core.models.structure import seeded
+from dcr.core.models.structure import context_length, seeded
 from dcr.core.storage import cache_folder, fingerprint, made_once
 from dcr.core.text import CHATML
 
@@ -48,15 +48,7 @@ DTYPES = {
 WORDS = "How are you?"  # every useful tokenizer has tokens for it
 BYTE_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|unused|>")
 FLOATING = ("F64", "F32", "F16", "BF16")  # safetensors' names of the types of weights
-# The greatest value of each key of a configuration: no model comes near, and a typing error in the
-# file must not fill the memory.
-LARGEST = {
-    "num_hidden_layers": 1000,
-    "hidden_size": 2**18,
-    "num_attention_heads": 2**12,
-    "vocab_size": 2**24,
-    "max_position_embeddings": 2**40,
-}
+SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
 
 
 @dataclass(frozen=True)
@@ -134,19 +126,10 @@ def _check(called: str, shape: PretrainedConfig, trusted: bool) -> None:
     download and run.
     """
     text = shape.get_text_config()
-    for key, most in LARGEST.items():
-        value = getattr(text, key, None)
-        if value is None and (key == "max_position_embeddings" or not hasattr(text, key)):
-            continue  # such as the heads of a model without attention
-        if type(value) is not int or not 1 <= value <= most:
-            raise ConfigError(f"{called}: its {key} is {value}; it must be 1 to {most}")
-    heads = getattr(text, "num_attention_heads", None)
-    groups = getattr(text, "num_key_value_heads", None) or heads
-    if type(heads) is int and type(groups) is int and heads % groups:
-        raise ConfigError(
-            f"{called}: its num_attention_heads {heads} is no multiple of its "
-            f"num_key_value_heads {groups}"
-        )
+    for key in SIZES:
+        value = getattr(text, key, 1)  # such as the heads of a model without attention
+        if type(value) is not int or value < 1:
+            raise ConfigError(f"{called}: its {key} is {value}; it must be 1 or more")
     named = next(_implementations(shape), None)
     if named is not None and not trusted:
         raise ConfigError(
@@ -183,7 +166,7 @@ def facts(config: ModelConfig) -> Facts:
         depth=text.num_hidden_layers,
         width=text.hidden_size,
         vocabulary=text.vocab_size,
-        context=batching.context_length(text),
+        context=context_length(text),
         tied=bool(getattr(text, "tie_word_embeddings", False)),
     )
 

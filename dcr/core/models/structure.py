@@ -13,14 +13,14 @@ from jaxtyping import Float
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dcr.core.config import ALL_LINEAR, ConfigError, LoraConfig
+
+UNLIMITED = 2**30  # tokens
 
 
 def unwrapped(model: Any) -> PreTrainedModel:
@@ -104,6 +104,11 @@ def trunk(model: Any, block: int) -> nn.Module:
     return cut
 
 
+def context_length(config: Any) -> int:
+    """The number of tokens that a model can read; `UNLIMITED` if its config names none."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or UNLIMITED
+
+
 def head(model: Any) -> nn.Linear:
     """The output projection from hidden states to logits."""
     layer = unwrapped(model).get_output_embeddings()
@@ -146,21 +151,6 @@ def freeze_beyond(model: PreTrainedModel, block: int, train_embeddings: bool | N
     tied = head(model).weight is embeddings.weight
     if (not tied) if train_embeddings is None else train_embeddings:
         embeddings.requires_grad_(True)
-
-
-def shard(model: Any, mesh: DeviceMesh) -> None:
-    """Splits every block, and an untied embedding and head, over the mesh (FSDP2).
-
-    The other weights, such as a tied matrix and the final norm, are frozen (`freeze_beyond`, LoRA)
-    and stay whole on every device.
-    """
-    embeddings, output, owner = model.get_input_embeddings(), head(model), backbone(model)
-    untied = [] if output.weight is embeddings.weight else [embeddings, output]
-    for module in (*decoder_blocks(model), *untied):
-        fully_shard(module, mesh=mesh)
-    whole_weights = {weight for weight in owner.parameters() if not isinstance(weight, DTensor)}
-    # sharding the root lets one block's gathering overlap the computation of the previous block
-    fully_shard(owner, mesh=mesh, ignored_params=whole_weights)
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -16,8 +16,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from dcr.core import models, runs, storage
-from dcr.core.models import Policy
+from dcr.core import machine, runs, storage
 from dcr.core.progress import Bar
 from dcr.core.runs import Cost, Run
 from dcr.core.storage import Lease
@@ -80,36 +79,6 @@ class RunLogger(Logger):
         """Nothing: the whole configuration stands in `config.yaml`."""
 
 
-def snapshot_steps(total: int, count: int) -> list[int]:
-    """Step 0 and at most `count` up to the last, denser early, where refusal moves fastest."""
-    if count < 1:
-        return []
-    count = min(count, 2 * total)  # so many are every step
-    wanted = {max(1, math.ceil(total * ((i + 1) / count) ** 1.5)) for i in range(count)}
-    return sorted(wanted | {0, total})
-
-
-class Snapshots(Callback):
-    """Saves the adapter at chosen steps of SFT; `eval.py snapshots=true` scores them afterwards."""
-
-    def __init__(self, run: Run, policy: Policy, base: str, steps: list[int]) -> None:
-        self.run, self.policy, self.base, self.steps = run, policy, base, set(steps)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._save(trainer)
-
-    def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
-        self._save(trainer)
-
-    def _save(self, trainer: Trainer) -> None:
-        step = trainer.global_step
-        if step in self.steps:
-            weights = models.trained(self.policy.model)
-            if trainer.is_global_zero:
-                place = self.run.snapshots / f"step-{step:06d}"
-                models.save_adapter(self.policy, place, self.base, weights)
-
-
 def bar(called: str, total: int, unit: str = "step", done: int = 0, shown: bool = True) -> Bar:
     """The bar of a stage or of its preparation."""
     return Bar(
@@ -161,7 +130,7 @@ class Progress(Callback):
             self.bar.close()
 
 
-class Holding(Callback):
+class FolderGuard(Callback):
     """Stops a process whose run folder was deleted, perhaps for another process to write into."""
 
     def __init__(self, lease: Lease) -> None:
@@ -209,7 +178,7 @@ class StepClock(Callback):
             seconds=round(self.seconds, 1),
             tokens=self.tokens,
             tokens_per_second=round(self.tokens / self.seconds, 1),
-            peak_memory_gib=round(runs.peak_memory_gib(), 2),
+            peak_memory_gib=round(machine.peak_memory_gib(), 2),
             device=torch.cuda.get_device_name()
             if on_gpu
             else f"CPU, threads: {torch.get_num_threads()}",

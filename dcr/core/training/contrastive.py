@@ -9,7 +9,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from dcr.core import activations, losses, models, passes
+from dcr.core import losses, models, passes
 from dcr.core.config import Adapter, ContrastiveConfig
 from dcr.core.data import NO_CLASS, PairBatch, PromptBatch
 from dcr.core.models import Policy
@@ -18,7 +18,7 @@ from dcr.core.training.resuming import ResumableModule, adamw, epoch_mean, ranks
 
 
 def of_all_ranks(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows of the global batch in order, without those of no class; gradient to ours alone.
+    """The rows of the global batch that have a class, in order; gradient flows to ours alone.
 
     Every rank then finds the loss of all pairs, and each its own features' gradient of it.
     """
@@ -30,7 +30,7 @@ def of_all_ranks(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def summed_over_ranks(value: Tensor) -> Tensor:
-    """Without gradient."""
+    """The sum over all ranks, without gradient."""
     value = value.detach()
     return torch.stack(gather_all_tensors(value)).sum(0) if ranks() > 1 else value
 
@@ -76,7 +76,7 @@ class PairMetrics(torch.nn.ModuleDict):
         """One batch; without weight where another rank `counts` the same rows."""
         pairs = losses.pair_statistics(features, labels, self.margin)
         batch = len(labels)
-        summed = {  # over what, and of how many
+        summed = {  # the sum, and its number of terms
             "circle": (circle * batch, batch),
             "above_floor": ((circle - floor) * batch, batch),
             "within_cosine": (pairs.within_sum, pairs.within_count),
@@ -155,30 +155,28 @@ class ContrastiveModule(ResumableModule):
             return features, self.mean_nll(batch.general)[0]
         nll, states = self.mean_nll(batch, self.block)
         assert states is not None
-        return activations.pooled(states, batch.spans), nll
+        return passes.pooled(states, batch.spans), nll
 
     def features(self, batch: PromptBatch) -> Tensor:
         (trunk,) = self._trunk
         states = passes.current().states(trunk, batch.ids, batch.mask)
-        return activations.pooled(states, batch.spans)
+        return passes.pooled(states, batch.spans)
 
     def mean_nll(
         self, batch: PromptBatch | PairBatch, block: int | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Token mean of the next-token NLL where a target stands (ambiguity 7).
+        """The token mean of the next-token NLL (ambiguity 7), and a block's output if asked for.
 
-        And the block's output in the same pass, if asked for. Of several ranks each has its part
-        of the mean over the tokens of all.
+        Each of several ranks has its part of the mean over the tokens of all.
         """
         found = passes.current().nll(self.model, batch.ids, batch.mask, batch.targets, block)
         return found.total / summed_over_ranks((batch.targets != IGNORED).sum()), found.states
 
     def circle(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Eq. 5 and its floor, the value at which no pair violates its margin."""
-        told = self.config
-        circle = losses.circle_loss(
-            features, labels, told.margin, told.scale, weights=told.circle.weights.value
-        )
+        margin, scale = self.config.margin, self.config.scale
+        weights = self.config.circle.weights.value
+        circle = losses.circle_loss(features, labels, margin, scale, weights=weights)
         return circle, losses.circle_floor(labels)
 
     def nll_tokens(self, batch: PromptBatch) -> Tensor:

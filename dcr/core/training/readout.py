@@ -31,7 +31,7 @@ Scores = dict[int, list[float]]  # log-odds of refusing held-out prompts, by cla
 
 
 @dataclass(frozen=True, eq=False)
-class Entered:
+class HalfPass:
     """A batch as it enters the last blocks.
 
     Attributes:
@@ -45,21 +45,21 @@ class Entered:
     before: Float[Tensor, "places width"]
 
 
-def entered(
+def half_pass(
     model: Any,
     count: int,
     ids: Int[Tensor, "batch length"],
     mask: Bool[Tensor, "batch length"],
     read: Bool[Tensor, "batch length"],
-) -> Entered:
+) -> HalfPass:
     """A pass without gradient, after which the last `count` blocks can be run by themselves.
 
     Raises ConfigError where that does not give what the model itself computes.
     """
     states, rest = passes.current().halved(model, count, ids, mask)
-    found = Entered(rest, read, states[read])
+    found = HalfPass(rest, read, states[read])
     with torch.no_grad():
-        error = (leaving(model, found) - found.before).abs().max()
+        error = (final_states(model, found) - found.before).abs().max()
     if not error <= 1e-2 * found.before.abs().max():
         kind = type(models.unwrapped(model)).__name__
         raise ConfigError(
@@ -69,7 +69,7 @@ def entered(
     return found
 
 
-def leaving(model: Any, given: Entered) -> Float[Tensor, "places width"]:
+def final_states(model: Any, given: HalfPass) -> Float[Tensor, "places width"]:
     """The final-normed states at the positions that are read, by the weights of now."""
     hidden, norm = given.rest()[given.read], models.final_norm(model)
     return hidden if norm is None else norm[1](hidden)
@@ -120,7 +120,7 @@ class ReadoutModule(ResumableModule):
             weight.requires_grad = False
         for name, weight in models.decoder_blocks(self.model)[-config.blocks :].named_parameters():
             weight.requires_grad = ".lora_" in name
-        self.entered: dict[int, Entered] = {}  # batches by their numbers
+        self.half_passes: dict[int, HalfPass] = {}  # batches by their numbers
         self.scores: Scores = {TOXIC: [], SEEMINGLY_TOXIC: []}
         self.moved: list[list[float]] = []
 
@@ -137,7 +137,7 @@ class ReadoutModule(ResumableModule):
         with callbacks.bar("readout, preparing", len(taken + heldout), "batch", shown=shown) as bar:
             for batch in taken + heldout:
                 given = batch.to(device)
-                self.entered[batch.number] = entered(
+                self.half_passes[batch.number] = half_pass(
                     self.model, self.config.blocks, given.ids, given.mask, given.read
                 )
                 bar.update()
@@ -177,18 +177,18 @@ class ReadoutModule(ResumableModule):
     def drifted(self, batch: ReadoutBatch) -> Float[Tensor, "places"]:
         """How far the next token has moved at each place of some answers, in nats."""
         with torch.no_grad():
-            before = models.logits(self.model, self.entered[batch.number].before)
+            before = models.logits(self.model, self.half_passes[batch.number].before)
         return drift(before, self.logits(batch))
 
     def logits(self, batch: ReadoutBatch) -> Float[Tensor, "places vocabulary"]:
-        return models.logits(self.model, leaving(self.model, self.entered[batch.number]))
+        return models.logits(self.model, final_states(self.model, self.half_passes[batch.number]))
 
     def validation_step(self, batch: ReadoutBatch, _: int = 0) -> None:
         if not _asks(batch):
             rows = self.drifted(batch).split(batch.read.sum(1).tolist())
             self.moved += [row.tolist() for row in rows]
             return
-        states = leaving(self.model, self.entered[batch.number])[batch.first]
+        states = final_states(self.model, self.half_passes[batch.number])[batch.first]
         scores = refusal.refusal_log_odds(models.logits(self.model, states), self.openings)
         for score, label in zip(scores.tolist(), batch.labels.tolist(), strict=True):
             self.scores[label].append(score)

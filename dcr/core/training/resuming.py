@@ -30,9 +30,9 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from torchmetrics import MeanMetric
 
-from dcr.core import batching, extending, models, storage
+from dcr.core import extending, machine, models, storage
 from dcr.core.config import Moments, Schedule, UserError
-from dcr.core.training.protocols import Shards
+from dcr.core.training import Shards
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def faults_explained() -> Iterator[None]:
                 f"another process of this job does not answer, or ended ({text:.160}); the same "
                 "command goes on from the last checkpoint"
             ) from error
-        if not batching.is_out_of_memory(error):
+        if not machine.is_out_of_memory(error):
             raise
         raise TrainingError(
             f"out of memory ({text.splitlines()[0][:120]}): lower sft.micro_tokens, sft.max_len or "
@@ -128,7 +128,7 @@ class ResumableModule(LightningModule):
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             assert self.device_mesh is not None
-            models.shard(self.model, self.device_mesh["data_parallel"])
+            self.shards.split(self.model, self.device_mesh["data_parallel"])
 
     def on_fit_start(self) -> None:
         # from_pretrained returns evaluation mode and Lightning would keep it
@@ -271,27 +271,6 @@ class StepSeed(Callback):
         torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big"))
 
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each trainable weight
-QUANTISED, EIGHT_BIT = "__bnb_optimizer_quant_state__", ("state1", "state2")  # bitsandbytes' own
-
-
-def homes(
-    checkpoint: dict[str, Any], module: torch.nn.Module
-) -> Iterator[tuple[str, dict[Any, Any], Any, Tensor]]:
-    """Each tensor that may be sharded: its name in files, its dict and key, and its weight."""
-    (optimizer,) = checkpoint["optimizer_states"]
-    weights = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    for number, (name, weight) in enumerate(weights):
-        yield name, checkpoint["state_dict"], name, weight.detach()
-        state = optimizer["state"][number]
-        state = state.get(QUANTISED, state)
-        # of a folder's rest, whose moments lie elsewhere, neither name is there yet
-        for moment, key in zip(
-            MOMENTS, EIGHT_BIT if EIGHT_BIT[0] in state else MOMENTS, strict=True
-        ):
-            yield f"{moment}/{name}", state, key, weight.detach()
-
-
 class VerifiedCheckpointIO(CheckpointIO):
     """Atomic writes with a checksum; loads tensors and plain values only, never pickled code.
 
@@ -371,23 +350,24 @@ def _is_whole(checkpoint: Path) -> bool:
         return False
 
 
-def _fits(checkpoint: Path, module: "ResumableModule") -> bool:
+def _fits(checkpoint: Path, module: ResumableModule) -> bool:
     """Whether a whole file is one of this run's stage: its weights, their moments, its step."""
     try:
         if checkpoint.is_dir():
-            held, shapes, wanted = module.shards.shapes(checkpoint, module)
+            held = module.shards.rest(checkpoint, module)
         else:  # on the meta device, where names and shapes alone are read
             held = torch.load(checkpoint, map_location="meta", weights_only=True, mmap=True)
-            found = list(homes(held, module))
-            shapes = {named: home[key].shape for named, home, key, _ in found}
-            wanted = {named: weight.shape for named, _, _, weight in found}
+            weights = [(name, w.shape) for name, w in module.named_parameters() if w.requires_grad]
+            (optimizer,) = held["optimizer_states"]
+            for (name, shape), number in zip(weights, optimizer["state"], strict=True):
+                state = optimizer["state"][number].values()
+                tensors = [each.shape for each in state if isinstance(each, Tensor)]
+                if {held["state_dict"][name].shape, *tensors} - {shape, torch.Size()}:
+                    return False
         return (
             held["global_step"] == step_of(checkpoint)
             and module.identity in ("", held["run"])
             and held.keys() >= {"epoch", "loops", "lr_schedulers", "callbacks"}
-            and shapes == wanted
-            # each of a weight and its moments
-            and len(held["optimizer_states"][0]["state"]) == len(wanted) // 3
         )
     # torch.load alone raises half a dozen kinds for a file that it did not write
     except Exception:

@@ -28,9 +28,8 @@ from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.storage import Lease
-from dcr.core.training import callbacks, resuming
+from dcr.core.training import Watched, callbacks, resuming
 from dcr.core.training.contrastive import ContrastiveModule
-from dcr.core.training.protocols import Watched
 from dcr.core.training.readout import ReadoutModule
 from dcr.core.training.sft import SFTModule
 
@@ -63,7 +62,7 @@ class Job:
 
 
 def check(settings: TrainConfig, rows: Splits, wanted: Sequence[Stage]) -> None:
-    """What would stop a stage half-way, found before any of them trains.
+    """Finds before any stage trains what would stop one half-way.
 
     Raises ConfigError for LoRA targets that match nothing, for a model or a template that cannot
     be, and where no training pair fits, and DataError for a prompt longer than the context.
@@ -129,7 +128,6 @@ def train_sft(job: Job) -> None:
     policy = _sft_start(job)
     _claim_base(job, Stage.sft, policy)
     chat = _chat_of_answers(job, policy)
-    base = policy.name
     batches = _batches(job, Stage.sft, chat)
     if batches.rows.too_long:
         log.warning(
@@ -139,13 +137,11 @@ def train_sft(job: Job) -> None:
         )
     total = batches.steps_per_epoch * settings.sft.epochs
     module = SFTModule(policy, settings.sft, total)
-    steps = callbacks.snapshot_steps(total, settings.tracking.snapshots)
-    snapshots = callbacks.Snapshots(run, policy, base, steps)
     seen = _measuring(job, Stage.sft, policy, chat, total)
-    trainer = _fit(job, Stage.sft, module, batches, total, snapshots, *seen)
+    trainer = _fit(job, Stage.sft, module, batches, total, *seen)
     trained = models.trained(policy.model)
     if trainer.is_global_zero:
-        models.save_adapter(policy, run.stage("sft"), base, trained)
+        models.save_adapter(policy, run.stage("sft"), policy.name, trained)
     _end(job, Stage.sft, trainer)
 
 
@@ -288,7 +284,7 @@ def _trainer(
         *between,
         *([bar] if options.progress else []),
         resuming.StepSeed(settings.seed),
-        *([callbacks.Holding(job.lease)] if job.lease else []),
+        *([callbacks.FolderGuard(job.lease)] if job.lease else []),
         # last, when a step's other traces are there
         resuming.Checkpoints(job.run.checkpoints(stage.value), options.checkpoint_every_n_steps),
     ]

@@ -3,21 +3,22 @@
 import math
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
-from dcr.core import threads
+from dcr.core import machine
 
 FOUR = [0, 1, 2, 3]
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+def idle(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Four cores, idle, without OMP_NUM_THREADS, control groups or an effect on this process."""
     monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr(threads, "cores", lambda: FOUR)
-    monkeypatch.setattr(threads, "taken", lambda _: 0.0)
-    monkeypatch.setattr(threads, "control_groups", list)
+    monkeypatch.setattr(machine, "cores", lambda: FOUR)
+    monkeypatch.setattr(machine, "held_by_others", lambda _: 0.0)
+    monkeypatch.setattr(machine, "control_groups", list)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     return monkeypatch
 
@@ -28,12 +29,12 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
      (0.0, "250000", 2), (1.0, "250000", 2), (3.0, "250000", 1), (0.0, "50000", 1)],
 )  # fmt: skip
 def test_it_takes_what_is_free(
-    machine: pytest.MonkeyPatch, tmp_path: Path, held: float, granted: str, number: int
+    idle: pytest.MonkeyPatch, tmp_path: Path, held: float, granted: str, number: int
 ) -> None:
     (tmp_path / "cpu.max").write_text(f"{granted} 100000\n")
-    machine.setattr(threads, "taken", lambda _: held)
-    machine.setattr(threads, "control_groups", lambda: [tmp_path])
-    assert threads.chosen(None)[0] == number
+    idle.setattr(machine, "held_by_others", lambda _: held)
+    idle.setattr(machine, "control_groups", lambda: [tmp_path])
+    assert machine.chosen_threads(None)[0] == number
 
 
 def test_the_tightest_group_counts(tmp_path: Path) -> None:
@@ -41,34 +42,36 @@ def test_the_tightest_group_counts(tmp_path: Path) -> None:
     own.write_text("0::/slice/job\n")
     inner = tmp_path / "root" / "slice" / "job"
     inner.mkdir(parents=True)
-    assert threads.quota(threads.control_groups(tmp_path / "root", own)) == math.inf
+    assert machine.quota(machine.control_groups(tmp_path / "root", own)) == math.inf
     (inner / "cpu.max").write_text("max 100000\n")
     (inner.parent / "cpu.max").write_text("150000 100000\n")
-    assert threads.quota(threads.control_groups(tmp_path / "root", own)) == 1.5
+    assert machine.quota(machine.control_groups(tmp_path / "root", own)) == 1.5
 
 
 def test_a_core_counts_as_taken_while_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """What ended before leaves a load, and what just began none yet: neither holds a core."""
     now = [100.0, 50.0, 0.0, 0.0, 100.0]  # the last is not ours
-    monkeypatch.setattr(threads.psutil, "cpu_percent", lambda **_: now)
-    monkeypatch.setattr(threads.os, "getloadavg", lambda: (2.0, 0.0, 0.0))
-    assert threads.taken(FOUR) == 1.5
-    monkeypatch.setattr(threads.os, "getloadavg", lambda: (0.25, 0.0, 0.0))
-    assert threads.taken(FOUR) == 0.25
-    assert threads.taken([2, 3]) == 0
+    monkeypatch.setattr(psutil, "cpu_percent", lambda **_: now)
+    monkeypatch.setattr(machine.os, "getloadavg", lambda: (2.0, 0.0, 0.0))
+    assert machine.held_by_others(FOUR) == 1.5
+    monkeypatch.setattr(machine.os, "getloadavg", lambda: (0.25, 0.0, 0.0))
+    assert machine.held_by_others(FOUR) == 0.25
+    assert machine.held_by_others([2, 3]) == 0
 
 
 def test_the_user_the_environment_and_the_run_come_first(
-    machine: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    idle: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     given: list[int] = []
-    machine.setattr(torch, "set_num_threads", given.append)
+    idle.setattr(torch, "set_num_threads", given.append)
     with caplog.at_level("INFO"):
-        assert threads.use(3, before=2) == 3
-        assert threads.use(None, before=2) == 2  # else a resumed run's last bits would differ
-        assert threads.use(None, before=8) == 4  # it began on a larger machine
-        machine.setenv("OMP_NUM_THREADS", "1")
-        assert threads.use(None, before=2) == 4, "kept all the same"
+        assert machine.use_threads(3, before=2) == 3
+        assert (
+            machine.use_threads(None, before=2) == 2
+        )  # else a resumed run's last bits would differ
+        assert machine.use_threads(None, before=8) == 4  # it began on a larger machine
+        idle.setenv("OMP_NUM_THREADS", "1")
+        assert machine.use_threads(None, before=2) == 4, "kept all the same"
     assert given == [3, 2, 4, 4], "the number that torch has as well: a fork needs the call"
     assert [line.split(" (")[0] for line in caplog.messages] == [
         f"threads: {number}" for number in (3, 2, 4, 4)

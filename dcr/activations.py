@@ -1,12 +1,12 @@
-"""Reads and edits blocks at their sites, and takes hidden states out of a forward pass.
+"""Reads and edits blocks at their sites.
 
 Sites are found by structure, not by family. HF's `hidden_states[ℓ]` is the output of block ℓ for
 every ℓ below the depth; after the last block HF applies the final norm and this module does not.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from enum import Enum
 from typing import Any
 
@@ -98,32 +98,6 @@ def _part(model: Any, block: nn.Module, site: Site) -> nn.Module:
     return parts[0]
 
 
-@contextmanager
-def captured(model: Any, block: int) -> Iterator[list[Tensor]]:
-    """Gives a list to which every forward pass appends the output of `block` while open.
-
-    The outputs, [batch, length, width], stay in the autograd graph. The hook goes at the end, also
-    after an exception.
-    """
-    outputs: list[Tensor] = []
-    handle = hook(model, Site.block_output, block, outputs.append)
-    try:
-        yield outputs
-    finally:
-        handle.remove()
-
-
-def pooled(
-    hidden: Float[Tensor, "batch length width"], spans: Int[Tensor, "batch 2"]
-) -> Float[Tensor, "batch width"]:
-    """Mean over the positions `spans[i, 0]` up to but without `spans[i, 1]`, in fp32."""
-    places = torch.arange(hidden.shape[1], device=hidden.device)
-    inside: Bool[Tensor, "batch length"] = (places >= spans[:, :1]) & (places < spans[:, 1:])
-    # where, not multiplication: a padded position may hold NaN and 0 * NaN is NaN
-    kept = torch.where(inside[:, :, None], hidden.float(), 0.0)
-    return kept.sum(1) / inside.sum(1, keepdim=True)
-
-
 def states(
     model: Any,
     ids: Int[Tensor, "batch length"],
@@ -153,12 +127,3 @@ def states(
         placed = batching.placed(trunk, batching.positions(mask))
         trunk(input_ids=ids, attention_mask=mask.long(), use_cache=False, **placed)
     return torch.stack(by_block)
-
-
-def per_row(model: Any) -> bool:
-    """Whether an open edit depends on the row or on what is its prompt.
-
-    Rows must then stay in their batch and place, and a prompt be read in one pass.
-    """
-    hooks = models.backbone(model)._forward_pre_hooks.values()
-    return any(getattr(session, "per_row", False) for session in hooks)

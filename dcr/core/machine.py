@@ -1,0 +1,348 @@
+"""The machine that a command computes on: its devices and their precision, threads and memory.
+
+`precision=auto` settles to the types that the device multiplies natively:
+
+    device                                   stage one   SFT, evaluation
+    CUDA, compute capability 8.0 or more     mixed       bf16              as the paper
+    CPU with AVX-512-bf16, AMX or ARM bf16   mixed       bf16
+    any other: older CUDA, CPU, Apple's GPU  fp32        fp32
+
+bf16 that a CPU emulates is many times slower than fp32. fp16 with a gradient scaler would save no
+memory on an older GPU, since weights and optimiser states stay in fp32.
+
+Torch gets as many threads as cores that the process may use and others leave free: a step of two
+threads where another process holds one of two cores takes many times that of one thread, since
+every product waits for the slower half.
+"""
+
+import logging
+import math
+import os
+import resource
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dcr.core.config import ConfigError, Precision, Stage, TrainConfig, stages_of
+
+log = logging.getLogger(__name__)
+
+NATIVE = {"contrastive": Precision.mixed, "sft": Precision.bf16, "evaluation": Precision.bf16}
+# CPU units that multiply bf16, by their flags, as torch spells them.
+UNITS = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512-bf16", "bf16": "ARM bf16"}
+# Parts of names of oneDNN's instruction sets that have bf16, or are no limit.
+UNLIMITED = ("BF16", "FP16", "AMX", "AVX10", "DEFAULT", "ALL")
+PROCESSES_A_CORE = 4  # slow, but a way to try several; more is a slip of the finger
+OUT_OF_MEMORY = (
+    *("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED"),
+)
+LOOK = 0.2  # seconds over which cores that others hold are counted
+CGROUPS = Path("/sys/fs/cgroup")
+ANY_NUMBER = "trainer.threads=<n> for another number"
+
+
+# --- devices ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device: cpu, cuda or mps, whether it multiplies bf16 natively, and the reason in words."""
+
+    kind: str
+    bf16: bool
+    why: str
+
+    def auto(self, use: str) -> Precision:
+        """The precision of `auto` for `contrastive`, `sft` or `evaluation`."""
+        return NATIVE[use] if self.bf16 else Precision.fp32
+
+    def emulates(self, precision: Precision) -> bool:
+        """Whether products in this precision are emulated and slow; unknown for Apple's GPU."""
+        return precision is not Precision.fp32 and not self.bf16 and self.kind != "mps"
+
+
+def device(accelerator: str = "auto") -> Device:
+    """The device that a command computes on. A GPU that is planned for but absent has bf16."""
+    kind = kind_of(accelerator)
+    if kind == "mps":
+        return Device(kind, False, "Apple's GPU")
+    if kind == "cpu":
+        unit = cpu_unit()
+        return Device(kind, unit is not None, f"this CPU has {unit or 'no bf16 unit'}")
+    import torch
+
+    if not torch.cuda.is_available():
+        return Device(kind, True, "a GPU that is not here")
+    major, minor = torch.cuda.get_device_capability()
+    native = major >= 8 or torch.version.hip is not None
+    return Device(kind, native, f"{torch.cuda.get_device_name()}, capability {major}.{minor}")
+
+
+def kind_of(accelerator: str = "auto") -> str:
+    """cpu, cuda or mps, as Lightning takes `trainer.accelerator`."""
+    if accelerator != "auto":
+        return "cuda" if accelerator == "gpu" else accelerator
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def cpu_unit() -> str | None:
+    """The unit that multiplies bf16 in this CPU; None without one, or if oneDNN may not use it.
+
+    `torch.ops.mkldnn._is_mkldnn_bf16_supported` is also true if AVX-512 only emulates it.
+    """
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "ALL"
+    if not any(part in limit.upper() for part in UNLIMITED):
+        return None
+    flags = _flags()
+    return next((name for flag, name in UNITS.items() if flag in flags), None)
+
+
+def _flags() -> set[str]:
+    """The processor's instruction sets, by torch."""
+    import torch
+
+    if not torch.backends.mkldnn.is_available():  # on a Mac's CPU nothing else multiplies bf16
+        return set()
+    if hasattr(torch.cpu, "get_capabilities"):
+        return {name for name, there in torch.cpu.get_capabilities().items() if there is True}
+    asked = {"avx512_bf16": "_is_avx512_bf16_supported", "amx_bf16": "_is_amx_tile_supported"}
+    return {flag for flag, name in asked.items() if getattr(torch.cpu, name, bool)()}
+
+
+def check_devices(accelerator: str, devices: int) -> None:
+    """Raises ConfigError if this machine has fewer devices than `trainer.devices`."""
+    import torch
+
+    named = f"trainer.accelerator={accelerator} trainer.devices={devices}"
+    found, cores = torch.cuda.device_count(), os.cpu_count() or 1
+    if accelerator in ("gpu", "cuda") or (accelerator == "auto" and found):
+        if found < devices:
+            raise ConfigError(
+                f"{named}: this machine has {found} GPUs; lower trainer.devices or use "
+                "trainer.accelerator=cpu"
+            )
+    elif devices > PROCESSES_A_CORE * cores:
+        raise ConfigError(f"{named}: this machine has {cores} cores; lower trainer.devices")
+    if accelerator == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(f"{named}: this machine has none; use trainer.accelerator=cpu")
+
+
+def to_gpu(model: Any, accelerator: str = "auto") -> None:
+    """Moves a model to a GPU, NVIDIA's or Apple's, if there is one and the accelerator lets it."""
+    import torch
+
+    kind = kind_of(accelerator)
+    if kind == "mps" or (kind == "cuda" and torch.cuda.is_available()):
+        model.to(kind)
+
+
+# --- the precision that a command computes in -----------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settled:
+    """The precision of each use, with a line for the user."""
+
+    precisions: dict[str, Precision]
+    told: str
+    slow: str | None = None
+
+    def say(self) -> None:
+        log.info("precision: %s", self.told)
+        if self.slow:
+            log.warning(self.slow)
+
+
+def settled(
+    asked: Mapping[str, Precision],
+    accelerator: str = "auto",
+    recorded: Mapping[str, Precision] | None = None,
+    unused: Collection[str] = (),
+) -> Settled:
+    """The precision of each use: as asked, else as `recorded` by its run, else the device's.
+
+    Uses are `contrastive`, `sft` and `evaluation`; the line for the user leaves out those `unused`.
+    """
+    here, recorded = device(accelerator), recorded or {}
+    reasons: dict[str, dict[str, Precision]] = {}
+    found: dict[str, Precision] = {}
+    for use, precision in asked.items():
+        why = "as named"
+        if precision is Precision.auto:
+            why = "as the run was made" if use in recorded else here.why
+            precision = recorded.get(use) or here.auto(use)
+        found[use] = precision
+        if use not in unused:
+            reasons.setdefault(why, {})[use] = precision
+    emulated = {
+        use: each for use, each in found.items() if use not in unused and here.emulates(each)
+    }
+    slow = (
+        f"precision: {_listed(emulated)} is emulated and slow here ({here.why}); "
+        "precision=fp32 is faster, with results of its own"
+    )
+    told = "; ".join(f"{_listed(part)} ({why})" for why, part in reasons.items())
+    return Settled(found, told, slow if emulated else None)
+
+
+def _listed(precisions: Mapping[str, Precision]) -> str:
+    if len(set(precisions.values())) == 1:
+        return next(iter(precisions.values())).value
+    return ", ".join(f"{use} {each.value}" for use, each in precisions.items())
+
+
+def of_training(
+    settings: TrainConfig, recorded: Mapping[str, Precision] | None = None
+) -> tuple[TrainConfig, Settled]:
+    """The settings with the precision of `auto` for each stage and for the run's evaluations."""
+    dcr, sft = settings.dcr, settings.sft
+    stages = {"contrastive": dcr.precision, "sft": sft.precision}
+    trained = {  # the readout in what SFT was
+        "contrastive" if stage is Stage.contrastive else "sft" for stage in stages_of(settings)
+    }
+    found = settled(stages, settings.trainer.accelerator, recorded, unused=stages.keys() - trained)
+    first, second = found.precisions["contrastive"], found.precisions["sft"]
+    top = evaluated_in(second) if settings.precision is Precision.auto else settings.precision
+    made = replace(
+        settings,
+        precision=top,
+        dcr=replace(dcr, precision=first),
+        sft=replace(sft, precision=second),
+    )
+    return made, found
+
+
+def evaluated_in(precision: Precision) -> Precision:
+    """The precision that evaluates a model trained in this one; `mixed` has weights in fp32."""
+    return Precision.bf16 if precision is Precision.bf16 else Precision.fp32
+
+
+# --- threads --------------------------------------------------------------------------------------
+
+
+def use_threads(asked: int | None = None, before: int | None = None) -> int:
+    """Sets torch to the `chosen_threads`, logs their number in one line, and returns it."""
+    import torch
+
+    number, why = chosen_threads(asked, before)
+    # The same number too: a fork renews torch's pool at the first such call, and of the several
+    # threads that load weights, which each make it, one would find none ("Invalid thread pool").
+    torch.set_num_threads(number)
+    log.info("threads: %d (%s)", number, why)
+    return number
+
+
+def chosen_threads(asked: int | None, before: int | None = None) -> tuple[int, str]:
+    """The number of threads, and its reason.
+
+    `asked`, which is `trainer.threads`, comes first, then OMP_NUM_THREADS, then the number of a run
+    `before` it was stopped, on which its results depend to the last bit, then the free cores.
+    """
+    if asked:
+        return asked, "trainer.threads"
+    import torch
+
+    most = torch.get_num_threads()
+    if os.environ.get("OMP_NUM_THREADS"):
+        return most, "OMP_NUM_THREADS"
+    mine = cores()
+    if before:
+        return min(before, len(mine)), f"as this run began; {ANY_NUMBER}"
+    held, granted = held_by_others(mine), quota(control_groups())
+    why = f"of {len(mine)} cores, {held:.1f} held by others"
+    if granted < len(mine):
+        why += f", {granted:g} granted by the cgroup"
+    free = min(most, granted, round(len(mine) - held))
+    return max(1, int(free)), f"{why}; {ANY_NUMBER}"
+
+
+def cores() -> list[int]:
+    """The numbers of the cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def held_by_others(mine: list[int]) -> float:
+    """The number of these cores that other processes have held for a minute and still hold.
+
+    A process that has ended, such as the command before this one, holds none.
+    """
+    import psutil  # not at the top: help does not wait for it
+
+    now = psutil.cpu_percent(interval=LOOK, percpu=True)
+    return min(sum(now[core] for core in mine if core < len(now)) / 100, os.getloadavg()[0])
+
+
+def control_groups(root: Path = CGROUPS, own: Path = Path("/proc/self/cgroup")) -> list[Path]:
+    """This process's control groups (version 2), the innermost first, as in a container or a job.
+
+    The limits of each one hold. The list is empty without control groups.
+    """
+    lines = own.read_text().splitlines() if own.is_file() else []
+    path = next((line.removeprefix("0::") for line in lines if line.startswith("0::")), "/")
+    group = root / path.strip("/")
+    return [each for each in (group, *group.parents) if each.is_relative_to(root)]
+
+
+def quota(groups: Sequence[Path]) -> float:
+    """The cores' worth of time that control groups grant; infinite if none sets a limit."""
+    least = math.inf
+    for file in (group / "cpu.max" for group in groups):
+        most, period = file.read_text().split() if file.is_file() else ("max", "")
+        least = least if most == "max" else min(least, int(most) / int(period))
+    return least
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def free_bytes() -> int:
+    """The bytes of the machine's memory that this process may still take."""
+    import psutil
+
+    return min(psutil.virtual_memory().available, bytes_left(control_groups()))
+
+
+def bytes_left(groups: Sequence[Path]) -> int:
+    """The bytes that the limits of control groups leave, as in a container or a Slurm job.
+
+    Beyond such a limit the kernel kills the process, which can catch no error. The machine's free
+    memory does not show the limit.
+    """
+    least = 2**62
+    for group in groups:
+        try:
+            limit = (group / "memory.max").read_text().strip()
+            used = int((group / "memory.current").read_text())
+            stat = (group / "memory.stat").read_text().splitlines()
+        except OSError:  # the root has no limit, and other systems have no such files
+            continue
+        if limit != "max":
+            # file pages not in use are given back before anything is killed
+            reclaimed = int(dict(line.split() for line in stat).get("inactive_file", 0))
+            least = min(least, int(limit) - used + reclaimed)
+    return least
+
+
+def peak_memory_gib() -> float:
+    """The most memory that this process has held, on the GPU if there is one, else in RAM."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the error is a lack of memory, for which torch has no type of its own on a CPU."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
