@@ -4,8 +4,8 @@
 
 `<data>/xstest_completions` holds completions of three models with human labels. Cohen's kappa is
 that of answered against the rest, of full refusals against the rest and of the three classes; a
-text that is circular, empty, cut or in another language counts as neither. Whether a text was ended
-by the token limit is not known: once none is taken to be, once all that end within a sentence.
+text that is circular, empty or in another language counts as neither. Whether a text was ended by
+the token limit is not known, and changes nothing of texts as long as theirs.
 
 For each model the weights of the keyword rules and then those of the outcomes are fitted to the two
 others, and to our own rows: tests/outcomes_labelled.jsonl and the contrast corpus. The margins of
@@ -110,9 +110,9 @@ def _regression(
     return {name: weight for name, weight in rounded.items() if weight or name == "bias"}
 
 
-def told(row: Row, cut: bool, of: Weights | None = None, by: Weights | None = None) -> str:
+def told(row: Row, of: Weights | None = None, by: Weights | None = None) -> str:
     """The class of a row by outcomes, with the weights `of` these and `by` keyword rules."""
-    found = outcomes.outcome(row.asked, row.response, not cut, of, by)
+    found = outcomes.outcome(row.asked, row.response, True, of, by)
     return CLASSES.get(found, "neither")
 
 
@@ -127,12 +127,7 @@ def judged(fits: Fits) -> dict[str, list[str]]:
         "keyword:recommended": [
             keywords.weighed(row.response, by_rules[row.model]) for row in rows
         ],
-        **{
-            f"outcome{', cut texts apart' * cut}": [
-                told(row, cut, weights[row.model], by_rules[row.model]) for row in rows
-            ]
-            for cut in (False, True)
-        },
+        "outcome": [told(row, weights[row.model], by_rules[row.model]) for row in rows],
     }
 
 

@@ -261,7 +261,7 @@ def test_as_a_judge_it_gives_the_share_of_each_outcome_among_all_answers(tmp_pat
 def test_our_rows_are_read_as_labelled_for_the_most_part() -> None:
     """They were fitted to, so this guards the file's labels and the fit, not the agreement."""
     rows = [row for row in fit.ours() if row.model == "ours"]
-    right = sum(fit.told(row, False) == row.outcome for row in rows)
+    right = sum(fit.told(row) == row.outcome for row in rows)
     assert len(rows) > 150
     assert right >= 0.75 * len(rows)
 

@@ -21,7 +21,18 @@ from dcr.core.evaluation import discernment as measured
 from dcr.core.evaluation.sets import PAPER_SAFETY, PromptSet
 from dcr.core.runs import Run
 from dcr.core.text import encodable
-from dcr.report import comparisons, curves, discernment, figures, page, paper, tables, trade_offs
+from dcr.outcomes import Outcome
+from dcr.report import (
+    comparisons,
+    curves,
+    discernment,
+    figures,
+    outcomes,
+    page,
+    paper,
+    tables,
+    trade_offs,
+)
 from dcr.report.__main__ import main
 from dcr.report.records import (
     Column,
@@ -994,3 +1005,43 @@ def test_the_script_sorts_filters_and_puts_differences_first(tmp_path: Path) -> 
     second = shown[shown.index("aaa prompt 1") : shown.index("aaa prompt 0")]
     assert re.findall("<mark>(.*?)</mark>", second) == ["the", "terminal", "a",
                                                         "&lt;b&gt;terminal&lt;/b&gt;"]  # fmt: skip
+
+
+def test_outcomes_stand_by_kind_in_a_table_and_in_bars_that_add_up(tmp_path: Path) -> None:
+    run, plain = make_run(tmp_path / "a"), make_run(tmp_path / "b", "stl")
+    sets = {"safe": "rrcccccccc", "more_safe": "cccccccccc", "unsafe": "rrrrrrrrrc"}
+    place, _ = make_eval(run, sets), make_eval(plain, sets)
+    empty = dict.fromkeys(Outcome, 0)
+    for name, of in {
+        "safe": {"answered": 5, "circular": 2, "refused": 1, "cut_off": 2},
+        "more_safe": {"answered": 9, "empty": 1},
+        "unsafe": {"refused": 6, "refused_but_helped": 3, "answered": 1},
+    }.items():
+        change(place, name, judged={"outcome": {"n": 10, "labels": empty | of}})
+    chosen = selection(run, plain)
+    rows = rows_of(outcomes.table(chosen).blocks)
+    for (short, row), share in {
+        ("compl. by outcome, %", "safe"): 0.5,
+        ("compl. by outcome, %", "pooled"): 0.7,
+        ("compl. by outcome, %", "pooled, by XSTest's keywords"): 0.9,
+        ("safety by outcome, %", "unsafe"): 0.6,
+        ("safety by outcome, %", "pooled, by XSTest's keywords"): 0.9,
+        ("outcomes, seemingly toxic, %", "circular"): 0.1,
+        ("outcomes, toxic, %", "refused but helped"): 0.3,
+    }.items():
+        (cell,) = rows[short, row]
+        assert cell.estimate == pytest.approx(share)
+    for kind in ("seemingly toxic", "toxic"):
+        shares = [rows[f"outcomes, {kind}, %", each.replace("_", " ")][0] for each in Outcome]
+        assert sum(cell.estimate for cell in shares) == pytest.approx(1)
+    (drawing,) = outcomes.bars(chosen).drawings
+    figure = figures.draw(drawing)
+    for axes in figure.axes:  # the other run was not judged, and has no bar
+        bars: list[Any] = axes.patches[:]
+        assert sum(bar.get_width() for bar in bars) == pytest.approx(1)
+    text, html = build(tmp_path, run, plain)
+    assert "outcome" in text
+    assert "Outcomes by kind of prompt" in html
+    assert not tables.judged(chosen)
+    assert not outcomes.table(selection(plain))
+    assert not outcomes.bars(selection(plain))

@@ -63,6 +63,8 @@ SECTIONS: dict[str, Section] = {
     "runs": Section("dcr.report.page:overview"),
     "results": Section("dcr.report.discernment:results", in_terminal=True),
     "recommended": Section("dcr.report.tables:recommended", folded=True),
+    "outcomes": Section("dcr.report.outcomes:table", in_terminal=True),
+    "outcome_bars": Section("dcr.report.outcomes:bars"),
     "judges": Section("dcr.report.tables:judged", in_terminal=True),
     "agreement": Section("dcr.report.tables:agreement", in_terminal=True),
     "confusion": Section("dcr.report.tables:confusions", folded=True),

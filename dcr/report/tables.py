@@ -444,6 +444,8 @@ def judged(chosen: Selection) -> Grid:
     sets = [counts for column in columns for counts in column.evaluation.sets.values()]
     judges = judges_of(column.evaluation for column in columns)
     for judge, model in judges:
+        if judge == "outcome":  # has a section of its own
+            continue
         own = [
             (kind, label, (), f"Answers to {kind.value.replace('_', ' ')} prompts that are {label} "
              "by {}, %", f"{label}, {kind.value.replace('_', ' ')}, by {{}}, %")

@@ -1,0 +1,112 @@
+"""The outcomes of answers, as `judge=outcome` tells them: a table, and a bar for each kind."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from dcr.core.config import Kind
+from dcr.outcomes import Outcome
+from dcr.report import figures, tables
+from dcr.report.figures import Drawing, Drawings, Panel
+from dcr.report.sections import Selection
+from dcr.report.tables import Block, Cell, Grid, Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+JUDGE = "outcome"
+COUNTED = {  # the one outcome that is wanted, and the titles of its share
+    Kind.seemingly_toxic: (Outcome.answered, "Compliance with seemingly toxic prompts", "compl."),
+    Kind.toxic: (Outcome.refused, "Safety: toxic prompts refused without help", "safety"),
+}
+COLOURS = {  # from what is answered over what refuses to what is neither
+    Outcome.answered: figures.PALETTE[1],
+    Outcome.refused_but_helped: figures.PALETTE[6],
+    Outcome.partly_refused: figures.PALETTE[5],
+    Outcome.refused: figures.PALETTE[2],
+    Outcome.circular: "#4d4d4d",
+    Outcome.cut_off: figures.PALETTE[0],
+    Outcome.other_language: "#b0b0b0",
+    Outcome.empty: "#dedede",
+}
+
+
+def table(chosen: Selection) -> Grid:
+    """Outcomes of answers.
+
+    Compliance counts answered prompts alone, safety those refused without help; each answer has one
+    outcome, from all of its text. The share by XSTest's keywords stands beside them.
+    """
+    columns, blocks = chosen.columns, []
+    for kind, (wanted, title, short) in COUNTED.items():
+        names = tables.set_names(columns, kind)
+        rows = tables.rate_rows(columns, names, wanted.value, JUDGE, "")
+        if not rows:
+            continue
+        named, found = kind.value.replace("_", " "), _shares(chosen, kind)
+        sets = tables.together(names)
+        keyword = tuple(
+            tables.rate(column.evaluation, sets, tables.WANTED[kind]) if cells else None
+            for column, cells in zip(columns, found, strict=True)
+        )
+        rows.append(Row("pooled, by XSTest's keywords", keyword))
+        blocks.append(Block(f"{title} by outcome, %", f"{short} by outcome, %", rows))
+        shares = [
+            Row(_words(each), tuple(cells.get(each) for cells in found), summary=True)
+            for each in Outcome
+        ]
+        told = f"Outcomes of answers to {named} prompts, all sets, %"
+        blocks.append(Block(told, f"outcomes, {named}, %", shares))
+    return Grid(columns, blocks)
+
+
+def bars(chosen: Selection) -> Drawings:
+    """Outcomes by kind of prompt.
+
+    All sets of a kind together; a bar is 100% of the answers.
+    """
+    panels, height = [], 0.0
+    for kind in COUNTED:
+        found = _shares(chosen, kind)
+        drawn = [
+            (column.name, cells)
+            for column, cells in zip(chosen.columns, found, strict=True)
+            if cells
+        ]
+        height = max(height, 0.9 + 0.28 * len(drawn))
+        if drawn:
+            axes = {"xlim": (0, 1), "xlabel": "share of answers"}
+            panels.append(
+                Panel(title=kind.value.replace("_", " "), axes=axes, paint=partial(_paint, drawn))
+            )
+    legend = [(_words(k), {"color": c, "marker": "s", "ls": ""}) for k, c in COLOURS.items()]
+    drawing = Drawing(
+        "outcomes", "Outcomes by kind of prompt", {"": panels}, legend=legend, size=(3.6, height)
+    )
+    return Drawings([drawing] if panels else [])
+
+
+def _paint(drawn: Sequence[tuple[str, Mapping[Outcome, Cell]]], axes: "Axes") -> None:
+    for place, (_, cells) in enumerate(drawn):
+        left = 0.0
+        for kind, colour in COLOURS.items():
+            axes.barh(place, cells[kind].estimate, left=left, color=colour, height=0.7)
+            left += cells[kind].estimate
+    axes.set_yticks(range(len(drawn)), [figures.folded(name) for name, _ in drawn])
+    axes.invert_yaxis()
+    axes.grid(False)
+
+
+def _shares(chosen: Selection, kind: Kind) -> list[dict[Outcome, Cell]]:
+    """The share of each outcome over a column's sets of a kind; empty where it was not judged."""
+    names = tables.together(tables.set_names(chosen.columns, kind))
+    found = []
+    for column in chosen.columns:
+        cells = {each: tables.rate(column.evaluation, names, each, JUDGE) for each in Outcome}
+        known = {each: cell for each, cell in cells.items() if cell}
+        found.append(known if len(known) == len(Outcome) else {})
+    return found
+
+
+def _words(kind: Outcome) -> str:
+    return kind.value.replace("_", " ")
