@@ -264,39 +264,28 @@ def over_seeds(chosen: Selection) -> Grid:
 
 
 def of_group(group: Group, cells: Sequence[Cell | None]) -> Cell | None:
-    """The mean over the seeds of a group with its spread, or a difference with its interval."""
-    own = [cells[place] for place in group.places]
-    if not group.less:
-        return mean_of(own)
-    both = [
-        (one, other)
-        for one, other in zip(own, (cells[place] for place in group.less), strict=True)
-        if one and other and not (one.text or other.text)
+    """The mean over the seeds of a group with its spread, or a difference with its interval.
+
+    None if no seed has a number, or fewer than two seeds both numbers of a difference.
+    """
+    sides = [[cells[place] for place in places] for places in (group.places, group.less) if places]
+    by_seed = [
+        [cell for cell in pair if cell and not cell.text] for pair in zip(*sides, strict=True)
     ]
-    if len(both) < 2:
+    known = [pair for pair in by_seed if len(pair) == len(sides)]
+    if len(known) < len(sides):
         return None
-    paired = inference.paired_over_seeds(
-        [one.estimate for one, _ in both], [other.estimate for _, other in both]
-    )
-    marks = "".join(dict.fromkeys(mark for pair in both for cell in pair for mark in cell.marks))
-    few = f"of {len(both)} seeds only" if len(both) < len(own) else ""
-    percent = both[0][0].percent
-    return Cell(paired.estimate, paired.low, paired.high, percent=percent, marks=marks, aside=few)
-
-
-def mean_of(cells: Sequence[Cell | None]) -> Cell | None:
-    """The mean and standard deviation over seeds; None if no seed has a number."""
-    known = [cell for cell in cells if cell and not cell.text]
-    if not known:
-        return None
-    mean, spread = inference.mean_and_spread([cell.estimate for cell in known])
-    return Cell(
-        mean,
-        spread=spread if len(known) > 1 else None,
-        percent=known[0].percent,
-        marks="".join(dict.fromkeys(mark for cell in known for mark in cell.marks)),
-        aside=f"of {len(known)} seeds only" if len(known) < len(cells) else "",
-    )
+    told: dict[str, Any] = {
+        "percent": known[0][0].percent,
+        "marks": "".join(dict.fromkeys(m for pair in known for cell in pair for m in cell.marks)),
+        "aside": f"of {len(known)} seeds only" if len(known) < len(by_seed) else "",
+    }
+    estimates = [[cell.estimate for cell in side] for side in zip(*known, strict=True)]
+    if group.less:
+        paired = inference.paired_over_seeds(estimates[0], estimates[1])
+        return Cell(paired.estimate, paired.low, paired.high, **told)
+    mean, spread = inference.mean_and_spread(estimates[0])
+    return Cell(mean, spread=spread if len(known) > 1 else None, **told)
 
 
 # --- the grids ----------------------------------------------------------------------------------
