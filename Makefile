@@ -66,7 +66,8 @@ lint: $(INSTALLED)  ## ruff, pyright and the import layers
 	$(VENV)/bin/lint-imports
 
 docs: export NO_MKDOCS_2_WARNING := 1
-docs: $(INSTALLED)  ## the documentation site, in site/
+docs: $(INSTALLED)  ## numbers of records into the pages, and the documentation site, in site/
+	$(RUN) -m dcr.record.pages README.md docs/*.md
 	$(VENV)/bin/mkdocs --quiet build --strict
 
 bench: $(INSTALLED)  ## speed against the usual alternatives: fails below nine tenths of what is recorded

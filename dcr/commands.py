@@ -30,6 +30,7 @@ COMMANDS = {
     "search": "a search over stage one: front, importances, the chosen point on test sets",
     "study": "a named study from its jobs to its table and page",
     "frontier": "arms of a plan compared on generated answers at equal achieved safety",
+    "record": "numbers of runs into a file of the repository, with where they come from",
     "report": "tables, figures and a page from run folders",
     "label": "answers for people to label blindly, and how far people and judges agree",
     "dashboard": "the workspace and the report of a W&B project",

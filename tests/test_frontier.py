@@ -155,6 +155,7 @@ def test_the_command_compares_the_arms_of_a_plan(
     assert one["over_prompts"]["estimate"] == pytest.approx(np.mean(expected))
     assert other["by_seed"] == pytest.approx([-value for value in expected])
     assert "with - without" in told
+    assert {*KINDS, ""} == set(record["rows"][0]["origin"]["prompts"])
 
 
 @pytest.mark.parametrize(

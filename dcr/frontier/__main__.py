@@ -17,6 +17,7 @@ from dcr.frontier.answers import PLACE, Pair
 from dcr.frontier.arms import Comparison, Model, Prompts
 from dcr.looks import Plan
 from dcr.outcomes import outcome
+from dcr.record import origins
 
 CURE = "evaluate it with tasks=[frontier], docs/evidence.md"
 
@@ -58,6 +59,8 @@ def main(options: Options) -> None:
     asked = arms.prompts_of(first.given, first.kinds)
     models = {key: arms.model_of(of.given, asked, outcome, of.bias) for key, of in found.items()}
     record = table_of(plan, models, asked, options.safety, options.seed)
+    for row in record["rows"]:
+        row["origin"] = asdict(origins.of(found[row["arm"], row["seed"]].folder))
     print(entry.plain_text(*_tables(record, options.safety)))
     if options.out is not None:
         storage.write_json(options.out, record)

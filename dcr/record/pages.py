@@ -1,0 +1,168 @@
+"""The command that writes numbers of records into pages, between marks that a reader does not see.
+
+Its syntax stands in docs/evidence.md: a mark with lines is a table, one without a number in a
+sentence, and `<!-- records -->` lists all records.
+"""
+
+import csv
+import io
+import math
+import re
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from dcr import entry, inference
+from dcr.core import storage
+from dcr.core.config import ConfigError, DataError
+from dcr.record import origins
+from dcr.record.__main__ import FROM, NUMBER, OF, RECORDS
+
+CODE = r"^```.*?^```"  # is left as it is
+MARKED = re.compile(
+    rf"{CODE}|(<!-- record (\S+) (.*?)-->).*?(<!-- /record -->)", re.DOTALL | re.MULTILINE
+)
+LISTED = re.compile(r"(<!-- records -->\n).*?(<!-- /records -->)", re.DOTALL)
+Row = dict[str, str]
+
+
+@dataclass
+class Options:
+    """python -m dcr.record.pages <page> ...
+
+    Writes the numbers of records into Markdown pages, between their marks. Numbers whose measure
+    has changed since are told to be stale.
+    """
+
+    records: Path = entry.option("the folder of the records", RECORDS)
+    pages: list[str] = entry.option("Markdown files", [], rest=True)
+
+
+@entry.command(Options)
+def main(options: Options) -> None:
+    for page in map(Path, options.pages):
+        before = storage.read_text(page)
+        try:
+            after = rendered(before, options.records)
+        except (ConfigError, DataError) as error:
+            raise type(error)(f"{page}: {error}") from None
+        if after != before:
+            storage.write_text(page, after)
+            print(page)
+
+
+def rendered(text: str, records: Path) -> str:
+    """A page with the numbers of records between its marks; a table without a record is empty.
+
+    Raises DataError for a number that no record has, or several, ConfigError for a wrong mark.
+    """
+
+    def written(mark: re.Match[str]) -> str:
+        begins, name, asked, ends = mark.groups()
+        if not begins:
+            return mark[0]
+        head, *lines = asked.strip().split("\n")
+        file = records / f"{name}.csv"
+        if lines:
+            return f"{begins}\n{_table(read(file), head, lines) if file.is_file() else ''}{ends}"
+        if text[: mark.start()].rpartition("\n")[2] == "":
+            raise ConfigError(f"{begins}: begins a line, where Markdown takes it for a block")
+        found, how = _found(read(file), _words(head))
+        return f"{begins}{_shown(found, how)}{' (stale)' if stale(found) else ''}{ends}"
+
+    text = MARKED.sub(written, text)
+    return LISTED.sub(lambda mark: f"{mark[1]}{_list(records)}{mark[2]}", text)
+
+
+def read(file: Path) -> list[Row]:
+    """The rows of a record. DataError if it is absent or damaged."""
+    cure = "restore it, or write it with python -m dcr.record"
+    rows = list(csv.DictReader(io.StringIO(storage.read_text(file, cure))))
+    if not rows or {*OF, *NUMBER, *FROM} - rows[0].keys():
+        raise DataError(f"{file}: no record; {cure}")
+    return rows
+
+
+def stale(rows: list[Row]) -> list[str]:
+    """The metrics among rows that other code decides now than when they were measured."""
+    code = origins.code_now()
+    now = {metric: origins.measured_by(metric, code) for metric in {row["metric"] for row in rows}}
+    return sorted({row["metric"] for row in rows if row["measured_by"] != now[row["metric"]]})
+
+
+def _words(text: str) -> dict[str, str]:
+    return dict(word.partition("=")[::2] for word in shlex.split(text))
+
+
+def _found(rows: list[Row], asked: dict[str, str]) -> tuple[list[Row], str]:
+    """The rows that conditions name, one or one a seed, and the format to show them in."""
+    how = asked.pop("as", ".2f")
+    if wrong := [key for key in asked if key not in OF]:
+        raise ConfigError(f"{wrong[0]}={asked[wrong[0]]}: no such column; give {', '.join(OF)}, as")
+    found = [row for row in rows if all(row[key] == value for key, value in asked.items())]
+    # runs of several seeds may have names of their own
+    alike = {tuple(row[key] for key in OF if key not in ("name", "seed")) for row in found}
+    if len(alike) != 1 or len({row["seed"] for row in found}) != len(found):
+        told = " ".join(f"{key}={value}" for key, value in asked.items())
+        raise DataError(f"{told}: {len(found) or 'no'} numbers in the record; name other columns")
+    return found, how
+
+
+def _shown(rows: list[Row], how: str, ends: bool = False) -> str:
+    """A number as a page shows it, the mean of several seeds; with `ends` also its interval."""
+    values = [float(row["value"]) for row in rows]
+    if how == "count":
+        asked = [float(row["n"]) for row in rows]
+        count = sum(value * n for value, n in zip(values, asked, strict=True))
+        return f"{count:.0f} of {sum(asked):.0f}"
+    over = inference.paired_over_seeds(values, [0.0] * len(values))
+    low, high = over.low, over.high
+    if len(rows) == 1 and rows[0]["low"]:
+        low, high = float(rows[0]["low"]), float(rows[0]["high"])
+    between = ", " if "+" in how else "–"
+    interval = f" [{low:{how}}{between}{high:{how}}]" if ends and math.isfinite(low) else ""
+    return f"{over.estimate:{how}}{interval}"
+
+
+def _table(rows: list[Row], head: str, lines: list[str]) -> str:
+    """A Markdown table with a row for each line, and below it where its numbers come from."""
+    common = _words(head)
+    key = common.pop("columns", "name")
+    columns = [part.partition("=>")[::2] for part in common.pop(key, "").split(",")]
+    cells, used = [["", *(label or value for value, label in columns)]], list[Row]()
+    for line in lines:
+        label, _, own = line.rpartition("|")
+        found = [_found(rows, common | _words(own) | {key: value}) for value, _ in columns]
+        cells.append([label.strip(), *(_shown(of, how, ends=True) for of, how in found)])
+        used += [row for of, _ in found for row in of]
+    late = stale(used)
+    told = f" **Stale**: what measures {', '.join(late)} has changed since." if late else ""
+    return f"\n{_lines(cells)}\n\n*{'; '.join(_origin(used))}.*{told}\n\n"
+
+
+def _list(records: Path) -> str:
+    """A table of all records, with the metrics of which each is stale."""
+    cells = [["record", "made by", "commit", "date", "machine", "numbers", "stale"]]
+    for file in sorted(records.glob("*.csv")):
+        rows = read(file)
+        late = ", ".join(f"`{metric}`" for metric in stale(rows))
+        link = f"[{file.stem}]({records.name}/{file.name})"
+        cells.append([link, *_origin(rows), str(len(rows)), late or "none"])
+    return f"\n{_lines(cells)}\n\n" if cells[1:] else ""
+
+
+def _origin(rows: list[Row]) -> list[str]:
+    """Command, commit, date and machine of numbers."""
+    keys = "command", "commit", "date", "machine"
+    command, *rest = (", ".join(dict.fromkeys(row[key] for row in rows)) for key in keys)
+    return [f"`{command}`", *rest]
+
+
+def _lines(cells: list[list[str]]) -> str:
+    head, *rest = (f"| {' | '.join(line)} |" for line in cells)
+    return "\n".join([head, f"| --- |{' ---: |' * (len(cells[0]) - 1)}", *rest])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,353 @@
+"""Records against a run folder, pages against records, both made by hand; and our documents."""
+
+import csv
+import hashlib
+import json
+import re
+import statistics
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import scipy
+import yaml
+
+from dcr.core import storage
+from dcr.record import __main__ as command
+from dcr.record import origins, pages
+
+ROOT = Path(__file__).parent.parent
+RULES = "dcr/core/refusal/keywords.py"
+MADE = "command=python -m dcr.demo data.root=<data>"
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository of one commit, with the file that decides refusals."""
+    place = tmp_path / "repository"
+    file = place / RULES
+    file.parent.mkdir(parents=True)
+    file.write_text("def refused(text):\n    return 'sorry' in text\n")
+    commit(place)
+    monkeypatch.setattr(origins, "ROOT", place)
+    return place
+
+
+def commit(place: Path) -> str:
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "-A"], [*who, "commit", "-qm", "Rules"]):
+        subprocess.run(["git", "-C", str(place), *words], check=True)
+    words = ["git", "-C", str(place), "rev-parse", "--short=12", "HEAD"]
+    return subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run that refused one of four toxic prompts, with a set's answers and their ranking."""
+    folder = tmp_path / "stl"
+    made_with = {"method": "stl", "seed": 3, "preset_name": "paper", "model": {"label": "m"}}
+    storage.write_text(folder / "config.yaml", yaml.safe_dump(made_with | {"data": {"label": "d"}}))
+    rows = {"normal": {"count": 1, "fingerprint": "f", "ids": ["n"]}}
+    storage.write_json(folder / "rows.json", {"rows": rows})
+    answers = [{"id": f"a-{i}", "prompt": f"Prompt {i}?", "response": "…"} for i in (2, 1, 3, 4, 9)]
+    storage.append_lines(folder / "eval/one/bad.jsonl", answers)
+    counted = {"kind": "toxic", "n": 4, "ids": ["a-1", "a-2", "a-3", "a-4"]}
+    metrics: dict[str, Any] = {"version": 2, "weights": "sft", "method": "stl", "seed": 3}
+    metrics |= {"model": "m", "data": "paper", "seconds": 3.0}
+    metrics |= {"settings": {"precision": "fp32"}, "decoding": {"threads": [2], "batch_size": [4]}}
+    metrics["sets"] = {"bad": counted | {"refused": {"paper": 1}, "truncated": 2}}
+    ranking = {"toxic": 4, "seemingly_toxic": 4, "auroc": [0.75, 0.5, None]}
+    metrics["discernment"] = {"pooled": ranking}
+    storage.write_json(folder / "eval/one/metrics.json", metrics)
+    return folder
+
+
+def recorded(*words: object) -> int:
+    return command.main(["name=one", *map(str, words)])
+
+
+def rows_of(file: Path) -> dict[tuple[str, str, str], dict[str, str]]:
+    rows = list(csv.DictReader(file.open()))
+    found = {(row["name"], row["metric"], row["set"]): row for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def test_a_record_holds_every_number_with_where_it_comes_from(
+    repository: Path, run: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "one.csv"
+    assert recorded(run, f"out={out}", "commit=HEAD", MADE) == 0
+    rows = rows_of(out)
+    assert {metric for _, metric, _ in rows} == {"refused", "complied", "truncated", "discernment"}
+    refused, ranked = rows["stl", "refused", "bad"], rows["stl", "discernment", "pooled"]
+    of = {"seed": "3", "stages": "sft", "kind": "toxic", "judge": "keyword:paper", "n": "4"}
+    assert of.items() <= refused.items()
+    assert float(refused["value"]) == 0.25
+    # Wilson's interval of 1 of 4
+    assert float(refused["low"]) == pytest.approx(0.0456, abs=1e-4)
+    assert float(refused["high"]) == pytest.approx(0.6994, abs=1e-4)
+    assert [ranked[key] for key in ("value", "low", "high", "n")] == ["0.75", "0.5", "", "8"]
+    asked = [[f"a-{i}", f"Prompt {i}?"] for i in (1, 2, 3, 4)]
+    assert refused["prompts"] == hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
+    assert refused["command"] == MADE.removeprefix("command=")
+    assert refused["commit"] == commit_of(repository)
+    assert refused["trained_on"].startswith("d ")
+    assert refused["machine"].endswith(", 2 threads, fp32")
+    assert "Prompt" not in out.read_text()
+    assert str(tmp_path) not in out.read_text()
+
+
+def commit_of(place: Path) -> str:
+    words = ["git", "-C", str(place), "rev-parse", "--short=12", "HEAD"]
+    return subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_a_record_is_written_over_only_when_asked(
+    repository: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "one.csv"
+    assert recorded(run, f"out={out}", MADE, "only=refused") == 0
+    assert {metric for _, metric, _ in rows_of(out)} == {"refused"}
+    before = out.read_bytes()
+    assert recorded(run, f"out={out}", MADE) == 2
+    assert "replace=true" in capsys.readouterr().err
+    assert out.read_bytes() == before
+    assert recorded(run, f"out={out}", MADE, "replace=true") == 0
+    assert len(rows_of(out)) > 1
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["command=python eval.py data.root=/home/me/data"], "names a place on this machine"),
+        ([], "command: nothing given"),
+        ([MADE, "only=nothing"], "no number there of nothing"),
+        ([MADE, "commit=nowhere"], "commit=<one>"),
+    ],
+)
+def test_what_cannot_be_recorded_is_one_line(
+    repository: Path,
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    says: str,
+) -> None:
+    out = tmp_path / "one.csv"
+    assert recorded(run, f"out={out}", *words) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+    assert not out.exists()
+
+
+def test_two_evaluations_of_one_number_are_refused(
+    repository: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    storage.write_bytes(run / "eval/two/metrics.json", (run / "eval/one/metrics.json").read_bytes())
+    assert recorded(run, f"out={tmp_path / 'one.csv'}", MADE) == 2
+    assert "two evaluations tell it" in capsys.readouterr().err
+
+
+def test_a_comparison_of_arms_is_recorded(repository: Path, tmp_path: Path) -> None:
+    origin = {"prompts": {"safe": "s", "bad": "b", "": "all"}, "trained_on": "d 1", "machine": "m"}
+    arm = {"arm": "STL + readout", "seed": 2, "auroc": 0.8, "answered": 0.5, "bias": 0.25}
+    arm |= {"by_set": {"safe": 0.5}, "plain": [0.9, 0.4], "calibrated": [0.8, 0.5]}
+    arm |= {"outcomes": {"bad": {"refused": 0.75}}, "origin": origin | {"date": "2026-01-01"}}
+    ends = {"estimate": 0.1, "low": -0.1, "high": 0.3}
+    difference = {"arms": "a - b", "over_seeds": ends, "over_prompts": ends, "p": 0.5}
+    found = {"safety": 0.8, "prompts": {"safe": 10, "bad": 20}, "rows": [arm]}
+    found["comparisons"] = [difference | {"p_holm": 1.0}]
+    storage.write_json(tmp_path / "arms.json", found)
+    out = tmp_path / "one.csv"
+    assert recorded(tmp_path / "arms.json", f"out={out}", "commit=HEAD", MADE) == 0
+    rows = rows_of(out)
+    by_set = rows["STL + readout", "frontier/answered_at/0.8", "safe"]
+    assert [by_set[key] for key in ("seed", "value", "n", "prompts")] == ["2", "0.5", "10", "s"]
+    pooled = rows["STL + readout", "frontier/answered_at/0.8", ""]
+    assert [pooled[key] for key in ("value", "n", "prompts")] == ["0.5", "30", "all"]
+    assert rows["STL + readout", "frontier/calibrated/refused", ""]["value"] == "0.8"
+    assert rows["STL + readout", "frontier/outcome/refused", "bad"]["value"] == "0.75"
+    over = rows["a - b", "frontier/difference/over_seeds", ""]
+    assert [over[key] for key in ("value", "low", "high")] == ["0.1", "-0.1", "0.3"]
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ('"""What it says."""\n\ndef refused(text):  # so\n    return "sorry" in text\n', True),
+        ("import re\n\n\ndef refused(text):\n    'Told.'\n    return (\n'sorry' in text)\n", True),
+        ("def refused(text):\n    return 'Sorry' in text\n", False),
+        ("def refused(text):\n    return 'sorry' not in text\n", False),
+    ],
+)
+def test_only_statements_make_a_record_stale(text: str, same: bool) -> None:
+    one = origins.measured_by("refused", {RULES: "def refused(text):\n    return 'sorry' in text"})
+    assert (origins.measured_by("refused", {RULES: text}) == one) == same
+
+
+def test_the_files_that_decide_a_metric_are_there() -> None:
+    for place in {origins.RULES, *origins.MEASURED_BY.values()}:
+        assert [name for name in place if not (ROOT / name).exists()] == []
+
+
+# --- pages --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def records(repository: Path, tmp_path: Path) -> Path:
+    """The record `one`: two methods, of which one has three seeds."""
+    measured = origins.measured_by("refused", origins.code_now())
+    lines = [
+        {"name": name, "seed": seed, "metric": "refused", "set": "bad", "value": value, "n": 50}
+        | {"command": "dcr demo", "commit": "abc", "date": "2026-01-01", "machine": "m"}
+        | {"measured_by": measured, "low": low, "high": high}
+        for name, seed, value, low, high in [
+            ("stl", 0, 0.5, 0.4, 0.6),
+            ("dcr", 0, 0.7, 0.6, 0.8),
+            ("dcr", 1, 0.8, "", ""),
+            ("dcr", 2, 0.9, "", ""),
+        ]
+    ]
+    place = tmp_path / "records"
+    place.mkdir()
+    with (place / "one.csv").open("w") as file:
+        columns = [*command.OF, *command.NUMBER, *command.FROM]
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(lines)
+    return place
+
+
+def test_a_number_in_a_sentence_is_that_of_the_record(records: Path) -> None:
+    mark = "It refuses <!-- record one name=stl metric=refused as={} -->1<!-- /record -->."
+    shown = {how: pages.rendered(mark.format(how), records) for how in (".0%", "count", "+.3f")}
+    assert shown[".0%"] == mark.format(".0%").replace(">1<", ">50%<")
+    assert ">25 of 50<" in shown["count"]
+    assert ">+0.500<" in shown["+.3f"]
+    assert pages.rendered(shown[".0%"], records) == shown[".0%"]
+    code = f"```text\n{mark}\n```\n"
+    assert pages.rendered(code, records) == code
+
+
+def test_a_table_has_means_over_seeds_with_students_interval(records: Path) -> None:
+    text = (
+        "before\n\n<!-- record one columns=name name=stl=>STL,dcr metric=refused\n"
+        "refuses | set=bad as=.3f\n-->\nold\n<!-- /record -->\n"
+    )
+    shown = pages.rendered(text, records)
+    reach = scipy.stats.t.ppf(0.975, 2) * statistics.stdev([0.7, 0.8, 0.9]) / 3**0.5
+    mean = f"0.800 [{0.8 - reach:.3f}–{0.8 + reach:.3f}]"
+    assert "|  | STL | dcr |\n| --- | ---: | ---: |\n" in shown
+    assert f"| refuses | 0.500 [0.400–0.600] | {mean} |" in shown
+    assert "*`dcr demo`; abc; 2026-01-01; m.*" in shown
+    assert "old" not in shown
+    assert "Stale" not in shown
+    assert pages.rendered(shown, records) == shown
+
+
+def test_a_table_without_its_record_is_left_out(records: Path) -> None:
+    text = "<!-- record none columns=name name=a\nx | metric=refused\n-->{}<!-- /record -->"
+    assert pages.rendered(text.format("\n| old |\n"), records) == text.format("\n")
+
+
+def test_stale_numbers_are_told(records: Path, repository: Path) -> None:
+    (repository / RULES).write_text("def refused(text):\n    return False\n")
+    text = (
+        "It is <!-- record one name=stl metric=refused -->0.50<!-- /record -->.\n\n"
+        "<!-- record one name=stl\nx | metric=refused\n-->\n<!-- /record -->\n\n"
+        "<!-- records -->\n<!-- /records -->\n"
+    )
+    shown = pages.rendered(text, records)
+    assert "-->0.50 (stale)<!--" in shown
+    assert "**Stale**: what measures refused has changed since." in shown
+    assert "| [one](records/one.csv) | `dcr demo` | abc | 2026-01-01 | m | 4 | `refused` |" in shown
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ("a <!-- record one metric=refused -->", "metric=refused: 4 numbers"),
+        ("a <!-- record one name=base -->", "name=base: no numbers"),
+        ("a <!-- record one sets=bad -->", "sets=bad: no such column"),
+        ("a <!-- record none name=stl -->", "none.csv: cannot be read"),
+        ("<!-- record one name=stl -->", "begins a line"),
+    ],
+)
+def test_a_wrong_mark_is_one_line(
+    records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], asked: str, says: str
+) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"{asked}0<!-- /record -->")
+    assert pages.main([f"records={records}", str(page)]) == 2
+    error = capsys.readouterr().err
+    assert f"{page}: " in error
+    assert says in error
+    assert error.count("\n") == 1
+
+
+# --- our documents ------------------------------------------------------------------------------
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+CITED = re.compile(r"<!-- history: (\S+) -->(.*?)<!-- /history -->", re.DOTALL)
+# not prose: code, what a record bears, marks, addresses, the numbers of list items
+APART = (
+    re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE),
+    re.compile(r"^ {4,}.*$", re.MULTILINE),
+    re.compile(r"`[^`]*`"),
+    re.compile(r"<!-- record(s?) .*?<!-- /record\1 -->", re.DOTALL),
+    re.compile(r"<!--.*?-->", re.DOTALL),
+    re.compile(r"\]\([^)]*\)"),
+    re.compile(r"^\d+\. ", re.MULTILINE),
+)
+# numbers that name a thing: Figure 5, Python 3.11 to 3.13
+NAMES = re.compile(
+    r"\b(?:Figures?|Tables?|Eq\.|Proposition|Python|arXiv|Guard|Zen|[Ss]eeds?|[Ss]tep|[Bb]lock)\s"
+    r"(?:(?:, | and | to )?\d[\d.]*)+"
+)
+# neither in a word, such as SmolLM2-135M, nor in a name
+NUMBER = re.compile(r"(?<![\w./-])\.?\d(?:[\d.,]*\d)?(?![\w-])")
+
+
+def numbers(text: str) -> list[str]:
+    for pattern in (*APART, NAMES):
+        text = pattern.sub(" ", text)
+    return NUMBER.findall(text)
+
+
+def sections(text: str) -> Iterator[tuple[str, str]]:
+    """The sections of a page by their anchors."""
+    for part in re.split(r"^##+ ", text, flags=re.MULTILINE)[1:]:
+        title, _, body = part.partition("\n")
+        yield re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-"), body
+
+
+def test_documents_show_what_their_records_hold() -> None:
+    """Where this fails, `make docs` writes the numbers, and tells those that became stale."""
+    differ = [
+        page.name
+        for page in DOCUMENTS
+        if pages.rendered(page.read_text(), ROOT / command.RECORDS) != page.read_text()
+    ]
+    assert differ == []
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/results.md"])
+def test_every_number_is_borne_by_a_record_or_cited_from_history(name: str) -> None:
+    text = (ROOT / name).read_text()
+    history = dict(sections((ROOT / "docs/history.md").read_text()))
+    for anchor, cited in CITED.findall(text):
+        there = set(NUMBER.findall(history[anchor]))
+        assert [number for number in numbers(cited) if number not in there] == [], anchor
+    assert numbers(CITED.sub("", text)) == []
+
+
+def test_a_number_is_told_from_a_name() -> None:
+    prose = "Of 280 prompts SmolLM2-135M (Python 3.11 to 3.13, Table 2) refuses .72, 5% and 1,026."
+    assert numbers(prose) == ["280", ".72", "5", "1,026"]
+    assert numbers("`lr=2e-3`\n\n    steps=120\n\n1. [it](a-2.md)") == []
+    assert numbers("a <!-- record x as=.2f -->0.8<!-- /record --> and 0.9") == ["0.9"]
+    assert numbers("<!-- records -->\n| 1 |\n<!-- /records -->") == []
