@@ -55,7 +55,7 @@ def main(options: Options) -> None:
     if options.page is not None and not options.page.is_file():
         raise ConfigError(f"page={options.page}: no such file; make it with python -m dcr.report")
     methods = [(run, run.config()["method"]) for run in map(Run, options.runs)]
-    from dcr.core import wandb_run
+    from dcr import wandb_run
 
     made_with = {wandb_run.run_id(run): method for run, method in methods}
     os.environ["WANDB_SILENT"] = "true"  # before the import, which reads it
@@ -96,8 +96,8 @@ def log_page(options: Options) -> None:
     assert options.page is not None
     import wandb
 
-    from dcr import wandb_scores
-    from dcr.core import results, wandb_run
+    from dcr import wandb_run, wandb_scores
+    from dcr.core import results
 
     made_from = [
         wandb_scores.evaluation(Run(folder), results.read(file).model_dump(mode="json"))
@@ -194,7 +194,7 @@ def _curve(title: str, *keys: str, x: str = "trainer/global_step", **more: Any) 
 def _training_views() -> dict[str, list[Any]]:
     from wandb_workspaces.reports.v2 import interface as wr
 
-    from dcr.core.wandb_run import RESULTS
+    from dcr.wandb_run import RESULTS
 
     return {
         "Stage one": [

@@ -124,6 +124,7 @@ class TrainSettings(TrainConfig):
             "dcr.tracking.curves:watching",
             lambda of: bool(of.tracking.quantities or of.tracking.snapshots),
         ),
+        showing="dcr.wandb_run:showing",
         sharding="dcr.sharding:Shards",
         relations=(tracking.relations,),
     )

@@ -4,18 +4,17 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from dcr.core import config, data, extending, machine, models, runs, storage, wandb_run
+from dcr.core import config, data, extending, machine, models, runs, storage
 from dcr.core.config import ConfigError, Method, NLLSource, Stage, TrainConfig
 from dcr.core.data import Splits
 from dcr.core.runs import Run
 from dcr.core.storage import Lease
-from dcr.core.training import Examine, Watch, callbacks, stages
+from dcr.core.training import Examine, Show, Watch, callbacks, stages
 from dcr.core.training.stages import Job
 
 log = logging.getLogger(__name__)
@@ -41,17 +40,18 @@ def train(settings: TrainConfig, run: Run) -> None:
     if (part := settings.table.watching) and part.asked(settings):
         watch: Watch = extending.ours(part.path)
         watched = watch(settings)
+    show: Show | None = extending.ours(settings.table.showing) if _leads() else None
     with (
         callbacks.quiet(),
         _claimed(settings, run, rows) as lease,
-        _wandb(settings, run) as loggers,
+        show(settings, run) if show else nullcontext(([], None)) as (loggers, shown),
     ):
         number = machine.use_threads(settings.trainer.threads, run.threads())
         if _leads() and not all(run.done(stage.value) for stage in wanted):
             storage.write_json(run.threads_file, {"threads": number})
         made_of = storage.fingerprint(runs.binding(config.plain(settings)))
         block = _block(settings, run)
-        job = Job(settings, run, rows, block, lease, [*loggers], watched, made_of)
+        job = Job(settings, run, rows, block, lease, loggers, watched, made_of)
         for stage in wanted:
             if run.done(stage.value):
                 log.info("%s: done in %s, skipped", stage.value, run.stage(stage.value))
@@ -59,8 +59,8 @@ def train(settings: TrainConfig, run: Run) -> None:
                 stages.forget_checkpoints(run, stage)
             else:
                 stages.TRAIN[stage](job)
-            for logger in loggers:
-                wandb_run.log_stage(logger.experiment, run, stage.value)
+            if shown:
+                shown(stage.value)
     if _leads():
         print(run.folder)
 
@@ -166,19 +166,3 @@ def _say_rows(rows: Splits, warnings: list[str]) -> None:
         log.info(line)
     for line in warnings:
         log.warning(line)
-
-
-@contextmanager
-def _wandb(settings: TrainConfig, run: Run) -> Iterator[list[WandbLogger]]:
-    """Lightning's logger of the job's W&B run; none where W&B is off or another process leads."""
-    if not _leads():
-        yield []
-        return
-    tags = [settings.method.value, settings.model.label or "model"]
-    made_with = config.plain(settings)
-    with wandb_run.opened(settings.wandb, run, settings.stage.value, tags, made_with) as started:
-        if started is None:
-            yield []
-            return
-        started.define_metric("*", step_metric="trainer/global_step")
-        yield [WandbLogger(experiment=started)]

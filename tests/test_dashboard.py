@@ -12,8 +12,8 @@ import pytest
 import wandb
 from wandb_files import records
 
-from dcr import dashboard, wandb_scores
-from dcr.core import runs, storage, wandb_run
+from dcr import dashboard, wandb_run, wandb_scores
+from dcr.core import runs, storage
 from dcr.core.config import Kind
 from dcr.core.evaluation import verdicts
 from dcr.core.generation import Completion

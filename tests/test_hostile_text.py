@@ -17,8 +17,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcr import balance, entry
-from dcr.core import cli, config, ending, runs, sources, storage, wandb_run
+from dcr import balance, entry, wandb_run
+from dcr.core import cli, config, ending, runs, sources, storage
 from dcr.core.config import Kind, ModelConfig, UserError, resolving
 from dcr.core.generation import Completion
 from dcr.core.runs import Run

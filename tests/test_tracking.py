@@ -153,7 +153,7 @@ sys.path[:0] = [os.getcwd(), os.path.join(os.getcwd(), "tests")]
 from pathlib import Path
 import tiny_run
 from dcr import train
-from dcr.core import wandb_run
+from dcr import wandb_run
 from dcr.core.runs import Run
 
 logging.basicConfig(level=logging.WARNING, format="[%(levelname)s] %(message)s")

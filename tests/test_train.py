@@ -9,8 +9,8 @@ import torch
 import yaml
 from tiny_run import Stop, changed, failing, same, settings, stop, weights, write_rows
 
-from dcr import choice, train
-from dcr.core import config, data, models, runs, wandb_run
+from dcr import choice, train, wandb_run
+from dcr.core import config, data, models, runs
 from dcr.core.config import ConfigError, Precision, Stage, TrainConfig, UserError
 from dcr.core.runs import Run
 from dcr.core.training import stages

@@ -364,6 +364,7 @@ class TrainTable:
     rows: Mapping[str, str] = field(default_factory=dict)  # of a `data.Added`, by method
     best_layer: str = ""  # of a `FindLayer`: for `dcr.layer=auto`
     watching: Part | None = None  # of a `Watch`: measures while stages train
+    showing: str = ""  # of a `Show`: loggers beside `metrics.csv`
     sharding: str = ""  # of `Shards`: weights split over processes
     relations: tuple[Relations, ...] = ()
 

@@ -6,10 +6,12 @@ snapshots and costs. The protocols here are those of the extensions that `config
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from lightning import Callback
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -27,6 +29,11 @@ FindLayer = Callable[[TrainConfig], int]
 # Makes the callbacks that measure while a stage of so many steps trains.
 Watched = Callable[[Run, Stage, Policy, ChatFormat, int], list[Callback]]
 Watch = Callable[[TrainConfig], Watched]
+# Opens loggers for the stages of a run, and gives them with a function that is told of each result.
+Show = Callable[
+    [TrainConfig, Run],
+    AbstractContextManager[tuple[list[Logger], Callable[[str], None] | None]],
+]
 
 
 @runtime_checkable

@@ -7,15 +7,16 @@ import functools
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from dcr.core import storage
+from dcr.core import config, storage
 from dcr.core.config import (
     STAGES,
     TAG,
     DataError,
+    TrainConfig,
     WandbConfig,
     WandbMode,
 )
@@ -24,6 +25,7 @@ from dcr.core.text import redact, single_line
 
 if TYPE_CHECKING:
     import wandb
+    from lightning.pytorch.loggers import Logger
 
 log = logging.getLogger(__name__)
 
@@ -32,12 +34,33 @@ RESULTS = tuple(stage.value for stage in STAGES)  # weights that a run made
 
 
 @contextmanager
+def showing(
+    settings: TrainConfig, run: Run
+) -> Iterator["tuple[list[Logger], Callable[[str], None] | None]"]:
+    """Gives Lightning's logger of the folder's W&B run, and what keeps a stage's result there."""
+    from lightning.pytorch.loggers import WandbLogger  # evaluation does without
+
+    tags = [settings.method.value, settings.model.label or "model"]
+    made_with = config.plain(settings)
+    with opened(settings.wandb, run, settings.stage.value, tags, made_with) as started:
+        if started is None:
+            yield [], None
+            return
+        started.define_metric("*", step_metric="trainer/global_step")
+        yield [WandbLogger(experiment=started)], functools.partial(log_stage, started, run)
+
+
+@contextmanager
 def opened(
-    options: WandbConfig, run: Run, job_type: str, tags: list[str], config: Mapping[str, Any] | None
+    options: WandbConfig,
+    run: Run,
+    job_type: str,
+    tags: list[str],
+    made_with: Mapping[str, Any] | None,
 ) -> Iterator["wandb.Run | None"]:
     """The W&B run of a folder, closed whatever happens; None when `wandb.mode=disabled`.
 
-    `config` is what the run was made with; None leaves what it holds already.
+    `made_with` are the settings that the run was made with; None leaves those that it holds.
     """
     if options.mode is WandbMode.disabled:
         yield None
@@ -46,7 +69,7 @@ def opened(
     import wandb
 
     try:
-        yield _started(options, run, job_type, tags, config)
+        yield _started(options, run, job_type, tags, made_with)
     finally:
         wandb.finish()
         forget_keys(run, wandb.api.api_key or "")
@@ -62,7 +85,11 @@ def forget_keys(run: Run, key: str) -> None:
 
 
 def _started(
-    options: WandbConfig, run: Run, job_type: str, tags: list[str], config: Mapping[str, Any] | None
+    options: WandbConfig,
+    run: Run,
+    job_type: str,
+    tags: list[str],
+    made_with: Mapping[str, Any] | None,
 ) -> "wandb.Run":
     """Offline, with one warning, where the server cannot be reached."""
     import wandb
@@ -78,7 +105,7 @@ def _started(
         job_type=job_type,
         # a model's folder may have a longer name than W&B takes
         tags=[tag[:TAG] for tag in (*tags, *options.tags)],
-        config=None if config is None else dict(config),
+        config=None if made_with is None else dict(made_with),
         resume="allow",
         settings=wandb.Settings(console="off", init_timeout=WANDB_TIMEOUT),
     )
