@@ -29,8 +29,8 @@ from dcr.core.batching import attention_mask, padded
 from dcr.core.config import ModelConfig, Precision, resolving
 from dcr.core.models import Policy
 from dcr.core.runs import Run
-from dcr.frontier import __main__ as frontier
-from dcr.frontier import arms
+from dcr.frontier import arms, comparing
+from dcr.outcomes import outcome
 from dcr.steering import vectors
 
 KINDS = ("seemingly_toxic", "toxic")
@@ -129,9 +129,9 @@ def main() -> None:
     words = by_words()
     for folder in given.runs:
         run = Run(folder)
-        measured = frontier.measured(run, given.data)
+        measured = comparing.measured(run, given.data)
         asked = arms.prompts_of(measured.given, measured.kinds)
-        own = arms.model_of(measured.given, asked, frontier.outcome, None)
+        own = arms.model_of(measured.given, asked, outcome, None)
         texts = [
             pair.prompt for _, of in sorted(measured.given.items()) for pair in arms.in_order(of)
         ]

@@ -15,6 +15,7 @@ from dcr.extensions import TrainSettings
 from dcr.frontier import __main__ as command
 from dcr.frontier import arms
 from dcr.frontier.answers import Pair
+from dcr.outcomes import Outcome, outcome
 from tests.tiny_run import composed
 
 KINDS = {"bad": Kind.toxic, "worse": Kind.toxic, "safe": Kind.seemingly_toxic}
@@ -47,16 +48,16 @@ def given(seed: int) -> dict[str, list[Pair]]:
 def by_loops(answers: dict[str, list[Pair]], safety: float) -> float:
     """Shares under every bias from refusing least on, and the line between two neighbours."""
 
-    def share(name: str, bias: float, outcome: str) -> float:
-        said = [command.outcome("", *pair.under(bias)) for pair in answers[name]]
-        return said.count(outcome) / len(said)
+    def share(name: str, bias: float, wanted: Outcome) -> float:
+        said = [outcome("", *pair.under(bias)) for pair in answers[name]]
+        return said.count(wanted) / len(said)
 
     margins = {pair.margin for name in ("bad", "worse") for pair in answers[name]}
     biases = [-100.0, *sorted(-margin + 0.125 for margin in margins)]
     points = []
     for bias in biases:
-        refused = (share("bad", bias, "refused") + share("worse", bias, "refused")) / 2
-        points.append((refused, share("safe", bias, "answered")))
+        refused = (share("bad", bias, Outcome.refused) + share("worse", bias, Outcome.refused)) / 2
+        points.append((refused, share("safe", bias, Outcome.answered)))
     for (low, before), (high, after) in zip([points[0], *points], points, strict=False):
         if high >= safety:
             part = (safety - low) / (high - low) if high > low else 1.0
@@ -69,7 +70,7 @@ def by_loops(answers: dict[str, list[Pair]], safety: float) -> float:
 def test_what_is_answered_at_equal_safety_is_counted_by_loops(seed: int, safety: float) -> None:
     answers = given(seed)
     asked = arms.prompts_of(answers, KINDS)
-    model = arms.model_of(answers, asked, command.outcome, None)
+    model = arms.model_of(answers, asked, outcome, None)
     found = arms.answered_at(model, asked, asked.weights(0)[:1], safety)[0]
     assert found == pytest.approx(by_loops(answers, safety), nan_ok=True)
 
@@ -94,7 +95,7 @@ def test_models_asked_other_prompts_are_not_compared() -> None:
     asked = arms.prompts_of(given(0), KINDS)
     other = given(0) | {"safe": pairs(0, "safe", 28)}
     with pytest.raises(DataError, match="different prompts"):
-        arms.model_of(other, asked, command.outcome, None)
+        arms.model_of(other, asked, outcome, None)
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -146,9 +147,9 @@ def test_the_command_compares_the_arms_of_a_plan(
     for seed in (2, 3, 4):
         assert rows["without", seed]["answered"] == pytest.approx(by_loops(given(seed), 0.8))
         assert rows["with", seed]["answered"] == pytest.approx(by_loops(given(seed + 10), 0.8))
-        said = [command.outcome("", *pair.under(0.25)) for pair in given(seed)["safe"]]
+        said = [outcome("", *pair.under(0.25)) for pair in given(seed)["safe"]]
         _, answered = rows["without", seed]["calibrated"]
-        assert answered == pytest.approx(said.count("answered") / len(said))
+        assert answered == pytest.approx(said.count(Outcome.answered) / len(said))
     one, other = record["comparisons"]
     expected = [rows["with", s]["answered"] - rows["without", s]["answered"] for s in (2, 3, 4)]
     assert one["by_seed"] == pytest.approx(expected)

@@ -1,0 +1,218 @@
+"""The arms of a plan, found among runs and compared: all numbers as one record, and its tables."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dcr import entry, inference, looks
+from dcr.core import results, storage
+from dcr.core.config import DataError, Kind
+from dcr.core.runs import Run
+from dcr.core.statistics import Interval
+from dcr.frontier import arms
+from dcr.frontier.answers import PLACE, Pair
+from dcr.frontier.arms import Comparison, Model, Prompts
+from dcr.looks import Plan
+from dcr.outcomes import outcome
+
+CURE = "evaluate it with tasks=[frontier], docs/evidence.md"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The evaluation of a run: its answers by set, their kinds, and the calibrated bias."""
+
+    folder: Path
+    given: dict[str, list[Pair]]
+    kinds: dict[str, Kind]
+    bias: float | None
+
+
+def plan_of(file: Path) -> Plan:
+    """A plan. Raises DataError where a key is missing or wrong."""
+    return storage.read_yaml(file, Plan, looks.CURE)
+
+
+def record(
+    plan: Plan, given: Sequence[str], label: str, safety: float, seed: int
+) -> dict[str, Any]:
+    """All numbers of a plan's comparison, as plain JSON.
+
+    `given` are run folders, or folders of them, that were evaluated on data of a label; `seed` is
+    of the bootstrap. Raises DataError where a run or an evaluation is lacking, or two fit.
+    """
+    there = _by_arm(plan, [Run(folder) for word in given for folder in _folders(Path(word))])
+    found = {key: measured(run, label) for key, run in there.items()}
+    first = next(iter(found.values()))
+    asked = arms.prompts_of(first.given, first.kinds)
+    models = {key: arms.model_of(of.given, asked, outcome, of.bias) for key, of in found.items()}
+    return _numbers(plan, models, asked, safety, seed)
+
+
+def write(file: Path, numbers: dict[str, Any]) -> None:
+    """Write the record."""
+    storage.write_json(file, numbers)
+
+
+def _folders(place: Path) -> list[Path]:
+    if (place / "config.yaml").is_file():
+        return [place]
+    return sorted(file.parent for file in place.glob("*/config.yaml"))
+
+
+def _by_arm(plan: Plan, found: list[Run]) -> dict[tuple[str, int], Run]:
+    """The run of each arm and seed. DataError where one is lacking, or two are."""
+    there: dict[tuple[str, int], Run] = {}
+    for run in found:
+        made_with = run.config()
+        for arm, words in plan.arms.items():
+            if made_with.get("seed") in plan.seeds and _is(made_with, words):
+                key = arm, made_with["seed"]
+                if key in there:
+                    raise DataError(
+                        f"{run.folder}: arm {arm!r}, seed {key[1]}: {there[key].folder} is that as "
+                        "well; leave one out"
+                    )
+                there[key] = run
+    for arm in plan.arms:
+        for seed in plan.seeds:
+            if (arm, seed) not in there:
+                raise DataError(f"plan: arm {arm!r}: no run of seed {seed} is among those given")
+    return {(arm, seed): there[arm, seed] for arm in plan.arms for seed in plan.seeds}
+
+
+def _is(made_with: dict[str, Any], words: str) -> bool:
+    """Whether a run was made with all settings of an arm, written as on the command line."""
+    for word in words.split():
+        key, _, value = word.partition("=")
+        node: Any = made_with
+        for name in key.split("."):
+            node = node.get(name) if isinstance(node, dict) else None
+        if node != yaml.safe_load(value):
+            return False
+    return True
+
+
+def measured(run: Run, label: str) -> Measured:
+    """The one evaluation of a run on data of a label. DataError where there is none, or several."""
+    found: list[Measured] = []
+    for file in sorted((run.folder / "eval").glob("*/metrics.json")):
+        metrics = results.read(file)
+        if metrics.data == label and metrics.frontier is not None:
+            counted = metrics.frontier["plain"]["sets"]
+            given = {
+                name: storage.read_lines(file.parent / PLACE / f"{name}.jsonl", Pair)
+                for name in counted
+            }
+            kinds = {name: Kind(of["kind"]) for name, of in counted.items()}
+            bias = metrics.calibration.bias if metrics.calibration else None
+            found.append(Measured(file.parent, given, kinds, bias))
+    if len(found) != 1:
+        raise DataError(f"{run.folder}: {len(found)} evaluations on data={label}; {CURE}")
+    return found[0]
+
+
+def _numbers(
+    plan: Plan,
+    models: dict[tuple[str, int], Model],
+    asked: Prompts,
+    safety: float,
+    seed: int,
+) -> dict[str, Any]:
+    weights = asked.weights(seed)
+    plain = weights[0]
+    pooled = {key: arms.answered_at(of, asked, weights, safety) for key, of in models.items()}
+    benign = sorted({n for n, toxic in zip(asked.sets, asked.toxic, strict=True) if not toxic})
+    rows = []
+    for (arm, number), model in models.items():
+        achieved = None if model.bias is None else arms.under(model, asked, plain, model.bias)
+        own = arms.under(model, asked, plain, 0.0)
+        rows.append(
+            {
+                "arm": arm,
+                "seed": number,
+                "auroc": arms.auroc(model, asked),
+                "answered": float(pooled[arm, number][0]),
+                "by_set": {
+                    name: float(arms.answered_at(model, asked, weights[:1], safety, among=name)[0])
+                    for name in benign
+                },
+                "plain": own,
+                "bias": model.bias,
+                "calibrated": achieved,
+                "outcomes": None if model.bias is None else arms.shares(model, asked, model.bias),
+            }
+        )
+    named = [plan.primary, *plan.others]
+    comparisons = [_comparison(name, plan, pooled) for name in named]
+    adjusted = inference.holm([each.p for each in comparisons[1:]])
+    return {
+        "question": plan.question,
+        "safety": safety,
+        "prompts": {name: asked.sets.count(name) for name in dict.fromkeys(asked.sets)},
+        "rows": rows,
+        "comparisons": [
+            {**asdict(each), "p_holm": p}
+            for each, p in zip(comparisons, [comparisons[0].p, *adjusted], strict=True)
+        ],
+    }
+
+
+def _comparison(name: str, plan: Plan, pooled: dict[tuple[str, int], Any]) -> Comparison:
+    one, _, other = (word.strip() for word in name.partition(" - "))
+    for arm in (one, other):
+        if arm not in plan.arms:
+            raise DataError(f"plan: {name!r}: {arm!r} is no arm; write <arm> - <arm>")
+    return arms.compared(
+        name,
+        [pooled[one, seed] for seed in plan.seeds],
+        [pooled[other, seed] for seed in plan.seeds],
+    )
+
+
+def tables(record: dict[str, Any]) -> list[Any]:
+    """The record as a table of arms and seeds, and one of differences."""
+    safety = record["safety"]
+    sets = sorted(record["rows"][0]["by_set"])
+    heads = [
+        "arm",
+        "seed",
+        "AUROC",
+        f"answered at {safety:g}",
+        *sets,
+        "bias",
+        "refused",
+        "answered",
+    ]
+    table = entry.table("Generated answers, every set weighing the same", heads, 1)
+    for row in record["rows"]:
+        calibrated = row["calibrated"] or (float("nan"),) * 2
+        table.add_row(
+            row["arm"],
+            str(row["seed"]),
+            f"{row['auroc']:.2f}",
+            f"{row['answered']:.2f}",
+            *(f"{row['by_set'][name]:.2f}" for name in sets),
+            "–" if row["bias"] is None else f"{row['bias']:.2f}",
+            *(f"{value:.2f}" for value in calibrated),
+        )
+    heads = ["difference", "by seed", "mean, over seeds", "over prompts", "p"]
+    differences = entry.table(
+        f"Answered at {safety:g}: differences of arms, same prompts", heads, 2
+    )
+    for each in record["comparisons"]:
+        differences.add_row(
+            each["arms"],
+            " ".join(f"{value:+.2f}" for value in each["by_seed"]),
+            _shown(Interval(**each["over_seeds"])),
+            _shown(Interval(**each["over_prompts"])),
+            f"{each['p_holm']:.3g}",
+        )
+    return [table, differences]
+
+
+def _shown(of: Interval) -> str:
+    return f"{of.estimate:+.3f} [{of.low:+.3f}, {of.high:+.3f}]"
