@@ -17,6 +17,7 @@ from dcr.frontier.answers import PLACE, Pair
 from dcr.frontier.arms import Comparison, Model, Prompts
 from dcr.looks import Plan
 from dcr.outcomes import outcome
+from dcr.record import origins
 
 CURE = "evaluate it with tasks=[frontier], docs/evidence.md"
 
@@ -49,7 +50,10 @@ def record(
     first = next(iter(found.values()))
     asked = arms.prompts_of(first.given, first.kinds)
     models = {key: arms.model_of(of.given, asked, outcome, of.bias) for key, of in found.items()}
-    return _numbers(plan, models, asked, safety, seed)
+    numbers = _numbers(plan, models, asked, safety, seed)
+    for row in numbers["rows"]:
+        row["origin"] = asdict(origins.of(found[row["arm"], row["seed"]].folder))
+    return numbers
 
 
 def write(file: Path, numbers: dict[str, Any]) -> None:
