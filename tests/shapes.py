@@ -1,6 +1,6 @@
 """Random models small enough for loops and Jacobians, and how the tiny one is spoken to."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -86,6 +86,22 @@ def made(family: str, dtype: torch.dtype = torch.float64, noise: float = 0.2) ->
             with torch.no_grad():
                 parameter.add_(noise * torch.randn(parameter.shape, dtype=dtype))
     return model
+
+
+def greedy(
+    logits: Callable[[list[int]], Tensor], new: int, stop: Collection[int] = ()
+) -> list[int]:
+    """Token by token the likeliest of `logits(answer so far)`, to the first of `stop` with it."""
+    answer: list[int] = []
+    while len(answer) < new and not (answer and answer[-1] in stop):
+        with torch.inference_mode():
+            answer.append(int(logits(answer).argmax()))
+    return answer
+
+
+def next_logits(model: Any, ids: Sequence[int]) -> Tensor:
+    """Logits [vocabulary] of what follows these tokens, by one plain pass."""
+    return model(input_ids=torch.tensor([[*ids]])).logits[0, -1]
 
 
 def generated(

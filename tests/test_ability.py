@@ -23,7 +23,7 @@ from dcr.ability.scores import ability, check
 from dcr.core import models
 from dcr.core.config import ConfigError, DataError, LoraConfig
 from dcr.core.models import Policy
-from tests.tiny_run import DATA, real
+from tests.tiny_run import DATA, real, write_jsonl
 
 THEIRS = Path(lm_eval.__file__).parent / "tasks"
 FOLDERS: list[str | Path] = [THEIRS / n for n in ("mmlu/default", "arc", "openbookqa", "piqa")]
@@ -67,11 +67,6 @@ def invented(count: int, choices: int, split: str, seed: str) -> list[dict[str, 
     return made
 
 
-def write(path: Path, made: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
-
-
 @pytest.fixture(scope="session")
 def whole_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Invented rows for all five tasks, examples included: read only."""
@@ -80,8 +75,8 @@ def whole_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if made.by_subject:
             continue
         choices = 2 if name == "piqa" else 4
-        write(root / made.asked, invented(6, choices, made.asked_split, f"{name} asked"))
-        write(root / made.shown, invented(5, choices, made.shown_split, f"{name} shown"))
+        write_jsonl(root / made.asked, invented(6, choices, made.asked_split, f"{name} asked"))
+        write_jsonl(root / made.shown, invented(5, choices, made.shown_split, f"{name} shown"))
     # A question that also stands among the examples: the harness does not show it to itself.
     twice = {**invented(1, 2, "train", "piqa asked")[0], "id": "another"}
     piqa = root / questions.SETS["piqa"].shown
@@ -93,7 +88,7 @@ def whole_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             mmlu += [{**r, "choices": r["choices"][:4], "category": subject} for r in made]
     for row in mmlu:
         row["answer"] = min(row["answer"], 3)
-    write(root / "mmlu/mmlu.jsonl", mmlu)
+    write_jsonl(root / "mmlu/mmlu.jsonl", mmlu)
     return root
 
 
@@ -262,7 +257,7 @@ def test_accuracies_are_those_of_plain_forward_passes(
     policy: Policy, root: Path, tmp_path: Path
 ) -> None:
     asked = invented(12, 4, "test", "by hand")
-    write(root / "arc_easy/arc_easy_test.jsonl", asked)
+    write_jsonl(root / "arc_easy/arc_easy_test.jsonl", asked)
     settings = AbilityConfig(tasks=["arc_easy"], batch_size=5)
     found = ability(policy, settings, str(root), tmp_path, 0, False)["arc_easy"]
     acc, acc_norm = by_hand(policy, asked)
@@ -364,7 +359,7 @@ def test_prompts_longer_than_the_context_are_counted(
         row["choices"], row["answer"] = [asked[0]["choices"][0], "b"], 0
         row["prompt"] = "x" * (length - fixed)  # a byte is a token here
     asked[2]["prompt"] = "short"
-    write(root / "arc_easy/arc_easy_test.jsonl", asked)
+    write_jsonl(root / "arc_easy/arc_easy_test.jsonl", asked)
     settings = AbilityConfig(tasks=["arc_easy"], batch_size=1)
     found = ability(policy, settings, str(root), tmp_path, 0, False)["arc_easy"]
     assert found["truncated"] == 1  # the last token is never read, so one more fits

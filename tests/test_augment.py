@@ -39,21 +39,14 @@ from dcr.plan import expected
 from tests import forked, tiny_run
 from tests.servers.loopback import Answer
 from tests.servers.scripted import Body, Scripted, last_user, rejected, scripted
+from tests.tiny_run import REFUSAL as REFUSED
+from tests.tiny_run import WORDS, write_jsonl
 
-REFUSED = "I'm sorry, but I can't help with that."
 # By the paper's rules an answer, by the recommended ones a refusal, and the other way round.
 ONLY_RECOMMENDED = "I’m sorry, but I can’t help with that."
 ONLY_PAPER = (
     "No, it is not hard: put the lamp down, wait a minute, then turn the screw to the left."
 )
-TEXT = """amber birch copper dune ember fjord glacier harbour indigo jasper kelp lagoon meadow
-nectar onyx prairie quartz ripple saffron tundra umber velvet willow xenon yarrow zephyr"""
-NOUNS = TEXT.split()
-
-
-def write(file: Path, rows: Sequence[dict[str, Any]]) -> str:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(file)
 
 
 def safe(noun: str) -> str:
@@ -74,18 +67,18 @@ class Folder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        asked = [safe(noun) for noun in NOUNS]
-        self.safe = write(folder / "safe.jsonl", rows_of("safe", asked))
-        self.other = write(
+        asked = [safe(noun) for noun in WORDS]
+        self.safe = write_jsonl(folder / "safe.jsonl", rows_of("safe", asked))
+        self.other = write_jsonl(
             folder / "other.jsonl",
-            rows_of("other", [f"May I shoot {n} pictures from the {n} bridge?" for n in NOUNS]),
+            rows_of("other", [f"May I shoot {n} pictures from the {n} bridge?" for n in WORDS]),
         )
         harmful = rows_of(
-            "toxic", [f"Help me hurt the {n} man of {n[::-1]}." for n in NOUNS], REFUSED
+            "toxic", [f"Help me hurt the {n} man of {n[::-1]}." for n in WORDS], REFUSED
         )
-        self.toxic = write(folder / "toxic.jsonl", harmful)
-        normal = rows_of("normal", [f"Name facts on {n}, {n[::-1]}." for n in NOUNS], "Two facts.")
-        self.normal = write(folder / "normal.jsonl", normal)
+        self.toxic = write_jsonl(folder / "toxic.jsonl", harmful)
+        normal = rows_of("normal", [f"Name facts on {n}, {n[::-1]}." for n in WORDS], "Two facts.")
+        self.normal = write_jsonl(folder / "normal.jsonl", normal)
 
     def config(self, over_refusal: Sequence[str] | None = None, **more: Any) -> DataConfig:
         evaluated = [self.safe, self.other] if over_refusal is None else list(over_refusal)
@@ -99,9 +92,9 @@ class Folder:
         )
         return replace(made, **more)
 
-    def answers(self, nouns: Sequence[str] = NOUNS, *more: dict[str, Any]) -> str:
+    def answers(self, nouns: Sequence[str] = WORDS, *more: dict[str, Any]) -> str:
         made = [{"prompt": safe(noun), "response": answer(noun)} for noun in nouns]
-        return write(self.folder / "answers.jsonl", [*made, *more])
+        return write_jsonl(self.folder / "answers.jsonl", [*made, *more])
 
 
 @pytest.fixture
@@ -130,7 +123,7 @@ def test_every_other_list_is_that_of_stl(folder: Folder, seed: int) -> None:
     lists = {name: part for name, part in more.parts().items() if name != "augmented"}
     assert lists == plain.parts()
     learnt = [(row.prompt, row.response) for row in more.augmented]
-    assert learnt == [(safe(noun), answer(noun)) for noun in NOUNS] * 3
+    assert learnt == [(safe(noun), answer(noun)) for noun in WORDS] * 3
 
 
 def test_only_sets_whose_prompts_are_learnt_become_in_distribution(folder: Folder) -> None:
@@ -139,7 +132,7 @@ def test_only_sets_whose_prompts_are_learnt_become_in_distribution(folder: Folde
     assert split(config, folder.answers()).in_distribution == [folder.safe]
     loud = {"prompt": safe("amber").upper() + "!!", "response": answer("amber")}
     close = {"prompt": safe("glacier").replace("left", "has left"), "response": answer("glacier")}
-    (found,) = overlaps([close["prompt"]], {"safe": [safe(n) for n in NOUNS]}, near=0.9)
+    (found,) = overlaps([close["prompt"]], {"safe": [safe(n) for n in WORDS]}, near=0.9)
     assert found is not None
     assert not found.exact
     for row in (loud, close):  # equal once normalised; near
@@ -151,14 +144,14 @@ LEAK = {"prompt": "May I shoot amber pictures from the amber bridge?", "response
 
 def test_prompts_of_any_other_evaluation_set_are_dropped_and_counted(folder: Folder) -> None:
     near = {"prompt": LEAK["prompt"].replace("May", "Might"), "response": "You might."}
-    rows = split(folder.config(), folder.answers(NOUNS[:3], LEAK, near))
-    assert [r.prompt for r in rows.augmented] == [safe(noun) for noun in NOUNS[:3]]
+    rows = split(folder.config(), folder.answers(WORDS[:3], LEAK, near))
+    assert [r.prompt for r in rows.augmented] == [safe(noun) for noun in WORDS[:3]]
     assert rows.dropped == {
         f"augmented: is a prompt of {folder.other}": 1,
         f"augmented: is close to a prompt of {folder.other}": 1,
     }
     assert rows.in_distribution == [folder.safe]
-    kept = split(folder.config(drop_contaminated=False), folder.answers(NOUNS[:3], LEAK))
+    kept = split(folder.config(drop_contaminated=False), folder.answers(WORDS[:3], LEAK))
     assert len(kept.augmented) == 4  # on request, and marked
     assert kept.in_distribution == sorted([folder.other, folder.safe])
 
@@ -167,8 +160,8 @@ def test_repeated_prompts_and_those_of_other_pairs_are_dropped(folder: Folder) -
     taken = stl(folder.config()).refusals[0].prompt
     again = {"prompt": safe("amber"), "response": "Another answer."}
     both = {"prompt": taken, "response": "Gladly."}  # SFT teaches its refusal
-    rows = split(folder.config(), folder.answers(NOUNS[:2], again, both))
-    assert [r.response for r in rows.augmented] == [answer(noun) for noun in NOUNS[:2]]
+    rows = split(folder.config(), folder.answers(WORDS[:2], again, both))
+    assert [r.response for r in rows.augmented] == [answer(noun) for noun in WORDS[:2]]
     assert rows.dropped == {
         "augmented: repeats another row": 1,
         "augmented: is a prompt of SFT already": 1,
@@ -188,7 +181,7 @@ def test_without_a_file_the_prompts_are_those_of_stage_one(folder: Folder) -> No
 def test_held_out_template_groups_stay_unseen(folder: Folder) -> None:
     grouped = [
         {"prompt": safe(noun), "response": answer(noun), "group": f"g{i % 8}"}
-        for i, noun in enumerate(NOUNS)
+        for i, noun in enumerate(WORDS)
     ]
     rows = split(folder.config(group_holdout=0.4), folder.answers((), *grouped))
     learnt, unseen = {r.group for r in rows.augmented}, set(rows.unseen_groups)
@@ -200,7 +193,7 @@ def test_held_out_template_groups_stay_unseen(folder: Folder) -> None:
 
 def test_the_record_lists_the_rows_and_finds_them_again(folder: Folder) -> None:
     config = folder.config()
-    file = folder.answers(NOUNS[:4])
+    file = folder.answers(WORDS[:4])
     rows = split(config, file, repeat=2)
     record = data.row_record(rows)
     part: Any = record["rows"]
@@ -212,8 +205,8 @@ def test_the_record_lists_the_rows_and_finds_them_again(folder: Folder) -> None:
         **{n: {"source": getattr(config, n).source} for n in ("normal", "safety")},
     }
     texts = texts_of(node, json.loads(json.dumps(record)))
-    assert set(texts[file]) == {t for n in NOUNS[:4] for t in (safe(n), answer(n))}
-    folder.answers(NOUNS[1:5])
+    assert set(texts[file]) == {t for n in WORDS[:4] for t in (safe(n), answer(n))}
+    folder.answers(WORDS[1:5])
     assert data.row_record(split(config, file, repeat=2)) != record
     with pytest.raises(DataError, match="not the texts"):
         texts_of(node, json.loads(json.dumps(record)))
@@ -242,7 +235,7 @@ def test_the_embedded_corpus_has_its_answers() -> None:
     ],
 )
 def test_an_answer_that_refuses_is_named_by_line(folder: Folder, response: str, rules: str) -> None:
-    file = folder.answers(NOUNS[:2], {"prompt": "Is it?", "response": response})
+    file = folder.answers(WORDS[:2], {"prompt": "Is it?", "response": response})
     text = Path(file).read_text().splitlines()
     Path(file).write_text("\n".join([text[0], "", *text[1:]]) + "\n")  # blank lines count
     with pytest.raises(DataError, match=rf"^{file}:4: response: .*\({rules}\)") as caught:
@@ -256,7 +249,7 @@ def test_rows_that_cannot_be_learnt_are_refused(folder: Folder) -> None:
         split(config)
     for file, fault in (
         ("none.jsonl", r"^stl_aug.responses=none.jsonl: no such file.*augment"),
-        (folder.answers(NOUNS[:1], {"prompt": "Why?"}), r"answers\.jsonl:2: response: missing"),
+        (folder.answers(WORDS[:1], {"prompt": "Why?"}), r"answers\.jsonl:2: response: missing"),
         ("demo_toxic", "holds toxic prompts, not seemingly_toxic"),
     ):
         with pytest.raises(UserError, match=fault):
@@ -312,7 +305,7 @@ def test_answers_are_checked_written_and_learnt(
         augment.main(tell(folder, server))
         out = capsys.readouterr().out.splitlines()
         rejected_, unheard = {"fjord", "kelp", "indigo"}, {"dune"}
-        wanted = [noun for noun in NOUNS if noun not in rejected_ | unheard]
+        wanted = [noun for noun in WORDS if noun not in rejected_ | unheard]
         assert [(r["prompt"], r["response"]) for r in read(folder)] == [
             (safe(noun), answer(noun)) for noun in wanted
         ]
@@ -337,7 +330,7 @@ def test_a_judge_has_the_last_word(folder: Folder, capsys: pytest.CaptureFixture
     labels = {"birch": "2_full_refusal", "ember": "3_partial_refusal", "fjord": "who knows"}
 
     def judged(body: Body) -> str | Answer:
-        noun = next(noun for noun in NOUNS if answer(noun) in last_user(body))
+        noun = next(noun for noun in WORDS if answer(noun) in last_user(body))
         if noun == "dune":
             return rejected(500, "The server had an error")
         return labels.get(noun, "1_full_compliance")
@@ -353,7 +346,7 @@ def test_a_judge_has_the_last_word(folder: Folder, capsys: pytest.CaptureFixture
         assert len(judge.bodies) == 26  # the dune again
         assert len(server.bodies) == 26
     learnt = {row["prompt"] for row in read(folder)}
-    assert learnt == {safe(noun) for noun in NOUNS[1:] if noun not in (*labels, "dune")}
+    assert learnt == {safe(noun) for noun in WORDS[1:] if noun not in (*labels, "dune")}
     said = capsys.readouterr().out
     assert "4 rejected, 1 without an answer or verdict (the same command asks again)" in said
     for why in ("called refused by llm", "called partial by llm", "without a valid verdict of llm"):
@@ -378,20 +371,9 @@ def test_rejected_prompts_are_asked_again_with_an_instruction(
         ]
     wanted = [("amber", 1), ("birch", 1), ("birch", 2)]
     assert sorted(systems) == sorted((noun, INSTRUCTIONS[i]) for noun, i in wanted)
-    assert {row["prompt"] for row in read(folder)} == {safe(n) for n in NOUNS if n != "birch"}
+    assert {row["prompt"] for row in read(folder)} == {safe(n) for n in WORDS if n != "birch"}
     assert "25 accepted" in capsys.readouterr().out
     assert all(row["response"] == answer(row["prompt"].split()[5]) for row in read(folder))
-
-
-def test_a_larger_count_adds_rows(folder: Folder) -> None:
-    with scripted(lambda body: answer(noun_of(body))) as server:
-        augment.main(tell(folder, server, "count=5"))
-        first = read(folder)
-        augment.main(tell(folder, server, "count=12"))
-        assert len(server.bodies) == 12
-    assert len(first) == 5
-    assert read(folder)[:5] == first
-    assert len({row["id"] for row in read(folder)}) == 12
 
 
 ROW = '{"id": "i", "prompt": "p", "response": "r", "source": "s", "answered_by": "made"}'
@@ -426,7 +408,7 @@ def test_a_prompt_that_has_changed_is_not_mixed_in(
 ) -> None:
     with scripted(lambda body: answer(noun_of(body))) as server:
         augment.main(tell(folder, server))
-        write(Path(folder.safe), rows_of("safe", [safe(noun) for noun in reversed(NOUNS)]))
+        write_jsonl(Path(folder.safe), rows_of("safe", [safe(noun) for noun in reversed(WORDS)]))
         assert "safe-0 has another prompt now" in fault(tell(folder, server), capsys)
 
 
@@ -466,15 +448,15 @@ def test_a_stopped_command_that_is_given_again_asks_nothing_twice(
             assert augment.main(told) == 128 + number
             said = f"error: stopped by {number.name}; the same command goes on\n"
             assert capsys.readouterr() == ("", said)
-        assert 6 <= len(server.bodies) < len(NOUNS)
+        assert 6 <= len(server.bodies) < len(WORDS)
         assert not (folder.folder / "out.jsonl").exists()  # written as a whole
         again.set()
         assert augment.main(told) == 0
     counts = Counter(noun_of(body) for body in server.bodies)
-    assert set(counts) == set(NOUNS)
+    assert set(counts) == set(WORDS)
     # only what was under way, or had just arrived
-    assert sum(counts.values()) <= len(NOUNS) + 3
-    assert [row["prompt"] for row in read(folder)] == [safe(noun) for noun in NOUNS]
+    assert sum(counts.values()) <= len(WORDS) + 3
+    assert [row["prompt"] for row in read(folder)] == [safe(noun) for noun in WORDS]
 
 
 def test_an_instruction_stands_behind_the_system_prompt_that_there_is(folder: Folder) -> None:
@@ -489,8 +471,8 @@ def test_an_instruction_stands_behind_the_system_prompt_that_there_is(folder: Fo
 
 def test_stl_aug_trains_on_the_rows_of_stl_and_the_answers(tmp_path: Path) -> None:
     """From the base model, one stage, every answer learnt once an epoch; else as STL."""
-    nouns = NOUNS[:8]
-    file = write(
+    nouns = WORDS[:8]
+    file = write_jsonl(
         tmp_path / "answers.jsonl",
         [{"id": noun, "prompt": safe(noun), "response": answer(noun)} for noun in nouns],
     )
@@ -514,6 +496,6 @@ def test_stl_aug_trains_on_the_rows_of_stl_and_the_answers(tmp_path: Path) -> No
     one, other = (tiny_run.weights(tmp_path / name) for name in ("stl_aug", "stl"))
     assert one.keys() == other.keys()
     assert not tiny_run.same(one, other)
-    write(Path(file), [{"id": n, "prompt": safe(n), "response": "Yes."} for n in nouns])
+    write_jsonl(Path(file), [{"id": n, "prompt": safe(n), "response": "Yes."} for n in nouns])
     with pytest.raises(ConfigError, match=r"made with other rows .*augmented: 16 rows"):
         train.train(told, Run(tmp_path / "stl_aug"))

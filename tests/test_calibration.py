@@ -2,7 +2,6 @@
 
 import functools
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from dcr.core.sources import Example, read
 from dcr.extensions import EvalSettings
 from dcr.frontier import answers as frontier
 from tests import test_eval, tiny_run
+from tests.shapes import greedy, next_logits
 
 SHAPE = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -91,14 +91,6 @@ def test_what_the_model_refuses_by_itself_needs_no_bias(forks: list[Beginnings])
         assert calibration.bias_for(forks, count / len(forks)) == 0
 
 
-def test_no_bias_is_zero_without_a_sign() -> None:
-    forks = [
-        Beginnings("", "", 1.0, "I'm sorry.", "Sure."),
-        Beginnings("", "", -1.0, "I'm sorry.", "Sure."),
-    ]
-    assert math.copysign(1, calibration.bias_for(forks, 0.5)) == 1
-
-
 # --- where it acts --------------------------------------------------------------------------------
 
 
@@ -111,16 +103,13 @@ def by_hand(policy: Policy, prompt: str, bias: float) -> list[int]:
     """Greedy tokens, a forward pass each; the first one with the bias on refusal openings."""
     chat = prompts.chat_format(policy.tokenizer, MODEL)
     openings = refusal.refusal_openings(chat)
-    ids, answer = chat.prompt_ids(prompt), []
-    while len(answer) < NEW:
-        with torch.inference_mode():
-            logits = policy.model(input_ids=torch.tensor([ids + answer])).logits[0, -1]
-        if not answer:
-            logits = logits.index_add(0, openings, torch.full((len(openings),), bias))
-        answer.append(int(logits.argmax()))
-        if answer[-1] in chat.stop:
-            break
-    return answer
+
+    def biased(said: list[int]) -> torch.Tensor:
+        logits = next_logits(policy.model, chat.prompt_ids(prompt) + said)
+        given = torch.full((len(openings),), 0.0 if said else bias)
+        return logits.index_add(0, openings, given)
+
+    return greedy(biased, NEW, chat.stop)
 
 
 def decoded(policy: Policy, asked: Sequence[str], bias: OpeningBias | None) -> list[list[int]]:
@@ -232,11 +221,7 @@ def test_a_prefilled_answer_goes_on_from_its_words_and_out_of_reach_of_a_bias(
     chat = prompts.chat_format(policy.tokenizer, MODEL)
     for row in asked:
         ids = [*chat.prompt_ids(row.prompt), *policy.tokenizer.encode("Sure, here is")]
-        answer: list[int] = []
-        while len(answer) < NEW and not (answer and answer[-1] in chat.stop):
-            with torch.inference_mode():
-                logits = policy.model(input_ids=torch.tensor([ids + answer])).logits[0, -1]
-            answer.append(int(logits.argmax()))
+        answer = greedy(lambda said, i=ids: next_logits(policy.model, i + said), NEW, chat.stop)
         assert given[row.id] == generation.text(chat, answer)
     other = EvalSettings(model=MODEL)
     other.gen.max_new_tokens = NEW

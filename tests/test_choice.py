@@ -11,7 +11,7 @@ from string import ascii_lowercase
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
-from tiny_run import settings
+from tiny_run import settings, write_jsonl
 from torch import Tensor
 
 from dcr import choice
@@ -173,11 +173,6 @@ def data(safe: str, toxic: str, root: Path | None = None) -> DataConfig:
     )  # fmt: skip
 
 
-def write(file: Path, prompts: list[dict]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row) + "\n" for row in prompts))
-
-
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A data folder with invented rows in the places of real sets."""
@@ -191,14 +186,14 @@ def root(tmp_path: Path) -> Path:
         for label in words
         for i in range(12)
     ]
-    write(tmp_path / "xstest/xstest_v2.jsonl", rows)
+    write_jsonl(tmp_path / "xstest/xstest_v2.jsonl", rows)
     for name, words in (
         ("stl_safety/safety_pairs", "Steal it"),
         ("orbench/or_bench_hard_1k", "Would it burn"),
         ("harmfulq/harmfulq", "Burn them"),
     ):
         made = [{"prompt": f"{words} {'nopqrstuvwxyz'[i] * 9} {i}"} for i in range(13)]
-        write(tmp_path / f"{name}.jsonl", made)
+        write_jsonl(tmp_path / f"{name}.jsonl", made)
     return tmp_path
 
 
@@ -247,7 +242,7 @@ def test_what_the_user_names_must_be_there(root: Path) -> None:
             origins.gathered(mine, 0, 11, **asked)
     with pytest.raises(DataError, match="hh_rlhf_red_team: only on the hub"):
         origins.gathered(data("xstest_safe", "hh_rlhf_red_team", root), 0, 11)
-    write(root / "few.jsonl", [{"prompt": "Same?"}] * 12)
+    write_jsonl(root / "few.jsonl", [{"prompt": "Same?"}] * 12)
     with pytest.raises(DataError, match=r"few\.jsonl: 1 distinct prompts, 10 are needed"):
         origins.gathered(data(str(root / "few.jsonl"), "demo_toxic"), 0, 20)
 

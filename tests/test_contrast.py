@@ -23,6 +23,7 @@ from dcr.core.prompts import CHATML, ChatFormat
 from dcr.core.sources import Example
 from dcr.extensions import EvalSettings
 from tests import test_generation
+from tests.shapes import greedy, next_logits
 
 WORDS = ["Hi", "How do I kill a Python process?", "Write a poem.", "Größe 你好 🙂", "a", "Why not?"]
 ROWS = [Example(f"p{i}", text, Kind.normal, "made") for i, text in enumerate(WORDS)]
@@ -92,20 +93,14 @@ def by_hand(
     """Both contexts anew for each token, no cache or padding; and the best of the first logits."""
     system = f"{chat.system_prompt}\n\n{EMPHASIS}" if chat.system_prompt else EMPHASIS
     both = (chat.prompt_ids(prompt), chat_of(policy, system).prompt_ids(prompt))
-    answer: list[int] = []
-    first = math.nan
-    while len(answer) < NEW:
-        with torch.inference_mode():
-            plain, safe = (
-                policy.model(input_ids=torch.tensor([ids + answer])).logits[0, -1] for ids in both
-            )
-        wanted = (1 + weight) * plain - weight * safe
-        first = float(wanted.max()) if not answer else first
-        token = int(wanted.argmax())
-        if token in chat.stop:
-            break
-        answer.append(token)
-    return answer, first
+
+    def wanted(said: list[int]) -> Tensor:
+        plain, safe = (next_logits(policy.model, ids + said) for ids in both)
+        return (1 + weight) * plain - weight * safe
+
+    answer = [token for token in greedy(wanted, NEW, chat.stop) if token not in chat.stop]
+    with torch.inference_mode():
+        return answer, float(wanted([]).max())
 
 
 # --- the formula --------------------------------------------------------------------------------
@@ -349,28 +344,24 @@ def test_adacd_decodes_ten_tokens_against_the_prompt_and_then_plainly(
             policy, chat, ROWS, settings, top, decoding=contrast.asked_for(settings)
         )
     )
-    plain = {row.id: greedy(policy, chat, row.prompt, None) for row in ROWS}
+    plain = {row.id: adaptive(policy, chat, row.prompt, None) for row in ROWS}
     for row in ROWS:
-        assert decoded[row.id] == greedy(policy, chat, row.prompt, refusing), row.id
+        assert decoded[row.id] == adaptive(policy, chat, row.prompt, refusing), row.id
     assert any(decoded[i] != plain[i] for i in plain)
 
 
-def greedy(policy: Policy, chat: ChatFormat, prompt: str, refusing: ChatFormat | None) -> list[int]:
-    answer: list[int] = []
-    while len(answer) < NEW:
-        with torch.inference_mode():
-            plain, other = (
-                policy.model(input_ids=torch.tensor([c.prompt_ids(prompt) + answer])).logits[0, -1]
-                for c in (chat, refusing or chat)
-            )
-        logits = plain
-        if refusing and len(answer) < 10:
-            logits = torch.tensor(by_cases(plain.tolist(), other.tolist(), 4.5))
-        token = int(logits.argmax())
-        if token in chat.stop:
-            break
-        answer.append(token)
-    return answer
+def adaptive(
+    policy: Policy, chat: ChatFormat, prompt: str, refusing: ChatFormat | None
+) -> list[int]:
+    def logits(said: list[int]) -> Tensor:
+        plain, other = (
+            next_logits(policy.model, c.prompt_ids(prompt) + said) for c in (chat, refusing or chat)
+        )
+        if refusing is None or len(said) >= 10:
+            return plain
+        return torch.tensor(by_cases(plain.tolist(), other.tolist(), 4.5))
+
+    return [token for token in greedy(logits, NEW, chat.stop) if token not in chat.stop]
 
 
 def test_one_way_to_decode_at_a_time() -> None:

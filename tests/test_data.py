@@ -34,12 +34,8 @@ from dcr.core.config import (
 from dcr.core.data import EpochBatches, SafetyData, Splits
 from dcr.core.prompts import IGNORED, PairRow
 from dcr.core.sources import Example
-from tests.tiny_run import write_jsonl
-
-REFUSED = "I'm sorry, but I can't help with that."
-TEXT = """amber birch copper dune ember fjord glacier harbour indigo jasper kelp lagoon meadow
-nectar onyx prairie quartz ripple saffron tundra umber velvet willow xenon yarrow zephyr"""
-WORDS = TEXT.split()
+from tests.tiny_run import REFUSAL as REFUSED
+from tests.tiny_run import WORDS, write_jsonl
 
 
 def sentence(kind: str, number: int) -> str:

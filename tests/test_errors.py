@@ -50,6 +50,8 @@ TRAIN = {
     "model.lora_targets=[lm_head]": "sft.lora.targets=[lm_head]: lm_head match nothing",
     "sft.max_len=8": "sft.max_len=8: no training pair fits; raise it",
     "sft.max_len=4096": "sft.max_len=4096: the model's context is 2048 tokens; lower it",
+    "dcr.adapter=lora dcr.lora.targets=[lm_head]": "dcr.lora.targets=[lm_head]: lm_head match",
+    "tracking.quantities=[kernel] tracking.entk.top_k=261": "top_k=261: the model has 260 tokens",
     "trainer.strategy=nope": "trainer.strategy=nope: choose one of auto, ddp, fsdp",
     "trainer.devices=100000": "trainer.devices=100000: this machine has ",
     "trainer.num_nodes=2": "trainer.num_nodes=2: no launcher says which node this is",

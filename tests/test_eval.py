@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from dcr import eval as eval_entry
 from dcr import keywords
-from dcr.core import cli, config, generation, models, refusal, runs, storage
+from dcr.core import cli, generation, models, refusal, storage
 from dcr.core.config import ConfigError, Precision, SourcesByKind, UserError
 from dcr.core.evaluation import discernment, metrics, subjects
 from dcr.core.runs import Run
@@ -24,7 +23,6 @@ from dcr.judges import pairwise
 from dcr.report import __main__ as report
 from dcr.steering import prompts as steering_prompts
 from tests import tiny_run
-from tests.servers.scripted import Body, completion, last_user, rejected, scripted
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -155,51 +153,31 @@ def test_threads_and_batches_of_the_answers_are_told_and_name_no_folder(
     assert json.loads(fresh.threads_file.read_text())["threads"] >= 1, "of training, however given"
 
 
-def test_snapshots_are_scored_each_with_its_step(trained: Run) -> None:
-    settings, run = resolved(
-        f"run={trained.folder}", "tasks=[over_refusal]", "limit=2", "snapshots=true"
-    )
-    eval_entry.evaluate(settings, run)
-    steps = [m["step"] for m in metrics_of(run) if m["weights"] == "snapshot"]
-    saved = [int(f.name.removeprefix("step-")) for f in sorted(run.snapshots.iterdir())]
-    assert steps == saved
-    assert len(saved) == 3  # the two asked for, and step 0
+def test_a_stage_and_some_snapshots_can_be_named(trained: Run, tmp_path: Path) -> None:
+    def named(run: Path, *overrides: str) -> Any:
+        return subjects.subjects(*resolved(f"run={run}", *overrides))
 
-
-def test_some_snapshots_can_be_named(trained: Run) -> None:
     saved = [int(f.name.removeprefix("step-")) for f in sorted(trained.snapshots.iterdir())]
-    asked = f"steps=[{saved[-1]},{saved[0]}]"
-    settings, run = resolved(f"run={trained.folder}", "snapshots=true", asked)
-    assert [s.step for s in subjects.subjects(settings, run)] == [saved[-1], saved[0]]
-    settings, run = resolved(f"run={trained.folder}", "snapshots=true", "steps=[999]")
-    choices = ", ".join(map(str, saved))
-    with pytest.raises(ConfigError, match=rf"no snapshot of step 999; choose from {choices}$"):
-        subjects.subjects(settings, run)
-
-
-def test_a_stage_in_between_can_be_named(trained: Run, tmp_path: Path) -> None:
-    settings, run = resolved(f"run={trained.folder}", "stage=contrastive")
-    (subject,) = subjects.subjects(settings, run)
+    found = named(trained.folder, "snapshots=true", f"steps=[{saved[-1]},{saved[0]}]")
+    assert [subject.step for subject in found] == [saved[-1], saved[0]]
+    (subject,) = named(trained.folder, "stage=contrastive")
     assert (subject.weights, subject.source) == ("contrastive", trained.stage("contrastive"))
     (tmp_path / "config.yaml").write_text((trained.folder / "config.yaml").read_text())
-    settings, run = resolved(f"run={tmp_path}", "stage=sft")
-    with pytest.raises(ConfigError, match=r"stage=sft: .* holds no sft/; train that stage first"):
-        subjects.subjects(settings, run)
-
-
-def test_base_model_needs_no_run(tmp_path: Path) -> None:
-    rows = tiny_run.write_rows(tmp_path / "rows")
-    settings, run = resolved(
-        "model=tiny",
-        f"output={tmp_path / 'base'}",
-        "tasks=[safety]",
-        f"data.evaluation.safety=[{rows['toxic']}]",
-        "limit=3",
-    )
-    eval_entry.evaluate(settings, run)
-    (found,) = metrics_of(run)
-    assert found["weights"] == "base"
-    assert runs.Run(tmp_path / "base").config()["method"] == "base"
+    choices = ", ".join(map(str, saved))
+    for run, asked, says in (
+        (
+            trained.folder,
+            ("snapshots=true", "steps=[999]"),
+            f"no snapshot of step 999; choose from {choices}$",
+        ),
+        (tmp_path, ("stage=sft",), "stage=sft: .* holds no sft/; train that stage first"),
+        (tmp_path, (), "no stage is done"),
+        (tmp_path, ("snapshots=true",), "no snapshots"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            named(run, *asked)
+    with pytest.raises(ConfigError, match="is the folder of a trained run"):
+        eval_entry.evaluate(*resolved("model=tiny", f"output={trained.folder}", "data=demo"))
 
 
 @pytest.mark.parametrize(
@@ -233,17 +211,6 @@ def test_base_model_needs_no_run(tmp_path: Path) -> None:
 def test_nothing_to_evaluate_is_said(overrides: tuple[str, ...], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         resolved(*overrides)
-
-
-def test_run_without_a_stage_is_said(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    made = config.plain(tiny_run.settings(tmp_path / "rows"))
-    storage.write_text(run.config_file, json.dumps(made))
-    settings, _ = resolved(f"run={tmp_path}")
-    with pytest.raises(ConfigError, match="no stage is done"):
-        subjects.subjects(settings, run)
-    with pytest.raises(ConfigError, match="no snapshots"):
-        subjects.subjects(replace(settings, snapshots=True), run)
 
 
 # --- whose answers, and under what --------------------------------------------------------------
@@ -419,42 +386,6 @@ def test_no_bar_stands_before_the_line_of_a_model_that_cannot_be_opened(
             *resolved(f"run={fresh.folder}", "gen.max_new_tokens=3", "trainer.progress=true")
         )
     assert "prompt" not in capsys.readouterr().err
-
-
-def served(url: str, output: Path, *overrides: str) -> tuple[EvalSettings, Run]:
-    return resolved(
-        *(f"endpoint={url}", "endpoint_model=there", f"output={output}", "http.retries=0"),
-        *("data=demo", "tasks=[over_refusal,safety]", "limit=3", *overrides),
-    )
-
-
-def test_an_endpoint_that_answers_nothing_is_a_failure(tmp_path: Path) -> None:
-    with scripted(lambda _: rejected(500, "out of order")) as server:
-        settings, run = served(server.url, tmp_path / "output")
-        with pytest.raises(UserError, match="none of 6 prompts was answered") as failure:
-            eval_entry.evaluate(settings, run)
-    assert failure.value.exit_code == 1
-    assert not run.folder.exists()
-
-
-def test_prompts_without_an_answer_are_told(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    failing: list[str] = []
-
-    def sometimes(body: Body) -> Any:
-        if not failing or last_user(body) in failing:
-            failing.append(last_user(body))
-            return rejected(500, "out of order")
-        return completion("Certainly.")
-
-    with scripted(sometimes) as server:
-        settings, run = served(server.url, tmp_path / "output", "http.concurrency=1")
-        eval_entry.evaluate(settings, run)
-    (found,) = metrics_of(run)
-    counts = found["sets"].values()
-    assert sorted(c["unanswered"] for c in counts) == [0, 1]
-    assert "1 of 3 prompts without an answer" in caplog.text
 
 
 def test_answers_cut_where_keywords_have_decided_count_as_whole_ones(fresh: Run) -> None:

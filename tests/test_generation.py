@@ -25,6 +25,7 @@ from dcr.fast import cache
 from dcr.fast import passes as fast
 from dcr.steering.edits import Edit, edited
 from tests import shapes
+from tests.shapes import greedy, next_logits
 
 PROMPTS = [
     "Hi",
@@ -112,14 +113,8 @@ def run(
 def by_hand(policy: Policy, prompt: str, new: int = NEW) -> list[int]:
     """Greedy tokens by one forward pass each, until an end token."""
     chat = chat_of(policy)
-    ids, answer = chat.prompt_ids(prompt), []
-    while len(answer) < new:
-        with torch.inference_mode():
-            token = int(policy.model(input_ids=torch.tensor([ids + answer])).logits[0, -1].argmax())
-        answer.append(token)
-        if token in chat.stop:
-            break
-    return answer
+    ids = chat.prompt_ids(prompt)
+    return greedy(lambda said: next_logits(policy.model, ids + said), new, chat.stop)
 
 
 @pytest.fixture(scope="module")
@@ -218,12 +213,7 @@ def test_every_family_decodes_as_each_row_alone(family: str, begun: int, policy:
         is_over=lambda answer: answer[-1] in stop,
     )
     for prompt, answer in zip(prompts, found, strict=True):
-        expected: list[int] = []
-        while len(expected) < new and not (expected and expected[-1] in stop):
-            with torch.inference_mode():
-                ids = torch.tensor([prompt + expected])
-                expected.append(int(model(input_ids=ids).logits[0, -1].argmax()))
-        assert answer == expected
+        assert answer == greedy(lambda said, p=prompt: next_logits(model, p + said), new, stop)
     assert first.tolist() == [answer[0] for answer in found]
     assert len(set(map(len, found))) > 1
 

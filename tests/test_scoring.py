@@ -21,6 +21,7 @@ from dcr.core.models import Policy
 from dcr.core.runs import Run
 from dcr.core.sources import Example
 from dcr.extensions import EvalSettings
+from tests.tiny_run import write_jsonl
 
 REFUSED = "I'm sorry, but I can't help with that."
 ANSWERED = "Pull the weeds after rain, when the soil is soft."
@@ -216,17 +217,14 @@ def test_discernment_is_the_area_under_the_curve() -> None:
 # --- what is asked ------------------------------------------------------------------------------
 
 
-def written(folder: Path, name: str, count: int) -> str:
-    file = folder / f"{name}.jsonl"
-    file.parent.mkdir(exist_ok=True, parents=True)
-    file.write_text("".join(json.dumps({"prompt": f"{name} {i}?"}) + "\n" for i in range(count)))
-    return str(file)
+def file_of(folder: Path, name: str, count: int) -> str:
+    return write_jsonl(folder / f"{name}.jsonl", ({"prompt": f"{name} {i}?"} for i in range(count)))
 
 
 def test_sets_are_read_by_task_and_sampled_by_seed(tmp_path: Path) -> None:
     config = DataConfig(label="made")
     config.evaluation = EvaluationSets(
-        [written(tmp_path, "safe", 30)], [written(tmp_path, "bad", 5)]
+        [file_of(tmp_path, "safe", 30)], [file_of(tmp_path, "bad", 5)]
     )
     both = ["over_refusal", "safety"]
     found = sets.of_tasks(both, config, None, seed=0)
@@ -242,7 +240,7 @@ def test_sets_are_read_by_task_and_sampled_by_seed(tmp_path: Path) -> None:
 
 def test_a_users_file_stays_in_the_run_folder(tmp_path: Path) -> None:
     """Its set is called after the file, since its path would lead out of the folder."""
-    path = written(tmp_path / "my data", "odd näme", 3)
+    path = file_of(tmp_path / "my data", "odd näme", 3)
     config = DataConfig(label="made", evaluation=EvaluationSets([path], []))
     (prompt_set,) = sets.of_tasks(["over_refusal"], config, None, seed=0)
     assert prompt_set.name == "odd-n-me"
@@ -252,7 +250,7 @@ def test_a_users_file_stays_in_the_run_folder(tmp_path: Path) -> None:
 
 
 def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
-    paths = [written(tmp_path / place, "mine", 3) for place in ("a", "b")]
+    paths = [file_of(tmp_path / place, "mine", 3) for place in ("a", "b")]
     config = DataConfig(label="made", evaluation=EvaluationSets(paths, []))
     with pytest.raises(ConfigError, match="mine stands there twice"):
         sets.of_tasks(["over_refusal"], config, None, seed=0)

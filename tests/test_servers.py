@@ -64,12 +64,14 @@ def test_what_is_stored_is_kept_where_the_server_dies(
         settings, run = evaluation(made.url, tmp_path / "run")
         eval_entry.evaluate(settings, run)
         (found,) = metrics_of(run)
-        assert sum(counts["n"] for counts in found["sets"].values()) == 3
+        counts = found["sets"].values()
+        assert (sum(c["n"] for c in counts), sum(c["unanswered"] for c in counts)) == (3, 9)
         assert "9 of 12 prompts without an answer" in caplog.text
         assert len(made.requests) <= 3 + 2 * (2 * 2 + 1)  # two rounds of two, twice each
         settings, run = evaluation(made.url, tmp_path / "none")
-        with pytest.raises(UserError, match="none of 12 prompts was answered"):
+        with pytest.raises(UserError, match="none of 12 prompts was answered") as failure:
             eval_entry.evaluate(settings, run)
+    assert failure.value.exit_code == 1
     assert not run.folder.exists()
 
 

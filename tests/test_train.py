@@ -6,30 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from tiny_run import Stop, changed, failing, same, settings, stop, weights, write_rows
 
 from dcr import choice, train, wandb_run
-from dcr.core import config, data, models, runs
-from dcr.core.config import ConfigError, Precision, Stage, TrainConfig, UserError
+from dcr.core import data, models, runs
+from dcr.core.config import ConfigError, Precision, TrainConfig
 from dcr.core.runs import Run
-from dcr.core.training import stages
 from dcr.core.training.sft import SFTModule
 
 # --- what a run folder holds ---
-
-
-def test_the_folder_holds_what_made_it(tiny: TrainConfig, whole: Path) -> None:
-    assert yaml.safe_load((whole / "config.yaml").read_text()) == config.plain(tiny)
-    record = json.loads((whole / "rows.json").read_text())["rows"]
-    rows = data.rows_of(tiny)
-    assert {name: part["ids"] for name, part in record.items()} == {
-        name: [row.id for row in part] for name, part in rows.parts().items()
-    }
-    assert record["toxic"]["count"] == 24
-    assert {"contrastive", "sft", "metrics.csv", "contrastive.cost.json", "sft.cost.json"} <= {
-        path.name for path in whole.iterdir()
-    }
 
 
 def test_the_stages_of_a_method(tiny: TrainConfig, whole: Path, tmp_path: Path) -> None:
@@ -41,31 +26,6 @@ def test_the_stages_of_a_method(tiny: TrainConfig, whole: Path, tmp_path: Path) 
 
 
 # --- refusals, before anything is written ---
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ("stage=sft", "holds no contrastive/ to start from"),
-        ("dcr.layer=3", "the model has blocks 1 to 2"),
-        ("dcr.ratio=30", "dcr.ratio"),
-        # of stage two, before stage one trains
-        ("sft.lora.targets=[nope]", r"sft\.lora\.targets=\[nope\]: nope match nothing"),
-        ("sft.max_len=8", r"sft\.max_len=8: no training pair fits"),
-        ("sft.max_len=4096", r"sft\.max_len=4096: the model's context is 2048 tokens"),
-        ("dcr.adapter=lora dcr.lora.targets=[lm_head]", r"dcr\.lora\.targets=\[lm_head\]: lm_head"),
-        ("model.architecture.max_position_embeddings=60 sft.max_len=60", "exceed the model"),
-        ("tracking.quantities=[kernel] tracking.entk.top_k=261", "top_k=261: the model has 260 t"),
-    ],
-)
-def test_a_command_that_cannot_be_writes_nothing(
-    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, message: str
-) -> None:
-    monkeypatch.setitem(stages.TRAIN, Stage.contrastive, failing(AssertionError("it began")))
-    with pytest.raises(UserError, match=message) as caught:
-        train.train(changed(tiny, *setting.split()), Run(tmp_path / "run"))
-    assert caught.value.exit_code == 2
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("folder", ["new", "of another's"])

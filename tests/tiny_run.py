@@ -25,6 +25,9 @@ from dcr.extensions import TrainSettings
 
 CONF = Path(__file__).parent.parent / "conf"
 REFUSAL = "I'm sorry, but I can't help with that."
+TEXT = """amber birch copper dune ember fjord glacier harbour indigo jasper kelp lagoon meadow
+nectar onyx prairie quartz ripple saffron tundra umber velvet willow xenon yarrow zephyr"""
+WORDS = TEXT.split()  # hardly a letter in common
 DATA = os.environ.get("DCR_DATA", "")
 real = pytest.mark.skipif(not os.path.isdir(DATA), reason="DCR_DATA names no folder of real rows")
 
