@@ -8,7 +8,7 @@ import sqlite3
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from test_study import alone, measured
 from tiny_run import logged
 
 from dcr import entry, search
+from dcr.core.config import ConfigError
 from dcr.core.runs import Run
 from dcr.search import Search, Space, trials
 from dcr.search import __main__ as command
@@ -159,9 +160,8 @@ def test_a_trial_that_was_taken_over_meanwhile_is_left_to_the_other(
 
 
 def test_trials_of_one_point_are_measured_once(
-    order: list[str], monkeypatch: pytest.MonkeyPatch, quick: None
+    made: Search, monkeypatch: pytest.MonkeyPatch, quick: None
 ) -> None:
-    made = as_asked(order)
     job: Any = made.trial({"dcr.layer": 1, "dcr.margin": 0.2, "dcr.epochs": "1"})
     first = trials._measured(made, job)
     monkeypatch.delattr(trials, "_values")
@@ -283,45 +283,45 @@ def copied(order: Sequence[str], file: Path) -> Path:
     return Path(shutil.copy(Path(order[0].removeprefix("out=")) / "search.db", file))
 
 
-def refused(order: Sequence[str], file: Path, capfd: pytest.CaptureFixture[str]) -> str:
+@pytest.fixture(scope="module")
+def made(order: list[str]) -> Search:
+    return as_asked(order)
+
+
+def refused(made: Search, file: Path) -> str:
     """The one line that a search ends in on this database."""
-    capfd.readouterr()
-    assert command.main([*order, f"storage=sqlite:///{file}"]) == 2
-    said = capfd.readouterr()
-    (line,) = said.err.splitlines()
-    assert "front" not in said.out
-    assert line.startswith(f"error: storage=sqlite:///{file}: ")
-    return line
+    asked = replace(made, url=f"sqlite:///{file}")
+    with pytest.raises(ConfigError) as caught:
+        trials.ended_trials(asked, trials.opened(asked))
+    told = str(caught.value)
+    assert told.startswith(f"storage=sqlite:///{file}: ")
+    assert "\n" not in told
+    return told
 
 
 def test_a_damaged_database_is_refused_in_one_line(
-    order: list[str], tmp_path: Path, quick: None, capfd: pytest.CaptureFixture[str]
+    order: list[str], made: Search, tmp_path: Path
 ) -> None:
     for place, (damage, told) in enumerate(DAMAGE.items()):
         file = copied(order, tmp_path / f"{place}.db")
         with closing(sqlite3.connect(file)) as base:
             base.execute(damage)
             base.commit()
-        assert told in refused(order, file, capfd), damage
+        assert told in refused(made, file), damage
     for content in (b"x" * 5000, copied(order, tmp_path / "good.db").read_bytes()[:9000]):
-        file = tmp_path / "torn.db"
-        file.write_bytes(content)
-        assert "restore" in refused(order, file, capfd)
+        (torn := tmp_path / "torn.db").write_bytes(content)
+        assert "restore" in refused(made, torn)
 
 
 def test_a_database_that_another_holds_is_told_after_seconds(
-    order: list[str],
-    tmp_path: Path,
-    quick: None,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    order: list[str], made: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = copied(order, tmp_path / "held.db")
     assert trials.LOCKED < 10  # in which a stop signal is obeyed
     monkeypatch.setattr(trials, "LOCKED", 0.2)
     with closing(sqlite3.connect(file)) as base:
         base.execute("BEGIN EXCLUSIVE")
-        assert "another program has held its lock" in refused(order, file, capfd)
+        assert "another program has held its lock" in refused(made, file)
 
 
 def test_what_a_shared_database_calls_a_fault_reaches_the_terminal_as_text(
