@@ -111,40 +111,43 @@ def test_jobs_that_differ_in_the_readout_share_the_stages_before_it(
     assert rows == [row for row in logged(jobs[-1].run.folder) if "seconds" not in row[2]]
 
 
-@pytest.mark.parametrize("how", ["fault", "kill"])
-def test_a_failed_job_ends_alone_and_is_gone_on_with(
-    how: str,
+def told_parts(capfd: pytest.CaptureFixture[str]) -> list[str]:
+    """The parts of jobs that a study says it does."""
+    return re.findall(r"^\[\d+/\d+\] (.*)$", capfd.readouterr().out, re.M)
+
+
+def test_failed_and_killed_jobs_end_alone_and_are_gone_on_with(
     words: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    asked = [f"out={tmp_path}", "study=epochs", *words]
-    plain = training_script.train
-
-    def failing(settings: TrainConfig, run: Run) -> None:
+    def failing(settings: TrainConfig, _: Run) -> None:
         if settings.method.value == "stl":
-            if how == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
             raise RuntimeError("the machine\nstumbled")
-        plain(settings, run)
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(training_script, "train", failing)
-    assert study.main(asked) == 1
-    why = {"fault": "RuntimeError: the machine stumbled", "kill": "killed by SIGKILL"}[how]
-    told = capfd.readouterr()
-    assert told.err.splitlines()[-1] == f"error: 1 of 3 jobs failed: method=stl: sft: {why}"
-    assert f"method=stl: sft: {why}" in (tmp_path / "epochs.html").read_text()
+    asked = [f"out={tmp_path}", "study=epochs", *words]
     base, stl, dcr = planned(tmp_path, words).values()
-    before = [file.stat().st_mtime_ns for file in sorted(dcr.run.folder.rglob("*.json*"))]
-    assert (len(measured(base.run.folder)), measured(stl.run.folder)) == (1, [])
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(training_script, "train", failing)
+        assert study.main(asked) == 1
+    reasons = [
+        f"{stl.name}: sft: RuntimeError: the machine stumbled",
+        f"{dcr.name}: contrastive: killed by SIGKILL",
+    ]
+    told = capfd.readouterr()
+    assert told.err.splitlines()[-1] == f"error: 2 of 3 jobs failed: {'; '.join(reasons)}"
+    assert all(reason in (tmp_path / "epochs.html").read_text() for reason in reasons)
+    before = [file.stat().st_mtime_ns for file in sorted(base.run.folder.rglob("*.json*"))]
+    assert [len(measured(job.run.folder)) for job in (base, stl, dcr)] == [1, 0, 0]
     assert study.main(asked) == 0
-    assert re.findall(r"\] (.*)$", capfd.readouterr().out, re.M)[:2] == [
-        "method=stl: sft", "method=stl: evaluation",
-    ]  # fmt: skip
-    after = [file.stat().st_mtime_ns for file in sorted(dcr.run.folder.rglob("*.json*"))]
-    assert (len(measured(stl.run.folder)), after) == (1, before)
+    assert told_parts(capfd) == [
+        *(f"{stl.name}: {part}" for part in ("sft", "evaluation")),
+        *(f"{dcr.name}: {part}" for part in ("contrastive", "sft", "evaluation")),
+    ]
+    after = [file.stat().st_mtime_ns for file in sorted(base.run.folder.rglob("*.json*"))]
+    assert (before, [len(measured(job.run.folder)) for job in (stl, dcr)]) == (after, [1, 1])
 
 
 def flip_a_byte(file: Path) -> None:
