@@ -64,7 +64,7 @@ def of(evaluation: Path) -> Origin:
     drawn = {name: part["fingerprint"] for name, part in rows.items()}
     made_with = storage.read_yaml(run.config_file, dict[str, Any]) if rows else {}
     decoded = (measured.decoding or {}).get("threads") or [run.threads()]
-    threads = ", ".join(f"{number} threads" for number in decoded if number)
+    threads = ", ".join(f"{n} thread{'s' * (n > 1)}" for n in decoded if n)
     made_in = str(measured.settings.get("precision", ""))
     return Origin(
         _prompts(evaluation, measured),
