@@ -17,8 +17,8 @@ from hydra import compose, initialize_config_dir
 from tiny_run import CONF, overrides, write_jsonl
 
 from dcr import chat, commands, entry
-from dcr.core import cli, config, ending, models
-from dcr.core.config import ConfigError, UserError
+from dcr.core import cli, ending, models
+from dcr.core.config import ConfigError, UserError, resolving
 from dcr.core.runs import Run
 
 ROOT = Path(__file__).parent.parent
@@ -268,7 +268,7 @@ def test_a_signal_ends_a_command_whatever_a_library_raises_behind_it(
     monkeypatch.setattr(chat, "open_stage", interrupted)
     assert chat.main(["run=x"]) == 128 + signal.SIGTERM
     assert capfd.readouterr().err == "error: stopped by SIGTERM; the same command starts anew\n"
-    monkeypatch.setattr(config, "resolve", interrupted)
+    monkeypatch.setattr(resolving, "resolve", interrupted)
     ended = command("train.py", "-m", "model=tiny", "seed=0,1")
     assert ended.code == 128 + signal.SIGTERM
     assert ended.error == "stopped by SIGTERM; the same command goes on"
