@@ -1,8 +1,8 @@
-"""Batches of token sequences: grouped by length, padded, and halved where memory runs out."""
+"""Batches of token sequences: padded, and halved where memory runs out."""
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -17,31 +17,6 @@ log = logging.getLogger(__name__)
 
 Row = TypeVar("Row")
 Done = TypeVar("Done")
-
-
-def by_length(sequences: Sequence[Sized], longest_first: bool = False) -> list[int]:
-    """Places of sequences by length, so that little is padded; those of one length keep theirs.
-
-    Longest first, running out of memory happens at once.
-    """
-    sign = -1 if longest_first else 1
-    return sorted(range(len(sequences)), key=lambda place: sign * len(sequences[place]))
-
-
-def by_tokens(sequences: Sequence[Sized], tokens: int, even: bool = False) -> list[list[int]]:
-    """Groups of places of sequences, the longest first, of at most `tokens` padded tokens each.
-
-    A sequence longer than that is alone in its group; with `even` a group is of one length.
-    """
-    groups: list[list[int]] = []
-    for place in by_length(sequences, longest_first=True):
-        longest = len(sequences[groups[-1][0]]) if groups else 0
-        fits = groups and (len(groups[-1]) + 1) * longest <= tokens
-        if fits and not (even and len(sequences[place]) < longest):
-            groups[-1].append(place)
-        else:
-            groups.append([place])
-    return groups
 
 
 def padded(

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from dcr.core import batching, losses, models
+from dcr.core import batching, grouping, losses, models
 from dcr.core.batching import attention_mask, padded
 from dcr.core.config import ConfigError, TrainConfig
 from dcr.core.models import unwrapped
@@ -157,7 +157,7 @@ class Plain:
         pass
 
     def batches(self, model: Any, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
-        return batching.by_tokens(prompts, tokens, even=recurrent(model))
+        return grouping.by_tokens(prompts, tokens, even=recurrent(model))
 
     def read(
         self, model: Any, prompts: Sequence[Sequence[int]], keep: bool = True, cache: Any = None

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from dcr.core import batching, models, passes
+from dcr.core import batching, grouping, models, passes
 from dcr.core.batching import attention_mask, padded
 from dcr.core.config import TrainConfig
 from dcr.core.models import unwrapped
@@ -67,7 +67,7 @@ class Fast:
     def batches(self, model: Any, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
         prefix = shared_prefix(model, prompts)
         rests = [ids[prefix:] for ids in prompts]
-        return batching.by_tokens(rests, tokens, even=passes.recurrent(model))
+        return grouping.by_tokens(rests, tokens, even=passes.recurrent(model))
 
     def read(
         self, model: Any, prompts: Sequence[Sequence[int]], keep: bool = True, cache: Any = None

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dcr.analyses.ntk.subset import FORWARDS, Layer, LayerKind, output_layer, tied
-from dcr.core import batching, models
+from dcr.core import batching, grouping, models
 from dcr.core.config import ConfigError
 
 SCRATCH = 2**28  # bytes of gradients held at once where they are formed
@@ -93,7 +93,7 @@ def batches(sequences: Sequence[Sequence[int]], size: int, device: torch.device)
     Padding on the right leaves no row of attention wholly masked, for which transformers' eager
     attention gives NaN in float64.
     """
-    ordered = [sequences[place] for place in batching.by_length(sequences)]
+    ordered = [sequences[place] for place in grouping.by_length(sequences)]
     made = []
     for start in range(0, len(ordered), size):
         rows = ordered[start : start + size]

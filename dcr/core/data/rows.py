@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from dcr.core import batching
+from dcr.core import grouping
 from dcr.core.config import (
     ConfigError,
     DataError,
@@ -32,7 +32,7 @@ def micro_batches(rows: Sequence[PairRow], tokens: int) -> list[list[PairRow]]:
 
     A row longer than that gets a group of its own.
     """
-    groups = batching.by_tokens([row.ids for row in rows], tokens)
+    groups = grouping.by_tokens([row.ids for row in rows], tokens)
     return [[rows[place] for place in places] for places in groups]
 
 
