@@ -16,7 +16,7 @@ import yaml
 
 from dcr.core import storage
 from dcr.record import __main__ as command
-from dcr.record import origins, pages
+from dcr.record import origins, pages, writing
 
 ROOT = Path(__file__).parent.parent
 RULES = "dcr/core/refusal/keywords.py"
@@ -69,7 +69,7 @@ def recorded(*words: object) -> int:
 
 
 def rows_of(file: Path) -> dict[tuple[str, str, str], dict[str, str]]:
-    rows = list(csv.DictReader(file.open()))
+    rows = list(csv.DictReader(file.read_text().splitlines()))
     found = {(row["name"], row["metric"], row["set"]): row for row in rows}
     assert len(found) == len(rows)
     return found
@@ -215,7 +215,7 @@ def records(repository: Path, tmp_path: Path) -> Path:
     place = tmp_path / "records"
     place.mkdir()
     with (place / "one.csv").open("w") as file:
-        columns = [*command.OF, *command.NUMBER, *command.FROM]
+        columns = [*writing.OF, *writing.NUMBER, *writing.FROM]
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
         writer.writerows(lines)
@@ -330,7 +330,7 @@ def test_documents_show_what_their_records_hold() -> None:
     differ = [
         page.name
         for page in DOCUMENTS
-        if pages.rendered(page.read_text(), ROOT / command.RECORDS) != page.read_text()
+        if pages.rendered(page.read_text(), ROOT / writing.RECORDS) != page.read_text()
     ]
     assert differ == []
 

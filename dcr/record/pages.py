@@ -17,7 +17,7 @@ from dcr import entry, inference
 from dcr.core import storage
 from dcr.core.config import ConfigError, DataError
 from dcr.record import origins
-from dcr.record.__main__ import FROM, NUMBER, OF, RECORDS
+from dcr.record.writing import FROM, NUMBER, OF, RECORDS
 
 CODE = r"^```.*?^```"  # is left as it is
 MARKED = re.compile(
@@ -92,7 +92,8 @@ def stale(rows: list[Row]) -> list[str]:
 
 
 def _words(text: str) -> dict[str, str]:
-    return dict(word.partition("=")[::2] for word in shlex.split(text))
+    parts = (word.partition("=") for word in shlex.split(text))
+    return {key: value for key, _, value in parts}
 
 
 def _found(rows: list[Row], asked: dict[str, str]) -> tuple[list[Row], str]:
