@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import pandas as pd
 from pydantic import Field
@@ -14,10 +14,7 @@ from typing_extensions import TypedDict
 
 from dcr.core import results, storage
 from dcr.core.config import ConfigError, DataError
-from dcr.record import origins
-
-if TYPE_CHECKING:
-    from dcr.record.__main__ import Options
+from dcr.record import Options, origins
 
 RECORDS = Path("docs/records")
 # what tells one number from another, the number, and where it comes from
@@ -53,7 +50,7 @@ class Arms(TypedDict):
     comparisons: list[dict[str, Any]]
 
 
-def write(options: "Options") -> None:
+def write(options: Options) -> None:
     """Writes the record that the options name. Raises UserError for what cannot be recorded."""
     out = options.out or RECORDS / f"{options.name}.csv"
     if not re.fullmatch(r"[\w.-]+", options.name):
