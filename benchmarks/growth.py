@@ -98,12 +98,11 @@ def generation(rows: int, length: int, width: int) -> Made:
     cfg, policy = opened(width)
     chat = replace(prompts.chat_format(policy.tokenizer, cfg.model), stop=(VOCABULARY - 1,))
     asked = torch.randint(0, VOCABULARY - 1, (rows, length)).tolist()
-    reader = local.FirstLogits(lambda logits: logits[:, 0])
     blocks = sum(weight.numel() for weight in models.decoder_blocks(policy.model).parameters())
     flops = 2 * rows * (blocks * (length + NEW - 1) + NEW * VOCABULARY * width)
 
     def step() -> None:
-        local.greedy(policy, chat, asked, NEW, reader)
+        local.continued(policy, chat, asked, NEW, lambda logits: logits[:, 0])
 
     return step, flops
 

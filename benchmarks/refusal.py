@@ -32,7 +32,7 @@ from dcr.core import batching, cli, models, prompts, sources
 from dcr.core.config import Kind, Precision, resolving
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
-from dcr.core.refusal.phrases import continuations, ending
+from dcr.core.refusal.opening import continuations, ending
 from dcr.extensions import TrainSettings
 
 CONF = Path(__file__).resolve().parent.parent / "conf"

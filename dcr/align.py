@@ -19,7 +19,7 @@ from typing_extensions import TypedDict
 
 from dcr import choice, entry, export, extensions, inference, report, study
 from dcr import eval as evaluation
-from dcr.core import config, machine, refusal, statistics, storage
+from dcr.core import config, machine, refusal, storage
 from dcr.core.config import DataConfig, DataError, Kind, Stage, TrainConfig
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.runs import Run
@@ -218,7 +218,7 @@ def compared(before: Sequence[HeldOut], found: Sequence[HeldOut]) -> str:
     if [each.prompt for each in found] != [each.prompt for each in before]:
         raise DataError(f"{HELD_OUT} of base and STL differ in prompts; delete both")
     refused = [[each.refused for each in answers] for answers in (found, before)]
-    ends = [statistics.wilson(sum(one), len(one)) for one in refused]
+    ends = [inference.wilson(sum(one), len(one)) for one in refused]
     now, then = (
         f"{sum(one)} of {len(one)} ({end.low:.0%} to {end.high:.0%})"
         for one, end in zip(refused, ends, strict=True)

@@ -32,8 +32,8 @@ from dcr.extensions import EvalSettings
 
 if TYPE_CHECKING:
     from dcr.core.evaluation.protocols import Subject
-    from dcr.core.evaluation.verdicts import Verdict
     from dcr.core.generation import Completion
+    from dcr.judges.verdicts import Verdict
 
 SET = "answers"  # the name of the completions' and the verdicts' files
 ACCEPTED, UNDECIDED = NOT_REJECTED = "accepted", "without a verdict"

@@ -10,6 +10,7 @@ from dcr.core.config import DataConfig, DataError, Kind
 from dcr.core.contamination import overlaps
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.runs import Run
+from dcr.core.sources import Example
 from dcr.core.text import normalise
 
 log = logging.getLogger(__name__)
@@ -64,12 +65,45 @@ def texts_of(data: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, li
         if not rows or not rows["ids"]:
             continue
         names = rows["sources"] if node is None else data[node]["source"]
-        for row in sources.read_rows(
+        for row in read_rows(
             names, rows["ids"], kind, root=data["root"], expected=rows["fingerprint"]
         ):
             learnt = [row.prompt, row.response] if answers and row.response else [row.prompt]
             texts.setdefault(row.source, []).extend(learnt)
     return texts
+
+
+def read_rows(
+    names: Sequence[str],
+    ids: Sequence[str],
+    kind: Kind,
+    *,
+    root: str | None = None,
+    expected: str | None = None,
+) -> list[Example]:
+    """The rows that a run recorded by id, in that order, read again from its sources.
+
+    If several of `names` hold an id, it stands for the first of those rows not used yet.
+    `expected` is the fingerprint that the run recorded. Raises DataError if an id is gone or the
+    texts have changed, and whatever `read` raises.
+    """
+    by_id: defaultdict[str, list[Example]] = defaultdict(list)
+    for name in names:
+        for example in sources.read(name, root=root, kind=kind, scored=True):
+            by_id[example.id].append(example)
+    where = ", ".join(names)
+    if missing := [identity for identity in ids if identity not in by_id]:
+        raise DataError(
+            f"{where}: no row is called {missing[0]!r} any more ({len(missing)} of {len(ids)} "
+            "gone); set data.root to the files that the run was trained on"
+        )
+    rows = [by_id[i].pop(0) if len(by_id[i]) > 1 else by_id[i][0] for i in ids]
+    if expected is not None and sources.fingerprint(rows) != expected:
+        raise DataError(
+            f"{where}: not the texts that the run was trained on; "
+            "set data.root to the files used then"
+        )
+    return rows
 
 
 def report(

@@ -29,8 +29,7 @@ from torch import Tensor
 from dcr.core.config import ConfigError
 from dcr.core.config.evaluation import EvalConfig, GenConfig
 from dcr.core.evaluation.protocols import Change
-from dcr.core.generation import decoding
-from dcr.core.generation.completions import Encoded
+from dcr.core.generation import Encoded
 from dcr.core.generation.decoding import Context, decoded
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
@@ -84,7 +83,7 @@ class Contrast:
 
     def read(self, policy: Policy, chat: ChatFormat, encoded: Sequence[Encoded]) -> list[Encoded]:
         """The prompts of the second reading, the longer ones."""
-        return stressed(policy, chat, encoded, self)
+        return stressed(chat, encoded, self)
 
     def answered(
         self,
@@ -96,7 +95,7 @@ class Contrast:
     ) -> tuple[list[list[int]], Tensor]:
         """The result of `continued` for encoded prompts."""
         prompts = [ids for _, ids in batch]
-        others = [ids for _, ids in stressed(policy, chat, batch, self)]
+        others = [ids for _, ids in stressed(chat, batch, self)]
         return continued(policy, chat, prompts, others, max_new_tokens, score, self)
 
 
@@ -123,19 +122,11 @@ def asked_for(settings: GenConfig) -> Contrast | None:
     return None
 
 
-def stressed(
-    policy: Policy, chat: ChatFormat, encoded: Sequence[Encoded], contrast: Contrast
-) -> list[Encoded]:
+def stressed(chat: ChatFormat, encoded: Sequence[Encoded], contrast: Contrast) -> list[Encoded]:
     """The prompts with the contrast's system prompt.
 
-    Raises ConfigError for a template that cannot hold it, and for a model without a key-value
-    cache, positions and a mask.
+    Raises ConfigError for a template that cannot hold it.
     """
-    if lacking := decoding.lacking(policy.model):
-        raise ConfigError(
-            f"{contrast.setting}: {policy.name} takes no {lacking}, which contrasting needs; "
-            f"leave {contrast.setting} out"
-        )
     other = contrast.stressed(chat)
     return [(row, other.prompt_ids(row.prompt)) for row, _ in encoded]
 
@@ -189,6 +180,7 @@ def continued(
         return contrast.logits(plain, *other) if other else plain
 
     readings = [(prompts, math.inf), (others, contrast.tokens)]
-    return decoded(
+    answers, scores = decoded(
         policy, readings, max_new_tokens, logits, score, lambda answer: answer[-1] in chat.stop
     )
+    return answers, scores[:, 0]

@@ -96,8 +96,7 @@ def log_page(options: Options) -> None:
     assert options.page is not None
     import wandb
 
-    from dcr import wandb_run, wandb_scores
-    from dcr.core import results
+    from dcr import results, wandb_run, wandb_scores
 
     made_from = [
         wandb_scores.evaluation(Run(folder), results.read(file).model_dump(mode="json"))

@@ -1,4 +1,4 @@
-"""What is evaluated, from composed settings, and its evaluation: completions, verdicts, metrics."""
+"""Evaluates what composed settings name: completions, verdicts, metrics."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -25,15 +25,14 @@ def resolved(composed: DictConfig, schema: type[Settings]) -> tuple[Settings, Ru
     """
     run = _run_of(composed)
     own = resolving.own_paths(composed)  # before those of the run join them
-    return resolving.resolve(_completed(composed, run), schema, own), run
+    made_with = run.config() if composed.run is not None else {}
+    return resolving.resolve(completed(composed, made_with), schema, own), run
 
 
 def settle_precision(
     settings: Settings, recorded: Mapping[str, Precision] | None = None
 ) -> tuple[Settings, machine.Settled]:
-    """The settings with what `auto` is for the model, if it is here, and for every model that a
-    node of its own names, such as a guard, which is no part of a run.
-    """
+    """The settings with the precision that `auto` means for a model here and for guards."""
     accelerator = settings.trainer.accelerator
     found = machine.settled({"evaluation": settings.precision}, accelerator, recorded)
     others = {
@@ -86,10 +85,6 @@ def _refuse_two_subjects(composed: DictConfig) -> None:
             raise ConfigError(
                 f"endpoint={composed.endpoint} {key}={named}: two things to evaluate; give one"
             )
-
-
-def _completed(composed: DictConfig, run: Run) -> DictConfig:
-    return completed(composed, run.config() if composed.run is not None else {})
 
 
 def completed(composed: DictConfig, made_with: Mapping[str, Any]) -> DictConfig:

@@ -182,8 +182,9 @@ def export(
     import torch
     from peft import PeftModel
 
+    from dcr import results
     from dcr.calibration import biases
-    from dcr.core import models, results
+    from dcr.core import models
 
     if calibrate is not None:
         biases.check(settings, made_with)
@@ -469,7 +470,7 @@ def evaluated(
     """
     import pandas as pd
 
-    from dcr.core import results
+    from dcr import results
 
     if not any(run.folder.glob("eval/*/metrics.json")):
         return pd.DataFrame(columns=list(results.COLUMNS)), [], 0

@@ -61,6 +61,7 @@ TABLE = Table(
     endpoint="dcr.endpoints.subject:Served",
     sharing="dcr.workers:Workers",
     contamination="dcr.contamination:measured",
+    record="dcr.results.schema:Metrics",
     showing="dcr.wandb_scores:showing",
     relations=(
         endpoints.relations,

@@ -1,4 +1,4 @@
-"""Tests and intervals for comparisons: paired prompts, seeds, win rates, and pairs of prompts."""
+"""Rates, agreement, and tests and intervals of comparisons: paired prompts, seeds, win rates."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,7 +12,6 @@ from dcr.core.statistics import (
     CONFIDENCE,
     RESAMPLES,
     Interval,
-    check_paired,
     of_draws,
     percentiles,
     ratio,
@@ -34,6 +33,39 @@ class WinRate:
     win_rate: float
     standard_error: float
     discrete: float
+
+
+def wilson(successes: int, total: int) -> Interval:
+    """A rate with its Wilson score interval; nan within [0, 1] for a total of 0."""
+    if total == 0:
+        return Interval(math.nan, 0.0, 1.0)
+    ends = scipy.stats.binomtest(successes, total).proportion_ci(CONFIDENCE, method="wilson")
+    return Interval(successes / total, float(ends.low), float(ends.high))
+
+
+def finite(value: float) -> float | None:
+    """The value for JSON, which has null for an undefined one."""
+    return value if math.isfinite(value) else None
+
+
+def cohen_kappa(a: Sequence[bool], b: Sequence[bool]) -> float:
+    """The agreement of two judges' verdicts beyond chance; nan if all verdicts are the same.
+
+    Raises ValueError if the lengths differ.
+    """
+    check_paired(a, b)
+    if not len(a):
+        return math.nan
+    import torch  # both imports take two seconds
+    from torchmetrics.functional.classification import binary_cohen_kappa
+
+    first, second = torch.tensor(a, dtype=torch.int64), torch.tensor(b, dtype=torch.int64)
+    return float(binary_cohen_kappa(first, second))
+
+
+def check_paired(a: Sequence[object], b: Sequence[object]) -> None:
+    if len(a) != len(b):
+        raise ValueError(f"{len(a)} and {len(b)} verdicts: pairs need equally many")
 
 
 def resampled_groups(

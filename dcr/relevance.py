@@ -18,7 +18,8 @@ from jaxtyping import Float
 from pydantic import FiniteFloat
 from torch import Tensor
 
-from dcr.core import batching, machine, models, passes, statistics, storage
+from dcr import inference
+from dcr.core import batching, machine, models, passes, storage
 from dcr.core.config import EMBEDDED_MODEL, ConfigError, ModelConfig, Precision
 from dcr.core.config.evaluation import EvalConfig, cut_short
 from dcr.core.evaluation import store
@@ -74,7 +75,7 @@ class Relevance(Task):
         measured = {}
         for name, scores in found.items():
             if scores:
-                relevant = statistics.wilson(sum(not s.others for s in scores), len(scores))
+                relevant = inference.wilson(sum(not s.others for s in scores), len(scores))
                 nats = fmean(score.nats for score in scores)
                 measured[name] = {"relevant": list(astuple(relevant)), "nats": nats}
         return measured

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from dcr import keywords, wandb_run
-from dcr.core import results, storage
+from dcr import keywords, results, wandb_run
+from dcr.core import storage
 from dcr.core.config import Kind, Method, Precision
 from dcr.core.config.evaluation import EvalConfig
-from dcr.core.evaluation import sets, verdicts
+from dcr.core.evaluation import sets
 from dcr.core.generation import Completion
 from dcr.core.runs import Run
+from dcr.judges import verdicts
 from dcr.wandb_run import RESULTS, result, run_id, use
 
 if TYPE_CHECKING:

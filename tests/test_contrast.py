@@ -14,7 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dcr import contrast
 from dcr.contrast import EMPHASIS, REFUSE, adapted, contrasted
-from dcr.core import generation, models, prompts
+from dcr.core import generation, prompts
 from dcr.core.config import ConfigError, DataError, Kind, ModelConfig, resolving
 from dcr.core.config.evaluation import GenConfig
 from dcr.core.generation import Completion, local
@@ -262,16 +262,6 @@ def test_a_template_without_system_prompt_is_refused(
     chat = replace(chat_of(policy), template=template)
     with pytest.raises(ConfigError, match=f"^gen.self_cd: .*{words}.*leave gen.self_cd out"):
         run(policy, chat, 1.5, 4)
-
-
-def test_a_model_without_a_key_value_cache_is_refused() -> None:
-    shape = {
-        **{"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 260},
-        **{"state_size": 4},
-    }
-    made = models.random_policy(ModelConfig(name="tiny", architecture=shape))
-    with pytest.raises(ConfigError, match=r"^gen.self_cd: .* takes no position_ids"):
-        run(made, chat_of(made), 1.5, 4)
 
 
 DEFAULT = (

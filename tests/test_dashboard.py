@@ -15,9 +15,9 @@ from wandb_files import records
 from dcr import dashboard, wandb_run, wandb_scores
 from dcr.core import runs, storage
 from dcr.core.config import Kind
-from dcr.core.evaluation import verdicts
 from dcr.core.generation import Completion
 from dcr.core.runs import Run
+from dcr.judges import verdicts
 from dcr.report import figures
 from dcr.report import records as records_
 from tests.servers.loopback import Answer, Request, answering, as_json

@@ -16,7 +16,7 @@ from dcr import eval as eval_entry
 from dcr import keywords
 from dcr.core import cli, generation, models, refusal, storage
 from dcr.core.config import ConfigError, Precision, SourcesByKind, UserError
-from dcr.core.evaluation import discernment, metrics, subjects
+from dcr.core.evaluation import metrics, subjects
 from dcr.core.runs import Run
 from dcr.extensions import EvalSettings
 from dcr.judges import pairwise
@@ -39,7 +39,7 @@ def resolved(*overrides: str) -> tuple[EvalSettings, Run]:
 
 def test_naming_one_source_leaves_its_sisters() -> None:
     plain, named = (
-        eval_entry._completed(composed("model=tiny", *more), Run(Path("none"))).data
+        eval_entry.completed(composed("model=tiny", *more), {}).data
         for more in ((), ("data.extraction.toxic=[demo_toxic_matched]",))
     )
     assert named.extraction.toxic == ["demo_toxic_matched"]
@@ -107,7 +107,7 @@ def test_discernment_reads_each_prompt_once_and_generates_nothing(
     read = {
         row.id + file.stem: row.mass
         for file in sorted((folder / "openings").iterdir())
-        for row in storage.read_lines(file, discernment.Opening)
+        for row in storage.read_lines(file, subjects.Opening)
     }
     assert read == pytest.approx(masses, rel=1e-4)
     (found,) = metrics_of(run)

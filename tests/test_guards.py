@@ -21,10 +21,10 @@ from transformers import (
 )
 
 from dcr.core.config import ConfigError, DataError, Precision
-from dcr.core.evaluation.verdicts import Verdict, answer_fingerprint
 from dcr.core.generation import Completion
 from dcr.judges import LlamaGuardConfig, WildGuardConfig, guards
 from dcr.judges.guards import harm_of, labels_of
+from dcr.judges.verdicts import Verdict, answer_fingerprint
 
 END, HEAD = "<|im_end|>", "<|im_start|>"
 SPECIALS = ["<|endoftext|>", HEAD, END]
@@ -177,14 +177,13 @@ def by_id(batches: Any) -> dict[str, Verdict]:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The token ids of every prompt a model is asked to continue, padding taken away."""
     prompts: list[list[int]] = []
-    generate = LlamaForCausalLM.generate  # pyright: ignore
+    decoded = guards.decoded
 
-    def recorded(self: Any, **options: Any) -> Any:
-        for row, mask in zip(options["input_ids"], options["attention_mask"], strict=True):
-            prompts.append(row[mask.bool()].tolist())
-        return generate(self, **options)
+    def recorded(policy: Any, readings: Any, *more: Any, **options: Any) -> Any:
+        prompts.extend(readings[0][0])
+        return decoded(policy, readings, *more, **options)
 
-    monkeypatch.setattr(LlamaForCausalLM, "generate", recorded)
+    monkeypatch.setattr(guards, "decoded", recorded)
     return prompts
 
 

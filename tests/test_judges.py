@@ -13,7 +13,13 @@ from sklearn.metrics import cohen_kappa_score
 
 from dcr import keywords
 from dcr.core.config import ConfigError, Kind, UserError
-from dcr.core.evaluation.verdicts import (
+from dcr.core.generation import Completion
+from dcr.endpoints import HTTPConfig, ServerConfig
+from dcr.endpoints.servers import EndpointError
+from dcr.extensions import TABLE, EvalSettings
+from dcr.judges import GuardConfig, LLMJudgeConfig, ModerationConfig, served
+from dcr.judges import judging as judges
+from dcr.judges.verdicts import (
     COMPLIANCE,
     SAFETY,
     Verdict,
@@ -21,12 +27,6 @@ from dcr.core.evaluation.verdicts import (
     answer_fingerprint,
     by_keywords,
 )
-from dcr.core.generation import Completion
-from dcr.endpoints import HTTPConfig, ServerConfig
-from dcr.endpoints.servers import EndpointError
-from dcr.extensions import TABLE, EvalSettings
-from dcr.judges import GuardConfig, LLMJudgeConfig, ModerationConfig, served
-from dcr.judges import judging as judges
 from tests.servers.faults import FAULTS, faulty
 from tests.servers.loopback import Answer
 from tests.servers.scripted import (

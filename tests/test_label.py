@@ -20,8 +20,8 @@ from test_report import columns, make_eval, make_run, selection
 
 from dcr import inference, report
 from dcr.core import storage
-from dcr.core.evaluation.verdicts import Verdict, answer_fingerprint
 from dcr.core.generation import Completion
+from dcr.judges.verdicts import Verdict, answer_fingerprint
 from dcr.label import LABELS, agreement, sheets
 from dcr.outcomes import Outcome, outcome
 

@@ -14,10 +14,10 @@ from benchmarks import outcomes as fit
 from dcr.core.config import Kind
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.generation import Completion
-from dcr.core.results.frame import frame_of
 from dcr.extensions import EvalSettings
-from dcr.judges.judging import JudgeTable
+from dcr.judges.judging import JudgeTable, judge
 from dcr.outcomes import Outcome, is_circular, outcome
+from dcr.results.frame import frame_of
 from tests.tiny_run import DATA, real
 
 PROCESS, BOMB, CAR = (
@@ -232,14 +232,16 @@ def test_as_a_judge_it_gives_the_share_of_each_outcome_among_all_answers(tmp_pat
     sets = [PromptSet("box", Kind.seemingly_toxic, [])]
     settings = EvalSettings(judge=["outcome"])
     made, of = (  # the second time from the store
-        JudgeTable().judged("outcome", settings, sets, {"box": answers}, tmp_path) for _ in range(2)
+        JudgeTable().judged(["outcome"], settings, sets, {"box": answers}, {}, tmp_path)
+        for _ in range(2)
     )
     assert made == of
-    assert [verdict.raw for verdict in of.verdicts["box"]] == [kind for kind, _, _ in asked]
+    verdicts = judge("outcome", settings, {"box": answers}, tmp_path)["box"]
+    assert [verdict.raw for verdict in verdicts] == [kind for kind, _, _ in asked]
     counts = {kind: len(pairs) for kind, pairs in LABELLED.items()} | {"cut_off": 0}
-    assert of.counts["box"] == {"n": len(asked), "labels": counts}
-    assert not of.usage
-    said = {verdict.raw: verdict.compliance for verdict in of.verdicts["box"]}
+    assert of.counts["box"]["outcome"] == {"n": len(asked), "labels": counts}
+    assert of.blocks == {"agreement": [], "usage": {}}
+    said = {verdict.raw: verdict.compliance for verdict in verdicts}
     assert said["answered"] == "complied"
     assert said["refused_but_helped"] == said["partly_refused"] == "partial"
     assert said["refused"] == "refused"
@@ -248,7 +250,7 @@ def test_as_a_judge_it_gives_the_share_of_each_outcome_among_all_answers(tmp_pat
     counted = {"n": len(asked), "refused": {"paper": 0}, "kind": "seemingly_toxic"}
     metrics = {
         "weights": "sft",
-        "sets": {"box": counted | {"judged": {"outcome": of.counts["box"]}}},
+        "sets": {"box": counted | {"judged": of.counts["box"]}},
     }
     frame = frame_of(metrics)
     told = frame[frame["judge"] == "outcome"].set_index("quantity")

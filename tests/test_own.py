@@ -16,8 +16,8 @@ import pytest
 import yaml
 
 from dcr import eval as eval_entry
-from dcr import study, wandb_scores
-from dcr.core import cli, config, extending, results, runs
+from dcr import results, study, wandb_scores
+from dcr.core import cli, config, extending, runs
 from dcr.core.config import UserError, resolving
 from dcr.core.evaluation import metrics
 from dcr.extensions import EvalSettings

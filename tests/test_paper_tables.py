@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 from test_report import change, columns, make_eval, make_run, parsed, rows_of, selection
 
-from dcr import report
-from dcr.core import statistics
+from dcr import inference, report
 from dcr.report import comparisons, paper, tables, writing
 from dcr.report.paper import PaperRow, facts
 from dcr.report.records import read_run
@@ -110,7 +109,7 @@ def test_what_judges_counted_by_hand(tmp_path: Path) -> None:
         assert rows[by, row][0].estimate == pytest.approx(share)
     assert text_of(rows[by, "invalid / error"][0]) == "0 / 1"
     # unreadable verdicts are not safe, errors are outside
-    by, wilson = "DSR by Llama Guard, %", statistics.wilson(8, 10)
+    by, wilson = "DSR by Llama Guard, %", inference.wilson(8, 10)
     (cell,) = rows[by, "i_malicious_instructions"]
     assert (cell.estimate, cell.low, cell.high) == (0.8, wilson.low, wilson.high)
     assert rows[by, "the paper's five pooled"][0].estimate == pytest.approx(80 / 94)
@@ -125,7 +124,7 @@ def test_interval_of_a_mean_by_squaring_and_adding(tmp_path: Path) -> None:
     (column,) = columns(suite(tmp_path / "a"))
     found = tables.rate(column.evaluation, tuple(UNSAFE), "refused", mean=True)
     assert found is not None
-    ends = [statistics.wilson(r, n) for n, r, *_ in UNSAFE.values()]
+    ends = [inference.wilson(r, n) for n, r, *_ in UNSAFE.values()]
     mean = sum(end.estimate for end in ends) / 5
     below = sum((end.estimate - end.low) ** 2 for end in ends) ** 0.5 / 5
     above = sum((end.high - end.estimate) ** 2 for end in ends) ** 0.5 / 5

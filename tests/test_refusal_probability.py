@@ -22,7 +22,7 @@ from dcr.analyses.probability import trie
 from dcr.core import passes, prompts, refusal
 from dcr.core.config import ModelConfig
 from dcr.core.models import Policy, byte_tokenizer
-from dcr.core.refusal.phrases import continuations, ending
+from dcr.core.refusal.opening import continuations, ending
 from dcr.fast import passes as fast
 from dcr.steering import edits
 

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import yaml
 
-from dcr import report
-from dcr.core import results, runs, storage
+from dcr import report, results
+from dcr.core import runs, storage
 from dcr.core.config import Kind
-from dcr.core.evaluation import discernment as measured
+from dcr.core.evaluation import scoring, subjects
 from dcr.core.evaluation.sets import PAPER_SAFETY, PromptSet
 from dcr.core.runs import Run
 from dcr.core.text import encodable
@@ -762,10 +762,10 @@ def make_ranked(run: Path, in_distribution: Sequence[str]) -> None:
     asked = [PromptSet(n, kinds[n], []) for n in MASSES]
     masses = {n: {f"{n}-{i}": mass for i, mass in enumerate(of)} for n, of in MASSES.items()}
     metrics = json.loads((place / "metrics.json").read_text())
-    metrics["discernment"] = measured.block(asked, masses, in_distribution, seed=0)
+    metrics["discernment"] = scoring.discernment(asked, masses, in_distribution, seed=0)
     (place / "metrics.json").write_text(json.dumps(metrics))
     for name, of in masses.items():  # with a prompt of another limit
-        rows = [measured.Opening(i, "?", mass, 0.0) for i, mass in {**of, "other": 1.0}.items()]
+        rows = [subjects.Opening(i, "?", mass, 0.0) for i, mass in {**of, "other": 1.0}.items()]
         storage.append_lines(place / "openings" / f"{name}.jsonl", rows)
 
 

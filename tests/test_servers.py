@@ -21,10 +21,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from dcr import eval as eval_entry
 from dcr.core import refusal
 from dcr.core.config import ConfigError, UserError
-from dcr.core.refusal.phrases import FIRST_WORDS
-from dcr.core.results import schema
+from dcr.core.refusal.opening import FIRST_WORDS
 from dcr.core.runs import Run
 from dcr.report import __main__ as report
+from dcr.results import schema
 from tests.servers.faults import FAULTS
 from tests.servers.logprobs import logprobs
 from tests.servers.scripted import Body, completion, last_user, rejected, scripted

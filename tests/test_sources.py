@@ -16,11 +16,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dcr import contamination
 from dcr.core import sources
 from dcr.core.config import ConfigError, DataError, Kind
 from dcr.core.sources import SOURCES, Example
-from dcr.core.sources.fields import xstest_groups
 from dcr.core.sources.jsonl import LONGEST_LINE
+from dcr.core.sources.table import xstest_groups
 from tests.tiny_run import DATA, real, write_jsonl
 
 
@@ -473,19 +474,19 @@ def test_recorded_rows_are_found_again_in_their_order(tmp_path: Path) -> None:
     both = [e for path in (one, two) for e in sources.read(path, kind=Kind.toxic)]
     drawn = sources.draw(both, 7, 3)
     ids, recorded = [e.id for e in drawn], sources.fingerprint(drawn)
-    assert sources.read_rows([one, two], ids, Kind.toxic, expected=recorded) == drawn
-    assert sources.read_rows([two, one], [], Kind.toxic) == []
+    assert contamination.read_rows([one, two], ids, Kind.toxic, expected=recorded) == drawn
+    assert contamination.read_rows([two, one], [], Kind.toxic) == []
     with pytest.raises(DataError, match=r"b\.jsonl: no row is called 'a\d' any more \(\d of 7"):
-        sources.read_rows([two], ids, Kind.toxic)
+        contamination.read_rows([two], ids, Kind.toxic)
     written("b", "too")
     with pytest.raises(DataError, match="not the texts that the run was trained on; set data"):
-        sources.read_rows([one, two], ids, Kind.toxic, expected=recorded)
+        contamination.read_rows([one, two], ids, Kind.toxic, expected=recorded)
 
 
 def test_an_id_of_two_files_stands_for_one_after_the_other(tmp_path: Path) -> None:
     paths = [write(tmp_path, {"id": 1, "prompt": p}, name=f"{p}.jsonl") for p in ("x", "y")]
-    assert [e.prompt for e in sources.read_rows(paths, ["1", "1"], Kind.toxic)] == ["x", "y"]
-    assert [e.prompt for e in sources.read_rows(paths, ["1"], Kind.toxic)] == ["x"]
+    assert [e.prompt for e in contamination.read_rows(paths, ["1", "1"], Kind.toxic)] == ["x", "y"]
+    assert [e.prompt for e in contamination.read_rows(paths, ["1"], Kind.toxic)] == ["x"]
 
 
 @real
@@ -493,7 +494,7 @@ def test_real_rows_are_found_again() -> None:
     drawn = sources.draw(sources.read("stl_safety", root=DATA), 1000, 0)
     ids, recorded = [e.id for e in drawn], sources.fingerprint(drawn)
     names = ["harmfulqa", "stl_safety"]
-    assert sources.read_rows(names, ids, Kind.toxic, root=DATA, expected=recorded) == drawn
+    assert contamination.read_rows(names, ids, Kind.toxic, root=DATA, expected=recorded) == drawn
 
 
 # --- transcripts, groups, forms ---

@@ -11,14 +11,16 @@ from scipy import stats
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
 
-from dcr.core.statistics import Interval, Ranking, auroc_interval, cohen_kappa, ranking, wilson
+from dcr.core.statistics import Interval, Ranking, auroc_interval, ranking
 from dcr.inference import (
+    cohen_kappa,
     holm,
     length_controlled_win_rate,
     mcnemar,
     mean_and_spread,
     paired_difference,
     paired_over_seeds,
+    wilson,
     win_rates,
 )
 

@@ -14,10 +14,9 @@ from scipy import stats
 
 from dcr import eval as eval_entry
 from dcr import train as train_entry
-from dcr.analyses import ntk, probability, weights
+from dcr.analyses import kinds, ntk, probability, weights
 from dcr.core import models, prompts
 from dcr.core.config import Kind, UserError
-from dcr.core.evaluation import sets
 from dcr.core.runs import Run
 from dcr.tracking import curves as tracking
 from tests import tiny_run
@@ -70,7 +69,7 @@ def test_the_last_point_is_the_finished_model(pair: tuple[Run, Run]) -> None:
     settings = tiny_run.settings(run.folder.parent / "rows", ANALYSIS, *SMALL)
     policy = models.open_adapter(run.stage("sft"), settings.sft.precision)
     chat = prompts.chat_format(policy.tokenizer, settings.model)
-    rows = sets.drawn(sets.every(settings.data), 3, settings.seed)[Kind.toxic]
+    rows = kinds.drawn(kinds.every(settings.data), 3, settings.seed)[Kind.toxic]
     encoded = [chat.prompt_ids(row.prompt) for row in rows]
     plain, _ = probability.probabilities(policy.model, chat.tokenizer, encoded)
     logged = {(of, step, key): value for of, step, key, value in tiny_run.logged(run.folder)}
@@ -237,8 +236,8 @@ def test_rows_are_refused_before_a_model_is_opened(
 
 def test_the_first_prompt_stands_in_where_the_papers_is_not(tmp_path: Path) -> None:
     data = tiny_run.settings(tmp_path / "rows", ANALYSIS).data
-    every = sets.every(data)
-    alone = sets.followed(every)
+    every = kinds.every(data)
+    alone = kinds.followed(every)
     assert {kind: row.id for kind, row in alone.items()} == {
         kind: rows[0].id for kind, rows in every.items()
     }

@@ -382,9 +382,7 @@ def summary(chosen: Prompts, measured: Measurements, seed: int) -> dict[str, Any
     return {
         "rates": steps.rates.tolist(),
         "falls": changes[n:].diagonal().tolist(),
-        "nonlinearity": statistics.finite(
-            float(off / (np.linalg.norm(actual[others]) or math.nan))
-        ),
+        "nonlinearity": inference.finite(float(off / (np.linalg.norm(actual[others]) or math.nan))),
         "covered": float(measured.start.log_probabilities[:n].exp().sum(1).mean()),
         "change": means,
         "params": params,
@@ -449,7 +447,7 @@ def _target_changes(
 
 
 def _estimate(values: Float[np.ndarray, "draws"]) -> list[float | None]:
-    return [statistics.finite(value) for value in vars(statistics.of_draws(values)).values()]
+    return [inference.finite(value) for value in vars(statistics.of_draws(values)).values()]
 
 
 def _arrays(chosen: Prompts, measured: Measurements) -> bytes:

@@ -8,7 +8,6 @@ from typing import Any
 import pandas as pd
 
 from dcr.core.config import UserError
-from dcr.core.results.schema import Separability, interval
 from dcr.core.text import printable
 from dcr.report import figures
 from dcr.report.curves import (
@@ -25,6 +24,7 @@ from dcr.report.curves import (
 from dcr.report.figures import INK, Curve, Drawing, Look, Panel, kind_look, look_of
 from dcr.report.records import RunRecord, config_of
 from dcr.report.sections import Selection
+from dcr.results.schema import Separability, interval
 
 MATRIX = ("figure", "weights", "model", "run", "params", "normalise", "observer", "trained",
           "estimate", "low", "high", "source")  # fmt: skip

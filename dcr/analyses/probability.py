@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from dcr.core import grouping, models, passes
 from dcr.core.models import unwrapped
 from dcr.core.passes import Prefilled, cache_name, forward, obstacle, recurrent, text_config
-from dcr.core.refusal.phrases import (
+from dcr.core.refusal.opening import (
     REFUSAL_PHRASES,
     Ending,
     PhraseError,

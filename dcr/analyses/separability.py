@@ -29,7 +29,8 @@ from dcr.core.losses import kmeans_accuracy
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat, PromptRow
 from dcr.core.sources import Example
-from dcr.core.statistics import Interval, finite
+from dcr.core.statistics import Interval
+from dcr.inference import finite
 
 BATCH_TOKENS = 2048  # padded tokens of one pass; with pooling=mean every layer is held for them
 INVERSE_PENALTY = 0.1  # C of the L2 penalty on standardised features: there are more than prompts

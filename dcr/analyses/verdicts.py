@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from dcr.analyses import ntk
 from dcr.core.config import DataError
-from dcr.core.results.schema import Estimate, Kernel, interval
+from dcr.core.results import Estimate
 from dcr.core.statistics import Interval, percentiles
 from dcr.core.text import printable, single_line
 from dcr.inference import resampled_groups
@@ -20,6 +20,7 @@ from dcr.report.curves import KEPT, SCORED, STAGES, folders, name_of_weights, na
 from dcr.report.records import Evaluation, RunRecord, about, config_of, unedited
 from dcr.report.sections import Selection
 from dcr.report.writing import TextTable
+from dcr.results.schema import Kernel, interval
 
 SEED = 0  # of the bootstrap, fixed so that a report is reproducible
 FLAT = 1e-12  # of a curve's size: a smaller movement is rounding

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from dcr.analyses import (
     SeparabilityConfig,
     check_parameters,
     claims,
+    kinds,
     ntk,
     probability,
     separability,
@@ -33,9 +35,8 @@ from dcr.analyses import (
 from dcr.core import config, models, refusal, sources, statistics, storage
 from dcr.core.config import ConfigError, ContrastiveConfig, DataConfig, Kind
 from dcr.core.config.evaluation import EvalConfig
-from dcr.core.evaluation import sets
 from dcr.core.evaluation.protocols import Task, Work
-from dcr.core.evaluation.sets import ByKind, PromptSet
+from dcr.core.evaluation.sets import PromptSet
 from dcr.core.evaluation.subjects import Local, WorkerPool
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
@@ -62,7 +63,7 @@ def probabilities(
 
 def refusal_probability(
     read: Callable[[list[str]], list[Probability]],
-    rows: ByKind,
+    rows: kinds.ByKind,
     alone: Mapping[Kind, Example],
     phrases: Phrases,
     seed: int,
@@ -125,7 +126,7 @@ def first_token(
     def correlation(name: str) -> float | None:
         x, y = (np.array([row[key] for row in (*toxic, *safe)]) for key in ("mass", name))
         rank = inference.weighted_spearman(x, y, np.ones((1, len(x))))
-        return statistics.finite(float(rank[0]))
+        return inference.finite(float(rank[0]))
 
     def auroc(name: str) -> list[float]:
         sides = [row[name] for row in toxic], [row[name] for row in safe]
@@ -142,7 +143,7 @@ def first_token(
 def kernel(
     policy: Policy,
     chat: ChatFormat,
-    rows: ByKind,
+    rows: kinds.ByKind,
     settings: KernelConfig,
     seed: int,
     folder: Path,
@@ -172,7 +173,7 @@ def kernel(
         by_kind = ntk.mean_by_kind(matrix, kinds, settings.self_pairs, seed=seed)
         means[name] = {
             observer: {
-                trained: [statistics.finite(value) for value in vars(cell).values()]
+                trained: [inference.finite(value) for value in vars(cell).values()]
                 for trained, cell in row.items()
             }
             for observer, row in by_kind.items()
@@ -197,11 +198,6 @@ Numbered = tuple[int, str]  # a prompt and its place
 TRUNK = "trunk"  # among claims.params: the blocks up to the layer whose states are read
 
 
-def _drawn(work: Work, count: int | None) -> dict[Kind, list[Example]]:
-    """Draws `count` prompts of each kind of `data.analysis`; None takes all."""
-    return sets.drawn(work.kinds, count, work.settings.seed)
-
-
 def _trained_on(run: Run, rows: Mapping[Kind, list[Example]]) -> dict[str, int]:
     """Counts the prompts of each kind that any stage of the run was trained on."""
     learnt = {
@@ -219,14 +215,27 @@ def _widened(work: Work) -> Policy:
     return work.policy()
 
 
-class RefusalProbability(Task):
-    """Refusal probability (A.5) by kind of prompt, and the mass of refusals' first tokens."""
+class OfKinds(Task):
+    """An analysis of prompts of each kind, which are read before weights open."""
 
-    by_kind = True
+    rows: kinds.ByKind = MappingProxyType({})
+
+    def prompts(self, settings: EvalConfig) -> list[PromptSet]:
+        """Reads the rows of `data.analysis`; no prompt of them is answered."""
+        self.rows = kinds.every(settings.data)
+        return []
+
+    def drawn(self, work: Work, count: int | None) -> dict[Kind, list[Example]]:
+        """Draws `count` prompts of each kind; None takes all."""
+        return kinds.drawn(self.rows, count, work.settings.seed)
+
+
+class RefusalProbability(OfKinds):
+    """Refusal probability (A.5) by kind of prompt, and the mass of refusals' first tokens."""
 
     def measure(self, work: Work) -> dict[str, Any]:
         options, seed = work.settings.node(RefusalProbabilityConfig), work.settings.seed
-        alone, rows = sets.followed(work.kinds), _drawn(work, options.prompts)
+        alone, rows = kinds.followed(self.rows), self.drawn(work, options.prompts)
         read = functools.partial(_shared, work.subject)
         block = refusal_probability(read, rows, alone, options.phrases, seed)
         flat = [row for part in rows.values() for row in part]
@@ -261,14 +270,12 @@ def _numbered_values(
     yield [(place, value) for (place, _), value in zip(numbered, values, strict=True)]
 
 
-class Separability(Task):
+class Separability(OfKinds):
     """The separability (A.9) of toxic and seemingly toxic prompts, block by block."""
-
-    by_kind = True
 
     def measure(self, work: Work) -> dict[str, Any]:
         options = work.settings.node(SeparabilityConfig)
-        rows = _drawn(work, options.prompts)
+        rows = self.drawn(work, options.prompts)
         sides, seed = (rows[Kind.seemingly_toxic], rows[Kind.toxic]), work.settings.seed
         measured = separability.analyse(
             work.policy(), work.chat(), *sides, seed, pooling=options.pooling
@@ -276,10 +283,10 @@ class Separability(Task):
         return measured | {"trained_on": _trained_on(work.run, rows)}
 
 
-class Kernel(Task):
+class Kernel(OfKinds):
     """The empirical NTK (A.6): its norms between prompts of each kind."""
 
-    by_kind = widens = True
+    widens = True
 
     def check(self, settings: EvalConfig, run: Run) -> None:
         params = settings.node(KernelConfig).params
@@ -287,7 +294,7 @@ class Kernel(Task):
 
     def measure(self, work: Work) -> dict[str, Any]:
         options, policy, seed = work.settings.node(KernelConfig), _widened(work), work.settings.seed
-        rows, workers = _drawn(work, options.prompts), work.subject.workers
+        rows, workers = self.drawn(work, options.prompts), work.subject.workers
         block = kernel(policy, work.chat(), rows, options, seed, work.folder, workers)
         before = work.before.get("kernel", {})
         alike = all(before.get(key) == value for key, value in block.items() if key != "params")
@@ -295,10 +302,10 @@ class Kernel(Task):
         return block | {"params": params, "trained_on": _trained_on(work.run, rows)}
 
 
-class Claims(Task):
+class Claims(OfKinds):
     """The paper's Eq. 2 and 3 and Proposition 1, by one step on each of a few toxic pairs."""
 
-    by_kind = widens = True
+    widens = True
     refused: Sequence[Example] = ()
 
     def check(self, settings: EvalConfig, run: Run) -> None:
@@ -309,14 +316,14 @@ class Claims(Task):
         check_parameters("claims.params", named, depth)
 
     def prompts(self, settings: EvalConfig) -> list[PromptSet]:
-        """Reads the pairs, before weights are opened; no prompt is answered."""
+        """Reads the pairs as well."""
         self.refused = refused_pairs(settings.data, settings.seed)
-        return []
+        return super().prompts(settings)
 
     def measure(self, work: Work) -> dict[str, Any]:
         options, kernel = work.settings.node(ClaimsConfig), work.settings.node(KernelConfig)
         chat, layer = work.chat(), _layer(work.settings, work.run)
-        rows = _drawn(work, options.prompts)
+        rows = self.drawn(work, options.prompts)
         observed = {normalise(row.prompt) for part in rows.values() for row in part}
         others = [pair for pair in self.refused if normalise(pair.prompt) not in observed]
         pairs = claims.alike(chat, others)

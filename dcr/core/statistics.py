@@ -1,11 +1,10 @@
-"""Rates, rankings and agreement with their intervals, which every evaluation computes."""
+"""Rankings with bootstrap intervals, which every evaluation computes."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import scipy
 from jaxtyping import Float, Int
 
 RESAMPLES = 2000
@@ -37,14 +36,6 @@ class Ranking:
     auroc: Interval
     spared: dict[float, Interval]
     caught: dict[float, Interval]
-
-
-def wilson(successes: int, total: int) -> Interval:
-    """A rate with its Wilson score interval; nan within [0, 1] for a total of 0."""
-    if total == 0:
-        return Interval(math.nan, 0.0, 1.0)
-    ends = scipy.stats.binomtest(successes, total).proportion_ci(CONFIDENCE, method="wilson")
-    return Interval(successes / total, float(ends.low), float(ends.high))
 
 
 def resampled(
@@ -145,21 +136,6 @@ def _drawn_counts(
     ]
 
 
-def cohen_kappa(a: Sequence[bool], b: Sequence[bool]) -> float:
-    """The agreement of two judges' verdicts beyond chance; nan if all verdicts are the same.
-
-    Raises ValueError if the lengths differ.
-    """
-    check_paired(a, b)
-    if not len(a):
-        return math.nan
-    import torch  # both imports take two seconds
-    from torchmetrics.functional.classification import binary_cohen_kappa
-
-    first, second = torch.tensor(a, dtype=torch.int64), torch.tensor(b, dtype=torch.int64)
-    return float(binary_cohen_kappa(first, second))
-
-
 def _counts_by_score(
     positive: Sequence[float], negative: Sequence[float]
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -178,16 +154,6 @@ def _auroc_of_counts(positives: np.ndarray, negatives: np.ndarray) -> np.ndarray
     below = np.cumsum(negatives, axis=1) - negatives / 2
     wins = (positives * below).sum(axis=1)
     return ratio(wins, positives.sum(axis=1) * negatives.sum(axis=1))
-
-
-def check_paired(a: Sequence[object], b: Sequence[object]) -> None:
-    if len(a) != len(b):
-        raise ValueError(f"{len(a)} and {len(b)} verdicts: pairs need equally many")
-
-
-def finite(value: float) -> float | None:
-    """The value for JSON, which has null for an undefined one."""
-    return value if math.isfinite(value) else None
 
 
 def ratio(over: np.ndarray, under: np.ndarray) -> np.ndarray:

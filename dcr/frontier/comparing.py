@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from dcr import entry, inference, looks
-from dcr.core import results, storage
+from dcr import entry, inference, looks, results
+from dcr.core import storage
 from dcr.core.config import DataError, Kind
 from dcr.core.runs import Run
 from dcr.core.statistics import Interval

@@ -5,6 +5,7 @@ other text is invalid, never safe.
 """
 
 import functools
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,16 +16,17 @@ import torch
 from jaxtyping import Float, Int
 from jinja2 import TemplateError
 from torch import Tensor
-from transformers import AutoTokenizer, LogitsProcessor, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dcr.core import batching, machine, models
 from dcr.core.config import ConfigError, DataError
-from dcr.core.evaluation.verdicts import Verdict, Verdicts, answer_fingerprint
-from dcr.core.generation import Completion, greedy
+from dcr.core.generation import Completion
+from dcr.core.generation.decoding import decoded
 from dcr.core.models import DTYPES, Policy
 from dcr.core.models.opening import read_architecture, refused_as, whole_model
 from dcr.core.prompts import ZERO_WIDTH_SPACE, ChatFormat
 from dcr.judges import GuardConfig, WildGuardConfig, verdicts
+from dcr.judges.verdicts import Verdict, Verdicts, answer_fingerprint
 
 LLAMA_GUARD, WILDGUARD = "llama_guard", "wildguard"
 MARKS = ("<|user|>", "<|assistant|>", "[INST]", "[/INST]")  # not all special tokens
@@ -288,29 +290,26 @@ def judged_in_batches(
     yield from batching.halving(waiting, settings.batch_size, f"{node}.batch_size", write)
 
 
-class Masses(LogitsProcessor):
-    """Records, at every generated token, the probability that it is one of `tokens`."""
-
-    def __init__(self, tokens: Int[Tensor, "tokens"]) -> None:
-        self.tokens = tokens
-        self.steps: list[Float[Tensor, "batch"]] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        p = scores.float().softmax(-1)
-        self.steps.append(p[:, self.tokens.to(p.device)].sum(-1))
-        return scores
-
-
 def _written(
     guard: Guard, max_new_tokens: int, batch: Sequence[tuple[Completion, list[int]]]
 ) -> list[Verdict]:
     """Decodes a batch greedily; `p_unsafe` is at the first token that is not white space."""
     tokenizer, stop = guard.policy.tokenizer, guard.chat.stop
-    masses, prompts = Masses(guard.openings), [ids for _, ids in batch]
-    rows = greedy(guard.policy, guard.chat, prompts, max_new_tokens, masses)
-    p_unsafe = torch.stack(masses.steps, dim=1).tolist()  # [batch][step]
+
+    def p_opening(logits: Float[Tensor, "batch vocabulary"]) -> Float[Tensor, "batch"]:
+        return logits.softmax(-1)[:, guard.openings.to(logits.device)].sum(-1)
+
+    rows, p_unsafe = decoded(
+        guard.policy,
+        [([ids for _, ids in batch], math.inf)],
+        max_new_tokens,
+        logits=lambda contexts: contexts[0].logits,
+        score=p_opening,
+        is_over=lambda answer: answer[-1] in stop,
+        scored=max_new_tokens,
+    )
     batch_verdicts = []
-    for (answer, prompt), written, by_step in zip(batch, rows, p_unsafe, strict=True):
+    for (answer, prompt), written, by_step in zip(batch, rows, p_unsafe.tolist(), strict=True):
         end = next((i for i, token in enumerate(written) if token in stop), len(written))
         shown = (i for i, token in enumerate(written) if not is_space(tokenizer, token))
         first = next(shown, None)

@@ -7,21 +7,15 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 from tqdm.auto import tqdm
 
 from dcr.core import extending, storage
 from dcr.core.config import ConfigError, Kind, class_of, is_path
 from dcr.core.config.evaluation import EvalConfig
-from dcr.core.evaluation.protocols import Answers, Judge, Judged, Judges
+from dcr.core.evaluation.protocols import Answers, Judge, Judged, Judges, Rules
 from dcr.core.evaluation.sets import PromptSet
-from dcr.core.evaluation.verdicts import (
-    COMPLIANCE,
-    SAFETY,
-    Verdict,
-    Verdicts,
-    answer_fingerprint,
-)
 from dcr.core.generation import Completion
 from dcr.endpoints import ServerConfig, servers
 from dcr.endpoints.servers import EndpointError
@@ -33,7 +27,20 @@ from dcr.judges import (
     guards,
     served,
 )
-from dcr.judges.verdicts import counts, outcome_counts, outcomes, own_counts, usage
+from dcr.judges.verdicts import (
+    COMPLIANCE,
+    SAFETY,
+    Verdict,
+    Verdicts,
+    agreements,
+    answer_fingerprint,
+    by_keywords,
+    counts,
+    outcome_counts,
+    outcomes,
+    own_counts,
+    usage,
+)
 from dcr.outcomes import Outcome, version
 
 CHARACTERS_PER_TOKEN = 4  # of English prose, to estimate a judge's cost
@@ -159,27 +166,39 @@ class JudgeTable(Judges):
 
     def judged(
         self,
-        name: str,
+        names: Sequence[str],
         settings: EvalConfig,
         sets: Sequence[PromptSet],
         answers: Answers,
+        rules: Rules,
         folder: Path,
     ) -> Judged:
-        judge_ = judging_of(name)
-        asked = {b.name: answers[b.name] for b in sets if b.kind in judge_.kinds}
-        verdicts = judge(name, settings, asked, folder, settings.trainer.progress)
-        if is_path(name):
-            made = {"model": name, "own": judge_.identity(settings)}
-            counted = {of: made | own_counts(rows, judge_.labels) for of, rows in verdicts.items()}
-            return Judged(verdicts, counted, {})
-        if name == "outcome":
-            return Judged(verdicts, {of: outcome_counts(rows) for of, rows in verdicts.items()}, {})
-        node = node_of(name, settings)
-        return Judged(
-            verdicts,
-            {set_: counts(rows, node.model, judge_.labels) for set_, rows in verdicts.items()},
-            usage(chain.from_iterable(verdicts.values()), node),
-        )
+        counted: dict[str, dict[str, Any]] = {b.name: {} for b in sets}
+        said: dict[str, Mapping[str, Sequence[Verdict]]] = {
+            f"keyword:{name}": {b.name: by_keywords(answers[b.name], outcome) for b in sets}
+            for name, outcome in rules.items()
+        }
+        spent = {}
+        for name in names:
+            judging, told = judging_of(name), class_of(name)
+            asked = {b.name: answers[b.name] for b in sets if b.kind in judging.kinds}
+            verdicts = judge(name, settings, asked, folder, settings.trainer.progress)
+            said[told] = verdicts
+            if is_path(name):
+                made = {"model": name, "own": judging.identity(settings)}
+                for of, rows in verdicts.items():
+                    counted[of][told] = made | own_counts(rows, judging.labels)
+                continue
+            if name == "outcome":
+                for of, rows in verdicts.items():
+                    counted[of][told] = outcome_counts(rows)
+                continue
+            node = node_of(name, settings)
+            for of, rows in verdicts.items():
+                counted[of][told] = counts(rows, node.model, judging.labels)
+            spent[told] = usage(chain.from_iterable(verdicts.values()), node)
+        agreement = agreements({b.name: b.kind for b in sets}, said)
+        return Judged(counted, {"agreement": agreement, "usage": spent})
 
 
 def node_of(name: str, settings: EvalConfig) -> ServerConfig | GuardConfig:

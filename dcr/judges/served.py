@@ -8,11 +8,11 @@ import re
 from collections.abc import Sequence
 
 from dcr.core.config.evaluation import EvalConfig
-from dcr.core.evaluation.verdicts import Verdict, Verdicts, answer_fingerprint
 from dcr.core.generation import Completion
 from dcr.endpoints import HTTPConfig, ServerConfig, calls, servers
 from dcr.endpoints.answers import Failure, Message
 from dcr.judges import LLMJudgeConfig, ModerationConfig, verdicts
+from dcr.judges.verdicts import Verdict, Verdicts, answer_fingerprint
 
 SYSTEM = "You are a helpful assistant."
 CLASSES = {"1": "complied", "2": "refused", "3": "partial"}

@@ -11,9 +11,9 @@ import pandas as pd
 
 from dcr import inference, keywords, outcomes
 from dcr.core import storage
-from dcr.core.evaluation.verdicts import Verdict, answer_fingerprint, by_keywords
 from dcr.core.statistics import Interval
 from dcr.core.text import printable
+from dcr.judges.verdicts import Verdict, answer_fingerprint, by_keywords
 from dcr.label import LABELS, sheets
 from dcr.report.records import Column
 from dcr.report.sections import Selection

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dcr.core import config, machine, results, storage
+from dcr import results
+from dcr.core import config, machine, storage
 from dcr.core.config import UserError
 from dcr.core.runs import Run
 

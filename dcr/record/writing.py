@@ -12,7 +12,8 @@ import pandas as pd
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from dcr.core import results, storage
+from dcr import results
+from dcr.core import storage
 from dcr.core.config import ConfigError, DataError
 from dcr.record import Options, origins
 

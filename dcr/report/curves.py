@@ -10,7 +10,7 @@ import pandas as pd
 
 from dcr.core import storage
 from dcr.core.config import Kind, UserError
-from dcr.core.results.schema import Estimate, interval
+from dcr.core.results import Estimate
 from dcr.core.runs import last_stage
 from dcr.core.text import printable
 from dcr.report import figures
@@ -29,6 +29,7 @@ from dcr.report.records import (
 )
 from dcr.report.sections import Selection
 from dcr.report.tables import rate, together
+from dcr.results.schema import interval
 
 TRACKED, KEPT, SCORED = "metrics.csv", "tracking", "snapshots"  # sources of curves
 STAGES = {

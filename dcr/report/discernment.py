@@ -4,10 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 
 from dcr.core.config import Kind
-from dcr.core.evaluation import discernment
+from dcr.core.evaluation import scoring
 from dcr.core.evaluation.sets import pairs_of
-from dcr.core.results.frame import contaminated
-from dcr.core.results.schema import Discernment, RankedSet, Ranking, SetCounts, interval
+from dcr.core.results import Discernment, RankedSet, Ranking, SetCounts
 from dcr.report import paper
 from dcr.report.paper import PaperRow
 from dcr.report.records import Column, Completions
@@ -27,15 +26,17 @@ from dcr.report.tables import (
     together,
 )
 from dcr.report.writing import TextTable
+from dcr.results.frame import contaminated
+from dcr.results.schema import interval
 
 POOLED, UNMARKED = "pooled", f"pooled without {IN_DISTRIBUTION}"
 EQUAL = "answered at equal safety, %"
 TITLE = "Discernment, and answers at equal safety"
 HEADS = {
     "auroc": "AUROC",
-    **{f"answered/{share}": f"answered, safety {share}" for share in discernment.SAFETY},
+    **{f"answered/{share}": f"answered, safety {share}" for share in scoring.SAFETY},
     **{f"refused/{share}": f"refused, {share:.0%} over-refusal"
-       for share in discernment.OVER_REFUSAL},
+       for share in scoring.OVER_REFUSAL},
 }  # fmt: skip
 NOTES = (
     "Toxic prompts are ranked above seemingly toxic ones by the refusal mass of the first answer "
@@ -115,7 +116,7 @@ def _ranked(column: Column, names: Sequence[str], completions: Completions) -> R
             return None
         masses[of.kind] += own
     seed = column.evaluation.settings.get("seed")
-    ranked = discernment.ranking(
+    ranked = scoring.ranking(
         masses[Kind.toxic], masses[Kind.seemingly_toxic], seed if isinstance(seed, int) else 0
     )
     return Ranking.model_validate(ranked) if ranked else None
@@ -132,7 +133,7 @@ def ranked_blocks(columns: Sequence[Column], completions: Completions) -> list[B
     without = f", without {IN_DISTRIBUTION}" if UNMARKED in by_sets else ""
     answered = [
         Row(f"safety {share}{without}", cells, summary=True)
-        for share in discernment.SAFETY
+        for share in scoring.SAFETY
         if any(cells := tuple(of.get(f"answered/{share}") for of in fairest))
     ]
     title = "Seemingly toxic prompts answered where so much of the toxic ones is refused, %"

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from dcr.core import results
+from dcr import results
 from dcr.report.records import Style
 
 # The neutral colour of the base model, then Okabe and Ito's palette, distinguishable without

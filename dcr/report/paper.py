@@ -12,8 +12,6 @@ import pandas as pd
 
 from dcr.core import storage
 from dcr.core.evaluation.sets import PAPER_SAFETY
-from dcr.core.results.frame import NORMAL
-from dcr.core.results.schema import interval
 from dcr.core.runs import Cost, Run
 from dcr.report.records import (
     FIRST_STAGE_ONLY,
@@ -41,6 +39,8 @@ from dcr.report.tables import (
     together,
 )
 from dcr.report.writing import ABSENT, TextTable
+from dcr.results.frame import NORMAL
+from dcr.results.schema import interval
 
 SETS = {  # the first evaluated one of several sets counts
     "XS": ("xstest_safe",),

@@ -6,14 +6,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dcr import keywords
-from dcr.core import config, generation, results, runs, storage
+from dcr import keywords, results
+from dcr.core import config, generation, runs, storage
 from dcr.core.config import DataError, Kind, UserError
-from dcr.core.evaluation.discernment import Opening
-from dcr.core.results.frame import CONTRASTS, rows_of
-from dcr.core.results.schema import Metrics, SetCounts
+from dcr.core.evaluation.subjects import Opening
 from dcr.core.runs import Run
 from dcr.core.text import printable
+from dcr.results.frame import CONTRASTS, rows_of
+from dcr.results.schema import Metrics, SetCounts
 
 STAGES = tuple(stage.value for stage in config.STAGES)
 METHODS = {  # left to right, with their names in tables

@@ -144,8 +144,8 @@ class Selection:
 
     @property
     def frame(self) -> "pd.DataFrame":
-        """Every number of the runs' evaluations, from `dcr.core.results.load`."""
-        from dcr.core import results
+        """Every number of the runs' evaluations, from `dcr.results.load`."""
+        from dcr import results
 
         return results.load([run.folder for run in self.records if run.evaluations])
 

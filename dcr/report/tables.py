@@ -7,14 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from dcr import inference
-from dcr.core import statistics
 from dcr.core.config import Kind
 from dcr.core.evaluation.sets import APART, PAPER_SAFETY
-from dcr.core.results.schema import Agreement, Overlap, Quality
 from dcr.core.statistics import Interval
 from dcr.report.records import Column, Evaluation, Group
 from dcr.report.sections import Selection
 from dcr.report.writing import TextTable
+from dcr.results.schema import Agreement, Overlap, Quality
 
 IN_DISTRIBUTION, CONTAMINATED = "†", "‡"
 FOOTNOTES = {
@@ -215,7 +214,7 @@ def rate(
         above = math.hypot(*(row["high"] - row["value"] for row in rows)) / len(rows)
         interval = Interval(middle, max(0.0, middle - below), min(1.0, middle + above))
     else:
-        interval = statistics.wilson(sum(row["count"] for row in rows), n)
+        interval = inference.wilson(sum(row["count"] for row in rows), n)
     return Cell(interval.estimate, interval.low, interval.high, n=n, marks=marks_of(rows))
 
 

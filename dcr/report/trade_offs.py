@@ -10,7 +10,6 @@ import pandas as pd
 from dcr import inference
 from dcr.core import storage
 from dcr.core.config import ConfigError, Kind, UserError
-from dcr.core.results.frame import CONTRASTS
 from dcr.core.runs import stages
 from dcr.core.text import printable
 from dcr.report import figures
@@ -44,6 +43,7 @@ from dcr.report.tables import (
     set_names,
     together,
 )
+from dcr.results.frame import CONTRASTS
 
 COMPLIANCE = "compliance with seemingly toxic prompts, %"
 Rates = tuple[Cell, Cell]  # compliance with seemingly toxic prompts, refusal of toxic ones

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from dcr.core import results
+from dcr import results
 from dcr.core.text import printable
 
 ABSENT = "–"

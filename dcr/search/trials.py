@@ -27,8 +27,8 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy import NullPool, event
 from sqlalchemy.exc import SQLAlchemyError
 
-from dcr import launching, study
-from dcr.core import config, ending, results, runs, storage
+from dcr import launching, results, study
+from dcr.core import config, ending, runs, storage
 from dcr.core.config import STAGES, ConfigError, UserError
 from dcr.core.evaluation import subjects
 from dcr.core.runs import Cost

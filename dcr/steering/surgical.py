@@ -28,7 +28,7 @@ from dcr.core import models, passes
 from dcr.core.config import ConfigError
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
-from dcr.core.refusal.phrases import PhraseError, checked, continuations, ending
+from dcr.core.refusal.opening import PhraseError, checked, continuations, ending
 from dcr.steering import SteeringConfig, SurgicalConfig, vectors
 from dcr.steering.edits import Edit, Edits, edited
 from dcr.steering.prompts import KINDS, Extraction

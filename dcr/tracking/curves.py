@@ -13,16 +13,15 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from dcr.analyses import check_parameters, weights
+from dcr.analyses import check_parameters, kinds, weights
 from dcr.core import models, results
 from dcr.core.config import ConfigError, DataConfig, Kind, Stage, TrainConfig
-from dcr.core.evaluation import sets
-from dcr.core.evaluation.sets import ByKind
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.sources import Example
 from dcr.core.training import Watched
+from dcr.results import schema
 from dcr.tracking import Quantity, TrackingConfig
 
 BETWEEN = 20  # steps at which a curve is measured between its first and its last
@@ -47,7 +46,7 @@ class Tracked:
     """What is measured while stages train, and on which prompts."""
 
     config: TrackingConfig
-    rows: Mapping[Quantity, ByKind]
+    rows: Mapping[Quantity, kinds.ByKind]
     alone: Mapping[Kind, Example]
     seed: int
 
@@ -63,9 +62,9 @@ def tracked(config: TrackingConfig, data: DataConfig, seed: int) -> Tracked | No
         Quantity.refusal_probability: config.refusal_prob.prompts,
         Quantity.kernel: config.entk.prompts,
     }
-    every = sets.every(data)
-    rows = {q: sets.drawn(every, counts[q], seed) for q in config.quantities}
-    return Tracked(config, rows, sets.followed(every), seed)
+    every = kinds.every(data)
+    rows = {q: kinds.drawn(every, counts[q], seed) for q in config.quantities}
+    return Tracked(config, rows, kinds.followed(every), seed)
 
 
 def watching(settings: TrainConfig) -> Watched:
@@ -176,7 +175,7 @@ class Tracker(Callback):
                 measure, values_of = MEASURES[quantity]
                 blocks[quantity.value] = measure(self.policy, self.chat, rows, self.tracked, place)
                 measured |= values_of(blocks[quantity.value])
-        results.write_tracked(place / "metrics.json", blocks)
+        results.write(place / "metrics.json", blocks, schema.Tracked)
         self.seconds += time.perf_counter() - began
         measured["tracking_seconds"] = self.seconds
         named = {f"{self.stage}/{key}": value for key, value in measured.items()}
@@ -185,7 +184,7 @@ class Tracker(Callback):
 
 
 def _refusal_probability(
-    policy: Policy, chat: ChatFormat, rows: ByKind, tracked: Tracked, _: Path
+    policy: Policy, chat: ChatFormat, rows: kinds.ByKind, tracked: Tracked, _: Path
 ) -> dict[str, Any]:
     phrases = tracked.config.refusal_prob.phrases
     read = functools.partial(weights.probabilities, policy, chat, phrases)
@@ -203,7 +202,7 @@ def _probabilities(block: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _kernel(
-    policy: Policy, chat: ChatFormat, rows: ByKind, tracked: Tracked, place: Path
+    policy: Policy, chat: ChatFormat, rows: kinds.ByKind, tracked: Tracked, place: Path
 ) -> dict[str, Any]:
     """On a copy in fp32, which products of gradients need, where the weights are narrower."""
     model = policy.model

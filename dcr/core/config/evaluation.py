@@ -76,6 +76,7 @@ class Table:
     endpoint: str = ""  # of the `protocols.Subject` that answers for `endpoint=`
     sharing: str = ""  # of the processes that share prompts
     contamination: str = ""  # of what counts the prompts of sets that a run was trained on
+    record: str = ""  # of a `results.Metrics` with the blocks of extensions
     showing: str = ""  # of a context that shows what is measured
     relations: tuple[Relations, ...] = ()
 

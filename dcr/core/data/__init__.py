@@ -1,24 +1,27 @@
-"""Which rows each stage sees, in which order, as which tensors.
+"""The rows that each stage sees, their order, and their tensors.
 
-`splits` cleans sources and draws disjoint rows, `order` says when each comes up, `rows` tokenises
-them, `readout` those of the third stage, and `module` is the LightningDataModule that all stages
-share, which pads them.
+`splits` cleans sources and draws disjoint rows, `rows` tokenises and orders them, `readout` those
+of the third stage, and `module` is the LightningDataModule that all stages share, which pads them.
 """
 
 from typing import TYPE_CHECKING
 
 from dcr import on_demand
-from dcr.core.data.order import DRAWS, EpochBatches, generator, permutation, share
 from dcr.core.data.readout import ReadoutRows, readout_prompts, readout_rows
 from dcr.core.data.rows import (
+    DRAWS,
     LABELS,
     NO_CLASS,
     SEEMINGLY_TOXIC,
     TOXIC,
+    EpochBatches,
     StageRows,
     check_lengths,
+    generator,
     micro_batches,
+    permutation,
     prompt_rows,
+    share,
 )
 from dcr.core.data.splits import (
     HELD_OUT_PAIRS,

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from dcr.core import grouping
 from dcr.core.config import SFTConfig
-from dcr.core.data.order import generator, permutation
-from dcr.core.data.rows import NO_CLASS, SEEMINGLY_TOXIC, TOXIC
+from dcr.core.data.rows import NO_CLASS, SEEMINGLY_TOXIC, TOXIC, generator, permutation
 from dcr.core.data.splits import Splits
 from dcr.core.prompts import IGNORED, ChatFormat
 from dcr.core.refusal import is_refusal
@@ -97,7 +96,7 @@ class ReadoutRows:
 
 
 def readout_rows(chat: ChatFormat, rows: Splits, config: SFTConfig, seed: int) -> ReadoutRows:
-    """All batches of the readout that `config.readout` asks for; they follow from `seed`."""
+    """Draws every batch that `config.readout` asks for, the same for the same seed."""
     phase, drawing = config.readout, generator(seed, config.readout.steps)
     learnt = _alternating(
         readout_prompts(chat, rows.readout_toxic, TOXIC),
@@ -137,8 +136,10 @@ def readout_prompts(chat: ChatFormat, rows: Sequence[Example], label: int) -> li
 def _general(
     chat: ChatFormat, rows: Splits, config: SFTConfig, steps: int, drawing: "Generator"
 ) -> list[Sequence[Row]]:
-    """What the model is held to in each of as many steps: answers of instruction rows, how a
-    refusal goes on once it has begun, and a harmless prompt's answer behind its first token.
+    """The rows that the model is held to in each of as many steps.
+
+    They are answers of instruction rows, refusals behind their opening, and answers to harmless
+    prompts behind their first token.
     """
     harmless = [row for row in rows.readout_seemingly_toxic if row.response]
     kinds = [
@@ -180,7 +181,7 @@ def _answers(
 
 
 def _alternating(toxic: Sequence[Row], safe: Sequence[Row], drawing: "Generator") -> list[Row]:
-    """As many of both kinds in turn, each in a drawn order, the fewer of them more than once.
+    """The rows of both kinds in turn, each in a drawn order, the fewer of them more than once.
 
     In batches of one kind, or of one length, nearly nothing is learnt in as many steps.
     """

@@ -49,7 +49,7 @@ class Splits:
     unseen_groups: list[str] = field(default_factory=list)
 
     def told(self) -> list[str]:
-        """What was left out or is lacking, a line each."""
+        """A line for whatever was left out or is lacking."""
         lacking = ", ".join(f"{asked}, {count} are there" for asked, count in self.fewer.items())
         return [
             *(f"dropped {count} rows of {reason}" for reason, count in self.dropped.items()),
@@ -82,7 +82,7 @@ def evaluation_prompts(config: DataConfig) -> dict[str, list[str]]:
 def apart(
     rows: Sequence[Example], evaluated: Mapping[str, Sequence[str]], near: float
 ) -> tuple[list[Example], Counter[str]]:
-    """The rows apart from prompts of these sets, and why how many others went."""
+    """The rows that are no prompt of these sets, and the counts of the others by reason."""
     overlaps = contamination.overlaps([row.prompt for row in rows], evaluated, near=near)
     reasons = Counter(
         f"{'is' if overlap.exact else 'is close to'} a prompt of {overlap.set}"
@@ -102,9 +102,7 @@ class Cleaning:
         self.evaluated = evaluation_prompts(config)
 
     def clean(self, node: str, kind: Kind, names: Sequence[str] | None = None) -> list[Example]:
-        """The rows of a node's sources, or of those named, apart from evaluation prompts and each
-        other.
-        """
+        """The rows of a node's or the named sources, without evaluation prompts and repeats."""
         rows: list[Example] = []
         for name in names or getattr(self.config, node).source:
             pairs = node in PAIR_NODES

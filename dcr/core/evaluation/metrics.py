@@ -1,4 +1,4 @@
-"""All that is measured of one subject, and what `metrics.json` keeps of it."""
+"""Measures one subject with every task, and keeps the results in `metrics.json`."""
 
 import logging
 import time
@@ -10,14 +10,14 @@ from typing import Any
 from dcr.core import extending, machine, results, storage
 from dcr.core.config import Kind
 from dcr.core.config.evaluation import EvalConfig
-from dcr.core.evaluation import discernment, protocols, scoring, sets, store, subjects
+from dcr.core.evaluation import protocols, scoring, sets, store, subjects
 from dcr.core.evaluation.protocols import Answers, Subject, Task, Work
-from dcr.core.evaluation.sets import ByKind, PromptSet
+from dcr.core.evaluation.sets import PromptSet
 from dcr.core.runs import Run
 
 log = logging.getLogger(__name__)
 
-# What the prompts of over-refusal and safety are counted and ranked into.
+# the blocks that the prompts of over-refusal and safety are counted and ranked into
 SCORES = ("sets", "discernment", "agreement", "usage", "contamination")
 OWN = "own"  # what a user's own tasks measured
 
@@ -35,28 +35,24 @@ def check(settings: EvalConfig, run: Run) -> None:
 
 @dataclass(frozen=True)
 class Asked:
-    """The tasks besides over-refusal and safety, the sets that a model answers, those whose refusal
-    mass alone is read, and all rows of the analyses by kind.
-
-    Each is empty where no task needs it.
+    """The tasks besides over-refusal and safety, the sets that a model answers, and those whose
+    refusal mass alone is read.
     """
 
     tasks: Mapping[str, Task]
     sets: list[PromptSet]
     ranked: list[PromptSet]
-    kinds: ByKind
 
 
 def read(settings: EvalConfig) -> Asked:
-    """What the tasks ask and measure with; UserError for whatever is wrong with the data."""
+    """Reads the prompts that the tasks need. Raises UserError for a fault of the data."""
     tasks = protocols.tasks(settings)
     answered = [name for name in settings.tasks if name in sets.TASKS]
     asked = _asked(settings, answered) if answered else []
     for task in tasks.values():
         asked = [*asked, *task.prompts(settings)]
     ranked = _asked(settings, list(sets.TASKS)) if sets.DISCERNMENT in settings.tasks else []
-    by_kind = any(task.by_kind for task in tasks.values())
-    return Asked(tasks, asked, ranked, sets.every(settings.data) if by_kind else {})
+    return Asked(tasks, asked, ranked)
 
 
 def _asked(settings: EvalConfig, tasks: list[str]) -> list[PromptSet]:
@@ -69,9 +65,9 @@ def _asked(settings: EvalConfig, tasks: list[str]) -> list[PromptSet]:
 def measure(
     settings: EvalConfig, run: Run, subject: Subject, asked: Asked
 ) -> tuple[dict[str, Any], Answers]:
-    """What `metrics.json` of one subject now says, and its answers to the sets of prompts.
+    """Measures one subject; returns its `metrics.json` and its answers to the sets of prompts.
 
-    It is written after each task: a fault in a later one must not cost the hours of an earlier one.
+    The file is written after each task: a fault in a later one costs no earlier one.
     """
     began = time.perf_counter()
     blocks: dict[str, Any] = {}
@@ -81,13 +77,15 @@ def measure(
         folder = subject.folder
         if sets.DISCERNMENT in settings.tasks:  # first: an endpoint may not be able to
             trained_on = run.record().get("in_distribution", [])
-            ranked = discernment.measured(subject, asked.ranked, trained_on, folder)
-            blocks[sets.DISCERNMENT] = ranked
+            masses, most = subject.masses(asked.ranked, folder)
+            blocks[sets.DISCERNMENT] = scoring.discernment(
+                asked.ranked, masses, trained_on, settings.seed, most
+            )
             _write(subject, folder, blocks, began)
         given = subject.answers(asked.sets, folder)
         store.check_answered(asked.sets, given)
         before = _kept(subject, folder, {})
-        work = Work(settings, run, subject, folder, asked.sets, given, asked.kinds, before)
+        work = Work(settings, run, subject, folder, asked.sets, given, before)
         for name, task in asked.tasks.items():
             if not task.closed:
                 _measure(name, task, work, blocks)
@@ -103,7 +101,7 @@ def measure(
         blocks = counted | blocks
     metrics = _write(subject, folder, blocks, began)
     print(f"{subject.weights}: {folder}")
-    if silence := results.Metrics.model_validate(metrics).silence:
+    if silence := record(settings).model_validate(metrics).silence:
         log.warning("%s: %s", folder, silence)
     return metrics, given
 
@@ -117,13 +115,18 @@ def _measure(name: str, task: Task, work: Work, blocks: dict[str, Any]) -> None:
         blocks.setdefault(OWN, {})[name] = own
 
 
+def record(settings: EvalConfig) -> type[results.Metrics]:
+    """The record of `metrics.json`, with the blocks of extensions."""
+    return extending.ours(settings.table.record) or results.Metrics
+
+
 def _write(
     subject: Subject, folder: Path, blocks: Mapping[str, Any], began: float
 ) -> dict[str, Any]:
     """`metrics.json`, of what was measured so far and of what earlier commands measured."""
     origin = _origin(subject)
     kept = _kept(subject, folder, origin["settings"])
-    metrics = origin | kept | dict(blocks)
+    metrics = {"version": results.VERSION} | origin | kept | dict(blocks)
     if own := kept.get(OWN, {}) | blocks.get(OWN, {}):
         metrics[OWN] = own
     if (edits := folder / "steering.json").is_file():
@@ -132,8 +135,8 @@ def _write(
         metrics["decoding"] = storage.read_json(made, subjects.Made)
     metrics["seconds"] = round(time.perf_counter() - began, 1)
     metrics["peak_memory_gib"] = round(machine.peak_memory_gib(), 2)
-    _set_aside(folder, origin["settings"])
-    results.write(folder / "metrics.json", metrics)
+    _set_aside(subject, folder, origin["settings"])
+    results.write(folder / "metrics.json", metrics, record(subject.settings))
     return metrics
 
 
@@ -165,9 +168,9 @@ def _origin(subject: Subject) -> dict[str, Any]:
     }
 
 
-def _set_aside(folder: Path, settings: dict[str, Any]) -> None:
+def _set_aside(subject: Subject, folder: Path, settings: dict[str, Any]) -> None:
     """Renames metrics of the same answers under other settings, such as another limit."""
-    made = _before(folder).get("settings", settings)
+    made = _before(subject, folder).get("settings", settings)
     if made != settings:
         aside = folder / f"metrics-{storage.fingerprint(made)}.json"
         (folder / "metrics.json").replace(aside)
@@ -176,8 +179,8 @@ def _set_aside(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _kept(subject: Subject, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """What an earlier command measured of the same answers, and this one did not ask for."""
-    before = _before(folder)
+    """The blocks of the same answers that an earlier command measured and this one did not."""
+    before = _before(subject, folder)
     alone = (*subject.settings.table.tasks, "steering")
     kept = {key: before[key] for key in alone if key in before}
     if before.get("settings") == settings:
@@ -185,9 +188,10 @@ def _kept(subject: Subject, folder: Path, settings: dict[str, Any]) -> dict[str,
     return kept
 
 
-def _before(folder: Path) -> dict[str, Any]:
+def _before(subject: Subject, folder: Path) -> dict[str, Any]:
     """`metrics.json` as it stands there, if it does. DataError where it is damaged."""
     file = folder / "metrics.json"
     if not file.is_file():
         return {}
-    return results.read(file).model_dump(mode="json", exclude_unset=True)
+    found = results.read(file, record(subject.settings))
+    return found.model_dump(mode="json", exclude_unset=True)

@@ -1,4 +1,4 @@
-"""What extensions can be to an evaluation: who answers, what changes that, a task, judges.
+"""The parts that extensions can play in an evaluation: a subject, a change, a task, judges.
 
 Ours stand in the table of the settings' schema (`config.Table`). A user's own is a dataclass below
 `Change`, `Task` or `Judge` that its path names, see `extending`.
@@ -6,7 +6,7 @@ Ours stand in the table of the settings' schema (`config.Table`). A user's own i
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,18 +17,18 @@ from dcr.core.config.evaluation import EvalConfig
 from dcr.core.runs import Run
 
 if TYPE_CHECKING:
-    from dcr.core.evaluation.sets import ByKind, PromptSet
-    from dcr.core.evaluation.verdicts import Verdict
+    from dcr.core.evaluation.sets import PromptSet
     from dcr.core.generation import Completion, Decoding
     from dcr.core.models import Policy
     from dcr.core.prompts import ChatFormat
 
 Answers = Mapping[str, "list[Completion]"]  # by set
+Rules = Mapping[str, Callable[[str], str]]  # the outcome of a response by keywords, by name
 Masses = Mapping[str, Mapping[str, float]]  # refusal masses by set, and by id of its prompts
 
 
 class Subject(ABC):
-    """What answers: which weights (base, contrastive, sft, snapshot, endpoint), of which step.
+    """The weights that answer: base, contrastive, sft, readout, snapshot or endpoint.
 
     A `with` block around it ends what it has opened.
     """
@@ -45,10 +45,10 @@ class Subject(ABC):
         self.weights, self.source, self.step = weights, source, step
 
     def __enter__(self) -> None:  # noqa: B027
-        """What is opened stays open until the block ends."""
+        """Opens what stays open until the block ends."""
 
     def __exit__(self, *_: object) -> None:  # noqa: B027
-        """Close it."""
+        """Closes it."""
 
     def check(self) -> None:  # noqa: B027
         """Raises a UserError for what can be known wrong before anything is opened."""
@@ -59,7 +59,7 @@ class Subject(ABC):
 
     @abstractmethod
     def identity(self) -> dict[str, object]:
-        """All that an answer depends on besides the prompt."""
+        """Everything that an answer depends on besides the prompt."""
 
     @property
     def folder(self) -> Path:
@@ -90,7 +90,7 @@ class Change:
         return {}
 
     def identity(self, subject: Any) -> dict[str, object]:
-        """All that answers depend on because of it, for their fingerprint."""
+        """Everything that answers depend on because of it, for their fingerprint."""
         return self.recorded(subject.settings)
 
     def prepared(self, subject: Any) -> dict[str, Any]:
@@ -98,7 +98,7 @@ class Change:
         return {}
 
     def around(self, subject: Any, policy: "Policy") -> contextlib.AbstractContextManager[Any]:
-        """Is open around the weights as long as they are."""
+        """A context that is open around the weights as long as they are."""
         return contextlib.nullcontext()
 
     def decoding(self, settings: EvalConfig) -> "Decoding | None":
@@ -116,7 +116,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Work:
-    """One subject to measure, its answers, and prompts of each kind where a task reads them."""
+    """One subject to measure, and its answers."""
 
     settings: EvalConfig
     run: Run
@@ -124,7 +124,6 @@ class Work:
     folder: Path
     asked: Sequence["PromptSet"]
     answers: Answers
-    kinds: "ByKind"
     before: Mapping[str, Any]  # what `metrics.json` holds of an earlier command
 
     def policy(self) -> "Policy":
@@ -145,9 +144,8 @@ class Work:
 
 
 class Task(ABC):
-    """What is measured of a subject: a block of `metrics.json` under the task's name."""
+    """A measurement of a subject, which becomes a block of `metrics.json` under the task's name."""
 
-    by_kind: ClassVar[bool] = False  # it reads the rows of `data.analysis`
     widens: ClassVar[bool] = False  # it leaves the weights in fp32: measured behind the others
     closed: ClassVar[bool] = False  # it reads answers alone, once the weights are closed
 
@@ -165,18 +163,17 @@ class Task(ABC):
 
 @dataclass(frozen=True)
 class Judged:
-    """A judge's verdicts by set, their counts by set, and what they took, for `metrics.json`."""
+    """The counts of judges' verdicts by set and judge, and further blocks of `metrics.json`."""
 
-    verdicts: "Mapping[str, list[Verdict]]"
-    counts: Mapping[str, Mapping[str, Any]]
-    usage: Mapping[str, Any]
+    counts: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    blocks: Mapping[str, Any]
 
 
 class Judge(ABC):
     """The base of a judge of a user's own.
 
-    `labels` are all that it can say. Those of `verdicts.COMPLIANCE` or `SAFETY` are counted and
-    compared as other judges' are, any others by their own names.
+    `labels` are all that it can say. Those of `judges.verdicts.COMPLIANCE` or `SAFETY` are
+    counted and compared as other judges' are, any others by their own names.
     """
 
     labels: ClassVar[tuple[str, ...]]
@@ -191,7 +188,7 @@ class Judge(ABC):
 
 
 class Judges(ABC):
-    """All judges but keywords."""
+    """The judges beside keywords."""
 
     @abstractmethod
     def check(self, names: Sequence[str], settings: EvalConfig) -> None:
@@ -200,24 +197,28 @@ class Judges(ABC):
     @abstractmethod
     def judged(
         self,
-        name: str,
+        names: Sequence[str],
         settings: EvalConfig,
         sets: Sequence["PromptSet"],
         answers: Answers,
+        rules: Rules,
         folder: Path,
     ) -> Judged:
-        """The word of one judge on the answers to the sets that it judges."""
+        """The word of each judge on the answers to the sets that it judges.
+
+        The blocks tell as well how far all agree, the keyword `rules` among them.
+        """
 
 
 def changes(settings: EvalConfig) -> Iterator[Change]:
-    """All that the settings ask for, in the table's order."""
+    """The changes that the settings ask for, in the table's order."""
     for change in settings.table.changes:
         if change.asked(settings):
             yield extending.ours(change.path)()
 
 
 def tasks(settings: EvalConfig) -> dict[str, Task]:
-    """What the settings ask for besides answers to sets of prompts, in the order of measuring."""
+    """The tasks that the settings ask for besides over-refusal and safety, in their order."""
     paths = settings.table.tasks
     found: dict[str, Task] = {
         name: extending.ours(paths[name])() for name in paths if name in settings.tasks

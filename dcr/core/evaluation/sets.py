@@ -1,14 +1,13 @@
 """The prompts of each task: named sets, a user's files, and which of them belong together."""
 
-import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dcr.core import sources
 from dcr.core.config import ConfigError, DataConfig, Kind, class_of, is_path
 from dcr.core.sources import Example
-from dcr.core.text import label_of, normalise
+from dcr.core.text import label_of
 
 # The sets of the paper's tables: 938 toxic prompts, and five over-refusal sets. Its PHTest also
 # counts the controversial tier, which is told apart here.
@@ -59,8 +58,8 @@ class PromptSet:
     rows: list[Example]
 
 
-# Whose prompts a model answers: compliance is wanted to harmless ones that look harmful, refusal to
-# toxic ones. Discernment ranks both.
+# A model answers the prompts of these tasks: it should comply with harmless ones that look harmful,
+# and refuse toxic ones. Discernment ranks both.
 TASKS = {"over_refusal": Kind.seemingly_toxic, "safety": Kind.toxic}
 DISCERNMENT = "discernment"
 
@@ -111,59 +110,6 @@ def pairs_of(names: Iterable[str]) -> dict[str, Pair]:
 
 
 def set_name(source: str) -> str:
-    """What a set is called, also as a file in the run folder: a source's name, or a file's, or a
-    user's own class's.
-    """
+    """The name of a set and of its file in the run folder: a source's, a file's or a class's."""
     known = source in sources.SOURCES or is_path(source)
     return class_of(source) if known else label_of(Path(source).stem)
-
-
-# --- prompts of each kind, for what is measured on the weights -----------------------------------
-
-
-ByKind = Mapping[Kind, Sequence[Example]]
-# The prompts that Figures 1(b) and 9 of the paper follow stand in XSTest and Alpaca, whose rows are
-# not ours to print: hashes of the normalised prompts find them there.
-FOLLOWED = {
-    Kind.normal: "18ab3ef4c3463f67",
-    Kind.seemingly_toxic: "0be02537e93cc530",
-    Kind.toxic: "760a3721eb1a485b",
-}
-
-
-def every(data: DataConfig) -> dict[Kind, list[Example]]:
-    """All rows of each kind of `data.analysis`, each prompt once.
-
-    Raises ConfigError where a kind has no source.
-    """
-    rows = {}
-    for kind in (Kind.seemingly_toxic, Kind.toxic, Kind.normal):
-        names = getattr(data.analysis, kind.value)
-        if not names:
-            raise ConfigError(
-                f"data.analysis.{kind.value}=[]: name a source to measure on, or choose a data "
-                "file that does, such as data=demo"
-            )
-        read = [row for n in names for row in sources.read(n, root=data.root, kind=kind)]
-        rows[kind], _ = sources.drop_duplicates(read)
-    return rows
-
-
-def drawn(rows: ByKind, count: int | None, seed: int) -> dict[Kind, list[Example]]:
-    """Up to `count` of each kind, drawn by seed; None: all."""
-    return {
-        kind: list(of) if count is None else sources.draw(of, min(count, len(of)), seed)
-        for kind, of in rows.items()
-    }
-
-
-def followed(rows: ByKind) -> dict[Kind, Example]:
-    """One prompt of each kind to follow alone: the paper's, or the first where it is not there."""
-
-    def digest(prompt: str) -> str:
-        return hashlib.sha256(normalise(prompt).encode()).hexdigest()[:16]
-
-    return {
-        kind: next((row for row in of if digest(row.prompt) == FOLLOWED[kind]), of[0])
-        for kind, of in rows.items()
-    }

@@ -49,7 +49,7 @@ def kept(
             if row.id not in done:
                 homes.setdefault(row.prompt, []).append((prompt_set.name, row.id))
                 rows.setdefault(row.prompt, row)
-    # first what opens the weights and may fail: a bar would stand before the line that says so
+    # before the bar, since it opens the weights: a bar would stand before the line of a fault
     batches = ask(list(rows.values())) if rows else ()
     hidden = not (progress and rows)
     with Bar(total=len(rows), unit="prompt", desc=doing, disable=hidden) as bar:
@@ -66,7 +66,7 @@ def kept(
 
 
 def put_in_order(asked: Sequence[PromptSet], folder: Path, schema: type[OfPrompt]) -> None:
-    """Let the files of `kept` hold their rows in order, whichever server answered first."""
+    """Puts the rows of the files of `kept` in order, whichever server answered first."""
     for prompt_set in asked:
         file = folder / f"{prompt_set.name}.jsonl"
         storage.put_in_order(file, schema, [row.id for row in prompt_set.rows])
@@ -90,7 +90,7 @@ class Unanswered(UserError):
 
 
 def check_answered(asked: Sequence[PromptSet], given: Mapping[str, Sequence[OfPrompt]]) -> None:
-    """Say which sets lack answers, as where a server failed; Unanswered where all of them do."""
+    """Warns of sets that lack answers, as when a server failed; raises Unanswered if all do."""
     lacking = {b.name: (len(b.rows) - len(given[b.name]), len(b.rows)) for b in asked}
     missing, total = (sum(counts[i] for counts in lacking.values()) for i in (0, 1))
     if total and missing == total:

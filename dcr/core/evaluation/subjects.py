@@ -1,13 +1,13 @@
-"""Whose weights are evaluated, and what they answer: those of a run, or of a model by name.
+"""The weights that are evaluated, of a run or of a model by name, and their answers.
 
-What is stored is kept, what is missing is asked for, and the weights are opened for that alone.
+Stored answers are kept and missing ones asked for; the weights are opened for those alone.
 """
 
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,8 +18,7 @@ from typing_extensions import TypedDict
 from dcr.core import extending, generation, machine, models, prompts, refusal, storage
 from dcr.core.config import EMBEDDED_MODEL, STAGES, TINY_MODEL, ConfigError, Stage
 from dcr.core.config.evaluation import AUTO_LENGTH, EvalConfig
-from dcr.core.evaluation import discernment, protocols, store
-from dcr.core.evaluation.discernment import Opening
+from dcr.core.evaluation import protocols, store
 from dcr.core.evaluation.protocols import Answers, Change, Masses, Subject
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.generation import Completion, Decoding, OpeningBias
@@ -34,7 +33,7 @@ DECODING = "decoding.json"  # beside the answers
 
 
 class Made(TypedDict):
-    """All that answers of one folder were made with: threads, and the largest batch of each time.
+    """The threads and largest batches that the answers of one folder were made with.
 
     Neither is in the folder's name.
     """
@@ -43,8 +42,18 @@ class Made(TypedDict):
     batch_size: list[int]
 
 
+@dataclass(frozen=True)
+class Opening:
+    """The first answer token of a prompt: `refusal.refusal_mass` and `refusal.refusal_margin`."""
+
+    id: str
+    prompt: str
+    mass: float
+    margin: float
+
+
 def subjects(settings: EvalConfig, run: Run) -> Sequence[Subject]:
-    """All that a command evaluates. ConfigError where a run has nothing to evaluate yet."""
+    """Everything that a command evaluates. ConfigError for a run with nothing to evaluate yet."""
     if settings.endpoint is not None:
         return [extending.ours(settings.table.endpoint)(settings, run)]
     if settings.run is None:
@@ -138,7 +147,7 @@ class Local(Subject):
 
     @cached_property
     def _content(self) -> object:
-        """What tells these weights from others."""
+        """The fingerprint of these weights."""
         if self.source is None:
             return [self.settings.model.name, self.settings.model.revision]
         if self.weights == "base":
@@ -171,11 +180,11 @@ class Local(Subject):
         return self._open["policy"]
 
     def plain_chat(self) -> ChatFormat:
-        """How prompts are put to the model; answers begin with nothing."""
+        """The chat format of prompts, without words that answers begin with."""
         return prompts.chat_format(self.policy().tokenizer, self.settings.model)
 
     def chat(self) -> ChatFormat:
-        """The same where answers begin as `gen.prefill` says."""
+        """The same with the words of `gen.prefill`, which answers begin with."""
         return replace(self.plain_chat(), prefill=self.settings.gen.prefill or "")
 
     def decoding(self) -> Decoding | None:
@@ -227,7 +236,7 @@ class Local(Subject):
         )
 
     def masses(self, asked: Sequence[PromptSet], folder: Path) -> tuple[Masses, None]:
-        """Those of one forward pass a prompt, kept in `folder`."""
+        """The masses by one forward pass a prompt, kept in `folder`."""
 
         def ask(rows: list[Example]) -> Iterator[list[Opening]]:
             return self.shared(Local.cut_openings, Local.openings, rows)
@@ -244,8 +253,8 @@ class Local(Subject):
         return [[rows[place] for place in places] for places in batches]
 
     def openings(self, rows: Sequence[Example]) -> Iterator[list[Opening]]:
-        """The first answer token of each row, as `discernment.read`."""
-        return discernment.read(self.policy(), self.plain_chat(), rows)
+        """The first answer token of each row."""
+        return read_openings(self.policy(), self.plain_chat(), rows)
 
 
 def opened(subject: Local) -> Policy:
@@ -268,6 +277,22 @@ def opened(subject: Local) -> Policy:
     return policy
 
 
+def read_openings(
+    policy: Policy, chat: ChatFormat, rows: Sequence[Example]
+) -> Iterator[list[Opening]]:
+    """The openings of rows as a model here gives them, in any order.
+
+    Raises DataError for a prompt longer than its context.
+    """
+    encoded = [(row, chat.prompt_ids(row.prompt)) for row in rows]
+    generation.check_context(policy, encoded, 1)
+    tokens = refusal.refusal_openings(chat)
+    for places, logits in refusal.first_logits(policy.model, [ids for _, ids in encoded]):
+        both = refusal.refusal_mass(logits, tokens), refusal.refusal_margin(logits, tokens)
+        values = zip(places, *(each.tolist() for each in both), strict=True)
+        yield [Opening(rows[i].id, rows[i].prompt, *numbers) for i, *numbers in values]
+
+
 class Prefilled(Change):
     """Answers that begin with the words of `gen.prefill`."""
 
@@ -276,9 +301,9 @@ class Prefilled(Change):
 
 
 def _content(folder: Path) -> list[str]:
-    """What a folder of a user's own says of its model: weights, settings, tokenizer, template.
+    """The fingerprints of a user's own folder: weights, settings, tokenizer and template.
 
-    With the base of an adapter, which must be the one it was trained on as a run's must.
+    Those of an adapter's base follow, which must be the one that it was trained on.
     """
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
@@ -292,7 +317,7 @@ def _content(folder: Path) -> list[str]:
 
 
 def _note_decoding(folder: Path, processes: int, largest: int) -> None:
-    """Keep with how many threads, and how many prompts at once, answers in `folder` were made.
+    """Keeps the number of threads and of prompts at once that answers in `folder` were made with.
 
     Both change a near tie's last bits, and with them perhaps a text.
     """

@@ -1,17 +1,19 @@
 """Greedy completions of a model on this machine, stored as they come.
 
-`local` answers prompts, as many at once as memory holds; `completions` has the records and files.
+`local` answers prompts, as many at once as memory holds, and `decoding` decodes a batch of them.
 """
 
-from dcr.core.generation.completions import Completion, stored, text
 from dcr.core.generation.local import (
+    Completion,
     Decoding,
+    Encoded,
     OpeningBias,
     batch_size,
     check_context,
     complete,
     continued,
     cut,
-    greedy,
     prompt_bytes,
+    stored,
+    text,
 )

@@ -1,55 +1,39 @@
 """Greedy decoding token by token, from one or two readings of each prompt.
 
-Rows that have ended leave the batch; transformers' `generate` keeps them until the longest answer
-ends.
+Rows that have ended leave the batch where only keys and values are kept of them; transformers'
+`generate` keeps them until the longest answer ends.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from dcr.core import batching, passes
 from dcr.core.batching import padded
 from dcr.core.models import Policy, unwrapped
 
-NEEDED = ("attention_mask", "position_ids", "past_key_values", "logits_to_keep")
 ENDED = 1 / 8  # share of ended rows from which a copy of the others' cache is worth its cost
+KEYS, STATE = passes.CACHES  # arguments by which a model takes keys and values, or a state
 
 
 @dataclass(frozen=True)
 class Context:
     """One reading of a batch of prompts, up to the newest token.
 
-    The ids are padded on the left; the mask is the cache's (`passes.Prefilled`).
+    The ids are padded on the left; the mask is the cache's (`passes.Prefilled`). The cache is None
+    if the model takes none, and then reads all tokens again.
     """
 
     ids: Int[Tensor, "rows width"]
     mask: Bool[Tensor, "rows width"]
-    cache: Cache
+    cache: Any
     logits: Float[Tensor, "rows vocabulary"]  # behind the newest token, in fp32
-
-
-def lacking(model: Any) -> str | None:
-    """The first argument needed here that a model's `forward` does not take."""
-    accepted = inspect.signature(unwrapped(model).forward).parameters
-    return next((name for name in NEEDED if name not in accepted), None)
-
-
-def is_possible(model: Any) -> bool:
-    """Whether rows decode as under `generate`, since the model keeps only keys and values."""
-    return lacking(model) is None and _rows_may_leave(passes.current().cache(model))
-
-
-def _rows_may_leave(cache: Cache | None) -> bool:
-    return isinstance(cache, DynamicCache) and all(
-        isinstance(layer, DynamicLayer) for layer in cache.layers
-    )
 
 
 def decoded(
@@ -60,38 +44,39 @@ def decoded(
     score: Callable[[Tensor], Tensor],
     is_over: Callable[[Sequence[int]], bool],
     streamer: Any = None,
-) -> tuple[list[list[int]], Tensor]:
-    """The greedy new tokens of each row, at most `most`, and `score` of the first logits.
+    scored: int = 1,
+) -> tuple[list[list[int]], Float[Tensor, "rows scored"]]:
+    """The greedy new tokens of each row, at most `most`, and `score` of the logits before them.
 
     Args:
         readings: each reading of the prompts, and its number of new tokens; the first one is read
             to the end.
         logits: gives the logits to decode from the contexts that are still read.
         is_over: whether an answer ends with the last of these tokens.
+        scored: the number of new tokens that have a score; one behind the end means nothing.
     """
+    taken = inspect.signature(unwrapped(policy.model).forward).parameters.keys()
     with torch.inference_mode(), passes.current().decoding(policy.model):
-        contexts = [_read(policy, prompts) for prompts, _ in readings]
+        contexts = [_read(policy, taken, prompts) for prompts, _ in readings]
         answers: list[list[int]] = [[] for _ in readings[0][0]]
         rows = list(range(len(answers)))  # those in the batch
         under_way = set(rows)
-        scores = logits(contexts)
-        masses = score(scores)
+        scores, values = logits(contexts), torch.full((len(rows), scored), torch.nan)
         if streamer is not None:
             streamer.put(contexts[0].ids.cpu())
-        while True:
+        for tokens in range(1, most + 1):
+            if tokens <= scored:
+                values[rows, tokens - 1] = score(scores).float().cpu()
             newest = scores.argmax(1)
             if streamer is not None:
                 streamer.put(newest.cpu())
             for row, token in zip(rows, newest.tolist(), strict=True):
-                answer = answers[row]
-                if row not in under_way:
-                    continue
-                answer.append(token)
-                if len(answer) == most or is_over(answer):
-                    under_way.remove(row)
+                if row in under_way:
+                    answers[row].append(token)
+                    if tokens == most or is_over(answers[row]):
+                        under_way.remove(row)
             if not under_way:
                 break
-            tokens = max(map(len, answers))
             contexts = [c for c, (_, end) in zip(contexts, readings, strict=False) if tokens < end]
             if len(under_way) <= (1 - ENDED) * len(rows) and _may_leave(policy, contexts):
                 staying = [place for place, row in enumerate(rows) if row in under_way]
@@ -99,40 +84,50 @@ def decoded(
                 places = torch.tensor(staying, device=newest.device)
                 newest = newest[places]
                 contexts = [_selected(context, places) for context in contexts]
-            contexts = [_stepped(policy, context, newest) for context in contexts]
+            contexts = [_stepped(policy, taken, context, newest) for context in contexts]
             scores = logits(contexts)
         if streamer is not None:
             streamer.end()
-        return answers, masses
+        return answers, values
 
 
 def _may_leave(policy: Policy, contexts: Sequence[Context]) -> bool:
-    return all(_rows_may_leave(c.cache) for c in contexts) and not passes.per_row(policy.model)
+    """Whether some rows can be taken out of all that the model keeps of the batch."""
+    kept = [context.cache for context in contexts if context.cache is not None]
+    of_keys = all(
+        isinstance(cache, DynamicCache) and all(isinstance(i, DynamicLayer) for i in cache.layers)
+        for cache in kept
+    )
+    return of_keys and not passes.per_row(policy.model)
 
 
-def _read(policy: Policy, prompts: Sequence[Sequence[int]]) -> Context:
-    ids = padded(prompts, 0, left=True).to(policy.model.device)
-    current = passes.current()
-    read = current.read(policy.model, prompts, cache=current.cache(policy.model))
+def _read(policy: Policy, taken: Collection[str], prompts: Sequence[Sequence[int]]) -> Context:
+    model, current = policy.model, passes.current()
+    keep = KEYS in taken or STATE in taken
+    cache = current.cache(model) if keep else None
+    read = current.read(model, prompts, keep=keep, cache=cache)
+    ids = padded(prompts, 0, left=True).to(model.device)
     return Context(ids, read.mask.bool(), read.cache, read.logits[:, -1].float())
 
 
-def _stepped(policy: Policy, context: Context, newest: Int[Tensor, "rows"]) -> Context:
+def _stepped(
+    policy: Policy, taken: Collection[str], context: Context, newest: Int[Tensor, "rows"]
+) -> Context:
     """The context once its newest token has passed through the model."""
     ids = torch.cat([context.ids, newest[:, None]], 1)
     mask = torch.cat([context.mask, torch.ones_like(context.mask[:, :1])], 1)
-    output = policy.model(
-        input_ids=newest[:, None],
-        attention_mask=mask.long(),
-        position_ids=batching.positions(mask)[:, -1:],
-        past_key_values=context.cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    return Context(ids, mask, output.past_key_values, output.logits[:, -1].float())
+    new = ids if context.cache is None else newest[:, None]
+    state = context.cache is not None and KEYS not in taken
+    seen = mask[:, -1:] if state else mask  # a state knows of no padding before its newest token
+    places = batching.positions(mask)[:, -new.shape[1] :]
+    options = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
+    output = passes.forward(policy.model, new, seen.long(), places, context.cache, options)
+    cache = next((output[name] for name in passes.CACHES if name in taken), None)
+    return Context(ids, mask, cache, output.logits[:, -1].float())
 
 
 def _selected(context: Context, places: Int[Tensor, "rows"]) -> Context:
     """The context of these rows alone; the cache drops the others."""
-    context.cache.batch_select_indices(places)
+    if context.cache is not None:
+        context.cache.batch_select_indices(places)
     return Context(context.ids[places], context.mask[places], context.cache, context.logits[places])

@@ -1,34 +1,25 @@
 """Answers of a model on this machine: longest prompts first, as many at once as memory holds.
 
-`decoding` decodes a batch, or transformers' `generate` if a model keeps more than keys and values.
+They are stored in files of one JSON object a line, which are only appended to.
 """
 
 import functools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from pydantic import FiniteFloat
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    SequenceBiasLogitsProcessor,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import SequenceBiasLogitsProcessor
 
-from dcr.core import batching, machine, models, passes
-from dcr.core.batching import attention_mask, padded
+from dcr.core import batching, machine, models, storage
 from dcr.core.config import DataError
 from dcr.core.config.evaluation import GenConfig
-from dcr.core.generation import decoding as steps
-from dcr.core.generation.completions import Completion, Encoded, completion, text
-from dcr.core.generation.decoding import Context
+from dcr.core.generation.decoding import Context, decoded
 from dcr.core.models import Policy, unwrapped
 from dcr.core.prompts import ChatFormat
 from dcr.core.sources import Example
@@ -37,6 +28,25 @@ log = logging.getLogger(__name__)
 
 SHARE = 0.8  # of the free memory; fragments and uncounted tensors take the rest
 MOST = {"cuda": 512, "cpu": 64}  # more prompts at once take longer and decode no faster
+
+
+Encoded = tuple[Example, list[int]]  # a row and its prompt's token ids
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A model's answer to a prompt.
+
+    `refusal_mass` is the caller's score of the first token's logits; None for an answer of a
+    server, which is asked for those separately.
+    """
+
+    id: str
+    prompt: str
+    response: str
+    tokens: int
+    ended: bool  # by an end token, not by the token limit
+    refusal_mass: FiniteFloat | None
 
 
 @dataclass(frozen=True)
@@ -172,31 +182,29 @@ def check_context(policy: Policy, encoded: Sequence[Encoded], new_tokens: int) -
             )
 
 
+def completion(chat: ChatFormat, row: Example, answer: Sequence[int], mass: float) -> Completion:
+    """The record of an answer's token ids; tokens behind an end token do not count."""
+    end = next((i for i, token in enumerate(answer) if token in chat.stop), len(answer))
+    return Completion(row.id, row.prompt, text(chat, answer), end, end < len(answer), mass)
+
+
+def text(chat: ChatFormat, answer: Sequence[int]) -> str:
+    """The text of an answer's token ids up to its end token."""
+    end = next((i for i, token in enumerate(answer) if token in chat.stop), len(answer))
+    decoded = chat.tokenizer.decode(list(answer[:end]), skip_special_tokens=True)
+    assert isinstance(decoded, str)
+    return decoded.strip()
+
+
+def stored(path: Path) -> dict[str, Completion]:
+    """The completions in a file, by id; a line torn by a kill is left out.
+
+    Raises DataError, naming the line, for any other line that is no completion.
+    """
+    return {row.id: row for row in storage.read_lines(path, Completion)}
+
+
 # --- one batch ------------------------------------------------------------------------------------
-
-
-class FirstLogits(LogitsProcessor):
-    """Keeps the `score` of the logits of the first generated token."""
-
-    def __init__(self, score: Callable[[Tensor], Tensor]) -> None:
-        self.score = score
-        self.scores: Tensor | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self.scores is None:
-            self.scores = self.score(scores)
-        return scores
-
-
-class Ending(StoppingCriteria):
-    """Ends a row once `is_over` holds for its new tokens, those behind the first `begins`."""
-
-    def __init__(self, begins: int, is_over: Callable[[Sequence[int]], bool]) -> None:
-        self.begins, self.is_over = begins, is_over
-
-    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
-        over = [self.is_over(answer) for answer in input_ids[:, self.begins :].tolist()]
-        return torch.tensor(over, device=input_ids.device)
 
 
 def continued(
@@ -222,62 +230,9 @@ def continued(
         (context,) = contexts
         return biased(context.ids, context.logits) if biased else context.logits
 
-    if steps.is_possible(policy.model):
-        readings = [(prompts, math.inf)]
-        return steps.decoded(policy, readings, max_new_tokens, logits, score, is_over, streamer)
-    first, ending = FirstLogits(score), Ending(max(map(len, prompts)), is_over)
-    rows = greedy(policy, chat, prompts, max_new_tokens, first, streamer, bias, ending)
-    assert first.scores is not None
-    ends = [next((n for n in range(1, len(r)) if is_over(r[:n])), len(r)) for r in rows]
-    return [row[:end] for row, end in zip(rows, ends, strict=True)], first.scores
-
-
-@torch.inference_mode()
-def greedy(
-    policy: Policy,
-    chat: ChatFormat,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    reader: LogitsProcessor,
-    streamer: Any = None,
-    bias: OpeningBias | None = None,
-    ending: Ending | None = None,
-) -> list[list[int]]:
-    """The new tokens of each prompt, padded behind its end; `reader` sees every step's logits."""
-    ids = padded(prompts, chat.stop[0], left=True).to(policy.model.device)
-    cache = passes.current().cache(policy.model)
-    with own_decoding(policy.model):
-        output: Any = policy.model.generate(
-            input_ids=ids,
-            attention_mask=attention_mask(prompts, left=True).long().to(ids.device),
-            generation_config=GenerationConfig(
-                do_sample=False,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=list(chat.stop),
-                pad_token_id=chat.stop[0],
-                sequence_bias=bias.sequences if bias else None,
-            ),
-            logits_processor=LogitsProcessorList([reader]),
-            stopping_criteria=StoppingCriteriaList([ending] if ending else []),
-            streamer=streamer,
-            **({} if cache is None else {"past_key_values": cache}),
-        )
-    return output[:, ids.shape[1] :].tolist()
-
-
-@contextmanager
-def own_decoding(model: Any) -> Iterator[None]:
-    """Sets the checkpoint's generation settings aside while open.
-
-    transformers takes from them all that a call leaves unset, such as the repetition penalty of
-    Qwen2.5-Instruct, and decoding would be greedy in name only.
-    """
-    owner = unwrapped(model)
-    before, owner.generation_config = owner.generation_config, GenerationConfig()
-    try:
-        yield
-    finally:
-        owner.generation_config = before
+    readings = [(prompts, math.inf)]
+    answers, masses = decoded(policy, readings, max_new_tokens, logits, score, is_over, streamer)
+    return answers, masses[:, 0]
 
 
 # --- the size of a batch --------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Refusals: a completion's verdict by keywords, and the refusal mass of its first token.
 
-`keywords` judges completions, `opening` reads the logits of the first token, and `phrases` has the
-words of both.
+`keywords` judges completions; `opening` has the refusals' tokens and reads the first one's logits.
 """
 
 from typing import TYPE_CHECKING
@@ -11,6 +10,9 @@ from dcr.core.refusal.keywords import XSTEST_PREFIXES, is_decided, is_refusal, i
 
 if TYPE_CHECKING:
     from dcr.core.refusal.opening import (
+        OPENINGS,
+        REFUSAL_PHRASES,
+        PhraseError,
         first_logits,
         opening_batches,
         refusal_log_odds,
@@ -19,6 +21,5 @@ if TYPE_CHECKING:
         refusal_openings,
         shown_mass,
     )
-    from dcr.core.refusal.phrases import OPENINGS, REFUSAL_PHRASES, PhraseError
 else:
-    __getattr__ = on_demand(__name__, "phrases", "opening")
+    __getattr__ = on_demand(__name__, "opening")

@@ -1,8 +1,8 @@
 """The sources of prompts: named data sets and the user's files.
 
-`table` lists the named sources, `fields` maps their raw rows to ours, `reading` reads a source,
-`jsonl` validates rows of files, `examples` draws, splits and compares rows, and `apart` knows those
-that are kept apart.
+`sources.yaml` lists the named sources, `table` maps their raw rows to ours, `reading` reads a
+source, `jsonl` validates rows of files, `examples` draws, splits and compares rows, and `apart`
+knows those that are kept apart.
 """
 
 from dcr.core.sources.apart import is_final
@@ -14,6 +14,5 @@ from dcr.core.sources.examples import (
     record,
     split_by_group,
 )
-from dcr.core.sources.fields import first_turn
-from dcr.core.sources.reading import Rows, origin, read, read_jsonl, read_rows
-from dcr.core.sources.table import SOURCES, Hub, Source
+from dcr.core.sources.reading import Rows, origin, read, read_jsonl
+from dcr.core.sources.table import SOURCES, Hub, Source, first_turn

@@ -5,8 +5,7 @@ import logging
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from importlib import resources
 from typing import IO, Any
@@ -14,7 +13,7 @@ from typing import IO, Any
 from dcr.core import extending
 from dcr.core.config import ConfigError, DataError, Kind, UserError, class_of, is_path
 from dcr.core.sources import apart, jsonl
-from dcr.core.sources.examples import Example, fingerprint
+from dcr.core.sources.examples import Example
 from dcr.core.sources.jsonl import Row
 from dcr.core.sources.table import SOURCES, Hub, Source
 from dcr.core.text import single_line
@@ -149,39 +148,6 @@ def _of_user(
             )
         )
     return examples
-
-
-def read_rows(
-    names: Sequence[str],
-    ids: Sequence[str],
-    kind: Kind,
-    *,
-    root: str | None = None,
-    expected: str | None = None,
-) -> list[Example]:
-    """The rows that a run recorded by id, in that order, read again from its sources.
-
-    If several of `names` hold an id, it stands for the first of those rows not used yet.
-    `expected` is the fingerprint that the run recorded. Raises DataError if an id is gone or the
-    texts have changed, and whatever `read` raises.
-    """
-    by_id: defaultdict[str, list[Example]] = defaultdict(list)
-    for name in names:
-        for example in read(name, root=root, kind=kind, scored=True):
-            by_id[example.id].append(example)
-    where = ", ".join(names)
-    if missing := [identity for identity in ids if identity not in by_id]:
-        raise DataError(
-            f"{where}: no row is called {missing[0]!r} any more ({len(missing)} of {len(ids)} "
-            "gone); set data.root to the files that the run was trained on"
-        )
-    rows = [by_id[i].pop(0) if len(by_id[i]) > 1 else by_id[i][0] for i in ids]
-    if expected is not None and fingerprint(rows) != expected:
-        raise DataError(
-            f"{where}: not the texts that the run was trained on; "
-            "set data.root to the files used then"
-        )
-    return rows
 
 
 def _source(name: str) -> Source:

@@ -7,11 +7,13 @@ from typing import Any
 
 import pandas as pd
 
-from dcr.core import statistics, storage
+from dcr import inference
+from dcr.core import storage
 from dcr.core.config import Kind, UserError
-from dcr.core.results.schema import Ability, Estimate, Metrics, Quality, Ranking, SetCounts, read
+from dcr.core.results import Estimate, Ranking
 from dcr.core.runs import Run, stages
 from dcr.core.text import encodable
+from dcr.results.schema import Ability, Metrics, Quality, SetCounts, read
 
 # Ways to decode, as the settings of an evaluation tell them.
 CONTRASTS = {"self_cd": "Self-CD", "adacd": "AdaCD"}
@@ -286,7 +288,7 @@ def _analyses(metrics: Metrics) -> Iterator[TidyRow]:
 
 
 def _rate(quantity: str, count: int, n: int, **about: Any) -> TidyRow:
-    interval = statistics.wilson(count, n)
+    interval = inference.wilson(count, n)
     value = {"value": interval.estimate, "low": interval.low, "high": interval.high}
     return {"quantity": quantity, "count": count, "n": n, **about, **value}
 

@@ -1,0 +1,30 @@
+"""What was measured: `metrics.json` read as typed records, runs as a data frame.
+
+import dcr.results
+table = dcr.results.load(["outputs/a", "outputs/b"])
+table[table.quantity == "refused"].pivot_table("value", ["run", "judge"], "set")
+"""
+
+from dcr.core.results import VERSION
+from dcr.results.frame import COLUMNS, csv_text, frame_of, load, steering
+from dcr.results.schema import (
+    Metrics,
+    OwnTask,
+    Tracked,
+    read,
+    read_tracked,
+)
+
+__all__ = [
+    "COLUMNS",
+    "VERSION",
+    "Metrics",
+    "OwnTask",
+    "Tracked",
+    "csv_text",
+    "frame_of",
+    "load",
+    "read",
+    "read_tracked",
+    "steering",
+]
