@@ -22,9 +22,8 @@ KINDS = (".py", ".json")  # of files that decide what is measured
 ANSWERS = ("", "openings", "frontier")  # folders of an evaluation with a file a set
 RULES = ("dcr/core/refusal/keywords.py", "dcr/keywords", "dcr/core/evaluation/scoring.py")
 RANKING = (
-    "dcr/core/evaluation/discernment.py",
+    "dcr/core/evaluation/scoring.py",
     "dcr/core/refusal/opening.py",
-    "dcr/core/refusal/phrases.py",
     "dcr/core/statistics.py",
 )
 # The files that decide a metric, by its first word; any other is counted by `RULES`. How a model
