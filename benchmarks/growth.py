@@ -39,6 +39,7 @@ from dcr.plan import cost
 from dcr.plan.cost import Load
 
 BASE = {"rows": 16, "length": 64, "width": 256}
+RESERVED = 1.5e9  # CUDA's context, its libraries' workspaces, and fragmentation
 DOUBLED = (1, 2, 4)
 DEPTH, VOCABULARY, NEW, TOP = 4, 1024, 16, 4
 GIB = (24, 40, 80)
@@ -155,7 +156,7 @@ def ends() -> Table:
 
         def needed(tokens: int, cfg: Any = cfg, which: Stage = which, made: Any = made) -> float:
             load = Load(0, tokens, tokens, tokens, 0, tokens, 0)
-            return sum(cost.memory(cfg, which, made, load).values()) + cost.RESERVED
+            return RESERVED + sum(cost.memory(cfg, which, made, load).values())
 
         cells = []
         for size in GIB:

@@ -122,9 +122,6 @@ def comparison(model: Any, small: Rows, full: Rows, settings: Settings) -> Table
     print(f"relative difference of the two at {n} prompts: {float(difference):.1e}")
     print(f"paper: {n * k} gradients {theirs_spent['gradients']:.1f} s, "
           f"{2 * n * n * k} forward passes {theirs_spent['forward']:.1f} s")  # fmt: skip
-    for rows in (small, full):
-        needed = ntk.memory_needed(model, [len(row) for row in rows], settings)
-        print(f"exact, memory said in advance for {len(rows)} prompts: {needed / 2**30:.2f} GiB")
     table = Table("prompts", "paper, s", "exact, s", "ratio", title="exact against the paper's")
     print(f"ratio exact kernel, the paper's finite differences: {theirs / ours:.3f}")
     table.add_row(str(n), f"{theirs:.1f}", f"{ours:.1f}", f"{theirs / ours:.1f}")

@@ -49,9 +49,7 @@ class Options:
 
     out: Path = entry.option("where run folders, page and export lie", Path("outputs/align"))
     plan: bool = entry.option("say what would be done, and how long it takes", False)
-    settings: list[str] = entry.option(
-        "any setting of train.py or eval.py; python train.py --cfg job lists them", [], rest=True
-    )
+    settings: list[str] = entry.settings_of("train.py or eval.py")
 
 
 @entry.command(Options, goes_on=True)

@@ -21,9 +21,8 @@ from dcr.extensions import EvalSettings, TrainSettings
 # Each but train and eval is `python -m dcr.<name>`.
 COMMANDS = {
     "demo": "STL against DCR on the embedded model and corpus, in minutes: table and page",
-    "train": "the stages of a method, into a run folder; also dcr-train",
+    "train": "the stages of a method, into a run folder, or with plan=true what they cost",
     "eval": "a run, a model or an endpoint: completions, verdicts, metrics; also dcr-eval",
-    "plan": "what a training command would do: rows, parameters, steps, memory, time",
     "choice": "which layer and which sources stage one should use",
     "align": "a model of one's own: choices by measure, STL and DCR, page and export",
     "augment": "the answers that STL-aug learns, each checked",

@@ -9,7 +9,7 @@ from typing import Any
 
 from dcr import entry
 from dcr.core import config, storage
-from dcr.core.config import ConfigError, Kind, WandbConfig, WandbMode
+from dcr.core.config import ConfigError, Kind
 from dcr.core.runs import Run
 from dcr.core.text import single_line
 
@@ -35,25 +35,20 @@ EXPLAINED = {  # the text above each group of panels in the report
 @dataclass
 class Options:
     """python -m dcr.dashboard [<run folder> ...] [project=dcr] [entity=<you or a team>]
-    python -m dcr.dashboard <run folder> ... page=<report.html>
 
     Writes the workspace and the report of a W&B project; a second time it updates them. Without an
-    account, or with out=, it writes both as a specification into a JSON file. With page, it keeps
-    the page as an artifact made from the evaluations of these runs.
+    account, or with out=, it writes both as a specification into a JSON file.
     """
 
     runs: list[Path] = entry.option("runs to draw in the colour of their method", [], rest=True)
     project: str = entry.option("the W&B project, as wandb.project of the runs", "dcr")
     entity: str | None = entry.option("you or your team; not given: the account's own", None)
     out: Path | None = entry.option("a JSON file to write instead of asking W&B", None)
-    page: Path | None = entry.option("a page of python -m dcr.report to keep as an artifact", None)
 
 
 @entry.command(Options)
 def main(options: Options) -> None:
     config.check_installed("wandb_workspaces", "dashboard", "python -m dcr.dashboard")
-    if options.page is not None and not options.page.is_file():
-        raise ConfigError(f"page={options.page}: no such file; make it with python -m dcr.report")
     methods = [(run, run.config()["method"]) for run in map(Run, options.runs)]
     from dcr import wandb_run
 
@@ -62,8 +57,6 @@ def main(options: Options) -> None:
     import wandb
     from wandb.sdk.lib.service.service_connection import WandbApiFailedError
 
-    if options.page is not None:
-        log_page(options)
     if options.out is None and wandb.login(prompt=False, verify=False):
         try:
             print(*_save(options, made_with), sep="\n")
@@ -85,32 +78,6 @@ def main(options: Options) -> None:
     }
     storage.write_json(file, {"project": options.project} | written)
     print(f"{file}: the specification; apply it by `wandb login` and this command without out=")
-
-
-def log_page(options: Options) -> None:
-    """Keep a page of `dcr.report` as an artifact made from the evaluations of its runs.
-
-    The artifact belongs to the W&B run of the page's folder. Raises UserError for a folder without
-    one.
-    """
-    assert options.page is not None
-    import wandb
-
-    from dcr import results, wandb_run, wandb_scores
-
-    made_from = [
-        wandb_scores.evaluation(Run(folder), results.read(file).model_dump(mode="json"))
-        for folder in options.runs
-        for file in sorted(folder.glob("eval/*/metrics.json"))
-    ]
-    node = WandbConfig(WandbMode.online, options.project, options.entity)
-    with wandb_run.opened(node, Run(options.page.parent), "report", [], None) as started:
-        assert started is not None
-        for artifact in made_from:
-            wandb_run.use(started, artifact)
-        page = wandb.Artifact(f"page-{started.id}", "page")
-        page.add_file(str(options.page), name="report.html")
-        started.log_artifact(page)
 
 
 def _save(options: Options, made_with: Mapping[str, str]) -> tuple[str, str]:
@@ -150,6 +117,7 @@ def specification(project: str, entity: str, made_with: Mapping[str, str]) -> tu
     from dcr.report.records import METHODS
     from dcr.wandb_scores import AXES
 
+    views = _training_views() | _evaluation_views()  # their keys are those that runs log
     place = {method: i for i, method in enumerate(METHODS)}
     colours = {
         run: PALETTE[place[method] % len(PALETTE)]
@@ -161,7 +129,7 @@ def specification(project: str, entity: str, made_with: Mapping[str, str]) -> tu
         project=project,
         name="dcr",
         sections=[
-            ws.Section(name=name, panels=panels, is_open=True) for name, panels in _views().items()
+            ws.Section(name=name, panels=panels, is_open=True) for name, panels in views.items()
         ],
         runset_settings=ws.RunsetSettings(
             run_settings={run: ws.RunSettings(color=colour) for run, colour in colours.items()},
@@ -173,15 +141,10 @@ def specification(project: str, entity: str, made_with: Mapping[str, str]) -> tu
         ),
     )
     blocks: list[Any] = [wr.TableOfContents()]
-    for name, panels in _views().items():
+    for name, panels in views.items():
         grid = wr.PanelGrid(panels=panels, custom_run_colors={**colours})
         blocks += [wr.H2(name), wr.P(EXPLAINED[name]), grid]
     return workspace, wr.Report(project=project, entity=entity, title=TITLE, blocks=blocks)
-
-
-def _views() -> dict[str, list[Any]]:
-    """Panels by group; their keys are those that runs log."""
-    return _training_views() | _evaluation_views()
 
 
 def _curve(title: str, *keys: str, x: str = "trainer/global_step", **more: Any) -> Any:

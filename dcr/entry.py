@@ -56,6 +56,11 @@ def option(
     return field(default=default, metadata=metadata)
 
 
+def settings_of(scripts: str) -> Any:
+    """The option that takes every other word, as a setting of these scripts."""
+    return option(f"any setting of {scripts}; python train.py --cfg job lists them", [], rest=True)
+
+
 def command(
     schema: type[Options], goes_on: bool = False
 ) -> Callable[[Callable[[Options], None]], Callable[[Sequence[str]], int]]:

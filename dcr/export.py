@@ -1,20 +1,14 @@
-"""Export a run's result: weights with a model card, here or on the hub; relink moved adapters."""
+"""Export a run's result: merged weights with a model card."""
 
 import json
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import huggingface_hub
 import jinja2
 import yaml
-from httpx2 import HTTPError
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-from huggingface_hub.utils import validate_repo_id
 
 from dcr import entry
 from dcr.core import config, machine, prompts, runs, storage
@@ -32,7 +26,6 @@ from dcr.core.config.evaluation import EvalConfig
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.sources import SOURCES
-from dcr.core.text import single_line
 from dcr.extensions import EvalSettings
 
 if TYPE_CHECKING:
@@ -44,7 +37,6 @@ ROUNDED = (
     "the weights are in bfloat16, rounded from a merge in float32: logits differ from those of the "
     "run's adapter by about 1%; precision=fp32 keeps them"
 )
-HUB_PATIENCE = 120  # seconds without a byte from the hub
 HUB_NAMES = {EMBEDDED_MODEL: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 FRONT = {  # front matter of every card, which the hub reads
     "library_name": "transformers",
@@ -97,16 +89,13 @@ SETTINGS = {  # the settings that a card names, by stage
 @dataclass
 class Options:
     """python -m dcr.export run=<folder> out=<folder> [stage=readout|sft|contrastive]
-    python -m dcr.export run=<folder> out=<folder> push=<name>/<model>
-    python -m dcr.export run=<folder> relink=true
 
     Writes merged safetensors weights, tokenizer, model card and metrics.csv: transformers loads
-    them by themselves. With push, the folder is uploaded to the Hugging Face hub as well. With
-    relink, the adapters of a run folder that has moved name their base weights where they lie now.
+    them by themselves.
     """
 
     run: Path = entry.option("the run folder")
-    out: Path | None = entry.option("a new folder for the export", None)
+    out: Path = entry.option("a new folder for the export")
     stage: str | None = entry.option(
         "whose result; none: that of the run's last stage", None, choices=[s.value for s in STAGES]
     )
@@ -121,38 +110,21 @@ class Options:
         "of refusals in the generation config",
         None,
     )
-    push: str | None = entry.option(
-        "a model repository of the Hugging Face hub to upload the export to, made where there is "
-        "none; the token is HF_TOKEN or that of `hf auth login`",
-        None,
-    )
-    public: bool = entry.option("a repository that push= makes can be seen by everyone", False)
     trust_remote_code: bool = entry.option(
         "run code that comes with the weights; a run's own settings never switch it on", False
     )
-    relink: bool = entry.option("mend the adapters' paths instead of exporting", False)
 
 
 @entry.command(Options)
 def main(options: Options) -> None:
     run = Run(options.run)
-    if options.relink:
-        if options.push is not None:
-            raise ConfigError(f"push={options.push}: relink=true exports nothing; give one of them")
-        for folder, base in relink(run).items():
-            print(f"{folder} stands on {base}")
-        return
-    if options.out is None:
-        raise ConfigError("out: nothing given; name a new folder with out=, or give relink=true")
     precision = _evaluated_in(run)
     if options.precision != "auto":
         precision = Precision(options.precision)
-    asked = (options.calibrate, options.push, options.public, options.trust_remote_code)
-    print(export(run, options.out, options.stage, precision, *asked))
+    asked = (options.stage, precision, options.calibrate, options.trust_remote_code)
+    print(export(run, options.out, *asked))
     if precision is not Precision.fp32:
         print(ROUNDED)
-    if options.push is not None:
-        print(upload(options.out, options.push))
 
 
 def export(
@@ -161,19 +133,16 @@ def export(
     stage: str | None = None,
     precision: Precision | None = None,
     calibrate: str | None = None,
-    push: str | None = None,
-    public: bool = False,
     trust_remote_code: bool = False,
 ) -> Path:
     """Write a stage's weights, merged in fp32 and then cast, with tokenizer and card into `out`.
 
     `stage` is by default the run's last, `precision` that of the run's evaluations. `calibrate`, as
     that of `eval.py`, chooses a bias on these very weights and writes it into the generation
-    config. `push` is the repository that `upload` will be asked for: it is made before weights are
-    opened, where the hub lets its token write.
+    config.
 
     Raises ConfigError when `out` holds anything, the stage is not done or not one of the method's,
-    its base is gone or not the one it was trained on, or the repository cannot be written to.
+    or its base is gone or not the one it was trained on.
     """
     made_with, stage = _exportable(run, out, stage)
     dtype = "bfloat16" if (precision or _evaluated_in(run)) is Precision.bf16 else "float32"
@@ -188,8 +157,6 @@ def export(
 
     if calibrate is not None:
         biases.check(settings, made_with)
-    if push is not None:
-        _reserve(push, public)
     machine.use_threads()
     # evaluations and a template that cannot be are told before weights are read
     evaluated(run, stage, None)
@@ -292,78 +259,6 @@ def _calibrate(policy: "Policy", chat: ChatFormat, settings: EvalConfig) -> dict
     bias, record = biases.choose_bias(settings, biases.opening_place(chat), read)
     policy.model.generation_config.sequence_bias = bias.sequences
     return record
-
-
-# --- on the hub ---------------------------------------------------------------------------------
-
-
-def _reserve(push: str, public: bool) -> None:
-    """Make the repository where there is none, and check that the token may write to it.
-
-    Raises ConfigError for an invalid name, without a token, and where the hub refuses.
-    """
-    try:
-        validate_repo_id(push)
-        if "/" not in push:
-            raise HFValidationError("does not say whose repository")
-    except HFValidationError as error:
-        raise ConfigError(f"push={push}: {error}; give push=<name>/<model>") from error
-    if huggingface_hub.get_token() is None:
-        raise ConfigError(f"push={push}: no token; export HF_TOKEN or run `hf auth login`")
-    with _asking(push, "give a token that may write there, or leave push= out"):
-        huggingface_hub.create_repo(push, private=not public, exist_ok=True)
-        with suppress(RepositoryNotFoundError):  # from a self-hosted hub that cannot check this
-            huggingface_hub.auth_check(push, write=True)
-
-
-def upload(folder: Path, push: str) -> str:
-    """Upload an export in one commit to its repository on the hub, and return its address.
-
-    Raises ConfigError where the hub refuses; the export stays.
-    """
-    with _asking(push, f"the export is in {folder}: upload it with `hf upload {push} {folder} .`"):
-        commit = huggingface_hub.upload_folder(
-            repo_id=push, folder_path=folder, commit_message="Upload of python -m dcr.export"
-        )
-    return str(commit.repo_url)
-
-
-@contextmanager
-def _asking(push: str, cure: str) -> Iterator[None]:
-    # by default the client waits for ever for a hub that says nothing
-    huggingface_hub.utils.get_session().timeout = HUB_PATIENCE
-    try:
-        yield
-    except (HTTPError, OSError, ValueError, KeyError) as error:  # the last two: no such answer
-        reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
-        reason = single_line(reason, huggingface_hub.get_token() or "").rstrip(".")
-        raise ConfigError(f"push={push}: {reason}; {cure}") from error
-
-
-# --- adapters after a move ----------------------------------------------------------------------
-
-
-def relink(run: Run) -> dict[Path, str]:
-    """Make every adapter of a run name the present place of its base, which peft reads.
-
-    Returns the base of each adapter folder. Raises ConfigError when there is no adapter, a base is
-    gone, or it is not the one the adapter was trained on; no file is then changed.
-    """
-    from dcr.core import models
-
-    folders = [run.stage("sft"), run.stage("readout"), *sorted(run.snapshots.glob("step-*"))]
-    bases = {f: models.adapter_base(f) for f in folders if models.is_adapter(f)}
-    if not bases:
-        raise ConfigError(f"run={run.folder}: holds no adapter; train stage=sft first")
-    for folder, base in bases.items():
-        place = str(Path(base).resolve()) if Path(base).is_dir() else base
-        with storage.replaced_folder(folder) as staging:
-            shutil.copytree(folder, staging, dirs_exist_ok=True)
-            file = staging / "adapter_config.json"
-            named = storage.read_json(file, dict[str, Any])
-            storage.write_json(file, named | {"base_model_name_or_path": place})
-            storage.write_checksums(staging)
-    return bases
 
 
 # --- the card -----------------------------------------------------------------------------------

@@ -89,9 +89,7 @@ class Options:
     seeds: int = entry.option("how many, from seed= (0) on", 1, least=1)
     out: Path = entry.option("where run folders and pages lie", Path("outputs/study"))
     plan: bool = entry.option("say what would be done, and how long it takes", False)
-    settings: list[str] = entry.option(
-        "any setting of train.py or eval.py; python train.py --cfg job lists them", [], rest=True
-    )
+    settings: list[str] = entry.settings_of("train.py or eval.py")
 
 
 @entry.command(Options, goes_on=True)
@@ -620,11 +618,8 @@ def _stage_cell(job: Job, stage: Stage, first: dict[str, str], seconds: list[flo
         first[key] = job.name
     settings, _ = machine.of_training(settings, job.run.precisions())
     drawn, *_ = plan.expected(settings)
-    counted = Stage.sft if stage is Stage.readout else stage  # a plan has the two together
-    of = plan.stage_plan(settings, counted, cost.stage_shape(settings, counted), drawn)
-    rate = cost.throughput(settings, of.precision, of.shape.width)
-    flops = of.flops if stage is counted else of.readout.flops if of.readout else 0
-    seconds.append(flops / rate.flops)
+    of = plan.stage_plan(settings, stage, cost.stage_shape(settings, stage), drawn)
+    seconds.append(of.flops / cost.throughput(settings, of.precision, of.shape.width).flops)
     return plan.duration(seconds[-1])
 
 

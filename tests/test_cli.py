@@ -325,7 +325,7 @@ def test_help_needs_no_torch(words: list[str], tmp_path: Path) -> None:
         *(["eval.py run=not/there"], ["eval.py tasks=[foo]"]),
         [f"{module} --nope=3" for module in MODULES],
         [
-            *(f"dcr.{name} dcr.epoch=3" for name in ("plan", "choice", "align", "search")),
+            *(f"dcr.{name} dcr.epoch=3" for name in ("choice", "align", "search")),
             *("dcr.study study=ratio dcr.epoch=3", "dcr.augment source=x out=y.jsonl tasks=[foo]"),
             *("dcr.chat run=not/there", "dcr.export run=not/there out=x", "dcr.report"),
             "dcr.report not/there --figure 6 margin=1",

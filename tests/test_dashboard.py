@@ -50,9 +50,7 @@ with initialize_config_dir(str(tiny_run.CONF), version_base="1.3"):
         f"data.evaluation.safety=[{rows['toxic']}]"])
 for _ in range(2):
     entry.evaluate(*entry.resolved(composed, EvalSettings))
-(page := folder / "shown/report.html").parent.mkdir()
-page.write_text("a page")
-assert dashboard.main([str(run.folder), f"page={page}", f"out={folder / 'board.json'}"]) == 0
+assert dashboard.main([str(run.folder), f"out={folder / 'board.json'}"]) == 0
 """
 
 
@@ -117,12 +115,6 @@ def test_artifacts_lead_from_settings_to_the_evaluation_and_never_twice(evaluate
     }
     adapter = next(made for made in ours if made.type == "adapter").manifest.contents
     assert {Path(each.local_path).parent for each in adapter} == {evaluated.stage("sft")}  # no copy
-    page = [record.artifact for record in records(evaluated.folder.parent / "shown")
-            if record.HasField("artifact")]  # fmt: skip
-    assert [(made.type, made.use_after_commit) for made in page] == [
-        ("evaluation", True), ("page", False),
-    ]  # fmt: skip
-    assert (page[0].name, page[0].digest) == (ours[-1].name, ours[-1].digest)
     rows = json.loads(ours[0].metadata)["rows"]
     assert rows == {n: of["fingerprint"] for n, of in evaluated.record()["rows"].items()}
 

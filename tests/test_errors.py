@@ -82,11 +82,9 @@ WHOLE = {
     "dcr.augment source=demo_seemingly_toxic out=a.jsonl": "who answers",
     "dcr.augment source=demo_seemingly_toxic out=a.jsonl run=outputs/x": "dcr.export",
     "dcr.augment source=demo_toxic out=a.jsonl endpoint=http://127.0.0.1:1/v1": "say which model",
-    "dcr.export run=x": "out: nothing given; name a new folder with out=",
+    "dcr.export run=x": "out: nothing given; it is a new folder for the export",
     "dcr.export out=x": "run: nothing given; it is the run folder",
-    "dcr.export run=x relink=maybe": "relink=maybe: give true or false",
-    "dcr.export run=nowhere relink=true": "holds no adapter",
-    "dcr.export run=x relink=true push=me/x": "push=me/x: relink=true exports nothing",
+    "dcr.export run=x out=y trust_remote_code=maybe": "trust_remote_code=maybe: give true or false",
     "train.py model=tiny stage=contrastive method=stl": "method=stl: it has no contrastive stage; "
     "use method=dcr",
     "train.py model=tiny data=paper data.root=nowhere": "data.root=nowhere: not a folder",
@@ -167,9 +165,6 @@ SEARCH = {
     "validation=contrasts_seemingly_toxic:contrasts_toxic "
     "data.evaluation.safety=[contrasts_toxic]": "data.evaluation tests on",
     "validation=xstest_safe": "give <seemingly toxic>:<toxic>",
-    "storage=here.db": "storage=here.db: give a URL",
-    "storage=nothing://here": "storage=nothing://here",
-    "chosen=best": "chosen=best: give knee or the number",
     "trials=0": "trials=0: give 1 or more",
     "model.name=/not/here": "model.name=/not/here: cannot be opened",
     "trainer.devices=2": "trainer.devices",
@@ -199,6 +194,5 @@ def test_a_bad_command_is_one_line_and_leaves_nothing(
     ended = command(*kept, *given.split())
     assert ended.code == 2
     assert says in ended.error
-    told = given.startswith("storage=")  # which is opened behind what a search will try
-    assert told or all(line.startswith("[") for line in ended.out.splitlines())  # log lines
+    assert all(line.startswith("[") for line in ended.out.splitlines())  # log lines
     assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,5 @@
 """Exports, moved runs and the chat, on a run folder made by hand around a random model."""
 
-import base64
 import io
 import json
 import os
@@ -11,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 import yaml
@@ -35,7 +33,6 @@ from dcr.core.models import Policy
 from dcr.core.runs import Run
 from dcr.core.sources import Example, read
 from dcr.extensions import EvalSettings
-from tests.servers.loopback import Answer, Request, answering, as_json
 
 # peft asks transformers for a name that the latter has renamed
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -65,14 +62,15 @@ ROWS = {
 }
 LOAD_ELSEWHERE = """
 import sys, torch
-from peft import AutoPeftModelForCausalLM
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
-merged, adapter, ids, out = sys.argv[1:]
+merged, base, adapter, ids, out = sys.argv[1:]
 ids = torch.tensor([list(map(int, ids.split(",")))])
 found = {}
 with torch.inference_mode():
     found["merged"] = AutoModelForCausalLM.from_pretrained(merged)(ids).logits
-    found["adapter"] = AutoPeftModelForCausalLM.from_pretrained(adapter).eval()(ids).logits
+    stage_one = AutoModelForCausalLM.from_pretrained(base)
+    found["adapter"] = PeftModel.from_pretrained(stage_one, adapter).eval()(ids).logits
 assert not [name for name in sys.modules if name.split(".")[0] == "dcr"]
 torch.save(found, out)
 """
@@ -167,10 +165,10 @@ def elsewhere(made: Made, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     hidden = made.run.folder.with_name("hidden")
     made.run.folder.rename(hidden)  # nothing may lean on where it was trained
     try:
-        assert export.main([f"run={run.folder}", "relink=true"]) == 0
         assert export.main([f"run={run.folder}", f"out={place / 'merged'}", "precision=fp32"]) == 0
         numbers = ",".join(map(str, IDS[0].tolist()))
-        arguments = [place / "merged", run.stage("sft"), numbers, place / "logits.pt"]
+        stages = run.stage("contrastive"), run.stage("sft")
+        arguments = [place / "merged", *stages, numbers, place / "logits.pt"]
         subprocess.run(
             [sys.executable, "-c", LOAD_ELSEWHERE, *map(str, arguments)],
             check=True,
@@ -228,26 +226,12 @@ def test_an_export_of_a_base_that_samples_and_penalises_decodes_as_evaluated(mov
     assert by_transformers(out, rows) == by_ours(subject, rows)
 
 
-def test_peft_does_not_find_the_base_of_a_moved_run_by_itself(moved: Run, made: Made) -> None:
-    named = json.loads((moved.stage("sft") / "adapter_config.json").read_text())
-    assert named["base_model_name_or_path"] == str(made.run.stage("contrastive").resolve())
-    found = export.relink(moved)
-    named = json.loads((moved.stage("sft") / "adapter_config.json").read_text())
-    assert named["base_model_name_or_path"] == str(moved.stage("contrastive").resolve())
-    assert list(found) == [moved.stage("sft")]
-    assert named["target_modules"] == sorted(named["target_modules"])  # the same bytes every time
-
-
 def test_another_base_is_refused(moved: Run) -> None:
-    before = (moved.stage("sft") / "adapter_config.json").read_bytes()
     model = models.open_folder(str(moved.stage("contrastive")), Precision.fp32)
     next(model.model.parameters()).data.add_(1e-3)
     models.save_full(model, moved.stage("contrastive"))
     with pytest.raises(ConfigError, match="not the base this adapter was trained on"):
-        export.relink(moved)
-    with pytest.raises(ConfigError, match="not the base this adapter was trained on"):
         export.export(moved, moved.folder / "out")
-    assert (moved.stage("sft") / "adapter_config.json").read_bytes() == before
     assert not (moved.folder / "out").exists()
 
 
@@ -373,139 +357,6 @@ def test_nothing_is_overwritten(made: Made, exported: Path) -> None:
     with pytest.raises(ConfigError, match="is not empty"):
         export.export(made.run, exported)
     assert {file: file.stat().st_mtime_ns for file in exported.iterdir()} == before
-
-
-# --- the hub ------------------------------------------------------------------------------------
-
-PUSH = """
-import sys
-from dcr import export
-from dcr.core import models
-run, out, *cases = sys.argv[1:]
-opened = []
-real = models.open_result
-models.open_result = lambda *told: opened.append(1) or real(*told)
-for case in cases:
-    export.HUB_PATIENCE = 1 if "silent" in case else 600
-    code = export.main([f"run={run}", f"out={out}/{len(opened)}", *case.split()])
-    print("CASE", code, len(opened))
-"""
-
-
-def refused(why: str) -> Answer:
-    return as_json({"error": why}, 403, x_error_message=why)
-
-
-class Hub:
-    """The part of the hub's interface that an upload uses; keeps what came, by repository."""
-
-    def __init__(self) -> None:
-        self.asked: list[str] = []
-        self.tokens: set[str | None] = set()
-        self.made: dict[str, str] = {}  # its visibility
-        self.files: dict[str, bytes] = {}
-
-    def __call__(self, request: Request) -> Answer:
-        self.asked.append(path := request.path.removeprefix("/v1"))
-        if path.startswith("/stored/"):
-            self.files[path.removeprefix("/stored/")] = request.content
-            return Answer(b"")
-        if "/models/me/" in path:
-            self.tokens.add(request.headers.get("authorization"))
-        if path == "/api/repos/create":
-            whose, name = request.body["organization"], request.body["name"]
-            if whose == "other":
-                return refused("You don't have the rights to create a model")
-            if name == "silent":
-                return Answer(b"{}", delay=600)
-            self.made.setdefault(f"{whose}/{name}", request.body["visibility"])
-            return as_json({"url": f"http://127.0.0.1/{whose}/{name}"})
-        if path == "/api/models/other/model":
-            return as_json({"error": "Repository not found"}, 404)
-        if "/echo/" in path:  # a hub that repeats what it was sent, and commands to a terminal
-            said = f"\x1b[31mno user of {request.headers['authorization']}, hf_secret"
-            return as_json({"error": said}, 403, x_error_message=said.lstrip("\x1b"))
-        if path.endswith("/auth-check/write"):
-            return refused("Read only") if "readonly" in path else as_json({})
-        if "/preupload/" in path:
-            large = [f | {"uploadMode": "lfs" if "safetensors" in f["path"] else "regular"}
-                     for f in request.body["files"]]  # fmt: skip
-            return as_json({"files": [f | {"shouldIgnore": False} for f in large]})
-        if path.endswith("/objects/batch"):
-            at = f"http://{request.headers['host']}/stored/"
-            objects = [
-                {"oid": o["oid"], "size": o["size"], "actions": {"upload": {"href": at + o["oid"]}}}
-                for o in request.body["objects"]
-            ]
-            return as_json({"transfer": "basic", "objects": objects})
-        if "/commit/" in path:
-            if "full" in path:
-                return refused("Storage quota exceeded")
-            for line in map(json.loads, request.content.splitlines()):
-                if line["key"] == "file":
-                    content = base64.b64decode(line["value"]["content"])
-                    self.files[line["value"]["path"]] = content
-                elif line["key"] == "lfsFile":
-                    self.files[line["value"]["path"]] = self.files.pop(line["value"]["oid"])
-            url = path.removeprefix("/api/models").replace("/commit/main", "/commit/1a")
-            return as_json({"commitUrl": f"http://127.0.0.1{url}", "commitOid": "1a"})
-        return as_json({"errors": [], "warnings": []})  # of the card's front matter
-
-
-def test_an_upload_is_what_was_exported_and_never_comes_unasked(moved: Run, tmp_path: Path) -> None:
-    scored(moved, "sft-1")
-    cases = {
-        "": (0, 1),  # its exit code, and exports whose weights were opened so far
-        "push=me/new": (0, 2),
-        "push=me/full": (2, 3),
-        "push=other/model": (2, 3),
-        "push=me/readonly": (2, 3),
-        "push=me/echo": (2, 3),
-        "push=me/silent": (2, 3),
-        "push=no..id/x": (2, 3),
-        "push=me": (2, 3),
-    }
-    hub = Hub()
-    with answering(hub) as url:
-        done = subprocess.run(
-            [sys.executable, "-c", PUSH, str(moved.folder), str(tmp_path / "out"), *cases],
-            cwd=Path(__file__).parent.parent,
-            env=os.environ
-            | {"HF_ENDPOINT": url, "HF_TOKEN": "hf_secret", "HF_HUB_OFFLINE": "0"}
-            | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"},
-            capture_output=True,
-            text=True,
-        )
-    told = [tuple(map(int, line.split()[1:])) for line in done.stdout.splitlines()
-            if line.startswith("CASE")]  # fmt: skip
-    assert told == list(cases.values()), done.stderr
-    assert hub.asked.count("/api/repos/create") == 6  # not for the export without push=
-    assert hub.made["me/new"] == "private"
-    assert hub.tokens == {"Bearer hf_secret"}
-    whole = {file.name: file.read_bytes() for file in (tmp_path / "out/1").iterdir()}
-    assert whole.items() <= hub.files.items()
-    assert {"README.md", "metrics.csv", "model.safetensors"} <= whole.keys()
-    assert str(tmp_path).encode() not in whole["README.md"] + whole["metrics.csv"]
-    # refused at the last moment: the export stays, and the line says how to go on
-    assert {file.name for file in (tmp_path / "out/2").iterdir()} == whole.keys()
-    assert not (tmp_path / "out/3").exists()
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert [error.split(":")[1] for error in errors] == [f" {case}" for case in [*cases][2:]]
-    assert "Storage quota exceeded" in errors[0]
-    assert f"upload it with `hf upload me/full {tmp_path}/out/2 .`" in errors[0]
-    assert "You don't have the rights to create a model" in errors[1]
-    assert "hf_secret" not in done.stdout + done.stderr
-    assert "\x1b" not in done.stdout + done.stderr
-
-
-def test_an_upload_without_a_token_is_refused(
-    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    monkeypatch.delattr(models, "open_result")
-    assert export.main([f"run={made.run.folder}", f"out={tmp_path / 'out'}", "push=me/x"]) == 2
-    told = "error: push=me/x: no token; export HF_TOKEN or run `hf auth login`\n"
-    assert capsys.readouterr().err == told
 
 
 # --- the card -----------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from dcr import eval as evaluation
-from dcr import export, train
+from dcr import train
 from dcr.core import cli, config, models, storage
 from dcr.core.config import ModelConfig, Precision, TrainConfig, UserError, resolving
 from dcr.core.models import saving
@@ -230,14 +230,6 @@ def test_a_folder_in_the_place_of_weights_is_named(stranger: Run) -> None:
     file.symlink_to("/")
     with pytest.raises(UserError, match=r"adapter_model\.safetensors: cannot be read .a folder"):
         storage.check_checksums(stranger.stage("sft"))
-
-
-def test_relink_says_what_it_cannot_read(stranger: Run) -> None:
-    file = stranger.stage("sft") / "adapter_config.json"
-    file.unlink()
-    os.mkfifo(file)
-    with pytest.raises(UserError, match=r"adapter_config\.json: cannot be read .a pipe or device"):
-        export.relink(stranger)
 
 
 def reweighed(model: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> None:

@@ -122,13 +122,6 @@ def test_what_a_server_says_is_printed_and_stored_without_secrets_and_control_co
         assert code != 0 or status == 200, seen  # invalid answers are counted
 
 
-def test_a_storage_s_password_is_not_printed(seen_of: Command) -> None:
-    url = f"storage=mysql+pymysql://user:{SECRET}@127.0.0.1:9/studies"
-    code, seen = seen_of("dcr.search", url, "model=tiny", "plan=true")
-    assert SECRET not in seen
-    assert code == 0, seen
-
-
 def test_keys_of_the_environment_and_control_codes_reach_no_output(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

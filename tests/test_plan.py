@@ -1,8 +1,6 @@
 """plan=true against published parameter counts, the paper's step counts and measured tensors."""
 
-import json
 import math
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from dcr import plan
 from dcr.core import cli, data, models
 from dcr.core.config import (
     ConfigError,
+    Kind,
     LoraConfig,
     Method,
     Precision,
@@ -23,10 +22,10 @@ from dcr.core.config import (
     TrainConfig,
     resolving,
 )
+from dcr.core.sources import Example
 from dcr.extensions import TrainSettings
 from dcr.fast import packing
 from dcr.plan import cost
-from dcr.plan.__main__ import main
 
 PUBLISHED = {
     "smollm2_135m": 134_515_008,
@@ -155,7 +154,16 @@ def test_layer_beyond_the_depth_is_refused() -> None:
 def test_steps_of_the_paper(
     name: str, which: Stage, steps: tuple[int, int, int], no_weights: None
 ) -> None:
-    made = stage(settings(f"model=qwen2_5_{name}", "data=paper"), which)
+    told = settings(f"model=qwen2_5_{name}", "data=paper")
+    counts = {Kind.seemingly_toxic: 250, Kind.toxic: 500, Kind.normal: 20_000}
+    rows = {k: [Example(f"{k}{i}", "x", k, "s", "y") for i in range(n)] for k, n in counts.items()}
+    drawn = data.Splits(
+        seemingly_toxic=rows[Kind.seemingly_toxic],
+        toxic=rows[Kind.toxic],
+        normal=rows[Kind.normal],
+        refusals=rows[Kind.toxic] * 2,
+    )
+    made = plan.stage_plan(told, which, cost.stage_shape(told, which), drawn)
     assert (made.steps_per_epoch, made.steps, made.warmup) == steps
 
 
@@ -213,11 +221,6 @@ def test_estimated_tokens_are_a_quarter_of_the_characters() -> None:
     answers = [r.response or "" for r in [*drawn.normal, *drawn.refusals]]
     expected = sum(math.ceil(len(answer) / 4) + 1 for answer in answers)
     assert stage(told, Stage.sft).load.labelled == expected
-
-
-def test_a_ratio_beyond_the_table_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"data.toxic: 50000 rows asked for, 38961 there"):
-        plan.expected(settings("model=tiny", "data=paper", "dcr.ratio=200"))
 
 
 def test_no_step_beyond_the_block_without_nll(local: Path) -> None:
@@ -291,86 +294,23 @@ def test_checkpointing_trades_activations_for_time(local: Path) -> None:
     assert 1.2 < spared.flops / plain.flops < 1.5
 
 
-def test_a_smaller_pass_of_sft_is_advised_where_it_alone_fits(
-    monkeypatch: pytest.MonkeyPatch, no_weights: None
-) -> None:
-    free = [0.0]
-    monkeypatch.setattr(cost.machine, "free_bytes", lambda: free[0])
-    told = settings("model=smollm2_135m", "method=stl")
-
-    def peak(tokens: int) -> float:
-        load = cost.Load(0, tokens, tokens, tokens, 0, tokens, 0)
-        return sum(cost.memory(told, Stage.sft, shape, load).values())
-
-    shape, named = cost.stage_shape(told, Stage.sft), set[int]()
-    for free[0] in (0, 2e9, 2.4e9, 3e9, 5e9, 1e12):
-        fits = [n for n in (2048, 1024, 512, 256) if peak(n) <= 0.9 * free[0]]
-        advice = cost.smaller_passes(told, shape)
-        assert bool(advice) == (bool(fits) and fits[0] < 2048)
-        if advice:
-            named.add(fits[0])
-            assert advice[0].startswith(f"sft.micro_tokens={fits[0]} plans a peak of ")
-            assert f"- {advice[0][:40]}" in plan.describe(told)
-    assert named
-    assert not cost.smaller_passes(settings("trainer.devices=2", "method=stl"), shape)
-
-
-def test_ways_to_fit_are_settings_that_there_are(
-    monkeypatch: pytest.MonkeyPatch, no_weights: None
-) -> None:
-    monkeypatch.setattr("dcr.core.config.resolving.check_installed", lambda *_: None)
-    llama = ("model=llama3_8b", "stage=contrastive", "trainer.accelerator=gpu")
-    asked = settings(*llama)
-    load = stage(asked, Stage.contrastive).load
-    found = cost.memory_by_settings(asked, load)
-    for name, needs in found.items():
-        told = asked if name == "as asked" else settings(*llama, *name.split())
-        shape = cost.stage_shape(told, Stage.contrastive)
-        alone = sum(cost.memory(told, Stage.contrastive, shape, load).values()) + cost.RESERVED
-        assert needs[:3] == [pytest.approx(math.inf if "fsdp" in name else alone)] * 3
-    small, full = found["dcr.optim.moments=int8"][0], found["as asked"][0]
-    trained = sum(cost.stage_shape(asked, Stage.contrastive).trained.values())
-    # two moments of four bytes become two of one and a scale for 256 of them
-    assert full - small >= trained * (8 - 2 * (1 + 4 / 256))
-
-
 # --- the text -----------------------------------------------------------------------------------
 
 
-def test_plan_of_the_paper_says_what_it_did_not_read(
-    no_weights: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_plan_says_what_it_estimates(no_weights: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost, "timed_product", lambda *_: 5e10)  # no test times this machine
-    told = plan.describe(settings("model=llama3_8b", "data=paper", "stage=contrastive"))
+    told = plan.describe(settings("model=llama3_8b", "stage=contrastive"))
     assert "8,030,261,248" in told
-    assert "from the table of sources, not read" in told
     assert "estimated at 4 characters a token" in told
-    assert "Stage one on GPUs: GB of each" in told
-    assert re.search(r"as asked( +-){4}\n", told)  # 93 GB of weights, gradients and states
-    assert re.search(r"dcr.adapter=lora dcr.precision=bf16( +\d\d\.\d\d GB){4}\n", told)
     assert max(map(len, told.splitlines())) <= 100
     assert "\x1b" not in told
 
 
-def test_answers_of_stl_aug_are_counted_without_the_hub(tmp_path: Path) -> None:
-    file = tmp_path / "answers.jsonl"
-    lines = [{"prompt": f"How do I kill process {i}?", "response": "Use kill."} for i in range(3)]
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    asked = ("method=stl_aug", "data=paper", f"data.safety.source=[{file}]", "data.safety.count=1")
-    told = settings(*asked, f"stl_aug.responses={file}", "stl_aug.repeat=2")
-    with_answers, _, _ = plan.expected(told)
-    without, _, _ = plan.expected(replace(told, method=Method.stl))
-    assert [len(r.augmented) for r in (with_answers, without)] == [6, 0]
-    with pytest.raises(ConfigError, match=r"stl_aug\.responses=null: .* write one with"):
-        plan.expected(settings(*asked))
-
-
 @pytest.mark.parametrize("method", list(Method))
 def test_the_plan_of_a_method_is_of_the_stages_it_trains(
-    local: Path, method: Method, no_weights: None, capsys: pytest.CaptureFixture[str]
+    local: Path, method: Method, no_weights: None
 ) -> None:
-    assert main([f"model.name={local}", f"method={method.value}"]) == 0
-    told = capsys.readouterr().out
+    told = plan.describe(settings(f"model.name={local}", f"method={method.value}"))
     chain = {"dcr": "contrastive then sft", "stl": "sft", "stl_aug": "sft"}[method.value]
     assert told.startswith(f"Plan: method={method.value} ({chain}) on ")
     assert ("contrastive" in told.replace(str(local), "")) == (method is Method.dcr)

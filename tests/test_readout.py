@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -259,13 +260,12 @@ def test_only_the_batches_that_steps_take_are_prepared_and_each_once(
     assert len(set(drawn.steps)) == len(drawn.steps) == 2 < len(drawn.pairs) == len(drawn.general)
     asked = [part[place] for part in (drawn.pairs, drawn.general) for place in sorted(drawn.steps)]
     assert prepared == [len(part) for part in (*asked, *drawn.watched, *drawn.ordinary)]
-    shape, rows = cost.stage_shape(few, Stage.sft), data.rows_of(few)
-    planned = plan.stage_plan(few, Stage.sft, shape, rows).readout
-    assert planned
-    assert (planned.prepared, planned.batches, planned.flops > 0) == (2, len(drawn.pairs), True)
-    padded = plan.readout_plan(few, shape, rows, prefix=None)
-    assert (padded.through_all, padded.through_last) == (sum(tokens), sum(tokens[:4]))
-    assert "tokens through all blocks, once" in plan.describe(few)
+    shape = cost.stage_shape(few, Stage.readout)
+    planned = plan.stage_plan(few, Stage.readout, shape, data.rows_of(few))
+    assert (planned.steps, planned.load.full) == (2, sum(tokens))
+    last = few.sft.readout.blocks / shape.depth * shape.blocks
+    assert planned.padded_flops > 2 * sum(tokens) * shape.blocks + 4 * last * sum(tokens[:4])
+    assert re.search(rf"padded .* {sum(tokens):,}\n", plan.describe(few))
     told = capfd.readouterr().err
     assert f"readout, preparing: 100%|██████████| {len(prepared)}/{len(prepared)}" in told
     assert "readout: 100%|██████████| 2/2" in told

@@ -399,7 +399,7 @@ def test_prompts_on_the_wrong_side_of_the_score_are_left_out(planted: Policy) ->
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"ablation_kl": 1e-9}, r"^steering\.surgical\.ablation_kl=1e-09: each of 8 .*; raise it$"),
+        ({"ablation_kl": 1e-9}, r"^steering\.surgical\.ablation_kl=1e-09: each of 8 .* raise it$"),
         ({"addition_kl": 1e-9}, r"^steering\.surgical\.addition_kl=1e-09: each of 8 .* raise it$"),
         ({"train": 12}, r"^steering\.surgical\.train=12: no seemingly_toxic and no normal .*low"),
     ],

@@ -48,9 +48,7 @@ class Options:
         "auto",
         choices=[each.value for each in Precision],
     )
-    settings: list[str] = entry.option(
-        "any setting of train.py; python train.py --cfg job lists them", [], rest=True
-    )
+    settings: list[str] = entry.settings_of("train.py")
 
 
 @entry.command(Options)

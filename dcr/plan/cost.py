@@ -32,7 +32,7 @@ import functools
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dcr import extensions
@@ -54,9 +54,7 @@ if TYPE_CHECKING:
 
 LOGIT_ROWS = 256  # the chunk of losses.token_nll
 PROCESS_BYTES = 0.5e9
-RESERVED = 1.5e9  # CUDA's context, its libraries' workspaces, and fragmentation
 INT8_BYTES = 1 + 4 / 256  # a moment of bitsandbytes': a byte, and a scale for 256
-CARDS = ((1, 24), (1, 40), (1, 80), (8, 80))  # devices, and GiB of each
 GPU_SHARE, MEASURED_SHARE = 0.4, 0.5  # of the peak rate that training reaches
 GPUS = {  # published dense FLOP/s in bf16 and in fp32
     "H100": (989e12, 67e12),
@@ -66,8 +64,6 @@ GPUS = {  # published dense FLOP/s in bf16 and in fp32
 ASSUMED_GPU = "H100"
 TRIAL_SECONDS = 0.2
 TRIAL_ROWS = 8, 512  # of a product: at first, and at most
-FREE_SHARE = 0.9  # of free memory, that a planned peak may take
-HALVINGS = 3  # of sft.micro_tokens at most: smaller passes save little and take long
 PACKED = ("llama", "qwen2")  # families that the tests see packed, see dcr.fast.packing
 # Bytes that a block saves per token and unit of (rows + columns) of its matrices: for a matrix that
 # a gradient passes, more if it is trained, and more if it carries LoRA. Measured with saved-tensor
@@ -146,7 +142,7 @@ def stage_shape(settings: TrainConfig, stage: Stage) -> Shape:
 
 def lora_of(settings: TrainConfig, stage: Stage) -> LoraConfig | None:
     """The adapter that the stage trains; None if it trains the weights themselves."""
-    if stage is Stage.sft:
+    if stage is not Stage.contrastive:
         return settings.sft.lora
     return None if settings.dcr.adapter is Adapter.full else settings.dcr.lora
 
@@ -262,86 +258,6 @@ def memory(settings: TrainConfig, stage: Stage, shape: Shape, load: Load) -> dic
     }
 
 
-def smaller_passes(settings: TrainConfig, shape: Shape) -> list[str]:
-    """Advises a smaller `sft.micro_tokens` if free memory holds only its peak.
-
-    There is no advice for several processes, which share free memory, nor for a GPU elsewhere.
-    """
-    import torch
-
-    gpu = device_type(settings) == "cuda"
-    if settings.trainer.devices * settings.trainer.num_nodes > 1:
-        return []
-    if gpu and not torch.cuda.is_available():
-        return []
-    free = torch.cuda.mem_get_info()[0] if gpu else machine.free_bytes()
-
-    def peak(number: int) -> float:
-        largest = max(number, settings.sft.max_len)
-        load = Load(0, largest, largest, largest, 0, largest, 0)
-        return sum(memory(settings, Stage.sft, shape, load).values())
-
-    sizes = [settings.sft.micro_tokens >> halved for halved in range(HALVINGS + 1)]
-    fitting = next((n for n in sizes if n and peak(n) <= FREE_SHARE * free), sizes[0])
-    if fitting == sizes[0]:
-        return []
-    return [
-        f"sft.micro_tokens={fitting} plans a peak of {peak(fitting) / 1e9:.1f} GB in SFT, instead "
-        f"of {peak(sizes[0]) / 1e9:.1f} of {free / 1e9:.1f} GB free; it draws other dropout masks"
-    ]
-
-
-# --- what fits where ---
-
-
-def memory_by_settings(settings: TrainConfig, load: Load) -> dict[str, list[float]]:
-    """The bytes that stage one needs on each of CARDS, as asked and by settings that need less.
-
-    A setting that takes several devices needs infinite memory on one.
-    """
-    world = settings.trainer.devices * settings.trainer.num_nodes
-    small = replace(settings.dcr.optim, moments=Moments.int8)
-    lora, int8, bf16 = {"adapter": Adapter.lora}, {"optim": small}, {"precision": Precision.bf16}
-    changes: dict[str, dict[str, Any]] = {
-        "": {},
-        "dcr.optim.moments=int8": int8,
-        "dcr.adapter=lora": lora,
-        "dcr.adapter=lora dcr.precision=bf16": lora | bf16,
-        "trainer.strategy=fsdp": {},
-    }
-    by_settings: dict[str, list[float]] = {}
-    shapes: dict[tuple[Adapter, Precision], Shape] = {}  # no other setting changes them
-    for name, change in changes.items():
-        split = name.endswith(FSDP)
-        for spared in ("", "dcr.gradient_checkpointing=true"):
-            node = replace(settings.dcr, **change)
-            if spared:
-                node = replace(node, gradient_checkpointing=True)
-            changed, kind = replace(settings, dcr=node), (node.adapter, node.precision)
-            if kind not in shapes:
-                shapes[kind] = stage_shape(changed, Stage.contrastive)
-            needs: list[float] = []
-            for devices, _ in CARDS:
-                trainer = replace(
-                    settings.trainer,
-                    accelerator="gpu",
-                    devices=devices,
-                    num_nodes=1,
-                    strategy=FSDP if split else "auto",
-                )
-                part = replace(
-                    load,
-                    largest_trunk=math.ceil(load.largest_trunk * world / devices),
-                    largest_full=math.ceil(load.largest_full * world / devices),
-                    labelled=math.ceil(load.labelled * world / devices),
-                )
-                one = replace(changed, trainer=trainer)
-                peak = sum(memory(one, Stage.contrastive, shapes[kind], part).values())
-                needs.append(math.inf if split and devices == 1 else peak + RESERVED)
-            by_settings[f"{name} {spared}".strip() or "as asked"] = needs
-    return by_settings
-
-
 def epoch_flops(settings: TrainConfig, stage: Stage, shape: Shape, load: Load) -> float:
     """The floating-point operations of one rank in one epoch."""
     in_blocks = [n for name, n in shape.trained.items() if name.startswith(("blocks", "LoRA"))]
@@ -356,22 +272,20 @@ def epoch_flops(settings: TrainConfig, stage: Stage, shape: Shape, load: Load) -
     )
 
 
-def readout_flops(
-    settings: TrainConfig, shape: Shape, once: int, learnt: int, measured: int, places: int
-) -> float:
+def readout_flops(settings: TrainConfig, shape: Shape, load: Load, learnt: int) -> float:
     """The floating-point operations of the readout, see `dcr.core.training.readout`.
 
-    `once` tokens pass all blocks, and the last ones again, which checks that they give the same;
-    `learnt` tokens pass the last blocks in the steps, and `measured` ones about twice more. The
-    head reads `places` forward and back, and once with the weights from before.
+    The load's tokens pass all blocks, and the last ones again, which checks that they give the
+    same; `learnt` tokens pass the last blocks in the steps, and held-out ones about twice more. The
+    head reads labelled places forward and back, and once with the weights from before.
     """
     part = settings.sft.readout.blocks / shape.depth
     last, lora = part * shape.blocks, part * shape.trained.get("LoRA", 0)
     return (
-        2 * once * (shape.blocks + last)
+        2 * load.full * (shape.blocks + last)
         + (4 * last + 2 * lora) * learnt
-        + 4 * last * measured
-        + 6 * shape.head * places
+        + 4 * last * load.heldout
+        + 6 * shape.head * load.labelled
     )
 
 

@@ -2,7 +2,7 @@
 
 This module defines a search: spaces in a plain grammar, validation prompts of another origin than
 the training rows, and the run that a point of the spaces stands for. `trials` has the Optuna study
-and its workers; `python -m dcr.search` shows front and figures and trains the chosen point anew.
+and its workers; `python -m dcr.search` shows the front.
 """
 
 import json
@@ -30,20 +30,12 @@ FIXED = {*runs.FREE_KEYS, "seed"}  # keys that no trial varies
 HELD_OUT = "contrasts_seemingly_toxic_heldout:contrasts_toxic_heldout"
 
 
-@dataclass(frozen=True)
-class Objective:
-    """A quantity that is optimised; one that is maximised is a share of 1."""
-
-    maximised: bool
-    words: str
-
-
-OBJECTIVES = {
-    "auroc": Objective(True, "discernment AUROC"),
-    "answered": Objective(True, "answered at safety .8"),
-    "nll": Objective(False, "held-out NLL, nats a token"),
-    "ability": Objective(True, "accuracy of ability.tasks"),
-    "seconds": Objective(False, "training, device seconds"),
+OBJECTIVES = {  # whether each is maximised
+    "auroc": True,
+    "answered": True,
+    "nll": False,
+    "ability": True,
+    "seconds": False,
 }
 
 
@@ -180,10 +172,9 @@ def _check_validation(settings: TrainConfig, pair: Pair) -> None:
 
 @dataclass(frozen=True)
 class Search:
-    """The spaces, objectives and settings of a search, and the places of its files and database."""
+    """The spaces, objectives and settings of a search, and the place of its files."""
 
     out: Path
-    url: str
     spaces: Mapping[str, Space]
     objectives: tuple[str, ...]
     settings: TrainConfig
@@ -194,45 +185,32 @@ class Search:
 
     @property
     def name(self) -> str:
-        """The study's name, by which the same command finds its own in a shared storage."""
+        """The study's name, by which the same command finds its own in the journal."""
         spaces = {key: vars(space) for key, space in self.spaces.items()}
         what = [runs.binding(config.plain(self.settings)), spaces, self.objectives, self.evaluating]
         return f"search-{storage.fingerprint([what, list(map(str, self.validation))])}"
 
     @property
-    def tested(self) -> list[Sequence[str]]:
-        return [self.settings.data.evaluation.over_refusal, self.settings.data.evaluation.safety]
-
-    @property
-    def validated(self) -> list[Sequence[str]]:
-        return [[n for pair in self.validation for n in pair.sides[i][1]] for i in (0, 1)]
+    def journal(self) -> Path:
+        return self.out / "search.journal"
 
     def trial(self, point: Mapping[str, object]) -> Job:
         """The run of a point, measured on the validation prompts."""
+        evaluation = self.settings.data.evaluation
+        tested = [evaluation.over_refusal, evaluation.safety]
+        validated = [[n for pair in self.validation for n in pair.sides[i][1]] for i in (0, 1)]
+        # training drops rows near any of these prompts, so that all runs learn from the same rows
+        asked = _asking([[*t, *v] for t, v in zip(tested, validated, strict=True)])
         tasks = "discernment,ability" if "ability" in self.objectives else "discernment"
-        own = [f"tasks=[{tasks}]", *_asking(self.validated)]
-        return self._job(self.out / "trials", "trial", words_of(point), own)
-
-    def final(self, name: str, words: Sequence[str]) -> Job:
-        """A run that is evaluated on the test sets."""
-        return self._job(self.out, name, words, _asking(self.tested))
-
-    def base(self) -> Job:
-        """The model before training, evaluated on the test sets."""
-        evaluating = [QUIET, *self.evaluating, *_asking(self.tested)]
-        return study.base_of(self.out, self.settings, evaluating)
+        evaluating = [QUIET, *self.evaluating, f"tasks=[{tasks}]", *_asking(validated)]
+        training = [QUIET, *self.training, *asked, *words_of(point)]
+        return study.job_of(self.out / "trials", "trial", training, evaluating)
 
     def corners(self) -> list[Job]:
         """Trials that together have both ends of every space and every choice."""
         ends = [space.choices or (space.low, space.high) for space in self.spaces.values()]
         points = ([of[min(i, len(of) - 1)] for of in ends] for i in range(max(map(len, ends))))
         return [self.trial(dict(zip(self.spaces, point, strict=True))) for point in points]
-
-    def _job(self, out: Path, name: str, words: Sequence[str], own: Sequence[str]) -> Job:
-        # training drops rows near any of these prompts, so that all runs learn from the same rows
-        asked = [[*t, *v] for t, v in zip(self.tested, self.validated, strict=True)]
-        training = [QUIET, *self.training, *_asking(asked), *words]
-        return study.job_of(out, name, training, [QUIET, *self.evaluating, *own])
 
 
 def words_of(point: Mapping[str, object], short: bool = False) -> list[str]:

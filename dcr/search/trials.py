@@ -1,179 +1,115 @@
-"""The trials of a search: an Optuna study in a database that worker processes share.
-
-Optuna's heartbeat notices a trial whose worker was killed, on whichever machine, fails it and
-enqueues its point again. The database may be another's, older or damaged: `read_trials` checks it.
-"""
+"""The trials of a search: an Optuna study in a journal that worker processes share."""
 
 import functools
 import math
 import os
 import shutil
-import socket
-import time
-import warnings
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from datetime import datetime
-from typing import Any
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 import optuna
+import pandas as pd
 from filelock import FileLock
-from optuna.exceptions import ExperimentalWarning, OptunaError
 from optuna.samplers import TPESampler
-from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
-from optuna.study import MaxTrialsCallback, StudyDirection
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
-from sqlalchemy import NullPool, event
-from sqlalchemy.exc import SQLAlchemyError
 
 from dcr import launching, results, study
-from dcr.core import config, ending, runs, storage
-from dcr.core.config import STAGES, ConfigError, UserError
+from dcr.core import config, runs, storage
+from dcr.core.config import STAGES, DataError, UserError
 from dcr.core.evaluation import subjects
 from dcr.core.runs import Cost
 from dcr.core.text import single_line
 from dcr.report.paper import SAFETY_SHARE
 from dcr.search import OBJECTIVES, Search, Space, words_of
-from dcr.search.drawings import EndedTrial
 from dcr.study import Job, StudyError
 
-PULSE = 10  # seconds between two heartbeats of a trial
-SILENCE = 90  # seconds without a heartbeat after which a trial's worker counts as dead
-LOCKED = 5.0  # seconds that SQLite waits for another process
-SQLITE = "sqlite:///"
-COMPLETE, FAIL, WAITING = TrialState.COMPLETE, TrialState.FAIL, TrialState.WAITING
-with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
-    enqueue_again = RetryHeartbeatStaleTrialCallback()
-
 optuna.logging.set_verbosity(optuna.logging.ERROR)
-
-
-class Storage(RDBStorage):
-    """Optuna's storage, for processes that share an SQLite file.
-
-    A heartbeat outlives a database that is busy for longer than SQLite waits. Transactions take
-    turns: SQLite locks no rows, so that two workers could take the same trial.
-    """
-
-    def __init__(self, url: str) -> None:
-        options: dict[str, Any] = {"poolclass": NullPool}  # no connection outlives a fork
-        if url.startswith(SQLITE):
-            options["connect_args"] = {"timeout": LOCKED}
-        super().__init__(
-            url,
-            options,
-            heartbeat_interval=PULSE,
-            grace_period=SILENCE,
-            heartbeat_stale_trial_callback=enqueue_again,
-        )
-        if url.startswith(SQLITE):
-            event.listen(self.engine, "connect", lambda c, _: setattr(c, "isolation_level", None))
-            event.listen(self.engine, "begin", lambda c: c.exec_driver_sql("BEGIN IMMEDIATE"))
-
-    def record_heartbeat(self, trial_id: int) -> None:
-        with suppress(OptunaError, SQLAlchemyError):
-            super().record_heartbeat(trial_id)
-
-
-# --- the study ----------------------------------------------------------------------------------
-
-
-@contextmanager
-def _in_one_line(url: str) -> Iterator[None]:
-    """Turn what Optuna raises over a database, any exception if it is damaged, into one line."""
-    try:
-        with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
-            yield
-    except Exception as error:
-        cause = error.__cause__ or error
-        why = single_line(f"{type(cause).__name__} {cause}".strip(), longest=160)
-        cure = f"give a URL that Optuna opens, such as {SQLITE}search.db, or restore a copy"
-        if "is locked" in f"{error} {cause}":
-            why = f"another program has held its lock for {LOCKED:g} s"
-            cure = "end that, such as a database browser, and give the same command again"
-        raise ConfigError(f"storage={single_line(url)}: {why}; {cure}") from error
 
 
 def opened(search: Search, place: int = 0) -> optuna.Study:
     """The study of a search, made where it is not there yet.
 
-    Its sampler is seeded by the worker's `place` and the number of trials. Raises ConfigError for
-    a storage that cannot be opened.
+    Its sampler is seeded by the worker's `place` and the number of trials. Raises DataError for a
+    damaged journal.
     """
-    with _in_one_line(search.url):
+    if search.journal.exists() and not search.journal.is_file():
+        raise DataError(f"{search.journal}: is no file; name another folder with out=")
+    try:
         shared = optuna.create_study(
-            storage=Storage(search.url),
+            storage=JournalStorage(JournalFileBackend(str(search.journal))),
             study_name=search.name,
-            directions=_directions(search),
+            directions=[
+                "maximize" if OBJECTIVES[name] else "minimize" for name in search.objectives
+            ],
             load_if_exists=True,
         )
-    number = len(read_trials(search, shared))
-    worker = f"{search.settings.seed}/{socket.gethostname()}/{place}/{number}"
+        number = len(shared.trials)
+    except OSError:
+        raise
+    except Exception as error:  # whatever Optuna stumbles over
+        raise DataError(
+            f"{search.journal}: damaged ({type(error).__name__}: {single_line(error)}); restore "
+            "it from a copy, or delete it: trials that are measured are not measured again"
+        ) from error
+    worker = f"{search.settings.seed}/{place}/{number}"
     few = min(max(4, search.trials // 4), 10)  # a short search affords no more random trials
     shared.sampler = TPESampler(n_startup_trials=few, seed=zlib.crc32(worker.encode()))
     return shared
 
 
-def _directions(search: Search) -> list[StudyDirection]:
-    upwards = (OBJECTIVES[name].maximised for name in search.objectives)
-    return [StudyDirection.MAXIMIZE if up else StudyDirection.MINIMIZE for up in upwards]
+def carry_out(search: Search, workers: int, point: Mapping[str, object]) -> optuna.Study:
+    """Do all trials, `point` first; no other command may do trials of the same folder meanwhile."""
+    shared = opened(search)
+    if not shared.trials:
+        shared.enqueue_trial(dict(point), user_attrs={"configured": True})
+    for trial in shared.get_trials(states=[TrialState.RUNNING]):  # of a command that was killed
+        shared.tell(trial.number, state=TrialState.FAIL)
+        _give_back(shared, trial.number)
+    if (missing := search.trials - len(ended(shared))) > 0:
+        places = range(min(workers, missing))
+        shares = [len(range(place, missing, len(places))) for place in places]
+        study.in_fork(*(functools.partial(_work, search, p, shares[p]) for p in places))
+    return opened(search)
 
 
-def read_trials(search: Search, shared: optuna.Study) -> list[FrozenTrial]:
-    """The trials in the database, without those of killed workers, which were enqueued again.
-
-    Raises ConfigError where this search cannot have made them.
-    """
-    with _in_one_line(search.url):
-        trials, wrong = shared.get_trials(deepcopy=False), ""
-        if shared.directions != _directions(search):
-            wrong = "an objective has another direction"
-        elif sorted(trial.number for trial in trials) != list(range(len(trials))):
-            wrong = "trials are missing or there twice"
-        trials = [t for t in trials if t.state is not FAIL or "fault" in t.user_attrs]
-        for trial in trials:
-            if not _possible(search, trial):
-                wrong = wrong or f"trial {trial.number} has settings or values outside the search"
-    if wrong:
-        raise ConfigError(
-            f"storage={single_line(search.url)}: {search.name}: {wrong}, so that it is damaged or "
-            "was written by another program; restore it from a copy, or name another"
-        )
-    return trials
+def _give_back(shared: optuna.Study, number: int) -> None:
+    """Enqueue the point of a trial that was stopped."""
+    trial = shared.get_trials(deepcopy=False)[number]
+    point = trial.system_attrs.get("fixed_params", {}) | trial.params
+    shared.enqueue_trial(point, user_attrs=trial.user_attrs)
 
 
-def _possible(search: Search, trial: FrozenTrial) -> bool:
-    """Whether settings lie inside their spaces, and each value is one that its objective takes."""
-    for key, value in trial.params.items():
-        if key not in search.spaces or not search.spaces[key].holds(value):
-            return False
-    if trial.state is not COMPLETE:
-        return trial.state is not TrialState.PRUNED
-    values, most = trial.values or (), {True: 1.0, False: 1e300}  # what is maximised is a share
-    highest = [most[OBJECTIVES[name].maximised] for name in search.objectives]
-    whole = len(trial.params) == len(search.spaces) and len(values) == len(highest)
-    return whole and all(0 <= value <= top for value, top in zip(values, highest, strict=True))
-
-
-def ended_trials(search: Search, shared: optuna.Study) -> list[EndedTrial]:
-    """Every trial that has ended."""
-    ended = [trial for trial in read_trials(search, shared) if trial.state.is_finished()]
-    whole = any(trial.state is COMPLETE for trial in ended)
-    with _in_one_line(search.url):
-        front = {trial.number for trial in shared.best_trials} if whole else set()
+def ended(shared: optuna.Study) -> list[FrozenTrial]:
+    """Every trial that has ended, without those that were killed and enqueued again."""
     return [
-        EndedTrial(
-            trial.number,
-            trial.params,
-            tuple(trial.values or ()),
-            single_line(trial.user_attrs.get("fault", "")),
-            front=trial.number in front,
-            # the first that was enqueued, or the same after its worker was killed
-            configured=trial.system_attrs.get("failed_trial", trial.number) == 0,
-        )
-        for trial in ended
+        trial
+        for trial in shared.get_trials(deepcopy=False)
+        if trial.state is TrialState.COMPLETE or "fault" in trial.user_attrs
     ]
+
+
+def table(search: Search, shared: optuna.Study) -> pd.DataFrame:
+    """A row for each trial that has ended; it has the value of each objective if it did not fail.
+
+    `front` marks the Pareto front, `configured` the settings as configured.
+    """
+    front = {trial.number for trial in shared.best_trials}
+    rows = [
+        {
+            "trial": trial.number,
+            "ended": trial.state.name.lower().replace("fail", "failed"),
+            "front": trial.number in front,
+            "configured": trial.user_attrs.get("configured", False),
+            **{key: trial.params.get(key) for key in search.spaces},
+            **dict(zip(search.objectives, trial.values or (), strict=False)),
+            "fault": single_line(trial.user_attrs.get("fault", "")),
+        }
+        for trial in ended(shared)
+    ]
+    return pd.DataFrame(rows)
 
 
 def importances(shared: optuna.Study, objectives: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -184,64 +120,18 @@ def importances(shared: optuna.Study, objectives: Sequence[str]) -> dict[str, di
     evaluator, found = optuna.importance.FanovaImportanceEvaluator(seed=0), {}
     for place, name in enumerate(objectives):
         with suppress(RuntimeError):  # no variance
-            found[OBJECTIVES[name].words] = optuna.importance.get_param_importances(
+            found[name] = optuna.importance.get_param_importances(
                 shared, evaluator=evaluator, target=lambda trial, place=place: trial.values[place]
             )
     return found
 
 
-# --- workers ------------------------------------------------------------------------------------
-
-
-def carry_out(search: Search, workers: int, point: Mapping[str, object]) -> optuna.Study:
-    """Do all trials, `point` first, with so many workers here beside those of other commands."""
-    shared = opened(search)
-    with _in_one_line(search.url):
-        if not shared.get_trials(deepcopy=False):
-            shared.enqueue_trial(dict(point))
-    while True:
-        with _in_one_line(search.url):
-            optuna.storages.fail_stale_trials(shared)
-        trials = read_trials(search, shared)
-        missing = max(search.trials - len(trials), 0) + sum(t.state is WAITING for t in trials)
-        if missing:
-            places = range(min(workers, missing))
-            shares = [len(range(place, missing, len(places))) for place in places]
-            study.in_fork(*(functools.partial(_work, search, p, shares[p]) for p in places))
-        elif all(trial.state.is_finished() for trial in trials):
-            return shared
-        else:  # another command's, or one that was killed
-            for trial in trials:
-                _forget_unbegun(search, shared, trial)
-            time.sleep(ending.PATIENCE)
-
-
-def _forget_unbegun(search: Search, shared: optuna.Study, trial: FrozenTrial) -> None:
-    """Enqueue a trial again whose worker was killed before its first heartbeat."""
-    began = trial.datetime_start
-    if began is None or trial.state.is_finished() or len(trial.params) == len(search.spaces):
-        return
-    if (datetime.now() - began).total_seconds() > SILENCE:
-        with _in_one_line(search.url):
-            shared.tell(trial.number, state=FAIL)
-            enqueue_again(shared, trial)
-
-
 def _work(search: Search, place: int, number: int) -> None:
-    """Do `number` trials one after the other, or fewer if other commands do the rest."""
+    """Do `number` trials one after the other."""
     if gpus := launching.gpus():
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[place % len(gpus)]
-    shared, objective = opened(search, place), functools.partial(_objective, search)
-    try:
-        enough = MaxTrialsCallback(search.trials)
-        shared.optimize(objective, n_trials=number, catch=(UserError,), callbacks=[enough])
-    except (OptunaError, SQLAlchemyError):
-        with _in_one_line(search.url):
-            raise
-    except ValueError as error:  # this machine slept, and another has the trial now
-        if "Cannot tell a" not in str(error):
-            raise
-        print("a trial was taken over by another worker", flush=True)
+    objective = functools.partial(_objective, search)
+    opened(search, place).optimize(objective, n_trials=number, catch=(UserError,))
 
 
 def _objective(search: Search, trial: Trial) -> Sequence[float]:
@@ -253,11 +143,9 @@ def _objective(search: Search, trial: Trial) -> Sequence[float]:
         trial.set_user_attr("fault", single_line(fault))
         print(f"[trial {trial.number}] failed: {single_line(fault)}", flush=True)
         raise
-    except KeyboardInterrupt:
-        enqueue_again(trial.study, trial.study.get_trials(deepcopy=False)[trial.number])
+    except KeyboardInterrupt:  # for which Optuna fails the trial
+        _give_back(trial.study, trial.number)
         raise
-    if trial.study.get_trials(deepcopy=False)[trial.number].state is FAIL:
-        raise StudyError("another worker has the trial, since heartbeats were missing")
     measured = (
         f"{name} {value:.4g}" for name, value in zip(search.objectives, values, strict=True)
     )

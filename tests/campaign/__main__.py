@@ -77,7 +77,7 @@ def carried_out(name: str, options: argparse.Namespace, work: Path) -> bool:
     began, ends = time.monotonic(), {0: 0, 2: 0}
 
     @seed(options.seed)
-    @settings(max_examples=options.cases, deadline=None, suppress_health_check=[*HealthCheck])
+    @settings(max_examples=options.cases, deadline=None, suppress_health_check=list(HealthCheck))  # pyright: ignore[reportArgumentType]
     @given(st.randoms())
     def case(rng: Random) -> None:
         with tempfile.TemporaryDirectory(dir=work) as folder:

@@ -191,12 +191,9 @@ ADDRESSES = (
         "http://127.0.0.1:9/v1?api_key={}",
         "http://127.0.0.1:9/{}?k={}",
     ),
-    *("postgresql://u:{}@127.0.0.1:9/db", "mysql+pymysql://u:{}@127.0.0.1:9/db"),
-    *("sqlite:///no/such?password={}", "https://{}@hub.invalid/x", "{}"),
+    *("https://{}@hub.invalid/x", "{}"),
 )
 ASKED: tuple[Sequence[str], ...] = (
-    ("dcr.search", "storage=@", "model=tiny", "plan=true"),
-    ("dcr.search", "storage=@", "model=tiny", "trials=1"),
     ("eval.py", "endpoint=@", "endpoint_model=m", "output=said", *SCORED),
     ("eval.py", "run=run", "judge=[llm]", "llm.url=@", "llm.model=m", *SCORED),
     ("eval.py", "run=run", "judge=[moderation]", "moderation.url=@", *SCORED),

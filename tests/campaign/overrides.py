@@ -120,11 +120,10 @@ def draw(schema: type, rng: Random, how_many: int) -> tuple[list[str], list[str]
 
 OWN = {  # of commands that are no Hydra script: options, and values that would be good ones
     "dcr.report": ("out", "margin", "data", "--table", "--figure", "--claims", "--nope"),
-    "dcr.export": ("run", "out", "stage", "dtype", "relink", "nope"),
+    "dcr.export": ("run", "out", "stage", "dtype", "nope"),
     "dcr.chat": ("run", "stage", "max_new_tokens", "nope"),
     "dcr.augment": ("source", "out", "count", "attempts", "nope"),
     "dcr.choice": ("limit", "pairs", "tests", "out", "nope"),
-    "dcr.plan": ("nope",),
 }
 GOOD = {
     "dcr.report": ("run",),
@@ -138,7 +137,6 @@ GOOD = {
         *SCORED,
     ),
     "dcr.choice": ("model=tiny", "limit=8", "wandb.mode=disabled", "out=choice.json"),
-    "dcr.plan": ("model=tiny",),
 }
 
 
@@ -153,7 +151,7 @@ def _module(rng: Random) -> tuple[list[str], list[str], list[str]]:
         given += [option, chosen] if option.startswith("--") else [f"{option}={chosen}"]
         if option == "nope":
             wrong.append(given[-1])
-    schemas = {"dcr.augment": EvalSettings, "dcr.choice": TrainSettings, "dcr.plan": TrainSettings}
+    schemas = {"dcr.augment": EvalSettings, "dcr.choice": TrainSettings}
     schema = schemas.get(name)
     if schema is not None and rng.random() < 0.6:
         more, refused = draw(schema, rng, 1)

@@ -1,13 +1,7 @@
 """Studies and searches: jobs and trials that share a folder or a database, one of them damaged."""
 
 import csv
-import functools
-import os
 import shutil
-import signal
-import sqlite3
-import time
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -32,8 +26,6 @@ SEARCH = (
     *("dcr.nll.weight=0.001", "dcr.ratio=null"),
 )
 TOLD = ("failed: ", "no stage one is taken over: ")  # lines of a study before its error
-VALUES = (None, -1, 0, 7, 1e308, float("inf"), "x", "", "{", "[]", "{}", b"\xff\xfe", "\x1b[2J\n")
-LOCKS = (None, signal.SIGTERM, signal.SIGINT)
 
 
 def prepare(base: Path) -> None:
@@ -82,13 +74,12 @@ def _results(place: Path) -> dict[str, bytes]:
 
 
 def search_case(rng: Random, place: Path, base: Path) -> tuple[str, Ended, list[tuple[str, str]]]:
-    """A search's database, damaged or held by another program, and the same search again."""
+    """A search's journal, damaged, and the same search again."""
     shutil.copytree(base / "search", place, dirs_exist_ok=True)
     (place.parent / "tiny").symlink_to(base / "tiny")
-    file = place / "found" / "search.db"
-    if rng.random() < 0.15:
-        return _held(rng, place, file)
-    did = _hurt(rng, file)
+    how, hurt = rng.choice(damage.BYTES)
+    hurt(place / "found" / "search.journal", rng)
+    did = f"{how} search.journal"
     ended = commands.run(SEARCH, place)
     faults = ended.faults()
     if ended.code == 0 and _front(base / "search") != _front(place):
@@ -98,51 +89,5 @@ def search_case(rng: Random, place: Path, base: Path) -> tuple[str, Ended, list[
 
 def _front(place: Path) -> list[dict[str, str]]:
     """What a search found, without the seconds: no two measurements of them agree."""
-    with (place / "found" / "front.csv").open(newline="") as file:
+    with (place / "found" / "trials.csv").open(newline="") as file:
         return [{k: v for k, v in row.items() if "second" not in k} for row in csv.DictReader(file)]
-
-
-def _hurt(rng: Random, file: Path) -> str:
-    if rng.random() < 0.2:
-        how, hurt = rng.choice(damage.BYTES)
-        hurt(file, rng)
-        return f"{how} search.db"
-    with closing(sqlite3.connect(file, isolation_level=None)) as base:
-        base.execute("PRAGMA ignore_check_constraints = ON")
-        tables = base.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
-        full = [t for (t,) in tables if base.execute(f"SELECT COUNT(*) FROM {t}").fetchone()[0]]
-        table = rng.choice(full)
-        if (draw := rng.random()) < 0.1:
-            words, values = f"DROP TABLE {table}", []
-        elif draw < 0.25:
-            words, values = f"DELETE FROM {table} WHERE rowid = 1", []
-        else:
-            columns = [row[1] for row in base.execute(f"PRAGMA table_info({table})")]
-            same = [row[0] for row in base.execute(f"SELECT {columns[-1]} FROM {table}")]
-            column = rng.choice(columns)
-            words = f"UPDATE {table} SET {column} = ?" + rng.choice(["", " WHERE rowid = 1"])
-            values = [rng.choice([*VALUES, *same])]
-        try:
-            base.execute(words, values)
-        except sqlite3.Error as error:  # a constraint: no damage
-            return f"{words} {values}: {error}"
-    return f"{words} {values}"
-
-
-def _held(rng: Random, place: Path, file: Path) -> tuple[str, Ended, list[tuple[str, str]]]:
-    """While another program holds the lock, a search ends by itself or by a signal, in seconds."""
-    number = rng.choice(LOCKS)
-
-    def stop(child: int) -> None:
-        time.sleep(rng.random() * 8)
-        if number is not None:
-            os.kill(child, number)
-
-    with closing(sqlite3.connect(file)) as base:
-        base.execute("BEGIN EXCLUSIVE")
-        ended = commands.run(SEARCH, place, interfere=functools.partial(stop))
-    faults = ended.faults()
-    if ended.code == 0:
-        faults.append(("silent", "a database that is held was read"))
-    named = "nothing" if number is None else number.name
-    return f"search.db held, {named}; {commands.spell(SEARCH)}", ended, faults

@@ -1,7 +1,7 @@
 """The empirical neural tangent kernel between prompts (Section 5 and A.6 of the paper).
 
 `empirical` measures a kernel, also by the paper's finite differences, and averages its matrix;
-`subset` finds the parameters; `exact` has the exact scheme and its memory.
+`subset` finds the parameters; `exact` has the exact scheme.
 """
 
 from dcr.analyses.ntk.empirical import (
@@ -14,7 +14,6 @@ from dcr.analyses.ntk.empirical import (
     log_probability_change,
     mean_by_kind,
     measure,
-    memory_needed,
     normalised,
     prompt_ids,
 )

@@ -21,11 +21,9 @@ from dcr.analyses.ntk.exact import (
     collect,
     exact,
     gradient,
-    graph_bytes,
     groups,
     last_logits,
     log_probabilities,
-    needed,
 )
 from dcr.core import grouping, models
 from dcr.core.config import ConfigError
@@ -189,21 +187,6 @@ def collected(
         return {name: one.to(cpu) for name, one in gradients.items()}, chosen.cpu(), log_p.cpu()
 
 
-def memory_needed(model: Any, lengths: Sequence[int], settings: Settings) -> int:
-    """An upper bound of the bytes that `measure` takes beside the model for such prompts.
-
-    The exact method takes A and δ (at most `budget_gib`), the graph of one batch and scratch;
-    finite differences take the graph and three copies of the subset. Raises ConfigError if one
-    module alone exceeds the budget.
-    """
-    if settings.method == "finite_difference":
-        moved = subset.parameters(model, settings.params, settings.head)
-        graph = graph_bytes(model, settings.batch_size, max(lengths))
-        return graph + 3 * sum(p.nbytes for p in moved)
-    sweeps, padded = _sweeps(model, lengths, settings), _padded_lengths(lengths, settings)
-    return needed(model, sweeps, padded, settings.batch_size, settings.top_k)
-
-
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     """The tokens of a prompt in the chat template, with the header of the answer."""
     if not tokenizer.chat_template:
@@ -215,15 +198,10 @@ def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
 
 def _sweeps(model: Any, lengths: Sequence[int], settings: Settings) -> list[list[subset.Layer]]:
     chosen = subset.layers(model, settings.params, settings.head)
-    itemsize, padded = next(model.parameters()).dtype.itemsize, _padded_lengths(lengths, settings)
+    itemsize, size = next(model.parameters()).dtype.itemsize, settings.batch_size
+    ordered = sorted(lengths)
+    padded = [max(ordered[i - i % size :][:size]) for i in range(len(ordered))]
     return groups(chosen, padded, settings.top_k, itemsize, settings.budget_gib * GIB)
-
-
-def _padded_lengths(lengths: Sequence[int], settings: Settings) -> list[int]:
-    """Each prompt's length after padding, ascending."""
-    ordered, size = sorted(lengths), settings.batch_size
-    batched = [ordered[start : start + size] for start in range(0, len(ordered), size)]
-    return [batch[-1] for batch in batched for _ in batch]
 
 
 def normalised(

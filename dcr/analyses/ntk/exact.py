@@ -5,12 +5,10 @@ prompt gives each prompt's own δ = ∂z/∂(a module's output). The gradient of
 δᵀA, where A is the module's input. The scheme takes N·k backward passes and inner products per
 module, and no forward loop. A sweep keeps A and δ of a group of modules for all prompts, adds their
 inner products and drops them; the groups follow from the budget. Each sweep repeats the forward
-pass and, per rank, a backward pass that ends at its first module. Gradients are formed only if that
-is cheaper than A and δ. Every function adds to one matrix [prompts, rank, prompts, rank], with the
-prompts in the order of lengths.
+pass and, per rank, a backward pass that ends at its first module. Every function adds to one matrix
+[prompts, rank, prompts, rank], with the prompts in the order of lengths.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -21,11 +19,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dcr.analyses.ntk.subset import FORWARDS, Layer, LayerKind, output_layer, tied
+from dcr.analyses.ntk.subset import Layer, LayerKind, tied
 from dcr.core import batching, grouping, models
 from dcr.core.config import ConfigError
 
-SCRATCH = 2**28  # bytes of gradients held at once where they are formed
 GIB = 2**30
 
 Gram = Float[Tensor, "prompts rank prompts rank"]
@@ -357,27 +354,8 @@ def add(
     if gradients.vectors:
         vectors = torch.cat(gradients.vectors).flatten(0, 1).to(gram.dtype)
         gram += (vectors @ vectors.T).view_as(gram)
-    if gradients.factors and formed_is_cheaper(gradients.factors):
-        _add_formed(gram, gradients.factors)
-    elif gradients.factors:
+    if gradients.factors:
         _add_factored(gram, gradients.factors)
-
-
-def formed_is_cheaper(factors: Sequence[Factors]) -> bool:
-    """Whether forming each gradient [d_out, d_in] takes fewer multiplications than A and δ.
-
-    With A and δ alone, a pair of prompts costs T²·d_in + k·T·(T + k)·d_out; formed, it costs
-    k²·d_in·d_out, and every prompt k·T·d_in·d_out more.
-    """
-    if not factors[0].inputs.is_floating_point():
-        return False
-    prompts = sum(len(factor.inputs) for factor in factors)
-    _, rank, _, wide = factors[0].deltas.shape
-    inner = factors[0].inputs.shape[-1]
-    lengths = sum(len(factor.inputs) * factor.inputs.shape[1] for factor in factors) / prompts
-    pair = lengths**2 * inner + rank * lengths * (lengths + rank) * wide
-    formed = rank**2 * inner * wide + rank * lengths * inner * wide / prompts
-    return formed < pair / 2  # only half of the pairs are visited
 
 
 def add_tied(
@@ -426,35 +404,13 @@ def _pair(
 ) -> Float[Tensor, "left rank right rank"]:
     deltas, rows = right.deltas.to(dtype), []
     for inputs, own in zip(left.inputs, left.deltas.to(dtype), strict=True):
-        mixed = _overlap(inputs, right.inputs, dtype)[:, None] @ deltas
+        if inputs.is_floating_point():
+            overlap = inputs.to(dtype) @ right.inputs.to(dtype).mT  # A₁A₂ᵀ with each of the others
+        else:  # an id stands for its row of the identity
+            overlap = (inputs[:, None] == right.inputs[:, None, :]).to(dtype)
+        mixed = overlap[:, None] @ deltas
         rows.append(own.flatten(1) @ mixed.flatten(2).flatten(0, 1).T)
     return torch.stack(rows).view(len(rows), -1, *deltas.shape[:2])
-
-
-def _overlap(one: Tensor, others: Tensor, dtype: torch.dtype) -> Float[Tensor, "others t1 t2"]:
-    """A₁A₂ᵀ with each of the others; an id stands for its row of the identity."""
-    if one.is_floating_point():
-        return one.to(dtype) @ others.to(dtype).mT
-    return (one[:, None] == others[:, None, :]).to(dtype)
-
-
-def _add_formed(gram: Gram, factors: Sequence[Factors]) -> None:
-    """Forms the gradients δᵀA, as many of their rows at a time as fit SCRATCH."""
-    inner, wide = factors[0].inputs.shape[-1], factors[0].deltas.shape[-1]
-    each = gram.shape[0] * gram.shape[1] * inner * gram.element_size()
-    step = max(1, SCRATCH // each)
-    for first in range(0, wide, step):
-        part = slice(first, first + step)
-        formed = [
-            torch.einsum(
-                "bktc,bti->bkci",
-                factor.deltas[..., part].to(gram.dtype),
-                factor.inputs.to(gram.dtype),
-            )
-            for factor in factors
-        ]
-        rows = torch.cat([one.flatten(2).flatten(0, 1) for one in formed])
-        gram += (rows @ rows.T).view_as(gram)
 
 
 Blocks = tuple[
@@ -507,8 +463,8 @@ def groups(
     Raises ConfigError if one module alone does not fit.
     """
     sweeps: list[list[Layer]] = [[]]
-    used = 0
-    for layer in _in_order(chosen):
+    used, pair = 0, tied(chosen)  # the cross terms of a tied head and its embeddings need both
+    for layer in [*pair, *(layer for layer in chosen if layer not in pair)]:
         size = gradient_bytes(layer, lengths, top_k, itemsize)
         if size > budget:
             raise ConfigError(
@@ -537,54 +493,6 @@ def gradient_bytes(layer: Layer, lengths: Sequence[int], top_k: int, itemsize: i
     return positions * (inner + top_k * wide)
 
 
-def needed(
-    model: Any,
-    sweeps: Sequence[Sequence[Layer]],
-    lengths: Sequence[int],
-    rows: int,
-    top_k: int,
-) -> int:
-    """An upper estimate of the bytes beside the model; `lengths` are padded and ascending."""
-    itemsize, chosen = next(model.parameters()).dtype.itemsize, [p for part in sweeps for p in part]
-    wide = max(
-        (_features(layer)[1] for layer in chosen if layer.kind is not LayerKind.head), default=0
-    )
-    last = lengths[-rows:]
-    # δ of one batch as they come, stacked and masked; those of norms are then summed at once
-    batch = sum(3 * sum(last) * top_k * _features(p)[1] for p in chosen if p.kind is LayerKind.norm)
-    batch = batch * itemsize + max(
-        sum(3 * gradient_bytes(p, last, top_k, itemsize) for p in sweep) for sweep in sweeps
-    )
-    held = max(sum(gradient_bytes(p, lengths, top_k, itemsize) for p in sweep) for sweep in sweeps)
-    linear = [math.prod(_features(layer)) for layer in chosen if layer.kind is LayerKind.linear]
-    formed = len(lengths) * top_k * max(linear, default=0) * max(itemsize, 4)
-    pair = 3 * sum(last) * top_k * wide * max(itemsize, 4)
-    gram = 4 * (len(lengths) * top_k) ** 2 * max(itemsize, 4)
-    graph = graph_bytes(model, len(last), last[-1])
-    return held + graph + gram + max(batch, pair + 3 * min(SCRATCH, formed))
-
-
-def graph_bytes(model: Any, rows: int, length: int) -> int:
-    """The bytes that autograd keeps of a forward pass: twice every projection's input and output.
-
-    Attention probabilities count, which only a fused kernel would not keep, and so do the logits
-    and their softmax in fp32.
-    """
-    config = models.unwrapped(model).config.get_text_config()
-    blocks = models.decoder_blocks(model)
-    features = sum(
-        sum(parameter.shape)
-        for module in blocks.modules()
-        if FORWARDS.get(type(module).forward) is LayerKind.linear
-        for name, parameter in module.named_parameters(recurse=False)
-        if name == "weight"
-    )
-    itemsize = next(model.parameters()).dtype.itemsize
-    attention = 3 * len(blocks) * config.num_attention_heads * rows * length**2
-    logits = 4 * rows * max(output_layer(model).weight.shape) * max(itemsize, 4)
-    return itemsize * (2 * rows * length * features + attention) + logits
-
-
 def _features(layer: Layer) -> tuple[int, int]:
     """The widths of a module's input and output per position."""
     shape = [int(size) for size in next(layer.module.parameters(False)).shape]
@@ -592,9 +500,3 @@ def _features(layer: Layer) -> tuple[int, int]:
         return shape[0], shape[0]
     out_first = isinstance(layer.module, torch.nn.Linear)
     return (shape[1], shape[0]) if out_first else (shape[0], shape[1])
-
-
-def _in_order(chosen: Sequence[Layer]) -> list[Layer]:
-    """The modules with a tied head right behind its embeddings, whose cross terms need both."""
-    pair = tied(chosen)
-    return [*pair, *(layer for layer in chosen if layer not in pair)]

@@ -33,7 +33,6 @@ from dcr.core.data.splits import (
     row_record,
     rows_of,
     split,
-    split_readout,
     without,
 )
 

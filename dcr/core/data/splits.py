@@ -10,7 +10,6 @@ from dcr.core import contamination, extending, sources
 from dcr.core.config import (
     ConfigError,
     DataConfig,
-    EvaluationSets,
     Kind,
     Method,
     ReadoutConfig,
@@ -228,13 +227,6 @@ def split(
     if readout is not None:
         rows = _with_readout(rows, readout, seed, cleaning)
     return replace(rows, dropped=dict(cleaning.dropped), fewer=cleaning.fewer)
-
-
-def split_readout(settings: TrainConfig) -> Splits:
-    """The readout's rows alone, as `split` draws them where none is near an evaluation prompt."""
-    apart_from_none = replace(settings.data, evaluation=EvaluationSets())
-    cleaning = Cleaning(apart_from_none, settings.seed, ())
-    return _with_readout(Splits(), settings.sft.readout, settings.seed, cleaning)
 
 
 def _refusals(pairs: list[Example], cleaning: Cleaning) -> list[Example]:

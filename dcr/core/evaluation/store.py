@@ -6,10 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from tqdm import tqdm
+
 from dcr.core import storage
 from dcr.core.config import UserError
 from dcr.core.evaluation.sets import PromptSet
-from dcr.core.progress import Bar
 from dcr.core.sources import Example
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ def kept(
     # before the bar, since it opens the weights: a bar would stand before the line of a fault
     batches = ask(list(rows.values())) if rows else ()
     hidden = not (progress and rows)
-    with Bar(total=len(rows), unit="prompt", desc=doing, disable=hidden) as bar:
+    with tqdm(total=len(rows), unit="prompt", desc=doing, disable=hidden) as bar:
         for batch in batches:
             by_set: dict[str, list[Any]] = {}
             for record in batch:

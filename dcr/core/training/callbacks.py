@@ -15,9 +15,9 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
+from tqdm import tqdm
 
 from dcr.core import machine, runs, storage
-from dcr.core.progress import Bar
 from dcr.core.runs import Cost, Run
 from dcr.core.storage import Lease
 
@@ -79,9 +79,9 @@ class RunLogger(Logger):
         """Nothing: the whole configuration stands in `config.yaml`."""
 
 
-def bar(called: str, total: int, unit: str = "step", done: int = 0, shown: bool = True) -> Bar:
+def bar(called: str, total: int, unit: str = "step", done: int = 0, shown: bool = True) -> tqdm:
     """The bar of a stage or of its preparation."""
-    return Bar(
+    return tqdm(
         desc=called,
         total=total,
         initial=done,
@@ -97,7 +97,7 @@ class Progress(Callback):
 
     def __init__(self, stage: str, total: int, loss: str) -> None:
         self.stage, self.total, self.loss = stage, total, loss
-        self.bar: Bar | None = None
+        self.bar: tqdm | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         done, shown = trainer.global_step, trainer.is_global_zero
