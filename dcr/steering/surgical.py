@@ -380,14 +380,24 @@ def _select(
         tried.append((place, index + 1, kl, score))
     alive = [entry for entry in tried if entry[2] <= bound and not math.isnan(entry[3])]
     if not alive:
-        nearest = min((kl for *_, kl, _ in tried if not math.isnan(kl)), default=math.nan)
-        raise ConfigError(
-            f"steering.surgical.{name}_kl={bound}: each of {len(tried)} candidates moves answers "
-            f"to normal prompts farther, the nearest by {nearest:.3g} nats; name other sources in "
-            "data.extraction, if that is nan give precision=fp32, else raise it"
-        )
+        raise ConfigError(_no_survivor(name, [entry[2] for entry in tried], bound))
     place, block, kl, score = min(alive, key=lambda entry: sign * entry[3])
     return Selected(place, block, score, kl, candidates[..., 0].numel(), len(alive))
+
+
+def _no_survivor(name: str, tried: Sequence[float], bound: float) -> str:
+    if not tried:
+        return (
+            "data.extraction: toxic, seemingly toxic and normal prompts leave no direction to "
+            f"choose for {name}; name other sources"
+        )
+    measured = [kl for kl in tried if not math.isnan(kl)]
+    if not measured:
+        return f"precision: the model's logits are NaN under each {name}; give precision=fp32"
+    return (
+        f"steering.surgical.{name}_kl={bound}: each of {len(tried)} candidates moves the answers "
+        f"to normal prompts farther, the nearest by {min(measured):.3g} nats; raise it"
+    )
 
 
 # --- plain ablation -------------------------------------------------------------------------------
