@@ -408,7 +408,9 @@ def test_every_source_lives_somewhere_and_states_its_licence() -> None:
 
 @real
 def test_real_parts_share_rows_and_ids_with_the_whole() -> None:
-    part, whole = (sources.read(f"coconot_{n}", root=DATA) for n in ("safety", "contrast"))
+    part, whole = (
+        sources.read(f"coconot_{n}", root=DATA, scored=True) for n in ("safety", "contrast")
+    )
     named = {e.id: e.prompt for e in whole}
     assert all(named[e.id] == e.prompt for e in part)
     assert [e.category for e in whole].count(part[0].category) == len(part) == 149
@@ -426,7 +428,7 @@ def test_the_demo_corpus_is_read_from_the_package(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n, source in SOURCES.items() if source.file])
 def test_real_files_have_the_expected_rows(name: str, caplog: pytest.LogCaptureFixture) -> None:
     source = SOURCES[name]
-    found = sources.read(name, root=DATA)
+    found = sources.read(name, root=DATA, scored=True)
     empty = 13 if name == "alpaca" else 0  # empty outputs at the source
     assert len(found) == (source.rows or 0) - empty
     assert not [m for m in caplog.messages if "expected" in m]
@@ -437,7 +439,7 @@ def test_real_duplicates_are_those_counted_independently() -> None:
     counts = {"coconot_contrast_pref": 8, "phtest_harmless": 5, "i_malicious_instructions": 2}
     counts |= {"stl_safety": 4, "hh_rlhf_harmless_base": 137, "harmfulqa": 22, "advbench": 0}
     for name, expected in counts.items():
-        kept, dropped = sources.drop_duplicates(sources.read(name, root=DATA))
+        kept, dropped = sources.drop_duplicates(sources.read(name, root=DATA, scored=True))
         assert len(dropped) == expected, name
         assert len(kept) + len(dropped) == SOURCES[name].rows
 
