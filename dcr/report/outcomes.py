@@ -73,26 +73,26 @@ def bars(chosen: Selection) -> Drawings:
             for column, cells in zip(chosen.columns, found, strict=True)
             if cells
         ]
-        height = max(height, 0.9 + 0.28 * len(drawn))
+        height = max(height, 0.9 + 0.4 * len(drawn))
         if drawn:
             axes = {"xlim": (0, 1), "xlabel": "share of answers"}
-            panels.append(
-                Panel(title=kind.value.replace("_", " "), axes=axes, paint=partial(_paint, drawn))
-            )
+            paint = partial(_paint, drawn, not panels)
+            panels.append(Panel(title=kind.value.replace("_", " "), axes=axes, paint=paint))
     legend = [(_words(k), {"color": c, "marker": "s", "ls": ""}) for k, c in COLOURS.items()]
     drawing = Drawing(
-        "outcomes", "Outcomes by kind of prompt", {"": panels}, legend=legend, size=(3.6, height)
+        "outcomes", "Outcomes by kind of prompt", {"": panels}, legend=legend, size=(4.4, height)
     )
     return Drawings([drawing] if panels else [])
 
 
-def _paint(drawn: Sequence[tuple[str, Mapping[Outcome, Cell]]], axes: "Axes") -> None:
+def _paint(drawn: Sequence[tuple[str, Mapping[Outcome, Cell]]], named: bool, axes: "Axes") -> None:
     for place, (_, cells) in enumerate(drawn):
         left = 0.0
         for kind, colour in COLOURS.items():
             axes.barh(place, cells[kind].estimate, left=left, color=colour, height=0.7)
             left += cells[kind].estimate
-    axes.set_yticks(range(len(drawn)), [figures.folded(name) for name, _ in drawn])
+    names = [figures.folded(name, 18) if named else "" for name, _ in drawn]  # once, at the left
+    axes.set_yticks(range(len(drawn)), names)
     axes.invert_yaxis()
     axes.grid(False)
 
