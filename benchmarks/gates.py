@@ -22,7 +22,6 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline, make_union
 
-from dcr import looks
 from dcr.analyses import separability
 from dcr.core import models, prompts, sources
 from dcr.core.batching import attention_mask, padded
@@ -30,6 +29,7 @@ from dcr.core.config import ModelConfig, Precision, resolving
 from dcr.core.models import Policy
 from dcr.core.runs import Run
 from dcr.frontier import arms, comparing
+from dcr.looks import counting
 from dcr.outcomes import outcome
 from dcr.steering import vectors
 
@@ -140,7 +140,7 @@ def main() -> None:
         sizes = {name: asked.sets.count(name) for name in dict.fromkeys(asked.sets)}
         rows: list[dict[str, Any]] = [{"gate": "none", **figures(own, asked, given.safety)}]
         for name, gate in gates.items():
-            looks.count(given.plan, folder.name, f"gate: {name}", ["gate"], sizes)
+            counting.count(given.plan, folder.name, f"gate: {name}", ["gate"], sizes)
             rows.append({"gate": name, **figures(gated(own, gate(texts)), asked, given.safety)})
         for row in rows:
             print(json.dumps({"run": folder.name, **row}), flush=True)

@@ -56,7 +56,7 @@ TABLE = Table(
         Part("dcr.contrast:Contrasted", lambda of: bool(of.gen.contrast)),
         Part("dcr.core.evaluation.subjects:Prefilled", lambda of: of.gen.prefill is not None),
         Part("dcr.calibration.biases:Calibrated", lambda of: of.calibrate is not None),
-        Part("dcr.looks:Counted", lambda of: of.final.plan is not None),
+        Part("dcr.looks.counting:Counted", lambda of: of.final.plan is not None),
     ),
     endpoint="dcr.endpoints.subject:Served",
     sharing="dcr.workers:Workers",

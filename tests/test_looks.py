@@ -15,6 +15,7 @@ from dcr.core.data import splits
 from dcr.core.evaluation import sets
 from dcr.core.sources import SOURCES, apart
 from dcr.extensions import EvalSettings
+from dcr.looks import counting
 from tests.tiny_run import DATA, real
 
 PLAN = {
@@ -89,7 +90,7 @@ def test_a_plan_without_a_key_is_refused(tmp_path: Path, missing: str) -> None:
     plan = tmp_path / "plan.yaml"
     plan.write_text(yaml.safe_dump({k: v for k, v in PLAN.items() if k != missing}))
     with pytest.raises(DataError, match=rf"plan\.yaml: {missing}: .*docs/evidence\.md"):
-        looks.Counted().check(asking(plan, "oktest_final"), None)  # pyright: ignore[reportArgumentType]
+        counting.Counted().check(asking(plan, "oktest_final"), None)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_look_is_counted_once_for_each_of_the_weights(rows: Path) -> None:
@@ -102,8 +103,8 @@ def test_a_look_is_counted_once_for_each_of_the_weights(rows: Path) -> None:
         subject: Any = SimpleNamespace(
             settings=settings, run=run, identity=lambda: {"weights": weights}
         )
-        looks.Counted().prepared(subject)
-        lines = looks.ledger(plan).read_text().splitlines()
+        counting.Counted().prepared(subject)
+        lines = counting.ledger(plan).read_text().splitlines()
         return [json.loads(line) for line in lines]
 
     (first,) = look("a")
@@ -113,7 +114,7 @@ def test_a_look_is_counted_once_for_each_of_the_weights(rows: Path) -> None:
     assert [line["run"] for line in look("b")] == ["a", "b"]
     plan.write_text(plan.read_text() + "others: [x]\n")
     assert len(look("a")) == 3, "another plan is another look"
-    assert looks.Counted().recorded(settings)["plan"].startswith("plan.yaml@")
+    assert counting.Counted().recorded(settings)["plan"].startswith("plan.yaml@")
 
 
 @real
@@ -132,3 +133,10 @@ def test_each_set_parts_into_rows_looked_at_and_rows_kept_apart() -> None:
         first = sources.draw(sources.read(whole, root=DATA, scored=True), 200, 0)
         assert not {row.id for row in first} & set(final), "the first 200 drawn were looked at"
         assert [row.id for row in sources.read(whole, root=DATA)] == test
+
+
+def test_what_is_kept_apart_is_told_by_its_name() -> None:
+    """The settings are checked without reading the table of sources, which takes numpy."""
+    assert {n for n, s in SOURCES.items() if s.final} == {
+        name for name in SOURCES if name.endswith(looks.SUFFIX)
+    }

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from dcr import entry, inference, looks, results
+from dcr import entry, inference, results
 from dcr.core import storage
 from dcr.core.config import DataError, Kind
 from dcr.core.runs import Run
@@ -15,7 +15,8 @@ from dcr.core.statistics import Interval
 from dcr.frontier import arms
 from dcr.frontier.answers import PLACE, Pair
 from dcr.frontier.arms import Comparison, Model, Prompts
-from dcr.looks import Plan
+from dcr.looks import counting
+from dcr.looks.counting import Plan
 from dcr.outcomes import outcome
 from dcr.record import origins
 
@@ -34,7 +35,7 @@ class Measured:
 
 def plan_of(file: Path) -> Plan:
     """A plan. Raises DataError where a key is missing or wrong."""
-    return storage.read_yaml(file, Plan, looks.CURE)
+    return storage.read_yaml(file, Plan, counting.CURE)
 
 
 def record(

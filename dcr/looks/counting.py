@@ -1,4 +1,4 @@
-"""Looks at the rows kept apart for `data=final`: each needs a plan, and each is counted.
+"""Plans and the ledger of looks.
 
 A plan is a YAML file that is written before the first look. The ledger lies beside it, one line a
 look. Whoever reads a result can so tell how often its prompts were looked at, and for what.
@@ -6,7 +6,7 @@ look. Whoever reads a result can so tell how often its prompts were looked at, a
 
 import datetime
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,9 @@ from dcr.core.config.evaluation import EvalConfig
 from dcr.core.evaluation.protocols import Change, Subject
 from dcr.core.evaluation.sets import TASKS, PromptSet, of_tasks
 from dcr.core.runs import Run
+from dcr.looks import FinalConfig
 
 CURE = "write all keys that docs/evidence.md lists"
-
-
-@dataclass
-class FinalConfig:
-    """What the rows kept apart are looked at for."""
-
-    plan: str | None = None  # a YAML file with the keys of `Plan`
 
 
 @dataclass(frozen=True)
@@ -59,23 +53,6 @@ class Look:
         """Whether both look at the same rows of the same weights for the same tasks."""
         one, two = ({**vars(look), "at": None} for look in (self, other))
         return one == two
-
-
-def relations(settings: EvalConfig) -> Iterator[str]:
-    """The contradictions of `final.plan` with the sets."""
-    kept, plan = _kept_apart(settings), settings.node(FinalConfig).plan
-    if kept and plan is None:
-        yield (
-            f"data.evaluation: {kept[0]} is kept apart to be scored once; write a plan "
-            "(docs/evidence.md) and give final.plan=<file>, or choose data=test"
-        )
-    if plan is not None and not kept:
-        yield f"final.plan={plan}: none of the sets is kept apart; choose data=final"
-
-
-def _kept_apart(settings: EvalConfig) -> list[str]:
-    named = (name for task in TASKS for name in getattr(settings.data.evaluation, task))
-    return [name for name in named if name in sources.SOURCES and sources.SOURCES[name].final]
 
 
 def ledger(plan: Path) -> Path:
