@@ -238,6 +238,17 @@ def test_a_damaged_journal_is_refused_in_one_line(
         assert "front" not in said.out
 
 
+def test_a_search_goes_on_behind_a_line_that_a_kill_tore(
+    order: list[str], tmp_path: Path, quick: None
+) -> None:
+    moved, file = copied(order, tmp_path)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2].rstrip(b"\n")[:-1])
+    for _ in range(2):  # what is written behind the torn line is read again
+        assert command.main(moved) == 0
+    assert all(json.loads(line) for line in file.read_text().splitlines())
+
+
 def test_a_fault_in_a_foreign_journal_reaches_the_terminal_as_text(
     order: list[str], tmp_path: Path, quick: None, capfd: pytest.CaptureFixture[str]
 ) -> None:

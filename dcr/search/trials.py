@@ -60,8 +60,18 @@ def opened(search: Search, place: int = 0) -> optuna.Study:
     return shared
 
 
+def _drop_torn_line(search: Search) -> None:
+    """Cuts what a kill left of a line: Optuna skips it last, and stumbles over it in the middle."""
+    if search.journal.is_file():
+        written = search.journal.read_bytes()
+        whole = written[: written.rfind(b"\n") + 1]
+        if whole != written:
+            storage.write_bytes(search.journal, whole)
+
+
 def carry_out(search: Search, workers: int, point: Mapping[str, object]) -> optuna.Study:
     """Do all trials, `point` first; no other command may do trials of the same folder meanwhile."""
+    _drop_torn_line(search)
     shared = opened(search)
     if not shared.trials:
         shared.enqueue_trial(dict(point), user_attrs={"configured": True})
