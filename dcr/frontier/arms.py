@@ -55,7 +55,7 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Model:
-    """What one model answers: `refused` and `answered` of both answers of each prompt [prompts, 2],
+    """A model's two answers to each prompt: which are `refused`, which `answered` [prompts, 2],
     the refusing one first, with its margins and masses [prompts], and the calibrated bias.
     """
 

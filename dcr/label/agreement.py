@@ -42,7 +42,7 @@ class Agreement:
 def judged(
     columns: Sequence[Column], labelled: Collection[str]
 ) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-    """What every judge says of the labelled answers, and the prompt of each, both by id.
+    """The verdicts of every judge on the labelled answers, and the prompt of each, both by id.
 
     Judges are the keyword rules, the outcomes, and those whose verdicts are stored; a judge asked
     in several ways has its folder's name. DataError for a damaged file.

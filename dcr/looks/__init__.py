@@ -13,7 +13,7 @@ SUFFIX = "_final"  # of the names of sources that are kept apart
 
 @dataclass
 class FinalConfig:
-    """What the rows kept apart are looked at for."""
+    """The plan that a look at the rows kept apart needs."""
 
     plan: str | None = None  # a YAML file with the keys of `Plan`
 

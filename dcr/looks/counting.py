@@ -23,7 +23,7 @@ CURE = "write all keys that docs/evidence.md lists"
 
 @dataclass(frozen=True)
 class Plan:
-    """What is decided before the rows kept apart are looked at.
+    """The decisions taken before anyone looks at the rows kept apart.
 
     `arms` are what is compared, by name; `primary` is the one comparison that decides, and the
     others are corrected for their number.

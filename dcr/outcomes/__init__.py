@@ -1,4 +1,4 @@
-"""What became of a prompt: one of eight outcomes of an answer, from all of its text.
+"""One of eight outcomes of an answer, told from all of its text.
 
     from dcr.outcomes import outcome
 
@@ -184,7 +184,7 @@ def _signs() -> dict[str, re.Pattern[str]]:
 
 
 def features(prompt: str, answer: str, rules: Weights | None = None) -> dict[str, float]:
-    """What the weights know of an answer; an absent feature is zero.
+    """The signs of an answer that have weights; an absent feature is zero.
 
     Two are the margins of the keyword `rules`, the recommended ones if none are given. No feature
     reads the prompt alone: an outcome must not follow from what was asked.

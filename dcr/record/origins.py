@@ -1,4 +1,4 @@
-"""Where a number comes from: prompts, training rows, machine, date, and the code that measured."""
+"""The origin of a number: prompts, training rows, machine, date, and the code that measured."""
 
 import ast
 import datetime
@@ -47,7 +47,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Origin:
-    """What one evaluation's numbers come from. `prompts` has a hash of ids and prompts by set."""
+    """The origin of one evaluation's numbers. `prompts` has a hash of ids and prompts by set."""
 
     prompts: dict[str, str]
     trained_on: str  # label of the data and a hash of the rows of all stages, or "nothing"

@@ -136,7 +136,7 @@ def _known(value: float | None) -> float:
 
 
 def _from(origin: origins.Origin, of_set: str) -> Row:
-    """Where a number of a set comes from, or one of all sets."""
+    """The origin of a number of one set, or of all sets."""
     prompts = origin.prompts.get(of_set, origin.prompts[""])
     return vars(origin) | {"prompts": prompts}
 

@@ -39,7 +39,7 @@ class Part:
 
     @property
     def about(self) -> str:
-        """What stands below the heading of a section that has one."""
+        """The words below a section's heading, where it has some."""
         return "" if getattr(self.made, "title", "") else self.section.words[1]
 
     @property
@@ -50,7 +50,7 @@ class Part:
 
 @dataclass(frozen=True)
 class OnPage:
-    """What only the page shows, by one of its template's macros."""
+    """A part that the page alone shows, by one of its template's macros."""
 
     macro: str
     held: Any
@@ -142,7 +142,7 @@ def overview(chosen: Selection) -> OnPage:
 
 
 def evaluations(chosen: Selection) -> TextTable | None:
-    """What was run."""
+    """The evaluated runs."""
     rows = []
     for column in chosen.columns:
         evaluation = column.evaluation

@@ -1,4 +1,4 @@
-"""What was measured: `metrics.json` read as typed records, runs as a data frame.
+"""Measurements: `metrics.json` read as typed records, runs as a data frame.
 
 import dcr.results
 table = dcr.results.load(["outputs/a", "outputs/b"])

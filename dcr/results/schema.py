@@ -64,7 +64,7 @@ class Agreement(Record):
 
 
 class Usage(Record):
-    """What a judge has cost; without a price, `usd` is None."""
+    """The cost of a judge; without a price, `usd` is None."""
 
     requests: Count
     prompt_tokens: Count
@@ -142,7 +142,7 @@ class Quality(Record):
 
 
 class OwnTask(Record):
-    """What a user's own task measured, and which: its path, source and settings."""
+    """A measurement by a user's own task, with the task's path, source and settings."""
 
     path: str
     sha256: str

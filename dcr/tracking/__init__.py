@@ -10,7 +10,7 @@ from dcr.core.config.schema import not_negative, positive, ranged
 
 
 class Quantity(Enum):
-    """What can be watched while a stage trains."""
+    """The quantities that can be watched while a stage trains."""
 
     refusal_probability = "refusal_probability"
     kernel = "kernel"
@@ -35,7 +35,7 @@ class TrackingConfig:
 
 
 def relations(settings: TrainConfig) -> Iterator[str]:
-    """What contradicts measuring while a stage trains."""
+    """The settings that contradict measuring while a stage trains."""
     quantities, strategy = settings.node(TrackingConfig).quantities, settings.trainer.strategy
     if strategy == FSDP and quantities:
         yield (
