@@ -883,6 +883,44 @@ def test_damaged_files_end_in_one_line_and_exit_2(
     assert len(error) < 400
 
 
+def test_answers_shown_are_drawn_by_their_prompts_alone() -> None:
+    keys = [(f"id-{i}", f"Prompt {i}") for i in range(100)]
+    chosen = page.drawn(keys, 20)
+    assert len(set(chosen)) == 20
+    assert page.drawn(keys[::-1], 20) == chosen  # whatever the order
+    renamed = [(f"other-{i}", prompt) for i, (_, prompt) in enumerate(keys)]
+    assert [prompt for _, prompt in page.drawn(renamed, 20)] == [prompt for _, prompt in chosen]
+    assert chosen != keys[:20]
+
+
+def test_a_calibration_shows_its_target_beside_what_it_brought(tmp_path: Path) -> None:
+    verdicts = {"bad_unsafe": "rrrc", "worse_unsafe": "rccc", "safe": "rccc"}
+    chosen_on = {"kind": "toxic", "n": 10, "plain": 3, "refused": 8, "opened": 8}
+    harmless = chosen_on | {"kind": "seemingly_toxic"}
+    found = {"target": 0.8, "bias": 1.5, "sets": {"kept_unsafe": chosen_on, "kept_safe": harmless}}
+    run = make_run(tmp_path / "run")
+    make_eval(run, verdicts, calibration=found, settings=SETTINGS | {"calibrate": "0.8"})
+    make_eval(make_run(tmp_path / "plain"), verdicts)
+    table = selection(run, tmp_path / "plain").section("calibrated")
+    rows = [tuple(row[1:5]) for row in table.frame.itertuples(index=False)]
+    told = {about: (target, cell.split(" ")[0], off) for about, target, cell, off in rows}
+    assert told == {
+        "kept_unsafe, chosen on": ("80", "80.0", "+0.0"),
+        "bad_unsafe": ("80", "75.0", "-5.0"),
+        "worse_unsafe": ("80", "25.0", "-55.0"),
+        "all sets": ("80", "50.0", "-30.0"),
+    }
+    assert selection(tmp_path / "plain").section("calibrated") is None
+
+
+def test_looks_at_rows_kept_apart_are_counted_by_plan(tmp_path: Path) -> None:
+    for seed, plan in enumerate(("arms.yaml@1", "arms.yaml@1", None)):
+        run = make_run(tmp_path / str(seed), seed=seed)
+        make_eval(run, {"safe": "c"}, settings=SETTINGS | ({"plan": plan} if plan else {}))
+    (note,) = selection(*(tmp_path / str(seed) for seed in range(3))).section("provenance").notes
+    assert note.startswith("2 of these evaluations looked at rows kept apart under arms.yaml@1;")
+
+
 def test_prompts_are_chosen_evenly() -> None:
     assert page.evenly(range(5), 30) == [0, 1, 2, 3, 4]
     chosen = page.evenly(range(100), 30)

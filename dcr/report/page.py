@@ -1,7 +1,9 @@
 """The report as one self-contained HTML page, and the sections that only the page has."""
 
 import base64
+import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +21,7 @@ from dcr.report.sections import Section, Selection
 from dcr.report.tables import in_words, set_names, text_of
 from dcr.report.writing import TextTable, templates
 
-PROMPTS_A_SET = 30
+DRAWN, DIFFERING = 20, 30  # prompts of a set whose answers are shown
 OVERVIEW = ("results", "judges", "general")  # grids whose sums are beside each run
 
 
@@ -99,10 +101,10 @@ class Sample:
 def answers(chosen: Selection) -> OnPage:
     """Answers.
 
-    Up to 30 prompts a set, evenly spaced over it, and up to 30 more on which verdicts differ, with
-    every run's answer. Of two runs side by side those prompts come first on which their verdicts
-    differ, then those whose words differ most; words that the other one has not are marked. Toxic
-    prompts are folded away.
+    20 prompts a set, drawn by a hash of their text so that nobody chooses them, and up to 30 more
+    on which verdicts differ, with every run's answer. Of two runs side by side those prompts come
+    first on which their verdicts differ, then those whose words differ most; words that the other
+    one has not are marked. Toxic prompts are folded away.
     """
     held = []
     for kind in (Kind.seemingly_toxic, Kind.toxic):
@@ -116,9 +118,14 @@ def answers(chosen: Selection) -> OnPage:
             keys = list(dict.fromkeys(key for by_key in stored for key in by_key))
             samples = {key: Sample(key[1], [own.get(key) for own in stored]) for key in keys}
             differing = [key for key in keys if samples[key].verdicts.endswith("differ")]
-            shown = {*evenly(keys, PROMPTS_A_SET), *evenly(differing, PROMPTS_A_SET)}
+            shown = {*drawn(keys, DRAWN), *evenly(differing, DIFFERING)}
             held.append((kind.value, name, [samples[key] for key in keys if key in shown]))
     return OnPage("answers", held)
+
+
+def drawn(keys: Sequence[tuple[str, str]], count: int) -> list[tuple[str, str]]:
+    """`count` pairs of id and prompt, those of lowest SHA-256: the same in every report."""
+    return sorted(keys, key=lambda key: hashlib.sha256(key[1].encode()).digest())[:count]
 
 
 def evenly(items: Sequence[Any], count: int) -> list[Any]:
@@ -143,8 +150,8 @@ def overview(chosen: Selection) -> OnPage:
 
 def evaluations(chosen: Selection) -> TextTable | None:
     """The evaluated runs."""
-    rows = []
-    for column in chosen.columns:
+    rows, columns = [], chosen.columns
+    for column in columns:
         evaluation = column.evaluation
         settings = flattened(evaluation.settings)
         words = ", ".join(f"{key}={'all' if v is None else v}" for key, v in settings.items())
@@ -153,7 +160,14 @@ def evaluations(chosen: Selection) -> TextTable | None:
         if evaluation.tokens_per_second is not None:
             words += f", {evaluation.tokens_per_second:.0f} tokens/s"
         rows.append((column.name, column.run.folder.name, printable(words)))
-    return TextTable.of(rows, "run", "folder", "evaluation settings")
+    plans = Counter(of.evaluation.settings.get("plan") for of in columns)
+    looks = [
+        f"{count} of these evaluations looked at rows kept apart under {printable(str(plan))}; "
+        "the ledger beside the plan counts every look."
+        for plan, count in plans.items()
+        if plan
+    ]
+    return TextTable.of(rows, "run", "folder", "evaluation settings", notes=looks)
 
 
 def rows_used(chosen: Selection) -> TextTable | None:

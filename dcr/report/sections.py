@@ -65,6 +65,7 @@ SECTIONS: dict[str, Section] = {
     "recommended": Section("dcr.report.tables:recommended", folded=True),
     "outcomes": Section("dcr.report.outcomes:table", in_terminal=True),
     "outcome_bars": Section("dcr.report.outcomes:bars"),
+    "calibrated": Section("dcr.report.calibrated:table", in_terminal=True),
     "judges": Section("dcr.report.tables:judged", in_terminal=True),
     "agreement": Section("dcr.report.tables:agreement", in_terminal=True),
     "confusion": Section("dcr.report.tables:confusions", folded=True),
