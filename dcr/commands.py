@@ -63,7 +63,7 @@ def _train(composed: DictConfig) -> None:
 def _evaluate(composed: DictConfig) -> None:
     from dcr import eval as evaluation
 
-    settings, run = evaluation.resolved(composed, EvalSettings)
+    settings, run = cli.resolved(composed, EvalSettings)
     extensions.hand_in_passes()
     evaluation.evaluate(settings, run)
 

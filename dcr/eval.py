@@ -1,4 +1,4 @@
-"""Evaluates what composed settings name: completions, verdicts, metrics."""
+"""Evaluates what settings name: completions, verdicts, metrics; `dcr.commands` calls it."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -6,27 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
-
 from dcr.core import config, extending, machine, runs, storage
-from dcr.core.config import ConfigError, DataError, Method, ModelConfig, Precision, resolving
+from dcr.core.config import ConfigError, DataError, Method, Precision
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.runs import Run
-from dcr.core.text import label_of
 
 Settings = TypeVar("Settings", bound=EvalConfig)
-
-
-def resolved(composed: DictConfig, schema: type[Settings]) -> tuple[Settings, Run]:
-    """The settings of an evaluation and the folder it is for, as `eval.py` composes them.
-
-    `schema` holds the core's settings, the extensions' and their table. Raises ConfigError where it
-    is not clear what is to be evaluated.
-    """
-    run = _run_of(composed)
-    own = resolving.own_paths(composed)  # before those of the run join them
-    made_with = run.config() if composed.run is not None else {}
-    return resolving.resolve(completed(composed, made_with), schema, own), run
 
 
 def settle_precision(
@@ -44,68 +29,6 @@ def settle_precision(
     if settings.endpoint is None:
         settings = replace(settings, precision=found.precisions["evaluation"])
     return replace(settings, **others), found
-
-
-def _run_of(composed: DictConfig) -> Run:
-    """The folder to evaluate: the user's run, or one for a model or endpoint without a run."""
-    if composed.endpoint is not None:
-        _refuse_two_subjects(composed)
-        if composed.endpoint_model is None:
-            raise ConfigError(
-                f"endpoint={composed.endpoint}: say which model there, with endpoint_model=<name>"
-            )
-    if composed.run is not None:
-        if not OmegaConf.is_missing(composed.model, "name"):
-            raise ConfigError(
-                f"run={composed.run} model={composed.model.name}: a run brings its own model; "
-                "give one of the two"
-            )
-        own = OmegaConf.structured(ModelConfig(trust_remote_code=composed.model.trust_remote_code))
-        for key in own:
-            if composed.model._get_node(key) != own._get_node(key):
-                raise ConfigError(
-                    f"run={composed.run} model.{key}={composed.model[key]}: a run brings its own; "
-                    "leave it out"
-                )
-        run = Run(Path(str(composed.run)))
-        run.config()  # what is not there or damaged is named before a model opens
-        run.record()
-        return run
-    if composed.endpoint is None and OmegaConf.is_missing(composed.model, "name"):
-        raise ConfigError("nothing to evaluate: give run=<folder>, model=<name> or endpoint=<url>")
-    return Run(Path(str(composed.output)))
-
-
-def _refuse_two_subjects(composed: DictConfig) -> None:
-    for key, named in (
-        ("run", composed.run),
-        ("model", None if OmegaConf.is_missing(composed.model, "name") else composed.model.name),
-    ):
-        if named is not None:
-            raise ConfigError(
-                f"endpoint={composed.endpoint} {key}={named}: two things to evaluate; give one"
-            )
-
-
-def completed(composed: DictConfig, made_with: Mapping[str, Any]) -> DictConfig:
-    """The user's settings, with model and data of the run that was `made_with` its settings where
-    they are not named.
-    """
-    merged = OmegaConf.create(OmegaConf.to_container(composed, resolve=False))
-    assert isinstance(merged, DictConfig)
-    if made_with:
-        trusted = composed.model.trust_remote_code or made_with["model"].get("trust_remote_code")
-        merged.model = config.literal({**made_with["model"], "trust_remote_code": bool(trusted)})
-    if composed.endpoint is not None and composed.endpoint_model is not None:
-        named = str(composed.endpoint_model)
-        merged.model.name, merged.model.label = named, ""
-    if not merged.model.label:
-        merged.model.label = label_of(str(merged.model.name))
-    if OmegaConf.is_missing(composed.data, "label"):
-        own = config.literal(made_with.get("data"))
-        base = own or OmegaConf.load(config.CONF / "data" / "demo.yaml")
-        merged.data = OmegaConf.merge(base, resolving.named(composed.data))
-    return merged
 
 
 def evaluate(settings: EvalConfig, run: Run) -> None:

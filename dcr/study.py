@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from dcr import entry, extensions, plan, report
-from dcr import eval as evaluation_script
+from dcr import eval as evaluation
 from dcr.core import cli, config, data, ending, machine, prompts, runs, storage
 from dcr.core.config import (
     STAGES,
@@ -242,7 +242,7 @@ def _evaluations(
     trained_on = resolving.own_paths(made_with)
     return [
         resolving.resolve(
-            evaluation_script.completed(one, made_with),
+            cli.completed(one, made_with),
             EvalSettings,
             trained_on | resolving.own_paths(one),
         )
@@ -324,7 +324,7 @@ def evaluate(settings: EvalSettings, run: Run) -> None:
     """Evaluate a run and note in its folder how many seconds that took."""
     began = time.perf_counter()
     extensions.hand_in_passes()
-    evaluation_script.evaluate(settings, run)
+    evaluation.evaluate(settings, run)
     spent = round(time.perf_counter() - began, 1)
     storage.write_json(run.evaluated_file, _seconds(run) | {_evaluated(settings, run): spent})
 

@@ -246,7 +246,7 @@ def resolved(folder: Path, *overrides: str) -> tuple[EvalSettings, Run]:
     ]  # fmt: skip
     cli.prepare()
     with initialize_config_dir(str(tiny_run.CONF), version_base="1.3"):
-        return eval_entry.resolved(compose("eval", given), EvalSettings)
+        return cli.resolved(compose("eval", given), EvalSettings)
 
 
 def measured(run: Run) -> list[dict[str, Any]]:

@@ -49,7 +49,7 @@ with initialize_config_dir(str(tiny_run.CONF), version_base="1.3"):
         "wandb.mode=offline", f"data.evaluation.over_refusal=[{rows['seemingly_toxic']}]",
         f"data.evaluation.safety=[{rows['toxic']}]"])
 for _ in range(2):
-    entry.evaluate(*entry.resolved(composed, EvalSettings))
+    entry.evaluate(*cli.resolved(composed, EvalSettings))
 assert dashboard.main([str(run.folder), f"out={folder / 'board.json'}"]) == 0
 """
 

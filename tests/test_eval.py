@@ -34,12 +34,12 @@ def composed(*overrides: str) -> DictConfig:
 
 
 def resolved(*overrides: str) -> tuple[EvalSettings, Run]:
-    return eval_entry.resolved(composed(*overrides), EvalSettings)
+    return cli.resolved(composed(*overrides), EvalSettings)
 
 
 def test_naming_one_source_leaves_its_sisters() -> None:
     plain, named = (
-        eval_entry.completed(composed("model=tiny", *more), {}).data
+        cli.completed(composed("model=tiny", *more), {}).data
         for more in ((), ("data.extraction.toxic=[demo_toxic_matched]",))
     )
     assert named.extraction.toxic == ["demo_toxic_matched"]

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import yaml
 
-from dcr import eval as eval_entry
 from dcr import results, study, wandb_scores
 from dcr.core import cli, config, extending, runs
 from dcr.core.config import UserError, resolving
@@ -267,7 +266,7 @@ def test_a_path_carries_its_settings_to_other_processes_and_is_text_on_disk() ->
 
 def checked(*words: str) -> None:
     """As `eval.py` checks before a model is loaded."""
-    settings, run = eval_entry.resolved(cli.compose("eval", words), EvalSettings)
+    settings, run = cli.resolved(cli.compose("eval", words), EvalSettings)
     metrics.check(settings, run)
     metrics.read(settings)
 

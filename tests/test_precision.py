@@ -12,7 +12,7 @@ from tiny_run import changed, composed, settings
 
 from dcr import chat, train
 from dcr import eval as eval_entry
-from dcr.core import machine, runs
+from dcr.core import cli, machine, runs
 from dcr.core.config import ConfigError, Precision
 from dcr.core.models import DTYPES
 from dcr.core.runs import Run
@@ -152,13 +152,13 @@ def test_a_run_is_made_in_what_auto_was_settled_to_and_keeps_it(
     words = [f"run={run.folder}", "limit=2", "gen.max_new_tokens=2", "tasks=[over_refusal]"]
     words += ["data=demo", "wandb.mode=disabled", "trainer.progress=false"]
     elsewhere, _ = eval_entry.settle_precision(
-        eval_entry.resolved(composed("eval", *words), EvalSettings)[0], run.precisions()
+        cli.resolved(composed("eval", *words), EvalSettings)[0], run.precisions()
     )
     assert elsewhere.precision.value == second
-    eval_entry.evaluate(*eval_entry.resolved(composed("eval", *words), EvalSettings))
+    eval_entry.evaluate(*cli.resolved(composed("eval", *words), EvalSettings))
     (folder,) = (run.folder / "eval").iterdir()
     monkeypatch.setattr(machine, "cpu_unit", lambda: unit)
-    eval_entry.evaluate(*eval_entry.resolved(composed("eval", *words), EvalSettings))
+    eval_entry.evaluate(*cli.resolved(composed("eval", *words), EvalSettings))
     assert list((run.folder / "eval").iterdir()) == [folder]  # the same answers on both
     measured = runs.storage.read_json(folder / "metrics.json", dict)
     assert measured["settings"]["precision"] == second

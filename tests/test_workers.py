@@ -29,7 +29,7 @@ ASKED = (
 def evaluated(folder: Path, *overrides: str) -> dict[str, bytes]:
     """The files of an evaluation that answers are kept in, and the refusal probabilities."""
     composed = tiny_run.composed("eval", *told(folder, *overrides))
-    eval_entry.evaluate(*eval_entry.resolved(composed, EvalSettings))
+    eval_entry.evaluate(*cli.resolved(composed, EvalSettings))
     return written(folder)
 
 

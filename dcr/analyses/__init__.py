@@ -7,8 +7,7 @@ import re
 from dataclasses import dataclass, field
 from enum import Enum
 
-from dcr.core.config import ConfigError, Pooling
-from dcr.core.config.schema import positive, ranged
+from dcr.core.config import ConfigError, Pooling, positive, ranged
 
 OF_EACH_KIND = "give prompts of each kind, 1 or more"
 PARAMETERS = re.compile(r"(tail|trunk):([0-9]+)|all|adapter")

@@ -12,10 +12,10 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import hydra
 from hydra import initialize_config_dir
@@ -31,7 +31,8 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from dcr.core import config, runs, storage
-from dcr.core.config import ConfigError, TrainConfig, UserError, resolving
+from dcr.core.config import ConfigError, ModelConfig, TrainConfig, UserError, resolving
+from dcr.core.config.evaluation import EvalConfig
 from dcr.core.ending import (
     BEGUN,
     SCHEMAS,
@@ -45,7 +46,10 @@ from dcr.core.ending import (
     setting_fault,
     stopped_by,
 )
+from dcr.core.runs import Run
 from dcr.core.text import label_of, single_line
+
+Settings = TypeVar("Settings", bound=EvalConfig)
 
 # Options of Hydra's that take settings from elsewhere, and with them code to run.
 REFUSED_OPTIONS = {
@@ -321,3 +325,80 @@ def compose(script: str, overrides: Sequence[str], *own: type) -> DictConfig:
         raise ConfigError(resolving.one_line(error, SCHEMAS[script], *own)) from error
     _give_way(composed, overrides)
     return composed
+
+
+# --- which run, model or endpoint an evaluation is of ---
+
+
+def resolved(composed: DictConfig, schema: type[Settings]) -> tuple[Settings, Run]:
+    """The settings of an evaluation and the folder it is for, as `eval.py` composes them.
+
+    `schema` holds the core's settings, the extensions' and their table. Raises ConfigError where it
+    is not clear what is to be evaluated.
+    """
+    run = _run_of(composed)
+    own = resolving.own_paths(composed)  # before those of the run join them
+    made_with = run.config() if composed.run is not None else {}
+    return resolving.resolve(completed(composed, made_with), schema, own), run
+
+
+def _run_of(composed: DictConfig) -> Run:
+    """The folder to evaluate: the user's run, or one for a model or endpoint without a run."""
+    if composed.endpoint is not None:
+        _refuse_two_subjects(composed)
+        if composed.endpoint_model is None:
+            raise ConfigError(
+                f"endpoint={composed.endpoint}: say which model there, with endpoint_model=<name>"
+            )
+    if composed.run is not None:
+        if not OmegaConf.is_missing(composed.model, "name"):
+            raise ConfigError(
+                f"run={composed.run} model={composed.model.name}: a run brings its own model; "
+                "give one of the two"
+            )
+        own = OmegaConf.structured(ModelConfig(trust_remote_code=composed.model.trust_remote_code))
+        for key in own:
+            if composed.model._get_node(key) != own._get_node(key):
+                raise ConfigError(
+                    f"run={composed.run} model.{key}={composed.model[key]}: a run brings its own; "
+                    "leave it out"
+                )
+        run = Run(Path(str(composed.run)))
+        run.config()  # what is not there or damaged is named before a model opens
+        run.record()
+        return run
+    if composed.endpoint is None and OmegaConf.is_missing(composed.model, "name"):
+        raise ConfigError("nothing to evaluate: give run=<folder>, model=<name> or endpoint=<url>")
+    return Run(Path(str(composed.output)))
+
+
+def _refuse_two_subjects(composed: DictConfig) -> None:
+    for key, named in (
+        ("run", composed.run),
+        ("model", None if OmegaConf.is_missing(composed.model, "name") else composed.model.name),
+    ):
+        if named is not None:
+            raise ConfigError(
+                f"endpoint={composed.endpoint} {key}={named}: two things to evaluate; give one"
+            )
+
+
+def completed(composed: DictConfig, made_with: Mapping[str, Any]) -> DictConfig:
+    """The user's settings, with model and data of the run that was `made_with` its settings where
+    they are not named.
+    """
+    merged = OmegaConf.create(OmegaConf.to_container(composed, resolve=False))
+    assert isinstance(merged, DictConfig)
+    if made_with:
+        trusted = composed.model.trust_remote_code or made_with["model"].get("trust_remote_code")
+        merged.model = config.literal({**made_with["model"], "trust_remote_code": bool(trusted)})
+    if composed.endpoint is not None and composed.endpoint_model is not None:
+        named = str(composed.endpoint_model)
+        merged.model.name, merged.model.label = named, ""
+    if not merged.model.label:
+        merged.model.label = label_of(str(merged.model.name))
+    if OmegaConf.is_missing(composed.data, "label"):
+        own = config.literal(made_with.get("data"))
+        base = own or OmegaConf.load(config.CONF / "data" / "demo.yaml")
+        merged.data = OmegaConf.merge(base, resolving.named(composed.data))
+    return merged

@@ -182,7 +182,8 @@ class Run:
         # a folder may come from someone else, and only the user's own command can trust code
         if "trust_remote_code" in made_with["model"]:
             made_with["model"]["trust_remote_code"] = False
-        config.check_made_with(made_with, f"{self.config_file}: ", f"; {RESTORE}")
+        if fault := config.fault_of_run(made_with):
+            raise DataError(f"{self.config_file}: {fault}; {RESTORE}")
         return dict(made_with)
 
     def record(self) -> dict[str, Any]:

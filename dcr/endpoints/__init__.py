@@ -10,8 +10,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from dcr.core.config import not_negative, positive, ranged
 from dcr.core.config.evaluation import EvalConfig, cut_short
-from dcr.core.config.schema import not_negative, positive, ranged
 
 PRICE = "give USD per million tokens, or null"
 

@@ -14,9 +14,8 @@ from enum import Enum
 from omegaconf import II
 
 from dcr.calibration import CalibrationConfig
-from dcr.core.config import Kind
+from dcr.core.config import Kind, positive, ranged
 from dcr.core.config.evaluation import EvalConfig, unknown
-from dcr.core.config.schema import positive, ranged
 
 METHODS = ("none", "scans", "surgical", "ablation", "probe")
 OF_EACH_KIND = "give prompts of each kind, 1 or more"

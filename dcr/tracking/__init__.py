@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from dcr.analyses import KernelConfig, RefusalProbabilityConfig
-from dcr.core.config import FSDP, TrainConfig
-from dcr.core.config.schema import not_negative, positive, ranged
+from dcr.core.config import FSDP, TrainConfig, not_negative, positive, ranged
 
 
 class Quantity(Enum):

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
-from dcr.core.config.resolving import unfit_machine
-from dcr.core.config.schema import (
+from dcr.core.config import (
     DataConfig,
     ModelConfig,
     Part,
@@ -17,8 +16,9 @@ from dcr.core.config.schema import (
     Settings,
     Stage,
     WandbConfig,
+    class_of,
+    is_path,
 )
-from dcr.core.config.values import class_of, is_path
 
 AUTO_LENGTH = "auto"  # gen.max_new_tokens: until XSTest's keywords have decided
 CORE_TASKS, KEYWORD = ("over_refusal", "safety", "discernment"), "keyword"
@@ -133,7 +133,6 @@ def _faults(config: EvalConfig) -> Iterator[str]:
         yield "tasks=[]: nothing to evaluate; name at least one task"
     if not config.judge:
         yield "judge=[]: name at least one judge, such as keyword"
-    yield from unfit_machine(trainer.accelerator)
     if trainer.devices > 1 and trainer.accelerator == "mps":
         yield (
             f"trainer.devices={trainer.devices} trainer.accelerator=mps: there is one; leave "

@@ -12,28 +12,26 @@ from typing import Any, TypeVar
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dcr.core.config.schema import (
+from dcr.core.config import (
     AUTO_LAYER,
+    FSDP,
+    TAG,
+    ConfigError,
     ModelConfig,
     Moments,
+    OwnPath,
     Precision,
     Settings,
     SourceConfig,
     Stage,
     TrainConfig,
-    not_negative,
-    positive,
-    stages_of,
-)
-from dcr.core.config.values import (
-    FSDP,
-    TAG,
-    ConfigError,
-    OwnPath,
     check_installed,
     class_of,
     is_path,
     literal,
+    not_negative,
+    positive,
+    stages_of,
 )
 from dcr.core.text import label_of, nearest
 
@@ -307,13 +305,9 @@ def _entries(node: object, prefix: str = "") -> "Iterator[tuple[str, Field[Any],
             yield from _entries(value, f"{key}.")
 
 
-def unfit_machine(accelerator: str) -> Iterator[str]:
-    """A line for a device that Lightning has no name for."""
-    if accelerator not in ACCELERATORS:
-        yield f"trainer.accelerator={accelerator}: choose one of {', '.join(ACCELERATORS)}"
-
-
 def _of_both(config: Settings) -> Iterator[str]:
+    if (accelerator := config.trainer.accelerator) not in ACCELERATORS:
+        yield f"trainer.accelerator={accelerator}: choose one of {', '.join(ACCELERATORS)}"
     label, project = config.model.label, config.wandb.project
     if label and (label[0] == "." or not SAFE_NAME.fullmatch(label)):
         yield f"model.label={label}: use letters, digits, '.', '_' and '-', and no '.' in front"
@@ -332,7 +326,6 @@ def _of_both(config: Settings) -> Iterator[str]:
 
 def _of_training(config: TrainConfig) -> Iterator[str]:
     dcr = config.dcr
-    yield from unfit_machine(config.trainer.accelerator)
     if not stages_of(config):
         lacking = {
             Stage.contrastive: f"method={config.method.value}: it has no contrastive stage; use "
