@@ -250,9 +250,16 @@ def binding(made_with: Mapping[str, Any]) -> dict[str, Any]:
     sft = dict(decisive.get("sft") or {})
     if not (sft.get("readout") or {}).get("steps"):
         sft.pop("readout", None)
-    decisive["sft"] = sft
+    else:
+        sft["readout"] = _without_recovery(sft["readout"])
+    decisive["sft"] = _without_recovery(sft)
     # each command sets it for itself
     return decisive | {"model": {**(decisive.get("model") or {}), "trust_remote_code": False}}
+
+
+def _without_recovery(node: Mapping[str, Any]) -> dict[str, Any]:
+    """A node without the share of rows behind openings where that is 0."""
+    return {key: value for key, value in node.items() if key != "recovery" or value}
 
 
 def claim(run: Run, made_with: Mapping[str, Any], force: bool) -> None:
@@ -297,10 +304,12 @@ def claim_rows(run: Run, record: Mapping[str, Any], force: bool) -> None:
 
 
 def _row_lists(record: Mapping[str, Any]) -> dict[str, str]:
-    lists = {
-        name: f"{rows['count']} rows ({rows['fingerprint'][:8]})"
-        for name, rows in record.get("rows", {}).items()
-    }
+    lists: dict[str, str] = {}
+    for name, rows in record.get("rows", {}).items():
+        lists[name] = f"{rows['count']} rows ({rows['fingerprint'][:8]})"
+        if opened := rows.get("openings"):
+            of = name if name.startswith("readout") else f"sft: {name}"
+            lists[f"{of} behind openings"] = f"{opened['count']} ({opened['fingerprint'][:8]})"
     own = record.get("own", {}).items()
     return lists | {path: f"source sha256 {made['sha256'][:8]}" for path, made in own}
 

@@ -76,7 +76,12 @@ def chat_of(config: ModelConfig, rows: Splits) -> tuple[ChatFormat, Splits]:
 def _shortened(rows: Splits) -> Splits:
     parts: dict[str, Any] = {
         name: [
-            replace(row, prompt=_short(row.prompt), response=_short(row.response or "") or None)
+            replace(
+                row,
+                prompt=_short(row.prompt),
+                response=_short(row.response or "") or None,
+                opening=row.opening and replace(row.opening, text=_short(row.opening.text)),
+            )
             for row in part
         ]
         for name, part in rows.parts().items()

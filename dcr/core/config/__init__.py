@@ -345,6 +345,7 @@ class ReadoutConfig:
     # Weight of the contrast of the margin as well, by which greedy decoding decides: above 0 greedy
     # answers need no calibration to refuse one kind and answer the other, and rank a little worse.
     greedy: float = 0.0
+    recovery: float = 0.0  # share of the rows that are also read behind a compliant opening
 
 
 @dataclass
@@ -360,6 +361,9 @@ class SFTConfig:
     warmup: float = 0.03  # share of the steps
     max_len: int = 512  # tokens a row; longer ones are cut
     train_on_prompt: bool = False  # learn the prompt's tokens too
+    # Share of the rows, refusals and answers alike, whose response stands behind a compliant
+    # opening (`dcr.openings`), which is not learnt itself.
+    recovery: float = 0.0
     # What answers end with; auto: the chat's end where the model knows it.
     terminator: Terminator = Terminator.auto
     precision: Precision = II("precision")
@@ -409,6 +413,7 @@ class TrainTable:
     """
 
     examining: str = ""  # of an `Examine`: looks at the rows of a run
+    opening: str = ""  # of a `data.Open`: puts openings before responses
     rows: Mapping[str, str] = field(default_factory=dict)  # of a `data.Added`, by method
     best_layer: str = ""  # of a `FindLayer`: for `dcr.layer=auto`
     watching: Part | None = None  # of a `Watch`: measures while stages train

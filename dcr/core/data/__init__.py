@@ -27,6 +27,7 @@ from dcr.core.data.splits import (
     HELD_OUT_PAIRS,
     Added,
     Cleaning,
+    Open,
     Splits,
     apart,
     evaluation_prompts,

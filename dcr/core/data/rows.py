@@ -129,6 +129,11 @@ def micro_batches(rows: Sequence[PairRow], tokens: int) -> list[list[PairRow]]:
     return [[rows[place] for place in places] for places in groups]
 
 
+def opening_ids(chat: ChatFormat, row: Example) -> tuple[int, ...]:
+    """The tokens that stand before a row's response; mostly none."""
+    return chat.opening_ids(row.opening.text, row.opening.tokens) if row.opening else ()
+
+
 def check_lengths(chat: ChatFormat, rows: Splits, config: SFTConfig, context: int) -> None:
     """Raises ConfigError where the model cannot read `sft.max_len` tokens or no pair fits."""
     if config.max_len > context:
@@ -200,7 +205,8 @@ class StageRows:
             if len({row.label for row in self.prompts}) < 2:
                 raise ConfigError("data: stage one needs seemingly toxic and toxic prompts, both")
             if self.dcr.nll.source is NLLSource.general and self.dcr.nll.weight > 0:
-                self.general = self._pairs(chat, rows.normal, refusal=False)
+                plain = [replace(row, opening=None) for row in rows.normal]  # openings are SFT's
+                self.general = self._pairs(chat, plain, refusal=False)
                 if not self.general:
                     raise _none_fits(self.sft)
         else:
@@ -226,7 +232,11 @@ class StageRows:
         made, encoded = [], functools.cache(chat.pair)  # a plan's placeholders are all alike
         for row in rows:
             ids, targets = encoded(
-                row.prompt, row.response or "", self.sft.max_len, self.sft.train_on_prompt
+                row.prompt,
+                row.response or "",
+                self.sft.max_len,
+                self.sft.train_on_prompt,
+                opening_ids(chat, row),
             )
             if ids:
                 made.append(PairRow(row.id, ids, targets, refusal))

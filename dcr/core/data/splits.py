@@ -170,10 +170,14 @@ class Cleaning:
 Added = Callable[[Splits, Cleaning], Splits]
 
 
+# Puts openings before the responses of rows that are learnt, as `recovery` asks for.
+Open = Callable[[TrainConfig, Splits], Splits]
+
+
 def rows_of(settings: TrainConfig) -> Splits:
     """The rows that a run learns from and is watched on: those of its method, see `split`."""
     added = extending.ours(settings.table.rows.get(settings.method.value, ""))
-    return split(
+    rows = split(
         settings.data,
         settings.dcr.ratio,
         settings.seed,
@@ -182,6 +186,10 @@ def rows_of(settings: TrainConfig) -> Splits:
         readout=settings.sft.readout if settings.sft.readout.steps else None,
         at_most=settings.at_most,
     )
+    if settings.sft.recovery or settings.sft.readout.recovery:
+        opened: Open = extending.ours(settings.table.opening)
+        rows = opened(settings, rows)
+    return rows
 
 
 def split(

@@ -8,6 +8,7 @@ knows those that are kept apart.
 from dcr.core.sources.apart import is_final
 from dcr.core.sources.examples import (
     Example,
+    Opening,
     draw,
     drop_duplicates,
     fingerprint,
