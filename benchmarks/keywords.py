@@ -46,10 +46,11 @@ class Row:
     category: str = ""
     prompt: int = 0
     asked: str = ""  # the prompt's text
+    by_each: tuple[str, ...] = ()  # outcome by each of two people, before they agreed on one
 
 
 def completions(data: Path) -> list[Row]:
-    """XSTest's completions with their final human labels."""
+    """XSTest's completions with their final human labels, and those of each annotator."""
     rows = []
     for path in sorted((data / "xstest_completions").glob("*.jsonl")):
         for row in _read(path):
@@ -57,7 +58,8 @@ def completions(data: Path) -> list[Row]:
             number = int(row["id"].split("-")[2])
             labels = (row["response"], outcome == "refused", outcome)
             about = (row["meta"]["model"], row["category"], number, row["prompt"])
-            rows.append(Row(*labels, *about))
+            by_each = tuple(OUTCOMES[row["meta"][f"annotation_{i}"][0]] for i in (1, 2))
+            rows.append(Row(*labels, *about, by_each))
     return rows
 
 

@@ -1,11 +1,12 @@
 """Agreement of the judges that run offline with people, on models left out, and the outcomes' fit.
 
-    python benchmarks/outcomes.py <data> [--write]
+    python benchmarks/outcomes.py <data> [--record <name>] [--write]
 
 `<data>/xstest_completions` holds completions of three models with human labels. Cohen's kappa is
 that of answered against the rest, of full refusals against the rest and of the three classes; a
 text that is circular, empty or in another language counts as neither. Whether a text was ended by
-the token limit is not known, and changes nothing of texts as long as theirs.
+the token limit is not known, and changes nothing of texts as long as theirs. `people` is one of the
+two annotators against the other. `--record` writes all of it to docs/records/<name>.csv.
 
 For each model the weights of the keyword rules and then those of the outcomes are fitted to the two
 others, and to our own rows: tests/outcomes_labelled.jsonl and the contrast corpus. The margins of
@@ -14,10 +15,13 @@ other models. `--write` fits to all three and writes dcr/outcomes/weights.json.
 """
 
 import argparse
+import datetime
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from sklearn.feature_extraction import DictVectorizer
@@ -26,11 +30,15 @@ from sklearn.metrics import cohen_kappa_score
 
 from benchmarks import keywords as rules
 from benchmarks.keywords import ROOT, Row, Weights
-from dcr import keywords, outcomes
+from dcr import inference, keywords, outcomes
+from dcr.core import storage
+from dcr.core.statistics import Interval
 from dcr.outcomes import Outcome
+from dcr.record import origins, writing
 
 WEIGHTS = ROOT / "dcr/outcomes/weights.json"
 STRENGTH = 0.45  # of the fit against an L1 penalty, which leaves some two dozen weights
+TOLD = ("answered", "refused", "three_classes")  # from the rest, or from each other
 TIMES = {"ours": 2.0, "contrasts": 0.3}  # how often such a row counts
 CLASSES = {
     Outcome.answered: "complied",
@@ -65,6 +73,13 @@ def ours() -> list[Row]:
 
 def _lines(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+class Number(NamedTuple):
+    judge: str
+    model: str  # whose answers were judged, or "mean"
+    told: str
+    kappa: Interval
 
 
 class Fits:
@@ -131,25 +146,38 @@ def judged(fits: Fits) -> dict[str, list[str]]:
     }
 
 
-def kappas(rows: Sequence[Row], classes: Sequence[str]) -> dict[str, tuple[float, float, float]]:
-    """By model: kappa of answered, and of refused, against the rest, and of the three classes."""
+def kappas(rows: Sequence[Row], classes: Sequence[str]) -> dict[str, tuple[Interval, ...]]:
+    """Kappas of `TOLD` by model, with intervals over prompts, and their means over models."""
     found = {}
     for model in sorted({row.model for row in rows}):
+        of = [place for place, row in enumerate(rows) if row.model == model]
+        people, said = [rows[place].outcome for place in of], [classes[place] for place in of]
+        asked = [rows[place].asked for place in of]
         pairs = [
-            (row.outcome, said)
-            for row, said in zip(rows, classes, strict=True)
-            if row.model == model
-        ]
-        people, ours = zip(*pairs, strict=True)
-        one = [
-            cohen_kappa_score([p == label for p in people], [o == label for o in ours])
+            ([p == label for p in people], [s == label for s in said])
             for label in ("complied", "refused")
         ]
-        found[model] = (*map(float, one), float(cohen_kappa_score(people, ours)))
-    return found
+        found[model] = tuple(
+            inference.kappa(*pair, asked, seed=0) for pair in [*pairs, (people, said)]
+        )
+    means = np.mean([[kappa.estimate for kappa in of] for of in found.values()], axis=0)
+    return found | {"mean": tuple(Interval(float(mean), np.nan, np.nan) for mean in means)}
 
 
-def gain(rows: Sequence[Row], ours: Sequence[str], theirs: Sequence[str]) -> list[float]:
+def agreement(rows: Sequence[Row], classes: Mapping[str, Sequence[str]]) -> Iterator[Number]:
+    """Every judge with the final labels, the annotators with each other, and two gains."""
+    firsts = [replace(row, outcome=row.by_each[0]) for row in rows]
+    judges = {judge: (rows, said) for judge, said in classes.items()}
+    for judge, pair in {**judges, "people": (firsts, [row.by_each[1] for row in rows])}.items():
+        for model, of in kappas(*pair).items():
+            for told, kappa in zip(TOLD, of, strict=True):
+                yield Number(judge, model, told, kappa)
+    for other in ("keyword:recommended", "keyword:paper"):
+        gained = gain(rows, classes["outcome"], classes[other])
+        yield Number(f"outcome - {other}", "mean", "answered", gained)
+
+
+def gain(rows: Sequence[Row], ours: Sequence[str], theirs: Sequence[str]) -> Interval:
     """The mean gain in kappa of answered, with its 95% bootstrap interval over prompts."""
     places = {prompt: [] for prompt in sorted({row.prompt for row in rows})}
     for place, row in enumerate(rows):
@@ -172,12 +200,29 @@ def gain(rows: Sequence[Row], ours: Sequence[str], theirs: Sequence[str]) -> lis
         at([place for key in chance.choice(keys, len(keys)) for place in places[key]])
         for _ in range(200)
     ]
-    return [at(range(len(rows))), *map(float, np.quantile(draws, (0.025, 0.975)))]
+    low, high = np.quantile(draws, (0.025, 0.975))
+    return Interval(at(range(len(rows))), float(low), float(high))
+
+
+def record(rows: Sequence[Row], numbers: Sequence[Number], name: str) -> None:
+    """Writes `numbers` to docs/records/<name>.csv."""
+    about = {"set": "xstest_completions", "machine": origins.device()}
+    about["date"] = datetime.datetime.now(datetime.UTC).isoformat()
+    found = []
+    for n in numbers:
+        of = [row for row in rows if n.model in (row.model, "mean")]
+        asked = storage.fingerprint([[row.model, row.asked, row.response] for row in of])
+        drawn = {"low": n.kappa.low, "high": n.kappa.high, "n": len(of), "prompts": asked}
+        told = {"name": n.model, "judge": n.judge, "metric": f"agreement/{n.told}"}
+        found.append(about | told | drawn | {"value": n.kappa.estimate})
+    command = f"python benchmarks/outcomes.py <data> --record {name}"
+    writing.keep(found, ROOT / writing.RECORDS / f"{name}.csv", command)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("data", type=Path, help="folder that holds xstest_completions")
+    parser.add_argument("--record", help="the name of a record to write, or to write anew")
     parser.add_argument("--write", action="store_true", help=f"write {WEIGHTS.relative_to(ROOT)}")
     options = parser.parse_args()
     rows = rules.completions(options.data)
@@ -185,15 +230,12 @@ def main() -> None:
         raise SystemExit(f"{options.data}/xstest_completions: no such folder, or no rows in it")
     fits = Fits(rows)
     classes = judged(fits)
-    print(f"{'judge':28}{'model':18}answered  refused  three classes")
-    for judge, said in classes.items():
-        by_model = kappas(rows, said)
-        mean = np.mean(list(by_model.values()), axis=0)
-        for model, of in {**by_model, "mean": mean}.items():
-            print(f"{judge:28}{model:18}" + "".join(f"{kappa:8.3f}" for kappa in of))
-    for other in ("keyword:recommended", "keyword:paper"):
-        told = gain(rows, classes["outcome"], classes[other])
-        print("gain over {}: {:.3f} [{:.3f}, {:.3f}]".format(other, *told))
+    numbers = list(agreement(rows, classes))
+    for n in numbers:
+        ends = f"[{n.kappa.low:.3f}, {n.kappa.high:.3f}]"
+        print(f"{n.judge:30}{n.model:18}{n.told:14}{n.kappa.estimate:7.3f} {ends}")
+    if options.record:
+        record(rows, numbers, options.record)
     if options.write:
         weights = fits.outcomes(frozenset(fits.models))
         text = json.dumps({"fitted": FITTED, "weights": weights}, indent=1, ensure_ascii=False)

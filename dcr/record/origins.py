@@ -18,7 +18,8 @@ from dcr.core.config import UserError
 from dcr.core.runs import Run
 
 ROOT = config.CONF.parent  # of the repository
-KINDS = (".py", ".json")  # of files that decide what is measured
+PARTS = ("dcr", "benchmarks")
+KINDS = (".py", ".json", ".jsonl")  # of files that decide what is measured
 ANSWERS = ("", "openings", "frontier")  # folders of an evaluation with a file a set
 RULES = ("dcr/core/refusal/keywords.py", "dcr/keywords", "dcr/core/evaluation/scoring.py")
 RANKING = (
@@ -35,6 +36,8 @@ MEASURED_BY = {
     **dict.fromkeys(("acc", "acc_norm"), ("dcr/ability",)),
     **dict.fromkeys(("win_rate", "length_controlled", "discrete"), ("dcr/quality",)),
     "calibration": ("dcr/calibration", *RULES[:1]),
+    "agreement": (*RULES[:2], "dcr/outcomes", "benchmarks/keywords.py", "benchmarks/outcomes.py"),
+    "balance": ("dcr/balance.py", "dcr/contrasts", *RANKING[2:]),
     "frontier": ("dcr/frontier", "dcr/calibration", "dcr/inference.py", "dcr/outcomes", *RULES[:2]),
 }
 
@@ -69,7 +72,7 @@ def of(evaluation: Path) -> Origin:
     return Origin(
         _prompts(evaluation, measured),
         f"{made_with['data']['label']} {storage.fingerprint(drawn)}" if rows else "nothing",
-        ", ".join(filter(None, [_device(), threads, made_in])),
+        ", ".join(filter(None, [device(), threads, made_in])),
         date_of(file),
     )
 
@@ -94,7 +97,8 @@ def _prompts(evaluation: Path, measured: results.Metrics) -> dict[str, str]:
     return found | {"": storage.fingerprint(found)}
 
 
-def _device() -> str:
+def device() -> str:
+    """The processor or accelerator, and what it multiplies in."""
     if machine.kind_of() != "cpu":
         return machine.device().why
     cpu = Path("/proc/cpuinfo")
@@ -121,15 +125,20 @@ def git(*words: str) -> bytes:
 
 
 def code_at(commit: str) -> dict[str, str]:
-    """The text of each file of the package as it was at a commit."""
-    with tarfile.open(fileobj=io.BytesIO(git("archive", "--format=tar", commit, "dcr"))) as files:
-        opened = {f.name: files.extractfile(f) for f in files if f.name.endswith(KINDS)}
+    """The text of each file that may decide a number, as it was at a commit."""
+    with tarfile.open(fileobj=io.BytesIO(git("archive", "--format=tar", commit))) as files:
+        opened = {
+            f.name: files.extractfile(f)
+            for f in files
+            if f.name.startswith(PARTS) and f.name.endswith(KINDS)
+        }
         return {name: file.read().decode() for name, file in opened.items() if file}
 
 
 def code_now() -> dict[str, str]:
     """The same of the checkout as it is."""
-    files = (file for file in (ROOT / "dcr").rglob("*.*") if file.name.endswith(KINDS))
+    named = (file for part in PARTS for file in (ROOT / part).rglob("*.*"))
+    files = (file for file in named if file.name.endswith(KINDS))
     return {file.relative_to(ROOT).as_posix(): file.read_text() for file in files}
 
 

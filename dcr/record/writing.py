@@ -69,14 +69,23 @@ def write(options: Options) -> None:
     ]
     if not rows:
         raise DataError(f"{' '.join(options.runs)}: no number there of {' '.join(options.only)}")
+    keep(rows, out, " && ".join(options.command), options.commit)
+
+
+def keep(rows: list[Row], out: Path, command: str, commit: str | None = None) -> None:
+    """Writes a record of rows that have columns of `OF`, `NUMBER` and `FROM`, all that apply.
+
+    `date` is when a row was measured, by the commit named or else the last one before. Raises
+    DataError for a row that nothing tells from another or that names a place on this machine.
+    """
     commit_of, code_at = functools.cache(origins.commit_of), functools.cache(origins.code_at)
     measured_by: dict[tuple[str, str], str] = {}
     for row in rows:
-        commit = commit_of(options.commit, row["date"])
-        key = commit, row["metric"]
+        made_by = commit_of(commit, row["date"])
+        key = made_by, row["metric"]
         if key not in measured_by:
-            measured_by[key] = origins.measured_by(row["metric"], code_at(commit))
-        row |= {"command": " && ".join(options.command), "commit": commit}
+            measured_by[key] = origins.measured_by(row["metric"], code_at(made_by))
+        row |= {"command": command, "commit": made_by}
         row |= {"date": row["date"][:10], "measured_by": measured_by[key]}
     table = pd.DataFrame(rows, columns=[*OF, *NUMBER, *FROM], dtype=object)  # gaps make floats
     _check(table)
