@@ -158,7 +158,7 @@ def kappas(rows: Sequence[Row], classes: Sequence[str]) -> dict[str, tuple[Inter
             for label in ("complied", "refused")
         ]
         found[model] = tuple(
-            inference.kappa(*pair, asked, seed=0) for pair in [*pairs, (people, said)]
+            inference.kappa(one, other, asked, seed=0) for one, other in [*pairs, (people, said)]
         )
     means = np.mean([[kappa.estimate for kappa in of] for of in found.values()], axis=0)
     return found | {"mean": tuple(Interval(float(mean), np.nan, np.nan) for mean in means)}
