@@ -15,7 +15,6 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from dcr import eval as evaluation
 from dcr import train
 from dcr.core import cli, config, models, storage
 from dcr.core.config import ModelConfig, Precision, TrainConfig, UserError, resolving
@@ -106,9 +105,9 @@ def test_an_evaluation_of_a_run_takes_trust_and_no_other_model(
     assert ended.code == 2
     assert "model.template=chatml: a run brings its own; leave it out" in ended.error
     composed = cli.compose("eval", [run, "model.trust_remote_code=true"])
-    settings, _ = evaluation.resolved(composed, EvalSettings)
+    settings, _ = cli.resolved(composed, EvalSettings)
     assert settings.model.trust_remote_code
-    settings, _ = evaluation.resolved(cli.compose("eval", [run]), EvalSettings)
+    settings, _ = cli.resolved(cli.compose("eval", [run]), EvalSettings)
     assert not settings.model.trust_remote_code
 
 
