@@ -24,9 +24,9 @@ from sklearn.pipeline import make_pipeline, make_union
 
 from dcr.analyses import separability
 from dcr.core import models, prompts, sources
-from dcr.core.batching import attention_mask, padded
 from dcr.core.config import ModelConfig, Precision, resolving
 from dcr.core.models import Policy
+from dcr.core.passes import attention_mask, padded
 from dcr.core.runs import Run
 from dcr.frontier import arms, comparing
 from dcr.looks import counting

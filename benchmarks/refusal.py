@@ -28,7 +28,7 @@ from torch import Tensor
 
 from dcr import extensions
 from dcr.analyses import probability
-from dcr.core import batching, cli, models, prompts, sources
+from dcr.core import cli, models, passes, prompts, sources
 from dcr.core.config import Kind, Precision, resolving
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
@@ -95,8 +95,8 @@ def separate_passes(
         encoded = [chat.prompt_ids(text) for text in texts[start : start + batch]]
         for answer in answers_to(chat, encoded[0], phrases):
             rows = [ids + answer for ids in encoded]
-            inputs = batching.padded(rows, 0).to(model.device)
-            mask = batching.attention_mask(rows).long().to(model.device)
+            inputs = passes.padded(rows, 0).to(model.device)
+            mask = passes.attention_mask(rows).long().to(model.device)
             logits = model(input_ids=inputs, attention_mask=mask, use_cache=False).logits
             for row, ids in enumerate(encoded):
                 places = slice(len(ids) - 1, len(ids) - 1 + len(answer))

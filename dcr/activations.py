@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dcr.core import batching, models
+from dcr.core import models, passes
 from dcr.core.config import ConfigError
 
 
@@ -124,6 +124,6 @@ def states(
             stack.callback(hook(model, site, block, take).remove)
         trunk = models.trunk(model, last)
         # the first token of each row is at position 0 however it is padded
-        placed = batching.placed(trunk, batching.positions(mask))
+        placed = passes.placed(trunk, passes.positions(mask))
         trunk(input_ids=ids, attention_mask=mask.long(), use_cache=False, **placed)
     return torch.stack(by_block)

@@ -59,7 +59,7 @@ TABLE = Table(
         Part("dcr.looks.counting:Counted", lambda of: of.final.plan is not None),
     ),
     endpoint="dcr.endpoints.subject:Served",
-    sharing="dcr.workers:Workers",
+    sharing="dcr.workers:Shared",
     contamination="dcr.contamination:measured",
     record="dcr.results.schema:Metrics",
     showing="dcr.wandb_scores:showing",

@@ -19,10 +19,10 @@ from pydantic import FiniteFloat
 from torch import Tensor
 
 from dcr import inference
-from dcr.core import batching, machine, models, passes, storage
+from dcr.core import machine, models, passes, storage
 from dcr.core.config import EMBEDDED_MODEL, ConfigError, ModelConfig, Precision
 from dcr.core.config.evaluation import EvalConfig, cut_short
-from dcr.core.evaluation import store
+from dcr.core.evaluation import sets
 from dcr.core.evaluation.protocols import Task, Work
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.generation import Completion
@@ -97,7 +97,7 @@ class Relevance(Task):
         made = storage.fingerprint([MODEL, BETWEEN, ANSWER, PROMPT, self.others, sorted(texts)])
         answered = PromptSet(asked.name, asked.kind, [r for r in asked.rows if r.id in answers])
         place, progress = work.folder / f"relevance-{made}", work.settings.trainer.progress
-        return store.kept([answered], ask, place, Score, "relevance", progress)[asked.name]
+        return sets.kept([answered], ask, place, Score, "relevance", progress)[asked.name]
 
     def read(
         self, policy: Policy, answers: Sequence[Completion], prompts: Sequence[str]
@@ -130,9 +130,9 @@ def log_p(policy: Policy, answer: str, prompts: Sequence[str]) -> Float[Tensor, 
     device = models.unwrapped(policy.model).device
     nll = passes.current().nll(
         policy.model,
-        batching.padded(rows, 0).to(device),
-        batching.attention_mask(rows).to(device),
-        batching.padded(targets, IGNORED).to(device),
+        passes.padded(rows, 0).to(device),
+        passes.attention_mask(rows).to(device),
+        passes.padded(targets, IGNORED).to(device),
     )
     by_prompt = nll.each.float().cpu().split([len(prompt) for prompt in asked])
     return -torch.stack([each.sum() for each in by_prompt])

@@ -151,22 +151,9 @@ def alike(checkpoint: dict[str, Any], module: nn.Module) -> dict[str, Any]:
     return checkpoint
 
 
-def rest_of(checkpoint: Path, module: nn.Module) -> dict[str, Any]:
-    """What a folder holds beside tensors, read without any. Raises ValueError if these do not fit.
-
-    A tensor fits that has the shape of the weight, or of the weight whose moment it is.
-    """
-    held = torch.load(checkpoint / REST, map_location="meta", weights_only=True, mmap=True)
-    found: Any = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
-    wanted = {named: weight.shape for named, _, _, weight in homes(held, module)}
-    if {name: tensor.size for name, tensor in found.items()} != wanted:
-        raise ValueError("its tensors are not those of the module")
-    return held
-
-
 class Shards:
     """`dcr.core.training.Shards`, as the table of extensions names it."""
 
     strategy, split = Sharded, staticmethod(split)
     write, read = staticmethod(write), staticmethod(read)
-    alike, rest = staticmethod(alike), staticmethod(rest_of)
+    alike = staticmethod(alike)

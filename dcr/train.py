@@ -49,9 +49,7 @@ def train(settings: TrainConfig, run: Run) -> None:
         number = machine.use_threads(settings.trainer.threads, run.threads())
         if _leads() and not all(run.done(stage.value) for stage in wanted):
             storage.write_json(run.threads_file, {"threads": number})
-        made_of = storage.fingerprint(runs.binding(config.plain(settings)))
-        block = _block(settings, run)
-        job = Job(settings, run, rows, block, lease, loggers, watched, made_of)
+        job = Job(settings, run, rows, _block(settings, run), lease, loggers, watched)
         for stage in wanted:
             if run.done(stage.value):
                 log.info("%s: done in %s, skipped", stage.value, run.stage(stage.value))

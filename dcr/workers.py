@@ -15,21 +15,61 @@ from typing import Any, TypeVar
 
 import torch
 
-from dcr.core import ending, passes
+from dcr.core import ending, generation, passes, refusal
 from dcr.core.config import UserError
-from dcr.core.evaluation.subjects import Local
+from dcr.core.evaluation.subjects import Local, Opening
+from dcr.core.generation import Completion
 from dcr.core.passes import Passes
+from dcr.core.sources import Example
 
 Row = TypeVar("Row")
 Done = TypeVar("Done")
 
 SUBJECT: list[Local] = []  # the subject of a worker process
+Cut = Callable[[Local, list[Row], int], list[list[Row]]]
+Work = Callable[[Local, list[Row]], Iterator[list[Done]]]
 
 
 class WorkerEnded(UserError):
     """A process ended before it returned its result."""
 
     exit_code = 1
+
+
+class Shared(Local):
+    """Weights that `trainer.devices` processes open, each for its share of the prompts."""
+
+    workers: "Workers"
+
+    def __enter__(self) -> None:
+        self.workers = self._contexts.enter_context(Workers(self))
+
+    def answer(self, rows: list[Example]) -> Iterator[list[Completion]]:
+        return self.workers.shared(_cut, Local.answer, rows)
+
+    def openings(self, rows: list[Example]) -> Iterator[list[Opening]]:
+        return self.workers.shared(_cut_openings, Local.openings, rows)
+
+
+def _cut(subject: Local, rows: list[Example], processes: int) -> list[list[Example]]:
+    gen, decoding = subject.settings.gen, subject.decoding()
+    return generation.cut(subject.policy(), subject.chat(), rows, gen, processes, decoding)
+
+
+def _cut_openings(subject: Local, rows: list[Example], _processes: int) -> list[list[Example]]:
+    chat = subject.plain_chat()
+    encoded = [chat.prompt_ids(row.prompt) for row in rows]
+    batches = refusal.opening_batches(subject.policy().model, encoded)
+    return [[rows[place] for place in places] for places in batches]
+
+
+def shared(
+    subject: Local, cut: Cut[Row], work: Work[Row, Done], rows: list[Row]
+) -> Iterator[list[Done]]:
+    """The results of `work` for the rows, by this process or by those that share the subject."""
+    if isinstance(subject, Shared):
+        return subject.workers.shared(cut, work, rows)
+    return work(subject, rows)
 
 
 class Workers:
@@ -55,8 +95,8 @@ class Workers:
 
     def shared(
         self,
-        cut: Callable[[Local, list[Row], int], list[list[Row]]],
-        work: Callable[[Local, list[Row]], Iterator[list[Done]]],
+        cut: Cut[Row],
+        work: Work[Row, Done],
         rows: list[Row],
     ) -> Iterator[list[Done]]:
         """The results of `work` for each batch that `cut` makes of the rows, in their order.
@@ -113,7 +153,5 @@ def _call(function: Callable[..., Done], job: tuple[Any, ...]) -> Done:
     return function(SUBJECT[0], *job)
 
 
-def _whole(
-    subject: Local, work: Callable[[Local, list[Row]], Iterator[list[Done]]], batch: list[Row]
-) -> list[Done]:
+def _whole(subject: Local, work: Work[Row, Done], batch: list[Row]) -> list[Done]:
     return [each for part in work(subject, batch) for each in part]

@@ -376,7 +376,7 @@ def rank(index: int, meeting: str, results: Any) -> None:
         nll.update(features[:, 0])  # as SFT adds the NLL of each token
     module = ContrastiveModule.__new__(ContrastiveModule)
     torch.nn.Module.__init__(module)
-    module.train_metrics, module.identity = metrics, ""
+    module.train_metrics = metrics
     ContrastiveModule.keep_metrics_in_checkpoints(module)
     checkpoint: dict[str, Any] = {}
     module.on_save_checkpoint(checkpoint)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dcr import extensions, train
 from dcr.analyses import probability
-from dcr.core import batching, generation, models, passes, refusal
+from dcr.core import generation, models, passes, refusal
 from dcr.core.config import Kind
 from dcr.core.config.evaluation import GenConfig
 from dcr.core.models import Policy
@@ -80,7 +80,7 @@ def test_the_nll_of_each_token_and_its_gradient_are_the_same(
 ) -> None:
     """Also of those that all rows begin with, which are computed and counted once."""
     rows = [chat.prompt_ids(prompt) for prompt in PROMPTS]
-    ids, mask = batching.padded(rows, 0), batching.attention_mask(rows)
+    ids, mask = passes.padded(rows, 0), passes.attention_mask(rows)
     targets = ids.roll(-1, 1).masked_fill(~mask.roll(-1, 1), IGNORED)
     targets[:, -1] = IGNORED
     targets[0, 3] = IGNORED

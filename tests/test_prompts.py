@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from dcr.core import batching, models, prompts, storage
+from dcr.core import models, passes, prompts, storage
 from dcr.core.config import ConfigError, ModelConfig, Pooling, Terminator
 from dcr.core.prompts import IGNORED, ChatFormat
 
@@ -419,8 +419,8 @@ def test_a_row_of_hardly_any_norm_is_untrained() -> None:
 def test_padding_by_hand(left: bool) -> None:
     rows = [[5, 6, 7], [8], [9, 9]]
     expected = [[5, 6, 7], [0, 0, 8], [0, 9, 9]] if left else [[5, 6, 7], [8, 0, 0], [9, 9, 0]]
-    assert batching.padded(rows, 0, left).tolist() == expected
-    mask = batching.attention_mask([[0, 0, 0], [0], [0, 0]], left)  # ids equal to the pad id count
+    assert passes.padded(rows, 0, left).tolist() == expected
+    mask = passes.attention_mask([[0, 0, 0], [0], [0, 0]], left)  # ids equal to the pad id count
     assert mask.dtype is torch.bool
-    assert mask.tolist() == (batching.padded([[1] * 3, [1], [1] * 2], 0, left) == 1).tolist()
+    assert mask.tolist() == (passes.padded([[1] * 3, [1], [1] * 2], 0, left) == 1).tolist()
     assert mask.sum().item() == 6

@@ -22,7 +22,7 @@ from tiny_run import (
 from torch import Tensor
 
 from dcr import contamination, plan, train
-from dcr.core import batching, config, data, models, prompts, runs
+from dcr.core import config, data, models, passes, prompts, runs
 from dcr.core.config import ConfigError, Kind, LoraConfig, Stage, TrainConfig
 from dcr.core.data import SEEMINGLY_TOXIC, TOXIC, ReadoutBatch
 from dcr.core.data.readout import OPENING
@@ -67,10 +67,10 @@ def sft(whole: Path, tmp_path: Path) -> Path:
 
 def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
     """Ids, mask, and the last position of each row."""
-    mask = batching.attention_mask(rows)
+    mask = passes.attention_mask(rows)
     read = torch.zeros_like(mask)
     read[torch.arange(len(rows)), mask.sum(1) - 1] = True
-    return batching.padded(rows, 0), mask, read
+    return passes.padded(rows, 0), mask, read
 
 
 # --- the last blocks by themselves ---

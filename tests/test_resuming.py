@@ -27,7 +27,7 @@ from tiny_run import (
 )
 
 from dcr import train
-from dcr.core import config, machine, models, runs, storage
+from dcr.core import machine, models, storage
 from dcr.core.config import Method, SFTConfig, TrainConfig, UserError
 from dcr.core.data import PairBatch
 from dcr.core.runs import Run
@@ -294,27 +294,6 @@ def a_folder(place: Path) -> None:
     (place / "x").touch()
 
 
-def no_checkpoint_at_all(file: Path) -> None:
-    file.write_bytes(b"PK not a checkpoint")
-    sum_of(file).write_text(storage.sha256(file))
-
-
-def saved_again(change: Any) -> Any:
-    """A checkpoint whose sum is right and whose content is not."""
-
-    def damage(file: Path) -> None:
-        content = torch.load(file, weights_only=True)
-        change(content)
-        VerifiedCheckpointIO(torch.nn.Module()).save_checkpoint(content, file)
-
-    return damage
-
-
-def another_shape(content: Any) -> None:
-    name = next(name for name in content["state_dict"] if name.startswith("model."))
-    content["state_dict"][name] = torch.ones(3, 3)
-
-
 DAMAGES = {
     "cut short": lambda file: file.write_bytes(file.read_bytes()[:-100]),
     "a bit flipped": flip_a_bit,
@@ -322,15 +301,6 @@ DAMAGES = {
     "a sum that is no text": lambda file: sum_of(file).write_bytes(b"\xff\xfe"),
     "a sum that is a folder": lambda file: a_folder(sum_of(file)),
     "a folder in its place": a_folder,
-    "no checkpoint at all": no_checkpoint_at_all,
-    "another shape": saved_again(another_shape),
-    "another optimiser": saved_again(
-        lambda held: held["optimizer_states"][0]["state"][0].update(exp_avg=torch.ones(3, 3))
-    ),
-    "no list": saved_again(lambda held: held.update(optimizer_states=3)),
-    "other keys": saved_again(lambda held: held.pop("loops")),
-    "another step": saved_again(lambda held: held.update(global_step=3)),
-    "another run's": saved_again(lambda held: held.update(run="another")),
 }
 
 
@@ -339,22 +309,14 @@ def place(run: Path) -> tuple[Path, Path]:
     return older, newer
 
 
-def module_of(tiny: TrainConfig) -> ContrastiveModule:
-    policy = models.open_policy(tiny.model, tiny.dcr.precision)
-    module = ContrastiveModule(policy, tiny.dcr, 1, 10)
-    module.identity = storage.fingerprint(runs.binding(config.plain(tiny)))
-    return module
-
-
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
-    tiny: TrainConfig, stopped: Path, caplog: Any, damage: Any
+    stopped: Path, caplog: Any, damage: Any
 ) -> None:
     older, newer = place(stopped)
-    module = module_of(tiny)
-    assert resuming.newest_checkpoint(older.parent, module) == newer
+    assert resuming.newest_checkpoint(older.parent) == newer
     damage(newer)
-    assert resuming.newest_checkpoint(older.parent, module) == older
+    assert resuming.newest_checkpoint(older.parent) == older
     assert [r.message for r in caplog.records if newer.name in r.message and "damaged" in r.message]
 
 
@@ -387,10 +349,10 @@ def test_training_never_silently_starts_again(tiny: TrainConfig, stopped: Path, 
     assert caught.value.exit_code == 2
 
 
-def test_a_file_where_checkpoints_belong_is_named(tiny: TrainConfig, tmp_path: Path) -> None:
+def test_a_file_where_checkpoints_belong_is_named(tmp_path: Path) -> None:
     (tmp_path / "sft").touch()
     with pytest.raises(UserError, match=r"sft: a file where checkpoints belong"):
-        resuming.newest_checkpoint(tmp_path / "sft", module_of(tiny))
+        resuming.newest_checkpoint(tmp_path / "sft")
 
 
 @pytest.mark.parametrize(

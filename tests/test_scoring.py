@@ -14,7 +14,7 @@ from dcr import keywords
 from dcr.core import prompts, refusal
 from dcr.core.config import ConfigError, DataConfig, EvaluationSets, Kind, ModelConfig
 from dcr.core.config.evaluation import GenConfig
-from dcr.core.evaluation import scoring, sets, store, subjects
+from dcr.core.evaluation import scoring, sets, subjects
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.generation import Completion
 from dcr.core.models import Policy
@@ -260,7 +260,7 @@ def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
 
 
 def complete(
-    sets: Sequence[PromptSet], folder: Path, asked: list[str]
+    asked_sets: Sequence[PromptSet], folder: Path, asked: list[str]
 ) -> dict[str, list[Completion]]:
     """What a stand-in for the model answers; `asked` are its prompts, in order."""
 
@@ -270,7 +270,7 @@ def complete(
             asked.extend(row.prompt for row in batch)
             yield [answered(row, f"to {row.prompt}") for row in batch]
 
-    return store.kept(sets, answer, folder, Completion, "generating", False)
+    return sets.kept(asked_sets, answer, folder, Completion, "generating", False)
 
 
 def test_a_row_whose_prompt_changed_is_asked_again(tmp_path: Path) -> None:
@@ -307,10 +307,10 @@ def test_a_row_without_an_answer_is_asked_again(tmp_path: Path) -> None:
         asked.extend(row.prompt for row in rows)
         yield [answered(rows[0], "here")]
 
-    first = store.kept([prompt_set], failing, tmp_path, Completion, "generating", False)
+    first = sets.kept([prompt_set], failing, tmp_path, Completion, "generating", False)
     assert [c.id for c in first["a"]] == ["a-0"]
     asked.clear()
-    second = store.kept([prompt_set], failing, tmp_path, Completion, "generating", False)
+    second = sets.kept([prompt_set], failing, tmp_path, Completion, "generating", False)
     assert asked == ["a prompt 1", "a prompt 2"]
     assert [c.id for c in second["a"]] == ["a-0", "a-1"]
     found = scoring.score([prompt_set], second, [], [], 0, keywords.RULES)

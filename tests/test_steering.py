@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dcr.activations import Site
-from dcr.core import batching, passes
+from dcr.core import passes
 from dcr.core.config import ConfigError, DataConfig, EvaluationSets, Kind, SourcesByKind, UserError
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
@@ -136,7 +136,7 @@ def test_each_query_is_steered_by_its_own_cosine(deep: Policy) -> None:
     ids = [chat.prompt_ids(query) for query in queries]
     found[1]["threshold"] = sorted(own)[2] - 1e-4  # three are toxic, two are not
     plan: Any = scans.edits(deep, chat, found, settings(strength=2.5))
-    batch, mask = batching.padded(ids, 0, left=True), batching.attention_mask(ids, left=True)
+    batch, mask = passes.padded(ids, 0, left=True), passes.attention_mask(ids, left=True)
     edits = plan(batch, mask)
     signs = [1.0 if score >= found[1]["threshold"] else -1.0 for score in own]
     assert sorted(signs) == [-1, -1, 1, 1, 1]
@@ -153,8 +153,8 @@ def test_each_query_is_steered_by_its_own_cosine(deep: Policy) -> None:
 
 def answered(policy: Policy, chat: ChatFormat, texts: Sequence[str]) -> tuple[Any, Tensor]:
     ids = [chat.prompt_ids(text) for text in texts]
-    mask = batching.attention_mask(ids, left=True).long()
-    return generated(policy.model, batching.padded(ids, 0, left=True), mask, tokens=6)
+    mask = passes.attention_mask(ids, left=True).long()
+    return generated(policy.model, passes.padded(ids, 0, left=True), mask, tokens=6)
 
 
 def test_a_batch_is_steered_as_each_prompt_alone(deep: Policy) -> None:
@@ -194,7 +194,7 @@ def test_text_without_a_mask_is_scored_without_its_padding(deep: Policy) -> None
     own = scores(deep, chat, words, found[0]["reference"])
     found[1]["threshold"] = sorted(own)[1] - 1e-4
     plan: Any = scans.edits(deep, chat, found, settings())
-    ids = batching.padded([chat.tokenizer.encode(t) for t in words], 0)
+    ids = passes.padded([chat.tokenizer.encode(t) for t in words], 0)
     edits = plan(ids, None)
     signs = [1.0 if s >= found[1]["threshold"] else -1.0 for s in own]
     assert edits[0].scale.tolist() == signs

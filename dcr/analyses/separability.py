@@ -21,12 +21,12 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from dcr import activations
-from dcr.core import grouping, models, statistics
-from dcr.core.batching import attention_mask, padded
+from dcr.core import batching, models, statistics
 from dcr.core.config import Pooling
 from dcr.core.data import SEEMINGLY_TOXIC, TOXIC, prompt_rows
 from dcr.core.losses import kmeans_accuracy
 from dcr.core.models import Policy
+from dcr.core.passes import attention_mask, padded
 from dcr.core.prompts import ChatFormat, PromptRow
 from dcr.core.sources import Example
 from dcr.core.statistics import Interval
@@ -210,7 +210,7 @@ def features(
     depth = len(models.decoder_blocks(policy.model))
     width = models.unwrapped(policy.model).config.get_text_config().hidden_size
     points = torch.empty(depth, len(rows), width)
-    for places in grouping.by_tokens([row.ids for row in rows], batch_tokens):
+    for places in batching.by_tokens([row.ids for row in rows], batch_tokens):
         points[:, places] = _pooled(policy.model, [rows[place] for place in places]).cpu()
     return points
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
-from dcr import contamination, inference
+from dcr import contamination, inference, workers
 from dcr.analyses import (
     ClaimsConfig,
     KernelConfig,
@@ -37,12 +37,13 @@ from dcr.core.config import ConfigError, ContrastiveConfig, DataConfig, Kind
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.evaluation.protocols import Task, Work
 from dcr.core.evaluation.sets import PromptSet
-from dcr.core.evaluation.subjects import Local, WorkerPool
+from dcr.core.evaluation.subjects import Local
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.sources import Example
 from dcr.core.text import normalise
+from dcr.workers import Workers
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +148,7 @@ def kernel(
     settings: KernelConfig,
     seed: int,
     folder: Path,
-    workers: WorkerPool | None = None,
+    helpers: Workers | None = None,
 ) -> dict[str, Any]:
     """The kernel (A.6) of every choice of parameters: 3×3 means `[observer][trained]` by kind.
 
@@ -159,7 +160,7 @@ def kernel(
     kinds, ids = [kind for kind, _ in flat], [row.id for _, row in flat]
     top_k, head, budget = settings.top_k, settings.head, settings.budget_gib
     method, normalise = settings.method.value, settings.normalise.value
-    share = None if workers is None else functools.partial(workers.each, _collected)
+    share = None if helpers is None else functools.partial(helpers.each, _collected)
     means = {}
     for params in settings.params:
         chosen = ntk.Settings(top_k, params, head, method=method, budget_gib=budget)
@@ -246,7 +247,8 @@ class RefusalProbability(OfKinds):
 
 def _shared(subject: Local, prompts: list[str]) -> list[Probability]:
     """The refusal probabilities, computed in this process or in the worker processes."""
-    parts = subject.shared(_numbered_batches, _numbered_values, list(enumerate(prompts)))
+    numbered = list(enumerate(prompts))
+    parts = workers.shared(subject, _numbered_batches, _numbered_values, numbered)
     by_place = dict(chain.from_iterable(parts))
     return [by_place[place] for place in range(len(prompts))]
 
@@ -294,8 +296,8 @@ class Kernel(OfKinds):
 
     def measure(self, work: Work) -> dict[str, Any]:
         options, policy, seed = work.settings.node(KernelConfig), _widened(work), work.settings.seed
-        rows, workers = self.drawn(work, options.prompts), work.subject.workers
-        block = kernel(policy, work.chat(), rows, options, seed, work.folder, workers)
+        rows, helpers = self.drawn(work, options.prompts), getattr(work.subject, "workers", None)
+        block = kernel(policy, work.chat(), rows, options, seed, work.folder, helpers)
         before = work.before.get("kernel", {})
         alike = all(before.get(key) == value for key, value in block.items() if key != "params")
         params = before["params"] | block["params"] if alike else block["params"]

@@ -22,9 +22,9 @@ from dcr.calibration import CalibrationConfig
 from dcr.core import generation, refusal, storage
 from dcr.core.config import ConfigError, Kind, Method, resolving
 from dcr.core.config.evaluation import EvalConfig
-from dcr.core.evaluation import store, subjects
+from dcr.core.evaluation import subjects
 from dcr.core.evaluation.protocols import Change
-from dcr.core.evaluation.sets import PromptSet, read_set, set_name
+from dcr.core.evaluation.sets import PromptSet, kept, read_set, set_name
 from dcr.core.evaluation.subjects import Local
 from dcr.core.generation import OpeningBias
 from dcr.core.models import Policy
@@ -191,7 +191,7 @@ def _stored_beginnings(
         return beginnings(subject.policy(), subject.plain_chat(), rows, most)
 
     progress = subject.settings.trainer.progress
-    return store.kept(sets, ask, folder / "forks", Beginnings, "reading", progress)
+    return kept(sets, ask, folder / "forks", Beginnings, "reading", progress)
 
 
 def beginnings(

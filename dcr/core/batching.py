@@ -1,50 +1,43 @@
-"""Batches of token sequences: padded, and halved where memory runs out."""
+"""Rows in batches: grouped by length, so that little is padded, and halved where memory runs out.
 
-import inspect
+Torch is imported for the second alone: a plan and a user's error do not wait for it.
+"""
+
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
-
-import torch
-from jaxtyping import Bool, Int, Shaped
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
+from typing import TypeVar
 
 from dcr.core.machine import is_out_of_memory
 
 log = logging.getLogger(__name__)
 
-
 Row = TypeVar("Row")
 Done = TypeVar("Done")
 
 
-def padded(
-    sequences: Sequence[Sequence[int]], value: int, left: bool = False
-) -> Int[Tensor, "batch length"]:
-    """Sequences as one tensor, filled up with `value` on the right (or left)."""
-    rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
-    return pad_sequence(rows, True, value, padding_side="left" if left else "right")
+def by_length(sequences: Sequence[Sized], longest_first: bool = False) -> list[int]:
+    """Places of sequences by length, so that little is padded; those of one length keep theirs.
+
+    Longest first, running out of memory happens at once.
+    """
+    sign = -1 if longest_first else 1
+    return sorted(range(len(sequences)), key=lambda place: sign * len(sequences[place]))
 
 
-def attention_mask(
-    sequences: Sequence[Sequence[int]], left: bool = False
-) -> Bool[Tensor, "batch length"]:
-    """True for a token, False for padding; not derived from ids, as a pad id can be a token."""
-    return padded([[1] * len(s) for s in sequences], 0, left).bool()
+def by_tokens(sequences: Sequence[Sized], tokens: int, even: bool = False) -> list[list[int]]:
+    """Groups of places of sequences, the longest first, of at most `tokens` padded tokens each.
 
-
-def positions(
-    mask: Shaped[Tensor, "batch length"],
-) -> Int[Tensor, "batch length"]:
-    """Each token's position in its row; the first token has 0 whatever the padding."""
-    return (mask.long().cumsum(1) - 1).clamp(min=0)
-
-
-def placed(module: Any, places: Int[Tensor, "batch length"]) -> dict[str, Tensor]:
-    """The positions as an argument of a module's `forward`, or nothing if it takes none."""
-    takes = "position_ids" in inspect.signature(module.forward).parameters
-    return {"position_ids": places} if takes else {}
+    A sequence longer than that is alone in its group; with `even` a group is of one length.
+    """
+    groups: list[list[int]] = []
+    for place in by_length(sequences, longest_first=True):
+        longest = len(sequences[groups[-1][0]]) if groups else 0
+        fits = groups and (len(groups[-1]) + 1) * longest <= tokens
+        if fits and not (even and len(sequences[place]) < longest):
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+    return groups
 
 
 def halving(
@@ -62,6 +55,8 @@ def halving(
                 raise
             done = None
         if done is None:  # outside the clause, whose error would hold tensors of its frames
+            import torch
+
             torch.cuda.empty_cache()
             size = max(1, min(size, len(rows)) // 2)
             log.warning("out of memory: %s is now %d", setting, size)

@@ -13,12 +13,12 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from dcr.core import batching, grouping, losses, models
-from dcr.core.batching import attention_mask, padded
+from dcr.core import batching, losses, models
 from dcr.core.config import ConfigError, TrainConfig
 from dcr.core.models import unwrapped
 from dcr.core.prompts import IGNORED
@@ -27,6 +27,34 @@ MASKABLE = {"sdpa", "eager"}  # attention that adds any mask
 WINDOWED = {"sliding_attention", "chunked_attention"}
 WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
 CACHES = ("past_key_values", "cache_params")
+
+
+def padded(
+    sequences: Sequence[Sequence[int]], value: int, left: bool = False
+) -> Int[Tensor, "batch length"]:
+    """Sequences as one tensor, filled up with `value` on the right (or left)."""
+    rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
+    return pad_sequence(rows, True, value, padding_side="left" if left else "right")
+
+
+def attention_mask(
+    sequences: Sequence[Sequence[int]], left: bool = False
+) -> Bool[Tensor, "batch length"]:
+    """True for a token, False for padding; not derived from ids, as a pad id can be a token."""
+    return padded([[1] * len(s) for s in sequences], 0, left).bool()
+
+
+def positions(
+    mask: Shaped[Tensor, "batch length"],
+) -> Int[Tensor, "batch length"]:
+    """Each token's position in its row; the first token has 0 whatever the padding."""
+    return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def placed(module: Any, places: Int[Tensor, "batch length"]) -> dict[str, Tensor]:
+    """The positions as an argument of a module's `forward`, or nothing if it takes none."""
+    takes = "position_ids" in inspect.signature(module.forward).parameters
+    return {"position_ids": places} if takes else {}
 
 
 class Labelled(NamedTuple):
@@ -157,7 +185,7 @@ class Plain:
         pass
 
     def batches(self, model: Any, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
-        return grouping.by_tokens(prompts, tokens, even=recurrent(model))
+        return batching.by_tokens(prompts, tokens, even=recurrent(model))
 
     def read(
         self, model: Any, prompts: Sequence[Sequence[int]], keep: bool = True, cache: Any = None
@@ -280,7 +308,7 @@ def prefilled(
     options: dict[str, int] = {"use_cache": keep or cache is not None}
     if "logits_to_keep" in _parameters(model):
         options["logits_to_keep"] = 1
-    places = batching.positions(mask)[:, -ids.shape[1] :]
+    places = positions(mask)[:, -ids.shape[1] :]
     output = forward(model, ids, mask, places, cache, options)
     return Prefilled(output[cache_name(model)] if keep else None, mask, output.logits[:, -1:])
 
@@ -289,9 +317,8 @@ def forward(
     model: Any, ids: Tensor, mask: Tensor, places: Tensor, cache: Any, options: dict[str, int]
 ) -> Any:
     """A model's output for new tokens at these places behind the tokens of the cache."""
-    placed = batching.placed(unwrapped(model), places)
     cached = {} if cache is None else {cache_name(model): cache}
-    arguments = {"use_cache": True} | placed | cached | options
+    arguments = {"use_cache": True} | placed(unwrapped(model), places) | cached | options
     return model(input_ids=ids, attention_mask=mask, return_dict=True, **arguments)
 
 

@@ -7,10 +7,10 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dcr.core import refusal
+from dcr.core import refusal, storage
 from dcr.core.config import ConfigError
 from dcr.core.config.evaluation import EvalConfig, GenConfig
-from dcr.core.evaluation import store
+from dcr.core.evaluation import sets
 from dcr.core.evaluation.protocols import Answers, Masses, Subject
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.generation import Completion
@@ -67,8 +67,8 @@ class Served(Subject):
             return complete(server, settings.node(HTTPConfig), rows, settings.gen, system)
 
         progress = settings.trainer.progress
-        given = store.kept(asked, ask, folder, Completion, "generating", progress)
-        store.put_in_order(asked, folder, Completion)
+        given = sets.kept(asked, ask, folder, Completion, "generating", progress)
+        _put_in_order(asked, folder, Completion)
         return given
 
     def masses(self, asked: Sequence[PromptSet], folder: Path) -> tuple[Masses, Masses]:
@@ -90,11 +90,18 @@ class Served(Subject):
                     yield [ShownOpening(row.id, row.prompt, *refusal.shown_mass(reply.top[0]))]
 
         place, progress = folder / "openings", settings.trainer.progress
-        by_set = store.kept(asked, ask, place, ShownOpening, "reading", progress)
-        store.put_in_order(asked, place, ShownOpening)
-        store.check_answered(asked, by_set)
+        by_set = sets.kept(asked, ask, place, ShownOpening, "reading", progress)
+        _put_in_order(asked, place, ShownOpening)
+        sets.check_answered(asked, by_set)
         least = {name: {row.id: row.mass for row in rows} for name, rows in by_set.items()}
         return least, {name: {row.id: row.most for row in rows} for name, rows in by_set.items()}
+
+
+def _put_in_order(asked: Sequence[PromptSet], folder: Path, schema: type[sets.OfPrompt]) -> None:
+    """Orders the rows of the kept files, whichever was answered first."""
+    for of in asked:
+        file = folder / f"{of.name}.jsonl"
+        storage.put_in_order(file, schema, [row.id for row in of.rows])
 
 
 def server_of(settings: EvalConfig) -> ServerConfig:

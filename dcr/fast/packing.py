@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from dcr.core import batching
+from dcr.core import passes
 from dcr.fast import fusing
 
 ATTENTION = "dcr_rows"  # its name in transformers
@@ -116,7 +116,7 @@ def laid_out(
         "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool),
         "rows": _groups(lengths, prefix),
     }
-    inputs |= batching.placed(module, torch.cat(positions)[None])
+    inputs |= passes.placed(module, torch.cat(positions)[None])
     return Layout(inputs, ids.shape, places, prefix)
 
 

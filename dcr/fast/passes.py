@@ -10,11 +10,10 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from dcr.core import batching, grouping, models, passes
-from dcr.core.batching import attention_mask, padded
+from dcr.core import batching, models, passes
 from dcr.core.config import TrainConfig
 from dcr.core.models import unwrapped
-from dcr.core.passes import Labelled, Prefilled
+from dcr.core.passes import Labelled, Prefilled, attention_mask, padded
 from dcr.core.prompts import IGNORED
 from dcr.fast import cache, frozen, fusing, packing
 from dcr.fast.nll import token_nll
@@ -67,7 +66,7 @@ class Fast:
     def batches(self, model: Any, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
         prefix = shared_prefix(model, prompts)
         rests = [ids[prefix:] for ids in prompts]
-        return grouping.by_tokens(rests, tokens, even=passes.recurrent(model))
+        return batching.by_tokens(rests, tokens, even=passes.recurrent(model))
 
     def read(
         self, model: Any, prompts: Sequence[Sequence[int]], keep: bool = True, cache: Any = None
@@ -160,7 +159,7 @@ def prefill(
         if not keep:  # else the rest's keys and values of every block would be held
             filled.layers = [cache.PrefixLayer() for _ in filled.layers]
         backbone, first = models.backbone(model), torch.tensor([prompts[0][:prefix]], device=device)
-        placed = batching.placed(backbone, torch.arange(prefix, device=device)[None])
+        placed = passes.placed(backbone, torch.arange(prefix, device=device)[None])
         ones = torch.ones_like(first)
         backbone(
             input_ids=first, attention_mask=ones, past_key_values=filled, use_cache=True, **placed

@@ -15,7 +15,7 @@ from dcr.calibration import biases
 from dcr.core import generation, refusal
 from dcr.core.config import ConfigError, Kind
 from dcr.core.config.evaluation import EvalConfig
-from dcr.core.evaluation import sets, store
+from dcr.core.evaluation import sets
 from dcr.core.evaluation.protocols import Task, Work
 from dcr.core.runs import Run
 from dcr.core.sources import Example
@@ -69,7 +69,7 @@ class Frontier(Task):
                 yield [_pair(two, chat) for two in batch]
 
         place, progress = work.folder / PLACE, settings.trainer.progress
-        given = store.kept(asked, ask, place, Pair, "answering twice", progress)
+        given = sets.kept(asked, ask, place, Pair, "answering twice", progress)
         bias = work.subject.bias.bias if work.subject.bias else None
         return {
             name: counted({b.name: b.kind for b in asked}, given, value)

@@ -15,9 +15,9 @@ from torch import Tensor
 from dcr import activations
 from dcr.activations import Site
 from dcr.core import storage
-from dcr.core.batching import attention_mask, padded
 from dcr.core.config import ConfigError, DataError
 from dcr.core.models import Policy
+from dcr.core.passes import attention_mask, padded
 from dcr.core.prompts import ChatFormat
 from dcr.core.sources import Example
 

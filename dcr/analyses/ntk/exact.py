@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dcr.analyses.ntk.subset import Layer, LayerKind, tied
-from dcr.core import batching, grouping, models
+from dcr.core import batching, models, passes
 from dcr.core.config import ConfigError
 
 GIB = 2**30
@@ -90,11 +90,11 @@ def batches(sequences: Sequence[Sequence[int]], size: int, device: torch.device)
     Padding on the right leaves no row of attention wholly masked, for which transformers' eager
     attention gives NaN in float64.
     """
-    ordered = [sequences[place] for place in grouping.by_length(sequences)]
+    ordered = [sequences[place] for place in batching.by_length(sequences)]
     made = []
     for start in range(0, len(ordered), size):
         rows = ordered[start : start + size]
-        ids, mask = batching.padded(rows, 0), batching.attention_mask(rows)
+        ids, mask = passes.padded(rows, 0), passes.attention_mask(rows)
         made.append(Batch(start, ids.to(device), mask.to(device)))
     return made
 
@@ -103,7 +103,7 @@ def last_logits(model: Any, batch: Batch) -> Float[Tensor, "batch vocabulary"]:
     """Next-token logits after each prompt's last token."""
     inner: Any = models.unwrapped(model)
     # row by row, so that learnt positions have a gradient of their own in each
-    options: dict[str, Any] = batching.placed(inner, batching.positions(batch.mask))
+    options: dict[str, Any] = passes.placed(inner, passes.positions(batch.mask))
     ends = batch.ends
     rows = torch.arange(len(ends), device=ends.device)
 

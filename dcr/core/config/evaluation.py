@@ -74,7 +74,7 @@ class Table:
     judging: str = ""  # of a `protocols.Judges`
     changes: tuple[Part, ...] = ()  # of a `protocols.Change`
     endpoint: str = ""  # of the `protocols.Subject` that answers for `endpoint=`
-    sharing: str = ""  # of the processes that share prompts
+    sharing: str = ""  # of the `subjects.Local` whose prompts several processes share
     contamination: str = ""  # of what counts the prompts of sets that a run was trained on
     record: str = ""  # of a `results.Metrics` with the blocks of extensions
     showing: str = ""  # of a context that shows what is measured

@@ -11,11 +11,11 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dcr.core.batching import attention_mask, padded
 from dcr.core.config import Stage, TrainConfig
 from dcr.core.data.readout import Rounds, Row, readout_rows
 from dcr.core.data.rows import StageRows
 from dcr.core.data.splits import Splits
+from dcr.core.passes import attention_mask, padded
 from dcr.core.prompts import IGNORED, ChatFormat, PairRow, PromptRow
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from dcr.core import extending, machine, results, storage
 from dcr.core.config import Kind
 from dcr.core.config.evaluation import EvalConfig
-from dcr.core.evaluation import protocols, scoring, sets, store, subjects
+from dcr.core.evaluation import protocols, scoring, sets, subjects
 from dcr.core.evaluation.protocols import Answers, Subject, Task, Work
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.runs import Run
@@ -83,7 +83,7 @@ def measure(
             )
             _write(subject, folder, blocks, began)
         given = subject.answers(asked.sets, folder)
-        store.check_answered(asked.sets, given)
+        sets.check_answered(asked.sets, given)
         before = _kept(subject, folder, {})
         work = Work(settings, run, subject, folder, asked.sets, given, before)
         for name, task in asked.tasks.items():

@@ -5,12 +5,12 @@ Stored answers are kept and missing ones asked for; the weights are opened for t
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from typing_extensions import TypedDict
@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 from dcr.core import extending, generation, machine, models, prompts, refusal, storage
 from dcr.core.config import EMBEDDED_MODEL, STAGES, TINY_MODEL, ConfigError, Stage
 from dcr.core.config.evaluation import AUTO_LENGTH, EvalConfig
-from dcr.core.evaluation import protocols, store
+from dcr.core.evaluation import protocols, sets
 from dcr.core.evaluation.protocols import Answers, Change, Masses, Subject
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.generation import Completion, Decoding, OpeningBias
@@ -65,14 +65,14 @@ def subjects(settings: EvalConfig, run: Run) -> Sequence[Subject]:
     stage = settings.stage.value
     if not run.done(stage):
         raise ConfigError(f"stage={stage}: {run.folder} holds no {stage}/; train that stage first")
-    return [Local(settings, run, stage, run.stage(stage))]
+    return [_local(settings, run, stage, run.stage(stage))]
 
 
 def base(settings: EvalConfig, run: Run) -> "Local":
     """The model by name, with its folder where the name is one's."""
     name = settings.model.name
     local = name not in (TINY_MODEL, EMBEDDED_MODEL) and Path(name).is_dir()
-    return Local(settings, run, "base", Path(name) if local else None)
+    return _local(settings, run, "base", Path(name) if local else None)
 
 
 def _snapshots(settings: EvalConfig, run: Run) -> list["Local"]:
@@ -87,37 +87,33 @@ def _snapshots(settings: EvalConfig, run: Run) -> list["Local"]:
             f"steps={settings.steps}: {run.folder} holds no snapshot of step {missing[0]}; choose "
             f"from {', '.join(map(str, saved))}"
         )
-    return [Local(settings, run, "snapshot", saved[step], step) for step in wanted]
+    return [_local(settings, run, "snapshot", saved[step], step) for step in wanted]
 
 
 def final(settings: EvalConfig, run: Run) -> "Local":
     """The last stage that a run has finished. ConfigError if there is none."""
     for stage in reversed(STAGES):
         if run.done(stage.value):
-            return Local(settings, run, stage.value, run.stage(stage.value))
+            return _local(settings, run, stage.value, run.stage(stage.value))
     raise ConfigError(f"run={run.folder}: no stage is done there; train it first")
+
+
+def _local(settings: EvalConfig, run: Run, *of: Any) -> "Local":
+    """Weights that this process opens, or several that share the prompts."""
+    several = settings.trainer.devices > 1
+    return (extending.ours(settings.table.sharing) if several else Local)(settings, run, *of)
 
 
 # --- weights that are here ------------------------------------------------------------------------
 
 
-class WorkerPool(Protocol):
-    """Processes that share rows, each with a subject of its own, as `dcr.workers.Workers`."""
-
-    def shared(self, cut: Any, work: Any, rows: list[Any]) -> Iterator[Any]: ...
-
-    def each(self, function: Any, jobs: Sequence[tuple[Any, ...]]) -> Iterator[Any]: ...
-
-
 class Local(Subject):
     """Weights in memory, opened when they are first needed, under the changes asked for.
 
-    Calibration adds `bias` at the beginning of answers. With `workers`, prompts are shared among
-    processes, which then open the weights.
+    Calibration adds `bias` at the beginning of answers.
     """
 
     bias: OpeningBias | None = None
-    workers: WorkerPool | None = None
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
@@ -126,17 +122,11 @@ class Local(Subject):
 
     def under(self, settings: EvalConfig) -> "Local":
         """The same weights, opened once for both, under other settings."""
-        other = Local.__new__(Local)
+        other = type(self).__new__(type(self))
         vars(other).update(vars(self), settings=settings)
         return other
 
-    def __enter__(self) -> None:
-        if self.settings.trainer.devices > 1:
-            sharing = extending.ours(self.settings.table.sharing)
-            self.workers = self._contexts.enter_context(sharing(self))
-
     def __exit__(self, *fault: Any) -> None:
-        self.workers = None
         self._open.clear()  # a guard of eight billion parameters may need the room
         self._contexts.close()
 
@@ -193,7 +183,6 @@ class Local(Subject):
         return next(filter(None, brought), None)
 
     def answers(self, asked: Sequence[PromptSet], folder: Path) -> Answers:
-        """The answers by this process, or by the `workers` that share the rows."""
         sizes: set[int] = set()
 
         def noted(batch: list[Completion]) -> list[Completion]:
@@ -201,24 +190,13 @@ class Local(Subject):
             return batch
 
         def ask(rows: list[Example]) -> Iterator[list[Completion]]:
-            return map(noted, self.shared(Local.cut, Local.answer, rows))
+            return map(noted, self.answer(rows))
 
         progress = self.settings.trainer.progress
-        given = store.kept(asked, ask, folder, Completion, "generating", progress)
+        given = sets.kept(asked, ask, folder, Completion, "generating", progress)
         if sizes:
             _note_decoding(folder, self.settings.trainer.devices, max(sizes))
         return given
-
-    def shared(self, cut: Any, work: Callable[..., Iterator[Any]], rows: list[Any]) -> Any:
-        """The results of `work` for the rows, by this process or by the `workers`."""
-        if self.workers is None:
-            return work(self, rows)  # which opens the weights now, as `kept` expects
-        return self.workers.shared(cut, work, rows)
-
-    def cut(self, rows: list[Example], processes: int) -> list[list[Example]]:
-        """The batches in which so many processes answer the rows."""
-        gen, decoding = self.settings.gen, self.decoding()
-        return generation.cut(self.policy(), self.chat(), rows, gen, processes, decoding)
 
     def answer(self, rows: list[Example]) -> Iterator[list[Completion]]:
         """Completions of the rows, as they end."""
@@ -237,22 +215,11 @@ class Local(Subject):
 
     def masses(self, asked: Sequence[PromptSet], folder: Path) -> tuple[Masses, None]:
         """The masses by one forward pass a prompt, kept in `folder`."""
-
-        def ask(rows: list[Example]) -> Iterator[list[Opening]]:
-            return self.shared(Local.cut_openings, Local.openings, rows)
-
         place, progress = folder / "openings", self.settings.trainer.progress
-        read = store.kept(asked, ask, place, Opening, "reading", progress)
+        read = sets.kept(asked, self.openings, place, Opening, "reading", progress)
         return {name: {row.id: row.mass for row in rows} for name, rows in read.items()}, None
 
-    def cut_openings(self, rows: list[Example], _processes: int) -> list[list[Example]]:
-        """The batches in which processes read the rows' first tokens."""
-        chat = self.plain_chat()
-        encoded = [chat.prompt_ids(row.prompt) for row in rows]
-        batches = refusal.opening_batches(self.policy().model, encoded)
-        return [[rows[place] for place in places] for places in batches]
-
-    def openings(self, rows: Sequence[Example]) -> Iterator[list[Opening]]:
+    def openings(self, rows: list[Example]) -> Iterator[list[Opening]]:
         """The first answer token of each row."""
         return read_openings(self.policy(), self.plain_chat(), rows)
 

@@ -14,9 +14,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from dcr.core import batching, passes
-from dcr.core.batching import padded
+from dcr.core import passes
 from dcr.core.models import Policy, unwrapped
+from dcr.core.passes import padded
 
 ENDED = 1 / 8  # share of ended rows from which a copy of the others' cache is worth its cost
 KEYS, STATE = passes.CACHES  # arguments by which a model takes keys and values, or a state
@@ -119,7 +119,7 @@ def _stepped(
     new = ids if context.cache is None else newest[:, None]
     state = context.cache is not None and KEYS not in taken
     seen = mask[:, -1:] if state else mask  # a state knows of no padding before its newest token
-    places = batching.positions(mask)[:, -new.shape[1] :]
+    places = passes.positions(mask)[:, -new.shape[1] :]
     options = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
     output = passes.forward(policy.model, new, seen.long(), places, context.cache, options)
     cache = next((output[name] for name in passes.CACHES if name in taken), None)

@@ -59,7 +59,3 @@ class Shards(Protocol):
     def alike(self, checkpoint: dict[str, Any], module: nn.Module) -> dict[str, Any]:
         """The checkpoint of one process, its tensors split as the module's weights are."""
         ...
-
-    def rest(self, checkpoint: Path, module: nn.Module) -> dict[str, Any]:
-        """A folder's checkpoint without tensors. Raises any error if these are not the module's."""
-        ...

@@ -104,7 +104,6 @@ class ResumableModule(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.sharding = ""  # of the extension that splits weights
-        self.identity = ""  # of the run's settings: another run's checkpoint is none of this one
         self.rows: tuple[str, ...] = ()  # ids of the rows in the current step
         self.faulty: tuple[str, ...] = ()  # those of this rank in it whose loss is not finite
         self.strict_loading = False  # frozen weights are absent; on_load_checkpoint checks the rest
@@ -149,7 +148,6 @@ class ResumableModule(LightningModule):
                 raise TrainingError(f"{name} is not finite {self._where()}: no checkpoint written")
         kept = trainable | self._metric_names(state)
         checkpoint["state_dict"] = {name: state[name] for name in state if name in kept}
-        checkpoint["run"] = self.identity
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["state_dict"]
@@ -350,46 +348,19 @@ def _is_whole(checkpoint: Path) -> bool:
         return False
 
 
-def _fits(checkpoint: Path, module: ResumableModule) -> bool:
-    """Whether a whole file is one of this run's stage: its weights, their moments, its step."""
-    try:
-        if checkpoint.is_dir():
-            held = module.shards.rest(checkpoint, module)
-        else:  # on the meta device, where names and shapes alone are read
-            held = torch.load(checkpoint, map_location="meta", weights_only=True, mmap=True)
-            weights = [(name, w.shape) for name, w in module.named_parameters() if w.requires_grad]
-            (optimizer,) = held["optimizer_states"]
-            for (name, shape), number in zip(weights, optimizer["state"], strict=True):
-                state = optimizer["state"][number].values()
-                tensors = [each.shape for each in state if isinstance(each, Tensor)]
-                if {held["state_dict"][name].shape, *tensors} - {shape, torch.Size()}:
-                    return False
-        return (
-            held["global_step"] == step_of(checkpoint)
-            and module.identity in ("", held["run"])
-            and held.keys() >= {"epoch", "loops", "lr_schedulers", "callbacks"}
-        )
-    # torch.load alone raises half a dozen kinds for a file that it did not write
-    except Exception:
-        return False
-
-
-def newest_checkpoint(folder: Path, module: ResumableModule) -> Path | None:
+def newest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint of a stage that can be gone on from, None where none was written.
 
-    A damaged one, or another run's, is passed over with a warning. Raises UserError when there
-    is no other: the stage would silently start again.
+    A damaged one is passed over with a warning. Raises UserError when there is no other: the
+    stage would silently start again.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: a file where checkpoints belong; delete it to start the stage")
     checkpoints = _files(folder)[::-1]
     for checkpoint in checkpoints:
-        if not _is_whole(checkpoint):
-            log.warning("%s is damaged (its checksum differs): using the one before it", checkpoint)
-        elif not _fits(checkpoint, module):
-            log.warning("%s is damaged (not of this run): using the one before it", checkpoint)
-        else:
+        if _is_whole(checkpoint):
             return checkpoint
+        log.warning("%s is damaged (its checksum differs): using the one before it", checkpoint)
     if checkpoints:
         raise UserError(f"{folder}: every checkpoint is damaged; delete the folder to restart")
     return None

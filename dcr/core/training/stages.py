@@ -58,7 +58,6 @@ class Job:
     lease: Lease | None  # None in processes that help another one with its run folder
     loggers: list[Logger]
     watched: Watched | None = None  # None where nothing is measured meanwhile
-    identity: str = ""  # of the settings that decide its weights
 
 
 def check(settings: TrainConfig, rows: Splits, wanted: Sequence[Stage]) -> None:
@@ -229,8 +228,8 @@ def _fit(
     Raises TrainingError where no weight moved.
     """
     folder = job.run.checkpoints(stage.value)
-    module.identity, module.sharding = job.identity, job.settings.table.sharding
-    checkpoint = resuming.newest_checkpoint(folder, module)
+    module.sharding = job.settings.table.sharding
+    checkpoint = resuming.newest_checkpoint(folder)
     step = resuming.step_of(checkpoint)
     if checkpoint:
         log.info("%s: going on after step %d of %d", stage.value, step, total)
