@@ -862,14 +862,8 @@ MADE = "method: dcr\nseed: 0\npreset_name: paper\nmodel: {}\ndata: {}\ndcr: {}\n
 @pytest.mark.parametrize(
     ("file", "text", "told"),
     [
-        ("eval/main/metrics.json", '{"weights": "sft", "se', "eval/main/metrics.json: "),
-        ("eval/main/metrics.json", '{"weights": "sft", "sets": {"safe": 3}}', "sets.safe"),
         ("eval/main/safe.jsonl", answer("1", "", "") + "3\n", "safe.jsonl:2: "),
-        ("eval/main/safe.jsonl", '{"id": "1", "prompt": "?"}\n', "safe.jsonl:1: "),
-        ("config.yaml", "method: [dcr", "config.yaml: "),
         ("config.yaml", MADE + "a: &a [*a]", "config.yaml: "),
-        ("rows.json", "[1", "rows.json: "),
-        ("tracking/sft/step-000001/metrics.json", "[1]", "step-000001/metrics.json: "),
         ("tracking/sft/step-x/metrics.json", "{}", "step-x"),
     ],
 )  # fmt: skip

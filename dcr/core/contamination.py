@@ -4,7 +4,6 @@ The caller decides which prompts to drop, and which sets are in-distribution by 
 for stage one) and only marked.
 """
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ from rapidfuzz import fuzz, process
 from dcr.core.text import normalise
 
 COMPARED_CHARACTERS = 512  # of a normalised prompt: bounds the quadratic cost of long texts
-ROWS_AT_ONCE = 512  # with 20,000 candidates a block of scores takes 40 MB
+ROWS_AT_ONCE = 256  # with 20,000 candidates a block of scores takes 20 MB
 
 
 @dataclass(frozen=True)
@@ -57,18 +56,17 @@ def _closest(
 ) -> Iterator[tuple[int, int, float]]:
     """Yields (query, best reference, similarity) for each query with a reference within `near`.
 
-    Similarity cannot exceed 2·min/(a + b), so only references of about a query's length are
-    scored: both sides are sorted by length and compared a block against its window.
+    Similarity cannot exceed 2·min/(a + b), so queries are sorted by length, and a block of them is
+    compared with references of about its lengths alone.
     """
-    by_length = sorted(range(len(references)), key=lambda i: (len(references[i]), i))
-    lengths = [len(references[i]) for i in by_length]
+    lengths, shrink = np.array([len(text) for text in references]), near / (2 - near)
     order = sorted(range(len(queries)), key=lambda i: len(queries[i]))
-    shrink = near / (2 - near)
-    for block in _blocks(order, queries, shrink):
-        low = bisect_left(lengths, int(len(queries[block[0]]) * shrink))
-        high = bisect_right(lengths, int(len(queries[block[-1]]) / shrink) + 1)
-        window = sorted(by_length[low:high])  # in the caller's order, so that argmax keeps ties
-        if not window:
+    for start in range(0, len(order), ROWS_AT_ONCE):
+        block = order[start : start + ROWS_AT_ONCE]
+        least, most = len(queries[block[0]]) * shrink, len(queries[block[-1]]) / shrink
+        # in the caller's order, so that argmax keeps ties
+        window = np.flatnonzero((lengths >= int(least)) & (lengths <= int(most) + 1))
+        if not len(window):
             continue
         scores = process.cdist(
             [queries[i] for i in block],
@@ -80,18 +78,4 @@ def _closest(
         )
         for i, best, score in zip(block, scores.argmax(axis=1), scores.max(axis=1), strict=True):
             if score > 0:  # rapidfuzz puts 0 below the cut-off
-                yield i, window[int(best)], float(score) / 100
-
-
-def _blocks(order: list[int], queries: list[str], shrink: float) -> Iterator[list[int]]:
-    """Cuts length-sorted queries into blocks of similar length and at most `ROWS_AT_ONCE`."""
-    block: list[int] = []
-    for i in order:
-        # a block's window spans all its lengths, so a wide block would waste the sorting
-        full = len(block) == ROWS_AT_ONCE
-        if block and (full or len(queries[i]) * shrink > len(queries[block[0]]) + 1):
-            yield block
-            block = []
-        block.append(i)
-    if block:
-        yield block
+                yield i, int(window[best]), float(score) / 100

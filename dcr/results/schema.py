@@ -297,7 +297,6 @@ class Metrics(results.Metrics, Tracked):
     own: dict[str, OwnTask] = {}  # by class of a user's own task
     separability: Separability | None = None
     frontier: dict[str, Any] | None = None  # answers under each bias, see `dcr.frontier`
-    frontier: dict[str, Any] | None = None  # answers under each bias, see `dcr.frontier`
     claims: OneStep | None = None
     tokens_per_second: Number = None
 
