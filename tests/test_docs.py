@@ -12,6 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from dcr.core import config
+from dcr.core.sources import SOURCES
 from dcr.extensions import EvalSettings, TrainSettings
 
 ROOT = Path(__file__).parent.parent
@@ -92,6 +93,29 @@ def exists(key: str, schema: type) -> bool:
         kind = fields[part].type
         node = kind if not isinstance(kind, str) else getattr(config, kind, kind)
     return True
+
+
+def test_the_table_of_sets_has_the_number_of_rows_of_each_source() -> None:
+    """`test_sources.py` counts the rows of the files."""
+    text = (ROOT / "docs/data.md").read_text()
+    counted, seen = {}, set[str]()
+    for name, source in SOURCES.items():
+        whole, file = source.hub.rows if source.hub else None, source.rows
+        told = f"{whole:,}" if whole else None
+        counted[name] = f"{told}; file: {file:,}" if file and file != whole else told
+    for line in re.findall(r"^\| (`(?:.* \| ){5}.*)", text, re.MULTILINE):
+        named, _, rows, *_ = line.split(" | ")
+        names = re.findall(r"`([\w<>*]+)`", named)
+        parts = [n.removeprefix("<name>") for n in names if n.startswith("<name>")]
+        if parts:
+            names = [n + part for part in parts for n in names if not n.startswith("<")]
+        elif names[-1].startswith("_"):
+            names = [names[0], *(names[0].rpartition("_")[0] + end for end in names[1:])]
+        shown = re.split(r", | and ", rows)
+        if names[0] in SOURCES and counted[names[0]]:
+            assert [counted[name] for name in names] == shown, line
+            seen.update(names)
+    assert [name for name, count in counted.items() if count and name not in seen] == []
 
 
 def leaves(tree: object, path: str = "") -> list[str]:
