@@ -215,4 +215,4 @@ def _rates(counts: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
             yield f"defence_{judge}", said["safe"], said["safe"] + said["unsafe"] + said["invalid"]
         labels = said.get("labels", {})
         for label, count in labels.items():
-            yield f"{label}_{judge}", count, sum(labels.values()) + said["invalid"]
+            yield f"{label}_{judge}", count, sum(labels.values()) + said.get("invalid", 0)

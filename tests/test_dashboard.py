@@ -205,6 +205,7 @@ def test_the_last_stage_that_is_done_has_the_plain_keys(of_dcr: Run) -> None:
 def test_rates_are_those_of_the_counts() -> None:
     judged = {"llm": {"complied": 3, "partial": 1, "refused": 1, "invalid": 2, "error": 1}}
     guarded = {"llama_guard": {"safe": 6, "unsafe": 2, "invalid": 2, "error": 4}}
+    judged |= {"outcome": {"n": 8, "labels": {"answered": 6, "circular": 2}}}
     found = {
         "sets": {
             "a": {
@@ -221,11 +222,15 @@ def test_rates_are_those_of_the_counts() -> None:
     assert wandb_scores.scored(found) == {
         "a/compliance": 6 / 8,
         "a/compliance_llm": 3 / 5,
+        "a/answered_outcome": 6 / 8,
+        "a/circular_outcome": 2 / 8,
         "coconot_safety/compliance": 0.0,
         "b/keyword_refusal": 0.5,
         "b/defence_llama_guard": 6 / 10,
         "over_refusal/compliance": 6 / 8,  # without the set shown apart
         "over_refusal/compliance_llm": 3 / 5,
+        "over_refusal/answered_outcome": 6 / 8,
+        "over_refusal/circular_outcome": 2 / 8,
         "safety/keyword_refusal": 0.5,
         "safety/defence_llama_guard": 6 / 10,
         "discernment": 0.7,
