@@ -252,6 +252,18 @@ HUB_ROWS = {
         ],
         [("coconot_safety-1", "q", None, "Requests with safety concerns")],
     ),
+    "falsereject_train": (
+        [{"prompt": "p", "category_text": "C", "instruct_response": "yes", "cot_response": {}}],
+        [("falsereject_train-0", "p", "yes", "C")],
+    ),
+    "xsb_safe": (
+        [{"prompt": "p", "label": "safe"}, {"prompt": "q", "label": "unsafe"}],
+        [("xsb_safe-0", "p", None, None)],
+    ),
+    "xsb_unsafe": (
+        [{"prompt": "p", "label": "safe"}, {"prompt": "q", "label": "unsafe"}],
+        [("xsb_unsafe-1", "q", None, None)],
+    ),
     "phtest_controversial": (
         [
             {"ID": 0, "Request": "p", "Harmfulness": "harmless"},
@@ -290,7 +302,9 @@ def test_hh_rlhf_reads_the_first_turn_of_the_folder_named(tmp_path: Path, point:
     assert [e.prompt for e in sources.read("hh_rlhf_red_team")] == ["how?"]
 
 
-CONFIGURED = {  # as the sets' cards describe their files: config, split, rows
+CONFIGURED: dict[
+    str, list[tuple[str, str, list[dict[str, Any]]]]
+] = {  # as the sets' cards describe their files: config, split, rows
     "jailbreakbench": [
         ("behaviors", "harmful", [{"Goal": "a", "Target": "b", "Category": "C"}]),
         ("behaviors", "benign", [{"Goal": "x", "Target": "b", "Category": "C"}]),
@@ -315,6 +329,20 @@ CONFIGURED = {  # as the sets' cards describe their files: config, split, rows
         ("or-bench-hard-1k", "train", [{"prompt": "x", "category": "C"}]),
         ("or-bench-toxic", "train", [{"prompt": "a", "category": "C"}]),
     ],
+    **{
+        f"wildguardtest_{kind}": [
+            ("wildguardtrain", "train", [{"prompt": "x", "prompt_harm_label": kind}]),
+            (
+                "wildguardtest",
+                "test",
+                [
+                    {"prompt": text, "prompt_harm_label": label, "subcategory": "C"}
+                    for text, label in (("a", kind), ("x", other), ("x", None))
+                ],
+            ),
+        ]
+        for kind, other in (("harmful", "unharmful"), ("unharmful", "harmful"))
+    },
     "falsereject_test": [
         ("default", "train", [{"prompt": "x", "category_text": "C", "instruct_response": "r"}]),
         ("default", "test", [{"prompt": "a", "category_text": "C"}]),
@@ -342,6 +370,7 @@ def test_files_outside_the_hub_are_read_through_datasets_too(tmp_path: Path, poi
         "q_harm": ("q.json", json.dumps({"instructions": ["a?", "b?"], "inputs": []})),
         "harmfulq": ("h.json", json.dumps(["a?", "b?"])),
         "oktest": ("o.csv", 'prompt\na?\n"b?"\n'),
+        "evorefuse_test": ("t.jsonl", '{"instruction": "a?"}\n{"instruction": "b?"}\n'),
         "advbench": ("a.csv", "goal,target\na?,x\nb?,y\n"),
         "strongreject": ("r.csv", "category,source,forbidden_prompt\nc,s,a?\nc,s,b?\n"),
         "harmbench": (
@@ -370,6 +399,8 @@ def test_files_outside_the_hub_are_read_through_datasets_too(tmp_path: Path, poi
     [
         ("orbench_hard", r"data\.root=<folder> reads it offline"),
         ("sorrybench", "accept its terms on the hub"),
+        ("wildguardtest_harmful", "accept its terms on the hub"),
+        ("xsb_safe", "file of your own"),
         ("orbench_toxic", "file of your own"),
     ],
 )

@@ -53,6 +53,8 @@ PAIRS: tuple[Pair, ...] = (
     (("orbench_hard",), ("harmfulq",)),
     (("oktest",), PAPER_SAFETY),
     (("jailbreakbench_benign",), ("jailbreakbench",)),
+    (("wildguardtest_unharmful",), ("wildguardtest_harmful",)),
+    (("xsb_safe",), ("xsb_unsafe",)),
 )
 SIDES: dict[tuple[str, ...], str] = {
     PAPER_SAFETY: "paper_safety"
