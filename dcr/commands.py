@@ -32,6 +32,7 @@ COMMANDS = {
     "record": "numbers of runs into a file of the repository, with where they come from",
     "report": "tables, figures and a page from run folders",
     "label": "answers for people to label blindly, and how far people and judges agree",
+    "inspect": "answers and verdicts of runs as logs of Inspect, for its viewer",
     "dashboard": "the workspace and the report of a W&B project",
     "export": "merged weights with tokenizer and model card from a run",
     "chat": "talk to a run's result",
