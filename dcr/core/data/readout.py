@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 
 from dcr.core import batching
 from dcr.core.config import SFTConfig
-from dcr.core.data.rows import NO_CLASS, SEEMINGLY_TOXIC, TOXIC, generator, permutation
+from dcr.core.data.rows import (
+    NO_CLASS,
+    SEEMINGLY_TOXIC,
+    TOXIC,
+    generator,
+    opening_ids,
+    permutation,
+)
 from dcr.core.data.splits import Splits
 from dcr.core.prompts import IGNORED, ChatFormat
 from dcr.core.refusal import is_refusal
@@ -28,7 +35,8 @@ ROUNDS = 8  # parts of the steps, at most, after each of which held-out rows are
 class Row:
     """A row's id, its tokens, the positions that are read, and of a prompt its class.
 
-    `opening` has the tokens that a refusal goes on with behind all positions but the first.
+    `opening` has the tokens that a refusal goes on with behind the last positions. The one before
+    those decides behind an opening where a prompt has one, and the first decides always.
     """
 
     id: str
@@ -36,6 +44,12 @@ class Row:
     places: list[int]
     label: int = NO_CLASS
     opening: tuple[int, ...] = ()
+
+    @property
+    def decides(self) -> list[int]:
+        """The class of a prompt at each position that decides behind an opening, else NO_CLASS."""
+        behind = len(self.places) - len(self.opening) - 1 if self.label != NO_CLASS else 0
+        return [self.label if behind and i == behind else NO_CLASS for i in range(len(self.places))]
 
 
 class Rounds:
@@ -120,16 +134,21 @@ def readout_rows(chat: ChatFormat, rows: Splits, config: SFTConfig, seed: int) -
 
 
 def readout_prompts(chat: ChatFormat, rows: Sequence[Example], label: int) -> list[Row]:
-    """Prompts, read where the first answer token is; toxic ones with how their refusal goes on."""
+    """Prompts, read where the first answer token is; toxic ones with how their refusal goes on.
+
+    Those with an opening are read where the first token behind it is as well, and refusals go on
+    from there.
+    """
     found: list[Row] = []
     for row in rows:
-        ids, opening = chat.prompt_ids(row.prompt), list[int]()
+        asked, behind, said = chat.prompt_ids(row.prompt), opening_ids(chat, row), list[int]()
+        ids = [*asked, *behind]
         if label == TOXIC and row.response and is_refusal(row.response):
-            whole, _ = chat.pair(row.prompt, row.response, len(ids) + OPENING)
-            opening = whole[len(ids) :]
-        places = range(len(ids) - 1, len(ids) + max(1, len(opening)) - 1)
-        asked = [*ids, *opening[:-1]]
-        found.append(Row(row.id, asked, list(places), label, tuple(opening[1:])))
+            whole, _ = chat.pair(row.prompt, row.response, len(ids) + OPENING, opening=behind)
+            said = whole[len(ids) :]
+        last = len(ids) + max(1, len(said)) - 1
+        places = [*([len(asked) - 1] if behind else []), *range(len(ids) - 1, last)]
+        found.append(Row(row.id, [*ids, *said[:-1]], places, label, tuple(said[1:])))
     return found
 
 
@@ -170,7 +189,8 @@ def _answers(
     """The first rows, read at the first answer token that is not `skipped` and some behind it."""
     found: list[Row] = []
     for row in rows[:count]:
-        ids, targets = chat.pair(row.prompt, row.response or "", max_len)
+        opening = opening_ids(chat, row)
+        ids, targets = chat.pair(row.prompt, row.response or "", max_len, opening=opening)
         answer = [place for place, target in enumerate(targets) if target != IGNORED]
         places = answer[skipped : skipped + ANSWER]
         drawn = permutation(len(places), drawing)[:ANSWER_PLACES]

@@ -153,8 +153,8 @@ def train_readout(job: Job) -> None:
     _claim_base(job, Stage.readout, policy)
     chat = _chat_of_answers(job, policy)
     batches = _batches(job, Stage.readout, chat)
-    openings = refusal.refusal_openings(chat)
-    module = ReadoutModule(policy, phase, openings, settings.trainer.progress)
+    openings, later = refusal.refusal_openings(chat), refusal.later_openings(chat)
+    module = ReadoutModule(policy, phase, openings, later, settings.trainer.progress)
     seen = _measuring(job, Stage.readout, policy, chat, phase.steps)
     trainer = _fit(job, Stage.readout, module, batches, phase.steps, *seen)
     if trainer.is_global_zero:
