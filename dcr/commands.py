@@ -34,6 +34,7 @@ COMMANDS = {
     "label": "answers for people to label blindly, and how far people and judges agree",
     "inspect": "answers and verdicts of runs as logs of Inspect, for its viewer",
     "dashboard": "the workspace and the report of a W&B project",
+    "recalibration": "a bias for weights that were tuned on, chosen anew, into their folder",
     "export": "merged weights with tokenizer and model card from a run",
     "chat": "talk to a run's result",
 }
@@ -85,7 +86,7 @@ def main() -> None:
     """`dcr <command> …`: the command of that name with the words behind it."""
     name, *rest = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
-        rows = [f"  {command:<9} {does}" for command, does in COMMANDS.items()]
+        rows = [f"  {command:<13} {does}" for command, does in COMMANDS.items()]
         print("dcr <command> [--help] [key=value ...]", "", *rows, sep="\n")
     elif name in ("train", "eval"):
         # a script, since processes that Lightning starts for further devices run it again

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import yaml
 
-from dcr import entry
+from dcr import entry, robustness
 from dcr.core import config, machine, prompts, runs, storage
 from dcr.core.config import (
     AUTO_LAYER,
@@ -22,7 +22,6 @@ from dcr.core.config import (
     block_of,
     resolving,
 )
-from dcr.core.config.evaluation import EvalConfig
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.sources import SOURCES
@@ -73,6 +72,7 @@ READ_OUT = (
 )
 LEARNT = {"contrastive": ("seemingly_toxic", "toxic"), "sft": ("safety", "normal")}
 LEARNT |= {"readout": LEARNT["contrastive"]}
+CARD = ("refused", "toxic", "answered", "seemingly_toxic")  # the columns of attacks
 SETTINGS = {  # the settings that a card names, by stage
     "contrastive": (
         "dcr.layer", "dcr.epochs", "dcr.margin", "dcr.scale", "dcr.ratio", "dcr.batch_size",
@@ -168,7 +168,10 @@ def export(
     _set_template(chat)
     replaced = _set_decoding(policy, chat, settings.gen.most)
     policy.model.to(getattr(torch, dtype))
-    record = _calibrate(policy, chat, settings) if calibrate is not None else None
+    record = None
+    if calibrate is not None:
+        bias, record = biases.calibrated(policy, chat, settings)
+        policy.model.generation_config.sequence_bias = bias.sequences
     depth = policy.model.config.num_hidden_layers
     details = {"dtype": dtype, "depth": depth, "calibrated": record, "decoding": replaced}
     with storage.replaced_folder(out) as staging:
@@ -245,22 +248,6 @@ def _set_decoding(policy: "Policy", chat: ChatFormat, most: int) -> dict[str, An
     return {name: value for name, value in own.to_diff_dict().items() if name not in same}
 
 
-def _calibrate(policy: "Policy", chat: ChatFormat, settings: EvalConfig) -> dict[str, Any]:
-    """Write the calibrated bias into the generation config; returns its record."""
-    from dcr.calibration import biases
-
-    new = settings.gen.max_new_tokens
-    read = {
-        asked.name: [
-            row for batch in biases.beginnings(policy, chat, asked.rows, new) for row in batch
-        ]
-        for asked in biases.validation(settings)
-    }
-    bias, record = biases.choose_bias(settings, biases.opening_place(chat), read)
-    policy.model.generation_config.sequence_bias = bias.sequences
-    return record
-
-
 # --- the card -----------------------------------------------------------------------------------
 
 
@@ -313,10 +300,29 @@ def model_card(
         scores=measured.query(
             "quantity == 'refused' and judge == 'keyword:paper' and n > 0"
         ).drop_duplicates(["set", "kind", "n", "count"]),
+        attacked=_attacked(measured),
         silences=silences,
         trained_on=run.record().get("in_distribution", []),
         others=others,
     )
+
+
+def _attacked(measured: "pd.DataFrame") -> list[dict[str, str]]:
+    """A line for each attack: its words, and by kind the share wanted of so many answers."""
+    from dcr import inference
+
+    rows = measured.loc[measured["quantity"].str.startswith("robustness/")]
+    lines: dict[str, dict[str, str]] = {}
+    for kind, wanted in (("toxic", "refused"), ("seemingly_toxic", "answered")):
+        named = rows["quantity"].str.endswith(f"/{wanted}") & (rows["judge"] == "outcome")
+        of_kind = rows.loc[named & (rows["kind"] == kind)]
+        for quantity, of in of_kind.groupby("quantity", sort=False):
+            found = inference.wilson(int(of["count"].sum()), int(of["n"].sum()))
+            told = f"{found.estimate:.0%} ({found.low:.0%} to {found.high:.0%})"
+            attack = robustness.words(str(quantity).split("/")[1])
+            line = lines.setdefault(attack, {"attack": attack} | dict.fromkeys(CARD, "–"))
+            line |= {wanted: told, kind: str(int(of["n"].sum()))}
+    return [*lines.values()]
 
 
 def _settings(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from dcr import calibration, endpoints, looks, quality, steering, tracking
+from dcr import calibration, endpoints, looks, quality, robustness, steering, tracking
 from dcr.ability import AbilityConfig
 from dcr.analyses import ClaimsConfig, KernelConfig, RefusalProbabilityConfig, SeparabilityConfig
 from dcr.calibration import CalibrationConfig
@@ -25,6 +25,7 @@ from dcr.judges import (
 )
 from dcr.looks import FinalConfig
 from dcr.quality import QualityConfig
+from dcr.robustness import RobustnessConfig
 from dcr.steering import SteeringConfig
 from dcr.tracking import TrackingConfig
 
@@ -42,6 +43,7 @@ TABLE = Table(
         "separability": "dcr.analyses.weights:Separability",
         "claims": "dcr.analyses.weights:Claims",
         "frontier": "dcr.frontier.answers:Frontier",
+        "robustness": "dcr.robustness.attacked:Robustness",
     },
     on_weights=("ability", "refusal_probability", "kernel", "separability", "claims"),
     judges=("llm", "llama_guard", "wildguard", "moderation", "outcome"),
@@ -68,6 +70,7 @@ TABLE = Table(
         steering.relations,
         calibration.relations,
         quality.relations,
+        robustness.relations,
         looks.relations,
     ),
 )
@@ -109,6 +112,7 @@ class EvalSettings(EvalConfig):
     entk: KernelConfig = field(default_factory=KernelConfig)
     sep: SeparabilityConfig = field(default_factory=SeparabilityConfig)
     claims: ClaimsConfig = field(default_factory=ClaimsConfig)
+    robustness: RobustnessConfig = field(default_factory=RobustnessConfig)
     final: FinalConfig = field(default_factory=FinalConfig)
 
 

@@ -20,7 +20,7 @@ from dcr import export, report, train
 from dcr.calibration import biases as calibration
 from dcr.calibration.biases import Beginnings
 from dcr.core import cli, config, generation, models, prompts, refusal, storage
-from dcr.core.config import ConfigError, EvaluationSets, ModelConfig, Precision
+from dcr.core.config import ConfigError, EvaluationSets, LoraConfig, ModelConfig, Precision
 from dcr.core.evaluation import metrics, subjects
 from dcr.core.generation import OpeningBias
 from dcr.core.models import Policy
@@ -403,3 +403,46 @@ def test_after_harmless_fine_tuning_the_bias_is_the_export_s(whole: Path, tmp_pa
     settings.calibrate = str(tmp_path / "plain")
     with pytest.raises(ConfigError, match=r"plain: its generation_config\.json holds no bias"):
         eval_entry.evaluate(settings, after)
+
+
+# --- weights that were tuned on -------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("openings_refuse")
+@pytest.mark.parametrize("kind", ["whole", "adapter"])
+def test_a_tuned_folder_gets_a_bias_of_its_own_for_the_share(
+    kind: str, command: Any, policy: Policy, tmp_path: Path
+) -> None:
+    base, folder = tmp_path / "base", tmp_path / kind
+    models.save_full(policy, base)
+    (base / storage.CHECKSUMS).unlink()  # as a user's own
+    if kind == "adapter":
+        opened = models.open_policy(ModelConfig(name=str(base)), Precision.fp32)
+        tuned = models.add_lora(opened.model, LoraConfig(targets=["q_proj"]), 0)
+        with torch.no_grad():
+            for name, weight in tuned.named_parameters():
+                weight.add_(0.05 * ("lora_B" in name))
+        models.save_adapter(replace(opened, model=tuned), folder, base)
+    else:
+        folder = base
+    words = [f"model={folder}", "calibrate=0.4", "precision=fp32"]
+    ended = command("dcr.recalibration", *words)
+    if kind == "adapter":
+        assert "is a run's own" in ended.error
+        (folder / storage.CHECKSUMS).unlink()
+        (folder / models.ORIGIN_FILE).unlink()
+        ended = command("dcr.recalibration", *words)
+    assert ended.code == 0, ended.err
+    written = json.loads((folder / "generation_config.json").read_text())["sequence_bias"]
+    record = json.loads((folder / "calibration.json").read_text())
+    assert {bias for _, bias in written} == {record["bias"]}
+    opened = models.open_result(folder, Precision.fp32) if kind == "adapter" else policy
+    chat = prompts.chat_format(opened.tokenizer, ModelConfig(name=str(folder)))
+    forks = [
+        fork
+        for batch in calibration.beginnings(opened, chat, read("contrasts_toxic_heldout"), 16)
+        for fork in batch
+    ]
+    count = sum(fork.refused(record["bias"]) for fork in forks)
+    assert record["sets"]["contrasts_toxic_heldout"]["refused"] == count >= 0.4 * len(forks)
+    assert f"bias {record['bias']:+.3f}" in ended.out

@@ -76,7 +76,7 @@ def check(settings: EvalConfig, made_with: Mapping[str, Any]) -> None:
 
     `made_with` is the configuration of the run that is calibrated.
     """
-    if _share(settings) is None and _exported(settings) is None:
+    if share_of(settings) is None and _exported(settings) is None:
         subjects.final(settings, _reference(settings))
     if made_with["method"] not in {method.value for method in Method}:
         return
@@ -99,11 +99,11 @@ def check(settings: EvalConfig, made_with: Mapping[str, Any]) -> None:
 
 def label(settings: EvalConfig) -> str:
     """The target in records and tables: a share, or the name of a run's folder."""
-    share = _share(settings)
+    share = share_of(settings)
     return Path(str(settings.calibrate)).resolve().name if share is None else f"{share:g}"
 
 
-def _share(settings: EvalConfig) -> float | None:
+def share_of(settings: EvalConfig) -> float | None:
     """The target if it is a number. Raises ConfigError for a number that is no share."""
     try:
         share = float(str(settings.calibrate))
@@ -293,6 +293,21 @@ def opening_place(chat: ChatFormat) -> Place:
     return Place(lead=lead, tokens=refusal.refusal_openings(chat).tolist())
 
 
+def calibrated(
+    policy: Policy, chat: ChatFormat, settings: EvalConfig
+) -> tuple[OpeningBias, dict[str, Any]]:
+    """The bias that `calibrate` asks for, chosen on weights that are open, and its record.
+
+    Raises ConfigError as `choose_bias` and `opening_place` do.
+    """
+    new = settings.gen.most
+    read = {
+        asked.name: [row for batch in beginnings(policy, chat, asked.rows, new) for row in batch]
+        for asked in validation(settings)
+    }
+    return choose_bias(settings, opening_place(chat), read)
+
+
 def choose_bias(
     settings: EvalConfig, place: Place, by_set: Mapping[str, Sequence[Beginnings]]
 ) -> tuple[OpeningBias, dict[str, Any]]:
@@ -306,7 +321,7 @@ def choose_bias(
         return [row for name in names for row in by_set[set_name(name)]]
 
     toxic, exported = rows_of(settings.node(CalibrationConfig).toxic), None
-    if (share := _share(settings)) is None:
+    if (share := share_of(settings)) is None:
         exported = _exported(settings)
     if exported is not None:
         share = sum(row.refused(exported) for row in toxic) / len(toxic)
@@ -339,7 +354,7 @@ def choose_bias(
         for name in getattr(settings.node(CalibrationConfig), kind)
         for rows in [rows_of([name])]
     }
-    named = None if _share(settings) else label(settings)
+    named = None if share_of(settings) else label(settings)
     record = {"target": share, "run": named, "bias": bias, "sets": counts}
     return OpeningBias(tuple(place["lead"]), tuple(place["tokens"]), bias), record
 

@@ -38,6 +38,7 @@ MEASURED_BY = {
     "calibration": ("dcr/calibration", *RULES[:1]),
     "agreement": (*RULES[:2], "dcr/outcomes", "benchmarks/keywords.py", "benchmarks/outcomes.py"),
     "balance": ("dcr/balance.py", "dcr/contrasts", *RANKING[2:]),
+    "robustness": ("dcr/robustness", "dcr/openings", "dcr/outcomes", *RULES, *RANKING),
     "frontier": ("dcr/frontier", "dcr/calibration", "dcr/inference.py", "dcr/outcomes", *RULES[:2]),
 }
 
@@ -84,12 +85,14 @@ def date_of(file: Path) -> str:
 def _prompts(evaluation: Path, measured: results.Metrics) -> dict[str, str]:
     """A hash of each set's prompts, and under "" one of all of them."""
     ranked = measured.discernment.sets if measured.discernment else {}
+    attacked = {name for of in measured.robustness.values() for name in of.sets}
     found: dict[str, str] = {}
     for place in ANSWERS:
         for file in sorted((evaluation / place).glob("*.jsonl")):
             name = file.stem
             counted = measured.sets.get(name) or ranked.get(name)
-            if name in found or (counted is None and place != "frontier"):
+            known = counted is not None or name in attacked or place == "frontier"
+            if name in found or not known:
                 continue
             rows = {row.id: row.prompt for row in storage.read_lines(file, Identity)}
             ids = rows if counted is None or counted.ids is None else counted.ids

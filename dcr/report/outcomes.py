@@ -76,16 +76,19 @@ def bars(chosen: Selection) -> Drawings:
         height = max(height, 0.9 + 0.4 * len(drawn))
         if drawn:
             axes = {"xlim": (0, 1), "xlabel": "share of answers"}
-            paint = partial(_paint, drawn, not panels)
-            panels.append(Panel(title=kind.value.replace("_", " "), axes=axes, paint=paint))
-    legend = [(_words(k), {"color": c, "marker": "s", "ls": ""}) for k, c in COLOURS.items()]
-    drawing = Drawing(
-        "outcomes", "Outcomes by kind of prompt", {"": panels}, legend=legend, size=(4.4, height)
-    )
+            stacked = partial(paint, drawn, not panels)
+            panels.append(Panel(title=kind.value.replace("_", " "), axes=axes, paint=stacked))
+    title, size = "Outcomes by kind of prompt", (4.4, height)
+    drawing = Drawing("outcomes", title, {"": panels}, legend=legend(), size=size)
     return Drawings([drawing] if panels else [])
 
 
-def _paint(drawn: Sequence[tuple[str, Mapping[Outcome, Cell]]], named: bool, axes: "Axes") -> None:
+def legend() -> list[tuple[str, figures.Look]]:
+    return [(_words(k), {"color": c, "marker": "s", "ls": ""}) for k, c in COLOURS.items()]
+
+
+def paint(drawn: Sequence[tuple[str, Mapping[Outcome, Cell]]], named: bool, axes: "Axes") -> None:
+    """Draws a stacked bar of outcomes for each name."""
     for place, (_, cells) in enumerate(drawn):
         left = 0.0
         for kind, colour in COLOURS.items():

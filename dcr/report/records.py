@@ -42,7 +42,7 @@ class Evaluation(Metrics):
     def scored(self) -> bool:
         """Whether it has anything for a table, beyond the paper's analyses."""
         ranked = self.discernment and self.discernment.pooled
-        return bool(self.sets or ranked or self.ability or self.quality)
+        return any((self.sets, ranked, self.ability, self.quality, self.robustness))
 
     @property
     def empty(self) -> bool:

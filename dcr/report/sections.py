@@ -66,6 +66,8 @@ SECTIONS: dict[str, Section] = {
     "outcomes": Section("dcr.report.outcomes:table", in_terminal=True),
     "outcome_bars": Section("dcr.report.outcomes:bars"),
     "calibrated": Section("dcr.report.calibrated:table", in_terminal=True),
+    "robustness": Section("dcr.robustness.section:table", in_terminal=True),
+    "robustness_bars": Section("dcr.robustness.section:bars"),
     "judges": Section("dcr.report.tables:judged", in_terminal=True),
     "agreement": Section("dcr.report.tables:agreement", in_terminal=True),
     "confusion": Section("dcr.report.tables:confusions", folded=True),

@@ -40,8 +40,8 @@ def load(folders: Iterable[str | Path] | str | Path) -> pd.DataFrame:
     that have one of the three, by keywords of all answers, some of which are `empty`), `lenient`
     (the last two), `safe`, `unsafe` (of all answers), `invalid`, `error`, `discernment` (an AUROC),
     `answered_at_safety/0.8`, `refused_at_over_refusal/0.05`, `acc`, `win_rate`, `kappa` and so on,
-    the paper's analyses under `refusal_probability`, `kernel/…`, `separability/…` and `claims/…`, a
-    user's own task under `<Class>/…`.
+    the paper's analyses under `refusal_probability`, `kernel/…`, `separability/…` and `claims/…`,
+    answers under attack under `robustness/<attack>/…`, a user's own task under `<Class>/…`.
     `stages` tells what trained the weights (`contrastive + sft + readout`), "" where nothing did or
     the run's configuration is gone, `edit` steering and decoding, "" for none. `in_distribution`
     marks sets that the run was trained on, `contaminated` others of which training or steering saw
@@ -156,6 +156,7 @@ def _all(metrics: Metrics) -> Iterator[TidyRow]:
             yield {"set": task, "contaminated": contaminated(metrics, task)} | row
     if metrics.quality:
         yield from _quality(metrics.quality)
+    yield from _attacked(metrics)
     yield from _own(metrics)
     yield from _analyses(metrics)
     for key in ("seconds", "tokens_per_second", "peak_memory_gib"):
@@ -237,6 +238,22 @@ def _quality(quality: Quality) -> Iterator[TidyRow]:
             around = NORMAL * quality.standard_error / 100
             row |= {"low": value / 100 - around, "high": value / 100 + around}
         yield row
+
+
+def _attacked(metrics: Metrics) -> Iterator[TidyRow]:
+    for attack, of in metrics.robustness.items():
+        begin = f"robustness/{attack}"
+        for name, counts in of.sets.items():
+            about = {"set": name, "kind": counts.kind.value}
+            yield _rate(
+                f"{begin}/refused", counts.refused, counts.n, judge="keyword:paper", **about
+            )
+            for outcome, count in counts.outcomes.items():
+                yield _rate(f"{begin}/{outcome}", count, counts.n, judge="outcome", **about)
+        for row in _ranking("pooled", of.ranking) if of.ranking else ():
+            yield row | {"quantity": f"{begin}/{row['quantity']}"}
+        if of.bias is not None:
+            yield {"quantity": f"{begin}/bias", "value": of.bias}
 
 
 def _own(metrics: Metrics) -> Iterator[TidyRow]:

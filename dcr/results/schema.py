@@ -9,7 +9,7 @@ from pydantic import model_validator
 
 from dcr.core import results, storage
 from dcr.core.config import Kind
-from dcr.core.results import Count, Estimate, Number, Record
+from dcr.core.results import Count, Estimate, Number, Ranking, Record
 from dcr.core.statistics import Interval
 
 
@@ -139,6 +139,23 @@ class Quality(Record):
     mean_length: Number = None
     reference_length: Number = None
     usage: Usage | None = None
+
+
+class AttackedSet(Record):
+    """Answers to a set under an attack: refusals by XSTest's keywords, and outcomes."""
+
+    kind: Kind
+    n: Count
+    refused: Count
+    outcomes: dict[str, Count]
+
+
+class Attacked(Record):
+    """Answers under an attack, the bias that they bear, and how first tokens rank prompts."""
+
+    bias: Number = None
+    sets: dict[str, AttackedSet]
+    ranking: Ranking | None = None
 
 
 class OwnTask(Record):
@@ -297,6 +314,7 @@ class Metrics(results.Metrics, Tracked):
     own: dict[str, OwnTask] = {}  # by class of a user's own task
     separability: Separability | None = None
     frontier: dict[str, Any] | None = None  # answers under each bias, see `dcr.frontier`
+    robustness: dict[str, Attacked] = {}  # by attack
     claims: OneStep | None = None
     tokens_per_second: Number = None
 

@@ -92,18 +92,20 @@ def complete(
     bias: OpeningBias | None = None,
     decoding: Decoding | None = None,
     decided: Callable[[str], bool] | None = None,
+    encode: Callable[[str], list[int]] | None = None,
 ) -> Iterator[list[Completion]]:
     """Greedy completions of every row, batch by batch; each ends once its text is `decided`.
 
     The longest prompts come first, so that running out of memory happens at once; the batch is then
     halved and starts again. `settings.batch_size` is the most at once; None takes as many as the
     free memory holds. `score` maps the decoded first-token logits [prompts, vocabulary] to
-    [prompts]; they include `bias`, or come from another `decoding`, which takes no bias.
+    [prompts]; they include `bias`, or come from another `decoding`, which takes no bias. `encode`
+    gives the token ids that stand for a prompt, where they are not those of the chat.
 
     Raises DataError for a prompt longer than the model's context, and ConfigError if the model or
     its template does not allow the decoding.
     """
-    waiting, size = _waiting(policy, chat, rows, settings, decoding)
+    waiting, size = _waiting(policy, chat, rows, settings, decoding, encode)
     decode = functools.partial(_decoded, policy, chat, settings, score, bias, decoding, decided)
     yield from batching.halving(waiting, size, "gen.batch_size", decode)
 
@@ -133,9 +135,11 @@ def _waiting(
     rows: Sequence[Example],
     settings: GenConfig,
     decoding: Decoding | None,
+    encode: Callable[[str], list[int]] | None = None,
 ) -> tuple[list[Encoded], int]:
     """The rows in the order of their answers, and the batch size."""
-    waiting = [(row, chat.prompt_ids(row.prompt)) for row in rows]
+    encode = encode or chat.prompt_ids
+    waiting = [(row, encode(row.prompt)) for row in rows]
     waiting.sort(key=lambda pair: (-len(pair[1]), pair[0].id))
     if not waiting:
         return [], 1

@@ -1,0 +1,94 @@
+"""A bias for weights that were tuned on, chosen anew and written into their folder."""
+
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from dcr import entry
+from dcr.calibration import CalibrationConfig, relations
+from dcr.core import machine, prompts, storage
+from dcr.core.config import ConfigError, ModelConfig, Precision
+from dcr.extensions import EvalSettings
+
+log = logging.getLogger(__name__)
+
+FILE = "generation_config.json"
+DEFAULT = CalibrationConfig()
+
+
+@dataclass
+class Options:
+    """python -m dcr.recalibration model=<folder> calibrate=0.8
+
+    Chooses the bias on the first token of refusals anew, as after a tuning of one's own, and writes
+    it into the folder's generation config, with its record in calibration.json. Nothing else there
+    changes; an adapter's folder gets the generation config of its base.
+    """
+
+    model: Path = entry.option("a model's or an adapter's folder, with its tokenizer")
+    calibrate: str = entry.option(
+        "a share of toxic prompts to refuse, or a run to be as safe as; a calibrated export keeps "
+        "the bias that it has"
+    )
+    toxic: list[str] = entry.option("validation prompts; none: the held-out contrasts", [])
+    seemingly_toxic: list[str] = entry.option("the same of the other kind", [])
+    root: str | None = entry.option("a local folder with the sets' files", None, key="data.root")
+    precision: str = entry.option(
+        "of the weights while they answer; auto: what the device does natively",
+        "auto",
+        choices=("auto", "bf16", "fp32"),
+    )
+    trust_remote_code: bool = entry.option("run code that comes with the weights", False)
+
+
+@entry.command(Options)
+def main(options: Options) -> None:
+    folder = options.model
+    if not folder.is_dir():
+        raise ConfigError(f"model={folder}: not a folder; name the one of the tuned weights")
+    if (folder / storage.CHECKSUMS).exists():
+        raise ConfigError(
+            f"model={folder}: is a run's own, which stays as it was made; export it, with "
+            "python -m dcr.export calibrate="
+        )
+    asked = machine.settled({"evaluation": Precision(options.precision)})
+    named = ModelConfig(name=str(folder), trust_remote_code=options.trust_remote_code)
+    settings = EvalSettings(
+        model=named,
+        calibrate=options.calibrate,
+        precision=asked.precisions["evaluation"],
+        calibration=CalibrationConfig(
+            options.toxic or DEFAULT.toxic, options.seemingly_toxic or DEFAULT.seemingly_toxic
+        ),
+    )
+    settings.data.root = options.root
+    for fault in relations(settings):
+        raise ConfigError(fault)
+    from dcr.calibration import biases
+    from dcr.core import models
+
+    biases.check(settings, {"method": "base"})
+    machine.use_threads()
+    if models.is_adapter(folder):
+        policy = models.open_adapter(folder, settings.precision, options.trust_remote_code)
+    else:
+        policy = models.open_policy(named, settings.precision)
+    machine.to_gpu(policy.model, "auto")
+    chat = prompts.chat_format(policy.tokenizer, named)
+    bias, record = biases.calibrated(policy, chat, settings)
+    decoding = models.unwrapped(policy.model).generation_config
+    decoding.sequence_bias = bias.sequences
+    if decoding.do_sample:
+        log.warning("%s samples; the share holds for greedy decoding", folder / FILE)
+    if (folder / "README.md").exists():
+        log.warning("%s may tell of the bias before; see to it", folder / "README.md")
+    storage.write_text(folder / FILE, decoding.to_json_string())
+    storage.write_json(folder / "calibration.json", record)
+    for name, of in record["sets"].items():
+        print(f"{name}: {of['plain']} of {of['n']} refused, {of['refused']} with the bias")
+    print(f"bias {bias.bias:+.3f}: {folder / FILE}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
