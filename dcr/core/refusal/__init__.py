@@ -14,7 +14,6 @@ if TYPE_CHECKING:
         REFUSAL_PHRASES,
         PhraseError,
         first_logits,
-        later_openings,
         opening_batches,
         refusal_log_odds,
         refusal_margin,

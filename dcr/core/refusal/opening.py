@@ -146,16 +146,6 @@ def refusal_openings(chat: ChatFormat) -> Int[Tensor, "tokens"]:
     return torch.tensor(sorted({ids[0] for ids in continuations(chat.tokenizer, end, OPENINGS)}))
 
 
-def later_openings(chat: ChatFormat) -> Int[Tensor, "tokens"]:
-    """The distinct first tokens of refusals behind other words of an answer, ascending.
-
-    They stand after a space, or after a line break without one.
-    """
-    phrases = [*OPENINGS, *(f" {phrase}" for phrase in OPENINGS)]
-    firsts = {ids[0] for ids in _encoded(chat.tokenizer, phrases)}
-    return torch.tensor(sorted(i for i in firsts if _spelled(chat.tokenizer, (i,)).strip()))
-
-
 def refusal_mass(
     logits: Float[Tensor, "prompts vocabulary"], openings: Int[Tensor, "tokens"]
 ) -> Float[Tensor, "prompts"]:

@@ -21,6 +21,8 @@ from dcr.core import models, passes, refusal, statistics
 from dcr.core.config import ConfigError, ReadoutConfig, Schedule
 from dcr.core.data import NO_CLASS, SEEMINGLY_TOXIC, TOXIC, ReadoutBatch, SafetyData
 from dcr.core.models import Policy
+from dcr.core.prompts import ChatFormat
+from dcr.core.refusal.opening import Ending, continuations
 from dcr.core.training import callbacks
 from dcr.core.training.resuming import ResumableModule, adamw, rate_factor
 
@@ -74,6 +76,17 @@ def final_states(model: Any, given: HalfPass) -> Float[Tensor, "places width"]:
     """The final-normed states at the positions that are read, by the weights of now."""
     hidden, norm = given.rest()[given.read], models.final_norm(model)
     return hidden if norm is None else norm[1](hidden)
+
+
+def later_openings(chat: ChatFormat) -> Int[Tensor, "tokens"]:
+    """The distinct first tokens of refusals behind other words of an answer, ascending.
+
+    They stand after a space, or after a line break without one.
+    """
+    phrases = [*refusal.OPENINGS, *(f" {phrase}" for phrase in refusal.OPENINGS)]
+    alone = continuations(chat.tokenizer, Ending((), "", False), phrases)
+    firsts = {ids[0] for ids in alone}
+    return torch.tensor(sorted(i for i in firsts if str(chat.tokenizer.decode([i])).strip()))
 
 
 def contrast_loss(
