@@ -195,7 +195,8 @@ def open_stage(
     else:
         # an impossible template is refused before weights are read
         prompts.chat_format(models.result_tokenizer(run.stage(stage), trust_remote_code), model)
-        policy = models.open_result(run.stage(stage), found, trust_remote_code)
+        held = model.quantization
+        policy = models.open_result(run.stage(stage), found, trust_remote_code, held)
     return policy, model, arithmetic.told
 
 

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from dcr.core.config import ConfigError, UserError, resolving
-from dcr.core.ending import faults_in_words, safe_output, stopped_by
+from dcr.core.ending import faults_in_words, quieten, safe_output, stopped_by
 from dcr.core.text import nearest, single_line
 
 COLUMNS = 100  # of commands' output
@@ -76,6 +76,7 @@ def command(
                 print(help_of(schema))
                 return 0
             logging.basicConfig(format=LOG_LINE)
+            quieten()
             try:
                 with safe_output(), stopped_by(goes_on), faults_in_words():
                     main(parse(schema, arguments))

@@ -29,6 +29,7 @@ from dcr.extensions import EvalSettings
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import Tensor
 
     from dcr.core.models import Policy
 
@@ -36,6 +37,7 @@ ROUNDED = (
     "the weights are in bfloat16, rounded from a merge in float32: logits differ from those of the "
     "run's adapter by about 1%; precision=fp32 keeps them"
 )
+COMPARED = 64  # validation prompts of either kind whose logits tell what an export changes
 HUB_NAMES = {EMBEDDED_MODEL: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 FRONT = {  # front matter of every card, which the hub reads
     "library_name": "transformers",
@@ -162,18 +164,34 @@ def export(
     evaluated(run, stage, None)
     prompts.chat_format(models.result_tokenizer(run.stage(stage), trust_remote_code), model)
     policy = models.open_result(run.stage(stage), Precision.fp32, trust_remote_code)
+    chat = prompts.chat_format(policy.tokenizer, model)
+    rounded: dict[str, Any] | None = None
+    before = None
+    if models.is_quantised(policy.model):
+        whole = models.open_base(run.stage(stage), trust_remote_code)
+        errors = models.rounding_errors(policy.model, whole)
+        del whole
+        rounded = {"mean": sum(errors) / len(errors), "most": max(errors)}
+        before = _first_logits(policy, chat, settings)
+        models.dequantise(policy.model)
     if isinstance(policy.model, PeftModel):
         policy = models.Policy(policy.model.merge_and_unload(), policy.tokenizer, policy.name)
-    chat = prompts.chat_format(policy.tokenizer, model)
     _set_template(chat)
     replaced = _set_decoding(policy, chat, settings.gen.most)
     policy.model.to(getattr(torch, dtype))
+    if rounded is not None and before is not None:
+        after = _first_logits(policy, chat, settings)
+        moved = (after - before).abs()
+        same = (after.argmax(-1) == before.argmax(-1)).sum()
+        rounded |= {"logits": float(moved.mean()), "logits_most": float(moved.max())}
+        rounded |= {"n": len(after), "same": int(same)}
     record = None
     if calibrate is not None:
         bias, record = biases.calibrated(policy, chat, settings)
         policy.model.generation_config.sequence_bias = bias.sequences
     depth = policy.model.config.num_hidden_layers
     details = {"dtype": dtype, "depth": depth, "calibrated": record, "decoding": replaced}
+    details["rounded"] = rounded
     with storage.replaced_folder(out) as staging:
         policy.model.save_pretrained(staging)
         policy.tokenizer.save_pretrained(staging)
@@ -248,6 +266,20 @@ def _set_decoding(policy: "Policy", chat: ChatFormat, most: int) -> dict[str, An
     return {name: value for name, value in own.to_diff_dict().items() if name not in same}
 
 
+def _first_logits(policy: "Policy", chat: ChatFormat, settings: EvalSettings) -> "Tensor":
+    """The logits of the first answer token of validation prompts, in fp32."""
+    import torch
+
+    from dcr.calibration import biases
+    from dcr.core import refusal
+
+    rows = [row for asked in biases.validation(settings, COMPARED) for row in asked.rows]
+    encoded = [chat.prompt_ids(row.prompt) for row in rows]
+    found = list(refusal.first_logits(policy.model, encoded))
+    order = torch.tensor([place for places, _ in found for place in places]).argsort()
+    return torch.cat([logits.float().cpu() for _, logits in found])[order]
+
+
 # --- the card -----------------------------------------------------------------------------------
 
 
@@ -260,12 +292,14 @@ def model_card(
     depth: int,
     calibrated: Mapping[str, Any] | None = None,
     decoding: Mapping[str, Any] | None = None,
+    rounded: Mapping[str, Any] | None = None,
 ) -> str:
     """README.md of the export, in Markdown: method, settings, data with licences, and scores.
 
     `dtype` is that of the exported weights, `depth` the model's number of blocks, `calibrated` the
     record of the bias in its generation config, `decoding` the settings that the base's own
-    generation config had. Raises DataError for an evaluation that cannot be read.
+    generation config had, `rounded` the errors of a base in four bits and of putting it in full.
+    Raises DataError for an evaluation that cannot be read.
     """
     name, method = made_with["model"]["name"], made_with["method"]
     front: dict[str, Any] = {"base_model": HUB_NAMES.get(name, name)}
@@ -293,6 +327,7 @@ def model_card(
         dtype=dtype,
         calibrated=calibrated,
         decoding=decoding or {},
+        rounded=rounded,
         settings=_settings(run, made_with, stages, depth),
         rows=rows,
         fingerprint=storage.fingerprint({n: part["fingerprint"] for n, part in rows.items()}),

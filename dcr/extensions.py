@@ -8,7 +8,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from dcr import calibration, endpoints, looks, quality, robustness, steering, tracking
+from dcr import (
+    analyses,
+    calibration,
+    endpoints,
+    looks,
+    quality,
+    robustness,
+    steering,
+    tracking,
+)
 from dcr.ability import AbilityConfig
 from dcr.analyses import ClaimsConfig, KernelConfig, RefusalProbabilityConfig, SeparabilityConfig
 from dcr.calibration import CalibrationConfig
@@ -72,6 +81,7 @@ TABLE = Table(
         quality.relations,
         robustness.relations,
         looks.relations,
+        analyses.relations,
     ),
 )
 

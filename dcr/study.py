@@ -208,7 +208,7 @@ def job_of(
 def base_of(out: Path, settings: TrainConfig, evaluating: Sequence[str]) -> Job:
     """The model that a job starts from, evaluated as the job is."""
     made_with = config.plain(settings)
-    named = f"{_label(settings)}-base-{storage.fingerprint(made_with['model'])}"
+    named = f"{_label(settings)}-base-{storage.fingerprint(runs.binding_model(made_with['model']))}"
     evaluations = _evaluations(cli.combinations(evaluating), made_with)
     return Job(f"base model {_label(settings)}", Run(out / named), None, tuple(evaluations))
 

@@ -4,13 +4,26 @@ Here are their settings, which `tracking` has as well; `weights` has the tasks o
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
-from dcr.core.config import ConfigError, Pooling, positive, ranged
+from dcr.core.config import ConfigError, Pooling, Quantization, positive, ranged
+from dcr.core.config.evaluation import EvalConfig
 
 OF_EACH_KIND = "give prompts of each kind, 1 or more"
 PARAMETERS = re.compile(r"(tail|trunk):([0-9]+)|all|adapter")
+
+
+def relations(settings: EvalConfig) -> Iterator[str]:
+    """The tasks that weights in four bits contradict."""
+    held = settings.model.quantization
+    for task in ("kernel", "claims"):
+        if held is not Quantization.none and task in settings.tasks:
+            yield (
+                f"model.quantization={held.value} tasks=[{task}]: needs gradients of the weights "
+                "themselves, which four bits have none of; leave it out"
+            )
 
 
 class Phrases(Enum):

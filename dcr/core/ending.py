@@ -94,6 +94,8 @@ def quieten() -> None:
         "lightning.fabric.utilities.distributed",
     ):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # which says in each command, where PEFT imports it, that it found no kernels on the hub
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
 

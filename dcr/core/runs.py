@@ -33,7 +33,7 @@ from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from dcr.core import config, machine, storage
-from dcr.core.config import STAGES, ConfigError, DataError, Precision
+from dcr.core.config import STAGES, ConfigError, DataError, Precision, Quantization
 
 log = logging.getLogger(__name__)
 
@@ -253,8 +253,15 @@ def binding(made_with: Mapping[str, Any]) -> dict[str, Any]:
     else:
         sft["readout"] = _without_recovery(sft["readout"])
     decisive["sft"] = _without_recovery(sft)
-    # each command sets it for itself
-    return decisive | {"model": {**(decisive.get("model") or {}), "trust_remote_code": False}}
+    return decisive | {"model": binding_model(decisive.get("model") or {})}
+
+
+def binding_model(made_with: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a configuration's model that decides its weights."""
+    decisive = {**made_with, "trust_remote_code": False}  # each command sets it for itself
+    if decisive.get("quantization") in (Quantization.none, Quantization.none.value):
+        del decisive["quantization"]
+    return decisive
 
 
 def _without_recovery(node: Mapping[str, Any]) -> dict[str, Any]:

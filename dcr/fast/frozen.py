@@ -38,6 +38,8 @@ def shrink_frozen(model: Any, block: int, whole: bool) -> None:
     for weight in model.parameters():
         if id(weight) in unread:
             weight.data = weight.new_empty(0)
+        elif not weight.is_floating_point():  # in four bits
+            continue
         elif id(weight) in products and not weight.requires_grad:
             weight.data = weight.to(torch.bfloat16)
         elif whole and weight.device.type == "cpu":

@@ -214,8 +214,9 @@ def _is_swiglu(module: Any) -> bool:
     """Whether a module of that name computes the same; it may scale its gate, say."""
     if not all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj")):
         return False
-    weight = next(module.parameters())
-    x = torch.linspace(-1, 1, module.gate_proj.in_features, dtype=weight.dtype)[None]
+    kinds = [w.dtype for w in module.parameters() if w.is_floating_point()]
+    dtype = kinds[0] if kinds else torch.float32  # of weights in four bits
+    x = torch.linspace(-1, 1, module.gate_proj.in_features, dtype=dtype)[None]
     with evaluating(module):
         return bool(torch.equal(module.forward(x), swiglu(module, x)))
 

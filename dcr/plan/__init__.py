@@ -161,7 +161,9 @@ def _state(shape: Shape, part: str) -> str:
         part = "embeddings"
     if part not in shape.parts:
         return "-"
-    return "trained" if shape.trained[part] else "frozen"
+    if shape.trained[part]:
+        return "trained"
+    return "frozen, 4 bits" if shape.narrow[part] else "frozen"
 
 
 def _row_table(drawn: Splits) -> Table:

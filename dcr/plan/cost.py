@@ -8,7 +8,9 @@ Memory, in bytes, is the sum of
                  bytes for each weight that a gradient passes, since the backward pass keeps the
                  bf16 copies; with gradient checkpointing it adds them for trained weights and one
                  block. If stage one holds frozen projections in bf16 (`dcr.fast.frozen`), these
-                 take two bytes without copies, and without an NLL term none beyond ℓ
+                 take two bytes without copies, and without an NLL term none beyond ℓ. Layers in
+                 four bits (`dcr.core.models.quantising`) take half a byte and scales, without
+                 copies, and the widest one is there in full while it is multiplied
     gradients    trained parameters, in their own type, and with DDP a second time in its buckets
     Adam states  twice as much, or twice a byte and a scale for 256 of them
     activations  tokens of the largest pass × the bytes that the blocks save for a token, SAVED ×
@@ -43,6 +45,7 @@ from dcr.core.config import (
     LoraConfig,
     Moments,
     Precision,
+    Quantization,
     Stage,
     TrainConfig,
     block_of,
@@ -88,6 +91,8 @@ class Shape:
     tied: bool
     trunk: int  # blocks 1 to ℓ
     blocks: int  # all blocks
+    narrow: dict[str, int]  # of each part, in four bits
+    widest: int  # parameters of the widest layer in four bits
     trunk_saved: float  # bytes that blocks 1 to ℓ save for the backward pass of one token
     full_saved: float  # bytes that all blocks save
 
@@ -116,6 +121,10 @@ def stage_shape(settings: TrainConfig, stage: Stage) -> Shape:
     block, sizes = block_of(settings.dcr, len(blocks)), [_size(b.parameters()) for b in blocks]
     tied = head is model.get_input_embeddings().weight
     parts = _parts(model, block)
+    held = settings.model.quantization is not Quantization.none
+    layers = {id(layer.weight) for _, _, layer in models.quantisable(model)} if held else set()
+    narrow = {n: _size(w for w in ws if id(w) in layers) for n, ws in parts.items()}
+    widest = max((w.numel() for w in blocks.parameters() if id(w) in layers), default=0)
     if lora is None:
         models.freeze_beyond(model, block, settings.dcr.train_embeddings)
     else:
@@ -125,6 +134,7 @@ def stage_shape(settings: TrainConfig, stage: Stage) -> Shape:
         parts["LoRA"] = [weight for weight in model.parameters() if id(weight) not in own]
     precision = settings.dcr.precision if first else settings.sft.precision
     saved = [saved_by(each, precision) for each in blocks]
+    narrow = {name: narrow.get(name, 0) for name in parts}
     return Shape(
         parts={name: _size(weights) for name, weights in parts.items()},
         trained={n: _size(w for w in ws if w.requires_grad) for n, ws in parts.items()},
@@ -135,6 +145,8 @@ def stage_shape(settings: TrainConfig, stage: Stage) -> Shape:
         tied=tied,
         trunk=sum(sizes[:block]),
         blocks=sum(sizes),
+        narrow=narrow,
+        widest=widest,
         trunk_saved=sum(saved[:block]),
         full_saved=sum(saved),
     )
@@ -209,21 +221,27 @@ class Throughput:
 
 def memory(settings: TrainConfig, stage: Stage, shape: Shape, load: Load) -> dict[str, float]:
     """The bytes on one device at the peak, by their use."""
+    from dcr.core.models import NF4_BYTES
+
     first, through_all = stage is Stage.contrastive, load.full > 0
     node = settings.dcr if first else settings.sft
     each = 2 if node.precision is Precision.bf16 else 4
     lora = shape.parts.get("LoRA", 0)
     trained = sum(shape.trained.values()) - lora
     learnt = sum(n for name, n in shape.trained.items() if name.startswith("blocks"))
-    weights = each * (shape.total - lora) + 4 * lora
+    narrow = sum(shape.narrow.values())
+    weights = each * (shape.total - lora - narrow) + 4 * lora + NF4_BYTES * narrow
+    wide = 4 if node.precision is Precision.fp32 else 2
+    weights += wide * shape.widest
     copied = shape.blocks + shape.head if through_all else shape.trunk
+    copied -= narrow if through_all else shape.narrow[f"blocks 1 to {shape.block}"]
     activations = load.largest_trunk * shape.trunk_saved + load.largest_full * shape.full_saved
     if node.gradient_checkpointing:  # autocast's own cache has copies of trained weights
-        copied = min(copied, learnt + shape.blocks / shape.depth + shape.head * through_all)
+        a_block = (shape.blocks - narrow) / shape.depth
+        copied = min(copied, learnt + a_block + shape.head * through_all)
         largest = max(load.largest_trunk, load.largest_full)
         states = load.largest_trunk * shape.block + load.largest_full * shape.depth
-        hidden = 4 if node.precision is Precision.fp32 else 2
-        activations = largest * shape.full_saved / shape.depth + states * shape.width * hidden
+        activations = largest * shape.full_saved / shape.depth + states * shape.width * wide
     gradients = each * trained + 4 * lora
     small = first and settings.dcr.optim.moments is Moments.int8
     moments = 2 * (INT8_BYTES * (trained + lora) if small else gradients)
@@ -241,8 +259,11 @@ def memory(settings: TrainConfig, stage: Stage, shape: Shape, load: Load) -> dic
         frozen = {name: n for name, n in shape.parts.items() if not shape.trained[name]}
         frozen.pop("embeddings", None)
         beyond = f"blocks {shape.block + 1} to {shape.depth}"
-        unused = 0 if through_all else frozen.pop(beyond, 0)
-        weights -= 2 * sum(frozen.values()) + 4 * unused
+        unused = 0 if through_all else frozen.pop(beyond, 0) - shape.narrow.get(beyond, 0)
+        halved = sum(frozen.values()) - sum(shape.narrow[name] for name in frozen)
+        weights -= 2 * halved + 4 * unused
+        if not through_all:
+            weights -= NF4_BYTES * shape.narrow.get(beyond, 0)
     if node.precision is Precision.mixed:
         weights += 2 * copied
     rest = {"process": PROCESS_BYTES}

@@ -145,7 +145,7 @@ class _Session:
 def _placed(model: Any, edit: Edit) -> Edit:
     """The edit with its vectors where the block's weights are, in the type it is computed in."""
     weight = next(models.decoder_blocks(model)[edit.block - 1].parameters())
-    kind = torch.promote_types(weight.dtype, torch.float32)
+    kind = torch.float64 if weight.dtype == torch.float64 else torch.float32
 
     def moved(vector: Tensor | None) -> Tensor | None:
         return None if vector is None else vector.detach().to(weight.device, kind)

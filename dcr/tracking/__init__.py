@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from dcr.analyses import KernelConfig, RefusalProbabilityConfig
-from dcr.core.config import FSDP, TrainConfig, not_negative, positive, ranged
+from dcr.core.config import FSDP, Quantization, TrainConfig, not_negative, positive, ranged
 
 
 class Quantity(Enum):
@@ -41,4 +41,9 @@ def relations(settings: TrainConfig) -> Iterator[str]:
             f"trainer.strategy={strategy} tracking.quantities=[{quantities[0].value}]: is measured "
             "by one process, which holds a part of the weights; take tracking.snapshots=<number> "
             "and eval.py snapshots=true, or trainer.strategy=ddp"
+        )
+    if settings.model.quantization is not Quantization.none and Quantity.kernel in quantities:
+        yield (
+            f"model.quantization={settings.model.quantization.value} tracking.quantities=[kernel]: "
+            "needs gradients of the weights themselves, which four bits have none of; leave it out"
         )

@@ -135,6 +135,13 @@ class Precision(Enum):
     fp32 = "fp32"
 
 
+class Quantization(Enum):
+    """How frozen weights of a model's blocks are held."""
+
+    none = "none"  # in the type of the precision
+    nf4 = "nf4"  # in four bits, by bitsandbytes: an adapter on them is what trains
+
+
 class Adapter(Enum):
     full = "full"
     lora = "lora"
@@ -163,6 +170,7 @@ class ModelConfig:
     label: str = ""  # in tables; empty: made from the name
     revision: str | None = None  # of a hub model
     trust_remote_code: bool = False  # run code that comes with the weights
+    quantization: Quantization = Quantization.none  # nf4: linear layers of the blocks in four bits
     # The name that the numbers below belong to: naming another model leaves them behind.
     numbers_for: str | None = None
     layer: int | None = None  # the block ℓ of stage one, counted from 1

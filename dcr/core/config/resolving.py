@@ -16,11 +16,14 @@ from dcr.core.config import (
     AUTO_LAYER,
     FSDP,
     TAG,
+    Adapter,
     ConfigError,
+    Method,
     ModelConfig,
     Moments,
     OwnPath,
     Precision,
+    Quantization,
     Settings,
     SourceConfig,
     Stage,
@@ -39,7 +42,7 @@ log = logging.getLogger(__name__)
 
 Node = TypeVar("Node", bound=Settings)
 # Fields that belong to the name, and so stay when another model is named.
-WITH_ANY_NAME = ("name", "revision", "trust_remote_code")
+WITH_ANY_NAME = ("name", "revision", "trust_remote_code", "quantization")
 # Entries of `config.json` that make two models one architecture.
 SHAPE = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")
 
@@ -310,6 +313,9 @@ def _of_both(config: Settings) -> Iterator[str]:
     if (accelerator := config.trainer.accelerator) not in ACCELERATORS:
         yield f"trainer.accelerator={accelerator}: choose one of {', '.join(ACCELERATORS)}"
     label, project = config.model.label, config.wandb.project
+    planned = isinstance(config, TrainConfig) and config.plan  # which opens no weights
+    if config.model.quantization is Quantization.nf4 and not planned:
+        check_installed("bitsandbytes", "memory", "model.quantization=nf4")
     if label and (label[0] == "." or not SAFE_NAME.fullmatch(label)):
         yield f"model.label={label}: use letters, digits, '.', '_' and '-', and no '.' in front"
     for key, items in settings_of(config):
@@ -327,6 +333,14 @@ def _of_both(config: Settings) -> Iterator[str]:
 
 def _of_training(config: TrainConfig) -> Iterator[str]:
     dcr = config.dcr
+    if config.model.quantization is Quantization.nf4:
+        if config.method is Method.dcr and dcr.adapter is Adapter.full:
+            yield (
+                "model.quantization=nf4 dcr.adapter=full: stage one would train the blocks' own "
+                "weights, which four bits cannot follow; add dcr.adapter=lora, or use method=stl"
+            )
+        if config.trainer.strategy == FSDP:
+            yield "model.quantization=nf4 trainer.strategy=fsdp: choose one of them"
     if not stages_of(config):
         lacking = {
             Stage.contrastive: f"method={config.method.value}: it has no contrastive stage; use "

@@ -16,7 +16,7 @@ import torch
 from typing_extensions import TypedDict
 
 from dcr.core import extending, generation, machine, models, prompts, refusal, storage
-from dcr.core.config import EMBEDDED_MODEL, STAGES, TINY_MODEL, ConfigError, Stage
+from dcr.core.config import EMBEDDED_MODEL, STAGES, TINY_MODEL, ConfigError, Quantization, Stage
 from dcr.core.config.evaluation import AUTO_LENGTH, EvalConfig
 from dcr.core.evaluation import protocols, sets
 from dcr.core.evaluation.protocols import Answers, Change, Masses, Subject
@@ -154,6 +154,8 @@ class Local(Subject):
             "max_new_tokens": settings.gen.max_new_tokens,
             "precision": settings.precision.value,
         }
+        if model.quantization is not Quantization.none:
+            identity["quantization"] = model.quantization.value
         for change in protocols.changes(settings):
             identity |= change.identity(self)
         if self.bias is not None:
@@ -233,7 +235,8 @@ def opened(subject: Local) -> Policy:
     elif source is None or subject.weights == "base":
         policy = models.open_policy(settings.model, settings.precision)
     else:
-        policy = models.open_folder(str(source), settings.precision, trust_remote_code=trusted)
+        held = settings.model.quantization
+        policy = models.open_folder(str(source), settings.precision, trusted, held)
     if getattr(policy.model.generation_config, "sequence_bias", None):
         log.warning(
             "%s: its generation config holds a sequence_bias, which a calibrated export decodes "

@@ -1,11 +1,11 @@
 """Causal language models: opened by name, taken apart by structure, saved as Hugging Face folders.
 
 `opening` opens a model and its tokenizer by name, `structure` finds, cuts, freezes and adapts its
-parts, and `saving` writes results and opens them again, also after their run folder moved.
+parts, `quantising` holds them in four bits, and `saving` writes results and opens them again, also
+after their run folder moved.
 """
 
 from dcr.core.models.opening import (
-    DTYPES,
     Policy,
     architecture,
     byte_tokenizer,
@@ -16,11 +16,20 @@ from dcr.core.models.opening import (
     random_policy,
     skeleton,
 )
+from dcr.core.models.quantising import (
+    NF4_BYTES,
+    dequantise,
+    is_quantised,
+    quantisable,
+    rounding_errors,
+)
 from dcr.core.models.saving import (
     ORIGIN_FILE,
     adapter_base,
+    base_quantization,
     is_adapter,
     open_adapter,
+    open_base,
     open_folder,
     open_result,
     result_tokenizer,
@@ -29,6 +38,7 @@ from dcr.core.models.saving import (
     weights_fingerprint,
 )
 from dcr.core.models.structure import (
+    DTYPES,
     UNLIMITED,
     add_lora,
     backbone,

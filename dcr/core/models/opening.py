@@ -32,19 +32,16 @@ from dcr.core.config import (
     DataError,
     ModelConfig,
     Precision,
+    Quantization,
     UserError,
 )
-from dcr.core.models.structure import context_length, seeded
+from dcr.core.models.quantising import quantise
+from dcr.core.models.structure import DTYPES, context_length, seeded
 from dcr.core.storage import cache_folder, fingerprint, made_once
 from dcr.core.text import CHATML
 
 log = logging.getLogger(__name__)
 
-DTYPES = {
-    Precision.mixed: torch.float32,
-    Precision.bf16: torch.bfloat16,
-    Precision.fp32: torch.float32,
-}
 WORDS = "How are you?"  # every useful tokenizer has tokens for it
 BYTE_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|unused|>")
 FLOATING = ("F64", "F32", "F16", "BF16")  # safetensors' names of the types of weights
@@ -180,7 +177,8 @@ def open_policy(config: ModelConfig, precision: Precision) -> Policy:
     source, called = _source(config), f"model.name={config.name}"
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     tokenizer = _tokenizer(called, source, read_architecture(source, called, **options), **options)
-    return Policy(whole_model(source, DTYPES[precision], called, **options), tokenizer, source)
+    model = held_model(source, precision, config.quantization, called, **options)
+    return Policy(model, tokenizer, source)
 
 
 def open_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -217,8 +215,24 @@ def check_tokenizer(called: str, tokenizer: PreTrainedTokenizerBase, rows: int) 
         )
 
 
+def held_model(
+    source: str,
+    precision: Precision,
+    quantization: Quantization = Quantization.none,
+    called: str = "",
+    **options: Any,
+) -> Any:
+    """The `whole_model` as training and evaluation hold it. Raises as that and `quantise` do."""
+    if quantization is Quantization.none:
+        return whole_model(source, DTYPES[precision], called, **options)
+    # in the type of the file, whose pages are read and left again
+    model = whole_model(source, "auto", called, **options)
+    quantise(model, precision)
+    return model
+
+
 def whole_model(
-    source: str, dtype: torch.dtype, called: str = "", quantised: bool = False, **options: Any
+    source: str, dtype: torch.dtype | str, called: str = "", quantised: bool = False, **options: Any
 ) -> Any:
     """The causal language model in a folder or on the hub, in evaluation mode.
 

@@ -4,8 +4,9 @@ import hashlib
 import json
 import os
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
@@ -13,16 +14,23 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dcr.core import storage
-from dcr.core.config import EMBEDDED_MODEL, ConfigError, Precision
+from dcr.core.config import (
+    EMBEDDED_MODEL,
+    ConfigError,
+    Precision,
+    Quantization,
+    check_installed,
+)
 from dcr.core.models.opening import (
-    DTYPES,
     Policy,
     check_finite,
     check_tokenizer,
     embedded_folder,
+    held_model,
     refused_as,
     whole_model,
 )
+from dcr.core.models.quantising import is_quantised
 from dcr.core.storage import replaced_folder
 
 ORIGIN_FILE = "dcr.json"  # beside an adapter: its base weights, with their fingerprint
@@ -43,6 +51,7 @@ class Origin:
 
     base: str
     fingerprint: str | None
+    quantization: Quantization = Quantization.none  # of the base; not written where there is none
 
 
 def save_full(policy: Policy, folder: Path) -> None:
@@ -65,10 +74,12 @@ def save_adapter(
     """
     local = Path(base).is_dir()
     name = str(Path(base).resolve()) if local else str(base)
-    origin = Origin(
-        base=os.path.relpath(name, folder.resolve()) if local else name,
-        fingerprint=weights_fingerprint(Path(base)) if local else None,
-    )
+    told = {
+        "base": os.path.relpath(name, folder.resolve()) if local else name,
+        "fingerprint": weights_fingerprint(Path(base)) if local else None,
+    }
+    if is_quantised(policy.model):
+        told["quantization"] = Quantization.nf4.value
     with replaced_folder(folder) as staging:
         for settings in policy.model.peft_config.values():
             settings.base_model_name_or_path = name
@@ -77,7 +88,7 @@ def save_adapter(
         # no embedding was resized, for which PEFT would ask the hub for the base
         policy.model.save_pretrained(staging, save_embedding_layers=False, state_dict=weights)
         policy.tokenizer.save_pretrained(staging)
-        (staging / ORIGIN_FILE).write_text(json.dumps(asdict(origin), indent=1) + "\n")
+        (staging / ORIGIN_FILE).write_text(json.dumps(told, indent=1) + "\n")
         storage.write_checksums(staging)
 
 
@@ -114,19 +125,31 @@ def adapter_base(folder: Path) -> str:
     return str(base.resolve())
 
 
+def base_quantization(folder: Path) -> Quantization:
+    """How the base weights of an adapter folder were held when it was trained."""
+    file = folder / ORIGIN_FILE
+    return storage.read_json(file, Origin).quantization if file.exists() else Quantization.none
+
+
 def is_adapter(folder: Path) -> bool:
     """Whether a folder, damaged or not, holds an adapter rather than whole weights."""
     return any((folder / name).exists() for name in (ORIGIN_FILE, "adapter_config.json"))
 
 
-def open_result(folder: Path, precision: Precision, trust_remote_code: bool = False) -> Policy:
+def open_result(
+    folder: Path,
+    precision: Precision,
+    trust_remote_code: bool = False,
+    quantization: Quantization = Quantization.none,
+) -> Policy:
     """The result of a stage in evaluation mode: whole weights, or an adapter on its base.
 
-    Raises UserError as `open_folder` and `open_adapter` do.
+    `quantization` is that of whole weights. Raises UserError as `open_folder` and `open_adapter`
+    do.
     """
     if is_adapter(folder):
         return open_adapter(folder, precision, trust_remote_code)
-    return open_folder(str(folder), precision, trust_remote_code)
+    return open_folder(str(folder), precision, trust_remote_code, quantization)
 
 
 def result_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -135,7 +158,12 @@ def result_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTraine
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
-def open_folder(folder: str, precision: Precision, trust_remote_code: bool = False) -> Policy:
+def open_folder(
+    folder: str,
+    precision: Precision,
+    trust_remote_code: bool = False,
+    quantization: Quantization = Quantization.none,
+) -> Policy:
     """A full Hugging Face folder, such as a run's `contrastive/`, in evaluation mode.
 
     Raises UserError if it cannot be read or is damaged, if its weights are not whole and finite, or
@@ -143,14 +171,14 @@ def open_folder(folder: str, precision: Precision, trust_remote_code: bool = Fal
     """
     storage.check_checksums(Path(folder))
     with refused_as(folder):
-        model = whole_model(folder, DTYPES[precision], trust_remote_code=trust_remote_code)
+        model = held_model(folder, precision, quantization, trust_remote_code=trust_remote_code)
         tokenizer = result_tokenizer(Path(folder), trust_remote_code)
     check_tokenizer(folder, tokenizer, model.config.get_text_config().vocab_size)
     return Policy(model, tokenizer, folder)
 
 
 def open_adapter(folder: Path, precision: Precision, trust_remote_code: bool = False) -> Policy:
-    """The adapter in `folder` on its base weights, in evaluation mode.
+    """The adapter in `folder` on its base weights, held as it was trained on them, for evaluation.
 
     Raises UserError if either is damaged, or if the base is gone, changed or does not fit.
     """
@@ -158,15 +186,27 @@ def open_adapter(folder: Path, precision: Precision, trust_remote_code: bool = F
     settings = storage.read_json(folder / "adapter_config.json", AdapterSettings)
     if settings.megatron_config is not None:
         raise ConfigError(f"{folder}: its megatron_config names a module to import; remove it")
+    quantization = base_quantization(folder)
+    if quantization is Quantization.nf4:
+        check_installed("bitsandbytes", "memory", f"{folder}: was trained on weights in four bits")
+    options = {"revision": settings.revision, "trust_remote_code": trust_remote_code}
     with refused_as(str(folder)):
-        model = whole_model(
-            base, DTYPES[precision], revision=settings.revision, trust_remote_code=trust_remote_code
-        )
+        model = held_model(base, precision, quantization, **options)
         tokenizer = result_tokenizer(folder, trust_remote_code)
         adapted = _adapted(model, folder, base).eval()
         check_finite(adapted, str(folder))
     check_tokenizer(str(folder), tokenizer, model.config.get_text_config().vocab_size)
     return Policy(adapted, tokenizer, str(folder))
+
+
+def open_base(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The base weights of an adapter folder alone, as they are in their file.
+
+    Raises UserError as `open_adapter` does.
+    """
+    revision = storage.read_json(folder / "adapter_config.json", AdapterSettings).revision
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    return whole_model(adapter_base(folder), "auto", **options)
 
 
 def _adapted(model: object, folder: Path, base: str) -> PeftModel:

@@ -18,9 +18,14 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from dcr.core.config import ALL_LINEAR, ConfigError, LoraConfig
+from dcr.core.config import ALL_LINEAR, ConfigError, LoraConfig, Precision
 
 UNLIMITED = 2**30  # tokens
+DTYPES = {
+    Precision.mixed: torch.float32,
+    Precision.bf16: torch.bfloat16,
+    Precision.fp32: torch.float32,
+}
 
 
 def unwrapped(model: Any) -> PreTrainedModel:

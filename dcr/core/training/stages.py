@@ -3,7 +3,7 @@
 import logging
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lightning import Callback, Trainer
@@ -19,6 +19,7 @@ from dcr.core.config import (
     ConfigError,
     Method,
     Precision,
+    Quantization,
     Stage,
     TrainConfig,
     block_of,
@@ -112,8 +113,9 @@ def train_contrastive(job: Job) -> None:
     trainer = _fit(job, Stage.contrastive, module, batches, total, *seen)
     trained = models.trained(policy.model)
     if trainer.is_global_zero:
-        if light or models.is_sharded(policy.model):  # weights that are not whole here
-            policy = _contrastive_start(job)
+        narrow = models.is_quantised(policy.model)
+        if light or narrow or models.is_sharded(policy.model):  # weights that are not whole here
+            policy = _contrastive_start(job, whole=True)
             policy.model.load_state_dict(trained, strict=False)
         if settings.dcr.adapter is Adapter.lora:
             policy = Policy(policy.model.merge_and_unload(), policy.tokenizer, policy.name)
@@ -184,9 +186,15 @@ def _chat_of_answers(job: Job, policy: Policy) -> ChatFormat:
     return prompts.chat_format(policy.tokenizer, job.settings.model, terminator, output_rows)
 
 
-def _contrastive_start(job: Job) -> Policy:
+def _contrastive_start(job: Job, whole: bool = False) -> Policy:
+    """The base model as the stage trains it, or whole for a result.
+
+    A result of weights in four bits adds what was trained to the weights in full: to the rounded
+    ones it would be lost where SFT rounds again, since each stands on a step of the grid.
+    """
     settings = job.settings
-    policy = models.open_policy(settings.model, settings.dcr.precision)
+    model = replace(settings.model, quantization=Quantization.none) if whole else settings.model
+    policy = models.open_policy(model, settings.dcr.precision)
     if settings.dcr.adapter is not Adapter.lora:
         return policy
     adapted = models.add_lora(policy.model, settings.dcr.lora, settings.seed, blocks=job.block)
@@ -202,6 +210,7 @@ def _sft_start(job: Job) -> Policy:
             str(job.run.stage("contrastive")),
             settings.sft.precision,
             trust_remote_code=settings.model.trust_remote_code,
+            quantization=settings.model.quantization,
         )
     adapted = models.add_lora(policy.model, settings.sft.lora, settings.seed)
     return Policy(adapted, policy.tokenizer, policy.name)
