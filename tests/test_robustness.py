@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dcr import openings, outcomes, results
+from dcr import openings, outcomes, report, results
 from dcr.core import generation, models, prompts, refusal, storage
 from dcr.core.config import Kind, LoraConfig, ModelConfig, Precision
 from dcr.core.generation import Completion
@@ -200,6 +200,33 @@ def test_the_direction_taken_away_is_that_of_steering(ran: Any) -> None:
     )
     assert one == other
     assert one != third
+
+
+def test_page_and_card_pool_the_sets_of_a_kind(tmp_path: Path) -> None:
+    def counts(kind: str, n: int, **outcomes: int) -> dict[str, Any]:
+        return {"kind": kind, "n": n, "refused": 0, "outcomes": outcomes}
+
+    sets = {
+        "bad": counts("toxic", 10, refused=4, answered=6),
+        "worse": counts("toxic", 30, refused=6, circular=24),
+        "safe": counts("seemingly_toxic", 20, answered=15, refused=5),
+    }
+    ranking = {"toxic": 40, "seemingly_toxic": 20, "auroc": [0.66, 0.5, 0.8]}
+    ranking |= {"answered": {}, "refused": {}}
+    attacks = {"none": {"sets": sets, "ranking": ranking}, "prefill_6_10": {"sets": sets}}
+    metrics = {"version": 2, "weights": "base", "method": "base", "robustness": attacks}
+    storage.write_json(tmp_path / "run/eval/base-1/metrics.json", metrics)
+    told = report.build([tmp_path / "run"], tmp_path / "page.html")
+    assert told.count("25.0 [14–40]") == told.count("75.0 [53–89]") == 2
+    assert told.count("0.66 [.50–.80]") == 1
+    page = (tmp_path / "page.html").read_text()
+    assert "behind an opening of 6 to 10 tokens" in page
+    assert "Outcomes under attack" in page
+    none, prefill = _attacked(results.load(tmp_path / "run"))
+    shares = {"refused": "25% (14% to 40%)", "toxic": "40"}
+    shares |= {"answered": "75% (53% to 89%)", "seemingly_toxic": "20"}
+    assert none == shares | {"attack": "no attack"}
+    assert prefill == shares | {"attack": "behind an opening of 6 to 10 tokens"}
 
 
 @pytest.mark.parametrize(
