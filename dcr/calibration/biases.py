@@ -39,6 +39,10 @@ TIE = math.ulp(0.0)  # the margin of a tie that opens a refusal: just above 0
 BEGUN = 16  # tokens of an answer after which XSTest's keywords have decided
 
 
+class NeverRefuses(ConfigError):
+    """A model that no bias makes refuse."""
+
+
 @dataclass(frozen=True)
 class Beginnings:
     """The beginnings of a prompt's two answers: from a refusal's first token, and from another.
@@ -329,7 +333,7 @@ def choose_bias(
     bias = bias_for(toxic, share) if exported is None else exported
     reached = sum(row.refused(bias) for row in toxic)
     if not reached and exported is None:
-        raise ConfigError(
+        raise NeverRefuses(
             f"calibrate={settings.calibrate}: no bias makes this model refuse one of {len(toxic)} "
             "toxic validation prompts; train it to refuse first"
         )

@@ -5,6 +5,7 @@ that it still acts behind another prompt, another system prompt and other weight
 behind a prefilled opening: whoever writes the first tokens takes it away with them.
 """
 
+import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -31,6 +32,8 @@ from dcr.robustness import RECALIBRATED, RobustnessConfig, groups, tuning
 from dcr.steering import SteeringConfig, methods
 from dcr.steering.edits import edited
 from dcr.steering.prompts import extraction
+
+log = logging.getLogger(__name__)
 
 PLACE = "robustness"  # the folder of the answers, a folder an attack and a file a set
 SYSTEM = (
@@ -149,18 +152,17 @@ class Bench:
         elif attack == "prefill":
             texts = [each.text for each in openings.held_out()]
             for label, ends in groups(settings.node(RobustnessConfig).lengths).items():
-                place = self._place(label, [texts, ends, seed])
-                yield (
-                    label,
-                    self._answers(place, work.policy, partial(prefilled, *ends, seed)),
-                    bias,
-                )
+                place, encoder = self._place(label, [texts, ends, seed]), partial(prefilled, *ends)
+                yield label, self._answers(place, work.policy, partial(encoder, seed)), bias
         elif attack == "ablation":
             made_with = methods.identity(settings.data, ablation(settings), seed)
             place = self._place(attack, made_with)
             yield attack, self._answers(place, work.policy, plain, self._ablated), bias
         elif attack in TUNED:
-            yield attack, *self._tuned(attack)
+            try:
+                yield attack, *self._tuned(attack)
+            except biases.NeverRefuses as error:  # the other attacks are worth keeping
+                log.warning("robustness: %s is left out: %s", attack, error)
         else:
             words = FRAMES.get(attack, SYSTEM)
             encoder = partial(framed, words) if attack in FRAMES else asked_to_comply
@@ -222,7 +224,7 @@ class Bench:
 
         place = self._place(attack, made)
         if attack.endswith(RECALIBRATED):
-            made["calibration"] = asdict(settings.node(CalibrationConfig))
+            made["calibration"] = [settings.calibrate, asdict(settings.node(CalibrationConfig))]
             place = self._place(attack, made)
             bias = self._recalibrated(place / "bias.json", opened)
         return self._answers(place, opened, plain, bias=bias), bias
