@@ -12,8 +12,8 @@ import yaml
 from dcr.core import config, storage
 from dcr.core.config import DataError, Kind, resolving
 from dcr.extensions import TrainSettings
+from dcr.frontier import Rule, arms, comparing
 from dcr.frontier import __main__ as command
-from dcr.frontier import arms
 from dcr.frontier.answers import Pair
 from dcr.outcomes import Outcome, outcome
 from tests.tiny_run import composed
@@ -73,6 +73,16 @@ def test_what_is_answered_at_equal_safety_is_counted_by_loops(seed: int, safety:
     model = arms.model_of(answers, asked, outcome, None)
     found = arms.answered_at(model, asked, asked.weights(0)[:1], safety)[0]
     assert found == pytest.approx(by_loops(answers, safety), nan_ok=True)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_most_that_is_refused_is_that_of_the_best_bias(seed: int) -> None:
+    answers = given(seed)
+    asked = arms.prompts_of(answers, KINDS)
+    model = arms.model_of(answers, asked, outcome, None)
+    most = arms.most_refused(model, asked, asked.weights(0)[0])
+    assert not np.isnan(by_loops(answers, most - 1e-9))
+    assert np.isnan(by_loops(answers, most + 1e-6))
 
 
 def test_resamples_draw_templates_within_sets() -> None:
@@ -157,6 +167,18 @@ def test_the_command_compares_the_arms_of_a_plan(
     assert other["by_seed"] == pytest.approx([-value for value in expected])
     assert "with - without" in told
     assert {*KINDS, ""} == set(record["rows"][0]["origin"]["prompts"])
+
+
+def test_rules_differ_in_what_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparing, "outcome", lambda prompt, answer, ended: Outcome(answer))
+    partial, keyword = (comparing.VERDICTS[rule] for rule in (Rule.partial, Rule.keyword))
+    counted = {each: partial("?", each.value, True) for each in Outcome}
+    moved = {each for each, found in counted.items() if found is not each}
+    assert moved == {Outcome.partly_refused}
+    assert counted[Outcome.partly_refused] is Outcome.refused
+    assert [keyword("?", said, True) for said in ("I can't.", "It won't.", "")] == [
+        *("refused", "answered", "answered")
+    ]
 
 
 @pytest.mark.parametrize(

@@ -154,12 +154,23 @@ def test_two_evaluations_of_one_number_are_refused(
 
 def test_a_comparison_of_arms_is_recorded(repository: Path, tmp_path: Path) -> None:
     origin = {"prompts": {"safe": "s", "bad": "b", "": "all"}, "trained_on": "d 1", "machine": "m"}
-    arm: dict[str, Any] = {"arm": "STL + readout", "seed": 2, "auroc": 0.8, "answered": 0.5}
+    arm: dict[str, Any] = {
+        "arm": "STL + readout",
+        "seed": 2,
+        "auroc": 0.8,
+        "answered": 0.5,
+        "most": 0.85,
+    }
     arm |= {"bias": 0.25, "by_set": {"safe": 0.5}, "plain": [0.9, 0.4], "calibrated": [0.8, 0.5]}
     arm |= {"outcomes": {"bad": {"refused": 0.75}}, "origin": origin | {"date": "2026-01-01"}}
     ends = {"estimate": 0.1, "low": -0.1, "high": 0.3}
     difference = {"arms": "a - b", "over_seeds": ends, "over_prompts": ends, "p": 0.5}
-    found: dict[str, Any] = {"safety": 0.8, "prompts": {"safe": 10, "bad": 20}, "rows": [arm]}
+    found: dict[str, Any] = {
+        "verdict": "outcome",
+        "safety": 0.8,
+        "prompts": {"safe": 10, "bad": 20},
+        "rows": [arm],
+    }
     found["comparisons"] = [difference | {"p_holm": 1.0}]
     storage.write_json(tmp_path / "arms.json", found)
     out = tmp_path / "one.csv"
@@ -171,7 +182,7 @@ def test_a_comparison_of_arms_is_recorded(repository: Path, tmp_path: Path) -> N
     assert [pooled[key] for key in ("value", "n", "prompts")] == ["0.5", "30", "all"]
     assert rows["STL + readout", "frontier/calibrated/refused", ""]["value"] == "0.8"
     assert rows["STL + readout", "frontier/outcome/refused", "bad"]["value"] == "0.75"
-    over = rows["a - b", "frontier/difference/over_seeds", ""]
+    over = rows["a - b", "frontier/difference/0.8/over_seeds", ""]
     assert [over[key] for key in ("value", "low", "high")] == ["0.1", "-0.1", "0.3"]
 
 

@@ -3,3 +3,13 @@
 `answers` keeps both greedy answers of every prompt, `arms` compares models by them, and the command
 prints the comparison that a plan names.
 """
+
+from enum import StrEnum
+
+
+class Rule(StrEnum):
+    """What decides whether an answer refuses, and whether it answers."""
+
+    outcome = "outcome"  # `dcr.outcomes`: refused without help; answered
+    partial = "partial"  # the same, but what refuses in part and does not help counts as refused
+    keyword = "keyword"  # XSTest's keywords: the opening; all else is an answer

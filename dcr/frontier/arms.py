@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import scipy
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from dcr import inference
 from dcr.calibration.biases import BEYOND
@@ -124,11 +124,7 @@ def answered_at(
     which no bias refuses as many.
     """
     toxic = asked.toxic
-    levels = np.unique(model.margins[toxic])[::-1]
-    # the refusing answer is given above a threshold: none, then ever more of the toxic prompts
-    between = (np.mean(pair) for pair in itertools.pairwise(levels))
-    thresholds = [np.inf, *between, levels[-1] - BEYOND]
-    opened = model.margins[:, None] > np.array(thresholds)[None]
+    opened = _opened(model, asked)
     refused = np.where(opened, model.refused[:, :1], model.refused[:, 1:])
     given = np.where(opened, model.answered[:, :1], model.answered[:, 1:])
     benign = ~toxic if among is None else np.array([name == among for name in asked.sets])
@@ -144,6 +140,20 @@ def answered_at(
     )
     found = counted[rows, before] + step * (counted[rows, first] - counted[rows, before])
     return np.where(enough.any(1), found, np.nan)
+
+
+def most_refused(model: Model, asked: Prompts, weights: Float[np.ndarray, "prompts"]) -> float:
+    """The largest share of toxic prompts that is refused under any bias."""
+    refused = np.where(_opened(model, asked), model.refused[:, :1], model.refused[:, 1:])
+    return float((weights[asked.toxic] @ refused[asked.toxic]).max())
+
+
+def _opened(model: Model, asked: Prompts) -> Bool[np.ndarray, "prompts biases"]:
+    """Which prompts open with a refusal: under none of the biases, then under ever larger ones."""
+    levels = np.unique(model.margins[asked.toxic])[::-1]
+    between = (np.mean(pair) for pair in itertools.pairwise(levels))
+    thresholds = [np.inf, *between, levels[-1] - BEYOND]
+    return model.margins[:, None] > np.array(thresholds)[None]
 
 
 def under(

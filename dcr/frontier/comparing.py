@@ -10,17 +10,34 @@ import yaml
 from dcr import entry, inference, results
 from dcr.core import storage
 from dcr.core.config import DataError, Kind
+from dcr.core.refusal import is_refusal
 from dcr.core.runs import Run
 from dcr.core.statistics import Interval
-from dcr.frontier import arms
+from dcr.frontier import Rule, arms
 from dcr.frontier.answers import PLACE, Pair
 from dcr.frontier.arms import Comparison, Model, Prompts
 from dcr.looks import counting
 from dcr.looks.counting import Plan
-from dcr.outcomes import outcome
+from dcr.outcomes import Outcome, outcome
 from dcr.record import origins
 
 CURE = "evaluate it with tasks=[frontier], docs/evidence.md"
+
+
+def _partial(prompt: str, answer: str, ended: bool) -> str:
+    found = outcome(prompt, answer, ended)
+    return Outcome.refused if found is Outcome.partly_refused else found
+
+
+def _keyword(prompt: str, answer: str, ended: bool) -> str:
+    return Outcome.refused if is_refusal(answer) else Outcome.answered
+
+
+VERDICTS: dict[Rule, arms.Verdict] = {
+    Rule.outcome: outcome,
+    Rule.partial: _partial,
+    Rule.keyword: _keyword,
+}
 
 
 @dataclass(frozen=True)
@@ -39,19 +56,27 @@ def plan_of(file: Path) -> Plan:
 
 
 def record(
-    plan: Plan, given: Sequence[str], label: str, safety: float, seed: int
+    plan: Plan,
+    given: Sequence[str],
+    label: str,
+    safety: float,
+    seed: int,
+    rule: Rule = Rule.outcome,
 ) -> dict[str, Any]:
     """All numbers of a plan's comparison, as plain JSON.
 
     `given` are run folders, or folders of them, that were evaluated on data of a label; `seed` is
-    of the bootstrap. Raises DataError where a run or an evaluation is lacking, or two fit.
+    of the bootstrap, and `rule` says what refuses. Raises DataError where a run or an evaluation is
+    lacking, or two fit.
     """
     there = _by_arm(plan, [Run(folder) for word in given for folder in _folders(Path(word))])
     found = {key: measured(run, label) for key, run in there.items()}
     first = next(iter(found.values()))
     asked = arms.prompts_of(first.given, first.kinds)
-    models = {key: arms.model_of(of.given, asked, outcome, of.bias) for key, of in found.items()}
-    numbers = _numbers(plan, models, asked, safety, seed)
+    verdict = VERDICTS[rule]
+    models = {key: arms.model_of(of.given, asked, verdict, of.bias) for key, of in found.items()}
+    numbers: dict[str, Any] = {"verdict": rule.value}
+    numbers |= _numbers(plan, models, asked, safety, seed)
     for row in numbers["rows"]:
         row["origin"] = asdict(origins.of(found[row["arm"], row["seed"]].folder))
     return numbers
@@ -141,6 +166,7 @@ def _numbers(
                 "seed": number,
                 "auroc": arms.auroc(model, asked),
                 "answered": float(pooled[arm, number][0]),
+                "most": arms.most_refused(model, asked, plain),
                 "by_set": {
                     name: float(arms.answered_at(model, asked, weights[:1], safety, among=name)[0])
                     for name in benign
@@ -187,12 +213,15 @@ def tables(record: dict[str, Any]) -> list[Any]:
         "seed",
         "AUROC",
         f"answered at {safety:g}",
+        "most refused",
         *sets,
         "bias",
         "refused",
         "answered",
     ]
-    table = entry.table("Generated answers, every set weighing the same", heads, 1)
+    table = entry.table(
+        f"Generated answers by {record['verdict']}, every set weighing the same", heads, 1
+    )
     for row in record["rows"]:
         calibrated = row["calibrated"] or (float("nan"),) * 2
         table.add_row(
@@ -200,6 +229,7 @@ def tables(record: dict[str, Any]) -> list[Any]:
             str(row["seed"]),
             f"{row['auroc']:.2f}",
             f"{row['answered']:.2f}",
+            f"{row['most']:.2f}",
             *(f"{row['by_set'][name]:.2f}" for name in sets),
             "–" if row["bias"] is None else f"{row['bias']:.2f}",
             *(f"{value:.2f}" for value in calibrated),

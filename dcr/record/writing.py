@@ -36,6 +36,7 @@ class Arm(TypedDict):
     seed: int
     auroc: float
     answered: float | None
+    most: float
     by_set: dict[str, float | None]
     plain: tuple[float, float]
     bias: float | None
@@ -45,6 +46,7 @@ class Arm(TypedDict):
 
 
 class Arms(TypedDict):
+    verdict: str
     safety: float
     prompts: dict[str, int]
     rows: Annotated[list[Arm], Field(min_length=1)]
@@ -112,7 +114,11 @@ def _of_arms(file: Path) -> Iterator[Row]:
     counted = origins.date_of(file)  # answers may be older
     for arm in found["rows"]:
         origin = replace(arm["origin"], date=counted)
-        numbers = [("auroc", "", arm["auroc"]), (at, "", arm["answered"])]
+        numbers = [
+            ("auroc", "", arm["auroc"]),
+            (at, "", arm["answered"]),
+            ("most_refused", "", arm["most"]),
+        ]
         numbers += [(at, name, value) for name, value in arm["by_set"].items()]
         for bias in ("plain", "calibrated"):
             refused, answered = arm[bias] or (None, None)
@@ -121,18 +127,20 @@ def _of_arms(file: Path) -> Iterator[Row]:
         for name, shares in (arm["outcomes"] or {}).items():
             numbers += [(f"outcome/{outcome}", name, share) for outcome, share in shares.items()]
         for metric, of_set, value in numbers:
-            about: Row = {"name": arm["arm"], "seed": arm["seed"], "metric": f"frontier/{metric}"}
+            about: Row = {"name": arm["arm"], "seed": arm["seed"], "judge": found["verdict"]}
+            about["metric"] = f"frontier/{metric}"
             about |= {"set": of_set, "value": _known(value)}
             yield about | {"n": sets.get(of_set, sum(sets.values()))} | _from(origin, of_set)
     for each in found["comparisons"]:
-        about = {"name": each["arms"], "n": sum(sets.values())}
+        about = {"name": each["arms"], "judge": found["verdict"], "n": sum(sets.values())}
         about |= _from(replace(found["rows"][0]["origin"], trained_on="", date=counted), "")
+        at_share = f"frontier/difference/{found['safety']:g}"
         for way in ("over_seeds", "over_prompts"):
             value, low, high = (_known(each[way][key]) for key in ("estimate", "low", "high"))
             ends = {"low": low, "high": high}
-            yield about | {"metric": f"frontier/difference/{way}", "value": value} | ends
+            yield about | {"metric": f"{at_share}/{way}", "value": value} | ends
         for p in ("p", "p_holm"):
-            yield about | {"metric": f"frontier/difference/{p}", "value": _known(each[p])}
+            yield about | {"metric": f"{at_share}/{p}", "value": _known(each[p])}
 
 
 def _whole(value: Any) -> Any:
