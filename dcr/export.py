@@ -1,6 +1,7 @@
 """Export a run's result: merged weights with a model card."""
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ ROUNDED = (
     "the weights are in bfloat16, rounded from a merge in float32: logits differ from those of the "
     "run's adapter by about 1%; precision=fp32 keeps them"
 )
+PROCESSOR = "dcr_logits.py"  # in a calibrated export: `dcr.serving`, for vLLM
 COMPARED = 64  # validation prompts of either kind whose logits tell what an export changes
 HUB_NAMES = {EMBEDDED_MODEL: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 FRONT = {  # front matter of every card, which the hub reads
@@ -153,7 +155,7 @@ def export(
     import torch
     from peft import PeftModel
 
-    from dcr import results
+    from dcr import results, serving
     from dcr.calibration import biases
     from dcr.core import models
 
@@ -197,6 +199,8 @@ def export(
         policy.tokenizer.save_pretrained(staging)
         card = model_card(run, stage, made_with, **details)
         (staging / "README.md").write_text(card, encoding="utf-8")
+        if record:
+            shutil.copyfile(serving.__file__, staging / PROCESSOR)
         measured, _, _ = evaluated(run, stage, record)
         if len(measured):
             numbers = results.csv_text(measured.drop(columns=["run", "edit", "file"]))  # no paths

@@ -3,21 +3,24 @@
 import io
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from openai import OpenAI
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
 
-from dcr import chat, export
+from dcr import chat, export, serving
 from dcr.calibration import biases as calibration
 from dcr.core import models, prompts, refusal, storage
 from dcr.core.config import (
@@ -33,10 +36,12 @@ from dcr.core.models import Policy
 from dcr.core.runs import Run
 from dcr.core.sources import Example, read
 from dcr.extensions import EvalSettings
+from tests.servers.served import served
 
 # peft asks transformers for a name that the latter has renamed
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
+ROOT = Path(__file__).parent.parent
 IDS = torch.tensor([[5, 60, 100, 7, 201, 33]])
 SYSTEM = 'Say "no" kindly.\nIn 中文 🙂'
 CONFIG: dict[str, Any] = {
@@ -186,9 +191,9 @@ def test_logits_elsewhere_are_those_in_memory(made: Made, elsewhere: dict[str, T
         torch.testing.assert_close(elsewhere[kind], made.logits, rtol=1e-4, atol=1e-4)
 
 
-def test_plain_transformers_decodes_a_calibrated_export_as_we_do(
-    moved: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def calibrated(moved: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The calibrated export of a random model."""
     # a tiny random model says nothing that keywords know: what opens as a refusal refuses here
     monkeypatch.setattr(refusal, "is_refusal", lambda text, *_: text[:1] in ("I", *"NAMSU"))
     config = yaml.safe_load(moved.config_file.read_text())
@@ -197,6 +202,13 @@ def test_plain_transformers_decodes_a_calibrated_export_as_we_do(
     out = tmp_path / "calibrated"
     asked = [f"run={moved.folder}", f"out={out}", "precision=fp32", "calibrate=0.9"]
     assert export.main(asked) == 0
+    return out
+
+
+def test_plain_transformers_decodes_a_calibrated_export_as_we_do(
+    calibrated: Path, tmp_path: Path
+) -> None:
+    out = calibrated
     node = ModelConfig(name=str(out), template="chatml", system_prompt=SYSTEM)
     settings = EvalSettings(model=node, calibrate="0.9", precision=Precision.fp32)
     settings.gen.max_new_tokens = 12
@@ -209,6 +221,102 @@ def test_plain_transformers_decodes_a_calibrated_export_as_we_do(
     card_text = (out / "README.md").read_text()
     assert f"The generation config adds {record['bias']:+.3f}" in card_text
     assert "| contrasts_toxic_heldout | 119 | 91% |" in card_text
+
+
+UNIDIRECTIONAL, SWAP = (SimpleNamespace(name=name) for name in ("UNIDIRECTIONAL", "SWAP"))
+
+
+@torch.inference_mode()
+def by_vllms_interface(out: Path, rows: list[Example], new: int, newer: bool) -> list[list[int]]:
+    """Greedy answers of a batch whose rows come late, change places and leave, as vLLM's do."""
+    processors = runpy.run_path(str(out / "dcr_logits.py"))
+    model: Any = AutoModelForCausalLM.from_pretrained(out)
+    tokenizer: Any = AutoTokenizer.from_pretrained(out)
+    turns = [[{"role": "user", "content": row.prompt}] for row in rows]
+    template: Any = tokenizer.apply_chat_template
+    prompts = [template(each, add_generation_prompt=True)["input_ids"] for each in turns]
+    ids = torch.zeros(len(rows), 400, dtype=torch.int32)
+    state = SimpleNamespace(all_token_ids=SimpleNamespace(gpu=ids))
+    processor = processors["Calibrated"](None, *([state] if newer else ["cpu", False]))
+    answers: list[list[int]] = [[] for _ in rows]
+    batch: list[int] = []  # the prompt of each row
+    waiting, ends = list(range(len(rows))), set(model.generation_config.eos_token_id)
+    while waiting or batch:
+        over = [r for r, i in enumerate(batch) if len(answers[i]) == new or answers[i][-1] in ends]
+        moved, added = [], []
+        for row in reversed(over):  # the last row takes the place of one that left
+            last = batch.pop()
+            if row < len(batch):
+                batch[row] = last
+                moved.append((len(batch), row, UNIDIRECTIONAL))
+        if not over and len(batch) > 1:
+            batch[:2] = batch[1::-1]
+            moved.append((0, 1, SWAP))
+        elif not over and waiting:
+            for place in waiting[:3]:
+                added.append((len(batch), None, prompts[place], answers[place]))
+                batch.append(place)
+            waiting = waiting[3:]
+        processor.update_state(SimpleNamespace(removed=over, added=added, moved=moved))
+        if not batch:
+            continue
+        so_far = [[*prompts[i], *answers[i]] for i in batch]
+        logits = torch.stack([model(torch.tensor([each])).logits[0, -1] for each in so_far])
+        for i, each in zip(batch, so_far, strict=True):
+            ids[i, : len(each)] = torch.tensor(each)
+        context = SimpleNamespace(
+            expanded_idx_mapping=torch.tensor(batch, dtype=torch.int32),
+            pos=torch.tensor([len(each) - 1 for each in so_far]),
+            input_ids=torch.tensor([each[-1] for each in so_far], dtype=torch.int32),
+        )
+        biased = processor.apply(logits, context) if newer else processor.apply(logits)
+        for i, token in zip(batch, biased.argmax(-1).tolist(), strict=True):
+            answers[i].append(token)
+    return answers
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_vllms_processor_decodes_a_calibrated_export_as_we_do(
+    calibrated: Path, newer: bool
+) -> None:
+    rows = read("demo_toxic_heldout")[:7]
+    tokenizer: Any = AutoTokenizer.from_pretrained(calibrated)
+    found = by_vllms_interface(calibrated, rows, 8, newer)
+    texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in found]
+    told = by_transformers(calibrated, rows, max_new_tokens=8, do_sample=False)
+    assert texts == list(told.values())
+    file = calibrated / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"sequence_bias": None}))
+    plain = by_transformers(calibrated, rows, max_new_tokens=8, do_sample=False)
+    assert texts != list(plain.values())
+
+
+def test_without_a_bias_there_is_no_processor(moved: Run, tmp_path: Path) -> None:
+    out = export.export(moved, tmp_path / "out", precision=Precision.fp32)
+    assert not (out / "dcr_logits.py").exists()
+    with pytest.raises(ValueError, match="no sequence_bias"):
+        serving.written(out)
+
+
+def test_servers_answer_as_the_calibrated_export_does(calibrated: Path) -> None:
+    """A server that reads the bias, and any other by two requests: `examples/equal_safety.py`."""
+    file = calibrated / "generation_config.json"
+    tokenizer: Any = AutoTokenizer.from_pretrained(calibrated)
+    # a token of a byte is a text of its own only in ASCII
+    texts = [tokenizer.decode([i]) for i in range(len(tokenizer))]
+    odd = [i for i, text in enumerate(texts) if not (text.isascii() and text.isprintable())]
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"suppress_tokens": odd}))
+    rows = read("demo_toxic_heldout")[:3]
+    told = by_transformers(calibrated, rows, max_new_tokens=8, do_sample=False)
+    example = runpy.run_path(str(ROOT / "examples" / "equal_safety.py"))
+    with served(calibrated) as url:
+        client = OpenAI(base_url=url, api_key="none")
+        for row in rows:
+            turns: Any = [{"role": "user", "content": row.prompt}]
+            asked = {"model": str(calibrated), "temperature": 0, "max_tokens": 8}
+            whole = client.chat.completions.create(messages=turns, **asked)
+            assert (whole.choices[0].message.content or "").strip() == told[row.id]
+            assert example["answer"](client, str(calibrated), row.prompt, 8).strip() == told[row.id]
 
 
 def test_an_export_of_a_base_that_samples_and_penalises_decodes_as_evaluated(moved: Run) -> None:
