@@ -214,6 +214,53 @@ def test_examples_of_other_schedulers_are_yaml_with_a_command_that_there_is() ->
         resolving.resolve(cli.compose("train", told), TrainSettings)
 
 
+PLAIN = ROOT / "examples" / "slurm" / "seeds.sbatch"
+
+
+@pytest.mark.parametrize(
+    ("status", "state", "calls"),
+    [
+        (0, "RUNNING", ["train.py", "eval.py"]),
+        (2, "RUNNING", ["train.py"]),  # a user's error, which another attempt would repeat
+        (128 + signal.SIGUSR1, "RUNNING", ["train.py", "squeue", "scontrol"]),
+        (128 + signal.SIGTERM, "PREEMPTED", ["train.py", "squeue"]),  # Slurm requeues it itself
+    ],
+)
+def test_the_plain_batch_script_trains_evaluates_and_goes_back_into_the_queue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, state: str, calls: list[str]
+) -> None:
+    """Its lines as bash runs them, with stand-ins for Slurm's tools and for Python."""
+    called = tools(
+        tmp_path, monkeypatch, squeue=f"echo {state}", scontrol="", srun='exec "$@"',
+        py=f'case "$1" in train.py) exit {status};; esac',
+    )  # fmt: skip
+    for name, value in {"SUBMIT_DIR": str(ROOT), "JOB_ID": "17", "ARRAY_TASK_ID": "3"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("PYTHON", "py")
+    asked = ["bash", str(PLAIN), "model=tiny", "method=stl"]
+    assert subprocess.run(asked).returncode == status
+    lines = [line.split() for line in called.read_text().splitlines()]
+    named = [words[1] if words[0] == "py" else words[0] for words in lines]
+    assert [name for name in named if name != "srun"] == calls
+    for _, script, *told in (words for words in lines if words[0] == "py"):
+        assert "run=outputs/seeds/3" in told
+        if script == "train.py":
+            made = resolving.resolve(cli.compose("train", told), TrainSettings)
+            assert (made.seed, made.model.name, made.method.value) == (3, "tiny", "stl")
+        else:
+            cli.compose("eval", told)
+    if "scontrol" in calls:
+        assert lines[-1] == ["scontrol", "requeue", "17"]
+
+
+def test_the_plain_batch_script_is_bash_and_asks_for_requeueing() -> None:
+    assert subprocess.run(["bash", "-n", str(PLAIN)]).returncode == 0
+    text = PLAIN.read_text()
+    asked = dict(re.findall(r"^#SBATCH --([a-z-]+)=?(\S*)$", text, re.MULTILINE))
+    assert asked.keys() >= {"array", "requeue", "signal", "open-mode", "time"}
+    assert asked["signal"] == "USR1@120"  # to the steps and not to this shell, as without B:
+
+
 # --- a real Slurm ---
 
 
