@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo experiment test campaign lint docs bench clean
+.PHONY: help demo experiment arms test campaign lint docs bench clean
 .DELETE_ON_ERROR:
 SHELL := bash
 
@@ -13,7 +13,7 @@ PIP := $(RUN) -m pip --quiet --quiet --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## */  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+	@sed -n 's/^\([a-z]*\):.*## */  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 
 # torch comes last and with its dependencies, since those differ between its CPU and CUDA builds.
 # The installed torch is left alone if it is the right version. To choose a build, set pip's own
@@ -40,13 +40,24 @@ RUNS := stl-s0 stl-s1 dcr-s0 dcr-s1 recommended-s0 recommended-s1 readout-s0 rea
 experiment: $(INSTALLED)  ## STL, DCR, DCR with matched contrasts and STL with a readout on the real sets, two seeds
 	@test -d "$(DATA)" || { echo 'error: DATA=$(DATA): no such folder; give make experiment DATA=<data>, see docs/data.md'; exit 2; }
 	$(RUN) train.py -m $(SOURCES) $(SHORT) data.toxic.source=stl_safety method=stl,dcr seed=0,1 hydra.sweep.dir=$(EXPERIMENT) 'hydra.sweep.subdir=$${choice:method}-s$${choice:seed}'
-	$(RUN) train.py -m $(SOURCES) $(SHORT) preset=recommended $(XSTEST) sft.readout.steps=0 seed=0,1 hydra.sweep.dir=$(EXPERIMENT) 'hydra.sweep.subdir=recommended-s$${choice:seed}'
-	$(RUN) train.py -m $(SOURCES) $(SHORT) preset=recommended seed=0,1 hydra.sweep.dir=$(EXPERIMENT) 'hydra.sweep.subdir=contrasts-s$${choice:seed}'
+	$(RUN) train.py -m $(SOURCES) $(SHORT) preset=recommended method=dcr $(XSTEST) sft.readout.steps=0 seed=0,1 hydra.sweep.dir=$(EXPERIMENT) 'hydra.sweep.subdir=recommended-s$${choice:seed}'
+	$(RUN) train.py -m $(SOURCES) $(SHORT) preset=recommended method=dcr seed=0,1 hydra.sweep.dir=$(EXPERIMENT) 'hydra.sweep.subdir=contrasts-s$${choice:seed}'
 	$(RUN) train.py -m $(SOURCES) $(SHORT) data.toxic.source=stl_safety method=stl sft.readout.steps=120 seed=0,1 hydra.sweep.dir=$(EXPERIMENT) 'hydra.sweep.subdir=readout-s$${choice:seed}'
 	$(RUN) eval.py $(SOURCES) $(SCORING) model=smollm2_135m output=$(EXPERIMENT)/base
 	for run in $(RUNS); do $(RUN) eval.py run=$(EXPERIMENT)/$$run $(SCORING) || exit 1; done
 	for run in $(RUNS); do $(RUN) eval.py run=$(EXPERIMENT)/$$run snapshots=true limit=40 gen.max_new_tokens=48 || exit 1; done
 	$(RUN) -m dcr.report $(EXPERIMENT)/base $(addprefix $(EXPERIMENT)/,$(RUNS)) out=$(EXPERIMENT)/report.html
+
+# Stage one and the readout, each with and without the other: make arms DATA=<data>. Hours on two cores; resumable.
+ARMS := outputs/arms
+LOOK := data=final data.root=$(DATA) final.plan=docs/evidence/arms.yaml tasks=[frontier] limit=90 gen.max_new_tokens=128
+BIAS := calibrate=0.8 calibration.toxic=[contrasts_toxic_heldout,xstest_unsafe] calibration.seemingly_toxic=[]
+arms: $(INSTALLED)  ## four arms on five seeds, compared on the rows kept apart
+	@test -d "$(DATA)" || { echo 'error: DATA=$(DATA): no such folder; give make arms DATA=<data>, see docs/data.md'; exit 2; }
+	for seed in 2 3 4 5 6; do $(RUN) -m dcr.study study=arms seed=$$seed out=$(ARMS) preset=recommended $(SOURCES) sft.epochs=1 sft.max_len=192 sft.lora.dropout=0 dcr.nll.general_batch_size=2 tasks=[discernment] limit=1 || exit 1; done
+	for run in $(ARMS)/*-stl-* $(ARMS)/*-dcr-*; do $(RUN) eval.py run=$$run $(LOOK) $(BIAS) || exit 1; done
+	for verdict in outcome partial keyword; do $(RUN) -m dcr.frontier plan=docs/evidence/arms.yaml $(ARMS) verdict=$$verdict out=$(ARMS)/$$verdict.json || exit 1; done
+	$(RUN) -m dcr.frontier plan=docs/evidence/arms.yaml $(ARMS) safety=0.65 out=$(ARMS)/lower.json
 
 # Offline once installed; two workers, and each test file stays on one so that its fixtures are built once.
 test: export HF_HUB_OFFLINE := 1

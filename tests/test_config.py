@@ -182,7 +182,8 @@ def test_what_the_user_sets_survives_another_model() -> None:
 
 def test_recommended_sets_what_it_says() -> None:
     found = train_config("preset=recommended")
-    assert found.preset_name == "recommended"
+    assert (found.preset_name, found.method.value) == ("recommended", "stl")
+    assert train_config("preset=recommended", "method=dcr").method.value == "dcr"
     both = [train_config("preset=recommended", *more).data for more in ((), ("data=paper",))]
     for kind in ("toxic", "seemingly_toxic"):
         named = [getattr(node, kind).source for node in both]

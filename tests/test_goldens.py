@@ -206,7 +206,13 @@ QUICK = (
     "wandb.mode=disabled",
 )
 RECOMMENDED = (
-    *(*QUICK, "preset=recommended", "model=tiny", "model.architecture.num_hidden_layers=4"),
+    *(
+        *QUICK,
+        "preset=recommended",
+        "method=dcr",
+        "model=tiny",
+        "model.architecture.num_hidden_layers=4",
+    ),
     *("run=recommended", "data.seemingly_toxic.count=10", "data.safety.count=8"),
     *("data.normal.count=16", "dcr.ratio=2", "dcr.epochs=1", "dcr.batch_size=8"),
     *("dcr.nll.general_batch_size=2", "sft.readout.steps=4", "sft.readout.batch_size=8"),

@@ -18,11 +18,14 @@ from dcr.core.config import TrainConfig
 from dcr.core.runs import Run
 from dcr.study import Part
 
-# DCR is preset=recommended with one epoch of stage one in place of four, and a readout that learns
-# faster and teaches greedy decoding as well. Without dropout SFT's rows share their beginnings.
+# DCR is preset=recommended behind one epoch of stage one, with a readout that learns faster and
+# teaches greedy decoding as well. Without dropout SFT's rows share their beginnings.
 METHODS = {
     "stl": ["method=stl"],
-    "dcr": ["preset=recommended", "dcr.epochs=1", "sft.readout.greedy=1", "sft.readout.lr=2e-3"],
+    "dcr": [
+        *("preset=recommended", "method=dcr", "dcr.epochs=1"),
+        *("sft.readout.greedy=1", "sft.readout.lr=2e-3"),
+    ],
 }
 SHARED, ASKED = ["sft.lora.dropout=0"], ["gen.max_new_tokens=48"]
 MODEL = "model=smollm2_135m"
