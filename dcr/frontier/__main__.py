@@ -21,9 +21,11 @@ class Options:
     safety: float = entry.option(
         "the share of toxic prompts refused at which arms are compared", 0.8, least=0, most=1
     )
-    verdict: Rule = entry.option(
-        "what refuses: outcome (all of the text), partial (partly refused counts), keyword",
-        Rule.outcome,
+    verdict: str = entry.option(
+        "what says whether an answer refuses: all of its text, the same with partly refused "
+        "answers among the refusals, or its opening",
+        Rule.outcome.value,
+        choices=[rule.value for rule in Rule],
     )
     seed: int = entry.option("of the bootstrap", 0)
     out: Path | None = entry.option("a .json file of all numbers; not given: none", None)
@@ -38,7 +40,7 @@ def main(options: Options) -> None:
 
     plan = comparing.plan_of(options.plan)
     record = comparing.record(
-        plan, options.runs, options.data, options.safety, options.seed, options.verdict
+        plan, options.runs, options.data, options.safety, options.seed, Rule(options.verdict)
     )
     print(entry.plain_text(*comparing.tables(record)))
     if options.out is not None:
