@@ -65,7 +65,7 @@ test: export WANDB_MODE := offline
 test: $(INSTALLED)  ## the test suite, offline
 	$(RUN) -m pytest -n 2 --dist loadfile
 
-campaign: $(INSTALLED)  ## hostile settings, data, files, studies, searches, run folders and secrets; kills
+campaign: $(INSTALLED)  ## hostile settings, data, files, run folders and secrets; kills
 	$(RUN) tests/campaign --seed 0
 
 # pyright would ask PyPI for a newer version of itself; the locked one is meant.

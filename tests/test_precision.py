@@ -26,8 +26,6 @@ FP32 = dict.fromkeys(PAPER, "fp32")
 
 def on_cpu(patch: pytest.MonkeyPatch, *flags: str) -> None:
     patch.setattr(machine, "_flags", lambda: {"avx2", "fma", *flags})
-    patch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
-    patch.delenv("DNNL_MAX_CPU_ISA", raising=False)
 
 
 def on_cuda(patch: pytest.MonkeyPatch, *capability: int) -> None:
@@ -79,24 +77,6 @@ def test_an_older_torch_is_asked_by_its_own_checks(monkeypatch: pytest.MonkeyPat
         assert machine._flags() == ({"avx512_bf16"} if there else set())
     monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
     assert machine._flags() == set()
-
-
-@pytest.mark.parametrize(
-    ("limit", "unit"),
-    [
-        ("AVX2", None),
-        ("AVX512_CORE", None),  # where oneDNN emulates bf16 and torch calls it supported
-        ("avx512_core_bf16", "AVX-512-bf16"),
-        ("ALL", "AVX-512-bf16"),
-        ("", "AVX-512-bf16"),
-    ],
-)
-def test_a_limit_of_onednn_takes_the_unit_away(
-    limit: str, unit: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    on_cpu(monkeypatch, "avx512_bf16")
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
-    assert machine.cpu_unit() == unit
 
 
 def test_a_named_value_wins_then_the_run_s_then_the_device_s(

@@ -31,8 +31,6 @@ log = logging.getLogger(__name__)
 NATIVE = {"contrastive": Precision.mixed, "sft": Precision.bf16, "evaluation": Precision.bf16}
 # CPU units that multiply bf16, by their flags, as torch spells them.
 UNITS = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512-bf16", "bf16": "ARM bf16"}
-# Parts of names of oneDNN's instruction sets that have bf16, or are no limit.
-UNLIMITED = ("BF16", "FP16", "AMX", "AVX10", "DEFAULT", "ALL")
 PROCESSES_A_CORE = 4  # slow, but a way to try several; more is a slip of the finger
 OUT_OF_MEMORY = (
     *("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED"),
@@ -91,13 +89,10 @@ def kind_of(accelerator: str = "auto") -> str:
 
 
 def cpu_unit() -> str | None:
-    """The unit that multiplies bf16 in this CPU; None without one, or if oneDNN may not use it.
+    """The unit that multiplies bf16 in this CPU; None without one.
 
     `torch.ops.mkldnn._is_mkldnn_bf16_supported` is also true if AVX-512 only emulates it.
     """
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "ALL"
-    if not any(part in limit.upper() for part in UNLIMITED):
-        return None
     flags = _flags()
     return next((name for flag, name in UNITS.items() if flag in flags), None)
 

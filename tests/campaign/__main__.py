@@ -4,10 +4,10 @@ nothing behind.
     python tests/campaign [--seed 0] [--cases 100] [section ...]
 
 Hypothesis draws the cases of each section: lists of overrides, damaged files, bad data files,
-kills, damaged studies, databases of a search, links and devices, run folders that attack, and
-secrets. Of a case that fails it looks for the smallest, tells its command, and tries it first the
-next time. The exit code is 0 only if no command ended in a traceback, a crash or a hang, gave
-wrong results in silence, left files behind, told a secret or ran an attacker's code.
+kills, links and devices, run folders that attack, and secrets. Of a case that fails it looks for
+the smallest, tells its command, and tries it first the next time. The exit code is 0 only if no
+command ended in a traceback, a crash or a hang, gave wrong results in silence, left files behind,
+told a secret or ran an attacker's code.
 """
 
 import argparse
@@ -25,7 +25,6 @@ import hostile
 import kills
 import overrides
 import rows
-import shared
 from commands import Ended
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
@@ -36,8 +35,6 @@ SECTIONS: dict[str, Case] = {
     "damage": damage.case,
     "rows": rows.case,
     "kills": kills.case,
-    "studies": shared.study_case,
-    "searches": shared.search_case,
     "links": hostile.link_case,
     "attackers": hostile.attacker_case,
     "secrets": hostile.secret_case,
@@ -58,8 +55,6 @@ def main() -> int:
         damage.prepare(work / "base")
         if {"damage", "kills"} & {*names}:
             damage.foresee(work / "base")
-        if {"studies", "searches"} & {*names}:
-            shared.prepare(work / "base")
         children = []
         for number in range(2):  # processes
             children.append(os.fork())
