@@ -856,27 +856,6 @@ def test_partial_refusals_stand_beside_full_ones(tmp_path: Path) -> None:
     assert plain == ["safe", "unsafe"], "the paper's rules know no third outcome"
 
 
-MADE = "method: dcr\nseed: 0\npreset_name: paper\nmodel: {}\ndata: {}\ndcr: {}\nsft: {}\n"
-
-
-@pytest.mark.parametrize(
-    ("file", "text", "told"),
-    [
-        ("eval/main/safe.jsonl", answer("1", "", "") + "3\n", "safe.jsonl:2: "),
-        ("config.yaml", MADE + "a: &a [*a]", "config.yaml: "),
-        ("tracking/sft/step-x/metrics.json", "{}", "step-x"),
-    ],
-)  # fmt: skip
-def test_damaged_files_end_in_one_line_and_exit_2(
-    file: str, text: str, told: str, refused: Refused
-) -> None:
-    (Path("good") / file).parent.mkdir(parents=True, exist_ok=True)
-    (Path("good") / file).write_text(text)
-    error = refused("good", "out=page.html")
-    assert told in error
-    assert len(error) < 400
-
-
 def test_answers_shown_are_drawn_by_their_prompts_alone() -> None:
     keys = [(f"id-{i}", f"Prompt {i}") for i in range(100)]
     chosen = page.drawn(keys, 20)

@@ -8,7 +8,7 @@ from typing import Any
 
 from dcr import keywords, results
 from dcr.core import config, generation, runs, storage
-from dcr.core.config import DataError, Kind, UserError
+from dcr.core.config import Kind, UserError
 from dcr.core.evaluation.subjects import Opening
 from dcr.core.runs import Run
 from dcr.core.text import printable
@@ -115,10 +115,6 @@ def read_run(folder: Path) -> RunRecord:
     if run.config_file.exists():
         run.config()  # checked there, but not in the file's order, in which the page shows it
         config = storage.read_yaml(run.config_file, dict[str, Any])
-    try:
-        storage.fingerprint(config)
-    except (ValueError, TypeError, RecursionError) as error:  # such as a list inside itself
-        raise DataError(f"{run.config_file}: holds what no setting is ({error})") from error
     trained = any((folder / stage).is_dir() for stage in STAGES)
     for path, needed in ((run.config_file, True), (run.rows_file, trained)):
         if needed and not path.exists():
@@ -134,10 +130,9 @@ def read_tracked(run: Run, notes: list[str]) -> list[TrackedStep]:
             if not (folder / "metrics.json").exists():
                 notes.append(f"{folder}: skipped, no metrics.json; measuring did not finish")
                 continue
-            if not (step := folder.name.removeprefix("step-")).isdecimal():
-                raise DataError(f"{folder}: no step's folder; delete it")
             block = _printable(results.read_tracked(folder / "metrics.json").model_dump())
-            about = {"folder": folder, "stage": stage, "step": int(step)}
+            step = int(folder.name.removeprefix("step-"))
+            about = {"folder": folder, "stage": stage, "step": step}
             steps.append(TrackedStep.model_validate(block | about))
     return sorted(steps, key=lambda tracked: (STAGES.index(tracked.stage), tracked.step))
 
