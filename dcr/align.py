@@ -22,9 +22,9 @@ from dcr import eval as evaluation
 from dcr.core import config, machine, refusal, storage
 from dcr.core.config import DataConfig, DataError, Kind, Stage, TrainConfig
 from dcr.core.config.evaluation import EvalConfig
+from dcr.core.ending import single_line
 from dcr.core.runs import Run
 from dcr.core.sources import SOURCES
-from dcr.core.text import single_line
 from dcr.plan import cost
 from dcr.study import Job, Part, StudyError
 

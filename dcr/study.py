@@ -41,8 +41,9 @@ from dcr.core.config import (
     resolving,
 )
 from dcr.core.config.evaluation import DeviceConfig
+from dcr.core.ending import single_line
 from dcr.core.runs import Cost, Run
-from dcr.core.text import label_of, nearest, single_line
+from dcr.core.text import label_of, nearest
 from dcr.extensions import EvalSettings, TrainSettings
 from dcr.plan import cost
 

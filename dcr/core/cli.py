@@ -44,10 +44,11 @@ from dcr.core.ending import (
     quieten,
     safe_output,
     setting_fault,
+    single_line,
     stopped_by,
 )
 from dcr.core.runs import Run
-from dcr.core.text import label_of, single_line
+from dcr.core.text import label_of
 
 Settings = TypeVar("Settings", bound=EvalConfig)
 

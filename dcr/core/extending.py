@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from dcr.core.config import ConfigError, DataError, OwnPath
-from dcr.core.text import nearest, single_line
+from dcr.core.text import nearest
 
 Part = TypeVar("Part")
 CURES = {  # by the beginning of pydantic's name for a wrong type
@@ -68,7 +68,7 @@ def load(path: str, base: type[Part], key: str = "") -> type[Part]:
         absent = getattr(error, "name", "") if isinstance(error, ModuleNotFoundError) else ""
         if absent and f"{module_name}.".startswith(f"{absent}."):
             raise ConfigError(f"{told}: no module {absent} in {here} or the environment") from error
-        why = f"{type(error).__name__}: {single_line(error)}"
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ConfigError(f"{told}: {module_name} cannot be imported ({why})") from error
     own = getattr(module, name, None)
     needed = f"{base.__module__}.{base.__qualname__}"
@@ -109,7 +109,7 @@ def with_settings(own: type[Part], given: Mapping[str, Any]) -> Part:
             said = f"{field}: it needs a value"
         else:
             place = "".join(f" ({each})" for each in within)
-            cure = CURES.get(first["type"].split("_")[0]) or single_line(first["msg"])
+            cure = CURES.get(first["type"].split("_")[0]) or first["msg"]
             said = f"{field}={given.get(field)}{place}: {cure}"
         raise ConfigError(f"own.{own.__name__}.{said}") from error
 

@@ -1,11 +1,10 @@
 """Text to compare, name, show and store; imports nothing else of the package.
 
 `normalise` compares prompts, `label_of` names folders, and `CHATML` is the template of tokenizers
-without one. Printed and stored text goes through `printable` (no control codes), `encodable` (no
-lone surrogates), `redact` (no secrets) or `single_line` (all of it in one line).
+without one. Text is shown as `printable` (no control codes) and stored as `encodable` (no lone
+surrogates); `ending` takes secrets away wherever a command prints.
 """
 
-import os
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -25,34 +24,6 @@ ASCII_DROPPED = {
     for i in range(128)
     if not chr(i).isspace() and unicodedata.category(chr(i))[0] in DROPPED_CATEGORIES
 }
-REMOVED = "[removed]"
-# names of environment variables whose values, if long enough, are secrets
-KEYS = re.compile(r"(?i)(?:key|token|secret|password|passwd|credentials?)$")
-SHORTEST_KEY = 8
-LONGEST_LINE = 1_000  # characters of an error's line
-LONGEST_READ = 10_000  # characters read of a text that becomes one line
-NAMES = (
-    r"(?:[\w.-]{0,40}(?:(?:api|access)[_-]?key|(?:access|api|auth|hf|refresh|session)[_-]?token"
-    r"|secret|password|passwd|credentials?)|token)"
-)
-# patterns of secrets; the first group stays
-SECRETS = tuple(
-    re.compile(pattern)
-    for pattern in (
-        r"(?i)\b((?:authorization|x-api-key|api-key)['\"]?\s*[:=]\s*).*",
-        r"(?i)\b(bearer\s+)\S+",
-        r"\b([Bb]asic\s+)(?=\S*(?:[0-9=+/]|[a-z][A-Z]))[A-Za-z0-9+/]{8,}={0,2}",
-        r"()\bsk-[\w*.-]{3,}",
-        r"()\b(?:hf|gsk|ghp|gho|github_pat|glpat|nvapi|xai|AIza)[_-]?\w{16,}",
-        # user and password, also without a scheme, and with an @ or a slash in the password
-        r"(:/{1,2})(?:[^\s/?#\"'<>@]*:[^\s\"'<>]*|[^\s/?#\"'<>]*)@",
-        r"()(?<![\w/.:+-])[\w.+-]+\\?:[^\s/@\"'<>]+(?=@[\w-])",
-        # the query of an address
-        r"(:/{1,2}[^\s?#\"'<>]*[?#])[^\s\"'<>]+",
-        r"(?i)([?&;](?:\w*key|sig|signature|auth|code|session)=)[^\s&\"'<>]+",
-        rf"(?i)\b({NAMES}(?:=|['\"]\s*[:=]\s*)['\"]?)[^\s&,;\"'<>}}]+",
-    )
-)
 
 
 def normalise(text: str) -> str:
@@ -96,33 +67,6 @@ def _shown(character: str) -> str:
 def encodable(text: str) -> str:
     """The text with surrogates, which JSON can spell and UTF-8 cannot, joined or made U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def redact(text: str, *secrets: str) -> str:
-    """`text` without `secrets` and all else that looks like one.
-
-    It removes keys of this environment, keys with usual beginnings or headers, user and password of
-    an address, an address's query, and values of names such as api_key, token and password.
-    """
-    known = (v for name, v in os.environ.items() if KEYS.search(name) and len(v) >= SHORTEST_KEY)
-    for secret in sorted({*secrets, *known}, key=len, reverse=True):
-        text = text.replace(secret, REMOVED) if secret else text
-    for pattern in SECRETS:
-        text = pattern.sub(rf"\1{REMOVED}", text)
-    return text
-
-
-def single_line(text: object, *secrets: str, longest: int | None = None) -> str:
-    """`text`, or an exception's text, in one printable line without secrets.
-
-    It has at most `longest` characters and an ellipsis. Without `longest`, a line that is too long
-    to be read loses its middle, so that the key at its beginning and the cure at its end stay.
-    """
-    line = redact(printable(" ".join(str(text)[:LONGEST_READ].split())), *secrets)
-    if longest is not None:
-        return line if len(line) <= longest else f"{line[:longest]}…"
-    half = LONGEST_LINE // 2
-    return line if len(line) <= LONGEST_LINE else f"{line[:half]} … {line[-half:]}"
 
 
 def nearest(key: str, known: Sequence[str]) -> list[str]:

@@ -16,7 +16,6 @@ from dcr.core.sources import apart, jsonl
 from dcr.core.sources.examples import Example
 from dcr.core.sources.jsonl import Row
 from dcr.core.sources.table import SOURCES, Hub, Source
-from dcr.core.text import single_line
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +116,7 @@ def _read_own(path: str, kind: Kind, pairs: bool) -> list[Example]:
     except UserError:
         raise
     except Exception as error:
-        why = f"{type(error).__name__}: {single_line(error)}"
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise DataError(f"{path}: {kind.value} rows cannot be read ({why})") from error
     for number, row in given:
         if not isinstance(row, Mapping):
