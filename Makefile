@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo experiment arms test campaign lint docs bench clean
+.PHONY: help demo experiment arms test campaign lint audit docs bench clean
 .DELETE_ON_ERROR:
 SHELL := bash
 
@@ -75,6 +75,10 @@ lint: $(INSTALLED)  ## ruff, pyright and the import layers
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/pyright
 	$(VENV)/bin/lint-imports
+
+# Without --strict a package that could not be looked up would pass.
+audit: $(INSTALLED)  ## known vulnerabilities of the locked packages, from PyPI
+	$(VENV)/bin/pip-audit --strict --no-deps --disable-pip -r requirements.lock
 
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(INSTALLED)  ## numbers of records into the pages, and the documentation site, in site/
