@@ -1,7 +1,8 @@
 """Logs of Inspect against the files of the run; where Inspect is installed, read back by it."""
 
-import importlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from dcr.report.records import read_run
 from tests.shapes import next_logits
 from tests.tiny_run import write_jsonl
 
-EXAMPLES = Path(__file__).parent.parent / "examples/inspect"
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -95,18 +96,19 @@ def test_inspect_reads_the_logs_back(run: Path, capsys: pytest.CaptureFixture[st
 
 @pytest.fixture
 def evaluated(tiny_folder: Path, tmp_path: Path) -> Any:
-    """A task of a file of examples/inspect, run by Inspect on the tiny model: its log."""
-    pytest.importorskip("inspect_ai")
+    """A task of a file of examples/inspect, run by Inspect's command on the tiny model: its log."""
+    read: Any = pytest.importorskip("inspect_ai.log").read_eval_log
 
-    def run(task: str, **options: Any) -> Any:
-        evaluate: Any = importlib.import_module("inspect_ai").eval
-        (log,) = evaluate(
-            f"{EXAMPLES / task}", model="hf/local", display="none", log_dir=str(tmp_path / "logs"),
-            model_args={"model_path": str(tiny_folder), "do_sample": False, "device": "cpu"},
-            **options,
-        )  # fmt: skip
-        assert log.status == "success", log.error
-        return log
+    def run(task: str, *options: str) -> Any:
+        logs = tmp_path / "logs" / task.partition("@")[2]
+        inspect = Path(sys.executable).with_name("inspect")
+        command = [inspect, "eval", f"examples/inspect/{task}", "--model", "hf/local"]
+        command += ["-M", f"model_path={tiny_folder}", "-M", "do_sample=false", "-M", "device=cpu"]
+        command += ["--display", "none", "--log-dir", logs, *options]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (file,) = logs.glob("*.eval")
+        return read(str(file))
 
     return run
 
@@ -115,9 +117,9 @@ def evaluated(tiny_folder: Path, tmp_path: Path) -> Any:
 @pytest.mark.filterwarnings("ignore")
 def test_inspect_measures_discernment(evaluated: Any, tiny_folder: Path) -> None:
     """By each prompt's probability of the one byte that is a refusal's first word."""
-    sets = {"over_refusal": ["demo_seemingly_toxic_heldout"], "safety": ["demo_toxic_heldout"]}
-    options = sets | {"per_set": 4, "top_logprobs": 260}
-    log = evaluated("discernment.py", task_args=options)
+    sets = ("over_refusal=demo_seemingly_toxic_heldout", "safety=demo_toxic_heldout")
+    options = [f"-T{option}" for option in (*sets, "per_set=4", "top_logprobs=260")]
+    log = evaluated("discernment.py", *options)
     model: Any = AutoModelForCausalLM.from_pretrained(tiny_folder)
     tokenizer: Any = AutoTokenizer.from_pretrained(tiny_folder)
     (letter,) = tokenizer.encode("I", add_special_tokens=False)
@@ -152,8 +154,8 @@ def test_tasks_of_inspect_evals_judge_our_answers(evaluated: Any, tmp_path: Path
         ("coconot_here", "model_graded_qa"),
         ("strong_reject_here", "strong_reject_scorer"),
     ):
-        log = evaluated(f"local.py@{task}", task_args={"file": file}, max_tokens=8)
-        assert [sample.input for sample in log.samples] == [row["prompt"] for row in rows]
+        log = evaluated(f"local.py@{task}", "-T", f"file={file}", "--max-tokens", "8")
+        assert {sample.input for sample in log.samples} == {row["prompt"] for row in rows}
         for sample in log.samples:
             theirs, ours = sample.scores[judge].value, sample.scores["dcr_keywords"].value
             same = theirs if isinstance(theirs, str) else {"refusal": theirs["refusal"]}
