@@ -32,11 +32,12 @@ def answer(client: OpenAI, folder: str, prompt: str, most: int = 256) -> str:
     if not begun or most == 1:
         return begun  # ended at once
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    before, after = (
-        tokenizer(t, add_special_tokens=False)["input_ids"] for t in (text, text + begun)
-    )
-    if after[:-1] != before:
+    asked = {"conversation": turns, "add_generation_prompt": True}
+    ids = tokenizer.apply_chat_template(**asked, return_dict=True)["input_ids"]
+    text = tokenizer.apply_chat_template(**asked, tokenize=False)
+    if tokenizer(text)["input_ids"] != ids:  # the server puts the first token before every text
+        text = text.removeprefix(tokenizer.bos_token or "")
+    if tokenizer(text + begun)["input_ids"][:-1] != ids:
         raise ValueError(f"{begun!r} is no token of its own behind the prompt; ask vLLM by ids")
     rest = client.completions.create(
         model=folder, prompt=text + begun, temperature=0, max_tokens=most - 1

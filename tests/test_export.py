@@ -298,6 +298,7 @@ def test_without_a_bias_there_is_no_processor(moved: Run, tmp_path: Path) -> Non
         serving.written(out)
 
 
+@pytest.mark.slow
 def test_servers_answer_as_the_calibrated_export_does(calibrated: Path) -> None:
     """A server that reads the bias, and any other by two requests: `examples/equal_safety.py`."""
     file = calibrated / "generation_config.json"
