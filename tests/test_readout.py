@@ -1,6 +1,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -336,6 +337,21 @@ def test_how_a_refusal_goes_on_is_learnt_from_refusals_of_toxic_prompts_alone(
             assert [*row.ids, *behind[-1:]] == [*asked, *behind]
             assert list(row.opening) == behind[1:]
             assert row.places == [len(asked) - 1 + i for i in range(max(1, len(behind)))]
+
+
+def test_a_refusal_is_worded_as_sft_words_it(tiny: TrainConfig, chat: ChatFormat) -> None:
+    rows = data.rows_of(tiny)
+    refusal = replace(rows.refusals[0], response="I cannot do so, since it harms.")
+    no_refusal = replace(rows.refusals[0], response="Take the bus.")
+    for refusals, reworded in (([no_refusal, refusal], True), ([no_refusal], False)):
+        drawn = data.readout_rows(
+            chat, replace(rows, refusals=refusals, normal=[]), tiny.sft, tiny.seed
+        )
+        found = [row for part in drawn.pairs for row in part if row.label == TOXIC]
+        said = {row.opening for row in found if row.opening}
+        expected = tuple(chat.pair("x", "I cannot do so", 999)[0][len(chat.prompt_ids("x")) :])
+        assert all(row.opening for row in found) or not reworded
+        assert (said == {expected[1:OPENING]}) is reworded
 
 
 def test_behind_an_opening_an_answer_is_decided_there_as_well(chat: ChatFormat) -> None:

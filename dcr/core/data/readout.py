@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from dcr.core import batching
@@ -113,7 +113,7 @@ def readout_rows(chat: ChatFormat, rows: Splits, config: SFTConfig, seed: int) -
     """Draws every batch that `config.readout` asks for, the same for the same seed."""
     phase, drawing = config.readout, generator(seed, config.readout.steps)
     learnt = _alternating(
-        readout_prompts(chat, rows.readout_toxic, TOXIC),
+        readout_prompts(chat, _reworded(rows.readout_toxic, rows.refusals), TOXIC),
         readout_prompts(chat, rows.readout_seemingly_toxic, SEEMINGLY_TOXIC),
         drawing,
     )
@@ -131,6 +131,17 @@ def readout_rows(chat: ChatFormat, rows: Splits, config: SFTConfig, seed: int) -
         watched=_parted(_by_length(watched), phase.batch_size),
         ordinary=_parted(_by_length(answers), GENERAL_ROWS),
     )
+
+
+def _reworded(rows: Sequence[Example], refusals: Sequence[Example]) -> list[Example]:
+    """Toxic rows with SFT's refusals in turn, since behind another's words it goes on with advice.
+
+    Only the first tokens of a refusal are learnt here, which suit any prompt.
+    """
+    words = [row.response for row in refusals if row.response and is_refusal(row.response)]
+    if not words:
+        return list(rows)
+    return [replace(row, response=words[place % len(words)]) for place, row in enumerate(rows)]
 
 
 def readout_prompts(chat: ChatFormat, rows: Sequence[Example], label: int) -> list[Row]:
