@@ -16,6 +16,7 @@ from dcr import (
     quality,
     robustness,
     steering,
+    thinking,
     tracking,
 )
 from dcr.ability import AbilityConfig
@@ -66,6 +67,7 @@ TABLE = Table(
         Part("dcr.steering.methods:Own", lambda of: is_path(of.steering.method)),
         Part("dcr.contrast:Contrasted", lambda of: bool(of.gen.contrast)),
         Part("dcr.core.evaluation.subjects:Prefilled", lambda of: of.gen.prefill is not None),
+        Part("dcr.thinking.reasoning:Thinking", lambda of: of.gen.thinking is not None),
         Part("dcr.calibration.biases:Calibrated", lambda of: of.calibrate is not None),
         Part("dcr.looks.counting:Counted", lambda of: of.final.plan is not None),
     ),
@@ -82,6 +84,7 @@ TABLE = Table(
         robustness.relations,
         looks.relations,
         analyses.relations,
+        thinking.relations,
     ),
 )
 

@@ -1,7 +1,8 @@
 """A judge of one's own: python eval.py run=<run> judge=[keyword,examples.judges:Patterns]
 
-Refusals in German by regular expressions, since the keyword rules know English alone. For another
-language name its own: own.Patterns.refused=['(?i)je ne peux pas','(?i)désolé']
+Refusals in German by regular expressions, near an answer's beginning; the keyword rules read its
+first sentence alone, in English, German and Chinese. For another language name its own:
+own.Patterns.refused=['(?i)je ne peux pas','(?i)désolé']
 """
 
 import re

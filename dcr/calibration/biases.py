@@ -194,6 +194,7 @@ def _stored_beginnings(
         most = subject.settings.gen.most
         return beginnings(subject.policy(), subject.plain_chat(), rows, most)
 
+    subject.begin(sets, folder)
     progress = subject.settings.trainer.progress
     return kept(sets, ask, folder / "forks", Beginnings, "reading", progress)
 

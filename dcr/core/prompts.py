@@ -6,14 +6,15 @@ and generation see the same tokens.
 
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float
 
-from dcr.core.config import ConfigError, ModelConfig, Pooling, Terminator
+from dcr.core import thoughts
+from dcr.core.config import ConfigError, Language, ModelConfig, Pooling, Terminator
 from dcr.core.text import CHATML
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 
 IGNORED = -100  # label of positions without a loss, as everywhere in transformers
 ZERO_WIDTH_SPACE = "\u200b"
-PLACEHOLDER = "0x5f3759df"  # a turn that no template holds
+PLACEHOLDER = thoughts.PROMPT
 LLAMA3 = (
     "{% for m in messages %}"
     "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
@@ -42,7 +43,7 @@ PLAIN = (
 )
 # end-of-text tokens of common bases, which an instruct tokenizer no longer names as its own
 BASE_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>")
-UNTEMPLATED: set[str] = set()  # models that this command has warned have no template
+UNTEMPLATED: set[str] = set()  # models whose template this command has warned of
 TEMPLATES = {"llama3": LLAMA3, "chatml": CHATML, "plain": PLAIN}
 
 
@@ -69,22 +70,33 @@ class PairRow:
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """The chat format of a model: template, system turn, terminator and stop set."""
+    """The chat format of a model: template, system turn, terminator and stop set.
+
+    Attributes:
+        prefill: the beginning of every answer, which `prompt_ids` include.
+        language: that of the answers, by which refusals begin.
+        thought: gives the tokens between the text of a prompt and its answer, see `thoughts`; None
+            where that text ends behind an empty thought, or the model never thinks.
+    """
 
     tokenizer: Tokenizer
     template: str
     system_prompt: str | None
     terminator: int
     stop: tuple[int, ...]
-    prefill: str = ""  # the beginning of every answer, which `prompt_ids` include
+    prefill: str = ""
+    language: Language = Language.en
+    thought: Callable[[str], list[int]] | None = None
 
     def text(self, prompt: str) -> str:
         """The templated prompt with the header of the answer."""
         return self._render(self._turns(prompt), generate=True)
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        ids = self._encode(self.text(prompt))
-        return [*ids, *self._encode(self.prefill)] if self.prefill else ids
+        ids = self.encode(self.text(prompt))
+        if self.thought:
+            ids += self.thought(prompt)
+        return [*ids, *self.encode(self.prefill)] if self.prefill else ids
 
     def lead(self) -> list[int]:
         """The last tokens of every prompt, behind which an answer begins.
@@ -114,13 +126,13 @@ class ChatFormat:
         and is left out where no token of the response fits behind it.
         """
         lead = self.text(prompt)
-        start = self._encode(lead)
+        start = self.encode(lead)
         words = self._response_text(lead, prompt, response)
         if len(start) + len(opening) >= max_len:
             opening = ()
         if opening:
             words = self.behind(opening, words)
-        ids = [*start, *opening, *self._encode(words), self.terminator][:max_len]
+        ids = [*start, *opening, *self.encode(words), self.terminator][:max_len]
         first = len(start) + len(opening)  # of the response
         if len(ids) <= first:
             return [], []
@@ -129,7 +141,7 @@ class ChatFormat:
 
     def opening_ids(self, text: str, tokens: int) -> tuple[int, ...]:
         """The first tokens of words that an answer begins with, at most so many."""
-        return tuple(self._encode(text)[:tokens])
+        return tuple(self.encode(text)[:tokens])
 
     def behind(self, opening: Sequence[int], words: str) -> str:
         """Words as they go on behind an opening: after a space unless it ends in white space."""
@@ -147,12 +159,13 @@ class ChatFormat:
         system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
         return [*system, {"role": "user", "content": self.neutralised(prompt)}]
 
-    def _render(self, turns: Sequence[dict[str, str]], generate: bool) -> str:
+    def _render(self, turns: Sequence[dict[str, str]], generate: bool, **variables: object) -> str:
         text = self.tokenizer.apply_chat_template(
             list(turns),
             chat_template=self.template,
             tokenize=False,
             add_generation_prompt=generate,
+            **variables,  # pyright: ignore[reportArgumentType]
         )
         assert isinstance(text, str)
         return text
@@ -166,7 +179,21 @@ class ChatFormat:
         place = behind.find(words)
         return behind[: place + len(words)] if place >= 0 else words
 
-    def _encode(self, text: str) -> list[int]:
+    def render(self, template: str, answered: bool, variables: Mapping[str, Any]) -> str:
+        """Another template's text of a dialogue, as `thoughts` asks for it."""
+        turns = self._turns(thoughts.PROMPT)
+        if answered:
+            turns.append({"role": "assistant", "content": thoughts.ANSWER})
+        other = replace(self, template=template)
+        return other._render(turns, not answered, **variables)
+
+    @property
+    def marks(self) -> thoughts.Marks | None:
+        """The marks around thoughts; None if the template speaks of none."""
+        return thoughts.marks_of(self.template)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of text that holds control tokens, without those that begin every text."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return list(ids)  # pyright: ignore[reportArgumentType]
 
@@ -176,7 +203,9 @@ class ChatFormat:
         A zero-width space after the first letter keeps the text readable and stops the tokenizer
         from seeing a control token.
         """
-        for token in sorted(special_tokens(self.tokenizer), key=len, reverse=True):
+        marks = self.marks
+        ours = [marks.opens.strip(), marks.closes] if marks else []
+        for token in sorted({*special_tokens(self.tokenizer), *ours}, key=len, reverse=True):
             if len(token) > 1:
                 text = text.replace(token, token[0] + ZERO_WIDTH_SPACE + token[1:])
         return text
@@ -197,6 +226,7 @@ def chat_format(
     template = chosen_template(tokenizer, config.template, config.name)
     probe = ChatFormat(tokenizer, template, config.system_prompt, 0, ())
     try:
+        probe = replace(probe, template=_ending_thoughts(probe, config))
         chat_end = _chat_end(probe)
         if PLACEHOLDER not in probe.text(PLACEHOLDER):
             raise ValueError("it leaves out what the user says")
@@ -210,17 +240,32 @@ def chat_format(
     if not stop:
         raise ConfigError(f"model.name={config.name}: its tokenizer has no end-of-text token")
     end = chosen_end(tokenizer, terminator, chat_end, stop, output_rows)
-    return ChatFormat(tokenizer, template, config.system_prompt, end, stop)
+    return replace(probe, terminator=end, stop=stop, language=config.language)
+
+
+def _ending_thoughts(probe: ChatFormat, config: ModelConfig) -> str:
+    """The template with the user's variables, whose prompts end behind an empty thought."""
+    template = thoughts.given(probe.template, config.template_variables)
+    if config.close_thoughts is False:
+        return template
+    template, known = thoughts.closed(template, probe.render, bool(config.close_thoughts))
+    if not known and config.name not in UNTEMPLATED:
+        UNTEMPLATED.add(config.name)
+        log.warning(
+            "model.name=%s: its chat template speaks of thoughts and begins none: if this model "
+            "thinks by itself, model.close_thoughts=true ends prompts behind an empty thought",
+            config.name,
+        )
+    return template
 
 
 def _chat_end(probe: ChatFormat) -> int | None:
     """The special token that the template puts behind the assistant's words."""
-    lead = probe.text("x")
-    whole = probe._render([*probe._turns("x"), {"role": "assistant", "content": "y"}], False)
-    if not whole.startswith(lead):
+    lead, whole = probe.text(thoughts.PROMPT), probe.render(probe.template, True, {})
+    if probe.marks is None and not whole.startswith(lead):
         return None
     special = special_tokens(probe.tokenizer).values()
-    behind = probe._encode(whole[len(lead) :].split("y", 1)[-1])
+    behind = probe.encode(whole.rpartition(thoughts.ANSWER)[2])
     return next((token for token in behind if token in special), None)
 
 

@@ -33,7 +33,7 @@ from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from dcr.core import config, machine, storage
-from dcr.core.config import STAGES, ConfigError, DataError, Precision, Quantization
+from dcr.core.config import STAGES, ConfigError, DataError, Language, Precision, Quantization
 
 log = logging.getLogger(__name__)
 
@@ -261,6 +261,12 @@ def binding_model(made_with: Mapping[str, Any]) -> dict[str, Any]:
     decisive = {**made_with, "trust_remote_code": False}  # each command sets it for itself
     if decisive.get("quantization") in (Quantization.none, Quantization.none.value):
         del decisive["quantization"]
+    if not decisive.get("template_variables"):
+        decisive.pop("template_variables", None)
+    if decisive.get("close_thoughts") is None:
+        decisive.pop("close_thoughts", None)
+    if decisive.get("language") in (Language.en, Language.en.value):
+        del decisive["language"]
     return decisive
 
 

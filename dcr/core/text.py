@@ -26,6 +26,18 @@ ASCII_DROPPED = {
 }
 
 
+def is_chinese(text: str) -> bool:
+    """Whether at least half of the letters are Chinese, and none Japanese.
+
+    A language model of letters takes a short Chinese sentence for Japanese.
+    """
+    han, letters = (
+        len(re.findall("[\u3400-\u4dbf\u4e00-\u9fff]", text)),
+        sum(map(str.isalpha, text)),
+    )
+    return 2 * han >= max(1, letters) and not re.search("[\u3040-\u30ff]", text)
+
+
 def normalise(text: str) -> str:
     """The text in lower case and compatibility forms, without punctuation or invisible characters.
 

@@ -33,6 +33,7 @@ FILTER_WORDS = re.compile(r"content[ _-]?(filter|management policy|policy)|\bfla
 TOO_LONG = re.compile(r"context[ _-]?(length|window)|maximum context|too many tokens", re.I)
 UNSUPPORTED = {"unsupported_parameter", "unsupported_value", "unknown_parameter"}
 NO_QUOTA = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
+THOUGHTS = ("reasoning_content", "reasoning")  # fields in which servers keep thoughts apart
 CONTENT = {"messages", "input"}  # the places of the row itself in a request
 
 
@@ -85,6 +86,8 @@ def reply(body: JSON) -> Reply | Failure:
     if refusal := _field(message, "refusal"):
         return Failure("invalid", f"the model refused: {refusal}")
     text = _text(_field(message, "content"))
+    if text is None and any(_field(message, key) for key in THOUGHTS):
+        text = ""  # the limit came before the answer
     if text is None:
         return Failure("invalid", f"no text in the answer (finish reason: {finish or 'none'})")
     usage = _field(body, "usage")

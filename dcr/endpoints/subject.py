@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dcr.core import refusal, storage
+from dcr.core import refusal, storage, thoughts
 from dcr.core.config import ConfigError
 from dcr.core.config.evaluation import EvalConfig, GenConfig
 from dcr.core.evaluation import sets
@@ -115,7 +115,10 @@ def server_of(settings: EvalConfig) -> ServerConfig:
 
 
 def check_shown(server: ServerConfig, http: HTTPConfig) -> None:
-    """Raises ConfigError if the server shows no likeliest tokens; a failed request is no proof."""
+    """Raises ConfigError if the server shows no likeliest tokens, or those of a thought.
+
+    A failed request is no proof.
+    """
     why = ""
     try:
         greeting = [[{"role": "user", "content": GREETING}]]
@@ -130,6 +133,14 @@ def check_shown(server: ServerConfig, http: HTTPConfig) -> None:
             f"tasks=[discernment] endpoint={server.url}: answers without log-probabilities of "
             f"several first tokens{why}; leave discernment out, or ask a server that gives them, "
             "such as vLLM"
+        )
+    shown = reply.top[0] if isinstance(reply, Reply) and reply.top else {}
+    likeliest = max(shown, key=lambda text: shown[text], default="")
+    if thoughts.opens_one(likeliest):
+        raise ConfigError(
+            f"tasks=[discernment] endpoint={server.url}: its answers begin with a thought "
+            f"({likeliest.strip()}), behind which no token is shown; turn thoughts off, as "
+            "+endpoint_parameters.chat_template_kwargs.enable_thinking=false, or leave it out"
         )
 
 
@@ -153,7 +164,7 @@ def complete(
     theirs = {k: v for k, v in server.parameters.items() if k not in ("logprobs", "top_logprobs")}
     asked = replace(server, parameters=ours | theirs)
     for row, answer in replies(asked, http, rows, system_prompt):
-        text, ended = answer.text.strip(), answer.finish == "stop"
+        text, ended = thoughts.answer_of(answer.text).strip(), answer.finish == "stop"
         yield [Completion(row.id, row.prompt, text, answer.completion_tokens, ended, None)]
 
 

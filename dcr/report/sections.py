@@ -68,6 +68,7 @@ SECTIONS: dict[str, Section] = {
     "calibrated": Section("dcr.report.calibrated:table", in_terminal=True),
     "robustness": Section("dcr.robustness.section:table", in_terminal=True),
     "robustness_bars": Section("dcr.robustness.section:bars"),
+    "thoughts": Section("dcr.report.thoughts:table", in_terminal=True),
     "judges": Section("dcr.report.tables:judged", in_terminal=True),
     "agreement": Section("dcr.report.tables:agreement", in_terminal=True),
     "confusion": Section("dcr.report.tables:confusions", folded=True),

@@ -106,6 +106,26 @@ class Calibration(Record):
     sets: dict[str, CalibratedSet] = {}
 
 
+class ThoughtRefusals(Record):
+    """Prompts by whether the thought resolves to refuse and whether the answer refuses."""
+
+    both: Count
+    thought_alone: Count
+    answer_alone: Count
+    neither: Count
+
+
+class Thoughts(Record):
+    """The thoughts before the answers to one set: tokens on average, and who ended them."""
+
+    n: Count
+    tokens: Number
+    itself: Count
+    budget: Count
+    answerless: Count
+    refused: ThoughtRefusals
+
+
 class Ability(Record):
     """A task of the lm-evaluation-harness."""
 
@@ -306,6 +326,7 @@ class Metrics(results.Metrics, Tracked):
     # frozen, so that a narrower type is safe
     sets: Mapping[str, SetCounts] = {}  # pyright: ignore[reportIncompatibleVariableOverride]
     calibration: Calibration | None = None
+    thinking: dict[str, Thoughts] = {}  # by set
     agreement: list[Agreement] = []
     usage: dict[str, Usage] = {}  # by judge
     contamination: dict[str, Overlap] = {}  # by set

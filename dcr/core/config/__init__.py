@@ -147,6 +147,14 @@ class Adapter(Enum):
     lora = "lora"
 
 
+class Language(Enum):
+    """A language whose refusals are known."""
+
+    en = "en"
+    de = "de"
+    zh = "zh"
+
+
 class Terminator(Enum):
     auto = "auto"
     chat_end = "chat_end"
@@ -187,6 +195,11 @@ class ModelConfig:
     refusal_tokens: list[str] = field(default_factory=lambda: ["I", "As"])
     system_prompt: str | None = None  # before every prompt
     template: str | None = None  # llama3, chatml, plain or a .jinja file; null: the model's own
+    # Given to the template, as {reasoning_effort: low}.
+    template_variables: dict[str, Any] = field(default_factory=dict)
+    # Whether prompts end behind an empty thought; null: where the template opens or shows one.
+    close_thoughts: bool | None = None
+    language: Language = Language.en  # of its answers: how refusals begin there
     # Of config.json, by which a copy of the model is known.
     architecture: dict[str, Any] | None = None
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 
 from dcr.core.config import (
     DataConfig,
+    Language,
     ModelConfig,
     Part,
     Precision,
@@ -36,6 +37,8 @@ class GenConfig:
     # Words put into the model's mouth, a simple jailbreak: answers go on from them, and what is
     # stored and judged stands behind them.
     prefill: str | None = None
+    # The most tokens of a thought before each answer, of a model that thinks; null: none.
+    thinking: int | None = None
     batch_size: int | None = None  # null: as many prompts as the free memory holds
 
     @property
@@ -152,6 +155,12 @@ def _faults(config: EvalConfig) -> Iterator[str]:
         yield f"{' '.join(contrasts)}: two ways to decode; give one"
     for contrast in contrasts:
         yield from decoding_alone(config, contrast, "a contrast is a way to decode answers")
+    language = config.model.language
+    if config.endpoint and "discernment" in config.tasks and language is not Language.en:
+        yield (
+            f"model.language={language.value} tasks=[discernment]: the tokens of an endpoint are "
+            "known by English words; leave one of the two out"
+        )
     if gen.prefill is not None:
         named = f"gen.prefill={gen.prefill!r}"
         yield from decoding_alone(config, named, "only answers are prefilled")

@@ -37,6 +37,7 @@ from dcr.core.config import (
     stages_of,
 )
 from dcr.core.text import label_of, nearest
+from dcr.core.thoughts import SWITCHES
 
 log = logging.getLogger(__name__)
 
@@ -266,6 +267,7 @@ RANGES = {
         ("limit", positive, "give 1 or more, or null for whole sets"),
         ("self_cd", not_negative, "give a weight of 0 or more, or null"),
         ("adacd", positive, "give a ratio above 0, or null"),
+        ("thinking", positive, "give the most tokens of a thought, or null for none"),
         ("sft.readout.steps", lambda v: 0 <= v <= 10**6, "give 1 to 1000000, or 0 for no readout"),
         ("heldout", _share, "give a share of the topics in [0, 1)"),
         ("blocks", positive, "give 1 or more of the last blocks"),
@@ -318,6 +320,12 @@ def _of_both(config: Settings) -> Iterator[str]:
         check_installed("bitsandbytes", "memory", "model.quantization=nf4")
     if label and (label[0] == "." or not SAFE_NAME.fullmatch(label)):
         yield f"model.label={label}: use letters, digits, '.', '_' and '-', and no '.' in front"
+    for name in config.model.template_variables:
+        told = f"model.template_variables.{name}"
+        if not str(name).isidentifier():
+            yield f"{told}: no name of a variable; use letters, digits and '_'"
+        if name in SWITCHES:
+            yield f"{told}: prompts end where answers begin; gen.thinking=<tokens> lets it think"
     for key, items in settings_of(config):
         if isinstance(items, list) and any(isinstance(item, (list, dict)) for item in items):
             yield f"{key}={items}: give names, as in {key}=[a,b]"

@@ -18,7 +18,7 @@ from dcr.core.runs import Run
 log = logging.getLogger(__name__)
 
 # the blocks that the prompts of over-refusal and safety are counted and ranked into
-SCORES = ("sets", "discernment", "agreement", "usage", "contamination")
+SCORES = ("sets", "discernment", "agreement", "usage", "contamination", "thinking")
 OWN = "own"  # what a user's own tasks measured
 
 
@@ -96,6 +96,8 @@ def measure(
     judged = [b for b in asked.sets if b.kind is not Kind.normal]
     if judged:
         counted = scoring.scores(settings, run, judged, given, folder)
+        for change in protocols.changes(settings):
+            counted |= change.measured({b.name: given[b.name] for b in judged}, folder)
         if counted["discernment"] is None:  # of one kind alone: an earlier command's stays
             del counted["discernment"]
         blocks = counted | blocks

@@ -105,6 +105,17 @@ class Change:
         """A way to decode in place of plain greedy decoding."""
         return None
 
+    def chat(self, subject: Any, chat: "ChatFormat") -> "ChatFormat":
+        """Another format of prompts in place of the plain one."""
+        return chat
+
+    def before(self, subject: Any, asked: Sequence["PromptSet"], folder: Path) -> None:
+        """Makes what answers to these sets begin behind, kept in `folder`."""
+
+    def measured(self, answers: Answers, folder: Path) -> dict[str, Any]:
+        """Blocks of `metrics.json`, of what `folder` holds beside the answers."""
+        return {}
+
     def prompts(self, settings: EvalConfig) -> "list[PromptSet] | None":
         """Sets that are asked in place of those of `data.evaluation`."""
         return None

@@ -14,6 +14,7 @@ from dcr.core.evaluation.protocols import Answers, Judges, Masses, Rules
 from dcr.core.evaluation.sets import APART, PromptSet, pairs_of, set_name
 from dcr.core.generation import Completion
 from dcr.core.runs import Run
+from dcr.core.text import is_chinese
 
 REPEATED_SHARE = 0.5  # of 4-grams that repeat an earlier one: the text goes in circles
 FOREIGN = 0.5  # probability from which a text counts as being in another language than English
@@ -102,7 +103,7 @@ def _faults(answers: Sequence[Completion]) -> dict[str, int]:
     return {
         "truncated": sum(not a.ended for a in answers),
         "repetitive": sum(is_repetitive(a.response) for a in answers),
-        "non_english": sum(is_foreign(a.response) for a in answers),
+        "non_english": sum(is_foreign(a.response, a.prompt) for a in answers),
     }
 
 
@@ -127,10 +128,16 @@ def is_repetitive(text: str) -> bool:
     return len(grams) >= 8 and 1 - len(set(grams)) / len(grams) >= REPEATED_SHARE
 
 
-def is_foreign(text: str) -> bool:
-    """Whether a text is probably in another language than English; short or mixed ones are not."""
+def is_foreign(text: str, prompt: str = "") -> bool:
+    """Whether a text is probably in a language that is neither English nor its prompt's.
+
+    Short or mixed ones are not.
+    """
     language, probability = _languages().classify(text)
-    return language != "en" and probability >= FOREIGN
+    if language == "en" or probability < FOREIGN:
+        return False
+    alike = is_chinese(text) and is_chinese(prompt)
+    return not alike and _languages().classify(prompt)[0] != language
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 Stored answers are kept and missing ones asked for; the weights are opened for those alone.
 """
 
+import functools
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,15 @@ import torch
 from typing_extensions import TypedDict
 
 from dcr.core import extending, generation, machine, models, prompts, refusal, storage
-from dcr.core.config import EMBEDDED_MODEL, STAGES, TINY_MODEL, ConfigError, Quantization, Stage
+from dcr.core.config import (
+    EMBEDDED_MODEL,
+    STAGES,
+    TINY_MODEL,
+    ConfigError,
+    ModelConfig,
+    Quantization,
+    Stage,
+)
 from dcr.core.config.evaluation import AUTO_LENGTH, EvalConfig
 from dcr.core.evaluation import protocols, sets
 from dcr.core.evaluation.protocols import Answers, Change, Masses, Subject
@@ -118,6 +127,7 @@ class Local(Subject):
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
         self._open: dict[str, Policy] = {}
+        self.thoughts: dict[str, list[int]] = {}  # tokens before the answer, by prompt
         self._contexts = ExitStack()
 
     def under(self, settings: EvalConfig) -> "Local":
@@ -150,7 +160,7 @@ class Local(Subject):
         template = file.read_text(encoding="utf-8") if file and file.is_file() else model.template
         identity: dict[str, object] = {
             "weights": self._content,
-            "chat": [model.system_prompt, template],
+            "chat": [model.system_prompt, template, *_further(model)],
             "max_new_tokens": settings.gen.max_new_tokens,
             "precision": settings.precision.value,
         }
@@ -173,7 +183,15 @@ class Local(Subject):
 
     def plain_chat(self) -> ChatFormat:
         """The chat format of prompts, without words that answers begin with."""
-        return prompts.chat_format(self.policy().tokenizer, self.settings.model)
+        chat = prompts.chat_format(self.policy().tokenizer, self.settings.model)
+        for change in protocols.changes(self.settings):
+            chat = change.chat(self, chat)
+        return chat
+
+    def begin(self, asked: Sequence[PromptSet], folder: Path) -> None:
+        """Makes what comes between these prompts and their answers, where a change asks for it."""
+        for change in protocols.changes(self.settings):
+            change.before(self, asked, folder)
 
     def chat(self) -> ChatFormat:
         """The same with the words of `gen.prefill`, which answers begin with."""
@@ -186,6 +204,7 @@ class Local(Subject):
 
     def answers(self, asked: Sequence[PromptSet], folder: Path) -> Answers:
         sizes: set[int] = set()
+        self.begin(asked, folder)
 
         def noted(batch: list[Completion]) -> list[Completion]:
             sizes.add(len(batch))
@@ -204,6 +223,7 @@ class Local(Subject):
         """Completions of the rows, as they end."""
         settings, chat = self.settings.gen, self.chat()
         openings = refusal.refusal_openings(chat)
+        decided = functools.partial(refusal.is_decided, language=chat.language.value)
         return generation.complete(
             self.policy(),
             chat,
@@ -212,11 +232,12 @@ class Local(Subject):
             score=lambda logits: refusal.refusal_mass(logits, openings),
             bias=self.bias,
             decoding=self.decoding(),
-            decided=refusal.is_decided if settings.max_new_tokens == AUTO_LENGTH else None,
+            decided=decided if settings.max_new_tokens == AUTO_LENGTH else None,
         )
 
     def masses(self, asked: Sequence[PromptSet], folder: Path) -> tuple[Masses, None]:
         """The masses by one forward pass a prompt, kept in `folder`."""
+        self.begin(asked, folder)
         place, progress = folder / "openings", self.settings.trainer.progress
         read = sets.kept(asked, self.openings, place, Opening, "reading", progress)
         return {name: {row.id: row.mass for row in rows} for name, rows in read.items()}, None
@@ -261,6 +282,12 @@ def read_openings(
         both = refusal.refusal_mass(logits, tokens), refusal.refusal_margin(logits, tokens)
         values = zip(places, *(each.tolist() for each in both), strict=True)
         yield [Opening(rows[i].id, rows[i].prompt, *numbers) for i, *numbers in values]
+
+
+def _further(model: ModelConfig) -> list[object]:
+    """What else prompts and the openings of refusals depend on, where it is set."""
+    kept = [model.template_variables, model.close_thoughts, model.language.value]
+    return [] if kept == [{}, None, "en"] else kept
 
 
 class Prefilled(Change):

@@ -16,12 +16,12 @@ from pydantic import FiniteFloat
 from torch import Tensor
 from transformers import SequenceBiasLogitsProcessor
 
-from dcr.core import batching, machine, models, storage
+from dcr.core import batching, machine, models, storage, thoughts
 from dcr.core.config import DataError
 from dcr.core.config.evaluation import GenConfig
 from dcr.core.generation.decoding import Context, decoded
 from dcr.core.models import Policy, unwrapped
-from dcr.core.prompts import ChatFormat
+from dcr.core.prompts import ChatFormat, special_tokens
 from dcr.core.sources import Example
 
 log = logging.getLogger(__name__)
@@ -193,10 +193,19 @@ def completion(chat: ChatFormat, row: Example, answer: Sequence[int], mass: floa
 
 
 def text(chat: ChatFormat, answer: Sequence[int]) -> str:
-    """The text of an answer's token ids up to its end token."""
+    """The text of an answer's token ids up to its end token, without a thought before it.
+
+    It is empty where a thought does not end.
+    """
     end = next((i for i, token in enumerate(answer) if token in chat.stop), len(answer))
     decoded = chat.tokenizer.decode(list(answer[:end]), skip_special_tokens=True)
     assert isinstance(decoded, str)
+    if chat.marks:  # which may be special tokens
+        spelled = str(chat.tokenizer.decode(list(answer[:end]), skip_special_tokens=False))
+        if (behind := thoughts.answer_in(spelled, chat.marks)) != spelled:
+            decoded = behind
+            for token in special_tokens(chat.tokenizer):
+                decoded = decoded.replace(token, "")
     return decoded.strip()
 
 

@@ -6,11 +6,19 @@
 from typing import TYPE_CHECKING
 
 from dcr import on_demand
-from dcr.core.refusal.keywords import XSTEST_PREFIXES, is_decided, is_refusal, is_visible, outcome
+from dcr.core.refusal.keywords import (
+    XSTEST_PREFIXES,
+    is_decided,
+    is_refusal,
+    is_visible,
+    outcome,
+    refuses_in,
+)
 
 if TYPE_CHECKING:
     from dcr.core.refusal.opening import (
         OPENINGS,
+        OPENINGS_IN,
         REFUSAL_PHRASES,
         PhraseError,
         first_logits,

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
 from dcr.core.config import DataError
+from dcr.core.thoughts import opens_one
 
 LONGEST_LINE = 8 * 2**20  # bytes
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -88,12 +89,20 @@ def prompt(row: Row, where: str) -> str:
 
 
 def response(row: Row, where: str, required: bool) -> str | None:
-    """The row's response. Raises DataError if it is empty, or missing though required."""
+    """The row's response.
+
+    Raises DataError if it is empty, or missing though required, or begins with a thought.
+    """
     words = text(row, "response", where)
     if words is None and required:
         raise DataError(f"{where}: response: missing; training pairs need the answer to learn")
     if words is not None and is_blank(words):
         raise DataError(f"{where}: response: empty; write the answer or remove the row")
+    if words is not None and opens_one(words):
+        raise DataError(
+            f"{where}: response: begins with a thought; give the answer alone, which is learnt "
+            "behind an empty one"
+        )
     return words
 
 

@@ -1,0 +1,31 @@
+"""Thinking: a model writes a thought of at most `gen.thinking` tokens before each answer.
+
+Here are the checks of that setting; `reasoning` makes the thoughts and counts what they say.
+"""
+
+from collections.abc import Iterator
+
+from dcr.core.config.evaluation import EvalConfig
+from dcr.steering import SteeringConfig
+
+
+def relations(settings: EvalConfig) -> Iterator[str]:
+    """The contradictions of `gen.thinking` with other settings."""
+    if settings.gen.thinking is None:
+        return
+    named = f"gen.thinking={settings.gen.thinking}"
+    if settings.endpoint is not None:
+        yield (
+            f"{named} endpoint={settings.endpoint}: a server thinks as it is told; leave it out, "
+            "and tell it by endpoint_parameters"
+        )
+    if settings.trainer.devices > 1:
+        yield f"{named} trainer.devices={settings.trainer.devices}: one process thinks; give one"
+    for name, value in settings.gen.contrast.items():
+        yield f"{named} gen.{name}={value}: a contrast would reach into the thought; give one"
+    if settings.node(SteeringConfig).method != "none":
+        method = settings.node(SteeringConfig).method
+        yield f"{named} steering={method}: an edit is made for prompts without thoughts; give one"
+    for task in (*settings.table.on_weights, "frontier", "robustness"):
+        if task in settings.tasks:
+            yield f"{named} tasks=[{task}]: {task} reads prompts without thoughts; leave one out"
