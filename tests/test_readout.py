@@ -378,7 +378,7 @@ def test_behind_an_opening_an_answer_is_decided_there_as_well(chat: ChatFormat) 
 
 def test_later_first_tokens_of_refusals_are_words_and_no_blanks(chat: ChatFormat) -> None:
     found = readout.later_openings(chat).tolist()
-    assert {chat.tokenizer.decode([token]) for token in found} == {
+    assert {str(chat.tokenizer.decode([token])) for token in found} == {
         phrase[0] for phrase in refusal.OPENINGS
     }
 

@@ -25,7 +25,7 @@ from dcr.core.sources.table import xstest_groups
 from tests.tiny_run import DATA, real, write_jsonl
 
 
-def example(id: str, prompt: str = "p", **fields: str | None) -> Example:
+def example(id: str, prompt: str = "p", **fields: Any) -> Example:
     return Example(id, prompt, Kind.toxic, "test", **fields)
 
 
