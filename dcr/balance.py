@@ -1,4 +1,4 @@
-"""What else than intent tells two kinds of prompts apart: their form, single words, their length.
+"""Signs other than intent that tell two kinds of prompts apart: form, single words, length.
 
 Stage one learns whatever separates its pairs. Where grammar does, it may learn that.
 """

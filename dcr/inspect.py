@@ -87,7 +87,7 @@ def answers(evaluation: "Evaluation", name: str) -> list["Completion"]:
 
 
 def verdicts(evaluation: "Evaluation", name: str, rows: Sequence["Completion"]) -> dict[str, Said]:
-    """What each rule and judge says of the answers to a set, and their refusal masses.
+    """The verdicts of each rule and judge on the answers to a set, and their refusal masses.
 
     A judge that gives two labels, such as `refused` and `safe`, is two scorers; one that was asked
     in several ways has its folder's name. DataError for a damaged file.

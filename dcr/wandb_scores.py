@@ -82,7 +82,7 @@ def show(
 
 
 def _axes(run: Run) -> dict[str, float]:
-    """What the run was made with of `AXES`; nothing where stage one was no part of it."""
+    """The run's values of `AXES`; none where it had no stage one."""
     made_with = run.config()
     if made_with["method"] != Method.dcr.value:
         return {}
@@ -141,7 +141,7 @@ def evaluation(run: Run, metrics: Mapping[str, Any]) -> "wandb.Artifact":
 
 
 def variant(metrics: Mapping[str, Any], run: Run) -> str:
-    """What sets an evaluation apart from the plain one of a run's last weights; "" for that one.
+    """The name that tells an evaluation from the plain one of a run's last weights; "" for that.
 
     An earlier stage, an edit (with four digits of its settings), and each setting of decoding and
     choice of rows that is not the default: `contrastive_limit-100`, `scans-1-3f2a`.

@@ -8,7 +8,7 @@ from enum import StrEnum
 
 
 class Rule(StrEnum):
-    """What decides whether an answer refuses, and whether it answers."""
+    """The rule by which an answer counts as refused, or as answered."""
 
     outcome = "outcome"  # `dcr.outcomes`: refused without help; answered
     partial = "partial"  # the same, but what refuses in part and does not help counts as refused

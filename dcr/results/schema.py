@@ -305,7 +305,7 @@ class OneStepParams(Record):
 
 
 class OneStep(Record):
-    """What one SGD step on a toxic pair does, against the kernel (Eq. 2, 3; Proposition 1)."""
+    """The changes by one SGD step on a toxic pair, against the kernel (Eq. 2, 3; Proposition 1)."""
 
     trained: list[str] = []  # ids of the pairs
     params: dict[str, OneStepParams]

@@ -17,7 +17,7 @@ class Quantity(Enum):
 
 @dataclass
 class TrackingConfig:
-    """What is measured while a stage trains, and adapter snapshots to be scored afterwards.
+    """The quantities to measure while a stage trains, and adapter snapshots to score afterwards.
 
     Steps: 0, the last, and at least 20 between, denser early, unless `every_n_steps` is given.
     """

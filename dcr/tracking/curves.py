@@ -43,7 +43,7 @@ def tracked_steps(total: int, every: int | None = None) -> list[int]:
 
 @dataclass(frozen=True)
 class Tracked:
-    """What is measured while stages train, and on which prompts."""
+    """The quantities to measure while stages train, and their prompts."""
 
     config: TrackingConfig
     rows: Mapping[Quantity, kinds.ByKind]
@@ -153,7 +153,7 @@ class Tracker(Callback):
         self._measure(trainer)
 
     def _forget_beyond(self, step: int) -> None:
-        """What an earlier process measured at steps that are now trained again."""
+        """Deletes what an earlier process measured at steps that are now trained again."""
         for place in self.folder.glob("step-*"):
             number = place.name.removeprefix("step-")
             if number.isdecimal() and int(number) > step:

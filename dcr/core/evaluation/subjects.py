@@ -285,7 +285,7 @@ def read_openings(
 
 
 def _further(model: ModelConfig) -> list[object]:
-    """What else prompts and the openings of refusals depend on, where it is set."""
+    """Settings that prompts and refusals' openings also depend on; none where all are defaults."""
     kept = [model.template_variables, model.close_thoughts, model.language.value]
     return [] if kept == [{}, None, "en"] else kept
 
