@@ -184,6 +184,12 @@ def test_a_comparison_of_arms_is_recorded(repository: Path, tmp_path: Path) -> N
     assert rows["STL + readout", "frontier/outcome/refused", "bad"]["value"] == "0.75"
     over = rows["a - b", "frontier/difference/0.8/over_seeds", ""]
     assert [over[key] for key in ("value", "low", "high")] == ["0.1", "-0.1", "0.3"]
+    fewer, arms = tmp_path / "fewer.csv", tmp_path / "arms.json"
+    assert recorded(arms, f"out={fewer}", "commit=HEAD", MADE, "only=frontier/calibrated") == 0
+    kept = {metric for _, metric, _ in rows_of(fewer)}
+    assert kept == {f"frontier/calibrated/{name}" for name in ("refused", "answered", "bias")}
+    part = tmp_path / "part.csv"  # of a word is no word
+    assert recorded(arms, f"out={part}", "commit=HEAD", MADE, "only=frontier/cal") == 2
 
 
 @pytest.mark.parametrize(

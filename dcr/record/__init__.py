@@ -23,7 +23,9 @@ class Options:
     command: list[str] = entry.option(
         "needed: a command that made the runs, as typed, with <data> in the place of a path"
     )
-    only: list[str] = entry.option("a metric to record, by its first word; not given: all", [])
+    only: list[str] = entry.option(
+        "a metric to record, by its first words up to a slash; not given: all", []
+    )
     commit: str | None = entry.option("the commit whose code measured; not given: by date", None)
     out: Path | None = entry.option("the file; not given: docs/records/<name>.csv", None)
     replace: bool = entry.option("write over a record of this name", False)

@@ -67,11 +67,15 @@ def write(options: Options) -> None:
         for word in options.runs
         for row in (_of_arms if word.endswith(".json") else _of_run)(Path(word))
         if not math.isnan(row["value"])
-        and (not options.only or row["metric"].split("/")[0] in options.only)
+        and (not options.only or _named(row["metric"], options.only))
     ]
     if not rows:
         raise DataError(f"{' '.join(options.runs)}: no number there of {' '.join(options.only)}")
     keep(rows, out, " && ".join(options.command), options.commit)
+
+
+def _named(metric: str, only: list[str]) -> bool:
+    return any(f"{metric}/".startswith(f"{words}/") for words in only)
 
 
 def keep(rows: list[Row], out: Path, command: str, commit: str | None = None) -> None:
