@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny_run import logged, settings, weights
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dcr import extensions, train
 from dcr.analyses import probability
@@ -138,6 +139,34 @@ def test_first_logits_and_probabilities_of_phrases_are_the_same(
 
     for plain, fast in zip(*both(found), strict=True):
         torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-6)
+
+
+class Products(TorchDispatchMode):
+    """The inputs and weights of linear layers, as torch is asked for their products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.linear.default:
+            self.pairs.append((args[0], args[1]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("given", [Plain(), Fast()], ids=["plain", "fast"])
+def test_the_head_reads_states_in_one_block_of_memory(
+    policy: Policy, chat: ChatFormat, given: Any
+) -> None:
+    """Else torch copies a frozen head in bf16 for each prompt: 4 GB for 85 of the default model."""
+    encoded = [chat.prompt_ids(prompt) for prompt in PROMPTS]
+    with using(given), Products() as products:
+        for _ in refusal.first_logits(policy.model, encoded):
+            pass
+    weight = models.head(policy.model).weight
+    read = [states for states, other in products.pairs if other.shape == weight.shape]
+    assert read
+    assert all(states.is_contiguous() for states in read)
 
 
 def test_nothing_but_the_table_imports_the_fast_passes() -> None:

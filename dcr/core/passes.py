@@ -319,7 +319,8 @@ def forward(
     """A model's output for new tokens at these places behind the tokens of the cache."""
     cached = {} if cache is None else {cache_name(model): cache}
     arguments = {"use_cache": True} | placed(unwrapped(model), places) | cached | options
-    return model(input_ids=ids, attention_mask=mask, return_dict=True, **arguments)
+    with models.contiguous_head(model):
+        return model(input_ids=ids, attention_mask=mask, return_dict=True, **arguments)
 
 
 # --- what a model can take ------------------------------------------------------------------------

@@ -43,6 +43,7 @@ from dcr.core.models.structure import (
     add_lora,
     backbone,
     context_length,
+    contiguous_head,
     decoder_blocks,
     evaluating,
     final_norm,
