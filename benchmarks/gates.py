@@ -1,15 +1,16 @@
 """Gates in front of a model, fitted to the pairs that stage one learns, against the model's own.
 
-    python benchmarks/gates.py <plan> <run> ... [--data final] [--safety 0.8]
+    python benchmarks/gates.py <plan> <run> ... [--data final] [--safety 0.8] [--record <name>]
 
-Each run was evaluated with `tasks=[frontier]`, docs/evidence.md. A gate scores the prompt: above a
-threshold it refuses, else the model's own answer that does not open with a refusal stands. Gates
-are a logistic regression on TF-IDF, a linear probe on the last token's state at relative depth 0.6
+Each run was evaluated with `tasks=[frontier]`, docs/evidence.md, and all started from one model. A
+gate scores the prompt: above a threshold it refuses, else the model's own answer that does not open
+with a refusal stands. Gates are a logistic regression on TF-IDF, a linear probe on the last token's state at relative depth 0.6
 of the run's weights and of the model it started from, and that model fine-tuned as a classifier.
 What is answered where a share of the toxic prompts is refused compares with that of dcr.frontier.
 """
 
 import argparse
+import datetime
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -31,10 +32,13 @@ from dcr.core.runs import Run
 from dcr.frontier import arms, comparing
 from dcr.looks import counting
 from dcr.outcomes import outcome
+from dcr.record import origins, writing
 from dcr.steering import vectors
 
 KINDS = ("seemingly_toxic", "toxic")
 DEPTH = 0.6
+NONE = "no gate"
+ROOT = Path(__file__).parent.parent
 Gate = Callable[[Sequence[str]], np.ndarray]  # a score for each prompt, higher is more toxic
 
 
@@ -125,8 +129,10 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--data", default="final")
     parser.add_argument("--safety", type=float, default=0.8)
+    parser.add_argument("--record", help="the name of a record to write, or to write anew")
     given = parser.parse_args()
-    words = by_words()
+    found: list[dict[str, Any]] = []
+    first: dict[str, Gate] = {}
     for folder in given.runs:
         run = Run(folder)
         measured = comparing.measured(run, given.data)
@@ -136,21 +142,48 @@ def main() -> None:
             pair.prompt for _, of in sorted(measured.given.items()) for pair in arms.in_order(of)
         ]
         node = resolving.model_of(run.config(), False)
-        gates = {"TF-IDF": words} | on_weights(run, node)
+        first = first or {"TF-IDF": by_words()} | on_base(node)
+        gates = first | on_weights(run, node)
         sizes = {name: asked.sets.count(name) for name in dict.fromkeys(asked.sets)}
-        rows: list[dict[str, Any]] = [{"gate": "none", **figures(own, asked, given.safety)}]
+        rows: list[dict[str, Any]] = [{"gate": NONE, **figures(own, asked, given.safety)}]
         for name, gate in gates.items():
             counting.count(given.plan, folder.name, f"gate: {name}", ["gate"], sizes)
             rows.append({"gate": name, **figures(gated(own, gate(texts)), asked, given.safety)})
         for row in rows:
             print(json.dumps({"run": folder.name, **row}), flush=True)
+            found += numbers(row, run, origins.of(measured.folder), len(texts), given.safety)
+    if given.record:
+        command = f"python benchmarks/gates.py {given.plan} <run> ... --record {given.record}"
+        writing.keep(found, ROOT / writing.RECORDS / f"{given.record}.csv", command)
+
+
+def numbers(
+    row: dict[str, Any], run: Run, origin: origins.Origin, count: int, safety: float
+) -> list[dict[str, Any]]:
+    """The rows of a record from what a gate did in front of a run."""
+    about = {"name": row["gate"], "seed": run.config()["seed"], "judge": "outcome", "n": count}
+    about |= {"prompts": origin.prompts.get("", ""), "trained_on": origin.trained_on}
+    about |= {"machine": origin.machine}
+    about["date"] = datetime.datetime.now(datetime.UTC).isoformat()
+    ends = {"low": row["low"], "high": row["high"]}
+    return [
+        about | {"metric": "gates/auroc", "value": row["auroc"]},
+        about | {"metric": f"gates/answered_at/{safety:g}", "value": row["answered"], **ends},
+    ]
+
+
+def on_base(node: ModelConfig) -> dict[str, Gate]:
+    """The gates that read the weights that runs started from."""
+    base = models.open_policy(node, Precision.fp32)
+    chat = prompts.chat_format(base.tokenizer, node)
+    probe = by_probe(base, chat)
+    tuned = by_classifier(models.open_policy(node, Precision.fp32), chat)
+    return {"probe on the base model": probe, "fine-tuned classifier": tuned}
 
 
 def on_weights(run: Run, node: ModelConfig) -> dict[str, Gate]:
-    """The gates that read a run's weights, or those it started from."""
-    base = models.open_policy(node, Precision.fp32)
-    chat = prompts.chat_format(base.tokenizer, node)
-    found: dict[str, Gate] = {"probe on the base model": by_probe(base, chat)}
+    """The gates that read a run's own weights."""
+    found: dict[str, Gate] = {}
     for stage in ("contrastive", "sft"):
         if run.done(stage):
             place = run.stage(stage)
@@ -158,8 +191,8 @@ def on_weights(run: Run, node: ModelConfig) -> dict[str, Gate]:
                 policy = models.open_adapter(place, Precision.fp32)
             else:
                 policy = models.open_folder(str(place), Precision.fp32)
+            chat = prompts.chat_format(policy.tokenizer, node)
             found[f"probe after {stage}"] = by_probe(policy, chat)
-    found["fine-tuned classifier"] = by_classifier(models.open_policy(node, Precision.fp32), chat)
     return found
 
 
