@@ -5,7 +5,8 @@
 Preferred and other answer are the model's own two (as `tasks=[frontier]` decodes them): to a toxic
 prompt the one that opens with a refusal is preferred, to a seemingly toxic one the other. So no
 wording is learnt that SFT did not teach. `<out>` is a run folder with `data.label: dpo`, which
-`eval.py run=<out>` takes. TRL is no dependency of this project: `pip install --no-deps trl==1.16.0`.
+`eval.py run=<out>` takes. TRL is no dependency of this project:
+`pip install --no-deps trl==1.16.0`.
 """
 
 import argparse

@@ -4,8 +4,9 @@
 
 Each run was evaluated with `tasks=[frontier]`, docs/evidence.md, and all started from one model. A
 gate scores the prompt: above a threshold it refuses, else the model's own answer that does not open
-with a refusal stands. Gates are a logistic regression on TF-IDF, a linear probe on the last token's state at relative depth 0.6
-of the run's weights and of the model it started from, and that model fine-tuned as a classifier.
+with a refusal stands. Gates are a logistic regression on TF-IDF, a linear probe on the last token's
+state at relative depth 0.6, of the run's weights and of the model it started from, and that model
+fine-tuned as a classifier.
 What is answered where a share of the toxic prompts is refused compares with that of dcr.frontier.
 """
 
