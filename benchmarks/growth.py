@@ -30,7 +30,7 @@ from dcr.analyses import ntk
 from dcr.core import models, prompts
 from dcr.core.config import Stage
 from dcr.core.data import PairBatch, PromptBatch
-from dcr.core.generation import local
+from dcr.core.generation import continued
 from dcr.core.models import Policy
 from dcr.core.training.contrastive import ContrastiveModule
 from dcr.core.training.resuming import adamw
@@ -103,7 +103,7 @@ def generation(rows: int, length: int, width: int) -> Made:
     flops = 2 * rows * (blocks * (length + NEW - 1) + NEW * VOCABULARY * width)
 
     def step() -> None:
-        local.continued(policy, chat, asked, NEW, lambda logits: logits[:, 0])
+        continued(policy, chat, asked, NEW, lambda logits: logits[:, 0])
 
     return step, flops
 

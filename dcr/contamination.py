@@ -7,7 +7,7 @@ from typing import Any
 
 from dcr.core import sources
 from dcr.core.config import DataConfig, DataError, Kind
-from dcr.core.contamination import overlaps
+from dcr.core.data import overlaps
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.runs import Run
 from dcr.core.sources import Example

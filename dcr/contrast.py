@@ -29,8 +29,7 @@ from torch import Tensor
 from dcr.core.config import ConfigError
 from dcr.core.config.evaluation import EvalConfig, GenConfig
 from dcr.core.evaluation.protocols import Change
-from dcr.core.generation import Encoded
-from dcr.core.generation.decoding import Context, decoded
+from dcr.core.generation import Context, Encoded, decoded
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
 

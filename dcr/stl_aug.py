@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from dcr import keywords
-from dcr.core import contamination, sources
+from dcr.core import sources
 from dcr.core.config import ConfigError, DataConfig, DataError, Kind, TrainConfig
-from dcr.core.data import Cleaning, Splits, without
+from dcr.core.data import Cleaning, Splits, overlaps, without
 from dcr.core.sources import SOURCES, Example, jsonl
 
 
@@ -64,9 +64,7 @@ def _holding(rows: list[Example], cleaning: Cleaning) -> list[str]:
         for name, asked in cleaning.evaluated.items()
         if any(
             overlap is not None and (overlap.exact or name in config.seemingly_toxic.source)
-            for overlap in contamination.overlaps(
-                prompts, {name: asked}, near=config.near_duplicate
-            )
+            for overlap in overlaps(prompts, {name: asked}, near=config.near_duplicate)
         )
     ]
 

@@ -36,7 +36,7 @@ CHECKED = (
     *(f"analyses.{name}" for name in ("claims", "ntk", "probability", "separability")),
     *(f"steering.{name}" for name in ("edits", "methods", "probe", "prompts", "scans")),
     *("steering.surgical", "steering.vectors"),
-    *("fast", "activations", "core.contamination", "core.data"),
+    *("fast", "activations", "core.data"),
     *("core.generation", "core.losses", "core.models", "core.passes", "core.prompts"),
     *("core.refusal", "core.statistics", "core.training"),
 )

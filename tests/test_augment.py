@@ -31,8 +31,7 @@ from dcr.core.config import (
     UserError,
     resolving,
 )
-from dcr.core.contamination import overlaps
-from dcr.core.data import Splits
+from dcr.core.data import Splits, overlaps
 from dcr.core.runs import Run
 from dcr.extensions import TrainSettings
 from dcr.plan import expected

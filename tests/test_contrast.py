@@ -17,7 +17,7 @@ from dcr.contrast import EMPHASIS, REFUSE, adapted, contrasted
 from dcr.core import generation, prompts
 from dcr.core.config import ConfigError, DataError, Kind, ModelConfig, resolving
 from dcr.core.config.evaluation import GenConfig
-from dcr.core.generation import Completion, local
+from dcr.core.generation import Completion
 from dcr.core.models import Policy
 from dcr.core.prompts import CHATML, ChatFormat
 from dcr.core.sources import Example
@@ -49,14 +49,14 @@ def policy() -> Policy:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
     """The token ids of every completion, as generated: texts may hide a difference."""
     found: dict[str, list[int]] = {}
-    original = local.completion
+    original = generation.completion
 
     def noting(chat: ChatFormat, row: Example, answer: list[int], mass: float) -> Completion:
         made = original(chat, row, answer, mass)
         found[row.id] = list(answer[: made.tokens])
         return made
 
-    monkeypatch.setattr(local, "completion", noting)
+    monkeypatch.setattr(generation, "completion", noting)
     return found
 
 
@@ -237,7 +237,7 @@ def test_half_as_many_rows_where_two_caches_are_kept(
 ) -> None:
     seen: list[int] = []
     original = contrast.continued
-    monkeypatch.setattr(local, "batch_size", lambda *_: 5)
+    monkeypatch.setattr(generation, "batch_size", lambda *_: 5)
 
     def noting(policy: Policy, chat: ChatFormat, prompts: Any, *rest: Any) -> Any:
         seen.append(len(prompts))

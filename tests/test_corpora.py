@@ -20,7 +20,7 @@ from sklearn.model_selection import GroupKFold
 
 import dcr
 from dcr import balance, keywords
-from dcr.core import contamination, data, sources
+from dcr.core import data, sources
 from dcr.core.config import Kind, resolving
 from dcr.core.sources import SOURCES, Example
 from dcr.core.text import normalise
@@ -61,7 +61,7 @@ def prompts(rows: list[Example]) -> list[str]:
 
 
 def near(rows: list[Example], others: dict[str, list[str]]) -> list[Any]:
-    overlaps = contamination.overlaps(prompts(rows), others, near=0.9)
+    overlaps = data.overlaps(prompts(rows), others, near=0.9)
     return [overlap for overlap in overlaps if overlap]
 
 

@@ -19,10 +19,10 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from dcr.activations import Site
-from dcr.core import batching, generation, machine, models, prompts, storage
+from dcr.core import generation, machine, models, prompts, storage
 from dcr.core.config import DataError, Kind, LoraConfig, ModelConfig
 from dcr.core.config.evaluation import GenConfig
-from dcr.core.generation import Completion, decoding, local
+from dcr.core.generation import Completion
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
 from dcr.core.sources import Example
@@ -141,13 +141,13 @@ def truth(policy: Policy) -> dict[str, list[int]]:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
     """The token ids of every completion, as generated."""
     found: dict[str, list[int]] = {}
-    kept = local.completion
+    kept = generation.completion
 
     def note(chat: ChatFormat, row: Example, answer: list[int], mass: float) -> Completion:
         found[row.id] = answer
         return kept(chat, row, answer, mass)
 
-    monkeypatch.setattr(local, "completion", note)
+    monkeypatch.setattr(generation, "completion", note)
     return found
 
 
@@ -210,7 +210,7 @@ def test_every_family_decodes_as_each_row_alone(family: str, begun: int, policy:
     prompts = [[*alike, *own] for own in prompts]
     assert fast.shared_prefix(model, prompts) == (0 if family == "gemma2" else begun)
     stop, rows = range(0, shapes.VOCABULARY, 6), Policy(model, policy.tokenizer, "tiny")
-    found, first = decoding.decoded(
+    found, first = generation.decoded(
         rows,
         [(prompts, math.inf)],
         new,
@@ -248,7 +248,7 @@ def test_models_of_any_memory_decode_as_transformers_does(
     ids = torch.randint(2, 40, (len(length), length[0]))
     truth, logits = shapes.generated(model, ids, torch.ones_like(ids), 8)
     stop = truth[0][2]
-    found, best = decoding.decoded(
+    found, best = generation.decoded(
         Policy(model, policy.tokenizer, "tiny"),
         [(ids.tolist(), math.inf)],
         8,
@@ -334,7 +334,7 @@ def test_rows_that_have_ended_leave_the_batch(
     assert len(passes) == max(map(len, truth.values()))
     for step, rows in enumerate(passes):
         going = sum(len(answer) > step for answer in truth.values())
-        assert going <= rows < going / (1 - decoding.ENDED) + 1e-6 or rows == going
+        assert going <= rows < going / (1 - generation.ENDED) + 1e-6 or rows == going
     assert passes[-1] < passes[0]
 
 
@@ -368,10 +368,10 @@ def test_an_answer_ends_where_it_is_decided(
     found = run(policy, batch, decided=decided)
     cut = 0
     for name, whole in truth.items():
-        ends = (n for n in range(1, len(whole) + 1) if decided(local.text(chat, whole[:n])))
+        ends = (n for n in range(1, len(whole) + 1) if decided(generation.text(chat, whole[:n])))
         kept = whole[: next(ends, len(whole))]
         ended = kept[-1] in chat.stop
-        assert found[name].response == local.text(chat, kept)
+        assert found[name].response == generation.text(chat, kept)
         assert found[name].ended == ended
         assert found[name].tokens == len(kept) - ended
         cut += len(kept) < len(whole)
@@ -443,7 +443,7 @@ def test_a_prompt_beyond_the_context_is_named_before_anything_runs(
     length = len(chat_of(small).prompt_ids(PROMPTS[0]))
     fits = 64 - length
     assert run(small, 1, fits, ROWS[:1])["p0"].id == "p0"
-    monkeypatch.setattr(local, "_decoded", None)
+    monkeypatch.setattr(generation, "_answered", None)
     message = rf"made: p0: its {length} tokens and {fits + 1} new ones exceed the model's context"
     with pytest.raises(DataError, match=message):
         run(small, 1, fits + 1, ROWS[:1])
@@ -479,7 +479,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(
             raise shortage
         return list(rows)
 
-    done = list(batching.halving(range(12), size, "gen.batch_size", work))
+    done = list(machine.halving(range(12), size, "gen.batch_size", work))
     assert [row for batch in done for row in batch] == list(range(12))
     assert sizes == tried
     assert f"gen.batch_size is now {tried[-1]}" in caplog.text
@@ -488,7 +488,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(
 def test_one_prompt_in_two_sets_is_answered_twice_even_when_memory_runs_out(
     policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept, calls = local.continued, [0]
+    kept, calls = generation.continued, [0]
 
     def short(*given: Any, **named: Any) -> Any:
         calls[0] += 1
@@ -496,7 +496,7 @@ def test_one_prompt_in_two_sets_is_answered_twice_even_when_memory_runs_out(
             raise torch.OutOfMemoryError("too much")
         return kept(*given, **named)
 
-    monkeypatch.setattr(local, "continued", short)
+    monkeypatch.setattr(generation, "continued", short)
     settings = GenConfig(max_new_tokens=NEW, batch_size=4)
     rows = [*ROWS, ROWS[0], Example("p1", "the same id", Kind.normal, "other")]
     batches = generation.complete(policy, chat_of(policy), rows, settings, first_token)
@@ -513,7 +513,7 @@ def test_one_prompt_too_many_and_other_errors_are_raised(size: int, error: Excep
         raise error
 
     with pytest.raises(type(error), match=str(error)):
-        list(batching.halving(ROWS, size, "gen.batch_size", never))
+        list(machine.halving(ROWS, size, "gen.batch_size", never))
 
 
 def test_torchs_own_shortage_of_memory_is_known() -> None:
@@ -553,9 +553,9 @@ def test_as_many_prompts_as_free_memory_holds(
 ) -> None:
     config = policy.model.config
     each = generation.prompt_bytes(config, 2, 40, 20)
-    monkeypatch.setattr(local, "free_bytes", lambda _: free * each)
+    monkeypatch.setattr(generation, "free_bytes", lambda _: free * each)
     model = SimpleNamespace(config=config, dtype=torch.bfloat16, device=torch.device(device))
-    monkeypatch.setattr(local, "unwrapped", lambda model: model)
+    monkeypatch.setattr(generation, "unwrapped", lambda model: model)
     assert generation.batch_size(model, 40, 20) == expected
 
 
@@ -564,7 +564,7 @@ def test_without_a_batch_size_the_measured_one_is_used(
 ) -> None:
     longest = max(len(chat_of(policy).prompt_ids(text)) for text in PROMPTS)
     each = generation.prompt_bytes(policy.model.config, 4, longest, NEW)
-    monkeypatch.setattr(local, "free_bytes", lambda _: int(6.5 * each))
+    monkeypatch.setattr(generation, "free_bytes", lambda _: int(6.5 * each))
     run(policy, None)
     assert max(passes) == 5
     passes.clear()
@@ -576,7 +576,7 @@ def test_what_torch_holds_in_reserve_on_a_gpu_is_free(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (100, 1000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 70)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 50)
-    assert local.free_bytes(torch.device("cuda")) == 120
+    assert generation.free_bytes(torch.device("cuda")) == 120
 
 
 def test_a_control_groups_limit_bounds_what_is_free(tmp_path: Path) -> None:
@@ -599,7 +599,7 @@ def test_a_control_groups_limit_bounds_what_is_free(tmp_path: Path) -> None:
     assert machine.bytes_left(machine.control_groups(root, own)) == 650
     group("slice/job", "500", 10, 0)
     assert machine.bytes_left(machine.control_groups(root, own)) == 490
-    assert 0 < local.free_bytes(torch.device("cpu")) < 2**50
+    assert 0 < generation.free_bytes(torch.device("cpu")) < 2**50
 
 
 # --- a server -----------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from dcr.core.config import (
     resolving,
     stages_of,
 )
-from dcr.core.models import quantising
+from dcr.core.models import structure
 from dcr.core.runs import Run
 from dcr.core.training.sft import SFTModule
 from dcr.extensions import EvalSettings, TrainSettings
@@ -64,14 +64,14 @@ def model(width: int = 64, dtype: torch.dtype = torch.float32) -> Any:
 
 def narrowed(precision: Precision = Precision.fp32, dtype: torch.dtype = torch.float32) -> Any:
     made = model(dtype=dtype)
-    quantising.quantise(made, precision)
+    structure.quantise(made, precision)
     return made
 
 
 def numbers(of: Any) -> dict[str, Tensor]:
     """What each layer in four bits stands for, in fp32, by its name."""
     named = models.decoder_blocks(of).named_modules()
-    return {n: quantising.weight_of(m).float() for n, m in named if hasattr(m, "quant_state")}
+    return {n: structure.weight_of(m).float() for n, m in named if hasattr(m, "quant_state")}
 
 
 def by_table(weight: Tensor) -> Tensor:
@@ -149,14 +149,14 @@ def sft_batch(chat: Any, tiny: Any) -> Any:
 @needed
 def test_other_widths_stay_as_they_are_and_a_model_of_none_is_refused() -> None:
     odd = model(width=96)
-    quantising.quantise(odd, Precision.fp32)
+    structure.quantise(odd, Precision.fp32)
     kept = [n for n, m in odd.named_modules() if type(m) is nn.Linear]
     assert sorted({name.rpartition(".")[2] for name in kept}) == [
         *("gate_proj", "k_proj", "lm_head", "o_proj", "q_proj", "up_proj", "v_proj")
     ]
     shape = GPT2Config(vocab_size=260, n_embd=64, n_layer=1, n_head=2)
     with pytest.raises(ConfigError, match="GPT2LMHeadModel have no linear layer"):
-        quantising.quantise(AutoModelForCausalLM.from_config(shape), Precision.fp32)
+        structure.quantise(AutoModelForCausalLM.from_config(shape), Precision.fp32)
 
 
 @needed
@@ -209,7 +209,7 @@ def test_what_is_added_to_rounded_weights_would_be_lost_to_the_next_rounding() -
         layer = model()
         block = models.decoder_blocks(layer)[0].get_submodule("mlp.gate_proj")
         block.weight = nn.Parameter(weight, requires_grad=False)
-        quantising.quantise(layer, Precision.fp32)
+        structure.quantise(layer, Precision.fp32)
         return numbers(layer)["0.mlp.gate_proj"]
 
     generator = torch.Generator().manual_seed(0)

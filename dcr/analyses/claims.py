@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from dcr import inference
 from dcr.analyses import ntk
 from dcr.analyses.ntk import Batch, batches, last_logits, still
-from dcr.core import batching, models, passes, statistics, storage
+from dcr.core import machine, models, passes, statistics, storage
 from dcr.core.config import ConfigError, Kind
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
@@ -320,7 +320,7 @@ def _gradient_and_rate(
 def _rows(model: Any, sequences: Sequence[Sequence[int]]) -> tuple[list[Batch], Tensor]:
     """The batches by length, and the place in them of each sequence."""
     device = next(model.parameters()).device
-    back = torch.tensor(batching.by_length(sequences)).argsort()
+    back = torch.tensor(machine.by_length(sequences)).argsort()
     return batches(sequences, BATCH_SIZE, device), back
 
 

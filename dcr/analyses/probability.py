@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dcr.core import batching, models, passes
+from dcr.core import machine, models, passes
 from dcr.core.models import unwrapped
 from dcr.core.passes import Prefilled, cache_name, forward, obstacle, recurrent, text_config
 from dcr.core.refusal.opening import (
@@ -333,7 +333,7 @@ def _batches(
     """Batches of prompts of nearly one length, or of exactly one if the model blends pads in."""
     alone = recurrent(model)
     longest_first = [
-        members[i] for i in batching.by_length([encoded[p] for p in members], longest_first=True)
+        members[i] for i in machine.by_length([encoded[p] for p in members], longest_first=True)
     ]
     while longest_first:
         longest = len(encoded[longest_first[0]])

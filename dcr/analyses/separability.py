@@ -21,7 +21,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from dcr import activations
-from dcr.core import batching, models, statistics
+from dcr.core import machine, models, statistics
 from dcr.core.config import Pooling
 from dcr.core.data import SEEMINGLY_TOXIC, TOXIC, prompt_rows
 from dcr.core.losses import kmeans_accuracy
@@ -210,7 +210,7 @@ def features(
     depth = len(models.decoder_blocks(policy.model))
     width = models.unwrapped(policy.model).config.get_text_config().hidden_size
     points = torch.empty(depth, len(rows), width)
-    for places in batching.by_tokens([row.ids for row in rows], batch_tokens):
+    for places in machine.by_tokens([row.ids for row in rows], batch_tokens):
         points[:, places] = _pooled(policy.model, [rows[place] for place in places]).cpu()
     return points
 

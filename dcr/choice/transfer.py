@@ -15,7 +15,7 @@ from dcr.analyses import separability
 from dcr.balance import Balance
 from dcr.choice import origins
 from dcr.choice.origins import FEWEST, LIMIT, Material, Pair
-from dcr.core import config, contamination, data, machine, models, prompts
+from dcr.core import config, data, machine, models, prompts
 from dcr.core.config import ConfigError, Kind, TrainConfig
 from dcr.core.data import LABELS
 from dcr.core.models import Policy
@@ -241,7 +241,7 @@ def _tests(pair: Pair, material: Material, features: Features, near: float) -> d
     for name, test in material.tests_of(pair).items():
         points, labels = _labelled(test, features)
         prompts = [row.prompt for side in test.sides for row in material.rows[side]]
-        overlaps = contamination.overlaps(prompts, {"train": trained}, near=near)
+        overlaps = data.overlaps(prompts, {"train": trained}, near=near)
         fresh = torch.tensor([overlap is None for overlap in overlaps])
         if torch.bincount(labels[fresh], minlength=2).min() >= FEWEST:
             tests[name] = (points[:, fresh], labels[fresh])

@@ -1,4 +1,4 @@
-"""The machine that a command computes on: its devices and their precision, threads and memory.
+"""The machine that a command computes on: devices, their precision, threads, memory and batches.
 
 `precision=auto` settles to the types that the device multiplies natively:
 
@@ -13,20 +13,26 @@ memory on an older GPU, since weights and optimiser states stay in fp32.
 Torch gets as many threads as cores that the process may use and others leave free: a step of two
 threads where another process holds one of two cores takes many times that of one thread, since
 every product waits for the slower half.
+
+Rows are grouped by length, so that little is padded, and a batch is halved where memory runs out.
+Torch is imported in functions: help, a plan and a user's error do not wait for it.
 """
 
 import logging
 import math
 import os
 import resource
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dcr.core.config import ConfigError, Precision, Stage, TrainConfig, stages_of
 
 log = logging.getLogger(__name__)
+
+Row = TypeVar("Row")
+Done = TypeVar("Done")
 
 NATIVE = {"contrastive": Precision.mixed, "sft": Precision.bf16, "evaluation": Precision.bf16}
 # CPU units that multiply bf16, by their flags, as torch spells them.
@@ -341,3 +347,56 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+# --- batches --------------------------------------------------------------------------------------
+
+
+def by_length(sequences: Sequence[Sized], longest_first: bool = False) -> list[int]:
+    """Places of sequences by length, so that little is padded; those of one length keep theirs.
+
+    Longest first, running out of memory happens at once.
+    """
+    sign = -1 if longest_first else 1
+    return sorted(range(len(sequences)), key=lambda place: sign * len(sequences[place]))
+
+
+def by_tokens(sequences: Sequence[Sized], tokens: int, even: bool = False) -> list[list[int]]:
+    """Groups of places of sequences, the longest first, of at most `tokens` padded tokens each.
+
+    A sequence longer than that is alone in its group; with `even` a group is of one length.
+    """
+    groups: list[list[int]] = []
+    for place in by_length(sequences, longest_first=True):
+        longest = len(sequences[groups[-1][0]]) if groups else 0
+        fits = groups and (len(groups[-1]) + 1) * longest <= tokens
+        if fits and not (even and len(sequences[place]) < longest):
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+    return groups
+
+
+def halving(
+    rows: Sequence[Row], size: int, setting: str, work: Callable[[Sequence[Row]], Done]
+) -> Iterator[Done]:
+    """Yields `work` of `size` rows at a time, and halves the size whenever memory runs out.
+
+    A warning names the `setting` that gave the size.
+    """
+    while rows:
+        try:
+            done = work(rows[:size])
+        except (RuntimeError, MemoryError) as error:
+            if size == 1 or not is_out_of_memory(error):
+                raise
+            done = None
+        if done is None:  # outside the clause, whose error would hold tensors of its frames
+            import torch
+
+            torch.cuda.empty_cache()
+            size = max(1, min(size, len(rows)) // 2)
+            log.warning("out of memory: %s is now %d", setting, size)
+            continue
+        rows = rows[size:]
+        yield done

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from dcr.core import batching, losses, models
+from dcr.core import losses, machine, models
 from dcr.core.config import ConfigError, TrainConfig
 from dcr.core.models import unwrapped
 from dcr.core.prompts import IGNORED
@@ -185,7 +185,7 @@ class Plain:
         pass
 
     def batches(self, model: Any, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
-        return batching.by_tokens(prompts, tokens, even=recurrent(model))
+        return machine.by_tokens(prompts, tokens, even=recurrent(model))
 
     def read(
         self, model: Any, prompts: Sequence[Sequence[int]], keep: bool = True, cache: Any = None

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from dcr.core import batching, models, passes
+from dcr.core import machine, models, passes
 from dcr.core.config import TrainConfig
 from dcr.core.models import unwrapped
 from dcr.core.passes import Labelled, Prefilled, attention_mask, padded
@@ -66,7 +66,7 @@ class Fast:
     def batches(self, model: Any, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
         prefix = shared_prefix(model, prompts)
         rests = [ids[prefix:] for ids in prompts]
-        return batching.by_tokens(rests, tokens, even=passes.recurrent(model))
+        return machine.by_tokens(rests, tokens, even=passes.recurrent(model))
 
     def read(
         self, model: Any, prompts: Sequence[Sequence[int]], keep: bool = True, cache: Any = None

@@ -18,10 +18,9 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dcr.core import batching, machine, models
+from dcr.core import machine, models
 from dcr.core.config import ConfigError, DataError
-from dcr.core.generation import Completion
-from dcr.core.generation.decoding import decoded
+from dcr.core.generation import Completion, decoded
 from dcr.core.models import DTYPES, Policy
 from dcr.core.models.opening import read_architecture, refused_as, whole_model
 from dcr.core.prompts import ZERO_WIDTH_SPACE, ChatFormat
@@ -287,7 +286,7 @@ def judged_in_batches(
             "gen.max_new_tokens or choose another guard"
         )
     write = functools.partial(_written, guard, NEW_TOKENS[node])
-    yield from batching.halving(waiting, settings.batch_size, f"{node}.batch_size", write)
+    yield from machine.halving(waiting, settings.batch_size, f"{node}.batch_size", write)
 
 
 def _written(

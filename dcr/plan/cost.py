@@ -9,7 +9,7 @@ Memory, in bytes, is the sum of
                  bf16 copies; with gradient checkpointing it adds them for trained weights and one
                  block. If stage one holds frozen projections in bf16 (`dcr.fast.frozen`), these
                  take two bytes without copies, and without an NLL term none beyond ℓ. Layers in
-                 four bits (`dcr.core.models.quantising`) take half a byte and scales, without
+                 four bits (`dcr.core.models.structure`) take half a byte and scales, without
                  copies, and the widest one is there in full while it is multiplied
     gradients    trained parameters, in their own type, and with DDP a second time in its buckets
     Adam states  twice as much, or twice a byte and a scale for 256 of them

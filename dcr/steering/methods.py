@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from dcr.calibration.biases import validation
-from dcr.core import contamination, extending, models, sources, storage
+from dcr.core import extending, models, sources, storage
 from dcr.core.config import DataConfig
 from dcr.core.config.evaluation import EvalConfig
+from dcr.core.data import overlaps
 from dcr.core.evaluation.protocols import Change
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.evaluation.subjects import Local
@@ -197,7 +198,7 @@ class Steering(Change):
         return {
             b.name: sum(
                 overlap is not None
-                for overlap in contamination.overlaps([r.prompt for r in b.rows], known, near=near)
+                for overlap in overlaps([r.prompt for r in b.rows], known, near=near)
             )
             for b in sets
         }

@@ -7,9 +7,9 @@ it comes from, unless the settings ask for the released prompts.
 from collections import Counter
 from dataclasses import dataclass, field
 
-from dcr.core import contamination, sources
+from dcr.core import sources
 from dcr.core.config import ConfigError, DataConfig, Kind, SourcesByKind
-from dcr.core.data import apart, evaluation_prompts
+from dcr.core.data import apart, evaluation_prompts, overlaps
 from dcr.core.sources import Example
 from dcr.steering import SteeringConfig
 
@@ -108,13 +108,11 @@ def extraction(data: DataConfig, settings: SteeringConfig, seed: int) -> Extract
             )
     chosen = {kind: rows[: getattr(need, kind)] for kind, rows in drawn.items()}
     used = [row for rows in chosen.values() for row in rows]
-    overlaps = contamination.overlaps(
-        [row.prompt for row in used], evaluated, near=data.near_duplicate
-    )
+    leaked = overlaps([row.prompt for row in used], evaluated, near=data.near_duplicate)
     return Extraction(
         **chosen,
         dropped=dict(dropped),
-        leaked=dict(Counter(overlap.set for overlap in overlaps if overlap is not None)),
+        leaked=dict(Counter(overlap.set for overlap in leaked if overlap is not None)),
     )
 
 

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 
 from dcr import keywords
-from dcr.core import batching, generation, models, prompts, refusal, storage, thoughts
+from dcr.core import generation, machine, models, prompts, refusal, storage, thoughts
 from dcr.core.config import ConfigError
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.evaluation import sets
 from dcr.core.evaluation.protocols import Answers, Change
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.evaluation.subjects import Local
-from dcr.core.generation.decoding import decoded
+from dcr.core.generation import decoded
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
@@ -139,7 +139,7 @@ def think(
     longest = max(len(ids) for _, ids in waiting)
     size = settings.gen.batch_size or generation.batch_size(policy.model, longest, budget)
     work = functools.partial(_thoughts, policy, chat, budget)
-    yield from batching.halving(waiting, size, "gen.batch_size", work)
+    yield from machine.halving(waiting, size, "gen.batch_size", work)
 
 
 def _thoughts(

@@ -25,7 +25,7 @@ from dcr.analyses.ntk.exact import (
     last_logits,
     log_probabilities,
 )
-from dcr.core import batching, models
+from dcr.core import machine, models
 from dcr.core.config import ConfigError
 from dcr.core.statistics import Interval, percentiles, ratio
 from dcr.inference import resampled_groups
@@ -120,7 +120,7 @@ def measure(
         raise ConfigError(f"top_k={settings.top_k}: choose 1 to {vocabulary}, the vocabulary")
     if not sequences:
         raise ConfigError("prompts: there are none; give at least one")
-    order = batching.by_length(sequences)
+    order = machine.by_length(sequences)
     back = torch.tensor(order).argsort()
     with subset.still(model):
         device = next(model.parameters()).device

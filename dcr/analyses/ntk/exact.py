@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dcr.analyses.ntk.subset import Layer, LayerKind, tied
-from dcr.core import batching, models, passes
+from dcr.core import machine, models, passes
 from dcr.core.config import ConfigError
 
 GIB = 2**30
@@ -90,7 +90,7 @@ def batches(sequences: Sequence[Sequence[int]], size: int, device: torch.device)
     Padding on the right leaves no row of attention wholly masked, for which transformers' eager
     attention gives NaN in float64.
     """
-    ordered = [sequences[place] for place in batching.by_length(sequences)]
+    ordered = [sequences[place] for place in machine.by_length(sequences)]
     made = []
     for start in range(0, len(ordered), size):
         rows = ordered[start : start + size]

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from dcr.core import batching
+from dcr.core import machine
 from dcr.core.config import SFTConfig
 from dcr.core.data.rows import (
     NO_CLASS,
@@ -226,7 +226,7 @@ def _alternating(toxic: Sequence[Row], safe: Sequence[Row], drawing: "Generator"
 
 
 def _by_length(rows: Sequence[Row]) -> list[Row]:
-    return [rows[place] for place in batching.by_length([row.ids for row in rows])]
+    return [rows[place] for place in machine.by_length([row.ids for row in rows])]
 
 
 def _parted(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:

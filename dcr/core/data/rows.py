@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dcr.core import batching
+from dcr.core import machine
 from dcr.core.config import (
     ConfigError,
     DataError,
@@ -125,7 +125,7 @@ def micro_batches(rows: Sequence[PairRow], tokens: int) -> list[list[PairRow]]:
 
     A row longer than that gets a group of its own.
     """
-    groups = batching.by_tokens([row.ids for row in rows], tokens)
+    groups = machine.by_tokens([row.ids for row in rows], tokens)
     return [[rows[place] for place in places] for places in groups]
 
 

@@ -1,8 +1,8 @@
 """Causal language models: opened by name, taken apart by structure, saved as Hugging Face folders.
 
 `opening` opens a model and its tokenizer by name, `structure` finds, cuts, freezes and adapts its
-parts, `quantising` holds them in four bits, and `saving` writes results and opens them again, also
-after their run folder moved.
+parts and holds them in four bits, and `saving` writes results and opens them again, also after
+their run folder moved.
 """
 
 from dcr.core.models.opening import (
@@ -15,13 +15,6 @@ from dcr.core.models.opening import (
     open_tokenizer,
     random_policy,
     skeleton,
-)
-from dcr.core.models.quantising import (
-    NF4_BYTES,
-    dequantise,
-    is_quantised,
-    quantisable,
-    rounding_errors,
 )
 from dcr.core.models.saving import (
     ORIGIN_FILE,
@@ -39,19 +32,24 @@ from dcr.core.models.saving import (
 )
 from dcr.core.models.structure import (
     DTYPES,
+    NF4_BYTES,
     UNLIMITED,
     add_lora,
     backbone,
     context_length,
     contiguous_head,
     decoder_blocks,
+    dequantise,
     evaluating,
     final_norm,
     freeze_beyond,
     head,
+    is_quantised,
     is_sharded,
     logits,
+    quantisable,
     readout,
+    rounding_errors,
     trained,
     trunk,
     unwrapped,

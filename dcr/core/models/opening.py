@@ -35,8 +35,7 @@ from dcr.core.config import (
     Quantization,
     UserError,
 )
-from dcr.core.models.quantising import quantise
-from dcr.core.models.structure import DTYPES, context_length, seeded
+from dcr.core.models.structure import DTYPES, context_length, quantise, seeded
 from dcr.core.storage import cache_folder, fingerprint, made_once
 from dcr.core.text import CHATML
 

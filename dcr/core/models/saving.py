@@ -30,7 +30,7 @@ from dcr.core.models.opening import (
     refused_as,
     whole_model,
 )
-from dcr.core.models.quantising import is_quantised
+from dcr.core.models.structure import is_quantised
 from dcr.core.storage import replaced_folder
 
 ORIGIN_FILE = "dcr.json"  # beside an adapter: its base weights, with their fingerprint

@@ -1,9 +1,12 @@
 """The named sources of `sources.yaml`: how raw rows of public data sets become ours.
 
 A row of a local folder (`data.root`) has the keys `id`, `prompt`, `label`, `category`, `response`
-and `meta`. A hub row first gets those keys, so one predicate serves both places.
+and `meta`. A hub row first gets those keys, so one predicate serves both places. `final.txt` names
+the rows of public sets that are kept apart for `data=final`: scored under a plan, else unused.
 """
 
+import functools
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,12 +18,12 @@ import scipy
 import yaml
 
 from dcr.core.config import Kind
-from dcr.core.sources.apart import kept_apart, not_kept_apart
 from dcr.core.sources.jsonl import Row
 from dcr.core.text import normalise
 
 Fields = Callable[[Row], Row]
 Keep = Callable[[Row], bool]
+DIGITS = 12  # 48 bits of SHA-256: among a million prompts about 1e-5 are taken for one of these
 
 
 def first_turn(transcript: str) -> str:
@@ -69,6 +72,25 @@ def has(key: str, value: str) -> Keep:
 
 def is_paired(row: Row) -> bool:
     return row.get("pair") is not None
+
+
+# --- rows kept apart ---
+
+
+def digest(prompt: str) -> str:
+    """The name of a prompt in `final.txt`, the same whatever its case, punctuation and spacing."""
+    return hashlib.sha256(normalise(prompt).encode()).hexdigest()[:DIGITS]
+
+
+@functools.cache
+def _digests() -> frozenset[str]:
+    text = resources.files("dcr.core.sources").joinpath("final.txt").read_text(encoding="ascii")
+    return frozenset(text.split())
+
+
+def is_final(prompt: str) -> bool:
+    """Whether a prompt is among those kept apart."""
+    return digest(prompt) in _digests()
 
 
 # --- groups of rows that are variants of each other, which no split separates ---
@@ -155,7 +177,7 @@ class Source:
     split: str | None = None
     prompts_only: bool = False  # what stands under `response` is not for training
     part_of: str | None = None  # the source that holds all of this one's prompts
-    final: bool = False  # its rows are kept apart, see `apart`
+    final: bool = False  # its rows are kept apart
 
 
 MAPS = {function.__name__: function for function in (instruction, xstest, phtest, first_of_turns)}
@@ -170,8 +192,8 @@ def _read() -> dict[str, Source]:
         tested, kept = entry.pop("parts", (0, 0))
         found[name] = whole = _source(**entry)
         if kept:
-            parts[f"{name}_test"] = _part(name, whole, not_kept_apart, tested, final=False)
-            parts[f"{name}_final"] = _part(name, whole, kept_apart, kept, final=True)
+            parts[f"{name}_test"] = _part(name, whole, tested, final=False)
+            parts[f"{name}_final"] = _part(name, whole, kept, final=True)
     return found | parts
 
 
@@ -192,12 +214,12 @@ def _source(kind: str, hub: Any = None, keep: Any = None, groups: str = "", **mo
     return Source(kind=Kind(kind), **more)
 
 
-def _part(name: str, whole: Source, keep: Keep, rows: int, final: bool) -> Source:
+def _part(name: str, whole: Source, rows: int, final: bool) -> Source:
     """The rows of a set that results here have looked at, or those kept apart for `data=final`."""
     hub = None if whole.hub is None else replace(whole.hub, rows=rows)
 
     def kept(row: Row) -> bool:
-        return whole.keep(row) and keep(row)
+        return whole.keep(row) and is_final(str(row["prompt"])) is final
 
     return replace(whole, hub=hub, rows=rows, keep=kept, part_of=name, final=final)
 

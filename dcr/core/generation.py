@@ -1,26 +1,31 @@
-"""Answers of a model on this machine: longest prompts first, as many at once as memory holds.
+"""Greedy answers of a model on this machine: longest prompts first, as many as memory holds.
 
-They are stored in files of one JSON object a line, which are only appended to.
+They are stored in files of one JSON object a line, which are only appended to. Rows that have ended
+leave the batch where only keys and values are kept of them; transformers' `generate` keeps them
+until the longest answer ends.
 """
 
 import functools
+import inspect
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Bool, Float, Int
 from pydantic import FiniteFloat
 from torch import Tensor
 from transformers import SequenceBiasLogitsProcessor
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from dcr.core import batching, machine, models, storage, thoughts
+from dcr.core import machine, models, passes, storage, thoughts
 from dcr.core.config import DataError
 from dcr.core.config.evaluation import GenConfig
-from dcr.core.generation.decoding import Context, decoded
 from dcr.core.models import Policy, unwrapped
+from dcr.core.passes import padded
 from dcr.core.prompts import ChatFormat, special_tokens
 from dcr.core.sources import Example
 
@@ -28,7 +33,8 @@ log = logging.getLogger(__name__)
 
 SHARE = 0.8  # of the free memory; fragments and uncounted tensors take the rest
 MOST = {"cuda": 512, "cpu": 64}  # more prompts at once take longer and decode no faster
-
+ENDED = 1 / 8  # share of ended rows from which a copy of the others' cache is worth its cost
+KEYS, STATE = passes.CACHES  # arguments by which a model takes keys and values, or a state
 
 Encoded = tuple[Example, list[int]]  # a row and its prompt's token ids
 
@@ -106,8 +112,8 @@ def complete(
     its template does not allow the decoding.
     """
     waiting, size = _waiting(policy, chat, rows, settings, decoding, encode)
-    decode = functools.partial(_decoded, policy, chat, settings, score, bias, decoding, decided)
-    yield from batching.halving(waiting, size, "gen.batch_size", decode)
+    decode = functools.partial(_answered, policy, chat, settings, score, bias, decoding, decided)
+    yield from machine.halving(waiting, size, "gen.batch_size", decode)
 
 
 def cut(
@@ -153,7 +159,7 @@ def _waiting(
     return waiting, size
 
 
-def _decoded(
+def _answered(
     policy: Policy,
     chat: ChatFormat,
     settings: GenConfig,
@@ -198,15 +204,15 @@ def text(chat: ChatFormat, answer: Sequence[int]) -> str:
     It is empty where a thought does not end.
     """
     end = next((i for i, token in enumerate(answer) if token in chat.stop), len(answer))
-    decoded = chat.tokenizer.decode(list(answer[:end]), skip_special_tokens=True)
-    assert isinstance(decoded, str)
+    words = chat.tokenizer.decode(list(answer[:end]), skip_special_tokens=True)
+    assert isinstance(words, str)
     if chat.marks:  # which may be special tokens
         spelled = str(chat.tokenizer.decode(list(answer[:end]), skip_special_tokens=False))
         if (behind := thoughts.answer_in(spelled, chat.marks)) != spelled:
-            decoded = behind
+            words = behind
             for token in special_tokens(chat.tokenizer):
-                decoded = decoded.replace(token, "")
-    return decoded.strip()
+                words = words.replace(token, "")
+    return words.strip()
 
 
 def stored(path: Path) -> dict[str, Completion]:
@@ -246,6 +252,120 @@ def continued(
     readings = [(prompts, math.inf)]
     answers, masses = decoded(policy, readings, max_new_tokens, logits, score, is_over, streamer)
     return answers, masses[:, 0]
+
+
+# --- token by token -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Context:
+    """One reading of a batch of prompts, up to the newest token.
+
+    The ids are padded on the left; the mask is the cache's (`passes.Prefilled`). The cache is None
+    if the model takes none, and then reads all tokens again.
+    """
+
+    ids: Int[Tensor, "rows width"]
+    mask: Bool[Tensor, "rows width"]
+    cache: Any
+    logits: Float[Tensor, "rows vocabulary"]  # behind the newest token, in fp32
+
+
+def decoded(
+    policy: Policy,
+    readings: Sequence[tuple[Sequence[Sequence[int]], float]],
+    most: int,
+    logits: Callable[[Sequence[Context]], Float[Tensor, "rows vocabulary"]],
+    score: Callable[[Tensor], Tensor],
+    is_over: Callable[[Sequence[int]], bool],
+    streamer: Any = None,
+    scored: int = 1,
+) -> tuple[list[list[int]], Float[Tensor, "rows scored"]]:
+    """The greedy new tokens of each row, at most `most`, and `score` of the logits before them.
+
+    Args:
+        readings: each reading of the prompts, and its number of new tokens; the first one is read
+            to the end.
+        logits: gives the logits to decode from the contexts that are still read.
+        is_over: whether an answer ends with the last of these tokens.
+        scored: the number of new tokens that have a score; one behind the end means nothing.
+    """
+    taken = inspect.signature(unwrapped(policy.model).forward).parameters.keys()
+    with torch.inference_mode(), passes.current().decoding(policy.model):
+        contexts = [_read(policy, taken, prompts) for prompts, _ in readings]
+        answers: list[list[int]] = [[] for _ in readings[0][0]]
+        rows = list(range(len(answers)))  # those in the batch
+        under_way = set(rows)
+        scores, values = logits(contexts), torch.full((len(rows), scored), torch.nan)
+        if streamer is not None:
+            streamer.put(contexts[0].ids.cpu())
+        for tokens in range(1, most + 1):
+            if tokens <= scored:
+                values[rows, tokens - 1] = score(scores).float().cpu()
+            newest = scores.argmax(1)
+            if streamer is not None:
+                streamer.put(newest.cpu())
+            for row, token in zip(rows, newest.tolist(), strict=True):
+                if row in under_way:
+                    answers[row].append(token)
+                    if tokens == most or is_over(answers[row]):
+                        under_way.remove(row)
+            if not under_way:
+                break
+            contexts = [c for c, (_, end) in zip(contexts, readings, strict=False) if tokens < end]
+            if len(under_way) <= (1 - ENDED) * len(rows) and _may_leave(policy, contexts):
+                staying = [place for place, row in enumerate(rows) if row in under_way]
+                rows = [rows[place] for place in staying]
+                places = torch.tensor(staying, device=newest.device)
+                newest = newest[places]
+                contexts = [_selected(context, places) for context in contexts]
+            contexts = [_stepped(policy, taken, context, newest) for context in contexts]
+            scores = logits(contexts)
+        if streamer is not None:
+            streamer.end()
+        return answers, values
+
+
+def _may_leave(policy: Policy, contexts: Sequence[Context]) -> bool:
+    """Whether some rows can be taken out of all that the model keeps of the batch."""
+    kept = [context.cache for context in contexts if context.cache is not None]
+    of_keys = all(
+        isinstance(cache, DynamicCache) and all(isinstance(i, DynamicLayer) for i in cache.layers)
+        for cache in kept
+    )
+    return of_keys and not passes.per_row(policy.model)
+
+
+def _read(policy: Policy, taken: Collection[str], prompts: Sequence[Sequence[int]]) -> Context:
+    model, current = policy.model, passes.current()
+    keep = KEYS in taken or STATE in taken
+    cache = current.cache(model) if keep else None
+    read = current.read(model, prompts, keep=keep, cache=cache)
+    ids = padded(prompts, 0, left=True).to(model.device)
+    return Context(ids, read.mask.bool(), read.cache, read.logits[:, -1].float())
+
+
+def _stepped(
+    policy: Policy, taken: Collection[str], context: Context, newest: Int[Tensor, "rows"]
+) -> Context:
+    """The context once its newest token has passed through the model."""
+    ids = torch.cat([context.ids, newest[:, None]], 1)
+    mask = torch.cat([context.mask, torch.ones_like(context.mask[:, :1])], 1)
+    new = ids if context.cache is None else newest[:, None]
+    state = context.cache is not None and KEYS not in taken
+    seen = mask[:, -1:] if state else mask  # a state knows of no padding before its newest token
+    places = passes.positions(mask)[:, -new.shape[1] :]
+    options = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
+    output = passes.forward(policy.model, new, seen.long(), places, context.cache, options)
+    cache = next((output[name] for name in passes.CACHES if name in taken), None)
+    return Context(ids, mask, cache, output.logits[:, -1].float())
+
+
+def _selected(context: Context, places: Int[Tensor, "rows"]) -> Context:
+    """The context of these rows alone; the cache drops the others."""
+    if context.cache is not None:
+        context.cache.batch_select_indices(places)
+    return Context(context.ids[places], context.mask[places], context.cache, context.logits[places])
 
 
 # --- the size of a batch --------------------------------------------------------------------------
