@@ -27,7 +27,7 @@ from dcr.core import config, data, models, passes, prompts, refusal, runs
 from dcr.core.config import ConfigError, Kind, LoraConfig, Stage, TrainConfig
 from dcr.core.data import NO_CLASS, SEEMINGLY_TOXIC, TOXIC, ReadoutBatch
 from dcr.core.data.module import readout_batch
-from dcr.core.data.readout import OPENING
+from dcr.core.data.rows import OPENING
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run

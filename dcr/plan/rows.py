@@ -11,7 +11,7 @@ from dcr.balance import Balance
 from dcr.core import data, prompts, storage
 from dcr.core.config import EMBEDDED_MODEL, TINY_MODEL, ModelConfig, Stage, TrainConfig
 from dcr.core.data import Splits, StageRows
-from dcr.core.data.readout import Row
+from dcr.core.data.rows import ReadoutRow
 from dcr.core.prompts import IGNORED, ChatFormat, PairRow, PromptRow
 from dcr.plan import cost
 from dcr.plan.cost import Load
@@ -132,7 +132,7 @@ def load_of(settings: TrainConfig, batches: StageRows, prefix: int | None = None
     )
 
 
-def computed(rows: Sequence[PromptRow | PairRow | Row], prefix: int | None) -> int:
+def computed(rows: Sequence[PromptRow | PairRow | ReadoutRow], prefix: int | None) -> int:
     """The tokens of one forward pass, padded or with a prefix computed once."""
     lengths = [len(row.ids) for row in rows]
     if prefix is None:

@@ -1,13 +1,12 @@
 """The rows that each stage sees, their order, and their tensors.
 
-`splits` cleans sources and draws disjoint rows, `rows` tokenises and orders them, `readout` those
-of the third stage, and `module` is the LightningDataModule that all stages share, which pads them.
+`splits` cleans sources and draws disjoint rows, `rows` tokenises and orders them, and `module` is
+the LightningDataModule that all stages share, which pads them.
 """
 
 from typing import TYPE_CHECKING
 
 from dcr import on_demand
-from dcr.core.data.readout import ReadoutRows, readout_prompts, readout_rows
 from dcr.core.data.rows import (
     DRAWS,
     LABELS,
@@ -15,12 +14,15 @@ from dcr.core.data.rows import (
     SEEMINGLY_TOXIC,
     TOXIC,
     EpochBatches,
+    ReadoutRows,
     StageRows,
     check_lengths,
     generator,
     micro_batches,
     permutation,
     prompt_rows,
+    readout_prompts,
+    readout_rows,
     share,
 )
 from dcr.core.data.splits import (

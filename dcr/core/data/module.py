@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dcr.core.config import Stage, TrainConfig
-from dcr.core.data.readout import Rounds, Row, readout_rows
-from dcr.core.data.rows import StageRows
+from dcr.core.data.rows import ReadoutRow, Rounds, StageRows, readout_rows
 from dcr.core.data.splits import Splits
 from dcr.core.passes import attention_mask, padded
 from dcr.core.prompts import IGNORED, ChatFormat, PairRow, PromptRow
@@ -109,7 +108,7 @@ def prompt_batch(
     )
 
 
-def readout_batch(rows: Sequence[Row], number: int) -> ReadoutBatch:
+def readout_batch(rows: Sequence[ReadoutRow], number: int) -> ReadoutBatch:
     """Rows of the readout as one batch."""
     mask = attention_mask([row.ids for row in rows])
     read = torch.zeros_like(mask)

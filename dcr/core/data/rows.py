@@ -1,12 +1,13 @@
-"""The tokenised rows of one stage, their order, and which of them each step looks at.
+"""The tokenised rows of each stage, their order, and which of them each step looks at.
 
-The order is a function of seed and epoch, the same on every rank.
+The order is a function of seed and epoch, the same on every rank. The readout's batches are drawn
+before a model is opened.
 """
 
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dcr.core import machine
@@ -23,6 +24,7 @@ from dcr.core.config import (
 )
 from dcr.core.data.splits import Splits
 from dcr.core.prompts import IGNORED, ChatFormat, PairRow, PromptRow
+from dcr.core.refusal import is_refusal
 from dcr.core.sources import Example
 
 if TYPE_CHECKING:
@@ -34,6 +36,14 @@ TOXIC, SEEMINGLY_TOXIC = 1, 0  # class labels of stage one (Section 5)
 LABELS = {Kind.seemingly_toxic: SEEMINGLY_TOXIC, Kind.toxic: TOXIC}
 NO_CLASS = -1  # of a row that only keeps a rank in step with the others: no loss looks at it
 HELD_OUT_BATCH = 16  # rows of one validation pass
+
+# of the readout
+GENERAL_ROWS = 2  # instruction rows in a step, to whose answers the model is held
+OPENING = 4  # tokens of a refusal: those that tell "I can't help" from "I can help"
+ANSWER = 64  # tokens of an answer that may be looked at
+ANSWER_PLACES = 24  # of them are, drawn once, and the first always
+HELD_OUT_ROWS = 64  # on which drift is measured
+ROUNDS = 8  # parts of the steps, at most, after each of which held-out rows are measured
 
 
 # --- the order, a function of seed and epoch ------------------------------------------------------
@@ -117,7 +127,7 @@ def share(rows: Sequence[Row], rank: int, world: int) -> Sequence[Row]:
     return rows[first:last]
 
 
-# --- the rows of a stage --------------------------------------------------------------------------
+# --- the rows of stage one and SFT ----------------------------------------------------------------
 
 
 def micro_batches(rows: Sequence[PairRow], tokens: int) -> list[list[PairRow]]:
@@ -292,3 +302,210 @@ class StageRows:
 def _unlearnt(rows: Sequence[PairRow]) -> list[PairRow]:
     """A row that no loss looks at."""
     return [replace(row, targets=[IGNORED] * len(row.ids)) for row in rows[:1]]
+
+
+# --- the rows of the readout ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ReadoutRow:
+    """A row's id, its tokens, the positions that are read, and of a prompt its class.
+
+    `opening` has the tokens that a refusal goes on with behind the last positions. The one before
+    those decides behind an opening where a prompt has one, and the first decides always.
+    """
+
+    id: str
+    ids: list[int]
+    places: list[int]
+    label: int = NO_CLASS
+    opening: tuple[int, ...] = ()
+
+    @property
+    def decides(self) -> list[int]:
+        """The class of a prompt at each position that decides behind an opening, else NO_CLASS."""
+        behind = len(self.places) - len(self.opening) - 1 if self.label != NO_CLASS else 0
+        return [self.label if behind and i == behind else NO_CLASS for i in range(len(self.places))]
+
+
+class Rounds:
+    """One place a step, in equal rounds of steps; Lightning's epochs are these rounds.
+
+    `start` and `sampler` are as those of `EpochBatches`.
+    """
+
+    def __init__(self, places: Sequence[int]) -> None:
+        self.places, self.start, self.epoch = places, 0, 0
+        self.rounds = max(n for n in range(1, ROUNDS + 1) if len(places) % n == 0)
+        self.sampler = self
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.places) // self.rounds
+
+    def __iter__(self) -> Iterator[list[int]]:
+        first = len(self) * self.epoch
+        for step in range(max(first, self.start), first + len(self)):
+            yield [self.places[step]]
+
+
+@dataclass(frozen=True)
+class ReadoutRows:
+    """Batches of rows, and which of them every step takes.
+
+    Attributes:
+        steps: of each step the places of its batches in `pairs` and `general`.
+        pairs: prompts of both kinds.
+        general: beside each of them the answers that the model is held to; or none at all.
+        watched: held-out prompts of both kinds, on which discernment is measured.
+        ordinary: held-out answers, on which drift is measured.
+    """
+
+    steps: list[int]
+    pairs: list[Sequence[ReadoutRow]]
+    general: list[Sequence[ReadoutRow]]
+    watched: list[Sequence[ReadoutRow]]
+    ordinary: list[Sequence[ReadoutRow]]
+
+    @property
+    def batches(self) -> list[Sequence[ReadoutRow]]:
+        """Every batch; its place here is its number."""
+        return [*self.pairs, *self.general, *self.watched, *self.ordinary]
+
+    def of_step(self, place: int) -> list[int]:
+        """The numbers of the batches of a step: of prompts, and of answers where there are any."""
+        return [place, len(self.pairs) + place] if self.general else [place]
+
+    @property
+    def measured(self) -> range:
+        """The numbers of the held-out batches."""
+        held = len(self.watched) + len(self.ordinary)
+        return range(len(self.batches) - held, len(self.batches))
+
+
+def readout_rows(chat: ChatFormat, rows: Splits, config: SFTConfig, seed: int) -> ReadoutRows:
+    """Draws every batch that `config.readout` asks for, the same for the same seed."""
+    phase, drawing = config.readout, generator(seed, config.readout.steps)
+    learnt = _alternating(
+        readout_prompts(chat, _reworded(rows.readout_toxic, rows.refusals), TOXIC),
+        readout_prompts(chat, rows.readout_seemingly_toxic, SEEMINGLY_TOXIC),
+        drawing,
+    )
+    watched = readout_prompts(chat, rows.readout_toxic_heldout, TOXIC)
+    watched += readout_prompts(chat, rows.readout_seemingly_toxic_heldout, SEEMINGLY_TOXIC)
+    pairs = _parted(learnt, phase.batch_size)
+    general = _general(chat, rows, config, len(pairs), drawing)
+    answers = _answers(chat, rows.normal_heldout, HELD_OUT_ROWS, config.max_len, drawing)
+    rounds = math.ceil(phase.steps / len(pairs))
+    steps = [place for _ in range(rounds) for place in permutation(len(pairs), drawing)]
+    return ReadoutRows(
+        steps=steps[: phase.steps],
+        pairs=pairs,
+        general=general,
+        watched=_parted(_by_length(watched), phase.batch_size),
+        ordinary=_parted(_by_length(answers), GENERAL_ROWS),
+    )
+
+
+def _reworded(rows: Sequence[Example], refusals: Sequence[Example]) -> list[Example]:
+    """Toxic rows with SFT's refusals in turn, since behind another's words it goes on with advice.
+
+    Only the first tokens of a refusal are learnt here, which suit any prompt.
+    """
+    words = [row.response for row in refusals if row.response and is_refusal(row.response)]
+    if not words:
+        return list(rows)
+    return [replace(row, response=words[place % len(words)]) for place, row in enumerate(rows)]
+
+
+def readout_prompts(chat: ChatFormat, rows: Sequence[Example], label: int) -> list[ReadoutRow]:
+    """Prompts, read where the first answer token is; toxic ones with how their refusal goes on.
+
+    Those with an opening are read where the first token behind it is as well, and refusals go on
+    from there.
+    """
+    found: list[ReadoutRow] = []
+    for row in rows:
+        asked, behind, said = chat.prompt_ids(row.prompt), opening_ids(chat, row), list[int]()
+        ids = [*asked, *behind]
+        if label == TOXIC and row.response and is_refusal(row.response):
+            whole, _ = chat.pair(row.prompt, row.response, len(ids) + OPENING, opening=behind)
+            said = whole[len(ids) :]
+        last = len(ids) + max(1, len(said)) - 1
+        places = [*([len(asked) - 1] if behind else []), *range(len(ids) - 1, last)]
+        found.append(ReadoutRow(row.id, [*ids, *said[:-1]], places, label, tuple(said[1:])))
+    return found
+
+
+def _general(
+    chat: ChatFormat, rows: Splits, config: SFTConfig, steps: int, drawing: "Generator"
+) -> list[Sequence[ReadoutRow]]:
+    """The rows that the model is held to in each of as many steps.
+
+    They are answers of instruction rows, refusals behind their opening, and answers to harmless
+    prompts behind their first token.
+    """
+    harmless = [row for row in rows.readout_seemingly_toxic if row.response]
+    kinds = [
+        _answers(chat, part, GENERAL_ROWS * steps, config.max_len, drawing, skipped)
+        for part, skipped in ((rows.normal, 0), (rows.refusals, OPENING), (harmless, 1))
+    ]
+    kinds[0] = _by_length(kinds[0])
+    several = [GENERAL_ROWS, 1, 1]
+    chosen: list[Sequence[ReadoutRow]] = [
+        [
+            kind[(step * count + place) % len(kind)]
+            for kind, count in zip(kinds, several, strict=True)
+            for place in range(count if kind else 0)
+        ]
+        for step in range(steps)
+    ]
+    return chosen if any(kinds) else []
+
+
+def _answers(
+    chat: ChatFormat,
+    rows: Sequence[Example],
+    count: int,
+    max_len: int,
+    drawing: "Generator",
+    skipped: int = 0,
+) -> list[ReadoutRow]:
+    """The first rows, read at the first answer token that is not `skipped` and some behind it."""
+    found: list[ReadoutRow] = []
+    for row in rows[:count]:
+        opening = opening_ids(chat, row)
+        ids, targets = chat.pair(row.prompt, row.response or "", max_len, opening=opening)
+        answer = [place for place, target in enumerate(targets) if target != IGNORED]
+        places = answer[skipped : skipped + ANSWER]
+        drawn = permutation(len(places), drawing)[:ANSWER_PLACES]
+        if places:
+            chosen = sorted({0, *drawn})
+            found.append(ReadoutRow(row.id, ids[: places[-1] + 1], [places[i] for i in chosen]))
+    return found
+
+
+def _alternating(
+    toxic: Sequence[ReadoutRow], safe: Sequence[ReadoutRow], drawing: "Generator"
+) -> list[ReadoutRow]:
+    """The rows of both kinds in turn, each in a drawn order, the fewer of them more than once.
+
+    In batches of one kind, or of one length, nearly nothing is learnt in as many steps.
+    """
+    count = max(len(toxic), len(safe))
+    drawn = []
+    for rows in (toxic, safe):
+        rounds = math.ceil(count / len(rows))
+        order = [place for _ in range(rounds) for place in permutation(len(rows), drawing)]
+        drawn.append([rows[place] for place in order[:count]])
+    return [row for both in zip(*drawn, strict=True) for row in both]
+
+
+def _by_length(rows: Sequence[ReadoutRow]) -> list[ReadoutRow]:
+    return [rows[place] for place in machine.by_length([row.ids for row in rows])]
+
+
+def _parted(rows: Sequence[ReadoutRow], size: int) -> list[Sequence[ReadoutRow]]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
