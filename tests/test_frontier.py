@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,26 @@ def test_the_command_compares_the_arms_of_a_plan(
     assert other["by_seed"] == pytest.approx([-value for value in expected])
     assert "with - without" in told
     assert {*KINDS, ""} == set(record["rows"][0]["origin"]["prompts"])
+
+
+def test_an_arm_may_be_a_run_under_a_steering(plan: Path) -> None:
+    """The same run is then two arms, each with an evaluation of its own."""
+    told = storage.read_yaml(plan, dict[str, Any])
+    told["arms"] = {"with": "method=stl steering=scans", "without": "method=stl"}
+    plan.write_text(yaml.safe_dump(told))
+    runs = plan.with_name("runs")
+    with pytest.raises(DataError, match="0 evaluations on data=final steering=scans"):
+        comparing.record(comparing.plan_of(plan), [str(runs)], "final", 0.8, 0)
+    for seed in (2, 3, 4):
+        steered = shutil.copytree(runs / f"dcr-{seed}/eval/sft-1", runs / f"stl-{seed}/eval/sft-2")
+        metrics = json.loads((steered / "metrics.json").read_text())
+        metrics["settings"] = {"steering": {"method": "scans", "strength": 1.0}}
+        storage.write_json(steered / "metrics.json", metrics)
+    found = comparing.record(comparing.plan_of(plan), [str(runs)], "final", 0.8, 0)
+    answered = {(row["arm"], row["seed"]): row["answered"] for row in found["rows"]}
+    for seed in (2, 3, 4):
+        assert answered["with", seed] == pytest.approx(by_loops(given(seed + 10), 0.8))
+        assert answered["without", seed] == pytest.approx(by_loops(given(seed), 0.8))
 
 
 def test_rules_differ_in_what_refuses(monkeypatch: pytest.MonkeyPatch) -> None:

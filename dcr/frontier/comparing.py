@@ -22,6 +22,7 @@ from dcr.outcomes import Outcome, outcome
 from dcr.record import origins
 
 CURE = "evaluate it with tasks=[frontier], docs/evidence.md"
+STEERING = "steering="  # the word of an arm that tells its evaluation from others of the same run
 
 
 def _partial(prompt: str, answer: str, ended: bool) -> str:
@@ -70,7 +71,10 @@ def record(
     lacking, or two fit.
     """
     there = _by_arm(plan, [Run(folder) for word in given for folder in _folders(Path(word))])
-    found = {key: measured(run, label) for key, run in there.items()}
+    found = {
+        (arm, number): measured(run, label, steering_of(plan.arms[arm]))
+        for (arm, number), run in there.items()
+    }
     first = next(iter(found.values()))
     asked = arms.prompts_of(first.given, first.kinds)
     verdict = VERDICTS[rule]
@@ -117,6 +121,8 @@ def _by_arm(plan: Plan, found: list[Run]) -> dict[tuple[str, int], Run]:
 def _is(made_with: dict[str, Any], words: str) -> bool:
     """Whether a run was made with all settings of an arm, written as on the command line."""
     for word in words.split():
+        if word.startswith(STEERING):
+            continue
         key, _, value = word.partition("=")
         node: Any = made_with
         for name in key.split("."):
@@ -126,12 +132,22 @@ def _is(made_with: dict[str, Any], words: str) -> bool:
     return True
 
 
-def measured(run: Run, label: str) -> Measured:
-    """The one evaluation of a run on data of a label. DataError where there is none, or several."""
+def steering_of(words: str) -> str | None:
+    """The steering under which an arm answers, from its settings; None for none."""
+    named = [word.removeprefix(STEERING) for word in words.split() if word.startswith(STEERING)]
+    return named[-1] if named else None
+
+
+def measured(run: Run, label: str, steering: str | None = None) -> Measured:
+    """The one evaluation of a run on data of a label, under a steering or under none.
+
+    Raises DataError where there is none, or several.
+    """
     found: list[Measured] = []
     for file in sorted((run.folder / "eval").glob("*/metrics.json")):
         metrics = results.read(file)
-        if metrics.data == label and metrics.frontier is not None:
+        under = results.steering(metrics.settings).get("method")
+        if metrics.data == label and metrics.frontier is not None and under == steering:
             counted = metrics.frontier["plain"]["sets"]
             given = {
                 name: storage.read_lines(file.parent / PLACE / f"{name}.jsonl", Pair)
@@ -141,7 +157,8 @@ def measured(run: Run, label: str) -> Measured:
             bias = metrics.calibration.bias if metrics.calibration else None
             found.append(Measured(file.parent, given, kinds, bias))
     if len(found) != 1:
-        raise DataError(f"{run.folder}: {len(found)} evaluations on data={label}; {CURE}")
+        edited = f" {STEERING}{steering}" if steering else ""
+        raise DataError(f"{run.folder}: {len(found)} evaluations on data={label}{edited}; {CURE}")
     return found[0]
 
 
