@@ -275,12 +275,6 @@ def _trainer(
     between: Sequence[Callback],
 ) -> Trainer:
     settings, options = job.settings, job.settings.trainer
-    processes = options.devices * options.num_nodes
-    strategy: str | Strategy = options.strategy
-    if strategy == FSDP and stage is Stage.readout:  # whose last blocks run by themselves
-        strategy = "ddp" if processes > 1 else "auto"
-    elif strategy == FSDP:
-        strategy = extending.ours(settings.table.sharding).strategy(processes)
     contrastive = stage is Stage.contrastive
     precision = settings.dcr.precision if contrastive else settings.sft.precision
     # the readout reads states of a whole pass, which was made without autocast
@@ -300,7 +294,7 @@ def _trainer(
         accelerator=options.accelerator,
         devices=options.devices,
         num_nodes=options.num_nodes,
-        strategy=strategy,
+        strategy=_strategy(settings, stage),
         precision=LIGHTNING_PRECISION[arithmetic],  # pyright: ignore[reportArgumentType]
         max_epochs=epochs,
         logger=[callbacks.RunLogger(job.run, stage.value), *job.loggers],
@@ -315,6 +309,16 @@ def _trainer(
         gradient_clip_val=settings.dcr.optim.clip if contrastive else None,
         default_root_dir=str(job.run.folder),
     )
+
+
+def _strategy(settings: TrainConfig, stage: Stage) -> str | Strategy:
+    options = settings.trainer
+    processes = options.devices * options.num_nodes
+    if options.strategy != FSDP:
+        return options.strategy
+    if stage is Stage.readout:  # whose last blocks run by themselves
+        return "ddp" if processes > 1 else "auto"
+    return extending.ours(settings.table.sharding).strategy(processes)
 
 
 def _slurm() -> list[SLURMEnvironment]:
