@@ -25,9 +25,9 @@ from dcr.core.runs import Run
 from dcr.report import FIGURES, OPERATING, SECTIONS, figures, trade_offs, writing
 from dcr.report.__main__ import main
 from dcr.report.figures import Drawing
+from dcr.report.grids import Cell
 from dcr.report.records import Evaluation, RunRecord, read_run
 from dcr.report.sections import FIGURE_ENDINGS, TABLE_ENDINGS, Selection
-from dcr.report.tables import Cell
 from dcr.report.trade_offs import Operating
 
 KINDS = ("seemingly_toxic", "toxic", "normal")

@@ -11,10 +11,10 @@ import pytest
 from test_report import change, columns, make_eval, make_run, parsed, rows_of, selection
 
 from dcr import inference, report
-from dcr.report import comparisons, paper, tables, writing
+from dcr.report import comparisons, grids, paper, tables, writing
+from dcr.report.grids import Cell, text_of
 from dcr.report.paper import PaperRow, facts
 from dcr.report.records import read_run
-from dcr.report.tables import Cell, text_of
 from dcr.report.writing import TextTable
 
 GUARD, MODEL = "meta-llama/Llama-Guard-3-8B", "qwen2_5_1_5b"
@@ -122,7 +122,7 @@ def test_what_judges_counted_by_hand(tmp_path: Path) -> None:
 
 def test_interval_of_a_mean_by_squaring_and_adding(tmp_path: Path) -> None:
     (column,) = columns(suite(tmp_path / "a"))
-    found = tables.rate(column.evaluation, tuple(UNSAFE), "refused", mean=True)
+    found = grids.rate(column.evaluation, tuple(UNSAFE), "refused", mean=True)
     assert found is not None
     ends = [inference.wilson(r, n) for n, r, *_ in UNSAFE.values()]
     mean = sum(end.estimate for end in ends) / 5

@@ -34,6 +34,7 @@ from dcr.report import (
     trade_offs,
 )
 from dcr.report.__main__ import main
+from dcr.report.grids import Block, Cell, in_words
 from dcr.report.records import (
     Column,
     Completions,
@@ -42,7 +43,6 @@ from dcr.report.records import (
     seed_groups,
 )
 from dcr.report.sections import SECTIONS, Section, Selection
-from dcr.report.tables import Block, Cell
 
 CONF = Path(__file__).parent.parent / "conf"
 REFUSAL, ANSWER = "I cannot help with that.", "Open the terminal and type kill."
@@ -517,7 +517,7 @@ def test_sets_are_named_in_words_beside_their_ids(tmp_path: Path) -> None:
         assert told in html, told
     shipped = [yaml.safe_load(file.read_text()) for file in (CONF / "data").glob("*.yaml")]
     named = {name for data in shipped for names in data["evaluation"].values() for name in names}
-    assert all(tables.in_words(name) != name for name in named)
+    assert all(in_words(name) != name for name in named)
 
 
 def test_a_run_without_evaluation_and_a_figure_without_data_are_notes(

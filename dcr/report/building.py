@@ -15,10 +15,10 @@ from dcr.core.config import ConfigError, DataError, UserError
 from dcr.core.text import printable
 from dcr.report import comparisons, figures, page, writing
 from dcr.report.figures import Drawing
+from dcr.report.grids import FOOTNOTES, INTERVALS, Block, Grid, any_marked, in_words, text_of
 from dcr.report.page import Part
 from dcr.report.records import read_run
 from dcr.report.sections import MARGIN, OPERATING, SECTIONS, Section, Selection
-from dcr.report.tables import FOOTNOTES, INTERVALS, Block, Grid, any_marked, in_words, text_of
 
 WIDTH = 100  # columns without a terminal
 LABEL_WIDTH, HEAD_WIDTH = 26, 16  # longer names are folded

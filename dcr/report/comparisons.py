@@ -10,9 +10,7 @@ from dcr.core.config import Kind
 from dcr.core.runs import stages
 from dcr.core.statistics import Interval
 from dcr.report.discernment import EQUAL
-from dcr.report.records import Answer, Column, Group, flattened
-from dcr.report.sections import Selection
-from dcr.report.tables import (
+from dcr.report.grids import (
     IN_DISTRIBUTION,
     WANTED,
     Cell,
@@ -24,6 +22,8 @@ from dcr.report.tables import (
     text_of,
     together,
 )
+from dcr.report.records import Answer, Column, Group, flattened
+from dcr.report.sections import Selection
 from dcr.report.writing import TextTable
 
 PAIRED_SEED = 0  # of the bootstrap, fixed so that a report is reproducible
@@ -186,7 +186,7 @@ def verdict(columns: Sequence[Column], groups: Sequence[Group], at_safety: Row) 
 def _differing(columns: Sequence[Column], groups: Sequence[Group], cells: Cells) -> str:
     """The differences seed by seed if there are several, else of DCR less STL by their intervals.
 
-    The latter combine both intervals by squaring and adding (see `tables.rate`), as for independent
+    The latter combine both intervals by squaring and adding (see `grids.rate`), as for independent
     prompts.
     """
     differences = {

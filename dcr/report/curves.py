@@ -15,6 +15,7 @@ from dcr.core.runs import last_stage
 from dcr.core.text import printable
 from dcr.report import figures
 from dcr.report.figures import Curve, Drawing, Drawings, Panel, kind_name
+from dcr.report.grids import rate, together
 from dcr.report.records import (
     METHODS,
     Evaluation,
@@ -28,7 +29,6 @@ from dcr.report.records import (
     unedited,
 )
 from dcr.report.sections import Selection
-from dcr.report.tables import rate, together
 from dcr.results.schema import interval
 
 TRACKED, KEPT, SCORED = "metrics.csv", "tracking", "snapshots"  # sources of curves

@@ -8,10 +8,7 @@ from dcr.core.evaluation import scoring
 from dcr.core.evaluation.sets import pairs_of
 from dcr.core.results import Discernment, RankedSet, Ranking, SetCounts
 from dcr.report import paper
-from dcr.report.paper import PaperRow
-from dcr.report.records import Column, Completions
-from dcr.report.sections import Selection
-from dcr.report.tables import (
+from dcr.report.grids import (
     CONTAMINATED,
     IN_DISTRIBUTION,
     INTERVALS,
@@ -21,10 +18,13 @@ from dcr.report.tables import (
     Row,
     any_marked,
     in_words,
-    keyword_blocks,
     marked_sets,
     together,
 )
+from dcr.report.paper import PaperRow
+from dcr.report.records import Column, Completions
+from dcr.report.sections import Selection
+from dcr.report.tables import keyword_blocks
 from dcr.report.writing import TextTable
 from dcr.results.frame import contaminated
 from dcr.results.schema import interval

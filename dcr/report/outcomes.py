@@ -6,15 +6,14 @@ from typing import TYPE_CHECKING
 
 from dcr.core.config import Kind
 from dcr.outcomes import Outcome
-from dcr.report import figures, tables
+from dcr.report import figures, grids
 from dcr.report.figures import Drawing, Drawings, Panel
+from dcr.report.grids import OUTCOME, Block, Cell, Grid, Row
 from dcr.report.sections import Selection
-from dcr.report.tables import Block, Cell, Grid, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-JUDGE = "outcome"
 COUNTED = {  # the one outcome that is wanted, and the titles of its share
     Kind.seemingly_toxic: (Outcome.answered, "Compliance with seemingly toxic prompts", "compl."),
     Kind.toxic: (Outcome.refused, "Safety: toxic prompts refused without help", "safety"),
@@ -39,14 +38,14 @@ def table(chosen: Selection) -> Grid:
     """
     columns, blocks = chosen.columns, []
     for kind, (wanted, title, short) in COUNTED.items():
-        names = tables.set_names(columns, kind)
-        rows = tables.rate_rows(columns, names, wanted.value, JUDGE, "")
+        names = grids.set_names(columns, kind)
+        rows = grids.rate_rows(columns, names, wanted.value, OUTCOME, "")
         if not rows:
             continue
         named, found = kind.value.replace("_", " "), _shares(chosen, kind)
-        sets = tables.together(names)
+        sets = grids.together(names)
         keyword = tuple(
-            tables.rate(column.evaluation, sets, tables.WANTED[kind]) if cells else None
+            grids.rate(column.evaluation, sets, grids.WANTED[kind]) if cells else None
             for column, cells in zip(columns, found, strict=True)
         )
         rows.append(Row("pooled, by XSTest's keywords", keyword))
@@ -102,10 +101,10 @@ def paint(drawn: Sequence[tuple[str, Mapping[Outcome, Cell]]], named: bool, axes
 
 def _shares(chosen: Selection, kind: Kind) -> list[dict[Outcome, Cell]]:
     """The share of each outcome over a column's sets of a kind; empty where it was not judged."""
-    names = tables.together(tables.set_names(chosen.columns, kind))
+    names = grids.together(grids.set_names(chosen.columns, kind))
     found = []
     for column in chosen.columns:
-        cells = {each: tables.rate(column.evaluation, names, each, JUDGE) for each in Outcome}
+        cells = {each: grids.rate(column.evaluation, names, each, OUTCOME) for each in Outcome}
         known = {each: cell for each, cell in cells.items() if cell}
         found.append(known if len(known) == len(Outcome) else {})
     return found

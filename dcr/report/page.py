@@ -16,9 +16,9 @@ from dcr.balance import Balance
 from dcr.core.config import Kind
 from dcr.core.text import printable
 from dcr.report import comparisons, figures
+from dcr.report.grids import in_words, set_names, text_of
 from dcr.report.records import Answer, about, evaluations_of, flattened
 from dcr.report.sections import Section, Selection
-from dcr.report.tables import in_words, set_names, text_of
 from dcr.report.writing import TextTable, templates
 
 DRAWN, DIFFERING = 20, 30  # prompts of a set whose answers are shown

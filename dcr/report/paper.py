@@ -13,6 +13,19 @@ import pandas as pd
 from dcr.core import storage
 from dcr.core.evaluation.sets import PAPER_SAFETY
 from dcr.core.runs import Cost, Run
+from dcr.report.grids import (
+    FOOTNOTES,
+    IN_DISTRIBUTION,
+    KEYWORD,
+    NAMES,
+    WANTED,
+    Cell,
+    judges_of,
+    of_group,
+    rate,
+    set_names,
+    together,
+)
 from dcr.report.records import (
     FIRST_STAGE_ONLY,
     METHODS,
@@ -23,21 +36,7 @@ from dcr.report.records import (
     method_name,
 )
 from dcr.report.sections import Selection
-from dcr.report.tables import (
-    FOOTNOTES,
-    IN_DISTRIBUTION,
-    KEYWORD,
-    NAMES,
-    WANTED,
-    Cell,
-    accuracy,
-    annotator_name,
-    judges_of,
-    of_group,
-    rate,
-    set_names,
-    together,
-)
+from dcr.report.tables import accuracy, annotator_name
 from dcr.report.writing import ABSENT, TextTable
 from dcr.results.frame import NORMAL
 from dcr.results.schema import interval

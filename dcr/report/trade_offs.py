@@ -15,6 +15,7 @@ from dcr.core.text import printable
 from dcr.report import figures
 from dcr.report.curves import SCORE, folders, named, shared_by_kind, snapshots
 from dcr.report.figures import INK, Curve, Drawing, Drawings, Look, Panel, look_of
+from dcr.report.grids import NAMES, WANTED, Cell, judges_of, marked_sets, rate, set_names, together
 from dcr.report.records import (
     METHODS,
     STEERED,
@@ -33,16 +34,6 @@ from dcr.report.records import (
     variant,
 )
 from dcr.report.sections import Selection
-from dcr.report.tables import (
-    NAMES,
-    WANTED,
-    Cell,
-    judges_of,
-    marked_sets,
-    rate,
-    set_names,
-    together,
-)
 from dcr.results.frame import CONTRASTS
 
 COMPLIANCE = "compliance with seemingly toxic prompts, %"

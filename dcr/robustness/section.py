@@ -7,9 +7,9 @@ from dcr.core.config import Kind
 from dcr.outcomes import Outcome
 from dcr.report import outcomes
 from dcr.report.figures import Drawing, Drawings, Panel
+from dcr.report.grids import Block, Cell, Grid, Row
 from dcr.report.records import Evaluation
 from dcr.report.sections import Selection
-from dcr.report.tables import Block, Cell, Grid, Row
 from dcr.results.schema import interval
 from dcr.robustness import words
 

@@ -1,0 +1,333 @@
+"""The grid of a table: cells in rows and blocks, and rates over sets of prompts as its rows."""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from dcr import inference
+from dcr.core.config import Kind
+from dcr.core.evaluation.sets import APART, PAPER_SAFETY
+from dcr.core.statistics import Interval
+from dcr.report.records import Column, Evaluation, Group
+from dcr.results.schema import Overlap
+
+IN_DISTRIBUTION, CONTAMINATED = "†", "‡"
+FOOTNOTES = {
+    IN_DISTRIBUTION: "in-distribution: training saw prompts of this set.",
+    CONTAMINATED: "contaminated: some of its prompts stand among the rows trained on, or steering "
+    "was made from them.",
+}
+INTERVALS = (
+    "Brackets: 95% intervals (Wilson; of means over sets by squaring and adding theirs; bootstrap "
+    "for AUROC; ±1.96 standard errors for ability). ± after a win rate: its standard error."
+)
+KEYWORD, OUTCOME = "keyword:paper", "outcome"  # judges
+WANTED = {Kind.seemingly_toxic: "complied", Kind.toxic: "refused"}
+NAMES = {
+    "llm": "LLM judge",
+    "llama_guard": "Llama Guard",
+    "wildguard": "WildGuard",
+    "moderation": "moderation",
+}
+SET_WORDS = {
+    "advbench": "AdvBench",
+    "coconot_contrast": "CoCoNot, contrast set",
+    "coconot_original": "CoCoNot, unsafe requests",
+    "coconot_safety": "CoCoNot, contrast on safety",
+    "contrasts_seemingly_toxic": "contrasts, seemingly toxic",
+    "contrasts_seemingly_toxic_heldout": "contrasts, seemingly toxic, held out",
+    "contrasts_toxic": "contrasts, toxic",
+    "contrasts_toxic_heldout": "contrasts, toxic, held out",
+    "demo_normal_heldout": "demo, normal",
+    "demo_seemingly_toxic_heldout": "demo, seemingly toxic",
+    "demo_toxic_heldout": "demo, toxic",
+    "evorefuse_test": "EvoRefuse",
+    "falsereject_test": "FalseReject",
+    "falsereject_train": "FalseReject, train",
+    "harmbench": "HarmBench",
+    "harmfulq": "HarmfulQ",
+    "harmfulqa": "HarmfulQA",
+    "i_cona": "I-CoNa, hate speech",
+    "i_controversial": "I-Controversial",
+    "i_malicious_instructions": "I-MaliciousInstructions",
+    "jailbreakbench": "JailbreakBench, harmful",
+    "jailbreakbench_benign": "JailbreakBench, benign",
+    "oktest": "OKTest",
+    "orbench_hard": "OR-Bench-Hard",
+    "orbench_toxic": "OR-Bench-Toxic",
+    "paper_safety": "the paper's safety sets",
+    "phtest": "PHTest",
+    "phtest_controversial": "PHTest, controversial",
+    "phtest_harmless": "PHTest, harmless",
+    "q_harm": "Q-Harm",
+    "sorrybench": "SORRY-Bench",
+    "strongreject": "StrongREJECT",
+    "wildguardtest_harmful": "WildGuardTest, harmful",
+    "wildguardtest_unharmful": "WildGuardTest, unharmful",
+    "xsb_safe": "XSB, safe prompts",
+    "xsb_unsafe": "XSB, unsafe prompts",
+    "xstest_safe": "XSTest, safe prompts",
+    "xstest_unsafe": "XSTest, unsafe prompts",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of any table. `spread` is a deviation over seeds, or a win rate's standard error.
+
+    `text` replaces the number of a cell that is no rate; only the page shows `aside`.
+    """
+
+    estimate: float
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    spread: float | None = None
+    percent: bool = True
+    marks: str = ""
+    aside: str = ""
+    text: str = ""
+
+    @property
+    def interval(self) -> Interval:
+        ends = (math.nan if end is None else end for end in (self.low, self.high))
+        return Interval(self.estimate, *ends)
+
+
+Cells = tuple[Cell | None, ...]  # one a column
+
+
+@dataclass(frozen=True)
+class Row:
+    """A set of prompts, or a summary over sets, with one cell a column."""
+
+    label: str
+    values: Cells
+    summary: bool = False
+    page_only: bool = False
+    aside: str = ""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows below a title of their own; the narrow terminal shows the `short` one."""
+
+    title: str
+    short: str
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Blocks of rows with a cell for each of some columns, or groups of columns."""
+
+    macro: ClassVar[str] = "grid"
+    heads: Sequence[Column] | Sequence[Group]
+    blocks: Sequence[Block]
+    notes: Sequence[str] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.blocks)
+
+
+def in_words(label: str) -> str:
+    """A row's label with readable names of its sets; a user's own sets keep their names."""
+
+    def told(found: re.Match[str]) -> str:
+        whole, _, part = found[0].rpartition("_")
+        if part in ("test", "final") and whole in SET_WORDS:
+            return f"{SET_WORDS[whole]}, {part} part"
+        return SET_WORDS.get(found[0], found[0])
+
+    return re.sub(r"\w+", told, label)
+
+
+def words(text: str, aside: str = "") -> Cell:
+    """A cell that holds words."""
+    return Cell(0.0, text=text, aside=aside)
+
+
+def text_of(cell: Cell | None, digits: int = 0) -> str:
+    """A cell in words: percents with a decimal, their intervals with `digits`, others with two."""
+    if cell is None:
+        return "–"
+    if cell.text:
+        return cell.text + cell.marks
+    scale, places, ends = (100, 1, digits) if cell.percent else (1, 2, 2)
+    text = f"{scale * cell.estimate:.{places}f}"
+    if cell.spread is not None:
+        text += f" ± {scale * cell.spread:.{places}f}"
+    elif cell.low is not None and cell.high is not None:
+        low, high = (f"{scale * end:.{ends}f}" for end in (cell.low, cell.high))
+        if not cell.percent:  # .61 for 0.61: one more column fits a terminal
+            low, high = low.removeprefix("0"), high.removeprefix("0")
+        text += f" [{low}–{high}]"
+    return text + cell.marks
+
+
+def any_marked(table: Sequence[Block], mark: str, *, in_terminal: bool = False) -> bool:
+    """Whether a cell of the table has the mark, so that it needs its footnote."""
+    rows = [row for section in table for row in section.rows]
+    shown = [row for row in rows if not (in_terminal and row.page_only)]
+    return any(cell is not None and mark in cell.marks for row in shown for cell in row.values)
+
+
+# --- rates over sets ----------------------------------------------------------------------------
+
+
+def rate(
+    evaluation: Evaluation,
+    names: Sequence[str],
+    quantity: str,
+    judge: str = KEYWORD,
+    model: str = "",
+    *,
+    mean: bool = False,
+    whole: bool = False,
+) -> Cell | None:
+    """The rate over the evaluated ones of some sets; None if one of these was not counted.
+
+    With `whole` it is also None if a set was not evaluated. The rate is over all prompts with the
+    Wilson interval of 95%, or, with `mean`, the mean of the sets' rates. Its interval combines
+    theirs by squaring and adding (Zou and Donner 2008, Statistics in Medicine 27:1693), for a sum
+    of independent estimates with asymmetric intervals.
+    """
+    sets, counted = evaluation.sets, evaluation.pivot.get((quantity, judge, model), {})
+    rows = [counted[name] for name in names if name in counted and counted[name]["n"]]
+    asked = names if whole else [name for name in names if name in sets and sets[name].n]
+    if not rows or len(rows) < len(asked):
+        return None
+    n = sum(row["n"] for row in rows)
+    if mean:
+        middle = sum(row["value"] for row in rows) / len(rows)
+        below = math.hypot(*(row["value"] - row["low"] for row in rows)) / len(rows)
+        above = math.hypot(*(row["high"] - row["value"] for row in rows)) / len(rows)
+        interval = Interval(middle, max(0.0, middle - below), min(1.0, middle + above))
+    else:
+        interval = inference.wilson(sum(row["count"] for row in rows), n)
+    return Cell(interval.estimate, interval.low, interval.high, n=n, marks=marks_of(rows))
+
+
+def marks_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The marks of a number that is computed from these rows of results."""
+    known = IN_DISTRIBUTION if any(row["in_distribution"] for row in rows) else ""
+    return known + (CONTAMINATED if any(row["contaminated"] for row in rows) else "")
+
+
+def set_names(columns: Sequence[Column], kind: Kind) -> list[str]:
+    """Every set of a kind that any column was evaluated on, in order of appearance."""
+    sets = [item for column in columns for item in column.evaluation.sets.items()]
+    return list(dict.fromkeys(name for name, counts in sets if counts.kind is kind))
+
+
+def together(names: Iterable[str]) -> list[str]:
+    """The sets that may be pooled: those whose prompts no other set holds."""
+    return [name for name in names if name not in APART]
+
+
+def marked_sets(columns: Sequence[Column]) -> set[str]:
+    """The sets that are in-distribution for at least one column."""
+    sets = [item for column in columns for item in column.evaluation.sets.items()]
+    return {name for name, counts in sets if counts.in_distribution}
+
+
+def judges_of(evaluations: Iterable[Evaluation]) -> list[tuple[str, str]]:
+    """Every (judge, model) that judged a set of these evaluations, in the order of NAMES."""
+    sets = [counts for evaluation in evaluations for counts in evaluation.sets.values()]
+    judges = {(judge, judged.model) for counts in sets for judge, judged in counts.judged.items()}
+    places = {judge: place for place, judge in enumerate(NAMES)}
+    return sorted(judges, key=lambda pair: (places.get(pair[0], len(NAMES)), *pair))
+
+
+def of_group(group: Group, cells: Sequence[Cell | None]) -> Cell | None:
+    """The mean over the seeds of a group with its spread, or a difference with its interval.
+
+    None if no seed has a number, or fewer than two seeds both numbers of a difference.
+    """
+    sides = [[cells[place] for place in places] for places in (group.places, group.less) if places]
+    by_seed = [
+        [cell for cell in pair if cell and not cell.text] for pair in zip(*sides, strict=True)
+    ]
+    known = [pair for pair in by_seed if len(pair) == len(sides)]
+    if len(known) < len(sides):
+        return None
+    told: dict[str, Any] = {
+        "percent": known[0][0].percent,
+        "marks": "".join(dict.fromkeys(m for pair in known for cell in pair for m in cell.marks)),
+        "aside": f"of {len(known)} seeds only" if len(known) < len(by_seed) else "",
+    }
+    estimates = [[cell.estimate for cell in side] for side in zip(*known, strict=True)]
+    if group.less:
+        paired = inference.paired_over_seeds(estimates[0], estimates[1])
+        return Cell(paired.estimate, paired.low, paired.high, **told)
+    mean, spread = inference.mean_and_spread(estimates[0])
+    return Cell(mean, spread=spread if len(known) > 1 else None, **told)
+
+
+def rates(
+    columns: Sequence[Column], names: Sequence[str], quantity: str, *by: str, **how: bool
+) -> Cells:
+    """A rate over some sets, a cell a column."""
+    return tuple(rate(column.evaluation, names, quantity, *by, **how) for column in columns)
+
+
+def n_of(cells: Cells) -> str:
+    known = sorted({cell.n for cell in cells if cell and cell.n})
+    return f"n = {' or '.join(map(str, known))}" if known else ""
+
+
+def rate_rows(
+    columns: Sequence[Column],
+    names: Sequence[str],
+    quantity: str,
+    *by: str,
+    aside: Callable[[Column, str], str] = lambda *_: "",
+    sums: Sequence[str] = (),
+) -> list[Row]:
+    """A row a set and the summaries over them, each if it has a cell.
+
+    `sums` are other quantities over all sets, told where the verdicts know partial answers.
+    """
+    rows = []
+    for name in names:
+        cells = rates(columns, [name], quantity, *by)
+        noted = tuple(
+            cell and replace(cell, aside="; ".join(filter(None, (aside(c, name), *_seen(c, name)))))
+            for cell, c in zip(cells, columns, strict=True)
+        )
+        rows += [Row(name, noted, aside=n_of(cells))] if any(cells) else []
+
+    def add(label: str, over: Sequence[str], of: str = quantity, **how: bool) -> None:
+        cells = rates(columns, over, of, *by, **how)
+        shown = "" if how.get("mean") else n_of(cells)
+        if any(cells):
+            rows.append(Row(label, cells, True, aside=shown))
+
+    names = together(names)
+    unmarked = [name for name in names if name not in marked_sets(columns)]
+    if len(names) > 1 and set(names) != set(PAPER_SAFETY):
+        add("pooled", names)
+    if unmarked and len(unmarked) < len(names):
+        add(f"pooled without {IN_DISTRIBUTION}", unmarked)
+    if set(PAPER_SAFETY) <= set(names):
+        add("mean of the paper's five", PAPER_SAFETY, mean=True, whole=True)
+        add("the paper's five pooled", PAPER_SAFETY, whole=True)
+    for label in sums if any(rates(columns, names, "partial", *by)) else ():
+        add(f"{label}, all sets", names, label)
+    return rows
+
+
+def _seen(column: Column, name: str) -> list[str]:
+    """Words beside a set: the counts of its prompts that training or steering saw."""
+    counts, overlap = column.evaluation.sets[name], column.evaluation.contamination.get(name)
+    steered = counts.seen_by_steering
+    return [
+        f"{ways_of(overlap)} in training" if overlap and overlap.any else "",
+        f"{steered} of {counts.n} seen by steering" if steered else "",
+    ]
+
+
+def ways_of(overlap: Overlap) -> str:
+    return f"{overlap.exact} / {overlap.near} / {overlap.ngram}"
